@@ -1,0 +1,159 @@
+package graph
+
+import (
+	"context"
+
+	"qblockd/graph/blk"
+	"qblockd/graph/perm"
+	"qblockd/schema/types"
+)
+
+// Kind is the kind of a driver.
+type Kind uint8
+
+const (
+	Protocol Kind = iota // touches the outside world: file, nbd, null
+	Format               // interprets a child: qcow2, raw
+	Filter               // passes everything to its one filtered child
+)
+
+// Driver is what every driver does. off and the lengths are bytes; the node has already
+// checked range, alignment, flags and permission. Requests on one driver run in parallel.
+// Methods are never called before Open has returned nor while Close runs.
+type Driver interface {
+	// Caps is asked after open and after reopen, then cached by the node.
+	Caps() Caps
+	// Size is the length in bytes; cheap, never blocks.
+	Size() int64
+	// ReadAt fills v or fails; there are no short reads in a block layer.
+	ReadAt(r *blk.Req, v blk.Vec, off int64, f blk.Flags) error
+	// Close ends the driver after all requests have ended and data was flushed; children are still attached.
+	Close() error
+}
+
+// Caps are a driver's constant properties. A flag without the interface behind it panics under -tags invariants.
+type Caps struct {
+	Limits blk.Limits
+	// WriteFlags, ZeroFlags: what WriteAt and Zero handle natively; FUA is emulated by a flush otherwise.
+	WriteFlags, ZeroFlags blk.Flags
+	// Backing: the driver has a "backing" child or could have one.
+	Backing bool
+	// Transparent: Map, copy-range and compressed writes may pass this filter unseen.
+	Transparent bool
+	// ZeroInit: a freshly created image reads as zeroes.
+	ZeroInit bool
+}
+
+// Optional abilities; each with the default for drivers without it.
+type (
+	Writer interface {
+		WriteAt(r *blk.Req, v blk.Vec, off int64, f blk.Flags) error // default: the node cannot be writable
+	}
+	Zeroer interface {
+		Zero(r *blk.Req, off, n int64, f blk.Flags) error // default: writes of zeroes, unless NoFallback
+	}
+	Flusher interface {
+		// Flush: on return all completed writes are on stable storage. The node flushes the driver; the
+		// driver flushes its children itself where it has any. Default: children are flushed.
+		Flush(r *blk.Req) error
+	}
+	Discarder interface {
+		Discard(r *blk.Req, off, n int64) error // default: no-op
+	}
+	Statuser interface {
+		Status(r *blk.Req, off, n int64) (blk.Extent, error) // default: all data, allocated
+	}
+	Mapper interface {
+		// Map appends the host ranges of a prefix of [off, off+n) to m, possibly nothing. Default: nothing.
+		Map(r *blk.Req, off, n int64, m *blk.Mapping) error
+	}
+	CopyRanger interface {
+		// CopyFrom writes src (host ranges, no zero runs) to off; ErrNotSupported or EXDEV make the caller copy by hand.
+		CopyFrom(r *blk.Req, off int64, src []blk.HostRange, f blk.Flags) error
+	}
+	Resizer interface {
+		Resize(ctx context.Context, size int64, m blk.Prealloc) error // default: blk.ErrNotSupported
+	}
+	// Permer overrides the claim on a child; up is the cumulative claim of the node's parents
+	// (Need joined, Share intersected). Default: by role, see package perm.
+	Permer interface {
+		EdgeClaim(child string, r perm.Role, up perm.Claim, readOnly bool) perm.Claim
+	}
+	// PermTaker is told the cumulative claim on the node itself (file locks, reopening read-write under auto-read-only).
+	// Prepare may block and fail; then exactly one of Commit and Abort follows; they cannot fail.
+	PermTaker interface {
+		PermPrepare(ctx context.Context, c perm.Claim) error
+		PermCommit()
+		PermAbort()
+	}
+	// Backed drivers name the backing file of their image header; both empty: none.
+	Backed interface {
+		BackingFile() (name, format string)
+	}
+	// BackingChanger rewrites the backing file string in the image. ("", "") removes it. May block.
+	BackingChanger interface {
+		ChangeBackingFile(r *blk.Req, name, format string) error
+	}
+	// Informer adds what query-named-block-nodes shows under image; called without locks, no I/O.
+	Informer interface {
+		ImageInfo(info *types.ImageInfo) // fills cluster-size, dirty-flag, compressed, encrypted, format-specific
+	}
+	// Sizer tells the bytes allocated on the host ("actual-size"); may block.
+	Sizer interface {
+		ActualSize() (int64, error)
+	}
+	// Statser adds driver-specific block statistics.
+	Statser interface {
+		DriverStats() *types.BlockStatsSpecific
+	}
+	// Inactivator stores what must be on disk before the node is closed or handed over; called while drained.
+	Inactivator interface {
+		Inactivate(r *blk.Req) error
+	}
+	// Drainer is for drivers that hold requests back (throttle, reconnecting clients); called with no lock held.
+	Drainer interface {
+		DrainBegin()
+		Quiet() bool
+		DrainEnd()
+	}
+	// Namer gives the exact and the json: options part of a file name; see package blockdev. Filename is the plain
+	// name that expresses all significant options, or "" if there is none.
+	Namer interface {
+		Filename() string
+	}
+)
+
+// Options are the generic properties of a node.
+type Options struct {
+	Name       string // "" generates one
+	DriverName string
+	Kind       Kind
+	ReadOnly   bool
+	// AutoReadOnly: the driver may fall back to read-only where the medium allows no writing.
+	AutoReadOnly bool
+	ForceShare   bool
+	Direct       bool // cache.direct
+	NoFlush      bool // cache.no-flush
+	Discard      bool // discard=unmap
+	DetectZeroes types.BlockdevDetectZeroesOptions
+	// Canonical holds the options as given, for reopen, json: names and recorded state.
+	Canonical *types.BlockdevOptions
+}
+
+// Opening is what a driver's Open function gets. The node is hidden, its option-named
+// children are attached, nobody else can send requests. I/O for opening goes through
+// Req, whose context is that of the command.
+type Opening struct {
+	Ctx  context.Context
+	Node *Node
+	// Options is the driver's branch of BlockdevOptions, e.g. *types.BlockdevOptionsQcow2; nil if it has none.
+	Options any
+	// Req is for header reads and repairs; it belongs to an internal root and has passed its gate.
+	Req *blk.Req
+	// Warn reports something the user should know; it goes to the log.
+	Warn func(msg string)
+}
+
+// OpenFunc opens a driver on a hidden node. It blocks as long as the storage does and
+// leaves nothing behind when it fails.
+type OpenFunc func(o *Opening) (Driver, error)
