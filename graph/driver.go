@@ -134,6 +134,7 @@ type Options struct {
 	ForceShare   bool
 	Direct       bool // cache.direct
 	NoFlush      bool // cache.no-flush
+	Implicit     bool // inserted by a job, left out of chains that users see
 	Discard      bool // discard=unmap
 	DetectZeroes types.BlockdevDetectZeroesOptions
 	// Canonical holds the options as given, for reopen, json: names and recorded state.

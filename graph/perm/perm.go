@@ -29,3 +29,6 @@ const (
 	COW
 	Primary
 )
+
+// Counts tells, for each permission, how many edges above a node need it and how many do not share it.
+type Counts struct{ Need, Unshare [4]int32 }

@@ -1,0 +1,201 @@
+package graph
+
+import (
+	"sync/atomic"
+
+	"qblockd/graph/perm"
+	"qblockd/schema/types"
+)
+
+// Node is one instance of a driver: a vertex of the graph. The graph owns it from NewNode
+// until its last reference goes (monitor, parents, the opener's pin), then it is closed.
+type Node struct {
+	g    *Graph
+	name string
+	seq  uint64 // order of NewNode; position in Nodes
+
+	opts     atomic.Pointer[Options]
+	drv      Driver // set by SetDriver while hidden, never changed after
+	readOnly atomic.Bool
+	kids     atomic.Pointer[kids] // replaced under g.mu, read anywhere; changes only while the node is drained
+
+	infoGen atomic.Uint64 // see InfoGeneration
+
+	io ioState // the data plane's part
+
+	// Guarded by g.mu from here.
+	state      nodeState
+	inactive   bool
+	owned      bool // by the monitor
+	pins       int32
+	quiesce    int32 // drains of this node + child edges whose node is quiesced
+	cowParents int32
+	counts     perm.Counts // over all parent edges
+	applied    perm.Claim  // what the driver was last told (PermCommit)
+	parents    edgeList    // newest first
+	prev, next *Node       // g's list of published nodes, newest first
+	mprev      *Node       // g's list of monitor-owned nodes
+	mnext      *Node
+	rare       *nodeRare // allocated when first needed
+	hook       hookState // Drainer calls of the driver
+
+	treeGen, treeEpoch uint64 // memo of TreeGeneration, guarded by g.genMu
+}
+
+// nodeState is where a node is in its life: hidden -> published -> closing -> closed, or
+// hidden -> closing -> closed.
+type nodeState uint8
+
+const (
+	nodeHidden nodeState = iota
+	nodePublished
+	nodeClosing
+	nodeClosed
+)
+
+// nodeRare is what few nodes have.
+type nodeRare struct {
+	blockers []opBlocker // newest first
+}
+
+// kids are a node's edges downwards, immutable.
+type kids struct {
+	all                     []*Edge // newest first
+	file, backing, filtered *Edge
+}
+
+var noKids kids
+
+// Name is the node name, unique among nodes and backends.
+func (n *Node) Name() string { return n.name }
+
+// Graph is the graph the node belongs to.
+func (n *Node) Graph() *Graph { return n.g }
+
+// Options are the generic options; the value is immutable, a reopen replaces it.
+func (n *Node) Options() *Options { return n.opts.Load() }
+
+// Driver is nil until SetDriver.
+func (n *Node) Driver() Driver { return n.drv }
+
+// DriverName is the QAPI name of the driver.
+func (n *Node) DriverName() string { return n.opts.Load().DriverName }
+
+// Kind is the kind of the driver.
+func (n *Node) Kind() Kind { return n.opts.Load().Kind }
+
+// ReadOnly tells whether the node refuses writes now; it may differ from Options().ReadOnly under auto-read-only.
+func (n *Node) ReadOnly() bool { return n.readOnly.Load() }
+
+// Implicit nodes were inserted by a job, not asked for by the user.
+func (n *Node) Implicit() bool { return n.opts.Load().Implicit }
+
+// Size is the driver's size in bytes; 0 before SetDriver.
+func (n *Node) Size() int64 {
+	if n.drv == nil {
+		return 0
+	}
+	return n.drv.Size()
+}
+
+// Children are the edges downwards, newest first; the slice is immutable.
+func (n *Node) Children() []*Edge { return n.kids.Load().all }
+
+// Child is the edge downwards with that name, or nil.
+func (n *Node) Child(name string) *Edge {
+	for _, e := range n.kids.Load().all {
+		if e.name == name {
+			return e
+		}
+	}
+	return nil
+}
+
+// File is the primary child, or nil.
+func (n *Node) File() *Edge { return n.kids.Load().file }
+
+// Backing is the COW child, or nil.
+func (n *Node) Backing() *Edge { return n.kids.Load().backing }
+
+// FilteredChild is the child whose data a filter presents as its own, or nil.
+func (n *Node) FilteredChild() *Edge { return n.kids.Load().filtered }
+
+// FilterOrCOWChild is FilteredChild or Backing: the edge a backing chain follows. Nil at the end of the chain.
+func (n *Node) FilterOrCOWChild() *Edge {
+	k := n.kids.Load()
+	if k.filtered != nil {
+		return k.filtered
+	}
+	return k.backing
+}
+
+// SkipFilters is the first node from n downwards that is no filter.
+func (n *Node) SkipFilters() *Node {
+	for n.Kind() == Filter {
+		e := n.FilteredChild()
+		if e == nil {
+			break
+		}
+		n = e.Node()
+	}
+	return n
+}
+
+// SkipImplicitFilters is the first node from n downwards that is no implicit filter.
+func (n *Node) SkipImplicitFilters() *Node {
+	for n.Implicit() && n.Kind() == Filter {
+		e := n.FilteredChild()
+		if e == nil {
+			break
+		}
+		n = e.Node()
+	}
+	return n
+}
+
+// BackingChainNext is the next node of the backing chain below n that is no implicit
+// filter; nil at its end.
+func (n *Node) BackingChainNext() *Node {
+	e := n.SkipImplicitFilters().FilterOrCOWChild()
+	if e == nil {
+		return nil
+	}
+	return e.Node().SkipImplicitFilters()
+}
+
+// Describe implements Parent.
+func (n *Node) Describe() string { return "node '" + n.name + "'" }
+
+// GraphNode implements Parent.
+func (n *Node) GraphNode() (types.XDbgBlockGraphNodeType, string) { return KindDriver, n.name }
+
+// SetDriver gives the hidden node what Open made.
+func (n *Node) SetDriver(d Driver) {
+	n.drv = d
+	n.io.opened(n)
+}
+
+// SetReadOnlyFallback is for drivers in Open on a medium that allows no writing: the node becomes read-only if
+// that was allowed by auto-read-only, or reason is returned ("Image is read-only" if nil).
+func (n *Node) SetReadOnlyFallback(reason error) error { panic("graph: being written") }
+
+// Parents is a snapshot of the edges that lead to n, newest first.
+func (n *Node) Parents() []*Edge { panic("graph: being written") }
+
+// Claim is the cumulative claim of the parents.
+func (n *Node) Claim() perm.Claim { panic("graph: being written") }
+
+// MonitorOwned tells whether blockdev-add made n and blockdev-del may remove it.
+func (n *Node) MonitorOwned() bool { panic("graph: being written") }
+
+// Bump notes that something changed that queries show of n. Cheap; may be called in requests.
+func (n *Node) Bump() { n.infoGen.Store(n.g.epoch.Add(1)) }
+
+// InfoGeneration changes whenever something changes that queries show of n itself.
+func (n *Node) InfoGeneration() uint64 { return n.infoGen.Load() }
+
+// TreeGeneration changes whenever the InfoGeneration of n or of anything below changes.
+func (n *Node) TreeGeneration() uint64 { panic("graph: being written") }
+
+// Resized tells the roots above n, through filters, that its size may have changed.
+func (n *Node) Resized() { panic("graph: being written") }

@@ -1,0 +1,110 @@
+package graph
+
+import (
+	"context"
+	"sync"
+	"sync/atomic"
+
+	"qblockd/graph/perm"
+	"qblockd/schema/types"
+)
+
+// RootSpec describes a root to be attached.
+type RootSpec struct {
+	// EdgeName is the name of its edge: "root" for backends and exports; jobs use "main node", "source", "target", ...
+	EdgeName string
+	// Role of the edge; usually 0 for roots.
+	Role perm.Role
+	// Claim on the node.
+	Claim perm.Claim
+	// Kind and Name are its appearance in x-debug-query-block-graph; KindBackend also makes
+	// its node "in use" for blockdev-del. The empty kind hides the root from that query.
+	Kind types.XDbgBlockGraphNodeType
+	Name string
+	// Desc names it in conflicts; "" means "an unnamed block device" for the empty Name, else "block device 'NAME'".
+	Desc string
+	// StayAtNode: ReplaceNode does not move this root (jobs).
+	StayAtNode bool
+	// Job marks the requests of background work.
+	Job bool
+	// Ctx is the context of its requests; nil means context.Background().
+	Ctx context.Context
+	// Hooks may be set later by SetHooks.
+	Hooks RootHooks
+}
+
+// RootHooks are called with no lock held; each may be nil. They must not wait for requests
+// and must not change the graph.
+type RootHooks struct {
+	// Resized: the size seen through the root may have changed.
+	Resized func()
+	// Attached: the root's edge leads to another node now.
+	Attached func(*Node)
+	// DrainBegin, Quiet, DrainEnd: for users that hold work back outside the gate. Begin and
+	// End alternate strictly. A drain is complete when Quiet is true; call Graph.NotifyQuiet when it becomes so.
+	DrainBegin func()
+	Quiet      func() bool
+	DrainEnd   func()
+}
+
+// Root is where requests enter the graph: a backend, an export, a job, internal work.
+//
+//	Begin/TryBegin --> gate open: in flight +1 --> unit of work (any number of I/Os) --> End: in flight -1
+//	                   gate closed: Begin waits, TryBegin is nil
+type Root struct {
+	g    *Graph
+	spec RootSpec
+	edge *Edge
+
+	gate  atomic.Int64 // units in flight | gateClosed
+	pool  sync.Pool    // of *blk.Req
+	hooks atomic.Pointer[RootHooks]
+
+	wait   sync.Mutex    // guards the channels below
+	openCh chan struct{} // closed when the gate opens; nil if nobody waits
+	idleCh chan struct{} // closed when the last unit ends; nil if nobody waits
+	gone   bool          // detached: Begin fails
+
+	// Guarded by g.mu.
+	quiesce    int32
+	attached   bool
+	prev, next *Root
+	hook       hookState
+}
+
+// Edge is the root's edge to its node.
+func (r *Root) Edge() *Edge { return r.edge }
+
+// Node is the node the root is attached to.
+func (r *Root) Node() *Node { return r.edge.Node() }
+
+// Graph is the graph the root belongs to.
+func (r *Root) Graph() *Graph { return r.g }
+
+// Spec is the description the root was attached with.
+func (r *Root) Spec() *RootSpec { return &r.spec }
+
+// SetHooks replaces the hooks.
+func (r *Root) SetHooks(h RootHooks) { r.hooks.Store(&h) }
+
+// Describe implements Parent.
+func (r *Root) Describe() string {
+	switch {
+	case r.spec.Desc != "":
+		return r.spec.Desc
+	case r.spec.Name == "":
+		return "an unnamed block device"
+	default:
+		return "block device '" + r.spec.Name + "'"
+	}
+}
+
+// GraphNode implements Parent.
+func (r *Root) GraphNode() (types.XDbgBlockGraphNodeType, string) { return r.spec.Kind, r.spec.Name }
+
+// hookState serialises the Drainer calls of one node or root: they alternate and end in
+// the state the graph is in.
+type hookState struct {
+	mu     sync.Mutex
+	called bool // DrainBegin was the last call
+}
