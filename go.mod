@@ -2,4 +2,8 @@ module qblockd
 
 go 1.26.0
 
-require golang.org/x/sys v0.49.0 // indirect
+require (
+	github.com/digitalocean/go-qemu v0.0.0-20250212194115-ee9b0668d242 // indirect
+	github.com/lmittmann/tint v1.2.1 // indirect
+	golang.org/x/sys v0.49.0 // indirect
+)

@@ -1,0 +1,119 @@
+package main
+
+import (
+	"fmt"
+	"strings"
+
+	"qblockd/schema/model"
+)
+
+// camel makes a Go name of a QAPI name: words start at hyphens, underscores, dots
+// and at the start, each gets a capital, "id" becomes ID. Capitals inside words stay.
+func camel(name string) string {
+	var b strings.Builder
+	for _, w := range strings.FieldsFunc(name, func(r rune) bool { return strings.ContainsRune("-_. ", r) }) {
+		if w == "id" {
+			b.WriteString("ID")
+			continue
+		}
+		b.WriteString(strings.ToUpper(w[:1]) + w[1:])
+	}
+	return b.String()
+}
+
+// eventName is the Go type of an event: BLOCK_JOB_READY -> BlockJobReadyEvent.
+func eventName(name string) string { return camel(strings.ToLower(name)) + "Event" }
+
+// typeName is the Go type of a defined QAPI type.
+func typeName(t *model.Type) string {
+	if t.Implicit {
+		owner := strings.TrimSuffix(strings.TrimPrefix(t.Name, "q_obj_"), "-arg")
+		if owner == strings.ToUpper(owner) {
+			return eventName(owner)
+		}
+		return camel(owner) + "Args"
+	}
+	return t.Name
+}
+
+// scalars are the Go types of builtins and the functions that decode them.
+var scalars = map[string]struct{ goType, visit string }{
+	"str": {"string", "str"}, "bool": {"bool", "boolean"}, "int": {"int64", "int64_"},
+	"int8": {"int8", "int8_"}, "int16": {"int16", "int16_"}, "int32": {"int32", "int32_"}, "int64": {"int64", "int64_"},
+	"uint8": {"uint8", "uint8_"}, "uint16": {"uint16", "uint16_"}, "uint32": {"uint32", "uint32_"},
+	"uint64": {"uint64", "uint64_"}, "size": {"uint64", "size"},
+	"number": {"float64", "number"}, "any": {"value.Value", "anything"}, "null": {"bool", "null"},
+}
+
+// goType is the Go type of a value that is always there.
+func goType(t *model.Type) string {
+	switch t.Kind {
+	case model.Builtin:
+		return scalars[t.Name].goType
+	case model.Array:
+		return "[]" + elemType(t.Elem)
+	}
+	return typeName(t)
+}
+
+// elemType is the Go type of list elements and of what commands return.
+func elemType(t *model.Type) string {
+	if t.Kind == model.Object || t.Kind == model.Alternate {
+		return "*" + goType(t)
+	}
+	return goType(t)
+}
+
+// fieldType is the Go type of a member.
+func fieldType(m *model.Member) string {
+	if !m.Optional || m.Type.Kind == model.Array || goType(m.Type) == "value.Value" {
+		return goType(m.Type)
+	}
+	return "*" + goType(m.Type)
+}
+
+// visitor is the function that decodes a type.
+func visitor(t *model.Type) string {
+	if t.Kind == model.Builtin {
+		return scalars[t.Name].visit
+	}
+	return "visit" + typeName(t)
+}
+
+// names makes sure that no two things get the same Go name.
+type names map[string]string
+
+func (n names) add(goName, qapiName string) error {
+	if old, ok := n[goName]; ok && old != qapiName {
+		return fmt.Errorf("'%s' and '%s' would both be called %s in Go", old, qapiName, goName)
+	}
+	n[goName] = qapiName
+	return nil
+}
+
+// module is the QAPI module a schema file holds.
+func module(file string) string { return strings.TrimSuffix(file, ".json") }
+
+// handlerModule is the handler interface a command belongs to: that of its module,
+// save where one module has several owners in our code.
+func handlerModule(c *model.Command) string {
+	switch c.Name {
+	case "block-stream", "query-block-jobs":
+		return "block-job"
+	case "blockdev-create":
+		return "block-create"
+	}
+	if strings.HasPrefix(c.Name, "block-job-") {
+		return "block-job"
+	}
+	return module(c.File)
+}
+
+// rawReplies are the commands whose handlers return bytes that are already encoded.
+var rawReplies = map[string]bool{
+	"query-named-block-nodes": true, "query-block": true, "query-blockstats": true,
+	"query-qmp-schema": true, "query-commands": true,
+}
+
+// optionTypes are decoded although no command takes them: the command line does.
+var optionTypes = []string{"NbdServerOptions", "MonitorOptions"}

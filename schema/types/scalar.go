@@ -1,0 +1,275 @@
+package types
+
+import (
+	"math"
+	"math/big"
+	"strconv"
+	"strings"
+
+	"qblockd/schema/value"
+)
+
+// keyval takes a scalar of a KEY=VALUE list.
+func (d *decoder) keyval(name string) (string, bool) {
+	v, ok := d.take(name)
+	if !ok {
+		return "", false
+	}
+	switch v := v.(type) {
+	case string:
+		return v, true
+	case *value.Dict, value.List:
+		return "", d.fail("Parameters '" + d.path(name) + ".*' are unexpected")
+	}
+	return "", d.fail("Internal error: parameter " + d.path(name) + " invalid")
+}
+
+func str(d *decoder, name string, p *string) bool {
+	if d.mode == ModeKeyval {
+		s, ok := d.keyval(name)
+		*p = s
+		return ok
+	}
+	v, ok := d.take(name)
+	if !ok {
+		return false
+	}
+	if *p, ok = v.(string); !ok {
+		return d.badType(name, "string")
+	}
+	return true
+}
+
+func boolean(d *decoder, name string, p *bool) bool {
+	if d.mode == ModeKeyval {
+		s, ok := d.keyval(name)
+		if !ok {
+			return false
+		}
+		switch s {
+		case "on", "yes", "true", "y":
+			*p = true
+		case "off", "no", "false", "n":
+			*p = false
+		default:
+			return d.badValue(name, "'on' or 'off'")
+		}
+		return true
+	}
+	v, ok := d.take(name)
+	if !ok {
+		return false
+	}
+	if *p, ok = v.(bool); !ok {
+		return d.badType(name, "boolean")
+	}
+	return true
+}
+
+func int64_(d *decoder, name string, p *int64) bool {
+	if d.mode == ModeKeyval {
+		s, ok := d.keyval(name)
+		if !ok {
+			return false
+		}
+		n, ok := strtol(s)
+		if !ok || !n.IsInt64() {
+			return d.badValue(name, "integer")
+		}
+		*p = n.Int64()
+		return true
+	}
+	v, ok := d.take(name)
+	if !ok {
+		return false
+	}
+	if *p, ok = v.(int64); !ok {
+		return d.badType(name, "integer")
+	}
+	return true
+}
+
+// uint64_ accepts negative numbers too and lets them wrap, as the reference does.
+func uint64_(d *decoder, name string, p *uint64) bool {
+	if d.mode == ModeKeyval {
+		s, ok := d.keyval(name)
+		if !ok {
+			return false
+		}
+		n, ok := strtol(s)
+		if ok && n.Sign() < 0 {
+			// Negative numbers wrap if their magnitude fits.
+			n.Add(n, new(big.Int).Lsh(big.NewInt(1), 64))
+		}
+		if !ok || !n.IsUint64() {
+			return d.badValue(name, "integer")
+		}
+		*p = n.Uint64()
+		return true
+	}
+	v, ok := d.take(name)
+	if !ok {
+		return false
+	}
+	switch v := v.(type) {
+	case int64:
+		*p = uint64(v)
+	case uint64:
+		*p = v
+	default:
+		return d.badValue(name, "uint64")
+	}
+	return true
+}
+
+func intN[T int8 | int16 | int32](d *decoder, name string, p *T, typ string) bool {
+	var n int64
+	if !int64_(d, name, &n) {
+		return false
+	}
+	*p = T(n)
+	if int64(*p) != n {
+		return d.fail("Parameter '" + last(name) + "' expects " + typ)
+	}
+	return true
+}
+
+func uintN[T uint8 | uint16 | uint32](d *decoder, name string, p *T, typ string) bool {
+	var n uint64
+	if !uint64_(d, name, &n) {
+		return false
+	}
+	*p = T(n)
+	if uint64(*p) != n {
+		return d.fail("Parameter '" + last(name) + "' expects " + typ)
+	}
+	return true
+}
+
+func int8_(d *decoder, name string, p *int8) bool     { return intN(d, name, p, "int8_t") }
+func int16_(d *decoder, name string, p *int16) bool   { return intN(d, name, p, "int16_t") }
+func int32_(d *decoder, name string, p *int32) bool   { return intN(d, name, p, "int32_t") }
+func uint8_(d *decoder, name string, p *uint8) bool   { return uintN(d, name, p, "uint8_t") }
+func uint16_(d *decoder, name string, p *uint16) bool { return uintN(d, name, p, "uint16_t") }
+func uint32_(d *decoder, name string, p *uint32) bool { return uintN(d, name, p, "uint32_t") }
+
+// size takes suffixes on the command line.
+func size(d *decoder, name string, p *uint64) bool {
+	if d.mode != ModeKeyval {
+		return uint64_(d, name, p)
+	}
+	s, ok := d.keyval(name)
+	if !ok {
+		return false
+	}
+	if *p, ok = strtosz(s); !ok {
+		return d.badValue(name, "size")
+	}
+	return true
+}
+
+func number(d *decoder, name string, p *float64) bool {
+	if d.mode == ModeKeyval {
+		s, ok := d.keyval(name)
+		if !ok {
+			return false
+		}
+		f, err := strconv.ParseFloat(strings.TrimLeft(s, cSpace), 64)
+		if err != nil || math.IsInf(f, 0) || math.IsNaN(f) || strings.Contains(s, "_") {
+			return d.badType(name, "number")
+		}
+		*p = f
+		return true
+	}
+	v, ok := d.take(name)
+	if !ok {
+		return false
+	}
+	switch v := v.(type) {
+	case int64:
+		*p = float64(v)
+	case uint64:
+		*p = float64(v)
+	case float64:
+		*p = v
+	default:
+		return d.badType(name, "number")
+	}
+	return true
+}
+
+func anything(d *decoder, name string, p *value.Value) bool {
+	v, ok := d.take(name)
+	*p = v
+	return ok
+}
+
+// null visits the null of an alternate.
+func null(d *decoder, name string, p *bool) bool {
+	v, ok := d.take(name)
+	if !ok {
+		return false
+	}
+	if _, *p = v.(value.Null); !*p {
+		return d.badType(name, "null")
+	}
+	return true
+}
+
+// cSpace is what C's isspace accepts in front of numbers.
+const cSpace = " \t\n\v\f\r"
+
+// strtol reads an integer as C's strtol does with base 0 (decimal, 0x hexadecimal, 0
+// octal), in full length, and insists on using all of s.
+func strtol(s string) (*big.Int, bool) {
+	s = strings.TrimLeft(s, cSpace)
+	neg := strings.HasPrefix(s, "-")
+	if neg || strings.HasPrefix(s, "+") {
+		s = s[1:]
+	}
+	base := 10
+	switch {
+	case len(s) > 2 && (s[:2] == "0x" || s[:2] == "0X"):
+		s, base = s[2:], 16
+	case len(s) > 1 && s[0] == '0':
+		s, base = s[1:], 8
+	}
+	if s == "" || s[0] == '-' || s[0] == '+' || strings.Contains(s, "_") {
+		return nil, false
+	}
+	n, ok := new(big.Int).SetString(s, base)
+	if ok && neg {
+		n.Neg(n)
+	}
+	return n, ok
+}
+
+// strtosz reads a size: a decimal number, possibly with a fraction, and an optional
+// suffix B K M G T P E (powers of 1024, either case); or a hexadecimal number.
+func strtosz(s string) (uint64, bool) {
+	s = strings.TrimLeft(s, cSpace)
+	s = strings.TrimPrefix(s, "+")
+	if rest, ok := strings.CutPrefix(strings.ToLower(s), "0x"); ok {
+		n, err := strconv.ParseUint(rest, 16, 64)
+		return n, err == nil
+	}
+	shift := uint(0)
+	if s != "" {
+		if i := strings.IndexByte("BKMGTPE", s[len(s)-1]&^0x20); i >= 0 {
+			shift, s = uint(i)*10, s[:len(s)-1]
+		}
+	}
+	whole, frac, hasFrac := strings.Cut(s, ".")
+	if strings.Trim(whole+frac, "0123456789") != "" || whole+frac == "" {
+		return 0, false
+	}
+	r, ok := new(big.Rat).SetString("0" + whole + "." + frac + "0")
+	if !ok || hasFrac && shift == 0 && strings.Trim(frac, "0") != "" {
+		return 0, false // a part of a byte
+	}
+	r.Mul(r, new(big.Rat).SetInt(new(big.Int).Lsh(big.NewInt(1), shift)))
+	// Round half up.
+	r.Add(r, big.NewRat(1, 2))
+	n := new(big.Int).Quo(r.Num(), r.Denom())
+	return n.Uint64(), n.IsUint64()
+}
