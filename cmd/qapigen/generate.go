@@ -29,6 +29,11 @@ func generate(fsys fs.FS) (map[string][]byte, error) {
 	if g.err != nil {
 		return nil, g.err
 	}
+	g.out["gen/query-qmp-schema.json"] = s.Introspect()
+	g.out["gen/query-commands.json"] = s.CommandList()
+	for _, c := range s.Commands {
+		g.out["gen/jsonschema/"+c.Name+".json"] = s.JSONSchema(c)
+	}
 	return g.out, nil
 }
 

@@ -61,12 +61,15 @@ func (b *builder) fail(format string, args ...any) {
 	panic(scanError{fmt.Errorf("%s: %s", b.at, fmt.Sprintf(format, args...))})
 }
 
-// include appends file's expressions after those of the files it includes that were not met before.
+// include reads file and then the files it includes that were not met before: files
+// are ordered by the first statement that includes them.
 func (b *builder) include(file string, read func(string) ([]Expr, error), out *[]Source) {
 	if b.seen[file] {
 		return
 	}
 	b.seen[file] = true
+	at := len(*out)
+	*out = append(*out, Source{})
 	exprs, err := read(file)
 	if err != nil {
 		panic(scanError{err})
@@ -83,7 +86,7 @@ func (b *builder) include(file string, read func(string) ([]Expr, error), out *[
 		}
 		src.Exprs = append(src.Exprs, e)
 	}
-	*out = append(*out, src)
+	(*out)[at] = src
 }
 
 // metas are the kinds of definitions and the keys that each must or may have.
