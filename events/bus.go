@@ -1,0 +1,254 @@
+package events
+
+import (
+	"strconv"
+	"sync"
+	"time"
+
+	"qblockd/schema/value"
+)
+
+// Clock is where a Bus takes time from.
+type Clock interface {
+	// Now is the wall clock, for time stamps.
+	Now() time.Time
+	// AfterFunc calls f once, on a goroutine of its own, when d has passed. stop prevents
+	// a call that has not begun.
+	AfterFunc(d time.Duration, f func()) (stop func())
+}
+
+type systemClock struct{}
+
+func (systemClock) Now() time.Time { return time.Now() }
+func (systemClock) AfterFunc(d time.Duration, f func()) func() {
+	t := time.AfterFunc(d, f)
+	return func() { t.Stop() }
+}
+
+// Limit holds back events of one name that come in quick succession: the first is delivered
+// at once, then at most one each Interval, the latest; the others are dropped.
+type Limit struct {
+	Interval time.Duration
+	// Key is the member of the event's data (a string) by whose value events are counted
+	// separately; empty: all events of the name are counted together.
+	Key string
+}
+
+// DefaultLimits are the reference's, for the events that a block daemon emits.
+func DefaultLimits() map[string]Limit {
+	return map[string]Limit{
+		"QUORUM_REPORT_BAD": {Interval: time.Second, Key: "node-name"},
+		"QUORUM_FAILURE":    {Interval: time.Second},
+	}
+}
+
+// Options of a Bus; the zero value gives the defaults.
+type Options struct {
+	Clock     Clock            // default: the system's
+	Limits    map[string]Limit // by event name; default: DefaultLimits
+	KeepCount int              // how many delivered events Replay can give at most; default 1024, negative: none
+	KeepBytes int              // and how many bytes of them; default 1 MiB
+}
+
+// Message is an event as it was delivered.
+type Message struct {
+	Seq  uint64 // 1 for the first event that the bus delivered, then without gaps
+	Name string // e.g. "JOB_STATUS_CHANGE"
+	Line []byte // the encoded JSON object, without a line end; never changed
+}
+
+// Bus delivers events to subscribers. It numbers, stamps and encodes each event once, and calls
+// all subscribers in the same order. It is a Sink.
+//
+// Lock order: Bus.mu is a leaf but for what subscribers lock themselves (the output queue of a
+// session); see Subscribe.
+type Bus struct {
+	clock  Clock
+	limits map[string]Limit
+
+	mu        sync.Mutex
+	seq       uint64                 // +checklocks:mu
+	subs      []*Subscription        // +checklocks:mu  in order of subscription
+	held      map[limitKey]*holdback // +checklocks:mu  names and keys whose interval runs
+	kept      []Message              // +checklocks:mu  oldest first
+	keptBytes int                    // +checklocks:mu  = sum of len(Line) over kept
+	keepCount int
+	keepBytes int
+	closed    bool // +checklocks:mu
+}
+
+type limitKey struct{ name, key string }
+
+// holdback is a running interval of a Limit, and the latest event that came during it.
+type holdback struct {
+	stop func()
+	name string
+	line []byte // nil: none came
+}
+
+// Subscription is one receiver of events.
+type Subscription struct {
+	f func(Message)
+}
+
+// NewBus returns a bus without subscribers.
+func NewBus(o Options) *Bus {
+	b := &Bus{clock: o.Clock, limits: o.Limits, held: make(map[limitKey]*holdback),
+		keepCount: o.KeepCount, keepBytes: o.KeepBytes}
+	if b.clock == nil {
+		b.clock = systemClock{}
+	}
+	if b.limits == nil {
+		b.limits = DefaultLimits()
+	}
+	if b.keepCount == 0 {
+		b.keepCount = 1024
+	}
+	if b.keepBytes == 0 {
+		b.keepBytes = 1 << 20
+	}
+	return b
+}
+
+// Subscribe has f called for each event delivered from now on, until Unsubscribe. f runs with
+// the bus locked and therefore must not block, call the bus, or keep anybody waiting: it puts
+// the message into a queue.
+func (b *Bus) Subscribe(f func(Message)) *Subscription {
+	s := &Subscription{f}
+	b.mu.Lock()
+	defer b.mu.Unlock()
+	b.subs = append(b.subs, s)
+	return s
+}
+
+// Unsubscribe ends the calls for s; none is under way when it returns. Doing it twice, or for
+// nil, is harmless.
+func (b *Bus) Unsubscribe(s *Subscription) {
+	b.mu.Lock()
+	defer b.mu.Unlock()
+	for i := range b.subs {
+		if b.subs[i] == s {
+			// A new slice: deliverLocked of this bus may not be running, but the
+			// order of the others must stay.
+			b.subs = append(b.subs[:i:i], b.subs[i+1:]...)
+			return
+		}
+	}
+}
+
+// Emit delivers e to all subscribers before it returns, unless a Limit holds it back. It
+// never blocks on a subscriber.
+func (b *Bus) Emit(e Event) {
+	name := e.EventName()
+	limit, limited := b.limits[name]
+	b.mu.Lock()
+	defer b.mu.Unlock()
+	if b.closed {
+		return
+	}
+	// Stamped under the lock: stamps never run backwards against the numbers.
+	line := appendEvent(nil, e, name, b.clock.Now())
+	if limited {
+		key := limitKey{name, limitValue(e, limit.Key)}
+		if h := b.held[key]; h != nil {
+			h.line = line
+			return
+		}
+		h := &holdback{name: name}
+		b.held[key] = h
+		h.stop = b.clock.AfterFunc(limit.Interval, func() { b.release(key, h, limit.Interval) })
+	}
+	b.deliverLocked(name, line)
+}
+
+// release runs at the end of an interval of h: it delivers what was held back and starts the
+// next interval, or forgets h.
+func (b *Bus) release(key limitKey, h *holdback, interval time.Duration) {
+	b.mu.Lock()
+	defer b.mu.Unlock()
+	if b.held[key] != h {
+		return
+	}
+	if h.line == nil {
+		delete(b.held, key)
+		return
+	}
+	line := h.line
+	h.line = nil
+	h.stop = b.clock.AfterFunc(interval, func() { b.release(key, h, interval) })
+	b.deliverLocked(h.name, line)
+}
+
+// +checklocks:b.mu
+func (b *Bus) deliverLocked(name string, line []byte) {
+	b.seq++
+	m := Message{b.seq, name, line}
+	if b.keepCount > 0 {
+		b.kept = append(b.kept, m)
+		b.keptBytes += len(line)
+		for len(b.kept) > b.keepCount || b.keptBytes > b.keepBytes {
+			b.keptBytes -= len(b.kept[0].Line)
+			b.kept[0] = Message{}
+			b.kept = b.kept[1:]
+		}
+	}
+	for _, s := range b.subs {
+		s.f(m)
+	}
+}
+
+// Replay returns the kept events with numbers above seq, oldest first.
+func (b *Bus) Replay(seq uint64) []Message {
+	b.mu.Lock()
+	defer b.mu.Unlock()
+	for i := range b.kept {
+		if b.kept[i].Seq > seq {
+			return append([]Message(nil), b.kept[i:]...)
+		}
+	}
+	return nil
+}
+
+// Close drops what is held back and stops the timers; later events are ignored.
+func (b *Bus) Close() {
+	b.mu.Lock()
+	defer b.mu.Unlock()
+	b.closed = true
+	for key, h := range b.held {
+		h.stop()
+		delete(b.held, key)
+	}
+}
+
+// limitValue is the value of the string member of e's data by which e is limited.
+func limitValue(e Event, member string) string {
+	if member == "" {
+		return ""
+	}
+	v, err := value.Parse(string(e.AppendJSON(nil)))
+	if err != nil {
+		panic("events: data of " + e.EventName() + ": " + err.Error())
+	}
+	d, _ := v.(*value.Dict)
+	s, _ := d.Get(member)
+	key, _ := s.(string)
+	return key
+}
+
+// appendEvent encodes e as the wire shows it, members in hash order.
+func appendEvent(b []byte, e Event, name string, at time.Time) []byte {
+	us := at.UnixMicro()
+	b = append(b, `{"timestamp": {"seconds": `...)
+	b = strconv.AppendInt(b, us/1e6, 10)
+	b = append(b, `, "microseconds": `...)
+	b = strconv.AppendInt(b, us%1e6, 10)
+	b = append(b, `}, "event": `...)
+	b = value.AppendString(b, name)
+	mark := len(b)
+	b = append(b, `, "data": `...)
+	start := len(b)
+	if b = e.AppendJSON(b); len(b) == start {
+		b = b[:mark]
+	}
+	return append(b, '}')
+}

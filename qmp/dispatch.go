@@ -1,0 +1,300 @@
+package qmp
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"log/slog"
+	"runtime/debug"
+	"slices"
+	"strconv"
+	"sync"
+	"sync/atomic"
+
+	"qblockd/schema/types"
+	"qblockd/schema/value"
+)
+
+// Version is what the greeting and query-version report.
+type Version struct {
+	Major, Minor, Micro int    // of the QEMU whose interface this is
+	Package             string // our own name and version
+}
+
+// AppendJSON appends the VersionInfo object.
+func (v Version) AppendJSON(b []byte) []byte {
+	b = append(b, `{"qemu": {"micro": `...)
+	b = strconv.AppendInt(b, int64(v.Micro), 10)
+	b = append(b, `, "minor": `...)
+	b = strconv.AppendInt(b, int64(v.Minor), 10)
+	b = append(b, `, "major": `...)
+	b = strconv.AppendInt(b, int64(v.Major), 10)
+	b = append(b, `}, "package": `...)
+	b = value.AppendString(b, v.Package)
+	return append(b, '}')
+}
+
+// Dispatcher knows the commands and executes requests. It is a types.Registrar. All handlers are
+// registered before the first session is served.
+type Dispatcher struct {
+	version  Version
+	commands map[string]command
+	stopped  atomic.Bool
+
+	// RecoverPanics makes a panic of a handler an error reply (and a log entry with the
+	// stack) instead of the end of the process. A handler that panicked may have left
+	// anything half done, so this is for those who would rather limp than lose the other
+	// disks; tests leave it off so that bugs show.
+	RecoverPanics bool
+	// Log takes what a client does not see; nil: slog's default.
+	Log *slog.Logger
+
+	stopMu   sync.Mutex
+	sessions map[*Session]struct{} // +checklocks:stopMu  to be woken by Stop
+}
+
+type command struct {
+	run types.HandlerFunc
+	oob bool // may run out of band
+}
+
+// NewDispatcher returns a dispatcher that knows no commands but qmp_capabilities.
+func NewDispatcher(v Version) *Dispatcher {
+	return &Dispatcher{version: v, commands: make(map[string]command), sessions: make(map[*Session]struct{})}
+}
+
+// Version is the version given to NewDispatcher.
+func (d *Dispatcher) Version() Version { return d.version }
+
+// Handle registers the handler of a command; a second one for the same name panics.
+func (d *Dispatcher) Handle(name string, f types.HandlerFunc) { d.add(name, command{run: f}) }
+
+// HandleOOB is Handle for a command that may also be executed out of band: then it runs
+// beside whatever its session is executing, and must neither block nor take a lock that is
+// held across I/O.
+func (d *Dispatcher) HandleOOB(name string, f types.HandlerFunc) {
+	d.add(name, command{run: f, oob: true})
+}
+
+func (d *Dispatcher) add(name string, c command) {
+	if _, dup := d.commands[name]; dup || name == "qmp_capabilities" {
+		panic("qmp: second handler for " + name)
+	}
+	d.commands[name] = c
+}
+
+// Commands returns the names of all commands, qmp_capabilities included, in alphabetical order.
+func (d *Dispatcher) Commands() []string {
+	names := []string{"qmp_capabilities"}
+	for name := range d.commands {
+		names = append(names, name)
+	}
+	slices.Sort(names)
+	return names
+}
+
+// Stop makes all sessions execute nothing more: what they have not begun is ignored, without
+// a reply. Commands under way finish. It is called by the handler of quit.
+func (d *Dispatcher) Stop() {
+	d.stopped.Store(true)
+	d.stopMu.Lock()
+	defer d.stopMu.Unlock()
+	for s := range d.sessions {
+		s.wake()
+	}
+}
+
+// Stopped tells whether Stop was called.
+func (d *Dispatcher) Stopped() bool { return d.stopped.Load() }
+
+func (d *Dispatcher) enter(s *Session) {
+	d.stopMu.Lock()
+	defer d.stopMu.Unlock()
+	d.sessions[s] = struct{}{}
+}
+
+func (d *Dispatcher) leave(s *Session) {
+	d.stopMu.Lock()
+	defer d.stopMu.Unlock()
+	delete(d.sessions, s)
+}
+
+func (d *Dispatcher) log() *slog.Logger {
+	if d.Log != nil {
+		return d.Log
+	}
+	return slog.Default()
+}
+
+// negotiation is the part of a session's state that requests depend on.
+type negotiation struct {
+	done bool // commands other than qmp_capabilities are allowed
+	oob  bool // the capability was enabled
+}
+
+// reply executes one request and appends the whole reply, without line end, to out.
+func (d *Dispatcher) reply(ctx context.Context, neg *negotiation, request value.Value, out []byte) []byte {
+	obj, ok := request.(*value.Dict)
+	if !ok {
+		return appendFailure(out, nil, false, errNotObject)
+	}
+	id, hasID := obj.Get("id")
+	start := len(out)
+	out = append(out, `{"return": `...)
+	mark := len(out)
+	out, err := d.execute(ctx, neg, obj, out)
+	if err != nil {
+		return appendFailure(out[:start], id, hasID, err)
+	}
+	if len(out) == mark {
+		out = append(out, "{}"...)
+	}
+	if hasID {
+		out = append(out, `, "id": `...)
+		out = value.Append(out, id)
+	}
+	return append(out, '}')
+}
+
+// appendFailure appends an error reply; err's text is the description.
+func appendFailure(out []byte, id value.Value, hasID bool, err error) []byte {
+	out = append(out, '{')
+	if hasID {
+		out = append(out, `"id": `...)
+		out = value.Append(out, id)
+		out = append(out, ", "...)
+	}
+	out = append(out, `"error": {"class": `...)
+	out = value.AppendString(out, Class(err))
+	out = append(out, `, "desc": `...)
+	out = value.AppendString(out, err.Error())
+	return append(out, "}}"...)
+}
+
+// execute checks a request and runs its command.
+func (d *Dispatcher) execute(ctx context.Context, neg *negotiation, obj *value.Dict, out []byte) ([]byte, error) {
+	req, err := checkRequest(obj, neg.oob)
+	if err != nil {
+		return out, err
+	}
+	if req.command == "qmp_capabilities" {
+		if req.oob {
+			return out, noOOB(req.command)
+		}
+		return out, negotiate(neg, req.args)
+	}
+	if !neg.done {
+		return out, errNegotiate
+	}
+	c, ok := d.commands[req.command]
+	if !ok {
+		return out, &Error{ErrClass: CommandNotFound, Desc: "The command " + req.command + " has not been found"}
+	}
+	if req.oob && !c.oob {
+		return out, noOOB(req.command)
+	}
+	if d.RecoverPanics {
+		return d.guarded(ctx, req, c, out)
+	}
+	return c.run(ctx, req.args, out)
+}
+
+func (d *Dispatcher) guarded(ctx context.Context, req request, c command, out []byte) (res []byte, err error) {
+	defer func() {
+		if p := recover(); p != nil {
+			d.log().Error("command panicked", "command", req.command, "panic", fmt.Sprint(p), "stack", string(debug.Stack()))
+			res, err = out, errors.New("Internal error in command "+req.command) //lint:ignore ST1005 text of a reply
+		}
+	}()
+	return c.run(ctx, req.args, out)
+}
+
+// request is a checked request.
+type request struct {
+	command string
+	args    *value.Dict // not nil
+	oob     bool        // given as exec-oob
+}
+
+// checkRequest finds the first fault of a request in the order of the reference's hash table.
+func checkRequest(obj *value.Dict, allowOOB bool) (request, error) {
+	var r request
+	var key string // the member that named the command
+	var err error
+	obj.EachHashed(func(name string, v value.Value) bool {
+		switch {
+		case name == "execute", name == "exec-oob" && allowOOB:
+			s, ok := v.(string)
+			switch {
+			case !ok:
+				err = inputError(name, "must be a string")
+			case key != "":
+				err = inputError(name, "clashes with '"+key+"'")
+			}
+			r.command, r.oob, key = s, name == "exec-oob", name
+		case name == "arguments":
+			var ok bool
+			if r.args, ok = v.(*value.Dict); !ok {
+				err = inputError(name, "must be an object")
+			}
+		case name != "id":
+			err = inputError(name, "is unexpected")
+		}
+		return err == nil
+	})
+	switch {
+	case err != nil:
+		return r, err
+	case key == "":
+		return r, errNoExecute
+	case r.args == nil:
+		r.args = &value.Dict{}
+	}
+	return r, nil
+}
+
+// isOOB tells whether a request is to overtake those that wait.
+func isOOB(v value.Value) bool {
+	obj, ok := v.(*value.Dict)
+	if !ok {
+		return false
+	}
+	_, oob := obj.Get("exec-oob")
+	_, exec := obj.Get("execute")
+	return oob && !exec
+}
+
+// negotiate executes qmp_capabilities.
+func negotiate(neg *negotiation, args *value.Dict) error {
+	oob := false
+	if v, ok := args.Get("enable"); ok {
+		list, ok := v.(value.List)
+		if !ok {
+			return errors.New("Invalid parameter type for 'enable', expected: array") //lint:ignore ST1005 text of a reply
+		}
+		for i, v := range list {
+			switch s, ok := v.(string); {
+			case !ok:
+				return fmt.Errorf("Invalid parameter type for 'enable[%d]', expected: string", i) //lint:ignore ST1005 text of a reply
+			case s != "oob":
+				return fmt.Errorf("Parameter 'null' does not accept value '%s'", s) //lint:ignore ST1005 text of a reply
+			}
+			oob = true
+		}
+	}
+	var unexpected error
+	args.EachHashed(func(name string, _ value.Value) bool {
+		if name != "enable" {
+			unexpected = errors.New("Parameter '" + name + "' is unexpected") //lint:ignore ST1005 text of a reply
+		}
+		return unexpected == nil
+	})
+	switch {
+	case unexpected != nil:
+		return unexpected
+	case neg.done:
+		return errNegotiated
+	}
+	neg.done, neg.oob = true, oob
+	return nil
+}

@@ -1,0 +1,131 @@
+package handlers
+
+import (
+	"context"
+	"fmt"
+
+	"qblockd/graph"
+	"qblockd/jobs/stream"
+	"qblockd/qmp"
+	"qblockd/schema/types"
+)
+
+// Nodes finds nodes as the commands name them; *blockdev.Manager is one.
+type Nodes interface {
+	// Lookup finds a node by the name of a device or of the node itself; the error has the reference's words.
+	Lookup(device, nodeName string) (*graph.Node, error)
+	// FileName is the node's name as it is written into an overlay's header.
+	FileName(n *graph.Node) string
+	// FindBacking is the node in the backing chain of top whose image has that file name, or nil.
+	FindBacking(top *graph.Node, file string) *graph.Node
+}
+
+// BlockStream implements types.BlockJobHandler.
+func (h BlockJob) BlockStream(ctx context.Context, a *types.BlockStreamArgs) error {
+	if err := exclusive("base", a.Base, "base-node", a.BaseNode); err != nil {
+		return err
+	}
+	if err := exclusive("base", a.Base, "bottom", a.Bottom); err != nil {
+		return err
+	}
+	if err := exclusive("bottom", a.Bottom, "base-node", a.BaseNode); err != nil {
+		return err
+	}
+	top, err := h.Nodes.Lookup(a.Device, a.Device)
+	if err != nil {
+		return err
+	}
+	args := stream.Args{
+		Top: top, OnError: types.BlockdevOnErrorReport, FileName: h.Nodes.FileName,
+		ID: deref(a.JobID), BackingFile: deref(a.BackingFile), Speed: deref(a.Speed), FilterNodeName: deref(a.FilterNodeName),
+		ManualFinalize: isFalse(a.AutoFinalize), ManualDismiss: isFalse(a.AutoDismiss),
+		MaskProtocol: deref(a.BackingMaskProtocol),
+	}
+	if a.OnError != nil {
+		args.OnError = *a.OnError
+	}
+	if err := h.streamEnd(&args, a); err != nil {
+		return err
+	}
+	end := args.Base
+	if args.Bottom != nil {
+		end = next(args.Bottom)
+	}
+	for n := top; n != nil && n != end; n = next(n) {
+		if err := n.Blocked(graph.OpStream); err != nil {
+			return err
+		}
+	}
+	if args.Base == nil && a.BackingFile != nil {
+		return fmt.Errorf("backing file specified, but streaming the entire chain")
+	}
+	release, err := stream.Start(ctx, h.Jobs, args)
+	if err != nil {
+		return err
+	}
+	qmp.AfterReply(ctx, release)
+	return nil
+}
+
+// streamEnd finds the node that the arguments name as the end of what is streamed.
+func (h BlockJob) streamEnd(args *stream.Args, a *types.BlockStreamArgs) error {
+	top := args.Top
+	switch {
+	case a.Base != nil:
+		if args.Base = h.Nodes.FindBacking(top, *a.Base); args.Base == nil {
+			return fmt.Errorf("Can't find '%s' in the backing chain", *a.Base)
+		}
+	case a.BaseNode != nil:
+		n, err := h.Nodes.Lookup("", *a.BaseNode)
+		if err != nil {
+			return err
+		}
+		if n == top || !inChain(top, n) {
+			return fmt.Errorf("Node '%s' is not a backing image of '%s'", *a.BaseNode, a.Device)
+		}
+		args.Base = n
+	case a.Bottom != nil:
+		n, err := h.Nodes.Lookup("", *a.Bottom)
+		if err != nil {
+			return err
+		}
+		if n.Kind() == graph.Filter {
+			return fmt.Errorf("Node '%s' is a filter, use a non-filter node as 'bottom'", *a.Bottom)
+		}
+		if !inChain(top, n) {
+			return fmt.Errorf("Node '%s' is not in a chain starting from '%s'", *a.Bottom, a.Device)
+		}
+		args.Bottom = n
+	}
+	return nil
+}
+
+func exclusive(nameA string, a *string, nameB string, b *string) error {
+	if a != nil && b != nil {
+		return fmt.Errorf("'%s' and '%s' cannot be specified at the same time", nameA, nameB)
+	}
+	return nil
+}
+
+func next(n *graph.Node) *graph.Node {
+	if e := n.FilterOrCOWChild(); e != nil {
+		return e.Node()
+	}
+	return nil
+}
+
+func inChain(top, n *graph.Node) bool {
+	for top != nil && top != n {
+		top = next(top)
+	}
+	return top != nil
+}
+
+func deref[T any](p *T) (v T) {
+	if p != nil {
+		v = *p
+	}
+	return v
+}
+
+func isFalse(p *bool) bool { return p != nil && !*p }

@@ -1,0 +1,96 @@
+package qmp
+
+import (
+	"sync"
+	"sync/atomic"
+	"time"
+
+	"qblockd/events"
+)
+
+// Options of a Monitor.
+type Options struct {
+	Pretty bool   // indent what is sent
+	Limits Limits // per client
+}
+
+// Monitor is a place where clients talk QMP: any number of them at once, each with its own
+// Session.
+type Monitor struct {
+	d      *Dispatcher
+	bus    *events.Bus // may be nil
+	pretty bool
+	limits Limits
+
+	overflows atomic.Uint64
+
+	mu       sync.Mutex
+	sessions map[*Session]struct{} // +checklocks:mu
+	closed   bool                  // +checklocks:mu
+	idle     sync.WaitGroup        // counts sessions
+}
+
+// NewMonitor returns a monitor whose clients execute d's commands and hear bus's events.
+func NewMonitor(d *Dispatcher, bus *events.Bus, o Options) *Monitor {
+	if o.Limits.HoldInput == 0 {
+		o.Limits.HoldInput = 1 << 20
+	}
+	if o.Limits.Unsent == 0 {
+		o.Limits.Unsent = 64 << 20
+	}
+	return &Monitor{d: d, bus: bus, pretty: o.Pretty, limits: o.Limits, sessions: make(map[*Session]struct{})}
+}
+
+// Serve talks to one client, beginning with the greeting, until it leaves or the monitor is
+// closed; then c is closed. It blocks as long.
+func (m *Monitor) Serve(c Conn) {
+	s := newSession(m, c)
+	m.mu.Lock()
+	if m.closed {
+		m.mu.Unlock()
+		c.Close()
+		return
+	}
+	m.sessions[s] = struct{}{}
+	m.idle.Add(1)
+	m.mu.Unlock()
+	m.d.enter(s)
+	defer func() {
+		m.d.leave(s)
+		m.mu.Lock()
+		delete(m.sessions, s)
+		m.mu.Unlock()
+		m.idle.Done()
+	}()
+	s.serve()
+}
+
+// Sessions is the number of clients connected.
+func (m *Monitor) Sessions() int {
+	m.mu.Lock()
+	defer m.mu.Unlock()
+	return len(m.sessions)
+}
+
+// Overflows is how many clients were disconnected because they did not read.
+func (m *Monitor) Overflows() uint64 { return m.overflows.Load() }
+
+// Close ends all sessions: each client is given until grace has passed to take what is queued
+// for it, then its commands are cancelled and its connection is closed. Close returns when all
+// commands have ended.
+func (m *Monitor) Close(grace time.Duration) {
+	m.mu.Lock()
+	m.closed = true
+	var all sync.WaitGroup
+	for s := range m.sessions {
+		all.Go(func() {
+			if grace > 0 {
+				s.waitSent(grace)
+			}
+			s.fail(errGone)
+		})
+	}
+	m.mu.Unlock()
+	all.Wait()
+	m.idle.Wait()
+}
