@@ -1,0 +1,65 @@
+# Everything that is done to this project is a target here; `make help` lists them.
+GO        ?= go
+BIN       := bin
+PKGS      := ./...
+FUZZTIME  ?= 30s
+RUNDIR    ?= run
+STATICCHECK := honnef.co/go/tools/cmd/staticcheck@v0.6.1
+SHARED    ?= ../shared
+
+.DEFAULT_GOAL := help
+.PHONY: help build run test tools check race lint fuzz golden bench bench-peer generate generate-check tidy-check interop clean FORCE
+
+help: ## list the targets
+	@sed -n 's/^\([a-z-]*\):.*## /\1\t/p' $(MAKEFILE_LIST) | expand -t 18
+
+build: ## build bin/qblockd and bin/qblockctl
+	@mkdir -p $(BIN)
+	$(GO) build -o $(BIN)/ ./cmd/qblockd ./cmd/qblockctl
+
+run: build ## build and start qblockd on a disk of its own under ./run
+	./$(BIN)/qblockd --demo $(RUNDIR)
+
+tools: ## install the outside tools that the tests use (Debian, as root; else nothing)
+	@sh tests/tools.sh
+
+test: tools build ## install what is needed where that is possible, then run all tests
+	$(GO) vet $(PKGS)
+	$(GO) test -timeout 15m $(PKGS)
+
+check: lint generate-check tidy-check test race ## all that must pass before a merge
+
+race: ## all tests under the race detector and with invariants checked
+	$(GO) test -race -tags invariants -timeout 25m $(PKGS)
+
+lint: ## gofmt, vet, staticcheck
+	@test -z "$$(gofmt -l $$(git ls-files '*.go'))" || { gofmt -l $$(git ls-files '*.go'); exit 1; }
+	$(GO) vet $(PKGS)
+	$(GO) run $(STATICCHECK) $(PKGS)
+
+generate: ## rewrite what is generated from schema/qapi
+	$(GO) generate ./schema/...
+
+generate-check: generate ## generated files are up to date
+	git diff --exit-code -- schema
+
+tidy-check: ## go.mod and go.sum are tidy
+	$(GO) mod tidy -diff
+
+fuzz: ## every fuzz target for FUZZTIME each
+	@sh tests/fuzz.sh $(FUZZTIME)
+
+golden: build ## rewrite the recorded conversations in tests/conv from qblockd; review the diff as behaviour
+	$(GO) test ./tests/conv -run TestConversations -update
+
+interop: build ## the tests with real clients and QEMU's tools only
+	$(GO) test -count=1 -v ./tests/interop/...
+
+bench: ## Go benchmarks
+	$(GO) test -run '^$$' -bench . -benchmem $(PKGS)
+
+bench-peer: build ## the load benchmarks beside qemu-storage-daemon, when they are at $(SHARED)/bench
+	$(SHARED)/bench/bench.py --quick --subject $(abspath $(BIN))/qblockd
+
+clean: ## remove what was built
+	rm -rf $(BIN) $(RUNDIR)

@@ -1,0 +1,234 @@
+package cmdline
+
+import (
+	"fmt"
+	"math"
+	"strconv"
+	"strings"
+)
+
+// OptType is the type of an option of the older syntax.
+type OptType uint8
+
+const (
+	OptString OptType = iota
+	OptBool
+	OptNumber // unsigned 64 bit, C's number prefixes
+	OptSize   // bytes, with a unit suffix
+)
+
+// Opts is what an argument in the older option syntax (QemuOpts) says. Of a name given several times, the last counts.
+type Opts struct {
+	ID string
+	// Warnings are to be shown before any error; each may have a second line.
+	Warnings []string
+	// Help: "help" or "?" was among the flags.
+	Help bool
+
+	values map[string]string
+}
+
+// Get returns the text given for name.
+func (o *Opts) Get(name string) (string, bool) {
+	v, ok := o.values[name]
+	return v, ok
+}
+
+// Bool returns a boolean option, or def if it was not given.
+func (o *Opts) Bool(name string, def bool) bool {
+	if v, ok := o.values[name]; ok {
+		b, _ := parseBool(v)
+		return b
+	}
+	return def
+}
+
+// Number returns a number or size option in its unit, or 0 if it was not given.
+func (o *Opts) Number(name string) uint64 {
+	v, ok := o.values[name]
+	if !ok {
+		return 0
+	}
+	if n, err := strconv.ParseUint(v, 0, 64); err == nil {
+		return n
+	}
+	n, _ := parseSize(v)
+	return n
+}
+
+// HintError is an error with a further line for people.
+type HintError struct {
+	Err      error
+	HintText string
+}
+
+func (e *HintError) Error() string { return e.Err.Error() }
+func (e *HintError) Unwrap() error { return e.Err }
+
+// Hint is the further line, without a newline.
+func (e *HintError) Hint() string { return e.HintText }
+
+// ParseOpts parses name=value,... in the older option syntax: implied names the first value, a
+// flag without value is a boolean (with a warning) and "no" before it negates it, ",," is a comma within a
+// value. known lists the allowed names. id must be an identifier where given.
+func ParseOpts(params, implied string, known map[string]OptType) (*Opts, error) {
+	o := &Opts{values: map[string]string{}}
+	if err := o.takeID(params); err != nil {
+		return o, err
+	}
+	first := implied
+	for rest := params; rest != ""; first = "" {
+		var p optPair
+		p, rest = nextOpt(rest, first)
+		if p.flag {
+			if p.name == "help" || p.name == "?" {
+				o.Help = true
+				return o, nil
+			}
+			o.Warnings = append(o.Warnings, p.warning())
+		}
+		if p.name == "id" {
+			continue
+		}
+		typ, ok := known[p.name]
+		if !ok {
+			return o, fmt.Errorf("Invalid parameter '%s'", p.name)
+		}
+		if err := checkOpt(p.name, p.value, typ); err != nil {
+			return o, err
+		}
+		o.values[p.name] = p.value
+	}
+	return o, nil
+}
+
+// takeID finds the id before anything else is looked at; here no name is implied.
+func (o *Opts) takeID(params string) error {
+	for rest := params; rest != ""; {
+		var p optPair
+		p, rest = nextOpt(rest, "")
+		if p.name != "id" {
+			continue
+		}
+		if !Identifier(p.value) {
+			return &HintError{
+				Err:      fmt.Errorf("Parameter 'id' expects an identifier"),
+				HintText: "Identifiers consist of letters, digits, '-', '.', '_', starting with a letter.",
+			}
+		}
+		o.ID = p.value
+		return nil
+	}
+	return nil
+}
+
+// Identifier tells whether s is a legal id: a letter, then letters, digits, '-', '.', '_'.
+func Identifier(s string) bool {
+	for i := 0; i < len(s); i++ {
+		c := s[i]
+		if !isLetter(c) && (i == 0 || !isDigit(c) && c != '-' && c != '.' && c != '_') {
+			return false
+		}
+	}
+	return s != ""
+}
+
+type optPair struct {
+	name, value string
+	flag        bool // given without a value
+	negated     bool // by "no"
+}
+
+func (p optPair) warning() string {
+	prefix := ""
+	if p.negated {
+		prefix = "no"
+	}
+	name, val := p.name, p.value
+	if name == "delay" {
+		name, val = "nodelay", "off"
+		if p.negated {
+			val = "on"
+		}
+	}
+	return fmt.Sprintf("short-form boolean option '%s%s' deprecated\nPlease use %s=%s instead", prefix, p.name, name, val)
+}
+
+func nextOpt(params, implied string) (optPair, string) {
+	n := strings.IndexAny(params, "=,")
+	if n >= 0 && params[n] == '=' {
+		v, rest := keyvalText(params[n+1:])
+		return optPair{name: params[:n], value: v}, rest
+	}
+	if implied != "" {
+		v, rest := keyvalText(params)
+		return optPair{name: implied, value: v}, rest
+	}
+	rest := ""
+	p := optPair{name: params, value: "on", flag: true}
+	if n >= 0 {
+		p.name, rest = params[:n], params[n+1:]
+	}
+	if strings.HasPrefix(p.name, "no") {
+		p.name, p.value, p.negated = p.name[2:], "off", true
+	}
+	return p, rest
+}
+
+func checkOpt(name, val string, typ OptType) error {
+	switch typ {
+	case OptBool:
+		if _, ok := parseBool(val); !ok {
+			return fmt.Errorf("Parameter '%s' expects 'on' or 'off'", name)
+		}
+	case OptNumber:
+		if _, err := strconv.ParseUint(val, 0, 64); err != nil {
+			return fmt.Errorf("Parameter '%s' expects a number", name)
+		}
+	case OptSize:
+		if _, ok := parseSize(val); !ok {
+			return &HintError{
+				Err: fmt.Errorf("Parameter '%s' expects a non-negative number below 2^64", name),
+				HintText: "Optional suffix k, M, G, T, P or E means kilo-, mega-, giga-, tera-, peta-\n" +
+					"and exabytes, respectively.",
+			}
+		}
+	}
+	return nil
+}
+
+func parseBool(s string) (val, ok bool) {
+	switch s {
+	case "on", "yes", "true", "y":
+		return true, true
+	case "off", "no", "false", "n":
+		return false, true
+	}
+	return false, false
+}
+
+// parseSize reads a number of bytes with an optional binary unit suffix; a fraction is allowed with one.
+func parseSize(s string) (uint64, bool) {
+	num, shift := s, 0
+	if s != "" {
+		if i := strings.IndexByte("BKMGTPE", s[len(s)-1]&^0x20); i >= 0 && isLetter(s[len(s)-1]) &&
+			!strings.HasPrefix(s, "0x") {
+			num, shift = s[:len(s)-1], i*10
+		}
+	}
+	if n, err := strconv.ParseUint(num, 0, 64); err == nil {
+		if n > math.MaxUint64>>shift {
+			return 0, false
+		}
+		return n << shift, true
+	}
+	f, err := strconv.ParseFloat(num, 64)
+	if err != nil || shift == 0 || f < 0 || strings.ContainsAny(num, "eExX+-nN") {
+		return 0, false
+	}
+	f *= float64(uint64(1) << shift)
+	if f >= math.MaxUint64 {
+		return 0, false
+	}
+	return uint64(f), true
+}

@@ -1,0 +1,206 @@
+// Package copy is the one copy engine of the jobs: it walks a range, asks what is to be done with
+// each extent, and lets a few workers do it, under the job's pause points, speed limit and error policies.
+//
+//	walk: Checkpoint/Throttle -> Look -> skip, or hand over --> workers: gate -> Copy -> gate
+//	        ^                                                      |
+//	        `------------ failed units, to be tried again <--------'
+//
+// The walker holds no gate pass while it waits, and every unit passes the gate on its own, so a drain waits
+// for the units in flight only.
+package copy
+
+import (
+	"qblockd/graph/blk"
+	"qblockd/jobs"
+	"qblockd/schema/types"
+)
+
+// Action is what an extent needs.
+type Action uint8
+
+const (
+	Skip Action = iota // nothing
+	Zero               // zeroes at the target
+	Data               // the source's data at the target
+)
+
+// Extent is the first N bytes of what was asked about.
+type Extent struct {
+	N      int64
+	Action Action
+}
+
+// Gate is where units of work begin and end; *graph.Root is one.
+type Gate interface {
+	Begin() (*blk.Req, error)
+	End(r *blk.Req)
+}
+
+// Task describes a copy. Its functions run in several goroutines, each with a unit of work of its own.
+type Task struct {
+	Gate Gate
+	// Size is the length of the range in bytes, Chunk the largest extent handled at once, Workers how many at the same time.
+	Size, Chunk int64
+	Workers     int
+	// Look tells what [off, off+n) needs, or at least its beginning.
+	Look func(r *blk.Req, off, n int64) (Extent, error)
+	// Copy does it. It takes the conflict lock that keeps guest writes out, as long as it needs.
+	Copy func(r *blk.Req, off int64, e Extent) error
+	// Operation and Policy: what a failure counts as, and what becomes of it.
+	Operation types.IoOperationType
+	Policy    types.BlockdevOnError
+}
+
+type unit struct {
+	off int64
+	ext Extent
+	err error
+}
+
+type engine struct {
+	Task
+	h        *jobs.Handle
+	work     chan unit
+	done     chan unit
+	workers  int // started
+	inFlight int
+	retry    []unit
+	failure  error // the first one that was not tried again
+	stop     bool  // and it ends the job
+}
+
+// Run does the task and returns the first error that a policy reported, or ignored at the end, or jobs.ErrCancelled.
+// It blocks until no unit is in flight any more.
+func Run(h *jobs.Handle, t Task) error {
+	e := &engine{Task: t, h: h, work: make(chan unit), done: make(chan unit, t.Workers)}
+	err := e.walk()
+	for e.inFlight > 0 {
+		e.collect(<-e.done)
+	}
+	close(e.work)
+	if err != nil {
+		return err
+	}
+	return e.failure
+}
+
+func (e *engine) walk() error {
+	off := int64(0)
+	for !e.stop {
+		e.drainDone()
+		if e.h.PauseRequested() {
+			e.settle()
+		}
+		if err := e.h.Throttle(0); err != nil {
+			return err
+		}
+		switch {
+		case len(e.retry) > 0:
+			u := e.retry[0]
+			e.retry = e.retry[1:]
+			if u.ext.Action != Skip {
+				e.hand(u)
+				continue
+			}
+			// Looking failed; do that again.
+			e.look(u.off, u.ext.N)
+		case off < e.Size:
+			off += e.look(off, min(e.Chunk, e.Size-off))
+		case e.inFlight > 0:
+			e.collect(<-e.done)
+		default:
+			return nil
+		}
+	}
+	return nil
+}
+
+// look classifies the beginning of [off, off+n), has it done, and returns its length.
+func (e *engine) look(off, n int64) int64 {
+	e.h.Yield()
+	r, err := e.Gate.Begin()
+	var ext Extent
+	if err == nil {
+		ext, err = e.Look(r, off, n)
+		e.Gate.End(r)
+	}
+	if err != nil {
+		e.failed(unit{off: off, ext: Extent{N: n}, err: err})
+		return n
+	}
+	if ext.Action == Skip {
+		e.h.Done(ext.N)
+		return ext.N
+	}
+	e.hand(unit{off: off, ext: ext})
+	return ext.N
+}
+
+// hand gives a unit to a worker, waiting for one to be free.
+func (e *engine) hand(u unit) {
+	for e.inFlight >= e.Workers {
+		e.collect(<-e.done)
+	}
+	if e.workers < e.Workers && e.workers == e.inFlight {
+		e.workers++
+		go e.worker()
+	}
+	e.inFlight++
+	e.work <- u
+}
+
+func (e *engine) worker() {
+	for u := range e.work {
+		r, err := e.Gate.Begin()
+		if err == nil {
+			err = e.Copy(r, u.off, u.ext)
+			e.Gate.End(r)
+		}
+		u.err = err
+		e.done <- u
+	}
+}
+
+func (e *engine) drainDone() {
+	for e.inFlight > 0 {
+		select {
+		case u := <-e.done:
+			e.collect(u)
+		default:
+			return
+		}
+	}
+}
+
+// settle waits for the units in flight: a paused job does nothing.
+func (e *engine) settle() {
+	for e.inFlight > 0 {
+		e.collect(<-e.done)
+	}
+}
+
+func (e *engine) collect(u unit) {
+	e.inFlight--
+	if u.err != nil {
+		e.failed(u)
+		return
+	}
+	e.h.Done(u.ext.N)
+	e.h.Count(u.ext.N)
+}
+
+func (e *engine) failed(u unit) {
+	switch e.h.OnError(e.Operation, e.Policy, u.err) {
+	case types.BlockErrorActionStop:
+		u.err = nil
+		e.retry = append(e.retry, u)
+		return
+	case types.BlockErrorActionReport:
+		e.stop = true
+	default:
+		e.h.Done(u.ext.N)
+	}
+	if e.failure == nil {
+		e.failure = u.err
+	}
+}

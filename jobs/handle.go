@@ -1,0 +1,153 @@
+package jobs
+
+import (
+	"context"
+	"time"
+
+	"qblockd/jobs/machine"
+	"qblockd/schema/types"
+)
+
+// Handle is the job as its runner sees it. Its methods are for the runner's goroutine and its workers.
+type Handle struct{ j *Job }
+
+// Job is the job itself, e.g. as the parent of edges.
+func (h *Handle) Job() *Job { return h.j }
+
+// Yield tells that from here on the work takes its time: the command that started the job is answered now, and
+// the job goes on after that. Only the first call does anything. A runner calls it before its first I/O.
+func (h *Handle) Yield() {
+	select {
+	case <-h.j.released:
+	default:
+		h.j.yieldNow()
+		<-h.j.released
+	}
+}
+
+// Checkpoint is a pause point: it blocks while the job is paused and returns ErrCancelled once it is cancelled
+// by force. It is called holding no gate pass and no conflict lock.
+func (h *Handle) Checkpoint() error {
+	j := h.j
+	j.m.mu.Lock()
+	defer j.m.mu.Unlock()
+	for j.st.ShouldPause() {
+		j.yieldNow()
+		j.stepLocked(machine.EnterPause)
+		j.waiting.Store(true)
+		for j.st.ShouldPause() {
+			j.wake.Wait()
+		}
+		j.waiting.Store(false)
+		j.stepLocked(machine.LeavePause)
+	}
+	if j.st.Forced {
+		return ErrCancelled
+	}
+	return nil
+}
+
+// Cancelled tells whether the job was asked to end early, softly or by force.
+func (h *Handle) Cancelled() bool {
+	h.j.m.mu.Lock()
+	defer h.j.m.mu.Unlock()
+	return h.j.st.Cancelled
+}
+
+// Ready announces that the job only waits for Complete (or a soft cancel).
+func (h *Handle) Ready() {
+	h.j.m.mu.Lock()
+	defer h.j.m.mu.Unlock()
+	h.j.stepLocked(machine.BecomeReady)
+}
+
+// SetRemaining says how much is still to do, in the unit of Done (bytes).
+func (h *Handle) SetRemaining(n int64) { h.j.total.Store(h.j.current.Load() + n) }
+
+// AddRemaining adds to what is still to do.
+func (h *Handle) AddRemaining(n int64) { h.j.total.Add(n) }
+
+// Done counts n as done.
+func (h *Handle) Done(n int64) { h.j.current.Add(n) }
+
+// Throttle counts n bytes against the job's speed and sleeps as long as that demands, at a pause point. It returns
+// what Checkpoint does. It is called holding no gate pass and no conflict lock.
+func (h *Handle) Throttle(n int64) error {
+	j := h.j
+	j.m.mu.Lock()
+	wait := j.block.limit.take(j.m.clock.Now(), n)
+	j.m.mu.Unlock()
+	for wait > 0 {
+		j.yieldNow()
+		if err := h.sleep(wait); err != nil {
+			return err
+		}
+		j.m.mu.Lock()
+		wait = j.block.limit.take(j.m.clock.Now(), 0)
+		j.m.mu.Unlock()
+	}
+	return h.Checkpoint()
+}
+
+// sleep waits for d, a change of speed, a pause or a cancel, and then passes a pause point.
+func (h *Handle) sleep(d time.Duration) error {
+	j := h.j
+	j.m.mu.Lock()
+	kick := j.block.kick
+	if kick == nil {
+		kick = make(chan struct{})
+		j.block.kick = kick
+	}
+	pausing := j.st.ShouldPause()
+	j.m.mu.Unlock()
+	if !pausing {
+		j.waiting.Store(true)
+		stop := j.m.clock.After(d)
+		select {
+		case <-stop.C:
+		case <-kick:
+		case <-j.ctx.Done():
+		}
+		stop.Stop()
+		j.waiting.Store(false)
+	}
+	return h.Checkpoint()
+}
+
+// Action is what an error policy makes of an I/O error.
+type Action = types.BlockErrorAction
+
+// OnError applies an error policy to a failed read or write of a block job: the event is sent, and the job is
+// paused at its next pause point where the policy says stop. The runner fails, skips the unit, or tries again after
+// Checkpoint.
+func (h *Handle) OnError(op types.IoOperationType, policy types.BlockdevOnError, err error) Action {
+	j := h.j
+	action := decide(policy, err)
+	j.m.mu.Lock()
+	defer j.m.mu.Unlock()
+	j.m.sink.Emit(types.BlockJobErrorEvent{Device: j.id, Operation: op, Action: action})
+	if action == types.BlockErrorActionStop {
+		if !j.st.UserPaused {
+			j.stepLocked(machine.UserPause)
+		}
+		j.setIOStatusLocked(err)
+	}
+	return action
+}
+
+// Context is done once the job is cancelled by force or over.
+func (h *Handle) Context() context.Context { return h.j.ctx }
+
+// PauseRequested tells whether the next Checkpoint will stop. A runner with work in flight waits for that first.
+func (h *Handle) PauseRequested() bool {
+	h.j.m.mu.Lock()
+	defer h.j.m.mu.Unlock()
+	return h.j.st.ShouldPause()
+}
+
+// Count counts n bytes against the job's speed without waiting; the next Throttle does.
+func (h *Handle) Count(n int64) {
+	h.j.m.mu.Lock()
+	defer h.j.m.mu.Unlock()
+	h.j.block.limit.take(h.j.m.clock.Now(), n)
+}

@@ -1,0 +1,209 @@
+package jobs
+
+import (
+	"context"
+	"errors"
+	"sync"
+	"sync/atomic"
+	"syscall"
+
+	"qblockd/jobs/machine"
+	"qblockd/schema/types"
+)
+
+// ErrCancelled is what a forced cancel makes of a job; it is an ECANCELED.
+var ErrCancelled error = cancelled{}
+
+type cancelled struct{}
+
+func (cancelled) Error() string        { return "Operation canceled" }
+func (cancelled) Is(target error) bool { return target == syscall.ECANCELED }
+
+// Runner is a job's work. Run blocks until the work is done; it calls Handle.Checkpoint
+// before each unit of work, returns ErrCancelled when that does, and changes the graph only by
+// transactions of its own. ctx is done once the job is cancelled by force; it ends waits, never an I/O in flight.
+type Runner interface {
+	Run(ctx context.Context, h *Handle) error
+}
+
+// What a Runner may do besides; each with its default. None is called with a lock held.
+type (
+	// Preparer does, once all jobs of the transaction have succeeded, what may still fail.
+	Preparer interface {
+		Prepare(ctx context.Context, h *Handle) error // default: success
+	}
+	// Committer makes the success final; it cannot fail.
+	Committer interface{ Commit(h *Handle) }
+	// Aborter undoes what must not stay after a failure; it cannot fail.
+	Aborter interface{ Abort(h *Handle) }
+	// Cleaner gives back everything (filters, edges, freezes, permissions); called last in every case.
+	Cleaner interface{ Clean(h *Handle) }
+	// Canceler is told of a cancel request and decides whether it is one by force.
+	Canceler interface {
+		Cancel(force bool) (forced bool) // default: always by force
+	}
+	// Completer is asked to finish a ready job.
+	Completer interface {
+		Complete(ctx context.Context) error
+	} // default: refused
+)
+
+// Job is one job, from its creation until it is dismissed.
+type Job struct {
+	m      *Manager
+	id     string
+	typ    types.JobType
+	runner Runner
+	block  *blockState // nil: no block job (create, amend)
+	txn    *Txn
+
+	ctx    context.Context
+	cancel context.CancelFunc
+
+	st   machine.State // guarded by m.mu
+	err  error         // guarded by m.mu; the outcome if it is a failure
+	wake *sync.Cond    // on m.mu; state, speed or pause changed
+	gone bool          // guarded by m.mu; forgotten by the manager
+
+	waiting  atomic.Bool   // not busy: sleeping, paused or over
+	ended    chan struct{} // closed when Run has returned
+	finished chan struct{} // closed when the job is concluded
+	yielded  chan struct{} // closed when the starting command may go on
+	yield    sync.Once
+	released chan struct{} // closed when the starting command has been answered
+	release  sync.Once
+
+	current, total atomic.Int64
+}
+
+// ID is the job's id.
+func (j *Job) ID() string { return j.id }
+
+// Type is the job's type.
+func (j *Job) Type() types.JobType { return j.typ }
+
+// Describe names the job as a user of nodes, in permission conflicts (graph.Parent).
+func (j *Job) Describe() string { return string(j.typ) + " job '" + j.id + "'" }
+
+// Finished is closed when the job is concluded.
+func (j *Job) Finished() <-chan struct{} { return j.finished }
+
+// Err is the error of a job that failed, else nil.
+func (j *Job) Err() error {
+	j.m.mu.Lock()
+	defer j.m.mu.Unlock()
+	return j.outcomeLocked()
+}
+
+func (j *Job) outcomeLocked() error {
+	if j.st.Failed {
+		return j.err
+	}
+	return nil
+}
+
+// stepLocked feeds the machine and does what it says.
+func (j *Job) stepLocked(in machine.Input) {
+	var changes []machine.Change
+	j.st, changes = machine.Step(j.st, in)
+	for _, c := range changes {
+		switch c.Effect {
+		case machine.EmitStatus:
+			j.m.sink.Emit(types.JobStatusChangeEvent{ID: j.id, Status: types.JobStatus(c.Status.String())})
+			if c.Status == machine.Concluded {
+				close(j.finished)
+			}
+		case machine.Wake:
+			j.kickLocked()
+		case machine.Forget:
+			j.m.forgetLocked(j)
+		default:
+			j.emitBlockLocked(c.Effect)
+		}
+	}
+}
+
+// emitBlockLocked sends the BLOCK_JOB_ events, which only block jobs have.
+func (j *Job) emitBlockLocked(e machine.Effect) {
+	if j.block == nil {
+		return
+	}
+	offset, length, speed := j.current.Load(), j.total.Load(), j.block.speed
+	switch e {
+	case machine.EmitReady:
+		j.m.sink.Emit(types.BlockJobReadyEvent{Type: j.typ, Device: j.id, Len: length, Offset: offset, Speed: speed})
+	case machine.EmitPending:
+		j.m.sink.Emit(types.BlockJobPendingEvent{Type: j.typ, ID: j.id})
+	case machine.EmitCancelled:
+		j.m.sink.Emit(types.BlockJobCancelledEvent{Type: j.typ, Device: j.id, Len: length, Offset: offset, Speed: speed})
+	case machine.EmitCompleted:
+		ev := types.BlockJobCompletedEvent{Type: j.typ, Device: j.id, Len: length, Offset: offset, Speed: speed}
+		ev.Error = j.errorTextLocked()
+		j.m.sink.Emit(ev)
+	}
+}
+
+// failLocked records the first error as the outcome and moves the job to aborting.
+func (j *Job) failLocked(err error) {
+	if j.err == nil {
+		j.err = err
+	}
+	j.stepLocked(machine.WorkFailed)
+}
+
+// updateLocked makes a failure of a job that was cancelled by force, or has failed already.
+func (j *Job) updateLocked() {
+	if j.st.Forced && j.err == nil {
+		j.err = ErrCancelled
+	}
+	if j.st.Forced || j.st.Failed {
+		j.stepLocked(machine.WorkFailed)
+	}
+}
+
+// cancelLocked asks the job to end. The caller lets the transaction end if the job's work is over.
+// It releases m.mu around the runner's say.
+func (j *Job) cancelLocked(force bool) {
+	if c, ok := j.runner.(Canceler); ok {
+		j.m.mu.Unlock()
+		force = c.Cancel(force)
+		j.m.mu.Lock()
+	} else {
+		force = true
+	}
+	if j.st.Status >= machine.Concluded {
+		return
+	}
+	if j.st.UserPaused {
+		j.resetIOStatusLocked()
+	}
+	in := machine.CancelSoft
+	if force {
+		in = machine.CancelForce
+	}
+	j.stepLocked(in)
+	if j.st.Forced {
+		j.cancel()
+	}
+}
+
+// main is the job's goroutine.
+func (j *Job) main() {
+	h := &Handle{j: j}
+	err := h.Checkpoint()
+	if err == nil {
+		err = j.runner.Run(j.ctx, h)
+	}
+	j.waiting.Store(true)
+	close(j.ended)
+	j.txn.jobEnded(j, err)
+	j.yieldNow()
+	j.m.running.Done()
+}
+
+func (j *Job) yieldNow() { j.yield.Do(func() { close(j.yielded) }) }
+
+// isCancel tells whether err is nothing but the cancel that the job was asked for.
+func isCancel(err error) bool {
+	return errors.Is(err, ErrCancelled) || errors.Is(err, context.Canceled)
+}

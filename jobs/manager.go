@@ -1,0 +1,193 @@
+package jobs
+
+import (
+	"context"
+	"fmt"
+	"slices"
+	"sync"
+
+	"qblockd/events"
+	"qblockd/jobs/machine"
+	"qblockd/schema/types"
+)
+
+// Manager holds all jobs.
+type Manager struct {
+	sink  events.Sink
+	clock Clock
+
+	running sync.WaitGroup // the jobs' goroutines
+
+	mu       sync.Mutex
+	jobs     []*Job // newest first
+	byID     map[string]*Job
+	quitting bool
+}
+
+// NewManager makes a manager that sends its events to sink. A nil clock is the real one.
+func NewManager(sink events.Sink, clock Clock) *Manager {
+	if clock == nil {
+		clock = realClock{}
+	}
+	return &Manager{sink: sink, clock: clock, byID: map[string]*Job{}}
+}
+
+// Spec describes a new job.
+type Spec struct {
+	ID     string
+	Type   types.JobType
+	Runner Runner
+	// ManualFinalize, ManualDismiss: the client sends these verbs.
+	ManualFinalize, ManualDismiss bool
+	// Txn is the transaction that the job joins; nil: one of its own.
+	Txn *Txn
+	// Block makes it a block job: it has a speed, an io-status and the BLOCK_JOB_ events.
+	Block bool
+	// Speed is the initial limit in bytes per second; 0: none.
+	Speed int64
+}
+
+// Create makes a job and announces it. It fails on an illegal id, one in use, or a negative speed (then the job
+// was announced and has gone). The job does nothing until Start; until then Discard takes it back.
+func (m *Manager) Create(s Spec) (*Job, error) {
+	if !wellFormed(s.ID) {
+		return nil, fmt.Errorf("Invalid job ID '%s'", s.ID)
+	}
+	j := &Job{
+		m: m, id: s.ID, typ: s.Type, runner: s.Runner, txn: s.Txn,
+		ended: make(chan struct{}), finished: make(chan struct{}),
+		yielded: make(chan struct{}), released: make(chan struct{}),
+		st: machine.State{AutoFinalize: !s.ManualFinalize, AutoDismiss: !s.ManualDismiss},
+	}
+	j.ctx, j.cancel = context.WithCancel(context.Background())
+	j.wake = sync.NewCond(&m.mu)
+	if s.Block {
+		j.block = &blockState{speed: max(s.Speed, 0), ioStatus: types.BlockDeviceIoStatusOk}
+		j.block.limit.setSpeed(j.block.speed)
+	}
+	m.mu.Lock()
+	defer m.mu.Unlock()
+	if m.quitting {
+		return nil, fmt.Errorf("The daemon is shutting down")
+	}
+	if m.byID[s.ID] != nil {
+		return nil, fmt.Errorf("Job ID '%s' already in use", s.ID)
+	}
+	if j.txn == nil {
+		j.txn = m.NewTxn()
+	}
+	m.byID[s.ID] = j
+	m.jobs = slices.Insert(m.jobs, 0, j)
+	j.txn.jobs = append(j.txn.jobs, j)
+	j.waiting.Store(true)
+	j.stepLocked(machine.Create)
+	if s.Speed < 0 {
+		j.discardLocked()
+		return nil, errNegativeSpeed
+	}
+	return j, nil
+}
+
+// Discard takes back a job that was created but cannot be started.
+func (m *Manager) Discard(j *Job) {
+	m.mu.Lock()
+	defer m.mu.Unlock()
+	j.discardLocked()
+}
+
+func (j *Job) discardLocked() {
+	i := slices.Index(j.txn.jobs, j)
+	j.txn.jobs = slices.Delete(j.txn.jobs, i, i+1)
+	j.cancel()
+	j.stepLocked(machine.Drop)
+}
+
+// Start lets the job run. It returns when the job has ended or has come to its first wait: what it does up to
+// there comes before the answer to the command that started it. The job stays there until release is called, which
+// the caller does once that answer is on its way.
+func (m *Manager) Start(j *Job) (release func()) {
+	m.mu.Lock()
+	if j.st.Status != machine.Created {
+		// Cancelled between Create and Start.
+		m.mu.Unlock()
+		return func() {}
+	}
+	m.running.Add(1)
+	j.waiting.Store(false)
+	j.stepLocked(machine.Start)
+	m.mu.Unlock()
+	go j.main()
+	<-j.yielded
+	return j.releaseNow
+}
+
+func (j *Job) releaseNow() { j.release.Do(func() { close(j.released) }) }
+
+// forgetLocked removes a job that has become null.
+func (m *Manager) forgetLocked(j *Job) {
+	j.gone = true
+	delete(m.byID, j.id)
+	i := slices.Index(m.jobs, j)
+	m.jobs = slices.Delete(m.jobs, i, i+1)
+}
+
+// Get returns the job called id, or nil.
+func (m *Manager) Get(id string) *Job {
+	m.mu.Lock()
+	defer m.mu.Unlock()
+	return m.byID[id]
+}
+
+// Quitting tells whether Shutdown has begun.
+func (m *Manager) Quitting() bool {
+	m.mu.Lock()
+	defer m.mu.Unlock()
+	return m.quitting
+}
+
+// Shutdown cancels all jobs by force, newest first, dismisses concluded ones, and waits for their
+// goroutines or until ctx ends. New jobs are refused from now on.
+func (m *Manager) Shutdown(ctx context.Context) error {
+	m.mu.Lock()
+	m.quitting = true
+	all := slices.Clone(m.jobs)
+	m.mu.Unlock()
+	done := make(chan struct{})
+	go func() {
+		defer close(done)
+		for _, j := range all {
+			j.releaseNow()
+			j.endNow()
+		}
+		m.running.Wait()
+	}()
+	select {
+	case <-done:
+		return nil
+	case <-ctx.Done():
+		return ctx.Err()
+	}
+}
+
+// endNow cancels the job and waits until it is concluded and dismissed.
+func (j *Job) endNow() {
+	j.userCancel(true)
+	<-j.finished
+	j.m.mu.Lock()
+	defer j.m.mu.Unlock()
+	if !j.gone && j.st.Status == machine.Concluded {
+		j.stepLocked(machine.Drop)
+	}
+}
+
+// wellFormed: a letter, then letters, digits, '-', '.', '_'.
+func wellFormed(id string) bool {
+	for i := 0; i < len(id); i++ {
+		c := id[i]
+		letter := c|0x20 >= 'a' && c|0x20 <= 'z'
+		if !letter && (i == 0 || !(c >= '0' && c <= '9') && c != '-' && c != '.' && c != '_') {
+			return false
+		}
+	}
+	return id != ""
+}

@@ -1,0 +1,58 @@
+package jobs
+
+import (
+	"syscall"
+
+	"qblockd/graph/blk"
+	"qblockd/schema/types"
+)
+
+// Query describes all jobs, newest first (query-jobs).
+func (m *Manager) Query() []*types.JobInfo {
+	m.mu.Lock()
+	defer m.mu.Unlock()
+	out := make([]*types.JobInfo, 0, len(m.jobs))
+	for _, j := range m.jobs {
+		info := &types.JobInfo{
+			ID: j.id, Type: j.typ, Status: types.JobStatus(j.st.Status.String()),
+			CurrentProgress: j.current.Load(), TotalProgress: j.total.Load(),
+		}
+		info.Error = j.errorTextLocked()
+		out = append(out, info)
+	}
+	return out
+}
+
+// QueryBlock describes all block jobs, newest first (query-block-jobs).
+func (m *Manager) QueryBlock() []*types.BlockJobInfo {
+	m.mu.Lock()
+	defer m.mu.Unlock()
+	out := make([]*types.BlockJobInfo, 0, len(m.jobs))
+	for _, j := range m.jobs {
+		if j.block == nil {
+			continue
+		}
+		info := &types.BlockJobInfo{
+			Type: string(j.typ), Device: j.id, Len: j.total.Load(), Offset: j.current.Load(),
+			Busy: !j.waiting.Load(), Paused: j.st.PauseCount > 0, Speed: j.block.speed,
+			IoStatus: j.block.ioStatus, Ready: j.st.Status.IsReady(),
+			Status:       types.JobStatus(j.st.Status.String()),
+			AutoFinalize: j.st.AutoFinalize, AutoDismiss: j.st.AutoDismiss,
+		}
+		info.Error = j.errorTextLocked()
+		out = append(out, info)
+	}
+	return out
+}
+
+func (j *Job) errorTextLocked() *string {
+	err := j.outcomeLocked()
+	if err == nil {
+		return nil
+	}
+	text := err.Error()
+	if errno, bare := err.(syscall.Errno); bare {
+		text = blk.ErrnoText(errno)
+	}
+	return &text
+}

@@ -1,0 +1,112 @@
+package stream
+
+import (
+	"errors"
+	"syscall"
+
+	"qblockd/graph"
+	"qblockd/graph/blk"
+	"qblockd/jobs/copy"
+)
+
+// copier copies extents from below the top node into it.
+type copier struct {
+	target *graph.Edge // to the top node
+	below  *graph.Edge // its backing edge
+	last   *graph.Node // the last one to be copied
+}
+
+// look implements copy.Task.Look: only what the top does not have and a layer down to last has is copied.
+func (c *copier) look(r *blk.Req, off, n int64) (copy.Extent, error) {
+	top, err := c.below.ParentNode().StatusLayer(r, off, n)
+	if err != nil {
+		return copy.Extent{}, err
+	}
+	if top.Allocated {
+		return copy.Extent{N: top.N}, nil
+	}
+	below, err := c.below.StatusAbove(r, c.last, true, off, top.N)
+	switch {
+	case err != nil:
+		return copy.Extent{}, err
+	case below.Depth == 0:
+		return copy.Extent{N: below.N}, nil
+	case below.Zero:
+		return copy.Extent{N: below.N, Action: copy.Zero}, nil
+	}
+	return copy.Extent{N: below.N, Action: copy.Data}, nil
+}
+
+// copy implements copy.Task.Copy. The lock keeps guest writes out; what they wrote before it is skipped.
+func (c *copier) copy(r *blk.Req, off int64, e copy.Extent) error {
+	lock, err := c.target.LockRange(r, off, e.N)
+	if err != nil {
+		return err
+	}
+	defer lock.Unlock()
+	for end := off + e.N; off < end; {
+		top, err := c.below.ParentNode().StatusLayer(r, off, end-off)
+		if err != nil {
+			return err
+		}
+		if !top.Allocated {
+			if err := c.fill(r, off, top.N, e.Action == copy.Zero); err != nil {
+				return err
+			}
+		}
+		off += top.N
+	}
+	return nil
+}
+
+// fill writes [off, off+n) of the backing chain into the top node.
+func (c *copier) fill(r *blk.Req, off, n int64, zero bool) error {
+	if zero {
+		return c.target.Zero(r, off, n, blk.WriteUnchanged)
+	}
+	done, err := c.offload(r, off, n)
+	if err != nil {
+		return err
+	}
+	off, n = off+done, n-done
+	if n == 0 {
+		return nil
+	}
+	buf := blk.GetBuf(int(n), 0)
+	defer blk.PutBuf(buf)
+	v := blk.Buf(buf.B)
+	if err := c.below.ReadAt(r, v, off, 0); err != nil {
+		return err
+	}
+	if v.IsZero() {
+		return c.target.Zero(r, off, n, blk.WriteUnchanged)
+	}
+	return c.target.WriteAt(r, v, off, blk.WriteUnchanged)
+}
+
+// offload lets the kernel copy a prefix of the range and returns its length.
+func (c *copier) offload(r *blk.Req, off, n int64) (int64, error) {
+	var m blk.Mapping
+	defer m.Release()
+	if err := c.below.Map(r, off, n, &m); err != nil {
+		return 0, nil // it is only a short cut
+	}
+	done := int64(0)
+	for _, h := range m.Ranges {
+		h.N = min(h.N, n-done)
+		var err error
+		if h.FD < 0 {
+			err = c.target.Zero(r, off+done, h.N, blk.WriteUnchanged)
+		} else {
+			err = c.target.CopyFrom(r, off+done, []blk.HostRange{h}, blk.WriteUnchanged)
+		}
+		if errors.Is(err, blk.ErrNotSupported) || errors.Is(err, syscall.EXDEV) || errors.Is(err, syscall.ENOTSUP) {
+			return done, nil
+		}
+		if err != nil {
+			return done, err
+		}
+		done += h.N
+	}
+	return done, nil
+}

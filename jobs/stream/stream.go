@@ -1,0 +1,368 @@
+// Package stream is the job behind block-stream: it copies what the backing chain of a node holds
+// into the node, down to a base that stays, and then makes the node's backing link skip what it has copied.
+//
+//	 before                 while it runs                     after
+//
+//	parents                parents                           parents
+//	   |                      |                                 |
+//	  top                  filter (copy-on-read)               top
+//	   | backing              | file                            | backing
+//	  mid                    top <--- writes what is read      base
+//	   | backing              | backing       (frozen)
+//	  base                   mid
+//	                          | backing
+//	                         base
+//
+// Guests keep writing: each extent is copied under a conflict lock on the top node, and only where the top node has
+// nothing of its own by then.
+package stream
+
+import (
+	"context"
+	"errors"
+	"fmt"
+
+	"qblockd/graph"
+	"qblockd/graph/blk"
+	"qblockd/graph/perm"
+	"qblockd/jobs"
+	"qblockd/jobs/copy"
+	"qblockd/schema/types"
+)
+
+const (
+	// chunk is the largest extent copied at once, in bytes; one such extent is the grain of the speed limit.
+	chunk = 512 << 10
+	// workers copy extents at the same time.
+	workers = 4
+)
+
+// Args says what to stream. Top, and Base or Bottom, were looked up by the caller.
+type Args struct {
+	ID     string
+	Top    *graph.Node
+	Base   *graph.Node // stays; nil: nothing stays
+	Bottom *graph.Node // the last one to be copied, instead of Base
+	// BackingFile is what the image header will name; "" means the base's own name.
+	BackingFile string
+	// MaskProtocol writes "raw" for the format of a base that is a protocol node.
+	MaskProtocol   bool
+	Speed          int64 // bytes per second, 0: no limit
+	OnError        types.BlockdevOnError
+	FilterNodeName string // "": generated, and the filter is implicit
+	ManualFinalize bool
+	ManualDismiss  bool
+	// FileName gives the name of a node's image as it is written into an overlay's header.
+	FileName func(*graph.Node) string
+}
+
+type job struct {
+	Args
+	g           *graph.Graph
+	baseOverlay *graph.Node // the last one to be copied
+	aboveBase   *graph.Node // directly above what stays: baseOverlay or a filter above the base
+	filter      *graph.Node // nil once removed
+	wasReadOnly []*graph.Node
+	root        *graph.Root   // the job's requests
+	holds       []*graph.Root // what the job relies on
+	unblock     []func()
+	unfreeze    func()
+}
+
+// Start checks the arguments, inserts the filter and starts the job; see jobs.Manager.Start for release. On error nothing
+// has changed.
+func Start(ctx context.Context, m *jobs.Manager, a Args) (release func(), err error) {
+	j := &job{Args: a, g: a.Top.Graph()}
+	if err := j.findBase(); err != nil {
+		return nil, err
+	}
+	if err := j.makeWritable(ctx); err != nil {
+		return nil, err
+	}
+	mj, err := j.attach(ctx, m)
+	if err != nil {
+		j.restoreReadOnly()
+		return nil, err
+	}
+	return m.Start(mj), nil
+}
+
+func (j *job) findBase() error {
+	if j.Bottom != nil {
+		j.baseOverlay, j.aboveBase = j.Bottom, j.Bottom
+		return nil
+	}
+	overlay := j.Top.SkipFilters()
+	for {
+		e := overlay.Backing()
+		if e == nil {
+			if j.Base != nil {
+				return fmt.Errorf("'%s' is not in the backing chain of '%s'", j.Base.Name(), j.Top.Name())
+			}
+			break
+		}
+		if j.Base != nil && e.Node().SkipFilters() == j.Base.SkipFilters() {
+			break
+		}
+		overlay = e.Node().SkipFilters()
+	}
+	j.baseOverlay, j.aboveBase = overlay, overlay
+	if e := overlay.Backing(); e != nil && j.Base != nil {
+		for n := e.Node(); n != j.Base; n = n.FilteredChild().Node() {
+			j.aboveBase = n
+		}
+	}
+	return nil
+}
+
+// attach builds the filter and the job's holds in one transaction.
+func (j *job) attach(ctx context.Context, m *jobs.Manager) (*jobs.Job, error) {
+	unfreeze, err := j.g.FreezeChain(j.Top, j.aboveBase)
+	if err != nil {
+		return nil, err
+	}
+	j.unfreeze = unfreeze
+	tx := j.g.Begin(ctx)
+	defer tx.Abort()
+	mj, err := j.fill(tx, m)
+	if err == nil {
+		if err = tx.Commit(); err != nil {
+			m.Discard(mj)
+		}
+	}
+	if err != nil {
+		j.unfreeze()
+		return nil, err
+	}
+	reason := fmt.Errorf("block device is in use by block job: stream")
+	nodes := []*graph.Node{j.filter}
+	for n := j.Top; ; n = n.FilterOrCOWChild().Node() {
+		nodes = append(nodes, n)
+		if n == j.aboveBase {
+			break
+		}
+	}
+	for _, n := range nodes {
+		j.unblock = append(j.unblock, n.BlockAll(reason, graph.OpDataplane))
+	}
+	return mj, nil
+}
+
+func (j *job) fill(tx *graph.Tx, m *jobs.Manager) (*jobs.Job, error) {
+	top := j.Top.Options()
+	filter, err := tx.NewNode(&graph.Options{
+		Name: j.FilterNodeName, DriverName: DriverName, Kind: graph.Filter,
+		Implicit: j.FilterNodeName == "", Discard: true, Direct: top.Direct, NoFlush: top.NoFlush,
+	})
+	if err != nil {
+		return nil, err
+	}
+	j.filter = filter
+	filter.SetDriver(&filterDriver{node: filter})
+	if _, err := tx.InsertFilter(filter, "file", j.Top); err != nil {
+		return nil, err
+	}
+	mj, err := m.Create(jobs.Spec{
+		ID: j.ID, Type: types.JobTypeStream, Runner: j, Block: true, Speed: j.Speed,
+		ManualFinalize: j.ManualFinalize, ManualDismiss: j.ManualDismiss,
+	})
+	if err != nil {
+		return nil, err
+	}
+	if err := j.hold(tx, mj); err != nil {
+		m.Discard(mj)
+		return nil, err
+	}
+	tx.Publish(filter)
+	return mj, nil
+}
+
+// hold takes what the job relies on: the right to read and to write unchanged data at the top, no resize
+// there, and no writes to what is copied.
+func (j *job) hold(tx *graph.Tx, mj *jobs.Job) error {
+	const unchanging = perm.ConsistentRead | perm.WriteUnchanged
+	spec := graph.RootSpec{Kind: graph.KindJob, Name: mj.ID(), Desc: mj.Describe(), StayAtNode: true, Job: true}
+	add := func(name string, c perm.Claim, n *graph.Node) error {
+		spec.EdgeName, spec.Claim = name, c
+		r, err := tx.AttachRoot(spec, n)
+		j.holds = append(j.holds, r)
+		return err
+	}
+	if err := add("main node", perm.Claim{Share: perm.All}, j.filter); err != nil {
+		return err
+	}
+	if err := add("active node", perm.Claim{Share: unchanging | perm.Write}, j.Top); err != nil {
+		return err
+	}
+	for n := j.Top; n != j.aboveBase; {
+		n = n.FilterOrCOWChild().Node()
+		if err := add("intermediate node", perm.Claim{Share: unchanging}, n); err != nil {
+			return err
+		}
+	}
+	root, err := tx.AttachRoot(graph.RootSpec{
+		EdgeName: "root", Kind: graph.KindBackend, StayAtNode: true, Job: true,
+		Claim: perm.Claim{Need: perm.ConsistentRead, Share: unchanging | perm.Write},
+	}, j.filter)
+	j.root = root
+	return err
+}
+
+// Run implements jobs.Runner.
+func (j *job) Run(ctx context.Context, h *jobs.Handle) error {
+	top := j.Top.SkipFilters()
+	if top == j.baseOverlay {
+		return nil // nothing between it and what stays
+	}
+	size := j.Top.Size()
+	h.SetRemaining(size)
+	c := copier{target: j.filter.FilteredChild(), below: top.Backing(), last: j.baseOverlay}
+	return copy.Run(h, copy.Task{
+		Gate: gate{j.root, ctx}, Size: size, Chunk: chunk, Workers: workers,
+		Look: c.look, Copy: c.copy,
+		Operation: types.IoOperationTypeRead, Policy: j.OnError,
+	})
+}
+
+type gate struct {
+	*graph.Root
+	ctx context.Context
+}
+
+func (g gate) Begin() (*blk.Req, error) { return g.Root.Begin(g.ctx) }
+
+// Prepare implements jobs.Preparer: it removes the filter, makes the backing link of the top skip what was
+// copied, and rewrites the image's header, all or nothing.
+func (j *job) Prepare(ctx context.Context, h *jobs.Handle) error {
+	top := j.Top.SkipFilters()
+	j.thaw()
+	tx := j.g.Begin(context.WithoutCancel(ctx))
+	defer tx.Abort()
+	tx.Quiet(j.root)
+	if err := j.removeFilter(tx); err != nil {
+		return err
+	}
+	if cow := top.Backing(); cow != nil {
+		var base *graph.Node
+		if e := j.aboveBase.FilterOrCOWChild(); e != nil {
+			base = e.Node()
+		}
+		header := &headerChange{node: top}
+		var err error
+		if base == nil {
+			err = tx.Detach(cow)
+		} else {
+			header.name, header.format = j.headerNames(base.SkipFilters())
+			if cow.Node() != base {
+				err = tx.Replace(cow, base)
+			}
+		}
+		if err != nil {
+			return err
+		}
+		tx.Drain(top)
+		tx.Join(header)
+	}
+	if err := tx.Commit(); err != nil {
+		return err
+	}
+	j.filter = nil
+	return nil
+}
+
+func (j *job) headerNames(base *graph.Node) (name, format string) {
+	name, format = j.BackingFile, base.DriverName()
+	if name == "" {
+		name = j.FileName(base)
+	}
+	if j.MaskProtocol && base.Kind() == graph.Protocol {
+		format = "raw"
+	}
+	return name, format
+}
+
+// Clean implements jobs.Cleaner.
+func (j *job) Clean(h *jobs.Handle) {
+	j.thaw()
+	tx := j.g.Begin(context.Background())
+	defer tx.Abort()
+	tx.Quiet(j.root)
+	var err error
+	if j.filter != nil {
+		err = j.removeFilter(tx)
+	} else {
+		err = j.detachRoots(tx)
+	}
+	if err == nil {
+		err = tx.Commit()
+	}
+	if err != nil {
+		// Giving back claims only loosens them.
+		panic(fmt.Sprintf("stream: cannot clean up after job '%s': %v", j.ID, err))
+	}
+	j.filter = nil
+	for _, f := range j.unblock {
+		f()
+	}
+	j.unblock = nil
+	j.restoreReadOnly()
+}
+
+func (j *job) removeFilter(tx *graph.Tx) error {
+	if err := j.detachRoots(tx); err != nil {
+		return err
+	}
+	return tx.RemoveFilter(j.filter)
+}
+
+func (j *job) detachRoots(tx *graph.Tx) error {
+	for _, r := range append(j.holds, j.root) {
+		if err := tx.DetachRoot(r); err != nil {
+			return err
+		}
+	}
+	return nil
+}
+
+func (j *job) thaw() {
+	if j.unfreeze != nil {
+		j.unfreeze()
+		j.unfreeze = nil
+	}
+}
+
+// headerChange rewrites the backing file of an image within a transaction.
+type headerChange struct {
+	node         *graph.Node
+	name, format string
+
+	oldName, oldFormat string
+	changed            bool
+}
+
+func (c *headerChange) Prepare(ctx context.Context) error {
+	d, ok := c.node.Driver().(graph.BackingChanger)
+	if !ok {
+		return fmt.Errorf("Driver '%s' cannot store a backing file: %w", c.node.DriverName(), blk.ErrNotSupported)
+	}
+	if b, ok := c.node.Driver().(graph.Backed); ok {
+		c.oldName, c.oldFormat = b.BackingFile()
+	}
+	if err := d.ChangeBackingFile(&blk.Req{Ctx: ctx}, c.name, c.format); err != nil {
+		return err
+	}
+	c.changed = true
+	return nil
+}
+
+func (c *headerChange) Commit() { c.node.Bump() }
+
+func (c *headerChange) Abort() {
+	if !c.changed {
+		return
+	}
+	d := c.node.Driver().(graph.BackingChanger)
+	if err := d.ChangeBackingFile(&blk.Req{Ctx: context.Background()}, c.oldName, c.oldFormat); err != nil {
+		c.node.MarkCorrupt(errors.Join(errors.New("the backing file name could not be restored"), err))
+	}
+}

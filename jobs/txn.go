@@ -1,0 +1,135 @@
+package jobs
+
+import (
+	"slices"
+
+	"qblockd/jobs/machine"
+)
+
+// Txn is a set of jobs that succeed or fail together. A single job is a transaction of one.
+type Txn struct {
+	m        *Manager
+	turn     chan struct{} // holds one token; see the package comment
+	jobs     []*Job        // guarded by m.mu; those not concluded
+	aborting bool          // guarded by m.mu
+}
+
+// NewTxn makes a transaction for Spec.Txn.
+func (m *Manager) NewTxn() *Txn {
+	t := &Txn{m: m, turn: make(chan struct{}, 1)}
+	t.turn <- struct{}{}
+	return t
+}
+
+func (t *Txn) lock()   { <-t.turn }
+func (t *Txn) unlock() { t.turn <- struct{}{} }
+
+// jobEnded takes the outcome of j's work and ends the transaction if that decides it. It blocks
+// until that is done.
+func (t *Txn) jobEnded(j *Job, err error) {
+	t.lock()
+	defer t.unlock()
+	m := t.m
+	m.mu.Lock()
+	defer m.mu.Unlock()
+	if t.aborting || j.st.Status.Completed() {
+		// Another job failed and has ended this one as well.
+		return
+	}
+	j.st.Ended = true
+	if err != nil && !(j.st.Forced && isCancel(err)) && j.err == nil {
+		j.err = err
+	}
+	if j.st.Forced && j.err == nil {
+		j.err = ErrCancelled
+	}
+	if j.err != nil {
+		j.stepLocked(machine.WorkFailed)
+		t.abortLocked(j)
+		return
+	}
+	j.stepLocked(machine.WorkEnded)
+	for _, o := range t.jobs {
+		if !o.st.Status.Completed() {
+			return
+		}
+	}
+	manual := false
+	for _, o := range t.jobs {
+		o.stepLocked(machine.AllWaiting)
+		manual = manual || !o.st.AutoFinalize
+	}
+	if !manual {
+		t.finalizeLocked()
+	}
+}
+
+// finalizeLocked prepares every job and then commits them all, or aborts them all. The caller has
+// the turn.
+func (t *Txn) finalizeLocked() {
+	for _, j := range slices.Clone(t.jobs) {
+		if err := j.prepareLocked(); err != nil {
+			j.failLocked(err)
+			t.abortLocked(j)
+			return
+		}
+	}
+	for len(t.jobs) > 0 {
+		t.jobs[0].finishLocked()
+	}
+}
+
+// abortLocked ends all jobs of the transaction as failures; j is the one that failed. The caller has the turn.
+func (t *Txn) abortLocked(j *Job) {
+	t.aborting = true
+	for _, o := range slices.Clone(t.jobs) {
+		if o != j {
+			o.cancelLocked(true)
+		}
+	}
+	for len(t.jobs) > 0 {
+		o := t.jobs[0]
+		if o.st.Started && !o.st.Ended {
+			o.releaseNow()
+			t.m.mu.Unlock()
+			<-o.ended
+			t.m.mu.Lock()
+			o.st.Ended = true
+		}
+		o.finishLocked()
+	}
+}
+
+// prepareLocked releases m.mu around the runner's call.
+func (j *Job) prepareLocked() error {
+	p, ok := j.runner.(Preparer)
+	if !ok {
+		return nil
+	}
+	j.m.mu.Unlock()
+	defer j.m.mu.Lock()
+	return p.Prepare(j.ctx, &Handle{j: j})
+}
+
+// finishLocked is a job's last step: its runner commits or aborts and cleans up, the events are
+// sent, the job leaves its transaction. It releases m.mu around the runner's calls.
+func (j *Job) finishLocked() {
+	j.updateLocked()
+	failed := j.st.Failed
+	j.m.mu.Unlock()
+	h := &Handle{j: j}
+	if a, ok := j.runner.(Aborter); failed && ok {
+		a.Abort(h)
+	}
+	if c, ok := j.runner.(Committer); !failed && ok {
+		c.Commit(h)
+	}
+	if c, ok := j.runner.(Cleaner); ok {
+		c.Clean(h)
+	}
+	j.m.mu.Lock()
+	i := slices.Index(j.txn.jobs, j)
+	j.txn.jobs = slices.Delete(j.txn.jobs, i, i+1)
+	j.stepLocked(machine.Finish)
+	j.cancel()
+}

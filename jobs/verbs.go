@@ -1,0 +1,150 @@
+package jobs
+
+import (
+	"context"
+	"fmt"
+
+	"qblockd/jobs/machine"
+)
+
+var errNegativeSpeed = fmt.Errorf("Parameter 'speed' expects a non-negative value")
+
+// The verbs. Each is refused where the machine's table says so. Those that end a job return when its
+// transaction has ended as far as it can at once; none waits for a job's work.
+
+func (j *Job) applyLocked(v machine.Verb) error {
+	if machine.Allowed(v, j.st.Status) {
+		return nil
+	}
+	return fmt.Errorf("Job '%s' in state '%s' cannot accept command verb '%s'", j.id, j.st.Status, v)
+}
+
+// Pause stops the job at its next pause point. A second user pause is refused.
+func (j *Job) Pause() error {
+	j.m.mu.Lock()
+	defer j.m.mu.Unlock()
+	if err := j.applyLocked(machine.Pause); err != nil {
+		return err
+	}
+	if j.st.UserPaused {
+		return fmt.Errorf("Job is already paused")
+	}
+	j.stepLocked(machine.UserPause)
+	return nil
+}
+
+// Resume ends a user pause or an error policy's stop.
+func (j *Job) Resume() error {
+	j.m.mu.Lock()
+	defer j.m.mu.Unlock()
+	if !j.st.UserPaused {
+		return fmt.Errorf("Can't resume a job that was not paused")
+	}
+	if err := j.applyLocked(machine.Resume); err != nil {
+		return err
+	}
+	j.resetIOStatusLocked()
+	j.stepLocked(machine.UserResume)
+	return nil
+}
+
+// Cancel ends the job early; force makes a ready job a failure too.
+func (j *Job) Cancel(force bool) error {
+	j.m.mu.Lock()
+	err := j.applyLocked(machine.Cancel)
+	j.m.mu.Unlock()
+	if err != nil {
+		return err
+	}
+	j.userCancel(force)
+	return nil
+}
+
+// userCancel cancels a job in any state. A job whose work is over, or never began, takes its transaction along at once.
+func (j *Job) userCancel(force bool) {
+	m := j.m
+	m.mu.Lock()
+	if j.st.Started && !j.st.Ended {
+		// The job's goroutine ends it, and may hold the turn of its transaction.
+		j.cancelLocked(force)
+	}
+	over := j.st.Ended || !j.st.Started
+	m.mu.Unlock()
+	if !over {
+		return
+	}
+	j.txn.lock()
+	defer j.txn.unlock()
+	m.mu.Lock()
+	defer m.mu.Unlock()
+	if j.st.Status >= machine.Concluded {
+		return
+	}
+	j.cancelLocked(force)
+	if j.st.Forced && !j.txn.aborting && j.st.Status < machine.Concluded {
+		j.updateLocked()
+		j.txn.abortLocked(j)
+	}
+}
+
+// Complete asks a ready job to finish.
+func (j *Job) Complete(ctx context.Context) error {
+	j.m.mu.Lock()
+	err := j.applyLocked(machine.Complete)
+	c, ok := j.runner.(Completer)
+	if err == nil && (j.st.Cancelled || !ok) {
+		err = fmt.Errorf("The active block job '%s' cannot be completed", j.id)
+	}
+	j.m.mu.Unlock()
+	if err != nil {
+		return err
+	}
+	return c.Complete(ctx)
+}
+
+// Finalize ends the transaction of a pending job.
+func (j *Job) Finalize() error {
+	j.txn.lock()
+	defer j.txn.unlock()
+	j.m.mu.Lock()
+	defer j.m.mu.Unlock()
+	if err := j.applyLocked(machine.Finalize); err != nil {
+		return err
+	}
+	j.txn.finalizeLocked()
+	return nil
+}
+
+// Dismiss removes a concluded job.
+func (j *Job) Dismiss() error {
+	j.m.mu.Lock()
+	defer j.m.mu.Unlock()
+	if err := j.applyLocked(machine.Dismiss); err != nil {
+		return err
+	}
+	j.stepLocked(machine.Drop)
+	return nil
+}
+
+// SetSpeed limits a block job to bps bytes per second; 0: no limit.
+func (j *Job) SetSpeed(bps int64) error {
+	j.m.mu.Lock()
+	defer j.m.mu.Unlock()
+	if err := j.applyLocked(machine.SetSpeed); err != nil {
+		return err
+	}
+	if bps < 0 {
+		return errNegativeSpeed
+	}
+	j.block.speed = bps
+	j.block.limit.setSpeed(bps)
+	j.kickLocked()
+	return nil
+}
+
+// UserPaused tells whether the user, or an error policy, has paused the job.
+func (j *Job) UserPaused() bool {
+	j.m.mu.Lock()
+	defer j.m.mu.Unlock()
+	return j.st.UserPaused
+}
