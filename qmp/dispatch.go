@@ -58,7 +58,8 @@ type command struct {
 	oob bool // may run out of band
 }
 
-// NewDispatcher returns a dispatcher that knows no commands but qmp_capabilities.
+// NewDispatcher returns a dispatcher that knows no commands. The handler of qmp_capabilities,
+// which it cannot do without, is registered like any other and calls Negotiate.
 func NewDispatcher(v Version) *Dispatcher {
 	return &Dispatcher{version: v, commands: make(map[string]command), sessions: make(map[*Session]struct{})}
 }
@@ -77,15 +78,15 @@ func (d *Dispatcher) HandleOOB(name string, f types.HandlerFunc) {
 }
 
 func (d *Dispatcher) add(name string, c command) {
-	if _, dup := d.commands[name]; dup || name == "qmp_capabilities" {
+	if _, dup := d.commands[name]; dup {
 		panic("qmp: second handler for " + name)
 	}
 	d.commands[name] = c
 }
 
-// Commands returns the names of all commands, qmp_capabilities included, in alphabetical order.
+// Commands returns the names of all commands in alphabetical order.
 func (d *Dispatcher) Commands() []string {
-	names := []string{"qmp_capabilities"}
+	names := make([]string, 0, len(d.commands))
 	for name := range d.commands {
 		names = append(names, name)
 	}
@@ -142,11 +143,11 @@ func (d *Dispatcher) reply(ctx context.Context, neg *negotiation, request value.
 	start := len(out)
 	out = append(out, `{"return": `...)
 	mark := len(out)
-	out, err := d.execute(ctx, neg, obj, out)
+	res, err := d.execute(ctx, neg, obj, out)
 	if err != nil {
 		return appendFailure(out[:start], id, hasID, err)
 	}
-	if len(out) == mark {
+	if out = res; len(out) == mark {
 		out = append(out, "{}"...)
 	}
 	if hasID {
@@ -177,13 +178,7 @@ func (d *Dispatcher) execute(ctx context.Context, neg *negotiation, obj *value.D
 	if err != nil {
 		return out, err
 	}
-	if req.command == "qmp_capabilities" {
-		if req.oob {
-			return out, noOOB(req.command)
-		}
-		return out, negotiate(neg, req.args)
-	}
-	if !neg.done {
+	if !neg.done && req.command != "qmp_capabilities" {
 		return out, errNegotiate
 	}
 	c, ok := d.commands[req.command]
@@ -262,39 +257,4 @@ func isOOB(v value.Value) bool {
 	_, oob := obj.Get("exec-oob")
 	_, exec := obj.Get("execute")
 	return oob && !exec
-}
-
-// negotiate executes qmp_capabilities.
-func negotiate(neg *negotiation, args *value.Dict) error {
-	oob := false
-	if v, ok := args.Get("enable"); ok {
-		list, ok := v.(value.List)
-		if !ok {
-			return errors.New("Invalid parameter type for 'enable', expected: array") //lint:ignore ST1005 text of a reply
-		}
-		for i, v := range list {
-			switch s, ok := v.(string); {
-			case !ok:
-				return fmt.Errorf("Invalid parameter type for 'enable[%d]', expected: string", i) //lint:ignore ST1005 text of a reply
-			case s != "oob":
-				return fmt.Errorf("Parameter 'null' does not accept value '%s'", s) //lint:ignore ST1005 text of a reply
-			}
-			oob = true
-		}
-	}
-	var unexpected error
-	args.EachHashed(func(name string, _ value.Value) bool {
-		if name != "enable" {
-			unexpected = errors.New("Parameter '" + name + "' is unexpected") //lint:ignore ST1005 text of a reply
-		}
-		return unexpected == nil
-	})
-	switch {
-	case unexpected != nil:
-		return unexpected
-	case neg.done:
-		return errNegotiated
-	}
-	neg.done, neg.oob = true, oob
-	return nil
 }

@@ -261,3 +261,14 @@ func AfterReply(ctx context.Context, f func()) {
 	}
 	f()
 }
+
+// Negotiate ends the negotiation of the session whose command is executed with ctx: it is what
+// qmp_capabilities does when its arguments are good. It fails if that has happened before.
+func Negotiate(ctx context.Context, oob bool) error {
+	s, ok := ctx.Value(sessionKey{}).(*Session)
+	if !ok || s.neg.done {
+		return errNegotiated
+	}
+	s.neg = negotiation{done: true, oob: oob}
+	return nil
+}

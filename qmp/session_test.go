@@ -11,6 +11,7 @@ import (
 	"time"
 
 	"qblockd/events"
+	"qblockd/schema/types"
 	"qblockd/schema/value"
 )
 
@@ -39,6 +40,13 @@ var testVersion = Version{8, 2, 7, "qblockd test"}
 // testDispatcher knows query-jobs (empty list), quit (stops) and echo (returns its arguments).
 func testDispatcher() *Dispatcher {
 	d := NewDispatcher(testVersion)
+	d.Handle("qmp_capabilities", func(ctx context.Context, args *value.Dict, out []byte) ([]byte, error) {
+		a, err := types.DecodeQmpCapabilitiesArgs(args)
+		if err != nil {
+			return nil, err
+		}
+		return out, Negotiate(ctx, len(a.Enable) > 0)
+	})
 	d.Handle("query-jobs", func(_ context.Context, _ *value.Dict, out []byte) ([]byte, error) {
 		return append(out, "[]"...), nil
 	})
