@@ -28,19 +28,20 @@ func (e *ArgError) QMPClass() string { return "GenericError" }
 // decoder walks a value in the order of the schema, depth first, and stops at the
 // first fault. The functions below return false once err is set.
 type decoder struct {
-	mode  Mode
-	stack []frame
-	buf   [4]frame // first storage of stack
-	err   error
+	mode    Mode
+	stack   []frame
+	buf     [4]frame // first storage of stack
+	err     error
+	tracing bool // note the order of visits
+	again   bool // a member is unexpected: visit again, tracing, to see which to name
 }
 
 // frame is a container that is being visited.
 type frame struct {
-	name string // its name in its parent; empty for list elements and the root
-	dict *value.Dict
-	seen uint64 // members visited, by index; members beyond 64 are in more
-	more map[int]bool
-	n    int // number of members visited
+	name  string // its name in its parent; empty for list elements and the root
+	dict  *value.Dict
+	n     int   // members visited
+	order []int // the same by index, if tracing
 
 	list  value.List // if dict is nil
 	index int        // list: the next element
@@ -51,14 +52,18 @@ func decode[T any](v value.Value, m Mode, visit func(*decoder, string, *T) bool)
 	if dict, ok := v.(*value.Dict); ok && dict == nil {
 		v = &value.Dict{}
 	}
+	root := frame{list: value.List{v}, index: rootIndex}
 	d := decoder{mode: m}
-	d.stack = d.buf[:0]
+	d.stack = append(d.buf[:0], root)
 	t := new(T)
-	d.stack = append(d.stack, frame{list: value.List{v}, index: rootIndex})
-	if !visit(&d, "", t) {
-		return nil, d.err
+	if visit(&d, "", t) {
+		return t, nil
 	}
-	return t, nil
+	if d.again {
+		d = decoder{mode: m, tracing: true, stack: []frame{root}}
+		visit(&d, "", t)
+	}
+	return nil, d.err
 }
 
 // rootIndex marks the frame that holds the root as its one element: it has no part in paths.
@@ -107,30 +112,14 @@ func (d *decoder) take(name string) (value.Value, bool) {
 	}
 	for i, m := range f.dict.Members() {
 		if m.Name == name {
-			f.mark(i)
+			f.n++
+			if d.tracing {
+				f.order = append(f.order, i)
+			}
 			return m.Value, true
 		}
 	}
 	return nil, d.missing(name)
-}
-
-func (f *frame) mark(i int) {
-	f.n++
-	if i < 64 {
-		f.seen |= 1 << i
-		return
-	}
-	if f.more == nil {
-		f.more = map[int]bool{}
-	}
-	f.more[i] = true
-}
-
-func (f *frame) visited(i int) bool {
-	if i < 64 {
-		return f.seen&(1<<i) != 0
-	}
-	return f.more[i]
 }
 
 func (d *decoder) has(name string) bool {
@@ -216,6 +205,10 @@ func object[T any](d *decoder, name string, p *T, members func(*decoder, *T) boo
 		return false
 	}
 	if f := d.top(); f.n < dict.Len() {
+		if !d.tracing {
+			d.again = true
+			return false
+		}
 		return d.fail("Parameter '" + d.path(f.unexpected()) + "' is unexpected")
 	}
 	d.stack = d.stack[:len(d.stack)-1]
