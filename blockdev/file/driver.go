@@ -1,0 +1,80 @@
+package file
+
+import (
+	"fmt"
+
+	"golang.org/x/sys/unix"
+
+	"qblockd/graph"
+	"qblockd/schema/types"
+)
+
+// Open is the graph.OpenFunc of driver "file": a regular file.
+func Open(o *graph.Opening) (graph.Driver, error) { return open(o, "file", false) }
+
+// OpenHostDevice is the graph.OpenFunc of driver "host_device": a block or character device.
+func OpenHostDevice(o *graph.Opening) (graph.Driver, error) { return open(o, "host_device", true) }
+
+func open(o *graph.Opening, driver string, device bool) (graph.Driver, error) {
+	opts, ok := o.Options.(*types.BlockdevOptionsFile)
+	if !ok {
+		panic(fmt.Sprintf("file: options of type %T", o.Options))
+	}
+	n := o.Node.Options()
+	s := settings{
+		name:   opts.Filename,
+		driver: driver,
+		device: device,
+		ro:     n.ReadOnly,
+		auto:   n.AutoReadOnly,
+		direct: n.Direct,
+		locks:  opts.Locking == nil || *opts.Locking != types.OnOffAutoOff,
+	}
+	if s.name == "" {
+		return nil, &textError{"The '" + driver + "' block driver requires a file name", unix.EINVAL}
+	}
+	d, err := openDisk(o.Ctx, s)
+	if err != nil {
+		return nil, err
+	}
+	if err := d.setAio(opts); err != nil {
+		_ = d.Close()
+		return nil, err
+	}
+	return d, nil
+}
+
+// setAio chooses how requests reach the kernel.
+func (d *disk) setAio(opts *types.BlockdevOptionsFile) error {
+	aio := types.BlockdevAioOptionsThreads
+	if opts.Aio != nil {
+		aio = *opts.Aio
+	}
+	switch {
+	case aio == types.BlockdevAioOptionsThreads:
+		return nil
+	case aio == types.BlockdevAioOptionsNative && !d.settings.direct:
+		return &textError{"aio=native was specified, but it requires cache.direct=on, which was not specified.", unix.EINVAL}
+	}
+	return &textError{"aio=" + string(aio) + " was specified, but is not supported in this build.", unix.EINVAL}
+}
+
+var (
+	_ graph.Informer = (*disk)(nil)
+	_ graph.Statser  = (*disk)(nil)
+)
+
+// ImageInfo implements graph.Informer: a file is never dirty, but says so.
+func (d *disk) ImageInfo(info *types.ImageInfo) { info.DirtyFlag = new(bool) }
+
+// DriverStats implements graph.Statser.
+func (d *disk) DriverStats() *types.BlockStatsSpecific {
+	return &types.BlockStatsSpecific{
+		Driver: types.BlockdevDriver(d.driver),
+		U: &types.BlockStatsSpecificFile{
+			DiscardNbOk:     uint64(d.discardOK.Load()),
+			DiscardNbFailed: uint64(d.discardErr.Load()),
+			DiscardBytesOk:  uint64(d.discardN.Load()),
+		},
+	}
+}

@@ -1,0 +1,224 @@
+package file
+
+import (
+	"context"
+	"strconv"
+	"strings"
+	"sync/atomic"
+
+	"golang.org/x/sys/unix"
+
+	"qblockd/graph/blk"
+)
+
+// settings are what opening depends on.
+type settings struct {
+	name   string
+	driver string // for messages
+	device bool   // host_device: a block or character device; else a regular file
+	ro     bool
+	auto   bool // auto-read-only
+	direct bool // cache.direct
+	locks  bool
+}
+
+// openDisk opens and probes a file. It blocks as long as the storage does, but no longer
+// than ctx; an open that is stuck by then is closed when the kernel lets go of it.
+func openDisk(ctx context.Context, s settings) (*disk, error) {
+	if strings.HasPrefix(s.name, "/dev/fdset/") {
+		return nil, errnoError(unix.ENOSYS, "Could not dup FD for %s flags %x", s.name, s.flags(s.startWritable()))
+	}
+	var d *disk
+	late, err := await(ctx, func() (err error) {
+		d, err = openNow(s)
+		return err
+	}, func(err error) {
+		if err == nil {
+			_ = d.Close()
+		}
+	})
+	if late {
+		go wakeFIFO(s.name) // looking at it may hang as well
+		return nil, err
+	}
+	return d, err
+}
+
+// startWritable: under auto-read-only a file is opened for writing when the first writer comes.
+func (s *settings) startWritable() bool { return !s.ro && !s.auto }
+
+func (s *settings) flags(writable bool) int {
+	f := unix.O_RDONLY
+	if writable {
+		f = unix.O_RDWR
+	}
+	if s.direct {
+		f |= unix.O_DIRECT
+	}
+	return f
+}
+
+// openNow opens, checks the kind of file and probes what it can do.
+func openNow(s settings) (*disk, error) {
+	writable := s.startWritable()
+	fd, err := openFile(s.name, s.name, s.flags(writable), 0)
+	if err != nil {
+		return nil, err
+	}
+	h := newHandle(fd, writable)
+	d := &disk{
+		settings:  s,
+		busy:      make(chan struct{}, maxBusy),
+		permSlot:  make(chan struct{}, 1),
+		fdatasync: unix.Fdatasync,
+	}
+	if err := d.setup(h); err != nil {
+		h.drop()
+		return nil, err
+	}
+	d.cur.Store(h)
+	return d, nil
+}
+
+// setup looks at the open file and fills in what does not change any more.
+func (d *disk) setup(h *handle) error {
+	var st unix.Stat_t
+	if err := unix.Fstat(h.fd, &st); err != nil {
+		return errnoError(err, "Could not stat file")
+	}
+	kind := st.Mode & unix.S_IFMT
+	d.block = kind == unix.S_IFBLK
+	if h.writable {
+		if err := notWritable(h.fd, d.block); err != nil {
+			return errnoError(err, "The device is not writable")
+		}
+	}
+	if !d.device && kind != unix.S_IFREG {
+		return &textError{"'" + d.driver + "' driver requires '" + d.name + "' to be a regular file", unix.EINVAL}
+	}
+	if d.device && kind != unix.S_IFBLK && kind != unix.S_IFCHR {
+		return &textError{"'" + d.driver + "' driver requires '" + d.name + "' to be either a character or block device", unix.EINVAL}
+	}
+
+	d.memory = !d.device && inMemory(h.fd)
+	d.limits = blk.Limits{RequestAlign: 1, MemAlign: 1}
+	if d.settings.direct && !d.memory {
+		a, m, err := probeDirect(h.fd, d.block)
+		if err != nil {
+			return err
+		}
+		d.limits.RequestAlign, d.limits.MemAlign = a, m
+		d.direct = true
+	}
+	if d.block {
+		if n, err := unix.IoctlGetInt(h.fd, unix.BLKSSZGET); err == nil && n > 0 {
+			d.limits.ZeroAlign, d.limits.DiscardAlign = int64(n), int64(n)
+		}
+	}
+
+	end := st.Size
+	if d.device {
+		n, err := seekEnd(h.fd)
+		if err != nil {
+			return errnoError(err, "Could not refresh total sector count")
+		}
+		end = n
+	}
+	d.setEnd(end)
+	d.nowaitRead.Store(!d.direct && takesNoWait(h.fd))
+	d.nowaitWrite.Store(!d.direct)
+	for _, a := range []*atomic.Bool{&d.dsync, &d.canZero, &d.canPunch, &d.canAllocate} {
+		a.Store(true)
+	}
+	return nil
+}
+
+// openAgain opens the file behind cur with another access mode: that file, wherever it was
+// moved since.
+func (d *disk) openAgain(cur *handle, writable bool) (*handle, error) {
+	flags := d.flags(writable)
+	fd, err := openFile("/proc/self/fd/"+strconv.Itoa(cur.fd), d.name, flags, 0)
+	if err != nil && blk.Errno(err) == unix.ENOENT { // no /proc
+		fd, err = openFile(d.name, d.name, flags, 0)
+		if err == nil && !sameFile(fd, cur.fd) {
+			_ = unix.Close(fd)
+			fd, err = -1, errnoError(unix.ESTALE, "Could not open '%s'", d.name)
+		}
+	}
+	if err != nil {
+		return nil, err
+	}
+	if writable {
+		if err := notWritable(fd, d.block); err != nil {
+			_ = unix.Close(fd)
+			return nil, errnoError(err, "The device is not writable")
+		}
+	}
+	return newHandle(fd, writable), nil
+}
+
+// openFile is open(2) of path with errors in the reference's words, which speak of name.
+func openFile(path, name string, flags int, mode uint32) (int, error) {
+	for {
+		fd, err := unix.Open(path, flags|unix.O_CLOEXEC, mode)
+		if err == nil {
+			return fd, nil
+		}
+		if err == unix.EINTR {
+			continue
+		}
+		verb := "open"
+		if flags&unix.O_CREAT != 0 {
+			verb = "create"
+		}
+		if err == unix.EINVAL && flags&unix.O_DIRECT != 0 {
+			if fd, e := unix.Open(path, flags&^unix.O_DIRECT|unix.O_CLOEXEC, mode); e == nil {
+				_ = unix.Close(fd)
+				return -1, &textError{"Could not " + verb + " '" + name + "': filesystem does not support O_DIRECT", err}
+			}
+		}
+		return -1, errnoError(err, "Could not %s '%s'", verb, name)
+	}
+}
+
+// sameFile tells whether two descriptors are of one file.
+func sameFile(a, b int) bool {
+	var x, y unix.Stat_t
+	return unix.Fstat(a, &x) == nil && unix.Fstat(b, &y) == nil && x.Dev == y.Dev && x.Ino == y.Ino
+}
+
+// wakeFIFO ends opens of a FIFO that wait for its other end.
+func wakeFIFO(name string) {
+	var st unix.Stat_t
+	if unix.Stat(name, &st) != nil || st.Mode&unix.S_IFMT != unix.S_IFIFO {
+		return
+	}
+	if fd, err := unix.Open(name, unix.O_RDWR|unix.O_NONBLOCK|unix.O_CLOEXEC, 0); err == nil {
+		_ = unix.Close(fd)
+	}
+}
+
+// await runs work and returns its error. If ctx ends first it returns ctx's error and true;
+// work goes on, and cleanup is called with its result.
+func await(ctx context.Context, work func() error, cleanup func(error)) (late bool, err error) {
+	const running, finished, abandoned = 0, 1, 2
+	var state atomic.Int32
+	done := make(chan error, 1)
+	go func() {
+		err := work()
+		if state.CompareAndSwap(running, finished) {
+			done <- err
+			return
+		}
+		cleanup(err)
+	}()
+	select {
+	case err := <-done:
+		return false, err
+	case <-ctx.Done():
+		if state.CompareAndSwap(running, abandoned) {
+			return true, ctx.Err()
+		}
+		return false, <-done
+	}
+}

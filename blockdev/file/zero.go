@@ -1,0 +1,232 @@
+package file
+
+import (
+	"errors"
+	"unsafe"
+
+	"golang.org/x/sys/unix"
+
+	"qblockd/graph/blk"
+)
+
+// Zero implements graph.Zeroer: without data transfer, or blk.ErrNotSupported.
+func (d *disk) Zero(r *blk.Req, off, n int64, f blk.Flags) error {
+	h := d.hold()
+	if h == nil {
+		return blk.ErrClosed
+	}
+	defer h.drop()
+	if r.NoWait && !d.memory {
+		return blk.ErrWouldBlock
+	}
+	if err := d.enter(r); err != nil {
+		return err
+	}
+	defer d.leave()
+	defer d.extent.Store(nil)
+	if d.device {
+		return d.zeroDevice(h, off, n, f)
+	}
+	if f&blk.MayUnmap != 0 {
+		err := d.unmap(h, off, n)
+		if !errors.Is(err, blk.ErrNotSupported) {
+			return err
+		}
+	}
+	err := d.zeroFile(h, off, n)
+	if err == nil {
+		d.grow(off + n)
+	}
+	return err
+}
+
+// unmap makes a range a hole, growing the file over it where it passes the end.
+func (d *disk) unmap(h *handle, off, n int64) error {
+	if !d.canPunch.Load() {
+		return blk.ErrNotSupported
+	}
+	end := off + n
+	err := fallocate(h.fd, unix.FALLOC_FL_PUNCH_HOLE|unix.FALLOC_FL_KEEP_SIZE, off, n)
+	switch {
+	case errors.Is(err, blk.ErrNotSupported):
+		d.canPunch.Store(false)
+		return err
+	case errors.Is(err, unix.EINVAL), errors.Is(err, unix.EBUSY):
+		return blk.ErrNotSupported // file systems that want other alignments, busy swap files
+	case err != nil:
+		return err
+	}
+	if end > d.eof.Load() {
+		// A hole does not move the end. Writing the last block does, and unlike ftruncate it
+		// cannot cut off what a neighbour appends meanwhile.
+		tail := min(n, d.limits.RequestAlign)
+		if err := writeFull(h.fd, blk.Buf(zeroes(tail, d.limits.MemAlign)), end-tail, 0); err != nil {
+			return err
+		}
+		d.grow(end)
+	}
+	return nil
+}
+
+// zeroFile zeroes a range and keeps it allocated.
+func (d *disk) zeroFile(h *handle, off, n int64) error {
+	if d.canZero.Load() {
+		err := fallocate(h.fd, unix.FALLOC_FL_ZERO_RANGE, off, n)
+		switch {
+		case errors.Is(err, blk.ErrNotSupported):
+			d.canZero.Store(false)
+		case !errors.Is(err, unix.EINVAL): // EINVAL: wants another alignment, try what follows
+			return err
+		}
+	}
+	if d.canPunch.Load() && d.canAllocate.Load() {
+		err := fallocate(h.fd, unix.FALLOC_FL_PUNCH_HOLE|unix.FALLOC_FL_KEEP_SIZE, off, n)
+		switch {
+		case err == nil:
+			return d.allocate(h, off, n)
+		case errors.Is(err, blk.ErrNotSupported):
+			d.canPunch.Store(false)
+		case !errors.Is(err, unix.EINVAL):
+			return err
+		}
+	}
+	if off >= d.eof.Load() && d.canAllocate.Load() {
+		return d.allocate(h, off, n) // new blocks are zero
+	}
+	return blk.ErrNotSupported
+}
+
+// allocate reserves blocks for a range that reads as zeroes.
+func (d *disk) allocate(h *handle, off, n int64) error {
+	err := fallocate(h.fd, 0, off, n)
+	if errors.Is(err, blk.ErrNotSupported) {
+		d.canAllocate.Store(false)
+	}
+	return err
+}
+
+// zeroDevice zeroes a range of a block device.
+func (d *disk) zeroDevice(h *handle, off, n int64, f blk.Flags) error {
+	if !d.block {
+		return blk.ErrNotSupported
+	}
+	if f&blk.MayUnmap != 0 && d.canPunch.Load() {
+		// The kernel does this only where it is done by the device, and drops cached pages.
+		err := fallocate(h.fd, unix.FALLOC_FL_PUNCH_HOLE|unix.FALLOC_FL_KEEP_SIZE, off, n)
+		switch {
+		case err == nil:
+			return nil
+		case errors.Is(err, blk.ErrNotSupported):
+			d.canPunch.Store(false)
+		case !errors.Is(err, unix.EINVAL):
+			return err
+		}
+	}
+	// What is left may be done by writing zeroes, behind our back.
+	if f&blk.NoFallback != 0 || !d.canZero.Load() {
+		return blk.ErrNotSupported
+	}
+	var err error
+	if d.direct {
+		err = blockIoctl(h.fd, unix.BLKZEROOUT, off, n)
+	} else {
+		err = fallocate(h.fd, unix.FALLOC_FL_ZERO_RANGE, off, n) // unlike BLKZEROOUT safe for cached pages
+	}
+	if errors.Is(err, blk.ErrNotSupported) {
+		d.canZero.Store(false)
+	}
+	if errors.Is(err, unix.EINVAL) {
+		return blk.ErrNotSupported // smaller than the device's sectors
+	}
+	return err
+}
+
+// Discard implements graph.Discarder and counts for DriverStats.
+func (d *disk) Discard(r *blk.Req, off, n int64) error {
+	if r.NoWait && !d.memory {
+		return blk.ErrWouldBlock
+	}
+	h := d.hold()
+	if h == nil {
+		return blk.ErrClosed
+	}
+	defer h.drop()
+	if err := d.enter(r); err != nil {
+		return err
+	}
+	defer d.leave()
+	defer d.extent.Store(nil)
+	err := d.discard(h, off, n)
+	if err != nil {
+		d.discardErr.Add(1)
+		return err
+	}
+	d.discardOK.Add(1)
+	d.discardN.Add(n)
+	return nil
+}
+
+func (d *disk) discard(h *handle, off, n int64) error {
+	if !d.canPunch.Load() {
+		return blk.ErrNotSupported
+	}
+	var err error
+	switch {
+	case d.block:
+		err = blockIoctl(h.fd, unix.BLKDISCARD, off, n)
+	case d.device:
+		err = blk.ErrNotSupported
+	default:
+		err = fallocate(h.fd, unix.FALLOC_FL_PUNCH_HOLE|unix.FALLOC_FL_KEEP_SIZE, off, n)
+	}
+	if errors.Is(err, blk.ErrNotSupported) {
+		d.canPunch.Store(false)
+	}
+	return err
+}
+
+// fallocate is fallocate(2); that the file system cannot do it is blk.ErrNotSupported.
+func fallocate(fd int, mode uint32, off, n int64) error {
+	for {
+		err := unix.Fallocate(fd, mode, off, n)
+		if err != unix.EINTR {
+			return unsupported(err)
+		}
+	}
+}
+
+// blockIoctl is one of the ioctls that take a start and a length.
+func blockIoctl(fd int, req uintptr, off, n int64) error {
+	arg := [2]uint64{uint64(off), uint64(n)}
+	for {
+		_, _, e := unix.Syscall(unix.SYS_IOCTL, uintptr(fd), req, uintptr(unsafe.Pointer(&arg)))
+		if e == 0 {
+			return nil
+		}
+		if e != unix.EINTR {
+			return unsupported(e)
+		}
+	}
+}
+
+// unsupported turns the several ways to say "I do not have that call" into one.
+func unsupported(err error) error {
+	switch err {
+	case unix.ENODEV, unix.ENOSYS, unix.EOPNOTSUPP, unix.ENOTTY:
+		return blk.ErrNotSupported
+	}
+	return err
+}
+
+// zeroes is a zeroed buffer of n bytes at an address that O_DIRECT takes.
+func zeroes(n int64, align int) []byte { return alignedBuf(int(n), align) }
+
+// alignedBuf is a zeroed buffer whose address is a multiple of align, a power of two.
+func alignedBuf(n, align int) []byte {
+	if align <= 1 {
+		return make([]byte, n)
+	}
+	b := make([]byte, n+align)
+	skip := -int(uintptr(unsafe.Pointer(&b[0]))) & (align - 1)
+	return b[skip : skip+n : skip+n]
+}
