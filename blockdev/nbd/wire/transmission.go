@@ -203,44 +203,31 @@ const (
 	ESHUTDOWN uint32 = 108
 )
 
-// Errno is the error number that tells err to a client; 0 for nil. An errno in the chain of
-// err decides, then the sentinels of blk; EIO if there is neither.
+// Errno is the error number that tells err to a client; 0 for nil. It follows blk.Errno;
+// numbers the protocol does not have become EINVAL.
 func Errno(err error) uint32 {
-	if err == nil {
+	switch blk.Errno(err) {
+	case 0:
 		return 0
-	}
-	var no syscall.Errno
-	if errors.As(err, &no) {
-		switch no {
-		case syscall.EPERM, syscall.EROFS, syscall.EACCES:
-			return EPERM
-		case syscall.EIO:
-			return EIO
-		case syscall.ENOMEM:
-			return ENOMEM
-		case syscall.EDQUOT, syscall.EFBIG, syscall.ENOSPC:
-			return ENOSPC
-		case syscall.EOVERFLOW:
-			return EOVERFLOW
-		case syscall.ENOTSUP:
-			return ENOTSUP
-		case syscall.ESHUTDOWN:
-			return ESHUTDOWN
-		default:
-			return EINVAL
-		}
-	}
-	switch {
-	case errors.Is(err, blk.ErrReadOnly):
+	case syscall.EPERM, syscall.EROFS:
 		return EPERM
-	case errors.Is(err, blk.ErrNotSupported):
+	case syscall.EIO:
+		return EIO
+	case syscall.ENOMEM:
+		return ENOMEM
+	case syscall.EDQUOT, syscall.EFBIG, syscall.ENOSPC:
+		return ENOSPC
+	case syscall.EOVERFLOW:
+		return EOVERFLOW
+	case syscall.ENOTSUP:
 		return ENOTSUP
-	case errors.Is(err, blk.ErrOutOfRange), errors.Is(err, blk.ErrNoMedium):
-		return EINVAL
-	case errors.Is(err, blk.ErrClosed):
+	case syscall.ESHUTDOWN:
 		return ESHUTDOWN
 	}
-	return EIO
+	if errors.Is(err, blk.ErrClosed) {
+		return ESHUTDOWN
+	}
+	return EINVAL
 }
 
 // FromErrno is the host's error for a number of the wire; nil for 0, EINVAL for unknown ones.

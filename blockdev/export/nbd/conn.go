@@ -1,0 +1,268 @@
+package nbd
+
+import (
+	"context"
+	"encoding/binary"
+	"errors"
+	"io"
+	"net"
+	"sync"
+	"sync/atomic"
+	"syscall"
+	"time"
+
+	"golang.org/x/sys/unix"
+
+	"qblockd/blockdev/nbd/wire"
+	"qblockd/graph/blk"
+)
+
+func put64(b []byte, v uint64) { binary.BigEndian.PutUint64(b, v) }
+func put16(b []byte, v uint16) { binary.BigEndian.PutUint16(b, v) }
+
+// Limits of a connection; see the package comment.
+const (
+	maxWorkers = 16
+	maxQueued  = 256
+	maxBytes   = 64 << 20
+)
+
+// Sizes of a connection's buffers, in bytes.
+const (
+	inSize    = 256 << 10 // requests, and payloads of small writes
+	batchSize = 256 << 10 // replies the reader gathers
+	sndBuf    = 4 << 20   // asked of the socket; the kernel may give less
+)
+
+// conn is one connection. The reader is the goroutine of run; fields without a note
+// belong to it alone.
+type conn struct {
+	srv  *Server
+	nc   net.Conn
+	raw  syscall.RawConn
+	unix bool // a unix socket: mapped reads
+
+	structured bool
+	ctxs       contexts
+	exp        *Export
+	dev        Device
+
+	inBuf    *blk.Buffer
+	in       []byte // of inBuf; [r:w) is read but not parsed
+	r, w     int
+	batchBuf *blk.Buffer
+	batch    []byte // of batchBuf: replies not sent yet
+	// eager: the last request was a write larger than the buffer; read little more than the
+	// next header, so that its payload goes where it belongs without a copy.
+	eager bool
+	maps  []*blk.Mapping // spare ones
+
+	// ctx is done when the connection is killed: whoever waits at the gate for it gives up.
+	ctx    context.Context
+	cancel context.CancelFunc
+	killed atomic.Bool
+
+	sendMu sync.Mutex
+	vec    net.Buffers    // +checklocks:sendMu  scratch of drainLocked
+	taken  []*reply       // +checklocks:sendMu  scratch of drainLocked
+	sf     sendfile       // +checklocks:sendMu
+	sent   uint64         // +checklocks:sendMu  bytes put into the socket
+	leases []lease        // +checklocks:sendMu  oldest first
+	spare  []*blk.Mapping // +checklocks:sendMu  released, for reuse
+	failed error          // +checklocks:sendMu  why nothing can be sent any more
+
+	mu       sync.Mutex
+	room     sync.Cond // inflight or bytes went down, with mu
+	inflight int       // +checklocks:mu  requests handed to workers and not answered
+	bytes    int64     // +checklocks:mu  of their data
+	workers  int       // +checklocks:mu
+	queue    []*job    // +checklocks:mu  for which there was no worker
+	out      []*reply  // +checklocks:mu  of workers, to be sent
+
+	leaseTimer *time.Timer   // set by the reader before it can fire
+	leaseWait  time.Duration // +checklocks:sendMu
+	leaseArmed bool          // +checklocks:sendMu  the timer runs
+}
+
+func newConn(s *Server, nc net.Conn) (*conn, error) {
+	sc, ok := nc.(syscall.Conn)
+	if !ok {
+		return nil, errors.New("not a socket")
+	}
+	raw, err := sc.SyscallConn()
+	if err != nil {
+		return nil, err
+	}
+	c := &conn{srv: s, nc: nc, raw: raw}
+	_, c.unix = nc.(*net.UnixConn)
+	c.room.L = &c.mu
+	c.ctx, c.cancel = context.WithCancel(s.ctx)
+	return c, nil
+}
+
+// kill makes the connection end: its socket is shut down now, whoever waits for the gate gives
+// up. Requests in the device end in their own time. Callable from anywhere, any number of times.
+func (c *conn) kill() {
+	if c.killed.Swap(true) {
+		return
+	}
+	c.cancel()
+	c.raw.Control(func(fd uintptr) { unix.Shutdown(int(fd), unix.SHUT_RDWR) })
+}
+
+// run is the life of the connection.
+func (c *conn) run() {
+	defer c.cancel()
+	err := c.handshake()
+	if err == nil {
+		c.setUp()
+		err = c.transmission()
+		c.quiesce()
+		c.exp.detach(c)
+	}
+	if err != nil && !errors.Is(err, io.EOF) && !errors.Is(err, errAbort) && !c.killed.Load() {
+		c.srv.log.Info("NBD client disconnected", "err", err)
+	}
+	c.hangUp()
+}
+
+// setUp prepares for transmission.
+func (c *conn) setUp() {
+	c.inBuf, c.batchBuf = blk.GetBuf(inSize, 0), blk.GetBuf(batchSize, 0)
+	c.in, c.batch = c.inBuf.B, c.batchBuf.B[:0]
+	c.sf.init()
+	c.leaseTimer = time.AfterFunc(time.Hour, c.checkLeases)
+	c.leaseTimer.Stop()
+	if !c.unix {
+		return // TCP finds its own size
+	}
+	c.raw.Control(func(fd uintptr) {
+		// Replies of a whole queue in one go; without privilege the system's limit holds.
+		if unix.SetsockoptInt(int(fd), unix.SOL_SOCKET, unix.SO_SNDBUFFORCE, sndBuf) != nil {
+			unix.SetsockoptInt(int(fd), unix.SOL_SOCKET, unix.SO_SNDBUF, sndBuf)
+		}
+	})
+}
+
+// quiesce waits until no request of the connection is in the device.
+func (c *conn) quiesce() {
+	c.mu.Lock()
+	defer c.mu.Unlock()
+	for c.inflight > 0 {
+		c.room.Wait()
+	}
+}
+
+// hangUp closes the socket, at once or, when data of files are still in its queue, when
+// they have been taken or after lingerMax.
+func (c *conn) hangUp() {
+	if c.leaseTimer != nil {
+		c.leaseTimer.Stop()
+	}
+	c.sendMu.Lock()
+	c.failed = net.ErrClosed
+	linger := c.releaseLocked() > 0
+	c.sendMu.Unlock()
+	blk.PutBuf(c.inBuf)
+	blk.PutBuf(c.batchBuf)
+	c.inBuf, c.in, c.batchBuf, c.batch = nil, nil, nil, nil
+	if !linger {
+		c.nc.Close()
+		return
+	}
+	c.raw.Control(func(fd uintptr) { unix.Shutdown(int(fd), unix.SHUT_RDWR) })
+	go c.linger()
+}
+
+// transmission serves requests until the client is done (nil), the connection fails or is killed.
+func (c *conn) transmission() error {
+	var q wire.Request
+	for {
+		if c.w-c.r < wire.RequestSize {
+			if err := c.fill(wire.RequestSize); err != nil {
+				return err
+			}
+		}
+		err := q.Parse(c.in[c.r : c.r+wire.RequestSize])
+		c.r += wire.RequestSize
+		if err != nil {
+			c.refuse(&q, errMagic)
+			c.flush()
+			return errMagic
+		}
+		if q.Cmd == wire.CmdDisc {
+			return c.flush()
+		}
+		if err := c.request(&q); err != nil {
+			return err
+		}
+	}
+}
+
+var errMagic = errors.New("invalid magic")
+
+// fill reads until n bytes are buffered. It sends what is gathered before it may have to wait.
+func (c *conn) fill(n int) error {
+	if err := c.flush(); err != nil {
+		return err
+	}
+	if c.r > 0 && (c.r == c.w || len(c.in)-c.r < n) {
+		copy(c.in, c.in[c.r:c.w])
+		c.w -= c.r
+		c.r = 0
+	}
+	for c.w-c.r < n {
+		end := len(c.in)
+		if c.eager {
+			end = min(end, c.r+4096)
+		}
+		k, err := c.nc.Read(c.in[c.w:end])
+		if err != nil {
+			return err
+		}
+		c.w += k
+	}
+	return nil
+}
+
+// refuse answers q with EINVAL without asking the device.
+func (c *conn) refuse(q *wire.Request, why error) { c.fail(q, wire.EINVAL, why.Error()) }
+
+// fail gathers the error reply to q.
+func (c *conn) fail(q *wire.Request, errno uint32, msg string) {
+	c.reserve(wire.ChunkSize + 6 + len(msg))
+	c.batch = appendFailure(c.batch, c.structured, q.Cookie, errno, msg)
+}
+
+// done gathers the reply to q, which succeeded and has no data.
+func (c *conn) done(q *wire.Request) {
+	c.reserve(wire.SimpleSize)
+	c.batch = wire.AppendSimple(c.batch, q.Cookie, 0)
+}
+
+func appendFailure(b []byte, structured bool, cookie uint64, errno uint32, msg string) []byte {
+	if structured {
+		return wire.AppendError(b, cookie, errno, msg)
+	}
+	return wire.AppendSimple(b, cookie, errno)
+}
+
+// reserve makes room for n bytes in the batch, n at most its size. An error of sending
+// shows at the next flush.
+func (c *conn) reserve(n int) {
+	if len(c.batch)+n > cap(c.batch) {
+		c.flush()
+	}
+}
+
+// flush sends the batch.
+func (c *conn) flush() error {
+	if len(c.batch) == 0 {
+		return nil
+	}
+	c.sendMu.Lock()
+	err := c.writeLocked(c.batch)
+	c.unlockSend()
+	c.batch = c.batch[:0]
+	return err
+}

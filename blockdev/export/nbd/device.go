@@ -1,0 +1,33 @@
+package nbd
+
+import (
+	"context"
+
+	"qblockd/graph/blk"
+)
+
+// Device is what an export shows. Methods with a *blk.Req run between Begin or TryBegin and
+// End, with ranges inside the size given to Server.Add. With r.NoWait they return blk.ErrWouldBlock
+// rather than wait. All methods may be called from any goroutine.
+type Device interface {
+	// TryBegin passes the gate, or returns nil where Begin would have to wait.
+	TryBegin() *blk.Req
+	// Begin passes the gate; it waits while the gate is closed, no longer than ctx.
+	Begin(ctx context.Context) (*blk.Req, error)
+	// End ends the unit of work.
+	End(r *blk.Req)
+
+	ReadAt(r *blk.Req, v blk.Vec, off int64, f blk.Flags) error
+	WriteAt(r *blk.Req, v blk.Vec, off int64, f blk.Flags) error
+	Zero(r *blk.Req, off, n int64, f blk.Flags) error
+	Discard(r *blk.Req, off, n int64) error
+	Flush(r *blk.Req) error
+	// Status tells about a prefix of the range, through the whole backing chain; Depth is set.
+	Status(r *blk.Req, off, n int64) (blk.Extent, error)
+	// Depth is Status for the question in which layer the prefix is allocated only.
+	Depth(r *blk.Req, off, n int64) (blk.Extent, error)
+	// Map appends the host ranges behind a prefix of the range to m, possibly none.
+	Map(r *blk.Req, off, n int64, m *blk.Mapping) error
+	// Limits are those of the device at this time; RequestAlign and MaxTransfer count.
+	Limits() blk.Limits
+}

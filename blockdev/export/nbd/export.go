@@ -1,0 +1,128 @@
+package nbd
+
+import (
+	"errors"
+	"fmt"
+	"sync"
+
+	"qblockd/blockdev/nbd/wire"
+)
+
+// Spec describes an export.
+type Spec struct {
+	Name        string // what clients ask for; may be empty
+	Description string // "": none
+	// HasDescription tells an empty description from none.
+	HasDescription bool
+	Size           int64 // bytes; what clients see for as long as the export lives
+	ReadOnly       bool
+	// Writethrough: each write is on stable storage before it is acknowledged.
+	Writethrough bool
+	// AllocationDepth offers the context qemu:allocation-depth.
+	AllocationDepth bool
+	Device          Device
+}
+
+// Export is a device that clients can ask for by name.
+type Export struct {
+	spec  Spec
+	flags uint16 // transmission flags but FlagDF
+
+	srv *Server
+
+	mu      sync.Mutex
+	clients map[*conn]struct{} // +checklocks:mu  in transmission
+	closing bool               // +checklocks:mu
+	done    chan struct{}      // closed when closing and clients is empty
+}
+
+// checkSpec words what is wrong with the names of an export.
+func checkSpec(s *Spec) error {
+	if len(s.Name) > wire.MaxString {
+		return fmt.Errorf("export name '%s' too long", s.Name)
+	}
+	if len(s.Description) > wire.MaxString {
+		return fmt.Errorf("description '%s' too long", s.Description)
+	}
+	return nil
+}
+
+// transmissionFlags are what clients are told about an export.
+func transmissionFlags(s *Spec, multiConn bool) uint16 {
+	f := wire.FlagHasFlags | wire.FlagFlush | wire.FlagFUA | wire.FlagCache
+	if multiConn {
+		f |= wire.FlagMultiConn
+	}
+	if s.ReadOnly {
+		return f | wire.FlagReadOnly
+	}
+	return f | wire.FlagTrim | wire.FlagWriteZeroes | wire.FlagFastZero
+}
+
+// errClosing: the export is being removed.
+var errClosing = errors.New("export is shutting down")
+
+// attach makes c a client.
+func (e *Export) attach(c *conn) error {
+	e.mu.Lock()
+	defer e.mu.Unlock()
+	if e.closing {
+		return errClosing
+	}
+	e.clients[c] = struct{}{}
+	return nil
+}
+
+// detach ends that, when c has no request left.
+func (e *Export) detach(c *conn) {
+	e.mu.Lock()
+	defer e.mu.Unlock()
+	delete(e.clients, c)
+	if e.closing && len(e.clients) == 0 {
+		close(e.done)
+	}
+}
+
+// InUse tells whether clients are connected to the export.
+func (e *Export) InUse() bool {
+	e.mu.Lock()
+	defer e.mu.Unlock()
+	return len(e.clients) > 0
+}
+
+// ShutdownIfIdle is Shutdown if no client is connected, else it does nothing and returns false.
+func (e *Export) ShutdownIfIdle() bool {
+	e.mu.Lock()
+	idle := len(e.clients) == 0
+	if idle && !e.closing {
+		e.closing = true
+		close(e.done)
+	}
+	e.mu.Unlock()
+	if idle {
+		e.srv.forget(e)
+	}
+	return idle
+}
+
+// Shutdown takes the export off the list and drops its clients: their sockets are shut
+// down at once, their requests end in their own time. It does not wait; Done tells the end.
+// Doing it twice is harmless.
+func (e *Export) Shutdown() {
+	e.srv.forget(e)
+	e.mu.Lock()
+	defer e.mu.Unlock()
+	if e.closing {
+		return
+	}
+	e.closing = true
+	for c := range e.clients {
+		c.kill()
+	}
+	if len(e.clients) == 0 {
+		close(e.done)
+	}
+}
+
+// Done is closed when the export was shut down and its last request has ended.
+func (e *Export) Done() <-chan struct{} { return e.done }

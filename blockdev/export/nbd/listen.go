@@ -1,0 +1,224 @@
+package nbd
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"net"
+	"net/netip"
+	"os"
+	"strconv"
+	"sync"
+	"syscall"
+
+	"golang.org/x/sys/unix"
+
+	"qblockd/graph/blk"
+)
+
+// errnoError is "TEXT: ERRNO" in the reference's words.
+func errnoError(err error, format string, a ...any) error {
+	return &listenError{fmt.Sprintf(format, a...) + ": " + blk.ErrnoText(err), err}
+}
+
+type listenError struct {
+	text  string
+	cause error
+}
+
+func (e *listenError) Error() string { return e.text }
+func (e *listenError) Unwrap() error { return e.cause }
+
+// UnixAddr is where a unix socket listens.
+type UnixAddr struct {
+	Path string // in the file system, or the name in the abstract name space
+	// Abstract: Path is no file. Padded: the name goes on with zero bytes to the end.
+	Abstract, Padded bool
+	// Mode is that of the socket file; 0 means 0600.
+	Mode os.FileMode
+}
+
+// ListenUnix makes a listening unix socket. A socket that is in its place is removed, any
+// other file is left alone. Nobody can connect before the file has its mode. The
+// file is removed when the listener is closed.
+func ListenUnix(a UnixAddr) (net.Listener, error) {
+	limit := len(unix.RawSockaddrUnix{}.Path)
+	if len(a.Path) > limit || a.Abstract && len(a.Path) > limit-1 {
+		return nil, fmt.Errorf("UNIX socket path '%s' is too long", a.Path)
+	}
+	fd, err := unix.Socket(unix.AF_UNIX, unix.SOCK_STREAM|unix.SOCK_CLOEXEC|unix.SOCK_NONBLOCK, 0)
+	if err != nil {
+		return nil, errnoError(err, "Failed to create Unix socket")
+	}
+	f := os.NewFile(uintptr(fd), a.Path)
+	defer f.Close() // listeners have duplicates
+	return listenUnix(f, fd, a)
+}
+
+func listenUnix(f *os.File, fd int, a UnixAddr) (net.Listener, error) {
+	mode := a.Mode
+	if mode == 0 {
+		mode = 0o600
+	}
+	if a.Abstract {
+		name := "@" + a.Path
+		if a.Padded {
+			name += string(make([]byte, len(unix.RawSockaddrUnix{}.Path)-len(name)))
+		}
+		if err := unix.Bind(fd, &unix.SockaddrUnix{Name: name}); err != nil {
+			return nil, errnoError(err, "Failed to bind socket to %s", a.Path)
+		}
+		return listenFile(f, fd)
+	}
+	if st, err := os.Lstat(a.Path); err == nil && st.Mode().Type() == os.ModeSocket {
+		if err := unix.Unlink(a.Path); err != nil && err != unix.ENOENT {
+			return nil, errnoError(err, "Failed to unlink socket %s", a.Path)
+		}
+	}
+	// The file is made with the mode of the descriptor; the umask can only take away.
+	unix.Fchmod(fd, uint32(mode.Perm()))
+	if err := unix.Bind(fd, &unix.SockaddrUnix{Name: a.Path}); err != nil {
+		return nil, errnoError(err, "Failed to bind socket to %s", a.Path)
+	}
+	if err := unix.Chmod(a.Path, uint32(mode.Perm())); err != nil {
+		unix.Unlink(a.Path)
+		return nil, errnoError(err, "Failed to set the mode of socket %s", a.Path)
+	}
+	l, err := listenFile(f, fd)
+	if err != nil {
+		unix.Unlink(a.Path)
+		return nil, err
+	}
+	fl := &fileListener{Listener: l, path: a.Path}
+	if st, err := os.Lstat(a.Path); err == nil {
+		fl.made = st
+	}
+	return fl, nil
+}
+
+// listenFile makes the bound socket f, which is fd, listen.
+func listenFile(f *os.File, fd int) (net.Listener, error) {
+	if err := unix.Listen(fd, unix.SOMAXCONN); err != nil {
+		return nil, errnoError(err, "Failed to listen on socket")
+	}
+	l, err := net.FileListener(f)
+	if err != nil {
+		return nil, errnoError(err, "Failed to listen on socket")
+	}
+	if u, ok := l.(*net.UnixListener); ok {
+		u.SetUnlinkOnClose(false) // fileListener does it, if the file is still ours
+	}
+	return l, nil
+}
+
+// fileListener removes its socket file when it is closed, unless that was replaced.
+type fileListener struct {
+	net.Listener
+	path string
+	made os.FileInfo
+	once sync.Once
+}
+
+func (l *fileListener) Close() error {
+	l.once.Do(func() {
+		if st, err := os.Lstat(l.path); err == nil && l.made != nil && os.SameFile(st, l.made) {
+			os.Remove(l.path)
+		}
+	})
+	return l.Listener.Close()
+}
+
+// InetAddr is where a TCP socket listens.
+type InetAddr struct {
+	Host, Port string
+	// To is the last port to try; nil: just Port.
+	To *uint16
+	// IPv4, IPv6: which protocols may be used; nil leaves it to the other one.
+	IPv4, IPv6 *bool
+	// Numeric: nothing is looked up.
+	Numeric bool
+	// Multipath: MPTCP.
+	Multipath bool
+}
+
+// network gives the family for package net, as the reference derives it.
+func (a *InetAddr) network() (string, error) {
+	is := func(b *bool) bool { return b != nil && *b }
+	not := func(b *bool) bool { return b != nil && !*b }
+	switch {
+	case not(a.IPv4) && not(a.IPv6):
+		return "", errors.New("Cannot disable IPv4 and IPv6 at same time")
+	case is(a.IPv4) && is(a.IPv6):
+		return "tcp", nil
+	case is(a.IPv6) || not(a.IPv4):
+		return "tcp6", nil
+	case is(a.IPv4) || not(a.IPv6):
+		return "tcp4", nil
+	}
+	return "tcp", nil
+}
+
+// ListenInet makes a listening TCP socket. It blocks while names are looked up.
+func ListenInet(ctx context.Context, a InetAddr) (net.Listener, error) {
+	network, err := a.network()
+	if err != nil {
+		return nil, err
+	}
+	unresolved := func(why string) error {
+		return fmt.Errorf("address resolution failed for %s:%s: %s", a.Host, a.Port, why)
+	}
+	if a.Numeric {
+		if _, err := netip.ParseAddr(a.Host); a.Host != "" && err != nil {
+			return nil, unresolved("Name or service not known")
+		}
+	}
+	first := 0
+	if a.Port != "" {
+		if first, err = strconv.Atoi(a.Port); err != nil && !a.Numeric {
+			first, err = net.DefaultResolver.LookupPort(ctx, network, a.Port)
+		}
+		if err != nil || first < 0 || first > 65535 {
+			return nil, unresolved("Servname not supported for ai_socktype")
+		}
+	}
+	last := first
+	if a.To != nil {
+		last = int(*a.To)
+	}
+	var lc net.ListenConfig
+	lc.SetMultipathTCP(a.Multipath)
+	err = syscall.EADDRINUSE
+	for port := first; port <= last; port++ {
+		var l net.Listener
+		if l, err = lc.Listen(ctx, network, net.JoinHostPort(a.Host, strconv.Itoa(port))); err == nil {
+			return l, nil
+		}
+		var dns *net.DNSError
+		var addr *net.AddrError
+		if errors.As(err, &dns) || errors.As(err, &addr) {
+			return nil, unresolved("Name or service not known")
+		}
+		if !errors.Is(err, syscall.EADDRINUSE) {
+			return nil, errnoError(err, "Failed to bind socket")
+		}
+	}
+	return nil, errnoError(err, "Failed to find an available port")
+}
+
+// ListenFD listens on the socket that the process inherited as descriptor fd, which the
+// listener then owns.
+func ListenFD(fd int) (net.Listener, error) {
+	if _, err := unix.GetsockoptInt(fd, unix.SOL_SOCKET, unix.SO_TYPE); err != nil {
+		return nil, fmt.Errorf("File descriptor '%d' is not a socket", fd)
+	}
+	if err := unix.Listen(fd, unix.SOMAXCONN); err != nil {
+		return nil, errnoError(err, "Failed to listen on fd socket")
+	}
+	f := os.NewFile(uintptr(fd), "nbd-listener")
+	defer f.Close() // the listener has a duplicate
+	l, err := net.FileListener(f)
+	if err != nil {
+		return nil, errnoError(err, "Failed to listen on fd socket")
+	}
+	return l, nil
+}

@@ -1,0 +1,241 @@
+package nbd
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"log/slog"
+	"net"
+	"sync"
+	"time"
+)
+
+// Options of a Server; the zero value gives the defaults.
+type Options struct {
+	// MaxConns bounds the connections served at once, handshakes included; 0: no bound.
+	MaxConns uint32
+	// Handshake bounds the time of a handshake; 0: 10 s, negative: no bound.
+	Handshake time.Duration
+	// Log takes what happened to connections; nil: nothing is logged.
+	Log *slog.Logger
+}
+
+// DefaultMaxConns is the number of connections of a server that was not told another one.
+const DefaultMaxConns = 100
+
+// Server serves exports to the clients of one listener.
+type Server struct {
+	opts Options
+	log  *slog.Logger
+	l    net.Listener
+	sem  chan struct{} // a token for each connection; nil: no bound
+
+	ctx    context.Context // done at Close: requests at a closed gate give up
+	cancel context.CancelFunc
+	wg     sync.WaitGroup // the accepting goroutine and the connections
+
+	mu      sync.Mutex
+	closed  bool               // +checklocks:mu
+	conns   map[*conn]struct{} // +checklocks:mu
+	byName  map[string]*Export // +checklocks:mu
+	ordered []*Export          // +checklocks:mu  oldest first
+}
+
+// Serve accepts connections from l until Close; l belongs to the server.
+func Serve(l net.Listener, o Options) *Server {
+	if o.Handshake == 0 {
+		o.Handshake = 10 * time.Second
+	}
+	s := &Server{opts: o, log: o.Log, l: l, conns: map[*conn]struct{}{}, byName: map[string]*Export{}}
+	if s.log == nil {
+		s.log = slog.New(slog.DiscardHandler)
+	}
+	if o.MaxConns > 0 {
+		s.sem = make(chan struct{}, o.MaxConns)
+	}
+	s.ctx, s.cancel = context.WithCancel(context.Background())
+	s.wg.Add(1)
+	go s.accept()
+	return s
+}
+
+// Addr is the listener's address.
+func (s *Server) Addr() net.Addr { return s.l.Addr() }
+
+// Add makes an export. Errors: name or description too long, name taken.
+func (s *Server) Add(spec Spec) (*Export, error) {
+	if err := checkSpec(&spec); err != nil {
+		return nil, err
+	}
+	e := &Export{spec: spec, srv: s, clients: map[*conn]struct{}{}, done: make(chan struct{}),
+		flags: transmissionFlags(&spec, s.opts.MaxConns != 1)}
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	if s.closed {
+		return nil, ErrNotRunning
+	}
+	if err := s.checkNameLocked(spec.Name); err != nil {
+		return nil, err
+	}
+	s.byName[spec.Name] = e
+	s.ordered = append(s.ordered, e)
+	return e, nil
+}
+
+// ErrNotRunning: there is no server to serve an export.
+var ErrNotRunning = errors.New("NBD server not running")
+
+// CheckName tells whether an export of that name could be added now.
+func (s *Server) CheckName(spec *Spec) error {
+	if err := checkSpec(spec); err != nil {
+		return err
+	}
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	return s.checkNameLocked(spec.Name)
+}
+
+// +checklocks:s.mu
+func (s *Server) checkNameLocked(name string) error {
+	if s.byName[name] != nil {
+		return fmt.Errorf("NBD server already has export named '%s'", name)
+	}
+	return nil
+}
+
+// find returns the export of that name, or nil.
+func (s *Server) find(name string) *Export {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	return s.byName[name]
+}
+
+// exports are all exports, oldest first.
+func (s *Server) exports() []*Export {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	return append([]*Export(nil), s.ordered...)
+}
+
+// forget takes e off the list.
+func (s *Server) forget(e *Export) {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	if s.byName[e.spec.Name] != e {
+		return
+	}
+	delete(s.byName, e.spec.Name)
+	for i, x := range s.ordered {
+		if x == e {
+			s.ordered = append(s.ordered[:i:i], s.ordered[i+1:]...)
+			break
+		}
+	}
+}
+
+// accept takes connections while there are tokens for them.
+func (s *Server) accept() {
+	defer s.wg.Done()
+	for {
+		if s.sem != nil {
+			select {
+			case s.sem <- struct{}{}:
+			case <-s.ctx.Done():
+				return
+			}
+		}
+		nc, err := s.l.Accept()
+		if err != nil {
+			if s.sem != nil {
+				<-s.sem
+			}
+			if s.ctx.Err() != nil || errors.Is(err, net.ErrClosed) {
+				return
+			}
+			// Out of descriptors or memory: that passes, and nobody can be told.
+			s.log.Warn("NBD server cannot accept a connection", "err", err)
+			select {
+			case <-time.After(100 * time.Millisecond):
+			case <-s.ctx.Done():
+				return
+			}
+			continue
+		}
+		s.serve(nc)
+	}
+}
+
+// serve starts a connection that has its token.
+func (s *Server) serve(nc net.Conn) {
+	c, err := newConn(s, nc)
+	if err != nil {
+		s.log.Warn("NBD connection dropped", "err", err)
+		nc.Close()
+		s.putToken()
+		return
+	}
+	s.mu.Lock()
+	if s.closed {
+		s.mu.Unlock()
+		nc.Close()
+		s.putToken()
+		return
+	}
+	s.conns[c] = struct{}{}
+	s.wg.Add(1)
+	s.mu.Unlock()
+	go func() {
+		defer s.wg.Done()
+		defer s.putToken()
+		c.run()
+		s.mu.Lock()
+		delete(s.conns, c)
+		s.mu.Unlock()
+	}()
+}
+
+func (s *Server) putToken() {
+	if s.sem != nil {
+		<-s.sem
+	}
+}
+
+// Close ends the server: no more connections are accepted, exports and clients go. It
+// does not wait; Wait does.
+func (s *Server) Close() {
+	s.mu.Lock()
+	if s.closed {
+		s.mu.Unlock()
+		return
+	}
+	s.closed = true
+	exps := append([]*Export(nil), s.ordered...)
+	var conns []*conn
+	for c := range s.conns {
+		conns = append(conns, c)
+	}
+	s.mu.Unlock()
+	s.cancel()
+	s.l.Close()
+	for _, e := range exps {
+		e.Shutdown()
+	}
+	for _, c := range conns {
+		c.kill()
+	}
+}
+
+// Wait waits until all connections of a closed server are gone, or for ctx.
+func (s *Server) Wait(ctx context.Context) error {
+	gone := make(chan struct{})
+	go func() {
+		s.wg.Wait()
+		close(gone)
+	}()
+	select {
+	case <-gone:
+		return nil
+	case <-ctx.Done():
+		return ctx.Err()
+	}
+}

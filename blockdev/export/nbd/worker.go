@@ -1,0 +1,321 @@
+package nbd
+
+import (
+	"math"
+	"sync"
+
+	"qblockd/blockdev/nbd/wire"
+	"qblockd/graph/blk"
+)
+
+// job is a request on its way through a worker.
+type job struct {
+	q    wire.Request
+	buf  *blk.Buffer // payload of a write
+	cost int64       // what it counts against maxBytes
+}
+
+var jobPool = sync.Pool{New: func() any { return new(job) }}
+
+// reply is what a worker has to send: head, then data. What is in it is given back when sent.
+type reply struct {
+	head []byte // protocol bytes; holds its memory for reuse
+	data []byte
+	buf  *blk.Buffer // memory behind data
+	next *reply      // sent right behind it
+	cost int64       // of the job this is the last of; -1: not the last
+}
+
+var replyPool = sync.Pool{New: func() any { return &reply{head: make([]byte, 0, 64)} }}
+
+func newReply() *reply {
+	p := replyPool.Get().(*reply)
+	p.head, p.data, p.buf, p.next, p.cost = p.head[:0], nil, nil, nil, -1
+	return p
+}
+
+// cost is what q's data take while it is under way.
+func cost(q *wire.Request) int64 {
+	switch q.Cmd {
+	case wire.CmdRead, wire.CmdWrite:
+		return int64(q.Len)
+	case wire.CmdBlockStatus:
+		return maxExtents * wire.ExtentSize
+	}
+	return 0
+}
+
+// dispatch hands q to a worker, waiting while too much is under way. buf becomes the worker's.
+func (c *conn) dispatch(q *wire.Request, buf *blk.Buffer) error {
+	j := jobPool.Get().(*job)
+	j.q, j.buf, j.cost = *q, buf, cost(q)
+	if err := c.waitRoom(j.cost); err != nil {
+		blk.PutBuf(buf)
+		return err
+	}
+	c.mu.Lock()
+	c.inflight++
+	c.bytes += j.cost
+	start := c.workers < maxWorkers
+	if start {
+		c.workers++
+	} else {
+		c.queue = append(c.queue, j)
+	}
+	c.mu.Unlock()
+	if start {
+		go c.work(j)
+	}
+	return nil
+}
+
+// waitRoom waits until n more bytes may be under way; what is gathered is sent before that.
+func (c *conn) waitRoom(n int64) error {
+	c.mu.Lock()
+	fits := c.fitsLocked(n)
+	c.mu.Unlock()
+	if fits {
+		return nil
+	}
+	if err := c.flush(); err != nil {
+		return err
+	}
+	c.mu.Lock()
+	defer c.mu.Unlock()
+	for !c.fitsLocked(n) {
+		c.room.Wait()
+	}
+	return nil
+}
+
+// +checklocks:c.mu
+func (c *conn) fitsLocked(n int64) bool {
+	return c.inflight == 0 || c.inflight < maxQueued && c.bytes+n <= maxBytes
+}
+
+// work serves j and then what is queued.
+func (c *conn) work(j *job) {
+	for {
+		p := c.serve(j)
+		// The last reply carries the cost, so that memory counts until it is sent.
+		last := p
+		for last.next != nil {
+			last = last.next
+		}
+		last.cost = j.cost
+		j.buf = nil
+		jobPool.Put(j)
+		c.mu.Lock()
+		c.out = append(c.out, p)
+		if len(c.queue) == 0 {
+			c.workers--
+			c.mu.Unlock()
+			c.kick()
+			return
+		}
+		j = c.queue[0]
+		copy(c.queue, c.queue[1:])
+		c.queue[len(c.queue)-1] = nil
+		c.queue = c.queue[:len(c.queue)-1]
+		c.mu.Unlock()
+		c.kick()
+	}
+}
+
+// serve performs j in one unit of work and makes its reply.
+func (c *conn) serve(j *job) *reply {
+	q := &j.q
+	r, err := c.dev.Begin(c.ctx)
+	if err != nil {
+		blk.PutBuf(j.buf)
+		return c.failure(q, wire.Errno(err), "request was not started")
+	}
+	defer c.dev.End(r)
+	msg := msgWrite
+	switch q.Cmd {
+	case wire.CmdRead:
+		return c.serveRead(r, q)
+	case wire.CmdBlockStatus:
+		return c.serveStatus(r, q)
+	case wire.CmdWrite:
+		err = c.dev.WriteAt(r, blk.Buf(j.buf.B), int64(q.Off), c.writeFlags(q))
+		blk.PutBuf(j.buf)
+	case wire.CmdCache:
+		err, msg = c.serveCache(r, q), msgCache
+	default:
+		err, msg = c.doControl(r, q)
+	}
+	if err != nil {
+		return c.failure(q, wire.Errno(err), msg)
+	}
+	p := newReply()
+	p.head = wire.AppendSimple(p.head, q.Cookie, 0)
+	return p
+}
+
+func (c *conn) failure(q *wire.Request, errno uint32, msg string) *reply {
+	p := newReply()
+	p.head = appendFailure(p.head, c.structured, q.Cookie, errno, msg)
+	return p
+}
+
+// serveRead reads; with structured replies and where it may be worth it, holes are told
+// as such, as block-status finds them.
+func (c *conn) serveRead(r *blk.Req, q *wire.Request) *reply {
+	n := int(q.Len)
+	if q.Flags&wire.CmdFlagFUA != 0 {
+		if err := c.dev.Flush(r); err != nil {
+			return c.failure(q, wire.Errno(err), msgFlush)
+		}
+	}
+	if c.structured && q.Flags&wire.CmdFlagDF == 0 && n >= mapMin {
+		return c.serveSparse(r, q)
+	}
+	p := newReply()
+	p.head = appendReadHead(p.head, c.structured, q, n)
+	if n == 0 {
+		return p
+	}
+	p.buf = blk.GetBuf(n, 0)
+	if err := c.dev.ReadAt(r, blk.Buf(p.buf.B), int64(q.Off), 0); err != nil {
+		blk.PutBuf(p.buf)
+		p.buf = nil
+		p.head = appendFailure(p.head[:0], c.structured, q.Cookie, wire.Errno(err), msgRead)
+		return p
+	}
+	p.data = p.buf.B
+	return p
+}
+
+// serveSparse answers a read in chunks of data and holes.
+func (c *conn) serveSparse(r *blk.Req, q *wire.Request) *reply {
+	first := newReply()
+	last := first
+	off, end := int64(q.Off), int64(q.Off)+int64(q.Len)
+	fail := func(err error, msg string) *reply {
+		last.head = wire.AppendErrorOffset(last.head, q.Cookie, wire.Errno(err), uint64(off), msg)
+		return first
+	}
+	x, err := c.dev.Status(r, off, end-off)
+	for off < end {
+		if err != nil {
+			return fail(err, "unable to check for holes: "+blk.ErrnoText(err))
+		}
+		zero, n := x.Zero, x.N
+		// Status answers in the units of each layer: join what belongs together.
+		for off+n < end {
+			if x, err = c.dev.Status(r, off+n, end-off-n); err != nil || x.Zero != zero {
+				break
+			}
+			n += x.N
+		}
+		var flags uint16
+		if off+n == end {
+			flags = wire.ChunkDone
+		}
+		if zero {
+			last.head = wire.AppendHole(last.head, flags, q.Cookie, uint64(off), uint32(n))
+			off += n
+			continue
+		}
+		buf := blk.GetBuf(int(n), 0)
+		if err := c.dev.ReadAt(r, blk.Buf(buf.B), off, 0); err != nil {
+			blk.PutBuf(buf)
+			return fail(err, msgRead)
+		}
+		last.head = wire.AppendDataHead(last.head, flags, q.Cookie, uint64(off), int(n))
+		last.buf, last.data = buf, buf.B
+		if off += n; off < end {
+			last.next = newReply()
+			last = last.next
+		}
+	}
+	return first
+}
+
+// serveCache reads the range so that it is in the host's cache.
+func (c *conn) serveCache(r *blk.Req, q *wire.Request) error {
+	const piece = 1 << 20
+	buf := blk.GetBuf(int(min(q.Len, piece)), 0)
+	defer blk.PutBuf(buf)
+	for off, left := int64(q.Off), int64(q.Len); left > 0; {
+		n := min(left, piece)
+		if err := c.dev.ReadAt(r, blk.Buf(buf.B[:n]), off, 0); err != nil {
+			return err
+		}
+		off, left = off+n, left-n
+	}
+	return nil
+}
+
+// maxExtents bounds the extents of one context in a reply: 1 MiB of them.
+const maxExtents = 1 << 20 / wire.ExtentSize
+
+// serveStatus answers a block-status request for the contexts the client chose.
+func (c *conn) serveStatus(r *blk.Req, q *wire.Request) *reply {
+	limit := maxExtents
+	if q.Flags&wire.CmdFlagReqOne != 0 {
+		limit = 1
+	}
+	p := newReply()
+	p.head = make([]byte, 0, 64)
+	left := c.ctxs.count()
+	add := func(id uint32, ask func(off, n int64) (int64, uint32, error)) error {
+		es, err := extents(int64(q.Off), int64(q.Len), limit, ask)
+		if err != nil {
+			return err
+		}
+		var flags uint16
+		if left--; left == 0 {
+			flags = wire.ChunkDone
+		}
+		p.head = wire.AppendBlockStatus(p.head, flags, q.Cookie, id, es)
+		return nil
+	}
+	var err error
+	if c.ctxs.allocation {
+		err = add(idAllocation, func(off, n int64) (int64, uint32, error) {
+			x, err := c.dev.Status(r, off, n)
+			var f uint32
+			if !x.Data {
+				f |= wire.StateHole
+			}
+			if x.Zero {
+				f |= wire.StateZero
+			}
+			return x.N, f, err
+		})
+	}
+	if err == nil && c.ctxs.depth {
+		err = add(idDepth, func(off, n int64) (int64, uint32, error) {
+			x, err := c.dev.Depth(r, off, n)
+			return x.N, uint32(x.Depth), err
+		})
+	}
+	if err != nil {
+		p.head = wire.AppendError(p.head, q.Cookie, wire.Errno(err), msgStatus)
+	}
+	return p
+}
+
+// extents asks about the range piece by piece, joining pieces with equal flags, until it is
+// covered or more than limit extents would be needed.
+func extents(off, n int64, limit int, ask func(off, n int64) (int64, uint32, error)) ([]wire.Extent, error) {
+	var es []wire.Extent
+	for n > 0 {
+		k, f, err := ask(off, n)
+		if err != nil {
+			return nil, err
+		}
+		if l := len(es) - 1; l >= 0 && es[l].Flags == f && int64(es[l].N)+k <= math.MaxUint32 {
+			es[l].N += uint32(k)
+		} else {
+			if len(es) == limit {
+				break
+			}
+			es = append(es, wire.Extent{N: uint32(k), Flags: f})
+		}
+		off, n = off+k, n-k
+	}
+	return es, nil
+}
