@@ -58,6 +58,7 @@ type Root struct {
 
 	gate  atomic.Int64 // units in flight | gateClosed
 	pool  sync.Pool    // of *blk.Req
+	io    rootIO       // the data plane's part
 	hooks atomic.Pointer[RootHooks]
 
 	wait   sync.Mutex    // guards the channels below

@@ -24,6 +24,12 @@ const (
 	WriteUnchanged
 	// Serialising: no overlapping request runs at the same time; set by jobs.
 	Serialising
+	// Grow: a write through a root may go beyond the end and make the node longer (image
+	// creation); needs the resize permission. Nodes may do so with their children without it.
+	Grow
+	// CopyOnRead: what the node read from has not allocated is written to it; needs the
+	// write-unchanged permission.
+	CopyOnRead
 )
 
 // Sentinels. I/O errors are not among them: they keep their syscall.Errno in the chain.

@@ -1,0 +1,138 @@
+package graph
+
+import (
+	"context"
+	"sync"
+	"sync/atomic"
+
+	"qblockd/graph/blk"
+	"qblockd/graph/perm"
+)
+
+// flushState lets one flush at a time run on a node and skips those that have nothing to do.
+//
+//	write ends -> written+1;  a flush notes written, flushes, sets flushed to what it noted
+//
+// so everything that had been written when a flush began is on the medium once flushed has reached what it noted.
+type flushState struct {
+	written atomic.Uint64 // generation of content: raised after each change
+	mu      sync.Mutex
+	flushed uint64        // generation that is on the medium; guarded by mu
+	active  bool          // a flush is running; guarded by mu
+	over    chan struct{} // made by the first who waits for it, closed at its end; guarded by mu
+}
+
+// begin waits until no flush is running and makes the caller's the running one; gen is what it will have flushed.
+// needed false: one that began after the call did the work meanwhile; end must not follow.
+func (s *flushState) begin(r *blk.Req) (gen uint64, needed bool, err error) {
+	gen = s.written.Load()
+	waited := false
+	if r.NoWait {
+		if !s.mu.TryLock() {
+			return 0, false, blk.ErrWouldBlock
+		}
+	} else {
+		s.mu.Lock()
+	}
+	defer s.mu.Unlock()
+	for s.active {
+		if r.NoWait {
+			return 0, false, blk.ErrWouldBlock
+		}
+		if s.over == nil {
+			s.over = make(chan struct{})
+		}
+		over := s.over
+		s.mu.Unlock()
+		var stop <-chan struct{}
+		if r.Ctx != nil {
+			stop = r.Ctx.Done()
+		}
+		select {
+		case <-over:
+		case <-stop:
+			err = context.Cause(r.Ctx)
+		}
+		s.mu.Lock()
+		if err != nil {
+			return 0, false, err
+		}
+		waited = true
+	}
+	if waited && gen <= s.flushed && gen > 0 {
+		return gen, false, nil
+	}
+	s.active = true
+	return s.written.Load(), true, nil
+}
+
+// end ends the running flush; ok: generation gen is on the medium.
+func (s *flushState) end(gen uint64, ok bool) {
+	s.mu.Lock()
+	s.active = false
+	if ok {
+		s.flushed = max(s.flushed, gen)
+	}
+	if s.over != nil {
+		close(s.over)
+		s.over = nil
+	}
+	s.mu.Unlock()
+}
+
+// clean tells whether generation gen is on the medium.
+func (s *flushState) clean(gen uint64) bool {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	return s.flushed >= gen
+}
+
+// Flush puts all writes that have ended on stable storage, as far as the node's options (cache.no-flush) let it. Errors:
+// blk.ErrWouldBlock, those of the driver.
+func (e *Edge) Flush(r *blk.Req) error { return e.node.Load().flushNode(r) }
+
+// flushNode flushes n and what is below. A node without children asks its driver only if something was written
+// since the last flush that succeeded; a node with children always asks (its driver may hold metadata back), and
+// its children decide for themselves.
+func (n *Node) flushNode(r *blk.Req) error {
+	s := &n.io
+	if s.drv == nil {
+		return blk.ErrClosed
+	}
+	if n.readOnly.Load() {
+		return nil
+	}
+	kids := n.kids.Load().all
+	if s.flusher == nil && len(kids) == 0 {
+		return nil
+	}
+	sh := s.track.shard(r)
+	sh.inFlight.Add(1)
+	defer sh.inFlight.Add(-1)
+	if s.flusher == nil {
+		return n.flushChildren(r, kids)
+	}
+	if len(kids) == 0 && (n.opts.Load().NoFlush || s.flush.clean(s.flush.written.Load())) {
+		return nil
+	}
+	gen, needed, err := s.flush.begin(r)
+	if err != nil || !needed {
+		return err
+	}
+	err = s.flusher.Flush(r)
+	s.flush.end(gen, err == nil)
+	return err
+}
+
+// flushChildren flushes the children that n may write to, all of them also if one fails.
+func (n *Node) flushChildren(r *blk.Req, kids []*Edge) (err error) {
+	for _, c := range kids {
+		if perm.Perm(c.claim.Load())&(perm.Write|perm.WriteUnchanged) == 0 {
+			continue
+		}
+		if e := c.Flush(r); e != nil && err == nil {
+			err = e
+		}
+	}
+	return err
+}

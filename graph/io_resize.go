@@ -1,0 +1,105 @@
+package graph
+
+import (
+	"context"
+	"errors"
+	"syscall"
+
+	"qblockd/graph/blk"
+)
+
+// Texts of Resize.
+var (
+	errNegativeSize error = &kindError{"Image size cannot be negative", blk.ErrOutOfRange, syscall.EINVAL}
+	errImageRO      error = &kindError{"Image is read-only", blk.ErrReadOnly, syscall.EACCES}
+	errNoResize     error = &kindError{"Image format driver does not support resize", blk.ErrNotSupported, syscall.ENOTSUP}
+)
+
+// Resize gives the node below the size size. exact false: it may be longer. What is added reads as zeroes, also where a longer
+// backing node would show through. Needs the resize permission. It waits for writes in the area
+// that comes or goes and blocks as long as the driver does. Errors end in a QMP reply as they are; after one the size is
+// what it was, as far as the driver could undo.
+func (e *Edge) Resize(ctx context.Context, size int64, exact bool, m blk.Prealloc) error {
+	n := e.node.Load()
+	s := &n.io
+	switch {
+	case s.drv == nil:
+		return blk.ErrClosed
+	case size < 0:
+		return errNegativeSize
+	case size > blk.MaxSize:
+		return &kindError{"Required too big image size, it must be not greater than 9223372035781033984", blk.ErrOutOfRange, syscall.EFBIG}
+	case n.readOnly.Load():
+		return errImageRO
+	}
+	if m == "" {
+		m = blk.PreallocOff
+	}
+	r := &blk.Req{Ctx: ctx}
+	k, old, err := n.beginResize(r, size)
+	if err != nil {
+		return err
+	}
+	err = n.driverResize(ctx, r, old, size, exact, m)
+	s.statusData.drop()
+	s.flush.written.Add(1)
+	changed := s.drv.Size() != old
+	s.track.end(k)
+	if changed || err == nil {
+		n.Resized()
+	}
+	return err
+}
+
+// beginResize registers everything from the smaller of the two sizes on.
+func (n *Node) beginResize(r *blk.Req, size int64) (*tracked, int64, error) {
+	for {
+		old := n.io.drv.Size()
+		lo := min(old, size)
+		k, err := n.io.track.begin(r, lo, blk.MaxSize-lo, true)
+		if err != nil {
+			return nil, 0, err
+		}
+		if now := n.io.drv.Size(); min(now, size) >= lo {
+			return k, now, nil
+		}
+		n.io.track.end(k)
+	}
+}
+
+func (n *Node) driverResize(ctx context.Context, r *blk.Req, old, size int64, exact bool, m blk.Prealloc) error {
+	s := &n.io
+	if s.resizer == nil {
+		if c := n.FilteredChild(); n.Kind() == Filter && c != nil {
+			return c.Resize(ctx, size, exact, m)
+		}
+		return errNoResize
+	}
+	if err := s.resizer.Resize(ctx, size, m); err != nil {
+		if !exact && size <= old && isNotSupported(err) {
+			return nil
+		}
+		if err == blk.ErrNotSupported {
+			return errNoResize
+		}
+		return err
+	}
+	b := n.Backing()
+	if b == nil || size <= old {
+		return nil
+	}
+	hi := min(size, b.Size())
+	if hi <= old {
+		return nil
+	}
+	var err error
+	if blk.IsAligned(old, hi, s.align) {
+		err = n.driverZero(r, old, hi-old, 0)
+	} else {
+		err = n.zeroPadded(r, old, hi-old, 0)
+	}
+	if err != nil {
+		return errors.Join(err, s.resizer.Resize(ctx, old, blk.PreallocOff))
+	}
+	return nil
+}

@@ -1,0 +1,130 @@
+package graph
+
+import (
+	"context"
+	"sync/atomic"
+
+	"qblockd/graph/blk"
+)
+
+// rootIO is the data plane's part of a root.
+type rootIO struct{ acct atomic.Pointer[Account] }
+
+// SetAccount lets a count the requests through r from now on; nil: none are counted.
+func (r *Root) SetAccount(a *Account) { r.io.acct.Store(a) }
+
+// Account is what SetAccount set.
+func (r *Root) Account() *Account { return r.io.acct.Load() }
+
+// The requests of Edge, through the root, counted by its Account.
+
+// Size is Edge.Size.
+func (r *Root) Size() int64 { return r.edge.Size() }
+
+// ReadAt is Edge.ReadAt.
+func (r *Root) ReadAt(q *blk.Req, v blk.Vec, off int64, f blk.Flags) error {
+	a := r.io.acct.Load()
+	if a == nil {
+		return r.edge.ReadAt(q, v, off, f)
+	}
+	t := a.start()
+	err := r.edge.ReadAt(q, v, off, f)
+	a.done(acctRead, t, v.Len(), err)
+	return err
+}
+
+// WriteAt is Edge.WriteAt.
+func (r *Root) WriteAt(q *blk.Req, v blk.Vec, off int64, f blk.Flags) error {
+	a := r.io.acct.Load()
+	if a == nil {
+		return r.edge.WriteAt(q, v, off, f)
+	}
+	t := a.start()
+	err := r.edge.WriteAt(q, v, off, f)
+	a.done(acctWrite, t, v.Len(), err)
+	return err
+}
+
+// Zero is Edge.Zero; it counts as a write.
+func (r *Root) Zero(q *blk.Req, off, n int64, f blk.Flags) error {
+	a := r.io.acct.Load()
+	if a == nil {
+		return r.edge.Zero(q, off, n, f)
+	}
+	t := a.start()
+	err := r.edge.Zero(q, off, n, f)
+	a.done(acctWrite, t, n, err)
+	return err
+}
+
+// Discard is Edge.Discard.
+func (r *Root) Discard(q *blk.Req, off, n int64) error {
+	a := r.io.acct.Load()
+	if a == nil {
+		return r.edge.Discard(q, off, n)
+	}
+	t := a.start()
+	err := r.edge.Discard(q, off, n)
+	a.done(acctUnmap, t, n, err)
+	return err
+}
+
+// Flush is Edge.Flush.
+func (r *Root) Flush(q *blk.Req) error {
+	a := r.io.acct.Load()
+	if a == nil {
+		return r.edge.Flush(q)
+	}
+	t := a.start()
+	err := r.edge.Flush(q)
+	a.done(acctFlush, t, 0, err)
+	return err
+}
+
+// Map is Edge.Map; what is mapped counts as read.
+func (r *Root) Map(q *blk.Req, off, n int64, m *blk.Mapping) error {
+	a := r.io.acct.Load()
+	if a == nil {
+		return r.edge.Map(q, off, n, m)
+	}
+	t, before := a.start(), m.N()
+	err := r.edge.Map(q, off, n, m)
+	if got := m.N() - before; got > 0 || err != nil {
+		a.done(acctRead, t, got, err)
+	}
+	return err
+}
+
+// CopyFrom is Edge.CopyFrom; it counts as a write unless it has to be made by hand.
+func (r *Root) CopyFrom(q *blk.Req, off int64, src []blk.HostRange, f blk.Flags) error {
+	a := r.io.acct.Load()
+	if a == nil {
+		return r.edge.CopyFrom(q, off, src, f)
+	}
+	t := a.start()
+	err := r.edge.CopyFrom(q, off, src, f)
+	if err == nil || !isNotSupported(err) {
+		var n int64
+		for i := range src {
+			n += src[i].N
+		}
+		a.done(acctWrite, t, n, err)
+	}
+	return err
+}
+
+// Prefetch is Edge.Prefetch; it is not counted.
+func (r *Root) Prefetch(q *blk.Req, off, n int64) error { return r.edge.Prefetch(q, off, n) }
+
+// Status is Edge.Status.
+func (r *Root) Status(q *blk.Req, off, n int64) (blk.Extent, error) { return r.edge.Status(q, off, n) }
+
+// StatusAbove is Edge.StatusAbove.
+func (r *Root) StatusAbove(q *blk.Req, base *Node, includeBase bool, off, n int64) (blk.Extent, error) {
+	return r.edge.StatusAbove(q, base, includeBase, off, n)
+}
+
+// Resize is Edge.Resize.
+func (r *Root) Resize(ctx context.Context, size int64, exact bool, m blk.Prealloc) error {
+	return r.edge.Resize(ctx, size, exact, m)
+}

@@ -1,0 +1,218 @@
+package graph
+
+import (
+	"errors"
+	"time"
+
+	"qblockd/graph/blk"
+)
+
+// WriteAt writes v at off. Flags: FUA, Compressed, WriteUnchanged, Serialising, Grow. Errors: blk.ErrOutOfRange,
+// blk.ErrReadOnly, blk.ErrWouldBlock, blk.ErrNotSupported (compressed), those of the driver; then any part may have been written.
+func (e *Edge) WriteAt(r *blk.Req, v blk.Vec, off int64, f blk.Flags) error {
+	n := e.node.Load()
+	s := &n.io
+	size := v.Len()
+	if err := e.writable(n, off, size, f); err != nil || size == 0 {
+		return err
+	}
+	if f&blk.Compressed != 0 && s.caps.WriteFlags&blk.Compressed == 0 {
+		return blk.ErrNotSupported
+	}
+	if r.NoWait && (size > s.maxIO || size > bounceMax && !v.Aligned(s.memAlign)) {
+		return blk.ErrWouldBlock
+	}
+	w, err := n.beginWrite(e, r, off, size, f)
+	if err != nil {
+		return err
+	}
+	if w.padded {
+		err = n.writePadded(r, v, off, size, f)
+	} else {
+		err = n.writeAligned(r, v, off, size, f)
+	}
+	return n.endWrite(r, &w, off, size, f, err)
+}
+
+// writing is a write, zero, discard or copy that has begun: what endWrite needs to know.
+type writing struct {
+	k      *tracked
+	sh     *trackShard
+	size   int64 // of the node at the beginning
+	padded bool  // not whole blocks
+	flush  bool  // FUA has to be emulated
+}
+
+// beginWrite registers the request and makes the checks that need it registered. After success endWrite must follow.
+func (n *Node) beginWrite(e *Edge, r *blk.Req, off, size int64, f blk.Flags) (writing, error) {
+	s := &n.io
+	w := writing{padded: (off|size)&(s.align-1) != 0, flush: f&blk.FUA != 0 && s.caps.WriteFlags&blk.FUA == 0}
+	if r.NoWait && (w.padded || w.flush || s.caps.InlineWrites && !s.latency.Short()) {
+		return w, blk.ErrWouldBlock
+	}
+	lo, ln, serial := off, size, false
+	if w.padded || f&blk.Serialising != 0 {
+		a := s.align
+		if f&blk.Serialising != 0 {
+			a = max(a, s.caps.Limits.ClusterSize)
+		}
+		p := blk.Pad(off, size, a)
+		lo, ln, serial = p.Off, p.N, true
+	}
+	k, err := s.track.begin(r, lo, ln, serial)
+	if err != nil {
+		return w, err
+	}
+	// Only now the size holds still: a resize that takes the range away would have been waited for.
+	w.size = s.drv.Size()
+	if off+size > w.size && !e.mayGrow(f) {
+		s.track.end(k)
+		return w, blk.ErrOutOfRange
+	}
+	w.k, w.sh = k, s.track.shard(r)
+	w.sh.inFlight.Add(1)
+	return w, nil
+}
+
+// endWrite keeps the books of a write that ended with err, flushes if FUA has to be
+// emulated, and ends the request. Requests that would have blocked leave no trace.
+func (n *Node) endWrite(r *blk.Req, w *writing, off, size int64, f blk.Flags, err error) error {
+	s := &n.io
+	if err == nil || !errors.Is(err, blk.ErrWouldBlock) {
+		s.flush.written.Add(1)
+		end := off + size
+		for h := s.wrHighest.Load(); end > h && !s.wrHighest.CompareAndSwap(h, end); {
+			h = s.wrHighest.Load()
+		}
+		if t := s.threshold.Load(); t != 0 && uint64(end) > t {
+			n.thresholdExceeded(uint64(end))
+		}
+	}
+	if err == nil && w.flush {
+		err = n.flushNode(r)
+	}
+	grown := off+size > w.size && s.drv.Size() != w.size
+	s.track.end(w.k)
+	w.sh.inFlight.Add(-1)
+	if grown {
+		n.Resized()
+	}
+	return err
+}
+
+// writeAligned writes whole blocks, as zeroes where they are and that was asked for.
+func (n *Node) writeAligned(r *blk.Req, v blk.Vec, off, size int64, f blk.Flags) error {
+	if n.io.zeroer != nil {
+		if detect, unmap := n.detectZeroes(); detect && v.IsZero() {
+			zf := f &^ blk.Compressed
+			if unmap {
+				zf |= blk.MayUnmap
+			}
+			if r.NoWait && n.zeroSteps(off, size, zf) {
+				return blk.ErrWouldBlock
+			}
+			return n.driverZero(r, off, size, zf)
+		}
+	}
+	return n.driverWrite(r, v, off, size, f)
+}
+
+// driverWrite writes whole blocks in one go if the driver can take them so.
+func (n *Node) driverWrite(r *blk.Req, v blk.Vec, off, size int64, f blk.Flags) error {
+	s := &n.io
+	if !s.caps.InlineWrites {
+		if size <= s.maxIO && (s.memAlign == 1 || v.Aligned(s.memAlign)) {
+			return s.writer.WriteAt(r, v, off, f&s.caps.WriteFlags)
+		}
+		return n.writePieces(r, v, off, size, f&s.caps.WriteFlags)
+	}
+	start := time.Now()
+	err := n.writePieces(r, v, off, size, f&s.caps.WriteFlags)
+	if err == nil {
+		s.latency.Observe(time.Since(start))
+	}
+	return err
+}
+
+// writePieces writes whole blocks in parts, through bounce buffers where the memory is badly placed.
+func (n *Node) writePieces(r *blk.Req, v blk.Vec, off, size int64, f blk.Flags) error {
+	s := &n.io
+	for done := int64(0); done < size; {
+		k := min(size-done, s.maxIO)
+		p := v
+		if k < size {
+			p = v.Slice(done, k)
+		}
+		var b *blk.Buffer
+		if !p.Aligned(s.memAlign) {
+			k = min(k, max(blk.AlignDown(bounceMax, s.align), s.align))
+			b = blk.GetBuf(int(k), s.memAlign)
+			v.Slice(done, k).CopyOut(b.B)
+			p = blk.Buf(b.B)
+		}
+		err := s.writer.WriteAt(r, p, off+done, f)
+		blk.PutBuf(b)
+		if err != nil {
+			return err
+		}
+		done += k
+	}
+	return nil
+}
+
+// writePadded writes what does not cover whole blocks by reading the blocks at its ends
+// first. The range, widened to blocks, is registered as serialising.
+func (n *Node) writePadded(r *blk.Req, v blk.Vec, off, size int64, f blk.Flags) error {
+	a := n.io.align
+	p := blk.Pad(off, size, a)
+	if p.N <= max(bounceAll, a) {
+		return n.modify(r, v, off, size, f)
+	}
+	head := (a - p.Head) & (a - 1)
+	tail := (a - p.Tail) & (a - 1)
+	if head > 0 {
+		if err := n.modify(r, v.Slice(0, head), off, head, f); err != nil {
+			return err
+		}
+	}
+	mid := size - head - tail
+	if err := n.writeAligned(r, v.Slice(head, mid), off+head, mid, f); err != nil {
+		return err
+	}
+	if tail > 0 {
+		return n.modify(r, v.Slice(head+mid, tail), off+head+mid, tail, f)
+	}
+	return nil
+}
+
+// modify reads the blocks around [off, off+size), puts v (all zeroes if it is empty) into them and writes them.
+func (n *Node) modify(r *blk.Req, v blk.Vec, off, size int64, f blk.Flags) error {
+	a := n.io.align
+	p := blk.Pad(off, size, a)
+	buf := blk.GetBuf(int(p.N), n.io.memAlign)
+	defer blk.PutBuf(buf)
+	b := buf.B
+	switch {
+	case p.N <= 2*a && p.Head > 0 && p.Tail > 0, p.N == a:
+		if err := n.readBlock(r, b, p.Off); err != nil {
+			return err
+		}
+	default:
+		if p.Head > 0 {
+			if err := n.readBlock(r, b[:a], p.Off); err != nil {
+				return err
+			}
+		}
+		if p.Tail > 0 {
+			if err := n.readBlock(r, b[p.N-a:], p.Off+p.N-a); err != nil {
+				return err
+			}
+		}
+	}
+	if mid := b[p.Head : p.Head+size]; v.Len() == 0 {
+		clear(mid)
+	} else {
+		v.CopyOut(mid)
+	}
+	return n.writeAligned(r, blk.Buf(b), p.Off, p.N, f)
+}

@@ -1,0 +1,217 @@
+package graph
+
+import (
+	"context"
+	"sync"
+	"sync/atomic"
+	"unsafe"
+
+	"qblockd/graph/blk"
+)
+
+// Tracking keeps requests on one node apart that must not overlap in time. All writers
+// (writes, zeroes, discards, resizes, copies) are tracked. Most are plain: they run
+// concurrently even where they overlap, as on any disk. A serialising request - a
+// read-modify-write, a copy-on-read, a growth, a write with blk.Serialising - excludes
+// all tracked requests that overlap its range, which is widened to whole blocks.
+//
+// Readers are not tracked, save while TrackReads is on. That is safe:
+//   - A read-modify-write stores in the padding the bytes that are there; who reads the
+//     padding meanwhile gets those. Reading the rest races with a write, which is the client's affair.
+//   - A copy-on-read or stream stores what the range reads as already; a concurrent reader
+//     gets the same bytes from above or from below.
+//   - A growth has no readers in the new area: it is beyond the end until the size changes.
+//   - Only jobs that change what is below (a fleecing target's backing) need to know
+//     that earlier reads are over before their serialising write ends. They take TrackReads first,
+//     while the node is drained, so that no read under way escapes.
+//
+// A request waits only for overlapping ones that were registered on the same node before it, and a
+// request that waits holds registrations on nodes above only: so nobody waits in a circle.
+//
+// The list is sharded: plain requests lock one shard, and only serialising ones, or plain
+// ones while there is a serialising one, lock them all, in order.
+type tracker struct {
+	serial atomic.Int32 // serialising requests registered; raised with all shards locked
+	reads  atomic.Int32 // TrackReads nesting
+	ticket uint64       // last one given; guarded by all shards' locks
+	shards [trackShards]trackShard
+}
+
+const trackShards = 8
+
+// trackShard fills a cache line, so that shards do not slow each other down.
+type trackShard struct {
+	inFlight atomic.Int64 // requests inside the node
+
+	mu   sync.Mutex
+	head *tracked // guarded by mu
+	_    [64 - 8 - 8 - 8]byte
+}
+
+// tracked is a registered request. Pooled.
+type tracked struct {
+	off, n     int64  // the range that counts for overlaps
+	ticket     uint64 // order of registration; 0 is before all others
+	serial     bool
+	shard      *trackShard
+	prev, next *tracked      // guarded by shard.mu
+	done       chan struct{} // made by the first who waits; guarded by shard.mu; closed at the end
+}
+
+var trackedPool = sync.Pool{New: func() any { return new(tracked) }}
+
+// shard picks the shard of a unit of work; units running at the same time mostly differ.
+func (t *tracker) shard(r *blk.Req) *trackShard {
+	h := uint64(uintptr(unsafe.Pointer(r))) * 0x9e3779b97f4a7c15
+	return &t.shards[h>>61]
+}
+
+// begin registers [off, off+n) and waits for older requests in its way. Errors:
+// blk.ErrWouldBlock if r must not wait, the cause of the end of r's context; nothing is registered then.
+func (t *tracker) begin(r *blk.Req, off, n int64, serial bool) (*tracked, error) {
+	k := trackedPool.Get().(*tracked)
+	k.off, k.n, k.serial, k.ticket = off, n, serial, 0
+	sh := t.shard(r)
+	k.shard = sh
+	if !serial {
+		if r.NoWait {
+			if !sh.mu.TryLock() {
+				trackedPool.Put(k)
+				return nil, blk.ErrWouldBlock
+			}
+		} else {
+			sh.mu.Lock()
+		}
+		if t.serial.Load() == 0 {
+			sh.push(k)
+			sh.mu.Unlock()
+			return k, nil
+		}
+		sh.mu.Unlock()
+	}
+	return t.beginSlow(r, k)
+}
+
+// beginSlow is begin with all shards locked.
+func (t *tracker) beginSlow(r *blk.Req, k *tracked) (*tracked, error) {
+	if !t.lockAll(r.NoWait) {
+		trackedPool.Put(k)
+		return nil, blk.ErrWouldBlock
+	}
+	t.ticket++
+	k.ticket = t.ticket
+	c := t.conflict(k)
+	if c != nil && r.NoWait {
+		t.unlockAll()
+		trackedPool.Put(k)
+		return nil, blk.ErrWouldBlock
+	}
+	k.shard.push(k)
+	if k.serial {
+		t.serial.Add(1)
+	}
+	var stop <-chan struct{}
+	if r.Ctx != nil {
+		stop = r.Ctx.Done()
+	}
+	for c != nil {
+		if c.done == nil {
+			c.done = make(chan struct{})
+		}
+		over := c.done
+		t.unlockAll()
+		select {
+		case <-over:
+		case <-stop:
+			t.end(k)
+			return nil, context.Cause(r.Ctx)
+		}
+		t.lockAll(false)
+		c = t.conflict(k)
+	}
+	t.unlockAll()
+	return k, nil
+}
+
+// end takes k off the list and wakes who waits for it.
+func (t *tracker) end(k *tracked) {
+	sh := k.shard
+	sh.mu.Lock()
+	if k.prev != nil {
+		k.prev.next = k.next
+	} else {
+		sh.head = k.next
+	}
+	if k.next != nil {
+		k.next.prev = k.prev
+	}
+	done := k.done
+	sh.mu.Unlock()
+	if k.serial {
+		t.serial.Add(-1)
+	}
+	k.prev, k.next, k.done, k.shard = nil, nil, nil, nil
+	trackedPool.Put(k)
+	if done != nil {
+		close(done)
+	}
+}
+
+// push inserts k; sh.mu is held.
+func (sh *trackShard) push(k *tracked) {
+	k.prev, k.next = nil, sh.head
+	if sh.head != nil {
+		sh.head.prev = k
+	}
+	sh.head = k
+}
+
+// conflict finds an older request that k has to wait for. All shards are locked.
+func (t *tracker) conflict(k *tracked) *tracked {
+	for i := range t.shards {
+		for c := t.shards[i].head; c != nil; c = c.next {
+			if c.ticket < k.ticket && (k.serial || c.serial) && blk.Overlap(c.off, c.n, k.off, k.n) {
+				return c
+			}
+		}
+	}
+	return nil
+}
+
+func (t *tracker) lockAll(try bool) bool {
+	for i := range t.shards {
+		if !try {
+			t.shards[i].mu.Lock()
+		} else if !t.shards[i].mu.TryLock() {
+			for i--; i >= 0; i-- {
+				t.shards[i].mu.Unlock()
+			}
+			return false
+		}
+	}
+	return true
+}
+
+func (t *tracker) unlockAll() {
+	for i := range t.shards {
+		t.shards[i].mu.Unlock()
+	}
+}
+
+// inFlight is the number of requests inside the node.
+func (t *tracker) inFlight() (n int64) {
+	for i := range t.shards {
+		n += t.shards[i].inFlight.Load()
+	}
+	return n
+}
+
+// TrackReads makes reads of n wait for overlapping serialising requests and the other way
+// round until release is called (once). n must be drained meanwhile; it can be released at any time.
+func (n *Node) TrackReads() (release func()) {
+	n.io.track.reads.Add(1)
+	return sync.OnceFunc(func() { n.io.track.reads.Add(-1) })
+}
+
+// InFlight is the number of requests under way inside n.
+func (n *Node) InFlight() int64 { return n.io.track.inFlight() }
