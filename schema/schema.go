@@ -19,6 +19,7 @@ package schema
 import (
 	"embed"
 	"io/fs"
+	"slices"
 )
 
 //go:generate go run qblockd/cmd/qapigen -schema .
@@ -72,5 +73,6 @@ func Commands() []string {
 	for i, e := range entries {
 		names[i] = e.Name()[:len(e.Name())-len(".json")]
 	}
+	slices.Sort(names)
 	return names
 }

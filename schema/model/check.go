@@ -86,8 +86,9 @@ func (b *builder) checkEnum(t *Type) {
 }
 
 func (b *builder) checkObject(t *Type) {
+	depth := 0
 	for base := t.Base; base != nil; base = base.Base {
-		if base == t || base.Kind != Object || base.Tag != nil {
+		if depth++; depth > maxDepth || base.Kind != Object || base.Tag != nil {
 			b.fail("'%s' cannot be the base of '%s'", base.Name, t.Name)
 		}
 	}
