@@ -92,3 +92,11 @@ func (e *Edge) Claim() perm.Claim {
 	c := e.claim.Load()
 	return perm.Claim{Need: perm.Perm(c), Share: perm.Perm(c >> 8)}
 }
+
+// parentName names the parent in sentences that expect a node name.
+func (e *Edge) parentName() string {
+	if e.pnode != nil {
+		return e.pnode.name
+	}
+	return e.root.spec.Name
+}

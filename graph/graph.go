@@ -6,31 +6,41 @@ import (
 	"sync/atomic"
 
 	"qblockd/events"
+	"qblockd/graph/perm"
 )
 
 // Graph holds all nodes, edges and roots of a daemon. All methods may be called from any goroutine.
 type Graph struct {
 	sink events.Sink
 
-	mu      sync.RWMutex
-	names   map[string]holder // every taken name
-	head    *Node             // published nodes, newest first
-	mtail   *Node             // monitor-owned nodes
-	mhead   *Node
-	roots   *Root // newest first
-	nodeSeq uint64
-	autoID  uint64
-
-	genMu sync.Mutex
-	epoch atomic.Uint64
+	mu        sync.RWMutex
+	version   uint64            // counts installs
+	names     map[string]holder // every taken name
+	head      *Node             // published nodes, newest first
+	published int               // their number
+	mhead     *Node             // monitor-owned nodes, oldest first
+	mtail     *Node
+	roots     *Root // newest first
+	nodeSeq   uint64
+	autoID    uint64 // number in the next generated name
+	pending   []link // edges that commits under way will make
+	pendingCh chan struct{}
 
 	resv reservations
+
+	drainers atomic.Int64 // nodes whose driver is a Drainer
+	quietMu  sync.Mutex
+	quietCh  chan struct{} // closed by NotifyQuiet; nil if nobody waits
+
+	gen   atomic.Uint64 // last InfoGeneration given out
+	epoch atomic.Uint64 // changes after every Bump
+	genMu sync.Mutex    // guards treeGen and treeEpoch of nodes
 }
 
 // holder is who holds a name.
 type holder struct {
 	node *Node  // nil for others than nodes
-	who  string // e.g. "device"
+	who  string // what holds it then: "device id"
 }
 
 // New makes an empty graph that reports events to sink.
@@ -41,44 +51,135 @@ func New(sink events.Sink) *Graph {
 // Sink takes the events of the block layer.
 func (g *Graph) Sink() events.Sink { return g.sink }
 
-// Begin starts a transaction. ctx ends the waiting in its Commit.
-func (g *Graph) Begin(ctx context.Context) *Tx { return &Tx{g: g, ctx: ctx} }
-
-type reservations struct{}
-
 // Node finds a published node; nil if there is none of that name.
 func (g *Graph) Node(name string) *Node {
 	g.mu.RLock()
 	defer g.mu.RUnlock()
-	if h := g.names[name]; h.node != nil && h.node.state == nodePublished {
-		return h.node
+	if n := g.names[name].node; n != nil && n.state == nodePublished {
+		return n
 	}
 	return nil
 }
 
-// Nodes are the published nodes, newest first.
-func (g *Graph) Nodes() []*Node { panic("graph: being written") }
+// Nodes are the published nodes, newest first: in reverse order of NewNode.
+func (g *Graph) Nodes() []*Node {
+	g.mu.RLock()
+	defer g.mu.RUnlock()
+	l := make([]*Node, 0, g.published)
+	for n := g.head; n != nil; n = n.next {
+		l = append(l, n)
+	}
+	return l
+}
 
 // MonitorOwned are the nodes that blockdev-add made, oldest first.
-func (g *Graph) MonitorOwned() []*Node { panic("graph: being written") }
+func (g *Graph) MonitorOwned() []*Node {
+	g.mu.RLock()
+	defer g.mu.RUnlock()
+	var l []*Node
+	for n := g.mhead; n != nil; n = n.mnext {
+		l = append(l, n)
+	}
+	return l
+}
 
 // Roots are the attached roots, newest first.
-func (g *Graph) Roots() []*Root { panic("graph: being written") }
+func (g *Graph) Roots() []*Root {
+	g.mu.RLock()
+	defer g.mu.RUnlock()
+	var l []*Root
+	for r := g.roots; r != nil; r = r.next {
+		l = append(l, r)
+	}
+	return l
+}
 
-// ReserveName takes a name of the name space that nodes share with backends. who is the kind of holder ("device id").
-func (g *Graph) ReserveName(name, who string) error { panic("graph: being written") }
+// EdgeInfo is an edge at one moment.
+type EdgeInfo struct {
+	Edge  *Edge
+	Node  *Node
+	Claim perm.Claim
+}
 
-// ReleaseName gives back what ReserveName took.
-func (g *Graph) ReleaseName(name string) { panic("graph: being written") }
+// Topology is the whole graph at one moment.
+type Topology struct {
+	Nodes []*Node    // published, newest first
+	Roots []*Root    // newest first
+	Edges []EdgeInfo // of the roots, then of the nodes, in the order of those; a node's newest first
+}
 
-// Close ends the graph: drain, flush, inactivate, close all nodes, parents before children.
-func (g *Graph) Close(ctx context.Context) error { panic("graph: being written") }
+// Topology takes a consistent picture; it costs its size.
+func (g *Graph) Topology() Topology {
+	g.mu.RLock()
+	defer g.mu.RUnlock()
+	var t Topology
+	add := func(e *Edge) { t.Edges = append(t.Edges, EdgeInfo{e, e.Node(), e.Claim()}) }
+	for r := g.roots; r != nil; r = r.next {
+		t.Roots = append(t.Roots, r)
+		add(r.edge)
+	}
+	for n := g.head; n != nil; n = n.next {
+		t.Nodes = append(t.Nodes, n)
+		for _, e := range n.kids.Load().all {
+			add(e)
+		}
+	}
+	return t
+}
 
-// CloseRoot detaches r in a Tx of its own.
-func (g *Graph) CloseRoot(ctx context.Context, r *Root) error { panic("graph: being written") }
+// CloseRoot detaches r in a Tx of its own: it waits until the root's units of work are over.
+func (g *Graph) CloseRoot(ctx context.Context, r *Root) error {
+	tx := g.Begin(ctx)
+	defer tx.Abort()
+	if err := tx.DetachRoot(r); err != nil {
+		return err
+	}
+	return tx.Commit()
+}
 
-// Discard undoes the opening of hidden nodes in a Tx of its own; see Tx.Discard. It does not fail.
-func (g *Graph) Discard(nodes ...*Node) { panic("graph: being written") }
+// Discard undoes the opening of hidden nodes; see Tx.Discard. It waits for nobody but for
+// drivers that are being closed.
+func (g *Graph) Discard(nodes ...*Node) {
+	tx := g.Begin(context.Background())
+	for _, n := range nodes {
+		must(tx.Discard(n))
+	}
+	must(tx.Commit())
+}
 
-// NotifyQuiet wakes drains that wait for a Drainer to become quiet.
-func (g *Graph) NotifyQuiet() { panic("graph: being written") }
+// Pin keeps n from being closed until unpin is called (once, by anyone; it may close n and so block).
+// False when n is closing already.
+func (g *Graph) Pin(n *Node) (unpin func(), ok bool) {
+	g.mu.Lock()
+	defer g.mu.Unlock()
+	if n.state >= nodeClosing {
+		return nil, false
+	}
+	n.pins++
+	g.version++
+	return sync.OnceFunc(func() {
+		tx := g.Begin(context.Background())
+		must(tx.do(func(d *txDraft) error { d.ref(n).pins--; return nil }))
+		must(tx.Commit())
+	}), true
+}
+
+// FreezeChain is Tx.FreezeChain in a Tx of its own.
+func (g *Graph) FreezeChain(top, base *Node) (unfreeze func(), err error) {
+	tx := g.Begin(context.Background())
+	defer tx.Abort()
+	if unfreeze, err = tx.FreezeChain(top, base); err != nil {
+		return nil, err
+	}
+	if err := tx.Commit(); err != nil {
+		return nil, err
+	}
+	return unfreeze, nil
+}
+
+// must is for what only a bug of ours can make fail.
+func must(err error) {
+	if err != nil {
+		panic("graph: " + err.Error())
+	}
+}

@@ -36,8 +36,7 @@ type Node struct {
 	prev, next *Node       // g's list of published nodes, newest first
 	mprev      *Node       // g's list of monitor-owned nodes
 	mnext      *Node
-	rare       *nodeRare // allocated when first needed
-	hook       hookState // Drainer calls of the driver
+	rare       *nodeRare // allocated when first needed, then kept
 
 	treeGen, treeEpoch uint64 // memo of TreeGeneration, guarded by g.genMu
 }
@@ -55,7 +54,9 @@ const (
 
 // nodeRare is what few nodes have.
 type nodeRare struct {
-	blockers []opBlocker // newest first
+	blockers []*opBlocker // newest last
+	hold     int32        // drains that told the driver's Drainer to let go
+	hook     hookState    // calls of the driver's Drainer
 }
 
 // kids are a node's edges downwards, immutable.
@@ -121,13 +122,7 @@ func (n *Node) Backing() *Edge { return n.kids.Load().backing }
 func (n *Node) FilteredChild() *Edge { return n.kids.Load().filtered }
 
 // FilterOrCOWChild is FilteredChild or Backing: the edge a backing chain follows. Nil at the end of the chain.
-func (n *Node) FilterOrCOWChild() *Edge {
-	k := n.kids.Load()
-	if k.filtered != nil {
-		return k.filtered
-	}
-	return k.backing
-}
+func (n *Node) FilterOrCOWChild() *Edge { return n.kids.Load().chain() }
 
 // SkipFilters is the first node from n downwards that is no filter.
 func (n *Node) SkipFilters() *Node {
@@ -168,34 +163,3 @@ func (n *Node) Describe() string { return "node '" + n.name + "'" }
 
 // GraphNode implements Parent.
 func (n *Node) GraphNode() (types.XDbgBlockGraphNodeType, string) { return KindDriver, n.name }
-
-// SetDriver gives the hidden node what Open made.
-func (n *Node) SetDriver(d Driver) {
-	n.drv = d
-	n.io.opened(n)
-}
-
-// SetReadOnlyFallback is for drivers in Open on a medium that allows no writing: the node becomes read-only if
-// that was allowed by auto-read-only, or reason is returned ("Image is read-only" if nil).
-func (n *Node) SetReadOnlyFallback(reason error) error { panic("graph: being written") }
-
-// Parents is a snapshot of the edges that lead to n, newest first.
-func (n *Node) Parents() []*Edge { panic("graph: being written") }
-
-// Claim is the cumulative claim of the parents.
-func (n *Node) Claim() perm.Claim { panic("graph: being written") }
-
-// MonitorOwned tells whether blockdev-add made n and blockdev-del may remove it.
-func (n *Node) MonitorOwned() bool { panic("graph: being written") }
-
-// Bump notes that something changed that queries show of n. Cheap; may be called in requests.
-func (n *Node) Bump() { n.infoGen.Store(n.g.epoch.Add(1)) }
-
-// InfoGeneration changes whenever something changes that queries show of n itself.
-func (n *Node) InfoGeneration() uint64 { return n.infoGen.Load() }
-
-// TreeGeneration changes whenever the InfoGeneration of n or of anything below changes.
-func (n *Node) TreeGeneration() uint64 { panic("graph: being written") }
-
-// Resized tells the roots above n, through filters, that its size may have changed.
-func (n *Node) Resized() { panic("graph: being written") }

@@ -1,6 +1,11 @@
 package graph
 
-import "context"
+import (
+	"fmt"
+	"sync"
+
+	"qblockd/graph/perm"
+)
 
 // Op is an operation that a node can be blocked for.
 type Op uint8
@@ -26,28 +31,88 @@ const (
 	opCount
 )
 
+// backingAllows are the operations that a node may take part in while it is somebody's backing file.
+const backingAllows = 1<<OpCommitTarget | 1<<OpStream | 1<<OpBackupSource | 1<<OpBackupTarget
+
+// opBlocker is one reason against some operations.
 type opBlocker struct {
 	ops    uint32
 	reason error
 }
 
-// Block refuses op on n with that reason until unblock is called (once).
-func (n *Node) Block(op Op, reason error) (unblock func()) { panic("graph: being written") }
-
-// BlockAll refuses all operations but those given.
-func (n *Node) BlockAll(reason error, but ...Op) (unblock func()) { panic("graph: being written") }
-
-// Blocked is nil, or "Node 'N' is busy: REASON".
-func (n *Node) Blocked(op Op) error { panic("graph: being written") }
-
-// FreezeChain makes the filter and backing edges from top down to base (nil: to the end) unchangeable
-// until unfreeze is called (once).
-func (g *Graph) FreezeChain(top, base *Node) (unfreeze func(), err error) {
-	panic("graph: being written")
+// BusyError: an operation is blocked; the text is the reference's.
+type BusyError struct {
+	Node   string
+	Reason error
 }
 
-// Drain closes the gates of all roots that reach the nodes and waits until their units of work are over.
-// On error nothing is drained.
-func (g *Graph) Drain(ctx context.Context, nodes ...*Node) (undrain func(), err error) {
-	panic("graph: being written")
+func (e *BusyError) Error() string { return fmt.Sprintf("Node '%s' is busy: %v", e.Node, e.Reason) }
+
+// Unwrap gives the reason.
+func (e *BusyError) Unwrap() error { return e.Reason }
+
+// Block refuses op on n with that reason until unblock is called.
+func (n *Node) Block(op Op, reason error) (unblock func()) { return n.block(1<<op, reason) }
+
+// BlockAll refuses all operations but those given.
+func (n *Node) BlockAll(reason error, but ...Op) (unblock func()) {
+	ops := uint32(1<<opCount - 1)
+	for _, op := range but {
+		ops &^= 1 << op
+	}
+	return n.block(ops, reason)
+}
+
+func (n *Node) block(ops uint32, reason error) func() {
+	b := &opBlocker{ops, reason}
+	n.g.mu.Lock()
+	defer n.g.mu.Unlock()
+	r := n.rareLocked()
+	r.blockers = append(r.blockers, b)
+	return sync.OnceFunc(func() {
+		n.g.mu.Lock()
+		defer n.g.mu.Unlock()
+		for i := range r.blockers {
+			if r.blockers[i] == b {
+				r.blockers = append(r.blockers[:i:i], r.blockers[i+1:]...)
+				return
+			}
+		}
+	})
+}
+
+// Blocked is nil, or a *BusyError "Node 'N' is busy: REASON". The latest reason wins. A
+// backing file is blocked for most operations by its overlay.
+func (n *Node) Blocked(op Op) error {
+	n.g.mu.RLock()
+	defer n.g.mu.RUnlock()
+	return n.blockedLocked(op)
+}
+
+// +checklocksread:n.g.mu
+func (n *Node) blockedLocked(op Op) error {
+	if n.rare != nil {
+		for i := len(n.rare.blockers) - 1; i >= 0; i-- {
+			if b := n.rare.blockers[i]; b.ops>>op&1 != 0 {
+				return &BusyError{n.name, b.reason}
+			}
+		}
+	}
+	if n.cowParents > 0 && backingAllows>>op&1 == 0 {
+		for e := n.parents.head; e != nil; e = e.next {
+			if e.role&perm.COW != 0 && e.pnode != nil {
+				return &BusyError{n.name, fmt.Errorf("node is used as backing hd of '%s'", e.pnode.name)}
+			}
+		}
+	}
+	return nil
+}
+
+// rareLocked is n.rare, made if need be.
+// +checklocks:n.g.mu
+func (n *Node) rareLocked() *nodeRare {
+	if n.rare == nil {
+		n.rare = &nodeRare{}
+	}
+	return n.rare
 }

@@ -2,96 +2,523 @@ package graph
 
 import (
 	"context"
+	"errors"
+	"fmt"
+	"slices"
 
 	"qblockd/graph/perm"
 )
 
-// Tx collects changes to the graph and makes them all or none. It reads its own writes. It
-// is used by one goroutine; after Commit or Abort it is over (Abort after Commit does nothing).
+// Tx collects changes to the graph and makes them all or none. Its methods see the graph
+// as the Tx would leave it. An action that fails leaves no trace in the Tx, which goes on. It is used
+// by one goroutine; after Commit or Abort it is over (Abort after Commit does nothing, so
+// it can be deferred). Nothing is reserved before Commit but names.
 type Tx struct {
 	g   *Graph
 	ctx context.Context
+
+	ops     []func(d *txDraft) error // replayed when the graph changed meanwhile
+	draft   *txDraft                 // of version; nil: to be made
+	version uint64
+
+	fresh  []*Node // made by NewNode: their names go on Abort
+	checks []func() error
+	first  []Participant
+	last   []Participant
+	record func() error
+	quiet  map[*Root]bool
+	over   bool
 }
 
-// NewNode reserves the name (generating one if empty) and makes a hidden node, pinned by its opener
-// until Publish or Discard. Its place in Graph.Nodes is that of this call. Errors: Invalid node-name,
-// Node name too long, Duplicate nodes.
-func (tx *Tx) NewNode(o *Options) (*Node, error) { panic("graph: being written") }
+// errTxOver is our own bug, but one that a deferred call may meet.
+var errTxOver = errors.New("The transaction is over")
 
-// Attach makes child a child of parent.
-func (tx *Tx) Attach(parent *Node, name string, role perm.Role, child *Node) (*Edge, error) {
-	panic("graph: being written")
-}
-
-// AttachRoot makes a root on n.
-func (tx *Tx) AttachRoot(spec RootSpec, n *Node) (*Root, error) { panic("graph: being written") }
-
-// Detach removes a child edge of a node.
-func (tx *Tx) Detach(e *Edge) error { panic("graph: being written") }
-
-// DetachRoot removes a root; its requests have to be over or will be waited for.
-func (tx *Tx) DetachRoot(r *Root) error { panic("graph: being written") }
-
-// Replace makes e lead to n.
-func (tx *Tx) Replace(e *Edge, n *Node) error { panic("graph: being written") }
-
-// ReplaceNode moves all parents of old to new, but those below which new itself hangs on old and roots that stay at their node.
-func (tx *Tx) ReplaceNode(old, new *Node) error { panic("graph: being written") }
-
-// InsertFilter attaches filter (new, childless) above n and moves n's parents to it.
-func (tx *Tx) InsertFilter(filter *Node, edgeName string, n *Node) (*Edge, error) {
-	panic("graph: being written")
-}
-
-// RemoveFilter moves the parents of filter to its filtered or COW child and detaches that child.
-func (tx *Tx) RemoveFilter(filter *Node) error { panic("graph: being written") }
-
-// SetClaim changes what a root takes.
-func (tx *Tx) SetClaim(e *Edge, c perm.Claim) error { panic("graph: being written") }
-
-// SetReadOnly changes whether n refuses writes.
-func (tx *Tx) SetReadOnly(n *Node, ro bool) error { panic("graph: being written") }
-
-// SetOptions replaces the options of n on commit (reopen).
-func (tx *Tx) SetOptions(n *Node, o *Options) { panic("graph: being written") }
-
-// Refresh recomputes the claims of n on its children and tells its driver again.
-func (tx *Tx) Refresh(n *Node) { panic("graph: being written") }
-
-// Own makes the monitor an owner of n.
-func (tx *Tx) Own(n *Node) { panic("graph: being written") }
-
-// Disown takes that back; the node is closed on commit if nothing else refers to it.
-func (tx *Tx) Disown(n *Node) { panic("graph: being written") }
-
-// Publish makes n and the hidden nodes below it visible and drops their opener's pins.
-func (tx *Tx) Publish(n *Node) { panic("graph: being written") }
-
-// Discard drops the opener's pins of n and of the hidden nodes below it: they are closed on commit.
-func (tx *Tx) Discard(n *Node) { panic("graph: being written") }
-
-// Drain quiesces n during the commit although no edge above it changes.
-func (tx *Tx) Drain(n *Node) { panic("graph: being written") }
-
-// Quiet counts the root's Drainer as quiet: the job that runs this Tx. It must hold no request.
-func (tx *Tx) Quiet(r *Root) { panic("graph: being written") }
-
-// Record sets what runs after prepare and before install and may fail the Tx.
-func (tx *Tx) Record(f func() error) { panic("graph: being written") }
-
-// Participant takes part in a commit: Prepare may block and fail; then exactly one of Commit (while everything is
-// still drained, right after install) and Abort follows.
+// Participant takes part in a commit: Prepare may block and fail; then exactly one of
+// Commit (while everything is still drained, after install) and Abort follows.
 type Participant interface {
 	Prepare(ctx context.Context) error
 	Commit()
 	Abort()
 }
 
-// Join adds a participant; they are prepared in order, after the permissions, and aborted in reverse.
-func (tx *Tx) Join(p Participant) { panic("graph: being written") }
+// Begin starts a transaction. ctx bounds the waiting in its Commit.
+func (g *Graph) Begin(ctx context.Context) *Tx { return &Tx{g: g, ctx: ctx} }
 
-// Commit does it all or nothing. See the package comment for the phases.
-func (tx *Tx) Commit() error { panic("graph: being written") }
+// Graph is the graph that the Tx changes.
+func (tx *Tx) Graph() *Graph { return tx.g }
 
-// Abort forgets the Tx and releases names it reserved.
-func (tx *Tx) Abort() {}
+// Context is the one given to Begin.
+func (tx *Tx) Context() context.Context { return tx.ctx }
+
+// do applies an action to the draft and keeps it for replay.
+func (tx *Tx) do(op func(d *txDraft) error) error {
+	if tx.over {
+		return errTxOver
+	}
+	tx.g.mu.RLock()
+	defer tx.g.mu.RUnlock()
+	d, err := tx.draftLocked()
+	if err != nil {
+		return err
+	}
+	if err := op(d); err != nil {
+		tx.draft = nil // op may have done half of its work
+		return err
+	}
+	tx.ops = append(tx.ops, op)
+	return nil
+}
+
+// draftLocked is the draft of all actions so far on the graph as it is now.
+// +checklocksread:tx.g.mu
+func (tx *Tx) draftLocked() (*txDraft, error) {
+	if tx.draft != nil && tx.version == tx.g.version {
+		return tx.draft, nil
+	}
+	d := newTxDraft()
+	for _, op := range tx.ops {
+		if err := op(d); err != nil {
+			return nil, err
+		}
+	}
+	tx.draft, tx.version = d, tx.g.version
+	return d, nil
+}
+
+// read calls f with the draft; for the readers below. It does nothing when the actions do not apply any more.
+func (tx *Tx) read(f func(d *txDraft)) {
+	tx.g.mu.RLock()
+	defer tx.g.mu.RUnlock()
+	if d, err := tx.draftLocked(); err == nil {
+		f(d)
+	}
+}
+
+// Children are the edges below n as the Tx would leave them, newest first.
+func (tx *Tx) Children(n *Node) (l []*Edge) {
+	tx.read(func(d *txDraft) { l = d.Children(n) })
+	return l
+}
+
+// Child is the edge of that name below n as the Tx would leave it, or nil.
+func (tx *Tx) Child(n *Node, name string) *Edge {
+	for _, e := range tx.Children(n) {
+		if e.name == name {
+			return e
+		}
+	}
+	return nil
+}
+
+// FilterOrCOWChild is n's link of the backing chain as the Tx would leave it, or nil.
+func (tx *Tx) FilterOrCOWChild(n *Node) *Edge { return makeKids(tx.Children(n)).chain() }
+
+// Target is the node below e as the Tx would leave it.
+func (tx *Tx) Target(e *Edge) (n *Node) {
+	tx.read(func(d *txDraft) { n = d.Target(e) })
+	return n
+}
+
+// Parents are the edges above n as the Tx would leave them, newest first.
+func (tx *Tx) Parents(n *Node) (l []*Edge) {
+	tx.read(func(d *txDraft) { l = slices.Collect(d.Parents(n)) })
+	return l
+}
+
+// NewNode reserves the name (generating one if empty) and makes a hidden node. It is
+// pinned by its opener until Publish or Discard: other sessions see nothing of it but the
+// taken name. Its place in Graph.Nodes is that of this call. Errors: Invalid node-name,
+// Node name too long, Duplicate nodes, a name that conflicts with a device id.
+func (tx *Tx) NewNode(o *Options) (*Node, error) {
+	if tx.over {
+		return nil, errTxOver
+	}
+	n := &Node{g: tx.g, pins: 1, applied: perm.Unused}
+	n.kids.Store(&noKids)
+	n.readOnly.Store(o.ReadOnly)
+	tx.g.mu.Lock()
+	err := tx.g.takeNameLocked(o.Name, n)
+	if err == nil {
+		tx.g.nodeSeq++
+		n.seq = tx.g.nodeSeq
+	}
+	tx.g.mu.Unlock()
+	if err != nil {
+		return nil, err
+	}
+	own := *o
+	own.Name = n.name
+	n.opts.Store(&own)
+	n.Bump()
+	tx.fresh = append(tx.fresh, n)
+	return n, nil
+}
+
+// Attach makes child a child of parent. The claim follows from the role or the parent's
+// driver. Error: a *perm.CycleError.
+func (tx *Tx) Attach(parent *Node, name string, role perm.Role, child *Node) (*Edge, error) {
+	e := &Edge{name: name, role: role, pnode: parent}
+	e.node.Store(child)
+	e.claim.Store(packClaim(perm.Unused))
+	err := tx.do(func(d *txDraft) error {
+		if err := errors.Join(usable(parent), usable(child)); err != nil {
+			return err
+		}
+		return d.attach(e, parent, child, perm.Unused)
+	})
+	if err != nil {
+		return nil, err
+	}
+	return e, nil
+}
+
+// AttachRoot makes a root on n; requests are possible once the Tx is committed.
+func (tx *Tx) AttachRoot(spec RootSpec, n *Node) (*Root, error) {
+	if spec.Ctx == nil {
+		spec.Ctx = context.Background()
+	}
+	r := &Root{g: tx.g, spec: spec}
+	r.hooks.Store(&spec.Hooks)
+	r.closeGate()
+	e := &Edge{name: spec.EdgeName, role: spec.Role, root: r}
+	e.node.Store(n)
+	e.claim.Store(packClaim(spec.Claim))
+	r.edge = e
+	err := tx.do(func(d *txDraft) error {
+		if err := usable(n); err != nil {
+			return err
+		}
+		d.prims = append(d.prims, func(in *installer) { in.addRoot(r) })
+		return d.attach(e, nil, n, spec.Claim)
+	})
+	if err != nil {
+		return nil, err
+	}
+	return r, nil
+}
+
+// Detach removes a child edge of a node. Error: the edge is frozen or gone.
+func (tx *Tx) Detach(e *Edge) error {
+	return tx.do(func(d *txDraft) error {
+		if err := d.changeable(e); err != nil {
+			return err
+		}
+		d.detach(e)
+		return nil
+	})
+}
+
+// DetachRoot removes a root. Commit waits until its units of work are over; afterwards Begin fails with blk.ErrClosed.
+func (tx *Tx) DetachRoot(r *Root) error {
+	return tx.do(func(d *txDraft) error {
+		if err := d.present(r.edge); err != nil {
+			return err
+		}
+		d.detach(r.edge)
+		d.prims = append(d.prims, func(in *installer) { in.removeRoot(r) })
+		return nil
+	})
+}
+
+// Replace makes e lead to n. Errors: the edge is frozen or gone, *perm.CycleError.
+func (tx *Tx) Replace(e *Edge, n *Node) error {
+	return tx.do(func(d *txDraft) error {
+		if err := d.changeable(e); err != nil {
+			return err
+		}
+		if err := usable(n); err != nil {
+			return err
+		}
+		return d.retarget(e, n)
+	})
+}
+
+// ReplaceNode moves all parents of old to new, but those that are new itself or below it
+// (there would be a cycle) and roots that stay at their node. Error: a frozen edge.
+func (tx *Tx) ReplaceNode(old, new *Node) error {
+	return tx.do(func(d *txDraft) error { return d.replaceNode(old, new, true) })
+}
+
+// ReplaceNodeStrictly is ReplaceNode that fails where ReplaceNode leaves an edge alone.
+func (tx *Tx) ReplaceNodeStrictly(old, new *Node) error {
+	return tx.do(func(d *txDraft) error { return d.replaceNode(old, new, false) })
+}
+
+// InsertFilter puts top above n: top gets n as a child named edgeName (filtered if top is
+// a filter, else COW: an overlay) and takes over n's parents.
+func (tx *Tx) InsertFilter(top *Node, edgeName string, n *Node) (*Edge, error) {
+	e := &Edge{name: edgeName, role: perm.COW, pnode: top}
+	if top.Kind() == Filter {
+		e.role = perm.Filtered | perm.Primary
+	}
+	e.node.Store(n)
+	e.claim.Store(packClaim(perm.Unused))
+	err := tx.do(func(d *txDraft) error {
+		if err := errors.Join(usable(top), usable(n)); err != nil {
+			return err
+		}
+		if err := d.attach(e, top, n, perm.Unused); err != nil {
+			return err
+		}
+		return d.replaceNode(n, top, true)
+	})
+	if err != nil {
+		return nil, err
+	}
+	return e, nil
+}
+
+// RemoveFilter moves the parents of top to its filtered or COW child and detaches that
+// child. Error: a frozen edge.
+func (tx *Tx) RemoveFilter(top *Node) error {
+	return tx.do(func(d *txDraft) error {
+		e := makeKids(d.Children(top)).chain()
+		if e == nil {
+			return fmt.Errorf("Node '%s' has nothing below it to replace it by", top.name)
+		}
+		below := d.Target(e)
+		if err := d.changeable(e); err != nil {
+			return err
+		}
+		d.detach(e)
+		return d.replaceNode(top, below, true)
+	})
+}
+
+// SetClaim changes what a root takes on its node.
+func (tx *Tx) SetClaim(e *Edge, c perm.Claim) error {
+	if e.root == nil {
+		panic("graph: SetClaim: the claims of nodes follow from their parents")
+	}
+	return tx.do(func(d *txDraft) error {
+		if err := d.present(e); err != nil {
+			return err
+		}
+		d.SetClaim(e, c)
+		return nil
+	})
+}
+
+// SetReadOnly changes whether n refuses writes; n is drained meanwhile.
+func (tx *Tx) SetReadOnly(n *Node, ro bool) error {
+	return tx.do(func(d *txDraft) error {
+		st := d.Node(n)
+		st.ReadOnly = ro
+		d.SetNode(n, st)
+		d.drains = append(d.drains, n)
+		d.prims = append(d.prims, func(in *installer) { n.readOnly.Store(ro); n.Bump() })
+		return nil
+	})
+}
+
+// SetInactive changes whether n is inactive: no writes, no claims, no locks. n is drained meanwhile.
+func (tx *Tx) SetInactive(n *Node, inactive bool) error {
+	return tx.do(func(d *txDraft) error {
+		st := d.Node(n)
+		st.Inactive = inactive
+		d.SetNode(n, st)
+		d.drains = append(d.drains, n)
+		d.prims = append(d.prims, func(in *installer) { n.inactive = inactive; n.Bump() })
+		return nil
+	})
+}
+
+// SetOptions replaces the options of n on commit; n is drained meanwhile and its limits are
+// read anew. Name, DriverName and Kind stay; use SetReadOnly for ReadOnly.
+func (tx *Tx) SetOptions(n *Node, o *Options) error {
+	own := *o
+	own.Name, own.DriverName, own.Kind = n.name, n.DriverName(), n.Kind()
+	return tx.do(func(d *txDraft) error {
+		st := d.Node(n)
+		st.ForceShare = own.ForceShare
+		d.SetNode(n, st)
+		for e := range d.Parents(n) {
+			if e.pnode != nil {
+				d.Touch(e.pnode) // what it shares may follow force-share
+			}
+		}
+		d.drains = append(d.drains, n)
+		d.prims = append(d.prims, func(in *installer) {
+			n.opts.Store(&own)
+			in.reopened = append(in.reopened, n)
+			n.Bump()
+		})
+		return nil
+	})
+}
+
+// Refresh settles the claims of n on its children anew and tells n's driver the claims on
+// itself even if they did not change.
+func (tx *Tx) Refresh(n *Node) error {
+	return tx.do(func(d *txDraft) error {
+		d.Touch(n)
+		d.again[n] = true
+		return nil
+	})
+}
+
+// Own makes the monitor an owner of n.
+func (tx *Tx) Own(n *Node) error {
+	return tx.do(func(d *txDraft) error {
+		if err := usable(n); err != nil {
+			return err
+		}
+		d.ref(n).owned = true
+		return nil
+	})
+}
+
+// Disown takes that back; the node is closed on commit if nothing else refers to it.
+func (tx *Tx) Disown(n *Node) error {
+	return tx.do(func(d *txDraft) error { d.ref(n).owned = false; return nil })
+}
+
+// Publish makes n and the hidden nodes below it visible and drops their opener's pins, so
+// that from commit on they live as long as the monitor or a parent refers to them.
+func (tx *Tx) Publish(n *Node) error {
+	return tx.do(func(d *txDraft) error {
+		d.eachHidden(n, func(h *Node) {
+			r := d.ref(h)
+			r.pins--
+			r.publish = true
+			d.Touch(h)
+		})
+		return nil
+	})
+}
+
+// Discard drops the opener's pins of n and of the hidden nodes below it: they are closed on commit.
+func (tx *Tx) Discard(n *Node) error {
+	return tx.do(func(d *txDraft) error {
+		d.eachHidden(n, func(h *Node) { d.ref(h).pins-- })
+		return nil
+	})
+}
+
+// Delete disowns the node of that name under the rules of blockdev-del. Errors, in this
+// order: unknown, used by a backend, blocked, not owned by the monitor, in use.
+func (tx *Tx) Delete(name string) error {
+	return tx.do(func(d *txDraft) error {
+		n := tx.g.names[name].node
+		if n == nil || n.state != nodePublished {
+			return fmt.Errorf("Failed to find node with node-name='%s'", name)
+		}
+		users := 0
+		for e := range d.Parents(n) {
+			users++
+			if e.root != nil && e.root.spec.Kind == KindBackend {
+				return fmt.Errorf("Node %s is in use", name)
+			}
+		}
+		if err := n.blockedLocked(OpDriveDel); err != nil {
+			return err
+		}
+		r := d.ref(n)
+		if !r.owned {
+			return fmt.Errorf("Node %s is not owned by the monitor", name)
+		}
+		if users > 0 || n.pins+r.pins > 0 {
+			return fmt.Errorf("Block device %s is in use", name)
+		}
+		r.owned = false
+		return nil
+	})
+}
+
+// FreezeChain makes the filter and COW edges from top down to base (nil: to the end)
+// unchangeable from commit on until unfreeze is called. Error: one is frozen already.
+func (tx *Tx) FreezeChain(top, base *Node) (unfreeze func(), err error) {
+	var edges []*Edge // of the last replay
+	err = tx.do(func(d *txDraft) error {
+		edges = edges[:0]
+		for n := top; n != base; {
+			e := makeKids(d.Children(n)).chain()
+			if e == nil {
+				break
+			}
+			if e.frozen || d.frozen[e] {
+				return fmt.Errorf("Cannot change '%s' link from '%s' to '%s'", e.name, n.name, d.Target(e).name)
+			}
+			edges = append(edges, e)
+			n = d.Target(e)
+		}
+		for _, e := range edges {
+			d.frozen[e] = true
+			d.reserve = append(d.reserve, e.pnode)
+			d.prims = append(d.prims, func(in *installer) { e.frozen = true })
+		}
+		return nil
+	})
+	if err != nil {
+		return nil, err
+	}
+	done := false
+	return func() {
+		tx.g.mu.Lock()
+		defer tx.g.mu.Unlock()
+		if !done {
+			done = true
+			for _, e := range edges {
+				e.frozen = false
+			}
+			tx.g.version++
+		}
+	}, nil
+}
+
+// Drain keeps n quiet during the commit although no edge above it changes.
+func (tx *Tx) Drain(n *Node) error {
+	return tx.do(func(d *txDraft) error { d.drains = append(d.drains, n); return nil })
+}
+
+// Quiet counts the hooks of root as quiet: those of the job that runs this Tx. It must not hold a unit of work.
+func (tx *Tx) Quiet(r *Root) {
+	if tx.quiet == nil {
+		tx.quiet = map[*Root]bool{}
+	}
+	tx.quiet[r] = true
+}
+
+// Check makes Commit call f with the nodes reserved but not yet drained, with no lock held; an error ends the
+// Tx. For conditions that must still hold at commit, such as Blocked.
+func (tx *Tx) Check(f func() error) { tx.checks = append(tx.checks, f) }
+
+// Join adds a participant that is prepared after the permissions; aborts run in reverse.
+func (tx *Tx) Join(p Participant) { tx.last = append(tx.last, p) }
+
+// JoinFirst adds a participant that is prepared before the permissions (a reopen that makes the new file descriptor).
+func (tx *Tx) JoinFirst(p Participant) { tx.first = append(tx.first, p) }
+
+// Record sets what runs after prepare and before install, with no lock held, and may fail the Tx.
+func (tx *Tx) Record(f func() error) { tx.record = f }
+
+// Abort forgets the Tx and gives back the names it took. Nodes made by it that got a driver must have been
+// closed by their opener.
+func (tx *Tx) Abort() {
+	if tx.over {
+		return
+	}
+	tx.over = true
+	tx.forgetFresh()
+}
+
+// forgetFresh gives back the names of nodes that never became part of the graph.
+func (tx *Tx) forgetFresh() {
+	if len(tx.fresh) == 0 {
+		return
+	}
+	tx.g.mu.Lock()
+	defer tx.g.mu.Unlock()
+	for _, n := range tx.fresh {
+		delete(tx.g.names, n.name)
+		n.state = nodeClosed
+	}
+}
+
+// usable refuses nodes that are going or have gone.
+func usable(n *Node) error {
+	if n.state >= nodeClosing {
+		return fmt.Errorf("Cannot find device='' nor node-name='%s'", n.name)
+	}
+	return nil
+}

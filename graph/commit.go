@@ -1,0 +1,378 @@
+package graph
+
+import (
+	"context"
+	"log/slog"
+	"slices"
+
+	"qblockd/graph/perm"
+)
+
+// commit is one Tx on its way through the phases.
+type commit struct {
+	tx    *Tx
+	g     *Graph
+	draft *txDraft
+	delta *perm.Delta[*Node, *Edge]
+	res   *reservation
+	drain *drain
+	links bool // draft.links are in g.pending
+
+	taken  []*Node // nodes whose PermTaker is prepared
+	joined []Participant
+	in     *installer
+	dying  []*Node
+}
+
+// Commit makes all changes or none. Errors: those of the rules (package perm), of checks
+// and participants, of Record, and the context's; then the graph is as before. Nodes that
+// nothing refers to any more are closed before it returns.
+//
+//	plan -> reserve -> (plan again) -> checks -> drain -> prepare -> record -> install -> undrain -> release -> close
+func (tx *Tx) Commit() error {
+	if tx.over {
+		return errTxOver
+	}
+	tx.over = true
+	c := &commit{tx: tx, g: tx.g}
+	if err := c.run(); err != nil {
+		c.undo()
+		tx.forgetFresh()
+		return err
+	}
+	return nil
+}
+
+func (c *commit) run() error {
+	if err := c.reserve(); err != nil {
+		return err
+	}
+	for _, f := range c.tx.checks {
+		if err := f(); err != nil {
+			return err
+		}
+	}
+	c.g.mu.Lock()
+	c.drain = c.g.beginDrainLocked(c.draft.drainSet())
+	c.g.mu.Unlock()
+	if err := c.drain.wait(c.tx.ctx, c.tx.quiet); err != nil {
+		return err
+	}
+	if err := c.prepare(c.tx.ctx); err != nil {
+		return err
+	}
+	if c.tx.record != nil {
+		if err := c.tx.record(); err != nil {
+			return err
+		}
+	}
+	c.install()
+	c.finish()
+	return nil
+}
+
+// reserve plans the changes and reserves all nodes they touch, until nothing that matters changed in between.
+func (c *commit) reserve() error {
+	tx, g := c.tx, c.g
+	var want []*Node
+	for {
+		g.mu.RLock()
+		err := c.planLocked()
+		g.mu.RUnlock()
+		if err != nil {
+			return err
+		}
+		want = union(want, c.draft.closure(c.delta))
+		if c.res, err = g.resv.acquire(tx.ctx, want); err != nil {
+			return err
+		}
+		g.mu.Lock()
+		if err = c.planLocked(); err != nil {
+			g.mu.Unlock()
+			return err
+		}
+		grown := union(want, c.draft.closure(c.delta))
+		if len(grown) == len(want) {
+			wait := g.addLinksLocked(c)
+			if wait == nil {
+				g.mu.Unlock()
+				return nil
+			}
+			g.mu.Unlock()
+			g.resv.release(c.res)
+			c.res = nil
+			select {
+			case <-wait:
+			case <-tx.ctx.Done():
+				return context.Cause(tx.ctx)
+			}
+			continue
+		}
+		g.mu.Unlock()
+		g.resv.release(c.res)
+		c.res, want = nil, grown
+	}
+}
+
+// planLocked makes the plan on the graph as it is now.
+// +checklocksread:c.g.mu
+func (c *commit) planLocked() (err error) {
+	if c.draft, err = c.tx.draftLocked(); err != nil {
+		return err
+	}
+	c.tx.draft = nil // Plan changes it
+	c.delta, err = c.draft.Plan()
+	return err
+}
+
+// union is a with what is in b only appended.
+func union(a, b []*Node) []*Node {
+	if len(a) == 0 {
+		return b
+	}
+	in := make(map[*Node]bool, len(a))
+	for _, n := range a {
+		in[n] = true
+	}
+	out := a
+	for _, n := range b {
+		if !in[n] {
+			out = append(out[:len(out):len(out)], n)
+		}
+	}
+	return out
+}
+
+// addLinks makes the edges to come known, so that two transactions on disjoint nodes cannot
+// close a cycle together. It returns a channel to wait on if another one's are in the way.
+// +checklocks:c.g.mu
+func (g *Graph) addLinksLocked(c *commit) <-chan struct{} {
+	var links []link
+	for _, l := range c.draft.links {
+		// What has no parents is below nothing.
+		if l.parent.parents.head != nil || l.parent.state == nodePublished {
+			links = append(links, l)
+		}
+	}
+	if len(links) == 0 {
+		return nil
+	}
+	if len(g.pending) > 0 {
+		for _, l := range links {
+			if g.reachesPendingLocked(c.draft, l.child, l.parent) {
+				if g.pendingCh == nil {
+					g.pendingCh = make(chan struct{})
+				}
+				return g.pendingCh
+			}
+		}
+	}
+	g.pending = append(g.pending, links...)
+	c.draft.links, c.links = links, true
+	return nil
+}
+
+// reachesPending is Draft.Reaches with the edges that other commits are about to make.
+// +checklocks:g.mu
+func (g *Graph) reachesPendingLocked(d *txDraft, from, to *Node) bool {
+	seen := map[*Node]bool{from: true}
+	stack := []*Node{from}
+	for len(stack) > 0 {
+		n := stack[len(stack)-1]
+		stack = stack[:len(stack)-1]
+		if n == to {
+			return true
+		}
+		visit := func(c *Node) {
+			if !seen[c] {
+				seen[c] = true
+				stack = append(stack, c)
+			}
+		}
+		for _, e := range d.Children(n) {
+			visit(d.Target(e))
+		}
+		for _, l := range g.pending {
+			if l.parent == n {
+				visit(l.child)
+			}
+		}
+	}
+	return false
+}
+
+// +checklocks:c.g.mu
+func (c *commit) dropLinksLocked() {
+	if !c.links {
+		return
+	}
+	c.links = false
+	for _, l := range c.draft.links {
+		if i := slices.Index(c.g.pending, l); i >= 0 {
+			c.g.pending = slices.Delete(c.g.pending, i, i+1)
+		}
+	}
+	if c.g.pendingCh != nil {
+		close(c.g.pendingCh)
+		c.g.pendingCh = nil
+	}
+}
+
+// drainSet are the nodes and roots to drain, each once.
+func (d *txDraft) drainSet() ([]*Node, []*Root) {
+	nodes := union(nil, nil)
+	seen := map[*Node]bool{}
+	for _, n := range d.drains {
+		if !seen[n] {
+			seen[n] = true
+			nodes = append(nodes, n)
+		}
+	}
+	var roots []*Root
+	for _, r := range d.roots {
+		if !slices.Contains(roots, r) {
+			roots = append(roots, r)
+		}
+	}
+	return nodes, roots
+}
+
+// prepare does all that may fail or block.
+func (c *commit) prepare(ctx context.Context) error {
+	if err := c.join(ctx, c.tx.first); err != nil {
+		return err
+	}
+	for _, n := range c.delta.Order {
+		t, ok := n.drv.(PermTaker)
+		up := c.delta.Up[n]
+		if c.draft.Node(n).Inactive {
+			up = perm.Unused
+		}
+		if !ok || n.state >= nodeClosing || up == n.applied && !c.draft.again[n] {
+			continue
+		}
+		if err := t.PermPrepare(ctx, up); err != nil {
+			if up.Loosens(n.applied) {
+				// Giving up rights cannot be refused; the old ones stay taken.
+				slog.Warn("permissions could not be lowered", "node", n.name, "error", err)
+				continue
+			}
+			return err
+		}
+		c.taken = append(c.taken, n)
+	}
+	return c.join(ctx, c.tx.last)
+}
+
+func (c *commit) join(ctx context.Context, l []Participant) error {
+	for _, p := range l {
+		if err := p.Prepare(ctx); err != nil {
+			return err
+		}
+		c.joined = append(c.joined, p)
+	}
+	return nil
+}
+
+// undo takes back what run did before it failed.
+func (c *commit) undo() {
+	nFirst := min(len(c.joined), len(c.tx.first))
+	for _, p := range slices.Backward(c.joined[nFirst:]) {
+		p.Abort()
+	}
+	for _, n := range slices.Backward(c.taken) {
+		n.drv.(PermTaker).PermAbort()
+	}
+	for _, p := range slices.Backward(c.joined[:nFirst]) {
+		p.Abort()
+	}
+	if c.drain != nil {
+		c.drain.end()
+	}
+	if c.links {
+		c.g.mu.Lock()
+		c.dropLinksLocked()
+		c.g.mu.Unlock()
+	}
+	if c.res != nil {
+		c.g.resv.release(c.res)
+	}
+}
+
+// install changes the graph. It cannot fail and does not wait.
+func (c *commit) install() {
+	g := c.g
+	g.mu.Lock()
+	defer g.mu.Unlock()
+	g.version++
+	c.in = &installer{g: g}
+	for _, f := range c.draft.prims {
+		f(c.in)
+	}
+	for e, claim := range c.delta.Claims {
+		c.in.setClaim(e, claim)
+	}
+	for _, n := range c.taken {
+		n.applied = c.delta.Up[n]
+		if n.inactive {
+			n.applied = perm.Unused
+		}
+	}
+	for _, n := range c.draft.refd {
+		r := c.draft.refs[n]
+		n.pins += r.pins
+		if r.publish && n.state == nodeHidden {
+			n.state = nodePublished
+			g.insertPublishedLocked(n)
+		}
+		g.setOwnedLocked(n, r.owned)
+	}
+	c.retire(c.delta.Order)
+	c.retire(c.draft.refd)
+	c.dropLinksLocked()
+	if invariantsOn {
+		g.checkNodesLocked(c.delta.Order)
+	}
+}
+
+// retire takes out of sight those of the nodes that nothing refers to any more; finish closes them.
+// +checklocks:c.g.mu
+func (c *commit) retire(nodes []*Node) {
+	for _, n := range nodes {
+		if n.owned || n.pins > 0 || n.parents.head != nil || n.state >= nodeClosing {
+			continue
+		}
+		if n.state == nodePublished {
+			c.g.removePublishedLocked(n)
+		}
+		n.state = nodeClosing
+		c.dying = append(c.dying, n)
+	}
+}
+
+// finish ends what run began and closes nodes, all outside g.mu.
+func (c *commit) finish() {
+	nFirst := min(len(c.joined), len(c.tx.first))
+	for _, p := range c.joined[:nFirst] {
+		p.Commit()
+	}
+	for _, n := range c.taken {
+		n.drv.(PermTaker).PermCommit()
+	}
+	for _, p := range c.joined[nFirst:] {
+		p.Commit()
+	}
+	for _, n := range c.in.reopened {
+		n.io.refreshed(n)
+	}
+	for _, r := range c.in.moved {
+		if h := r.hooks.Load(); h.Attached != nil {
+			h.Attached(r.Node())
+		}
+	}
+	c.drain.end()
+	c.g.resv.release(c.res)
+	for _, n := range c.dying {
+		n.close()
+	}
+}

@@ -1,0 +1,195 @@
+package graph
+
+import (
+	"fmt"
+	"slices"
+
+	"qblockd/graph/perm"
+)
+
+// txDraft is the graph as a Tx would leave it.
+type txDraft struct {
+	*perm.Draft[*Node, *Edge]
+	prims   []func(*installer) // what install does, in order
+	refs    map[*Node]*refs
+	refd    []*Node        // the keys of refs in order
+	again   map[*Node]bool // tell the driver its claim in any case
+	frozen  map[*Edge]bool
+	drains  []*Node // quiet during the commit
+	roots   []*Root // the same
+	reserve []*Node // further nodes to reserve
+	links   []link  // new edges between nodes
+}
+
+// refs are changes of the references to a node other than parents.
+type refs struct {
+	owned, publish bool
+	pins           int32 // to be added to the node's
+}
+
+// link is an edge between nodes that a committing Tx is about to make.
+type link struct{ parent, child *Node }
+
+func newTxDraft() *txDraft {
+	return &txDraft{
+		Draft:  perm.NewDraft[*Node, *Edge](baseView{}),
+		refs:   map[*Node]*refs{},
+		again:  map[*Node]bool{},
+		frozen: map[*Edge]bool{},
+	}
+}
+
+func (d *txDraft) ref(n *Node) *refs {
+	r := d.refs[n]
+	if r == nil {
+		r = &refs{owned: n.owned}
+		d.refs[n] = r
+		d.refd = append(d.refd, n)
+	}
+	return r
+}
+
+// eachHidden calls f for n and for the hidden nodes below it that still have their opener's pin.
+func (d *txDraft) eachHidden(n *Node, f func(*Node)) {
+	if n.state != nodeHidden || n.pins+d.ref(n).pins <= 0 {
+		return
+	}
+	f(n)
+	for _, e := range d.Children(n) {
+		d.eachHidden(d.Target(e), f)
+	}
+}
+
+// present refuses edges that are no part of the graph (any more).
+func (d *txDraft) present(e *Edge) error {
+	if d.Gone(e) || !e.attached && !slices.Contains(d.siblings(e), e) {
+		return fmt.Errorf("The '%s' link of %s does not exist any more", e.name, e.Parent().Describe())
+	}
+	return nil
+}
+
+// siblings are the edges among which the not yet installed e must be found.
+func (d *txDraft) siblings(e *Edge) []*Edge {
+	if e.pnode != nil {
+		return d.Children(e.pnode)
+	}
+	return slices.Collect(d.Parents(d.Target(e)))
+}
+
+// changeable is present for edges that must not be frozen either.
+func (d *txDraft) changeable(e *Edge) error {
+	if err := d.present(e); err != nil {
+		return err
+	}
+	if e.frozen || d.frozen[e] {
+		return fmt.Errorf("Cannot change frozen '%s' link from '%s' to '%s'", e.name, e.parentName(), d.Target(e).name)
+	}
+	return nil
+}
+
+// attach adds an edge below a node, or a root's if parent is nil.
+func (d *txDraft) attach(e *Edge, parent, child *Node, c perm.Claim) error {
+	err := d.Attach(e, perm.Edge[*Node]{Name: e.name, Role: e.role, Parent: parent, Node: child, Claim: c})
+	if err != nil {
+		return err
+	}
+	if parent != nil {
+		d.drainEnd(e)
+		d.links = append(d.links, link{parent, child})
+	}
+	d.prims = append(d.prims, func(in *installer) { in.link(e, child) })
+	return nil
+}
+
+func (d *txDraft) detach(e *Edge) {
+	d.drainEnd(e)
+	d.Detach(e)
+	d.prims = append(d.prims, func(in *installer) { in.unlink(e) })
+}
+
+func (d *txDraft) retarget(e *Edge, n *Node) error {
+	if d.Target(e) == n {
+		return nil
+	}
+	if err := d.Retarget(e, n); err != nil {
+		return err
+	}
+	d.drainEnd(e)
+	if e.pnode != nil {
+		d.links = append(d.links, link{e.pnode, n})
+	}
+	d.prims = append(d.prims, func(in *installer) { in.retarget(e, n) })
+	return nil
+}
+
+// drainEnd has the upper end of e drained: requests that use the edge come from there. A
+// hidden node serves its opener alone, who may be inside a unit of work right now.
+func (d *txDraft) drainEnd(e *Edge) {
+	switch {
+	case e.pnode != nil && e.pnode.state != nodeHidden:
+		d.drains = append(d.drains, e.pnode)
+	case e.root != nil && e.attached:
+		d.roots = append(d.roots, e.root)
+	}
+}
+
+func (d *txDraft) replaceNode(old, new *Node, skip bool) error {
+	if err := usable(new); err != nil {
+		return err
+	}
+	below := d.below(new)
+	for _, e := range slices.Collect(d.Parents(old)) {
+		if e.pnode != nil && below[e.pnode] || e.root != nil && e.root.spec.StayAtNode {
+			if skip {
+				continue
+			}
+			return fmt.Errorf("Should not change '%s' link to '%s'", e.name, old.name)
+		}
+		if e.frozen || d.frozen[e] {
+			return fmt.Errorf("Cannot change '%s' link to '%s'", e.name, old.name)
+		}
+		if err := d.retarget(e, new); err != nil {
+			return err
+		}
+	}
+	return nil
+}
+
+// below is the set of n and all nodes below it.
+func (d *txDraft) below(n *Node) map[*Node]bool {
+	seen := map[*Node]bool{n: true}
+	stack := []*Node{n}
+	for len(stack) > 0 {
+		x := stack[len(stack)-1]
+		stack = stack[:len(stack)-1]
+		for _, e := range d.Children(x) {
+			if c := d.Target(e); !seen[c] {
+				seen[c] = true
+				stack = append(stack, c)
+			}
+		}
+	}
+	return seen
+}
+
+// closure are the nodes to reserve, each once.
+func (d *txDraft) closure(delta *perm.Delta[*Node, *Edge]) []*Node {
+	seen := make(map[*Node]bool, len(delta.Order))
+	var l []*Node
+	add := func(n *Node) {
+		if !seen[n] {
+			seen[n] = true
+			l = append(l, n)
+		}
+	}
+	for _, n := range delta.Order {
+		add(n)
+	}
+	for _, n := range d.refd {
+		add(n)
+	}
+	for _, n := range d.reserve {
+		add(n)
+	}
+	return l
+}

@@ -1,0 +1,382 @@
+package graph
+
+import (
+	"context"
+	"errors"
+	"sync"
+	"sync/atomic"
+	"testing"
+	"time"
+
+	"qblockd/graph/blk"
+	"qblockd/graph/perm"
+)
+
+var readAll = perm.Claim{Need: perm.ConsistentRead, Share: perm.All}
+
+func TestGate(t *testing.T) {
+	g := newTestGraph(t)
+	n := addMem(t, g, "n")
+	r := addRoot(t, g, n, readAll)
+	if a := testing.AllocsPerRun(1000, func() {
+		q, err := r.Begin(context.Background())
+		if err != nil {
+			t.Fatal(err)
+		}
+		r.End(q)
+	}); a != 0 && !raceEnabled {
+		t.Errorf("Begin and End allocate %v times", a)
+	}
+	q := r.TryBegin()
+	drained := make(chan func())
+	go func() {
+		undrain, err := g.Drain(context.Background(), n)
+		if err != nil {
+			t.Error(err)
+		}
+		drained <- undrain
+	}()
+	for !r.Drained() {
+		time.Sleep(time.Millisecond)
+	}
+	if r.TryBegin() != nil {
+		t.Error("the gate is open")
+	}
+	select {
+	case <-drained:
+		t.Error("drained with a unit in flight")
+	default:
+	}
+	r.End(q)
+	undrain := <-drained
+	// Nested.
+	undrain2, err := g.Drain(context.Background(), n)
+	if err != nil {
+		t.Fatal(err)
+	}
+	undrain()
+	if r.TryBegin() != nil {
+		t.Error("the gate is open under the second drain")
+	}
+	begun := make(chan *blk.Req)
+	go func() {
+		q, err := r.Begin(context.Background())
+		if err != nil {
+			t.Error(err)
+		}
+		begun <- q
+	}()
+	ctx, cancel := context.WithCancel(context.Background())
+	cancel()
+	if _, err := r.Begin(ctx); !errors.Is(err, context.Canceled) {
+		t.Errorf("Begin: %v", err)
+	}
+	undrain2()
+	r.End(<-begun)
+	if err := g.CloseRoot(context.Background(), r); err != nil {
+		t.Fatal(err)
+	}
+	if _, err := r.Begin(context.Background()); !errors.Is(err, blk.ErrClosed) {
+		t.Errorf("Begin on a closed root: %v", err)
+	}
+}
+
+func TestDrainTimeout(t *testing.T) {
+	g := newTestGraph(t)
+	n := addMem(t, g, "n")
+	r := addRoot(t, g, n, readAll)
+	q := r.TryBegin()
+	ctx, cancel := context.WithCancel(context.Background())
+	cancel()
+	if _, err := g.Drain(ctx, n); !errors.Is(err, context.Canceled) {
+		t.Errorf("Drain: %v", err)
+	}
+	if r.Drained() {
+		t.Error("a failed drain stays")
+	}
+	r.End(q)
+}
+
+// TestNewParentOfDrained: what is put above a drained node is quiet from the start.
+func TestNewParentOfDrained(t *testing.T) {
+	g := newTestGraph(t)
+	n := addMem(t, g, "n")
+	undrain, err := g.Drain(context.Background(), n)
+	if err != nil {
+		t.Fatal(err)
+	}
+	top := add(t, g, Options{Name: "top", Kind: Filter}, over, child{"file", perm.Filtered | perm.Primary, n})
+	r := addRoot(t, g, top, readAll)
+	if r.TryBegin() != nil {
+		t.Error("a request passes to a drained node")
+	}
+	undrain()
+	q := r.TryBegin()
+	if q == nil {
+		t.Fatal("the gate stays closed")
+	}
+	r.End(q)
+}
+
+// holdDriver holds requests back until it is told to let go.
+type holdDriver struct {
+	overDriver
+	mu     sync.Mutex
+	let    chan struct{}
+	begins int
+	quiet  atomic.Bool
+}
+
+func (d *holdDriver) DrainBegin() {
+	d.mu.Lock()
+	defer d.mu.Unlock()
+	d.begins++
+	close(d.let)
+}
+func (d *holdDriver) Quiet() bool { return d.quiet.Load() }
+func (d *holdDriver) DrainEnd() {
+	d.mu.Lock()
+	defer d.mu.Unlock()
+	d.begins--
+	d.let = make(chan struct{})
+}
+
+// TestDrainerBelow: draining the top lets go what a filter below holds; Quiet is waited for.
+func TestDrainerBelow(t *testing.T) {
+	g := newTestGraph(t)
+	n := addMem(t, g, "n")
+	var hold *holdDriver
+	f := add(t, g, Options{Name: "hold", Kind: Filter}, func(n *Node) Driver {
+		hold = &holdDriver{overDriver: overDriver{n: n}, let: make(chan struct{})}
+		return hold
+	}, child{"file", perm.Filtered | perm.Primary, n})
+	top := add(t, g, Options{Name: "top", Kind: Filter}, over, child{"file", perm.Filtered | perm.Primary, f})
+	var begins, ends int
+	r := addRoot(t, g, top, readAll)
+	r.SetHooks(RootHooks{DrainBegin: func() { begins++ }, DrainEnd: func() { ends++ }})
+	hold.mu.Lock()
+	let := hold.let
+	hold.mu.Unlock()
+	q := r.TryBegin()
+	go func() { // a request stuck in the filter
+		<-let
+		r.End(q)
+		hold.quiet.Store(true)
+		g.NotifyQuiet()
+	}()
+	undrain, err := g.Drain(context.Background(), top)
+	if err != nil {
+		t.Fatal(err)
+	}
+	undrain2, err := g.Drain(context.Background(), n)
+	if err != nil {
+		t.Fatal(err)
+	}
+	undrain()
+	if hold.begins != 1 || begins != 1 || ends != 0 {
+		t.Errorf("filter told %d times, root %d and %d", hold.begins, begins, ends)
+	}
+	undrain2()
+	if hold.begins != 0 || begins != 1 || ends != 1 {
+		t.Errorf("after the end: filter %d, root %d and %d", hold.begins, begins, ends)
+	}
+}
+
+// TestQuietRoot: a job changes the graph above its own node without waiting for itself.
+func TestQuietRoot(t *testing.T) {
+	g := newTestGraph(t)
+	n := addMem(t, g, "n")
+	r := addRoot(t, g, n, readAll)
+	r.SetHooks(RootHooks{Quiet: func() bool { return false }})
+	tx := g.Begin(context.Background())
+	defer tx.Abort()
+	top, err := tx.NewNode(&Options{Name: "top", Kind: Filter, Implicit: true})
+	if err != nil {
+		t.Fatal(err)
+	}
+	top.SetDriver(over(top))
+	if _, err := tx.InsertFilter(top, "file", n); err != nil {
+		t.Fatal(err)
+	}
+	tx.Quiet(r)
+	if err := errors.Join(tx.Publish(top), tx.Commit()); err != nil {
+		t.Fatal(err)
+	}
+	if r.Node() != top || top.SkipImplicitFilters() != n || r.Drained() {
+		t.Error("filter not inserted")
+	}
+	r.SetHooks(RootHooks{})
+	tx = g.Begin(context.Background())
+	defer tx.Abort()
+	if err := errors.Join(tx.RemoveFilter(top), tx.Commit()); err != nil {
+		t.Fatal(err)
+	}
+	if r.Node() != n || g.Node("top") != nil || len(g.names) != 1 {
+		t.Error("filter not removed")
+	}
+}
+
+// TestReplaceUnderLoad puts overlays above a node and takes them off while requests run.
+func TestReplaceUnderLoad(t *testing.T) {
+	g := newTestGraph(t)
+	n := addMem(t, g, "n")
+	const workers = 4
+	var stop atomic.Bool
+	var wg sync.WaitGroup
+	var units atomic.Int64
+	var attached atomic.Int64
+	roots := make([]*Root, workers)
+	for i := range roots {
+		roots[i] = addRoot(t, g, n, perm.Claim{Need: perm.ConsistentRead | perm.Write, Share: perm.All})
+		roots[i].SetHooks(RootHooks{Attached: func(*Node) { attached.Add(1) }})
+	}
+	for i, r := range roots {
+		wg.Go(func() {
+			buf := []byte{byte(i + 1)}
+			for !stop.Load() {
+				q, err := r.Begin(context.Background())
+				if err != nil {
+					t.Error(err)
+					return
+				}
+				d := r.Edge().Node().drv
+				if err := d.(Writer).WriteAt(q, blk.Buf(buf), int64(i), 0); err != nil {
+					t.Error(err)
+				}
+				got := []byte{0}
+				if err := d.ReadAt(q, blk.Buf(got), int64(i), 0); err != nil || got[0] != buf[0] {
+					t.Errorf("read %v: %v", got, err)
+				}
+				r.End(q)
+				units.Add(1)
+			}
+		})
+	}
+	const rounds = 50
+	for range rounds {
+		tx := g.Begin(context.Background())
+		top, err := tx.NewNode(&Options{Name: "top", Kind: Filter})
+		if err != nil {
+			t.Fatal(err)
+		}
+		top.SetDriver(over(top))
+		_, err = tx.InsertFilter(top, "file", n)
+		if err := errors.Join(err, tx.Publish(top), tx.Commit()); err != nil {
+			t.Fatal(err)
+		}
+		tx = g.Begin(context.Background())
+		if err := errors.Join(tx.RemoveFilter(top), tx.Commit()); err != nil {
+			t.Fatal(err)
+		}
+	}
+	stop.Store(true)
+	wg.Wait()
+	if attached.Load() != 2*rounds*workers || units.Load() == 0 {
+		t.Errorf("%d hooks, %d units", attached.Load(), units.Load())
+	}
+}
+
+// TestConcurrentAddDel runs many clients against each other.
+func TestConcurrentAddDel(t *testing.T) {
+	g := newTestGraph(t)
+	base := addMem(t, g, "base")
+	var wg sync.WaitGroup
+	for range 8 {
+		wg.Go(func() {
+			for range 30 {
+				n, err := tryAdd(g, Options{Kind: Filter}, over, child{"file", perm.Filtered | perm.Primary, base})
+				if err != nil {
+					t.Error(err)
+					return
+				}
+				r, err := tryRoot(g, n, readAll)
+				if err != nil {
+					t.Error(err)
+					return
+				}
+				if err := g.CloseRoot(context.Background(), r); err != nil {
+					t.Error(err)
+				}
+				if err := del(g, n.Name()); err != nil {
+					t.Error(err)
+				}
+			}
+		})
+	}
+	wg.Wait()
+	if names(g) != "base" || base.HasParents() || base.Claim() != perm.Unused {
+		t.Errorf("left: %q", names(g))
+	}
+}
+
+func TestGenerations(t *testing.T) {
+	g := newTestGraph(t)
+	a, b := addMem(t, g, "a"), addMem(t, g, "b")
+	top := addFormat(t, g, "top", a, nil)
+	ta, tb, tt := a.TreeGeneration(), b.TreeGeneration(), top.TreeGeneration()
+	a.Bump()
+	if a.TreeGeneration() == ta || top.TreeGeneration() == tt || b.TreeGeneration() != tb {
+		t.Error("a change below does not show, or shows elsewhere")
+	}
+	tt, own := top.TreeGeneration(), a.InfoGeneration()
+	tx := g.Begin(context.Background())
+	if err := errors.Join(tx.SetReadOnly(b, true), tx.Commit()); err != nil {
+		t.Fatal(err)
+	}
+	if b.TreeGeneration() == tb || top.TreeGeneration() != tt || a.InfoGeneration() != own || !b.ReadOnly() {
+		t.Error("SetReadOnly does not show, or shows elsewhere")
+	}
+	resized := 0
+	r := addRoot(t, g, top, readAll)
+	r.SetHooks(RootHooks{Resized: func() { resized++ }})
+	a.Resized()
+	top.Resized()
+	if resized != 1 {
+		t.Errorf("resized %d times", resized)
+	}
+}
+
+// TestClose: a node with a stuck request is reported, all others are flushed and closed.
+func TestClose(t *testing.T) {
+	g := New(nullSink{})
+	bad, good := &memDriver{data: make([]byte, 1)}, &memDriver{data: make([]byte, 1)}
+	var flushed atomic.Int64
+	bad.onFlush, good.onFlush = func() { flushed.Add(1) }, func() { flushed.Add(1) }
+	nb := add(t, g, Options{Name: "bad"}, memOf(bad))
+	ng := add(t, g, Options{Name: "good"}, memOf(good))
+	addFormat(t, g, "fmt", ng, nil)
+	r := addRoot(t, g, nb, readAll)
+	if r.TryBegin() == nil {
+		t.Fatal("no unit")
+	}
+	ctx, cancel := context.WithTimeout(context.Background(), 200*time.Millisecond)
+	defer cancel()
+	err := g.Close(ctx)
+	var ce *CloseError
+	if !errors.As(err, &ce) || len(ce.Stuck) != 1 || ce.Stuck[0] != "bad" || len(ce.Errs) != 0 {
+		t.Errorf("Close: %v", err)
+	}
+	if !good.closed.Load() || bad.closed.Load() || flushed.Load() != 2 {
+		t.Errorf("good closed %v, bad closed %v, %d flushes", good.closed.Load(), bad.closed.Load(), flushed.Load())
+	}
+	if ctx.Err() != nil {
+		t.Error("Close took all its time")
+	}
+}
+
+func benchAdd(b *testing.B, present int) {
+	g := newTestGraph(b)
+	for range present {
+		addMem(b, g, "")
+	}
+	b.ReportAllocs()
+	for b.Loop() {
+		n := addMem(b, g, "x")
+		if err := del(g, n.Name()); err != nil {
+			b.Fatal(err)
+		}
+	}
+}
+
+func BenchmarkAddDel10(b *testing.B)    { benchAdd(b, 10) }
+func BenchmarkAddDel10000(b *testing.B) { benchAdd(b, 10000) }

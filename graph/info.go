@@ -1,0 +1,170 @@
+package graph
+
+import (
+	"errors"
+
+	"qblockd/graph/perm"
+)
+
+// SetDriver gives the hidden node what Open made. Call it once, before the Tx that publishes the node.
+func (n *Node) SetDriver(d Driver) {
+	n.drv = d
+	if _, ok := d.(Drainer); ok {
+		n.g.drainers.Add(1)
+	}
+	n.io.opened(n)
+	n.Bump()
+}
+
+// SetReadOnlyFallback is for drivers in Open, on a medium that allows no writing: the node
+// becomes read-only if it is not and auto-read-only allows that; else reason is returned
+// ("Image is read-only" if nil).
+func (n *Node) SetReadOnlyFallback(reason error) error {
+	if n.readOnly.Load() {
+		return nil
+	}
+	if !n.Options().AutoReadOnly {
+		if reason == nil {
+			reason = errors.New("Image is read-only")
+		}
+		return reason
+	}
+	n.readOnly.Store(true)
+	return nil
+}
+
+// Parents is a snapshot of the edges that lead to n, newest first.
+func (n *Node) Parents() []*Edge {
+	n.g.mu.RLock()
+	defer n.g.mu.RUnlock()
+	var l []*Edge
+	for e := n.parents.head; e != nil; e = e.next {
+		l = append(l, e)
+	}
+	return l
+}
+
+// HasParents tells whether some edge leads to n.
+func (n *Node) HasParents() bool {
+	n.g.mu.RLock()
+	defer n.g.mu.RUnlock()
+	return n.parents.head != nil
+}
+
+// Claim is the cumulative claim of the parents.
+func (n *Node) Claim() perm.Claim {
+	n.g.mu.RLock()
+	defer n.g.mu.RUnlock()
+	return n.counts.Claim()
+}
+
+// MonitorOwned tells whether blockdev-add made n and blockdev-del may remove it.
+func (n *Node) MonitorOwned() bool {
+	n.g.mu.RLock()
+	defer n.g.mu.RUnlock()
+	return n.owned
+}
+
+// Hidden tells whether n is still being opened: nobody but its opener sees it.
+func (n *Node) Hidden() bool {
+	n.g.mu.RLock()
+	defer n.g.mu.RUnlock()
+	return n.state == nodeHidden
+}
+
+// Inactive tells whether n is inactive.
+func (n *Node) Inactive() bool {
+	n.g.mu.RLock()
+	defer n.g.mu.RUnlock()
+	return n.inactive
+}
+
+// Frozen tells whether e may not be changed now.
+func (e *Edge) Frozen() bool {
+	g := e.graph()
+	g.mu.RLock()
+	defer g.mu.RUnlock()
+	return e.frozen
+}
+
+func (e *Edge) graph() *Graph {
+	if e.root != nil {
+		return e.root.g
+	}
+	return e.pnode.g
+}
+
+// Drained tells whether r's gate is closed by a drain now.
+func (r *Root) Drained() bool {
+	r.g.mu.RLock()
+	defer r.g.mu.RUnlock()
+	return r.quiesce > 0
+}
+
+// Bump notes that something changed that queries show of n: call it after the change.
+// Takes no lock: may be called in requests.
+func (n *Node) Bump() {
+	for {
+		gen, old := n.g.gen.Add(1), n.infoGen.Load()
+		// A number taken earlier than one that is in place already might have been seen together with the old state.
+		if gen > old && n.infoGen.CompareAndSwap(old, gen) {
+			break
+		}
+	}
+	n.g.epoch.Add(1)
+}
+
+// InfoGeneration grows whenever something changes that queries show of n itself, its edges
+// downwards included. Read it before what it stands for.
+func (n *Node) InfoGeneration() uint64 { return n.infoGen.Load() }
+
+// TreeGeneration grows whenever InfoGeneration of n or of a node below does. While nothing
+// changes anywhere it costs a comparison; after a change, asking all nodes costs one walk of the graph.
+func (n *Node) TreeGeneration() uint64 {
+	epoch := n.g.epoch.Load() + 1 // 0 means never asked
+	n.g.genMu.Lock()
+	defer n.g.genMu.Unlock()
+	return n.treeGenLocked(epoch)
+}
+
+// +checklocks:n.g.genMu
+func (n *Node) treeGenLocked(epoch uint64) uint64 {
+	if n.treeEpoch == epoch {
+		return n.treeGen
+	}
+	gen := n.infoGen.Load()
+	for _, e := range n.kids.Load().all {
+		gen = max(gen, e.Node().treeGenLocked(epoch))
+	}
+	n.treeGen, n.treeEpoch = gen, epoch
+	return gen
+}
+
+// Resized tells the roots that see n's size, through filters and raw formats, that it may
+// have changed, and bumps all nodes concerned. It takes the graph's lock for reading: not for use with node or driver locks held.
+func (n *Node) Resized() {
+	var roots []*Root
+	n.g.mu.RLock()
+	seen := map[*Node]bool{n: true}
+	stack := []*Node{n}
+	for len(stack) > 0 {
+		x := stack[len(stack)-1]
+		stack = stack[:len(stack)-1]
+		x.Bump()
+		for e := x.parents.head; e != nil; e = e.next {
+			switch {
+			case e.root != nil:
+				roots = append(roots, e.root)
+			case e.role&(perm.COW|perm.Metadata) == 0 && e.role&perm.Primary != 0 && !seen[e.pnode]:
+				seen[e.pnode] = true
+				stack = append(stack, e.pnode)
+			}
+		}
+	}
+	n.g.mu.RUnlock()
+	for _, r := range roots {
+		if h := r.hooks.Load(); h.Resized != nil {
+			h.Resized()
+		}
+	}
+}

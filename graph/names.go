@@ -1,0 +1,72 @@
+package graph
+
+import (
+	"fmt"
+	"math/rand/v2"
+	"strconv"
+)
+
+// maxNodeName is the longest node name in bytes.
+const maxNodeName = 31
+
+// wellFormed tells whether s is an identifier as users may give it: a letter, then letters, digits and "-._".
+func wellFormed(s string) bool {
+	for i := range len(s) {
+		c := s[i]
+		switch {
+		case c >= 'a' && c <= 'z', c >= 'A' && c <= 'Z':
+		case i > 0 && (c >= '0' && c <= '9' || c == '-' || c == '.' || c == '_'):
+		default:
+			return false
+		}
+	}
+	return s != ""
+}
+
+// takeName enters n under name, or under a generated one if name is empty.
+// +checklocks:g.mu
+func (g *Graph) takeNameLocked(name string, n *Node) error {
+	if name == "" {
+		// Generated names cannot be given by users: they never clash.
+		name = "#block" + strconv.FormatUint(g.autoID, 10) + fmt.Sprintf("%02d", rand.IntN(100))
+		g.autoID++
+	} else if !wellFormed(name) {
+		return fmt.Errorf("Invalid node-name: '%s'", name)
+	}
+	if h, taken := g.names[name]; taken {
+		if h.node == nil {
+			return fmt.Errorf("node-name=%s is conflicting with a %s", name, h.who)
+		}
+		return fmt.Errorf("Duplicate nodes with node-name='%s'", name)
+	}
+	if len(name) > maxNodeName {
+		return fmt.Errorf("Node name too long")
+	}
+	n.name = name
+	g.names[name] = holder{node: n}
+	return nil
+}
+
+// ReserveName takes a name of the name space that nodes share with backends. who says
+// what holds it, as in "node-name=X is conflicting with a device id". Error: the name is taken.
+func (g *Graph) ReserveName(name, who string) error {
+	g.mu.Lock()
+	defer g.mu.Unlock()
+	if h, taken := g.names[name]; taken {
+		if h.node == nil {
+			return fmt.Errorf("Device with id '%s' already exists", name)
+		}
+		return fmt.Errorf("Device name '%s' conflicts with an existing node name", name)
+	}
+	g.names[name] = holder{who: who}
+	return nil
+}
+
+// ReleaseName gives back what ReserveName took.
+func (g *Graph) ReleaseName(name string) {
+	g.mu.Lock()
+	defer g.mu.Unlock()
+	if h, taken := g.names[name]; taken && h.node == nil {
+		delete(g.names, name)
+	}
+}

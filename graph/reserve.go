@@ -1,0 +1,78 @@
+package graph
+
+import (
+	"context"
+	"sync"
+)
+
+// reservations keep transactions off each other's nodes. One asks for all its nodes at
+// once and gets all or waits for all: requests queue at each node in one global order, and
+// one is granted when it heads all its queues. So nobody waits while holding, there is no
+// deadlock, first come is first served, and disjoint requests do not meet.
+type reservations struct {
+	mu     sync.Mutex
+	queues map[*Node][]*reservation // first: the holder
+}
+
+// reservation is a request for nodes, granted when ready is closed.
+type reservation struct {
+	nodes []*Node
+	ahead int // queues in which somebody is before this one
+	ready chan struct{}
+}
+
+// acquire reserves the nodes (no duplicates). It waits as long as others hold some of them or ctx lasts.
+func (r *reservations) acquire(ctx context.Context, nodes []*Node) (*reservation, error) {
+	q := &reservation{nodes: nodes}
+	r.mu.Lock()
+	if r.queues == nil {
+		r.queues = map[*Node][]*reservation{}
+	}
+	for _, n := range nodes {
+		l := r.queues[n]
+		if len(l) > 0 {
+			q.ahead++
+		}
+		r.queues[n] = append(l, q)
+	}
+	if q.ahead == 0 {
+		r.mu.Unlock()
+		return q, nil
+	}
+	q.ready = make(chan struct{})
+	r.mu.Unlock()
+	select {
+	case <-q.ready:
+		return q, nil
+	case <-ctx.Done():
+		r.release(q)
+		return nil, context.Cause(ctx)
+	}
+}
+
+// release gives the nodes to the next in their queues; it also withdraws a request that still waits.
+func (r *reservations) release(q *reservation) {
+	r.mu.Lock()
+	defer r.mu.Unlock()
+	for _, n := range q.nodes {
+		l := r.queues[n]
+		if l[0] != q {
+			for i := range l {
+				if l[i] == q {
+					r.queues[n] = append(l[:i:i], l[i+1:]...)
+					break
+				}
+			}
+			continue
+		}
+		if len(l) == 1 {
+			delete(r.queues, n)
+			continue
+		}
+		r.queues[n] = l[1:]
+		next := l[1]
+		if next.ahead--; next.ahead == 0 {
+			close(next.ready)
+		}
+	}
+}

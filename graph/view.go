@@ -1,0 +1,54 @@
+package graph
+
+import (
+	"iter"
+
+	"qblockd/graph/perm"
+)
+
+// baseView is the installed graph as package perm sees it. Use under g.mu.
+type baseView struct{}
+
+var _ perm.View[*Node, *Edge] = baseView{}
+
+// sectorSize is the unit that sizes are rounded up to before the request alignment is checked.
+const sectorSize = 512
+
+func (baseView) Node(n *Node) perm.Node {
+	o := n.opts.Load()
+	s := perm.Node{Name: n.name, ReadOnly: n.readOnly.Load(), Inactive: n.inactive, ForceShare: o.ForceShare}
+	if n.drv != nil && !s.ReadOnly {
+		if a := n.io.align; a > sectorSize {
+			size := (n.drv.Size() + sectorSize - 1) &^ (sectorSize - 1)
+			s.Unaligned = size%a != 0
+		}
+	}
+	return s
+}
+
+func (baseView) Edge(e *Edge) perm.Edge[*Node] {
+	return perm.Edge[*Node]{Name: e.name, Role: e.role, Parent: e.pnode, Node: e.node.Load(), Claim: e.Claim()}
+}
+
+func (baseView) Children(n *Node) []*Edge { return n.kids.Load().all }
+
+func (baseView) Parents(n *Node) iter.Seq[*Edge] {
+	return func(yield func(*Edge) bool) {
+		for e := n.parents.head; e != nil; e = e.next {
+			if !yield(e) {
+				return
+			}
+		}
+	}
+}
+
+func (baseView) Counts(n *Node) perm.Counts { return n.counts }
+
+func (baseView) EdgeClaim(e *Edge, v perm.Edge[*Node], parent perm.Node, up perm.Claim) perm.Claim {
+	if p, ok := v.Parent.drv.(Permer); ok {
+		return p.EdgeClaim(e.name, e.role, up, parent.ReadOnly || parent.Inactive)
+	}
+	return perm.Default(e.role, up, !parent.ReadOnly && !parent.Inactive, parent.Inactive)
+}
+
+func (baseView) Describe(e *Edge, _ perm.Edge[*Node]) string { return e.Parent().Describe() }
