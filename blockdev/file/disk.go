@@ -38,6 +38,7 @@ type disk struct {
 
 	extent atomic.Pointer[extent] // last data extent met by Status
 
+	engine    *engine            // carries reads and writes; nil: blocking calls
 	fdatasync func(fd int) error // unix.Fdatasync but in tests
 
 	// permSlot holds one element while a permission change is being prepared, or an abandoned
@@ -101,6 +102,9 @@ func (d *disk) Close() error {
 	// A lease may outlive us, its locks must not.
 	_ = unlockBytes(h.fd, d.held)
 	d.held = lockSet{}
+	if d.engine != nil {
+		d.engine.close()
+	}
 	h.drop()
 	return nil
 }

@@ -13,6 +13,7 @@ import (
 	"golang.org/x/sys/unix"
 
 	"qblockd/graph/blk"
+	"qblockd/schema/types"
 )
 
 var bg = &blk.Req{Ctx: context.Background()}
@@ -28,21 +29,35 @@ func places(t *testing.T) map[string]string {
 	return m
 }
 
-// eachPlace runs f in every place, buffered and with O_DIRECT where that works.
-func eachPlace(t *testing.T, f func(t *testing.T, dir string, direct bool)) {
+// eachPlace runs f in every place, buffered and with O_DIRECT where that works, with all
+// ways into the kernel. open makes a file there and opens it.
+func eachPlace(t *testing.T, f func(t *testing.T, open func(name string, size int64) *disk)) {
+	ways := []struct {
+		name   string
+		direct bool
+		aio    types.BlockdevAioOptions
+	}{
+		{"buffered", false, "threads"},
+		{"direct", true, "threads"},
+		{"buffered-uring", false, "io_uring"},
+		{"direct-uring", true, "io_uring"},
+		{"direct-native", true, "native"},
+	}
 	for kind, dir := range places(t) {
-		for _, direct := range []bool{false, true} {
-			name := kind + "/buffered"
-			if direct {
-				name = kind + "/direct"
-			}
-			t.Run(name, func(t *testing.T) {
-				d, err := openDisk(context.Background(), settings{name: mustFile(t, dir, "probe", 8192), driver: "file", direct: direct})
-				if err != nil {
-					t.Skipf("no O_DIRECT here: %v", err)
-				}
-				d.Close()
-				f(t, dir, direct)
+		for _, w := range ways {
+			t.Run(kind+"/"+w.name, func(t *testing.T) {
+				f(t, func(name string, size int64) *disk {
+					t.Helper()
+					d, err := openDisk(context.Background(), settings{name: mustFile(t, dir, name, size), driver: "file", direct: w.direct})
+					if err == nil {
+						t.Cleanup(func() { d.Close() })
+						err = d.setAio(&types.BlockdevOptionsFile{Aio: &w.aio})
+					}
+					if err != nil {
+						t.Skipf("SKIPPED: not to be had here: %v", err)
+					}
+					return d
+				})
 			})
 		}
 	}
@@ -94,9 +109,9 @@ func mustRead(t *testing.T, d *disk, off int64, n int) []byte {
 
 // TestModel does random operations to a file and to a byte slice and compares.
 func TestModel(t *testing.T) {
-	eachPlace(t, func(t *testing.T, dir string, direct bool) {
+	eachPlace(t, func(t *testing.T, open func(string, int64) *disk) {
 		const size = 1 << 20
-		d := mustOpen(t, settings{name: mustFile(t, dir, "model", size), direct: direct})
+		d := open("model", size)
 		a := int(d.limits.RequestAlign)
 		model := make([]byte, 2*size)
 		end := int64(size)
@@ -108,7 +123,7 @@ func TestModel(t *testing.T) {
 			switch rnd.IntN(7) {
 			case 0, 1:
 				b := pattern(n, byte(i))
-				if rnd.IntN(2) == 0 && !direct && n > 10 {
+				if rnd.IntN(2) == 0 && !d.direct && n > 10 {
 					err = d.WriteAt(bg, blk.Bufs([][]byte{b[:3], nil, b[3:7], b[7:]}), off, 0)
 				} else {
 					err = d.WriteAt(bg, blk.Buf(b), off, blk.Flags(rnd.IntN(2))*blk.FUA)
@@ -196,9 +211,9 @@ func TestSizeRoundsUp(t *testing.T) {
 }
 
 func TestStatusWalk(t *testing.T) {
-	eachPlace(t, func(t *testing.T, dir string, direct bool) {
+	eachPlace(t, func(t *testing.T, open func(string, int64) *disk) {
 		const step = 64 << 10
-		d := mustOpen(t, settings{name: mustFile(t, dir, "holes", 16*step), direct: direct})
+		d := open("holes", 16*step)
 		for i := int64(1); i < 16; i += 2 {
 			if err := d.WriteAt(bg, blk.Buf(pattern(step, 1)), i*step, 0); err != nil {
 				t.Fatal(err)
@@ -240,9 +255,9 @@ func TestStatusWalk(t *testing.T) {
 }
 
 func TestZeroPastTheEnd(t *testing.T) {
-	eachPlace(t, func(t *testing.T, dir string, direct bool) {
+	eachPlace(t, func(t *testing.T, open func(string, int64) *disk) {
 		for _, f := range []blk.Flags{0, blk.MayUnmap, blk.MayUnmap | blk.NoFallback} {
-			d := mustOpen(t, settings{name: mustFile(t, dir, "grow", 0), direct: direct})
+			d := open("grow", 0)
 			if err := d.WriteAt(bg, blk.Buf(pattern(8192, 3)), 0, 0); err != nil {
 				t.Fatal(err)
 			}
@@ -285,8 +300,8 @@ func TestCannotZero(t *testing.T) {
 
 func TestNoWait(t *testing.T) {
 	nw := &blk.Req{Ctx: context.Background(), NoWait: true}
-	eachPlace(t, func(t *testing.T, dir string, direct bool) {
-		d := mustOpen(t, settings{name: mustFile(t, dir, "nw", 1<<20), direct: direct})
+	eachPlace(t, func(t *testing.T, open func(string, int64) *disk) {
+		d := open("nw", 1<<20)
 		b := pattern(4096, 9)
 		if err := d.WriteAt(bg, blk.Buf(b), 0, 0); err != nil {
 			t.Fatal(err)
@@ -294,7 +309,7 @@ func TestNoWait(t *testing.T) {
 		got := buf(4096)
 		err := d.ReadAt(nw, blk.Buf(got), 0, 0)
 		switch {
-		case direct && !d.memory:
+		case d.direct:
 			if err != blk.ErrWouldBlock {
 				t.Errorf("O_DIRECT in line: %v", err)
 			}
@@ -410,8 +425,8 @@ func TestBusyLimit(t *testing.T) {
 }
 
 func TestNoAllocations(t *testing.T) {
-	eachPlace(t, func(t *testing.T, dir string, direct bool) {
-		d := mustOpen(t, settings{name: mustFile(t, dir, "a", 1<<20), direct: direct})
+	eachPlace(t, func(t *testing.T, open func(string, int64) *disk) {
+		d := open("a", 1<<20)
 		b, c := pattern(4096, 1), pattern(4096, 2)
 		two := [][]byte{b, c}
 		nw := &blk.Req{NoWait: true}

@@ -44,19 +44,33 @@ func open(o *graph.Opening, driver string, device bool) (graph.Driver, error) {
 	return d, nil
 }
 
-// setAio chooses how requests reach the kernel.
-func (d *disk) setAio(opts *types.BlockdevOptionsFile) error {
-	aio := types.BlockdevAioOptionsThreads
-	if opts.Aio != nil {
-		aio = *opts.Aio
-	}
-	switch {
-	case aio == types.BlockdevAioOptionsThreads:
+// setAio chooses how requests reach the kernel. Memory file systems need none of it.
+func (d *disk) setAio(opts *types.BlockdevOptionsFile) (err error) {
+	if opts.Aio == nil {
 		return nil
-	case aio == types.BlockdevAioOptionsNative && !d.settings.direct:
-		return &textError{"aio=native was specified, but it requires cache.direct=on, which was not specified.", unix.EINVAL}
 	}
-	return &textError{"aio=" + string(aio) + " was specified, but is not supported in this build.", unix.EINVAL}
+	var batch int64
+	if opts.AioMaxBatch != nil {
+		batch = *opts.AioMaxBatch
+	}
+	switch *opts.Aio {
+	case types.BlockdevAioOptionsNative:
+		if !d.settings.direct {
+			return &textError{"aio=native was specified, but it requires cache.direct=on, which was not specified.", unix.EINVAL}
+		}
+		if !d.memory {
+			if d.engine, err = newEngine(batch, newLinuxAIO); err != nil {
+				return errnoError(err, "Unable to use native AIO: failed to create linux AIO context")
+			}
+		}
+	case types.BlockdevAioOptionsIoUring:
+		if !d.memory {
+			if d.engine, err = newEngine(batch, newUring); err != nil {
+				return errnoError(err, "Unable to use io_uring: failed to init linux io_uring ring")
+			}
+		}
+	}
+	return nil
 }
 
 var (

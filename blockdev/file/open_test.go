@@ -45,11 +45,10 @@ func TestOpenErrors(t *testing.T) {
 		t.Errorf("%d descriptors, before %d", n, before)
 	}
 	d := mustOpen(t, settings{name: file})
-	native, ring := types.BlockdevAioOptionsNative, types.BlockdevAioOptionsIoUring
+	native := types.BlockdevAioOptionsNative
 	if err := d.setAio(&types.BlockdevOptionsFile{Aio: &native}); err == nil || err.Error() != "aio=native was specified, but it requires cache.direct=on, which was not specified." {
 		t.Error(err)
 	}
-	_ = ring
 }
 
 func TestCharacterDevice(t *testing.T) {
@@ -75,8 +74,8 @@ func TestCharacterDevice(t *testing.T) {
 }
 
 func TestResize(t *testing.T) {
-	eachPlace(t, func(t *testing.T, dir string, direct bool) {
-		d := mustOpen(t, settings{name: mustFile(t, dir, "r", 0), direct: direct})
+	eachPlace(t, func(t *testing.T, open func(string, int64) *disk) {
+		d := open("r", 0)
 		ctx := context.Background()
 		for _, s := range []struct {
 			size int64

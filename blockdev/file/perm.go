@@ -141,7 +141,9 @@ func (d *disk) PermAbort() {
 func (d *disk) reopen(cur *handle, writable bool) (*handle, error) {
 	if cur.writable {
 		// A descriptor opened later may not be told of a failed write-back before.
-		_ = d.sync(cur)
+		if err := d.fdatasync(cur.fd); err != nil {
+			d.remember(err)
+		}
 	}
 	return d.openAgain(cur, writable)
 }

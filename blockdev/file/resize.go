@@ -101,7 +101,7 @@ func touchBlocks(ctx context.Context, fd int, old, size int64) error {
 		if err := ctx.Err(); err != nil {
 			return unix.ECANCELED
 		}
-		if err := writeFull(fd, blk.Buf(make([]byte, 1)), min(off+step, size)-1, 0); err != nil {
+		if err := pwriteFull(fd, blk.Buf(make([]byte, 1)), min(off+step, size)-1); err != nil {
 			return err
 		}
 	}
@@ -121,7 +121,7 @@ func writeOut(ctx context.Context, fd int, old, size int64) error {
 		if err != nil {
 			err = unix.ECANCELED
 		} else {
-			err = writeFull(fd, blk.Buf(buf[:min(chunk, size-off)]), off, 0)
+			err = pwriteFull(fd, blk.Buf(buf[:min(chunk, size-off)]), off)
 		}
 		if err != nil {
 			return errnoError(err, "Could not write zeros for preallocation")
@@ -141,7 +141,7 @@ func allocateFirst(fd int, size int64) {
 	if size < n {
 		n = sectorSize
 	}
-	_ = writeFull(fd, blk.Buf(alignedBuf(int(n), directSafe)), 0, 0)
+	_ = pwriteFull(fd, blk.Buf(alignedBuf(int(n), directSafe)), 0)
 }
 
 func ftruncate(fd int, size int64) error {

@@ -12,10 +12,8 @@ import (
 // maxIov is how many buffers go into one system call; the kernel's own limit is 1024.
 const maxIov = 64
 
-// xfer is one preadv2 or pwritev2 call over the part of v from byte skip on; trap is its
-// number. It allocates nothing.
-func xfer(trap uintptr, fd int, v blk.Vec, skip, off int64, flags uintptr) (int64, error) {
-	var iov [maxIov]unix.Iovec
+// fillIov describes the part of v from byte skip on, as far as it fits, and returns the number of entries.
+func fillIov(iov *[maxIov]unix.Iovec, v blk.Vec, skip int64) int {
 	k := 0
 	v.Each(func(b []byte) {
 		if skip >= int64(len(b)) {
@@ -30,6 +28,14 @@ func xfer(trap uintptr, fd int, v blk.Vec, skip, off int64, flags uintptr) (int6
 		}
 		skip = 0
 	})
+	return k
+}
+
+// xfer is one preadv2 or pwritev2 call over the part of v from byte skip on; trap is its
+// number. It allocates nothing.
+func xfer(trap uintptr, fd int, v blk.Vec, skip, off int64, flags uintptr) (int64, error) {
+	var iov [maxIov]unix.Iovec
+	k := fillIov(&iov, v, skip)
 	if k == 0 {
 		return 0, nil
 	}
@@ -42,21 +48,50 @@ func xfer(trap uintptr, fd int, v blk.Vec, skip, off int64, flags uintptr) (int6
 	return int64(n), nil
 }
 
+// readSome reads into a part of v from byte done on: by the engine, if there is one.
+func (d *disk) readSome(r *blk.Req, fd int, v blk.Vec, done, off int64) (int64, error) {
+	if d.engine != nil {
+		n, err := d.engine.do(r, opRead, fd, v, done, off+done, 0)
+		if err != unix.ECANCELED || cancelled(r) {
+			return n, err
+		}
+		// The thread that submitted it ended; the request did not.
+	}
+	if b, ok := v.Single(); ok {
+		n, err := unix.Pread(fd, b[done:], off+done)
+		return int64(n), err
+	}
+	return xfer(unix.SYS_PREADV2, fd, v, done, off+done, 0)
+}
+
+// writeSome is the same for writes.
+func (d *disk) writeSome(r *blk.Req, fd int, v blk.Vec, done, off int64, flags uintptr) (int64, error) {
+	if d.engine != nil {
+		n, err := d.engine.do(r, opWrite, fd, v, done, off+done, uint32(flags))
+		if err != unix.ECANCELED || cancelled(r) {
+			return n, err
+		}
+	}
+	return pwriteSome(fd, v, done, off, flags)
+}
+
+func pwriteSome(fd int, v blk.Vec, done, off int64, flags uintptr) (int64, error) {
+	if b, ok := v.Single(); ok && flags == 0 {
+		n, err := unix.Pwrite(fd, b[done:], off+done)
+		return int64(n), err
+	}
+	return xfer(unix.SYS_PWRITEV2, fd, v, done, off+done, flags)
+}
+
+func cancelled(r *blk.Req) bool { return r.Ctx != nil && r.Ctx.Err() != nil }
+
 // readFull fills v from off; what lies behind the end of the file reads as zeroes.
-func (d *disk) readFull(fd int, v blk.Vec, off int64) error {
+func (d *disk) readFull(r *blk.Req, fd int, v blk.Vec, off int64) error {
 	want := v.Len()
 	for done := int64(0); done < want; {
-		var n int64
-		var err error
-		if b, ok := v.Single(); ok {
-			var k int
-			k, err = unix.Pread(fd, b[done:], off+done)
-			n = int64(k)
-		} else {
-			n, err = xfer(unix.SYS_PREADV2, fd, v, done, off+done, 0)
-		}
+		n, err := d.readSome(r, fd, v, done, off)
 		switch {
-		case err == unix.EINTR:
+		case err == unix.EINTR, err == unix.EAGAIN:
 			continue
 		case err != nil:
 			return err
@@ -82,29 +117,38 @@ func zeroFrom(v blk.Vec, skip int64) {
 }
 
 // writeFull writes all of v to off with the given RWF flags.
-func writeFull(fd int, v blk.Vec, off int64, flags uintptr) error {
+func (d *disk) writeFull(r *blk.Req, fd int, v blk.Vec, off int64, flags uintptr) error {
 	want := v.Len()
 	for done := int64(0); done < want; {
-		var n int64
-		var err error
-		if b, ok := v.Single(); ok && flags == 0 {
-			var k int
-			k, err = unix.Pwrite(fd, b[done:], off+done)
-			n = int64(k)
-		} else {
-			n, err = xfer(unix.SYS_PWRITEV2, fd, v, done, off+done, flags)
-		}
-		switch {
-		case err == unix.EINTR:
-			continue
-		case err != nil:
+		n, err := d.writeSome(r, fd, v, done, off, flags)
+		if done, err = wrote(done, n, err); err != nil {
 			return err
-		case n == 0: // a device at its end
-			return unix.ENOSPC
 		}
-		done += n
 	}
 	return nil
+}
+
+// pwriteFull is writeFull by blocking calls without flags.
+func pwriteFull(fd int, v blk.Vec, off int64) error {
+	want := v.Len()
+	for done := int64(0); done < want; {
+		n, err := pwriteSome(fd, v, done, off, 0)
+		if done, err = wrote(done, n, err); err != nil {
+			return err
+		}
+	}
+	return nil
+}
+
+// wrote is how far a write has come after a call that wrote n bytes or failed.
+func wrote(done, n int64, err error) (int64, error) {
+	switch {
+	case err == unix.EINTR, err == unix.EAGAIN:
+		return done, nil
+	case err == nil && n == 0: // a device at its end
+		return done, unix.ENOSPC
+	}
+	return done + n, err
 }
 
 // ReadAt implements graph.Driver. Bytes between the end of the file and Size read as zeroes.
@@ -117,11 +161,13 @@ func (d *disk) ReadAt(r *blk.Req, v blk.Vec, off int64, _ blk.Flags) error {
 	if r.NoWait && !d.memory {
 		return d.readNoWait(h, v, off)
 	}
-	if err := d.enter(r); err != nil {
-		return err
+	if d.engine == nil {
+		if err := d.enter(r); err != nil {
+			return err
+		}
+		defer d.leave()
 	}
-	defer d.leave()
-	return d.readFull(h.fd, v, off)
+	return d.readFull(r, h.fd, v, off)
 }
 
 // readNoWait serves cached bytes only.
@@ -156,17 +202,19 @@ func (d *disk) WriteAt(r *blk.Req, v blk.Vec, off int64, f blk.Flags) error {
 		}
 		return d.writeNoWait(h, v, off)
 	}
-	if err := d.enter(r); err != nil {
-		return err
+	if d.engine == nil {
+		if err := d.enter(r); err != nil {
+			return err
+		}
+		defer d.leave()
 	}
-	defer d.leave()
 	if f&blk.FUA != 0 && !d.memory {
-		if err := d.writeSync(h, v, off); err != nil {
+		if err := d.writeSync(r, h, v, off); err != nil {
 			return err
 		}
 	} else {
 		start := time.Now()
-		if err := writeFull(h.fd, v, off, 0); err != nil {
+		if err := d.writeFull(r, h.fd, v, off, 0); err != nil {
 			return err
 		}
 		d.pace.note(time.Since(start))
@@ -193,18 +241,18 @@ func (d *disk) writeNoWait(h *handle, v blk.Vec, off int64) error {
 		return blk.ErrWouldBlock
 	}
 	start := time.Now()
-	err := writeFull(h.fd, v, off, 0)
+	err := pwriteFull(h.fd, v, off)
 	d.pace.end(time.Since(start))
 	return err
 }
 
 // writeSync writes with FUA.
-func (d *disk) writeSync(h *handle, v blk.Vec, off int64) error {
+func (d *disk) writeSync(r *blk.Req, h *handle, v blk.Vec, off int64) error {
 	if e := d.lostErrno(); e != 0 {
 		return e
 	}
 	if d.dsync.Load() {
-		err := writeFull(h.fd, v, off, unix.RWF_DSYNC)
+		err := d.writeFull(r, h.fd, v, off, unix.RWF_DSYNC)
 		if err == nil {
 			return nil
 		}
@@ -213,16 +261,16 @@ func (d *disk) writeSync(h *handle, v blk.Vec, off int64) error {
 		} else {
 			// Either the write failed or the sync after it. If it can be repeated alone, it was
 			// the sync, and that error is not to be forgotten.
-			if werr := writeFull(h.fd, v, off, 0); werr == nil {
+			if werr := d.writeFull(r, h.fd, v, off, 0); werr == nil {
 				d.remember(err)
 			}
 			return err
 		}
 	}
-	if err := writeFull(h.fd, v, off, 0); err != nil {
+	if err := d.writeFull(r, h.fd, v, off, 0); err != nil {
 		return err
 	}
-	return d.sync(h)
+	return d.sync(r, h)
 }
 
 // Flush implements graph.Flusher. After a failed sync of cached data it fails for good: the
@@ -240,23 +288,36 @@ func (d *disk) Flush(r *blk.Req) error {
 		return blk.ErrClosed
 	}
 	defer h.drop()
-	if err := d.enter(r); err != nil {
-		return err
+	if d.engine == nil || !d.engine.q.syncs() {
+		if err := d.enter(r); err != nil {
+			return err
+		}
+		defer d.leave()
 	}
-	defer d.leave()
-	return d.sync(h)
+	return d.sync(r, h)
 }
 
-func (d *disk) sync(h *handle) error {
+func (d *disk) sync(r *blk.Req, h *handle) error {
 	if e := d.lostErrno(); e != 0 {
 		return e
 	}
 	for {
-		err := d.fdatasync(h.fd)
+		var err error
+		if d.engine != nil && d.engine.q.syncs() {
+			_, err = d.engine.do(r, opSync, h.fd, blk.Vec{}, 0, 0, 0)
+			if err == unix.ECANCELED {
+				if cancelled(r) {
+					return err
+				}
+				err = d.fdatasync(h.fd)
+			}
+		} else {
+			err = d.fdatasync(h.fd)
+		}
 		switch {
 		case err == nil:
 			return nil
-		case err == unix.EINTR:
+		case err == unix.EINTR, err == unix.EAGAIN:
 			continue
 		case d.device && (err == unix.EINVAL || err == unix.EROFS):
 			return nil // a character device without anything to sync

@@ -158,7 +158,7 @@ func (d *disk) CopyFrom(r *blk.Req, off int64, src []blk.HostRange, f blk.Flags)
 		}
 	}
 	if f&blk.FUA != 0 && !d.memory {
-		return d.sync(h)
+		return d.sync(r, h)
 	}
 	return nil
 }

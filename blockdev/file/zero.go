@@ -60,7 +60,7 @@ func (d *disk) unmap(h *handle, off, n int64) error {
 		// A hole does not move the end. Writing the last block does, and unlike ftruncate it
 		// cannot cut off what a neighbour appends meanwhile.
 		tail := min(n, d.limits.RequestAlign)
-		if err := writeFull(h.fd, blk.Buf(zeroes(tail, d.limits.MemAlign)), end-tail, 0); err != nil {
+		if err := pwriteFull(h.fd, blk.Buf(zeroes(tail, d.limits.MemAlign)), end-tail); err != nil {
 			return err
 		}
 		d.grow(end)
