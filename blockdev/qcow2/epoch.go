@@ -1,0 +1,164 @@
+package qcow2
+
+import (
+	"sync/atomic"
+
+	"qblockd/blockdev/qcow2/layout"
+	"qblockd/graph/blk"
+)
+
+// epoch counts the requests and leases that looked up host clusters during it. It ends when
+// a cluster is freed. It is the lease of mapped ranges.
+type epoch struct {
+	refs atomic.Int64
+	seq  uint64
+	next *epoch
+}
+
+// Release ends a request's or lease's hold on the clusters it looked up.
+func (e *epoch) Release() { e.refs.Add(-1) }
+
+// hold enters the current epoch; mu is held.
+func (s *image) hold() *epoch {
+	s.turn()
+	s.epCur.refs.Add(1)
+	return s.epCur
+}
+
+// turn ends the current epoch if something was freed in it.
+func (s *image) turn() {
+	if e := s.epCur; s.sealed {
+		s.sealed = false
+		s.epCur = &epoch{seq: e.seq + 1}
+		e.next = s.epCur
+	}
+}
+
+// oldest is the number of the oldest epoch that somebody is in, or of the current one; mu
+// is held. An epoch that is not the current one never gets new members.
+func (s *image) oldest() uint64 {
+	s.turn()
+	for s.epOld != s.epCur && s.epOld.refs.Load() == 0 {
+		s.epOld = s.epOld.next
+	}
+	return s.epOld.seq
+}
+
+// discardKind says which option decides whether a freed cluster is punched.
+type discardKind uint8
+
+const (
+	discardNever discardKind = iota
+	discardAlways
+	discardRequest
+	discardSnapshot
+	discardOther
+)
+
+// freed is a host range that lost one reference.
+type freed struct {
+	off, n int64 // bytes; clusters touched lose one reference each
+	kind   discardKind
+	seq    uint64 // requests up to this epoch may still use it
+}
+
+// maxPending is how much may wait for a flush before one is made.
+const maxPending = 64 << 20
+
+// free takes back one reference on each cluster that [off, off+n) touches, after the next
+// flush. mu is held.
+func (s *image) free(off, n int64, kind discardKind) {
+	s.sealed = true
+	s.pendBytes += n
+	if k := len(s.pending) - 1; k >= 0 {
+		p := &s.pending[k]
+		if p.kind == kind && p.seq == s.epCur.seq && p.off+p.n == off && (off|n|p.off)&(s.cs-1) == 0 {
+			p.n += n
+			return
+		}
+	}
+	s.pending = append(s.pending, freed{off, n, kind, s.epCur.seq})
+}
+
+// freeEntry frees what L2 entry e refers to.
+func (s *image) freeEntry(r *blk.Req, e uint64, kind discardKind) {
+	switch k := layout.KindOf(e); {
+	case k == layout.CompressedKind:
+		off, n := s.geo.CompressedRange(e)
+		s.free(off, n, kind)
+	case k.HasHost():
+		off := int64(e & layout.OffsetMask)
+		if off&(s.cs-1) != 0 {
+			s.corrupt(r, false, -1, -1, "Cannot free unaligned cluster "+hex(uint64(off)))
+			return
+		}
+		s.free(off, s.cs, kind)
+	}
+}
+
+// reap gives back what nobody uses any more: clusters in limbo whose epochs have ended are
+// punched if so asked for, then their refcounts go down. mu is held, and dropped while
+// punching. all takes everything (close).
+func (s *image) reap(r *blk.Req, all bool) {
+	old := s.oldest()
+	var take []freed
+	rest := s.limbo[:0]
+	for _, f := range s.limbo {
+		if all || f.seq < old {
+			take = append(take, f)
+		} else {
+			rest = append(rest, f)
+		}
+	}
+	s.limbo = rest
+	if len(take) == 0 {
+		return
+	}
+	if !s.dead.Load() {
+		s.punch(r, take)
+	}
+	for _, f := range take {
+		s.unref(r, f)
+	}
+}
+
+// punch discards ranges that lose their last reference.
+func (s *image) punch(r *blk.Req, fs []freed) {
+	var todo []freed
+	for _, f := range fs {
+		if !s.set.discard[f.kind] {
+			continue
+		}
+		for c := f.off >> s.cb; c<<s.cb < f.off+f.n; c++ {
+			if n, err := s.refcount(r, c); err != nil || n != 1 {
+				continue
+			}
+			if k := len(todo) - 1; k >= 0 && todo[k].off+todo[k].n == c<<s.cb {
+				todo[k].n += s.cs
+			} else {
+				todo = append(todo, freed{off: c << s.cb, n: s.cs})
+			}
+		}
+	}
+	if len(todo) == 0 {
+		return
+	}
+	s.mu.Unlock()
+	for _, f := range todo {
+		if n := min(f.n, s.file.Size()-f.off); n > 0 {
+			// Failing to give space back harms nobody.
+			_ = s.file.Discard(r, f.off, n)
+		}
+	}
+	s.mu.Lock()
+}
+
+// unref lowers the refcounts of the clusters that f touches. A cluster whose refcount block
+// cannot be read is leaked.
+func (s *image) unref(r *blk.Req, f freed) {
+	for c := f.off >> s.cb; c<<s.cb < f.off+f.n; c++ {
+		if err := s.addRef(r, c, -1); err != nil {
+			s.warnf("Leaking cluster %s: %s", hex(uint64(c<<s.cb)), blk.ErrnoText(err))
+		}
+	}
+}

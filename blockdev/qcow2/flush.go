@@ -1,0 +1,283 @@
+package qcow2
+
+import (
+	"sort"
+
+	"qblockd/blockdev/qcow2/layout"
+	"qblockd/graph/blk"
+)
+
+// Flush brings all completed writes and the metadata that find them to stable storage.
+func (s *image) Flush(r *blk.Req) error {
+	if !s.lock(r) {
+		return blk.ErrWouldBlock
+	}
+	defer s.mu.Unlock()
+	if err := s.usable(); err != nil {
+		return err
+	}
+	if s.readOnly {
+		return nil
+	}
+	if r.NoWait {
+		return blk.ErrWouldBlock
+	}
+	return s.flush(r)
+}
+
+// flush is Flush with mu held; it is dropped in between. Callers that come while a flush
+// runs share the next one.
+func (s *image) flush(r *blk.Req) error {
+	want := s.started + 1
+	for s.flushing {
+		s.done.Wait()
+		if s.finished >= want {
+			return nil
+		}
+	}
+	s.flushing = true
+	s.started++
+	mine := s.started
+	err := s.flushOnce(r)
+	if err == nil {
+		s.finished = mine
+	}
+	s.flushing = false
+	s.done.Broadcast()
+	return err
+}
+
+// claimFlush waits until no flush runs and keeps others from starting: L1 and header then
+// hold still. mu is held, and dropped while waiting; release undoes it.
+func (s *image) claimFlush() (release func()) {
+	for s.flushing {
+		s.done.Wait()
+	}
+	s.flushing = true
+	return func() {
+		s.flushing = false
+		s.done.Broadcast()
+	}
+}
+
+// image of a piece of metadata as it is to be written.
+type copied struct {
+	off  int64
+	data []byte
+	t    *table // of an L2 slice; nil for L1
+	gen  uint64
+	l1   int64 // group of L1 entries
+}
+
+// flushOnce writes everything in the order of the package doc; flushing is set.
+func (s *image) flushOnce(r *blk.Req) error {
+	if !s.lazy() {
+		if err := s.writeRefcounts(r); err != nil {
+			return err
+		}
+	}
+	l2, l1 := s.takeL2(), s.takeL1()
+	frees := s.pending
+	s.pending, s.pendBytes = nil, 0
+	upTo := s.wrote
+	due := s.synced != upTo
+	err := s.checkCopies(r, l2, l1)
+	s.mu.Unlock()
+	if err == nil {
+		err = s.writeCopies(r, l2, l1, due)
+	}
+	s.mu.Lock()
+	for _, c := range l2 {
+		c.t.pins--
+		if err == nil && c.t.gen == c.gen {
+			s.l2.markClean(c.t)
+		}
+	}
+	if err != nil {
+		for _, c := range l1 {
+			s.l1Dirty[c.l1] = struct{}{}
+		}
+		s.pending = append(frees, s.pending...)
+		for _, f := range frees {
+			s.pendBytes += f.n
+		}
+		return err
+	}
+	s.synced = max(s.synced, upTo)
+	s.limbo = append(s.limbo, frees...)
+	s.reap(r, false)
+	return nil
+}
+
+// takeL2 copies the dirty L2 slices and pins them.
+func (s *image) takeL2() []copied {
+	if s.l2.ndirty == 0 {
+		return nil
+	}
+	out := make([]copied, 0, s.l2.ndirty)
+	all := make([]byte, 0, s.l2.ndirty*s.l2.size)
+	for t := s.l2.lru.next; t != &s.l2.lru; t = t.next {
+		if t.dirty {
+			t.pins++
+			n := len(all)
+			all = append(all, t.data...)
+			out = append(out, copied{off: t.off, data: all[n:len(all):len(all)], t: t, gen: t.gen})
+		}
+	}
+	sort.Slice(out, func(i, j int) bool { return out[i].off < out[j].off })
+	return out
+}
+
+// takeL1 copies the dirty groups of L1 entries.
+func (s *image) takeL1() []copied {
+	var out []copied
+	for k := range s.l1Dirty {
+		out = append(out, copied{
+			off:  int64(s.hdr.L1TableOffset) + k*512,
+			data: s.encodeEntries(s.l1, k, int64(s.hdr.L1Size)),
+			l1:   k,
+		})
+	}
+	clear(s.l1Dirty)
+	return out
+}
+
+func (s *image) checkCopies(r *blk.Req, l2, l1 []copied) error {
+	for _, c := range l2 {
+		if err := s.checkOverlap(r, c.off, int64(len(c.data)), olActiveL2); err != nil {
+			return err
+		}
+		s.noteEnd(c.off + int64(len(c.data)))
+	}
+	for _, c := range l1 {
+		if err := s.checkOverlap(r, c.off, int64(len(c.data)), olActiveL1); err != nil {
+			return err
+		}
+	}
+	return nil
+}
+
+// writeCopies runs without mu.
+func (s *image) writeCopies(r *blk.Req, l2, l1 []copied, due bool) error {
+	if due && len(l2)+len(l1) > 0 {
+		if err := s.file.Flush(r); err != nil {
+			return err
+		}
+	}
+	for i := 0; i < len(l2); {
+		// Neighbouring slices were copied side by side unless the cache's order differed.
+		j, bufs := i+1, [][]byte{l2[i].data}
+		for j < len(l2) && l2[j].off == l2[j-1].off+int64(len(l2[j-1].data)) {
+			bufs = append(bufs, l2[j].data)
+			j++
+		}
+		if err := s.file.WriteAt(r, blk.Bufs(bufs), l2[i].off, 0); err != nil {
+			return err
+		}
+		i = j
+	}
+	if len(l1) > 0 {
+		if err := s.file.Flush(r); err != nil {
+			return err
+		}
+		for _, c := range l1 {
+			if err := s.file.WriteAt(r, blk.Buf(c.data), c.off, 0); err != nil {
+				return err
+			}
+		}
+	}
+	return s.file.Flush(r)
+}
+
+// room makes a flush when it is due: too much waits to be freed, or the L2 cache holds hardly
+// anything but changes. It is called with mu held before anything was looked up, and drops it.
+func (s *image) room(r *blk.Req) error {
+	if s.pendBytes >= maxPending || s.l2.full() && s.l2.ndirty >= s.l2.max-s.l2.max/4 {
+		if r.NoWait {
+			return blk.ErrWouldBlock
+		}
+		return s.flush(r)
+	}
+	if len(s.limbo) > 0 && !r.NoWait {
+		s.reap(r, false)
+	}
+	// Pinned or dirty tables may have made the cache grow.
+	for len(s.l2.m) > s.l2.max {
+		t := s.l2.victim(func(t *table) bool { return !t.dirty })
+		if t == nil {
+			break
+		}
+		s.l2.drop(t)
+	}
+	return nil
+}
+
+// lazy tells whether refcounts need not be kept accurate on disk.
+func (s *image) lazy() bool {
+	return s.set.lazy && s.hdr.IncompatibleFeatures&layout.IncompatDirty != 0
+}
+
+// markDirty sets the dirty bit before the first change under lazy refcounts. mu is held.
+func (s *image) markDirty(r *blk.Req) error {
+	if !s.set.lazy || s.hdr.IncompatibleFeatures&layout.IncompatDirty != 0 {
+		return nil
+	}
+	return s.writeIncompat(r, s.hdr.IncompatibleFeatures|layout.IncompatDirty)
+}
+
+// writeIncompat changes the incompatible feature bits on disk and then in memory.
+func (s *image) writeIncompat(r *blk.Req, v uint64) error {
+	var b [8]byte
+	be.PutUint64(b[:], v)
+	if err := s.writeMeta(r, b[:], layout.OffIncompatFeatures, olMainHeader); err != nil {
+		return err
+	}
+	if err := s.barrier(r); err != nil {
+		return err
+	}
+	s.hdr.IncompatibleFeatures = v
+	return nil
+}
+
+// markClean writes accurate refcounts and clears the dirty bit. All is flushed; mu is held.
+func (s *image) markClean(r *blk.Req) error {
+	if err := s.writeRefcounts(r); err != nil {
+		return err
+	}
+	if err := s.barrier(r); err != nil {
+		return err
+	}
+	if s.hdr.IncompatibleFeatures&layout.IncompatDirty == 0 {
+		return nil
+	}
+	return s.writeIncompat(r, s.hdr.IncompatibleFeatures&^layout.IncompatDirty)
+}
+
+// Inactivate writes everything down: afterwards the image on disk is clean. Called while no
+// requests run.
+func (s *image) Inactivate(r *blk.Req) error {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	if s.readOnly || s.dead.Load() || s.closed {
+		return nil
+	}
+	if err := s.flush(r); err != nil {
+		return err
+	}
+	s.reap(r, true)
+	return s.markClean(r)
+}
+
+// Close ends the image after Inactivate; errors of that were the caller's to report.
+func (s *image) Close() error {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	s.closed = true
+	if s.stopClean != nil {
+		s.stopClean()
+		s.stopClean = nil
+	}
+	s.l2, s.rb = newCache(int(s.slice), 1), newCache(int(s.cs), 1)
+	s.unz = unzipped{}
+	return nil
+}

@@ -1,0 +1,207 @@
+package qcow2
+
+import (
+	"context"
+	"encoding/binary"
+	"errors"
+	"sync"
+	"sync/atomic"
+	"syscall"
+
+	"qblockd/blockdev/qcow2/layout"
+	"qblockd/graph/blk"
+)
+
+// file is what an image needs of its children; *graph.Edge is one.
+type file interface {
+	Size() int64
+	ReadAt(r *blk.Req, v blk.Vec, off int64, f blk.Flags) error
+	WriteAt(r *blk.Req, v blk.Vec, off int64, f blk.Flags) error
+	Zero(r *blk.Req, off, n int64, f blk.Flags) error
+	Discard(r *blk.Req, off, n int64) error
+	Flush(r *blk.Req) error
+	Status(r *blk.Req, off, n int64) (blk.Extent, error)
+	Map(r *blk.Req, off, n int64, m *blk.Mapping) error
+	CopyFrom(r *blk.Req, off int64, src []blk.HostRange, f blk.Flags) error
+	Resize(ctx context.Context, size int64, exact bool, m blk.Prealloc) error
+}
+
+// config is what an image is opened with.
+type config struct {
+	file file
+	// backing returns the backing child of the moment, nil if there is none.
+	backing  func() file
+	readOnly bool
+	unmap    bool // discard=unmap was given for the node
+	options  Options
+	// corrupted is told about corruption found at run time; off and n are -1 if unknown. Called with mu held: must not call back.
+	corrupted func(msg string, off, n int64, fatal bool)
+	warn      func(msg string)
+	// allocated tells the bytes that the file takes on its medium, for detecting preallocation; may be nil.
+	allocated func() (int64, error)
+	// bare opens an image that is being created: nothing is refused or repaired.
+	bare bool
+}
+
+// image is an open image.
+type image struct {
+	config
+	geo layout.Geometry
+	cs  int64 // cluster size
+	cb  uint  // its log2
+	set settings
+
+	size atomic.Int64 // of the guest disk, bytes, a multiple of 512
+	dead atomic.Bool  // unusable after fatal corruption
+
+	mu   sync.Mutex
+	wake *sync.Cond // an in-flight allocation has ended
+	done *sync.Cond // flushing has become false
+
+	// All below is guarded by mu.
+	hdr      *layout.Header
+	ext      *layout.Extensions
+	backName string
+	hdrUsed  int // bytes of the first cluster taken by header, extensions and backing name
+	snaps    []layout.Snapshot
+	snapEnd  int64 // end of the snapshot table
+
+	l1      []uint64 // may be shorter than hdr.L1Size: what lies behind is zero
+	l1Dirty map[int64]struct{}
+	l2      *cache
+	slice   int64 // bytes of an L2 slice
+
+	reft      []uint64 // may be shorter than the table: what lies behind is zero
+	reftSize  int64    // entries of the table on disk
+	reftDirty map[int64]struct{}
+	rb        *cache
+	owners    map[int64]owner // clusters of L2 tables and refcount blocks, by cluster index
+	inactive  map[int64]struct{}
+
+	freeIdx  int64 // no free cluster lies below
+	freeByte int64 // where the next compressed cluster goes, 0: nowhere
+	fileEnd  int64 // nothing was ever written at or beyond this offset
+
+	inflight  []*alloc
+	epOld     *epoch
+	epCur     *epoch
+	sealed    bool    // something was freed in epCur
+	pending   []freed // reference gone in memory
+	limbo     []freed // reference gone on disk
+	pendBytes int64
+
+	flushing  bool
+	started   uint64 // flushes begun
+	finished  uint64 // the newest flush that succeeded
+	wrote     uint64 // counts writes that a barrier must cover
+	synced    uint64 // writes up to this one are on stable storage
+	signaled  bool   // corruption was reported
+	prealloc  int8   // metadata preallocation: 0 unknown, 1 no, 2 yes
+	closed    bool
+	unz       unzipped
+	stopClean func()
+	busy      func(cluster int64) bool // during repair: clusters that are in use whatever their refcount says
+}
+
+// alloc is an allocation whose data are being written; the L2 entries still hold the old state.
+type alloc struct {
+	first, n int64 // guest clusters
+	host     int64
+	reuse    bool // the entry's own host cluster is written
+	fresh    bool // the host clusters were never written, so they read as zeroes
+}
+
+var be = binary.BigEndian
+
+var (
+	errIO      = syscall.EIO
+	errNoSpace = syscall.ENOSPC
+	errTooBig  = syscall.EFBIG
+	errInval   = syscall.EINVAL
+)
+
+// lock takes mu as far as r may wait.
+func (s *image) lock(r *blk.Req) bool {
+	if r.NoWait {
+		return s.mu.TryLock()
+	}
+	s.mu.Lock()
+	return true
+}
+
+// readFile reads from the file; what lies beyond its end reads as zeroes.
+func (s *image) readFile(r *blk.Req, v blk.Vec, off int64) error {
+	n := v.Len()
+	end := s.file.Size()
+	if off+n <= end {
+		return s.file.ReadAt(r, v, off, 0)
+	}
+	if off >= end {
+		v.Zero()
+		return nil
+	}
+	v.Slice(end-off, off+n-end).Zero()
+	return s.file.ReadAt(r, v.Slice(0, end-off), off, 0)
+}
+
+// writeMeta writes b and remembers that a barrier is due.
+func (s *image) writeMeta(r *blk.Req, b []byte, off int64, own overlap) error {
+	if err := s.checkOverlap(r, off, int64(len(b)), own); err != nil {
+		return err
+	}
+	s.wrote++
+	s.noteEnd(off + int64(len(b)))
+	return s.file.WriteAt(r, blk.Buf(b), off, 0)
+}
+
+// barrier flushes the file with mu held.
+func (s *image) barrier(r *blk.Req) error {
+	if s.wrote == s.synced {
+		return nil
+	}
+	if err := s.file.Flush(r); err != nil {
+		return err
+	}
+	s.synced = s.wrote
+	return nil
+}
+
+func (s *image) noteEnd(end int64) {
+	if end > s.fileEnd {
+		s.fileEnd = end
+	}
+}
+
+// usable is the error of an image that has been given up.
+func (s *image) usable() error {
+	if s.dead.Load() {
+		return blk.ErrNoMedium
+	}
+	return nil
+}
+
+// child is the file as the target of status answers.
+func (s *image) child() blk.Child {
+	c, _ := s.file.(blk.Child)
+	return c
+}
+
+// back returns the backing child or nil.
+func (s *image) back() file {
+	if s.backing == nil {
+		return nil
+	}
+	return s.backing()
+}
+
+// backSize is the part of the disk that the backing chain decides.
+func (s *image) backSize() int64 {
+	if b := s.back(); b != nil {
+		return b.Size()
+	}
+	return 0
+}
+
+func isNotSupported(err error) bool {
+	return errors.Is(err, blk.ErrNotSupported) || errors.Is(err, syscall.ENOTSUP)
+}

@@ -1,0 +1,168 @@
+package layout
+
+import "encoding/binary"
+
+// Masks and flags of table entries (qcow2.txt, Cluster mapping).
+const (
+	OffsetMask  = 0x00fffffffffffe00 // host offset in L1 and L2 entries
+	ReftMask    = 0xfffffffffffffe00 // host offset in refcount table entries
+	Copied      = 1 << 63            // refcount is exactly one
+	Compressed  = 1 << 62
+	ZeroFlag    = 1
+	MaxHostBits = 56 // host offsets are below 2^56
+	// SectorSize is the unit of compressed lengths and of image sizes.
+	SectorSize = 512
+)
+
+// Geometry is what follows from cluster size and refcount width.
+type Geometry struct {
+	ClusterBits   uint
+	RefcountOrder uint
+}
+
+// Geometry of the image with header h.
+func (h *Header) Geometry() Geometry {
+	return Geometry{uint(h.ClusterBits), uint(h.RefcountOrder)}
+}
+
+// ClusterSize in bytes.
+func (g Geometry) ClusterSize() int64 { return 1 << g.ClusterBits }
+
+// L2Bits is log2 of the number of entries in an L2 table.
+func (g Geometry) L2Bits() uint { return g.ClusterBits - 3 }
+
+// RefblockBits is log2 of the number of clusters that one refcount block counts.
+func (g Geometry) RefblockBits() uint { return g.ClusterBits + 3 - g.RefcountOrder }
+
+// RefcountMax is the largest refcount that fits.
+func (g Geometry) RefcountMax() uint64 {
+	return 1<<(uint(1)<<g.RefcountOrder-1) - 1 + 1<<(uint(1)<<g.RefcountOrder-1)
+}
+
+// L1Entries is the number of L1 entries that a disk of size bytes needs.
+func (g Geometry) L1Entries(size uint64) uint64 {
+	shift := g.ClusterBits + g.L2Bits()
+	n := size >> shift
+	if size&(1<<shift-1) != 0 {
+		n++
+	}
+	return n
+}
+
+// RoundUp rounds n up to a multiple of the cluster size.
+func (g Geometry) RoundUp(n int64) int64 {
+	cs := g.ClusterSize()
+	return (n + cs - 1) &^ (cs - 1)
+}
+
+// RoundDown rounds n down to a multiple of the cluster size.
+func (g Geometry) RoundDown(n int64) int64 { return n &^ (g.ClusterSize() - 1) }
+
+// Clusters is the number of clusters that n bytes take.
+func (g Geometry) Clusters(n int64) int64 { return (n + g.ClusterSize() - 1) >> g.ClusterBits }
+
+// Kind classifies an L2 entry.
+type Kind uint8
+
+const (
+	Unallocated    Kind = iota
+	ZeroPlain           // reads as zeroes, no host cluster
+	ZeroAlloc           // reads as zeroes, host cluster kept
+	Normal              // data in a host cluster
+	CompressedKind      // compressed data
+)
+
+// KindOf classifies L2 entry e.
+func KindOf(e uint64) Kind {
+	switch {
+	case e&Compressed != 0:
+		return CompressedKind
+	case e&ZeroFlag != 0:
+		if e&OffsetMask != 0 {
+			return ZeroAlloc
+		}
+		return ZeroPlain
+	case e&OffsetMask == 0:
+		return Unallocated
+	}
+	return Normal
+}
+
+// HasHost tells whether entries of kind k own host clusters.
+func (k Kind) HasHost() bool { return k >= ZeroAlloc }
+
+// CompressedRange decodes the compressed L2 entry e: the data lie in [off, off+n), of which
+// the last bytes may be unused.
+func (g Geometry) CompressedRange(e uint64) (off, n int64) {
+	shift := 62 - (g.ClusterBits - 8)
+	off = int64(e & (1<<shift - 1))
+	sectors := int64(e>>shift)&(1<<(g.ClusterBits-8)-1) + 1
+	return off, sectors*SectorSize - off&(SectorSize-1)
+}
+
+// CompressedEntry encodes n bytes of compressed data at off.
+func (g Geometry) CompressedEntry(off, n int64) uint64 {
+	shift := 62 - (g.ClusterBits - 8)
+	sectors := (off+n-1)/SectorSize - off/SectorSize
+	return Compressed | uint64(sectors)<<shift | uint64(off)
+}
+
+// MaxCompressedOffset is the first offset that a compressed entry cannot express.
+func (g Geometry) MaxCompressedOffset() int64 {
+	return 1 << min(62-(g.ClusterBits-8), MaxHostBits)
+}
+
+// Refcount reads entry i of refcount block b (qcow2.txt, Refcount block entry).
+func (g Geometry) Refcount(b []byte, i int64) uint64 {
+	switch g.RefcountOrder {
+	case 0, 1, 2:
+		w := uint(1) << g.RefcountOrder
+		bit := uint(i) * w
+		return uint64(b[bit>>3]>>(bit&7)) & (1<<w - 1)
+	case 3:
+		return uint64(b[i])
+	case 4:
+		return uint64(binary.BigEndian.Uint16(b[2*i:]))
+	case 5:
+		return uint64(binary.BigEndian.Uint32(b[4*i:]))
+	}
+	return binary.BigEndian.Uint64(b[8*i:])
+}
+
+// SetRefcount writes entry i of refcount block b; v must not exceed RefcountMax.
+func (g Geometry) SetRefcount(b []byte, i int64, v uint64) {
+	if v > g.RefcountMax() {
+		panic("layout: refcount does not fit")
+	}
+	switch g.RefcountOrder {
+	case 0, 1, 2:
+		w := uint(1) << g.RefcountOrder
+		bit := uint(i) * w
+		m := byte(1<<w-1) << (bit & 7)
+		b[bit>>3] = b[bit>>3]&^m | byte(v)<<(bit&7)
+	case 3:
+		b[i] = byte(v)
+	case 4:
+		binary.BigEndian.PutUint16(b[2*i:], uint16(v))
+	case 5:
+		binary.BigEndian.PutUint32(b[4*i:], uint32(v))
+	default:
+		binary.BigEndian.PutUint64(b[8*i:], v)
+	}
+}
+
+// RefcountArea computes how many refcount blocks and table clusters are needed to count
+// the given number of clusters and themselves.
+func (g Geometry) RefcountArea(clusters int64) (blocks, tableClusters int64) {
+	perBlock := int64(1) << g.RefblockBits()
+	perTable := g.ClusterSize() / 8
+	var blk, tab int64
+	for {
+		b := (clusters + tab + blk + perBlock - 1) / perBlock
+		t := (b + perTable - 1) / perTable
+		if b == blk && t == tab {
+			return b, t
+		}
+		blk, tab = b, t
+	}
+}

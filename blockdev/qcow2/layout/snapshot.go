@@ -1,0 +1,71 @@
+package layout
+
+import (
+	"encoding/binary"
+	"fmt"
+)
+
+const (
+	// SnapshotHeaderSize is the fixed part of an entry of the snapshot table.
+	SnapshotHeaderSize = 40
+	maxSnapshotExtra   = 1024
+	maxSnapshotBytes   = 1024 * MaxSnapshots
+)
+
+// Snapshot is an internal snapshot (qcow2.txt, Snapshots).
+type Snapshot struct {
+	ID, Name      string
+	L1TableOffset uint64
+	L1Size        uint32 // entries
+	DateSec       uint32
+	DateNsec      uint32
+	VMClockNsec   uint64
+	VMStateSize   uint64
+	DiskSize      uint64 // bytes
+	Icount        uint64 // all ones: none
+}
+
+// SnapshotNeed tells how many bytes from the entry's beginning are needed to parse the
+// entry whose first SnapshotHeaderSize bytes are b; index names it in errors.
+func SnapshotNeed(b []byte, index int) (int, error) {
+	be := binary.BigEndian
+	extra := be.Uint32(b[36:])
+	if extra > maxSnapshotExtra {
+		return 0, fmt.Errorf("Too much extra metadata in snapshot table entry %d", index)
+	}
+	return SnapshotHeaderSize + int(extra) + int(be.Uint16(b[12:])) + int(be.Uint16(b[14:])), nil
+}
+
+// ParseSnapshot decodes one entry; b holds SnapshotNeed bytes. diskSize is the image's own,
+// valid for entries that do not record theirs.
+func ParseSnapshot(b []byte, diskSize uint64) Snapshot {
+	be := binary.BigEndian
+	extra := int(be.Uint32(b[36:]))
+	idLen, nameLen := int(be.Uint16(b[12:])), int(be.Uint16(b[14:]))
+	s := Snapshot{
+		L1TableOffset: be.Uint64(b),
+		L1Size:        be.Uint32(b[8:]),
+		DateSec:       be.Uint32(b[16:]),
+		DateNsec:      be.Uint32(b[20:]),
+		VMClockNsec:   be.Uint64(b[24:]),
+		VMStateSize:   uint64(be.Uint32(b[32:])),
+		DiskSize:      diskSize,
+		Icount:        ^uint64(0),
+	}
+	x := b[SnapshotHeaderSize : SnapshotHeaderSize+extra]
+	if len(x) >= 8 {
+		s.VMStateSize = be.Uint64(x)
+	}
+	if len(x) >= 16 {
+		s.DiskSize = be.Uint64(x[8:])
+	}
+	if len(x) >= 24 {
+		s.Icount = be.Uint64(x[16:])
+	}
+	rest := b[SnapshotHeaderSize+extra:]
+	s.ID, s.Name = cString(rest[:idLen]), cString(rest[idLen:idLen+nameLen])
+	return s
+}
+
+// SnapshotTableTooBig tells whether a snapshot table of n bytes is refused.
+func SnapshotTableTooBig(n int64) bool { return n > maxSnapshotBytes }

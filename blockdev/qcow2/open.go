@@ -1,0 +1,262 @@
+package qcow2
+
+import (
+	"errors"
+	"fmt"
+	"sync"
+	"time"
+
+	"qblockd/blockdev/qcow2/layout"
+	"qblockd/graph/blk"
+)
+
+// openImage opens the image in c.file. Checks come in the reference's order. A read-only
+// image is not touched; a writable one gets its autoclear bits cleared and, if it is dirty,
+// its refcounts repaired.
+func openImage(r *blk.Req, c config) (*image, error) {
+	s := &image{
+		config:    c,
+		l1Dirty:   map[int64]struct{}{},
+		reftDirty: map[int64]struct{}{},
+		owners:    map[int64]owner{},
+		epCur:     &epoch{},
+		freeIdx:   0,
+	}
+	s.epOld = s.epCur
+	s.wake, s.done = sync.NewCond(&s.mu), sync.NewCond(&s.mu)
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	first, err := s.readHeader(r)
+	if err != nil {
+		return nil, err
+	}
+	if err := s.loadTables(r); err != nil {
+		return nil, err
+	}
+	if s.ext, err = s.hdr.ParseExtensions(first); err != nil {
+		return nil, err
+	}
+	if s.backName, err = s.hdr.BackingName(first); err != nil {
+		return nil, err
+	}
+	if err := s.readSnapshots(r); err != nil {
+		return nil, err
+	}
+	s.fileEnd = s.file.Size()
+	if s.set.overlap&olInactiveL2 != 0 {
+		if err := s.findInactive(r); err != nil {
+			return nil, err
+		}
+	}
+	if !s.readOnly {
+		if err := s.becomeWriter(r); err != nil {
+			return nil, err
+		}
+	}
+	s.startCleaning()
+	return s, nil
+}
+
+func (s *image) readHeader(r *blk.Req) (first []byte, err error) {
+	first = make([]byte, layout.HeaderSize)
+	if err := s.readFile(r, blk.Buf(first), 0); err != nil {
+		return nil, wrap("Could not read qcow2 header", err)
+	}
+	cs, err := layout.Peek(first)
+	if err != nil {
+		return nil, err
+	}
+	// Most headers are short; the rest of the first cluster is zeroes beyond the file's end.
+	first = make([]byte, cs)
+	if err := s.readFile(r, blk.Buf(first), 0); err != nil {
+		return nil, wrap("Could not read unknown qcow2 header fields", err)
+	}
+	if s.hdr, err = layout.Parse(first, !s.readOnly); err != nil {
+		return nil, err
+	}
+	for s.hdrUsed = cs; s.hdrUsed > 0 && first[s.hdrUsed-1] == 0; {
+		s.hdrUsed--
+	}
+	s.geo = s.hdr.Geometry()
+	s.cb, s.cs = s.geo.ClusterBits, s.geo.ClusterSize()
+	s.size.Store(int64(s.hdr.Size) &^ (layout.SectorSize - 1))
+	return first, nil
+}
+
+// loadTables reads L1 and refcount tables, resolves the options and makes the caches.
+func (s *image) loadTables(r *blk.Req) (err error) {
+	if s.l1, err = s.readTable(r, int64(s.hdr.L1TableOffset), int64(s.hdr.L1Size)); err != nil {
+		return wrap("Could not read L1 table", err)
+	}
+	if s.set, err = s.options.resolve(s.hdr, s.unmap); err != nil {
+		return err
+	}
+	s.makeCaches()
+	s.reftSize = int64(s.hdr.RefcountTableClusters) << s.cb / 8
+	if s.reft, err = s.readTable(r, s.reftOffset(), s.reftSize); err != nil {
+		return wrap("Could not initialize refcount handling", err)
+	}
+	for _, e := range s.l1 {
+		if off := int64(e & layout.OffsetMask); off != 0 {
+			s.own(off, ownL2, 1)
+		}
+	}
+	for _, e := range s.reft {
+		if off := int64(e & layout.ReftMask); off > 0 {
+			s.own(off, ownBlock, 1)
+		}
+	}
+	return nil
+}
+
+func (s *image) makeCaches() {
+	s.slice = s.set.slice
+	s.l2 = newCache(int(s.slice), s.set.l2Tables)
+	s.rb = newCache(int(s.cs), s.set.rbTables)
+}
+
+// readTable reads the part of a table of n entries at off that lies in the file, less trailing zeroes.
+func (s *image) readTable(r *blk.Req, off, n int64) ([]uint64, error) {
+	n = min(n, max(0, (s.file.Size()-off+7)/8))
+	out := make([]uint64, 0, n)
+	buf := make([]byte, min(n*8, 64<<10))
+	for len(buf) > 0 && int64(len(out)) < n {
+		b := buf[:min(int64(len(buf)), (n-int64(len(out)))*8)]
+		if err := s.readFile(r, blk.Buf(b), off+int64(len(out))*8); err != nil {
+			return nil, err
+		}
+		for ; len(b) > 0; b = b[8:] {
+			out = append(out, be.Uint64(b))
+		}
+	}
+	return out, nil
+}
+
+func (s *image) readSnapshots(r *blk.Req) error {
+	start := int64(s.hdr.SnapshotsOffset)
+	off := start
+	var h [layout.SnapshotHeaderSize]byte
+	for i := range int(s.hdr.NbSnapshots) {
+		off = (off + 7) &^ 7
+		if err := s.readFile(r, blk.Buf(h[:]), off); err != nil {
+			return wrap("Failed to read snapshot table", err)
+		}
+		n, err := layout.SnapshotNeed(h[:], i)
+		if err != nil {
+			return err
+		}
+		b := make([]byte, n)
+		if err := s.readFile(r, blk.Buf(b), off); err != nil {
+			return wrap("Failed to read snapshot table", err)
+		}
+		s.snaps = append(s.snaps, layout.ParseSnapshot(b, s.hdr.Size))
+		if off += int64(n); layout.SnapshotTableTooBig(off - start) {
+			return errors.New("Snapshot table is too big")
+		}
+	}
+	s.snapEnd = off
+	return nil
+}
+
+// findInactive notes the L2 tables of internal snapshots for overlap-check=all.
+func (s *image) findInactive(r *blk.Req) error {
+	s.inactive = map[int64]struct{}{}
+	for i := range s.snaps {
+		sn := &s.snaps[i]
+		if err := layout.CheckTable(sn.L1TableOffset, uint64(sn.L1Size), 8, layout.MaxL1Bytes, uint64(s.cs), "Snapshot L1 table"); err != nil {
+			return err
+		}
+		l1, err := s.readTable(r, int64(sn.L1TableOffset), int64(sn.L1Size))
+		if err != nil {
+			return wrap("Could not read L1 table", err)
+		}
+		for _, e := range l1 {
+			if e&layout.OffsetMask != 0 {
+				s.inactive[int64(e&layout.OffsetMask)>>s.cb] = struct{}{}
+			}
+		}
+	}
+	return nil
+}
+
+// becomeWriter does what the format asks of a program that opens an image for writing.
+func (s *image) becomeWriter(r *blk.Req) error {
+	if s.hdr.AutoclearFeatures != 0 || s.ext.BitmapsStale {
+		if s.warn != nil && (s.ext.Bitmaps != nil || s.ext.BitmapsStale) {
+			s.warn("Persistent bitmaps are not kept up to date and count as inconsistent from now on; some clusters may be leaked")
+		}
+		s.hdr.AutoclearFeatures = 0
+		s.ext.Bitmaps, s.ext.BitmapsStale = nil, false
+		if err := s.updateHeader(r); err != nil {
+			return wrap("Could not update qcow2 header", err)
+		}
+	}
+	if s.hdr.IncompatibleFeatures&layout.IncompatDirty == 0 || s.bare {
+		return nil
+	}
+	res, err := s.check(r, true)
+	if err == nil && res.Errors > 0 {
+		err = errIO
+	}
+	if err != nil {
+		return wrap("Could not repair dirty image", err)
+	}
+	return nil
+}
+
+// updateHeader writes header, extensions and backing file name. mu is held.
+func (s *image) updateHeader(r *blk.Req) error {
+	b, err := s.hdr.Marshal(s.ext, s.backName)
+	if err != nil {
+		return errNoSpace
+	}
+	used := len(b)
+	if used < s.hdrUsed {
+		b = append(b, make([]byte, s.hdrUsed-used)...)
+	}
+	if err := s.writeMeta(r, b, 0, olMainHeader); err != nil {
+		return err
+	}
+	if err := s.barrier(r); err != nil {
+		return err
+	}
+	s.hdrUsed = used
+	return nil
+}
+
+// startCleaning gives unused cache entries back every now and then.
+func (s *image) startCleaning() {
+	if s.set.cleanInterval == 0 {
+		return
+	}
+	d := time.Duration(s.set.cleanInterval) * time.Second
+	var t *time.Timer
+	t = time.AfterFunc(d, func() {
+		s.mu.Lock()
+		defer s.mu.Unlock()
+		if s.closed {
+			return
+		}
+		s.l2.clean()
+		s.rb.clean()
+		t.Reset(d)
+	})
+	s.stopClean = func() { t.Stop() }
+}
+
+// wrap words an error of I/O as "text: errno in words" and keeps err in the chain.
+func wrap(text string, err error) error { return &opError{text, err} }
+
+type opError struct {
+	text string
+	err  error
+}
+
+func (e *opError) Error() string { return e.text + ": " + blk.ErrnoText(e.err) }
+func (e *opError) Unwrap() error { return e.err }
+
+func (s *image) warnf(format string, args ...any) {
+	if s.warn != nil {
+		s.warn(fmt.Sprintf(format, args...))
+	}
+}

@@ -1,0 +1,168 @@
+package qcow2
+
+import (
+	"qblockd/blockdev/qcow2/layout"
+	"qblockd/graph/blk"
+)
+
+// Zero makes [off, off+n) read as zeroes by changing L2 entries. Parts of clusters are done
+// only if the rest of the cluster reads as zeroes already; else ErrNotSupported, and the
+// caller writes. Version 2 images cannot express it at all.
+func (s *image) Zero(r *blk.Req, off, n int64, f blk.Flags) error {
+	if r.NoWait {
+		return blk.ErrWouldBlock
+	}
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	if err := s.usable(); err != nil {
+		return err
+	}
+	if s.hdr.Version < 3 {
+		return blk.ErrNotSupported
+	}
+	end := off + n
+	if end == s.size.Load() {
+		end = s.geo.RoundUp(end)
+	}
+	if off&(s.cs-1) != 0 || end&(s.cs-1) != 0 {
+		if off>>s.cb != (end-1)>>s.cb {
+			return blk.ErrNotSupported
+		}
+		ok, err := s.restIsZero(r, off, end)
+		if err != nil {
+			return err
+		}
+		if !ok {
+			return blk.ErrNotSupported
+		}
+		off, end = s.geo.RoundDown(off), s.geo.RoundUp(end)
+	}
+	return s.eachSlice(r, off>>s.cb, end>>s.cb, true, func(t *table, gc, k int64) error {
+		i := s.l2Index(gc)
+		for j := range k {
+			s.zeroEntry(r, t, i+j, f&blk.MayUnmap != 0)
+		}
+		return nil
+	})
+}
+
+// zeroEntry makes one cluster read as zeroes, keeping its host cluster unless it may go.
+func (s *image) zeroEntry(r *blk.Req, t *table, i int64, unmap bool) {
+	old := entry(t, i)
+	drop := unmap && layout.KindOf(old).HasHost() || layout.KindOf(old) == layout.CompressedKind
+	v := uint64(layout.ZeroFlag)
+	if !drop {
+		v |= old
+	}
+	if v == old {
+		return
+	}
+	s.setEntry(t, i, v)
+	if drop {
+		s.freeEntry(r, old, discardRequest)
+	}
+}
+
+// restIsZero tells whether the cluster around [off, end) reads as zeroes outside of it.
+func (s *image) restIsZero(r *blk.Req, off, end int64) (bool, error) {
+	gc := off >> s.cb
+	s.waitInflight(gc, 1)
+	m, err := s.lookup(r, gc<<s.cb, s.cs)
+	if err != nil {
+		return false, err
+	}
+	switch m.kind {
+	case layout.ZeroPlain, layout.ZeroAlloc:
+		return true, nil
+	case layout.Unallocated:
+		return s.backSize() <= gc<<s.cb, nil
+	}
+	return false, nil
+}
+
+// eachSlice calls f for the parts of guest clusters [from, to) that one L2 slice maps, with
+// mu held, no allocation in flight there, and the slice ready to be changed. With
+// create false, parts without an L2 table are skipped.
+func (s *image) eachSlice(r *blk.Req, from, to int64, create bool, f func(t *table, gc, k int64) error) error {
+	for gc := from; gc < to; {
+		if err := s.room(r); err != nil {
+			return err
+		}
+		k := min(to-gc, s.sliceLeft(gc))
+		if s.waitInflight(gc, k) {
+			if err := s.usable(); err != nil {
+				return err
+			}
+			continue
+		}
+		if !create && s.l1At(gc>>s.geo.L2Bits())&layout.OffsetMask == 0 {
+			per := int64(1) << s.geo.L2Bits()
+			gc = (gc + per) &^ (per - 1)
+			continue
+		}
+		if err := s.markDirty(r); err != nil {
+			return err
+		}
+		t, err := s.sliceForWrite(r, gc)
+		if err != nil {
+			return err
+		}
+		if err := f(t, gc, k); err != nil {
+			return err
+		}
+		gc += k
+	}
+	return nil
+}
+
+// Discard frees the clusters within [off, off+n). They read as zeroes afterwards, or, in
+// version 2 images, which then must not have a backing file, become unallocated.
+func (s *image) Discard(r *blk.Req, off, n int64) error {
+	if r.NoWait {
+		return blk.ErrWouldBlock
+	}
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	if err := s.usable(); err != nil {
+		return err
+	}
+	hasBacking := s.back() != nil
+	if s.hdr.Version < 3 && hasBacking {
+		return blk.ErrNotSupported
+	}
+	end := off + n
+	if end == s.size.Load() {
+		end = s.geo.RoundUp(end)
+	}
+	from, to := s.geo.Clusters(off), end>>s.cb
+	if from >= to {
+		return nil
+	}
+	return s.discard(r, from, to, hasBacking, false, discardRequest)
+}
+
+// discard frees guest clusters [from, to); full leaves them unallocated. mu is held.
+func (s *image) discard(r *blk.Req, from, to int64, hasBacking, full bool, kind discardKind) error {
+	return s.eachSlice(r, from, to, hasBacking && !full, func(t *table, gc, k int64) error {
+		i := s.l2Index(gc)
+		for j := range k {
+			old := entry(t, i+j)
+			v := old
+			switch {
+			case full:
+				v = 0
+			case hasBacking || layout.KindOf(old).HasHost():
+				v = 0
+				if s.hdr.Version >= 3 {
+					v = layout.ZeroFlag
+				}
+			}
+			if v == old {
+				continue
+			}
+			s.setEntry(t, i+j, v)
+			s.freeEntry(r, old, kind)
+		}
+		return nil
+	})
+}
