@@ -40,9 +40,6 @@ type Caps struct {
 	Backing bool
 	// Transparent: Map, copy-range and compressed writes may pass this filter unseen.
 	Transparent bool
-	// InlineWrites: writes that must not wait are plain buffered writes, which the node lets
-	// pass only while its recent writes were short (blk.Latency states the rule).
-	InlineWrites bool
 	// ZeroInit: a freshly created image reads as zeroes.
 	ZeroInit bool
 }

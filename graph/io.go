@@ -46,7 +46,6 @@ type ioState struct {
 
 	threshold  atomic.Uint64 // see threshold.go
 	wrHighest  atomic.Int64  // end of the farthest write
-	latency    blk.Latency   // of writes, kept if caps.InlineWrites
 	statusData dataCache     // see io_status.go
 }
 

@@ -49,6 +49,14 @@ func (e *Edge) Status(r *blk.Req, off, size int64) (blk.Extent, error) {
 	return e.node.Load().statusOf(r, off, size)
 }
 
+// StatusLayer is Edge.Status for those who have only the node: a driver or job inside a request that entered through it.
+func (n *Node) StatusLayer(r *blk.Req, off, size int64) (blk.Extent, error) {
+	if !blk.ValidRange(off, size) {
+		return blk.Extent{}, blk.ErrOutOfRange
+	}
+	return n.statusOf(r, off, size)
+}
+
 func (n *Node) statusOf(r *blk.Req, off, size int64) (blk.Extent, error) {
 	s := &n.io
 	if s.drv == nil {

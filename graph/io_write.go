@@ -2,7 +2,6 @@ package graph
 
 import (
 	"errors"
-	"time"
 
 	"qblockd/graph/blk"
 )
@@ -47,7 +46,7 @@ type writing struct {
 func (n *Node) beginWrite(e *Edge, r *blk.Req, off, size int64, f blk.Flags) (writing, error) {
 	s := &n.io
 	w := writing{padded: (off|size)&(s.align-1) != 0, flush: f&blk.FUA != 0 && s.caps.WriteFlags&blk.FUA == 0}
-	if r.NoWait && (w.padded || w.flush || s.caps.InlineWrites && !s.latency.Short()) {
+	if r.NoWait && (w.padded || w.flush) {
 		return w, blk.ErrWouldBlock
 	}
 	lo, ln, serial := off, size, false
@@ -120,18 +119,11 @@ func (n *Node) writeAligned(r *blk.Req, v blk.Vec, off, size int64, f blk.Flags)
 // driverWrite writes whole blocks in one go if the driver can take them so.
 func (n *Node) driverWrite(r *blk.Req, v blk.Vec, off, size int64, f blk.Flags) error {
 	s := &n.io
-	if !s.caps.InlineWrites {
-		if size <= s.maxIO && (s.memAlign == 1 || v.Aligned(s.memAlign)) {
-			return s.writer.WriteAt(r, v, off, f&s.caps.WriteFlags)
-		}
-		return n.writePieces(r, v, off, size, f&s.caps.WriteFlags)
+	f &= s.caps.WriteFlags
+	if size <= s.maxIO && (s.memAlign == 1 || v.Aligned(s.memAlign)) {
+		return s.writer.WriteAt(r, v, off, f)
 	}
-	start := time.Now()
-	err := n.writePieces(r, v, off, size, f&s.caps.WriteFlags)
-	if err == nil {
-		s.latency.Observe(time.Since(start))
-	}
-	return err
+	return n.writePieces(r, v, off, size, f)
 }
 
 // writePieces writes whole blocks in parts, through bounce buffers where the memory is badly placed.

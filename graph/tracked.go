@@ -25,6 +25,8 @@ import (
 //     that earlier reads are over before their serialising write ends. They take TrackReads first,
 //     while the node is drained, so that no read under way escapes.
 //
+// A unit of work may hold a range of the node (LockRange) over several requests; these do not wait for their own lock.
+//
 // A request waits only for overlapping ones that were registered on the same node before it, and a
 // request that waits holds registrations on nodes above only: so nobody waits in a circle.
 //
@@ -53,6 +55,7 @@ type tracked struct {
 	off, n     int64  // the range that counts for overlaps
 	ticket     uint64 // order of registration; 0 is before all others
 	serial     bool
+	unit       *blk.Req // the unit of work; one does not wait for itself
 	shard      *trackShard
 	prev, next *tracked      // guarded by shard.mu
 	done       chan struct{} // made by the first who waits; guarded by shard.mu; closed at the end
@@ -70,7 +73,7 @@ func (t *tracker) shard(r *blk.Req) *trackShard {
 // blk.ErrWouldBlock if r must not wait, the cause of the end of r's context; nothing is registered then.
 func (t *tracker) begin(r *blk.Req, off, n int64, serial bool) (*tracked, error) {
 	k := trackedPool.Get().(*tracked)
-	k.off, k.n, k.serial, k.ticket = off, n, serial, 0
+	k.off, k.n, k.serial, k.ticket, k.unit = off, n, serial, 0, r
 	sh := t.shard(r)
 	k.shard = sh
 	if !serial {
@@ -150,7 +153,7 @@ func (t *tracker) end(k *tracked) {
 	if k.serial {
 		t.serial.Add(-1)
 	}
-	k.prev, k.next, k.done, k.shard = nil, nil, nil, nil
+	k.prev, k.next, k.done, k.shard, k.unit = nil, nil, nil, nil, nil
 	trackedPool.Put(k)
 	if done != nil {
 		close(done)
@@ -168,9 +171,16 @@ func (sh *trackShard) push(k *tracked) {
 
 // conflict finds an older request that k has to wait for. All shards are locked.
 func (t *tracker) conflict(k *tracked) *tracked {
+	// Inside a lock of one's own unit there is nobody to wait for: whoever overlaps the lock was waited for
+	// when it was taken, or waits for it now - and to wait for those would be for ever.
+	for c := k.shard.head; c != nil && k.serial; c = c.next {
+		if c.unit == k.unit && c.serial && c.off <= k.off && k.off+k.n <= c.off+c.n && c != k {
+			return nil
+		}
+	}
 	for i := range t.shards {
 		for c := t.shards[i].head; c != nil; c = c.next {
-			if c.ticket < k.ticket && (k.serial || c.serial) && blk.Overlap(c.off, c.n, k.off, k.n) {
+			if c.ticket < k.ticket && (k.serial || c.serial) && c.unit != k.unit && blk.Overlap(c.off, c.n, k.off, k.n) {
 				return c
 			}
 		}
@@ -205,6 +215,29 @@ func (t *tracker) inFlight() (n int64) {
 	}
 	return n
 }
+
+// RangeLock is a range of a node that one unit of work holds: see LockRange.
+type RangeLock struct {
+	t *tracker
+	k *tracked
+}
+
+// LockRange registers [off, off+size), widened to the node's allocation units, as serialising until Unlock: no other
+// unit of work writes there meanwhile. Requests of r itself are not held up. The lock is taken inside a unit of
+// work and released before its end; two locks of one unit on the same node must be taken in the order of their
+// offsets, and requests that begin inside a lock should end inside it. Errors: blk.ErrOutOfRange, blk.ErrWouldBlock, the cause of the end of r's context.
+func (e *Edge) LockRange(r *blk.Req, off, size int64) (RangeLock, error) {
+	s := &e.node.Load().io
+	if !blk.ValidRange(off, size) || size == 0 {
+		return RangeLock{}, blk.ErrOutOfRange
+	}
+	p := blk.Pad(off, size, max(s.align, s.caps.Limits.ClusterSize))
+	k, err := s.track.begin(r, p.Off, p.N, true)
+	return RangeLock{&s.track, k}, err
+}
+
+// Unlock releases the range.
+func (l RangeLock) Unlock() { l.t.end(l.k) }
 
 // TrackReads makes reads of n wait for overlapping serialising requests and the other way
 // round until release is called (once). n must be drained meanwhile; it can be released at any time.
