@@ -22,10 +22,11 @@ type Device interface {
 	Zero(r *blk.Req, off, n int64, f blk.Flags) error
 	Discard(r *blk.Req, off, n int64) error
 	Flush(r *blk.Req) error
-	// Status tells about a prefix of the range, through the whole backing chain; Depth is set.
+	// Status tells about a prefix of the range, through the whole backing chain, with Depth. N is 0 only
+	// beyond the end of a device that has become shorter.
 	Status(r *blk.Req, off, n int64) (blk.Extent, error)
-	// Depth is Status for the question in which layer the prefix is allocated only.
-	Depth(r *blk.Req, off, n int64) (blk.Extent, error)
+	// Prefetch brings the range near: into the top layer or the host's cache, as the device likes.
+	Prefetch(r *blk.Req, off, n int64) error
 	// Map appends the host ranges behind a prefix of the range to m, possibly none.
 	Map(r *blk.Req, off, n int64, m *blk.Mapping) error
 	// Limits are those of the device at this time; RequestAlign and MaxTransfer count.

@@ -185,6 +185,10 @@ func (d *fileDevice) Status(r *blk.Req, off, n int64) (blk.Extent, error) {
 	if e := d.dataEnd.Load(); off >= d.dataStart.Load() && off < e {
 		return blk.Extent{N: min(n, e-off), Data: true, Allocated: true, Depth: 1}, nil
 	}
+	if d.depths != nil {
+		k, depth := d.depths(off)
+		return blk.Extent{N: min(k, n), Depth: depth, Data: depth > 0, Zero: depth == 0, Allocated: depth > 0}, nil
+	}
 	const seekData, seekHole = 3, 4
 	at, err := syscall.Seek(int(d.f.Fd()), off, seekData)
 	if err == syscall.ENXIO || err == nil && at >= off+n {
@@ -206,13 +210,7 @@ func (d *fileDevice) Status(r *blk.Req, off, n int64) (blk.Extent, error) {
 	return blk.Extent{N: min(n, at-off), Data: true, Allocated: true, Depth: 1}, nil
 }
 
-func (d *fileDevice) Depth(r *blk.Req, off, n int64) (blk.Extent, error) {
-	if d.depths == nil {
-		return blk.Extent{N: n, Depth: 1}, nil
-	}
-	k, depth := d.depths(off)
-	return blk.Extent{N: min(k, n), Depth: depth}, nil
-}
+func (d *fileDevice) Prefetch(r *blk.Req, off, n int64) error { return d.enter(r, "prefetch") }
 
 // countedLease counts the leases that are held.
 type countedLease struct{ d *fileDevice }

@@ -141,7 +141,7 @@ func (c *conn) serve(j *job) *reply {
 		err = c.dev.WriteAt(r, blk.Buf(j.buf.B), int64(q.Off), c.writeFlags(q))
 		blk.PutBuf(j.buf)
 	case wire.CmdCache:
-		err, msg = c.serveCache(r, q), msgCache
+		err, msg = c.dev.Prefetch(r, int64(q.Off), int64(q.Len)), msgCache
 	default:
 		err, msg = c.doControl(r, q)
 	}
@@ -196,7 +196,7 @@ func (c *conn) serveSparse(r *blk.Req, q *wire.Request) *reply {
 		last.head = wire.AppendErrorOffset(last.head, q.Cookie, wire.Errno(err), uint64(off), msg)
 		return first
 	}
-	x, err := c.dev.Status(r, off, end-off)
+	x, err := c.status(r, off, end-off)
 	for off < end {
 		if err != nil {
 			return fail(err, "unable to check for holes: "+blk.ErrnoText(err))
@@ -204,7 +204,7 @@ func (c *conn) serveSparse(r *blk.Req, q *wire.Request) *reply {
 		zero, n := x.Zero, x.N
 		// Status answers in the units of each layer: join what belongs together.
 		for off+n < end {
-			if x, err = c.dev.Status(r, off+n, end-off-n); err != nil || x.Zero != zero {
+			if x, err = c.status(r, off+n, end-off-n); err != nil || x.Zero != zero {
 				break
 			}
 			n += x.N
@@ -233,19 +233,13 @@ func (c *conn) serveSparse(r *blk.Req, q *wire.Request) *reply {
 	return first
 }
 
-// serveCache reads the range so that it is in the host's cache.
-func (c *conn) serveCache(r *blk.Req, q *wire.Request) error {
-	const piece = 1 << 20
-	buf := blk.GetBuf(int(min(q.Len, piece)), 0)
-	defer blk.PutBuf(buf)
-	for off, left := int64(q.Off), int64(q.Len); left > 0; {
-		n := min(left, piece)
-		if err := c.dev.ReadAt(r, blk.Buf(buf.B[:n]), off, 0); err != nil {
-			return err
-		}
-		off, left = off+n, left-n
+// status is Device.Status where the end of a device that became shorter is an error.
+func (c *conn) status(r *blk.Req, off, n int64) (blk.Extent, error) {
+	x, err := c.dev.Status(r, off, n)
+	if err == nil && x.N <= 0 {
+		err = blk.ErrOutOfRange
 	}
-	return nil
+	return x, err
 }
 
 // maxExtents bounds the extents of one context in a reply: 1 MiB of them.
@@ -275,7 +269,7 @@ func (c *conn) serveStatus(r *blk.Req, q *wire.Request) *reply {
 	var err error
 	if c.ctxs.allocation {
 		err = add(idAllocation, func(off, n int64) (int64, uint32, error) {
-			x, err := c.dev.Status(r, off, n)
+			x, err := c.status(r, off, n)
 			var f uint32
 			if !x.Data {
 				f |= wire.StateHole
@@ -288,7 +282,7 @@ func (c *conn) serveStatus(r *blk.Req, q *wire.Request) *reply {
 	}
 	if err == nil && c.ctxs.depth {
 		err = add(idDepth, func(off, n int64) (int64, uint32, error) {
-			x, err := c.dev.Depth(r, off, n)
+			x, err := c.status(r, off, n)
 			return x.N, uint32(x.Depth), err
 		})
 	}

@@ -1,0 +1,356 @@
+// Package export holds the exports of the daemon: block-export-add and -del, what
+// query-block-exports shows, and the servers that exports need.
+//
+// # Life of an export
+//
+//	Add --> checked --> root on the node --> served --Del, StopNBD, Close--> shutting down --> root gone --> BLOCK_EXPORT_DELETED
+//
+// An export is a root of the graph: it follows its node when that is replaced. Shutting down drops
+// the clients at once; the export goes when their last request has ended, which a stuck device
+// can delay without end. Commands wait for it no longer than Grace.
+package export
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"log/slog"
+	"os"
+	"sync"
+	"time"
+
+	"qblockd/blockdev/export/nbd"
+	"qblockd/graph"
+	"qblockd/graph/blk"
+	"qblockd/graph/perm"
+	"qblockd/schema/types"
+)
+
+// Grace is how long a command waits for requests of clients that were dropped.
+const Grace = 250 * time.Millisecond
+
+// sector is the unit that the size of an export is cut to, in bytes.
+const sector = 512
+
+// Options of a Table; the zero value gives the defaults.
+type Options struct {
+	// SocketMode is the mode of socket files; 0: 0600.
+	SocketMode os.FileMode
+	// Log takes what happened to connections; nil: nothing is logged.
+	Log *slog.Logger
+}
+
+// Table is all exports of a graph and the NBD server. All methods may be called from any goroutine.
+//
+// Lock order: Table.mu is a leaf but for the locks of package nbd; no call of package graph is made under it.
+type Table struct {
+	g    *graph.Graph
+	opts Options
+
+	mu     sync.Mutex
+	list   []*entry        // +checklocks:mu  oldest first
+	taken  map[string]bool // +checklocks:mu  ids in use, of exports being added too
+	server *nbd.Server     // +checklocks:mu  nil: not running
+	starts bool            // +checklocks:mu  a server is being started
+	closed bool            // +checklocks:mu
+}
+
+// entry is one export.
+type entry struct {
+	id     string
+	root   *graph.Root
+	cancel context.CancelFunc // of the root's context: requests that wait for others give up
+	nbd    *nbd.Export
+	server *nbd.Server // of nbd
+
+	closing bool          // guarded by Table.mu
+	gone    chan struct{} // closed when the export is off the list and its event was sent
+}
+
+// New makes an empty table for the nodes of g.
+func New(g *graph.Graph, o Options) *Table {
+	return &Table{g: g, opts: o, taken: map[string]bool{}}
+}
+
+// wellFormed tells whether id is one: a letter, then letters, digits and "-._".
+func wellFormed(id string) bool {
+	for i := range len(id) {
+		c := id[i]
+		switch {
+		case 'a' <= c && c <= 'z', 'A' <= c && c <= 'Z':
+		case i > 0 && ('0' <= c && c <= '9' || c == '-' || c == '.' || c == '_'):
+		default:
+			return false
+		}
+	}
+	return id != ""
+}
+
+// Add makes an export. It waits while the node is being changed by others, no longer than ctx.
+// Source: QAPI, block-export-add.
+func (t *Table) Add(ctx context.Context, o *types.BlockExportOptions) error {
+	if !wellFormed(o.ID) {
+		return errors.New("Invalid block export id")
+	}
+	if err := t.reserve(o.ID); err != nil {
+		return err
+	}
+	e, err := t.make(ctx, o)
+	t.mu.Lock()
+	if err != nil {
+		delete(t.taken, o.ID)
+		t.mu.Unlock()
+		return err
+	}
+	stopped := t.server != e.server
+	e.closing = stopped
+	t.list = append(t.list, e)
+	t.mu.Unlock()
+	if stopped {
+		// Whoever stopped the server did not see it.
+		e.shutdown()
+		t.finish(e)
+		return nbd.ErrNotRunning
+	}
+	return nil
+}
+
+func (t *Table) reserve(id string) error {
+	t.mu.Lock()
+	defer t.mu.Unlock()
+	if t.taken[id] {
+		return fmt.Errorf("Block export id '%s' is already in use", id)
+	}
+	t.taken[id] = true
+	return nil
+}
+
+// make makes what o describes, off the list.
+func (t *Table) make(ctx context.Context, o *types.BlockExportOptions) (*entry, error) {
+	n := t.g.Node(o.NodeName)
+	if n == nil {
+		return nil, fmt.Errorf("Cannot find device='' nor node-name='%s'", o.NodeName)
+	}
+	writable := isSet(o.Writable)
+	if writable && n.ReadOnly() {
+		return nil, errors.New("Cannot export read-only node as writable")
+	}
+	if o.Iothread != nil {
+		return nil, fmt.Errorf("iothread \"%s\" not found", *o.Iothread)
+	}
+	b, ok := o.U.(*types.BlockExportOptionsNbd)
+	if !ok {
+		return nil, errors.New("No driver found for the requested export type")
+	}
+	spec := nbd.Spec{
+		Name:            o.NodeName,
+		ReadOnly:        !writable,
+		Writethrough:    isSet(o.Writethrough),
+		AllocationDepth: isSet(b.AllocationDepth),
+	}
+	if b.Name != nil {
+		spec.Name = *b.Name
+	}
+	if b.Description != nil {
+		spec.Description, spec.HasDescription = *b.Description, true
+	}
+	server := t.running()
+	if server == nil {
+		return nil, nbd.ErrNotRunning
+	}
+	if err := server.CheckName(&spec); err != nil {
+		return nil, err
+	}
+	e := &entry{id: o.ID, server: server, gone: make(chan struct{})}
+	if err := t.attach(ctx, e, n, writable); err != nil {
+		return nil, err
+	}
+	spec.Device = device{e.root}
+	spec.Size = blk.AlignDown(e.root.Size(), sector)
+	var err error
+	if e.nbd, err = server.Add(spec); err != nil {
+		e.cancel()
+		t.g.CloseRoot(context.Background(), e.root)
+		return nil, err
+	}
+	return e, nil
+}
+
+// attach makes the root of e on n. An export shares everything but resize: its size is a
+// promise to its clients.
+func (t *Table) attach(ctx context.Context, e *entry, n *graph.Node, writable bool) error {
+	need := perm.ConsistentRead
+	if writable {
+		need |= perm.Write
+	}
+	rctx, cancel := context.WithCancel(context.Background())
+	tx := t.g.Begin(ctx)
+	defer tx.Abort()
+	root, err := tx.AttachRoot(graph.RootSpec{
+		EdgeName: "root",
+		Kind:     graph.KindBackend,
+		Claim:    perm.Claim{Need: need, Share: perm.All &^ perm.Resize},
+		Ctx:      rctx,
+	}, n)
+	if err == nil {
+		err = tx.Commit()
+	}
+	if err != nil {
+		cancel()
+		return err
+	}
+	e.root, e.cancel = root, cancel
+	return nil
+}
+
+func isSet(b *bool) bool { return b != nil && *b }
+
+// shutdown drops the clients of e; it does not wait.
+func (e *entry) shutdown() {
+	e.nbd.Shutdown()
+	e.cancel()
+}
+
+// finish removes e when its last request has ended, however long that takes.
+func (t *Table) finish(e *entry) {
+	<-e.nbd.Done()
+	// Waits for nobody for long: no unit of work is in flight. It fails only with its context.
+	if err := t.g.CloseRoot(context.Background(), e.root); err != nil && t.opts.Log != nil {
+		t.opts.Log.Error("export could not be detached", "id", e.id, "err", err)
+	}
+	e.cancel()
+	t.mu.Lock()
+	for i, x := range t.list {
+		if x == e {
+			t.list = append(t.list[:i:i], t.list[i+1:]...)
+			break
+		}
+	}
+	delete(t.taken, e.id)
+	t.mu.Unlock()
+	t.g.Sink().Emit(types.BlockExportDeletedEvent{ID: e.id})
+	close(e.gone)
+}
+
+// Del asks for the export to be removed. It waits for dropped clients no longer than
+// Grace; BLOCK_EXPORT_DELETED tells the end. Source: QAPI, block-export-del.
+func (t *Table) Del(ctx context.Context, id string, mode types.BlockExportRemoveMode) error {
+	t.mu.Lock()
+	e := t.findLocked(id)
+	switch {
+	case e == nil:
+		t.mu.Unlock()
+		return fmt.Errorf("Export '%s' is not found", id)
+	case e.closing:
+		t.mu.Unlock()
+		return fmt.Errorf("Export '%s' is already shutting down", id)
+	}
+	if mode != types.BlockExportRemoveModeHard && !e.nbd.ShutdownIfIdle() {
+		t.mu.Unlock()
+		return &busyError{id}
+	}
+	e.closing = true
+	t.mu.Unlock()
+	e.shutdown()
+	go t.finish(e)
+	ctx, cancel := context.WithTimeout(ctx, Grace)
+	defer cancel()
+	e.wait(ctx)
+	return nil
+}
+
+// busyError: a safe removal met clients.
+type busyError struct{ id string }
+
+func (e *busyError) Error() string { return fmt.Sprintf("export '%s' still in use", e.id) }
+
+// Hint tells a person what to do; it is no part of the message.
+func (e *busyError) Hint() string { return "Use mode='hard' to force client disconnect\n" }
+
+// wait waits for e to be gone, no longer than ctx, and tells whether it is.
+func (e *entry) wait(ctx context.Context) bool {
+	select {
+	case <-e.gone:
+		return true
+	case <-ctx.Done():
+	}
+	select {
+	case <-e.gone:
+		return true
+	default:
+		return false
+	}
+}
+
+// +checklocks:t.mu
+func (t *Table) findLocked(id string) *entry {
+	for _, e := range t.list {
+		if e.id == id {
+			return e
+		}
+	}
+	return nil
+}
+
+// Type is the type of the export of that id; ok is false if there is none.
+func (t *Table) Type(id string) (typ types.BlockExportType, ok bool) {
+	t.mu.Lock()
+	defer t.mu.Unlock()
+	if t.findLocked(id) == nil {
+		return "", false
+	}
+	return types.BlockExportTypeNbd, true
+}
+
+// Query lists the exports, newest first.
+func (t *Table) Query() []*types.BlockExportInfo {
+	t.mu.Lock()
+	defer t.mu.Unlock()
+	l := make([]*types.BlockExportInfo, 0, len(t.list))
+	for i := len(t.list) - 1; i >= 0; i-- {
+		e := t.list[i]
+		info := &types.BlockExportInfo{ID: e.id, Type: types.BlockExportTypeNbd, ShuttingDown: e.closing}
+		if n := e.root.Node(); n != nil {
+			info.NodeName = n.Name()
+		}
+		l = append(l, info)
+	}
+	return l
+}
+
+// removeAll drops the clients of all exports, then removes the exports, oldest first; those
+// whose requests take longer than ctx and Grace allow go later. Reports whether all are gone.
+func (t *Table) removeAll(ctx context.Context) bool {
+	t.mu.Lock()
+	list := append([]*entry(nil), t.list...)
+	first := make([]bool, len(list))
+	for i, e := range list {
+		first[i] = !e.closing
+		e.closing = true
+	}
+	t.mu.Unlock()
+	for _, e := range list {
+		e.shutdown()
+	}
+	ctx, cancel := context.WithTimeout(ctx, Grace)
+	defer cancel()
+	all := true
+	for i, e := range list {
+		if first[i] {
+			go t.finish(e)
+		}
+		all = e.wait(ctx) && all
+	}
+	return all
+}
+
+// Close removes all exports and stops the NBD server, for the end of the daemon. It waits
+// for clients' requests no longer than ctx and Grace. Nothing can be added afterwards.
+func (t *Table) Close(ctx context.Context) {
+	t.mu.Lock()
+	t.closed = true
+	t.mu.Unlock()
+	if t.StopNBD(ctx) != nil {
+		t.removeAll(ctx)
+	}
+}

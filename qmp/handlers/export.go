@@ -1,0 +1,81 @@
+package handlers
+
+import (
+	"context"
+	"fmt"
+
+	"qblockd/blockdev/export"
+	"qblockd/graph"
+	"qblockd/schema/types"
+)
+
+// BlockExport executes the commands for exports and the NBD server.
+type BlockExport struct {
+	Graph   *graph.Graph
+	Exports *export.Table
+}
+
+var _ types.BlockExportHandler = BlockExport{}
+
+// NbdServerStart implements types.BlockExportHandler.
+func (h BlockExport) NbdServerStart(ctx context.Context, a *types.NbdServerStartArgs) error {
+	return h.Exports.StartNBD(ctx, export.Flatten(&a.Addr), a.MaxConnections)
+}
+
+// NbdServerStop implements types.BlockExportHandler.
+func (h BlockExport) NbdServerStop(ctx context.Context) error { return h.Exports.StopNBD(ctx) }
+
+// NbdServerAdd implements types.BlockExportHandler. Unlike block-export-add it turns a writable
+// export of a read-only node into a read-only one.
+func (h BlockExport) NbdServerAdd(ctx context.Context, a *types.NbdServerAddOptions) error {
+	n := h.Graph.Node(a.Device)
+	if n == nil {
+		return fmt.Errorf("Cannot find device='%s' nor node-name='%s'", a.Device, a.Device)
+	}
+	name := a.Device
+	if a.Name != nil {
+		name = *a.Name
+	}
+	o := &types.BlockExportOptions{
+		Type:     types.BlockExportTypeNbd,
+		ID:       name,
+		NodeName: a.Device,
+		Writable: a.Writable,
+		U:        &types.BlockExportOptionsNbd{Name: &name, Description: a.Description},
+	}
+	if n.ReadOnly() {
+		o.Writable = nil
+	}
+	return h.Exports.Add(ctx, o)
+}
+
+// NbdServerRemove implements types.BlockExportHandler.
+func (h BlockExport) NbdServerRemove(ctx context.Context, a *types.NbdServerRemoveArgs) error {
+	if t, ok := h.Exports.Type(a.Name); ok && t != types.BlockExportTypeNbd {
+		return fmt.Errorf("Block export '%s' is not an NBD export", a.Name)
+	}
+	return h.Exports.Del(ctx, a.Name, mode(a.Mode))
+}
+
+// BlockExportAdd implements types.BlockExportHandler.
+func (h BlockExport) BlockExportAdd(ctx context.Context, a *types.BlockExportOptions) error {
+	return h.Exports.Add(ctx, a)
+}
+
+// BlockExportDel implements types.BlockExportHandler.
+func (h BlockExport) BlockExportDel(ctx context.Context, a *types.BlockExportDelArgs) error {
+	return h.Exports.Del(ctx, a.ID, mode(a.Mode))
+}
+
+// QueryBlockExports implements types.BlockExportHandler.
+func (h BlockExport) QueryBlockExports(context.Context) ([]*types.BlockExportInfo, error) {
+	return h.Exports.Query(), nil
+}
+
+// mode is the mode of a removal; safe if none was given.
+func mode(m *types.BlockExportRemoveMode) types.BlockExportRemoveMode {
+	if m == nil {
+		return types.BlockExportRemoveModeSafe
+	}
+	return *m
+}
