@@ -1,0 +1,138 @@
+package chardev
+
+import (
+	"errors"
+	"fmt"
+	"io"
+	"os"
+	"strconv"
+	"syscall"
+	"time"
+	"unsafe"
+
+	"qblockd/graph/blk"
+)
+
+// pty is a pseudo terminal. Whoever opens its other end is a client, one at a time; there is
+// no telling when that happens but by looking.
+type pty struct {
+	*front
+	path   string // of the other end
+	master *os.File
+}
+
+// ptyPoll is how often a pty without a client looks for one.
+const ptyPoll = 100 * time.Millisecond
+
+func openPty(f *front) (device, error) {
+	master, err := os.OpenFile("/dev/ptmx", os.O_RDWR|syscall.O_NOCTTY|syscall.O_NONBLOCK, 0)
+	if err != nil {
+		return nil, fmt.Errorf("Failed to create PTY: %s", blk.ErrnoText(err)) //lint:ignore ST1005 text of a reply
+	}
+	d := &pty{front: f, master: master}
+	if err := d.unlock(); err != nil {
+		master.Close()
+		return nil, fmt.Errorf("Failed to create PTY: %s", blk.ErrnoText(err)) //lint:ignore ST1005 text of a reply
+	}
+	f.spawn(d.run)
+	return d, nil
+}
+
+// unlock makes the other end usable: raw, so that nothing is echoed or converted.
+func (d *pty) unlock() error {
+	raw, err := d.master.SyscallConn()
+	if err != nil {
+		return err
+	}
+	var n, zero int32
+	cerr := raw.Control(func(fd uintptr) {
+		if err = ioctl(int(fd), syscall.TIOCSPTLCK, unsafe.Pointer(&zero)); err != nil {
+			return
+		}
+		if err = ioctl(int(fd), syscall.TIOCGPTN, unsafe.Pointer(&n)); err != nil {
+			return
+		}
+		var t syscall.Termios
+		if err = ioctl(int(fd), syscall.TCGETS, unsafe.Pointer(&t)); err != nil {
+			return
+		}
+		makeRaw(&t, false)
+		t.Oflag &^= syscall.OPOST
+		err = ioctl(int(fd), syscall.TCSETS, unsafe.Pointer(&t))
+	})
+	if err == nil {
+		err = cerr
+	}
+	if err != nil {
+		return err
+	}
+	d.path = "/dev/pts/" + strconv.Itoa(int(n))
+	// The master reports a hangup only after the other end was open once.
+	other, err := os.OpenFile(d.path, os.O_RDWR|syscall.O_NOCTTY, 0)
+	if err != nil {
+		return err
+	}
+	return other.Close()
+}
+
+func (d *pty) filename() string { return "pty:" + d.path }
+
+func (d *pty) close() {
+	d.end()
+	d.master.Close()
+}
+
+// run serves one client after the other.
+func (d *pty) run() {
+	look := time.NewTicker(ptyPoll)
+	defer look.Stop()
+	for {
+		if d.open() {
+			d.serve(&ptyStream{d})
+			_ = d.master.SetDeadline(time.Time{})
+		}
+		select {
+		case <-d.ending:
+			return
+		case <-look.C:
+		}
+	}
+}
+
+// open tells whether somebody has the other end open.
+func (d *pty) open() bool {
+	raw, err := d.master.SyscallConn()
+	if err != nil {
+		return false
+	}
+	const pollHup = 0x10
+	p := struct {
+		fd              int32
+		events, revents int16
+	}{events: 4} // POLLOUT
+	open := false
+	_ = raw.Control(func(fd uintptr) {
+		p.fd = int32(fd)
+		var now syscall.Timespec
+		n, _, e := syscall.Syscall6(syscall.SYS_PPOLL, uintptr(unsafe.Pointer(&p)), 1,
+			uintptr(unsafe.Pointer(&now)), 0, 0, 0)
+		open = e == 0 && (n == 0 || p.revents&pollHup == 0)
+	})
+	return open
+}
+
+// ptyStream is one client of a pty. Closing it leaves the terminal as it is.
+type ptyStream struct{ d *pty }
+
+func (s *ptyStream) Read(b []byte) (int, error) {
+	n, err := s.d.master.Read(b)
+	if errors.Is(err, syscall.EIO) { // the other end was closed
+		err = io.EOF
+	}
+	return n, err
+}
+
+func (s *ptyStream) Write(b []byte) (int, error) { return s.d.master.Write(b) }
+
+// Close makes a Read and Write under way return.
+func (s *ptyStream) Close() error { return s.d.master.SetDeadline(time.Unix(1, 0)) }

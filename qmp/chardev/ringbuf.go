@@ -1,0 +1,181 @@
+package chardev
+
+import (
+	"encoding/base64"
+	"errors"
+	"fmt"
+	"strings"
+	"sync"
+
+	"qblockd/schema/types"
+)
+
+// maxRing bounds what a client can make the daemon hold in one ring buffer, in bytes.
+const maxRing = 1 << 30
+
+// ringbuf keeps the last bytes written to it. Memory is taken as it fills.
+type ringbuf struct {
+	*front
+	size int
+
+	mu   sync.Mutex
+	data []byte // +checklocks:mu  len(data) <= size; grows to size, then is written round
+	from int    // +checklocks:mu  index of the oldest byte
+	n    int    // +checklocks:mu  bytes held
+}
+
+func newRingbuf(o *types.ChardevRingbuf, f *front) (device, error) {
+	size := int64(65536)
+	if o.Size != nil {
+		size = *o.Size
+	}
+	switch {
+	case size <= 0, size&(size-1) != 0:
+		return nil, errors.New("size of ringbuf chardev must be power of two")
+	case size > maxRing:
+		return nil, fmt.Errorf("size of ringbuf chardev must be at most %d", maxRing)
+	}
+	return &ringbuf{front: f, size: int(size)}, nil
+}
+
+func (*ringbuf) filename() string { return "ringbuf" }
+func (r *ringbuf) close()         { r.end() }
+
+func (r *ringbuf) write(b []byte) {
+	r.mu.Lock()
+	defer r.mu.Unlock()
+	if r.log != nil {
+		_, _ = r.log.Write(b)
+	}
+	if len(b) > r.size {
+		b = b[len(b)-r.size:]
+	}
+	// Room is made by doubling, in one piece: with the oldest byte first.
+	if need := min(r.n+len(b), r.size); need > len(r.data) {
+		size := max(len(r.data), 256)
+		for size < need {
+			size *= 2
+		}
+		grown := make([]byte, min(size, r.size))
+		r.copyOut(grown[:r.n])
+		r.data, r.from = grown, 0
+	}
+	for len(b) > 0 {
+		at := (r.from + r.n) % len(r.data)
+		k := copy(r.data[at:], b)
+		b = b[k:]
+		if r.n += k; r.n > len(r.data) {
+			r.from = (r.from + r.n - len(r.data)) % len(r.data)
+			r.n = len(r.data)
+		}
+	}
+}
+
+// copyOut copies the oldest len(b) bytes, of which there are enough.
+//
+// +checklocks:r.mu
+func (r *ringbuf) copyOut(b []byte) {
+	if len(b) > 0 {
+		k := copy(b, r.data[r.from:])
+		copy(b[k:], r.data)
+	}
+}
+
+func (r *ringbuf) read(size int64) []byte {
+	r.mu.Lock()
+	defer r.mu.Unlock()
+	b := make([]byte, min(size, int64(r.n)))
+	r.copyOut(b)
+	if r.n -= len(b); r.n > 0 {
+		r.from = (r.from + len(b)) % len(r.data)
+	}
+	return b
+}
+
+// ring finds the ring buffer called id.
+func (t *Table) ring(id string) (*ringbuf, error) {
+	d := t.find(id)
+	if d == nil {
+		return nil, fmt.Errorf("Device '%s' not found", id) //lint:ignore ST1005 text of a reply
+	}
+	r, ok := d.(*ringbuf)
+	if !ok {
+		return nil, fmt.Errorf("%s is not a ringbuf device", id)
+	}
+	return r, nil
+}
+
+func isBase64(f *types.DataFormat) bool { return f != nil && *f == types.DataFormatBase64 }
+
+// RingbufWrite appends data to the ring buffer called id: ringbuf-write.
+func (t *Table) RingbufWrite(id, data string, format *types.DataFormat) error {
+	r, err := t.ring(id)
+	if err != nil {
+		return err
+	}
+	b := []byte(data)
+	if isBase64(format) {
+		if b, err = decodeBase64(data); err != nil {
+			return err
+		}
+	}
+	r.write(b)
+	return nil
+}
+
+// RingbufRead takes up to size bytes out of the ring buffer called id: ringbuf-read. As text
+// they end at a zero byte.
+func (t *Table) RingbufRead(id string, size int64, format *types.DataFormat) (string, error) {
+	r, err := t.ring(id)
+	switch {
+	case err != nil:
+		return "", err
+	case size <= 0:
+		return "", errors.New("size must be greater than zero")
+	}
+	b := r.read(size)
+	if isBase64(format) {
+		return base64.StdEncoding.EncodeToString(b), nil
+	}
+	text, _, _ := strings.Cut(string(b), "\x00")
+	return text, nil
+}
+
+const base64Digits = "ABCDEFGHIJKLMNOPQRSTUVWXYZabcdefghijklmnopqrstuvwxyz0123456789+/"
+
+// decodeBase64 is as lenient as the reference: padding counts as zero bits wherever it stands and
+// shortens its group only by its last characters, line feeds are skipped, an incomplete last group
+// is dropped.
+func decodeBase64(s string) ([]byte, error) {
+	var out []byte
+	var group uint32
+	n := 0
+	var last [2]byte // the two characters before
+	for i := 0; i < len(s); i++ {
+		c := s[i]
+		if c == '\n' {
+			continue
+		}
+		digit := strings.IndexByte(base64Digits, c)
+		if digit < 0 {
+			if c != '=' {
+				return nil, errors.New("Base64 data contains invalid characters") //lint:ignore ST1005 text of a reply
+			}
+			digit = 0
+		}
+		last[0], last[1] = last[1], c
+		group = group<<6 | uint32(digit)
+		if n++; n < 4 {
+			continue
+		}
+		out = append(out, byte(group>>16))
+		if last[0] != '=' {
+			out = append(out, byte(group>>8))
+		}
+		if last[1] != '=' {
+			out = append(out, byte(group))
+		}
+		group, n = 0, 0
+	}
+	return out, nil
+}

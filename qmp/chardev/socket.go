@@ -1,0 +1,312 @@
+package chardev
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"io"
+	"log/slog"
+	"net"
+	"sync"
+	"time"
+
+	"qblockd/graph/blk"
+	"qblockd/schema/types"
+)
+
+// socket is what servers and clients have in common.
+type socket struct {
+	*front
+	id      string
+	conf    *types.ChardevSocket
+	server  bool
+	address string // where it listens or connects to, without "disconnected:"
+	log     *slog.Logger
+
+	mu    sync.Mutex
+	names []string // +checklocks:mu  of the connections, the oldest first
+}
+
+// filename is the name of the oldest connection.
+func (s *socket) filename() string {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	if len(s.names) > 0 {
+		return s.names[0]
+	}
+	return "disconnected:" + s.address
+}
+
+func (s *socket) protocol() string {
+	if isTrue(s.conf.Telnet) {
+		return "telnet"
+	}
+	return "tcp"
+}
+
+func (s *socket) suffix() string {
+	if s.server {
+		return ",server=on"
+	}
+	return ""
+}
+
+// connName describes a connection.
+func (s *socket) connName(c net.Conn) string {
+	switch local := c.LocalAddr().(type) {
+	case *net.UnixAddr:
+		name := ""
+		if local != nil && len(local.Name) > 0 && local.Name[0] != '@' {
+			name = local.Name
+		}
+		return "unix:" + name + s.suffix()
+	case *net.TCPAddr:
+		return s.protocol() + ":" + local.String() + s.suffix() + " <-> " + c.RemoteAddr().String()
+	}
+	return "unknown"
+}
+
+// run serves one connection to its end.
+func (s *socket) run(c net.Conn) {
+	name := s.connName(c)
+	s.mu.Lock()
+	s.names = append(s.names, name)
+	s.mu.Unlock()
+	defer func() {
+		s.mu.Lock()
+		defer s.mu.Unlock()
+		for i := range s.names {
+			if s.names[i] == name {
+				s.names = append(s.names[:i], s.names[i+1:]...)
+				return
+			}
+		}
+	}()
+	if t, ok := c.(*net.TCPConn); ok {
+		_ = t.SetNoDelay(isTrue(s.conf.Nodelay))
+	}
+	var stream io.ReadWriteCloser = c
+	if isTrue(s.conf.Telnet) {
+		if s.server {
+			if _, err := c.Write(telnetHello); err != nil {
+				c.Close()
+				return
+			}
+		}
+		stream = &telnetConn{Conn: c}
+	}
+	s.serve(stream)
+}
+
+// checkSocket refuses options that do not go together.
+func checkSocket(o *types.ChardevSocket, server bool) error {
+	if o.Addr.Type == types.SocketAddressTypeFd && o.Reconnect != nil {
+		return errors.New("'reconnect' option is incompatible with 'fd' address type")
+	}
+	switch {
+	case server && o.Reconnect != nil:
+		return errors.New("'reconnect' option is incompatible with socket in server listen mode")
+	case !server && o.Wait != nil:
+		return errors.New("'wait' option is incompatible with socket in client connect mode")
+	}
+	return nil
+}
+
+// openSocket makes a server or client.
+func (t *Table) openSocket(ctx context.Context, id string, o *types.ChardevSocket, from Origin, f *front) (device, error) {
+	server := !isFalse(o.Server)
+	if err := checkSocket(o, server); err != nil {
+		return nil, err
+	}
+	s := &socket{front: f, id: id, conf: o, server: server, log: t.opts.Log}
+	if server {
+		return t.openServer(ctx, s, from)
+	}
+	return openClient(ctx, s, from)
+}
+
+// server listens. It has any number of clients once it has a user; before, it takes one, and
+// the others wait in the kernel's queue.
+type server struct {
+	*socket
+	listeners []net.Listener
+	remove    func()
+	slots     chan struct{} // one element for each client
+	first     chan struct{} // closed when the first client has come
+	once      sync.Once
+}
+
+func (t *Table) openServer(ctx context.Context, s *socket, from Origin) (device, error) {
+	d := &server{socket: s, remove: func() {}, slots: make(chan struct{}, t.opts.MaxClients), first: make(chan struct{})}
+	switch u := s.conf.Addr.U.(type) {
+	case *types.UnixSocketAddressWrapper:
+		l, path, remove, err := listenUnix(&u.Data, t.opts.SocketMode)
+		if err != nil {
+			return nil, err
+		}
+		d.listeners, d.remove = []net.Listener{l}, remove
+		s.address = "unix:" + path + unixSuffix(&u.Data) + s.suffix()
+	case *types.InetSocketAddressWrapper:
+		all, err := listenInet(ctx, &u.Data)
+		if err != nil {
+			return nil, err
+		}
+		d.listeners = all
+		a := all[0].Addr().(*net.TCPAddr).AddrPort()
+		s.address = fmt.Sprintf("%s:%s:%d%s", s.protocol(), a.Addr().Unmap().WithZone(""), a.Port(), s.suffix())
+	case *types.StringWrapper:
+		f, err := inherited(u.Data.Str, from)
+		if err != nil {
+			return nil, err
+		}
+		l, err := net.FileListener(f)
+		if err != nil {
+			return nil, fmt.Errorf("Failed to listen on fd socket: %s", blk.ErrnoText(err)) //lint:ignore ST1005 text of a reply
+		}
+		f.Close()
+		d.listeners = []net.Listener{l}
+		s.address = "fd:" + u.Data.Str + s.suffix()
+		switch a := l.Addr().(type) {
+		case *net.UnixAddr:
+			s.address = "unix:" + a.Name + s.suffix()
+		case *net.TCPAddr:
+			s.address = fmt.Sprintf("%s:%s:%d%s", s.protocol(), a.IP, a.Port, s.suffix())
+		}
+	}
+	for _, l := range d.listeners {
+		s.spawn(func() { d.accept(l) })
+	}
+	if isTrue(s.conf.Wait) {
+		s.log.Info("waiting for connection on: " + s.filename())
+		select {
+		case <-d.first:
+		case <-ctx.Done():
+			d.close()
+			return nil, context.Cause(ctx)
+		}
+	}
+	return d, nil
+}
+
+// accept takes clients until the device ends.
+func (d *server) accept(l net.Listener) {
+	for {
+		select {
+		case d.slots <- struct{}{}:
+		case <-d.ending:
+			return
+		}
+		c, err := l.Accept()
+		switch {
+		case errors.Is(err, net.ErrClosed):
+			return
+		case err != nil:
+			// Out of descriptors, or the client has gone again: neither is for good.
+			d.log.Warn("cannot accept a connection", "chardev", d.id, "error", err)
+			<-d.slots
+			select {
+			case <-time.After(50 * time.Millisecond):
+			case <-d.ending:
+				return
+			}
+			continue
+		}
+		gone := make(chan struct{})
+		if !d.spawn(func() {
+			d.run(c)
+			<-d.slots
+			close(gone)
+		}) {
+			c.Close()
+			return
+		}
+		d.once.Do(func() { close(d.first) })
+		select {
+		case <-d.ready:
+		case <-gone:
+		case <-d.ending:
+			return
+		}
+	}
+}
+
+func (d *server) close() {
+	for _, l := range d.listeners {
+		l.Close()
+	}
+	d.remove()
+	d.end()
+}
+
+// client connects, and again after reconnect seconds whenever it has lost its peer.
+type client struct {
+	*socket
+	dial   func(context.Context) (net.Conn, error)
+	ctx    context.Context
+	cancel context.CancelFunc
+}
+
+func openClient(ctx context.Context, s *socket, from Origin) (device, error) {
+	d := &client{socket: s}
+	d.ctx, d.cancel = context.WithCancel(context.Background())
+	switch u := s.conf.Addr.U.(type) {
+	case *types.UnixSocketAddressWrapper:
+		s.address = "unix:" + u.Data.Path + unixSuffix(&u.Data)
+		d.dial = func(ctx context.Context) (net.Conn, error) { return dialUnix(ctx, &u.Data) }
+	case *types.InetSocketAddressWrapper:
+		s.address = fmt.Sprintf("%s:%s:%s", s.protocol(), u.Data.Host, u.Data.Port)
+		d.dial = func(ctx context.Context) (net.Conn, error) { return dialInet(ctx, &u.Data) }
+	case *types.StringWrapper:
+		s.address = "fd:" + u.Data.Str
+		d.dial = func(context.Context) (net.Conn, error) {
+			f, err := inherited(u.Data.Str, from)
+			if err != nil {
+				return nil, err
+			}
+			c, err := net.FileConn(f)
+			if err != nil {
+				// Nothing else can be wrong with a socket but its kind.
+				return nil, fmt.Errorf("File descriptor '%s' is not a socket", u.Data.Str) //lint:ignore ST1005 text of a reply
+			}
+			f.Close()
+			return c, nil
+		}
+	}
+	if s.conf.Reconnect != nil && *s.conf.Reconnect > 0 {
+		s.spawn(func() { d.keepConnected(time.Duration(*s.conf.Reconnect) * time.Second) })
+		return d, nil
+	}
+	c, err := d.dial(ctx)
+	if err != nil {
+		d.cancel()
+		return nil, err
+	}
+	s.spawn(func() { d.run(c) })
+	return d, nil
+}
+
+// keepConnected connects and serves until the device ends. A failure is logged once, until a
+// connection has come about.
+func (d *client) keepConnected(pause time.Duration) {
+	reported := false
+	for d.ctx.Err() == nil {
+		c, err := d.dial(d.ctx)
+		switch {
+		case err == nil:
+			reported = false
+			d.run(c)
+		case !reported && !errors.Is(d.ctx.Err(), context.Canceled):
+			reported = true
+			d.log.Warn("Unable to connect character device " + d.id + ": " + err.Error())
+		}
+		select {
+		case <-d.ctx.Done():
+		case <-time.After(pause):
+		}
+	}
+}
+
+func (d *client) close() {
+	d.cancel()
+	d.end()
+}

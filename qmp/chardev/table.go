@@ -1,0 +1,321 @@
+package chardev
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"io"
+	"log/slog"
+	"os"
+	"sync"
+
+	"qblockd/graph/blk"
+	"qblockd/schema/types"
+)
+
+// Options of a Table.
+type Options struct {
+	SocketMode os.FileMode  // of sockets in the file system; default 0600
+	MaxClients int          // per listening socket; further ones wait; default 1024
+	Detached   bool         // the daemon has no terminal: stdio is refused
+	Log        *slog.Logger // default: slog's
+}
+
+// Handler talks to one client. It returns when it is done with it; c is closed then, or when
+// the device ends.
+type Handler func(c io.ReadWriteCloser)
+
+// Table holds the character devices. All methods may be called from any goroutine.
+type Table struct {
+	opts Options
+
+	mu      sync.Mutex
+	devices map[string]device // +checklocks:mu  nil while the device is being opened
+	order   []string          // +checklocks:mu  labels, oldest first
+	closed  bool              // +checklocks:mu
+}
+
+// device is a character device.
+type device interface {
+	// filename describes where the device leads to, as query-chardev shows it.
+	filename() string
+	// attach makes h the user of the device, for good.
+	attach(h Handler)
+	// attached tells whether there is a user.
+	attached() bool
+	// close ends the device: no new clients, the streams of the others are closed. It returns
+	// when all handlers have.
+	close()
+}
+
+// NewTable returns a table without devices.
+func NewTable(o Options) *Table {
+	if o.SocketMode == 0 {
+		o.SocketMode = 0o600
+	}
+	if o.MaxClients == 0 {
+		o.MaxClients = 1024
+	}
+	if o.Log == nil {
+		o.Log = slog.Default()
+	}
+	return &Table{opts: o, devices: make(map[string]device)}
+}
+
+// Origin tells where the description of a device came from.
+type Origin int
+
+const (
+	// CommandLine devices may name file descriptors that the daemon inherited.
+	CommandLine Origin = iota
+	// Monitor devices were asked for by a client.
+	Monitor
+)
+
+// Open makes a device. It blocks while a socket connects, and for wait=on until the first client
+// has come; ctx ends that.
+//
+// Errors: "Chardev with id 'ID' already exists", and what keeps the device from being made.
+func (t *Table) Open(ctx context.Context, id string, b *types.ChardevBackend, from Origin) (*types.ChardevReturn, error) {
+	if err := t.reserve(id); err != nil {
+		return nil, err
+	}
+	d, err := t.open(ctx, id, b, from)
+	t.mu.Lock()
+	if err == nil && t.closed {
+		err = errors.New("the daemon is ending")
+		defer d.close()
+	}
+	if err != nil {
+		t.dropLocked(id)
+		t.mu.Unlock()
+		return nil, err
+	}
+	t.devices[id] = d
+	t.mu.Unlock()
+	ret := &types.ChardevReturn{}
+	if p, ok := d.(*pty); ok {
+		ret.Pty = &p.path
+	}
+	return ret, nil
+}
+
+// Add is Open for a client: chardev-add. Its errors name the device.
+func (t *Table) Add(ctx context.Context, id string, b *types.ChardevBackend) (*types.ChardevReturn, error) {
+	if err := t.exists(id); err != nil {
+		return nil, err
+	}
+	ret, err := t.Open(ctx, id, b, Monitor)
+	if err != nil && !errors.Is(err, errExists) {
+		err = fmt.Errorf("Failed to add chardev '%s': %w", id, err) //lint:ignore ST1005 text of a reply
+	}
+	return ret, err
+}
+
+// Change replaces the device called id by a new one: chardev-change. The old one must have no
+// user; it is gone also if the new one cannot be made.
+func (t *Table) Change(ctx context.Context, id string, b *types.ChardevBackend) (*types.ChardevReturn, error) {
+	t.mu.Lock()
+	d := t.devices[id]
+	switch {
+	case d == nil:
+		t.mu.Unlock()
+		return nil, fmt.Errorf("Chardev '%s' does not exist", id) //lint:ignore ST1005 text of a reply
+	case d.attached():
+		t.mu.Unlock()
+		return nil, errors.New("Chardev user does not support chardev hotswap") //lint:ignore ST1005 text of a reply
+	}
+	t.dropLocked(id)
+	t.mu.Unlock()
+	d.close()
+	return t.Add(ctx, id, b)
+}
+
+// Remove removes the device called id, which must have no user: chardev-remove.
+func (t *Table) Remove(id string) error {
+	t.mu.Lock()
+	d := t.devices[id]
+	switch {
+	case d == nil:
+		t.mu.Unlock()
+		return notFound(id)
+	case d.attached():
+		t.mu.Unlock()
+		return fmt.Errorf("Chardev '%s' is busy", id) //lint:ignore ST1005 text of a reply
+	}
+	t.dropLocked(id)
+	t.mu.Unlock()
+	d.close()
+	return nil
+}
+
+// SendBreak sends a break signal: chardev-send-break. No user of a device here knows what to do
+// with one, so it is only checked that the device exists, as in the reference.
+func (t *Table) SendBreak(id string) error {
+	if t.find(id) == nil {
+		return notFound(id)
+	}
+	return nil
+}
+
+// Attach makes h the user of the device called id: it runs for each client, also for one that
+// has come before.
+func (t *Table) Attach(id string, h Handler) error {
+	t.mu.Lock()
+	defer t.mu.Unlock()
+	d := t.devices[id]
+	switch {
+	case d == nil:
+		return fmt.Errorf("chardev \"%s\" not found", id)
+	case d.attached():
+		return fmt.Errorf("Device '%s' is in use", id) //lint:ignore ST1005 text of a reply
+	}
+	d.attach(h)
+	return nil
+}
+
+// Query describes all devices, the newest first: query-chardev.
+func (t *Table) Query() []*types.ChardevInfo {
+	t.mu.Lock()
+	defer t.mu.Unlock()
+	list := make([]*types.ChardevInfo, 0, len(t.order))
+	for i := len(t.order) - 1; i >= 0; i-- {
+		if d := t.devices[t.order[i]]; d != nil {
+			list = append(list, &types.ChardevInfo{Label: t.order[i], Filename: d.filename(), FrontendOpen: d.attached()})
+		}
+	}
+	return list
+}
+
+// Backends lists the kinds of devices that can be made: query-chardev-backends.
+func (t *Table) Backends() []*types.ChardevBackendInfo {
+	var list []*types.ChardevBackendInfo
+	for _, k := range types.ChardevBackendKindValues {
+		list = append(list, &types.ChardevBackendInfo{Name: string(k)})
+	}
+	return list
+}
+
+// Close ends all devices and removes their sockets. It returns when all handlers have.
+func (t *Table) Close() {
+	t.mu.Lock()
+	t.closed = true
+	var all sync.WaitGroup
+	for id, d := range t.devices {
+		if d != nil {
+			all.Go(d.close)
+			delete(t.devices, id)
+		}
+	}
+	t.order = nil
+	t.mu.Unlock()
+	all.Wait()
+}
+
+func (t *Table) find(id string) device {
+	t.mu.Lock()
+	defer t.mu.Unlock()
+	return t.devices[id]
+}
+
+var errExists = errors.New("exists")
+
+// existsError is the error for a label that is taken.
+type existsError struct{ id string }
+
+func (e existsError) Error() string        { return "Chardev with id '" + e.id + "' already exists" }
+func (e existsError) Is(target error) bool { return target == errExists }
+
+func (t *Table) exists(id string) error {
+	t.mu.Lock()
+	defer t.mu.Unlock()
+	if _, ok := t.devices[id]; ok {
+		return existsError{id}
+	}
+	return nil
+}
+
+// reserve takes the label id for a device that is being opened.
+func (t *Table) reserve(id string) error {
+	t.mu.Lock()
+	defer t.mu.Unlock()
+	if _, ok := t.devices[id]; ok {
+		return existsError{id}
+	}
+	t.devices[id] = nil
+	t.order = append(t.order, id)
+	return nil
+}
+
+// +checklocks:t.mu
+func (t *Table) dropLocked(id string) {
+	delete(t.devices, id)
+	for i := range t.order {
+		if t.order[i] == id {
+			t.order = append(t.order[:i], t.order[i+1:]...)
+			return
+		}
+	}
+}
+
+// open makes the device that b describes.
+func (t *Table) open(ctx context.Context, id string, b *types.ChardevBackend, from Origin) (device, error) {
+	switch u := b.U.(type) {
+	case *types.ChardevSocketWrapper:
+		s := &u.Data
+		return t.withLog(s.Logfile, s.Logappend, func(f *front) (device, error) {
+			return t.openSocket(ctx, id, s, from, f)
+		})
+	case *types.ChardevFileWrapper:
+		return t.withLog(u.Data.Logfile, u.Data.Logappend, func(f *front) (device, error) {
+			return openFile(&u.Data, f)
+		})
+	case *types.ChardevHostdevWrapper:
+		return t.withLog(u.Data.Logfile, u.Data.Logappend, func(f *front) (device, error) {
+			return openPipe(&u.Data, f)
+		})
+	case *types.ChardevStdioWrapper:
+		return t.withLog(u.Data.Logfile, u.Data.Logappend, func(f *front) (device, error) {
+			return t.openStdio(&u.Data, f)
+		})
+	case *types.ChardevRingbufWrapper:
+		return t.withLog(u.Data.Logfile, u.Data.Logappend, func(f *front) (device, error) {
+			return newRingbuf(&u.Data, f)
+		})
+	case *types.ChardevCommonWrapper:
+		return t.withLog(u.Data.Logfile, u.Data.Logappend, func(f *front) (device, error) {
+			if b.Type == types.ChardevBackendKindPty {
+				return openPty(f)
+			}
+			return &null{front: f}, nil
+		})
+	}
+	panic(fmt.Sprintf("chardev: backend %q with %T", b.Type, b.U))
+}
+
+// withLog opens the log file of a device, if it is to have one, and then the device.
+func (t *Table) withLog(path *string, appendTo *bool, open func(*front) (device, error)) (device, error) {
+	f := newFront()
+	if path != nil {
+		flags := os.O_WRONLY | os.O_CREATE
+		if appendTo != nil && *appendTo {
+			flags |= os.O_APPEND
+		} else {
+			flags |= os.O_TRUNC
+		}
+		log, err := os.OpenFile(*path, flags, 0o666)
+		if err != nil {
+			return nil, fmt.Errorf("Could not create '%s': %s", *path, blk.ErrnoText(err)) //lint:ignore ST1005 text of a reply
+		}
+		f.log = log
+	}
+	d, err := open(f)
+	if err != nil && f.log != nil {
+		f.log.Close()
+	}
+	return d, err
+}
+
+func notFound(id string) error {
+	return fmt.Errorf("Chardev '%s' not found", id) //lint:ignore ST1005 text of a reply
+}
