@@ -239,12 +239,11 @@ func TestReplaceUnderLoad(t *testing.T) {
 					t.Error(err)
 					return
 				}
-				d := r.Edge().Node().drv
-				if err := d.(Writer).WriteAt(q, blk.Buf(buf), int64(i), 0); err != nil {
+				if err := r.WriteAt(q, blk.Buf(buf), int64(i), 0); err != nil {
 					t.Error(err)
 				}
 				got := []byte{0}
-				if err := d.ReadAt(q, blk.Buf(got), int64(i), 0); err != nil || got[0] != buf[0] {
+				if err := r.ReadAt(q, blk.Buf(got), int64(i), 0); err != nil || got[0] != buf[0] {
 					t.Errorf("read %v: %v", got, err)
 				}
 				r.End(q)
@@ -344,10 +343,17 @@ func TestClose(t *testing.T) {
 	bad.onFlush, good.onFlush = func() { flushed.Add(1) }, func() { flushed.Add(1) }
 	nb := add(t, g, Options{Name: "bad"}, memOf(bad))
 	ng := add(t, g, Options{Name: "good"}, memOf(good))
-	addFormat(t, g, "fmt", ng, nil)
-	r := addRoot(t, g, nb, readAll)
-	if r.TryBegin() == nil {
-		t.Fatal("no unit")
+	add(t, g, Options{Name: "fmt", Kind: Filter}, over, child{"file", perm.Filtered | perm.Primary, ng})
+	for _, n := range []*Node{ng, nb} {
+		r := addRoot(t, g, n, perm.Claim{Need: perm.Write, Share: perm.All})
+		q := r.TryBegin()
+		if err := r.WriteAt(q, blk.Buf([]byte{1}), 0, 0); err != nil {
+			t.Fatal(err)
+		}
+		if n == nb {
+			break // still in its unit when the graph is closed
+		}
+		r.End(q)
 	}
 	ctx, cancel := context.WithTimeout(context.Background(), 200*time.Millisecond)
 	defer cancel()

@@ -91,10 +91,10 @@ func (d *overDriver) below() *Edge {
 func (d *overDriver) Caps() Caps  { return Caps{Backing: true} }
 func (d *overDriver) Size() int64 { return d.below().Node().Size() }
 func (d *overDriver) ReadAt(r *blk.Req, v blk.Vec, off int64, f blk.Flags) error {
-	return d.below().Node().drv.ReadAt(r, v, off, f)
+	return d.below().ReadAt(r, v, off, f)
 }
 func (d *overDriver) WriteAt(r *blk.Req, v blk.Vec, off int64, f blk.Flags) error {
-	return d.below().Node().drv.(Writer).WriteAt(r, v, off, f)
+	return d.below().WriteAt(r, v, off, f)
 }
 func (d *overDriver) Flush(r *blk.Req) error { return nil }
 func (d *overDriver) Close() error {
