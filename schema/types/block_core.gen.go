@@ -898,6 +898,8 @@ type BlockStreamArgs struct {
 	// Name of the new backing file to be written into the image, when the one worked out from the graph
 	// does not suit.
 	BackingFile *string
+	// Write "raw" for the format of a new backing file that is no format node (default false; since 9.0).
+	BackingMaskProtocol *bool
 	// The lowest node to be copied, which is an alternative to naming the one below it by @base-node.
 	Bottom *string
 	// Bytes a second at most; 0 is no limit (default 0).

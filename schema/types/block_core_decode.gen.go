@@ -376,6 +376,7 @@ func membersBlockStreamArgs(d *decoder, x *BlockStreamArgs) bool {
 		opt(d, "base", &x.Base, str) &&
 		opt(d, "base-node", &x.BaseNode, str) &&
 		opt(d, "backing-file", &x.BackingFile, str) &&
+		opt(d, "backing-mask-protocol", &x.BackingMaskProtocol, boolean) &&
 		opt(d, "bottom", &x.Bottom, str) &&
 		opt(d, "speed", &x.Speed, int64_) &&
 		opt(d, "on-error", &x.OnError, visitBlockdevOnError) &&

@@ -1132,6 +1132,10 @@ func (x *BlockStreamArgs) AppendJSON(b []byte) []byte {
 		b = append(b, `, "filter-node-name": `...)
 		b = value.AppendString(b, *x.FilterNodeName)
 	}
+	if x.BackingMaskProtocol != nil {
+		b = append(b, `, "backing-mask-protocol": `...)
+		b = appendBool(b, *x.BackingMaskProtocol)
+	}
 	if x.Speed != nil {
 		b = append(b, `, "speed": `...)
 		b = appendInt(b, *x.Speed)

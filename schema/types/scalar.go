@@ -97,14 +97,12 @@ func uint64_(d *decoder, name string, p *uint64) bool {
 			return false
 		}
 		n, ok := strtol(s)
-		if ok && n.Sign() < 0 {
-			// Negative numbers wrap if their magnitude fits.
-			n.Add(n, new(big.Int).Lsh(big.NewInt(1), 64))
-		}
-		if !ok || !n.IsUint64() {
+		if !ok || !new(big.Int).Abs(n).IsUint64() {
 			return d.badValue(name, "integer")
 		}
-		*p = n.Uint64()
+		if *p = new(big.Int).Abs(n).Uint64(); n.Sign() < 0 {
+			*p = -*p
+		}
 		return true
 	}
 	v, ok := d.take(name)
