@@ -19,8 +19,8 @@ package stream
 
 import (
 	"context"
-	"errors"
 	"fmt"
+	"log/slog"
 
 	"qblockd/graph"
 	"qblockd/graph/blk"
@@ -363,6 +363,6 @@ func (c *headerChange) Abort() {
 	}
 	d := c.node.Driver().(graph.BackingChanger)
 	if err := d.ChangeBackingFile(&blk.Req{Ctx: context.Background()}, c.oldName, c.oldFormat); err != nil {
-		c.node.MarkCorrupt(errors.Join(errors.New("the backing file name could not be restored"), err))
+		slog.Error("the backing file name of an image could not be restored", "node", c.node.Name(), "err", err)
 	}
 }

@@ -13,9 +13,9 @@ import (
 // Nodes finds nodes as the commands name them; *blockdev.Manager is one.
 type Nodes interface {
 	// Lookup finds a node by the name of a device or of the node itself; the error has the reference's words.
-	Lookup(device, nodeName string) (*graph.Node, error)
-	// FileName is the node's name as it is written into an overlay's header.
-	FileName(n *graph.Node) string
+	Lookup(device, nodeName *string) (*graph.Node, error)
+	// Filename is the node's name as it is written into an overlay's header.
+	Filename(n *graph.Node) string
 	// FindBacking is the node in the backing chain of top whose image has that file name, or nil.
 	FindBacking(top *graph.Node, file string) *graph.Node
 }
@@ -31,12 +31,12 @@ func (h BlockJob) BlockStream(ctx context.Context, a *types.BlockStreamArgs) err
 	if err := exclusive("bottom", a.Bottom, "base-node", a.BaseNode); err != nil {
 		return err
 	}
-	top, err := h.Nodes.Lookup(a.Device, a.Device)
+	top, err := h.Nodes.Lookup(&a.Device, &a.Device)
 	if err != nil {
 		return err
 	}
 	args := stream.Args{
-		Top: top, OnError: types.BlockdevOnErrorReport, FileName: h.Nodes.FileName,
+		Top: top, OnError: types.BlockdevOnErrorReport, FileName: h.Nodes.Filename,
 		ID: deref(a.JobID), BackingFile: deref(a.BackingFile), Speed: deref(a.Speed), FilterNodeName: deref(a.FilterNodeName),
 		ManualFinalize: isFalse(a.AutoFinalize), ManualDismiss: isFalse(a.AutoDismiss),
 		MaskProtocol: deref(a.BackingMaskProtocol),
@@ -76,7 +76,7 @@ func (h BlockJob) streamEnd(args *stream.Args, a *types.BlockStreamArgs) error {
 			return fmt.Errorf("Can't find '%s' in the backing chain", *a.Base)
 		}
 	case a.BaseNode != nil:
-		n, err := h.Nodes.Lookup("", *a.BaseNode)
+		n, err := h.Nodes.Lookup(nil, a.BaseNode)
 		if err != nil {
 			return err
 		}
@@ -85,7 +85,7 @@ func (h BlockJob) streamEnd(args *stream.Args, a *types.BlockStreamArgs) error {
 		}
 		args.Base = n
 	case a.Bottom != nil:
-		n, err := h.Nodes.Lookup("", *a.Bottom)
+		n, err := h.Nodes.Lookup(nil, a.Bottom)
 		if err != nil {
 			return err
 		}
