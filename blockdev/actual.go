@@ -1,0 +1,108 @@
+package blockdev
+
+import (
+	"sync"
+	"sync/atomic"
+	"time"
+
+	"qblockd/graph"
+	"qblockd/graph/perm"
+)
+
+const (
+	sizePatience = 20 * time.Millisecond // how long a query waits for allocated sizes
+	sizeParallel = 4                     // workers of one query
+	sizeStuck    = 64                    // workers of all queries; more would only get stuck on the same storage
+)
+
+// sizeWorkers counts the goroutines that ask for allocated sizes.
+type sizeWorkers struct{ running atomic.Int32 }
+
+// primeActual asks for the allocated size of a node that was just opened. It blocks as long as the storage does.
+func (m *Manager) primeActual(n *graph.Node) {
+	if s, ok := n.Driver().(graph.Sizer); ok {
+		m.record(n).ask(s)
+	}
+}
+
+func (r *record) ask(s graph.Sizer) {
+	size, err := s.ActualSize()
+	if err != nil {
+		size = unknownSize
+	}
+	r.actual.Store(size)
+}
+
+// refreshActual lets workers ask for the allocated sizes of the nodes and waits for them, but
+// not for long: what has not answered by then keeps its last known size.
+func (m *Manager) refreshActual(nodes []*graph.Node) {
+	type job struct {
+		r *record
+		s graph.Sizer
+	}
+	var jobs []job
+	for _, n := range nodes {
+		if s, ok := n.Driver().(graph.Sizer); ok {
+			if r := m.record(n); !r.asking.Load() {
+				jobs = append(jobs, job{r, s})
+			}
+		}
+	}
+	if len(jobs) == 0 {
+		return
+	}
+	var next atomic.Int64
+	var late atomic.Bool
+	var wg sync.WaitGroup
+	for range min(sizeParallel, len(jobs)) {
+		if m.sizes.running.Add(1) > sizeStuck {
+			m.sizes.running.Add(-1)
+			break
+		}
+		wg.Go(func() {
+			defer m.sizes.running.Add(-1)
+			for !late.Load() {
+				i := int(next.Add(1)) - 1
+				if i >= len(jobs) {
+					return
+				}
+				if j := jobs[i]; j.r.asking.CompareAndSwap(false, true) {
+					j.r.ask(j.s)
+					j.r.asking.Store(false)
+				}
+			}
+		})
+	}
+	done := make(chan struct{})
+	go func() { wg.Wait(); close(done) }()
+	timer := time.NewTimer(sizePatience)
+	defer timer.Stop()
+	select {
+	case <-done:
+	case <-timer.C:
+		late.Store(true)
+	}
+}
+
+// actualSize is the allocated size of n as last heard: its own, that of what it filters, or the sum of the children
+// with its data; unknownSize if it is not known.
+func (m *Manager) actualSize(n *graph.Node) int64 {
+	if _, ok := n.Driver().(graph.Sizer); ok {
+		return m.record(n).actual.Load()
+	}
+	if n.Kind() == graph.Protocol {
+		return unknownSize
+	}
+	var sum int64
+	for _, e := range n.Children() {
+		if e.Role()&(perm.Data|perm.Metadata|perm.Filtered) == 0 {
+			continue
+		}
+		size := m.actualSize(e.Node())
+		if size < 0 {
+			return unknownSize
+		}
+		sum += size
+	}
+	return sum
+}

@@ -1,0 +1,100 @@
+package blockdev
+
+import (
+	"slices"
+
+	"qblockd/graph"
+	"qblockd/graph/perm"
+	"qblockd/schema/types"
+)
+
+// DebugGraph is the answer to x-debug-query-block-graph: backends, jobs and nodes with the edges between them, numbered
+// in the order in which a walk meets them: backends, jobs, nodes from the oldest, each with the edges below it. The lists
+// are the wrong way round, as the reference's are.
+func (m *Manager) DebugGraph() *types.XDbgBlockGraph {
+	w := &graphWalk{ids: map[any]uint64{}, below: map[any][]graph.EdgeInfo{}}
+	t := m.g.Topology()
+	var backends, jobs []*graph.Root // newest first
+	jobOf := map[string]*graph.Root{}
+	for _, r := range t.Roots {
+		switch r.Spec().Kind {
+		case graph.KindBackend:
+			backends = append(backends, r)
+		case graph.KindJob: // all roots of a job are one vertex
+			if jobOf[r.Spec().Name] == nil {
+				jobOf[r.Spec().Name] = r
+				jobs = append(jobs, r)
+			}
+		}
+	}
+	for _, e := range t.Edges {
+		var parent any = e.Edge.ParentNode()
+		if r := e.Edge.ParentRoot(); r != nil {
+			parent = r
+			if r.Spec().Kind == graph.KindJob {
+				parent = jobOf[r.Spec().Name]
+			}
+		}
+		w.below[parent] = append(w.below[parent], e)
+	}
+	for _, r := range slices.Backward(backends) {
+		w.vertex(r, r)
+	}
+	for _, r := range jobs {
+		w.vertex(r, r)
+	}
+	for _, n := range slices.Backward(t.Nodes) {
+		w.vertex(n, n)
+	}
+	slices.Reverse(w.out.Nodes)
+	slices.Reverse(w.out.Edges)
+	return &w.out
+}
+
+type graphWalk struct {
+	ids   map[any]uint64
+	below map[any][]graph.EdgeInfo
+	out   types.XDbgBlockGraph
+}
+
+func (w *graphWalk) id(v any) uint64 {
+	id, ok := w.ids[v]
+	if !ok {
+		id = uint64(len(w.ids) + 1)
+		w.ids[v] = id
+	}
+	return id
+}
+
+func (w *graphWalk) vertex(v any, p graph.Parent) {
+	kind, name := p.GraphNode()
+	w.out.Nodes = append(w.out.Nodes, &types.XDbgBlockGraphNode{ID: w.id(v), Type: kind, Name: name})
+	for _, e := range w.below[v] {
+		w.out.Edges = append(w.out.Edges, &types.XDbgBlockGraphEdge{
+			Parent:     w.id(v),
+			Child:      w.id(e.Node),
+			Name:       e.Edge.ChildName(),
+			Perm:       permissions(e.Claim.Need),
+			SharedPerm: permissions(e.Claim.Share),
+		})
+	}
+}
+
+// permissions lists p, the last in the schema's order first.
+func permissions(p perm.Perm) []types.BlockPermission {
+	l := []types.BlockPermission{}
+	for _, x := range []struct {
+		bit  perm.Perm
+		name types.BlockPermission
+	}{
+		{perm.Resize, types.BlockPermissionResize},
+		{perm.WriteUnchanged, types.BlockPermissionWriteUnchanged},
+		{perm.Write, types.BlockPermissionWrite},
+		{perm.ConsistentRead, types.BlockPermissionConsistentRead},
+	} {
+		if p&x.bit != 0 {
+			l = append(l, x.name)
+		}
+	}
+	return l
+}

@@ -1,0 +1,29 @@
+// Package blockdev turns options into opened nodes and answers what the nodes are: the registry
+// of drivers, blockdev-add and -del, what image headers name, file names, and the queries.
+//
+// # Opening
+//
+//	options --plan--> tree of generic options, checked; no side effects
+//	        --reserve--> hidden nodes: all names that the options give are taken
+//	        --open, bottom up--> for each node: its children are opened and attached, then the driver
+//	                is opened, then its backing chain, from the options or from the image's header
+//	        --publish--> the whole tree becomes visible at once
+//
+// Nothing is locked while a driver opens; a failure anywhere, or the end of the context, discards the
+// hidden nodes and with them names, claims, file locks and descriptors.
+//
+// What an image names (a backing file) passes through one gate, Manager.planNamed, and a Policy.
+//
+// # Names of nodes
+//
+// The file name of a node is the plain name of its file where that alone would open the same node, else
+// "json:" and the options that matter. It depends on the nodes below; each node's name is kept with the
+// generation of the tree it was made from, shares the parts below it, and is cut off at 4095 bytes like
+// the reference's, so that chains cost linear time.
+//
+// # Queries
+//
+// What a node shows is encoded once and kept until it changes; answers are spliced from these
+// pieces. Nothing here does I/O while it holds a lock; allocated sizes are asked for by workers that a
+// query waits for no longer than 20 ms.
+package blockdev

@@ -1,0 +1,198 @@
+package blockdev
+
+import (
+	"fmt"
+	"slices"
+
+	"qblockd/graph"
+	"qblockd/schema/types"
+	"qblockd/schema/value"
+)
+
+// maxName is the longest file name that is shown, in bytes; longer ones end in "...".
+const maxName = 4095
+
+// nodeName is how a node is named in queries and image headers. Immutable.
+type nodeName struct {
+	gen      uint64 // TreeGeneration that it was made at
+	auto     string // autoName that it was made with
+	exact    string // plain name that opens an equal node; "" if there is none
+	options  *optionTree
+	filename string // exact, or "json:" and options
+}
+
+// optionTree are the options that open an equal node, in the order in which they are printed.
+// Trees of children are shared.
+type optionTree struct{ members []optionMember }
+
+type optionMember struct {
+	name    string
+	encoded []byte      // or
+	sub     *optionTree // an object
+}
+
+// add puts a member where the reference's hash table would have it.
+func (t *optionTree) add(m optionMember) {
+	b := value.Bucket(m.name)
+	i := 0
+	for i < len(t.members) && value.Bucket(t.members[i].name) < b {
+		i++
+	}
+	t.members = slices.Insert(t.members, i, m)
+}
+
+// append encodes t but stops soon after b is longer than limit.
+func (t *optionTree) append(b []byte, limit int) []byte {
+	b = append(b, '{')
+	for i := range t.members {
+		if len(b) > limit {
+			return b
+		}
+		if i > 0 {
+			b = append(b, ", "...)
+		}
+		m := &t.members[i]
+		b = append(value.AppendString(b, m.name), ": "...)
+		if m.sub != nil {
+			b = m.sub.append(b, limit)
+		} else {
+			b = append(b, m.encoded...)
+		}
+	}
+	return append(b, '}')
+}
+
+// Filename is the name of n as queries show it. No I/O, no waiting.
+func (m *Manager) Filename(n *graph.Node) string { return m.name(n).filename }
+
+// BackingOverridden tells whether opening n's image anew, without options, would give another backing file, or
+// may do so.
+func (m *Manager) BackingOverridden(n *graph.Node) bool {
+	return m.overridden(m.autoName(n), n.Backing())
+}
+
+func (m *Manager) overridden(auto string, backing *graph.Edge) bool {
+	if backing == nil {
+		return auto != ""
+	}
+	return auto != m.name(backing.Node()).filename
+}
+
+// name is the name of n, made anew if something below changed since it was made.
+func (m *Manager) name(n *graph.Node) *nodeName {
+	r := m.record(n)
+	gen := n.TreeGeneration() // before what it stands for
+	auto := m.autoName(n)
+	if old := r.name.Load(); old != nil && old.gen == gen && old.auto == auto {
+		return old
+	}
+	fresh := m.makeName(n, auto)
+	fresh.gen, fresh.auto = gen, auto
+	r.name.Store(fresh)
+	return fresh
+}
+
+func (m *Manager) makeName(n *graph.Node, auto string) *nodeName {
+	kids := n.Children()
+	if n.Implicit() && len(kids) == 1 {
+		below := *m.name(kids[0].Node())
+		return &below
+	}
+	d := m.drivers[types.BlockdevDriver(n.DriverName())]
+	t := &optionTree{}
+	t.add(optionMember{name: "driver", encoded: value.AppendString(nil, n.DriverName())})
+	needJSON := false
+	var u any
+	if d != nil && n.Options().Canonical != nil {
+		u = n.Options().Canonical.U
+	}
+	if u != nil && d.File != nil {
+		t.add(optionMember{name: "filename", encoded: value.AppendString(nil, d.File(u))})
+	}
+	if u != nil && d.Strong != nil {
+		d.Strong(u, func(name string, v value.Value) {
+			needJSON = true
+			t.add(optionMember{name: name, encoded: value.Append(nil, v)})
+		})
+	}
+	backing := n.Backing()
+	over := m.overridden(auto, backing)
+	for _, e := range kids {
+		if e != backing || over {
+			t.add(optionMember{name: e.ChildName(), sub: m.name(e.Node()).options})
+		}
+	}
+	if over && backing == nil {
+		t.add(optionMember{name: "backing", encoded: []byte("null")})
+	}
+	name := &nodeName{options: t}
+	name.exact = m.plainName(n, d, u, needJSON || over)
+	name.filename = name.exact
+	if name.exact == "" {
+		name.filename = t.filename()
+	}
+	return name
+}
+
+// plainName is the exact name of a node, "" if it has none.
+func (m *Manager) plainName(n *graph.Node, d *Driver, u any, needJSON bool) string {
+	if p, ok := n.Driver().(graph.Namer); ok {
+		return p.Filename()
+	}
+	if d != nil && d.PlainName != nil {
+		if needJSON {
+			return ""
+		}
+		return d.PlainName(u)
+	}
+	if f := n.File(); f != nil && f.Node().Kind() == graph.Protocol && n.Kind() != graph.Filter && !needJSON {
+		return m.name(f.Node()).exact
+	}
+	return ""
+}
+
+func (t *optionTree) filename() string {
+	const prefix = "json:"
+	b := t.append([]byte(prefix), maxName)
+	if len(b) > maxName {
+		b = append(b[:maxName-3], "..."...)
+	}
+	return string(b)
+}
+
+// absolute makes a file name that n's image names independent of where n's image lies.
+func (m *Manager) absolute(n *graph.Node, name string) (string, error) {
+	if name == "" || name[0] == '/' || hasProtocol(name) {
+		return name, nil
+	}
+	at := n
+	for {
+		e := at.File()
+		if e == nil {
+			e = at.FilteredChild()
+		}
+		if e == nil {
+			break
+		}
+		at = e.Node()
+	}
+	exact := m.name(at).exact
+	if exact == "" {
+		return "", fmt.Errorf("Cannot generate a base directory for %s nodes", at.DriverName())
+	}
+	return combine(exact, "") + name, nil
+}
+
+// BackingFilename is the backing file that n's image names, as it stands there and in full, and its format;
+// all empty if there is none. full is empty if it cannot be told.
+func (m *Manager) BackingFilename(n *graph.Node) (name, full, format string) {
+	image, ok := n.Driver().(graph.Backed)
+	if !ok {
+		return "", "", ""
+	}
+	if name, format = image.BackingFile(); name == "" {
+		return "", "", ""
+	}
+	full, _ = m.absolute(n, name)
+	return name, full, format
+}

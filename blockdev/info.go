@@ -1,0 +1,144 @@
+package blockdev
+
+import (
+	"bytes"
+	"strconv"
+
+	"qblockd/graph"
+	"qblockd/schema/types"
+)
+
+// nodeInfo is what query-named-block-nodes shows of one node, encoded, with gaps for what depends on
+// others or changes without notice:
+//
+//	dev[0] {image} dev[1] backing_file_depth dev[2]
+//	image: { ["backing-image": {image}, ] image[0] [, "actual-size": N] image[1]
+//
+// Immutable.
+type nodeInfo struct {
+	key   infoKey
+	dev   [3][]byte
+	image [2][]byte
+}
+
+// infoKey is all that a nodeInfo depends on. The sizes and so on are there too because requests
+// change them on the way, and a query must not show what is long past.
+type infoKey struct {
+	gen           uint64
+	size          int64
+	readOnly      bool
+	threshold     uint64
+	name, backing *nodeName
+	header        string
+}
+
+// info is the encoding of n, made anew if n changed since it was made.
+func (m *Manager) info(n *graph.Node) *nodeInfo {
+	r := m.record(n)
+	r.seen.Store(true)
+	key := infoKey{
+		gen:       n.InfoGeneration(), // before the others
+		size:      n.Size(),
+		readOnly:  n.ReadOnly(),
+		threshold: n.WriteThreshold(),
+		name:      m.name(n),
+	}
+	if e := n.Backing(); e != nil {
+		key.backing = m.name(e.Node())
+	}
+	if b, ok := n.Driver().(graph.Backed); ok {
+		key.header, _ = b.BackingFile()
+	}
+	if old := r.info.Load(); old != nil && old.key.same(&key) {
+		return old
+	}
+	fresh := m.encode(n, key)
+	r.info.Store(fresh)
+	return fresh
+}
+
+// same compares names by what is shown of them.
+func (k *infoKey) same(o *infoKey) bool {
+	return k.gen == o.gen && k.size == o.size && k.readOnly == o.readOnly && k.threshold == o.threshold &&
+		k.header == o.header && k.name.same(o.name) && k.backing.same(o.backing)
+}
+
+func (a *nodeName) same(b *nodeName) bool {
+	return a == b || a != nil && b != nil && a.filename == b.filename
+}
+
+// sector is the unit that sizes are rounded up to where they are shown.
+const sector = 512
+
+func (m *Manager) encode(n *graph.Node, key infoKey) *nodeInfo {
+	o := n.Options()
+	name := n.Name()
+	dev := types.BlockDeviceInfo{
+		File:           key.name.filename,
+		NodeName:       &name,
+		Ro:             key.readOnly,
+		Drv:            n.DriverName(),
+		DetectZeroes:   o.DetectZeroes,
+		Cache:          types.BlockdevCacheInfo{Writeback: true, Direct: o.Direct, NoFlush: o.NoFlush},
+		WriteThreshold: int64(key.threshold),
+	}
+	if dev.DetectZeroes == "" {
+		dev.DetectZeroes = types.BlockdevDetectZeroesOptionsOff
+	}
+	if key.backing != nil {
+		dev.BackingFile = &key.backing.filename
+	}
+	// An empty image marks where the real one goes.
+	gap := dev.Image.AppendJSON(nil)
+	before, rest := cut(dev.AppendJSON(nil), `"image": `+string(gap), len(gap))
+	middle, after := cut(rest, `"backing_file_depth": 0`, 1)
+	info := &nodeInfo{key: key, dev: [3][]byte{before, middle, after}}
+
+	info.image[0], info.image[1] = m.encodeImage(n, key)
+	return info
+}
+
+// cut splits enc behind the only place of mark, and drops the last n bytes of mark. Quotes within
+// JSON strings are escaped, so that a mark with quotes is never part of one.
+func cut(enc []byte, mark string, n int) (before, after []byte) {
+	i := bytes.Index(enc, []byte(mark))
+	if i < 0 {
+		panic("blockdev: no " + mark + " in " + string(enc))
+	}
+	i += len(mark)
+	return enc[: i-n : i-n], enc[i:]
+}
+
+func (m *Manager) encodeImage(n *graph.Node, key infoKey) (before, after []byte) {
+	const gap = -1
+	actual := int64(gap)
+	img := types.ImageInfo{
+		Filename:    key.name.filename,
+		Format:      n.DriverName(),
+		VirtualSize: (key.size + sector - 1) / sector * sector,
+		ActualSize:  &actual,
+	}
+	if name, full, format := m.BackingFilename(n); name != "" {
+		img.BackingFilename = &name
+		if full != "" {
+			img.FullBackingFilename = &full
+		}
+		if format != "" {
+			img.BackingFilenameFormat = &format
+		}
+	}
+	if d, ok := n.Driver().(graph.Informer); ok {
+		d.ImageInfo(&img)
+	}
+	const mark = `, "actual-size": -1`
+	before, after = cut(img.AppendJSON(nil), mark, len(mark))
+	return before[1:], after // without the brace
+}
+
+// appendActual fills the gap for the allocated size.
+func appendActual(b []byte, size int64) []byte {
+	if size < 0 {
+		return b
+	}
+	return strconv.AppendInt(append(b, `, "actual-size": `...), size, 10)
+}

@@ -1,0 +1,192 @@
+package blockdev
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"log/slog"
+
+	"qblockd/graph"
+	"qblockd/graph/blk"
+	"qblockd/graph/perm"
+	"qblockd/schema/types"
+)
+
+// Config is what a Manager depends on beyond its graph. The zero value is what the daemon uses.
+type Config struct {
+	// Drivers that can be opened; nil means Drivers(). Of formats that fit a header equally well the first is taken.
+	Drivers []Driver
+	// Policy for what images name.
+	Policy Policy
+	// Log takes warnings; nil means slog.Default().
+	Log *slog.Logger
+}
+
+// Manager opens, finds, describes and removes the nodes of one graph. All methods may be called from any goroutine.
+type Manager struct {
+	g       *graph.Graph
+	log     *slog.Logger
+	policy  Policy
+	order   []*Driver
+	drivers map[types.BlockdevDriver]*Driver
+
+	recs  records
+	sizes sizeWorkers
+}
+
+// New makes a Manager for g.
+func New(g *graph.Graph, c Config) *Manager {
+	m := &Manager{g: g, log: c.Log, policy: c.Policy, drivers: map[types.BlockdevDriver]*Driver{}}
+	if m.log == nil {
+		m.log = slog.Default()
+	}
+	list := c.Drivers
+	if list == nil {
+		list = Drivers()
+	}
+	for i := range list {
+		m.order = append(m.order, &list[i])
+		m.drivers[list[i].Name] = &list[i]
+	}
+	return m
+}
+
+// Graph is the graph whose nodes m manages.
+func (m *Manager) Graph() *graph.Graph { return m.g }
+
+// Add opens the node that o describes, with all that belongs to it, and makes the monitor its
+// owner (blockdev-add). It blocks as long as the storage does, but no longer than ctx; on error nothing is left behind.
+func (m *Manager) Add(ctx context.Context, o *types.BlockdevOptions) error {
+	if o.NodeName == nil {
+		return errors.New("'node-name' must be specified for the root node")
+	}
+	p, err := m.plan(o, nil, 0, nil)
+	if err != nil {
+		return err
+	}
+	return m.newOpener(ctx).openTop(p, func(tx *graph.Tx, n *graph.Node) error { return tx.Own(n) })
+}
+
+// OpenRoot attaches a root to the node that ref names, or to one that it describes, which then is opened and
+// lives as long as something refers to it. It blocks like Add; on error nothing is left behind. End the root with Graph.CloseRoot.
+func (m *Manager) OpenRoot(ctx context.Context, ref *types.BlockdevRef, spec graph.RootSpec) (*graph.Root, error) {
+	p, err := m.planRef(ref, nil, 0, nil)
+	if err != nil {
+		return nil, err
+	}
+	var root *graph.Root
+	err = m.newOpener(ctx).openTop(p, func(tx *graph.Tx, n *graph.Node) (err error) {
+		root, err = tx.AttachRoot(spec, n)
+		return err
+	})
+	if err != nil {
+		return nil, err
+	}
+	return root, nil
+}
+
+// OpenForCreate is OpenRoot with what a driver needs that is about to write an image to a node: writing and resizing,
+// sharing everything.
+func (m *Manager) OpenForCreate(ctx context.Context, ref *types.BlockdevRef) (*graph.Root, error) {
+	return m.OpenRoot(ctx, ref, graph.RootSpec{
+		EdgeName: "root",
+		Claim:    perm.Claim{Need: perm.Write | perm.Resize, Share: perm.All},
+		Kind:     graph.KindBackend,
+		Ctx:      ctx,
+	})
+}
+
+// Del makes the monitor give up a node that it owns and nobody uses, and closes it (blockdev-del).
+// It blocks until the node is closed.
+func (m *Manager) Del(ctx context.Context, name string) error {
+	tx := m.g.Begin(ctx)
+	defer tx.Abort()
+	if err := tx.Delete(name); err != nil {
+		return err
+	}
+	return tx.Commit()
+}
+
+// Lookup finds a node by the halves of a generic reference; nil stands for one that was not given.
+func (m *Manager) Lookup(device, node *string) (*graph.Node, error) {
+	var d, n string
+	set(&d, device)
+	set(&n, node)
+	if node != nil {
+		if found := m.g.Node(n); found != nil {
+			return found, nil
+		}
+	}
+	return nil, fmt.Errorf("Cannot find device='%s' nor node-name='%s'", d, n)
+}
+
+// Find finds a node for commands on nodes that were added (blockdev-del, blockdev-reopen).
+func (m *Manager) Find(name string) (*graph.Node, error) {
+	if n := m.g.Node(name); n != nil {
+		return n, nil
+	}
+	return nil, fmt.Errorf("Failed to find node with node-name='%s'", name)
+}
+
+// classError is an error with a class of its own on the wire.
+type classError struct{ text, class string }
+
+func (e *classError) Error() string    { return e.text }
+func (e *classError) QMPClass() string { return e.class }
+
+// FindDevice finds a node for the block job commands, whose error has the class DeviceNotFound.
+func (m *Manager) FindDevice(name string) (*graph.Node, error) {
+	if n := m.g.Node(name); n != nil {
+		return n, nil
+	}
+	return nil, &classError{"Device '" + name + "' not found", "DeviceNotFound"}
+}
+
+// Resize changes the size of a node (block_resize). Requests on the node wait meanwhile.
+func (m *Manager) Resize(ctx context.Context, device, node *string, size int64) error {
+	n, err := m.Lookup(device, node)
+	if err != nil {
+		return err
+	}
+	if size < 0 {
+		return errors.New("Parameter 'size' expects a >0 size")
+	}
+	if n.Blocked(graph.OpResize) != nil {
+		return fmt.Errorf("Device '%s' is in use", n.Name())
+	}
+	tx := m.g.Begin(ctx)
+	defer tx.Abort()
+	root, err := tx.AttachRoot(graph.RootSpec{
+		EdgeName: "root",
+		Claim:    perm.Claim{Need: perm.Resize, Share: perm.All},
+		Kind:     graph.KindBackend,
+		Ctx:      ctx,
+	}, n)
+	if err != nil {
+		return err
+	}
+	if err := tx.Commit(); err != nil {
+		return err
+	}
+	err = m.resizeDrained(ctx, root, size)
+	return errors.Join(err, m.g.CloseRoot(context.WithoutCancel(ctx), root))
+}
+
+func (m *Manager) resizeDrained(ctx context.Context, root *graph.Root, size int64) error {
+	undrain, err := m.g.Drain(ctx, root.Node())
+	if err != nil {
+		return err
+	}
+	defer undrain()
+	return root.Edge().Resize(ctx, size, false, blk.PreallocOff)
+}
+
+// SetWriteThreshold sets the offset whose writing raises BLOCK_WRITE_THRESHOLD; 0 is none.
+func (m *Manager) SetWriteThreshold(name string, t uint64) error {
+	n := m.g.Node(name)
+	if n == nil {
+		return fmt.Errorf("Device '%s' not found", name)
+	}
+	n.SetWriteThreshold(t)
+	return nil
+}

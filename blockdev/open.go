@@ -1,0 +1,304 @@
+package blockdev
+
+import (
+	"context"
+	"errors"
+	"log/slog"
+
+	"qblockd/graph"
+	"qblockd/graph/blk"
+	"qblockd/graph/perm"
+	"qblockd/schema/types"
+)
+
+// opener opens one tree of nodes, all of them hidden until publish.
+type opener struct {
+	m     *Manager
+	ctx   context.Context
+	nodes []*graph.Node            // all hidden nodes
+	tops  map[*graph.Node]struct{} // those that no other hidden node is above
+	roots []*graph.Root            // for reading headers
+}
+
+func (m *Manager) newOpener(ctx context.Context) *opener {
+	return &opener{m: m, ctx: ctx, tops: map[*graph.Node]struct{}{}}
+}
+
+func (o *opener) warn(msg string) { o.m.log.Log(o.ctx, slog.LevelWarn, msg) }
+
+// commit commits tx and takes over the nodes that it made and the children that it attached.
+func (o *opener) commit(tx *graph.Tx, made []*graph.Node, attached ...*graph.Node) error {
+	if err := tx.Commit(); err != nil {
+		return err
+	}
+	for _, n := range made {
+		o.nodes = append(o.nodes, n)
+		o.tops[n] = struct{}{}
+		o.m.newRecord(n)
+	}
+	for _, n := range attached {
+		delete(o.tops, n)
+	}
+	return nil
+}
+
+// openTop opens a plan of the user and publishes it. finish adds to the Tx that publishes it.
+func (o *opener) openTop(p *plan, finish func(tx *graph.Tx, n *graph.Node) error) error {
+	err := o.tryOpen(p, finish)
+	if err != nil {
+		o.discard()
+	}
+	return err
+}
+
+func (o *opener) tryOpen(p *plan, finish func(tx *graph.Tx, n *graph.Node) error) error {
+	if p.ref == "" {
+		var made []*graph.Node
+		tx := o.m.g.Begin(o.ctx)
+		defer tx.Abort()
+		if err := p.reserve(tx, func(n *graph.Node) { made = append(made, n) }); err != nil {
+			return err
+		}
+		if err := o.commit(tx, made); err != nil {
+			return err
+		}
+	}
+	n, err := o.open(p)
+	if err != nil {
+		return err
+	}
+	tx := o.m.g.Begin(o.ctx)
+	defer tx.Abort()
+	for _, r := range o.roots {
+		if err := tx.DetachRoot(r); err != nil {
+			return err
+		}
+	}
+	if p.ref == "" {
+		if err := tx.Publish(n); err != nil {
+			return err
+		}
+	}
+	if err := finish(tx, n); err != nil {
+		return err
+	}
+	return tx.Commit()
+}
+
+// discard undoes everything. It waits for nothing but the drivers' Close.
+func (o *opener) discard() {
+	ctx := context.WithoutCancel(o.ctx)
+	tx := o.m.g.Begin(ctx)
+	defer tx.Abort()
+	var errs []error
+	for _, r := range o.roots {
+		errs = append(errs, tx.DetachRoot(r))
+	}
+	for n := range o.tops {
+		errs = append(errs, tx.Discard(n))
+	}
+	errs = append(errs, tx.Commit())
+	if err := errors.Join(errs...); err != nil {
+		o.m.log.Error("cannot undo the opening of nodes", "error", err)
+	}
+	o.m.recs.remove(o.nodes...)
+}
+
+// open opens a plan bottom up and returns its node.
+func (o *opener) open(p *plan) (*graph.Node, error) {
+	if p.ref != "" {
+		return o.m.Lookup(&p.ref, &p.ref)
+	}
+	if err := o.ctx.Err(); err != nil {
+		return nil, err
+	}
+	kids := make([]*graph.Node, len(p.kids))
+	for i := range p.kids {
+		n, err := o.open(p.kids[i].plan)
+		if err != nil {
+			return nil, err
+		}
+		kids[i] = n
+	}
+	if p.drv == nil {
+		if err := o.probe(p, kids[0]); err != nil {
+			return nil, err
+		}
+	}
+	root, err := o.attach(p, kids)
+	if err != nil {
+		return nil, err
+	}
+	if err := o.openDriver(p, root); err != nil {
+		return nil, err
+	}
+	return p.node, o.openBacking(p)
+}
+
+// attach makes the node, if it has no name yet, and attaches its children and the root that reads its header.
+func (o *opener) attach(p *plan, kids []*graph.Node) (*graph.Root, error) {
+	if p.node != nil && len(kids) == 0 {
+		return nil, nil
+	}
+	var made []*graph.Node
+	tx := o.m.g.Begin(o.ctx)
+	defer tx.Abort()
+	if p.node == nil {
+		if err := p.makeNode(tx, func(n *graph.Node) { made = append(made, n) }); err != nil {
+			return nil, err
+		}
+	}
+	for i, n := range kids {
+		if _, err := tx.Attach(p.node, p.kids[i].name, p.kids[i].role, n); err != nil {
+			return nil, err
+		}
+	}
+	var root *graph.Root
+	if len(kids) > 0 {
+		r, err := tx.AttachRoot(graph.RootSpec{
+			EdgeName: "root", Claim: perm.Claim{Share: perm.All}, Ctx: o.ctx,
+		}, p.node)
+		if err != nil {
+			return nil, err
+		}
+		root = r
+	}
+	if err := o.commit(tx, made, kids...); err != nil {
+		return nil, err
+	}
+	if root != nil {
+		o.roots = append(o.roots, root)
+	}
+	return root, nil
+}
+
+// openDriver opens the driver on its node. Nothing is locked meanwhile.
+func (o *opener) openDriver(p *plan, root *graph.Root) error {
+	req := &blk.Req{Ctx: o.ctx}
+	if root != nil {
+		r, err := root.Begin(o.ctx)
+		if err != nil {
+			return err
+		}
+		defer root.End(r)
+		req = r
+	}
+	d, err := p.drv.Open(&graph.Opening{Ctx: o.ctx, Node: p.node, Options: p.opts.U, Req: req, Warn: o.warn})
+	if err != nil {
+		return err
+	}
+	p.node.SetDriver(d)
+	o.m.primeActual(p.node)
+	return nil
+}
+
+// openBacking opens the backing file that the options or else the image's header name, and attaches it.
+func (o *opener) openBacking(p *plan) error {
+	if p.warnBacking {
+		o.warn(`Use of "backing": "" is deprecated; use "backing": null instead`)
+	}
+	if p.noBacking {
+		return nil
+	}
+	b := p.backing
+	header := ""
+	if b == nil {
+		image, ok := p.node.Driver().(graph.Backed)
+		if !ok || p.drv.Backing == nil {
+			return nil
+		}
+		name, format := image.BackingFile()
+		if name == "" {
+			return nil
+		}
+		full, err := o.m.absolute(p.node, name)
+		if err != nil {
+			return err
+		}
+		if b, err = o.m.planNamed(full, format, p.gen, p.link); err != nil {
+			return backingError(err)
+		}
+		header = name
+	}
+	n, err := o.open(b)
+	if err != nil {
+		return backingError(err)
+	}
+	if header != "" {
+		r := o.m.record(p.node)
+		r.auto.Store(&autoBacking{header: header, opened: o.m.name(n).filename})
+	}
+	tx := o.m.g.Begin(o.ctx)
+	defer tx.Abort()
+	if _, err := tx.Attach(p.node, "backing", perm.COW, n); err != nil {
+		return err
+	}
+	return o.commit(tx, nil, n)
+}
+
+// textError says text for the error err.
+type textError struct {
+	text string
+	err  error
+}
+
+func (e *textError) Error() string { return e.text }
+func (e *textError) Unwrap() error { return e.err }
+
+// probeBytes is how much of a file is looked at to guess its format.
+const probeBytes = 512
+
+// probe finds out the format of a file by its first bytes and completes the plan.
+func (o *opener) probe(p *plan, file *graph.Node) error {
+	head, err := o.readHead(file)
+	if err != nil {
+		return &textError{"Could not read image for determining its format: " + blk.ErrnoText(err), err}
+	}
+	best := 0
+	for i := range o.m.order {
+		d := o.m.order[i]
+		if d.Probe == nil {
+			continue
+		}
+		if score := d.Probe(head); score > best {
+			best, p.drv = score, d
+		}
+	}
+	if p.drv == nil {
+		return errors.New("Could not determine image format: No compatible driver found")
+	}
+	p.opts = &types.BlockdevOptions{Driver: p.drv.Name, U: p.drv.FromFile(*p.opts.U.(*types.BlockdevRef))}
+	p.kids[0].role = p.drv.Children(p.opts.U)[0].Role
+	p.gen.DriverName, p.gen.Kind, p.gen.Canonical = string(p.drv.Name), p.drv.Kind, p.opts
+	return nil
+}
+
+// readHead reads the first bytes of a node, zeroes beyond its end. It claims nothing: a header
+// tells the format even while others write.
+func (o *opener) readHead(n *graph.Node) ([]byte, error) {
+	head := make([]byte, probeBytes)
+	size := min(n.Size(), probeBytes)
+	if size == 0 {
+		return head, nil
+	}
+	tx := o.m.g.Begin(o.ctx)
+	defer tx.Abort()
+	root, err := tx.AttachRoot(graph.RootSpec{EdgeName: "root", Claim: perm.Claim{Share: perm.All}, Ctx: o.ctx}, n)
+	if err != nil {
+		return nil, err
+	}
+	if err := tx.Commit(); err != nil {
+		return nil, err
+	}
+	defer func() {
+		if err := o.m.g.CloseRoot(context.WithoutCancel(o.ctx), root); err != nil {
+			o.m.log.Error("cannot close a root", "error", err)
+		}
+	}()
+	req, err := root.Begin(o.ctx)
+	if err != nil {
+		return nil, err
+	}
+	defer root.End(req)
+	return head, root.Edge().ReadAt(req, blk.Buf(head[:size]), 0, 0)
+}

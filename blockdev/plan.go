@@ -1,0 +1,123 @@
+package blockdev
+
+import (
+	"fmt"
+
+	"qblockd/graph"
+	"qblockd/graph/perm"
+	"qblockd/schema/types"
+)
+
+// plan is a node to be opened, or one to be used. It is made from options alone; nothing
+// has happened yet.
+type plan struct {
+	ref string // name of an existing node; all else is unset then
+
+	opts *types.BlockdevOptions
+	drv  *Driver // nil: to be found out from the header of the file, kids[0]
+	gen  *graph.Options
+	kids []planChild
+
+	backing     *plan // from the options
+	noBacking   bool  // the options say that there is none
+	warnBacking bool  // in a way that is going away
+
+	node *graph.Node // once its name is reserved
+	link *link       // how images led here; nil for what the user named
+}
+
+// planChild is a child of a plan but the backing file.
+type planChild struct {
+	name string
+	role perm.Role
+	plan *plan
+}
+
+// link is one step of a chain of files that images name, for finding circles.
+type link struct {
+	name  string
+	depth int
+	up    *link
+}
+
+// plan makes the plan of options o: of the parent with the generic options up, or alone if up is nil.
+// Errors of a backing file say so.
+func (m *Manager) plan(o *types.BlockdevOptions, up *graph.Options, role perm.Role, l *link) (*plan, error) {
+	d := m.drivers[o.Driver]
+	if d == nil {
+		return nil, fmt.Errorf("Unknown driver '%s'", o.Driver)
+	}
+	p := &plan{opts: o, drv: d, gen: inherit(o, up, role), link: l}
+	p.gen.Kind = d.Kind
+	if d.Children != nil {
+		for _, c := range d.Children(o.U) {
+			k, err := m.planRef(c.Ref, p.gen, c.Role, l)
+			if err != nil {
+				return nil, err
+			}
+			p.kids = append(p.kids, planChild{c.Name, c.Role, k})
+		}
+	}
+	if err := d.checkGeneric(p.gen); err != nil {
+		return nil, err
+	}
+	if d.Backing == nil {
+		return p, nil
+	}
+	switch b := d.Backing(o.U); {
+	case b == nil:
+	case b.Null:
+		p.noBacking = true
+	case b.Reference != nil && *b.Reference == "":
+		p.noBacking, p.warnBacking = true, true
+	default:
+		var err error
+		p.backing, err = m.planRef(&types.BlockdevRef{Definition: b.Definition, Reference: b.Reference}, p.gen, perm.COW, l)
+		if err != nil {
+			return nil, backingError(err)
+		}
+	}
+	return p, nil
+}
+
+func (m *Manager) planRef(r *types.BlockdevRef, up *graph.Options, role perm.Role, l *link) (*plan, error) {
+	if r.Reference != nil {
+		return &plan{ref: *r.Reference}, nil
+	}
+	return m.plan(r.Definition, up, role, l)
+}
+
+// backingError says that err befell a backing file.
+func backingError(err error) error { return fmt.Errorf("Could not open backing file: %w", err) }
+
+// reserve makes the hidden nodes of a plan: the file of a node before the node, its backing file after it,
+// which is the order in which queries list them.
+func (p *plan) reserve(tx *graph.Tx, made func(*graph.Node)) error {
+	if p.ref != "" || p.node != nil || p.drv == nil {
+		return nil
+	}
+	for _, k := range p.kids {
+		if err := k.plan.reserve(tx, made); err != nil {
+			return err
+		}
+	}
+	if err := p.makeNode(tx, made); err != nil {
+		return err
+	}
+	if p.backing != nil {
+		if err := p.backing.reserve(tx, made); err != nil {
+			return backingError(err)
+		}
+	}
+	return nil
+}
+
+func (p *plan) makeNode(tx *graph.Tx, made func(*graph.Node)) error {
+	n, err := tx.NewNode(p.gen)
+	if err != nil {
+		return err
+	}
+	p.node = n
+	made(n)
+	return nil
+}

@@ -1,0 +1,150 @@
+package blockdev
+
+import (
+	"strconv"
+
+	"qblockd/graph"
+	"qblockd/graph/perm"
+	"qblockd/schema/types"
+)
+
+// view is a node within one query.
+type view struct {
+	node   *graph.Node
+	info   *nodeInfo
+	actual int64
+	below  *view // of its backing-image, nil if it has none
+	depth  int   // number of images below
+}
+
+// chainChild is the edge that "backing-image" follows: the filtered child of a filter, else the backing file.
+func chainChild(n *graph.Node) *graph.Edge {
+	if n.Kind() == graph.Filter {
+		return n.FilteredChild()
+	}
+	return n.Backing()
+}
+
+// views prepares a query over the nodes: at the end each has its info, and its chain if deep.
+func (m *Manager) views(nodes []*graph.Node, deep bool) []view {
+	vs := make([]view, len(nodes))
+	var at map[*graph.Node]*view
+	if deep {
+		at = make(map[*graph.Node]*view, len(nodes))
+	}
+	for i, n := range nodes {
+		vs[i] = view{node: n, info: m.info(n), actual: m.actualSize(n)}
+		if deep {
+			at[n] = &vs[i]
+		}
+	}
+	if deep {
+		for i := range vs {
+			m.linkBelow(&vs[i], at)
+		}
+	}
+	return vs
+}
+
+// linkBelow fills in below and depth of v and of the chain under it.
+func (m *Manager) linkBelow(v *view, at map[*graph.Node]*view) {
+	var chain []*view
+	for v.below == nil {
+		e := chainChild(v.node)
+		if e == nil {
+			break
+		}
+		next := at[e.Node()]
+		if next == nil { // published since the list was taken
+			next = &view{node: e.Node(), info: m.info(e.Node()), actual: m.actualSize(e.Node())}
+			at[e.Node()] = next
+		}
+		v.below = next
+		chain = append(chain, v)
+		v = next
+	}
+	for i := len(chain) - 1; i >= 0; i-- {
+		chain[i].depth = chain[i].below.depth + 1
+	}
+}
+
+// appendImage appends the image of v with those below.
+func (v *view) appendImage(b []byte) []byte {
+	b = append(b, '{')
+	if v.below != nil {
+		b = append(b, `"backing-image": `...)
+		b = v.below.appendImage(b)
+		b = append(b, ", "...)
+	}
+	b = append(b, v.info.image[0]...)
+	b = appendActual(b, v.actual)
+	return append(b, v.info.image[1]...)
+}
+
+func (v *view) append(b []byte) []byte {
+	b = append(b, v.info.dev[0]...)
+	b = v.appendImage(b)
+	b = append(b, v.info.dev[1]...)
+	b = strconv.AppendInt(b, int64(v.depth), 10)
+	return append(b, v.info.dev[2]...)
+}
+
+// AppendNamedNodes appends the answer to query-named-block-nodes: all nodes, newest first; unless flat with
+// the images below each. It waits at most 20 ms for allocated sizes; otherwise its cost is the size of the answer.
+func (m *Manager) AppendNamedNodes(b []byte, flat bool) []byte {
+	nodes := m.g.Nodes()
+	m.refreshActual(nodes)
+	vs := m.views(nodes, !flat)
+	b = append(b, '[')
+	for i := range vs {
+		if i > 0 {
+			b = append(b, ", "...)
+		}
+		b = vs[i].append(b)
+	}
+	m.recs.keep(nodes)
+	return append(b, ']')
+}
+
+// AppendNodeStats appends the answer to query-blockstats with query-nodes: all nodes, oldest first.
+func (m *Manager) AppendNodeStats(b []byte) []byte {
+	nodes := m.g.Nodes()
+	b = append(b, '[')
+	for i := len(nodes) - 1; i >= 0; i-- {
+		if i < len(nodes)-1 {
+			b = append(b, ", "...)
+		}
+		b = nodeStats(nodes[i]).AppendJSON(b)
+	}
+	return append(b, ']')
+}
+
+// nodeStats are the counters of n and, nested, of the child that holds its data.
+func nodeStats(n *graph.Node) *types.BlockStats {
+	name := n.Name()
+	s := &types.BlockStats{NodeName: &name, Stats: *n.Stats()}
+	if d, ok := n.Driver().(graph.Statser); ok {
+		s.DriverSpecific = d.DriverStats()
+	}
+	if e := dataChild(n); e != nil {
+		s.Parent = nodeStats(e.Node())
+	}
+	return s
+}
+
+// dataChild is the primary child if it has the node's data, else the only child that has any.
+func dataChild(n *graph.Node) *graph.Edge {
+	var found *graph.Edge
+	for _, e := range n.Children() {
+		switch {
+		case e.Role()&perm.Primary != 0 && e.Role()&(perm.Data|perm.Filtered) != 0:
+			return e
+		case e.Role()&perm.Data == 0:
+		case found != nil:
+			return nil
+		default:
+			found = e
+		}
+	}
+	return found
+}

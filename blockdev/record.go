@@ -1,0 +1,107 @@
+package blockdev
+
+import (
+	"sync"
+	"sync/atomic"
+
+	"qblockd/graph"
+)
+
+// record is what the manager keeps of a node beside the graph. All fields are replaced as
+// wholes; who finds one outdated makes it anew, and several may do so at once.
+type record struct {
+	auto   atomic.Pointer[autoBacking] // set by the opener, before the node is published
+	name   atomic.Pointer[nodeName]
+	info   atomic.Pointer[nodeInfo]
+	actual atomic.Int64 // bytes allocated as last heard; unknownSize if never
+	asking atomic.Bool  // a worker asks for it now
+	seen   atomic.Bool  // by a query: the node is or was published
+}
+
+const unknownSize = -1
+
+// autoBacking remembers the backing file that was opened because the image's header said so.
+type autoBacking struct {
+	header string // what the header said
+	opened string // the name of the node that was opened
+}
+
+// newRecord starts the record of a node that is being opened.
+func (m *Manager) newRecord(n *graph.Node) {
+	m.recs.add(n, &record{})
+}
+
+// record is the record of n; nodes that others opened (filters of jobs) get one when first asked for.
+func (m *Manager) record(n *graph.Node) *record {
+	if r := m.recs.get(n); r != nil {
+		return r
+	}
+	return m.recs.add(n, &record{})
+}
+
+// autoName is the name that opening n anew, without options for its backing file, would give to that file;
+// "" if none would be opened.
+func (m *Manager) autoName(n *graph.Node) string {
+	image, ok := n.Driver().(graph.Backed)
+	if !ok {
+		return ""
+	}
+	header, _ := image.BackingFile()
+	if a := m.record(n).auto.Load(); a != nil && a.header == header {
+		return a.opened
+	}
+	return header
+}
+
+// records finds the records of nodes.
+type records struct {
+	mu sync.RWMutex
+	of map[*graph.Node]*record
+}
+
+func (t *records) get(n *graph.Node) *record {
+	t.mu.RLock()
+	defer t.mu.RUnlock()
+	return t.of[n]
+}
+
+// add enters r unless n has a record already, and returns the one that n has.
+func (t *records) add(n *graph.Node, r *record) *record {
+	r.actual.Store(unknownSize)
+	t.mu.Lock()
+	defer t.mu.Unlock()
+	if old := t.of[n]; old != nil {
+		return old
+	}
+	if t.of == nil {
+		t.of = map[*graph.Node]*record{}
+	}
+	t.of[n] = r
+	return r
+}
+
+func (t *records) remove(nodes ...*graph.Node) {
+	t.mu.Lock()
+	defer t.mu.Unlock()
+	for _, n := range nodes {
+		delete(t.of, n)
+	}
+}
+
+// keep forgets nodes that are gone, given those that are there, if that is worth the time.
+func (t *records) keep(nodes []*graph.Node) {
+	t.mu.Lock()
+	defer t.mu.Unlock()
+	if len(t.of) <= 2*len(nodes)+64 {
+		return
+	}
+	there := make(map[*graph.Node]bool, len(nodes))
+	for _, n := range nodes {
+		there[n] = true
+	}
+	for n, r := range t.of {
+		if r.seen.Load() && !there[n] {
+			delete(t.of, n)
+		}
+	}
+}
