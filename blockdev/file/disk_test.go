@@ -63,7 +63,7 @@ func eachPlace(t *testing.T, f func(t *testing.T, open func(name string, size in
 	}
 }
 
-func mustFile(t *testing.T, dir, name string, size int64) string {
+func mustFile(t testing.TB, dir, name string, size int64) string {
 	t.Helper()
 	p := filepath.Join(dir, name)
 	if err := os.WriteFile(p, nil, 0o600); err != nil {

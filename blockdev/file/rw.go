@@ -34,13 +34,22 @@ func fillIov(iov *[maxIov]unix.Iovec, v blk.Vec, skip int64) int {
 // xfer is one preadv2 or pwritev2 call over the part of v from byte skip on; trap is its
 // number. It allocates nothing.
 func xfer(trap uintptr, fd int, v blk.Vec, skip, off int64, flags uintptr) (int64, error) {
+	if b, ok := v.Single(); ok && skip < int64(len(b)) {
+		one := unix.Iovec{Base: &b[skip]}
+		one.SetLen(len(b) - int(skip))
+		return iocall(trap, fd, &one, 1, off, flags)
+	}
 	var iov [maxIov]unix.Iovec
 	k := fillIov(&iov, v, skip)
 	if k == 0 {
 		return 0, nil
 	}
+	return iocall(trap, fd, &iov[0], k, off, flags)
+}
+
+func iocall(trap uintptr, fd int, iov *unix.Iovec, k int, off int64, flags uintptr) (int64, error) {
 	// The offset is split in two longs; on 64-bit hosts the upper one is ignored.
-	n, _, e := unix.Syscall6(trap, uintptr(fd), uintptr(unsafe.Pointer(&iov[0])), uintptr(k),
+	n, _, e := unix.Syscall6(trap, uintptr(fd), uintptr(unsafe.Pointer(iov)), uintptr(k),
 		uintptr(off), uintptr(uint64(off)>>32), flags)
 	if e != 0 {
 		return 0, e
