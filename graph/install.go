@@ -124,7 +124,8 @@ func (n *Node) setKids(all []*Edge) { n.kids.Store(makeKids(all)) }
 func makeKids(all []*Edge) *kids {
 	k := &kids{all: all}
 	for _, e := range all {
-		if e.role&perm.Filtered != 0 {
+		// raw's file has the filtered role for its claims, but raw is no filter: it ends a chain.
+		if e.role&perm.Filtered != 0 && e.pnode.Kind() == Filter {
 			k.filtered = e
 		}
 		if e.role&perm.COW != 0 {

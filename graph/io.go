@@ -114,8 +114,8 @@ type kindError struct {
 // Error implements error.
 func (e *kindError) Error() string { return e.text }
 
-// Is implements errors.Is for both.
-func (e *kindError) Is(target error) bool { return target == e.kind || target == error(e.errno) }
+// Unwrap gives both to errors.Is and errors.As.
+func (e *kindError) Unwrap() []error { return []error{e.kind, e.errno} }
 
 // mayGrow tells whether a write through e with flags f may make the node longer.
 func (e *Edge) mayGrow(f blk.Flags) bool {

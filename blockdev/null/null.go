@@ -1,0 +1,116 @@
+// Package null is the drivers null-co and null-aio: storage that takes everything and
+// keeps nothing, to measure what is above it. Both are the same here.
+package null
+
+import (
+	"context"
+	"errors"
+	"math"
+	"sync"
+	"time"
+
+	"qblockd/graph"
+	"qblockd/graph/blk"
+	"qblockd/schema/types"
+)
+
+const (
+	defaultSize = 1 << 30
+	sector      = 512
+)
+
+// disk is a node's driver.
+type disk struct {
+	size    int64
+	latency time.Duration // that each read, write and flush takes
+	zeroes  bool          // reads give zeroes; else they leave the buffer alone
+}
+
+// Open opens a node of null-co or null-aio; o.Options is a *types.BlockdevOptionsNull. The
+// size (default 1 GiB) is rounded up to sectors. It never blocks.
+func Open(o *graph.Opening) (graph.Driver, error) {
+	opts, _ := o.Options.(*types.BlockdevOptionsNull)
+	if opts == nil {
+		opts = &types.BlockdevOptionsNull{}
+	}
+	d := &disk{size: defaultSize}
+	if opts.Size != nil {
+		switch size := *opts.Size; {
+		case size < 0:
+			return nil, errors.New("Parameter 'size' expects a non-negative number below 2^64")
+		case size > blk.MaxSize:
+			return nil, errors.New("Could not refresh total sector count: File too large")
+		default:
+			d.size = blk.AlignUp(size, sector)
+		}
+	}
+	if opts.LatencyNs != nil {
+		if *opts.LatencyNs > math.MaxInt64 {
+			return nil, errors.New("latency-ns is invalid")
+		}
+		d.latency = time.Duration(*opts.LatencyNs)
+	}
+	d.zeroes = opts.ReadZeroes != nil && *opts.ReadZeroes
+	return d, nil
+}
+
+var timers = sync.Pool{New: func() any { return time.NewTimer(time.Hour) }}
+
+// pause takes the time that a request takes. The end of the request's context cuts it short.
+func (d *disk) pause(r *blk.Req) error {
+	if d.latency == 0 {
+		return nil
+	}
+	if r.NoWait {
+		return blk.ErrWouldBlock
+	}
+	t := timers.Get().(*time.Timer)
+	t.Reset(d.latency)
+	defer func() {
+		t.Stop()
+		timers.Put(t)
+	}()
+	var stop <-chan struct{}
+	if r.Ctx != nil {
+		stop = r.Ctx.Done()
+	}
+	select {
+	case <-t.C:
+		return nil
+	case <-stop:
+		return context.Cause(r.Ctx)
+	}
+}
+
+// Caps implements graph.Driver.
+func (d *disk) Caps() graph.Caps {
+	return graph.Caps{WriteFlags: blk.FUA | blk.WriteUnchanged}
+}
+
+// Size implements graph.Driver.
+func (d *disk) Size() int64 { return d.size }
+
+// Close implements graph.Driver.
+func (d *disk) Close() error { return nil }
+
+// ReadAt implements graph.Driver.
+func (d *disk) ReadAt(r *blk.Req, v blk.Vec, off int64, f blk.Flags) error {
+	if d.zeroes {
+		v.Zero()
+	}
+	return d.pause(r)
+}
+
+// WriteAt implements graph.Writer.
+func (d *disk) WriteAt(r *blk.Req, v blk.Vec, off int64, f blk.Flags) error { return d.pause(r) }
+
+// Flush implements graph.Flusher.
+func (d *disk) Flush(r *blk.Req) error { return d.pause(r) }
+
+// Status implements graph.Statuser: nothing is stored; with read-zeroes it is known what reads give.
+func (d *disk) Status(r *blk.Req, off, n int64) (blk.Extent, error) {
+	return blk.Extent{N: n, Zero: d.zeroes, OffValid: true, MapOff: off}, nil
+}
+
+// ActualSize implements graph.Sizer.
+func (d *disk) ActualSize() (int64, error) { return 0, nil }
