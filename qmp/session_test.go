@@ -2,6 +2,7 @@ package qmp
 
 import (
 	"context"
+	"errors"
 	"io"
 	"net"
 	"os"
@@ -47,7 +48,10 @@ func testDispatcher() *Dispatcher {
 		}
 		return out, Negotiate(ctx, len(a.Enable) > 0)
 	})
-	d.Handle("query-jobs", func(_ context.Context, _ *value.Dict, out []byte) ([]byte, error) {
+	d.Handle("query-jobs", func(_ context.Context, args *value.Dict, out []byte) ([]byte, error) {
+		if m := args.Members(); len(m) > 0 {
+			return nil, errors.New("Parameter '" + m[0].Name + "' is unexpected")
+		}
 		return append(out, "[]"...), nil
 	})
 	d.Handle("echo", func(_ context.Context, args *value.Dict, out []byte) ([]byte, error) {
@@ -120,6 +124,8 @@ func (c *client) expect(want string) {
 		c.t.Fatalf("got  %s\nwant %s", got, want)
 	}
 }
+
+var noDeadline time.Time
 
 const testGreeting = `{"QMP": {"version": {"qemu": {"micro": 7, "minor": 2, "major": 8}, "package": "qblockd test"}, "capabilities": ["oob"]}}`
 

@@ -178,7 +178,10 @@ func IndentEOL(dst, src []byte, eol string) []byte {
 			i = end
 		case '{', '[':
 			depth++
-			dst = appendBreak(append(dst, c), eol, depth)
+			dst = append(dst, c)
+			if next := src[i+1]; next != '}' && next != ']' {
+				dst = appendBreak(dst, eol, depth)
+			}
 		case '}', ']':
 			depth--
 			dst = append(appendBreak(dst, eol, depth), c)
