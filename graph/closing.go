@@ -20,32 +20,49 @@ func (n *Node) close() {
 		slog.Warn("closing a node", "node", n.name, "error", err)
 	}
 	tx := n.g.Begin(context.Background())
-	must(tx.do(func(d *txDraft) error {
+	ignoreClosing(tx.do(func(d *txDraft) error {
 		for _, e := range d.Children(n) {
 			d.detach(e)
 		}
 		return nil
 	}))
-	must(tx.Commit())
+	ignoreClosing(tx.Commit())
 	n.g.mu.Lock()
 	n.state = nodeClosed
 	delete(n.g.names, n.name)
 	n.g.mu.Unlock()
 }
 
-// shutdown stores what must be stored and closes the driver. The node must be quiet.
+// shutdown stores what must be stored and closes the driver, once: whoever comes second
+// waits for the first. The node must be quiet.
 func (n *Node) shutdown(ctx context.Context) error {
-	if n.drv == nil {
+	n.g.mu.Lock()
+	drv := n.drv
+	if drv == nil {
+		n.g.mu.Unlock()
 		return nil
 	}
+	if r := n.rareLocked(); r.shut != nil {
+		n.g.mu.Unlock()
+		select {
+		case <-r.shut:
+			return nil
+		case <-ctx.Done():
+			return context.Cause(ctx)
+		}
+	}
+	shut := make(chan struct{})
+	n.rare.shut = shut
+	n.g.mu.Unlock()
+	defer close(shut)
 	r := &blk.Req{Ctx: ctx}
 	var errs []error
-	if i, ok := n.drv.(Inactivator); ok && !n.ReadOnly() {
+	if i, ok := drv.(Inactivator); ok && !n.ReadOnly() {
 		errs = append(errs, i.Inactivate(r))
 	}
 	errs = append(errs, n.flushNode(r))
-	errs = append(errs, n.drv.Close())
-	if _, ok := n.drv.(Drainer); ok {
+	errs = append(errs, drv.Close())
+	if _, ok := drv.(Drainer); ok {
 		n.g.drainers.Add(-1)
 	}
 	return errors.Join(errs...)
@@ -80,6 +97,7 @@ func (e *CloseError) Unwrap() []error { return e.Errs }
 func (g *Graph) Close(ctx context.Context) error {
 	c := &closer{g: g, ctx: ctx, state: map[*Node]*closing{}}
 	g.mu.Lock()
+	g.closed = true
 	for _, h := range g.names {
 		if h.node != nil {
 			c.nodes = append(c.nodes, h.node)

@@ -34,6 +34,11 @@ func (tx *Tx) Commit() error {
 		return errTxOver
 	}
 	tx.over = true
+	for r := range tx.quiet {
+		r.inTx.Add(1)
+		defer r.inTx.Add(-1)
+		tx.g.NotifyQuiet()
+	}
 	c := &commit{tx: tx, g: tx.g}
 	if err := c.run(); err != nil {
 		c.undo()
@@ -87,7 +92,10 @@ func (c *commit) reserve() error {
 			return err
 		}
 		g.mu.Lock()
-		if err = c.planLocked(); err != nil {
+		if err = c.planLocked(); err == nil && g.closed {
+			err = errClosing
+		}
+		if err != nil {
 			g.mu.Unlock()
 			return err
 		}
@@ -362,8 +370,12 @@ func (c *commit) finish() {
 	for _, p := range c.joined[nFirst:] {
 		p.Commit()
 	}
-	for _, n := range c.in.reopened {
-		n.io.refreshed(n)
+	if len(c.in.reopened) > 0 {
+		c.g.mu.Lock()
+		for _, n := range c.in.reopened {
+			n.io.refreshed(n)
+		}
+		c.g.mu.Unlock()
 	}
 	for _, r := range c.in.moved {
 		if h := r.hooks.Load(); h.Attached != nil {

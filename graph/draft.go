@@ -12,13 +12,13 @@ type txDraft struct {
 	*perm.Draft[*Node, *Edge]
 	prims   []func(*installer) // what install does, in order
 	refs    map[*Node]*refs
-	refd    []*Node        // the keys of refs in order
-	again   map[*Node]bool // tell the driver its claim in any case
-	frozen  map[*Edge]bool
-	drains  []*Node // quiet during the commit
-	roots   []*Root // the same
-	reserve []*Node // further nodes to reserve
-	links   []link  // new edges between nodes
+	refd    []*Node           // the keys of refs in order
+	again   map[*Node]bool    // tell the driver its claim in any case
+	frozen  map[*Edge]*freeze // in place of Edge.frozen
+	drains  []*Node           // quiet during the commit
+	roots   []*Root           // the same
+	reserve []*Node           // further nodes to reserve
+	links   []link            // new edges between nodes
 }
 
 // refs are changes of the references to a node other than parents.
@@ -35,7 +35,7 @@ func newTxDraft() *txDraft {
 		Draft:  perm.NewDraft[*Node, *Edge](baseView{}),
 		refs:   map[*Node]*refs{},
 		again:  map[*Node]bool{},
-		frozen: map[*Edge]bool{},
+		frozen: map[*Edge]*freeze{},
 	}
 }
 
@@ -81,10 +81,18 @@ func (d *txDraft) changeable(e *Edge) error {
 	if err := d.present(e); err != nil {
 		return err
 	}
-	if e.frozen || d.frozen[e] {
+	if d.isFrozen(e) {
 		return fmt.Errorf("Cannot change frozen '%s' link from '%s' to '%s'", e.name, e.parentName(), d.Target(e).name)
 	}
 	return nil
+}
+
+// isFrozen tells whether the Tx may not change e.
+func (d *txDraft) isFrozen(e *Edge) bool {
+	if f, set := d.frozen[e]; set {
+		return f != nil
+	}
+	return e.frozen != nil
 }
 
 // attach adds an edge below a node, or a root's if parent is nil.
@@ -145,7 +153,7 @@ func (d *txDraft) replaceNode(old, new *Node, skip bool) error {
 			}
 			return fmt.Errorf("Should not change '%s' link to '%s'", e.name, old.name)
 		}
-		if e.frozen || d.frozen[e] {
+		if d.isFrozen(e) {
 			return fmt.Errorf("Cannot change '%s' link to '%s'", e.name, old.name)
 		}
 		if err := d.retarget(e, new); err != nil {

@@ -206,7 +206,7 @@ func (d *drain) waitHooks(ctx context.Context, quiet map[*Root]bool) error {
 
 func (d *drain) hooksQuiet(quiet map[*Root]bool) bool {
 	for _, r := range d.hooked {
-		if h := r.hooks.Load(); !quiet[r] && h.Quiet != nil && !h.Quiet() {
+		if h := r.hooks.Load(); !quiet[r] && r.inTx.Load() == 0 && h.Quiet != nil && !h.Quiet() {
 			return false
 		}
 	}

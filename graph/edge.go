@@ -34,7 +34,7 @@ type Edge struct {
 	claim atomic.Uint32 // Need | Share<<8
 
 	// Guarded by g.mu.
-	frozen     bool
+	frozen     *freeze // who forbids changes, or nil
 	attached   bool
 	prev, next *Edge // node's parents
 }

@@ -2,6 +2,7 @@ package graph
 
 import (
 	"context"
+	"errors"
 	"sync"
 	"sync/atomic"
 
@@ -25,6 +26,7 @@ type Graph struct {
 	autoID    uint64 // number in the next generated name
 	pending   []link // edges that commits under way will make
 	pendingCh chan struct{}
+	closed    bool // Close has begun: no more transactions
 
 	resv reservations
 
@@ -142,9 +144,9 @@ func (g *Graph) CloseRoot(ctx context.Context, r *Root) error {
 func (g *Graph) Discard(nodes ...*Node) {
 	tx := g.Begin(context.Background())
 	for _, n := range nodes {
-		must(tx.Discard(n))
+		ignoreClosing(tx.Discard(n))
 	}
-	must(tx.Commit())
+	ignoreClosing(tx.Commit())
 }
 
 // Pin keeps n from being closed until unpin is called (once, by anyone; it may close n and so block).
@@ -159,8 +161,8 @@ func (g *Graph) Pin(n *Node) (unpin func(), ok bool) {
 	g.version++
 	return sync.OnceFunc(func() {
 		tx := g.Begin(context.Background())
-		must(tx.do(func(d *txDraft) error { d.ref(n).pins--; return nil }))
-		must(tx.Commit())
+		ignoreClosing(tx.do(func(d *txDraft) error { d.ref(n).pins--; return nil }))
+		ignoreClosing(tx.Commit())
 	}), true
 }
 
@@ -177,9 +179,9 @@ func (g *Graph) FreezeChain(top, base *Node) (unfreeze func(), err error) {
 	return unfreeze, nil
 }
 
-// must is for what only a bug of ours can make fail.
-func must(err error) {
-	if err != nil {
+// ignoreClosing is for what only a bug of ours can make fail, or Graph.Close, which ends the nodes itself.
+func ignoreClosing(err error) {
+	if err != nil && !errors.Is(err, errClosing) {
 		panic("graph: " + err.Error())
 	}
 }

@@ -6,13 +6,16 @@ import (
 	"qblockd/graph/perm"
 )
 
-// SetDriver gives the hidden node what Open made. Call it once, before the Tx that publishes the node.
+// SetDriver gives the hidden node what Open made. Call it once, before the Tx that publishes
+// the node. The driver's Caps and Size are asked under the graph's lock: they never block.
 func (n *Node) SetDriver(d Driver) {
+	n.g.mu.Lock()
 	n.drv = d
+	n.io.opened(n)
+	n.g.mu.Unlock()
 	if _, ok := d.(Drainer); ok {
 		n.g.drainers.Add(1)
 	}
-	n.io.opened(n)
 	n.Bump()
 }
 
@@ -84,7 +87,7 @@ func (e *Edge) Frozen() bool {
 	g := e.graph()
 	g.mu.RLock()
 	defer g.mu.RUnlock()
-	return e.frozen
+	return e.frozen != nil
 }
 
 func (e *Edge) graph() *Graph {

@@ -54,9 +54,10 @@ const (
 
 // nodeRare is what few nodes have.
 type nodeRare struct {
-	blockers []*opBlocker // newest last
-	hold     int32        // drains that told the driver's Drainer to let go
-	hook     hookState    // calls of the driver's Drainer
+	blockers []*opBlocker  // newest last
+	hold     int32         // drains that told the driver's Drainer to let go
+	hook     hookState     // calls of the driver's Drainer
+	shut     chan struct{} // made when the driver begins to be closed, closed when that is done
 }
 
 // kids are a node's edges downwards, immutable.

@@ -60,6 +60,7 @@ type Root struct {
 	pool  sync.Pool    // of *blk.Req
 	io    rootIO       // the data plane's part
 	hooks atomic.Pointer[RootHooks]
+	inTx  atomic.Int32 // commits of its job under way: it counts as quiet for everybody
 
 	wait   sync.Mutex    // guards the channels below
 	openCh chan struct{} // closed when the gate opens; nil if nobody waits

@@ -33,6 +33,9 @@ type Tx struct {
 // errTxOver is our own bug, but one that a deferred call may meet.
 var errTxOver = errors.New("The transaction is over")
 
+// errClosing: Graph.Close has begun.
+var errClosing = errors.New("The block layer is shutting down")
+
 // Participant takes part in a commit: Prepare may block and fail; then exactly one of
 // Commit (while everything is still drained, after install) and Abort follows.
 type Participant interface {
@@ -57,6 +60,9 @@ func (tx *Tx) do(op func(d *txDraft) error) error {
 	}
 	tx.g.mu.RLock()
 	defer tx.g.mu.RUnlock()
+	if tx.g.closed {
+		return errClosing
+	}
 	d, err := tx.draftLocked()
 	if err != nil {
 		return err
@@ -425,45 +431,69 @@ func (tx *Tx) Delete(name string) error {
 	})
 }
 
+// freeze is the holder of a frozen chain.
+type freeze struct{ _ byte }
+
+// chainEdges are the filter and COW edges from top down to base (nil: to the end).
+func (d *txDraft) chainEdges(top, base *Node) []*Edge {
+	var l []*Edge
+	for n := top; n != base; n = d.Target(l[len(l)-1]) {
+		e := makeKids(d.Children(n)).chain()
+		if e == nil {
+			break
+		}
+		l = append(l, e)
+	}
+	return l
+}
+
 // FreezeChain makes the filter and COW edges from top down to base (nil: to the end)
-// unchangeable from commit on until unfreeze is called. Error: one is frozen already.
+// unchangeable from commit on, until Thaw or until unfreeze is called (any number of times). Error: one is frozen already.
 func (tx *Tx) FreezeChain(top, base *Node) (unfreeze func(), err error) {
+	token := &freeze{}
 	var edges []*Edge // of the last replay
 	err = tx.do(func(d *txDraft) error {
-		edges = edges[:0]
-		for n := top; n != base; {
-			e := makeKids(d.Children(n)).chain()
-			if e == nil {
-				break
+		edges = d.chainEdges(top, base)
+		for _, e := range edges {
+			if d.isFrozen(e) {
+				return fmt.Errorf("Cannot change '%s' link from '%s' to '%s'", e.name, e.parentName(), d.Target(e).name)
 			}
-			if e.frozen || d.frozen[e] {
-				return fmt.Errorf("Cannot change '%s' link from '%s' to '%s'", e.name, n.name, d.Target(e).name)
-			}
-			edges = append(edges, e)
-			n = d.Target(e)
 		}
 		for _, e := range edges {
-			d.frozen[e] = true
-			d.reserve = append(d.reserve, e.pnode)
-			d.prims = append(d.prims, func(in *installer) { e.frozen = true })
+			d.setFrozen(e, token)
 		}
 		return nil
 	})
 	if err != nil {
 		return nil, err
 	}
-	done := false
 	return func() {
 		tx.g.mu.Lock()
 		defer tx.g.mu.Unlock()
-		if !done {
-			done = true
-			for _, e := range edges {
-				e.frozen = false
+		for _, e := range edges {
+			if e.frozen == token {
+				e.frozen = nil
+				tx.g.version++
 			}
-			tx.g.version++
 		}
 	}, nil
+}
+
+// Thaw ends the freezing of these edges within the Tx: the actions that follow may change
+// them, and nobody else gets in between. On Abort they stay frozen.
+func (tx *Tx) Thaw(top, base *Node) error {
+	return tx.do(func(d *txDraft) error {
+		for _, e := range d.chainEdges(top, base) {
+			d.setFrozen(e, nil)
+		}
+		return nil
+	})
+}
+
+func (d *txDraft) setFrozen(e *Edge, token *freeze) {
+	d.frozen[e] = token
+	d.reserve = append(d.reserve, e.pnode)
+	d.prims = append(d.prims, func(in *installer) { e.frozen = token })
 }
 
 // Drain keeps n quiet during the commit although no edge above it changes.
