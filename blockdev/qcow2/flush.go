@@ -236,6 +236,7 @@ func (s *image) writeIncompat(r *blk.Req, v uint64) error {
 		return err
 	}
 	s.hdr.IncompatibleFeatures = v
+	s.publish()
 	return nil
 }
 

@@ -37,6 +37,8 @@ type config struct {
 	// corrupted is told about corruption found at run time; off and n are -1 if unknown. Called with mu held: must not call back.
 	corrupted func(msg string, off, n int64, fatal bool)
 	warn      func(msg string)
+	// changed is told that something which queries show has changed; called with mu held. May be nil.
+	changed func()
 	// allocated tells the bytes that the file takes on its medium, for detecting preallocation; may be nil.
 	allocated func() (int64, error)
 	// bare opens an image that is being created: nothing is refused or repaired.
@@ -53,6 +55,8 @@ type image struct {
 
 	size atomic.Int64 // of the guest disk, bytes, a multiple of 512
 	dead atomic.Bool  // unusable after fatal corruption
+
+	info info
 
 	mu   sync.Mutex
 	wake *sync.Cond // an in-flight allocation has ended
@@ -204,4 +208,17 @@ func (s *image) backSize() int64 {
 
 func isNotSupported(err error) bool {
 	return errors.Is(err, blk.ErrNotSupported) || errors.Is(err, syscall.ENOTSUP)
+}
+
+// publish makes what queries show known to them; mu is held.
+func (s *image) publish() {
+	s.info.incompat.Store(s.hdr.IncompatibleFeatures)
+	format := ""
+	if s.ext != nil {
+		format = s.ext.BackingFormat
+	}
+	s.info.backing.Store(&[2]string{s.backName, format})
+	if s.changed != nil {
+		s.changed()
+	}
 }

@@ -53,6 +53,7 @@ func openImage(r *blk.Req, c config) (*image, error) {
 			return nil, err
 		}
 	}
+	s.publish()
 	s.startCleaning()
 	return s, nil
 }
@@ -221,6 +222,7 @@ func (s *image) updateHeader(r *blk.Req) error {
 		return err
 	}
 	s.hdrUsed = used
+	s.publish()
 	return nil
 }
 

@@ -144,8 +144,10 @@ func (s *image) corrupt(r *blk.Req, fatal bool, off, n int64, msg string) error 
 	s.signaled = true
 	if fatal {
 		s.dead.Store(true)
+		s.wake.Broadcast()
 		if s.hdr.Version >= 3 {
 			s.hdr.IncompatibleFeatures |= layout.IncompatCorrupt
+			s.publish()
 			var b [8]byte
 			be.PutUint64(b[:], s.hdr.IncompatibleFeatures)
 			// The request fails anyway.

@@ -49,6 +49,7 @@ func (s *image) Zero(r *blk.Req, off, n int64, f blk.Flags) error {
 // zeroEntry makes one cluster read as zeroes, keeping its host cluster unless it may go.
 func (s *image) zeroEntry(r *blk.Req, t *table, i int64, unmap bool) {
 	old := entry(t, i)
+	unmap = unmap && !s.set.noUnref
 	drop := unmap && layout.KindOf(old).HasHost() || layout.KindOf(old) == layout.CompressedKind
 	v := uint64(layout.ZeroFlag)
 	if !drop {
@@ -143,6 +144,14 @@ func (s *image) Discard(r *blk.Req, off, n int64) error {
 
 // discard frees guest clusters [from, to); full leaves them unallocated. mu is held.
 func (s *image) discard(r *blk.Req, from, to int64, hasBacking, full bool, kind discardKind) error {
+	keep := s.set.noUnref && !full && kind == discardRequest
+	var kept []freed
+	defer func() {
+		// With mu held: the clusters stay where they are, a write could take them otherwise.
+		for _, f := range kept {
+			_ = s.file.Discard(r, f.off, f.n)
+		}
+	}()
 	return s.eachSlice(r, from, to, hasBacking && !full, func(t *table, gc, k int64) error {
 		i := s.l2Index(gc)
 		for j := range k {
@@ -151,6 +160,12 @@ func (s *image) discard(r *blk.Req, from, to int64, hasBacking, full bool, kind 
 			switch {
 			case full:
 				v = 0
+			case keep && (layout.KindOf(old) == layout.Normal || layout.KindOf(old) == layout.ZeroAlloc):
+				if v |= layout.ZeroFlag; v != old {
+					s.setEntry(t, i+j, v)
+					kept = s.keep(kept, int64(old&layout.OffsetMask), kind)
+				}
+				continue
 			case hasBacking || layout.KindOf(old).HasHost():
 				v = 0
 				if s.hdr.Version >= 3 {
@@ -165,4 +180,16 @@ func (s *image) discard(r *blk.Req, from, to int64, hasBacking, full bool, kind 
 		}
 		return nil
 	})
+}
+
+// keep notes a host cluster that keeps its place (discard-no-unref) for punching.
+func (s *image) keep(list []freed, off int64, kind discardKind) []freed {
+	if !s.set.discard[kind] || off+s.cs > s.file.Size() {
+		return list
+	}
+	if k := len(list) - 1; k >= 0 && list[k].off+list[k].n == off {
+		list[k].n += s.cs
+		return list
+	}
+	return append(list, freed{off: off, n: s.cs})
 }

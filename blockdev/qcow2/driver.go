@@ -1,0 +1,265 @@
+package qcow2
+
+import (
+	"context"
+	"sync/atomic"
+
+	"qblockd/blockdev/qcow2/layout"
+	"qblockd/graph"
+	"qblockd/graph/blk"
+	"qblockd/schema/types"
+)
+
+var (
+	_ graph.Driver         = (*Driver)(nil)
+	_ graph.Writer         = (*Driver)(nil)
+	_ graph.Zeroer         = (*Driver)(nil)
+	_ graph.Flusher        = (*Driver)(nil)
+	_ graph.Discarder      = (*Driver)(nil)
+	_ graph.Statuser       = (*Driver)(nil)
+	_ graph.Mapper         = (*Driver)(nil)
+	_ graph.CopyRanger     = (*Driver)(nil)
+	_ graph.Resizer        = (*Driver)(nil)
+	_ graph.Backed         = (*Driver)(nil)
+	_ graph.BackingChanger = (*Driver)(nil)
+	_ graph.Informer       = (*Driver)(nil)
+	_ graph.Inactivator    = (*Driver)(nil)
+	_ file                 = (*graph.Edge)(nil)
+)
+
+// Driver is an open qcow2 node.
+type Driver struct {
+	*image
+	node *graph.Node
+}
+
+// Probe tells whether header, the beginning of a file, looks like a qcow2 image.
+func Probe(header []byte) bool { return layout.Probe(header) }
+
+// Open is the graph.OpenFunc of the driver; o.Options is a *types.BlockdevOptionsQcow2 or
+// nil. A writable image is repaired if it is dirty.
+func Open(o *graph.Opening) (graph.Driver, error) {
+	n := o.Node
+	d := &Driver{node: n}
+	opt, _ := o.Options.(*types.BlockdevOptionsQcow2)
+	c := config{
+		file: n.File(),
+		backing: func() file {
+			if e := n.Backing(); e != nil {
+				return e
+			}
+			return nil
+		},
+		readOnly:  n.ReadOnly(),
+		unmap:     n.Options().Discard,
+		options:   runtimeOptions(opt),
+		corrupted: d.corrupted,
+		warn:      o.Warn,
+		allocated: d.fileAllocated,
+		changed:   n.Bump,
+	}
+	var err error
+	if d.image, err = openImage(o.Req, c); err != nil {
+		return nil, err
+	}
+	return d, nil
+}
+
+// runtimeOptions translates what the schema calls them.
+func runtimeOptions(o *types.BlockdevOptionsQcow2) Options {
+	if o == nil {
+		return Options{}
+	}
+	out := Options{
+		LazyRefcounts:       o.LazyRefcounts,
+		PassDiscardRequest:  o.PassDiscardRequest,
+		PassDiscardSnapshot: o.PassDiscardSnapshot,
+		PassDiscardOther:    o.PassDiscardOther,
+		DiscardNoUnref:      o.DiscardNoUnref,
+		CacheSize:           o.CacheSize,
+		L2CacheSize:         o.L2CacheSize,
+		L2CacheEntrySize:    o.L2CacheEntrySize,
+		RefcountCacheSize:   o.RefcountCacheSize,
+		CacheCleanInterval:  o.CacheCleanInterval,
+	}
+	switch k := o.OverlapCheck; {
+	case k == nil:
+	case k.Mode != nil:
+		out.OverlapTemplate = string(*k.Mode)
+	case k.Flags != nil:
+		f := k.Flags
+		if f.Template != nil {
+			out.OverlapTemplate = string(*f.Template)
+		}
+		out.Overlap = [9]*bool{
+			f.MainHeader, f.ActiveL1, f.ActiveL2, f.RefcountTable, f.RefcountBlock,
+			f.SnapshotTable, f.InactiveL1, f.InactiveL2, f.BitmapDirectory,
+		}
+	}
+	return out
+}
+
+// corrupted emits BLOCK_IMAGE_CORRUPTED.
+func (d *Driver) corrupted(msg string, off, n int64, fatal bool) {
+	name := d.node.Name()
+	e := types.BlockImageCorruptedEvent{NodeName: &name, Msg: msg, Fatal: fatal}
+	if off >= 0 {
+		e.Offset = &off
+	}
+	if n >= 0 {
+		e.Size = &n
+	}
+	d.node.Graph().Sink().Emit(e)
+	d.node.Bump()
+}
+
+// fileAllocated asks the driver below for the bytes that the file takes.
+func (d *Driver) fileAllocated() (int64, error) {
+	e := d.node.File()
+	if e == nil {
+		return 0, blk.ErrNotSupported
+	}
+	z, ok := e.Node().Driver().(graph.Sizer)
+	if !ok {
+		return 0, blk.ErrNotSupported
+	}
+	return z.ActualSize()
+}
+
+// Ejected tells whether fatal corruption ended the use of the image; the node then answers
+// every request with blk.ErrNoMedium.
+func (d *Driver) Ejected() bool { return d.dead.Load() }
+
+// Caps implements graph.Driver.
+func (d *Driver) Caps() graph.Caps {
+	c := graph.Caps{
+		Limits: blk.Limits{
+			RequestAlign: 1,
+			ZeroAlign:    d.cs,
+			DiscardAlign: d.cs,
+			ClusterSize:  d.cs,
+		},
+		WriteFlags: blk.Compressed | blk.WriteUnchanged | blk.Serialising,
+		ZeroFlags:  blk.WriteUnchanged | blk.Serialising,
+		Backing:    true,
+		ZeroInit:   true,
+	}
+	if d.hdr.Version >= 3 {
+		c.ZeroFlags |= blk.MayUnmap | blk.NoFallback
+	}
+	return c
+}
+
+// Size implements graph.Driver.
+func (d *Driver) Size() int64 { return d.size.Load() }
+
+// Resize implements graph.Resizer.
+func (d *Driver) Resize(ctx context.Context, size int64, m blk.Prealloc) error {
+	return d.image.Resize(&blk.Req{Ctx: ctx}, size, m)
+}
+
+// info is what queries show, readable without mu.
+type info struct {
+	incompat atomic.Uint64
+	backing  atomic.Pointer[[2]string]
+}
+
+// BackingFile implements graph.Backed.
+func (d *Driver) BackingFile() (name, format string) {
+	b := d.info.backing.Load()
+	return b[0], b[1]
+}
+
+// ImageInfo implements graph.Informer.
+func (d *Driver) ImageInfo(i *types.ImageInfo) {
+	cs := d.cs
+	bits := d.info.incompat.Load()
+	dirty := bits&layout.IncompatDirty != 0
+	i.ClusterSize, i.DirtyFlag = &cs, &dirty
+	i.Snapshots = d.snapshotInfo()
+	q := types.ImageInfoSpecificQCow2{
+		Compat:          "0.10",
+		RefcountBits:    1 << d.geo.RefcountOrder,
+		CompressionType: types.Qcow2CompressionTypeZlib,
+	}
+	if d.hdr.CompressionType == layout.CompressionZstd {
+		q.CompressionType = types.Qcow2CompressionTypeZstd
+	}
+	if d.hdr.Version >= 3 {
+		lazy, corrupt, ext := d.hdr.CompatibleFeatures&layout.CompatLazyRefcounts != 0, bits&layout.IncompatCorrupt != 0, false
+		q.Compat, q.LazyRefcounts, q.Corrupt, q.ExtendedL2 = "1.1", &lazy, &corrupt, &ext
+	}
+	i.FormatSpecific = &types.ImageInfoSpecific{
+		Type: types.ImageInfoSpecificKindQcow2,
+		U:    &types.ImageInfoSpecificQCow2Wrapper{Data: q},
+	}
+}
+
+// snapshotInfo lists the internal snapshots, which do not change while the image is open.
+func (d *Driver) snapshotInfo() []*types.SnapshotInfo {
+	var out []*types.SnapshotInfo
+	for i := range d.snaps {
+		n := &d.snaps[i]
+		x := &types.SnapshotInfo{
+			ID:          n.ID,
+			Name:        n.Name,
+			VmStateSize: int64(n.VMStateSize),
+			DateSec:     int64(n.DateSec),
+			DateNsec:    int64(n.DateNsec),
+			VmClockSec:  int64(n.VMClockNsec / 1e9),
+			VmClockNsec: int64(n.VMClockNsec % 1e9),
+		}
+		if n.Icount != ^uint64(0) {
+			c := int64(n.Icount)
+			x.Icount = &c
+		}
+		out = append(out, x)
+	}
+	return out
+}
+
+// Create makes an image as o says in the node below root, whose file reference is not looked
+// at. Its texts are those that end a create job. It blocks as long as the storage does.
+func Create(ctx context.Context, root *graph.Root, o *types.BlockdevCreateOptionsQcow2) error {
+	c := CreateOptions{
+		Size:         o.Size,
+		BackingFile:  o.BackingFile,
+		ClusterSize:  o.ClusterSize,
+		RefcountBits: o.RefcountBits,
+	}
+	if o.Version != nil {
+		c.Version = string(*o.Version)
+	}
+	if o.BackingFmt != nil {
+		f := string(*o.BackingFmt)
+		c.BackingFormat = &f
+	}
+	if o.Preallocation != nil {
+		c.Preallocation = blk.Prealloc(*o.Preallocation)
+	}
+	if o.LazyRefcounts != nil {
+		c.LazyRefcounts = *o.LazyRefcounts
+	}
+	if o.CompressionType != nil {
+		c.CompressionType = string(*o.CompressionType)
+	}
+	r, err := root.Begin(ctx)
+	if err != nil {
+		return err
+	}
+	defer root.End(r)
+	return create(r, grower{root.Edge()}, &c)
+}
+
+// grower is a root's edge through which writes may make the node longer.
+type grower struct{ *graph.Edge }
+
+// WriteAt implements file.
+func (g grower) WriteAt(r *blk.Req, v blk.Vec, off int64, f blk.Flags) error {
+	return g.Edge.WriteAt(r, v, off, f|blk.Grow)
+}
+
+// Zero implements file.
+func (g grower) Zero(r *blk.Req, off, n int64, f blk.Flags) error {
+	return g.Edge.Zero(r, off, n, f|blk.Grow)
+}

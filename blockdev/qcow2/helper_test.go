@@ -1,0 +1,127 @@
+package qcow2
+
+import (
+	"context"
+	"fmt"
+	"math/rand/v2"
+	"os/exec"
+	"strings"
+	"testing"
+
+	"qblockd/blockdev/drivertest"
+	"qblockd/graph/blk"
+)
+
+// mem is a drivertest driver as the file of an image, without a graph in between.
+type mem struct {
+	drv interface {
+		Size() int64
+		ReadAt(*blk.Req, blk.Vec, int64, blk.Flags) error
+		WriteAt(*blk.Req, blk.Vec, int64, blk.Flags) error
+		Zero(*blk.Req, int64, int64, blk.Flags) error
+		Discard(*blk.Req, int64, int64) error
+		Flush(*blk.Req) error
+		Status(*blk.Req, int64, int64) (blk.Extent, error)
+		Resize(context.Context, int64, blk.Prealloc) error
+	}
+}
+
+func (m mem) Size() int64 { return m.drv.Size() }
+func (m mem) ReadAt(r *blk.Req, v blk.Vec, off int64, f blk.Flags) error {
+	return m.drv.ReadAt(r, v, off, f)
+}
+func (m mem) WriteAt(r *blk.Req, v blk.Vec, off int64, f blk.Flags) error {
+	return m.drv.WriteAt(r, v, off, f)
+}
+func (m mem) Zero(r *blk.Req, off, n int64, f blk.Flags) error { return m.drv.Zero(r, off, n, f) }
+func (m mem) Discard(r *blk.Req, off, n int64) error           { return m.drv.Discard(r, off, n) }
+func (m mem) Flush(r *blk.Req) error                           { return m.drv.Flush(r) }
+func (m mem) Status(r *blk.Req, off, n int64) (blk.Extent, error) {
+	return m.drv.Status(r, off, n)
+}
+func (m mem) Map(r *blk.Req, off, n int64, mp *blk.Mapping) error { return nil }
+func (m mem) CopyFrom(r *blk.Req, off int64, src []blk.HostRange, f blk.Flags) error {
+	return blk.ErrNotSupported
+}
+func (m mem) Resize(ctx context.Context, size int64, exact bool, p blk.Prealloc) error {
+	return m.drv.Resize(ctx, size, p)
+}
+
+func req() *blk.Req { return &blk.Req{Ctx: context.Background()} }
+
+func ptr[T any](v T) *T { return &v }
+
+// mustCreate makes an image in a new memory file.
+func mustCreate(t testing.TB, o CreateOptions) *drivertest.MemFile {
+	t.Helper()
+	f := drivertest.NewMemFile(0)
+	if err := create(req(), mem{f}, &o); err != nil {
+		t.Fatalf("create: %v", err)
+	}
+	return f
+}
+
+func mustOpen(t testing.TB, f file, c config) *image {
+	t.Helper()
+	c.file = f
+	if c.options.CacheCleanInterval == nil {
+		c.options.CacheCleanInterval = ptr(int64(0))
+	}
+	s, err := openImage(req(), c)
+	if err != nil {
+		t.Fatalf("open: %v", err)
+	}
+	return s
+}
+
+func mustClose(t testing.TB, s *image) {
+	t.Helper()
+	if err := s.Inactivate(req()); err != nil {
+		t.Fatalf("inactivate: %v", err)
+	}
+	if err := s.Close(); err != nil {
+		t.Fatalf("close: %v", err)
+	}
+}
+
+// sound fails unless the image has no corruption, and no leaks if leaks is false.
+func sound(t testing.TB, s *image, leaks bool) {
+	t.Helper()
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	// What waits for a flush to be freed is still counted: neither is it a leak.
+	s.reap(req(), len(s.pending) == 0)
+	res, err := s.check(req(), false)
+	if err != nil {
+		t.Fatalf("check: %v", err)
+	}
+	if res.Corruptions > 0 || res.Errors > 0 || res.Leaks > 0 && !leaks && len(s.pending) == 0 && len(s.limbo) == 0 {
+		t.Fatalf("check: %+v", *res)
+	}
+}
+
+// tool skips the test loudly if an outside program is missing.
+func tool(t testing.TB, name string) {
+	t.Helper()
+	if _, err := exec.LookPath(name); err != nil {
+		t.Skipf("SKIPPED: %s is not installed, so nothing was compared with it", name)
+	}
+}
+
+func run(t testing.TB, name string, args ...string) string {
+	t.Helper()
+	tool(t, name)
+	out, err := exec.Command(name, args...).CombinedOutput()
+	if err != nil {
+		t.Fatalf("%s %s: %v\n%s", name, strings.Join(args, " "), err, out)
+	}
+	return string(out)
+}
+
+func fill(r *rand.Rand, b []byte) {
+	for i := range b {
+		b[i] = byte(r.Uint32())
+	}
+}
+
+func desc(v any) string { return fmt.Sprintf("%+v", v) }

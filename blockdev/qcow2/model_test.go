@@ -1,0 +1,246 @@
+package qcow2
+
+import (
+	"bytes"
+	"errors"
+	"fmt"
+	"math/rand/v2"
+	"testing"
+
+	"qblockd/blockdev/drivertest"
+	"qblockd/graph/blk"
+)
+
+// model is an image beside the bytes that it has to show.
+type model struct {
+	t    testing.TB
+	s    *image
+	disk []byte
+	back []byte
+	rnd  *rand.Rand
+	log  []string
+	// loose: discarded bytes may show old or zero content (never without a version 3 image).
+	v2 bool
+}
+
+func (m *model) fatalf(format string, args ...any) {
+	m.t.Helper()
+	k := max(0, len(m.log)-20)
+	for _, l := range m.log[k:] {
+		m.t.Log(l)
+	}
+	m.t.Fatalf(format, args...)
+}
+
+func (m *model) span(limit int) (off, n int) {
+	off = m.rnd.IntN(len(m.disk)/512) * 512
+	n = (1 + m.rnd.IntN(limit/512)) * 512
+	return off, min(n, len(m.disk)-off)
+}
+
+func (m *model) verify(off, n int) {
+	m.t.Helper()
+	b := make([]byte, n)
+	fill(m.rnd, b[:min(n, 512)])
+	if err := m.s.ReadAt(req(), blk.Buf(b), int64(off), 0); err != nil {
+		m.fatalf("read %d+%d: %v", off, n, err)
+	}
+	if !bytes.Equal(b, m.disk[off:off+n]) {
+		for i := range b {
+			if b[i] != m.disk[off+i] {
+				m.fatalf("read %d+%d: first difference at %d: %#x instead of %#x", off, n, off+i, b[i], m.disk[off+i])
+			}
+		}
+	}
+}
+
+func (m *model) step() {
+	cs := int(m.s.cs)
+	limit := min(len(m.disk), max(4*cs, 8192))
+	off, n := m.span(limit)
+	r := req()
+	switch k := m.rnd.IntN(20); {
+	case k < 8:
+		b := make([]byte, n)
+		fill(m.rnd, b)
+		m.log = append(m.log, fmt.Sprintf("write %d+%d", off, n))
+		if err := m.s.WriteAt(r, blk.Buf(b), int64(off), 0); err != nil {
+			m.fatalf("write: %v", err)
+		}
+		copy(m.disk[off:], b)
+	case k < 11:
+		f := blk.Flags(0)
+		if m.rnd.IntN(2) == 0 {
+			f = blk.MayUnmap
+		}
+		m.log = append(m.log, fmt.Sprintf("zero %d+%d %d", off, n, f))
+		m.zero(off, n, f)
+	case k < 13:
+		m.log = append(m.log, fmt.Sprintf("discard %d+%d", off, n))
+		m.discard(off, n)
+	case k < 14:
+		m.log = append(m.log, fmt.Sprintf("compressed %d+%d", off, n))
+		m.compressed(off)
+	case k < 15:
+		m.log = append(m.log, "flush")
+		if err := m.s.Flush(r); err != nil {
+			m.fatalf("flush: %v", err)
+		}
+	case k < 16:
+		m.status(off, n)
+	default:
+		m.verify(off, n)
+	}
+}
+
+// zero does what the generic layer does: whole clusters by Zero, the rest by writing.
+func (m *model) zero(off, n int, f blk.Flags) {
+	err := m.s.Zero(req(), int64(off), int64(n), f)
+	if errors.Is(err, blk.ErrNotSupported) {
+		err = m.s.WriteAt(req(), blk.Buf(make([]byte, n)), int64(off), 0)
+	}
+	if err != nil {
+		m.fatalf("zero: %v", err)
+	}
+	clear(m.disk[off : off+n])
+}
+
+func (m *model) discard(off, n int) {
+	err := m.s.Discard(req(), int64(off), int64(n))
+	if errors.Is(err, blk.ErrNotSupported) {
+		return
+	}
+	if err != nil {
+		m.fatalf("discard: %v", err)
+	}
+	cs := int(m.s.cs)
+	from, to := (off+cs-1)/cs*cs, (off+n)/cs*cs
+	if off+n == len(m.disk) {
+		to = off + n
+	}
+	if from < to {
+		clear(m.disk[from:to])
+	}
+}
+
+func (m *model) compressed(off int) {
+	cs := int(m.s.cs)
+	off = off / cs * cs
+	n := min(cs, len(m.disk)-off)
+	b := bytes.Repeat([]byte{byte(m.rnd.Uint32()), byte(m.rnd.Uint32())}, n/2)
+	fill(m.rnd, b[:m.rnd.IntN(n)])
+	err := m.s.WriteAt(req(), blk.Buf(b), int64(off), blk.Compressed)
+	if errors.Is(err, errIO) {
+		return // has data of its own
+	}
+	if err != nil {
+		m.fatalf("compressed write: %v", err)
+	}
+	copy(m.disk[off:], b)
+}
+
+func (m *model) status(off, n int) {
+	x, err := m.s.Status(req(), int64(off), int64(n))
+	if err != nil {
+		m.fatalf("status: %v", err)
+	}
+	if x.N < 1 || x.N > int64(n) {
+		m.fatalf("status of %d+%d: %+v", off, n, x)
+	}
+	part := m.disk[off : off+int(x.N)]
+	if x.Zero && !isZero(part) {
+		m.fatalf("status of %d+%d claims zeroes: %+v", off, n, x)
+	}
+	if x.OffValid && x.Data {
+		b := make([]byte, x.N)
+		if err := m.s.readFile(req(), blk.Buf(b), x.MapOff); err != nil || !bytes.Equal(b, part) {
+			m.fatalf("status of %d+%d: wrong place: %+v", off, n, x)
+		}
+	}
+}
+
+type shape struct {
+	cs   uint64
+	bits int64
+	v    string
+	back bool
+	comp string
+	lazy bool
+}
+
+func shapes() []shape {
+	var out []shape
+	for i, cs := range []uint64{512, 1024, 4096, 65536, 2 << 20} {
+		for j, bits := range []int64{1, 2, 4, 8, 16, 32, 64} {
+			comp := []string{"zlib", "zstd"}[(i+j)%2]
+			out = append(out, shape{cs, bits, "v3", (i+j)%3 == 0, comp, (i+j)%4 == 1})
+		}
+		out = append(out, shape{cs, 16, "v2", i%2 == 0, "zlib", false}, shape{cs, 16, "v2", i%2 == 1, "zlib", false})
+	}
+	return out
+}
+
+// TestModel does random operations on images of all shapes and compares with plain bytes;
+// the image is checked now and then, and after reopening.
+func TestModel(t *testing.T) {
+	for i, sh := range shapes() {
+		t.Run(fmt.Sprintf("%+v", sh), func(t *testing.T) {
+			t.Parallel()
+			testShape(t, sh, uint64(i+1))
+		})
+	}
+}
+
+func testShape(t *testing.T, sh shape, seed uint64) {
+	rnd := rand.New(rand.NewPCG(seed, 7))
+	clusters := 300
+	if sh.cs > 4096 {
+		clusters = 12
+	}
+	if sh.cs > 65536 {
+		clusters = 3
+	}
+	size := clusters*int(sh.cs) + rnd.IntN(int(sh.cs)/512)*512
+	o := CreateOptions{Size: uint64(size), ClusterSize: &sh.cs, RefcountBits: &sh.bits, Version: sh.v, CompressionType: sh.comp, LazyRefcounts: sh.lazy}
+	m := &model{t: t, disk: make([]byte, size), rnd: rnd, v2: sh.v == "v2"}
+	c := config{unmap: rnd.IntN(2) == 0}
+	if sh.back {
+		m.back = make([]byte, size*2/3/512*512)
+		fill(rnd, m.back)
+		copy(m.disk, m.back)
+		o.BackingFile = ptr("back")
+		bf := mem{drivertest.MemFileOf(m.back)}
+		c.backing = func() file { return bf }
+	}
+	if rnd.IntN(2) == 0 {
+		c.options.L2CacheSize, c.options.L2CacheEntrySize = ptr(int64(1)), ptr(int64(512))
+	}
+	f := mustCreate(t, o)
+	steps := 300
+	if testing.Short() {
+		steps = 100
+	}
+	if sh.cs > 65536 {
+		steps = 40
+	}
+	for round := range 3 {
+		m.s = mustOpen(t, mem{f}, c)
+		m.verify(0, len(m.disk))
+		for i := range steps {
+			m.step()
+			if i%50 == 0 {
+				sound(t, m.s, true)
+			}
+		}
+		m.verify(0, len(m.disk))
+		mustClose(t, m.s)
+		s := mustOpen(t, mem{f}, config{readOnly: true, backing: c.backing})
+		sound(t, s, false)
+		if round == 0 && s.hdr.IncompatibleFeatures != 0 && sh.comp != "zstd" {
+			t.Fatalf("features %x after close", s.hdr.IncompatibleFeatures)
+		}
+		if err := s.Close(); err != nil {
+			t.Fatal(err)
+		}
+	}
+}
