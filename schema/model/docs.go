@@ -60,10 +60,10 @@ func parseDoc(name, text string) (Doc, error) {
 			if !ok {
 				return d, fmt.Errorf("the comment above '%s' has a line %q without \": \"", name, l)
 			}
+			flush()
 			if _, dup := section[k]; dup {
 				return d, fmt.Errorf("the comment above '%s' describes '%s' twice", name, k)
 			}
-			flush()
 			key, into = k, new(string)
 			*into = t
 		case l == "":
