@@ -2,6 +2,7 @@ package blockdev
 
 import (
 	"fmt"
+	"path/filepath"
 	"slices"
 
 	"qblockd/graph"
@@ -195,4 +196,44 @@ func (m *Manager) BackingFilename(n *graph.Node) (name, full, format string) {
 	}
 	full, _ = m.absolute(n, name)
 	return name, full, format
+}
+
+// FindBacking is the node of top's backing chain whose image has that file name, or nil: the name as the overlay's
+// header or a query shows it, or another path to the same file. It looks at the file system and so may block.
+func (m *Manager) FindBacking(top *graph.Node, file string) *graph.Node {
+	for cur := top.SkipFilters(); cur.Backing() != nil; {
+		below := cur.Backing().Node().SkipFilters()
+		name, full, _ := m.BackingFilename(cur)
+		switch {
+		case m.BackingOverridden(cur):
+			if file == m.Filename(below) {
+				return below
+			}
+		case hasProtocol(file) || hasProtocol(name):
+			if file == name || file == full {
+				return below
+			}
+		default:
+			if abs, err := m.absolute(cur, file); err == nil && samePath(abs, full) {
+				return below
+			}
+		}
+		cur = below
+	}
+	return nil
+}
+
+// samePath tells whether two names lead to one file that exists.
+func samePath(a, b string) bool {
+	a, errA := canonical(a)
+	b, errB := canonical(b)
+	return errA == nil && errB == nil && a == b
+}
+
+func canonical(name string) (string, error) {
+	abs, err := filepath.Abs(name)
+	if err != nil {
+		return "", err
+	}
+	return filepath.EvalSymlinks(abs)
 }

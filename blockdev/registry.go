@@ -1,7 +1,12 @@
 package blockdev
 
 import (
+	"fmt"
+
 	"qblockd/blockdev/file"
+	"qblockd/blockdev/null"
+	"qblockd/blockdev/qcow2"
+	"qblockd/blockdev/raw"
 	"qblockd/graph"
 	"qblockd/graph/perm"
 	"qblockd/schema/types"
@@ -47,21 +52,87 @@ type ChildOption struct {
 // Drivers is what is compiled in.
 func Drivers() []Driver {
 	return []Driver{
-		{
-			Name: types.BlockdevDriverFile, Kind: graph.Protocol, Open: file.Open,
-			Prefix: "file", FromName: fileFromName("file:"), File: fileName, PlainName: fileName,
+		fileDriver(types.BlockdevDriverFile, file.Open),
+		fileDriver(types.BlockdevDriverHostDevice, file.OpenHostDevice),
+		nullDriver(types.BlockdevDriverNullAio, null.Open),
+		nullDriver(types.BlockdevDriverNullCo, null.Open),
+		qcow2Driver(qcow2.Open),
+		rawDriver(raw.Open),
+	}
+}
+
+// The functions below say what the options of each driver mean, apart from the driver itself.
+
+func fileDriver(name types.BlockdevDriver, open graph.OpenFunc) Driver {
+	filename := func(u any) string { return u.(*types.BlockdevOptionsFile).Filename }
+	return Driver{
+		Name: name, Kind: graph.Protocol, Open: open,
+		Prefix: string(name),
+		FromName: func(s string) (any, error) {
+			return &types.BlockdevOptionsFile{Filename: stripPrefix(s, string(name)+":")}, nil
 		},
-		{
-			Name: types.BlockdevDriverHostDevice, Kind: graph.Protocol, Open: file.OpenHostDevice,
-			Prefix: "host_device", FromName: fileFromName("host_device:"), File: fileName, PlainName: fileName,
+		File: filename, PlainName: filename,
+	}
+}
+
+func nullDriver(name types.BlockdevDriver, open graph.OpenFunc) Driver {
+	plain := string(name) + "://"
+	return Driver{
+		Name: name, Kind: graph.Protocol, Open: open,
+		Prefix: string(name),
+		FromName: func(s string) (any, error) {
+			if s != plain {
+				return nil, fmt.Errorf("The only allowed filename for this driver is '%s'", plain)
+			}
+			return &types.BlockdevOptionsNull{}, nil
+		},
+		Strong: func(u any, add func(string, value.Value)) {
+			o := u.(*types.BlockdevOptionsNull)
+			if o.Size != nil {
+				add("size", *o.Size)
+			}
+			if o.ReadZeroes != nil {
+				add("read-zeroes", *o.ReadZeroes)
+			}
+		},
+		PlainName: func(any) string { return plain },
+	}
+}
+
+func rawDriver(open graph.OpenFunc) Driver {
+	return Driver{
+		Name: types.BlockdevDriverRaw, Kind: graph.Format, Open: open,
+		FromFile: func(f types.BlockdevRef) any { return &types.BlockdevOptionsRaw{File: f} },
+		Probe:    func([]byte) int { return 1 }, // whatever nobody else wants
+		Children: func(u any) []ChildOption {
+			o := u.(*types.BlockdevOptionsRaw)
+			return []ChildOption{{"file", raw.Role(o), &o.File}}
+		},
+		Strong: func(u any, add func(string, value.Value)) {
+			o := u.(*types.BlockdevOptionsRaw)
+			if o.Offset != nil {
+				add("offset", *o.Offset)
+			}
+			if o.Size != nil {
+				add("size", *o.Size)
+			}
 		},
 	}
 }
 
-func fileName(u any) string { return u.(*types.BlockdevOptionsFile).Filename }
-
-func fileFromName(prefix string) func(string) (any, error) {
-	return func(name string) (any, error) {
-		return &types.BlockdevOptionsFile{Filename: stripPrefix(name, prefix)}, nil
+func qcow2Driver(open graph.OpenFunc) Driver {
+	return Driver{
+		Name: types.BlockdevDriverQcow2, Kind: graph.Format, Open: open,
+		FromFile: func(f types.BlockdevRef) any { return &types.BlockdevOptionsQcow2{File: f} },
+		Probe: func(header []byte) int {
+			if qcow2.Probe(header) {
+				return 100
+			}
+			return 0
+		},
+		Children: func(u any) []ChildOption {
+			return []ChildOption{{"file", perm.Image, &u.(*types.BlockdevOptionsQcow2).File}}
+		},
+		Backing: func(u any) *types.BlockdevRefOrNull { return u.(*types.BlockdevOptionsQcow2).Backing },
 	}
 }

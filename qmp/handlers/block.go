@@ -7,19 +7,19 @@ import (
 	"qblockd/schema/types"
 )
 
-// Block executes the commands of module block-core that look at or change nodes.
-type Block struct{ Nodes *blockdev.Manager }
+// BlockCore executes the commands of module block-core that look at or change nodes.
+type BlockCore struct{ Nodes *blockdev.Manager }
 
-var _ types.BlockCoreHandler = Block{}
+var _ types.BlockCoreHandler = BlockCore{}
 
 // none is the answer about devices for guests: there are none.
 var none = types.Raw("[]")
 
 // QueryBlock lists the devices.
-func (b Block) QueryBlock(context.Context) (types.Raw, error) { return none, nil }
+func (b BlockCore) QueryBlock(context.Context) (types.Raw, error) { return none, nil }
 
 // QueryBlockstats shows the counters of the devices or of the nodes.
-func (b Block) QueryBlockstats(_ context.Context, a *types.QueryBlockstatsArgs) (types.Raw, error) {
+func (b BlockCore) QueryBlockstats(_ context.Context, a *types.QueryBlockstatsArgs) (types.Raw, error) {
 	if a.QueryNodes == nil || !*a.QueryNodes {
 		return none, nil
 	}
@@ -27,31 +27,31 @@ func (b Block) QueryBlockstats(_ context.Context, a *types.QueryBlockstatsArgs) 
 }
 
 // BlockResize changes the size of a node.
-func (b Block) BlockResize(ctx context.Context, a *types.BlockResizeArgs) error {
+func (b BlockCore) BlockResize(ctx context.Context, a *types.BlockResizeArgs) error {
 	return b.Nodes.Resize(ctx, a.Device, a.NodeName, a.Size)
 }
 
 // QueryNamedBlockNodes lists the nodes.
-func (b Block) QueryNamedBlockNodes(_ context.Context, a *types.QueryNamedBlockNodesArgs) (types.Raw, error) {
+func (b BlockCore) QueryNamedBlockNodes(_ context.Context, a *types.QueryNamedBlockNodesArgs) (types.Raw, error) {
 	return b.Nodes.AppendNamedNodes(nil, a.Flat != nil && *a.Flat), nil
 }
 
 // XDebugQueryBlockGraph shows the graph.
-func (b Block) XDebugQueryBlockGraph(context.Context) (*types.XDbgBlockGraph, error) {
+func (b BlockCore) XDebugQueryBlockGraph(context.Context) (*types.XDbgBlockGraph, error) {
 	return b.Nodes.DebugGraph(), nil
 }
 
 // BlockdevAdd opens a node.
-func (b Block) BlockdevAdd(ctx context.Context, a *types.BlockdevOptions) error {
+func (b BlockCore) BlockdevAdd(ctx context.Context, a *types.BlockdevOptions) error {
 	return b.Nodes.Add(ctx, a)
 }
 
 // BlockdevDel closes a node.
-func (b Block) BlockdevDel(ctx context.Context, a *types.BlockdevDelArgs) error {
+func (b BlockCore) BlockdevDel(ctx context.Context, a *types.BlockdevDelArgs) error {
 	return b.Nodes.Del(ctx, a.NodeName)
 }
 
 // BlockSetWriteThreshold sets the offset that raises an event when it is written.
-func (b Block) BlockSetWriteThreshold(_ context.Context, a *types.BlockSetWriteThresholdArgs) error {
+func (b BlockCore) BlockSetWriteThreshold(_ context.Context, a *types.BlockSetWriteThresholdArgs) error {
 	return b.Nodes.SetWriteThreshold(a.NodeName, a.WriteThreshold)
 }
