@@ -16,7 +16,7 @@ type commit struct {
 	delta *perm.Delta[*Node, *Edge]
 	res   *reservation
 	drain *drain
-	links bool // draft.links are in g.pending
+	links bool // it is in g.pending
 
 	taken  []*Node // nodes whose PermTaker is prepared
 	joined []Participant
@@ -175,14 +175,20 @@ func (g *Graph) addLinksLocked(c *commit) <-chan struct{} {
 			}
 		}
 	}
-	g.pending = append(g.pending, links...)
-	c.draft.links, c.links = links, true
+	g.pending[c] = links
+	c.links = true
 	return nil
 }
 
 // reachesPending is Draft.Reaches with the edges that other commits are about to make.
 // +checklocks:g.mu
 func (g *Graph) reachesPendingLocked(d *txDraft, from, to *Node) bool {
+	others := map[*Node][]*Node{}
+	for _, links := range g.pending {
+		for _, l := range links {
+			others[l.parent] = append(others[l.parent], l.child)
+		}
+	}
 	seen := map[*Node]bool{from: true}
 	stack := []*Node{from}
 	for len(stack) > 0 {
@@ -200,10 +206,8 @@ func (g *Graph) reachesPendingLocked(d *txDraft, from, to *Node) bool {
 		for _, e := range d.Children(n) {
 			visit(d.Target(e))
 		}
-		for _, l := range g.pending {
-			if l.parent == n {
-				visit(l.child)
-			}
+		for _, l := range others[n] {
+			visit(l)
 		}
 	}
 	return false
@@ -215,11 +219,7 @@ func (c *commit) dropLinksLocked() {
 		return
 	}
 	c.links = false
-	for _, l := range c.draft.links {
-		if i := slices.Index(c.g.pending, l); i >= 0 {
-			c.g.pending = slices.Delete(c.g.pending, i, i+1)
-		}
-	}
+	delete(c.g.pending, c)
 	if c.g.pendingCh != nil {
 		close(c.g.pendingCh)
 		c.g.pendingCh = nil
@@ -228,7 +228,7 @@ func (c *commit) dropLinksLocked() {
 
 // drainSet are the nodes and roots to drain, each once.
 func (d *txDraft) drainSet() ([]*Node, []*Root) {
-	nodes := union(nil, nil)
+	var nodes []*Node
 	seen := map[*Node]bool{}
 	for _, n := range d.drains {
 		if !seen[n] {
@@ -237,8 +237,10 @@ func (d *txDraft) drainSet() ([]*Node, []*Root) {
 		}
 	}
 	var roots []*Root
+	seenRoot := map[*Root]bool{}
 	for _, r := range d.roots {
-		if !slices.Contains(roots, r) {
+		if !seenRoot[r] {
+			seenRoot[r] = true
 			roots = append(roots, r)
 		}
 	}

@@ -23,8 +23,8 @@ type Graph struct {
 	mtail     *Node
 	roots     *Root // newest first
 	nodeSeq   uint64
-	autoID    uint64 // number in the next generated name
-	pending   []link // edges that commits under way will make
+	autoID    uint64             // number in the next generated name
+	pending   map[*commit][]link // edges between nodes in use that commits under way will make
 	pendingCh chan struct{}
 	closed    bool // Close has begun: no more transactions
 
@@ -47,7 +47,7 @@ type holder struct {
 
 // New makes an empty graph that reports events to sink.
 func New(sink events.Sink) *Graph {
-	return &Graph{sink: sink, names: map[string]holder{}}
+	return &Graph{sink: sink, names: map[string]holder{}, pending: map[*commit][]link{}}
 }
 
 // Sink takes the events of the block layer.

@@ -58,6 +58,7 @@ type draftEdge[N comparable] struct {
 type draftNode[E comparable] struct {
 	state       Node
 	wasReadOnly bool
+	dirty       bool // in Draft.dirty
 	kids        []E
 	added       []E // parents, newest last
 	removed     map[E]bool
@@ -98,8 +99,8 @@ func (d *Draft[N, E]) edge(e E) *draftEdge[N] {
 
 // Touch makes the plan settle n again, as after a change of something that EdgeClaim looks at.
 func (d *Draft[N, E]) Touch(n N) {
-	d.node(n)
-	if !slices.Contains(d.dirty, n) {
+	if s := d.node(n); !s.dirty {
+		s.dirty = true
 		d.dirty = append(d.dirty, n)
 	}
 }
