@@ -27,6 +27,13 @@
 // blocking call holds a thread, so at most 64 of a node are in the kernel at once; more wait
 // for a place, or for the end of their root.
 //
+// With aio=native and aio=io_uring a worker's reads and writes (with io_uring its flushes,
+// too) go through an engine of the node: io_submit or io_uring. The caller is parked until
+// the kernel signals an eventfd, which Go's poller watches, so no thread is held; up to 128
+// requests of a node are under way, and those that arrive while one caller submits go out
+// together, at most aio-max-batch at a time. On memory file systems there is nothing to
+// wait for and no engine.
+//
 // # Locks
 //
 // File locks keep qblockd and QEMU (and two nodes of one daemon) out of each other's way, in
