@@ -72,6 +72,13 @@ func New(g *graph.Graph, o Options) *Table {
 	return &Table{g: g, opts: o, taken: map[string]bool{}}
 }
 
+// SetSocketMode changes the mode of socket files that are made from now on.
+func (t *Table) SetSocketMode(m os.FileMode) {
+	t.mu.Lock()
+	defer t.mu.Unlock()
+	t.opts.SocketMode = m
+}
+
 // wellFormed tells whether id is one: a letter, then letters, digits and "-._".
 func wellFormed(id string) bool {
 	for i := range len(id) {

@@ -5,6 +5,7 @@ import (
 	"errors"
 	"fmt"
 	"net"
+	"os"
 	"strconv"
 
 	"qblockd/blockdev/export/nbd"
@@ -44,8 +45,9 @@ func (t *Table) StartNBD(ctx context.Context, addr *types.SocketAddress, maxConn
 		return errors.New("The daemon is shutting down")
 	}
 	t.starts = true
+	mode := t.opts.SocketMode
 	t.mu.Unlock()
-	l, err := t.listen(ctx, addr)
+	l, err := listen(ctx, addr, mode)
 	t.mu.Lock()
 	defer t.mu.Unlock()
 	t.starts = false
@@ -78,14 +80,14 @@ func Flatten(a *types.SocketAddressLegacy) *types.SocketAddress {
 	return f
 }
 
-func (t *Table) listen(ctx context.Context, addr *types.SocketAddress) (net.Listener, error) {
+func listen(ctx context.Context, addr *types.SocketAddress, mode os.FileMode) (net.Listener, error) {
 	switch a := addr.U.(type) {
 	case *types.UnixSocketAddress:
 		return nbd.ListenUnix(nbd.UnixAddr{
 			Path:     a.Path,
 			Abstract: isSet(a.Abstract),
 			Padded:   a.Tight != nil && !*a.Tight,
-			Mode:     t.opts.SocketMode,
+			Mode:     mode,
 		})
 	case *types.InetSocketAddress:
 		if isSet(a.KeepAlive) {

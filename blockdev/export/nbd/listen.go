@@ -10,6 +10,7 @@ import (
 	"strconv"
 	"sync"
 	"syscall"
+	"unsafe"
 
 	"golang.org/x/sys/unix"
 
@@ -42,8 +43,7 @@ type UnixAddr struct {
 // other file is left alone. Nobody can connect before the file has its mode. The
 // file is removed when the listener is closed.
 func ListenUnix(a UnixAddr) (net.Listener, error) {
-	limit := len(unix.RawSockaddrUnix{}.Path)
-	if len(a.Path) > limit || a.Abstract && len(a.Path) > limit-1 {
+	if len(a.Path) > sunPathLen || a.Abstract && len(a.Path) > sunPathLen-1 {
 		return nil, fmt.Errorf("UNIX socket path '%s' is too long", a.Path)
 	}
 	fd, err := unix.Socket(unix.AF_UNIX, unix.SOCK_STREAM|unix.SOCK_CLOEXEC|unix.SOCK_NONBLOCK, 0)
@@ -61,11 +61,11 @@ func listenUnix(f *os.File, fd int, a UnixAddr) (net.Listener, error) {
 		mode = 0o600
 	}
 	if a.Abstract {
-		name := "@" + a.Path
+		n := 1 + len(a.Path)
 		if a.Padded {
-			name += string(make([]byte, len(unix.RawSockaddrUnix{}.Path)-len(name)))
+			n = sunPathLen
 		}
-		if err := unix.Bind(fd, &unix.SockaddrUnix{Name: name}); err != nil {
+		if err := bindUnix(fd, "\x00"+a.Path, n); err != nil {
 			return nil, errnoError(err, "Failed to bind socket to %s", a.Path)
 		}
 		return listenFile(f, fd)
@@ -77,7 +77,7 @@ func listenUnix(f *os.File, fd int, a UnixAddr) (net.Listener, error) {
 	}
 	// The file is made with the mode of the descriptor; the umask can only take away.
 	unix.Fchmod(fd, uint32(mode.Perm()))
-	if err := unix.Bind(fd, &unix.SockaddrUnix{Name: a.Path}); err != nil {
+	if err := bindUnix(fd, a.Path, sunPathLen); err != nil {
 		return nil, errnoError(err, "Failed to bind socket to %s", a.Path)
 	}
 	if err := unix.Chmod(a.Path, uint32(mode.Perm())); err != nil {
@@ -94,6 +94,22 @@ func listenUnix(f *os.File, fd int, a UnixAddr) (net.Listener, error) {
 		fl.made = st
 	}
 	return fl, nil
+}
+
+const sunPathLen = len(unix.RawSockaddrUnix{}.Path)
+
+// bindUnix binds to the first n bytes of an address that begins with path and goes on with
+// zeroes. Package unix takes no path that fills the address.
+func bindUnix(fd int, path string, n int) error {
+	sa := unix.RawSockaddrUnix{Family: unix.AF_UNIX}
+	for i := range len(path) {
+		sa.Path[i] = int8(path[i])
+	}
+	_, _, errno := unix.Syscall(unix.SYS_BIND, uintptr(fd), uintptr(unsafe.Pointer(&sa)), uintptr(2+n))
+	if errno != 0 {
+		return errno
+	}
+	return nil
 }
 
 // listenFile makes the bound socket f, which is fd, listen.

@@ -1,0 +1,255 @@
+package nbd
+
+import (
+	"bufio"
+	"io"
+	"net"
+	"path/filepath"
+	"testing"
+	"time"
+
+	"qblockd/blockdev/nbd/wire"
+)
+
+// patience bounds each wait of the tests; nothing comes near it unless it hangs.
+const patience = 20 * time.Second
+
+// server starts a server with one writable export "x" over d.
+func server(t testing.TB, d *fileDevice, o Options, change ...func(*Spec)) (*Server, *Export, string) {
+	t.Helper()
+	path := filepath.Join(t.TempDir(), "s")
+	l, err := ListenUnix(UnixAddr{Path: path})
+	if err != nil {
+		t.Fatal(err)
+	}
+	s := Serve(l, o)
+	t.Cleanup(func() { stop(t, s) })
+	spec := Spec{Name: "x", Size: d.size, Device: d, AllocationDepth: true}
+	for _, f := range change {
+		f(&spec)
+	}
+	e, err := s.Add(spec)
+	if err != nil {
+		t.Fatal(err)
+	}
+	return s, e, path
+}
+
+func stop(t testing.TB, s *Server) {
+	t.Helper()
+	s.Close()
+	done := make(chan struct{})
+	go func() { s.wg.Wait(); close(done) }()
+	select {
+	case <-done:
+	case <-time.After(patience):
+		t.Error("the server does not end")
+	}
+}
+
+// client is an NBD client that does one thing after the other.
+type client struct {
+	t    testing.TB
+	nc   net.Conn
+	r    *bufio.Reader
+	size uint64
+	flag uint16
+}
+
+func dial(t testing.TB, path string) *client {
+	t.Helper()
+	nc, err := net.Dial("unix", path)
+	if err != nil {
+		t.Fatal(err)
+	}
+	t.Cleanup(func() { nc.Close() })
+	nc.SetDeadline(time.Now().Add(patience))
+	return &client{t: t, nc: nc, r: bufio.NewReaderSize(nc, 64<<10)}
+}
+
+func (c *client) take(n int) []byte {
+	c.t.Helper()
+	b := make([]byte, n)
+	if _, err := io.ReadFull(c.r, b); err != nil {
+		c.t.Fatalf("reading %d bytes: %v", n, err)
+	}
+	return b
+}
+
+func (c *client) put(b []byte) {
+	c.t.Helper()
+	if _, err := c.nc.Write(b); err != nil {
+		c.t.Fatal(err)
+	}
+}
+
+func (c *client) eof() {
+	c.t.Helper()
+	if b, err := c.r.ReadByte(); err == nil {
+		c.t.Errorf("got byte %#x instead of the end", b)
+	}
+}
+
+func (c *client) greet(flags uint32) {
+	c.t.Helper()
+	if _, err := wire.ParseGreeting(c.take(wire.GreetingSize)); err != nil {
+		c.t.Fatal(err)
+	}
+	c.put([]byte{byte(flags >> 24), byte(flags >> 16), byte(flags >> 8), byte(flags)})
+}
+
+type optReply struct {
+	wire.OptReply
+	data []byte
+}
+
+// option sends one and collects its replies up to the acknowledgement or error.
+func (c *client) option(opt uint32, data []byte) []optReply {
+	c.t.Helper()
+	c.put(wire.AppendOption(nil, opt, data))
+	var rs []optReply
+	for {
+		r, err := wire.ParseOptReply(c.take(wire.OptReplySize))
+		if err != nil {
+			c.t.Fatal(err)
+		}
+		rs = append(rs, optReply{r, c.take(int(r.Len))})
+		if r.Type == wire.RepAck || r.Type >= wire.ErrBit {
+			return rs
+		}
+	}
+}
+
+// open negotiates the export "x".
+func open(t testing.TB, path string, structured bool, contexts ...string) *client {
+	t.Helper()
+	c := dial(t, path)
+	c.greet(3)
+	if structured {
+		if r := c.option(wire.OptStructuredReply, nil); r[0].Type != wire.RepAck {
+			t.Fatal(r)
+		}
+	}
+	if len(contexts) > 0 {
+		c.option(wire.OptSetMetaContext, wire.AppendMetaQueries(nil, "x", contexts...))
+	}
+	q := wire.InfoRequest{Name: "x", Infos: []uint16{wire.InfoBlockSize}}
+	rs := c.option(wire.OptGo, q.Append(nil))
+	if rs[len(rs)-1].Type != wire.RepAck {
+		t.Fatalf("GO: %#x %s", rs[len(rs)-1].Type, rs[len(rs)-1].data)
+	}
+	for _, r := range rs[:len(rs)-1] {
+		if i, _ := wire.ParseInfo(r.data); i.Type == wire.InfoExport {
+			c.size, c.flag = i.Size, i.Flags
+		}
+	}
+	return c
+}
+
+// answer is the whole reply to a request.
+type answer struct {
+	cookie  uint64
+	errno   uint32
+	msg     string
+	errOff  uint64
+	data    []byte
+	holes   int64 // bytes told as holes
+	extents map[uint32][]wire.Extent
+}
+
+// reply reads all of the reply to q (chunks of other requests must not be in between).
+func (c *client) reply(q wire.Request) answer {
+	c.t.Helper()
+	a := answer{cookie: q.Cookie}
+	if q.Cmd == wire.CmdRead {
+		a.data = make([]byte, q.Len)
+	}
+	for {
+		h := c.take(wire.SimpleSize)
+		var p wire.Reply
+		n, err := p.ParseReply(h)
+		if err == nil && n == 0 {
+			n, err = p.ParseReply(append(h, c.take(wire.ChunkSize-wire.SimpleSize)...))
+		}
+		if err != nil || n == 0 {
+			c.t.Fatalf("reply %x: %v", h, err)
+		}
+		if p.Cookie != q.Cookie {
+			c.t.Fatalf("reply to %d instead of %d", p.Cookie, q.Cookie)
+		}
+		if !p.Structured {
+			a.errno = p.Errno
+			if q.Cmd == wire.CmdRead && p.Errno == 0 {
+				copy(a.data, c.take(int(q.Len)))
+			}
+			return a
+		}
+		c.chunk(&a, &p, q)
+		if p.Done() {
+			return a
+		}
+	}
+}
+
+func (c *client) chunk(a *answer, p *wire.Reply, q wire.Request) {
+	c.t.Helper()
+	b := c.take(int(p.Len))
+	switch p.Type {
+	case wire.ChunkNone:
+	case wire.ChunkOffsetData:
+		off, err := wire.ParseData(b)
+		if err != nil || off < q.Off || off-q.Off+uint64(len(b)-8) > uint64(q.Len) {
+			c.t.Fatalf("data chunk at %d, %d bytes: %v", off, len(b), err)
+		}
+		copy(a.data[off-q.Off:], b[8:])
+	case wire.ChunkOffsetHole:
+		off, n, err := wire.ParseHole(b)
+		if err != nil || off < q.Off || off-q.Off+uint64(n) > uint64(q.Len) {
+			c.t.Fatalf("hole at %d, %d bytes: %v", off, n, err)
+		}
+		a.holes += int64(n)
+	case wire.ChunkBlockStatus:
+		id, es, err := wire.ParseBlockStatus(b, nil)
+		if err != nil {
+			c.t.Fatal(err)
+		}
+		if a.extents == nil {
+			a.extents = map[uint32][]wire.Extent{}
+		}
+		a.extents[id] = es
+	default:
+		var err error
+		if a.errno, a.msg, a.errOff, err = wire.ParseError(p.Type, b); err != nil || p.Type&wire.ChunkErrBit == 0 {
+			c.t.Fatalf("chunk of type %d: %v", p.Type, err)
+		}
+	}
+}
+
+// do sends q, with a payload if it has one, and reads the reply.
+func (c *client) do(q wire.Request, payload ...byte) answer {
+	c.t.Helper()
+	q.Cookie += 0x1122334455667700
+	c.put(append(q.Append(nil), payload...))
+	return c.reply(q)
+}
+
+func rd(off uint64, n uint32, flags ...uint16) wire.Request { return req(wire.CmdRead, off, n, flags) }
+func wr(off uint64, n uint32, flags ...uint16) wire.Request { return req(wire.CmdWrite, off, n, flags) }
+
+func req(cmd uint16, off uint64, n uint32, flags []uint16) wire.Request {
+	q := wire.Request{Cmd: cmd, Off: off, Len: n}
+	for _, f := range flags {
+		q.Flags |= f
+	}
+	return q
+}
+
+// eventually waits until f is true.
+func eventually(t testing.TB, what string, f func() bool) {
+	t.Helper()
+	for end := time.Now().Add(patience); !f(); time.Sleep(time.Millisecond) {
+		if time.Now().After(end) {
+			t.Fatalf("in vain: %s", what)
+		}
+	}
+}
