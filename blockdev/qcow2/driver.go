@@ -219,8 +219,9 @@ func (d *Driver) snapshotInfo() []*types.SnapshotInfo {
 }
 
 // Create makes an image as o says in the node below root, whose file reference is not looked
-// at. Its texts are those that end a create job. It blocks as long as the storage does.
-func Create(ctx context.Context, root *graph.Root, o *types.BlockdevCreateOptionsQcow2) error {
+// at. Its texts are those that end a create job. started, if not nil, is called once the options are checked
+// and before anything is written. It blocks as long as the storage does.
+func Create(ctx context.Context, root *graph.Root, o *types.BlockdevCreateOptionsQcow2, started func()) error {
 	c := CreateOptions{
 		Size:         o.Size,
 		BackingFile:  o.BackingFile,
@@ -242,6 +243,12 @@ func Create(ctx context.Context, root *graph.Root, o *types.BlockdevCreateOption
 	}
 	if o.CompressionType != nil {
 		c.CompressionType = string(*o.CompressionType)
+	}
+	if _, err := c.header(); err != nil {
+		return err
+	}
+	if started != nil {
+		started()
 	}
 	r, err := root.Begin(ctx)
 	if err != nil {

@@ -157,7 +157,7 @@ func (s *image) growL1(r *blk.Req, n int64) error {
 	if err := s.writeRefcounts(r); err != nil {
 		return fail(err)
 	}
-	b := make([]byte, need<<s.cb)
+	b := make([]byte, n*8)
 	for i, e := range s.l1 {
 		be.PutUint64(b[8*i:], e)
 	}

@@ -1,0 +1,111 @@
+package qcow2
+
+import (
+	"bytes"
+	"errors"
+	"fmt"
+	"syscall"
+	"testing"
+
+	"qblockd/blockdev/drivertest"
+	"qblockd/graph/blk"
+)
+
+// scenario does one of everything; it goes on after errors, which it returns joined, and
+// keeps disk up to date for what succeeded.
+func scenario(s *image, disk []byte, bad []bool) error {
+	var errs []error
+	write := func(off, n int, v byte, f blk.Flags) {
+		b := bytes.Repeat([]byte{v}, n)
+		err := s.WriteAt(req(), blk.Buf(b), int64(off), f)
+		errs = append(errs, err)
+		for i := off; i < off+n; i++ {
+			disk[i] = v
+			bad[i/512] = err != nil
+		}
+	}
+	cs := int(s.cs)
+	write(0, 3*cs, 1, 0)
+	write(cs/2, cs, 2, 0)
+	errs = append(errs, s.Flush(req()))
+	if err := s.Discard(req(), int64(cs), int64(cs)); err == nil {
+		clear(disk[cs : 2*cs])
+		for i := cs / 512; i < 2*cs/512; i++ {
+			bad[i] = false
+		}
+	} else {
+		errs = append(errs, err)
+		for i := cs / 512; i < 2*cs/512; i++ {
+			bad[i] = true
+		}
+	}
+	errs = append(errs, s.Flush(req()))
+	for i := range 40 {
+		write((8+3*i)*cs, cs+cs/2, byte(10+i), 0)
+	}
+	write(4*cs, cs, 5, blk.Compressed)
+	write(5*cs, cs, 6, blk.Compressed)
+	errs = append(errs, s.Flush(req()))
+	write(4*cs+cs/2, cs/2, 7, 0)
+	if err := s.Resize(req(), int64(len(disk))*2, blk.PreallocOff); err != nil {
+		errs = append(errs, err)
+	}
+	errs = append(errs, s.Flush(req()))
+	return errors.Join(errs...)
+}
+
+// TestEachFailure lets the i-th call of the file fail, for all i: no corruption follows,
+// leaks are allowed, and what was written successfully is there.
+func TestEachFailure(t *testing.T) {
+	for _, sh := range []shape{{cs: 1024, bits: 64, v: "v3"}, {cs: 4096, bits: 16, v: "v3"}, {cs: 1024, bits: 16, v: "v3", lazy: true}} {
+		t.Run(fmt.Sprintf("%+v", sh), func(t *testing.T) {
+			for i := 0; ; i++ {
+				if !failOnce(t, sh, i) {
+					t.Logf("%d calls", i)
+					break
+				}
+				if testing.Short() {
+					i += 6
+				}
+			}
+		})
+	}
+}
+
+func failOnce(t *testing.T, sh shape, i int) (failed bool) {
+	size := int(sh.cs) * 150
+	img := mustCreate(t, CreateOptions{Size: uint64(size), ClusterSize: &sh.cs, RefcountBits: &sh.bits, Version: sh.v, LazyRefcounts: sh.lazy})
+	f := drivertest.NewFault(img)
+	s := mustOpen(t, mem{f}, config{unmap: true})
+	s.l2.max, s.rb.max = 4, 4
+	disk, bad := make([]byte, size), make([]bool, size/512)
+	f.FailAt(i, syscall.EIO)
+	err := scenario(s, disk, bad)
+	if f.Failed() == 0 {
+		if err != nil {
+			t.Fatal(err)
+		}
+		f.Clear()
+		mustClose(t, s)
+		return false
+	}
+	if err != nil && !errors.Is(err, syscall.EIO) {
+		t.Fatalf("call %d: %v", i, err)
+	}
+	f.Clear()
+	sound(t, s, true)
+	got := make([]byte, size)
+	if err := s.ReadAt(req(), blk.Buf(got), 0, 0); err != nil {
+		t.Fatalf("call %d: %v", i, err)
+	}
+	for k := range bad {
+		if !bad[k] && !bytes.Equal(got[k*512:k*512+512], disk[k*512:k*512+512]) {
+			t.Fatalf("call %d: sector %d differs: %d instead of %d", i, k, got[k*512], disk[k*512])
+		}
+	}
+	mustClose(t, s)
+	s = mustOpen(t, mem{img}, config{})
+	sound(t, s, true)
+	mustClose(t, s)
+	return true
+}
