@@ -186,7 +186,7 @@ func decodeMember(m *model.Member) string {
 	} else if m.Optional {
 		fn = "opt"
 		if goType(m.Type) == "value.Value" {
-			return fmt.Sprintf("(!d.has(%q) || anything(d, %q, %s))", m.Name, m.Name, f)
+			return fmt.Sprintf("(!d.has(%q) || visitAny(d, %q, %s))", m.Name, m.Name, f)
 		}
 	}
 	if fn == "" {
@@ -227,7 +227,7 @@ func (g *generator) decodeAlternate(w *text, t *model.Type) {
 		case "string":
 			w.p("case string:")
 		case "null":
-			w.p("case value.Null:\nreturn null(d, name, &x.%s)", f)
+			w.p("case value.Null:\nreturn visitNull(d, name, &x.%s)", f)
 			continue
 		}
 		w.p("x.%s = new(%s)\nreturn %s(d, name, x.%s)", f, goType(m.Type), visitor(m.Type), f)

@@ -38,11 +38,11 @@ func typeName(t *model.Type) string {
 
 // scalars are the Go types of builtins and the functions that decode them.
 var scalars = map[string]struct{ goType, visit string }{
-	"str": {"string", "str"}, "bool": {"bool", "boolean"}, "int": {"int64", "int64_"},
-	"int8": {"int8", "int8_"}, "int16": {"int16", "int16_"}, "int32": {"int32", "int32_"}, "int64": {"int64", "int64_"},
-	"uint8": {"uint8", "uint8_"}, "uint16": {"uint16", "uint16_"}, "uint32": {"uint32", "uint32_"},
-	"uint64": {"uint64", "uint64_"}, "size": {"uint64", "size"},
-	"number": {"float64", "number"}, "any": {"value.Value", "anything"}, "null": {"bool", "null"},
+	"str": {"string", "visitStr"}, "bool": {"bool", "visitBool"}, "int": {"int64", "visitInt64"},
+	"int8": {"int8", "visitInt8"}, "int16": {"int16", "visitInt16"}, "int32": {"int32", "visitInt32"}, "int64": {"int64", "visitInt64"},
+	"uint8": {"uint8", "visitUint8"}, "uint16": {"uint16", "visitUint16"}, "uint32": {"uint32", "visitUint32"},
+	"uint64": {"uint64", "visitUint64"}, "size": {"uint64", "visitSize"},
+	"number": {"float64", "visitNumber"}, "any": {"value.Value", "visitAny"}, "null": {"bool", "visitNull"},
 }
 
 // goType is the Go type of a value that is always there.

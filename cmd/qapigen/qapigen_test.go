@@ -8,6 +8,8 @@ import (
 	"testing/fstest"
 
 	"qblockd/schema"
+	"qblockd/schema/model"
+	"qblockd/schema/value"
 )
 
 // TestUpToDate makes sure that what is committed is what the generator makes.
@@ -58,9 +60,10 @@ func sources(t *testing.T) map[string]string {
 	return files
 }
 
-// codeBytes calls f for each byte that is neither in a comment nor white space.
+// codeBytes calls f for bytes that are neither in a comment nor white space: for all of
+// them in small files, for some in large ones.
 func codeBytes(text string, f func(i int)) {
-	comment := false
+	comment, n, step := false, 0, 1+len(text)/3000
 	for i := range len(text) {
 		switch c := text[i]; {
 		case c == '\n':
@@ -68,12 +71,14 @@ func codeBytes(text string, f func(i int)) {
 		case c == '#':
 			comment = true
 		case !comment && c != ' ':
-			f(i)
+			if n++; n%step == 0 {
+				f(i)
+			}
 		}
 	}
 }
 
-// TestTruncated cuts each file at every byte of code: what is left must be refused,
+// TestTruncated cuts each file in many places: what is left must be refused,
 // save where the cut falls between two expressions.
 func TestTruncated(t *testing.T) {
 	for name, text := range sources(t) {
@@ -87,7 +92,7 @@ func TestTruncated(t *testing.T) {
 	}
 }
 
-// TestGarbled removes each single bracket, quote, comma and colon.
+// TestGarbled removes single brackets, quotes, commas and colons.
 func TestGarbled(t *testing.T) {
 	for name, text := range sources(t) {
 		codeBytes(text, func(i int) {
@@ -165,5 +170,50 @@ func TestNameConflict(t *testing.T) {
 	_, err := generate(fstest.MapFS{mainFile: {Data: []byte(text)}})
 	if err == nil || err.Error() != "'a-b1' and 'a-b-1' would both be called AB1 in Go" {
 		t.Errorf("got %v", err)
+	}
+}
+
+// TestHashOrder compares the order fixed at generation with that of objects which are
+// put together at run time, for every type and branch.
+func TestHashOrder(t *testing.T) {
+	s, err := load(schema.QAPI())
+	if err != nil {
+		t.Fatal(err)
+	}
+	check := func(name string, ms []*model.Member) {
+		d, want := &value.Dict{}, &strings.Builder{}
+		for _, m := range ms {
+			d.Set(m.Name, true)
+		}
+		for _, m := range hashOrder(ms) {
+			want.WriteString(m.Name + " ")
+		}
+		got := strings.NewReplacer(`{"`, "", `": true}`, " ", `": true, "`, " ").Replace(string(value.Append(nil, d)))
+		if len(ms) > 0 && got != want.String() {
+			t.Errorf("%s: fixed as %s, at run time %s", name, want, got)
+		}
+	}
+	check("a bucket with two", []*model.Member{{Name: "node-name"}, {Name: collide("node-name")}})
+	for _, typ := range s.Types {
+		if typ.Kind != model.Object {
+			continue
+		}
+		check(typ.Name, typ.Members())
+		for _, v := range typ.Variants {
+			check(typ.Name+"."+v.Case, append(typ.Members(), v.Type.Members()...))
+		}
+	}
+}
+
+// collide finds another name in the same bucket.
+func collide(name string) string {
+	for a := 'a'; ; a++ {
+		for b := 'a'; b <= 'z'; b++ {
+			for c := 'a'; c <= 'z'; c++ {
+				if n := string([]rune{a, b, c}); value.Bucket(n) == value.Bucket(name) {
+					return n
+				}
+			}
+		}
 	}
 }

@@ -30,8 +30,8 @@ func visitBlockdevCacheOptions(d *decoder, name string, x *BlockdevCacheOptions)
 }
 
 func membersBlockdevCacheOptions(d *decoder, x *BlockdevCacheOptions) bool {
-	return opt(d, "direct", &x.Direct, boolean) &&
-		opt(d, "no-flush", &x.NoFlush, boolean)
+	return opt(d, "direct", &x.Direct, visitBool) &&
+		opt(d, "no-flush", &x.NoFlush, visitBool)
 }
 
 func visitBlockdevDriver(d *decoder, name string, x *BlockdevDriver) bool {
@@ -48,12 +48,12 @@ func visitBlockdevOptionsFile(d *decoder, name string, x *BlockdevOptionsFile) b
 }
 
 func membersBlockdevOptionsFile(d *decoder, x *BlockdevOptionsFile) bool {
-	return str(d, "filename", &x.Filename) &&
+	return visitStr(d, "filename", &x.Filename) &&
 		opt(d, "locking", &x.Locking, visitOnOffAuto) &&
 		opt(d, "aio", &x.Aio, visitBlockdevAioOptions) &&
-		opt(d, "aio-max-batch", &x.AioMaxBatch, int64_) &&
-		opt(d, "drop-cache", &x.DropCache, boolean) &&
-		opt(d, "x-check-cache-dropped", &x.XCheckCacheDropped, boolean)
+		opt(d, "aio-max-batch", &x.AioMaxBatch, visitInt64) &&
+		opt(d, "drop-cache", &x.DropCache, visitBool) &&
+		opt(d, "x-check-cache-dropped", &x.XCheckCacheDropped, visitBool)
 }
 
 // DecodeBlockdevOptionsNull decodes v; faults are worded as the reference does (*ArgError).
@@ -66,9 +66,9 @@ func visitBlockdevOptionsNull(d *decoder, name string, x *BlockdevOptionsNull) b
 }
 
 func membersBlockdevOptionsNull(d *decoder, x *BlockdevOptionsNull) bool {
-	return opt(d, "size", &x.Size, int64_) &&
-		opt(d, "latency-ns", &x.LatencyNs, uint64_) &&
-		opt(d, "read-zeroes", &x.ReadZeroes, boolean)
+	return opt(d, "size", &x.Size, visitInt64) &&
+		opt(d, "latency-ns", &x.LatencyNs, visitUint64) &&
+		opt(d, "read-zeroes", &x.ReadZeroes, visitBool)
 }
 
 func visitQcow2OverlapCheckMode(d *decoder, name string, x *Qcow2OverlapCheckMode) bool {
@@ -86,15 +86,15 @@ func visitQcow2OverlapCheckFlags(d *decoder, name string, x *Qcow2OverlapCheckFl
 
 func membersQcow2OverlapCheckFlags(d *decoder, x *Qcow2OverlapCheckFlags) bool {
 	return opt(d, "template", &x.Template, visitQcow2OverlapCheckMode) &&
-		opt(d, "main-header", &x.MainHeader, boolean) &&
-		opt(d, "active-l1", &x.ActiveL1, boolean) &&
-		opt(d, "active-l2", &x.ActiveL2, boolean) &&
-		opt(d, "refcount-table", &x.RefcountTable, boolean) &&
-		opt(d, "refcount-block", &x.RefcountBlock, boolean) &&
-		opt(d, "snapshot-table", &x.SnapshotTable, boolean) &&
-		opt(d, "inactive-l1", &x.InactiveL1, boolean) &&
-		opt(d, "inactive-l2", &x.InactiveL2, boolean) &&
-		opt(d, "bitmap-directory", &x.BitmapDirectory, boolean)
+		opt(d, "main-header", &x.MainHeader, visitBool) &&
+		opt(d, "active-l1", &x.ActiveL1, visitBool) &&
+		opt(d, "active-l2", &x.ActiveL2, visitBool) &&
+		opt(d, "refcount-table", &x.RefcountTable, visitBool) &&
+		opt(d, "refcount-block", &x.RefcountBlock, visitBool) &&
+		opt(d, "snapshot-table", &x.SnapshotTable, visitBool) &&
+		opt(d, "inactive-l1", &x.InactiveL1, visitBool) &&
+		opt(d, "inactive-l2", &x.InactiveL2, visitBool) &&
+		opt(d, "bitmap-directory", &x.BitmapDirectory, visitBool)
 }
 
 // DecodeQcow2OverlapChecks decodes v; faults are worded as the reference does (*ArgError).
@@ -130,17 +130,17 @@ func visitBlockdevOptionsQcow2(d *decoder, name string, x *BlockdevOptionsQcow2)
 func membersBlockdevOptionsQcow2(d *decoder, x *BlockdevOptionsQcow2) bool {
 	return visitBlockdevRef(d, "file", &x.File) &&
 		opt(d, "backing", &x.Backing, visitBlockdevRefOrNull) &&
-		opt(d, "lazy-refcounts", &x.LazyRefcounts, boolean) &&
-		opt(d, "pass-discard-request", &x.PassDiscardRequest, boolean) &&
-		opt(d, "pass-discard-snapshot", &x.PassDiscardSnapshot, boolean) &&
-		opt(d, "pass-discard-other", &x.PassDiscardOther, boolean) &&
-		opt(d, "discard-no-unref", &x.DiscardNoUnref, boolean) &&
+		opt(d, "lazy-refcounts", &x.LazyRefcounts, visitBool) &&
+		opt(d, "pass-discard-request", &x.PassDiscardRequest, visitBool) &&
+		opt(d, "pass-discard-snapshot", &x.PassDiscardSnapshot, visitBool) &&
+		opt(d, "pass-discard-other", &x.PassDiscardOther, visitBool) &&
+		opt(d, "discard-no-unref", &x.DiscardNoUnref, visitBool) &&
 		opt(d, "overlap-check", &x.OverlapCheck, visitQcow2OverlapChecks) &&
-		opt(d, "cache-size", &x.CacheSize, int64_) &&
-		opt(d, "l2-cache-size", &x.L2CacheSize, int64_) &&
-		opt(d, "l2-cache-entry-size", &x.L2CacheEntrySize, int64_) &&
-		opt(d, "refcount-cache-size", &x.RefcountCacheSize, int64_) &&
-		opt(d, "cache-clean-interval", &x.CacheCleanInterval, int64_)
+		opt(d, "cache-size", &x.CacheSize, visitInt64) &&
+		opt(d, "l2-cache-size", &x.L2CacheSize, visitInt64) &&
+		opt(d, "l2-cache-entry-size", &x.L2CacheEntrySize, visitInt64) &&
+		opt(d, "refcount-cache-size", &x.RefcountCacheSize, visitInt64) &&
+		opt(d, "cache-clean-interval", &x.CacheCleanInterval, visitInt64)
 }
 
 // DecodeBlockdevOptionsRaw decodes v; faults are worded as the reference does (*ArgError).
@@ -154,8 +154,8 @@ func visitBlockdevOptionsRaw(d *decoder, name string, x *BlockdevOptionsRaw) boo
 
 func membersBlockdevOptionsRaw(d *decoder, x *BlockdevOptionsRaw) bool {
 	return visitBlockdevRef(d, "file", &x.File) &&
-		opt(d, "offset", &x.Offset, int64_) &&
-		opt(d, "size", &x.Size, int64_)
+		opt(d, "offset", &x.Offset, visitInt64) &&
+		opt(d, "size", &x.Size, visitInt64)
 }
 
 // DecodeBlockdevOptions decodes v; faults are worded as the reference does (*ArgError).
@@ -169,12 +169,12 @@ func visitBlockdevOptions(d *decoder, name string, x *BlockdevOptions) bool {
 
 func membersBlockdevOptions(d *decoder, x *BlockdevOptions) bool {
 	if !(visitBlockdevDriver(d, "driver", &x.Driver) &&
-		opt(d, "node-name", &x.NodeName, str) &&
+		opt(d, "node-name", &x.NodeName, visitStr) &&
 		opt(d, "discard", &x.Discard, visitBlockdevDiscardOptions) &&
 		opt(d, "cache", &x.Cache, visitBlockdevCacheOptions) &&
-		opt(d, "read-only", &x.ReadOnly, boolean) &&
-		opt(d, "auto-read-only", &x.AutoReadOnly, boolean) &&
-		opt(d, "force-share", &x.ForceShare, boolean) &&
+		opt(d, "read-only", &x.ReadOnly, visitBool) &&
+		opt(d, "auto-read-only", &x.AutoReadOnly, visitBool) &&
+		opt(d, "force-share", &x.ForceShare, visitBool) &&
 		opt(d, "detect-zeroes", &x.DetectZeroes, visitBlockdevDetectZeroesOptions)) {
 		return false
 	}
@@ -215,7 +215,7 @@ func visitBlockdevRef(d *decoder, name string, x *BlockdevRef) bool {
 		return visitBlockdevOptions(d, name, x.Definition)
 	case string:
 		x.Reference = new(string)
-		return str(d, name, x.Reference)
+		return visitStr(d, name, x.Reference)
 	}
 	return d.fail("Invalid parameter type for '" + last(name) + "', expected: BlockdevRef")
 }
@@ -236,9 +236,9 @@ func visitBlockdevRefOrNull(d *decoder, name string, x *BlockdevRefOrNull) bool 
 		return visitBlockdevOptions(d, name, x.Definition)
 	case string:
 		x.Reference = new(string)
-		return str(d, name, x.Reference)
+		return visitStr(d, name, x.Reference)
 	case value.Null:
-		return null(d, name, &x.Null)
+		return visitNull(d, name, &x.Null)
 	}
 	return d.fail("Invalid parameter type for '" + last(name) + "', expected: BlockdevRefOrNull")
 }
@@ -253,11 +253,11 @@ func visitBlockdevCreateOptionsFile(d *decoder, name string, x *BlockdevCreateOp
 }
 
 func membersBlockdevCreateOptionsFile(d *decoder, x *BlockdevCreateOptionsFile) bool {
-	return str(d, "filename", &x.Filename) &&
-		size(d, "size", &x.Size) &&
+	return visitStr(d, "filename", &x.Filename) &&
+		visitSize(d, "size", &x.Size) &&
 		opt(d, "preallocation", &x.Preallocation, visitPreallocMode) &&
-		opt(d, "nocow", &x.Nocow, boolean) &&
-		opt(d, "extent-size-hint", &x.ExtentSizeHint, size)
+		opt(d, "nocow", &x.Nocow, visitBool) &&
+		opt(d, "extent-size-hint", &x.ExtentSizeHint, visitSize)
 }
 
 func visitBlockdevQcow2Version(d *decoder, name string, x *BlockdevQcow2Version) bool {
@@ -279,14 +279,14 @@ func visitBlockdevCreateOptionsQcow2(d *decoder, name string, x *BlockdevCreateO
 
 func membersBlockdevCreateOptionsQcow2(d *decoder, x *BlockdevCreateOptionsQcow2) bool {
 	return visitBlockdevRef(d, "file", &x.File) &&
-		size(d, "size", &x.Size) &&
+		visitSize(d, "size", &x.Size) &&
 		opt(d, "version", &x.Version, visitBlockdevQcow2Version) &&
-		opt(d, "backing-file", &x.BackingFile, str) &&
+		opt(d, "backing-file", &x.BackingFile, visitStr) &&
 		opt(d, "backing-fmt", &x.BackingFmt, visitBlockdevDriver) &&
-		opt(d, "cluster-size", &x.ClusterSize, size) &&
+		opt(d, "cluster-size", &x.ClusterSize, visitSize) &&
 		opt(d, "preallocation", &x.Preallocation, visitPreallocMode) &&
-		opt(d, "lazy-refcounts", &x.LazyRefcounts, boolean) &&
-		opt(d, "refcount-bits", &x.RefcountBits, int64_) &&
+		opt(d, "lazy-refcounts", &x.LazyRefcounts, visitBool) &&
+		opt(d, "refcount-bits", &x.RefcountBits, visitInt64) &&
 		opt(d, "compression-type", &x.CompressionType, visitQcow2CompressionType)
 }
 
@@ -330,7 +330,7 @@ func visitQueryBlockstatsArgs(d *decoder, name string, x *QueryBlockstatsArgs) b
 }
 
 func membersQueryBlockstatsArgs(d *decoder, x *QueryBlockstatsArgs) bool {
-	return opt(d, "query-nodes", &x.QueryNodes, boolean)
+	return opt(d, "query-nodes", &x.QueryNodes, visitBool)
 }
 
 // DecodeBlockResizeArgs decodes the arguments in v, nil for none; faults are worded as the reference does (*ArgError).
@@ -343,9 +343,9 @@ func visitBlockResizeArgs(d *decoder, name string, x *BlockResizeArgs) bool {
 }
 
 func membersBlockResizeArgs(d *decoder, x *BlockResizeArgs) bool {
-	return opt(d, "device", &x.Device, str) &&
-		opt(d, "node-name", &x.NodeName, str) &&
-		int64_(d, "size", &x.Size)
+	return opt(d, "device", &x.Device, visitStr) &&
+		opt(d, "node-name", &x.NodeName, visitStr) &&
+		visitInt64(d, "size", &x.Size)
 }
 
 // DecodeQueryNamedBlockNodesArgs decodes the arguments in v, nil for none; faults are worded as the reference does (*ArgError).
@@ -358,7 +358,7 @@ func visitQueryNamedBlockNodesArgs(d *decoder, name string, x *QueryNamedBlockNo
 }
 
 func membersQueryNamedBlockNodesArgs(d *decoder, x *QueryNamedBlockNodesArgs) bool {
-	return opt(d, "flat", &x.Flat, boolean)
+	return opt(d, "flat", &x.Flat, visitBool)
 }
 
 // DecodeBlockStreamArgs decodes the arguments in v, nil for none; faults are worded as the reference does (*ArgError).
@@ -371,18 +371,18 @@ func visitBlockStreamArgs(d *decoder, name string, x *BlockStreamArgs) bool {
 }
 
 func membersBlockStreamArgs(d *decoder, x *BlockStreamArgs) bool {
-	return opt(d, "job-id", &x.JobID, str) &&
-		str(d, "device", &x.Device) &&
-		opt(d, "base", &x.Base, str) &&
-		opt(d, "base-node", &x.BaseNode, str) &&
-		opt(d, "backing-file", &x.BackingFile, str) &&
-		opt(d, "backing-mask-protocol", &x.BackingMaskProtocol, boolean) &&
-		opt(d, "bottom", &x.Bottom, str) &&
-		opt(d, "speed", &x.Speed, int64_) &&
+	return opt(d, "job-id", &x.JobID, visitStr) &&
+		visitStr(d, "device", &x.Device) &&
+		opt(d, "base", &x.Base, visitStr) &&
+		opt(d, "base-node", &x.BaseNode, visitStr) &&
+		opt(d, "backing-file", &x.BackingFile, visitStr) &&
+		opt(d, "backing-mask-protocol", &x.BackingMaskProtocol, visitBool) &&
+		opt(d, "bottom", &x.Bottom, visitStr) &&
+		opt(d, "speed", &x.Speed, visitInt64) &&
 		opt(d, "on-error", &x.OnError, visitBlockdevOnError) &&
-		opt(d, "filter-node-name", &x.FilterNodeName, str) &&
-		opt(d, "auto-finalize", &x.AutoFinalize, boolean) &&
-		opt(d, "auto-dismiss", &x.AutoDismiss, boolean)
+		opt(d, "filter-node-name", &x.FilterNodeName, visitStr) &&
+		opt(d, "auto-finalize", &x.AutoFinalize, visitBool) &&
+		opt(d, "auto-dismiss", &x.AutoDismiss, visitBool)
 }
 
 // DecodeBlockJobSetSpeedArgs decodes the arguments in v, nil for none; faults are worded as the reference does (*ArgError).
@@ -395,8 +395,8 @@ func visitBlockJobSetSpeedArgs(d *decoder, name string, x *BlockJobSetSpeedArgs)
 }
 
 func membersBlockJobSetSpeedArgs(d *decoder, x *BlockJobSetSpeedArgs) bool {
-	return str(d, "device", &x.Device) &&
-		int64_(d, "speed", &x.Speed)
+	return visitStr(d, "device", &x.Device) &&
+		visitInt64(d, "speed", &x.Speed)
 }
 
 // DecodeBlockJobCancelArgs decodes the arguments in v, nil for none; faults are worded as the reference does (*ArgError).
@@ -409,8 +409,8 @@ func visitBlockJobCancelArgs(d *decoder, name string, x *BlockJobCancelArgs) boo
 }
 
 func membersBlockJobCancelArgs(d *decoder, x *BlockJobCancelArgs) bool {
-	return str(d, "device", &x.Device) &&
-		opt(d, "force", &x.Force, boolean)
+	return visitStr(d, "device", &x.Device) &&
+		opt(d, "force", &x.Force, visitBool)
 }
 
 // DecodeBlockJobPauseArgs decodes the arguments in v, nil for none; faults are worded as the reference does (*ArgError).
@@ -423,7 +423,7 @@ func visitBlockJobPauseArgs(d *decoder, name string, x *BlockJobPauseArgs) bool 
 }
 
 func membersBlockJobPauseArgs(d *decoder, x *BlockJobPauseArgs) bool {
-	return str(d, "device", &x.Device)
+	return visitStr(d, "device", &x.Device)
 }
 
 // DecodeBlockJobResumeArgs decodes the arguments in v, nil for none; faults are worded as the reference does (*ArgError).
@@ -436,7 +436,7 @@ func visitBlockJobResumeArgs(d *decoder, name string, x *BlockJobResumeArgs) boo
 }
 
 func membersBlockJobResumeArgs(d *decoder, x *BlockJobResumeArgs) bool {
-	return str(d, "device", &x.Device)
+	return visitStr(d, "device", &x.Device)
 }
 
 // DecodeBlockJobCompleteArgs decodes the arguments in v, nil for none; faults are worded as the reference does (*ArgError).
@@ -449,7 +449,7 @@ func visitBlockJobCompleteArgs(d *decoder, name string, x *BlockJobCompleteArgs)
 }
 
 func membersBlockJobCompleteArgs(d *decoder, x *BlockJobCompleteArgs) bool {
-	return str(d, "device", &x.Device)
+	return visitStr(d, "device", &x.Device)
 }
 
 // DecodeBlockJobDismissArgs decodes the arguments in v, nil for none; faults are worded as the reference does (*ArgError).
@@ -462,7 +462,7 @@ func visitBlockJobDismissArgs(d *decoder, name string, x *BlockJobDismissArgs) b
 }
 
 func membersBlockJobDismissArgs(d *decoder, x *BlockJobDismissArgs) bool {
-	return str(d, "id", &x.ID)
+	return visitStr(d, "id", &x.ID)
 }
 
 // DecodeBlockJobFinalizeArgs decodes the arguments in v, nil for none; faults are worded as the reference does (*ArgError).
@@ -475,7 +475,7 @@ func visitBlockJobFinalizeArgs(d *decoder, name string, x *BlockJobFinalizeArgs)
 }
 
 func membersBlockJobFinalizeArgs(d *decoder, x *BlockJobFinalizeArgs) bool {
-	return str(d, "id", &x.ID)
+	return visitStr(d, "id", &x.ID)
 }
 
 // DecodeBlockdevDelArgs decodes the arguments in v, nil for none; faults are worded as the reference does (*ArgError).
@@ -488,7 +488,7 @@ func visitBlockdevDelArgs(d *decoder, name string, x *BlockdevDelArgs) bool {
 }
 
 func membersBlockdevDelArgs(d *decoder, x *BlockdevDelArgs) bool {
-	return str(d, "node-name", &x.NodeName)
+	return visitStr(d, "node-name", &x.NodeName)
 }
 
 // DecodeBlockdevCreateArgs decodes the arguments in v, nil for none; faults are worded as the reference does (*ArgError).
@@ -501,7 +501,7 @@ func visitBlockdevCreateArgs(d *decoder, name string, x *BlockdevCreateArgs) boo
 }
 
 func membersBlockdevCreateArgs(d *decoder, x *BlockdevCreateArgs) bool {
-	return str(d, "job-id", &x.JobID) &&
+	return visitStr(d, "job-id", &x.JobID) &&
 		visitBlockdevCreateOptions(d, "options", &x.Options)
 }
 
@@ -515,6 +515,6 @@ func visitBlockSetWriteThresholdArgs(d *decoder, name string, x *BlockSetWriteTh
 }
 
 func membersBlockSetWriteThresholdArgs(d *decoder, x *BlockSetWriteThresholdArgs) bool {
-	return str(d, "node-name", &x.NodeName) &&
-		uint64_(d, "write-threshold", &x.WriteThreshold)
+	return visitStr(d, "node-name", &x.NodeName) &&
+		visitUint64(d, "write-threshold", &x.WriteThreshold)
 }

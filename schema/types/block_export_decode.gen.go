@@ -15,7 +15,7 @@ func visitNbdServerOptions(d *decoder, name string, x *NbdServerOptions) bool {
 
 func membersNbdServerOptions(d *decoder, x *NbdServerOptions) bool {
 	return visitSocketAddress(d, "addr", &x.Addr) &&
-		opt(d, "max-connections", &x.MaxConnections, uint32_)
+		opt(d, "max-connections", &x.MaxConnections, visitUint32)
 }
 
 // DecodeBlockExportOptionsNbd decodes v; faults are worded as the reference does (*ArgError).
@@ -28,9 +28,9 @@ func visitBlockExportOptionsNbd(d *decoder, name string, x *BlockExportOptionsNb
 }
 
 func membersBlockExportOptionsNbd(d *decoder, x *BlockExportOptionsNbd) bool {
-	return opt(d, "name", &x.Name, str) &&
-		opt(d, "description", &x.Description, str) &&
-		opt(d, "allocation-depth", &x.AllocationDepth, boolean)
+	return opt(d, "name", &x.Name, visitStr) &&
+		opt(d, "description", &x.Description, visitStr) &&
+		opt(d, "allocation-depth", &x.AllocationDepth, visitBool)
 }
 
 // DecodeNbdServerAddOptions decodes v; faults are worded as the reference does (*ArgError).
@@ -43,10 +43,10 @@ func visitNbdServerAddOptions(d *decoder, name string, x *NbdServerAddOptions) b
 }
 
 func membersNbdServerAddOptions(d *decoder, x *NbdServerAddOptions) bool {
-	return opt(d, "name", &x.Name, str) &&
-		opt(d, "description", &x.Description, str) &&
-		str(d, "device", &x.Device) &&
-		opt(d, "writable", &x.Writable, boolean)
+	return opt(d, "name", &x.Name, visitStr) &&
+		opt(d, "description", &x.Description, visitStr) &&
+		visitStr(d, "device", &x.Device) &&
+		opt(d, "writable", &x.Writable, visitBool)
 }
 
 func visitBlockExportRemoveMode(d *decoder, name string, x *BlockExportRemoveMode) bool {
@@ -68,12 +68,12 @@ func visitBlockExportOptions(d *decoder, name string, x *BlockExportOptions) boo
 
 func membersBlockExportOptions(d *decoder, x *BlockExportOptions) bool {
 	if !(visitBlockExportType(d, "type", &x.Type) &&
-		str(d, "id", &x.ID) &&
-		opt(d, "fixed-iothread", &x.FixedIothread, boolean) &&
-		opt(d, "iothread", &x.Iothread, str) &&
-		str(d, "node-name", &x.NodeName) &&
-		opt(d, "writable", &x.Writable, boolean) &&
-		opt(d, "writethrough", &x.Writethrough, boolean)) {
+		visitStr(d, "id", &x.ID) &&
+		opt(d, "fixed-iothread", &x.FixedIothread, visitBool) &&
+		opt(d, "iothread", &x.Iothread, visitStr) &&
+		visitStr(d, "node-name", &x.NodeName) &&
+		opt(d, "writable", &x.Writable, visitBool) &&
+		opt(d, "writethrough", &x.Writethrough, visitBool)) {
 		return false
 	}
 	switch x.Type {
@@ -96,7 +96,7 @@ func visitNbdServerStartArgs(d *decoder, name string, x *NbdServerStartArgs) boo
 
 func membersNbdServerStartArgs(d *decoder, x *NbdServerStartArgs) bool {
 	return visitSocketAddressLegacy(d, "addr", &x.Addr) &&
-		opt(d, "max-connections", &x.MaxConnections, uint32_)
+		opt(d, "max-connections", &x.MaxConnections, visitUint32)
 }
 
 // DecodeNbdServerRemoveArgs decodes the arguments in v, nil for none; faults are worded as the reference does (*ArgError).
@@ -109,7 +109,7 @@ func visitNbdServerRemoveArgs(d *decoder, name string, x *NbdServerRemoveArgs) b
 }
 
 func membersNbdServerRemoveArgs(d *decoder, x *NbdServerRemoveArgs) bool {
-	return str(d, "name", &x.Name) &&
+	return visitStr(d, "name", &x.Name) &&
 		opt(d, "mode", &x.Mode, visitBlockExportRemoveMode)
 }
 
@@ -123,6 +123,6 @@ func visitBlockExportDelArgs(d *decoder, name string, x *BlockExportDelArgs) boo
 }
 
 func membersBlockExportDelArgs(d *decoder, x *BlockExportDelArgs) bool {
-	return str(d, "id", &x.ID) &&
+	return visitStr(d, "id", &x.ID) &&
 		opt(d, "mode", &x.Mode, visitBlockExportRemoveMode)
 }

@@ -18,8 +18,8 @@ func visitChardevCommon(d *decoder, name string, x *ChardevCommon) bool {
 }
 
 func membersChardevCommon(d *decoder, x *ChardevCommon) bool {
-	return opt(d, "logfile", &x.Logfile, str) &&
-		opt(d, "logappend", &x.Logappend, boolean)
+	return opt(d, "logfile", &x.Logfile, visitStr) &&
+		opt(d, "logappend", &x.Logappend, visitBool)
 }
 
 // DecodeChardevFile decodes v; faults are worded as the reference does (*ArgError).
@@ -32,11 +32,11 @@ func visitChardevFile(d *decoder, name string, x *ChardevFile) bool {
 }
 
 func membersChardevFile(d *decoder, x *ChardevFile) bool {
-	return opt(d, "logfile", &x.Logfile, str) &&
-		opt(d, "logappend", &x.Logappend, boolean) &&
-		opt(d, "in", &x.In, str) &&
-		str(d, "out", &x.Out) &&
-		opt(d, "append", &x.Append, boolean)
+	return opt(d, "logfile", &x.Logfile, visitStr) &&
+		opt(d, "logappend", &x.Logappend, visitBool) &&
+		opt(d, "in", &x.In, visitStr) &&
+		visitStr(d, "out", &x.Out) &&
+		opt(d, "append", &x.Append, visitBool)
 }
 
 // DecodeChardevHostdev decodes v; faults are worded as the reference does (*ArgError).
@@ -49,9 +49,9 @@ func visitChardevHostdev(d *decoder, name string, x *ChardevHostdev) bool {
 }
 
 func membersChardevHostdev(d *decoder, x *ChardevHostdev) bool {
-	return opt(d, "logfile", &x.Logfile, str) &&
-		opt(d, "logappend", &x.Logappend, boolean) &&
-		str(d, "device", &x.Device)
+	return opt(d, "logfile", &x.Logfile, visitStr) &&
+		opt(d, "logappend", &x.Logappend, visitBool) &&
+		visitStr(d, "device", &x.Device)
 }
 
 // DecodeChardevSocket decodes v; faults are worded as the reference does (*ArgError).
@@ -64,14 +64,14 @@ func visitChardevSocket(d *decoder, name string, x *ChardevSocket) bool {
 }
 
 func membersChardevSocket(d *decoder, x *ChardevSocket) bool {
-	return opt(d, "logfile", &x.Logfile, str) &&
-		opt(d, "logappend", &x.Logappend, boolean) &&
+	return opt(d, "logfile", &x.Logfile, visitStr) &&
+		opt(d, "logappend", &x.Logappend, visitBool) &&
 		visitSocketAddressLegacy(d, "addr", &x.Addr) &&
-		opt(d, "server", &x.Server, boolean) &&
-		opt(d, "wait", &x.Wait, boolean) &&
-		opt(d, "nodelay", &x.Nodelay, boolean) &&
-		opt(d, "telnet", &x.Telnet, boolean) &&
-		opt(d, "reconnect", &x.Reconnect, int64_)
+		opt(d, "server", &x.Server, visitBool) &&
+		opt(d, "wait", &x.Wait, visitBool) &&
+		opt(d, "nodelay", &x.Nodelay, visitBool) &&
+		opt(d, "telnet", &x.Telnet, visitBool) &&
+		opt(d, "reconnect", &x.Reconnect, visitInt64)
 }
 
 // DecodeChardevStdio decodes v; faults are worded as the reference does (*ArgError).
@@ -84,9 +84,9 @@ func visitChardevStdio(d *decoder, name string, x *ChardevStdio) bool {
 }
 
 func membersChardevStdio(d *decoder, x *ChardevStdio) bool {
-	return opt(d, "logfile", &x.Logfile, str) &&
-		opt(d, "logappend", &x.Logappend, boolean) &&
-		opt(d, "signal", &x.Signal, boolean)
+	return opt(d, "logfile", &x.Logfile, visitStr) &&
+		opt(d, "logappend", &x.Logappend, visitBool) &&
+		opt(d, "signal", &x.Signal, visitBool)
 }
 
 // DecodeChardevRingbuf decodes v; faults are worded as the reference does (*ArgError).
@@ -99,9 +99,9 @@ func visitChardevRingbuf(d *decoder, name string, x *ChardevRingbuf) bool {
 }
 
 func membersChardevRingbuf(d *decoder, x *ChardevRingbuf) bool {
-	return opt(d, "logfile", &x.Logfile, str) &&
-		opt(d, "logappend", &x.Logappend, boolean) &&
-		opt(d, "size", &x.Size, int64_)
+	return opt(d, "logfile", &x.Logfile, visitStr) &&
+		opt(d, "logappend", &x.Logappend, visitBool) &&
+		opt(d, "size", &x.Size, visitInt64)
 }
 
 func visitChardevBackendKind(d *decoder, name string, x *ChardevBackendKind) bool {
@@ -238,8 +238,8 @@ func visitRingbufWriteArgs(d *decoder, name string, x *RingbufWriteArgs) bool {
 }
 
 func membersRingbufWriteArgs(d *decoder, x *RingbufWriteArgs) bool {
-	return str(d, "device", &x.Device) &&
-		str(d, "data", &x.Data) &&
+	return visitStr(d, "device", &x.Device) &&
+		visitStr(d, "data", &x.Data) &&
 		opt(d, "format", &x.Format, visitDataFormat)
 }
 
@@ -253,8 +253,8 @@ func visitRingbufReadArgs(d *decoder, name string, x *RingbufReadArgs) bool {
 }
 
 func membersRingbufReadArgs(d *decoder, x *RingbufReadArgs) bool {
-	return str(d, "device", &x.Device) &&
-		int64_(d, "size", &x.Size) &&
+	return visitStr(d, "device", &x.Device) &&
+		visitInt64(d, "size", &x.Size) &&
 		opt(d, "format", &x.Format, visitDataFormat)
 }
 
@@ -268,7 +268,7 @@ func visitChardevAddArgs(d *decoder, name string, x *ChardevAddArgs) bool {
 }
 
 func membersChardevAddArgs(d *decoder, x *ChardevAddArgs) bool {
-	return str(d, "id", &x.ID) &&
+	return visitStr(d, "id", &x.ID) &&
 		visitChardevBackend(d, "backend", &x.Backend)
 }
 
@@ -282,7 +282,7 @@ func visitChardevChangeArgs(d *decoder, name string, x *ChardevChangeArgs) bool 
 }
 
 func membersChardevChangeArgs(d *decoder, x *ChardevChangeArgs) bool {
-	return str(d, "id", &x.ID) &&
+	return visitStr(d, "id", &x.ID) &&
 		visitChardevBackend(d, "backend", &x.Backend)
 }
 
@@ -296,7 +296,7 @@ func visitChardevRemoveArgs(d *decoder, name string, x *ChardevRemoveArgs) bool 
 }
 
 func membersChardevRemoveArgs(d *decoder, x *ChardevRemoveArgs) bool {
-	return str(d, "id", &x.ID)
+	return visitStr(d, "id", &x.ID)
 }
 
 // DecodeChardevSendBreakArgs decodes the arguments in v, nil for none; faults are worded as the reference does (*ArgError).
@@ -309,5 +309,5 @@ func visitChardevSendBreakArgs(d *decoder, name string, x *ChardevSendBreakArgs)
 }
 
 func membersChardevSendBreakArgs(d *decoder, x *ChardevSendBreakArgs) bool {
-	return str(d, "id", &x.ID)
+	return visitStr(d, "id", &x.ID)
 }

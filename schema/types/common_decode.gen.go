@@ -16,5 +16,5 @@ func visitString(d *decoder, name string, x *String) bool {
 }
 
 func membersString(d *decoder, x *String) bool {
-	return str(d, "str", &x.Str)
+	return visitStr(d, "str", &x.Str)
 }

@@ -22,10 +22,10 @@ func visitMonitorOptions(d *decoder, name string, x *MonitorOptions) bool {
 }
 
 func membersMonitorOptions(d *decoder, x *MonitorOptions) bool {
-	return opt(d, "id", &x.ID, str) &&
+	return opt(d, "id", &x.ID, visitStr) &&
 		opt(d, "mode", &x.Mode, visitMonitorMode) &&
-		opt(d, "pretty", &x.Pretty, boolean) &&
-		str(d, "chardev", &x.Chardev)
+		opt(d, "pretty", &x.Pretty, visitBool) &&
+		visitStr(d, "chardev", &x.Chardev)
 }
 
 // DecodeQmpCapabilitiesArgs decodes the arguments in v, nil for none; faults are worded as the reference does (*ArgError).

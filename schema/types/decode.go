@@ -257,7 +257,7 @@ func optListPtr[T any](d *decoder, name string, p *[]*T, elem func(*decoder, str
 // enum visits a value that must be one of a few.
 func enum[T ~string](d *decoder, name string, p *T, values []T) bool {
 	var s string
-	if !str(d, name, &s) {
+	if !visitStr(d, name, &s) {
 		return false
 	}
 	for _, v := range values {

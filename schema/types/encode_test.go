@@ -1,6 +1,13 @@
 package types
 
-import "testing"
+import (
+	"testing"
+
+	"qblockd/events"
+)
+
+// Generated events can be emitted as they are.
+var _ = []events.Event{JobStatusChangeEvent{}, BlockJobReadyEvent{}, &BlockExportDeletedEvent{}}
 
 func ptr[T any](v T) *T { return &v }
 

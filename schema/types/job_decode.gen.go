@@ -12,7 +12,7 @@ func visitJobPauseArgs(d *decoder, name string, x *JobPauseArgs) bool {
 }
 
 func membersJobPauseArgs(d *decoder, x *JobPauseArgs) bool {
-	return str(d, "id", &x.ID)
+	return visitStr(d, "id", &x.ID)
 }
 
 // DecodeJobResumeArgs decodes the arguments in v, nil for none; faults are worded as the reference does (*ArgError).
@@ -23,7 +23,7 @@ func visitJobResumeArgs(d *decoder, name string, x *JobResumeArgs) bool {
 }
 
 func membersJobResumeArgs(d *decoder, x *JobResumeArgs) bool {
-	return str(d, "id", &x.ID)
+	return visitStr(d, "id", &x.ID)
 }
 
 // DecodeJobCancelArgs decodes the arguments in v, nil for none; faults are worded as the reference does (*ArgError).
@@ -34,7 +34,7 @@ func visitJobCancelArgs(d *decoder, name string, x *JobCancelArgs) bool {
 }
 
 func membersJobCancelArgs(d *decoder, x *JobCancelArgs) bool {
-	return str(d, "id", &x.ID)
+	return visitStr(d, "id", &x.ID)
 }
 
 // DecodeJobCompleteArgs decodes the arguments in v, nil for none; faults are worded as the reference does (*ArgError).
@@ -47,7 +47,7 @@ func visitJobCompleteArgs(d *decoder, name string, x *JobCompleteArgs) bool {
 }
 
 func membersJobCompleteArgs(d *decoder, x *JobCompleteArgs) bool {
-	return str(d, "id", &x.ID)
+	return visitStr(d, "id", &x.ID)
 }
 
 // DecodeJobDismissArgs decodes the arguments in v, nil for none; faults are worded as the reference does (*ArgError).
@@ -60,7 +60,7 @@ func visitJobDismissArgs(d *decoder, name string, x *JobDismissArgs) bool {
 }
 
 func membersJobDismissArgs(d *decoder, x *JobDismissArgs) bool {
-	return str(d, "id", &x.ID)
+	return visitStr(d, "id", &x.ID)
 }
 
 // DecodeJobFinalizeArgs decodes the arguments in v, nil for none; faults are worded as the reference does (*ArgError).
@@ -73,5 +73,5 @@ func visitJobFinalizeArgs(d *decoder, name string, x *JobFinalizeArgs) bool {
 }
 
 func membersJobFinalizeArgs(d *decoder, x *JobFinalizeArgs) bool {
-	return str(d, "id", &x.ID)
+	return visitStr(d, "id", &x.ID)
 }

@@ -28,8 +28,6 @@ type ObjectTypeInfo struct {
 
 // IothreadProperties: a named group of workers that serves the exports and nodes put into it.
 type IothreadProperties struct {
-	// Workers kept even when there is nothing to do (default 0).
-	ThreadPoolMin *int64
 	// Workers at most (default 64).
 	ThreadPoolMax *int64
 }

@@ -14,8 +14,7 @@ func visitIothreadProperties(d *decoder, name string, x *IothreadProperties) boo
 }
 
 func membersIothreadProperties(d *decoder, x *IothreadProperties) bool {
-	return opt(d, "thread-pool-min", &x.ThreadPoolMin, int64_) &&
-		opt(d, "thread-pool-max", &x.ThreadPoolMax, int64_)
+	return opt(d, "thread-pool-max", &x.ThreadPoolMax, visitInt64)
 }
 
 func visitObjectType(d *decoder, name string, x *ObjectType) bool {
@@ -33,7 +32,7 @@ func visitObjectOptions(d *decoder, name string, x *ObjectOptions) bool {
 
 func membersObjectOptions(d *decoder, x *ObjectOptions) bool {
 	if !(visitObjectType(d, "qom-type", &x.QomType) &&
-		str(d, "id", &x.ID)) {
+		visitStr(d, "id", &x.ID)) {
 		return false
 	}
 	switch x.QomType {
@@ -53,7 +52,7 @@ func visitQomListArgs(d *decoder, name string, x *QomListArgs) bool {
 }
 
 func membersQomListArgs(d *decoder, x *QomListArgs) bool {
-	return str(d, "path", &x.Path)
+	return visitStr(d, "path", &x.Path)
 }
 
 // DecodeQomGetArgs decodes the arguments in v, nil for none; faults are worded as the reference does (*ArgError).
@@ -64,8 +63,8 @@ func visitQomGetArgs(d *decoder, name string, x *QomGetArgs) bool {
 }
 
 func membersQomGetArgs(d *decoder, x *QomGetArgs) bool {
-	return str(d, "path", &x.Path) &&
-		str(d, "property", &x.Property)
+	return visitStr(d, "path", &x.Path) &&
+		visitStr(d, "property", &x.Property)
 }
 
 // DecodeQomSetArgs decodes the arguments in v, nil for none; faults are worded as the reference does (*ArgError).
@@ -76,9 +75,9 @@ func visitQomSetArgs(d *decoder, name string, x *QomSetArgs) bool {
 }
 
 func membersQomSetArgs(d *decoder, x *QomSetArgs) bool {
-	return str(d, "path", &x.Path) &&
-		str(d, "property", &x.Property) &&
-		anything(d, "value", &x.Value)
+	return visitStr(d, "path", &x.Path) &&
+		visitStr(d, "property", &x.Property) &&
+		visitAny(d, "value", &x.Value)
 }
 
 // DecodeQomListTypesArgs decodes the arguments in v, nil for none; faults are worded as the reference does (*ArgError).
@@ -91,8 +90,8 @@ func visitQomListTypesArgs(d *decoder, name string, x *QomListTypesArgs) bool {
 }
 
 func membersQomListTypesArgs(d *decoder, x *QomListTypesArgs) bool {
-	return opt(d, "implements", &x.Implements, str) &&
-		opt(d, "abstract", &x.Abstract, boolean)
+	return opt(d, "implements", &x.Implements, visitStr) &&
+		opt(d, "abstract", &x.Abstract, visitBool)
 }
 
 // DecodeQomListPropertiesArgs decodes the arguments in v, nil for none; faults are worded as the reference does (*ArgError).
@@ -105,7 +104,7 @@ func visitQomListPropertiesArgs(d *decoder, name string, x *QomListPropertiesArg
 }
 
 func membersQomListPropertiesArgs(d *decoder, x *QomListPropertiesArgs) bool {
-	return str(d, "typename", &x.Typename)
+	return visitStr(d, "typename", &x.Typename)
 }
 
 // DecodeObjectDelArgs decodes the arguments in v, nil for none; faults are worded as the reference does (*ArgError).
@@ -116,5 +115,5 @@ func visitObjectDelArgs(d *decoder, name string, x *ObjectDelArgs) bool {
 }
 
 func membersObjectDelArgs(d *decoder, x *ObjectDelArgs) bool {
-	return str(d, "id", &x.ID)
+	return visitStr(d, "id", &x.ID)
 }

@@ -45,10 +45,6 @@ func (x *IothreadProperties) AppendJSON(b []byte) []byte {
 		b = appendKey(b, "thread-pool-max")
 		b = appendInt(b, *x.ThreadPoolMax)
 	}
-	if x.ThreadPoolMin != nil {
-		b = appendKey(b, "thread-pool-min")
-		b = appendInt(b, *x.ThreadPoolMin)
-	}
 	return append(b, '}')
 }
 
@@ -61,10 +57,6 @@ func (x *ObjectOptions) AppendJSON(b []byte) []byte {
 		if u.ThreadPoolMax != nil {
 			b = append(b, `, "thread-pool-max": `...)
 			b = appendInt(b, *u.ThreadPoolMax)
-		}
-		if u.ThreadPoolMin != nil {
-			b = append(b, `, "thread-pool-min": `...)
-			b = appendInt(b, *u.ThreadPoolMin)
 		}
 		b = append(b, `, "id": `...)
 		b = value.AppendString(b, x.ID)

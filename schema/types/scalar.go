@@ -24,7 +24,7 @@ func (d *decoder) keyval(name string) (string, bool) {
 	return "", d.fail("Internal error: parameter " + d.path(name) + " invalid")
 }
 
-func str(d *decoder, name string, p *string) bool {
+func visitStr(d *decoder, name string, p *string) bool {
 	if d.mode == ModeKeyval {
 		s, ok := d.keyval(name)
 		*p = s
@@ -40,7 +40,7 @@ func str(d *decoder, name string, p *string) bool {
 	return true
 }
 
-func boolean(d *decoder, name string, p *bool) bool {
+func visitBool(d *decoder, name string, p *bool) bool {
 	if d.mode == ModeKeyval {
 		s, ok := d.keyval(name)
 		if !ok {
@@ -66,7 +66,7 @@ func boolean(d *decoder, name string, p *bool) bool {
 	return true
 }
 
-func int64_(d *decoder, name string, p *int64) bool {
+func visitInt64(d *decoder, name string, p *int64) bool {
 	if d.mode == ModeKeyval {
 		s, ok := d.keyval(name)
 		if !ok {
@@ -89,8 +89,8 @@ func int64_(d *decoder, name string, p *int64) bool {
 	return true
 }
 
-// uint64_ accepts negative numbers too and lets them wrap, as the reference does.
-func uint64_(d *decoder, name string, p *uint64) bool {
+// visitUint64 accepts negative numbers too and lets them wrap, as the reference does.
+func visitUint64(d *decoder, name string, p *uint64) bool {
 	if d.mode == ModeKeyval {
 		s, ok := d.keyval(name)
 		if !ok {
@@ -122,7 +122,7 @@ func uint64_(d *decoder, name string, p *uint64) bool {
 
 func intN[T int8 | int16 | int32](d *decoder, name string, p *T, typ string) bool {
 	var n int64
-	if !int64_(d, name, &n) {
+	if !visitInt64(d, name, &n) {
 		return false
 	}
 	*p = T(n)
@@ -134,7 +134,7 @@ func intN[T int8 | int16 | int32](d *decoder, name string, p *T, typ string) boo
 
 func uintN[T uint8 | uint16 | uint32](d *decoder, name string, p *T, typ string) bool {
 	var n uint64
-	if !uint64_(d, name, &n) {
+	if !visitUint64(d, name, &n) {
 		return false
 	}
 	*p = T(n)
@@ -144,17 +144,17 @@ func uintN[T uint8 | uint16 | uint32](d *decoder, name string, p *T, typ string)
 	return true
 }
 
-func int8_(d *decoder, name string, p *int8) bool     { return intN(d, name, p, "int8_t") }
-func int16_(d *decoder, name string, p *int16) bool   { return intN(d, name, p, "int16_t") }
-func int32_(d *decoder, name string, p *int32) bool   { return intN(d, name, p, "int32_t") }
-func uint8_(d *decoder, name string, p *uint8) bool   { return uintN(d, name, p, "uint8_t") }
-func uint16_(d *decoder, name string, p *uint16) bool { return uintN(d, name, p, "uint16_t") }
-func uint32_(d *decoder, name string, p *uint32) bool { return uintN(d, name, p, "uint32_t") }
+func visitInt8(d *decoder, name string, p *int8) bool     { return intN(d, name, p, "int8_t") }
+func visitInt16(d *decoder, name string, p *int16) bool   { return intN(d, name, p, "int16_t") }
+func visitInt32(d *decoder, name string, p *int32) bool   { return intN(d, name, p, "int32_t") }
+func visitUint8(d *decoder, name string, p *uint8) bool   { return uintN(d, name, p, "uint8_t") }
+func visitUint16(d *decoder, name string, p *uint16) bool { return uintN(d, name, p, "uint16_t") }
+func visitUint32(d *decoder, name string, p *uint32) bool { return uintN(d, name, p, "uint32_t") }
 
-// size takes suffixes on the command line.
-func size(d *decoder, name string, p *uint64) bool {
+// visitSize takes suffixes on the command line.
+func visitSize(d *decoder, name string, p *uint64) bool {
 	if d.mode != ModeKeyval {
-		return uint64_(d, name, p)
+		return visitUint64(d, name, p)
 	}
 	s, ok := d.keyval(name)
 	if !ok {
@@ -166,7 +166,7 @@ func size(d *decoder, name string, p *uint64) bool {
 	return true
 }
 
-func number(d *decoder, name string, p *float64) bool {
+func visitNumber(d *decoder, name string, p *float64) bool {
 	if d.mode == ModeKeyval {
 		s, ok := d.keyval(name)
 		if !ok {
@@ -196,14 +196,14 @@ func number(d *decoder, name string, p *float64) bool {
 	return true
 }
 
-func anything(d *decoder, name string, p *value.Value) bool {
+func visitAny(d *decoder, name string, p *value.Value) bool {
 	v, ok := d.take(name)
 	*p = v
 	return ok
 }
 
-// null visits the null of an alternate.
-func null(d *decoder, name string, p *bool) bool {
+// visitNull visits the null of an alternate.
+func visitNull(d *decoder, name string, p *bool) bool {
 	v, ok := d.take(name)
 	if !ok {
 		return false

@@ -14,14 +14,14 @@ func visitInetSocketAddress(d *decoder, name string, x *InetSocketAddress) bool 
 }
 
 func membersInetSocketAddress(d *decoder, x *InetSocketAddress) bool {
-	return str(d, "host", &x.Host) &&
-		str(d, "port", &x.Port) &&
-		opt(d, "numeric", &x.Numeric, boolean) &&
-		opt(d, "to", &x.To, uint16_) &&
-		opt(d, "ipv4", &x.Ipv4, boolean) &&
-		opt(d, "ipv6", &x.Ipv6, boolean) &&
-		opt(d, "keep-alive", &x.KeepAlive, boolean) &&
-		opt(d, "mptcp", &x.Mptcp, boolean)
+	return visitStr(d, "host", &x.Host) &&
+		visitStr(d, "port", &x.Port) &&
+		opt(d, "numeric", &x.Numeric, visitBool) &&
+		opt(d, "to", &x.To, visitUint16) &&
+		opt(d, "ipv4", &x.Ipv4, visitBool) &&
+		opt(d, "ipv6", &x.Ipv6, visitBool) &&
+		opt(d, "keep-alive", &x.KeepAlive, visitBool) &&
+		opt(d, "mptcp", &x.Mptcp, visitBool)
 }
 
 // DecodeUnixSocketAddress decodes v; faults are worded as the reference does (*ArgError).
@@ -34,9 +34,9 @@ func visitUnixSocketAddress(d *decoder, name string, x *UnixSocketAddress) bool 
 }
 
 func membersUnixSocketAddress(d *decoder, x *UnixSocketAddress) bool {
-	return str(d, "path", &x.Path) &&
-		opt(d, "abstract", &x.Abstract, boolean) &&
-		opt(d, "tight", &x.Tight, boolean)
+	return visitStr(d, "path", &x.Path) &&
+		opt(d, "abstract", &x.Abstract, visitBool) &&
+		opt(d, "tight", &x.Tight, visitBool)
 }
 
 // DecodeInetSocketAddressWrapper decodes v; faults are worded as the reference does (*ArgError).
