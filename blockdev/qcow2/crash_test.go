@@ -126,6 +126,7 @@ func TestCrash(t *testing.T) {
 	for i, sh := range []shape{
 		{cs: 512, bits: 16, v: "v3"}, {cs: 512, bits: 64, v: "v3"}, {cs: 512, bits: 1, v: "v3"}, {cs: 1024, bits: 16, v: "v2"},
 		{cs: 4096, bits: 16, v: "v3"}, {cs: 512, bits: 16, v: "v3", lazy: true}, {cs: 65536, bits: 16, v: "v3"},
+		{cs: 512, bits: 64, v: "v3", comp: "grow"},
 	} {
 		t.Run(fmt.Sprintf("%+v", sh), func(t *testing.T) {
 			t.Parallel()
@@ -140,6 +141,11 @@ func crashShape(t *testing.T, sh shape, seed uint64) {
 	if sh.cs > 4096 {
 		sectors = 1500
 	}
+	every := 5
+	span := int(sh.cs/512)*3 + 2
+	if sh.comp == "grow" { // more refcount blocks than fit into the table
+		sectors, span, every = 5000, 200, 40
+	}
 	img := mustCreate(t, CreateOptions{Size: uint64(sectors) * 512, ClusterSize: &sh.cs, RefcountBits: &sh.bits, Version: sh.v, LazyRefcounts: sh.lazy})
 	f := drivertest.CrashFileOf(img)
 	l := newLedger(sectors)
@@ -147,13 +153,15 @@ func crashShape(t *testing.T, sh shape, seed uint64) {
 	s.l2.max, s.rb.max = 4, 4 // evictions
 	crashes := 0
 	f.After(func(i int) {
-		if rnd.IntN(4) != 0 || t.Failed() {
+		if rnd.IntN(every) != 0 || t.Failed() {
 			return
 		}
-		crashes++
-		cs := rnd.Uint64()
-		if err := afterCrash(f.CrashLocked(cs), l, sh.lazy); err != nil {
-			t.Errorf("after operation %d, crash %d: %v", i, cs, err)
+		for range 3 {
+			crashes++
+			cs := rnd.Uint64()
+			if err := afterCrash(f.CrashLocked(cs), l, sh.lazy); err != nil {
+				t.Errorf("after operation %d, crash %d: %v", i, cs, err)
+			}
 		}
 	})
 	steps := 250
@@ -162,7 +170,7 @@ func crashShape(t *testing.T, sh shape, seed uint64) {
 	}
 	for i := 0; i < steps && !t.Failed(); i++ {
 		first := rnd.IntN(sectors)
-		n := min(1+rnd.IntN(int(sh.cs/512)*3+2), sectors-first)
+		n := min(1+rnd.IntN(span), sectors-first)
 		off, size := int64(first)*512, int64(n)*512
 		var err error
 		switch k := rnd.IntN(12); {
