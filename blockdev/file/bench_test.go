@@ -7,7 +7,7 @@ import (
 	"qblockd/schema/types"
 )
 
-// BenchmarkRequests measures one 4 KiB request at a time.
+// BenchmarkRequests measures 4 KiB requests, one at a time and from many callers.
 func BenchmarkRequests(b *testing.B) {
 	dir := b.TempDir()
 	for _, w := range []struct {
@@ -46,6 +46,20 @@ func BenchmarkRequests(b *testing.B) {
 			run("inline-read", func(off int64) error { return d.ReadAt(nw, v, off, 0) })
 		}
 		run("read", func(off int64) error { return d.ReadAt(bg, v, off, 0) })
+		b.Run(w.name+"/read-many", func(b *testing.B) {
+			b.SetBytes(4096)
+			b.ReportAllocs()
+			b.SetParallelism(32)
+			b.RunParallel(func(pb *testing.PB) {
+				v := blk.Buf(buf(4096))
+				for i := 0; pb.Next(); i++ {
+					if err := d.ReadAt(bg, v, int64(i%256)*4096, 0); err != nil {
+						b.Error(err)
+						return
+					}
+				}
+			})
+		})
 		run("write", func(off int64) error { return d.WriteAt(bg, v, off, 0) })
 	}
 }

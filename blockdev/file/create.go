@@ -15,8 +15,9 @@ import (
 
 // Create makes a regular file of the given size, or empties and resizes an existing one
 // that nobody uses. It blocks as long as the storage does, but no longer than ctx. What is
-// there when it fails half-way stays there.
-func Create(ctx context.Context, o *types.BlockdevCreateOptionsFile) error {
+// there when it fails half-way stays there. started, if not nil, is called once the file is there and before its
+// content is touched.
+func Create(ctx context.Context, o *types.BlockdevCreateOptionsFile, started func()) error {
 	hint := uint64(1 << 20)
 	if o.ExtentSizeHint != nil {
 		hint = *o.ExtentSizeHint
@@ -24,7 +25,7 @@ func Create(ctx context.Context, o *types.BlockdevCreateOptionsFile) error {
 	if hint > math.MaxUint32 {
 		return &textError{"Extent size hint is too large", unix.EINVAL}
 	}
-	late, err := await(ctx, func() error { return create(ctx, o, uint32(hint)) }, func(error) {})
+	late, err := await(ctx, func() error { return create(ctx, o, uint32(hint), started) }, func(error) {})
 	if late {
 		go wakeFIFO(o.Filename)
 	}
@@ -32,7 +33,7 @@ func Create(ctx context.Context, o *types.BlockdevCreateOptionsFile) error {
 }
 
 // create does the work of Create.
-func create(ctx context.Context, o *types.BlockdevCreateOptionsFile, hint uint32) (err error) {
+func create(ctx context.Context, o *types.BlockdevCreateOptionsFile, hint uint32, started func()) (err error) {
 	fd, err := openFile(o.Filename, o.Filename, unix.O_RDWR|unix.O_CREAT, 0o644)
 	if err != nil {
 		return err
@@ -48,6 +49,9 @@ func create(ctx context.Context, o *types.BlockdevCreateOptionsFile, hint uint32
 	claim := perm.Claim{Need: perm.Write | perm.Resize, Share: perm.All &^ perm.Resize}
 	if err := takeLocks(fd, lockSet{}, locksFor(claim), o.Filename); err != nil {
 		return err
+	}
+	if started != nil {
+		started()
 	}
 	if err := truncate(ctx, fd, 0, blk.PreallocOff); err != nil {
 		return err

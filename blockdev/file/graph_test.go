@@ -39,7 +39,7 @@ func attach(g *graph.Graph, n *graph.Node, c perm.Claim) (*graph.Root, func() er
 
 func TestInTheGraph(t *testing.T) {
 	path := filepath.Join(t.TempDir(), "image")
-	if err := file.Create(context.Background(), &types.BlockdevCreateOptionsFile{Filename: path, Size: 1 << 20}); err != nil {
+	if err := file.Create(context.Background(), &types.BlockdevCreateOptionsFile{Filename: path, Size: 1 << 20}, nil); err != nil {
 		t.Fatal(err)
 	}
 	g := drivertest.NewGraph(t)

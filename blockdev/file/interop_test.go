@@ -17,7 +17,7 @@ func TestMapLikeQEMU(t *testing.T) {
 	dir := t.TempDir()
 	ours, theirs := filepath.Join(dir, "ours"), filepath.Join(dir, "theirs")
 	for _, m := range []types.PreallocMode{"off", "falloc", "full"} {
-		if err := Create(context.Background(), &types.BlockdevCreateOptionsFile{Filename: ours, Size: 3 << 20, Preallocation: &m}); err != nil {
+		if err := Create(context.Background(), &types.BlockdevCreateOptionsFile{Filename: ours, Size: 3 << 20, Preallocation: &m}, nil); err != nil {
 			t.Fatal(err)
 		}
 		if out, err := run(qemuImg, "create", "-f", "raw", "-o", "preallocation="+string(m), theirs, "3M"); err != nil {

@@ -125,7 +125,7 @@ func TestCreate(t *testing.T) {
 		for _, m := range []types.PreallocMode{"off", "falloc", "full", "off"} {
 			yes, hint := true, uint64(65536)
 			o := &types.BlockdevCreateOptionsFile{Filename: name, Size: 300000, Preallocation: &m, Nocow: &yes, ExtentSizeHint: &hint}
-			if err := Create(ctx, o); err != nil {
+			if err := Create(ctx, o, nil); err != nil {
 				t.Fatalf("%s: %v", m, err)
 			}
 			st, err := os.Stat(name)
@@ -153,7 +153,7 @@ func TestCreate(t *testing.T) {
 		"Unsupported preallocation mode: metadata":                         {Filename: name, Size: 512, Preallocation: &metadata},
 		"Extent size hint is too large":                                    {Filename: name, Size: 512, ExtentSizeHint: &huge},
 	} {
-		if err := Create(ctx, o); err == nil || err.Error() != text {
+		if err := Create(ctx, o, nil); err == nil || err.Error() != text {
 			t.Errorf("want %q, got %v", text, err)
 		}
 	}
@@ -162,7 +162,7 @@ func TestCreate(t *testing.T) {
 	if err := change(t, d, formatWriter); err != nil {
 		t.Fatal(err)
 	}
-	if err := Create(ctx, &types.BlockdevCreateOptionsFile{Filename: name}); err == nil || err.Error() != `Failed to get "write" lock` {
+	if err := Create(ctx, &types.BlockdevCreateOptionsFile{Filename: name}, nil); err == nil || err.Error() != `Failed to get "write" lock` {
 		t.Error(err)
 	}
 }

@@ -24,6 +24,8 @@ var (
 	formatWriter = perm.Claim{Need: perm.ConsistentRead | perm.Write | perm.Resize, Share: perm.ConsistentRead | perm.WriteUnchanged}
 	formatReader = perm.Claim{Need: perm.ConsistentRead, Share: perm.All}
 	bareWriter   = perm.Claim{Need: perm.Write, Share: perm.All}
+	exportWriter = perm.Claim{Need: perm.ConsistentRead | perm.Write, Share: perm.All &^ perm.Resize}
+	exportReader = perm.Claim{Need: perm.ConsistentRead, Share: perm.All &^ perm.Resize}
 	nobody       = perm.Claim{Share: perm.All}
 	exclusive    = perm.Claim{Need: perm.ConsistentRead, Share: perm.ConsistentRead}
 )
@@ -111,6 +113,12 @@ func TestLockTexts(t *testing.T) {
 		{formatReader, formatWriter, ""},
 		{bareWriter, formatWriter, `Failed to get shared "write" lock`},
 		{formatWriter, perm.Claim{Need: perm.Resize, Share: perm.All}, `Failed to get "resize" lock`},
+		// As qemu-storage-daemon words it for NBD exports and qcow2 on two nodes of one file.
+		{exportWriter, exportWriter, ""},
+		{exportWriter, formatWriter, `Failed to get "resize" lock`},
+		{formatWriter, exportReader, `Failed to get shared "resize" lock`},
+		{formatWriter, exportWriter, `Failed to get "write" lock`},
+		{formatWriter, perm.Claim{Need: perm.ConsistentRead, Share: perm.All &^ (perm.Write | perm.Resize)}, `Failed to get shared "write" lock`},
 		{perm.Claim{}, formatReader, `Failed to get "consistent read" lock`},
 		{formatReader, perm.Claim{}, `Failed to get shared "consistent read" lock`},
 	} {
@@ -347,7 +355,7 @@ func TestWeMeetQEMUsLocks(t *testing.T) {
 			t.Errorf("%+v: %v", c.claim, err)
 		}
 	}
-	err = Create(context.Background(), &types.BlockdevCreateOptionsFile{Filename: name, Size: 1 << 20})
+	err = Create(context.Background(), &types.BlockdevCreateOptionsFile{Filename: name, Size: 1 << 20}, nil)
 	if err == nil || err.Error() != `Failed to get "write" lock` {
 		t.Errorf("create: %v", err)
 	}

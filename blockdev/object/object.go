@@ -1,0 +1,176 @@
+// Package object holds the objects that clients make by object-add and see as a tree through the qom- commands.
+// So far there is one type: iothread, a named and bounded group of workers.
+//
+//	/            container
+//	/objects     container    what object-add made
+//	/chardevs    container    the character devices
+package object
+
+import (
+	"errors"
+	"fmt"
+	"slices"
+	"sync"
+
+	"qblockd/schema/types"
+	"qblockd/schema/value"
+)
+
+// Chardev is a character device as the tree shows it.
+type Chardev struct{ Label, Kind string }
+
+// Registry holds all objects. Its methods may be called from any goroutine; none blocks.
+type Registry struct {
+	chardevs func() []Chardev
+
+	mu     sync.Mutex
+	groups []*Group // oldest first
+}
+
+// NewRegistry makes an empty registry; chardevs lists the character devices of the tree and may be nil.
+func NewRegistry(chardevs func() []Chardev) *Registry {
+	if chardevs == nil {
+		chardevs = func() []Chardev { return nil }
+	}
+	return &Registry{chardevs: chardevs}
+}
+
+// hintError is an error with a further line for people.
+type hintError struct{ text, hint string }
+
+func (e *hintError) Error() string { return e.text }
+func (e *hintError) Hint() string  { return e.hint }
+
+var errID = &hintError{"Parameter 'id' expects an identifier",
+	"Identifiers consist of letters, digits, '-', '.', '_', starting with a letter."}
+
+// Add makes an object (object-add).
+func (r *Registry) Add(o *types.ObjectOptions) error {
+	p, _ := o.U.(*types.IothreadProperties)
+	g := &Group{id: o.ID, max: defaultMax}
+	if p != nil && p.ThreadPoolMax != nil {
+		if err := checkMax(*p.ThreadPoolMax); err != nil {
+			return err
+		}
+		g.max = *p.ThreadPoolMax
+	}
+	if !wellFormed(o.ID) {
+		return errID
+	}
+	r.mu.Lock()
+	defer r.mu.Unlock()
+	if r.findLocked(o.ID) != nil {
+		return fmt.Errorf("attempt to add duplicate property '%s' to object (type 'container')", o.ID)
+	}
+	g.cond = sync.NewCond(&g.mu)
+	r.groups = append(r.groups, g)
+	return nil
+}
+
+// Del forgets an object (object-del). A group that something still uses goes on working for it.
+func (r *Registry) Del(id string) error {
+	r.mu.Lock()
+	defer r.mu.Unlock()
+	for i, g := range r.groups {
+		if g.id == id {
+			r.groups = slices.Delete(r.groups, i, i+1)
+			return nil
+		}
+	}
+	return fmt.Errorf("object '%s' not found", id)
+}
+
+// Group finds an iothread object; nil if there is none.
+func (r *Registry) Group(id string) *Group {
+	r.mu.Lock()
+	defer r.mu.Unlock()
+	return r.findLocked(id)
+}
+
+func (r *Registry) findLocked(id string) *Group {
+	for _, g := range r.groups {
+		if g.id == id {
+			return g
+		}
+	}
+	return nil
+}
+
+// wellFormed: a letter, then letters, digits, '-', '.', '_'.
+func wellFormed(id string) bool {
+	for i := 0; i < len(id); i++ {
+		c := id[i]
+		letter := c|0x20 >= 'a' && c|0x20 <= 'z'
+		if !letter && (i == 0 || !(c >= '0' && c <= '9') && c != '-' && c != '.' && c != '_') {
+			return false
+		}
+	}
+	return id != ""
+}
+
+// defaultMax is how many workers a group has unless told otherwise.
+const defaultMax = 64
+
+// Group is an iothread: it bounds how many requests its users have at work at the same time.
+// Requests that need no wait are served without it.
+type Group struct {
+	id string
+
+	mu   sync.Mutex
+	cond *sync.Cond
+	max  int64 // at least 1
+	busy int64
+}
+
+// ID is the object's id.
+func (g *Group) ID() string { return g.id }
+
+// Enter waits for a free worker. It is called holding no gate pass and no lock.
+func (g *Group) Enter() {
+	g.mu.Lock()
+	defer g.mu.Unlock()
+	for g.busy >= g.max {
+		g.cond.Wait()
+	}
+	g.busy++
+}
+
+// Leave gives the worker back.
+func (g *Group) Leave() {
+	g.mu.Lock()
+	defer g.mu.Unlock()
+	g.busy--
+	g.cond.Signal()
+}
+
+// Max is the bound.
+func (g *Group) Max() int64 {
+	g.mu.Lock()
+	defer g.mu.Unlock()
+	return g.max
+}
+
+func checkMax(n int64) error {
+	if n < 0 {
+		return errors.New("thread-pool-max value must be in range [0, 9223372036854775807]")
+	}
+	if n == 0 {
+		return errors.New("bad thread-pool-min/thread-pool-max values")
+	}
+	return nil
+}
+
+func (g *Group) setMax(v value.Value) error {
+	n, ok := v.(int64)
+	if !ok {
+		return errors.New("Invalid parameter type for 'thread-pool-max', expected: integer")
+	}
+	if err := checkMax(n); err != nil {
+		return err
+	}
+	g.mu.Lock()
+	defer g.mu.Unlock()
+	g.max = n
+	g.cond.Broadcast()
+	return nil
+}

@@ -1,0 +1,90 @@
+package object
+
+import (
+	"sync"
+	"sync/atomic"
+	"testing"
+
+	"qblockd/schema/types"
+)
+
+func add(r *Registry, id string, limit int64) error {
+	return r.Add(&types.ObjectOptions{QomType: types.ObjectTypeIothread, ID: id, U: &types.IothreadProperties{ThreadPoolMax: &limit}})
+}
+
+func TestRegistry(t *testing.T) {
+	r := NewRegistry(func() []Chardev { return []Chardev{{"m", "stdio"}} })
+	if err := add(r, "a", 3); err != nil {
+		t.Fatal(err)
+	}
+	for _, c := range []struct {
+		err  error
+		want string
+	}{
+		{add(r, "a", 1), "attempt to add duplicate property 'a' to object (type 'container')"},
+		{add(r, "1", 1), "Parameter 'id' expects an identifier"},
+		{add(r, "b", 0), "bad thread-pool-min/thread-pool-max values"},
+		{add(r, "b", -1), "thread-pool-max value must be in range [0, 9223372036854775807]"},
+		{r.Del("b"), "object 'b' not found"},
+		{r.Set("/objects/a", "type", "x"), "Property 'iothread.type' is not writable"},
+		{r.Set("/objects/a", "nope", "x"), "Property 'iothread.nope' not found"},
+		{r.Set("/objects/b", "nope", "x"), "Device '/objects/b' not found"},
+		{r.Set("a", "thread-pool-max", "x"), "Invalid parameter type for 'thread-pool-max', expected: integer"},
+	} {
+		if c.err == nil || c.err.Error() != c.want {
+			t.Errorf("%v, want %s", c.err, c.want)
+		}
+	}
+	if err := r.Set("a", "thread-pool-max", int64(5)); err != nil {
+		t.Error(err)
+	}
+	if v, err := r.Get("/objects/a", "thread-pool-max"); err != nil || v != int64(5) {
+		t.Errorf("get: %v %v", v, err)
+	}
+	if v, err := r.Get("chardevs/m", "type"); err != nil || v != "chardev-stdio" {
+		t.Errorf("get: %v %v", v, err)
+	}
+	if l, err := r.List("/"); err != nil || len(l) != 3 || l[1].Type != "child<container>" {
+		t.Errorf("list: %v %v", l, err)
+	}
+	if l := r.Types("user-creatable", false); len(l) != 1 || l[0].Name != "iothread" {
+		t.Errorf("types: %v", l)
+	}
+	if l := r.Types("chardev", true); len(l) != 9 {
+		t.Errorf("chardev types: %d", len(l))
+	}
+	if _, err := r.TypeProperties("nope"); err == nil || err.Error() != "Class 'nope' not found" {
+		t.Error(err)
+	}
+	if err := r.Del("a"); err != nil || r.Group("a") != nil {
+		t.Errorf("del: %v", err)
+	}
+}
+
+func TestGroupBounds(t *testing.T) {
+	r := NewRegistry(nil)
+	if err := add(r, "g", 3); err != nil {
+		t.Fatal(err)
+	}
+	g := r.Group("g")
+	var now, most atomic.Int64
+	var wg sync.WaitGroup
+	for range 50 {
+		wg.Go(func() {
+			g.Enter()
+			defer g.Leave()
+			n := now.Add(1)
+			for {
+				m := most.Load()
+				if n <= m || most.CompareAndSwap(m, n) {
+					break
+				}
+			}
+			now.Add(-1)
+		})
+	}
+	wg.Wait()
+	if most.Load() > 3 {
+		t.Errorf("%d at once", most.Load())
+	}
+}

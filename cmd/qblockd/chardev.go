@@ -1,0 +1,162 @@
+package main
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"slices"
+
+	"qblockd/cmd/qblockd/cmdline"
+	"qblockd/qmp/chardev"
+	"qblockd/schema/types"
+)
+
+var errOnlyQMP = errors.New("Only QMP is supported")
+
+// chardevOptions are the names that --chardev knows.
+var chardevOptions = map[string]cmdline.OptType{
+	"backend": cmdline.OptString, "path": cmdline.OptString, "input-path": cmdline.OptString,
+	"host": cmdline.OptString, "port": cmdline.OptString, "fd": cmdline.OptString,
+	"to": cmdline.OptNumber, "ipv4": cmdline.OptBool, "ipv6": cmdline.OptBool,
+	"server": cmdline.OptBool, "wait": cmdline.OptBool, "delay": cmdline.OptBool, "nodelay": cmdline.OptBool,
+	"reconnect": cmdline.OptNumber, "telnet": cmdline.OptBool, "tight": cmdline.OptBool, "abstract": cmdline.OptBool,
+	"logfile": cmdline.OptString, "logappend": cmdline.OptBool,
+	"signal": cmdline.OptBool, "append": cmdline.OptBool, "size": cmdline.OptSize,
+}
+
+// addChardev does --chardev.
+func (d *daemon) addChardev(it cmdline.Item) error {
+	o, err := cmdline.ParseOpts(it.Arg, "backend", chardevOptions)
+	for _, w := range o.Warnings {
+		report(it.Where(), "warning: "+w)
+	}
+	if err != nil {
+		return err
+	}
+	kind, given := o.Get("backend")
+	if o.Help || kind == "help" || kind == "?" {
+		fmt.Println("Available chardev backend types: ")
+		for _, b := range d.chardevs.Backends() {
+			fmt.Println("  " + b.Name)
+		}
+		return errHelpShown
+	}
+	switch {
+	case o.ID == "":
+		return errors.New("chardev: no id specified")
+	case !given:
+		return fmt.Errorf("chardev: %q missing backend", o.ID)
+	case !slices.Contains(types.ChardevBackendKindValues, types.ChardevBackendKind(kind)):
+		return fmt.Errorf("'%s' is not a valid char driver name", kind)
+	}
+	b, err := chardevBackend(types.ChardevBackendKind(kind), o)
+	if err != nil {
+		return err
+	}
+	_, err = d.chardevs.Open(context.Background(), o.ID, b, chardev.CommandLine)
+	return err
+}
+
+// chardevBackend translates the older option syntax into the schema's description.
+func chardevBackend(kind types.ChardevBackendKind, o *cmdline.Opts) (*types.ChardevBackend, error) {
+	log, appendLog := text(o, "logfile"), boolean(o, "logappend")
+	b := &types.ChardevBackend{Type: kind}
+	switch kind {
+	case types.ChardevBackendKindSocket:
+		s, err := chardevSocket(o)
+		if err != nil {
+			return nil, err
+		}
+		s.Logfile, s.Logappend = log, appendLog
+		b.U = &types.ChardevSocketWrapper{Data: *s}
+	case types.ChardevBackendKindFile:
+		path, ok := o.Get("path")
+		if !ok {
+			return nil, errors.New("chardev: file: no filename given")
+		}
+		b.U = &types.ChardevFileWrapper{Data: types.ChardevFile{
+			Out: path, In: text(o, "input-path"), Append: boolean(o, "append"), Logfile: log, Logappend: appendLog}}
+	case types.ChardevBackendKindPipe:
+		path, ok := o.Get("path")
+		if !ok {
+			return nil, errors.New("chardev: pipe: no device path given")
+		}
+		b.U = &types.ChardevHostdevWrapper{Data: types.ChardevHostdev{Device: path, Logfile: log, Logappend: appendLog}}
+	case types.ChardevBackendKindStdio:
+		b.U = &types.ChardevStdioWrapper{Data: types.ChardevStdio{
+			Signal: boolean(o, "signal"), Logfile: log, Logappend: appendLog}}
+	case types.ChardevBackendKindRingbuf:
+		r := types.ChardevRingbuf{Logfile: log, Logappend: appendLog}
+		if _, ok := o.Get("size"); ok {
+			n := int64(o.Number("size"))
+			r.Size = &n
+		}
+		b.U = &types.ChardevRingbufWrapper{Data: r}
+	default:
+		b.U = &types.ChardevCommonWrapper{Data: types.ChardevCommon{Logfile: log, Logappend: appendLog}}
+	}
+	return b, nil
+}
+
+// chardevSocket reads the options of a socket. Unlike in the schema, server is off and wait is on by default.
+func chardevSocket(o *cmdline.Opts) (*types.ChardevSocket, error) {
+	path, unix := o.Get("path")
+	fd, inherited := o.Get("fd")
+	host, inet := o.Get("host")
+	port, hasPort := o.Get("port")
+	if unix && inherited || unix && inet || inherited && inet {
+		return nil, errors.New("None or one of 'path', 'fd' or 'host' option required.")
+	}
+	if inet && !hasPort {
+		return nil, errors.New("chardev: socket: no port given")
+	}
+	_, delay := o.Get("delay")
+	_, nodelay := o.Get("nodelay")
+	if delay && nodelay {
+		return nil, errors.New("'delay' and 'nodelay' are mutually exclusive")
+	}
+	server := o.Bool("server", false)
+	s := &types.ChardevSocket{Server: &server, Telnet: boolean(o, "telnet")}
+	if _, given := o.Get("wait"); given || server {
+		wait := o.Bool("wait", true)
+		s.Wait = &wait
+	}
+	if delay || nodelay {
+		now := !o.Bool("delay", true) || o.Bool("nodelay", false)
+		s.Nodelay = &now
+	}
+	if _, given := o.Get("reconnect"); given {
+		n := int64(o.Number("reconnect"))
+		s.Reconnect = &n
+	}
+	switch {
+	case unix:
+		s.Addr = types.SocketAddressLegacy{Type: types.SocketAddressTypeUnix, U: &types.UnixSocketAddressWrapper{
+			Data: types.UnixSocketAddress{Path: path, Abstract: boolean(o, "abstract"), Tight: boolean(o, "tight")}}}
+	case inet:
+		a := types.InetSocketAddress{Host: host, Port: port, Ipv4: boolean(o, "ipv4"), Ipv6: boolean(o, "ipv6")}
+		if _, given := o.Get("to"); given {
+			to := uint16(o.Number("to"))
+			a.To = &to
+		}
+		s.Addr = types.SocketAddressLegacy{Type: types.SocketAddressTypeInet, U: &types.InetSocketAddressWrapper{Data: a}}
+	default:
+		s.Addr = types.SocketAddressLegacy{Type: types.SocketAddressTypeFd, U: &types.StringWrapper{Data: types.String{Str: fd}}}
+	}
+	return s, nil
+}
+
+func text(o *cmdline.Opts, name string) *string {
+	if v, ok := o.Get(name); ok {
+		return &v
+	}
+	return nil
+}
+
+func boolean(o *cmdline.Opts, name string) *bool {
+	if _, ok := o.Get(name); !ok {
+		return nil
+	}
+	v := o.Bool(name, false)
+	return &v
+}

@@ -1,0 +1,214 @@
+package main
+
+import (
+	"context"
+	"io"
+	"io/fs"
+	"log/slog"
+	"os"
+	"os/signal"
+	"strings"
+	"sync"
+	"syscall"
+	"time"
+
+	"qblockd/blockdev"
+	"qblockd/blockdev/export"
+	"qblockd/blockdev/object"
+	"qblockd/events"
+	"qblockd/graph"
+	"qblockd/jobs"
+	"qblockd/qmp"
+	"qblockd/qmp/chardev"
+	"qblockd/qmp/handlers"
+	"qblockd/schema/types"
+)
+
+// The version of the reference whose interface we offer.
+const (
+	qemuMajor = 8
+	qemuMinor = 2
+	qemuMicro = 7
+)
+
+const (
+	// endLimit is how long the orderly end may take in all; storage that does not answer is given up then.
+	endLimit = 1500 * time.Millisecond
+	// lastReply is how long clients have to take what is still queued for them.
+	lastReply = 300 * time.Millisecond
+)
+
+// daemon is all parts of the program.
+type daemon struct {
+	bus      *events.Bus
+	graph    *graph.Graph
+	nodes    *blockdev.Manager
+	jobs     *jobs.Manager
+	exports  *export.Table
+	objects  *object.Registry
+	chardevs *chardev.Table
+	dispatch *qmp.Dispatcher
+	pidfile  *pidFile
+
+	up       chan struct{} // closed when the options have taken effect: from now on clients are served
+	end      chan struct{} // closed when the daemon is to exit
+	endOnce  sync.Once
+	downOnce sync.Once
+	down     chan struct{} // closed when everything but the monitors is shut down
+
+	mu       sync.Mutex
+	monitors []*qmp.Monitor
+}
+
+// newDaemon makes the parts; socketMode is that of all socket files.
+func newDaemon(socketMode fs.FileMode) *daemon {
+	d := &daemon{
+		bus:  events.NewBus(events.Options{}),
+		up:   make(chan struct{}),
+		end:  make(chan struct{}),
+		down: make(chan struct{}),
+	}
+	d.graph = graph.New(d.bus)
+	d.nodes = blockdev.New(d.graph, blockdev.Config{})
+	d.jobs = jobs.NewManager(d.bus, nil)
+	d.exports = export.New(d.graph, export.Options{SocketMode: socketMode, Log: slog.Default()})
+	d.chardevs = chardev.NewTable(chardev.Options{SocketMode: socketMode})
+	d.objects = object.NewRegistry(d.chardevObjects)
+	d.dispatch = qmp.NewDispatcher(qmp.Version{
+		Major: qemuMajor, Minor: qemuMinor, Micro: qemuMicro, Package: "qblockd " + version,
+	})
+	d.register()
+	return d
+}
+
+// register connects the commands to the parts that execute them.
+func (d *daemon) register() {
+	types.RegisterControl(d.dispatch, handlers.Control{
+		Version: d.dispatch.Version(), Shutdown: func(context.Context) { d.shutdown() }, Exit: d.exit,
+	})
+	types.RegisterIntrospect(d.dispatch, handlers.Introspect{})
+	types.RegisterChar(d.dispatch, handlers.Char{Devices: d.chardevs})
+	types.RegisterQom(d.dispatch, handlers.Qom{Objects: d.objects})
+	types.RegisterBlockCore(d.dispatch, handlers.BlockCore{Nodes: d.nodes})
+	types.RegisterBlockCreate(d.dispatch, handlers.BlockCreate{Jobs: d.jobs, Nodes: d.nodes})
+	types.RegisterBlockJob(d.dispatch, handlers.BlockJob{Jobs: d.jobs, Nodes: d.nodes})
+	types.RegisterJob(d.dispatch, handlers.Job{Jobs: d.jobs})
+	types.RegisterBlockExport(d.dispatch, handlers.BlockExport{Graph: d.graph, Exports: d.exports})
+}
+
+// addMonitor makes QMP available on a character device. Its clients are served once the daemon is up.
+func (d *daemon) addMonitor(o *types.MonitorOptions) error {
+	if o.Mode != nil && *o.Mode != types.MonitorModeControl {
+		return errOnlyQMP
+	}
+	m := qmp.NewMonitor(d.dispatch, d.bus, qmp.Options{Pretty: o.Pretty != nil && *o.Pretty})
+	err := d.chardevs.Attach(o.Chardev, func(c io.ReadWriteCloser) {
+		select {
+		case <-d.up:
+			m.Serve(c)
+		case <-d.end:
+			c.Close()
+		}
+	})
+	if err != nil {
+		return err
+	}
+	d.mu.Lock()
+	defer d.mu.Unlock()
+	d.monitors = append(d.monitors, m)
+	return nil
+}
+
+// serve lets the clients in.
+func (d *daemon) serve() { close(d.up) }
+
+// catchSignals makes the ending signals known. SIGPIPE becomes an error of the write that met it.
+func (d *daemon) catchSignals() <-chan os.Signal {
+	signal.Ignore(syscall.SIGPIPE)
+	c := make(chan os.Signal, 2)
+	signal.Notify(c, syscall.SIGTERM, syscall.SIGINT, syscall.SIGHUP)
+	return c
+}
+
+// exit makes waitForEnd go on.
+func (d *daemon) exit() { d.endOnce.Do(func() { close(d.end) }) }
+
+// waitForEnd blocks until quit was answered or a signal came, and ends the program.
+func (d *daemon) waitForEnd(signals <-chan os.Signal) {
+	select {
+	case s := <-signals:
+		slog.Info("ending", "signal", s.String())
+		d.shutdown()
+		d.exit()
+	case <-d.end:
+	}
+	d.endMonitors()
+	d.pidfile.remove()
+	os.Exit(0)
+}
+
+// shutdown ends everything but the monitors, in order: no further commands, no clients of exports, no jobs, all data flushed
+// and all nodes closed. What storage that does not answer holds up is left behind after endLimit. It is done once;
+// others wait for it.
+func (d *daemon) shutdown() {
+	d.downOnce.Do(func() {
+		defer close(d.down)
+		d.dispatch.Stop()
+		ctx, cancel := context.WithTimeout(context.Background(), endLimit)
+		defer cancel()
+		d.exports.Close(ctx)
+		if err := d.jobs.Shutdown(ctx); err != nil {
+			slog.Warn("jobs are left behind", "err", err)
+		}
+		if err := d.graph.Close(ctx); err != nil {
+			slog.Warn("nodes are left behind", "err", err)
+		}
+	})
+	<-d.down
+}
+
+// endMonitors lets clients take what is queued for them and removes sockets.
+func (d *daemon) endMonitors() {
+	done := make(chan struct{})
+	go func() {
+		defer close(done)
+		var all sync.WaitGroup
+		d.mu.Lock()
+		for _, m := range d.monitors {
+			all.Go(func() { m.Close(lastReply) })
+		}
+		d.mu.Unlock()
+		all.Wait()
+		d.chardevs.Close()
+	}()
+	select {
+	case <-done:
+	case <-time.After(lastReply + 200*time.Millisecond):
+		// A command is stuck on its storage; the sockets have gone all the same.
+	}
+}
+
+// abandon undoes what options have made before one failed.
+func (d *daemon) abandon() {
+	d.shutdown()
+	d.exit()
+	d.endMonitors()
+}
+
+// chardevObjects lists the character devices for the object tree.
+func (d *daemon) chardevObjects() (out []object.Chardev) {
+	for _, c := range d.chardevs.Query() {
+		kind, _, _ := strings.Cut(strings.TrimPrefix(c.Filename, "disconnected:"), ":")
+		out = append(out, object.Chardev{Label: c.Label, Kind: chardevKind(kind)})
+	}
+	return out
+}
+
+// chardevKind is the type of a device that is shown as "PREFIX:...".
+func chardevKind(prefix string) string {
+	switch prefix {
+	case "unix", "tcp", "telnet", "fd":
+		return "socket"
+	}
+	return prefix
+}

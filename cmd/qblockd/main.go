@@ -1,0 +1,141 @@
+// Command qblockd is a storage daemon: QEMU's block layer as a service of its own, spoken to over QMP. It takes the
+// options of qemu-storage-daemon; see --help.
+//
+// This package wires the others together and reads as the map of the program:
+//
+//	main.go       two passes over the options, as the reference does: what concerns the process, then the rest
+//	options.go    what each option does
+//	daemon.go     the parts, how they hang together, and how they end
+//	demo.go       --demo: a disk, a monitor and an NBD server out of nothing
+//	help.go       --help, --version
+//	cmdline/      the dialects of the command line
+package main
+
+import (
+	"errors"
+	"fmt"
+	"io/fs"
+	"log/slog"
+	"os"
+	"path/filepath"
+	"strconv"
+	"strings"
+
+	"qblockd/cmd/qblockd/cmdline"
+)
+
+// version is ours; it is reported as the package of the greeting.
+const version = "0.1.0"
+
+var options = []cmdline.Option{
+	{Long: "blockdev", Arg: true},
+	{Long: "chardev", Arg: true},
+	{Long: "daemonize"},
+	{Long: "demo", Arg: true},
+	{Long: "export", Arg: true},
+	{Long: "help", Short: 'h'},
+	{Long: "monitor", Arg: true},
+	{Long: "nbd-server", Arg: true},
+	{Long: "object", Arg: true},
+	{Long: "pidfile", Arg: true},
+	{Long: "socket-mode", Arg: true},
+	{Long: "trace", Short: 'T', Arg: true},
+	{Long: "version", Short: 'V'},
+}
+
+func main() {
+	setupLog(slog.LevelInfo)
+	items, scanErr := cmdline.Scan(os.Args[1:], options)
+	early := processOptions(items, scanErr)
+	ready := func() {}
+	if early.daemonize {
+		f, err := daemonize()
+		if err != nil {
+			fatal("", fmt.Errorf("cannot daemonize: %w", err))
+		}
+		ready = f
+	}
+	d := newDaemon(early.socketMode)
+	signals := d.catchSignals()
+	for _, it := range items {
+		if err := d.apply(it); err != nil {
+			if errors.Is(err, errHelpShown) {
+				os.Exit(0)
+			}
+			d.abandon()
+			fatal(it.Where(), err)
+		}
+	}
+	if early.pidfile != "" {
+		p, err := writePidFile(early.pidfile)
+		if err != nil {
+			d.abandon()
+			fatal("", err)
+		}
+		d.pidfile = p
+	}
+	ready()
+	d.serve()
+	d.waitForEnd(signals)
+}
+
+// processWide is what the first pass finds.
+type processWide struct {
+	daemonize  bool
+	pidfile    string
+	socketMode fs.FileMode
+}
+
+// processOptions does the options that concern the process and come before all others wherever they stand. A
+// scanning error counts where the scan met it: --help before it wins.
+func processOptions(items []cmdline.Item, scanErr error) (p processWide) {
+	p.socketMode = 0o600
+	for _, it := range items {
+		if it.Option == nil {
+			continue
+		}
+		switch it.Option.Long {
+		case "help":
+			fmt.Print(helpText(programName()))
+			os.Exit(0)
+		case "version":
+			fmt.Print(versionText(programName()))
+			os.Exit(0)
+		case "daemonize":
+			p.daemonize = true
+		case "pidfile":
+			p.pidfile = it.Arg
+		case "socket-mode":
+			mode, err := strconv.ParseUint(it.Arg, 8, 32)
+			if err != nil || mode > 0o777 {
+				fatal(it.Where(), fmt.Errorf("'%s' is not a file mode in octal", it.Arg))
+			}
+			p.socketMode = fs.FileMode(mode)
+		}
+	}
+	if scanErr != nil {
+		fmt.Fprintf(os.Stderr, "%s: %s\n", os.Args[0], scanErr)
+		os.Exit(1)
+	}
+	return p
+}
+
+func programName() string { return filepath.Base(os.Args[0]) }
+
+// report writes a message in the form of the reference: program, the option it is about, text.
+func report(where, text string) {
+	if where != "" {
+		where += ": "
+	}
+	fmt.Fprintf(os.Stderr, "%s: %s%s\n", programName(), where, text)
+}
+
+// fatal reports an error, with its hint if it has one, and exits.
+func fatal(where string, err error) {
+	report(where, err.Error())
+	var h interface{ Hint() string }
+	if errors.As(err, &h) && h.Hint() != "" {
+		fmt.Fprintln(os.Stderr, strings.TrimSuffix(h.Hint(), "\n"))
+	}
+	os.Exit(1)
+}
