@@ -59,7 +59,7 @@ func (e *Edge) ReadAt(r *blk.Req, v blk.Vec, off int64, f blk.Flags) error {
 // driverRead reads [off, off+size), which is inside the node, in one go if the driver can take it so.
 func (n *Node) driverRead(r *blk.Req, v blk.Vec, off, size int64, f blk.Flags) error {
 	s := &n.io
-	if (off|size)&(s.align-1) == 0 && size <= s.maxIO && (s.memAlign == 1 || v.Aligned(s.memAlign)) {
+	if (off|size)&(s.align-1) == 0 && size <= s.maxIO && (s.memAlign == 1 || v.Aligned(s.memAlign, s.align)) {
 		return s.drv.ReadAt(r, v, off, 0)
 	}
 	return n.readPieces(r, v, off, size)
@@ -74,7 +74,7 @@ func (n *Node) readPieces(r *blk.Req, v blk.Vec, off, size int64) error {
 		pos := off + done
 		k := min(blk.Piece(pos, size-done, s.align, s.maxIO), size-done)
 		if !whole && blk.IsAligned(pos, k, s.align) {
-			if p := v.Slice(done, k); p.Aligned(s.memAlign) {
+			if p := v.Slice(done, k); p.Aligned(s.memAlign, s.align) {
 				if err := s.drv.ReadAt(r, p, pos, 0); err != nil {
 					return err
 				}
@@ -110,5 +110,5 @@ func (n *Node) readBlock(r *blk.Req, b []byte, lo int64) error {
 		clear(b)
 		return nil
 	}
-	return n.io.drv.ReadAt(r, blk.Buf(b), lo, 0)
+	return n.driverRead(r, blk.Buf(b), lo, int64(len(b)), 0)
 }

@@ -18,7 +18,7 @@ func (e *Edge) WriteAt(r *blk.Req, v blk.Vec, off int64, f blk.Flags) error {
 	if f&blk.Compressed != 0 && s.caps.WriteFlags&blk.Compressed == 0 {
 		return blk.ErrNotSupported
 	}
-	if r.NoWait && (size > s.maxIO || size > bounceMax && !v.Aligned(s.memAlign)) {
+	if r.NoWait && (size > s.maxIO || size > bounceMax && !v.Aligned(s.memAlign, s.align)) {
 		return blk.ErrWouldBlock
 	}
 	w, err := n.beginWrite(e, r, off, size, f)
@@ -120,7 +120,7 @@ func (n *Node) writeAligned(r *blk.Req, v blk.Vec, off, size int64, f blk.Flags)
 func (n *Node) driverWrite(r *blk.Req, v blk.Vec, off, size int64, f blk.Flags) error {
 	s := &n.io
 	f &= s.caps.WriteFlags
-	if size <= s.maxIO && (s.memAlign == 1 || v.Aligned(s.memAlign)) {
+	if size <= s.maxIO && (s.memAlign == 1 || v.Aligned(s.memAlign, s.align)) {
 		return s.writer.WriteAt(r, v, off, f)
 	}
 	return n.writePieces(r, v, off, size, f)
@@ -136,7 +136,7 @@ func (n *Node) writePieces(r *blk.Req, v blk.Vec, off, size int64, f blk.Flags) 
 			p = v.Slice(done, k)
 		}
 		var b *blk.Buffer
-		if !p.Aligned(s.memAlign) {
+		if !p.Aligned(s.memAlign, s.align) {
 			k = min(k, max(blk.AlignDown(bounceMax, s.align), s.align))
 			b = blk.GetBuf(int(k), s.memAlign)
 			v.Slice(done, k).CopyOut(b.B)

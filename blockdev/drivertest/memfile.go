@@ -197,7 +197,7 @@ func (m *MemFile) ReadAt(r *blk.Req, v blk.Vec, off int64, f blk.Flags) error {
 }
 
 func (m *MemFile) checkMem(v blk.Vec) {
-	if a := m.opts.Limits.MemAlign; a > 1 && !v.Aligned(a) {
+	if a := m.opts.Limits.MemAlign; a > 1 && !v.Aligned(a, m.opts.Limits.RequestAlign) {
 		panic(fmt.Sprintf("drivertest: buffers are not aligned to %d", a))
 	}
 }

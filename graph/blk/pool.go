@@ -79,17 +79,20 @@ func Aligned(b []byte, align int) bool {
 	return uintptr(unsafe.Pointer(unsafe.SliceData(b)))&uintptr(align-1) == 0
 }
 
-// Aligned tells whether address and length of each buffer are multiples of align, as
-// O_DIRECT wants it.
-func (v Vec) Aligned(align int) bool {
-	if align <= 1 {
+// Aligned tells whether each buffer lies at a multiple of mem and has a length that is a
+// multiple of size, both powers of two or at most 1: what O_DIRECT wants.
+func (v Vec) Aligned(mem int, size int64) bool {
+	if mem <= 1 && (len(v.more) == 0 || size <= 1) {
 		return true
 	}
-	if len(v.first)&(align-1) != 0 || len(v.first) > 0 && !Aligned(v.first, align) {
+	ok := func(b []byte) bool {
+		return (size <= 1 || int64(len(b))&(size-1) == 0) && (mem <= 1 || len(b) == 0 || Aligned(b, mem))
+	}
+	if !ok(v.first) {
 		return false
 	}
 	for _, b := range v.more {
-		if len(b)&(align-1) != 0 || len(b) > 0 && !Aligned(b, align) {
+		if !ok(b) {
 			return false
 		}
 	}

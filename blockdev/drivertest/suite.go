@@ -1,0 +1,536 @@
+package drivertest
+
+import (
+	"bytes"
+	"context"
+	"errors"
+	"fmt"
+	"math/rand/v2"
+	"sync"
+	"syscall"
+	"testing"
+
+	"qblockd/graph"
+	"qblockd/graph/blk"
+	"qblockd/graph/perm"
+)
+
+// Config says how Run gets at the driver under test.
+type Config struct {
+	// Open builds a fresh node of the driver, of at least size zero bytes, in g. readOnly: the node is to be
+	// read-only.
+	Open func(t *testing.T, g *graph.Graph, size int64, readOnly bool) *graph.Node
+	// Size of the nodes; default 1 MiB + 512 bytes.
+	Size int64
+	// Layers are passed-through formats (raw) that the driver is tested under as well, each alone.
+	Layers []Layer
+	// NoContent: what is written is not kept; contents are not compared.
+	NoContent bool
+	// Fixed: the size cannot be changed.
+	Fixed bool
+	// Check is called after each test with the graph still open and nothing in flight, to check the image in full.
+	Check func(t *testing.T, n *graph.Node)
+	// Steps of the random test; default 400.
+	Steps int
+}
+
+// Layer is something to put on top of a node.
+type Layer struct {
+	Name    string
+	Kind    graph.Kind
+	Role    perm.Role // of its "file" child
+	Open    graph.OpenFunc
+	Options any
+}
+
+// rig is one test's graph.
+type rig struct {
+	c    *Config
+	node *graph.Node // top
+	root *graph.Root
+	req  *blk.Req
+}
+
+// Run checks that a driver keeps the contract of package graph: contents against a byte slice, concurrency, status, resizing,
+// bounds, read-only nodes, requests that must not wait, mapping and copying.
+func Run(t *testing.T, c Config) {
+	if c.Size == 0 {
+		c.Size = 1<<20 + 512
+	}
+	if c.Steps == 0 {
+		c.Steps = 400
+	}
+	stacks := []*Layer{nil}
+	for i := range c.Layers {
+		stacks = append(stacks, &c.Layers[i])
+	}
+	for _, layer := range stacks {
+		name := "bare"
+		if layer != nil {
+			name = layer.Name
+		}
+		t.Run(name, func(t *testing.T) {
+			for _, test := range []struct {
+				name string
+				f    func(*testing.T, *rig)
+			}{
+				{"model", testModel},
+				{"disjoint", testDisjoint},
+				{"overlapping", testOverlapping},
+				{"status", testStatus},
+				{"bounds", testBounds},
+				{"resize", testResize},
+				{"nowait", testNoWait},
+				{"map", testMap},
+			} {
+				t.Run(test.name, func(t *testing.T) {
+					x := newRig(t, &c, layer, false)
+					test.f(t, x)
+					if c.Check != nil && !t.Failed() {
+						if err := x.root.Flush(x.req); err != nil {
+							t.Errorf("flush: %v", err)
+						}
+						c.Check(t, x.node)
+					}
+				})
+			}
+			t.Run("readonly", func(t *testing.T) { testReadOnly(t, newRig(t, &c, layer, true)) })
+		})
+	}
+}
+
+func newRig(t *testing.T, c *Config, layer *Layer, readOnly bool) *rig {
+	t.Helper()
+	g := NewGraph(t)
+	n := c.Open(t, g, c.Size, readOnly)
+	if layer != nil {
+		n = MustBuild(t, g, Spec{
+			Options:  graph.Options{Name: "layer", Kind: layer.Kind, DriverName: "raw", ReadOnly: readOnly},
+			Children: []Child{{"file", layer.Role, n}}, Open: layer.Open, Branch: layer.Options})
+	}
+	claim := perm.Claim{Need: perm.ConsistentRead | perm.Write | perm.Resize, Share: perm.All}
+	if readOnly {
+		claim = Reader
+	}
+	x := &rig{c: c, node: n, root: AddRoot(t, g, n, claim)}
+	r, err := x.root.Begin(context.Background())
+	if err != nil {
+		t.Fatal(err)
+	}
+	x.req = r
+	t.Cleanup(func() { x.root.End(r) })
+	return x
+}
+
+func (x *rig) read(t *testing.T, off, n int64) []byte {
+	t.Helper()
+	b := bytes.Repeat([]byte{0xEE}, int(n))
+	if err := x.root.ReadAt(x.req, blk.Buf(b), off, 0); err != nil {
+		t.Fatalf("read [%d, +%d): %v", off, n, err)
+	}
+	return b
+}
+
+func (x *rig) must(t *testing.T, what string, err error) {
+	t.Helper()
+	if err != nil {
+		t.Fatalf("%s: %v", what, err)
+	}
+}
+
+func (x *rig) same(t *testing.T, what string, off int64, got, want []byte) {
+	t.Helper()
+	if x.c.NoContent || bytes.Equal(got, want) {
+		return
+	}
+	for i := range got {
+		if got[i] != want[i] {
+			t.Fatalf("%s: byte %d is %#x, want %#x", what, off+int64(i), got[i], want[i])
+		}
+	}
+}
+
+// pieces cuts b at random into a Vec of up to three buffers.
+func pieces(rng *rand.Rand, b []byte) blk.Vec {
+	if len(b) < 3 || rng.IntN(3) > 0 {
+		return blk.Buf(b)
+	}
+	i := rng.IntN(len(b))
+	j := i + rng.IntN(len(b)-i)
+	return blk.Bufs([][]byte{b[:i], b[i:j], b[j:]})
+}
+
+func randomRange(rng *rand.Rand, size int64) (off, n int64) {
+	switch rng.IntN(4) {
+	case 0: // whole blocks
+		off = rng.Int64N(size/4096) * 4096
+		n = (1 + rng.Int64N(16)) * 4096
+	case 1: // sectors
+		off = rng.Int64N(size/512) * 512
+		n = (1 + rng.Int64N(16)) * 512
+	case 2: // small and odd
+		off, n = rng.Int64N(size), 1+rng.Int64N(700)
+	default: // large and odd
+		off, n = rng.Int64N(size), 1+rng.Int64N(200<<10)
+	}
+	return off, min(n, size-off)
+}
+
+// testModel compares random requests with a byte slice.
+func testModel(t *testing.T, x *rig) {
+	seed := rand.Uint64()
+	t.Logf("seed %d", seed)
+	rng := rand.New(rand.NewPCG(seed, 0))
+	size := x.root.Size()
+	model := make([]byte, size)
+	for i := range x.c.Steps {
+		off, n := randomRange(rng, size)
+		at := fmt.Sprintf("step %d at [%d, +%d)", i, off, n)
+		switch op := rng.IntN(12); op {
+		case 0, 1, 2, 3, 4:
+			b := bytes.Repeat([]byte{byte(rng.IntN(256))}, int(n))
+			f := blk.Flags(0)
+			if op == 4 {
+				f = blk.FUA
+			}
+			x.must(t, "write "+at, x.root.WriteAt(x.req, pieces(rng, b), off, f))
+			copy(model[off:], b)
+		case 5, 6:
+			f := []blk.Flags{0, blk.MayUnmap, blk.FUA, blk.NoFallback | blk.MayUnmap}[rng.IntN(4)]
+			err := x.root.Zero(x.req, off, n, f)
+			if f&blk.NoFallback != 0 && errors.Is(err, blk.ErrNotSupported) {
+				break
+			}
+			x.must(t, "zero "+at, err)
+			clear(model[off : off+n])
+		case 7:
+			x.must(t, "discard "+at, x.root.Discard(x.req, off, n))
+			// What was discarded may read as it was or as zeroes.
+			got := x.read(t, off, n)
+			for j := range got {
+				if got[j] == 0 {
+					model[off+int64(j)] = 0
+				}
+			}
+			x.same(t, "after discard "+at, off, got, model[off:off+n])
+		case 8:
+			x.must(t, "flush", x.root.Flush(x.req))
+		case 9:
+			e, err := x.root.Status(x.req, off, n)
+			x.must(t, "status "+at, err)
+			if e.N <= 0 || e.N > n || e.EOF != (off+e.N == size) {
+				t.Fatalf("status %s: %+v", at, e)
+			}
+			if e.Zero && !x.c.NoContent && !blk.IsZero(model[off:off+e.N]) {
+				t.Fatalf("status %s: zeroes where there is data: %+v", at, e)
+			}
+		default:
+			b := make([]byte, n)
+			x.must(t, "read "+at, x.root.ReadAt(x.req, pieces(rng, b), off, 0))
+			x.same(t, "read "+at, off, b, model[off:off+n])
+		}
+	}
+	x.same(t, "at the end", 0, x.read(t, 0, size), model)
+}
+
+// parallel runs f in k units of work at once.
+func (x *rig) parallel(t *testing.T, k int, f func(i int, r *blk.Req) error) {
+	t.Helper()
+	var wg sync.WaitGroup
+	errs := make([]error, k)
+	for i := range k {
+		wg.Add(1)
+		go func() {
+			defer wg.Done()
+			r, err := x.root.Begin(context.Background())
+			if err != nil {
+				errs[i] = err
+				return
+			}
+			defer x.root.End(r)
+			errs[i] = f(i, r)
+		}()
+	}
+	wg.Wait()
+	x.must(t, "parallel requests", errors.Join(errs...))
+}
+
+// testDisjoint lets neighbours write stripes that share blocks: none may lose another's bytes.
+func testDisjoint(t *testing.T, x *rig) {
+	const stripe, writers = 300, 8
+	size := min(x.root.Size(), 128<<10)
+	want := make([]byte, size)
+	for at := int64(0); at < size; at += stripe {
+		w := byte(at / stripe % writers)
+		for i := at; i < min(at+stripe, size); i++ {
+			want[i] = w + 1
+		}
+	}
+	x.parallel(t, writers, func(i int, r *blk.Req) error {
+		for at := int64(i) * stripe; at < size; at += writers * stripe {
+			n := min(stripe, size-at)
+			if err := x.root.WriteAt(r, blk.Buf(want[at:at+n]), at, 0); err != nil {
+				return err
+			}
+		}
+		return x.root.Flush(r)
+	})
+	x.same(t, "stripes", 0, x.read(t, 0, size), want)
+}
+
+// testOverlapping lets writers fight for the same blocks: each byte is from one of them, and nothing else suffers.
+func testOverlapping(t *testing.T, x *rig) {
+	const writers, rounds = 6, 20
+	size := min(x.root.Size(), 256<<10)
+	guard := bytes.Repeat([]byte{0xAA}, 4096)
+	x.must(t, "guard", x.root.WriteAt(x.req, blk.Buf(guard), 0, 0))
+	x.parallel(t, writers, func(i int, r *blk.Req) error {
+		rng := rand.New(rand.NewPCG(uint64(i), 1))
+		b := make([]byte, 32<<10)
+		for range rounds {
+			off := 4096 + rng.Int64N(size-4096)
+			n := 1 + rng.Int64N(min(int64(len(b)), size-off))
+			var err error
+			switch rng.IntN(4) {
+			case 0:
+				err = x.root.Zero(r, off, n, blk.MayUnmap)
+			case 1:
+				err = x.root.ReadAt(r, blk.Buf(b[:n]), off, 0)
+			default:
+				for j := range n {
+					b[j] = byte(i + 1)
+				}
+				err = x.root.WriteAt(r, blk.Buf(b[:n]), off, 0)
+			}
+			if err != nil {
+				return err
+			}
+		}
+		return nil
+	})
+	if x.c.NoContent {
+		return
+	}
+	got := x.read(t, 0, size)
+	x.same(t, "guard", 0, got[:4096], guard)
+	for i, c := range got[4096:] {
+		if c > writers {
+			t.Fatalf("byte %d is %#x, which nobody wrote", i+4096, c)
+		}
+	}
+}
+
+// testStatus walks the whole node: extents cover it, and zero means zeroes.
+func testStatus(t *testing.T, x *rig) {
+	size := x.root.Size()
+	x.must(t, "write", x.root.WriteAt(x.req, blk.Buf(bytes.Repeat([]byte{1}, 70000)), 100000, 0))
+	x.must(t, "zero", x.root.Zero(x.req, 120000, 30000, blk.MayUnmap))
+	for _, ask := range []func(off, n int64) (blk.Extent, error){
+		func(off, n int64) (blk.Extent, error) { return x.root.Status(x.req, off, n) },
+		func(off, n int64) (blk.Extent, error) { return x.root.StatusAbove(x.req, nil, false, off, n) },
+	} {
+		for off := int64(0); off < size; {
+			e, err := ask(off, size-off)
+			x.must(t, "status", err)
+			if e.N <= 0 || off+e.N > size || e.EOF != (off+e.N == size) {
+				t.Fatalf("status at %d: %+v", off, e)
+			}
+			if e.Zero && !x.c.NoContent && !blk.IsZero(x.read(t, off, e.N)) {
+				t.Fatalf("status at %d: %+v, but there is data", off, e)
+			}
+			if e.Depth > 0 && !e.Allocated {
+				t.Fatalf("status at %d: depth without allocation: %+v", off, e)
+			}
+			off += e.N
+		}
+		e, err := ask(size, 1)
+		if err != nil || e.N != 0 || !e.EOF {
+			t.Fatalf("status at the end: %+v, %v", e, err)
+		}
+	}
+}
+
+// testBounds goes beyond the ends.
+func testBounds(t *testing.T, x *rig) {
+	size := x.root.Size()
+	b := blk.Buf(make([]byte, 1024))
+	before := x.read(t, size-512, 512)
+	for _, off := range []int64{size, size - 512, -1, -1024, 1<<63 - 512, 1<<63 - 1} {
+		for what, err := range map[string]error{
+			"read":    x.root.ReadAt(x.req, b, off, 0),
+			"write":   x.root.WriteAt(x.req, b, off, 0),
+			"zero":    x.root.Zero(x.req, off, 1024, 0),
+			"discard": x.root.Discard(x.req, off, 1024),
+		} {
+			if !errors.Is(err, blk.ErrOutOfRange) {
+				t.Errorf("%s at %d of %d: %v", what, off, size, err)
+			}
+		}
+	}
+	if x.root.Size() != size {
+		t.Errorf("the size went from %d to %d", size, x.root.Size())
+	}
+	x.same(t, "end", size-512, x.read(t, size-512, 512), before)
+	x.must(t, "empty read", x.root.ReadAt(x.req, blk.Vec{}, size, 0))
+	x.must(t, "empty write", x.root.WriteAt(x.req, blk.Vec{}, 0, 0))
+	x.must(t, "empty zero", x.root.Zero(x.req, 0, 0, 0))
+}
+
+// testResize grows and shrinks; what is added reads as zeroes.
+func testResize(t *testing.T, x *rig) {
+	ctx := context.Background()
+	size := x.root.Size()
+	if x.c.Fixed {
+		if err := x.root.Resize(ctx, size+4096, true, blk.PreallocOff); err == nil {
+			t.Error("a fixed size was changed")
+		}
+		return
+	}
+	fill := bytes.Repeat([]byte{0x5A}, int(size))
+	x.must(t, "write", x.root.WriteAt(x.req, blk.Buf(fill), 0, 0))
+	step := func(to int64) {
+		t.Helper()
+		if err := x.root.Resize(ctx, to, true, blk.PreallocOff); err != nil {
+			t.Fatalf("resize from %d to %d: %v", x.root.Size(), to, err)
+		}
+		if x.root.Size() != to {
+			t.Fatalf("resize to %d made %d", to, x.root.Size())
+		}
+	}
+	step(size + 65536)
+	x.same(t, "old part", 0, x.read(t, 0, size), fill)
+	x.same(t, "new part", size, x.read(t, size, 65536), make([]byte, 65536))
+	half := blk.AlignDown(size/2, 65536)
+	step(half)
+	x.same(t, "after shrinking", 0, x.read(t, 0, half), fill[:half])
+	step(size)
+	x.same(t, "kept part", 0, x.read(t, 0, half), fill[:half])
+	x.same(t, "grown again", half, x.read(t, half, size-half), make([]byte, size-half))
+	if err := x.root.Resize(ctx, -1, true, blk.PreallocOff); err == nil {
+		t.Error("negative size accepted")
+	}
+}
+
+// testNoWait: a request that must not wait either does all of its work or none.
+func testNoWait(t *testing.T, x *rig) {
+	size := x.root.Size()
+	want := bytes.Repeat([]byte{3}, int(size))
+	x.must(t, "write", x.root.WriteAt(x.req, blk.Buf(want), 0, 0))
+	gen := x.node.WrHighestOffset()
+	x.req.NoWait = true
+	rng := rand.New(rand.NewPCG(3, 4))
+	done, blocked := 0, 0
+	count := func(what string, err error) bool {
+		t.Helper()
+		switch {
+		case err == nil:
+			done++
+			return true
+		case errors.Is(err, blk.ErrWouldBlock):
+			blocked++
+			return false
+		}
+		t.Fatalf("%s: %v", what, err)
+		return false
+	}
+	for i := range 60 {
+		off, n := randomRange(rng, size)
+		b := bytes.Repeat([]byte{byte(i)}, int(n))
+		switch i % 4 {
+		case 0:
+			if count("write", x.root.WriteAt(x.req, blk.Buf(b), off, 0)) {
+				copy(want[off:], b)
+			}
+		case 1:
+			if count("zero", x.root.Zero(x.req, off, n, 0)) {
+				clear(want[off : off+n])
+			}
+		case 2:
+			if count("read", x.root.ReadAt(x.req, blk.Buf(b), off, 0)) {
+				x.same(t, "read", off, b, want[off:off+n])
+			}
+		case 3:
+			count("flush", x.root.Flush(x.req))
+		}
+	}
+	x.req.NoWait = false
+	t.Logf("%d done, %d would have blocked", done, blocked)
+	x.same(t, "content", 0, x.read(t, 0, size), want)
+	if x.node.WrHighestOffset() != gen {
+		t.Errorf("farthest write %d, was %d", x.node.WrHighestOffset(), gen)
+	}
+}
+
+// testReadOnly: a read-only node refuses what changes it.
+func testReadOnly(t *testing.T, x *rig) {
+	b := blk.Buf(make([]byte, 512))
+	x.must(t, "read", x.root.ReadAt(x.req, b, 0, 0))
+	x.must(t, "flush", x.root.Flush(x.req))
+	for what, err := range map[string]error{
+		"write":   x.root.WriteAt(x.req, b, 0, 0),
+		"zero":    x.root.Zero(x.req, 0, 512, 0),
+		"discard": x.root.Discard(x.req, 0, 512),
+		"resize":  x.root.Resize(context.Background(), 512, true, blk.PreallocOff),
+	} {
+		if !errors.Is(err, blk.ErrReadOnly) {
+			t.Errorf("%s: %v", what, err)
+		}
+	}
+}
+
+// testMap: a mapping holds what a read gives, and copying it elsewhere is writing it there.
+func testMap(t *testing.T, x *rig) {
+	size := blk.AlignDown(x.root.Size(), 4096)
+	rng := rand.New(rand.NewPCG(5, 6))
+	for at := int64(0); at < size; at += 8192 {
+		b := make([]byte, min(8192, size-at))
+		for i := range b {
+			b[i] = byte(rng.Uint32())
+		}
+		if at%24576 != 0 {
+			x.must(t, "write", x.root.WriteAt(x.req, blk.Buf(b), at, 0))
+		}
+	}
+	x.must(t, "flush", x.root.Flush(x.req))
+	want := x.read(t, 0, size)
+	var m blk.Mapping
+	mapped := int64(0)
+	for range 40 {
+		off, n := randomRange(rng, size)
+		x.must(t, "map", x.root.Map(x.req, off, n, &m))
+		if m.N() > n {
+			t.Fatalf("map of [%d, +%d) gives %d bytes", off, n, m.N())
+		}
+		pos := off
+		for _, h := range m.Ranges {
+			b := make([]byte, h.N)
+			if h.FD >= 0 {
+				if k, err := syscall.Pread(h.FD, b, h.Off); err != nil || int64(k) < h.N {
+					t.Fatalf("reading a mapping: %d of %d bytes, %v", k, h.N, err)
+				}
+			}
+			x.same(t, "mapping", pos, b, want[pos:pos+h.N])
+			pos += h.N
+		}
+		mapped += m.N()
+		m.Release()
+	}
+	t.Logf("%d bytes mapped", mapped)
+	src := NewHostFile(t, 1<<20)
+	defer src.Close()
+	x.must(t, "source", src.WriteAt(nil, blk.Buf(bytes.Repeat([]byte{0x77}, 64<<10)), 4096, 0))
+	fd := int(src.f.Fd())
+	runs := []blk.HostRange{{FD: fd, Off: 4096, N: 8192}, {FD: -1, N: 4096}, {FD: fd, Off: 20480, N: 4096}}
+	err := x.root.CopyFrom(x.req, 12288, runs, 0)
+	if errors.Is(err, blk.ErrNotSupported) || errors.Is(err, syscall.EXDEV) {
+		t.Log("copy-range is not supported")
+		return
+	}
+	x.must(t, "copy", err)
+	copy(want[12288:], bytes.Repeat([]byte{0x77}, 16384))
+	clear(want[12288+8192 : 12288+12288])
+	x.same(t, "copied", 0, x.read(t, 0, size), want)
+	if err := x.root.CopyFrom(x.req, x.root.Size(), runs, 0); !errors.Is(err, blk.ErrOutOfRange) {
+		t.Errorf("copy beyond the end: %v", err)
+	}
+}
