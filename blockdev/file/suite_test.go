@@ -55,3 +55,27 @@ func TestSuite(t *testing.T) {
 		}
 	}
 }
+
+// TestSuiteHostDevice is the same on a loop device, where one can be had.
+func TestSuiteHostDevice(t *testing.T) {
+	for _, direct := range []bool{false, true} {
+		name := "buffered"
+		if direct {
+			name = "direct"
+		}
+		t.Run(name, func(t *testing.T) {
+			drivertest.Run(t, drivertest.Config{Steps: 80, Fixed: true, Open: func(t *testing.T, g *graph.Graph, size int64, readOnly bool) *graph.Node {
+				t.Helper()
+				path := filepath.Join(t.TempDir(), "image")
+				if err := file.Create(context.Background(), &types.BlockdevCreateOptionsFile{Filename: path, Size: uint64(size)}, nil); err != nil {
+					t.Fatal(err)
+				}
+				return drivertest.MustBuild(t, g, drivertest.Spec{
+					Options: graph.Options{Name: "d", DriverName: "host_device", Kind: graph.Protocol, ReadOnly: readOnly, Direct: direct},
+					Open:    file.OpenHostDevice,
+					Branch:  &types.BlockdevOptionsFile{Filename: file.MustLoop(t, path)},
+				})
+			}})
+		})
+	}
+}

@@ -173,7 +173,12 @@ func (d *disk) discard(h *handle, off, n int64) error {
 	var err error
 	switch {
 	case d.block:
-		err = blockIoctl(h.fd, unix.BLKDISCARD, off, n)
+		// Whole sectors only; what is left over at the ends stays, which is a discard's right.
+		a := max(d.limits.DiscardAlign, 1)
+		start, end := roundUp(off, a), (off+n)&^(a-1)
+		if start < end {
+			err = blockIoctl(h.fd, unix.BLKDISCARD, start, end-start)
+		}
 	case d.device:
 		err = blk.ErrNotSupported
 	default:

@@ -1,0 +1,4 @@
+package file
+
+// MustLoop is for tests outside the package.
+var MustLoop = mustLoop
