@@ -1,0 +1,230 @@
+package events
+
+import (
+	"fmt"
+	"strings"
+	"sync"
+	"testing"
+	"time"
+
+	"qblockd/schema/value"
+)
+
+// event is an event with given data.
+type event struct{ name, data string }
+
+func (e event) EventName() string          { return e.name }
+func (e event) AppendJSON(b []byte) []byte { return append(b, e.data...) }
+
+// fakeClock stands still until told.
+type fakeClock struct {
+	mu     sync.Mutex
+	now    time.Time
+	timers map[*fakeTimer]bool
+}
+
+type fakeTimer struct {
+	at time.Time
+	f  func()
+}
+
+func newFakeClock() *fakeClock {
+	return &fakeClock{now: time.Unix(1000, 250_000_000), timers: make(map[*fakeTimer]bool)}
+}
+
+func (c *fakeClock) Now() time.Time {
+	c.mu.Lock()
+	defer c.mu.Unlock()
+	return c.now
+}
+
+func (c *fakeClock) AfterFunc(d time.Duration, f func()) func() {
+	c.mu.Lock()
+	defer c.mu.Unlock()
+	t := &fakeTimer{c.now.Add(d), f}
+	c.timers[t] = true
+	return func() {
+		c.mu.Lock()
+		defer c.mu.Unlock()
+		delete(c.timers, t)
+	}
+}
+
+// advance lets d pass and runs what is due.
+func (c *fakeClock) advance(d time.Duration) {
+	c.mu.Lock()
+	c.now = c.now.Add(d)
+	var due []func()
+	for t := range c.timers {
+		if !t.at.After(c.now) {
+			due = append(due, t.f)
+			delete(c.timers, t)
+		}
+	}
+	c.mu.Unlock()
+	for _, f := range due {
+		f()
+	}
+}
+
+// listen gathers what b delivers.
+func listen(b *Bus) (got *[]string, s *Subscription) {
+	got = new([]string)
+	return got, b.Subscribe(func(m Message) { *got = append(*got, fmt.Sprint(m.Seq, " ", string(m.Line))) })
+}
+
+func TestEncoding(t *testing.T) {
+	clock := newFakeClock()
+	b := NewBus(Options{Clock: clock})
+	got, _ := listen(b)
+	b.Emit(event{"WITH", `{"a": 1}`})
+	clock.advance(749_999 * time.Microsecond)
+	b.Emit(event{"WITHOUT", ""})
+	want := []string{
+		`1 {"timestamp": {"seconds": 1000, "microseconds": 250000}, "event": "WITH", "data": {"a": 1}}`,
+		`2 {"timestamp": {"seconds": 1000, "microseconds": 999999}, "event": "WITHOUT"}`,
+	}
+	if strings.Join(*got, "\n") != strings.Join(want, "\n") {
+		t.Errorf("got %q", *got)
+	}
+	// The order written out in appendEvent is the hash order.
+	for _, line := range want {
+		_, text, _ := strings.Cut(line, " ")
+		v, err := value.Parse(text)
+		if err != nil || string(value.Append(nil, v)) != text {
+			t.Errorf("%s prints as %s (%v)", text, value.Append(nil, v), err)
+		}
+	}
+}
+
+func TestSubscribers(t *testing.T) {
+	b := NewBus(Options{Clock: newFakeClock()})
+	b.Emit(event{"EARLY", ""})
+	one, s1 := listen(b)
+	two, s2 := listen(b)
+	b.Emit(event{"A", ""})
+	b.Unsubscribe(s1)
+	b.Unsubscribe(s1)
+	b.Unsubscribe(nil)
+	b.Emit(event{"B", ""})
+	b.Unsubscribe(s2)
+	b.Emit(event{"C", ""})
+	if len(*one) != 1 || len(*two) != 2 || !strings.HasPrefix((*two)[1], "3 ") {
+		t.Errorf("one %q, two %q", *one, *two)
+	}
+}
+
+func TestRateLimit(t *testing.T) {
+	clock := newFakeClock()
+	b := NewBus(Options{Clock: clock})
+	got, _ := listen(b)
+	bad := func(node string, n int) event {
+		return event{"QUORUM_REPORT_BAD", fmt.Sprintf(`{"node-name": %q, "sector-num": %d}`, node, n)}
+	}
+	check := func(step string, want ...string) {
+		t.Helper()
+		ok := len(*got) == len(want)
+		for i := range want {
+			ok = ok && strings.Contains((*got)[i], want[i])
+		}
+		if !ok {
+			t.Errorf("%s: %q, want %q", step, *got, want)
+		}
+		*got = nil
+	}
+	for i := range 5 {
+		b.Emit(bad("a", i))
+		b.Emit(bad("b", i))
+		b.Emit(event{"QUORUM_FAILURE", fmt.Sprintf(`{"reference": "q", "sector-num": %d}`, i)})
+		b.Emit(event{"OTHER", fmt.Sprintf(`{"n": %d}`, i)})
+	}
+	check("at once", `"a", "sector-num": 0`, `"b", "sector-num": 0`, `"q", "sector-num": 0`,
+		`"n": 0`, `"n": 1`, `"n": 2`, `"n": 3`, `"n": 4`)
+	clock.advance(999 * time.Millisecond)
+	check("before a second")
+	clock.advance(time.Millisecond)
+	if len(*got) != 3 {
+		t.Fatalf("after a second: %q", *got)
+	}
+	for _, l := range *got {
+		// The stamp is that of the event, not of its delivery.
+		if !strings.Contains(l, `"sector-num": 4`) || !strings.Contains(l, `"seconds": 1000, "microseconds": 250000`) {
+			t.Errorf("after a second: %s", l)
+		}
+	}
+	*got = nil
+	b.Emit(bad("a", 9))
+	check("in the second interval")
+	clock.advance(time.Second)
+	check("after two seconds", `"sector-num": 9`)
+	clock.advance(time.Second)
+	b.Emit(bad("a", 10))
+	check("after a quiet second", `"sector-num": 10`)
+	b.Emit(bad("a", 11))
+	b.Close()
+	clock.advance(time.Minute)
+	b.Emit(bad("a", 12))
+	check("closed")
+	if len(clock.timers) > 0 || len(b.held) > 0 {
+		t.Errorf("left: %d timers, %d intervals", len(clock.timers), len(b.held))
+	}
+}
+
+func TestReplay(t *testing.T) {
+	b := NewBus(Options{Clock: newFakeClock(), KeepCount: 10, KeepBytes: 2000})
+	if len(b.Replay(0)) != 0 {
+		t.Error("something out of nothing")
+	}
+	for range 25 {
+		b.Emit(event{"E", ""})
+	}
+	first := func(seq uint64) (n int, from uint64) {
+		m := b.Replay(seq)
+		if len(m) == 0 {
+			return 0, 0
+		}
+		return len(m), m[0].Seq
+	}
+	if n, from := first(0); n != 10 || from != 16 {
+		t.Errorf("%d from %d", n, from)
+	}
+	if n, from := first(20); n != 5 || from != 21 {
+		t.Errorf("%d from %d", n, from)
+	}
+	if n, _ := first(25); n != 0 {
+		t.Errorf("%d after the last", n)
+	}
+	b.Emit(event{"BIG", `"` + strings.Repeat("x", 1800) + `"`})
+	if n, from := first(0); n == 0 || n > 3 || from < 24 || b.keptBytes > 2000 {
+		t.Errorf("%d from %d, %d bytes", n, from, b.keptBytes)
+	}
+	none := NewBus(Options{KeepCount: -1})
+	none.Emit(event{"E", ""})
+	if len(none.Replay(0)) != 0 {
+		t.Error("kept although told not to")
+	}
+}
+
+// Emit from many goroutines: every subscriber sees one order, without gaps.
+func TestConcurrentEmit(t *testing.T) {
+	b := NewBus(Options{})
+	one, _ := listen(b)
+	two, _ := listen(b)
+	var wg sync.WaitGroup
+	for range 8 {
+		wg.Go(func() {
+			for range 200 {
+				b.Emit(event{"E", ""})
+			}
+		})
+	}
+	wg.Wait()
+	if len(*one) != 1600 || strings.Join(*one, "") != strings.Join(*two, "") {
+		t.Fatalf("%d and %d events", len(*one), len(*two))
+	}
+	for i, l := range *one {
+		if !strings.HasPrefix(l, fmt.Sprint(i+1, " ")) {
+			t.Fatalf("event %d is %s", i+1, l)
+		}
+	}
+}
