@@ -4,6 +4,7 @@ import (
 	"context"
 	"encoding/binary"
 	"errors"
+	"fmt"
 	"io"
 	"net"
 	"sync"
@@ -183,12 +184,13 @@ func (c *conn) transmission() error {
 				return err
 			}
 		}
-		err := q.Parse(c.in[c.r : c.r+wire.RequestSize])
+		b := c.in[c.r : c.r+wire.RequestSize]
 		c.r += wire.RequestSize
-		if err != nil {
-			c.refuse(&q, errMagic)
+		if q.Parse(b) != nil {
+			err := fmt.Errorf("invalid magic (got 0x%x)", binary.BigEndian.Uint32(b))
+			c.refuse(&q, err)
 			c.flush()
-			return errMagic
+			return err
 		}
 		if q.Cmd == wire.CmdDisc {
 			return c.flush()
@@ -198,8 +200,6 @@ func (c *conn) transmission() error {
 		}
 	}
 }
-
-var errMagic = errors.New("invalid magic")
 
 // fill reads until n bytes are buffered. It sends what is gathered before it may have to wait.
 func (c *conn) fill(n int) error {

@@ -155,6 +155,9 @@ func (d *fileDevice) Zero(r *blk.Req, off, n int64, f blk.Flags) error {
 	if f&blk.NoFallback != 0 {
 		return blk.ErrNotSupported
 	}
+	if n == 0 {
+		return nil
+	}
 	d.dataEnd.Store(0)
 	return unix.Fallocate(int(d.f.Fd()), unix.FALLOC_FL_PUNCH_HOLE|unix.FALLOC_FL_KEEP_SIZE, off, n)
 }
@@ -192,13 +195,13 @@ func (d *fileDevice) Status(r *blk.Req, off, n int64) (blk.Extent, error) {
 	const seekData, seekHole = 3, 4
 	at, err := syscall.Seek(int(d.f.Fd()), off, seekData)
 	if err == syscall.ENXIO || err == nil && at >= off+n {
-		return blk.Extent{N: n, Zero: true}, nil
+		return blk.Extent{N: n, Zero: true, Allocated: true, Depth: 1}, nil
 	}
 	if err != nil {
 		return blk.Extent{}, err
 	}
 	if at > off {
-		return blk.Extent{N: at - off, Zero: true}, nil
+		return blk.Extent{N: at - off, Zero: true, Allocated: true, Depth: 1}, nil
 	}
 	if at, err = syscall.Seek(int(d.f.Fd()), off, seekHole); err != nil {
 		return blk.Extent{}, err

@@ -309,7 +309,7 @@ func (h *hs) exportName(o wire.Option) error {
 // metaContext handles OptListMetaContext and OptSetMetaContext.
 func (h *hs) metaContext(o wire.Option, data []byte) {
 	list := o.Opt == wire.OptListMetaContext
-	if !h.structured {
+	if !h.structured && !list {
 		h.refuse(o.Opt, wire.RepErrInvalid, "request option '%s' when structured reply is not negotiated",
 			wire.OptName(o.Opt))
 		return

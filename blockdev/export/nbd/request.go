@@ -55,7 +55,7 @@ var errReadOnly = errors.New("Export is read-only")
 func (c *conn) request(q *wire.Request) error {
 	c.eager = false
 	if q.Len > wire.MaxPayload && (q.Cmd == wire.CmdRead || q.Cmd == wire.CmdWrite || q.Cmd == wire.CmdCache) {
-		err := fmt.Errorf("len (%d) is larger than max len (%d)", q.Len, wire.MaxPayload)
+		err := fmt.Errorf("len (%d ) is larger than max len (%d)", q.Len, wire.MaxPayload)
 		c.refuse(q, err)
 		if q.Cmd != wire.CmdWrite {
 			return nil
