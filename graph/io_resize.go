@@ -3,6 +3,7 @@ package graph
 import (
 	"context"
 	"errors"
+	"fmt"
 	"syscall"
 
 	"qblockd/graph/blk"
@@ -28,7 +29,7 @@ func (e *Edge) Resize(ctx context.Context, size int64, exact bool, m blk.Preallo
 	case size < 0:
 		return errNegativeSize
 	case size > blk.MaxSize:
-		return &kindError{"Required too big image size, it must be not greater than 9223372035781033984", blk.ErrOutOfRange, syscall.EFBIG}
+		return &kindError{fmt.Sprintf("offset(%d) exceeds maximum(%d)", size, blk.MaxSize), blk.ErrOutOfRange, syscall.EFBIG}
 	case n.readOnly.Load():
 		return errImageRO
 	}
@@ -76,9 +77,6 @@ func (n *Node) driverResize(ctx context.Context, r *blk.Req, old, size int64, ex
 		return errNoResize
 	}
 	if err := s.resizer.Resize(ctx, size, m); err != nil {
-		if !exact && size <= old && isNotSupported(err) {
-			return nil
-		}
 		if err == blk.ErrNotSupported {
 			return errNoResize
 		}
