@@ -247,7 +247,7 @@ func (j *job) Prepare(ctx context.Context, h *jobs.Handle) error {
 		if e := j.aboveBase.FilterOrCOWChild(); e != nil {
 			base = e.Node()
 		}
-		header := &headerChange{node: top}
+		header := &headerChange{node: top, edge: j.filter.FilteredChild()}
 		var err error
 		if base == nil {
 			err = tx.Detach(cow)
@@ -266,7 +266,7 @@ func (j *job) Prepare(ctx context.Context, h *jobs.Handle) error {
 	if err := tx.Commit(); err != nil {
 		return err
 	}
-	j.filter = nil
+	j.filter, j.root, j.holds = nil, nil, nil
 	return nil
 }
 
@@ -286,21 +286,18 @@ func (j *job) Clean(h *jobs.Handle) {
 	j.thaw()
 	tx := j.g.Begin(context.Background())
 	defer tx.Abort()
-	tx.Quiet(j.root)
-	var err error
 	if j.filter != nil {
-		err = j.removeFilter(tx)
-	} else {
-		err = j.detachRoots(tx)
+		tx.Quiet(j.root)
+		err := j.removeFilter(tx)
+		if err == nil {
+			err = tx.Commit()
+		}
+		if err != nil {
+			// Giving back claims only loosens them.
+			panic(fmt.Sprintf("stream: cannot clean up after job '%s': %v", j.ID, err))
+		}
+		j.filter = nil
 	}
-	if err == nil {
-		err = tx.Commit()
-	}
-	if err != nil {
-		// Giving back claims only loosens them.
-		panic(fmt.Sprintf("stream: cannot clean up after job '%s': %v", j.ID, err))
-	}
-	j.filter = nil
 	for _, f := range j.unblock {
 		f()
 	}
@@ -309,19 +306,12 @@ func (j *job) Clean(h *jobs.Handle) {
 }
 
 func (j *job) removeFilter(tx *graph.Tx) error {
-	if err := j.detachRoots(tx); err != nil {
-		return err
-	}
-	return tx.RemoveFilter(j.filter)
-}
-
-func (j *job) detachRoots(tx *graph.Tx) error {
 	for _, r := range append(j.holds, j.root) {
 		if err := tx.DetachRoot(r); err != nil {
 			return err
 		}
 	}
-	return nil
+	return tx.RemoveFilter(j.filter)
 }
 
 func (j *job) thaw() {
@@ -331,9 +321,11 @@ func (j *job) thaw() {
 	}
 }
 
-// headerChange rewrites the backing file of an image within a transaction.
+// headerChange rewrites the backing file of an image within a transaction. What was copied is on stable storage
+// before the header stops naming where it came from.
 type headerChange struct {
 	node         *graph.Node
+	edge         *graph.Edge // to node
 	name, format string
 
 	oldName, oldFormat string
@@ -348,11 +340,15 @@ func (c *headerChange) Prepare(ctx context.Context) error {
 	if b, ok := c.node.Driver().(graph.Backed); ok {
 		c.oldName, c.oldFormat = b.BackingFile()
 	}
-	if err := d.ChangeBackingFile(&blk.Req{Ctx: ctx}, c.name, c.format); err != nil {
+	r := &blk.Req{Ctx: ctx}
+	if err := c.edge.Flush(r); err != nil {
 		return err
 	}
 	c.changed = true
-	return nil
+	if err := d.ChangeBackingFile(r, c.name, c.format); err != nil {
+		return err
+	}
+	return c.edge.Flush(r)
 }
 
 func (c *headerChange) Commit() { c.node.Bump() }
