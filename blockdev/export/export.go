@@ -183,8 +183,9 @@ func (t *Table) make(ctx context.Context, o *types.BlockExportOptions) (*entry, 
 	return e, nil
 }
 
-// attach makes the root of e on n. An export shares everything but resize: its size is a
-// promise to its clients.
+// attach makes the root of e on n. An export shares everything but resize: its size is a promise to its
+// clients. It takes what it needs first and stops sharing resize then, so that of
+// two conflicts the same one is reported as by the reference.
 func (t *Table) attach(ctx context.Context, e *entry, n *graph.Node, writable bool) error {
 	need := perm.ConsistentRead
 	if writable {
@@ -196,7 +197,7 @@ func (t *Table) attach(ctx context.Context, e *entry, n *graph.Node, writable bo
 	root, err := tx.AttachRoot(graph.RootSpec{
 		EdgeName: "root",
 		Kind:     graph.KindBackend,
-		Claim:    perm.Claim{Need: need, Share: perm.All &^ perm.Resize},
+		Claim:    perm.Claim{Need: need, Share: perm.All},
 		Ctx:      rctx,
 	}, n)
 	if err == nil {
@@ -204,6 +205,17 @@ func (t *Table) attach(ctx context.Context, e *entry, n *graph.Node, writable bo
 	}
 	if err != nil {
 		cancel()
+		return err
+	}
+	tx2 := t.g.Begin(ctx)
+	defer tx2.Abort()
+	err = tx2.SetClaim(root.Edge(), perm.Claim{Need: need, Share: perm.All &^ perm.Resize})
+	if err == nil {
+		err = tx2.Commit()
+	}
+	if err != nil {
+		cancel()
+		t.g.CloseRoot(context.Background(), root)
 		return err
 	}
 	e.root, e.cancel = root, cancel
