@@ -1,6 +1,7 @@
 package graph
 
 import (
+	"context"
 	"math"
 	"sync/atomic"
 	"syscall"
@@ -148,6 +149,14 @@ func (e *Edge) writable(n *Node, off, size int64, f blk.Flags) error {
 		e.checkClaim(f)
 	}
 	return nil
+}
+
+// stopped is the reason why a request of several parts should not go on to the next one, or nil.
+func stopped(r *blk.Req) error {
+	if r.Ctx == nil || r.Ctx.Err() == nil {
+		return nil
+	}
+	return context.Cause(r.Ctx)
 }
 
 // detectZeroes tells whether writes of zeroes are to become Zero requests, and whether these may deallocate.

@@ -17,7 +17,7 @@ import (
 type flushState struct {
 	written atomic.Uint64 // generation of content: raised after each change
 	mu      sync.Mutex
-	flushed uint64        // generation that is on the medium; guarded by mu
+	flushed atomic.Uint64 // generation that is on the medium; written under mu
 	active  bool          // a flush is running; guarded by mu
 	over    chan struct{} // made by the first who waits for it, closed at its end; guarded by mu
 }
@@ -59,7 +59,7 @@ func (s *flushState) begin(r *blk.Req) (gen uint64, needed bool, err error) {
 		}
 		waited = true
 	}
-	if waited && gen <= s.flushed && gen > 0 {
+	if waited && gen <= s.flushed.Load() && gen > 0 {
 		return gen, false, nil
 	}
 	s.active = true
@@ -71,7 +71,7 @@ func (s *flushState) end(gen uint64, ok bool) {
 	s.mu.Lock()
 	s.active = false
 	if ok {
-		s.flushed = max(s.flushed, gen)
+		s.flushed.Store(max(s.flushed.Load(), gen))
 	}
 	if s.over != nil {
 		close(s.over)
@@ -81,11 +81,7 @@ func (s *flushState) end(gen uint64, ok bool) {
 }
 
 // clean tells whether generation gen is on the medium.
-func (s *flushState) clean(gen uint64) bool {
-	s.mu.Lock()
-	defer s.mu.Unlock()
-	return s.flushed >= gen
-}
+func (s *flushState) clean(gen uint64) bool { return s.flushed.Load() >= gen }
 
 // Flush puts all writes that have ended on stable storage, as far as the node's options (cache.no-flush) let it. Errors:
 // blk.ErrWouldBlock, those of the driver.

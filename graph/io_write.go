@@ -147,7 +147,11 @@ func (n *Node) writePieces(r *blk.Req, v blk.Vec, off, size int64, f blk.Flags) 
 		if err != nil {
 			return err
 		}
-		done += k
+		if done += k; done < size {
+			if err := stopped(r); err != nil {
+				return err
+			}
+		}
 	}
 	return nil
 }

@@ -19,7 +19,7 @@ func (e *Edge) Zero(r *blk.Req, off, size int64, f blk.Flags) error {
 	if f&blk.MayUnmap != 0 && !n.opts.Load().Discard {
 		f &^= blk.MayUnmap
 	}
-	if f&blk.NoFallback != 0 && (s.zeroer == nil || s.caps.ZeroFlags&blk.NoFallback == 0 || !blk.IsAligned(off, size, s.align)) {
+	if f&blk.NoFallback != 0 && (s.zeroer == nil || s.caps.ZeroFlags&blk.NoFallback == 0 || !blk.IsAligned(off, size, s.align) || n.zeroRagged(off, size)) {
 		return blk.ErrNotSupported
 	}
 	if r.NoWait && n.zeroSteps(off, size, f) {
@@ -44,6 +44,13 @@ func (n *Node) zeroSteps(off, size int64, f blk.Flags) bool {
 	s := &n.io
 	return s.zeroer == nil || f&blk.FUA&^s.caps.ZeroFlags != 0 ||
 		blk.Piece(off, size, s.zeroAlign(), s.caps.Limits.MaxZero) < size
+}
+
+// zeroRagged tells whether zeroing takes several calls of the driver of which the outer ones cover blocks in part, so that
+// it could fail half-way for lack of support.
+func (n *Node) zeroRagged(off, size int64) bool {
+	a, end := n.io.zeroAlign(), off+size
+	return blk.Piece(off, size, a, n.io.caps.Limits.MaxZero) < size && (off&(a-1) != 0 || end&(a-1) != 0 && end != n.Size())
 }
 
 func (s *ioState) zeroAlign() int64 { return max(s.caps.Limits.ZeroAlign, s.align) }
@@ -112,7 +119,11 @@ func (n *Node) driverZero(r *blk.Req, off, size int64, f blk.Flags) error {
 		if err != nil {
 			return err
 		}
-		off, size = off+k, size-k
+		if off, size = off+k, size-k; size > 0 {
+			if err := stopped(r); err != nil {
+				return err
+			}
+		}
 	}
 	if flush {
 		return n.flushWritten(r)
@@ -194,7 +205,9 @@ func (n *Node) discardTracked(e *Edge, r *blk.Req, off, size, align, most int64)
 		if err = s.discard.Discard(r, off, p); err != nil && isNotSupported(err) {
 			err = nil
 		}
-		off, size = off+p, size-p
+		if off, size = off+p, size-p; size > 0 && err == nil {
+			err = stopped(r)
+		}
 	}
 	if err == nil || !errors.Is(err, blk.ErrWouldBlock) {
 		s.flush.written.Add(1)

@@ -30,7 +30,7 @@ type Config struct {
 	Fixed bool
 	// Check is called after each test with the graph still open and nothing in flight, to check the image in full.
 	Check func(t *testing.T, n *graph.Node)
-	// Steps of the random test; default 400.
+	// Steps of the random test; default 250.
 	Steps int
 }
 
@@ -58,7 +58,7 @@ func Run(t *testing.T, c Config) {
 		c.Size = 1<<20 + 512
 	}
 	if c.Steps == 0 {
-		c.Steps = 400
+		c.Steps = 250
 	}
 	stacks := []*Layer{nil}
 	for i := range c.Layers {
