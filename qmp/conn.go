@@ -22,6 +22,9 @@ type pollable interface {
 // waiting does not hold a thread (pipe, terminal, socket, opened non-blocking), becomes a
 // TryWriter and a HangupWaiter; anything else is used as it is.
 func NewConn(c io.ReadWriteCloser) Conn {
+	if _, ok := c.(TryWriter); ok {
+		return c
+	}
 	p, ok := c.(pollable)
 	if !ok || p.SetWriteDeadline(time.Time{}) != nil {
 		return c

@@ -1,6 +1,7 @@
 package qmp
 
 import (
+	"io"
 	"sync"
 	"sync/atomic"
 	"time"
@@ -42,9 +43,9 @@ func NewMonitor(d *Dispatcher, bus *events.Bus, o Options) *Monitor {
 }
 
 // Serve talks to one client, beginning with the greeting, until it leaves or the monitor is
-// closed; then c is closed. It blocks as long.
-func (m *Monitor) Serve(c Conn) {
-	s := newSession(m, c)
+// closed; then c is closed. It blocks as long. See NewConn for what is made of c.
+func (m *Monitor) Serve(c io.ReadWriteCloser) {
+	s := newSession(m, NewConn(c))
 	m.mu.Lock()
 	if m.closed {
 		m.mu.Unlock()

@@ -77,7 +77,7 @@ func serve(t testing.TB, m *Monitor) *client {
 	c, s := socketPair(t)
 	done := make(chan struct{})
 	go func() {
-		m.Serve(NewConn(s))
+		m.Serve(s)
 		close(done)
 	}()
 	t.Cleanup(func() {
