@@ -17,6 +17,7 @@ import (
 	"log/slog"
 	"os"
 	"sync"
+	"sync/atomic"
 	"time"
 
 	"qblockd/blockdev/export/nbd"
@@ -46,6 +47,8 @@ type Options struct {
 type Table struct {
 	g    *graph.Graph
 	opts Options
+
+	gaveBack atomic.Int64 // when giveBack ran last
 
 	mu     sync.Mutex
 	list   []*entry        // +checklocks:mu  oldest first

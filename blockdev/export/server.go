@@ -6,7 +6,10 @@ import (
 	"fmt"
 	"net"
 	"os"
+	"runtime"
+	"runtime/debug"
 	"strconv"
+	"time"
 
 	"qblockd/blockdev/export/nbd"
 	"qblockd/graph"
@@ -58,7 +61,7 @@ func (t *Table) StartNBD(ctx context.Context, addr *types.SocketAddress, maxConn
 		l.Close()
 		return errors.New("The daemon is shutting down")
 	}
-	o := nbd.Options{MaxConns: nbd.DefaultMaxConns, Log: t.opts.Log}
+	o := nbd.Options{MaxConns: nbd.DefaultMaxConns, Idle: t.giveBack, Log: t.opts.Log}
 	if maxConns != nil {
 		o.MaxConns = *maxConns
 	}
@@ -123,4 +126,19 @@ func (t *Table) StopNBD(ctx context.Context) error {
 	defer cancel()
 	s.Wait(wctx)
 	return nil
+}
+
+// giveBackEvery is how often memory is given back at most.
+const giveBackEvery = time.Second
+
+// giveBack returns memory to the system that only clients needed, all of which are gone. The
+// collector alone would keep it for minutes: an idle daemon allocates nothing.
+func (t *Table) giveBack() {
+	now := time.Now().UnixNano()
+	last := t.gaveBack.Load()
+	if now-last < int64(giveBackEvery) || !t.gaveBack.CompareAndSwap(last, now) {
+		return
+	}
+	runtime.GC() // pools let go of their content at the second collection
+	debug.FreeOSMemory()
 }

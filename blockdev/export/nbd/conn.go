@@ -25,7 +25,7 @@ func put16(b []byte, v uint16) { binary.BigEndian.PutUint16(b, v) }
 const (
 	maxWorkers = 16
 	maxQueued  = 256
-	maxBytes   = 64 << 20
+	maxBytes   = 16 << 20
 )
 
 // Sizes of a connection's buffers, in bytes.
@@ -143,6 +143,14 @@ func (c *conn) setUp() {
 			unix.SetsockoptInt(int(fd), unix.SOL_SOCKET, unix.SO_SNDBUF, sndBuf)
 		}
 	})
+}
+
+// buffer returns one for the data of a request.
+func (c *conn) buffer(n int) *blk.Buffer {
+	if n >= largeBuf && !c.srv.large.Load() {
+		c.srv.large.Store(true)
+	}
+	return blk.GetBuf(n, 0)
 }
 
 // quiesce waits until no request of the connection is in the device.

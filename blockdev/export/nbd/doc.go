@@ -31,7 +31,7 @@
 //
 // Per connection: one request at most 32 MiB; maxQueued requests and maxBytes of their
 // data between having been read and having been answered, beyond which the connection is
-// not read; maxWorkers goroutines. A handshake has to be over within Options.Handshake. Option data
+// not read (one request always may); maxWorkers goroutines. A handshake has to be over within Options.Handshake. Option data
 // are bounded by what their option can use. The number of connections is bounded by
 // Options.MaxConns, others wait in the socket's backlog.
 //

@@ -178,7 +178,7 @@ func (c *conn) write(q *wire.Request) error {
 			return err
 		}
 		c.eager = n >= inSize/2
-		buf = blk.GetBuf(n, 0)
+		buf = c.buffer(n)
 		data = buf.B
 		if err := c.readFull(data); err != nil {
 			blk.PutBuf(buf)

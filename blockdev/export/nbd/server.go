@@ -7,6 +7,7 @@ import (
 	"log/slog"
 	"net"
 	"sync"
+	"sync/atomic"
 	"time"
 )
 
@@ -16,9 +17,15 @@ type Options struct {
 	MaxConns uint32
 	// Handshake bounds the time of a handshake; 0: 10 s, negative: no bound.
 	Handshake time.Duration
+	// Idle is called when the last connection has ended after large requests were served: memory
+	// that only they needed can be given back. Called from a goroutine of its own; nil: not called.
+	Idle func()
 	// Log takes what happened to connections; nil: nothing is logged.
 	Log *slog.Logger
 }
+
+// largeBuf is the size of buffers, in bytes, from which on it is worth while to give them back.
+const largeBuf = 256 << 10
 
 // DefaultMaxConns is the number of connections of a server that was not told another one.
 const DefaultMaxConns = 100
@@ -33,6 +40,8 @@ type Server struct {
 	ctx    context.Context // done at Close: requests at a closed gate give up
 	cancel context.CancelFunc
 	wg     sync.WaitGroup // the accepting goroutine and the connections
+
+	large atomic.Bool // buffers of largeBuf and more were used since Idle was called
 
 	mu      sync.Mutex
 	closed  bool               // +checklocks:mu
@@ -190,7 +199,11 @@ func (s *Server) serve(nc net.Conn) {
 		c.run()
 		s.mu.Lock()
 		delete(s.conns, c)
+		last := len(s.conns) == 0
 		s.mu.Unlock()
+		if last && s.opts.Idle != nil && s.large.Swap(false) {
+			s.opts.Idle()
+		}
 	}()
 }
 

@@ -176,7 +176,7 @@ func (c *conn) serveRead(r *blk.Req, q *wire.Request) *reply {
 	if n == 0 {
 		return p
 	}
-	p.buf = blk.GetBuf(n, 0)
+	p.buf = c.buffer(n)
 	if err := c.dev.ReadAt(r, blk.Buf(p.buf.B), int64(q.Off), 0); err != nil {
 		blk.PutBuf(p.buf)
 		p.buf = nil
@@ -218,7 +218,7 @@ func (c *conn) serveSparse(r *blk.Req, q *wire.Request) *reply {
 			off += n
 			continue
 		}
-		buf := blk.GetBuf(int(n), 0)
+		buf := c.buffer(int(n))
 		if err := c.dev.ReadAt(r, blk.Buf(buf.B), off, 0); err != nil {
 			blk.PutBuf(buf)
 			return fail(err, msgRead)

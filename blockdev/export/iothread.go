@@ -1,0 +1,160 @@
+package export
+
+import (
+	"errors"
+	"fmt"
+	"sync"
+
+	"qblockd/blockdev/export/nbd"
+	"qblockd/graph"
+)
+
+// Workers is a bounded group of workers that serves exports (an iothread object).
+type Workers = nbd.Workers
+
+// homes says which group serves which nodes. Nodes that are connected belong together: they are assigned
+// as one. All exports of connected nodes are served by one group, but for those whose iothread another export forbade.
+type homes struct {
+	// mu is held while nodes are assigned and while exports that care are attached. Graph.mu and
+	// Table.mu are taken under it.
+	mu    sync.Mutex
+	group map[*graph.Node]Workers // +checklocks:mu
+}
+
+// errFixed: an export keeps its node where it is.
+var errFixed = errors.New("Cannot change iothread of active block backend")
+
+// lookup finds an iothread object; nil if there is none.
+func (t *Table) lookup(id string) Workers {
+	if t.opts.Iothread == nil {
+		return nil
+	}
+	return t.opts.Iothread(id)
+}
+
+// SetIothread moves n and all nodes it is connected to into the iothread of that id, or out of all for nil. Their exports
+// are served by its workers from their next request on. Exports with a fixed iothread forbid a change; any export of n itself
+// forbids it without force. It does not block. Source: QAPI, x-blockdev-set-iothread.
+func (t *Table) SetIothread(n *graph.Node, id *string, force bool) error {
+	if !force && hasBackend(n) {
+		return fmt.Errorf("Node %s is associated with a BlockBackend and could be in use (use force=true to override this check)", n.Name())
+	}
+	var w Workers
+	if id != nil {
+		if w = t.lookup(*id); w == nil {
+			return fmt.Errorf("Cannot find iothread %s", *id)
+		}
+	}
+	t.homes.mu.Lock()
+	defer t.homes.mu.Unlock()
+	return t.assign(n, w)
+}
+
+// hasBackend tells whether a backend uses n directly.
+func hasBackend(n *graph.Node) bool {
+	for _, e := range n.Parents() {
+		if r := e.ParentRoot(); r != nil && r.Spec().Kind == graph.KindBackend {
+			return true
+		}
+	}
+	return false
+}
+
+// assign makes w the group of all nodes connected to n, and of their exports.
+// +checklocks:t.homes.mu
+func (t *Table) assign(n *graph.Node, w Workers) error {
+	h := &t.homes
+	for x := range h.group {
+		if t.g.Node(x.Name()) != x {
+			delete(h.group, x) // closed since
+		}
+	}
+	if h.find(n) == w {
+		return nil
+	}
+	all := connected(n, func(*graph.Node) bool { return true })
+	t.mu.Lock()
+	defer t.mu.Unlock()
+	for _, e := range t.list {
+		if e.fixed && !e.closing && all[e.root.Node()] {
+			return errFixed
+		}
+	}
+	for x := range all {
+		if w == nil {
+			delete(h.group, x)
+			continue
+		}
+		if h.group == nil {
+			h.group = map[*graph.Node]Workers{}
+		}
+		h.group[x] = w
+	}
+	for _, e := range t.list {
+		if all[e.root.Node()] {
+			e.setWorkers(w)
+		}
+	}
+	return nil
+}
+
+// find is the group that serves n: its own, or that of the nearest node it has become connected to.
+// +checklocks:h.mu
+func (h *homes) find(n *graph.Node) (w Workers) {
+	if len(h.group) == 0 {
+		return nil
+	}
+	connected(n, func(x *graph.Node) bool {
+		w = h.group[x]
+		return w == nil
+	})
+	return w
+}
+
+// connected are n and all nodes that edges lead to from there, up or down; the search, nearest first, ends when more
+// says so.
+func connected(n *graph.Node, more func(*graph.Node) bool) map[*graph.Node]bool {
+	seen := map[*graph.Node]bool{n: true}
+	for next := []*graph.Node{n}; len(next) > 0; next = next[1:] {
+		x := next[0]
+		if !more(x) {
+			break
+		}
+		add := func(y *graph.Node) {
+			if y != nil && !seen[y] {
+				seen[y] = true
+				next = append(next, y)
+			}
+		}
+		for _, e := range x.Children() {
+			add(e.Node())
+		}
+		for _, e := range x.Parents() {
+			add(e.ParentNode())
+		}
+	}
+	return seen
+}
+
+// place moves the node of a new export into the iothread that was asked for, if any. Unless fixed, the export goes where
+// the node is if that cannot be changed.
+// +checklocks:t.homes.mu
+func (t *Table) place(e *entry, n *graph.Node, iothread *string) error {
+	if iothread != nil {
+		w := t.lookup(*iothread)
+		if w == nil {
+			return fmt.Errorf("iothread \"%s\" not found", *iothread)
+		}
+		if err := t.assign(n, w); err != nil && e.fixed {
+			return err
+		}
+	}
+	e.setWorkers(t.homes.find(n))
+	return nil
+}
+
+// setWorkers makes w serve e from the next request on.
+func (e *entry) setWorkers(w Workers) { e.workers.Store(&w) }
+
+// currentWorkers is the group that serves e, or nil.
+func (e *entry) currentWorkers() Workers { return *e.workers.Load() }
