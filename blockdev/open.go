@@ -82,7 +82,13 @@ func (o *opener) tryOpen(p *plan, finish func(tx *graph.Tx, n *graph.Node) error
 	if err := finish(tx, n); err != nil {
 		return err
 	}
-	return tx.Commit()
+	if err := tx.Commit(); err != nil {
+		return err
+	}
+	for _, n := range o.nodes {
+		o.m.record(n).seen.Store(true)
+	}
+	return nil
 }
 
 // discard undoes everything. It waits for nothing but the drivers' Close.

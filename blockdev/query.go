@@ -102,7 +102,6 @@ func (m *Manager) AppendNamedNodes(b []byte, flat bool) []byte {
 		}
 		b = vs[i].append(b)
 	}
-	m.recs.keep(nodes)
 	return append(b, ']')
 }
 

@@ -15,7 +15,7 @@ type record struct {
 	info   atomic.Pointer[nodeInfo]
 	actual atomic.Int64 // bytes allocated as last heard; unknownSize if never
 	asking atomic.Bool  // a worker asks for it now
-	seen   atomic.Bool  // by a query: the node is or was published
+	seen   atomic.Bool  // by others than its opener: the node is or was published
 }
 
 const unknownSize = -1
@@ -55,8 +55,9 @@ func (m *Manager) autoName(n *graph.Node) string {
 
 // records finds the records of nodes.
 type records struct {
-	mu sync.RWMutex
-	of map[*graph.Node]*record
+	mu    sync.RWMutex
+	of    map[*graph.Node]*record
+	limit int // sweep when there are more
 }
 
 func (t *records) get(n *graph.Node) *record {
@@ -77,6 +78,9 @@ func (t *records) add(n *graph.Node, r *record) *record {
 		t.of = map[*graph.Node]*record{}
 	}
 	t.of[n] = r
+	if len(t.of) > t.limit {
+		t.sweepLocked()
+	}
 	return r
 }
 
@@ -88,20 +92,13 @@ func (t *records) remove(nodes ...*graph.Node) {
 	}
 }
 
-// keep forgets nodes that are gone, given those that are there, if that is worth the time.
-func (t *records) keep(nodes []*graph.Node) {
-	t.mu.Lock()
-	defer t.mu.Unlock()
-	if len(t.of) <= 2*len(nodes)+64 {
-		return
-	}
-	there := make(map[*graph.Node]bool, len(nodes))
-	for _, n := range nodes {
-		there[n] = true
-	}
+// sweepLocked forgets nodes that are gone. Records are made at least as often as it looks at one.
+// +checklocks:t.mu
+func (t *records) sweepLocked() {
 	for n, r := range t.of {
-		if r.seen.Load() && !there[n] {
+		if r.seen.Load() && n.Graph().Node(n.Name()) != n {
 			delete(t.of, n)
 		}
 	}
+	t.limit = 2*len(t.of) + 64
 }

@@ -1,0 +1,137 @@
+package blockdev
+
+import (
+	"context"
+	"io"
+	"log/slog"
+	"os"
+	"path/filepath"
+	"regexp"
+	"strings"
+	"testing"
+	"time"
+
+	"qblockd/blockdev/drivertest"
+	"qblockd/schema/types"
+	"qblockd/schema/value"
+)
+
+// newManager is a Manager whose graph is closed when the test ends.
+func newManager(t testing.TB, c Config) *Manager {
+	t.Helper()
+	if c.Log == nil {
+		c.Log = slog.New(slog.NewTextHandler(io.Discard, nil))
+	}
+	return New(drivertest.NewGraph(t), c)
+}
+
+// options decodes what a client would send, with single quotes for double ones.
+func options(t testing.TB, text string) *types.BlockdevOptions {
+	t.Helper()
+	v, err := value.Parse(text)
+	if err != nil {
+		t.Fatalf("%s: %v", text, err)
+	}
+	o, err := types.DecodeBlockdevOptions(v, types.ModeQObject)
+	if err != nil {
+		t.Fatalf("%s: %v", text, err)
+	}
+	return o
+}
+
+func add(t testing.TB, m *Manager, text string) error {
+	t.Helper()
+	return m.Add(context.Background(), options(t, text))
+}
+
+func mustAdd(t testing.TB, m *Manager, text string) {
+	t.Helper()
+	if err := add(t, m, text); err != nil {
+		t.Fatalf("%s: %v", text, err)
+	}
+}
+
+func mustDel(t testing.TB, m *Manager, names ...string) {
+	t.Helper()
+	for _, n := range names {
+		if err := m.Del(context.Background(), n); err != nil {
+			t.Fatal(err)
+		}
+	}
+}
+
+// create makes a qcow2 image of 1 MiB whose header names a backing file.
+func create(t testing.TB, file, backing, format string) {
+	t.Helper()
+	m := newManager(t, Config{})
+	ctx, started := context.Background(), func() {}
+	f := &types.BlockdevCreateOptions{Driver: "file", U: &types.BlockdevCreateOptionsFile{Filename: file}}
+	if err := m.Creator(f)(ctx, started); err != nil {
+		t.Fatal(err)
+	}
+	o := &types.BlockdevCreateOptionsQcow2{Size: 1 << 20}
+	o.File.Definition = options(t, `{'driver': 'file', 'filename': '`+file+`'}`)
+	if backing != "" {
+		o.BackingFile = &backing
+	}
+	if format != "" {
+		o.BackingFmt = (*types.BlockdevDriver)(&format)
+	}
+	if err := m.Creator(&types.BlockdevCreateOptions{Driver: "qcow2", U: o})(ctx, started); err != nil {
+		t.Fatal(err)
+	}
+}
+
+func writeFile(t testing.TB, name, content string) {
+	t.Helper()
+	if err := os.WriteFile(name, []byte(content), 0o600); err != nil {
+		t.Fatal(err)
+	}
+}
+
+// clean fails the test if anything is left of what was opened: nodes, names, records, descriptors.
+func clean(t testing.TB, m *Manager, fds int) {
+	t.Helper()
+	for _, n := range m.Graph().Nodes() {
+		t.Errorf("node %s is left", n.Name())
+	}
+	for _, r := range m.Graph().Roots() {
+		t.Errorf("a root on %s is left", r.Node().Name())
+	}
+	m.recs.mu.Lock()
+	m.recs.sweepLocked()
+	for n := range m.recs.of {
+		t.Errorf("a record of %s is left", n.Name())
+	}
+	m.recs.mu.Unlock()
+	if fds < 0 {
+		return
+	}
+	// What was stuck in the kernel when it was given up is closed when it comes back.
+	for end := time.Now().Add(5 * time.Second); openFDs(t) != fds; time.Sleep(time.Millisecond) {
+		if time.Now().After(end) {
+			t.Errorf("%d descriptors were open, now %d", fds, openFDs(t))
+			return
+		}
+	}
+}
+
+func openFDs(t testing.TB) int {
+	t.Helper()
+	l, err := filepath.Glob("/proc/self/fd/*")
+	if err != nil {
+		t.Fatal(err)
+	}
+	return len(l)
+}
+
+var generated = regexp.MustCompile(`#block(\d+)\d\d`)
+
+// listed is the list of nodes as "name driver file", newest first, with the random part of generated names left out.
+func listed(m *Manager) string {
+	var s []string
+	for _, n := range m.Graph().Nodes() {
+		s = append(s, n.Name()+" "+n.DriverName()+" "+m.Filename(n))
+	}
+	return generated.ReplaceAllString(strings.Join(s, "\n"), "#block$1")
+}
