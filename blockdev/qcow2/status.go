@@ -37,7 +37,7 @@ func (s *image) Status(r *blk.Req, off, n int64) (blk.Extent, error) {
 	e := blk.Extent{N: m.n}
 	switch m.kind {
 	case layout.Unallocated:
-		e.Zero = off >= s.backSize()
+		// That nothing lies below is the node's to add: zeroes told here would count as allocated.
 	case layout.ZeroPlain, layout.ZeroAlloc:
 		e.Allocated, e.Zero = true, true
 	case layout.CompressedKind:
