@@ -90,7 +90,8 @@ func (n *Node) endWrite(r *blk.Req, w *writing, off, size int64, f blk.Flags, er
 	if err == nil && w.flush {
 		err = n.flushNode(r)
 	}
-	grown := off+size > w.size && s.drv.Size() != w.size
+	// Whole blocks are written: what ends within the last, incomplete one of a node may make it complete.
+	grown := blk.AlignUp(off+size, s.align) > w.size && s.drv.Size() != w.size
 	s.track.end(w.k)
 	w.sh.inFlight.Add(-1)
 	if grown {
