@@ -46,11 +46,12 @@ type trackShard struct {
 	inFlight atomic.Int64 // requests inside the node
 
 	mu   sync.Mutex
-	head *tracked // guarded by mu
-	_    [64 - 8 - 8 - 8]byte
+	head *tracked // registered requests; guarded by mu
+	free *tracked // to be used again, through next; guarded by mu
+	_    [64 - 4*8]byte
 }
 
-// tracked is a registered request. Pooled.
+// tracked is a registered request.
 type tracked struct {
 	off, n     int64  // the range that counts for overlaps
 	ticket     uint64 // order of registration; 0 is before all others
@@ -61,8 +62,6 @@ type tracked struct {
 	done       chan struct{} // made by the first who waits; guarded by shard.mu; closed at the end
 }
 
-var trackedPool = sync.Pool{New: func() any { return new(tracked) }}
-
 // shard picks the shard of a unit of work; units running at the same time mostly differ.
 func (t *tracker) shard(r *blk.Req) *trackShard {
 	h := uint64(uintptr(unsafe.Pointer(r))) * 0x9e3779b97f4a7c15
@@ -72,45 +71,41 @@ func (t *tracker) shard(r *blk.Req) *trackShard {
 // begin registers [off, off+n) and waits for older requests in its way. Errors:
 // blk.ErrWouldBlock if r must not wait, the cause of the end of r's context; nothing is registered then.
 func (t *tracker) begin(r *blk.Req, off, n int64, serial bool) (*tracked, error) {
-	k := trackedPool.Get().(*tracked)
-	k.off, k.n, k.serial, k.ticket, k.unit = off, n, serial, 0, r
 	sh := t.shard(r)
-	k.shard = sh
 	if !serial {
-		if r.NoWait {
-			if !sh.mu.TryLock() {
-				trackedPool.Put(k)
-				return nil, blk.ErrWouldBlock
-			}
-		} else {
+		if !r.NoWait {
 			sh.mu.Lock()
+		} else if !sh.mu.TryLock() {
+			return nil, blk.ErrWouldBlock
 		}
 		if t.serial.Load() == 0 {
+			k := sh.take()
+			k.off, k.n, k.serial, k.ticket, k.unit = off, n, false, 0, r
 			sh.push(k)
 			sh.mu.Unlock()
 			return k, nil
 		}
 		sh.mu.Unlock()
 	}
-	return t.beginSlow(r, k)
+	return t.beginSlow(r, sh, off, n, serial)
 }
 
 // beginSlow is begin with all shards locked.
-func (t *tracker) beginSlow(r *blk.Req, k *tracked) (*tracked, error) {
+func (t *tracker) beginSlow(r *blk.Req, sh *trackShard, off, n int64, serial bool) (*tracked, error) {
 	if !t.lockAll(r.NoWait) {
-		trackedPool.Put(k)
 		return nil, blk.ErrWouldBlock
 	}
 	t.ticket++
-	k.ticket = t.ticket
+	k := sh.take()
+	k.off, k.n, k.serial, k.ticket, k.unit = off, n, serial, t.ticket, r
 	c := t.conflict(k)
 	if c != nil && r.NoWait {
+		sh.drop(k)
 		t.unlockAll()
-		trackedPool.Put(k)
 		return nil, blk.ErrWouldBlock
 	}
-	k.shard.push(k)
-	if k.serial {
+	sh.push(k)
+	if serial {
 		t.serial.Add(1)
 	}
 	var stop <-chan struct{}
@@ -148,16 +143,31 @@ func (t *tracker) end(k *tracked) {
 	if k.next != nil {
 		k.next.prev = k.prev
 	}
-	done := k.done
+	done, serial := k.done, k.serial
+	sh.drop(k)
 	sh.mu.Unlock()
-	if k.serial {
+	if serial {
 		t.serial.Add(-1)
 	}
-	k.prev, k.next, k.done, k.shard, k.unit = nil, nil, nil, nil, nil
-	trackedPool.Put(k)
 	if done != nil {
 		close(done)
 	}
+}
+
+// take gives an unused entry; sh.mu is held.
+func (sh *trackShard) take() *tracked {
+	k := sh.free
+	if k == nil {
+		return &tracked{shard: sh}
+	}
+	sh.free = k.next
+	return k
+}
+
+// drop takes back an entry that is not in the list; sh.mu is held.
+func (sh *trackShard) drop(k *tracked) {
+	k.prev, k.next, k.done, k.unit = nil, sh.free, nil, nil
+	sh.free = k
 }
 
 // push inserts k; sh.mu is held.
