@@ -21,6 +21,7 @@ var chardevOptions = map[string]cmdline.OptType{
 	"server": cmdline.OptBool, "wait": cmdline.OptBool, "delay": cmdline.OptBool, "nodelay": cmdline.OptBool,
 	"reconnect": cmdline.OptNumber, "telnet": cmdline.OptBool, "tight": cmdline.OptBool, "abstract": cmdline.OptBool,
 	"logfile": cmdline.OptString, "logappend": cmdline.OptBool,
+	"localaddr": cmdline.OptString, "localport": cmdline.OptString, "chardev": cmdline.OptString,
 	"signal": cmdline.OptBool, "append": cmdline.OptBool, "size": cmdline.OptSize,
 }
 
@@ -76,16 +77,32 @@ func chardevBackend(kind types.ChardevBackendKind, o *cmdline.Opts) (*types.Char
 		}
 		b.U = &types.ChardevFileWrapper{Data: types.ChardevFile{
 			Out: path, In: text(o, "input-path"), Append: boolean(o, "append"), Logfile: log, Logappend: appendLog}}
-	case types.ChardevBackendKindPipe:
+	case types.ChardevBackendKindPipe, types.ChardevBackendKindSerial, types.ChardevBackendKindParallel:
 		path, ok := o.Get("path")
+		if !ok && kind == types.ChardevBackendKindSerial {
+			return nil, errors.New("chardev: serial/tty: no device path given")
+		}
 		if !ok {
-			return nil, errors.New("chardev: pipe: no device path given")
+			return nil, fmt.Errorf("chardev: %s: no device path given", kind)
 		}
 		b.U = &types.ChardevHostdevWrapper{Data: types.ChardevHostdev{Device: path, Logfile: log, Logappend: appendLog}}
 	case types.ChardevBackendKindStdio:
 		b.U = &types.ChardevStdioWrapper{Data: types.ChardevStdio{
 			Signal: boolean(o, "signal"), Logfile: log, Logappend: appendLog}}
-	case types.ChardevBackendKindRingbuf:
+	case types.ChardevBackendKindUdp:
+		u, err := chardevUDP(o)
+		if err != nil {
+			return nil, err
+		}
+		u.Logfile, u.Logappend = log, appendLog
+		b.U = &types.ChardevUdpWrapper{Data: *u}
+	case types.ChardevBackendKindMux:
+		base, ok := o.Get("chardev")
+		if !ok {
+			return nil, errors.New("chardev: mux: no chardev given")
+		}
+		b.U = &types.ChardevMuxWrapper{Data: types.ChardevMux{Chardev: base, Logfile: log, Logappend: appendLog}}
+	case types.ChardevBackendKindRingbuf, types.ChardevBackendKindMemory:
 		r := types.ChardevRingbuf{Logfile: log, Logappend: appendLog}
 		if _, ok := o.Get("size"); ok {
 			n := int64(o.Number("size"))
@@ -144,6 +161,33 @@ func chardevSocket(o *cmdline.Opts) (*types.ChardevSocket, error) {
 		s.Addr = types.SocketAddressLegacy{Type: types.SocketAddressTypeFd, U: &types.StringWrapper{Data: types.String{Str: fd}}}
 	}
 	return s, nil
+}
+
+// chardevUDP takes host, port, localaddr and localport; all but port have defaults.
+func chardevUDP(o *cmdline.Opts) (*types.ChardevUdp, error) {
+	inet := func(host, port string) types.SocketAddressLegacy {
+		return types.SocketAddressLegacy{Type: types.SocketAddressTypeInet, U: &types.InetSocketAddressWrapper{
+			Data: types.InetSocketAddress{Host: host, Port: port, Ipv4: boolean(o, "ipv4"), Ipv6: boolean(o, "ipv6")}}}
+	}
+	host, _ := o.Get("host")
+	if host == "" {
+		host = "localhost"
+	}
+	port, _ := o.Get("port")
+	if port == "" {
+		return nil, errors.New("chardev: udp: remote port not specified")
+	}
+	u := &types.ChardevUdp{Remote: inet(host, port)}
+	localAddr, hasAddr := o.Get("localaddr")
+	localPort, hasPort := o.Get("localport")
+	if hasAddr || hasPort {
+		if localPort == "" {
+			localPort = "0"
+		}
+		local := inet(localAddr, localPort)
+		u.Local = &local
+	}
+	return u, nil
 }
 
 func text(o *cmdline.Opts, name string) *string {

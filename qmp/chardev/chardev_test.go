@@ -369,24 +369,30 @@ func TestErrors(t *testing.T) {
 	}
 	long := "/tmp/" + strings.Repeat("x", 120)
 	for in, want := range map[string]string{
-		unix(dir+"/no", `,"server":false`):                                                 "Failed to connect to '" + dir + "/no': No such file or directory",
-		unix(dir+"/no", `,"server":false,"reconnect":-1`):                                  "Failed to connect to '" + dir + "/no': No such file or directory",
-		unix(dir+"/no/s", ""):                                                              "Failed to bind socket to " + dir + "/no/s: No such file or directory",
-		unix(long, ""):                                                                     "UNIX socket path '" + long + "' is too long",
-		unix("", `,"server":false`):                                                        "Failed to connect to '': Connection refused",
-		unix("w", `,"server":false,"wait":true`):                                           "'wait' option is incompatible with socket in client connect mode",
-		unix("w", `,"reconnect":1`):                                                        "'reconnect' option is incompatible with socket in server listen mode",
-		inet(`"host":"127.0.0.1","port":"1"`, `,"server":false`):                           "Failed to connect to '127.0.0.1:1': Connection refused",
-		inet(`"host":"127.0.0.1","port":"abc"`, ``):                                        "address resolution failed for 127.0.0.1:abc: Servname not supported for ai_socktype",
-		inet(`"host":"127.0.0.1","port":"0","ipv4":false,"ipv6":false`, ""):                "Cannot disable IPv4 and IPv6 at same time",
-		`{"type":"socket","data":{"addr":{"type":"fd","data":{"str":"9"}}}}`:               "only QEMU supports file descriptor passing",
-		`{"type":"socket","data":{"addr":{"type":"fd","data":{"str":"9"}},"reconnect":1}}`: "'reconnect' option is incompatible with 'fd' address type",
-		fmt.Sprintf(`{"type":"file","data":{"out":%q}}`, dir+"/no/x"):                      "Could not open '" + dir + "/no/x': No such file or directory",
-		fmt.Sprintf(`{"type":"pipe","data":{"device":%q}}`, dir+"/no"):                     "Could not open '" + dir + "/no': No such file or directory",
-		fmt.Sprintf(`{"type":"null","data":{"logfile":%q}}`, dir+"/no/x"):                  "Could not create '" + dir + "/no/x': No such file or directory",
-		`{"type":"ringbuf","data":{"size":3}}`:                                             "size of ringbuf chardev must be power of two",
-		`{"type":"ringbuf","data":{"size":-9223372036854775808}}`:                          "size of ringbuf chardev must be power of two",
-		`{"type":"ringbuf","data":{"size":4611686018427387904}}`:                           "size of ringbuf chardev must be at most 1073741824",
+		unix(dir+"/no", `,"server":false`):                                                       "Failed to connect to '" + dir + "/no': No such file or directory",
+		unix(dir+"/no", `,"server":false,"reconnect":-1`):                                        "Failed to connect to '" + dir + "/no': No such file or directory",
+		unix(dir+"/no/s", ""):                                                                    "Failed to bind socket to " + dir + "/no/s: No such file or directory",
+		unix(long, ""):                                                                           "UNIX socket path '" + long + "' is too long",
+		unix("", `,"server":false`):                                                              "Failed to connect to '': Connection refused",
+		unix("w", `,"server":false,"wait":true`):                                                 "'wait' option is incompatible with socket in client connect mode",
+		unix("w", `,"reconnect":1`):                                                              "'reconnect' option is incompatible with socket in server listen mode",
+		inet(`"host":"127.0.0.1","port":"1"`, `,"server":false`):                                 "Failed to connect to '127.0.0.1:1': Connection refused",
+		inet(`"host":"127.0.0.1","port":"abc"`, ``):                                              "address resolution failed for 127.0.0.1:abc: Servname not supported for ai_socktype",
+		inet(`"host":"127.0.0.1","port":"0","ipv4":false,"ipv6":false`, ""):                      "Cannot disable IPv4 and IPv6 at same time",
+		`{"type":"socket","data":{"addr":{"type":"fd","data":{"str":"9"}}}}`:                     "only QEMU supports file descriptor passing",
+		`{"type":"socket","data":{"addr":{"type":"fd","data":{"str":"9"}},"reconnect":1}}`:       "'reconnect' option is incompatible with 'fd' address type",
+		fmt.Sprintf(`{"type":"file","data":{"out":%q}}`, dir+"/no/x"):                            "Could not open '" + dir + "/no/x': No such file or directory",
+		fmt.Sprintf(`{"type":"pipe","data":{"device":%q}}`, dir+"/no"):                           "Could not open '" + dir + "/no': No such file or directory",
+		fmt.Sprintf(`{"type":"null","data":{"logfile":%q}}`, dir+"/no/x"):                        "Could not create '" + dir + "/no/x': No such file or directory",
+		`{"type":"mux","data":{"chardev":"nope"}}`:                                               "mux: base chardev nope not found",
+		`{"type":"udp","data":{"remote":{"type":"inet","data":{"host":"127.0.0.1","port":""}}}}`: "remote port not specified",
+		`{"type":"udp","data":{"remote":{"type":"unix","data":{"path":"/x"}}}}`:                  "socket type unsupported for datagram",
+		`{"type":"serial","data":{"device":"/nope"}}`:                                            "Could not open '/nope': No such file or directory",
+		`{"type":"parallel","data":{"device":"/nope"}}`:                                          "Could not open '/nope': No such file or directory",
+		`{"type":"parallel","data":{"device":"/dev/null"}}`:                                      "not a parallel port: Inappropriate ioctl for device",
+		`{"type":"ringbuf","data":{"size":3}}`:                                                   "size of ringbuf chardev must be power of two",
+		`{"type":"ringbuf","data":{"size":-9223372036854775808}}`:                                "size of ringbuf chardev must be power of two",
+		`{"type":"ringbuf","data":{"size":4611686018427387904}}`:                                 "size of ringbuf chardev must be at most 1073741824",
 	} {
 		_, err := tab.Add(context.Background(), "x", backend(t, "%s", in))
 		if err == nil || err.Error() != "Failed to add chardev 'x': "+want {
@@ -467,5 +473,96 @@ func TestRingbuf(t *testing.T) {
 	}
 	if err := tab.RingbufWrite("r", "!!", &b64); err == nil || err.Error() != "Base64 data contains invalid characters" {
 		t.Error(err)
+	}
+}
+
+func TestMux(t *testing.T) {
+	path := filepath.Join(t.TempDir(), "s")
+	tab := newTestTable(t)
+	add := func(id, b string) error {
+		_, err := tab.Add(context.Background(), id, backend(t, "%s", b))
+		return err
+	}
+	if err := add("s", fmt.Sprintf(`{"type":"socket","data":{"addr":{"type":"unix","data":{"path":%q}}}}`, path)); err != nil {
+		t.Fatal(err)
+	}
+	if err := add("m", `{"type":"mux","data":{"chardev":"s"}}`); err != nil {
+		t.Fatal(err)
+	}
+	if err := add("m2", `{"type":"mux","data":{"chardev":"s"}}`); err == nil || err.Error() != "Failed to add chardev 'm2': Device 's' is in use" {
+		t.Error(err)
+	}
+	if err := tab.Remove("m"); err == nil || err.Error() != "Chardev 'm' is busy" {
+		t.Error(err)
+	}
+	user := func(name string) Handler {
+		return func(c io.ReadWriteCloser) {
+			r := bufio.NewReader(c)
+			for {
+				line, err := r.ReadString('\n')
+				if err != nil {
+					return
+				}
+				if _, err := io.WriteString(c, name+" "+line); err != nil {
+					return
+				}
+			}
+		}
+	}
+	for i := range muxUsers {
+		if err := tab.Attach("m", user(fmt.Sprint("user", i))); err != nil {
+			t.Fatal(err)
+		}
+	}
+	if err := tab.Attach("m", echo); err == nil || err.Error() != "Device 'm' is in use" {
+		t.Error(err)
+	}
+	c := dial(t, "unix", path)
+	r := bufio.NewReader(c)
+	for i := range muxUsers + 1 {
+		if _, err := io.WriteString(c, "a\x01\x01b\n"); err != nil {
+			t.Fatal(err)
+		}
+		want := fmt.Sprintf("user%d a\x01b\n", i%muxUsers)
+		if got, err := r.ReadString('\n'); err != nil || got != want {
+			t.Fatalf("%q, %v, want %q", got, err, want)
+		}
+		if _, err := io.WriteString(c, "\x01c"); err != nil {
+			t.Fatal(err)
+		}
+	}
+}
+
+func TestUDP(t *testing.T) {
+	peer, err := net.ListenUDP("udp", &net.UDPAddr{IP: net.IPv4(127, 0, 0, 1)})
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer peer.Close()
+	spare, err := net.ListenUDP("udp", &net.UDPAddr{IP: net.IPv4(127, 0, 0, 1)})
+	if err != nil {
+		t.Fatal(err)
+	}
+	port := spare.LocalAddr().(*net.UDPAddr).Port
+	spare.Close()
+	tab := newTestTable(t)
+	if _, err := tab.Add(context.Background(), "u", backend(t, `{"type":"udp","data":{
+		"remote":{"type":"inet","data":{"host":"127.0.0.1","port":"%d"}},
+		"local":{"type":"inet","data":{"host":"127.0.0.1","port":"%d"}}}}`, peer.LocalAddr().(*net.UDPAddr).Port, port)); err != nil {
+		t.Fatal(err)
+	}
+	if err := tab.Attach("u", echo); err != nil {
+		t.Fatal(err)
+	}
+	if _, err := peer.WriteToUDP([]byte("hello\n"), &net.UDPAddr{IP: net.IPv4(127, 0, 0, 1), Port: port}); err != nil {
+		t.Fatal(err)
+	}
+	_ = peer.SetReadDeadline(time.Now().Add(20 * time.Second))
+	buf := make([]byte, 100)
+	if n, err := peer.Read(buf); err != nil || string(buf[:n]) != "hello\n" {
+		t.Errorf("%q, %v", buf[:n], err)
+	}
+	if got := names(tab); got != "u=udp/true" {
+		t.Error(got)
 	}
 }

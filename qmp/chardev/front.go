@@ -49,7 +49,10 @@ func (f *front) spawn(g func()) bool {
 
 // serve hands a client to the user, as soon as there is one, and returns when the user is done
 // with it or the device ends. c is closed then.
-func (f *front) serve(c io.ReadWriteCloser) {
+func (f *front) serve(c io.ReadWriteCloser) { f.serveTo(c, nil) }
+
+// serveTo is serve for a given user; nil: the one that attach brings.
+func (f *front) serveTo(c io.ReadWriteCloser, h Handler) {
 	defer c.Close()
 	f.mu.Lock()
 	if f.ended {
@@ -58,19 +61,21 @@ func (f *front) serve(c io.ReadWriteCloser) {
 	}
 	f.streams[c] = struct{}{}
 	f.mu.Unlock()
-	defer func() {
+	defer func(c io.Closer) {
 		f.mu.Lock()
 		delete(f.streams, c)
 		f.mu.Unlock()
-	}()
-	select {
-	case <-f.ending:
-		return
-	case <-f.ready:
+	}(c)
+	if h == nil {
+		select {
+		case <-f.ending:
+			return
+		case <-f.ready:
+		}
+		f.mu.Lock()
+		h = f.handler
+		f.mu.Unlock()
 	}
-	f.mu.Lock()
-	h := f.handler
-	f.mu.Unlock()
 	if f.log != nil {
 		c = &loggedStream{c, f.log}
 	}

@@ -16,6 +16,7 @@ const maxRing = 1 << 30
 // ringbuf keeps the last bytes written to it. Memory is taken as it fills.
 type ringbuf struct {
 	*front
+	name string // what filename shows: the kind under which it was made
 	size int
 
 	mu   sync.Mutex
@@ -24,7 +25,7 @@ type ringbuf struct {
 	n    int    // +checklocks:mu  bytes held
 }
 
-func newRingbuf(o *types.ChardevRingbuf, f *front) (device, error) {
+func newRingbuf(o *types.ChardevRingbuf, name string, f *front) (device, error) {
 	size := int64(65536)
 	if o.Size != nil {
 		size = *o.Size
@@ -35,11 +36,11 @@ func newRingbuf(o *types.ChardevRingbuf, f *front) (device, error) {
 	case size > maxRing:
 		return nil, fmt.Errorf("size of ringbuf chardev must be at most %d", maxRing)
 	}
-	return &ringbuf{front: f, size: int(size)}, nil
+	return &ringbuf{front: f, name: name, size: int(size)}, nil
 }
 
-func (*ringbuf) filename() string { return "ringbuf" }
-func (r *ringbuf) close()         { r.end() }
+func (r *ringbuf) filename() string { return r.name }
+func (r *ringbuf) close()           { r.end() }
 
 func (r *ringbuf) write(b []byte) {
 	r.mu.Lock()

@@ -121,6 +121,9 @@ func (t *Table) Change(ctx context.Context, id string, b *types.ChardevBackend) 
 	case d == nil:
 		t.mu.Unlock()
 		return nil, fmt.Errorf("Chardev '%s' does not exist", id) //lint:ignore ST1005 text of a reply
+	case isMux(d):
+		t.mu.Unlock()
+		return nil, errors.New("Mux device hotswap not supported yet") //lint:ignore ST1005 text of a reply
 	case d.attached():
 		t.mu.Unlock()
 		return nil, errors.New("Chardev user does not support chardev hotswap") //lint:ignore ST1005 text of a reply
@@ -167,8 +170,12 @@ func (t *Table) Attach(id string, h Handler) error {
 	switch {
 	case d == nil:
 		return fmt.Errorf("chardev \"%s\" not found", id)
+	case isMux(d):
+		if d.(*mux).full() {
+			return inUse(id)
+		}
 	case d.attached():
-		return fmt.Errorf("Device '%s' is in use", id) //lint:ignore ST1005 text of a reply
+		return inUse(id)
 	}
 	d.attach(h)
 	return nil
@@ -181,7 +188,8 @@ func (t *Table) Query() []*types.ChardevInfo {
 	list := make([]*types.ChardevInfo, 0, len(t.order))
 	for i := len(t.order) - 1; i >= 0; i-- {
 		if d := t.devices[t.order[i]]; d != nil {
-			list = append(list, &types.ChardevInfo{Label: t.order[i], Filename: d.filename(), FrontendOpen: d.attached()})
+			open := d.attached() && !isMux(d) // a mux never says so, like the reference's
+			list = append(list, &types.ChardevInfo{Label: t.order[i], Filename: d.filename(), FrontendOpen: open})
 		}
 	}
 	return list
@@ -272,6 +280,12 @@ func (t *Table) open(ctx context.Context, id string, b *types.ChardevBackend, fr
 		})
 	case *types.ChardevHostdevWrapper:
 		return t.withLog(u.Data.Logfile, u.Data.Logappend, func(f *front) (device, error) {
+			switch b.Type {
+			case types.ChardevBackendKindSerial:
+				return openSerial(&u.Data, f)
+			case types.ChardevBackendKindParallel:
+				return openParallel(&u.Data, f)
+			}
 			return openPipe(&u.Data, f)
 		})
 	case *types.ChardevStdioWrapper:
@@ -280,7 +294,15 @@ func (t *Table) open(ctx context.Context, id string, b *types.ChardevBackend, fr
 		})
 	case *types.ChardevRingbufWrapper:
 		return t.withLog(u.Data.Logfile, u.Data.Logappend, func(f *front) (device, error) {
-			return newRingbuf(&u.Data, f)
+			return newRingbuf(&u.Data, string(b.Type), f)
+		})
+	case *types.ChardevUdpWrapper:
+		return t.withLog(u.Data.Logfile, u.Data.Logappend, func(f *front) (device, error) {
+			return openUDP(ctx, &u.Data, f)
+		})
+	case *types.ChardevMuxWrapper:
+		return t.withLog(u.Data.Logfile, u.Data.Logappend, func(f *front) (device, error) {
+			return t.openMux(&u.Data, f)
 		})
 	case *types.ChardevCommonWrapper:
 		return t.withLog(u.Data.Logfile, u.Data.Logappend, func(f *front) (device, error) {
@@ -314,6 +336,15 @@ func (t *Table) withLog(path *string, appendTo *bool, open func(*front) (device,
 		f.log.Close()
 	}
 	return d, err
+}
+
+func isMux(d device) bool {
+	_, ok := d.(*mux)
+	return ok
+}
+
+func inUse(id string) error {
+	return fmt.Errorf("Device '%s' is in use", id) //lint:ignore ST1005 text of a reply
 }
 
 func notFound(id string) error {

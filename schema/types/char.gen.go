@@ -107,6 +107,29 @@ type ChardevRingbuf struct {
 	Size *int64
 }
 
+// ChardevUdp: datagrams as a character device.
+type ChardevUdp struct {
+	// File to write a copy of all output to.
+	Logfile *string
+	// Append to that file instead of emptying it (default false).
+	Logappend *bool
+	// Address that datagrams go to and come from.
+	Remote SocketAddressLegacy
+	// Address that they are sent from (default: any).
+	Local *SocketAddressLegacy
+}
+
+// ChardevMux: several users of one character device, of which one at a time gets the input; Ctrl-A C
+// gives it to the next.
+type ChardevMux struct {
+	// File to write a copy of all output to.
+	Logfile *string
+	// Append to that file instead of emptying it (default false).
+	Logappend *bool
+	// The device they share.
+	Chardev string
+}
+
 // ChardevBackendKind: kinds of character devices.
 type ChardevBackendKind string
 
@@ -114,29 +137,44 @@ type ChardevBackendKind string
 const (
 	// Files.
 	ChardevBackendKindFile ChardevBackendKind = "file"
+	// A serial line or other terminal of the host.
+	ChardevBackendKindSerial ChardevBackendKind = "serial"
+	// A parallel port of the host.
+	ChardevBackendKindParallel ChardevBackendKind = "parallel"
 	// A pair of named pipes.
 	ChardevBackendKindPipe ChardevBackendKind = "pipe"
 	// A stream socket.
 	ChardevBackendKindSocket ChardevBackendKind = "socket"
+	// Datagrams (since 1.5).
+	ChardevBackendKindUdp ChardevBackendKind = "udp"
 	// A pseudo terminal.
 	ChardevBackendKindPty ChardevBackendKind = "pty"
 	// Swallows all, gives nothing.
 	ChardevBackendKindNull ChardevBackendKind = "null"
+	// A device shared by several users (since 1.5).
+	ChardevBackendKindMux ChardevBackendKind = "mux"
 	// Standard input and output.
 	ChardevBackendKindStdio ChardevBackendKind = "stdio"
 	// A ring buffer in memory.
 	ChardevBackendKindRingbuf ChardevBackendKind = "ringbuf"
+	// Another name of @ringbuf (since 1.5).
+	ChardevBackendKindMemory ChardevBackendKind = "memory"
 )
 
 // ChardevBackendKindValues lists the values of ChardevBackendKind in the order of the schema.
 var ChardevBackendKindValues = []ChardevBackendKind{
 	ChardevBackendKindFile,
+	ChardevBackendKindSerial,
+	ChardevBackendKindParallel,
 	ChardevBackendKindPipe,
 	ChardevBackendKindSocket,
+	ChardevBackendKindUdp,
 	ChardevBackendKindPty,
 	ChardevBackendKindNull,
+	ChardevBackendKindMux,
 	ChardevBackendKindStdio,
 	ChardevBackendKindRingbuf,
+	ChardevBackendKindMemory,
 }
 
 // ChardevFileWrapper: part of the schema's structure.
@@ -155,6 +193,18 @@ type ChardevHostdevWrapper struct {
 type ChardevSocketWrapper struct {
 	// The particulars.
 	Data ChardevSocket
+}
+
+// ChardevUdpWrapper: part of the schema's structure.
+type ChardevUdpWrapper struct {
+	// The particulars.
+	Data ChardevUdp
+}
+
+// ChardevMuxWrapper: part of the schema's structure.
+type ChardevMuxWrapper struct {
+	// The particulars.
+	Data ChardevMux
 }
 
 // ChardevCommonWrapper: part of the schema's structure.
@@ -180,9 +230,11 @@ type ChardevBackend struct {
 	// Its kind.
 	Type ChardevBackendKind
 	// U holds the members of the branch that Type selects; nil where the branch has none.
-	// *ChardevFileWrapper for file, *ChardevHostdevWrapper for pipe, *ChardevSocketWrapper for socket,
-	// *ChardevCommonWrapper for pty, *ChardevCommonWrapper for null, *ChardevStdioWrapper for stdio,
-	// *ChardevRingbufWrapper for ringbuf.
+	// *ChardevFileWrapper for file, *ChardevHostdevWrapper for serial, *ChardevHostdevWrapper for
+	// parallel, *ChardevHostdevWrapper for pipe, *ChardevSocketWrapper for socket, *ChardevUdpWrapper for
+	// udp, *ChardevCommonWrapper for pty, *ChardevCommonWrapper for null, *ChardevMuxWrapper for mux,
+	// *ChardevStdioWrapper for stdio, *ChardevRingbufWrapper for ringbuf, *ChardevRingbufWrapper for
+	// memory.
 	U any
 }
 

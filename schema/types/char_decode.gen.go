@@ -104,6 +104,37 @@ func membersChardevRingbuf(d *decoder, x *ChardevRingbuf) bool {
 		opt(d, "size", &x.Size, visitInt64)
 }
 
+// DecodeChardevUdp decodes v; faults are worded as the reference does (*ArgError).
+func DecodeChardevUdp(v value.Value, m Mode) (*ChardevUdp, error) {
+	return decode(v, m, visitChardevUdp)
+}
+
+func visitChardevUdp(d *decoder, name string, x *ChardevUdp) bool {
+	return object(d, name, x, membersChardevUdp)
+}
+
+func membersChardevUdp(d *decoder, x *ChardevUdp) bool {
+	return opt(d, "logfile", &x.Logfile, visitStr) &&
+		opt(d, "logappend", &x.Logappend, visitBool) &&
+		visitSocketAddressLegacy(d, "remote", &x.Remote) &&
+		opt(d, "local", &x.Local, visitSocketAddressLegacy)
+}
+
+// DecodeChardevMux decodes v; faults are worded as the reference does (*ArgError).
+func DecodeChardevMux(v value.Value, m Mode) (*ChardevMux, error) {
+	return decode(v, m, visitChardevMux)
+}
+
+func visitChardevMux(d *decoder, name string, x *ChardevMux) bool {
+	return object(d, name, x, membersChardevMux)
+}
+
+func membersChardevMux(d *decoder, x *ChardevMux) bool {
+	return opt(d, "logfile", &x.Logfile, visitStr) &&
+		opt(d, "logappend", &x.Logappend, visitBool) &&
+		visitStr(d, "chardev", &x.Chardev)
+}
+
 func visitChardevBackendKind(d *decoder, name string, x *ChardevBackendKind) bool {
 	return enum(d, name, x, ChardevBackendKindValues)
 }
@@ -145,6 +176,32 @@ func visitChardevSocketWrapper(d *decoder, name string, x *ChardevSocketWrapper)
 
 func membersChardevSocketWrapper(d *decoder, x *ChardevSocketWrapper) bool {
 	return visitChardevSocket(d, "data", &x.Data)
+}
+
+// DecodeChardevUdpWrapper decodes v; faults are worded as the reference does (*ArgError).
+func DecodeChardevUdpWrapper(v value.Value, m Mode) (*ChardevUdpWrapper, error) {
+	return decode(v, m, visitChardevUdpWrapper)
+}
+
+func visitChardevUdpWrapper(d *decoder, name string, x *ChardevUdpWrapper) bool {
+	return object(d, name, x, membersChardevUdpWrapper)
+}
+
+func membersChardevUdpWrapper(d *decoder, x *ChardevUdpWrapper) bool {
+	return visitChardevUdp(d, "data", &x.Data)
+}
+
+// DecodeChardevMuxWrapper decodes v; faults are worded as the reference does (*ArgError).
+func DecodeChardevMuxWrapper(v value.Value, m Mode) (*ChardevMuxWrapper, error) {
+	return decode(v, m, visitChardevMuxWrapper)
+}
+
+func visitChardevMuxWrapper(d *decoder, name string, x *ChardevMuxWrapper) bool {
+	return object(d, name, x, membersChardevMuxWrapper)
+}
+
+func membersChardevMuxWrapper(d *decoder, x *ChardevMuxWrapper) bool {
+	return visitChardevMux(d, "data", &x.Data)
 }
 
 // DecodeChardevCommonWrapper decodes v; faults are worded as the reference does (*ArgError).
@@ -208,11 +265,15 @@ func membersChardevBackend(d *decoder, x *ChardevBackend) bool {
 		u := new(ChardevFileWrapper)
 		x.U = u
 		return membersChardevFileWrapper(d, u)
-	case ChardevBackendKindPipe:
+	case ChardevBackendKindSerial, ChardevBackendKindParallel, ChardevBackendKindPipe:
 		u := new(ChardevHostdevWrapper)
 		x.U = u
 		return membersChardevHostdevWrapper(d, u)
-	case ChardevBackendKindRingbuf:
+	case ChardevBackendKindMux:
+		u := new(ChardevMuxWrapper)
+		x.U = u
+		return membersChardevMuxWrapper(d, u)
+	case ChardevBackendKindRingbuf, ChardevBackendKindMemory:
 		u := new(ChardevRingbufWrapper)
 		x.U = u
 		return membersChardevRingbufWrapper(d, u)
@@ -224,6 +285,10 @@ func membersChardevBackend(d *decoder, x *ChardevBackend) bool {
 		u := new(ChardevStdioWrapper)
 		x.U = u
 		return membersChardevStdioWrapper(d, u)
+	case ChardevBackendKindUdp:
+		u := new(ChardevUdpWrapper)
+		x.U = u
+		return membersChardevUdpWrapper(d, u)
 	}
 	return true
 }

@@ -148,6 +148,40 @@ func (x *ChardevRingbuf) AppendJSON(b []byte) []byte {
 }
 
 // AppendJSON appends x in the reference's form, members in hash order.
+func (x *ChardevUdp) AppendJSON(b []byte) []byte {
+	b = append(b, `{"remote": `...)
+	b = x.Remote.AppendJSON(b)
+	if x.Logappend != nil {
+		b = append(b, `, "logappend": `...)
+		b = appendBool(b, *x.Logappend)
+	}
+	if x.Local != nil {
+		b = append(b, `, "local": `...)
+		b = x.Local.AppendJSON(b)
+	}
+	if x.Logfile != nil {
+		b = append(b, `, "logfile": `...)
+		b = value.AppendString(b, *x.Logfile)
+	}
+	return append(b, '}')
+}
+
+// AppendJSON appends x in the reference's form, members in hash order.
+func (x *ChardevMux) AppendJSON(b []byte) []byte {
+	b = append(b, `{"chardev": `...)
+	b = value.AppendString(b, x.Chardev)
+	if x.Logappend != nil {
+		b = append(b, `, "logappend": `...)
+		b = appendBool(b, *x.Logappend)
+	}
+	if x.Logfile != nil {
+		b = append(b, `, "logfile": `...)
+		b = value.AppendString(b, *x.Logfile)
+	}
+	return append(b, '}')
+}
+
+// AppendJSON appends x in the reference's form, members in hash order.
 func (x *ChardevFileWrapper) AppendJSON(b []byte) []byte {
 	b = append(b, `{"data": `...)
 	b = x.Data.AppendJSON(b)
@@ -163,6 +197,20 @@ func (x *ChardevHostdevWrapper) AppendJSON(b []byte) []byte {
 
 // AppendJSON appends x in the reference's form, members in hash order.
 func (x *ChardevSocketWrapper) AppendJSON(b []byte) []byte {
+	b = append(b, `{"data": `...)
+	b = x.Data.AppendJSON(b)
+	return append(b, '}')
+}
+
+// AppendJSON appends x in the reference's form, members in hash order.
+func (x *ChardevUdpWrapper) AppendJSON(b []byte) []byte {
+	b = append(b, `{"data": `...)
+	b = x.Data.AppendJSON(b)
+	return append(b, '}')
+}
+
+// AppendJSON appends x in the reference's form, members in hash order.
+func (x *ChardevMuxWrapper) AppendJSON(b []byte) []byte {
 	b = append(b, `{"data": `...)
 	b = x.Data.AppendJSON(b)
 	return append(b, '}')
@@ -210,7 +258,19 @@ func (x *ChardevBackend) AppendJSON(b []byte) []byte {
 		b = append(b, `, "data": `...)
 		b = u.Data.AppendJSON(b)
 		return append(b, '}')
+	case *ChardevUdpWrapper:
+		b = append(b, `{"type": `...)
+		b = appendEnum(b, x.Type)
+		b = append(b, `, "data": `...)
+		b = u.Data.AppendJSON(b)
+		return append(b, '}')
 	case *ChardevCommonWrapper:
+		b = append(b, `{"type": `...)
+		b = appendEnum(b, x.Type)
+		b = append(b, `, "data": `...)
+		b = u.Data.AppendJSON(b)
+		return append(b, '}')
+	case *ChardevMuxWrapper:
 		b = append(b, `{"type": `...)
 		b = appendEnum(b, x.Type)
 		b = append(b, `, "data": `...)
