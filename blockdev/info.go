@@ -21,6 +21,8 @@ type nodeInfo struct {
 	image [2][]byte
 }
 
+func (i *nodeInfo) devSize() int { return len(i.dev[0]) + len(i.dev[1]) + len(i.dev[2]) }
+
 // infoKey is all that a nodeInfo depends on. The sizes and so on are there too because requests
 // change them on the way, and a query must not show what is long past.
 type infoKey struct {

@@ -1,6 +1,7 @@
 package blockdev
 
 import (
+	"slices"
 	"strconv"
 
 	"qblockd/graph"
@@ -15,6 +16,7 @@ type view struct {
 	actual int64
 	below  *view // of its backing-image, nil if it has none
 	depth  int   // number of images below
+	size   int   // of the encoded image with those below, at most
 }
 
 // chainChild is the edge that "backing-image" follows: the filtered child of a filter, else the backing file.
@@ -33,7 +35,7 @@ func (m *Manager) views(nodes []*graph.Node, deep bool) []view {
 		at = make(map[*graph.Node]*view, len(nodes))
 	}
 	for i, n := range nodes {
-		vs[i] = view{node: n, info: m.info(n), actual: m.actualSize(n)}
+		vs[i] = m.view(n)
 		if deep {
 			at[n] = &vs[i]
 		}
@@ -46,7 +48,13 @@ func (m *Manager) views(nodes []*graph.Node, deep bool) []view {
 	return vs
 }
 
-// linkBelow fills in below and depth of v and of the chain under it.
+func (m *Manager) view(n *graph.Node) view {
+	info := m.info(n)
+	const extra = 64 // {, "backing-image": , and the allocated size
+	return view{node: n, info: info, actual: m.actualSize(n), size: len(info.image[0]) + len(info.image[1]) + extra}
+}
+
+// linkBelow fills in what v, and the chain under it, know of what is below them.
 func (m *Manager) linkBelow(v *view, at map[*graph.Node]*view) {
 	var chain []*view
 	for v.below == nil {
@@ -56,15 +64,16 @@ func (m *Manager) linkBelow(v *view, at map[*graph.Node]*view) {
 		}
 		next := at[e.Node()]
 		if next == nil { // published since the list was taken
-			next = &view{node: e.Node(), info: m.info(e.Node()), actual: m.actualSize(e.Node())}
-			at[e.Node()] = next
+			v := m.view(e.Node())
+			next, at[e.Node()] = &v, &v
 		}
 		v.below = next
 		chain = append(chain, v)
 		v = next
 	}
-	for i := len(chain) - 1; i >= 0; i-- {
-		chain[i].depth = chain[i].below.depth + 1
+	for _, x := range slices.Backward(chain) {
+		x.depth = x.below.depth + 1
+		x.size += x.below.size
 	}
 }
 
@@ -95,7 +104,11 @@ func (m *Manager) AppendNamedNodes(b []byte, flat bool) []byte {
 	nodes := m.g.Nodes()
 	m.refreshActual(nodes)
 	vs := m.views(nodes, !flat)
-	b = append(b, '[')
+	size := 2
+	for i := range vs {
+		size += vs[i].size + vs[i].info.devSize() + 32
+	}
+	b = append(slices.Grow(b, size), '[')
 	for i := range vs {
 		if i > 0 {
 			b = append(b, ", "...)
