@@ -37,18 +37,21 @@ const sector = 512
 type Options struct {
 	// SocketMode is the mode of socket files; 0: 0600.
 	SocketMode os.FileMode
+	// Iothread finds an iothread object, nil if there is none of that id; nil: there are none at all.
+	Iothread func(id string) Workers
 	// Log takes what happened to connections; nil: nothing is logged.
 	Log *slog.Logger
 }
 
 // Table is all exports of a graph and the NBD server. All methods may be called from any goroutine.
 //
-// Lock order: Table.mu is a leaf but for the locks of package nbd; no call of package graph is made under it.
+// Lock order: homes.mu first. Table.mu is a leaf but for the locks of package nbd; no call of package graph is made under it.
 type Table struct {
 	g    *graph.Graph
 	opts Options
 
 	gaveBack atomic.Int64 // when giveBack ran last
+	homes    homes
 
 	mu     sync.Mutex
 	list   []*entry        // +checklocks:mu  oldest first
@@ -65,6 +68,9 @@ type entry struct {
 	cancel context.CancelFunc // of the root's context: requests that wait for others give up
 	nbd    *nbd.Export
 	server *nbd.Server // of nbd
+	// workers serve the requests that have to wait; it points to nil for no group.
+	workers atomic.Pointer[Workers]
+	fixed   bool // the node must not be moved into another iothread
 
 	closing bool          // guarded by Table.mu
 	gone    chan struct{} // closed when the export is off the list and its event was sent
@@ -106,17 +112,13 @@ func (t *Table) Add(ctx context.Context, o *types.BlockExportOptions) error {
 		return err
 	}
 	e, err := t.make(ctx, o)
-	t.mu.Lock()
 	if err != nil {
+		t.mu.Lock()
 		delete(t.taken, o.ID)
 		t.mu.Unlock()
 		return err
 	}
-	stopped := t.server != e.server
-	e.closing = stopped
-	t.list = append(t.list, e)
-	t.mu.Unlock()
-	if stopped {
+	if e.closing {
 		// Whoever stopped the server did not see it.
 		e.shutdown()
 		t.finish(e)
@@ -135,7 +137,7 @@ func (t *Table) reserve(id string) error {
 	return nil
 }
 
-// make makes what o describes, off the list.
+// make makes what o describes and puts it on the list; closing if the server was stopped meanwhile.
 func (t *Table) make(ctx context.Context, o *types.BlockExportOptions) (*entry, error) {
 	n := t.g.Node(o.NodeName)
 	if n == nil {
@@ -145,8 +147,9 @@ func (t *Table) make(ctx context.Context, o *types.BlockExportOptions) (*entry, 
 	if writable && n.ReadOnly() {
 		return nil, errors.New("Cannot export read-only node as writable")
 	}
-	if o.Iothread != nil {
-		return nil, fmt.Errorf("iothread \"%s\" not found", *o.Iothread)
+	workers, err := t.asked(o)
+	if err != nil {
+		return nil, err
 	}
 	b, ok := o.U.(*types.BlockExportOptionsNbd)
 	if !ok {
@@ -171,19 +174,38 @@ func (t *Table) make(ctx context.Context, o *types.BlockExportOptions) (*entry, 
 	if err := server.CheckName(&spec); err != nil {
 		return nil, err
 	}
-	e := &entry{id: o.ID, server: server, gone: make(chan struct{})}
+	e := &entry{id: o.ID, server: server, gone: make(chan struct{}), fixed: isSet(o.FixedIothread)}
 	if err := t.attach(ctx, e, n, writable); err != nil {
 		return nil, err
 	}
 	spec.Device = device{e.root}
 	spec.Size = blk.AlignDown(e.root.Size(), sector)
-	var err error
-	if e.nbd, err = server.Add(spec); err != nil {
+	spec.Workers = e.currentWorkers
+	if err := t.serve(e, spec, workers); err != nil {
 		e.cancel()
 		t.g.CloseRoot(context.Background(), e.root)
 		return nil, err
 	}
 	return e, nil
+}
+
+// serve lets clients use e and puts it on the list.
+func (t *Table) serve(e *entry, spec nbd.Spec, w Workers) error {
+	t.homes.mu.Lock()
+	defer t.homes.mu.Unlock()
+	undo, err := t.place(e, w)
+	if err != nil {
+		return err
+	}
+	if e.nbd, err = e.server.Add(spec); err != nil {
+		undo()
+		return err
+	}
+	t.mu.Lock()
+	defer t.mu.Unlock()
+	e.closing = t.server != e.server
+	t.list = append(t.list, e)
+	return nil
 }
 
 // attach makes the root of e on n. An export shares everything but resize: its size is a promise to its

@@ -7,6 +7,7 @@ import (
 
 	"qblockd/blockdev/export/nbd"
 	"qblockd/graph"
+	"qblockd/schema/types"
 )
 
 // Workers is a bounded group of workers that serves exports (an iothread object).
@@ -30,6 +31,17 @@ func (t *Table) lookup(id string) Workers {
 		return nil
 	}
 	return t.opts.Iothread(id)
+}
+
+// asked is the group that block-export-add names, or nil.
+func (t *Table) asked(o *types.BlockExportOptions) (w Workers, err error) {
+	if o.Iothread == nil {
+		return nil, nil
+	}
+	if w = t.lookup(*o.Iothread); w == nil {
+		return nil, fmt.Errorf("iothread \"%s\" not found", *o.Iothread)
+	}
+	return w, nil
 }
 
 // SetIothread moves n and all nodes it is connected to into the iothread of that id, or out of all for nil. Their exports
@@ -136,21 +148,19 @@ func connected(n *graph.Node, more func(*graph.Node) bool) map[*graph.Node]bool 
 	return seen
 }
 
-// place moves the node of a new export into the iothread that was asked for, if any. Unless fixed, the export goes where
-// the node is if that cannot be changed.
+// place moves the node of a new export into the group that was asked for, if any, and takes the export there. Unless fixed,
+// the export goes where the node is if that cannot be changed. undo takes it back.
 // +checklocks:t.homes.mu
-func (t *Table) place(e *entry, n *graph.Node, iothread *string) error {
-	if iothread != nil {
-		w := t.lookup(*iothread)
-		if w == nil {
-			return fmt.Errorf("iothread \"%s\" not found", *iothread)
-		}
+func (t *Table) place(e *entry, w Workers) (undo func(), err error) {
+	n := e.root.Node()
+	before := t.homes.find(n)
+	if w != nil {
 		if err := t.assign(n, w); err != nil && e.fixed {
-			return err
+			return nil, err
 		}
 	}
 	e.setWorkers(t.homes.find(n))
-	return nil
+	return func() { t.assign(n, before) }, nil
 }
 
 // setWorkers makes w serve e from the next request on.

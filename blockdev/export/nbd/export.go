@@ -1,6 +1,7 @@
 package nbd
 
 import (
+	"context"
 	"errors"
 	"fmt"
 	"sync"
@@ -21,6 +22,17 @@ type Spec struct {
 	// AllocationDepth offers the context qemu:allocation-depth.
 	AllocationDepth bool
 	Device          Device
+	// Workers is the group that serves requests which have to wait, asked for each of them; nil, as its result,
+	// means that there is no bound but that of each connection.
+	Workers func() Workers
+}
+
+// Workers is a bounded group of workers that exports share.
+type Workers interface {
+	// Enter waits for a free worker, no longer than ctx.
+	Enter(ctx context.Context) error
+	// Leave gives it back.
+	Leave()
 }
 
 // Export is a device that clients can ask for by name.

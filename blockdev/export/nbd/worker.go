@@ -125,12 +125,12 @@ func (c *conn) work(j *job) {
 // serve performs j in one unit of work and makes its reply.
 func (c *conn) serve(j *job) *reply {
 	q := &j.q
-	r, err := c.dev.Begin(c.ctx)
+	r, w, err := c.begin()
 	if err != nil {
 		blk.PutBuf(j.buf)
 		return c.failure(q, wire.Errno(err), "request was not started")
 	}
-	defer c.dev.End(r)
+	defer c.end(r, w)
 	msg := msgWrite
 	switch q.Cmd {
 	case wire.CmdRead:
@@ -151,6 +151,40 @@ func (c *conn) serve(j *job) *reply {
 	p := newReply()
 	p.head = wire.AppendSimple(p.head, q.Cookie, 0)
 	return p
+}
+
+// begin waits for a worker of the export's group and for the gate, and enters both. Nobody waits for one of them
+// while holding the other: a drained device does not take the workers of others.
+func (c *conn) begin() (*blk.Req, Workers, error) {
+	for {
+		var w Workers
+		if f := c.exp.spec.Workers; f != nil {
+			w = f()
+		}
+		if w == nil {
+			r, err := c.dev.Begin(c.ctx)
+			return r, nil, err
+		}
+		if err := w.Enter(c.ctx); err != nil {
+			return nil, nil, err
+		}
+		if r := c.dev.TryBegin(); r != nil {
+			return r, w, nil
+		}
+		w.Leave()
+		r, err := c.dev.Begin(c.ctx)
+		if err != nil {
+			return nil, nil, err
+		}
+		c.dev.End(r) // the gate is open again
+	}
+}
+
+func (c *conn) end(r *blk.Req, w Workers) {
+	c.dev.End(r)
+	if w != nil {
+		w.Leave()
+	}
 }
 
 func (c *conn) failure(q *wire.Request, errno uint32, msg string) *reply {

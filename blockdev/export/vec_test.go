@@ -1,0 +1,5 @@
+package export
+
+import "qblockd/graph/blk"
+
+func vec(s string) blk.Vec { return blk.Buf([]byte(s)) }
