@@ -30,8 +30,9 @@ type commit struct {
 //
 //	plan -> reserve -> (plan again) -> checks -> drain -> prepare -> record -> install -> undrain -> release -> close
 func (tx *Tx) Commit() error {
-	if tx.over {
-		return errTxOver
+	if err := tx.usable(); err != nil {
+		tx.Abort()
+		return err
 	}
 	tx.over = true
 	for r := range tx.quiet {

@@ -251,8 +251,8 @@ func TestReplaceUnderLoad(t *testing.T) {
 			}
 		})
 	}
-	const rounds = 50
-	for range rounds {
+	rounds := int64(0)
+	for ; rounds < 50 || units.Load() < 100; rounds++ {
 		tx := g.Begin(context.Background())
 		top, err := tx.NewNode(&Options{Name: "top", Kind: Filter})
 		if err != nil {

@@ -86,7 +86,10 @@ func (d *overDriver) below() *Edge {
 	if e := d.n.File(); e != nil {
 		return e
 	}
-	return d.n.Backing()
+	if e := d.n.Backing(); e != nil {
+		return e
+	}
+	panic(fmt.Sprintf("a request in node %s (state %d, quiesce %d, owned %v) without children", d.n.name, d.n.state, d.n.quiesce, d.n.owned))
 }
 func (d *overDriver) Caps() Caps  { return Caps{Backing: true} }
 func (d *overDriver) Size() int64 { return d.below().Node().Size() }
@@ -503,7 +506,12 @@ func TestCycle(t *testing.T) {
 	defer tx.Abort()
 	_, err := tx.Attach(a, "backing", perm.COW, b)
 	wantErr(t, err, "Making 'b' a backing child of 'a' would create a cycle")
+	wantErr(t, tx.Commit(), "Making 'b' a backing child of 'a' would create a cycle")
+	tx = g.Begin(context.Background())
 	wantErr(t, tx.Replace(a.File(), b), "Making 'b' a file child of 'a' would create a cycle")
+	tx.Abort()
+	tx = g.Begin(context.Background())
+	defer tx.Abort()
 	if err := tx.Detach(b.Backing()); err != nil {
 		t.Fatal(err)
 	}
@@ -586,7 +594,10 @@ func TestFreeze(t *testing.T) {
 	tx := g.Begin(context.Background())
 	defer tx.Abort()
 	wantErr(t, tx.Detach(top.Backing()), "Cannot change frozen 'backing' link from 'top' to 'mid'")
+	tx = g.Begin(context.Background())
 	wantErr(t, tx.ReplaceNode(mid, base), "Cannot change 'backing' link to 'mid'")
+	tx = g.Begin(context.Background())
+	defer tx.Abort()
 	unfreeze()
 	unfreeze()
 	if err := errors.Join(tx.ReplaceNode(mid, base), tx.Commit()); err != nil {

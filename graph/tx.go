@@ -10,9 +10,9 @@ import (
 )
 
 // Tx collects changes to the graph and makes them all or none. Its methods see the graph
-// as the Tx would leave it. An action that fails leaves no trace in the Tx, which goes on. It is used
-// by one goroutine; after Commit or Abort it is over (Abort after Commit does nothing, so
-// it can be deferred). Nothing is reserved before Commit but names.
+// as the Tx would leave it. Once an action has failed, those after it and Commit fail with
+// its error. A Tx is used by one goroutine; after Commit or Abort it is over (Abort after
+// Commit does nothing, so it can be deferred). Nothing is reserved before Commit but names.
 type Tx struct {
 	g   *Graph
 	ctx context.Context
@@ -27,6 +27,7 @@ type Tx struct {
 	last   []Participant
 	record func() error
 	quiet  map[*Root]bool
+	err    error // of the action that failed
 	over   bool
 }
 
@@ -55,24 +56,31 @@ func (tx *Tx) Context() context.Context { return tx.ctx }
 
 // do applies an action to the draft and keeps it for replay.
 func (tx *Tx) do(op func(d *txDraft) error) error {
-	if tx.over {
-		return errTxOver
+	if err := tx.usable(); err != nil {
+		return err
 	}
 	tx.g.mu.RLock()
 	defer tx.g.mu.RUnlock()
 	if tx.g.closed {
-		return errClosing
+		tx.err = errClosing
+		return tx.err
 	}
-	d, err := tx.draftLocked()
-	if err != nil {
-		return err
+	var d *txDraft
+	if d, tx.err = tx.draftLocked(); tx.err == nil {
+		tx.err = op(d)
 	}
-	if err := op(d); err != nil {
-		tx.draft = nil // op may have done half of its work
-		return err
+	if tx.err == nil {
+		tx.ops = append(tx.ops, op)
 	}
-	tx.ops = append(tx.ops, op)
-	return nil
+	return tx.err
+}
+
+// usable is why the Tx takes no more actions.
+func (tx *Tx) usable() error {
+	if tx.over {
+		return errTxOver
+	}
+	return tx.err
 }
 
 // draftLocked is the draft of all actions so far on the graph as it is now.
@@ -136,8 +144,8 @@ func (tx *Tx) Parents(n *Node) (l []*Edge) {
 // taken name. Its place in Graph.Nodes is that of this call. Errors: Invalid node-name,
 // Node name too long, Duplicate nodes, a name that conflicts with a device id.
 func (tx *Tx) NewNode(o *Options) (*Node, error) {
-	if tx.over {
-		return nil, errTxOver
+	if err := tx.usable(); err != nil {
+		return nil, err
 	}
 	n := &Node{g: tx.g, pins: 1, applied: perm.Unused}
 	n.kids.Store(&noKids)
@@ -150,6 +158,7 @@ func (tx *Tx) NewNode(o *Options) (*Node, error) {
 	}
 	tx.g.mu.Unlock()
 	if err != nil {
+		tx.err = err
 		return nil, err
 	}
 	own := *o
