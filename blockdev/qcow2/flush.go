@@ -13,11 +13,8 @@ func (s *image) Flush(r *blk.Req) error {
 		return blk.ErrWouldBlock
 	}
 	defer s.mu.Unlock()
-	if err := s.usable(); err != nil {
-		return err
-	}
-	if s.readOnly {
-		return nil
+	if s.readOnly || s.dead.Load() {
+		return nil // an image that was given up has nothing to flush
 	}
 	if r.NoWait {
 		return blk.ErrWouldBlock
