@@ -33,7 +33,7 @@ func (d *disk) PermPrepare(ctx context.Context, c perm.Claim) error {
 		<-d.permSlot
 		return unix.EBADF
 	}
-	writable := !d.ro
+	writable := !d.ro || c.Need&writers != 0 // a job may make a read-only node writable for a while
 	if d.auto {
 		writable = c.Need&writers != 0
 	}

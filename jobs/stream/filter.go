@@ -27,7 +27,14 @@ func (f *filterDriver) Caps() graph.Caps {
 	}
 }
 
-func (f *filterDriver) Size() int64  { return f.child().Size() }
+// Size is 0 once the filter was taken out of the graph and waits to be closed.
+func (f *filterDriver) Size() int64 {
+	if c := f.child(); c != nil {
+		return c.Size()
+	}
+	return 0
+}
+
 func (f *filterDriver) Close() error { return nil }
 
 func (f *filterDriver) ReadAt(r *blk.Req, v blk.Vec, off int64, fl blk.Flags) error {
@@ -43,7 +50,6 @@ func (f *filterDriver) Zero(r *blk.Req, off, n int64, fl blk.Flags) error {
 }
 
 func (f *filterDriver) Discard(r *blk.Req, off, n int64) error { return f.child().Discard(r, off, n) }
-func (f *filterDriver) Flush(r *blk.Req) error                 { return f.child().Flush(r) }
 
 func (f *filterDriver) Status(r *blk.Req, off, n int64) (blk.Extent, error) {
 	return blk.Extent{N: n, Raw: true, OffValid: true, MapOff: off, In: f.child()}, nil

@@ -9,9 +9,10 @@ import (
 )
 
 // switcher is a driver that has something to do when its node becomes writable or read-only (qcow2: repairs and
-// header bits). It is called while the node is drained.
+// header bits). Both are called while the node is drained: Prepare before the change, it may refuse; Commit after it.
 type switcher interface {
-	SwitchReadOnly(r *blk.Req, readOnly bool) error
+	PrepareReadOnly(r *blk.Req, readOnly bool) error
+	CommitReadOnly(r *blk.Req, readOnly bool) error
 }
 
 // makeWritable makes a read-only top node, typically one that another node backs on, writable for the time of the
@@ -48,40 +49,60 @@ func (j *job) restoreReadOnly() {
 	}
 }
 
+// setReadOnly changes all nodes or none.
 func (j *job) setReadOnly(ctx context.Context, nodes []*graph.Node, ro bool) error {
 	tx := j.g.Begin(ctx)
 	defer tx.Abort()
+	var changes []*modeChange
 	for _, n := range nodes {
 		if err := tx.SetReadOnly(n, ro); err != nil {
 			return err
 		}
 		if d, ok := n.Driver().(switcher); ok {
-			tx.Drain(n)
-			tx.Join(&modeChange{driver: d, readOnly: ro})
+			c := &modeChange{driver: d, readOnly: ro}
+			changes = append(changes, c)
+			tx.Join(c)
 		}
 	}
-	return tx.Commit()
+	if err := tx.Commit(); err != nil {
+		return err
+	}
+	for _, c := range changes {
+		if c.err != nil {
+			// The driver has stayed read-only; the nodes follow.
+			return c.undo(j, nodes)
+		}
+	}
+	return nil
 }
 
 // modeChange tells a driver within a transaction.
 type modeChange struct {
 	driver   switcher
 	readOnly bool
-	changed  bool
+	err      error
 }
 
 func (c *modeChange) Prepare(ctx context.Context) error {
-	err := c.driver.SwitchReadOnly(&blk.Req{Ctx: ctx}, c.readOnly)
-	c.changed = err == nil
-	return err
+	return c.driver.PrepareReadOnly(&blk.Req{Ctx: ctx}, c.readOnly)
 }
 
-func (c *modeChange) Commit() {}
+func (c *modeChange) Commit() {
+	c.err = c.driver.CommitReadOnly(&blk.Req{Ctx: context.Background()}, c.readOnly)
+}
 
-func (c *modeChange) Abort() {
-	if c.changed {
-		if err := c.driver.SwitchReadOnly(&blk.Req{Ctx: context.Background()}, !c.readOnly); err != nil {
-			slog.Error("cannot undo a change of read-only", "err", err)
+func (c *modeChange) Abort() {}
+
+func (c *modeChange) undo(j *job, nodes []*graph.Node) error {
+	tx := j.g.Begin(context.Background())
+	defer tx.Abort()
+	for _, n := range nodes {
+		if err := tx.SetReadOnly(n, !c.readOnly); err != nil {
+			return err
 		}
 	}
+	if err := tx.Commit(); err != nil {
+		slog.Error("a node cannot be made read-only again", "node", j.Top.Name(), "err", err)
+	}
+	return c.err
 }

@@ -1,0 +1,260 @@
+// Package daemon runs a freshly built qblockd for tests and talks QMP and NBD to it.
+package daemon
+
+import (
+	"bufio"
+	"bytes"
+	"encoding/json"
+	"fmt"
+	"net"
+	"os"
+	"os/exec"
+	"path/filepath"
+	"sync"
+	"syscall"
+	"testing"
+	"time"
+)
+
+var build = sync.OnceValues(func() (string, error) {
+	dir, err := os.MkdirTemp("", "qblockd-test-")
+	if err != nil {
+		return "", err
+	}
+	bin := filepath.Join(dir, "qblockd")
+	if out, err := exec.Command("go", "build", "-o", bin, "qblockd/cmd/qblockd").CombinedOutput(); err != nil {
+		return "", fmt.Errorf("build: %w\n%s", err, out)
+	}
+	return bin, nil
+})
+
+// Binary is the path of a qblockd built from the tree under test.
+func Binary(t testing.TB) string {
+	t.Helper()
+	bin, err := build()
+	if err != nil {
+		t.Fatal(err)
+	}
+	return bin
+}
+
+// Daemon is a running qblockd with a monitor.
+type Daemon struct {
+	Dir    string // its working directory; sockets are here
+	Cmd    *exec.Cmd
+	Stderr bytes.Buffer // to be read after the end
+	done   chan struct{}
+}
+
+// Start runs qblockd in dir with a monitor and an NBD server besides args, and returns when it is up. It is killed
+// at the end of the test if it is still there.
+func Start(t testing.TB, dir string, args ...string) *Daemon {
+	t.Helper()
+	d := &Daemon{Dir: dir, done: make(chan struct{})}
+	all := append([]string{
+		"--pidfile", d.Pidfile(), "--nbd-server", "addr.type=unix,addr.path=" + d.NBDSocket(),
+		"--chardev", "socket,id=mon,server=on,wait=off,path=" + d.QMPSocket(), "--monitor", "mon",
+	}, args...)
+	d.Cmd = exec.Command(Binary(t), all...)
+	d.Cmd.Dir = dir
+	d.Cmd.Stderr = &d.Stderr
+	if err := d.Cmd.Start(); err != nil {
+		t.Fatal(err)
+	}
+	go func() { _ = d.Cmd.Wait(); close(d.done) }()
+	t.Cleanup(func() {
+		select {
+		case <-d.done:
+		default:
+			_ = d.Cmd.Process.Kill()
+			<-d.done
+		}
+		if t.Failed() && d.Stderr.Len() > 0 {
+			t.Logf("qblockd said:\n%s", d.Stderr.String())
+		}
+	})
+	// The pid file is written when everything is up.
+	for end := time.Now().Add(20 * time.Second); ; time.Sleep(2 * time.Millisecond) {
+		if _, err := os.Stat(d.Pidfile()); err == nil {
+			return d
+		}
+		select {
+		case <-d.done:
+			t.Fatalf("qblockd ended: %v\n%s", d.Cmd.ProcessState, d.Stderr.String())
+		default:
+		}
+		if time.Now().After(end) {
+			t.Fatal("qblockd does not come up")
+		}
+	}
+}
+
+// QMPSocket, NBDSocket and Pidfile are the files of the daemon.
+func (d *Daemon) QMPSocket() string { return filepath.Join(d.Dir, "qmp.sock") }
+func (d *Daemon) NBDSocket() string { return filepath.Join(d.Dir, "nbd.sock") }
+func (d *Daemon) Pidfile() string   { return filepath.Join(d.Dir, "pid") }
+
+// URI is the address of an export.
+func (d *Daemon) URI(export string) string {
+	return "nbd+unix:///" + export + "?socket=" + d.NBDSocket()
+}
+
+// Ended waits for the end of the process for at most limit and tells whether it came.
+func (d *Daemon) Ended(limit time.Duration) bool {
+	select {
+	case <-d.done:
+		return true
+	case <-time.After(limit):
+		return false
+	}
+}
+
+// Stop ends the daemon by SIGTERM and requires exit status 0.
+func (d *Daemon) Stop(t testing.TB) {
+	t.Helper()
+	_ = d.Cmd.Process.Signal(syscall.SIGTERM)
+	if !d.Ended(20 * time.Second) {
+		t.Fatal("qblockd does not end")
+	}
+	if code := d.Cmd.ProcessState.ExitCode(); code != 0 {
+		t.Fatalf("qblockd ended with %v\n%s", d.Cmd.ProcessState, d.Stderr.String())
+	}
+}
+
+// QMP is one client of the monitor. It is used by one goroutine.
+type QMP struct {
+	c      net.Conn
+	r      *bufio.Reader
+	Events []Event // received and not yet waited for
+}
+
+// Event is an event as received.
+type Event struct {
+	Name string          `json:"event"`
+	Data json.RawMessage `json:"data"`
+}
+
+// Error is an error reply.
+type Error struct {
+	Class string `json:"class"`
+	Desc  string `json:"desc"`
+}
+
+func (e *Error) Error() string { return e.Class + ": " + e.Desc }
+
+type message struct {
+	Event
+	Return json.RawMessage `json:"return"`
+	Err    *Error          `json:"error"`
+	QMP    json.RawMessage `json:"QMP"`
+}
+
+// Dial connects a further client and negotiates.
+func (d *Daemon) Dial(t testing.TB) *QMP {
+	t.Helper()
+	c, err := net.Dial("unix", d.QMPSocket())
+	if err != nil {
+		t.Fatal(err)
+	}
+	q := &QMP{c: c, r: bufio.NewReaderSize(c, 1<<20)}
+	t.Cleanup(func() { c.Close() })
+	if m, err := q.next(); err != nil || m.QMP == nil {
+		t.Fatalf("greeting: %+v %v", m, err)
+	}
+	if _, err := q.Do("qmp_capabilities", nil); err != nil {
+		t.Fatal(err)
+	}
+	return q
+}
+
+func (q *QMP) next() (m message, err error) {
+	line, err := q.r.ReadBytes('\n')
+	if err != nil {
+		return m, err
+	}
+	return m, json.Unmarshal(line, &m)
+}
+
+// Send writes a command and does not wait for its reply.
+func (q *QMP) Send(command string, args any) error {
+	b, err := json.Marshal(map[string]any{"execute": command, "arguments": args})
+	if args == nil {
+		b, err = json.Marshal(map[string]any{"execute": command})
+	}
+	if err == nil {
+		_, err = q.c.Write(append(b, '\n'))
+	}
+	return err
+}
+
+// Do executes a command; an error reply is an *Error. Events on the way are kept.
+func (q *QMP) Do(command string, args any) (json.RawMessage, error) {
+	if err := q.Send(command, args); err != nil {
+		return nil, err
+	}
+	for {
+		m, err := q.next()
+		switch {
+		case err != nil:
+			return nil, err
+		case m.Name != "":
+			q.Events = append(q.Events, m.Event)
+		case m.Err != nil:
+			return nil, m.Err
+		default:
+			return m.Return, nil
+		}
+	}
+}
+
+// Must is Do for what has to succeed.
+func (q *QMP) Must(t testing.TB, command string, args any) json.RawMessage {
+	t.Helper()
+	r, err := q.Do(command, args)
+	if err != nil {
+		t.Fatalf("%s %v: %v", command, args, err)
+	}
+	return r
+}
+
+// Wait returns the first event of that name whose data contain all of want, from those kept on. It fails the test after
+// a minute.
+func (q *QMP) Wait(t testing.TB, name string, want map[string]any) Event {
+	t.Helper()
+	_ = q.c.SetReadDeadline(time.Now().Add(time.Minute))
+	defer q.c.SetReadDeadline(time.Time{})
+	for i := 0; ; i++ {
+		for i >= len(q.Events) {
+			m, err := q.next()
+			if err != nil {
+				t.Fatalf("waiting for %s %v: %v (have %v)", name, want, err, q.Events)
+			}
+			if m.Name != "" {
+				q.Events = append(q.Events, m.Event)
+			}
+		}
+		e := q.Events[i]
+		var data map[string]any
+		_ = json.Unmarshal(e.Data, &data)
+		hit := e.Name == name
+		for k, v := range want {
+			hit = hit && data[k] == v
+		}
+		if hit {
+			q.Events = q.Events[i+1:]
+			return e
+		}
+	}
+}
+
+// Blockdev makes the arguments of blockdev-add from a driver, a node name and further members.
+func Blockdev(driver, node string, more map[string]any) map[string]any {
+	o := map[string]any{"driver": driver, "node-name": node}
+	for k, v := range more {
+		o[k] = v
+	}
+	return o
+}
+
+// File is the definition of a file node without a name.
+func File(path string) map[string]any { return map[string]any{"driver": "file", "filename": path} }
