@@ -206,6 +206,9 @@ func (d *drain) waitHooks(ctx context.Context, quiet map[*Root]bool) error {
 
 func (d *drain) hooksQuiet(quiet map[*Root]bool) bool {
 	for _, r := range d.hooked {
+		if r.gate.Load()&gateClosed == 0 {
+			continue // moved away from what is drained
+		}
 		if h := r.hooks.Load(); !quiet[r] && r.inTx.Load() == 0 && h.Quiet != nil && !h.Quiet() {
 			return false
 		}

@@ -386,3 +386,34 @@ func benchAdd(b *testing.B, present int) {
 
 func BenchmarkAddDel10(b *testing.B)    { benchAdd(b, 10) }
 func BenchmarkAddDel10000(b *testing.B) { benchAdd(b, 10000) }
+
+// TestMovedAway: a root that another Tx moves away from a node being drained is not waited for any more.
+func TestMovedAway(t *testing.T) {
+	g := newTestGraph(t)
+	n, m := addMem(t, g, "n"), addMem(t, g, "m")
+	f := add(t, g, Options{Name: "f", Kind: Filter}, over, child{"file", perm.Filtered | perm.Primary, n})
+	r := addRoot(t, g, f, readAll)
+	r.SetHooks(RootHooks{Quiet: func() bool { return !r.Drained() || r.InFlight() == 0 }})
+	g.mu.Lock()
+	d := g.beginDrainLocked([]*Node{n}, nil)
+	g.mu.Unlock()
+	if r.TryBegin() != nil {
+		t.Fatal("the gate is open")
+	}
+	tx := g.Begin(context.Background())
+	defer tx.Abort()
+	if err := errors.Join(tx.Replace(f.File(), m), tx.Commit()); err != nil {
+		t.Fatal(err)
+	}
+	q := r.TryBegin()
+	if q == nil {
+		t.Fatal("the gate stays closed")
+	}
+	ctx, cancel := context.WithTimeout(context.Background(), 5*time.Second)
+	defer cancel()
+	if err := d.wait(ctx, nil); err != nil {
+		t.Error("the drain waits for it:", err)
+	}
+	d.end()
+	r.End(q)
+}

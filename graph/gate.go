@@ -84,11 +84,13 @@ func (r *Root) waitOpen() (<-chan struct{}, error) {
 	return r.openCh, nil
 }
 
-// waitIdle is closed when no unit is in flight; nil if that is so already. The gate must be closed.
+// waitIdle is closed when no unit is in flight or the gate opens; nil if one is so already.
+// The gate of a root that is being waited for opens when another transaction moves it away
+// from what is drained; its units were over then, and later ones go elsewhere.
 func (r *Root) waitIdle() <-chan struct{} {
 	r.wait.Lock()
 	defer r.wait.Unlock()
-	if r.gate.Load() == gateClosed {
+	if s := r.gate.Load(); s == gateClosed || s&gateClosed == 0 {
 		return nil
 	}
 	if r.idleCh == nil {
@@ -105,6 +107,10 @@ func (r *Root) openGate() {
 	r.wait.Lock()
 	if !r.gone {
 		r.gate.And(^gateClosed)
+		if r.idleCh != nil {
+			close(r.idleCh)
+			r.idleCh = nil
+		}
 	}
 	if r.openCh != nil {
 		close(r.openCh)
