@@ -24,8 +24,13 @@ func (e *Edge) Map(r *blk.Req, off, size int64, m *blk.Mapping) error {
 		}
 		in = max(end-off, 0)
 	}
-	if s.track.reads.Load() != 0 {
+	if s.track.reads.Load() != 0 || off&(s.align-1) != 0 {
 		return nil
+	}
+	if in == size {
+		// A descriptor that wants whole blocks (O_DIRECT) wants them from whoever reads the mapping, too.
+		size = blk.AlignDown(size, s.align)
+		in = size
 	}
 	before := m.N()
 	if in > 0 {

@@ -503,13 +503,16 @@ func testMap(t *testing.T, x *rig) {
 		}
 		pos := off
 		for _, h := range m.Ranges {
-			b := make([]byte, h.N)
+			buf := blk.GetBuf(int(h.N), 4096) // the file may be open with O_DIRECT
+			b := buf.B
+			clear(b)
 			if h.FD >= 0 {
 				if k, err := syscall.Pread(h.FD, b, h.Off); err != nil || int64(k) < h.N {
 					t.Fatalf("reading a mapping: %d of %d bytes, %v", k, h.N, err)
 				}
 			}
 			x.same(t, "mapping", pos, b, want[pos:pos+h.N])
+			blk.PutBuf(buf)
 			pos += h.N
 		}
 		mapped += m.N()
