@@ -253,3 +253,5 @@ func eventually(t testing.TB, what string, f func() bool) {
 		}
 	}
 }
+
+var noDeadline time.Time

@@ -62,6 +62,8 @@ type conn struct {
 	ctx    context.Context
 	cancel context.CancelFunc
 	killed atomic.Bool
+	// dead: killed, or no reply can be sent any more. Requests that were not begun are dropped.
+	dead atomic.Bool
 
 	sendMu sync.Mutex
 	vec    net.Buffers    // +checklocks:sendMu  scratch of drainLocked
@@ -107,6 +109,7 @@ func (c *conn) kill() {
 	if c.killed.Swap(true) {
 		return
 	}
+	c.dead.Store(true)
 	c.cancel()
 	c.raw.Control(func(fd uintptr) { unix.Shutdown(int(fd), unix.SHUT_RDWR) })
 }
@@ -191,6 +194,9 @@ func (c *conn) transmission() error {
 			if err := c.fill(wire.RequestSize); err != nil {
 				return err
 			}
+		}
+		if c.dead.Load() {
+			return net.ErrClosed
 		}
 		b := c.in[c.r : c.r+wire.RequestSize]
 		c.r += wire.RequestSize

@@ -36,6 +36,7 @@ func (c *conn) writeLocked(b []byte) error {
 // +checklocks:c.sendMu
 func (c *conn) breakLocked(err error) {
 	c.failed = err
+	c.dead.Store(true)
 	// The reader may be waiting for requests of a client that will get no replies.
 	c.raw.Control(func(fd uintptr) { unix.Shutdown(int(fd), unix.SHUT_RDWR) })
 	c.cancel()
