@@ -7,6 +7,8 @@
 package object
 
 import (
+	"container/list"
+	"context"
 	"errors"
 	"fmt"
 	"slices"
@@ -47,7 +49,7 @@ var errID = &hintError{"Parameter 'id' expects an identifier",
 // Add makes an object (object-add).
 func (r *Registry) Add(o *types.ObjectOptions) error {
 	p, _ := o.U.(*types.IothreadProperties)
-	g := &Group{id: o.ID, max: defaultMax}
+	g := &Group{id: o.ID, max: defaultMax, waiting: list.New()}
 	if p != nil && p.ThreadPoolMax != nil {
 		if err := checkMax(*p.ThreadPoolMax); err != nil {
 			return err
@@ -62,7 +64,6 @@ func (r *Registry) Add(o *types.ObjectOptions) error {
 	if r.findLocked(o.ID) != nil {
 		return fmt.Errorf("attempt to add duplicate property '%s' to object (type 'container')", o.ID)
 	}
-	g.cond = sync.NewCond(&g.mu)
 	r.groups = append(r.groups, g)
 	return nil
 }
@@ -116,23 +117,41 @@ const defaultMax = 64
 type Group struct {
 	id string
 
-	mu   sync.Mutex
-	cond *sync.Cond
-	max  int64 // at least 1
-	busy int64
+	mu      sync.Mutex
+	max     int64      // +checklocks:mu  at least 1
+	busy    int64      // +checklocks:mu
+	waiting *list.List // +checklocks:mu  of chan struct{}, closed when a worker was given; first come, first served
 }
 
 // ID is the object's id.
 func (g *Group) ID() string { return g.id }
 
-// Enter waits for a free worker. It is called holding no gate pass and no lock.
-func (g *Group) Enter() {
+// Enter waits for a free worker, no longer than ctx. It is called holding no gate pass and no lock.
+func (g *Group) Enter(ctx context.Context) error {
+	g.mu.Lock()
+	if g.busy < g.max {
+		g.busy++
+		g.mu.Unlock()
+		return nil
+	}
+	given := make(chan struct{})
+	place := g.waiting.PushBack(given)
+	g.mu.Unlock()
+	select {
+	case <-given:
+		return nil
+	case <-ctx.Done():
+	}
 	g.mu.Lock()
 	defer g.mu.Unlock()
-	for g.busy >= g.max {
-		g.cond.Wait()
+	select {
+	case <-given: // just now
+		g.busy--
+		g.giveLocked()
+	default:
+		g.waiting.Remove(place)
 	}
-	g.busy++
+	return ctx.Err()
 }
 
 // Leave gives the worker back.
@@ -140,7 +159,17 @@ func (g *Group) Leave() {
 	g.mu.Lock()
 	defer g.mu.Unlock()
 	g.busy--
-	g.cond.Signal()
+	g.giveLocked()
+}
+
+// giveLocked gives free workers to those who wait.
+// +checklocks:g.mu
+func (g *Group) giveLocked() {
+	for g.busy < g.max && g.waiting.Len() > 0 {
+		first := g.waiting.Front()
+		g.busy++
+		close(g.waiting.Remove(first).(chan struct{}))
+	}
 }
 
 // Max is the bound.
@@ -171,6 +200,6 @@ func (g *Group) setMax(v value.Value) error {
 	g.mu.Lock()
 	defer g.mu.Unlock()
 	g.max = n
-	g.cond.Broadcast()
+	g.giveLocked()
 	return nil
 }

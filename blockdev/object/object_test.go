@@ -1,6 +1,8 @@
 package object
 
 import (
+	"context"
+	"runtime"
 	"sync"
 	"sync/atomic"
 	"testing"
@@ -71,7 +73,10 @@ func TestGroupBounds(t *testing.T) {
 	var wg sync.WaitGroup
 	for range 50 {
 		wg.Go(func() {
-			g.Enter()
+			if err := g.Enter(context.Background()); err != nil {
+				t.Error(err)
+				return
+			}
 			defer g.Leave()
 			n := now.Add(1)
 			for {
@@ -86,5 +91,50 @@ func TestGroupBounds(t *testing.T) {
 	wg.Wait()
 	if most.Load() > 3 {
 		t.Errorf("%d at once", most.Load())
+	}
+}
+
+// TestGroupWaits: waiting ends with the context, in the order of coming, and when the bound is raised.
+func TestGroupWaits(t *testing.T) {
+	r := NewRegistry(nil)
+	if err := add(r, "g", 1); err != nil {
+		t.Fatal(err)
+	}
+	g := r.Group("g")
+	if err := g.Enter(context.Background()); err != nil {
+		t.Fatal(err)
+	}
+	gone, cancel := context.WithCancel(context.Background())
+	waiters := func() int {
+		g.mu.Lock()
+		defer g.mu.Unlock()
+		return g.waiting.Len()
+	}
+	first, second := make(chan error, 1), make(chan error, 1)
+	go func() { first <- g.Enter(gone) }()
+	for waiters() != 1 {
+		runtime.Gosched()
+	}
+	go func() { second <- g.Enter(context.Background()) }()
+	for waiters() != 2 {
+		runtime.Gosched()
+	}
+	cancel()
+	if err := <-first; err != context.Canceled {
+		t.Errorf("cancelled: %v", err)
+	}
+	if err := r.Set("/objects/g", "thread-pool-max", int64(2)); err != nil {
+		t.Fatal(err)
+	}
+	if err := <-second; err != nil {
+		t.Error(err)
+	}
+	g.Leave()
+	g.Leave()
+	if g.busy != 0 || waiters() != 0 {
+		t.Errorf("%d busy, %d waiting", g.busy, waiters())
+	}
+	if n := testing.AllocsPerRun(100, func() { g.Enter(gone); g.Leave() }); n != 0 {
+		t.Errorf("%v allocations without waiting", n)
 	}
 }

@@ -71,7 +71,9 @@ func newDaemon(socketMode fs.FileMode) *daemon {
 	d.graph = graph.New(d.bus)
 	d.nodes = blockdev.New(d.graph, blockdev.Config{})
 	d.jobs = jobs.NewManager(d.bus, nil)
-	d.exports = export.New(d.graph, export.Options{SocketMode: socketMode, Log: slog.Default()})
+	d.exports = export.New(d.graph, export.Options{
+		SocketMode: socketMode, Iothread: d.iothread, Log: slog.Default(),
+	})
 	d.chardevs = chardev.NewTable(chardev.Options{SocketMode: socketMode})
 	d.objects = object.NewRegistry(d.chardevObjects)
 	d.dispatch = qmp.NewDispatcher(qmp.Version{
@@ -89,7 +91,7 @@ func (d *daemon) register() {
 	types.RegisterIntrospect(d.dispatch, handlers.Introspect{})
 	types.RegisterChar(d.dispatch, handlers.Char{Devices: d.chardevs})
 	types.RegisterQom(d.dispatch, handlers.Qom{Objects: d.objects})
-	types.RegisterBlockCore(d.dispatch, handlers.BlockCore{Nodes: d.nodes})
+	types.RegisterBlockCore(d.dispatch, handlers.BlockCore{Nodes: d.nodes, Exports: d.exports})
 	types.RegisterBlockCreate(d.dispatch, handlers.BlockCreate{Jobs: d.jobs, Nodes: d.nodes})
 	types.RegisterBlockJob(d.dispatch, handlers.BlockJob{Jobs: d.jobs, Nodes: d.nodes})
 	types.RegisterJob(d.dispatch, handlers.Job{Jobs: d.jobs})
@@ -193,6 +195,14 @@ func (d *daemon) abandon() {
 	d.shutdown()
 	d.exit()
 	d.endMonitors()
+}
+
+// iothread finds an iothread object for exports.
+func (d *daemon) iothread(id string) export.Workers {
+	if g := d.objects.Group(id); g != nil {
+		return g
+	}
+	return nil
 }
 
 // chardevObjects lists the character devices for the object tree.

@@ -4,11 +4,15 @@ import (
 	"context"
 
 	"qblockd/blockdev"
+	"qblockd/blockdev/export"
 	"qblockd/schema/types"
 )
 
 // BlockCore executes the commands of module block-core that look at or change nodes.
-type BlockCore struct{ Nodes *blockdev.Manager }
+type BlockCore struct {
+	Nodes   *blockdev.Manager
+	Exports *export.Table
+}
 
 var _ types.BlockCoreHandler = BlockCore{}
 
@@ -54,4 +58,13 @@ func (b BlockCore) BlockdevDel(ctx context.Context, a *types.BlockdevDelArgs) er
 // BlockSetWriteThreshold sets the offset that raises an event when it is written.
 func (b BlockCore) BlockSetWriteThreshold(_ context.Context, a *types.BlockSetWriteThresholdArgs) error {
 	return b.Nodes.SetWriteThreshold(a.NodeName, a.WriteThreshold)
+}
+
+// XBlockdevSetIothread moves a node into an iothread.
+func (b BlockCore) XBlockdevSetIothread(_ context.Context, a *types.XBlockdevSetIothreadArgs) error {
+	n, err := b.Nodes.Find(a.NodeName)
+	if err != nil {
+		return err
+	}
+	return b.Exports.SetIothread(n, a.Iothread.S, a.Force != nil && *a.Force)
 }

@@ -982,6 +982,16 @@ type BlockSetWriteThresholdArgs struct {
 	WriteThreshold uint64
 }
 
+// XBlockdevSetIothreadArgs: the arguments of x-blockdev-set-iothread.
+type XBlockdevSetIothreadArgs struct {
+	// The node.
+	NodeName string
+	// The iothread object; null for none.
+	Iothread StrOrNull
+	// Even if exports use the node (default false).
+	Force *bool
+}
+
 // BlockImageCorruptedEvent is the event BLOCK_IMAGE_CORRUPTED: an image was found to be damaged.
 type BlockImageCorruptedEvent struct {
 	// Name of the backend; empty where there is none.

@@ -518,3 +518,18 @@ func membersBlockSetWriteThresholdArgs(d *decoder, x *BlockSetWriteThresholdArgs
 	return visitStr(d, "node-name", &x.NodeName) &&
 		visitUint64(d, "write-threshold", &x.WriteThreshold)
 }
+
+// DecodeXBlockdevSetIothreadArgs decodes the arguments in v, nil for none; faults are worded as the reference does (*ArgError).
+func DecodeXBlockdevSetIothreadArgs(v *value.Dict) (*XBlockdevSetIothreadArgs, error) {
+	return args(v, visitXBlockdevSetIothreadArgs)
+}
+
+func visitXBlockdevSetIothreadArgs(d *decoder, name string, x *XBlockdevSetIothreadArgs) bool {
+	return object(d, name, x, membersXBlockdevSetIothreadArgs)
+}
+
+func membersXBlockdevSetIothreadArgs(d *decoder, x *XBlockdevSetIothreadArgs) bool {
+	return visitStr(d, "node-name", &x.NodeName) &&
+		visitStrOrNull(d, "iothread", &x.Iothread) &&
+		opt(d, "force", &x.Force, visitBool)
+}

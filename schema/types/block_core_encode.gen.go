@@ -1247,6 +1247,20 @@ func (x *BlockSetWriteThresholdArgs) AppendJSON(b []byte) []byte {
 	return append(b, '}')
 }
 
+// AppendJSON appends x in the reference's form, members in hash order.
+func (x *XBlockdevSetIothreadArgs) AppendJSON(b []byte) []byte {
+	b = append(b, '{')
+	if x.Force != nil {
+		b = appendKey(b, "force")
+		b = appendBool(b, *x.Force)
+	}
+	b = appendKey(b, "node-name")
+	b = value.AppendString(b, x.NodeName)
+	b = append(b, `, "iothread": `...)
+	b = x.Iothread.AppendJSON(b)
+	return append(b, '}')
+}
+
 // AppendJSON appends the data of the event in the reference's form.
 func (x BlockImageCorruptedEvent) AppendJSON(b []byte) []byte {
 	b = append(b, `{"device": `...)

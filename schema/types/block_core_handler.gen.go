@@ -34,6 +34,10 @@ type BlockCoreHandler interface {
 	// BlockSetWriteThreshold executes block-set-write-threshold: set the offset whose writing raises
 	// `BLOCK_WRITE_THRESHOLD`, once.
 	BlockSetWriteThreshold(ctx context.Context, a *BlockSetWriteThresholdArgs) error
+	// XBlockdevSetIothread executes x-blockdev-set-iothread: move a node, with all nodes it is connected
+	// to and their exports, into an iothread or out of all of them. Exports with a fixed iothread forbid
+	// it.
+	XBlockdevSetIothread(ctx context.Context, a *XBlockdevSetIothreadArgs) error
 }
 
 // RegisterBlockCore registers all commands of the module with r.
@@ -116,6 +120,16 @@ func RegisterBlockCore(r Registrar, h BlockCoreHandler) {
 			return nil, err
 		}
 		if err := h.BlockSetWriteThreshold(ctx, a); err != nil {
+			return nil, err
+		}
+		return append(out, "{}"...), nil
+	})
+	r.Handle("x-blockdev-set-iothread", func(ctx context.Context, args *value.Dict, out []byte) ([]byte, error) {
+		a, err := DecodeXBlockdevSetIothreadArgs(args)
+		if err != nil {
+			return nil, err
+		}
+		if err := h.XBlockdevSetIothread(ctx, a); err != nil {
 			return nil, err
 		}
 		return append(out, "{}"...), nil

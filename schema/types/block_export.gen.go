@@ -77,9 +77,10 @@ type BlockExportOptions struct {
 	Type BlockExportType
 	// Name of the export in QMP.
 	ID string
-	// The node stays in the iothread of the export; otherwise it may be moved by others (default false).
+	// The node stays in the iothread it is in; otherwise others may move it (default false).
 	FixedIothread *bool
-	// Name of the iothread object that serves the export.
+	// The iothread object whose workers serve the export; the node and all it is connected to move there.
+	// If others forbid that, the export is served where the node is, or refused with fixed-iothread.
 	Iothread *string
 	// The node.
 	NodeName string

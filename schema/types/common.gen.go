@@ -44,3 +44,11 @@ type String struct {
 	// The string.
 	Str string
 }
+
+// StrOrNull: a string, or null for none. Just one field is set.
+type StrOrNull struct {
+	// The string.
+	S *string
+	// None.
+	N bool
+}

@@ -18,3 +18,21 @@ func visitString(d *decoder, name string, x *String) bool {
 func membersString(d *decoder, x *String) bool {
 	return visitStr(d, "str", &x.Str)
 }
+
+// DecodeStrOrNull decodes v; faults are worded as the reference does (*ArgError).
+func DecodeStrOrNull(v value.Value, m Mode) (*StrOrNull, error) { return decode(v, m, visitStrOrNull) }
+
+func visitStrOrNull(d *decoder, name string, x *StrOrNull) bool {
+	v, ok := d.peek(name)
+	if !ok {
+		return d.missing(name)
+	}
+	switch v.(type) {
+	case string:
+		x.S = new(string)
+		return visitStr(d, name, x.S)
+	case value.Null:
+		return visitNull(d, name, &x.N)
+	}
+	return d.fail("Invalid parameter type for '" + last(name) + "', expected: StrOrNull")
+}

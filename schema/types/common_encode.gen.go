@@ -10,3 +10,14 @@ func (x *String) AppendJSON(b []byte) []byte {
 	b = value.AppendString(b, x.Str)
 	return append(b, '}')
 }
+
+// AppendJSON appends x in the reference's form, members in hash order.
+func (x *StrOrNull) AppendJSON(b []byte) []byte {
+	switch {
+	case x.S != nil:
+		return value.AppendString(b, *x.S)
+	case x.N:
+		return append(b, "null"...)
+	}
+	panic("StrOrNull with no field set")
+}
