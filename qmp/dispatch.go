@@ -198,7 +198,7 @@ func (d *Dispatcher) guarded(ctx context.Context, req request, c command, out []
 	defer func() {
 		if p := recover(); p != nil {
 			d.log().Error("command panicked", "command", req.command, "panic", fmt.Sprint(p), "stack", string(debug.Stack()))
-			res, err = out, errors.New("Internal error in command "+req.command) //lint:ignore ST1005 text of a reply
+			res, err = out, errors.New("Internal error in command "+req.command)
 		}
 	}()
 	return c.run(ctx, req.args, out)

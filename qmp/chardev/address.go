@@ -59,7 +59,7 @@ func listenUnix(a *types.UnixSocketAddress, mode os.FileMode) (l net.Listener, p
 	if a.Path == "" && !isTrue(a.Abstract) {
 		f, err := os.CreateTemp("", "qemu-socket-")
 		if err != nil {
-			return nil, "", nil, fmt.Errorf("Failed to make a temporary socket %s: %s", os.TempDir(), blk.ErrnoText(err)) //lint:ignore ST1005 text of a reply
+			return nil, "", nil, fmt.Errorf("Failed to make a temporary socket %s: %s", os.TempDir(), blk.ErrnoText(err))
 		}
 		f.Close()
 		a = &types.UnixSocketAddress{Path: f.Name()}
@@ -70,12 +70,12 @@ func listenUnix(a *types.UnixSocketAddress, mode os.FileMode) (l net.Listener, p
 	}
 	if !isTrue(a.Abstract) {
 		if err := syscall.Unlink(a.Path); err != nil && err != syscall.ENOENT {
-			return nil, "", nil, fmt.Errorf("Failed to unlink socket %s: %s", a.Path, blk.ErrnoText(err)) //lint:ignore ST1005 text of a reply
+			return nil, "", nil, fmt.Errorf("Failed to unlink socket %s: %s", a.Path, blk.ErrnoText(err))
 		}
 	}
 	fd, err := syscall.Socket(syscall.AF_UNIX, syscall.SOCK_STREAM|syscall.SOCK_CLOEXEC|syscall.SOCK_NONBLOCK, 0)
 	if err != nil {
-		return nil, "", nil, fmt.Errorf("Failed to create Unix socket: %s", blk.ErrnoText(err)) //lint:ignore ST1005 text of a reply
+		return nil, "", nil, fmt.Errorf("Failed to create Unix socket: %s", blk.ErrnoText(err))
 	}
 	f := os.NewFile(uintptr(fd), a.Path)
 	defer f.Close()
@@ -83,18 +83,18 @@ func listenUnix(a *types.UnixSocketAddress, mode os.FileMode) (l net.Listener, p
 	// than wanted, for however short a time. A mode the umask cuts is set afterwards.
 	_ = syscall.Fchmod(fd, uint32(mode.Perm()))
 	if err := bindUnix(fd, name); err != nil {
-		return nil, "", nil, fmt.Errorf("Failed to bind socket to %s: %s", a.Path, blk.ErrnoText(err)) //lint:ignore ST1005 text of a reply
+		return nil, "", nil, fmt.Errorf("Failed to bind socket to %s: %s", a.Path, blk.ErrnoText(err))
 	}
 	if !isTrue(a.Abstract) {
 		remove = removerOf(a.Path)
 		_ = os.Chmod(a.Path, mode.Perm())
 	}
-	if err := syscall.Listen(fd, 128); err == nil {
+	if err = syscall.Listen(fd, 128); err == nil {
 		l, err = net.FileListener(f)
 	}
 	if err != nil {
 		remove()
-		return nil, "", nil, fmt.Errorf("Failed to listen on socket: %s", blk.ErrnoText(err)) //lint:ignore ST1005 text of a reply
+		return nil, "", nil, fmt.Errorf("Failed to listen on socket: %s", blk.ErrnoText(err))
 	}
 	if u, ok := l.(*net.UnixListener); ok {
 		u.SetUnlinkOnClose(false)
@@ -139,7 +139,7 @@ func dialUnix(ctx context.Context, a *types.UnixSocketAddress) (net.Conn, error)
 		return nil, err
 	}
 	if name == "" {
-		return nil, fmt.Errorf("Failed to connect to '': %s", blk.ErrnoText(syscall.ECONNREFUSED)) //lint:ignore ST1005 text of a reply
+		return nil, fmt.Errorf("Failed to connect to '': %s", blk.ErrnoText(syscall.ECONNREFUSED))
 	}
 	if strings.HasPrefix(name, "\x00") {
 		name = "@" + name[1:]
@@ -149,7 +149,7 @@ func dialUnix(ctx context.Context, a *types.UnixSocketAddress) (net.Conn, error)
 	var d net.Dialer
 	c, err := d.DialContext(ctx, "unix", name)
 	if err != nil {
-		return nil, fmt.Errorf("Failed to connect to '%s': %s", a.Path, dialText(ctx, err)) //lint:ignore ST1005 text of a reply
+		return nil, fmt.Errorf("Failed to connect to '%s': %s", a.Path, dialText(ctx, err))
 	}
 	return c, nil
 }
@@ -163,7 +163,7 @@ func dialText(ctx context.Context, err error) string {
 }
 
 // errServname is for a port that is neither a number nor the name of a service.
-var errServname = errors.New("Servname not supported for ai_socktype") //lint:ignore ST1005 the resolver's words
+var errServname = errors.New("Servname not supported for ai_socktype")
 
 // resolve finds the addresses and the port that a stands for, in the resolver's order.
 func resolve(ctx context.Context, a *types.InetSocketAddress, passive bool) ([]netip.Addr, int, error) {
@@ -173,7 +173,7 @@ func resolve(ctx context.Context, a *types.InetSocketAddress, passive bool) ([]n
 	network := "ip"
 	switch {
 	case isFalse(a.Ipv4) && isFalse(a.Ipv6):
-		return nil, 0, errors.New("Cannot disable IPv4 and IPv6 at same time") //lint:ignore ST1005 text of a reply
+		return nil, 0, errors.New("Cannot disable IPv4 and IPv6 at same time")
 	case isTrue(a.Ipv4) && isTrue(a.Ipv6):
 	case isTrue(a.Ipv6), isFalse(a.Ipv4):
 		network = "ip6"
@@ -240,7 +240,7 @@ func listenInet(ctx context.Context, a *types.InetSocketAddress) ([]net.Listener
 		last = int(*a.To)
 	}
 	if last < port {
-		return nil, errors.New("Failed to create a socket") //lint:ignore ST1005 text of a reply
+		return nil, errors.New("Failed to create a socket")
 	}
 	var lc net.ListenConfig
 	lc.SetMultipathTCP(isTrue(a.Mptcp))
@@ -276,9 +276,9 @@ func listenInet(ctx context.Context, a *types.InetSocketAddress) ([]net.Listener
 	case len(all) > 0:
 		return all, nil
 	case errors.Is(err, syscall.EADDRINUSE):
-		return nil, fmt.Errorf("Failed to find an available port: %s", blk.ErrnoText(err)) //lint:ignore ST1005 text of a reply
+		return nil, fmt.Errorf("Failed to find an available port: %s", blk.ErrnoText(err))
 	}
-	return nil, fmt.Errorf("Failed to bind socket: %s", blk.ErrnoText(err)) //lint:ignore ST1005 text of a reply
+	return nil, fmt.Errorf("Failed to bind socket: %s", blk.ErrnoText(err))
 }
 
 func dialInet(ctx context.Context, a *types.InetSocketAddress) (net.Conn, error) {
@@ -300,7 +300,7 @@ func dialInet(ctx context.Context, a *types.InetSocketAddress) (net.Conn, error)
 			return c, nil
 		}
 	}
-	return nil, fmt.Errorf("Failed to connect to '%s:%s': %s", a.Host, a.Port, dialText(ctx, err)) //lint:ignore ST1005 text of a reply
+	return nil, fmt.Errorf("Failed to connect to '%s:%s': %s", a.Host, a.Port, dialText(ctx, err))
 }
 
 // inherited returns a file of the socket whose number the command line gives.
@@ -310,11 +310,11 @@ func inherited(number string, from Origin) (*os.File, error) {
 	}
 	fd, err := strconv.Atoi(number)
 	if err != nil {
-		return nil, fmt.Errorf("Unable to parse FD number %s: %s", number, blk.ErrnoText(syscall.EINVAL)) //lint:ignore ST1005 text of a reply
+		return nil, fmt.Errorf("Unable to parse FD number %s: %s", number, blk.ErrnoText(syscall.EINVAL))
 	}
 	var st syscall.Stat_t
 	if fd < 0 || syscall.Fstat(fd, &st) != nil || st.Mode&syscall.S_IFMT != syscall.S_IFSOCK {
-		return nil, fmt.Errorf("File descriptor '%s' is not a socket", number) //lint:ignore ST1005 text of a reply
+		return nil, fmt.Errorf("File descriptor '%s' is not a socket", number)
 	}
 	return os.NewFile(uintptr(fd), "fd:"+number), nil
 }

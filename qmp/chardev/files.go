@@ -66,7 +66,7 @@ func newFiles(f *front, name string, s *fdStream) device {
 func openHost(path string, flags int) (*os.File, error) {
 	f, err := os.OpenFile(path, flags|syscall.O_NONBLOCK, 0o666)
 	if err != nil {
-		return nil, fmt.Errorf("Could not open '%s': %s", path, blk.ErrnoText(err)) //lint:ignore ST1005 text of a reply
+		return nil, fmt.Errorf("Could not open '%s': %s", path, blk.ErrnoText(err))
 	}
 	return f, nil
 }
@@ -129,13 +129,13 @@ func (t *Table) openStdio(o *types.ChardevStdio, f *front) (device, error) {
 	}
 	in, undoIn, err := reopen(0, os.O_RDONLY)
 	if err != nil {
-		return nil, fmt.Errorf("Failed to set FD nonblocking: %s", blk.ErrnoText(err)) //lint:ignore ST1005 text of a reply
+		return nil, fmt.Errorf("Failed to set FD nonblocking: %s", blk.ErrnoText(err))
 	}
 	out, undoOut, err := reopen(1, os.O_WRONLY)
 	if err != nil {
 		undoIn()
 		in.Close()
-		return nil, fmt.Errorf("Failed to set FD nonblocking: %s", blk.ErrnoText(err)) //lint:ignore ST1005 text of a reply
+		return nil, fmt.Errorf("Failed to set FD nonblocking: %s", blk.ErrnoText(err))
 	}
 	undoTerminal := rawTerminal(0, o.Signal == nil || *o.Signal)
 	stdioUsed.taken = true

@@ -34,7 +34,7 @@ func openSerial(o *types.ChardevHostdev, f *front) (device, error) {
 	}
 	if err != nil {
 		tty.Close()
-		return nil, fmt.Errorf("Could not open '%s': %s", o.Device, blk.ErrnoText(err)) //lint:ignore ST1005 text of a reply
+		return nil, fmt.Errorf("Could not open '%s': %s", o.Device, blk.ErrnoText(err))
 	}
 	return newFiles(f, "serial", &fdStream{in: tty, out: tty}), nil
 }
@@ -61,7 +61,7 @@ const (
 func openParallel(o *types.ChardevHostdev, f *front) (device, error) {
 	fd, err := syscall.Open(o.Device, os.O_RDWR|syscall.O_CLOEXEC, 0)
 	if err != nil {
-		return nil, fmt.Errorf("Could not open '%s': %s", o.Device, blk.ErrnoText(err)) //lint:ignore ST1005 text of a reply
+		return nil, fmt.Errorf("Could not open '%s': %s", o.Device, blk.ErrnoText(err))
 	}
 	if err := ioctl(fd, ppClaim, nil); err != nil {
 		syscall.Close(fd)

@@ -27,12 +27,12 @@ const ptyPoll = 100 * time.Millisecond
 func openPty(f *front) (device, error) {
 	master, err := os.OpenFile("/dev/ptmx", os.O_RDWR|syscall.O_NOCTTY|syscall.O_NONBLOCK, 0)
 	if err != nil {
-		return nil, fmt.Errorf("Failed to create PTY: %s", blk.ErrnoText(err)) //lint:ignore ST1005 text of a reply
+		return nil, fmt.Errorf("Failed to create PTY: %s", blk.ErrnoText(err))
 	}
 	d := &pty{front: f, master: master}
 	if err := d.unlock(); err != nil {
 		master.Close()
-		return nil, fmt.Errorf("Failed to create PTY: %s", blk.ErrnoText(err)) //lint:ignore ST1005 text of a reply
+		return nil, fmt.Errorf("Failed to create PTY: %s", blk.ErrnoText(err))
 	}
 	f.spawn(d.run)
 	return d, nil

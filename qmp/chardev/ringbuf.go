@@ -97,7 +97,7 @@ func (r *ringbuf) read(size int64) []byte {
 func (t *Table) ring(id string) (*ringbuf, error) {
 	d := t.find(id)
 	if d == nil {
-		return nil, fmt.Errorf("Device '%s' not found", id) //lint:ignore ST1005 text of a reply
+		return nil, fmt.Errorf("Device '%s' not found", id)
 	}
 	r, ok := d.(*ringbuf)
 	if !ok {
@@ -160,7 +160,7 @@ func decodeBase64(s string) ([]byte, error) {
 		digit := strings.IndexByte(base64Digits, c)
 		if digit < 0 {
 			if c != '=' {
-				return nil, errors.New("Base64 data contains invalid characters") //lint:ignore ST1005 text of a reply
+				return nil, errors.New("Base64 data contains invalid characters")
 			}
 			digit = 0
 		}

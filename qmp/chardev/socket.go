@@ -161,7 +161,7 @@ func (t *Table) openServer(ctx context.Context, s *socket, from Origin) (device,
 		}
 		l, err := net.FileListener(f)
 		if err != nil {
-			return nil, fmt.Errorf("Failed to listen on fd socket: %s", blk.ErrnoText(err)) //lint:ignore ST1005 text of a reply
+			return nil, fmt.Errorf("Failed to listen on fd socket: %s", blk.ErrnoText(err))
 		}
 		f.Close()
 		d.listeners = []net.Listener{l}
@@ -266,7 +266,7 @@ func openClient(ctx context.Context, s *socket, from Origin) (device, error) {
 			c, err := net.FileConn(f)
 			if err != nil {
 				// Nothing else can be wrong with a socket but its kind.
-				return nil, fmt.Errorf("File descriptor '%s' is not a socket", u.Data.Str) //lint:ignore ST1005 text of a reply
+				return nil, fmt.Errorf("File descriptor '%s' is not a socket", u.Data.Str)
 			}
 			f.Close()
 			return c, nil

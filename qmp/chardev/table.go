@@ -107,7 +107,7 @@ func (t *Table) Add(ctx context.Context, id string, b *types.ChardevBackend) (*t
 	}
 	ret, err := t.Open(ctx, id, b, Monitor)
 	if err != nil && !errors.Is(err, errExists) {
-		err = fmt.Errorf("Failed to add chardev '%s': %w", id, err) //lint:ignore ST1005 text of a reply
+		err = fmt.Errorf("Failed to add chardev '%s': %w", id, err)
 	}
 	return ret, err
 }
@@ -120,13 +120,13 @@ func (t *Table) Change(ctx context.Context, id string, b *types.ChardevBackend) 
 	switch {
 	case d == nil:
 		t.mu.Unlock()
-		return nil, fmt.Errorf("Chardev '%s' does not exist", id) //lint:ignore ST1005 text of a reply
+		return nil, fmt.Errorf("Chardev '%s' does not exist", id)
 	case isMux(d):
 		t.mu.Unlock()
-		return nil, errors.New("Mux device hotswap not supported yet") //lint:ignore ST1005 text of a reply
+		return nil, errors.New("Mux device hotswap not supported yet")
 	case d.attached():
 		t.mu.Unlock()
-		return nil, errors.New("Chardev user does not support chardev hotswap") //lint:ignore ST1005 text of a reply
+		return nil, errors.New("Chardev user does not support chardev hotswap")
 	}
 	t.dropLocked(id)
 	t.mu.Unlock()
@@ -144,7 +144,7 @@ func (t *Table) Remove(id string) error {
 		return notFound(id)
 	case d.attached():
 		t.mu.Unlock()
-		return fmt.Errorf("Chardev '%s' is busy", id) //lint:ignore ST1005 text of a reply
+		return fmt.Errorf("Chardev '%s' is busy", id)
 	}
 	t.dropLocked(id)
 	t.mu.Unlock()
@@ -327,7 +327,7 @@ func (t *Table) withLog(path *string, appendTo *bool, open func(*front) (device,
 		}
 		log, err := os.OpenFile(*path, flags, 0o666)
 		if err != nil {
-			return nil, fmt.Errorf("Could not create '%s': %s", *path, blk.ErrnoText(err)) //lint:ignore ST1005 text of a reply
+			return nil, fmt.Errorf("Could not create '%s': %s", *path, blk.ErrnoText(err))
 		}
 		f.log = log
 	}
@@ -344,9 +344,9 @@ func isMux(d device) bool {
 }
 
 func inUse(id string) error {
-	return fmt.Errorf("Device '%s' is in use", id) //lint:ignore ST1005 text of a reply
+	return fmt.Errorf("Device '%s' is in use", id)
 }
 
 func notFound(id string) error {
-	return fmt.Errorf("Chardev '%s' not found", id) //lint:ignore ST1005 text of a reply
+	return fmt.Errorf("Chardev '%s' not found", id)
 }

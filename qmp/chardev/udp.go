@@ -80,7 +80,7 @@ func openUDP(ctx context.Context, o *types.ChardevUdp, f *front) (device, error)
 	}
 	c, err := net.DialUDP("udp", from, to)
 	if err != nil {
-		return nil, fmt.Errorf("Failed to bind socket: %s", blk.ErrnoText(err)) //lint:ignore ST1005 text of a reply
+		return nil, fmt.Errorf("Failed to bind socket: %s", blk.ErrnoText(err))
 	}
 	d := &udp{f}
 	f.spawn(func() { f.serve(udpStream{udpConn{c}}) })

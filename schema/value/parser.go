@@ -103,14 +103,14 @@ func Parse(s string) (Value, error) {
 		}
 		switch {
 		case have:
-			return nil, errors.New("Expecting at most one JSON value") //lint:ignore ST1005 the reference's words
+			return nil, errors.New("Expecting at most one JSON value")
 		case err != nil:
 			return nil, err
 		}
 		got, have = v, true
 	}
 	if !have {
-		return nil, errors.New("Expecting a JSON value") //lint:ignore ST1005 the reference's words
+		return nil, errors.New("Expecting a JSON value")
 	}
 	return got, nil
 }
