@@ -6,7 +6,6 @@ import (
 	"errors"
 	"sync"
 	"testing"
-	"time"
 
 	"qblockd/blockdev/drivertest"
 	"qblockd/graph"
@@ -240,10 +239,11 @@ func TestSerialising(t *testing.T) {
 	if err := <-done; !errors.Is(err, gaveUp) {
 		t.Fatalf("cancelled: %v", err)
 	}
+	graph.AwaitRegistered(n, 2)
 	select {
 	case err := <-done:
 		t.Fatalf("a write overtook the read-modify-write: %v", err)
-	case <-time.After(5 * time.Millisecond):
+	default:
 	}
 	h.resume <- struct{}{}
 	ok(t, <-done)
@@ -262,7 +262,8 @@ func TestSerialising(t *testing.T) {
 func TestLockRange(t *testing.T) {
 	g := drivertest.NewGraph(t)
 	m := drivertest.NewMemFileOptions(1<<20, drivertest.MemOptions{Limits: blk.Limits{RequestAlign: 512}})
-	root := drivertest.AddRoot(t, g, node(t, g, m, nil), everything)
+	n := node(t, g, m, nil)
+	root := drivertest.AddRoot(t, g, n, everything)
 	r := begin(t, root)
 	l, err := root.Edge().LockRange(r, 1000, 5000)
 	ok(t, err)
@@ -271,7 +272,7 @@ func TestLockRange(t *testing.T) {
 		q := begin(t, root)
 		go func() { done <- root.WriteAt(q, fill(byte(2+i), 1500), 1000, 0) }()
 	}
-	time.Sleep(time.Millisecond) // lets them queue up mostly; the test holds without
+	graph.AwaitRegistered(n, 3)
 	for i := range int64(5) {
 		ok(t, root.WriteAt(r, fill(1, 700), 1000+i*700, 0))
 	}
