@@ -18,7 +18,7 @@ build: ## build bin/qblockd and bin/qblockctl
 	$(GO) build -o $(BIN)/ ./cmd/qblockd ./cmd/qblockctl
 
 run: build ## build and start qblockd on a disk of its own under ./run
-	./$(BIN)/qblockd --demo $(RUNDIR)
+	./$(BIN)/qblockd --quickstart $(RUNDIR)
 
 tools: ## install the outside tools that the tests use (Debian, as root; else nothing)
 	@sh tests/tools.sh

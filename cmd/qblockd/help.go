@@ -47,7 +47,7 @@ Options take effect strictly from left to right: define what another option name
   --daemonize            go to the background once everything above is up
   --pidfile <path>       write the process id to a file, locked while the daemon lives
   --socket-mode <octal>  permissions of the socket files made after this option (default 0600)
-  --demo <dir>           serve a new disk with a monitor and an NBD server, all below <dir>,
+  --quickstart <dir>     serve a new disk with a monitor and an NBD server, all below <dir>,
                          and show what to try
 `, prog)
 }

@@ -6,7 +6,7 @@
 //	main.go       two passes over the options, as the reference does: what concerns the process, then the rest
 //	options.go    what each option does
 //	daemon.go     the parts, how they hang together, and how they end
-//	demo.go       --demo: a disk, a monitor and an NBD server out of nothing
+//	quickstart.go       --quickstart: a disk, a monitor and an NBD server out of nothing
 //	help.go       --help, --version
 //	cmdline/      the dialects of the command line
 package main
@@ -31,13 +31,13 @@ var options = []cmdline.Option{
 	{Long: "blockdev", Arg: true},
 	{Long: "chardev", Arg: true},
 	{Long: "daemonize"},
-	{Long: "demo", Arg: true},
 	{Long: "export", Arg: true},
 	{Long: "help", Short: 'h'},
 	{Long: "monitor", Arg: true},
 	{Long: "nbd-server", Arg: true},
 	{Long: "object", Arg: true},
 	{Long: "pidfile", Arg: true},
+	{Long: "quickstart", Arg: true},
 	{Long: "socket-mode", Arg: true},
 	{Long: "trace", Short: 'T', Arg: true},
 	{Long: "version", Short: 'V'},

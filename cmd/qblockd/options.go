@@ -43,8 +43,8 @@ func (d *daemon) apply(it cmdline.Item) error {
 		return d.addObject(it.Arg)
 	case "trace":
 		return enableTrace(it)
-	case "demo":
-		return d.demo(ctx, it.Arg)
+	case "quickstart":
+		return d.quickstart(ctx, it.Arg)
 	}
 	return nil // done in the first pass
 }

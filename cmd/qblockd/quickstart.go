@@ -12,36 +12,36 @@ import (
 	"qblockd/schema/types"
 )
 
-// demoSize is the virtual size of the demo's disk in bytes.
-const demoSize = 1 << 30
+// sampleSize is the virtual size of the disk that --quickstart makes in bytes.
+const sampleSize = 1 << 30
 
-// demo serves a disk with a monitor and an NBD server, all in dir, and shows what to try. The disk is made
+// quickstart serves a disk with a monitor and an NBD server, all in dir, and shows what to try. The disk is made
 // when it is not there yet.
-func (d *daemon) demo(ctx context.Context, dir string) error {
+func (d *daemon) quickstart(ctx context.Context, dir string) error {
 	if err := os.MkdirAll(dir, 0o700); err != nil {
 		return err
 	}
 	path := func(name string) string { return filepath.Join(dir, name) }
-	if err := d.demoDisk(ctx, path("disk.qcow2")); err != nil {
+	if err := d.sampleDisk(ctx, path("disk.qcow2")); err != nil {
 		return err
 	}
 	for _, o := range []struct{ long, arg string }{
 		{"blockdev", "qcow2,node-name=disk,discard=unmap,file.driver=file,file.discard=unmap,file.filename=" + path("disk.qcow2")},
 		{"nbd-server", "addr.type=unix,addr.path=" + path("nbd.sock")},
 		{"export", "nbd,id=disk,node-name=disk,writable=on"},
-		{"chardev", "socket,id=demo,server=on,wait=off,path=" + path("qmp.sock")},
-		{"monitor", "demo"},
+		{"chardev", "socket,id=quickstart,server=on,wait=off,path=" + path("qmp.sock")},
+		{"monitor", "quickstart"},
 	} {
 		it := cmdline.Item{Option: &cmdline.Option{Long: o.long}, Arg: o.arg, Words: []string{"--" + o.long, o.arg}}
 		if err := d.apply(it); err != nil {
 			return err
 		}
 	}
-	fmt.Printf(demoText, path("disk.qcow2"), path("qmp.sock"), path("nbd.sock"))
+	fmt.Printf(quickstartText, path("disk.qcow2"), path("qmp.sock"), path("nbd.sock"))
 	return nil
 }
 
-const demoText = `qblockd is up.
+const quickstartText = `qblockd is up.
 
   disk      %[1]s   (1 GiB, qcow2, node "disk")
   QMP       %[2]s
@@ -58,7 +58,7 @@ Try, in another terminal:
 Ctrl-C ends it; the disk stays.
 `
 
-func (d *daemon) demoDisk(ctx context.Context, name string) error {
+func (d *daemon) sampleDisk(ctx context.Context, name string) error {
 	if _, err := os.Stat(name); !errors.Is(err, fs.ErrNotExist) {
 		return err
 	}
@@ -66,7 +66,7 @@ func (d *daemon) demoDisk(ctx context.Context, name string) error {
 	tmp := name + ".new"
 	steps := []*types.BlockdevCreateOptions{
 		{Driver: types.BlockdevDriverFile, U: &types.BlockdevCreateOptionsFile{Filename: tmp}},
-		{Driver: types.BlockdevDriverQcow2, U: &types.BlockdevCreateOptionsQcow2{Size: demoSize,
+		{Driver: types.BlockdevDriverQcow2, U: &types.BlockdevCreateOptionsQcow2{Size: sampleSize,
 			File: types.BlockdevRef{Definition: &types.BlockdevOptions{
 				Driver: types.BlockdevDriverFile, U: &types.BlockdevOptionsFile{Filename: tmp}}}}},
 	}
