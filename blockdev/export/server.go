@@ -93,9 +93,7 @@ func listen(ctx context.Context, addr *types.SocketAddress, mode os.FileMode) (n
 			Mode:     mode,
 		})
 	case *types.InetSocketAddress:
-		if isSet(a.KeepAlive) {
-			return nil, errors.New("keep-alive option is not supported for passive sockets")
-		}
+		// keep-alive has no effect on a listener, as in the reference.
 		return nbd.ListenInet(ctx, nbd.InetAddr{
 			Host: a.Host, Port: a.Port, To: a.To, IPv4: a.Ipv4, IPv6: a.Ipv6,
 			Numeric: isSet(a.Numeric), Multipath: isSet(a.Mptcp),

@@ -2,6 +2,7 @@ package handlers
 
 import (
 	"context"
+	"errors"
 	"fmt"
 
 	"qblockd/blockdev/export"
@@ -17,8 +18,12 @@ type BlockExport struct {
 
 var _ types.BlockExportHandler = BlockExport{}
 
-// NbdServerStart implements types.BlockExportHandler.
+// NbdServerStart implements types.BlockExportHandler. Descriptors are for the command line: a client
+// cannot know which ones are free.
 func (h BlockExport) NbdServerStart(ctx context.Context, a *types.NbdServerStartArgs) error {
+	if a.Addr.Type == types.SocketAddressTypeFd {
+		return errors.New("only QEMU supports file descriptor passing")
+	}
 	return h.Exports.StartNBD(ctx, export.Flatten(&a.Addr), a.MaxConnections)
 }
 

@@ -70,7 +70,7 @@ func listenUnix(f *os.File, fd int, a UnixAddr) (net.Listener, error) {
 		}
 		return listenFile(f, fd)
 	}
-	if st, err := os.Lstat(a.Path); err == nil && st.Mode().Type() == os.ModeSocket {
+	if st, err := os.Lstat(a.Path); err == nil && (st.Mode().Type() == os.ModeSocket || st.IsDir()) {
 		if err := unix.Unlink(a.Path); err != nil && err != unix.ENOENT {
 			return nil, errnoError(err, "Failed to unlink socket %s", a.Path)
 		}
@@ -174,7 +174,8 @@ func (a *InetAddr) network() (string, error) {
 	return "tcp", nil
 }
 
-// ListenInet makes a listening TCP socket. It blocks while names are looked up.
+// ListenInet makes a listening TCP socket, one for each address of the host; those that
+// cannot be had do not matter as long as there is one. It blocks while names are looked up.
 func ListenInet(ctx context.Context, a InetAddr) (net.Listener, error) {
 	network, err := a.network()
 	if err != nil {
@@ -182,11 +183,6 @@ func ListenInet(ctx context.Context, a InetAddr) (net.Listener, error) {
 	}
 	unresolved := func(why string) error {
 		return fmt.Errorf("address resolution failed for %s:%s: %s", a.Host, a.Port, why)
-	}
-	if a.Numeric {
-		if _, err := netip.ParseAddr(a.Host); a.Host != "" && err != nil {
-			return nil, unresolved("Name or service not known")
-		}
 	}
 	first := 0
 	if a.Port != "" {
@@ -197,28 +193,128 @@ func ListenInet(ctx context.Context, a InetAddr) (net.Listener, error) {
 			return nil, unresolved("Servname not supported for ai_socktype")
 		}
 	}
+	hosts, err := a.lookUp(ctx, network)
+	if err != nil {
+		return nil, unresolved("Name or service not known")
+	}
+	var ls []net.Listener
+	var failed error
+	for _, h := range hosts {
+		l, err := listenPorts(ctx, network, h, first, a)
+		if err == nil {
+			ls = append(ls, l)
+		} else if failed == nil {
+			failed = err
+		}
+	}
+	switch len(ls) {
+	case 0:
+		return nil, failed
+	case 1:
+		return ls[0], nil
+	}
+	return joinListeners(ls), nil
+}
+
+// lookUp returns the addresses of the host; "" stands for all of the machine's.
+func (a *InetAddr) lookUp(ctx context.Context, network string) ([]string, error) {
+	if a.Host == "" {
+		return []string{""}, nil
+	}
+	if ip, err := netip.ParseAddr(a.Host); err == nil || a.Numeric {
+		return []string{ip.String()}, err
+	}
+	ips, err := net.DefaultResolver.LookupNetIP(ctx, "ip"+network[len("tcp"):], a.Host)
+	if err != nil {
+		return nil, err
+	}
+	var hosts []string
+	for _, ip := range ips {
+		hosts = append(hosts, ip.Unmap().String())
+	}
+	return hosts, nil
+}
+
+// listenPorts listens on the first free port.
+func listenPorts(ctx context.Context, network, host string, first int, a InetAddr) (net.Listener, error) {
 	last := first
 	if a.To != nil {
 		last = int(*a.To)
 	}
 	var lc net.ListenConfig
 	lc.SetMultipathTCP(a.Multipath)
-	err = syscall.EADDRINUSE
+	var err error = syscall.EADDRINUSE
 	for port := first; port <= last; port++ {
 		var l net.Listener
-		if l, err = lc.Listen(ctx, network, net.JoinHostPort(a.Host, strconv.Itoa(port))); err == nil {
+		if l, err = lc.Listen(ctx, network, net.JoinHostPort(host, strconv.Itoa(port))); err == nil {
 			return l, nil
-		}
-		var dns *net.DNSError
-		var addr *net.AddrError
-		if errors.As(err, &dns) || errors.As(err, &addr) {
-			return nil, unresolved("Name or service not known")
 		}
 		if !errors.Is(err, syscall.EADDRINUSE) {
 			return nil, errnoError(err, "Failed to bind socket")
 		}
 	}
 	return nil, errnoError(err, "Failed to find an available port")
+}
+
+// joined is several listeners as one.
+type joined struct {
+	ls    []net.Listener
+	conns chan net.Conn
+	errs  chan error
+	done  chan struct{}
+	once  sync.Once
+}
+
+func joinListeners(ls []net.Listener) *joined {
+	j := &joined{ls: ls, conns: make(chan net.Conn), errs: make(chan error), done: make(chan struct{})}
+	for _, l := range ls {
+		go func() {
+			for {
+				c, err := l.Accept()
+				if err != nil {
+					select {
+					case j.errs <- err:
+						continue
+					case <-j.done:
+						return
+					}
+				}
+				select {
+				case j.conns <- c:
+				case <-j.done:
+					c.Close()
+					return
+				}
+			}
+		}()
+	}
+	return j
+}
+
+// Accept implements net.Listener.
+func (j *joined) Accept() (net.Conn, error) {
+	select {
+	case c := <-j.conns:
+		return c, nil
+	case err := <-j.errs:
+		return nil, err
+	case <-j.done:
+		return nil, net.ErrClosed
+	}
+}
+
+// Addr implements net.Listener: the first one's.
+func (j *joined) Addr() net.Addr { return j.ls[0].Addr() }
+
+// Close implements net.Listener.
+func (j *joined) Close() error {
+	j.once.Do(func() {
+		close(j.done)
+		for _, l := range j.ls {
+			l.Close()
+		}
+	})
+	return nil
 }
 
 // ListenFD listens on the socket that the process inherited as descriptor fd, which the

@@ -244,7 +244,7 @@ func (c *conn) control(q *wire.Request) error {
 	err := blk.ErrWouldBlock
 	var msg string
 	if q.Cmd != wire.CmdTrim || q.Flags&wire.CmdFlagFUA == 0 {
-		err, msg = c.doControl(r, q)
+		msg, err = c.doControl(r, q)
 	}
 	r.NoWait = false
 	c.dev.End(r)
@@ -260,18 +260,18 @@ func (c *conn) control(q *wire.Request) error {
 }
 
 // doControl performs a flush, trim or write-zeroes.
-func (c *conn) doControl(r *blk.Req, q *wire.Request) (err error, msg string) {
+func (c *conn) doControl(r *blk.Req, q *wire.Request) (msg string, err error) {
 	off, n := int64(q.Off), int64(q.Len)
 	switch q.Cmd {
 	case wire.CmdFlush:
-		return c.dev.Flush(r), msgFlush
+		return msgFlush, c.dev.Flush(r)
 	case wire.CmdTrim:
 		err := c.dev.Discard(r, off, n)
 		if err == nil && q.Flags&wire.CmdFlagFUA != 0 {
 			err = c.dev.Flush(r)
 		}
-		return err, msgTrim
+		return msgTrim, err
 	default:
-		return c.dev.Zero(r, off, n, c.writeFlags(q)), msgWrite
+		return msgWrite, c.dev.Zero(r, off, n, c.writeFlags(q))
 	}
 }

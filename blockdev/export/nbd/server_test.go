@@ -300,6 +300,7 @@ func TestListenUnix(t *testing.T) {
 	os.WriteFile(path, []byte("data"), 0o600)
 	for _, c := range []struct{ path, want string }{
 		{path, "Failed to bind socket to " + path + ": Address already in use"},
+		{dir, "Failed to unlink socket " + dir + ": Is a directory"},
 		{"/nonexistent-dir/x", "Failed to bind socket to /nonexistent-dir/x: No such file or directory"},
 		{strings.Repeat("x", 109), "UNIX socket path '" + strings.Repeat("x", 109) + "' is too long"},
 	} {
@@ -370,6 +371,34 @@ func TestListenInet(t *testing.T) {
 	b := make([]byte, wire.GreetingSize)
 	if _, err := nc.Read(b); err != nil {
 		t.Error(err)
+	}
+}
+
+// A host with several addresses is listened to on all of them.
+func TestListenInetSeveralAddresses(t *testing.T) {
+	var ls []net.Listener
+	for range 2 {
+		l, err := ListenInet(t.Context(), InetAddr{Host: "127.0.0.1", Port: "0"})
+		if err != nil {
+			t.Fatal(err)
+		}
+		ls = append(ls, l)
+	}
+	s := Serve(joinListeners(ls), Options{})
+	for _, l := range ls {
+		nc, err := net.Dial("tcp", l.Addr().String())
+		if err != nil {
+			t.Fatal(err)
+		}
+		nc.SetDeadline(time.Now().Add(patience))
+		if _, err := nc.Read(make([]byte, wire.GreetingSize)); err != nil {
+			t.Error(err)
+		}
+		nc.Close()
+	}
+	stop(t, s)
+	if _, err := net.Dial("tcp", ls[1].Addr().String()); err == nil {
+		t.Error("still listening")
 	}
 }
 

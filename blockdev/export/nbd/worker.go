@@ -143,7 +143,7 @@ func (c *conn) serve(j *job) *reply {
 	case wire.CmdCache:
 		err, msg = c.dev.Prefetch(r, int64(q.Off), int64(q.Len)), msgCache
 	default:
-		err, msg = c.doControl(r, q)
+		msg, err = c.doControl(r, q)
 	}
 	if err != nil {
 		return c.failure(q, wire.Errno(err), msg)
