@@ -144,8 +144,14 @@ func (n *Node) treeGenLocked(epoch uint64) uint64 {
 }
 
 // Resized tells the roots that see n's size, through filters and raw formats, that it may
-// have changed, and bumps all nodes concerned. It takes the graph's lock for reading: not for use with node or driver locks held.
+// have changed, and bumps all nodes concerned. If there are any it takes the graph's lock for
+// reading, which nobody holds for long: allowed in requests, but not with node or driver locks
+// held. The usual case, a file that grows below a format, takes no lock.
 func (n *Node) Resized() {
+	if n.sizeSeen.Load() == 0 {
+		n.Bump()
+		return
+	}
 	var roots []*Root
 	n.g.mu.RLock()
 	seen := map[*Node]bool{n: true}
@@ -158,7 +164,7 @@ func (n *Node) Resized() {
 			switch {
 			case e.root != nil:
 				roots = append(roots, e.root)
-			case e.role&(perm.COW|perm.Metadata) == 0 && e.role&perm.Primary != 0 && !seen[e.pnode]:
+			case e.showsSize() && !seen[e.pnode]:
 				seen[e.pnode] = true
 				stack = append(stack, e.pnode)
 			}

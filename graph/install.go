@@ -63,6 +63,9 @@ func (in *installer) above(e *Edge, n *Node) {
 	if e.role&perm.COW != 0 {
 		n.cowParents++
 	}
+	if e.showsSize() {
+		n.sizeSeen.Add(1)
+	}
 	if n.quiesce > 0 {
 		e.quiesceParentLocked(1)
 	}
@@ -75,9 +78,17 @@ func (in *installer) off(e *Edge) {
 	if e.role&perm.COW != 0 {
 		n.cowParents--
 	}
+	if e.showsSize() {
+		n.sizeSeen.Add(-1)
+	}
 	if n.quiesce > 0 {
 		e.quiesceParentLocked(-1)
 	}
+}
+
+// showsSize tells whether the size of the node below is that of the parent: roots, filters and raw formats.
+func (e *Edge) showsSize() bool {
+	return e.root != nil || e.role&(perm.COW|perm.Metadata) == 0 && e.role&perm.Primary != 0
 }
 
 func (in *installer) setClaim(e *Edge, c perm.Claim) {

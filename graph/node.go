@@ -21,6 +21,8 @@ type Node struct {
 
 	infoGen atomic.Uint64 // see InfoGeneration
 
+	sizeSeen atomic.Int32 // parent edges with Edge.showsSize; written under g.mu
+
 	io ioState // the data plane's part
 
 	// Guarded by g.mu from here.

@@ -117,6 +117,12 @@ func (g *ref) reaches(a, b int) bool {
 	return false
 }
 
+// randomClaim shares more than it does not.
+func randomClaim(r *rand.Rand) Claim {
+	need, share, more := Perm(r.IntN(16)), Perm(r.IntN(16)), Perm(r.IntN(16))
+	return Claim{need, share | more}
+}
+
 // change makes one random change on g and returns it for a Draft.
 func (g *ref) change(r *rand.Rand, next *int) (c Change[int, int], cycle bool) {
 	anyNode := func() int { return 1 + r.IntN(len(g.nodes)) }
@@ -133,7 +139,7 @@ func (g *ref) change(r *rand.Rand, next *int) (c Change[int, int], cycle bool) {
 		v := Edge[int]{Name: "child", Role: roles[r.IntN(len(roles))], Parent: anyNode(), Node: anyNode()}
 		if kind == 1 {
 			v.Parent, v.Name = 0, "root"
-			v.Claim = Claim{Perm(r.IntN(16)), Perm(r.IntN(16)) | Perm(r.IntN(16))}
+			v.Claim = randomClaim(r)
 		} else if g.reaches(v.Node, v.Parent) {
 			return func(d *Draft[int, int]) error { return d.Attach(e, v) }, true
 		}
@@ -160,7 +166,7 @@ func (g *ref) change(r *rand.Rand, next *int) (c Change[int, int], cycle bool) {
 		if v.Parent != 0 {
 			return func(d *Draft[int, int]) error { d.Touch(v.Parent); return nil }, false
 		}
-		v.Claim = Claim{Perm(r.IntN(16)), Perm(r.IntN(16)) | Perm(r.IntN(16))}
+		v.Claim = randomClaim(r)
 		g.edges[e] = v
 		return func(d *Draft[int, int]) error { d.SetClaim(e, v.Claim); return nil }, false
 	default:
