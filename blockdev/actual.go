@@ -1,6 +1,7 @@
 package blockdev
 
 import (
+	"context"
 	"sync"
 	"sync/atomic"
 	"time"
@@ -18,11 +19,16 @@ const (
 // sizeWorkers counts the goroutines that ask for allocated sizes.
 type sizeWorkers struct{ running atomic.Int32 }
 
-// primeActual asks for the allocated size of a node that was just opened. It blocks as long as the storage does.
-func (m *Manager) primeActual(n *graph.Node) {
-	if s, ok := n.Driver().(graph.Sizer); ok {
-		m.record(n).ask(s)
+// primeActual asks for the allocated size of a node that was just opened. It blocks as long as the storage does,
+// but no longer than ctx.
+func (m *Manager) primeActual(ctx context.Context, n *graph.Node) error {
+	s, ok := n.Driver().(graph.Sizer)
+	if !ok {
+		return nil
 	}
+	r := m.record(n)
+	_, err := await(ctx, func() bool { r.ask(s); return true })
+	return err
 }
 
 func (r *record) ask(s graph.Sizer) {
@@ -35,17 +41,15 @@ func (r *record) ask(s graph.Sizer) {
 
 // refreshActual lets workers ask for the allocated sizes of the nodes and waits for them, but
 // not for long: what has not answered by then keeps its last known size.
-func (m *Manager) refreshActual(nodes []*graph.Node) {
+func (m *Manager) refreshActual(vs []view) {
 	type job struct {
 		r *record
 		s graph.Sizer
 	}
 	var jobs []job
-	for _, n := range nodes {
-		if s, ok := n.Driver().(graph.Sizer); ok {
-			if r := m.record(n); !r.asking.Load() {
-				jobs = append(jobs, job{r, s})
-			}
+	for i := range vs {
+		if s, ok := vs[i].node.Driver().(graph.Sizer); ok && !vs[i].rec.asking.Load() {
+			jobs = append(jobs, job{vs[i].rec, s})
 		}
 	}
 	if len(jobs) == 0 {
@@ -84,11 +88,11 @@ func (m *Manager) refreshActual(nodes []*graph.Node) {
 	}
 }
 
-// actualSize is the allocated size of n as last heard: its own, that of what it filters, or the sum of the children
+// actualSize is the allocated size of n, whose record is r, as last heard: its own, that of what it filters, or the sum of the children
 // with its data; unknownSize if it is not known.
-func (m *Manager) actualSize(n *graph.Node) int64 {
+func (m *Manager) actualSize(n *graph.Node, r *record) int64 {
 	if _, ok := n.Driver().(graph.Sizer); ok {
-		return m.record(n).actual.Load()
+		return r.actual.Load()
 	}
 	if n.Kind() == graph.Protocol {
 		return unknownSize
@@ -98,7 +102,7 @@ func (m *Manager) actualSize(n *graph.Node) int64 {
 		if e.Role()&(perm.Data|perm.Metadata|perm.Filtered) == 0 {
 			continue
 		}
-		size := m.actualSize(e.Node())
+		size := m.actualSize(e.Node(), m.record(e.Node()))
 		if size < 0 {
 			return unknownSize
 		}

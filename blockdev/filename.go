@@ -69,7 +69,7 @@ func (m *Manager) Filename(n *graph.Node) string { return m.name(n).filename }
 // BackingOverridden tells whether opening n's image anew, without options, would give another backing file, or
 // may do so.
 func (m *Manager) BackingOverridden(n *graph.Node) bool {
-	return m.overridden(m.autoName(n), n.Backing())
+	return m.overridden(autoName(n, m.record(n)), n.Backing())
 }
 
 func (m *Manager) overridden(auto string, backing *graph.Edge) bool {
@@ -80,10 +80,11 @@ func (m *Manager) overridden(auto string, backing *graph.Edge) bool {
 }
 
 // name is the name of n, made anew if something below changed since it was made.
-func (m *Manager) name(n *graph.Node) *nodeName {
-	r := m.record(n)
+func (m *Manager) name(n *graph.Node) *nodeName { return m.nameOf(n, m.record(n)) }
+
+func (m *Manager) nameOf(n *graph.Node, r *record) *nodeName {
 	gen := n.TreeGeneration() // before what it stands for
-	auto := m.autoName(n)
+	auto := autoName(n, r)
 	if old := r.name.Load(); old != nil && old.gen == gen && old.auto == auto {
 		return old
 	}

@@ -34,16 +34,17 @@ type infoKey struct {
 	header        string
 }
 
-// info is the encoding of n, made anew if n changed since it was made.
-func (m *Manager) info(n *graph.Node) *nodeInfo {
-	r := m.record(n)
-	r.seen.Store(true)
+// info is the encoding of n, whose record is r, made anew if n changed since it was made.
+func (m *Manager) info(n *graph.Node, r *record) *nodeInfo {
+	if !r.seen.Load() {
+		r.seen.Store(true)
+	}
 	key := infoKey{
 		gen:       n.InfoGeneration(), // before the others
 		size:      n.Size(),
 		readOnly:  n.ReadOnly(),
 		threshold: n.WriteThreshold(),
-		name:      m.name(n),
+		name:      m.nameOf(n, r),
 	}
 	if e := n.Backing(); e != nil {
 		key.backing = m.name(e.Node())

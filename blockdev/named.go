@@ -1,6 +1,7 @@
 package blockdev
 
 import (
+	"context"
 	"errors"
 	"fmt"
 	"os"
@@ -29,7 +30,7 @@ const defaultMaxChain = 1000
 
 // planNamed makes the plan of a backing file that an image header names, in a format it names or,
 // if that is empty, to be guessed. It is the only way from the words in an image to an open file.
-func (m *Manager) planNamed(name, format string, up *graph.Options, from *link) (*plan, error) {
+func (m *Manager) planNamed(ctx context.Context, name, format string, up *graph.Options, from *link) (*plan, error) {
 	l := &link{name: name, depth: 1, up: from}
 	if from != nil {
 		l.depth = from.depth + 1
@@ -46,7 +47,7 @@ func (m *Manager) planNamed(name, format string, up *graph.Options, from *link) 
 	if l.depth > limit {
 		return nil, fmt.Errorf("The chain of backing files is longer than %d images", limit)
 	}
-	opts, file, err := m.namedOptions(name, format)
+	opts, file, err := m.namedOptions(ctx, name, format)
 	if err != nil {
 		return nil, err
 	}
@@ -106,12 +107,12 @@ func (m *Manager) admitRef(r *types.BlockdevRef) error {
 }
 
 // namedOptions turns a file name into options, or, where the format has to be guessed, into the file alone.
-func (m *Manager) namedOptions(name, format string) (*types.BlockdevOptions, *types.BlockdevRef, error) {
+func (m *Manager) namedOptions(ctx context.Context, name, format string) (*types.BlockdevOptions, *types.BlockdevRef, error) {
 	if text, ok := strings.CutPrefix(name, "json:"); ok {
-		return m.jsonOptions(text, format)
+		return m.jsonOptions(ctx, text, format)
 	}
 	if format == "" {
-		o, err := m.protocolOptions(name)
+		o, err := m.protocolOptions(ctx, name)
 		return nil, &types.BlockdevRef{Definition: o}, err
 	}
 	d := m.drivers[types.BlockdevDriver(format)]
@@ -122,7 +123,7 @@ func (m *Manager) namedOptions(name, format string) (*types.BlockdevOptions, *ty
 		u, err := d.FromName(name)
 		return &types.BlockdevOptions{Driver: d.Name, U: u}, nil, err
 	}
-	o, err := m.protocolOptions(name)
+	o, err := m.protocolOptions(ctx, name)
 	if err != nil {
 		return nil, nil, err
 	}
@@ -130,8 +131,12 @@ func (m *Manager) namedOptions(name, format string) (*types.BlockdevOptions, *ty
 }
 
 // protocolOptions chooses the protocol for a file name, which may start with "PROTOCOL:".
-func (m *Manager) protocolOptions(name string) (*types.BlockdevOptions, error) {
-	d := m.drivers[plainDriver(name)]
+func (m *Manager) protocolOptions(ctx context.Context, name string) (*types.BlockdevOptions, error) {
+	plain, err := plainDriver(ctx, name)
+	if err != nil {
+		return nil, err
+	}
+	d := m.drivers[plain]
 	if d == nil || d.Name == types.BlockdevDriverFile && hasProtocol(name) {
 		prefix, _, _ := strings.Cut(name, ":")
 		d = nil
@@ -151,17 +156,34 @@ func (m *Manager) protocolOptions(name string) (*types.BlockdevOptions, error) {
 	return &types.BlockdevOptions{Driver: d.Name, U: u}, nil
 }
 
-// plainDriver is the driver for a path: devices have their own. It may block as long as the storage does.
-func plainDriver(name string) types.BlockdevDriver {
-	if st, err := os.Stat(name); err == nil && st.Mode()&os.ModeDevice != 0 {
-		return types.BlockdevDriverHostDevice
+// plainDriver is the driver for a path: devices have their own. It blocks as long as the storage does, but no
+// longer than ctx.
+func plainDriver(ctx context.Context, name string) (types.BlockdevDriver, error) {
+	device, err := await(ctx, func() bool {
+		st, err := os.Stat(name)
+		return err == nil && st.Mode()&os.ModeDevice != 0
+	})
+	if device {
+		return types.BlockdevDriverHostDevice, err
 	}
-	return types.BlockdevDriverFile
+	return types.BlockdevDriverFile, err
+}
+
+// await calls f, which may get stuck in the kernel, and waits for its result no longer than ctx.
+func await[T any](ctx context.Context, f func() T) (got T, err error) {
+	done := make(chan T, 1)
+	go func() { done <- f() }()
+	select {
+	case got = <-done:
+		return got, nil
+	case <-ctx.Done():
+		return got, ctx.Err()
+	}
 }
 
 // jsonOptions reads what follows "json:" in a file name. A format that was given beside it wins over the
 // driver in it.
-func (m *Manager) jsonOptions(text, format string) (*types.BlockdevOptions, *types.BlockdevRef, error) {
+func (m *Manager) jsonOptions(ctx context.Context, text, format string) (*types.BlockdevOptions, *types.BlockdevRef, error) {
 	v, err := value.Parse(text)
 	if err != nil {
 		return nil, nil, fmt.Errorf("Could not parse the JSON options: %w", err)
@@ -177,7 +199,9 @@ func (m *Manager) jsonOptions(text, format string) (*types.BlockdevOptions, *typ
 	if format != "" {
 		d.Set("driver", format)
 	}
-	chooseProtocols(d)
+	if err := chooseProtocols(ctx, d); err != nil {
+		return nil, nil, err
+	}
 	if _, ok := d.Get("driver"); ok {
 		if s, _ := d.Get("driver"); m.drivers[types.BlockdevDriver(fmt.Sprint(s))] == nil {
 			return nil, nil, fmt.Errorf("Unknown driver '%v'", s)
@@ -248,19 +272,24 @@ func unflatten(in *value.Dict) (*value.Dict, error) {
 }
 
 // chooseProtocols fills in the driver of files that are given by their name alone.
-func chooseProtocols(d *value.Dict) {
+func chooseProtocols(ctx context.Context, d *value.Dict) error {
 	for _, mem := range d.Members() {
 		sub, ok := mem.Value.(*value.Dict)
 		if !ok {
 			continue
 		}
-		if _, has := sub.Get("driver"); !has && mem.Name == "file" {
-			if name, ok := sub.Get("filename"); ok {
-				if s, ok := name.(string); ok {
-					sub.Set("driver", string(plainDriver(s)))
-				}
+		name, named := sub.Get("filename")
+		_, chosen := sub.Get("driver")
+		if s, ok := name.(string); ok && named && !chosen && mem.Name == "file" {
+			driver, err := plainDriver(ctx, s)
+			if err != nil {
+				return err
 			}
+			sub.Set("driver", string(driver))
 		}
-		chooseProtocols(sub)
+		if err := chooseProtocols(ctx, sub); err != nil {
+			return err
+		}
 	}
+	return nil
 }

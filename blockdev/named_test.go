@@ -1,6 +1,7 @@
 package blockdev
 
 import (
+	"context"
 	"errors"
 	"fmt"
 	"os"
@@ -189,7 +190,7 @@ func FuzzJSONName(f *testing.F) {
 	}
 	f.Fuzz(func(t *testing.T, text, format string) {
 		m := New(nil, Config{})
-		o, file, err := m.jsonOptions(text, format)
+		o, file, err := m.jsonOptions(context.Background(), text, format)
 		if err == nil && (o == nil) == (file == nil) {
 			t.Errorf("%v %v", o, file)
 		}

@@ -194,8 +194,7 @@ func (o *opener) openDriver(p *plan, root *graph.Root) error {
 		return err
 	}
 	p.node.SetDriver(d)
-	o.m.primeActual(p.node)
-	return nil
+	return o.m.primeActual(o.ctx, p.node)
 }
 
 // openBacking opens the backing file that the options or else the image's header name, and attaches it.
@@ -221,7 +220,7 @@ func (o *opener) openBacking(p *plan) error {
 		if err != nil {
 			return err
 		}
-		if b, err = o.m.planNamed(full, format, p.gen, p.link); err != nil {
+		if b, err = o.m.planNamed(o.ctx, full, format, p.gen, p.link); err != nil {
 			return backingError(err)
 		}
 		header = name

@@ -12,6 +12,7 @@ import (
 // view is a node within one query.
 type view struct {
 	node   *graph.Node
+	rec    *record
 	info   *nodeInfo
 	actual int64
 	below  *view // of its backing-image, nil if it has none
@@ -49,9 +50,10 @@ func (m *Manager) views(nodes []*graph.Node, deep bool) []view {
 }
 
 func (m *Manager) view(n *graph.Node) view {
-	info := m.info(n)
+	r := m.record(n)
+	info := m.info(n, r)
 	const extra = 64 // {, "backing-image": , and the allocated size
-	return view{node: n, info: info, actual: m.actualSize(n), size: len(info.image[0]) + len(info.image[1]) + extra}
+	return view{node: n, rec: r, info: info, size: len(info.image[0]) + len(info.image[1]) + extra}
 }
 
 // linkBelow fills in what v, and the chain under it, know of what is below them.
@@ -64,8 +66,9 @@ func (m *Manager) linkBelow(v *view, at map[*graph.Node]*view) {
 		}
 		next := at[e.Node()]
 		if next == nil { // published since the list was taken
-			v := m.view(e.Node())
-			next, at[e.Node()] = &v, &v
+			late := m.view(e.Node())
+			late.actual = m.actualSize(late.node, late.rec)
+			next, at[e.Node()] = &late, &late
 		}
 		v.below = next
 		chain = append(chain, v)
@@ -101,11 +104,11 @@ func (v *view) append(b []byte) []byte {
 // AppendNamedNodes appends the answer to query-named-block-nodes: all nodes, newest first; unless flat with
 // the images below each. It waits at most 20 ms for allocated sizes; otherwise its cost is the size of the answer.
 func (m *Manager) AppendNamedNodes(b []byte, flat bool) []byte {
-	nodes := m.g.Nodes()
-	m.refreshActual(nodes)
-	vs := m.views(nodes, !flat)
+	vs := m.views(m.g.Nodes(), !flat)
+	m.refreshActual(vs)
 	size := 2
 	for i := range vs {
+		vs[i].actual = m.actualSize(vs[i].node, vs[i].rec)
 		size += vs[i].size + vs[i].info.devSize() + 32
 	}
 	b = append(slices.Grow(b, size), '[')

@@ -39,15 +39,15 @@ func (m *Manager) record(n *graph.Node) *record {
 	return m.recs.add(n, &record{})
 }
 
-// autoName is the name that opening n anew, without options for its backing file, would give to that file;
+// autoName is the name that opening n, whose record is r, anew, without options for its backing file, would give to that file;
 // "" if none would be opened.
-func (m *Manager) autoName(n *graph.Node) string {
+func autoName(n *graph.Node, r *record) string {
 	image, ok := n.Driver().(graph.Backed)
 	if !ok {
 		return ""
 	}
 	header, _ := image.BackingFile()
-	if a := m.record(n).auto.Load(); a != nil && a.header == header {
+	if a := r.auto.Load(); a != nil && a.header == header {
 		return a.opened
 	}
 	return header
