@@ -132,7 +132,8 @@ type closer struct {
 
 // closing is how far a node is.
 type closing struct {
-	parents        int // that are not closed yet
+	parents        int  // that are not closed yet
+	open           bool // it had a driver when Close began
 	flushOnly      bool
 	started, ended bool
 }
@@ -151,12 +152,12 @@ func (c *closer) findStuck(d *drain) {
 	c.g.mu.RLock()
 	defer c.g.mu.RUnlock()
 	for _, n := range c.nodes {
-		c.state[n] = &closing{flushOnly: n.drv == nil && n.state == nodeHidden}
+		c.state[n] = &closing{open: n.drv != nil}
 	}
 	var below func(n *Node)
 	below = func(n *Node) {
 		s := c.state[n]
-		if s == nil || s.flushOnly && n.drv != nil {
+		if s == nil || s.flushOnly {
 			return
 		}
 		s.flushOnly = true
@@ -228,7 +229,7 @@ func (c *closer) runLocked(n *Node) {
 	go func() {
 		var err error
 		switch {
-		case n.drv == nil:
+		case !s.open: // its opener is still at it
 		case flushOnly:
 			err = n.flushNode(&blk.Req{Ctx: c.ctx})
 		default:
@@ -267,7 +268,7 @@ func (c *closer) result() error {
 	}
 	for _, n := range c.nodes {
 		s := c.state[n]
-		if !s.ended || s.flushOnly && n.drv != nil {
+		if !s.ended || s.flushOnly && s.open {
 			res.Stuck = append(res.Stuck, n.name)
 			continue
 		}

@@ -40,7 +40,8 @@
 // parents of a quiet node are quiet by construction, also those that it gets later.
 // A drain closes gates first and then waits, with no lock held: for the units of work in
 // flight and for every Drainer to be quiet. A unit of work passes its gate once; whatever it
-// does inside meets no gate. Requests never drain, and take no lock of the graph.
+// does inside meets no gate. Requests never drain, and take no lock of the graph (but
+// Node.Resized, which some writes call at their end, takes g.mu for reading).
 //
 // # Locks
 //
