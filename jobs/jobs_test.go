@@ -324,9 +324,9 @@ func TestTransactionFailsTogether(t *testing.T) {
 	})
 	r.wait("done:waiting")
 	close(fail)
-	got := r.wait("bad:null")
+	r.wait("bad:null")
 	r.wait("busy:null")
-	got = r.wait("done:null")
+	got := r.wait("done:null")
 	for _, want := range []string{"done:aborting", "busy:aborting", "bad:aborting", "done:CANCELLED", "busy:CANCELLED",
 		"bad:COMPLETED(Input/output error)"} {
 		if !strings.Contains(got, want) {
@@ -349,8 +349,8 @@ func TestTransactionSucceedsTogether(t *testing.T) {
 		t.Errorf("a did not wait for b: %q", got)
 	}
 	close(gate)
-	got := r.wait("b:null")
-	got = r.wait("a:null")
+	r.wait("b:null")
+	got := r.wait("a:null")
 	if !(strings.Index(got, "b:waiting") < strings.Index(got, "a:pending") && strings.Index(got, "b:pending") < strings.Index(got, "a:COMPLETED")) {
 		t.Errorf("events %q", got)
 	}

@@ -15,10 +15,10 @@ const (
 
 type aioCB struct {
 	data     uint64
-	key      uint32
+	_        uint32 // key: the kernel's
 	rwFlags  uint32
 	opcode   uint16
-	reqprio  int16
+	_        int16 // priority
 	fd       uint32
 	buf      uint64
 	n        uint64

@@ -135,7 +135,7 @@ func (s *image) mapBacking(r *blk.Req, off, n int64, m *blk.Mapping) error {
 		if err := b.Map(r, off, k, m); err != nil || m.N()-before != k {
 			return err
 		}
-		off, n = off+k, n-k
+		n -= k
 	}
 	if n > 0 {
 		m.Add(blk.HostRange{FD: -1, N: n})

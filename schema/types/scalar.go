@@ -1,5 +1,7 @@
 package types
 
+//lint:file-ignore U1000 what cmd/qapigen may call; which of it is used depends on the schema
+
 import (
 	"math"
 	"math/big"
