@@ -3,7 +3,6 @@ package main
 import (
 	"context"
 	"io"
-	"io/fs"
 	"log/slog"
 	"os"
 	"os/signal"
@@ -60,8 +59,8 @@ type daemon struct {
 	monitors []*qmp.Monitor
 }
 
-// newDaemon makes the parts; socketMode is that of all socket files.
-func newDaemon(socketMode fs.FileMode) *daemon {
+// newDaemon makes the parts.
+func newDaemon(p processWide) *daemon {
 	d := &daemon{
 		bus:  events.NewBus(events.Options{}),
 		up:   make(chan struct{}),
@@ -72,9 +71,9 @@ func newDaemon(socketMode fs.FileMode) *daemon {
 	d.nodes = blockdev.New(d.graph, blockdev.Config{})
 	d.jobs = jobs.NewManager(d.bus, nil)
 	d.exports = export.New(d.graph, export.Options{
-		SocketMode: socketMode, Iothread: d.iothread, Log: slog.Default(),
+		SocketMode: p.socketMode, Iothread: d.iothread, Log: slog.Default(),
 	})
-	d.chardevs = chardev.NewTable(chardev.Options{SocketMode: socketMode})
+	d.chardevs = chardev.NewTable(chardev.Options{SocketMode: p.socketMode, Detached: p.daemonize})
 	d.objects = object.NewRegistry(d.chardevObjects)
 	d.dispatch = qmp.NewDispatcher(qmp.Version{
 		Major: qemuMajor, Minor: qemuMinor, Micro: qemuMicro, Package: "qblockd " + version,

@@ -55,7 +55,7 @@ func main() {
 		}
 		ready = f
 	}
-	d := newDaemon(early.socketMode)
+	d := newDaemon(early)
 	signals := d.catchSignals()
 	for _, it := range items {
 		if err := d.apply(it); err != nil {

@@ -155,7 +155,7 @@ func (j *job) fill(tx *graph.Tx, m *jobs.Manager) (*jobs.Job, error) {
 		Implicit: j.FilterNodeName == "", Discard: true, Direct: top.Direct, NoFlush: top.NoFlush,
 	})
 	if err != nil {
-		return nil, err
+		return nil, fmt.Errorf("Could not create node: %w", err)
 	}
 	j.filter = filter
 	filter.SetDriver(&filterDriver{node: filter})

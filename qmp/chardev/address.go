@@ -310,7 +310,7 @@ func inherited(number string, from Origin) (*os.File, error) {
 	}
 	fd, err := strconv.Atoi(number)
 	if err != nil {
-		return nil, fmt.Errorf("Unable to parse FD number %s: %s", number, blk.ErrnoText(syscall.EINVAL))
+		return nil, fmt.Errorf("Unable to parse FD number %s", number)
 	}
 	var st syscall.Stat_t
 	if fd < 0 || syscall.Fstat(fd, &st) != nil || st.Mode&syscall.S_IFMT != syscall.S_IFSOCK {

@@ -78,6 +78,9 @@ const (
 // Errors: "Chardev with id 'ID' already exists", and what keeps the device from being made.
 func (t *Table) Open(ctx context.Context, id string, b *types.ChardevBackend, from Origin) (*types.ChardevReturn, error) {
 	if err := t.reserve(id); err != nil {
+		if from == CommandLine {
+			err = fmt.Errorf("attempt to add duplicate property '%s' to object (type 'container')", id)
+		}
 		return nil, err
 	}
 	d, err := t.open(ctx, id, b, from)
