@@ -3,6 +3,7 @@ package qcow2
 import (
 	"errors"
 	"fmt"
+	"math"
 	"math/bits"
 
 	"qblockd/blockdev/qcow2/layout"
@@ -103,6 +104,9 @@ func create(r *blk.Req, f file, o *CreateOptions) error {
 	return errors.Join(err, s.Close())
 }
 
+// maxLength is the largest size that the reference's block layer knows.
+const maxLength = math.MaxInt64 &^ (1<<30 - 1)
+
 // populate turns the empty image into the one asked for.
 func (s *image) populate(r *blk.Req, o *CreateOptions) error {
 	s.mu.Lock()
@@ -114,6 +118,12 @@ func (s *image) populate(r *blk.Req, o *CreateOptions) error {
 	}
 	if err := s.ChangeBackingFile(r, "", ""); err != nil { // the feature name table
 		return wrap("Could not update qcow2 header", err)
+	}
+	switch {
+	case o.Size > math.MaxInt64:
+		return errors.New("Could not resize image: Image size cannot be negative")
+	case o.Size > maxLength:
+		return fmt.Errorf("Could not resize image: offset(%d) exceeds maximum(%d)", o.Size, maxLength)
 	}
 	if err := s.Resize(r, int64(o.Size), o.Preallocation); err != nil {
 		return fmt.Errorf("Could not resize image: %w", err)

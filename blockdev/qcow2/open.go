@@ -139,6 +139,10 @@ func (s *image) readSnapshots(r *blk.Req) error {
 	var h [layout.SnapshotHeaderSize]byte
 	for i := range int(s.hdr.NbSnapshots) {
 		off = (off + 7) &^ 7
+		if off >= s.file.Size() {
+			// Zeroes would count as entries: 65536 of them for a few bytes of header.
+			return wrap("Failed to read snapshot table", errInval)
+		}
 		if err := s.readFile(r, blk.Buf(h[:]), off); err != nil {
 			return wrap("Failed to read snapshot table", err)
 		}

@@ -54,6 +54,14 @@ func pick[T any](p *T, def T) T {
 // resolve checks the options against the image and fills in defaults. unmap is discard=unmap.
 func (o *Options) resolve(h *layout.Header, unmap bool) (settings, error) {
 	var s settings
+	for _, x := range []struct {
+		name string
+		v    *int64
+	}{{"cache-size", o.CacheSize}, {"l2-cache-size", o.L2CacheSize}, {"l2-cache-entry-size", o.L2CacheEntrySize}, {"refcount-cache-size", o.RefcountCacheSize}} {
+		if x.v != nil && *x.v < 0 {
+			return s, fmt.Errorf("Parameter '%s' expects a non-negative number below 2^64", x.name)
+		}
+	}
 	l2, rb, err := o.cacheSizes(h, &s)
 	if err != nil {
 		return s, err

@@ -216,16 +216,9 @@ func (s *image) cutFile(r *blk.Req) error {
 	if err := s.writeRefcounts(r); err != nil {
 		return wrap("Failed to discard unused refblocks", err)
 	}
-	last := int64(-1)
-	for c := s.geo.Clusters(s.file.Size()) - 1; c >= 0; c-- {
-		n, err := s.refcount(r, c)
-		if err != nil {
-			return wrap("Failed to find the last cluster", err)
-		}
-		if n > 0 {
-			last = c
-			break
-		}
+	last, err := s.lastCluster(r)
+	if err != nil {
+		return wrap("Failed to find the last cluster", err)
 	}
 	if last < 0 {
 		return wrap("Failed to find the last cluster", s.corrupt(r, true, -1, -1, "There are no references in the refcount table."))
@@ -243,6 +236,23 @@ func (s *image) cutFile(r *blk.Req) error {
 	}
 	s.fileEnd = end
 	return nil
+}
+
+// lastCluster is the last one that is counted, -1 if there is none.
+func (s *image) lastCluster(r *blk.Req) (int64, error) {
+	bits := s.geo.RefblockBits()
+	for b := int64(len(s.reft)) - 1; b >= 0; b-- {
+		t, err := s.refblock(r, b)
+		if err != nil {
+			return 0, err
+		}
+		for i := int64(1)<<bits - 1; t != nil && i >= 0; i-- {
+			if s.geo.Refcount(t.data, i) > 0 {
+				return b<<bits + i, nil
+			}
+		}
+	}
+	return -1, nil
 }
 
 func ctxOf(r *blk.Req) context.Context {

@@ -66,13 +66,16 @@ func (s *image) detectPrealloc(r *blk.Req) {
 	real := n >> s.cb
 	limit := max(real*10/9, real+2)
 	count := int64(0)
-	for c := int64(0); c < s.geo.Clusters(s.file.Size()) && count < limit; c++ {
-		v, err := s.refcount(r, c)
+	bits := s.geo.RefblockBits()
+	for b := int64(0); b < int64(len(s.reft)) && count < limit; b++ {
+		t, err := s.refblock(r, b)
 		if err != nil {
 			return
 		}
-		if v != 0 {
-			count++
+		for i := int64(0); t != nil && i < 1<<bits; i++ {
+			if s.geo.Refcount(t.data, i) != 0 {
+				count++
+			}
 		}
 	}
 	if count >= limit {
