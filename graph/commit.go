@@ -14,9 +14,11 @@ type commit struct {
 	g     *Graph
 	draft *txDraft
 	delta *perm.Delta[*Node, *Edge]
-	res   *reservation
-	drain *drain
-	links bool // it is in g.pending
+	// version of the graph that draft and delta were made on
+	version uint64
+	res     *reservation
+	drain   *drain
+	links   bool // it is in g.pending
 
 	taken  []*Node // nodes whose PermTaker is prepared
 	joined []Participant
@@ -93,8 +95,10 @@ func (c *commit) reserve() error {
 			return err
 		}
 		g.mu.Lock()
-		if err = c.planLocked(); err == nil && g.closed {
+		if g.closed {
 			err = errClosing
+		} else if c.version != g.version {
+			err = c.planLocked()
 		}
 		if err != nil {
 			g.mu.Unlock()
@@ -130,6 +134,7 @@ func (c *commit) planLocked() (err error) {
 		return err
 	}
 	c.tx.draft = nil // Plan changes it
+	c.version = c.g.version
 	c.delta, err = c.draft.Plan()
 	return err
 }

@@ -417,3 +417,23 @@ func TestMovedAway(t *testing.T) {
 	d.end()
 	r.End(q)
 }
+
+// benchParents adds and deletes a user of a node that has many others.
+func benchParents(b *testing.B, present int) {
+	g := newTestGraph(b)
+	base := addMem(b, g, "base")
+	kid := child{"file", perm.Filtered | perm.Primary, base}
+	for range present {
+		add(b, g, Options{Kind: Filter}, over, kid)
+	}
+	b.ReportAllocs()
+	for b.Loop() {
+		n := add(b, g, Options{Name: "x", Kind: Filter}, over, kid)
+		if err := del(g, n.Name()); err != nil {
+			b.Fatal(err)
+		}
+	}
+}
+
+func BenchmarkParents10(b *testing.B)    { benchParents(b, 10) }
+func BenchmarkParents10000(b *testing.B) { benchParents(b, 10000) }

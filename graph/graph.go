@@ -15,7 +15,7 @@ type Graph struct {
 	sink events.Sink
 
 	mu        sync.RWMutex
-	version   uint64            // counts installs
+	version   uint64            // counts changes of what drafts are made from
 	names     map[string]holder // every taken name
 	head      *Node             // published nodes, newest first
 	published int               // their number

@@ -12,6 +12,7 @@ func (n *Node) SetDriver(d Driver) {
 	n.g.mu.Lock()
 	n.drv = d
 	n.io.opened(n)
+	n.g.version++ // drafts have asked the node without driver
 	n.g.mu.Unlock()
 	if _, ok := d.(Drainer); ok {
 		n.g.drainers.Add(1)
@@ -32,7 +33,10 @@ func (n *Node) SetReadOnlyFallback(reason error) error {
 		}
 		return reason
 	}
+	n.g.mu.Lock()
+	defer n.g.mu.Unlock()
 	n.readOnly.Store(true)
+	n.g.version++ // drafts have seen it writable
 	return nil
 }
 
@@ -73,6 +77,18 @@ func (n *Node) Hidden() bool {
 	n.g.mu.RLock()
 	defer n.g.mu.RUnlock()
 	return n.state == nodeHidden
+}
+
+// MoveUp gives the hidden node n the place in Nodes of a node that is made now. For openers that take
+// names early: a node is listed after the children that were opened before it.
+func (n *Node) MoveUp() {
+	n.g.mu.Lock()
+	defer n.g.mu.Unlock()
+	if n.state != nodeHidden {
+		panic("graph: MoveUp of node " + n.name + ", which is not hidden")
+	}
+	n.g.nodeSeq++
+	n.seq = n.g.nodeSeq
 }
 
 // Inactive tells whether n is inactive.
