@@ -5,6 +5,8 @@ import (
 	"errors"
 	"fmt"
 	"math/rand/v2"
+	"os"
+	"strconv"
 	"testing"
 
 	"qblockd/blockdev/drivertest"
@@ -123,6 +125,7 @@ func afterCrash(f *drivertest.MemFile, l *ledger, lazy bool) error {
 // TestCrash lets power fail after writes of a random history: the image opens, has no
 // corruption, and shows what was flushed.
 func TestCrash(t *testing.T) {
+	base, _ := strconv.Atoi(os.Getenv("SEED"))
 	for i, sh := range []shape{
 		{cs: 512, bits: 16, v: "v3"}, {cs: 512, bits: 64, v: "v3"}, {cs: 512, bits: 1, v: "v3"}, {cs: 1024, bits: 16, v: "v2"},
 		{cs: 4096, bits: 16, v: "v3"}, {cs: 512, bits: 16, v: "v3", lazy: true}, {cs: 65536, bits: 16, v: "v3"},
@@ -130,7 +133,7 @@ func TestCrash(t *testing.T) {
 	} {
 		t.Run(fmt.Sprintf("%+v", sh), func(t *testing.T) {
 			t.Parallel()
-			crashShape(t, sh, uint64(i))
+			crashShape(t, sh, uint64(base+i))
 		})
 	}
 }

@@ -44,7 +44,7 @@ func (m mem) CopyFrom(r *blk.Req, off int64, src []blk.HostRange, f blk.Flags) e
 	return blk.ErrNotSupported
 }
 func (m mem) Resize(ctx context.Context, size int64, exact bool, p blk.Prealloc) error {
-	return m.drv.Resize(ctx, size, p)
+	return m.drv.Resize(ctx, size, blk.PreallocOff) // memory knows no other
 }
 
 func req() *blk.Req { return &blk.Req{Ctx: context.Background()} }

@@ -5,6 +5,10 @@ import (
 	"errors"
 	"fmt"
 	"math/rand/v2"
+	"os"
+	"os/exec"
+	"path/filepath"
+	"strconv"
 	"testing"
 
 	"qblockd/blockdev/drivertest"
@@ -88,8 +92,44 @@ func (m *model) step() {
 		}
 	case k < 16:
 		m.status(off, n)
+	case k < 17 && m.rnd.IntN(3) == 0:
+		m.resize()
 	default:
 		m.verify(off, n)
+	}
+}
+
+// resize changes the size, by less than a cluster or by many, with all modes of preallocation.
+func (m *model) resize() {
+	cs := int(m.s.cs)
+	size := len(m.disk)
+	switch m.rnd.IntN(3) {
+	case 0:
+		size += 512 * (1 + m.rnd.IntN(cs/512+1))
+	case 1:
+		size += m.rnd.IntN(4*cs/512) * 512
+	default:
+		size -= m.rnd.IntN(min(4*cs, size)/512) * 512
+	}
+	mode := blk.PreallocOff
+	if size > len(m.disk) {
+		mode = []blk.Prealloc{blk.PreallocOff, blk.PreallocMetadata, blk.PreallocFalloc, blk.PreallocFull}[m.rnd.IntN(4)]
+	}
+	m.log = append(m.log, fmt.Sprintf("resize %d to %d %s", len(m.disk), size, mode))
+	err := m.s.Resize(req(), int64(size), mode)
+	if m.v2 && m.back != nil && errors.Is(err, blk.ErrNotSupported) {
+		return // there is no way to hide the backing file
+	}
+	if err != nil {
+		m.fatalf("resize: %v", err)
+	}
+	if size <= len(m.disk) {
+		m.disk = m.disk[:size:size]
+	} else {
+		m.disk = append(m.disk[:len(m.disk):len(m.disk)], make([]byte, size-len(m.disk))...)
+	}
+	if m.s.size.Load() != int64(size) {
+		m.fatalf("size %d instead of %d", m.s.size.Load(), size)
 	}
 }
 
@@ -183,10 +223,11 @@ func shapes() []shape {
 // TestModel does random operations on images of all shapes and compares with plain bytes;
 // the image is checked now and then, and after reopening.
 func TestModel(t *testing.T) {
+	base, _ := strconv.Atoi(os.Getenv("SEED")) // other histories on request
 	for i, sh := range shapes() {
 		t.Run(fmt.Sprintf("%+v", sh), func(t *testing.T) {
 			t.Parallel()
-			testShape(t, sh, uint64(i+1))
+			testShape(t, sh, uint64(base+i+1))
 		})
 	}
 }
@@ -216,7 +257,7 @@ func testShape(t *testing.T, sh shape, seed uint64) {
 		c.options.L2CacheSize, c.options.L2CacheEntrySize = ptr(int64(1)), ptr(int64(512))
 	}
 	f := mustCreate(t, o)
-	steps := 300
+	steps := 200
 	if testing.Short() {
 		steps = 100
 	}
@@ -231,6 +272,9 @@ func testShape(t *testing.T, sh shape, seed uint64) {
 			if i%50 == 0 {
 				sound(t, m.s, true)
 			}
+			if len(m.disk) < 4*512 {
+				break
+			}
 		}
 		m.verify(0, len(m.disk))
 		mustClose(t, m.s)
@@ -242,5 +286,20 @@ func testShape(t *testing.T, sh shape, seed uint64) {
 		if err := s.Close(); err != nil {
 			t.Fatal(err)
 		}
+	}
+	if _, err := exec.LookPath("qemu-img"); err != nil {
+		t.Log("SKIPPED: qemu-img is not installed and did not check the image")
+		return
+	}
+	name := filepath.Join(t.TempDir(), "a.qcow2")
+	if err := os.WriteFile(name, f.Bytes(), 0o600); err != nil {
+		t.Fatal(err)
+	}
+	if err := os.WriteFile(filepath.Join(filepath.Dir(name), "back"), m.back, 0o600); err != nil {
+		t.Fatal(err)
+	}
+	out, err := exec.Command("qemu-img", "check", "-q", name).CombinedOutput()
+	if err != nil {
+		t.Fatalf("qemu-img check: %v\n%s", err, out)
 	}
 }

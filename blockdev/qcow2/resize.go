@@ -280,24 +280,29 @@ func (s *image) preallocate(r *blk.Req, from, to int64, m blk.Prealloc) error {
 		if err != nil {
 			return wrap("Allocating clusters failed", err)
 		}
+		if err := s.extendFile(r, host+k<<s.cb, m); err != nil {
+			s.unref(r, freed{off: host, n: k << s.cb})
+			return err
+		}
 		for j := range k {
 			s.setEntry(t, s.l2Index(gc)+j, uint64(host+j<<s.cb)|layout.Copied)
 		}
 		gc += k
-		mode := m
-		if mode == blk.PreallocMetadata {
-			mode = blk.PreallocOff
-		}
-		end := host + k<<s.cb
-		if end > s.file.Size() {
-			s.wrote++
-			if err := s.file.Resize(ctxOf(r), end, false, mode); err != nil {
-				if mode == blk.PreallocOff {
-					return err
-				}
-				return fmt.Errorf("Failed to resize underlying file: %w", err)
-			}
-		}
+	}
+	return nil
+}
+
+// extendFile makes the file at least end bytes long: clusters that are in use must lie in it.
+func (s *image) extendFile(r *blk.Req, end int64, m blk.Prealloc) error {
+	if end <= s.file.Size() {
+		return nil
+	}
+	s.wrote++
+	if m == blk.PreallocMetadata {
+		return s.file.Resize(ctxOf(r), end, false, blk.PreallocOff)
+	}
+	if err := s.file.Resize(ctxOf(r), end, false, m); err != nil {
+		return fmt.Errorf("Failed to resize underlying file: %w", err)
 	}
 	return nil
 }
