@@ -50,8 +50,10 @@ type Table struct {
 	g    *graph.Graph
 	opts Options
 
-	gaveBack atomic.Int64 // when giveBack ran last
-	homes    homes
+	gbMu      sync.Mutex // see giveBack; a leaf
+	gbNext    time.Time  // +checklocks:gbMu  not before
+	gbPending bool       // +checklocks:gbMu  a timer is set
+	homes     homes
 
 	mu     sync.Mutex
 	list   []*entry        // +checklocks:mu  oldest first

@@ -126,17 +126,26 @@ func (t *Table) StopNBD(ctx context.Context) error {
 	return nil
 }
 
-// giveBackEvery is how often memory is given back at most.
-const giveBackEvery = time.Second
-
 // giveBack returns memory to the system that only clients needed, all of which are gone. The
-// collector alone would keep it for minutes: an idle daemon allocates nothing.
+// collector alone would keep it for minutes: an idle daemon allocates nothing. It takes a
+// twentieth of the time at most; who comes too early waits.
 func (t *Table) giveBack() {
-	now := time.Now().UnixNano()
-	last := t.gaveBack.Load()
-	if now-last < int64(giveBackEvery) || !t.gaveBack.CompareAndSwap(last, now) {
+	t.gbMu.Lock()
+	defer t.gbMu.Unlock()
+	if wait := time.Until(t.gbNext); wait > 0 {
+		if !t.gbPending {
+			t.gbPending = true
+			time.AfterFunc(wait, func() {
+				t.gbMu.Lock()
+				t.gbPending = false
+				t.gbMu.Unlock()
+				t.giveBack()
+			})
+		}
 		return
 	}
+	start := time.Now()
 	runtime.GC() // pools let go of their content at the second collection
 	debug.FreeOSMemory()
+	t.gbNext = time.Now().Add(max(20*time.Since(start), 100*time.Millisecond))
 }
