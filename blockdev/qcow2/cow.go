@@ -67,7 +67,9 @@ func (s *image) readOld(r *blk.Req, m mapping, gc, in int64, b []byte) error {
 	if n := s.size.Load() - off; n < int64(len(b)) {
 		n = max(n, 0)
 		clear(b[n:])
-		b = b[:n]
+		if b = b[:n]; n == 0 {
+			return nil
+		}
 	}
 	switch m.kind {
 	case layout.Normal:

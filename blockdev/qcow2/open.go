@@ -3,6 +3,7 @@ package qcow2
 import (
 	"errors"
 	"fmt"
+	"slices"
 	"sync"
 	"time"
 
@@ -116,18 +117,32 @@ func (s *image) makeCaches() {
 	s.rb = newCache(int(s.cs), s.set.rbTables)
 }
 
-// readTable reads the part of a table of n entries at off that lies in the file, less trailing zeroes.
+// readTable reads the part of a table of n entries at off that lies in the file, less trailing zeroes: a table that has
+// hardly any entries costs hardly any memory.
 func (s *image) readTable(r *blk.Req, off, n int64) ([]uint64, error) {
 	n = min(n, max(0, (s.file.Size()-off+7)/8))
-	out := make([]uint64, 0, n)
-	buf := make([]byte, min(n*8, 64<<10))
-	for len(buf) > 0 && int64(len(out)) < n {
-		b := buf[:min(int64(len(buf)), (n-int64(len(out)))*8)]
-		if err := s.readFile(r, blk.Buf(b), off+int64(len(out))*8); err != nil {
+	var out []uint64
+	buf := blk.GetBuf(int(min(n*8, 64<<10)), 0)
+	defer blk.PutBuf(buf)
+	for at := int64(0); at < n; at += int64(len(buf.B)) / 8 {
+		b := buf.B[:min(int64(len(buf.B)), (n-at)*8)]
+		if err := s.readFile(r, blk.Buf(b), off+at*8); err != nil {
 			return nil, err
 		}
-		for ; len(b) > 0; b = b[8:] {
-			out = append(out, be.Uint64(b))
+		used := len(b)
+		for used > 0 && b[used-1] == 0 {
+			used--
+		}
+		used = (used + 7) / 8
+		if used == 0 {
+			continue
+		}
+		out = slices.Grow(out, int(at)+used-len(out))
+		for len(out) < int(at) {
+			out = append(out, 0)
+		}
+		for i := range used {
+			out = append(out, be.Uint64(b[i*8:]))
 		}
 	}
 	return out, nil
