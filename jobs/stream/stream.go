@@ -117,11 +117,6 @@ func (j *job) findBase() error {
 
 // attach builds the filter and the job's holds in one transaction.
 func (j *job) attach(ctx context.Context, m *jobs.Manager) (*jobs.Job, error) {
-	unfreeze, err := j.g.FreezeChain(j.Top, j.aboveBase)
-	if err != nil {
-		return nil, err
-	}
-	j.unfreeze = unfreeze
 	tx := j.g.Begin(ctx)
 	defer tx.Abort()
 	mj, err := j.fill(tx, m)
@@ -131,7 +126,6 @@ func (j *job) attach(ctx context.Context, m *jobs.Manager) (*jobs.Job, error) {
 		}
 	}
 	if err != nil {
-		j.unfreeze()
 		return nil, err
 	}
 	reason := fmt.Errorf("block device is in use by block job: stream")
@@ -149,6 +143,9 @@ func (j *job) attach(ctx context.Context, m *jobs.Manager) (*jobs.Job, error) {
 }
 
 func (j *job) fill(tx *graph.Tx, m *jobs.Manager) (*jobs.Job, error) {
+	if err := j.freeze(tx); err != nil {
+		return nil, err
+	}
 	top := j.Top.Options()
 	filter, err := tx.NewNode(&graph.Options{
 		Name: j.FilterNodeName, DriverName: DriverName, Kind: graph.Filter,
@@ -175,6 +172,19 @@ func (j *job) fill(tx *graph.Tx, m *jobs.Manager) (*jobs.Job, error) {
 	}
 	tx.Publish(filter)
 	return mj, nil
+}
+
+// freeze makes the chain stay as it was found.
+func (j *job) freeze(tx *graph.Tx) (err error) {
+	for n := j.Top; n != j.aboveBase; {
+		e := tx.FilterOrCOWChild(n)
+		if e == nil {
+			return fmt.Errorf("The backing chain of '%s' has changed", j.Top.Name())
+		}
+		n = tx.Target(e)
+	}
+	j.unfreeze, err = tx.FreezeChain(j.Top, j.aboveBase)
+	return err
 }
 
 // hold takes what the job relies on: the right to read and to write unchanged data at the top, no resize
@@ -235,10 +245,12 @@ func (g gate) Begin() (*blk.Req, error) { return g.Root.Begin(g.ctx) }
 // copied, and rewrites the image's header, all or nothing.
 func (j *job) Prepare(ctx context.Context, h *jobs.Handle) error {
 	top := j.Top.SkipFilters()
-	j.thaw()
 	tx := j.g.Begin(context.WithoutCancel(ctx))
 	defer tx.Abort()
 	tx.Quiet(j.root)
+	if err := tx.Thaw(j.Top, j.aboveBase); err != nil {
+		return err
+	}
 	if err := j.removeFilter(tx); err != nil {
 		return err
 	}
@@ -283,7 +295,7 @@ func (j *job) headerNames(base *graph.Node) (name, format string) {
 
 // Clean implements jobs.Cleaner.
 func (j *job) Clean(h *jobs.Handle) {
-	j.thaw()
+	j.unfreeze()
 	tx := j.g.Begin(context.Background())
 	defer tx.Abort()
 	if j.filter != nil {
@@ -312,13 +324,6 @@ func (j *job) removeFilter(tx *graph.Tx) error {
 		}
 	}
 	return tx.RemoveFilter(j.filter)
-}
-
-func (j *job) thaw() {
-	if j.unfreeze != nil {
-		j.unfreeze()
-		j.unfreeze = nil
-	}
 }
 
 // headerChange rewrites the backing file of an image within a transaction. What was copied is on stable storage
