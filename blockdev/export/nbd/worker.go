@@ -125,6 +125,10 @@ func (c *conn) work(j *job) {
 // serve performs j in one unit of work and makes its reply.
 func (c *conn) serve(j *job) *reply {
 	q := &j.q
+	if c.dead.Load() {
+		blk.PutBuf(j.buf)
+		return c.failure(q, wire.ESHUTDOWN, "connection is closed")
+	}
 	r, w, err := c.begin()
 	if err != nil {
 		blk.PutBuf(j.buf)
