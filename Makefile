@@ -33,7 +33,7 @@ race: ## all tests under the race detector and with invariants checked
 	$(GO) test -race -tags invariants -timeout 25m $(PKGS)
 
 lint: ## gofmt, vet, staticcheck
-	@test -z "$$(gofmt -l $$(git ls-files '*.go'))" || { gofmt -l $$(git ls-files '*.go'); exit 1; }
+	@bad=$$(gofmt -l .); test -z "$$bad" || { echo "not as gofmt writes it:" $$bad; exit 1; }
 	$(GO) vet $(PKGS)
 	$(GO) run $(STATICCHECK) $(PKGS)
 
