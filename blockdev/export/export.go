@@ -90,24 +90,10 @@ func (t *Table) SetSocketMode(m os.FileMode) {
 	t.opts.SocketMode = m
 }
 
-// wellFormed tells whether id is one: a letter, then letters, digits and "-._".
-func wellFormed(id string) bool {
-	for i := range len(id) {
-		c := id[i]
-		switch {
-		case 'a' <= c && c <= 'z', 'A' <= c && c <= 'Z':
-		case i > 0 && ('0' <= c && c <= '9' || c == '-' || c == '.' || c == '_'):
-		default:
-			return false
-		}
-	}
-	return id != ""
-}
-
 // Add makes an export. It waits while the node is being changed by others, no longer than ctx.
 // Source: QAPI, block-export-add.
 func (t *Table) Add(ctx context.Context, o *types.BlockExportOptions) error {
-	if !wellFormed(o.ID) {
+	if !types.WellFormedID(o.ID) {
 		return errors.New("Invalid block export id")
 	}
 	if err := t.reserve(o.ID); err != nil {
@@ -180,7 +166,7 @@ func (t *Table) make(ctx context.Context, o *types.BlockExportOptions) (*entry, 
 	if err := t.attach(ctx, e, n, writable); err != nil {
 		return nil, err
 	}
-	spec.Device = device{e.root}
+	spec.Device = device{e.root, writable}
 	spec.Size = blk.AlignDown(e.root.Size(), sector)
 	spec.Workers = e.currentWorkers
 	if err := t.serve(e, spec, workers); err != nil {

@@ -356,3 +356,19 @@ func TestSizeIsWholeSectors(t *testing.T) {
 		t.Errorf("size % x", s)
 	}
 }
+
+// CACHE copies nothing into the node through an export that does not claim to write.
+func TestCacheOfReadOnlyExport(t *testing.T) {
+	f := newFixture(t)
+	_, fault := f.node("n")
+	f.start()
+	f.is(f.add("ro", "n"), "")
+	f.is(f.add("rw", "n", writable, named("rw")), "")
+	fault.Inject(drivertest.Rule{Ops: drivertest.OpModify})
+	for _, name := range []string{"n", "rw"} {
+		nc := f.client(name, wire.Request{Cmd: wire.CmdCache, Len: 1 << 20})
+		if b := f.read(nc, wire.SimpleSize); b[7] != 0 {
+			t.Errorf("%s: error %d", name, b[7])
+		}
+	}
+}

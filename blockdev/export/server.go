@@ -18,7 +18,29 @@ import (
 )
 
 // device shows a root to the NBD server.
-type device struct{ *graph.Root }
+type device struct {
+	*graph.Root
+	writable bool // the root claims to write
+}
+
+// Prefetch implements nbd.Device. Without a claim to write nothing can be copied into the top
+// layer; the data are read, which brings them into the host's cache.
+func (d device) Prefetch(r *blk.Req, off, n int64) error {
+	if d.writable {
+		return d.Root.Prefetch(r, off, n)
+	}
+	const piece = 1 << 20
+	buf := blk.GetBuf(int(min(n, piece)), 0)
+	defer blk.PutBuf(buf)
+	for end := off + n; off < end; {
+		k := min(end-off, piece)
+		if err := d.ReadAt(r, blk.Buf(buf.B[:k]), off, 0); err != nil {
+			return err
+		}
+		off += k
+	}
+	return nil
+}
 
 // Status implements nbd.Device: what the whole chain holds.
 func (d device) Status(r *blk.Req, off, n int64) (blk.Extent, error) {
