@@ -4,24 +4,12 @@ import (
 	"fmt"
 	"math/rand/v2"
 	"strconv"
+
+	"qblockd/schema/types"
 )
 
 // maxNodeName is the longest node name in bytes.
 const maxNodeName = 31
-
-// wellFormed tells whether s is an identifier as users may give it: a letter, then letters, digits and "-._".
-func wellFormed(s string) bool {
-	for i := range len(s) {
-		c := s[i]
-		switch {
-		case c >= 'a' && c <= 'z', c >= 'A' && c <= 'Z':
-		case i > 0 && (c >= '0' && c <= '9' || c == '-' || c == '.' || c == '_'):
-		default:
-			return false
-		}
-	}
-	return s != ""
-}
 
 // takeName enters n under name, or under a generated one if name is empty.
 // +checklocks:g.mu
@@ -30,7 +18,7 @@ func (g *Graph) takeNameLocked(name string, n *Node) error {
 		// Generated names cannot be given by users: they never clash.
 		name = "#block" + strconv.FormatUint(g.autoID, 10) + fmt.Sprintf("%02d", rand.IntN(100))
 		g.autoID++
-	} else if !wellFormed(name) {
+	} else if !types.WellFormedID(name) {
 		return fmt.Errorf("Invalid node-name: '%s'", name)
 	}
 	if h, taken := g.names[name]; taken {

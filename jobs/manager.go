@@ -50,7 +50,7 @@ type Spec struct {
 // Create makes a job and announces it. It fails on an illegal id, one in use, or a negative speed (then the job
 // was announced and has gone). The job does nothing until Start; until then Discard takes it back.
 func (m *Manager) Create(s Spec) (*Job, error) {
-	if !wellFormed(s.ID) {
+	if !types.WellFormedID(s.ID) {
 		return nil, fmt.Errorf("Invalid job ID '%s'", s.ID)
 	}
 	j := &Job{
@@ -178,16 +178,4 @@ func (j *Job) endNow() {
 	if !j.gone && j.st.Status == machine.Concluded {
 		j.stepLocked(machine.Drop)
 	}
-}
-
-// wellFormed: a letter, then letters, digits, '-', '.', '_'.
-func wellFormed(id string) bool {
-	for i := 0; i < len(id); i++ {
-		c := id[i]
-		letter := c|0x20 >= 'a' && c|0x20 <= 'z'
-		if !letter && (i == 0 || !(c >= '0' && c <= '9') && c != '-' && c != '.' && c != '_') {
-			return false
-		}
-	}
-	return id != ""
 }

@@ -56,7 +56,7 @@ func (r *Registry) Add(o *types.ObjectOptions) error {
 		}
 		g.max = *p.ThreadPoolMax
 	}
-	if !wellFormed(o.ID) {
+	if !types.WellFormedID(o.ID) {
 		return errID
 	}
 	r.mu.Lock()
@@ -95,18 +95,6 @@ func (r *Registry) findLocked(id string) *Group {
 		}
 	}
 	return nil
-}
-
-// wellFormed: a letter, then letters, digits, '-', '.', '_'.
-func wellFormed(id string) bool {
-	for i := 0; i < len(id); i++ {
-		c := id[i]
-		letter := c|0x20 >= 'a' && c|0x20 <= 'z'
-		if !letter && (i == 0 || !(c >= '0' && c <= '9') && c != '-' && c != '.' && c != '_') {
-			return false
-		}
-	}
-	return id != ""
 }
 
 // defaultMax is how many workers a group has unless told otherwise.

@@ -19,3 +19,16 @@ type Registrar interface {
 // Raw is a reply that is already encoded JSON in the reference's form (compact
 // separators ", " and ": ", members in hash order).
 type Raw []byte
+
+// WellFormedID tells whether id is one as clients may give it to nodes, jobs, exports, objects and devices: a letter,
+// then letters, digits and "-._".
+func WellFormedID(id string) bool {
+	for i := 0; i < len(id); i++ {
+		c := id[i]
+		letter := c|0x20 >= 'a' && c|0x20 <= 'z'
+		if !letter && (i == 0 || !(c >= '0' && c <= '9') && c != '-' && c != '.' && c != '_') {
+			return false
+		}
+	}
+	return id != ""
+}

@@ -4,6 +4,7 @@ import (
 	"strings"
 	"testing"
 
+	"qblockd/schema/types"
 	"qblockd/schema/value"
 )
 
@@ -152,7 +153,7 @@ func TestParseSize(t *testing.T) {
 func FuzzCommandLine(f *testing.F) {
 	f.Add("a=1,b.0.c=2,,x", "driver")
 	f.Fuzz(func(t *testing.T, s, implied string) {
-		if !Identifier(implied) {
+		if !types.WellFormedID(implied) {
 			implied = ""
 		}
 		_, _, _ = Keyval(s, implied)

@@ -5,6 +5,8 @@ import (
 	"math"
 	"strconv"
 	"strings"
+
+	"qblockd/schema/types"
 )
 
 // OptType is the type of an option of the older syntax.
@@ -110,7 +112,7 @@ func (o *Opts) takeID(params string) error {
 		if p.name != "id" {
 			continue
 		}
-		if !Identifier(p.value) {
+		if !types.WellFormedID(p.value) {
 			return &HintError{
 				Err:      fmt.Errorf("Parameter 'id' expects an identifier"),
 				HintText: "Identifiers consist of letters, digits, '-', '.', '_', starting with a letter.",
@@ -120,17 +122,6 @@ func (o *Opts) takeID(params string) error {
 		return nil
 	}
 	return nil
-}
-
-// Identifier tells whether s is a legal id: a letter, then letters, digits, '-', '.', '_'.
-func Identifier(s string) bool {
-	for i := 0; i < len(s); i++ {
-		c := s[i]
-		if !isLetter(c) && (i == 0 || !isDigit(c) && c != '-' && c != '.' && c != '_') {
-			return false
-		}
-	}
-	return s != ""
 }
 
 type optPair struct {
