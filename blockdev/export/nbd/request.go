@@ -160,6 +160,10 @@ func appendReadHead(b []byte, structured bool, q *wire.Request, n int) []byte {
 	}
 }
 
+// overlapMin is the payload from which on a worker writes it while the connection takes the next one from the
+// socket: two copies by two processors. Below, handing over costs more than it gains.
+const overlapMin = 256 << 10
+
 // write serves a write at once if that takes no waiting; its payload is taken from the
 // client in any case.
 func (c *conn) write(q *wire.Request) error {
@@ -184,6 +188,9 @@ func (c *conn) write(q *wire.Request) error {
 			blk.PutBuf(buf)
 			return err
 		}
+	}
+	if n >= overlapMin {
+		return c.dispatchWrite(q, buf, data)
 	}
 	r := c.dev.TryBegin()
 	if r == nil {
