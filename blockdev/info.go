@@ -5,6 +5,7 @@ import (
 	"strconv"
 
 	"qblockd/graph"
+	"qblockd/graph/perm"
 	"qblockd/schema/types"
 )
 
@@ -40,7 +41,7 @@ func (m *Manager) info(n *graph.Node, r *record) *nodeInfo {
 		r.seen.Store(true)
 	}
 	key := infoKey{
-		gen:       n.InfoGeneration(), // before the others
+		gen:       generation(n), // before the others
 		size:      n.Size(),
 		readOnly:  n.ReadOnly(),
 		threshold: n.WriteThreshold(),
@@ -58,6 +59,16 @@ func (m *Manager) info(n *graph.Node, r *record) *nodeInfo {
 	fresh := m.encode(n, key)
 	r.info.Store(fresh)
 	return fresh
+}
+
+// generation changes when something that n shows of itself may have changed; what presents its file as its own
+// may pass on what that shows.
+func generation(n *graph.Node) uint64 {
+	gen := n.InfoGeneration()
+	for e := n.File(); e != nil && e.Role()&perm.Filtered != 0; e = e.Node().File() {
+		gen = max(gen, e.Node().InfoGeneration())
+	}
+	return gen
 }
 
 // same compares names by what is shown of them.

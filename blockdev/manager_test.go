@@ -10,7 +10,6 @@ import (
 	"sync"
 	"syscall"
 	"testing"
-	"time"
 
 	"qblockd/graph"
 	"qblockd/graph/perm"
@@ -85,6 +84,23 @@ t qcow2 DIR/top
 	}
 	mustDel(t, m, "t")
 	clean(t, m, fds)
+}
+
+// A node is listed above the children that were opened before it, also where its name was taken before.
+func TestOrder(t *testing.T) {
+	dir := t.TempDir()
+	create(t, dir+"/base", "", "")
+	create(t, dir+"/top", "base", "qcow2")
+	m := newManager(t, Config{})
+	mustAdd(t, m, `{'driver': 'raw', 'node-name': 'r', 'file': {'driver': 'qcow2', 'node-name': 'q', 'file': {'driver': 'file', 'filename': '`+dir+`/top'}}}`)
+	want := strings.ReplaceAll(`r raw json:{"driver": "raw", "file": {"driver": "qcow2", "file": {"driver": "file", "filename": "DIR/top"}}}
+#block2 qcow2 DIR/base
+#block1 file DIR/base
+q qcow2 DIR/top
+#block0 file DIR/top`, "DIR", dir)
+	if got := listed(m); got != want {
+		t.Errorf("got\n%s\nwant\n%s", got, want)
+	}
 }
 
 // Which generic options children take over.
@@ -228,24 +244,28 @@ func TestHangingOpen(t *testing.T) {
 	if err := syscall.Mkfifo(fifo, 0o600); err != nil {
 		t.Fatal(err)
 	}
-	m := newManager(t, Config{})
+	opening := make(chan struct{})
+	list := Drivers()
+	for i := range list {
+		if open := list[i].Open; list[i].Name == types.BlockdevDriverFile {
+			list[i].Open = func(o *graph.Opening) (graph.Driver, error) {
+				close(opening)
+				return open(o)
+			}
+		}
+	}
+	m := newManager(t, Config{Drivers: list})
 	mustAdd(t, m, `{'driver': 'null-co', 'node-name': 'n'}`)
 	fds := openFDs(t)
 	ctx, cancel := context.WithCancel(context.Background())
 	done := make(chan error, 1)
 	o := options(t, `{'driver': 'raw', 'node-name': 'slow', 'read-only': true, 'file': {'driver': 'file', 'node-name': 'inner', 'filename': '`+fifo+`'}}`)
 	go func() { done <- m.Add(ctx, o) }()
-	for _, name := range []string{"slow", "inner"} { // once both names are taken
-		for {
-			err := add(t, m, `{'driver': 'null-co', 'node-name': '`+name+`'}`)
-			if err != nil {
-				if want := "Duplicate nodes with node-name='" + name + "'"; err.Error() != want {
-					t.Errorf("%v, want %s", err, want)
-				}
-				break
-			}
-			mustDel(t, m, name)
-			time.Sleep(time.Millisecond)
+	<-opening
+	for _, name := range []string{"slow", "inner"} {
+		err := add(t, m, `{'driver': 'null-co', 'node-name': '`+name+`'}`)
+		if want := "Duplicate nodes with node-name='" + name + "'"; err == nil || err.Error() != want {
+			t.Errorf("%v, want %s", err, want)
 		}
 	}
 	if got := listed(m); got != "n null-co null-co://" {

@@ -143,8 +143,11 @@ func (o *opener) open(p *plan) (*graph.Node, error) {
 
 // attach makes the node, if it has no name yet, and attaches its children and the root that reads its header.
 func (o *opener) attach(p *plan, kids []*graph.Node) (*graph.Root, error) {
-	if p.node != nil && len(kids) == 0 {
-		return nil, nil
+	if p.node != nil {
+		p.node.MoveUp() // below its children
+		if len(kids) == 0 {
+			return nil, nil
+		}
 	}
 	var made []*graph.Node
 	tx := o.m.g.Begin(o.ctx)

@@ -90,10 +90,10 @@ func (m *Manager) planRef(r *types.BlockdevRef, up *graph.Options, role perm.Rol
 // backingError says that err befell a backing file.
 func backingError(err error) error { return fmt.Errorf("Could not open backing file: %w", err) }
 
-// reserve makes the hidden nodes of a plan: the file of a node before the node, its backing file after it,
-// which is the order in which queries list them.
+// reserve takes the names that the options give, by making the hidden nodes that are to bear them. The others are
+// made when they are opened.
 func (p *plan) reserve(tx *graph.Tx, made func(*graph.Node)) error {
-	if p.ref != "" || p.node != nil || p.drv == nil {
+	if p.ref != "" {
 		return nil
 	}
 	for _, k := range p.kids {
@@ -101,8 +101,10 @@ func (p *plan) reserve(tx *graph.Tx, made func(*graph.Node)) error {
 			return err
 		}
 	}
-	if err := p.makeNode(tx, made); err != nil {
-		return err
+	if p.gen.Name != "" {
+		if err := p.makeNode(tx, made); err != nil {
+			return err
+		}
 	}
 	if p.backing != nil {
 		if err := p.backing.reserve(tx, made); err != nil {

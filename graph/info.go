@@ -2,7 +2,9 @@ package graph
 
 import (
 	"errors"
+	"log/slog"
 
+	"qblockd/events/trace"
 	"qblockd/graph/perm"
 )
 
@@ -18,6 +20,9 @@ func (n *Node) SetDriver(d Driver) {
 		n.g.drainers.Add(1)
 	}
 	n.Bump()
+	if p := &trace.NodeOpen; p.On() {
+		p.Log(slog.String("node", n.name), slog.String("driver", n.DriverName()), slog.Int64("size", d.Size()))
+	}
 }
 
 // SetReadOnlyFallback is for drivers in Open, on a medium that allows no writing: the node

@@ -206,9 +206,12 @@ func (d *image) ActualSize() (int64, error) {
 	return d.file.Size(), nil
 }
 
-// ImageInfo implements graph.Informer: what the file tells of itself holds for raw.
+// ImageInfo implements graph.Informer: clusters and the dirty flag are those of the file. What else that has of its
+// format it tells itself.
 func (d *image) ImageInfo(info *types.ImageInfo) {
 	if i, ok := d.file.Node().Driver().(graph.Informer); ok {
-		i.ImageInfo(info)
+		var below types.ImageInfo
+		i.ImageInfo(&below)
+		info.ClusterSize, info.DirtyFlag = below.ClusterSize, below.DirtyFlag
 	}
 }
