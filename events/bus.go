@@ -1,10 +1,12 @@
 package events
 
 import (
+	"log/slog"
 	"strconv"
 	"sync"
 	"time"
 
+	"qblockd/events/trace"
 	"qblockd/schema/value"
 )
 
@@ -141,6 +143,9 @@ func (b *Bus) Unsubscribe(s *Subscription) {
 func (b *Bus) Emit(e Event) {
 	name := e.EventName()
 	limit, limited := b.limits[name]
+	if p := &trace.EventEmit; p.On() {
+		p.Log(slog.String("event", string(appendEvent(nil, e, name, b.clock.Now()))))
+	}
 	b.mu.Lock()
 	defer b.mu.Unlock()
 	if b.closed {

@@ -9,6 +9,7 @@ import (
 	"sync"
 	"time"
 
+	"qblockd/events/trace"
 	"qblockd/graph/blk"
 )
 
@@ -62,6 +63,9 @@ func (n *Node) shutdown(ctx context.Context) error {
 	}
 	errs = append(errs, n.flushNode(r))
 	errs = append(errs, drv.Close())
+	if p := &trace.NodeClose; p.On() {
+		p.Log(slog.String("node", n.name))
+	}
 	if _, ok := drv.(Drainer); ok {
 		n.g.drainers.Add(-1)
 	}

@@ -3,10 +3,12 @@ package jobs
 import (
 	"context"
 	"errors"
+	"log/slog"
 	"sync"
 	"sync/atomic"
 	"syscall"
 
+	"qblockd/events/trace"
 	"qblockd/jobs/machine"
 	"qblockd/schema/types"
 )
@@ -109,6 +111,9 @@ func (j *Job) stepLocked(in machine.Input) {
 	for _, c := range changes {
 		switch c.Effect {
 		case machine.EmitStatus:
+			if p := &trace.JobTransition; p.On() {
+				p.Log(slog.String("job", j.id), slog.String("to", c.Status.String()))
+			}
 			j.m.sink.Emit(types.JobStatusChangeEvent{ID: j.id, Status: types.JobStatus(c.Status.String())})
 			if c.Status == machine.Concluded {
 				close(j.finished)

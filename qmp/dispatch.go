@@ -11,6 +11,7 @@ import (
 	"sync"
 	"sync/atomic"
 
+	"qblockd/events/trace"
 	"qblockd/schema/types"
 	"qblockd/schema/value"
 )
@@ -187,6 +188,12 @@ func (d *Dispatcher) execute(ctx context.Context, neg *negotiation, obj *value.D
 	}
 	if req.oob && !c.oob {
 		return out, noOOB(req.command)
+	}
+	if p := &trace.CommandInBand; p.On() && !req.oob {
+		p.Log(slog.String("command", req.command), slog.Int("arguments", req.args.Len()))
+	}
+	if p := &trace.CommandOutOfBand; p.On() && req.oob {
+		p.Log(slog.String("command", req.command), slog.Int("arguments", req.args.Len()))
 	}
 	if d.RecoverPanics {
 		return d.guarded(ctx, req, c, out)

@@ -4,10 +4,12 @@ import (
 	"context"
 	"errors"
 	"io"
+	"log/slog"
 	"sync/atomic"
 	"time"
 
 	"qblockd/events"
+	"qblockd/events/trace"
 	"qblockd/schema/value"
 )
 
@@ -190,6 +192,7 @@ func (s *Session) execute(q queued) bool {
 		out = s.d.reply(s.ctx, &s.neg, q.v, out)
 		s.watch.end()
 	}
+	traceReply(out)
 	s.send(out, true)
 	if s.scratch = out; cap(out) > keepOut {
 		s.scratch = nil
@@ -218,9 +221,17 @@ func (s *Session) executeOOB(v value.Value) bool {
 		return false
 	}
 	neg := negotiation{done: true, oob: true}
-	s.send(s.d.reply(s.base, &neg, v, nil), true)
+	out := s.d.reply(s.base, &neg, v, nil)
+	traceReply(out)
+	s.send(out, true)
 	s.startWriter()
 	return true
+}
+
+func traceReply(out []byte) {
+	if p := &trace.Reply; p.On() {
+		p.Log(slog.String("reply", string(out)))
+	}
 }
 
 // event is called by the bus, with the bus locked.

@@ -21,6 +21,7 @@ import (
 	"time"
 
 	"qblockd/blockdev/export/nbd"
+	"qblockd/events/trace"
 	"qblockd/graph"
 	"qblockd/graph/blk"
 	"qblockd/graph/perm"
@@ -260,6 +261,9 @@ func (t *Table) finish(e *entry) {
 	}
 	delete(t.taken, e.id)
 	t.mu.Unlock()
+	if p := &trace.ExportDelete; p.On() {
+		p.Log(slog.String("export", e.id))
+	}
 	t.g.Sink().Emit(types.BlockExportDeletedEvent{ID: e.id})
 	close(e.gone)
 }

@@ -15,6 +15,7 @@ import (
 	"qblockd/blockdev/export"
 	"qblockd/blockdev/object"
 	"qblockd/events"
+	"qblockd/events/trace"
 	"qblockd/graph"
 	"qblockd/jobs"
 	"qblockd/qmp"
@@ -145,6 +146,7 @@ func (d *daemon) waitForEnd(signals <-chan os.Signal) {
 	}
 	d.endMonitors()
 	d.pidfile.remove()
+	trace.Flush(lastReply)
 	os.Exit(0)
 }
 

@@ -1,13 +1,16 @@
 // Package trace holds the daemon's trace points: named places that, once enabled by a pattern, write a
-// structured log record each time they are passed. A disabled point costs one atomic load.
+// structured log record each time they are passed. A disabled point costs one atomic load. An enabled one never waits:
+// records go through a bounded queue, and how many were dropped is logged when there is room again.
+//
+// Its lock is a leaf: points are passed under any lock.
 package trace
 
 import (
-	"context"
 	"log/slog"
 	"path"
 	"strings"
 	"sync/atomic"
+	"time"
 )
 
 // Point is one trace point.
@@ -42,11 +45,14 @@ func (p *Point) Name() string { return p.name }
 // On tells whether the point is enabled. Callers check it before they gather attributes.
 func (p *Point) On() bool { return p.on.Load() }
 
-// Log writes a record with the given attributes if the point is enabled.
+// Log queues a record with the given attributes if the point is enabled.
 func (p *Point) Log(attrs ...slog.Attr) {
-	if p.on.Load() {
-		slog.LogAttrs(context.Background(), slog.LevelInfo, p.name, attrs...)
+	if !p.on.Load() {
+		return
 	}
+	r := slog.NewRecord(time.Now(), slog.LevelInfo, p.name, 0)
+	r.AddAttrs(attrs...)
+	queue.put(r)
 }
 
 // Enable switches on the points that match a pattern with '*' wildcards, or off with a leading '-'. It

@@ -6,6 +6,7 @@ import (
 	"errors"
 	"fmt"
 	"io"
+	"log/slog"
 	"net"
 	"sync"
 	"sync/atomic"
@@ -15,6 +16,7 @@ import (
 	"golang.org/x/sys/unix"
 
 	"qblockd/blockdev/nbd/wire"
+	"qblockd/events/trace"
 	"qblockd/graph/blk"
 )
 
@@ -120,6 +122,9 @@ func (c *conn) run() {
 	err := c.handshake()
 	if err == nil {
 		c.setUp()
+		if p := &trace.NBDNegotiate; p.On() {
+			p.Log(slog.String("export", c.exp.spec.Name), slog.Bool("structured", c.structured))
+		}
 		err = c.transmission()
 		c.quiesce()
 		c.exp.detach(c)
@@ -205,6 +210,10 @@ func (c *conn) transmission() error {
 			c.refuse(&q, err)
 			c.flush()
 			return err
+		}
+		if p := &trace.NBDRequest; p.On() {
+			p.Log(slog.String("export", c.exp.spec.Name), slog.Int("command", int(q.Cmd)), slog.Uint64("offset", q.Off),
+				slog.Uint64("length", uint64(q.Len)), slog.Int("flags", int(q.Flags)))
 		}
 		if q.Cmd == wire.CmdDisc {
 			return c.flush()
