@@ -3,6 +3,7 @@ package nbd
 import (
 	"syscall"
 	"time"
+	"unsafe"
 
 	"golang.org/x/sys/unix"
 
@@ -150,6 +151,9 @@ type sendfile struct {
 	err  error // why it stopped short
 	run  func(fd uintptr) bool
 
+	probe [1]byte // target of resident
+	iov   unix.Iovec
+
 	queued int // bytes in the socket's send queue
 	count  func(fd uintptr)
 }
@@ -183,6 +187,31 @@ func (s *sendfile) init() {
 	}
 }
 
+// streamMin is the length from which reads are sent by sendfile even if that waits for the
+// disk, in bytes: the kernel reads ahead within one, and a copy would cost more than it gains.
+const streamMin = 512 << 10
+
+// resident tells whether sending m will probably not wait for the disk: the first and the last
+// page of each run are in memory, or the file system has no such thing as waiting. Reads that have to
+// wait are better off with workers, which wait for several at a time.
+func (s *sendfile) resident(m *blk.Mapping) bool {
+	for i := range m.Ranges {
+		h := &m.Ranges[i]
+		if h.FD >= 0 && (!s.inMemory(h.FD, h.Off) || !s.inMemory(h.FD, h.Off+h.N-1)) {
+			return false
+		}
+	}
+	return true
+}
+
+// inMemory reads one byte if that takes no waiting.
+func (s *sendfile) inMemory(fd int, off int64) bool {
+	s.iov.Base = &s.probe[0]
+	s.iov.SetLen(1)
+	_, _, e := unix.Syscall6(unix.SYS_PREADV2, uintptr(fd), uintptr(unsafe.Pointer(&s.iov)), 1, uintptr(off), 0, unix.RWF_NOWAIT)
+	return e != unix.EAGAIN
+}
+
 // readMapped answers q by sendfile if the device maps the whole range without waiting.
 func (c *conn) readMapped(q *wire.Request) bool {
 	r := c.dev.TryBegin()
@@ -194,6 +223,7 @@ func (c *conn) readMapped(q *wire.Request) bool {
 	ok := c.mapRange(r, q, m)
 	r.NoWait = false
 	c.dev.End(r)
+	ok = ok && (q.Len >= streamMin || c.sf.resident(m))
 	if !ok {
 		m.Release()
 		c.maps = append(c.maps, m)
