@@ -20,6 +20,7 @@ type cache struct {
 	lru    table // ring
 	ndirty int
 	spare  *table // one evicted table for reuse
+	epoch  uint64 // goes up when content on disk may have changed, see image.warm
 }
 
 func newCache(size, max int) *cache {
@@ -99,6 +100,7 @@ func (c *cache) drop(t *table) {
 
 // dropRange forgets all tables within [off, off+n).
 func (c *cache) dropRange(off, n int64) {
+	c.epoch++
 	for o := off; o < off+n; o += int64(c.size) {
 		if t := c.m[o]; t != nil {
 			c.drop(t)

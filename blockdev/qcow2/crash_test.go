@@ -140,14 +140,13 @@ func TestCrash(t *testing.T) {
 
 func crashShape(t *testing.T, sh shape, seed uint64) {
 	rnd := rand.New(rand.NewPCG(seed, 99))
-	sectors := 600
+	sectors, every := 600, 6
 	if sh.cs > 4096 {
-		sectors = 1500
+		sectors, every = 1500, 20
 	}
-	every := 5
 	span := int(sh.cs/512)*3 + 2
 	if sh.comp == "grow" { // more refcount blocks than fit into the table
-		sectors, span, every = 5000, 200, 40
+		sectors, span, every = 5000, 200, 100
 	}
 	img := mustCreate(t, CreateOptions{Size: uint64(sectors) * 512, ClusterSize: &sh.cs, RefcountBits: &sh.bits, Version: sh.v, LazyRefcounts: sh.lazy})
 	f := drivertest.CrashFileOf(img)
@@ -169,7 +168,7 @@ func crashShape(t *testing.T, sh shape, seed uint64) {
 	})
 	steps := 250
 	if testing.Short() {
-		steps = 80
+		steps = 120
 	}
 	for i := 0; i < steps && !t.Failed(); i++ {
 		first := rnd.IntN(sectors)
@@ -203,7 +202,7 @@ func crashShape(t *testing.T, sh shape, seed uint64) {
 			t.Fatal(err)
 		}
 	}
-	if crashes < 50 {
+	if crashes < 12 {
 		t.Fatalf("only %d crashes", crashes)
 	}
 	mustClose(t, s)

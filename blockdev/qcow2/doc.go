@@ -10,7 +10,7 @@
 //
 // image.mu guards all metadata in memory. It is held across metadata I/O that a request
 // needs to go on, never across guest data I/O and not across the barriers of a flush. The
-// only lock taken inside it is none; it is a driver lock in the order of package graph.
+// order is resizing > mu; both are driver locks in the order of package graph.
 //
 // # What is written when
 //

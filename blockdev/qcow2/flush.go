@@ -84,6 +84,7 @@ func (s *image) flushOnce(r *blk.Req) error {
 		err = s.writeCopies(r, l2, l1, due)
 	}
 	s.mu.Lock()
+	s.l2.epoch++
 	for _, c := range l2 {
 		c.t.pins--
 		if err == nil && c.t.gen == c.gen {

@@ -119,6 +119,10 @@ func run(t testing.TB, name string, args ...string) string {
 }
 
 func fill(r *rand.Rand, b []byte) {
+	for len(b) >= 8 {
+		be.PutUint64(b, r.Uint64())
+		b = b[8:]
+	}
 	for i := range b {
 		b[i] = byte(r.Uint32())
 	}

@@ -58,6 +58,8 @@ type image struct {
 
 	info info
 
+	resizing sync.Mutex // one Resize at a time; taken before mu
+
 	mu   sync.Mutex
 	wake *sync.Cond // an in-flight allocation has ended
 	done *sync.Cond // flushing has become false

@@ -127,12 +127,12 @@ func TestQemuImages(t *testing.T) {
 func TestQemuCompressed(t *testing.T) {
 	tool(t, "qemu-img")
 	for _, kind := range []string{"zlib", "zstd"} {
-		for _, cs := range []string{"512", "65536", "2097152"} {
+		for _, cs := range []string{"1024", "65536", "2097152"} {
 			t.Run(kind+cs, func(t *testing.T) {
 				dir := t.TempDir()
 				raw, img, back := filepath.Join(dir, "raw"), filepath.Join(dir, "a.qcow2"), filepath.Join(dir, "back")
 				rnd := rand.New(rand.NewPCG(1, 2))
-				data := make([]byte, 4<<20+512)
+				data := make([]byte, 1<<20+512)
 				for i := 0; i < len(data); i += 4096 {
 					fill(rnd, data[i:i+100])
 				}

@@ -52,17 +52,43 @@ func (s *image) loadSlice(r *blk.Req, gc int64) (*table, error) {
 	if r.NoWait {
 		return nil, blk.ErrWouldBlock
 	}
-	if s.l2.full() {
-		if t := s.l2.victim(func(t *table) bool { return !t.dirty }); t != nil {
-			s.l2.drop(t)
-		}
-	}
+	s.evict()
 	t := s.l2.alloc(off)
 	if err := s.readFile(r, blk.Buf(t.data), off); err != nil {
 		return nil, err
 	}
 	s.l2.insert(t)
 	return t, nil
+}
+
+// warm loads the L2 slice that maps guest cluster gc with mu dropped, so that requests whose
+// slices are cached go on meanwhile. It tells whether mu was dropped. Failing is fine: the
+// caller's loadSlice then does it with mu held and reports what is wrong.
+func (s *image) warm(r *blk.Req, gc int64) (dropped bool) {
+	tab := int64(s.l1At(gc>>s.geo.L2Bits()) & layout.OffsetMask)
+	off := s.l2Offset(tab, gc)
+	if tab == 0 || tab&(s.cs-1) != 0 || r.NoWait || s.l2.get(off) != nil {
+		return false
+	}
+	t, epoch := s.l2.alloc(off), s.l2.epoch
+	s.mu.Unlock()
+	err := s.readFile(r, blk.Buf(t.data), off)
+	s.mu.Lock()
+	// Unless a newer content was written or the table freed meanwhile, what was read is right.
+	if err == nil && s.l2.epoch == epoch && s.l2.m[off] == nil {
+		s.evict()
+		s.l2.insert(t)
+	}
+	return true
+}
+
+// evict makes place in the L2 cache if something clean can go.
+func (s *image) evict() {
+	if s.l2.full() {
+		if t := s.l2.victim(func(t *table) bool { return !t.dirty }); t != nil {
+			s.l2.drop(t)
+		}
+	}
 }
 
 // sliceForWrite is loadSlice for changing entries: the L2 table is made if there is none and

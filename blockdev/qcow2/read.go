@@ -33,6 +33,12 @@ func (s *image) readRun(r *blk.Req, v blk.Vec, off, at, n int64) (int64, error) 
 			return 0, err
 		}
 	}
+	if s.warm(r, off>>s.cb) {
+		if err := s.usable(); err != nil {
+			s.mu.Unlock()
+			return 0, err
+		}
+	}
 	m, err := s.lookup(r, off, n)
 	if err != nil {
 		s.mu.Unlock()

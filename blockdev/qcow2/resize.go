@@ -20,6 +20,8 @@ func (s *image) Resize(r *blk.Req, size int64, m blk.Prealloc) error {
 	if size&(layout.SectorSize-1) != 0 {
 		return fmt.Errorf("The new size must be a multiple of %d", layout.SectorSize)
 	}
+	s.resizing.Lock()
+	defer s.resizing.Unlock()
 	s.mu.Lock()
 	defer s.mu.Unlock()
 	if err := s.usable(); err != nil {

@@ -53,12 +53,16 @@ func (s *image) planWrite(r *blk.Req, off, n int64) (plan, error) {
 	defer s.mu.Unlock()
 	gc := off >> s.cb
 	in := off & (s.cs - 1)
-	for {
+	for warmed := false; ; {
 		if err := s.usable(); err != nil {
 			return plan{}, err
 		}
 		if err := s.room(r); err != nil {
 			return plan{}, err
+		}
+		if !warmed && s.warm(r, gc) {
+			warmed = true // once: other reasons to wait are looked at again
+			continue
 		}
 		if len(s.inflight) == 0 || s.inflightAt(gc) == nil {
 			break

@@ -24,7 +24,8 @@ func (s *image) Zero(r *blk.Req, off, n int64, f blk.Flags) error {
 	if end == s.size.Load() {
 		end = s.geo.RoundUp(end)
 	}
-	if off&(s.cs-1) != 0 || end&(s.cs-1) != 0 {
+	partial := off&(s.cs-1) != 0 || end&(s.cs-1) != 0
+	if partial {
 		if off>>s.cb != (end-1)>>s.cb {
 			return blk.ErrNotSupported
 		}
@@ -39,6 +40,9 @@ func (s *image) Zero(r *blk.Req, off, n int64, f blk.Flags) error {
 	}
 	return s.eachSlice(r, off>>s.cb, end>>s.cb, true, func(t *table, gc, k int64) error {
 		i := s.l2Index(gc)
+		if partial && !s.readsZero(layout.KindOf(entry(t, i)), gc) {
+			return blk.ErrNotSupported // written since it was looked at
+		}
 		for j := range k {
 			s.zeroEntry(r, t, i+j, f&blk.MayUnmap != 0)
 		}
@@ -72,13 +76,12 @@ func (s *image) restIsZero(r *blk.Req, off, end int64) (bool, error) {
 	if err != nil {
 		return false, err
 	}
-	switch m.kind {
-	case layout.ZeroPlain, layout.ZeroAlloc:
-		return true, nil
-	case layout.Unallocated:
-		return s.backSize() <= gc<<s.cb, nil
-	}
-	return false, nil
+	return s.readsZero(m.kind, gc), nil
+}
+
+// readsZero tells whether guest cluster gc, whose L2 entry is of kind k, surely reads as zeroes.
+func (s *image) readsZero(k layout.Kind, gc int64) bool {
+	return k == layout.ZeroPlain || k == layout.ZeroAlloc || k == layout.Unallocated && s.backSize() <= gc<<s.cb
 }
 
 // eachSlice calls f for the parts of guest clusters [from, to) that one L2 slice maps, with
