@@ -15,9 +15,9 @@ type CheckResult struct {
 	Messages []string
 }
 
-func (c *CheckResult) say(s *image, format string, v ...uint64) {
+func (c *CheckResult) say(text string, v ...uint64) {
 	if len(c.Messages) < 16 {
-		m := format
+		m := text
 		for _, x := range v {
 			m += " " + hex(x)
 		}
@@ -61,7 +61,7 @@ func (c *checker) ref(off, n int64, what string) bool {
 	}
 	if off < 0 || n < 0 || off+n-c.end >= c.s.cs {
 		c.res.Corruptions++
-		c.res.say(c.s, what+" beyond the end of the file at", uint64(off))
+		c.res.say(what+" beyond the end of the file at", uint64(off))
 		return false
 	}
 	for k := off >> c.s.cb; k <= (off+n-1)>>c.s.cb; k++ {
@@ -74,10 +74,7 @@ func (c *checker) ref(off, n int64, what string) bool {
 func (c *checker) walk() error {
 	s := c.s
 	c.t.pages = map[int64]*[1024]uint32{}
-	c.end = s.file.Size()
-	for c.end < s.fileEnd {
-		c.end = s.fileEnd // clusters allocated but not written yet
-	}
+	c.end = max(s.file.Size(), s.fileEnd) // clusters may be allocated but not written yet
 	c.ref(0, s.cs, "header")
 	if err := c.walkL1(s.l1, int64(s.hdr.L1TableOffset), int64(s.hdr.L1Size), true); err != nil {
 		return err
@@ -86,7 +83,7 @@ func (c *checker) walk() error {
 		sn := &s.snaps[i]
 		if layout.CheckTable(sn.L1TableOffset, uint64(sn.L1Size), 8, layout.MaxL1Bytes, uint64(s.cs), "") != nil {
 			c.res.Corruptions++
-			c.res.say(s, "snapshot's L1 table at", sn.L1TableOffset)
+			c.res.say("snapshot's L1 table at", sn.L1TableOffset)
 			continue
 		}
 		l1, err := s.readTable(c.r, int64(sn.L1TableOffset), int64(sn.L1Size))
@@ -99,8 +96,8 @@ func (c *checker) walk() error {
 	}
 	c.ref(int64(s.hdr.SnapshotsOffset), s.snapEnd-int64(s.hdr.SnapshotsOffset), "snapshot table")
 	c.ref(s.reftOffset(), s.reftSize*8, "refcount table")
-	for i, e := range s.reft {
-		if off := int64(e & layout.ReftMask); off != 0 && !c.badBlock(int64(i), off) {
+	for _, e := range s.reft {
+		if off := int64(e & layout.ReftMask); off != 0 && !c.badBlock(off) {
 			c.t.inc(off >> s.cb)
 		}
 	}
@@ -108,21 +105,21 @@ func (c *checker) walk() error {
 }
 
 // badBlock tells whether the refcount block at off cannot be one.
-func (c *checker) badBlock(_ int64, off int64) bool {
+func (c *checker) badBlock(off int64) bool {
 	return off&(c.s.cs-1) != 0 || off < 0 || off >= c.end
 }
 
 func (c *checker) walkL1(l1 []uint64, off, n int64, active bool) error {
 	c.ref(off, n*8, "L1 table")
 	buf := make([]byte, c.s.cs)
-	for i, e := range l1 {
+	for _, e := range l1 {
 		tab := int64(e & layout.OffsetMask)
 		if tab == 0 {
 			continue
 		}
 		if tab&(c.s.cs-1) != 0 {
 			c.res.Corruptions++
-			c.res.say(c.s, "unaligned L2 table at", uint64(tab))
+			c.res.say("unaligned L2 table at", uint64(tab))
 			continue
 		}
 		if !c.ref(tab, c.s.cs, "L2 table") {
@@ -131,7 +128,6 @@ func (c *checker) walkL1(l1 []uint64, off, n int64, active bool) error {
 		if err := c.s.readL2(c.r, tab, buf); err != nil {
 			return err
 		}
-		_ = i
 		for k := 0; k < len(buf); k += 8 {
 			c.entry(be.Uint64(buf[k:]), active)
 		}
@@ -146,7 +142,7 @@ func (c *checker) entry(e uint64, active bool) {
 	case k == layout.CompressedKind:
 		if e&layout.Copied != 0 && active {
 			c.res.Corruptions++
-			c.res.say(s, "compressed entry with the copied flag", e)
+			c.res.say("compressed entry with the copied flag", e)
 		}
 		off, n := s.geo.CompressedRange(e &^ layout.Copied)
 		c.ref(off, n, "compressed cluster")
@@ -154,7 +150,7 @@ func (c *checker) entry(e uint64, active bool) {
 		off := int64(e & layout.OffsetMask)
 		if off&(s.cs-1) != 0 {
 			c.res.Corruptions++
-			c.res.say(s, "unaligned cluster at", uint64(off))
+			c.res.say("unaligned cluster at", uint64(off))
 			return
 		}
 		c.ref(off, s.cs, "cluster")
@@ -222,10 +218,10 @@ func (s *image) check(r *blk.Req, fix bool) (*CheckResult, error) {
 			return res, err
 		}
 	} else {
-		for i, e := range s.reft {
-			if off := int64(e & layout.ReftMask); off != 0 && c.badBlock(int64(i), off) {
+		for _, e := range s.reft {
+			if off := int64(e & layout.ReftMask); off != 0 && c.badBlock(off) {
 				res.Corruptions++
-				res.say(s, "impossible refcount block at", uint64(off))
+				res.say("impossible refcount block at", uint64(off))
 			}
 		}
 	}
@@ -258,7 +254,7 @@ func (c *checker) makeBlocks() error {
 		if off == 0 {
 			continue
 		}
-		if c.badBlock(int64(i), off) || seen[off] || c.t.get(off>>s.cb) > 1 {
+		if c.badBlock(off) || seen[off] || c.t.get(off>>s.cb) > 1 {
 			c.res.Corruptions++
 			c.res.Fixed++
 			s.own(off, ownBlock, -1)
@@ -302,7 +298,7 @@ func (c *checker) compare(fix bool) error {
 	s := c.s
 	bits := s.geo.RefblockBits()
 	for b := int64(0); b < int64(len(s.reft)); b++ {
-		if off := int64(s.reftAt(b) & layout.ReftMask); off == 0 || c.badBlock(b, off) {
+		if off := int64(s.reftAt(b) & layout.ReftMask); off == 0 || c.badBlock(off) {
 			continue
 		}
 		t, err := s.refblock(c.r, b)
@@ -319,7 +315,7 @@ func (c *checker) compare(fix bool) error {
 				c.res.Leaks++
 			} else {
 				c.res.Corruptions++
-				c.res.say(s, "refcount too low: cluster, refcount, references", uint64(k), have, want)
+				c.res.say("refcount too low: cluster, refcount, references", uint64(k), have, want)
 			}
 			if !fix {
 				continue
@@ -341,9 +337,9 @@ func (c *checker) compare(fix bool) error {
 	for p := range c.t.pages {
 		for k := p << 10; k < (p+1)<<10; k++ {
 			off := int64(s.reftAt(k>>bits) & layout.ReftMask)
-			if c.t.get(k) > 0 && (off == 0 || c.badBlock(k>>bits, off)) {
+			if c.t.get(k) > 0 && (off == 0 || c.badBlock(off)) {
 				c.res.Corruptions++
-				c.res.say(s, "no refcount block for cluster", uint64(k))
+				c.res.say("no refcount block for cluster", uint64(k))
 			}
 		}
 	}
@@ -408,7 +404,7 @@ func (c *checker) flagFault(fix bool, text string, e uint64) {
 	if fix {
 		c.res.Fixed++
 	}
-	c.res.say(c.s, text, e)
+	c.res.say(text, e)
 }
 
 func (c *checker) copiedRight(e uint64, off int64) (bool, error) {

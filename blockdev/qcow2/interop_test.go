@@ -231,6 +231,7 @@ func TestCreateLikeQemu(t *testing.T) {
 		t.Run(c.opt, func(t *testing.T) {
 			dir := t.TempDir()
 			infos := make([]string, 2)
+			files := make([][]byte, 2)
 			sizes := make([]int64, 2)
 			for i := range infos {
 				name := filepath.Join(dir, fmt.Sprint("d", i), "x.qcow2")
@@ -261,6 +262,10 @@ func TestCreateLikeQemu(t *testing.T) {
 				infos[i] = desc(x)
 				st, _ := os.Stat(name)
 				sizes[i] = st.Size()
+				files[i], _ = os.ReadFile(name)
+			}
+			if c.o.Preallocation == "" && !bytes.Equal(files[0], files[1]) {
+				t.Error("the files differ")
 			}
 			if infos[0] != infos[1] {
 				t.Errorf("qemu-img info differs:\n%s\n%s", infos[0], infos[1])

@@ -141,8 +141,10 @@ func (s *image) growL1(r *blk.Req, n int64) error {
 	}
 	// The new table is written as it is in memory, so what its entries refer to has to be on
 	// disk first; and no flush may write into the old one meanwhile.
-	if err := s.flush(r); err != nil {
-		return err
+	for again := true; again; again = s.flushing || len(s.l1Dirty) > 0 {
+		if err := s.flush(r); err != nil {
+			return err
+		}
 	}
 	release := s.claimFlush()
 	defer release()

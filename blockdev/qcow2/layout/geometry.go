@@ -150,19 +150,3 @@ func (g Geometry) SetRefcount(b []byte, i int64, v uint64) {
 		binary.BigEndian.PutUint64(b[8*i:], v)
 	}
 }
-
-// RefcountArea computes how many refcount blocks and table clusters are needed to count
-// the given number of clusters and themselves.
-func (g Geometry) RefcountArea(clusters int64) (blocks, tableClusters int64) {
-	perBlock := int64(1) << g.RefblockBits()
-	perTable := g.ClusterSize() / 8
-	var blk, tab int64
-	for {
-		b := (clusters + tab + blk + perBlock - 1) / perBlock
-		t := (b + perTable - 1) / perTable
-		if b == blk && t == tab {
-			return b, t
-		}
-		blk, tab = b, t
-	}
-}
