@@ -142,7 +142,10 @@ func (s *image) corrupt(r *blk.Req, fatal bool, off, n int64, msg string) error 
 		s.corrupted(msg, off, n, fatal)
 	}
 	s.signaled = true
-	if fatal {
+	if !fatal {
+		s.warnf("Image is corrupt: %s; further non-fatal corruption events will be suppressed", msg)
+	} else {
+		s.warnf("Marking image as corrupt: %s; further corruption events will be suppressed", msg)
 		s.dead.Store(true)
 		s.wake.Broadcast()
 		if s.hdr.Version >= 3 {

@@ -21,7 +21,7 @@ func (s *image) WriteAt(r *blk.Req, v blk.Vec, off int64, f blk.Flags) error {
 			w = v.Slice(done, p.n)
 		}
 		if p.alloc == nil {
-			err = s.file.WriteAt(r, w, p.host, f&blk.Serialising)
+			err = s.file.WriteAt(r, w, p.host, 0)
 			p.epoch.Release()
 		} else {
 			err = s.writeAlloc(r, &p, w, off+done)
