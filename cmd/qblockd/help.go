@@ -3,7 +3,51 @@ package main
 import (
 	"fmt"
 	"runtime/debug"
+	"strings"
 )
+
+// optionHelp explains an option: --help, the manual page and the shells' completions are made of these.
+type optionHelp struct {
+	long  string   // without dashes
+	short byte     // 0: none
+	args  []string // the forms of its argument; none if it takes none
+	text  string   // one paragraph
+}
+
+// aboutText is what the program is, in the words that stand above the options.
+const aboutText = "Block devices as a service: open disk images, export them, and work on them live, over QMP."
+
+// orderText is the one rule about options.
+const orderText = "Options take effect strictly from left to right: define what another option names before it."
+
+// helpGroups are all options, in the groups and the order in which they are shown.
+var helpGroups = [][]optionHelp{
+	{
+		{"help", 'h', nil, "show this text and exit"},
+		{"version", 'V', nil, "show the version and exit"},
+		{"trace", 'T', []string{"[enable=]<pattern>"}, "log the trace points that match; 'help' lists them"},
+	}, {
+		{"blockdev", 0, []string{"[driver=]<driver>,node-name=<name>[,<option>=<value>...]"},
+			"open a block node, as QMP blockdev-add does; nested options are dotted (file.driver=file), or the whole may be JSON"},
+		{"chardev", 0, []string{"<backend>,id=<id>[,<option>=<value>...]"},
+			"make a character device, for instance socket,id=m,path=qmp.sock,server=on,wait=off; 'help' lists the backends"},
+		{"monitor", 0, []string{"[chardev=]<id>[,mode=control][,pretty=on|off]"},
+			"speak QMP on a character device, to any number of clients at once"},
+		{"nbd-server", 0, []string{
+			"addr.type=unix,addr.path=<path>[,max-connections=<n>]",
+			"addr.type=inet,addr.host=<host>,addr.port=<port>[,max-connections=<n>]"}, "start the NBD server"},
+		{"export", 0, []string{"[type=]nbd,id=<id>,node-name=<node>[,name=<name>][,writable=on|off]"},
+			"export a node over NBD; needs --nbd-server before it"},
+		{"object", 0, []string{"<type>,id=<id>[,<property>=<value>...]"},
+			"make an object; 'help' lists the types, '<type>,help' their properties"},
+	}, {
+		{"daemonize", 0, nil, "go to the background once everything above is up"},
+		{"pidfile", 0, []string{"<path>"}, "write the process id to a file, locked while the daemon lives"},
+		{"socket-mode", 0, []string{"<octal>"}, "permissions of the socket files made after this option (default 0600)"},
+		{"quickstart", 0, []string{"<dir>"},
+			"serve a new disk with a monitor and an NBD server, all below <dir>, and show what to try"},
+	},
+}
 
 func versionText(prog string) string {
 	rev := ""
@@ -18,36 +62,60 @@ func versionText(prog string) string {
 		prog, version, rev, qemuMajor, qemuMinor)
 }
 
+// helpColumn is where the explanations of --help begin, helpWidth where they end at the latest.
+const helpColumn, helpWidth = 25, 96
+
 func helpText(prog string) string {
-	return fmt.Sprintf(`Usage: %s [options]
-Block devices as a service: open disk images, export them, and work on them live, over QMP.
-Options take effect strictly from left to right: define what another option names before it.
+	var b strings.Builder
+	fmt.Fprintf(&b, "Usage: %s [options]\n%s\n%s\n", prog, aboutText, orderText)
+	for _, group := range helpGroups {
+		b.WriteByte('\n')
+		for _, o := range group {
+			o.write(&b)
+		}
+	}
+	return b.String()
+}
 
-  -h, --help             show this text and exit
-  -V, --version          show the version and exit
-  -T, --trace [enable=]<pattern>
-                         log the trace points that match; 'help' lists them
+// forms are the ways to write the option, in short and long.
+func (o *optionHelp) forms() (l []string) {
+	name := "--" + o.long
+	if o.short != 0 {
+		name = "-" + string(o.short) + ", " + name
+	}
+	for _, a := range o.args {
+		l = append(l, name+" "+a)
+	}
+	if l == nil {
+		l = []string{name}
+	}
+	return l
+}
 
-  --blockdev [driver=]<driver>,node-name=<name>[,<option>=<value>...]
-                         open a block node, as QMP blockdev-add does; nested options are
-                         dotted (file.driver=file), or the whole may be JSON
-  --chardev <backend>,id=<id>[,<option>=<value>...]
-                         make a character device, for instance
-                         socket,id=m,path=qmp.sock,server=on,wait=off; 'help' lists the backends
-  --monitor [chardev=]<id>[,mode=control][,pretty=on|off]
-                         speak QMP on a character device, to any number of clients at once
-  --nbd-server addr.type=unix,addr.path=<path>[,max-connections=<n>]
-  --nbd-server addr.type=inet,addr.host=<host>,addr.port=<port>[,max-connections=<n>]
-                         start the NBD server
-  --export [type=]nbd,id=<id>,node-name=<node>[,name=<name>][,writable=on|off]
-                         export a node over NBD; needs --nbd-server before it
-  --object <type>,id=<id>[,<property>=<value>...]
-                         make an object; 'help' lists the types, '<type>,help' their properties
-
-  --daemonize            go to the background once everything above is up
-  --pidfile <path>       write the process id to a file, locked while the daemon lives
-  --socket-mode <octal>  permissions of the socket files made after this option (default 0600)
-  --quickstart <dir>     serve a new disk with a monitor and an NBD server, all below <dir>,
-                         and show what to try
-`, prog)
+// write shows the option: its forms, a line each, and its text behind the last or below.
+func (o *optionHelp) write(b *strings.Builder) {
+	forms := o.forms()
+	b.WriteString("  " + strings.Join(forms, "\n  "))
+	column := 2 + len(forms[len(forms)-1])
+	if column > helpColumn-2 {
+		b.WriteByte('\n')
+		column = 0
+	}
+	for i, word := range strings.Fields(o.text) {
+		switch {
+		case i > 0 && column+1+len(word) > helpWidth:
+			b.WriteByte('\n')
+			column = 0
+			fallthrough
+		case i == 0:
+			b.WriteString(strings.Repeat(" ", helpColumn-column))
+			column = helpColumn
+		default:
+			b.WriteByte(' ')
+			column++
+		}
+		b.WriteString(word)
+		column += len(word)
+	}
+	b.WriteByte('\n')
 }
