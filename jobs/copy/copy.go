@@ -102,8 +102,10 @@ func (e *engine) walk() error {
 				e.hand(u)
 				continue
 			}
-			// Looking failed; do that again.
-			e.look(u.off, u.ext.N)
+			// Looking failed; do that again, and what it does not cover is next.
+			if n := e.look(u.off, u.ext.N); n < u.ext.N {
+				e.retry = append(e.retry, unit{off: u.off + n, ext: Extent{N: u.ext.N - n}})
+			}
 		case off < e.Size:
 			off += e.look(off, min(e.Chunk, e.Size-off))
 		case e.inFlight > 0:

@@ -1,0 +1,248 @@
+package copy
+
+import (
+	"context"
+	"errors"
+	"sync"
+	"syscall"
+	"testing"
+
+	"qblockd/events"
+	"qblockd/graph/blk"
+	"qblockd/jobs"
+	"qblockd/schema/types"
+)
+
+// gate counts the units of work in flight and the most there were.
+type gate struct {
+	mu        sync.Mutex
+	now, most int
+}
+
+func (g *gate) Begin() (*blk.Req, error) {
+	g.mu.Lock()
+	defer g.mu.Unlock()
+	g.now++
+	g.most = max(g.most, g.now)
+	return &blk.Req{Ctx: context.Background()}, nil
+}
+
+func (g *gate) End(*blk.Req) {
+	g.mu.Lock()
+	defer g.mu.Unlock()
+	g.now--
+}
+
+// bench is a copy over a range of cells, each with what it needs and how often it still fails.
+type bench struct {
+	gate
+	cell   int64
+	needs  []Action
+	failed map[int64]int // offset -> failures still to come, of Copy
+	looks  map[int64]int // the same of Look
+	done   []int         // how often each cell was copied
+	during func(off int64)
+}
+
+func newBench(needs ...Action) *bench {
+	return &bench{cell: 10, needs: needs, failed: map[int64]int{}, looks: map[int64]int{}, done: make([]int, len(needs))}
+}
+
+func (b *bench) look(_ *blk.Req, off, n int64) (Extent, error) {
+	b.mu.Lock()
+	defer b.mu.Unlock()
+	if b.looks[off] > 0 {
+		b.looks[off]--
+		return Extent{}, syscall.EIO
+	}
+	i := off / b.cell
+	e := Extent{Action: b.needs[i]}
+	for e.N < n && b.needs[(off+e.N)/b.cell] == e.Action {
+		e.N += b.cell
+	}
+	return e, nil
+}
+
+func (b *bench) copy(_ *blk.Req, off int64, e Extent) error {
+	if b.during != nil {
+		b.during(off)
+	}
+	b.mu.Lock()
+	defer b.mu.Unlock()
+	if b.failed[off] > 0 {
+		b.failed[off]--
+		return syscall.ENOSPC
+	}
+	for i := off / b.cell; i < (off+e.N)/b.cell; i++ {
+		b.done[i]++
+		if b.needs[i] != e.Action {
+			return errors.New("wrong action")
+		}
+	}
+	return nil
+}
+
+type quiet struct {
+	mu     sync.Mutex
+	cond   *sync.Cond
+	events []events.Event
+}
+
+func (q *quiet) Emit(e events.Event) {
+	q.mu.Lock()
+	defer q.mu.Unlock()
+	q.events = append(q.events, e)
+	q.cond.Broadcast()
+}
+
+// status waits until the job has come to a state.
+func (q *quiet) status(s types.JobStatus) {
+	q.mu.Lock()
+	defer q.mu.Unlock()
+	for {
+		for _, e := range q.events {
+			if e, ok := e.(types.JobStatusChangeEvent); ok && e.Status == s {
+				return
+			}
+		}
+		q.cond.Wait()
+	}
+}
+
+type runner func(h *jobs.Handle) error
+
+func (r runner) Run(_ context.Context, h *jobs.Handle) error { return r(h) }
+
+// start runs the bench as a job with that policy.
+func start(t *testing.T, b *bench, policy types.BlockdevOnError) (*jobs.Manager, *jobs.Job, *quiet) {
+	t.Helper()
+	q := &quiet{}
+	q.cond = sync.NewCond(&q.mu)
+	m := jobs.NewManager(q, nil)
+	size := int64(len(b.needs)) * b.cell
+	j, err := m.Create(jobs.Spec{ID: "j", Type: types.JobTypeStream, Block: true, ManualDismiss: true,
+		Runner: runner(func(h *jobs.Handle) error {
+			h.SetRemaining(size)
+			return Run(h, Task{Gate: b, Size: size, Chunk: 3 * b.cell, Workers: 2, Look: b.look, Copy: b.copy,
+				Operation: types.IoOperationTypeRead, Policy: policy})
+		})})
+	if err != nil {
+		t.Fatal(err)
+	}
+	m.Start(j)()
+	return m, j, q
+}
+
+// ended waits for the job and returns its error and progress.
+func ended(m *jobs.Manager, j *jobs.Job) (error, *types.JobInfo) {
+	<-j.Finished()
+	return j.Err(), m.Query()[0]
+}
+
+func TestEverythingOnce(t *testing.T) {
+	b := newBench(Skip, Data, Data, Data, Data, Zero, Zero, Skip, Skip, Skip, Skip, Data)
+	m, j, _ := start(t, b, types.BlockdevOnErrorReport)
+	err, info := ended(m, j)
+	if err != nil || info.CurrentProgress != 120 || info.TotalProgress != 120 {
+		t.Fatalf("%v, progress %d of %d", err, info.CurrentProgress, info.TotalProgress)
+	}
+	for i, n := range b.done {
+		if want := map[bool]int{true: 1}[b.needs[i] != Skip]; n != want {
+			t.Errorf("cell %d was copied %d times, want %d", i, n, want)
+		}
+	}
+	if b.now != 0 || b.most > 3 {
+		t.Errorf("%d units left, %d at once", b.now, b.most)
+	}
+}
+
+func TestReport(t *testing.T) {
+	b := newBench(Data, Skip, Data, Skip, Data)
+	b.failed[20] = 1
+	m, j, _ := start(t, b, types.BlockdevOnErrorReport)
+	if err, _ := ended(m, j); !errors.Is(err, syscall.ENOSPC) {
+		t.Errorf("outcome: %v", err)
+	}
+	if b.now != 0 {
+		t.Errorf("%d units are left", b.now)
+	}
+}
+
+func TestIgnore(t *testing.T) {
+	b := newBench(Data, Skip, Data, Skip, Data)
+	b.failed[20] = 1
+	m, j, _ := start(t, b, types.BlockdevOnErrorIgnore)
+	err, info := ended(m, j)
+	if !errors.Is(err, syscall.ENOSPC) || info.CurrentProgress != 50 {
+		t.Errorf("outcome: %v, progress %d", err, info.CurrentProgress)
+	}
+	if b.done[0] != 1 || b.done[2] != 0 || b.done[4] != 1 {
+		t.Errorf("copied: %v", b.done)
+	}
+}
+
+func TestStopAndResume(t *testing.T) {
+	for name, prepare := range map[string]func(*bench){
+		"copy": func(b *bench) { b.failed[20] = 1 },
+		"look": func(b *bench) { b.looks[20] = 1 },
+	} {
+		t.Run(name, func(t *testing.T) {
+			b := newBench(Data, Skip, Data, Skip, Data)
+			prepare(b)
+			m, j, q := start(t, b, types.BlockdevOnErrorStop)
+			q.status(types.JobStatusPaused)
+			if b.now != 0 {
+				t.Errorf("%d units in flight in a paused job", b.now)
+			}
+			if err := j.Resume(); err != nil {
+				t.Fatal(err)
+			}
+			err, info := ended(m, j)
+			if err != nil || info.CurrentProgress != 50 || b.done[2] != 1 {
+				t.Errorf("outcome: %v, progress %d, copied %v", err, info.CurrentProgress, b.done)
+			}
+		})
+	}
+}
+
+func TestPauseWaitsForUnitsInFlight(t *testing.T) {
+	b := newBench(Data, Skip, Data, Skip, Data)
+	reached, release := make(chan struct{}, 8), make(chan struct{})
+	b.during = func(int64) { reached <- struct{}{}; <-release }
+	m, j, q := start(t, b, types.BlockdevOnErrorReport)
+	<-reached
+	if err := j.Pause(); err != nil {
+		t.Fatal(err)
+	}
+	close(release)
+	q.status(types.JobStatusPaused)
+	b.mu.Lock()
+	if b.now != 0 {
+		t.Errorf("%d units in flight in a paused job", b.now)
+	}
+	b.mu.Unlock()
+	if err := j.Resume(); err != nil {
+		t.Fatal(err)
+	}
+	if err, _ := ended(m, j); err != nil {
+		t.Error(err)
+	}
+}
+
+func TestCancel(t *testing.T) {
+	b := newBench(Data, Skip, Data, Skip, Data)
+	reached, release := make(chan struct{}, 8), make(chan struct{})
+	b.during = func(int64) { reached <- struct{}{}; <-release }
+	m, j, _ := start(t, b, types.BlockdevOnErrorReport)
+	<-reached
+	if err := j.Cancel(true); err != nil {
+		t.Fatal(err)
+	}
+	close(release)
+	if err, _ := ended(m, j); !errors.Is(err, syscall.ECANCELED) {
+		t.Errorf("outcome: %v", err)
+	}
+	if b.now != 0 {
+		t.Errorf("%d units are left", b.now)
+	}
+}
