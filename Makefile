@@ -26,6 +26,7 @@ tools: ## install the outside tools that the tests use (Debian, as root; else no
 test: tools build ## install what is needed where that is possible, then run all tests
 	$(GO) vet $(PKGS)
 	$(GO) test -timeout 15m $(PKGS)
+	@sh tests/tools.sh missing
 
 check: lint generate-check tidy-check test race ## all that must pass before a merge
 

@@ -27,7 +27,8 @@ type rule struct {
 
 var rules = []rule{
 	{"cmd/qapigen", []string{"schema/model"}},
-	{"cmd/qblockctl", []string{"schema", "schema/check"}},
+	{"cmd/qblockctl", []string{"cmd/qblockctl/*", "schema", "schema/check"}},
+	{"cmd/qblockctl/*", []string{"cmd/qblockctl/*", "schema", "schema/check"}},
 	{"cmd/qblockd/cmdline", nil},
 	{"cmd/qblockd", []string{"cmd/qblockd/cmdline", "schema", "qmp/...", "jobs/...", "blockdev/...", "graph/..."}},
 
