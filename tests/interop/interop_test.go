@@ -141,7 +141,7 @@ func TestStreamUnderGuests(t *testing.T) {
 			}
 		})
 	}
-	q.Must(t, "block-stream", map[string]any{"job-id": "j", "device": "t", "speed": 4 << 20})
+	q.Must(t, "block-stream", map[string]any{"job-id": "j", "device": "t", "speed": 256 << 10}) // slow enough not to end before set-speed
 	q.Wait(t, "JOB_STATUS_CHANGE", map[string]any{"id": "j", "status": "running"})
 	q.Must(t, "job-pause", map[string]any{"id": "j"})
 	q.Wait(t, "JOB_STATUS_CHANGE", map[string]any{"id": "j", "status": "paused"})
