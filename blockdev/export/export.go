@@ -100,14 +100,14 @@ func (t *Table) Add(ctx context.Context, o *types.BlockExportOptions) error {
 	if err := t.reserve(o.ID); err != nil {
 		return err
 	}
-	e, err := t.make(ctx, o)
+	e, stopped, err := t.make(ctx, o)
 	if err != nil {
 		t.mu.Lock()
 		delete(t.taken, o.ID)
 		t.mu.Unlock()
 		return err
 	}
-	if e.closing {
+	if stopped {
 		// Whoever stopped the server did not see it.
 		e.shutdown()
 		t.finish(e)
@@ -126,23 +126,24 @@ func (t *Table) reserve(id string) error {
 	return nil
 }
 
-// make makes what o describes and puts it on the list; closing if the server was stopped meanwhile.
-func (t *Table) make(ctx context.Context, o *types.BlockExportOptions) (*entry, error) {
+// make makes what o describes and puts it on the list; stopped tells that the server was stopped meanwhile, and that
+// the export, closing already, is the caller's to end.
+func (t *Table) make(ctx context.Context, o *types.BlockExportOptions) (e *entry, stopped bool, err error) {
 	n := t.g.Node(o.NodeName)
 	if n == nil {
-		return nil, fmt.Errorf("Cannot find device='' nor node-name='%s'", o.NodeName)
+		return nil, false, fmt.Errorf("Cannot find device='' nor node-name='%s'", o.NodeName)
 	}
 	writable := isSet(o.Writable)
 	if writable && n.ReadOnly() {
-		return nil, errors.New("Cannot export read-only node as writable")
+		return nil, false, errors.New("Cannot export read-only node as writable")
 	}
 	workers, err := t.asked(o)
 	if err != nil {
-		return nil, err
+		return nil, false, err
 	}
 	b, ok := o.U.(*types.BlockExportOptionsNbd)
 	if !ok {
-		return nil, errors.New("No driver found for the requested export type")
+		return nil, false, errors.New("No driver found for the requested export type")
 	}
 	spec := nbd.Spec{
 		Name:            o.NodeName,
@@ -158,43 +159,44 @@ func (t *Table) make(ctx context.Context, o *types.BlockExportOptions) (*entry, 
 	}
 	server := t.running()
 	if server == nil {
-		return nil, nbd.ErrNotRunning
+		return nil, false, nbd.ErrNotRunning
 	}
 	if err := server.CheckName(&spec); err != nil {
-		return nil, err
+		return nil, false, err
 	}
-	e := &entry{id: o.ID, server: server, gone: make(chan struct{}), fixed: isSet(o.FixedIothread)}
+	e = &entry{id: o.ID, server: server, gone: make(chan struct{}), fixed: isSet(o.FixedIothread)}
 	if err := t.attach(ctx, e, n, writable); err != nil {
-		return nil, err
+		return nil, false, err
 	}
 	spec.Device = device{e.root, writable}
 	spec.Size = blk.AlignDown(e.root.Size(), sector)
 	spec.Workers = e.currentWorkers
-	if err := t.serve(e, spec, workers); err != nil {
+	if stopped, err = t.serve(e, spec, workers); err != nil {
 		e.cancel()
 		t.g.CloseRoot(context.Background(), e.root)
-		return nil, err
+		return nil, false, err
 	}
-	return e, nil
+	return e, stopped, nil
 }
 
-// serve lets clients use e and puts it on the list.
-func (t *Table) serve(e *entry, spec nbd.Spec, w Workers) error {
+// serve lets clients use e and puts it on the list; for stopped see make.
+func (t *Table) serve(e *entry, spec nbd.Spec, w Workers) (stopped bool, err error) {
 	t.homes.mu.Lock()
 	defer t.homes.mu.Unlock()
 	undo, err := t.place(e, w)
 	if err != nil {
-		return err
+		return false, err
 	}
 	if e.nbd, err = e.server.Add(spec); err != nil {
 		undo()
-		return err
+		return false, err
 	}
 	t.mu.Lock()
 	defer t.mu.Unlock()
-	e.closing = t.server != e.server
+	stopped = t.server != e.server
+	e.closing = stopped
 	t.list = append(t.list, e)
-	return nil
+	return stopped, nil
 }
 
 // attach makes the root of e on n. An export shares everything but resize: its size is a promise to its

@@ -149,7 +149,10 @@ func TestStreamUnderGuests(t *testing.T) {
 	for _, g := range guests {
 		<-g.warm
 	}
-	q.Must(t, "block-job-set-speed", map[string]any{"device": "j", "speed": 0})
+	// What guests have written need not be copied, so the job may be over by now.
+	if _, err := q.Do("block-job-set-speed", map[string]any{"device": "j", "speed": 0}); err != nil && !strings.Contains(err.Error(), "not found") {
+		t.Fatal(err)
+	}
 	q.Wait(t, "BLOCK_JOB_COMPLETED", map[string]any{"device": "j"})
 	q.Wait(t, "JOB_STATUS_CHANGE", map[string]any{"id": "j", "status": "null"})
 	stop.Store(true)
