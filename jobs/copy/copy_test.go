@@ -133,16 +133,16 @@ func start(t *testing.T, b *bench, policy types.BlockdevOnError) (*jobs.Manager,
 	return m, j, q
 }
 
-// ended waits for the job and returns its error and progress.
-func ended(m *jobs.Manager, j *jobs.Job) (error, *types.JobInfo) {
+// ended waits for the job and returns its progress and error.
+func ended(m *jobs.Manager, j *jobs.Job) (*types.JobInfo, error) {
 	<-j.Finished()
-	return j.Err(), m.Query()[0]
+	return m.Query()[0], j.Err()
 }
 
 func TestEverythingOnce(t *testing.T) {
 	b := newBench(Skip, Data, Data, Data, Data, Zero, Zero, Skip, Skip, Skip, Skip, Data)
 	m, j, _ := start(t, b, types.BlockdevOnErrorReport)
-	err, info := ended(m, j)
+	info, err := ended(m, j)
 	if err != nil || info.CurrentProgress != 120 || info.TotalProgress != 120 {
 		t.Fatalf("%v, progress %d of %d", err, info.CurrentProgress, info.TotalProgress)
 	}
@@ -160,7 +160,7 @@ func TestReport(t *testing.T) {
 	b := newBench(Data, Skip, Data, Skip, Data)
 	b.failed[20] = 1
 	m, j, _ := start(t, b, types.BlockdevOnErrorReport)
-	if err, _ := ended(m, j); !errors.Is(err, syscall.ENOSPC) {
+	if _, err := ended(m, j); !errors.Is(err, syscall.ENOSPC) {
 		t.Errorf("outcome: %v", err)
 	}
 	if b.now != 0 {
@@ -172,7 +172,7 @@ func TestIgnore(t *testing.T) {
 	b := newBench(Data, Skip, Data, Skip, Data)
 	b.failed[20] = 1
 	m, j, _ := start(t, b, types.BlockdevOnErrorIgnore)
-	err, info := ended(m, j)
+	info, err := ended(m, j)
 	if !errors.Is(err, syscall.ENOSPC) || info.CurrentProgress != 50 {
 		t.Errorf("outcome: %v, progress %d", err, info.CurrentProgress)
 	}
@@ -197,7 +197,7 @@ func TestStopAndResume(t *testing.T) {
 			if err := j.Resume(); err != nil {
 				t.Fatal(err)
 			}
-			err, info := ended(m, j)
+			info, err := ended(m, j)
 			if err != nil || info.CurrentProgress != 50 || b.done[2] != 1 {
 				t.Errorf("outcome: %v, progress %d, copied %v", err, info.CurrentProgress, b.done)
 			}
@@ -224,7 +224,7 @@ func TestPauseWaitsForUnitsInFlight(t *testing.T) {
 	if err := j.Resume(); err != nil {
 		t.Fatal(err)
 	}
-	if err, _ := ended(m, j); err != nil {
+	if _, err := ended(m, j); err != nil {
 		t.Error(err)
 	}
 }
@@ -239,7 +239,7 @@ func TestCancel(t *testing.T) {
 		t.Fatal(err)
 	}
 	close(release)
-	if err, _ := ended(m, j); !errors.Is(err, syscall.ECANCELED) {
+	if _, err := ended(m, j); !errors.Is(err, syscall.ECANCELED) {
 		t.Errorf("outcome: %v", err)
 	}
 	if b.now != 0 {
