@@ -4,11 +4,11 @@ BIN       := bin
 PKGS      := ./...
 FUZZTIME  ?= 30s
 RUNDIR    ?= run
+BENCH     ?=
 STATICCHECK := honnef.co/go/tools/cmd/staticcheck@v0.6.1
-SHARED    ?= ../shared
 
 .DEFAULT_GOAL := help
-.PHONY: help build run test tools check race lint fuzz golden bench bench-peer generate generate-check tidy-check interop clean FORCE
+.PHONY: help build run test tools check race lint fuzz golden bench generate generate-check tidy-check interop clean FORCE
 
 help: ## list the targets
 	@sed -n 's/^\([a-z-]*\):.*## /\1\t/p' $(MAKEFILE_LIST) | expand -t 18
@@ -56,11 +56,9 @@ golden: build ## rewrite the recorded conversations in tests/conv from qblockd; 
 interop: build ## the tests with real clients and QEMU's tools only
 	$(GO) test -count=1 -v ./tests/interop/...
 
-bench: ## Go benchmarks
-	$(GO) test -run '^$$' -bench . -benchmem $(PKGS)
-
-bench-peer: build ## the load benchmarks beside qemu-storage-daemon, when they are at $(SHARED)/bench
-	$(SHARED)/bench/bench.py --quick --subject $(abspath $(BIN))/qblockd
+bench: ## Go benchmarks, then the loads of tests/bench on qblockd and its peers by turns (BENCH=-quick: shorter)
+	$(GO) test -run '^$$' -bench . -benchtime 0.1s -benchmem $(PKGS)
+	$(GO) run ./tests/bench $(BENCH)
 
 clean: ## remove what was built
 	rm -rf $(BIN) $(RUNDIR)
