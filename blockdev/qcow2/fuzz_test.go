@@ -94,6 +94,15 @@ func fuzzImage(t *testing.T, img, ops []byte) {
 	}
 	size := s.size.Load()
 	b := make([]byte, 3000)
+	clusterBits := min(img[23], layout.MaxClusterBits)
+	defer func() {
+		runtime.ReadMemStats(&before)
+		// Each request of two clusters at most touches a few tables; a resize may move the tables that lie in the file.
+		limit := uint64(min(len(ops), 64)+2) * (1<<20 + 4*uint64(len(img)) + 16<<clusterBits)
+		if used := before.TotalAlloc - after.TotalAlloc; used > limit {
+			t.Fatalf("%d operations on a file of %d bytes took %d bytes, limit %d", len(ops), len(img), used, limit)
+		}
+	}()
 	for _, op := range ops[:min(len(ops), 64)] {
 		off := int64(op>>3) * 1536
 		if size < 1<<40 && size > 0 {
