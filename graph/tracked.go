@@ -183,7 +183,7 @@ func (sh *trackShard) push(k *tracked) {
 func (t *tracker) conflict(k *tracked) *tracked {
 	// Inside a lock of one's own unit there is nobody to wait for: whoever overlaps the lock was waited for
 	// when it was taken, or waits for it now - and to wait for those would be for ever.
-	for c := k.shard.head; c != nil && k.serial; c = c.next {
+	for c := k.shard.head; c != nil; c = c.next {
 		if c.unit == k.unit && c.serial && c.off <= k.off && k.off+k.n <= c.off+c.n && c != k {
 			return nil
 		}

@@ -3,6 +3,7 @@ package graph
 import (
 	"context"
 	"math/rand/v2"
+	"runtime"
 	"sync"
 	"sync/atomic"
 	"testing"
@@ -73,4 +74,38 @@ func TestTracker(t *testing.T) {
 		}
 	}
 	t.Logf("%d refused", refused.Load())
+}
+
+// A unit of work goes on inside its own lock, plain or serialising, while others wait for that lock.
+func TestTrackerInsideOwnLock(t *testing.T) {
+	var tr tracker
+	ctx := t.Context()
+	mine, other := &blk.Req{Ctx: ctx}, &blk.Req{Ctx: ctx}
+	lock, err := tr.begin(mine, 0, 100, true)
+	if err != nil {
+		t.Fatal(err)
+	}
+	var wg sync.WaitGroup
+	wg.Go(func() {
+		k, err := tr.begin(other, 50, 100, true)
+		if err != nil {
+			t.Error(err)
+			return
+		}
+		tr.end(k)
+	})
+	for tr.serial.Load() < 2 { // the other one is in the list, and waits
+		runtime.Gosched()
+	}
+	mine.NoWait = true
+	for _, serial := range []bool{false, true} {
+		k, err := tr.begin(mine, 60, 10, serial)
+		if err != nil {
+			t.Errorf("serialising %v: %v", serial, err)
+			continue
+		}
+		tr.end(k)
+	}
+	tr.end(lock)
+	wg.Wait()
 }
