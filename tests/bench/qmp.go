@@ -95,27 +95,29 @@ func dialMonitor(path string) (*monitor, error) {
 
 func (m *monitor) close() { syscall.Close(int(m.fd)) }
 
-// line returns the next message, to be used before the next call. Events are passed over.
+// line returns the next message, to be used before the next call; of one longer than the buffer no more than the
+// begin. Events are passed over.
 func (m *monitor) line() ([]byte, error) {
 	for {
 		b, err := m.r.ReadSlice('\n')
 		if errors.Is(err, bufio.ErrBufferFull) {
-			whole := bytes.Clone(b)
+			b = bytes.Clone(b[:head])
 			for errors.Is(err, bufio.ErrBufferFull) {
-				b, err = m.r.ReadSlice('\n')
-				whole = append(whole, b...)
+				_, err = m.r.ReadSlice('\n')
 			}
-			b = whole
 		}
 		if err != nil {
 			return nil, err
 		}
-		head := b[:min(len(b), 200)]
-		if len(bytes.TrimSpace(head)) > 0 && !bytes.Contains(head, []byte(`"timestamp"`)) {
+		first := b[:min(len(b), head)]
+		if len(bytes.TrimSpace(first)) > 0 && !bytes.Contains(first, []byte(`"timestamp"`)) {
 			return b, nil
 		}
 	}
 }
+
+// head is how much of a message tells what it is.
+const head = 300
 
 // send writes a command and returns its reply.
 func (m *monitor) send(command []byte) ([]byte, error) {
@@ -131,8 +133,8 @@ func (m *monitor) send(command []byte) ([]byte, error) {
 
 // failed makes an error of an error reply.
 func failed(reply []byte) error {
-	if head := reply[:min(len(reply), 300)]; bytes.Contains(head, []byte(`"class"`)) && bytes.Contains(head, []byte(`"error"`)) {
-		return fmt.Errorf("%s", bytes.TrimSpace(head))
+	if b := reply[:min(len(reply), head)]; bytes.Contains(b, []byte(`"class"`)) && bytes.Contains(b, []byte(`"error"`)) {
+		return fmt.Errorf("%s", bytes.TrimSpace(b))
 	}
 	return nil
 }

@@ -81,7 +81,8 @@ type conn struct {
 	inflight int       // +checklocks:mu  requests handed to workers and not answered
 	bytes    int64     // +checklocks:mu  of their data
 	workers  int       // +checklocks:mu
-	queue    []*job    // +checklocks:mu  for which there was no worker
+	worker   func()    // work; made once
+	queue    []*job    // +checklocks:mu  for the workers
 	out      []*reply  // +checklocks:mu  of workers, to be sent
 
 	leaseTimer *time.Timer   // set by the reader before it can fire
@@ -101,6 +102,7 @@ func newConn(s *Server, nc net.Conn) (*conn, error) {
 	c := &conn{srv: s, nc: nc, raw: raw}
 	_, c.unix = nc.(*net.UnixConn)
 	c.room.L = &c.mu
+	c.worker = c.work
 	c.ctx, c.cancel = context.WithCancel(s.ctx)
 	return c, nil
 }

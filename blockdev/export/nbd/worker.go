@@ -56,15 +56,14 @@ func (c *conn) dispatch(q *wire.Request, buf *blk.Buffer) error {
 	c.mu.Lock()
 	c.inflight++
 	c.bytes += j.cost
+	c.queue = append(c.queue, j)
 	start := c.workers < maxWorkers
 	if start {
 		c.workers++
-	} else {
-		c.queue = append(c.queue, j)
 	}
 	c.mu.Unlock()
 	if start {
-		go c.work(j)
+		go c.worker() // a go statement with arguments would allocate
 	}
 	return nil
 }
@@ -93,9 +92,20 @@ func (c *conn) fitsLocked(n int64) bool {
 	return c.inflight == 0 || c.inflight < maxQueued && c.bytes+n <= maxBytes
 }
 
-// work serves j and then what is queued.
-func (c *conn) work(j *job) {
+// work serves what is queued.
+func (c *conn) work() {
 	for {
+		c.mu.Lock()
+		if len(c.queue) == 0 {
+			c.workers--
+			c.mu.Unlock()
+			return
+		}
+		j := c.queue[0]
+		copy(c.queue, c.queue[1:])
+		c.queue[len(c.queue)-1] = nil
+		c.queue = c.queue[:len(c.queue)-1]
+		c.mu.Unlock()
 		p := c.serve(j)
 		// The last reply carries the cost, so that memory counts until it is sent.
 		last := p
@@ -107,16 +117,6 @@ func (c *conn) work(j *job) {
 		jobPool.Put(j)
 		c.mu.Lock()
 		c.out = append(c.out, p)
-		if len(c.queue) == 0 {
-			c.workers--
-			c.mu.Unlock()
-			c.kick()
-			return
-		}
-		j = c.queue[0]
-		copy(c.queue, c.queue[1:])
-		c.queue[len(c.queue)-1] = nil
-		c.queue = c.queue[:len(c.queue)-1]
 		c.mu.Unlock()
 		c.kick()
 	}
