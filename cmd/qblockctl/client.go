@@ -2,24 +2,31 @@ package main
 
 import (
 	"bytes"
+	"context"
 	"encoding/json"
 	"errors"
 	"fmt"
 	"io"
 	"net"
+	"strconv"
 	"strings"
-	"time"
+	"sync"
+	"syscall"
 )
 
-// client is one connection to a QMP monitor, negotiated.
+// client is one connection to a QMP monitor, negotiated. A goroutine reads it until it ends: close waits for it.
 type client struct {
-	conn   net.Conn
-	in     *json.Decoder
-	events []*message // that came while a reply was waited for
+	conn    net.Conn
+	onEvent func(*message) // called by the reader; nil: events are dropped
+	replies chan *message
+	ended   chan struct{} // closed when nothing comes any more, after err is set
+	err     error         // why it ended
+	next    int64         // id of the next command
 }
 
 // message is anything a daemon says; the members tell what it is.
 type message struct {
+	ID        json.RawMessage
 	QMP       json.RawMessage
 	Return    json.RawMessage
 	Error     *replyError
@@ -41,42 +48,59 @@ func (e *replyError) Error() string {
 	return e.Desc + " (" + e.Class + ")"
 }
 
-// line shows an event for reading: local time, name, data.
-func (m *message) line() string {
-	at := time.Unix(m.Timestamp.Seconds, m.Timestamp.Microseconds*1000)
-	return strings.TrimRight(at.Format("15:04:05.000000")+" "+m.Event+" "+string(m.Data), " ")
-}
+// errClosed: the daemon has ended the connection.
+var errClosed = errors.New("the daemon closed the connection")
 
-// dial connects to the monitor at addr, a path or tcp:HOST:PORT, and negotiates.
-func dial(addr string) (*client, error) {
+// dial connects to the monitor at addr, a path or tcp:HOST:PORT, and negotiates. Events go to onEvent as they come.
+func dial(ctx context.Context, addr string, onEvent func(*message)) (*client, error) {
 	network := "unix"
 	if rest, ok := strings.CutPrefix(addr, "tcp:"); ok {
 		network, addr = "tcp", rest
 	}
-	conn, err := net.Dial(network, addr)
+	var d net.Dialer
+	conn, err := d.DialContext(ctx, network, addr)
 	if err != nil {
 		return nil, fmt.Errorf("is qblockd running? %w", err)
 	}
-	c := &client{conn: conn, in: json.NewDecoder(conn)}
-	greeting, err := c.read()
-	if err == nil && greeting.QMP == nil {
-		err = fmt.Errorf("%s does not greet as a QMP monitor does: %.100s", addr, greeting.raw)
-	}
-	if err == nil {
-		_, err = c.execute("qmp_capabilities", nil)
+	c := &client{conn: conn, onEvent: onEvent, replies: make(chan *message), ended: make(chan struct{})}
+	greeted := make(chan json.RawMessage, 1)
+	go c.readAll(greeted)
+	select {
+	case greeting := <-greeted:
+		var m message
+		if json.Unmarshal(greeting, &m) != nil || m.QMP == nil {
+			err = fmt.Errorf("%s does not greet as a QMP monitor does: %.100s", addr, greeting)
+		} else {
+			_, err = c.execute(ctx, "qmp_capabilities", nil)
+		}
+	case <-c.ended:
+		err = c.err
+	case <-ctx.Done():
+		err = fmt.Errorf("%s does not answer: %w", addr, ctx.Err())
 	}
 	if err != nil {
-		conn.Close()
+		c.close()
 		return nil, err
 	}
 	return c, nil
 }
 
-func (c *client) close() { c.conn.Close() }
+func (c *client) close() {
+	c.conn.Close()
+	for {
+		select {
+		case <-c.replies: // nobody waits for it any more
+		case <-c.ended:
+			return
+		}
+	}
+}
 
-// execute does one command and returns what it returned; a refusal is a *replyError. arguments is nil for none.
-func (c *client) execute(command string, arguments any) (json.RawMessage, error) {
-	request := map[string]any{"execute": command}
+// execute does one command and returns what it returned; a refusal is a *replyError. arguments is nil for none. When ctx
+// ends it returns at once; the command goes on in the daemon. One command at a time.
+func (c *client) execute(ctx context.Context, command string, arguments any) (json.RawMessage, error) {
+	c.next++
+	request := map[string]any{"execute": command, "id": c.next}
 	if arguments != nil {
 		request["arguments"] = arguments
 	}
@@ -84,50 +108,101 @@ func (c *client) execute(command string, arguments any) (json.RawMessage, error)
 	if err != nil {
 		return nil, err
 	}
-	if _, err := c.conn.Write(append(b, '\n')); err != nil {
+	if _, err := c.conn.Write(append(b, '\n')); err != nil && !errors.Is(err, net.ErrClosed) && !errors.Is(err, syscall.EPIPE) {
 		return nil, err
 	}
+	id := strconv.FormatInt(c.next, 10)
 	for {
-		m, err := c.read()
-		switch {
-		case errors.Is(err, io.EOF):
-			return nil, errors.New("the daemon closed the connection without an answer")
+		select {
+		case m := <-c.replies:
+			switch {
+			case string(m.ID) != id && m.Error == nil: // of a command that was given up
+			case m.Error != nil && m.ID != nil && string(m.ID) != id:
+			case m.Error != nil:
+				return nil, m.Error
+			default:
+				return m.Return, nil
+			}
+		case <-c.ended:
+			if errors.Is(c.err, errClosed) {
+				return nil, fmt.Errorf("%w without an answer", c.err)
+			}
+			return nil, c.err
+		case <-ctx.Done():
+			return nil, ctx.Err()
+		}
+	}
+}
+
+// readAll reads the greeting, then replies and events, until the connection ends.
+func (c *client) readAll(greeted chan<- json.RawMessage) {
+	defer close(c.ended)
+	in := json.NewDecoder(c.conn)
+	for first := true; ; first = false {
+		m := &message{}
+		switch err := in.Decode(&m.raw); {
+		case errors.Is(err, io.EOF), errors.Is(err, net.ErrClosed), errors.Is(err, syscall.ECONNRESET):
+			c.err = errClosed
+			return
 		case err != nil:
-			return nil, err
-		case m.Event != "":
-			c.events = append(c.events, m)
-		case m.Error != nil:
-			return nil, m.Error
-		default:
-			return m.Return, nil
+			c.err = err
+			return
+		}
+		if first {
+			greeted <- m.raw
+			continue
+		}
+		if err := json.Unmarshal(m.raw, m); err != nil {
+			c.err = fmt.Errorf("not a QMP message: %w: %.100s", err, m.raw)
+			return
+		}
+		switch {
+		case m.Event == "":
+			c.replies <- m
+		case c.onEvent != nil:
+			c.onEvent(m)
 		}
 	}
 }
 
-// event returns the next event; io.EOF when the daemon has ended the connection.
-func (c *client) event() (*message, error) {
-	if len(c.events) > 0 {
-		m := c.events[0]
-		c.events = c.events[1:]
-		return m, nil
+// query executes a command and decodes what it returns.
+func query[T any](ctx context.Context, c *client, command string, arguments any) (result T, err error) {
+	text, err := c.execute(ctx, command, arguments)
+	if err == nil {
+		err = json.Unmarshal(text, &result)
 	}
-	for {
-		m, err := c.read()
-		if err != nil || m.Event != "" {
-			return m, err
-		}
+	if err != nil {
+		err = fmt.Errorf("%s: %w", command, err)
+	}
+	return result, err
+}
+
+// eventQueue holds events between the reader of a connection and who handles them. Its reader never waits.
+type eventQueue struct {
+	mu     sync.Mutex
+	events []*message    // guarded by mu
+	wake   chan struct{} // has a token when there may be events
+}
+
+func newEventQueue() *eventQueue { return &eventQueue{wake: make(chan struct{}, 1)} }
+
+func (q *eventQueue) put(m *message) {
+	q.mu.Lock()
+	q.events = append(q.events, m)
+	q.mu.Unlock()
+	select {
+	case q.wake <- struct{}{}:
+	default:
 	}
 }
 
-func (c *client) read() (*message, error) {
-	m := &message{}
-	if err := c.in.Decode(&m.raw); err != nil {
-		return nil, err
-	}
-	if err := json.Unmarshal(m.raw, m); err != nil {
-		return nil, fmt.Errorf("not a QMP message: %w: %.100s", err, m.raw)
-	}
-	return m, nil
+// take returns what has come, in order.
+func (q *eventQueue) take() []*message {
+	q.mu.Lock()
+	defer q.mu.Unlock()
+	l := q.events
+	q.events = nil
+	return l
 }
 
 // printJSON prints a value laid out for reading, members in the order in which they came.

@@ -67,6 +67,7 @@ func serve(conn net.Conn) {
 	fmt.Fprint(conn, `{"QMP": {"version": {}, "capabilities": []}}`+"\r\n")
 	for in := bufio.NewScanner(conn); in.Scan(); {
 		var r struct {
+			ID        int64
 			Execute   string
 			Arguments json.RawMessage
 		}
@@ -75,15 +76,15 @@ func serve(conn net.Conn) {
 		}
 		switch r.Execute {
 		case "qmp_capabilities":
-			fmt.Fprint(conn, `{"return": {}}`+"\r\n"+
+			fmt.Fprintf(conn, `{"return": {}, "id": %d}`+"\r\n"+
 				`{"timestamp": {"seconds": 1, "microseconds": 2}, "event": "ONE", "data": {"id": "x"}}`+"\r\n"+
-				`{"timestamp": {"seconds": 1, "microseconds": 3}, "event": "TWO"}`+"\r\n")
+				`{"timestamp": {"seconds": 1, "microseconds": 3}, "event": "TWO"}`+"\r\n", r.ID)
 		case "boom":
-			fmt.Fprint(conn, `{"error": {"class": "DeviceNotFound", "desc": "gone"}}`)
+			fmt.Fprintf(conn, `{"error": {"class": "DeviceNotFound", "desc": "gone"}, "id": %d}`, r.ID)
 		case "vanish":
 			return
 		default:
-			fmt.Fprintf(conn, `{"return": {"did": "%s", "with": [%s]}}`, r.Execute, r.Arguments)
+			fmt.Fprintf(conn, `{"return": {"did": "%s", "with": [%s]}, "id": %d}`, r.Execute, r.Arguments, r.ID)
 		}
 	}
 }
@@ -91,30 +92,65 @@ func serve(conn net.Conn) {
 func TestCommand(t *testing.T) {
 	sock := monitor(t)
 	var out bytes.Buffer
-	if err := run([]string{"-s", sock, "do", "a.b=1"}, "", &out); err != nil {
+	if err := run(t.Context(), []string{"-s", sock, "do", "a.b=1"}, "", &out); err != nil {
 		t.Fatal(err)
 	}
 	if want := "{\n  \"did\": \"do\",\n  \"with\": [\n    {\n      \"a\": {\n        \"b\": 1\n      }\n    }\n  ]\n}\n"; out.String() != want {
 		t.Errorf("printed %s", out.String())
 	}
 	var refused *replyError
-	if err := run([]string{"boom"}, sock, &out); !errors.As(err, &refused) || err.Error() != "gone (DeviceNotFound)" {
+	if err := run(t.Context(), []string{"boom"}, sock, &out); !errors.As(err, &refused) || err.Error() != "gone (DeviceNotFound)" {
 		t.Errorf("refusal: %v", err)
 	}
-	if err := run([]string{"vanish"}, sock, &out); err == nil || errors.Is(err, errUsage) {
+	if err := run(t.Context(), []string{"vanish"}, sock, &out); err == nil || errors.Is(err, errUsage) {
 		t.Errorf("no answer: %v", err)
 	}
-	if err := run([]string{"-s", sock + "-not", "do"}, "", &out); err == nil {
+	if err := run(t.Context(), []string{"-s", sock + "-not", "do"}, "", &out); err == nil {
 		t.Error("connected to nothing")
 	}
-	for _, bad := range [][]string{nil, {"-x"}, {"do", "word"}, {"-s", sock, "events", "-x"}} {
-		if err := run(bad, sock, &out); !errors.Is(err, errUsage) {
+	for _, bad := range [][]string{nil, {"-x"}, {"do", "word"}, {"-s", sock, "events", "-x"}, {"graph", "word"}, {"graph", "-f", "png"},
+		{"jobs", "word"}, {"completion"}, {"completion", "ksh"}, {"events", "-n", "-1"}} {
+		if err := run(t.Context(), bad, sock, &out); !errors.Is(err, errUsage) {
 			t.Errorf("%q: %v, want a usage error", bad, err)
 		}
 	}
+}
+
+func TestHelp(t *testing.T) {
+	var out bytes.Buffer
+	for _, words := range []string{"help", "--help", "help events", "events --help", "help block-stream", "help blockdev-add driver=raw file.driver=file file."} {
+		out.Reset()
+		// Nobody serves: the schema that is built in does.
+		if err := run(t.Context(), strings.Fields(words), filepath.Join(t.TempDir(), "not"), &out); err != nil || out.Len() < 200 {
+			t.Errorf("%s: %v, %s", words, err, out.String())
+		}
+	}
+	for _, want := range []string{"  file.filename: string\n", "  file.aio (optional): "} {
+		if !strings.Contains(out.String(), want) {
+			t.Errorf("lacks %q: %s", want, out.String())
+		}
+	}
 	out.Reset()
-	if err := run([]string{"help"}, "", &out); err != nil || out.String() != usage {
-		t.Errorf("help: %v, %s", err, out.String())
+	if err := run(t.Context(), []string{"help", "blockdev-add"}, "", &out); err != nil || !strings.Contains(out.String(), "More depends on driver") {
+		t.Errorf("%v %s", err, out.String())
+	}
+	if err := run(t.Context(), []string{"help", "no-such"}, "", &out); err == nil {
+		t.Error("helps with what is not there")
+	}
+	for _, shell := range []string{"bash", "zsh", "fish"} {
+		out.Reset()
+		if err := run(t.Context(), []string{"completion", shell}, "", &out); err != nil || !strings.Contains(out.String(), "qblockctl") {
+			t.Errorf("%s: %v", shell, err)
+		}
+	}
+}
+
+func TestHint(t *testing.T) {
+	if h := hint(&replyError{"GenericError", "Invalid parameter type for 'file.filename', expected: string"}); !strings.Contains(h, `'file.filename="12"'`) {
+		t.Errorf("hint %q", h)
+	}
+	if h := hint(&replyError{"GenericError", "no"}); h != "" {
+		t.Errorf("hint %q", h)
 	}
 }
 
@@ -136,20 +172,20 @@ func TestEvents(t *testing.T) {
 			in := bufio.NewReader(conn)
 			fmt.Fprint(conn, `{"QMP": {}}`)
 			in.ReadString('\n') // the client's only line
-			fmt.Fprint(conn, `{"event": "EARLY", "timestamp": {"seconds": 1, "microseconds": 2}}`, `{"return": {}}`,
+			fmt.Fprint(conn, `{"event": "EARLY", "timestamp": {"seconds": 1, "microseconds": 2}}`, `{"return": {}, "id": 1}`,
 				`{"event": "LATE", "data": {"id": "x"}, "timestamp": {"seconds": 1, "microseconds": 3}}`)
 			conn.Close()
 		}
 	}()
 	var out bytes.Buffer
-	if err := run([]string{"events"}, path, &out); err != nil {
+	if err := run(t.Context(), []string{"events"}, path, &out); err != nil {
 		t.Fatal(err)
 	}
-	if s := out.String(); !strings.Contains(s, ".000002 EARLY\n") || !strings.Contains(s, `.000003 LATE {"id": "x"}`) {
+	if s := out.String(); !strings.Contains(s, ".000002 EARLY\n") || !strings.Contains(s, ".000003 LATE id=x\n") {
 		t.Errorf("printed %s", s)
 	}
 	out.Reset()
-	if err := run([]string{"events", "-json", "LATE"}, path, &out); err != nil {
+	if err := run(t.Context(), []string{"events", "--json", "LATE"}, path, &out); err != nil {
 		t.Fatal(err)
 	}
 	if s := out.String(); !strings.HasPrefix(s, `{"event": "LATE"`) || strings.Contains(s, "EARLY") {

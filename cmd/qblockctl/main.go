@@ -1,34 +1,34 @@
 // Command qblockctl is the client of qblockd for people and scripts.
 //
-//	main.go     options, and what each word does
-//	client.go   a QMP client: one connection, one command at a time, or the events as they come
-//	args.go     key=value words -> the arguments of a command
-//	schema.go   the JSON Schemas of the commands
+//	main.go      the tree of commands, which --help, the manual page and the shells' completions are made of
+//	client.go    a QMP client: one command at a time, events as they come
+//	args.go      key=value words -> the arguments of a command; words.go: a line -> words
+//	complete.go  what may come next, from the daemon's schema and live.go's names
+//	help.go      help on QMP commands
+//	shell.go     the interactive shell
+//	events.go jobs.go watch.go graph.go schema.go     the commands of those names
+//	introspect/  what query-qmp-schema says;  picture/  graphs as text, dot and SVG
 //
 // It exits with 0 if all went well, 1 if the daemon refused the command or could not be reached, 2 if it was
 // called in a wrong way.
 package main
 
 import (
+	"context"
 	"errors"
-	"flag"
 	"fmt"
 	"io"
 	"os"
+	"os/signal"
+	"strings"
+	"syscall"
+	"time"
+
+	"github.com/spf13/cobra"
+
+	"qblockd/cmd/qblockctl/introspect"
+	"qblockd/schema"
 )
-
-const usage = `usage: qblockctl [-s SOCKET] COMMAND [KEY=VALUE...]
-
-  COMMAND [KEY=VALUE...]    execute a QMP command and print what it returns. Dotted keys nest (file.driver=file),
-                            numbers as keys make lists (nodes.0=a). A VALUE that is JSON is taken as such
-                            (true, 12, '["a"]', '"12"'), any other is a string. Or give all arguments as
-                            one JSON object: COMMAND '{"node-name": "disk"}'
-  events [-json] [NAME...]  print events as they come, all or those named, until the daemon ends
-  schema [NAME...]          print the JSON Schema of QMP commands (all of them by default)
-  help                      this text; 'qblockctl query-commands' lists the commands of a running daemon
-
-  -s SOCKET   the daemon's QMP socket: a path, or tcp:HOST:PORT. Default: $QBLOCKD_SOCK, else run/qmp.sock
-`
 
 // defaultSocket is where "make run" puts the monitor.
 const defaultSocket = "run/qmp.sock"
@@ -37,101 +37,185 @@ const defaultSocket = "run/qmp.sock"
 var errUsage = errors.New("see 'qblockctl help'")
 
 func main() {
-	err := run(os.Args[1:], os.Getenv("QBLOCKD_SOCK"), os.Stdout)
+	ctx, stop := signal.NotifyContext(context.Background(), os.Interrupt, syscall.SIGTERM)
+	defer stop()
+	err := run(ctx, os.Args[1:], os.Getenv("QBLOCKD_SOCK"), os.Stdout)
 	switch {
 	case err == nil:
 		return
 	case errors.Is(err, errUsage):
 		fmt.Fprintln(os.Stderr, "qblockctl:", err)
 		os.Exit(2)
+	case errors.Is(err, context.Canceled):
+		os.Exit(130) // Ctrl-C, as a shell says it
 	default:
 		fmt.Fprintln(os.Stderr, "qblockctl:", err)
+		if h := hint(err); h != "" {
+			fmt.Fprintln(os.Stderr, "  "+h)
+		}
 		os.Exit(1)
 	}
 }
 
 // run does what the words in args say; socket is the daemon's unless -s names another.
-func run(args []string, socket string, out io.Writer) error {
-	if socket == "" {
-		socket = defaultSocket
-	}
-	f := flag.NewFlagSet("qblockctl", flag.ContinueOnError)
-	f.SetOutput(io.Discard)
-	f.StringVar(&socket, "s", socket, "")
-	switch err := f.Parse(args); {
-	case errors.Is(err, flag.ErrHelp):
-		_, err = io.WriteString(out, usage)
-		return err
-	case err != nil:
-		return fmt.Errorf("%w; %w", err, errUsage)
-	case f.NArg() == 0:
-		return fmt.Errorf("no command; %w", errUsage)
-	}
-	word, rest := f.Arg(0), f.Args()[1:]
-	switch word {
-	case "help":
-		_, err := io.WriteString(out, usage)
-		return err
-	case "schema":
-		return runSchema(rest, out)
-	case "events":
-		return runEvents(socket, rest, out)
-	}
-	return runCommand(socket, word, rest, out)
+func run(ctx context.Context, args []string, socket string, out io.Writer) error {
+	a := &app{socket: socket, out: out, style: styleOf(out)}
+	root := a.commands()
+	root.SetArgs(args)
+	root.SetOut(out)
+	root.SetErr(io.Discard)
+	return root.ExecuteContext(ctx)
 }
 
-// runCommand executes one command and prints what it returns.
-func runCommand(socket, command string, words []string, out io.Writer) error {
+// app is what all commands share.
+type app struct {
+	socket string
+	out    io.Writer
+	style  style
+}
+
+const rootLong = `qblockctl executes QMP commands of a running qblockd, shows what it does, and offers a shell.
+
+COMMAND is any command of the daemon ('qblockctl help' COMMAND explains it, 'qblockctl query-commands' lists them), with
+its arguments as KEY=VALUE: dotted keys nest (file.driver=file), numbers as keys make lists (nodes.0=a). A VALUE that
+is JSON is taken as such (true, 12, '["a"]', '"12"'), any other is a string. Or give all arguments as one JSON object.
+What the command returns is printed as JSON.`
+
+// commands builds the tree of commands.
+func (a *app) commands() *cobra.Command {
+	if a.socket == "" {
+		a.socket = defaultSocket
+	}
+	root := &cobra.Command{
+		Use:   "qblockctl [-s SOCKET] COMMAND [KEY=VALUE...]",
+		Short: "talk to a running qblockd",
+		Long:  rootLong,
+		Example: "  qblockctl query-named-block-nodes flat=true\n" +
+			"  qblockctl blockdev-add driver=qcow2 node-name=disk file.driver=file file.filename=disk.qcow2\n" +
+			"  qblockctl -s tcp:localhost:4444 block-export-del '{\"id\": \"disk\"}'",
+		Args:              cobra.ArbitraryArgs,
+		SilenceErrors:     true,
+		SilenceUsage:      true,
+		ValidArgsFunction: a.completeCommand,
+		RunE: func(cmd *cobra.Command, args []string) error {
+			if len(args) == 0 {
+				return fmt.Errorf("no command; %w", errUsage)
+			}
+			return a.command(cmd.Context(), args[0], args[1:])
+		},
+	}
+	root.PersistentFlags().StringVarP(&a.socket, "socket", "s", a.socket,
+		"the daemon's QMP `SOCKET`: a path, or tcp:HOST:PORT; $QBLOCKD_SOCK is taken if set")
+	root.PersistentFlags().BoolP("help", "h", false, "show help and exit")
+	root.SetFlagErrorFunc(func(_ *cobra.Command, err error) error { return fmt.Errorf("%w; %w", err, errUsage) })
+	root.AddCommand(a.shellCommand(), a.graphCommand(), a.jobsCommand(), a.eventsCommand(), a.schemaCommand(), a.completionCommand())
+	root.SetHelpCommand(a.helpCommand())
+	root.CompletionOptions.DisableDefaultCmd = true
+	return root
+}
+
+// command executes one command and prints what it returns.
+func (a *app) command(ctx context.Context, command string, words []string) error {
 	arguments, err := parseArguments(words)
 	if err != nil {
 		return fmt.Errorf("%w; %w", err, errUsage)
 	}
-	c, err := dial(socket)
+	c, err := dial(ctx, a.socket, nil)
 	if err != nil {
 		return err
 	}
 	defer c.close()
-	result, err := c.execute(command, arguments)
+	result, err := c.execute(ctx, command, arguments)
 	if err != nil {
 		return err
 	}
-	return printJSON(out, result)
+	return printJSON(a.out, result)
 }
 
-// runEvents prints events until the daemon ends the connection.
-func runEvents(socket string, words []string, out io.Writer) error {
-	f := flag.NewFlagSet("events", flag.ContinueOnError)
-	f.SetOutput(io.Discard)
-	asJSON := f.Bool("json", false, "")
-	if err := f.Parse(words); err != nil {
-		return fmt.Errorf("%w; %w", err, errUsage)
+// hint says what to do about a refusal, where that is known; "" otherwise.
+func hint(err error) string {
+	var r *replyError
+	if !errors.As(err, &r) {
+		return ""
 	}
-	names := map[string]bool{}
-	for _, n := range f.Args() {
-		names[n] = true
+	if r.Class == "CommandNotFound" {
+		return "'qblockctl query-commands' lists the commands of this daemon"
 	}
-	c, err := dial(socket)
+	if rest, ok := strings.CutPrefix(r.Desc, "Invalid parameter type for '"); ok && strings.HasSuffix(rest, "expected: string") {
+		key, _, _ := strings.Cut(rest, "'")
+		return fmt.Sprintf(`a string that looks like another JSON value is quoted: '%s="12"'`, key)
+	}
+	return ""
+}
+
+// completeCommand completes the words of a QMP command for the shells.
+func (a *app) completeCommand(cmd *cobra.Command, args []string, word string) ([]string, cobra.ShellCompDirective) {
+	c, stop := a.completer(cmd.Context())
+	defer stop()
+	if len(args) == 0 {
+		return c.commands(word), cobra.ShellCompDirectiveNoFileComp
+	}
+	l := c.argument(args[0], args[1:], word)
+	for _, s := range l {
+		if goesOn(s) {
+			return l, cobra.ShellCompDirectiveNoFileComp | cobra.ShellCompDirectiveNoSpace
+		}
+	}
+	return l, cobra.ShellCompDirectiveNoFileComp
+}
+
+// goesOn tells whether a completed word is to be continued without a blank.
+func goesOn(word string) bool { return strings.ContainsAny(word[max(0, len(word)-1):], "=./") }
+
+// completer connects to the daemon for what it knows; without one it takes the schema that is built in.
+func (a *app) completer(ctx context.Context) (c *completer, stop func()) {
+	ctx, cancel := context.WithTimeout(ctx, 2*time.Second)
+	conn, err := dial(ctx, a.socket, nil)
 	if err != nil {
-		return err
+		cancel()
+		return &completer{schema: builtin()}, func() {}
 	}
-	defer c.close()
-	for {
-		m, err := c.event()
-		if errors.Is(err, io.EOF) {
-			return nil
+	return &completer{schema: liveSchema(ctx, conn), names: func(k kind, prefix string) []string { return liveNames(ctx, conn, k, prefix) }},
+		func() { conn.close(); cancel() }
+}
+
+// builtin is the schema of the qblockd that this program was built with.
+func builtin() *introspect.Schema {
+	s, err := introspect.Parse(schema.QueryQMPSchema())
+	if err != nil {
+		panic(err) // it is ours
+	}
+	return s
+}
+
+func (a *app) completionCommand() *cobra.Command {
+	return &cobra.Command{
+		Use:   "completion bash|zsh|fish",
+		Short: "print a script that completes qblockctl's words in a shell",
+		Long: "Prints what makes a shell complete commands, arguments and the names of nodes, jobs and exports of the daemon that runs.\n" +
+			"bash: source <(qblockctl completion bash); zsh: source <(qblockctl completion zsh), after compinit;\n" +
+			"fish: qblockctl completion fish | source",
+		ValidArgs: []string{"bash", "fish", "zsh"},
+		Args:      usageArgs(cobra.MatchAll(cobra.ExactArgs(1), cobra.OnlyValidArgs)),
+		RunE: func(cmd *cobra.Command, args []string) error {
+			switch root := cmd.Root(); args[0] {
+			case "bash":
+				return root.GenBashCompletionV2(a.out, true)
+			case "zsh":
+				return root.GenZshCompletion(a.out)
+			default:
+				return root.GenFishCompletion(a.out, true)
+			}
+		},
+	}
+}
+
+// usageArgs makes refusals of arguments usage errors.
+func usageArgs(check cobra.PositionalArgs) cobra.PositionalArgs {
+	return func(cmd *cobra.Command, args []string) error {
+		if err := check(cmd, args); err != nil {
+			return fmt.Errorf("%s: %w; %w", cmd.Name(), err, errUsage)
 		}
-		if err != nil {
-			return err
-		}
-		if len(names) > 0 && !names[m.Event] {
-			continue
-		}
-		line := m.line()
-		if *asJSON {
-			line = string(m.raw)
-		}
-		if _, err := fmt.Fprintln(out, line); err != nil {
-			return err
-		}
+		return nil
 	}
 }

@@ -6,8 +6,21 @@ import (
 	"fmt"
 	"io"
 
+	"github.com/spf13/cobra"
+
 	"qblockd/schema"
 )
+
+func (a *app) schemaCommand() *cobra.Command {
+	return &cobra.Command{
+		Use:   "schema [COMMAND...]",
+		Short: "print the JSON Schema of QMP commands",
+		Long: "Prints the JSON Schema of the arguments of each command named; of all commands, as one object, if none is. It needs no\n" +
+			"daemon: these are the commands of the qblockd that came with this qblockctl.",
+		ValidArgs: schema.Commands(),
+		RunE:      func(_ *cobra.Command, args []string) error { return runSchema(args, a.out) },
+	}
+}
 
 // runSchema prints the JSON Schema of each command named in args; without any, one
 // object that holds those of all commands by name.

@@ -27,10 +27,12 @@ type rule struct {
 
 var rules = []rule{
 	{"cmd/qapigen", []string{"schema/model"}},
-	{"cmd/qblockctl", []string{"cmd/qblockctl/*", "schema", "schema/check"}},
-	{"cmd/qblockctl/*", []string{"cmd/qblockctl/*", "schema", "schema/check"}},
+	{"cmd/man", nil},
+	// cmd/man: their tests write the manual pages with it; neither links it, see notLinked.
+	{"cmd/qblockctl", []string{"cmd/qblockctl/*", "cmd/man", "schema", "schema/check"}},
+	{"cmd/qblockctl/*", nil},
 	{"cmd/qblockd/cmdline", nil},
-	{"cmd/qblockd", []string{"cmd/qblockd/cmdline", "schema", "qmp/...", "jobs/...", "blockdev/...", "graph/..."}},
+	{"cmd/qblockd", []string{"cmd/qblockd/cmdline", "cmd/man", "schema", "qmp/...", "jobs/...", "blockdev/...", "graph/..."}},
 
 	{"qmp/handlers", []string{"qmp", "qmp/chardev", "jobs", "jobs/*", "blockdev", "blockdev/export", "blockdev/object", "graph",
 		"schema"}}, // schema: query-qmp-schema and query-commands answer its bytes
@@ -77,6 +79,10 @@ var thirdParty = []struct {
 	{"github.com/klauspost/compress", []string{"blockdev/qcow2"}, []string{"blockdev/qcow2"}},
 	{"github.com/lmittmann/tint", []string{"cmd/qblockd"}, nil},
 	{"golang.org/x/sys", []string{"blockdev/file", "blockdev/export/...", "qmp", "qmp/chardev", "cmd/*"}, []string{"..."}},
+	{"github.com/spf13/cobra", []string{"cmd/qblockctl"}, nil},
+	{"github.com/spf13/pflag", nil, []string{"cmd/qblockctl"}}, // the options of cobra's commands, for the manual page
+	{"github.com/peterh/liner", []string{"cmd/qblockctl"}, nil},
+	{"github.com/vbauerster/mpb/v8", []string{"cmd/qblockctl"}, nil},
 	// A file system that answers late or never, to hang a node on.
 	{"github.com/hanwen/go-fuse/v2", nil, []string{"tests/interop"}},
 	{"github.com/google/go-cmp", nil, []string{"..."}},
@@ -88,6 +94,7 @@ var thirdParty = []struct {
 var notLinked = []string{
 	"testing", "flag",
 	"github.com/santhosh-tekuri/jsonschema/v5", "github.com/digitalocean/go-qemu/qapi-schema",
+	"github.com/spf13/cobra", "github.com/peterh/liner", "github.com/vbauerster/mpb/v8", "qblockd/cmd/man",
 	"qblockd/schema/check", "qblockd/schema/model", "qblockd/blockdev/drivertest",
 }
 
