@@ -30,6 +30,7 @@ func open(o *graph.Opening, driver string, device bool) (graph.Driver, error) {
 		direct: n.Direct,
 		locks:  opts.Locking == nil || *opts.Locking != types.OnOffAutoOff,
 	}
+	s.setCache(opts)
 	if s.name == "" {
 		return nil, &textError{"The '" + driver + "' block driver requires a file name", unix.EINVAL}
 	}

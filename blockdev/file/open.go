@@ -20,6 +20,8 @@ type settings struct {
 	auto   bool // auto-read-only
 	direct bool // cache.direct
 	locks  bool
+	drop   bool // forget cached pages when opening
+	check  bool // look whether that worked
 }
 
 // openDisk opens and probes a file. It blocks as long as the storage does, but no longer
@@ -130,7 +132,10 @@ func (d *disk) setup(h *handle) error {
 	for _, a := range []*atomic.Bool{&d.dsync, &d.canZero, &d.canPunch, &d.canAllocate} {
 		a.Store(true)
 	}
-	return nil
+	if kind == unix.S_IFCHR {
+		return nil
+	}
+	return d.takeOver(h.fd) // last: what came before may have read
 }
 
 // openAgain opens the file behind cur with another access mode: that file, wherever it was

@@ -71,16 +71,15 @@ func runtimeOptions(o *types.BlockdevOptionsQcow2) Options {
 		return Options{}
 	}
 	out := Options{
-		LazyRefcounts:       o.LazyRefcounts,
-		PassDiscardRequest:  o.PassDiscardRequest,
-		PassDiscardSnapshot: o.PassDiscardSnapshot,
-		PassDiscardOther:    o.PassDiscardOther,
-		DiscardNoUnref:      o.DiscardNoUnref,
-		CacheSize:           o.CacheSize,
-		L2CacheSize:         o.L2CacheSize,
-		L2CacheEntrySize:    o.L2CacheEntrySize,
-		RefcountCacheSize:   o.RefcountCacheSize,
-		CacheCleanInterval:  o.CacheCleanInterval,
+		LazyRefcounts:      o.LazyRefcounts,
+		PassDiscardRequest: o.PassDiscardRequest,
+		PassDiscardOther:   o.PassDiscardOther,
+		DiscardNoUnref:     o.DiscardNoUnref,
+		CacheSize:          o.CacheSize,
+		L2CacheSize:        o.L2CacheSize,
+		L2CacheEntrySize:   o.L2CacheEntrySize,
+		RefcountCacheSize:  o.RefcountCacheSize,
+		CacheCleanInterval: o.CacheCleanInterval,
 	}
 	switch k := o.OverlapCheck; {
 	case k == nil:

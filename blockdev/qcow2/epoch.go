@@ -51,7 +51,6 @@ const (
 	discardNever discardKind = iota
 	discardAlways
 	discardRequest
-	discardSnapshot
 	discardOther
 )
 

@@ -562,17 +562,19 @@ var BlockdevDriverValues = []BlockdevDriver{
 
 // BlockdevOptionsFile: options of the drivers file and host_device.
 type BlockdevOptionsFile struct {
-	// Path, or /dev/fdset/N.
+	// Path.
 	Filename string
 	// Lock the file against other programs (default auto: if the host can).
 	Locking *OnOffAuto
 	// How requests reach the kernel (default threads).
 	Aio *BlockdevAioOptions
-	// Requests handed to the kernel together at most; 0 leaves it to the daemon (default 0).
+	// With native and io_uring, requests handed to the kernel together at most; 0 leaves it to the daemon
+	// (default 0).
 	AioMaxBatch *int64
-	// Forget cached pages when another host may have written (default on).
+	// Forget pages that this host has cached of the file when it is opened, because another host may have
+	// written since; without effect with cache.direct (default: as @x-check-cache-dropped says).
 	DropCache *bool
-	// Check that forgetting them worked (default off).
+	// Refuse to open the file if pages remain cached (default off).
 	XCheckCacheDropped *bool
 }
 
@@ -665,8 +667,6 @@ type BlockdevOptionsQcow2 struct {
 	LazyRefcounts *bool
 	// Pass discards on to the file (default: as the option discard says).
 	PassDiscardRequest *bool
-	// Pass on what deleting a snapshot frees (default true).
-	PassDiscardSnapshot *bool
 	// Pass on what is freed otherwise (default false).
 	PassDiscardOther *bool
 	// Discarded clusters keep their place in the image (default false).

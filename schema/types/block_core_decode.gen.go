@@ -132,7 +132,6 @@ func membersBlockdevOptionsQcow2(d *decoder, x *BlockdevOptionsQcow2) bool {
 		opt(d, "backing", &x.Backing, visitBlockdevRefOrNull) &&
 		opt(d, "lazy-refcounts", &x.LazyRefcounts, visitBool) &&
 		opt(d, "pass-discard-request", &x.PassDiscardRequest, visitBool) &&
-		opt(d, "pass-discard-snapshot", &x.PassDiscardSnapshot, visitBool) &&
 		opt(d, "pass-discard-other", &x.PassDiscardOther, visitBool) &&
 		opt(d, "discard-no-unref", &x.DiscardNoUnref, visitBool) &&
 		opt(d, "overlap-check", &x.OverlapCheck, visitQcow2OverlapChecks) &&

@@ -595,10 +595,6 @@ func (x *BlockdevOptionsQcow2) AppendJSON(b []byte) []byte {
 		b = appendKey(b, "lazy-refcounts")
 		b = appendBool(b, *x.LazyRefcounts)
 	}
-	if x.PassDiscardSnapshot != nil {
-		b = appendKey(b, "pass-discard-snapshot")
-		b = appendBool(b, *x.PassDiscardSnapshot)
-	}
 	if x.PassDiscardOther != nil {
 		b = appendKey(b, "pass-discard-other")
 		b = appendBool(b, *x.PassDiscardOther)
@@ -768,10 +764,6 @@ func (x *BlockdevOptions) AppendJSON(b []byte) []byte {
 		if u.LazyRefcounts != nil {
 			b = appendKey(b, "lazy-refcounts")
 			b = appendBool(b, *u.LazyRefcounts)
-		}
-		if u.PassDiscardSnapshot != nil {
-			b = appendKey(b, "pass-discard-snapshot")
-			b = appendBool(b, *u.PassDiscardSnapshot)
 		}
 		if x.DetectZeroes != nil {
 			b = appendKey(b, "detect-zeroes")
