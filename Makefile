@@ -4,11 +4,12 @@ BIN       := bin
 PKGS      := ./...
 FUZZTIME  ?= 30s
 RUNDIR    ?= run
+DOCS      ?= docs
 BENCH     ?=
 STATICCHECK := honnef.co/go/tools/cmd/staticcheck@v0.6.1
 
 .DEFAULT_GOAL := help
-.PHONY: help build run test tools check race lint fuzz golden bench generate generate-check tidy-check interop clean FORCE
+.PHONY: help build run test tools check race lint fuzz golden bench man generate generate-check tidy-check interop clean FORCE
 
 help: ## list the targets
 	@sed -n 's/^\([a-z-]*\):.*## /\1\t/p' $(MAKEFILE_LIST) | expand -t 18
@@ -37,6 +38,9 @@ lint: ## gofmt, vet, staticcheck
 	@bad=$$(gofmt -l .); test -z "$$bad" || { echo "not as gofmt writes it:" $$bad; exit 1; }
 	$(GO) vet $(PKGS)
 	$(GO) run $(STATICCHECK) $(PKGS)
+
+man: ## write the manual pages and the shells' completions to docs/man and docs/completion (or below DOCS)
+	$(GO) test -count=1 ./cmd/qblockd ./cmd/qblockctl -run TestManPage -args -update -docs=$(abspath $(DOCS))
 
 generate: ## rewrite what is generated from schema/qapi
 	$(GO) generate ./schema/...

@@ -19,6 +19,7 @@ type Page struct {
 // Section is a part of a page under a heading. The paragraphs come first, then the items.
 type Section struct {
 	Heading string
+	Sub     bool // below the section before
 	Paras   []Para
 	Items   []Item
 }
@@ -49,7 +50,11 @@ func (p *Page) Roff() []byte {
 		fmt.Fprintf(&b, ".B %s\n%s", text(word), line(rest))
 	}
 	for _, s := range p.Sections {
-		fmt.Fprintf(&b, ".SH %s\n", quote(strings.ToUpper(s.Heading)))
+		if s.Sub {
+			fmt.Fprintf(&b, ".SS %s\n", quote(s.Heading))
+		} else {
+			fmt.Fprintf(&b, ".SH %s\n", quote(strings.ToUpper(s.Heading)))
+		}
 		for i, para := range s.Paras {
 			if i > 0 {
 				b.WriteString(".PP\n")

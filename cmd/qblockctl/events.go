@@ -12,8 +12,9 @@ func (a *app) eventsCommand() *cobra.Command {
 	var asJSON bool
 	var count int
 	cmd := &cobra.Command{
-		Use:   "events [NAME...]",
-		Short: "print events as they come, all or those named",
+		Use:                   "events [--json] [--count N] [NAME...]",
+		DisableFlagsInUseLine: true,
+		Short:                 "print events as they come, all or those named",
 		Long: "Prints each event as it comes: when, its name, its data. It ends when the daemon does, by Ctrl-C, or after --count of them:\n" +
 			"'qblockctl events -n 1 BLOCK_JOB_COMPLETED' waits for the end of a job. 'qblockctl jobs --watch' is another way.",
 		ValidArgsFunction: func(cmd *cobra.Command, _ []string, word string) ([]string, cobra.ShellCompDirective) {

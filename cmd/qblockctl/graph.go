@@ -17,8 +17,9 @@ import (
 func (a *app) graphCommand() *cobra.Command {
 	var format, output string
 	cmd := &cobra.Command{
-		Use:   "graph",
-		Short: "draw the block nodes, and the exports and jobs that use them",
+		Use:                   "graph [--format FORMAT] [--output FILE]",
+		DisableFlagsInUseLine: true,
+		Short:                 "draw the block nodes, and the exports and jobs that use them",
 		Long: "Draws who uses which block node: exports and jobs on top, what they use below. As a tree of text, in the language of\n" +
 			"Graphviz, or as an SVG picture: 'qblockctl graph -o graph.svg'.",
 		Args: usageArgs(cobra.NoArgs),

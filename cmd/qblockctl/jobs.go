@@ -81,8 +81,9 @@ func fetchJobs(ctx context.Context, c *client) ([]jobInfo, error) {
 func (a *app) jobsCommand() *cobra.Command {
 	var watch bool
 	cmd := &cobra.Command{
-		Use:   "jobs",
-		Short: "list jobs, or watch their progress",
+		Use:                   "jobs [--watch]",
+		DisableFlagsInUseLine: true,
+		Short:                 "list jobs, or watch their progress",
 		Long: "Lists the jobs of the daemon. With --watch it shows a bar for each, with speed, time left and state, until none has\n" +
 			"anything left to do, or Ctrl-C; the exit status is 1 if one failed meanwhile. Jobs that are ready or pending wait\n" +
 			"for job-complete or job-finalize: they are watched until that came.",

@@ -79,7 +79,10 @@ const rootLong = `qblockctl executes QMP commands of a running qblockd, shows wh
 COMMAND is any command of the daemon ('qblockctl help' COMMAND explains it, 'qblockctl query-commands' lists them), with
 its arguments as KEY=VALUE: dotted keys nest (file.driver=file), numbers as keys make lists (nodes.0=a). A VALUE that
 is JSON is taken as such (true, 12, '["a"]', '"12"'), any other is a string. Or give all arguments as one JSON object.
-What the command returns is printed as JSON.`
+What the command returns is printed as JSON.
+
+The exit status is 0 if all went well, 1 if the daemon refused the command or could not be reached, 2 for words that make
+no sense. Colours are for terminals only, and not used if NO_COLOR is set.`
 
 // commands builds the tree of commands.
 func (a *app) commands() *cobra.Command {
