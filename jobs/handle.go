@@ -138,11 +138,12 @@ func (h *Handle) OnError(op types.IoOperationType, policy types.BlockdevOnError,
 // Context is done once the job is cancelled by force or over.
 func (h *Handle) Context() context.Context { return h.j.ctx }
 
-// PauseRequested tells whether the next Checkpoint will stop. A runner with work in flight waits for that first.
-func (h *Handle) PauseRequested() bool {
-	h.j.m.mu.Lock()
-	defer h.j.m.mu.Unlock()
-	return h.j.st.ShouldPause()
+// MustWait tells whether the next Throttle will wait, for a pause or for the job's speed. A runner with work in flight waits for that first.
+func (h *Handle) MustWait() bool {
+	j := h.j
+	j.m.mu.Lock()
+	defer j.m.mu.Unlock()
+	return j.st.ShouldPause() || j.block.limit.take(j.m.clock.Now(), 0) > 0
 }
 
 // Count counts n bytes against the job's speed without waiting; the next Throttle does.

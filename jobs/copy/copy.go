@@ -67,6 +67,7 @@ type engine struct {
 	retry    []unit
 	failure  error // the first one that was not tried again
 	stop     bool  // and it ends the job
+	held     bool  // a failure has paused the job, which has not been resumed since
 }
 
 // Run does the task and returns the first error that a policy reported, or ignored at the end, or jobs.ErrCancelled.
@@ -88,13 +89,16 @@ func (e *engine) walk() error {
 	off := int64(0)
 	for !e.stop {
 		e.drainDone()
-		if e.h.PauseRequested() {
+		if e.h.MustWait() {
+			// Nothing is in flight while the job waits, and its progress is told in full.
 			e.settle()
 		}
 		if err := e.h.Throttle(0); err != nil {
 			return err
 		}
+		e.held = false
 		switch {
+		case e.stop:
 		case len(e.retry) > 0:
 			u := e.retry[0]
 			e.retry = e.retry[1:]
@@ -123,7 +127,9 @@ func (e *engine) look(off, n int64) int64 {
 	r, err := e.Gate.Begin()
 	var ext Extent
 	if err == nil {
-		ext, err = e.Look(r, off, n)
+		if ext, err = e.Look(r, off, n); err == nil && ext.N <= 0 {
+			err = blk.ErrOutOfRange // it would be asked for ever
+		}
 		e.Gate.End(r)
 	}
 	if err != nil {
@@ -143,6 +149,11 @@ func (e *engine) hand(u unit) {
 	for e.inFlight >= e.Workers {
 		e.collect(<-e.done)
 	}
+	if e.stop {
+		return
+	}
+	// Counted before it is done: what is in flight has passed the speed limit.
+	e.h.Count(u.ext.N)
 	if e.workers < e.Workers && e.workers == e.inFlight {
 		e.workers++
 		go e.worker()
@@ -188,12 +199,22 @@ func (e *engine) collect(u unit) {
 		return
 	}
 	e.h.Done(u.ext.N)
-	e.h.Count(u.ext.N)
 }
 
+// failed applies the error policy. Of several units that fail at the same time the first one is reported when that ends or pauses
+// the job: to its client it does one thing after the other.
 func (e *engine) failed(u unit) {
+	switch {
+	case e.stop:
+		return
+	case e.held:
+		u.err = nil
+		e.retry = append(e.retry, u)
+		return
+	}
 	switch e.h.OnError(e.Operation, e.Policy, u.err) {
 	case types.BlockErrorActionStop:
+		e.held = true
 		u.err = nil
 		e.retry = append(e.retry, u)
 		return

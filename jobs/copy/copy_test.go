@@ -3,7 +3,9 @@ package copy
 import (
 	"context"
 	"errors"
+	"runtime"
 	"sync"
+	"sync/atomic"
 	"syscall"
 	"testing"
 
@@ -35,6 +37,7 @@ func (g *gate) End(*blk.Req) {
 
 // bench is a copy over a range of cells, each with what it needs and how often it still fails.
 type bench struct {
+	speed int64 // of the job, bytes per second; 0: no limit
 	gate
 	cell   int64
 	needs  []Action
@@ -120,7 +123,7 @@ func start(t *testing.T, b *bench, policy types.BlockdevOnError) (*jobs.Manager,
 	q.cond = sync.NewCond(&q.mu)
 	m := jobs.NewManager(q, nil)
 	size := int64(len(b.needs)) * b.cell
-	j, err := m.Create(jobs.Spec{ID: "j", Type: types.JobTypeStream, Block: true, ManualDismiss: true,
+	j, err := m.Create(jobs.Spec{ID: "j", Type: types.JobTypeStream, Block: true, ManualDismiss: true, Speed: b.speed,
 		Runner: runner(func(h *jobs.Handle) error {
 			h.SetRemaining(size)
 			return Run(h, Task{Gate: b, Size: size, Chunk: 3 * b.cell, Workers: 2, Look: b.look, Copy: b.copy,
@@ -244,5 +247,93 @@ func TestCancel(t *testing.T) {
 	}
 	if b.now != 0 {
 		t.Errorf("%d units are left", b.now)
+	}
+}
+
+// errorEvents counts the BLOCK_JOB_ERROR events so far.
+func (q *quiet) errorEvents() (n int) {
+	q.mu.Lock()
+	defer q.mu.Unlock()
+	for _, e := range q.events {
+		if _, ok := e.(types.BlockJobErrorEvent); ok {
+			n++
+		}
+	}
+	return n
+}
+
+// Units that fail at the same time are one error to the client when the first of them ends or pauses the job.
+func TestFailuresAtOnce(t *testing.T) {
+	for _, policy := range []types.BlockdevOnError{types.BlockdevOnErrorReport, types.BlockdevOnErrorStop} {
+		b := newBench(Data, Skip, Data, Skip, Data)
+		b.failed[0], b.failed[20] = 1, 1
+		var both sync.WaitGroup
+		both.Add(2)
+		var seen atomic.Int32
+		b.during = func(int64) {
+			if seen.Add(1) <= 2 {
+				both.Done()
+				both.Wait()
+			}
+		}
+		m, j, q := start(t, b, policy)
+		if policy == types.BlockdevOnErrorStop {
+			q.status(types.JobStatusPaused)
+			if n := q.errorEvents(); n != 1 {
+				t.Errorf("%s: %d errors were told", policy, n)
+			}
+			if err := j.Resume(); err != nil {
+				t.Fatal(err)
+			}
+			if info, err := ended(m, j); err != nil || info.CurrentProgress != 50 || b.done[0] != 1 || b.done[2] != 1 {
+				t.Errorf("outcome: %v, progress %d, copied %v", err, info.CurrentProgress, b.done)
+			}
+			continue
+		}
+		if _, err := ended(m, j); !errors.Is(err, syscall.ENOSPC) {
+			t.Errorf("outcome: %v", err)
+		}
+		if n := q.errorEvents(); n != 1 {
+			t.Errorf("%s: %d errors were told", policy, n)
+		}
+	}
+}
+
+// A limited job does not have more in flight than its speed lets pass, and shows all it did while it waits.
+func TestSpeedCountsWhatIsInFlight(t *testing.T) {
+	b := newBench(Skip, Data, Skip, Data, Skip, Data)
+	b.speed = 1
+	m, j, _ := start(t, b, types.BlockdevOnErrorReport)
+	for m.QueryBlock()[0].Busy {
+		runtime.Gosched()
+	}
+	if info := m.Query()[0]; info.CurrentProgress != 20 || b.done[3] != 0 {
+		t.Errorf("progress %d, copied %v", info.CurrentProgress, b.done)
+	}
+	if err := j.SetSpeed(0); err != nil {
+		t.Fatal(err)
+	}
+	if info, err := ended(m, j); err != nil || info.CurrentProgress != 60 {
+		t.Errorf("outcome: %v, progress %d", err, info.CurrentProgress)
+	}
+}
+
+// A look that makes no way is an error, not an endless loop.
+func TestLookWithoutAnswer(t *testing.T) {
+	q := &quiet{}
+	q.cond = sync.NewCond(&q.mu)
+	m := jobs.NewManager(q, nil)
+	b := newBench(Data)
+	j, err := m.Create(jobs.Spec{ID: "j", Type: types.JobTypeStream, Block: true, ManualDismiss: true,
+		Runner: runner(func(h *jobs.Handle) error {
+			return Run(h, Task{Gate: b, Size: 10, Chunk: 10, Workers: 1, Copy: b.copy,
+				Look: func(*blk.Req, int64, int64) (Extent, error) { return Extent{}, nil }})
+		})})
+	if err != nil {
+		t.Fatal(err)
+	}
+	m.Start(j)()
+	if _, err := ended(m, j); !errors.Is(err, blk.ErrOutOfRange) {
+		t.Errorf("outcome: %v", err)
 	}
 }
