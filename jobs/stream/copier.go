@@ -29,6 +29,14 @@ func (c *copier) look(r *blk.Req, off, n int64) (copy.Extent, error) {
 	switch {
 	case err != nil:
 		return copy.Extent{}, err
+	case below.N == 0:
+		// Beyond the end of the layer below, so it reads as zeroes, and has to when a longer base comes to
+		// lie directly below.
+		x := copy.Extent{N: top.N}
+		if e := c.last.FilterOrCOWChild(); e != nil && off < e.Size() {
+			x.Action = copy.Zero
+		}
+		return x, nil
 	case below.Depth == 0:
 		return copy.Extent{N: below.N}, nil
 	case below.Zero:

@@ -1,0 +1,120 @@
+package stream_test
+
+import (
+	"bytes"
+	"context"
+	"testing"
+
+	"qblockd/blockdev"
+	"qblockd/blockdev/drivertest"
+	"qblockd/blockdev/qcow2"
+	"qblockd/graph"
+	"qblockd/graph/blk"
+	"qblockd/graph/perm"
+	"qblockd/jobs"
+	"qblockd/jobs/stream"
+	"qblockd/schema/types"
+)
+
+const cluster = 64 << 10
+
+// layer makes a qcow2 node of that many clusters over backing.
+func layer(t *testing.T, g *graph.Graph, name string, clusters int, backing *graph.Node) *graph.Node {
+	t.Helper()
+	ctx := context.Background()
+	file := drivertest.AddNode(t, g, name+"-file", drivertest.NewMemFile(0))
+	m := blockdev.New(g, blockdev.Config{})
+	ref := file.Name()
+	o := types.BlockdevCreateOptionsQcow2{File: types.BlockdevRef{Reference: &ref}, Size: uint64(clusters * cluster)}
+	if err := m.Creator(&types.BlockdevCreateOptions{Driver: types.BlockdevDriverQcow2, U: &o})(ctx, nil); err != nil {
+		t.Fatal(err)
+	}
+	kids := []drivertest.Child{drivertest.File(file)}
+	if backing != nil {
+		kids = append(kids, drivertest.Backing(backing))
+	}
+	return drivertest.MustBuild(t, g, drivertest.Spec{
+		Options: graph.Options{Name: name, DriverName: "qcow2", Kind: graph.Format}, Children: kids, Open: qcow2.Open})
+}
+
+func write(t *testing.T, g *graph.Graph, n *graph.Node, content byte) {
+	t.Helper()
+	tx := g.Begin(context.Background())
+	defer tx.Abort()
+	root, err := tx.AttachRoot(graph.RootSpec{EdgeName: "root", Claim: drivertest.Writer}, n)
+	if err == nil {
+		err = tx.Commit()
+	}
+	if err != nil {
+		t.Fatal(err)
+	}
+	r, err := root.Begin(context.Background())
+	if err != nil {
+		t.Fatal(err)
+	}
+	if err := root.WriteAt(r, blk.Buf(bytes.Repeat([]byte{content}, int(n.Size()))), 0, 0); err != nil {
+		t.Fatal(err)
+	}
+	root.End(r)
+	if err := g.CloseRoot(context.Background(), root); err != nil {
+		t.Fatal(err)
+	}
+}
+
+// TestShortLayers streams over layers that are shorter than what is above and below them: a guest sees the same
+// before and after, and the job ends.
+func TestShortLayers(t *testing.T) {
+	for _, c := range []struct {
+		name           string
+		base, mid, top int // clusters
+		keepBase       bool
+	}{
+		{"short mid, long base stays", 6, 2, 8, true},
+		{"short mid, long base goes", 6, 2, 8, false},
+		{"short base stays", 2, 4, 8, true},
+		{"short base goes", 2, 4, 8, false},
+	} {
+		t.Run(c.name, func(t *testing.T) {
+			g, sink := drivertest.NewGraphSink(t)
+			base := layer(t, g, "base", c.base, nil)
+			write(t, g, base, 1)
+			mid := layer(t, g, "mid", c.mid, base)
+			top := layer(t, g, "top", c.top, mid)
+			root := drivertest.AddRoot(t, g, top, perm.Claim{Need: perm.ConsistentRead, Share: perm.All})
+			read := func() []byte {
+				r, err := root.Begin(context.Background())
+				if err != nil {
+					t.Fatal(err)
+				}
+				defer root.End(r)
+				p := make([]byte, c.top*cluster)
+				if err := root.ReadAt(r, blk.Buf(p), 0, 0); err != nil {
+					t.Fatal(err)
+				}
+				return p
+			}
+			before := read()
+			m := jobs.NewManager(sink, nil)
+			a := stream.Args{ID: "j", Top: top, ManualDismiss: true, FileName: (*graph.Node).Name}
+			if c.keepBase {
+				a.Base = base
+			}
+			release, err := stream.Start(context.Background(), m, a)
+			if err != nil {
+				t.Fatal(err)
+			}
+			release()
+			j := m.Get("j")
+			<-j.Finished()
+			if j.Err() != nil {
+				t.Fatal(j.Err())
+			}
+			if !bytes.Equal(read(), before) {
+				t.Error("the content has changed")
+			}
+			if err := j.Dismiss(); err != nil {
+				t.Error(err)
+			}
+		})
+	}
+}
