@@ -9,7 +9,7 @@ BENCH     ?=
 STATICCHECK := honnef.co/go/tools/cmd/staticcheck@v0.6.1
 
 .DEFAULT_GOAL := help
-.PHONY: help build run test tools check race lint fuzz golden bench man generate generate-check tidy-check interop clean FORCE
+.PHONY: help build run test tools check race lint fuzz meta crash golden bench man generate generate-check tidy-check interop clean FORCE
 
 help: ## list the targets
 	@sed -n 's/^\([a-z-]*\):.*## /\1\t/p' $(MAKEFILE_LIST) | expand -t 18
@@ -53,6 +53,17 @@ tidy-check: ## go.mod and go.sum are tidy
 
 fuzz: ## every fuzz target for FUZZTIME each
 	@sh tests/fuzz.sh $(FUZZTIME)
+
+SEED   ?= 1
+SEEDS  ?= 1000
+OPS    ?= 120
+ROUNDS ?= 200
+
+meta: ## random operations on a graph against plain bytes: SEED= first seed, SEEDS= how many, OPS= operations of each
+	$(GO) test -count=1 -timeout 0 ./tests/meta -run TestRandom -meta.seed $(SEED) -meta.seeds $(SEEDS) -meta.ops $(OPS)
+
+crash: ## ROUNDS= rounds of kill -9 under load
+	$(GO) test -count=1 -timeout 0 -v ./tests/crash -run TestKill -crash.rounds $(ROUNDS) -crash.seed $(SEED)
 
 golden: build ## rewrite the recorded conversations in tests/conv from qblockd; review the diff as behaviour
 	$(GO) test ./tests/conv -run TestConversations -update

@@ -20,13 +20,18 @@ type NBD struct {
 const (
 	nbdRead, nbdWrite, nbdDisc, nbdFlush, nbdTrim, nbdZeroes = 0, 1, 2, 3, 4, 6
 
+	nbdFlagFUA, nbdFlagNoHole = 1 << 0, 1 << 1
+
 	nbdRequestMagic = 0x25609513
 	nbdReplyMagic   = 0x67446698
 )
 
 // DialNBD connects to an export.
-func (d *Daemon) DialNBD(export string) (*NBD, error) {
-	c, err := net.Dial("unix", d.NBDSocket())
+func (d *Daemon) DialNBD(export string) (*NBD, error) { return DialNBD(d.NBDSocket(), export) }
+
+// DialNBD connects to an export of the server at a unix socket.
+func DialNBD(socket, export string) (*NBD, error) {
+	c, err := net.Dial("unix", socket)
 	if err != nil {
 		return nil, err
 	}
@@ -99,6 +104,14 @@ func (n *NBD) WriteAt(p []byte, off int64) error { return n.do(nbdWrite, 0, off,
 func (n *NBD) Zero(off int64, size int) error    { return n.do(nbdZeroes, 0, off, size, nil, nil) }
 func (n *NBD) Trim(off int64, size int) error    { return n.do(nbdTrim, 0, off, size, nil, nil) }
 func (n *NBD) Flush() error                      { return n.do(nbdFlush, 0, 0, 0, nil, nil) }
+
+// WriteFUA and ZeroNoHole are WriteAt and Zero with the flag of that name.
+func (n *NBD) WriteFUA(p []byte, off int64) error {
+	return n.do(nbdWrite, nbdFlagFUA, off, len(p), p, nil)
+}
+func (n *NBD) ZeroNoHole(off int64, size int) error {
+	return n.do(nbdZeroes, nbdFlagNoHole, off, size, nil, nil)
+}
 
 // Close ends the connection in order, Drop without a word.
 func (n *NBD) Close() { _ = n.do(nbdDisc, 0, 0, 0, nil, nil); n.c.Close() }

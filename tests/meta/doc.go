@@ -1,0 +1,14 @@
+// Package meta does random things to a block graph in this process and compares what guests
+// read with plain bytes: I/O, nodes coming and going, overlays, live snapshots, stream jobs, resizes, exports, over
+// images of all shapes.
+//
+//	seed --Generate--> operations --Run--> nil, or what went wrong
+//	                        ^-------Reduce-------'
+//
+// An operation names a slot (an image that is there or not) and carries random numbers; what it does follows from
+// these and from the state that the operations before it made. One that makes no sense then does
+// nothing, so any subsequence of a history is a history: a failing one is reduced by leaving operations out.
+//
+// The content of an image is what a guest sees of it, backing files included. Nothing writes to an image that
+// others back on, so that it never changes but by writes to itself.
+package meta

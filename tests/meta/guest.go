@@ -1,0 +1,222 @@
+package meta
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"path/filepath"
+	"syscall"
+
+	"qblockd/blockdev/drivertest"
+	"qblockd/graph"
+	"qblockd/graph/blk"
+	"qblockd/schema/types"
+	"qblockd/tests/daemon"
+	"qblockd/tests/rig"
+)
+
+// guest uses an image. Its I/O methods are for one goroutine; another makes itself another by another.
+type guest interface {
+	read(p []byte, off int64) error
+	write(p []byte, off int64, fua bool) error
+	zero(off int64, n int, unmap bool) error
+	discard(off int64, n int) error
+	flush() error
+	another() (guest, error)
+	// close ends this use; the last one ends the guest.
+	close() error
+}
+
+// errNo: the guest cannot do it.
+var errNo = errors.New("not for this guest")
+
+var readClaim = drivertest.Reader
+
+// rootGuest is a backend.
+type rootGuest struct {
+	root   *graph.Root
+	ctx    context.Context
+	shared bool
+}
+
+func (g *rootGuest) do(f func(r *blk.Req) error) error {
+	r, err := g.root.Begin(g.ctx)
+	if err != nil {
+		return err
+	}
+	defer g.root.End(r)
+	return f(r)
+}
+
+func (g *rootGuest) read(p []byte, off int64) error {
+	return g.do(func(r *blk.Req) error { return g.root.ReadAt(r, blk.Buf(p), off, 0) })
+}
+
+func (g *rootGuest) write(p []byte, off int64, fua bool) error {
+	f := blk.Flags(0)
+	if fua {
+		f = blk.FUA
+	}
+	return g.do(func(r *blk.Req) error { return g.root.WriteAt(r, blk.Buf(p), off, f) })
+}
+
+func (g *rootGuest) compressed(p []byte, off int64) error {
+	return g.do(func(r *blk.Req) error { return g.root.WriteAt(r, blk.Buf(p), off, blk.Compressed) })
+}
+
+func (g *rootGuest) zero(off int64, n int, unmap bool) error {
+	f := blk.Flags(0)
+	if unmap {
+		f = blk.MayUnmap
+	}
+	return g.do(func(r *blk.Req) error { return g.root.Zero(r, off, int64(n), f) })
+}
+
+func (g *rootGuest) discard(off int64, n int) error {
+	return g.do(func(r *blk.Req) error { return g.root.Discard(r, off, int64(n)) })
+}
+
+func (g *rootGuest) flush() error { return g.do(g.root.Flush) }
+
+func (g *rootGuest) another() (guest, error) {
+	return &rootGuest{root: g.root, ctx: g.ctx, shared: true}, nil
+}
+
+func (g *rootGuest) close() error {
+	if g.shared {
+		return nil
+	}
+	return g.root.Graph().CloseRoot(g.ctx, g.root)
+}
+
+// nbdGuest is a client of an export.
+type nbdGuest struct {
+	w      *world
+	id     string
+	c      *daemon.NBD
+	shared bool
+}
+
+func (g *nbdGuest) read(p []byte, off int64) error { return g.c.ReadAt(p, off) }
+
+func (g *nbdGuest) write(p []byte, off int64, fua bool) error {
+	if fua {
+		return g.c.WriteFUA(p, off)
+	}
+	return g.c.WriteAt(p, off)
+}
+
+func (g *nbdGuest) zero(off int64, n int, unmap bool) error {
+	if unmap {
+		return g.c.Zero(off, n)
+	}
+	return g.c.ZeroNoHole(off, n)
+}
+
+func (g *nbdGuest) discard(off int64, n int) error { return g.c.Trim(off, n) }
+func (g *nbdGuest) flush() error                   { return g.c.Flush() }
+
+func (g *nbdGuest) another() (guest, error) {
+	c, err := daemon.DialNBD(g.w.socket(), g.id)
+	if err != nil {
+		return nil, err
+	}
+	return &nbdGuest{w: g.w, id: g.id, c: c, shared: true}, nil
+}
+
+func (g *nbdGuest) close() error {
+	g.c.Close()
+	if g.shared {
+		return nil
+	}
+	return g.w.x.Exports.Del(g.w.ctx, g.id, types.BlockExportRemoveModeHard)
+}
+
+func (w *world) socket() string { return filepath.Join(w.dir, "nbd.sock") }
+
+func (w *world) startServer() error {
+	return w.x.Exports.StartNBD(w.ctx, &types.SocketAddress{
+		Type: types.SocketAddressTypeUnix, U: &types.UnixSocketAddress{Path: w.socket()}}, nil)
+}
+
+// attach gives an image a guest, or tries a second one.
+func (w *world) attach(m *image, o Op) error {
+	if m.closed {
+		return nil
+	}
+	n := w.node(m)
+	if n == nil {
+		return fmt.Errorf("%s has no node", m.name())
+	}
+	write := o.A%4 != 0
+	if m.guest != nil || m.ro && write && w.busy(m) {
+		return nil // a job may have made it writable
+	}
+	fails := ""
+	if m.ro && write {
+		fails = "it is read-only"
+	}
+	var g guest
+	var err error
+	kind := "backend"
+	if o.B%2 == 0 {
+		var root *graph.Root
+		if root, err = w.x.AttachRoot(w.ctx, n, !write); err == nil {
+			g = &rootGuest{root: root, ctx: w.ctx}
+		}
+	} else {
+		kind = "export"
+		g, err = w.export(n, write, o)
+	}
+	w.did("attach %s to %s, writable %v: %s %v", kind, n.Name(), write, fails, err)
+	if err != nil && w.busy(m) {
+		return nil // the job does not let it
+	}
+	if err := expect(err, fails); err != nil || fails != "" {
+		return err
+	}
+	m.guest, m.canSet = g, write
+	return nil
+}
+
+func (w *world) export(n *graph.Node, write bool, o Op) (guest, error) {
+	w.count++
+	id := fmt.Sprintf("e%d", w.count)
+	err := w.x.Exports.Add(w.ctx, &types.BlockExportOptions{
+		Type: types.BlockExportTypeNbd, ID: id, NodeName: n.Name(), Writable: &write, Writethrough: rig.Ptr(o.C%4 == 0),
+		U: &types.BlockExportOptionsNbd{Name: &id},
+	})
+	if err != nil {
+		return nil, err
+	}
+	c, err := daemon.DialNBD(w.socket(), id)
+	if err != nil {
+		return nil, err
+	}
+	return &nbdGuest{w: w, id: id, c: c}, nil
+}
+
+// detach takes an image's guest away.
+func (w *world) detach(m *image, o Op) error {
+	if m.guest == nil {
+		return nil
+	}
+	if err := w.joined(m); err != nil {
+		return err
+	}
+	w.did("detach from %s", m.name())
+	g := m.guest
+	m.guest, m.canSet = nil, false
+	return g.close()
+}
+
+// writable tells whether m's guest may write to it now.
+func (w *world) writable(m *image) bool {
+	return m.guest != nil && m.canSet && len(w.dependents(m, false)) == 0
+}
+
+// isIO tells errors that a guest gets from those of this package.
+func isIO(err error) bool {
+	var e syscall.Errno
+	return errors.As(err, &e) || errors.Is(err, blk.ErrNotSupported)
+}
