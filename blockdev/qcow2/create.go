@@ -52,7 +52,7 @@ func (o *CreateOptions) header() (*layout.Header, error) {
 		return nil, errors.New("Refcount width must be a power of two and may not exceed 64 bits")
 	}
 	if h.Version < 3 && rb != 16 {
-		return nil, errors.New("Different refcount widths than 16 bits require compatibility level 1.1 or above (use compat=1.1 or greater)")
+		return nil, errors.New("Different refcount widths than 16 bits require compatibility level 1.1 or above (use version=v3 or greater)")
 	}
 	h.RefcountOrder = uint32(bits.TrailingZeros64(uint64(rb)))
 	if o.LazyRefcounts {

@@ -202,7 +202,7 @@ func TestCreateErrors(t *testing.T) {
 		{CreateOptions{Version: "v2", LazyRefcounts: true}, "Lazy refcounts only supported with compatibility level 1.1 and above (use version=v3 or greater)"},
 		{CreateOptions{RefcountBits: ptr(int64(3))}, "Refcount width must be a power of two and may not exceed 64 bits"},
 		{CreateOptions{RefcountBits: ptr(int64(128))}, "Refcount width must be a power of two and may not exceed 64 bits"},
-		{CreateOptions{RefcountBits: ptr(int64(8)), Version: "v2"}, "Different refcount widths than 16 bits require compatibility level 1.1 or above (use compat=1.1 or greater)"},
+		{CreateOptions{RefcountBits: ptr(int64(8)), Version: "v2"}, "Different refcount widths than 16 bits require compatibility level 1.1 or above (use version=v3 or greater)"},
 		{CreateOptions{CompressionType: "zstd", Version: "v2"}, "Non-zlib compression type is only supported with compatibility level 1.1 and above (use version=v3 or greater)"},
 		{CreateOptions{Size: 1 << 56}, "Could not resize image: Failed to grow the L1 table: File too large"},
 		{CreateOptions{Size: 1<<63 - 512}, "Could not resize image: offset(9223372036854775296) exceeds maximum(9223372035781033984)"},
