@@ -31,6 +31,10 @@ func (h *Handle) Checkpoint() error {
 	j := h.j
 	j.m.mu.Lock()
 	defer j.m.mu.Unlock()
+	if j.asleep {
+		j.asleep = false
+		j.wake.Broadcast()
+	}
 	for j.st.ShouldPause() {
 		j.yieldNow()
 		j.stepLocked(machine.EnterPause)
@@ -98,9 +102,10 @@ func (h *Handle) sleep(d time.Duration) error {
 		kick = make(chan struct{})
 		j.block.kick = kick
 	}
-	pausing := j.st.ShouldPause()
+	j.asleep = !j.st.ShouldPause() && !j.st.Forced
+	asleep := j.asleep
 	j.m.mu.Unlock()
-	if !pausing {
+	if asleep {
 		j.waiting.Store(true)
 		stop := j.m.clock.After(d)
 		select {

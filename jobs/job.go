@@ -66,6 +66,8 @@ type Job struct {
 	err  error         // guarded by m.mu; the outcome if it is a failure
 	wake *sync.Cond    // on m.mu; state, speed or pause changed
 	gone bool          // guarded by m.mu; forgotten by the manager
+	// asleep: the runner waits for its speed limit and does nothing else; guarded by m.mu.
+	asleep bool
 
 	waiting  atomic.Bool   // not busy: sleeping, paused or over
 	ended    chan struct{} // closed when Run has returned
@@ -115,6 +117,7 @@ func (j *Job) stepLocked(in machine.Input) {
 				p.Log(slog.String("job", j.id), slog.String("to", c.Status.String()))
 			}
 			j.m.sink.Emit(types.JobStatusChangeEvent{ID: j.id, Status: types.JobStatus(c.Status.String())})
+			j.wake.Broadcast()
 			if c.Status == machine.Concluded {
 				close(j.finished)
 			}

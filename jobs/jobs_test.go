@@ -4,6 +4,7 @@ import (
 	"context"
 	"errors"
 	"fmt"
+	"runtime"
 	"strings"
 	"sync"
 	"syscall"
@@ -443,5 +444,81 @@ func TestLimiter(t *testing.T) {
 	now = now.Add(2 * slice)
 	if d := l.take(now, 0); d != 0 {
 		t.Errorf("after the wait: %v", d)
+	}
+}
+
+// A job can be cancelled by others while whoever makes it is still at it; its runner is not touched before Start.
+func TestCancelBeforeStart(t *testing.T) {
+	r := newRecorder()
+	m := NewManager(r, nil)
+	w := &work{run: untilCancelled}
+	j, err := m.Create(Spec{ID: "j", Type: types.JobTypeStream, Block: true, Runner: w})
+	if err != nil {
+		t.Fatal(err)
+	}
+	if err := j.Cancel(true); err != nil {
+		t.Fatal(err)
+	}
+	if w.said() != "" || r.String() != "j:created" {
+		t.Errorf("calls %q, events %s", w.said(), r)
+	}
+	m.Start(j)()
+	<-j.Finished()
+	if got := r.wait("j:null"); got != "j:created j:running j:aborting j:CANCELLED j:concluded j:null" || w.said() != "abort clean" {
+		t.Errorf("calls %q, events %s", w.said(), got)
+	}
+}
+
+// The daemon ends while a job is being made: what it relies on could not be had, and it is taken back.
+func TestShutdownWhileAJobIsMade(t *testing.T) {
+	r := newRecorder()
+	m := NewManager(r, nil)
+	w := &work{}
+	j, err := m.Create(Spec{ID: "j", Type: types.JobTypeStream, Block: true, Runner: w})
+	if err != nil {
+		t.Fatal(err)
+	}
+	var ends sync.WaitGroup
+	ends.Go(func() { shutdown(t, m) })
+	for !m.Quitting() {
+		runtime.Gosched()
+	}
+	m.Discard(j)
+	ends.Wait()
+	if w.said() != "" || r.String() != "j:created j:null" {
+		t.Errorf("calls %q, events %s", w.said(), r)
+	}
+}
+
+// What a verb makes of a job that sleeps or is paused is told before the verb returns.
+func TestVerbsOnAnIdleJob(t *testing.T) {
+	r := newRecorder()
+	m := NewManager(r, nil)
+	asleep := func(s string, j *Job) {
+		for m.QueryBlock()[0].Busy {
+			runtime.Gosched()
+		}
+		if got := r.String(); got != s {
+			t.Fatalf("events: %s, want %s", got, s)
+		}
+	}
+	j := start(t, m, Spec{ID: "j", Type: types.JobTypeStream, Block: true, Speed: 1, Runner: &work{run: untilCancelled}})
+	said := "j:created j:running"
+	asleep(said, j)
+	if err := j.Pause(); err != nil {
+		t.Fatal(err)
+	}
+	said += " j:paused"
+	asleep(said, j)
+	if err := j.Resume(); err != nil {
+		t.Fatal(err)
+	}
+	said += " j:running"
+	asleep(said, j)
+	if err := j.Cancel(true); err != nil {
+		t.Fatal(err)
+	}
+	if got, want := r.String(), said+" j:aborting j:CANCELLED j:concluded j:null"; got != want {
+		t.Errorf("events: %s, want %s", got, want)
 	}
 }

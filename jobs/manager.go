@@ -88,7 +88,7 @@ func (m *Manager) Create(s Spec) (*Job, error) {
 	return j, nil
 }
 
-// Discard takes back a job that was created but cannot be started.
+// Discard takes back a job that was created but cannot be started; also one that was cancelled meanwhile.
 func (m *Manager) Discard(j *Job) {
 	m.mu.Lock()
 	defer m.mu.Unlock()
@@ -100,6 +100,7 @@ func (j *Job) discardLocked() {
 	j.txn.jobs = slices.Delete(j.txn.jobs, i, i+1)
 	j.cancel()
 	j.stepLocked(machine.Drop)
+	close(j.finished)
 }
 
 // Start lets the job run. It returns when the job has ended or has come to its first wait: what it does up to

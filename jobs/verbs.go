@@ -3,6 +3,7 @@ package jobs
 import (
 	"context"
 	"fmt"
+	"time"
 
 	"qblockd/jobs/machine"
 )
@@ -30,6 +31,10 @@ func (j *Job) Pause() error {
 		return fmt.Errorf("Job is already paused")
 	}
 	j.stepLocked(machine.UserPause)
+	for j.asleep && j.st.ShouldPause() {
+		// It was woken and stops without doing anything else: what the client is told next is that it is paused.
+		j.wake.Wait()
+	}
 	return nil
 }
 
@@ -45,30 +50,61 @@ func (j *Job) Resume() error {
 	}
 	j.resetIOStatusLocked()
 	j.stepLocked(machine.UserResume)
+	for j.idleLocked() && !j.st.ShouldPause() {
+		j.wake.Wait() // for as long as it takes to wake up
+	}
 	return nil
 }
+
+// idleLocked tells whether the job stands at a pause point.
+func (j *Job) idleLocked() bool {
+	return j.st.Status == machine.Paused || j.st.Status == machine.Standby
+}
+
+// cancelGrace is how long a cancel waits for the end of a job that was doing nothing, so that its last events come before the
+// answer, as in the reference. It bounds what a client waits and so is real time.
+const cancelGrace = 100 * time.Millisecond
 
 // Cancel ends the job early; force makes a ready job a failure too.
 func (j *Job) Cancel(force bool) error {
 	j.m.mu.Lock()
 	err := j.applyLocked(machine.Cancel)
+	idle := j.asleep || j.idleLocked()
 	j.m.mu.Unlock()
 	if err != nil {
 		return err
 	}
 	j.userCancel(force)
+	j.m.mu.Lock()
+	idle = idle && j.st.Forced
+	j.m.mu.Unlock()
+	if idle {
+		limit := time.NewTimer(cancelGrace)
+		defer limit.Stop()
+		select {
+		case <-j.finished:
+			j.m.mu.Lock() // the events of its last step are out
+			defer j.m.mu.Unlock()
+		case <-limit.C:
+		}
+	}
 	return nil
 }
 
-// userCancel cancels a job in any state. A job whose work is over, or never began, takes its transaction along at once.
+// userCancel cancels a job in any state. A job whose work is over takes its transaction along at once.
 func (j *Job) userCancel(force bool) {
 	m := j.m
 	m.mu.Lock()
-	if j.st.Started && !j.st.Ended {
+	switch {
+	case !j.st.Started && !j.gone:
+		// Whoever makes it is not done: its runner may not be touched yet. Start finds it cancelled, if it comes to that.
+		j.stepLocked(machine.CancelForce)
+		j.cancel()
+	case !j.st.Ended:
 		// The job's goroutine ends it, and may hold the turn of its transaction.
 		j.cancelLocked(force)
 	}
-	over := j.st.Ended || !j.st.Started
+	over := j.st.Ended
 	m.mu.Unlock()
 	if !over {
 		return
