@@ -427,6 +427,35 @@ func TestErrors(t *testing.T) {
 	}
 }
 
+// TestRingbufUser: what the user of a ring buffer writes is in it and in the log; ringbuf-write is not logged.
+func TestRingbufUser(t *testing.T) {
+	tab := newTestTable(t)
+	log := filepath.Join(t.TempDir(), "log")
+	if _, err := tab.Add(context.Background(), "r", backend(t, `{"type":"ringbuf","data":{"logfile":%q}}`, log)); err != nil {
+		t.Fatal(err)
+	}
+	if err := tab.RingbufWrite("r", "first ", nil); err != nil {
+		t.Fatal(err)
+	}
+	wrote := make(chan error, 1)
+	if err := tab.Attach("r", func(c io.ReadWriteCloser) {
+		_, err := io.WriteString(c, "then")
+		wrote <- err
+		_, _ = io.ReadAll(c) // nothing comes, until the device ends
+	}); err != nil {
+		t.Fatal(err)
+	}
+	if err := <-wrote; err != nil {
+		t.Fatal(err)
+	}
+	if got, err := tab.RingbufRead("r", 100, nil); got != "first then" || err != nil {
+		t.Errorf("%q, %v", got, err)
+	}
+	if b, err := os.ReadFile(log); string(b) != "then" || err != nil {
+		t.Errorf("log: %q, %v", b, err)
+	}
+}
+
 func TestRingbuf(t *testing.T) {
 	tab := newTestTable(t)
 	if _, err := tab.Add(context.Background(), "r", backend(t, `{"type":"ringbuf","data":{"size":1024}}`)); err != nil {
