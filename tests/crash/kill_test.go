@@ -1,0 +1,287 @@
+package crash
+
+import (
+	"context"
+	"encoding/json"
+	"errors"
+	"flag"
+	"fmt"
+	"math/rand/v2"
+	"os"
+	"os/exec"
+	"path/filepath"
+	"sync"
+	"testing"
+	"time"
+
+	"qblockd/schema/types"
+	"qblockd/tests/daemon"
+	"qblockd/tests/rig"
+)
+
+var (
+	flagRounds = flag.Int("crash.rounds", 5, "rounds of kill -9")
+	flagSeed   = flag.Uint64("crash.seed", 0, "seed of the first round; 0: by the clock")
+)
+
+const (
+	diskSize = 16 << 20
+	clients  = 4
+)
+
+// layers of the chain, lowest first.
+var layers = []string{"base", "mid", "top"}
+
+// killRound is one daemon that is killed.
+type killRound struct {
+	t    *testing.T
+	dir  string
+	rnd  *rand.Rand
+	lazy bool
+	l    *ledger
+	d    *daemon.Daemon
+	how  string
+}
+
+// TestKill kills a daemon under four clients and a stream job, again and again.
+func TestKill(t *testing.T) {
+	seed := *flagSeed
+	if seed == 0 {
+		seed = uint64(time.Now().UnixNano())
+	}
+	var leaks, leaky, streaming, acked int
+	for i := range *flagRounds {
+		s := seed + uint64(i)
+		ok := t.Run(fmt.Sprintf("seed=%d", s), func(t *testing.T) {
+			r := &killRound{t: t, dir: t.TempDir(), rnd: rand.New(rand.NewPCG(s, 9))}
+			n, running, writes := r.play()
+			t.Logf("%s: %d requests acknowledged, job running %v, %d leaked clusters", r.how, writes, running, n)
+			leaks += n
+			acked += writes
+			if n > 0 {
+				leaky++
+			}
+			if running {
+				streaming++
+			}
+		})
+		if !ok {
+			t.Fatalf("again with -crash.rounds=1 -crash.seed=%d", s)
+		}
+	}
+	t.Logf("%d rounds from seed %d: no corruption, nothing flushed lost; %d requests acknowledged; job running at the kill in %d; leaks in %d rounds, %d clusters",
+		*flagRounds, seed, acked, streaming, leaky, leaks)
+}
+
+// make creates and fills the chain; the ledger begins with what it shows.
+func (r *killRound) make() {
+	ctx := context.Background()
+	x := rig.New(r.dir)
+	defer x.Close()
+	cs := []uint64{65536, 65536, 4096, 512, 2 << 20}[r.rnd.IntN(5)]
+	r.lazy = r.rnd.IntN(4) == 0
+	r.how = fmt.Sprintf("clusters of %d, lazy %v", cs, r.lazy)
+	values := make([]uint64, diskSize/sector)
+	for k, name := range layers {
+		o := types.BlockdevCreateOptionsQcow2{Size: diskSize, ClusterSize: &cs, LazyRefcounts: &r.lazy}
+		if k > 0 {
+			o.BackingFile, o.BackingFmt = &layers[k-1], rig.Ptr(types.BlockdevDriverQcow2)
+		}
+		if err := errors.Join(x.MakeFile(name, 0, nil), x.CreateQcow2(ctx, name, o)); err != nil {
+			r.t.Fatal(err)
+		}
+		if name == "top" {
+			break
+		}
+		r.fill(x, name, k, values)
+	}
+	r.l = newLedger(len(values), func(i int) uint64 { return values[i] })
+}
+
+// fill writes to a layer.
+func (r *killRound) fill(x *rig.Rig, name string, k int, values []uint64) {
+	ctx := context.Background()
+	o := &types.BlockdevOptions{Driver: types.BlockdevDriverQcow2, NodeName: &name, U: &types.BlockdevOptionsQcow2{File: x.File(name)}}
+	if err := x.Nodes.Add(ctx, o); err != nil {
+		r.t.Fatal(err)
+	}
+	root, err := x.AttachRoot(ctx, x.Graph.Node(name), false)
+	if err != nil {
+		r.t.Fatal(err)
+	}
+	const span = 512 // sectors
+	for first := 0; first < len(values); first += span {
+		if r.rnd.IntN(3) == 0 {
+			continue
+		}
+		p := make([]byte, span*sector)
+		for i := range span {
+			values[first+i] = 1<<63 | uint64(k)<<32 | uint64(first+i)
+			stamp(p[i*sector:], values[first+i])
+		}
+		if err := write(ctx, root, p, int64(first*sector)); err != nil {
+			r.t.Fatal(err)
+		}
+	}
+	if err := errors.Join(x.Graph.CloseRoot(ctx, root), x.Nodes.Del(ctx, name)); err != nil {
+		r.t.Fatal(err)
+	}
+}
+
+// open starts a daemon on the chain.
+func (r *killRound) open() *daemon.QMP {
+	for _, name := range []string{"pid", "qmp.sock", "nbd.sock"} {
+		_ = os.Remove(filepath.Join(r.dir, name)) // a killed daemon leaves them behind
+	}
+	r.d = daemon.Start(r.t, r.dir)
+	q := r.d.Dial(r.t)
+	q.Must(r.t, "blockdev-add", daemon.Blockdev("qcow2", "base", map[string]any{
+		"file": daemon.File("base"), "read-only": true}))
+	q.Must(r.t, "blockdev-add", daemon.Blockdev("qcow2", "mid", map[string]any{
+		"file": daemon.File("mid"), "backing": "base", "read-only": true}))
+	q.Must(r.t, "blockdev-add", daemon.Blockdev("qcow2", "top", map[string]any{
+		"file": map[string]any{"driver": "file", "filename": "top", "discard": "unmap"}, "discard": "unmap", "backing": "mid"}))
+	q.Must(r.t, "block-export-add", map[string]any{"type": "nbd", "id": "e", "node-name": "top", "writable": true, "name": "disk"})
+	return q
+}
+
+// play is one round. It returns the leaked clusters, whether the job was running at the kill, and the requests answered.
+func (r *killRound) play() (leaks int, running bool, acked int) {
+	r.make()
+	q := r.open()
+	var wg sync.WaitGroup
+	counts := make([]int, clients)
+	for i := range clients {
+		seed := r.rnd.Uint64()
+		c, err := r.d.DialNBD("disk")
+		if err != nil {
+			r.t.Fatal(err)
+		}
+		wg.Go(func() { counts[i] = r.client(c, i, rand.New(rand.NewPCG(seed, 2))) })
+	}
+	args := map[string]any{"job-id": "j", "device": "top", "speed": 4<<20 + r.rnd.Int64N(64<<20)}
+	if r.rnd.IntN(2) == 0 {
+		args["base-node"] = "base"
+	}
+	q.Must(r.t, "block-stream", args)
+	time.Sleep(time.Duration(5+r.rnd.IntN(300)) * time.Millisecond) // the moment of the kill is what is random here
+	var list []json.RawMessage
+	if b, err := q.Do("query-jobs", nil); err == nil {
+		_ = json.Unmarshal(b, &list)
+	}
+	if err := r.d.Cmd.Process.Kill(); err != nil {
+		r.t.Fatal(err)
+	}
+	r.d.Ended(time.Minute)
+	wg.Wait()
+	for _, n := range counts {
+		acked += n
+	}
+	if !r.lazy {
+		leaks = r.check() // with lazy refcounts only opening repairs them
+	}
+	r.reopen()
+	if r.lazy {
+		leaks = r.check()
+	} else {
+		r.check()
+	}
+	return leaks, len(list) > 0, acked
+}
+
+// client writes to every fourth block of 4 KiB until the connection ends.
+func (r *killRound) client(c *daemon.NBD, id int, rnd *rand.Rand) (acked int) {
+	defer c.Drop()
+	const block = 8 // sectors
+	blocks := diskSize / sector / block
+	var touched []int // blocks written since the last flush
+	for {
+		b := rnd.IntN(blocks/clients)*clients + id
+		if rnd.IntN(3) == 0 { // stay near, so that clusters are shared
+			b = rnd.IntN(64)*clients + id
+		}
+		first := b * block
+		var err error
+		switch k := rnd.IntN(20); {
+		case k == 0:
+			if err = c.Flush(); err == nil {
+				for _, t := range touched {
+					r.l.flushed(t, block)
+				}
+				touched = touched[:0]
+			}
+		case k < 3:
+			r.l.zero(first, block)
+			err = c.Zero(int64(first*sector), block*sector)
+			touched = append(touched, first)
+		case k == 4:
+			if err = c.WriteFUA(r.l.mark(first, block), int64(first*sector)); err == nil {
+				r.l.flushed(first, block)
+			}
+		case k == 5:
+			p := make([]byte, block*sector)
+			err = c.ReadAt(p, int64(first*sector))
+		default:
+			err = c.WriteAt(r.l.mark(first, block), int64(first*sector))
+			touched = append(touched, first)
+		}
+		if err != nil {
+			return acked
+		}
+		acked++
+	}
+}
+
+// reopen starts a daemon on what is left, reads all of it, writes a little, and ends it in order.
+func (r *killRound) reopen() {
+	q := r.open()
+	c, err := r.d.DialNBD("disk")
+	if err != nil {
+		r.t.Fatal(err)
+	}
+	p := make([]byte, diskSize)
+	for off := 0; off < len(p); off += 1 << 20 {
+		if err := c.ReadAt(p[off:off+1<<20], int64(off)); err != nil {
+			r.t.Fatal(err)
+		}
+	}
+	if err := r.l.verify(p); err != nil {
+		r.t.Fatal(err)
+	}
+	for range 20 {
+		if err := c.WriteAt(make([]byte, 8192), int64(r.rnd.IntN(diskSize/8192)*8192)); err != nil {
+			r.t.Fatal(err)
+		}
+	}
+	c.Close()
+	q.Must(r.t, "block-export-del", map[string]any{"id": "e", "mode": "hard"})
+	r.d.Stop(r.t)
+}
+
+// check requires images without corruption and counts what leaked.
+func (r *killRound) check() (leaks int) {
+	x := rig.New(r.dir)
+	defer x.Close()
+	for _, name := range layers {
+		res, err := x.Check(context.Background(), name)
+		if err != nil || res.Corruptions+res.Errors > 0 {
+			r.t.Fatalf("%s: %v %+v", name, err, res)
+		}
+		leaks += res.Leaks
+		if _, err := exec.LookPath("qemu-img"); err != nil {
+			r.t.Log("SKIPPED: qemu-img is not installed and does not check the images")
+			continue
+		}
+		cmd := exec.Command("qemu-img", "check", name)
+		cmd.Dir = r.dir
+		out, err := cmd.CombinedOutput()
+		var exit *exec.ExitError
+		if errors.As(err, &exit) && exit.ExitCode() == 3 {
+			continue // leaks only
+		}
+		if err != nil {
+			r.t.Fatalf("qemu-img check %s: %v\n%s", name, err, out)
+		}
+	}
+	return leaks
+}
