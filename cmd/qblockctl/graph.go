@@ -35,7 +35,9 @@ func (a *app) graphCommand() *cobra.Command {
 	cmd.Flags().StringVarP(&format, "format", "f", "", "`FORMAT` of the picture: text, dot or svg; by default what --output ends in, else text")
 	cmd.Flags().StringVarP(&output, "output", "o", "", "write it to `FILE`")
 	_ = cmd.RegisterFlagCompletionFunc("format", // fails for flags that do not exist
-		cobra.FixedCompletions([]string{"dot", "svg", "text"}, cobra.ShellCompDirectiveNoFileComp))
+		func(_ *cobra.Command, _ []string, word string) ([]string, cobra.ShellCompDirective) {
+			return begins([]string{"dot", "svg", "text"}, word), cobra.ShellCompDirectiveNoFileComp
+		})
 	return cmd
 }
 

@@ -49,7 +49,8 @@ const quickstartText = `qblockd is up.
 
 Try, in another terminal:
 
-  bin/qblockctl -s %[2]s query-named-block-nodes flat=true
+  bin/qblockctl -s %[2]s graph
+  bin/qblockctl -s %[2]s shell          TAB completes, help explains
   socat -,icanon=0 %[2]s          then type  {"execute": "qmp_capabilities"}
                                         and  {"execute": "query-block-exports"}
   nbdinfo 'nbd+unix:///disk?socket=%[3]s'
