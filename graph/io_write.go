@@ -79,7 +79,12 @@ func (n *Node) endWrite(r *blk.Req, w *writing, off, size int64, f blk.Flags, er
 	s := &n.io
 	if err == nil || !errors.Is(err, blk.ErrWouldBlock) {
 		s.flush.written.Add(1)
+		// A copy of what lies below is none of the writes that clients ask about, as in the reference; what it makes of the
+		// node's file is.
 		end := off + size
+		if f&blk.WriteUnchanged != 0 && s.caps.Backing {
+			end = 0
+		}
 		for h := s.wrHighest.Load(); end > h && !s.wrHighest.CompareAndSwap(h, end); {
 			h = s.wrHighest.Load()
 		}

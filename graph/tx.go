@@ -5,7 +5,9 @@ import (
 	"errors"
 	"fmt"
 	"slices"
+	"syscall"
 
+	"qblockd/graph/blk"
 	"qblockd/graph/perm"
 )
 
@@ -34,8 +36,8 @@ type Tx struct {
 // errTxOver is our own bug, but one that a deferred call may meet.
 var errTxOver = errors.New("The transaction is over")
 
-// errClosing: Graph.Close has begun.
-var errClosing = errors.New("The block layer is shutting down")
+// errClosing is blk.ErrClosed for the whole graph: Graph.Close has begun.
+var errClosing error = &kindError{"The block layer is shutting down", blk.ErrClosed, syscall.ESHUTDOWN}
 
 // Participant takes part in a commit: Prepare may block and fail; then exactly one of
 // Commit (while everything is still drained, after install) and Abort follows.

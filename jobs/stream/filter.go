@@ -6,6 +6,7 @@ import (
 	"qblockd/graph"
 	"qblockd/graph/blk"
 	"qblockd/graph/perm"
+	"qblockd/schema/types"
 )
 
 // DriverName is how the job's filter shows itself, as in the reference.
@@ -75,4 +76,17 @@ func (f *filterDriver) EdgeClaim(_ string, _ perm.Role, up perm.Claim, readOnly 
 		c.Need |= perm.WriteUnchanged
 	}
 	return c
+}
+
+// ImageInfo implements graph.Informer: clusters and the dirty flag are those of the target.
+func (f *filterDriver) ImageInfo(info *types.ImageInfo) {
+	c := f.child()
+	if c == nil {
+		return
+	}
+	if i, ok := c.Node().Driver().(graph.Informer); ok {
+		var below types.ImageInfo
+		i.ImageInfo(&below)
+		info.ClusterSize, info.DirtyFlag = below.ClusterSize, below.DirtyFlag
+	}
 }
