@@ -114,3 +114,36 @@ func TestNoAllocations(t *testing.T) {
 		t.Fatalf("%v allocations", n)
 	}
 }
+
+// flushes counts the flushes of the file.
+type flushes struct {
+	file
+	n int
+}
+
+func (f *flushes) Flush(r *blk.Req) error {
+	f.n++
+	return f.file.Flush(r)
+}
+
+// TestNoNeedlessFlush: with a cache for the slices of the whole disk nothing has to go, so allocating all over it
+// flushes nothing, though every slice is changed. (It once did after every few writes.)
+func TestNoNeedlessFlush(t *testing.T) {
+	const size = 2 << 30 // four slices
+	s := mustOpen(t, mem{mustCreate(t, CreateOptions{Size: size})}, config{})
+	f := &flushes{file: s.file}
+	s.file = f
+	buf := make([]byte, 4096)
+	for i := range int64(400) {
+		if err := s.WriteAt(req(), blk.Buf(buf), i*7919*65536%size, 0); err != nil {
+			t.Fatal(err)
+		}
+		if err := s.ReadAt(req(), blk.Buf(buf), i*104729*65536%size, 0); err != nil {
+			t.Fatal(err)
+		}
+	}
+	if f.n != 0 {
+		t.Errorf("%d flushes", f.n)
+	}
+	mustClose(t, s)
+}

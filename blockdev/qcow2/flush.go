@@ -188,9 +188,10 @@ func (s *image) writeCopies(r *blk.Req, l2, l1 []copied, due bool) error {
 }
 
 // room makes a flush when it is due: too much waits to be freed, or the L2 cache holds hardly
-// anything but changes. It is called with mu held before anything was looked up, and drops it.
+// anything but changes and will have to give something up. It is called with mu held before anything was looked up,
+// and drops it.
 func (s *image) room(r *blk.Req) error {
-	if s.pendBytes >= maxPending || s.l2.full() && s.l2.ndirty >= s.l2.max-s.l2.max/4 {
+	if s.pendBytes >= maxPending || s.l2.full() && s.l2.ndirty >= s.l2.max-s.l2.max/4 && !s.allFits() {
 		if r.NoWait {
 			return blk.ErrWouldBlock
 		}
@@ -208,6 +209,13 @@ func (s *image) room(r *blk.Req) error {
 		s.l2.drop(t)
 	}
 	return nil
+}
+
+// allFits tells whether the L2 cache has place for the slices of the whole disk, as it does by default up to 256 GiB
+// with clusters of 64 KiB: then nothing has to go for another, however much of it is changed.
+func (s *image) allFits() bool {
+	const entrySize = 8
+	return int64(s.l2.max)*s.slice/entrySize >= s.geo.Clusters(s.size.Load())
 }
 
 // lazy tells whether refcounts need not be kept accurate on disk.

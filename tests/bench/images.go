@@ -72,3 +72,14 @@ func (b *bench) qemuImg(args ...string) error {
 func (b *bench) newQcow2(path string, size int64) error {
 	return b.qemuImg("create", "-q", "-f", "qcow2", path, fmt.Sprint(size))
 }
+
+// withBacking is the image with the name of a backing file in its header (qcow2.txt: backing_file_offset, _size), far
+// behind the header's extensions and before the first cluster that is used.
+func withBacking(image []byte, name string) []byte {
+	const at = 4096
+	b := append([]byte(nil), image...)
+	binary.BigEndian.PutUint64(b[8:], at)
+	binary.BigEndian.PutUint32(b[16:], uint32(len(name)))
+	copy(b[at:], name)
+	return b
+}
