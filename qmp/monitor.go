@@ -34,10 +34,10 @@ type Monitor struct {
 // NewMonitor returns a monitor whose clients execute d's commands and hear bus's events.
 func NewMonitor(d *Dispatcher, bus *events.Bus, o Options) *Monitor {
 	if o.Limits.HoldInput == 0 {
-		o.Limits.HoldInput = 1 << 20
+		o.Limits.HoldInput = DefaultHoldInput
 	}
 	if o.Limits.Unsent == 0 {
-		o.Limits.Unsent = 64 << 20
+		o.Limits.Unsent = DefaultUnsent
 	}
 	return &Monitor{d: d, bus: bus, pretty: o.Pretty, limits: o.Limits, sessions: make(map[*Session]struct{})}
 }

@@ -42,10 +42,16 @@ type Lingerer interface{ Lingers() bool }
 
 // Limits bound what a session holds for its client; zero fields take the defaults.
 type Limits struct {
-	HoldInput int          // bytes unsent above which nothing is read or executed; default 1 MiB
-	Unsent    int          // bytes unsent above which the client is disconnected; default 64 MiB
+	HoldInput int          // bytes unsent above which nothing is read or executed; default DefaultHoldInput
+	Unsent    int          // bytes unsent above which the client is disconnected; default DefaultUnsent
 	Input     value.Limits // of one message
 }
+
+// Defaults of Limits, in bytes.
+const (
+	DefaultHoldInput = 1 << 20
+	DefaultUnsent    = 64 << 20
+)
 
 const (
 	maxQueued = 8       // in-band requests queued with oob enabled, as in the reference

@@ -40,6 +40,9 @@ type Options struct {
 	SocketMode os.FileMode
 	// Iothread finds an iothread object, nil if there is none of that id; nil: there are none at all.
 	Iothread func(id string) Workers
+	// NBD are the limits of the NBD server; MaxConns (0: nbd.DefaultMaxConns) holds where StartNBD is not told
+	// another number. Idle and Log are the table's.
+	NBD nbd.Options
 	// Log takes what happened to connections; nil: nothing is logged.
 	Log *slog.Logger
 }

@@ -83,9 +83,13 @@ func (t *Table) StartNBD(ctx context.Context, addr *types.SocketAddress, maxConn
 		l.Close()
 		return errors.New("The daemon is shutting down")
 	}
-	o := nbd.Options{MaxConns: nbd.DefaultMaxConns, Idle: t.giveBack, Log: t.opts.Log}
-	if maxConns != nil {
+	o := t.opts.NBD
+	o.Idle, o.Log = t.giveBack, t.opts.Log
+	switch {
+	case maxConns != nil:
 		o.MaxConns = *maxConns
+	case o.MaxConns == 0:
+		o.MaxConns = nbd.DefaultMaxConns
 	}
 	t.server = nbd.Serve(l, o)
 	return nil

@@ -34,6 +34,8 @@ const (
 const (
 	// endLimit is how long the orderly end may take in all; storage that does not answer is given up then.
 	endLimit = 1500 * time.Millisecond
+	// jobsLimit is the part of endLimit that jobs get; what comes after them needs time too.
+	jobsLimit = endLimit / 4
 	// lastReply is how long clients have to take what is still queued for them.
 	lastReply = 300 * time.Millisecond
 )
@@ -48,6 +50,7 @@ type daemon struct {
 	objects  *object.Registry
 	chardevs *chardev.Table
 	dispatch *qmp.Dispatcher
+	limits   limits
 	pidfile  *pidFile
 
 	up       chan struct{} // closed when the options have taken effect: from now on clients are served
@@ -63,18 +66,19 @@ type daemon struct {
 // newDaemon makes the parts.
 func newDaemon(p processWide) *daemon {
 	d := &daemon{
-		bus:  events.NewBus(events.Options{}),
-		up:   make(chan struct{}),
-		end:  make(chan struct{}),
-		down: make(chan struct{}),
+		bus:    events.NewBus(events.Options{}),
+		limits: p.limits,
+		up:     make(chan struct{}),
+		end:    make(chan struct{}),
+		down:   make(chan struct{}),
 	}
 	d.graph = graph.New(d.bus)
 	d.nodes = blockdev.New(d.graph, blockdev.Config{})
 	d.jobs = jobs.NewManager(d.bus, nil)
 	d.exports = export.New(d.graph, export.Options{
-		SocketMode: p.socketMode, Iothread: d.iothread, Log: slog.Default(),
+		SocketMode: p.socketMode, Iothread: d.iothread, NBD: p.limits.nbdServer(), Log: slog.Default(),
 	})
-	d.chardevs = chardev.NewTable(chardev.Options{SocketMode: p.socketMode, Detached: p.daemonize})
+	d.chardevs = chardev.NewTable(chardev.Options{SocketMode: p.socketMode, MaxClients: p.limits.clients, Detached: p.daemonize})
 	d.objects = object.NewRegistry(d.chardevObjects)
 	d.dispatch = qmp.NewDispatcher(qmp.Version{
 		Major: qemuMajor, Minor: qemuMinor, Micro: qemuMicro, Package: "qblockd " + version,
@@ -103,7 +107,7 @@ func (d *daemon) addMonitor(o *types.MonitorOptions) error {
 	if o.Mode != nil && *o.Mode != types.MonitorModeControl {
 		return errOnlyQMP
 	}
-	m := qmp.NewMonitor(d.dispatch, d.bus, qmp.Options{Pretty: o.Pretty != nil && *o.Pretty})
+	m := qmp.NewMonitor(d.dispatch, d.bus, qmp.Options{Pretty: o.Pretty != nil && *o.Pretty, Limits: d.limits.qmp})
 	err := d.chardevs.Attach(o.Chardev, func(c io.ReadWriteCloser) {
 		select {
 		case <-d.up:
@@ -160,7 +164,9 @@ func (d *daemon) shutdown() {
 		ctx, cancel := context.WithTimeout(context.Background(), endLimit)
 		defer cancel()
 		d.exports.Close(ctx)
-		if err := d.jobs.Shutdown(ctx); err != nil {
+		jobsCtx, cancelJobs := context.WithTimeout(ctx, jobsLimit)
+		defer cancelJobs()
+		if err := d.jobs.Shutdown(jobsCtx); err != nil {
 			slog.Warn("jobs are left behind", "err", err)
 		}
 		if err := d.graph.Close(ctx); err != nil {

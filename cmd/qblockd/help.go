@@ -20,6 +20,10 @@ const aboutText = "Block devices as a service: open disk images, export them, an
 // orderText is the one rule about options.
 const orderText = "Options take effect strictly from left to right: define what another option names before it."
 
+// endText is how it ends.
+const endText = "SIGTERM, SIGINT, SIGHUP and the QMP command quit end it in order: jobs are cancelled, exports closed, data flushed. " +
+	"The exit status is then 0; it is 1 if an option cannot be done."
+
 // helpGroups are all options, in the groups and the order in which they are shown.
 var helpGroups = [][]optionHelp{
 	{
@@ -44,6 +48,8 @@ var helpGroups = [][]optionHelp{
 		{"daemonize", 0, nil, "go to the background once everything above is up"},
 		{"pidfile", 0, []string{"<path>"}, "write the process id to a file, locked while the daemon lives"},
 		{"socket-mode", 0, []string{"<octal>"}, "permissions of the socket files made after this option (default 0600)"},
+		{"limit", 0, []string{"<name>=<value>[,...]"},
+			"bound what clients can make the daemon hold; 'help' lists the names and their defaults"},
 		{"quickstart", 0, []string{"<dir>"},
 			"serve a new disk with a monitor and an NBD server, all below <dir>, and show what to try"},
 	},
@@ -74,6 +80,8 @@ func helpText(prog string) string {
 			o.write(&b)
 		}
 	}
+	b.WriteByte('\n')
+	(&optionHelp{text: endText}).fill(&b, 0, 0)
 	return b.String()
 }
 
@@ -101,6 +109,11 @@ func (o *optionHelp) write(b *strings.Builder) {
 		b.WriteByte('\n')
 		column = 0
 	}
+	o.fill(b, column, helpColumn)
+}
+
+// fill writes the text from indent on, column being where the line ends so far.
+func (o *optionHelp) fill(b *strings.Builder, column, indent int) {
 	for i, word := range strings.Fields(o.text) {
 		switch {
 		case i > 0 && column+1+len(word) > helpWidth:
@@ -108,8 +121,8 @@ func (o *optionHelp) write(b *strings.Builder) {
 			column = 0
 			fallthrough
 		case i == 0:
-			b.WriteString(strings.Repeat(" ", helpColumn-column))
-			column = helpColumn
+			b.WriteString(strings.Repeat(" ", indent-column))
+			column = indent
 		default:
 			b.WriteByte(' ')
 			column++

@@ -7,6 +7,7 @@
 //	options.go    what each option does
 //	daemon.go     the parts, how they hang together, and how they end
 //	quickstart.go       --quickstart: a disk, a monitor and an NBD server out of nothing
+//	limits.go     --limit: what clients can make the daemon hold
 //	help.go       --help, --version
 //	cmdline/      the dialects of the command line
 package main
@@ -34,6 +35,7 @@ var options = []cmdline.Option{
 	{Long: "daemonize"},
 	{Long: "export", Arg: true},
 	{Long: "help", Short: 'h'},
+	{Long: "limit", Arg: true},
 	{Long: "monitor", Arg: true},
 	{Long: "nbd-server", Arg: true},
 	{Long: "object", Arg: true},
@@ -94,12 +96,13 @@ type processWide struct {
 	daemonize  bool
 	pidfile    string
 	socketMode fs.FileMode
+	limits     limits
 }
 
 // processOptions does the options that concern the process and come before all others wherever they stand. A
 // scanning error counts where the scan met it: --help before it wins.
 func processOptions(items []cmdline.Item, scanErr error) (p processWide) {
-	p.socketMode = 0o600
+	p.socketMode, p.limits = 0o600, defaultLimits()
 	for _, it := range items {
 		if it.Option == nil {
 			continue
@@ -115,6 +118,12 @@ func processOptions(items []cmdline.Item, scanErr error) (p processWide) {
 			p.daemonize = true
 		case "pidfile":
 			p.pidfile = it.Arg
+		case "limit":
+			if err := p.limits.setLimits(it.Arg); errors.Is(err, errHelpShown) {
+				os.Exit(0)
+			} else if err != nil {
+				fatal(it.Where(), err)
+			}
 		case "socket-mode":
 			mode, err := strconv.ParseUint(it.Arg, 8, 32)
 			if err != nil || mode > 0o777 {

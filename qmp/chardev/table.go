@@ -16,10 +16,13 @@ import (
 // Options of a Table.
 type Options struct {
 	SocketMode os.FileMode  // of sockets in the file system; default 0600
-	MaxClients int          // per listening socket; further ones wait; default 1024
+	MaxClients int          // per listening socket; further ones wait; default DefaultMaxClients
 	Detached   bool         // the daemon has no terminal: stdio is refused
 	Log        *slog.Logger // default: slog's
 }
+
+// DefaultMaxClients is how many clients a listening socket has at most if its table was not told otherwise.
+const DefaultMaxClients = 1024
 
 // Handler talks to one client. It returns when it is done with it; c is closed then, or when
 // the device ends.
@@ -54,7 +57,7 @@ func NewTable(o Options) *Table {
 		o.SocketMode = 0o600
 	}
 	if o.MaxClients == 0 {
-		o.MaxClients = 1024
+		o.MaxClients = DefaultMaxClients
 	}
 	if o.Log == nil {
 		o.Log = slog.Default()

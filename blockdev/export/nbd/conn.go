@@ -23,12 +23,8 @@ import (
 func put64(b []byte, v uint64) { binary.BigEndian.PutUint64(b, v) }
 func put16(b []byte, v uint16) { binary.BigEndian.PutUint16(b, v) }
 
-// Limits of a connection; see the package comment.
-const (
-	maxWorkers = 16
-	maxQueued  = 256
-	maxBytes   = 16 << 20
-)
+// maxWorkers is how many goroutines a connection has for requests that wait; see the package comment.
+const maxWorkers = 16
 
 // Sizes of a connection's buffers, in bytes.
 const (

@@ -29,7 +29,7 @@
 //
 // # Limits
 //
-// Per connection: one request at most 32 MiB; maxQueued requests and maxBytes of their
+// Per connection: one request at most 32 MiB; Options.Inflight requests and InflightBytes of their
 // data between having been read and having been answered, beyond which the connection is
 // not read (one request always may); maxWorkers goroutines. A handshake has to be over within Options.Handshake. Option data
 // are bounded by what their option can use. The number of connections is bounded by

@@ -61,7 +61,7 @@ func FuzzServer(f *testing.F) {
 			}
 		}
 		runtime.ReadMemStats(&after)
-		if n := after.TotalAlloc - before.TotalAlloc; n > 2*maxBytes+16<<20 {
+		if n := after.TotalAlloc - before.TotalAlloc; n > 2*DefaultInflightBytes+16<<20 {
 			t.Errorf("%d bytes allocated for %d bytes of input", n, len(b))
 		}
 		eventually(t, "nothing is left", func() bool { return d.inside.Load() == 0 && d.leases.Load() == 0 })

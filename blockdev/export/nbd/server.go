@@ -15,8 +15,13 @@ import (
 type Options struct {
 	// MaxConns bounds the connections served at once, handshakes included; 0: no bound.
 	MaxConns uint32
-	// Handshake bounds the time of a handshake; 0: 10 s, negative: no bound.
+	// Handshake bounds the time of a handshake; 0: DefaultHandshake, negative: no bound.
 	Handshake time.Duration
+	// Inflight bounds the requests of a connection that have been read and not been answered;
+	// InflightBytes the bytes of their data, though one request is always let through. Beyond them the
+	// connection is not read. 0: DefaultInflight, DefaultInflightBytes.
+	Inflight      int
+	InflightBytes int64
 	// Idle is called when the last connection has ended after large requests were served: memory
 	// that only they needed can be given back. Called from a goroutine of its own; nil: not called.
 	Idle func()
@@ -27,8 +32,14 @@ type Options struct {
 // largeBuf is the size of buffers, in bytes, from which on it is worth while to give them back.
 const largeBuf = 256 << 10
 
-// DefaultMaxConns is the number of connections of a server that was not told another one.
-const DefaultMaxConns = 100
+// What holds for a server that was not told otherwise.
+const (
+	// DefaultMaxConns is the number of connections. Serve does not apply it: it is for its callers.
+	DefaultMaxConns      = 100
+	DefaultHandshake     = 10 * time.Second
+	DefaultInflight      = 256
+	DefaultInflightBytes = 16 << 20
+)
 
 // Server serves exports to the clients of one listener.
 type Server struct {
@@ -53,7 +64,13 @@ type Server struct {
 // Serve accepts connections from l until Close; l belongs to the server.
 func Serve(l net.Listener, o Options) *Server {
 	if o.Handshake == 0 {
-		o.Handshake = 10 * time.Second
+		o.Handshake = DefaultHandshake
+	}
+	if o.Inflight == 0 {
+		o.Inflight = DefaultInflight
+	}
+	if o.InflightBytes == 0 {
+		o.InflightBytes = DefaultInflightBytes
 	}
 	s := &Server{opts: o, log: o.Log, l: l, conns: map[*conn]struct{}{}, byName: map[string]*Export{}}
 	if s.log == nil {

@@ -186,7 +186,7 @@ func TestClientThatNeverReads(t *testing.T) {
 		c.r.Peek(1)
 		eventually(t, "no pass is held", func() bool { return d.inside.Load() == 0 })
 		cn.mu.Lock()
-		if cn.bytes > maxBytes || cn.inflight > maxQueued {
+		if cn.bytes > DefaultInflightBytes || cn.inflight > DefaultInflight {
 			t.Errorf("%d requests with %d bytes are under way", cn.inflight, cn.bytes)
 		}
 		cn.mu.Unlock()

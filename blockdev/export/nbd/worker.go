@@ -12,7 +12,7 @@ import (
 type job struct {
 	q    wire.Request
 	buf  *blk.Buffer // payload of a write
-	cost int64       // what it counts against maxBytes
+	cost int64       // what it counts against Options.InflightBytes
 }
 
 var jobPool = sync.Pool{New: func() any { return new(job) }}
@@ -89,7 +89,7 @@ func (c *conn) waitRoom(n int64) error {
 
 // +checklocks:c.mu
 func (c *conn) fitsLocked(n int64) bool {
-	return c.inflight == 0 || c.inflight < maxQueued && c.bytes+n <= maxBytes
+	return c.inflight == 0 || c.inflight < c.srv.opts.Inflight && c.bytes+n <= c.srv.opts.InflightBytes
 }
 
 // work serves what is queued.
