@@ -111,7 +111,11 @@ func (m *Manager) AppendNamedNodes(b []byte, flat bool) []byte {
 		vs[i].actual = m.actualSize(vs[i].node, vs[i].rec)
 		size += vs[i].size + vs[i].info.devSize() + 32
 	}
-	b = append(slices.Grow(b, size), '[')
+	if cap(b)-len(b) < size {
+		// slices.Grow would clear what may be tens of megabytes, although they come cleared from the system.
+		b = append(make([]byte, 0, len(b)+size), b...)
+	}
+	b = append(b, '[')
 	for i := range vs {
 		if i > 0 {
 			b = append(b, ", "...)

@@ -54,6 +54,10 @@ func fillRaw(path string, size int64) error {
 			return err
 		}
 	}
+	// What is measured is not to compete with writing this back.
+	if err := f.Sync(); err != nil {
+		return err
+	}
 	return f.Close()
 }
 
