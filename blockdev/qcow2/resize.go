@@ -205,14 +205,15 @@ func (s *image) shrink(r *blk.Req, old, size int64) error {
 			}
 		}
 	}
-	if err := s.setSize(r, size); err != nil {
-		return err
-	}
 	if err := s.flush(r); err != nil {
 		return wrap("Failed to reduce the number of L2 tables", err)
 	}
 	s.reap(r, false)
-	return s.cutFile(r)
+	if err := s.cutFile(r); err != nil {
+		return err
+	}
+	// Last, so that a failure leaves the size as it was.
+	return s.setSize(r, size)
 }
 
 // cutFile truncates the file behind the last cluster in use.
