@@ -42,10 +42,11 @@ type replyError struct{ Class, Desc string }
 
 // Error is the sentence of the daemon, with its class if that says more.
 func (e *replyError) Error() string {
+	desc := printable(e.Desc)
 	if e.Class == "GenericError" {
-		return e.Desc
+		return desc
 	}
-	return e.Desc + " (" + e.Class + ")"
+	return desc + " (" + e.Class + ")"
 }
 
 // errClosed: the daemon has ended the connection.

@@ -49,7 +49,7 @@ func (j *jobInfo) state() string {
 		s += ", I/O " + j.IOStatus
 	}
 	if j.Error != "" {
-		s += ": " + j.Error
+		s += ": " + printable(j.Error)
 	}
 	return s
 }

@@ -51,11 +51,12 @@ type shell struct {
 	line   *liner.State // nil: standard input is no terminal
 	failed bool
 
-	mu     sync.Mutex // one piece of text on the terminal at a time
-	prompt bool       // guarded by mu: a line is being edited
-	events bool       // guarded by mu: show them
-	hold   bool       // guarded by mu: something else draws on the terminal
-	held   []*message // guarded by mu: came meanwhile
+	mu      sync.Mutex // one piece of text on the terminal at a time
+	prompt  bool       // guarded by mu: a line is being edited
+	events  bool       // guarded by mu: show them
+	leaving bool       // guarded by mu: the shell closes its connection itself
+	hold    bool       // guarded by mu: something else draws on the terminal
+	held    []*message // guarded by mu: came meanwhile
 }
 
 const promptText = "qblockd> "
@@ -64,7 +65,7 @@ func (s *shell) run() error {
 	if err := s.connect(); err != nil {
 		return err
 	}
-	defer func() { s.conn.close() }()
+	defer s.leave()
 	if !isTerminal(os.Stdin) || !isTerminal(s.out) {
 		return s.batch(os.Stdin)
 	}
@@ -125,13 +126,31 @@ func (s *shell) batch(in io.Reader) error {
 	return nil
 }
 
+func (s *shell) leave() {
+	s.mu.Lock()
+	s.leaving = true
+	s.mu.Unlock()
+	s.conn.close()
+}
+
 func (s *shell) connect() error {
 	conn, err := dial(s.ctx, s.socket, s.show)
 	if err != nil {
 		return err
 	}
 	s.conn, s.schema = conn, liveSchema(s.ctx, conn)
+	go s.mourn(conn)
 	return nil
+}
+
+// mourn says when the daemon has ended a connection. It lives as long as that.
+func (s *shell) mourn(conn *client) {
+	<-conn.ended
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	if !s.leaving {
+		s.above(conn.err.Error())
+	}
 }
 
 // execute does one line; it returns true for the one that leaves the shell.

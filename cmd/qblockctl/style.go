@@ -6,6 +6,8 @@ import (
 	"os"
 	"strings"
 	"time"
+	"unicode"
+	"unicode/utf8"
 
 	"golang.org/x/sys/unix"
 
@@ -69,11 +71,21 @@ func flatten(words []string, key string, v value.Value) []string {
 		}
 		return words
 	case string:
-		if v != "" && !strings.ContainsAny(v, " \t\r\n\"'=\x1b") {
+		if v != "" && !strings.ContainsAny(v, " \"'=") && printable(v) == v {
 			return append(words, key+"="+v)
 		}
 	}
 	return append(words, key+"="+string(value.Append(nil, v)))
+}
+
+// printable replaces what a terminal would take for more than text: names of files may hold anything.
+func printable(s string) string {
+	return strings.Map(func(r rune) rune {
+		if unicode.IsControl(r) || r == utf8.RuneError {
+			return '?'
+		}
+		return r
+	}, s)
 }
 
 // size shows a number of bytes: 512 B, 64 KiB, 1.5 GiB.

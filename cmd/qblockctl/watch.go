@@ -74,7 +74,7 @@ func (t *tracker) end(j *tracked) {
 	switch {
 	case j.outcome != "":
 	case j.Error != "":
-		j.outcome, j.failed = "failed: "+j.Error, j.Error != "Operation canceled"
+		j.outcome, j.failed = "failed: "+printable(j.Error), j.Error != "Operation canceled"
 	default:
 		j.outcome = "concluded"
 	}
@@ -106,7 +106,7 @@ func (t *tracker) event(m *message) {
 		case m.Event == "BLOCK_JOB_CANCELLED":
 			j.outcome = "cancelled"
 		case data.Error != "":
-			j.outcome, j.failed = "failed: "+data.Error, true
+			j.outcome, j.failed = "failed: "+printable(data.Error), true
 		default:
 			j.outcome = "completed"
 		}

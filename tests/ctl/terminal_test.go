@@ -7,6 +7,7 @@ import (
 	"regexp"
 	"strconv"
 	"strings"
+	"syscall"
 	"testing"
 	"time"
 
@@ -106,6 +107,16 @@ func TestShellInTerminal(t *testing.T) {
 	x.see(`error: The command nonsense has not been found`)
 	x.keys("graph", "Enter")
 	x.see(`(?m)^first \(null-co, 1 GiB\)`)
+	// A command that takes too long can be given up, and the next one is answered.
+	if err := syscall.Mkfifo(filepath.Join(d.Dir, "fifo"), 0o600); err != nil {
+		t.Fatal(err)
+	}
+	x.keys("blockdev-add driver=file node-name=stuck read-only=true filename=fifo", "Enter")
+	x.see(`filename=fifo *\n *\n`)
+	x.keys("C-c")
+	x.see(`error: given up`)
+	x.keys("help job-cancel", "Enter")
+	x.see(`id: string\n +the job`)
 	// The daemon is not ended by mistake.
 	x.keys("quit", "Enter")
 	x.see(`ends the daemon.*\(y/n\)`)
@@ -117,9 +128,9 @@ func TestShellInTerminal(t *testing.T) {
 	y.see(`(?m)^qblockd> *$`)
 	y.keys("Up")
 	y.see(`qblockd> exit`)
-	y.keys("Up", "Up", "Up")
+	y.keys("Up", "Up", "Up", "Up", "Up")
 	y.see(`qblockd> nonsense`)
-	y.keys("C-u", "blockdev-a", "Up")
+	y.keys("C-u", "blockdev-add driver=n", "Up")
 	y.see(`qblockd> blockdev-add driver=null-co node-name=first\s*\n`)
 	if fi, err := os.Stat(filepath.Join(d.Dir, "qblockctl", "history")); err != nil || fi.Mode().Perm() != 0o600 {
 		t.Errorf("%v %v", fi, err)
@@ -130,6 +141,7 @@ func TestShellInTerminal(t *testing.T) {
 	if !d.Ended(20 * time.Second) {
 		t.Fatal("quit did not end the daemon")
 	}
+	y.see(`the daemon closed the connection`)
 	y.keys("query-jobs", "Enter")
 	y.see(`error: is qblockd running\?`)
 }

@@ -76,8 +76,9 @@ func Lay(g *Graph) *Layout {
 	edges := g.acyclic()
 	x, y, columnW, lineH := margin, margin, 0.0, 0.0
 	below := y // where the next part of this column would begin
+	out := (&Graph{Nodes: g.Nodes, Edges: edges}).from()
 	for _, part := range parts(len(g.Nodes), edges) {
-		p := newPlan(g, part, edges)
+		p := newPlan(g, part, out)
 		p.arrange()
 		w, h := p.extent()
 		if below > y && below+h > y+lineH {
@@ -124,12 +125,10 @@ func parts(n int, edges []Edge) (out [][]int) {
 }
 
 // newPlan makes the cells of one part: a box for each node, a lane for each row that an edge passes.
-func newPlan(g *Graph, part []int, all []Edge) *plan {
+func newPlan(g *Graph, part []int, out [][]Edge) *plan {
 	p := &plan{g: g}
-	for _, e := range all {
-		if _, ok := slices.BinarySearch(part, e.From); ok {
-			p.edges = append(p.edges, e)
-		}
+	for _, n := range part {
+		p.edges = append(p.edges, out[n]...)
 	}
 	rank := p.ranks(part)
 	at := map[int]int{}

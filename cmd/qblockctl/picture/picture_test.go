@@ -9,6 +9,7 @@ import (
 	"math/rand/v2"
 	"strings"
 	"testing"
+	"time"
 )
 
 // sample is a chain of disks, each with its file, an export on top and one in the middle, and some that stand alone.
@@ -129,6 +130,28 @@ func TestChainIsStraight(t *testing.T) {
 	}
 	if l.Width > 900 {
 		t.Errorf("a single chain takes a width of %v", l.Width)
+	}
+}
+
+// TestBig: a daemon with thousands of nodes can be looked at.
+func TestBig(t *testing.T) {
+	g := sample(200, 5000)
+	for range 20 {
+		part, at := sample(3, 0), len(g.Nodes)
+		g.Nodes = append(g.Nodes, part.Nodes...)
+		for _, e := range part.Edges {
+			e.From, e.To = e.From+at, e.To+at
+			g.Edges = append(g.Edges, e)
+		}
+	}
+	begin := time.Now()
+	if err := SVG(io.Discard, g); err != nil {
+		t.Fatal(err)
+	}
+	if d := time.Since(begin); d > 10*time.Second {
+		t.Errorf("it took %v", d)
+	} else {
+		t.Log(d)
 	}
 }
 

@@ -4,6 +4,7 @@ import (
 	"fmt"
 	"io"
 	"strings"
+	"unicode"
 )
 
 // Text draws the graph as a tree: users on top, what they use below. A node that several use is drawn once and pointed to
@@ -88,7 +89,17 @@ func (t *tree) name(n int) string {
 	if nd.File != "" {
 		l = append(l, shorten(nd.File, 60))
 	}
-	return strings.Join(l, " ")
+	return printable(strings.Join(l, " "))
+}
+
+// printable replaces what a terminal would take for more than text.
+func printable(s string) string {
+	return strings.Map(func(r rune) rune {
+		if unicode.IsControl(r) {
+			return '?'
+		}
+		return r
+	}, s)
 }
 
 // Dot writes the graph for Graphviz.
