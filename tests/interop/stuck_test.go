@@ -3,8 +3,10 @@ package interop
 import (
 	"context"
 	"encoding/json"
+	"fmt"
 	"os"
 	"path/filepath"
+	"strings"
 	"sync/atomic"
 	"syscall"
 	"testing"
@@ -88,6 +90,20 @@ func image(t *testing.T, dir string) string {
 	return filepath.Join(dir, "own.qcow2")
 }
 
+// waitStuck waits until a thread of the daemon is in the kernel's open of a FIFO.
+func waitStuck(t *testing.T, d *daemon.Daemon) {
+	t.Helper()
+	for end := time.Now().Add(20 * time.Second); time.Now().Before(end); time.Sleep(2 * time.Millisecond) {
+		tasks, _ := filepath.Glob(fmt.Sprintf("/proc/%d/task/*/wchan", d.Cmd.Process.Pid))
+		for _, f := range tasks {
+			if where, err := os.ReadFile(f); err == nil && strings.Contains(string(where), "wait_for_partner") {
+				return
+			}
+		}
+	}
+	t.Fatal("nobody is stuck in the FIFO")
+}
+
 // TestStuckOpen opens a FIFO that nobody writes to: the open never returns.
 func TestStuckOpen(t *testing.T) {
 	dir := t.TempDir()
@@ -103,13 +119,9 @@ func TestStuckOpen(t *testing.T) {
 	if err := stuck.Send("blockdev-add", args); err != nil {
 		t.Fatal(err)
 	}
-	// The name is taken from the moment the command runs.
-	for {
-		_, err := q.Do("blockdev-add", daemon.Blockdev("null-co", "x", nil))
-		if err != nil {
-			break
-		}
-		q.Must(t, "blockdev-del", map[string]any{"node-name": "x"})
+	waitStuck(t, d)
+	if _, err := q.Do("blockdev-add", daemon.Blockdev("null-co", "x", nil)); err == nil || !strings.Contains(err.Error(), "Duplicate nodes") {
+		t.Errorf("the name of a node that is being opened: %v", err)
 	}
 	answered(t, q, own)
 	c, err := d.DialNBD("other")
