@@ -49,7 +49,7 @@ func dialNBD(path string) (*nbdConn, error) {
 		return nil, err
 	}
 	c := &nbdConn{fd: s, in: make([]byte, 256<<10)}
-	if err := s.timeout(20 * time.Second); err == nil {
+	if err = s.timeout(20 * time.Second); err == nil {
 		err = c.handshake()
 	}
 	if err != nil {
