@@ -6,7 +6,8 @@
 //	complete.go  what may come next, from the daemon's schema and live.go's names
 //	help.go      help on QMP commands
 //	shell.go     the interactive shell
-//	events.go jobs.go watch.go graph.go schema.go     the commands of those names
+//	completion.go  scripts that make other shells complete
+//	events.go jobs.go watch.go graph.go schema.go  the commands of those names
 //	introspect/  what query-qmp-schema says;  picture/  graphs as text, dot and SVG
 //
 // It exits with 0 if all went well, 1 if the daemon refused the command or could not be reached, 2 if it was
@@ -189,28 +190,6 @@ func builtin() *introspect.Schema {
 		panic(err) // it is ours
 	}
 	return s
-}
-
-func (a *app) completionCommand() *cobra.Command {
-	return &cobra.Command{
-		Use:   "completion bash|zsh|fish",
-		Short: "print a script that completes qblockctl's words in a shell",
-		Long: "Prints what makes a shell complete commands, arguments and the names of nodes, jobs and exports of the daemon that runs.\n" +
-			"bash: source <(qblockctl completion bash); zsh: source <(qblockctl completion zsh), after compinit;\n" +
-			"fish: qblockctl completion fish | source",
-		ValidArgs: []string{"bash", "fish", "zsh"},
-		Args:      usageArgs(cobra.MatchAll(cobra.ExactArgs(1), cobra.OnlyValidArgs)),
-		RunE: func(cmd *cobra.Command, args []string) error {
-			switch root := cmd.Root(); args[0] {
-			case "bash":
-				return root.GenBashCompletionV2(a.out, true)
-			case "zsh":
-				return root.GenZshCompletion(a.out)
-			default:
-				return root.GenFishCompletion(a.out, true)
-			}
-		},
-	}
 }
 
 // usageArgs makes refusals of arguments usage errors.

@@ -23,6 +23,12 @@ type terminal struct {
 // open runs qblockctl with words in a terminal of 110 x 50.
 func open(t *testing.T, d *daemon.Daemon, words ...string) *terminal {
 	t.Helper()
+	return start(t, d, append([]string{binary(t)}, words...)...)
+}
+
+// start runs a program in a terminal, in the daemon's folder.
+func start(t *testing.T, d *daemon.Daemon, words ...string) *terminal {
+	t.Helper()
 	if _, err := exec.LookPath("tmux"); err != nil {
 		t.Skip("SKIPPED: what happens in a terminal needs tmux, which is not installed")
 	}
@@ -34,7 +40,7 @@ func open(t *testing.T, d *daemon.Daemon, words ...string) *terminal {
 		t.Fatal(err)
 	}
 	command := append([]string{"-f", conf, "-u", "new-session", "-d", "-x", "110", "-y", "50",
-		"-e", "XDG_STATE_HOME=" + d.Dir, "-e", "QBLOCKD_SOCK=" + d.QMPSocket(), "-c", d.Dir, binary(t)}, words...)
+		"-e", "XDG_STATE_HOME=" + d.Dir, "-e", "QBLOCKD_SOCK=" + d.QMPSocket(), "-c", d.Dir}, words...)
 	x.tmux(command...)
 	t.Cleanup(func() { _ = exec.Command("tmux", "-S", x.socket, "kill-server").Run() }) // it may be gone
 	return x
@@ -179,4 +185,26 @@ func TestGraphInTerminal(t *testing.T) {
 			t.Errorf("a line was broken: %s", l)
 		}
 	}
+}
+
+// TestBashInTerminal: bash completes commands, arguments and names.
+func TestBashInTerminal(t *testing.T) {
+	if _, err := exec.LookPath("bash"); err != nil {
+		t.Skip("SKIPPED: bash is not installed")
+	}
+	d := daemon.Start(t, tempDir(t))
+	must(t, d, "blockdev-add", "driver=null-co", "node-name=one")
+	must(t, d, "blockdev-add", "driver=null-co", "node-name=two")
+	x := start(t, d, "bash", "--norc", "--noprofile")
+	x.keys("PATH="+filepath.Dir(binary(t))+":$PATH PS1='ready> '; source <(qblockctl completion bash)", "Enter")
+	x.see(`(?m)^ready> $|^ready> *\n`)
+	x.keys("qblockctl blockdev-d", "Tab", "no", "Tab", "tw", "Tab")
+	x.see(`ready> qblockctl blockdev-del node-name=two *\n`)
+	x.keys("Enter")
+	x.see(`(?m)^\{\}$`)
+	x.keys("qblockctl blockdev-add driver=raw file.driver=null", "Tab", "Tab", "Tab", "c", "Tab", "file.si", "Tab", "9")
+	x.see(`null-aio +null-co`)
+	x.see(`ready> qblockctl blockdev-add driver=raw file.driver=null-co file.size=9 *\n`)
+	x.keys("C-u", "qblockctl graph --fo", "Tab", "sv", "Tab")
+	x.see(`ready> qblockctl graph --format svg *\n`)
 }
