@@ -51,6 +51,7 @@ type daemon struct {
 	chardevs *chardev.Table
 	dispatch *qmp.Dispatcher
 	limits   limits
+	memory   returner
 	pidfile  *pidFile
 
 	up       chan struct{} // closed when the options have taken effect: from now on clients are served
@@ -76,7 +77,7 @@ func newDaemon(p processWide) *daemon {
 	d.nodes = blockdev.New(d.graph, blockdev.Config{})
 	d.jobs = jobs.NewManager(d.bus, nil)
 	d.exports = export.New(d.graph, export.Options{
-		SocketMode: p.socketMode, Iothread: d.iothread, NBD: p.limits.nbdServer(), Log: slog.Default(),
+		SocketMode: p.socketMode, Iothread: d.iothread, NBD: p.limits.nbdServer(), Idle: d.memory.giveBack, Log: slog.Default(),
 	})
 	d.chardevs = chardev.NewTable(chardev.Options{SocketMode: p.socketMode, MaxClients: p.limits.clients, Detached: p.daemonize})
 	d.objects = object.NewRegistry(d.chardevObjects)
@@ -107,7 +108,7 @@ func (d *daemon) addMonitor(o *types.MonitorOptions) error {
 	if o.Mode != nil && *o.Mode != types.MonitorModeControl {
 		return errOnlyQMP
 	}
-	m := qmp.NewMonitor(d.dispatch, d.bus, qmp.Options{Pretty: o.Pretty != nil && *o.Pretty, Limits: d.limits.qmp})
+	m := qmp.NewMonitor(d.dispatch, d.bus, qmp.Options{Pretty: o.Pretty != nil && *o.Pretty, Limits: d.limits.qmp, Idle: d.memory.giveBack})
 	err := d.chardevs.Attach(o.Chardev, func(c io.ReadWriteCloser) {
 		select {
 		case <-d.up:
