@@ -103,7 +103,9 @@ func (e *engine) walk() error {
 			u := e.retry[0]
 			e.retry = e.retry[1:]
 			if u.ext.Action != Skip {
+				// Alone: what fails again stops the job where it stood.
 				e.hand(u)
+				e.settle()
 				continue
 			}
 			// Looking failed; do that again, and what it does not cover is next.
