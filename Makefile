@@ -9,7 +9,7 @@ BENCH     ?=
 STATICCHECK := honnef.co/go/tools/cmd/staticcheck@v0.6.1
 
 .DEFAULT_GOAL := help
-.PHONY: help build run test tools check race lint fuzz meta crash golden bench man generate generate-check tidy-check interop clean FORCE
+.PHONY: help build run test tools check race lint fuzz meta crash load starts golden bench man generate generate-check tidy-check interop clean FORCE
 
 help: ## list the targets
 	@sed -n 's/^\([a-z-]*\):.*## /\1\t/p' $(MAKEFILE_LIST) | expand -t 18
@@ -64,6 +64,14 @@ meta: ## random operations on a graph against plain bytes: SEED= first seed, SEE
 
 crash: ## ROUNDS= rounds of kill -9 under load
 	$(GO) test -count=1 -timeout 0 -v ./tests/crash -run TestKill -crash.rounds $(ROUNDS) -crash.seed $(SEED)
+
+STARTS ?= 2000
+
+load: ## thousands of idle and deaf clients, limits, clients that come during the start
+	$(GO) test -count=1 -v ./tests/load
+
+starts: ## STARTS= starts of the daemon with a client at the door
+	$(GO) test -count=1 -timeout 0 -v ./tests/load -run TestStarts -load.starts $(STARTS)
 
 golden: build ## rewrite the recorded conversations in tests/conv from qblockd; review the diff as behaviour
 	$(GO) test ./tests/conv -run TestConversations -update

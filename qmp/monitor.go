@@ -13,6 +13,9 @@ import (
 type Options struct {
 	Pretty bool   // indent what is sent
 	Limits Limits // per client
+	// Idle is called when clients have gone that needed much memory together, which can be given back now. Called from
+	// a goroutine of its own; nil: not called.
+	Idle func()
 }
 
 // Monitor is a place where clients talk QMP: any number of them at once, each with its own
@@ -22,7 +25,9 @@ type Monitor struct {
 	bus    *events.Bus // may be nil
 	pretty bool
 	limits Limits
+	idleFn func()
 
+	garbage   atomic.Int64 // bytes that sessions which have ended took, since Idle was called
 	overflows atomic.Uint64
 
 	mu       sync.Mutex
@@ -39,7 +44,7 @@ func NewMonitor(d *Dispatcher, bus *events.Bus, o Options) *Monitor {
 	if o.Limits.Unsent == 0 {
 		o.Limits.Unsent = DefaultUnsent
 	}
-	return &Monitor{d: d, bus: bus, pretty: o.Pretty, limits: o.Limits, sessions: make(map[*Session]struct{})}
+	return &Monitor{d: d, bus: bus, pretty: o.Pretty, limits: o.Limits, idleFn: o.Idle, sessions: make(map[*Session]struct{})}
 }
 
 // Serve talks to one client, beginning with the greeting, until it leaves or the monitor is
@@ -61,9 +66,30 @@ func (m *Monitor) Serve(c io.ReadWriteCloser) {
 		m.mu.Lock()
 		delete(m.sessions, s)
 		m.mu.Unlock()
+		m.ended(s)
 		m.idle.Done()
 	}()
 	s.serve()
+}
+
+const (
+	// sessionSize is about what a session takes beside its output, in bytes: stacks, input, bookkeeping.
+	sessionSize = 16 << 10
+	// muchGarbage is how much is worth while to give back, in bytes.
+	muchGarbage = 4 << 20
+)
+
+// ended counts what s leaves behind.
+func (m *Monitor) ended(s *Session) {
+	if m.idleFn == nil {
+		return
+	}
+	s.out.mu.Lock()
+	n := int64(s.out.most)
+	s.out.mu.Unlock()
+	if m.garbage.Add(n+sessionSize) >= muchGarbage && m.garbage.Swap(0) >= muchGarbage {
+		go m.idleFn()
+	}
 }
 
 // Sessions is the number of clients connected.

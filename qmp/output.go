@@ -19,6 +19,7 @@ type output struct {
 	inFlight int       // +checklocks:mu  bytes that the writer has taken and not yet written
 	writing  bool      // +checklocks:mu
 	large    int       // +checklocks:mu  length of the largest reply queued since the queue was empty
+	most     int       // +checklocks:mu  largest number of bytes unsent
 	closed   bool      // +checklocks:mu  nothing more is sent
 }
 
@@ -40,8 +41,8 @@ func (s *Session) send(line []byte, reply bool) {
 		o.large = max(o.large, len(line))
 	} else if o.unsentLocked()+len(line) > s.mon.limits.Unsent+o.large {
 		o.closed = true
-		s.mon.overflows.Add(1)
-		s.d.log().Warn("monitor client does not read, disconnecting it", "unsent", o.unsentLocked())
+		n := s.mon.overflows.Add(1)
+		s.d.log().Warn("monitor client does not read, disconnecting it", "unsent", o.unsentLocked(), "so far", n)
 		// Not here: the caller may hold the event bus.
 		go s.fail(errOverflow)
 		return
@@ -52,6 +53,7 @@ func (s *Session) send(line []byte, reply bool) {
 		o.pending = append(o.pending, line...)
 	}
 	o.pending = append(o.pending, '\r', '\n')
+	o.most = max(o.most, o.unsentLocked())
 }
 
 // takeLocked makes the caller the writer and gives it what is pending; nil if there is

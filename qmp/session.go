@@ -6,6 +6,7 @@ import (
 	"io"
 	"log/slog"
 	"sync/atomic"
+	"syscall"
 	"time"
 
 	"qblockd/events"
@@ -249,7 +250,11 @@ func (s *Session) event(m events.Message) {
 // fail ends the session: the context of its commands is cancelled and the connection closed.
 func (s *Session) fail(err error) {
 	if s.base.Err() == nil && !errors.Is(err, errGone) {
-		s.d.log().Info("monitor client disconnected", "error", err)
+		level := slog.LevelInfo
+		if errors.Is(err, syscall.EPIPE) || errors.Is(err, syscall.ECONNRESET) {
+			level = slog.LevelDebug // it left without reading all: many do
+		}
+		s.d.log().Log(context.Background(), level, "monitor client disconnected", "error", err)
 	}
 	s.cancel(err)
 	s.conn.Close()

@@ -43,6 +43,8 @@ type Options struct {
 	// NBD are the limits of the NBD server; MaxConns (0: nbd.DefaultMaxConns) holds where StartNBD is not told
 	// another number. Idle and Log are the table's.
 	NBD nbd.Options
+	// Idle is called, from a goroutine of its own, when clients have gone that needed much memory; nil: not called.
+	Idle func()
 	// Log takes what happened to connections; nil: nothing is logged.
 	Log *slog.Logger
 }
@@ -54,10 +56,7 @@ type Table struct {
 	g    *graph.Graph
 	opts Options
 
-	gbMu      sync.Mutex // see giveBack; a leaf
-	gbNext    time.Time  // +checklocks:gbMu  not before
-	gbPending bool       // +checklocks:gbMu  a timer is set
-	homes     homes
+	homes homes
 
 	mu     sync.Mutex
 	list   []*entry        // +checklocks:mu  oldest first

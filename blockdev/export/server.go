@@ -6,10 +6,7 @@ import (
 	"fmt"
 	"net"
 	"os"
-	"runtime"
-	"runtime/debug"
 	"strconv"
-	"time"
 
 	"qblockd/blockdev/export/nbd"
 	"qblockd/graph"
@@ -84,7 +81,7 @@ func (t *Table) StartNBD(ctx context.Context, addr *types.SocketAddress, maxConn
 		return errors.New("The daemon is shutting down")
 	}
 	o := t.opts.NBD
-	o.Idle, o.Log = t.giveBack, t.opts.Log
+	o.Idle, o.Log = t.opts.Idle, t.opts.Log
 	switch {
 	case maxConns != nil:
 		o.MaxConns = *maxConns
@@ -150,28 +147,4 @@ func (t *Table) StopNBD(ctx context.Context) error {
 	defer cancel()
 	s.Wait(wctx)
 	return nil
-}
-
-// giveBack returns memory to the system that only clients needed, all of which are gone. The
-// collector alone would keep it for minutes: an idle daemon allocates nothing. It takes a
-// twentieth of the time at most; who comes too early waits.
-func (t *Table) giveBack() {
-	t.gbMu.Lock()
-	defer t.gbMu.Unlock()
-	if wait := time.Until(t.gbNext); wait > 0 {
-		if !t.gbPending {
-			t.gbPending = true
-			time.AfterFunc(wait, func() {
-				t.gbMu.Lock()
-				t.gbPending = false
-				t.gbMu.Unlock()
-				t.giveBack()
-			})
-		}
-		return
-	}
-	start := time.Now()
-	runtime.GC() // pools let go of their content at the second collection
-	debug.FreeOSMemory()
-	t.gbNext = time.Now().Add(max(20*time.Since(start), 100*time.Millisecond))
 }

@@ -77,7 +77,7 @@ var allLimits = []limit{
 		"JSON objects and arrays open at once"),
 	number("qmp-clients", false, 1, func(l *limits) *int { return &l.clients },
 		"clients of one character device; further ones wait in the socket's queue"),
-	number("qmp-hold", true, 0, func(l *limits) *int { return &l.qmp.HoldInput },
+	number("qmp-hold", true, 1, func(l *limits) *int { return &l.qmp.HoldInput },
 		"bytes that a client has not read above which its commands wait"),
 	number("qmp-unsent", true, 64<<10, func(l *limits) *int { return &l.qmp.Unsent },
 		"bytes that a client has not read above which it is disconnected; one reply may exceed it"),

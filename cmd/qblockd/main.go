@@ -8,6 +8,7 @@
 //	daemon.go     the parts, how they hang together, and how they end
 //	quickstart.go       --quickstart: a disk, a monitor and an NBD server out of nothing
 //	limits.go     --limit: what clients can make the daemon hold
+//	memory.go     how much garbage there may be, and when memory is given back
 //	help.go       --help, --version
 //	cmdline/      the dialects of the command line
 package main
@@ -19,7 +20,6 @@ import (
 	"log/slog"
 	"os"
 	"path/filepath"
-	"runtime/debug"
 	"strconv"
 	"strings"
 
@@ -81,14 +81,6 @@ func main() {
 	ready()
 	d.serve()
 	d.waitForEnd(signals)
-}
-
-// tuneMemory makes the collector come earlier than Go's default: requests allocate nothing, so its work is small, and
-// garbage of commands would double what thousands of nodes take. GOGC in the environment wins.
-func tuneMemory() {
-	if os.Getenv("GOGC") == "" {
-		debug.SetGCPercent(50)
-	}
 }
 
 // processWide is what the first pass finds.

@@ -52,6 +52,10 @@ func unixSuffix(a *types.UnixSocketAddress) string {
 	return ",abstract=on,tight=on"
 }
 
+// backlog is how many clients may wait to be accepted; the kernel applies its own bound (net.core.somaxconn). With a short
+// queue a client that does not block in connect(2) is refused when many come at once.
+const backlog = 4096
+
 // listenUnix listens on a path, removing what is there; the socket has its mode from the
 // moment it exists. remove takes it away again, unless somebody else's is there by then.
 func listenUnix(a *types.UnixSocketAddress, mode os.FileMode) (l net.Listener, path string, remove func(), err error) {
@@ -89,7 +93,7 @@ func listenUnix(a *types.UnixSocketAddress, mode os.FileMode) (l net.Listener, p
 		remove = removerOf(a.Path)
 		_ = os.Chmod(a.Path, mode.Perm())
 	}
-	if err = syscall.Listen(fd, 128); err == nil {
+	if err = syscall.Listen(fd, backlog); err == nil {
 		l, err = net.FileListener(f)
 	}
 	if err != nil {

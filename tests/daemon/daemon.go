@@ -192,6 +192,16 @@ func (q *QMP) Do(command string, args any) (json.RawMessage, error) {
 	if err := q.Send(command, args); err != nil {
 		return nil, err
 	}
+	return q.reply()
+}
+
+// Reply waits for the reply to a command that was sent; an error reply is an *Error.
+func (q *QMP) Reply() error {
+	_, err := q.reply()
+	return err
+}
+
+func (q *QMP) reply() (json.RawMessage, error) {
 	for {
 		m, err := q.next()
 		switch {

@@ -105,6 +105,35 @@ func (n *NBD) Zero(off int64, size int) error    { return n.do(nbdZeroes, 0, off
 func (n *NBD) Trim(off int64, size int) error    { return n.do(nbdTrim, 0, off, size, nil, nil) }
 func (n *NBD) Flush() error                      { return n.do(nbdFlush, 0, 0, 0, nil, nil) }
 
+// ReadAhead sends that many reads of size bytes from the beginning of the export at once, and reads the replies, in
+// whatever order they come.
+func (n *NBD) ReadAhead(count, size int) error {
+	var b []byte
+	for i := range count {
+		b = binary.BigEndian.AppendUint32(b, nbdRequestMagic)
+		b = binary.BigEndian.AppendUint32(b, nbdRead)
+		b = binary.BigEndian.AppendUint64(b, uint64(i))
+		b = binary.BigEndian.AppendUint64(b, 0)
+		b = binary.BigEndian.AppendUint32(b, uint32(size))
+	}
+	if _, err := n.c.Write(b); err != nil {
+		return err
+	}
+	in := make([]byte, 16+size)
+	for range count {
+		if _, err := io.ReadFull(n.c, in); err != nil {
+			return err
+		}
+		if m := binary.BigEndian.Uint32(in); m != nbdReplyMagic {
+			return fmt.Errorf("reply %x", in[:16])
+		}
+		if e := binary.BigEndian.Uint32(in[4:]); e != 0 {
+			return syscall.Errno(e)
+		}
+	}
+	return nil
+}
+
 // WriteFUA and ZeroNoHole are WriteAt and Zero with the flag of that name.
 func (n *NBD) WriteFUA(p []byte, off int64) error {
 	return n.do(nbdWrite, nbdFlagFUA, off, len(p), p, nil)

@@ -112,9 +112,13 @@ func bindUnix(fd int, path string, n int) error {
 	return nil
 }
 
+// backlog is how many clients may wait to be accepted; the kernel applies its own bound (net.core.somaxconn), which is what
+// SOMAXCONN was meant to be. With a short queue a client that does not block in connect(2) is refused when many come at once.
+const backlog = 4096
+
 // listenFile makes the bound socket f, which is fd, listen.
 func listenFile(f *os.File, fd int) (net.Listener, error) {
-	if err := unix.Listen(fd, unix.SOMAXCONN); err != nil {
+	if err := unix.Listen(fd, backlog); err != nil {
 		return nil, errnoError(err, "Failed to listen on socket")
 	}
 	l, err := net.FileListener(f)
@@ -323,7 +327,7 @@ func ListenFD(fd int) (net.Listener, error) {
 	if _, err := unix.GetsockoptInt(fd, unix.SOL_SOCKET, unix.SO_TYPE); err != nil {
 		return nil, fmt.Errorf("File descriptor '%d' is not a socket", fd)
 	}
-	if err := unix.Listen(fd, unix.SOMAXCONN); err != nil {
+	if err := unix.Listen(fd, backlog); err != nil {
 		return nil, errnoError(err, "Failed to listen on fd socket")
 	}
 	f := os.NewFile(uintptr(fd), "nbd-listener")

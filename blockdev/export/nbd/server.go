@@ -22,12 +22,15 @@ type Options struct {
 	// connection is not read. 0: DefaultInflight, DefaultInflightBytes.
 	Inflight      int
 	InflightBytes int64
-	// Idle is called when the last connection has ended after large requests were served: memory
-	// that only they needed can be given back. Called from a goroutine of its own; nil: not called.
+	// Idle is called when the last connection has ended after large requests were served, and when many connections
+	// have ended: memory that only they needed can be given back. Called from a goroutine of its own; nil: not called.
 	Idle func()
 	// Log takes what happened to connections; nil: nothing is logged.
 	Log *slog.Logger
 }
+
+// manyConns is the number of connections after whose end it is worth while to give their stacks back.
+const manyConns = 256
 
 // largeBuf is the size of buffers, in bytes, from which on it is worth while to give them back.
 const largeBuf = 256 << 10
@@ -52,7 +55,8 @@ type Server struct {
 	cancel context.CancelFunc
 	wg     sync.WaitGroup // the accepting goroutine and the connections
 
-	large atomic.Bool // buffers of largeBuf and more were used since Idle was called
+	ended atomic.Int64 // connections that have
+	large atomic.Bool  // buffers of largeBuf and more were used since Idle was called
 
 	mu      sync.Mutex
 	closed  bool               // +checklocks:mu
@@ -218,7 +222,7 @@ func (s *Server) serve(nc net.Conn) {
 		delete(s.conns, c)
 		last := len(s.conns) == 0
 		s.mu.Unlock()
-		if last && s.opts.Idle != nil && s.large.Swap(false) {
+		if s.opts.Idle != nil && (s.ended.Add(1)%manyConns == 0 || last && s.large.Swap(false)) {
 			s.opts.Idle()
 		}
 	}()
