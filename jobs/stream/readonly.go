@@ -21,8 +21,15 @@ func (j *job) makeWritable(ctx context.Context) error {
 	if !j.Top.ReadOnly() {
 		return nil
 	}
-	unfreeze, err := j.g.FreezeChain(j.Top, j.aboveBase)
+	// Not under another job, whose filter could not be taken out meanwhile.
+	tx := j.g.Begin(ctx)
+	defer tx.Abort()
+	unfreeze, err := tx.FreezeChain(j.Top, j.aboveBase)
 	if err != nil {
+		return err
+	}
+	tx.Check(j.blocked)
+	if err := tx.Commit(); err != nil {
 		return err
 	}
 	defer unfreeze()

@@ -122,6 +122,8 @@ func (j *job) attach(ctx context.Context, m *jobs.Manager) (*jobs.Job, error) {
 	defer tx.Abort()
 	mj, err := j.fill(tx, m)
 	if err == nil {
+		tx.Check(j.blocked)
+		tx.Join(blocking{j})
 		if err = tx.Commit(); err != nil {
 			m.Discard(mj)
 		}
@@ -129,18 +131,42 @@ func (j *job) attach(ctx context.Context, m *jobs.Manager) (*jobs.Job, error) {
 	if err != nil {
 		return nil, err
 	}
-	reason := fmt.Errorf("block device is in use by block job: stream")
-	nodes := []*graph.Node{j.filter}
-	for n := j.Top; ; n = n.FilterOrCOWChild().Node() {
-		nodes = append(nodes, n)
-		if n == j.aboveBase {
-			break
+	return mj, nil
+}
+
+// chain is the top and what lies below it, as far as the job relies on it.
+func (j *job) chain() (l []*graph.Node) {
+	for n := j.Top; ; {
+		l = append(l, n)
+		e := n.FilterOrCOWChild()
+		if n == j.aboveBase || e == nil {
+			return l
+		}
+		n = e.Node()
+	}
+}
+
+// blocked tells why another job does not let this one in. Asked with the nodes reserved: of two jobs that start at the same
+// time on one chain one sees the other.
+func (j *job) blocked() error {
+	for _, n := range j.chain() {
+		if err := n.Blocked(graph.OpStream); err != nil {
+			return err
 		}
 	}
-	for _, n := range nodes {
-		j.unblock = append(j.unblock, n.BlockAll(reason, graph.OpDataplane))
+	return nil
+}
+
+// blocking keeps others away from the nodes of the job from the moment it is in the graph.
+type blocking struct{ *job }
+
+func (b blocking) Prepare(context.Context) error { return nil }
+func (b blocking) Abort()                        {}
+func (b blocking) Commit() {
+	reason := fmt.Errorf("block device is in use by block job: stream")
+	for _, n := range append(b.chain(), b.filter) {
+		b.unblock = append(b.unblock, n.BlockAll(reason, graph.OpDataplane))
 	}
-	return mj, nil
 }
 
 func (j *job) fill(tx *graph.Tx, m *jobs.Manager) (*jobs.Job, error) {
