@@ -27,9 +27,6 @@ type guest interface {
 	close() error
 }
 
-// errNo: the guest cannot do it.
-var errNo = errors.New("not for this guest")
-
 var readClaim = drivertest.Reader
 
 // rootGuest is a backend.
