@@ -21,8 +21,8 @@ type log struct {
 func (l *log) Emit(e events.Event) {
 	l.mu.Lock()
 	defer l.mu.Unlock()
-	if e, ok := e.(types.JobStatusChangeEvent); ok {
-		l.states = append(l.states, string(e.Status))
+	if change, ok := e.(types.JobStatusChangeEvent); ok {
+		l.states = append(l.states, string(change.Status))
 	} else {
 		l.states = append(l.states, e.EventName())
 	}
