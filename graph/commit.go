@@ -258,8 +258,15 @@ func (c *commit) prepare(ctx context.Context) error {
 	if err := c.join(ctx, c.tx.first); err != nil {
 		return err
 	}
-	for _, n := range c.delta.Order {
-		t, ok := n.drv.(PermTaker)
+	// A hidden node on top of what changes may get its driver this very moment; its opener settles its claims.
+	drivers := make([]Driver, len(c.delta.Order))
+	c.g.mu.RLock()
+	for i, n := range c.delta.Order {
+		drivers[i] = n.drv
+	}
+	c.g.mu.RUnlock()
+	for i, n := range c.delta.Order {
+		t, ok := drivers[i].(PermTaker)
 		up := c.delta.Up[n]
 		if c.draft.Node(n).Inactive {
 			up = perm.Unused

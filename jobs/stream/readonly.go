@@ -16,32 +16,32 @@ type switcher interface {
 }
 
 // makeWritable makes a read-only top node, typically one that another node backs on, writable for the time of the
-// job, together with the children that have its read-only-ness from it.
-func (j *job) makeWritable(ctx context.Context) error {
+// job, together with the children that have its read-only-ness from it. Until unfreeze is called no other job can start on
+// what it changed.
+func (j *job) makeWritable(ctx context.Context) (unfreeze func(), err error) {
 	if !j.Top.ReadOnly() {
-		return nil
+		return func() {}, nil
 	}
 	// Not under another job, whose filter could not be taken out meanwhile.
 	tx := j.g.Begin(ctx)
 	defer tx.Abort()
-	unfreeze, err := tx.FreezeChain(j.Top, j.aboveBase)
-	if err != nil {
-		return err
+	if unfreeze, err = tx.FreezeChain(j.Top, j.aboveBase); err != nil {
+		return nil, err
 	}
 	tx.Check(j.blocked)
 	if err := tx.Commit(); err != nil {
-		return err
+		return nil, err
 	}
-	defer unfreeze()
 	nodes := []*graph.Node{j.Top}
 	for e := j.Top.File(); e != nil && e.Node().ReadOnly() && !e.Node().MonitorOwned(); e = e.Node().File() {
 		nodes = append(nodes, e.Node())
 	}
 	if err := j.setReadOnly(ctx, nodes, false); err != nil {
-		return err
+		unfreeze()
+		return nil, err
 	}
 	j.wasReadOnly = nodes
-	return nil
+	return unfreeze, nil
 }
 
 // restoreReadOnly undoes makeWritable. A failure leaves the node writable and is logged.

@@ -77,9 +77,11 @@ func Start(ctx context.Context, m *jobs.Manager, a Args) (release func(), err er
 	if err := j.findBase(); err != nil {
 		return nil, err
 	}
-	if err := j.makeWritable(ctx); err != nil {
+	unfreeze, err := j.makeWritable(ctx)
+	if err != nil {
 		return nil, err
 	}
+	defer unfreeze()
 	mj, err := j.attach(ctx, m)
 	if err != nil {
 		j.restoreReadOnly()
@@ -210,6 +212,12 @@ func (j *job) freeze(tx *graph.Tx) (err error) {
 		}
 		n = tx.Target(e)
 	}
+	if j.wasReadOnly != nil {
+		// It is frozen by makeWritable.
+		if err := tx.Thaw(j.Top, j.aboveBase); err != nil {
+			return err
+		}
+	}
 	j.unfreeze, err = tx.FreezeChain(j.Top, j.aboveBase)
 	return err
 }
@@ -338,11 +346,12 @@ func (j *job) Clean(h *jobs.Handle) {
 		}
 		j.filter = nil
 	}
+	// The next job on these nodes must find them as this one did.
+	j.restoreReadOnly()
 	for _, f := range j.unblock {
 		f()
 	}
 	j.unblock = nil
-	j.restoreReadOnly()
 }
 
 func (j *job) removeFilter(tx *graph.Tx) error {
