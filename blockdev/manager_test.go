@@ -288,6 +288,12 @@ func TestHangingOpen(t *testing.T) {
 	mustDel(t, m, "n")
 	clean(t, m, fds)
 	mustAdd(t, m, `{'driver': 'null-co', 'node-name': 'slow'}`)
+	// Somebody writes to it after all: the open that was left behind ends, and closes what it got.
+	w, err := os.OpenFile(fifo, os.O_WRONLY|syscall.O_NONBLOCK, 0)
+	if err != nil {
+		t.Fatal(err)
+	}
+	w.Close()
 }
 
 // Opening fails at every step in turn; nothing is left whichever it is.

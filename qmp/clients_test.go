@@ -425,6 +425,7 @@ func TestLinger(t *testing.T) {
 		got = append(got, buf[:n]...)
 	}
 	close(heard)
+	defer r.Close()
 	go func() { _, _ = io.Copy(io.Discard, r) }()
 	m.Close(time.Second)
 	waitFor(t, done, "the session to end")

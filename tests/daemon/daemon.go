@@ -121,6 +121,44 @@ func (d *Daemon) Stop(t testing.TB) {
 	}
 }
 
+// RSS is the daemon's resident memory in bytes.
+func (d *Daemon) RSS(t testing.TB) int64 {
+	t.Helper()
+	b, err := os.ReadFile(fmt.Sprintf("/proc/%d/statm", d.Cmd.Process.Pid))
+	if err != nil {
+		t.Fatal(err)
+	}
+	var all, resident int64
+	if _, err := fmt.Sscan(string(b), &all, &resident); err != nil {
+		t.Fatal(err)
+	}
+	return resident * int64(os.Getpagesize())
+}
+
+// FDs is the number of files the daemon has open.
+func (d *Daemon) FDs(t testing.TB) int {
+	t.Helper()
+	l, err := os.ReadDir(fmt.Sprintf("/proc/%d/fd", d.Cmd.Process.Pid))
+	if err != nil {
+		t.Fatal(err)
+	}
+	return len(l)
+}
+
+// LeavesNothing does f and requires that the daemon then has as many files open as before: what closes them may be a
+// little later than the reply.
+func (d *Daemon) LeavesNothing(t testing.TB, f func()) {
+	t.Helper()
+	before := d.FDs(t)
+	f()
+	for end := time.Now().Add(10 * time.Second); d.FDs(t) != before; time.Sleep(2 * time.Millisecond) {
+		if time.Now().After(end) {
+			t.Errorf("%d files are open, %d before", d.FDs(t), before)
+			return
+		}
+	}
+}
+
 // QMP is one client of the monitor. It is used by one goroutine.
 type QMP struct {
 	c      net.Conn

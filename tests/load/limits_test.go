@@ -49,7 +49,7 @@ func (m *monitor) negotiate() {
 
 // TestMessageLimits: what is over a limit gets its error, and the client goes on.
 func TestMessageLimits(t *testing.T) {
-	d, _ := start(t, "--limit", "qmp-message=8k,qmp-nesting=8", "--limit", "qmp-tokens=100")
+	d := start(t, "--limit", "qmp-message=8k,qmp-nesting=8", "--limit", "qmp-tokens=100")
 	m := newMonitor(t, d)
 	m.negotiate()
 	echo := func(arg string) string { return `{"execute":"query-version","arguments":{"x":` + arg + `}}` }
@@ -81,7 +81,7 @@ func TestMessageLimits(t *testing.T) {
 
 // TestClientLimit: the second client is served when the first has gone.
 func TestClientLimit(t *testing.T) {
-	d, _ := start(t, "--limit", "qmp-clients=1")
+	d := start(t, "--limit", "qmp-clients=1")
 	first, second := newMonitor(t, d), newMonitor(t, d)
 	first.negotiate()
 	_ = second.c.SetReadDeadline(time.Now().Add(50 * time.Millisecond))
@@ -95,7 +95,7 @@ func TestClientLimit(t *testing.T) {
 
 // TestHold: commands of a client wait while it does not read what was answered.
 func TestHold(t *testing.T) {
-	d, _ := start(t, "--limit", "qmp-hold=1")
+	d := start(t, "--limit", "qmp-hold=1")
 	q, m := d.Dial(t), newMonitor(t, d)
 	m.negotiate()
 	const replies = 20
@@ -122,7 +122,7 @@ func handshake(t testing.TB, d *daemon.Daemon, wait time.Duration) (net.Conn, er
 
 // TestHandshakeLimits: connections beyond the limit wait, and come in when others have taken too long.
 func TestHandshakeLimits(t *testing.T) {
-	d, _ := start(t, "--limit", "nbd-connections=2,nbd-handshake=1")
+	d := start(t, "--limit", "nbd-connections=2,nbd-handshake=1")
 	began := time.Now()
 	var first [2]net.Conn
 	for i := range first {
