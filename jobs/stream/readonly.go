@@ -28,10 +28,14 @@ func (j *job) makeWritable(ctx context.Context) (unfreeze func(), err error) {
 	if unfreeze, err = tx.FreezeChain(j.Top, j.aboveBase); err != nil {
 		return nil, err
 	}
+	tx.Refresh(j.Top) // so that it is reserved; there may be no link to freeze
 	tx.Check(j.blocked)
+	tx.Join(claiming{j})
 	if err := tx.Commit(); err != nil {
 		return nil, err
 	}
+	thaw := unfreeze
+	unfreeze = func() { thaw(); j.claimed() }
 	nodes := []*graph.Node{j.Top}
 	for e := j.Top.File(); e != nil && e.Node().ReadOnly() && !e.Node().MonitorOwned(); e = e.Node().File() {
 		nodes = append(nodes, e.Node())
@@ -43,6 +47,13 @@ func (j *job) makeWritable(ctx context.Context) (unfreeze func(), err error) {
 	j.wasReadOnly = nodes
 	return unfreeze, nil
 }
+
+// claiming keeps other jobs away from the top until the job itself is in the graph.
+type claiming struct{ *job }
+
+func (c claiming) Prepare(context.Context) error { return nil }
+func (c claiming) Abort()                        {}
+func (c claiming) Commit()                       { c.claimed = c.Top.Block(graph.OpStream, errInUse) }
 
 // restoreReadOnly undoes makeWritable. A failure leaves the node writable and is logged.
 func (j *job) restoreReadOnly() {

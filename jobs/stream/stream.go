@@ -57,6 +57,9 @@ type Args struct {
 	FileName func(*graph.Node) string
 }
 
+// errInUse is why the nodes of a job take no other operation.
+var errInUse = errors.New("block device is in use by block job: stream")
+
 type job struct {
 	Args
 	g           *graph.Graph
@@ -64,6 +67,7 @@ type job struct {
 	aboveBase   *graph.Node // directly above what stays: baseOverlay or a filter above the base
 	filter      *graph.Node // nil once removed
 	wasReadOnly []*graph.Node
+	claimed     func()        // ends the block of the top by makeWritable; nil: there was none
 	root        *graph.Root   // the job's requests
 	holds       []*graph.Root // what the job relies on
 	unblock     []func()
@@ -152,6 +156,9 @@ func (j *job) chain() (l []*graph.Node) {
 // time on one chain one sees the other.
 func (j *job) blocked() error {
 	for _, n := range j.chain() {
+		if n == j.Top && j.claimed != nil {
+			continue // by this job itself
+		}
 		if err := n.Blocked(graph.OpStream); err != nil {
 			return err
 		}
@@ -165,9 +172,8 @@ type blocking struct{ *job }
 func (b blocking) Prepare(context.Context) error { return nil }
 func (b blocking) Abort()                        {}
 func (b blocking) Commit() {
-	reason := fmt.Errorf("block device is in use by block job: stream")
 	for _, n := range append(b.chain(), b.filter) {
-		b.unblock = append(b.unblock, n.BlockAll(reason, graph.OpDataplane))
+		b.unblock = append(b.unblock, n.BlockAll(errInUse, graph.OpDataplane))
 	}
 }
 
