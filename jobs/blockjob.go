@@ -24,7 +24,7 @@ func (j *Job) kickLocked() {
 	j.wake.Broadcast()
 }
 
-func decide(policy types.BlockdevOnError, err error) Action {
+func decide(policy types.BlockdevOnError, err error) ErrorAction {
 	nospace := errors.Is(err, syscall.ENOSPC)
 	switch policy {
 	case types.BlockdevOnErrorEnospc, types.BlockdevOnErrorAuto:

@@ -119,13 +119,13 @@ func (h *Handle) sleep(d time.Duration) error {
 	return h.Checkpoint()
 }
 
-// Action is what an error policy makes of an I/O error.
-type Action = types.BlockErrorAction
+// ErrorAction is what an error policy makes of an I/O error.
+type ErrorAction = types.BlockErrorAction
 
 // OnError applies an error policy to a failed read or write of a block job: the event is sent, and the job is
 // paused at its next pause point where the policy says stop. The runner fails, skips the unit, or tries again after
 // Checkpoint.
-func (h *Handle) OnError(op types.IoOperationType, policy types.BlockdevOnError, err error) Action {
+func (h *Handle) OnError(op types.IoOperationType, policy types.BlockdevOnError, err error) ErrorAction {
 	j := h.j
 	action := decide(policy, err)
 	j.m.mu.Lock()

@@ -1,0 +1,112 @@
+package jobs
+
+import (
+	"context"
+
+	"qblockd/graph"
+)
+
+// Action is one step of a QMP transaction, or a command that could be one. Its methods are called in this order,
+// each with no lock held:
+//
+//	Open (optional) --> Prepare --> Commit | Abort --> Clean
+//
+// All actions prepare in the order they were given, while the nodes of all are quiet; each sees what those before it have done,
+// through tx and in what they have changed at once. Then everything is committed, or undone in reverse. Commit and Abort cannot fail;
+// Abort is called only after Prepare was, also when that failed, and then undoes what Prepare had done by then.
+type Action interface {
+	// Nodes are to be quiet from before the first Prepare until after the last Clean. Called after Open.
+	Nodes() []*graph.Node
+	// Prepare checks the action and makes its changes: those of the graph in tx, others in a way that Abort can undo.
+	Prepare(ctx context.Context, tx *graph.Tx) error
+	// Commit makes the changes final and starts jobs; the graph is as tx left it.
+	Commit()
+	Abort()
+	// Clean gives back what the action holds; called last in every case.
+	Clean()
+}
+
+// Opener is an Action with slow work (making an image, opening one) that must not hold up requests: it is done before anything
+// is quiet. What Open did is undone by Clean, unless Prepare and Commit made use of it.
+type Opener interface {
+	Open(ctx context.Context) error
+}
+
+// NoAction is an Action that does nothing, to embed in those that need few of the methods.
+type NoAction struct{}
+
+// Nodes implements Action.
+func (NoAction) Nodes() []*graph.Node { return nil }
+
+// Prepare implements Action.
+func (NoAction) Prepare(context.Context, *graph.Tx) error { return nil }
+
+// Commit implements Action.
+func (NoAction) Commit() {}
+
+// Abort implements Action.
+func (NoAction) Abort() {}
+
+// Clean implements Action.
+func (NoAction) Clean() {}
+
+// RunActions does all actions or none, at one point in time of all nodes that they name. The error is that of the first action,
+// in their order, that fails. It blocks as long as opening, requests under way and the storage do; waiting ends with ctx.
+func RunActions(ctx context.Context, g *graph.Graph, actions ...Action) error {
+	undrain := func() {}
+	defer func() {
+		for _, a := range actions {
+			a.Clean()
+		}
+		undrain()
+	}()
+	// A failing Open is reported in its action's turn: one before it may have a reason of its own to fail.
+	failing, openErr := len(actions), error(nil)
+	for i, a := range actions {
+		if o, ok := a.(Opener); ok {
+			if openErr = o.Open(ctx); openErr != nil {
+				failing = i
+				break
+			}
+		}
+	}
+	var nodes []*graph.Node
+	for _, a := range actions[:failing] {
+		nodes = append(nodes, a.Nodes()...)
+	}
+	if len(nodes) > 0 {
+		end, err := g.Drain(ctx, nodes...)
+		if err != nil {
+			return err
+		}
+		undrain = end
+	}
+	tx := g.Begin(ctx)
+	defer tx.Abort()
+	for i, a := range actions {
+		err := openErr
+		if i < failing {
+			if err = a.Prepare(ctx, tx); err == nil {
+				continue
+			}
+			abort(actions[:i+1])
+		} else {
+			abort(actions[:i])
+		}
+		return err
+	}
+	if err := tx.Commit(); err != nil {
+		abort(actions)
+		return err
+	}
+	for _, a := range actions {
+		a.Commit()
+	}
+	return nil
+}
+
+func abort(actions []Action) {
+	for i := len(actions) - 1; i >= 0; i-- {
+		actions[i].Abort()
+	}
+}
