@@ -161,7 +161,8 @@ func appendReadHead(b []byte, structured bool, q *wire.Request, n int) []byte {
 }
 
 // overlapMin is the payload from which on a worker writes it while the connection takes the next one from the
-// socket: two copies by two processors. Below, handing over costs more than it gains.
+// socket: two copies by two processors. Below, handing over costs more than it gains; so it does where the client and the connection
+// keep all processors busy already (up to two of them): there the data are written at once, while they are in the cache.
 const overlapMin = 256 << 10
 
 // write serves a write at once if that takes no waiting; its payload is taken from the
@@ -189,7 +190,7 @@ func (c *conn) write(q *wire.Request) error {
 			return err
 		}
 	}
-	if n >= overlapMin {
+	if n >= c.srv.overlap {
 		return c.dispatchWrite(q, buf, data)
 	}
 	r := c.dev.TryBegin()

@@ -6,9 +6,12 @@ import (
 	"fmt"
 	"log/slog"
 	"net"
+	"runtime"
 	"sync"
 	"sync/atomic"
 	"time"
+
+	"qblockd/blockdev/nbd/wire"
 )
 
 // Options of a Server; the zero value gives the defaults.
@@ -57,6 +60,8 @@ type Server struct {
 
 	ended atomic.Int64 // connections that have
 	large atomic.Bool  // buffers of largeBuf and more were used since Idle was called
+	// overlap is the payload of a write from which on a worker writes it while the connection takes the next one; see overlapMin.
+	overlap int
 
 	mu      sync.Mutex
 	closed  bool               // +checklocks:mu
@@ -76,7 +81,11 @@ func Serve(l net.Listener, o Options) *Server {
 	if o.InflightBytes == 0 {
 		o.InflightBytes = DefaultInflightBytes
 	}
-	s := &Server{opts: o, log: o.Log, l: l, conns: map[*conn]struct{}{}, byName: map[string]*Export{}}
+	s := &Server{opts: o, log: o.Log, l: l, conns: map[*conn]struct{}{}, byName: map[string]*Export{},
+		overlap: overlapMin}
+	if runtime.GOMAXPROCS(0) <= 2 {
+		s.overlap = wire.MaxPayload + 1
+	}
 	if s.log == nil {
 		s.log = slog.New(slog.DiscardHandler)
 	}
