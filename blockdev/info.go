@@ -2,6 +2,7 @@ package blockdev
 
 import (
 	"bytes"
+	"slices"
 	"strconv"
 
 	"qblockd/graph"
@@ -33,6 +34,7 @@ type infoKey struct {
 	threshold     uint64
 	name, backing *nodeName
 	header        string
+	bitmaps       []graph.BitmapState
 }
 
 // info is the encoding of n, whose record is r, made anew if n changed since it was made.
@@ -46,6 +48,7 @@ func (m *Manager) info(n *graph.Node, r *record) *nodeInfo {
 		readOnly:  n.ReadOnly(),
 		threshold: n.WriteThreshold(),
 		name:      m.nameOf(n, r),
+		bitmaps:   n.BitmapStates(),
 	}
 	if e := n.Backing(); e != nil {
 		key.backing = m.name(e.Node())
@@ -74,7 +77,7 @@ func generation(n *graph.Node) uint64 {
 // same compares names by what is shown of them.
 func (k *infoKey) same(o *infoKey) bool {
 	return k.gen == o.gen && k.size == o.size && k.readOnly == o.readOnly && k.threshold == o.threshold &&
-		k.header == o.header && k.name.same(o.name) && k.backing.same(o.backing)
+		k.header == o.header && k.name.same(o.name) && k.backing.same(o.backing) && slices.Equal(k.bitmaps, o.bitmaps)
 }
 
 func (a *nodeName) same(b *nodeName) bool {
@@ -102,6 +105,9 @@ func (m *Manager) encode(n *graph.Node, key infoKey) *nodeInfo {
 	if key.backing != nil {
 		dev.BackingFile = &key.backing.filename
 	}
+	for i := range key.bitmaps {
+		dev.DirtyBitmaps = append(dev.DirtyBitmaps, bitmapInfo(&key.bitmaps[i]))
+	}
 	// An empty image marks where the real one goes.
 	gap := dev.Image.AppendJSON(nil)
 	before, rest := cut(dev.AppendJSON(nil), `"image": `+string(gap), len(gap))
@@ -109,6 +115,19 @@ func (m *Manager) encode(n *graph.Node, key infoKey) *nodeInfo {
 	info := &nodeInfo{key: key, dev: [3][]byte{before, middle, after}}
 
 	info.image[0], info.image[1] = m.encodeImage(n, key)
+	return info
+}
+
+func bitmapInfo(b *graph.BitmapState) *types.BlockDirtyInfo {
+	info := &types.BlockDirtyInfo{
+		Count: b.Count, Granularity: uint32(b.Granularity), Recording: b.Recording, Busy: b.Busy, Persistent: b.Persistent,
+	}
+	if b.Name != "" {
+		info.Name = &b.Name
+	}
+	if b.Inconsistent {
+		info.Inconsistent = &b.Inconsistent
+	}
 	return info
 }
 

@@ -51,7 +51,7 @@
 //	               g.mu > Root.wait
 //
 //	g.resv.mu, g.quietMu, g.genMu, Root.wait   leaves: code under them takes no further lock
-//	trackShard.mu (in index order), flushState.mu   likewise, per node; requests hold them for moments only
+//	trackShard.mu (in index order), flushState.mu, dirtySet.mu   likewise, per node; requests hold them for moments only
 //	events.mu, session.outMu                   leaves: code under them calls nothing of ours
 //
 // Exceptions: hookState.mu is held while a Drainer or a root's hook is called, which may take

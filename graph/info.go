@@ -169,6 +169,7 @@ func (n *Node) treeGenLocked(epoch uint64) uint64 {
 // reading, which nobody holds for long: allowed in requests, but not with node or driver locks
 // held. The usual case, a file that grows below a format, takes no lock.
 func (n *Node) Resized() {
+	n.resizeBitmaps()
 	if n.sizeSeen.Load() == 0 {
 		n.Bump()
 		return
@@ -181,6 +182,7 @@ func (n *Node) Resized() {
 		x := stack[len(stack)-1]
 		stack = stack[:len(stack)-1]
 		x.Bump()
+		x.resizeBitmaps()
 		for e := x.parents.head; e != nil; e = e.next {
 			switch {
 			case e.root != nil:

@@ -48,6 +48,7 @@ type ioState struct {
 	threshold  atomic.Uint64 // see threshold.go
 	wrHighest  atomic.Int64  // end of the farthest write
 	statusData dataCache     // see io_status.go
+	dirty      dirtySet      // see dirty.go
 }
 
 // opened is called once, by SetDriver, on the still hidden node.

@@ -70,6 +70,15 @@ func (b *Bitmap) Granules() int64 { return b.granules(b.Size()) }
 func (b *Bitmap) Set(off, n int64) {
 	d := b.dir.Load()
 	first, end := b.span(d, off, n)
+	if first+1 == end {
+		// The usual small write: mostly a look at a granule that is set already.
+		c := d.chunk(first / chunkBits)
+		w, mask := &c.w[first%chunkBits/wordBits], uint64(1)<<(first%wordBits)
+		if w.Load()&mask == 0 && w.Or(mask)&mask == 0 {
+			c.n.Add(1)
+		}
+		return
+	}
 	for first < end {
 		c := d.chunk(first / chunkBits)
 		stop := min(end, (first/chunkBits+1)*chunkBits)

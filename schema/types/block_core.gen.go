@@ -107,6 +107,24 @@ type BlockdevCacheInfo struct {
 	NoFlush bool
 }
 
+// BlockDirtyInfo: a dirty bitmap.
+type BlockDirtyInfo struct {
+	// Its name; absent for those that jobs use.
+	Name *string
+	// Bytes that are dirty, in whole granules.
+	Count int64
+	// Bytes that one bit stands for.
+	Granularity uint32
+	// Writes are recorded.
+	Recording bool
+	// An operation or an export uses it, and it cannot be changed.
+	Busy bool
+	// It is stored in the image.
+	Persistent bool
+	// It has missed writes and can only be removed; absent if not.
+	Inconsistent *bool
+}
+
 // BlockDeviceInfo: a node as `query-named-block-nodes` shows it.
 type BlockDeviceInfo struct {
 	// The file it shows, as a name or a json: description.
@@ -143,6 +161,8 @@ type BlockDeviceInfo struct {
 	Cache BlockdevCacheInfo
 	// Offset whose writing raises `BLOCK_WRITE_THRESHOLD`; 0 is none.
 	WriteThreshold int64
+	// Its dirty bitmaps, newest first.
+	DirtyBitmaps []*BlockDirtyInfo
 }
 
 // BlockDeviceIoStatus: state of a device's or job's I/O.
@@ -860,6 +880,52 @@ var PreallocModeValues = []PreallocMode{
 	PreallocModeMetadata,
 	PreallocModeFalloc,
 	PreallocModeFull,
+}
+
+// BlockDirtyBitmap: a dirty bitmap by its names.
+type BlockDirtyBitmap struct {
+	// The node.
+	Node string
+	// The bitmap.
+	Name string
+}
+
+// BlockDirtyBitmapAdd: a dirty bitmap to be made.
+type BlockDirtyBitmapAdd struct {
+	// The node.
+	Node string
+	// The bitmap.
+	Name string
+	// Bytes that one bit stands for: a power of two from 512 on; by default the cluster size, held between
+	// 4 KiB and 64 KiB, or 64 KiB.
+	Granularity *uint32
+	// Do not record writes yet (default: false).
+	Disabled *bool
+}
+
+// BlockDirtyBitmapOrStr: a dirty bitmap of the node that is spoken of, or of any. Just one field is
+// set.
+type BlockDirtyBitmapOrStr struct {
+	// Name of a bitmap of the same node.
+	Local *string
+	// A bitmap of another node.
+	External *BlockDirtyBitmap
+}
+
+// BlockDirtyBitmapMerge: bitmaps to be merged into another one.
+type BlockDirtyBitmapMerge struct {
+	// The node of the target.
+	Node string
+	// The bitmap that is added to.
+	Target string
+	// Those that are added to it.
+	Bitmaps []*BlockDirtyBitmapOrStr
+}
+
+// BlockDirtyBitmapSha256: the digest of a dirty bitmap.
+type BlockDirtyBitmapSha256 struct {
+	// SHA-256 of its bits in whole 64-bit words, in hexadecimal digits.
+	Sha256 string
 }
 
 // QueryBlockstatsArgs: the arguments of query-blockstats.

@@ -319,6 +319,72 @@ func visitPreallocMode(d *decoder, name string, x *PreallocMode) bool {
 	return enum(d, name, x, PreallocModeValues)
 }
 
+// DecodeBlockDirtyBitmap decodes v; faults are worded as the reference does (*ArgError).
+func DecodeBlockDirtyBitmap(v value.Value, m Mode) (*BlockDirtyBitmap, error) {
+	return decode(v, m, visitBlockDirtyBitmap)
+}
+
+func visitBlockDirtyBitmap(d *decoder, name string, x *BlockDirtyBitmap) bool {
+	return object(d, name, x, membersBlockDirtyBitmap)
+}
+
+func membersBlockDirtyBitmap(d *decoder, x *BlockDirtyBitmap) bool {
+	return visitStr(d, "node", &x.Node) &&
+		visitStr(d, "name", &x.Name)
+}
+
+// DecodeBlockDirtyBitmapAdd decodes v; faults are worded as the reference does (*ArgError).
+func DecodeBlockDirtyBitmapAdd(v value.Value, m Mode) (*BlockDirtyBitmapAdd, error) {
+	return decode(v, m, visitBlockDirtyBitmapAdd)
+}
+
+func visitBlockDirtyBitmapAdd(d *decoder, name string, x *BlockDirtyBitmapAdd) bool {
+	return object(d, name, x, membersBlockDirtyBitmapAdd)
+}
+
+func membersBlockDirtyBitmapAdd(d *decoder, x *BlockDirtyBitmapAdd) bool {
+	return visitStr(d, "node", &x.Node) &&
+		visitStr(d, "name", &x.Name) &&
+		opt(d, "granularity", &x.Granularity, visitUint32) &&
+		opt(d, "disabled", &x.Disabled, visitBool)
+}
+
+// DecodeBlockDirtyBitmapOrStr decodes v; faults are worded as the reference does (*ArgError).
+func DecodeBlockDirtyBitmapOrStr(v value.Value, m Mode) (*BlockDirtyBitmapOrStr, error) {
+	return decode(v, m, visitBlockDirtyBitmapOrStr)
+}
+
+func visitBlockDirtyBitmapOrStr(d *decoder, name string, x *BlockDirtyBitmapOrStr) bool {
+	v, ok := d.peek(name)
+	if !ok {
+		return d.missing(name)
+	}
+	switch v.(type) {
+	case string:
+		x.Local = new(string)
+		return visitStr(d, name, x.Local)
+	case *value.Dict:
+		x.External = new(BlockDirtyBitmap)
+		return visitBlockDirtyBitmap(d, name, x.External)
+	}
+	return d.fail("Invalid parameter type for '" + last(name) + "', expected: BlockDirtyBitmapOrStr")
+}
+
+// DecodeBlockDirtyBitmapMerge decodes v; faults are worded as the reference does (*ArgError).
+func DecodeBlockDirtyBitmapMerge(v value.Value, m Mode) (*BlockDirtyBitmapMerge, error) {
+	return decode(v, m, visitBlockDirtyBitmapMerge)
+}
+
+func visitBlockDirtyBitmapMerge(d *decoder, name string, x *BlockDirtyBitmapMerge) bool {
+	return object(d, name, x, membersBlockDirtyBitmapMerge)
+}
+
+func membersBlockDirtyBitmapMerge(d *decoder, x *BlockDirtyBitmapMerge) bool {
+	return visitStr(d, "node", &x.Node) &&
+		visitStr(d, "target", &x.Target) &&
+		listPtr(d, "bitmaps", &x.Bitmaps, visitBlockDirtyBitmapOrStr)
+}
+
 // DecodeQueryBlockstatsArgs decodes the arguments in v, nil for none; faults are worded as the reference does (*ArgError).
 func DecodeQueryBlockstatsArgs(v *value.Dict) (*QueryBlockstatsArgs, error) {
 	return args(v, visitQueryBlockstatsArgs)

@@ -139,6 +139,30 @@ func (x *BlockdevCacheInfo) AppendJSON(b []byte) []byte {
 }
 
 // AppendJSON appends x in the reference's form, members in hash order.
+func (x *BlockDirtyInfo) AppendJSON(b []byte) []byte {
+	b = append(b, '{')
+	if x.Name != nil {
+		b = appendKey(b, "name")
+		b = value.AppendString(b, *x.Name)
+	}
+	b = appendKey(b, "recording")
+	b = appendBool(b, x.Recording)
+	b = append(b, `, "persistent": `...)
+	b = appendBool(b, x.Persistent)
+	b = append(b, `, "busy": `...)
+	b = appendBool(b, x.Busy)
+	b = append(b, `, "granularity": `...)
+	b = appendUint(b, x.Granularity)
+	b = append(b, `, "count": `...)
+	b = appendInt(b, x.Count)
+	if x.Inconsistent != nil {
+		b = append(b, `, "inconsistent": `...)
+		b = appendBool(b, *x.Inconsistent)
+	}
+	return append(b, '}')
+}
+
+// AppendJSON appends x in the reference's form, members in hash order.
 func (x *BlockDeviceInfo) AppendJSON(b []byte) []byte {
 	b = append(b, `{"iops_rd": `...)
 	b = appendInt(b, x.IopsRd)
@@ -167,6 +191,10 @@ func (x *BlockDeviceInfo) AppendJSON(b []byte) []byte {
 	if x.BackingFile != nil {
 		b = append(b, `, "backing_file": `...)
 		b = value.AppendString(b, *x.BackingFile)
+	}
+	if x.DirtyBitmaps != nil {
+		b = append(b, `, "dirty-bitmaps": `...)
+		b = appendList(b, x.DirtyBitmaps, func(b []byte, v *BlockDirtyInfo) []byte { return v.AppendJSON(b) })
 	}
 	b = append(b, `, "encrypted": `...)
 	b = appendBool(b, x.Encrypted)
@@ -1069,6 +1097,61 @@ func (x *BlockdevCreateOptions) AppendJSON(b []byte) []byte {
 		return append(b, '}')
 	}
 	panic("BlockdevCreateOptions with a branch of another type")
+}
+
+// AppendJSON appends x in the reference's form, members in hash order.
+func (x *BlockDirtyBitmap) AppendJSON(b []byte) []byte {
+	b = append(b, `{"name": `...)
+	b = value.AppendString(b, x.Name)
+	b = append(b, `, "node": `...)
+	b = value.AppendString(b, x.Node)
+	return append(b, '}')
+}
+
+// AppendJSON appends x in the reference's form, members in hash order.
+func (x *BlockDirtyBitmapAdd) AppendJSON(b []byte) []byte {
+	b = append(b, `{"name": `...)
+	b = value.AppendString(b, x.Name)
+	if x.Granularity != nil {
+		b = append(b, `, "granularity": `...)
+		b = appendUint(b, *x.Granularity)
+	}
+	b = append(b, `, "node": `...)
+	b = value.AppendString(b, x.Node)
+	if x.Disabled != nil {
+		b = append(b, `, "disabled": `...)
+		b = appendBool(b, *x.Disabled)
+	}
+	return append(b, '}')
+}
+
+// AppendJSON appends x in the reference's form, members in hash order.
+func (x *BlockDirtyBitmapOrStr) AppendJSON(b []byte) []byte {
+	switch {
+	case x.Local != nil:
+		return value.AppendString(b, *x.Local)
+	case x.External != nil:
+		return x.External.AppendJSON(b)
+	}
+	panic("BlockDirtyBitmapOrStr with no field set")
+}
+
+// AppendJSON appends x in the reference's form, members in hash order.
+func (x *BlockDirtyBitmapMerge) AppendJSON(b []byte) []byte {
+	b = append(b, `{"bitmaps": `...)
+	b = appendList(b, x.Bitmaps, func(b []byte, v *BlockDirtyBitmapOrStr) []byte { return v.AppendJSON(b) })
+	b = append(b, `, "node": `...)
+	b = value.AppendString(b, x.Node)
+	b = append(b, `, "target": `...)
+	b = value.AppendString(b, x.Target)
+	return append(b, '}')
+}
+
+// AppendJSON appends x in the reference's form, members in hash order.
+func (x *BlockDirtyBitmapSha256) AppendJSON(b []byte) []byte {
+	b = append(b, `{"sha256": `...)
+	b = value.AppendString(b, x.Sha256)
+	return append(b, '}')
 }
 
 // AppendJSON appends x in the reference's form, members in hash order.

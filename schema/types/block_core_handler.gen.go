@@ -38,6 +38,24 @@ type BlockCoreHandler interface {
 	// to and their exports, into an iothread or out of all of them. Exports with a fixed iothread forbid
 	// it.
 	XBlockdevSetIothread(ctx context.Context, a *XBlockdevSetIothreadArgs) error
+	// BlockDirtyBitmapAdd executes block-dirty-bitmap-add: makes a dirty bitmap, which records what is
+	// written to a node.
+	BlockDirtyBitmapAdd(ctx context.Context, a *BlockDirtyBitmapAdd) error
+	// BlockDirtyBitmapRemove executes block-dirty-bitmap-remove: removes a dirty bitmap.
+	BlockDirtyBitmapRemove(ctx context.Context, a *BlockDirtyBitmap) error
+	// BlockDirtyBitmapClear executes block-dirty-bitmap-clear: makes all of a dirty bitmap clean.
+	BlockDirtyBitmapClear(ctx context.Context, a *BlockDirtyBitmap) error
+	// BlockDirtyBitmapEnable executes block-dirty-bitmap-enable: lets a dirty bitmap record writes.
+	BlockDirtyBitmapEnable(ctx context.Context, a *BlockDirtyBitmap) error
+	// BlockDirtyBitmapDisable executes block-dirty-bitmap-disable: lets a dirty bitmap record nothing
+	// more.
+	BlockDirtyBitmapDisable(ctx context.Context, a *BlockDirtyBitmap) error
+	// BlockDirtyBitmapMerge executes block-dirty-bitmap-merge: makes dirty in one bitmap what is dirty in
+	// others. The others stay as they are; granularities may differ. On an error nothing changes.
+	BlockDirtyBitmapMerge(ctx context.Context, a *BlockDirtyBitmapMerge) error
+	// XDebugBlockDirtyBitmapSha256 executes x-debug-block-dirty-bitmap-sha256: tells the digest of a dirty
+	// bitmap, to compare bitmaps with.
+	XDebugBlockDirtyBitmapSha256(ctx context.Context, a *BlockDirtyBitmap) (*BlockDirtyBitmapSha256, error)
 }
 
 // RegisterBlockCore registers all commands of the module with r.
@@ -133,5 +151,76 @@ func RegisterBlockCore(r Registrar, h BlockCoreHandler) {
 			return nil, err
 		}
 		return append(out, "{}"...), nil
+	})
+	r.Handle("block-dirty-bitmap-add", func(ctx context.Context, args *value.Dict, out []byte) ([]byte, error) {
+		a, err := DecodeBlockDirtyBitmapAdd(args, ModeQObject)
+		if err != nil {
+			return nil, err
+		}
+		if err := h.BlockDirtyBitmapAdd(ctx, a); err != nil {
+			return nil, err
+		}
+		return append(out, "{}"...), nil
+	})
+	r.Handle("block-dirty-bitmap-remove", func(ctx context.Context, args *value.Dict, out []byte) ([]byte, error) {
+		a, err := DecodeBlockDirtyBitmap(args, ModeQObject)
+		if err != nil {
+			return nil, err
+		}
+		if err := h.BlockDirtyBitmapRemove(ctx, a); err != nil {
+			return nil, err
+		}
+		return append(out, "{}"...), nil
+	})
+	r.Handle("block-dirty-bitmap-clear", func(ctx context.Context, args *value.Dict, out []byte) ([]byte, error) {
+		a, err := DecodeBlockDirtyBitmap(args, ModeQObject)
+		if err != nil {
+			return nil, err
+		}
+		if err := h.BlockDirtyBitmapClear(ctx, a); err != nil {
+			return nil, err
+		}
+		return append(out, "{}"...), nil
+	})
+	r.Handle("block-dirty-bitmap-enable", func(ctx context.Context, args *value.Dict, out []byte) ([]byte, error) {
+		a, err := DecodeBlockDirtyBitmap(args, ModeQObject)
+		if err != nil {
+			return nil, err
+		}
+		if err := h.BlockDirtyBitmapEnable(ctx, a); err != nil {
+			return nil, err
+		}
+		return append(out, "{}"...), nil
+	})
+	r.Handle("block-dirty-bitmap-disable", func(ctx context.Context, args *value.Dict, out []byte) ([]byte, error) {
+		a, err := DecodeBlockDirtyBitmap(args, ModeQObject)
+		if err != nil {
+			return nil, err
+		}
+		if err := h.BlockDirtyBitmapDisable(ctx, a); err != nil {
+			return nil, err
+		}
+		return append(out, "{}"...), nil
+	})
+	r.Handle("block-dirty-bitmap-merge", func(ctx context.Context, args *value.Dict, out []byte) ([]byte, error) {
+		a, err := DecodeBlockDirtyBitmapMerge(args, ModeQObject)
+		if err != nil {
+			return nil, err
+		}
+		if err := h.BlockDirtyBitmapMerge(ctx, a); err != nil {
+			return nil, err
+		}
+		return append(out, "{}"...), nil
+	})
+	r.Handle("x-debug-block-dirty-bitmap-sha256", func(ctx context.Context, args *value.Dict, out []byte) ([]byte, error) {
+		a, err := DecodeBlockDirtyBitmap(args, ModeQObject)
+		if err != nil {
+			return nil, err
+		}
+		ret, err := h.XDebugBlockDirtyBitmapSha256(ctx, a)
+		if err != nil {
+			return nil, err
+		}
+		return ret.AppendJSON(out), nil
 	})
 }

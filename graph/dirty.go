@@ -1,0 +1,319 @@
+package graph
+
+import (
+	"fmt"
+	"slices"
+	"sync"
+	"sync/atomic"
+
+	"qblockd/graph/bitmap"
+	"qblockd/graph/blk"
+)
+
+// dirtySet are the dirty bitmaps of a node. Writes look at recording only, which is nil for most nodes.
+type dirtySet struct {
+	recording atomic.Pointer[[]*bitmap.Bitmap] // what writes set; immutable, nil if there are none
+	count     atomic.Int32                     // len(all)
+
+	mu  sync.Mutex
+	all []*DirtyBitmap // +checklocks:mu  newest first
+}
+
+// DirtyBitmap records which parts of a node were written while it is enabled. Its methods may be called from any goroutine.
+//
+//	enabled <--> disabled
+//	   | Freeze                    writes go to a successor; the bitmap holds still and is busy
+//	   v
+//	frozen --Abdicate--> enabled   with what the successor has recorded
+//	       --Reclaim---> enabled   with both
+type DirtyBitmap struct {
+	n    *Node
+	name string
+	bits *bitmap.Bitmap
+
+	// Guarded by n.io.dirty.mu.
+	disabled, busy, persistent, inconsistent, readOnly bool
+	successor                                          *bitmap.Bitmap
+	gone                                               bool
+}
+
+// DirtyBitmapSpec describes a new bitmap.
+type DirtyBitmapSpec struct {
+	Name        string // "": a job's own; it is listed, but cannot be found
+	Granularity int64  // bytes; 0: DefaultGranularity
+	Disabled    bool
+	// Persistent: the driver stores it in the image. Inconsistent: it was not stored when it should have been.
+	Persistent, Inconsistent bool
+	// ReadOnly: it must not change, as the image cannot be written to.
+	ReadOnly bool
+}
+
+// Limits of bitmaps, as in the reference.
+const (
+	MinGranularity    = 512
+	maxBitmapName     = 1023
+	coarsestByDefault = 64 << 10
+	finestByDefault   = 4 << 10
+)
+
+// DefaultGranularity is the image's cluster size, held between 4 and 64 KiB; 64 KiB where there is none. In bytes.
+func (n *Node) DefaultGranularity() int64 {
+	c := n.io.caps.Limits.ClusterSize
+	if c == 0 {
+		return coarsestByDefault
+	}
+	return min(max(c, finestByDefault), coarsestByDefault)
+}
+
+// NewDirtyBitmap makes an empty bitmap on n. Errors: the name is taken or too long.
+func (n *Node) NewDirtyBitmap(s DirtyBitmapSpec) (*DirtyBitmap, error) {
+	if s.Granularity == 0 {
+		s.Granularity = n.DefaultGranularity()
+	}
+	d := &DirtyBitmap{n: n, name: s.Name, disabled: s.Disabled, persistent: s.Persistent, inconsistent: s.Inconsistent, readOnly: s.ReadOnly}
+	set := &n.io.dirty
+	set.mu.Lock()
+	defer set.mu.Unlock()
+	if s.Name != "" && set.findLocked(s.Name) != nil {
+		return nil, fmt.Errorf("Bitmap already exists: %s", s.Name)
+	}
+	if len(s.Name) > maxBitmapName {
+		return nil, fmt.Errorf("Bitmap name too long: %s", s.Name)
+	}
+	d.bits = bitmap.New(n.bitmapSize(), s.Granularity)
+	set.all = slices.Insert(set.all, 0, d)
+	set.changedLocked()
+	return d, nil
+}
+
+// bitmapSize is the size that n's bitmaps have: whole sectors.
+func (n *Node) bitmapSize() int64 { return blk.AlignUp(n.Size(), sectorSize) }
+
+// DirtyBitmap is the bitmap of that name, or nil.
+func (n *Node) DirtyBitmap(name string) *DirtyBitmap {
+	n.io.dirty.mu.Lock()
+	defer n.io.dirty.mu.Unlock()
+	return n.io.dirty.findLocked(name)
+}
+
+// DirtyBitmaps are all bitmaps, newest first, those of jobs as well.
+func (n *Node) DirtyBitmaps() []*DirtyBitmap {
+	n.io.dirty.mu.Lock()
+	defer n.io.dirty.mu.Unlock()
+	return slices.Clone(n.io.dirty.all)
+}
+
+// +checklocks:s.mu
+func (s *dirtySet) findLocked(name string) *DirtyBitmap {
+	for _, d := range s.all {
+		if d.name == name && name != "" {
+			return d
+		}
+	}
+	return nil
+}
+
+// changedLocked makes the list that writes look at anew.
+// +checklocks:s.mu
+func (s *dirtySet) changedLocked() {
+	s.count.Store(int32(len(s.all)))
+	var l []*bitmap.Bitmap
+	for _, d := range s.all {
+		switch {
+		case d.successor != nil && !d.disabled:
+			l = append(l, d.successor)
+		case d.successor == nil && !d.disabled && !d.inconsistent && !d.readOnly:
+			l = append(l, d.bits)
+		}
+	}
+	if l == nil {
+		s.recording.Store(nil)
+		return
+	}
+	s.recording.Store(&l)
+}
+
+// written records a write. It runs while the request is still tracked.
+func (s *dirtySet) written(off, size int64) {
+	if l := s.recording.Load(); l != nil {
+		for _, b := range *l {
+			b.Set(off, size)
+		}
+	}
+}
+
+// resizeBitmaps gives n's bitmaps the size that n has. What is new is clean.
+func (n *Node) resizeBitmaps() {
+	s := &n.io.dirty
+	if s.count.Load() == 0 {
+		return
+	}
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	size := n.bitmapSize()
+	for _, d := range s.all {
+		for _, b := range []*bitmap.Bitmap{d.bits, d.successor} {
+			if b != nil && b.Size() != size {
+				b.Resize(size)
+			}
+		}
+	}
+}
+
+func (d *DirtyBitmap) set() *dirtySet { return &d.n.io.dirty }
+
+// change changes flags of d.
+func (d *DirtyBitmap) change(f func()) {
+	s := d.set()
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	f()
+	s.changedLocked()
+}
+
+// ask reads flags of d.
+func (d *DirtyBitmap) ask(p *bool) bool {
+	s := d.set()
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	return *p
+}
+
+// Name is "" for a job's own bitmap.
+func (d *DirtyBitmap) Name() string { return d.name }
+
+// Node is the node that the bitmap belongs to.
+func (d *DirtyBitmap) Node() *Node { return d.n }
+
+// Bits is what was recorded. It may be read, and set, at any time.
+func (d *DirtyBitmap) Bits() *bitmap.Bitmap { return d.bits }
+
+// Enable lets the bitmap record writes.
+func (d *DirtyBitmap) Enable() { d.change(func() { d.disabled = false }) }
+
+// Disable ends that.
+func (d *DirtyBitmap) Disable() { d.change(func() { d.disabled = true }) }
+
+// Enabled tells whether writes are recorded, in the bitmap or in its successor.
+func (d *DirtyBitmap) Enabled() bool { return !d.ask(&d.disabled) }
+
+// SetBusy keeps others from using the bitmap.
+func (d *DirtyBitmap) SetBusy(busy bool) { d.change(func() { d.busy = busy }) }
+
+// Busy tells whether somebody uses the bitmap.
+func (d *DirtyBitmap) Busy() bool { return d.ask(&d.busy) }
+
+// Persistent tells whether the bitmap is to be stored in the image.
+func (d *DirtyBitmap) Persistent() bool { return d.ask(&d.persistent) }
+
+// SetPersistent changes that.
+func (d *DirtyBitmap) SetPersistent(p bool) { d.change(func() { d.persistent = p }) }
+
+// Inconsistent bitmaps have missed writes; they can only be removed.
+func (d *DirtyBitmap) Inconsistent() bool { return d.ask(&d.inconsistent) }
+
+// ReadOnly bitmaps must not change.
+func (d *DirtyBitmap) ReadOnly() bool { return d.ask(&d.readOnly) }
+
+// SetReadOnly changes that.
+func (d *DirtyBitmap) SetReadOnly(ro bool) { d.change(func() { d.readOnly = ro }) }
+
+// Remove takes the bitmap off its node.
+func (d *DirtyBitmap) Remove() {
+	s := d.set()
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	if i := slices.Index(s.all, d); i >= 0 {
+		s.all = slices.Delete(s.all, i, i+1)
+		d.gone = true
+		s.changedLocked()
+	}
+}
+
+// Freeze makes the bitmap hold still and be busy: writes are recorded in a successor until Abdicate or Reclaim.
+func (d *DirtyBitmap) Freeze() {
+	d.change(func() {
+		if d.successor != nil {
+			panic("graph: bitmap " + d.name + " is frozen already")
+		}
+		d.successor = bitmap.New(d.bits.Size(), d.bits.Granularity())
+		d.busy = true
+	})
+}
+
+// Abdicate ends Freeze: the bitmap holds what the successor has recorded. The node is drained meanwhile.
+func (d *DirtyBitmap) Abdicate() { d.thaw(true) }
+
+// Reclaim ends Freeze: the bitmap holds what it held and what the successor has recorded. The node is drained meanwhile.
+func (d *DirtyBitmap) Reclaim() { d.thaw(false) }
+
+func (d *DirtyBitmap) thaw(forget bool) {
+	d.change(func() {
+		if d.successor == nil {
+			panic("graph: bitmap " + d.name + " is not frozen")
+		}
+		if forget {
+			d.bits.Take()
+		}
+		d.bits.Merge(d.successor)
+		d.successor, d.busy = nil, false
+	})
+}
+
+// BitmapUse is what somebody is about to do with a bitmap.
+type BitmapUse uint8
+
+const (
+	BitmapChange BitmapUse = iota // change its content
+	BitmapRead                    // read it, or whether it records
+	BitmapRemove                  // remove it
+)
+
+// bitmapError carries the advice that the reference gives with an error.
+type bitmapError struct{ text, hint string }
+
+func (e *bitmapError) Error() string { return e.text }
+
+// Hint is advice for the user, printed where errors are printed.
+func (e *bitmapError) Hint() string { return e.hint }
+
+// Check tells why the bitmap cannot be used that way now, in the reference's words.
+func (d *DirtyBitmap) Check(use BitmapUse) error {
+	s := d.set()
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	switch {
+	case d.busy:
+		return fmt.Errorf("Bitmap '%s' is currently in use by another operation and cannot be used", d.name)
+	case d.readOnly && use != BitmapRead:
+		return fmt.Errorf("Bitmap '%s' is readonly and cannot be modified", d.name)
+	case d.inconsistent && use != BitmapRemove:
+		return &bitmapError{fmt.Sprintf("Bitmap '%s' is inconsistent and cannot be used", d.name),
+			"Try block-dirty-bitmap-remove to delete this bitmap from disk\n"}
+	}
+	return nil
+}
+
+// BitmapState is what is shown of a bitmap.
+type BitmapState struct {
+	Name                                      string
+	Count, Granularity                        int64 // bytes
+	Recording, Busy, Persistent, Inconsistent bool
+}
+
+// BitmapStates are the states of all bitmaps, newest first; nil if there are none.
+func (n *Node) BitmapStates() (l []BitmapState) {
+	s := &n.io.dirty
+	if s.count.Load() == 0 {
+		return nil
+	}
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	for _, d := range s.all {
+		l = append(l, BitmapState{
+			Name: d.name, Count: d.bits.Count(), Granularity: d.bits.Granularity(),
+			Recording: !d.disabled, Busy: d.busy, Persistent: d.persistent, Inconsistent: d.inconsistent,
+		})
+	}
+	return l
+}

@@ -1,0 +1,99 @@
+package graph_test
+
+import (
+	"context"
+	"fmt"
+	"testing"
+
+	"qblockd/blockdev/drivertest"
+	"qblockd/graph"
+	"qblockd/graph/blk"
+)
+
+func newBitmap(t testing.TB, n *graph.Node, s graph.DirtyBitmapSpec) *graph.DirtyBitmap {
+	t.Helper()
+	d, err := n.NewDirtyBitmap(s)
+	if err != nil {
+		t.Fatal(err)
+	}
+	return d
+}
+
+func TestDirtyBitmaps(t *testing.T) {
+	const k = 1 << 10
+	root, r := stack(t, drivertest.NewMemFile(100*k), 0)
+	n := root.Node()
+	a := newBitmap(t, n, graph.DirtyBitmapSpec{Name: "a", Granularity: 4 * k})
+	b := newBitmap(t, n, graph.DirtyBitmapSpec{Name: "b", Granularity: k, Disabled: true})
+	want := func(what string, wantA, wantB int64) {
+		t.Helper()
+		if a.Bits().Count() != wantA*k || b.Bits().Count() != wantB*k {
+			t.Errorf("%s: %d and %d KiB dirty, want %d and %d", what, a.Bits().Count()/k, b.Bits().Count()/k, wantA, wantB)
+		}
+	}
+	ops := func(off int64) {
+		t.Helper()
+		if err := root.WriteAt(r, blk.Buf(make([]byte, k)), off, 0); err != nil {
+			t.Fatal(err)
+		}
+		if err := root.Zero(r, off+8*k, k, 0); err != nil {
+			t.Fatal(err)
+		}
+		if err := root.ReadAt(r, blk.Buf(make([]byte, k)), off+16*k, 0); err != nil {
+			t.Fatal(err)
+		}
+	}
+	ops(0)
+	want("write, zero", 8, 0)
+	b.Enable()
+	ops(k)
+	want("enabled", 8, 2)
+	a.Freeze()
+	ops(32 * k)
+	want("frozen", 8, 4)
+	if err := a.Check(graph.BitmapRead); err == nil || !a.Busy() || !a.Enabled() {
+		t.Error("a frozen bitmap is not busy", err)
+	}
+	a.Reclaim()
+	want("reclaimed", 16, 4)
+	a.Freeze()
+	ops(64 * k)
+	a.Abdicate()
+	want("abdicated", 8, 6)
+	if err := root.Resize(context.Background(), 200*k, true, blk.PreallocOff); err != nil {
+		t.Fatal(err)
+	}
+	if err := root.WriteAt(r, blk.Buf(make([]byte, k)), 199*k, 0); err != nil {
+		t.Fatal(err)
+	}
+	want("grown", 12, 7)
+	if _, err := n.NewDirtyBitmap(graph.DirtyBitmapSpec{Name: "a"}); err == nil {
+		t.Error("a second bitmap of the same name")
+	}
+	a.Remove()
+	if n.DirtyBitmap("a") != nil || n.DirtyBitmap("b") != b || len(n.BitmapStates()) != 1 {
+		t.Error("removed, or not")
+	}
+	ops(0)
+	want("removed", 12, 9)
+}
+
+// What bitmaps cost a write of 4 KiB.
+func BenchmarkDirtyBitmaps(b *testing.B) {
+	for _, count := range []int{0, 1, 16} {
+		b.Run(fmt.Sprintf("%d", count), func(b *testing.B) {
+			root, r := stack(b, nullDriver(b), 0)
+			for i := range count {
+				newBitmap(b, root.Node(), graph.DirtyBitmapSpec{Name: fmt.Sprint(i)})
+			}
+			v := blk.Buf(make([]byte, 4096))
+			size := root.Size()
+			b.ReportAllocs()
+			for i := 0; b.Loop(); i++ {
+				if err := root.WriteAt(r, v, int64(i)*4096%size, 0); err != nil {
+					b.Fatal(err)
+				}
+			}
+		})
+	}
+}

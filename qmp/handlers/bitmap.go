@@ -1,0 +1,53 @@
+package handlers
+
+import (
+	"context"
+
+	"qblockd/jobs"
+	"qblockd/schema/types"
+)
+
+// The commands on dirty bitmaps are transactions of one step.
+
+func (b BlockCore) run(ctx context.Context, a jobs.Action) error {
+	return jobs.RunActions(ctx, b.Nodes.Graph(), a)
+}
+
+// BlockDirtyBitmapAdd makes a bitmap.
+func (b BlockCore) BlockDirtyBitmapAdd(ctx context.Context, a *types.BlockDirtyBitmapAdd) error {
+	return b.run(ctx, b.Nodes.BitmapAdd(a))
+}
+
+// BlockDirtyBitmapRemove removes one.
+func (b BlockCore) BlockDirtyBitmapRemove(ctx context.Context, a *types.BlockDirtyBitmap) error {
+	return b.run(ctx, b.Nodes.BitmapRemove(a))
+}
+
+// BlockDirtyBitmapClear makes one clean.
+func (b BlockCore) BlockDirtyBitmapClear(ctx context.Context, a *types.BlockDirtyBitmap) error {
+	return b.run(ctx, b.Nodes.BitmapClear(a))
+}
+
+// BlockDirtyBitmapEnable lets one record.
+func (b BlockCore) BlockDirtyBitmapEnable(ctx context.Context, a *types.BlockDirtyBitmap) error {
+	return b.run(ctx, b.Nodes.BitmapEnable(a, true))
+}
+
+// BlockDirtyBitmapDisable lets one record no more.
+func (b BlockCore) BlockDirtyBitmapDisable(ctx context.Context, a *types.BlockDirtyBitmap) error {
+	return b.run(ctx, b.Nodes.BitmapEnable(a, false))
+}
+
+// BlockDirtyBitmapMerge adds some to one.
+func (b BlockCore) BlockDirtyBitmapMerge(ctx context.Context, a *types.BlockDirtyBitmapMerge) error {
+	return b.run(ctx, b.Nodes.BitmapMerge(a))
+}
+
+// XDebugBlockDirtyBitmapSha256 tells the digest of one.
+func (b BlockCore) XDebugBlockDirtyBitmapSha256(_ context.Context, a *types.BlockDirtyBitmap) (*types.BlockDirtyBitmapSha256, error) {
+	sum, err := b.Nodes.BitmapSHA256(a.Node, a.Name)
+	if err != nil {
+		return nil, err
+	}
+	return &types.BlockDirtyBitmapSha256{Sha256: sum}, nil
+}
