@@ -52,30 +52,15 @@ func (o *opener) openTop(p *plan, finish func(tx *graph.Tx, n *graph.Node) error
 }
 
 func (o *opener) tryOpen(p *plan, finish func(tx *graph.Tx, n *graph.Node) error) error {
-	if p.ref == "" {
-		var made []*graph.Node
-		tx := o.m.g.Begin(o.ctx)
-		defer tx.Abort()
-		if err := p.reserve(tx, func(n *graph.Node) { made = append(made, n) }); err != nil {
-			return err
-		}
-		if err := o.commit(tx, made); err != nil {
-			return err
-		}
-	}
-	n, err := o.open(p)
+	n, err := o.openAll(p)
 	if err != nil {
 		return err
 	}
 	tx := o.m.g.Begin(o.ctx)
 	defer tx.Abort()
-	for _, r := range o.roots {
-		if err := tx.DetachRoot(r); err != nil {
-			return err
-		}
-	}
+	x := &Opened{o, n}
 	if p.ref == "" {
-		if err := tx.Publish(n); err != nil {
+		if err := x.Publish(tx); err != nil {
 			return err
 		}
 	}
@@ -85,10 +70,34 @@ func (o *opener) tryOpen(p *plan, finish func(tx *graph.Tx, n *graph.Node) error
 	if err := tx.Commit(); err != nil {
 		return err
 	}
-	for _, n := range o.nodes {
-		o.m.record(n).seen.Store(true)
-	}
+	x.Done()
 	return nil
+}
+
+// openHidden opens a plan and leaves it to the caller to publish it.
+func (o *opener) openHidden(p *plan) (*Opened, error) {
+	n, err := o.openAll(p)
+	if err != nil {
+		o.discard()
+		return nil, err
+	}
+	return &Opened{o, n}, nil
+}
+
+// openAll reserves the names in the plan and opens it.
+func (o *opener) openAll(p *plan) (*graph.Node, error) {
+	if p.ref == "" {
+		var made []*graph.Node
+		tx := o.m.g.Begin(o.ctx)
+		defer tx.Abort()
+		if err := p.reserve(tx, func(n *graph.Node) { made = append(made, n) }); err != nil {
+			return nil, err
+		}
+		if err := o.commit(tx, made); err != nil {
+			return nil, err
+		}
+	}
+	return o.open(p)
 }
 
 // discard undoes everything. It waits for nothing but the drivers' Close.

@@ -98,6 +98,12 @@ type (
 	Informer interface {
 		ImageInfo(info *types.ImageInfo) // fills cluster-size, dirty-flag, compressed, encrypted, format-specific
 	}
+	// ModeSwitcher has something to do when its node becomes writable or read-only (qcow2: repairs and header bits). Both are called
+	// while the node is drained: Prepare before the change, it may refuse; Commit after it.
+	ModeSwitcher interface {
+		PrepareReadOnly(r *blk.Req, readOnly bool) error
+		CommitReadOnly(r *blk.Req, readOnly bool) error
+	}
 	// Sizer tells the bytes allocated on the host ("actual-size"); may block.
 	Sizer interface {
 		ActualSize() (int64, error)

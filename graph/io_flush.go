@@ -132,3 +132,6 @@ func (n *Node) flushChildren(r *blk.Req, kids []*Edge) (err error) {
 	}
 	return err
 }
+
+// Flush is Edge.Flush for those who hold n quiet and have no edge to it.
+func (n *Node) Flush(ctx context.Context) error { return n.flushNode(&blk.Req{Ctx: ctx}) }

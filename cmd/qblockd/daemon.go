@@ -100,6 +100,7 @@ func (d *daemon) register() {
 	types.RegisterBlockCreate(d.dispatch, handlers.BlockCreate{Jobs: d.jobs, Nodes: d.nodes})
 	types.RegisterBlockJob(d.dispatch, handlers.BlockJob{Jobs: d.jobs, Nodes: d.nodes})
 	types.RegisterJob(d.dispatch, handlers.Job{Jobs: d.jobs})
+	types.RegisterTransaction(d.dispatch, handlers.Transaction{Nodes: d.nodes})
 	types.RegisterBlockExport(d.dispatch, handlers.BlockExport{Graph: d.graph, Exports: d.exports})
 }
 

@@ -7,7 +7,7 @@ import (
 	"qblockd/schema/types"
 )
 
-// The commands on dirty bitmaps are transactions of one step.
+// The commands on dirty bitmaps and external snapshots are transactions of one step.
 
 func (b BlockCore) run(ctx context.Context, a jobs.Action) error {
 	return jobs.RunActions(ctx, b.Nodes.Graph(), a)
@@ -50,4 +50,14 @@ func (b BlockCore) XDebugBlockDirtyBitmapSha256(_ context.Context, a *types.Bloc
 		return nil, err
 	}
 	return &types.BlockDirtyBitmapSha256{Sha256: sum}, nil
+}
+
+// BlockdevSnapshot puts an overlay on a node.
+func (b BlockCore) BlockdevSnapshot(ctx context.Context, a *types.BlockdevSnapshot) error {
+	return b.run(ctx, b.Nodes.Snapshot(a))
+}
+
+// BlockdevSnapshotSync makes an overlay and puts it on a node.
+func (b BlockCore) BlockdevSnapshotSync(ctx context.Context, a *types.BlockdevSnapshotSync) error {
+	return b.run(ctx, b.Nodes.SnapshotSync(a))
 }

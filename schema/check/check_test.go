@@ -33,6 +33,7 @@ func newDecoders() decoders {
 	types.RegisterControl(d, nil)
 	types.RegisterIntrospect(d, nil)
 	types.RegisterQom(d, nil)
+	types.RegisterTransaction(d, nil)
 	return d
 }
 

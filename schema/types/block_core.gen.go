@@ -928,6 +928,47 @@ type BlockDirtyBitmapSha256 struct {
 	Sha256 string
 }
 
+// NewImageMode: whether a command makes the image that it needs.
+type NewImageMode string
+
+// The values of NewImageMode.
+const (
+	// It is there.
+	NewImageModeExisting NewImageMode = "existing"
+	// It is made, and names its backing file as the node does.
+	NewImageModeAbsolutePaths NewImageMode = "absolute-paths"
+)
+
+// NewImageModeValues lists the values of NewImageMode in the order of the schema.
+var NewImageModeValues = []NewImageMode{
+	NewImageModeExisting,
+	NewImageModeAbsolutePaths,
+}
+
+// BlockdevSnapshotSync: an overlay to be made or opened, and put on a node.
+type BlockdevSnapshotSync struct {
+	// The node, as the name of a device.
+	Device *string
+	// The node.
+	NodeName *string
+	// File of the overlay.
+	SnapshotFile string
+	// Name of the overlay's node.
+	SnapshotNodeName *string
+	// Format of the overlay (default: qcow2).
+	Format *string
+	// Whether it is made (default: absolute-paths).
+	Mode *NewImageMode
+}
+
+// BlockdevSnapshot: a node to be put on another one as its overlay.
+type BlockdevSnapshot struct {
+	// The node, which becomes the backing file.
+	Node string
+	// The overlay; it has no backing file yet.
+	Overlay string
+}
+
 // QueryBlockstatsArgs: the arguments of query-blockstats.
 type QueryBlockstatsArgs struct {
 	// One entry for each node instead of each device (default false).

@@ -385,6 +385,42 @@ func membersBlockDirtyBitmapMerge(d *decoder, x *BlockDirtyBitmapMerge) bool {
 		listPtr(d, "bitmaps", &x.Bitmaps, visitBlockDirtyBitmapOrStr)
 }
 
+func visitNewImageMode(d *decoder, name string, x *NewImageMode) bool {
+	return enum(d, name, x, NewImageModeValues)
+}
+
+// DecodeBlockdevSnapshotSync decodes v; faults are worded as the reference does (*ArgError).
+func DecodeBlockdevSnapshotSync(v value.Value, m Mode) (*BlockdevSnapshotSync, error) {
+	return decode(v, m, visitBlockdevSnapshotSync)
+}
+
+func visitBlockdevSnapshotSync(d *decoder, name string, x *BlockdevSnapshotSync) bool {
+	return object(d, name, x, membersBlockdevSnapshotSync)
+}
+
+func membersBlockdevSnapshotSync(d *decoder, x *BlockdevSnapshotSync) bool {
+	return opt(d, "device", &x.Device, visitStr) &&
+		opt(d, "node-name", &x.NodeName, visitStr) &&
+		visitStr(d, "snapshot-file", &x.SnapshotFile) &&
+		opt(d, "snapshot-node-name", &x.SnapshotNodeName, visitStr) &&
+		opt(d, "format", &x.Format, visitStr) &&
+		opt(d, "mode", &x.Mode, visitNewImageMode)
+}
+
+// DecodeBlockdevSnapshot decodes v; faults are worded as the reference does (*ArgError).
+func DecodeBlockdevSnapshot(v value.Value, m Mode) (*BlockdevSnapshot, error) {
+	return decode(v, m, visitBlockdevSnapshot)
+}
+
+func visitBlockdevSnapshot(d *decoder, name string, x *BlockdevSnapshot) bool {
+	return object(d, name, x, membersBlockdevSnapshot)
+}
+
+func membersBlockdevSnapshot(d *decoder, x *BlockdevSnapshot) bool {
+	return visitStr(d, "node", &x.Node) &&
+		visitStr(d, "overlay", &x.Overlay)
+}
+
 // DecodeQueryBlockstatsArgs decodes the arguments in v, nil for none; faults are worded as the reference does (*ArgError).
 func DecodeQueryBlockstatsArgs(v *value.Dict) (*QueryBlockstatsArgs, error) {
 	return args(v, visitQueryBlockstatsArgs)

@@ -1155,6 +1155,43 @@ func (x *BlockDirtyBitmapSha256) AppendJSON(b []byte) []byte {
 }
 
 // AppendJSON appends x in the reference's form, members in hash order.
+func (x *BlockdevSnapshotSync) AppendJSON(b []byte) []byte {
+	b = append(b, '{')
+	if x.Device != nil {
+		b = appendKey(b, "device")
+		b = value.AppendString(b, *x.Device)
+	}
+	if x.NodeName != nil {
+		b = appendKey(b, "node-name")
+		b = value.AppendString(b, *x.NodeName)
+	}
+	if x.Mode != nil {
+		b = appendKey(b, "mode")
+		b = appendEnum(b, *x.Mode)
+	}
+	b = appendKey(b, "snapshot-file")
+	b = value.AppendString(b, x.SnapshotFile)
+	if x.SnapshotNodeName != nil {
+		b = append(b, `, "snapshot-node-name": `...)
+		b = value.AppendString(b, *x.SnapshotNodeName)
+	}
+	if x.Format != nil {
+		b = append(b, `, "format": `...)
+		b = value.AppendString(b, *x.Format)
+	}
+	return append(b, '}')
+}
+
+// AppendJSON appends x in the reference's form, members in hash order.
+func (x *BlockdevSnapshot) AppendJSON(b []byte) []byte {
+	b = append(b, `{"node": `...)
+	b = value.AppendString(b, x.Node)
+	b = append(b, `, "overlay": `...)
+	b = value.AppendString(b, x.Overlay)
+	return append(b, '}')
+}
+
+// AppendJSON appends x in the reference's form, members in hash order.
 func (x *QueryBlockstatsArgs) AppendJSON(b []byte) []byte {
 	b = append(b, '{')
 	if x.QueryNodes != nil {

@@ -56,6 +56,12 @@ type BlockCoreHandler interface {
 	// XDebugBlockDirtyBitmapSha256 executes x-debug-block-dirty-bitmap-sha256: tells the digest of a dirty
 	// bitmap, to compare bitmaps with.
 	XDebugBlockDirtyBitmapSha256(ctx context.Context, a *BlockDirtyBitmap) (*BlockDirtyBitmapSha256, error)
+	// BlockdevSnapshotSync executes blockdev-snapshot-sync: makes an overlay and puts it on a node. All
+	// who used the node use the overlay from then on.
+	BlockdevSnapshotSync(ctx context.Context, a *BlockdevSnapshotSync) error
+	// BlockdevSnapshot executes blockdev-snapshot: puts an overlay on a node. All who used the node use
+	// the overlay from then on.
+	BlockdevSnapshot(ctx context.Context, a *BlockdevSnapshot) error
 }
 
 // RegisterBlockCore registers all commands of the module with r.
@@ -222,5 +228,25 @@ func RegisterBlockCore(r Registrar, h BlockCoreHandler) {
 			return nil, err
 		}
 		return ret.AppendJSON(out), nil
+	})
+	r.Handle("blockdev-snapshot-sync", func(ctx context.Context, args *value.Dict, out []byte) ([]byte, error) {
+		a, err := DecodeBlockdevSnapshotSync(args, ModeQObject)
+		if err != nil {
+			return nil, err
+		}
+		if err := h.BlockdevSnapshotSync(ctx, a); err != nil {
+			return nil, err
+		}
+		return append(out, "{}"...), nil
+	})
+	r.Handle("blockdev-snapshot", func(ctx context.Context, args *value.Dict, out []byte) ([]byte, error) {
+		a, err := DecodeBlockdevSnapshot(args, ModeQObject)
+		if err != nil {
+			return nil, err
+		}
+		if err := h.BlockdevSnapshot(ctx, a); err != nil {
+			return nil, err
+		}
+		return append(out, "{}"...), nil
 	})
 }

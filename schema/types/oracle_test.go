@@ -46,6 +46,7 @@ func newRecorder() recorder {
 	RegisterControl(r, nil)
 	RegisterIntrospect(r, nil)
 	RegisterQom(r, nil)
+	RegisterTransaction(r, nil)
 	return r
 }
 

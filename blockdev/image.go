@@ -1,0 +1,138 @@
+package blockdev
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"io/fs"
+	"os"
+
+	"qblockd/blockdev/file"
+	"qblockd/graph"
+	"qblockd/graph/perm"
+	"qblockd/schema/types"
+)
+
+// NewImage describes an image that a command makes under way.
+type NewImage struct {
+	Filename string
+	Format   string // name of a driver
+	Size     int64  // bytes
+	// Backing is the file name that the new image names as its backing file, of the format BackingFormat; "" for none.
+	Backing, BackingFormat string
+}
+
+// CreateImage makes an image in a file, which is made or overwritten. It blocks as long as the storage does. A file that it has made
+// does not stay after an error.
+func (m *Manager) CreateImage(ctx context.Context, i NewImage) (err error) {
+	d := m.drivers[types.BlockdevDriver(i.Format)]
+	if d == nil {
+		return fmt.Errorf("Unknown file format '%s'", i.Format)
+	}
+	switch d.Name {
+	case types.BlockdevDriverQcow2, types.BlockdevDriverRaw, types.BlockdevDriverFile:
+	default:
+		return fmt.Errorf("Format driver '%s' does not support image creation", i.Format)
+	}
+	if i.Backing != "" {
+		if d.Backing == nil {
+			return fmt.Errorf("Backing file not supported for file format '%s'", i.Format)
+		}
+		if i.Backing == i.Filename {
+			return errors.New("Error: Trying to create an image with the same filename as the backing file")
+		}
+	}
+	fresh, err := await(ctx, func() bool { _, err := os.Lstat(i.Filename); return errors.Is(err, fs.ErrNotExist) })
+	if err != nil {
+		return err
+	}
+	defer func() {
+		if err != nil && fresh {
+			os.Remove(i.Filename)
+		}
+	}()
+	o := &types.BlockdevCreateOptionsFile{Filename: i.Filename}
+	if d.Name != types.BlockdevDriverQcow2 {
+		o.Size = uint64(i.Size)
+	}
+	if err := file.Create(ctx, o, func() {}); err != nil || d.Name != types.BlockdevDriverQcow2 {
+		return err
+	}
+	q := &types.BlockdevCreateOptionsQcow2{
+		File: types.BlockdevRef{Definition: &types.BlockdevOptions{
+			Driver: types.BlockdevDriverFile, U: &types.BlockdevOptionsFile{Filename: i.Filename},
+		}},
+		Size: uint64(i.Size),
+	}
+	if i.Backing != "" {
+		format := types.BlockdevDriver(i.BackingFormat)
+		q.BackingFile, q.BackingFmt = &i.Backing, &format
+	}
+	return m.Creator(&types.BlockdevCreateOptions{Driver: types.BlockdevDriverQcow2, U: q})(ctx, func() {})
+}
+
+// Opened is a tree of nodes that was opened and that nobody else sees yet. Either Publish and then Done follow, or Discard.
+type Opened struct {
+	o    *opener
+	node *graph.Node
+}
+
+// OpenImage opens the image in a file by its name, without its backing file. An empty format is guessed. like gives what it inherits:
+// whether it is read-only, how it caches, whether it discards. An empty name is generated. It blocks as long as the storage does.
+func (m *Manager) OpenImage(ctx context.Context, filename, format, name string, like *graph.Options) (*Opened, error) {
+	opts, fileRef, err := m.namedOptions(ctx, filename, format)
+	if err != nil {
+		return nil, err
+	}
+	ro, unmap := like.ReadOnly, types.BlockdevDiscardOptionsIgnore
+	if like.Discard {
+		unmap = types.BlockdevDiscardOptionsUnmap
+	}
+	generic := types.BlockdevOptions{
+		ReadOnly: &ro, Discard: &unmap,
+		Cache: &types.BlockdevCacheOptions{Direct: &like.Direct, NoFlush: &like.NoFlush},
+	}
+	if name != "" {
+		generic.NodeName = &name
+	}
+	var p *plan
+	if opts != nil {
+		generic.Driver, generic.U = opts.Driver, opts.U
+		p, err = m.plan(&generic, nil, 0, nil)
+	} else {
+		p = &plan{gen: inherit(&generic, nil, 0)}
+		var k *plan
+		if k, err = m.planRef(fileRef, p.gen, perm.Image, nil); err == nil {
+			p.opts = &types.BlockdevOptions{U: fileRef}
+			p.kids = []planChild{{"file", perm.Image, k}}
+		}
+	}
+	if err != nil {
+		return nil, err
+	}
+	p.noBacking = true
+	return m.newOpener(ctx).openHidden(p)
+}
+
+// Node is the top of the tree.
+func (x *Opened) Node() *graph.Node { return x.node }
+
+// Publish lets tx make the tree visible. Its nodes live as long as something refers to them.
+func (x *Opened) Publish(tx *graph.Tx) error {
+	for _, r := range x.o.roots {
+		if err := tx.DetachRoot(r); err != nil {
+			return err
+		}
+	}
+	return tx.Publish(x.node)
+}
+
+// Done is called when tx has been committed.
+func (x *Opened) Done() {
+	for _, n := range x.o.nodes {
+		x.o.m.record(n).seen.Store(true)
+	}
+}
+
+// Discard closes the tree. It waits for nothing but the drivers' Close.
+func (x *Opened) Discard() { x.o.discard() }

@@ -1,0 +1,163 @@
+package blockdev
+
+import (
+	"context"
+	"errors"
+
+	"qblockd/graph"
+	"qblockd/graph/perm"
+	"qblockd/schema/types"
+)
+
+// Snapshot is the body of blockdev-snapshot and blockdev-snapshot-sync, as a step of a transaction (jobs.Action): all parents of a node
+// move to an overlay, which gets the node as its backing file. What was written to the node before is on stable storage then.
+type Snapshot struct {
+	m            *Manager
+	device, node *string
+	overlay      string                      // of blockdev-snapshot, or
+	sync         *types.BlockdevSnapshotSync // of blockdev-snapshot-sync
+
+	old    *graph.Node
+	opened *Opened // the overlay that was made or opened by this step
+	done   bool
+}
+
+// Snapshot makes the step of blockdev-snapshot.
+func (m *Manager) Snapshot(a *types.BlockdevSnapshot) *Snapshot {
+	return &Snapshot{m: m, device: &a.Node, node: &a.Node, overlay: a.Overlay}
+}
+
+// SnapshotSync makes the step of blockdev-snapshot-sync.
+func (m *Manager) SnapshotSync(a *types.BlockdevSnapshotSync) *Snapshot {
+	return &Snapshot{m: m, device: a.Device, node: a.NodeName, sync: a}
+}
+
+// check finds the node and tells whether a snapshot of it is possible.
+func (s *Snapshot) check() (err error) {
+	if s.old, err = s.m.Lookup(s.device, s.node); err != nil {
+		return err
+	}
+	return s.old.Blocked(graph.OpExternalSnapshot)
+}
+
+// Open implements jobs.Opener: it makes and opens the overlay of blockdev-snapshot-sync.
+func (s *Snapshot) Open(ctx context.Context) error {
+	a := s.sync
+	if a == nil {
+		return nil
+	}
+	if err := s.check(); err != nil {
+		return err
+	}
+	name := ""
+	set(&name, a.SnapshotNodeName)
+	if s.node != nil && a.SnapshotNodeName == nil {
+		return errors.New("New overlay node-name missing")
+	}
+	if name != "" && s.m.g.Node(name) != nil {
+		return errors.New("New overlay node-name already in use")
+	}
+	format := string(types.BlockdevDriverQcow2)
+	set(&format, a.Format)
+	if a.Mode == nil || *a.Mode != types.NewImageModeExisting {
+		err := s.m.CreateImage(ctx, NewImage{
+			Filename: a.SnapshotFile, Format: format, Size: s.old.Size(),
+			Backing: s.m.Filename(s.old), BackingFormat: s.old.DriverName(),
+		})
+		if err != nil {
+			return err
+		}
+	}
+	var err error
+	s.opened, err = s.m.OpenImage(ctx, a.SnapshotFile, format, name, s.old.Options())
+	return err
+}
+
+// Nodes implements jobs.Action.
+func (s *Snapshot) Nodes() []*graph.Node {
+	old, err := s.m.Lookup(s.device, s.node)
+	if err != nil {
+		return nil
+	}
+	nodes := []*graph.Node{old}
+	if n := s.m.g.Node(s.overlay); n != nil && s.sync == nil {
+		nodes = append(nodes, n)
+	}
+	return nodes
+}
+
+// Prepare implements jobs.Action.
+func (s *Snapshot) Prepare(ctx context.Context, tx *graph.Tx) error {
+	if err := s.check(); err != nil {
+		return err
+	}
+	if err := s.old.Flush(ctx); err != nil {
+		return errors.New("An IO error has occurred")
+	}
+	var overlay *graph.Node
+	if s.opened != nil {
+		overlay = s.opened.Node()
+	} else {
+		var err error
+		if overlay, err = s.m.Lookup(&s.overlay, &s.overlay); err != nil {
+			return err
+		}
+	}
+	if err := s.fits(tx, overlay); err != nil {
+		return err
+	}
+	if _, err := tx.InsertFilter(overlay, "backing", s.old); err != nil {
+		return err
+	}
+	if s.opened != nil {
+		return s.opened.Publish(tx)
+	}
+	return nil
+}
+
+// fits tells why a node cannot become an overlay.
+func (s *Snapshot) fits(tx *graph.Tx, overlay *graph.Node) error {
+	for _, e := range tx.Parents(overlay) {
+		if e.Claim().Need&perm.ConsistentRead != 0 {
+			return errors.New("The overlay is already in use")
+		}
+	}
+	if overlay.Kind() == graph.Filter {
+		return errors.New("Filters cannot be used as overlays")
+	}
+	if err := overlay.Blocked(graph.OpExternalSnapshot); err != nil {
+		return err
+	}
+	if tx.Child(overlay, "backing") != nil {
+		return errors.New("The overlay already has a backing image")
+	}
+	if !overlay.Caps().Backing {
+		return errors.New("The overlay does not support backing images")
+	}
+	return nil
+}
+
+// Commit implements jobs.Action.
+func (s *Snapshot) Commit() {
+	s.done = true
+	if s.opened != nil {
+		s.opened.Done()
+	}
+	if s.old.ReadOnly() {
+		return
+	}
+	// Nobody writes to it from now on. That it cannot be told so is no reason to undo anything.
+	if err := s.m.g.SwitchReadOnly(context.Background(), true, s.old.WithFiles()...); err != nil {
+		s.m.log.Warn("a node stays writable below its overlay", "node", s.old.Name(), "error", err)
+	}
+}
+
+// Abort implements jobs.Action.
+func (s *Snapshot) Abort() {}
+
+// Clean implements jobs.Action.
+func (s *Snapshot) Clean() {
+	if s.opened != nil && !s.done {
+		s.opened.Discard()
+	}
+}

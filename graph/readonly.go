@@ -1,0 +1,74 @@
+package graph
+
+import (
+	"context"
+	"log/slog"
+
+	"qblockd/graph/blk"
+)
+
+// WithFiles are n and the files below it that have their read-only-ness from it: those that nobody named for themselves.
+func (n *Node) WithFiles() []*Node {
+	nodes := []*Node{n}
+	for e := n.File(); e != nil && e.Node().ReadOnly() == n.ReadOnly() && !e.Node().MonitorOwned(); e = e.Node().File() {
+		nodes = append(nodes, e.Node())
+	}
+	return nodes
+}
+
+// SwitchReadOnly makes all nodes read-only or writable, or none. Requests on them wait meanwhile; it blocks as long as those and the
+// storage do. Errors: those of permissions and of the drivers.
+func (g *Graph) SwitchReadOnly(ctx context.Context, readOnly bool, nodes ...*Node) error {
+	tx := g.Begin(ctx)
+	defer tx.Abort()
+	var changes []*modeChange
+	for _, n := range nodes {
+		if err := tx.SetReadOnly(n, readOnly); err != nil {
+			return err
+		}
+		if d, ok := n.drv.(ModeSwitcher); ok {
+			c := &modeChange{driver: d, readOnly: readOnly}
+			changes = append(changes, c)
+			tx.Join(c)
+		}
+	}
+	if err := tx.Commit(); err != nil {
+		return err
+	}
+	for _, c := range changes {
+		if c.err != nil {
+			// The driver has stayed as it was; the nodes follow.
+			g.switchBack(!readOnly, nodes)
+			return c.err
+		}
+	}
+	return nil
+}
+
+func (g *Graph) switchBack(readOnly bool, nodes []*Node) {
+	tx := g.Begin(context.Background())
+	defer tx.Abort()
+	for _, n := range nodes {
+		ignoreClosing(tx.SetReadOnly(n, readOnly))
+	}
+	if err := tx.Commit(); err != nil {
+		slog.Error("a node cannot be switched back", "node", nodes[0].Name(), "read-only", readOnly, "err", err)
+	}
+}
+
+// modeChange tells a driver within a transaction.
+type modeChange struct {
+	driver   ModeSwitcher
+	readOnly bool
+	err      error
+}
+
+func (c *modeChange) Prepare(ctx context.Context) error {
+	return c.driver.PrepareReadOnly(&blk.Req{Ctx: ctx}, c.readOnly)
+}
+
+func (c *modeChange) Commit() {
+	c.err = c.driver.CommitReadOnly(&blk.Req{Ctx: context.Background()}, c.readOnly)
+}
+
+func (c *modeChange) Abort() {}

@@ -1,0 +1,66 @@
+package handlers
+
+import (
+	"context"
+	"errors"
+	"fmt"
+
+	"qblockd/blockdev"
+	"qblockd/graph"
+	"qblockd/jobs"
+	"qblockd/schema/types"
+)
+
+// Transaction executes transaction.
+type Transaction struct{ Nodes *blockdev.Manager }
+
+var _ types.TransactionHandler = Transaction{}
+
+// Transaction implements types.TransactionHandler.
+func (h Transaction) Transaction(ctx context.Context, a *types.TransactionArgs) error {
+	mode := types.ActionCompletionModeIndividual
+	if p := a.Properties; p != nil && p.CompletionMode != nil {
+		mode = *p.CompletionMode
+	}
+	var l []jobs.Action
+	for _, step := range a.Actions {
+		act := h.action(step)
+		if mode == types.ActionCompletionModeGrouped && step.Type != types.TransactionActionKindAbort {
+			act = refused{err: fmt.Errorf("Action '%s' does not support Transaction property completion-mode = %s", step.Type, mode)}
+		}
+		l = append(l, act)
+	}
+	return jobs.RunActions(ctx, h.Nodes.Graph(), l...)
+}
+
+func (h Transaction) action(a *types.TransactionAction) jobs.Action {
+	switch u := a.U.(type) {
+	case *types.BlockDirtyBitmapAddWrapper:
+		return h.Nodes.BitmapAdd(&u.Data)
+	case *types.BlockDirtyBitmapMergeWrapper:
+		return h.Nodes.BitmapMerge(&u.Data)
+	case *types.BlockdevSnapshotWrapper:
+		return h.Nodes.Snapshot(&u.Data)
+	case *types.BlockdevSnapshotSyncWrapper:
+		return h.Nodes.SnapshotSync(&u.Data)
+	case *types.BlockDirtyBitmapWrapper:
+		switch a.Type {
+		case types.TransactionActionKindBlockDirtyBitmapRemove:
+			return h.Nodes.BitmapRemove(&u.Data)
+		case types.TransactionActionKindBlockDirtyBitmapClear:
+			return h.Nodes.BitmapClear(&u.Data)
+		default:
+			return h.Nodes.BitmapEnable(&u.Data, a.Type == types.TransactionActionKindBlockDirtyBitmapEnable)
+		}
+	}
+	return refused{err: errors.New("Transaction aborted using Abort action")}
+}
+
+// refused is a step that fails.
+type refused struct {
+	jobs.NoAction
+	err error
+}
+
+// Prepare implements jobs.Action.
+func (r refused) Prepare(context.Context, *graph.Tx) error { return r.err }

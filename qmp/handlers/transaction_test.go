@@ -1,0 +1,82 @@
+package handlers
+
+import (
+	"fmt"
+	"path/filepath"
+	"strings"
+	"testing"
+
+	"qblockd/blockdev"
+	"qblockd/blockdev/drivertest"
+	"qblockd/schema/types"
+)
+
+// A step that fails, at any place among others that would not, leaves no trace of any of them.
+func TestTransactionUndo(t *testing.T) {
+	g := drivertest.NewGraph(t)
+	nodes := blockdev.New(g, blockdev.Config{})
+	c := commands{}
+	types.RegisterBlockCore(c, BlockCore{Nodes: nodes})
+	types.RegisterTransaction(c, Transaction{Nodes: nodes})
+	dir := t.TempDir()
+	ok := func(name, args string) {
+		t.Helper()
+		if got := c.say(t, name, args); got != "{}" {
+			t.Fatalf("%s: %s", name, got)
+		}
+	}
+	for _, n := range []string{"a", "b"} {
+		ok("blockdev-add", `{'driver': 'null-co', 'node-name': '`+n+`'}`)
+		ok("block-dirty-bitmap-add", `{'node': '`+n+`', 'name': 'old'}`)
+		ok("block-dirty-bitmap-add", `{'node': '`+n+`', 'name': 'off', 'disabled': true}`)
+		g.Node(n).DirtyBitmap("old").Bits().Set(0, 1<<20)
+		g.Node(n).DirtyBitmap("off").Bits().Set(1<<19, 1<<20)
+	}
+	steps := []string{
+		`{'type': 'block-dirty-bitmap-add', 'data': {'node': 'a', 'name': 'new'}}`,
+		`{'type': 'block-dirty-bitmap-merge', 'data': {'node': 'a', 'target': 'old', 'bitmaps': ['off', {'node': 'b', 'name': 'off'}]}}`,
+		`{'type': 'block-dirty-bitmap-clear', 'data': {'node': 'a', 'name': 'off'}}`,
+		`{'type': 'block-dirty-bitmap-enable', 'data': {'node': 'a', 'name': 'off'}}`,
+		`{'type': 'block-dirty-bitmap-disable', 'data': {'node': 'a', 'name': 'old'}}`,
+		`{'type': 'block-dirty-bitmap-remove', 'data': {'node': 'b', 'name': 'old'}}`,
+		`{'type': 'blockdev-snapshot-sync', 'data': {'node-name': 'a', 'snapshot-node-name': 'over', 'snapshot-file': '` + filepath.Join(dir, "over") + `'}}`,
+		`{'type': 'blockdev-snapshot', 'data': {'node': 'b', 'overlay': 'q'}}`,
+	}
+	failures := []struct{ step, want string }{
+		{`{'type': 'abort', 'data': {}}`, "Transaction aborted using Abort action"},
+		{`{'type': 'block-dirty-bitmap-add', 'data': {'node': 'b', 'name': 'off'}}`, "Bitmap already exists: off"},
+		{`{'type': 'block-dirty-bitmap-clear', 'data': {'node': 'a', 'name': 'none'}}`, "Dirty bitmap 'none' not found"},
+		{`{'type': 'block-dirty-bitmap-merge', 'data': {'node': 'b', 'target': 'off', 'bitmaps': ['off', 'none']}}`, "Dirty bitmap 'none' not found"},
+		{`{'type': 'blockdev-snapshot', 'data': {'node': 'b', 'overlay': 'none'}}`, "Cannot find device='none' nor node-name='none'"},
+		{`{'type': 'blockdev-snapshot-sync', 'data': {'node-name': 'b', 'snapshot-node-name': 'x', 'snapshot-file': '/nonexistent/x'}}`,
+			"Could not create '/nonexistent/x': No such file or directory"},
+	}
+	ok("blockdev-snapshot-sync", `{'node-name': 'b', 'snapshot-node-name': 'q', 'snapshot-file': '`+filepath.Join(dir, "q")+`'}`)
+	ok("blockdev-add", `{'driver': 'qcow2', 'node-name': 'q', 'backing': null, 'file': {'driver': 'file', 'filename': '`+filepath.Join(dir, "q")+`'}}`)
+	see := func() string {
+		s := c.say(t, "query-named-block-nodes", `{}`) + c.say(t, "x-debug-query-block-graph", `{}`)
+		for _, n := range []string{"a", "b"} {
+			for _, d := range []string{"old", "off"} {
+				s += c.say(t, "x-debug-block-dirty-bitmap-sha256", fmt.Sprintf(`{'node': '%s', 'name': '%s'}`, n, d))
+			}
+		}
+		return s
+	}
+	before := see()
+	for _, f := range failures {
+		for i := range len(steps) + 1 {
+			l := append(append(append([]string{}, steps[:i]...), f.step), steps[i:]...)
+			got := c.say(t, "transaction", `{'actions': [`+strings.Join(l, ", ")+`]}`)
+			if !strings.HasSuffix(got, f.want) {
+				t.Errorf("%s at %d: %s", f.step, i, got)
+			}
+			if after := see(); after != before {
+				t.Fatalf("%s at %d left\n%s, it was\n%s", f.step, i, after, before)
+			}
+		}
+	}
+	ok("transaction", `{'actions': [`+strings.Join(steps, ", ")+`]}`)
+	if see() == before || g.Node("over") != nil || g.Node("a").DirtyBitmap("new") == nil || g.Node("b").DirtyBitmap("old") != nil {
+		t.Error("without a failing step nothing happens")
+	}
+}
