@@ -110,6 +110,22 @@ func (tx *Tx) read(f func(d *txDraft)) {
 	}
 }
 
+// Try tells whether the rules of permissions allow what the Tx does so far, as Commit would: for callers that have to report that before
+// what comes later. It reserves nothing.
+func (tx *Tx) Try() error {
+	if err := tx.usable(); err != nil {
+		return err
+	}
+	tx.g.mu.RLock()
+	defer tx.g.mu.RUnlock()
+	d, err := tx.draftLocked()
+	if err == nil {
+		tx.draft = nil // Plan changes it
+		_, err = d.Plan()
+	}
+	return err
+}
+
 // Children are the edges below n as the Tx would leave them, newest first.
 func (tx *Tx) Children(n *Node) (l []*Edge) {
 	tx.read(func(d *txDraft) { l = d.Children(n) })

@@ -93,6 +93,15 @@ func (h *Handle) Throttle(n int64) error {
 	return h.Checkpoint()
 }
 
+// Idle waits until the job is cancelled by force, and is paused meanwhile as users ask for it.
+func (h *Handle) Idle() error {
+	for {
+		if err := h.sleep(time.Hour); err != nil {
+			return err
+		}
+	}
+}
+
 // sleep waits for d, a change of speed, a pause or a cancel, and then passes a pause point.
 func (h *Handle) sleep(d time.Duration) error {
 	j := h.j

@@ -56,6 +56,27 @@ func (j *Job) Resume() error {
 	return nil
 }
 
+// Hold pauses the job for a reason of its own surroundings, until Unhold: as its start quiesces the graph, a job is paused and goes on before its
+// first step, and clients see that.
+func (j *Job) Hold() {
+	j.m.mu.Lock()
+	defer j.m.mu.Unlock()
+	j.stepLocked(machine.PauseBegin)
+}
+
+// Unhold ends that. It returns when the job goes on, unless something else keeps it paused.
+func (j *Job) Unhold() {
+	j.m.mu.Lock()
+	defer j.m.mu.Unlock()
+	j.stepLocked(machine.PauseEnd)
+	for j.idleLocked() && !j.st.ShouldPause() {
+		j.wake.Wait()
+	}
+}
+
+// Count counts n bytes as done: for what is done in place of the job's runner.
+func (j *Job) Count(n int64) { j.current.Add(n) }
+
 // idleLocked tells whether the job stands at a pause point.
 func (j *Job) idleLocked() bool {
 	return j.st.Status == machine.Paused || j.st.Status == machine.Standby

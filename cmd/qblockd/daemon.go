@@ -98,9 +98,11 @@ func (d *daemon) register() {
 	types.RegisterQom(d.dispatch, handlers.Qom{Objects: d.objects})
 	types.RegisterBlockCore(d.dispatch, handlers.BlockCore{Nodes: d.nodes, Exports: d.exports})
 	types.RegisterBlockCreate(d.dispatch, handlers.BlockCreate{Jobs: d.jobs, Nodes: d.nodes})
-	types.RegisterBlockJob(d.dispatch, handlers.BlockJob{Jobs: d.jobs, Nodes: d.nodes})
+	types.RegisterBlockJob(d.dispatch, handlers.BlockJob{Graph: d.graph, Jobs: d.jobs, Nodes: d.nodes})
 	types.RegisterJob(d.dispatch, handlers.Job{Jobs: d.jobs})
-	types.RegisterTransaction(d.dispatch, handlers.Transaction{Nodes: d.nodes})
+	types.RegisterTransaction(d.dispatch, handlers.Transaction{
+		Nodes: d.nodes, Jobs: handlers.BlockJob{Graph: d.graph, Jobs: d.jobs, Nodes: d.nodes},
+	})
 	types.RegisterBlockExport(d.dispatch, handlers.BlockExport{Graph: d.graph, Exports: d.exports})
 }
 

@@ -49,6 +49,10 @@ type Task struct {
 	// Operation and Policy: what a failure counts as, and what becomes of it.
 	Operation types.IoOperationType
 	Policy    types.BlockdevOnError
+	// Side tells them of an error, for tasks where they depend on the side that fails; nil: they are always the same.
+	Side func(err error) (types.IoOperationType, types.BlockdevOnError)
+	// Uncounted: somebody else counts what is done.
+	Uncounted bool
 }
 
 type unit struct {
@@ -89,6 +93,13 @@ func (e *engine) walk() error {
 	off := int64(0)
 	for !e.stop {
 		e.drainDone()
+		if off >= e.Size && len(e.retry) == 0 {
+			// What is done is done: nothing waits for the speed limit any more.
+			if e.settle(); len(e.retry) == 0 {
+				return nil
+			}
+			continue
+		}
 		if e.h.MustWait() {
 			// Nothing is in flight while the job waits, and its progress is told in full.
 			e.settle()
@@ -112,12 +123,8 @@ func (e *engine) walk() error {
 			if n := e.look(u.off, u.ext.N); n < u.ext.N {
 				e.retry = append(e.retry, unit{off: u.off + n, ext: Extent{N: u.ext.N - n}})
 			}
-		case off < e.Size:
-			off += e.look(off, min(e.Chunk, e.Size-off))
-		case e.inFlight > 0:
-			e.collect(<-e.done)
 		default:
-			return nil
+			off += e.look(off, min(e.Chunk, e.Size-off))
 		}
 	}
 	return nil
@@ -139,7 +146,7 @@ func (e *engine) look(off, n int64) int64 {
 		return n
 	}
 	if ext.Action == Skip {
-		e.h.Done(ext.N)
+		e.count(ext.N)
 		return ext.N
 	}
 	e.hand(unit{off: off, ext: ext})
@@ -200,7 +207,13 @@ func (e *engine) collect(u unit) {
 		e.failed(u)
 		return
 	}
-	e.h.Done(u.ext.N)
+	e.count(u.ext.N)
+}
+
+func (e *engine) count(n int64) {
+	if !e.Uncounted {
+		e.h.Done(n)
+	}
 }
 
 // failed applies the error policy. Of several units that fail at the same time the first one is reported when that ends or pauses
@@ -214,7 +227,11 @@ func (e *engine) failed(u unit) {
 		e.retry = append(e.retry, u)
 		return
 	}
-	switch e.h.OnError(e.Operation, e.Policy, u.err) {
+	op, policy := e.Operation, e.Policy
+	if e.Side != nil {
+		op, policy = e.Side(u.err)
+	}
+	switch e.h.OnError(op, policy, u.err) {
 	case types.BlockErrorActionStop:
 		e.held = true
 		u.err = nil
@@ -223,7 +240,7 @@ func (e *engine) failed(u unit) {
 	case types.BlockErrorActionReport:
 		e.stop = true
 	default:
-		e.h.Done(u.ext.N)
+		e.count(u.ext.N)
 	}
 	if e.failure == nil {
 		e.failure = u.err

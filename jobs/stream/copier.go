@@ -1,9 +1,6 @@
 package stream
 
 import (
-	"errors"
-	"syscall"
-
 	"qblockd/graph"
 	"qblockd/graph/blk"
 	"qblockd/jobs/copy"
@@ -72,49 +69,5 @@ func (c *copier) fill(r *blk.Req, off, n int64, zero bool) error {
 	if zero {
 		return c.target.Zero(r, off, n, blk.WriteUnchanged)
 	}
-	done, err := c.offload(r, off, n)
-	if err != nil {
-		return err
-	}
-	off, n = off+done, n-done
-	if n == 0 {
-		return nil
-	}
-	buf := blk.GetBuf(int(n), 0)
-	defer blk.PutBuf(buf)
-	v := blk.Buf(buf.B)
-	if err := c.below.ReadAt(r, v, off, 0); err != nil {
-		return err
-	}
-	if v.IsZero() {
-		return c.target.Zero(r, off, n, blk.WriteUnchanged)
-	}
-	return c.target.WriteAt(r, v, off, blk.WriteUnchanged)
-}
-
-// offload lets the kernel copy a prefix of the range and returns its length.
-func (c *copier) offload(r *blk.Req, off, n int64) (int64, error) {
-	var m blk.Mapping
-	defer m.Release()
-	if err := c.below.Map(r, off, n, &m); err != nil {
-		return 0, nil // it is only a short cut
-	}
-	done := int64(0)
-	for _, h := range m.Ranges {
-		h.N = min(h.N, n-done)
-		var err error
-		if h.FD < 0 {
-			err = c.target.Zero(r, off+done, h.N, blk.WriteUnchanged)
-		} else {
-			err = c.target.CopyFrom(r, off+done, []blk.HostRange{h}, blk.WriteUnchanged)
-		}
-		if errors.Is(err, blk.ErrNotSupported) || errors.Is(err, syscall.EXDEV) || errors.Is(err, syscall.ENOTSUP) {
-			return done, nil
-		}
-		if err != nil {
-			return done, err
-		}
-		done += h.N
-	}
-	return done, nil
+	return graph.Copy(r, c.below, c.target, off, n, blk.WriteUnchanged)
 }

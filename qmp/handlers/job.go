@@ -4,6 +4,7 @@ import (
 	"context"
 	"fmt"
 
+	"qblockd/graph"
 	"qblockd/jobs"
 	"qblockd/qmp"
 	"qblockd/schema/types"
@@ -80,6 +81,7 @@ func (h Job) JobDismiss(_ context.Context, a *types.JobDismissArgs) error {
 
 // BlockJob executes the block-job- commands, which take only jobs that work on nodes, and those that start one.
 type BlockJob struct {
+	Graph *graph.Graph
 	Jobs  *jobs.Manager
 	Nodes Nodes
 }

@@ -8,11 +8,15 @@ import (
 	"qblockd/blockdev"
 	"qblockd/graph"
 	"qblockd/jobs"
+	"qblockd/qmp"
 	"qblockd/schema/types"
 )
 
 // Transaction executes transaction.
-type Transaction struct{ Nodes *blockdev.Manager }
+type Transaction struct {
+	Nodes *blockdev.Manager
+	Jobs  BlockJob // what starts the jobs
+}
 
 var _ types.TransactionHandler = Transaction{}
 
@@ -23,14 +27,28 @@ func (h Transaction) Transaction(ctx context.Context, a *types.TransactionArgs) 
 		mode = *p.CompletionMode
 	}
 	var l []jobs.Action
+	var started []*backupStep
+	var txn *jobs.Txn // nil: each job stands alone
+	if mode == types.ActionCompletionModeGrouped {
+		txn = h.Jobs.Jobs.NewTxn()
+	}
 	for _, step := range a.Actions {
 		act := h.action(step)
-		if mode == types.ActionCompletionModeGrouped && step.Type != types.TransactionActionKindAbort {
+		if b, ok := act.(*backupStep); ok {
+			b.txn = txn
+			started = append(started, b)
+		} else if txn != nil && step.Type != types.TransactionActionKindAbort {
 			act = refused{err: fmt.Errorf("Action '%s' does not support Transaction property completion-mode = %s", step.Type, mode)}
 		}
 		l = append(l, act)
 	}
-	return jobs.RunActions(ctx, h.Nodes.Graph(), l...)
+	if err := jobs.RunActions(ctx, h.Nodes.Graph(), l...); err != nil {
+		return err
+	}
+	for _, b := range started {
+		qmp.AfterReply(ctx, b.Release)
+	}
+	return nil
 }
 
 func (h Transaction) action(a *types.TransactionAction) jobs.Action {
@@ -39,6 +57,8 @@ func (h Transaction) action(a *types.TransactionAction) jobs.Action {
 		return h.Nodes.BitmapAdd(&u.Data)
 	case *types.BlockDirtyBitmapMergeWrapper:
 		return h.Nodes.BitmapMerge(&u.Data)
+	case *types.BlockdevBackupWrapper:
+		return &backupStep{h: h.Jobs, args: &u.Data}
 	case *types.BlockdevSnapshotWrapper:
 		return h.Nodes.Snapshot(&u.Data)
 	case *types.BlockdevSnapshotSyncWrapper:

@@ -969,6 +969,122 @@ type BlockdevSnapshot struct {
 	Overlay string
 }
 
+// MirrorSyncMode: what of a node a job copies.
+type MirrorSyncMode string
+
+// The values of MirrorSyncMode.
+const (
+	// What the node itself holds.
+	MirrorSyncModeTop MirrorSyncMode = "top"
+	// All, backing files included.
+	MirrorSyncModeFull MirrorSyncMode = "full"
+	// Only what is written from now on.
+	MirrorSyncModeNone MirrorSyncMode = "none"
+	// What a bitmap records, which is cleared if that succeeds.
+	MirrorSyncModeIncremental MirrorSyncMode = "incremental"
+	// What a bitmap records.
+	MirrorSyncModeBitmap MirrorSyncMode = "bitmap"
+)
+
+// MirrorSyncModeValues lists the values of MirrorSyncMode in the order of the schema.
+var MirrorSyncModeValues = []MirrorSyncMode{
+	MirrorSyncModeTop,
+	MirrorSyncModeFull,
+	MirrorSyncModeNone,
+	MirrorSyncModeIncremental,
+	MirrorSyncModeBitmap,
+}
+
+// BitmapSyncMode: what becomes of the bitmap of a backup.
+type BitmapSyncMode string
+
+// The values of BitmapSyncMode.
+const (
+	// What was copied is clean if the job succeeds.
+	BitmapSyncModeOnSuccess BitmapSyncMode = "on-success"
+	// It stays as it is.
+	BitmapSyncModeNever BitmapSyncMode = "never"
+	// What was copied is clean, also if the job fails.
+	BitmapSyncModeAlways BitmapSyncMode = "always"
+)
+
+// BitmapSyncModeValues lists the values of BitmapSyncMode in the order of the schema.
+var BitmapSyncModeValues = []BitmapSyncMode{
+	BitmapSyncModeOnSuccess,
+	BitmapSyncModeNever,
+	BitmapSyncModeAlways,
+}
+
+// BackupPerf: how a backup goes about it.
+type BackupPerf struct {
+	// How many parts are copied at the same time at most.
+	MaxWorkers *int64
+	// Bytes that are copied at once at most; 0 is no limit.
+	MaxChunk *int64
+}
+
+// BackupCommon: what backups have in common.
+type BackupCommon struct {
+	// Name of the job.
+	JobID *string
+	// The node to be copied.
+	Device string
+	// What is copied.
+	Sync MirrorSyncMode
+	// Bytes per second at most; 0 is no limit (default).
+	Speed *int64
+	// Name of a dirty bitmap of the node; needed by the modes bitmap and incremental.
+	Bitmap *string
+	// What becomes of it; needed with a bitmap but by incremental.
+	BitmapMode *BitmapSyncMode
+	// Write compressed (default: false).
+	Compress *bool
+	// What to do when reading fails (default: report).
+	OnSourceError *BlockdevOnError
+	// What to do when writing fails (default: report).
+	OnTargetError *BlockdevOnError
+	// End the job without `job-finalize` (default: true).
+	AutoFinalize *bool
+	// Forget the job without `job-dismiss` (default: true).
+	AutoDismiss *bool
+	// Name of the filter that is put on the node.
+	FilterNodeName *string
+	// How it goes about it.
+	XPerf *BackupPerf
+}
+
+// BlockdevBackup: a backup to a node.
+type BlockdevBackup struct {
+	// Name of the job.
+	JobID *string
+	// The node to be copied.
+	Device string
+	// What is copied.
+	Sync MirrorSyncMode
+	// Bytes per second at most; 0 is no limit (default).
+	Speed *int64
+	// Name of a dirty bitmap of the node; needed by the modes bitmap and incremental.
+	Bitmap *string
+	// What becomes of it; needed with a bitmap but by incremental.
+	BitmapMode *BitmapSyncMode
+	// Write compressed (default: false).
+	Compress *bool
+	// What to do when reading fails (default: report).
+	OnSourceError *BlockdevOnError
+	// What to do when writing fails (default: report).
+	OnTargetError *BlockdevOnError
+	// End the job without `job-finalize` (default: true).
+	AutoFinalize *bool
+	// Forget the job without `job-dismiss` (default: true).
+	AutoDismiss *bool
+	// Name of the filter that is put on the node.
+	FilterNodeName *string
+	// How it goes about it.
+	XPerf *BackupPerf
+	// The node that is copied to.
+	Target string
+}
+
 // QueryBlockstatsArgs: the arguments of query-blockstats.
 type QueryBlockstatsArgs struct {
 	// One entry for each node instead of each device (default false).

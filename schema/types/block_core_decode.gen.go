@@ -421,6 +421,54 @@ func membersBlockdevSnapshot(d *decoder, x *BlockdevSnapshot) bool {
 		visitStr(d, "overlay", &x.Overlay)
 }
 
+func visitMirrorSyncMode(d *decoder, name string, x *MirrorSyncMode) bool {
+	return enum(d, name, x, MirrorSyncModeValues)
+}
+
+func visitBitmapSyncMode(d *decoder, name string, x *BitmapSyncMode) bool {
+	return enum(d, name, x, BitmapSyncModeValues)
+}
+
+// DecodeBackupPerf decodes v; faults are worded as the reference does (*ArgError).
+func DecodeBackupPerf(v value.Value, m Mode) (*BackupPerf, error) {
+	return decode(v, m, visitBackupPerf)
+}
+
+func visitBackupPerf(d *decoder, name string, x *BackupPerf) bool {
+	return object(d, name, x, membersBackupPerf)
+}
+
+func membersBackupPerf(d *decoder, x *BackupPerf) bool {
+	return opt(d, "max-workers", &x.MaxWorkers, visitInt64) &&
+		opt(d, "max-chunk", &x.MaxChunk, visitInt64)
+}
+
+// DecodeBlockdevBackup decodes v; faults are worded as the reference does (*ArgError).
+func DecodeBlockdevBackup(v value.Value, m Mode) (*BlockdevBackup, error) {
+	return decode(v, m, visitBlockdevBackup)
+}
+
+func visitBlockdevBackup(d *decoder, name string, x *BlockdevBackup) bool {
+	return object(d, name, x, membersBlockdevBackup)
+}
+
+func membersBlockdevBackup(d *decoder, x *BlockdevBackup) bool {
+	return opt(d, "job-id", &x.JobID, visitStr) &&
+		visitStr(d, "device", &x.Device) &&
+		visitMirrorSyncMode(d, "sync", &x.Sync) &&
+		opt(d, "speed", &x.Speed, visitInt64) &&
+		opt(d, "bitmap", &x.Bitmap, visitStr) &&
+		opt(d, "bitmap-mode", &x.BitmapMode, visitBitmapSyncMode) &&
+		opt(d, "compress", &x.Compress, visitBool) &&
+		opt(d, "on-source-error", &x.OnSourceError, visitBlockdevOnError) &&
+		opt(d, "on-target-error", &x.OnTargetError, visitBlockdevOnError) &&
+		opt(d, "auto-finalize", &x.AutoFinalize, visitBool) &&
+		opt(d, "auto-dismiss", &x.AutoDismiss, visitBool) &&
+		opt(d, "filter-node-name", &x.FilterNodeName, visitStr) &&
+		opt(d, "x-perf", &x.XPerf, visitBackupPerf) &&
+		visitStr(d, "target", &x.Target)
+}
+
 // DecodeQueryBlockstatsArgs decodes the arguments in v, nil for none; faults are worded as the reference does (*ArgError).
 func DecodeQueryBlockstatsArgs(v *value.Dict) (*QueryBlockstatsArgs, error) {
 	return args(v, visitQueryBlockstatsArgs)

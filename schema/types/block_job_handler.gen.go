@@ -34,6 +34,9 @@ type BlockJobHandler interface {
 	// BlockJobFinalize executes block-job-finalize: let a pending job make its changes to the graph; so do
 	// all members of its group.
 	BlockJobFinalize(ctx context.Context, a *BlockJobFinalizeArgs) error
+	// BlockdevBackup executes blockdev-backup: starts a job that copies a node, as it is at this moment,
+	// to another node.
+	BlockdevBackup(ctx context.Context, a *BlockdevBackup) error
 }
 
 // RegisterBlockJob registers all commands of the module with r.
@@ -124,6 +127,16 @@ func RegisterBlockJob(r Registrar, h BlockJobHandler) {
 			return nil, err
 		}
 		if err := h.BlockJobFinalize(ctx, a); err != nil {
+			return nil, err
+		}
+		return append(out, "{}"...), nil
+	})
+	r.Handle("blockdev-backup", func(ctx context.Context, args *value.Dict, out []byte) ([]byte, error) {
+		a, err := DecodeBlockdevBackup(args, ModeQObject)
+		if err != nil {
+			return nil, err
+		}
+		if err := h.BlockdevBackup(ctx, a); err != nil {
 			return nil, err
 		}
 		return append(out, "{}"...), nil

@@ -9,6 +9,8 @@ type JobType string
 const (
 	// Pulls data of lower layers up into a node.
 	JobTypeStream JobType = "stream"
+	// A copy of a node at one point in time.
+	JobTypeBackup JobType = "backup"
 	// Creates an image.
 	JobTypeCreate JobType = "create"
 )
@@ -16,6 +18,7 @@ const (
 // JobTypeValues lists the values of JobType in the order of the schema.
 var JobTypeValues = []JobType{
 	JobTypeStream,
+	JobTypeBackup,
 	JobTypeCreate,
 }
 

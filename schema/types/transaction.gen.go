@@ -43,6 +43,8 @@ const (
 	// As the command.
 	TransactionActionKindBlockDirtyBitmapMerge TransactionActionKind = "block-dirty-bitmap-merge"
 	// As the command.
+	TransactionActionKindBlockdevBackup TransactionActionKind = "blockdev-backup"
+	// As the command.
 	TransactionActionKindBlockdevSnapshot TransactionActionKind = "blockdev-snapshot"
 	// As the command.
 	TransactionActionKindBlockdevSnapshotSync TransactionActionKind = "blockdev-snapshot-sync"
@@ -57,6 +59,7 @@ var TransactionActionKindValues = []TransactionActionKind{
 	TransactionActionKindBlockDirtyBitmapEnable,
 	TransactionActionKindBlockDirtyBitmapDisable,
 	TransactionActionKindBlockDirtyBitmapMerge,
+	TransactionActionKindBlockdevBackup,
 	TransactionActionKindBlockdevSnapshot,
 	TransactionActionKindBlockdevSnapshotSync,
 }
@@ -85,6 +88,12 @@ type BlockDirtyBitmapMergeWrapper struct {
 	Data BlockDirtyBitmapMerge
 }
 
+// BlockdevBackupWrapper: part of the schema's structure.
+type BlockdevBackupWrapper struct {
+	// The arguments of the command.
+	Data BlockdevBackup
+}
+
 // BlockdevSnapshotWrapper: part of the schema's structure.
 type BlockdevSnapshotWrapper struct {
 	// The arguments of the command.
@@ -106,8 +115,8 @@ type TransactionAction struct {
 	// *BlockDirtyBitmapWrapper for block-dirty-bitmap-remove, *BlockDirtyBitmapWrapper for
 	// block-dirty-bitmap-clear, *BlockDirtyBitmapWrapper for block-dirty-bitmap-enable,
 	// *BlockDirtyBitmapWrapper for block-dirty-bitmap-disable, *BlockDirtyBitmapMergeWrapper for
-	// block-dirty-bitmap-merge, *BlockdevSnapshotWrapper for blockdev-snapshot,
-	// *BlockdevSnapshotSyncWrapper for blockdev-snapshot-sync.
+	// block-dirty-bitmap-merge, *BlockdevBackupWrapper for blockdev-backup, *BlockdevSnapshotWrapper for
+	// blockdev-snapshot, *BlockdevSnapshotSyncWrapper for blockdev-snapshot-sync.
 	U any
 }
 

@@ -75,6 +75,19 @@ func membersBlockDirtyBitmapMergeWrapper(d *decoder, x *BlockDirtyBitmapMergeWra
 	return visitBlockDirtyBitmapMerge(d, "data", &x.Data)
 }
 
+// DecodeBlockdevBackupWrapper decodes v; faults are worded as the reference does (*ArgError).
+func DecodeBlockdevBackupWrapper(v value.Value, m Mode) (*BlockdevBackupWrapper, error) {
+	return decode(v, m, visitBlockdevBackupWrapper)
+}
+
+func visitBlockdevBackupWrapper(d *decoder, name string, x *BlockdevBackupWrapper) bool {
+	return object(d, name, x, membersBlockdevBackupWrapper)
+}
+
+func membersBlockdevBackupWrapper(d *decoder, x *BlockdevBackupWrapper) bool {
+	return visitBlockdevBackup(d, "data", &x.Data)
+}
+
 // DecodeBlockdevSnapshotWrapper decodes v; faults are worded as the reference does (*ArgError).
 func DecodeBlockdevSnapshotWrapper(v value.Value, m Mode) (*BlockdevSnapshotWrapper, error) {
 	return decode(v, m, visitBlockdevSnapshotWrapper)
@@ -131,6 +144,10 @@ func membersTransactionAction(d *decoder, x *TransactionAction) bool {
 		u := new(BlockDirtyBitmapWrapper)
 		x.U = u
 		return membersBlockDirtyBitmapWrapper(d, u)
+	case TransactionActionKindBlockdevBackup:
+		u := new(BlockdevBackupWrapper)
+		x.U = u
+		return membersBlockdevBackupWrapper(d, u)
 	case TransactionActionKindBlockdevSnapshotSync:
 		u := new(BlockdevSnapshotSyncWrapper)
 		x.U = u

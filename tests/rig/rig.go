@@ -49,7 +49,7 @@ func New(dir string) *Rig {
 	}
 	x.Nodes = blockdev.New(x.Graph, c)
 	x.Jobs = jobs.NewManager(x.Sink, x.Clock)
-	x.BlockJob = handlers.BlockJob{Jobs: x.Jobs, Nodes: x.Nodes}
+	x.BlockJob = handlers.BlockJob{Graph: x.Graph, Jobs: x.Jobs, Nodes: x.Nodes}
 	x.Exports = export.New(x.Graph, export.Options{Log: log})
 	return x
 }

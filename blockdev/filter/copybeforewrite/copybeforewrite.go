@@ -1,0 +1,285 @@
+// Package copybeforewrite is the filter that keeps a point in time: before a part of its file is written, what was there is copied to a
+// target. A backup job copies the rest.
+//
+//	guests        job
+//	   \          /
+//	   filter ---------- target
+//	     | file            ^
+//	   source -- copies ---'
+//
+// Both copy by clusters, each once: a cluster is to do, being copied, or done.
+//
+//	to do --taken by a guest's write or by the job--> being copied --> done
+//	   ^------------------------- failed ------------------'
+//
+// A guest's write waits for the clusters that it touches, and for no others: those to do it copies itself, at once; for those being
+// copied it waits. Who copies holds its unit of work and waits for nothing but I/O.
+//
+// Locks: State.mu, a leaf, held for moments only.
+package copybeforewrite
+
+import (
+	"context"
+	"sync"
+	"sync/atomic"
+
+	"qblockd/graph"
+	"qblockd/graph/bitmap"
+	"qblockd/graph/blk"
+	"qblockd/graph/perm"
+	"qblockd/schema/types"
+)
+
+// DriverName is how the filter shows itself.
+const DriverName = "copy-before-write"
+
+const (
+	// minCluster is the least that is copied at once, in bytes.
+	minCluster = 64 << 10
+	// MaxCopy is the most that one copy takes, in bytes: who waits for a cluster that somebody else copies waits no longer than that takes.
+	MaxCopy = 1 << 20
+)
+
+// State is what is to be copied and what is being copied.
+type State struct {
+	node       *graph.Node // of the filter
+	cluster    int64
+	compressed bool
+	copied     func(n int64)
+
+	todo   *bitmap.Bitmap // clusters to do; bits are cleared when a cluster is taken
+	active atomic.Int32   // copies under way; raised before the bits of a copy are cleared
+
+	mu     sync.Mutex
+	copies map[*running]struct{} // +checklocks:mu
+}
+
+// running is a copy under way.
+type running struct {
+	off, n int64
+	over   chan struct{}
+}
+
+// Driver is the filter.
+type Driver struct{ State }
+
+// New makes the filter of a hidden node whose children will be named "file" and "target". size and cluster are in bytes; with compressed, copies
+// are written compressed. Nothing is to do yet.
+func New(node *graph.Node, size, cluster int64, compressed bool) *Driver {
+	return &Driver{State{
+		node: node, cluster: cluster, compressed: compressed,
+		todo: bitmap.New(size, cluster), copies: map[*running]struct{}{},
+	}}
+}
+
+// ClusterSize is the unit of copies to target, in bytes: at least 64 KiB, and no less than what the target allocates.
+func ClusterSize(target *graph.Node) int64 {
+	return max(minCluster, target.Caps().Limits.ClusterSize)
+}
+
+// Todo are the clusters that are to be copied. Before the filter is in use its owner sets them.
+func (s *State) Todo() *bitmap.Bitmap { return s.todo }
+
+// OnCopied lets f count the bytes that are copied, whoever does that. Set before the filter is in use.
+func (s *State) OnCopied(f func(n int64)) { s.copied = f }
+
+// Cluster is the unit of copies in bytes.
+func (s *State) Cluster() int64 { return s.cluster }
+
+func (s *State) source() *graph.Edge { return s.node.FilteredChild() }
+
+func (s *State) target() *graph.Edge { return s.node.Child("target") }
+
+// Skip takes clusters of [off, off+n), a range of whole clusters, off the list of those to do.
+func (s *State) Skip(off, n int64) { s.todo.Clear(off, n) }
+
+// clean tells whether nothing of [off, off+n) is to do or being copied.
+func (s *State) clean(off, n int64) bool {
+	_, _, dirty := s.todo.NextDirty(off, off+n)
+	return !dirty && s.active.Load() == 0
+}
+
+// Copy copies what is to do of the clusters that [off, off+n) touches, and waits for those that others copy. Errors: *graph.CopyError, with the
+// clusters to do again; the cause of the end of r's context; blk.ErrWouldBlock.
+func (s *State) Copy(r *blk.Req, off, n int64) error {
+	lo := blk.AlignDown(off, s.cluster)
+	end := min(blk.AlignUp(off+n, s.cluster), s.todo.Size())
+	for lo < end {
+		if s.clean(lo, end-lo) {
+			return nil
+		}
+		if r.NoWait {
+			return blk.ErrWouldBlock
+		}
+		c, wait := s.take(lo, end)
+		if wait != nil {
+			select {
+			case <-wait:
+			case <-r.Ctx.Done():
+				return context.Cause(r.Ctx)
+			}
+			continue
+		}
+		if c == nil {
+			return nil
+		}
+		err := s.copy(r, c)
+		s.release(c, err)
+		if err != nil {
+			return err
+		}
+	}
+	return nil
+}
+
+// take begins a copy of the first clusters to do in [lo, end), or returns what to wait for; nil, nil if there is neither.
+func (s *State) take(lo, end int64) (*running, <-chan struct{}) {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	at, n, ok := s.todo.NextDirty(lo, end)
+	if !ok {
+		for c := range s.copies {
+			if blk.Overlap(c.off, c.n, lo, end-lo) {
+				return nil, c.over
+			}
+		}
+		return nil, nil
+	}
+	c := &running{off: at, n: min(n, max(MaxCopy, s.cluster)), over: make(chan struct{})}
+	s.active.Add(1)
+	s.copies[c] = struct{}{}
+	s.todo.Clear(c.off, c.n)
+	return c, nil
+}
+
+func (s *State) release(c *running, err error) {
+	if err == nil && s.copied != nil {
+		s.copied(c.n)
+	}
+	s.mu.Lock()
+	if err != nil {
+		s.todo.Set(c.off, c.n)
+	}
+	delete(s.copies, c)
+	s.active.Add(-1)
+	close(c.over)
+	s.mu.Unlock()
+}
+
+// copy copies by what the source says of the range.
+func (s *State) copy(r *blk.Req, c *running) error {
+	src, dst := s.source(), s.target()
+	var f blk.Flags
+	if s.compressed {
+		f |= blk.Compressed
+	}
+	for off, end := c.off, c.off+c.n; off < end; {
+		x, err := src.StatusAbove(r, nil, false, off, end-off)
+		if err != nil || x.N == 0 {
+			x = blk.Extent{N: end - off, Data: true} // reading tells
+		}
+		if x.Zero {
+			err = dst.Zero(r, off, x.N, blk.MayUnmap)
+			if err != nil {
+				err = &graph.CopyError{Write: true, Err: err}
+			}
+		} else {
+			n := x.N
+			if s.compressed && off+n < end {
+				n = end - off // clusters are compressed as a whole
+			}
+			x.N = n
+			err = graph.Copy(r, src, dst, off, n, f)
+		}
+		if err != nil {
+			return err
+		}
+		off += x.N
+	}
+	return nil
+}
+
+// Caps implements graph.Driver. Nothing passes the filter unseen.
+func (d *Driver) Caps() graph.Caps {
+	return graph.Caps{
+		WriteFlags: blk.FUA | blk.WriteUnchanged,
+		ZeroFlags:  blk.FUA | blk.WriteUnchanged | blk.MayUnmap | blk.NoFallback,
+	}
+}
+
+// Size is 0 once the filter was taken out of the graph and waits to be closed.
+func (d *Driver) Size() int64 {
+	if c := d.source(); c != nil {
+		return c.Size()
+	}
+	return 0
+}
+
+// Close implements graph.Driver.
+func (d *Driver) Close() error { return nil }
+
+// ReadAt implements graph.Driver.
+func (d *Driver) ReadAt(r *blk.Req, v blk.Vec, off int64, f blk.Flags) error {
+	return d.source().ReadAt(r, v, off, f)
+}
+
+// WriteAt implements graph.Writer.
+func (d *Driver) WriteAt(r *blk.Req, v blk.Vec, off int64, f blk.Flags) error {
+	if f&blk.WriteUnchanged == 0 {
+		if err := d.Copy(r, off, v.Len()); err != nil {
+			return err
+		}
+	}
+	return d.source().WriteAt(r, v, off, f)
+}
+
+// Zero implements graph.Zeroer.
+func (d *Driver) Zero(r *blk.Req, off, n int64, f blk.Flags) error {
+	if err := d.Copy(r, off, n); err != nil {
+		return err
+	}
+	return d.source().Zero(r, off, n, f)
+}
+
+// Discard implements graph.Discarder.
+func (d *Driver) Discard(r *blk.Req, off, n int64) error {
+	if err := d.Copy(r, off, n); err != nil {
+		return err
+	}
+	return d.source().Discard(r, off, n)
+}
+
+// Status implements graph.Statuser.
+func (d *Driver) Status(r *blk.Req, off, n int64) (blk.Extent, error) {
+	return blk.Extent{N: n, Raw: true, OffValid: true, MapOff: off, In: d.source()}, nil
+}
+
+// Resize implements graph.Resizer: the size stays while there is a point in time to keep.
+func (d *Driver) Resize(context.Context, int64, blk.Prealloc) error { return blk.ErrNotSupported }
+
+// EdgeClaim implements graph.Permer. The target is written to, and others may write to it, too (the guests' disk may be in its chain), but not
+// change its size. The source must hold still but for what comes through the filter.
+func (d *Driver) EdgeClaim(child string, role perm.Role, up perm.Claim, readOnly bool) perm.Claim {
+	if child == "target" {
+		return perm.Claim{Need: perm.Write, Share: perm.All &^ perm.Resize}
+	}
+	c := perm.Default(role, up, !readOnly, false)
+	if c.Need&perm.Write != 0 {
+		c.Need |= perm.ConsistentRead
+	}
+	c.Share &^= perm.Write | perm.Resize
+	return c
+}
+
+// ImageInfo implements graph.Informer: clusters and the dirty flag are those of the source.
+func (d *Driver) ImageInfo(info *types.ImageInfo) {
+	c := d.source()
+	if c == nil {
+		return
+	}
+	if i, ok := c.Node().Driver().(graph.Informer); ok {
+		var below types.ImageInfo
+		i.ImageInfo(&below)
+		info.ClusterSize, info.DirtyFlag = below.ClusterSize, below.DirtyFlag
+	}
+}

@@ -1,0 +1,384 @@
+// Package backup is the job behind blockdev-backup: it copies a node, as it is when the job starts, to a target while guests go on writing.
+//
+//	 before        while it runs                               after
+//
+//	parents        parents      job                            parents
+//	   |              |        /                                  |
+//	 source      copy-before-write ---------- target            source     target
+//	                  | file
+//	               source
+//
+// The filter copies what guests are about to overwrite, the job the rest; package copybeforewrite keeps the two apart.
+package backup
+
+import (
+	"context"
+	"errors"
+	"fmt"
+
+	"qblockd/blockdev/filter/copybeforewrite"
+	"qblockd/graph"
+	"qblockd/graph/blk"
+	"qblockd/graph/perm"
+	"qblockd/jobs"
+	"qblockd/jobs/copy"
+	"qblockd/schema/types"
+)
+
+// workers copy extents at the same time, unless fewer are asked for.
+const workers = 4
+
+// Args says what to back up. Source, Target and Bitmap were looked up by the caller, who has checked that the modes fit together.
+type Args struct {
+	ID             string
+	Source, Target *graph.Node
+	Sync           types.MirrorSyncMode // not incremental
+	Bitmap         *graph.DirtyBitmap   // nil: none
+	BitmapMode     types.BitmapSyncMode
+	Compress       bool
+	Speed          int64 // bytes per second, 0: no limit
+	OnSourceError  types.BlockdevOnError
+	OnTargetError  types.BlockdevOnError
+	FilterNodeName string // "": generated, and the filter is implicit
+	ManualFinalize bool
+	ManualDismiss  bool
+	MaxWorkers     int64     // 0: as many as are good
+	MaxChunk       int64     // bytes; 0: as the filter copies at most
+	Txn            *jobs.Txn // nil: the job stands alone
+}
+
+// errInUse is why the nodes of a job take no other operation.
+var errInUse = errors.New("block device is in use by block job: backup")
+
+// job is the runner.
+type job struct {
+	Args
+	g      *graph.Graph
+	filter *graph.Node // nil once removed
+	driver *copybeforewrite.Driver
+	root   *graph.Root // of the job's requests
+	hold   *graph.Root // on the target
+	frozen bool        // the bitmap is
+	ok     bool
+	block  []func()
+}
+
+// Step makes the job as a step of a transaction (jobs.Action). Release lets it go on once its command is answered.
+type Step struct {
+	m *jobs.Manager
+	*job
+	mj      *jobs.Job
+	started bool
+	release func()
+}
+
+// NewStep makes the step.
+func NewStep(m *jobs.Manager, a Args) *Step {
+	return &Step{m: m, job: &job{Args: a, g: a.Source.Graph()}}
+}
+
+// Nodes implements jobs.Action.
+func (s *Step) Nodes() []*graph.Node { return []*graph.Node{s.Source, s.Target} }
+
+// Prepare implements jobs.Action.
+func (s *Step) Prepare(_ context.Context, tx *graph.Tx) (err error) {
+	if err := s.check(); err != nil {
+		return err
+	}
+	if err := s.insert(tx); err != nil {
+		return err
+	}
+	// What the graph does not allow is told before the job is announced.
+	if err := tx.Try(); err != nil {
+		return err
+	}
+	s.mj, err = s.m.Create(jobs.Spec{
+		ID: s.ID, Type: types.JobTypeBackup, Runner: s.job, Block: true, Speed: s.Speed, Txn: s.Txn,
+		ManualFinalize: s.ManualFinalize, ManualDismiss: s.ManualDismiss,
+	})
+	if err != nil {
+		return err
+	}
+	s.driver.OnCopied(s.mj.Count)
+	return s.attach(tx)
+}
+
+// check refuses what cannot be backed up, in the reference's order.
+func (s *Step) check() error {
+	switch {
+	case s.Source == s.Target:
+		return errors.New("Source and target cannot be the same")
+	case s.Compress && s.Target.Caps().WriteFlags&blk.Compressed == 0:
+		return fmt.Errorf("Compression is not supported for this drive %s", "")
+	}
+	if err := s.Source.Blocked(graph.OpBackupSource); err != nil {
+		return err
+	}
+	if err := s.Target.Blocked(graph.OpBackupTarget); err != nil {
+		return err
+	}
+	if rounded(s.Source.Size()) != rounded(s.Target.Size()) {
+		return errors.New("Source and target image have different sizes")
+	}
+	if c := copybeforewrite.ClusterSize(s.Target); s.MaxChunk > 0 && s.MaxChunk < c {
+		return fmt.Errorf("Required max-chunk (%d) is less than backup cluster size (%d)", s.MaxChunk, c)
+	}
+	return nil
+}
+
+func rounded(size int64) int64 { return blk.AlignUp(size, 512) }
+
+// insert puts the filter above the source.
+func (s *Step) insert(tx *graph.Tx) error {
+	source := s.Source.Options()
+	filter, err := tx.NewNode(&graph.Options{
+		Name: s.FilterNodeName, DriverName: copybeforewrite.DriverName, Kind: graph.Filter,
+		Implicit: s.FilterNodeName == "", Discard: true, Direct: source.Direct, NoFlush: source.NoFlush, ReadOnly: s.Source.ReadOnly(),
+	})
+	if err != nil {
+		return err
+	}
+	s.driver = copybeforewrite.New(filter, s.Source.Size(), copybeforewrite.ClusterSize(s.Target), s.Compress)
+	filter.SetDriver(s.driver)
+	if _, err := tx.InsertFilter(filter, "file", s.Source); err != nil {
+		return err
+	}
+	if _, err := tx.Attach(filter, "target", perm.Data, s.Target); err != nil {
+		return err
+	}
+	s.filter = filter
+	return tx.Publish(filter)
+}
+
+// attach takes what the job relies on, and fixes the point in time: the nodes are quiet.
+func (s *Step) attach(tx *graph.Tx) (err error) {
+	spec := graph.RootSpec{
+		EdgeName: "main node", Kind: graph.KindJob, Name: s.mj.ID(), Desc: s.mj.Describe(), StayAtNode: true, Job: true,
+		Claim: perm.Claim{Share: perm.All},
+	}
+	if s.root, err = tx.AttachRoot(spec, s.filter); err != nil {
+		return err
+	}
+	spec.EdgeName = "target"
+	if s.hold, err = tx.AttachRoot(spec, s.Target); err != nil {
+		return err
+	}
+	todo := s.driver.Todo()
+	if s.Bitmap != nil {
+		s.Bitmap.Freeze()
+		s.frozen = true
+	}
+	if s.Sync == types.MirrorSyncModeBitmap {
+		todo.Merge(s.Bitmap.Bits())
+	} else {
+		todo.SetAll()
+	}
+	return nil
+}
+
+// Commit implements jobs.Action. The job is started, and paused as long as the nodes are quiet.
+func (s *Step) Commit() {
+	s.block = append(s.block, s.filter.BlockAll(errInUse, graph.OpDataplane), s.Target.BlockAll(errInUse, graph.OpDataplane))
+	s.mj.Hold()
+	s.release = s.m.Start(s.mj)
+	s.started = true
+}
+
+// Abort implements jobs.Action.
+func (s *Step) Abort() {
+	if s.frozen {
+		s.Bitmap.Reclaim()
+		s.frozen = false
+	}
+	if s.mj != nil {
+		s.m.Discard(s.mj)
+	}
+}
+
+// Clean implements jobs.Action.
+func (s *Step) Clean() {
+	if s.started {
+		s.mj.Unhold()
+	}
+}
+
+// Release lets a started job go on; see jobs.Manager.Start.
+func (s *Step) Release() {
+	if s.release != nil {
+		s.release()
+	}
+}
+
+// Run implements jobs.Runner.
+func (j *job) Run(ctx context.Context, h *jobs.Handle) error {
+	todo := j.driver.Todo()
+	h.SetRemaining(todo.Count())
+	h.Yield()
+	if j.Sync == types.MirrorSyncModeNone {
+		return h.Idle()
+	}
+	if j.Sync == types.MirrorSyncModeTop {
+		if err := j.skipUnallocated(ctx, h); err != nil {
+			return err
+		}
+	}
+	t := copy.Task{
+		Gate: gate{j.root, ctx}, Size: j.Source.Size(), Chunk: copybeforewrite.MaxCopy, Workers: workers,
+		Look: j.look, Copy: func(r *blk.Req, off int64, e copy.Extent) error { return j.driver.Copy(r, off, e.N) },
+		Side: j.side, Uncounted: true,
+	}
+	if j.MaxChunk > 0 {
+		t.Chunk = min(t.Chunk, blk.AlignDown(j.MaxChunk, j.driver.Cluster()))
+	}
+	t.Chunk = max(t.Chunk, j.driver.Cluster())
+	if j.MaxWorkers > 0 {
+		t.Workers = int(min(int64(t.Workers), j.MaxWorkers))
+	}
+	if err := copy.Run(h, t); err != nil {
+		return err
+	}
+	return j.flush(ctx, h)
+}
+
+// flush puts the target on stable storage: a backup that is told to be complete is.
+func (j *job) flush(ctx context.Context, h *jobs.Handle) error {
+	for {
+		r, err := j.root.Begin(ctx)
+		if err != nil {
+			return err
+		}
+		err = j.filter.Child("target").Flush(r)
+		j.root.End(r)
+		if err == nil {
+			return nil
+		}
+		switch h.OnError(types.IoOperationTypeWrite, j.OnTargetError, err) {
+		case types.BlockErrorActionReport:
+			return err
+		case types.BlockErrorActionIgnore:
+			return nil
+		}
+		if err := h.Checkpoint(); err != nil {
+			return err
+		}
+	}
+}
+
+// look tells the copy engine what is to do of a range, which begins with a cluster.
+func (j *job) look(_ *blk.Req, off, n int64) (copy.Extent, error) {
+	at, k, ok := j.driver.Todo().NextDirty(off, off+n)
+	switch {
+	case !ok:
+		return copy.Extent{N: n}, nil
+	case at > off:
+		return copy.Extent{N: at - off}, nil
+	}
+	return copy.Extent{N: k, Action: copy.Data}, nil
+}
+
+// side tells reading errors from writing errors.
+func (j *job) side(err error) (types.IoOperationType, types.BlockdevOnError) {
+	var c *graph.CopyError
+	if errors.As(err, &c) && c.Write {
+		return types.IoOperationTypeWrite, j.OnTargetError
+	}
+	return types.IoOperationTypeRead, j.OnSourceError
+}
+
+// skipUnallocated takes off the list what the source itself does not hold.
+func (j *job) skipUnallocated(ctx context.Context, h *jobs.Handle) error {
+	c, todo := j.driver.Cluster(), j.driver.Todo()
+	for off, size := int64(0), j.Source.Size(); off < size; {
+		if err := h.Checkpoint(); err != nil {
+			return err
+		}
+		r, err := j.root.Begin(ctx)
+		if err != nil {
+			return err
+		}
+		x, err := j.filter.FilteredChild().StatusAbove(r, nil, false, off, size-off)
+		j.root.End(r)
+		if err != nil {
+			return err
+		}
+		if x.N == 0 {
+			break
+		}
+		off += j.skipExtent(off, x, c, size)
+		h.SetRemaining(todo.Count())
+	}
+	return nil
+}
+
+// skipExtent takes the whole clusters of an extent that lies below the source off the list, and returns how far that goes.
+func (j *job) skipExtent(off int64, x blk.Extent, cluster, size int64) int64 {
+	if x.Allocated && x.Depth == 1 {
+		return min(blk.AlignUp(off+x.N, cluster), size) - off
+	}
+	lo, hi := blk.AlignUp(off, cluster), blk.AlignDown(off+x.N, cluster)
+	if off+x.N == size {
+		hi = size
+	}
+	if lo < hi {
+		j.driver.Skip(lo, hi-lo)
+	}
+	return x.N
+}
+
+type gate struct {
+	*graph.Root
+	ctx context.Context
+}
+
+// Begin implements copy.Gate.
+func (g gate) Begin() (*blk.Req, error) { return g.Root.Begin(g.ctx) }
+
+// Commit implements jobs.Committer.
+func (j *job) Commit(*jobs.Handle) { j.ok = true }
+
+// Clean implements jobs.Cleaner: the filter goes, the bitmap is handed over.
+func (j *job) Clean(*jobs.Handle) {
+	for _, f := range j.block {
+		f()
+	}
+	j.block = nil
+	undrain, err := j.g.Drain(context.Background(), j.Source)
+	if err == nil {
+		defer undrain()
+	}
+	j.endBitmap()
+	tx := j.g.Begin(context.Background())
+	defer tx.Abort()
+	err = errors.Join(tx.DetachRoot(j.root), tx.DetachRoot(j.hold))
+	if e := j.filter.Child("target"); err == nil && e != nil {
+		err = tx.Detach(e)
+	}
+	if err == nil {
+		err = tx.RemoveFilter(j.filter)
+	}
+	if err == nil {
+		err = tx.Commit()
+	}
+	if err != nil && !errors.Is(err, blk.ErrClosed) {
+		// Giving back claims only loosens them. (At the end of the daemon the graph may be closed already.)
+		panic(fmt.Sprintf("backup: cannot clean up after job '%s': %v", j.ID, err))
+	}
+}
+
+// endBitmap lets the bitmap record what the next backup needs: what was written since this one, and, where this one does not count,
+// what was recorded before. The source is quiet.
+func (j *job) endBitmap() {
+	if !j.frozen {
+		return
+	}
+	j.frozen = false
+	mode := j.BitmapMode
+	if mode == types.BitmapSyncModeNever || mode == types.BitmapSyncModeOnSuccess && !j.ok {
+		j.Bitmap.Reclaim()
+		return
+	}
+	j.Bitmap.Abdicate()
+	if !j.ok {
+		j.Bitmap.Bits().Merge(j.driver.Todo())
+	}
+}

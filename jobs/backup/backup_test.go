@@ -1,0 +1,343 @@
+package backup_test
+
+import (
+	"bytes"
+	"context"
+	"encoding/binary"
+	"errors"
+	"fmt"
+	"math/rand/v2"
+	"sync"
+	"syscall"
+	"testing"
+	"time"
+
+	"qblockd/blockdev/drivertest"
+	"qblockd/graph"
+	"qblockd/graph/blk"
+	"qblockd/jobs"
+	"qblockd/jobs/backup"
+	"qblockd/schema/types"
+)
+
+const (
+	cluster = 64 << 10
+	size    = 64 * cluster
+)
+
+func noise(seed uint64) []byte {
+	p := make([]byte, size)
+	r := rand.New(rand.NewPCG(seed, 1))
+	for i := 0; i < len(p)/cluster; i++ {
+		if i%7 != 3 { // some clusters stay zero
+			for k := 0; k < cluster; k += 8 {
+				binary.LittleEndian.PutUint64(p[i*cluster+k:], r.Uint64())
+			}
+		}
+	}
+	return p
+}
+
+// world is a source with a guest and a target.
+type world struct {
+	t              testing.TB
+	g              *graph.Graph
+	m              *jobs.Manager
+	source, target *graph.Node
+	from, to       *drivertest.MemFile
+	fromF, toF     *drivertest.Fault
+	guest          *graph.Root
+	want           []byte
+	shape          string
+}
+
+func newWorld(t testing.TB) *world {
+	g, sink := drivertest.NewGraphSink(t)
+	w := &world{t: t, g: g, m: jobs.NewManager(sink, nil), want: noise(1)}
+	w.from, w.to = drivertest.MemFileOf(bytes.Clone(w.want)), drivertest.MemFileOf(noise(2))
+	w.fromF, w.toF = drivertest.NewFault(w.from), drivertest.NewFault(w.to)
+	w.source, w.target = drivertest.AddNode(t, g, "source", w.fromF), drivertest.AddNode(t, g, "target", w.toF)
+	w.guest = drivertest.AddRoot(t, g, w.source, drivertest.Writer)
+	w.shape = w.look()
+	return w
+}
+
+// look is the graph as a text: edges, claims, bitmaps.
+func (w *world) look() string {
+	s := ""
+	topology := w.g.Topology()
+	for _, e := range topology.Edges {
+		s += fmt.Sprintf("%s -%s-> %s %v\n", e.Edge.Parent().Describe(), e.Edge.ChildName(), e.Node.Name(), e.Claim)
+	}
+	for _, n := range topology.Nodes {
+		s += n.Name()
+		for _, b := range n.DirtyBitmaps() {
+			s += fmt.Sprintf(" %s busy %v enabled %v", b.Name(), b.Busy(), b.Enabled())
+		}
+		for op := graph.OpBackupSource; op <= graph.OpReplace; op++ {
+			if err := n.Blocked(op); err != nil {
+				s += " " + err.Error()
+			}
+		}
+		s += "\n"
+	}
+	return s
+}
+
+func (w *world) args() backup.Args {
+	return backup.Args{ID: "j", Source: w.source, Target: w.target, Sync: types.MirrorSyncModeFull, ManualDismiss: true,
+		OnSourceError: types.BlockdevOnErrorReport, OnTargetError: types.BlockdevOnErrorReport}
+}
+
+func (w *world) start(a backup.Args) *jobs.Job {
+	w.t.Helper()
+	s := backup.NewStep(w.m, a)
+	if err := jobs.RunActions(context.Background(), w.g, s); err != nil {
+		w.t.Fatal(err)
+	}
+	s.Release()
+	return w.m.Get(a.ID)
+}
+
+// end waits for the job and requires that nothing of it is left.
+func (w *world) end(j *jobs.Job) error {
+	w.t.Helper()
+	select {
+	case <-j.Finished():
+	case <-time.After(time.Minute):
+		w.t.Fatal("the job hangs")
+	}
+	w.fromF.Clear()
+	w.toF.Clear()
+	err := j.Err()
+	if e := j.Dismiss(); e != nil {
+		w.t.Error(e)
+	}
+	if now := w.look(); now != w.shape {
+		w.t.Errorf("the graph is\n%s, it was\n%s", now, w.shape)
+	}
+	return err
+}
+
+func (w *world) write(root *graph.Root, off int64, p []byte) error {
+	r, err := root.Begin(context.Background())
+	if err != nil {
+		return err
+	}
+	defer root.End(r)
+	return root.WriteAt(r, blk.Buf(p), off, 0)
+}
+
+// scribble writes anywhere, in several goroutines, until stop is closed.
+func (w *world) scribble(stop <-chan struct{}) *sync.WaitGroup {
+	wg := &sync.WaitGroup{}
+	for g := range 4 {
+		wg.Go(func() {
+			r := rand.New(rand.NewPCG(uint64(g), 7))
+			p := bytes.Repeat([]byte{byte(0x80 + g)}, 3*cluster)
+			for {
+				select {
+				case <-stop:
+					return
+				default:
+				}
+				n := 512 * (1 + r.Int64N(int64(len(p))/512))
+				if err := w.write(w.guest, r.Int64N((size-n)/512)*512, p[:n]); err != nil {
+					w.t.Error(err)
+					return
+				}
+			}
+		})
+	}
+	return wg
+}
+
+// The target shows the source as it was when the job started, whatever guests write meanwhile.
+func TestPointInTime(t *testing.T) {
+	for i := range 20 {
+		w := newWorld(t)
+		s := backup.NewStep(w.m, w.args())
+		if err := jobs.RunActions(context.Background(), w.g, s); err != nil {
+			t.Fatal(err)
+		}
+		j, stop := w.m.Get("j"), make(chan struct{})
+		wg := w.scribble(stop)
+		if i%2 == 0 {
+			for w.guest.Node().Driver() != nil && bytes.Equal(w.from.Bytes(), w.want) {
+				// Guests come first.
+			}
+		}
+		s.Release()
+		if err := w.end(j); err != nil {
+			t.Fatal(err)
+		}
+		close(stop)
+		wg.Wait()
+		if !bytes.Equal(w.to.Bytes(), w.want) {
+			t.Fatal("the target differs")
+		}
+	}
+}
+
+// Two disks are cut at the same point: a guest that writes the next number to one after the other is found between two numbers.
+func TestConsistentCut(t *testing.T) {
+	for range 20 {
+		a, b := newWorld(t), (*world)(nil)
+		b = &world{t: t, g: a.g, m: a.m, from: drivertest.NewMemFile(size), to: drivertest.NewMemFile(size)}
+		b.source, b.target = drivertest.AddNode(t, a.g, "source2", b.from), drivertest.AddNode(t, a.g, "target2", b.to)
+		b.guest = drivertest.AddRoot(t, a.g, b.source, drivertest.Writer)
+		a.shape = a.look()
+		var wg sync.WaitGroup
+		stop, running := make(chan struct{}), make(chan struct{})
+		wg.Go(func() {
+			var n [8]byte
+			for i := uint64(0); ; i++ {
+				binary.LittleEndian.PutUint64(n[:], i)
+				for _, w := range []*world{a, b} {
+					if err := w.write(w.guest, 5*cluster+512, n[:]); err != nil {
+						t.Error(err)
+						return
+					}
+				}
+				if i == 20 {
+					close(running)
+				}
+				select {
+				case <-stop:
+					return
+				default:
+				}
+			}
+		})
+		<-running
+		argsA, argsB := a.args(), b.args()
+		argsB.ID = "k"
+		sa, sb := backup.NewStep(a.m, argsA), backup.NewStep(a.m, argsB)
+		if err := jobs.RunActions(context.Background(), a.g, sa, sb); err != nil {
+			t.Fatal(err)
+		}
+		sa.Release()
+		sb.Release()
+		k := a.m.Get("k")
+		<-k.Finished()
+		if err := errors.Join(k.Err(), k.Dismiss(), a.end(a.m.Get("j"))); err != nil {
+			t.Fatal(err)
+		}
+		close(stop)
+		wg.Wait()
+		at := func(w *world) uint64 { return binary.LittleEndian.Uint64(w.to.Bytes()[5*cluster+512:]) }
+		if d := at(a) - at(b); d > 1 {
+			t.Fatalf("%d on one disk, %d on the other", at(a), at(b))
+		}
+	}
+}
+
+// However the job ends, nothing of it is left, the guest's data are untouched, and the bitmap holds what the next backup needs.
+func TestEnds(t *testing.T) {
+	dirty := func(w *world) int64 { return w.source.DirtyBitmap("b").Bits().Count() }
+	for _, c := range []struct {
+		name  string
+		mode  types.BitmapSyncMode
+		end   func(w *world, j *jobs.Job)
+		err   error
+		dirty int64 // clusters at the end, of 4 at the start and 1 written meanwhile
+	}{
+		{"success", types.BitmapSyncModeOnSuccess, func(w *world, j *jobs.Job) {}, nil, 1},
+		{"success, never", types.BitmapSyncModeNever, func(w *world, j *jobs.Job) {}, nil, 5},
+		{"source fails", types.BitmapSyncModeOnSuccess, func(w *world, j *jobs.Job) {
+			w.fromF.Inject(drivertest.Rule{Ops: drivertest.OpRead})
+		}, syscall.EIO, 5},
+		{"target fails", types.BitmapSyncModeOnSuccess, func(w *world, j *jobs.Job) {
+			w.toF.Inject(drivertest.Rule{Ops: drivertest.OpModify})
+		}, syscall.EIO, 5},
+		{"target fails, always", types.BitmapSyncModeAlways, func(w *world, j *jobs.Job) {
+			w.toF.Inject(drivertest.Rule{Ops: drivertest.OpModify})
+		}, syscall.EIO, 5},
+		{"flush fails", types.BitmapSyncModeOnSuccess, func(w *world, j *jobs.Job) {
+			w.toF.Inject(drivertest.Rule{Ops: drivertest.OpFlush})
+		}, syscall.EIO, 5},
+		{"cancelled", types.BitmapSyncModeOnSuccess, func(w *world, j *jobs.Job) { j.Cancel(true) }, syscall.ECANCELED, 5},
+	} {
+		t.Run(c.name, func(t *testing.T) {
+			w := newWorld(t)
+			b, err := w.source.NewDirtyBitmap(graph.DirtyBitmapSpec{Name: "b", Granularity: cluster})
+			if err != nil {
+				t.Fatal(err)
+			}
+			b.Bits().Set(8*cluster, 4*cluster)
+			w.shape = w.look()
+			a := w.args()
+			a.Sync, a.Bitmap, a.BitmapMode = types.MirrorSyncModeBitmap, b, c.mode
+			s := backup.NewStep(w.m, a)
+			if err := jobs.RunActions(context.Background(), w.g, s); err != nil {
+				t.Fatal(err)
+			}
+			if err := b.Check(graph.BitmapRead); err == nil {
+				t.Error("the bitmap of a running job can be used")
+			}
+			if err := w.write(w.guest, 30*cluster, []byte("guest")); err != nil {
+				t.Fatal(err)
+			}
+			copy(w.want[30*cluster:], "guest")
+			j := w.m.Get("j")
+			c.end(w, j)
+			s.Release()
+			if err := w.end(j); !errors.Is(err, c.err) {
+				t.Errorf("outcome: %v", err)
+			}
+			if dirty(w) != c.dirty*cluster {
+				t.Errorf("%d clusters are dirty, want %d", dirty(w)/cluster, c.dirty)
+			}
+			if !bytes.Equal(w.from.Bytes(), w.want) {
+				t.Error("the source has changed")
+			}
+			if c.err == nil && !bytes.Equal(w.to.Bytes()[8*cluster:12*cluster], w.want[8*cluster:12*cluster]) {
+				t.Error("the target does not hold what was dirty")
+			}
+		})
+	}
+}
+
+// The i-th I/O of the job fails: it ends with that error, or, told to ignore or to stop, goes on.
+func TestFaults(t *testing.T) {
+	for _, policy := range []types.BlockdevOnError{types.BlockdevOnErrorReport, types.BlockdevOnErrorStop} {
+		for _, side := range []func(w *world) *drivertest.Fault{
+			func(w *world) *drivertest.Fault { return w.fromF }, func(w *world) *drivertest.Fault { return w.toF },
+		} {
+			for i := 0; ; i++ {
+				w := newWorld(t)
+				f := side(w)
+				f.FailAt(i, syscall.EIO)
+				a := w.args()
+				a.OnSourceError, a.OnTargetError = policy, policy
+				j := w.start(a)
+				if policy == types.BlockdevOnErrorStop {
+					stopped := make(chan struct{})
+					go func() {
+						defer close(stopped)
+						for {
+							select {
+							case <-j.Finished():
+								return
+							default:
+								j.Resume() // refused as long as nothing has stopped it
+							}
+						}
+					}()
+					defer func() { <-stopped }()
+				}
+				err := w.end(j)
+				failed := f.Failed() > 0
+				if policy == types.BlockdevOnErrorReport && failed && !errors.Is(err, syscall.EIO) || (!failed || policy == types.BlockdevOnErrorStop) && err != nil {
+					t.Fatalf("I/O %d fails: %v", i, err)
+				}
+				if err == nil && !bytes.Equal(w.to.Bytes(), w.want) {
+					t.Fatalf("I/O %d fails: the target differs", i)
+				}
+				if !failed {
+					break
+				}
+			}
+		}
+	}
+}

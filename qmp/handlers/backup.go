@@ -1,0 +1,145 @@
+package handlers
+
+import (
+	"context"
+	"errors"
+	"fmt"
+
+	"qblockd/graph"
+	"qblockd/jobs"
+	"qblockd/jobs/backup"
+	"qblockd/qmp"
+	"qblockd/schema/types"
+)
+
+// BlockdevBackup implements types.BlockJobHandler: a transaction of one step.
+func (h BlockJob) BlockdevBackup(ctx context.Context, a *types.BlockdevBackup) error {
+	s := &backupStep{h: h, args: a}
+	if err := jobs.RunActions(ctx, h.Graph, s); err != nil {
+		return err
+	}
+	qmp.AfterReply(ctx, s.Release)
+	return nil
+}
+
+// backupStep is blockdev-backup as a step of a transaction. Its nodes are looked up when it is its turn.
+type backupStep struct {
+	h    BlockJob
+	args *types.BlockdevBackup
+	txn  *jobs.Txn
+	*backup.Step
+}
+
+// Nodes implements jobs.Action.
+func (s *backupStep) Nodes() (l []*graph.Node) {
+	for _, name := range []string{s.args.Device, s.args.Target} {
+		if n, err := s.h.Nodes.Lookup(&name, &name); err == nil {
+			l = append(l, n)
+		}
+	}
+	return l
+}
+
+// Prepare implements jobs.Action.
+func (s *backupStep) Prepare(ctx context.Context, tx *graph.Tx) error {
+	a := s.args
+	source, err := s.h.Nodes.Lookup(&a.Device, &a.Device)
+	if err != nil {
+		return err
+	}
+	target, err := s.h.Nodes.Lookup(&a.Target, &a.Target)
+	if err != nil {
+		return err
+	}
+	args := backup.Args{
+		ID: deref(a.JobID), Source: source, Target: target, Sync: a.Sync, Compress: deref(a.Compress), Speed: deref(a.Speed),
+		OnSourceError: types.BlockdevOnErrorReport, OnTargetError: types.BlockdevOnErrorReport,
+		FilterNodeName: deref(a.FilterNodeName), ManualFinalize: isFalse(a.AutoFinalize), ManualDismiss: isFalse(a.AutoDismiss), Txn: s.txn,
+	}
+	if a.OnSourceError != nil {
+		args.OnSourceError = *a.OnSourceError
+	}
+	if a.OnTargetError != nil {
+		args.OnTargetError = *a.OnTargetError
+	}
+	if err := backupBitmap(&args, a); err != nil {
+		return err
+	}
+	if p := a.XPerf; p != nil {
+		args.MaxChunk = deref(p.MaxChunk)
+		if p.MaxWorkers != nil {
+			if args.MaxWorkers = *p.MaxWorkers; args.MaxWorkers < 1 || args.MaxWorkers > maxInt32 {
+				return fmt.Errorf("max-workers must be between 1 and %d", maxInt32)
+			}
+		}
+		if args.MaxChunk < 0 {
+			return errors.New("max-chunk must be zero (which means no limit) or positive")
+		}
+	}
+	s.Step = backup.NewStep(s.h.Jobs, args)
+	return s.Step.Prepare(ctx, tx)
+}
+
+const maxInt32 = 1<<31 - 1
+
+// backupBitmap finds the bitmap and checks that the modes fit together, in the reference's order.
+func backupBitmap(args *backup.Args, a *types.BlockdevBackup) error {
+	incremental := a.Sync == types.MirrorSyncModeIncremental
+	if (incremental || a.Sync == types.MirrorSyncModeBitmap) && a.Bitmap == nil {
+		return fmt.Errorf("must provide a valid bitmap name for '%s' sync mode", a.Sync)
+	}
+	mode := a.BitmapMode
+	if incremental {
+		success := types.BitmapSyncModeOnSuccess
+		if mode != nil && *mode != success {
+			return fmt.Errorf("Bitmap sync mode must be '%s' when using sync mode '%s'", success, a.Sync)
+		}
+		args.Sync, mode = types.MirrorSyncModeBitmap, &success
+	}
+	if a.Bitmap == nil {
+		if mode != nil {
+			return errors.New("Cannot specify bitmap sync mode without a bitmap")
+		}
+		return nil
+	}
+	if args.Bitmap = args.Source.DirtyBitmap(*a.Bitmap); args.Bitmap == nil {
+		return fmt.Errorf("Bitmap '%s' could not be found", *a.Bitmap)
+	}
+	if mode == nil {
+		return errors.New("Bitmap sync mode must be given when providing a bitmap")
+	}
+	args.BitmapMode = *mode
+	use := graph.BitmapChange
+	if *mode == types.BitmapSyncModeNever {
+		use = graph.BitmapRead
+	}
+	if err := args.Bitmap.Check(use); err != nil {
+		return err
+	}
+	if args.Sync == types.MirrorSyncModeNone {
+		return fmt.Errorf("sync mode '%s' does not produce meaningful bitmap outputs", args.Sync)
+	}
+	if *mode == types.BitmapSyncModeNever && args.Sync != types.MirrorSyncModeBitmap {
+		return fmt.Errorf("Bitmap sync mode '%s' has no meaningful effect when combined with sync mode '%s'", *mode, args.Sync)
+	}
+	return nil
+}
+
+// The rest of jobs.Action: there is a Step only once it was prepared.
+
+// Commit implements jobs.Action.
+func (s *backupStep) Commit() { s.Step.Commit() }
+
+// Abort implements jobs.Action.
+func (s *backupStep) Abort() {
+	if s.Step != nil {
+		s.Step.Abort()
+	}
+}
+
+// Clean implements jobs.Action.
+func (s *backupStep) Clean() {
+	if s.Step != nil {
+		s.Step.Clean()
+	}
+}
