@@ -141,6 +141,11 @@ func (m *Manager) plainName(n *graph.Node, d *Driver, u any, needJSON bool) stri
 	if p, ok := n.Driver().(graph.Namer); ok {
 		return p.Filename()
 	}
+	if _, ok := n.Driver().(graph.ChildNamer); ok {
+		if c := n.FilteredChild(); c != nil {
+			return m.name(c.Node()).filename
+		}
+	}
 	if d != nil && d.PlainName != nil {
 		if needJSON {
 			return ""

@@ -46,6 +46,8 @@ type DirtyBitmapSpec struct {
 	Persistent, Inconsistent bool
 	// ReadOnly: it must not change, as the image cannot be written to.
 	ReadOnly bool
+	// Bits is what it shows, instead of an empty bitmap of the node's size: for nodes that have no size yet.
+	Bits *bitmap.Bitmap
 }
 
 // Limits of bitmaps, as in the reference.
@@ -80,7 +82,9 @@ func (n *Node) NewDirtyBitmap(s DirtyBitmapSpec) (*DirtyBitmap, error) {
 	if len(s.Name) > maxBitmapName {
 		return nil, fmt.Errorf("Bitmap name too long: %s", s.Name)
 	}
-	d.bits = bitmap.New(n.bitmapSize(), s.Granularity)
+	if d.bits = s.Bits; d.bits == nil {
+		d.bits = bitmap.New(n.bitmapSize(), s.Granularity)
+	}
 	set.all = slices.Insert(set.all, 0, d)
 	set.changedLocked()
 	return d, nil

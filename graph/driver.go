@@ -127,6 +127,10 @@ type (
 	Namer interface {
 		Filename() string
 	}
+	// ChildNamer marks filters that show themselves under the file name of what they filter.
+	ChildNamer interface {
+		NamedAsChild()
+	}
 )
 
 // Options are the generic properties of a node.

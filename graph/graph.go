@@ -96,6 +96,15 @@ func (g *Graph) Roots() []*Root {
 	return l
 }
 
+// RootsAbove are the roots that reach one of the nodes.
+func (g *Graph) RootsAbove(nodes ...*Node) []*Root {
+	g.mu.RLock()
+	defer g.mu.RUnlock()
+	d := &drain{g: g, nodes: nodes}
+	d.collectLocked()
+	return d.gates
+}
+
 // EdgeInfo is an edge at one moment.
 type EdgeInfo struct {
 	Edge  *Edge

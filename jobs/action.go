@@ -2,8 +2,10 @@ package jobs
 
 import (
 	"context"
+	"slices"
 
 	"qblockd/graph"
+	"qblockd/jobs/machine"
 )
 
 // Action is one step of a QMP transaction, or a command that could be one. Its methods are called in this order,
@@ -103,6 +105,41 @@ func RunActions(ctx context.Context, g *graph.Graph, actions ...Action) error {
 		a.Commit()
 	}
 	return nil
+}
+
+// Transaction is RunActions for commands that clients see to quiesce the graph: every job that is at work then is paused in passing, and once more
+// if it reaches one of the nodes, also if the command fails; as in the reference. (The pauses are only told: a job's next unit of work
+// waits at its closed gate in any case.)
+func (m *Manager) Transaction(ctx context.Context, g *graph.Graph, actions ...Action) error {
+	m.mu.Lock()
+	before := slices.Clone(m.jobs)
+	m.mu.Unlock()
+	m.blink(before)
+	var nodes []*graph.Node
+	for _, a := range actions {
+		nodes = append(nodes, a.Nodes()...)
+	}
+	near := map[string]bool{}
+	for _, r := range g.RootsAbove(nodes...) {
+		if r.Spec().Kind == graph.KindJob {
+			near[r.Spec().Name] = true
+		}
+	}
+	err := RunActions(ctx, g, actions...)
+	m.blink(slices.DeleteFunc(before, func(j *Job) bool { return !near[j.id] }))
+	return err
+}
+
+// blink lets the jobs that are at work show themselves paused and going on.
+func (m *Manager) blink(l []*Job) {
+	m.mu.Lock()
+	defer m.mu.Unlock()
+	for _, j := range l {
+		if s := j.st.Status; (s == machine.Running || s == machine.Ready) && j.st.Started && !j.st.Ended && !j.st.ShouldPause() && !j.st.Forced {
+			j.stepLocked(machine.EnterPause)
+			j.stepLocked(machine.LeavePause)
+		}
+	}
 }
 
 func abort(actions []Action) {

@@ -153,6 +153,7 @@ func (m *Manager) Shutdown(ctx context.Context) error {
 	m.quitting = true
 	all := slices.Clone(m.jobs)
 	m.mu.Unlock()
+	m.blink(all) // the graph is quiesced, as clients are told
 	done := make(chan struct{})
 	go func() {
 		defer close(done)

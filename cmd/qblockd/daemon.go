@@ -96,7 +96,7 @@ func (d *daemon) register() {
 	types.RegisterIntrospect(d.dispatch, handlers.Introspect{})
 	types.RegisterChar(d.dispatch, handlers.Char{Devices: d.chardevs})
 	types.RegisterQom(d.dispatch, handlers.Qom{Objects: d.objects})
-	types.RegisterBlockCore(d.dispatch, handlers.BlockCore{Nodes: d.nodes, Exports: d.exports})
+	types.RegisterBlockCore(d.dispatch, handlers.BlockCore{Nodes: d.nodes, Exports: d.exports, Jobs: d.jobs})
 	types.RegisterBlockCreate(d.dispatch, handlers.BlockCreate{Jobs: d.jobs, Nodes: d.nodes})
 	types.RegisterBlockJob(d.dispatch, handlers.BlockJob{Graph: d.graph, Jobs: d.jobs, Nodes: d.nodes})
 	types.RegisterJob(d.dispatch, handlers.Job{Jobs: d.jobs})

@@ -56,9 +56,10 @@ type job struct {
 	g      *graph.Graph
 	filter *graph.Node // nil once removed
 	driver *copybeforewrite.Driver
-	root   *graph.Root // of the job's requests
-	hold   *graph.Root // on the target
-	frozen bool        // the bitmap is
+	root   *graph.Root        // of the job's requests
+	hold   *graph.Root        // on the target
+	listed *graph.DirtyBitmap // what is to do, as clients see it on the source
+	frozen bool               // the bitmap is
 	ok     bool
 	block  []func()
 }
@@ -85,12 +86,12 @@ func (s *Step) Prepare(_ context.Context, tx *graph.Tx) (err error) {
 	if err := s.check(); err != nil {
 		return err
 	}
-	if err := s.insert(tx); err != nil {
-		return err
+	err = s.insert(tx)
+	if err == nil {
+		err = tx.Try() // what the graph does not allow is told before the job is announced
 	}
-	// What the graph does not allow is told before the job is announced.
-	if err := tx.Try(); err != nil {
-		return err
+	if err != nil {
+		return fmt.Errorf("Could not create node: %w", err)
 	}
 	s.mj, err = s.m.Create(jobs.Spec{
 		ID: s.ID, Type: types.JobTypeBackup, Runner: s.job, Block: true, Speed: s.Speed, Txn: s.Txn,
@@ -140,10 +141,10 @@ func (s *Step) insert(tx *graph.Tx) error {
 	}
 	s.driver = copybeforewrite.New(filter, s.Source.Size(), copybeforewrite.ClusterSize(s.Target), s.Compress)
 	filter.SetDriver(s.driver)
-	if _, err := tx.InsertFilter(filter, "file", s.Source); err != nil {
+	if _, err := tx.Attach(filter, "target", perm.Data, s.Target); err != nil {
 		return err
 	}
-	if _, err := tx.Attach(filter, "target", perm.Data, s.Target); err != nil {
+	if _, err := tx.InsertFilter(filter, "file", s.Source); err != nil {
 		return err
 	}
 	s.filter = filter
@@ -164,6 +165,9 @@ func (s *Step) attach(tx *graph.Tx) (err error) {
 		return err
 	}
 	todo := s.driver.Todo()
+	if s.listed, err = s.Source.NewDirtyBitmap(graph.DirtyBitmapSpec{Bits: todo, Disabled: true}); err != nil {
+		return err
+	}
 	if s.Bitmap != nil {
 		s.Bitmap.Freeze()
 		s.frozen = true
@@ -186,6 +190,9 @@ func (s *Step) Commit() {
 
 // Abort implements jobs.Action.
 func (s *Step) Abort() {
+	if s.listed != nil {
+		s.listed.Remove()
+	}
 	if s.frozen {
 		s.Bitmap.Reclaim()
 		s.frozen = false
@@ -346,6 +353,7 @@ func (j *job) Clean(*jobs.Handle) {
 	if err == nil {
 		defer undrain()
 	}
+	j.listed.Remove()
 	j.endBitmap()
 	tx := j.g.Begin(context.Background())
 	defer tx.Abort()

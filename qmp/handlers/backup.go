@@ -15,7 +15,7 @@ import (
 // BlockdevBackup implements types.BlockJobHandler: a transaction of one step.
 func (h BlockJob) BlockdevBackup(ctx context.Context, a *types.BlockdevBackup) error {
 	s := &backupStep{h: h, args: a}
-	if err := jobs.RunActions(ctx, h.Graph, s); err != nil {
+	if err := h.Jobs.Transaction(ctx, h.Graph, s); err != nil {
 		return err
 	}
 	qmp.AfterReply(ctx, s.Release)

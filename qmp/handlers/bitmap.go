@@ -54,10 +54,10 @@ func (b BlockCore) XDebugBlockDirtyBitmapSha256(_ context.Context, a *types.Bloc
 
 // BlockdevSnapshot puts an overlay on a node.
 func (b BlockCore) BlockdevSnapshot(ctx context.Context, a *types.BlockdevSnapshot) error {
-	return b.run(ctx, b.Nodes.Snapshot(a))
+	return b.Jobs.Transaction(ctx, b.Nodes.Graph(), b.Nodes.Snapshot(a))
 }
 
 // BlockdevSnapshotSync makes an overlay and puts it on a node.
 func (b BlockCore) BlockdevSnapshotSync(ctx context.Context, a *types.BlockdevSnapshotSync) error {
-	return b.run(ctx, b.Nodes.SnapshotSync(a))
+	return b.Jobs.Transaction(ctx, b.Nodes.Graph(), b.Nodes.SnapshotSync(a))
 }

@@ -5,6 +5,7 @@ import (
 
 	"qblockd/blockdev"
 	"qblockd/blockdev/export"
+	"qblockd/jobs"
 	"qblockd/schema/types"
 )
 
@@ -12,6 +13,7 @@ import (
 type BlockCore struct {
 	Nodes   *blockdev.Manager
 	Exports *export.Table
+	Jobs    *jobs.Manager // those that snapshots pause
 }
 
 var _ types.BlockCoreHandler = BlockCore{}

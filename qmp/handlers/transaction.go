@@ -42,7 +42,7 @@ func (h Transaction) Transaction(ctx context.Context, a *types.TransactionArgs) 
 		}
 		l = append(l, act)
 	}
-	if err := jobs.RunActions(ctx, h.Nodes.Graph(), l...); err != nil {
+	if err := h.Jobs.Jobs.Transaction(ctx, h.Nodes.Graph(), l...); err != nil {
 		return err
 	}
 	for _, b := range started {

@@ -8,6 +8,7 @@ import (
 
 	"qblockd/blockdev"
 	"qblockd/blockdev/drivertest"
+	"qblockd/jobs"
 	"qblockd/schema/types"
 )
 
@@ -16,8 +17,9 @@ func TestTransactionUndo(t *testing.T) {
 	g := drivertest.NewGraph(t)
 	nodes := blockdev.New(g, blockdev.Config{})
 	c := commands{}
-	types.RegisterBlockCore(c, BlockCore{Nodes: nodes})
-	types.RegisterTransaction(c, Transaction{Nodes: nodes})
+	m := jobs.NewManager(&drivertest.Sink{}, nil)
+	types.RegisterBlockCore(c, BlockCore{Nodes: nodes, Jobs: m})
+	types.RegisterTransaction(c, Transaction{Nodes: nodes, Jobs: BlockJob{Graph: g, Jobs: m, Nodes: nodes}})
 	dir := t.TempDir()
 	ok := func(name, args string) {
 		t.Helper()

@@ -48,6 +48,7 @@ type State struct {
 	copied     func(n int64)
 
 	todo   *bitmap.Bitmap // clusters to do; bits are cleared when a cluster is taken
+	done   *bitmap.Bitmap // clusters that were copied
 	active atomic.Int32   // copies under way; raised before the bits of a copy are cleared
 
 	mu     sync.Mutex
@@ -66,10 +67,17 @@ type Driver struct{ State }
 // New makes the filter of a hidden node whose children will be named "file" and "target". size and cluster are in bytes; with compressed, copies
 // are written compressed. Nothing is to do yet.
 func New(node *graph.Node, size, cluster int64, compressed bool) *Driver {
-	return &Driver{State{
+	d := &Driver{State{
 		node: node, cluster: cluster, compressed: compressed,
-		todo: bitmap.New(size, cluster), copies: map[*running]struct{}{},
+		todo: bitmap.New(size, cluster), done: bitmap.New(size, cluster), copies: map[*running]struct{}{},
 	}}
+	for _, b := range []*bitmap.Bitmap{d.done, d.todo} {
+		// Clients see them, without a name.
+		if _, err := node.NewDirtyBitmap(graph.DirtyBitmapSpec{Bits: b, Disabled: true}); err != nil {
+			panic("copybeforewrite: " + err.Error())
+		}
+	}
+	return d
 }
 
 // ClusterSize is the unit of copies to target, in bytes: at least 64 KiB, and no less than what the target allocates.
@@ -153,8 +161,11 @@ func (s *State) take(lo, end int64) (*running, <-chan struct{}) {
 }
 
 func (s *State) release(c *running, err error) {
-	if err == nil && s.copied != nil {
-		s.copied(c.n)
+	if err == nil {
+		s.done.Set(c.off, c.n)
+		if s.copied != nil {
+			s.copied(blk.AlignUp(c.n, s.cluster)) // as Bitmap.Count counts
+		}
 	}
 	s.mu.Lock()
 	if err != nil {
@@ -214,6 +225,9 @@ func (d *Driver) Size() int64 {
 	}
 	return 0
 }
+
+// NamedAsChild implements graph.ChildNamer.
+func (d *Driver) NamedAsChild() {}
 
 // Close implements graph.Driver.
 func (d *Driver) Close() error { return nil }
