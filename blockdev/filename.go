@@ -142,7 +142,11 @@ func (m *Manager) plainName(n *graph.Node, d *Driver, u any, needJSON bool) stri
 		return p.Filename()
 	}
 	if _, ok := n.Driver().(graph.ChildNamer); ok {
-		if c := n.FilteredChild(); c != nil {
+		c := n.FilteredChild()
+		if c == nil {
+			c = n.File()
+		}
+		if c != nil {
 			return m.name(c.Node()).filename
 		}
 	}

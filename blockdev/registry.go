@@ -4,6 +4,8 @@ import (
 	"fmt"
 
 	"qblockd/blockdev/file"
+	"qblockd/blockdev/filter/copybeforewrite"
+	"qblockd/blockdev/filter/snapshotaccess"
 	"qblockd/blockdev/null"
 	"qblockd/blockdev/qcow2"
 	"qblockd/blockdev/raw"
@@ -52,12 +54,25 @@ type ChildOption struct {
 // Drivers is what is compiled in.
 func Drivers() []Driver {
 	return []Driver{
+		{
+			Name: types.BlockdevDriverCopyBeforeWrite, Kind: graph.Filter, Open: copybeforewrite.Open,
+			Children: func(u any) []ChildOption {
+				o := u.(*types.BlockdevOptionsCbw)
+				return []ChildOption{{"file", perm.Filtered | perm.Primary, &o.File}, {"target", perm.Data, &o.Target}}
+			},
+		},
 		fileDriver(types.BlockdevDriverFile, file.Open),
 		fileDriver(types.BlockdevDriverHostDevice, file.OpenHostDevice),
 		nullDriver(types.BlockdevDriverNullAio, null.Open),
 		nullDriver(types.BlockdevDriverNullCo, null.Open),
 		qcow2Driver(qcow2.Open),
 		rawDriver(raw.Open),
+		{
+			Name: types.BlockdevDriverSnapshotAccess, Kind: graph.Format, Open: snapshotaccess.Open,
+			Children: func(u any) []ChildOption {
+				return []ChildOption{{"file", perm.Data | perm.Primary, &u.(*types.BlockdevOptionsGenericFormat).File}}
+			},
+		},
 	}
 }
 

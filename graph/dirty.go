@@ -33,8 +33,7 @@ type DirtyBitmap struct {
 
 	// Guarded by n.io.dirty.mu.
 	disabled, busy, persistent, inconsistent, readOnly bool
-	successor                                          *bitmap.Bitmap
-	gone                                               bool
+	successor                                          *DirtyBitmap // on the list too, without a name
 }
 
 // DirtyBitmapSpec describes a new bitmap.
@@ -123,10 +122,7 @@ func (s *dirtySet) changedLocked() {
 	s.count.Store(int32(len(s.all)))
 	var l []*bitmap.Bitmap
 	for _, d := range s.all {
-		switch {
-		case d.successor != nil && !d.disabled:
-			l = append(l, d.successor)
-		case d.successor == nil && !d.disabled && !d.inconsistent && !d.readOnly:
+		if d.successor == nil && !d.disabled && !d.inconsistent && !d.readOnly {
 			l = append(l, d.bits)
 		}
 	}
@@ -156,10 +152,8 @@ func (n *Node) resizeBitmaps() {
 	defer s.mu.Unlock()
 	size := n.bitmapSize()
 	for _, d := range s.all {
-		for _, b := range []*bitmap.Bitmap{d.bits, d.successor} {
-			if b != nil && b.Size() != size {
-				b.Resize(size)
-			}
+		if d.bits.Size() != size {
+			d.bits.Resize(size)
 		}
 	}
 }
@@ -227,10 +221,14 @@ func (d *DirtyBitmap) Remove() {
 	s := d.set()
 	s.mu.Lock()
 	defer s.mu.Unlock()
+	s.removeLocked(d)
+	s.changedLocked()
+}
+
+// +checklocks:s.mu
+func (s *dirtySet) removeLocked(d *DirtyBitmap) {
 	if i := slices.Index(s.all, d); i >= 0 {
 		s.all = slices.Delete(s.all, i, i+1)
-		d.gone = true
-		s.changedLocked()
 	}
 }
 
@@ -240,7 +238,8 @@ func (d *DirtyBitmap) Freeze() {
 		if d.successor != nil {
 			panic("graph: bitmap " + d.name + " is frozen already")
 		}
-		d.successor = bitmap.New(d.bits.Size(), d.bits.Granularity())
+		d.successor = &DirtyBitmap{n: d.n, disabled: d.disabled, bits: bitmap.New(d.bits.Size(), d.bits.Granularity())}
+		d.set().all = slices.Insert(d.set().all, 0, d.successor)
 		d.busy = true
 	})
 }
@@ -259,7 +258,8 @@ func (d *DirtyBitmap) thaw(forget bool) {
 		if forget {
 			d.bits.Take()
 		}
-		d.bits.Merge(d.successor)
+		d.bits.Merge(d.successor.bits)
+		d.set().removeLocked(d.successor)
 		d.successor, d.busy = nil, false
 	})
 }

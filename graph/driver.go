@@ -127,7 +127,13 @@ type (
 	Namer interface {
 		Filename() string
 	}
-	// ChildNamer marks filters that show themselves under the file name of what they filter.
+	// Snapshotted is a driver that keeps a point in time besides what its node shows now (copy-before-write). Both methods need a unit of work
+	// that reaches its node.
+	Snapshotted interface {
+		ReadSnapshot(r *blk.Req, v blk.Vec, off int64) error
+		SnapshotStatus(r *blk.Req, off, n int64) (blk.Extent, error)
+	}
+	// ChildNamer marks drivers that show themselves under the file name of what they filter, or of their file.
 	ChildNamer interface {
 		NamedAsChild()
 	}

@@ -76,6 +76,7 @@ type entry struct {
 	// workers serve the requests that have to wait; it points to nil for no group.
 	workers atomic.Pointer[Workers]
 	fixed   bool // the node must not be moved into another iothread
+	bitmaps []*graph.DirtyBitmap
 
 	closing bool          // guarded by Table.mu
 	gone    chan struct{} // closed when the export is off the list and its event was sent
@@ -170,13 +171,20 @@ func (t *Table) make(ctx context.Context, o *types.BlockExportOptions) (e *entry
 	if err := t.attach(ctx, e, n, writable); err != nil {
 		return nil, false, err
 	}
+	fail := func(err error) (*entry, bool, error) {
+		e.freeBitmaps()
+		e.cancel()
+		t.g.CloseRoot(context.Background(), e.root)
+		return nil, false, err
+	}
+	if spec.Bitmaps, err = t.claimBitmaps(e, n, b.Bitmaps, writable); err != nil {
+		return fail(err)
+	}
 	spec.Device = device{e.root, writable}
 	spec.Size = blk.AlignDown(e.root.Size(), sector)
 	spec.Workers = e.currentWorkers
 	if stopped, err = t.serve(e, spec, workers); err != nil {
-		e.cancel()
-		t.g.CloseRoot(context.Background(), e.root)
-		return nil, false, err
+		return fail(err)
 	}
 	return e, stopped, nil
 }
@@ -256,6 +264,7 @@ func (t *Table) finish(e *entry) {
 		t.opts.Log.Error("export could not be detached", "id", e.id, "err", err)
 	}
 	e.cancel()
+	e.freeBitmaps()
 	t.mu.Lock()
 	for i, x := range t.list {
 		if x == e {

@@ -26,7 +26,7 @@ import (
 )
 
 // workers copy extents at the same time, unless fewer are asked for.
-const workers = 4
+const workers = 2
 
 // Args says what to back up. Source, Target and Bitmap were looked up by the caller, who has checked that the modes fit together.
 type Args struct {
@@ -165,18 +165,19 @@ func (s *Step) attach(tx *graph.Tx) (err error) {
 		return err
 	}
 	todo := s.driver.Todo()
-	if s.listed, err = s.Source.NewDirtyBitmap(graph.DirtyBitmapSpec{Bits: todo, Disabled: true}); err != nil {
-		return err
-	}
 	if s.Bitmap != nil {
 		s.Bitmap.Freeze()
 		s.frozen = true
+	}
+	if s.listed, err = s.Source.NewDirtyBitmap(graph.DirtyBitmapSpec{Bits: todo, Disabled: true}); err != nil {
+		return err
 	}
 	if s.Sync == types.MirrorSyncModeBitmap {
 		todo.Merge(s.Bitmap.Bits())
 	} else {
 		todo.SetAll()
 	}
+	s.driver.Access().SetAll()
 	return nil
 }
 
@@ -220,6 +221,9 @@ func (s *Step) Release() {
 func (j *job) Run(ctx context.Context, h *jobs.Handle) error {
 	todo := j.driver.Todo()
 	h.SetRemaining(todo.Count())
+	if todo.Empty() && j.Sync != types.MirrorSyncModeNone {
+		return nil
+	}
 	h.Yield()
 	if j.Sync == types.MirrorSyncModeNone {
 		return h.Idle()

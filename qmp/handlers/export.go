@@ -51,6 +51,9 @@ func (h BlockExport) NbdServerAdd(ctx context.Context, a *types.NbdServerAddOpti
 	if n.ReadOnly() {
 		o.Writable = nil
 	}
+	if a.Bitmap != nil {
+		o.U.(*types.BlockExportOptionsNbd).Bitmaps = []*types.BlockDirtyBitmapOrStr{{Local: a.Bitmap}}
+	}
 	return h.Exports.Add(ctx, o)
 }
 

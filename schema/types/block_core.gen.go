@@ -556,6 +556,8 @@ type BlockdevDriver string
 
 // The values of BlockdevDriver.
 const (
+	// Keeps a point in time: copies what is about to be overwritten.
+	BlockdevDriverCopyBeforeWrite BlockdevDriver = "copy-before-write"
 	// A regular file.
 	BlockdevDriverFile BlockdevDriver = "file"
 	// A block device of the host.
@@ -568,16 +570,20 @@ const (
 	BlockdevDriverQcow2 BlockdevDriver = "qcow2"
 	// A window onto another node, or all of it.
 	BlockdevDriverRaw BlockdevDriver = "raw"
+	// Shows the point in time that copy-before-write keeps.
+	BlockdevDriverSnapshotAccess BlockdevDriver = "snapshot-access"
 )
 
 // BlockdevDriverValues lists the values of BlockdevDriver in the order of the schema.
 var BlockdevDriverValues = []BlockdevDriver{
+	BlockdevDriverCopyBeforeWrite,
 	BlockdevDriverFile,
 	BlockdevDriverHostDevice,
 	BlockdevDriverNullAio,
 	BlockdevDriverNullCo,
 	BlockdevDriverQcow2,
 	BlockdevDriverRaw,
+	BlockdevDriverSnapshotAccess,
 }
 
 // BlockdevOptionsFile: options of the drivers file and host_device.
@@ -715,6 +721,34 @@ type BlockdevOptionsRaw struct {
 	Size *int64
 }
 
+// OnCbwError: what becomes of a write when copying before it fails.
+type OnCbwError string
+
+// The values of OnCbwError.
+const (
+	// The write fails.
+	OnCbwErrorBreakGuestWrite OnCbwError = "break-guest-write"
+	// The write goes on, and the point in time is lost.
+	OnCbwErrorBreakSnapshot OnCbwError = "break-snapshot"
+)
+
+// OnCbwErrorValues lists the values of OnCbwError in the order of the schema.
+var OnCbwErrorValues = []OnCbwError{
+	OnCbwErrorBreakGuestWrite,
+	OnCbwErrorBreakSnapshot,
+}
+
+// BlockdevOptionsCbw: the filter copy-before-write: it keeps the point in time of its opening. What is
+// about to be overwritten is copied to the target first.
+type BlockdevOptionsCbw struct {
+	// The node that holds the image.
+	File BlockdevRef
+	// The node that keeps what was overwritten.
+	Target BlockdevRef
+	// What becomes of a write when copying fails (default: break-guest-write).
+	OnCbwError *OnCbwError
+}
+
 // BlockdevOptions: a node.
 type BlockdevOptions struct {
 	// Its driver.
@@ -734,9 +768,10 @@ type BlockdevOptions struct {
 	// What becomes of written zeroes (default off).
 	DetectZeroes *BlockdevDetectZeroesOptions
 	// U holds the members of the branch that Driver selects; nil where the branch has none.
-	// *BlockdevOptionsFile for file, *BlockdevOptionsFile for host_device, *BlockdevOptionsNull for
-	// null-aio, *BlockdevOptionsNull for null-co, *BlockdevOptionsQcow2 for qcow2, *BlockdevOptionsRaw for
-	// raw.
+	// *BlockdevOptionsCbw for copy-before-write, *BlockdevOptionsFile for file, *BlockdevOptionsFile for
+	// host_device, *BlockdevOptionsNull for null-aio, *BlockdevOptionsNull for null-co,
+	// *BlockdevOptionsQcow2 for qcow2, *BlockdevOptionsRaw for raw, *BlockdevOptionsGenericFormat for
+	// snapshot-access.
 	U any
 }
 

@@ -71,6 +71,19 @@ func membersBlockdevOptionsNull(d *decoder, x *BlockdevOptionsNull) bool {
 		opt(d, "read-zeroes", &x.ReadZeroes, visitBool)
 }
 
+// DecodeBlockdevOptionsGenericFormat decodes v; faults are worded as the reference does (*ArgError).
+func DecodeBlockdevOptionsGenericFormat(v value.Value, m Mode) (*BlockdevOptionsGenericFormat, error) {
+	return decode(v, m, visitBlockdevOptionsGenericFormat)
+}
+
+func visitBlockdevOptionsGenericFormat(d *decoder, name string, x *BlockdevOptionsGenericFormat) bool {
+	return object(d, name, x, membersBlockdevOptionsGenericFormat)
+}
+
+func membersBlockdevOptionsGenericFormat(d *decoder, x *BlockdevOptionsGenericFormat) bool {
+	return visitBlockdevRef(d, "file", &x.File)
+}
+
 func visitQcow2OverlapCheckMode(d *decoder, name string, x *Qcow2OverlapCheckMode) bool {
 	return enum(d, name, x, Qcow2OverlapCheckModeValues)
 }
@@ -157,6 +170,25 @@ func membersBlockdevOptionsRaw(d *decoder, x *BlockdevOptionsRaw) bool {
 		opt(d, "size", &x.Size, visitInt64)
 }
 
+func visitOnCbwError(d *decoder, name string, x *OnCbwError) bool {
+	return enum(d, name, x, OnCbwErrorValues)
+}
+
+// DecodeBlockdevOptionsCbw decodes v; faults are worded as the reference does (*ArgError).
+func DecodeBlockdevOptionsCbw(v value.Value, m Mode) (*BlockdevOptionsCbw, error) {
+	return decode(v, m, visitBlockdevOptionsCbw)
+}
+
+func visitBlockdevOptionsCbw(d *decoder, name string, x *BlockdevOptionsCbw) bool {
+	return object(d, name, x, membersBlockdevOptionsCbw)
+}
+
+func membersBlockdevOptionsCbw(d *decoder, x *BlockdevOptionsCbw) bool {
+	return visitBlockdevRef(d, "file", &x.File) &&
+		visitBlockdevRef(d, "target", &x.Target) &&
+		opt(d, "on-cbw-error", &x.OnCbwError, visitOnCbwError)
+}
+
 // DecodeBlockdevOptions decodes v; faults are worded as the reference does (*ArgError).
 func DecodeBlockdevOptions(v value.Value, m Mode) (*BlockdevOptions, error) {
 	return decode(v, m, visitBlockdevOptions)
@@ -178,10 +210,18 @@ func membersBlockdevOptions(d *decoder, x *BlockdevOptions) bool {
 		return false
 	}
 	switch x.Driver {
+	case BlockdevDriverCopyBeforeWrite:
+		u := new(BlockdevOptionsCbw)
+		x.U = u
+		return membersBlockdevOptionsCbw(d, u)
 	case BlockdevDriverFile, BlockdevDriverHostDevice:
 		u := new(BlockdevOptionsFile)
 		x.U = u
 		return membersBlockdevOptionsFile(d, u)
+	case BlockdevDriverSnapshotAccess:
+		u := new(BlockdevOptionsGenericFormat)
+		x.U = u
+		return membersBlockdevOptionsGenericFormat(d, u)
 	case BlockdevDriverNullAio, BlockdevDriverNullCo:
 		u := new(BlockdevOptionsNull)
 		x.U = u

@@ -677,8 +677,63 @@ func (x *BlockdevOptionsRaw) AppendJSON(b []byte) []byte {
 }
 
 // AppendJSON appends x in the reference's form, members in hash order.
+func (x *BlockdevOptionsCbw) AppendJSON(b []byte) []byte {
+	b = append(b, '{')
+	if x.OnCbwError != nil {
+		b = appendKey(b, "on-cbw-error")
+		b = appendEnum(b, *x.OnCbwError)
+	}
+	b = appendKey(b, "file")
+	b = x.File.AppendJSON(b)
+	b = append(b, `, "target": `...)
+	b = x.Target.AppendJSON(b)
+	return append(b, '}')
+}
+
+// AppendJSON appends x in the reference's form, members in hash order.
 func (x *BlockdevOptions) AppendJSON(b []byte) []byte {
 	switch u := x.U.(type) {
+	case *BlockdevOptionsCbw:
+		b = append(b, '{')
+		if x.DetectZeroes != nil {
+			b = appendKey(b, "detect-zeroes")
+			b = appendEnum(b, *x.DetectZeroes)
+		}
+		if x.NodeName != nil {
+			b = appendKey(b, "node-name")
+			b = value.AppendString(b, *x.NodeName)
+		}
+		b = appendKey(b, "driver")
+		b = appendEnum(b, x.Driver)
+		if x.AutoReadOnly != nil {
+			b = append(b, `, "auto-read-only": `...)
+			b = appendBool(b, *x.AutoReadOnly)
+		}
+		if x.ReadOnly != nil {
+			b = append(b, `, "read-only": `...)
+			b = appendBool(b, *x.ReadOnly)
+		}
+		if u.OnCbwError != nil {
+			b = append(b, `, "on-cbw-error": `...)
+			b = appendEnum(b, *u.OnCbwError)
+		}
+		if x.Cache != nil {
+			b = append(b, `, "cache": `...)
+			b = x.Cache.AppendJSON(b)
+		}
+		if x.Discard != nil {
+			b = append(b, `, "discard": `...)
+			b = appendEnum(b, *x.Discard)
+		}
+		if x.ForceShare != nil {
+			b = append(b, `, "force-share": `...)
+			b = appendBool(b, *x.ForceShare)
+		}
+		b = append(b, `, "file": `...)
+		b = u.File.AppendJSON(b)
+		b = append(b, `, "target": `...)
+		b = u.Target.AppendJSON(b)
+		return append(b, '}')
 	case *BlockdevOptionsFile:
 		b = append(b, '{')
 		if u.Locking != nil {
@@ -878,6 +933,41 @@ func (x *BlockdevOptions) AppendJSON(b []byte) []byte {
 			b = append(b, `, "size": `...)
 			b = appendInt(b, *u.Size)
 		}
+		if x.AutoReadOnly != nil {
+			b = append(b, `, "auto-read-only": `...)
+			b = appendBool(b, *x.AutoReadOnly)
+		}
+		if x.ReadOnly != nil {
+			b = append(b, `, "read-only": `...)
+			b = appendBool(b, *x.ReadOnly)
+		}
+		if x.Cache != nil {
+			b = append(b, `, "cache": `...)
+			b = x.Cache.AppendJSON(b)
+		}
+		if x.Discard != nil {
+			b = append(b, `, "discard": `...)
+			b = appendEnum(b, *x.Discard)
+		}
+		if x.ForceShare != nil {
+			b = append(b, `, "force-share": `...)
+			b = appendBool(b, *x.ForceShare)
+		}
+		b = append(b, `, "file": `...)
+		b = u.File.AppendJSON(b)
+		return append(b, '}')
+	case *BlockdevOptionsGenericFormat:
+		b = append(b, '{')
+		if x.DetectZeroes != nil {
+			b = appendKey(b, "detect-zeroes")
+			b = appendEnum(b, *x.DetectZeroes)
+		}
+		if x.NodeName != nil {
+			b = appendKey(b, "node-name")
+			b = value.AppendString(b, *x.NodeName)
+		}
+		b = appendKey(b, "driver")
+		b = appendEnum(b, x.Driver)
 		if x.AutoReadOnly != nil {
 			b = append(b, `, "auto-read-only": `...)
 			b = appendBool(b, *x.AutoReadOnly)

@@ -24,6 +24,9 @@ type BlockExportOptionsNbd struct {
 	Name *string
 	// Text shown to clients that ask, at most 4096 bytes.
 	Description *string
+	// Dirty bitmaps that are offered as the metadata contexts qemu:dirty-bitmap:NAME; those given by name
+	// alone are looked for in the node and down its backing chain.
+	Bitmaps []*BlockDirtyBitmapOrStr
 	// Offer the metadata context qemu:allocation-depth (default false).
 	AllocationDepth *bool
 }
@@ -38,6 +41,8 @@ type NbdServerAddOptions struct {
 	Device string
 	// Clients may write (default false).
 	Writable *bool
+	// A dirty bitmap that is offered as a metadata context.
+	Bitmap *string
 }
 
 // BlockExportRemoveMode: what to do about clients when an export is removed.

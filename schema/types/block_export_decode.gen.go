@@ -30,6 +30,7 @@ func visitBlockExportOptionsNbd(d *decoder, name string, x *BlockExportOptionsNb
 func membersBlockExportOptionsNbd(d *decoder, x *BlockExportOptionsNbd) bool {
 	return opt(d, "name", &x.Name, visitStr) &&
 		opt(d, "description", &x.Description, visitStr) &&
+		optListPtr(d, "bitmaps", &x.Bitmaps, visitBlockDirtyBitmapOrStr) &&
 		opt(d, "allocation-depth", &x.AllocationDepth, visitBool)
 }
 
@@ -46,7 +47,8 @@ func membersNbdServerAddOptions(d *decoder, x *NbdServerAddOptions) bool {
 	return opt(d, "name", &x.Name, visitStr) &&
 		opt(d, "description", &x.Description, visitStr) &&
 		visitStr(d, "device", &x.Device) &&
-		opt(d, "writable", &x.Writable, visitBool)
+		opt(d, "writable", &x.Writable, visitBool) &&
+		opt(d, "bitmap", &x.Bitmap, visitStr)
 }
 
 func visitBlockExportRemoveMode(d *decoder, name string, x *BlockExportRemoveMode) bool {

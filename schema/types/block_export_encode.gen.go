@@ -41,6 +41,10 @@ func (x *BlockExportOptionsNbd) AppendJSON(b []byte) []byte {
 		b = appendKey(b, "description")
 		b = value.AppendString(b, *x.Description)
 	}
+	if x.Bitmaps != nil {
+		b = appendKey(b, "bitmaps")
+		b = appendList(b, x.Bitmaps, func(b []byte, v *BlockDirtyBitmapOrStr) []byte { return v.AppendJSON(b) })
+	}
 	if x.AllocationDepth != nil {
 		b = appendKey(b, "allocation-depth")
 		b = appendBool(b, *x.AllocationDepth)
@@ -51,6 +55,10 @@ func (x *BlockExportOptionsNbd) AppendJSON(b []byte) []byte {
 // AppendJSON appends x in the reference's form, members in hash order.
 func (x *NbdServerAddOptions) AppendJSON(b []byte) []byte {
 	b = append(b, '{')
+	if x.Bitmap != nil {
+		b = appendKey(b, "bitmap")
+		b = value.AppendString(b, *x.Bitmap)
+	}
 	if x.Name != nil {
 		b = appendKey(b, "name")
 		b = value.AppendString(b, *x.Name)
@@ -80,6 +88,10 @@ func (x *BlockExportOptions) AppendJSON(b []byte) []byte {
 		if u.Description != nil {
 			b = appendKey(b, "description")
 			b = value.AppendString(b, *u.Description)
+		}
+		if u.Bitmaps != nil {
+			b = appendKey(b, "bitmaps")
+			b = appendList(b, u.Bitmaps, func(b []byte, v *BlockDirtyBitmapOrStr) []byte { return v.AppendJSON(b) })
 		}
 		if u.AllocationDepth != nil {
 			b = appendKey(b, "allocation-depth")

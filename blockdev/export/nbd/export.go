@@ -21,10 +21,21 @@ type Spec struct {
 	Writethrough bool
 	// AllocationDepth offers the context qemu:allocation-depth.
 	AllocationDepth bool
-	Device          Device
+	// Bitmaps are offered as contexts qemu:dirty-bitmap:NAME.
+	Bitmaps []Bitmap
+	Device  Device
 	// Workers is the group that serves requests which have to wait, asked for each of them; nil, as its result,
 	// means that there is no bound but that of each connection.
 	Workers func() Workers
+}
+
+// Bitmap is a dirty bitmap that clients can read.
+type Bitmap struct {
+	Name string
+	Bits interface {
+		// NextDirty is the first dirty run in [off, end), in bytes.
+		NextDirty(off, end int64) (at, n int64, ok bool)
+	}
 }
 
 // Workers is a bounded group of workers that exports share.

@@ -4,6 +4,7 @@ import (
 	"errors"
 	"fmt"
 	"io"
+	"strings"
 	"time"
 
 	"qblockd/blockdev/nbd/wire"
@@ -13,12 +14,14 @@ import (
 const (
 	idAllocation = 0
 	idDepth      = 1
+	idBitmap     = 2 // of the first bitmap; the others follow
 )
 
 // contexts are the metadata contexts a client chose for one export.
 type contexts struct {
 	exp               *Export
 	allocation, depth bool
+	bitmaps           []bool // of Spec.Bitmaps; nil: none
 }
 
 func (x *contexts) count() int {
@@ -28,6 +31,11 @@ func (x *contexts) count() int {
 	}
 	if x.depth {
 		n++
+	}
+	for _, b := range x.bitmaps {
+		if b {
+			n++
+		}
 	}
 	return n
 }
@@ -335,9 +343,10 @@ func (h *hs) metaContext(o wire.Option, data []byte) {
 		h.refuseData(o.Opt, err)
 		return
 	}
-	var chosen contexts
+	chosen := contexts{bitmaps: make([]bool, len(exp.spec.Bitmaps))}
 	if list && n == 0 {
 		chosen.allocation, chosen.depth = true, true
+		chosen.chooseBitmaps(exp, "")
 	}
 	for range n {
 		query, ok, err := q.Next()
@@ -356,7 +365,14 @@ func (h *hs) metaContext(o wire.Option, data []byte) {
 		case "base:":
 			chosen.allocation = chosen.allocation || list
 		case "qemu:":
-			chosen.depth = chosen.depth || list
+			if list {
+				chosen.depth = true
+				chosen.chooseBitmaps(exp, "")
+			}
+		default:
+			if name, ok := strings.CutPrefix(query, wire.ContextBitmap); ok && (name != "" || list) {
+				chosen.chooseBitmaps(exp, name)
+			}
 		}
 	}
 	chosen.exp = exp
@@ -373,8 +389,22 @@ func (h *hs) metaContext(o wire.Option, data []byte) {
 	if chosen.depth {
 		h.out = wire.AppendMetaContext(h.out, o.Opt, id(idDepth), wire.ContextDepth)
 	}
+	for i, b := range chosen.bitmaps {
+		if b {
+			h.out = wire.AppendMetaContext(h.out, o.Opt, id(idBitmap+uint32(i)), wire.ContextBitmap+exp.spec.Bitmaps[i].Name)
+		}
+	}
 	h.reply(o.Opt, wire.RepAck)
 	*x = chosen
+}
+
+// chooseBitmaps chooses the bitmaps of that name; all for "".
+func (x *contexts) chooseBitmaps(exp *Export, name string) {
+	for i, b := range exp.spec.Bitmaps {
+		if name == "" || b.Name == name {
+			x.bitmaps[i] = true
+		}
+	}
 }
 
 // readFull fills b from the client.

@@ -35,12 +35,12 @@ func newReply() *reply {
 }
 
 // cost is what q's data take while it is under way.
-func cost(q *wire.Request) int64 {
+func (c *conn) cost(q *wire.Request) int64 {
 	switch q.Cmd {
 	case wire.CmdRead, wire.CmdWrite:
 		return int64(q.Len)
 	case wire.CmdBlockStatus:
-		return maxExtents * wire.ExtentSize
+		return int64(c.ctxs.count()) * maxExtents * wire.ExtentSize
 	}
 	return 0
 }
@@ -48,7 +48,7 @@ func cost(q *wire.Request) int64 {
 // dispatch hands q to a worker, waiting while too much is under way. buf becomes the worker's.
 func (c *conn) dispatch(q *wire.Request, buf *blk.Buffer) error {
 	j := jobPool.Get().(*job)
-	j.q, j.buf, j.cost = *q, buf, cost(q)
+	j.q, j.buf, j.cost = *q, buf, c.cost(q)
 	if err := c.waitRoom(j.cost); err != nil {
 		blk.PutBuf(buf)
 		return err
@@ -323,6 +323,21 @@ func (c *conn) serveStatus(r *blk.Req, q *wire.Request) *reply {
 			x, err := c.status(r, off, n)
 			return x.N, uint32(x.Depth), err
 		})
+	}
+	for i := 0; err == nil && i < len(c.ctxs.bitmaps); i++ {
+		if c.ctxs.bitmaps[i] {
+			bits := c.exp.spec.Bitmaps[i].Bits
+			err = add(idBitmap+uint32(i), func(off, n int64) (int64, uint32, error) {
+				switch at, k, ok := bits.NextDirty(off, off+n); {
+				case !ok:
+					return n, 0, nil
+				case at > off:
+					return at - off, 0, nil
+				default:
+					return k, wire.StateDirty, nil
+				}
+			})
+		}
 	}
 	if err != nil {
 		p.head = wire.AppendError(p.head, q.Cookie, wire.Errno(err), msgStatus)

@@ -20,6 +20,7 @@ package copybeforewrite
 
 import (
 	"context"
+	"errors"
 	"sync"
 	"sync/atomic"
 
@@ -49,13 +50,19 @@ type State struct {
 
 	todo   *bitmap.Bitmap // clusters to do; bits are cleared when a cluster is taken
 	done   *bitmap.Bitmap // clusters that were copied
+	access *bitmap.Bitmap // clusters that the point in time consists of
 	active atomic.Int32   // copies under way; raised before the bits of a copy are cleared
 
-	mu     sync.Mutex
-	copies map[*running]struct{} // +checklocks:mu
+	readers       atomic.Int32 // raised before a reader looks whether its clusters are done
+	breakSnapshot bool         // a failing copy spoils the point in time, not the guest's write
+	broken        atomic.Bool
+
+	mu      sync.Mutex
+	copies  map[*running]struct{} // +checklocks:mu
+	reading map[*running]struct{} // +checklocks:mu  reads of the source for the point in time
 }
 
-// running is a copy under way.
+// running is a copy, or a read of the source, under way.
 type running struct {
 	off, n int64
 	over   chan struct{}
@@ -69,9 +76,10 @@ type Driver struct{ State }
 func New(node *graph.Node, size, cluster int64, compressed bool) *Driver {
 	d := &Driver{State{
 		node: node, cluster: cluster, compressed: compressed,
-		todo: bitmap.New(size, cluster), done: bitmap.New(size, cluster), copies: map[*running]struct{}{},
+		todo: bitmap.New(size, cluster), done: bitmap.New(size, cluster), access: bitmap.New(size, cluster),
+		copies: map[*running]struct{}{}, reading: map[*running]struct{}{},
 	}}
-	for _, b := range []*bitmap.Bitmap{d.done, d.todo} {
+	for _, b := range []*bitmap.Bitmap{d.done, d.access} {
 		// Clients see them, without a name.
 		if _, err := node.NewDirtyBitmap(graph.DirtyBitmapSpec{Bits: b, Disabled: true}); err != nil {
 			panic("copybeforewrite: " + err.Error())
@@ -87,6 +95,9 @@ func ClusterSize(target *graph.Node) int64 {
 
 // Todo are the clusters that are to be copied. Before the filter is in use its owner sets them.
 func (s *State) Todo() *bitmap.Bitmap { return s.todo }
+
+// Access are the clusters that can be read as they were. Before the filter is in use its owner sets them.
+func (s *State) Access() *bitmap.Bitmap { return s.access }
 
 // OnCopied lets f count the bytes that are copied, whoever does that. Set before the filter is in use.
 func (s *State) OnCopied(f func(n int64)) { s.copied = f }
@@ -104,7 +115,7 @@ func (s *State) Skip(off, n int64) { s.todo.Clear(off, n) }
 // clean tells whether nothing of [off, off+n) is to do or being copied.
 func (s *State) clean(off, n int64) bool {
 	_, _, dirty := s.todo.NextDirty(off, off+n)
-	return !dirty && s.active.Load() == 0
+	return !dirty && s.active.Load() == 0 && s.readers.Load() == 0
 }
 
 // Copy copies what is to do of the clusters that [off, off+n) touches, and waits for those that others copy. Errors: *graph.CopyError, with the
@@ -129,7 +140,7 @@ func (s *State) Copy(r *blk.Req, off, n int64) error {
 			continue
 		}
 		if c == nil {
-			return nil
+			return s.waitReaders(r, lo, end)
 		}
 		err := s.copy(r, c)
 		s.release(c, err)
@@ -158,6 +169,29 @@ func (s *State) take(lo, end int64) (*running, <-chan struct{}) {
 	s.copies[c] = struct{}{}
 	s.todo.Clear(c.off, c.n)
 	return c, nil
+}
+
+// waitReaders waits for reads of the source that began before [lo, end) was done.
+func (s *State) waitReaders(r *blk.Req, lo, end int64) error {
+	for {
+		var wait chan struct{}
+		s.mu.Lock()
+		for c := range s.reading {
+			if blk.Overlap(c.off, c.n, lo, end-lo) {
+				wait = c.over
+				break
+			}
+		}
+		s.mu.Unlock()
+		if wait == nil {
+			return nil
+		}
+		select {
+		case <-wait:
+		case <-r.Ctx.Done():
+			return context.Cause(r.Ctx)
+		}
+	}
 }
 
 func (s *State) release(c *running, err error) {
@@ -237,10 +271,24 @@ func (d *Driver) ReadAt(r *blk.Req, v blk.Vec, off int64, f blk.Flags) error {
 	return d.source().ReadAt(r, v, off, f)
 }
 
+// before does what must be done before a guest changes [off, off+n).
+func (d *Driver) before(r *blk.Req, off, n int64) error {
+	if d.broken.Load() {
+		return nil
+	}
+	err := d.Copy(r, off, n)
+	var failed *graph.CopyError
+	if d.breakSnapshot && errors.As(err, &failed) {
+		d.broken.Store(true)
+		return nil
+	}
+	return err
+}
+
 // WriteAt implements graph.Writer.
 func (d *Driver) WriteAt(r *blk.Req, v blk.Vec, off int64, f blk.Flags) error {
 	if f&blk.WriteUnchanged == 0 {
-		if err := d.Copy(r, off, v.Len()); err != nil {
+		if err := d.before(r, off, v.Len()); err != nil {
 			return err
 		}
 	}
@@ -249,7 +297,7 @@ func (d *Driver) WriteAt(r *blk.Req, v blk.Vec, off int64, f blk.Flags) error {
 
 // Zero implements graph.Zeroer.
 func (d *Driver) Zero(r *blk.Req, off, n int64, f blk.Flags) error {
-	if err := d.Copy(r, off, n); err != nil {
+	if err := d.before(r, off, n); err != nil {
 		return err
 	}
 	return d.source().Zero(r, off, n, f)
@@ -257,7 +305,7 @@ func (d *Driver) Zero(r *blk.Req, off, n int64, f blk.Flags) error {
 
 // Discard implements graph.Discarder.
 func (d *Driver) Discard(r *blk.Req, off, n int64) error {
-	if err := d.Copy(r, off, n); err != nil {
+	if err := d.before(r, off, n); err != nil {
 		return err
 	}
 	return d.source().Discard(r, off, n)

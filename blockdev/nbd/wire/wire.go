@@ -140,9 +140,13 @@ const (
 const (
 	ContextAllocation = "base:allocation"
 	ContextDepth      = "qemu:allocation-depth"
+	// ContextBitmap is what the names of the contexts of dirty bitmaps begin with; the name of the bitmap follows.
+	ContextBitmap = "qemu:dirty-bitmap:"
 
 	StateHole uint32 = 1 << 0
-	StateZero uint32 = 1 << 1
+	// StateDirty is the flag of extents of ContextBitmap.
+	StateDirty uint32 = 1 << 0
+	StateZero  uint32 = 1 << 1
 )
 
 // OptName is the name of an option in error texts.

@@ -1,0 +1,64 @@
+package export
+
+import (
+	"fmt"
+
+	"qblockd/blockdev/export/nbd"
+	"qblockd/graph"
+	"qblockd/schema/types"
+)
+
+// claimBitmaps finds the bitmaps of an export of n and makes them busy, all or none.
+func (t *Table) claimBitmaps(e *entry, n *graph.Node, names []*types.BlockDirtyBitmapOrStr, writable bool) (l []nbd.Bitmap, err error) {
+	var found []*graph.DirtyBitmap
+	for _, name := range names {
+		d, err := t.findBitmap(n, name)
+		if err != nil {
+			return nil, err
+		}
+		if err := d.Check(graph.BitmapRead); err != nil {
+			return nil, err
+		}
+		if !writable && !d.Node().ReadOnly() && d.Enabled() {
+			return nil, fmt.Errorf("Enabled bitmap '%s' incompatible with readonly export", d.Name())
+		}
+		found = append(found, d)
+		l = append(l, nbd.Bitmap{Name: d.Name(), Bits: d.Bits()})
+	}
+	for _, d := range found {
+		d.SetBusy(true)
+	}
+	e.bitmaps = found
+	return l, nil
+}
+
+func (t *Table) findBitmap(n *graph.Node, name *types.BlockDirtyBitmapOrStr) (*graph.DirtyBitmap, error) {
+	if x := name.External; x != nil {
+		n := t.g.Node(x.Node)
+		if n == nil {
+			return nil, fmt.Errorf("Node '%s' not found", x.Node)
+		}
+		if d := n.DirtyBitmap(x.Name); d != nil {
+			return d, nil
+		}
+		return nil, fmt.Errorf("Dirty bitmap '%s' not found", x.Name)
+	}
+	for {
+		if d := n.DirtyBitmap(*name.Local); d != nil {
+			return d, nil
+		}
+		e := n.FilterOrCOWChild()
+		if e == nil {
+			return nil, fmt.Errorf("Bitmap '%s' is not found", *name.Local)
+		}
+		n = e.Node()
+	}
+}
+
+// freeBitmaps gives them back.
+func (e *entry) freeBitmaps() {
+	for _, d := range e.bitmaps {
+		d.SetBusy(false)
+	}
+	e.bitmaps = nil
+}

@@ -1,0 +1,102 @@
+package copybeforewrite
+
+import (
+	"fmt"
+	"syscall"
+
+	"qblockd/graph"
+	"qblockd/graph/blk"
+	"qblockd/schema/types"
+)
+
+// Open opens the filter for blockdev-add: from then on it keeps the point in time of its opening.
+func Open(o *graph.Opening) (graph.Driver, error) {
+	u := o.Options.(*types.BlockdevOptionsCbw)
+	file, target := o.Node.FilteredChild(), o.Node.Child("target")
+	if a, b := blk.AlignUp(file.Size(), 512), blk.AlignUp(target.Size(), 512); b < a {
+		return nil, fmt.Errorf("Target of %d bytes is too small for a source of %d bytes: %w", b, a, syscall.EINVAL)
+	}
+	d := New(o.Node, file.Size(), ClusterSize(target.Node()), false)
+	if e := u.OnCbwError; e != nil {
+		d.breakSnapshot = *e == types.OnCbwErrorBreakSnapshot
+	}
+	d.todo.SetAll()
+	d.access.SetAll()
+	return d, nil
+}
+
+// errBroken is what readers of a spoilt point in time get.
+var errBroken error = &textError{"The snapshot is broken: copying before a write has failed", syscall.EACCES}
+
+var errNoAccess error = &textError{"This part is not in the snapshot", syscall.EACCES}
+
+type textError struct {
+	text  string
+	errno syscall.Errno
+}
+
+func (e *textError) Error() string { return e.text }
+func (e *textError) Unwrap() error { return e.errno }
+
+// ReadSnapshot implements graph.Snapshotted.
+func (d *Driver) ReadSnapshot(r *blk.Req, v blk.Vec, off int64) error {
+	for done, size := int64(0), v.Len(); done < size; {
+		n, err := d.reader(off+done, size-done, func(e *graph.Edge, n int64) error {
+			return e.ReadAt(r, v.Slice(done, n), off+done, 0)
+		})
+		if err != nil {
+			return err
+		}
+		done += n
+	}
+	return nil
+}
+
+// SnapshotStatus implements graph.Snapshotted.
+func (d *Driver) SnapshotStatus(r *blk.Req, off, n int64) (x blk.Extent, err error) {
+	_, err = d.reader(off, n, func(e *graph.Edge, n int64) error {
+		x, err = e.StatusAbove(r, nil, false, off, n)
+		return err
+	})
+	if x.N == 0 {
+		x = blk.Extent{N: n, Zero: true}
+	}
+	return blk.Extent{N: x.N, Data: x.Data, Zero: x.Zero, Allocated: true}, err
+}
+
+// reader calls f for a prefix of [off, off+n) with the edge that leads to what was there: to the target where that was copied, else
+// to the source, which nobody changes there until f returns. It waits for nobody.
+func (d *Driver) reader(off, n int64, f func(e *graph.Edge, n int64) error) (int64, error) {
+	if d.broken.Load() {
+		return 0, errBroken
+	}
+	if clean, ok := d.access.NextClean(off, off+n); ok {
+		if clean == off {
+			return 0, errNoAccess
+		}
+		n = clean - off
+	}
+	d.readers.Add(1)
+	defer d.readers.Add(-1)
+	d.mu.Lock()
+	at, k, ok := d.done.NextDirty(off, off+n)
+	if ok && at == off {
+		d.mu.Unlock()
+		return k, f(d.target(), k)
+	}
+	if ok {
+		n = at - off
+	}
+	c := &running{off: off, n: n, over: make(chan struct{})}
+	d.reading[c] = struct{}{}
+	d.mu.Unlock()
+	err := f(d.source(), n)
+	if d.broken.Load() {
+		err = errBroken // a guest may have written in between
+	}
+	d.mu.Lock()
+	delete(d.reading, c)
+	close(c.over)
+	d.mu.Unlock()
+	return n, err
+}
