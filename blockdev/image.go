@@ -77,23 +77,37 @@ type Opened struct {
 	node *graph.Node
 }
 
-// OpenImage opens the image in a file by its name, without its backing file. An empty format is guessed. like gives what it inherits:
-// whether it is read-only, how it caches, whether it discards. An empty name is generated. It blocks as long as the storage does.
-func (m *Manager) OpenImage(ctx context.Context, filename, format, name string, like *graph.Options) (*Opened, error) {
-	opts, fileRef, err := m.namedOptions(ctx, filename, format)
+// OpenImage describes an image to be opened by its file name.
+type OpenImage struct {
+	Filename string
+	Format   string // name of a driver; "": guessed
+	Name     string // of the node; "": generated
+	ReadOnly bool
+	Backing  bool // with the backing file that its header names; else without any
+	// Like gives how it caches; Unmap: discards, and writes of zeroes, make holes.
+	Like  *graph.Options
+	Unmap bool
+}
+
+// OpenImage opens the image in a file by its name. It blocks as long as the storage does.
+func (m *Manager) OpenImage(ctx context.Context, i OpenImage) (*Opened, error) {
+	opts, fileRef, err := m.namedOptions(ctx, i.Filename, i.Format)
 	if err != nil {
 		return nil, err
 	}
-	ro, unmap := like.ReadOnly, types.BlockdevDiscardOptionsIgnore
-	if like.Discard {
-		unmap = types.BlockdevDiscardOptionsUnmap
+	discard, zeroes := types.BlockdevDiscardOptionsIgnore, types.BlockdevDetectZeroesOptionsOff
+	if i.Like.Discard || i.Unmap {
+		discard = types.BlockdevDiscardOptionsUnmap
+	}
+	if i.Unmap {
+		zeroes = types.BlockdevDetectZeroesOptionsUnmap
 	}
 	generic := types.BlockdevOptions{
-		ReadOnly: &ro, Discard: &unmap,
-		Cache: &types.BlockdevCacheOptions{Direct: &like.Direct, NoFlush: &like.NoFlush},
+		ReadOnly: &i.ReadOnly, Discard: &discard, DetectZeroes: &zeroes,
+		Cache: &types.BlockdevCacheOptions{Direct: &i.Like.Direct, NoFlush: &i.Like.NoFlush},
 	}
-	if name != "" {
-		generic.NodeName = &name
+	if i.Name != "" {
+		generic.NodeName = &i.Name
 	}
 	var p *plan
 	if opts != nil {
@@ -110,7 +124,7 @@ func (m *Manager) OpenImage(ctx context.Context, filename, format, name string, 
 	if err != nil {
 		return nil, err
 	}
-	p.noBacking = true
+	p.noBacking = !i.Backing
 	return m.newOpener(ctx).openHidden(p)
 }
 

@@ -69,7 +69,9 @@ func (s *Snapshot) Open(ctx context.Context) error {
 		}
 	}
 	var err error
-	s.opened, err = s.m.OpenImage(ctx, a.SnapshotFile, format, name, s.old.Options())
+	s.opened, err = s.m.OpenImage(ctx, OpenImage{
+		Filename: a.SnapshotFile, Format: format, Name: name, ReadOnly: s.old.ReadOnly(), Like: s.old.Options(),
+	})
 	return err
 }
 

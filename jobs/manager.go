@@ -95,6 +95,18 @@ func (m *Manager) Discard(j *Job) {
 	j.discardLocked()
 }
 
+// Abandon takes back a job that was created and could be started, but not without others that failed: it ends as one that fails
+// before it has done anything.
+func (m *Manager) Abandon(j *Job) {
+	m.mu.Lock()
+	defer m.mu.Unlock()
+	i := slices.Index(j.txn.jobs, j)
+	j.txn.jobs = slices.Delete(j.txn.jobs, i, i+1)
+	j.cancel()
+	j.failLocked(ErrCancelled)
+	j.stepLocked(machine.Finish)
+}
+
 func (j *Job) discardLocked() {
 	i := slices.Index(j.txn.jobs, j)
 	j.txn.jobs = slices.Delete(j.txn.jobs, i, i+1)

@@ -68,9 +68,10 @@ type job struct {
 type Step struct {
 	m *jobs.Manager
 	*job
-	mj      *jobs.Job
-	started bool
-	release func()
+	mj       *jobs.Job
+	prepared bool
+	started  bool
+	release  func()
 }
 
 // NewStep makes the step.
@@ -101,7 +102,9 @@ func (s *Step) Prepare(_ context.Context, tx *graph.Tx) (err error) {
 		return err
 	}
 	s.driver.OnCopied(s.mj.Count)
-	return s.attach(tx)
+	err = s.attach(tx)
+	s.prepared = err == nil
+	return err
 }
 
 // check refuses what cannot be backed up, in the reference's order.
@@ -198,7 +201,11 @@ func (s *Step) Abort() {
 		s.Bitmap.Reclaim()
 		s.frozen = false
 	}
-	if s.mj != nil {
+	switch {
+	case s.mj == nil:
+	case s.prepared:
+		s.m.Abandon(s.mj)
+	default:
 		s.m.Discard(s.mj)
 	}
 }

@@ -5,7 +5,9 @@ import (
 	"errors"
 	"fmt"
 
+	"qblockd/blockdev"
 	"qblockd/graph"
+	"qblockd/graph/perm"
 	"qblockd/jobs"
 	"qblockd/jobs/backup"
 	"qblockd/qmp"
@@ -27,12 +29,83 @@ type backupStep struct {
 	h    BlockJob
 	args *types.BlockdevBackup
 	txn  *jobs.Txn
+	// drive is set for drive-backup: the target is a file, which opened shows.
+	drive  *types.DriveBackup
+	opened *blockdev.Opened
+	source *graph.Node // that the target is to have as its backing file; nil: as its header says
+	done   bool
 	*backup.Step
+}
+
+// DriveBackup implements types.BlockJobHandler: a transaction of one step.
+func (h BlockJob) DriveBackup(ctx context.Context, a *types.DriveBackup) error {
+	s := h.driveBackup(a)
+	if err := h.Jobs.Transaction(ctx, h.Graph, s); err != nil {
+		return err
+	}
+	qmp.AfterReply(ctx, s.Release)
+	return nil
+}
+
+func (h BlockJob) driveBackup(a *types.DriveBackup) *backupStep {
+	return &backupStep{h: h, drive: a, args: &types.BlockdevBackup{
+		JobID: a.JobID, Device: a.Device, Sync: a.Sync, Speed: a.Speed, Bitmap: a.Bitmap, BitmapMode: a.BitmapMode, Compress: a.Compress,
+		OnSourceError: a.OnSourceError, OnTargetError: a.OnTargetError, AutoFinalize: a.AutoFinalize, AutoDismiss: a.AutoDismiss,
+		FilterNodeName: a.FilterNodeName, XPerf: a.XPerf,
+	}}
+}
+
+// Open implements jobs.Opener: it makes and opens the file of drive-backup.
+func (s *backupStep) Open(ctx context.Context) error {
+	a := s.drive
+	if a == nil {
+		return nil
+	}
+	n, err := s.h.Nodes.Lookup(&a.Device, &a.Device)
+	if err != nil {
+		return err
+	}
+	if err := n.Blocked(graph.OpBackupSource); err != nil {
+		return err
+	}
+	existing := a.Mode != nil && *a.Mode == types.NewImageModeExisting
+	format := deref(a.Format)
+	if a.Format == nil && !existing {
+		format = n.DriverName()
+	}
+	// What the target shows where the job copies nothing.
+	var below *graph.Node
+	switch a.Sync {
+	case types.MirrorSyncModeTop:
+		if below = n.BackingChainNext(); below == nil {
+			s.args.Sync = types.MirrorSyncModeFull
+		}
+	case types.MirrorSyncModeNone:
+		below, s.source = n, n
+	}
+	if !existing {
+		i := blockdev.NewImage{Filename: a.Target, Format: format, Size: n.Size()}
+		if below != nil {
+			below = below.SkipImplicitFilters()
+			i.Backing, i.BackingFormat = s.h.Nodes.Filename(below), below.DriverName()
+		}
+		if err := s.h.Nodes.CreateImage(ctx, i); err != nil {
+			return err
+		}
+	}
+	s.opened, err = s.h.Nodes.OpenImage(ctx, blockdev.OpenImage{
+		Filename: a.Target, Format: format, Backing: s.source == nil, Like: n.Options(), Unmap: true,
+	})
+	return err
 }
 
 // Nodes implements jobs.Action.
 func (s *backupStep) Nodes() (l []*graph.Node) {
-	for _, name := range []string{s.args.Device, s.args.Target} {
+	names := []string{s.args.Device, s.args.Target}
+	if s.drive != nil {
+		names = names[:1]
+	}
+	for _, name := range names {
 		if n, err := s.h.Nodes.Lookup(&name, &name); err == nil {
 			l = append(l, n)
 		}
@@ -47,7 +120,7 @@ func (s *backupStep) Prepare(ctx context.Context, tx *graph.Tx) error {
 	if err != nil {
 		return err
 	}
-	target, err := s.h.Nodes.Lookup(&a.Target, &a.Target)
+	target, err := s.target(tx)
 	if err != nil {
 		return err
 	}
@@ -78,6 +151,19 @@ func (s *backupStep) Prepare(ctx context.Context, tx *graph.Tx) error {
 	}
 	s.Step = backup.NewStep(s.h.Jobs, args)
 	return s.Step.Prepare(ctx, tx)
+}
+
+// target is the node that is copied to.
+func (s *backupStep) target(tx *graph.Tx) (*graph.Node, error) {
+	if s.drive == nil {
+		return s.h.Nodes.Lookup(&s.args.Target, &s.args.Target)
+	}
+	if s.source != nil {
+		if _, err := tx.Attach(s.opened.Node(), "backing", perm.COW, s.source); err != nil {
+			return nil, err
+		}
+	}
+	return s.opened.Node(), s.opened.Publish(tx)
 }
 
 const maxInt32 = 1<<31 - 1
@@ -128,7 +214,12 @@ func backupBitmap(args *backup.Args, a *types.BlockdevBackup) error {
 // The rest of jobs.Action: there is a Step only once it was prepared.
 
 // Commit implements jobs.Action.
-func (s *backupStep) Commit() { s.Step.Commit() }
+func (s *backupStep) Commit() {
+	if s.done = true; s.opened != nil {
+		s.opened.Done()
+	}
+	s.Step.Commit()
+}
 
 // Abort implements jobs.Action.
 func (s *backupStep) Abort() {
@@ -139,6 +230,9 @@ func (s *backupStep) Abort() {
 
 // Clean implements jobs.Action.
 func (s *backupStep) Clean() {
+	if s.opened != nil && !s.done {
+		s.opened.Discard()
+	}
 	if s.Step != nil {
 		s.Step.Clean()
 	}

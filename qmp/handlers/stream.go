@@ -4,6 +4,7 @@ import (
 	"context"
 	"fmt"
 
+	"qblockd/blockdev"
 	"qblockd/graph"
 	"qblockd/jobs/stream"
 	"qblockd/qmp"
@@ -18,6 +19,10 @@ type Nodes interface {
 	Filename(n *graph.Node) string
 	// FindBacking is the node in the backing chain of top whose image has that file name, or nil.
 	FindBacking(top *graph.Node, file string) *graph.Node
+	// CreateImage makes an image in a file.
+	CreateImage(ctx context.Context, i blockdev.NewImage) error
+	// OpenImage opens an image by its file name for a command that then publishes it.
+	OpenImage(ctx context.Context, i blockdev.OpenImage) (*blockdev.Opened, error)
 }
 
 // BlockStream implements types.BlockJobHandler.

@@ -57,6 +57,8 @@ func (h Transaction) action(a *types.TransactionAction) jobs.Action {
 		return h.Nodes.BitmapAdd(&u.Data)
 	case *types.BlockDirtyBitmapMergeWrapper:
 		return h.Nodes.BitmapMerge(&u.Data)
+	case *types.DriveBackupWrapper:
+		return h.Jobs.driveBackup(&u.Data)
 	case *types.BlockdevBackupWrapper:
 		return &backupStep{h: h.Jobs, args: &u.Data}
 	case *types.BlockdevSnapshotWrapper:

@@ -1120,6 +1120,42 @@ type BlockdevBackup struct {
 	Target string
 }
 
+// DriveBackup: a backup to a file.
+type DriveBackup struct {
+	// Name of the job.
+	JobID *string
+	// The node to be copied.
+	Device string
+	// What is copied.
+	Sync MirrorSyncMode
+	// Bytes per second at most; 0 is no limit (default).
+	Speed *int64
+	// Name of a dirty bitmap of the node; needed by the modes bitmap and incremental.
+	Bitmap *string
+	// What becomes of it; needed with a bitmap but by incremental.
+	BitmapMode *BitmapSyncMode
+	// Write compressed (default: false).
+	Compress *bool
+	// What to do when reading fails (default: report).
+	OnSourceError *BlockdevOnError
+	// What to do when writing fails (default: report).
+	OnTargetError *BlockdevOnError
+	// End the job without `job-finalize` (default: true).
+	AutoFinalize *bool
+	// Forget the job without `job-dismiss` (default: true).
+	AutoDismiss *bool
+	// Name of the filter that is put on the node.
+	FilterNodeName *string
+	// How it goes about it.
+	XPerf *BackupPerf
+	// The file.
+	Target string
+	// Format of the image in it (default: that of @device if the image is made, else it is guessed).
+	Format *string
+	// Whether the image is made (default: absolute-paths).
+	Mode *NewImageMode
+}
+
 // QueryBlockstatsArgs: the arguments of query-blockstats.
 type QueryBlockstatsArgs struct {
 	// One entry for each node instead of each device (default false).

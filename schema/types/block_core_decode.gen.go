@@ -509,6 +509,34 @@ func membersBlockdevBackup(d *decoder, x *BlockdevBackup) bool {
 		visitStr(d, "target", &x.Target)
 }
 
+// DecodeDriveBackup decodes v; faults are worded as the reference does (*ArgError).
+func DecodeDriveBackup(v value.Value, m Mode) (*DriveBackup, error) {
+	return decode(v, m, visitDriveBackup)
+}
+
+func visitDriveBackup(d *decoder, name string, x *DriveBackup) bool {
+	return object(d, name, x, membersDriveBackup)
+}
+
+func membersDriveBackup(d *decoder, x *DriveBackup) bool {
+	return opt(d, "job-id", &x.JobID, visitStr) &&
+		visitStr(d, "device", &x.Device) &&
+		visitMirrorSyncMode(d, "sync", &x.Sync) &&
+		opt(d, "speed", &x.Speed, visitInt64) &&
+		opt(d, "bitmap", &x.Bitmap, visitStr) &&
+		opt(d, "bitmap-mode", &x.BitmapMode, visitBitmapSyncMode) &&
+		opt(d, "compress", &x.Compress, visitBool) &&
+		opt(d, "on-source-error", &x.OnSourceError, visitBlockdevOnError) &&
+		opt(d, "on-target-error", &x.OnTargetError, visitBlockdevOnError) &&
+		opt(d, "auto-finalize", &x.AutoFinalize, visitBool) &&
+		opt(d, "auto-dismiss", &x.AutoDismiss, visitBool) &&
+		opt(d, "filter-node-name", &x.FilterNodeName, visitStr) &&
+		opt(d, "x-perf", &x.XPerf, visitBackupPerf) &&
+		visitStr(d, "target", &x.Target) &&
+		opt(d, "format", &x.Format, visitStr) &&
+		opt(d, "mode", &x.Mode, visitNewImageMode)
+}
+
 // DecodeQueryBlockstatsArgs decodes the arguments in v, nil for none; faults are worded as the reference does (*ArgError).
 func DecodeQueryBlockstatsArgs(v *value.Dict) (*QueryBlockstatsArgs, error) {
 	return args(v, visitQueryBlockstatsArgs)

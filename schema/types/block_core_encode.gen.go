@@ -1406,6 +1406,70 @@ func (x *BlockdevBackup) AppendJSON(b []byte) []byte {
 }
 
 // AppendJSON appends x in the reference's form, members in hash order.
+func (x *DriveBackup) AppendJSON(b []byte) []byte {
+	b = append(b, '{')
+	if x.Bitmap != nil {
+		b = appendKey(b, "bitmap")
+		b = value.AppendString(b, *x.Bitmap)
+	}
+	if x.Compress != nil {
+		b = appendKey(b, "compress")
+		b = appendBool(b, *x.Compress)
+	}
+	if x.AutoFinalize != nil {
+		b = appendKey(b, "auto-finalize")
+		b = appendBool(b, *x.AutoFinalize)
+	}
+	b = appendKey(b, "device")
+	b = value.AppendString(b, x.Device)
+	if x.XPerf != nil {
+		b = append(b, `, "x-perf": `...)
+		b = x.XPerf.AppendJSON(b)
+	}
+	if x.OnTargetError != nil {
+		b = append(b, `, "on-target-error": `...)
+		b = appendEnum(b, *x.OnTargetError)
+	}
+	if x.AutoDismiss != nil {
+		b = append(b, `, "auto-dismiss": `...)
+		b = appendBool(b, *x.AutoDismiss)
+	}
+	if x.FilterNodeName != nil {
+		b = append(b, `, "filter-node-name": `...)
+		b = value.AppendString(b, *x.FilterNodeName)
+	}
+	if x.Mode != nil {
+		b = append(b, `, "mode": `...)
+		b = appendEnum(b, *x.Mode)
+	}
+	if x.Speed != nil {
+		b = append(b, `, "speed": `...)
+		b = appendInt(b, *x.Speed)
+	}
+	if x.OnSourceError != nil {
+		b = append(b, `, "on-source-error": `...)
+		b = appendEnum(b, *x.OnSourceError)
+	}
+	b = append(b, `, "sync": `...)
+	b = appendEnum(b, x.Sync)
+	if x.Format != nil {
+		b = append(b, `, "format": `...)
+		b = value.AppendString(b, *x.Format)
+	}
+	if x.BitmapMode != nil {
+		b = append(b, `, "bitmap-mode": `...)
+		b = appendEnum(b, *x.BitmapMode)
+	}
+	if x.JobID != nil {
+		b = append(b, `, "job-id": `...)
+		b = value.AppendString(b, *x.JobID)
+	}
+	b = append(b, `, "target": `...)
+	b = value.AppendString(b, x.Target)
+	return append(b, '}')
+}
+
+// AppendJSON appends x in the reference's form, members in hash order.
 func (x *QueryBlockstatsArgs) AppendJSON(b []byte) []byte {
 	b = append(b, '{')
 	if x.QueryNodes != nil {

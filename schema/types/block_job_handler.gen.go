@@ -34,6 +34,9 @@ type BlockJobHandler interface {
 	// BlockJobFinalize executes block-job-finalize: let a pending job make its changes to the graph; so do
 	// all members of its group.
 	BlockJobFinalize(ctx context.Context, a *BlockJobFinalizeArgs) error
+	// DriveBackup executes drive-backup: starts a job that copies a node, as it is at this moment, to a
+	// file.
+	DriveBackup(ctx context.Context, a *DriveBackup) error
 	// BlockdevBackup executes blockdev-backup: starts a job that copies a node, as it is at this moment,
 	// to another node.
 	BlockdevBackup(ctx context.Context, a *BlockdevBackup) error
@@ -127,6 +130,16 @@ func RegisterBlockJob(r Registrar, h BlockJobHandler) {
 			return nil, err
 		}
 		if err := h.BlockJobFinalize(ctx, a); err != nil {
+			return nil, err
+		}
+		return append(out, "{}"...), nil
+	})
+	r.Handle("drive-backup", func(ctx context.Context, args *value.Dict, out []byte) ([]byte, error) {
+		a, err := DecodeDriveBackup(args, ModeQObject)
+		if err != nil {
+			return nil, err
+		}
+		if err := h.DriveBackup(ctx, a); err != nil {
 			return nil, err
 		}
 		return append(out, "{}"...), nil

@@ -48,6 +48,8 @@ const (
 	TransactionActionKindBlockdevSnapshot TransactionActionKind = "blockdev-snapshot"
 	// As the command.
 	TransactionActionKindBlockdevSnapshotSync TransactionActionKind = "blockdev-snapshot-sync"
+	// As the command; use @blockdev-backup.
+	TransactionActionKindDriveBackup TransactionActionKind = "drive-backup"
 )
 
 // TransactionActionKindValues lists the values of TransactionActionKind in the order of the schema.
@@ -62,6 +64,7 @@ var TransactionActionKindValues = []TransactionActionKind{
 	TransactionActionKindBlockdevBackup,
 	TransactionActionKindBlockdevSnapshot,
 	TransactionActionKindBlockdevSnapshotSync,
+	TransactionActionKindDriveBackup,
 }
 
 // AbortWrapper: part of the schema's structure.
@@ -94,6 +97,12 @@ type BlockdevBackupWrapper struct {
 	Data BlockdevBackup
 }
 
+// DriveBackupWrapper: part of the schema's structure.
+type DriveBackupWrapper struct {
+	// The arguments of the command.
+	Data DriveBackup
+}
+
 // BlockdevSnapshotWrapper: part of the schema's structure.
 type BlockdevSnapshotWrapper struct {
 	// The arguments of the command.
@@ -116,7 +125,8 @@ type TransactionAction struct {
 	// block-dirty-bitmap-clear, *BlockDirtyBitmapWrapper for block-dirty-bitmap-enable,
 	// *BlockDirtyBitmapWrapper for block-dirty-bitmap-disable, *BlockDirtyBitmapMergeWrapper for
 	// block-dirty-bitmap-merge, *BlockdevBackupWrapper for blockdev-backup, *BlockdevSnapshotWrapper for
-	// blockdev-snapshot, *BlockdevSnapshotSyncWrapper for blockdev-snapshot-sync.
+	// blockdev-snapshot, *BlockdevSnapshotSyncWrapper for blockdev-snapshot-sync, *DriveBackupWrapper for
+	// drive-backup.
 	U any
 }
 

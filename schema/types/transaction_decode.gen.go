@@ -88,6 +88,19 @@ func membersBlockdevBackupWrapper(d *decoder, x *BlockdevBackupWrapper) bool {
 	return visitBlockdevBackup(d, "data", &x.Data)
 }
 
+// DecodeDriveBackupWrapper decodes v; faults are worded as the reference does (*ArgError).
+func DecodeDriveBackupWrapper(v value.Value, m Mode) (*DriveBackupWrapper, error) {
+	return decode(v, m, visitDriveBackupWrapper)
+}
+
+func visitDriveBackupWrapper(d *decoder, name string, x *DriveBackupWrapper) bool {
+	return object(d, name, x, membersDriveBackupWrapper)
+}
+
+func membersDriveBackupWrapper(d *decoder, x *DriveBackupWrapper) bool {
+	return visitDriveBackup(d, "data", &x.Data)
+}
+
 // DecodeBlockdevSnapshotWrapper decodes v; faults are worded as the reference does (*ArgError).
 func DecodeBlockdevSnapshotWrapper(v value.Value, m Mode) (*BlockdevSnapshotWrapper, error) {
 	return decode(v, m, visitBlockdevSnapshotWrapper)
@@ -156,6 +169,10 @@ func membersTransactionAction(d *decoder, x *TransactionAction) bool {
 		u := new(BlockdevSnapshotWrapper)
 		x.U = u
 		return membersBlockdevSnapshotWrapper(d, u)
+	case TransactionActionKindDriveBackup:
+		u := new(DriveBackupWrapper)
+		x.U = u
+		return membersDriveBackupWrapper(d, u)
 	}
 	return true
 }

@@ -43,6 +43,13 @@ func (x *BlockdevBackupWrapper) AppendJSON(b []byte) []byte {
 }
 
 // AppendJSON appends x in the reference's form, members in hash order.
+func (x *DriveBackupWrapper) AppendJSON(b []byte) []byte {
+	b = append(b, `{"data": `...)
+	b = x.Data.AppendJSON(b)
+	return append(b, '}')
+}
+
+// AppendJSON appends x in the reference's form, members in hash order.
 func (x *BlockdevSnapshotWrapper) AppendJSON(b []byte) []byte {
 	b = append(b, `{"data": `...)
 	b = x.Data.AppendJSON(b)
@@ -96,6 +103,12 @@ func (x *TransactionAction) AppendJSON(b []byte) []byte {
 		b = u.Data.AppendJSON(b)
 		return append(b, '}')
 	case *BlockdevSnapshotSyncWrapper:
+		b = append(b, `{"type": `...)
+		b = appendEnum(b, x.Type)
+		b = append(b, `, "data": `...)
+		b = u.Data.AppendJSON(b)
+		return append(b, '}')
+	case *DriveBackupWrapper:
 		b = append(b, `{"type": `...)
 		b = appendEnum(b, x.Type)
 		b = append(b, `, "data": `...)

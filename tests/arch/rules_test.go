@@ -35,7 +35,7 @@ var rules = []rule{
 	{"cmd/qblockd", []string{"cmd/qblockd/cmdline", "cmd/man", "schema", "qmp/...", "jobs/...", "blockdev/...", "graph/..."}},
 
 	{"qmp/handlers", []string{"qmp", "qmp/chardev", "jobs", "jobs/*", "blockdev", "blockdev/export", "blockdev/object", "graph",
-		"schema"}}, // schema: query-qmp-schema and query-commands answer its bytes
+		"graph/perm", "schema"}}, // schema: query-qmp-schema and query-commands answer its bytes
 	{"qmp/chardev", nil},
 	{"qmp", []string{"schema"}},
 

@@ -223,18 +223,15 @@ func (s *State) copy(r *blk.Req, c *running) error {
 		if err != nil || x.N == 0 {
 			x = blk.Extent{N: end - off, Data: true} // reading tells
 		}
+		if s.compressed {
+			x = s.wholeClusters(x, off, end)
+		}
 		if x.Zero {
-			err = dst.Zero(r, off, x.N, blk.MayUnmap)
-			if err != nil {
+			if err = dst.Zero(r, off, x.N, blk.MayUnmap); err != nil {
 				err = &graph.CopyError{Write: true, Err: err}
 			}
 		} else {
-			n := x.N
-			if s.compressed && off+n < end {
-				n = end - off // clusters are compressed as a whole
-			}
-			x.N = n
-			err = graph.Copy(r, src, dst, off, n, f)
+			err = graph.Copy(r, src, dst, off, x.N, f)
 		}
 		if err != nil {
 			return err
@@ -242,6 +239,19 @@ func (s *State) copy(r *blk.Req, c *running) error {
 		off += x.N
 	}
 	return nil
+}
+
+// wholeClusters makes an extent at off, where a cluster begins, cover whole clusters: they are compressed as a whole. One that is zero in part
+// only is data.
+func (s *State) wholeClusters(x blk.Extent, off, end int64) blk.Extent {
+	if off+x.N >= end {
+		return x
+	}
+	if n := blk.AlignDown(off+x.N, s.cluster) - off; x.Zero && n > 0 {
+		x.N = n
+		return x
+	}
+	return blk.Extent{N: min(blk.AlignUp(off+x.N, s.cluster), end) - off, Data: true}
 }
 
 // Caps implements graph.Driver. Nothing passes the filter unseen.
