@@ -127,6 +127,9 @@ func (o *opener) open(p *plan) (*graph.Node, error) {
 	if err := o.ctx.Err(); err != nil {
 		return nil, err
 	}
+	if p.node != nil && !p.fileFirst() {
+		p.node.MoveUp()
+	}
 	kids := make([]*graph.Node, len(p.kids))
 	for i := range p.kids {
 		n, err := o.open(p.kids[i].plan)
@@ -150,10 +153,16 @@ func (o *opener) open(p *plan) (*graph.Node, error) {
 	return p.node, o.openBacking(p)
 }
 
+// fileFirst: the node shows up as newer than its children, as in the reference; drivers that open other children than a file do so
+// when they are there already.
+func (p *plan) fileFirst() bool { return len(p.kids) == 0 || p.kids[0].name == "file" }
+
 // attach makes the node, if it has no name yet, and attaches its children and the root that reads its header.
 func (o *opener) attach(p *plan, kids []*graph.Node) (*graph.Root, error) {
 	if p.node != nil {
-		p.node.MoveUp() // below its children
+		if p.fileFirst() {
+			p.node.MoveUp() // below its children
+		}
 		if len(kids) == 0 {
 			return nil, nil
 		}

@@ -3,6 +3,7 @@ package blockdev
 import (
 	"fmt"
 
+	"qblockd/blockdev/blkdebug"
 	"qblockd/blockdev/file"
 	"qblockd/blockdev/filter/copybeforewrite"
 	"qblockd/blockdev/filter/snapshotaccess"
@@ -54,6 +55,7 @@ type ChildOption struct {
 // Drivers is what is compiled in.
 func Drivers() []Driver {
 	return []Driver{
+		blkdebugDriver(blkdebug.Open),
 		{
 			Name: types.BlockdevDriverCopyBeforeWrite, Kind: graph.Filter, Open: copybeforewrite.Open,
 			Children: func(u any) []ChildOption {
@@ -111,6 +113,36 @@ func nullDriver(name types.BlockdevDriver, open graph.OpenFunc) Driver {
 			}
 		},
 		PlainName: func(any) string { return plain },
+	}
+}
+
+func blkdebugDriver(open graph.OpenFunc) Driver {
+	return Driver{
+		Name: types.BlockdevDriverBlkdebug, Kind: graph.Filter, Open: open,
+		Children: func(u any) []ChildOption {
+			return []ChildOption{{"image", perm.Filtered | perm.Primary, &u.(*types.BlockdevOptionsBlkdebug).Image}}
+		},
+		Strong: func(u any, add func(string, value.Value)) {
+			o := *u.(*types.BlockdevOptionsBlkdebug)
+			v, err := value.Parse(string(o.AppendJSON(nil)))
+			if err != nil {
+				panic("blockdev: " + err.Error())
+			}
+			for _, m := range v.(*value.Dict).Members() {
+				switch m.Name {
+				case "image", "take-child-perms", "unshare-child-perms":
+				case "inject-error":
+					for i, r := range o.InjectError {
+						rv, _ := value.Parse(string(r.AppendJSON(nil)))
+						for _, x := range rv.(*value.Dict).Members() {
+							add(fmt.Sprintf("inject-error.%d.%s", i, x.Name), x.Value)
+						}
+					}
+				default:
+					add(m.Name, m.Value)
+				}
+			}
+		},
 	}
 }
 

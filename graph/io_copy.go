@@ -10,8 +10,8 @@ type CopyError struct {
 	Err   error
 }
 
-// Error implements error.
-func (e *CopyError) Error() string { return e.Err.Error() }
+// Error implements error, in the words that users are shown.
+func (e *CopyError) Error() string { return blk.ErrnoText(e.Err) }
 
 // Unwrap gives the failure of that side.
 func (e *CopyError) Unwrap() error { return e.Err }

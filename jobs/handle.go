@@ -35,6 +35,10 @@ func (h *Handle) Checkpoint() error {
 		j.asleep = false
 		j.wake.Broadcast()
 	}
+	return j.checkpointLocked()
+}
+
+func (j *Job) checkpointLocked() error {
 	for j.st.ShouldPause() {
 		j.yieldNow()
 		j.stepLocked(machine.EnterPause)
@@ -135,10 +139,25 @@ type ErrorAction = types.BlockErrorAction
 // paused at its next pause point where the policy says stop. The runner fails, skips the unit, or tries again after
 // Checkpoint.
 func (h *Handle) OnError(op types.IoOperationType, policy types.BlockdevOnError, err error) ErrorAction {
-	j := h.j
+	h.j.m.mu.Lock()
+	defer h.j.m.mu.Unlock()
+	return h.j.onErrorLocked(op, policy, err)
+}
+
+// OnErrorIdle is OnError for a runner that has nothing else in flight: where the policy says stop, it is a pause point, so that clients hear of
+// the error and the pause together.
+func (h *Handle) OnErrorIdle(op types.IoOperationType, policy types.BlockdevOnError, err error) (ErrorAction, error) {
+	h.j.m.mu.Lock()
+	defer h.j.m.mu.Unlock()
+	action := h.j.onErrorLocked(op, policy, err)
+	if action == types.BlockErrorActionStop {
+		return action, h.j.checkpointLocked()
+	}
+	return action, nil
+}
+
+func (j *Job) onErrorLocked(op types.IoOperationType, policy types.BlockdevOnError, err error) ErrorAction {
 	action := decide(policy, err)
-	j.m.mu.Lock()
-	defer j.m.mu.Unlock()
 	j.m.sink.Emit(types.BlockJobErrorEvent{Device: j.id, Operation: op, Action: action})
 	if action == types.BlockErrorActionStop {
 		if !j.st.UserPaused {

@@ -51,6 +51,8 @@ type Task struct {
 	Policy    types.BlockdevOnError
 	// Side tells them of an error, for tasks where they depend on the side that fails; nil: they are always the same.
 	Side func(err error) (types.IoOperationType, types.BlockdevOnError)
+	// RetryIgnored: errors that the policy ignores are tried again, and again, until they are gone.
+	RetryIgnored bool
 	// Uncounted: somebody else counts what is done.
 	Uncounted bool
 }
@@ -227,20 +229,33 @@ func (e *engine) failed(u unit) {
 		e.retry = append(e.retry, u)
 		return
 	}
+	// What else is in flight comes first: when the client hears of the error, the job is about to do what the policy says.
+	e.held = true
+	e.settle()
+	e.held = false
 	op, policy := e.Operation, e.Policy
 	if e.Side != nil {
 		op, policy = e.Side(u.err)
 	}
-	switch e.h.OnError(op, policy, u.err) {
+	action, err := e.h.OnErrorIdle(op, policy, u.err)
+	if err != nil {
+		e.stop, e.failure = true, err
+		return
+	}
+	switch action {
 	case types.BlockErrorActionStop:
-		e.held = true
 		u.err = nil
 		e.retry = append(e.retry, u)
 		return
+	case types.BlockErrorActionIgnore:
+		if e.RetryIgnored {
+			u.err = nil
+			e.retry = append(e.retry, u)
+			return
+		}
+		e.count(u.ext.N)
 	case types.BlockErrorActionReport:
 		e.stop = true
-	default:
-		e.count(u.ext.N)
 	}
 	if e.failure == nil {
 		e.failure = u.err

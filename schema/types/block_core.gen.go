@@ -556,6 +556,8 @@ type BlockdevDriver string
 
 // The values of BlockdevDriver.
 const (
+	// Makes requests fail, for tests.
+	BlockdevDriverBlkdebug BlockdevDriver = "blkdebug"
 	// Keeps a point in time: copies what is about to be overwritten.
 	BlockdevDriverCopyBeforeWrite BlockdevDriver = "copy-before-write"
 	// A regular file.
@@ -576,6 +578,7 @@ const (
 
 // BlockdevDriverValues lists the values of BlockdevDriver in the order of the schema.
 var BlockdevDriverValues = []BlockdevDriver{
+	BlockdevDriverBlkdebug,
 	BlockdevDriverCopyBeforeWrite,
 	BlockdevDriverFile,
 	BlockdevDriverHostDevice,
@@ -721,6 +724,88 @@ type BlockdevOptionsRaw struct {
 	Size *int64
 }
 
+// BlkdebugEvent: when a rule of blkdebug takes effect.
+type BlkdebugEvent string
+
+// The values of BlkdebugEvent.
+const (
+	// From the beginning.
+	BlkdebugEventNone BlkdebugEvent = "none"
+)
+
+// BlkdebugEventValues lists the values of BlkdebugEvent in the order of the schema.
+var BlkdebugEventValues = []BlkdebugEvent{
+	BlkdebugEventNone,
+}
+
+// BlkdebugIOType: requests that blkdebug tells apart.
+type BlkdebugIOType string
+
+// The values of BlkdebugIOType.
+const (
+	// Reads.
+	BlkdebugIOTypeRead BlkdebugIOType = "read"
+	// Writes.
+	BlkdebugIOTypeWrite BlkdebugIOType = "write"
+	// Writes of zeroes without data.
+	BlkdebugIOTypeWriteZeroes BlkdebugIOType = "write-zeroes"
+	// Discards.
+	BlkdebugIOTypeDiscard BlkdebugIOType = "discard"
+	// Flushes.
+	BlkdebugIOTypeFlush BlkdebugIOType = "flush"
+	// Questions where data are.
+	BlkdebugIOTypeBlockStatus BlkdebugIOType = "block-status"
+)
+
+// BlkdebugIOTypeValues lists the values of BlkdebugIOType in the order of the schema.
+var BlkdebugIOTypeValues = []BlkdebugIOType{
+	BlkdebugIOTypeRead,
+	BlkdebugIOTypeWrite,
+	BlkdebugIOTypeWriteZeroes,
+	BlkdebugIOTypeDiscard,
+	BlkdebugIOTypeFlush,
+	BlkdebugIOTypeBlockStatus,
+}
+
+// BlkdebugInjectErrorOptions: requests that fail.
+type BlkdebugInjectErrorOptions struct {
+	// When they begin to do so.
+	Event BlkdebugEvent
+	// Which ones (default: all but block-status).
+	Iotype *BlkdebugIOType
+	// Number of the error (default: EIO).
+	Errno *int64
+	// Only those that touch this sector of 512 bytes; negative: all (default).
+	Sector *int64
+	// Only the first of them (default: false).
+	Once *bool
+}
+
+// BlockdevOptionsBlkdebug: the filter blkdebug, for tests: makes requests fail, and claims limits and
+// permissions.
+type BlockdevOptionsBlkdebug struct {
+	// The node below.
+	Image BlockdevRef
+	// Alignment of requests in bytes, a power of two.
+	Align *int64
+	// Longest read or write in bytes.
+	MaxTransfer *int32
+	// Preferred alignment of zeroing in bytes, a power of two.
+	OptWriteZero *int32
+	// Longest zeroing in bytes.
+	MaxWriteZero *int32
+	// Preferred alignment of discards in bytes, a power of two.
+	OptDiscard *int32
+	// Longest discard in bytes.
+	MaxDiscard *int32
+	// Requests that fail.
+	InjectError []*BlkdebugInjectErrorOptions
+	// Permissions to take on the image besides those that users need.
+	TakeChildPerms []BlockPermission
+	// Permissions that others may not have on the image.
+	UnshareChildPerms []BlockPermission
+}
+
 // OnCbwError: what becomes of a write when copying before it fails.
 type OnCbwError string
 
@@ -768,10 +853,10 @@ type BlockdevOptions struct {
 	// What becomes of written zeroes (default off).
 	DetectZeroes *BlockdevDetectZeroesOptions
 	// U holds the members of the branch that Driver selects; nil where the branch has none.
-	// *BlockdevOptionsCbw for copy-before-write, *BlockdevOptionsFile for file, *BlockdevOptionsFile for
-	// host_device, *BlockdevOptionsNull for null-aio, *BlockdevOptionsNull for null-co,
-	// *BlockdevOptionsQcow2 for qcow2, *BlockdevOptionsRaw for raw, *BlockdevOptionsGenericFormat for
-	// snapshot-access.
+	// *BlockdevOptionsBlkdebug for blkdebug, *BlockdevOptionsCbw for copy-before-write,
+	// *BlockdevOptionsFile for file, *BlockdevOptionsFile for host_device, *BlockdevOptionsNull for
+	// null-aio, *BlockdevOptionsNull for null-co, *BlockdevOptionsQcow2 for qcow2, *BlockdevOptionsRaw for
+	// raw, *BlockdevOptionsGenericFormat for snapshot-access.
 	U any
 }
 

@@ -8,6 +8,10 @@ func visitBlockdevOnError(d *decoder, name string, x *BlockdevOnError) bool {
 	return enum(d, name, x, BlockdevOnErrorValues)
 }
 
+func visitBlockPermission(d *decoder, name string, x *BlockPermission) bool {
+	return enum(d, name, x, BlockPermissionValues)
+}
+
 func visitBlockdevDiscardOptions(d *decoder, name string, x *BlockdevDiscardOptions) bool {
 	return enum(d, name, x, BlockdevDiscardOptionsValues)
 }
@@ -170,6 +174,53 @@ func membersBlockdevOptionsRaw(d *decoder, x *BlockdevOptionsRaw) bool {
 		opt(d, "size", &x.Size, visitInt64)
 }
 
+func visitBlkdebugEvent(d *decoder, name string, x *BlkdebugEvent) bool {
+	return enum(d, name, x, BlkdebugEventValues)
+}
+
+func visitBlkdebugIOType(d *decoder, name string, x *BlkdebugIOType) bool {
+	return enum(d, name, x, BlkdebugIOTypeValues)
+}
+
+// DecodeBlkdebugInjectErrorOptions decodes v; faults are worded as the reference does (*ArgError).
+func DecodeBlkdebugInjectErrorOptions(v value.Value, m Mode) (*BlkdebugInjectErrorOptions, error) {
+	return decode(v, m, visitBlkdebugInjectErrorOptions)
+}
+
+func visitBlkdebugInjectErrorOptions(d *decoder, name string, x *BlkdebugInjectErrorOptions) bool {
+	return object(d, name, x, membersBlkdebugInjectErrorOptions)
+}
+
+func membersBlkdebugInjectErrorOptions(d *decoder, x *BlkdebugInjectErrorOptions) bool {
+	return visitBlkdebugEvent(d, "event", &x.Event) &&
+		opt(d, "iotype", &x.Iotype, visitBlkdebugIOType) &&
+		opt(d, "errno", &x.Errno, visitInt64) &&
+		opt(d, "sector", &x.Sector, visitInt64) &&
+		opt(d, "once", &x.Once, visitBool)
+}
+
+// DecodeBlockdevOptionsBlkdebug decodes v; faults are worded as the reference does (*ArgError).
+func DecodeBlockdevOptionsBlkdebug(v value.Value, m Mode) (*BlockdevOptionsBlkdebug, error) {
+	return decode(v, m, visitBlockdevOptionsBlkdebug)
+}
+
+func visitBlockdevOptionsBlkdebug(d *decoder, name string, x *BlockdevOptionsBlkdebug) bool {
+	return object(d, name, x, membersBlockdevOptionsBlkdebug)
+}
+
+func membersBlockdevOptionsBlkdebug(d *decoder, x *BlockdevOptionsBlkdebug) bool {
+	return visitBlockdevRef(d, "image", &x.Image) &&
+		opt(d, "align", &x.Align, visitInt64) &&
+		opt(d, "max-transfer", &x.MaxTransfer, visitInt32) &&
+		opt(d, "opt-write-zero", &x.OptWriteZero, visitInt32) &&
+		opt(d, "max-write-zero", &x.MaxWriteZero, visitInt32) &&
+		opt(d, "opt-discard", &x.OptDiscard, visitInt32) &&
+		opt(d, "max-discard", &x.MaxDiscard, visitInt32) &&
+		optListPtr(d, "inject-error", &x.InjectError, visitBlkdebugInjectErrorOptions) &&
+		optList(d, "take-child-perms", &x.TakeChildPerms, visitBlockPermission) &&
+		optList(d, "unshare-child-perms", &x.UnshareChildPerms, visitBlockPermission)
+}
+
 func visitOnCbwError(d *decoder, name string, x *OnCbwError) bool {
 	return enum(d, name, x, OnCbwErrorValues)
 }
@@ -210,6 +261,10 @@ func membersBlockdevOptions(d *decoder, x *BlockdevOptions) bool {
 		return false
 	}
 	switch x.Driver {
+	case BlockdevDriverBlkdebug:
+		u := new(BlockdevOptionsBlkdebug)
+		x.U = u
+		return membersBlockdevOptionsBlkdebug(d, u)
 	case BlockdevDriverCopyBeforeWrite:
 		u := new(BlockdevOptionsCbw)
 		x.U = u

@@ -677,6 +677,74 @@ func (x *BlockdevOptionsRaw) AppendJSON(b []byte) []byte {
 }
 
 // AppendJSON appends x in the reference's form, members in hash order.
+func (x *BlkdebugInjectErrorOptions) AppendJSON(b []byte) []byte {
+	b = append(b, '{')
+	if x.Iotype != nil {
+		b = appendKey(b, "iotype")
+		b = appendEnum(b, *x.Iotype)
+	}
+	if x.Once != nil {
+		b = appendKey(b, "once")
+		b = appendBool(b, *x.Once)
+	}
+	if x.Sector != nil {
+		b = appendKey(b, "sector")
+		b = appendInt(b, *x.Sector)
+	}
+	b = appendKey(b, "event")
+	b = appendEnum(b, x.Event)
+	if x.Errno != nil {
+		b = append(b, `, "errno": `...)
+		b = appendInt(b, *x.Errno)
+	}
+	return append(b, '}')
+}
+
+// AppendJSON appends x in the reference's form, members in hash order.
+func (x *BlockdevOptionsBlkdebug) AppendJSON(b []byte) []byte {
+	b = append(b, '{')
+	if x.OptWriteZero != nil {
+		b = appendKey(b, "opt-write-zero")
+		b = appendInt(b, *x.OptWriteZero)
+	}
+	if x.InjectError != nil {
+		b = appendKey(b, "inject-error")
+		b = appendList(b, x.InjectError, func(b []byte, v *BlkdebugInjectErrorOptions) []byte { return v.AppendJSON(b) })
+	}
+	if x.MaxWriteZero != nil {
+		b = appendKey(b, "max-write-zero")
+		b = appendInt(b, *x.MaxWriteZero)
+	}
+	b = appendKey(b, "image")
+	b = x.Image.AppendJSON(b)
+	if x.MaxTransfer != nil {
+		b = append(b, `, "max-transfer": `...)
+		b = appendInt(b, *x.MaxTransfer)
+	}
+	if x.TakeChildPerms != nil {
+		b = append(b, `, "take-child-perms": `...)
+		b = appendList(b, x.TakeChildPerms, appendEnum[BlockPermission])
+	}
+	if x.OptDiscard != nil {
+		b = append(b, `, "opt-discard": `...)
+		b = appendInt(b, *x.OptDiscard)
+	}
+	if x.UnshareChildPerms != nil {
+		b = append(b, `, "unshare-child-perms": `...)
+		b = appendList(b, x.UnshareChildPerms, appendEnum[BlockPermission])
+	}
+	if x.MaxDiscard != nil {
+		b = append(b, `, "max-discard": `...)
+		b = appendInt(b, *x.MaxDiscard)
+	}
+	if x.Align != nil {
+		b = append(b, `, "align": `...)
+		b = appendInt(b, *x.Align)
+	}
+	return append(b, '}')
+}
+
+// AppendJSON appends x in the reference's form, members in hash order.
 func (x *BlockdevOptionsCbw) AppendJSON(b []byte) []byte {
 	b = append(b, '{')
 	if x.OnCbwError != nil {
@@ -693,6 +761,77 @@ func (x *BlockdevOptionsCbw) AppendJSON(b []byte) []byte {
 // AppendJSON appends x in the reference's form, members in hash order.
 func (x *BlockdevOptions) AppendJSON(b []byte) []byte {
 	switch u := x.U.(type) {
+	case *BlockdevOptionsBlkdebug:
+		b = append(b, '{')
+		if u.OptWriteZero != nil {
+			b = appendKey(b, "opt-write-zero")
+			b = appendInt(b, *u.OptWriteZero)
+		}
+		if u.InjectError != nil {
+			b = appendKey(b, "inject-error")
+			b = appendList(b, u.InjectError, func(b []byte, v *BlkdebugInjectErrorOptions) []byte { return v.AppendJSON(b) })
+		}
+		if x.DetectZeroes != nil {
+			b = appendKey(b, "detect-zeroes")
+			b = appendEnum(b, *x.DetectZeroes)
+		}
+		if u.MaxWriteZero != nil {
+			b = appendKey(b, "max-write-zero")
+			b = appendInt(b, *u.MaxWriteZero)
+		}
+		b = appendKey(b, "image")
+		b = u.Image.AppendJSON(b)
+		if u.MaxTransfer != nil {
+			b = append(b, `, "max-transfer": `...)
+			b = appendInt(b, *u.MaxTransfer)
+		}
+		if x.NodeName != nil {
+			b = append(b, `, "node-name": `...)
+			b = value.AppendString(b, *x.NodeName)
+		}
+		if u.TakeChildPerms != nil {
+			b = append(b, `, "take-child-perms": `...)
+			b = appendList(b, u.TakeChildPerms, appendEnum[BlockPermission])
+		}
+		b = append(b, `, "driver": `...)
+		b = appendEnum(b, x.Driver)
+		if x.AutoReadOnly != nil {
+			b = append(b, `, "auto-read-only": `...)
+			b = appendBool(b, *x.AutoReadOnly)
+		}
+		if x.ReadOnly != nil {
+			b = append(b, `, "read-only": `...)
+			b = appendBool(b, *x.ReadOnly)
+		}
+		if u.OptDiscard != nil {
+			b = append(b, `, "opt-discard": `...)
+			b = appendInt(b, *u.OptDiscard)
+		}
+		if u.UnshareChildPerms != nil {
+			b = append(b, `, "unshare-child-perms": `...)
+			b = appendList(b, u.UnshareChildPerms, appendEnum[BlockPermission])
+		}
+		if x.Cache != nil {
+			b = append(b, `, "cache": `...)
+			b = x.Cache.AppendJSON(b)
+		}
+		if x.Discard != nil {
+			b = append(b, `, "discard": `...)
+			b = appendEnum(b, *x.Discard)
+		}
+		if x.ForceShare != nil {
+			b = append(b, `, "force-share": `...)
+			b = appendBool(b, *x.ForceShare)
+		}
+		if u.MaxDiscard != nil {
+			b = append(b, `, "max-discard": `...)
+			b = appendInt(b, *u.MaxDiscard)
+		}
+		if u.Align != nil {
+			b = append(b, `, "align": `...)
+			b = appendInt(b, *u.Align)
+		}
+		return append(b, '}')
 	case *BlockdevOptionsCbw:
 		b = append(b, '{')
 		if x.DetectZeroes != nil {
