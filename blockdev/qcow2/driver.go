@@ -161,6 +161,7 @@ func (d *Driver) Resize(ctx context.Context, size int64, m blk.Prealloc) error {
 type info struct {
 	incompat atomic.Uint64
 	backing  atomic.Pointer[[2]string]
+	bitmaps  atomic.Pointer[[]*types.Qcow2BitmapInfo]
 }
 
 // BackingFile implements graph.Backed.
@@ -183,6 +184,9 @@ func (d *Driver) ImageInfo(i *types.ImageInfo) {
 	}
 	if d.hdr.CompressionType == layout.CompressionZstd {
 		q.CompressionType = types.Qcow2CompressionTypeZstd
+	}
+	if l := d.info.bitmaps.Load(); l != nil {
+		q.Bitmaps = *l
 	}
 	if d.hdr.Version >= 3 {
 		lazy, corrupt, ext := d.hdr.CompatibleFeatures&layout.CompatLazyRefcounts != 0, bits&layout.IncompatCorrupt != 0, false

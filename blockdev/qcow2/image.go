@@ -10,6 +10,7 @@ import (
 
 	"qblockd/blockdev/qcow2/layout"
 	"qblockd/graph/blk"
+	"qblockd/schema/types"
 )
 
 // file is what an image needs of its children; *graph.Edge is one.
@@ -70,7 +71,8 @@ type image struct {
 	backName string
 	hdrUsed  int // bytes of the first cluster taken by header, extensions and backing name
 	snaps    []layout.Snapshot
-	snapEnd  int64 // end of the snapshot table
+	snapEnd  int64                    // end of the snapshot table
+	bitmaps  []*types.Qcow2BitmapInfo // of a read-only image, for publish
 
 	l1      []uint64 // may be shorter than hdr.L1Size: what lies behind is zero
 	l1Dirty map[int64]struct{}
@@ -220,6 +222,11 @@ func (s *image) publish() {
 		format = s.ext.BackingFormat
 	}
 	s.info.backing.Store(&[2]string{s.backName, format})
+	if s.ext == nil || s.ext.Bitmaps == nil {
+		s.bitmaps = nil
+	}
+	bitmaps := s.bitmaps
+	s.info.bitmaps.Store(&bitmaps)
 	if s.changed != nil {
 		s.changed()
 	}

@@ -43,6 +43,9 @@ func openImage(r *blk.Req, c config) (*image, error) {
 	if err := s.readSnapshots(r); err != nil {
 		return nil, err
 	}
+	if err := s.listBitmaps(r); err != nil {
+		return nil, err
+	}
 	s.fileEnd = s.file.Size()
 	if s.set.overlap&olInactiveL2 != 0 {
 		if err := s.findInactive(r); err != nil {
