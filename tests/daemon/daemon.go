@@ -151,7 +151,7 @@ func (d *Daemon) LeavesNothing(t testing.TB, f func()) {
 	t.Helper()
 	before := d.FDs(t)
 	f()
-	for end := time.Now().Add(10 * time.Second); d.FDs(t) != before; time.Sleep(2 * time.Millisecond) {
+	for end := time.Now().Add(10 * time.Second); d.FDs(t) > before; time.Sleep(2 * time.Millisecond) {
 		if time.Now().After(end) {
 			t.Errorf("%d files are open, %d before", d.FDs(t), before)
 			return
