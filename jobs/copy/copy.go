@@ -73,7 +73,7 @@ type engine struct {
 	retry    []unit
 	failure  error // the first one that was not tried again
 	stop     bool  // and it ends the job
-	held     bool  // a failure has paused the job, which has not been resumed since
+	held     bool  // a failure is being dealt with; others are tried again after it
 }
 
 // Run does the task and returns the first error that a policy reported, or ignored at the end, or jobs.ErrCancelled.
@@ -109,7 +109,6 @@ func (e *engine) walk() error {
 		if err := e.h.Throttle(0); err != nil {
 			return err
 		}
-		e.held = false
 		switch {
 		case e.stop:
 		case len(e.retry) > 0:

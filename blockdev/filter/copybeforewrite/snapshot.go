@@ -64,6 +64,25 @@ func (d *Driver) SnapshotStatus(r *blk.Req, off, n int64) (x blk.Extent, err err
 	return blk.Extent{N: x.N, Data: x.Data, Zero: x.Zero, Allocated: true}, err
 }
 
+// keptLocked is how much of [off, off+n), none of which is done, is kept from changing: what is to be copied or being copied. A backup of
+// less than all leaves the rest to the guests.
+// +checklocks:d.mu
+func (d *Driver) keptLocked(off, n int64) int64 {
+	clean, ok := d.todo.NextClean(off, off+n)
+	if !ok {
+		return n
+	}
+	if clean > off {
+		return clean - off
+	}
+	for c := range d.copies {
+		if c.off <= off && off < c.off+c.n {
+			return min(n, c.off+c.n-off)
+		}
+	}
+	return 0
+}
+
 // reader calls f for a prefix of [off, off+n) with the edge that leads to what was there: to the target where that was copied, else
 // to the source, which nobody changes there until f returns. It waits for nobody.
 func (d *Driver) reader(off, n int64, f func(e *graph.Edge, n int64) error) (int64, error) {
@@ -86,6 +105,10 @@ func (d *Driver) reader(off, n int64, f func(e *graph.Edge, n int64) error) (int
 	}
 	if ok {
 		n = at - off
+	}
+	if n = d.keptLocked(off, n); n == 0 {
+		d.mu.Unlock()
+		return 0, errNoAccess
 	}
 	c := &running{off: off, n: n, over: make(chan struct{})}
 	d.reading[c] = struct{}{}
