@@ -229,7 +229,9 @@ func drawnNode(kind, name string, info *nodeInfo, hasChild bool, jobs []jobInfo)
 		n.Traits = append(n.Traits, "encrypted")
 	}
 	for _, b := range info.Bitmaps {
-		n.Traits = append(n.Traits, "bitmap "+b.Name)
+		if b.Name != "" { // else it is a job's
+			n.Traits = append(n.Traits, "bitmap "+b.Name)
+		}
 	}
 	if !hasChild && !strings.HasPrefix(info.File, info.Drv+":") && !strings.HasPrefix(info.File, "json:") {
 		n.File = info.File
