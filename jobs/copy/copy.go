@@ -98,7 +98,7 @@ func (e *engine) walk() error {
 		if off >= e.Size && len(e.retry) == 0 {
 			// What is done is done: nothing waits for the speed limit any more.
 			if e.settle(); len(e.retry) == 0 {
-				return nil
+				return e.h.Checkpoint() // a pause does hold up the end
 			}
 			continue
 		}
