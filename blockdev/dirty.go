@@ -143,7 +143,7 @@ func (s *BitmapClear) Prepare(context.Context, *graph.Tx) error {
 	if err := s.bitmap.Check(graph.BitmapChange); err != nil {
 		return err
 	}
-	old := s.bitmap.Bits().Take()
+	old := s.bitmap.Take()
 	s.undo = func() { s.bitmap.Bits().Merge(old) }
 	return nil
 }
@@ -234,7 +234,7 @@ func (s *BitmapMerge) Prepare(context.Context, *graph.Tx) error {
 	before := to.Clone()
 	to.Merge(sum)
 	s.undo = func() {
-		to.Take()
+		s.bitmap.Take()
 		to.Merge(before)
 	}
 	return nil

@@ -264,6 +264,14 @@ func (d *DirtyBitmap) thaw(forget bool) {
 	})
 }
 
+// Take makes the bitmap clean and returns what it held. What is written at the same time is in one of the two.
+func (d *DirtyBitmap) Take() *bitmap.Bitmap {
+	s := d.set()
+	s.mu.Lock() // against a change of the size
+	defer s.mu.Unlock()
+	return d.bits.Take()
+}
+
 // BitmapUse is what somebody is about to do with a bitmap.
 type BitmapUse uint8
 

@@ -97,3 +97,38 @@ func BenchmarkDirtyBitmaps(b *testing.B) {
 		})
 	}
 }
+
+// A bitmap that is cleared while its node grows has the size of the node afterwards.
+func TestClearBesideResize(t *testing.T) {
+	root, r := stack(t, drivertest.NewMemFile(1<<20), 0)
+	d := newBitmap(t, root.Node(), graph.DirtyBitmapSpec{Name: "d", Granularity: 4096})
+	stop, started, over := make(chan struct{}), make(chan struct{}), make(chan struct{})
+	go func() {
+		defer close(over)
+		d.Take()
+		close(started)
+		for {
+			select {
+			case <-stop:
+				return
+			default:
+				d.Take()
+			}
+		}
+	}()
+	<-started
+	const sizes = 5000
+	for i := int64(2); i < sizes; i++ {
+		if err := root.Resize(context.Background(), i<<20, true, blk.PreallocOff); err != nil {
+			t.Fatal(err)
+		}
+		if have := d.Bits().Size(); have != i<<20 {
+			t.Fatalf("the bitmap has %d bytes, the node %d", have, i<<20)
+		}
+	}
+	close(stop)
+	<-over
+	if err := root.WriteAt(r, blk.Buf(make([]byte, 4096)), (sizes-2)<<20, 0); err != nil || !d.Bits().Get((sizes-2)<<20) {
+		t.Error("a write was not recorded", err)
+	}
+}

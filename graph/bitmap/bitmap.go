@@ -230,7 +230,7 @@ func (b *Bitmap) NextClean(off, end int64) (at int64, ok bool) {
 // SetAll sets all granules.
 func (b *Bitmap) SetAll() { b.Set(0, b.Size()) }
 
-// Take empties b and returns what it held. Granules that are set at the same time are in one of the two.
+// Take empties b and returns what it held. Granules that are set at the same time are in one of the two. Not for use beside Resize.
 func (b *Bitmap) Take() *Bitmap {
 	old := &Bitmap{shift: b.shift}
 	size := b.Size()

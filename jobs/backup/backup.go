@@ -113,7 +113,7 @@ func (s *Step) check() error {
 	case s.Source == s.Target:
 		return errors.New("Source and target cannot be the same")
 	case s.Compress && s.Target.Caps().WriteFlags&blk.Compressed == 0:
-		return fmt.Errorf("Compression is not supported for this drive %s", "")
+		return errors.New("Compression is not supported for this drive ") // where the reference names a device
 	}
 	if err := s.Source.Blocked(graph.OpBackupSource); err != nil {
 		return err

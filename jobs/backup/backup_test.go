@@ -7,6 +7,7 @@ import (
 	"errors"
 	"fmt"
 	"math/rand/v2"
+	"runtime"
 	"sync"
 	"syscall"
 	"testing"
@@ -175,6 +176,50 @@ func TestPointInTime(t *testing.T) {
 		wg.Wait()
 		if !bytes.Equal(w.to.Bytes(), w.want) {
 			t.Fatal("the target differs")
+		}
+	}
+}
+
+// Copies fail now and then while guests write: a guest's write may fail, but none goes through before what it overwrites is safe.
+func TestFailingCopiesUnderLoad(t *testing.T) {
+	for range 10 {
+		w := newWorld(t)
+		w.toF.Hook(func(drivertest.Op, int64, int64) { runtime.Gosched() })
+		for i := range 40 {
+			w.toF.Inject(drivertest.Rule{Ops: drivertest.OpModify, Skip: 3 * i % 7, Count: 1})
+		}
+		a := w.args()
+		a.OnTargetError = types.BlockdevOnErrorIgnore // that is: again
+		s := backup.NewStep(w.m, a)
+		if err := jobs.RunActions(context.Background(), w.g, s); err != nil {
+			t.Fatal(err)
+		}
+		j := w.m.Get("j")
+		var guests sync.WaitGroup
+		stop := make(chan struct{})
+		for g := range 4 {
+			guests.Go(func() {
+				r := rand.New(rand.NewPCG(uint64(g), 9))
+				p := bytes.Repeat([]byte{0xee}, 4096)
+				for {
+					select {
+					case <-stop:
+						return
+					default:
+					}
+					if err := w.write(w.guest, r.Int64N(size/4096)*4096, p); err != nil && !errors.Is(err, syscall.EIO) {
+						t.Error(err)
+						return
+					}
+				}
+			})
+		}
+		s.Release()
+		err := w.end(j)
+		close(stop)
+		guests.Wait()
+		if err != nil || !bytes.Equal(w.to.Bytes(), w.want) {
+			t.Fatalf("%v, or the target differs", err)
 		}
 	}
 }

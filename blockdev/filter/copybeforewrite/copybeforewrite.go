@@ -52,6 +52,7 @@ type State struct {
 	done   *bitmap.Bitmap // clusters that were copied
 	access *bitmap.Bitmap // clusters that the point in time consists of
 	active atomic.Int32   // copies under way; raised before the bits of a copy are cleared
+	failed atomic.Int64   // copies that failed; raised after the bits are set again and before active goes down
 
 	readers       atomic.Int32 // raised before a reader looks whether its clusters are done
 	breakSnapshot bool         // a failing copy spoils the point in time, not the guest's write
@@ -112,10 +113,12 @@ func (s *State) target() *graph.Edge { return s.node.Child("target") }
 // Skip takes clusters of [off, off+n), a range of whole clusters, off the list of those to do.
 func (s *State) Skip(off, n int64) { s.todo.Clear(off, n) }
 
-// clean tells whether nothing of [off, off+n) is to do or being copied.
+// clean tells whether nothing of [off, off+n) is to do or being copied or read. A copy that fails between the two looks would be seen by
+// neither: its clusters were not to do at the first, and it is over at the second. So failures are counted.
 func (s *State) clean(off, n int64) bool {
+	before := s.failed.Load()
 	_, _, dirty := s.todo.NextDirty(off, off+n)
-	return !dirty && s.active.Load() == 0 && s.readers.Load() == 0
+	return !dirty && s.active.Load() == 0 && s.readers.Load() == 0 && s.failed.Load() == before
 }
 
 // Copy copies what is to do of the clusters that [off, off+n) touches, and waits for those that others copy. Errors: *graph.CopyError, with the
@@ -204,6 +207,7 @@ func (s *State) release(c *running, err error) {
 	s.mu.Lock()
 	if err != nil {
 		s.todo.Set(c.off, c.n)
+		s.failed.Add(1)
 	}
 	delete(s.copies, c)
 	s.active.Add(-1)
