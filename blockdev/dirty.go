@@ -15,234 +15,169 @@ import (
 // The bodies of the block-dirty-bitmap- commands, as steps of a transaction (jobs.Action). They change bitmaps in Prepare, so that later
 // steps find them as these leave them, and take that back in Abort, so that no write that happened meanwhile is missing.
 
-// bitmapStep is what the steps have in common.
-type bitmapStep struct {
-	m      *Manager
-	bitmap *graph.DirtyBitmap
-	undo   func() // nil: nothing was done
-	finish func()
+// BitmapStep is one of these steps.
+type BitmapStep struct {
+	node    string // of the bitmap
+	quiet   bool   // the node is held quiet
+	g       *graph.Graph
+	prepare func(s *BitmapStep) error
+	undo    func() // what Abort does; nil: nothing was done
+	finish  func() // what Commit does
 }
 
 // Nodes implements jobs.Action.
-func (s *bitmapStep) Nodes() []*graph.Node { return nil }
-
-// Commit implements jobs.Action.
-func (s *bitmapStep) Commit() {
-	if s.finish != nil {
-		s.finish()
-	}
-}
-
-// Abort implements jobs.Action.
-func (s *bitmapStep) Abort() {
-	if s.undo != nil {
-		s.undo()
-	}
-}
-
-// Clean implements jobs.Action.
-func (s *bitmapStep) Clean() {}
-
-// find finds a bitmap as the commands name it.
-func (s *bitmapStep) find(node, name string) (err error) {
-	s.bitmap, err = s.m.FindBitmap(node, name)
-	return err
-}
-
-// FindBitmap finds a bitmap by the names of its node and its own.
-func (m *Manager) FindBitmap(node, name string) (*graph.DirtyBitmap, error) {
-	n := m.g.Node(node)
-	if n == nil {
-		return nil, fmt.Errorf("Node '%s' not found", node)
-	}
-	return findBitmap(n, name)
-}
-
-func findBitmap(n *graph.Node, name string) (*graph.DirtyBitmap, error) {
-	if d := n.DirtyBitmap(name); d != nil {
-		return d, nil
-	}
-	return nil, fmt.Errorf("Dirty bitmap '%s' not found", name)
-}
-
-// BitmapAdd is block-dirty-bitmap-add.
-type BitmapAdd struct {
-	bitmapStep
-	args *types.BlockDirtyBitmapAdd
-}
-
-// BitmapAdd makes the step.
-func (m *Manager) BitmapAdd(a *types.BlockDirtyBitmapAdd) *BitmapAdd {
-	return &BitmapAdd{bitmapStep{m: m}, a}
-}
-
-// Prepare implements jobs.Action.
-func (s *BitmapAdd) Prepare(context.Context, *graph.Tx) error {
-	a := s.args
-	if a.Name == "" {
-		return errors.New("Bitmap name cannot be empty")
-	}
-	n, err := s.m.Lookup(&a.Node, &a.Node)
-	if err != nil {
-		return err
-	}
-	spec := graph.DirtyBitmapSpec{Name: a.Name, Disabled: a.Disabled != nil && *a.Disabled}
-	if g := a.Granularity; g != nil {
-		if *g < graph.MinGranularity || *g&(*g-1) != 0 {
-			return errors.New("Granularity must be power of 2 and at least 512")
-		}
-		spec.Granularity = int64(*g)
-	}
-	if s.bitmap, err = n.NewDirtyBitmap(spec); err == nil {
-		s.undo = s.bitmap.Remove
-	}
-	return err
-}
-
-// BitmapRemove is block-dirty-bitmap-remove.
-type BitmapRemove struct {
-	bitmapStep
-	args *types.BlockDirtyBitmap
-}
-
-// BitmapRemove makes the step.
-func (m *Manager) BitmapRemove(a *types.BlockDirtyBitmap) *BitmapRemove {
-	return &BitmapRemove{bitmapStep{m: m}, a}
-}
-
-// Prepare implements jobs.Action. The bitmap goes on recording until Commit, so that it has missed nothing if it stays.
-func (s *BitmapRemove) Prepare(context.Context, *graph.Tx) error {
-	if err := s.find(s.args.Node, s.args.Name); err != nil {
-		return err
-	}
-	if err := s.bitmap.Check(graph.BitmapRemove); err != nil {
-		return err
-	}
-	s.bitmap.SetBusy(true)
-	s.undo = func() { s.bitmap.SetBusy(false) }
-	s.finish = s.bitmap.Remove
-	return nil
-}
-
-// BitmapClear is block-dirty-bitmap-clear.
-type BitmapClear struct {
-	bitmapStep
-	args *types.BlockDirtyBitmap
-}
-
-// BitmapClear makes the step.
-func (m *Manager) BitmapClear(a *types.BlockDirtyBitmap) *BitmapClear {
-	return &BitmapClear{bitmapStep{m: m}, a}
-}
-
-// Prepare implements jobs.Action.
-func (s *BitmapClear) Prepare(context.Context, *graph.Tx) error {
-	if err := s.find(s.args.Node, s.args.Name); err != nil {
-		return err
-	}
-	if err := s.bitmap.Check(graph.BitmapChange); err != nil {
-		return err
-	}
-	old := s.bitmap.Take()
-	s.undo = func() { s.bitmap.Bits().Merge(old) }
-	return nil
-}
-
-// BitmapEnable is block-dirty-bitmap-enable and -disable.
-type BitmapEnable struct {
-	bitmapStep
-	args   *types.BlockDirtyBitmap
-	enable bool
-}
-
-// BitmapEnable makes the step.
-func (m *Manager) BitmapEnable(a *types.BlockDirtyBitmap, enable bool) *BitmapEnable {
-	return &BitmapEnable{bitmapStep{m: m}, a, enable}
-}
-
-// Prepare implements jobs.Action.
-func (s *BitmapEnable) Prepare(context.Context, *graph.Tx) error {
-	if err := s.find(s.args.Node, s.args.Name); err != nil {
-		return err
-	}
-	if err := s.bitmap.Check(graph.BitmapRead); err != nil {
-		return err
-	}
-	was := s.bitmap.Enabled()
-	if was == s.enable {
-		return nil
-	}
-	if !s.enable {
-		// It goes on recording until Commit, so that it has missed nothing if it stays enabled.
-		s.finish = s.bitmap.Disable
-		return nil
-	}
-	s.bitmap.Enable()
-	s.undo = s.bitmap.Disable
-	return nil
-}
-
-// BitmapMerge is block-dirty-bitmap-merge.
-type BitmapMerge struct {
-	bitmapStep
-	args *types.BlockDirtyBitmapMerge
-}
-
-// BitmapMerge makes the step.
-func (m *Manager) BitmapMerge(a *types.BlockDirtyBitmapMerge) *BitmapMerge {
-	return &BitmapMerge{bitmapStep{m: m}, a}
-}
-
-// Nodes implements jobs.Action: nothing may be recorded that an undo would take for merged.
-func (s *BitmapMerge) Nodes() []*graph.Node {
-	if n := s.m.g.Node(s.args.Node); n != nil {
+func (s *BitmapStep) Nodes() []*graph.Node {
+	if n := s.g.Node(s.node); s.quiet && n != nil {
 		return []*graph.Node{n}
 	}
 	return nil
 }
 
 // Prepare implements jobs.Action.
-func (s *BitmapMerge) Prepare(context.Context, *graph.Tx) error {
-	a := s.args
-	if err := s.find(a.Node, a.Target); err != nil {
-		return err
+func (s *BitmapStep) Prepare(context.Context, *graph.Tx) error { return s.prepare(s) }
+
+// Commit implements jobs.Action.
+func (s *BitmapStep) Commit() {
+	if s.finish != nil {
+		s.finish()
 	}
-	to := s.bitmap.Bits()
-	sum := bitmap.New(to.Size(), to.Granularity())
-	for _, b := range a.Bitmaps {
-		var from *graph.DirtyBitmap
-		var err error
-		if b.Local != nil {
-			from, err = findBitmap(s.bitmap.Node(), *b.Local)
-		} else {
-			from, err = s.m.FindBitmap(b.External.Node, b.External.Name)
+}
+
+// Abort implements jobs.Action.
+func (s *BitmapStep) Abort() {
+	if s.undo != nil {
+		s.undo()
+	}
+}
+
+// Clean implements jobs.Action.
+func (s *BitmapStep) Clean() {}
+
+// BitmapAdd makes the step block-dirty-bitmap-add.
+func (m *Manager) BitmapAdd(a *types.BlockDirtyBitmapAdd) *BitmapStep {
+	return &BitmapStep{g: m.g, node: a.Node, prepare: func(s *BitmapStep) error {
+		if a.Name == "" {
+			return errors.New("Bitmap name cannot be empty")
+		}
+		n, err := m.Lookup(&a.Node, &a.Node)
+		if err != nil {
+			return err
+		}
+		spec := graph.DirtyBitmapSpec{Name: a.Name, Disabled: a.Disabled != nil && *a.Disabled}
+		if g := a.Granularity; g != nil {
+			if *g < graph.MinGranularity || *g&(*g-1) != 0 {
+				return errors.New("Granularity must be power of 2 and at least 512")
+			}
+			spec.Granularity = int64(*g)
+		}
+		d, err := n.NewDirtyBitmap(spec)
+		if err == nil {
+			s.undo = d.Remove
+		}
+		return err
+	}}
+}
+
+// onBitmap makes a step that does something with a bitmap that can be used that way.
+func (m *Manager) onBitmap(a *types.BlockDirtyBitmap, use graph.BitmapUse, do func(s *BitmapStep, d *graph.DirtyBitmap)) *BitmapStep {
+	return &BitmapStep{g: m.g, node: a.Node, prepare: func(s *BitmapStep) error {
+		d, err := m.g.FindDirtyBitmap(a.Node, a.Name)
+		if err == nil {
+			err = d.Check(use)
+		}
+		if err == nil {
+			do(s, d)
+		}
+		return err
+	}}
+}
+
+// BitmapRemove makes the step block-dirty-bitmap-remove. The bitmap goes on recording until Commit, so that it has missed nothing if it
+// stays.
+func (m *Manager) BitmapRemove(a *types.BlockDirtyBitmap) *BitmapStep {
+	return m.onBitmap(a, graph.BitmapRemove, func(s *BitmapStep, d *graph.DirtyBitmap) {
+		d.SetBusy(true)
+		s.undo = func() { d.SetBusy(false) }
+		s.finish = d.Remove
+	})
+}
+
+// BitmapClear makes the step block-dirty-bitmap-clear.
+func (m *Manager) BitmapClear(a *types.BlockDirtyBitmap) *BitmapStep {
+	return m.onBitmap(a, graph.BitmapChange, func(s *BitmapStep, d *graph.DirtyBitmap) {
+		old := d.Take()
+		s.undo = func() { d.Bits().Merge(old) }
+	})
+}
+
+// BitmapEnable makes the step block-dirty-bitmap-enable or -disable. One that is disabled goes on recording until Commit, so that it has
+// missed nothing if it stays enabled.
+func (m *Manager) BitmapEnable(a *types.BlockDirtyBitmap, enable bool) *BitmapStep {
+	return m.onBitmap(a, graph.BitmapRead, func(s *BitmapStep, d *graph.DirtyBitmap) {
+		switch {
+		case d.Enabled() == enable:
+		case enable:
+			d.Enable()
+			s.undo = d.Disable
+		default:
+			s.finish = d.Disable
+		}
+	})
+}
+
+// BitmapMerge makes the step block-dirty-bitmap-merge. The node is quiet, as nothing may be recorded that an undo would take for merged.
+func (m *Manager) BitmapMerge(a *types.BlockDirtyBitmapMerge) *BitmapStep {
+	return &BitmapStep{g: m.g, node: a.Node, quiet: true, prepare: func(s *BitmapStep) error {
+		d, err := m.g.FindDirtyBitmap(a.Node, a.Target)
+		if err != nil {
+			return err
+		}
+		sum, err := m.sum(d, a.Bitmaps)
+		if err == nil {
+			err = d.Check(graph.BitmapChange)
 		}
 		if err != nil {
 			return err
 		}
-		if err := from.Check(graph.BitmapRead); err != nil {
-			return err
+		before := d.Bits().Clone()
+		d.Bits().Merge(sum)
+		s.undo = func() {
+			d.Take()
+			d.Bits().Merge(before)
 		}
-		if have := from.Bits().Size(); have != to.Size() {
-			return fmt.Errorf("Bitmaps are of different sizes (destination size is %d, source size is %d) and can't be merged", to.Size(), have)
+		return nil
+	}}
+}
+
+// sum merges bitmaps in the granularity of d, which stays as it is.
+func (m *Manager) sum(d *graph.DirtyBitmap, from []*types.BlockDirtyBitmapOrStr) (*bitmap.Bitmap, error) {
+	size := d.Bits().Size()
+	sum := bitmap.New(size, d.Bits().Granularity())
+	for _, b := range from {
+		node, name := d.Node().Name(), ""
+		if b.Local != nil {
+			name = *b.Local
+		} else {
+			node, name = b.External.Node, b.External.Name
 		}
-		sum.Merge(from.Bits())
+		x, err := m.g.FindDirtyBitmap(node, name)
+		if err != nil {
+			return nil, err
+		}
+		if err := x.Check(graph.BitmapRead); err != nil {
+			return nil, err
+		}
+		if have := x.Bits().Size(); have != size {
+			return nil, fmt.Errorf("Bitmaps are of different sizes (destination size is %d, source size is %d) and can't be merged", size, have)
+		}
+		sum.Merge(x.Bits())
 	}
-	if err := s.bitmap.Check(graph.BitmapChange); err != nil {
-		return err
-	}
-	before := to.Clone()
-	to.Merge(sum)
-	s.undo = func() {
-		s.bitmap.Take()
-		to.Merge(before)
-	}
-	return nil
+	return sum, nil
 }
 
 // BitmapSHA256 is the digest of a bitmap: of its words of 64 bits in the order of memory, in hexadecimal digits.
 func (m *Manager) BitmapSHA256(node, name string) (string, error) {
-	d, err := m.FindBitmap(node, name)
+	d, err := m.g.FindDirtyBitmap(node, name)
 	if err != nil {
 		return "", err
 	}

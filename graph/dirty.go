@@ -99,6 +99,18 @@ func (n *Node) DirtyBitmap(name string) *DirtyBitmap {
 	return n.io.dirty.findLocked(name)
 }
 
+// FindDirtyBitmap finds a bitmap by the names of its node and its own. The errors have the reference's words.
+func (g *Graph) FindDirtyBitmap(node, name string) (*DirtyBitmap, error) {
+	n := g.Node(node)
+	if n == nil {
+		return nil, fmt.Errorf("Node '%s' not found", node)
+	}
+	if d := n.DirtyBitmap(name); d != nil {
+		return d, nil
+	}
+	return nil, fmt.Errorf("Dirty bitmap '%s' not found", name)
+}
+
 // DirtyBitmaps are all bitmaps, newest first, those of jobs as well.
 func (n *Node) DirtyBitmaps() []*DirtyBitmap {
 	n.io.dirty.mu.Lock()

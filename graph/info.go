@@ -6,6 +6,7 @@ import (
 
 	"qblockd/events/trace"
 	"qblockd/graph/perm"
+	"qblockd/schema/types"
 )
 
 // SetDriver gives the hidden node what Open made. Call it once, before the Tx that publishes
@@ -162,6 +163,19 @@ func (n *Node) treeGenLocked(epoch uint64) uint64 {
 	}
 	n.treeGen, n.treeEpoch = gen, epoch
 	return gen
+}
+
+// ShowImage fills in what the node below shows of clusters and of being dirty: for filters, which show it as their own. A nil edge shows
+// nothing.
+func (e *Edge) ShowImage(info *types.ImageInfo) {
+	if e == nil {
+		return
+	}
+	if i, ok := e.Node().drv.(Informer); ok {
+		var below types.ImageInfo
+		i.ImageInfo(&below)
+		info.ClusterSize, info.DirtyFlag = below.ClusterSize, below.DirtyFlag
+	}
 }
 
 // Resized tells the roots that see n's size, through filters and raw formats, that it may

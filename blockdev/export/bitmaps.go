@@ -34,14 +34,7 @@ func (t *Table) claimBitmaps(e *entry, n *graph.Node, names []*types.BlockDirtyB
 
 func (t *Table) findBitmap(n *graph.Node, name *types.BlockDirtyBitmapOrStr) (*graph.DirtyBitmap, error) {
 	if x := name.External; x != nil {
-		n := t.g.Node(x.Node)
-		if n == nil {
-			return nil, fmt.Errorf("Node '%s' not found", x.Node)
-		}
-		if d := n.DirtyBitmap(x.Name); d != nil {
-			return d, nil
-		}
-		return nil, fmt.Errorf("Dirty bitmap '%s' not found", x.Name)
+		return t.g.FindDirtyBitmap(x.Node, x.Name)
 	}
 	for {
 		if d := n.DirtyBitmap(*name.Local); d != nil {

@@ -241,7 +241,7 @@ func (j *job) Run(ctx context.Context, h *jobs.Handle) error {
 		}
 	}
 	t := copy.Task{
-		Gate: gate{j.root, ctx}, Size: j.Source.Size(), Chunk: copybeforewrite.MaxCopy, Workers: workers,
+		Gate: copy.RootGate(ctx, j.root), Size: j.Source.Size(), Chunk: copybeforewrite.MaxCopy, Workers: workers,
 		Look: j.look, Copy: func(r *blk.Req, off int64, e copy.Extent) error { return j.driver.Copy(r, off, e.N) },
 		Side: j.side, Uncounted: true, RetryIgnored: true,
 	}
@@ -342,14 +342,6 @@ func (j *job) skipExtent(off int64, x blk.Extent, cluster, size int64) int64 {
 	}
 	return x.N
 }
-
-type gate struct {
-	*graph.Root
-	ctx context.Context
-}
-
-// Begin implements copy.Gate.
-func (g gate) Begin() (*blk.Req, error) { return g.Root.Begin(g.ctx) }
 
 // Commit implements jobs.Committer.
 func (j *job) Commit(*jobs.Handle) { j.ok = true }

@@ -14,6 +14,7 @@ import (
 	"time"
 
 	"qblockd/blockdev/drivertest"
+	"qblockd/events"
 	"qblockd/graph"
 	"qblockd/graph/blk"
 	"qblockd/jobs"
@@ -50,11 +51,26 @@ type world struct {
 	guest          *graph.Root
 	want           []byte
 	shape          string
+	stops          chan struct{} // one for each error that stopped a job
+}
+
+// stops tells of errors that stop a job, besides what the sink inside does.
+type stops struct {
+	events.Sink
+	tell chan struct{}
+}
+
+func (s stops) Emit(e events.Event) {
+	s.Sink.Emit(e)
+	if x, ok := e.(types.BlockJobErrorEvent); ok && x.Action == types.BlockErrorActionStop {
+		s.tell <- struct{}{}
+	}
 }
 
 func newWorld(t testing.TB) *world {
 	g, sink := drivertest.NewGraphSink(t)
-	w := &world{t: t, g: g, m: jobs.NewManager(sink, nil), want: noise(1)}
+	w := &world{t: t, g: g, want: noise(1), stops: make(chan struct{}, 100)}
+	w.m = jobs.NewManager(stops{sink, w.stops}, nil)
 	w.from, w.to = drivertest.MemFileOf(bytes.Clone(w.want)), drivertest.MemFileOf(noise(2))
 	w.fromF, w.toF = drivertest.NewFault(w.from), drivertest.NewFault(w.to)
 	w.source, w.target = drivertest.AddNode(t, g, "source", w.fromF), drivertest.AddNode(t, g, "target", w.toF)
@@ -130,8 +146,10 @@ func (w *world) write(root *graph.Root, off int64, p []byte) error {
 }
 
 // scribble writes anywhere, in several goroutines, until stop is closed.
-func (w *world) scribble(stop <-chan struct{}) *sync.WaitGroup {
-	wg := &sync.WaitGroup{}
+// first is closed after the first write.
+func (w *world) scribble(stop <-chan struct{}) (wg *sync.WaitGroup, first chan struct{}) {
+	wg, first = &sync.WaitGroup{}, make(chan struct{})
+	var once sync.Once
 	for g := range 4 {
 		wg.Go(func() {
 			r := rand.New(rand.NewPCG(uint64(g), 7))
@@ -147,10 +165,11 @@ func (w *world) scribble(stop <-chan struct{}) *sync.WaitGroup {
 					w.t.Error(err)
 					return
 				}
+				once.Do(func() { close(first) })
 			}
 		})
 	}
-	return wg
+	return wg, first
 }
 
 // The target shows the source as it was when the job started, whatever guests write meanwhile.
@@ -162,11 +181,9 @@ func TestPointInTime(t *testing.T) {
 			t.Fatal(err)
 		}
 		j, stop := w.m.Get("j"), make(chan struct{})
-		wg := w.scribble(stop)
+		wg, first := w.scribble(stop)
 		if i%2 == 0 {
-			for w.guest.Node().Driver() != nil && bytes.Equal(w.from.Bytes(), w.want) {
-				// Guests come first.
-			}
+			<-first // guests come before the job
 		}
 		s.Release()
 		if err := w.end(j); err != nil {
@@ -343,6 +360,20 @@ func TestEnds(t *testing.T) {
 	}
 }
 
+// resume lets the job go on whenever an error has stopped it, until it is finished.
+func (w *world) resume(j *jobs.Job) {
+	for {
+		select {
+		case <-w.stops:
+			if err := j.Resume(); err != nil {
+				w.t.Error(err)
+			}
+		case <-j.Finished():
+			return
+		}
+	}
+}
+
 // The i-th I/O of the job fails: it ends with that error, or, told to ignore or to stop, goes on.
 func TestFaults(t *testing.T) {
 	for _, policy := range []types.BlockdevOnError{types.BlockdevOnErrorReport, types.BlockdevOnErrorStop} {
@@ -357,19 +388,7 @@ func TestFaults(t *testing.T) {
 				a.OnSourceError, a.OnTargetError = policy, policy
 				j := w.start(a)
 				if policy == types.BlockdevOnErrorStop {
-					stopped := make(chan struct{})
-					go func() {
-						defer close(stopped)
-						for {
-							select {
-							case <-j.Finished():
-								return
-							default:
-								j.Resume() // refused as long as nothing has stopped it
-							}
-						}
-					}()
-					defer func() { <-stopped }()
+					w.resume(j)
 				}
 				err := w.end(j)
 				failed := f.Failed() > 0

@@ -10,6 +10,9 @@
 package copy
 
 import (
+	"context"
+
+	"qblockd/graph"
 	"qblockd/graph/blk"
 	"qblockd/jobs"
 	"qblockd/schema/types"
@@ -35,6 +38,17 @@ type Gate interface {
 	Begin() (*blk.Req, error)
 	End(r *blk.Req)
 }
+
+// RootGate is the gate of root for a job whose context is ctx.
+func RootGate(ctx context.Context, root *graph.Root) Gate { return rootGate{root, ctx} }
+
+type rootGate struct {
+	*graph.Root
+	ctx context.Context
+}
+
+// Begin implements Gate.
+func (g rootGate) Begin() (*blk.Req, error) { return g.Root.Begin(g.ctx) }
 
 // Task describes a copy. Its functions run in several goroutines, each with a unit of work of its own.
 type Task struct {

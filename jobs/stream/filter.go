@@ -79,14 +79,4 @@ func (f *filterDriver) EdgeClaim(_ string, _ perm.Role, up perm.Claim, readOnly 
 }
 
 // ImageInfo implements graph.Informer: clusters and the dirty flag are those of the target.
-func (f *filterDriver) ImageInfo(info *types.ImageInfo) {
-	c := f.child()
-	if c == nil {
-		return
-	}
-	if i, ok := c.Node().Driver().(graph.Informer); ok {
-		var below types.ImageInfo
-		i.ImageInfo(&below)
-		info.ClusterSize, info.DirtyFlag = below.ClusterSize, below.DirtyFlag
-	}
-}
+func (f *filterDriver) ImageInfo(info *types.ImageInfo) { f.child().ShowImage(info) }

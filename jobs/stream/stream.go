@@ -269,18 +269,11 @@ func (j *job) Run(ctx context.Context, h *jobs.Handle) error {
 	h.SetRemaining(size)
 	c := copier{target: j.filter.FilteredChild(), below: top.Backing(), last: j.baseOverlay}
 	return copy.Run(h, copy.Task{
-		Gate: gate{j.root, ctx}, Size: size, Chunk: chunk, Workers: workers,
+		Gate: copy.RootGate(ctx, j.root), Size: size, Chunk: chunk, Workers: workers,
 		Look: c.look, Copy: c.copy,
 		Operation: types.IoOperationTypeRead, Policy: j.OnError,
 	})
 }
-
-type gate struct {
-	*graph.Root
-	ctx context.Context
-}
-
-func (g gate) Begin() (*blk.Req, error) { return g.Root.Begin(g.ctx) }
 
 // Prepare implements jobs.Preparer: it removes the filter, makes the backing link of the top skip what was
 // copied, and rewrites the image's header, all or nothing.

@@ -348,14 +348,4 @@ func (d *Driver) EdgeClaim(child string, role perm.Role, up perm.Claim, readOnly
 }
 
 // ImageInfo implements graph.Informer: clusters and the dirty flag are those of the source.
-func (d *Driver) ImageInfo(info *types.ImageInfo) {
-	c := d.source()
-	if c == nil {
-		return
-	}
-	if i, ok := c.Node().Driver().(graph.Informer); ok {
-		var below types.ImageInfo
-		i.ImageInfo(&below)
-		info.ClusterSize, info.DirtyFlag = below.ClusterSize, below.DirtyFlag
-	}
-}
+func (d *Driver) ImageInfo(info *types.ImageInfo) { d.source().ShowImage(info) }
