@@ -296,6 +296,9 @@ func (o *opener) probe(p *plan, file *graph.Node) error {
 	p.opts = &types.BlockdevOptions{Driver: p.drv.Name, U: p.drv.FromFile(*p.opts.U.(*types.BlockdevRef))}
 	p.kids[0].role = p.drv.Children(p.opts.U)[0].Role
 	p.gen.DriverName, p.gen.Kind, p.gen.Canonical = string(p.drv.Name), p.drv.Kind, p.opts
+	if p.node != nil {
+		p.node.SetFormat(p.gen)
+	}
 	return nil
 }
 

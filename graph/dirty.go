@@ -145,11 +145,13 @@ func (s *dirtySet) changedLocked() {
 	s.recording.Store(&l)
 }
 
-// written records a write. It runs while the request is still tracked.
-func (s *dirtySet) written(off, size int64) {
+// written records a write of r. It runs while the request is still tracked.
+func (s *dirtySet) written(r *blk.Req, off, size int64) {
 	if l := s.recording.Load(); l != nil {
 		for _, b := range *l {
-			b.Set(off, size)
+			if b != r.Unrecorded {
+				b.Set(off, size)
+			}
 		}
 	}
 }

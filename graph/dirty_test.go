@@ -132,3 +132,39 @@ func TestClearBesideResize(t *testing.T) {
 		t.Error("a write was not recorded", err)
 	}
 }
+
+// What a discard may have changed is dirty; what the node's options keep from the driver is not. A request names a bitmap that does not record it.
+func TestDiscardIsRecorded(t *testing.T) {
+	for _, unmap := range []bool{false, true} {
+		g := drivertest.NewGraph(t)
+		n := drivertest.AddNode(t, g, "n", drivertest.NewMemFile(1<<20))
+		root := drivertest.AddRoot(t, g, n, drivertest.Writer)
+		o := *n.Options()
+		o.Discard = unmap
+		tx := g.Begin(context.Background())
+		if err := tx.SetOptions(n, &o); err != nil {
+			t.Fatal(err)
+		}
+		if err := tx.Commit(); err != nil {
+			t.Fatal(err)
+		}
+		a, b := newBitmap(t, n, graph.DirtyBitmapSpec{Granularity: 4096}), newBitmap(t, n, graph.DirtyBitmapSpec{Granularity: 4096})
+		r, err := root.Begin(context.Background())
+		if err != nil {
+			t.Fatal(err)
+		}
+		r.Unrecorded = b.Bits()
+		if err := root.Discard(r, 8192, 8192); err != nil {
+			t.Fatal(err)
+		}
+		r.Unrecorded = nil
+		want := int64(0)
+		if unmap {
+			want = 8192
+		}
+		if got := a.Bits().Count(); got != want || b.Bits().Count() != 0 {
+			t.Errorf("unmap %v: %d bytes dirty, want %d; %d in the other", unmap, got, want, b.Bits().Count())
+		}
+		root.End(r)
+	}
+}

@@ -97,6 +97,19 @@ func (n *Node) MoveUp() {
 	n.seq = n.g.nodeSeq
 }
 
+// SetFormat tells the hidden node n what its driver is, where that was not known when it took its name. Call it before SetDriver.
+func (n *Node) SetFormat(o *Options) {
+	n.g.mu.Lock()
+	defer n.g.mu.Unlock()
+	if n.state != nodeHidden || n.drv != nil {
+		panic("graph: SetFormat of node " + n.name + ", which has a driver")
+	}
+	own := *n.opts.Load()
+	own.DriverName, own.Kind, own.Canonical = o.DriverName, o.Kind, o.Canonical
+	n.opts.Store(&own)
+	n.g.version++ // drafts may have asked for the kind
+}
+
 // Inactive tells whether n is inactive.
 func (n *Node) Inactive() bool {
 	n.g.mu.RLock()

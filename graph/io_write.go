@@ -88,7 +88,7 @@ func (n *Node) endWrite(r *blk.Req, w *writing, off, size int64, f blk.Flags, er
 			if end > w.size {
 				n.resizeBitmaps()
 			}
-			s.dirty.written(off, size)
+			s.dirty.written(r, off, size)
 		}
 		for h := s.wrHighest.Load(); end > h && !s.wrHighest.CompareAndSwap(h, end); {
 			h = s.wrHighest.Load()

@@ -199,7 +199,7 @@ func (n *Node) discardTracked(e *Edge, r *blk.Req, off, size, align, most int64)
 	sh := s.track.shard(r)
 	sh.inFlight.Add(1)
 	s.statusData.dropRange(off, size)
-	end := off + size
+	begin, end := off, off+size
 	for size > 0 && err == nil {
 		p := blk.Piece(off, size, align, most)
 		if err = s.discard.Discard(r, off, p); err != nil && isNotSupported(err) {
@@ -211,6 +211,7 @@ func (n *Node) discardTracked(e *Edge, r *blk.Req, off, size, align, most int64)
 	}
 	if err == nil || !errors.Is(err, blk.ErrWouldBlock) {
 		s.flush.written.Add(1)
+		s.dirty.written(r, begin, end-begin)
 		if t := s.threshold.Load(); t != 0 && uint64(end) > t {
 			n.thresholdExceeded(uint64(end))
 		}

@@ -24,6 +24,13 @@ func (j *Job) kickLocked() {
 	j.wake.Broadcast()
 }
 
+// Kick ends a sleep of the job's runner early.
+func (j *Job) Kick() {
+	j.m.mu.Lock()
+	defer j.m.mu.Unlock()
+	j.kickLocked()
+}
+
 func decide(policy types.BlockdevOnError, err error) ErrorAction {
 	nospace := errors.Is(err, syscall.ENOSPC)
 	switch policy {

@@ -106,6 +106,9 @@ func (h *Handle) Idle() error {
 	}
 }
 
+// Sleep waits for d or until something happens to the job (a verb, Kick), and then passes a pause point: it returns what Checkpoint does.
+func (h *Handle) Sleep(d time.Duration) error { return h.sleep(d) }
+
 // sleep waits for d, a change of speed, a pause or a cancel, and then passes a pause point.
 func (h *Handle) sleep(d time.Duration) error {
 	j := h.j

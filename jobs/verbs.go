@@ -6,6 +6,7 @@ import (
 	"time"
 
 	"qblockd/jobs/machine"
+	"qblockd/schema/types"
 )
 
 var errNegativeSpeed = fmt.Errorf("Parameter 'speed' expects a non-negative value")
@@ -156,7 +157,32 @@ func (j *Job) Complete(ctx context.Context) error {
 	if err != nil {
 		return err
 	}
-	return c.Complete(ctx)
+	if err := c.Complete(ctx); err != nil {
+		return err
+	}
+	j.Kick()
+	return nil
+}
+
+// ChangeCopyMode changes when a mirror copies what is written (block-job-change).
+func (j *Job) ChangeCopyMode(to types.MirrorCopyMode) error {
+	j.m.mu.Lock()
+	err := j.applyLocked(machine.Alter)
+	j.m.mu.Unlock()
+	if err != nil {
+		return err
+	}
+	c, ok := j.runner.(interface {
+		ChangeCopyMode(to types.MirrorCopyMode) error
+	})
+	if !ok {
+		return fmt.Errorf("Job type does not support change")
+	}
+	if err := c.ChangeCopyMode(to); err != nil {
+		return err
+	}
+	j.Kick()
+	return nil
 }
 
 // Finalize ends the transaction of a pending job.

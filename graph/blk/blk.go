@@ -5,6 +5,8 @@ package blk
 import (
 	"context"
 	"errors"
+
+	"qblockd/graph/bitmap"
 )
 
 // Flags qualify one operation (not the whole unit of work, see Req).
@@ -61,6 +63,8 @@ type Req struct {
 	NoWait bool
 	// Job marks requests of background work (error accounting, not guest latency).
 	Job bool
+	// Unrecorded is a dirty bitmap that does not record what the request writes: who issued it keeps the bitmap's books. Nil mostly.
+	Unrecorded *bitmap.Bitmap
 
 	// Pass is the root's own bookkeeping of the gate passage; nobody else touches it.
 	Pass any

@@ -52,10 +52,11 @@ const (
 	Complete
 	Finalize
 	Dismiss
+	Alter
 	verbs
 )
 
-var verbNames = [verbs]string{"cancel", "pause", "resume", "set-speed", "complete", "finalize", "dismiss"}
+var verbNames = [verbs]string{"cancel", "pause", "resume", "set-speed", "complete", "finalize", "dismiss", "change"}
 
 // String is the QAPI name.
 func (v Verb) String() string { return verbNames[v] }
@@ -90,6 +91,7 @@ var allowed = [verbs]uint16{
 	Complete: set(Ready, Standby),
 	Finalize: set(Pending),
 	Dismiss:  set(Concluded),
+	Alter:    set(Running, Paused, Ready, Standby),
 }
 
 // Legal tells whether a job may go from one state to another.

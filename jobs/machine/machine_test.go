@@ -28,6 +28,7 @@ set-speed  created running paused ready standby
 complete   ready standby
 finalize   pending
 dismiss    concluded
+change     running paused ready standby
 `
 
 func rows(golden string) map[string]map[string]bool {

@@ -17,6 +17,8 @@ type Nodes interface {
 	Lookup(device, nodeName *string) (*graph.Node, error)
 	// Filename is the node's name as it is written into an overlay's header.
 	Filename(n *graph.Node) string
+	// BackingFilename is what the image header of n names as its backing file: as it stands there, the whole name, and the format.
+	BackingFilename(n *graph.Node) (name, full, format string)
 	// FindBacking is the node in the backing chain of top whose image has that file name, or nil.
 	FindBacking(top *graph.Node, file string) *graph.Node
 	// CreateImage makes an image in a file.

@@ -1241,6 +1241,79 @@ type DriveBackup struct {
 	Mode *NewImageMode
 }
 
+// MirrorCopyMode: when a mirror copies what is written.
+type MirrorCopyMode string
+
+// The values of MirrorCopyMode.
+const (
+	// Some time after it was written.
+	MirrorCopyModeBackground MirrorCopyMode = "background"
+	// Before the write is answered, so that a mirror that is ready stays in step.
+	MirrorCopyModeWriteBlocking MirrorCopyMode = "write-blocking"
+)
+
+// MirrorCopyModeValues lists the values of MirrorCopyMode in the order of the schema.
+var MirrorCopyModeValues = []MirrorCopyMode{
+	MirrorCopyModeBackground,
+	MirrorCopyModeWriteBlocking,
+}
+
+// DriveMirror: a mirror to a file.
+type DriveMirror struct {
+	// Name of the job.
+	JobID *string
+	// The node to be copied.
+	Device string
+	// The file.
+	Target string
+	// Format of the image in it (default: that of @device if the image is made, else it is guessed).
+	Format *string
+	// Name of the node that the file is opened as.
+	NodeName *string
+	// The node that the target replaces in the end (default: @device); needs @node-name.
+	Replaces *string
+	// What is copied.
+	Sync MirrorSyncMode
+	// Whether the image is made (default: absolute-paths).
+	Mode *NewImageMode
+	// Bytes per second at most; 0 is no limit (default).
+	Speed *int64
+	// Bytes of the parts of which is known whether they were written, a power of two from 512 to 64 MiB
+	// (default: the cluster size of the target, held between 4 and 64 KiB).
+	Granularity *uint32
+	// Bytes that are on their way at most.
+	BufSize *int64
+	// What to do when reading fails (default: report).
+	OnSourceError *BlockdevOnError
+	// What to do when writing fails (default: report).
+	OnTargetError *BlockdevOnError
+	// Zeroes may become holes of the target (default: true).
+	Unmap *bool
+	// When to copy what is written (default: background).
+	CopyMode *MirrorCopyMode
+	// End the job without `job-finalize` (default: true).
+	AutoFinalize *bool
+	// Forget the job without `job-dismiss` (default: true).
+	AutoDismiss *bool
+}
+
+// BlockJobChangeOptionsMirror: what of a mirror can be changed.
+type BlockJobChangeOptionsMirror struct {
+	// When it copies what is written; from background to write-blocking.
+	CopyMode MirrorCopyMode
+}
+
+// BlockJobChangeOptions: what of a job is to be changed.
+type BlockJobChangeOptions struct {
+	// The job.
+	ID string
+	// Its type.
+	Type JobType
+	// U holds the members of the branch that Type selects; nil where the branch has none.
+	// *BlockJobChangeOptionsMirror for mirror.
+	U any
+}
+
 // QueryBlockstatsArgs: the arguments of query-blockstats.
 type QueryBlockstatsArgs struct {
 	// One entry for each node instead of each device (default false).
@@ -1369,6 +1442,39 @@ type XBlockdevSetIothreadArgs struct {
 	Iothread StrOrNull
 	// Even if exports use the node (default false).
 	Force *bool
+}
+
+// BlockdevMirrorArgs: the arguments of blockdev-mirror.
+type BlockdevMirrorArgs struct {
+	// Name of the job.
+	JobID *string
+	// The node to be copied.
+	Device string
+	// The node that is copied to.
+	Target string
+	// The node that the target replaces in the end (default: @device).
+	Replaces *string
+	// What is copied.
+	Sync MirrorSyncMode
+	// Bytes per second at most; 0 is no limit (default).
+	Speed *int64
+	// Bytes of the parts of which is known whether they were written, a power of two from 512 to 64 MiB
+	// (default: the cluster size of the target, held between 4 and 64 KiB).
+	Granularity *uint32
+	// Bytes that are on their way at most.
+	BufSize *int64
+	// What to do when reading fails (default: report).
+	OnSourceError *BlockdevOnError
+	// What to do when writing fails (default: report).
+	OnTargetError *BlockdevOnError
+	// Name of the filter that is put on the node.
+	FilterNodeName *string
+	// When to copy what is written (default: background).
+	CopyMode *MirrorCopyMode
+	// End the job without `job-finalize` (default: true).
+	AutoFinalize *bool
+	// Forget the job without `job-dismiss` (default: true).
+	AutoDismiss *bool
 }
 
 // BlockImageCorruptedEvent is the event BLOCK_IMAGE_CORRUPTED: an image was found to be damaged.

@@ -592,6 +592,75 @@ func membersDriveBackup(d *decoder, x *DriveBackup) bool {
 		opt(d, "mode", &x.Mode, visitNewImageMode)
 }
 
+func visitMirrorCopyMode(d *decoder, name string, x *MirrorCopyMode) bool {
+	return enum(d, name, x, MirrorCopyModeValues)
+}
+
+// DecodeDriveMirror decodes v; faults are worded as the reference does (*ArgError).
+func DecodeDriveMirror(v value.Value, m Mode) (*DriveMirror, error) {
+	return decode(v, m, visitDriveMirror)
+}
+
+func visitDriveMirror(d *decoder, name string, x *DriveMirror) bool {
+	return object(d, name, x, membersDriveMirror)
+}
+
+func membersDriveMirror(d *decoder, x *DriveMirror) bool {
+	return opt(d, "job-id", &x.JobID, visitStr) &&
+		visitStr(d, "device", &x.Device) &&
+		visitStr(d, "target", &x.Target) &&
+		opt(d, "format", &x.Format, visitStr) &&
+		opt(d, "node-name", &x.NodeName, visitStr) &&
+		opt(d, "replaces", &x.Replaces, visitStr) &&
+		visitMirrorSyncMode(d, "sync", &x.Sync) &&
+		opt(d, "mode", &x.Mode, visitNewImageMode) &&
+		opt(d, "speed", &x.Speed, visitInt64) &&
+		opt(d, "granularity", &x.Granularity, visitUint32) &&
+		opt(d, "buf-size", &x.BufSize, visitInt64) &&
+		opt(d, "on-source-error", &x.OnSourceError, visitBlockdevOnError) &&
+		opt(d, "on-target-error", &x.OnTargetError, visitBlockdevOnError) &&
+		opt(d, "unmap", &x.Unmap, visitBool) &&
+		opt(d, "copy-mode", &x.CopyMode, visitMirrorCopyMode) &&
+		opt(d, "auto-finalize", &x.AutoFinalize, visitBool) &&
+		opt(d, "auto-dismiss", &x.AutoDismiss, visitBool)
+}
+
+// DecodeBlockJobChangeOptionsMirror decodes v; faults are worded as the reference does (*ArgError).
+func DecodeBlockJobChangeOptionsMirror(v value.Value, m Mode) (*BlockJobChangeOptionsMirror, error) {
+	return decode(v, m, visitBlockJobChangeOptionsMirror)
+}
+
+func visitBlockJobChangeOptionsMirror(d *decoder, name string, x *BlockJobChangeOptionsMirror) bool {
+	return object(d, name, x, membersBlockJobChangeOptionsMirror)
+}
+
+func membersBlockJobChangeOptionsMirror(d *decoder, x *BlockJobChangeOptionsMirror) bool {
+	return visitMirrorCopyMode(d, "copy-mode", &x.CopyMode)
+}
+
+// DecodeBlockJobChangeOptions decodes v; faults are worded as the reference does (*ArgError).
+func DecodeBlockJobChangeOptions(v value.Value, m Mode) (*BlockJobChangeOptions, error) {
+	return decode(v, m, visitBlockJobChangeOptions)
+}
+
+func visitBlockJobChangeOptions(d *decoder, name string, x *BlockJobChangeOptions) bool {
+	return object(d, name, x, membersBlockJobChangeOptions)
+}
+
+func membersBlockJobChangeOptions(d *decoder, x *BlockJobChangeOptions) bool {
+	if !(visitStr(d, "id", &x.ID) &&
+		visitJobType(d, "type", &x.Type)) {
+		return false
+	}
+	switch x.Type {
+	case JobTypeMirror:
+		u := new(BlockJobChangeOptionsMirror)
+		x.U = u
+		return membersBlockJobChangeOptionsMirror(d, u)
+	}
+	return true
+}
+
 // DecodeQueryBlockstatsArgs decodes the arguments in v, nil for none; faults are worded as the reference does (*ArgError).
 func DecodeQueryBlockstatsArgs(v *value.Dict) (*QueryBlockstatsArgs, error) {
 	return args(v, visitQueryBlockstatsArgs)
@@ -804,4 +873,30 @@ func membersXBlockdevSetIothreadArgs(d *decoder, x *XBlockdevSetIothreadArgs) bo
 	return visitStr(d, "node-name", &x.NodeName) &&
 		visitStrOrNull(d, "iothread", &x.Iothread) &&
 		opt(d, "force", &x.Force, visitBool)
+}
+
+// DecodeBlockdevMirrorArgs decodes the arguments in v, nil for none; faults are worded as the reference does (*ArgError).
+func DecodeBlockdevMirrorArgs(v *value.Dict) (*BlockdevMirrorArgs, error) {
+	return args(v, visitBlockdevMirrorArgs)
+}
+
+func visitBlockdevMirrorArgs(d *decoder, name string, x *BlockdevMirrorArgs) bool {
+	return object(d, name, x, membersBlockdevMirrorArgs)
+}
+
+func membersBlockdevMirrorArgs(d *decoder, x *BlockdevMirrorArgs) bool {
+	return opt(d, "job-id", &x.JobID, visitStr) &&
+		visitStr(d, "device", &x.Device) &&
+		visitStr(d, "target", &x.Target) &&
+		opt(d, "replaces", &x.Replaces, visitStr) &&
+		visitMirrorSyncMode(d, "sync", &x.Sync) &&
+		opt(d, "speed", &x.Speed, visitInt64) &&
+		opt(d, "granularity", &x.Granularity, visitUint32) &&
+		opt(d, "buf-size", &x.BufSize, visitInt64) &&
+		opt(d, "on-source-error", &x.OnSourceError, visitBlockdevOnError) &&
+		opt(d, "on-target-error", &x.OnTargetError, visitBlockdevOnError) &&
+		opt(d, "filter-node-name", &x.FilterNodeName, visitStr) &&
+		opt(d, "copy-mode", &x.CopyMode, visitMirrorCopyMode) &&
+		opt(d, "auto-finalize", &x.AutoFinalize, visitBool) &&
+		opt(d, "auto-dismiss", &x.AutoDismiss, visitBool)
 }

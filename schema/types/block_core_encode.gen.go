@@ -1609,6 +1609,102 @@ func (x *DriveBackup) AppendJSON(b []byte) []byte {
 }
 
 // AppendJSON appends x in the reference's form, members in hash order.
+func (x *DriveMirror) AppendJSON(b []byte) []byte {
+	b = append(b, '{')
+	if x.AutoFinalize != nil {
+		b = appendKey(b, "auto-finalize")
+		b = appendBool(b, *x.AutoFinalize)
+	}
+	b = appendKey(b, "device")
+	b = value.AppendString(b, x.Device)
+	if x.Replaces != nil {
+		b = append(b, `, "replaces": `...)
+		b = value.AppendString(b, *x.Replaces)
+	}
+	if x.OnTargetError != nil {
+		b = append(b, `, "on-target-error": `...)
+		b = appendEnum(b, *x.OnTargetError)
+	}
+	if x.AutoDismiss != nil {
+		b = append(b, `, "auto-dismiss": `...)
+		b = appendBool(b, *x.AutoDismiss)
+	}
+	if x.BufSize != nil {
+		b = append(b, `, "buf-size": `...)
+		b = appendInt(b, *x.BufSize)
+	}
+	if x.NodeName != nil {
+		b = append(b, `, "node-name": `...)
+		b = value.AppendString(b, *x.NodeName)
+	}
+	if x.Granularity != nil {
+		b = append(b, `, "granularity": `...)
+		b = appendUint(b, *x.Granularity)
+	}
+	if x.Mode != nil {
+		b = append(b, `, "mode": `...)
+		b = appendEnum(b, *x.Mode)
+	}
+	if x.Speed != nil {
+		b = append(b, `, "speed": `...)
+		b = appendInt(b, *x.Speed)
+	}
+	if x.Unmap != nil {
+		b = append(b, `, "unmap": `...)
+		b = appendBool(b, *x.Unmap)
+	}
+	if x.OnSourceError != nil {
+		b = append(b, `, "on-source-error": `...)
+		b = appendEnum(b, *x.OnSourceError)
+	}
+	b = append(b, `, "sync": `...)
+	b = appendEnum(b, x.Sync)
+	if x.Format != nil {
+		b = append(b, `, "format": `...)
+		b = value.AppendString(b, *x.Format)
+	}
+	if x.JobID != nil {
+		b = append(b, `, "job-id": `...)
+		b = value.AppendString(b, *x.JobID)
+	}
+	if x.CopyMode != nil {
+		b = append(b, `, "copy-mode": `...)
+		b = appendEnum(b, *x.CopyMode)
+	}
+	b = append(b, `, "target": `...)
+	b = value.AppendString(b, x.Target)
+	return append(b, '}')
+}
+
+// AppendJSON appends x in the reference's form, members in hash order.
+func (x *BlockJobChangeOptionsMirror) AppendJSON(b []byte) []byte {
+	b = append(b, `{"copy-mode": `...)
+	b = appendEnum(b, x.CopyMode)
+	return append(b, '}')
+}
+
+// AppendJSON appends x in the reference's form, members in hash order.
+func (x *BlockJobChangeOptions) AppendJSON(b []byte) []byte {
+	switch u := x.U.(type) {
+	case *BlockJobChangeOptionsMirror:
+		b = append(b, `{"type": `...)
+		b = appendEnum(b, x.Type)
+		b = append(b, `, "copy-mode": `...)
+		b = appendEnum(b, u.CopyMode)
+		b = append(b, `, "id": `...)
+		b = value.AppendString(b, x.ID)
+		return append(b, '}')
+	case nil:
+		b = append(b, `{"type": `...)
+		b = appendEnum(b, x.Type)
+		b = append(b, `, "id": `...)
+		b = value.AppendString(b, x.ID)
+		return append(b, '}')
+	}
+	panic("BlockJobChangeOptions with a branch of another type")
+}
+
+// AppendJSON appends x in the reference's form, members in hash order.
 func (x *QueryBlockstatsArgs) AppendJSON(b []byte) []byte {
 	b = append(b, '{')
 	if x.QueryNodes != nil {
@@ -1787,6 +1883,62 @@ func (x *XBlockdevSetIothreadArgs) AppendJSON(b []byte) []byte {
 	b = value.AppendString(b, x.NodeName)
 	b = append(b, `, "iothread": `...)
 	b = x.Iothread.AppendJSON(b)
+	return append(b, '}')
+}
+
+// AppendJSON appends x in the reference's form, members in hash order.
+func (x *BlockdevMirrorArgs) AppendJSON(b []byte) []byte {
+	b = append(b, '{')
+	if x.AutoFinalize != nil {
+		b = appendKey(b, "auto-finalize")
+		b = appendBool(b, *x.AutoFinalize)
+	}
+	b = appendKey(b, "device")
+	b = value.AppendString(b, x.Device)
+	if x.Replaces != nil {
+		b = append(b, `, "replaces": `...)
+		b = value.AppendString(b, *x.Replaces)
+	}
+	if x.OnTargetError != nil {
+		b = append(b, `, "on-target-error": `...)
+		b = appendEnum(b, *x.OnTargetError)
+	}
+	if x.AutoDismiss != nil {
+		b = append(b, `, "auto-dismiss": `...)
+		b = appendBool(b, *x.AutoDismiss)
+	}
+	if x.BufSize != nil {
+		b = append(b, `, "buf-size": `...)
+		b = appendInt(b, *x.BufSize)
+	}
+	if x.FilterNodeName != nil {
+		b = append(b, `, "filter-node-name": `...)
+		b = value.AppendString(b, *x.FilterNodeName)
+	}
+	if x.Granularity != nil {
+		b = append(b, `, "granularity": `...)
+		b = appendUint(b, *x.Granularity)
+	}
+	if x.Speed != nil {
+		b = append(b, `, "speed": `...)
+		b = appendInt(b, *x.Speed)
+	}
+	if x.OnSourceError != nil {
+		b = append(b, `, "on-source-error": `...)
+		b = appendEnum(b, *x.OnSourceError)
+	}
+	b = append(b, `, "sync": `...)
+	b = appendEnum(b, x.Sync)
+	if x.JobID != nil {
+		b = append(b, `, "job-id": `...)
+		b = value.AppendString(b, *x.JobID)
+	}
+	if x.CopyMode != nil {
+		b = append(b, `, "copy-mode": `...)
+		b = appendEnum(b, *x.CopyMode)
+	}
+	b = append(b, `, "target": `...)
+	b = value.AppendString(b, x.Target)
 	return append(b, '}')
 }
 

@@ -40,6 +40,14 @@ type BlockJobHandler interface {
 	// BlockdevBackup executes blockdev-backup: starts a job that copies a node, as it is at this moment,
 	// to another node.
 	BlockdevBackup(ctx context.Context, a *BlockdevBackup) error
+	// DriveMirror executes drive-mirror: starts a job that copies a node to a file and then keeps that in
+	// step with the node, until it is told to complete.
+	DriveMirror(ctx context.Context, a *DriveMirror) error
+	// BlockdevMirror executes blockdev-mirror: starts a job that copies a node to another node and then
+	// keeps that in step with it. Told to complete, it puts the other node in the place of the first.
+	BlockdevMirror(ctx context.Context, a *BlockdevMirrorArgs) error
+	// BlockJobChange executes block-job-change: changes a job that is at work.
+	BlockJobChange(ctx context.Context, a *BlockJobChangeOptions) error
 }
 
 // RegisterBlockJob registers all commands of the module with r.
@@ -150,6 +158,36 @@ func RegisterBlockJob(r Registrar, h BlockJobHandler) {
 			return nil, err
 		}
 		if err := h.BlockdevBackup(ctx, a); err != nil {
+			return nil, err
+		}
+		return append(out, "{}"...), nil
+	})
+	r.Handle("drive-mirror", func(ctx context.Context, args *value.Dict, out []byte) ([]byte, error) {
+		a, err := DecodeDriveMirror(args, ModeQObject)
+		if err != nil {
+			return nil, err
+		}
+		if err := h.DriveMirror(ctx, a); err != nil {
+			return nil, err
+		}
+		return append(out, "{}"...), nil
+	})
+	r.Handle("blockdev-mirror", func(ctx context.Context, args *value.Dict, out []byte) ([]byte, error) {
+		a, err := DecodeBlockdevMirrorArgs(args)
+		if err != nil {
+			return nil, err
+		}
+		if err := h.BlockdevMirror(ctx, a); err != nil {
+			return nil, err
+		}
+		return append(out, "{}"...), nil
+	})
+	r.Handle("block-job-change", func(ctx context.Context, args *value.Dict, out []byte) ([]byte, error) {
+		a, err := DecodeBlockJobChangeOptions(args, ModeQObject)
+		if err != nil {
+			return nil, err
+		}
+		if err := h.BlockJobChange(ctx, a); err != nil {
 			return nil, err
 		}
 		return append(out, "{}"...), nil

@@ -7,8 +7,12 @@ type JobType string
 
 // The values of JobType.
 const (
+	// Pushes data of upper layers down into a node.
+	JobTypeCommit JobType = "commit"
 	// Pulls data of lower layers up into a node.
 	JobTypeStream JobType = "stream"
+	// A copy of a node that keeps in step with it.
+	JobTypeMirror JobType = "mirror"
 	// A copy of a node at one point in time.
 	JobTypeBackup JobType = "backup"
 	// Creates an image.
@@ -17,7 +21,9 @@ const (
 
 // JobTypeValues lists the values of JobType in the order of the schema.
 var JobTypeValues = []JobType{
+	JobTypeCommit,
 	JobTypeStream,
+	JobTypeMirror,
 	JobTypeBackup,
 	JobTypeCreate,
 }
@@ -85,6 +91,8 @@ const (
 	JobVerbDismiss JobVerb = "dismiss"
 	// See `job-finalize`.
 	JobVerbFinalize JobVerb = "finalize"
+	// See `block-job-change` (since 8.2).
+	JobVerbChange JobVerb = "change"
 )
 
 // JobVerbValues lists the values of JobVerb in the order of the schema.
@@ -96,6 +104,7 @@ var JobVerbValues = []JobVerb{
 	JobVerbComplete,
 	JobVerbDismiss,
 	JobVerbFinalize,
+	JobVerbChange,
 }
 
 // JobInfo: a job as `query-jobs` shows it.

@@ -4,6 +4,10 @@ package types
 
 import "qblockd/schema/value"
 
+func visitJobType(d *decoder, name string, x *JobType) bool {
+	return enum(d, name, x, JobTypeValues)
+}
+
 // DecodeJobPauseArgs decodes the arguments in v, nil for none; faults are worded as the reference does (*ArgError).
 func DecodeJobPauseArgs(v *value.Dict) (*JobPauseArgs, error) { return args(v, visitJobPauseArgs) }
 

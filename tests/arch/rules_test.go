@@ -8,7 +8,7 @@ var leaves = map[string][]string{
 	"schema/types":          {"schema/value"},                 // decoders and encoders work on values
 	"events":                {"schema/value", "events/trace"}, // an event's data are a value, encoded once
 	"events/trace":          nil,
-	"graph/blk":             nil,
+	"graph/blk":             {"graph/bitmap"}, // a request may name one that does not record it
 	"graph/perm":            nil,
 	"graph/bitmap":          nil,
 	"jobs/machine":          nil,

@@ -1,0 +1,247 @@
+package mirror
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"log/slog"
+
+	"qblockd/graph"
+	"qblockd/graph/blk"
+	"qblockd/jobs"
+	"qblockd/schema/types"
+)
+
+// The end of a job that succeeds: with the source held quiet, what is dirty is copied, the target flushed, and the target put in the source's place. A job
+// that waits to be finalized does not hold its guests up meanwhile: it catches up once more in Prepare.
+
+// tryEnd holds the source quiet and makes the target equal to it. It tells whether that is so; else there was too much to copy, or an error to be
+// tried again, and the source goes on.
+func (j *job) tryEnd(ctx context.Context, h *jobs.Handle) (ended bool, _ error) {
+	undrain, err := j.quieten(ctx, h, lastCopy)
+	if err == nil && undrain != nil {
+		if err = j.target.Edge().Flush(&blk.Req{Ctx: ctx}); err == nil {
+			if j.ManualFinalize {
+				undrain()
+			} else {
+				j.undrain = undrain
+			}
+			return true, nil
+		}
+		undrain()
+		err = &graph.CopyError{Write: true, Err: err}
+	}
+	return false, j.failed(h, err)
+}
+
+// quieten holds the source quiet and copies what is dirty, unless that is more than most bytes or fails; then undrain is nil.
+func (j *job) quieten(ctx context.Context, h *jobs.Handle, most int64) (undrain func(), _ error) {
+	undrain, err := j.g.Drain(ctx, j.Source)
+	switch {
+	case err != nil && h.Context().Err() != nil:
+		return nil, jobs.ErrCancelled
+	case err != nil:
+		return nil, err
+	}
+	if j.bits.Count() > most {
+		undrain()
+		return nil, nil
+	}
+	if err := j.copyQuiet(ctx); err != nil {
+		undrain()
+		return nil, err
+	}
+	return undrain, nil
+}
+
+// failed does what the policies say about an error of copying with nothing in flight: nil means to try again.
+func (j *job) failed(h *jobs.Handle, err error) error {
+	switch {
+	case err == nil:
+		return nil
+	case h.Context().Err() != nil:
+		return jobs.ErrCancelled
+	}
+	op, policy := j.side(err)
+	action, stopped := h.OnErrorIdle(op, policy, err)
+	switch {
+	case stopped != nil:
+		return stopped
+	case action == types.BlockErrorActionReport:
+		return err
+	}
+	return nil
+}
+
+// copyQuiet copies what is dirty while the source is quiet: no gate is passed.
+func (j *job) copyQuiet(ctx context.Context) error {
+	r := &blk.Req{Ctx: ctx, Job: true}
+	for off := int64(0); ; {
+		at, n, ok := j.bits.NextDirty(off, j.Source.Size())
+		if !ok {
+			return nil
+		}
+		n = min(n, max(maxCopy, j.Granularity))
+		if err := j.copy(r, at, n); err != nil {
+			return err
+		}
+		off = at + n
+	}
+}
+
+// catchUp is what makes the target equal again after a time of waiting.
+func (j *job) catchUp(ctx context.Context, h *jobs.Handle) (err error) {
+	if j.bits.Count() > lastCopy {
+		if err := j.copyDirty(ctx, h); err != nil {
+			return err
+		}
+	}
+	if j.undrain, err = j.g.Drain(ctx, j.Source); err != nil {
+		return err
+	}
+	if err := j.copyQuiet(ctx); err != nil {
+		return err
+	}
+	return j.target.Edge().Flush(&blk.Req{Ctx: ctx})
+}
+
+// Prepare implements jobs.Preparer: it takes the job out of the graph and, if it was told to complete, puts the target in its place, all or nothing.
+func (j *job) Prepare(ctx context.Context, h *jobs.Handle) error {
+	if j.undrain == nil {
+		if err := j.catchUp(ctx, h); err != nil {
+			return err
+		}
+	}
+	ctx = context.WithoutCancel(ctx)
+	tx := j.g.Begin(ctx)
+	defer tx.Abort()
+	if err := j.leave(tx); err != nil {
+		return err
+	}
+	end := func(bool) {}
+	if j.Rebase != nil {
+		f, err := j.Rebase(ctx, tx)
+		if err != nil {
+			return err
+		}
+		end = f
+	}
+	mode, err := j.pivot(tx)
+	if err == nil {
+		err = tx.RemoveFilter(j.filter)
+	}
+	if err == nil {
+		err = tx.Commit()
+	}
+	end(err == nil)
+	if err == nil {
+		j.filter = nil
+		if j.complete.Load() {
+			j.wasReadOnly = mode
+		}
+	}
+	return err
+}
+
+// pivot lets tx put the target in the place of what it replaces, if the job was told to complete. The nodes that it returns are to be read-only then: nobody
+// writes to them any more.
+func (j *job) pivot(tx *graph.Tx) (readOnly []*graph.Node, _ error) {
+	if !j.complete.Load() {
+		return nil, nil
+	}
+	old := j.Source
+	if j.replace != nil {
+		if old = j.replace; !CanReplace(j.Source, old) {
+			return nil, fmt.Errorf("Can no longer replace '%s' by '%s', because it can no longer be guaranteed that doing so would not lead to an abrupt change of visible data",
+				old.Name(), j.Target.Name())
+		}
+	}
+	if old.ReadOnly() && !j.Target.ReadOnly() {
+		readOnly = j.Target.WithFiles()
+	}
+	return readOnly, tx.ReplaceNode(old, j.Target)
+}
+
+// CanReplace tells whether a mirror of source may take the place of n: n shows the same data as source, in every use.
+func CanReplace(source, n *graph.Node) bool {
+	for source != n {
+		e := source.FilteredChild()
+		if e == nil {
+			return false
+		}
+		source = e.Node()
+	}
+	return true
+}
+
+// leave lets tx give back what the job relies on.
+func (j *job) leave(tx *graph.Tx) error {
+	if j.commit {
+		if err := tx.Thaw(j.Source, j.Target); err != nil {
+			return err
+		}
+	}
+	for _, r := range append(j.holds, j.root, j.target) {
+		if err := tx.DetachRoot(r); err != nil {
+			return err
+		}
+	}
+	return nil
+}
+
+// Clean implements jobs.Cleaner.
+func (j *job) Clean(*jobs.Handle) {
+	j.driver.job.Store(nil)
+	if j.filter != nil {
+		j.thaw()
+		tx := j.g.Begin(context.Background())
+		err := j.leave(tx)
+		if err == nil {
+			err = tx.RemoveFilter(j.filter)
+		}
+		if err == nil {
+			err = tx.Commit()
+		}
+		tx.Abort()
+		if err != nil && !errors.Is(err, blk.ErrClosed) {
+			// Giving back claims only loosens them. (At the end of the daemon the graph may be closed already.)
+			panic(fmt.Sprintf("mirror: cannot clean up after job '%s': %v", j.ID, err))
+		}
+		j.filter = nil
+	}
+	j.dirty.Remove()
+	if j.undrain != nil {
+		j.undrain()
+		j.undrain = nil
+	}
+	j.restoreReadOnly()
+	for _, f := range j.block {
+		f()
+	}
+	j.block = nil
+}
+
+// makeWritable makes a read-only base of a commit writable for the time of the job.
+func (j *job) makeWritable(ctx context.Context) error {
+	if !j.Target.ReadOnly() {
+		return nil
+	}
+	nodes := j.Target.WithFiles()
+	if err := j.g.SwitchReadOnly(ctx, false, nodes...); err != nil {
+		return err
+	}
+	j.wasReadOnly = nodes
+	return nil
+}
+
+// restoreReadOnly makes the target read-only where it was that, or what it replaces is. A failure leaves the node writable and is logged.
+func (j *job) restoreReadOnly() {
+	nodes := j.wasReadOnly
+	j.wasReadOnly = nil
+	if nodes == nil {
+		return
+	}
+	if err := j.g.SwitchReadOnly(context.Background(), true, nodes...); err != nil {
+		slog.Warn("a node stays writable after a job", "node", j.Target.Name(), "err", err)
+	}
+}

@@ -1,0 +1,376 @@
+package mirror
+
+import (
+	"context"
+	"errors"
+	"sync"
+	"time"
+
+	"qblockd/graph"
+	"qblockd/graph/blk"
+	"qblockd/jobs"
+	"qblockd/jobs/copy"
+	"qblockd/schema/types"
+)
+
+const (
+	// idle is how long a job that is ready waits before it looks for what was written; completing it does not wait.
+	idle = 100 * time.Millisecond
+	// lastCopy is the most, in bytes, that is copied while the source is held quiet for the end.
+	lastCopy = 4 << 20
+	// patience is how many passes a job makes before it holds up guests to get ready, and hold how long it does that at most, as far as it can tell.
+	patience = 3
+	hold     = 20 * time.Millisecond
+)
+
+// Run implements jobs.Runner.
+func (j *job) Run(ctx context.Context, h *jobs.Handle) error {
+	j.h = h
+	if err := j.fit(ctx); err != nil {
+		return err
+	}
+	h.Yield()
+	if j.Source.Size() > 0 {
+		j.findClusters()
+		if err := j.findDirty(ctx, h); err != nil {
+			return err
+		}
+	}
+	err := j.keepInStep(ctx, h)
+	if err != nil {
+		j.driver.job.Store(nil)
+	}
+	return err
+}
+
+// fit makes the sizes equal, or tells that they are not.
+func (j *job) fit(ctx context.Context) error {
+	source, target := j.Source.Size(), j.Target.Size()
+	switch {
+	case j.Base == j.Target && source > target:
+		undrain, err := j.g.Drain(ctx, j.Target)
+		if err != nil {
+			return err
+		}
+		defer undrain()
+		return j.target.Edge().Resize(ctx, source, false, blk.PreallocOff)
+	case j.Base == j.Target:
+	case source != target:
+		return errors.New("Source and target image have different sizes")
+	}
+	return nil
+}
+
+// findClusters finds out whether clusters of the target must be written as a whole: it has a backing file, but that is not opened yet.
+func (j *job) findClusters() {
+	t := j.Target.SkipFilters()
+	if b, ok := t.Driver().(graph.Backed); ok && t.Backing() == nil {
+		if name, _ := b.BackingFile(); name != "" && j.Granularity < t.Caps().Limits.ClusterSize {
+			j.allCluster = t.Caps().Limits.ClusterSize
+		}
+	}
+}
+
+// findDirty makes dirty what has to be copied. Writes are recorded already.
+func (j *job) findDirty(ctx context.Context, h *jobs.Handle) error {
+	if j.None {
+		return nil
+	}
+	if j.ZeroTarget {
+		if !j.zeroesUnmap() {
+			j.bits.SetAll()
+			return nil
+		}
+		if err := j.zeroTarget(ctx, h); err != nil {
+			return err
+		}
+	}
+	last := j.Source.SkipFilters() // the last one to be copied
+	for {
+		e := last.Backing()
+		if e == nil || j.Base != nil && e.Node().SkipFilters() == j.Base.SkipFilters() {
+			break
+		}
+		last = e.Node().SkipFilters()
+	}
+	for off, size := int64(0), j.Source.Size(); off < size; {
+		if err := h.Checkpoint(); err != nil {
+			return err
+		}
+		r, err := j.root.Begin(ctx)
+		if err != nil {
+			return err
+		}
+		x, err := j.driver.child().StatusAbove(r, last, true, off, size-off)
+		j.root.End(r)
+		switch {
+		case err != nil:
+			return err
+		case x.N == 0:
+			return nil
+		case x.Allocated:
+			j.bits.Set(off, x.N)
+		}
+		off += x.N
+	}
+	return nil
+}
+
+// zeroesUnmap tells whether zeroing the target is fast and takes no space.
+func (j *job) zeroesUnmap() bool {
+	return j.Target.Options().Discard && j.Target.Caps().ZeroFlags&blk.MayUnmap != 0
+}
+
+// zeroTarget zeroes all of the target.
+func (j *job) zeroTarget(ctx context.Context, h *jobs.Handle) error {
+	const piece = 1 << 30
+	for off, size := int64(0), j.Source.Size(); off < size; {
+		if err := h.Checkpoint(); err != nil {
+			return err
+		}
+		n := min(piece, size-off)
+		err := j.onTarget(ctx, func(r *blk.Req, e *graph.Edge) error { return e.Zero(r, off, n, j.unmap()) })
+		if err == nil {
+			off += n
+		} else if err = j.failed(h, err); err != nil {
+			return err
+		}
+	}
+	return nil
+}
+
+func (j *job) unmap() blk.Flags {
+	if j.Unmap {
+		return blk.MayUnmap
+	}
+	return 0
+}
+
+// onTarget calls f in a unit of work on the target.
+func (j *job) onTarget(ctx context.Context, f func(r *blk.Req, e *graph.Edge) error) error {
+	r, err := j.target.Begin(ctx)
+	if err != nil {
+		return err
+	}
+	defer j.target.End(r)
+	if err := f(r, j.target.Edge()); err != nil {
+		return &graph.CopyError{Write: true, Err: err}
+	}
+	return nil
+}
+
+// keepInStep copies what is dirty until the job is to end.
+func (j *job) keepInStep(ctx context.Context, h *jobs.Handle) error {
+	for pass := 0; ; pass++ {
+		if *j.copyMode.Load() == types.MirrorCopyModeWriteBlocking && j.driver.job.Load() == nil {
+			j.driver.job.Store(j)
+		}
+		if err := j.failure.Load(); err != nil {
+			return *err
+		}
+		if err := h.Checkpoint(); err != nil {
+			return err
+		}
+		dirty := j.bits.Count()
+		h.SetRemaining(dirty + j.both.Load())
+		ending := j.ready.Load() && (j.complete.Load() || h.Cancelled())
+		switch {
+		case ending && dirty <= lastCopy:
+			if ended, err := j.tryEnd(ctx, h); ended || err != nil {
+				return err
+			}
+		case !j.ready.Load() && (dirty == 0 || pass > patience && j.soon(dirty)):
+			if err := j.becomeReady(ctx, h); err != nil {
+				return err
+			}
+		case dirty > 0:
+			begin := time.Now()
+			if err := j.copyDirty(ctx, h); err != nil {
+				return err
+			}
+			j.rate = float64(dirty) / max(time.Since(begin).Seconds(), 1e-6)
+		default:
+			if err := h.Sleep(idle); err != nil {
+				return err
+			}
+		}
+	}
+}
+
+// soon tells whether so many bytes are copied in no time.
+func (j *job) soon(dirty int64) bool { return float64(dirty) < j.rate*hold.Seconds() }
+
+// becomeReady makes the job ready when what is copied is on stable storage. A guest that makes granules dirty faster than they are copied is held up
+// for a moment, so that there is a time when none is.
+func (j *job) becomeReady(ctx context.Context, h *jobs.Handle) error {
+	if j.bits.Count() > 0 {
+		undrain, err := j.quieten(ctx, h, lastCopy)
+		if undrain == nil {
+			return j.failed(h, err)
+		}
+		h.SetRemaining(0)
+		undrain()
+	}
+	if err := j.onTarget(ctx, func(r *blk.Req, e *graph.Edge) error { return e.Flush(r) }); err != nil {
+		return j.failed(h, err)
+	}
+	j.ready.Store(true)
+	h.Ready()
+	return nil
+}
+
+// copyDirty copies what is dirty once. It returns when nothing is in flight any more.
+func (j *job) copyDirty(ctx context.Context, h *jobs.Handle) error {
+	chunk := min(max(j.BufSize/maxInFlight, j.Granularity), maxCopy)
+	return copy.Run(h, copy.Task{
+		Gate: &gates{job: j, ctx: ctx, with: map[*blk.Req]*blk.Req{}}, Size: j.Source.Size(), Workers: workers,
+		Chunk: max(blk.AlignDown(chunk, j.Granularity), j.Granularity),
+		Look:  j.look, Copy: func(r *blk.Req, off int64, e copy.Extent) error { return j.copy(r, off, e.N) },
+		Side: j.side, Uncounted: true, RetryIgnored: true,
+	})
+}
+
+// look tells the copy engine what is dirty in a range that begins with a granule, or where that begins.
+func (j *job) look(_ *blk.Req, off, n int64) (copy.Extent, error) {
+	end := j.Source.Size()
+	at, k, ok := j.bits.NextDirty(off, end)
+	switch {
+	case j.failure.Load() != nil:
+		return copy.Extent{N: end - off}, nil // the job is about to end
+	case !ok:
+		return copy.Extent{N: end - off}, nil
+	case at > off:
+		return copy.Extent{N: at - off}, nil
+	}
+	return copy.Extent{N: min(k, n), Action: copy.Data}, nil
+}
+
+// side tells reading errors from writing errors.
+func (j *job) side(err error) (types.IoOperationType, types.BlockdevOnError) {
+	var c *graph.CopyError
+	if errors.As(err, &c) && c.Write {
+		return types.IoOperationTypeWrite, j.OnTargetError
+	}
+	return types.IoOperationTypeRead, j.OnSourceError
+}
+
+// copy copies what is dirty of [off, off+n), which is whole granules. What fails is dirty again.
+func (j *job) copy(r *blk.Req, off, n int64) error {
+	end := off + n
+	if c := j.allCluster; c > 0 {
+		off = blk.AlignDown(off, c)
+		end = min(blk.AlignUp(end, c), j.Source.Size())
+	}
+	s, err := j.ranges.take(r.Ctx, off, end-off)
+	if err != nil {
+		return err
+	}
+	defer j.ranges.give(s)
+	if j.allCluster > 0 {
+		return j.copyClean(r, off, end)
+	}
+	for off < end {
+		at, k, ok := j.bits.NextDirty(off, end)
+		if !ok {
+			break
+		}
+		if err := j.copyClean(r, at, at+min(k, maxCopy)); err != nil {
+			return err
+		}
+		off = at + min(k, maxCopy)
+	}
+	return nil
+}
+
+// copyClean makes [off, end) clean and copies it.
+func (j *job) copyClean(r *blk.Req, off, end int64) error {
+	j.bits.Clear(off, end-off)
+	src, dst := j.driver.child(), j.target.Edge()
+	for off < end {
+		x, err := src.StatusAbove(r, nil, false, off, end-off)
+		if err != nil || x.N == 0 {
+			x = blk.Extent{N: end - off, Data: true} // reading tells
+		}
+		x = j.wholeGranules(x, off, end)
+		if !x.Zero {
+			x.N = min(x.N, maxCopy)
+			err = graph.Copy(r, src, dst, off, x.N, 0)
+		} else if err = j.zero(r, dst, off, x.N); err == nil && j.zeroesUnmap() {
+			j.h.Count(-x.N) // the speed limit is for data
+		}
+		if err != nil {
+			j.bits.Set(off, end-off)
+			return err
+		}
+		j.h.Done(x.N)
+		off += x.N
+	}
+	return nil
+}
+
+// wholeGranules makes an extent end with a granule, as data where it is zeroes in part only.
+func (j *job) wholeGranules(x blk.Extent, off, end int64) blk.Extent {
+	g := j.Granularity
+	if off+x.N >= end {
+		x.N = end - off
+		return x
+	}
+	if n := blk.AlignDown(off+x.N, g) - off; x.Zero && n > 0 {
+		x.N = n
+		return x
+	}
+	return blk.Extent{N: min(blk.AlignUp(off+x.N, g), end) - off, Data: true}
+}
+
+// zero makes the target read as zeroes, where it does not do so already.
+func (j *job) zero(r *blk.Req, dst *graph.Edge, off, n int64) error {
+	if j.allCluster == 0 {
+		if x, err := dst.StatusAbove(r, nil, false, off, n); err == nil && x.Zero && x.N == n {
+			return nil
+		}
+	}
+	if err := dst.Zero(r, off, n, j.unmap()); err != nil {
+		return &graph.CopyError{Write: true, Err: err}
+	}
+	return nil
+}
+
+// gates let a unit of work begin on both sides. Nobody waits for one of them while inside the other.
+type gates struct {
+	*job
+	ctx  context.Context
+	mu   sync.Mutex
+	with map[*blk.Req]*blk.Req // guarded by mu; the pass of the target for each unit
+}
+
+// Begin implements copy.Gate.
+func (g *gates) Begin() (*blk.Req, error) {
+	for {
+		r, err := g.root.Begin(g.ctx)
+		if err != nil {
+			return nil, err
+		}
+		if t := g.target.TryBegin(); t != nil {
+			g.mu.Lock()
+			g.with[r] = t
+			g.mu.Unlock()
+			return r, nil
+		}
+		g.root.End(r)
+		t, err := g.target.Begin(g.ctx)
+		if err != nil {
+			return nil, err
+		}
+		g.target.End(t)
+	}
+}
+
+// End implements copy.Gate.
+func (g *gates) End(r *blk.Req) {
+	g.mu.Lock()
+	t := g.with[r]
+	delete(g.with, r)
+	g.mu.Unlock()
+	g.target.End(t)
+	g.root.End(r)
+}

@@ -1,0 +1,248 @@
+package handlers
+
+import (
+	"context"
+	"errors"
+	"fmt"
+
+	"qblockd/blockdev"
+	"qblockd/graph"
+	"qblockd/graph/perm"
+	"qblockd/jobs/mirror"
+	"qblockd/qmp"
+	"qblockd/schema/types"
+)
+
+// root finds a node by the name of a device or its own that nothing but devices and exports uses, as the reference asks for.
+func (h BlockJob) root(name string) (*graph.Node, error) {
+	n, err := h.Nodes.Lookup(&name, &name)
+	if err != nil {
+		return nil, err
+	}
+	for _, e := range n.Parents() {
+		if r := e.ParentRoot(); r == nil || r.Spec().Kind == graph.KindJob {
+			return nil, errors.New("Need a root block node")
+		}
+	}
+	return n, nil
+}
+
+// BlockdevMirror implements types.BlockJobHandler.
+func (h BlockJob) BlockdevMirror(ctx context.Context, a *types.BlockdevMirrorArgs) error {
+	source, err := h.root(a.Device)
+	if err != nil {
+		return err
+	}
+	target, err := h.Nodes.Lookup(&a.Target, &a.Target)
+	if err != nil {
+		return err
+	}
+	args := mirror.Args{
+		ID: deref(a.JobID), Source: source, Target: target, Replaces: deref(a.Replaces), ZeroTarget: a.Sync == types.MirrorSyncModeFull,
+		Speed: deref(a.Speed), Granularity: int64(deref(a.Granularity)), BufSize: deref(a.BufSize), Unmap: true,
+		FilterNodeName: deref(a.FilterNodeName), ManualFinalize: isFalse(a.AutoFinalize), ManualDismiss: isFalse(a.AutoDismiss),
+	}
+	mirrorDefaults(&args, a.OnSourceError, a.OnTargetError, a.CopyMode)
+	return h.startMirror(ctx, args, a.Sync)
+}
+
+func mirrorDefaults(args *mirror.Args, onSource, onTarget *types.BlockdevOnError, mode *types.MirrorCopyMode) {
+	args.Type = types.JobTypeMirror
+	args.OnSourceError, args.OnTargetError, args.CopyMode = types.BlockdevOnErrorReport, types.BlockdevOnErrorReport, types.MirrorCopyModeBackground
+	if onSource != nil {
+		args.OnSourceError = *onSource
+	}
+	if onTarget != nil {
+		args.OnTargetError = *onTarget
+	}
+	if mode != nil {
+		args.CopyMode = *mode
+	}
+}
+
+// startMirror checks what the two commands have in common, in the reference's order, and starts the job.
+func (h BlockJob) startMirror(ctx context.Context, a mirror.Args, sync types.MirrorSyncMode) error {
+	switch g := a.Granularity; {
+	case g != 0 && (g < graph.MinGranularity || g > 64<<20):
+		return errors.New("Parameter 'granularity' expects a value in range [512B, 64MB]")
+	case g&(g-1) != 0:
+		return errors.New("Parameter 'granularity' expects a power of 2")
+	}
+	if err := a.Source.Blocked(graph.OpMirrorSource); err != nil {
+		return err
+	}
+	if err := a.Target.Blocked(graph.OpMirrorTarget); err != nil {
+		return err
+	}
+	below := a.Source.BackingChainNext()
+	if sync == types.MirrorSyncModeTop && below == nil {
+		sync = types.MirrorSyncModeFull
+	}
+	if n := a.Source.SkipImplicitFilters(); a.Replaces == "" && n != a.Source {
+		a.Replaces = n.Name()
+	}
+	if a.Replaces != "" {
+		if err := h.checkReplaces(a.Source, a.Replaces); err != nil {
+			return err
+		}
+	}
+	switch sync {
+	case types.MirrorSyncModeIncremental, types.MirrorSyncModeBitmap:
+		return fmt.Errorf("Sync mode '%s' not supported", sync)
+	case types.MirrorSyncModeTop:
+		a.Base = below
+	case types.MirrorSyncModeNone:
+		a.None = true
+	}
+	release, err := mirror.Start(ctx, h.Jobs, a)
+	if err != nil {
+		return err
+	}
+	qmp.AfterReply(ctx, release)
+	return nil
+}
+
+// checkReplaces tells why a mirror of source cannot take the place of the node of that name.
+func (h BlockJob) checkReplaces(source *graph.Node, name string) error {
+	n := h.Graph.Node(name)
+	if n == nil {
+		return fmt.Errorf("Failed to find node with node-name='%s'", name)
+	}
+	if err := n.Blocked(graph.OpReplace); err != nil {
+		return err
+	}
+	if !mirror.CanReplace(source, n) {
+		return fmt.Errorf("Cannot replace '%s' by a node mirrored from '%s', because it cannot be guaranteed that doing so would not lead to an abrupt change of visible data",
+			name, source.Name())
+	}
+	if n.Size() != source.Size() {
+		return errors.New("cannot replace image with a mirror image of different size")
+	}
+	return nil
+}
+
+// DriveMirror implements types.BlockJobHandler.
+func (h BlockJob) DriveMirror(ctx context.Context, a *types.DriveMirror) error {
+	source, err := h.root(a.Device)
+	if err != nil {
+		return err
+	}
+	if err := source.Blocked(graph.OpMirrorSource); err != nil {
+		return err
+	}
+	existing := a.Mode != nil && *a.Mode == types.NewImageModeExisting
+	format := deref(a.Format)
+	if a.Format == nil && !existing {
+		format = source.DriverName()
+	}
+	var backing *graph.Node // of the target
+	if e := source.SkipFilters().Backing(); e != nil {
+		backing = e.Node()
+	}
+	sync := a.Sync
+	switch {
+	case sync == types.MirrorSyncModeTop && backing == nil:
+		sync = types.MirrorSyncModeFull
+	case sync == types.MirrorSyncModeNone:
+		backing = source
+	}
+	if a.Replaces != nil && a.NodeName == nil {
+		return errors.New("a node-name must be provided when replacing a named node of the graph")
+	}
+	if sync == types.MirrorSyncModeFull {
+		backing = nil
+	}
+	if !existing {
+		i := blockdev.NewImage{Filename: a.Target, Format: format, Size: source.Size()}
+		if backing != nil {
+			b := backing.SkipImplicitFilters()
+			i.Backing, i.BackingFormat = h.Nodes.Filename(b), b.DriverName()
+		}
+		if err := h.Nodes.CreateImage(ctx, i); err != nil {
+			return err
+		}
+	}
+	opened, err := h.Nodes.OpenImage(ctx, blockdev.OpenImage{
+		Filename: a.Target, Format: format, Name: deref(a.NodeName), Like: source.Options(),
+	})
+	if err != nil {
+		return err
+	}
+	target := opened.Node()
+	args := mirror.Args{
+		ID: deref(a.JobID), Source: source, Target: target, Replaces: deref(a.Replaces),
+		ZeroTarget: sync == types.MirrorSyncModeFull && (existing || !target.Caps().ZeroInit),
+		Speed:      deref(a.Speed), Granularity: int64(deref(a.Granularity)), BufSize: deref(a.BufSize), Unmap: !isFalse(a.Unmap),
+		ManualFinalize: isFalse(a.AutoFinalize), ManualDismiss: isFalse(a.AutoDismiss), Publish: opened.Publish,
+		Rebase: func(ctx context.Context, tx *graph.Tx) (func(bool), error) {
+			if existing {
+				return h.openBacking(ctx, tx, target.SkipFilters())
+			}
+			return func(bool) {}, setBacking(tx, target.SkipFilters(), backing)
+		},
+	}
+	mirrorDefaults(&args, a.OnSourceError, a.OnTargetError, a.CopyMode)
+	if err := h.startMirror(ctx, args, sync); err != nil {
+		opened.Discard()
+		return err
+	}
+	opened.Done()
+	return nil
+}
+
+// setBacking lets tx give n a backing node, or none.
+func setBacking(tx *graph.Tx, n, backing *graph.Node) error {
+	e := tx.Child(n, "backing")
+	switch {
+	case e == nil && backing == nil:
+		return nil
+	case backing == nil:
+		return tx.Detach(e)
+	case e == nil:
+		_, err := tx.Attach(n, "backing", perm.COW, backing)
+		return err
+	}
+	return tx.Replace(e, backing)
+}
+
+// openBacking opens the backing file that n's header names, if any, and lets tx attach it.
+func (h BlockJob) openBacking(ctx context.Context, tx *graph.Tx, n *graph.Node) (end func(bool), err error) {
+	if b, ok := n.Driver().(graph.Backed); !ok || n.Backing() != nil {
+		return func(bool) {}, nil
+	} else if name, _ := b.BackingFile(); name == "" {
+		return func(bool) {}, nil
+	}
+	_, full, format := h.Nodes.BackingFilename(n)
+	opened, err := h.Nodes.OpenImage(ctx, blockdev.OpenImage{Filename: full, Format: format, ReadOnly: true, Backing: true, Like: n.Options()})
+	if err != nil {
+		return nil, err
+	}
+	_, err = tx.Attach(n, "backing", perm.COW, opened.Node())
+	if err == nil {
+		err = opened.Publish(tx)
+	}
+	if err != nil {
+		opened.Discard()
+		return nil, err
+	}
+	return func(committed bool) {
+		if committed {
+			opened.Done()
+		} else {
+			opened.Discard()
+		}
+	}, nil
+}
+
+// BlockJobChange implements types.BlockJobHandler.
+func (h BlockJob) BlockJobChange(_ context.Context, a *types.BlockJobChangeOptions) error {
+	j, err := h.find(a.ID)
+	if err != nil {
+		return err
+	}
+	o, ok := a.U.(*types.BlockJobChangeOptionsMirror)
+	if !ok || j.Type() != a.Type {
+		return errors.New("Job type does not support change")
+	}
+	return j.ChangeCopyMode(o.CopyMode)
+}
