@@ -98,7 +98,8 @@ func module(file string) string { return strings.TrimSuffix(file, ".json") }
 // save where one module has several owners in our code.
 func handlerModule(c *model.Command) string {
 	switch c.Name {
-	case "block-stream", "blockdev-backup", "drive-backup", "blockdev-mirror", "drive-mirror", "query-block-jobs":
+	case "block-stream", "blockdev-backup", "drive-backup", "blockdev-mirror", "drive-mirror",
+		"block-commit", "change-backing-file", "query-block-jobs":
 		return "block-job"
 	case "blockdev-create":
 		return "block-create"

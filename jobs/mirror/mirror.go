@@ -29,6 +29,7 @@ import (
 	"qblockd/graph/bitmap"
 	"qblockd/graph/perm"
 	"qblockd/jobs"
+	"qblockd/jobs/chain"
 	"qblockd/schema/types"
 )
 
@@ -145,23 +146,11 @@ func (j *job) check() error {
 	return nil
 }
 
-// inChain tells whether n is source or below it, as far as chains of filters and backing files go.
-func inChain(source, n *graph.Node) bool {
-	for source != n {
-		e := source.FilterOrCOWChild()
-		if e == nil {
-			return false
-		}
-		source = e.Node()
-	}
-	return true
-}
-
 // attach builds the filter and the job's holds in one transaction.
 func (j *job) attach(ctx context.Context) error {
 	tx := j.g.Begin(ctx)
 	defer tx.Abort()
-	j.commit = inChain(j.Source, j.Target)
+	j.commit = chain.Contains(j.Source, j.Target)
 	if j.Publish != nil {
 		if err := j.Publish(tx); err != nil {
 			return err
@@ -248,7 +237,7 @@ func (j *job) hold(tx *graph.Tx) error {
 		if c.Share = others; j.Target.Size() < j.Source.Size() {
 			c.Need |= perm.Resize
 		}
-	} else if inChain(j.Source, j.Target.SkipFilters()) {
+	} else if chain.Contains(j.Source, j.Target.SkipFilters()) {
 		return errors.New("Cannot mirror to a filter on top of a node in the source's backing chain")
 	}
 	j.target, err = tx.AttachRoot(graph.RootSpec{EdgeName: "root", Kind: graph.KindBackend, StayAtNode: true, Job: true, Claim: c}, j.Target)

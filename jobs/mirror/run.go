@@ -9,6 +9,7 @@ import (
 	"qblockd/graph"
 	"qblockd/graph/blk"
 	"qblockd/jobs"
+	"qblockd/jobs/chain"
 	"qblockd/jobs/copy"
 	"qblockd/schema/types"
 )
@@ -28,6 +29,11 @@ func (j *job) Run(ctx context.Context, h *jobs.Handle) error {
 	j.h = h
 	if err := j.fit(ctx); err != nil {
 		return err
+	}
+	if j.ZeroTarget && !j.None && !j.zeroesUnmap() {
+		// All of it is to be copied, and clients that ask right after the start are told so.
+		j.bits.SetAll()
+		h.SetRemaining(j.bits.Count())
 	}
 	h.Yield()
 	if j.Source.Size() > 0 {
@@ -78,21 +84,13 @@ func (j *job) findDirty(ctx context.Context, h *jobs.Handle) error {
 	}
 	if j.ZeroTarget {
 		if !j.zeroesUnmap() {
-			j.bits.SetAll()
 			return nil
 		}
 		if err := j.zeroTarget(ctx, h); err != nil {
 			return err
 		}
 	}
-	last := j.Source.SkipFilters() // the last one to be copied
-	for {
-		e := last.Backing()
-		if e == nil || j.Base != nil && e.Node().SkipFilters() == j.Base.SkipFilters() {
-			break
-		}
-		last = e.Node().SkipFilters()
-	}
+	last := chain.Overlay(j.Source, j.Base) // the last one to be copied
 	for off, size := int64(0), j.Source.Size(); off < size; {
 		if err := h.Checkpoint(); err != nil {
 			return err

@@ -21,12 +21,12 @@ import (
 	"context"
 	"errors"
 	"fmt"
-	"log/slog"
 
 	"qblockd/graph"
 	"qblockd/graph/blk"
 	"qblockd/graph/perm"
 	"qblockd/jobs"
+	"qblockd/jobs/chain"
 	"qblockd/jobs/copy"
 	"qblockd/schema/types"
 )
@@ -293,12 +293,12 @@ func (j *job) Prepare(ctx context.Context, h *jobs.Handle) error {
 		if e := j.aboveBase.FilterOrCOWChild(); e != nil {
 			base = e.Node()
 		}
-		header := &headerChange{node: top, edge: j.filter.FilteredChild()}
+		header := &chain.HeaderChange{Node: top}
 		var err error
 		if base == nil {
 			err = tx.Detach(cow)
 		} else {
-			header.name, header.format = j.headerNames(base.SkipFilters())
+			header.Name, header.Format = j.headerNames(base.SkipFilters())
 			if cow.Node() != base {
 				err = tx.Replace(cow, base)
 			}
@@ -360,46 +360,4 @@ func (j *job) removeFilter(tx *graph.Tx) error {
 		}
 	}
 	return tx.RemoveFilter(j.filter)
-}
-
-// headerChange rewrites the backing file of an image within a transaction. What was copied is on stable storage
-// before the header stops naming where it came from.
-type headerChange struct {
-	node         *graph.Node
-	edge         *graph.Edge // to node
-	name, format string
-
-	oldName, oldFormat string
-	changed            bool
-}
-
-func (c *headerChange) Prepare(ctx context.Context) error {
-	d, ok := c.node.Driver().(graph.BackingChanger)
-	if !ok {
-		return fmt.Errorf("Driver '%s' cannot store a backing file: %w", c.node.DriverName(), blk.ErrNotSupported)
-	}
-	if b, ok := c.node.Driver().(graph.Backed); ok {
-		c.oldName, c.oldFormat = b.BackingFile()
-	}
-	r := &blk.Req{Ctx: ctx}
-	if err := c.edge.Flush(r); err != nil {
-		return err
-	}
-	c.changed = true
-	if err := d.ChangeBackingFile(r, c.name, c.format); err != nil {
-		return err
-	}
-	return c.edge.Flush(r)
-}
-
-func (c *headerChange) Commit() { c.node.Bump() }
-
-func (c *headerChange) Abort() {
-	if !c.changed {
-		return
-	}
-	d := c.node.Driver().(graph.BackingChanger)
-	if err := d.ChangeBackingFile(&blk.Req{Ctx: context.Background()}, c.oldName, c.oldFormat); err != nil {
-		slog.Error("the backing file name of an image could not be restored", "node", c.node.Name(), "err", err)
-	}
 }

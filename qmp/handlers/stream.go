@@ -6,6 +6,7 @@ import (
 
 	"qblockd/blockdev"
 	"qblockd/graph"
+	"qblockd/jobs/chain"
 	"qblockd/jobs/stream"
 	"qblockd/qmp"
 	"qblockd/schema/types"
@@ -56,9 +57,9 @@ func (h BlockJob) BlockStream(ctx context.Context, a *types.BlockStreamArgs) err
 	}
 	end := args.Base
 	if args.Bottom != nil {
-		end = next(args.Bottom)
+		end = chain.Below(args.Bottom)
 	}
-	for n := top; n != nil && n != end; n = next(n) {
+	for n := top; n != nil && n != end; n = chain.Below(n) {
 		if err := n.Blocked(graph.OpStream); err != nil {
 			return err
 		}
@@ -87,7 +88,7 @@ func (h BlockJob) streamEnd(args *stream.Args, a *types.BlockStreamArgs) error {
 		if err != nil {
 			return err
 		}
-		if n == top || !inChain(top, n) {
+		if n == top || !chain.Contains(top, n) {
 			return fmt.Errorf("Node '%s' is not a backing image of '%s'", *a.BaseNode, a.Device)
 		}
 		args.Base = n
@@ -99,7 +100,7 @@ func (h BlockJob) streamEnd(args *stream.Args, a *types.BlockStreamArgs) error {
 		if n.Kind() == graph.Filter {
 			return fmt.Errorf("Node '%s' is a filter, use a non-filter node as 'bottom'", *a.Bottom)
 		}
-		if !inChain(top, n) {
+		if !chain.Contains(top, n) {
 			return fmt.Errorf("Node '%s' is not in a chain starting from '%s'", *a.Bottom, a.Device)
 		}
 		args.Bottom = n
@@ -112,20 +113,6 @@ func exclusive(nameA string, a *string, nameB string, b *string) error {
 		return fmt.Errorf("'%s' and '%s' cannot be specified at the same time", nameA, nameB)
 	}
 	return nil
-}
-
-func next(n *graph.Node) *graph.Node {
-	if e := n.FilterOrCOWChild(); e != nil {
-		return e.Node()
-	}
-	return nil
-}
-
-func inChain(top, n *graph.Node) bool {
-	for top != nil && top != n {
-		top = next(top)
-	}
-	return top != nil
 }
 
 func deref[T any](p *T) (v T) {

@@ -1477,6 +1477,47 @@ type BlockdevMirrorArgs struct {
 	AutoDismiss *bool
 }
 
+// BlockCommitArgs: the arguments of block-commit.
+type BlockCommitArgs struct {
+	// Name of the job.
+	JobID *string
+	// A node whose backing chain has top and base.
+	Device string
+	// The node that is copied into (default: the last of the chain).
+	BaseNode *string
+	// The same by file name.
+	Base *string
+	// The first node to be copied (default: @device).
+	TopNode *string
+	// The same by file name.
+	Top *string
+	// Name of the new backing file to be written into the image above the top, when the one worked out
+	// from the graph does not suit.
+	BackingFile *string
+	// Write "raw" for the format of a new backing file that is no format node (default false; since 9.0).
+	BackingMaskProtocol *bool
+	// Bytes a second at most; 0 is no limit (default 0).
+	Speed *int64
+	// What to do about I/O errors (default report).
+	OnError *BlockdevOnError
+	// Name of the node that is put above the top while the job runs.
+	FilterNodeName *string
+	// Change the graph as soon as the work is done (default true).
+	AutoFinalize *bool
+	// Vanish after the end (default true).
+	AutoDismiss *bool
+}
+
+// ChangeBackingFileArgs: the arguments of change-backing-file.
+type ChangeBackingFileArgs struct {
+	// A node whose backing chain has the image.
+	Device string
+	// The node of the image.
+	ImageNodeName string
+	// The name to be written; it is not checked.
+	BackingFile string
+}
+
 // BlockImageCorruptedEvent is the event BLOCK_IMAGE_CORRUPTED: an image was found to be damaged.
 type BlockImageCorruptedEvent struct {
 	// Name of the backend; empty where there is none.

@@ -900,3 +900,43 @@ func membersBlockdevMirrorArgs(d *decoder, x *BlockdevMirrorArgs) bool {
 		opt(d, "auto-finalize", &x.AutoFinalize, visitBool) &&
 		opt(d, "auto-dismiss", &x.AutoDismiss, visitBool)
 }
+
+// DecodeBlockCommitArgs decodes the arguments in v, nil for none; faults are worded as the reference does (*ArgError).
+func DecodeBlockCommitArgs(v *value.Dict) (*BlockCommitArgs, error) {
+	return args(v, visitBlockCommitArgs)
+}
+
+func visitBlockCommitArgs(d *decoder, name string, x *BlockCommitArgs) bool {
+	return object(d, name, x, membersBlockCommitArgs)
+}
+
+func membersBlockCommitArgs(d *decoder, x *BlockCommitArgs) bool {
+	return opt(d, "job-id", &x.JobID, visitStr) &&
+		visitStr(d, "device", &x.Device) &&
+		opt(d, "base-node", &x.BaseNode, visitStr) &&
+		opt(d, "base", &x.Base, visitStr) &&
+		opt(d, "top-node", &x.TopNode, visitStr) &&
+		opt(d, "top", &x.Top, visitStr) &&
+		opt(d, "backing-file", &x.BackingFile, visitStr) &&
+		opt(d, "backing-mask-protocol", &x.BackingMaskProtocol, visitBool) &&
+		opt(d, "speed", &x.Speed, visitInt64) &&
+		opt(d, "on-error", &x.OnError, visitBlockdevOnError) &&
+		opt(d, "filter-node-name", &x.FilterNodeName, visitStr) &&
+		opt(d, "auto-finalize", &x.AutoFinalize, visitBool) &&
+		opt(d, "auto-dismiss", &x.AutoDismiss, visitBool)
+}
+
+// DecodeChangeBackingFileArgs decodes the arguments in v, nil for none; faults are worded as the reference does (*ArgError).
+func DecodeChangeBackingFileArgs(v *value.Dict) (*ChangeBackingFileArgs, error) {
+	return args(v, visitChangeBackingFileArgs)
+}
+
+func visitChangeBackingFileArgs(d *decoder, name string, x *ChangeBackingFileArgs) bool {
+	return object(d, name, x, membersChangeBackingFileArgs)
+}
+
+func membersChangeBackingFileArgs(d *decoder, x *ChangeBackingFileArgs) bool {
+	return visitStr(d, "device", &x.Device) &&
+		visitStr(d, "image-node-name", &x.ImageNodeName) &&
+		visitStr(d, "backing-file", &x.BackingFile)
+}

@@ -1942,6 +1942,73 @@ func (x *BlockdevMirrorArgs) AppendJSON(b []byte) []byte {
 	return append(b, '}')
 }
 
+// AppendJSON appends x in the reference's form, members in hash order.
+func (x *BlockCommitArgs) AppendJSON(b []byte) []byte {
+	b = append(b, '{')
+	if x.AutoFinalize != nil {
+		b = appendKey(b, "auto-finalize")
+		b = appendBool(b, *x.AutoFinalize)
+	}
+	b = appendKey(b, "device")
+	b = value.AppendString(b, x.Device)
+	if x.TopNode != nil {
+		b = append(b, `, "top-node": `...)
+		b = value.AppendString(b, *x.TopNode)
+	}
+	if x.AutoDismiss != nil {
+		b = append(b, `, "auto-dismiss": `...)
+		b = appendBool(b, *x.AutoDismiss)
+	}
+	if x.FilterNodeName != nil {
+		b = append(b, `, "filter-node-name": `...)
+		b = value.AppendString(b, *x.FilterNodeName)
+	}
+	if x.BackingMaskProtocol != nil {
+		b = append(b, `, "backing-mask-protocol": `...)
+		b = appendBool(b, *x.BackingMaskProtocol)
+	}
+	if x.Speed != nil {
+		b = append(b, `, "speed": `...)
+		b = appendInt(b, *x.Speed)
+	}
+	if x.BaseNode != nil {
+		b = append(b, `, "base-node": `...)
+		b = value.AppendString(b, *x.BaseNode)
+	}
+	if x.Base != nil {
+		b = append(b, `, "base": `...)
+		b = value.AppendString(b, *x.Base)
+	}
+	if x.BackingFile != nil {
+		b = append(b, `, "backing-file": `...)
+		b = value.AppendString(b, *x.BackingFile)
+	}
+	if x.OnError != nil {
+		b = append(b, `, "on-error": `...)
+		b = appendEnum(b, *x.OnError)
+	}
+	if x.JobID != nil {
+		b = append(b, `, "job-id": `...)
+		b = value.AppendString(b, *x.JobID)
+	}
+	if x.Top != nil {
+		b = append(b, `, "top": `...)
+		b = value.AppendString(b, *x.Top)
+	}
+	return append(b, '}')
+}
+
+// AppendJSON appends x in the reference's form, members in hash order.
+func (x *ChangeBackingFileArgs) AppendJSON(b []byte) []byte {
+	b = append(b, `{"device": `...)
+	b = value.AppendString(b, x.Device)
+	b = append(b, `, "image-node-name": `...)
+	b = value.AppendString(b, x.ImageNodeName)
+	b = append(b, `, "backing-file": `...)
+	b = value.AppendString(b, x.BackingFile)
+	return append(b, '}')
+}
+
 // AppendJSON appends the data of the event in the reference's form.
 func (x BlockImageCorruptedEvent) AppendJSON(b []byte) []byte {
 	b = append(b, `{"device": `...)

@@ -48,6 +48,14 @@ type BlockJobHandler interface {
 	BlockdevMirror(ctx context.Context, a *BlockdevMirrorArgs) error
 	// BlockJobChange executes block-job-change: changes a job that is at work.
 	BlockJobChange(ctx context.Context, a *BlockJobChangeOptions) error
+	// BlockCommit executes block-commit: starts a job that copies what the layers from a top down to a
+	// base hold into the base, and then takes those layers out of the backing chain. If the top is written
+	// to, the job gets ready and goes on copying until it is told to complete; then the base takes the
+	// place of the top.
+	BlockCommit(ctx context.Context, a *BlockCommitArgs) error
+	// ChangeBackingFile executes change-backing-file: writes another name of its backing file into an
+	// image. The graph stays as it is.
+	ChangeBackingFile(ctx context.Context, a *ChangeBackingFileArgs) error
 }
 
 // RegisterBlockJob registers all commands of the module with r.
@@ -188,6 +196,26 @@ func RegisterBlockJob(r Registrar, h BlockJobHandler) {
 			return nil, err
 		}
 		if err := h.BlockJobChange(ctx, a); err != nil {
+			return nil, err
+		}
+		return append(out, "{}"...), nil
+	})
+	r.Handle("block-commit", func(ctx context.Context, args *value.Dict, out []byte) ([]byte, error) {
+		a, err := DecodeBlockCommitArgs(args)
+		if err != nil {
+			return nil, err
+		}
+		if err := h.BlockCommit(ctx, a); err != nil {
+			return nil, err
+		}
+		return append(out, "{}"...), nil
+	})
+	r.Handle("change-backing-file", func(ctx context.Context, args *value.Dict, out []byte) ([]byte, error) {
+		a, err := DecodeChangeBackingFileArgs(args)
+		if err != nil {
+			return nil, err
+		}
+		if err := h.ChangeBackingFile(ctx, a); err != nil {
 			return nil, err
 		}
 		return append(out, "{}"...), nil

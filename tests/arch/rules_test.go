@@ -40,7 +40,8 @@ var rules = []rule{
 	{"qmp", []string{"schema"}},
 
 	{"jobs/copy", []string{"jobs", "graph", "graph/*"}},
-	{"jobs/*", []string{"jobs", "jobs/copy", "blockdev/filter/*", "graph", "graph/*"}},
+	{"jobs/chain", []string{"graph", "graph/*"}},
+	{"jobs/*", []string{"jobs", "jobs/copy", "jobs/chain", "blockdev/filter/*", "graph", "graph/*"}},
 	{"jobs", []string{"jobs/machine", "graph"}},
 
 	{"blockdev/drivertest", []string{"graph", "graph/*"}},
