@@ -16,6 +16,8 @@ import (
 type Config struct {
 	// Drivers that can be opened; nil means Drivers(). Of formats that fit a header equally well the first is taken.
 	Drivers []Driver
+	// Objects of object-add that drivers may use; nil: there are none.
+	Objects Objects
 	// Policy for what images name.
 	Policy Policy
 	// Log takes warnings; nil means slog.Default().
@@ -44,7 +46,14 @@ func New(g *graph.Graph, c Config) *Manager {
 	if list == nil {
 		list = Drivers()
 	}
+	objects := c.Objects
+	if objects == nil {
+		objects = noObjects{}
+	}
 	for i := range list {
+		if with := list[i].OpenWith; with != nil {
+			list[i].Open = with(objects)
+		}
 		m.order = append(m.order, &list[i])
 		m.drivers[list[i].Name] = &list[i]
 	}

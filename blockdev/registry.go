@@ -10,6 +10,7 @@ import (
 	"qblockd/blockdev/null"
 	"qblockd/blockdev/qcow2"
 	"qblockd/blockdev/raw"
+	"qblockd/blockdev/throttle"
 	"qblockd/graph"
 	"qblockd/graph/perm"
 	"qblockd/schema/types"
@@ -22,6 +23,8 @@ type Driver struct {
 	Name types.BlockdevDriver
 	Kind graph.Kind
 	Open graph.OpenFunc
+	// OpenWith makes Open for drivers that need objects of object-add; nil for others.
+	OpenWith func(Objects) graph.OpenFunc
 
 	// Prefix selects the driver in a file name "PREFIX:..."; "" if none does.
 	Prefix string
@@ -44,6 +47,17 @@ type Driver struct {
 	// PlainName is the file name of a node without strong options; nil: that of its file, if any.
 	PlainName func(u any) string
 }
+
+// Objects finds objects of object-add.
+type Objects interface {
+	// ThrottleGroup is nil if there is none of that name.
+	ThrottleGroup(name string) *throttle.Group
+}
+
+// noObjects is where there are no objects.
+type noObjects struct{}
+
+func (noObjects) ThrottleGroup(string) *throttle.Group { return nil }
 
 // ChildOption is a child that a driver's options name.
 type ChildOption struct {
@@ -69,6 +83,7 @@ func Drivers() []Driver {
 		nullDriver(types.BlockdevDriverNullCo, null.Open),
 		qcow2Driver(qcow2.Open),
 		rawDriver(raw.Open),
+		throttleDriver(),
 		{
 			Name: types.BlockdevDriverSnapshotAccess, Kind: graph.Format, Open: snapshotaccess.Open,
 			Children: func(u any) []ChildOption {
@@ -142,6 +157,19 @@ func blkdebugDriver(open graph.OpenFunc) Driver {
 					add(m.Name, m.Value)
 				}
 			}
+		},
+	}
+}
+
+func throttleDriver() Driver {
+	return Driver{
+		Name: types.BlockdevDriverThrottle, Kind: graph.Filter,
+		OpenWith: func(o Objects) graph.OpenFunc { return throttle.Opener(o.ThrottleGroup) },
+		Children: func(u any) []ChildOption {
+			return []ChildOption{{"file", perm.Filtered | perm.Primary, &u.(*types.BlockdevOptionsThrottle).File}}
+		},
+		Strong: func(u any, add func(string, value.Value)) {
+			add("throttle-group", u.(*types.BlockdevOptionsThrottle).ThrottleGroup)
 		},
 	}
 }

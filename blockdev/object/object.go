@@ -1,5 +1,5 @@
-// Package object holds the objects that clients make by object-add and see as a tree through the qom- commands.
-// So far there is one type: iothread, a named and bounded group of workers.
+// Package object holds the objects that clients make by object-add and see as a tree through the qom- commands: iothread, a named and
+// bounded group of workers, and throttle-group, limits for throttle filters.
 //
 //	/            container
 //	/objects     container    what object-add made
@@ -7,13 +7,12 @@
 package object
 
 import (
-	"container/list"
-	"context"
 	"errors"
 	"fmt"
 	"slices"
 	"sync"
 
+	"qblockd/blockdev/throttle"
 	"qblockd/schema/types"
 	"qblockd/schema/value"
 )
@@ -21,12 +20,31 @@ import (
 // Chardev is a character device as the tree shows it.
 type Chardev struct{ Label, Kind string }
 
+// object is what a type of objects does. Properties are those of its type.
+type object interface {
+	typ() string
+	// get reads a property; false: there is none of that name.
+	get(property string) (value.Value, bool)
+	// set changes a property that exists, or returns errReadOnly.
+	set(property string, v value.Value) error
+	// retire ends the object, unless it is in use.
+	retire() bool
+}
+
+// errReadOnly: a property cannot be changed. It is worded by who knows the type.
+var errReadOnly = errors.New("property is not writable")
+
 // Registry holds all objects. Its methods may be called from any goroutine; none blocks.
 type Registry struct {
 	chardevs func() []Chardev
 
-	mu     sync.Mutex
-	groups []*Group // oldest first
+	mu      sync.Mutex
+	objects []named // +checklocks:mu  oldest first
+}
+
+type named struct {
+	id string
+	object
 }
 
 // NewRegistry makes an empty registry; chardevs lists the character devices of the tree and may be nil.
@@ -48,13 +66,9 @@ var errID = &hintError{"Parameter 'id' expects an identifier",
 
 // Add makes an object (object-add).
 func (r *Registry) Add(o *types.ObjectOptions) error {
-	p, _ := o.U.(*types.IothreadProperties)
-	g := &Group{id: o.ID, max: defaultMax, waiting: list.New()}
-	if p != nil && p.ThreadPoolMax != nil {
-		if err := checkMax(*p.ThreadPoolMax); err != nil {
-			return err
-		}
-		g.max = *p.ThreadPoolMax
+	x, err := r.make(o)
+	if err != nil {
+		return err
 	}
 	if !types.WellFormedID(o.ID) {
 		return errID
@@ -64,130 +78,63 @@ func (r *Registry) Add(o *types.ObjectOptions) error {
 	if r.findLocked(o.ID) != nil {
 		return fmt.Errorf("attempt to add duplicate property '%s' to object (type 'container')", o.ID)
 	}
-	r.groups = append(r.groups, g)
+	r.objects = append(r.objects, named{o.ID, x})
 	return nil
 }
 
-// Del forgets an object (object-del). A group that something still uses goes on working for it.
+func (r *Registry) make(o *types.ObjectOptions) (object, error) {
+	switch u := o.U.(type) {
+	case *types.ThrottleGroupProperties:
+		return newLimits(o.ID, u)
+	case *types.IothreadProperties:
+		return newGroup(u)
+	}
+	return nil, fmt.Errorf("invalid object type: %s", o.QomType)
+}
+
+// Del forgets an object (object-del).
 func (r *Registry) Del(id string) error {
 	r.mu.Lock()
 	defer r.mu.Unlock()
-	for i, g := range r.groups {
-		if g.id == id {
-			r.groups = slices.Delete(r.groups, i, i+1)
+	for i, x := range r.objects {
+		if x.id == id {
+			if !x.retire() {
+				return fmt.Errorf("object '%s' is in use, can not be deleted", id)
+			}
+			r.objects = slices.Delete(r.objects, i, i+1)
 			return nil
 		}
 	}
 	return fmt.Errorf("object '%s' not found", id)
 }
 
-// Group finds an iothread object; nil if there is none.
-func (r *Registry) Group(id string) *Group {
+// find returns the object called id, nil if there is none.
+func (r *Registry) find(id string) object {
 	r.mu.Lock()
 	defer r.mu.Unlock()
 	return r.findLocked(id)
 }
 
-func (r *Registry) findLocked(id string) *Group {
-	for _, g := range r.groups {
-		if g.id == id {
-			return g
+// +checklocks:r.mu
+func (r *Registry) findLocked(id string) object {
+	for _, x := range r.objects {
+		if x.id == id {
+			return x.object
 		}
 	}
 	return nil
 }
 
-// defaultMax is how many workers a group has unless told otherwise.
-const defaultMax = 64
-
-// Group is an iothread: it bounds how many requests its users have at work at the same time.
-// Requests that need no wait are served without it.
-type Group struct {
-	id string
-
-	mu      sync.Mutex
-	max     int64      // +checklocks:mu  at least 1
-	busy    int64      // +checklocks:mu
-	waiting *list.List // +checklocks:mu  of chan struct{}, closed when a worker was given; first come, first served
+// Group finds an iothread object; nil if there is none.
+func (r *Registry) Group(id string) *Group {
+	g, _ := r.find(id).(*Group)
+	return g
 }
 
-// ID is the object's id.
-func (g *Group) ID() string { return g.id }
-
-// Enter waits for a free worker, no longer than ctx. It is called holding no gate pass and no lock.
-func (g *Group) Enter(ctx context.Context) error {
-	g.mu.Lock()
-	if g.busy < g.max {
-		g.busy++
-		g.mu.Unlock()
-		return nil
+// ThrottleGroup finds a throttle-group object; nil if there is none.
+func (r *Registry) ThrottleGroup(id string) *throttle.Group {
+	if l, ok := r.find(id).(*limits); ok {
+		return l.g
 	}
-	given := make(chan struct{})
-	place := g.waiting.PushBack(given)
-	g.mu.Unlock()
-	select {
-	case <-given:
-		return nil
-	case <-ctx.Done():
-	}
-	g.mu.Lock()
-	defer g.mu.Unlock()
-	select {
-	case <-given: // just now
-		g.busy--
-		g.giveLocked()
-	default:
-		g.waiting.Remove(place)
-	}
-	return ctx.Err()
-}
-
-// Leave gives the worker back.
-func (g *Group) Leave() {
-	g.mu.Lock()
-	defer g.mu.Unlock()
-	g.busy--
-	g.giveLocked()
-}
-
-// giveLocked gives free workers to those who wait.
-// +checklocks:g.mu
-func (g *Group) giveLocked() {
-	for g.busy < g.max && g.waiting.Len() > 0 {
-		first := g.waiting.Front()
-		g.busy++
-		close(g.waiting.Remove(first).(chan struct{}))
-	}
-}
-
-// Max is the bound.
-func (g *Group) Max() int64 {
-	g.mu.Lock()
-	defer g.mu.Unlock()
-	return g.max
-}
-
-func checkMax(n int64) error {
-	if n < 0 {
-		return errors.New("thread-pool-max value must be in range [0, 9223372036854775807]")
-	}
-	if n == 0 {
-		return errors.New("bad thread-pool-min/thread-pool-max values")
-	}
-	return nil
-}
-
-func (g *Group) setMax(v value.Value) error {
-	n, ok := v.(int64)
-	if !ok {
-		return errors.New("Invalid parameter type for 'thread-pool-max', expected: integer")
-	}
-	if err := checkMax(n); err != nil {
-		return err
-	}
-	g.mu.Lock()
-	defer g.mu.Unlock()
-	g.max = n
-	g.giveLocked()
 	return nil
 }

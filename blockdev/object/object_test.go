@@ -49,7 +49,7 @@ func TestRegistry(t *testing.T) {
 	if l, err := r.List("/"); err != nil || len(l) != 3 || l[1].Type != "child<container>" {
 		t.Errorf("list: %v %v", l, err)
 	}
-	if l := r.Types("user-creatable", false); len(l) != 1 || l[0].Name != "iothread" {
+	if l := r.Types("user-creatable", false); len(l) != 2 || l[0].Name != "iothread" || l[1].Name != "throttle-group" {
 		t.Errorf("types: %v", l)
 	}
 	if l := r.Types("chardev", true); len(l) != 9 {

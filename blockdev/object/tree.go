@@ -12,7 +12,7 @@ import (
 type node struct {
 	typ  string
 	kids []child
-	g    *Group // of an iothread
+	obj  object // nil for containers and devices
 }
 
 type child struct {
@@ -23,8 +23,8 @@ type child struct {
 func (r *Registry) tree() *node {
 	objects, devices := &node{typ: "container"}, &node{typ: "container"}
 	r.mu.Lock()
-	for _, g := range r.groups {
-		objects.kids = append(objects.kids, child{g.id, &node{typ: "iothread", g: g}})
+	for _, x := range r.objects {
+		objects.kids = append(objects.kids, child{x.id, &node{typ: x.typ(), obj: x.object}})
 	}
 	r.mu.Unlock()
 	for _, c := range r.chardevs() {
@@ -86,13 +86,39 @@ func (n *node) each(f func(*node)) {
 	}
 }
 
-var iothreadProperties = []*types.ObjectPropertyInfo{{Name: "type", Type: "string"}, {Name: "thread-pool-max", Type: "int"}}
+// typeProperties are the properties of each type, beyond "type", in the reference's order.
+var typeProperties = map[string][]*types.ObjectPropertyInfo{
+	"iothread": {{Name: threadPoolMax, Type: "int"}},
+	"throttle-group": infos("int", "x-bps-write-max-length", "x-iops-total-max-length", "x-iops-size", "limits:ThrottleLimits",
+		"x-bps-total", "x-iops-read-max-length", "x-bps-write", "x-iops-write-max-length", "x-bps-read-max", "x-iops-read-max",
+		"x-bps-total-max", "x-bps-read-max-length", "x-iops-read", "x-bps-read", "x-bps-write-max", "x-iops-total-max",
+		"x-iops-total", "x-iops-write", "x-bps-total-max-length", "x-iops-write-max"),
+}
+
+// infos describes properties called NAME or NAME:TYPE; of type typ if they do not say.
+func infos(typ string, names ...string) (out []*types.ObjectPropertyInfo) {
+	for _, n := range names {
+		name, own, _ := strings.Cut(n, ":")
+		if own == "" {
+			own = typ
+		}
+		out = append(out, &types.ObjectPropertyInfo{Name: name, Type: own})
+	}
+	return out
+}
 
 func properties(typ string) []*types.ObjectPropertyInfo {
-	if typ == "iothread" {
-		return iothreadProperties
+	return append([]*types.ObjectPropertyInfo{{Name: "type", Type: "string"}}, typeProperties[typ]...)
+}
+
+// has tells whether objects of a type have a property, beyond "type".
+func has(typ, property string) bool {
+	for _, p := range typeProperties[typ] {
+		if p.Name == property {
+			return true
+		}
 	}
-	return iothreadProperties[:1]
+	return false
 }
 
 // List describes the properties and children of an object (qom-list).
@@ -101,7 +127,7 @@ func (r *Registry) List(path string) ([]*types.ObjectPropertyInfo, error) {
 	if err != nil {
 		return nil, err
 	}
-	out := append([]*types.ObjectPropertyInfo(nil), properties(n.typ)...)
+	out := properties(n.typ)
 	for _, k := range n.kids {
 		out = append(out, &types.ObjectPropertyInfo{Name: k.name, Type: "child<" + k.n.typ + ">"})
 	}
@@ -114,11 +140,13 @@ func (r *Registry) Get(path, property string) (value.Value, error) {
 	if err != nil {
 		return nil, err
 	}
-	switch {
-	case property == "type":
+	if property == "type" {
 		return n.typ, nil
-	case property == "thread-pool-max" && n.g != nil:
-		return n.g.Max(), nil
+	}
+	if n.obj != nil && has(n.typ, property) {
+		if v, ok := n.obj.get(property); ok {
+			return v, nil
+		}
 	}
 	for _, k := range n.kids {
 		if k.name == property {
@@ -134,13 +162,17 @@ func (r *Registry) Set(path, property string, v value.Value) error {
 	if err != nil {
 		return err
 	}
-	switch {
-	case property == "type":
-		return fmt.Errorf("Property '%s.%s' is not writable", n.typ, property)
-	case property == "thread-pool-max" && n.g != nil:
-		return n.g.setMax(v)
+	err = errReadOnly
+	if property != "type" {
+		if n.obj == nil || !has(n.typ, property) {
+			return fmt.Errorf("Property '%s.%s' not found", n.typ, property)
+		}
+		err = n.obj.set(property, v)
 	}
-	return fmt.Errorf("Property '%s.%s' not found", n.typ, property)
+	if err == errReadOnly {
+		return fmt.Errorf("Property '%s.%s' is not writable", n.typ, property)
+	}
+	return err
 }
 
 // typeInfo is one type of objects.
@@ -165,6 +197,7 @@ var objectTypes = []typeInfo{
 	{name: "chardev-socket", parent: "chardev"},
 	{name: "chardev-file", parent: "chardev-fd"},
 	{name: "chardev-pty", parent: "chardev"},
+	{name: "throttle-group", parent: "object", creatable: true},
 }
 
 func findType(name string) *typeInfo {

@@ -74,13 +74,13 @@ func newDaemon(p processWide) *daemon {
 		down:   make(chan struct{}),
 	}
 	d.graph = graph.New(d.bus)
-	d.nodes = blockdev.New(d.graph, blockdev.Config{})
+	d.objects = object.NewRegistry(d.chardevObjects)
+	d.nodes = blockdev.New(d.graph, blockdev.Config{Objects: d.objects})
 	d.jobs = jobs.NewManager(d.bus, nil)
 	d.exports = export.New(d.graph, export.Options{
 		SocketMode: p.socketMode, Iothread: d.iothread, NBD: p.limits.nbdServer(), Idle: d.memory.giveBack, Log: slog.Default(),
 	})
 	d.chardevs = chardev.NewTable(chardev.Options{SocketMode: p.socketMode, MaxClients: p.limits.clients, Detached: p.daemonize})
-	d.objects = object.NewRegistry(d.chardevObjects)
 	d.dispatch = qmp.NewDispatcher(qmp.Version{
 		Major: qemuMajor, Minor: qemuMinor, Micro: qemuMicro, Package: "qblockd " + version,
 	})

@@ -574,6 +574,8 @@ const (
 	BlockdevDriverRaw BlockdevDriver = "raw"
 	// Shows the point in time that copy-before-write keeps.
 	BlockdevDriverSnapshotAccess BlockdevDriver = "snapshot-access"
+	// Keeps to the limits of a throttle group.
+	BlockdevDriverThrottle BlockdevDriver = "throttle"
 )
 
 // BlockdevDriverValues lists the values of BlockdevDriver in the order of the schema.
@@ -587,6 +589,7 @@ var BlockdevDriverValues = []BlockdevDriver{
 	BlockdevDriverQcow2,
 	BlockdevDriverRaw,
 	BlockdevDriverSnapshotAccess,
+	BlockdevDriverThrottle,
 }
 
 // BlockdevOptionsFile: options of the drivers file and host_device.
@@ -834,6 +837,106 @@ type BlockdevOptionsCbw struct {
 	OnCbwError *OnCbwError
 }
 
+// BlockdevOptionsThrottle: the filter throttle: requests wait until the limits of a group allow them.
+type BlockdevOptionsThrottle struct {
+	// The object with the limits; all filters that name it share them.
+	ThrottleGroup string
+	// The node below.
+	File BlockdevRef
+}
+
+// ThrottleLimits: limits of a throttle group: on bytes (bps) and requests (iops) a second. 0 is no
+// limit. Limits on the total exclude those on reads and writes of the same kind.
+//
+// For each limit: what is let through in a second on average, what at most in a second of a burst, and
+// how many seconds such a burst may last. Without -max a tenth of a second's share may go through at
+// once.
+type ThrottleLimits struct {
+	// Requests a second (default 0).
+	IopsTotal *int64
+	// Requests a second in a burst (default 0: no bursts).
+	IopsTotalMax *int64
+	// Longest burst, in seconds (default 1).
+	IopsTotalMaxLength *int64
+	// Reads a second (default 0).
+	IopsRead *int64
+	// Reads a second in a burst (default 0: no bursts).
+	IopsReadMax *int64
+	// Longest burst, in seconds (default 1).
+	IopsReadMaxLength *int64
+	// Writes a second (default 0).
+	IopsWrite *int64
+	// Writes a second in a burst (default 0: no bursts).
+	IopsWriteMax *int64
+	// Longest burst, in seconds (default 1).
+	IopsWriteMaxLength *int64
+	// Bytes a second (default 0).
+	BpsTotal *int64
+	// Bytes a second in a burst (default 0: no bursts).
+	BpsTotalMax *int64
+	// Longest burst, in seconds (default 1).
+	BpsTotalMaxLength *int64
+	// Bytes read a second (default 0).
+	BpsRead *int64
+	// Bytes read a second in a burst (default 0: no bursts).
+	BpsReadMax *int64
+	// Longest burst, in seconds (default 1).
+	BpsReadMaxLength *int64
+	// Bytes written a second (default 0).
+	BpsWrite *int64
+	// Bytes written a second in a burst (default 0: no bursts).
+	BpsWriteMax *int64
+	// Longest burst, in seconds (default 1).
+	BpsWriteMaxLength *int64
+	// Bytes above which a request counts as several, in proportion to its length (default 0: each counts
+	// as one).
+	IopsSize *int64
+}
+
+// ThrottleGroupProperties: a group of throttle filters that share limits.
+type ThrottleGroupProperties struct {
+	// The limits.
+	Limits *ThrottleLimits
+	// As in @limits.
+	XIopsTotal *int64
+	// As in @limits.
+	XIopsTotalMax *int64
+	// As in @limits.
+	XIopsTotalMaxLength *int64
+	// As in @limits.
+	XIopsRead *int64
+	// As in @limits.
+	XIopsReadMax *int64
+	// As in @limits.
+	XIopsReadMaxLength *int64
+	// As in @limits.
+	XIopsWrite *int64
+	// As in @limits.
+	XIopsWriteMax *int64
+	// As in @limits.
+	XIopsWriteMaxLength *int64
+	// As in @limits.
+	XBpsTotal *int64
+	// As in @limits.
+	XBpsTotalMax *int64
+	// As in @limits.
+	XBpsTotalMaxLength *int64
+	// As in @limits.
+	XBpsRead *int64
+	// As in @limits.
+	XBpsReadMax *int64
+	// As in @limits.
+	XBpsReadMaxLength *int64
+	// As in @limits.
+	XBpsWrite *int64
+	// As in @limits.
+	XBpsWriteMax *int64
+	// As in @limits.
+	XBpsWriteMaxLength *int64
+	// As in @limits.
+	XIopsSize *int64
+}
+
 // BlockdevOptions: a node.
 type BlockdevOptions struct {
 	// Its driver.
@@ -856,7 +959,7 @@ type BlockdevOptions struct {
 	// *BlockdevOptionsBlkdebug for blkdebug, *BlockdevOptionsCbw for copy-before-write,
 	// *BlockdevOptionsFile for file, *BlockdevOptionsFile for host_device, *BlockdevOptionsNull for
 	// null-aio, *BlockdevOptionsNull for null-co, *BlockdevOptionsQcow2 for qcow2, *BlockdevOptionsRaw for
-	// raw, *BlockdevOptionsGenericFormat for snapshot-access.
+	// raw, *BlockdevOptionsGenericFormat for snapshot-access, *BlockdevOptionsThrottle for throttle.
 	U any
 }
 

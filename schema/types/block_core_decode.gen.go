@@ -240,6 +240,83 @@ func membersBlockdevOptionsCbw(d *decoder, x *BlockdevOptionsCbw) bool {
 		opt(d, "on-cbw-error", &x.OnCbwError, visitOnCbwError)
 }
 
+// DecodeBlockdevOptionsThrottle decodes v; faults are worded as the reference does (*ArgError).
+func DecodeBlockdevOptionsThrottle(v value.Value, m Mode) (*BlockdevOptionsThrottle, error) {
+	return decode(v, m, visitBlockdevOptionsThrottle)
+}
+
+func visitBlockdevOptionsThrottle(d *decoder, name string, x *BlockdevOptionsThrottle) bool {
+	return object(d, name, x, membersBlockdevOptionsThrottle)
+}
+
+func membersBlockdevOptionsThrottle(d *decoder, x *BlockdevOptionsThrottle) bool {
+	return visitStr(d, "throttle-group", &x.ThrottleGroup) &&
+		visitBlockdevRef(d, "file", &x.File)
+}
+
+// DecodeThrottleLimits decodes v; faults are worded as the reference does (*ArgError).
+func DecodeThrottleLimits(v value.Value, m Mode) (*ThrottleLimits, error) {
+	return decode(v, m, visitThrottleLimits)
+}
+
+func visitThrottleLimits(d *decoder, name string, x *ThrottleLimits) bool {
+	return object(d, name, x, membersThrottleLimits)
+}
+
+func membersThrottleLimits(d *decoder, x *ThrottleLimits) bool {
+	return opt(d, "iops-total", &x.IopsTotal, visitInt64) &&
+		opt(d, "iops-total-max", &x.IopsTotalMax, visitInt64) &&
+		opt(d, "iops-total-max-length", &x.IopsTotalMaxLength, visitInt64) &&
+		opt(d, "iops-read", &x.IopsRead, visitInt64) &&
+		opt(d, "iops-read-max", &x.IopsReadMax, visitInt64) &&
+		opt(d, "iops-read-max-length", &x.IopsReadMaxLength, visitInt64) &&
+		opt(d, "iops-write", &x.IopsWrite, visitInt64) &&
+		opt(d, "iops-write-max", &x.IopsWriteMax, visitInt64) &&
+		opt(d, "iops-write-max-length", &x.IopsWriteMaxLength, visitInt64) &&
+		opt(d, "bps-total", &x.BpsTotal, visitInt64) &&
+		opt(d, "bps-total-max", &x.BpsTotalMax, visitInt64) &&
+		opt(d, "bps-total-max-length", &x.BpsTotalMaxLength, visitInt64) &&
+		opt(d, "bps-read", &x.BpsRead, visitInt64) &&
+		opt(d, "bps-read-max", &x.BpsReadMax, visitInt64) &&
+		opt(d, "bps-read-max-length", &x.BpsReadMaxLength, visitInt64) &&
+		opt(d, "bps-write", &x.BpsWrite, visitInt64) &&
+		opt(d, "bps-write-max", &x.BpsWriteMax, visitInt64) &&
+		opt(d, "bps-write-max-length", &x.BpsWriteMaxLength, visitInt64) &&
+		opt(d, "iops-size", &x.IopsSize, visitInt64)
+}
+
+// DecodeThrottleGroupProperties decodes v; faults are worded as the reference does (*ArgError).
+func DecodeThrottleGroupProperties(v value.Value, m Mode) (*ThrottleGroupProperties, error) {
+	return decode(v, m, visitThrottleGroupProperties)
+}
+
+func visitThrottleGroupProperties(d *decoder, name string, x *ThrottleGroupProperties) bool {
+	return object(d, name, x, membersThrottleGroupProperties)
+}
+
+func membersThrottleGroupProperties(d *decoder, x *ThrottleGroupProperties) bool {
+	return opt(d, "limits", &x.Limits, visitThrottleLimits) &&
+		opt(d, "x-iops-total", &x.XIopsTotal, visitInt64) &&
+		opt(d, "x-iops-total-max", &x.XIopsTotalMax, visitInt64) &&
+		opt(d, "x-iops-total-max-length", &x.XIopsTotalMaxLength, visitInt64) &&
+		opt(d, "x-iops-read", &x.XIopsRead, visitInt64) &&
+		opt(d, "x-iops-read-max", &x.XIopsReadMax, visitInt64) &&
+		opt(d, "x-iops-read-max-length", &x.XIopsReadMaxLength, visitInt64) &&
+		opt(d, "x-iops-write", &x.XIopsWrite, visitInt64) &&
+		opt(d, "x-iops-write-max", &x.XIopsWriteMax, visitInt64) &&
+		opt(d, "x-iops-write-max-length", &x.XIopsWriteMaxLength, visitInt64) &&
+		opt(d, "x-bps-total", &x.XBpsTotal, visitInt64) &&
+		opt(d, "x-bps-total-max", &x.XBpsTotalMax, visitInt64) &&
+		opt(d, "x-bps-total-max-length", &x.XBpsTotalMaxLength, visitInt64) &&
+		opt(d, "x-bps-read", &x.XBpsRead, visitInt64) &&
+		opt(d, "x-bps-read-max", &x.XBpsReadMax, visitInt64) &&
+		opt(d, "x-bps-read-max-length", &x.XBpsReadMaxLength, visitInt64) &&
+		opt(d, "x-bps-write", &x.XBpsWrite, visitInt64) &&
+		opt(d, "x-bps-write-max", &x.XBpsWriteMax, visitInt64) &&
+		opt(d, "x-bps-write-max-length", &x.XBpsWriteMaxLength, visitInt64) &&
+		opt(d, "x-iops-size", &x.XIopsSize, visitInt64)
+}
+
 // DecodeBlockdevOptions decodes v; faults are worded as the reference does (*ArgError).
 func DecodeBlockdevOptions(v value.Value, m Mode) (*BlockdevOptions, error) {
 	return decode(v, m, visitBlockdevOptions)
@@ -289,6 +366,10 @@ func membersBlockdevOptions(d *decoder, x *BlockdevOptions) bool {
 		u := new(BlockdevOptionsRaw)
 		x.U = u
 		return membersBlockdevOptionsRaw(d, u)
+	case BlockdevDriverThrottle:
+		u := new(BlockdevOptionsThrottle)
+		x.U = u
+		return membersBlockdevOptionsThrottle(d, u)
 	}
 	return true
 }

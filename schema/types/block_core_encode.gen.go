@@ -759,6 +759,183 @@ func (x *BlockdevOptionsCbw) AppendJSON(b []byte) []byte {
 }
 
 // AppendJSON appends x in the reference's form, members in hash order.
+func (x *BlockdevOptionsThrottle) AppendJSON(b []byte) []byte {
+	b = append(b, `{"throttle-group": `...)
+	b = value.AppendString(b, x.ThrottleGroup)
+	b = append(b, `, "file": `...)
+	b = x.File.AppendJSON(b)
+	return append(b, '}')
+}
+
+// AppendJSON appends x in the reference's form, members in hash order.
+func (x *ThrottleLimits) AppendJSON(b []byte) []byte {
+	b = append(b, '{')
+	if x.BpsReadMaxLength != nil {
+		b = appendKey(b, "bps-read-max-length")
+		b = appendInt(b, *x.BpsReadMaxLength)
+	}
+	if x.IopsReadMaxLength != nil {
+		b = appendKey(b, "iops-read-max-length")
+		b = appendInt(b, *x.IopsReadMaxLength)
+	}
+	if x.BpsReadMax != nil {
+		b = appendKey(b, "bps-read-max")
+		b = appendInt(b, *x.BpsReadMax)
+	}
+	if x.BpsTotal != nil {
+		b = appendKey(b, "bps-total")
+		b = appendInt(b, *x.BpsTotal)
+	}
+	if x.IopsTotalMaxLength != nil {
+		b = appendKey(b, "iops-total-max-length")
+		b = appendInt(b, *x.IopsTotalMaxLength)
+	}
+	if x.IopsTotal != nil {
+		b = appendKey(b, "iops-total")
+		b = appendInt(b, *x.IopsTotal)
+	}
+	if x.IopsWriteMax != nil {
+		b = appendKey(b, "iops-write-max")
+		b = appendInt(b, *x.IopsWriteMax)
+	}
+	if x.BpsWrite != nil {
+		b = appendKey(b, "bps-write")
+		b = appendInt(b, *x.BpsWrite)
+	}
+	if x.BpsTotalMax != nil {
+		b = appendKey(b, "bps-total-max")
+		b = appendInt(b, *x.BpsTotalMax)
+	}
+	if x.BpsWriteMax != nil {
+		b = appendKey(b, "bps-write-max")
+		b = appendInt(b, *x.BpsWriteMax)
+	}
+	if x.IopsSize != nil {
+		b = appendKey(b, "iops-size")
+		b = appendInt(b, *x.IopsSize)
+	}
+	if x.IopsRead != nil {
+		b = appendKey(b, "iops-read")
+		b = appendInt(b, *x.IopsRead)
+	}
+	if x.IopsWriteMaxLength != nil {
+		b = appendKey(b, "iops-write-max-length")
+		b = appendInt(b, *x.IopsWriteMaxLength)
+	}
+	if x.IopsWrite != nil {
+		b = appendKey(b, "iops-write")
+		b = appendInt(b, *x.IopsWrite)
+	}
+	if x.BpsTotalMaxLength != nil {
+		b = appendKey(b, "bps-total-max-length")
+		b = appendInt(b, *x.BpsTotalMaxLength)
+	}
+	if x.IopsReadMax != nil {
+		b = appendKey(b, "iops-read-max")
+		b = appendInt(b, *x.IopsReadMax)
+	}
+	if x.BpsRead != nil {
+		b = appendKey(b, "bps-read")
+		b = appendInt(b, *x.BpsRead)
+	}
+	if x.BpsWriteMaxLength != nil {
+		b = appendKey(b, "bps-write-max-length")
+		b = appendInt(b, *x.BpsWriteMaxLength)
+	}
+	if x.IopsTotalMax != nil {
+		b = appendKey(b, "iops-total-max")
+		b = appendInt(b, *x.IopsTotalMax)
+	}
+	return append(b, '}')
+}
+
+// AppendJSON appends x in the reference's form, members in hash order.
+func (x *ThrottleGroupProperties) AppendJSON(b []byte) []byte {
+	b = append(b, '{')
+	if x.XIopsTotal != nil {
+		b = appendKey(b, "x-iops-total")
+		b = appendInt(b, *x.XIopsTotal)
+	}
+	if x.XBpsReadMax != nil {
+		b = appendKey(b, "x-bps-read-max")
+		b = appendInt(b, *x.XBpsReadMax)
+	}
+	if x.XIopsReadMaxLength != nil {
+		b = appendKey(b, "x-iops-read-max-length")
+		b = appendInt(b, *x.XIopsReadMaxLength)
+	}
+	if x.XBpsTotalMaxLength != nil {
+		b = appendKey(b, "x-bps-total-max-length")
+		b = appendInt(b, *x.XBpsTotalMaxLength)
+	}
+	if x.XIopsSize != nil {
+		b = appendKey(b, "x-iops-size")
+		b = appendInt(b, *x.XIopsSize)
+	}
+	if x.XIopsTotalMaxLength != nil {
+		b = appendKey(b, "x-iops-total-max-length")
+		b = appendInt(b, *x.XIopsTotalMaxLength)
+	}
+	if x.Limits != nil {
+		b = appendKey(b, "limits")
+		b = x.Limits.AppendJSON(b)
+	}
+	if x.XBpsReadMaxLength != nil {
+		b = appendKey(b, "x-bps-read-max-length")
+		b = appendInt(b, *x.XBpsReadMaxLength)
+	}
+	if x.XBpsRead != nil {
+		b = appendKey(b, "x-bps-read")
+		b = appendInt(b, *x.XBpsRead)
+	}
+	if x.XBpsWriteMaxLength != nil {
+		b = appendKey(b, "x-bps-write-max-length")
+		b = appendInt(b, *x.XBpsWriteMaxLength)
+	}
+	if x.XIopsRead != nil {
+		b = appendKey(b, "x-iops-read")
+		b = appendInt(b, *x.XIopsRead)
+	}
+	if x.XIopsReadMax != nil {
+		b = appendKey(b, "x-iops-read-max")
+		b = appendInt(b, *x.XIopsReadMax)
+	}
+	if x.XBpsTotal != nil {
+		b = appendKey(b, "x-bps-total")
+		b = appendInt(b, *x.XBpsTotal)
+	}
+	if x.XBpsTotalMax != nil {
+		b = appendKey(b, "x-bps-total-max")
+		b = appendInt(b, *x.XBpsTotalMax)
+	}
+	if x.XIopsWriteMax != nil {
+		b = appendKey(b, "x-iops-write-max")
+		b = appendInt(b, *x.XIopsWriteMax)
+	}
+	if x.XIopsWrite != nil {
+		b = appendKey(b, "x-iops-write")
+		b = appendInt(b, *x.XIopsWrite)
+	}
+	if x.XBpsWrite != nil {
+		b = appendKey(b, "x-bps-write")
+		b = appendInt(b, *x.XBpsWrite)
+	}
+	if x.XBpsWriteMax != nil {
+		b = appendKey(b, "x-bps-write-max")
+		b = appendInt(b, *x.XBpsWriteMax)
+	}
+	if x.XIopsTotalMax != nil {
+		b = appendKey(b, "x-iops-total-max")
+		b = appendInt(b, *x.XIopsTotalMax)
+	}
+	if x.XIopsWriteMaxLength != nil {
+		b = appendKey(b, "x-iops-write-max-length")
+		b = appendInt(b, *x.XIopsWriteMaxLength)
+	}
+	return append(b, '}')
+}
+
+// AppendJSON appends x in the reference's form, members in hash order.
 func (x *BlockdevOptions) AppendJSON(b []byte) []byte {
 	switch u := x.U.(type) {
 	case *BlockdevOptionsBlkdebug:
@@ -1106,6 +1283,43 @@ func (x *BlockdevOptions) AppendJSON(b []byte) []byte {
 			b = value.AppendString(b, *x.NodeName)
 		}
 		b = appendKey(b, "driver")
+		b = appendEnum(b, x.Driver)
+		if x.AutoReadOnly != nil {
+			b = append(b, `, "auto-read-only": `...)
+			b = appendBool(b, *x.AutoReadOnly)
+		}
+		if x.ReadOnly != nil {
+			b = append(b, `, "read-only": `...)
+			b = appendBool(b, *x.ReadOnly)
+		}
+		if x.Cache != nil {
+			b = append(b, `, "cache": `...)
+			b = x.Cache.AppendJSON(b)
+		}
+		if x.Discard != nil {
+			b = append(b, `, "discard": `...)
+			b = appendEnum(b, *x.Discard)
+		}
+		if x.ForceShare != nil {
+			b = append(b, `, "force-share": `...)
+			b = appendBool(b, *x.ForceShare)
+		}
+		b = append(b, `, "file": `...)
+		b = u.File.AppendJSON(b)
+		return append(b, '}')
+	case *BlockdevOptionsThrottle:
+		b = append(b, '{')
+		if x.DetectZeroes != nil {
+			b = appendKey(b, "detect-zeroes")
+			b = appendEnum(b, *x.DetectZeroes)
+		}
+		b = appendKey(b, "throttle-group")
+		b = value.AppendString(b, u.ThrottleGroup)
+		if x.NodeName != nil {
+			b = append(b, `, "node-name": `...)
+			b = value.AppendString(b, *x.NodeName)
+		}
+		b = append(b, `, "driver": `...)
 		b = appendEnum(b, x.Driver)
 		if x.AutoReadOnly != nil {
 			b = append(b, `, "auto-read-only": `...)

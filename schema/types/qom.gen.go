@@ -39,11 +39,14 @@ type ObjectType string
 const (
 	// A group of workers.
 	ObjectTypeIothread ObjectType = "iothread"
+	// Limits shared by throttle filters.
+	ObjectTypeThrottleGroup ObjectType = "throttle-group"
 )
 
 // ObjectTypeValues lists the values of ObjectType in the order of the schema.
 var ObjectTypeValues = []ObjectType{
 	ObjectTypeIothread,
+	ObjectTypeThrottleGroup,
 }
 
 // ObjectOptions: an object to be made.
@@ -53,7 +56,7 @@ type ObjectOptions struct {
 	// Its name.
 	ID string
 	// U holds the members of the branch that QomType selects; nil where the branch has none.
-	// *IothreadProperties for iothread.
+	// *IothreadProperties for iothread, *ThrottleGroupProperties for throttle-group.
 	U any
 }
 

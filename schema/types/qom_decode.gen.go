@@ -40,6 +40,10 @@ func membersObjectOptions(d *decoder, x *ObjectOptions) bool {
 		u := new(IothreadProperties)
 		x.U = u
 		return membersIothreadProperties(d, u)
+	case ObjectTypeThrottleGroup:
+		u := new(ThrottleGroupProperties)
+		x.U = u
+		return membersThrottleGroupProperties(d, u)
 	}
 	return true
 }

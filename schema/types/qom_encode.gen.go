@@ -61,6 +61,93 @@ func (x *ObjectOptions) AppendJSON(b []byte) []byte {
 		b = append(b, `, "id": `...)
 		b = value.AppendString(b, x.ID)
 		return append(b, '}')
+	case *ThrottleGroupProperties:
+		b = append(b, '{')
+		if u.XIopsTotal != nil {
+			b = appendKey(b, "x-iops-total")
+			b = appendInt(b, *u.XIopsTotal)
+		}
+		if u.XBpsReadMax != nil {
+			b = appendKey(b, "x-bps-read-max")
+			b = appendInt(b, *u.XBpsReadMax)
+		}
+		if u.XIopsReadMaxLength != nil {
+			b = appendKey(b, "x-iops-read-max-length")
+			b = appendInt(b, *u.XIopsReadMaxLength)
+		}
+		if u.XBpsTotalMaxLength != nil {
+			b = appendKey(b, "x-bps-total-max-length")
+			b = appendInt(b, *u.XBpsTotalMaxLength)
+		}
+		b = appendKey(b, "qom-type")
+		b = appendEnum(b, x.QomType)
+		if u.XIopsSize != nil {
+			b = append(b, `, "x-iops-size": `...)
+			b = appendInt(b, *u.XIopsSize)
+		}
+		if u.XIopsTotalMaxLength != nil {
+			b = append(b, `, "x-iops-total-max-length": `...)
+			b = appendInt(b, *u.XIopsTotalMaxLength)
+		}
+		if u.Limits != nil {
+			b = append(b, `, "limits": `...)
+			b = u.Limits.AppendJSON(b)
+		}
+		if u.XBpsReadMaxLength != nil {
+			b = append(b, `, "x-bps-read-max-length": `...)
+			b = appendInt(b, *u.XBpsReadMaxLength)
+		}
+		if u.XBpsRead != nil {
+			b = append(b, `, "x-bps-read": `...)
+			b = appendInt(b, *u.XBpsRead)
+		}
+		if u.XBpsWriteMaxLength != nil {
+			b = append(b, `, "x-bps-write-max-length": `...)
+			b = appendInt(b, *u.XBpsWriteMaxLength)
+		}
+		if u.XIopsRead != nil {
+			b = append(b, `, "x-iops-read": `...)
+			b = appendInt(b, *u.XIopsRead)
+		}
+		if u.XIopsReadMax != nil {
+			b = append(b, `, "x-iops-read-max": `...)
+			b = appendInt(b, *u.XIopsReadMax)
+		}
+		if u.XBpsTotal != nil {
+			b = append(b, `, "x-bps-total": `...)
+			b = appendInt(b, *u.XBpsTotal)
+		}
+		if u.XBpsTotalMax != nil {
+			b = append(b, `, "x-bps-total-max": `...)
+			b = appendInt(b, *u.XBpsTotalMax)
+		}
+		if u.XIopsWriteMax != nil {
+			b = append(b, `, "x-iops-write-max": `...)
+			b = appendInt(b, *u.XIopsWriteMax)
+		}
+		if u.XIopsWrite != nil {
+			b = append(b, `, "x-iops-write": `...)
+			b = appendInt(b, *u.XIopsWrite)
+		}
+		if u.XBpsWrite != nil {
+			b = append(b, `, "x-bps-write": `...)
+			b = appendInt(b, *u.XBpsWrite)
+		}
+		if u.XBpsWriteMax != nil {
+			b = append(b, `, "x-bps-write-max": `...)
+			b = appendInt(b, *u.XBpsWriteMax)
+		}
+		if u.XIopsTotalMax != nil {
+			b = append(b, `, "x-iops-total-max": `...)
+			b = appendInt(b, *u.XIopsTotalMax)
+		}
+		b = append(b, `, "id": `...)
+		b = value.AppendString(b, x.ID)
+		if u.XIopsWriteMaxLength != nil {
+			b = append(b, `, "x-iops-write-max-length": `...)
+			b = appendInt(b, *u.XIopsWriteMaxLength)
+		}
+		return append(b, '}')
 	case nil:
 		b = append(b, `{"qom-type": `...)
 		b = appendEnum(b, x.QomType)

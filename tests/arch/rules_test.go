@@ -52,6 +52,7 @@ var rules = []rule{
 	{"blockdev/export/nbd", []string{"blockdev/nbd/wire", "graph", "graph/*"}},
 	{"blockdev/export/*", []string{"graph", "graph/*"}},
 	{"blockdev/filter/*", []string{"graph", "graph/*"}},
+	{"blockdev/object", []string{"blockdev/throttle"}}, // an object is what its filters share
 	{"blockdev/*", []string{"graph", "graph/*"}},
 	{"blockdev", []string{"blockdev/*", "blockdev/filter/*", "graph", "graph/*"}},
 
