@@ -9,6 +9,7 @@ import (
 
 	"qblockd/graph"
 	"qblockd/graph/bitmap"
+	"qblockd/graph/blk"
 	"qblockd/schema/types"
 )
 
@@ -70,12 +71,43 @@ func (m *Manager) BitmapAdd(a *types.BlockDirtyBitmapAdd) *BitmapStep {
 			}
 			spec.Granularity = int64(*g)
 		}
+		if a.Persistent != nil && *a.Persistent {
+			spec.Persistent = true
+			if err := canStore(n, &spec); err != nil {
+				return err
+			}
+		}
 		d, err := n.NewDirtyBitmap(spec)
 		if err == nil {
 			s.undo = d.Remove
 		}
 		return err
 	}}
+}
+
+// canStore tells why n cannot keep a persistent bitmap, in the reference's words.
+func canStore(n *graph.Node, spec *graph.DirtyBitmapSpec) error {
+	store, ok := n.Driver().(graph.BitmapStore)
+	if !ok {
+		return fmt.Errorf("Can't store persistent bitmaps to %s: Operation not supported", n.Name())
+	}
+	others := 0
+	for _, d := range n.DirtyBitmaps() {
+		if d.Persistent() {
+			others++
+		}
+	}
+	g := spec.Granularity
+	if g == 0 {
+		g = n.DefaultGranularity()
+	}
+	if n.DirtyBitmap(spec.Name) != nil {
+		return nil // which is told next
+	}
+	if err := store.CanStoreBitmap(spec.Name, g, others); err != nil {
+		return fmt.Errorf("Can't make bitmap '%s' persistent in '%s': %w", spec.Name, n.Name(), err)
+	}
+	return nil
 }
 
 // onBitmap makes a step that does something with a bitmap that can be used that way.
@@ -93,13 +125,22 @@ func (m *Manager) onBitmap(a *types.BlockDirtyBitmap, use graph.BitmapUse, do fu
 }
 
 // BitmapRemove makes the step block-dirty-bitmap-remove. The bitmap goes on recording until Commit, so that it has missed nothing if it
-// stays.
+// stays. One in the image goes from there, too; if that fails it stays there as one that cannot be trusted, until the image is closed.
 func (m *Manager) BitmapRemove(a *types.BlockDirtyBitmap) *BitmapStep {
-	return m.onBitmap(a, graph.BitmapRemove, func(s *BitmapStep, d *graph.DirtyBitmap) {
+	s := m.onBitmap(a, graph.BitmapRemove, func(s *BitmapStep, d *graph.DirtyBitmap) {
 		d.SetBusy(true)
 		s.undo = func() { d.SetBusy(false) }
-		s.finish = d.Remove
+		s.finish = func() {
+			d.Remove()
+			if store, ok := d.Node().Driver().(graph.BitmapStore); ok && d.Persistent() {
+				if err := store.RemoveBitmap(&blk.Req{Ctx: context.Background()}, d.Name()); err != nil {
+					m.log.Warn("a bitmap stays in its image for the time being", "node", d.Node().Name(), "bitmap", d.Name(), "error", err)
+				}
+			}
+		}
 	})
+	s.quiet = true // as the image is written to
+	return s
 }
 
 // BitmapClear makes the step block-dirty-bitmap-clear.

@@ -200,6 +200,19 @@ func (d *DirtyBitmap) Node() *Node { return d.n }
 // Bits is what was recorded. It may be read, and set, at any time.
 func (d *DirtyBitmap) Bits() *bitmap.Bitmap { return d.bits }
 
+// Recorded is what the bitmap and, if it is frozen, its successor have recorded. It is Bits or a copy, and not to be changed.
+func (d *DirtyBitmap) Recorded() *bitmap.Bitmap {
+	s := d.set()
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	if d.successor == nil {
+		return d.bits
+	}
+	b := d.bits.Clone()
+	b.Merge(d.successor.bits)
+	return b
+}
+
 // Enable lets the bitmap record writes.
 func (d *DirtyBitmap) Enable() { d.change(func() { d.disabled = false }) }
 

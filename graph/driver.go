@@ -99,10 +99,18 @@ type (
 		ImageInfo(info *types.ImageInfo) // fills cluster-size, dirty-flag, compressed, encrypted, format-specific
 	}
 	// ModeSwitcher has something to do when its node becomes writable or read-only (qcow2: repairs and header bits). Both are called
-	// while the node is drained: Prepare before the change, it may refuse; Commit after it.
+	// while the node is drained: Prepare before the change, it may refuse; Commit after it. When a node that was to become read-only stays writable after all,
+	// Commit is called with readOnly false.
 	ModeSwitcher interface {
 		PrepareReadOnly(r *blk.Req, readOnly bool) error
 		CommitReadOnly(r *blk.Req, readOnly bool) error
+	}
+	// BitmapStore drivers keep persistent dirty bitmaps in their image: those that are the node's and persistent when it becomes read-only or is closed.
+	BitmapStore interface {
+		// CanStoreBitmap tells why there cannot be one more, besides others of them; granularity is in bytes.
+		CanStoreBitmap(name string, granularity int64, others int) error
+		// RemoveBitmap takes it out of the image at once. May block.
+		RemoveBitmap(r *blk.Req, name string) error
 	}
 	// Sizer tells the bytes allocated on the host ("actual-size"); may block.
 	Sizer interface {

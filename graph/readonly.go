@@ -60,10 +60,12 @@ func (g *Graph) switchBack(readOnly bool, nodes []*Node) {
 type modeChange struct {
 	driver   ModeSwitcher
 	readOnly bool
+	prepared bool
 	err      error
 }
 
 func (c *modeChange) Prepare(ctx context.Context) error {
+	c.prepared = true
 	return c.driver.PrepareReadOnly(&blk.Req{Ctx: ctx}, c.readOnly)
 }
 
@@ -71,4 +73,11 @@ func (c *modeChange) Commit() {
 	c.err = c.driver.CommitReadOnly(&blk.Req{Ctx: context.Background()}, c.readOnly)
 }
 
-func (c *modeChange) Abort() {}
+func (c *modeChange) Abort() {
+	if !c.readOnly || !c.prepared {
+		return
+	}
+	if err := c.driver.CommitReadOnly(&blk.Req{Ctx: context.Background()}, false); err != nil {
+		slog.Error("a node that stays writable cannot take back what it did to become read-only", "err", err)
+	}
+}

@@ -1,15 +1,20 @@
 package qcow2
 
 import (
+	"bytes"
 	"path/filepath"
 	"slices"
+	"syscall"
 	"testing"
 
+	"qblockd/blockdev/drivertest"
 	"qblockd/blockdev/qcow2/layout"
+	"qblockd/graph/bitmap"
+	"qblockd/graph/blk"
 	"qblockd/schema/types"
 )
 
-// TestQemuBitmapList shows the bitmaps that qemu-img made as long as the image is not written to.
+// TestQemuBitmapList shows the bitmaps that qemu-img made; those of an image that is written to are in use.
 func TestQemuBitmapList(t *testing.T) {
 	tool(t, "qemu-img")
 	name := filepath.Join(t.TempDir(), "a.qcow2")
@@ -26,10 +31,10 @@ func TestQemuBitmapList(t *testing.T) {
 		l[1].Name != "two" || l[1].Granularity != 4096 || l[1].Flags == nil || len(l[1].Flags) != 0 {
 		t.Fatalf("%+v", l)
 	}
-	if l := list(config{}); len(l) != 0 {
+	if l := list(config{}); len(l) != 2 || !slices.Contains(l[0].Flags, types.Qcow2BitmapInfoFlagsInUse) {
 		t.Fatalf("bitmaps of a writable image: %+v", l)
 	}
-	if l := list(config{readOnly: true}); len(l) != 0 {
+	if l := list(config{readOnly: true}); len(l) != 2 {
 		t.Fatalf("bitmaps after a writable open: %+v", l)
 	}
 }
@@ -52,5 +57,140 @@ func TestBitmapDirectoryHostile(t *testing.T) {
 		if _, err := layout.ParseBitmapDirectory(good, n); err == nil {
 			t.Errorf("%d entries are accepted", n)
 		}
+	}
+}
+
+// memKeeper keeps persistent bitmaps for an image without a node.
+type memKeeper struct {
+	list []persisted
+	ro   bool
+}
+
+func (k *memKeeper) loaded(p persisted, _ bool) error { k.list = append(k.list, p); return nil }
+func (k *memKeeper) readOnly(ro bool)                 { k.ro = ro }
+func (k *memKeeper) persisted() []persisted           { return k.list }
+
+// TestBitmapsAcrossCrashes lets power fail after each write of a time in which an image is opened, written to and closed: a bitmap that is
+// trusted afterwards has not missed a write that is in the image.
+func TestBitmapsAcrossCrashes(t *testing.T) {
+	const at = 100 << 10
+	img := mustCreate(t, CreateOptions{Size: 1 << 20, ClusterSize: ptr(uint64(4096))})
+	k := &memKeeper{}
+	s := mustOpen(t, mem{img}, config{keeper: k})
+	k.list = []persisted{{name: "a", bits: bitmap.New(s.size.Load(), 512), enabled: true}, {name: "gone", bits: bitmap.New(s.size.Load(), 512)}}
+	k.list[0].bits.Set(8192, 512)
+	k.list[1].bits.SetAll()
+	mustClose(t, s)
+	f := drivertest.CrashFileOf(img)
+	trusted, crashes := map[bool]int{}, 0
+	f.After(func(i int) {
+		for seed := range uint64(4) {
+			crashes++
+			k := &memKeeper{}
+			s := mustOpen(t, mem{f.CrashLocked(seed)}, config{keeper: k, readOnly: true})
+			sound(t, s, true)
+			b := make([]byte, 512)
+			if err := s.ReadAt(req(), blk.Buf(b), at, 0); err != nil {
+				t.Fatal(err)
+			}
+			for _, p := range k.list {
+				if p.inconsistent || p.name != "a" {
+					continue
+				}
+				written := b[0] != 0
+				if written && !p.bits.Get(at) || !p.bits.Get(8192) {
+					t.Errorf("operation %d, crash %d: a bitmap is short and trusted", i, seed)
+				}
+				trusted[written]++
+			}
+			mustClose(t, s)
+		}
+	})
+	k = &memKeeper{}
+	s = mustOpen(t, mem{f}, config{keeper: k})
+	if len(k.list) != 2 || k.list[0].inconsistent || k.list[0].bits.Count() != 512 || !k.list[0].enabled || k.list[1].enabled {
+		t.Fatalf("loaded: %+v", k.list)
+	}
+	if err := s.WriteAt(req(), blk.Buf(bytes.Repeat([]byte{1}, 512)), at, 0); err != nil {
+		t.Fatal(err)
+	}
+	k.list[0].bits.Set(at, 512)
+	k.list = append(k.list[:1], persisted{name: "b", bits: bitmap.New(s.size.Load(), 65536)})
+	mustClose(t, s)
+	f.After(nil)
+	if trusted[false] == 0 || trusted[true] == 0 || crashes < 20 {
+		t.Errorf("%v trusted of %d crashes", trusted, crashes)
+	}
+	s = mustOpen(t, mem{f}, config{keeper: &memKeeper{}, readOnly: true})
+	sound(t, s, false)
+	mustClose(t, s)
+}
+
+// TestBitmapsWithFaults fails the i-th I/O of a time like that: what is in the image then is not short and trusted either.
+func TestBitmapsWithFaults(t *testing.T) {
+	for i := 0; ; i++ {
+		img := mustCreate(t, CreateOptions{Size: 1 << 20, ClusterSize: ptr(uint64(4096))})
+		k := &memKeeper{}
+		s := mustOpen(t, mem{img}, config{keeper: k})
+		k.list = []persisted{{name: "a", bits: bitmap.New(s.size.Load(), 512), enabled: true}}
+		mustClose(t, s)
+		f := drivertest.NewFault(img)
+		f.FailAt(i, syscall.EIO)
+		k = &memKeeper{}
+		if s, err := openImage(req(), config{file: mem{f}, keeper: k, options: Options{CacheCleanInterval: ptr(int64(0))}}); err == nil {
+			if s.WriteAt(req(), blk.Buf(bytes.Repeat([]byte{1}, 512)), 4096, 0) == nil {
+				k.list[0].bits.Set(4096, 512)
+			}
+			_ = s.Inactivate(req())
+			_ = s.Close()
+		}
+		failed := f.Failed() > 0
+		f.Clear()
+		k = &memKeeper{}
+		s = mustOpen(t, mem{img}, config{keeper: k, readOnly: true})
+		sound(t, s, true)
+		b := make([]byte, 512)
+		if err := s.ReadAt(req(), blk.Buf(b), 4096, 0); err != nil {
+			t.Fatal(err)
+		}
+		for _, p := range k.list {
+			if !p.inconsistent && b[0] != 0 && !p.bits.Get(4096) {
+				t.Errorf("I/O %d fails: a bitmap is short and trusted", i)
+			}
+		}
+		mustClose(t, s)
+		if !failed {
+			return
+		}
+	}
+}
+
+// TestQemuReadsBitmaps lets qemu-img read bitmaps of ours, and change them, and reads those.
+func TestQemuReadsBitmaps(t *testing.T) {
+	tool(t, "qemu-img")
+	name := filepath.Join(t.TempDir(), "a.qcow2")
+	run(t, "qemu-img", "create", "-q", "-f", "qcow2", name, "64M")
+	k := &memKeeper{}
+	s := mustOpen(t, openOS(t, name), config{keeper: k})
+	a := bitmap.New(64<<20, 4096)
+	a.Set(5<<20, 3<<20)
+	a.Set(60<<20, 4096)
+	k.list = []persisted{{name: "a", bits: a, enabled: true}, {name: "b", bits: bitmap.New(64<<20, 65536)}}
+	mustClose(t, s)
+	run(t, "qemu-img", "check", "-q", name)
+	run(t, "qemu-img", "bitmap", "--merge", "a", name, "b")
+	run(t, "qemu-io", "-f", "qcow2", "-c", "write 0 4k", name)
+	run(t, "qemu-img", "check", "-q", name)
+	k = &memKeeper{}
+	s = mustOpen(t, openOS(t, name), config{keeper: k})
+	defer mustClose(t, s)
+	got := map[string]int64{}
+	for _, p := range k.list {
+		if !p.inconsistent {
+			got[p.name] = p.bits.Count()
+		}
+	}
+	if got["a"] != 3<<20+4096+4096 || got["b"] != 3<<20+65536 {
+		t.Errorf("%v", got)
 	}
 }

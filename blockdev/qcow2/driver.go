@@ -24,6 +24,7 @@ var (
 	_ graph.BackingChanger = (*Driver)(nil)
 	_ graph.Informer       = (*Driver)(nil)
 	_ graph.Inactivator    = (*Driver)(nil)
+	_ graph.BitmapStore    = (*Driver)(nil)
 	_ file                 = (*graph.Edge)(nil)
 )
 
@@ -57,12 +58,40 @@ func Open(o *graph.Opening) (graph.Driver, error) {
 		warn:      o.Warn,
 		allocated: d.fileAllocated,
 		changed:   n.Bump,
+		keeper:    nodeBitmaps{n},
 	}
 	var err error
 	if d.image, err = openImage(o.Req, c); err != nil {
 		return nil, err
 	}
 	return d, nil
+}
+
+// nodeBitmaps keeps persistent bitmaps as the dirty bitmaps of the node.
+type nodeBitmaps struct{ *graph.Node }
+
+func (n nodeBitmaps) loaded(p persisted, readOnly bool) error {
+	_, err := n.NewDirtyBitmap(graph.DirtyBitmapSpec{
+		Name: p.name, Bits: p.bits, Disabled: !p.enabled || p.inconsistent, Persistent: true, Inconsistent: p.inconsistent, ReadOnly: readOnly,
+	})
+	return err
+}
+
+func (n nodeBitmaps) readOnly(ro bool) {
+	for _, d := range n.DirtyBitmaps() {
+		if d.Persistent() {
+			d.SetReadOnly(ro)
+		}
+	}
+}
+
+func (n nodeBitmaps) persisted() (l []persisted) {
+	for _, d := range n.DirtyBitmaps() {
+		if d.Persistent() {
+			l = append(l, persisted{d.Name(), d.Recorded(), d.Enabled(), d.Inconsistent()})
+		}
+	}
+	return l
 }
 
 // runtimeOptions translates what the schema calls them.
@@ -152,8 +181,15 @@ func (d *Driver) Caps() graph.Caps {
 // Size implements graph.Driver.
 func (d *Driver) Size() int64 { return d.size.Load() }
 
-// Resize implements graph.Resizer.
+// Resize implements graph.Resizer. Persistent bitmaps must be such that they can follow.
 func (d *Driver) Resize(ctx context.Context, size int64, m blk.Prealloc) error {
+	for _, b := range d.node.DirtyBitmaps() {
+		if b.Persistent() {
+			if err := b.Check(graph.BitmapChange); err != nil {
+				return err
+			}
+		}
+	}
 	return d.image.Resize(&blk.Req{Ctx: ctx}, size, m)
 }
 

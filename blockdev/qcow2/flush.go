@@ -271,8 +271,19 @@ func (s *image) Inactivate(r *blk.Req) error {
 	if err := s.flush(r); err != nil {
 		return err
 	}
+	// Bitmaps that cannot be stored have missed writes, as the image says already; the guest's data come first.
+	bitmaps := s.storeBitmaps(r)
+	if err := s.flush(r); err != nil {
+		return err
+	}
 	s.reap(r, true)
-	return s.markClean(r)
+	if err := s.markClean(r); err != nil {
+		return err
+	}
+	if bitmaps != nil {
+		return wrap("Could not store persistent bitmaps", bitmaps)
+	}
+	return nil
 }
 
 // Close ends the image after Inactivate; errors of that were the caller's to report.

@@ -10,7 +10,6 @@ import (
 
 	"qblockd/blockdev/qcow2/layout"
 	"qblockd/graph/blk"
-	"qblockd/schema/types"
 )
 
 // file is what an image needs of its children; *graph.Edge is one.
@@ -42,6 +41,8 @@ type config struct {
 	changed func()
 	// allocated tells the bytes that the file takes on its medium, for detecting preallocation; may be nil.
 	allocated func() (int64, error)
+	// keeper has the persistent bitmaps in memory; nil: nobody, they stay as they are in the image, in use.
+	keeper bitmapKeeper
 	// bare opens an image that is being created: nothing is refused or repaired.
 	bare bool
 }
@@ -71,8 +72,11 @@ type image struct {
 	backName string
 	hdrUsed  int // bytes of the first cluster taken by header, extensions and backing name
 	snaps    []layout.Snapshot
-	snapEnd  int64                    // end of the snapshot table
-	bitmaps  []*types.Qcow2BitmapInfo // of a read-only image, for publish
+	snapEnd  int64     // end of the snapshot table
+	stored   []*stored // persistent bitmaps in the image
+	// badBitmaps: the bitmaps extension makes no sense, and goes with the first change.
+	badBitmaps bool
+	fresh      []int64 // clusters taken for bitmaps that the image does not refer to yet
 
 	l1      []uint64 // may be shorter than hdr.L1Size: what lies behind is zero
 	l1Dirty map[int64]struct{}
@@ -222,10 +226,7 @@ func (s *image) publish() {
 		format = s.ext.BackingFormat
 	}
 	s.info.backing.Store(&[2]string{s.backName, format})
-	if s.ext == nil || s.ext.Bitmaps == nil {
-		s.bitmaps = nil
-	}
-	bitmaps := s.bitmaps
+	bitmaps := s.bitmapInfo()
 	s.info.bitmaps.Store(&bitmaps)
 	if s.changed != nil {
 		s.changed()

@@ -43,7 +43,7 @@ func openImage(r *blk.Req, c config) (*image, error) {
 	if err := s.readSnapshots(r); err != nil {
 		return nil, err
 	}
-	if err := s.listBitmaps(r); err != nil {
+	if err := s.loadBitmaps(r); err != nil {
 		return nil, err
 	}
 	s.fileEnd = s.file.Size()
@@ -204,15 +204,22 @@ func (s *image) findInactive(r *blk.Req) error {
 
 // becomeWriter does what the format asks of a program that opens an image for writing.
 func (s *image) becomeWriter(r *blk.Req) error {
-	if s.hdr.AutoclearFeatures != 0 || s.ext.BitmapsStale {
-		if s.warn != nil && (s.ext.Bitmaps != nil || s.ext.BitmapsStale) {
-			s.warn("Persistent bitmaps are not kept up to date and count as inconsistent from now on; some clusters may be leaked")
+	known := uint64(0)
+	if s.ext.Bitmaps != nil && !s.badBitmaps {
+		known = layout.AutoclearBitmaps
+	}
+	if s.hdr.AutoclearFeatures&^known != 0 || s.ext.BitmapsStale || s.badBitmaps {
+		if s.ext.BitmapsStale || s.badBitmaps {
+			s.warnf("The persistent bitmaps of the image were not kept up to date and are dropped; some clusters may be leaked")
+			s.ext.Bitmaps, s.ext.BitmapsStale, s.badBitmaps = nil, false, false
 		}
-		s.hdr.AutoclearFeatures = 0
-		s.ext.Bitmaps, s.ext.BitmapsStale = nil, false
+		s.hdr.AutoclearFeatures &= known
 		if err := s.updateHeader(r); err != nil {
 			return wrap("Could not update qcow2 header", err)
 		}
+	}
+	if err := s.claimBitmaps(r); err != nil {
+		return wrap("Could not update bitmap directory", err)
 	}
 	if s.hdr.IncompatibleFeatures&layout.IncompatDirty == 0 || s.bare {
 		return nil

@@ -23,14 +23,21 @@ func (s *image) PrepareReadOnly(r *blk.Req, readOnly bool) error {
 }
 
 // CommitReadOnly is the second half, while the node is still drained and after its file has become writable, or before
-// that ends. An image that becomes writable gets what opening it so would have done; if that fails it stays read-only.
+// that ends. An image that becomes writable gets what opening it so would have done; if that fails it stays read-only. For one that was to become read-only and
+// did not after all, with readOnly false, it takes back what PrepareReadOnly did.
 func (s *image) CommitReadOnly(r *blk.Req, readOnly bool) error {
 	s.mu.Lock()
 	defer s.mu.Unlock()
 	was := s.readOnly
 	s.readOnly = readOnly
-	if readOnly || !was {
+	switch {
+	case readOnly:
+		if s.keeper != nil {
+			s.keeper.readOnly(true)
+		}
 		return nil
+	case !was:
+		return s.claimBitmaps(r)
 	}
 	if err := s.becomeWriter(r); err != nil {
 		s.readOnly = true

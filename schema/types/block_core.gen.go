@@ -1122,6 +1122,8 @@ type BlockDirtyBitmapAdd struct {
 	// Bytes that one bit stands for: a power of two from 512 on; by default the cluster size, held between
 	// 4 KiB and 64 KiB, or 64 KiB.
 	Granularity *uint32
+	// Keep it in the image (default: false).
+	Persistent *bool
 	// Do not record writes yet (default: false).
 	Disabled *bool
 }

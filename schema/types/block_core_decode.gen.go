@@ -522,6 +522,7 @@ func membersBlockDirtyBitmapAdd(d *decoder, x *BlockDirtyBitmapAdd) bool {
 	return visitStr(d, "node", &x.Node) &&
 		visitStr(d, "name", &x.Name) &&
 		opt(d, "granularity", &x.Granularity, visitUint32) &&
+		opt(d, "persistent", &x.Persistent, visitBool) &&
 		opt(d, "disabled", &x.Disabled, visitBool)
 }
 

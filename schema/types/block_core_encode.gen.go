@@ -1555,6 +1555,10 @@ func (x *BlockDirtyBitmap) AppendJSON(b []byte) []byte {
 func (x *BlockDirtyBitmapAdd) AppendJSON(b []byte) []byte {
 	b = append(b, `{"name": `...)
 	b = value.AppendString(b, x.Name)
+	if x.Persistent != nil {
+		b = append(b, `, "persistent": `...)
+		b = appendBool(b, *x.Persistent)
+	}
 	if x.Granularity != nil {
 		b = append(b, `, "granularity": `...)
 		b = appendUint(b, *x.Granularity)

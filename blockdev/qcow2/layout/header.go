@@ -29,10 +29,11 @@ const (
 
 // Byte offsets of header fields that are updated on their own.
 const (
-	OffL1Size           = 36 // l1_size (4), l1_table_offset (8)
-	OffReftable         = 48 // refcount_table_offset (8), refcount_table_clusters (4)
-	OffSize             = 24
-	OffIncompatFeatures = 72
+	OffL1Size            = 36 // l1_size (4), l1_table_offset (8)
+	OffReftable          = 48 // refcount_table_offset (8), refcount_table_clusters (4)
+	OffSize              = 24
+	OffIncompatFeatures  = 72
+	OffAutoclearFeatures = 88
 )
 
 // Incompatible feature bits (qcow2.txt, Header).
