@@ -5,7 +5,9 @@ import (
 
 	"qblockd/blockdev/blkdebug"
 	"qblockd/blockdev/file"
+	"qblockd/blockdev/filter/compress"
 	"qblockd/blockdev/filter/copybeforewrite"
+	"qblockd/blockdev/filter/copyonread"
 	"qblockd/blockdev/filter/snapshotaccess"
 	"qblockd/blockdev/null"
 	"qblockd/blockdev/qcow2"
@@ -75,6 +77,13 @@ func Drivers() []Driver {
 			Children: func(u any) []ChildOption {
 				o := u.(*types.BlockdevOptionsCbw)
 				return []ChildOption{{"file", perm.Filtered | perm.Primary, &o.File}, {"target", perm.Data, &o.Target}}
+			},
+		},
+		genericFilter(types.BlockdevDriverCompress, compress.Open),
+		{
+			Name: types.BlockdevDriverCopyOnRead, Kind: graph.Filter, Open: copyonread.Open,
+			Children: func(u any) []ChildOption {
+				return []ChildOption{{"file", perm.Filtered | perm.Primary, &u.(*types.BlockdevOptionsCor).File}}
 			},
 		},
 		fileDriver(types.BlockdevDriverFile, file.Open),
@@ -157,6 +166,16 @@ func blkdebugDriver(open graph.OpenFunc) Driver {
 					add(m.Name, m.Value)
 				}
 			}
+		},
+	}
+}
+
+// genericFilter is a filter that has no options of its own.
+func genericFilter(name types.BlockdevDriver, open graph.OpenFunc) Driver {
+	return Driver{
+		Name: name, Kind: graph.Filter, Open: open,
+		Children: func(u any) []ChildOption {
+			return []ChildOption{{"file", perm.Filtered | perm.Primary, &u.(*types.BlockdevOptionsGenericFormat).File}}
 		},
 	}
 }

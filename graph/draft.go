@@ -31,12 +31,28 @@ type refs struct {
 type link struct{ parent, child *Node }
 
 func newTxDraft() *txDraft {
-	return &txDraft{
-		Draft:  perm.NewDraft[*Node, *Edge](baseView{}),
+	d := &txDraft{
 		refs:   map[*Node]*refs{},
 		again:  map[*Node]bool{},
 		frozen: map[*Edge]*freeze{},
 	}
+	d.Draft = perm.NewDraft[*Node, *Edge](draftView{d: d})
+	return d
+}
+
+// draftView is the graph as it is, but nodes that the draft discards claim nothing new: their driver may want what it could not get,
+// which is why they are discarded.
+type draftView struct {
+	baseView
+	d *txDraft
+}
+
+func (v draftView) EdgeClaim(e *Edge, x perm.Edge[*Node], parent perm.Node, up perm.Claim) perm.Claim {
+	n := x.Parent
+	if r := v.d.refs[n]; r != nil && n.state == nodeHidden && !r.publish && n.pins+r.pins <= 0 {
+		return x.Claim
+	}
+	return v.baseView.EdgeClaim(e, x, parent, up)
 }
 
 func (d *txDraft) ref(n *Node) *refs {

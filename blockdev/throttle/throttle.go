@@ -14,19 +14,17 @@
 package throttle
 
 import (
-	"context"
 	"errors"
 	"fmt"
 
 	"qblockd/graph"
 	"qblockd/graph/blk"
-	"qblockd/graph/perm"
 	"qblockd/schema/types"
 )
 
 type driver struct {
-	node *graph.Node
-	m    *Member
+	graph.Passthrough
+	m *Member
 }
 
 // Opener makes the function that opens the filter; find finds a group by its name, nil if there is none. The child is called "file".
@@ -35,33 +33,20 @@ func Opener(find func(name string) *Group) graph.OpenFunc {
 		name := o.Options.(*types.BlockdevOptionsThrottle).ThrottleGroup
 		if g := find(name); g != nil {
 			if m := g.Join(); m != nil {
-				return &driver{node: o.Node, m: m}, nil
+				return &driver{graph.Passthrough{Node: o.Node}, m}, nil
 			}
 		}
 		return nil, fmt.Errorf("Throttle group '%s' does not exist", name)
 	}
 }
 
-func (d *driver) file() *graph.Edge { return d.node.FilteredChild() }
+func (d *driver) file() *graph.Edge { return d.Below() }
 
 // Caps implements graph.Driver. The filter is transparent, as it counts what is mapped and copied itself.
 func (d *driver) Caps() graph.Caps {
-	below := d.file().Caps()
-	return graph.Caps{
-		WriteFlags:  blk.FUA | blk.WriteUnchanged | below.WriteFlags&blk.Compressed,
-		ZeroFlags:   blk.FUA | blk.WriteUnchanged | blk.MayUnmap | blk.NoFallback,
-		ZeroInit:    below.ZeroInit,
-		Transparent: true,
-		Limits:      blk.Limits{OptTransfer: below.Limits.OptTransfer, ClusterSize: below.Limits.ClusterSize},
-	}
-}
-
-// Size is 0 once the filter was taken out of the graph and waits to be closed.
-func (d *driver) Size() int64 {
-	if c := d.file(); c != nil {
-		return c.Size()
-	}
-	return 0
+	c := d.Passthrough.Caps()
+	c.Transparent = true
+	return c
 }
 
 // Close implements graph.Driver.
@@ -127,11 +112,6 @@ func (d *driver) Discard(r *blk.Req, off, n int64) error {
 	return err
 }
 
-// Status implements graph.Statuser.
-func (d *driver) Status(r *blk.Req, off, n int64) (blk.Extent, error) {
-	return blk.Extent{N: n, Raw: true, OffValid: true, MapOff: off, In: d.file()}, nil
-}
-
 // Map implements graph.Mapper. What is mapped counts as read; what is not is read otherwise.
 func (d *driver) Map(r *blk.Req, off, n int64, m *blk.Mapping) error {
 	p, err := d.m.enter(r, reading, n)
@@ -168,11 +148,6 @@ func (d *driver) CopyFrom(r *blk.Req, off int64, src []blk.HostRange, f blk.Flag
 	return err
 }
 
-// Resize implements graph.Resizer.
-func (d *driver) Resize(ctx context.Context, size int64, m blk.Prealloc) error {
-	return d.file().Resize(ctx, size, true, m)
-}
-
 // DrainBegin implements graph.Drainer.
 func (d *driver) DrainBegin() { d.m.Open() }
 
@@ -181,11 +156,3 @@ func (d *driver) Quiet() bool { return true }
 
 // DrainEnd implements graph.Drainer.
 func (d *driver) DrainEnd() { d.m.Shut() }
-
-// EdgeClaim implements graph.Permer.
-func (d *driver) EdgeClaim(_ string, role perm.Role, up perm.Claim, readOnly bool) perm.Claim {
-	return perm.Default(role, up, !readOnly, false)
-}
-
-// ImageInfo implements graph.Informer: clusters and the dirty flag are those of the file.
-func (d *driver) ImageInfo(info *types.ImageInfo) { d.file().ShowImage(info) }

@@ -558,8 +558,12 @@ type BlockdevDriver string
 const (
 	// Makes requests fail, for tests.
 	BlockdevDriverBlkdebug BlockdevDriver = "blkdebug"
+	// Stores what is written compressed.
+	BlockdevDriverCompress BlockdevDriver = "compress"
 	// Keeps a point in time: copies what is about to be overwritten.
 	BlockdevDriverCopyBeforeWrite BlockdevDriver = "copy-before-write"
+	// Keeps what was read from a backing file.
+	BlockdevDriverCopyOnRead BlockdevDriver = "copy-on-read"
 	// A regular file.
 	BlockdevDriverFile BlockdevDriver = "file"
 	// A block device of the host.
@@ -581,7 +585,9 @@ const (
 // BlockdevDriverValues lists the values of BlockdevDriver in the order of the schema.
 var BlockdevDriverValues = []BlockdevDriver{
 	BlockdevDriverBlkdebug,
+	BlockdevDriverCompress,
 	BlockdevDriverCopyBeforeWrite,
+	BlockdevDriverCopyOnRead,
 	BlockdevDriverFile,
 	BlockdevDriverHostDevice,
 	BlockdevDriverNullAio,
@@ -837,6 +843,16 @@ type BlockdevOptionsCbw struct {
 	OnCbwError *OnCbwError
 }
 
+// BlockdevOptionsCor: the filter copy-on-read: what is read and lies in a backing file is written to
+// the file.
+type BlockdevOptionsCor struct {
+	// The node that holds the image.
+	File BlockdevRef
+	// The lowest node of the backing chain that is copied from; the chain down to it cannot change
+	// meanwhile (default: all is copied).
+	Bottom *string
+}
+
 // BlockdevOptionsThrottle: the filter throttle: requests wait until the limits of a group allow them.
 type BlockdevOptionsThrottle struct {
 	// The object with the limits; all filters that name it share them.
@@ -956,7 +972,8 @@ type BlockdevOptions struct {
 	// What becomes of written zeroes (default off).
 	DetectZeroes *BlockdevDetectZeroesOptions
 	// U holds the members of the branch that Driver selects; nil where the branch has none.
-	// *BlockdevOptionsBlkdebug for blkdebug, *BlockdevOptionsCbw for copy-before-write,
+	// *BlockdevOptionsBlkdebug for blkdebug, *BlockdevOptionsGenericFormat for compress,
+	// *BlockdevOptionsCbw for copy-before-write, *BlockdevOptionsCor for copy-on-read,
 	// *BlockdevOptionsFile for file, *BlockdevOptionsFile for host_device, *BlockdevOptionsNull for
 	// null-aio, *BlockdevOptionsNull for null-co, *BlockdevOptionsQcow2 for qcow2, *BlockdevOptionsRaw for
 	// raw, *BlockdevOptionsGenericFormat for snapshot-access, *BlockdevOptionsThrottle for throttle.

@@ -240,6 +240,20 @@ func membersBlockdevOptionsCbw(d *decoder, x *BlockdevOptionsCbw) bool {
 		opt(d, "on-cbw-error", &x.OnCbwError, visitOnCbwError)
 }
 
+// DecodeBlockdevOptionsCor decodes v; faults are worded as the reference does (*ArgError).
+func DecodeBlockdevOptionsCor(v value.Value, m Mode) (*BlockdevOptionsCor, error) {
+	return decode(v, m, visitBlockdevOptionsCor)
+}
+
+func visitBlockdevOptionsCor(d *decoder, name string, x *BlockdevOptionsCor) bool {
+	return object(d, name, x, membersBlockdevOptionsCor)
+}
+
+func membersBlockdevOptionsCor(d *decoder, x *BlockdevOptionsCor) bool {
+	return visitBlockdevRef(d, "file", &x.File) &&
+		opt(d, "bottom", &x.Bottom, visitStr)
+}
+
 // DecodeBlockdevOptionsThrottle decodes v; faults are worded as the reference does (*ArgError).
 func DecodeBlockdevOptionsThrottle(v value.Value, m Mode) (*BlockdevOptionsThrottle, error) {
 	return decode(v, m, visitBlockdevOptionsThrottle)
@@ -346,11 +360,15 @@ func membersBlockdevOptions(d *decoder, x *BlockdevOptions) bool {
 		u := new(BlockdevOptionsCbw)
 		x.U = u
 		return membersBlockdevOptionsCbw(d, u)
+	case BlockdevDriverCopyOnRead:
+		u := new(BlockdevOptionsCor)
+		x.U = u
+		return membersBlockdevOptionsCor(d, u)
 	case BlockdevDriverFile, BlockdevDriverHostDevice:
 		u := new(BlockdevOptionsFile)
 		x.U = u
 		return membersBlockdevOptionsFile(d, u)
-	case BlockdevDriverSnapshotAccess:
+	case BlockdevDriverCompress, BlockdevDriverSnapshotAccess:
 		u := new(BlockdevOptionsGenericFormat)
 		x.U = u
 		return membersBlockdevOptionsGenericFormat(d, u)

@@ -759,6 +759,18 @@ func (x *BlockdevOptionsCbw) AppendJSON(b []byte) []byte {
 }
 
 // AppendJSON appends x in the reference's form, members in hash order.
+func (x *BlockdevOptionsCor) AppendJSON(b []byte) []byte {
+	b = append(b, '{')
+	if x.Bottom != nil {
+		b = appendKey(b, "bottom")
+		b = value.AppendString(b, *x.Bottom)
+	}
+	b = appendKey(b, "file")
+	b = x.File.AppendJSON(b)
+	return append(b, '}')
+}
+
+// AppendJSON appends x in the reference's form, members in hash order.
 func (x *BlockdevOptionsThrottle) AppendJSON(b []byte) []byte {
 	b = append(b, `{"throttle-group": `...)
 	b = value.AppendString(b, x.ThrottleGroup)
@@ -1009,6 +1021,41 @@ func (x *BlockdevOptions) AppendJSON(b []byte) []byte {
 			b = appendInt(b, *u.Align)
 		}
 		return append(b, '}')
+	case *BlockdevOptionsGenericFormat:
+		b = append(b, '{')
+		if x.DetectZeroes != nil {
+			b = appendKey(b, "detect-zeroes")
+			b = appendEnum(b, *x.DetectZeroes)
+		}
+		if x.NodeName != nil {
+			b = appendKey(b, "node-name")
+			b = value.AppendString(b, *x.NodeName)
+		}
+		b = appendKey(b, "driver")
+		b = appendEnum(b, x.Driver)
+		if x.AutoReadOnly != nil {
+			b = append(b, `, "auto-read-only": `...)
+			b = appendBool(b, *x.AutoReadOnly)
+		}
+		if x.ReadOnly != nil {
+			b = append(b, `, "read-only": `...)
+			b = appendBool(b, *x.ReadOnly)
+		}
+		if x.Cache != nil {
+			b = append(b, `, "cache": `...)
+			b = x.Cache.AppendJSON(b)
+		}
+		if x.Discard != nil {
+			b = append(b, `, "discard": `...)
+			b = appendEnum(b, *x.Discard)
+		}
+		if x.ForceShare != nil {
+			b = append(b, `, "force-share": `...)
+			b = appendBool(b, *x.ForceShare)
+		}
+		b = append(b, `, "file": `...)
+		b = u.File.AppendJSON(b)
+		return append(b, '}')
 	case *BlockdevOptionsCbw:
 		b = append(b, '{')
 		if x.DetectZeroes != nil {
@@ -1049,6 +1096,45 @@ func (x *BlockdevOptions) AppendJSON(b []byte) []byte {
 		b = u.File.AppendJSON(b)
 		b = append(b, `, "target": `...)
 		b = u.Target.AppendJSON(b)
+		return append(b, '}')
+	case *BlockdevOptionsCor:
+		b = append(b, '{')
+		if x.DetectZeroes != nil {
+			b = appendKey(b, "detect-zeroes")
+			b = appendEnum(b, *x.DetectZeroes)
+		}
+		if x.NodeName != nil {
+			b = appendKey(b, "node-name")
+			b = value.AppendString(b, *x.NodeName)
+		}
+		b = appendKey(b, "driver")
+		b = appendEnum(b, x.Driver)
+		if x.AutoReadOnly != nil {
+			b = append(b, `, "auto-read-only": `...)
+			b = appendBool(b, *x.AutoReadOnly)
+		}
+		if x.ReadOnly != nil {
+			b = append(b, `, "read-only": `...)
+			b = appendBool(b, *x.ReadOnly)
+		}
+		if x.Cache != nil {
+			b = append(b, `, "cache": `...)
+			b = x.Cache.AppendJSON(b)
+		}
+		if x.Discard != nil {
+			b = append(b, `, "discard": `...)
+			b = appendEnum(b, *x.Discard)
+		}
+		if u.Bottom != nil {
+			b = append(b, `, "bottom": `...)
+			b = value.AppendString(b, *u.Bottom)
+		}
+		if x.ForceShare != nil {
+			b = append(b, `, "force-share": `...)
+			b = appendBool(b, *x.ForceShare)
+		}
+		b = append(b, `, "file": `...)
+		b = u.File.AppendJSON(b)
 		return append(b, '}')
 	case *BlockdevOptionsFile:
 		b = append(b, '{')
@@ -1249,41 +1335,6 @@ func (x *BlockdevOptions) AppendJSON(b []byte) []byte {
 			b = append(b, `, "size": `...)
 			b = appendInt(b, *u.Size)
 		}
-		if x.AutoReadOnly != nil {
-			b = append(b, `, "auto-read-only": `...)
-			b = appendBool(b, *x.AutoReadOnly)
-		}
-		if x.ReadOnly != nil {
-			b = append(b, `, "read-only": `...)
-			b = appendBool(b, *x.ReadOnly)
-		}
-		if x.Cache != nil {
-			b = append(b, `, "cache": `...)
-			b = x.Cache.AppendJSON(b)
-		}
-		if x.Discard != nil {
-			b = append(b, `, "discard": `...)
-			b = appendEnum(b, *x.Discard)
-		}
-		if x.ForceShare != nil {
-			b = append(b, `, "force-share": `...)
-			b = appendBool(b, *x.ForceShare)
-		}
-		b = append(b, `, "file": `...)
-		b = u.File.AppendJSON(b)
-		return append(b, '}')
-	case *BlockdevOptionsGenericFormat:
-		b = append(b, '{')
-		if x.DetectZeroes != nil {
-			b = appendKey(b, "detect-zeroes")
-			b = appendEnum(b, *x.DetectZeroes)
-		}
-		if x.NodeName != nil {
-			b = appendKey(b, "node-name")
-			b = value.AppendString(b, *x.NodeName)
-		}
-		b = appendKey(b, "driver")
-		b = appendEnum(b, x.Driver)
 		if x.AutoReadOnly != nil {
 			b = append(b, `, "auto-read-only": `...)
 			b = appendBool(b, *x.AutoReadOnly)

@@ -1,0 +1,40 @@
+// Package compress is the filter compress: what is written through it is stored compressed.
+package compress
+
+import (
+	"fmt"
+
+	"qblockd/graph"
+	"qblockd/graph/blk"
+)
+
+type driver struct{ graph.Passthrough }
+
+// Open opens the filter on its child "file", which must be able to compress.
+func Open(o *graph.Opening) (graph.Driver, error) {
+	d := &driver{graph.Passthrough{Node: o.Node}}
+	if d.Below().Caps().WriteFlags&blk.Compressed == 0 {
+		return nil, fmt.Errorf("Compression is not supported for underlying format: %s", d.Below().Node().DriverName())
+	}
+	return d, nil
+}
+
+// Caps implements graph.Driver. Requests are whole clusters, as only these can be compressed. Reads may pass the filter
+// unseen; CopyFrom keeps writes from doing so.
+func (d *driver) Caps() graph.Caps {
+	c := d.Passthrough.Caps()
+	c.WriteFlags &^= blk.Compressed
+	c.Limits.RequestAlign = max(c.Limits.ClusterSize, 1)
+	c.Transparent = true
+	return c
+}
+
+// WriteAt implements graph.Writer.
+func (d *driver) WriteAt(r *blk.Req, v blk.Vec, off int64, f blk.Flags) error {
+	return d.Below().WriteAt(r, v, off, f|blk.Compressed)
+}
+
+// CopyFrom implements graph.CopyRanger: what is not seen cannot be compressed.
+func (d *driver) CopyFrom(*blk.Req, int64, []blk.HostRange, blk.Flags) error {
+	return blk.ErrNotSupported
+}
