@@ -2,6 +2,7 @@ package graph
 
 import (
 	"context"
+	"time"
 
 	"qblockd/graph/blk"
 	"qblockd/graph/perm"
@@ -104,6 +105,13 @@ type (
 	ModeSwitcher interface {
 		PrepareReadOnly(r *blk.Req, readOnly bool) error
 		CommitReadOnly(r *blk.Req, readOnly bool) error
+	}
+	// Snapshotter drivers keep internal snapshots. The node is held quiet while one is made or deleted; both may block, and change nothing when they fail.
+	Snapshotter interface {
+		// CreateSnapshot makes one of that name, taken at that time, when the machine's clock said clock. It returns the ID.
+		CreateSnapshot(r *blk.Req, name string, at time.Time, clock time.Duration) (id string, err error)
+		DeleteSnapshot(r *blk.Req, id string) error
+		Snapshots() []*types.SnapshotInfo
 	}
 	// BitmapStore drivers keep persistent dirty bitmaps in their image: those that are the node's and persistent when it becomes read-only or is closed.
 	BitmapStore interface {

@@ -100,15 +100,16 @@ func runtimeOptions(o *types.BlockdevOptionsQcow2) Options {
 		return Options{}
 	}
 	out := Options{
-		LazyRefcounts:      o.LazyRefcounts,
-		PassDiscardRequest: o.PassDiscardRequest,
-		PassDiscardOther:   o.PassDiscardOther,
-		DiscardNoUnref:     o.DiscardNoUnref,
-		CacheSize:          o.CacheSize,
-		L2CacheSize:        o.L2CacheSize,
-		L2CacheEntrySize:   o.L2CacheEntrySize,
-		RefcountCacheSize:  o.RefcountCacheSize,
-		CacheCleanInterval: o.CacheCleanInterval,
+		LazyRefcounts:       o.LazyRefcounts,
+		PassDiscardRequest:  o.PassDiscardRequest,
+		PassDiscardSnapshot: o.PassDiscardSnapshot,
+		PassDiscardOther:    o.PassDiscardOther,
+		DiscardNoUnref:      o.DiscardNoUnref,
+		CacheSize:           o.CacheSize,
+		L2CacheSize:         o.L2CacheSize,
+		L2CacheEntrySize:    o.L2CacheEntrySize,
+		RefcountCacheSize:   o.RefcountCacheSize,
+		CacheCleanInterval:  o.CacheCleanInterval,
 	}
 	switch k := o.OverlapCheck; {
 	case k == nil:
@@ -195,9 +196,10 @@ func (d *Driver) Resize(ctx context.Context, size int64, m blk.Prealloc) error {
 
 // info is what queries show, readable without mu.
 type info struct {
-	incompat atomic.Uint64
-	backing  atomic.Pointer[[2]string]
-	bitmaps  atomic.Pointer[[]*types.Qcow2BitmapInfo]
+	incompat  atomic.Uint64
+	backing   atomic.Pointer[[2]string]
+	bitmaps   atomic.Pointer[[]*types.Qcow2BitmapInfo]
+	snapshots atomic.Pointer[[]*types.SnapshotInfo]
 }
 
 // BackingFile implements graph.Backed.
@@ -212,7 +214,7 @@ func (d *Driver) ImageInfo(i *types.ImageInfo) {
 	bits := d.info.incompat.Load()
 	dirty := bits&layout.IncompatDirty != 0
 	i.ClusterSize, i.DirtyFlag = &cs, &dirty
-	i.Snapshots = d.snapshotInfo()
+	i.Snapshots = *d.info.snapshots.Load()
 	q := types.ImageInfoSpecificQCow2{
 		Compat:          "0.10",
 		RefcountBits:    1 << d.geo.RefcountOrder,
@@ -232,29 +234,6 @@ func (d *Driver) ImageInfo(i *types.ImageInfo) {
 		Type: types.ImageInfoSpecificKindQcow2,
 		U:    &types.ImageInfoSpecificQCow2Wrapper{Data: q},
 	}
-}
-
-// snapshotInfo lists the internal snapshots, which do not change while the image is open.
-func (d *Driver) snapshotInfo() []*types.SnapshotInfo {
-	var out []*types.SnapshotInfo
-	for i := range d.snaps {
-		n := &d.snaps[i]
-		x := &types.SnapshotInfo{
-			ID:          n.ID,
-			Name:        n.Name,
-			VmStateSize: int64(n.VMStateSize),
-			DateSec:     int64(n.DateSec),
-			DateNsec:    int64(n.DateNsec),
-			VmClockSec:  int64(n.VMClockNsec / 1e9),
-			VmClockNsec: int64(n.VMClockNsec % 1e9),
-		}
-		if n.Icount != ^uint64(0) {
-			c := int64(n.Icount)
-			x.Icount = &c
-		}
-		out = append(out, x)
-	}
-	return out
 }
 
 // Create makes an image as o says in the node below root, whose file reference is not looked

@@ -51,6 +51,7 @@ const (
 	discardNever discardKind = iota
 	discardAlways
 	discardRequest
+	discardSnapshot
 	discardOther
 )
 

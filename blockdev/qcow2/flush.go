@@ -277,6 +277,15 @@ func (s *image) Inactivate(r *blk.Req) error {
 		return err
 	}
 	s.reap(r, true)
+	if s.flagsDue {
+		if err := s.fixFlags(r); err != nil {
+			return err
+		}
+		if err := s.flush(r); err != nil {
+			return err
+		}
+		s.flagsDue = false
+	}
 	if err := s.markClean(r); err != nil {
 		return err
 	}

@@ -111,6 +111,7 @@ type image struct {
 	prealloc  int8   // metadata preallocation: 0 unknown, 1 no, 2 yes
 	closed    bool
 	unz       unzipped
+	flagsDue  bool // copied flags are to be set when limbo has gone
 	stopClean func()
 	busy      func(cluster int64) bool // during repair: clusters that are in use whatever their refcount says
 }
@@ -228,6 +229,8 @@ func (s *image) publish() {
 	s.info.backing.Store(&[2]string{s.backName, format})
 	bitmaps := s.bitmapInfo()
 	s.info.bitmaps.Store(&bitmaps)
+	snapshots := s.snapshotInfo()
+	s.info.snapshots.Store(&snapshots)
 	if s.changed != nil {
 		s.changed()
 	}

@@ -11,7 +11,7 @@ import (
 // Options are the runtime options of BlockdevOptionsQcow2; nil means not given.
 type Options struct {
 	LazyRefcounts                                               *bool
-	PassDiscardRequest, PassDiscardOther                        *bool
+	PassDiscardRequest, PassDiscardSnapshot, PassDiscardOther   *bool
 	DiscardNoUnref                                              *bool
 	OverlapTemplate                                             string // "" is "cached"
 	Overlap                                                     [9]*bool
@@ -24,7 +24,7 @@ type Options struct {
 // settings are options with all defaults resolved for one image.
 type settings struct {
 	lazy          bool
-	discard       [4]bool // by discardKind
+	discard       [5]bool // by discardKind
 	noUnref       bool
 	overlap       overlap
 	slice         int64 // bytes of an L2 slice
@@ -90,6 +90,7 @@ func (o *Options) resolve(h *layout.Header, unmap bool) (settings, error) {
 	}
 	s.discard[discardAlways] = true
 	s.discard[discardRequest] = pick(o.PassDiscardRequest, unmap)
+	s.discard[discardSnapshot] = pick(o.PassDiscardSnapshot, true)
 	s.discard[discardOther] = pick(o.PassDiscardOther, false)
 	s.noUnref = pick(o.DiscardNoUnref, false)
 	if s.noUnref && h.Version < 3 {

@@ -61,3 +61,13 @@ func (b BlockCore) BlockdevSnapshot(ctx context.Context, a *types.BlockdevSnapsh
 func (b BlockCore) BlockdevSnapshotSync(ctx context.Context, a *types.BlockdevSnapshotSync) error {
 	return b.Jobs.Transaction(ctx, b.Nodes.Graph(), b.Nodes.SnapshotSync(a))
 }
+
+// BlockdevSnapshotInternalSync makes a snapshot inside an image.
+func (b BlockCore) BlockdevSnapshotInternalSync(ctx context.Context, a *types.BlockdevSnapshotInternal) error {
+	return b.Jobs.Transaction(ctx, b.Nodes.Graph(), b.Nodes.InternalSnapshot(a))
+}
+
+// BlockdevSnapshotDeleteInternalSync deletes one.
+func (b BlockCore) BlockdevSnapshotDeleteInternalSync(ctx context.Context, a *types.BlockdevSnapshotDeleteInternalSyncArgs) (*types.SnapshotInfo, error) {
+	return b.Nodes.DeleteInternalSnapshot(ctx, a)
+}

@@ -17,7 +17,7 @@ import (
 
 // BlockCommit implements types.BlockJobHandler.
 func (h BlockJob) BlockCommit(ctx context.Context, a *types.BlockCommitArgs) error {
-	device, err := h.root(a.Device)
+	device, err := h.Nodes.LookupRoot(a.Device)
 	if err != nil {
 		if _, unknown := h.Nodes.Lookup(&a.Device, &a.Device); unknown != nil {
 			// Clients tell versions apart by this class.
@@ -114,7 +114,7 @@ func (h BlockJob) commitEnds(device *graph.Node, a *types.BlockCommitArgs) (top,
 
 // ChangeBackingFile implements types.BlockJobHandler.
 func (h BlockJob) ChangeBackingFile(ctx context.Context, a *types.ChangeBackingFileArgs) (err error) {
-	device, err := h.root(a.Device)
+	device, err := h.Nodes.LookupRoot(a.Device)
 	if err != nil {
 		return err
 	}

@@ -13,23 +13,9 @@ import (
 	"qblockd/schema/types"
 )
 
-// root finds a node by the name of a device or its own that nothing but devices and exports uses, as the reference asks for.
-func (h BlockJob) root(name string) (*graph.Node, error) {
-	n, err := h.Nodes.Lookup(&name, &name)
-	if err != nil {
-		return nil, err
-	}
-	for _, e := range n.Parents() {
-		if r := e.ParentRoot(); r == nil || r.Spec().Kind == graph.KindJob {
-			return nil, errors.New("Need a root block node")
-		}
-	}
-	return n, nil
-}
-
 // BlockdevMirror implements types.BlockJobHandler.
 func (h BlockJob) BlockdevMirror(ctx context.Context, a *types.BlockdevMirrorArgs) error {
-	source, err := h.root(a.Device)
+	source, err := h.Nodes.LookupRoot(a.Device)
 	if err != nil {
 		return err
 	}
@@ -123,7 +109,7 @@ func (h BlockJob) checkReplaces(source *graph.Node, name string) error {
 
 // DriveMirror implements types.BlockJobHandler.
 func (h BlockJob) DriveMirror(ctx context.Context, a *types.DriveMirror) error {
-	source, err := h.root(a.Device)
+	source, err := h.Nodes.LookupRoot(a.Device)
 	if err != nil {
 		return err
 	}

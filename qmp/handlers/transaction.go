@@ -63,6 +63,8 @@ func (h Transaction) action(a *types.TransactionAction) jobs.Action {
 		return &backupStep{h: h.Jobs, args: &u.Data}
 	case *types.BlockdevSnapshotWrapper:
 		return h.Nodes.Snapshot(&u.Data)
+	case *types.BlockdevSnapshotInternalWrapper:
+		return h.Nodes.InternalSnapshot(&u.Data)
 	case *types.BlockdevSnapshotSyncWrapper:
 		return h.Nodes.SnapshotSync(&u.Data)
 	case *types.BlockDirtyBitmapWrapper:

@@ -705,6 +705,8 @@ type BlockdevOptionsQcow2 struct {
 	LazyRefcounts *bool
 	// Pass discards on to the file (default: as the option discard says).
 	PassDiscardRequest *bool
+	// Pass on what is freed by deleting an internal snapshot (default true).
+	PassDiscardSnapshot *bool
 	// Pass on what is freed otherwise (default false).
 	PassDiscardOther *bool
 	// Discarded clusters keep their place in the image (default false).
@@ -1436,6 +1438,14 @@ type BlockJobChangeOptions struct {
 	U any
 }
 
+// BlockdevSnapshotInternal: an internal snapshot to be made.
+type BlockdevSnapshotInternal struct {
+	// The node.
+	Device string
+	// Name of the snapshot.
+	Name string
+}
+
 // QueryBlockstatsArgs: the arguments of query-blockstats.
 type QueryBlockstatsArgs struct {
 	// One entry for each node instead of each device (default false).
@@ -1638,6 +1648,16 @@ type ChangeBackingFileArgs struct {
 	ImageNodeName string
 	// The name to be written; it is not checked.
 	BackingFile string
+}
+
+// BlockdevSnapshotDeleteInternalSyncArgs: the arguments of blockdev-snapshot-delete-internal-sync.
+type BlockdevSnapshotDeleteInternalSyncArgs struct {
+	// The node.
+	Device string
+	// ID of the snapshot.
+	ID *string
+	// Name of the snapshot; with @id, both must be those of one snapshot.
+	Name *string
 }
 
 // BlockImageCorruptedEvent is the event BLOCK_IMAGE_CORRUPTED: an image was found to be damaged.

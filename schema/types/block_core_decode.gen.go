@@ -149,6 +149,7 @@ func membersBlockdevOptionsQcow2(d *decoder, x *BlockdevOptionsQcow2) bool {
 		opt(d, "backing", &x.Backing, visitBlockdevRefOrNull) &&
 		opt(d, "lazy-refcounts", &x.LazyRefcounts, visitBool) &&
 		opt(d, "pass-discard-request", &x.PassDiscardRequest, visitBool) &&
+		opt(d, "pass-discard-snapshot", &x.PassDiscardSnapshot, visitBool) &&
 		opt(d, "pass-discard-other", &x.PassDiscardOther, visitBool) &&
 		opt(d, "discard-no-unref", &x.DiscardNoUnref, visitBool) &&
 		opt(d, "overlap-check", &x.OverlapCheck, visitQcow2OverlapChecks) &&
@@ -761,6 +762,20 @@ func membersBlockJobChangeOptions(d *decoder, x *BlockJobChangeOptions) bool {
 	return true
 }
 
+// DecodeBlockdevSnapshotInternal decodes v; faults are worded as the reference does (*ArgError).
+func DecodeBlockdevSnapshotInternal(v value.Value, m Mode) (*BlockdevSnapshotInternal, error) {
+	return decode(v, m, visitBlockdevSnapshotInternal)
+}
+
+func visitBlockdevSnapshotInternal(d *decoder, name string, x *BlockdevSnapshotInternal) bool {
+	return object(d, name, x, membersBlockdevSnapshotInternal)
+}
+
+func membersBlockdevSnapshotInternal(d *decoder, x *BlockdevSnapshotInternal) bool {
+	return visitStr(d, "device", &x.Device) &&
+		visitStr(d, "name", &x.Name)
+}
+
 // DecodeQueryBlockstatsArgs decodes the arguments in v, nil for none; faults are worded as the reference does (*ArgError).
 func DecodeQueryBlockstatsArgs(v *value.Dict) (*QueryBlockstatsArgs, error) {
 	return args(v, visitQueryBlockstatsArgs)
@@ -1039,4 +1054,19 @@ func membersChangeBackingFileArgs(d *decoder, x *ChangeBackingFileArgs) bool {
 	return visitStr(d, "device", &x.Device) &&
 		visitStr(d, "image-node-name", &x.ImageNodeName) &&
 		visitStr(d, "backing-file", &x.BackingFile)
+}
+
+// DecodeBlockdevSnapshotDeleteInternalSyncArgs decodes the arguments in v, nil for none; faults are worded as the reference does (*ArgError).
+func DecodeBlockdevSnapshotDeleteInternalSyncArgs(v *value.Dict) (*BlockdevSnapshotDeleteInternalSyncArgs, error) {
+	return args(v, visitBlockdevSnapshotDeleteInternalSyncArgs)
+}
+
+func visitBlockdevSnapshotDeleteInternalSyncArgs(d *decoder, name string, x *BlockdevSnapshotDeleteInternalSyncArgs) bool {
+	return object(d, name, x, membersBlockdevSnapshotDeleteInternalSyncArgs)
+}
+
+func membersBlockdevSnapshotDeleteInternalSyncArgs(d *decoder, x *BlockdevSnapshotDeleteInternalSyncArgs) bool {
+	return visitStr(d, "device", &x.Device) &&
+		opt(d, "id", &x.ID, visitStr) &&
+		opt(d, "name", &x.Name, visitStr)
 }

@@ -623,6 +623,10 @@ func (x *BlockdevOptionsQcow2) AppendJSON(b []byte) []byte {
 		b = appendKey(b, "lazy-refcounts")
 		b = appendBool(b, *x.LazyRefcounts)
 	}
+	if x.PassDiscardSnapshot != nil {
+		b = appendKey(b, "pass-discard-snapshot")
+		b = appendBool(b, *x.PassDiscardSnapshot)
+	}
 	if x.PassDiscardOther != nil {
 		b = appendKey(b, "pass-discard-other")
 		b = appendBool(b, *x.PassDiscardOther)
@@ -1249,6 +1253,10 @@ func (x *BlockdevOptions) AppendJSON(b []byte) []byte {
 		if u.LazyRefcounts != nil {
 			b = appendKey(b, "lazy-refcounts")
 			b = appendBool(b, *u.LazyRefcounts)
+		}
+		if u.PassDiscardSnapshot != nil {
+			b = appendKey(b, "pass-discard-snapshot")
+			b = appendBool(b, *u.PassDiscardSnapshot)
 		}
 		if x.DetectZeroes != nil {
 			b = appendKey(b, "detect-zeroes")
@@ -1974,6 +1982,15 @@ func (x *BlockJobChangeOptions) AppendJSON(b []byte) []byte {
 }
 
 // AppendJSON appends x in the reference's form, members in hash order.
+func (x *BlockdevSnapshotInternal) AppendJSON(b []byte) []byte {
+	b = append(b, `{"name": `...)
+	b = value.AppendString(b, x.Name)
+	b = append(b, `, "device": `...)
+	b = value.AppendString(b, x.Device)
+	return append(b, '}')
+}
+
+// AppendJSON appends x in the reference's form, members in hash order.
 func (x *QueryBlockstatsArgs) AppendJSON(b []byte) []byte {
 	b = append(b, '{')
 	if x.QueryNodes != nil {
@@ -2275,6 +2292,22 @@ func (x *ChangeBackingFileArgs) AppendJSON(b []byte) []byte {
 	b = value.AppendString(b, x.ImageNodeName)
 	b = append(b, `, "backing-file": `...)
 	b = value.AppendString(b, x.BackingFile)
+	return append(b, '}')
+}
+
+// AppendJSON appends x in the reference's form, members in hash order.
+func (x *BlockdevSnapshotDeleteInternalSyncArgs) AppendJSON(b []byte) []byte {
+	b = append(b, '{')
+	if x.Name != nil {
+		b = appendKey(b, "name")
+		b = value.AppendString(b, *x.Name)
+	}
+	b = appendKey(b, "device")
+	b = value.AppendString(b, x.Device)
+	if x.ID != nil {
+		b = append(b, `, "id": `...)
+		b = value.AppendString(b, *x.ID)
+	}
 	return append(b, '}')
 }
 

@@ -62,6 +62,13 @@ type BlockCoreHandler interface {
 	// BlockdevSnapshot executes blockdev-snapshot: puts an overlay on a node. All who used the node use
 	// the overlay from then on.
 	BlockdevSnapshot(ctx context.Context, a *BlockdevSnapshot) error
+	// BlockdevSnapshotInternalSync executes blockdev-snapshot-internal-sync: makes a snapshot of a node
+	// inside its image.
+	BlockdevSnapshotInternalSync(ctx context.Context, a *BlockdevSnapshotInternal) error
+	// BlockdevSnapshotDeleteInternalSync executes blockdev-snapshot-delete-internal-sync: deletes a
+	// snapshot that lies inside a node's image.
+	// It returns the snapshot as it was.
+	BlockdevSnapshotDeleteInternalSync(ctx context.Context, a *BlockdevSnapshotDeleteInternalSyncArgs) (*SnapshotInfo, error)
 }
 
 // RegisterBlockCore registers all commands of the module with r.
@@ -248,5 +255,26 @@ func RegisterBlockCore(r Registrar, h BlockCoreHandler) {
 			return nil, err
 		}
 		return append(out, "{}"...), nil
+	})
+	r.Handle("blockdev-snapshot-internal-sync", func(ctx context.Context, args *value.Dict, out []byte) ([]byte, error) {
+		a, err := DecodeBlockdevSnapshotInternal(args, ModeQObject)
+		if err != nil {
+			return nil, err
+		}
+		if err := h.BlockdevSnapshotInternalSync(ctx, a); err != nil {
+			return nil, err
+		}
+		return append(out, "{}"...), nil
+	})
+	r.Handle("blockdev-snapshot-delete-internal-sync", func(ctx context.Context, args *value.Dict, out []byte) ([]byte, error) {
+		a, err := DecodeBlockdevSnapshotDeleteInternalSyncArgs(args)
+		if err != nil {
+			return nil, err
+		}
+		ret, err := h.BlockdevSnapshotDeleteInternalSync(ctx, a)
+		if err != nil {
+			return nil, err
+		}
+		return ret.AppendJSON(out), nil
 	})
 }

@@ -47,6 +47,8 @@ const (
 	// As the command.
 	TransactionActionKindBlockdevSnapshot TransactionActionKind = "blockdev-snapshot"
 	// As the command.
+	TransactionActionKindBlockdevSnapshotInternalSync TransactionActionKind = "blockdev-snapshot-internal-sync"
+	// As the command.
 	TransactionActionKindBlockdevSnapshotSync TransactionActionKind = "blockdev-snapshot-sync"
 	// As the command; use @blockdev-backup.
 	TransactionActionKindDriveBackup TransactionActionKind = "drive-backup"
@@ -63,6 +65,7 @@ var TransactionActionKindValues = []TransactionActionKind{
 	TransactionActionKindBlockDirtyBitmapMerge,
 	TransactionActionKindBlockdevBackup,
 	TransactionActionKindBlockdevSnapshot,
+	TransactionActionKindBlockdevSnapshotInternalSync,
 	TransactionActionKindBlockdevSnapshotSync,
 	TransactionActionKindDriveBackup,
 }
@@ -109,6 +112,12 @@ type BlockdevSnapshotWrapper struct {
 	Data BlockdevSnapshot
 }
 
+// BlockdevSnapshotInternalWrapper: part of the schema's structure.
+type BlockdevSnapshotInternalWrapper struct {
+	// The arguments of the command.
+	Data BlockdevSnapshotInternal
+}
+
 // BlockdevSnapshotSyncWrapper: part of the schema's structure.
 type BlockdevSnapshotSyncWrapper struct {
 	// The arguments of the command.
@@ -125,8 +134,8 @@ type TransactionAction struct {
 	// block-dirty-bitmap-clear, *BlockDirtyBitmapWrapper for block-dirty-bitmap-enable,
 	// *BlockDirtyBitmapWrapper for block-dirty-bitmap-disable, *BlockDirtyBitmapMergeWrapper for
 	// block-dirty-bitmap-merge, *BlockdevBackupWrapper for blockdev-backup, *BlockdevSnapshotWrapper for
-	// blockdev-snapshot, *BlockdevSnapshotSyncWrapper for blockdev-snapshot-sync, *DriveBackupWrapper for
-	// drive-backup.
+	// blockdev-snapshot, *BlockdevSnapshotInternalWrapper for blockdev-snapshot-internal-sync,
+	// *BlockdevSnapshotSyncWrapper for blockdev-snapshot-sync, *DriveBackupWrapper for drive-backup.
 	U any
 }
 

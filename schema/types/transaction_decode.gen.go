@@ -114,6 +114,19 @@ func membersBlockdevSnapshotWrapper(d *decoder, x *BlockdevSnapshotWrapper) bool
 	return visitBlockdevSnapshot(d, "data", &x.Data)
 }
 
+// DecodeBlockdevSnapshotInternalWrapper decodes v; faults are worded as the reference does (*ArgError).
+func DecodeBlockdevSnapshotInternalWrapper(v value.Value, m Mode) (*BlockdevSnapshotInternalWrapper, error) {
+	return decode(v, m, visitBlockdevSnapshotInternalWrapper)
+}
+
+func visitBlockdevSnapshotInternalWrapper(d *decoder, name string, x *BlockdevSnapshotInternalWrapper) bool {
+	return object(d, name, x, membersBlockdevSnapshotInternalWrapper)
+}
+
+func membersBlockdevSnapshotInternalWrapper(d *decoder, x *BlockdevSnapshotInternalWrapper) bool {
+	return visitBlockdevSnapshotInternal(d, "data", &x.Data)
+}
+
 // DecodeBlockdevSnapshotSyncWrapper decodes v; faults are worded as the reference does (*ArgError).
 func DecodeBlockdevSnapshotSyncWrapper(v value.Value, m Mode) (*BlockdevSnapshotSyncWrapper, error) {
 	return decode(v, m, visitBlockdevSnapshotSyncWrapper)
@@ -161,6 +174,10 @@ func membersTransactionAction(d *decoder, x *TransactionAction) bool {
 		u := new(BlockdevBackupWrapper)
 		x.U = u
 		return membersBlockdevBackupWrapper(d, u)
+	case TransactionActionKindBlockdevSnapshotInternalSync:
+		u := new(BlockdevSnapshotInternalWrapper)
+		x.U = u
+		return membersBlockdevSnapshotInternalWrapper(d, u)
 	case TransactionActionKindBlockdevSnapshotSync:
 		u := new(BlockdevSnapshotSyncWrapper)
 		x.U = u

@@ -57,6 +57,13 @@ func (x *BlockdevSnapshotWrapper) AppendJSON(b []byte) []byte {
 }
 
 // AppendJSON appends x in the reference's form, members in hash order.
+func (x *BlockdevSnapshotInternalWrapper) AppendJSON(b []byte) []byte {
+	b = append(b, `{"data": `...)
+	b = x.Data.AppendJSON(b)
+	return append(b, '}')
+}
+
+// AppendJSON appends x in the reference's form, members in hash order.
 func (x *BlockdevSnapshotSyncWrapper) AppendJSON(b []byte) []byte {
 	b = append(b, `{"data": `...)
 	b = x.Data.AppendJSON(b)
@@ -97,6 +104,12 @@ func (x *TransactionAction) AppendJSON(b []byte) []byte {
 		b = u.Data.AppendJSON(b)
 		return append(b, '}')
 	case *BlockdevSnapshotWrapper:
+		b = append(b, `{"type": `...)
+		b = appendEnum(b, x.Type)
+		b = append(b, `, "data": `...)
+		b = u.Data.AppendJSON(b)
+		return append(b, '}')
+	case *BlockdevSnapshotInternalWrapper:
 		b = append(b, `{"type": `...)
 		b = appendEnum(b, x.Type)
 		b = append(b, `, "data": `...)

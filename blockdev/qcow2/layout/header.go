@@ -32,6 +32,7 @@ const (
 	OffL1Size            = 36 // l1_size (4), l1_table_offset (8)
 	OffReftable          = 48 // refcount_table_offset (8), refcount_table_clusters (4)
 	OffSize              = 24
+	OffSnapshots         = 60 // nb_snapshots (4), snapshots_offset (8)
 	OffIncompatFeatures  = 72
 	OffAutoclearFeatures = 88
 )

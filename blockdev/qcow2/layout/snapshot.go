@@ -23,6 +23,7 @@ type Snapshot struct {
 	VMStateSize   uint64
 	DiskSize      uint64 // bytes
 	Icount        uint64 // all ones: none
+	raw           []byte // as it was parsed
 }
 
 // SnapshotNeed tells how many bytes from the entry's beginning are needed to parse the
@@ -63,9 +64,36 @@ func ParseSnapshot(b []byte, diskSize uint64) Snapshot {
 		s.Icount = be.Uint64(x[16:])
 	}
 	rest := b[SnapshotHeaderSize+extra:]
+	s.raw = b
 	s.ID, s.Name = cString(rest[:idLen]), cString(rest[idLen:idLen+nameLen])
 	return s
 }
 
 // SnapshotTableTooBig tells whether a snapshot table of n bytes is refused.
 func SnapshotTableTooBig(n int64) bool { return n > maxSnapshotBytes }
+
+// AppendTo appends the entry of the snapshot table: as it was parsed, if it was.
+func (s *Snapshot) AppendTo(b []byte) []byte {
+	be := binary.BigEndian
+	if s.raw != nil {
+		b = append(b, s.raw...)
+	} else {
+		b = be.AppendUint64(b, s.L1TableOffset)
+		b = be.AppendUint32(b, s.L1Size)
+		b = be.AppendUint16(b, uint16(len(s.ID)))
+		b = be.AppendUint16(b, uint16(len(s.Name)))
+		b = be.AppendUint32(b, s.DateSec)
+		b = be.AppendUint32(b, s.DateNsec)
+		b = be.AppendUint64(b, s.VMClockNsec)
+		b = be.AppendUint32(b, uint32(min(s.VMStateSize, 1<<32-1)))
+		b = be.AppendUint32(b, 24) // bytes of what follows before the ID
+		b = be.AppendUint64(b, s.VMStateSize)
+		b = be.AppendUint64(b, s.DiskSize)
+		b = be.AppendUint64(b, s.Icount)
+		b = append(append(b, s.ID...), s.Name...)
+	}
+	for len(b)%8 != 0 {
+		b = append(b, 0)
+	}
+	return b
+}

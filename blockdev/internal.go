@@ -1,0 +1,149 @@
+package blockdev
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"time"
+
+	"qblockd/graph"
+	"qblockd/graph/blk"
+	"qblockd/schema/types"
+)
+
+// started is when the clock of internal snapshots began: there is no machine whose clock they could tell.
+var started = time.Now()
+
+// LookupRoot finds a node by the name of a device or its own that nothing but devices and exports uses.
+func (m *Manager) LookupRoot(name string) (*graph.Node, error) {
+	n, err := m.Lookup(&name, &name)
+	if err != nil {
+		return nil, err
+	}
+	for _, e := range n.Parents() {
+		if r := e.ParentRoot(); r == nil || r.Spec().Kind == graph.KindJob {
+			return nil, errors.New("Need a root block node")
+		}
+	}
+	return n, nil
+}
+
+// InternalSnapshot is the body of blockdev-snapshot-internal-sync, as a step of a transaction (jobs.Action). The snapshot is made in Prepare and deleted again in
+// Abort.
+type InternalSnapshot struct {
+	m     *Manager
+	args  *types.BlockdevSnapshotInternal
+	store graph.Snapshotter
+	id    string // of the snapshot that was made
+}
+
+// InternalSnapshot makes the step.
+func (m *Manager) InternalSnapshot(a *types.BlockdevSnapshotInternal) *InternalSnapshot {
+	return &InternalSnapshot{m: m, args: a}
+}
+
+// Nodes implements jobs.Action.
+func (s *InternalSnapshot) Nodes() []*graph.Node {
+	if n, err := s.m.LookupRoot(s.args.Device); err == nil {
+		return []*graph.Node{n}
+	}
+	return nil
+}
+
+// Prepare implements jobs.Action.
+func (s *InternalSnapshot) Prepare(ctx context.Context, _ *graph.Tx) error {
+	device, name := s.args.Device, s.args.Name
+	n, err := s.m.LookupRoot(device)
+	if err != nil {
+		return err
+	}
+	if err := n.Blocked(graph.OpInternalSnapshot); err != nil {
+		return err
+	}
+	store, ok := n.Driver().(graph.Snapshotter)
+	switch {
+	case n.ReadOnly():
+		return fmt.Errorf("Device '%s' is read only", device)
+	case !ok:
+		return fmt.Errorf("Block format '%s' used by device '%s' does not support internal snapshots", n.DriverName(), device)
+	case name == "":
+		return errors.New("Name is empty")
+	case findSnapshot(store, nil, &name) != nil:
+		return fmt.Errorf("Snapshot with name '%s' already exists on device '%s'", name, device)
+	}
+	const most = 255 // bytes of a name
+	name = name[:min(len(name), most)]
+	now := time.Now()
+	id, err := store.CreateSnapshot(&blk.Req{Ctx: ctx}, name, now, now.Sub(started))
+	if err != nil {
+		return fmt.Errorf("Failed to create snapshot '%s' on device '%s': %s", name, device, blk.ErrnoText(err))
+	}
+	s.store, s.id = store, id
+	return nil
+}
+
+// Commit implements jobs.Action.
+func (s *InternalSnapshot) Commit() {}
+
+// Abort implements jobs.Action.
+func (s *InternalSnapshot) Abort() {
+	if s.store == nil {
+		return
+	}
+	if err := s.store.DeleteSnapshot(&blk.Req{Ctx: context.Background()}, s.id); err != nil {
+		s.m.log.Error("an internal snapshot of a transaction that failed stays", "node", s.args.Device, "snapshot", s.args.Name, "error", err)
+	}
+}
+
+// Clean implements jobs.Action.
+func (s *InternalSnapshot) Clean() {}
+
+// findSnapshot is the snapshot with that ID and that name, as far as they are given.
+func findSnapshot(s graph.Snapshotter, id, name *string) *types.SnapshotInfo {
+	for _, x := range s.Snapshots() {
+		if (id == nil || x.ID == *id) && (name == nil || x.Name == *name) {
+			return x
+		}
+	}
+	return nil
+}
+
+// DeleteInternalSnapshot is the body of blockdev-snapshot-delete-internal-sync. Requests on the node wait meanwhile.
+func (m *Manager) DeleteInternalSnapshot(ctx context.Context, a *types.BlockdevSnapshotDeleteInternalSyncArgs) (*types.SnapshotInfo, error) {
+	n, err := m.LookupRoot(a.Device)
+	switch {
+	case err != nil:
+		return nil, err
+	case a.ID == nil && a.Name == nil:
+		return nil, errors.New("Name or id must be provided")
+	}
+	if err := n.Blocked(graph.OpInternalSnapshotDelete); err != nil {
+		return nil, err
+	}
+	store, ok := n.Driver().(graph.Snapshotter)
+	if !ok {
+		return nil, errors.New("Failed to get a snapshot list: Operation not supported")
+	}
+	undrain, err := m.g.Drain(ctx, n)
+	if err != nil {
+		return nil, err
+	}
+	defer undrain()
+	x := findSnapshot(store, a.ID, a.Name)
+	if x == nil {
+		text := func(s *string) string {
+			if s == nil {
+				return "null"
+			}
+			return *s
+		}
+		return nil, fmt.Errorf("Snapshot with id '%s' and name '%s' does not exist on device '%s'", text(a.ID), text(a.Name), a.Device)
+	}
+	if n.ReadOnly() {
+		return nil, fmt.Errorf("Device '%s' is read only", a.Device)
+	}
+	if err := store.DeleteSnapshot(&blk.Req{Ctx: ctx}, x.ID); err != nil {
+		return nil, fmt.Errorf("Failed to remove snapshot: %s", blk.ErrnoText(err))
+	}
+	return x, nil
+}
