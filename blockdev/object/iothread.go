@@ -37,12 +37,7 @@ func (g *Group) typ() string { return "iothread" }
 
 const threadPoolMax = "thread-pool-max"
 
-func (g *Group) get(property string) (value.Value, bool) {
-	if property == threadPoolMax {
-		return g.Max(), true
-	}
-	return nil, false
-}
+func (g *Group) get(string) (value.Value, error) { return g.Max(), nil }
 
 func (g *Group) set(property string, v value.Value) error {
 	if property == threadPoolMax {

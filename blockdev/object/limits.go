@@ -22,19 +22,19 @@ func newLimits(id string, o *types.ThrottleGroupProperties) (*limits, error) {
 
 func (l *limits) typ() string { return "throttle-group" }
 
-func (l *limits) get(property string) (value.Value, bool) {
+func (l *limits) get(property string) (value.Value, error) {
 	now := l.g.Limits()
 	if property == "limits" {
 		v, err := value.Parse(string(now.Shown().AppendJSON(nil)))
 		if err != nil {
 			panic("object: " + err.Error())
 		}
-		return v, true
+		return v, nil
 	}
 	if n, ok := now.Get(property); ok {
-		return n, true
+		return n, nil
 	}
-	return nil, false
+	return nil, errNotReadable
 }
 
 // set changes several limits at once only: there are combinations that no single change could lead to.

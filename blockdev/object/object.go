@@ -1,5 +1,5 @@
 // Package object holds the objects that clients make by object-add and see as a tree through the qom- commands: iothread, a named and
-// bounded group of workers, and throttle-group, limits for throttle filters.
+// bounded group of workers; secret, which gives nothing away; and throttle-group, limits for throttle filters.
 //
 //	/            container
 //	/objects     container    what object-add made
@@ -23,18 +23,24 @@ type Chardev struct{ Label, Kind string }
 // object is what a type of objects does. Properties are those of its type.
 type object interface {
 	typ() string
-	// get reads a property; false: there is none of that name.
-	get(property string) (value.Value, bool)
+	// get reads a property that exists, or returns errNotReadable.
+	get(property string) (value.Value, error)
 	// set changes a property that exists, or returns errReadOnly.
 	set(property string, v value.Value) error
 	// retire ends the object, unless it is in use.
 	retire() bool
 }
 
-// errReadOnly: a property cannot be changed. It is worded by who knows the type.
-var errReadOnly = errors.New("property is not writable")
+// completer is an object that has more to do before it can be used, once its name is known to be free.
+type completer interface{ complete(r *Registry) error }
 
-// Registry holds all objects. Its methods may be called from any goroutine; none blocks.
+// A property cannot be changed or read. Worded by who knows the type.
+var (
+	errReadOnly    = errors.New("property is not writable")
+	errNotReadable = errors.New("property is not readable")
+)
+
+// Registry holds all objects. Its methods may be called from any goroutine; none blocks, but Add of a secret that is in a file.
 type Registry struct {
 	chardevs func() []Chardev
 
@@ -73,10 +79,19 @@ func (r *Registry) Add(o *types.ObjectOptions) error {
 	if !types.WellFormedID(o.ID) {
 		return errID
 	}
+	duplicate := fmt.Errorf("attempt to add duplicate property '%s' to object (type 'container')", o.ID)
+	if c, ok := x.(completer); ok {
+		if r.find(o.ID) != nil {
+			return duplicate
+		}
+		if err := c.complete(r); err != nil {
+			return err
+		}
+	}
 	r.mu.Lock()
 	defer r.mu.Unlock()
 	if r.findLocked(o.ID) != nil {
-		return fmt.Errorf("attempt to add duplicate property '%s' to object (type 'container')", o.ID)
+		return duplicate
 	}
 	r.objects = append(r.objects, named{o.ID, x})
 	return nil
@@ -88,6 +103,8 @@ func (r *Registry) make(o *types.ObjectOptions) (object, error) {
 		return newLimits(o.ID, u)
 	case *types.IothreadProperties:
 		return newGroup(u)
+	case *types.SecretProperties:
+		return &secret{p: *u}, nil
 	}
 	return nil, fmt.Errorf("invalid object type: %s", o.QomType)
 }

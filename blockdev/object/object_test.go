@@ -49,7 +49,7 @@ func TestRegistry(t *testing.T) {
 	if l, err := r.List("/"); err != nil || len(l) != 3 || l[1].Type != "child<container>" {
 		t.Errorf("list: %v %v", l, err)
 	}
-	if l := r.Types("user-creatable", false); len(l) != 2 || l[0].Name != "iothread" || l[1].Name != "throttle-group" {
+	if l := r.Types("user-creatable", false); len(l) != 3 || l[0].Name != "iothread" || l[1].Name != "secret" || l[2].Name != "throttle-group" {
 		t.Errorf("types: %v", l)
 	}
 	if l := r.Types("chardev", true); len(l) != 9 {
@@ -60,6 +60,43 @@ func TestRegistry(t *testing.T) {
 	}
 	if err := r.Del("a"); err != nil || r.Group("a") != nil {
 		t.Errorf("del: %v", err)
+	}
+}
+
+// TestSecret: what users of secrets get, and that clients get nothing.
+func TestSecret(t *testing.T) {
+	r := NewRegistry(nil)
+	ptr := func(s string) *string { return &s }
+	b64 := types.QCryptoSecretFormatBase64
+	for _, c := range []struct {
+		id   string
+		p    types.SecretProperties
+		want string
+	}{
+		{"raw", types.SecretProperties{Data: ptr("open sesame")}, "open sesame"},
+		{"encoded", types.SecretProperties{Data: ptr("aGVs\nbG8=\n"), Format: &b64}, "hello"},
+		{"cut", types.SecretProperties{Data: ptr("aGVsbG8"), Format: &b64}, "hel"},
+		{"key", types.SecretProperties{Data: ptr("AAECAwQFBgcICQoLDA0ODxAREhMUFRYXGBkaGxwdHh8="), Format: &b64},
+			"\x00\x01\x02\x03\x04\x05\x06\x07\x08\x09\x0a\x0b\x0c\x0d\x0e\x0f\x10\x11\x12\x13\x14\x15\x16\x17\x18\x19\x1a\x1b\x1c\x1d\x1e\x1f"},
+		{"encrypted", types.SecretProperties{Data: ptr("f9Etr7fpWZ0LhJrYwuPCHw=="), Format: &b64, Keyid: ptr("key"),
+			Iv: ptr("AAECAwQFBgcICQoLDA0ODw==")}, "hello"},
+	} {
+		if err := r.Add(&types.ObjectOptions{QomType: types.ObjectTypeSecret, ID: c.id, U: &c.p}); err != nil {
+			t.Fatal(c.id, err)
+		}
+		if got, err := r.secretData(c.id); err != nil || string(got) != c.want {
+			t.Errorf("%s: %q %v", c.id, got, err)
+		}
+		if v, err := r.Get("/objects/"+c.id, "data"); err == nil || err.Error() != "Property 'secret.data' is not readable" {
+			t.Errorf("%s: %v %v", c.id, v, err)
+		}
+		if err := r.Set("/objects/"+c.id, "data", "x"); err == nil || err.Error() != "Property 'secret.data' is not writable" {
+			t.Error(c.id, err)
+		}
+	}
+	p := types.SecretProperties{Data: ptr(""), Keyid: ptr("key"), Iv: ptr("AAECAwQFBgcICQoLDA0ODw==")}
+	if err := r.Add(&types.ObjectOptions{QomType: types.ObjectTypeSecret, ID: "empty", U: &p}); err == nil || r.find("empty") != nil {
+		t.Error("nothing was decrypted to something")
 	}
 }
 

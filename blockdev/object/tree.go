@@ -88,12 +88,16 @@ func (n *node) each(f func(*node)) {
 
 // typeProperties are the properties of each type, beyond "type", in the reference's order.
 var typeProperties = map[string][]*types.ObjectPropertyInfo{
-	"iothread": {{Name: threadPoolMax, Type: "int"}},
+	"iothread":      {{Name: threadPoolMax, Type: "int"}},
+	"secret_common": secretCommon,
+	"secret":        append(secretCommon[:len(secretCommon):len(secretCommon)], infos("string", "file", "data")...),
 	"throttle-group": infos("int", "x-bps-write-max-length", "x-iops-total-max-length", "x-iops-size", "limits:ThrottleLimits",
 		"x-bps-total", "x-iops-read-max-length", "x-bps-write", "x-iops-write-max-length", "x-bps-read-max", "x-iops-read-max",
 		"x-bps-total-max", "x-bps-read-max-length", "x-iops-read", "x-bps-read", "x-bps-write-max", "x-iops-total-max",
 		"x-iops-total", "x-iops-write", "x-bps-total-max-length", "x-iops-write-max"),
 }
+
+var secretCommon = infos("string", "iv", "keyid", "loaded:bool", "format:QCryptoSecretFormat")
 
 // infos describes properties called NAME or NAME:TYPE; of type typ if they do not say.
 func infos(typ string, names ...string) (out []*types.ObjectPropertyInfo) {
@@ -144,9 +148,11 @@ func (r *Registry) Get(path, property string) (value.Value, error) {
 		return n.typ, nil
 	}
 	if n.obj != nil && has(n.typ, property) {
-		if v, ok := n.obj.get(property); ok {
-			return v, nil
+		v, err := n.obj.get(property)
+		if err == errNotReadable {
+			return nil, fmt.Errorf("Property '%s.%s' is not readable", n.typ, property)
 		}
+		return v, err
 	}
 	for _, k := range n.kids {
 		if k.name == property {
@@ -188,8 +194,10 @@ var objectTypes = []typeInfo{
 	{name: "event-loop-base", parent: "object", abstract: true},
 	{name: "chardev", parent: "object", abstract: true},
 	{name: "chardev-fd", parent: "chardev", abstract: true},
+	{name: "secret_common", parent: "object", abstract: true, creatable: true},
 	{name: "container", parent: "object"},
 	{name: "iothread", parent: "event-loop-base", creatable: true},
+	{name: "secret", parent: "secret_common", creatable: true},
 	{name: "chardev-pipe", parent: "chardev-fd"},
 	{name: "chardev-null", parent: "chardev"},
 	{name: "chardev-ringbuf", parent: "chardev"},

@@ -32,6 +32,38 @@ type IothreadProperties struct {
 	ThreadPoolMax *int64
 }
 
+// QCryptoSecretFormat: how the data of a secret are written.
+type QCryptoSecretFormat string
+
+// The values of QCryptoSecretFormat.
+const (
+	// As they are.
+	QCryptoSecretFormatRaw QCryptoSecretFormat = "raw"
+	// In base64.
+	QCryptoSecretFormatBase64 QCryptoSecretFormat = "base64"
+)
+
+// QCryptoSecretFormatValues lists the values of QCryptoSecretFormat in the order of the schema.
+var QCryptoSecretFormatValues = []QCryptoSecretFormat{
+	QCryptoSecretFormatRaw,
+	QCryptoSecretFormatBase64,
+}
+
+// SecretProperties: a secret, given in @data or in @file, in one of the two. With @keyid it is
+// encrypted with AES-256-CBC and padded as in PKCS#7.
+type SecretProperties struct {
+	// How it is written (default raw).
+	Format *QCryptoSecretFormat
+	// The secret with the key, of 32 bytes.
+	Keyid *string
+	// The initialization vector, 16 bytes in base64; needed with @keyid.
+	Iv *string
+	// The secret.
+	Data *string
+	// Path of a file that has it.
+	File *string
+}
+
 // ObjectType: types of objects that a client can make.
 type ObjectType string
 
@@ -39,6 +71,8 @@ type ObjectType string
 const (
 	// A group of workers.
 	ObjectTypeIothread ObjectType = "iothread"
+	// Something that only its users may know.
+	ObjectTypeSecret ObjectType = "secret"
 	// Limits shared by throttle filters.
 	ObjectTypeThrottleGroup ObjectType = "throttle-group"
 )
@@ -46,6 +80,7 @@ const (
 // ObjectTypeValues lists the values of ObjectType in the order of the schema.
 var ObjectTypeValues = []ObjectType{
 	ObjectTypeIothread,
+	ObjectTypeSecret,
 	ObjectTypeThrottleGroup,
 }
 
@@ -56,7 +91,8 @@ type ObjectOptions struct {
 	// Its name.
 	ID string
 	// U holds the members of the branch that QomType selects; nil where the branch has none.
-	// *IothreadProperties for iothread, *ThrottleGroupProperties for throttle-group.
+	// *IothreadProperties for iothread, *SecretProperties for secret, *ThrottleGroupProperties for
+	// throttle-group.
 	U any
 }
 

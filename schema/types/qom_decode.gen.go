@@ -17,6 +17,27 @@ func membersIothreadProperties(d *decoder, x *IothreadProperties) bool {
 	return opt(d, "thread-pool-max", &x.ThreadPoolMax, visitInt64)
 }
 
+func visitQCryptoSecretFormat(d *decoder, name string, x *QCryptoSecretFormat) bool {
+	return enum(d, name, x, QCryptoSecretFormatValues)
+}
+
+// DecodeSecretProperties decodes v; faults are worded as the reference does (*ArgError).
+func DecodeSecretProperties(v value.Value, m Mode) (*SecretProperties, error) {
+	return decode(v, m, visitSecretProperties)
+}
+
+func visitSecretProperties(d *decoder, name string, x *SecretProperties) bool {
+	return object(d, name, x, membersSecretProperties)
+}
+
+func membersSecretProperties(d *decoder, x *SecretProperties) bool {
+	return opt(d, "format", &x.Format, visitQCryptoSecretFormat) &&
+		opt(d, "keyid", &x.Keyid, visitStr) &&
+		opt(d, "iv", &x.Iv, visitStr) &&
+		opt(d, "data", &x.Data, visitStr) &&
+		opt(d, "file", &x.File, visitStr)
+}
+
 func visitObjectType(d *decoder, name string, x *ObjectType) bool {
 	return enum(d, name, x, ObjectTypeValues)
 }
@@ -40,6 +61,10 @@ func membersObjectOptions(d *decoder, x *ObjectOptions) bool {
 		u := new(IothreadProperties)
 		x.U = u
 		return membersIothreadProperties(d, u)
+	case ObjectTypeSecret:
+		u := new(SecretProperties)
+		x.U = u
+		return membersSecretProperties(d, u)
 	case ObjectTypeThrottleGroup:
 		u := new(ThrottleGroupProperties)
 		x.U = u

@@ -49,6 +49,32 @@ func (x *IothreadProperties) AppendJSON(b []byte) []byte {
 }
 
 // AppendJSON appends x in the reference's form, members in hash order.
+func (x *SecretProperties) AppendJSON(b []byte) []byte {
+	b = append(b, '{')
+	if x.Keyid != nil {
+		b = appendKey(b, "keyid")
+		b = value.AppendString(b, *x.Keyid)
+	}
+	if x.Iv != nil {
+		b = appendKey(b, "iv")
+		b = value.AppendString(b, *x.Iv)
+	}
+	if x.Format != nil {
+		b = appendKey(b, "format")
+		b = appendEnum(b, *x.Format)
+	}
+	if x.File != nil {
+		b = appendKey(b, "file")
+		b = value.AppendString(b, *x.File)
+	}
+	if x.Data != nil {
+		b = appendKey(b, "data")
+		b = value.AppendString(b, *x.Data)
+	}
+	return append(b, '}')
+}
+
+// AppendJSON appends x in the reference's form, members in hash order.
 func (x *ObjectOptions) AppendJSON(b []byte) []byte {
 	switch u := x.U.(type) {
 	case *IothreadProperties:
@@ -60,6 +86,32 @@ func (x *ObjectOptions) AppendJSON(b []byte) []byte {
 		}
 		b = append(b, `, "id": `...)
 		b = value.AppendString(b, x.ID)
+		return append(b, '}')
+	case *SecretProperties:
+		b = append(b, `{"qom-type": `...)
+		b = appendEnum(b, x.QomType)
+		if u.Keyid != nil {
+			b = append(b, `, "keyid": `...)
+			b = value.AppendString(b, *u.Keyid)
+		}
+		if u.Iv != nil {
+			b = append(b, `, "iv": `...)
+			b = value.AppendString(b, *u.Iv)
+		}
+		if u.Format != nil {
+			b = append(b, `, "format": `...)
+			b = appendEnum(b, *u.Format)
+		}
+		if u.File != nil {
+			b = append(b, `, "file": `...)
+			b = value.AppendString(b, *u.File)
+		}
+		b = append(b, `, "id": `...)
+		b = value.AppendString(b, x.ID)
+		if u.Data != nil {
+			b = append(b, `, "data": `...)
+			b = value.AppendString(b, *u.Data)
+		}
 		return append(b, '}')
 	case *ThrottleGroupProperties:
 		b = append(b, '{')
