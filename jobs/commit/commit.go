@@ -35,8 +35,8 @@ import (
 const (
 	// chunk is the largest extent copied at once, in bytes.
 	chunk = 1 << 20
-	// workers copy extents at the same time.
-	workers = 2
+	// workers copy extents at the same time; see package mirror.
+	workers = 1
 )
 
 // Args says what to commit. Device is the top of the chain that Top and Base were found in; nobody writes to Top.

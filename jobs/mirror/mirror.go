@@ -34,10 +34,11 @@ import (
 )
 
 const (
-	// workers copy extents at the same time.
-	workers = 2
-	// maxCopy is the most that one copy takes, in bytes.
-	maxCopy = 1 << 20
+	// workers copy extents at the same time. A second one makes nothing faster where the kernel copies, and takes a processor from guests.
+	workers = 1
+	// maxCopy is the most that one copy takes, in bytes, and shortCopy that while guests may have to wait for it.
+	maxCopy   = 1 << 20
+	shortCopy = 256 << 10
 	// maxInFlight is how many extents the reference has in flight; its buffer size is counted in those.
 	maxInFlight = 16
 )

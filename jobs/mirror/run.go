@@ -220,6 +220,9 @@ func (j *job) becomeReady(ctx context.Context, h *jobs.Handle) error {
 // copyDirty copies what is dirty once. It returns when nothing is in flight any more.
 func (j *job) copyDirty(ctx context.Context, h *jobs.Handle) error {
 	chunk := min(max(j.BufSize/maxInFlight, j.Granularity), maxCopy)
+	if j.driver.job.Load() != nil {
+		chunk = min(chunk, shortCopy)
+	}
 	return copy.Run(h, copy.Task{
 		Gate: &gates{job: j, ctx: ctx, with: map[*blk.Req]*blk.Req{}}, Size: j.Source.Size(), Workers: workers,
 		Chunk: max(blk.AlignDown(chunk, j.Granularity), j.Granularity),
