@@ -522,3 +522,43 @@ func TestVerbsOnAnIdleJob(t *testing.T) {
 		t.Errorf("events: %s, want %s", got, want)
 	}
 }
+
+// One of two jobs is cancelled: both end so, whatever the other was doing.
+func TestTransactionCancelledTogether(t *testing.T) {
+	r := newRecorder()
+	m := NewManager(r, nil)
+	defer shutdown(t, m)
+	group(t, m, m.NewTxn(), map[string]*work{"a": {run: untilCancelled}, "b": {run: untilCancelled}})
+	if err := m.Get("a").Cancel(true); err != nil {
+		t.Fatal(err)
+	}
+	r.wait("a:null")
+	got := r.wait("b:null")
+	if !strings.Contains(got, "a:CANCELLED") || !strings.Contains(got, "b:CANCELLED") {
+		t.Errorf("events %q", got)
+	}
+}
+
+// One job fails at the moment when the other is cancelled: each ends once.
+func TestTransactionFailsWhileCancelled(t *testing.T) {
+	for range 100 {
+		r := newRecorder()
+		m := NewManager(r, nil)
+		fail := make(chan struct{})
+		group(t, m, m.NewTxn(), map[string]*work{
+			"bad":  {run: func(_ context.Context, h *Handle) error { h.Yield(); <-fail; return syscall.EIO }},
+			"busy": {run: untilCancelled},
+		})
+		busy := m.Get("busy")
+		close(fail)
+		_ = busy.Cancel(true) // refused if it has ended already
+		r.wait("bad:null")
+		got := r.wait("busy:null")
+		for _, id := range []string{"bad", "busy"} {
+			if n := strings.Count(got, id+":concluded"); n != 1 {
+				t.Fatalf("%s was concluded %d times: %q", id, n, got)
+			}
+		}
+		shutdown(t, m)
+	}
+}

@@ -536,3 +536,33 @@ func faultAt(t *testing.T, mode types.MirrorCopyMode, policy types.BlockdevOnErr
 	}
 	return failed
 }
+
+// A job that is paused when it is told to complete does so when it is resumed.
+func TestCompleteInStandby(t *testing.T) {
+	w := newWorld(t)
+	j := w.start(w.args(types.MirrorCopyModeBackground))
+	if !w.await(ready) {
+		t.Fatal(j.Err())
+	}
+	if err := j.Pause(); err != nil {
+		t.Fatal(err)
+	}
+	w.await(func(e events.Event) bool {
+		x, ok := e.(types.JobStatusChangeEvent)
+		return ok && x.Status == types.JobStatusStandby
+	})
+	if err := j.Complete(context.Background()); err != nil {
+		t.Fatal(err)
+	}
+	select {
+	case <-j.Finished():
+		t.Error("a job ends while it is paused")
+	default:
+	}
+	if err := j.Resume(); err != nil {
+		t.Fatal(err)
+	}
+	if err := w.end(j, "target"); err != nil {
+		t.Error(err)
+	}
+}

@@ -21,6 +21,7 @@ import (
 
 var (
 	flagRounds = flag.Int("crash.rounds", 5, "rounds of kill -9")
+	flagJob    = flag.String("crash.job", "", "what runs besides the clients: one of works; empty: by the seed")
 	flagSeed   = flag.Uint64("crash.seed", 0, "seed of the first round; 0: by the clock")
 )
 
@@ -32,6 +33,9 @@ const (
 // layers of the chain, lowest first.
 var layers = []string{"base", "mid", "top"}
 
+// works are what runs while clients write: jobs, each on the chain that the clients write to, or snapshots inside its top.
+var works = []string{"stream", "commit", "active-commit", "mirror", "blocking-mirror", "backup", "snapshots"}
+
 // killRound is one daemon that is killed.
 type killRound struct {
 	t    *testing.T
@@ -41,9 +45,12 @@ type killRound struct {
 	l    *ledger
 	d    *daemon.Daemon
 	how  string
+	work string
+	// repair: only opening an image for writing puts its refcounts right.
+	repair bool
 }
 
-// TestKill kills a daemon under four clients and a stream job, again and again.
+// TestKill kills a daemon under four clients and a job, or snapshots, again and again.
 func TestKill(t *testing.T) {
 	seed := *flagSeed
 	if seed == 0 {
@@ -80,7 +87,11 @@ func (r *killRound) make() {
 	defer x.Close()
 	cs := []uint64{65536, 65536, 4096, 512, 2 << 20}[r.rnd.IntN(5)]
 	r.lazy = r.rnd.IntN(4) == 0
-	r.how = fmt.Sprintf("clusters of %d, lazy %v", cs, r.lazy)
+	if r.work = *flagJob; r.work == "" {
+		r.work = works[r.rnd.IntN(len(works))]
+	}
+	r.repair = r.lazy || r.work == "snapshots"
+	r.how = fmt.Sprintf("%s, clusters of %d, lazy %v", r.work, cs, r.lazy)
 	values := make([]uint64, diskSize/sector)
 	for k, name := range layers {
 		o := types.BlockdevCreateOptionsQcow2{Size: diskSize, ClusterSize: &cs, LazyRefcounts: &r.lazy}
@@ -95,7 +106,18 @@ func (r *killRound) make() {
 		}
 		r.fill(x, name, k, values)
 	}
+	if r.hasTarget() {
+		err := errors.Join(x.MakeFile("target", 0, nil), x.CreateQcow2(ctx, "target", types.BlockdevCreateOptionsQcow2{Size: diskSize, ClusterSize: &cs, LazyRefcounts: &r.lazy}))
+		if err != nil {
+			r.t.Fatal(err)
+		}
+	}
 	r.l = newLedger(len(values), func(i int) uint64 { return values[i] })
+}
+
+// hasTarget tells whether the job copies to an image of its own.
+func (r *killRound) hasTarget() bool {
+	return r.work == "mirror" || r.work == "blocking-mirror" || r.work == "backup"
 }
 
 // fill writes to a layer.
@@ -159,12 +181,17 @@ func (r *killRound) play() (leaks int, running bool, acked int) {
 		}
 		wg.Go(func() { counts[i] = r.client(c, i, rand.New(rand.NewPCG(seed, 2))) })
 	}
-	args := map[string]any{"job-id": "j", "device": "top", "speed": 4<<20 + r.rnd.Int64N(64<<20)}
-	if r.rnd.IntN(2) == 0 {
-		args["base-node"] = "base"
+	r.begin(q)
+	for end := time.Now().Add(time.Duration(5+r.rnd.IntN(300)) * time.Millisecond); time.Now().Before(end); { // the moment of the kill is what is random here
+		if r.work != "snapshots" {
+			time.Sleep(time.Until(end))
+			continue
+		}
+		name := fmt.Sprint(r.rnd.IntN(6))
+		if _, err := q.Do("blockdev-snapshot-internal-sync", map[string]any{"device": "top", "name": name}); err != nil {
+			q.Must(r.t, "blockdev-snapshot-delete-internal-sync", map[string]any{"device": "top", "name": name})
+		}
 	}
-	q.Must(r.t, "block-stream", args)
-	time.Sleep(time.Duration(5+r.rnd.IntN(300)) * time.Millisecond) // the moment of the kill is what is random here
 	var list []json.RawMessage
 	if b, err := q.Do("query-jobs", nil); err == nil {
 		_ = json.Unmarshal(b, &list)
@@ -177,16 +204,47 @@ func (r *killRound) play() (leaks int, running bool, acked int) {
 	for _, n := range counts {
 		acked += n
 	}
-	if !r.lazy {
-		leaks = r.check() // with lazy refcounts only opening repairs them
+	if !r.repair {
+		leaks = r.check()
 	}
 	r.reopen()
-	if r.lazy {
+	if r.repair {
 		leaks = r.check()
 	} else {
 		r.check()
 	}
 	return leaks, len(list) > 0, acked
+}
+
+// begin starts the job. None of them is told to complete: what clients were told is written is in the chain.
+func (r *killRound) begin(q *daemon.QMP) {
+	args := map[string]any{"job-id": "j", "device": "top", "speed": 4<<20 + r.rnd.Int64N(64<<20)}
+	switch r.work {
+	case "stream":
+		if r.rnd.IntN(2) == 0 {
+			args["base-node"] = "base"
+		}
+		q.Must(r.t, "block-stream", args)
+	case "commit":
+		args["top-node"] = "mid"
+		q.Must(r.t, "block-commit", args)
+	case "active-commit":
+		if r.rnd.IntN(2) == 0 {
+			args["base-node"] = "mid"
+		}
+		q.Must(r.t, "block-commit", args)
+	case "mirror", "blocking-mirror", "backup":
+		q.Must(r.t, "blockdev-add", daemon.Blockdev("qcow2", "target", map[string]any{"file": daemon.File("target")}))
+		args["target"], args["sync"] = "target", "full"
+		if r.work == "backup" {
+			q.Must(r.t, "blockdev-backup", args)
+			return
+		}
+		if r.work == "blocking-mirror" {
+			args["copy-mode"] = "write-blocking"
+		}
+		q.Must(r.t, "blockdev-mirror", args)
+	}
 }
 
 // client writes to every fourth block of 4 KiB until the connection ends.
@@ -262,7 +320,14 @@ func (r *killRound) reopen() {
 func (r *killRound) check() (leaks int) {
 	x := rig.New(r.dir)
 	defer x.Close()
-	for _, name := range layers {
+	images := layers
+	if r.hasTarget() && !r.lazy {
+		images = append(images[:len(images):len(images)], "target")
+	}
+	if r.lazy && (r.work == "commit" || r.work == "active-commit") {
+		images = []string{"top"} // the others were written to, and opened read-only since
+	}
+	for _, name := range images {
 		res, err := x.Check(context.Background(), name)
 		if err != nil || res.Corruptions+res.Errors > 0 {
 			r.t.Fatalf("%s: %v %+v", name, err, res)
