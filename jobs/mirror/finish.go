@@ -51,6 +51,7 @@ func (j *job) quieten(ctx context.Context, h *jobs.Handle, most int64) (undrain 
 		undrain()
 		return nil, err
 	}
+	h.SetRemaining(0)
 	return undrain, nil
 }
 

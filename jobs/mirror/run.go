@@ -206,7 +206,6 @@ func (j *job) becomeReady(ctx context.Context, h *jobs.Handle) error {
 		if undrain == nil {
 			return j.failed(h, err)
 		}
-		h.SetRemaining(0)
 		undrain()
 	}
 	if err := j.onTarget(ctx, func(r *blk.Req, e *graph.Edge) error { return e.Flush(r) }); err != nil {
