@@ -192,7 +192,7 @@ func (j *job) fill(tx *graph.Tx, m *jobs.Manager) (*jobs.Job, error) {
 	j.filter = filter
 	filter.SetDriver(&filterDriver{node: filter})
 	if _, err := tx.InsertFilter(filter, "file", j.Top); err != nil {
-		return nil, err
+		return nil, fmt.Errorf("Could not create node: %w", err)
 	}
 	mj, err := m.Create(jobs.Spec{
 		ID: j.ID, Type: types.JobTypeStream, Runner: j, Block: true, Speed: j.Speed,
