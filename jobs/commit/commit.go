@@ -286,17 +286,26 @@ func (j *job) Prepare(ctx context.Context, h *jobs.Handle) error {
 	for _, e := range j.filter.Parents() {
 		if n := e.ParentNode(); n != nil && e.Role()&perm.COW != 0 {
 			overlays = append(overlays, n)
-			if n.ReadOnly() {
-				nodes := n.WithFiles()
-				if err := j.g.SwitchReadOnly(ctx, false, nodes...); err != nil {
-					return err
-				}
-				defer func() {
-					if err := j.g.SwitchReadOnly(ctx, true, nodes...); err != nil {
-						slog.Warn("the overlay of a commit stays writable", "node", n.Name(), "err", err)
-					}
-				}()
+		}
+	}
+	// A filter in between keeps an overlay from being told of its new backing file, but not from reading it.
+	for _, n := range overlaysOf(j.filter) {
+		if !n.ReadOnly() {
+			continue
+		}
+		nodes := n.WithFiles()
+		if err := j.g.SwitchReadOnly(ctx, false, nodes...); err != nil {
+			return err
+		}
+		defer func() {
+			if err := j.g.SwitchReadOnly(ctx, true, nodes...); err != nil {
+				slog.Warn("the overlay of a commit stays writable", "node", n.Name(), "err", err)
 			}
+		}()
+	}
+	for _, n := range overlaysOf(j.filter) {
+		if err := j.hideTail(ctx, n); err != nil {
+			return err
 		}
 	}
 	tx := j.g.Begin(ctx)
