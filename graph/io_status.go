@@ -133,6 +133,10 @@ func (n *Node) statusBelow(r *blk.Req, c *Edge, off, size int64) (blk.Extent, er
 	if x.In == nil && x.OffValid {
 		x.In = c
 	}
+	if !x.Allocated && !x.Zero && n.Kind() != Filter {
+		// What the child reads from its own backing chain is content of n, which ends the chain that n is in.
+		x.Allocated, x.Data, x.OffValid, x.MapOff, x.In = true, true, false, 0, nil
+	}
 	return x, nil
 }
 

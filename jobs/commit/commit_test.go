@@ -34,6 +34,8 @@ type world struct {
 	guest *graph.Root
 	want  []byte // what the guest must read
 	shape string
+	// base and active are the clusters of the lowest and the topmost layer.
+	base, active int
 
 	mu     sync.Mutex
 	events []events.Event
@@ -79,9 +81,12 @@ var chain = []struct {
 	{"active", 16, []int{8, 15}, []int{9}},
 }
 
-func newWorld(t testing.TB) *world {
+func newWorld(t testing.TB) *world { return newWorldOf(t, chain[0].clusters, chain[3].clusters) }
+
+// newWorldOf makes base and active layer of that many clusters.
+func newWorldOf(t testing.TB, base, active int) *world {
 	g, _ := drivertest.NewGraphSink(t)
-	w := &world{t: t, g: g, nodes: map[string]*graph.Node{}, files: map[string]*drivertest.Fault{}}
+	w := &world{t: t, g: g, base: base, active: active, nodes: map[string]*graph.Node{}, files: map[string]*drivertest.Fault{}}
 	w.more = sync.NewCond(&w.mu)
 	w.m = jobs.NewManager(w, nil)
 	for i, l := range chain {
@@ -89,6 +94,11 @@ func newWorld(t testing.TB) *world {
 		root := w.root(w.nodes[l.name])
 		for _, c := range l.written {
 			w.write(root, int64(c)*cluster+512, bytes.Repeat([]byte{byte(16*i + c)}, cluster-512))
+		}
+		if l.name == "base" {
+			for c := 10; c < base; c++ {
+				w.write(root, int64(c)*cluster, bytes.Repeat([]byte{0xba}, cluster))
+			}
 		}
 		r, err := root.Begin(context.Background())
 		if err != nil {
@@ -129,6 +139,12 @@ func (w *world) root(n *graph.Node) *graph.Root {
 // layer makes the i-th image over the one before.
 func (w *world) layer(i int) {
 	l := chain[i]
+	switch i {
+	case 0:
+		l.clusters = w.base
+	case 3:
+		l.clusters = w.active
+	}
 	w.files[l.name] = drivertest.NewFault(drivertest.NewMemFile(0))
 	file := drivertest.AddNode(w.t, w.g, l.name+"-file", w.files[l.name])
 	ref := file.Name()
@@ -166,7 +182,7 @@ func (w *world) read() []byte {
 		w.t.Fatal(err)
 	}
 	defer w.guest.End(r)
-	p := make([]byte, 16*cluster)
+	p := make([]byte, max(w.active, 16)*cluster)
 	if err := w.guest.ReadAt(r, blk.Buf(p[:w.guest.Node().Size()]), 0, 0); err != nil {
 		w.t.Error(err)
 	}
@@ -264,7 +280,7 @@ func (w *world) committed(j *jobs.Job) {
 	if !bytes.Equal(w.read(), w.want) {
 		w.t.Error("what a guest reads has changed")
 	}
-	if base.Size() != 12*cluster {
+	if base.Size() != int64(max(w.base, 12))*cluster {
 		w.t.Errorf("the base has %d bytes", base.Size())
 	}
 	if l := base.Parents(); len(l) != 2 || l[0].ParentNode() != active && l[1].ParentNode() != active { // the other layer is the user's, and stays over it
@@ -283,6 +299,16 @@ func (w *world) committed(j *jobs.Job) {
 func TestCommitUnderReaders(t *testing.T) {
 	for range 5 {
 		w := newWorld(t)
+		stop := w.readers()
+		w.committed(w.start(w.args()))
+		stop()
+	}
+}
+
+// A base that is longer than the top does not come to light where an overlay that is longer, too, read zeroes.
+func TestLongBase(t *testing.T) {
+	for _, active := range []int{14, 20, 24} {
+		w := newWorldOf(t, 20, active+2)
 		stop := w.readers()
 		w.committed(w.start(w.args()))
 		stop()

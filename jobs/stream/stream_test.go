@@ -8,6 +8,7 @@ import (
 	"qblockd/blockdev"
 	"qblockd/blockdev/drivertest"
 	"qblockd/blockdev/qcow2"
+	"qblockd/blockdev/raw"
 	"qblockd/graph"
 	"qblockd/graph/blk"
 	"qblockd/graph/perm"
@@ -116,5 +117,40 @@ func TestShortLayers(t *testing.T) {
 				t.Error(err)
 			}
 		})
+	}
+}
+
+// TestRawOverAChain streams from a raw node whose file has a backing file: what that holds is copied, too.
+func TestRawOverAChain(t *testing.T) {
+	g, sink := drivertest.NewGraphSink(t)
+	deep := layer(t, g, "deep", 4, nil)
+	write(t, g, deep, 7)
+	file := layer(t, g, "file", 4, deep)
+	below := drivertest.MustBuild(t, g, drivertest.Spec{Options: graph.Options{Name: "below", Kind: graph.Format, DriverName: "raw"},
+		Children: []drivertest.Child{drivertest.FilteredFile(file)}, Open: raw.Open})
+	top := layer(t, g, "top", 4, below)
+	root := drivertest.AddRoot(t, g, top, perm.Claim{Need: perm.ConsistentRead, Share: perm.All})
+	m := jobs.NewManager(sink, nil)
+	release, err := stream.Start(context.Background(), m, stream.Args{ID: "j", Top: top, FileName: (*graph.Node).Name, ManualDismiss: true})
+	if err != nil {
+		t.Fatal(err)
+	}
+	release()
+	j := m.Get("j")
+	<-j.Finished()
+	if j.Err() != nil || top.Backing() != nil {
+		t.Fatal(j.Err())
+	}
+	r, err := root.Begin(context.Background())
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer root.End(r)
+	p := make([]byte, 4*cluster)
+	if err := root.ReadAt(r, blk.Buf(p), 0, 0); err != nil || !bytes.Equal(p, bytes.Repeat([]byte{7}, len(p))) {
+		t.Errorf("%v, or what lay deepest is lost", err)
+	}
+	if err := j.Dismiss(); err != nil {
+		t.Error(err)
 	}
 }
