@@ -71,6 +71,7 @@ type job struct {
 	block   []func()
 	thaw    func()
 	wasRead []*graph.Node // the nodes of the base that were made writable
+	claimed bool          // the base is blocked by this job itself already
 }
 
 // Start checks the arguments, inserts the filter and starts the job; see jobs.Manager.Start for release. On error nothing has changed.
@@ -85,16 +86,31 @@ func Start(ctx context.Context, m *jobs.Manager, a Args) (release func(), err er
 	if err != nil {
 		return nil, err
 	}
-	if err = j.makeWritable(ctx); err == nil {
-		if err = j.attach(ctx, mj); err != nil {
-			j.restoreReadOnly()
-		}
-	}
-	if err != nil {
+	if err = j.begin(ctx, mj); err != nil {
 		m.Discard(mj)
 		return nil, err
 	}
 	return m.Start(mj), nil
+}
+
+// begin makes the base writable and puts the job into the graph. No other job gets in between.
+func (j *job) begin(ctx context.Context, mj *jobs.Job) error {
+	if j.Base.ReadOnly() {
+		release, err := chain.Claim(ctx, j.Base, graph.OpCommitTarget, errInUse)
+		if err != nil {
+			return err
+		}
+		defer release()
+		j.claimed = true
+		if err := j.makeWritable(ctx); err != nil {
+			return err
+		}
+	}
+	err := j.attach(ctx, mj)
+	if err != nil {
+		j.restoreReadOnly()
+	}
+	return err
 }
 
 // makeWritable makes a read-only base writable for the time of the job.
@@ -155,11 +171,15 @@ func (j *job) attach(ctx context.Context, mj *jobs.Job) error {
 
 // blocked tells why another job does not let this one in. Asked with the nodes reserved: of two that start at the same time one sees the other.
 func (j *job) blocked() error {
-	for n := j.Top; ; n = chain.Below(n) {
-		if err := n.Blocked(graph.OpCommitTarget); err != nil || n == j.Base {
+	for n := j.Top; n != j.Base; n = chain.Below(n) {
+		if err := n.Blocked(graph.OpCommitTarget); err != nil {
 			return err
 		}
 	}
+	if j.claimed {
+		return nil
+	}
+	return j.Base.Blocked(graph.OpCommitTarget)
 }
 
 // blocking keeps others away from the nodes of the job from the moment it is in the graph.

@@ -485,3 +485,41 @@ func TestActiveCommitUnderLoad(t *testing.T) {
 		}
 	}
 }
+
+// Of two that start at the same time on one read-only base one is refused; the base is read-only again in the end.
+func TestTwoAtOnce(t *testing.T) {
+	for range 20 {
+		w := newWorld(t)
+		if err := w.g.SwitchReadOnly(context.Background(), true, w.nodes["base"]); err != nil {
+			t.Fatal(err)
+		}
+		w.shape = w.look()
+		var wg sync.WaitGroup
+		var errs [2]error
+		for i := range errs {
+			wg.Go(func() {
+				a := w.args()
+				a.ID, a.Speed = fmt.Sprint("j", i), 1
+				release, err := commit.Start(context.Background(), w.m, a)
+				if errs[i] = err; err == nil {
+					release()
+				}
+			})
+		}
+		wg.Wait()
+		if (errs[0] == nil) == (errs[1] == nil) {
+			t.Fatalf("%v, %v", errs[0], errs[1])
+		}
+		j := w.m.Get("j0")
+		if errs[0] != nil {
+			j = w.m.Get("j1")
+		}
+		_ = j.Cancel(true)
+		if err := w.finished(j); err != nil && !errors.Is(err, syscall.ECANCELED) {
+			t.Fatal(err)
+		}
+		if now := w.look(); now != w.shape {
+			t.Fatalf("the graph is\n%s, it was\n%s", now, w.shape)
+		}
+	}
+}

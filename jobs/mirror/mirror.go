@@ -92,6 +92,7 @@ type job struct {
 	thaw   func()
 	// wasReadOnly are the nodes of a base that a commit has made writable.
 	wasReadOnly []*graph.Node
+	claimed     bool // the target is blocked by this job itself already
 
 	// Set by Run before the first copy.
 	h          *jobs.Handle
@@ -118,7 +119,13 @@ func Start(ctx context.Context, m *jobs.Manager, a Args) (release func(), err er
 	if err := j.check(); err != nil {
 		return nil, err
 	}
-	if j.Type == types.JobTypeCommit {
+	if j.Type == types.JobTypeCommit && j.Target.ReadOnly() {
+		release, err := chain.Claim(ctx, j.Target, graph.OpCommitTarget, errInUse(j.Type))
+		if err != nil {
+			return nil, err
+		}
+		defer release()
+		j.claimed = true
 		if err := j.makeWritable(ctx); err != nil {
 			return nil, err
 		}
@@ -184,6 +191,7 @@ func (j *job) attach(ctx context.Context) error {
 		err = tx.Publish(filter)
 	}
 	if err == nil {
+		tx.Check(j.blocked)
 		tx.Join(starting{j})
 		err = tx.Commit()
 	}
@@ -191,6 +199,26 @@ func (j *job) attach(ctx context.Context) error {
 		j.m.Discard(j.mj)
 	}
 	return err
+}
+
+// blocked tells why another job does not let this one in. Asked with the nodes reserved: of two that start at the same time one sees the other.
+func (j *job) blocked() error {
+	source, target := graph.OpMirrorSource, graph.OpMirrorTarget
+	if j.Type == types.JobTypeCommit {
+		source, target = graph.OpCommitSource, graph.OpCommitTarget
+	}
+	if err := j.Source.Blocked(source); err != nil {
+		return err
+	}
+	for _, n := range j.between() {
+		if err := n.Blocked(target); err != nil {
+			return err
+		}
+	}
+	if j.claimed {
+		return nil
+	}
+	return j.Target.Blocked(target)
 }
 
 // starting makes the bitmap, and keeps others away from the nodes, at the moment when the filter is in the graph: the source is quiet.

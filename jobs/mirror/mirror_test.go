@@ -566,3 +566,34 @@ func TestCompleteInStandby(t *testing.T) {
 		t.Error(err)
 	}
 }
+
+// Of two that start at the same time on the same nodes one is refused, and nothing of it is left.
+func TestTwoAtOnce(t *testing.T) {
+	for range 20 {
+		w := newWorld(t)
+		var wg sync.WaitGroup
+		var errs [2]error
+		for i := range errs {
+			wg.Go(func() {
+				a := w.args(types.MirrorCopyModeBackground)
+				a.ID = fmt.Sprint("j", i)
+				release, err := mirror.Start(context.Background(), w.m, a)
+				if errs[i] = err; err == nil {
+					release()
+				}
+			})
+		}
+		wg.Wait()
+		if (errs[0] == nil) == (errs[1] == nil) {
+			t.Fatalf("%v, %v", errs[0], errs[1])
+		}
+		j := w.m.Get("j0")
+		if errs[0] != nil {
+			j = w.m.Get("j1")
+		}
+		_ = j.Cancel(true)
+		if err := w.end(j, "source"); err != nil && !errors.Is(err, syscall.ECANCELED) {
+			t.Fatal(err)
+		}
+	}
+}
