@@ -216,10 +216,12 @@ func (j *job) Clean(*jobs.Handle) {
 		j.undrain = nil
 	}
 	j.restoreReadOnly()
+	j.mu.Lock()
+	defer j.mu.Unlock()
 	for _, f := range j.block {
 		f()
 	}
-	j.block = nil
+	j.block, j.over = nil, true
 }
 
 // makeWritable makes a read-only base of a commit writable for the time of the job.

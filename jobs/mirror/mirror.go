@@ -23,6 +23,7 @@ import (
 	"context"
 	"errors"
 	"fmt"
+	"sync"
 	"sync/atomic"
 
 	"qblockd/graph"
@@ -88,8 +89,12 @@ type job struct {
 	root   *graph.Root   // on the filter: reads
 	target *graph.Root   // on the target: writes
 	holds  []*graph.Root // what else the job relies on
-	block  []func()
 	thaw   func()
+
+	mu    sync.Mutex // guards block, replace and over: Complete may come while the job ends
+	block []func()
+	over  bool // nothing is blocked any more
+
 	// wasReadOnly are the nodes of a base that a commit has made writable.
 	wasReadOnly []*graph.Node
 	claimed     bool // the target is blocked by this job itself already
@@ -229,7 +234,11 @@ func (s starting) Prepare(context.Context) (err error) {
 	return err
 }
 
-func (s starting) Abort() { s.dirty.Remove() }
+func (s starting) Abort() {
+	if s.dirty != nil {
+		s.dirty.Remove()
+	}
+}
 
 func (s starting) Commit() {
 	s.bits = s.dirty.Bits()
@@ -304,7 +313,9 @@ func (j *job) Cancel(force bool) bool { return force || !j.ready.Load() }
 
 // Complete implements jobs.Completer.
 func (j *job) Complete(context.Context) error {
-	if j.Replaces != "" && j.replace == nil {
+	j.mu.Lock()
+	defer j.mu.Unlock()
+	if j.Replaces != "" && j.replace == nil && !j.over {
 		n := j.g.Node(j.Replaces)
 		if n == nil {
 			return fmt.Errorf("Node name '%s' not found", j.Replaces)
