@@ -215,6 +215,9 @@ func (o *opener) openDriver(p *plan, root *graph.Root) error {
 		return err
 	}
 	p.node.SetDriver(d)
+	if o.ctx.Err() != nil {
+		return context.Cause(o.ctx) // whether what follows has to wait is a matter of luck
+	}
 	return o.m.primeActual(o.ctx, p.node)
 }
 

@@ -252,8 +252,17 @@ func (j *job) Run(ctx context.Context, h *jobs.Handle) error {
 	if j.MaxWorkers > 0 {
 		t.Workers = int(min(int64(t.Workers), j.MaxWorkers))
 	}
-	if err := copy.Run(h, t); err != nil {
-		return err
+	for {
+		if err := copy.Run(h, t); err != nil {
+			return err
+		}
+		// What guests are copying was passed over, and is to do again where that fails.
+		if err := j.driver.WaitCopies(ctx); err != nil {
+			return err
+		}
+		if todo.Empty() {
+			break
+		}
 	}
 	return j.flush(ctx, h)
 }

@@ -211,7 +211,7 @@ func (w *world) zero(root *graph.Root, off, n int64) error {
 // Guests write before, while and after the target takes the place of the source; nothing is lost.
 func TestPivotUnderLoad(t *testing.T) {
 	for _, mode := range modes {
-		for range 10 {
+		for range 5 {
 			w := newWorld(t)
 			stop := w.guests(w.guest)
 			j := w.start(w.args(mode))
@@ -257,7 +257,7 @@ func TestGentleCancel(t *testing.T) {
 // Writes that overlap, and writes past the filter, come in the same order to both sides.
 func TestOverlappingWrites(t *testing.T) {
 	for _, mode := range modes {
-		for range 10 {
+		for range 5 {
 			w := newWorld(t)
 			j := w.start(w.args(mode))
 			past := drivertest.AddRoot(t, w.g, w.source, drivertest.Writer)

@@ -174,6 +174,24 @@ func (s *State) take(lo, end int64) (*running, <-chan struct{}) {
 	return c, nil
 }
 
+// WaitCopies waits until those copies are over that are under way now. It is called without a unit of work. Error: the cause of the end of ctx.
+func (s *State) WaitCopies(ctx context.Context) error {
+	s.mu.Lock()
+	var l []<-chan struct{}
+	for c := range s.copies {
+		l = append(l, c.over)
+	}
+	s.mu.Unlock()
+	for _, over := range l {
+		select {
+		case <-over:
+		case <-ctx.Done():
+			return context.Cause(ctx)
+		}
+	}
+	return nil
+}
+
 // waitReaders waits for reads of the source that began before [lo, end) was done.
 func (s *State) waitReaders(r *blk.Req, lo, end int64) error {
 	for {
