@@ -567,16 +567,18 @@ func TestCompleteInStandby(t *testing.T) {
 	}
 }
 
-// Of two that start at the same time on the same nodes one is refused, and nothing of it is left.
+// Of two that start at the same time on the same source one is refused, and nothing of it is left.
 func TestTwoAtOnce(t *testing.T) {
 	for range 20 {
 		w := newWorld(t)
+		targets := []*graph.Node{w.target, drivertest.AddNode(t, w.g, "other", drivertest.MemFileOf(noise(3)))}
+		w.shape = w.look()
 		var wg sync.WaitGroup
 		var errs [2]error
 		for i := range errs {
 			wg.Go(func() {
 				a := w.args(types.MirrorCopyModeBackground)
-				a.ID = fmt.Sprint("j", i)
+				a.ID, a.Target = fmt.Sprint("j", i), targets[i]
 				release, err := mirror.Start(context.Background(), w.m, a)
 				if errs[i] = err; err == nil {
 					release()
