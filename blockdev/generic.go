@@ -19,28 +19,51 @@ func inherit(o *types.BlockdevOptions, up *graph.Options, role perm.Role) *graph
 		DetectZeroes: types.BlockdevDetectZeroesOptionsOff,
 		Canonical:    o,
 	}
-	if up != nil {
-		g.Direct, g.NoFlush, g.ForceShare = up.Direct, up.NoFlush, up.ForceShare
-		g.Discard = true
-		if role&perm.COW != 0 {
-			g.ReadOnly = true
-		} else {
-			g.ReadOnly, g.AutoReadOnly = up.ReadOnly, up.AutoReadOnly
-		}
-	}
 	set(&g.Name, o.NodeName)
-	set(&g.ReadOnly, o.ReadOnly)
-	set(&g.AutoReadOnly, o.AutoReadOnly)
-	set(&g.ForceShare, o.ForceShare)
 	set(&g.DetectZeroes, o.DetectZeroes)
-	if o.Cache != nil {
-		set(&g.Direct, o.Cache.Direct)
-		set(&g.NoFlush, o.Cache.NoFlush)
-	}
 	if o.Discard != nil {
 		g.Discard = *o.Discard == types.BlockdevDiscardOptionsUnmap
+	} else {
+		g.Discard = up != nil
 	}
+	g.Inherited = graph.Inheritable{ReadOnly: o.ReadOnly, AutoReadOnly: o.AutoReadOnly, ForceShare: o.ForceShare}
+	if o.Cache != nil {
+		g.Inherited.Direct, g.Inherited.NoFlush = o.Cache.Direct, o.Cache.NoFlush
+	}
+	if up != nil {
+		from := up.Inherited
+		if role&perm.COW != 0 {
+			from.ReadOnly, from.AutoReadOnly = &yes, &no
+		}
+		fill(&g.Inherited, from)
+	}
+	settle(g)
 	return g
+}
+
+var yes, no = true, false
+
+// fill takes over what i does not say.
+func fill(i *graph.Inheritable, from graph.Inheritable) {
+	for _, x := range []struct {
+		to   **bool
+		from *bool
+	}{
+		{&i.Direct, from.Direct}, {&i.NoFlush, from.NoFlush}, {&i.ForceShare, from.ForceShare},
+		{&i.ReadOnly, from.ReadOnly}, {&i.AutoReadOnly, from.AutoReadOnly},
+	} {
+		if *x.to == nil {
+			*x.to = x.from
+		}
+	}
+}
+
+// settle makes what is effective from what was said; the default of each is off.
+func settle(g *graph.Options) {
+	on := func(p *bool) bool { return p != nil && *p }
+	i := &g.Inherited
+	g.Direct, g.NoFlush, g.ForceShare = on(i.Direct), on(i.NoFlush), on(i.ForceShare)
+	g.ReadOnly, g.AutoReadOnly = on(i.ReadOnly), on(i.AutoReadOnly)
 }
 
 func set[T any](to *T, from *T) {
@@ -49,16 +72,21 @@ func set[T any](to *T, from *T) {
 	}
 }
 
+var (
+	errForceShare = errors.New("force-share=on can only be used with read-only images")
+	errUnmap      = errors.New("setting detect-zeroes to unmap is not allowed without setting discard operation to unmap")
+)
+
 // checkGeneric refuses options that contradict each other, in the reference's order.
 func (d *Driver) checkGeneric(g *graph.Options) error {
 	if g.ForceShare && !g.ReadOnly {
-		return errors.New("force-share=on can only be used with read-only images")
+		return errForceShare
 	}
 	if d.File != nil && d.File(g.Canonical.U) == "" {
 		return fmt.Errorf("The '%s' block driver requires a file name", d.Name)
 	}
 	if g.DetectZeroes == types.BlockdevDetectZeroesOptionsUnmap && !g.Discard {
-		return errors.New("setting detect-zeroes to unmap is not allowed without setting discard operation to unmap")
+		return errUnmap
 	}
 	if g.Name == "" && g.Canonical.NodeName != nil {
 		return errors.New("Invalid node-name: ''")

@@ -193,6 +193,11 @@ func (o *opener) attach(p *plan, kids []*graph.Node) (*graph.Root, error) {
 	if err := o.commit(tx, made, kids...); err != nil {
 		return nil, err
 	}
+	for i, n := range kids {
+		if p.kids[i].plan.ref == "" {
+			o.m.record(n).definer.Store(p.node)
+		}
+	}
 	if root != nil {
 		o.roots = append(o.roots, root)
 	}
@@ -261,6 +266,9 @@ func (o *opener) openBacking(p *plan) error {
 	defer tx.Abort()
 	if _, err := tx.Attach(p.node, "backing", perm.COW, n); err != nil {
 		return err
+	}
+	if b.ref == "" {
+		o.m.record(n).definer.Store(p.node)
 	}
 	return o.commit(tx, nil, n)
 }

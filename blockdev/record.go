@@ -10,12 +10,14 @@ import (
 // record is what the manager keeps of a node beside the graph. All fields are replaced as
 // wholes; who finds one outdated makes it anew, and several may do so at once.
 type record struct {
-	auto   atomic.Pointer[autoBacking] // set by the opener, before the node is published
-	name   atomic.Pointer[nodeName]
-	info   atomic.Pointer[nodeInfo]
-	actual atomic.Int64 // bytes allocated as last heard; unknownSize if never
-	asking atomic.Bool  // a worker asks for it now
-	seen   atomic.Bool  // by others than its opener: the node is or was published
+	auto atomic.Pointer[autoBacking] // set by the opener, before the node is published
+	// definer is the parent whose options or image defined the node, as long as it is one: it hands options down.
+	definer atomic.Pointer[graph.Node]
+	name    atomic.Pointer[nodeName]
+	info    atomic.Pointer[nodeInfo]
+	actual  atomic.Int64 // bytes allocated as last heard; unknownSize if never
+	asking  atomic.Bool  // a worker asks for it now
+	seen    atomic.Bool  // by others than its opener: the node is or was published
 }
 
 const unknownSize = -1

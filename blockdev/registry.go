@@ -46,6 +46,8 @@ type Driver struct {
 	File func(u any) string
 	// Strong calls add for the given options, beyond driver and filename, that matter for what is read and written.
 	Strong func(u any, add func(name string, v value.Value))
+	// Changeable are the options that a reopen may change; true: and leave out. Of those with members it is the first part of their names.
+	Changeable map[string]bool
 	// PlainName is the file name of a node without strong options; nil: that of its file, if any.
 	PlainName func(u any) string
 }
@@ -113,6 +115,7 @@ func fileDriver(name types.BlockdevDriver, open graph.OpenFunc) Driver {
 			return &types.BlockdevOptionsFile{Filename: stripPrefix(s, string(name)+":")}, nil
 		},
 		File: filename, PlainName: filename,
+		Changeable: map[string]bool{"drop-cache": false, "x-check-cache-dropped": true},
 	}
 }
 
@@ -187,6 +190,7 @@ func throttleDriver() Driver {
 		Children: func(u any) []ChildOption {
 			return []ChildOption{{"file", perm.Filtered | perm.Primary, &u.(*types.BlockdevOptionsThrottle).File}}
 		},
+		Changeable: map[string]bool{"throttle-group": false},
 		Strong: func(u any, add func(string, value.Value)) {
 			add("throttle-group", u.(*types.BlockdevOptionsThrottle).ThrottleGroup)
 		},
@@ -202,6 +206,7 @@ func rawDriver(open graph.OpenFunc) Driver {
 			o := u.(*types.BlockdevOptionsRaw)
 			return []ChildOption{{"file", raw.Role(o), &o.File}}
 		},
+		Changeable: map[string]bool{"offset": true, "size": true},
 		Strong: func(u any, add func(string, value.Value)) {
 			o := u.(*types.BlockdevOptionsRaw)
 			if o.Offset != nil {
@@ -228,5 +233,10 @@ func qcow2Driver(open graph.OpenFunc) Driver {
 			return []ChildOption{{"file", perm.Image, &u.(*types.BlockdevOptionsQcow2).File}}
 		},
 		Backing: func(u any) *types.BlockdevRefOrNull { return u.(*types.BlockdevOptionsQcow2).Backing },
+		Changeable: map[string]bool{
+			"lazy-refcounts": true, "pass-discard-request": true, "pass-discard-snapshot": true, "pass-discard-other": true,
+			"discard-no-unref": true, "overlap-check": true, "cache-size": true, "l2-cache-size": true, "l2-cache-entry-size": true,
+			"refcount-cache-size": true, "cache-clean-interval": true,
+		},
 	}
 }

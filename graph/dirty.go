@@ -59,7 +59,7 @@ const (
 
 // DefaultGranularity is the image's cluster size, held between 4 and 64 KiB; 64 KiB where there is none. In bytes.
 func (n *Node) DefaultGranularity() int64 {
-	c := n.io.caps.Limits.ClusterSize
+	c := n.Caps().Limits.ClusterSize
 	if c == 0 {
 		return coarsestByDefault
 	}

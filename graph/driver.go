@@ -106,6 +106,12 @@ type (
 		PrepareReadOnly(r *blk.Req, readOnly bool) error
 		CommitReadOnly(r *blk.Req, readOnly bool) error
 	}
+	// Reopener drivers take other options while they are open; the others refuse to be reopened.
+	Reopener interface {
+		// Reopen checks the options that the node is to have, as Open would. What it returns, nil if there is nothing to do, changes to them: it is
+		// prepared before the permissions, while the node is drained, and may block then; Commit runs before that of a PermTaker.
+		Reopen(o *Reopening) (Participant, error)
+	}
 	// Snapshotter drivers keep internal snapshots. The node is held quiet while one is made or deleted; both may block, and change nothing when they fail.
 	Snapshotter interface {
 		// CreateSnapshot makes one of that name, taken at that time, when the machine's clock said clock. It returns the ID.
@@ -171,7 +177,12 @@ type Options struct {
 	DetectZeroes types.BlockdevDetectZeroesOptions
 	// Canonical holds the options as given, for reopen, json: names and recorded state.
 	Canonical *types.BlockdevOptions
+	// Inherited are the generic options that the node has from Canonical or from the parent that defined it.
+	Inherited Inheritable
 }
+
+// Inheritable are the generic options that a node hands down to the children that it defines; nil: neither it nor its parent says.
+type Inheritable struct{ Direct, NoFlush, ForceShare, ReadOnly, AutoReadOnly *bool }
 
 // Opening is what a driver's Open function gets. The node is hidden, its option-named
 // children are attached, nobody else can send requests. I/O for opening goes through
@@ -185,6 +196,13 @@ type Opening struct {
 	Req *blk.Req
 	// Warn reports something the user should know; it goes to the log.
 	Warn func(msg string)
+}
+
+// Reopening is what a Reopener gets.
+type Reopening struct {
+	// Options is the driver's branch of BlockdevOptions, as in Opening; Generic are those of the node.
+	Options any
+	Generic *Options
 }
 
 // OpenFunc opens a driver on a hidden node. It blocks as long as the storage does and

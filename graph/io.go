@@ -27,20 +27,23 @@ import (
 
 // ioState is the data plane's part of a node.
 type ioState struct {
+	// Set by opened.
+	drv     Driver
+	writer  Writer
+	zeroer  Zeroer
+	flusher Flusher
+	discard Discarder
+	status  Statuser
+	mapper  Mapper
+	copier  CopyRanger
+	resizer Resizer
 	// Set by opened and refreshed, constant while requests run.
-	drv      Driver
-	writer   Writer
-	zeroer   Zeroer
-	flusher  Flusher
-	discard  Discarder
-	status   Statuser
-	mapper   Mapper
-	copier   CopyRanger
-	resizer  Resizer
-	caps     Caps
+	caps     *Caps
 	align    int64 // Caps.Limits.RequestAlign, at least 1
 	maxIO    int64 // Caps.Limits.MaxTransfer, a multiple of align, never 0
 	memAlign int   // Caps.Limits.MemAlign, at least 1
+
+	shown atomic.Pointer[Caps] // caps for those who are no requests
 
 	track tracker
 	flush flushState
@@ -52,10 +55,7 @@ type ioState struct {
 }
 
 // opened is called once, by SetDriver, on the still hidden node.
-func (s *ioState) opened(n *Node) { s.refreshed(n) }
-
-// refreshed asks the driver's abilities again, after a reopen, while the node is drained.
-func (s *ioState) refreshed(n *Node) {
+func (s *ioState) opened(n *Node) {
 	d := n.drv
 	s.drv = d
 	s.writer, _ = d.(Writer)
@@ -66,7 +66,15 @@ func (s *ioState) refreshed(n *Node) {
 	s.mapper, _ = d.(Mapper)
 	s.copier, _ = d.(CopyRanger)
 	s.resizer, _ = d.(Resizer)
-	s.caps = d.Caps()
+	s.refreshed(n)
+}
+
+// refreshed asks the driver's properties again, after a reopen, while the node is drained.
+func (s *ioState) refreshed(n *Node) {
+	if c := s.drv.Caps(); s.caps == nil || c != *s.caps {
+		s.caps = &c
+		s.shown.Store(&c)
+	}
 	l := &s.caps.Limits
 	s.align = max(l.RequestAlign, 1)
 	s.memAlign = max(l.MemAlign, 1)
@@ -95,10 +103,15 @@ func (s *ioState) checkCaps(n *Node) {
 }
 
 // Caps are the properties of n's driver, as cached by the node.
-func (n *Node) Caps() Caps { return n.io.caps }
+func (n *Node) Caps() Caps {
+	if c := n.io.shown.Load(); c != nil {
+		return *c
+	}
+	return Caps{}
+}
 
 // Caps are the properties of the driver below.
-func (e *Edge) Caps() Caps { return e.node.Load().io.caps }
+func (e *Edge) Caps() Caps { return e.node.Load().Caps() }
 
 // Size is the size of the node below, in bytes.
 func (e *Edge) Size() int64 { return e.node.Load().Size() }

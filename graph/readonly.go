@@ -21,28 +21,39 @@ func (n *Node) WithFiles() []*Node {
 func (g *Graph) SwitchReadOnly(ctx context.Context, readOnly bool, nodes ...*Node) error {
 	tx := g.Begin(ctx)
 	defer tx.Abort()
-	var changes []*modeChange
+	var outcomes []func() error
 	for _, n := range nodes {
-		if err := tx.SetReadOnly(n, readOnly); err != nil {
+		outcome, err := tx.SwitchReadOnly(n, readOnly)
+		if err != nil {
 			return err
 		}
-		if d, ok := n.drv.(ModeSwitcher); ok {
-			c := &modeChange{driver: d, readOnly: readOnly}
-			changes = append(changes, c)
-			tx.Join(c)
-		}
+		outcomes = append(outcomes, outcome)
 	}
 	if err := tx.Commit(); err != nil {
 		return err
 	}
-	for _, c := range changes {
-		if c.err != nil {
+	for _, outcome := range outcomes {
+		if err := outcome(); err != nil {
 			// The driver has stayed as it was; the nodes follow.
 			g.switchBack(!readOnly, nodes)
-			return c.err
+			return err
 		}
 	}
 	return nil
+}
+
+// SwitchReadOnly is SetReadOnly that tells the driver, too. After Commit, outcome is the error of a driver that could not follow and has stayed as
+// it was.
+func (tx *Tx) SwitchReadOnly(n *Node, readOnly bool) (outcome func() error, err error) {
+	if err := tx.SetReadOnly(n, readOnly); err != nil {
+		return nil, err
+	}
+	c := &modeChange{readOnly: readOnly}
+	if d, ok := n.drv.(ModeSwitcher); ok {
+		c.driver = d
+		tx.Join(c)
+	}
+	return func() error { return c.err }, nil
 }
 
 func (g *Graph) switchBack(readOnly bool, nodes []*Node) {

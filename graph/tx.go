@@ -339,7 +339,13 @@ func (tx *Tx) SetReadOnly(n *Node, ro bool) error {
 		st.ReadOnly = ro
 		d.SetNode(n, st)
 		d.drains = append(d.drains, n)
-		d.prims = append(d.prims, func(in *installer) { n.readOnly.Store(ro); n.Bump() })
+		d.prims = append(d.prims, func(in *installer) {
+			own := *n.opts.Load()
+			own.ReadOnly, own.Inherited.ReadOnly = ro, &ro
+			n.opts.Store(&own)
+			n.readOnly.Store(ro)
+			n.Bump()
+		})
 		return nil
 	})
 }

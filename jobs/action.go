@@ -119,14 +119,22 @@ func (m *Manager) Transaction(ctx context.Context, g *graph.Graph, actions ...Ac
 	for _, a := range actions {
 		nodes = append(nodes, a.Nodes()...)
 	}
+	return m.Quiescing(g, nodes, func() error { return RunActions(ctx, g, actions...) })
+}
+
+// Quiescing runs f, which clients see to quiesce the nodes: every job that reaches one of them and is at work is paused in passing, also if f fails.
+func (m *Manager) Quiescing(g *graph.Graph, nodes []*graph.Node, f func() error) error {
 	near := map[string]bool{}
 	for _, r := range g.RootsAbove(nodes...) {
 		if r.Spec().Kind == graph.KindJob {
 			near[r.Spec().Name] = true
 		}
 	}
-	err := RunActions(ctx, g, actions...)
-	m.blink(slices.DeleteFunc(before, func(j *Job) bool { return !near[j.id] }))
+	m.mu.Lock()
+	jobs := slices.Clone(m.jobs)
+	m.mu.Unlock()
+	err := f()
+	m.blink(slices.DeleteFunc(jobs, func(j *Job) bool { return !near[j.id] }))
 	return err
 }
 

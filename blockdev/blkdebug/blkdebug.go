@@ -145,6 +145,9 @@ func (d *driver) fail(kind uint32, off, n int64) error {
 
 func (d *driver) image() *graph.Edge { return d.node.FilteredChild() }
 
+// Reopen implements graph.Reopener: there is nothing that could change.
+func (d *driver) Reopen(*graph.Reopening) (graph.Participant, error) { return nil, nil }
+
 // Caps implements graph.Driver. No request passes the rules unseen.
 func (d *driver) Caps() graph.Caps {
 	return graph.Caps{

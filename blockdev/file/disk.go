@@ -46,6 +46,9 @@ type disk struct {
 	permSlot chan struct{}
 	held     lockSet  // committed lock bytes, on cur
 	pending  *pending // prepared, neither committed nor aborted
+
+	// next are the settings that a reopen is about to change to, nil otherwise. It belongs to the transaction that has the node.
+	next *settings
 }
 
 var (
@@ -60,6 +63,7 @@ var (
 	_ graph.PermTaker  = (*disk)(nil)
 	_ graph.Sizer      = (*disk)(nil)
 	_ graph.Namer      = (*disk)(nil)
+	_ graph.Reopener   = (*disk)(nil)
 )
 
 // Caps implements graph.Driver.

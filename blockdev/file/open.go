@@ -103,14 +103,9 @@ func (d *disk) setup(h *handle) error {
 	}
 
 	d.memory = !d.device && inMemory(h.fd)
-	d.limits = blk.Limits{RequestAlign: 1, MemAlign: 1}
-	if d.settings.direct && !d.memory {
-		a, m, err := probeDirect(h.fd, d.block)
-		if err != nil {
-			return err
-		}
-		d.limits.RequestAlign, d.limits.MemAlign = a, m
-		d.direct = true
+	var err error
+	if d.direct, err = d.alignments(h.fd, d.settings.direct, &d.limits); err != nil {
+		return err
 	}
 	if d.block {
 		if n, err := unix.IoctlGetInt(h.fd, unix.BLKSSZGET); err == nil && n > 0 {
@@ -127,8 +122,7 @@ func (d *disk) setup(h *handle) error {
 		end = n
 	}
 	d.setEnd(end)
-	d.nowaitRead.Store(!d.direct && takesNoWait(h.fd))
-	d.nowaitWrite.Store(!d.direct)
+	d.setNoWait(h.fd)
 	for _, a := range []*atomic.Bool{&d.dsync, &d.canZero, &d.canPunch, &d.canAllocate} {
 		a.Store(true)
 	}
@@ -138,10 +132,31 @@ func (d *disk) setup(h *handle) error {
 	return d.takeOver(h.fd) // last: what came before may have read
 }
 
+// alignments fills in what an open file asks of requests, and tells whether it has the restrictions of O_DIRECT when it was
+// opened so.
+func (d *disk) alignments(fd int, direct bool, l *blk.Limits) (bool, error) {
+	l.RequestAlign, l.MemAlign = 1, 1
+	if !direct || d.memory {
+		return false, nil
+	}
+	a, m, err := probeDirect(fd, d.block)
+	if err != nil {
+		return false, err
+	}
+	l.RequestAlign, l.MemAlign = a, m
+	return true, nil
+}
+
+// setNoWait notes what may be asked not to wait.
+func (d *disk) setNoWait(fd int) {
+	d.nowaitRead.Store(!d.direct && takesNoWait(fd))
+	d.nowaitWrite.Store(!d.direct)
+}
+
 // openAgain opens the file behind cur with another access mode: that file, wherever it was
 // moved since.
-func (d *disk) openAgain(cur *handle, writable bool) (*handle, error) {
-	flags := d.flags(writable)
+func (d *disk) openAgain(cur *handle, flags int) (*handle, error) {
+	writable := flags&unix.O_ACCMODE == unix.O_RDWR
 	fd, err := openFile("/proc/self/fd/"+strconv.Itoa(cur.fd), d.name, flags, 0)
 	if err != nil && blk.Errno(err) == unix.ENOENT { // no /proc
 		fd, err = openFile(d.name, d.name, flags, 0)

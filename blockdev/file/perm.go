@@ -6,13 +6,20 @@ import (
 
 	"golang.org/x/sys/unix"
 
+	"qblockd/graph"
+	"qblockd/graph/blk"
 	"qblockd/graph/perm"
+	"qblockd/schema/types"
 )
 
 // pending is a prepared permission change.
 type pending struct {
 	want lockSet
 	h    *handle // replaces the current one and holds want already; nil: stay
+
+	// direct and limits come with h.
+	direct bool
+	limits blk.Limits
 }
 
 const writers = perm.Write | perm.WriteUnchanged | perm.Resize
@@ -33,19 +40,28 @@ func (d *disk) PermPrepare(ctx context.Context, c perm.Claim) error {
 		<-d.permSlot
 		return unix.EBADF
 	}
-	writable := !d.ro || c.Need&writers != 0 // a job may make a read-only node writable for a while
-	if d.auto {
+	s := d.settings
+	if d.next != nil {
+		s = *d.next
+	}
+	writable := !s.ro || c.Need&writers != 0 // a job may make a read-only node writable for a while
+	if s.auto {
 		writable = c.Need&writers != 0
 	}
-	if writable == cur.writable && (!d.locks || p.want.minus(d.held).empty()) {
+	reopen := writable != cur.writable || s.direct != d.settings.direct
+	if !reopen && (!d.locks || p.want.minus(d.held).empty()) {
 		d.pending = p // only lowers, or changes nothing
 		<-d.permSlot
 		return nil
 	}
 
 	held := d.held
-	cur.hold() // for the case that we leave before prepare does
-	late, err := await(ctx, func() error { return d.prepare(cur, held, p, writable) }, func(err error) {
+	cur.hold()  // for the case that we leave before prepare does
+	flags := -1 // stay
+	if reopen {
+		flags = s.flags(writable)
+	}
+	late, err := await(ctx, func() error { return d.prepare(cur, held, p, flags) }, func(err error) {
 		if err == nil {
 			d.undo(cur, held, p)
 		}
@@ -63,14 +79,12 @@ func (d *disk) PermPrepare(ctx context.Context, c perm.Claim) error {
 	return err
 }
 
-// prepare does the blocking part.
-func (d *disk) prepare(cur *handle, held lockSet, p *pending, writable bool) error {
-	if writable != cur.writable {
-		h, err := d.reopen(cur, writable)
-		if err != nil {
+// prepare does the blocking part; flags are those to open the file anew with, if not negative.
+func (d *disk) prepare(cur *handle, held lockSet, p *pending, flags int) error {
+	if flags >= 0 {
+		if err := d.reopen(cur, p, flags); err != nil {
 			return err
 		}
-		p.h = h
 	}
 	if !d.locks {
 		return nil
@@ -116,6 +130,11 @@ func (d *disk) PermCommit() {
 	drop := d.held.union(p.want)
 	if p.h != nil {
 		d.cur.Store(p.h)
+		if d.direct != p.direct {
+			// A reopen: no request is here.
+			d.direct, d.limits = p.direct, p.limits
+			d.setNoWait(p.h.fd)
+		}
 	} else {
 		drop = d.held.minus(p.want)
 	}
@@ -137,16 +156,52 @@ func (d *disk) PermAbort() {
 	}
 }
 
-// reopen opens the same file with another access mode.
-func (d *disk) reopen(cur *handle, writable bool) (*handle, error) {
+// reopen opens the same file in another way.
+func (d *disk) reopen(cur *handle, p *pending, flags int) error {
 	if cur.writable {
 		// A descriptor opened later may not be told of a failed write-back before.
 		if err := d.fdatasync(cur.fd); err != nil {
 			d.remember(err)
 		}
 	}
-	return d.openAgain(cur, writable)
+	h, err := d.openAgain(cur, flags)
+	if err != nil {
+		return err
+	}
+	p.h, p.limits = h, d.limits
+	if p.direct, err = d.alignments(h.fd, flags&unix.O_DIRECT != 0, &p.limits); err != nil {
+		d.closePending(p)
+	}
+	return err
 }
+
+// Reopen implements graph.Reopener. All that changes is how the file is opened, and that follows when permissions are prepared.
+func (d *disk) Reopen(o *graph.Reopening) (graph.Participant, error) {
+	return &resetting{d: d, o: *o}, nil
+}
+
+// resetting changes settings within a transaction.
+type resetting struct {
+	d *disk
+	o graph.Reopening
+	s settings // once it is prepared
+}
+
+// Prepare implements graph.Participant.
+func (r *resetting) Prepare(context.Context) error {
+	g := r.o.Generic
+	r.s = r.d.settings
+	r.s.ro, r.s.auto, r.s.direct = g.ReadOnly, g.AutoReadOnly, g.Direct
+	r.s.setCache(r.o.Options.(*types.BlockdevOptionsFile))
+	r.d.next = &r.s
+	return nil
+}
+
+// Commit implements graph.Participant.
+func (r *resetting) Commit() { r.d.settings, r.d.next = r.s, nil }
+
+// Abort implements graph.Participant.
+func (r *resetting) Abort() { r.d.next = nil }
 
 // warnUnlock logs what cannot happen on a local file system: the change is done by now.
 func warnUnlock(err error) {

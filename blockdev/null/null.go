@@ -87,6 +87,9 @@ func (d *disk) Caps() graph.Caps {
 	return graph.Caps{WriteFlags: blk.FUA | blk.WriteUnchanged}
 }
 
+// Reopen implements graph.Reopener: there is nothing that could change.
+func (d *disk) Reopen(*graph.Reopening) (graph.Participant, error) { return nil, nil }
+
 // Size implements graph.Driver.
 func (d *disk) Size() int64 { return d.size }
 

@@ -104,7 +104,8 @@ func TestSnapshots(t *testing.T) {
 	for _, sh := range []shape{{cs: 512, bits: 16, v: "v3"}, {cs: 4096, bits: 16, v: "v3"}, {cs: 65536, bits: 4, v: "v3"}, {cs: 1024, bits: 64, v: "v3", lazy: true}} {
 		t.Run(fmt.Sprintf("%+v", sh), func(t *testing.T) {
 			f := mustCreate(t, CreateOptions{Size: 512 << 10, ClusterSize: &sh.cs, RefcountBits: &sh.bits, Version: sh.v, LazyRefcounts: sh.lazy})
-			d := &disk{t: t, s: mustOpen(t, mem{f}, config{unmap: true}), now: make([]byte, 512<<10), snaps: map[string][]byte{}}
+			all := config{unmap: true, options: Options{OverlapTemplate: "all"}}
+			d := &disk{t: t, s: mustOpen(t, mem{f}, all), now: make([]byte, 512<<10), snaps: map[string][]byte{}}
 			rnd := rand.New(rand.NewPCG(1, sh.cs))
 			for i := range 30 {
 				d.scribble(rnd, 8)
@@ -126,13 +127,14 @@ func TestSnapshots(t *testing.T) {
 				t.Errorf("only %d snapshots are left", len(d.snaps))
 			}
 			mustClose(t, d.s)
-			d.s = mustOpen(t, mem{f}, config{unmap: true})
+			d.s = mustOpen(t, mem{f}, all)
 			sound(t, d.s, false)
 			d.check()
 			for id := range d.snaps {
 				if err := d.s.DeleteSnapshot(req(), id); err != nil {
 					t.Fatal(err)
 				}
+				d.scribble(rnd, 20) // into what has become free
 				delete(d.snaps, id)
 			}
 			d.check()

@@ -19,10 +19,15 @@ import (
 // image is a node's driver. Requests pass with offset added; all generic duties fall on
 // the node below, so raw itself asks for no alignment and splits nothing.
 type image struct {
-	file   *graph.Edge
+	file *graph.Edge
+	part atomic.Pointer[window]
+}
+
+// window is the part of the file that is shown.
+type window struct {
 	offset int64
-	fixed  bool         // the option size was given
-	size   atomic.Int64 // that option; only if fixed
+	fixed  bool  // the option size was given
+	size   int64 // that option; only if fixed
 }
 
 // Role is the role of raw's file child: without a window raw behaves like a filter.
@@ -40,44 +45,71 @@ func Open(o *graph.Opening) (graph.Driver, error) {
 		return nil, errors.New("raw has no file")
 	}
 	opts, _ := o.Options.(*types.BlockdevOptionsRaw)
-	if opts == nil {
-		return d, nil
-	}
-	if err := d.window(opts.Offset, opts.Size); err != nil {
+	w, err := newWindow(opts, d.file.Size())
+	if err != nil {
 		return nil, err
 	}
+	d.part.Store(w)
 	return d, nil
 }
 
-// window checks and sets the part of the file that is shown.
-func (d *image) window(offset, size *int64) error {
-	below := d.file.Size()
+// newWindow checks the options against the size of the file.
+func newWindow(opts *types.BlockdevOptionsRaw, below int64) (*window, error) {
+	w := &window{}
+	if opts == nil {
+		return w, nil
+	}
+	offset, size := opts.Offset, opts.Size
 	if offset != nil {
 		if *offset < 0 {
-			return errors.New("Parameter 'offset' expects a non-negative number below 2^64")
+			return nil, errors.New("Parameter 'offset' expects a non-negative number below 2^64")
 		}
-		d.offset = *offset
+		w.offset = *offset
 	}
 	if size != nil && *size < 0 {
-		return errors.New("Parameter 'size' expects a non-negative number below 2^64")
+		return nil, errors.New("Parameter 'size' expects a non-negative number below 2^64")
 	}
-	if d.offset > below {
-		return fmt.Errorf("Offset (%d) cannot be greater than size of the containing file (%d)", d.offset, below)
+	if w.offset > below {
+		return nil, fmt.Errorf("Offset (%d) cannot be greater than size of the containing file (%d)", w.offset, below)
 	}
 	if size == nil {
-		return nil
+		return w, nil
 	}
-	if below-d.offset < *size {
-		return fmt.Errorf("The sum of offset (%d) and size (%d) has to be smaller or equal to the  actual size of the containing file (%d)",
-			d.offset, *size, below)
+	if below-w.offset < *size {
+		return nil, fmt.Errorf("The sum of offset (%d) and size (%d) has to be smaller or equal to the  actual size of the containing file (%d)",
+			w.offset, *size, below)
 	}
 	if *size%512 != 0 {
-		return errors.New("Specified size is not multiple of 512")
+		return nil, errors.New("Specified size is not multiple of 512")
 	}
-	d.fixed = true
-	d.size.Store(*size)
-	return nil
+	w.fixed, w.size = true, *size
+	return w, nil
 }
+
+// Reopen implements graph.Reopener: the window may move.
+func (d *image) Reopen(o *graph.Reopening) (graph.Participant, error) {
+	opts, _ := o.Options.(*types.BlockdevOptionsRaw)
+	w, err := newWindow(opts, d.file.Size())
+	if err != nil {
+		return nil, err
+	}
+	return &move{d, w}, nil
+}
+
+// move changes the window within a transaction.
+type move struct {
+	d *image
+	w *window
+}
+
+// Prepare implements graph.Participant.
+func (*move) Prepare(context.Context) error { return nil }
+
+// Commit implements graph.Participant.
+func (m *move) Commit() { m.d.part.Store(m.w) }
+
+// Abort implements graph.Participant.
+func (*move) Abort() {}
 
 // Caps implements graph.Driver. All flags pass; the node below emulates what its driver lacks.
 func (d *image) Caps() graph.Caps {
@@ -92,7 +124,7 @@ func (d *image) Caps() graph.Caps {
 
 // cluster is the allocation unit, if the window keeps it in place.
 func (d *image) cluster(below int64) int64 {
-	if below > 0 && d.offset%below == 0 {
+	if below > 0 && d.part.Load().offset%below == 0 {
 		return below
 	}
 	return 0
@@ -100,9 +132,10 @@ func (d *image) cluster(below int64) int64 {
 
 // Size implements graph.Driver: what the file has of the window, rounded up to sectors.
 func (d *image) Size() int64 {
-	size := max(d.file.Size()-d.offset, 0)
-	if d.fixed {
-		return min(size, d.size.Load())
+	w := d.part.Load()
+	size := max(d.file.Size()-w.offset, 0)
+	if w.fixed {
+		return min(size, w.size)
 	}
 	return blk.AlignUp(size, 512)
 }
@@ -110,60 +143,66 @@ func (d *image) Size() int64 {
 // Close implements graph.Driver.
 func (d *image) Close() error { return nil }
 
-// within checks that a request stays in a window of fixed size.
-func (d *image) within(off, n int64, e syscall.Errno) error {
-	if d.fixed && (off > d.size.Load() || n > d.size.Load()-off) {
-		return e
+// within is the place in the file of a request, which must stay in a window of fixed size.
+func (d *image) within(off, n int64, e syscall.Errno) (int64, error) {
+	w := d.part.Load()
+	if w.fixed && (off > w.size || n > w.size-off) {
+		return 0, e
 	}
-	if off > math.MaxInt64-d.offset {
-		return syscall.EINVAL
+	if off > math.MaxInt64-w.offset {
+		return 0, syscall.EINVAL
 	}
-	return nil
+	return off + w.offset, nil
 }
 
 // ReadAt implements graph.Driver.
 func (d *image) ReadAt(r *blk.Req, v blk.Vec, off int64, f blk.Flags) error {
-	if err := d.within(off, v.Len(), syscall.EINVAL); err != nil {
+	at, err := d.within(off, v.Len(), syscall.EINVAL)
+	if err != nil {
 		return err
 	}
-	return d.file.ReadAt(r, v, off+d.offset, f)
+	return d.file.ReadAt(r, v, at, f)
 }
 
 // WriteAt implements graph.Writer.
 func (d *image) WriteAt(r *blk.Req, v blk.Vec, off int64, f blk.Flags) error {
-	if err := d.within(off, v.Len(), syscall.ENOSPC); err != nil {
+	at, err := d.within(off, v.Len(), syscall.ENOSPC)
+	if err != nil {
 		return err
 	}
-	return d.file.WriteAt(r, v, off+d.offset, f)
+	return d.file.WriteAt(r, v, at, f)
 }
 
 // Zero implements graph.Zeroer.
 func (d *image) Zero(r *blk.Req, off, n int64, f blk.Flags) error {
-	if err := d.within(off, n, syscall.ENOSPC); err != nil {
+	at, err := d.within(off, n, syscall.ENOSPC)
+	if err != nil {
 		return err
 	}
-	return d.file.Zero(r, off+d.offset, n, f)
+	return d.file.Zero(r, at, n, f)
 }
 
 // Discard implements graph.Discarder.
 func (d *image) Discard(r *blk.Req, off, n int64) error {
-	if err := d.within(off, n, syscall.ENOSPC); err != nil {
+	at, err := d.within(off, n, syscall.ENOSPC)
+	if err != nil {
 		return err
 	}
-	return d.file.Discard(r, off+d.offset, n)
+	return d.file.Discard(r, at, n)
 }
 
 // Status implements graph.Statuser: the answer is the file's.
 func (d *image) Status(r *blk.Req, off, n int64) (blk.Extent, error) {
-	return blk.Extent{N: n, Raw: true, OffValid: true, MapOff: off + d.offset, In: d.file}, nil
+	return blk.Extent{N: n, Raw: true, OffValid: true, MapOff: off + d.part.Load().offset, In: d.file}, nil
 }
 
 // Map implements graph.Mapper.
 func (d *image) Map(r *blk.Req, off, n int64, m *blk.Mapping) error {
-	if err := d.within(off, n, syscall.EINVAL); err != nil {
+	at, err := d.within(off, n, syscall.EINVAL)
+	if err != nil {
 		return err
 	}
-	return d.file.Map(r, off+d.offset, n, m)
+	return d.file.Map(r, at, n, m)
 }
 
 // CopyFrom implements graph.CopyRanger.
@@ -172,21 +211,23 @@ func (d *image) CopyFrom(r *blk.Req, off int64, src []blk.HostRange, f blk.Flags
 	for i := range src {
 		n += src[i].N
 	}
-	if err := d.within(off, n, syscall.ENOSPC); err != nil {
+	at, err := d.within(off, n, syscall.ENOSPC)
+	if err != nil {
 		return err
 	}
-	return d.file.CopyFrom(r, off+d.offset, src, f)
+	return d.file.CopyFrom(r, at, src, f)
 }
 
 // Resize implements graph.Resizer.
 func (d *image) Resize(ctx context.Context, size int64, m blk.Prealloc) error {
-	if d.fixed {
+	w := d.part.Load()
+	if w.fixed {
 		return errors.New("Cannot resize fixed-size raw disks")
 	}
-	if math.MaxInt64-size < d.offset {
+	if math.MaxInt64-size < w.offset {
 		return errors.New("Disk size too large for the chosen offset")
 	}
-	return d.file.Resize(ctx, size+d.offset, true, m)
+	return d.file.Resize(ctx, size+w.offset, true, m)
 }
 
 // EdgeClaim implements graph.Permer: writing and resizing are claimed on the file only

@@ -10,12 +10,15 @@
 // reach it, whatever waits here goes on at once, counted. What it goes beyond the limits is paid for by those that come later. A unit
 // of work that must not wait is told blk.ErrWouldBlock, and nothing is counted.
 //
-// Locks: Group.mu, a leaf, held for moments only.
+// Locks: driver.mu > Group.mu, both held for moments only.
 package throttle
 
 import (
+	"context"
 	"errors"
 	"fmt"
+	"sync"
+	"sync/atomic"
 
 	"qblockd/graph"
 	"qblockd/graph/blk"
@@ -24,21 +27,75 @@ import (
 
 type driver struct {
 	graph.Passthrough
-	m *Member
+	find func(name string) *Group
+	m    atomic.Pointer[Member] // changed while no request is here
+
+	mu    sync.Mutex // holds m still for DrainBegin and DrainEnd
+	drain bool       // +checklocks:mu  between the two
 }
 
 // Opener makes the function that opens the filter; find finds a group by its name, nil if there is none. The child is called "file".
 func Opener(find func(name string) *Group) graph.OpenFunc {
 	return func(o *graph.Opening) (graph.Driver, error) {
 		name := o.Options.(*types.BlockdevOptionsThrottle).ThrottleGroup
-		if g := find(name); g != nil {
-			if m := g.Join(); m != nil {
-				return &driver{graph.Passthrough{Node: o.Node}, m}, nil
-			}
+		m, err := join(find(name), name)
+		if err != nil {
+			return nil, err
 		}
-		return nil, fmt.Errorf("Throttle group '%s' does not exist", name)
+		d := &driver{Passthrough: graph.Passthrough{Node: o.Node}, find: find}
+		d.m.Store(m)
+		return d, nil
 	}
 }
+
+func join(g *Group, name string) (*Member, error) {
+	if g != nil {
+		if m := g.Join(); m != nil {
+			return m, nil
+		}
+	}
+	return nil, fmt.Errorf("Throttle group '%s' does not exist", name)
+}
+
+// Reopen implements graph.Reopener: the filter may go to another group.
+func (d *driver) Reopen(o *graph.Reopening) (graph.Participant, error) {
+	name := o.Options.(*types.BlockdevOptionsThrottle).ThrottleGroup
+	switch g := d.find(name); g {
+	case nil:
+		return nil, fmt.Errorf("Throttle group '%s' does not exist", name)
+	case d.m.Load().g:
+		return nil, nil
+	default:
+		return &move{d: d, to: g, name: name}, nil
+	}
+}
+
+// move takes the filter to another group within a transaction.
+type move struct {
+	d    *driver
+	to   *Group
+	name string
+	m    *Member // once it is prepared
+}
+
+// Prepare implements graph.Participant.
+func (t *move) Prepare(context.Context) (err error) {
+	t.m, err = join(t.to, t.name)
+	return err
+}
+
+// Commit implements graph.Participant.
+func (t *move) Commit() {
+	t.d.mu.Lock()
+	defer t.d.mu.Unlock()
+	if t.d.drain {
+		t.m.Open()
+	}
+	t.d.m.Swap(t.m).Leave()
+}
+
+// Abort implements graph.Participant.
+func (t *move) Abort() { t.m.Leave() }
 
 func (d *driver) file() *graph.Edge { return d.Below() }
 
@@ -51,21 +108,21 @@ func (d *driver) Caps() graph.Caps {
 
 // Close implements graph.Driver.
 func (d *driver) Close() error {
-	d.m.Leave()
+	d.m.Load().Leave()
 	return nil
 }
 
 // leave ends what enter began; a request that would have blocked below was none.
 func (d *driver) leave(p pass, dir direction, n int64, err error) {
 	if err != nil && p.round != 0 && errors.Is(err, blk.ErrWouldBlock) {
-		d.m.refund(p, dir, n)
+		d.m.Load().refund(p, dir, n)
 	}
 }
 
 // ReadAt implements graph.Driver.
 func (d *driver) ReadAt(r *blk.Req, v blk.Vec, off int64, f blk.Flags) error {
 	n := v.Len()
-	p, err := d.m.enter(r, reading, n)
+	p, err := d.m.Load().enter(r, reading, n)
 	if err != nil {
 		return err
 	}
@@ -77,7 +134,7 @@ func (d *driver) ReadAt(r *blk.Req, v blk.Vec, off int64, f blk.Flags) error {
 // WriteAt implements graph.Writer.
 func (d *driver) WriteAt(r *blk.Req, v blk.Vec, off int64, f blk.Flags) error {
 	n := v.Len()
-	p, err := d.m.enter(r, writing, n)
+	p, err := d.m.Load().enter(r, writing, n)
 	if err != nil {
 		return err
 	}
@@ -88,13 +145,13 @@ func (d *driver) WriteAt(r *blk.Req, v blk.Vec, off int64, f blk.Flags) error {
 
 // Zero implements graph.Zeroer. Zeroes count like data.
 func (d *driver) Zero(r *blk.Req, off, n int64, f blk.Flags) error {
-	p, err := d.m.enter(r, writing, n)
+	p, err := d.m.Load().enter(r, writing, n)
 	if err != nil {
 		return err
 	}
 	err = d.file().Zero(r, off, n, f)
 	if f&blk.NoFallback != 0 && errors.Is(err, blk.ErrNotSupported) {
-		d.m.refund(p, writing, n) // the caller will write
+		d.m.Load().refund(p, writing, n) // the caller will write
 		return err
 	}
 	d.leave(p, writing, n, err)
@@ -103,7 +160,7 @@ func (d *driver) Zero(r *blk.Req, off, n int64, f blk.Flags) error {
 
 // Discard implements graph.Discarder. What is discarded counts as written.
 func (d *driver) Discard(r *blk.Req, off, n int64) error {
-	p, err := d.m.enter(r, writing, n)
+	p, err := d.m.Load().enter(r, writing, n)
 	if err != nil {
 		return err
 	}
@@ -114,7 +171,7 @@ func (d *driver) Discard(r *blk.Req, off, n int64) error {
 
 // Map implements graph.Mapper. What is mapped counts as read; what is not is read otherwise.
 func (d *driver) Map(r *blk.Req, off, n int64, m *blk.Mapping) error {
-	p, err := d.m.enter(r, reading, n)
+	p, err := d.m.Load().enter(r, reading, n)
 	if err != nil {
 		return err
 	}
@@ -125,9 +182,9 @@ func (d *driver) Map(r *blk.Req, off, n int64, m *blk.Mapping) error {
 	}
 	switch got := m.N() - before; {
 	case err != nil || got == 0:
-		d.m.refund(p, reading, n)
+		d.m.Load().refund(p, reading, n)
 	case got < n:
-		d.m.adjust(p, reading, n, got)
+		d.m.Load().adjust(p, reading, n, got)
 	}
 	return err
 }
@@ -138,21 +195,31 @@ func (d *driver) CopyFrom(r *blk.Req, off int64, src []blk.HostRange, f blk.Flag
 	for i := range src {
 		n += src[i].N
 	}
-	p, err := d.m.enter(r, writing, n)
+	p, err := d.m.Load().enter(r, writing, n)
 	if err != nil {
 		return err
 	}
 	if err = d.file().CopyFrom(r, off, src, f); err != nil {
-		d.m.refund(p, writing, n) // most failures are followed by a write
+		d.m.Load().refund(p, writing, n) // most failures are followed by a write
 	}
 	return err
 }
 
 // DrainBegin implements graph.Drainer.
-func (d *driver) DrainBegin() { d.m.Open() }
+func (d *driver) DrainBegin() {
+	d.mu.Lock()
+	defer d.mu.Unlock()
+	d.drain = true
+	d.m.Load().Open()
+}
 
 // Quiet implements graph.Drainer: nothing waits between DrainBegin and DrainEnd.
 func (d *driver) Quiet() bool { return true }
 
 // DrainEnd implements graph.Drainer.
-func (d *driver) DrainEnd() { d.m.Shut() }
+func (d *driver) DrainEnd() {
+	d.mu.Lock()
+	defer d.mu.Unlock()
+	d.drain = false
+	d.m.Load().Shut()
+}

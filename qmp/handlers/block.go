@@ -52,6 +52,12 @@ func (b BlockCore) BlockdevAdd(ctx context.Context, a *types.BlockdevOptions) er
 	return b.Nodes.Add(ctx, a)
 }
 
+// BlockdevReopen gives nodes other options.
+func (b BlockCore) BlockdevReopen(ctx context.Context, a *types.BlockdevReopenArgs) error {
+	r := b.Nodes.Reopen(a.Options)
+	return b.Jobs.Quiescing(b.Nodes.Graph(), r.Nodes(), func() error { return r.Run(ctx) })
+}
+
 // BlockdevDel closes a node.
 func (b BlockCore) BlockdevDel(ctx context.Context, a *types.BlockdevDelArgs) error {
 	return b.Nodes.Del(ctx, a.NodeName)

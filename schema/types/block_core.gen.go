@@ -1544,6 +1544,12 @@ type BlockJobFinalizeArgs struct {
 	ID string
 }
 
+// BlockdevReopenArgs: the arguments of blockdev-reopen.
+type BlockdevReopenArgs struct {
+	// For each node what it is to have; `node-name` tells which it is.
+	Options []*BlockdevOptions
+}
+
 // BlockdevDelArgs: the arguments of blockdev-del.
 type BlockdevDelArgs struct {
 	// The node.

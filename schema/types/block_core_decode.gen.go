@@ -934,6 +934,19 @@ func membersBlockJobFinalizeArgs(d *decoder, x *BlockJobFinalizeArgs) bool {
 	return visitStr(d, "id", &x.ID)
 }
 
+// DecodeBlockdevReopenArgs decodes the arguments in v, nil for none; faults are worded as the reference does (*ArgError).
+func DecodeBlockdevReopenArgs(v *value.Dict) (*BlockdevReopenArgs, error) {
+	return args(v, visitBlockdevReopenArgs)
+}
+
+func visitBlockdevReopenArgs(d *decoder, name string, x *BlockdevReopenArgs) bool {
+	return object(d, name, x, membersBlockdevReopenArgs)
+}
+
+func membersBlockdevReopenArgs(d *decoder, x *BlockdevReopenArgs) bool {
+	return listPtr(d, "options", &x.Options, visitBlockdevOptions)
+}
+
 // DecodeBlockdevDelArgs decodes the arguments in v, nil for none; faults are worded as the reference does (*ArgError).
 func DecodeBlockdevDelArgs(v *value.Dict) (*BlockdevDelArgs, error) {
 	return args(v, visitBlockdevDelArgs)

@@ -2134,6 +2134,13 @@ func (x *BlockJobFinalizeArgs) AppendJSON(b []byte) []byte {
 }
 
 // AppendJSON appends x in the reference's form, members in hash order.
+func (x *BlockdevReopenArgs) AppendJSON(b []byte) []byte {
+	b = append(b, `{"options": `...)
+	b = appendList(b, x.Options, func(b []byte, v *BlockdevOptions) []byte { return v.AppendJSON(b) })
+	return append(b, '}')
+}
+
+// AppendJSON appends x in the reference's form, members in hash order.
 func (x *BlockdevDelArgs) AppendJSON(b []byte) []byte {
 	b = append(b, `{"node-name": `...)
 	b = value.AppendString(b, x.NodeName)

@@ -28,6 +28,11 @@ type BlockCoreHandler interface {
 	XDebugQueryBlockGraph(ctx context.Context) (*XDbgBlockGraph, error)
 	// BlockdevAdd executes blockdev-add: make a node, and the nodes that its options describe.
 	BlockdevAdd(ctx context.Context, a *BlockdevOptions) error
+	// BlockdevReopen executes blockdev-reopen: give nodes other options. Those that are not given,
+	// `backing` excepted, take their default; some cannot be changed, or not be left out. Children can be
+	// replaced by nodes that are named; nodes that a node defined take over what it hands down. All nodes
+	// change or none.
+	BlockdevReopen(ctx context.Context, a *BlockdevReopenArgs) error
 	// BlockdevDel executes blockdev-del: remove a node that was added by `blockdev-add` and that nobody
 	// uses.
 	BlockdevDel(ctx context.Context, a *BlockdevDelArgs) error
@@ -131,6 +136,16 @@ func RegisterBlockCore(r Registrar, h BlockCoreHandler) {
 			return nil, err
 		}
 		if err := h.BlockdevAdd(ctx, a); err != nil {
+			return nil, err
+		}
+		return append(out, "{}"...), nil
+	})
+	r.Handle("blockdev-reopen", func(ctx context.Context, args *value.Dict, out []byte) ([]byte, error) {
+		a, err := DecodeBlockdevReopenArgs(args)
+		if err != nil {
+			return nil, err
+		}
+		if err := h.BlockdevReopen(ctx, a); err != nil {
 			return nil, err
 		}
 		return append(out, "{}"...), nil
