@@ -21,7 +21,7 @@ type BitmapStep struct {
 	node    string // of the bitmap
 	quiet   bool   // the node is held quiet
 	g       *graph.Graph
-	prepare func(s *BitmapStep) error
+	prepare func(ctx context.Context, s *BitmapStep) error
 	undo    func() // what Abort does; nil: nothing was done
 	finish  func() // what Commit does
 }
@@ -34,8 +34,11 @@ func (s *BitmapStep) Nodes() []*graph.Node {
 	return nil
 }
 
+// Discreet implements jobs.Discreet.
+func (*BitmapStep) Discreet() {}
+
 // Prepare implements jobs.Action.
-func (s *BitmapStep) Prepare(context.Context, *graph.Tx) error { return s.prepare(s) }
+func (s *BitmapStep) Prepare(ctx context.Context, _ *graph.Tx) error { return s.prepare(ctx, s) }
 
 // Commit implements jobs.Action.
 func (s *BitmapStep) Commit() {
@@ -56,7 +59,8 @@ func (s *BitmapStep) Clean() {}
 
 // BitmapAdd makes the step block-dirty-bitmap-add.
 func (m *Manager) BitmapAdd(a *types.BlockDirtyBitmapAdd) *BitmapStep {
-	return &BitmapStep{g: m.g, node: a.Node, prepare: func(s *BitmapStep) error {
+	persistent := a.Persistent != nil && *a.Persistent
+	return &BitmapStep{g: m.g, node: a.Node, quiet: persistent, prepare: func(ctx context.Context, s *BitmapStep) error {
 		if a.Name == "" {
 			return errors.New("Bitmap name cannot be empty")
 		}
@@ -71,18 +75,47 @@ func (m *Manager) BitmapAdd(a *types.BlockDirtyBitmapAdd) *BitmapStep {
 			}
 			spec.Granularity = int64(*g)
 		}
-		if a.Persistent != nil && *a.Persistent {
+		if persistent {
 			spec.Persistent = true
 			if err := canStore(n, &spec); err != nil {
 				return err
 			}
 		}
 		d, err := n.NewDirtyBitmap(spec)
-		if err == nil {
-			s.undo = d.Remove
+		if err != nil {
+			return err
 		}
-		return err
+		s.undo = d.Remove
+		if !persistent {
+			return nil
+		}
+		s.undo = func() { m.forget(d) }
+		return hold(ctx, d)
 	}}
+}
+
+// hold makes the image hold a persistent bitmap, whatever happens to the program.
+func hold(ctx context.Context, d *graph.DirtyBitmap) error {
+	store, ok := d.Node().Driver().(graph.BitmapStore)
+	if !ok || !d.Persistent() {
+		return nil
+	}
+	if err := store.HoldBitmap(&blk.Req{Ctx: ctx}, d.Name()); err != nil {
+		return fmt.Errorf("Can't store bitmap '%s' in '%s': %w", d.Name(), d.Node().Name(), err)
+	}
+	return nil
+}
+
+// forget removes a bitmap, from the image, too.
+func (m *Manager) forget(d *graph.DirtyBitmap) {
+	d.Remove()
+	store, ok := d.Node().Driver().(graph.BitmapStore)
+	if !ok || !d.Persistent() {
+		return
+	}
+	if err := store.RemoveBitmap(&blk.Req{Ctx: context.Background()}, d.Name()); err != nil {
+		m.log.Warn("a bitmap stays in its image for the time being", "node", d.Node().Name(), "bitmap", d.Name(), "error", err)
+	}
 }
 
 // canStore tells why n cannot keep a persistent bitmap, in the reference's words.
@@ -111,33 +144,27 @@ func canStore(n *graph.Node, spec *graph.DirtyBitmapSpec) error {
 }
 
 // onBitmap makes a step that does something with a bitmap that can be used that way.
-func (m *Manager) onBitmap(a *types.BlockDirtyBitmap, use graph.BitmapUse, do func(s *BitmapStep, d *graph.DirtyBitmap)) *BitmapStep {
-	return &BitmapStep{g: m.g, node: a.Node, prepare: func(s *BitmapStep) error {
+func (m *Manager) onBitmap(a *types.BlockDirtyBitmap, use graph.BitmapUse, do func(ctx context.Context, s *BitmapStep, d *graph.DirtyBitmap) error) *BitmapStep {
+	return &BitmapStep{g: m.g, node: a.Node, prepare: func(ctx context.Context, s *BitmapStep) error {
 		d, err := m.g.FindDirtyBitmap(a.Node, a.Name)
 		if err == nil {
 			err = d.Check(use)
 		}
-		if err == nil {
-			do(s, d)
+		if err != nil {
+			return err
 		}
-		return err
+		return do(ctx, s, d)
 	}}
 }
 
 // BitmapRemove makes the step block-dirty-bitmap-remove. The bitmap goes on recording until Commit, so that it has missed nothing if it
 // stays. One in the image goes from there, too; if that fails it stays there as one that cannot be trusted, until the image is closed.
 func (m *Manager) BitmapRemove(a *types.BlockDirtyBitmap) *BitmapStep {
-	s := m.onBitmap(a, graph.BitmapRemove, func(s *BitmapStep, d *graph.DirtyBitmap) {
+	s := m.onBitmap(a, graph.BitmapRemove, func(ctx context.Context, s *BitmapStep, d *graph.DirtyBitmap) error {
 		d.SetBusy(true)
 		s.undo = func() { d.SetBusy(false) }
-		s.finish = func() {
-			d.Remove()
-			if store, ok := d.Node().Driver().(graph.BitmapStore); ok && d.Persistent() {
-				if err := store.RemoveBitmap(&blk.Req{Ctx: context.Background()}, d.Name()); err != nil {
-					m.log.Warn("a bitmap stays in its image for the time being", "node", d.Node().Name(), "bitmap", d.Name(), "error", err)
-				}
-			}
-		}
+		s.finish = func() { m.forget(d) }
+		return nil
 	})
 	s.quiet = true // as the image is written to
 	return s
@@ -145,30 +172,40 @@ func (m *Manager) BitmapRemove(a *types.BlockDirtyBitmap) *BitmapStep {
 
 // BitmapClear makes the step block-dirty-bitmap-clear.
 func (m *Manager) BitmapClear(a *types.BlockDirtyBitmap) *BitmapStep {
-	return m.onBitmap(a, graph.BitmapChange, func(s *BitmapStep, d *graph.DirtyBitmap) {
+	return m.onBitmap(a, graph.BitmapChange, func(ctx context.Context, s *BitmapStep, d *graph.DirtyBitmap) error {
 		old := d.Take()
 		s.undo = func() { d.Bits().Merge(old) }
+		return nil
 	})
 }
 
 // BitmapEnable makes the step block-dirty-bitmap-enable or -disable. One that is disabled goes on recording until Commit, so that it has
-// missed nothing if it stays enabled.
+// missed nothing if it stays enabled. The node is quiet while one is enabled: what the image has of it must be more than what writes under way add.
 func (m *Manager) BitmapEnable(a *types.BlockDirtyBitmap, enable bool) *BitmapStep {
-	return m.onBitmap(a, graph.BitmapRead, func(s *BitmapStep, d *graph.DirtyBitmap) {
+	s := m.onBitmap(a, graph.BitmapRead, func(ctx context.Context, s *BitmapStep, d *graph.DirtyBitmap) error {
 		switch {
 		case d.Enabled() == enable:
 		case enable:
 			d.Enable()
 			s.undo = d.Disable
+			return hold(ctx, d)
 		default:
-			s.finish = d.Disable
+			s.finish = func() {
+				d.Disable()
+				if err := hold(context.WithoutCancel(ctx), d); err != nil {
+					m.log.Warn("a bitmap will record again if the program is killed", "node", d.Node().Name(), "bitmap", d.Name(), "error", err)
+				}
+			}
 		}
+		return nil
 	})
+	s.quiet = enable
+	return s
 }
 
 // BitmapMerge makes the step block-dirty-bitmap-merge. The node is quiet, as nothing may be recorded that an undo would take for merged.
 func (m *Manager) BitmapMerge(a *types.BlockDirtyBitmapMerge) *BitmapStep {
-	return &BitmapStep{g: m.g, node: a.Node, quiet: true, prepare: func(s *BitmapStep) error {
+	return &BitmapStep{g: m.g, node: a.Node, quiet: true, prepare: func(ctx context.Context, s *BitmapStep) error {
 		d, err := m.g.FindDirtyBitmap(a.Node, a.Target)
 		if err != nil {
 			return err
@@ -186,7 +223,7 @@ func (m *Manager) BitmapMerge(a *types.BlockDirtyBitmapMerge) *BitmapStep {
 			d.Take()
 			d.Bits().Merge(before)
 		}
-		return nil
+		return hold(ctx, d)
 	}}
 }
 

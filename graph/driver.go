@@ -123,6 +123,9 @@ type (
 	BitmapStore interface {
 		// CanStoreBitmap tells why there cannot be one more, besides others of them; granularity is in bytes.
 		CanStoreBitmap(name string, granularity int64, others int) error
+		// HoldBitmap makes the image safe against the sudden end of the program: it has at least what the persistent bitmap of that name has, and will have what
+		// writes add. Called when the bitmap was added, enabled, or merged into, while the node is quiet, and when it was disabled. May block.
+		HoldBitmap(r *blk.Req, name string) error
 		// RemoveBitmap takes it out of the image at once. May block.
 		RemoveBitmap(r *blk.Req, name string) error
 	}

@@ -34,6 +34,9 @@ type Opener interface {
 	Open(ctx context.Context) error
 }
 
+// Discreet marks an Action whose nodes are quiet for reasons of our own: jobs that reach them are not seen to pause.
+type Discreet interface{ Discreet() }
+
 // NoAction is an Action that does nothing, to embed in those that need few of the methods.
 type NoAction struct{}
 
@@ -117,7 +120,9 @@ func (m *Manager) Transaction(ctx context.Context, g *graph.Graph, actions ...Ac
 	m.blink(before)
 	var nodes []*graph.Node
 	for _, a := range actions {
-		nodes = append(nodes, a.Nodes()...)
+		if _, ok := a.(Discreet); !ok {
+			nodes = append(nodes, a.Nodes()...)
+		}
 	}
 	return m.Quiescing(g, nodes, func() error { return RunActions(ctx, g, actions...) })
 }

@@ -11,7 +11,8 @@ import (
 )
 
 // Persistent bitmaps. While an image is open for writing, its bitmaps are in memory, as the node's dirty bitmaps, and the image says so of each (in use): a
-// program that finds that knows that they have missed writes. They are stored when the image is closed or becomes read-only:
+// program that finds that knows that they have missed writes. Those that are live are marked meanwhile, and hold for us (marks.go). All are stored when the
+// image is closed or becomes read-only. A new directory always goes this way:
 //
 //	data and tables -> directory -> refcounts -> | header -> | old data, tables and directory are freed
 //
@@ -28,6 +29,8 @@ const (
 type stored struct {
 	layout.BitmapEntry
 	table []uint64
+	live  bool // it has all its clusters, and marks are written to them
+	born  bool // it was added while the image was open
 }
 
 // persisted is a bitmap of the node that is to be in the image.
@@ -46,6 +49,8 @@ type bitmapKeeper interface {
 	readOnly(ro bool)
 	// persisted are those to be stored, newest first.
 	persisted() []persisted
+	// records tells whether writes are recorded in a bitmap.
+	records(name string) bool
 }
 
 // loadBitmaps reads the persistent bitmaps. A broken directory is reported and counts as none: the guest's data does not depend on it. A broken bitmap counts as
@@ -74,7 +79,8 @@ func (s *image) loadBitmaps(r *blk.Req) error {
 	for _, e := range entries {
 		m := &stored{BitmapEntry: e}
 		s.stored = append(s.stored, m)
-		p := persisted{name: e.Name, enabled: e.Flags&layout.BitmapAuto != 0, inconsistent: e.Flags&layout.BitmapInUse != 0}
+		holds := e.Flags&layout.BitmapInUse == 0 || slices.Contains(s.ext.Marks, e.TableOffset)
+		p := persisted{name: e.Name, enabled: e.Flags&layout.BitmapAuto != 0, inconsistent: !holds}
 		n := s.bitmapBytes(e.Granularity)
 		if want := blk.AlignUp(n, s.cs) / s.cs; n > maxBitmapBytes || int64(e.TableSize) != want {
 			if !p.inconsistent {
@@ -146,11 +152,11 @@ func (s *image) readBitmap(r *blk.Req, m *stored, ones *int64) (*bitmap.Bitmap, 
 
 // bitmapInfo is what image information shows of the stored bitmaps.
 func (s *image) bitmapInfo() []*types.Qcow2BitmapInfo {
-	if len(s.stored) == 0 {
-		return nil
-	}
-	l := make([]*types.Qcow2BitmapInfo, 0, len(s.stored))
+	var l []*types.Qcow2BitmapInfo
 	for _, m := range s.stored {
+		if m.born {
+			continue // the reference stores it at the end
+		}
 		x := &types.Qcow2BitmapInfo{Name: m.Name, Granularity: uint32(m.Granularity), Flags: []types.Qcow2BitmapInfoFlags{}}
 		if m.Flags&layout.BitmapInUse != 0 {
 			x.Flags = append(x.Flags, types.Qcow2BitmapInfoFlagsInUse)
@@ -163,37 +169,43 @@ func (s *image) bitmapInfo() []*types.Qcow2BitmapInfo {
 	return l
 }
 
-// claimBitmaps says in the image that its bitmaps are in use, before anything else is written to it. While the directory is written, the header says that the
-// bitmaps are not kept up to date. mu is held.
+// claimBitmaps says in the image that its bitmaps are in use, before anything else is written to it, and makes those live that can be. marking and mu are
+// held.
 func (s *image) claimBitmaps(r *blk.Req) error {
-	if s.keeper != nil {
-		s.keeper.readOnly(false)
+	if s.keeper == nil {
+		return s.claimInPlace(r)
+	}
+	s.keeper.readOnly(false)
+	if len(s.stored) == 0 {
+		return s.distrust(r)
+	}
+	err := s.claimLive(r)
+	if err == nil {
+		return nil
+	}
+	s.warnf("Persistent bitmaps will count as inconsistent if they are not stored in the end: %s", blk.ErrnoText(err))
+	return s.claimInPlace(r)
+}
+
+// claimInPlace changes the flags where they are: it takes no space. Whichever of them are written when power fails, nothing else was written before.
+func (s *image) claimInPlace(r *blk.Req) error {
+	if err := s.distrust(r); err != nil {
+		return err
 	}
 	fresh := false
 	for _, m := range s.stored {
 		fresh = fresh || m.Flags&layout.BitmapInUse == 0
+		m.Flags |= layout.BitmapInUse
 	}
 	if !fresh {
 		return nil
-	}
-	if err := s.writeAutoclear(r, s.hdr.AutoclearFeatures&^layout.AutoclearBitmaps); err != nil {
-		return err
-	}
-	for _, m := range s.stored {
-		m.Flags |= layout.BitmapInUse
 	}
 	dir := s.encodeDirectory(s.stored)
 	if err := s.writeMeta(r, dir, int64(s.ext.Bitmaps.DirectoryOffset), olBitmapDirectory); err != nil {
 		return err
 	}
-	if err := s.barrier(r); err != nil {
-		return err
-	}
-	if err := s.writeAutoclear(r, s.hdr.AutoclearFeatures|layout.AutoclearBitmaps); err != nil {
-		return err
-	}
 	s.publish()
-	return nil
+	return s.barrier(r)
 }
 
 func (s *image) encodeDirectory(l []*stored) []byte {
@@ -218,7 +230,8 @@ func (s *image) writeAutoclear(r *blk.Req, v uint64) error {
 	return nil
 }
 
-// storeBitmaps writes the bitmaps of the node into the image. The caller flushes afterwards. After an error the image says what it said before. mu is held.
+// storeBitmaps writes the bitmaps of the node into the image. The caller flushes afterwards. After an error the image says what it said before. marking and mu
+// are held.
 func (s *image) storeBitmaps(r *blk.Req) error {
 	if s.keeper == nil {
 		return nil
@@ -247,23 +260,44 @@ func (s *image) storeBitmaps(r *blk.Req) error {
 			}
 		}
 	}
+	var born []*stored // as in the reference they come last, the newest first
 	for _, m := range s.stored {
-		if i := slices.IndexFunc(want, func(p persisted) bool { return p.name == m.Name }); i >= 0 {
-			add(want[i], m)
-		} else {
+		switch p := find(want, m.Name); {
+		case p == nil:
 			old = append(old, m)
+		case m.born:
+			born = append(born, m)
+		default:
+			add(*p, m)
 		}
 	}
 	for _, p := range want {
 		if !taken[p.name] {
-			add(p, nil)
+			var from *stored
+			if i := slices.IndexFunc(born, func(m *stored) bool { return m.Name == p.name }); i >= 0 {
+				from = born[i]
+			}
+			add(p, from)
 		}
 	}
 	if err == nil {
 		err = s.switchDirectory(r, list, old)
 	}
+	if err == nil {
+		s.marks.Store(nil)
+	}
 	s.giveBack(r)
 	return err
+}
+
+// find is the bitmap of that name, or nil.
+func find(l []persisted, name string) *persisted {
+	for i := range l {
+		if l[i].name == name {
+			return &l[i]
+		}
+	}
+	return nil
 }
 
 // giveBack frees what was taken for bitmaps that are not in the image after all.
@@ -297,13 +331,18 @@ func (s *image) writeBitmap(r *blk.Req, p persisted) (*stored, error) {
 		}
 		m.table[i] = uint64(off)
 	}
+	return m, s.writeTable(r, m)
+}
+
+// writeTable writes the table of a bitmap to new clusters.
+func (s *image) writeTable(r *blk.Req, m *stored) error {
 	tab := make([]byte, len(m.table)*8)
 	for i, e := range m.table {
 		be.PutUint64(tab[i*8:], e)
 	}
 	off, err := s.writeNew(r, tab, "bitmap table")
 	m.TableOffset = uint64(off)
-	return m, err
+	return err
 }
 
 // writeNew writes b to new clusters and returns where.
@@ -322,11 +361,21 @@ func (s *image) writeNew(r *blk.Req, b []byte, what string) (int64, error) {
 
 // switchDirectory makes the image refer to the bitmaps in list, and gives back what those in old, and the old directory, take.
 func (s *image) switchDirectory(r *blk.Req, list, old []*stored) error {
-	was, wasBits := s.ext.Bitmaps, s.hdr.AutoclearFeatures
+	was, wasMarks, wasBits := s.ext.Bitmaps, s.ext.Marks, s.hdr.AutoclearFeatures
 	var now *layout.Bitmaps
-	bits := wasBits &^ layout.AutoclearBitmaps
+	var marked []uint64
+	bits := wasBits &^ (layout.AutoclearBitmaps | layout.AutoclearMarks)
+	for _, m := range list {
+		if m.live {
+			marked = append(marked, m.TableOffset)
+			bits |= layout.AutoclearMarks
+		}
+	}
 	if len(list) > 0 {
 		dir := s.encodeDirectory(list)
+		if len(dir) > layout.MaxBitmapDirectory {
+			return errNoSpace
+		}
 		off, err := s.writeNew(r, dir, "bitmap directory")
 		if err != nil {
 			return err
@@ -341,9 +390,9 @@ func (s *image) switchDirectory(r *blk.Req, list, old []*stored) error {
 		return err
 	}
 	s.fresh = nil // from here on the image may refer to them, also after an error
-	s.ext.Bitmaps, s.hdr.AutoclearFeatures = now, bits
+	s.ext.Bitmaps, s.ext.Marks, s.hdr.AutoclearFeatures = now, marked, bits
 	if err := s.updateHeader(r); err != nil {
-		s.ext.Bitmaps, s.hdr.AutoclearFeatures = was, wasBits
+		s.ext.Bitmaps, s.ext.Marks, s.hdr.AutoclearFeatures = was, wasMarks, wasBits
 		return err
 	}
 	s.stored = list
@@ -372,11 +421,19 @@ func (s *image) freeBitmap(m *stored) {
 func (s *image) CanStoreBitmap(name string, granularity int64, others int) error {
 	s.mu.Lock()
 	defer s.mu.Unlock()
+	entries := []layout.BitmapEntry{{Name: name}}
+	if s.keeper != nil && s.hdr.Version >= 3 {
+		for _, p := range s.keeper.persisted() {
+			entries = append(entries, layout.BitmapEntry{Name: p.name})
+		}
+	}
 	switch n := s.bitmapBytes(granularity); {
 	case s.hdr.Version < 3:
 		return fmt.Errorf("Cannot store dirty bitmaps in qcow2 v2 files")
 	case others >= maxBitmapCount:
 		return fmt.Errorf("Maximum number of persistent bitmaps is already reached")
+	case len(layout.AppendBitmapDirectory(nil, entries)) > layout.MaxBitmapDirectory:
+		return fmt.Errorf("Not enough space in the bitmap directory")
 	case n > maxBitmapBytes:
 		return fmt.Errorf("Too much space will be occupied by the bitmap. Use larger granularity")
 	}
@@ -385,6 +442,8 @@ func (s *image) CanStoreBitmap(name string, granularity int64, others int) error
 
 // RemoveBitmap implements graph.BitmapStore.
 func (s *image) RemoveBitmap(r *blk.Req, name string) error {
+	s.marking.Lock()
+	defer s.marking.Unlock()
 	s.mu.Lock()
 	defer s.mu.Unlock()
 	i := slices.IndexFunc(s.stored, func(m *stored) bool { return m.Name == name })

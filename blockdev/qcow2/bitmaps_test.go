@@ -69,6 +69,10 @@ type memKeeper struct {
 func (k *memKeeper) loaded(p persisted, _ bool) error { k.list = append(k.list, p); return nil }
 func (k *memKeeper) readOnly(ro bool)                 { k.ro = ro }
 func (k *memKeeper) persisted() []persisted           { return k.list }
+func (k *memKeeper) records(name string) bool {
+	p := find(k.list, name)
+	return p != nil && p.enabled && !p.inconsistent
+}
 
 // TestBitmapsAcrossCrashes lets power fail after each write of a time in which an image is opened, written to and closed: a bitmap that is
 // trusted afterwards has not missed a write that is in the image.

@@ -77,6 +77,11 @@ func (n nodeBitmaps) loaded(p persisted, readOnly bool) error {
 	return err
 }
 
+func (n nodeBitmaps) records(name string) bool {
+	d := n.DirtyBitmap(name)
+	return d != nil && d.Persistent() && d.Enabled() && !d.Inconsistent()
+}
+
 func (n nodeBitmaps) readOnly(ro bool) {
 	for _, d := range n.DirtyBitmaps() {
 		if d.Persistent() {

@@ -263,6 +263,8 @@ func (s *image) markClean(r *blk.Req) error {
 // Inactivate writes everything down: afterwards the image on disk is clean. Called while no
 // requests run.
 func (s *image) Inactivate(r *blk.Req) error {
+	s.marking.Lock()
+	defer s.marking.Unlock()
 	s.mu.Lock()
 	defer s.mu.Unlock()
 	if s.readOnly || s.dead.Load() || s.closed {

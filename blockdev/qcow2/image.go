@@ -60,7 +60,11 @@ type image struct {
 
 	info info
 
-	resizing sync.Mutex // one Resize at a time; taken before mu
+	resizing sync.Mutex // one Resize at a time; taken before marking and mu
+
+	marks   atomic.Pointer[marks] // nil: no bitmap is marked
+	marking sync.Mutex            // held while marks are written, and while what they are written to changes; taken before mu
+	toMark  markQueue
 
 	mu   sync.Mutex
 	wake *sync.Cond // an in-flight allocation has ended
@@ -73,7 +77,7 @@ type image struct {
 	hdrUsed  int // bytes of the first cluster taken by header, extensions and backing name
 	snaps    []layout.Snapshot
 	snapEnd  int64     // end of the snapshot table
-	stored   []*stored // persistent bitmaps in the image
+	stored   []*stored // persistent bitmaps in the image; changes with marking held, too
 	// badBitmaps: the bitmaps extension makes no sense, and goes with the first change.
 	badBitmaps bool
 	fresh      []int64 // clusters taken for bitmaps that the image does not refer to yet

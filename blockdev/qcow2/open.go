@@ -25,6 +25,8 @@ func openImage(r *blk.Req, c config) (*image, error) {
 	}
 	s.epOld = s.epCur
 	s.wake, s.done = sync.NewCond(&s.mu), sync.NewCond(&s.mu)
+	s.marking.Lock()
+	defer s.marking.Unlock()
 	s.mu.Lock()
 	defer s.mu.Unlock()
 	first, err := s.readHeader(r)
@@ -206,7 +208,7 @@ func (s *image) findInactive(r *blk.Req) error {
 func (s *image) becomeWriter(r *blk.Req) error {
 	known := uint64(0)
 	if s.ext.Bitmaps != nil && !s.badBitmaps {
-		known = layout.AutoclearBitmaps
+		known = layout.AutoclearBitmaps | layout.AutoclearMarks
 	}
 	if s.hdr.AutoclearFeatures&^known != 0 || s.ext.BitmapsStale || s.badBitmaps {
 		hdr, ext, bad := *s.hdr, *s.ext, s.badBitmaps
@@ -220,18 +222,18 @@ func (s *image) becomeWriter(r *blk.Req) error {
 			return wrap("Could not update qcow2 header", err)
 		}
 	}
+	// Before the bitmaps get clusters: those that are free are known after it only.
+	if s.hdr.IncompatibleFeatures&layout.IncompatDirty != 0 && !s.bare {
+		res, err := s.check(r, true)
+		if err == nil && res.Errors > 0 {
+			err = errIO
+		}
+		if err != nil {
+			return wrap("Could not repair dirty image", err)
+		}
+	}
 	if err := s.claimBitmaps(r); err != nil {
 		return wrap("Could not update bitmap directory", err)
-	}
-	if s.hdr.IncompatibleFeatures&layout.IncompatDirty == 0 || s.bare {
-		return nil
-	}
-	res, err := s.check(r, true)
-	if err == nil && res.Errors > 0 {
-		err = errIO
-	}
-	if err != nil {
-		return wrap("Could not repair dirty image", err)
 	}
 	return nil
 }

@@ -26,6 +26,8 @@ func (s *image) PrepareReadOnly(r *blk.Req, readOnly bool) error {
 // that ends. An image that becomes writable gets what opening it so would have done; if that fails it stays read-only. For one that was to become read-only and
 // did not after all, with readOnly false, it takes back what PrepareReadOnly did.
 func (s *image) CommitReadOnly(r *blk.Req, readOnly bool) error {
+	s.marking.Lock()
+	defer s.marking.Unlock()
 	s.mu.Lock()
 	defer s.mu.Unlock()
 	was := s.readOnly

@@ -22,6 +22,8 @@ func (s *image) Resize(r *blk.Req, size int64, m blk.Prealloc) error {
 	}
 	s.resizing.Lock()
 	defer s.resizing.Unlock()
+	s.marking.Lock()
+	defer s.marking.Unlock()
 	s.mu.Lock()
 	defer s.mu.Unlock()
 	if err := s.usable(); err != nil {
@@ -31,13 +33,15 @@ func (s *image) Resize(r *blk.Req, size int64, m blk.Prealloc) error {
 		return errors.New("Can't resize a v2 image which has snapshots")
 	}
 	old := s.size.Load()
-	if size < old {
-		if m != blk.PreallocOff && m != "" {
-			return errors.New("Preallocation can't be used for shrinking an image")
-		}
-		return s.shrink(r, old, size)
+	if size < old && m != blk.PreallocOff && m != "" {
+		return errors.New("Preallocation can't be used for shrinking an image")
 	}
-	return s.grow(r, old, size, m)
+	return s.resizeLive(r, func() error {
+		if size < old {
+			return s.shrink(r, old, size)
+		}
+		return s.grow(r, old, size, m)
+	})
 }
 
 func (s *image) grow(r *blk.Req, old, size int64, m blk.Prealloc) error {

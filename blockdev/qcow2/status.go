@@ -159,6 +159,9 @@ func (s *image) CopyFrom(r *blk.Req, off int64, src []blk.HostRange, f blk.Flags
 		}
 		n += h.N
 	}
+	if err := s.mark(r, off, n, f); err != nil {
+		return err
+	}
 	whole := func(o int64) bool { return o&(s.cs-1) == 0 || o == s.size.Load() }
 	for n > 0 {
 		p, err := s.planWrite(r, off, n)

@@ -7,6 +7,9 @@ import (
 
 // WriteAt writes v at off. With blk.Compressed it stores whole clusters compressed.
 func (s *image) WriteAt(r *blk.Req, v blk.Vec, off int64, f blk.Flags) error {
+	if err := s.mark(r, off, v.Len(), f); err != nil {
+		return err
+	}
 	if f&blk.Compressed != 0 {
 		return s.writeCompressed(r, v, off, f)
 	}

@@ -12,6 +12,9 @@ func (s *image) Zero(r *blk.Req, off, n int64, f blk.Flags) error {
 	if r.NoWait {
 		return blk.ErrWouldBlock
 	}
+	if err := s.mark(r, off, n, f); err != nil {
+		return err
+	}
 	s.mu.Lock()
 	defer s.mu.Unlock()
 	if err := s.usable(); err != nil {
@@ -124,6 +127,9 @@ func (s *image) eachSlice(r *blk.Req, from, to int64, create bool, f func(t *tab
 func (s *image) Discard(r *blk.Req, off, n int64) error {
 	if r.NoWait {
 		return blk.ErrWouldBlock
+	}
+	if err := s.mark(r, off, n, 0); err != nil {
+		return err
 	}
 	s.mu.Lock()
 	defer s.mu.Unlock()

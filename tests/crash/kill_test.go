@@ -2,6 +2,7 @@ package crash
 
 import (
 	"context"
+	"encoding/binary"
 	"encoding/json"
 	"errors"
 	"flag"
@@ -14,6 +15,7 @@ import (
 	"testing"
 	"time"
 
+	"qblockd/jobs"
 	"qblockd/schema/types"
 	"qblockd/tests/daemon"
 	"qblockd/tests/rig"
@@ -33,8 +35,8 @@ const (
 // layers of the chain, lowest first.
 var layers = []string{"base", "mid", "top"}
 
-// works are what runs while clients write: jobs, each on the chain that the clients write to, or snapshots inside its top.
-var works = []string{"stream", "commit", "active-commit", "mirror", "blocking-mirror", "backup", "snapshots"}
+// works are what runs while clients write: jobs, each on the chain that the clients write to, snapshots inside its top, or commands on bitmaps of it.
+var works = []string{"stream", "commit", "active-commit", "mirror", "blocking-mirror", "backup", "snapshots", "bitmaps"}
 
 // killRound is one daemon that is killed.
 type killRound struct {
@@ -43,9 +45,11 @@ type killRound struct {
 	rnd  *rand.Rand
 	lazy bool
 	l    *ledger
-	d    *daemon.Daemon
-	how  string
-	work string
+	// before is what the disk showed when the bitmap "all" was made.
+	before []uint64
+	d      *daemon.Daemon
+	how    string
+	work   string
 	// repair: only opening an image for writing puts its refcounts right.
 	repair bool
 }
@@ -112,7 +116,18 @@ func (r *killRound) make() {
 			r.t.Fatal(err)
 		}
 	}
-	r.l = newLedger(len(values), func(i int) uint64 { return values[i] })
+	r.l, r.before = newLedger(len(values), func(i int) uint64 { return values[i] }), values
+	if r.work != "bitmaps" {
+		return
+	}
+	o := &types.BlockdevOptions{Driver: types.BlockdevDriverQcow2, NodeName: rig.Ptr("top"), U: &types.BlockdevOptionsQcow2{File: x.File("top")}}
+	if err := x.Nodes.Add(ctx, o); err != nil {
+		r.t.Fatal(err)
+	}
+	add := x.Nodes.BitmapAdd(&types.BlockDirtyBitmapAdd{Node: "top", Name: "all", Persistent: rig.Ptr(true), Granularity: rig.Ptr(uint32(512) << r.rnd.IntN(9))})
+	if err := errors.Join(jobs.RunActions(ctx, x.Graph, add), x.Nodes.Del(ctx, "top")); err != nil {
+		r.t.Fatal(err)
+	}
 }
 
 // hasTarget tells whether the job copies to an image of its own.
@@ -183,6 +198,10 @@ func (r *killRound) play() (leaks int, running bool, acked int) {
 	}
 	r.begin(q)
 	for end := time.Now().Add(time.Duration(5+r.rnd.IntN(300)) * time.Millisecond); time.Now().Before(end); { // the moment of the kill is what is random here
+		if r.work == "bitmaps" {
+			r.bitmapCommand(q)
+			continue
+		}
 		if r.work != "snapshots" {
 			time.Sleep(time.Until(end))
 			continue
@@ -207,7 +226,9 @@ func (r *killRound) play() (leaks int, running bool, acked int) {
 	if !r.repair {
 		leaks = r.check()
 	}
+	r.checkBitmaps()
 	r.reopen()
+	r.checkBitmaps()
 	if r.repair {
 		leaks = r.check()
 	} else {
@@ -244,6 +265,69 @@ func (r *killRound) begin(q *daemon.QMP) {
 			args["copy-mode"] = "write-blocking"
 		}
 		q.Must(r.t, "blockdev-mirror", args)
+	}
+}
+
+// bitmapCommand does something with the bitmaps of the top but "all".
+func (r *killRound) bitmapCommand(q *daemon.QMP) {
+	args := map[string]any{"node": "top", "name": fmt.Sprint(r.rnd.IntN(4))}
+	switch r.rnd.IntN(6) {
+	case 0, 1:
+		args["persistent"], args["granularity"], args["disabled"] = r.rnd.IntN(4) > 0, 512<<r.rnd.IntN(10), r.rnd.IntN(2) == 0
+		_, _ = q.Do("block-dirty-bitmap-add", args)
+	case 2:
+		_, _ = q.Do("block-dirty-bitmap-remove", args)
+	case 3:
+		_, _ = q.Do("block-dirty-bitmap-enable", args)
+	case 4:
+		_, _ = q.Do("block-dirty-bitmap-disable", args)
+	case 5:
+		_, _ = q.Do("block-dirty-bitmap-merge", map[string]any{"node": "top", "target": args["name"], "bitmaps": []string{"all"}})
+	}
+}
+
+// checkBitmaps requires that all persistent bitmaps hold and that what clients have changed is in the one that was there from the beginning.
+func (r *killRound) checkBitmaps() {
+	if r.work != "bitmaps" {
+		return
+	}
+	ctx := context.Background()
+	x := rig.New(r.dir)
+	defer x.Close()
+	o := &types.BlockdevOptions{Driver: types.BlockdevDriverQcow2, NodeName: rig.Ptr("top"), ReadOnly: rig.Ptr(true), U: &types.BlockdevOptionsQcow2{File: x.File("top")}}
+	if err := x.Nodes.Add(ctx, o); err != nil {
+		r.t.Fatal(err)
+	}
+	n := x.Graph.Node("top")
+	for _, b := range n.BitmapStates() {
+		if b.Inconsistent {
+			r.t.Fatalf("bitmap %s does not hold", b.Name)
+		}
+	}
+	all := n.DirtyBitmap("all")
+	if all == nil {
+		r.t.Fatal("the bitmap is gone")
+	}
+	root, err := x.AttachRoot(ctx, n, true)
+	if err != nil {
+		r.t.Fatal(err)
+	}
+	p, short := make([]byte, 1<<20), 0
+	for off := 0; off < diskSize; off += len(p) {
+		if err := read(ctx, root, p, int64(off)); err != nil {
+			r.t.Fatal(err)
+		}
+		for at := 0; at < len(p); at += sector {
+			if binary.LittleEndian.Uint64(p[at:]) != r.before[(off+at)/sector] && !all.Bits().Get(int64(off+at)) {
+				short++
+			}
+		}
+	}
+	if short > 0 {
+		r.t.Fatalf("the bitmap misses %d sectors", short)
+	}
+	if err := errors.Join(x.Graph.CloseRoot(ctx, root), x.Nodes.Del(ctx, "top")); err != nil {
+		r.t.Fatal(err)
 	}
 }
 

@@ -24,6 +24,10 @@ func write(ctx context.Context, root *graph.Root, p []byte, off int64) error {
 	return unit(ctx, root, func(r *blk.Req) error { return root.WriteAt(r, blk.Buf(p), off, 0) })
 }
 
+func read(ctx context.Context, root *graph.Root, p []byte, off int64) error {
+	return unit(ctx, root, func(r *blk.Req) error { return root.ReadAt(r, blk.Buf(p), off, 0) })
+}
+
 func unit(ctx context.Context, root *graph.Root, f func(r *blk.Req) error) error {
 	r, err := root.Begin(ctx)
 	if err != nil {

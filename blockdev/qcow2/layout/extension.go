@@ -15,9 +15,13 @@ const (
 	extCrypto        = 0x0537be77
 	extBitmaps       = 0x23852875
 	extDataFile      = 0x44415441
+	extMarks         = 0x71626d6b // "qbmk", ours
 )
 
 const featureEntrySize = 48
+
+// MaxBitmapDirectory is the most that the directory of bitmaps takes, in bytes.
+const MaxBitmapDirectory = 1024 * 65535
 
 // Bitmaps is the bitmaps extension: where the directory of persistent bitmaps lies.
 type Bitmaps struct {
@@ -42,7 +46,9 @@ type Extensions struct {
 	// bit 0 is clear); then BitmapsStale is set.
 	Bitmaps      *Bitmaps
 	BitmapsStale bool
-	Unknown      []RawExtension
+	// Marks are the places of the tables of bitmaps that hold although they are in use; empty if AutoclearMarks is clear.
+	Marks   []uint64
+	Unknown []RawExtension
 }
 
 // each walks over the extensions in the first cluster b.
@@ -86,6 +92,11 @@ func (h *Header) ParseExtensions(b []byte) (*Extensions, error) {
 			x.DataFile = cString(data)
 		case extBitmaps:
 			return x.parseBitmaps(h, data)
+		case extMarks:
+			for h.AutoclearFeatures&AutoclearMarks != 0 && len(data) >= 8 {
+				x.Marks = append(x.Marks, binary.BigEndian.Uint64(data))
+				data = data[8:]
+			}
 		default:
 			x.Unknown = append(x.Unknown, RawExtension{magic, append([]byte(nil), data...)})
 		}
@@ -110,7 +121,7 @@ func (x *Extensions) parseBitmaps(h *Header, data []byte) error {
 		return fmt.Errorf("bitmaps_ext: Reserved field is not zero")
 	}
 	m := &Bitmaps{be.Uint32(data), be.Uint64(data[8:]), be.Uint64(data[16:])}
-	const maxBitmaps, maxDir = 65535, 1024 * 65535
+	const maxBitmaps = 65535
 	switch {
 	case m.NbBitmaps > maxBitmaps:
 		return fmt.Errorf("bitmaps_ext: Image has %d bitmaps, exceeding the QEMU supported maximum of %d", m.NbBitmaps, maxBitmaps)
@@ -118,8 +129,8 @@ func (x *Extensions) parseBitmaps(h *Header, data []byte) error {
 		return fmt.Errorf("found bitmaps extension with zero bitmaps")
 	case m.DirectoryOffset&(1<<h.ClusterBits-1) != 0:
 		return fmt.Errorf("bitmaps_ext: invalid bitmap directory offset")
-	case m.DirectorySize > maxDir:
-		return fmt.Errorf("bitmaps_ext: bitmap directory size (%d) exceeds the maximum supported size (%d)", m.DirectorySize, maxDir)
+	case m.DirectorySize > MaxBitmapDirectory:
+		return fmt.Errorf("bitmaps_ext: bitmap directory size (%d) exceeds the maximum supported size (%d)", m.DirectorySize, MaxBitmapDirectory)
 	}
 	x.Bitmaps = m
 	return nil
@@ -162,6 +173,13 @@ func (x *Extensions) appendTo(b []byte, h *Header) []byte {
 		d = binary.BigEndian.AppendUint64(d, m.DirectorySize)
 		d = binary.BigEndian.AppendUint64(d, m.DirectoryOffset)
 		b = appendExt(b, extBitmaps, d)
+	}
+	if len(x.Marks) > 0 {
+		var d []byte
+		for _, m := range x.Marks {
+			d = binary.BigEndian.AppendUint64(d, m)
+		}
+		b = appendExt(b, extMarks, d)
 	}
 	for _, u := range x.Unknown {
 		b = appendExt(b, u.Magic, u.Data)

@@ -1,0 +1,81 @@
+package blockdev
+
+import (
+	"context"
+	"fmt"
+	"os"
+	"path/filepath"
+	"sync"
+	"sync/atomic"
+	"testing"
+
+	"qblockd/blockdev/drivertest"
+	"qblockd/jobs"
+	"qblockd/schema/types"
+)
+
+// TestBitmapsUnderLoad adds, enables, disables, merges and removes persistent bitmaps while clients write. The image as it is at the end, with nobody there to close it,
+// has all bitmaps, with what they had recorded.
+func TestBitmapsUnderLoad(t *testing.T) {
+	dir := t.TempDir()
+	file, left := filepath.Join(dir, "a.qcow2"), filepath.Join(dir, "left.qcow2")
+	create(t, file, "", "")
+	m := newManager(t, Config{})
+	mustAdd(t, m, fmt.Sprintf(`{'driver': 'qcow2', 'node-name': 'q', 'file': {'driver': 'file', 'filename': '%s'}}`, file))
+	n := m.Graph().Node("q")
+	run := func(s *BitmapStep) {
+		t.Helper()
+		if err := jobs.RunActions(context.Background(), m.Graph(), s); err != nil {
+			t.Fatal(err)
+		}
+	}
+	yes := true
+	add := func(name string, disabled bool, g uint32) {
+		t.Helper()
+		run(m.BitmapAdd(&types.BlockDirtyBitmapAdd{Node: "q", Name: name, Persistent: &yes, Disabled: &disabled, Granularity: &g}))
+	}
+	add("first", false, 512)
+	root := drivertest.AddRoot(t, m.Graph(), n, drivertest.Writer)
+	var stop atomic.Bool
+	var wg sync.WaitGroup
+	for i := range 4 {
+		wg.Go(func() { writer(t, n, root, &stop, byte(i)) })
+	}
+	first := "first"
+	for i := range 15 {
+		name := fmt.Sprint("b", i)
+		b := &types.BlockDirtyBitmap{Node: "q", Name: name}
+		add(name, i%2 == 0, 4096)
+		run(m.BitmapEnable(b, true))
+		run(m.BitmapMerge(&types.BlockDirtyBitmapMerge{Node: "q", Target: name, Bitmaps: []*types.BlockDirtyBitmapOrStr{{Local: &first}}}))
+		run(m.BitmapEnable(b, i%3 == 0))
+		run(m.BitmapClear(b))
+		if i%4 != 0 {
+			run(m.BitmapRemove(b))
+		}
+	}
+	stop.Store(true)
+	wg.Wait()
+	raw, err := os.ReadFile(file)
+	if err != nil {
+		t.Fatal(err)
+	}
+	writeFile(t, left, string(raw))
+	other := newManager(t, Config{})
+	mustAdd(t, other, fmt.Sprintf(`{'driver': 'qcow2', 'node-name': 'q', 'read-only': true, 'file': {'driver': 'file', 'filename': '%s'}}`, left))
+	was, is := n.DirtyBitmaps(), other.Graph().Node("q")
+	if len(was) != len(is.DirtyBitmaps()) {
+		t.Fatalf("%d bitmaps of %d are left", len(is.DirtyBitmaps()), len(was))
+	}
+	for _, b := range was {
+		d := is.DirtyBitmap(b.Name())
+		if d == nil || d.Inconsistent() || d.Enabled() != b.Enabled() {
+			t.Fatalf("bitmap %s: %+v", b.Name(), d)
+		}
+		all := d.Bits().Clone()
+		all.Merge(b.Bits())
+		if all.Count() != d.Bits().Count() {
+			t.Errorf("bitmap %s is short", b.Name())
+		}
+	}
+}
