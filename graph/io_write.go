@@ -84,11 +84,11 @@ func (n *Node) endWrite(r *blk.Req, w *writing, off, size int64, f blk.Flags, er
 		end := off + size
 		if f&blk.WriteUnchanged != 0 && s.caps.Backing {
 			end = 0
-		} else if s.dirty.recording.Load() != nil {
+		} else if rec := s.dirty.recording.Load(); rec != nil {
 			if end > w.size {
 				n.resizeBitmaps()
 			}
-			s.dirty.written(r, off, size)
+			rec.written(r, off, size)
 		}
 		for h := s.wrHighest.Load(); end > h && !s.wrHighest.CompareAndSwap(h, end); {
 			h = s.wrHighest.Load()

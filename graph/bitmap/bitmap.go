@@ -37,6 +37,7 @@ type directory struct {
 type Bitmap struct {
 	shift uint // log2 of the granularity
 	dir   atomic.Pointer[directory]
+	group atomic.Pointer[Group] // that is to hear of granules that are cleared; nil: none
 }
 
 // New makes an empty bitmap of size bytes. granularity is in bytes, a power of two.
@@ -145,6 +146,11 @@ func (b *Bitmap) Clear(off, n int64) {
 		}
 		first = stop
 	}
+	if g := b.group.Load(); g != nil {
+		// All of the granules that were cleared, not only what was asked for.
+		first, end := b.span(d, off, n)
+		g.cleared(first<<b.shift, (end-first)<<b.shift)
+	}
 }
 
 // Get tells whether the granule at off is set; false beyond the end.
@@ -235,6 +241,7 @@ func (b *Bitmap) Take() *Bitmap {
 	old := &Bitmap{shift: b.shift}
 	size := b.Size()
 	old.dir.Store(b.dir.Swap(b.newDirectory(size)))
+	b.regroup()
 	return old
 }
 
@@ -260,6 +267,14 @@ func (b *Bitmap) Resize(size int64) {
 		}
 	}
 	b.dir.Store(d)
+	b.regroup()
+}
+
+// regroup tells the group that anything may be clear now.
+func (b *Bitmap) regroup() {
+	if g := b.group.Load(); g != nil {
+		g.forget()
+	}
 }
 
 // Merge sets in b what is set in from, which may be of another granularity.
