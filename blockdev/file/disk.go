@@ -27,9 +27,10 @@ type disk struct {
 	size atomic.Int64           // what Size says: eof rounded up to sectorSize
 	eof  atomic.Int64           // the file's own length as far as we know; 0 <= eof <= size
 
-	busy chan struct{} // one element per call in the kernel
-	pace pace
-	lost atomic.Uint32 // errno of the sync that lost cached writes, 0: none
+	busy   chan struct{} // one element per call in the kernel
+	pace   pace
+	behind behind
+	lost   atomic.Uint32 // errno of the sync that lost cached writes, 0: none
 
 	// What the file system was found to take; cleared at the first refusal.
 	nowaitRead, nowaitWrite, dsync  atomic.Bool
@@ -40,6 +41,7 @@ type disk struct {
 
 	engine    *engine            // carries reads and writes; nil: blocking calls
 	fdatasync func(fd int) error // unix.Fdatasync but in tests
+	writeBack func(fd int)       // startWriteBack but in tests
 
 	// permSlot holds one element while a permission change is being prepared, or an abandoned
 	// one is still stuck in the kernel. The fields below belong to who put it there.

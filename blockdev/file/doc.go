@@ -34,6 +34,11 @@
 // together, at most aio-max-batch at a time. On memory file systems there is nothing to
 // wait for and no engine.
 //
+// # Write-behind
+//
+// Whenever jobs have written 8 MiB to a file through the page cache its write-back is started (behind.go), so that the medium works while a job copies and
+// not only in the flush at its end.
+//
 // # Locks
 //
 // File locks keep qblockd and QEMU (and two nodes of one daemon) out of each other's way, in

@@ -27,8 +27,8 @@ func open(o *graph.Opening, driver string, device bool) (graph.Driver, error) {
 		device: device,
 		ro:     n.ReadOnly,
 		auto:   n.AutoReadOnly,
-		direct: n.Direct,
-		locks:  opts.Locking == nil || *opts.Locking != types.OnOffAutoOff,
+		direct: n.Direct, noFlush: n.NoFlush,
+		locks: opts.Locking == nil || *opts.Locking != types.OnOffAutoOff,
 	}
 	s.setCache(opts)
 	if s.name == "" {

@@ -19,9 +19,11 @@ type settings struct {
 	ro     bool
 	auto   bool // auto-read-only
 	direct bool // cache.direct
-	locks  bool
-	drop   bool // forget cached pages when opening
-	check  bool // look whether that worked
+	// noFlush: cache.no-flush; what is written need never reach the medium.
+	noFlush bool
+	locks   bool
+	drop    bool // forget cached pages when opening
+	check   bool // look whether that worked
 }
 
 // openDisk opens and probes a file. It blocks as long as the storage does, but no longer
@@ -73,6 +75,7 @@ func openNow(s settings) (*disk, error) {
 		busy:      make(chan struct{}, maxBusy),
 		permSlot:  make(chan struct{}, 1),
 		fdatasync: unix.Fdatasync,
+		writeBack: startWriteBack,
 	}
 	if err := d.setup(h); err != nil {
 		h.drop()

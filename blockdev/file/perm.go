@@ -191,7 +191,7 @@ type resetting struct {
 func (r *resetting) Prepare(context.Context) error {
 	g := r.o.Generic
 	r.s = r.d.settings
-	r.s.ro, r.s.auto, r.s.direct = g.ReadOnly, g.AutoReadOnly, g.Direct
+	r.s.ro, r.s.auto, r.s.direct, r.s.noFlush = g.ReadOnly, g.AutoReadOnly, g.Direct, g.NoFlush
 	r.s.setCache(r.o.Options.(*types.BlockdevOptionsFile))
 	r.d.next = &r.s
 	return nil

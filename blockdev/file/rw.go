@@ -229,6 +229,7 @@ func (d *disk) WriteAt(r *blk.Req, v blk.Vec, off int64, f blk.Flags) error {
 		d.pace.note(time.Since(start))
 	}
 	d.grow(end)
+	d.wrote(r, h, v.Len())
 	return nil
 }
 

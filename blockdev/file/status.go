@@ -155,6 +155,7 @@ func (d *disk) CopyFrom(r *blk.Req, off int64, src []blk.HostRange, f blk.Flags)
 			}
 			s.Off, s.N, off = s.Off+int64(k), s.N-int64(k), off+int64(k)
 			d.grow(off)
+			d.wrote(r, h, int64(k))
 		}
 	}
 	if f&blk.FUA != 0 && !d.memory {
