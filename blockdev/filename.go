@@ -150,6 +150,16 @@ func (m *Manager) plainName(n *graph.Node, d *Driver, u any, needJSON bool) stri
 			return m.name(c.Node()).filename
 		}
 	}
+	if d != nil && d.NameAround != nil {
+		c := n.FilteredChild()
+		if c == nil || u == nil {
+			return ""
+		}
+		if below := m.name(c.Node()).exact; below != "" {
+			return d.NameAround(u, below)
+		}
+		return ""
+	}
 	if d != nil && d.PlainName != nil {
 		if needJSON {
 			return ""

@@ -2,6 +2,7 @@ package blockdev
 
 import (
 	"fmt"
+	"reflect"
 
 	"qblockd/blockdev/blkdebug"
 	"qblockd/blockdev/file"
@@ -46,6 +47,8 @@ type Driver struct {
 	File func(u any) string
 	// Strong calls add for the given options, beyond driver and filename, that matter for what is read and written.
 	Strong func(u any, add func(name string, v value.Value))
+	// NameAround is the exact file name of a filter around that of what it filters; "" if options do not go into it. Nil for those that have none.
+	NameAround func(u any, child string) string
 	// Changeable are the options that a reopen may change; true: and leave out. Of those with members it is the first part of their names.
 	Changeable map[string]bool
 	// PlainName is the file name of a node without strong options; nil: that of its file, if any.
@@ -149,6 +152,15 @@ func blkdebugDriver(open graph.OpenFunc) Driver {
 		Children: func(u any) []ChildOption {
 			return []ChildOption{{"image", perm.Filtered | perm.Primary, &u.(*types.BlockdevOptionsBlkdebug).Image}}
 		},
+		NameAround: func(u any, child string) string {
+			o := u.(*types.BlockdevOptionsBlkdebug)
+			config := ""
+			set(&config, o.Config)
+			if plain := (types.BlockdevOptionsBlkdebug{Image: o.Image, Config: o.Config, TakeChildPerms: o.TakeChildPerms, UnshareChildPerms: o.UnshareChildPerms}); !reflect.DeepEqual(*o, plain) {
+				return ""
+			}
+			return "blkdebug:" + config + ":" + child
+		},
 		Strong: func(u any, add func(string, value.Value)) {
 			o := *u.(*types.BlockdevOptionsBlkdebug)
 			v, err := value.Parse(string(o.AppendJSON(nil)))
@@ -158,11 +170,10 @@ func blkdebugDriver(open graph.OpenFunc) Driver {
 			for _, m := range v.(*value.Dict).Members() {
 				switch m.Name {
 				case "image", "take-child-perms", "unshare-child-perms":
-				case "inject-error":
-					for i, r := range o.InjectError {
-						rv, _ := value.Parse(string(r.AppendJSON(nil)))
-						for _, x := range rv.(*value.Dict).Members() {
-							add(fmt.Sprintf("inject-error.%d.%s", i, x.Name), x.Value)
+				case "inject-error", "set-state":
+					for i, r := range m.Value.(value.List) {
+						for _, x := range r.(*value.Dict).Members() {
+							add(fmt.Sprintf("%s.%d.%s", m.Name, i, x.Name), x.Value)
 						}
 					}
 				default:

@@ -57,6 +57,7 @@ type Message struct {
 	Seq  uint64 // 1 for the first event that the bus delivered, then without gaps
 	Name string // e.g. "JOB_STATUS_CHANGE"
 	Line []byte // the encoded JSON object, without a line end; never changed
+	More bool   // another one of the same moment follows at once
 }
 
 // Bus delivers events to subscribers. It numbers, stamps and encodes each event once, and calls
@@ -140,30 +141,49 @@ func (b *Bus) Unsubscribe(s *Subscription) {
 
 // Emit delivers e to all subscribers before it returns, unless a Limit holds it back. It
 // never blocks on a subscriber.
-func (b *Bus) Emit(e Event) {
-	name := e.EventName()
-	limit, limited := b.limits[name]
+func (b *Bus) Emit(e Event) { b.EmitAll(e) }
+
+// EmitAll is Emit of several events, of which nobody gets in between.
+func (b *Bus) EmitAll(l ...Event) {
 	if p := &trace.EventEmit; p.On() {
-		p.Log(slog.String("event", string(appendEvent(nil, e, name, b.clock.Now()))))
+		for _, e := range l {
+			p.Log(slog.String("event", string(appendEvent(nil, e, e.EventName(), b.clock.Now()))))
+		}
 	}
 	b.mu.Lock()
 	defer b.mu.Unlock()
 	if b.closed {
 		return
 	}
+	due := make([]Message, 0, 2)
+	for _, e := range l {
+		if line := b.limitLocked(e); line != nil {
+			due = append(due, Message{Name: e.EventName(), Line: line})
+		}
+	}
+	for i, m := range due {
+		b.deliverLocked(m.Name, m.Line, i+1 < len(due))
+	}
+}
+
+// limitLocked is what to deliver of e now; nil if it is held back.
+// +checklocks:b.mu
+func (b *Bus) limitLocked(e Event) []byte {
+	name := e.EventName()
+	limit, limited := b.limits[name]
 	// Stamped under the lock: stamps never run backwards against the numbers.
 	line := appendEvent(nil, e, name, b.clock.Now())
 	if limited {
 		key := limitKey{name, limitValue(e, limit.Key)}
 		if h := b.held[key]; h != nil {
 			h.line = line
-			return
+			return nil
 		}
 		h := &holdback{name: name}
 		b.held[key] = h
 		h.stop = b.clock.AfterFunc(limit.Interval, func() { b.release(key, h, limit.Interval) })
 	}
-	b.deliverLocked(name, line)
+	return line
 }
 
 // release runs at the end of an interval of h: it delivers what was held back and starts the
@@ -181,13 +201,13 @@ func (b *Bus) release(key limitKey, h *holdback, interval time.Duration) {
 	line := h.line
 	h.line = nil
 	h.stop = b.clock.AfterFunc(interval, func() { b.release(key, h, interval) })
-	b.deliverLocked(h.name, line)
+	b.deliverLocked(h.name, line, false)
 }
 
 // +checklocks:b.mu
-func (b *Bus) deliverLocked(name string, line []byte) {
+func (b *Bus) deliverLocked(name string, line []byte, more bool) {
 	b.seq++
-	m := Message{b.seq, name, line}
+	m := Message{b.seq, name, line, more}
 	if b.keepCount > 0 {
 		b.kept = append(b.kept, m)
 		b.keptBytes += len(line)

@@ -12,3 +12,14 @@ type Event interface {
 // Sink takes events. Emit never blocks and never calls back; the order of Emit is the
 // order in every QMP session.
 type Sink interface{ Emit(e Event) }
+
+// EmitAll sends events of one moment, so that a client that is told of the first has the others, too, where s can do that.
+func EmitAll(s Sink, l ...Event) {
+	if b, ok := s.(interface{ EmitAll(l ...Event) }); ok {
+		b.EmitAll(l...)
+		return
+	}
+	for _, e := range l {
+		s.Emit(e)
+	}
+}

@@ -112,6 +112,11 @@ type (
 		// prepared before the permissions, while the node is drained, and may block then; Commit runs before that of a PermTaker.
 		Reopen(o *Reopening) (Participant, error)
 	}
+	// Debugger drivers are told of steps: those that drivers take who have them as a child, and those of the generic layer for them themselves. The call may
+	// wait, unless r must not.
+	Debugger interface {
+		DebugEvent(r *blk.Req, e blk.DebugEvent)
+	}
 	// Snapshotter drivers keep internal snapshots. The node is held quiet while one is made or deleted; both may block, and change nothing when they fail.
 	Snapshotter interface {
 		// CreateSnapshot makes one of that name, taken at that time, when the machine's clock said clock. It returns the ID.

@@ -37,6 +37,7 @@ type ioState struct {
 	mapper  Mapper
 	copier  CopyRanger
 	resizer Resizer
+	debug   Debugger
 	// Set by opened and refreshed, constant while requests run.
 	caps     *Caps
 	align    int64 // Caps.Limits.RequestAlign, at least 1
@@ -66,6 +67,7 @@ func (s *ioState) opened(n *Node) {
 	s.mapper, _ = d.(Mapper)
 	s.copier, _ = d.(CopyRanger)
 	s.resizer, _ = d.(Resizer)
+	s.debug, _ = d.(Debugger)
 	s.refreshed(n)
 }
 

@@ -103,6 +103,7 @@ func (n *Node) copyChunk(r *blk.Req, at, k int64, give func(at, k int64, content
 	}
 	// Copied to memory of our own first: a client may scribble over its buffer.
 	var err error
+	s.step(r, blk.EvCorWrite)
 	if s.zeroer != nil && blk.IsZero(b.B) {
 		err = n.driverZero(r, at, k, blk.WriteUnchanged)
 	} else {

@@ -105,6 +105,12 @@ func (n *Node) flushNode(r *blk.Req) error {
 	sh := s.track.shard(r)
 	sh.inFlight.Add(1)
 	defer sh.inFlight.Add(-1)
+	for _, c := range kids {
+		if c.role&perm.Primary != 0 {
+			c.DebugEvent(r, blk.EvFlushToOS)
+			c.DebugEvent(r, blk.EvFlushToDisk)
+		}
+	}
 	if s.flusher == nil {
 		return n.flushChildren(r, kids)
 	}

@@ -131,6 +131,10 @@ func (n *Node) writeAligned(r *blk.Req, v blk.Vec, off, size int64, f blk.Flags)
 func (n *Node) driverWrite(r *blk.Req, v blk.Vec, off, size int64, f blk.Flags) error {
 	s := &n.io
 	f &= s.caps.WriteFlags
+	if s.debug != nil {
+		s.debug.DebugEvent(r, blk.EvPwritev)
+		defer s.debug.DebugEvent(r, blk.EvPwritevDone)
+	}
 	if size <= s.maxIO && (s.memAlign == 1 || v.Aligned(s.memAlign, s.align)) {
 		return s.writer.WriteAt(r, v, off, f)
 	}
@@ -192,6 +196,16 @@ func (n *Node) writePadded(r *blk.Req, v blk.Vec, off, size int64, f blk.Flags) 
 	return nil
 }
 
+// modifySteps announces what happens with the first and the last block of a write where both are read at once.
+func (n *Node) modifySteps(r *blk.Req, p blk.Padding, head, tail blk.DebugEvent) {
+	if p.Head > 0 {
+		n.io.step(r, head)
+	}
+	if p.Tail > 0 {
+		n.io.step(r, tail)
+	}
+}
+
 // modify reads the blocks around [off, off+size), puts v (all zeroes if it is empty) into them and writes them.
 func (n *Node) modify(r *blk.Req, v blk.Vec, off, size int64, f blk.Flags) error {
 	a := n.io.align
@@ -201,19 +215,25 @@ func (n *Node) modify(r *blk.Req, v blk.Vec, off, size int64, f blk.Flags) error
 	b := buf.B
 	switch {
 	case p.N <= 2*a && p.Head > 0 && p.Tail > 0, p.N == a:
+		n.modifySteps(r, p, blk.EvPwritevRmwHead, blk.EvPwritevRmwTail)
 		if err := n.readBlock(r, b, p.Off); err != nil {
 			return err
 		}
+		n.modifySteps(r, p, blk.EvPwritevRmwAfterHead, blk.EvPwritevRmwAfterTail)
 	default:
 		if p.Head > 0 {
+			n.io.step(r, blk.EvPwritevRmwHead)
 			if err := n.readBlock(r, b[:a], p.Off); err != nil {
 				return err
 			}
+			n.io.step(r, blk.EvPwritevRmwAfterHead)
 		}
 		if p.Tail > 0 {
+			n.io.step(r, blk.EvPwritevRmwTail)
 			if err := n.readBlock(r, b[p.N-a:], p.Off+p.N-a); err != nil {
 				return err
 			}
+			n.io.step(r, blk.EvPwritevRmwAfterTail)
 		}
 	}
 	if mid := b[p.Head : p.Head+size]; v.Len() == 0 {

@@ -97,6 +97,10 @@ func (n *Node) driverZero(r *blk.Req, off, size int64, f blk.Flags) error {
 		most = max(blk.AlignDown(most, s.align), s.align)
 	}
 	s.statusData.dropRange(off, size)
+	if s.debug != nil {
+		s.debug.DebugEvent(r, blk.EvPwritevZero)
+		defer s.debug.DebugEvent(r, blk.EvPwritevDone)
+	}
 	flush := false
 	for size > 0 {
 		k := blk.Piece(off, size, align, most)

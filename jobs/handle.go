@@ -4,6 +4,7 @@ import (
 	"context"
 	"time"
 
+	"qblockd/events"
 	"qblockd/jobs/machine"
 	"qblockd/schema/types"
 )
@@ -42,6 +43,7 @@ func (j *Job) checkpointLocked() error {
 	for j.st.ShouldPause() {
 		j.yieldNow()
 		j.stepLocked(machine.EnterPause)
+		j.m.flushLocked()
 		j.waiting.Store(true)
 		for j.st.ShouldPause() {
 			j.wake.Wait()
@@ -49,6 +51,7 @@ func (j *Job) checkpointLocked() error {
 		j.waiting.Store(false)
 		j.stepLocked(machine.LeavePause)
 	}
+	j.m.flushLocked()
 	if j.st.Forced {
 		return ErrCancelled
 	}
@@ -152,16 +155,18 @@ func (h *Handle) OnError(op types.IoOperationType, policy types.BlockdevOnError,
 func (h *Handle) OnErrorIdle(op types.IoOperationType, policy types.BlockdevOnError, err error) (ErrorAction, error) {
 	h.j.m.mu.Lock()
 	defer h.j.m.mu.Unlock()
+	h.j.m.burst = []events.Event{}
 	action := h.j.onErrorLocked(op, policy, err)
 	if action == types.BlockErrorActionStop {
 		return action, h.j.checkpointLocked()
 	}
+	h.j.m.flushLocked()
 	return action, nil
 }
 
 func (j *Job) onErrorLocked(op types.IoOperationType, policy types.BlockdevOnError, err error) ErrorAction {
 	action := decide(policy, err)
-	j.m.sink.Emit(types.BlockJobErrorEvent{Device: j.id, Operation: op, Action: action})
+	j.m.emitLocked(types.BlockJobErrorEvent{Device: j.id, Operation: op, Action: action})
 	if action == types.BlockErrorActionStop {
 		if !j.st.UserPaused {
 			j.stepLocked(machine.UserPause)

@@ -116,7 +116,7 @@ func (j *Job) stepLocked(in machine.Input) {
 			if p := &trace.JobTransition; p.On() {
 				p.Log(slog.String("job", j.id), slog.String("to", c.Status.String()))
 			}
-			j.m.sink.Emit(types.JobStatusChangeEvent{ID: j.id, Status: types.JobStatus(c.Status.String())})
+			j.m.emitLocked(types.JobStatusChangeEvent{ID: j.id, Status: types.JobStatus(c.Status.String())})
 			j.wake.Broadcast()
 			if c.Status == machine.Concluded {
 				close(j.finished)
@@ -139,15 +139,15 @@ func (j *Job) emitBlockLocked(e machine.Effect) {
 	offset, length, speed := j.current.Load(), j.total.Load(), j.block.speed
 	switch e {
 	case machine.EmitReady:
-		j.m.sink.Emit(types.BlockJobReadyEvent{Type: j.typ, Device: j.id, Len: length, Offset: offset, Speed: speed})
+		j.m.emitLocked(types.BlockJobReadyEvent{Type: j.typ, Device: j.id, Len: length, Offset: offset, Speed: speed})
 	case machine.EmitPending:
-		j.m.sink.Emit(types.BlockJobPendingEvent{Type: j.typ, ID: j.id})
+		j.m.emitLocked(types.BlockJobPendingEvent{Type: j.typ, ID: j.id})
 	case machine.EmitCancelled:
-		j.m.sink.Emit(types.BlockJobCancelledEvent{Type: j.typ, Device: j.id, Len: length, Offset: offset, Speed: speed})
+		j.m.emitLocked(types.BlockJobCancelledEvent{Type: j.typ, Device: j.id, Len: length, Offset: offset, Speed: speed})
 	case machine.EmitCompleted:
 		ev := types.BlockJobCompletedEvent{Type: j.typ, Device: j.id, Len: length, Offset: offset, Speed: speed}
 		ev.Error = j.errorTextLocked()
-		j.m.sink.Emit(ev)
+		j.m.emitLocked(ev)
 	}
 }
 

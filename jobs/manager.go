@@ -14,6 +14,7 @@ import (
 // Manager holds all jobs.
 type Manager struct {
 	sink  events.Sink
+	burst []events.Event // +checklocks:mu  what clients are to hear at once; nil: they hear each as it comes
 	clock Clock
 
 	running sync.WaitGroup // the jobs' goroutines
@@ -192,4 +193,25 @@ func (j *Job) endNow() {
 	if !j.gone && j.st.Status == machine.Concluded {
 		j.stepLocked(machine.Drop)
 	}
+}
+
+// emitLocked sends an event, or keeps it for flushLocked.
+// +checklocks:m.mu
+func (m *Manager) emitLocked(e events.Event) {
+	if m.burst != nil {
+		m.burst = append(m.burst, e)
+		return
+	}
+	m.sink.Emit(e)
+}
+
+// flushLocked ends a burst.
+// +checklocks:m.mu
+func (m *Manager) flushLocked() {
+	if m.burst == nil {
+		return
+	}
+	l := m.burst
+	m.burst = nil
+	events.EmitAll(m.sink, l...)
 }

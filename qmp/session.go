@@ -244,7 +244,9 @@ func traceReply(out []byte) {
 // event is called by the bus, with the bus locked.
 func (s *Session) event(m events.Message) {
 	s.send(m.Line, false)
-	s.startWriter()
+	if !m.More {
+		s.startWriter()
+	}
 }
 
 // fail ends the session: the context of its commands is cancelled and the connection closed.

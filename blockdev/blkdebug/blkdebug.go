@@ -6,8 +6,6 @@ import (
 	"context"
 	"fmt"
 	"math"
-	"sync"
-	"syscall"
 
 	"qblockd/graph"
 	"qblockd/graph/blk"
@@ -15,62 +13,32 @@ import (
 	"qblockd/schema/types"
 )
 
-// rule makes requests fail.
-type rule struct {
-	kinds uint32 // 1 << kind of request
-	off   int64  // only requests that touch this byte; negative: all
-	errno syscall.Errno
-	once  bool
-}
-
-// kinds of requests, as rules name them.
-var kinds = map[types.BlkdebugIOType]uint32{
-	types.BlkdebugIOTypeRead: 1 << 0, types.BlkdebugIOTypeWrite: 1 << 1, types.BlkdebugIOTypeWriteZeroes: 1 << 2,
-	types.BlkdebugIOTypeDiscard: 1 << 3, types.BlkdebugIOTypeFlush: 1 << 4, types.BlkdebugIOTypeBlockStatus: 1 << 5,
-}
-
-const (
-	kindRead = 1 << iota
-	kindWrite
-	kindZero
-	kindDiscard
-	kindFlush
-	kindStatus
-	// usual are those that a rule without a kind means.
-	usual = kindRead | kindWrite | kindZero | kindDiscard | kindFlush
-)
-
-type driver struct {
+// Driver is an open filter.
+type Driver struct {
 	node          *graph.Node
 	limits        blk.Limits
 	take, unshare perm.Perm
-
-	mu    sync.Mutex
-	rules []rule // +checklocks:mu  the first that matches counts
+	rules         rules
 }
 
-// Open opens the filter. Its child is called "image".
+// Open opens the filter. Its child is called "image". It blocks as long as reading the file with rules takes.
 func Open(o *graph.Opening) (graph.Driver, error) {
 	u := o.Options.(*types.BlockdevOptionsBlkdebug)
-	d := &driver{node: o.Node, take: perms(u.TakeChildPerms), unshare: perms(u.UnshareChildPerms)}
-	for _, r := range u.InjectError {
-		x := rule{kinds: usual, off: -1, errno: syscall.EIO, once: r.Once != nil && *r.Once}
-		if r.Iotype != nil {
-			x.kinds = kinds[*r.Iotype]
+	d := &Driver{node: o.Node, take: perms(u.TakeChildPerms), unshare: perms(u.UnshareChildPerms)}
+	inject, set := u.InjectError, u.SetState
+	if u.Config != nil {
+		i, s, err := readConfig(*u.Config)
+		if err != nil {
+			return nil, err
 		}
-		if r.Errno != nil {
-			x.errno = syscall.Errno(*r.Errno)
-		}
-		if r.Sector != nil && *r.Sector >= 0 {
-			x.off = *r.Sector * 512
-		}
-		d.rules = append([]rule{x}, d.rules...) // later ones come first, as in the reference
+		inject, set = append(i, inject...), append(s, set...)
 	}
+	d.rules.init(inject, set)
 	return d, d.setLimits(u)
 }
 
 // setLimits takes the limits over from the options, in the reference's order of checks.
-func (d *driver) setLimits(u *types.BlockdevOptionsBlkdebug) error {
+func (d *Driver) setLimits(u *types.BlockdevOptionsBlkdebug) error {
 	l := &d.limits
 	bad := func(what string, v int64) error {
 		return fmt.Errorf("Cannot meet constraints with %s %d", what, v)
@@ -124,32 +92,42 @@ func perms(l []types.BlockPermission) (p perm.Perm) {
 	return p
 }
 
-// fail is the error of a request of that kind, or nil.
-func (d *driver) fail(kind uint32, off, n int64) error {
-	d.mu.Lock()
-	defer d.mu.Unlock()
-	for i, r := range d.rules {
-		if r.kinds&kind == 0 || r.off >= 0 && (n <= 0 || r.off < off || r.off >= off+n) {
-			continue
-		}
-		if r.errno == 0 {
-			return nil
-		}
-		if r.once {
-			d.rules = append(d.rules[:i:i], d.rules[i+1:]...)
-		}
-		return r.errno
+// DebugEvent implements graph.Debugger. Requests that must not wait are not counted: they come again.
+func (d *Driver) DebugEvent(r *blk.Req, e blk.DebugEvent) {
+	if d.rules.eventful.Load() && !r.NoWait {
+		d.rules.event(r, e)
 	}
-	return nil
 }
 
-func (d *driver) image() *graph.Edge { return d.node.FilteredChild() }
+// fail is the error of a request of that kind, or nil.
+func (d *Driver) fail(r *blk.Req, kind uint32, off, n int64) error {
+	if r.NoWait && d.rules.eventful.Load() {
+		return blk.ErrWouldBlock
+	}
+	return d.rules.fail(r, kind, off, n)
+}
+
+// Break makes the next request that announces the event wait, under that name, until Resume.
+func (d *Driver) Break(e types.BlkdebugEvent, tag string) { d.rules.breakAt(e, tag) }
+
+// WaitSuspended waits until a request waits under that name, or for the end of ctx.
+func (d *Driver) WaitSuspended(ctx context.Context, tag string) error {
+	return d.rules.waitSuspended(ctx, tag)
+}
+
+// Resume lets one request go on that waits under that name, and tells whether there was one.
+func (d *Driver) Resume(tag string) bool { return d.rules.resume(tag) }
+
+// Unbreak removes breakpoints of that name, and lets all requests go on that wait under it.
+func (d *Driver) Unbreak(tag string) { d.rules.unbreak(tag) }
+
+func (d *Driver) image() *graph.Edge { return d.node.FilteredChild() }
 
 // Reopen implements graph.Reopener: there is nothing that could change.
-func (d *driver) Reopen(*graph.Reopening) (graph.Participant, error) { return nil, nil }
+func (d *Driver) Reopen(*graph.Reopening) (graph.Participant, error) { return nil, nil }
 
 // Caps implements graph.Driver. No request passes the rules unseen.
-func (d *driver) Caps() graph.Caps {
+func (d *Driver) Caps() graph.Caps {
 	return graph.Caps{
 		Limits:     d.limits,
 		WriteFlags: blk.FUA | blk.WriteUnchanged,
@@ -158,7 +136,7 @@ func (d *driver) Caps() graph.Caps {
 }
 
 // Size is 0 once the filter was taken out of the graph and waits to be closed.
-func (d *driver) Size() int64 {
+func (d *Driver) Size() int64 {
 	if c := d.image(); c != nil {
 		return c.Size()
 	}
@@ -166,63 +144,63 @@ func (d *driver) Size() int64 {
 }
 
 // Close implements graph.Driver.
-func (d *driver) Close() error { return nil }
+func (d *Driver) Close() error { return nil }
 
 // ReadAt implements graph.Driver.
-func (d *driver) ReadAt(r *blk.Req, v blk.Vec, off int64, f blk.Flags) error {
-	if err := d.fail(kindRead, off, v.Len()); err != nil {
+func (d *Driver) ReadAt(r *blk.Req, v blk.Vec, off int64, f blk.Flags) error {
+	if err := d.fail(r, kindRead, off, v.Len()); err != nil {
 		return err
 	}
 	return d.image().ReadAt(r, v, off, f)
 }
 
 // WriteAt implements graph.Writer.
-func (d *driver) WriteAt(r *blk.Req, v blk.Vec, off int64, f blk.Flags) error {
-	if err := d.fail(kindWrite, off, v.Len()); err != nil {
+func (d *Driver) WriteAt(r *blk.Req, v blk.Vec, off int64, f blk.Flags) error {
+	if err := d.fail(r, kindWrite, off, v.Len()); err != nil {
 		return err
 	}
 	return d.image().WriteAt(r, v, off, f)
 }
 
 // Zero implements graph.Zeroer.
-func (d *driver) Zero(r *blk.Req, off, n int64, f blk.Flags) error {
-	if err := d.fail(kindZero, off, n); err != nil {
+func (d *Driver) Zero(r *blk.Req, off, n int64, f blk.Flags) error {
+	if err := d.fail(r, kindZero, off, n); err != nil {
 		return err
 	}
 	return d.image().Zero(r, off, n, f)
 }
 
 // Discard implements graph.Discarder.
-func (d *driver) Discard(r *blk.Req, off, n int64) error {
-	if err := d.fail(kindDiscard, off, n); err != nil {
+func (d *Driver) Discard(r *blk.Req, off, n int64) error {
+	if err := d.fail(r, kindDiscard, off, n); err != nil {
 		return err
 	}
 	return d.image().Discard(r, off, n)
 }
 
 // Flush implements graph.Flusher.
-func (d *driver) Flush(r *blk.Req) error {
-	if err := d.fail(kindFlush, 0, 0); err != nil {
+func (d *Driver) Flush(r *blk.Req) error {
+	if err := d.fail(r, kindFlush, 0, 0); err != nil {
 		return err
 	}
 	return d.image().Flush(r)
 }
 
 // Status implements graph.Statuser.
-func (d *driver) Status(r *blk.Req, off, n int64) (blk.Extent, error) {
-	if err := d.fail(kindStatus, off, n); err != nil {
+func (d *Driver) Status(r *blk.Req, off, n int64) (blk.Extent, error) {
+	if err := d.fail(r, kindStatus, off, n); err != nil {
 		return blk.Extent{}, err
 	}
 	return blk.Extent{N: n, Raw: true, OffValid: true, MapOff: off, In: d.image()}, nil
 }
 
 // Resize implements graph.Resizer.
-func (d *driver) Resize(ctx context.Context, size int64, m blk.Prealloc) error {
+func (d *Driver) Resize(ctx context.Context, size int64, m blk.Prealloc) error {
 	return d.image().Resize(ctx, size, false, m)
 }
 
 // EdgeClaim implements graph.Permer.
-func (d *driver) EdgeClaim(_ string, role perm.Role, up perm.Claim, readOnly bool) perm.Claim {
+func (d *Driver) EdgeClaim(_ string, role perm.Role, up perm.Claim, readOnly bool) perm.Claim {
 	c := perm.Default(role, up, !readOnly, false)
 	c.Need |= d.take
 	c.Share &^= d.unshare

@@ -3,6 +3,8 @@ package blkdebug
 import (
 	"context"
 	"errors"
+	"os"
+	"path/filepath"
 	"syscall"
 	"testing"
 
@@ -16,6 +18,11 @@ func ptr[T any](v T) *T { return &v }
 
 func open(t *testing.T, o types.BlockdevOptionsBlkdebug) (*drivertest.MemFile, *graph.Root, *blk.Req) {
 	t.Helper()
+	for _, x := range o.InjectError {
+		if x.Event == "" {
+			x.Event = types.BlkdebugEventNone
+		}
+	}
 	g := drivertest.NewGraph(t)
 	mem := drivertest.NewMemFile(1 << 20)
 	image := drivertest.AddNode(t, g, "image", mem)
@@ -79,4 +86,105 @@ func TestLimits(t *testing.T) {
 	if got := string(mem.Bytes()[4093:4102]); got != "unaligned" {
 		t.Errorf("%q", got)
 	}
+}
+
+// TestStates: errors wait for their event in their state; an event that makes rules active takes the place of those that were; of rules for the same request the first counts.
+func TestStates(t *testing.T) {
+	_, root, r := open(t, types.BlockdevOptionsBlkdebug{
+		InjectError: []*types.BlkdebugInjectErrorOptions{
+			{Event: types.BlkdebugEventPwritev, State: ptr(int64(2)), Iotype: ptr(types.BlkdebugIOTypeRead), Errno: ptr(int64(28)), Immediately: ptr(true)},
+			{Event: types.BlkdebugEventPwritev, State: ptr(int64(2)), Iotype: ptr(types.BlkdebugIOTypeRead), Immediately: ptr(true)},
+			{Event: types.BlkdebugEventPwritevZero, Iotype: ptr(types.BlkdebugIOTypeFlush), Immediately: ptr(true), Once: ptr(true)},
+		},
+		SetState: []*types.BlkdebugSetStateOptions{
+			{Event: types.BlkdebugEventPwritev, State: ptr(int64(1)), NewState: 2},
+			{Event: types.BlkdebugEventPwritev, State: ptr(int64(2)), NewState: 3},
+			{Event: types.BlkdebugEventPwritev, State: ptr(int64(2)), NewState: 4},
+		},
+	})
+	v := blk.Buf(make([]byte, 4096))
+	read := func() error { return root.ReadAt(r, v, 0, 0) }
+	write := func() error { return root.WriteAt(r, v, 0, 0) }
+	for i, c := range []struct {
+		do   func() error
+		want error
+	}{
+		{read, nil}, {write, nil}, // to state 2
+		{read, nil}, {write, nil}, // to state 3; the errors become active
+		{read, syscall.ENOSPC}, {write, nil}, {read, syscall.ENOSPC},
+		{func() error { return root.Flush(r) }, nil},
+		{func() error { return root.Zero(r, 0, 4096, 0) }, nil},
+		{read, nil},
+		{write, nil},
+		{func() error { return root.Flush(r) }, syscall.EIO},
+	} {
+		if err := c.do(); !errors.Is(err, c.want) {
+			t.Errorf("request %d: %v, want %v", i, err, c.want)
+		}
+	}
+}
+
+// TestBreakpoints: a request waits at its event until it is told to go on; those that must not wait come back as ones that may.
+func TestBreakpoints(t *testing.T) {
+	mem, root, _ := open(t, types.BlockdevOptionsBlkdebug{})
+	d := root.Node().Driver().(*Driver)
+	ctx := context.Background()
+	d.Break(types.BlkdebugEventPwritev, "A")
+	r, err := root.Begin(ctx)
+	if err != nil {
+		t.Fatal(err)
+	}
+	r.NoWait = true
+	if err := root.WriteAt(r, blk.Buf([]byte("now")), 0, 0); !errors.Is(err, blk.ErrWouldBlock) {
+		t.Fatal(err)
+	}
+	r.NoWait = false
+	done := make(chan error)
+	go func() { done <- root.WriteAt(r, blk.Buf([]byte("now")), 0, 0) }()
+	if err := d.WaitSuspended(ctx, "A"); err != nil {
+		t.Fatal(err)
+	}
+	if b := mem.Bytes()[:3]; string(b) == "now" {
+		t.Error("written before the request was resumed")
+	}
+	other, err := root.Begin(ctx)
+	if err != nil {
+		t.Fatal(err)
+	}
+	if err := root.WriteAt(other, blk.Buf([]byte("other")), 1024, 0); err != nil { // the breakpoint was for one
+		t.Fatal(err)
+	}
+	root.End(other)
+	if d.Resume("B") || !d.Resume("A") || d.Resume("A") {
+		t.Error("not just the one that waits was resumed")
+	}
+	if err := <-done; err != nil || string(mem.Bytes()[:3]) != "now" {
+		t.Error(err)
+	}
+	d.Break(types.BlkdebugEventPwritevDone, "A")
+	go func() { done <- root.WriteAt(r, blk.Buf([]byte("end")), 0, 0) }()
+	if err := d.WaitSuspended(ctx, "A"); err != nil || string(mem.Bytes()[:3]) != "end" {
+		t.Fatal(err)
+	}
+	d.Unbreak("A")
+	if err := <-done; err != nil {
+		t.Fatal(err)
+	}
+	root.End(r)
+}
+
+// FuzzConfig reads anything as a file of rules.
+func FuzzConfig(f *testing.F) {
+	f.Add("[inject-error]\nevent = \"none\"\nonce = \"on\"\n# no\n[set-state]\nevent = \"pwritev\"\nnew_state = \"0x2\"\n")
+	f.Add("[set-state \"x\"]\nevent=\"\n")
+	f.Fuzz(func(t *testing.T, text string) {
+		name := filepath.Join(t.TempDir(), "c")
+		if err := os.WriteFile(name, []byte(text), 0o600); err != nil {
+			t.Fatal(err)
+		}
+		inject, set, err := readConfig(name)
+		if err != nil && (inject != nil || set != nil) {
+			t.Error("both rules and an error")
+		}
+	})
 }

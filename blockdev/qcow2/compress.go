@@ -31,6 +31,7 @@ func (s *image) readCompressed(r *blk.Req, v blk.Vec, e uint64, in int64) error 
 		raw := getBuf(int(n))
 		defer putBuf(raw)
 		b := (*raw)[:n]
+		s.step(r, blk.EvReadCompressed)
 		if err := s.readFile(r, blk.Buf(b), off); err != nil {
 			return err
 		}
@@ -163,6 +164,7 @@ func (s *image) storeCompressed(r *blk.Req, z []byte, off int64) error {
 	if err != nil {
 		return err
 	}
+	s.step(r, blk.EvWriteCompressed)
 	err = s.file.WriteAt(r, blk.Buf(z), host, 0)
 	s.mu.Lock()
 	defer s.mu.Unlock()
@@ -181,6 +183,7 @@ func (s *image) storeCompressed(r *blk.Req, z []byte, off int64) error {
 		s.ended(a)
 		return err
 	}
+	s.step(r, blk.EvL2UpdateCompressed)
 	i := s.l2Index(gc)
 	old := entry(t, i)
 	s.setEntry(t, i, s.geo.CompressedEntry(host, n))
@@ -230,6 +233,7 @@ func (s *image) planCompressed(r *blk.Req, a *alloc, n int64) (host int64, err e
 // allocBytes takes n bytes, fewer than a cluster, behind the compressed data written last if
 // they fit there. mu is held.
 func (s *image) allocBytes(r *blk.Req, n int64) (int64, error) {
+	s.step(r, blk.EvClusterAllocBytes)
 	off := s.freeByte
 	if off != 0 {
 		v, err := s.refcount(r, off>>s.cb)

@@ -20,10 +20,12 @@ func (s *image) writeAround(r *blk.Req, p *plan, w blk.Vec, off int64) error {
 	end := off + p.n
 	tail := (a.first+a.n)<<s.cb - end
 	if head == 0 && tail == 0 {
+		s.step(r, blk.EvWriteAio)
 		return s.file.WriteAt(r, w, p.host, 0)
 	}
 	buf := getBuf(int(head + tail))
 	defer putBuf(buf)
+	s.step(r, blk.EvCowRead)
 	hb, tb := (*buf)[:head], (*buf)[head:head+tail]
 	if err := s.readOld(r, p.head, a.first, 0, hb); err != nil {
 		return err
@@ -32,6 +34,8 @@ func (s *image) writeAround(r *blk.Req, p *plan, w blk.Vec, off int64) error {
 	if err := s.readOld(r, p.tail, last, end-last<<s.cb, tb); err != nil {
 		return err
 	}
+	s.step(r, blk.EvCowWrite)
+	s.step(r, blk.EvWriteAio)
 	if isZero(hb) && isZero(tb) {
 		if a.fresh {
 			return s.file.WriteAt(r, w, p.host, 0)

@@ -59,6 +59,7 @@ func Open(o *graph.Opening) (graph.Driver, error) {
 		allocated: d.fileAllocated,
 		changed:   n.Bump,
 		keeper:    nodeBitmaps{n},
+		debug:     n.File().DebugEvent,
 	}
 	var err error
 	if d.image, err = openImage(o.Req, c); err != nil {

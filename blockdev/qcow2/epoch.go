@@ -129,6 +129,7 @@ func (s *image) punch(r *blk.Req, fs []freed) {
 		if !s.set.discard[f.kind] {
 			continue
 		}
+		s.step(r, blk.EvClusterFree)
 		for c := f.off >> s.cb; c<<s.cb < f.off+f.n; c++ {
 			if n, err := s.refcount(r, c); err != nil || n != 1 {
 				continue
@@ -156,6 +157,7 @@ func (s *image) punch(r *blk.Req, fs []freed) {
 // unref lowers the refcounts of the clusters that f touches. A cluster whose refcount block
 // cannot be read is leaked.
 func (s *image) unref(r *blk.Req, f freed) {
+	s.step(r, blk.EvClusterFree)
 	for c := f.off >> s.cb; c<<s.cb < f.off+f.n; c++ {
 		if err := s.addRef(r, c, -1); err != nil {
 			s.warnf("Leaking cluster %s: %s", hex(uint64(c<<s.cb)), blk.ErrnoText(err))

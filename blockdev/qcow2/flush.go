@@ -169,6 +169,7 @@ func (s *image) writeCopies(r *blk.Req, l2, l1 []copied, due bool) error {
 			bufs = append(bufs, l2[j].data)
 			j++
 		}
+		s.step(r, blk.EvL2Update)
 		if err := s.file.WriteAt(r, blk.Bufs(bufs), l2[i].off, 0); err != nil {
 			return err
 		}
@@ -179,6 +180,7 @@ func (s *image) writeCopies(r *blk.Req, l2, l1 []copied, due bool) error {
 			return err
 		}
 		for _, c := range l1 {
+			s.step(r, blk.EvL1Update)
 			if err := s.file.WriteAt(r, blk.Buf(c.data), c.off, 0); err != nil {
 				return err
 			}

@@ -43,6 +43,8 @@ type config struct {
 	allocated func() (int64, error)
 	// keeper has the persistent bitmaps in memory; nil: nobody, they stay as they are in the image, in use.
 	keeper bitmapKeeper
+	// debug is told of steps before they are taken; may be nil.
+	debug func(r *blk.Req, e blk.DebugEvent)
 	// bare opens an image that is being created: nothing is refused or repaired.
 	bare bool
 }
@@ -169,6 +171,13 @@ func (s *image) writeMeta(r *blk.Req, b []byte, off int64, own overlap) error {
 	s.wrote++
 	s.noteEnd(off + int64(len(b)))
 	return s.file.WriteAt(r, blk.Buf(b), off, 0)
+}
+
+// step announces what is about to be done.
+func (s *image) step(r *blk.Req, e blk.DebugEvent) {
+	if s.debug != nil {
+		s.debug(r, e)
+	}
 }
 
 // barrier flushes the file with mu held.

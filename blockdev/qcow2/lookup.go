@@ -53,6 +53,7 @@ func (s *image) loadSlice(r *blk.Req, gc int64) (*table, error) {
 		return nil, blk.ErrWouldBlock
 	}
 	s.evict()
+	s.step(r, blk.EvL2Load)
 	t := s.l2.alloc(off)
 	if err := s.readFile(r, blk.Buf(t.data), off); err != nil {
 		return nil, err
@@ -72,6 +73,7 @@ func (s *image) warm(r *blk.Req, gc int64) (dropped bool) {
 	}
 	t, epoch := s.l2.alloc(off), s.l2.epoch
 	s.mu.Unlock()
+	s.step(r, blk.EvL2Load)
 	err := s.readFile(r, blk.Buf(t.data), off)
 	s.mu.Lock()
 	// Unless a newer content was written or the table freed meanwhile, what was read is right.
@@ -125,10 +127,12 @@ func (s *image) newL2Table(r *blk.Req, li, old int64) error {
 	b := make([]byte, s.cs)
 	if old != 0 {
 		// A shared table is never dirty in the cache: it would have been copied before.
+		s.step(r, blk.EvL2AllocCowRead)
 		err = s.readFile(r, blk.Buf(b), old)
 	}
 	if err == nil {
 		// On disk it is complete from the beginning; the L1 entry follows after a barrier.
+		s.step(r, blk.EvL2AllocWrite)
 		err = s.writeMeta(r, b, off, 0)
 	}
 	if err != nil {

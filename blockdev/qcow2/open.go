@@ -100,6 +100,7 @@ func (s *image) loadTables(r *blk.Req) (err error) {
 	}
 	s.makeCaches()
 	s.reftSize = int64(s.hdr.RefcountTableClusters) << s.cb / 8
+	s.step(r, blk.EvReftableLoad)
 	if s.reft, err = s.readTable(r, s.reftOffset(), s.reftSize); err != nil {
 		return wrap("Could not initialize refcount handling", err)
 	}

@@ -54,6 +54,7 @@ func (s *image) readRun(r *blk.Req, v blk.Vec, off, at, n int64) (int64, error) 
 	}
 	switch m.kind {
 	case layout.Normal:
+		s.step(r, blk.EvReadAio)
 		err = s.readFile(r, v, m.host)
 	case layout.CompressedKind:
 		err = s.readCompressed(r, v, m.entry, off&(s.cs-1))
@@ -84,5 +85,6 @@ func (s *image) readBacking(r *blk.Req, v blk.Vec, off int64) error {
 		v.Slice(end-off, off+n-end).Zero()
 		v = v.Slice(0, end-off)
 	}
+	s.step(r, blk.EvReadBackingAio)
 	return b.ReadAt(r, v, off, 0)
 }

@@ -41,6 +41,7 @@ func (s *image) refblock(r *blk.Req, b int64) (*table, error) {
 	if err := s.roomForBlock(r); err != nil {
 		return nil, err
 	}
+	s.step(r, blk.EvRefblockLoad)
 	t := s.rb.alloc(off)
 	if err := s.readFile(r, blk.Buf(t.data), off); err != nil {
 		return nil, err
@@ -146,6 +147,7 @@ func (s *image) allocate(r *blk.Req, need, want int64, what string) (first, n in
 	if err := s.markDirty(r); err != nil {
 		return 0, 0, err
 	}
+	s.step(r, blk.EvClusterAlloc)
 	for {
 		first, n, err = s.findFree(r, s.freeIdx, need, want)
 		if err != nil {
@@ -226,6 +228,7 @@ func (s *image) coverRun(r *blk.Req, first, n int64) (again bool, err error) {
 // newBlock makes refcount block b, or one that it needs for its own cluster; the caller tries
 // again until all are there.
 func (s *image) newBlock(r *blk.Req, b int64) error {
+	s.step(r, blk.EvRefblockAlloc)
 	bits := s.geo.RefblockBits()
 	c, _, err := s.findFree(r, s.freeIdx, 1, 1)
 	if err != nil {
@@ -281,6 +284,7 @@ func (s *image) writeBlocks(r *blk.Req) error {
 	}
 	sort.Slice(ts, func(i, j int) bool { return ts[i].off < ts[j].off })
 	for _, t := range ts {
+		s.step(r, blk.EvRefblockUpdatePart)
 		if err := s.writeMeta(r, t.data, t.off, olRefcountBlock); err != nil {
 			return err
 		}
@@ -302,6 +306,7 @@ func (s *image) writeRefcounts(r *blk.Req) error {
 		return err
 	}
 	for k := range s.reftDirty {
+		s.step(r, blk.EvRefblockAllocHookup)
 		if err := s.writeMeta(r, s.encodeEntries(s.reft, k, s.reftSize), s.reftOffset()+k*512, olRefcountTable); err != nil {
 			return err
 		}
@@ -329,6 +334,7 @@ func (s *image) reftOffset() int64 { return int64(s.hdr.RefcountTableOffset) }
 // growReftable makes the refcount table large enough for block need. The area behind what
 // the old table covers takes the new table and the refcount blocks that count the area.
 func (s *image) growReftable(r *blk.Req, need int64) error {
+	s.step(r, blk.EvReftableGrow)
 	bits := s.geo.RefblockBits()
 	first := s.reftSize // block of the area's first cluster, which is at the block's beginning
 	start := first << bits
@@ -389,9 +395,11 @@ func (s *image) growReftable(r *blk.Req, need int64) error {
 
 // switchReftable writes a new refcount table and then the header's pointer to it.
 func (s *image) switchReftable(r *blk.Req, reft []uint64, off, clusters int64) error {
+	s.step(r, blk.EvRefblockAllocWriteBlocks)
 	if err := s.writeBlocks(r); err != nil {
 		return err
 	}
+	s.step(r, blk.EvRefblockAllocWriteTable)
 	b := make([]byte, clusters<<s.cb)
 	for i, v := range reft {
 		be.PutUint64(b[8*i:], v)
@@ -402,6 +410,7 @@ func (s *image) switchReftable(r *blk.Req, reft []uint64, off, clusters int64) e
 	if err := s.barrier(r); err != nil {
 		return err
 	}
+	s.step(r, blk.EvRefblockAllocSwitchTable)
 	var h [12]byte
 	be.PutUint64(h[:], uint64(off))
 	be.PutUint32(h[8:], uint32(clusters))

@@ -152,6 +152,7 @@ func (s *image) growL1(r *blk.Req, n int64) error {
 	}
 	release := s.claimFlush()
 	defer release()
+	s.step(r, blk.EvL1GrowAllocTable)
 	need := s.geo.Clusters(n * 8)
 	c, _, err := s.allocate(r, need, need, "L1 table")
 	if err != nil {
@@ -165,6 +166,7 @@ func (s *image) growL1(r *blk.Req, n int64) error {
 	if err := s.writeRefcounts(r); err != nil {
 		return fail(err)
 	}
+	s.step(r, blk.EvL1GrowWriteTable)
 	b := make([]byte, n*8)
 	for i, e := range s.l1 {
 		be.PutUint64(b[8*i:], e)
@@ -175,6 +177,7 @@ func (s *image) growL1(r *blk.Req, n int64) error {
 	if err := s.barrier(r); err != nil {
 		return fail(err)
 	}
+	s.step(r, blk.EvL1GrowActivateTable)
 	var h [12]byte
 	be.PutUint32(h[:], uint32(n))
 	be.PutUint64(h[4:], uint64(off))
@@ -198,6 +201,8 @@ func (s *image) shrink(r *blk.Req, old, size int64) error {
 	if err := s.discard(r, s.geo.Clusters(size), s.geo.Clusters(old), false, true, discardAlways); err != nil {
 		return wrap("Failed to discard cropped clusters", err)
 	}
+	s.step(r, blk.EvL1ShrinkWriteTable)
+	s.step(r, blk.EvL1ShrinkFreeL2Clusters)
 	keep := int64(s.geo.L1Entries(uint64(size)))
 	for i := int64(len(s.l1)) - 1; i >= keep; i-- {
 		if off := int64(s.l1[i] & layout.OffsetMask); off != 0 {

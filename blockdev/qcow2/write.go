@@ -24,6 +24,7 @@ func (s *image) WriteAt(r *blk.Req, v blk.Vec, off int64, f blk.Flags) error {
 			w = v.Slice(done, p.n)
 		}
 		if p.alloc == nil {
+			s.step(r, blk.EvWriteAio)
 			err = s.file.WriteAt(r, w, p.host, 0)
 			p.epoch.Release()
 		} else {

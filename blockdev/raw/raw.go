@@ -161,6 +161,7 @@ func (d *image) ReadAt(r *blk.Req, v blk.Vec, off int64, f blk.Flags) error {
 	if err != nil {
 		return err
 	}
+	d.file.DebugEvent(r, blk.EvReadAio)
 	return d.file.ReadAt(r, v, at, f)
 }
 
@@ -170,6 +171,7 @@ func (d *image) WriteAt(r *blk.Req, v blk.Vec, off int64, f blk.Flags) error {
 	if err != nil {
 		return err
 	}
+	d.file.DebugEvent(r, blk.EvWriteAio)
 	return d.file.WriteAt(r, v, at, f)
 }
 

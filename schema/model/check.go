@@ -13,7 +13,7 @@ var (
 	oddReturns  = map[string]bool{"qom-get": true, "ringbuf-read": true}
 	oddMembers  = map[string]bool{
 		"BlockDeviceInfo": true, "BlockDeviceStats": true, "BlockDeviceTimedStats": true, "BlockInfo": true,
-		"BlockdevAioOptions": true, "BlockdevDriver": true,
+		"BlockdevAioOptions": true, "BlockdevDriver": true, "BlkdebugEvent": true, "BlkdebugSetStateOptions": true,
 	}
 )
 

@@ -735,17 +735,159 @@ type BlockdevOptionsRaw struct {
 	Size *int64
 }
 
-// BlkdebugEvent: when a rule of blkdebug takes effect.
+// BlkdebugEvent: steps that a rule of blkdebug can wait for. The driver above announces its own; some
+// never occur with the formats that there are.
 type BlkdebugEvent string
 
 // The values of BlkdebugEvent.
 const (
+	// Entries of the L1 table are written.
+	BlkdebugEventL1Update BlkdebugEvent = "l1_update"
+	// A larger L1 table is allocated.
+	BlkdebugEventL1GrowAllocTable BlkdebugEvent = "l1_grow_alloc_table"
+	// It is written.
+	BlkdebugEventL1GrowWriteTable BlkdebugEvent = "l1_grow_write_table"
+	// The header is made to refer to it.
+	BlkdebugEventL1GrowActivateTable BlkdebugEvent = "l1_grow_activate_table"
+	// A part of an L2 table is read.
+	BlkdebugEventL2Load BlkdebugEvent = "l2_load"
+	// A part of an L2 table is written.
+	BlkdebugEventL2Update BlkdebugEvent = "l2_update"
+	// A compressed cluster is entered.
+	BlkdebugEventL2UpdateCompressed BlkdebugEvent = "l2_update_compressed"
+	// An L2 table that is shared with a snapshot is read.
+	BlkdebugEventL2AllocCowRead BlkdebugEvent = "l2_alloc_cow_read"
+	// A new L2 table is written.
+	BlkdebugEventL2AllocWrite BlkdebugEvent = "l2_alloc_write"
+	// Data are read.
+	BlkdebugEventReadAio BlkdebugEvent = "read_aio"
+	// The backing file is read.
+	BlkdebugEventReadBackingAio BlkdebugEvent = "read_backing_aio"
+	// Compressed data are read.
+	BlkdebugEventReadCompressed BlkdebugEvent = "read_compressed"
+	// Data are written.
+	BlkdebugEventWriteAio BlkdebugEvent = "write_aio"
+	// Compressed data are written.
+	BlkdebugEventWriteCompressed BlkdebugEvent = "write_compressed"
+	// The state of a machine is read.
+	BlkdebugEventVmstateLoad BlkdebugEvent = "vmstate_load"
+	// The state of a machine is written.
+	BlkdebugEventVmstateSave BlkdebugEvent = "vmstate_save"
+	// The rest of a new cluster is read.
+	BlkdebugEventCowRead BlkdebugEvent = "cow_read"
+	// The rest of a new cluster is written.
+	BlkdebugEventCowWrite BlkdebugEvent = "cow_write"
+	// The refcount table is read.
+	BlkdebugEventReftableLoad BlkdebugEvent = "reftable_load"
+	// A larger refcount table is needed.
+	BlkdebugEventReftableGrow BlkdebugEvent = "reftable_grow"
+	// The refcount table is written.
+	BlkdebugEventReftableUpdate BlkdebugEvent = "reftable_update"
+	// A refcount block is read.
+	BlkdebugEventRefblockLoad BlkdebugEvent = "refblock_load"
+	// A refcount block is written.
+	BlkdebugEventRefblockUpdate BlkdebugEvent = "refblock_update"
+	// A refcount block is written.
+	BlkdebugEventRefblockUpdatePart BlkdebugEvent = "refblock_update_part"
+	// A refcount block is allocated.
+	BlkdebugEventRefblockAlloc BlkdebugEvent = "refblock_alloc"
+	// It is entered in the table.
+	BlkdebugEventRefblockAllocHookup BlkdebugEvent = "refblock_alloc_hookup"
+	// It is written.
+	BlkdebugEventRefblockAllocWrite BlkdebugEvent = "refblock_alloc_write"
+	// The blocks of a larger table are written.
+	BlkdebugEventRefblockAllocWriteBlocks BlkdebugEvent = "refblock_alloc_write_blocks"
+	// The larger table is written.
+	BlkdebugEventRefblockAllocWriteTable BlkdebugEvent = "refblock_alloc_write_table"
+	// The header is made to refer to it.
+	BlkdebugEventRefblockAllocSwitchTable BlkdebugEvent = "refblock_alloc_switch_table"
+	// Clusters are allocated.
+	BlkdebugEventClusterAlloc BlkdebugEvent = "cluster_alloc"
+	// Room for compressed data is allocated.
+	BlkdebugEventClusterAllocBytes BlkdebugEvent = "cluster_alloc_bytes"
+	// Clusters are freed.
+	BlkdebugEventClusterFree BlkdebugEvent = "cluster_free"
+	// Caches of the format are flushed.
+	BlkdebugEventFlushToOs BlkdebugEvent = "flush_to_os"
+	// The medium is flushed.
+	BlkdebugEventFlushToDisk BlkdebugEvent = "flush_to_disk"
+	// The block in which an unaligned write begins is read.
+	BlkdebugEventPwritevRmwHead BlkdebugEvent = "pwritev_rmw_head"
+	// It was read.
+	BlkdebugEventPwritevRmwAfterHead BlkdebugEvent = "pwritev_rmw_after_head"
+	// The block in which it ends is read.
+	BlkdebugEventPwritevRmwTail BlkdebugEvent = "pwritev_rmw_tail"
+	// It was read.
+	BlkdebugEventPwritevRmwAfterTail BlkdebugEvent = "pwritev_rmw_after_tail"
+	// A write begins.
+	BlkdebugEventPwritev BlkdebugEvent = "pwritev"
+	// A write of zeroes begins.
+	BlkdebugEventPwritevZero BlkdebugEvent = "pwritev_zero"
+	// It has ended.
+	BlkdebugEventPwritevDone BlkdebugEvent = "pwritev_done"
+	// All of an image is thrown away.
+	BlkdebugEventEmptyImagePrepare BlkdebugEvent = "empty_image_prepare"
+	// The L1 table becomes shorter.
+	BlkdebugEventL1ShrinkWriteTable BlkdebugEvent = "l1_shrink_write_table"
+	// What it referred to is freed.
+	BlkdebugEventL1ShrinkFreeL2Clusters BlkdebugEvent = "l1_shrink_free_l2_clusters"
+	// Copy-on-read writes.
+	BlkdebugEventCorWrite BlkdebugEvent = "cor_write"
+	// New clusters are filled with zeroes.
+	BlkdebugEventClusterAllocSpace BlkdebugEvent = "cluster_alloc_space"
 	// From the beginning.
 	BlkdebugEventNone BlkdebugEvent = "none"
 )
 
 // BlkdebugEventValues lists the values of BlkdebugEvent in the order of the schema.
 var BlkdebugEventValues = []BlkdebugEvent{
+	BlkdebugEventL1Update,
+	BlkdebugEventL1GrowAllocTable,
+	BlkdebugEventL1GrowWriteTable,
+	BlkdebugEventL1GrowActivateTable,
+	BlkdebugEventL2Load,
+	BlkdebugEventL2Update,
+	BlkdebugEventL2UpdateCompressed,
+	BlkdebugEventL2AllocCowRead,
+	BlkdebugEventL2AllocWrite,
+	BlkdebugEventReadAio,
+	BlkdebugEventReadBackingAio,
+	BlkdebugEventReadCompressed,
+	BlkdebugEventWriteAio,
+	BlkdebugEventWriteCompressed,
+	BlkdebugEventVmstateLoad,
+	BlkdebugEventVmstateSave,
+	BlkdebugEventCowRead,
+	BlkdebugEventCowWrite,
+	BlkdebugEventReftableLoad,
+	BlkdebugEventReftableGrow,
+	BlkdebugEventReftableUpdate,
+	BlkdebugEventRefblockLoad,
+	BlkdebugEventRefblockUpdate,
+	BlkdebugEventRefblockUpdatePart,
+	BlkdebugEventRefblockAlloc,
+	BlkdebugEventRefblockAllocHookup,
+	BlkdebugEventRefblockAllocWrite,
+	BlkdebugEventRefblockAllocWriteBlocks,
+	BlkdebugEventRefblockAllocWriteTable,
+	BlkdebugEventRefblockAllocSwitchTable,
+	BlkdebugEventClusterAlloc,
+	BlkdebugEventClusterAllocBytes,
+	BlkdebugEventClusterFree,
+	BlkdebugEventFlushToOs,
+	BlkdebugEventFlushToDisk,
+	BlkdebugEventPwritevRmwHead,
+	BlkdebugEventPwritevRmwAfterHead,
+	BlkdebugEventPwritevRmwTail,
+	BlkdebugEventPwritevRmwAfterTail,
+	BlkdebugEventPwritev,
+	BlkdebugEventPwritevZero,
+	BlkdebugEventPwritevDone,
+	BlkdebugEventEmptyImagePrepare,
+	BlkdebugEventL1ShrinkWriteTable,
+	BlkdebugEventL1ShrinkFreeL2Clusters,
+	BlkdebugEventCorWrite,
+	BlkdebugEventClusterAllocSpace,
 	BlkdebugEventNone,
 }
 
@@ -782,6 +924,8 @@ var BlkdebugIOTypeValues = []BlkdebugIOType{
 type BlkdebugInjectErrorOptions struct {
 	// When they begin to do so.
 	Event BlkdebugEvent
+	// Only in this state; 0: in any (default).
+	State *int64
 	// Which ones (default: all but block-status).
 	Iotype *BlkdebugIOType
 	// Number of the error (default: EIO).
@@ -790,6 +934,18 @@ type BlkdebugInjectErrorOptions struct {
 	Sector *int64
 	// Only the first of them (default: false).
 	Once *bool
+	// At once, not a moment later as a medium would (default: false).
+	Immediately *bool
+}
+
+// BlkdebugSetStateOptions: a change of the state of blkdebug, which is 1 at first.
+type BlkdebugSetStateOptions struct {
+	// When it happens.
+	Event BlkdebugEvent
+	// Only in this state; 0: in any (default).
+	State *int64
+	// The state that follows.
+	NewState int64
 }
 
 // BlockdevOptionsBlkdebug: the filter blkdebug, for tests: makes requests fail, and claims limits and
@@ -797,6 +953,9 @@ type BlkdebugInjectErrorOptions struct {
 type BlockdevOptionsBlkdebug struct {
 	// The node below.
 	Image BlockdevRef
+	// A file with rules: groups [inject-error] and [set-state], with KEY = "VALUE" for the members of
+	// these.
+	Config *string
 	// Alignment of requests in bytes, a power of two.
 	Align *int64
 	// Longest read or write in bytes.
@@ -811,6 +970,8 @@ type BlockdevOptionsBlkdebug struct {
 	MaxDiscard *int32
 	// Requests that fail.
 	InjectError []*BlkdebugInjectErrorOptions
+	// Changes of the state.
+	SetState []*BlkdebugSetStateOptions
 	// Permissions to take on the image besides those that users need.
 	TakeChildPerms []BlockPermission
 	// Permissions that others may not have on the image.

@@ -194,10 +194,27 @@ func visitBlkdebugInjectErrorOptions(d *decoder, name string, x *BlkdebugInjectE
 
 func membersBlkdebugInjectErrorOptions(d *decoder, x *BlkdebugInjectErrorOptions) bool {
 	return visitBlkdebugEvent(d, "event", &x.Event) &&
+		opt(d, "state", &x.State, visitInt64) &&
 		opt(d, "iotype", &x.Iotype, visitBlkdebugIOType) &&
 		opt(d, "errno", &x.Errno, visitInt64) &&
 		opt(d, "sector", &x.Sector, visitInt64) &&
-		opt(d, "once", &x.Once, visitBool)
+		opt(d, "once", &x.Once, visitBool) &&
+		opt(d, "immediately", &x.Immediately, visitBool)
+}
+
+// DecodeBlkdebugSetStateOptions decodes v; faults are worded as the reference does (*ArgError).
+func DecodeBlkdebugSetStateOptions(v value.Value, m Mode) (*BlkdebugSetStateOptions, error) {
+	return decode(v, m, visitBlkdebugSetStateOptions)
+}
+
+func visitBlkdebugSetStateOptions(d *decoder, name string, x *BlkdebugSetStateOptions) bool {
+	return object(d, name, x, membersBlkdebugSetStateOptions)
+}
+
+func membersBlkdebugSetStateOptions(d *decoder, x *BlkdebugSetStateOptions) bool {
+	return visitBlkdebugEvent(d, "event", &x.Event) &&
+		opt(d, "state", &x.State, visitInt64) &&
+		visitInt64(d, "new_state", &x.NewState)
 }
 
 // DecodeBlockdevOptionsBlkdebug decodes v; faults are worded as the reference does (*ArgError).
@@ -211,6 +228,7 @@ func visitBlockdevOptionsBlkdebug(d *decoder, name string, x *BlockdevOptionsBlk
 
 func membersBlockdevOptionsBlkdebug(d *decoder, x *BlockdevOptionsBlkdebug) bool {
 	return visitBlockdevRef(d, "image", &x.Image) &&
+		opt(d, "config", &x.Config, visitStr) &&
 		opt(d, "align", &x.Align, visitInt64) &&
 		opt(d, "max-transfer", &x.MaxTransfer, visitInt32) &&
 		opt(d, "opt-write-zero", &x.OptWriteZero, visitInt32) &&
@@ -218,6 +236,7 @@ func membersBlockdevOptionsBlkdebug(d *decoder, x *BlockdevOptionsBlkdebug) bool
 		opt(d, "opt-discard", &x.OptDiscard, visitInt32) &&
 		opt(d, "max-discard", &x.MaxDiscard, visitInt32) &&
 		optListPtr(d, "inject-error", &x.InjectError, visitBlkdebugInjectErrorOptions) &&
+		optListPtr(d, "set-state", &x.SetState, visitBlkdebugSetStateOptions) &&
 		optList(d, "take-child-perms", &x.TakeChildPerms, visitBlockPermission) &&
 		optList(d, "unshare-child-perms", &x.UnshareChildPerms, visitBlockPermission)
 }

@@ -687,9 +687,17 @@ func (x *BlkdebugInjectErrorOptions) AppendJSON(b []byte) []byte {
 		b = appendKey(b, "iotype")
 		b = appendEnum(b, *x.Iotype)
 	}
+	if x.Immediately != nil {
+		b = appendKey(b, "immediately")
+		b = appendBool(b, *x.Immediately)
+	}
 	if x.Once != nil {
 		b = appendKey(b, "once")
 		b = appendBool(b, *x.Once)
+	}
+	if x.State != nil {
+		b = appendKey(b, "state")
+		b = appendInt(b, *x.State)
 	}
 	if x.Sector != nil {
 		b = appendKey(b, "sector")
@@ -705,11 +713,28 @@ func (x *BlkdebugInjectErrorOptions) AppendJSON(b []byte) []byte {
 }
 
 // AppendJSON appends x in the reference's form, members in hash order.
+func (x *BlkdebugSetStateOptions) AppendJSON(b []byte) []byte {
+	b = append(b, `{"new_state": `...)
+	b = appendInt(b, x.NewState)
+	if x.State != nil {
+		b = append(b, `, "state": `...)
+		b = appendInt(b, *x.State)
+	}
+	b = append(b, `, "event": `...)
+	b = appendEnum(b, x.Event)
+	return append(b, '}')
+}
+
+// AppendJSON appends x in the reference's form, members in hash order.
 func (x *BlockdevOptionsBlkdebug) AppendJSON(b []byte) []byte {
 	b = append(b, '{')
 	if x.OptWriteZero != nil {
 		b = appendKey(b, "opt-write-zero")
 		b = appendInt(b, *x.OptWriteZero)
+	}
+	if x.SetState != nil {
+		b = appendKey(b, "set-state")
+		b = appendList(b, x.SetState, func(b []byte, v *BlkdebugSetStateOptions) []byte { return v.AppendJSON(b) })
 	}
 	if x.InjectError != nil {
 		b = appendKey(b, "inject-error")
@@ -728,6 +753,10 @@ func (x *BlockdevOptionsBlkdebug) AppendJSON(b []byte) []byte {
 	if x.TakeChildPerms != nil {
 		b = append(b, `, "take-child-perms": `...)
 		b = appendList(b, x.TakeChildPerms, appendEnum[BlockPermission])
+	}
+	if x.Config != nil {
+		b = append(b, `, "config": `...)
+		b = value.AppendString(b, *x.Config)
 	}
 	if x.OptDiscard != nil {
 		b = append(b, `, "opt-discard": `...)
@@ -960,6 +989,10 @@ func (x *BlockdevOptions) AppendJSON(b []byte) []byte {
 			b = appendKey(b, "opt-write-zero")
 			b = appendInt(b, *u.OptWriteZero)
 		}
+		if u.SetState != nil {
+			b = appendKey(b, "set-state")
+			b = appendList(b, u.SetState, func(b []byte, v *BlkdebugSetStateOptions) []byte { return v.AppendJSON(b) })
+		}
 		if u.InjectError != nil {
 			b = appendKey(b, "inject-error")
 			b = appendList(b, u.InjectError, func(b []byte, v *BlkdebugInjectErrorOptions) []byte { return v.AppendJSON(b) })
@@ -988,6 +1021,10 @@ func (x *BlockdevOptions) AppendJSON(b []byte) []byte {
 		}
 		b = append(b, `, "driver": `...)
 		b = appendEnum(b, x.Driver)
+		if u.Config != nil {
+			b = append(b, `, "config": `...)
+			b = value.AppendString(b, *u.Config)
+		}
 		if x.AutoReadOnly != nil {
 			b = append(b, `, "auto-read-only": `...)
 			b = appendBool(b, *x.AutoReadOnly)

@@ -1,0 +1,255 @@
+package blkdebug
+
+import (
+	"context"
+	"slices"
+	"sync"
+	"sync/atomic"
+	"syscall"
+	"time"
+
+	"qblockd/graph/blk"
+	"qblockd/schema/types"
+)
+
+// moment is how long it takes a request to fail that does not fail immediately.
+const moment = time.Millisecond
+
+const (
+	kindRead = 1 << iota
+	kindWrite
+	kindZero
+	kindDiscard
+	kindFlush
+	kindStatus
+	// usual are those that a rule without a kind means.
+	usual = kindRead | kindWrite | kindZero | kindDiscard | kindFlush
+)
+
+// kinds of requests, as rules name them.
+var kinds = map[types.BlkdebugIOType]uint32{
+	types.BlkdebugIOTypeRead: kindRead, types.BlkdebugIOTypeWrite: kindWrite, types.BlkdebugIOTypeWriteZeroes: kindZero,
+	types.BlkdebugIOTypeDiscard: kindDiscard, types.BlkdebugIOTypeFlush: kindFlush, types.BlkdebugIOTypeBlockStatus: kindStatus,
+}
+
+// events are the numbers of events by their names.
+var events = func() map[types.BlkdebugEvent]blk.DebugEvent {
+	m := map[types.BlkdebugEvent]blk.DebugEvent{}
+	for i, name := range types.BlkdebugEventValues {
+		m[name] = blk.DebugEvent(i)
+	}
+	return m
+}()
+
+// rule does something when its event comes in its state: it becomes active and makes requests fail, or changes the state, or makes the request
+// wait whose event it is.
+type rule struct {
+	event blk.DebugEvent
+	state int64 // 0: any
+
+	newState int64  // of a change of the state, unless errors or tag is set
+	tag      string // of a breakpoint
+	errors   bool   // it makes requests fail:
+
+	kinds       uint32 // 1 << kind of request
+	off         int64  // only requests that touch this byte; negative: all
+	errno       syscall.Errno
+	once        bool
+	immediately bool
+}
+
+// rules are those of a node, with its state. Of those that are active the first that matches a request counts.
+type rules struct {
+	eventful atomic.Bool // there are rules for other events than the first one
+
+	mu        sync.Mutex
+	state     int64                      // +checklocks:mu
+	all       []*rule                    // +checklocks:mu  as they were given
+	active    []*rule                    // +checklocks:mu
+	suspended map[string][]chan struct{} // +checklocks:mu  closed to let a request go on
+	arrived   chan struct{}              // +checklocks:mu  closed when the next request is suspended; nil: nobody waits for that
+}
+
+func value[T any](p *T, def T) T {
+	if p != nil {
+		return *p
+	}
+	return def
+}
+
+// init takes the rules over and begins.
+func (l *rules) init(inject []*types.BlkdebugInjectErrorOptions, set []*types.BlkdebugSetStateOptions) {
+	l.mu.Lock()
+	defer l.mu.Unlock()
+	for _, o := range inject {
+		x := &rule{
+			event: events[o.Event], state: value(o.State, 0), errors: true, kinds: usual, off: -1,
+			errno: syscall.Errno(value(o.Errno, int64(syscall.EIO))), once: value(o.Once, false), immediately: value(o.Immediately, false),
+		}
+		if o.Iotype != nil {
+			x.kinds = kinds[*o.Iotype]
+		}
+		if s := value(o.Sector, -1); s >= 0 {
+			x.off = s * 512
+		}
+		l.addLocked(x)
+	}
+	for _, o := range set {
+		l.addLocked(&rule{event: events[o.Event], state: value(o.State, 0), newState: o.NewState})
+	}
+	l.state = 1
+	l.eventLocked(blk.EvNone)
+}
+
+// +checklocks:l.mu
+func (l *rules) addLocked(x *rule) {
+	l.all = append(l.all, x)
+	if x.event != blk.EvNone {
+		l.eventful.Store(true)
+	}
+}
+
+// event does what rules say, and waits if one says so.
+func (l *rules) event(r *blk.Req, e blk.DebugEvent) {
+	l.mu.Lock()
+	waits := l.eventLocked(e)
+	l.mu.Unlock()
+	for _, c := range waits {
+		if r.Ctx == nil {
+			<-c
+			continue
+		}
+		select {
+		case <-c:
+		case <-r.Ctx.Done():
+		}
+	}
+}
+
+// eventLocked returns what the request whose event it is has to wait for. All rules see the same state; if several change it the first
+// one does. If there are any that make requests fail, they take the place of those that were active.
+// +checklocks:l.mu
+func (l *rules) eventLocked(e blk.DebugEvent) (waits []chan struct{}) {
+	next, fresh := l.state, false
+	for _, x := range slices.Backward(slices.Clone(l.all)) {
+		switch {
+		case x.event != e || x.state != 0 && x.state != l.state:
+		case x.errors:
+			if !fresh {
+				l.active, fresh = nil, true
+			}
+			l.active = slices.Insert(l.active, 0, x)
+		case x.tag != "":
+			l.removeLocked(x)
+			c := make(chan struct{})
+			waits = append(waits, c)
+			l.suspended[x.tag] = append(l.suspended[x.tag], c)
+			if l.arrived != nil {
+				close(l.arrived)
+				l.arrived = nil
+			}
+		default:
+			next = x.newState
+		}
+	}
+	l.state = next
+	return waits
+}
+
+// +checklocks:l.mu
+func (l *rules) removeLocked(x *rule) {
+	l.all = slices.DeleteFunc(l.all, func(y *rule) bool { return y == x })
+	l.active = slices.DeleteFunc(l.active, func(y *rule) bool { return y == x })
+}
+
+// fail is the error of a request, or nil.
+func (l *rules) fail(r *blk.Req, kind uint32, off, n int64) error {
+	l.mu.Lock()
+	i := slices.IndexFunc(l.active, func(x *rule) bool {
+		return x.kinds&kind != 0 && (x.off < 0 || n > 0 && x.off >= off && x.off < off+n)
+	})
+	if i < 0 || l.active[i].errno == 0 {
+		l.mu.Unlock()
+		return nil
+	}
+	x := l.active[i]
+	if r.NoWait && !x.immediately {
+		l.mu.Unlock()
+		return blk.ErrWouldBlock
+	}
+	if x.once {
+		l.removeLocked(x)
+	}
+	l.mu.Unlock()
+	if !x.immediately {
+		pause(r)
+	}
+	return x.errno
+}
+
+// pause lets a moment pass.
+func pause(r *blk.Req) {
+	t := time.NewTimer(moment)
+	defer t.Stop()
+	if r.Ctx == nil {
+		<-t.C
+		return
+	}
+	select {
+	case <-t.C:
+	case <-r.Ctx.Done():
+	}
+}
+
+func (l *rules) breakAt(e types.BlkdebugEvent, tag string) {
+	n, ok := events[e]
+	if !ok || tag == "" {
+		panic("blkdebug: a breakpoint needs an event and a name")
+	}
+	l.mu.Lock()
+	defer l.mu.Unlock()
+	if l.suspended == nil {
+		l.suspended = map[string][]chan struct{}{}
+	}
+	l.addLocked(&rule{event: n, tag: tag})
+}
+
+func (l *rules) waitSuspended(ctx context.Context, tag string) error {
+	for {
+		l.mu.Lock()
+		if len(l.suspended[tag]) > 0 {
+			l.mu.Unlock()
+			return nil
+		}
+		if l.arrived == nil {
+			l.arrived = make(chan struct{})
+		}
+		c := l.arrived
+		l.mu.Unlock()
+		select {
+		case <-c:
+		case <-ctx.Done():
+			return context.Cause(ctx)
+		}
+	}
+}
+
+func (l *rules) resume(tag string) bool {
+	l.mu.Lock()
+	defer l.mu.Unlock()
+	w := l.suspended[tag]
+	if len(w) == 0 {
+		return false
+	}
+	close(w[len(w)-1]) // the newest, as in the reference
+	l.suspended[tag] = w[:len(w)-1]
+	return true
+}
+
+func (l *rules) unbreak(tag string) {
+	l.mu.Lock()
+	l.all = slices.DeleteFunc(l.all, func(x *rule) bool { return x.tag == tag })
+	l.mu.Unlock()
+	for l.resume(tag) {
+	}
+}
