@@ -42,6 +42,19 @@ func (r *Root) TryBegin() *blk.Req {
 	return q
 }
 
+// Beside begins another unit of work of the root that r belongs to, for what may outlast r. It is nil while the gate is closed, as a drain waits for the
+// units there are, and for requests of no root.
+func Beside(r *blk.Req) (q *blk.Req, end func()) {
+	root, ok := r.Pass.(*Root)
+	if !ok {
+		return nil, nil
+	}
+	if q = root.TryBegin(); q == nil {
+		return nil, nil
+	}
+	return q, func() { root.End(q) }
+}
+
 // End ends the unit of work; q must not be used any more.
 func (r *Root) End(q *blk.Req) {
 	if q.Pass != r {

@@ -1002,8 +1002,14 @@ type BlockdevOptionsCbw struct {
 	File BlockdevRef
 	// The node that keeps what was overwritten.
 	Target BlockdevRef
+	// Only what is in this bitmap now is part of the point in time; what is not is neither copied nor
+	// shown (default: everything is).
+	Bitmap *BlockDirtyBitmap
 	// What becomes of a write when copying fails (default: break-guest-write).
 	OnCbwError *OnCbwError
+	// Seconds that a write waits for copying before that counts as failed; 0: as long as it takes
+	// (default).
+	CbwTimeout *uint32
 }
 
 // BlockdevOptionsCor: the filter copy-on-read: what is read and lies in a backing file is written to

@@ -257,7 +257,9 @@ func visitBlockdevOptionsCbw(d *decoder, name string, x *BlockdevOptionsCbw) boo
 func membersBlockdevOptionsCbw(d *decoder, x *BlockdevOptionsCbw) bool {
 	return visitBlockdevRef(d, "file", &x.File) &&
 		visitBlockdevRef(d, "target", &x.Target) &&
-		opt(d, "on-cbw-error", &x.OnCbwError, visitOnCbwError)
+		opt(d, "bitmap", &x.Bitmap, visitBlockDirtyBitmap) &&
+		opt(d, "on-cbw-error", &x.OnCbwError, visitOnCbwError) &&
+		opt(d, "cbw-timeout", &x.CbwTimeout, visitUint32)
 }
 
 // DecodeBlockdevOptionsCor decodes v; faults are worded as the reference does (*ArgError).

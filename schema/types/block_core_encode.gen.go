@@ -780,6 +780,14 @@ func (x *BlockdevOptionsBlkdebug) AppendJSON(b []byte) []byte {
 // AppendJSON appends x in the reference's form, members in hash order.
 func (x *BlockdevOptionsCbw) AppendJSON(b []byte) []byte {
 	b = append(b, '{')
+	if x.Bitmap != nil {
+		b = appendKey(b, "bitmap")
+		b = x.Bitmap.AppendJSON(b)
+	}
+	if x.CbwTimeout != nil {
+		b = appendKey(b, "cbw-timeout")
+		b = appendUint(b, *x.CbwTimeout)
+	}
 	if x.OnCbwError != nil {
 		b = appendKey(b, "on-cbw-error")
 		b = appendEnum(b, *x.OnCbwError)
@@ -1099,6 +1107,10 @@ func (x *BlockdevOptions) AppendJSON(b []byte) []byte {
 		return append(b, '}')
 	case *BlockdevOptionsCbw:
 		b = append(b, '{')
+		if u.Bitmap != nil {
+			b = appendKey(b, "bitmap")
+			b = u.Bitmap.AppendJSON(b)
+		}
 		if x.DetectZeroes != nil {
 			b = appendKey(b, "detect-zeroes")
 			b = appendEnum(b, *x.DetectZeroes)
@@ -1116,6 +1128,10 @@ func (x *BlockdevOptions) AppendJSON(b []byte) []byte {
 		if x.ReadOnly != nil {
 			b = append(b, `, "read-only": `...)
 			b = appendBool(b, *x.ReadOnly)
+		}
+		if u.CbwTimeout != nil {
+			b = append(b, `, "cbw-timeout": `...)
+			b = appendUint(b, *u.CbwTimeout)
 		}
 		if u.OnCbwError != nil {
 			b = append(b, `, "on-cbw-error": `...)

@@ -23,6 +23,8 @@ import (
 	"errors"
 	"sync"
 	"sync/atomic"
+	"syscall"
+	"time"
 
 	"qblockd/graph"
 	"qblockd/graph/bitmap"
@@ -54,8 +56,9 @@ type State struct {
 	active atomic.Int32   // copies under way; raised before the bits of a copy are cleared
 	failed atomic.Int64   // copies that failed; raised after the bits are set again and before active goes down
 
-	readers       atomic.Int32 // raised before a reader looks whether its clusters are done
-	breakSnapshot bool         // a failing copy spoils the point in time, not the guest's write
+	readers       atomic.Int32  // raised before a reader looks whether its clusters are done
+	timeout       time.Duration // that a guest's write waits for a copy; 0: as long as it takes
+	breakSnapshot bool          // a failing copy spoils the point in time, not the guest's write
 	broken        atomic.Bool
 
 	mu      sync.Mutex
@@ -308,13 +311,37 @@ func (d *Driver) before(r *blk.Req, off, n int64) error {
 	if d.broken.Load() {
 		return nil
 	}
-	err := d.Copy(r, off, n)
+	err := d.copyInTime(r, off, n)
 	var failed *graph.CopyError
 	if d.breakSnapshot && errors.As(err, &failed) {
 		d.broken.Store(true)
 		return nil
 	}
 	return err
+}
+
+// copyInTime is Copy that is given up when the time is over: it then goes on by itself, as what is in the kernel cannot be called back.
+func (d *Driver) copyInTime(r *blk.Req, off, n int64) error {
+	if d.timeout == 0 || r.NoWait {
+		return d.Copy(r, off, n)
+	}
+	q, end := graph.Beside(r)
+	if q == nil {
+		return d.Copy(r, off, n) // a drain waits for this request and will wait for no other one
+	}
+	done := make(chan error, 1)
+	go func() {
+		defer end()
+		done <- d.Copy(q, off, n)
+	}()
+	t := time.NewTimer(d.timeout)
+	defer t.Stop()
+	select {
+	case err := <-done:
+		return err
+	case <-t.C:
+		return &graph.CopyError{Write: true, Err: syscall.ETIMEDOUT}
+	}
 }
 
 // WriteAt implements graph.Writer.

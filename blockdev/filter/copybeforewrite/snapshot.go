@@ -3,8 +3,10 @@ package copybeforewrite
 import (
 	"fmt"
 	"syscall"
+	"time"
 
 	"qblockd/graph"
+	"qblockd/graph/bitmap"
 	"qblockd/graph/blk"
 	"qblockd/schema/types"
 )
@@ -16,13 +18,43 @@ func Open(o *graph.Opening) (graph.Driver, error) {
 	if a, b := blk.AlignUp(file.Size(), 512), blk.AlignUp(target.Size(), 512); b < a {
 		return nil, fmt.Errorf("Target of %d bytes is too small for a source of %d bytes: %w", b, a, syscall.EINVAL)
 	}
+	part, err := bitmapPart(o.Node.Graph(), u.Bitmap, blk.AlignUp(file.Size(), 512))
+	if err != nil {
+		return nil, err
+	}
 	d := New(o.Node, file.Size(), ClusterSize(target.Node()), false)
 	if e := u.OnCbwError; e != nil {
 		d.breakSnapshot = *e == types.OnCbwErrorBreakSnapshot
 	}
-	d.todo.SetAll()
-	d.access.SetAll()
+	if u.CbwTimeout != nil {
+		d.timeout = time.Duration(*u.CbwTimeout) * time.Second
+	}
+	if part == nil {
+		d.todo.SetAll()
+		d.access.SetAll()
+	} else {
+		d.todo.Merge(part)
+		d.access.Merge(part)
+	}
 	return d, nil
+}
+
+// bitmapPart is what a bitmap holds that says what the point in time consists of; nil if there is none.
+func bitmapPart(g *graph.Graph, b *types.BlockDirtyBitmap, size int64) (*bitmap.Bitmap, error) {
+	if b == nil {
+		return nil, nil
+	}
+	d, err := g.FindDirtyBitmap(b.Node, b.Name)
+	if err != nil {
+		return nil, err
+	}
+	if err := d.Check(graph.BitmapRead); err != nil {
+		return nil, fmt.Errorf("Cannot create block-copy-state: Failed to merge bitmap '%s' to internal copy-bitmap: %w", b.Name, err)
+	}
+	if have := d.Bits().Size(); have != size {
+		return nil, fmt.Errorf("Cannot create block-copy-state: Failed to merge bitmap '%s' to internal copy-bitmap: Bitmaps are of different sizes (destination size is %d, source size is %d) and can't be merged", b.Name, size, have)
+	}
+	return d.Recorded(), nil
 }
 
 // errBroken is what readers of a spoilt point in time get.
