@@ -149,7 +149,7 @@ func (d *marked) step() {
 		}
 	default:
 		d.held = nil // while the size changes nobody trusts them
-		to := int64(4+rnd.IntN(6)) << 20
+		to := int64(4+rnd.IntN(6))<<20 + int64(rnd.IntN(16))*512
 		d.must(d.s.Resize(req(), to, ""))
 		for i := range d.k.list {
 			d.k.list[i].bits.Resize(to)
@@ -218,6 +218,29 @@ func TestMarksAcrossCrashes(t *testing.T) {
 			}
 			t.Logf("%d crashes, %d bitmaps that held", d.crashes, d.trusted)
 		})
+	}
+}
+
+// TestResizeWithMarks grows a disk whose last cluster has to be cleared behind its end, in a region that is not marked.
+func TestResizeWithMarks(t *testing.T) {
+	img := mustCreate(t, CreateOptions{Size: 1<<20 - 512})
+	k := &memKeeper{}
+	s := mustOpen(t, mem{img}, config{keeper: k})
+	defer mustClose(t, s)
+	if err := s.WriteAt(req(), blk.Buf(bytes.Repeat([]byte{1}, 512)), 1<<20-1024, 0); err != nil {
+		t.Fatal(err)
+	}
+	k.list = []persisted{{name: "a", bits: bitmap.New(1<<20-512, 512), enabled: true}}
+	if err := s.HoldBitmap(req(), "a"); err != nil {
+		t.Fatal(err)
+	}
+	if err := s.Resize(req(), 1<<20, ""); err != nil {
+		t.Fatal(err)
+	}
+	k.list[0].bits.Resize(1 << 20)
+	b := make([]byte, 1024)
+	if err := s.ReadAt(req(), blk.Buf(b), 1<<20-1024, 0); err != nil || b[0] != 1 || b[512] != 0 {
+		t.Fatal(err, b[0], b[512])
 	}
 }
 

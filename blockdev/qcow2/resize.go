@@ -102,7 +102,7 @@ func (s *image) zeroTail(r *blk.Req, old, size int64) error {
 	// The copied head ends at the old size, so the disk has to have the new one already.
 	s.size.Store(end)
 	s.mu.Unlock()
-	err = s.WriteAt(r, blk.Buf(b), old, 0)
+	err = s.writeAt(r, blk.Buf(b), old, 0)
 	s.mu.Lock()
 	s.size.Store(old)
 	return err

@@ -10,6 +10,11 @@ func (s *image) WriteAt(r *blk.Req, v blk.Vec, off int64, f blk.Flags) error {
 	if err := s.mark(r, off, v.Len(), f); err != nil {
 		return err
 	}
+	return s.writeAt(r, v, off, f)
+}
+
+// writeAt is WriteAt of what bitmaps need not know.
+func (s *image) writeAt(r *blk.Req, v blk.Vec, off int64, f blk.Flags) error {
 	if f&blk.Compressed != 0 {
 		return s.writeCompressed(r, v, off, f)
 	}

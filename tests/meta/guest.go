@@ -166,7 +166,7 @@ func (w *world) attach(m *image, o Op) error {
 		g, err = w.export(n, write, o)
 	}
 	w.did("attach %s to %s, writable %v: %s %v", kind, n.Name(), write, fails, err)
-	if err != nil && w.busy(m) {
+	if err != nil && w.busyFrom(m) {
 		return nil // the job does not let it
 	}
 	if err := expect(err, fails); err != nil || fails != "" {

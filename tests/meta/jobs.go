@@ -2,6 +2,8 @@ package meta
 
 import (
 	"fmt"
+	"math/rand/v2"
+	"slices"
 	"time"
 
 	"qblockd/jobs"
@@ -9,20 +11,62 @@ import (
 	"qblockd/tests/rig"
 )
 
-// streamJob is a job beside what it is to do.
-type streamJob struct {
-	id     string
-	job    *jobs.Job
-	chain  []*image // from the top to the end of its backing chain
-	base   *image   // nil: nothing stays
-	manual bool     // finalize
-	keep   bool     // dismiss
+// job is a job beside what it is to do.
+type job struct {
+	id      string
+	job     *jobs.Job
+	chain   []*image // those it has to do with, the one that guests use first
+	touched []*image // of these, those whose content is not known before it ends
+	drops   []*image // of these, those that nobody needs afterwards
+	manual  bool     // finalize
+	keep    bool     // dismiss
+	pivots  bool     // it gets ready and has to be completed
+	// completed: that was accepted.
+	completed bool
+	// done takes over what the job has done, or not done if it was cancelled.
+	done func(j *job, cancelled bool) error
+}
+
+// newJob makes one, of which the name and how it ends are random.
+func (w *world) newJob(r *rand.Rand, chain ...*image) *job {
+	w.count++
+	return &job{id: fmt.Sprintf("j%d", w.count), chain: chain, manual: r.IntN(2) == 0, keep: r.IntN(3) == 0}
+}
+
+// begun takes over a job that was started.
+func (w *world) begun(j *job) error {
+	j.job = w.x.Jobs.Get(j.id)
+	if j.job == nil && (j.manual || j.keep || j.pivots) {
+		return fmt.Errorf("job %s has gone by itself", j.id)
+	}
+	w.jobs = append(w.jobs, j)
+	if j.job == nil {
+		return w.ended(j, nil)
+	}
+	return nil
+}
+
+// steady tells whether m can be the backing file of a new image.
+func (w *world) steady(m *image) bool {
+	j := w.jobOn(m)
+	return !m.unknown && (j == nil || indexOf(j.touched, m) < 0 && indexOf(j.drops, m) < 0)
+}
+
+// undefined tells whether a job is changing the content of m.
+func (w *world) undefined(m *image) bool {
+	j := w.jobOn(m)
+	return j != nil && indexOf(j.touched, m) >= 0
 }
 
 // busy tells whether a job has to do with m. It may be over already.
 func (w *world) busy(m *image) bool { return w.jobOn(m) != nil }
 
-func (w *world) jobOn(m *image) *streamJob {
+// busyFrom is busy for m and the open images that back on it.
+func (w *world) busyFrom(m *image) bool {
+	return w.busy(m) || slices.ContainsFunc(w.dependents(m, true), w.busyFrom)
+}
+
+func (w *world) jobOn(m *image) *job {
 	for _, j := range w.jobs {
 		for _, x := range j.chain {
 			if x == m {
@@ -48,29 +92,29 @@ func (w *world) stream(m *image, o Op) error {
 	if busy {
 		return nil
 	}
-	w.count++
-	j := &streamJob{id: fmt.Sprintf("j%d", w.count), chain: chain, manual: r.IntN(2) == 0, keep: r.IntN(3) == 0}
+	j := w.newJob(r, chain...)
+	var base *image // nil: nothing stays
 	a := &types.BlockStreamArgs{JobID: &j.id, Device: m.name(), AutoFinalize: rig.Ptr(!j.manual), AutoDismiss: rig.Ptr(!j.keep)}
 	how := ""
 	if len(chain) > 1 {
 		if k := 1 + r.IntN(len(chain)); k < len(chain) {
-			j.base = chain[k]
+			base = chain[k]
 		}
 	}
-	if j.base != nil {
-		n := w.node(j.base)
+	if base != nil {
+		n := w.node(base)
 		if n == nil {
-			return fmt.Errorf("%s has no node", j.base.name())
+			return fmt.Errorf("%s has no node", base.name())
 		}
 		switch r.IntN(3) {
 		case 0:
-			last := w.node(chain[indexOf(chain, j.base)-1])
+			last := w.node(chain[indexOf(chain, base)-1])
 			a.Bottom, how = rig.Ptr(last.Name()), " bottom "+last.Name()
 		default:
 			a.BaseNode, how = rig.Ptr(n.Name()), " base "+n.Name()
 		}
 		if a.Bottom == nil && r.IntN(4) == 0 {
-			a.BackingFile = rig.Ptr(w.x.Path(j.base.file()))
+			a.BackingFile = rig.Ptr(w.x.Path(base.file()))
 		}
 	}
 	if r.IntN(2) == 0 {
@@ -80,14 +124,14 @@ func (w *world) stream(m *image, o Op) error {
 		a.FilterNodeName = rig.Ptr("filter-" + j.id)
 	}
 	fails := ""
-	if len(chain) > 2 && j.base != chain[1] {
+	if len(chain) > 2 && base != chain[1] {
 		// What is copied may not change, nor what that backs on.
 		for _, x := range chain[1:] {
 			if x.canSet {
 				fails = x.name() + " has a guest that may write"
 			}
 		}
-	} else if len(chain) == 2 && j.base == nil && chain[1].canSet {
+	} else if len(chain) == 2 && base == nil && chain[1].canSet {
 		fails = chain[1].name() + " has a guest that may write"
 	}
 	err := w.x.BlockJob.BlockStream(w.ctx, a)
@@ -95,15 +139,14 @@ func (w *world) stream(m *image, o Op) error {
 	if err := expect(err, fails); err != nil || fails != "" {
 		return err
 	}
-	j.job = w.x.Jobs.Get(j.id)
-	if j.job == nil && (j.manual || j.keep) {
-		return fmt.Errorf("job %s has gone by itself", j.id)
+	j.done = func(_ *job, cancelled bool) error {
+		if !cancelled {
+			m.backing = base
+			w.prune()
+		}
+		return w.linked(m)
 	}
-	w.jobs = append(w.jobs, j)
-	if j.job == nil {
-		return w.ended(j, nil)
-	}
-	return nil
+	return w.begun(j)
 }
 
 func indexOf(l []*image, m *image) int {
@@ -116,7 +159,7 @@ func indexOf(l []*image, m *image) int {
 }
 
 // some is one of the jobs there are, those of slot o.Slot first.
-func (w *world) some(m *image) *streamJob {
+func (w *world) some(m *image) *job {
 	if j := w.jobOn(m); j != nil {
 		return j
 	}
@@ -154,8 +197,16 @@ func (w *world) cancel(m *image, o Op) error {
 	if j == nil {
 		return nil
 	}
-	w.did("cancel %s: %v", j.id, j.job.Cancel(true))
-	return w.finishJob(j)
+	force := true
+	if j.pivots && o.B%2 == 0 {
+		force = false // without a pivot, once it is ready
+		if err := w.joined(j.chain[0]); err != nil {
+			return err
+		}
+	}
+	err := j.job.Cancel(force)
+	w.did("cancel %s, force %v: %v", j.id, force, err)
+	return w.bring(j, err != nil)
 }
 
 func (w *world) finish(m *image, o Op) error {
@@ -186,7 +237,15 @@ func (w *world) jobsOver(m *image) error {
 }
 
 // finishJob brings a job to its end and takes over what it has done to the chain.
-func (w *world) finishJob(j *streamJob) error {
+func (w *world) finishJob(j *job) error { return w.bring(j, true) }
+
+// bring is finishJob; complete: a job that pivots is to do so.
+func (w *world) bring(j *job, complete bool) error {
+	if j.pivots {
+		if err := w.joined(j.chain[0]); err != nil { // its guest moves
+			return err
+		}
+	}
 	w.did("finish %s", j.id)
 	for {
 		select {
@@ -199,6 +258,9 @@ func (w *world) finishJob(j *streamJob) error {
 		// Each is refused in states where it is not needed.
 		_ = j.job.Resume()
 		_ = j.job.SetSpeed(0)
+		if j.pivots && complete && j.job.Complete(w.ctx) == nil {
+			j.completed = true
+		}
 		if j.manual {
 			_ = j.job.Finalize()
 		}
@@ -207,7 +269,7 @@ func (w *world) finishJob(j *streamJob) error {
 }
 
 // ended changes the model as the job has changed the graph.
-func (w *world) ended(j *streamJob, failure error) error {
+func (w *world) ended(j *job, failure error) error {
 	for i, x := range w.jobs {
 		if x == j {
 			w.jobs = append(w.jobs[:i], w.jobs[i+1:]...)
@@ -223,20 +285,20 @@ func (w *world) ended(j *streamJob, failure error) error {
 	if failure != nil && failure.Error() != jobs.ErrCancelled.Error() {
 		return failure
 	}
-	top := j.chain[0]
-	if failure == nil {
-		top.backing = j.base
-		w.prune()
-	}
-	n := w.node(top)
+	return j.done(j, failure != nil)
+}
+
+// linked checks the backing link of an open image, and whether it is read-only.
+func (w *world) linked(m *image) error {
+	n := w.node(m)
 	switch e := n.Backing(); {
-	case top.backing == nil && e != nil:
-		return fmt.Errorf("%s still backs on %s", top.name(), e.Node().Name())
-	case top.backing != nil && (e == nil || e.Node() != w.node(top.backing)):
-		return fmt.Errorf("%s does not back on %s", top.name(), top.backing.name())
+	case m.backing == nil && e != nil:
+		return fmt.Errorf("%s still backs on %s", m.name(), e.Node().Name())
+	case m.backing != nil && (e == nil || e.Node().SkipFilters() != w.node(m.backing)):
+		return fmt.Errorf("%s does not back on %s", m.name(), m.backing.name())
 	}
-	if n.ReadOnly() != top.ro {
-		return fmt.Errorf("%s: read-only %v after the job", top.name(), n.ReadOnly())
+	if n.ReadOnly() != m.ro {
+		return fmt.Errorf("%s: read-only %v after the job", m.name(), n.ReadOnly())
 	}
 	return nil
 }

@@ -7,6 +7,7 @@ import (
 	"os"
 	"os/exec"
 	"path/filepath"
+	"slices"
 
 	"qblockd/graph"
 	"qblockd/schema/types"
@@ -15,7 +16,7 @@ import (
 
 // options are those of blockdev-add for m's node, its backing file apart.
 func (w *world) options(m *image, r *rand.Rand) *types.BlockdevOptions {
-	o := &types.BlockdevOptions{Driver: m.format, NodeName: rig.Ptr(m.name()), ReadOnly: &m.ro}
+	o := &types.BlockdevOptions{Driver: m.format, NodeName: rig.Ptr(m.name()), ReadOnly: rig.Ptr(m.ro)}
 	switch r.IntN(5) {
 	case 0:
 	case 1:
@@ -82,6 +83,9 @@ func (w *world) add(m *image, o Op) error {
 			if err := w.add(b, Op{"add", b.slot, o.B, o.C, o.D, o.A}); err != nil {
 				return err
 			}
+		}
+		if j := w.jobOn(b); j != nil && j.pivots && j.chain[0] == b {
+			return nil // it would move with the guests
 		}
 		if !b.closed {
 			n := w.node(b)
@@ -163,6 +167,7 @@ func (w *world) del(m *image, o Op) error {
 		return err
 	}
 	m.closed, m.own = true, false
+	m.bitmaps = slices.DeleteFunc(m.bitmaps, func(b *dirty) bool { return !b.persistent })
 	w.prune()
 	return nil
 }
@@ -282,12 +287,20 @@ func (w *world) resize(m *image, o Op) error {
 	if n := w.node(m).Size(); n != int64(size) {
 		return fmt.Errorf("the size is %d", n)
 	}
-	if size <= len(m.data) {
-		m.data = m.data[:size:size]
-	} else {
-		m.data = append(m.data[:len(m.data):len(m.data)], make([]byte, size-len(m.data))...)
-	}
+	m.data = resized(m.data, size)
+	m.grown()
 	return nil
+}
+
+// resized is data of another size; nil stays nil.
+func resized(data []byte, size int) []byte {
+	switch {
+	case data == nil:
+		return nil
+	case size <= len(data):
+		return data[:size:size]
+	}
+	return append(data[:len(data):len(data)], make([]byte, size-len(data))...)
 }
 
 // query asks what a client might ask.
@@ -313,6 +326,11 @@ func (w *world) end() error {
 	for _, m := range w.images {
 		if m == nil || m.closed {
 			continue
+		}
+		if m.unknown {
+			if err := w.learn(m); err != nil {
+				return err
+			}
 		}
 		if err := errors.Join(w.joined(m), w.verify(m, Op{}), w.detach(m, Op{})); err != nil {
 			return fmt.Errorf("end, %s: %w", m.name(), err)
@@ -375,7 +393,7 @@ func (w *world) checkImage(m *image) error {
 	g := &rootGuest{root: root, ctx: w.ctx}
 	got := make([]byte, len(m.data))
 	err = g.read(got, 0)
-	if err == nil {
+	if err == nil && !m.unknown {
 		err = same(got, m.data, 0)
 	}
 	return errors.Join(err, g.close())
@@ -400,7 +418,7 @@ func (w *world) outside() error {
 		if out, err := w.qemu("check", "-q", m.file()); err != nil {
 			return fmt.Errorf("qemu-img check of %s: %w\n%s", m.name(), err, out)
 		}
-		if len(w.dependents(m, false)) > 0 {
+		if len(w.dependents(m, false)) > 0 || m.unknown {
 			continue
 		}
 		if out, err := w.qemu("convert", "-O", "raw", m.file(), "raw"); err != nil {

@@ -58,6 +58,7 @@ var weights = []struct {
 	{"write", 60}, {"zero", 16}, {"discard", 16}, {"read", 20}, {"flush", 8}, {"compress", 8}, {"status", 6},
 	{"burst", 8}, {"start", 8}, {"join", 4}, {"verify", 4}, {"query", 2},
 	{"snapshot", 8}, {"resize", 8},
+	{"backup", 10}, {"mirror", 10}, {"commit", 10}, {"bitmap", 16}, {"reopen", 8},
 	{"stream", 16}, {"tick", 10}, {"pause", 3}, {"resume", 3}, {"speed", 3}, {"cancel", 3}, {"finish", 6},
 }
 

@@ -104,7 +104,7 @@ func (w *world) create(o Op) error {
 		w.did("create %s: %s of %d bytes", m.name(), m.format, size)
 		return w.x.MakeFile(m.file(), int64(size), memOptions(r, align))
 	}
-	if b := w.images[r.IntN(slots)]; b != nil && r.IntN(4) != 0 {
+	if b := w.images[r.IntN(slots)]; b != nil && r.IntN(4) != 0 && w.steady(b) {
 		if err := w.joined(b); err != nil {
 			return err
 		}

@@ -22,7 +22,7 @@ type world struct {
 	dir     string // for sockets and images that outside tools look at
 	qemuImg bool
 	images  [slots]*image
-	jobs    []*streamJob
+	jobs    []*job
 	count   int // for unique names
 	trace   []string
 }
@@ -40,6 +40,9 @@ type image struct {
 	guest   guest
 	canSet  bool // the guest may write
 	bg      *background
+	// unknown: a job that was cancelled has left something.
+	unknown bool
+	bitmaps []*dirty
 }
 
 func (m *image) file() string { return fmt.Sprintf("i%d", m.slot) }
@@ -64,6 +67,7 @@ var actions = map[string]func(w *world, m *image, o Op) error{
 	"verify": (*world).verify, "query": (*world).query, "snapshot": (*world).snapshot, "resize": (*world).resize,
 	"stream": (*world).stream, "tick": (*world).tick, "pause": (*world).pause, "resume": (*world).resume, "speed": (*world).speed,
 	"cancel": (*world).cancel, "finish": (*world).finish,
+	"backup": (*world).backup, "mirror": (*world).mirror, "commit": (*world).commit, "bitmap": (*world).bitmap, "reopen": (*world).reopen,
 	"create": nil, // the only one that needs no image
 }
 
@@ -119,13 +123,36 @@ func (w *world) step(o Op) error {
 	if m == nil {
 		return nil
 	}
+	if w.undefined(m) {
+		switch o.Kind {
+		case "tick", "pause", "resume", "speed", "cancel", "finish", "query":
+		default:
+			if o.D%4 != 0 {
+				return nil
+			}
+			if err := w.settle(m); err != nil {
+				return err
+			}
+			if w.images[o.Slot] != m {
+				return nil
+			}
+		}
+	}
+	if m.unknown && !m.closed {
+		if err := w.learn(m); err != nil {
+			return err
+		}
+	}
 	switch o.Kind {
-	case "add", "del", "rm", "attach", "verify", "snapshot", "resize", "stream":
+	case "backup", "mirror", "commit", "reopen", "bitmap", "add", "del", "rm", "attach", "verify", "snapshot", "resize", "stream":
 		// These look at nodes, which a job may close at its end.
 		for x := m; x != nil; x = x.backing {
 			if err := w.jobsOver(x); err != nil {
 				return err
 			}
+		}
+		if w.images[o.Slot] != m {
+			return nil // a job has made it superfluous
 		}
 	}
 	return actions[o.Kind](w, m, o)

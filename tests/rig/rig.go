@@ -26,15 +26,16 @@ import (
 
 // Rig is one daemon's worth of parts. Its fields may be used directly.
 type Rig struct {
-	Graph    *graph.Graph
-	Sink     *drivertest.Sink
-	Nodes    *blockdev.Manager
-	Jobs     *jobs.Manager
-	BlockJob handlers.BlockJob
-	Exports  *export.Table
-	Clock    *Clock
-	Store    *Store // nil with files in a directory
-	Dir      string // "": files are in Store
+	Graph       *graph.Graph
+	Sink        *drivertest.Sink
+	Nodes       *blockdev.Manager
+	Jobs        *jobs.Manager
+	BlockJob    handlers.BlockJob
+	Transaction handlers.Transaction
+	Exports     *export.Table
+	Clock       *Clock
+	Store       *Store // nil with files in a directory
+	Dir         string // "": files are in Store
 }
 
 // New makes a rig whose "file" nodes open files of a new Store, or, unless dir is empty, in that directory.
@@ -50,6 +51,7 @@ func New(dir string) *Rig {
 	x.Nodes = blockdev.New(x.Graph, c)
 	x.Jobs = jobs.NewManager(x.Sink, x.Clock)
 	x.BlockJob = handlers.BlockJob{Graph: x.Graph, Jobs: x.Jobs, Nodes: x.Nodes}
+	x.Transaction = handlers.Transaction{Nodes: x.Nodes, Jobs: x.BlockJob}
 	x.Exports = export.New(x.Graph, export.Options{Log: log})
 	return x
 }
