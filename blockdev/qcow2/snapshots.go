@@ -2,6 +2,7 @@ package qcow2
 
 import (
 	"errors"
+	"slices"
 	"strconv"
 	"time"
 
@@ -76,6 +77,12 @@ func (s *image) CreateSnapshot(r *blk.Req, name string, at time.Time, clock time
 		}
 		return nil
 	})
+	if err != nil && slices.ContainsFunc(s.snaps, func(x layout.Snapshot) bool { return x.ID == sn.ID }) {
+		// It was made, but not all that goes with it.
+		if e := s.DeleteSnapshot(r, sn.ID); e != nil {
+			s.warnf("Snapshot '%s' stays, although making it has failed: %s", name, blk.ErrnoText(e))
+		}
+	}
 	return sn.ID, err
 }
 

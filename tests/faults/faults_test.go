@@ -179,7 +179,7 @@ func (e *env) useExport() error {
 
 // TestEachFailure is the whole of it.
 func TestEachFailure(t *testing.T) {
-	for _, s := range scenarios() {
+	for _, s := range append(scenarios(), jobScenarios()...) {
 		t.Run(s.name, func(t *testing.T) {
 			t.Parallel()
 			runs, leaks, hidden := 0, 0, 0
@@ -279,7 +279,7 @@ func (e *env) end() (leaks int, err error) {
 	if err := e.detach(); err != nil {
 		return 0, err
 	}
-	for _, name := range []string{"top", "base"} {
+	for _, name := range []string{"copy", "top", "base"} {
 		if n := e.Graph.Node(name); n != nil && n.MonitorOwned() {
 			if err := e.Nodes.Del(e.ctx, name); err != nil {
 				return 0, err
