@@ -10,8 +10,9 @@ import (
 
 // DebugGraph is the answer to x-debug-query-block-graph: backends, jobs and nodes with the edges between them, numbered
 // in the order in which a walk meets them: backends, jobs, nodes from the oldest, each with the edges below it. The lists
-// are the wrong way round, as the reference's are.
-func (m *Manager) DebugGraph() *types.XDbgBlockGraph {
+// are the wrong way round, as the reference's are. ids are the block jobs that there are,
+// newest first, also those that use nothing any more.
+func (m *Manager) DebugGraph(ids ...string) *types.XDbgBlockGraph {
 	w := &graphWalk{ids: map[any]uint64{}, below: map[any][]graph.EdgeInfo{}}
 	t := m.g.Topology()
 	var backends, jobs []*graph.Root // newest first
@@ -40,6 +41,14 @@ func (m *Manager) DebugGraph() *types.XDbgBlockGraph {
 	for _, r := range slices.Backward(backends) {
 		w.vertex(r, r)
 	}
+	for _, id := range ids {
+		if r := jobOf[id]; r != nil {
+			w.vertex(r, r)
+			jobs = slices.DeleteFunc(jobs, func(x *graph.Root) bool { return x == r })
+		} else {
+			w.vertex(endedJob(id), endedJob(id))
+		}
+	}
 	for _, r := range jobs {
 		w.vertex(r, r)
 	}
@@ -50,6 +59,15 @@ func (m *Manager) DebugGraph() *types.XDbgBlockGraph {
 	slices.Reverse(w.out.Edges)
 	return &w.out
 }
+
+// endedJob is the ID of a job that has no nodes.
+type endedJob string
+
+// Describe implements graph.Parent.
+func (j endedJob) Describe() string { return "job '" + string(j) + "'" }
+
+// GraphNode implements graph.Parent.
+func (j endedJob) GraphNode() (types.XDbgBlockGraphNodeType, string) { return graph.KindJob, string(j) }
 
 type graphWalk struct {
 	ids   map[any]uint64

@@ -56,3 +56,15 @@ func (j *Job) errorTextLocked() *string {
 	}
 	return &text
 }
+
+// BlockJobs are the IDs of all block jobs, newest first.
+func (m *Manager) BlockJobs() (ids []string) {
+	m.mu.Lock()
+	defer m.mu.Unlock()
+	for _, j := range m.jobs {
+		if j.block != nil {
+			ids = append(ids, j.id)
+		}
+	}
+	return ids
+}

@@ -44,7 +44,7 @@ func (b BlockCore) QueryNamedBlockNodes(_ context.Context, a *types.QueryNamedBl
 
 // XDebugQueryBlockGraph shows the graph.
 func (b BlockCore) XDebugQueryBlockGraph(context.Context) (*types.XDbgBlockGraph, error) {
-	return b.Nodes.DebugGraph(), nil
+	return b.Nodes.DebugGraph(b.Jobs.BlockJobs()...), nil
 }
 
 // BlockdevAdd opens a node.

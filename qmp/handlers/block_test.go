@@ -8,6 +8,7 @@ import (
 
 	"qblockd/blockdev"
 	"qblockd/blockdev/drivertest"
+	"qblockd/jobs"
 	"qblockd/schema/types"
 	"qblockd/schema/value"
 )
@@ -39,7 +40,7 @@ func (c commands) say(t *testing.T, name, args string) string {
 // Each command: a success and its own errors.
 func TestBlockCore(t *testing.T) {
 	c := commands{}
-	types.RegisterBlockCore(c, BlockCore{Nodes: blockdev.New(drivertest.NewGraph(t), blockdev.Config{})})
+	types.RegisterBlockCore(c, BlockCore{Nodes: blockdev.New(drivertest.NewGraph(t), blockdev.Config{}), Jobs: jobs.NewManager(&drivertest.Sink{}, nil)})
 	for _, s := range []struct{ command, args, want string }{
 		{"query-block", `{}`, `[]`},
 		{"query-blockstats", `{}`, `[]`},
