@@ -151,14 +151,15 @@ func (m *Manager) plainName(n *graph.Node, d *Driver, u any, needJSON bool) stri
 		}
 	}
 	if d != nil && d.NameAround != nil {
-		c := n.FilteredChild()
-		if c == nil || u == nil {
+		if u == nil {
 			return ""
 		}
-		if below := m.name(c.Node()).exact; below != "" {
-			return d.NameAround(u, below)
-		}
-		return ""
+		return d.NameAround(u, func(child string) string {
+			if c := n.Child(child); c != nil {
+				return m.name(c.Node()).exact
+			}
+			return ""
+		})
 	}
 	if d != nil && d.PlainName != nil {
 		if needJSON {

@@ -127,16 +127,23 @@ func (o *opener) open(p *plan) (*graph.Node, error) {
 	if err := o.ctx.Err(); err != nil {
 		return nil, err
 	}
-	if p.node != nil && !p.fileFirst() {
-		p.node.MoveUp()
-	}
 	kids := make([]*graph.Node, len(p.kids))
+	at := 0 // the node's place among its children
+	if p.fileFirst() {
+		at = 1
+	}
 	for i := range p.kids {
+		if i == at {
+			p.moveUp()
+		}
 		n, err := o.open(p.kids[i].plan)
 		if err != nil {
 			return nil, err
 		}
 		kids[i] = n
+	}
+	if at >= len(kids) {
+		p.moveUp()
 	}
 	if p.drv == nil {
 		if err := o.probe(p, kids[0]); err != nil {
@@ -153,19 +160,20 @@ func (o *opener) open(p *plan) (*graph.Node, error) {
 	return p.node, o.openBacking(p)
 }
 
-// fileFirst: the node shows up as newer than its children, as in the reference; drivers that open other children than a file do so
-// when they are there already.
-func (p *plan) fileFirst() bool { return len(p.kids) == 0 || p.kids[0].name == "file" }
+// fileFirst: the node shows up as newer than its file, as in the reference; drivers open other children when they are there already.
+func (p *plan) fileFirst() bool { return len(p.kids) > 0 && p.kids[0].name == "file" }
+
+// moveUp makes the node show up as the newest, if it has its name already.
+func (p *plan) moveUp() {
+	if p.node != nil {
+		p.node.MoveUp()
+	}
+}
 
 // attach makes the node, if it has no name yet, and attaches its children and the root that reads its header.
 func (o *opener) attach(p *plan, kids []*graph.Node) (*graph.Root, error) {
-	if p.node != nil {
-		if p.fileFirst() {
-			p.node.MoveUp() // below its children
-		}
-		if len(kids) == 0 {
-			return nil, nil
-		}
+	if p.node != nil && len(kids) == 0 {
+		return nil, nil
 	}
 	var made []*graph.Node
 	tx := o.m.g.Begin(o.ctx)

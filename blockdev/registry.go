@@ -6,9 +6,12 @@ import (
 
 	"qblockd/blockdev/blkdebug"
 	"qblockd/blockdev/file"
+	"qblockd/blockdev/filter/blklogwrites"
+	"qblockd/blockdev/filter/blkverify"
 	"qblockd/blockdev/filter/compress"
 	"qblockd/blockdev/filter/copybeforewrite"
 	"qblockd/blockdev/filter/copyonread"
+	"qblockd/blockdev/filter/preallocate"
 	"qblockd/blockdev/filter/snapshotaccess"
 	"qblockd/blockdev/null"
 	"qblockd/blockdev/qcow2"
@@ -47,8 +50,8 @@ type Driver struct {
 	File func(u any) string
 	// Strong calls add for the given options, beyond driver and filename, that matter for what is read and written.
 	Strong func(u any, add func(name string, v value.Value))
-	// NameAround is the exact file name of a filter around that of what it filters; "" if options do not go into it. Nil for those that have none.
-	NameAround func(u any, child string) string
+	// NameAround is the exact file name of a filter around those of its children; "" if options do not go into it. Nil for those that have none.
+	NameAround func(u any, child func(name string) string) string
 	// Changeable are the options that a reopen may change; true: and leave out. Of those with members it is the first part of their names.
 	Changeable map[string]bool
 	// PlainName is the file name of a node without strong options; nil: that of its file, if any.
@@ -77,6 +80,8 @@ type ChildOption struct {
 func Drivers() []Driver {
 	return []Driver{
 		blkdebugDriver(blkdebug.Open),
+		blklogwritesDriver(),
+		blkverifyDriver(),
 		{
 			Name: types.BlockdevDriverCopyBeforeWrite, Kind: graph.Filter, Open: copybeforewrite.Open,
 			Children: func(u any) []ChildOption {
@@ -95,6 +100,13 @@ func Drivers() []Driver {
 		fileDriver(types.BlockdevDriverHostDevice, file.OpenHostDevice),
 		nullDriver(types.BlockdevDriverNullAio, null.Open),
 		nullDriver(types.BlockdevDriverNullCo, null.Open),
+		{
+			Name: types.BlockdevDriverPreallocate, Kind: graph.Filter, Open: preallocate.Open,
+			Children: func(u any) []ChildOption {
+				return []ChildOption{{"file", perm.Filtered | perm.Primary, &u.(*types.BlockdevOptionsPreallocate).File}}
+			},
+			Changeable: map[string]bool{"prealloc-align": false, "prealloc-size": false},
+		},
 		qcow2Driver(qcow2.Open),
 		rawDriver(raw.Open),
 		throttleDriver(),
@@ -152,14 +164,18 @@ func blkdebugDriver(open graph.OpenFunc) Driver {
 		Children: func(u any) []ChildOption {
 			return []ChildOption{{"image", perm.Filtered | perm.Primary, &u.(*types.BlockdevOptionsBlkdebug).Image}}
 		},
-		NameAround: func(u any, child string) string {
+		NameAround: func(u any, child func(name string) string) string {
 			o := u.(*types.BlockdevOptionsBlkdebug)
 			config := ""
 			set(&config, o.Config)
 			if plain := (types.BlockdevOptionsBlkdebug{Image: o.Image, Config: o.Config, TakeChildPerms: o.TakeChildPerms, UnshareChildPerms: o.UnshareChildPerms}); !reflect.DeepEqual(*o, plain) {
 				return ""
 			}
-			return "blkdebug:" + config + ":" + child
+			image := child("image")
+			if image == "" {
+				return ""
+			}
+			return "blkdebug:" + config + ":" + image
 		},
 		Strong: func(u any, add func(string, value.Value)) {
 			o := *u.(*types.BlockdevOptionsBlkdebug)
@@ -180,6 +196,42 @@ func blkdebugDriver(open graph.OpenFunc) Driver {
 					add(m.Name, m.Value)
 				}
 			}
+		},
+	}
+}
+
+func blklogwritesDriver() Driver {
+	return Driver{
+		Name: types.BlockdevDriverBlklogwrites, Kind: graph.Filter, Open: blklogwrites.Open,
+		Children: func(u any) []ChildOption {
+			o := u.(*types.BlockdevOptionsBlklogwrites)
+			return []ChildOption{{"file", perm.Filtered | perm.Primary, &o.File}, {"log", perm.Metadata, &o.Log}}
+		},
+		Strong: func(u any, add func(string, value.Value)) {
+			o := u.(*types.BlockdevOptionsBlklogwrites)
+			if o.LogAppend != nil {
+				add("log-append", *o.LogAppend)
+			}
+			if o.LogSectorSize != nil {
+				add("log-sector-size", uint64(*o.LogSectorSize))
+			}
+		},
+	}
+}
+
+func blkverifyDriver() Driver {
+	return Driver{
+		Name: types.BlockdevDriverBlkverify, Kind: graph.Filter, Open: blkverify.Open,
+		Children: func(u any) []ChildOption {
+			o := u.(*types.BlockdevOptionsBlkverify)
+			return []ChildOption{{"raw", perm.Filtered | perm.Primary, &o.Raw}, {"test", perm.Data, &o.Test}}
+		},
+		NameAround: func(_ any, child func(name string) string) string {
+			raw, test := child("raw"), child("test")
+			if raw == "" || test == "" {
+				return ""
+			}
+			return "blkverify:" + raw + ":" + test
 		},
 	}
 }

@@ -558,6 +558,10 @@ type BlockdevDriver string
 const (
 	// Makes requests fail, for tests.
 	BlockdevDriverBlkdebug BlockdevDriver = "blkdebug"
+	// Writes a log of what is written, for tests.
+	BlockdevDriverBlklogwrites BlockdevDriver = "blklogwrites"
+	// Compares two nodes, for tests.
+	BlockdevDriverBlkverify BlockdevDriver = "blkverify"
 	// Stores what is written compressed.
 	BlockdevDriverCompress BlockdevDriver = "compress"
 	// Keeps a point in time: copies what is about to be overwritten.
@@ -572,6 +576,8 @@ const (
 	BlockdevDriverNullAio BlockdevDriver = "null-aio"
 	// Nothing at all.
 	BlockdevDriverNullCo BlockdevDriver = "null-co"
+	// Makes a file longer in large steps.
+	BlockdevDriverPreallocate BlockdevDriver = "preallocate"
 	// QEMU's image format.
 	BlockdevDriverQcow2 BlockdevDriver = "qcow2"
 	// A window onto another node, or all of it.
@@ -585,6 +591,8 @@ const (
 // BlockdevDriverValues lists the values of BlockdevDriver in the order of the schema.
 var BlockdevDriverValues = []BlockdevDriver{
 	BlockdevDriverBlkdebug,
+	BlockdevDriverBlklogwrites,
+	BlockdevDriverBlkverify,
 	BlockdevDriverCompress,
 	BlockdevDriverCopyBeforeWrite,
 	BlockdevDriverCopyOnRead,
@@ -592,6 +600,7 @@ var BlockdevDriverValues = []BlockdevDriver{
 	BlockdevDriverHostDevice,
 	BlockdevDriverNullAio,
 	BlockdevDriverNullCo,
+	BlockdevDriverPreallocate,
 	BlockdevDriverQcow2,
 	BlockdevDriverRaw,
 	BlockdevDriverSnapshotAccess,
@@ -1012,6 +1021,41 @@ type BlockdevOptionsCbw struct {
 	CbwTimeout *uint32
 }
 
+// BlockdevOptionsBlkverify: the filter blkverify, for tests: everything is done on two nodes, and what
+// is read of both compared.
+type BlockdevOptionsBlkverify struct {
+	// The node that is tested.
+	Test BlockdevRef
+	// The node that it is compared with.
+	Raw BlockdevRef
+}
+
+// BlockdevOptionsBlklogwrites: the filter blklogwrites: what is written is logged, too, in the format
+// of the device mapper's target log-writes.
+type BlockdevOptionsBlklogwrites struct {
+	// The node that is written to.
+	File BlockdevRef
+	// The node that has the log.
+	Log BlockdevRef
+	// Bytes of a sector of the log, and of the smallest request, a power of two (default: 512).
+	LogSectorSize *uint32
+	// Go on with the log that is there (default: false).
+	LogAppend *bool
+	// The log's super block is written after so many requests, and at flushes (default: 4096).
+	LogSuperUpdateInterval *uint64
+}
+
+// BlockdevOptionsPreallocate: the filter preallocate: a file that becomes longer does so in large
+// steps.
+type BlockdevOptionsPreallocate struct {
+	// The node that holds the image.
+	File BlockdevRef
+	// The file ends at a multiple of this, bytes (default: 1 MiB).
+	PreallocAlign *int64
+	// Bytes that are preallocated (default: 128 MiB).
+	PreallocSize *int64
+}
+
 // BlockdevOptionsCor: the filter copy-on-read: what is read and lies in a backing file is written to
 // the file.
 type BlockdevOptionsCor struct {
@@ -1141,11 +1185,13 @@ type BlockdevOptions struct {
 	// What becomes of written zeroes (default off).
 	DetectZeroes *BlockdevDetectZeroesOptions
 	// U holds the members of the branch that Driver selects; nil where the branch has none.
-	// *BlockdevOptionsBlkdebug for blkdebug, *BlockdevOptionsGenericFormat for compress,
+	// *BlockdevOptionsBlkdebug for blkdebug, *BlockdevOptionsBlklogwrites for blklogwrites,
+	// *BlockdevOptionsBlkverify for blkverify, *BlockdevOptionsGenericFormat for compress,
 	// *BlockdevOptionsCbw for copy-before-write, *BlockdevOptionsCor for copy-on-read,
 	// *BlockdevOptionsFile for file, *BlockdevOptionsFile for host_device, *BlockdevOptionsNull for
-	// null-aio, *BlockdevOptionsNull for null-co, *BlockdevOptionsQcow2 for qcow2, *BlockdevOptionsRaw for
-	// raw, *BlockdevOptionsGenericFormat for snapshot-access, *BlockdevOptionsThrottle for throttle.
+	// null-aio, *BlockdevOptionsNull for null-co, *BlockdevOptionsPreallocate for preallocate,
+	// *BlockdevOptionsQcow2 for qcow2, *BlockdevOptionsRaw for raw, *BlockdevOptionsGenericFormat for
+	// snapshot-access, *BlockdevOptionsThrottle for throttle.
 	U any
 }
 

@@ -262,6 +262,52 @@ func membersBlockdevOptionsCbw(d *decoder, x *BlockdevOptionsCbw) bool {
 		opt(d, "cbw-timeout", &x.CbwTimeout, visitUint32)
 }
 
+// DecodeBlockdevOptionsBlkverify decodes v; faults are worded as the reference does (*ArgError).
+func DecodeBlockdevOptionsBlkverify(v value.Value, m Mode) (*BlockdevOptionsBlkverify, error) {
+	return decode(v, m, visitBlockdevOptionsBlkverify)
+}
+
+func visitBlockdevOptionsBlkverify(d *decoder, name string, x *BlockdevOptionsBlkverify) bool {
+	return object(d, name, x, membersBlockdevOptionsBlkverify)
+}
+
+func membersBlockdevOptionsBlkverify(d *decoder, x *BlockdevOptionsBlkverify) bool {
+	return visitBlockdevRef(d, "test", &x.Test) &&
+		visitBlockdevRef(d, "raw", &x.Raw)
+}
+
+// DecodeBlockdevOptionsBlklogwrites decodes v; faults are worded as the reference does (*ArgError).
+func DecodeBlockdevOptionsBlklogwrites(v value.Value, m Mode) (*BlockdevOptionsBlklogwrites, error) {
+	return decode(v, m, visitBlockdevOptionsBlklogwrites)
+}
+
+func visitBlockdevOptionsBlklogwrites(d *decoder, name string, x *BlockdevOptionsBlklogwrites) bool {
+	return object(d, name, x, membersBlockdevOptionsBlklogwrites)
+}
+
+func membersBlockdevOptionsBlklogwrites(d *decoder, x *BlockdevOptionsBlklogwrites) bool {
+	return visitBlockdevRef(d, "file", &x.File) &&
+		visitBlockdevRef(d, "log", &x.Log) &&
+		opt(d, "log-sector-size", &x.LogSectorSize, visitUint32) &&
+		opt(d, "log-append", &x.LogAppend, visitBool) &&
+		opt(d, "log-super-update-interval", &x.LogSuperUpdateInterval, visitUint64)
+}
+
+// DecodeBlockdevOptionsPreallocate decodes v; faults are worded as the reference does (*ArgError).
+func DecodeBlockdevOptionsPreallocate(v value.Value, m Mode) (*BlockdevOptionsPreallocate, error) {
+	return decode(v, m, visitBlockdevOptionsPreallocate)
+}
+
+func visitBlockdevOptionsPreallocate(d *decoder, name string, x *BlockdevOptionsPreallocate) bool {
+	return object(d, name, x, membersBlockdevOptionsPreallocate)
+}
+
+func membersBlockdevOptionsPreallocate(d *decoder, x *BlockdevOptionsPreallocate) bool {
+	return visitBlockdevRef(d, "file", &x.File) &&
+		opt(d, "prealloc-align", &x.PreallocAlign, visitInt64) &&
+		opt(d, "prealloc-size", &x.PreallocSize, visitInt64)
+}
+
 // DecodeBlockdevOptionsCor decodes v; faults are worded as the reference does (*ArgError).
 func DecodeBlockdevOptionsCor(v value.Value, m Mode) (*BlockdevOptionsCor, error) {
 	return decode(v, m, visitBlockdevOptionsCor)
@@ -378,6 +424,14 @@ func membersBlockdevOptions(d *decoder, x *BlockdevOptions) bool {
 		u := new(BlockdevOptionsBlkdebug)
 		x.U = u
 		return membersBlockdevOptionsBlkdebug(d, u)
+	case BlockdevDriverBlklogwrites:
+		u := new(BlockdevOptionsBlklogwrites)
+		x.U = u
+		return membersBlockdevOptionsBlklogwrites(d, u)
+	case BlockdevDriverBlkverify:
+		u := new(BlockdevOptionsBlkverify)
+		x.U = u
+		return membersBlockdevOptionsBlkverify(d, u)
 	case BlockdevDriverCopyBeforeWrite:
 		u := new(BlockdevOptionsCbw)
 		x.U = u
@@ -398,6 +452,10 @@ func membersBlockdevOptions(d *decoder, x *BlockdevOptions) bool {
 		u := new(BlockdevOptionsNull)
 		x.U = u
 		return membersBlockdevOptionsNull(d, u)
+	case BlockdevDriverPreallocate:
+		u := new(BlockdevOptionsPreallocate)
+		x.U = u
+		return membersBlockdevOptionsPreallocate(d, u)
 	case BlockdevDriverQcow2:
 		u := new(BlockdevOptionsQcow2)
 		x.U = u

@@ -800,6 +800,53 @@ func (x *BlockdevOptionsCbw) AppendJSON(b []byte) []byte {
 }
 
 // AppendJSON appends x in the reference's form, members in hash order.
+func (x *BlockdevOptionsBlkverify) AppendJSON(b []byte) []byte {
+	b = append(b, `{"test": `...)
+	b = x.Test.AppendJSON(b)
+	b = append(b, `, "raw": `...)
+	b = x.Raw.AppendJSON(b)
+	return append(b, '}')
+}
+
+// AppendJSON appends x in the reference's form, members in hash order.
+func (x *BlockdevOptionsBlklogwrites) AppendJSON(b []byte) []byte {
+	b = append(b, '{')
+	if x.LogSuperUpdateInterval != nil {
+		b = appendKey(b, "log-super-update-interval")
+		b = appendUint(b, *x.LogSuperUpdateInterval)
+	}
+	b = appendKey(b, "log")
+	b = x.Log.AppendJSON(b)
+	if x.LogSectorSize != nil {
+		b = append(b, `, "log-sector-size": `...)
+		b = appendUint(b, *x.LogSectorSize)
+	}
+	if x.LogAppend != nil {
+		b = append(b, `, "log-append": `...)
+		b = appendBool(b, *x.LogAppend)
+	}
+	b = append(b, `, "file": `...)
+	b = x.File.AppendJSON(b)
+	return append(b, '}')
+}
+
+// AppendJSON appends x in the reference's form, members in hash order.
+func (x *BlockdevOptionsPreallocate) AppendJSON(b []byte) []byte {
+	b = append(b, '{')
+	if x.PreallocAlign != nil {
+		b = appendKey(b, "prealloc-align")
+		b = appendInt(b, *x.PreallocAlign)
+	}
+	if x.PreallocSize != nil {
+		b = appendKey(b, "prealloc-size")
+		b = appendInt(b, *x.PreallocSize)
+	}
+	b = appendKey(b, "file")
+	b = x.File.AppendJSON(b)
+	return append(b, '}')
+}
+
+// AppendJSON appends x in the reference's form, members in hash order.
 func (x *BlockdevOptionsCor) AppendJSON(b []byte) []byte {
 	b = append(b, '{')
 	if x.Bottom != nil {
@@ -1070,6 +1117,91 @@ func (x *BlockdevOptions) AppendJSON(b []byte) []byte {
 			b = appendInt(b, *u.Align)
 		}
 		return append(b, '}')
+	case *BlockdevOptionsBlklogwrites:
+		b = append(b, '{')
+		if u.LogSuperUpdateInterval != nil {
+			b = appendKey(b, "log-super-update-interval")
+			b = appendUint(b, *u.LogSuperUpdateInterval)
+		}
+		b = appendKey(b, "log")
+		b = u.Log.AppendJSON(b)
+		if u.LogSectorSize != nil {
+			b = append(b, `, "log-sector-size": `...)
+			b = appendUint(b, *u.LogSectorSize)
+		}
+		if x.DetectZeroes != nil {
+			b = append(b, `, "detect-zeroes": `...)
+			b = appendEnum(b, *x.DetectZeroes)
+		}
+		if x.NodeName != nil {
+			b = append(b, `, "node-name": `...)
+			b = value.AppendString(b, *x.NodeName)
+		}
+		b = append(b, `, "driver": `...)
+		b = appendEnum(b, x.Driver)
+		if u.LogAppend != nil {
+			b = append(b, `, "log-append": `...)
+			b = appendBool(b, *u.LogAppend)
+		}
+		if x.AutoReadOnly != nil {
+			b = append(b, `, "auto-read-only": `...)
+			b = appendBool(b, *x.AutoReadOnly)
+		}
+		if x.ReadOnly != nil {
+			b = append(b, `, "read-only": `...)
+			b = appendBool(b, *x.ReadOnly)
+		}
+		if x.Cache != nil {
+			b = append(b, `, "cache": `...)
+			b = x.Cache.AppendJSON(b)
+		}
+		if x.Discard != nil {
+			b = append(b, `, "discard": `...)
+			b = appendEnum(b, *x.Discard)
+		}
+		if x.ForceShare != nil {
+			b = append(b, `, "force-share": `...)
+			b = appendBool(b, *x.ForceShare)
+		}
+		b = append(b, `, "file": `...)
+		b = u.File.AppendJSON(b)
+		return append(b, '}')
+	case *BlockdevOptionsBlkverify:
+		b = append(b, `{"test": `...)
+		b = u.Test.AppendJSON(b)
+		if x.DetectZeroes != nil {
+			b = append(b, `, "detect-zeroes": `...)
+			b = appendEnum(b, *x.DetectZeroes)
+		}
+		if x.NodeName != nil {
+			b = append(b, `, "node-name": `...)
+			b = value.AppendString(b, *x.NodeName)
+		}
+		b = append(b, `, "driver": `...)
+		b = appendEnum(b, x.Driver)
+		if x.AutoReadOnly != nil {
+			b = append(b, `, "auto-read-only": `...)
+			b = appendBool(b, *x.AutoReadOnly)
+		}
+		if x.ReadOnly != nil {
+			b = append(b, `, "read-only": `...)
+			b = appendBool(b, *x.ReadOnly)
+		}
+		b = append(b, `, "raw": `...)
+		b = u.Raw.AppendJSON(b)
+		if x.Cache != nil {
+			b = append(b, `, "cache": `...)
+			b = x.Cache.AppendJSON(b)
+		}
+		if x.Discard != nil {
+			b = append(b, `, "discard": `...)
+			b = appendEnum(b, *x.Discard)
+		}
+		if x.ForceShare != nil {
+			b = append(b, `, "force-share": `...)
+			b = appendBool(b, *x.ForceShare)
+		}
+		return append(b, '}')
 	case *BlockdevOptionsGenericFormat:
 		b = append(b, '{')
 		if x.DetectZeroes != nil {
@@ -1292,6 +1424,49 @@ func (x *BlockdevOptions) AppendJSON(b []byte) []byte {
 			b = append(b, `, "force-share": `...)
 			b = appendBool(b, *x.ForceShare)
 		}
+		return append(b, '}')
+	case *BlockdevOptionsPreallocate:
+		b = append(b, '{')
+		if x.DetectZeroes != nil {
+			b = appendKey(b, "detect-zeroes")
+			b = appendEnum(b, *x.DetectZeroes)
+		}
+		if x.NodeName != nil {
+			b = appendKey(b, "node-name")
+			b = value.AppendString(b, *x.NodeName)
+		}
+		b = appendKey(b, "driver")
+		b = appendEnum(b, x.Driver)
+		if x.AutoReadOnly != nil {
+			b = append(b, `, "auto-read-only": `...)
+			b = appendBool(b, *x.AutoReadOnly)
+		}
+		if x.ReadOnly != nil {
+			b = append(b, `, "read-only": `...)
+			b = appendBool(b, *x.ReadOnly)
+		}
+		if u.PreallocAlign != nil {
+			b = append(b, `, "prealloc-align": `...)
+			b = appendInt(b, *u.PreallocAlign)
+		}
+		if x.Cache != nil {
+			b = append(b, `, "cache": `...)
+			b = x.Cache.AppendJSON(b)
+		}
+		if x.Discard != nil {
+			b = append(b, `, "discard": `...)
+			b = appendEnum(b, *x.Discard)
+		}
+		if u.PreallocSize != nil {
+			b = append(b, `, "prealloc-size": `...)
+			b = appendInt(b, *u.PreallocSize)
+		}
+		if x.ForceShare != nil {
+			b = append(b, `, "force-share": `...)
+			b = appendBool(b, *x.ForceShare)
+		}
+		b = append(b, `, "file": `...)
+		b = u.File.AppendJSON(b)
 		return append(b, '}')
 	case *BlockdevOptionsQcow2:
 		b = append(b, '{')

@@ -1,0 +1,283 @@
+// Package preallocate is the filter preallocate: when a write makes its file longer, it makes the file longer still, in large steps, so that the file system has
+// less to do at each write and finds room in larger pieces. What was not needed is given back when nobody may write any more.
+//
+//	data            preallocated zeroes
+//	|---------------|-------------------|
+//	0            dataEnd             fileEnd
+//
+// Parents see the file end at dataEnd. Both ends are known only while parents may write and resize, and nobody else does.
+package preallocate
+
+import (
+	"context"
+	"fmt"
+	"sync"
+	"sync/atomic"
+
+	"qblockd/graph"
+	"qblockd/graph/blk"
+	"qblockd/graph/perm"
+	"qblockd/schema/types"
+)
+
+const (
+	sector       = 512
+	defaultAlign = 1 << 20
+	defaultSize  = 128 << 20
+)
+
+// steps say how much is preallocated.
+type steps struct{ align, size int64 }
+
+type driver struct {
+	graph.Passthrough
+	steps atomic.Pointer[steps]
+
+	growing sync.Mutex // held while the file is made longer; taken before mu
+	mu      sync.Mutex
+	active  bool  // +checklocks:mu  parents may write and resize
+	dataEnd int64 // +checklocks:mu  -1: not known, that of the file
+	fileEnd int64 // +checklocks:mu  of what grew or was going to be written; -1: not known, nothing grew yet
+
+	next bool // what active will be; between PermPrepare and PermCommit
+}
+
+// Open opens the filter on its child "file".
+func Open(o *graph.Opening) (graph.Driver, error) {
+	d := &driver{Passthrough: graph.Passthrough{Node: o.Node}, dataEnd: -1, fileEnd: -1}
+	s, err := d.read(o.Options)
+	if err != nil {
+		return nil, err
+	}
+	d.steps.Store(s)
+	return d, nil
+}
+
+func (d *driver) read(options any) (*steps, error) {
+	u := options.(*types.BlockdevOptionsPreallocate)
+	s := &steps{defaultAlign, defaultSize}
+	if u.PreallocAlign != nil {
+		s.align = *u.PreallocAlign
+	}
+	if u.PreallocSize != nil {
+		s.size = *u.PreallocSize
+	}
+	below := max(d.Below().Caps().Limits.RequestAlign, 1)
+	negative := func(name string) error {
+		return fmt.Errorf("Parameter '%s' expects a non-negative number below 2^64", name)
+	}
+	switch {
+	case s.align < 0:
+		return nil, negative("prealloc-align")
+	case s.size < 0:
+		return nil, negative("prealloc-size")
+	case s.align%sector != 0:
+		return nil, fmt.Errorf("prealloc-align parameter of preallocate filter is not aligned to %d", sector)
+	case s.align%below != 0:
+		return nil, fmt.Errorf("prealloc-align parameter of preallocate filter is not aligned to underlying node request alignment (%d)", below)
+	}
+	s.align = max(s.align, below)
+	return s, nil
+}
+
+// Reopen implements graph.Reopener.
+func (d *driver) Reopen(o *graph.Reopening) (graph.Participant, error) {
+	s, err := d.read(o.Options)
+	if err != nil {
+		return nil, err
+	}
+	return &change{d, s}, nil
+}
+
+// change changes the steps within a transaction.
+type change struct {
+	d *driver
+	s *steps
+}
+
+// Prepare implements graph.Participant.
+func (*change) Prepare(context.Context) error { return nil }
+
+// Commit implements graph.Participant.
+func (c *change) Commit() { c.d.steps.Store(c.s) }
+
+// Abort implements graph.Participant.
+func (*change) Abort() {}
+
+// Size implements graph.Driver: where the data end.
+func (d *driver) Size() int64 {
+	d.mu.Lock()
+	end := d.dataEnd
+	d.mu.Unlock()
+	if end >= 0 {
+		return end
+	}
+	return d.Passthrough.Size()
+}
+
+// reaches notes that data go up to end, and makes the file longer if it ends before.
+func (d *driver) reaches(r *blk.Req, end int64) error {
+	d.mu.Lock()
+	if !d.active {
+		d.mu.Unlock()
+		return nil
+	}
+	if d.dataEnd < 0 {
+		d.dataEnd = d.Passthrough.Size()
+	}
+	if end <= d.dataEnd {
+		d.mu.Unlock()
+		return nil
+	}
+	if r.NoWait {
+		d.mu.Unlock()
+		return blk.ErrWouldBlock
+	}
+	d.mu.Unlock()
+	d.grow(r, end)
+	return nil
+}
+
+// grow makes the file longer. That it cannot is no reason for a write to fail.
+func (d *driver) grow(r *blk.Req, end int64) {
+	d.growing.Lock()
+	defer d.growing.Unlock()
+	d.mu.Lock()
+	file := d.fileEnd
+	if file < 0 {
+		file = d.Passthrough.Size()
+	}
+	enough := end <= file
+	if enough {
+		d.fileEnd = file
+	}
+	d.mu.Unlock()
+	if enough {
+		return
+	}
+	s := d.steps.Load()
+	lo, hi := blk.AlignUp(file, max(d.Below().Caps().Limits.RequestAlign, 1)), alignUp(end+s.size, s.align)
+	err := d.Below().Zero(r, lo, hi-lo, blk.NoFallback)
+	d.mu.Lock()
+	if d.fileEnd = hi; err != nil {
+		d.fileEnd = end // the write makes it so; the next growth must not zero that
+	}
+	d.mu.Unlock()
+}
+
+// alignUp is blk.AlignUp for any alignment; 0 is none.
+func alignUp(n, align int64) int64 {
+	if align == 0 {
+		return n
+	}
+	return (n + align - 1) / align * align
+}
+
+// wrote notes where the data end after a write.
+func (d *driver) wrote(end int64) {
+	d.mu.Lock()
+	if d.active && end > d.dataEnd {
+		d.dataEnd = end
+		if d.fileEnd >= 0 {
+			d.fileEnd = max(d.fileEnd, end)
+		}
+	}
+	d.mu.Unlock()
+}
+
+// WriteAt implements graph.Writer.
+func (d *driver) WriteAt(r *blk.Req, v blk.Vec, off int64, f blk.Flags) error {
+	end := off + v.Len()
+	if err := d.reaches(r, end); err != nil {
+		return err
+	}
+	err := d.Below().WriteAt(r, v, off, f)
+	if err == nil {
+		d.wrote(end)
+	}
+	return err
+}
+
+// Zero implements graph.Zeroer.
+func (d *driver) Zero(r *blk.Req, off, n int64, f blk.Flags) error {
+	if err := d.reaches(r, off+n); err != nil {
+		return err
+	}
+	err := d.Below().Zero(r, off, n, f)
+	if err == nil {
+		d.wrote(off + n)
+	}
+	return err
+}
+
+// CopyFrom implements graph.CopyRanger.
+func (d *driver) CopyFrom(r *blk.Req, off int64, src []blk.HostRange, f blk.Flags) error {
+	end := off
+	for i := range src {
+		end += src[i].N
+	}
+	if err := d.reaches(r, end); err != nil {
+		return err
+	}
+	err := d.Below().CopyFrom(r, off, src, f)
+	if err == nil {
+		d.wrote(end)
+	}
+	return err
+}
+
+// Resize implements graph.Resizer.
+func (d *driver) Resize(ctx context.Context, size int64, m blk.Prealloc) error {
+	d.growing.Lock()
+	defer d.growing.Unlock()
+	if err := d.Below().Resize(ctx, size, true, m); err != nil {
+		return err
+	}
+	d.mu.Lock()
+	if d.active {
+		d.dataEnd, d.fileEnd = size, size
+	}
+	d.mu.Unlock()
+	return nil
+}
+
+// PermPrepare implements graph.PermTaker: who may no longer write gives back what was not needed.
+func (d *driver) PermPrepare(ctx context.Context, c perm.Claim) error {
+	d.next = writes(c.Need)
+	d.mu.Lock()
+	end, crop := d.dataEnd, d.active && !d.next && d.fileEnd >= 0 // growth was tried
+	d.mu.Unlock()
+	if !crop || d.Below() == nil {
+		return nil
+	}
+	if err := d.Below().Resize(ctx, end, true, blk.PreallocOff); err != nil {
+		return err
+	}
+	d.mu.Lock()
+	d.fileEnd = end
+	d.mu.Unlock()
+	return nil
+}
+
+func writes(p perm.Perm) bool { return p&(perm.Write|perm.Resize) == perm.Write|perm.Resize }
+
+// PermCommit implements graph.PermTaker.
+func (d *driver) PermCommit() {
+	d.mu.Lock()
+	if d.active = d.next; !d.active {
+		d.dataEnd, d.fileEnd = -1, -1
+	}
+	d.mu.Unlock()
+}
+
+// PermAbort implements graph.PermTaker.
+func (d *driver) PermAbort() {}
+
+// EdgeClaim implements graph.Permer: nobody else may write to the file or change its size while the filter does.
+func (d *driver) EdgeClaim(_ string, role perm.Role, up perm.Claim, readOnly bool) perm.Claim {
+	c := perm.Default(role, up, !readOnly, false)
+	if writes(c.Need) {
+		c.Share &^= perm.Write | perm.Resize
+	}
+	return c
+}
