@@ -284,6 +284,9 @@ func (t *Table) finish(e *entry) {
 // Del asks for the export to be removed. It waits for dropped clients no longer than
 // Grace; BLOCK_EXPORT_DELETED tells the end. Source: QAPI, block-export-del.
 func (t *Table) Del(ctx context.Context, id string, mode types.BlockExportRemoveMode) error {
+	if mode != types.BlockExportRemoveModeHard {
+		t.awaitHungUp(ctx, id)
+	}
 	t.mu.Lock()
 	e := t.findLocked(id)
 	switch {
@@ -306,6 +309,19 @@ func (t *Table) Del(ctx context.Context, id string, mode types.BlockExportRemove
 	defer cancel()
 	e.wait(ctx)
 	return nil
+}
+
+// awaitHungUp waits for clients of an export whose sockets are closed, no longer than Grace.
+func (t *Table) awaitHungUp(ctx context.Context, id string) {
+	t.mu.Lock()
+	e := t.findLocked(id)
+	t.mu.Unlock()
+	if e == nil {
+		return
+	}
+	ctx, cancel := context.WithTimeout(ctx, Grace)
+	defer cancel()
+	e.nbd.AwaitHungUp(ctx)
 }
 
 // busyError: a safe removal met clients.

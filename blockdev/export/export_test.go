@@ -246,6 +246,22 @@ func TestRemoval(t *testing.T) {
 	f.is(f.add("e", "n"), "")
 }
 
+// A client that has hung up is none that uses the export, also if the server has not heard of it yet.
+func TestRemovalAfterHangup(t *testing.T) {
+	f := newFixture(t)
+	f.node("n")
+	f.start()
+	for range 300 {
+		f.is(f.add("e", "n"), "")
+		a, b := f.client("n"), f.client("n")
+		f.is(f.Del(t.Context(), "e", types.BlockExportRemoveModeSafe), "export 'e' still in use")
+		a.Close()
+		f.is(f.Del(t.Context(), "e", types.BlockExportRemoveModeSafe), "export 'e' still in use")
+		b.Close()
+		f.is(f.Del(t.Context(), "e", types.BlockExportRemoveModeSafe), "")
+	}
+}
+
 // A request stuck in the storage holds up neither removal nor the server's stop nor the
 // end; its export goes when it ends.
 func TestStuckRequest(t *testing.T) {

@@ -287,3 +287,14 @@ func (c *conn) flush() error {
 	c.batch = c.batch[:0]
 	return err
 }
+
+// hungUp tells whether the peer will send nothing any more, which it may have done without our having seen it. It does not block.
+func (c *conn) hungUp() bool {
+	up := false
+	err := c.raw.Control(func(fd uintptr) {
+		p := []unix.PollFd{{Fd: int32(fd), Events: unix.POLLRDHUP}}
+		n, err := unix.Poll(p, 0)
+		up = err == nil && n > 0
+	})
+	return up || err != nil // closed already
+}

@@ -57,6 +57,7 @@ type Export struct {
 	clients map[*conn]struct{} // +checklocks:mu  in transmission
 	closing bool               // +checklocks:mu
 	done    chan struct{}      // closed when closing and clients is empty
+	left    chan struct{}      // +checklocks:mu  closed when a client goes; nil while nobody waits for that
 }
 
 // checkSpec words what is wrong with the names of an export.
@@ -101,6 +102,10 @@ func (e *Export) detach(c *conn) {
 	e.mu.Lock()
 	defer e.mu.Unlock()
 	delete(e.clients, c)
+	if e.left != nil {
+		close(e.left)
+		e.left = nil
+	}
 	if e.closing && len(e.clients) == 0 {
 		close(e.done)
 	}
@@ -111,6 +116,35 @@ func (e *Export) InUse() bool {
 	e.mu.Lock()
 	defer e.mu.Unlock()
 	return len(e.clients) > 0
+}
+
+// AwaitHungUp waits, no longer than ctx, until the clients that have hung up are none any more: who has seen a client's program end
+// may expect that it does not use the export.
+func (e *Export) AwaitHungUp(ctx context.Context) {
+	e.mu.Lock()
+	defer e.mu.Unlock()
+	for {
+		hungUp := false
+		for c := range e.clients {
+			hungUp = hungUp || c.hungUp()
+		}
+		if !hungUp {
+			return
+		}
+		if e.left == nil {
+			e.left = make(chan struct{})
+		}
+		left := e.left
+		e.mu.Unlock()
+		select {
+		case <-left:
+		case <-ctx.Done():
+		}
+		e.mu.Lock()
+		if ctx.Err() != nil {
+			return
+		}
+	}
 }
 
 // ShutdownIfIdle is Shutdown if no client is connected, else it does nothing and returns false.
