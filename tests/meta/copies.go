@@ -6,6 +6,7 @@ import (
 	"fmt"
 	"math/rand/v2"
 
+	"qblockd/blockdev/drivertest"
 	"qblockd/schema/types"
 	"qblockd/tests/rig"
 )
@@ -30,7 +31,7 @@ func (w *world) target(m *image, r *rand.Rand, top bool) (*image, error) {
 	opt := func() *types.BlockdevOptions { return w.options(t, r) }
 	if t.format == types.BlockdevDriverRaw {
 		w.images[t.slot] = t
-		if err := w.x.MakeFile(t.file(), int64(len(t.data)), memOptions(r, 512)); err != nil {
+		if err := w.makeFile(t, int64(len(t.data)), r, 512); err != nil {
 			return nil, err
 		}
 	} else if err := w.createQcow2(t, r); err != nil {
@@ -98,7 +99,7 @@ func (w *world) backup(m *image, o Op) error {
 	}
 	w.did("backup %s to %s as %s, %s, bitmap %v: %v", m.name(), t.name(), j.id, a.Sync, b != nil, err)
 	if err != nil {
-		return err
+		return w.refused(j, t, err)
 	}
 	if b != nil {
 		m.bitmaps = append(m.bitmaps, b)
@@ -107,8 +108,10 @@ func (w *world) backup(m *image, o Op) error {
 }
 
 func (w *world) backupArgs(m, t *image, j *job, r *rand.Rand) *types.BlockdevBackup {
+	onError := w.arm(j, t, drivertest.OpAny, r)
 	a := &types.BlockdevBackup{
-		JobID: &j.id, Device: m.name(), Target: t.name(), Sync: types.MirrorSyncModeFull, AutoFinalize: rig.Ptr(!j.manual), AutoDismiss: rig.Ptr(!j.keep),
+		OnTargetError: onError,
+		JobID:         &j.id, Device: m.name(), Target: t.name(), Sync: types.MirrorSyncModeFull, AutoFinalize: rig.Ptr(!j.manual), AutoDismiss: rig.Ptr(!j.keep),
 	}
 	if r.IntN(2) == 0 {
 		a.Speed = rig.Ptr(int64(1 + r.IntN(4<<20)))
@@ -161,6 +164,9 @@ func (w *world) incremental(m *image, b *dirty, r *rand.Rand) error {
 	err := w.x.BlockJob.BlockdevBackup(w.ctx, a)
 	w.did("incremental backup %s to %s as %s, bitmap %s: %v", m.name(), t.name(), j.id, b.name, err)
 	if err != nil {
+		if err = w.refused(j, t, err); err == nil {
+			b.copy = nil
+		}
 		return err
 	}
 	b.busy = true
@@ -191,8 +197,10 @@ func (w *world) mirror(m *image, o Op) error {
 	}
 	j := w.newJob(r, m, t)
 	j.pivots = true
+	onError := w.arm(j, t, drivertest.OpAny, r)
 	a := &types.BlockdevMirrorArgs{
-		JobID: &j.id, Device: m.name(), Target: t.name(), Sync: types.MirrorSyncModeFull, AutoFinalize: rig.Ptr(!j.manual), AutoDismiss: rig.Ptr(!j.keep),
+		OnTargetError: onError,
+		JobID:         &j.id, Device: m.name(), Target: t.name(), Sync: types.MirrorSyncModeFull, AutoFinalize: rig.Ptr(!j.manual), AutoDismiss: rig.Ptr(!j.keep),
 	}
 	if top {
 		a.Sync = types.MirrorSyncModeTop
@@ -209,7 +217,7 @@ func (w *world) mirror(m *image, o Op) error {
 	err = w.x.BlockJob.BlockdevMirror(w.ctx, a)
 	w.did("mirror %s to %s as %s, %s, %v: %v", m.name(), t.name(), j.id, a.Sync, a.CopyMode != nil, err)
 	if err != nil {
-		return err
+		return w.refused(j, t, err)
 	}
 	j.touched = []*image{t}
 	j.done = func(j *job, cancelled bool) error {
@@ -217,7 +225,9 @@ func (w *world) mirror(m *image, o Op) error {
 		if !cancelled && j.completed {
 			t.guest, t.canSet = m.guest, m.canSet
 			m.guest, m.canSet = nil, false
-			t.ro = m.ro
+			if t.ro = m.ro; j.fault != nil {
+				t.ro = w.node(t).ReadOnly() // an image that could not be made read-only is none, and the job's work is done all the same
+			}
 		}
 		return errors.Join(w.linked(m), w.linked(t))
 	}
@@ -251,8 +261,10 @@ func (w *world) commit(m *image, o Op) error {
 	j.pivots = top == 0
 	j.drops = chain[top:base]
 	j.touched = chain[max(top, 1):] // nobody else may use these
+	onError := w.arm(j, to, drivertest.OpModify, r)
 	a := &types.BlockCommitArgs{
-		JobID: &j.id, Device: m.name(), BaseNode: rig.Ptr(w.node(to).Name()), AutoFinalize: rig.Ptr(!j.manual), AutoDismiss: rig.Ptr(!j.keep),
+		OnError: onError,
+		JobID:   &j.id, Device: m.name(), BaseNode: rig.Ptr(w.node(to).Name()), AutoFinalize: rig.Ptr(!j.manual), AutoDismiss: rig.Ptr(!j.keep),
 	}
 	if top > 0 {
 		a.TopNode = rig.Ptr(w.node(from).Name())
@@ -263,7 +275,7 @@ func (w *world) commit(m *image, o Op) error {
 	err := w.x.BlockJob.BlockCommit(w.ctx, a)
 	w.did("commit %s into %s under %s as %s: %v", from.name(), to.name(), m.name(), j.id, err)
 	if err != nil {
-		return err
+		return w.refused(j, to, err)
 	}
 	wasRO := to.ro
 	j.done = func(j *job, cancelled bool) error {
@@ -326,7 +338,7 @@ func (w *world) learn(m *image) error {
 	if err != nil {
 		return err
 	}
-	g := &rootGuest{root: root, ctx: w.ctx}
+	g := &rootGuest{root: root, w: w}
 	m.data, m.unknown = make([]byte, n.Size()), false
 	m.grown()
 	return errors.Join(g.read(m.data, 0), g.close())

@@ -1,7 +1,6 @@
 package meta
 
 import (
-	"context"
 	"errors"
 	"fmt"
 	"path/filepath"
@@ -32,12 +31,12 @@ var readClaim = drivertest.Reader
 // rootGuest is a backend.
 type rootGuest struct {
 	root   *graph.Root
-	ctx    context.Context
+	w      *world
 	shared bool
 }
 
 func (g *rootGuest) do(f func(r *blk.Req) error) error {
-	r, err := g.root.Begin(g.ctx)
+	r, err := g.root.Begin(g.w.ctx)
 	if err != nil {
 		return err
 	}
@@ -54,7 +53,9 @@ func (g *rootGuest) write(p []byte, off int64, fua bool) error {
 	if fua {
 		f = blk.FUA
 	}
-	return g.do(func(r *blk.Req) error { return g.root.WriteAt(r, blk.Buf(p), off, f) })
+	return g.w.faults.try(func() error {
+		return g.do(func(r *blk.Req) error { return g.root.WriteAt(r, blk.Buf(p), off, f) })
+	})
 }
 
 func (g *rootGuest) compressed(p []byte, off int64) error {
@@ -66,24 +67,28 @@ func (g *rootGuest) zero(off int64, n int, unmap bool) error {
 	if unmap {
 		f = blk.MayUnmap
 	}
-	return g.do(func(r *blk.Req) error { return g.root.Zero(r, off, int64(n), f) })
+	return g.w.faults.try(func() error {
+		return g.do(func(r *blk.Req) error { return g.root.Zero(r, off, int64(n), f) })
+	})
 }
 
 func (g *rootGuest) discard(off int64, n int) error {
-	return g.do(func(r *blk.Req) error { return g.root.Discard(r, off, int64(n)) })
+	return g.w.faults.try(func() error {
+		return g.do(func(r *blk.Req) error { return g.root.Discard(r, off, int64(n)) })
+	})
 }
 
 func (g *rootGuest) flush() error { return g.do(g.root.Flush) }
 
 func (g *rootGuest) another() (guest, error) {
-	return &rootGuest{root: g.root, ctx: g.ctx, shared: true}, nil
+	return &rootGuest{root: g.root, w: g.w, shared: true}, nil
 }
 
 func (g *rootGuest) close() error {
 	if g.shared {
 		return nil
 	}
-	return g.root.Graph().CloseRoot(g.ctx, g.root)
+	return g.root.Graph().CloseRoot(g.w.ctx, g.root)
 }
 
 // nbdGuest is a client of an export.
@@ -97,21 +102,27 @@ type nbdGuest struct {
 func (g *nbdGuest) read(p []byte, off int64) error { return g.c.ReadAt(p, off) }
 
 func (g *nbdGuest) write(p []byte, off int64, fua bool) error {
-	if fua {
-		return g.c.WriteFUA(p, off)
-	}
-	return g.c.WriteAt(p, off)
+	return g.w.faults.try(func() error {
+		if fua {
+			return g.c.WriteFUA(p, off)
+		}
+		return g.c.WriteAt(p, off)
+	})
 }
 
 func (g *nbdGuest) zero(off int64, n int, unmap bool) error {
-	if unmap {
-		return g.c.Zero(off, n)
-	}
-	return g.c.ZeroNoHole(off, n)
+	return g.w.faults.try(func() error {
+		if unmap {
+			return g.c.Zero(off, n)
+		}
+		return g.c.ZeroNoHole(off, n)
+	})
 }
 
-func (g *nbdGuest) discard(off int64, n int) error { return g.c.Trim(off, n) }
-func (g *nbdGuest) flush() error                   { return g.c.Flush() }
+func (g *nbdGuest) discard(off int64, n int) error {
+	return g.w.faults.try(func() error { return g.c.Trim(off, n) })
+}
+func (g *nbdGuest) flush() error { return g.c.Flush() }
 
 func (g *nbdGuest) another() (guest, error) {
 	c, err := daemon.DialNBD(g.w.socket(), g.id)
@@ -159,7 +170,7 @@ func (w *world) attach(m *image, o Op) error {
 	if o.B%2 == 0 {
 		var root *graph.Root
 		if root, err = w.x.AttachRoot(w.ctx, n, !write); err == nil {
-			g = &rootGuest{root: root, ctx: w.ctx}
+			g = &rootGuest{root: root, w: w}
 		}
 	} else {
 		kind = "export"

@@ -201,7 +201,7 @@ func (w *world) verify(m *image, o Op) error {
 		if err != nil {
 			return err
 		}
-		rg := &rootGuest{root: root, ctx: w.ctx}
+		rg := &rootGuest{root: root, w: w}
 		defer rg.close()
 		g = rg
 	}

@@ -6,6 +6,7 @@ import (
 	"slices"
 	"time"
 
+	"qblockd/blockdev/drivertest"
 	"qblockd/jobs"
 	"qblockd/schema/types"
 	"qblockd/tests/rig"
@@ -23,6 +24,9 @@ type job struct {
 	pivots  bool     // it gets ready and has to be completed
 	// completed: that was accepted.
 	completed bool
+	// fault is the file that may have failed; failed is how often it had before.
+	fault  *drivertest.Fault
+	failed int64
 	// done takes over what the job has done, or not done if it was cancelled.
 	done func(j *job, cancelled bool) error
 }
@@ -282,7 +286,7 @@ func (w *world) ended(j *job, failure error) error {
 			return err
 		}
 	}
-	if failure != nil && failure.Error() != jobs.ErrCancelled.Error() {
+	if failed := j.disarm(); failure != nil && failure.Error() != jobs.ErrCancelled.Error() && !failed {
 		return failure
 	}
 	return j.done(j, failure != nil)

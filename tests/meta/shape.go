@@ -102,7 +102,7 @@ func (w *world) create(o Op) error {
 	if m.format != types.BlockdevDriverQcow2 {
 		w.images[m.slot] = m
 		w.did("create %s: %s of %d bytes", m.name(), m.format, size)
-		return w.x.MakeFile(m.file(), int64(size), memOptions(r, align))
+		return w.makeFile(m, int64(size), r, align)
 	}
 	if b := w.images[r.IntN(slots)]; b != nil && r.IntN(4) != 0 && w.steady(b) {
 		if err := w.joined(b); err != nil {
@@ -138,7 +138,7 @@ func (w *world) createQcow2(m *image, r *rand.Rand) error {
 	if m.shape.cs >= 4096 {
 		align = pick(r, 512, 4096)
 	}
-	if err := w.x.MakeFile(m.file(), 0, memOptions(r, align)); err != nil {
+	if err := w.makeFile(m, 0, r, align); err != nil {
 		return err
 	}
 	w.images[m.slot] = m

@@ -10,6 +10,7 @@ import (
 	"strings"
 	"time"
 
+	"qblockd/blockdev/drivertest"
 	"qblockd/graph"
 	"qblockd/schema/types"
 	"qblockd/tests/rig"
@@ -23,6 +24,7 @@ type world struct {
 	qemuImg bool
 	images  [slots]*image
 	jobs    []*job
+	faults  faults
 	count   int // for unique names
 	trace   []string
 }
@@ -43,6 +45,8 @@ type image struct {
 	// unknown: a job that was cancelled has left something.
 	unknown bool
 	bitmaps []*dirty
+	// leaky: an error of its file may have left clusters that nobody needs.
+	leaky bool
 }
 
 func (m *image) file() string { return fmt.Sprintf("i%d", m.slot) }
@@ -75,11 +79,12 @@ var actions = map[string]func(w *world, m *image, o Op) error{
 func Run(ops []Op, c Config) (trace []string, err error) {
 	ctx, cancel := context.WithTimeout(context.Background(), c.Limit)
 	defer cancel()
-	w := &world{ctx: ctx, dir: c.Dir, qemuImg: c.QemuImg}
+	w := &world{ctx: ctx, dir: c.Dir, qemuImg: c.QemuImg, faults: faults{files: map[string]*drivertest.Fault{}}}
 	if c.RealFiles {
 		w.x = rig.New(c.Dir)
 	} else {
 		w.x = rig.New("")
+		w.x.Store.Wrap(w.faults.wrap)
 	}
 	done := make(chan error, 1)
 	go func() { done <- w.run(ops) }()

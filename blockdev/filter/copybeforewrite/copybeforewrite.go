@@ -362,6 +362,14 @@ func (d *Driver) Zero(r *blk.Req, off, n int64, f blk.Flags) error {
 	return d.source().Zero(r, off, n, f)
 }
 
+// Flush implements graph.Flusher: guests' flushes do not wait for the target, nor fail with it. Who wants the copy on stable storage flushes the target.
+func (d *Driver) Flush(r *blk.Req) error {
+	if s := d.source(); s != nil {
+		return s.Flush(r)
+	}
+	return nil // out of the graph already
+}
+
 // Discard implements graph.Discarder.
 func (d *Driver) Discard(r *blk.Req, off, n int64) error {
 	if err := d.before(r, off, n); err != nil {

@@ -153,3 +153,28 @@ func TestPart(t *testing.T) {
 		}
 	}
 }
+
+// TestGuestFlush: what guests flush is the disk. The target may be slow, or fail.
+func TestGuestFlush(t *testing.T) {
+	g := drivertest.NewGraph(t)
+	disk, file := drivertest.NewMemFile(size), drivertest.NewMemFile(size)
+	target := drivertest.NewFault(file)
+	target.Inject(drivertest.Rule{Ops: drivertest.OpFlush})
+	cbw := drivertest.MustBuild(t, g, drivertest.Spec{
+		Options: graph.Options{Name: "cbw", DriverName: copybeforewrite.DriverName, Kind: graph.Filter},
+		Children: []drivertest.Child{drivertest.FilteredFile(drivertest.AddNode(t, g, "disk", disk)),
+			{Name: "target", Role: perm.Data, Node: drivertest.AddNode(t, g, "target", target)}},
+		Open: func(x *graph.Opening) (graph.Driver, error) {
+			x.Options = &types.BlockdevOptionsCbw{}
+			return copybeforewrite.Open(x)
+		},
+	})
+	defer target.Clear()
+	guest := drivertest.AddRoot(t, g, cbw, drivertest.Writer)
+	err := do(t, guest, func(r *blk.Req) error {
+		return errors.Join(guest.WriteAt(r, blk.Buf(make([]byte, 512)), 0, 0), guest.Flush(r))
+	})
+	if err != nil || disk.Flushes.Load() != 1 || file.Writes.Load() == 0 {
+		t.Errorf("%v; the disk was flushed %d times", err, disk.Flushes.Load())
+	}
+}
