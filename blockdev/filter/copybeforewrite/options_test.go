@@ -157,7 +157,7 @@ func TestPart(t *testing.T) {
 // TestGuestFlush: what guests flush is the disk. The target may be slow, or fail.
 func TestGuestFlush(t *testing.T) {
 	g := drivertest.NewGraph(t)
-	disk, file := drivertest.NewMemFile(size), drivertest.NewMemFile(size)
+	disk, file := drivertest.MemFileOf(bytes.Repeat([]byte{1}, size)), drivertest.NewMemFile(size)
 	target := drivertest.NewFault(file)
 	target.Inject(drivertest.Rule{Ops: drivertest.OpFlush})
 	cbw := drivertest.MustBuild(t, g, drivertest.Spec{
