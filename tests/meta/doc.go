@@ -11,5 +11,6 @@
 //
 // The content of an image is what a guest sees of it, backing files included. Nothing writes to an image that
 // others back on, so that it never changes but by writes to itself, and by commits, which nobody else may look at meanwhile. What a job has left
-// that was cancelled is read before the image is used again. A bitmap must have whatever is not as it was when it was clean.
+// that was cancelled, or failed, is read before the image is used again. The files that jobs copy to may fail once; a job that says it
+// succeeded must have copied everything all the same. A bitmap must have whatever is not as it was when it was clean.
 package meta
