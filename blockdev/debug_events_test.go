@@ -4,6 +4,7 @@ import (
 	"bytes"
 	"context"
 	"fmt"
+	"os"
 	"os/exec"
 	"path/filepath"
 	"testing"
@@ -40,6 +41,15 @@ func failAt(t *testing.T, event, kind string) (failed bool) {
 	base, file := filepath.Join(dir, "base.qcow2"), filepath.Join(dir, "a.qcow2")
 	create(t, base, "", "")
 	create(t, file, base, "qcow2")
+	var model []byte        // nil: the image was not opened
+	maybe := map[int]bool{} // blocks that a failed request may have changed
+	compare := func(got []byte, where string) {
+		for b := range size / block {
+			if !maybe[b] && !bytes.Equal(got[b*block:(b+1)*block], model[b*block:(b+1)*block]) {
+				t.Errorf("%s, %s, %s: block %d has %d, want %d", event, kind, where, b, got[b*block], model[b*block])
+			}
+		}
+	}
 	t.Cleanup(func() { // runs after the graph was closed
 		if _, err := exec.LookPath("qemu-img"); err != nil {
 			return
@@ -48,6 +58,18 @@ func failAt(t *testing.T, event, kind string) (failed bool) {
 		if x, ok := err.(*exec.ExitError); err != nil && !(ok && x.ExitCode() == 3) {
 			t.Errorf("%s, %s: %v\n%s", event, kind, err, out)
 		}
+		if model == nil {
+			return
+		}
+		name := filepath.Join(dir, "a.raw")
+		if out, err := exec.Command("qemu-img", "convert", "-O", "raw", file, name).CombinedOutput(); err != nil {
+			t.Fatalf("%s, %s: %v\n%s", event, kind, err, out)
+		}
+		got, err := os.ReadFile(name)
+		if err != nil {
+			t.Fatal(err)
+		}
+		compare(got, "on disk")
 	})
 	m := newManager(t, Config{})
 	err := add(t, m, fmt.Sprintf(`{'driver': 'qcow2', 'node-name': 'q', 'discard': 'unmap', 'file': {'driver': 'blkdebug', 'node-name': 'd',
@@ -57,8 +79,7 @@ func failAt(t *testing.T, event, kind string) (failed bool) {
 	}
 	n := m.Graph().Node("q")
 	root := drivertest.AddRoot(t, m.Graph(), n, drivertest.Writer)
-	model := make([]byte, size)
-	maybe := map[int]bool{} // blocks that a failed request may have changed
+	model = make([]byte, size)
 	do := func(first, k int, f func(r *blk.Req) error, then func()) {
 		r, err := root.Begin(context.Background())
 		if err != nil {
@@ -121,11 +142,7 @@ func failAt(t *testing.T, event, kind string) (failed bool) {
 			break
 		}
 	}
-	for b := range size / block {
-		if !maybe[b] && !bytes.Equal(got[b*block:(b+1)*block], model[b*block:(b+1)*block]) {
-			t.Errorf("%s, %s: block %d has %d, want %d", event, kind, b, got[b*block], model[b*block])
-		}
-	}
+	compare(got, "read")
 	flush()
 	return failed
 }
