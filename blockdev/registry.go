@@ -86,14 +86,14 @@ func Drivers() []Driver {
 			Name: types.BlockdevDriverCopyBeforeWrite, Kind: graph.Filter, Open: copybeforewrite.Open,
 			Children: func(u any) []ChildOption {
 				o := u.(*types.BlockdevOptionsCbw)
-				return []ChildOption{{"file", perm.Filtered | perm.Primary, &o.File}, {"target", perm.Data, &o.Target}}
+				return append(filtered(&o.File), ChildOption{"target", perm.Data, &o.Target})
 			},
 		},
 		genericFilter(types.BlockdevDriverCompress, compress.Open),
 		{
 			Name: types.BlockdevDriverCopyOnRead, Kind: graph.Filter, Open: copyonread.Open,
 			Children: func(u any) []ChildOption {
-				return []ChildOption{{"file", perm.Filtered | perm.Primary, &u.(*types.BlockdevOptionsCor).File}}
+				return filtered(&u.(*types.BlockdevOptionsCor).File)
 			},
 		},
 		fileDriver(types.BlockdevDriverFile, file.Open),
@@ -103,7 +103,7 @@ func Drivers() []Driver {
 		{
 			Name: types.BlockdevDriverPreallocate, Kind: graph.Filter, Open: preallocate.Open,
 			Children: func(u any) []ChildOption {
-				return []ChildOption{{"file", perm.Filtered | perm.Primary, &u.(*types.BlockdevOptionsPreallocate).File}}
+				return filtered(&u.(*types.BlockdevOptionsPreallocate).File)
 			},
 			Changeable: map[string]bool{"prealloc-align": false, "prealloc-size": false},
 		},
@@ -117,6 +117,11 @@ func Drivers() []Driver {
 			},
 		},
 	}
+}
+
+// filtered is the one child of most filters.
+func filtered(file *types.BlockdevRef) []ChildOption {
+	return []ChildOption{{"file", perm.Filtered | perm.Primary, file}}
 }
 
 // The functions below say what the options of each driver mean, apart from the driver itself.
@@ -205,7 +210,7 @@ func blklogwritesDriver() Driver {
 		Name: types.BlockdevDriverBlklogwrites, Kind: graph.Filter, Open: blklogwrites.Open,
 		Children: func(u any) []ChildOption {
 			o := u.(*types.BlockdevOptionsBlklogwrites)
-			return []ChildOption{{"file", perm.Filtered | perm.Primary, &o.File}, {"log", perm.Metadata, &o.Log}}
+			return append(filtered(&o.File), ChildOption{"log", perm.Metadata, &o.Log})
 		},
 		Strong: func(u any, add func(string, value.Value)) {
 			o := u.(*types.BlockdevOptionsBlklogwrites)
@@ -241,7 +246,7 @@ func genericFilter(name types.BlockdevDriver, open graph.OpenFunc) Driver {
 	return Driver{
 		Name: name, Kind: graph.Filter, Open: open,
 		Children: func(u any) []ChildOption {
-			return []ChildOption{{"file", perm.Filtered | perm.Primary, &u.(*types.BlockdevOptionsGenericFormat).File}}
+			return filtered(&u.(*types.BlockdevOptionsGenericFormat).File)
 		},
 	}
 }
@@ -251,7 +256,7 @@ func throttleDriver() Driver {
 		Name: types.BlockdevDriverThrottle, Kind: graph.Filter,
 		OpenWith: func(o Objects) graph.OpenFunc { return throttle.Opener(o.ThrottleGroup) },
 		Children: func(u any) []ChildOption {
-			return []ChildOption{{"file", perm.Filtered | perm.Primary, &u.(*types.BlockdevOptionsThrottle).File}}
+			return filtered(&u.(*types.BlockdevOptionsThrottle).File)
 		},
 		Changeable: map[string]bool{"throttle-group": false},
 		Strong: func(u any, add func(string, value.Value)) {

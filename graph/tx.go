@@ -47,6 +47,18 @@ type Participant interface {
 	Abort()
 }
 
+// OnCommit is a Participant that has nothing to prepare.
+type OnCommit func()
+
+// Prepare implements Participant.
+func (OnCommit) Prepare(context.Context) error { return nil }
+
+// Commit implements Participant.
+func (f OnCommit) Commit() { f() }
+
+// Abort implements Participant.
+func (OnCommit) Abort() {}
+
 // Begin starts a transaction. ctx bounds the waiting in its Commit.
 func (g *Graph) Begin(ctx context.Context) *Tx { return &Tx{g: g, ctx: ctx} }
 

@@ -93,23 +93,8 @@ func (d *image) Reopen(o *graph.Reopening) (graph.Participant, error) {
 	if err != nil {
 		return nil, err
 	}
-	return &move{d, w}, nil
+	return graph.OnCommit(func() { d.part.Store(w) }), nil
 }
-
-// move changes the window within a transaction.
-type move struct {
-	d *image
-	w *window
-}
-
-// Prepare implements graph.Participant.
-func (*move) Prepare(context.Context) error { return nil }
-
-// Commit implements graph.Participant.
-func (m *move) Commit() { m.d.part.Store(m.w) }
-
-// Abort implements graph.Participant.
-func (*move) Abort() {}
 
 // Caps implements graph.Driver. All flags pass; the node below emulates what its driver lacks.
 func (d *image) Caps() graph.Caps {

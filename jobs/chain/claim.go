@@ -14,27 +14,10 @@ func Claim(ctx context.Context, n *graph.Node, op graph.Op, reason error) (relea
 	if err := tx.Refresh(n); err != nil { // so that it is reserved
 		return nil, err
 	}
-	c := &claim{node: n, op: op, reason: reason}
 	tx.Check(func() error { return n.Blocked(op) })
-	tx.Join(c)
+	tx.Join(graph.OnCommit(func() { release = n.Block(op, reason) }))
 	if err := tx.Commit(); err != nil {
 		return nil, err
 	}
-	return c.release, nil
+	return release, nil
 }
-
-type claim struct {
-	node    *graph.Node
-	op      graph.Op
-	reason  error
-	release func()
-}
-
-// Prepare implements graph.Participant.
-func (c *claim) Prepare(context.Context) error { return nil }
-
-// Commit implements graph.Participant.
-func (c *claim) Commit() { c.release = c.node.Block(c.op, c.reason) }
-
-// Abort implements graph.Participant.
-func (c *claim) Abort() {}

@@ -165,7 +165,7 @@ func (j *job) attach(ctx context.Context, mj *jobs.Job) error {
 		return err
 	}
 	tx.Check(j.blocked)
-	tx.Join(blocking{j})
+	tx.Join(graph.OnCommit(j.keepOthersAway))
 	return tx.Commit()
 }
 
@@ -182,23 +182,14 @@ func (j *job) blocked() error {
 	return j.Base.Blocked(graph.OpCommitTarget)
 }
 
-// blocking keeps others away from the nodes of the job from the moment it is in the graph.
-type blocking struct{ *job }
-
-// Prepare implements graph.Participant.
-func (b blocking) Prepare(context.Context) error { return nil }
-
-// Abort implements graph.Participant.
-func (b blocking) Abort() {}
-
-// Commit implements graph.Participant.
-func (b blocking) Commit() {
-	nodes := []*graph.Node{b.Device}
-	for n := b.Top; n != b.Base; n = chain.Below(n) {
+// keepOthersAway keeps others away from the nodes of the job from the moment it is in the graph.
+func (j *job) keepOthersAway() {
+	nodes := []*graph.Node{j.Device}
+	for n := j.Top; n != j.Base; n = chain.Below(n) {
 		nodes = append(nodes, n)
 	}
-	for _, n := range append(nodes, b.Base) {
-		b.block = append(b.block, n.BlockAll(errInUse, graph.OpDataplane))
+	for _, n := range append(nodes, j.Base) {
+		j.block = append(j.block, n.BlockAll(errInUse, graph.OpDataplane))
 	}
 }
 

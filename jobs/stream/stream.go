@@ -129,7 +129,7 @@ func (j *job) attach(ctx context.Context, m *jobs.Manager) (*jobs.Job, error) {
 	mj, err := j.fill(tx, m)
 	if err == nil {
 		tx.Check(j.blocked)
-		tx.Join(blocking{j})
+		tx.Join(graph.OnCommit(j.keepOthersAway))
 		if err = tx.Commit(); err != nil {
 			m.Discard(mj)
 		}
@@ -166,14 +166,10 @@ func (j *job) blocked() error {
 	return nil
 }
 
-// blocking keeps others away from the nodes of the job from the moment it is in the graph.
-type blocking struct{ *job }
-
-func (b blocking) Prepare(context.Context) error { return nil }
-func (b blocking) Abort()                        {}
-func (b blocking) Commit() {
-	for _, n := range append(b.chain(), b.filter) {
-		b.unblock = append(b.unblock, n.BlockAll(errInUse, graph.OpDataplane))
+// keepOthersAway keeps others away from the nodes of the job from the moment it is in the graph.
+func (j *job) keepOthersAway() {
+	for _, n := range append(j.chain(), j.filter) {
+		j.unblock = append(j.unblock, n.BlockAll(errInUse, graph.OpDataplane))
 	}
 }
 

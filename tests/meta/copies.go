@@ -109,6 +109,9 @@ func (w *world) backup(m *image, o Op) error {
 
 func (w *world) backupArgs(m, t *image, j *job, r *rand.Rand) *types.BlockdevBackup {
 	onError := w.arm(j, t, drivertest.OpAny, r)
+	if onError != nil {
+		w.faults.tries.Store(5) // who waits for the same copy fails with it
+	}
 	a := &types.BlockdevBackup{
 		OnTargetError: onError,
 		JobID:         &j.id, Device: m.name(), Target: t.name(), Sync: types.MirrorSyncModeFull, AutoFinalize: rig.Ptr(!j.manual), AutoDismiss: rig.Ptr(!j.keep),

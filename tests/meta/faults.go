@@ -15,11 +15,11 @@ import (
 type faults struct {
 	mu    sync.Mutex
 	files map[string]*drivertest.Fault // nil: not open yet
-	// tries is how many requests of guests may have to be made again: a write fails if what it is about to overwrite cannot be copied for a backup.
+	// tries is how many writes of guests may have to be made again: those beside a backup that cannot copy what they are about to overwrite.
 	tries atomic.Int32
 }
 
-// try makes a request of a guest.
+// try makes a write of a guest.
 func (f *faults) try(request func() error) error {
 	err := request()
 	if err != nil && f.tries.Add(-1) >= 0 {
@@ -73,7 +73,6 @@ func (w *world) arm(j *job, t *image, ops drivertest.Op, r *rand.Rand) *types.Bl
 	skip := r.IntN(4 << r.IntN(6))
 	j.fault, j.failed, j.keep = f, f.Failed(), true
 	t.leaky = true
-	w.faults.tries.Store(5) // who waits for the same copy fails with it
 	f.Inject(drivertest.Rule{Ops: ops, Skip: skip, Count: 1, Err: err})
 	p := pick(r, types.BlockdevOnErrorReport, types.BlockdevOnErrorStop, types.BlockdevOnErrorEnospc, types.BlockdevOnErrorIgnore)
 	w.did("I/O %d to %s will fail with %v; on-error %s", skip, t.name(), err, p)

@@ -17,7 +17,7 @@ import (
 )
 
 func TestSuite(t *testing.T) {
-	for name, o := range map[string]*types.BlockdevOptionsBlklogwrites{"512": {}, "4096": {LogSectorSize: ptr(uint32(4096)), LogSuperUpdateInterval: ptr(uint64(1))}} {
+	for name, o := range map[string]*types.BlockdevOptionsBlklogwrites{"512": {}, "4096": {LogSectorSize: new(uint32(4096)), LogSuperUpdateInterval: new(uint64(1))}} {
 		t.Run(name, func(t *testing.T) {
 			drivertest.Run(t, drivertest.Config{
 				Layers: []drivertest.Layer{{Name: "raw", Kind: graph.Format, Role: perm.Filtered | perm.Primary, Open: raw.Open}},
@@ -33,8 +33,6 @@ func TestSuite(t *testing.T) {
 		})
 	}
 }
-
-func ptr[T any](v T) *T { return &v }
 
 // logged puts the filter on file, with a log.
 func logged(t *testing.T, g *graph.Graph, file, log *drivertest.MemFile, o *types.BlockdevOptionsBlklogwrites, ro bool) (*graph.Node, error) {
@@ -90,7 +88,7 @@ func TestReplay(t *testing.T) {
 			before := 0
 			for i := range 4 {
 				t.Run(fmt.Sprint(i), func(t *testing.T) { before = round(t, rnd, file, log, o, before) })
-				o = &types.BlockdevOptionsBlklogwrites{LogAppend: ptr(true), LogSuperUpdateInterval: ptr(uint64(7))}
+				o = &types.BlockdevOptionsBlklogwrites{LogAppend: new(true), LogSuperUpdateInterval: new(uint64(7))}
 			}
 		})
 	}
@@ -173,9 +171,9 @@ func TestBadLogs(t *testing.T) {
 		"Failed to read log entry 7: ":        log(magic, 1, 1<<63, 512, 0),
 		"log-append and log-sector-size are ": nil,
 	} {
-		o := &types.BlockdevOptionsBlklogwrites{LogAppend: ptr(true)}
+		o := &types.BlockdevOptionsBlklogwrites{LogAppend: new(true)}
 		if b == nil {
-			o.LogSectorSize = ptr(uint32(512))
+			o.LogSectorSize = new(uint32(512))
 		}
 		_, err := logged(t, drivertest.NewGraph(t), drivertest.NewMemFile(4096), drivertest.MemFileOf(b), o, false)
 		if err == nil || !strings.Contains(err.Error(), want) {

@@ -86,23 +86,8 @@ func (d *driver) Reopen(o *graph.Reopening) (graph.Participant, error) {
 	if err != nil {
 		return nil, err
 	}
-	return &change{d, s}, nil
+	return graph.OnCommit(func() { d.steps.Store(s) }), nil
 }
-
-// change changes the steps within a transaction.
-type change struct {
-	d *driver
-	s *steps
-}
-
-// Prepare implements graph.Participant.
-func (*change) Prepare(context.Context) error { return nil }
-
-// Commit implements graph.Participant.
-func (c *change) Commit() { c.d.steps.Store(c.s) }
-
-// Abort implements graph.Participant.
-func (*change) Abort() {}
 
 // Size implements graph.Driver: where the data end.
 func (d *driver) Size() int64 {

@@ -19,7 +19,7 @@ import (
 
 func TestSuite(t *testing.T) {
 	for name, o := range map[string]*types.BlockdevOptionsPreallocate{
-		"default": {}, "small": {PreallocAlign: ptr(int64(512)), PreallocSize: ptr(int64(0))}, "none": {PreallocAlign: ptr(int64(0)), PreallocSize: ptr(int64(1000))},
+		"default": {}, "small": {PreallocAlign: new(int64(512)), PreallocSize: new(int64(0))}, "none": {PreallocAlign: new(int64(0)), PreallocSize: new(int64(1000))},
 	} {
 		t.Run(name, func(t *testing.T) {
 			drivertest.Run(t, drivertest.Config{
@@ -31,8 +31,6 @@ func TestSuite(t *testing.T) {
 		})
 	}
 }
-
-func ptr[T any](v T) *T { return &v }
 
 func preallocated(t *testing.T, g *graph.Graph, f graph.Driver, o *types.BlockdevOptionsPreallocate, ro bool) *graph.Node {
 	file := drivertest.MustBuild(t, g, drivertest.Spec{
@@ -53,7 +51,7 @@ func TestGrowth(t *testing.T) {
 	ctx := context.Background()
 	g := drivertest.NewGraph(t)
 	f := drivertest.NewMemFile(0)
-	n := preallocated(t, g, f, &types.BlockdevOptionsPreallocate{PreallocSize: ptr(int64(4 * mib))}, false)
+	n := preallocated(t, g, f, &types.BlockdevOptionsPreallocate{PreallocSize: new(int64(4 * mib))}, false)
 	tx := g.Begin(ctx)
 	defer tx.Abort()
 	root, err := tx.AttachRoot(graph.RootSpec{EdgeName: "root", Claim: perm.Claim{Need: perm.ConsistentRead | perm.Write | perm.Resize, Share: perm.All}}, n)
@@ -140,7 +138,7 @@ func TestParallelGrowth(t *testing.T) {
 	const writers, each, block = 8, 64, 4096
 	g := drivertest.NewGraph(t)
 	f := &stingy{MemFile: drivertest.NewMemFile(0)}
-	n := preallocated(t, g, f, &types.BlockdevOptionsPreallocate{PreallocSize: ptr(int64(3 * block)), PreallocAlign: ptr(int64(block))}, false)
+	n := preallocated(t, g, f, &types.BlockdevOptionsPreallocate{PreallocSize: new(int64(3 * block)), PreallocAlign: new(int64(block))}, false)
 	t.Cleanup(func() { // all roots are gone
 		b := f.Bytes()
 		if len(b) != writers*each*block {
