@@ -7,7 +7,6 @@ import (
 	"log/slog"
 	"strings"
 	"sync"
-	"time"
 
 	"qblockd/events/trace"
 	"qblockd/graph/blk"
@@ -63,6 +62,7 @@ func (n *Node) shutdown(ctx context.Context) error {
 	}
 	errs = append(errs, n.flushNode(r))
 	errs = append(errs, drv.Close())
+	n.g.shutdowns.Add(1)
 	if p := &trace.NodeClose; p.On() {
 		p.Log(slog.String("node", n.name))
 	}
@@ -95,7 +95,7 @@ func (e *CloseError) Error() string {
 func (e *CloseError) Unwrap() []error { return e.Errs }
 
 // Close ends the graph for good: it closes all gates, waits for the units of work, and
-// flushes and closes all nodes, parents before children, in parallel. A deadline of ctx is kept:
+// flushes and closes all nodes, parents before children, in parallel. A deadline of ctx, or its patience (Patient), is kept:
 // nodes in which requests are stuck by three fifths of the time are only flushed, and what does not
 // come back from its storage in time is left behind; all this is reported as a *CloseError. No Tx may be begun any more.
 func (g *Graph) Close(ctx context.Context) error {
@@ -110,12 +110,12 @@ func (g *Graph) Close(ctx context.Context) error {
 	d := g.beginDrainLocked(c.nodes, nil)
 	g.mu.Unlock()
 
-	drainCtx, cancel := c.share(3, 5)
+	drainCtx, cancel := Share(ctx, 3, 5)
 	_ = d.wait(drainCtx, nil) // what is not quiet now is found below
 	cancel()
 	c.findStuck(d)
 
-	ordered, cancel := c.share(3, 4)
+	ordered, cancel := Share(ctx, 3, 4)
 	defer cancel()
 	c.start(ordered)
 	return c.result()
@@ -140,15 +140,6 @@ type closing struct {
 	open           bool // it had a driver when Close began
 	flushOnly      bool
 	started, ended bool
-}
-
-// share is a context for num/den of the time that is left.
-func (c *closer) share(num, den time.Duration) (context.Context, context.CancelFunc) {
-	t, ok := c.ctx.Deadline()
-	if !ok {
-		return context.WithCancel(c.ctx)
-	}
-	return context.WithTimeout(c.ctx, time.Until(t)*num/den)
 }
 
 // findStuck marks the nodes that a request still under way may be in.

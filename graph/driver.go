@@ -146,6 +146,11 @@ type (
 	Inactivator interface {
 		Inactivate(r *blk.Req) error
 	}
+	// Lagging tells how many bytes have still to get to the medium, as far as that can be seen, and whether the driver is bound to a call that only
+	// its storage ends: the process could not end before it either. It is called now and then while the daemon ends, also beside Close, and does not block.
+	Lagging interface {
+		Lag() (bytes int64, bound bool)
+	}
 	// Drainer is for drivers that hold requests back (throttle, reconnecting clients); called with no lock held.
 	Drainer interface {
 		DrainBegin()

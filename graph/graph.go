@@ -30,9 +30,10 @@ type Graph struct {
 
 	resv reservations
 
-	drainers atomic.Int64 // nodes whose driver is a Drainer
-	quietMu  sync.Mutex
-	quietCh  chan struct{} // closed by NotifyQuiet; nil if nobody waits
+	drainers  atomic.Int64 // nodes whose driver is a Drainer
+	shutdowns atomic.Int64 // drivers that were closed
+	quietMu   sync.Mutex
+	quietCh   chan struct{} // closed by NotifyQuiet; nil if nobody waits
 
 	gen   atomic.Uint64 // last InfoGeneration given out
 	epoch atomic.Uint64 // changes after every Bump

@@ -57,6 +57,7 @@ var (
 	_ graph.Writer     = (*disk)(nil)
 	_ graph.Zeroer     = (*disk)(nil)
 	_ graph.Flusher    = (*disk)(nil)
+	_ graph.Lagging    = (*disk)(nil)
 	_ graph.Discarder  = (*disk)(nil)
 	_ graph.Statuser   = (*disk)(nil)
 	_ graph.Mapper     = (*disk)(nil)

@@ -32,10 +32,8 @@ const (
 )
 
 const (
-	// endLimit is how long the orderly end may take in all; storage that does not answer is given up then.
-	endLimit = 1500 * time.Millisecond
-	// jobsLimit is the part of endLimit that jobs get; what comes after them needs time too.
-	jobsLimit = endLimit / 4
+	// endPatience is how long nothing may move during the orderly end, in all; storage that does not answer is given up then.
+	endPatience = 1500 * time.Millisecond
 	// lastReply is how long clients have to take what is still queued for them.
 	lastReply = 300 * time.Millisecond
 )
@@ -159,16 +157,16 @@ func (d *daemon) waitForEnd(signals <-chan os.Signal) {
 }
 
 // shutdown ends everything but the monitors, in order: no further commands, no clients of exports, no jobs, all data flushed
-// and all nodes closed. What storage that does not answer holds up is left behind after endLimit. It is done once;
+// and all nodes closed. What storage that does not answer holds up is left behind after endPatience. It is done once;
 // others wait for it.
 func (d *daemon) shutdown() {
 	d.downOnce.Do(func() {
 		defer close(d.down)
 		d.dispatch.Stop()
-		ctx, cancel := context.WithTimeout(context.Background(), endLimit)
+		ctx, cancel := d.graph.Patient(context.Background(), endPatience)
 		defer cancel()
 		d.exports.Close(ctx)
-		jobsCtx, cancelJobs := context.WithTimeout(ctx, jobsLimit)
+		jobsCtx, cancelJobs := graph.Share(ctx, 1, 4) // what comes after the jobs needs time too
 		defer cancelJobs()
 		if err := d.jobs.Shutdown(jobsCtx); err != nil {
 			slog.Warn("jobs are left behind", "err", err)
