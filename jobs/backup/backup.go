@@ -264,10 +264,14 @@ func (j *job) Run(ctx context.Context, h *jobs.Handle) error {
 			break
 		}
 	}
+	if j.Bitmap == nil || j.BitmapMode == types.BitmapSyncModeNever {
+		return nil
+	}
 	return j.flush(ctx, h)
 }
 
-// flush puts the target on stable storage: a backup that is told to be complete is.
+// flush puts the target on stable storage before the bitmap forgets what is in it. Other backups get there when the target is flushed or closed, as
+// in the reference.
 func (j *job) flush(ctx context.Context, h *jobs.Handle) error {
 	for {
 		r, err := j.root.Begin(ctx)
