@@ -20,6 +20,8 @@ type Config struct {
 	Objects Objects
 	// Policy for what images name.
 	Policy Policy
+	// Probed is told of nodes of the daemon that were looked into as another node was opened on them; nil: nobody.
+	Probed func(nodes ...*graph.Node)
 	// Log takes warnings; nil means slog.Default().
 	Log *slog.Logger
 }
@@ -29,6 +31,7 @@ type Manager struct {
 	g       *graph.Graph
 	log     *slog.Logger
 	policy  Policy
+	probed  func(nodes ...*graph.Node)
 	order   []*Driver
 	drivers map[types.BlockdevDriver]*Driver
 
@@ -38,7 +41,7 @@ type Manager struct {
 
 // New makes a Manager for g.
 func New(g *graph.Graph, c Config) *Manager {
-	m := &Manager{g: g, log: c.Log, policy: c.Policy, drivers: map[types.BlockdevDriver]*Driver{}}
+	m := &Manager{g: g, log: c.Log, policy: c.Policy, probed: c.Probed, drivers: map[types.BlockdevDriver]*Driver{}}
 	if m.log == nil {
 		m.log = slog.Default()
 	}
@@ -62,6 +65,12 @@ func New(g *graph.Graph, c Config) *Manager {
 
 // Graph is the graph whose nodes m manages.
 func (m *Manager) Graph() *graph.Graph { return m.g }
+
+func (m *Manager) tellProbed(n *graph.Node) {
+	if m.probed != nil {
+		m.probed(n)
+	}
+}
 
 // Add opens the node that o describes, with all that belongs to it, and makes the monitor its
 // owner (blockdev-add). It blocks as long as the storage does, but no longer than ctx; on error nothing is left behind.

@@ -91,6 +91,11 @@ func (o *opener) openAll(p *plan) (*graph.Node, error) {
 		tx := o.m.g.Begin(o.ctx)
 		defer tx.Abort()
 		if err := p.reserve(tx, func(n *graph.Node) { made = append(made, n) }); err != nil {
+			if p.fileFirst() && p.kids[0].plan.ref != "" {
+				if n, err := o.open(p.kids[0].plan); err == nil {
+					o.m.tellProbed(n) // by the reference, before it sees that a name is taken
+				}
+			}
 			return nil, err
 		}
 		if err := o.commit(tx, made); err != nil {
@@ -141,6 +146,9 @@ func (o *opener) open(p *plan) (*graph.Node, error) {
 			return nil, err
 		}
 		kids[i] = n
+		if k := p.kids[i]; k.name == "file" && k.plan.ref != "" {
+			defer o.m.tellProbed(n)
+		}
 	}
 	if at >= len(kids) {
 		p.moveUp()

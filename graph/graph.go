@@ -106,6 +106,22 @@ func (g *Graph) RootsAbove(nodes ...*Node) []*Root {
 	return d.gates
 }
 
+// NodesBelow are n and all nodes below it.
+func (n *Node) NodesBelow() []*Node {
+	n.g.mu.RLock()
+	defer n.g.mu.RUnlock()
+	l, seen := []*Node{n}, map[*Node]bool{n: true}
+	for i := 0; i < len(l); i++ {
+		for _, e := range l[i].kids.Load().all {
+			if k := e.Node(); !seen[k] {
+				seen[k] = true
+				l = append(l, k)
+			}
+		}
+	}
+	return l
+}
+
 // EdgeInfo is an edge at one moment.
 type EdgeInfo struct {
 	Edge  *Edge

@@ -129,6 +129,26 @@ func (m *Manager) Transaction(ctx context.Context, g *graph.Graph, actions ...Ac
 
 // Quiescing runs f, which clients see to quiesce the nodes: every job that reaches one of them and is at work is paused in passing, also if f fails.
 func (m *Manager) Quiescing(g *graph.Graph, nodes []*graph.Node, f func() error) error {
+	near := m.near(g, nodes...)
+	err := f()
+	m.blink(near)
+	return err
+}
+
+// Quiesced tells clients that the nodes were quiet for a moment, as often as the reference has them so: every job that reaches one of them and is at work
+// is paused in passing each time. What happens here in such a moment needs no job to pause.
+func (m *Manager) Quiesced(times int, nodes ...*graph.Node) {
+	if len(nodes) == 0 {
+		return
+	}
+	near := m.near(nodes[0].Graph(), nodes...)
+	for range times {
+		m.blink(near)
+	}
+}
+
+// near are the jobs that reach one of the nodes.
+func (m *Manager) near(g *graph.Graph, nodes ...*graph.Node) []*Job {
 	near := map[string]bool{}
 	for _, r := range g.RootsAbove(nodes...) {
 		if r.Spec().Kind == graph.KindJob {
@@ -138,9 +158,7 @@ func (m *Manager) Quiescing(g *graph.Graph, nodes []*graph.Node, f func() error)
 	m.mu.Lock()
 	jobs := slices.Clone(m.jobs)
 	m.mu.Unlock()
-	err := f()
-	m.blink(slices.DeleteFunc(jobs, func(j *Job) bool { return !near[j.id] }))
-	return err
+	return slices.DeleteFunc(jobs, func(j *Job) bool { return !near[j.id] })
 }
 
 // blink lets the jobs that are at work show themselves paused and going on.

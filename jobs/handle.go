@@ -5,6 +5,7 @@ import (
 	"time"
 
 	"qblockd/events"
+	"qblockd/graph"
 	"qblockd/jobs/machine"
 	"qblockd/schema/types"
 )
@@ -71,6 +72,9 @@ func (h *Handle) Ready() {
 	defer h.j.m.mu.Unlock()
 	h.j.stepLocked(machine.BecomeReady)
 }
+
+// Quiesced is Manager.Quiesced.
+func (h *Handle) Quiesced(times int, nodes ...*graph.Node) { h.j.m.Quiesced(times, nodes...) }
 
 // SetRemaining says how much is still to do, in the unit of Done (bytes).
 func (h *Handle) SetRemaining(n int64) { h.j.total.Store(h.j.current.Load() + n) }

@@ -45,6 +45,8 @@ type Options struct {
 	NBD nbd.Options
 	// Idle is called, from a goroutine of its own, when clients have gone that needed much memory; nil: not called.
 	Idle func()
+	// Leaving is called before an export is told to be gone from its node; nil: not called.
+	Leaving func(n *graph.Node)
 	// Log takes what happened to connections; nil: nothing is logged.
 	Log *slog.Logger
 }
@@ -259,6 +261,7 @@ func (e *entry) shutdown() {
 // finish removes e when its last request has ended, however long that takes.
 func (t *Table) finish(e *entry) {
 	<-e.nbd.Done()
+	node := e.root.Node()
 	// Waits for nobody for long: no unit of work is in flight. It fails only with its context.
 	if err := t.g.CloseRoot(context.Background(), e.root); err != nil && t.opts.Log != nil {
 		t.opts.Log.Error("export could not be detached", "id", e.id, "err", err)
@@ -276,6 +279,9 @@ func (t *Table) finish(e *entry) {
 	t.mu.Unlock()
 	if p := &trace.ExportDelete; p.On() {
 		p.Log(slog.String("export", e.id))
+	}
+	if node != nil && t.opts.Leaving != nil {
+		t.opts.Leaving(node)
 	}
 	t.g.Sink().Emit(types.BlockExportDeletedEvent{ID: e.id})
 	close(e.gone)

@@ -73,10 +73,12 @@ func newDaemon(p processWide) *daemon {
 	}
 	d.graph = graph.New(d.bus)
 	d.objects = object.NewRegistry(d.chardevObjects)
-	d.nodes = blockdev.New(d.graph, blockdev.Config{Objects: d.objects})
 	d.jobs = jobs.NewManager(d.bus, nil)
+	quiesced := func(nodes ...*graph.Node) { d.jobs.Quiesced(2, nodes...) } // as the reference does, once with the request queue and once with the node
+	d.nodes = blockdev.New(d.graph, blockdev.Config{Objects: d.objects, Probed: quiesced})
 	d.exports = export.New(d.graph, export.Options{
 		SocketMode: p.socketMode, Iothread: d.iothread, NBD: p.limits.nbdServer(), Idle: d.memory.giveBack, Log: slog.Default(),
+		Leaving: func(n *graph.Node) { quiesced(n) },
 	})
 	d.chardevs = chardev.NewTable(chardev.Options{SocketMode: p.socketMode, MaxClients: p.limits.clients, Detached: p.daemonize})
 	d.dispatch = qmp.NewDispatcher(qmp.Version{

@@ -360,7 +360,7 @@ func (j *job) skipExtent(off int64, x blk.Extent, cluster, size int64) int64 {
 func (j *job) Commit(*jobs.Handle) { j.ok = true }
 
 // Clean implements jobs.Cleaner: the filter goes, the bitmap is handed over.
-func (j *job) Clean(*jobs.Handle) {
+func (j *job) Clean(h *jobs.Handle) {
 	for _, f := range j.block {
 		f()
 	}
@@ -387,6 +387,7 @@ func (j *job) Clean(*jobs.Handle) {
 		// Giving back claims only loosens them. (At the end of the daemon the graph may be closed already.)
 		panic(fmt.Sprintf("backup: cannot clean up after job '%s': %v", j.ID, err))
 	}
+	h.Quiesced(1, j.Source)
 }
 
 // endBitmap lets the bitmap record what the next backup needs: what was written since this one, and, where this one does not count,

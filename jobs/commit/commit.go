@@ -336,9 +336,11 @@ func (j *job) Prepare(ctx context.Context, h *jobs.Handle) error {
 		tx.Drain(n)
 		tx.Join(&chain.HeaderChange{Node: n, Base: j.Base, Name: name, Format: format})
 	}
+	below := j.filter.NodesBelow()
 	if err := tx.Commit(); err != nil {
 		return err
 	}
+	h.Quiesced(1, below...)
 	j.filter = nil
 	return nil
 }

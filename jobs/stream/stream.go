@@ -190,11 +190,13 @@ func (j *job) fill(tx *graph.Tx, m *jobs.Manager) (*jobs.Job, error) {
 	if _, err := tx.InsertFilter(filter, "file", j.Top); err != nil {
 		return nil, fmt.Errorf("Could not create node: %w", err)
 	}
+	m.Quiesced(1, j.Top)
 	mj, err := m.Create(jobs.Spec{
 		ID: j.ID, Type: types.JobTypeStream, Runner: j, Block: true, Speed: j.Speed,
 		ManualFinalize: j.ManualFinalize, ManualDismiss: j.ManualDismiss,
 	})
 	if err != nil {
+		m.Quiesced(1, j.Top)
 		return nil, err
 	}
 	if err := j.hold(tx, mj); err != nil {
@@ -305,9 +307,12 @@ func (j *job) Prepare(ctx context.Context, h *jobs.Handle) error {
 		tx.Drain(top)
 		tx.Join(header)
 	}
+	below := j.Top.NodesBelow()
 	if err := tx.Commit(); err != nil {
 		return err
 	}
+	h.Quiesced(2, j.Top)
+	h.Quiesced(2, below...)
 	j.filter, j.root, j.holds = nil, nil, nil
 	return nil
 }
@@ -339,6 +344,7 @@ func (j *job) Clean(h *jobs.Handle) {
 			// closed; there is nothing to give back then.)
 			panic(fmt.Sprintf("stream: cannot clean up after job '%s': %v", j.ID, err))
 		}
+		h.Quiesced(3, j.Top)
 		j.filter = nil
 	}
 	// The next job on these nodes must find them as this one did.
