@@ -243,7 +243,7 @@ func (j *job) Run(ctx context.Context, h *jobs.Handle) error {
 	t := copy.Task{
 		Gate: copy.RootGate(ctx, j.root), Size: j.Source.Size(), Chunk: copybeforewrite.MaxCopy, Workers: workers,
 		Look: j.look, Copy: func(r *blk.Req, off int64, e copy.Extent) error { return j.driver.Copy(r, off, e.N) },
-		Side: j.side, Uncounted: true, RetryIgnored: true,
+		Guests: j.driver.Guests(), Side: j.side, Uncounted: true, RetryIgnored: true,
 	}
 	if j.MaxChunk > 0 {
 		t.Chunk = min(t.Chunk, blk.AlignDown(j.MaxChunk, j.driver.Cluster()))

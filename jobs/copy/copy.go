@@ -11,6 +11,8 @@ package copy
 
 import (
 	"context"
+	"sync/atomic"
+	"time"
 
 	"qblockd/graph"
 	"qblockd/graph/blk"
@@ -56,6 +58,9 @@ type Task struct {
 	// Size is the length of the range in bytes, Chunk the largest extent handled at once, Workers how many at the same time.
 	Size, Chunk int64
 	Workers     int
+	// Guests is set whenever a request of a guest passes; nil: nobody sees them. While there are any, one worker is at work: several take
+	// the processors from whoever serves guests.
+	Guests *atomic.Bool
 	// Look tells what [off, off+n) needs, or at least its beginning.
 	Look func(r *blk.Req, off, n int64) (Extent, error)
 	// Copy does it. It takes the conflict lock that keeps guest writes out, as long as it needs.
@@ -71,6 +76,9 @@ type Task struct {
 	Uncounted bool
 }
 
+// guestsStay is how long guests are taken to be there after a request of one.
+const guestsStay = 20 * time.Millisecond
+
 type unit struct {
 	off int64
 	ext Extent
@@ -84,6 +92,7 @@ type engine struct {
 	done     chan unit
 	workers  int // started
 	inFlight int
+	guests   time.Time // when one was last seen
 	retry    []unit
 	failure  error // the first one that was not tried again
 	stop     bool  // and it ends the job
@@ -170,7 +179,7 @@ func (e *engine) look(off, n int64) int64 {
 
 // hand gives a unit to a worker, waiting for one to be free.
 func (e *engine) hand(u unit) {
-	for e.inFlight >= e.Workers {
+	for limit := e.limit(); e.inFlight >= limit; {
 		e.collect(<-e.done)
 	}
 	if e.stop {
@@ -178,12 +187,28 @@ func (e *engine) hand(u unit) {
 	}
 	// Counted before it is done: what is in flight has passed the speed limit.
 	e.h.Count(u.ext.N)
-	if e.workers < e.Workers && e.workers == e.inFlight {
+	if e.workers == e.inFlight {
 		e.workers++
 		go e.worker()
 	}
 	e.inFlight++
 	e.work <- u
+}
+
+// limit is how many units may be in flight.
+func (e *engine) limit() int {
+	if e.Guests == nil {
+		return e.Workers
+	}
+	now := time.Now()
+	if e.Guests.Load() {
+		e.Guests.Store(false)
+		e.guests = now
+	}
+	if now.Sub(e.guests) < guestsStay {
+		return 1
+	}
+	return e.Workers
 }
 
 func (e *engine) worker() {

@@ -45,6 +45,7 @@ type bench struct {
 	looks  map[int64]int // the same of Look
 	done   []int         // how often each cell was copied
 	during func(off int64)
+	guests *atomic.Bool
 }
 
 func newBench(needs ...Action) *bench {
@@ -126,7 +127,7 @@ func start(t *testing.T, b *bench, policy types.BlockdevOnError) (*jobs.Manager,
 	j, err := m.Create(jobs.Spec{ID: "j", Type: types.JobTypeStream, Block: true, ManualDismiss: true, Speed: b.speed,
 		Runner: runner(func(h *jobs.Handle) error {
 			h.SetRemaining(size)
-			return Run(h, Task{Gate: b, Size: size, Chunk: 3 * b.cell, Workers: 2, Look: b.look, Copy: b.copy,
+			return Run(h, Task{Gate: b, Size: size, Chunk: 3 * b.cell, Workers: 2, Look: b.look, Copy: b.copy, Guests: b.guests,
 				Operation: types.IoOperationTypeRead, Policy: policy})
 		})})
 	if err != nil {
@@ -335,5 +336,41 @@ func TestLookWithoutAnswer(t *testing.T) {
 	m.Start(j)()
 	if _, err := ended(m, j); !errors.Is(err, blk.ErrOutOfRange) {
 		t.Errorf("outcome: %v", err)
+	}
+}
+
+// TestGuestsComeFirst: while guests are about, one worker is at work; two where there are none.
+func TestGuestsComeFirst(t *testing.T) {
+	for _, busy := range []bool{true, false} {
+		var needs []Action
+		for range 20 {
+			needs = append(needs, Data, Skip)
+		}
+		b := newBench(needs...)
+		b.guests = new(atomic.Bool)
+		b.guests.Store(busy)
+		var now, most atomic.Int32
+		second := make(chan struct{}) // closed when two are at work
+		b.during = func(off int64) {
+			b.guests.Store(busy)
+			if n := now.Add(1); n > most.Load() {
+				most.Store(n)
+				if n == 2 {
+					close(second)
+				}
+			}
+			if !busy {
+				<-second
+			}
+			runtime.Gosched()
+			now.Add(-1)
+		}
+		m, j, _ := start(t, b, types.BlockdevOnErrorReport)
+		if _, err := ended(m, j); err != nil {
+			t.Fatal(err)
+		}
+		if got, want := most.Load(), map[bool]int32{true: 1, false: 2}[busy]; got != want {
+			t.Errorf("guests %v: %d at once, want %d", busy, got, want)
+		}
 	}
 }

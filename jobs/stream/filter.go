@@ -2,6 +2,7 @@ package stream
 
 import (
 	"context"
+	"sync/atomic"
 
 	"qblockd/graph"
 	"qblockd/graph/blk"
@@ -15,7 +16,14 @@ const DriverName = "copy-on-read"
 // filterDriver sits above the target while the job runs, under the name that the client chose, and passes
 // everything through: the job itself copies what is read. It is transparent.
 type filterDriver struct {
-	node *graph.Node
+	node   *graph.Node
+	guests atomic.Bool // a guest's request has passed; cleared by who looks
+}
+
+func (f *filterDriver) passing(r *blk.Req) {
+	if !r.Job && !f.guests.Load() {
+		f.guests.Store(true)
+	}
 }
 
 func (f *filterDriver) child() *graph.Edge { return f.node.FilteredChild() }
@@ -39,10 +47,12 @@ func (f *filterDriver) Size() int64 {
 func (f *filterDriver) Close() error { return nil }
 
 func (f *filterDriver) ReadAt(r *blk.Req, v blk.Vec, off int64, fl blk.Flags) error {
+	f.passing(r)
 	return f.child().ReadAt(r, v, off, fl)
 }
 
 func (f *filterDriver) WriteAt(r *blk.Req, v blk.Vec, off int64, fl blk.Flags) error {
+	f.passing(r)
 	return f.child().WriteAt(r, v, off, fl)
 }
 
@@ -57,6 +67,7 @@ func (f *filterDriver) Status(r *blk.Req, off, n int64) (blk.Extent, error) {
 }
 
 func (f *filterDriver) Map(r *blk.Req, off, n int64, m *blk.Mapping) error {
+	f.passing(r)
 	return f.child().Map(r, off, n, m)
 }
 

@@ -66,6 +66,7 @@ type job struct {
 	baseOverlay *graph.Node // the last one to be copied
 	aboveBase   *graph.Node // directly above what stays: baseOverlay or a filter above the base
 	filter      *graph.Node // nil once removed
+	driver      *filterDriver
 	wasReadOnly []*graph.Node
 	claimed     func()        // ends the block of the top by makeWritable; nil: there was none
 	root        *graph.Root   // the job's requests
@@ -186,7 +187,8 @@ func (j *job) fill(tx *graph.Tx, m *jobs.Manager) (*jobs.Job, error) {
 		return nil, fmt.Errorf("Could not create node: %w", err)
 	}
 	j.filter = filter
-	filter.SetDriver(&filterDriver{node: filter})
+	j.driver = &filterDriver{node: filter}
+	filter.SetDriver(j.driver)
 	if _, err := tx.InsertFilter(filter, "file", j.Top); err != nil {
 		return nil, fmt.Errorf("Could not create node: %w", err)
 	}
@@ -268,7 +270,7 @@ func (j *job) Run(ctx context.Context, h *jobs.Handle) error {
 	c := copier{target: j.filter.FilteredChild(), below: top.Backing(), last: j.baseOverlay}
 	return copy.Run(h, copy.Task{
 		Gate: copy.RootGate(ctx, j.root), Size: size, Chunk: chunk, Workers: workers,
-		Look: c.look, Copy: c.copy,
+		Guests: &j.driver.guests, Look: c.look, Copy: c.copy,
 		Operation: types.IoOperationTypeRead, Policy: j.OnError,
 	})
 }

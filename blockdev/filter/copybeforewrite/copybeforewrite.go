@@ -54,6 +54,7 @@ type State struct {
 	done   *bitmap.Bitmap // clusters that were copied
 	access *bitmap.Bitmap // clusters that the point in time consists of
 	active atomic.Int32   // copies under way; raised before the bits of a copy are cleared
+	guests atomic.Bool    // a guest's request has passed; cleared by who looks
 	failed atomic.Int64   // copies that failed; raised after the bits are set again and before active goes down
 
 	readers       atomic.Int32  // raised before a reader looks whether its clusters are done
@@ -102,6 +103,15 @@ func (s *State) Todo() *bitmap.Bitmap { return s.todo }
 
 // Access are the clusters that can be read as they were. Before the filter is in use its owner sets them.
 func (s *State) Access() *bitmap.Bitmap { return s.access }
+
+// Guests is set whenever a request of a guest passes the filter.
+func (s *State) Guests() *atomic.Bool { return &s.guests }
+
+func (s *State) passing(r *blk.Req) {
+	if !r.Job && !s.guests.Load() {
+		s.guests.Store(true)
+	}
+}
 
 // OnCopied lets f count the bytes that are copied, whoever does that. Set before the filter is in use.
 func (s *State) OnCopied(f func(n int64)) { s.copied = f }
@@ -303,11 +313,13 @@ func (d *Driver) Close() error { return nil }
 
 // ReadAt implements graph.Driver.
 func (d *Driver) ReadAt(r *blk.Req, v blk.Vec, off int64, f blk.Flags) error {
+	d.passing(r)
 	return d.source().ReadAt(r, v, off, f)
 }
 
 // before does what must be done before a guest changes [off, off+n).
 func (d *Driver) before(r *blk.Req, off, n int64) error {
+	d.passing(r)
 	if d.broken.Load() {
 		return nil
 	}
