@@ -9,7 +9,7 @@ import (
 	"qblockd/schema/types"
 )
 
-// Creator makes an image. It calls started once its options are checked and before it writes to the image; it blocks
+// Creator makes an image, or changes one. It calls started once its options are checked and before it writes to the image; it blocks
 // until the image is there.
 type Creator func(ctx context.Context, started func()) error
 
@@ -32,4 +32,19 @@ func (m *Manager) Creator(o *types.BlockdevCreateOptions) Creator {
 		}
 	}
 	return nil
+}
+
+// Amender returns what changes the format's options in the image of a node. Only images of one driver can be changed, and without encryption, which is
+// absent, it has no options that can be: what is returned does nothing, as the reference's job.
+func (m *Manager) Amender(node string, o *types.BlockdevAmendOptions) (Creator, error) {
+	n, err := m.Lookup(nil, &node)
+	switch {
+	case err != nil:
+		return nil, err
+	case n.DriverName() != string(o.Driver):
+		return nil, errors.New("x-blockdev-amend doesn't support changing the block driver")
+	case o.Driver != types.BlockdevDriverQcow2:
+		return nil, errors.New("Driver does not support x-blockdev-amend")
+	}
+	return func(context.Context, func()) error { return nil }, nil
 }

@@ -36,7 +36,13 @@ func (g *generator) encoder(w *text, t *model.Type) {
 // encodeUnion writes one case for each Go type of a branch: the order of members
 // depends on all members together.
 func (g *generator) encodeUnion(w *text, t *model.Type) {
-	w.p("switch u := x.U.(type) {")
+	u := "" // unless a branch has members
+	for _, v := range t.Variants {
+		if len(v.Type.Members()) > 0 {
+			u = "u := "
+		}
+	}
+	w.p("switch %sx.U.(type) {", u)
 	done := map[string]bool{}
 	for _, v := range t.Variants {
 		name := typeName(v.Type)

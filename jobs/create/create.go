@@ -1,25 +1,21 @@
-// Package create is the job behind blockdev-create: it makes an image on a protocol node or a host file.
+// Package create is the job behind blockdev-create, which makes an image on a protocol node or a host file, and behind x-blockdev-amend, which changes one.
 package create
 
 import (
 	"context"
-	"fmt"
 
 	"qblockd/jobs"
 	"qblockd/schema/types"
 )
 
-// Func makes an image. It calls started once its options are checked and before its first I/O on the new
+// Func makes or changes an image. It calls started once its options are checked and before its first I/O on the
 // image; all it refuses before that is known when the command returns.
 type Func func(ctx context.Context, started func()) error
 
-// Start starts the job; see jobs.Manager.Start for release. The job stays until it is dismissed. Whatever f reports
-// is the job's error, not the command's. A nil f is a driver that cannot create images.
-func Start(m *jobs.Manager, id string, f Func) (release func(), err error) {
-	if f == nil {
-		return nil, fmt.Errorf("Driver does not support blockdev-create")
-	}
-	j, err := m.Create(jobs.Spec{ID: id, Type: types.JobTypeCreate, Runner: runner(f), ManualDismiss: true})
+// Start starts the job, of type create or amend; see jobs.Manager.Start for release. The job stays until it is dismissed. Whatever f reports
+// is the job's error, not the command's.
+func Start(m *jobs.Manager, typ types.JobType, id string, f Func) (release func(), err error) {
+	j, err := m.Create(jobs.Spec{ID: id, Type: typ, Runner: runner(f), ManualDismiss: true})
 	if err != nil {
 		return nil, err
 	}

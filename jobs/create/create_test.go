@@ -57,7 +57,7 @@ func TestCreate(t *testing.T) {
 		t.Run(name, func(t *testing.T) {
 			l := &log{}
 			m := jobs.NewManager(l, nil)
-			release, err := Start(m, "j", c.f)
+			release, err := Start(m, types.JobTypeCreate, "j", c.f)
 			if err != nil {
 				t.Fatal(err)
 			}
@@ -84,18 +84,10 @@ func TestCreate(t *testing.T) {
 	}
 }
 
-func TestNoCreator(t *testing.T) {
-	l := &log{}
-	_, err := Start(jobs.NewManager(l, nil), "j", nil)
-	if err == nil || err.Error() != "Driver does not support blockdev-create" || l.String() != "" {
-		t.Errorf("%v, events %q", err, l)
-	}
-}
-
 func TestCancel(t *testing.T) {
 	l := &log{}
 	m := jobs.NewManager(l, nil)
-	release, err := Start(m, "j", func(ctx context.Context, started func()) error {
+	release, err := Start(m, types.JobTypeCreate, "j", func(ctx context.Context, started func()) error {
 		started()
 		<-ctx.Done()
 		return ctx.Err()

@@ -2,6 +2,7 @@ package handlers
 
 import (
 	"context"
+	"errors"
 
 	"qblockd/blockdev"
 	"qblockd/jobs"
@@ -10,7 +11,7 @@ import (
 	"qblockd/schema/types"
 )
 
-// BlockCreate executes blockdev-create.
+// BlockCreate executes blockdev-create and x-blockdev-amend.
 type BlockCreate struct {
 	Jobs  *jobs.Manager
 	Nodes *blockdev.Manager
@@ -20,7 +21,24 @@ var _ types.BlockCreateHandler = BlockCreate{}
 
 // BlockdevCreate implements types.BlockCreateHandler.
 func (h BlockCreate) BlockdevCreate(ctx context.Context, a *types.BlockdevCreateArgs) error {
-	release, err := create.Start(h.Jobs, a.JobID, create.Func(h.Nodes.Creator(&a.Options)))
+	f := h.Nodes.Creator(&a.Options)
+	if f == nil {
+		return errors.New("Driver does not support blockdev-create")
+	}
+	return h.start(ctx, types.JobTypeCreate, a.JobID, create.Func(f))
+}
+
+// XBlockdevAmend implements types.BlockCreateHandler.
+func (h BlockCreate) XBlockdevAmend(ctx context.Context, a *types.XBlockdevAmendArgs) error {
+	f, err := h.Nodes.Amender(a.NodeName, &a.Options)
+	if err != nil {
+		return err
+	}
+	return h.start(ctx, types.JobTypeAmend, a.JobID, create.Func(f))
+}
+
+func (h BlockCreate) start(ctx context.Context, typ types.JobType, id string, f create.Func) error {
+	release, err := create.Start(h.Jobs, typ, id, f)
 	if err != nil {
 		return err
 	}

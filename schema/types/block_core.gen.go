@@ -1294,6 +1294,20 @@ type BlockdevCreateOptions struct {
 	U any
 }
 
+// BlockdevAmendOptionsQcow2: what can be changed in a qcow2 image without a copy of it. So far nothing:
+// only keys of encrypted images can, which are not supported.
+type BlockdevAmendOptionsQcow2 struct {
+}
+
+// BlockdevAmendOptions: changes to an image.
+type BlockdevAmendOptions struct {
+	// The driver of the image.
+	Driver BlockdevDriver
+	// U holds the members of the branch that Driver selects; nil where the branch has none.
+	// *BlockdevAmendOptionsQcow2 for qcow2.
+	U any
+}
+
 // BlockErrorAction: what was done about an I/O error.
 type BlockErrorAction string
 
@@ -1775,6 +1789,19 @@ type BlockdevCreateArgs struct {
 	JobID string
 	// The image.
 	Options BlockdevCreateOptions
+}
+
+// XBlockdevAmendArgs: the arguments of x-blockdev-amend.
+type XBlockdevAmendArgs struct {
+	// Name of the job.
+	JobID string
+	// The image.
+	NodeName string
+	// The changes.
+	Options BlockdevAmendOptions
+	// Also make changes after which data may be lost (default false; no change that is possible so far is
+	// of that kind).
+	Force *bool
 }
 
 // BlockSetWriteThresholdArgs: the arguments of block-set-write-threshold.

@@ -589,6 +589,37 @@ func membersBlockdevCreateOptions(d *decoder, x *BlockdevCreateOptions) bool {
 	return true
 }
 
+// DecodeBlockdevAmendOptionsQcow2 decodes v; faults are worded as the reference does (*ArgError).
+func DecodeBlockdevAmendOptionsQcow2(v value.Value, m Mode) (*BlockdevAmendOptionsQcow2, error) {
+	return decode(v, m, visitBlockdevAmendOptionsQcow2)
+}
+
+func visitBlockdevAmendOptionsQcow2(d *decoder, name string, x *BlockdevAmendOptionsQcow2) bool {
+	return object(d, name, x, membersBlockdevAmendOptionsQcow2)
+}
+
+func membersBlockdevAmendOptionsQcow2(d *decoder, x *BlockdevAmendOptionsQcow2) bool {
+	return true
+}
+
+// DecodeBlockdevAmendOptions decodes v; faults are worded as the reference does (*ArgError).
+func DecodeBlockdevAmendOptions(v value.Value, m Mode) (*BlockdevAmendOptions, error) {
+	return decode(v, m, visitBlockdevAmendOptions)
+}
+
+func visitBlockdevAmendOptions(d *decoder, name string, x *BlockdevAmendOptions) bool {
+	return object(d, name, x, membersBlockdevAmendOptions)
+}
+
+func membersBlockdevAmendOptions(d *decoder, x *BlockdevAmendOptions) bool {
+	if !(visitBlockdevDriver(d, "driver", &x.Driver)) {
+		return false
+	}
+	switch x.Driver {
+	}
+	return true
+}
+
 func visitPreallocMode(d *decoder, name string, x *PreallocMode) bool {
 	return enum(d, name, x, PreallocModeValues)
 }
@@ -1051,6 +1082,22 @@ func visitBlockdevCreateArgs(d *decoder, name string, x *BlockdevCreateArgs) boo
 func membersBlockdevCreateArgs(d *decoder, x *BlockdevCreateArgs) bool {
 	return visitStr(d, "job-id", &x.JobID) &&
 		visitBlockdevCreateOptions(d, "options", &x.Options)
+}
+
+// DecodeXBlockdevAmendArgs decodes the arguments in v, nil for none; faults are worded as the reference does (*ArgError).
+func DecodeXBlockdevAmendArgs(v *value.Dict) (*XBlockdevAmendArgs, error) {
+	return args(v, visitXBlockdevAmendArgs)
+}
+
+func visitXBlockdevAmendArgs(d *decoder, name string, x *XBlockdevAmendArgs) bool {
+	return object(d, name, x, membersXBlockdevAmendArgs)
+}
+
+func membersXBlockdevAmendArgs(d *decoder, x *XBlockdevAmendArgs) bool {
+	return visitStr(d, "job-id", &x.JobID) &&
+		visitStr(d, "node-name", &x.NodeName) &&
+		visitBlockdevAmendOptions(d, "options", &x.Options) &&
+		opt(d, "force", &x.Force, visitBool)
 }
 
 // DecodeBlockSetWriteThresholdArgs decodes the arguments in v, nil for none; faults are worded as the reference does (*ArgError).

@@ -1830,6 +1830,22 @@ func (x *BlockdevCreateOptions) AppendJSON(b []byte) []byte {
 }
 
 // AppendJSON appends x in the reference's form, members in hash order.
+func (x *BlockdevAmendOptionsQcow2) AppendJSON(b []byte) []byte {
+	return append(b, "{}"...)
+}
+
+// AppendJSON appends x in the reference's form, members in hash order.
+func (x *BlockdevAmendOptions) AppendJSON(b []byte) []byte {
+	switch x.U.(type) {
+	case nil:
+		b = append(b, `{"driver": `...)
+		b = appendEnum(b, x.Driver)
+		return append(b, '}')
+	}
+	panic("BlockdevAmendOptions with a branch of another type")
+}
+
+// AppendJSON appends x in the reference's form, members in hash order.
 func (x *BlockDirtyBitmap) AppendJSON(b []byte) []byte {
 	b = append(b, `{"name": `...)
 	b = value.AppendString(b, x.Name)
@@ -2378,6 +2394,22 @@ func (x *BlockdevDelArgs) AppendJSON(b []byte) []byte {
 // AppendJSON appends x in the reference's form, members in hash order.
 func (x *BlockdevCreateArgs) AppendJSON(b []byte) []byte {
 	b = append(b, `{"job-id": `...)
+	b = value.AppendString(b, x.JobID)
+	b = append(b, `, "options": `...)
+	b = x.Options.AppendJSON(b)
+	return append(b, '}')
+}
+
+// AppendJSON appends x in the reference's form, members in hash order.
+func (x *XBlockdevAmendArgs) AppendJSON(b []byte) []byte {
+	b = append(b, '{')
+	if x.Force != nil {
+		b = appendKey(b, "force")
+		b = appendBool(b, *x.Force)
+	}
+	b = appendKey(b, "node-name")
+	b = value.AppendString(b, x.NodeName)
+	b = append(b, `, "job-id": `...)
 	b = value.AppendString(b, x.JobID)
 	b = append(b, `, "options": `...)
 	b = x.Options.AppendJSON(b)

@@ -14,6 +14,9 @@ type BlockCreateHandler interface {
 	// BlockdevCreate executes blockdev-create: start a job that makes an image. The job stays until it is
 	// dismissed.
 	BlockdevCreate(ctx context.Context, a *BlockdevCreateArgs) error
+	// XBlockdevAmend executes x-blockdev-amend: start a job that changes the format-specific options of an
+	// image. The job stays until it is dismissed.
+	XBlockdevAmend(ctx context.Context, a *XBlockdevAmendArgs) error
 }
 
 // RegisterBlockCreate registers all commands of the module with r.
@@ -24,6 +27,16 @@ func RegisterBlockCreate(r Registrar, h BlockCreateHandler) {
 			return nil, err
 		}
 		if err := h.BlockdevCreate(ctx, a); err != nil {
+			return nil, err
+		}
+		return append(out, "{}"...), nil
+	})
+	r.Handle("x-blockdev-amend", func(ctx context.Context, args *value.Dict, out []byte) ([]byte, error) {
+		a, err := DecodeXBlockdevAmendArgs(args)
+		if err != nil {
+			return nil, err
+		}
+		if err := h.XBlockdevAmend(ctx, a); err != nil {
 			return nil, err
 		}
 		return append(out, "{}"...), nil

@@ -17,6 +17,8 @@ const (
 	JobTypeBackup JobType = "backup"
 	// Creates an image.
 	JobTypeCreate JobType = "create"
+	// Changes options of an image.
+	JobTypeAmend JobType = "amend"
 )
 
 // JobTypeValues lists the values of JobType in the order of the schema.
@@ -26,6 +28,7 @@ var JobTypeValues = []JobType{
 	JobTypeMirror,
 	JobTypeBackup,
 	JobTypeCreate,
+	JobTypeAmend,
 }
 
 // JobStatus: states of a job's life.
