@@ -27,6 +27,11 @@ func Copy(r *blk.Req, src, dst *Edge, off, n int64, f blk.Flags) error {
 	if n == 0 {
 		return nil
 	}
+	return CopyThroughMemory(r, src, dst, off, n, f)
+}
+
+// CopyThroughMemory is Copy without the kernel's help: all of the range is read, and finds zeroes wherever they are.
+func CopyThroughMemory(r *blk.Req, src, dst *Edge, off, n int64, f blk.Flags) error {
 	buf := blk.GetBuf(int(n), max(src.Caps().Limits.MemAlign, dst.Caps().Limits.MemAlign))
 	defer blk.PutBuf(buf)
 	v := blk.Buf(buf.B)

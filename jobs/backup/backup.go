@@ -42,6 +42,7 @@ type Args struct {
 	FilterNodeName string // "": generated, and the filter is implicit
 	ManualFinalize bool
 	ManualDismiss  bool
+	Buffered       bool      // data go through memory
 	MaxWorkers     int64     // 0: as many as are good
 	MaxChunk       int64     // bytes; 0: as the filter copies at most
 	Txn            *jobs.Txn // nil: the job stands alone
@@ -143,6 +144,9 @@ func (s *Step) insert(tx *graph.Tx) error {
 		return err
 	}
 	s.driver = copybeforewrite.New(filter, s.Source.Size(), copybeforewrite.ClusterSize(s.Target), s.Compress)
+	if s.Buffered {
+		s.driver.CopyThroughMemory()
+	}
 	filter.SetDriver(s.driver)
 	if _, err := tx.Attach(filter, "target", perm.Data, s.Target); err != nil {
 		return err

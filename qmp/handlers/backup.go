@@ -139,7 +139,7 @@ func (s *backupStep) Prepare(ctx context.Context, tx *graph.Tx) error {
 		return err
 	}
 	if p := a.XPerf; p != nil {
-		args.MaxChunk = deref(p.MaxChunk)
+		args.MaxChunk, args.Buffered = deref(p.MaxChunk), isFalse(p.UseCopyRange)
 		if p.MaxWorkers != nil {
 			if args.MaxWorkers = *p.MaxWorkers; args.MaxWorkers < 1 || args.MaxWorkers > maxInt32 {
 				return fmt.Errorf("max-workers must be between 1 and %d", maxInt32)

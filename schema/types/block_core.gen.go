@@ -1488,6 +1488,8 @@ var BitmapSyncModeValues = []BitmapSyncMode{
 
 // BackupPerf: how a backup goes about it.
 type BackupPerf struct {
+	// Let the kernel copy where both sides lie in files, instead of reading and writing (default: true).
+	UseCopyRange *bool
 	// How many parts are copied at the same time at most.
 	MaxWorkers *int64
 	// Bytes that are copied at once at most; 0 is no limit.

@@ -745,7 +745,8 @@ func visitBackupPerf(d *decoder, name string, x *BackupPerf) bool {
 }
 
 func membersBackupPerf(d *decoder, x *BackupPerf) bool {
-	return opt(d, "max-workers", &x.MaxWorkers, visitInt64) &&
+	return opt(d, "use-copy-range", &x.UseCopyRange, visitBool) &&
+		opt(d, "max-workers", &x.MaxWorkers, visitInt64) &&
 		opt(d, "max-chunk", &x.MaxChunk, visitInt64)
 }
 

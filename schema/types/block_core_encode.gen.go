@@ -1948,6 +1948,10 @@ func (x *BackupPerf) AppendJSON(b []byte) []byte {
 		b = appendKey(b, "max-chunk")
 		b = appendInt(b, *x.MaxChunk)
 	}
+	if x.UseCopyRange != nil {
+		b = appendKey(b, "use-copy-range")
+		b = appendBool(b, *x.UseCopyRange)
+	}
 	if x.MaxWorkers != nil {
 		b = appendKey(b, "max-workers")
 		b = appendInt(b, *x.MaxWorkers)

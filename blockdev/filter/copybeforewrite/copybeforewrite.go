@@ -48,6 +48,7 @@ type State struct {
 	node       *graph.Node // of the filter
 	cluster    int64
 	compressed bool
+	buffered   bool // data go through memory
 	copied     func(n int64)
 
 	todo   *bitmap.Bitmap // clusters to do; bits are cleared when a cluster is taken
@@ -115,6 +116,9 @@ func (s *State) passing(r *blk.Req) {
 
 // OnCopied lets f count the bytes that are copied, whoever does that. Set before the filter is in use.
 func (s *State) OnCopied(f func(n int64)) { s.copied = f }
+
+// CopyThroughMemory keeps the kernel from copying. Set before the filter is in use.
+func (s *State) CopyThroughMemory() { s.buffered = true }
 
 // Cluster is the unit of copies in bytes.
 func (s *State) Cluster() int64 { return s.cluster }
@@ -266,7 +270,11 @@ func (s *State) copy(r *blk.Req, c *running) error {
 				err = &graph.CopyError{Write: true, Err: err}
 			}
 		} else {
-			err = graph.Copy(r, src, dst, off, x.N, f)
+			copy := graph.Copy
+			if s.buffered {
+				copy = graph.CopyThroughMemory
+			}
+			err = copy(r, src, dst, off, x.N, f)
 		}
 		if err != nil {
 			return err
