@@ -24,7 +24,12 @@ func TestErrorsAtEvents(t *testing.T) {
 			continue
 		}
 		for _, kind := range []string{"read", "write", "flush"} {
-			if failAt(t, string(ev), kind) {
+			x := &eventImage{T: t, event: string(ev), kind: kind, size: 1 << 20, cluster: 64 << 10}
+			if x.open() {
+				x.use()
+				x.end()
+			}
+			if x.failed {
 				seen++
 			}
 		}
@@ -34,115 +39,202 @@ func TestErrorsAtEvents(t *testing.T) {
 	}
 }
 
-// failAt tells whether a request failed.
-func failAt(t *testing.T, event, kind string) (failed bool) {
-	const size, block = 1 << 20, 4096
-	dir := t.TempDir()
-	base, file := filepath.Join(dir, "base.qcow2"), filepath.Join(dir, "a.qcow2")
-	create(t, base, "", "")
-	create(t, file, base, "qcow2")
-	var model []byte        // nil: the image was not opened
-	maybe := map[int]bool{} // blocks that a failed request may have changed
-	compare := func(got []byte, where string) {
-		for b := range size / block {
-			if !maybe[b] && !bytes.Equal(got[b*block:(b+1)*block], model[b*block:(b+1)*block]) {
-				t.Errorf("%s, %s, %s: block %d has %d, want %d", event, kind, where, b, got[b*block], model[b*block])
+// TestErrorsWhileGrowing is the same of an image of small clusters, whose tables grow and shrink.
+func TestErrorsWhileGrowing(t *testing.T) {
+	// The events of tables that are replaced; whether a write follows.
+	for ev, writes := range map[types.BlkdebugEvent]bool{
+		types.BlkdebugEventL1GrowAllocTable: true, types.BlkdebugEventL1GrowWriteTable: true, types.BlkdebugEventL1GrowActivateTable: true,
+		types.BlkdebugEventL1ShrinkWriteTable: true, types.BlkdebugEventL1ShrinkFreeL2Clusters: false,
+		types.BlkdebugEventRefblockAlloc: false, types.BlkdebugEventRefblockAllocHookup: true, types.BlkdebugEventReftableGrow: false,
+		types.BlkdebugEventRefblockAllocWriteBlocks: true, types.BlkdebugEventRefblockAllocWriteTable: true,
+		types.BlkdebugEventRefblockAllocSwitchTable: true, types.BlkdebugEventRefblockUpdatePart: true, types.BlkdebugEventClusterFree: false,
+	} {
+		for _, kind := range []string{"write", "flush"} {
+			x := &eventImage{T: t, event: string(ev), kind: kind, size: 4 << 20, cluster: 512}
+			if x.open() {
+				x.grow()
+				x.end()
+			}
+			if !x.failed && writes && kind == "write" {
+				t.Errorf("%s: nothing failed", ev)
 			}
 		}
 	}
-	t.Cleanup(func() { // runs after the graph was closed
-		if _, err := exec.LookPath("qemu-img"); err != nil {
-			return
-		}
-		out, err := exec.Command("qemu-img", "check", file).CombinedOutput()
-		if x, ok := err.(*exec.ExitError); err != nil && !(ok && x.ExitCode() == 3) {
-			t.Errorf("%s, %s: %v\n%s", event, kind, err, out)
-		}
-		if model == nil {
-			return
-		}
-		name := filepath.Join(dir, "a.raw")
-		if out, err := exec.Command("qemu-img", "convert", "-O", "raw", file, name).CombinedOutput(); err != nil {
-			t.Fatalf("%s, %s: %v\n%s", event, kind, err, out)
-		}
-		got, err := os.ReadFile(name)
-		if err != nil {
-			t.Fatal(err)
-		}
-		compare(got, "on disk")
+}
+
+const eventBlock = 4096
+
+// eventImage is a qcow2 image with a backing file, whose requests of a kind fail once at an event, and what it should hold.
+type eventImage struct {
+	*testing.T
+	event, kind string
+	size        int
+	cluster     uint64
+	failed      bool
+
+	file  string
+	model []byte       // nil: the image was not opened
+	maybe map[int]bool // blocks that a failed request may have changed
+	node  *graph.Node
+	root  *graph.Root
+}
+
+// open tells whether that worked. At the end of the test the image is checked and compared.
+func (x *eventImage) open() bool {
+	dir := x.TempDir()
+	base := filepath.Join(dir, "base.qcow2")
+	x.file, x.maybe = filepath.Join(dir, "a.qcow2"), map[int]bool{}
+	create(x, base, "", "")
+	createWith(x, x.file, func(o *types.BlockdevCreateOptionsQcow2) {
+		format := types.BlockdevDriverQcow2
+		o.Size, o.ClusterSize, o.BackingFile, o.BackingFmt = uint64(x.size), &x.cluster, &base, &format
 	})
-	m := newManager(t, Config{})
-	err := add(t, m, fmt.Sprintf(`{'driver': 'qcow2', 'node-name': 'q', 'discard': 'unmap', 'file': {'driver': 'blkdebug', 'node-name': 'd',
-		'image': {'driver': 'file', 'filename': '%s'}, 'inject-error': [{'event': '%s', 'iotype': '%s', 'once': true, 'immediately': true}]}}`, file, event, kind))
+	x.Cleanup(x.check) // runs after the graph was closed
+	m := newManager(x, Config{})
+	err := add(x, m, fmt.Sprintf(`{'driver': 'qcow2', 'node-name': 'q', 'discard': 'unmap', 'file': {'driver': 'blkdebug', 'node-name': 'd',
+		'image': {'driver': 'file', 'filename': '%s'}, 'inject-error': [{'event': '%s', 'iotype': '%s', 'once': true, 'immediately': true}]}}`, x.file, x.event, x.kind))
 	if err != nil {
-		return true // the image was not even opened
+		x.failed = true
+		return false
 	}
-	n := m.Graph().Node("q")
-	root := drivertest.AddRoot(t, m.Graph(), n, drivertest.Writer)
-	model = make([]byte, size)
-	do := func(first, k int, f func(r *blk.Req) error, then func()) {
-		r, err := root.Begin(context.Background())
+	x.node = m.Graph().Node("q")
+	x.root = drivertest.AddRoot(x.T, m.Graph(), x.node, drivertest.Writer)
+	x.model = make([]byte, x.size)
+	return true
+}
+
+// check looks at what is on disk, with qemu-img.
+func (x *eventImage) check() {
+	if _, err := exec.LookPath("qemu-img"); err != nil {
+		return
+	}
+	out, err := exec.Command("qemu-img", "check", x.file).CombinedOutput()
+	if e, ok := err.(*exec.ExitError); err != nil && !(ok && e.ExitCode() == 3) {
+		x.Errorf("%s, %s: %v\n%s", x.event, x.kind, err, out)
+	}
+	if x.model == nil {
+		return
+	}
+	name := x.file + ".raw"
+	if out, err := exec.Command("qemu-img", "convert", "-O", "raw", x.file, name).CombinedOutput(); err != nil {
+		x.Fatalf("%s, %s: %v\n%s", x.event, x.kind, err, out)
+	}
+	got, err := os.ReadFile(name)
+	if err != nil {
+		x.Fatal(err)
+	}
+	x.compare(got, "on disk")
+	os.Remove(name)
+	os.Remove(x.file)
+}
+
+func (x *eventImage) compare(got []byte, where string) {
+	if len(got) != len(x.model) {
+		x.Errorf("%s, %s, %s: %d bytes, want %d", x.event, x.kind, where, len(got), len(x.model))
+		return
+	}
+	for b := range len(got) / eventBlock {
+		if !x.maybe[b] && !bytes.Equal(got[b*eventBlock:(b+1)*eventBlock], x.model[b*eventBlock:(b+1)*eventBlock]) {
+			x.Errorf("%s, %s, %s: block %d has %d, want %d", x.event, x.kind, where, b, got[b*eventBlock], x.model[b*eventBlock])
+		}
+	}
+}
+
+// do makes a request that concerns k blocks from the first on; then is what it changes if it succeeds.
+func (x *eventImage) do(first, k int, f func(r *blk.Req) error, then func()) error {
+	r, err := x.root.Begin(context.Background())
+	if err != nil {
+		x.Fatal(err)
+	}
+	defer x.root.End(r)
+	err = f(r)
+	for b := first; b < first+k; b++ {
 		if err != nil {
-			t.Fatal(err)
-		}
-		defer root.End(r)
-		err = f(r)
-		for b := first; b < first+k; b++ {
-			if err != nil {
-				maybe[b] = true
-			} else {
-				delete(maybe, b)
-			}
-		}
-		if err == nil {
-			then()
+			x.maybe[b] = true
 		} else {
-			failed = true
+			delete(x.maybe, b)
 		}
 	}
-	write := func(first, k int, c byte, f blk.Flags) {
-		p := bytes.Repeat([]byte{c}, k*block)
-		do(first, k, func(r *blk.Req) error { return root.Edge().WriteAt(r, blk.Buf(p), int64(first*block), f) }, func() { copy(model[first*block:], p) })
+	if err == nil {
+		then()
+	} else {
+		x.failed = true
 	}
-	flush := func() { do(0, 0, func(r *blk.Req) error { return root.Edge().Flush(r) }, func() {}) }
+	return err
+}
+
+func (x *eventImage) write(first, k int, c byte, f blk.Flags) {
+	p := bytes.Repeat([]byte{c}, k*eventBlock)
+	_ = x.do(first, k, func(r *blk.Req) error { return x.root.Edge().WriteAt(r, blk.Buf(p), int64(first*eventBlock), f) },
+		func() { copy(x.model[first*eventBlock:], p) })
+}
+
+func (x *eventImage) clear(first, k int, f func(r *blk.Req, off, n int64) error) {
+	_ = x.do(first, k, func(r *blk.Req) error { return f(r, int64(first*eventBlock), int64(k*eventBlock)) },
+		func() { clear(x.model[first*eventBlock : (first+k)*eventBlock]) })
+}
+
+func (x *eventImage) flush() {
+	_ = x.do(0, 0, func(r *blk.Req) error { return x.root.Edge().Flush(r) }, func() {})
+}
+
+// use writes, compresses, discards, zeroes, takes a snapshot and reads.
+func (x *eventImage) use() {
 	for round := range 3 {
 		c := byte(round + 1)
-		write(1, 3, c, 0)
-		write(32, 16, c, blk.Compressed)
-		write(64+round*16, 1, c, 0)
-		flush()
-		if round == 1 {
-			if s, ok := n.Driver().(graph.Snapshotter); ok {
-				r, err := root.Begin(context.Background())
-				if err != nil {
-					t.Fatal(err)
+		x.write(1, 3, c, 0)
+		x.write(32, 16, c, blk.Compressed)
+		x.write(64+round*16, 1, c, 0)
+		x.flush()
+		if s, ok := x.node.Driver().(graph.Snapshotter); ok && round == 1 {
+			_ = x.do(0, 0, func(r *blk.Req) error { _, err := s.CreateSnapshot(r, "s", started, 0); return err }, func() {})
+		}
+		x.clear(32, 16, func(r *blk.Req, off, n int64) error { return x.root.Edge().Discard(r, off, n) })
+		x.clear(128, 16, func(r *blk.Req, off, n int64) error { return x.root.Edge().Zero(r, off, n, 0) })
+		for b := 0; b < x.size/eventBlock; b += 16 {
+			p := make([]byte, 16*eventBlock)
+			_ = x.do(0, 0, func(r *blk.Req) error { return x.root.Edge().ReadAt(r, blk.Buf(p), int64(b*eventBlock), 0) }, func() {})
+		}
+		x.flush()
+	}
+}
+
+// grow fills the image while it becomes larger, and makes it smaller again.
+func (x *eventImage) grow() {
+	const step = 64
+	at := 0
+	for _, size := range []int{x.size, 3 * x.size, 2 * x.size} {
+		if size != len(x.model) {
+			if err := x.root.Resize(context.Background(), int64(size), true, blk.PreallocOff); err != nil {
+				x.failed = true
+				if x.root.Resize(context.Background(), int64(size), true, blk.PreallocOff) != nil {
+					break
 				}
-				if _, err := s.CreateSnapshot(r, "s", started, 0); err != nil {
-					failed = true
-				}
-				root.End(r)
 			}
+			now := make([]byte, size)
+			copy(now, x.model)
+			x.model = now
 		}
-		do(32, 16, func(r *blk.Req) error { return root.Edge().Discard(r, 32*block, 16*block) }, func() { clear(model[32*block : 48*block]) })
-		do(128, 16, func(r *blk.Req) error { return root.Edge().Zero(r, 128*block, 16*block, 0) }, func() { clear(model[128*block : 144*block]) })
-		for b := 0; b < size/block; b += 16 {
-			p := make([]byte, 16*block)
-			do(0, 0, func(r *blk.Req) error { return root.Edge().ReadAt(r, blk.Buf(p), int64(b*block), 0) }, func() {})
+		for ; (at+step)*eventBlock <= size; at += step {
+			x.write(at, step, byte(at/step+1), 0)
 		}
-		flush()
+		x.flush()
 	}
-	if q, ok := n.Driver().(*qcow2.Driver); ok && q.Ejected() {
-		t.Errorf("%s, %s: the image was given up", event, kind)
+	x.clear(0, 512, func(r *blk.Req, off, n int64) error { return x.root.Edge().Discard(r, off, n) })
+	x.flush()
+}
+
+// end reads all; the rule may still be there.
+func (x *eventImage) end() {
+	if q, ok := x.node.Driver().(*qcow2.Driver); ok && q.Ejected() {
+		x.Errorf("%s, %s: the image was given up", x.event, x.kind)
 	}
-	got := make([]byte, size)
-	for range 2 { // the rule may still be there
-		var err error
-		do(0, 0, func(r *blk.Req) error { err = root.Edge().ReadAt(r, blk.Buf(got), 0, 0); return err }, func() {})
-		if err == nil {
+	got := make([]byte, len(x.model))
+	for range 2 {
+		if x.do(0, 0, func(r *blk.Req) error { return x.root.Edge().ReadAt(r, blk.Buf(got), 0, 0) }, func() {}) == nil {
 			break
 		}
 	}
-	compare(got, "read")
-	flush()
-	return failed
+	x.compare(got, "read")
+	x.flush()
 }

@@ -63,6 +63,19 @@ func mustDel(t testing.TB, m *Manager, names ...string) {
 // create makes a qcow2 image of 1 MiB whose header names a backing file.
 func create(t testing.TB, file, backing, format string) {
 	t.Helper()
+	createWith(t, file, func(o *types.BlockdevCreateOptionsQcow2) {
+		if backing != "" {
+			o.BackingFile = &backing
+		}
+		if format != "" {
+			o.BackingFmt = (*types.BlockdevDriver)(&format)
+		}
+	})
+}
+
+// createWith makes a qcow2 image of 1 MiB, or as change says.
+func createWith(t testing.TB, file string, change func(o *types.BlockdevCreateOptionsQcow2)) {
+	t.Helper()
 	m := newManager(t, Config{})
 	ctx, started := context.Background(), func() {}
 	f := &types.BlockdevCreateOptions{Driver: "file", U: &types.BlockdevCreateOptionsFile{Filename: file}}
@@ -71,12 +84,7 @@ func create(t testing.TB, file, backing, format string) {
 	}
 	o := &types.BlockdevCreateOptionsQcow2{Size: 1 << 20}
 	o.File.Definition = options(t, `{'driver': 'file', 'filename': '`+file+`'}`)
-	if backing != "" {
-		o.BackingFile = &backing
-	}
-	if format != "" {
-		o.BackingFmt = (*types.BlockdevDriver)(&format)
-	}
+	change(o)
 	if err := m.Creator(&types.BlockdevCreateOptions{Driver: "qcow2", U: o})(ctx, started); err != nil {
 		t.Fatal(err)
 	}
