@@ -43,6 +43,8 @@ type Caps struct {
 	Transparent bool
 	// ZeroInit: a freshly created image reads as zeroes.
 	ZeroInit bool
+	// Instant: no request ever waits for anything.
+	Instant bool
 }
 
 // Optional abilities; each with the default for drivers without it.

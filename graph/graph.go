@@ -122,6 +122,16 @@ func (n *Node) NodesBelow() []*Node {
 	return l
 }
 
+// Instant tells whether n only leads to nodes whose requests never wait for anything.
+func (n *Node) Instant() bool {
+	for _, k := range n.NodesBelow() {
+		if len(k.kids.Load().all) == 0 && !k.Caps().Instant {
+			return false
+		}
+	}
+	return true
+}
+
 // EdgeInfo is an edge at one moment.
 type EdgeInfo struct {
 	Edge  *Edge

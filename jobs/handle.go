@@ -104,6 +104,26 @@ func (h *Handle) Throttle(n int64) error {
 	return h.Checkpoint()
 }
 
+// Linger waits as long as the job's speed demands after what was counted, or until something happens to the job; then it is a pause point.
+func (h *Handle) Linger() error {
+	j := h.j
+	j.m.mu.Lock()
+	wait := j.block.limit.take(j.m.clock.Now(), 0)
+	j.m.mu.Unlock()
+	if wait <= 0 {
+		return h.Checkpoint()
+	}
+	j.yieldNow()
+	return h.sleep(wait)
+}
+
+// Limited tells whether the job has a speed limit.
+func (h *Handle) Limited() bool {
+	h.j.m.mu.Lock()
+	defer h.j.m.mu.Unlock()
+	return h.j.block.speed > 0
+}
+
 // Idle waits until the job is cancelled by force, and is paused meanwhile as users ask for it.
 func (h *Handle) Idle() error {
 	for {
@@ -127,6 +147,7 @@ func (h *Handle) sleep(d time.Duration) error {
 	}
 	j.asleep = !j.st.ShouldPause() && !j.st.Forced
 	asleep := j.asleep
+	j.wake.Broadcast() // Settle
 	j.m.mu.Unlock()
 	if asleep {
 		j.waiting.Store(true)

@@ -69,9 +69,13 @@ type Job struct {
 	// asleep: the runner waits for its speed limit and does nothing else; guarded by m.mu.
 	asleep bool
 
-	waiting  atomic.Bool   // not busy: sleeping, paused or over
-	ended    chan struct{} // closed when Run has returned
-	finished chan struct{} // closed when the job is concluded
+	waiting          atomic.Bool   // not busy: sleeping, paused or over
+	ended            chan struct{} // closed when Run has returned
+	finished         chan struct{} // closed when the job is concluded
+	instant, lateEnd bool
+
+	answered chan struct{} // closed when the command that asked the job to end was answered; nil: there is none. +checklocks:m.mu
+
 	yielded  chan struct{} // closed when the starting command may go on
 	yield    sync.Once
 	released chan struct{} // closed when the starting command has been answered
@@ -202,6 +206,7 @@ func (j *Job) main() {
 	if err == nil {
 		err = j.runner.Run(j.ctx, h)
 	}
+	j.awaitAnswer()
 	j.waiting.Store(true)
 	close(j.ended)
 	j.txn.jobEnded(j, err)

@@ -44,6 +44,11 @@ type Spec struct {
 	Txn *Txn
 	// Block makes it a block job: it has a speed, an io-status and the BLOCK_JOB_ events.
 	Block bool
+	// Instant: the job's nodes answer at once. What it does up to its first wait then comes before the answer to its command, as in the reference,
+	// unless that takes longer than instantLimit.
+	Instant bool
+	// LateEnd: commands that ask the job to end are answered before it does (see Job.DeferEnd), as with the reference's mirrors.
+	LateEnd bool
 	// Speed is the initial limit in bytes per second; 0: none.
 	Speed int64
 }
@@ -55,7 +60,7 @@ func (m *Manager) Create(s Spec) (*Job, error) {
 		return nil, fmt.Errorf("Invalid job ID '%s'", s.ID)
 	}
 	j := &Job{
-		m: m, id: s.ID, typ: s.Type, runner: s.Runner, txn: s.Txn,
+		m: m, id: s.ID, typ: s.Type, runner: s.Runner, txn: s.Txn, instant: s.Instant, lateEnd: s.LateEnd,
 		ended: make(chan struct{}), finished: make(chan struct{}),
 		yielded: make(chan struct{}), released: make(chan struct{}),
 		st: machine.State{AutoFinalize: !s.ManualFinalize, AutoDismiss: !s.ManualDismiss},
@@ -130,8 +135,14 @@ func (m *Manager) Start(j *Job) (release func()) {
 	j.waiting.Store(false)
 	j.stepLocked(machine.Start)
 	m.mu.Unlock()
-	go j.main()
-	<-j.yielded
+	if j.instant {
+		j.releaseNow()
+		go j.main()
+		j.Settle()
+	} else {
+		go j.main()
+		<-j.yielded
+	}
 	return j.releaseNow
 }
 

@@ -98,6 +98,12 @@ func (j *Job) Cancel(force bool) error {
 	}
 	j.userCancel(force)
 	j.m.mu.Lock()
+	if j.answered != nil {
+		idle = false
+		for j.idleLocked() && !j.st.ShouldPause() {
+			j.wake.Wait() // that it goes on is told before
+		}
+	}
 	idle = idle && j.st.Forced
 	j.m.mu.Unlock()
 	if idle {

@@ -84,7 +84,7 @@ func (d *disk) pause(r *blk.Req) error {
 
 // Caps implements graph.Driver.
 func (d *disk) Caps() graph.Caps {
-	return graph.Caps{WriteFlags: blk.FUA | blk.WriteUnchanged}
+	return graph.Caps{WriteFlags: blk.FUA | blk.WriteUnchanged, Instant: d.latency == 0}
 }
 
 // Reopen implements graph.Reopener: there is nothing that could change.

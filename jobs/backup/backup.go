@@ -98,6 +98,7 @@ func (s *Step) Prepare(_ context.Context, tx *graph.Tx) (err error) {
 	s.mj, err = s.m.Create(jobs.Spec{
 		ID: s.ID, Type: types.JobTypeBackup, Runner: s.job, Block: true, Speed: s.Speed, Txn: s.Txn,
 		ManualFinalize: s.ManualFinalize, ManualDismiss: s.ManualDismiss,
+		Instant: s.Source.Instant() && s.Target.Instant(),
 	})
 	if err != nil {
 		return err
@@ -218,6 +219,13 @@ func (s *Step) Abort() {
 func (s *Step) Clean() {
 	if s.started {
 		s.mj.Unhold()
+	}
+}
+
+// Settle is jobs.Job.Settle of a started job.
+func (s *Step) Settle() {
+	if s.started {
+		s.mj.Settle()
 	}
 }
 

@@ -33,8 +33,9 @@ import (
 )
 
 const (
-	// chunk is the largest extent copied at once, in bytes.
-	chunk = 1 << 20
+	// chunk is the largest extent copied at once, in bytes; limitedChunk that of a job with a speed limit, as in the reference.
+	chunk        = 1 << 20
+	limitedChunk = 512 << 10
 	// workers copy extents at the same time; see package mirror.
 	workers = 1
 )
@@ -244,7 +245,13 @@ func (j *job) Run(ctx context.Context, h *jobs.Handle) error {
 	return copy.Run(h, copy.Task{
 		// The base is below the top: whoever waits for the base to be quiet waits for those who came in at the top.
 		Gate: copy.RootGate(ctx, j.top), Size: size, Chunk: chunk, Workers: workers,
-		Look: j.look, Copy: j.copy, Side: j.side, RetryIgnored: true,
+		Look: func(r *blk.Req, off, n int64) (copy.Extent, error) {
+			if h.Limited() {
+				n = min(n, limitedChunk)
+			}
+			return j.look(r, off, n)
+		},
+		Copy: j.copy, Side: j.side, RetryIgnored: true,
 	})
 }
 

@@ -19,9 +19,12 @@ const (
 	idle = 100 * time.Millisecond
 	// lastCopy is the most, in bytes, that is copied while the source is held quiet for the end.
 	lastCopy = 4 << 20
-	// patience is how many passes a job makes before it holds up guests to get ready, and hold how long it does that at most, as far as it can tell.
-	patience = 3
-	hold     = 20 * time.Millisecond
+	// patience is how many passes a job makes before it holds up guests to get ready, and hold how long it does that at most, as far as it can
+	// tell; it doubles, maxDoublings times at most, each time that as many passes more as doubleAfter were in vain.
+	patience     = 3
+	hold         = 20 * time.Millisecond
+	doubleAfter  = 20
+	maxDoublings = 4
 )
 
 // Run implements jobs.Runner.
@@ -177,7 +180,7 @@ func (j *job) keepInStep(ctx context.Context, h *jobs.Handle) error {
 			if ended, err := j.tryEnd(ctx, h); ended || err != nil {
 				return err
 			}
-		case !j.ready.Load() && (dirty == 0 || pass > patience && j.soon(dirty)):
+		case !j.ready.Load() && (dirty == 0 || pass > patience && j.soon(dirty, pass)):
 			if err := j.becomeReady(ctx, h); err != nil {
 				return err
 			}
@@ -187,6 +190,11 @@ func (j *job) keepInStep(ctx context.Context, h *jobs.Handle) error {
 				return err
 			}
 			j.rate = float64(dirty) / max(time.Since(begin).Seconds(), 1e-6)
+			if !j.ready.Load() {
+				if err := h.Linger(); err != nil { // what was copied is paid for before the job is ready
+					return err
+				}
+			}
 		default:
 			if err := h.Sleep(idle); err != nil {
 				return err
@@ -195,8 +203,11 @@ func (j *job) keepInStep(ctx context.Context, h *jobs.Handle) error {
 	}
 }
 
-// soon tells whether so many bytes are copied in no time.
-func (j *job) soon(dirty int64) bool { return float64(dirty) < j.rate*hold.Seconds() }
+// soon tells whether so many bytes are copied in no time, after so many passes.
+func (j *job) soon(dirty int64, pass int) bool {
+	t := hold << min((pass-patience)/doubleAfter, maxDoublings)
+	return float64(dirty) < j.rate*t.Seconds()
+}
 
 // becomeReady makes the job ready when what is copied is on stable storage. A guest that makes granules dirty faster than they are copied is held up
 // for a moment, so that there is a time when none is.

@@ -20,6 +20,7 @@ func (h BlockJob) BlockdevBackup(ctx context.Context, a *types.BlockdevBackup) e
 	if err := h.Jobs.Transaction(ctx, h.Graph, s); err != nil {
 		return err
 	}
+	s.Settle()
 	qmp.AfterReply(ctx, s.Release)
 	return nil
 }
@@ -43,6 +44,7 @@ func (h BlockJob) DriveBackup(ctx context.Context, a *types.DriveBackup) error {
 	if err := h.Jobs.Transaction(ctx, h.Graph, s); err != nil {
 		return err
 	}
+	s.Settle()
 	qmp.AfterReply(ctx, s.Release)
 	return nil
 }

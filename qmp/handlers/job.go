@@ -44,12 +44,23 @@ func (h Job) JobResume(_ context.Context, a *types.JobResumeArgs) error {
 }
 
 // JobCancel implements types.JobHandler.
-func (h Job) JobCancel(_ context.Context, a *types.JobCancelArgs) error {
+func (h Job) JobCancel(ctx context.Context, a *types.JobCancelArgs) error {
 	j, err := h.find(a.ID)
 	if err != nil {
 		return err
 	}
-	return j.Cancel(true)
+	return ending(ctx, j, func() error { return j.Cancel(true) })
+}
+
+// ending asks a job to end by f.
+func ending(ctx context.Context, j *jobs.Job, f func() error) error {
+	answered := j.DeferEnd()
+	if err := f(); err != nil {
+		answered()
+		return err
+	}
+	qmp.AfterReply(ctx, answered)
+	return nil
 }
 
 // JobComplete implements types.JobHandler.
@@ -58,7 +69,7 @@ func (h Job) JobComplete(ctx context.Context, a *types.JobCompleteArgs) error {
 	if err != nil {
 		return err
 	}
-	return j.Complete(ctx)
+	return ending(ctx, j, func() error { return j.Complete(ctx) })
 }
 
 // JobFinalize implements types.JobHandler.
@@ -110,7 +121,7 @@ func (h BlockJob) BlockJobSetSpeed(_ context.Context, a *types.BlockJobSetSpeedA
 }
 
 // BlockJobCancel implements types.BlockJobHandler.
-func (h BlockJob) BlockJobCancel(_ context.Context, a *types.BlockJobCancelArgs) error {
+func (h BlockJob) BlockJobCancel(ctx context.Context, a *types.BlockJobCancelArgs) error {
 	j, err := h.find(a.Device)
 	if err != nil {
 		return err
@@ -119,7 +130,7 @@ func (h BlockJob) BlockJobCancel(_ context.Context, a *types.BlockJobCancelArgs)
 	if j.UserPaused() && !force {
 		return fmt.Errorf("The block job for device '%s' is currently paused", a.Device)
 	}
-	return j.Cancel(force)
+	return ending(ctx, j, func() error { return j.Cancel(force) })
 }
 
 // BlockJobPause implements types.BlockJobHandler.
@@ -146,7 +157,7 @@ func (h BlockJob) BlockJobComplete(ctx context.Context, a *types.BlockJobComplet
 	if err != nil {
 		return err
 	}
-	return j.Complete(ctx)
+	return ending(ctx, j, func() error { return j.Complete(ctx) })
 }
 
 // BlockJobFinalize implements types.BlockJobHandler.

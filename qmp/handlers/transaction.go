@@ -46,6 +46,7 @@ func (h Transaction) Transaction(ctx context.Context, a *types.TransactionArgs) 
 		return err
 	}
 	for _, b := range started {
+		b.Settle()
 		qmp.AfterReply(ctx, b.Release)
 	}
 	return nil
