@@ -39,6 +39,7 @@ type DirtyBitmap struct {
 
 	// Guarded by n.io.dirty.mu.
 	disabled, busy, persistent, inconsistent, readOnly bool
+	goes, stops                                        bool         // see Foretell
 	successor                                          *DirtyBitmap // on the list too, without a name
 }
 
@@ -241,6 +242,16 @@ func (d *DirtyBitmap) SetBusy(busy bool) { d.change(func() { d.busy = busy }) }
 
 // Busy tells whether somebody uses the bitmap.
 func (d *DirtyBitmap) Busy() bool { return d.ask(&d.busy) }
+
+// Foretell says what is about to become of the bitmap: it goes, or stops recording. It does neither yet, but where it is stored before that happens, it
+// is stored as it will be.
+func (d *DirtyBitmap) Foretell(goes, stops bool) { d.change(func() { d.goes, d.stops = goes, stops }) }
+
+// Goes tells whether the bitmap is about to be removed, Stops whether it is about to be disabled.
+func (d *DirtyBitmap) Goes() bool { return d.ask(&d.goes) }
+
+// Stops: see Goes.
+func (d *DirtyBitmap) Stops() bool { return d.ask(&d.stops) }
 
 // Persistent tells whether the bitmap is to be stored in the image.
 func (d *DirtyBitmap) Persistent() bool { return d.ask(&d.persistent) }

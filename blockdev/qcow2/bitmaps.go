@@ -82,7 +82,7 @@ func (s *image) loadBitmaps(r *blk.Req) error {
 		holds := e.Flags&layout.BitmapInUse == 0 || slices.Contains(s.ext.Marks, e.TableOffset)
 		p := persisted{name: e.Name, enabled: e.Flags&layout.BitmapAuto != 0, inconsistent: !holds}
 		n := s.bitmapBytes(e.Granularity)
-		if want := blk.AlignUp(n, s.cs) / s.cs; n > maxBitmapBytes || int64(e.TableSize) != want {
+		if want := s.bitmapClusters(e.Granularity); n > maxBitmapBytes || int64(e.TableSize) != want {
 			if !p.inconsistent {
 				s.warnf("Bitmap '%s' does not fit the image; it counts as inconsistent", e.Name)
 			}
@@ -120,6 +120,11 @@ func (s *image) bitmapSize() int64 { return blk.AlignUp(s.size.Load(), layout.Se
 // bitmapBytes is the length of a bitmap in the image.
 func (s *image) bitmapBytes(granularity int64) int64 {
 	return ((s.bitmapSize()+granularity-1)/granularity + 7) / 8
+}
+
+// bitmapClusters is the number of entries in the table of a bitmap: at least one, which others require.
+func (s *image) bitmapClusters(granularity int64) int64 {
+	return max(blk.AlignUp(s.bitmapBytes(granularity), s.cs)/s.cs, 1)
 }
 
 // readBitmap reads the data of a bitmap; nil if they make no sense.
@@ -237,6 +242,10 @@ func (s *image) storeBitmaps(r *blk.Req) error {
 		return nil
 	}
 	want := s.keeper.persisted()
+	if len(want) > 0 && s.bitmapSize() == 0 {
+		s.warnf("Persistent bitmaps are not kept: there is no format for those of an empty disk")
+		want = nil
+	}
 	if len(want) == 0 && len(s.stored) == 0 {
 		return nil
 	}
@@ -314,8 +323,7 @@ func (s *image) writeBitmap(r *blk.Req, p persisted) (*stored, error) {
 	if p.enabled {
 		m.Flags |= layout.BitmapAuto
 	}
-	n := s.bitmapBytes(m.Granularity)
-	m.table = make([]uint64, blk.AlignUp(n, s.cs)/s.cs)
+	m.table = make([]uint64, s.bitmapClusters(m.Granularity))
 	m.TableSize = uint32(len(m.table))
 	buf := make([]byte, 0, s.cs)
 	for i := range m.table {
@@ -394,6 +402,11 @@ func (s *image) switchDirectory(r *blk.Req, list, old []*stored) error {
 	if err := s.updateHeader(r); err != nil {
 		s.ext.Bitmaps, s.ext.Marks, s.hdr.AutoclearFeatures = was, wasMarks, wasBits
 		return err
+	}
+	if s.ext.Marks == nil {
+		for _, m := range list {
+			m.live = false // there was no room
+		}
 	}
 	s.stored = list
 	if was != nil {

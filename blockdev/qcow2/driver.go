@@ -93,8 +93,8 @@ func (n nodeBitmaps) readOnly(ro bool) {
 
 func (n nodeBitmaps) persisted() (l []persisted) {
 	for _, d := range n.DirtyBitmaps() {
-		if d.Persistent() {
-			l = append(l, persisted{d.Name(), d.Recorded(), d.Enabled(), d.Inconsistent()})
+		if d.Persistent() && !d.Goes() {
+			l = append(l, persisted{d.Name(), d.Recorded(), d.Enabled() && !d.Stops(), d.Inconsistent()})
 		}
 	}
 	return l

@@ -232,7 +232,7 @@ func (s *image) writeLive(r *blk.Req, p persisted) (*stored, error) {
 			}
 		}
 	}
-	b.table = make([]uint64, blk.AlignUp(s.bitmapBytes(b.Granularity), s.cs)/s.cs)
+	b.table = make([]uint64, s.bitmapClusters(b.Granularity))
 	b.TableSize = uint32(len(b.table))
 	buf := make([]byte, 0, s.cs)
 	for i := 0; i < len(b.table); {
@@ -341,6 +341,16 @@ func (s *image) addBits(r *blk.Req, b *stored, p persisted) error {
 		}
 	}
 	return s.barrier(r)
+}
+
+// dropMarks makes no bitmap live, and the next change of the header says so. mu is held.
+func (s *image) dropMarks() {
+	s.marks.Store(nil)
+	for _, b := range s.stored {
+		b.live = false
+	}
+	s.ext.Marks = nil
+	s.hdr.AutoclearFeatures &^= layout.AutoclearMarks
 }
 
 // distrust makes the header say that bitmaps in use do not hold. mu is held.

@@ -242,6 +242,12 @@ func (s *image) becomeWriter(r *blk.Req) error {
 // updateHeader writes header, extensions and backing file name. mu is held.
 func (s *image) updateHeader(r *blk.Req) error {
 	b, err := s.hdr.Marshal(s.ext, s.backName)
+	if err != nil && len(s.ext.Marks) > 0 {
+		// All else that the header has comes first: bitmaps are in use then, as others have them.
+		s.warnf("The header has no room for the marks: persistent bitmaps will count as inconsistent if they are not stored in the end")
+		s.dropMarks()
+		b, err = s.hdr.Marshal(s.ext, s.backName)
+	}
 	if err != nil {
 		return errNoSpace
 	}

@@ -104,9 +104,13 @@ func (s *Step) Prepare(_ context.Context, tx *graph.Tx) (err error) {
 		return err
 	}
 	s.driver.OnCopied(s.mj.Count)
-	err = s.attach(tx)
-	s.prepared = err == nil
-	return err
+	if err = s.attach(tx); err != nil {
+		return err
+	}
+	s.prepared = true
+	// From here on: later steps of the transaction find them in use.
+	s.block = append(s.block, s.filter.BlockAll(errInUse, graph.OpDataplane), s.Target.BlockAll(errInUse, graph.OpDataplane))
+	return nil
 }
 
 // check refuses what cannot be backed up, in the reference's order.
@@ -191,7 +195,6 @@ func (s *Step) attach(tx *graph.Tx) (err error) {
 
 // Commit implements jobs.Action. The job is started, and paused as long as the nodes are quiet.
 func (s *Step) Commit() {
-	s.block = append(s.block, s.filter.BlockAll(errInUse, graph.OpDataplane), s.Target.BlockAll(errInUse, graph.OpDataplane))
 	s.mj.Hold()
 	s.release = s.m.Start(s.mj)
 	s.started = true
@@ -199,6 +202,10 @@ func (s *Step) Commit() {
 
 // Abort implements jobs.Action.
 func (s *Step) Abort() {
+	for _, f := range s.block {
+		f()
+	}
+	s.block = nil
 	if s.listed != nil {
 		s.listed.Remove()
 	}
