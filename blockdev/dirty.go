@@ -21,7 +21,7 @@ type BitmapStep struct {
 	node    string // of the bitmap
 	quiet   bool   // the node is held quiet
 	g       *graph.Graph
-	prepare func(ctx context.Context, s *BitmapStep) error
+	prepare func(ctx context.Context, tx *graph.Tx, s *BitmapStep) error
 	undo    func() // what Abort does; nil: nothing was done
 	finish  func() // what Commit does
 }
@@ -38,7 +38,7 @@ func (s *BitmapStep) Nodes() []*graph.Node {
 func (*BitmapStep) Discreet() {}
 
 // Prepare implements jobs.Action.
-func (s *BitmapStep) Prepare(ctx context.Context, _ *graph.Tx) error { return s.prepare(ctx, s) }
+func (s *BitmapStep) Prepare(ctx context.Context, tx *graph.Tx) error { return s.prepare(ctx, tx, s) }
 
 // Commit implements jobs.Action.
 func (s *BitmapStep) Commit() {
@@ -60,11 +60,11 @@ func (s *BitmapStep) Clean() {}
 // BitmapAdd makes the step block-dirty-bitmap-add.
 func (m *Manager) BitmapAdd(a *types.BlockDirtyBitmapAdd) *BitmapStep {
 	persistent := a.Persistent != nil && *a.Persistent
-	return &BitmapStep{g: m.g, node: a.Node, quiet: persistent, prepare: func(ctx context.Context, s *BitmapStep) error {
+	return &BitmapStep{g: m.g, node: a.Node, quiet: persistent, prepare: func(ctx context.Context, tx *graph.Tx, s *BitmapStep) error {
 		if a.Name == "" {
 			return errors.New("Bitmap name cannot be empty")
 		}
-		n, err := m.Lookup(&a.Node, &a.Node)
+		n, err := m.lookupIn(tx, a.Node)
 		if err != nil {
 			return err
 		}
@@ -145,8 +145,8 @@ func canStore(n *graph.Node, spec *graph.DirtyBitmapSpec) error {
 
 // onBitmap makes a step that does something with a bitmap that can be used that way.
 func (m *Manager) onBitmap(a *types.BlockDirtyBitmap, use graph.BitmapUse, do func(ctx context.Context, s *BitmapStep, d *graph.DirtyBitmap) error) *BitmapStep {
-	return &BitmapStep{g: m.g, node: a.Node, prepare: func(ctx context.Context, s *BitmapStep) error {
-		d, err := m.g.FindDirtyBitmap(a.Node, a.Name)
+	return &BitmapStep{g: m.g, node: a.Node, prepare: func(ctx context.Context, tx *graph.Tx, s *BitmapStep) error {
+		d, err := tx.FindDirtyBitmap(a.Node, a.Name)
 		if err == nil {
 			err = d.Check(use)
 		}
@@ -212,12 +212,12 @@ func (m *Manager) BitmapEnable(a *types.BlockDirtyBitmap, enable bool) *BitmapSt
 
 // BitmapMerge makes the step block-dirty-bitmap-merge. The node is quiet, as nothing may be recorded that an undo would take for merged.
 func (m *Manager) BitmapMerge(a *types.BlockDirtyBitmapMerge) *BitmapStep {
-	return &BitmapStep{g: m.g, node: a.Node, quiet: true, prepare: func(ctx context.Context, s *BitmapStep) error {
-		d, err := m.g.FindDirtyBitmap(a.Node, a.Target)
+	return &BitmapStep{g: m.g, node: a.Node, quiet: true, prepare: func(ctx context.Context, tx *graph.Tx, s *BitmapStep) error {
+		d, err := tx.FindDirtyBitmap(a.Node, a.Target)
 		if err != nil {
 			return err
 		}
-		sum, err := m.sum(d, a.Bitmaps)
+		sum, err := m.sum(tx, d, a.Bitmaps)
 		if err == nil {
 			err = d.Check(graph.BitmapChange)
 		}
@@ -235,7 +235,7 @@ func (m *Manager) BitmapMerge(a *types.BlockDirtyBitmapMerge) *BitmapStep {
 }
 
 // sum merges bitmaps in the granularity of d, which stays as it is.
-func (m *Manager) sum(d *graph.DirtyBitmap, from []*types.BlockDirtyBitmapOrStr) (*bitmap.Bitmap, error) {
+func (m *Manager) sum(tx *graph.Tx, d *graph.DirtyBitmap, from []*types.BlockDirtyBitmapOrStr) (*bitmap.Bitmap, error) {
 	size := d.Bits().Size()
 	sum := bitmap.New(size, d.Bits().Granularity())
 	for _, b := range from {
@@ -245,7 +245,7 @@ func (m *Manager) sum(d *graph.DirtyBitmap, from []*types.BlockDirtyBitmapOrStr)
 		} else {
 			node, name = b.External.Node, b.External.Name
 		}
-		x, err := m.g.FindDirtyBitmap(node, name)
+		x, err := tx.FindDirtyBitmap(node, name)
 		if err != nil {
 			return nil, err
 		}

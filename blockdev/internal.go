@@ -20,7 +20,12 @@ func (m *Manager) LookupRoot(name string) (*graph.Node, error) {
 	if err != nil {
 		return nil, err
 	}
-	for _, e := range n.Parents() {
+	return onlyRoots(n, n.Parents())
+}
+
+// onlyRoots tells why parents keep a node from being a root, or returns it.
+func onlyRoots(n *graph.Node, parents []*graph.Edge) (*graph.Node, error) {
+	for _, e := range parents {
 		if r := e.ParentRoot(); r == nil || r.Spec().Kind == graph.KindJob {
 			return nil, errors.New("Need a root block node")
 		}
@@ -51,9 +56,12 @@ func (s *InternalSnapshot) Nodes() []*graph.Node {
 }
 
 // Prepare implements jobs.Action.
-func (s *InternalSnapshot) Prepare(ctx context.Context, _ *graph.Tx) error {
+func (s *InternalSnapshot) Prepare(ctx context.Context, tx *graph.Tx) error {
 	device, name := s.args.Device, s.args.Name
-	n, err := s.m.LookupRoot(device)
+	n, err := s.m.lookupIn(tx, device)
+	if err == nil {
+		n, err = onlyRoots(n, tx.Parents(n)) // also those that earlier steps have made
+	}
 	if err != nil {
 		return err
 	}

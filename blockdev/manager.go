@@ -125,6 +125,14 @@ func (m *Manager) Del(ctx context.Context, name string) error {
 	return tx.Commit()
 }
 
+// lookupIn is Lookup of a node by a device or node name as it is once tx is committed.
+func (m *Manager) lookupIn(tx *graph.Tx, name string) (*graph.Node, error) {
+	if n := tx.Node(name); n != nil {
+		return n, nil
+	}
+	return m.Lookup(&name, &name)
+}
+
 // Lookup finds a node by the halves of a generic reference; nil stands for one that was not given.
 func (m *Manager) Lookup(device, node *string) (*graph.Node, error) {
 	var d, n string

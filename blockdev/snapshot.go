@@ -3,6 +3,7 @@ package blockdev
 import (
 	"context"
 	"errors"
+	"fmt"
 
 	"qblockd/graph"
 	"qblockd/graph/perm"
@@ -92,6 +93,12 @@ func (s *Snapshot) Nodes() []*graph.Node {
 func (s *Snapshot) Prepare(ctx context.Context, tx *graph.Tx) error {
 	if err := s.check(); err != nil {
 		return err
+	}
+	for _, e := range tx.Parents(s.old) {
+		if n := e.ParentNode(); n != nil && e.Role()&perm.COW != 0 {
+			// An earlier step has made it so.
+			return fmt.Errorf("Node '%s' is busy: node is used as backing hd of '%s'", s.old.Name(), n.Name())
+		}
 	}
 	if err := s.old.Flush(ctx); err != nil {
 		return errors.New("An IO error has occurred")

@@ -108,7 +108,15 @@ func (n *Node) DirtyBitmap(name string) *DirtyBitmap {
 
 // FindDirtyBitmap finds a bitmap by the names of its node and its own. The errors have the reference's words.
 func (g *Graph) FindDirtyBitmap(node, name string) (*DirtyBitmap, error) {
-	n := g.Node(node)
+	return findDirtyBitmap(g.Node(node), node, name)
+}
+
+// FindDirtyBitmap is that of the Graph once the Tx is committed.
+func (tx *Tx) FindDirtyBitmap(node, name string) (*DirtyBitmap, error) {
+	return findDirtyBitmap(tx.Node(node), node, name)
+}
+
+func findDirtyBitmap(n *Node, node, name string) (*DirtyBitmap, error) {
 	if n == nil {
 		return nil, fmt.Errorf("Node '%s' not found", node)
 	}

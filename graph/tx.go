@@ -169,6 +169,22 @@ func (tx *Tx) Parents(n *Node) (l []*Edge) {
 	return l
 }
 
+// Node finds a node as Graph.Node does once the Tx is committed: also one that the Tx publishes.
+func (tx *Tx) Node(name string) (n *Node) {
+	tx.read(func(d *txDraft) {
+		switch h := tx.g.names[name].node; {
+		case h == nil:
+		case h.state == nodePublished:
+			n = h
+		case h.state == nodeHidden:
+			if r := d.refs[h]; r != nil && r.publish {
+				n = h
+			}
+		}
+	})
+	return n
+}
+
 // NewNode reserves the name (generating one if empty) and makes a hidden node. It is
 // pinned by its opener until Publish or Discard: other sessions see nothing of it but the
 // taken name. Its place in Graph.Nodes is that of this call. Errors: Invalid node-name,

@@ -34,6 +34,7 @@ func TestTransactionUndo(t *testing.T) {
 		g.Node(n).DirtyBitmap("old").Bits().Set(0, 1<<20)
 		g.Node(n).DirtyBitmap("off").Bits().Set(1<<19, 1<<20)
 	}
+	ok("blockdev-add", `{'driver': 'null-co', 'node-name': 'c'}`)
 	steps := []string{
 		`{'type': 'block-dirty-bitmap-add', 'data': {'node': 'a', 'name': 'new'}}`,
 		`{'type': 'block-dirty-bitmap-merge', 'data': {'node': 'a', 'target': 'old', 'bitmaps': ['off', {'node': 'b', 'name': 'off'}]}}`,
@@ -49,8 +50,8 @@ func TestTransactionUndo(t *testing.T) {
 		{`{'type': 'block-dirty-bitmap-add', 'data': {'node': 'b', 'name': 'off'}}`, "Bitmap already exists: off"},
 		{`{'type': 'block-dirty-bitmap-clear', 'data': {'node': 'a', 'name': 'none'}}`, "Dirty bitmap 'none' not found"},
 		{`{'type': 'block-dirty-bitmap-merge', 'data': {'node': 'b', 'target': 'off', 'bitmaps': ['off', 'none']}}`, "Dirty bitmap 'none' not found"},
-		{`{'type': 'blockdev-snapshot', 'data': {'node': 'b', 'overlay': 'none'}}`, "Cannot find device='none' nor node-name='none'"},
-		{`{'type': 'blockdev-snapshot-sync', 'data': {'node-name': 'b', 'snapshot-node-name': 'x', 'snapshot-file': '/nonexistent/x'}}`,
+		{`{'type': 'blockdev-snapshot', 'data': {'node': 'c', 'overlay': 'none'}}`, "Cannot find device='none' nor node-name='none'"},
+		{`{'type': 'blockdev-snapshot-sync', 'data': {'node-name': 'c', 'snapshot-node-name': 'x', 'snapshot-file': '/nonexistent/x'}}`,
 			"Could not create '/nonexistent/x': No such file or directory"},
 	}
 	ok("blockdev-snapshot-sync", `{'node-name': 'b', 'snapshot-node-name': 'q', 'snapshot-file': '`+filepath.Join(dir, "q")+`'}`)
