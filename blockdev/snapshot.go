@@ -134,7 +134,7 @@ func (s *Snapshot) fits(tx *graph.Tx, overlay *graph.Node) error {
 	if overlay.Kind() == graph.Filter {
 		return errors.New("Filters cannot be used as overlays")
 	}
-	if err := overlay.Blocked(graph.OpExternalSnapshot); err != nil {
+	if err := overlay.Blocked(graph.OpOverlay); err != nil {
 		return err
 	}
 	if tx.Child(overlay, "backing") != nil {

@@ -28,11 +28,12 @@ const (
 	OpResize
 	OpStream
 	OpReplace
+	OpOverlay // become the overlay of an external snapshot
 	opCount
 )
 
 // backingAllows are the operations that a node may take part in while it is somebody's backing file.
-const backingAllows = 1<<OpCommitTarget | 1<<OpStream | 1<<OpBackupSource | 1<<OpBackupTarget
+const backingAllows = 1<<OpCommitTarget | 1<<OpStream | 1<<OpBackupSource | 1<<OpBackupTarget | 1<<OpOverlay
 
 // opBlocker is one reason against some operations.
 type opBlocker struct {
