@@ -407,8 +407,7 @@ func (d *Driver) Status(r *blk.Req, off, n int64) (blk.Extent, error) {
 func (d *Driver) Resize(context.Context, int64, blk.Prealloc) error { return blk.ErrNotSupported }
 
 // EdgeClaim implements graph.Permer. The target is written to, and others may write to it, too (the guests' disk may be in its chain), but not
-// change its size. The source must hold still but for what comes through the filter, once anything does: a filter that nobody uses yet can be put on a node
-// that others write to.
+// change its size. The source must hold still but for what comes through the filter.
 func (d *Driver) EdgeClaim(child string, role perm.Role, up perm.Claim, readOnly bool) perm.Claim {
 	if child == "target" {
 		return perm.Claim{Need: perm.Write, Share: perm.All &^ perm.Resize}
@@ -417,9 +416,7 @@ func (d *Driver) EdgeClaim(child string, role perm.Role, up perm.Claim, readOnly
 	if c.Need&perm.Write != 0 {
 		c.Need |= perm.ConsistentRead
 	}
-	if up.Need != 0 || up.Share != perm.All {
-		c.Share &^= perm.Write | perm.Resize
-	}
+	c.Share &^= perm.Write | perm.Resize
 	return c
 }
 
