@@ -201,9 +201,11 @@ func (s *image) shrink(r *blk.Req, old, size int64) error {
 	if err := s.discard(r, s.geo.Clusters(size), s.geo.Clusters(old), false, true, discardAlways); err != nil {
 		return wrap("Failed to discard cropped clusters", err)
 	}
-	s.step(r, blk.EvL1ShrinkWriteTable)
-	s.step(r, blk.EvL1ShrinkFreeL2Clusters)
 	keep := int64(s.geo.L1Entries(uint64(size)))
+	if keep < int64(len(s.l1)) {
+		s.step(r, blk.EvL1ShrinkWriteTable)
+		s.step(r, blk.EvL1ShrinkFreeL2Clusters)
+	}
 	for i := int64(len(s.l1)) - 1; i >= keep; i-- {
 		if off := int64(s.l1[i] & layout.OffsetMask); off != 0 {
 			s.setL1(i, 0)
