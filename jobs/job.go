@@ -72,7 +72,7 @@ type Job struct {
 	waiting          atomic.Bool   // not busy: sleeping, paused or over
 	ended            chan struct{} // closed when Run has returned
 	finished         chan struct{} // closed when the job is concluded
-	instant, lateEnd bool
+	instant, lateEnd bool          // as in Spec
 
 	answered chan struct{} // closed when the command that asked the job to end was answered; nil: there is none. +checklocks:m.mu
 
