@@ -100,9 +100,10 @@ type job struct {
 	claimed     bool // the target is blocked by this job itself already
 
 	// Set by Run before the first copy.
-	h          *jobs.Handle
-	allCluster int64   // target clusters that must be copied as a whole, in bytes; 0: none
-	rate       float64 // of the last pass over the source, in bytes per second
+	h                      *jobs.Handle
+	allCluster             int64   // target clusters that must be copied as a whole, in bytes; 0: none
+	saysZero, showsBacking bool    // the target's own allocation tells whether a backing file shows; one could at all
+	rate                   float64 // of the last pass over the source, in bytes per second
 
 	copyMode atomic.Pointer[types.MirrorCopyMode]
 	ready    atomic.Bool

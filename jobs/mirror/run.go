@@ -3,6 +3,7 @@ package mirror
 import (
 	"context"
 	"errors"
+	"slices"
 	"sync"
 	"time"
 
@@ -70,9 +71,11 @@ func (j *job) fit(ctx context.Context) error {
 	return nil
 }
 
-// findClusters finds out whether clusters of the target must be written as a whole: it has a backing file, but that is not opened yet.
+// findClusters finds out whether a backing file can come to lie below what is left out of the target, and whether its clusters must be written as a whole: it has a backing file, but that is not opened yet.
 func (j *job) findClusters() {
 	t := j.Target.SkipFilters()
+	j.saysZero = t.Caps().Backing
+	j.showsBacking = slices.ContainsFunc(t.NodesBelow(), func(n *graph.Node) bool { return n.Caps().Backing })
 	if b, ok := t.Driver().(graph.Backed); ok && t.Backing() == nil {
 		if name, _ := b.BackingFile(); name != "" && j.Granularity < t.Caps().Limits.ClusterSize {
 			j.allCluster = t.Caps().Limits.ClusterSize
@@ -333,10 +336,12 @@ func (j *job) wholeGranules(x blk.Extent, off, end int64) blk.Extent {
 	return blk.Extent{N: min(blk.AlignUp(off+x.N, g), end) - off, Data: true}
 }
 
-// zero makes the target read as zeroes, where it does not do so already.
+// zero makes the target read as zeroes, where it does not do so already. Of an image that can have a backing file that is what it says itself: one that
+// is attached later, as for a shallow copy, must not show through.
 func (j *job) zero(r *blk.Req, dst *graph.Edge, off, n int64) error {
 	if j.allCluster == 0 {
-		if x, err := dst.StatusAbove(r, nil, false, off, n); err == nil && x.Zero && x.N == n {
+		x, err := dst.StatusAbove(r, nil, false, off, n)
+		if err == nil && x.Zero && x.N == n && (x.Allocated && j.saysZero || !j.showsBacking) {
 			return nil
 		}
 	}
