@@ -188,6 +188,7 @@ type Options struct {
 	Direct       bool // cache.direct
 	NoFlush      bool // cache.no-flush
 	Implicit     bool // inserted by a job, left out of chains that users see
+	NeverFreeze  bool // a job's filter, which must be free to go: no link to it can be frozen by FreezeChain
 	Discard      bool // discard=unmap
 	DetectZeroes types.BlockdevDetectZeroesOptions
 	// Canonical holds the options as given, for reopen, json: names and recorded state.

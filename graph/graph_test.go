@@ -575,35 +575,3 @@ func TestCycleTogether(t *testing.T) {
 	}
 	wantErr(t, <-second, "Making 'a1' a backing child of 'b2' would create a cycle")
 }
-
-func TestFreeze(t *testing.T) {
-	g := newTestGraph(t)
-	f1, f2, f3 := addMem(t, g, "f1"), addMem(t, g, "f2"), addMem(t, g, "f3")
-	base := addFormat(t, g, "base", f1, nil)
-	mid := addFormat(t, g, "mid", f2, base)
-	top := addFormat(t, g, "top", f3, mid)
-	unfreeze, err := g.FreezeChain(top, base)
-	if err != nil {
-		t.Fatal(err)
-	}
-	if !top.Backing().Frozen() || !mid.Backing().Frozen() {
-		t.Error("not frozen")
-	}
-	_, err = g.FreezeChain(mid, nil)
-	wantErr(t, err, "Cannot change 'backing' link from 'mid' to 'base'")
-	tx := g.Begin(context.Background())
-	defer tx.Abort()
-	wantErr(t, tx.Detach(top.Backing()), "Cannot change frozen 'backing' link from 'top' to 'mid'")
-	tx = g.Begin(context.Background())
-	wantErr(t, tx.ReplaceNode(mid, base), "Cannot change 'backing' link to 'mid'")
-	tx = g.Begin(context.Background())
-	defer tx.Abort()
-	unfreeze()
-	unfreeze()
-	if err := errors.Join(tx.ReplaceNode(mid, base), tx.Commit()); err != nil {
-		t.Fatal(err)
-	}
-	if top.Backing().Node() != base {
-		t.Error("not replaced")
-	}
-}

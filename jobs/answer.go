@@ -51,16 +51,8 @@ func (j *Job) DeferEnd() (answered func()) {
 		close(c)
 		forced := j.st.Forced
 		j.m.mu.Unlock()
-		if !forced {
-			return
-		}
-		limit := time.NewTimer(cancelGrace)
-		defer limit.Stop()
-		select {
-		case <-j.finished:
-			j.m.mu.Lock() // the events of its last step are out
-			defer j.m.mu.Unlock()
-		case <-limit.C:
+		if forced {
+			j.awaitEnd()
 		}
 	}
 }

@@ -107,16 +107,21 @@ func (j *Job) Cancel(force bool) error {
 	idle = idle && j.st.Forced
 	j.m.mu.Unlock()
 	if idle {
-		limit := time.NewTimer(cancelGrace)
-		defer limit.Stop()
-		select {
-		case <-j.finished:
-			j.m.mu.Lock() // the events of its last step are out
-			defer j.m.mu.Unlock()
-		case <-limit.C:
-		}
+		j.awaitEnd()
 	}
 	return nil
+}
+
+// awaitEnd waits for the end of the job, the events of its last step included, for cancelGrace at most.
+func (j *Job) awaitEnd() {
+	limit := time.NewTimer(cancelGrace)
+	defer limit.Stop()
+	select {
+	case <-j.finished:
+		j.m.mu.Lock() // the events are out
+		defer j.m.mu.Unlock()
+	case <-limit.C:
+	}
 }
 
 // userCancel cancels a job in any state. A job whose work is over takes its transaction along at once.

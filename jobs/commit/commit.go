@@ -146,7 +146,7 @@ func (j *job) attach(ctx context.Context, mj *jobs.Job) error {
 	top := j.Top.Options()
 	filter, err := tx.NewNode(&graph.Options{
 		Name: j.FilterNodeName, DriverName: DriverName, Kind: graph.Filter, ReadOnly: true,
-		Implicit: j.FilterNodeName == "", Direct: top.Direct, NoFlush: top.NoFlush,
+		Implicit: j.FilterNodeName == "", NeverFreeze: true, Direct: top.Direct, NoFlush: top.NoFlush,
 	})
 	if err != nil {
 		return err
@@ -159,9 +159,15 @@ func (j *job) attach(ctx context.Context, mj *jobs.Job) error {
 	if err := j.hold(tx, mj); err != nil {
 		return err
 	}
-	if j.thaw, err = tx.FreezeChain(filter, j.Base); err != nil {
+	thawChain, err := tx.FreezeChain(filter, j.Base)
+	if err != nil {
 		return err
 	}
+	thawOverlays, err := tx.FreezeOverlays(filter)
+	if err != nil {
+		return err
+	}
+	j.thaw = func() { thawChain(); thawOverlays() }
 	if err := tx.Publish(filter); err != nil {
 		return err
 	}
@@ -365,7 +371,7 @@ func (j *job) headerNames() (name, format string) {
 
 // leave lets tx give back what the job relies on.
 func (j *job) leave(tx *graph.Tx) error {
-	if err := tx.Thaw(j.filter, j.Base); err != nil {
+	if err := errors.Join(tx.Thaw(j.filter, j.Base), tx.ThawOverlays(j.filter)); err != nil {
 		return err
 	}
 	for _, r := range append(j.holds, j.top, j.base) {
@@ -378,7 +384,6 @@ func (j *job) leave(tx *graph.Tx) error {
 
 // Clean implements jobs.Cleaner.
 func (j *job) Clean(*jobs.Handle) {
-	j.thaw()
 	if j.filter != nil {
 		tx := j.g.Begin(context.Background())
 		err := j.leave(tx)
@@ -395,6 +400,7 @@ func (j *job) Clean(*jobs.Handle) {
 		}
 		j.filter = nil
 	}
+	j.thaw() // where the graph was closed already
 	j.restoreReadOnly()
 	for _, f := range j.block {
 		f()

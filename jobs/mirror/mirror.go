@@ -173,7 +173,7 @@ func (j *job) attach(ctx context.Context) error {
 	source := j.Source.Options()
 	filter, err := tx.NewNode(&graph.Options{
 		Name: j.FilterNodeName, DriverName: DriverName, Kind: graph.Filter,
-		Implicit: j.FilterNodeName == "", Discard: true, Direct: source.Direct, NoFlush: source.NoFlush,
+		Implicit: j.FilterNodeName == "", NeverFreeze: true, Discard: true, Direct: source.Direct, NoFlush: source.NoFlush,
 	})
 	if err != nil {
 		return err

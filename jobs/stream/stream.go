@@ -82,6 +82,9 @@ func Start(ctx context.Context, m *jobs.Manager, a Args) (release func(), err er
 	if err := j.findBase(); err != nil {
 		return nil, err
 	}
+	if err := j.blocked(); err != nil {
+		return nil, err // told before anything that cannot be frozen
+	}
 	unfreeze, err := j.makeWritable(ctx)
 	if err != nil {
 		return nil, err
