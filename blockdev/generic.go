@@ -88,8 +88,6 @@ func (d *Driver) checkGeneric(g *graph.Options) error {
 	if g.DetectZeroes == types.BlockdevDetectZeroesOptionsUnmap && !g.Discard {
 		return errUnmap
 	}
-	if g.Name == "" && g.Canonical.NodeName != nil {
-		return errors.New("Invalid node-name: ''")
-	}
-	return nil
+	_, err := graph.GivenName(g.Canonical.NodeName)
+	return err
 }

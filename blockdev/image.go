@@ -42,16 +42,20 @@ func (m *Manager) CreateImage(ctx context.Context, i NewImage) (err error) {
 			return errors.New("Error: Trying to create an image with the same filename as the backing file")
 		}
 	}
-	fresh, err := await(ctx, func() bool { _, err := os.Lstat(i.Filename); return errors.Is(err, fs.ErrNotExist) })
+	path, err := m.creationPath(ctx, i.Filename)
+	if err != nil {
+		return err
+	}
+	fresh, err := await(ctx, func() bool { _, err := os.Lstat(path); return errors.Is(err, fs.ErrNotExist) })
 	if err != nil {
 		return err
 	}
 	defer func() {
 		if err != nil && fresh {
-			os.Remove(i.Filename)
+			os.Remove(path)
 		}
 	}()
-	o := &types.BlockdevCreateOptionsFile{Filename: i.Filename}
+	o := &types.BlockdevCreateOptionsFile{Filename: path}
 	if d.Name != types.BlockdevDriverQcow2 {
 		o.Size = uint64(i.Size)
 	}
@@ -60,7 +64,7 @@ func (m *Manager) CreateImage(ctx context.Context, i NewImage) (err error) {
 	}
 	q := &types.BlockdevCreateOptionsQcow2{
 		File: types.BlockdevRef{Definition: &types.BlockdevOptions{
-			Driver: types.BlockdevDriverFile, U: &types.BlockdevOptionsFile{Filename: i.Filename},
+			Driver: types.BlockdevDriverFile, U: &types.BlockdevOptionsFile{Filename: path},
 		}},
 		Size: uint64(i.Size),
 	}
@@ -69,6 +73,19 @@ func (m *Manager) CreateImage(ctx context.Context, i NewImage) (err error) {
 		q.BackingFile, q.BackingFmt = &i.Backing, &format
 	}
 	return m.Creator(&types.BlockdevCreateOptions{Driver: types.BlockdevDriverQcow2, U: q})(ctx, func() {})
+}
+
+// creationPath is where the image called name, which may start with "PROTOCOL:", is made. Errors: a protocol that is unknown or has no files.
+func (m *Manager) creationPath(ctx context.Context, name string) (string, error) {
+	o, err := m.protocolOptions(ctx, name)
+	if err != nil {
+		return "", err
+	}
+	f, ok := o.U.(*types.BlockdevOptionsFile)
+	if !ok {
+		return "", fmt.Errorf("Protocol driver '%s' does not support image creation", o.Driver)
+	}
+	return f.Filename, nil
 }
 
 // Opened is a tree of nodes that was opened and that nobody else sees yet. Either Publish and then Done follow, or Discard.

@@ -50,8 +50,10 @@ func (s *Snapshot) Open(ctx context.Context) error {
 	if err := s.check(); err != nil {
 		return err
 	}
-	name := ""
-	set(&name, a.SnapshotNodeName)
+	name, err := graph.GivenName(a.SnapshotNodeName)
+	if err != nil {
+		return err
+	}
 	if s.node != nil && a.SnapshotNodeName == nil {
 		return errors.New("New overlay node-name missing")
 	}
@@ -69,7 +71,6 @@ func (s *Snapshot) Open(ctx context.Context) error {
 			return err
 		}
 	}
-	var err error
 	s.opened, err = s.m.OpenImage(ctx, OpenImage{
 		Filename: a.SnapshotFile, Format: format, Name: name, ReadOnly: s.old.ReadOnly(), Like: s.old.Options(),
 	})

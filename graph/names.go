@@ -1,6 +1,7 @@
 package graph
 
 import (
+	"errors"
 	"fmt"
 	"math/rand/v2"
 	"strconv"
@@ -10,6 +11,17 @@ import (
 
 // maxNodeName is the longest node name in bytes.
 const maxNodeName = 31
+
+// GivenName is the node name that an optional argument gives, or "" if it is left out. Error: it is given and empty.
+func GivenName(arg *string) (string, error) {
+	switch {
+	case arg == nil:
+		return "", nil
+	case *arg == "":
+		return "", errors.New("Invalid node-name: ''")
+	}
+	return *arg, nil
+}
 
 // takeName enters n under name, or under a generated one if name is empty.
 // +checklocks:g.mu

@@ -178,7 +178,7 @@ func (j *Job) updateLocked() {
 func (j *Job) cancelLocked(force bool) {
 	if c, ok := j.runner.(Canceler); ok {
 		j.m.mu.Unlock()
-		force = c.Cancel(force)
+		force = c.Cancel(force || j.st.Status >= machine.Waiting) // what is over is not ready any more
 		j.m.mu.Lock()
 	} else {
 		force = true

@@ -126,10 +126,14 @@ func (s *backupStep) Prepare(ctx context.Context, tx *graph.Tx) error {
 	if err != nil {
 		return err
 	}
+	filter, err := graph.GivenName(a.FilterNodeName)
+	if err != nil {
+		return fmt.Errorf("Could not create node: %w", err)
+	}
 	args := backup.Args{
 		ID: deref(a.JobID), Source: source, Target: target, Sync: a.Sync, Compress: deref(a.Compress), Speed: deref(a.Speed),
 		OnSourceError: types.BlockdevOnErrorReport, OnTargetError: types.BlockdevOnErrorReport,
-		FilterNodeName: deref(a.FilterNodeName), ManualFinalize: isFalse(a.AutoFinalize), ManualDismiss: isFalse(a.AutoDismiss), Txn: s.txn,
+		FilterNodeName: filter, ManualFinalize: isFalse(a.AutoFinalize), ManualDismiss: isFalse(a.AutoDismiss), Txn: s.txn,
 	}
 	if a.OnSourceError != nil {
 		args.OnSourceError = *a.OnSourceError

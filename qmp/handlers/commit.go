@@ -37,6 +37,10 @@ func (h BlockJob) BlockCommit(ctx context.Context, a *types.BlockCommitArgs) err
 		onError = *a.OnError
 	}
 	var release func()
+	filter, err := graph.GivenName(a.FilterNodeName)
+	if err != nil {
+		return err
+	}
 	if active := top.SkipFilters() == device.SkipFilters(); active || top.Claim().Need&perm.Write != 0 {
 		switch {
 		case a.BackingFile != nil && active:
@@ -47,7 +51,7 @@ func (h BlockJob) BlockCommit(ctx context.Context, a *types.BlockCommitArgs) err
 		release, err = mirror.Start(ctx, h.Jobs, mirror.Args{
 			ID: deref(a.JobID), Type: types.JobTypeCommit, Source: top, Target: base, Base: base, Unmap: true,
 			Speed: deref(a.Speed), OnSourceError: onError, OnTargetError: onError, CopyMode: types.MirrorCopyModeBackground,
-			FilterNodeName: deref(a.FilterNodeName), ManualFinalize: isFalse(a.AutoFinalize), ManualDismiss: isFalse(a.AutoDismiss),
+			FilterNodeName: filter, ManualFinalize: isFalse(a.AutoFinalize), ManualDismiss: isFalse(a.AutoDismiss),
 		})
 	} else {
 		if err := chain.Overlay(device, top).Blocked(graph.OpCommitTarget); err != nil {
@@ -55,7 +59,7 @@ func (h BlockJob) BlockCommit(ctx context.Context, a *types.BlockCommitArgs) err
 		}
 		release, err = commit.Start(ctx, h.Jobs, commit.Args{
 			ID: deref(a.JobID), Device: device, Top: top, Base: base, BackingFile: deref(a.BackingFile), MaskProtocol: deref(a.BackingMaskProtocol),
-			Speed: deref(a.Speed), OnError: onError, FilterNodeName: deref(a.FilterNodeName),
+			Speed: deref(a.Speed), OnError: onError, FilterNodeName: filter,
 			ManualFinalize: isFalse(a.AutoFinalize), ManualDismiss: isFalse(a.AutoDismiss), FileName: h.Nodes.Filename,
 		})
 	}

@@ -23,10 +23,17 @@ func (h BlockJob) BlockdevMirror(ctx context.Context, a *types.BlockdevMirrorArg
 	if err != nil {
 		return err
 	}
+	filter, err := graph.GivenName(a.FilterNodeName)
+	if err != nil {
+		return err
+	}
+	if a.Replaces != nil && *a.Replaces == "" {
+		return errors.New("Failed to find node with node-name=''")
+	}
 	args := mirror.Args{
 		ID: deref(a.JobID), Source: source, Target: target, Replaces: deref(a.Replaces), ZeroTarget: a.Sync == types.MirrorSyncModeFull,
 		Speed: deref(a.Speed), Granularity: int64(deref(a.Granularity)), BufSize: deref(a.BufSize), Unmap: true,
-		FilterNodeName: deref(a.FilterNodeName), ManualFinalize: isFalse(a.AutoFinalize), ManualDismiss: isFalse(a.AutoDismiss),
+		FilterNodeName: filter, ManualFinalize: isFalse(a.AutoFinalize), ManualDismiss: isFalse(a.AutoDismiss),
 	}
 	mirrorDefaults(&args, a.OnSourceError, a.OnTargetError, a.CopyMode)
 	return h.startMirror(ctx, args, a.Sync)
@@ -135,6 +142,10 @@ func (h BlockJob) DriveMirror(ctx context.Context, a *types.DriveMirror) error {
 	if a.Replaces != nil && a.NodeName == nil {
 		return errors.New("a node-name must be provided when replacing a named node of the graph")
 	}
+	name, err := graph.GivenName(a.NodeName)
+	if err != nil {
+		return err
+	}
 	if sync == types.MirrorSyncModeFull {
 		backing = nil
 	}
@@ -149,7 +160,7 @@ func (h BlockJob) DriveMirror(ctx context.Context, a *types.DriveMirror) error {
 		}
 	}
 	opened, err := h.Nodes.OpenImage(ctx, blockdev.OpenImage{
-		Filename: a.Target, Format: format, Name: deref(a.NodeName), Like: source.Options(),
+		Filename: a.Target, Format: format, Name: name, Like: source.Options(),
 	})
 	if err != nil {
 		return err

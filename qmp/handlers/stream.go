@@ -45,9 +45,13 @@ func (h BlockJob) BlockStream(ctx context.Context, a *types.BlockStreamArgs) err
 	if err != nil {
 		return err
 	}
+	filter, err := graph.GivenName(a.FilterNodeName)
+	if err != nil {
+		return fmt.Errorf("Could not create node: %w", err)
+	}
 	args := stream.Args{
 		Top: top, OnError: types.BlockdevOnErrorReport, FileName: h.Nodes.Filename,
-		ID: deref(a.JobID), BackingFile: deref(a.BackingFile), Speed: deref(a.Speed), FilterNodeName: deref(a.FilterNodeName),
+		ID: deref(a.JobID), BackingFile: deref(a.BackingFile), Speed: deref(a.Speed), FilterNodeName: filter,
 		ManualFinalize: isFalse(a.AutoFinalize), ManualDismiss: isFalse(a.AutoDismiss),
 		MaskProtocol: deref(a.BackingMaskProtocol),
 	}
