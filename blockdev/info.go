@@ -71,6 +71,9 @@ func generation(n *graph.Node) uint64 {
 	for e := n.File(); e != nil && e.Role()&perm.Filtered != 0; e = e.Node().File() {
 		gen = max(gen, e.Node().InfoGeneration())
 	}
+	if keeper, _ := snapshotter(n, false); keeper != nil {
+		gen = max(gen, keeper.InfoGeneration())
+	}
 	return gen
 }
 
@@ -162,6 +165,9 @@ func (m *Manager) encodeImage(n *graph.Node, key infoKey) (before, after []byte)
 	}
 	if d, ok := n.Driver().(graph.Informer); ok {
 		d.ImageInfo(&img)
+	}
+	if keeper, s := snapshotter(n, false); s != nil && keeper != n {
+		img.Snapshots = s.Snapshots()
 	}
 	const mark = `, "actual-size": -1`
 	before, after = cut(img.AppendJSON(nil), mark, len(mark))

@@ -8,6 +8,7 @@ import (
 
 	"qblockd/graph"
 	"qblockd/graph/blk"
+	"qblockd/graph/perm"
 	"qblockd/schema/types"
 )
 
@@ -33,6 +34,28 @@ func onlyRoots(n *graph.Node, parents []*graph.Edge) (*graph.Node, error) {
 	return n, nil
 }
 
+// snapshotter finds who keeps the internal snapshots of n: its driver or, where that keeps none and takes all its data from one child, the child.
+// Nil: nobody, or with writable somebody that is read-only.
+func snapshotter(n *graph.Node, writable bool) (*graph.Node, graph.Snapshotter) {
+	const holds = perm.Data | perm.Metadata | perm.Filtered
+	for !writable || !n.ReadOnly() {
+		if s, ok := n.Driver().(graph.Snapshotter); ok {
+			return n, s
+		}
+		below := n.File()
+		if below == nil {
+			break
+		}
+		for _, e := range n.Children() {
+			if e != below && e.Role()&holds != 0 {
+				return nil, nil
+			}
+		}
+		n = below.Node()
+	}
+	return nil, nil
+}
+
 // InternalSnapshot is the body of blockdev-snapshot-internal-sync, as a step of a transaction (jobs.Action). The snapshot is made in Prepare and deleted again in
 // Abort.
 type InternalSnapshot struct {
@@ -50,6 +73,9 @@ func (m *Manager) InternalSnapshot(a *types.BlockdevSnapshotInternal) *InternalS
 // Nodes implements jobs.Action.
 func (s *InternalSnapshot) Nodes() []*graph.Node {
 	if n, err := s.m.LookupRoot(s.args.Device); err == nil {
+		if keeper, _ := snapshotter(n, true); keeper != nil && keeper != n {
+			return []*graph.Node{n, keeper} // who may have other users
+		}
 		return []*graph.Node{n}
 	}
 	return nil
@@ -68,11 +94,11 @@ func (s *InternalSnapshot) Prepare(ctx context.Context, tx *graph.Tx) error {
 	if err := n.Blocked(graph.OpInternalSnapshot); err != nil {
 		return err
 	}
-	store, ok := n.Driver().(graph.Snapshotter)
+	_, store := snapshotter(n, true)
 	switch {
 	case n.ReadOnly():
 		return fmt.Errorf("Device '%s' is read only", device)
-	case !ok:
+	case store == nil:
 		return fmt.Errorf("Block format '%s' used by device '%s' does not support internal snapshots", n.DriverName(), device)
 	case name == "":
 		return errors.New("Name is empty")
@@ -128,11 +154,11 @@ func (m *Manager) DeleteInternalSnapshot(ctx context.Context, a *types.BlockdevS
 	if err := n.Blocked(graph.OpInternalSnapshotDelete); err != nil {
 		return nil, err
 	}
-	store, ok := n.Driver().(graph.Snapshotter)
-	if !ok {
+	keeper, store := snapshotter(n, false)
+	if store == nil {
 		return nil, errors.New("Failed to get a snapshot list: Operation not supported")
 	}
-	undrain, err := m.g.Drain(ctx, n)
+	undrain, err := m.g.Drain(ctx, n, keeper)
 	if err != nil {
 		return nil, err
 	}
@@ -147,7 +173,7 @@ func (m *Manager) DeleteInternalSnapshot(ctx context.Context, a *types.BlockdevS
 		}
 		return nil, fmt.Errorf("Snapshot with id '%s' and name '%s' does not exist on device '%s'", text(a.ID), text(a.Name), a.Device)
 	}
-	if n.ReadOnly() {
+	if n.ReadOnly() || keeper.ReadOnly() {
 		return nil, fmt.Errorf("Device '%s' is read only", a.Device)
 	}
 	if err := store.DeleteSnapshot(&blk.Req{Ctx: ctx}, x.ID); err != nil {
