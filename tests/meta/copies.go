@@ -320,7 +320,7 @@ func (w *world) dropAll(l []*image) error {
 		}
 	}
 	for _, x := range l {
-		w.images[x.slot] = nil
+		w.images[x.slot], x.closed = nil, true
 		if err := w.x.RemoveFile(x.file()); err != nil {
 			return err
 		}

@@ -158,6 +158,9 @@ func (w *world) del(m *image, o Op) error {
 		if err := w.settle(m); err != nil {
 			return err
 		}
+		if m.closed {
+			return nil // a commit that has ended drops what it made superfluous
+		}
 		if len(w.dependents(m, true)) > 0 {
 			fails = "another node backs on it"
 		}
