@@ -108,24 +108,28 @@ func (s *image) share(r *blk.Req, d int) error {
 		}
 		return err
 	})
-	if err != nil {
-		undone := s.eachCluster(r, s.l1, func(c int64) error {
-			if done--; done < 0 {
-				return errEnough
-			}
-			return s.addRef(r, c, -d)
-		})
-		if undone != nil && undone != errEnough {
-			s.warnf("Leaking clusters: %s", blk.ErrnoText(undone))
+	if err == nil {
+		err = s.fixFlags(r)
+	}
+	if err == nil {
+		err = s.flush(r)
+	}
+	if err == nil {
+		return nil
+	}
+	undone := s.eachCluster(r, s.l1, func(c int64) error {
+		if done--; done < 0 {
+			return errEnough
 		}
+		return s.addRef(r, c, -d)
+	})
+	if undone != nil && undone != errEnough {
+		s.warnf("Leaking clusters: %s", blk.ErrnoText(undone))
 	}
-	if e := s.fixFlags(r); err == nil {
-		err = e
+	if e := s.fixFlags(r); e != nil {
+		s.warnf("The flags of clusters that are not shared stay wrong: %s", blk.ErrnoText(e))
 	}
-	if err != nil {
-		return err
-	}
-	return s.flush(r)
+	return err
 }
 
 var errEnough = errors.New("enough")
