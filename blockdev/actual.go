@@ -8,6 +8,7 @@ import (
 
 	"qblockd/graph"
 	"qblockd/graph/perm"
+	"qblockd/schema/types"
 )
 
 const (
@@ -92,10 +93,12 @@ func (m *Manager) refreshActual(vs []view) {
 // with its data; unknownSize if it is not known.
 func (m *Manager) actualSize(n *graph.Node, r *record) int64 {
 	if _, ok := n.Driver().(graph.Sizer); ok {
-		return r.actual.Load()
+		if size := r.actual.Load(); size >= 0 {
+			return size
+		}
 	}
-	if n.Kind() == graph.Protocol {
-		return unknownSize
+	if d := m.drivers[types.BlockdevDriver(n.DriverName())]; n.Kind() == graph.Protocol || d != nil && d.NameAround != nil {
+		return unknownSize // the reference takes filters with file names of their own for protocols
 	}
 	var sum int64
 	for _, e := range n.Children() {

@@ -143,6 +143,9 @@ func (d *Driver) Size() int64 {
 	return 0
 }
 
+// ImageInfo implements graph.Informer.
+func (d *Driver) ImageInfo(info *types.ImageInfo) { d.image().ShowImage(info) }
+
 // Close implements graph.Driver.
 func (d *Driver) Close() error { return nil }
 

@@ -231,7 +231,7 @@ func (d *image) ActualSize() (int64, error) {
 	if s, ok := d.file.Node().Driver().(graph.Sizer); ok {
 		return s.ActualSize()
 	}
-	return d.file.Size(), nil
+	return 0, blk.ErrNotSupported
 }
 
 // ImageInfo implements graph.Informer: clusters and the dirty flag are those of the file. What else that has of its
