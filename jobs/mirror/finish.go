@@ -103,6 +103,7 @@ func (j *job) catchUp(ctx context.Context, h *jobs.Handle) (err error) {
 	if err := j.copyQuiet(ctx); err != nil {
 		return err
 	}
+	h.SetRemaining(0)
 	return j.target.Edge().Flush(&blk.Req{Ctx: ctx})
 }
 
