@@ -34,8 +34,8 @@ func (j *Job) settledLocked() bool {
 	return j.asleep || j.idleLocked() || j.gone || j.st.Status == machine.Concluded || j.st.Status == machine.Pending && !j.st.AutoFinalize
 }
 
-// DeferEnd is called by a command that is about to ask the job to end. If the job is of the kind whose end comes after the command's answer, it does
-// not end before answered is called, or cancelGrace has passed. answered waits, for cancelGrace at most, for the end of a job that was cancelled by
+// DeferEnd is called by a command that is about to ask the job to end or to go on. If the job is of the kind whose end comes after the command's answer,
+// it is neither ready nor over before answered is called, or cancelGrace has passed. answered waits, for cancelGrace at most, for the end of a job that was cancelled by
 // force, so that the client's next command finds it over.
 func (j *Job) DeferEnd() (answered func()) {
 	j.m.mu.Lock()
@@ -57,7 +57,7 @@ func (j *Job) DeferEnd() (answered func()) {
 	}
 }
 
-// awaitAnswer holds up the end of the job for DeferEnd.
+// awaitAnswer holds the job up for DeferEnd.
 func (j *Job) awaitAnswer() {
 	j.m.mu.Lock()
 	c := j.answered

@@ -3,6 +3,7 @@ package jobs
 import (
 	"context"
 	"testing"
+	"testing/synctest"
 
 	"qblockd/schema/types"
 )
@@ -44,6 +45,41 @@ func TestDeferEnd(t *testing.T) {
 			t.Errorf("late %v: after the answer %s", late, got)
 		}
 	}
+}
+
+// TestAwaitAnswer: a job that was resumed is ready only when the command that did it has been answered.
+func TestAwaitAnswer(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		r := newRecorder()
+		m := NewManager(r, nil)
+		copied := make(chan struct{})
+		j, err := m.Create(Spec{ID: "j", Type: types.JobTypeMirror, Block: true, LateEnd: true, Runner: &work{run: func(_ context.Context, h *Handle) error {
+			h.Yield()
+			<-copied
+			h.AwaitAnswer()
+			h.Ready()
+			return h.Idle()
+		}}})
+		if err != nil {
+			t.Fatal(err)
+		}
+		m.Start(j)()
+		answered := j.DeferEnd()
+		close(copied)
+		const started = "j:created j:running"
+		synctest.Wait()
+		if got := r.String(); got != started {
+			t.Errorf("before the answer: %s", got)
+		}
+		answered()
+		synctest.Wait()
+		if got, want := r.String(), started+" j:ready j:READY"; got != want {
+			t.Errorf("after the answer: %s, want %s", got, want)
+		}
+		if err := m.Shutdown(context.Background()); err != nil {
+			t.Error(err)
+		}
+	})
 }
 
 // TestSettle: a job on nodes that answer at once has done its work, or waits, when Start returns.

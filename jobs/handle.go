@@ -66,6 +66,9 @@ func (h *Handle) Cancelled() bool {
 	return h.j.st.Cancelled
 }
 
+// AwaitAnswer lets the command that made the job go on be answered first; see Job.DeferEnd.
+func (h *Handle) AwaitAnswer() { h.j.awaitAnswer() }
+
 // Ready announces that the job only waits for Complete (or a soft cancel).
 func (h *Handle) Ready() {
 	h.j.m.mu.Lock()

@@ -47,7 +47,7 @@ type Spec struct {
 	// Instant: the job's nodes answer at once. What it does up to its first wait then comes before the answer to its command, as in the reference,
 	// unless that takes longer than instantLimit.
 	Instant bool
-	// LateEnd: commands that ask the job to end are answered before it does (see Job.DeferEnd), as with the reference's mirrors.
+	// LateEnd: commands that ask the job to end or to go on are answered before it is over or ready (see Job.DeferEnd), as with the reference's mirrors.
 	LateEnd bool
 	// Speed is the initial limit in bytes per second; 0: none.
 	Speed int64

@@ -225,6 +225,7 @@ func (j *job) becomeReady(ctx context.Context, h *jobs.Handle) error {
 	if err := j.onTarget(ctx, func(r *blk.Req, e *graph.Edge) error { return e.Flush(r) }); err != nil {
 		return j.failed(h, err)
 	}
+	h.AwaitAnswer()
 	j.ready.Store(true)
 	h.Ready()
 	return nil

@@ -35,12 +35,12 @@ func (h Job) JobPause(_ context.Context, a *types.JobPauseArgs) error {
 }
 
 // JobResume implements types.JobHandler.
-func (h Job) JobResume(_ context.Context, a *types.JobResumeArgs) error {
+func (h Job) JobResume(ctx context.Context, a *types.JobResumeArgs) error {
 	j, err := h.find(a.ID)
 	if err != nil {
 		return err
 	}
-	return j.Resume()
+	return answerFirst(ctx, j, j.Resume)
 }
 
 // JobCancel implements types.JobHandler.
@@ -49,11 +49,11 @@ func (h Job) JobCancel(ctx context.Context, a *types.JobCancelArgs) error {
 	if err != nil {
 		return err
 	}
-	return ending(ctx, j, func() error { return j.Cancel(true) })
+	return answerFirst(ctx, j, func() error { return j.Cancel(true) })
 }
 
-// ending asks a job to end by f.
-func ending(ctx context.Context, j *jobs.Job, f func() error) error {
+// answerFirst asks a job to end or to go on by f, so that the answer comes before what the job then does.
+func answerFirst(ctx context.Context, j *jobs.Job, f func() error) error {
 	answered := j.DeferEnd()
 	if err := f(); err != nil {
 		answered()
@@ -69,7 +69,7 @@ func (h Job) JobComplete(ctx context.Context, a *types.JobCompleteArgs) error {
 	if err != nil {
 		return err
 	}
-	return ending(ctx, j, func() error { return j.Complete(ctx) })
+	return answerFirst(ctx, j, func() error { return j.Complete(ctx) })
 }
 
 // JobFinalize implements types.JobHandler.
@@ -130,7 +130,7 @@ func (h BlockJob) BlockJobCancel(ctx context.Context, a *types.BlockJobCancelArg
 	if j.UserPaused() && !force {
 		return fmt.Errorf("The block job for device '%s' is currently paused", a.Device)
 	}
-	return ending(ctx, j, func() error { return j.Cancel(force) })
+	return answerFirst(ctx, j, func() error { return j.Cancel(force) })
 }
 
 // BlockJobPause implements types.BlockJobHandler.
@@ -143,12 +143,12 @@ func (h BlockJob) BlockJobPause(_ context.Context, a *types.BlockJobPauseArgs) e
 }
 
 // BlockJobResume implements types.BlockJobHandler.
-func (h BlockJob) BlockJobResume(_ context.Context, a *types.BlockJobResumeArgs) error {
+func (h BlockJob) BlockJobResume(ctx context.Context, a *types.BlockJobResumeArgs) error {
 	j, err := h.find(a.Device)
 	if err != nil {
 		return err
 	}
-	return j.Resume()
+	return answerFirst(ctx, j, j.Resume)
 }
 
 // BlockJobComplete implements types.BlockJobHandler.
@@ -157,7 +157,7 @@ func (h BlockJob) BlockJobComplete(ctx context.Context, a *types.BlockJobComplet
 	if err != nil {
 		return err
 	}
-	return ending(ctx, j, func() error { return j.Complete(ctx) })
+	return answerFirst(ctx, j, func() error { return j.Complete(ctx) })
 }
 
 // BlockJobFinalize implements types.BlockJobHandler.
