@@ -59,7 +59,7 @@ func (o *opener) tryOpen(p *plan, finish func(tx *graph.Tx, n *graph.Node) error
 	tx := o.m.g.Begin(o.ctx)
 	defer tx.Abort()
 	x := &Opened{o, n}
-	if p.ref == "" {
+	if p.ref == nil {
 		if err := x.Publish(tx); err != nil {
 			return err
 		}
@@ -86,12 +86,12 @@ func (o *opener) openHidden(p *plan) (*Opened, error) {
 
 // openAll reserves the names in the plan and opens it.
 func (o *opener) openAll(p *plan) (*graph.Node, error) {
-	if p.ref == "" {
+	if p.ref == nil {
 		var made []*graph.Node
 		tx := o.m.g.Begin(o.ctx)
 		defer tx.Abort()
 		if err := p.reserve(tx, func(n *graph.Node) { made = append(made, n) }); err != nil {
-			if p.fileFirst() && p.kids[0].plan.ref != "" {
+			if p.fileFirst() && p.kids[0].plan.ref != nil {
 				if n, err := o.open(p.kids[0].plan); err == nil {
 					o.m.tellProbed(n) // by the reference, before it sees that a name is taken
 				}
@@ -126,8 +126,8 @@ func (o *opener) discard() {
 
 // open opens a plan bottom up and returns its node.
 func (o *opener) open(p *plan) (*graph.Node, error) {
-	if p.ref != "" {
-		return o.m.Lookup(&p.ref, &p.ref)
+	if p.ref != nil {
+		return o.m.Lookup(p.ref, p.ref)
 	}
 	if err := o.ctx.Err(); err != nil {
 		return nil, err
@@ -141,12 +141,15 @@ func (o *opener) open(p *plan) (*graph.Node, error) {
 		if i == at {
 			p.moveUp()
 		}
+		if i >= at && p.isNamed(p.kids[i].plan.ref) {
+			return nil, p.circle(p.kids[i].name)
+		}
 		n, err := o.open(p.kids[i].plan)
 		if err != nil {
 			return nil, err
 		}
 		kids[i] = n
-		if k := p.kids[i]; k.name == "file" && k.plan.ref != "" {
+		if k := p.kids[i]; k.name == "file" && k.plan.ref != nil {
 			defer o.m.tellProbed(n)
 		}
 	}
@@ -170,6 +173,14 @@ func (o *opener) open(p *plan) (*graph.Node, error) {
 
 // fileFirst: the node shows up as newer than its file, as in the reference; drivers open other children when they are there already.
 func (p *plan) fileFirst() bool { return len(p.kids) > 0 && p.kids[0].name == "file" }
+
+// isNamed tells whether ref is the name of the node that is being opened itself.
+func (p *plan) isNamed(ref *string) bool { return ref != nil && p.node != nil && *ref == p.gen.Name }
+
+// circle is the error of a node that names itself as its child.
+func (p *plan) circle(child string) error {
+	return &perm.CycleError{Child: p.gen.Name, Role: child, Parent: p.gen.Name}
+}
 
 // moveUp makes the node show up as the newest, if it has its name already.
 func (p *plan) moveUp() {
@@ -210,7 +221,7 @@ func (o *opener) attach(p *plan, kids []*graph.Node) (*graph.Root, error) {
 		return nil, err
 	}
 	for i, n := range kids {
-		if p.kids[i].plan.ref == "" {
+		if p.kids[i].plan.ref == nil {
 			o.m.record(n).definer.Store(p.node)
 		}
 	}
@@ -270,6 +281,9 @@ func (o *opener) openBacking(p *plan) error {
 		}
 		header = name
 	}
+	if p.isNamed(b.ref) {
+		return p.circle("backing")
+	}
 	n, err := o.open(b)
 	if err != nil {
 		return backingError(err)
@@ -283,7 +297,7 @@ func (o *opener) openBacking(p *plan) error {
 	if _, err := tx.Attach(p.node, "backing", perm.COW, n); err != nil {
 		return err
 	}
-	if b.ref == "" {
+	if b.ref == nil {
 		o.m.record(n).definer.Store(p.node)
 	}
 	return o.commit(tx, nil, n)

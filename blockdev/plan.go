@@ -11,7 +11,7 @@ import (
 // plan is a node to be opened, or one to be used. It is made from options alone; nothing
 // has happened yet.
 type plan struct {
-	ref string // name of an existing node; all else is unset then
+	ref *string // name of an existing node; all else is unset then
 
 	opts *types.BlockdevOptions
 	drv  *Driver // nil: to be found out from the header of the file, kids[0]
@@ -82,7 +82,7 @@ func (m *Manager) plan(o *types.BlockdevOptions, up *graph.Options, role perm.Ro
 
 func (m *Manager) planRef(r *types.BlockdevRef, up *graph.Options, role perm.Role, l *link) (*plan, error) {
 	if r.Reference != nil {
-		return &plan{ref: *r.Reference}, nil
+		return &plan{ref: r.Reference}, nil
 	}
 	return m.plan(r.Definition, up, role, l)
 }
@@ -93,7 +93,7 @@ func backingError(err error) error { return fmt.Errorf("Could not open backing f
 // reserve takes the names that the options give, by making the hidden nodes that are to bear them. The others are
 // made when they are opened.
 func (p *plan) reserve(tx *graph.Tx, made func(*graph.Node)) error {
-	if p.ref != "" {
+	if p.ref != nil {
 		return nil
 	}
 	for _, k := range p.kids {

@@ -3,6 +3,7 @@ package blockdev
 import (
 	"fmt"
 	"reflect"
+	"slices"
 
 	"qblockd/blockdev/blkdebug"
 	"qblockd/blockdev/file"
@@ -192,8 +193,8 @@ func blkdebugDriver(open graph.OpenFunc) Driver {
 				switch m.Name {
 				case "image", "take-child-perms", "unshare-child-perms":
 				case "inject-error", "set-state":
-					for i, r := range m.Value.(value.List) {
-						for _, x := range r.(*value.Dict).Members() {
+					for i, r := range slices.Backward(m.Value.(value.List)) { // the earlier one is printed first
+						for _, x := range slices.Backward(r.(*value.Dict).Members()) {
 							add(fmt.Sprintf("%s.%d.%s", m.Name, i, x.Name), x.Value)
 						}
 					}
