@@ -34,8 +34,8 @@ func (s *BitmapStep) Nodes() []*graph.Node {
 	return nil
 }
 
-// Discreet implements jobs.Discreet.
-func (*BitmapStep) Discreet() {}
+// Seen implements jobs.Discreet.
+func (*BitmapStep) Seen() []*graph.Node { return nil }
 
 // Prepare implements jobs.Action.
 func (s *BitmapStep) Prepare(ctx context.Context, tx *graph.Tx) error { return s.prepare(ctx, tx, s) }

@@ -79,15 +79,20 @@ func (s *Snapshot) Open(ctx context.Context) error {
 
 // Nodes implements jobs.Action.
 func (s *Snapshot) Nodes() []*graph.Node {
+	nodes := s.Seen()
+	if n := s.m.g.Node(s.overlay); n != nil && s.sync == nil && len(nodes) > 0 {
+		nodes = append(nodes, n)
+	}
+	return nodes
+}
+
+// Seen implements jobs.Discreet.
+func (s *Snapshot) Seen() []*graph.Node {
 	old, err := s.m.Lookup(s.device, s.node)
 	if err != nil {
 		return nil
 	}
-	nodes := []*graph.Node{old}
-	if n := s.m.g.Node(s.overlay); n != nil && s.sync == nil {
-		nodes = append(nodes, n)
-	}
-	return nodes
+	return []*graph.Node{old}
 }
 
 // Prepare implements jobs.Action.

@@ -20,7 +20,7 @@ func (p *Passthrough) Below() *Edge { return p.Node.FilteredChild() }
 func (p *Passthrough) Caps() Caps {
 	below := p.Below().Caps()
 	return Caps{
-		WriteFlags: blk.FUA | blk.WriteUnchanged | below.WriteFlags&blk.Compressed,
+		WriteFlags: blk.FUA | blk.WriteUnchanged,
 		ZeroFlags:  blk.FUA | blk.WriteUnchanged | blk.MayUnmap | blk.NoFallback,
 		ZeroInit:   below.ZeroInit,
 		Limits:     blk.Limits{OptTransfer: below.Limits.OptTransfer, ClusterSize: below.Limits.ClusterSize},

@@ -34,8 +34,8 @@ type Opener interface {
 	Open(ctx context.Context) error
 }
 
-// Discreet marks an Action whose nodes are quiet for reasons of our own: jobs that reach them are not seen to pause.
-type Discreet interface{ Discreet() }
+// Discreet is an Action that holds more nodes quiet than the reference does: only jobs that reach those of Seen are seen to pause.
+type Discreet interface{ Seen() []*graph.Node }
 
 // NoAction is an Action that does nothing, to embed in those that need few of the methods.
 type NoAction struct{}
@@ -120,7 +120,9 @@ func (m *Manager) Transaction(ctx context.Context, g *graph.Graph, actions ...Ac
 	m.blink(before)
 	var nodes []*graph.Node
 	for _, a := range actions {
-		if _, ok := a.(Discreet); !ok {
+		if d, ok := a.(Discreet); ok {
+			nodes = append(nodes, d.Seen()...)
+		} else {
 			nodes = append(nodes, a.Nodes()...)
 		}
 	}

@@ -102,6 +102,7 @@ func (d *driver) file() *graph.Edge { return d.Below() }
 // Caps implements graph.Driver. The filter is transparent, as it counts what is mapped and copied itself.
 func (d *driver) Caps() graph.Caps {
 	c := d.Passthrough.Caps()
+	c.WriteFlags |= blk.Compressed // whether or not the node below takes it, as in the reference
 	c.Transparent = true
 	return c
 }

@@ -113,12 +113,24 @@ func (s *Step) Prepare(_ context.Context, tx *graph.Tx) (err error) {
 	return nil
 }
 
+// takesCompressed tells whether compressed writes come to a node that compresses: filters only pass them on.
+func takesCompressed(n *graph.Node) bool {
+	for n.Caps().WriteFlags&blk.Compressed != 0 {
+		below := n.FilteredChild()
+		if below == nil {
+			return true
+		}
+		n = below.Node()
+	}
+	return false
+}
+
 // check refuses what cannot be backed up, in the reference's order.
 func (s *Step) check() error {
 	switch {
 	case s.Source == s.Target:
 		return errors.New("Source and target cannot be the same")
-	case s.Compress && s.Target.Caps().WriteFlags&blk.Compressed == 0:
+	case s.Compress && !takesCompressed(s.Target):
 		return errors.New("Compression is not supported for this drive ") // where the reference names a device
 	}
 	if err := s.Source.Blocked(graph.OpBackupSource); err != nil {

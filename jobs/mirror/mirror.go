@@ -189,7 +189,7 @@ func (j *job) attach(ctx context.Context) error {
 	j.mj, err = j.m.Create(jobs.Spec{
 		ID: j.ID, Type: j.Type, Runner: j, Block: true, Speed: j.Speed, ManualFinalize: j.ManualFinalize, ManualDismiss: j.ManualDismiss,
 		// With nothing to copy, or what the reference copies in one go, it is ready before its command is answered.
-		Instant: j.None || j.Source.Instant() && j.Target.Instant() && j.Source.Size() <= maxInFlight*maxCopy,
+		Instant: !j.misfit() && (j.None || j.Source.Instant() && j.Target.Instant() && j.Source.Size() <= maxInFlight*maxCopy),
 		LateEnd: true,
 	})
 	if err != nil {

@@ -32,6 +32,7 @@ const (
 func (j *job) Run(ctx context.Context, h *jobs.Handle) error {
 	j.h = h
 	if err := j.fit(ctx); err != nil {
+		h.Yield() // the reference quiesces the source before it ends
 		return err
 	}
 	if j.ZeroTarget && !j.None && !j.zeroesUnmap() {
@@ -64,12 +65,14 @@ func (j *job) fit(ctx context.Context) error {
 		}
 		defer undrain()
 		return j.target.Edge().Resize(ctx, source, false, blk.PreallocOff)
-	case j.Base == j.Target:
-	case source != target:
+	case j.misfit():
 		return errors.New("Source and target image have different sizes")
 	}
 	return nil
 }
+
+// misfit tells whether the target has a size of its own that is not the source's.
+func (j *job) misfit() bool { return j.Base != j.Target && j.Source.Size() != j.Target.Size() }
 
 // findClusters finds out whether a backing file can come to lie below what is left out of the target, and whether its clusters must be written as a whole: it has a backing file, but that is not opened yet.
 func (j *job) findClusters() {

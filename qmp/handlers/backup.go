@@ -102,17 +102,22 @@ func (s *backupStep) Open(ctx context.Context) error {
 }
 
 // Nodes implements jobs.Action.
-func (s *backupStep) Nodes() (l []*graph.Node) {
-	names := []string{s.args.Device, s.args.Target}
+func (s *backupStep) Nodes() []*graph.Node {
 	if s.drive != nil {
-		names = names[:1]
+		return s.Seen()
 	}
-	for _, name := range names {
-		if n, err := s.h.Nodes.Lookup(&name, &name); err == nil {
-			l = append(l, n)
-		}
+	return append(s.Seen(), s.node(s.args.Target)...)
+}
+
+// Seen implements jobs.Discreet.
+func (s *backupStep) Seen() []*graph.Node { return s.node(s.args.Device) }
+
+func (s *backupStep) node(name string) []*graph.Node {
+	n, err := s.h.Nodes.Lookup(&name, &name)
+	if err != nil {
+		return nil
 	}
-	return l
+	return []*graph.Node{n}
 }
 
 // Prepare implements jobs.Action.

@@ -23,7 +23,6 @@ func Open(o *graph.Opening) (graph.Driver, error) {
 // unseen; CopyFrom keeps writes from doing so.
 func (d *driver) Caps() graph.Caps {
 	c := d.Passthrough.Caps()
-	c.WriteFlags &^= blk.Compressed
 	c.Limits.RequestAlign = max(c.Limits.ClusterSize, 1)
 	c.Transparent = true
 	return c

@@ -57,6 +57,7 @@ func (d *driver) Close() error {
 // Caps implements graph.Driver. The filter sees what is read; what is written may pass it.
 func (d *driver) Caps() graph.Caps {
 	c := d.Passthrough.Caps()
+	c.WriteFlags |= blk.Compressed // whether or not the node below takes it, as in the reference
 	c.Transparent = true
 	return c
 }
