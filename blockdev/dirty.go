@@ -64,7 +64,7 @@ func (m *Manager) BitmapAdd(a *types.BlockDirtyBitmapAdd) *BitmapStep {
 		if a.Name == "" {
 			return errors.New("Bitmap name cannot be empty")
 		}
-		n, err := m.lookupIn(tx, a.Node)
+		n, err := m.LookupIn(tx, a.Node)
 		if err != nil {
 			return err
 		}

@@ -69,14 +69,23 @@ func (m *Manager) Filename(n *graph.Node) string { return m.name(n).filename }
 // BackingOverridden tells whether opening n's image anew, without options, would give another backing file, or
 // may do so.
 func (m *Manager) BackingOverridden(n *graph.Node) bool {
-	return m.overridden(autoName(n, m.record(n)), n.Backing())
+	r := m.record(n)
+	return m.overridden(autoName(n, r), r.backing(n))
 }
 
-func (m *Manager) overridden(auto string, backing *graph.Edge) bool {
+func (m *Manager) overridden(auto string, backing *graph.Node) bool {
 	if backing == nil {
 		return auto != ""
 	}
-	return auto != m.name(backing.Node()).filename
+	return auto != m.name(backing).filename
+}
+
+// backing is the backing file of n, whose record is r: the one that it has or will have.
+func (r *record) backing(n *graph.Node) *graph.Node {
+	if e := n.Backing(); e != nil {
+		return e.Node()
+	}
+	return r.toCome.Load()
 }
 
 // name is the name of n, made anew if something below changed since it was made.
@@ -88,13 +97,13 @@ func (m *Manager) nameOf(n *graph.Node, r *record) *nodeName {
 	if old := r.name.Load(); old != nil && old.gen == gen && old.auto == auto {
 		return old
 	}
-	fresh := m.makeName(n, auto)
+	fresh := m.makeName(n, auto, r.backing(n))
 	fresh.gen, fresh.auto = gen, auto
 	r.name.Store(fresh)
 	return fresh
 }
 
-func (m *Manager) makeName(n *graph.Node, auto string) *nodeName {
+func (m *Manager) makeName(n *graph.Node, auto string, backing *graph.Node) *nodeName {
 	kids := n.Children()
 	if n.Implicit() && len(kids) == 1 {
 		below := *m.name(kids[0].Node())
@@ -117,15 +126,17 @@ func (m *Manager) makeName(n *graph.Node, auto string) *nodeName {
 			t.add(optionMember{name: name, encoded: value.Append(nil, v)})
 		})
 	}
-	backing := n.Backing()
 	over := m.overridden(auto, backing)
 	for _, e := range kids {
-		if e != backing || over {
+		if e != n.Backing() {
 			t.add(optionMember{name: e.ChildName(), sub: m.name(e.Node()).options})
 		}
 	}
-	if over && backing == nil {
+	switch {
+	case over && backing == nil:
 		t.add(optionMember{name: "backing", encoded: []byte("null")})
+	case over:
+		t.add(optionMember{name: "backing", sub: m.name(backing).options})
 	}
 	name := &nodeName{options: t}
 	name.exact = m.plainName(n, d, u, needJSON || over)

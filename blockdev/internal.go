@@ -81,10 +81,18 @@ func (s *InternalSnapshot) Nodes() []*graph.Node {
 	return nil
 }
 
+// Seen implements jobs.Discreet.
+func (s *InternalSnapshot) Seen() []*graph.Node {
+	if l := s.Nodes(); l != nil {
+		return l[:1]
+	}
+	return nil
+}
+
 // Prepare implements jobs.Action.
 func (s *InternalSnapshot) Prepare(ctx context.Context, tx *graph.Tx) error {
 	device, name := s.args.Device, s.args.Name
-	n, err := s.m.lookupIn(tx, device)
+	n, err := s.m.LookupIn(tx, device)
 	if err == nil {
 		n, err = onlyRoots(n, tx.Parents(n)) // also those that earlier steps have made
 	}

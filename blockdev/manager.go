@@ -125,8 +125,8 @@ func (m *Manager) Del(ctx context.Context, name string) error {
 	return tx.Commit()
 }
 
-// lookupIn is Lookup of a node by a device or node name as it is once tx is committed.
-func (m *Manager) lookupIn(tx *graph.Tx, name string) (*graph.Node, error) {
+// LookupIn is Lookup of a node by a device or node name as it is once tx is committed.
+func (m *Manager) LookupIn(tx *graph.Tx, name string) (*graph.Node, error) {
 	if n := tx.Node(name); n != nil {
 		return n, nil
 	}

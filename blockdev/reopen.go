@@ -261,9 +261,9 @@ func (e *reopening) prepare(m *Manager, tx *graph.Tx) error {
 	if e.gen.DetectZeroes == types.BlockdevDetectZeroesOptionsUnmap && !e.gen.Discard {
 		return errUnmap
 	}
-	driver, ok := n.Driver().(graph.Reopener)
-	if !ok {
-		return fmt.Errorf("Block format '%s' used by node '%s' does not support reopening files", n.DriverName(), n.Name())
+	driver, err := n.Reopener()
+	if err != nil {
+		return err
 	}
 	d := m.drivers[types.BlockdevDriver(n.DriverName())]
 	if err := e.resettable(m, d); err != nil {

@@ -20,6 +20,7 @@ type Snapshot struct {
 
 	old    *graph.Node
 	opened *Opened // the overlay that was made or opened by this step
+	below  bool    // old is below the overlay
 	done   bool
 }
 
@@ -33,21 +34,26 @@ func (m *Manager) SnapshotSync(a *types.BlockdevSnapshotSync) *Snapshot {
 	return &Snapshot{m: m, device: a.Device, node: a.NodeName, sync: a}
 }
 
-// check finds the node and tells whether a snapshot of it is possible.
-func (s *Snapshot) check() (err error) {
-	if s.old, err = s.m.Lookup(s.device, s.node); err != nil {
-		return err
+// check finds the node, first among those of earlier steps, and tells whether a snapshot of it is possible.
+func (s *Snapshot) check(earlier func(name string) *graph.Node) (err error) {
+	if s.node != nil {
+		s.old = earlier(*s.node)
+	}
+	if s.old == nil {
+		if s.old, err = s.m.Lookup(s.device, s.node); err != nil {
+			return err
+		}
 	}
 	return s.old.Blocked(graph.OpExternalSnapshot)
 }
 
 // Open implements jobs.Opener: it makes and opens the overlay of blockdev-snapshot-sync.
-func (s *Snapshot) Open(ctx context.Context) error {
+func (s *Snapshot) Open(ctx context.Context, earlier func(name string) *graph.Node) error {
 	a := s.sync
 	if a == nil {
 		return nil
 	}
-	if err := s.check(); err != nil {
+	if err := s.check(earlier); err != nil {
 		return err
 	}
 	name, err := graph.GivenName(a.SnapshotNodeName)
@@ -57,7 +63,7 @@ func (s *Snapshot) Open(ctx context.Context) error {
 	if s.node != nil && a.SnapshotNodeName == nil {
 		return errors.New("New overlay node-name missing")
 	}
-	if name != "" && s.m.g.Node(name) != nil {
+	if name != "" && (s.m.g.Node(name) != nil || earlier(name) != nil) {
 		return errors.New("New overlay node-name already in use")
 	}
 	format := string(types.BlockdevDriverQcow2)
@@ -74,30 +80,47 @@ func (s *Snapshot) Open(ctx context.Context) error {
 	s.opened, err = s.m.OpenImage(ctx, OpenImage{
 		Filename: a.SnapshotFile, Format: format, Name: name, ReadOnly: s.old.ReadOnly(), Like: s.old.Options(),
 	})
+	if err == nil {
+		s.m.record(s.opened.Node()).toCome.Store(s.old)
+	}
 	return err
 }
 
 // Nodes implements jobs.Action.
 func (s *Snapshot) Nodes() []*graph.Node {
-	nodes := s.Seen()
-	if n := s.m.g.Node(s.overlay); n != nil && s.sync == nil && len(nodes) > 0 {
+	old, err := s.m.Lookup(s.device, s.node)
+	if err != nil {
+		return nil
+	}
+	nodes := []*graph.Node{old}
+	if n := s.m.g.Node(s.overlay); n != nil && s.sync == nil {
 		nodes = append(nodes, n)
 	}
 	return nodes
 }
 
-// Seen implements jobs.Discreet.
+// Seen implements jobs.Discreet: the reference quiesces the overlay when nothing speaks against it any more.
 func (s *Snapshot) Seen() []*graph.Node {
-	old, err := s.m.Lookup(s.device, s.node)
-	if err != nil {
+	switch {
+	case s.below:
+		return s.Nodes()
+	case s.old != nil:
+		return []*graph.Node{s.old}
+	}
+	return nil
+}
+
+// Opened implements jobs.Opener.
+func (s *Snapshot) Opened() *graph.Node {
+	if s.opened == nil {
 		return nil
 	}
-	return []*graph.Node{old}
+	return s.opened.Node()
 }
 
 // Prepare implements jobs.Action.
 func (s *Snapshot) Prepare(ctx context.Context, tx *graph.Tx) error {
-	if err := s.check(); err != nil {
+	if err := s.check(tx.Node); err != nil {
 		return err
 	}
 	for _, e := range tx.Parents(s.old) {
@@ -121,6 +144,7 @@ func (s *Snapshot) Prepare(ctx context.Context, tx *graph.Tx) error {
 	if err := s.fits(tx, overlay); err != nil {
 		return err
 	}
+	s.below = true
 	if _, err := tx.InsertFilter(overlay, "backing", s.old); err != nil {
 		return err
 	}
@@ -157,6 +181,7 @@ func (s *Snapshot) Commit() {
 	s.done = true
 	if s.opened != nil {
 		s.opened.Done()
+		s.m.record(s.opened.Node()).toCome.Store(nil)
 	}
 	if s.old.ReadOnly() {
 		return

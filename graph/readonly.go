@@ -2,6 +2,7 @@ package graph
 
 import (
 	"context"
+	"fmt"
 	"log/slog"
 
 	"qblockd/graph/blk"
@@ -14,6 +15,14 @@ func (n *Node) WithFiles() []*Node {
 		nodes = append(nodes, e.Node())
 	}
 	return nodes
+}
+
+// Reopener is n's driver as one that can be reopened. Error: it cannot.
+func (n *Node) Reopener() (Reopener, error) {
+	if d, ok := n.drv.(Reopener); ok {
+		return d, nil
+	}
+	return nil, fmt.Errorf("Block format '%s' used by node '%s' does not support reopening files", n.DriverName(), n.Name())
 }
 
 // SwitchReadOnly makes all nodes read-only or writable, or none. Requests on them wait meanwhile; it blocks as long as those and the
@@ -42,9 +51,12 @@ func (g *Graph) SwitchReadOnly(ctx context.Context, readOnly bool, nodes ...*Nod
 	return nil
 }
 
-// SwitchReadOnly is SetReadOnly that tells the driver, too. After Commit, outcome is the error of a driver that could not follow and has stayed as
+// SwitchReadOnly is SetReadOnly that tells the driver, too, which must be a Reopener. After Commit, outcome is the error of a driver that could not follow and has stayed as
 // it was.
 func (tx *Tx) SwitchReadOnly(n *Node, readOnly bool) (outcome func() error, err error) {
+	if _, err := n.Reopener(); err != nil {
+		return nil, err
+	}
 	if err := tx.SetReadOnly(n, readOnly); err != nil {
 		return nil, err
 	}

@@ -31,10 +31,15 @@ type Action interface {
 // Opener is an Action with slow work (making an image, opening one) that must not hold up requests: it is done before anything
 // is quiet. What Open did is undone by Clean, unless Prepare and Commit made use of it.
 type Opener interface {
-	Open(ctx context.Context) error
+	// Open does the slow work. earlier finds the nodes that the actions before have opened, nil if none has that name: one may be what this action
+	// is about.
+	Open(ctx context.Context, earlier func(name string) *graph.Node) error
+	// Opened is the node that Open has opened; nil: none.
+	Opened() *graph.Node
 }
 
-// Discreet is an Action that holds more nodes quiet than the reference does: only jobs that reach those of Seen are seen to pause.
+// Discreet is an Action that holds more nodes quiet than the reference does: only jobs that reach those of Seen, which are among its Nodes, are seen to
+// pause. Asked last, when the action is done or has failed.
 type Discreet interface{ Seen() []*graph.Node }
 
 // NoAction is an Action that does nothing, to embed in those that need few of the methods.
@@ -58,6 +63,12 @@ func (NoAction) Clean() {}
 // RunActions does all actions or none, at one point in time of all nodes that they name. The error is that of the first action,
 // in their order, that fails. It blocks as long as opening, requests under way and the storage do; waiting ends with ctx.
 func RunActions(ctx context.Context, g *graph.Graph, actions ...Action) error {
+	_, err := runActions(ctx, g, actions)
+	return err
+}
+
+// runActions is RunActions that tells how many actions had their turn.
+func runActions(ctx context.Context, g *graph.Graph, actions []Action) (turns int, err error) {
 	undrain := func() {}
 	defer func() {
 		for _, a := range actions {
@@ -67,12 +78,19 @@ func RunActions(ctx context.Context, g *graph.Graph, actions ...Action) error {
 	}()
 	// A failing Open is reported in its action's turn: one before it may have a reason of its own to fail.
 	failing, openErr := len(actions), error(nil)
+	opened := map[string]*graph.Node{}
+	earlier := func(name string) *graph.Node { return opened[name] }
 	for i, a := range actions {
-		if o, ok := a.(Opener); ok {
-			if openErr = o.Open(ctx); openErr != nil {
-				failing = i
-				break
-			}
+		o, ok := a.(Opener)
+		if !ok {
+			continue
+		}
+		if openErr = o.Open(ctx, earlier); openErr != nil {
+			failing = i
+			break
+		}
+		if n := o.Opened(); n != nil {
+			opened[n.Name()] = n
 		}
 	}
 	var nodes []*graph.Node
@@ -82,7 +100,7 @@ func RunActions(ctx context.Context, g *graph.Graph, actions ...Action) error {
 	if len(nodes) > 0 {
 		end, err := g.Drain(ctx, nodes...)
 		if err != nil {
-			return err
+			return 0, err
 		}
 		undrain = end
 	}
@@ -98,16 +116,16 @@ func RunActions(ctx context.Context, g *graph.Graph, actions ...Action) error {
 		} else {
 			abort(actions[:i])
 		}
-		return err
+		return i + 1, err
 	}
 	if err := tx.Commit(); err != nil {
 		abort(actions)
-		return err
+		return len(actions), err
 	}
 	for _, a := range actions {
 		a.Commit()
 	}
-	return nil
+	return len(actions), nil
 }
 
 // Transaction is RunActions for commands that clients see to quiesce the graph: every job that is at work then is paused in passing, and once more
@@ -118,22 +136,43 @@ func (m *Manager) Transaction(ctx context.Context, g *graph.Graph, actions ...Ac
 	before := slices.Clone(m.jobs)
 	m.mu.Unlock()
 	m.blink(before)
-	var nodes []*graph.Node
+	near := map[*graph.Node][]*Job{} // as it is now
 	for _, a := range actions {
-		if d, ok := a.(Discreet); ok {
-			nodes = append(nodes, d.Seen()...)
-		} else {
-			nodes = append(nodes, a.Nodes()...)
+		for _, n := range a.Nodes() {
+			near[n] = m.near(g, n)
 		}
 	}
-	return m.Quiescing(g, nodes, func() error { return RunActions(ctx, g, actions...) })
+	turns, err := runActions(ctx, g, actions)
+	var seen []*Job
+	for _, a := range actions[:turns] {
+		nodes := a.Nodes
+		if d, ok := a.(Discreet); ok {
+			nodes = d.Seen
+		}
+		for _, n := range nodes() {
+			seen = appendNew(seen, near[n])
+		}
+	}
+	m.blink(seen)
+	return err
 }
 
-// Quiescing runs f, which clients see to quiesce the nodes: every job that reaches one of them and is at work is paused in passing, also if f fails.
-func (m *Manager) Quiescing(g *graph.Graph, nodes []*graph.Node, f func() error) error {
-	near := m.near(g, nodes...)
+// appendNew appends those of more that are not in l.
+func appendNew(l, more []*Job) []*Job {
+	for _, j := range more {
+		if !slices.Contains(l, j) {
+			l = append(l, j)
+		}
+	}
+	return l
+}
+
+// Quiescing runs f, which clients see to quiesce the nodes, as they are before it and after it: every job that reaches one of them and is at work
+// is paused in passing, also if f fails.
+func (m *Manager) Quiescing(g *graph.Graph, nodes func() []*graph.Node, f func() error) error {
+	near := m.near(g, nodes()...)
 	err := f()
-	m.blink(near)
+	m.blink(appendNew(near, m.near(g, nodes()...)))
 	return err
 }
 

@@ -18,13 +18,19 @@ type step struct {
 	open, prepare error
 }
 
+var _ Opener = step{}
+
 func (s step) say(what string)                          { *s.log = append(*s.log, what+" "+s.name) }
 func (s step) Nodes() []*graph.Node                     { return nil }
-func (s step) Open(context.Context) error               { s.say("open"); return s.open }
+func (s step) Opened() *graph.Node                      { return nil }
 func (s step) Commit()                                  { s.say("commit") }
 func (s step) Abort()                                   { s.say("abort") }
 func (s step) Clean()                                   { s.say("clean") }
 func (s step) Prepare(context.Context, *graph.Tx) error { s.say("prepare"); return s.prepare }
+func (s step) Open(context.Context, func(string) *graph.Node) error {
+	s.say("open")
+	return s.open
+}
 
 func TestRunActions(t *testing.T) {
 	bad := errors.New("bad")

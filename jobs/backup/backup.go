@@ -15,6 +15,7 @@ import (
 	"context"
 	"errors"
 	"fmt"
+	"math"
 
 	"qblockd/blockdev/filter/copybeforewrite"
 	"qblockd/graph"
@@ -39,11 +40,11 @@ type Args struct {
 	Speed          int64 // bytes per second, 0: no limit
 	OnSourceError  types.BlockdevOnError
 	OnTargetError  types.BlockdevOnError
-	FilterNodeName string // "": generated, and the filter is implicit
+	FilterNodeName *string // nil: generated, and the filter is implicit
 	ManualFinalize bool
 	ManualDismiss  bool
 	Buffered       bool      // data go through memory
-	MaxWorkers     int64     // 0: as many as are good
+	MaxWorkers     *int64    // nil: as many as are good
 	MaxChunk       int64     // bytes; 0: as the filter copies at most
 	Txn            *jobs.Txn // nil: the job stands alone
 }
@@ -88,12 +89,15 @@ func (s *Step) Prepare(_ context.Context, tx *graph.Tx) (err error) {
 	if err := s.check(); err != nil {
 		return err
 	}
-	err = s.insert(tx)
-	if err == nil {
-		err = tx.Try() // what the graph does not allow is told before the job is announced
-	}
-	if err != nil {
+	// What the graph does not allow is told before the job is announced.
+	if err := s.makeFilter(tx); err != nil {
 		return fmt.Errorf("Could not create node: %w", err)
+	}
+	if err := s.insert(tx); err != nil {
+		return fmt.Errorf("Could not replace node: %w", err)
+	}
+	if c := s.driver.Cluster(); s.MaxChunk > 0 && s.MaxChunk < c {
+		return fmt.Errorf("Required max-chunk (%d) is less than backup cluster size (%d)", s.MaxChunk, c)
 	}
 	s.mj, err = s.m.Create(jobs.Spec{
 		ID: s.ID, Type: types.JobTypeBackup, Runner: s.job, Block: true, Speed: s.Speed, Txn: s.Txn,
@@ -139,23 +143,34 @@ func (s *Step) check() error {
 	if err := s.Target.Blocked(graph.OpBackupTarget); err != nil {
 		return err
 	}
+	switch {
+	case s.MaxWorkers != nil && (*s.MaxWorkers < 1 || *s.MaxWorkers > math.MaxInt32):
+		return fmt.Errorf("max-workers must be between 1 and %d", math.MaxInt32)
+	case s.MaxChunk < 0:
+		return errors.New("max-chunk must be zero (which means no limit) or positive")
+	case s.Bitmap != nil && s.BitmapMode != types.BitmapSyncModeNever:
+		if err := s.Bitmap.Check(graph.BitmapChange); err != nil {
+			return err
+		}
+	}
 	if rounded(s.Source.Size()) != rounded(s.Target.Size()) {
 		return errors.New("Source and target image have different sizes")
-	}
-	if c := copybeforewrite.ClusterSize(s.Target); s.MaxChunk > 0 && s.MaxChunk < c {
-		return fmt.Errorf("Required max-chunk (%d) is less than backup cluster size (%d)", s.MaxChunk, c)
 	}
 	return nil
 }
 
 func rounded(size int64) int64 { return blk.AlignUp(size, 512) }
 
-// insert puts the filter above the source.
-func (s *Step) insert(tx *graph.Tx) error {
+// makeFilter makes the filter above the target.
+func (s *Step) makeFilter(tx *graph.Tx) error {
+	name, err := graph.GivenName(s.FilterNodeName)
+	if err != nil {
+		return err
+	}
 	source := s.Source.Options()
 	filter, err := tx.NewNode(&graph.Options{
-		Name: s.FilterNodeName, DriverName: copybeforewrite.DriverName, Kind: graph.Filter,
-		Implicit: s.FilterNodeName == "", Discard: true, Direct: source.Direct, NoFlush: source.NoFlush, ReadOnly: s.Source.ReadOnly(),
+		Name: name, DriverName: copybeforewrite.DriverName, Kind: graph.Filter,
+		Implicit: name == "", Discard: true, Direct: source.Direct, NoFlush: source.NoFlush, ReadOnly: s.Source.ReadOnly(),
 	})
 	if err != nil {
 		return err
@@ -165,14 +180,22 @@ func (s *Step) insert(tx *graph.Tx) error {
 		s.driver.CopyThroughMemory()
 	}
 	filter.SetDriver(s.driver)
+	s.filter = filter
 	if _, err := tx.Attach(filter, "target", perm.Data, s.Target); err != nil {
 		return err
 	}
-	if _, err := tx.InsertFilter(filter, "file", s.Source); err != nil {
+	return tx.Try()
+}
+
+// insert puts the filter above the source.
+func (s *Step) insert(tx *graph.Tx) error {
+	if _, err := tx.InsertFilter(s.filter, "file", s.Source); err != nil {
 		return err
 	}
-	s.filter = filter
-	return tx.Publish(filter)
+	if err := tx.Publish(s.filter); err != nil {
+		return err
+	}
+	return tx.Try()
 }
 
 // attach takes what the job relies on, and fixes the point in time: the nodes are quiet.
@@ -280,8 +303,8 @@ func (j *job) Run(ctx context.Context, h *jobs.Handle) error {
 		t.Chunk = min(t.Chunk, blk.AlignDown(j.MaxChunk, j.driver.Cluster()))
 	}
 	t.Chunk = max(t.Chunk, j.driver.Cluster())
-	if j.MaxWorkers > 0 {
-		t.Workers = int(min(int64(t.Workers), j.MaxWorkers))
+	if j.MaxWorkers != nil {
+		t.Workers = int(min(int64(t.Workers), *j.MaxWorkers))
 	}
 	for {
 		if err := copy.Run(h, t); err != nil {

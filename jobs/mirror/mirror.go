@@ -220,7 +220,7 @@ func (j *job) blocked() error {
 		return err
 	}
 	for _, n := range j.between() {
-		if err := n.Blocked(target); err != nil {
+		if err := n.Blocked(graph.OpCommitTarget); err != nil { // they are backing files
 			return err
 		}
 	}

@@ -34,6 +34,7 @@ type backupStep struct {
 	drive  *types.DriveBackup
 	opened *blockdev.Opened
 	source *graph.Node // that the target is to have as its backing file; nil: as its header says
+	found  bool        // both nodes
 	done   bool
 	*backup.Step
 }
@@ -58,14 +59,16 @@ func (h BlockJob) driveBackup(a *types.DriveBackup) *backupStep {
 }
 
 // Open implements jobs.Opener: it makes and opens the file of drive-backup.
-func (s *backupStep) Open(ctx context.Context) error {
+func (s *backupStep) Open(ctx context.Context, earlier func(name string) *graph.Node) (err error) {
 	a := s.drive
 	if a == nil {
 		return nil
 	}
-	n, err := s.h.Nodes.Lookup(&a.Device, &a.Device)
-	if err != nil {
-		return err
+	n := earlier(a.Device)
+	if n == nil {
+		if n, err = s.h.Nodes.Lookup(&a.Device, &a.Device); err != nil {
+			return err
+		}
 	}
 	if err := n.Blocked(graph.OpBackupSource); err != nil {
 		return err
@@ -103,14 +106,28 @@ func (s *backupStep) Open(ctx context.Context) error {
 
 // Nodes implements jobs.Action.
 func (s *backupStep) Nodes() []*graph.Node {
+	source := s.node(s.args.Device)
 	if s.drive != nil {
-		return s.Seen()
+		return source
 	}
-	return append(s.Seen(), s.node(s.args.Target)...)
+	return append(source, s.node(s.args.Target)...)
 }
 
 // Seen implements jobs.Discreet.
-func (s *backupStep) Seen() []*graph.Node { return s.node(s.args.Device) }
+func (s *backupStep) Seen() []*graph.Node {
+	if !s.found {
+		return nil
+	}
+	return s.node(s.args.Device)
+}
+
+// Opened implements jobs.Opener.
+func (s *backupStep) Opened() *graph.Node {
+	if s.opened == nil {
+		return nil
+	}
+	return s.opened.Node()
+}
 
 func (s *backupStep) node(name string) []*graph.Node {
 	n, err := s.h.Nodes.Lookup(&name, &name)
@@ -123,7 +140,7 @@ func (s *backupStep) node(name string) []*graph.Node {
 // Prepare implements jobs.Action.
 func (s *backupStep) Prepare(ctx context.Context, tx *graph.Tx) error {
 	a := s.args
-	source, err := s.h.Nodes.Lookup(&a.Device, &a.Device)
+	source, err := s.h.Nodes.LookupIn(tx, a.Device)
 	if err != nil {
 		return err
 	}
@@ -131,14 +148,11 @@ func (s *backupStep) Prepare(ctx context.Context, tx *graph.Tx) error {
 	if err != nil {
 		return err
 	}
-	filter, err := graph.GivenName(a.FilterNodeName)
-	if err != nil {
-		return fmt.Errorf("Could not create node: %w", err)
-	}
+	s.found = true
 	args := backup.Args{
 		ID: deref(a.JobID), Source: source, Target: target, Sync: a.Sync, Compress: deref(a.Compress), Speed: deref(a.Speed),
 		OnSourceError: types.BlockdevOnErrorReport, OnTargetError: types.BlockdevOnErrorReport,
-		FilterNodeName: filter, ManualFinalize: isFalse(a.AutoFinalize), ManualDismiss: isFalse(a.AutoDismiss), Txn: s.txn,
+		FilterNodeName: a.FilterNodeName, ManualFinalize: isFalse(a.AutoFinalize), ManualDismiss: isFalse(a.AutoDismiss), Txn: s.txn,
 	}
 	if a.OnSourceError != nil {
 		args.OnSourceError = *a.OnSourceError
@@ -151,14 +165,7 @@ func (s *backupStep) Prepare(ctx context.Context, tx *graph.Tx) error {
 	}
 	if p := a.XPerf; p != nil {
 		args.MaxChunk, args.Buffered = deref(p.MaxChunk), isFalse(p.UseCopyRange)
-		if p.MaxWorkers != nil {
-			if args.MaxWorkers = *p.MaxWorkers; args.MaxWorkers < 1 || args.MaxWorkers > maxInt32 {
-				return fmt.Errorf("max-workers must be between 1 and %d", maxInt32)
-			}
-		}
-		if args.MaxChunk < 0 {
-			return errors.New("max-chunk must be zero (which means no limit) or positive")
-		}
+		args.MaxWorkers = p.MaxWorkers
 	}
 	s.Step = backup.NewStep(s.h.Jobs, args)
 	return s.Step.Prepare(ctx, tx)
@@ -167,7 +174,7 @@ func (s *backupStep) Prepare(ctx context.Context, tx *graph.Tx) error {
 // target is the node that is copied to.
 func (s *backupStep) target(tx *graph.Tx) (*graph.Node, error) {
 	if s.drive == nil {
-		return s.h.Nodes.Lookup(&s.args.Target, &s.args.Target)
+		return s.h.Nodes.LookupIn(tx, s.args.Target)
 	}
 	if s.source != nil {
 		if _, err := tx.Attach(s.opened.Node(), "backing", perm.COW, s.source); err != nil {
@@ -176,8 +183,6 @@ func (s *backupStep) target(tx *graph.Tx) (*graph.Node, error) {
 	}
 	return s.opened.Node(), s.opened.Publish(tx)
 }
-
-const maxInt32 = 1<<31 - 1
 
 // backupBitmap finds the bitmap and checks that the modes fit together, in the reference's order.
 func backupBitmap(args *backup.Args, a *types.BlockdevBackup) error {
@@ -206,11 +211,7 @@ func backupBitmap(args *backup.Args, a *types.BlockdevBackup) error {
 		return errors.New("Bitmap sync mode must be given when providing a bitmap")
 	}
 	args.BitmapMode = *mode
-	use := graph.BitmapChange
-	if *mode == types.BitmapSyncModeNever {
-		use = graph.BitmapRead
-	}
-	if err := args.Bitmap.Check(use); err != nil {
+	if err := args.Bitmap.Check(graph.BitmapRead); err != nil {
 		return err
 	}
 	if args.Sync == types.MirrorSyncModeNone {

@@ -5,6 +5,7 @@ import (
 
 	"qblockd/blockdev"
 	"qblockd/blockdev/export"
+	"qblockd/graph"
 	"qblockd/jobs"
 	"qblockd/schema/types"
 )
@@ -55,7 +56,12 @@ func (b BlockCore) BlockdevAdd(ctx context.Context, a *types.BlockdevOptions) er
 // BlockdevReopen gives nodes other options.
 func (b BlockCore) BlockdevReopen(ctx context.Context, a *types.BlockdevReopenArgs) error {
 	r := b.Nodes.Reopen(a.Options)
-	return b.Jobs.Quiescing(b.Nodes.Graph(), r.Nodes(), func() error { return r.Run(ctx) })
+	return b.Jobs.Quiescing(b.Nodes.Graph(), func() (l []*graph.Node) {
+		for _, n := range r.Nodes() {
+			l = append(l, n.NodesBelow()...)
+		}
+		return l
+	}, func() error { return r.Run(ctx) })
 }
 
 // BlockdevDel closes a node.

@@ -137,10 +137,13 @@ func (h BlockJob) ChangeBackingFile(ctx context.Context, a *types.ChangeBackingF
 	}
 	if n.ReadOnly() {
 		nodes := n.WithFiles()
-		if err := h.Graph.SwitchReadOnly(ctx, false, nodes...); err != nil {
+		reopen := func(ctx context.Context, readOnly bool) error {
+			return h.Jobs.Quiescing(h.Graph, n.NodesBelow, func() error { return h.Graph.SwitchReadOnly(ctx, readOnly, nodes...) })
+		}
+		if err := reopen(ctx, false); err != nil {
 			return err
 		}
-		defer func() { err = errors.Join(err, h.Graph.SwitchReadOnly(context.WithoutCancel(ctx), true, nodes...)) }()
+		defer func() { err = errors.Join(err, reopen(context.WithoutCancel(ctx), true)) }()
 	}
 	tx := h.Graph.Begin(ctx)
 	defer tx.Abort()

@@ -16,6 +16,8 @@ import (
 type Nodes interface {
 	// Lookup finds a node by the name of a device or of the node itself; the error has the reference's words.
 	Lookup(device, nodeName *string) (*graph.Node, error)
+	// LookupIn is Lookup of a node by a device or node name as it is once tx is committed.
+	LookupIn(tx *graph.Tx, name string) (*graph.Node, error)
 	// LookupRoot is Lookup of a node that nothing but devices and exports uses.
 	LookupRoot(name string) (*graph.Node, error)
 	// Filename is the node's name as it is written into an overlay's header.
