@@ -63,29 +63,52 @@ func (t *optionTree) append(b []byte, limit int) []byte {
 	return append(b, '}')
 }
 
+// shape is where the children of nodes are looked up.
+type shape interface {
+	Children(n *graph.Node) []*graph.Edge
+	File(n *graph.Node) *graph.Edge
+	Backing(n *graph.Node) *graph.Edge
+	FilteredChild(n *graph.Node) *graph.Edge
+	Target(e *graph.Edge) *graph.Node
+}
+
+// present is the shape of the graph as it is.
+type present struct{}
+
+func (present) Children(n *graph.Node) []*graph.Edge    { return n.Children() }
+func (present) File(n *graph.Node) *graph.Edge          { return n.File() }
+func (present) Backing(n *graph.Node) *graph.Edge       { return n.Backing() }
+func (present) FilteredChild(n *graph.Node) *graph.Edge { return n.FilteredChild() }
+func (present) Target(e *graph.Edge) *graph.Node        { return e.Node() }
+
+// namer names nodes.
+type namer struct {
+	m *Manager
+	shape
+	made map[*graph.Node]*nodeName // nil: names are kept in the records
+}
+
+func (m *Manager) namer() namer { return namer{m: m, shape: present{}} }
+
 // Filename is the name of n as queries show it. No I/O, no waiting.
 func (m *Manager) Filename(n *graph.Node) string { return m.name(n).filename }
+
+// FilenameIn is Filename as it is once tx is committed.
+func (m *Manager) FilenameIn(tx *graph.Tx, n *graph.Node) string {
+	return namer{m, tx, map[*graph.Node]*nodeName{}}.name(n).filename
+}
 
 // BackingOverridden tells whether opening n's image anew, without options, would give another backing file, or
 // may do so.
 func (m *Manager) BackingOverridden(n *graph.Node) bool {
-	r := m.record(n)
-	return m.overridden(autoName(n, r), r.backing(n))
+	return m.namer().overridden(autoName(n, m.record(n)), n.Backing())
 }
 
-func (m *Manager) overridden(auto string, backing *graph.Node) bool {
+func (v namer) overridden(auto string, backing *graph.Edge) bool {
 	if backing == nil {
 		return auto != ""
 	}
-	return auto != m.name(backing).filename
-}
-
-// backing is the backing file of n, whose record is r: the one that it has or will have.
-func (r *record) backing(n *graph.Node) *graph.Node {
-	if e := n.Backing(); e != nil {
-		return e.Node()
-	}
-	return r.toCome.Load()
+	return auto != v.name(v.Target(backing)).filename
 }
 
 // name is the name of n, made anew if something below changed since it was made.
@@ -97,19 +120,31 @@ func (m *Manager) nameOf(n *graph.Node, r *record) *nodeName {
 	if old := r.name.Load(); old != nil && old.gen == gen && old.auto == auto {
 		return old
 	}
-	fresh := m.makeName(n, auto, r.backing(n))
+	fresh := m.namer().make(n, auto)
 	fresh.gen, fresh.auto = gen, auto
 	r.name.Store(fresh)
 	return fresh
 }
 
-func (m *Manager) makeName(n *graph.Node, auto string, backing *graph.Node) *nodeName {
-	kids := n.Children()
+func (v namer) name(n *graph.Node) *nodeName {
+	if v.made == nil {
+		return v.m.name(n)
+	}
+	name := v.made[n]
+	if name == nil {
+		name = v.make(n, autoName(n, v.m.record(n)))
+		v.made[n] = name
+	}
+	return name
+}
+
+func (v namer) make(n *graph.Node, auto string) *nodeName {
+	kids := v.Children(n)
 	if n.Implicit() && len(kids) == 1 {
-		below := *m.name(kids[0].Node())
+		below := *v.name(v.Target(kids[0]))
 		return &below
 	}
-	d := m.drivers[types.BlockdevDriver(n.DriverName())]
+	d := v.m.drivers[types.BlockdevDriver(n.DriverName())]
 	t := &optionTree{}
 	t.add(optionMember{name: "driver", encoded: value.AppendString(nil, n.DriverName())})
 	needJSON := false
@@ -126,20 +161,18 @@ func (m *Manager) makeName(n *graph.Node, auto string, backing *graph.Node) *nod
 			t.add(optionMember{name: name, encoded: value.Append(nil, v)})
 		})
 	}
-	over := m.overridden(auto, backing)
+	backing := v.Backing(n)
+	over := v.overridden(auto, backing)
 	for _, e := range kids {
-		if e != n.Backing() {
-			t.add(optionMember{name: e.ChildName(), sub: m.name(e.Node()).options})
+		if e != backing || over {
+			t.add(optionMember{name: e.ChildName(), sub: v.name(v.Target(e)).options})
 		}
 	}
-	switch {
-	case over && backing == nil:
+	if over && backing == nil {
 		t.add(optionMember{name: "backing", encoded: []byte("null")})
-	case over:
-		t.add(optionMember{name: "backing", sub: m.name(backing).options})
 	}
 	name := &nodeName{options: t}
-	name.exact = m.plainName(n, d, u, needJSON || over)
+	name.exact = v.plain(n, d, u, needJSON || over)
 	name.filename = name.exact
 	if name.exact == "" {
 		name.filename = t.filename()
@@ -147,18 +180,18 @@ func (m *Manager) makeName(n *graph.Node, auto string, backing *graph.Node) *nod
 	return name
 }
 
-// plainName is the exact name of a node, "" if it has none.
-func (m *Manager) plainName(n *graph.Node, d *Driver, u any, needJSON bool) string {
+// plain is the exact name of a node, "" if it has none.
+func (v namer) plain(n *graph.Node, d *Driver, u any, needJSON bool) string {
 	if p, ok := n.Driver().(graph.Namer); ok {
 		return p.Filename()
 	}
 	if _, ok := n.Driver().(graph.ChildNamer); ok {
-		c := n.FilteredChild()
+		c := v.FilteredChild(n)
 		if c == nil {
-			c = n.File()
+			c = v.File(n)
 		}
 		if c != nil {
-			return m.name(c.Node()).filename
+			return v.name(v.Target(c)).filename
 		}
 	}
 	if d != nil && d.NameAround != nil {
@@ -166,8 +199,10 @@ func (m *Manager) plainName(n *graph.Node, d *Driver, u any, needJSON bool) stri
 			return ""
 		}
 		return d.NameAround(u, func(child string) string {
-			if c := n.Child(child); c != nil {
-				return m.name(c.Node()).exact
+			for _, e := range v.Children(n) {
+				if e.ChildName() == child {
+					return v.name(v.Target(e)).exact
+				}
 			}
 			return ""
 		})
@@ -178,8 +213,8 @@ func (m *Manager) plainName(n *graph.Node, d *Driver, u any, needJSON bool) stri
 		}
 		return d.PlainName(u)
 	}
-	if f := n.File(); f != nil && f.Node().Kind() == graph.Protocol && n.Kind() != graph.Filter && !needJSON {
-		return m.name(f.Node()).exact
+	if f := v.File(n); f != nil && v.Target(f).Kind() == graph.Protocol && n.Kind() != graph.Filter && !needJSON {
+		return v.name(v.Target(f)).exact
 	}
 	return ""
 }

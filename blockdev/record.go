@@ -13,13 +13,11 @@ type record struct {
 	auto atomic.Pointer[autoBacking] // set by the opener, before the node is published
 	// definer is the parent whose options or image defined the node, as long as it is one: it hands options down.
 	definer atomic.Pointer[graph.Node]
-	// toCome is the backing file that a node will get which is not in the graph yet; later steps of its transaction go by it.
-	toCome atomic.Pointer[graph.Node]
-	name   atomic.Pointer[nodeName]
-	info   atomic.Pointer[nodeInfo]
-	actual atomic.Int64 // bytes allocated as last heard; unknownSize if never
-	asking atomic.Bool  // a worker asks for it now
-	seen   atomic.Bool  // by others than its opener: the node is or was published
+	name    atomic.Pointer[nodeName]
+	info    atomic.Pointer[nodeInfo]
+	actual  atomic.Int64 // bytes allocated as last heard; unknownSize if never
+	asking  atomic.Bool  // a worker asks for it now
+	seen    atomic.Bool  // by others than its opener: the node is or was published
 }
 
 const unknownSize = -1

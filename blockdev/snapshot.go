@@ -34,28 +34,45 @@ func (m *Manager) SnapshotSync(a *types.BlockdevSnapshotSync) *Snapshot {
 	return &Snapshot{m: m, device: a.Device, node: a.NodeName, sync: a}
 }
 
-// check finds the node, first among those of earlier steps, and tells whether a snapshot of it is possible.
-func (s *Snapshot) check(earlier func(name string) *graph.Node) (err error) {
+// check finds the node, which an earlier step may have made, and tells whether a snapshot of it is possible.
+func (s *Snapshot) check(tx *graph.Tx) (err error) {
+	s.old, s.below = nil, false
 	if s.node != nil {
-		s.old = earlier(*s.node)
+		s.old = tx.Node(*s.node)
 	}
 	if s.old == nil {
 		if s.old, err = s.m.Lookup(s.device, s.node); err != nil {
 			return err
 		}
 	}
-	return s.old.Blocked(graph.OpExternalSnapshot)
-}
-
-// Open implements jobs.Opener: it makes and opens the overlay of blockdev-snapshot-sync.
-func (s *Snapshot) Open(ctx context.Context, earlier func(name string) *graph.Node) error {
-	a := s.sync
-	if a == nil {
-		return nil
-	}
-	if err := s.check(earlier); err != nil {
+	if err := s.old.Blocked(graph.OpExternalSnapshot); err != nil {
 		return err
 	}
+	for _, e := range tx.Parents(s.old) {
+		if n := e.ParentNode(); n != nil && e.Role()&perm.COW != 0 {
+			// An earlier step has made it so.
+			return fmt.Errorf("Node '%s' is busy: node is used as backing hd of '%s'", s.old.Name(), n.Name())
+		}
+	}
+	return nil
+}
+
+// Open implements jobs.Opener: it makes and opens the overlay of blockdev-snapshot-sync. What cannot be otherwise is told by Prepare.
+func (s *Snapshot) Open(ctx context.Context, sketch *graph.Tx) error {
+	err := s.check(sketch)
+	if err == nil && s.sync != nil {
+		err = s.makeOverlay(ctx, sketch)
+	}
+	if err == nil {
+		_ = s.place(sketch)
+	} else if s.sync != nil {
+		return err
+	}
+	return nil
+}
+
+func (s *Snapshot) makeOverlay(ctx context.Context, sketch *graph.Tx) error {
+	a := s.sync
 	name, err := graph.GivenName(a.SnapshotNodeName)
 	if err != nil {
 		return err
@@ -63,7 +80,7 @@ func (s *Snapshot) Open(ctx context.Context, earlier func(name string) *graph.No
 	if s.node != nil && a.SnapshotNodeName == nil {
 		return errors.New("New overlay node-name missing")
 	}
-	if name != "" && (s.m.g.Node(name) != nil || earlier(name) != nil) {
+	if name != "" && sketch.Node(name) != nil {
 		return errors.New("New overlay node-name already in use")
 	}
 	format := string(types.BlockdevDriverQcow2)
@@ -71,7 +88,7 @@ func (s *Snapshot) Open(ctx context.Context, earlier func(name string) *graph.No
 	if a.Mode == nil || *a.Mode != types.NewImageModeExisting {
 		err := s.m.CreateImage(ctx, NewImage{
 			Filename: a.SnapshotFile, Format: format, Size: s.old.Size(),
-			Backing: s.m.Filename(s.old), BackingFormat: s.old.DriverName(),
+			Backing: s.m.FilenameIn(sketch, s.old), BackingFormat: s.old.DriverName(),
 		})
 		if err != nil {
 			return err
@@ -80,9 +97,6 @@ func (s *Snapshot) Open(ctx context.Context, earlier func(name string) *graph.No
 	s.opened, err = s.m.OpenImage(ctx, OpenImage{
 		Filename: a.SnapshotFile, Format: format, Name: name, ReadOnly: s.old.ReadOnly(), Like: s.old.Options(),
 	})
-	if err == nil {
-		s.m.record(s.opened.Node()).toCome.Store(s.old)
-	}
 	return err
 }
 
@@ -110,36 +124,24 @@ func (s *Snapshot) Seen() []*graph.Node {
 	return nil
 }
 
-// Opened implements jobs.Opener.
-func (s *Snapshot) Opened() *graph.Node {
-	if s.opened == nil {
-		return nil
-	}
-	return s.opened.Node()
-}
-
 // Prepare implements jobs.Action.
 func (s *Snapshot) Prepare(ctx context.Context, tx *graph.Tx) error {
-	if err := s.check(tx.Node); err != nil {
+	if err := s.check(tx); err != nil {
 		return err
-	}
-	for _, e := range tx.Parents(s.old) {
-		if n := e.ParentNode(); n != nil && e.Role()&perm.COW != 0 {
-			// An earlier step has made it so.
-			return fmt.Errorf("Node '%s' is busy: node is used as backing hd of '%s'", s.old.Name(), n.Name())
-		}
 	}
 	if err := s.old.Flush(ctx); err != nil {
 		return errors.New("An IO error has occurred")
 	}
+	return s.place(tx)
+}
+
+// place puts the overlay above the node.
+func (s *Snapshot) place(tx *graph.Tx) (err error) {
 	var overlay *graph.Node
 	if s.opened != nil {
 		overlay = s.opened.Node()
-	} else {
-		var err error
-		if overlay, err = s.m.Lookup(&s.overlay, &s.overlay); err != nil {
-			return err
-		}
+	} else if overlay, err = s.m.LookupIn(tx, s.overlay); err != nil {
+		return err
 	}
 	if err := s.fits(tx, overlay); err != nil {
 		return err
@@ -181,7 +183,6 @@ func (s *Snapshot) Commit() {
 	s.done = true
 	if s.opened != nil {
 		s.opened.Done()
-		s.m.record(s.opened.Node()).toCome.Store(nil)
 	}
 	if s.old.ReadOnly() {
 		return

@@ -154,8 +154,38 @@ func (tx *Tx) Child(n *Node, name string) *Edge {
 	return nil
 }
 
-// FilterOrCOWChild is n's link of the backing chain as the Tx would leave it, or nil.
+// File, Backing, FilteredChild and FilterOrCOWChild are those of Node as the Tx would leave it.
+func (tx *Tx) File(n *Node) *Edge { return makeKids(tx.Children(n)).file }
+
+// Backing: see File.
+func (tx *Tx) Backing(n *Node) *Edge { return makeKids(tx.Children(n)).backing }
+
+// FilteredChild: see File.
+func (tx *Tx) FilteredChild(n *Node) *Edge { return makeKids(tx.Children(n)).filtered }
+
+// FilterOrCOWChild: see File.
 func (tx *Tx) FilterOrCOWChild(n *Node) *Edge { return makeKids(tx.Children(n)).chain() }
+
+// SkipImplicitFilters is Node.SkipImplicitFilters as the Tx would leave it.
+func (tx *Tx) SkipImplicitFilters(n *Node) *Node {
+	for n.Implicit() && n.Kind() == Filter {
+		e := tx.FilteredChild(n)
+		if e == nil {
+			break
+		}
+		n = tx.Target(e)
+	}
+	return n
+}
+
+// BackingChainNext is Node.BackingChainNext as the Tx would leave it.
+func (tx *Tx) BackingChainNext(n *Node) *Node {
+	e := tx.FilterOrCOWChild(tx.SkipImplicitFilters(n))
+	if e == nil {
+		return nil
+	}
+	return tx.SkipImplicitFilters(tx.Target(e))
+}
 
 // Target is the node below e as the Tx would leave it.
 func (tx *Tx) Target(e *Edge) (n *Node) {

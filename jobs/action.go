@@ -29,13 +29,10 @@ type Action interface {
 }
 
 // Opener is an Action with slow work (making an image, opening one) that must not hold up requests: it is done before anything
-// is quiet. What Open did is undone by Clean, unless Prepare and Commit made use of it.
+// is quiet. What Open did is undone by Clean, unless Prepare and Commit made use of it. The sketch, which is never committed, is the graph as the
+// actions before will leave it, as far as the Open of later ones relies on that; Open adds to it what Prepare is going to do.
 type Opener interface {
-	// Open does the slow work. earlier finds the nodes that the actions before have opened, nil if none has that name: one may be what this action
-	// is about.
-	Open(ctx context.Context, earlier func(name string) *graph.Node) error
-	// Opened is the node that Open has opened; nil: none.
-	Opened() *graph.Node
+	Open(ctx context.Context, sketch *graph.Tx) error
 }
 
 // Discreet is an Action that holds more nodes quiet than the reference does: only jobs that reach those of Seen, which are among its Nodes, are seen to
@@ -78,19 +75,14 @@ func runActions(ctx context.Context, g *graph.Graph, actions []Action) (turns in
 	}()
 	// A failing Open is reported in its action's turn: one before it may have a reason of its own to fail.
 	failing, openErr := len(actions), error(nil)
-	opened := map[string]*graph.Node{}
-	earlier := func(name string) *graph.Node { return opened[name] }
+	sketch := g.Begin(ctx)
+	defer sketch.Abort()
 	for i, a := range actions {
-		o, ok := a.(Opener)
-		if !ok {
-			continue
-		}
-		if openErr = o.Open(ctx, earlier); openErr != nil {
-			failing = i
-			break
-		}
-		if n := o.Opened(); n != nil {
-			opened[n.Name()] = n
+		if o, ok := a.(Opener); ok {
+			if openErr = o.Open(ctx, sketch); openErr != nil {
+				failing = i
+				break
+			}
 		}
 	}
 	var nodes []*graph.Node

@@ -22,12 +22,11 @@ var _ Opener = step{}
 
 func (s step) say(what string)                          { *s.log = append(*s.log, what+" "+s.name) }
 func (s step) Nodes() []*graph.Node                     { return nil }
-func (s step) Opened() *graph.Node                      { return nil }
 func (s step) Commit()                                  { s.say("commit") }
 func (s step) Abort()                                   { s.say("abort") }
 func (s step) Clean()                                   { s.say("clean") }
 func (s step) Prepare(context.Context, *graph.Tx) error { s.say("prepare"); return s.prepare }
-func (s step) Open(context.Context, func(string) *graph.Node) error {
+func (s step) Open(context.Context, *graph.Tx) error {
 	s.say("open")
 	return s.open
 }

@@ -59,16 +59,14 @@ func (h BlockJob) driveBackup(a *types.DriveBackup) *backupStep {
 }
 
 // Open implements jobs.Opener: it makes and opens the file of drive-backup.
-func (s *backupStep) Open(ctx context.Context, earlier func(name string) *graph.Node) (err error) {
+func (s *backupStep) Open(ctx context.Context, sketch *graph.Tx) error {
 	a := s.drive
 	if a == nil {
 		return nil
 	}
-	n := earlier(a.Device)
-	if n == nil {
-		if n, err = s.h.Nodes.Lookup(&a.Device, &a.Device); err != nil {
-			return err
-		}
+	n, err := s.h.Nodes.LookupIn(sketch, a.Device)
+	if err != nil {
+		return err
 	}
 	if err := n.Blocked(graph.OpBackupSource); err != nil {
 		return err
@@ -82,7 +80,7 @@ func (s *backupStep) Open(ctx context.Context, earlier func(name string) *graph.
 	var below *graph.Node
 	switch a.Sync {
 	case types.MirrorSyncModeTop:
-		if below = n.BackingChainNext(); below == nil {
+		if below = sketch.BackingChainNext(n); below == nil {
 			s.args.Sync = types.MirrorSyncModeFull
 		}
 	case types.MirrorSyncModeNone:
@@ -91,8 +89,8 @@ func (s *backupStep) Open(ctx context.Context, earlier func(name string) *graph.
 	if !existing {
 		i := blockdev.NewImage{Filename: a.Target, Format: format, Size: n.Size()}
 		if below != nil {
-			below = below.SkipImplicitFilters()
-			i.Backing, i.BackingFormat = s.h.Nodes.Filename(below), below.DriverName()
+			below = sketch.SkipImplicitFilters(below)
+			i.Backing, i.BackingFormat = s.h.Nodes.FilenameIn(sketch, below), below.DriverName()
 		}
 		if err := s.h.Nodes.CreateImage(ctx, i); err != nil {
 			return err
@@ -119,14 +117,6 @@ func (s *backupStep) Seen() []*graph.Node {
 		return nil
 	}
 	return s.node(s.args.Device)
-}
-
-// Opened implements jobs.Opener.
-func (s *backupStep) Opened() *graph.Node {
-	if s.opened == nil {
-		return nil
-	}
-	return s.opened.Node()
 }
 
 func (s *backupStep) node(name string) []*graph.Node {

@@ -22,6 +22,8 @@ type Nodes interface {
 	LookupRoot(name string) (*graph.Node, error)
 	// Filename is the node's name as it is written into an overlay's header.
 	Filename(n *graph.Node) string
+	// FilenameIn is Filename as it is once tx is committed.
+	FilenameIn(tx *graph.Tx, n *graph.Node) string
 	// BackingFilename is what the image header of n names as its backing file: as it stands there, the whole name, and the format.
 	BackingFilename(n *graph.Node) (name, full, format string)
 	// FindBacking is the node in the backing chain of top whose image has that file name, or nil.

@@ -81,11 +81,11 @@ func (h Transaction) action(a *types.TransactionAction) jobs.Action {
 	return refused{err: errors.New("Transaction aborted using Abort action")}
 }
 
-// refused is a step that fails.
+// refused is a step that fails: what comes after it is not even begun.
 type refused struct {
 	jobs.NoAction
 	err error
 }
 
-// Prepare implements jobs.Action.
-func (r refused) Prepare(context.Context, *graph.Tx) error { return r.err }
+// Open implements jobs.Opener.
+func (r refused) Open(context.Context, *graph.Tx) error { return r.err }

@@ -44,6 +44,10 @@ func TestTransactionUndo(t *testing.T) {
 		`{'type': 'block-dirty-bitmap-remove', 'data': {'node': 'b', 'name': 'old'}}`,
 		`{'type': 'blockdev-snapshot-sync', 'data': {'node-name': 'a', 'snapshot-node-name': 'over', 'snapshot-file': '` + filepath.Join(dir, "over") + `'}}`,
 		`{'type': 'blockdev-snapshot', 'data': {'node': 'b', 'overlay': 'q'}}`,
+		`{'type': 'blockdev-snapshot-sync', 'data': {'node-name': 'over', 'snapshot-node-name': 'over2', 'snapshot-file': '` + filepath.Join(dir, "over2") + `'}}`,
+		`{'type': 'block-dirty-bitmap-add', 'data': {'node': 'over2', 'name': 'new', 'persistent': true}}`,
+		`{'type': 'blockdev-snapshot-internal-sync', 'data': {'device': 'over2', 'name': 'inside'}}`,
+		`{'type': 'blockdev-snapshot', 'data': {'node': 'over2', 'overlay': 'r'}}`,
 	}
 	failures := []struct{ step, want string }{
 		{`{'type': 'abort', 'data': {}}`, "Transaction aborted using Abort action"},
@@ -54,8 +58,10 @@ func TestTransactionUndo(t *testing.T) {
 		{`{'type': 'blockdev-snapshot-sync', 'data': {'node-name': 'c', 'snapshot-node-name': 'x', 'snapshot-file': '/nonexistent/x'}}`,
 			"Could not create '/nonexistent/x': No such file or directory"},
 	}
-	ok("blockdev-snapshot-sync", `{'node-name': 'b', 'snapshot-node-name': 'q', 'snapshot-file': '`+filepath.Join(dir, "q")+`'}`)
-	ok("blockdev-add", `{'driver': 'qcow2', 'node-name': 'q', 'backing': null, 'file': {'driver': 'file', 'filename': '`+filepath.Join(dir, "q")+`'}}`)
+	for _, n := range []string{"q", "r"} {
+		ok("blockdev-snapshot-sync", `{'node-name': 'b', 'snapshot-node-name': '`+n+`', 'snapshot-file': '`+filepath.Join(dir, n)+`'}`)
+		ok("blockdev-add", `{'driver': 'qcow2', 'node-name': '`+n+`', 'backing': null, 'file': {'driver': 'file', 'filename': '`+filepath.Join(dir, n)+`'}}`)
+	}
 	see := func() string {
 		s := c.say(t, "query-named-block-nodes", `{}`) + c.say(t, "x-debug-query-block-graph", `{}`)
 		for _, n := range []string{"a", "b"} {
@@ -79,7 +85,7 @@ func TestTransactionUndo(t *testing.T) {
 		}
 	}
 	ok("transaction", `{'actions': [`+strings.Join(steps, ", ")+`]}`)
-	if see() == before || g.Node("over") != nil || g.Node("a").DirtyBitmap("new") == nil || g.Node("b").DirtyBitmap("old") != nil {
+	if see() == before || g.Node("r").Backing().Node().Backing().Node() != g.Node("over") || g.Node("a").DirtyBitmap("new") == nil || g.Node("b").DirtyBitmap("old") != nil {
 		t.Error("without a failing step nothing happens")
 	}
 }
