@@ -16,6 +16,7 @@ import (
 	"errors"
 	"fmt"
 	"math"
+	"slices"
 
 	"qblockd/blockdev/filter/copybeforewrite"
 	"qblockd/graph"
@@ -96,6 +97,9 @@ func (s *Step) Prepare(_ context.Context, tx *graph.Tx) (err error) {
 	if err := s.insert(tx); err != nil {
 		return fmt.Errorf("Could not replace node: %w", err)
 	}
+	if err := s.overlaid(tx); err != nil {
+		return err
+	}
 	if c := s.driver.Cluster(); s.MaxChunk > 0 && s.MaxChunk < c {
 		return fmt.Errorf("Required max-chunk (%d) is less than backup cluster size (%d)", s.MaxChunk, c)
 	}
@@ -155,6 +159,17 @@ func (s *Step) check() error {
 	}
 	if rounded(s.Source.Size()) != rounded(s.Target.Size()) {
 		return errors.New("Source and target image have different sizes")
+	}
+	return nil
+}
+
+// overlaid refuses a target that an earlier step of the transaction has made the backing file of an overlay, which is to find there what it held.
+func (s *Step) overlaid(tx *graph.Tx) error {
+	before := s.Target.Parents()
+	for _, e := range tx.Parents(s.Target) {
+		if n := e.ParentNode(); n != nil && e.Role()&perm.COW != 0 && !slices.Contains(before, e) {
+			return &graph.BusyError{Node: s.Target.Name(), Reason: fmt.Errorf("node is used as backing hd of '%s'", n.Name())}
+		}
 	}
 	return nil
 }
