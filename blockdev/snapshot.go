@@ -3,7 +3,6 @@ package blockdev
 import (
 	"context"
 	"errors"
-	"fmt"
 
 	"qblockd/graph"
 	"qblockd/graph/perm"
@@ -45,16 +44,7 @@ func (s *Snapshot) check(tx *graph.Tx) (err error) {
 			return err
 		}
 	}
-	if err := s.old.Blocked(graph.OpExternalSnapshot); err != nil {
-		return err
-	}
-	for _, e := range tx.Parents(s.old) {
-		if n := e.ParentNode(); n != nil && e.Role()&perm.COW != 0 {
-			// An earlier step has made it so.
-			return fmt.Errorf("Node '%s' is busy: node is used as backing hd of '%s'", s.old.Name(), n.Name())
-		}
-	}
-	return nil
+	return tx.Blocked(s.old, graph.OpExternalSnapshot)
 }
 
 // Open implements jobs.Opener: it makes and opens the overlay of blockdev-snapshot-sync. What cannot be otherwise is told by Prepare.
@@ -166,16 +156,13 @@ func (s *Snapshot) fits(tx *graph.Tx, overlay *graph.Node) error {
 	if overlay.Kind() == graph.Filter {
 		return errors.New("Filters cannot be used as overlays")
 	}
-	if err := overlay.Blocked(graph.OpOverlay); err != nil {
-		return err
-	}
 	if tx.Child(overlay, "backing") != nil {
 		return errors.New("The overlay already has a backing image")
 	}
 	if !overlay.Caps().Backing {
 		return errors.New("The overlay does not support backing images")
 	}
-	return nil
+	return overlay.Blocked(graph.OpOverlay)
 }
 
 // Commit implements jobs.Action.

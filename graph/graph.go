@@ -3,6 +3,7 @@ package graph
 import (
 	"context"
 	"errors"
+	"math"
 	"sync"
 	"sync/atomic"
 
@@ -120,6 +121,17 @@ func (n *Node) NodesBelow() []*Node {
 		}
 	}
 	return l
+}
+
+// CreationSpan tells when the first and the last of the nodes, and of those below them, were made: a measure that only serves to compare.
+func CreationSpan(nodes ...*Node) (first, last uint64) {
+	first = math.MaxUint64
+	for _, top := range nodes {
+		for _, n := range top.NodesBelow() {
+			first, last = min(first, n.seq), max(last, n.seq)
+		}
+	}
+	return first, last
 }
 
 // Instant tells whether n only leads to nodes whose requests never wait for anything.

@@ -90,19 +90,52 @@ func (n *Node) Blocked(op Op) error {
 	return n.blockedLocked(op)
 }
 
+// Blocked is Node.Blocked once the Tx is committed.
+func (tx *Tx) Blocked(n *Node, op Op) error {
+	n.g.mu.RLock()
+	err := n.blockerLocked(op)
+	n.g.mu.RUnlock()
+	if err != nil || backingAllows>>op&1 != 0 {
+		return err
+	}
+	for _, e := range tx.Parents(n) {
+		if err := n.backs(e); err != nil {
+			return err
+		}
+	}
+	return nil
+}
+
 // +checklocksread:n.g.mu
 func (n *Node) blockedLocked(op Op) error {
+	if err := n.blockerLocked(op); err != nil {
+		return err
+	}
+	if n.cowParents > 0 && backingAllows>>op&1 == 0 {
+		for e := n.parents.head; e != nil; e = e.next {
+			if err := n.backs(e); err != nil {
+				return err
+			}
+		}
+	}
+	return nil
+}
+
+// backs is the error of an operation that n is refused because e makes it a backing file; nil: e does not.
+func (n *Node) backs(e *Edge) error {
+	if e.role&perm.COW != 0 && e.pnode != nil {
+		return &BusyError{n.name, fmt.Errorf("node is used as backing hd of '%s'", e.pnode.name)}
+	}
+	return nil
+}
+
+// blockerLocked is the latest blocker of op as an error.
+// +checklocksread:n.g.mu
+func (n *Node) blockerLocked(op Op) error {
 	if n.rare != nil {
 		for i := len(n.rare.blockers) - 1; i >= 0; i-- {
 			if b := n.rare.blockers[i]; b.ops>>op&1 != 0 {
 				return &BusyError{n.name, b.reason}
-			}
-		}
-	}
-	if n.cowParents > 0 && backingAllows>>op&1 == 0 {
-		for e := n.parents.head; e != nil; e = e.next {
-			if e.role&perm.COW != 0 && e.pnode != nil {
-				return &BusyError{n.name, fmt.Errorf("node is used as backing hd of '%s'", e.pnode.name)}
 			}
 		}
 	}

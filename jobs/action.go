@@ -1,6 +1,7 @@
 package jobs
 
 import (
+	"cmp"
 	"context"
 	"slices"
 
@@ -196,14 +197,46 @@ func (m *Manager) near(g *graph.Graph, nodes ...*graph.Node) []*Job {
 
 // blink lets the jobs that are at work show themselves paused and going on.
 func (m *Manager) blink(l []*Job) {
+	if len(l) == 0 {
+		return
+	}
+	spans := spansOf(l)
 	m.mu.Lock()
 	defer m.mu.Unlock()
+	for _, j := range m.pauseLocked(l, spans) {
+		j.stepLocked(machine.LeavePause)
+	}
+}
+
+// pauseLocked lets the jobs that are at work show themselves paused, and returns them: all are paused before the first goes on, in the order in which the
+// reference quiesces nodes. A job is paused with the oldest of its nodes, and goes on with the newest.
+// +checklocks:m.mu
+func (m *Manager) pauseLocked(l []*Job, spans map[*Job]span) (goOn []*Job) {
 	for _, j := range l {
 		if s := j.st.Status; (s == machine.Running || s == machine.Ready) && j.st.Started && !j.st.Ended && !j.st.ShouldPause() && !j.st.Forced {
-			j.stepLocked(machine.EnterPause)
-			j.stepLocked(machine.LeavePause)
+			goOn = append(goOn, j)
 		}
 	}
+	slices.SortStableFunc(goOn, func(a, b *Job) int { return cmp.Compare(spans[a].first, spans[b].first) })
+	for _, j := range goOn {
+		j.stepLocked(machine.EnterPause)
+	}
+	slices.SortStableFunc(goOn, func(a, b *Job) int { return cmp.Compare(spans[a].last, spans[b].last) })
+	return goOn
+}
+
+// span is when the first and the last of a job's nodes were made.
+type span struct{ first, last uint64 }
+
+func spansOf(l []*Job) map[*Job]span {
+	spans := map[*Job]span{}
+	if len(l) > 1 {
+		for _, j := range l {
+			first, last := graph.CreationSpan(j.nodes...)
+			spans[j] = span{first, last}
+		}
+	}
+	return spans
 }
 
 func abort(actions []Action) {

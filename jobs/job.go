@@ -9,6 +9,7 @@ import (
 	"syscall"
 
 	"qblockd/events/trace"
+	"qblockd/graph"
 	"qblockd/jobs/machine"
 	"qblockd/schema/types"
 )
@@ -73,6 +74,7 @@ type Job struct {
 	ended            chan struct{} // closed when Run has returned
 	finished         chan struct{} // closed when the job is concluded
 	instant, lateEnd bool          // as in Spec
+	nodes            []*graph.Node // as in Spec
 
 	answered chan struct{} // closed when the command that asked the job to end was answered; nil: there is none. +checklocks:m.mu
 

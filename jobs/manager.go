@@ -7,6 +7,7 @@ import (
 	"sync"
 
 	"qblockd/events"
+	"qblockd/graph"
 	"qblockd/jobs/machine"
 	"qblockd/schema/types"
 )
@@ -51,6 +52,8 @@ type Spec struct {
 	LateEnd bool
 	// Speed is the initial limit in bytes per second; 0: none.
 	Speed int64
+	// Nodes are those that the job works on.
+	Nodes []*graph.Node
 }
 
 // Create makes a job and announces it. It fails on an illegal id, one in use, or a negative speed (then the job
@@ -60,7 +63,7 @@ func (m *Manager) Create(s Spec) (*Job, error) {
 		return nil, fmt.Errorf("Invalid job ID '%s'", s.ID)
 	}
 	j := &Job{
-		m: m, id: s.ID, typ: s.Type, runner: s.Runner, txn: s.Txn, instant: s.Instant, lateEnd: s.LateEnd,
+		m: m, id: s.ID, typ: s.Type, nodes: s.Nodes, runner: s.Runner, txn: s.Txn, instant: s.Instant, lateEnd: s.LateEnd,
 		ended: make(chan struct{}), finished: make(chan struct{}),
 		yielded: make(chan struct{}), released: make(chan struct{}),
 		st: machine.State{AutoFinalize: !s.ManualFinalize, AutoDismiss: !s.ManualDismiss},
@@ -177,11 +180,16 @@ func (m *Manager) Shutdown(ctx context.Context) error {
 	m.quitting = true
 	all := slices.Clone(m.jobs)
 	m.mu.Unlock()
-	m.blink(all) // the graph is quiesced, as clients are told
+	goingOn := m.quiesce(all)
 	done := make(chan struct{})
 	go func() {
 		defer close(done)
 		for _, j := range all {
+			m.mu.Lock()
+			for _, e := range goingOn[j] {
+				m.emitLocked(e)
+			}
+			m.mu.Unlock()
 			j.releaseNow()
 			j.endNow()
 		}
@@ -193,6 +201,20 @@ func (m *Manager) Shutdown(ctx context.Context) error {
 	case <-ctx.Done():
 		return ctx.Err()
 	}
+}
+
+// quiesce is blink for the end of the daemon: it returns what clients are to hear of the jobs going on, each just before its job is cancelled.
+func (m *Manager) quiesce(l []*Job) map[*Job][]events.Event {
+	spans, goingOn := spansOf(l), map[*Job][]events.Event{}
+	m.mu.Lock()
+	defer m.mu.Unlock()
+	m.flushLocked()
+	for _, j := range m.pauseLocked(l, spans) {
+		m.burst = []events.Event{}
+		j.stepLocked(machine.LeavePause)
+		goingOn[j], m.burst = m.burst, nil
+	}
+	return goingOn
 }
 
 // endNow cancels the job and waits until it is concluded and dismissed.

@@ -124,7 +124,7 @@ func (s *image) reap(r *blk.Req, all bool) {
 
 // punch discards ranges that lose their last reference.
 func (s *image) punch(r *blk.Req, fs []freed) {
-	var todo []freed
+	var runs []freed
 	for _, f := range fs {
 		if !s.set.discard[f.kind] {
 			continue
@@ -134,18 +134,18 @@ func (s *image) punch(r *blk.Req, fs []freed) {
 			if n, err := s.refcount(r, c); err != nil || n != 1 {
 				continue
 			}
-			if k := len(todo) - 1; k >= 0 && todo[k].off+todo[k].n == c<<s.cb {
-				todo[k].n += s.cs
+			if k := len(runs) - 1; k >= 0 && runs[k].off+runs[k].n == c<<s.cb {
+				runs[k].n += s.cs
 			} else {
-				todo = append(todo, freed{off: c << s.cb, n: s.cs})
+				runs = append(runs, freed{off: c << s.cb, n: s.cs})
 			}
 		}
 	}
-	if len(todo) == 0 {
+	if len(runs) == 0 {
 		return
 	}
 	s.mu.Unlock()
-	for _, f := range todo {
+	for _, f := range runs {
 		if n := min(f.n, s.file.Size()-f.off); n > 0 {
 			// Failing to give space back harms nobody.
 			_ = s.file.Discard(r, f.off, n)

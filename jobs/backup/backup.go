@@ -94,8 +94,9 @@ func (s *Step) Prepare(_ context.Context, tx *graph.Tx) (err error) {
 	if err := s.makeFilter(tx); err != nil {
 		return fmt.Errorf("Could not create node: %w", err)
 	}
-	if err := s.insert(tx); err != nil {
-		return fmt.Errorf("Could not replace node: %w", err)
+	refused := s.insert(tx)
+	if refused != nil && len(tx.Parents(s.filter)) > 0 {
+		return fmt.Errorf("Could not replace node: %w", refused)
 	}
 	if err := s.overlaid(tx); err != nil {
 		return err
@@ -106,10 +107,13 @@ func (s *Step) Prepare(_ context.Context, tx *graph.Tx) (err error) {
 	s.mj, err = s.m.Create(jobs.Spec{
 		ID: s.ID, Type: types.JobTypeBackup, Runner: s.job, Block: true, Speed: s.Speed, Txn: s.Txn,
 		ManualFinalize: s.ManualFinalize, ManualDismiss: s.ManualDismiss,
-		Instant: s.Source.Instant() && s.Target.Instant(),
+		Instant: s.Source.Instant() && s.Target.Instant(), Nodes: []*graph.Node{s.filter},
 	})
 	if err != nil {
 		return err
+	}
+	if refused != nil {
+		return refused // in the reference, by the job as the filter's first parent
 	}
 	s.driver.OnCopied(s.mj.Count)
 	if err = s.attach(tx); err != nil {
@@ -185,7 +189,7 @@ func (s *Step) makeFilter(tx *graph.Tx) error {
 	source := s.Source.Options()
 	filter, err := tx.NewNode(&graph.Options{
 		Name: name, DriverName: copybeforewrite.DriverName, Kind: graph.Filter,
-		Implicit: name == "", Discard: true, Direct: source.Direct, NoFlush: source.NoFlush, ReadOnly: s.Source.ReadOnly(),
+		Implicit: name == "", Discard: true, Direct: source.Direct, NoFlush: source.NoFlush,
 	})
 	if err != nil {
 		return err
@@ -226,18 +230,18 @@ func (s *Step) attach(tx *graph.Tx) (err error) {
 	if s.hold, err = tx.AttachRoot(spec, s.Target); err != nil {
 		return err
 	}
-	todo := s.driver.Todo()
+	pending := s.driver.Pending()
 	if s.Bitmap != nil {
 		s.Bitmap.Freeze()
 		s.frozen = true
 	}
-	if s.listed, err = s.Source.NewDirtyBitmap(graph.DirtyBitmapSpec{Bits: todo, Disabled: true}); err != nil {
+	if s.listed, err = s.Source.NewDirtyBitmap(graph.DirtyBitmapSpec{Bits: pending, Disabled: true}); err != nil {
 		return err
 	}
 	if s.Sync == types.MirrorSyncModeBitmap {
-		todo.Merge(s.Bitmap.Bits())
+		pending.Merge(s.Bitmap.Bits())
 	} else {
-		todo.SetAll()
+		pending.SetAll()
 	}
 	s.driver.Access().SetAll()
 	return nil
@@ -295,9 +299,9 @@ func (s *Step) Release() {
 
 // Run implements jobs.Runner.
 func (j *job) Run(ctx context.Context, h *jobs.Handle) error {
-	todo := j.driver.Todo()
-	h.SetRemaining(todo.Count())
-	if todo.Empty() && j.Sync != types.MirrorSyncModeNone {
+	pending := j.driver.Pending()
+	h.SetRemaining(pending.Count())
+	if pending.Empty() && j.Sync != types.MirrorSyncModeNone {
 		return nil
 	}
 	h.Yield()
@@ -329,7 +333,7 @@ func (j *job) Run(ctx context.Context, h *jobs.Handle) error {
 		if err := j.driver.WaitCopies(ctx); err != nil {
 			return err
 		}
-		if todo.Empty() {
+		if pending.Empty() {
 			break
 		}
 	}
@@ -366,7 +370,7 @@ func (j *job) flush(ctx context.Context, h *jobs.Handle) error {
 
 // look tells the copy engine what is to do of a range, which begins with a cluster.
 func (j *job) look(_ *blk.Req, off, n int64) (copy.Extent, error) {
-	at, k, ok := j.driver.Todo().NextDirty(off, off+n)
+	at, k, ok := j.driver.Pending().NextDirty(off, off+n)
 	switch {
 	case !ok:
 		return copy.Extent{N: n}, nil
@@ -387,7 +391,7 @@ func (j *job) side(err error) (types.IoOperationType, types.BlockdevOnError) {
 
 // skipUnallocated takes off the list what the source itself does not hold.
 func (j *job) skipUnallocated(ctx context.Context, h *jobs.Handle) error {
-	c, todo := j.driver.Cluster(), j.driver.Todo()
+	c, pending := j.driver.Cluster(), j.driver.Pending()
 	for off, size := int64(0), j.Source.Size(); off < size; {
 		if err := h.Checkpoint(); err != nil {
 			return err
@@ -405,7 +409,7 @@ func (j *job) skipUnallocated(ctx context.Context, h *jobs.Handle) error {
 			break
 		}
 		off += j.skipExtent(off, x, c, size)
-		h.SetRemaining(todo.Count())
+		h.SetRemaining(pending.Count())
 	}
 	return nil
 }
@@ -473,6 +477,6 @@ func (j *job) endBitmap() {
 	}
 	j.Bitmap.Abdicate()
 	if !j.ok {
-		j.Bitmap.Bits().Merge(j.driver.Todo())
+		j.Bitmap.Bits().Merge(j.driver.Pending())
 	}
 }

@@ -83,6 +83,7 @@ func Start(ctx context.Context, m *jobs.Manager, a Args) (release func(), err er
 	j := &job{Args: a, g: a.Top.Graph(), last: chain.Overlay(a.Top, a.Base), thaw: func() {}}
 	mj, err := m.Create(jobs.Spec{
 		ID: j.ID, Type: types.JobTypeCommit, Runner: j, Block: true, Speed: j.Speed, ManualFinalize: j.ManualFinalize, ManualDismiss: j.ManualDismiss,
+		Nodes: []*graph.Node{j.Top},
 	})
 	if err != nil {
 		return nil, err

@@ -190,7 +190,7 @@ func (j *job) attach(ctx context.Context) error {
 		ID: j.ID, Type: j.Type, Runner: j, Block: true, Speed: j.Speed, ManualFinalize: j.ManualFinalize, ManualDismiss: j.ManualDismiss,
 		// With nothing to copy, or what the reference copies in one go, it is ready before its command is answered.
 		Instant: !j.misfit() && (j.None || j.Source.Instant() && j.Target.Instant() && j.Source.Size() <= maxInFlight*maxCopy),
-		LateEnd: true,
+		LateEnd: true, Nodes: []*graph.Node{filter, j.Target},
 	})
 	if err != nil {
 		return err

@@ -192,13 +192,17 @@ func (j *job) fill(tx *graph.Tx, m *jobs.Manager) (*jobs.Job, error) {
 	j.filter = filter
 	j.driver = &filterDriver{node: filter}
 	filter.SetDriver(j.driver)
-	if _, err := tx.InsertFilter(filter, "file", j.Top); err != nil {
+	_, err = tx.InsertFilter(filter, "file", j.Top)
+	if err == nil {
+		err = tx.Try() // what the graph does not allow is told before the job is announced
+	}
+	if err != nil {
 		return nil, fmt.Errorf("Could not create node: %w", err)
 	}
 	m.Quiesced(1, j.Top)
 	mj, err := m.Create(jobs.Spec{
 		ID: j.ID, Type: types.JobTypeStream, Runner: j, Block: true, Speed: j.Speed,
-		ManualFinalize: j.ManualFinalize, ManualDismiss: j.ManualDismiss,
+		ManualFinalize: j.ManualFinalize, ManualDismiss: j.ManualDismiss, Nodes: []*graph.Node{filter},
 	})
 	if err != nil {
 		m.Quiesced(1, j.Top)

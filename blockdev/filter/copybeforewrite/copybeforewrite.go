@@ -51,16 +51,17 @@ type State struct {
 	buffered   bool // data go through memory
 	copied     func(n int64)
 
-	todo   *bitmap.Bitmap // clusters to do; bits are cleared when a cluster is taken
-	done   *bitmap.Bitmap // clusters that were copied
-	access *bitmap.Bitmap // clusters that the point in time consists of
-	active atomic.Int32   // copies under way; raised before the bits of a copy are cleared
-	guests atomic.Bool    // a guest's request has passed; cleared by who looks
-	failed atomic.Int64   // copies that failed; raised after the bits are set again and before active goes down
+	pending *bitmap.Bitmap // clusters to do; bits are cleared when a cluster is taken
+	done    *bitmap.Bitmap // clusters that were copied
+	access  *bitmap.Bitmap // clusters that the point in time consists of
+	active  atomic.Int32   // copies under way; raised before the bits of a copy are cleared
+	guests  atomic.Bool    // a guest's request has passed; cleared by who looks
+	failed  atomic.Int64   // copies that failed; raised after the bits are set again and before active goes down
 
-	readers       atomic.Int32  // raised before a reader looks whether its clusters are done
-	timeout       time.Duration // that a guest's write waits for a copy; 0: as long as it takes
-	breakSnapshot bool          // a failing copy spoils the point in time, not the guest's write
+	readers       atomic.Int32       // raised before a reader looks whether its clusters are done
+	timeout       time.Duration      // that a guest's write waits for a copy; 0: as long as it takes
+	listed        *graph.DirtyBitmap // pending, as clients see it; nil: the filter's owner lists it
+	breakSnapshot bool               // a failing copy spoils the point in time, not the guest's write
 	broken        atomic.Bool
 
 	mu      sync.Mutex
@@ -82,7 +83,7 @@ type Driver struct{ State }
 func New(node *graph.Node, size, cluster int64, compressed bool) *Driver {
 	d := &Driver{State{
 		node: node, cluster: cluster, compressed: compressed,
-		todo: bitmap.New(size, cluster), done: bitmap.New(size, cluster), access: bitmap.New(size, cluster),
+		pending: bitmap.New(size, cluster), done: bitmap.New(size, cluster), access: bitmap.New(size, cluster),
 		copies: map[*running]struct{}{}, reading: map[*running]struct{}{},
 	}}
 	for _, b := range []*bitmap.Bitmap{d.done, d.access} {
@@ -99,8 +100,8 @@ func ClusterSize(target *graph.Node) int64 {
 	return max(minCluster, target.Caps().Limits.ClusterSize)
 }
 
-// Todo are the clusters that are to be copied. Before the filter is in use its owner sets them.
-func (s *State) Todo() *bitmap.Bitmap { return s.todo }
+// Pending are the clusters that are to be copied. Before the filter is in use its owner sets them.
+func (s *State) Pending() *bitmap.Bitmap { return s.pending }
 
 // Access are the clusters that can be read as they were. Before the filter is in use its owner sets them.
 func (s *State) Access() *bitmap.Bitmap { return s.access }
@@ -128,13 +129,13 @@ func (s *State) source() *graph.Edge { return s.node.FilteredChild() }
 func (s *State) target() *graph.Edge { return s.node.Child("target") }
 
 // Skip takes clusters of [off, off+n), a range of whole clusters, off the list of those to do.
-func (s *State) Skip(off, n int64) { s.todo.Clear(off, n) }
+func (s *State) Skip(off, n int64) { s.pending.Clear(off, n) }
 
 // clean tells whether nothing of [off, off+n) is to do or being copied or read. A copy that fails between the two looks would be seen by
 // neither: its clusters were not to do at the first, and it is over at the second. So failures are counted.
 func (s *State) clean(off, n int64) bool {
 	before := s.failed.Load()
-	_, _, dirty := s.todo.NextDirty(off, off+n)
+	_, _, dirty := s.pending.NextDirty(off, off+n)
 	return !dirty && s.active.Load() == 0 && s.readers.Load() == 0 && s.failed.Load() == before
 }
 
@@ -142,7 +143,7 @@ func (s *State) clean(off, n int64) bool {
 // clusters to do again; the cause of the end of r's context; blk.ErrWouldBlock.
 func (s *State) Copy(r *blk.Req, off, n int64) error {
 	lo := blk.AlignDown(off, s.cluster)
-	end := min(blk.AlignUp(off+n, s.cluster), s.todo.Size())
+	end := min(blk.AlignUp(off+n, s.cluster), s.pending.Size())
 	for lo < end {
 		if s.clean(lo, end-lo) {
 			return nil
@@ -175,7 +176,7 @@ func (s *State) Copy(r *blk.Req, off, n int64) error {
 func (s *State) take(lo, end int64) (*running, <-chan struct{}) {
 	s.mu.Lock()
 	defer s.mu.Unlock()
-	at, n, ok := s.todo.NextDirty(lo, end)
+	at, n, ok := s.pending.NextDirty(lo, end)
 	if !ok {
 		for c := range s.copies {
 			if blk.Overlap(c.off, c.n, lo, end-lo) {
@@ -187,7 +188,7 @@ func (s *State) take(lo, end int64) (*running, <-chan struct{}) {
 	c := &running{off: at, n: min(n, max(MaxCopy, s.cluster)), over: make(chan struct{})}
 	s.active.Add(1)
 	s.copies[c] = struct{}{}
-	s.todo.Clear(c.off, c.n)
+	s.pending.Clear(c.off, c.n)
 	return c, nil
 }
 
@@ -241,7 +242,7 @@ func (s *State) release(c *running, err error) {
 	}
 	s.mu.Lock()
 	if err != nil {
-		s.todo.Set(c.off, c.n)
+		s.pending.Set(c.off, c.n)
 		s.failed.Add(1)
 	}
 	delete(s.copies, c)
@@ -317,7 +318,12 @@ func (d *Driver) Size() int64 {
 func (d *Driver) NamedAsChild() {}
 
 // Close implements graph.Driver.
-func (d *Driver) Close() error { return nil }
+func (d *Driver) Close() error {
+	if d.listed != nil {
+		d.listed.Remove()
+	}
+	return nil
+}
 
 // ReadAt implements graph.Driver.
 func (d *Driver) ReadAt(r *blk.Req, v blk.Vec, off int64, f blk.Flags) error {

@@ -30,13 +30,15 @@ func Open(o *graph.Opening) (graph.Driver, error) {
 		d.timeout = time.Duration(*u.CbwTimeout) * time.Second
 	}
 	if part == nil {
-		d.todo.SetAll()
+		d.pending.SetAll()
 		d.access.SetAll()
 	} else {
-		d.todo.Merge(part)
+		d.pending.Merge(part)
 		d.access.Merge(part)
 	}
-	return d, nil
+	// Clients see on the source what is still to be copied.
+	d.listed, err = file.Node().NewDirtyBitmap(graph.DirtyBitmapSpec{Bits: d.pending, Disabled: true})
+	return d, err
 }
 
 // bitmapPart is what a bitmap holds that says what the point in time consists of; nil if there is none.
@@ -100,7 +102,7 @@ func (d *Driver) SnapshotStatus(r *blk.Req, off, n int64) (x blk.Extent, err err
 // less than all leaves the rest to the guests.
 // +checklocks:d.mu
 func (d *Driver) keptLocked(off, n int64) int64 {
-	clean, ok := d.todo.NextClean(off, off+n)
+	clean, ok := d.pending.NextClean(off, off+n)
 	if !ok {
 		return n
 	}
