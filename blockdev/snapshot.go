@@ -148,10 +148,8 @@ func (s *Snapshot) place(tx *graph.Tx) (err error) {
 
 // fits tells why a node cannot become an overlay.
 func (s *Snapshot) fits(tx *graph.Tx, overlay *graph.Node) error {
-	for _, e := range tx.Parents(overlay) {
-		if e.Claim().Need&perm.ConsistentRead != 0 {
-			return errors.New("The overlay is already in use")
-		}
+	if tx.Need(overlay)&perm.ConsistentRead != 0 {
+		return errors.New("The overlay is already in use")
 	}
 	if overlay.Kind() == graph.Filter {
 		return errors.New("Filters cannot be used as overlays")

@@ -125,17 +125,35 @@ func (tx *Tx) read(f func(d *txDraft)) {
 // Try tells whether the rules of permissions allow what the Tx does so far, as Commit would: for callers that have to report that before
 // what comes later. It reserves nothing.
 func (tx *Tx) Try() error {
+	_, err := tx.plan()
+	return err
+}
+
+// Need is what the parents of n need of it as the Tx would leave them; as they are, if they may not do what the Tx does.
+func (tx *Tx) Need(n *Node) (need perm.Perm) {
+	if delta, err := tx.plan(); err == nil {
+		if up, ok := delta.Up[n]; ok {
+			return up.Need
+		}
+	}
+	for _, e := range n.Parents() {
+		need |= e.Claim().Need
+	}
+	return need
+}
+
+func (tx *Tx) plan() (*perm.Delta[*Node, *Edge], error) {
 	if err := tx.usable(); err != nil {
-		return err
+		return nil, err
 	}
 	tx.g.mu.RLock()
 	defer tx.g.mu.RUnlock()
 	d, err := tx.draftLocked()
-	if err == nil {
-		tx.draft = nil // Plan changes it
-		_, err = d.Plan()
+	if err != nil {
+		return nil, err
 	}
-	return err
+	tx.draft = nil // Plan changes it
+	return d.Plan()
 }
 
 // Children are the edges below n as the Tx would leave them, newest first.
