@@ -213,10 +213,16 @@ func (v namer) plain(n *graph.Node, d *Driver, u any, needJSON bool) string {
 		}
 		return d.PlainName(u)
 	}
-	if f := v.File(n); f != nil && v.Target(f).Kind() == graph.Protocol && n.Kind() != graph.Filter && !needJSON {
+	if f := v.File(n); f != nil && v.m.takesNames(v.Target(f)) && n.Kind() != graph.Filter && !needJSON {
 		return v.name(v.Target(f)).exact
 	}
 	return ""
+}
+
+// takesNames tells whether a plain file name can open a node of n's driver.
+func (m *Manager) takesNames(n *graph.Node) bool {
+	d := m.drivers[types.BlockdevDriver(n.DriverName())]
+	return n.Kind() == graph.Protocol || d != nil && d.NameAround != nil
 }
 
 func (t *optionTree) filename() string {

@@ -268,7 +268,7 @@ func (j *job) grow(ctx context.Context, size int64) error {
 		return err
 	}
 	defer undrain()
-	return j.base.Edge().Resize(ctx, size, false, blk.PreallocOff)
+	return chain.Grow(ctx, j.base.Edge(), size)
 }
 
 // look tells the copy engine what the layers above the base hold.

@@ -64,7 +64,7 @@ func (j *job) fit(ctx context.Context) error {
 			return err
 		}
 		defer undrain()
-		return j.target.Edge().Resize(ctx, source, false, blk.PreallocOff)
+		return chain.Grow(ctx, j.target.Edge(), source)
 	case j.misfit():
 		return errors.New("Source and target image have different sizes")
 	}
