@@ -214,7 +214,8 @@ func (j *job) attach(ctx context.Context) error {
 func (j *job) blocked() error {
 	source, target := graph.OpMirrorSource, graph.OpMirrorTarget
 	if j.Type == types.JobTypeCommit {
-		source, target = graph.OpCommitSource, graph.OpCommitTarget
+		// Only the device must not be a backing file, and the caller has seen to that.
+		source, target = graph.OpCommitTarget, graph.OpCommitTarget
 	}
 	if err := j.Source.Blocked(source); err != nil {
 		return err
