@@ -103,8 +103,12 @@ func failOnce(t *testing.T, sh shape, i int) (failed bool) {
 			t.Fatalf("call %d: sector %d differs: %d instead of %d", i, k, got[k*512], disk[k*512])
 		}
 	}
+	live := s.size.Load()
 	mustClose(t, s)
 	s = mustOpen(t, mem{img}, config{})
+	if n := s.size.Load(); n != live {
+		t.Fatalf("call %d: the size is %d, and %d once the image is opened again", i, live, n)
+	}
 	sound(t, s, true)
 	mustClose(t, s)
 	return true

@@ -108,16 +108,21 @@ func (s *image) zeroTail(r *blk.Req, old, size int64) error {
 	return err
 }
 
-// setSize enters the size into the header.
+// setSize enters the size into the header. After a failure that has the old one again, unless that cannot be written either.
 func (s *image) setSize(r *blk.Req, size int64) error {
-	var b [8]byte
-	be.PutUint64(b[:], uint64(size))
+	enter := func(size uint64) error {
+		var b [8]byte
+		be.PutUint64(b[:], size)
+		if err := s.writeMeta(r, b[:], layout.OffSize, olMainHeader); err != nil {
+			return err
+		}
+		return s.barrier(r)
+	}
 	err := s.barrier(r)
 	if err == nil {
-		err = s.writeMeta(r, b[:], layout.OffSize, olMainHeader)
-	}
-	if err == nil {
-		err = s.barrier(r)
+		if err = enter(uint64(size)); err != nil {
+			err = errors.Join(err, enter(s.hdr.Size))
+		}
 	}
 	if err != nil {
 		return wrap("Failed to update the image size", err)
