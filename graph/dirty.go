@@ -12,17 +12,11 @@ import (
 
 // dirtySet are the dirty bitmaps of a node. Writes look at recording only, which is nil for most nodes.
 type dirtySet struct {
-	recording atomic.Pointer[recording] // what writes set; nil if there is nothing
-	count     atomic.Int32              // len(all)
+	recording atomic.Pointer[bitmap.Group] // what writes set: the bitmaps that record; nil if there are none
+	count     atomic.Int32                 // len(all)
 
 	mu  sync.Mutex
 	all []*DirtyBitmap // +checklocks:mu  newest first
-}
-
-// recording is the bitmaps that record, immutable.
-type recording struct {
-	l     []*bitmap.Bitmap
-	group *bitmap.Group // of l
 }
 
 // DirtyBitmap records which parts of a node were written while it is enabled. Its methods may be called from any goroutine.
@@ -157,25 +151,13 @@ func (s *dirtySet) changedLocked() {
 		s.recording.Store(nil)
 		return
 	}
-	s.recording.Store(&recording{l, bitmap.NewGroup(l)})
+	s.recording.Store(bitmap.NewGroup(l))
 }
 
 // written records a write of r. It runs while the request is still tracked.
 func (s *dirtySet) written(r *blk.Req, off, size int64) {
-	if rec := s.recording.Load(); rec != nil {
-		rec.written(r, off, size)
-	}
-}
-
-func (rec *recording) written(r *blk.Req, off, size int64) {
-	if r.Unrecorded == nil {
-		rec.group.Set(off, size)
-		return
-	}
-	for _, b := range rec.l {
-		if b != r.Unrecorded {
-			b.Set(off, size)
-		}
+	if g := s.recording.Load(); g != nil && !g.Has(off, size) {
+		g.Set(off, size, r.Unrecorded)
 	}
 }
 

@@ -84,11 +84,11 @@ func (n *Node) endWrite(r *blk.Req, w *writing, off, size int64, f blk.Flags, er
 		end := off + size
 		if f&blk.WriteUnchanged != 0 && s.caps.Backing {
 			end = 0
-		} else if rec := s.dirty.recording.Load(); rec != nil {
+		} else if g := s.dirty.recording.Load(); g != nil && (end > w.size || !g.Has(off, size)) {
 			if end > w.size {
 				n.resizeBitmaps()
 			}
-			rec.written(r, off, size)
+			g.Set(off, size, r.Unrecorded)
 		}
 		for h := s.wrHighest.Load(); end > h && !s.wrHighest.CompareAndSwap(h, end); {
 			h = s.wrHighest.Load()

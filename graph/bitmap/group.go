@@ -19,9 +19,10 @@ type Group struct {
 }
 
 const (
-	groupWords  = 512
-	flagsOfWord = 32
-	minRegion   = 4 << 10
+	groupWords     = 512
+	flagsOfWord    = 32
+	regionsOfChunk = groupWords * flagsOfWord
+	minRegion      = 4 << 10
 )
 
 // NewGroup makes a group of bitmaps of one size. Each is in one group at a time, the last that was made with it; before the group is used.
@@ -34,20 +35,29 @@ func NewGroup(l []*Bitmap) *Group {
 	g.shift = max(g.shift, uint(bits.TrailingZeros(minRegion)))
 	g.whole = smallest >= g.shift
 	regions := l[0].Size()>>g.shift + 1
-	g.chunks = make([]atomic.Pointer[[groupWords]atomic.Uint64], regions/(groupWords*flagsOfWord)+1)
+	g.chunks = make([]atomic.Pointer[[groupWords]atomic.Uint64], regions/regionsOfChunk+1)
 	for _, b := range l {
 		b.group.Store(g)
 	}
 	return g
 }
 
-// Set is Bitmap.Set on all bitmaps.
-func (g *Group) Set(off, n int64) {
-	region := off >> g.shift
-	if n <= 0 || (off+n-1)>>g.shift != region || region/(groupWords*flagsOfWord) >= int64(len(g.chunks)) {
-		for _, b := range g.l {
-			b.Set(off, n)
-		}
+// Has tells whether all bitmaps have all granules that [off, off+n) touches, as far as one look shows: n is above 0, and false may be wrong.
+// It is small enough to be inlined where writes end.
+func (g *Group) Has(off, n int64) bool {
+	region := uint64(off) >> g.shift
+	if uint64(off+n-1)>>g.shift != region || region/regionsOfChunk >= uint64(len(g.chunks)) {
+		return false
+	}
+	c := g.chunks[region/regionsOfChunk].Load()
+	return c != nil && c[region/flagsOfWord%groupWords].Load()>>(region%flagsOfWord)&1 != 0
+}
+
+// Set is Bitmap.Set on all bitmaps except but, which may be nil.
+func (g *Group) Set(off, n int64, but *Bitmap) {
+	region := uint64(off) >> g.shift
+	if n <= 0 || but != nil || uint64(off+n-1)>>g.shift != region || region/regionsOfChunk >= uint64(len(g.chunks)) {
+		g.setEach(off, n, but)
 		return
 	}
 	w, flag := g.word(region), uint64(1)<<(region%flagsOfWord)
@@ -55,17 +65,23 @@ func (g *Group) Set(off, n int64) {
 	if was&flag != 0 {
 		return
 	}
-	for _, b := range g.l {
-		b.Set(off, n)
-	}
+	g.setEach(off, n, nil)
 	if g.whole || n == 1<<g.shift {
 		w.CompareAndSwap(was, was|flag) // if not, a later write will
 	}
 }
 
+func (g *Group) setEach(off, n int64, but *Bitmap) {
+	for _, b := range g.l {
+		if b != but {
+			b.Set(off, n)
+		}
+	}
+}
+
 // word has the flag of a region.
-func (g *Group) word(region int64) *atomic.Uint64 {
-	p := &g.chunks[region/(groupWords*flagsOfWord)]
+func (g *Group) word(region uint64) *atomic.Uint64 {
+	p := &g.chunks[region/regionsOfChunk]
 	c := p.Load()
 	if c == nil {
 		c = new([groupWords]atomic.Uint64)
@@ -85,13 +101,13 @@ func (g *Group) cleared(off, n int64) {
 		return
 	}
 	for region, last := off>>g.shift, (off+n-1)>>g.shift; region <= last; {
-		i := region / (groupWords * flagsOfWord)
+		i := region / regionsOfChunk
 		if i >= int64(len(g.chunks)) {
 			return
 		}
 		c := g.chunks[i].Load()
 		if c == nil {
-			region = (i + 1) * groupWords * flagsOfWord
+			region = (i + 1) * regionsOfChunk
 			continue
 		}
 		k := min(last-region+1, flagsOfWord-region%flagsOfWord)

@@ -24,7 +24,7 @@ func TestGroup(t *testing.T) {
 			k := rnd.IntN(len(l))
 			switch x := rnd.IntN(100); {
 			case x < 70:
-				g.Set(off, n)
+				g.Set(off, n, nil)
 				for _, b := range plain {
 					b.Set(off, n)
 				}
@@ -80,7 +80,7 @@ func TestGroupLosesNothing(t *testing.T) {
 			for range rounds {
 				k := rnd.Int64N(granules)
 				disk[k].Add(1)
-				g.Set(k*granule, granule)
+				g.Set(k*granule, granule, nil)
 			}
 		})
 	}
@@ -122,11 +122,11 @@ func TestGroupOutdated(t *testing.T) {
 		g := NewGroup([]*Bitmap{b, New(1<<20, 8192)})
 		w := g.word(1)
 		was := w.Load()
-		g.Set(4096, 4096)
+		g.Set(4096, 4096, nil)
 		w.Store(was) // as if it had been about to enter the flag
 		undo(b)
 		w.CompareAndSwap(was, was|1<<1)
-		if g.Set(4096, 4096); !b.Get(4096) {
+		if g.Set(4096, 4096, nil); !b.Get(4096) {
 			t.Errorf("%s: a write is lost", name)
 		}
 	}
