@@ -184,14 +184,12 @@ func (j *Job) ChangeCopyMode(to types.MirrorCopyMode) error {
 		return err
 	}
 	c, ok := j.runner.(interface {
-		ChangeCopyMode(to types.MirrorCopyMode) error
+		ChangeCopyMode(to types.MirrorCopyMode)
 	})
 	if !ok {
 		return fmt.Errorf("Job type does not support change")
 	}
-	if err := c.ChangeCopyMode(to); err != nil {
-		return err
-	}
+	c.ChangeCopyMode(to)
 	j.Kick()
 	return nil
 }

@@ -169,8 +169,11 @@ func (j *job) onTarget(ctx context.Context, f func(r *blk.Req, e *graph.Edge) er
 // keepInStep copies what is dirty until the job is to end.
 func (j *job) keepInStep(ctx context.Context, h *jobs.Handle) error {
 	for pass := 0; ; pass++ {
-		if *j.copyMode.Load() == types.MirrorCopyModeWriteBlocking && j.driver.job.Load() == nil {
+		// Guests' writes that are under way end as they began: those to both sides hold their ranges, the others are recorded.
+		if *j.copyMode.Load() == types.MirrorCopyModeWriteBlocking {
 			j.driver.job.Store(j)
+		} else {
+			j.driver.job.Store(nil)
 		}
 		if err := j.failure.Load(); err != nil {
 			return *err
