@@ -69,25 +69,47 @@ func (n *Node) DefaultGranularity() int64 {
 
 // NewDirtyBitmap makes an empty bitmap on n. Errors: the name is taken or too long.
 func (n *Node) NewDirtyBitmap(s DirtyBitmapSpec) (*DirtyBitmap, error) {
-	if s.Granularity == 0 {
-		s.Granularity = n.DefaultGranularity()
+	l, err := n.NewDirtyBitmaps([]DirtyBitmapSpec{s})
+	if err != nil {
+		return nil, err
 	}
-	d := &DirtyBitmap{n: n, name: s.Name, disabled: s.Disabled, persistent: s.Persistent, inconsistent: s.Inconsistent, readOnly: s.ReadOnly}
+	return l[0], nil
+}
+
+// NewDirtyBitmaps makes several at once, the last of which is the newest; all or none. What it costs is linear.
+func (n *Node) NewDirtyBitmaps(specs []DirtyBitmapSpec) ([]*DirtyBitmap, error) {
 	set := &n.io.dirty
 	set.mu.Lock()
 	defer set.mu.Unlock()
-	if s.Name != "" && set.findLocked(s.Name) != nil {
-		return nil, fmt.Errorf("Bitmap already exists: %s", s.Name)
+	taken := make(map[string]bool, len(set.all))
+	for _, d := range set.all {
+		taken[d.name] = true
 	}
-	if len(s.Name) > maxBitmapName {
-		return nil, fmt.Errorf("Bitmap name too long: %s", s.Name)
+	l := make([]*DirtyBitmap, len(specs))
+	for i, s := range specs {
+		if s.Granularity == 0 {
+			s.Granularity = n.DefaultGranularity()
+		}
+		d := &DirtyBitmap{n: n, name: s.Name, disabled: s.Disabled, persistent: s.Persistent, inconsistent: s.Inconsistent, readOnly: s.ReadOnly}
+		if s.Name != "" && taken[s.Name] {
+			return nil, fmt.Errorf("Bitmap already exists: %s", s.Name)
+		}
+		if len(s.Name) > maxBitmapName {
+			return nil, fmt.Errorf("Bitmap name too long: %s", s.Name)
+		}
+		taken[s.Name] = true
+		if d.bits = s.Bits; d.bits == nil {
+			d.bits = bitmap.New(n.bitmapSize(), s.Granularity)
+		}
+		l[i] = d
 	}
-	if d.bits = s.Bits; d.bits == nil {
-		d.bits = bitmap.New(n.bitmapSize(), s.Granularity)
+	all := make([]*DirtyBitmap, 0, len(l)+len(set.all))
+	for _, d := range slices.Backward(l) {
+		all = append(all, d)
 	}
-	set.all = slices.Insert(set.all, 0, d)
+	set.all = append(all, set.all...)
 	set.changedLocked()
-	return d, nil
+	return l, nil
 }
 
 // bitmapSize is the size that n's bitmaps have: whole sectors.

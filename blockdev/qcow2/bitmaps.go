@@ -1,6 +1,8 @@
 package qcow2
 
 import (
+	"cmp"
+	"errors"
 	"fmt"
 	"slices"
 
@@ -28,9 +30,10 @@ const (
 // stored is a bitmap as the image has it.
 type stored struct {
 	layout.BitmapEntry
-	table []uint64
-	live  bool // it has all its clusters, and marks are written to them
-	born  bool // it was added while the image was open
+	table  []uint64 // of a live one; those of others are where the file has them
+	live   bool     // it has all its clusters, and marks are written to them
+	born   bool     // it was added while the image was open
+	broken bool     // what its entry says makes no sense: what is there is not ours to free
 }
 
 // persisted is a bitmap of the node that is to be in the image.
@@ -43,8 +46,8 @@ type persisted struct {
 
 // bitmapKeeper has the bitmaps in memory.
 type bitmapKeeper interface {
-	// loaded takes over a bitmap of the image.
-	loaded(p persisted, readOnly bool) error
+	// loaded takes over the bitmaps of the image, the oldest first.
+	loaded(l []persisted, readOnly bool) error
 	// readOnly tells that the bitmaps must not, or may, change.
 	readOnly(ro bool)
 	// persisted are those to be stored, newest first.
@@ -54,7 +57,7 @@ type bitmapKeeper interface {
 }
 
 // loadBitmaps reads the persistent bitmaps. A broken directory is reported and counts as none: the guest's data does not depend on it. A broken bitmap counts as
-// one that has missed writes.
+// one that has missed writes. What the bitmaps take in memory is bounded by what the file has of them: nothing of it counts twice.
 func (s *image) loadBitmaps(r *blk.Req) error {
 	b := s.ext.Bitmaps
 	if b == nil {
@@ -65,53 +68,141 @@ func (s *image) loadBitmaps(r *blk.Req) error {
 		s.badBitmaps = true
 		return nil
 	}
-	dir := make([]byte, b.DirectorySize)
-	if err := s.readFile(r, blk.Buf(dir), int64(b.DirectoryOffset)); err != nil {
-		return wrap("Could not read bitmap directory", err)
-	}
-	entries, err := layout.ParseBitmapDirectory(dir, b.NbBitmaps)
-	if err != nil {
-		s.warnf("Persistent bitmaps are ignored: %v", err)
+	list, err := s.readDirectory(r, int64(b.DirectoryOffset), int64(b.DirectorySize), b.NbBitmaps)
+	var broken *brokenError
+	if errors.As(err, &broken) {
+		s.warnf("Persistent bitmaps are ignored: %v", broken.error)
 		s.badBitmaps = true
 		return nil
 	}
-	ones := int64(maxOnes)
-	for _, e := range entries {
-		m := &stored{BitmapEntry: e}
-		s.stored = append(s.stored, m)
-		holds := e.Flags&layout.BitmapInUse == 0 || slices.Contains(s.ext.Marks, e.TableOffset)
-		p := persisted{name: e.Name, enabled: e.Flags&layout.BitmapAuto != 0, inconsistent: !holds}
-		n := s.bitmapBytes(e.Granularity)
-		if want := s.bitmapClusters(e.Granularity); n > maxBitmapBytes || int64(e.TableSize) != want {
-			if !p.inconsistent {
-				s.warnf("Bitmap '%s' does not fit the image; it counts as inconsistent", e.Name)
-			}
-			p.inconsistent = true
+	if err != nil {
+		return wrap("Could not read bitmap directory", err)
+	}
+	l := bitmapLoader{s: s, r: r, ones: maxOnes, data: map[int64]struct{}{}, marks: map[uint64]struct{}{}}
+	for _, at := range s.ext.Marks {
+		l.marks[at] = struct{}{}
+	}
+	l.findOverlaps(list)
+	all := make([]persisted, 0, len(list))
+	for _, m := range list {
+		p, err := l.load(m)
+		if err != nil {
+			return err
 		}
-		if int64(e.TableSize) <= maxBitmapBytes/s.cs {
-			if m.table, err = s.readTable(r, int64(e.TableOffset), int64(e.TableSize)); err != nil {
-				return wrap("Could not read bitmap table", err)
-			}
+		all = append(all, p)
+	}
+	s.stored = list
+	if s.keeper == nil {
+		return nil
+	}
+	return s.keeper.loaded(all, s.readOnly)
+}
+
+// brokenError is what is wrong with a directory.
+type brokenError struct{ error }
+
+func (s *image) readDirectory(r *blk.Req, off, size int64, n uint32) ([]*stored, error) {
+	q := s.sequence(r, off, off+size)
+	defer q.close()
+	var list []*stored
+	for i := range n {
+		left := q.end - q.off
+		head, err := q.peek(layout.BitmapHeaderSize)
+		if err != nil {
+			return nil, err
 		}
-		if p.inconsistent {
-			// Nobody reads it, so it takes no memory.
-			p.bits = bitmap.New(s.bitmapSize(), e.Granularity)
-		} else if p.bits, err = s.readBitmap(r, m, &ones); err != nil {
-			return wrap(fmt.Sprintf("Could not read bitmap '%s'", e.Name), err)
-		} else if p.bits == nil {
-			s.warnf("Bitmap '%s' cannot be used; it counts as inconsistent", e.Name)
-			p.inconsistent, p.bits = true, bitmap.New(s.bitmapSize(), e.Granularity)
+		k, err := layout.BitmapNeed(head, left, i, n)
+		if err != nil {
+			return nil, &brokenError{err}
 		}
-		if p.inconsistent {
-			m.Flags |= layout.BitmapInUse
+		b, err := q.peek(k)
+		if err != nil {
+			return nil, err
 		}
-		if s.keeper != nil {
-			if err := s.keeper.loaded(p, s.readOnly); err != nil {
-				return err
-			}
+		list = append(list, &stored{BitmapEntry: layout.ParseBitmap(b)})
+		q.skip(k)
+	}
+	if left := q.end - q.off; left != 0 {
+		return nil, &brokenError{fmt.Errorf("bitmap directory has %d bytes too many", left)}
+	}
+	return list, nil
+}
+
+// bitmapLoader loads the bitmaps of an image.
+type bitmapLoader struct {
+	s      *image
+	r      *blk.Req
+	ones   int64               // what bitmaps that are said to be all ones may still take
+	marks  map[uint64]struct{} // tables of bitmaps that hold although they are in use
+	tables []*stored           // those that make sense, by their places; no two share a byte
+	data   map[int64]struct{}  // clusters of data that were loaded
+}
+
+// findOverlaps marks the bitmaps whose entry makes no sense, or whose table lies over that of another or over other metadata, as broken.
+func (l *bitmapLoader) findOverlaps(list []*stored) {
+	s := l.s
+	for _, m := range list {
+		off, n := int64(m.TableOffset), m.TableBytes()
+		m.broken = !m.Fits(s.cs) || off+n > s.file.Size() || s.overlaps(off, n, olAll) != 0
+		if !m.broken {
+			l.tables = append(l.tables, m)
 		}
 	}
-	return nil
+	slices.SortStableFunc(l.tables, func(a, b *stored) int { return cmp.Compare(a.TableOffset, b.TableOffset) })
+	end := int64(0)
+	for i, m := range l.tables {
+		if int64(m.TableOffset) < end {
+			m.broken = true
+			if i > 0 && !l.tables[i-1].broken {
+				l.tables[i-1].broken = true
+			}
+		}
+		end = max(end, s.geo.RoundUp(int64(m.TableOffset)+m.TableBytes()))
+	}
+	l.tables = slices.DeleteFunc(l.tables, func(m *stored) bool { return m.broken })
+}
+
+// taken tells whether a cluster of data lies where something else does, and takes it.
+func (l *bitmapLoader) taken(off int64) bool {
+	s := l.s
+	if _, ok := l.data[off>>s.cb]; ok || off >= s.file.Size() || s.overlaps(off, s.cs, olAll) != 0 {
+		return true
+	}
+	i, found := slices.BinarySearchFunc(l.tables, off, func(m *stored, off int64) int { return cmp.Compare(int64(m.TableOffset), off) })
+	if found || i > 0 && int64(l.tables[i-1].TableOffset)+l.tables[i-1].TableBytes() > off {
+		return true
+	}
+	l.data[off>>s.cb] = struct{}{}
+	return false
+}
+
+// load reads a bitmap; one that is broken is inconsistent.
+func (l *bitmapLoader) load(m *stored) (persisted, error) {
+	s := l.s
+	_, marked := l.marks[m.TableOffset]
+	holds := m.Flags&layout.BitmapInUse == 0 || marked
+	p := persisted{name: m.Name, enabled: m.Flags&layout.BitmapAuto != 0, inconsistent: !holds}
+	fits := !m.broken && s.bitmapBytes(m.Granularity) <= maxBitmapBytes && int64(m.TableSize) == s.bitmapClusters(m.Granularity)
+	if !fits && holds {
+		s.warnf("Bitmap '%s' does not fit the image; it counts as inconsistent", m.Name)
+		p.inconsistent = true
+	}
+	if !p.inconsistent {
+		bits, err := l.read(m)
+		if err != nil {
+			return p, wrap(fmt.Sprintf("Could not read bitmap '%s'", m.Name), err)
+		}
+		if p.bits = bits; bits == nil {
+			s.warnf("Bitmap '%s' cannot be used; it counts as inconsistent", m.Name)
+			p.inconsistent = true
+		}
+	}
+	if p.inconsistent {
+		// Nobody reads it, so it takes no memory.
+		p.bits = bitmap.New(s.bitmapSize(), m.Granularity)
+		m.Flags |= layout.BitmapInUse
+	}
+	return p, nil
 }
 
 // bitmapSize is the size that bitmaps cover.
@@ -127,26 +218,35 @@ func (s *image) bitmapClusters(granularity int64) int64 {
 	return max(blk.AlignUp(s.bitmapBytes(granularity), s.cs)/s.cs, 1)
 }
 
-// readBitmap reads the data of a bitmap; nil if they make no sense.
-func (s *image) readBitmap(r *blk.Req, m *stored, ones *int64) (*bitmap.Bitmap, error) {
+// read reads the data of a bitmap; nil if they make no sense.
+func (l *bitmapLoader) read(m *stored) (*bitmap.Bitmap, error) {
+	s := l.s
+	table, err := s.readTable(l.r, int64(m.TableOffset), int64(m.TableSize))
+	if err != nil {
+		return nil, err
+	}
 	b := bitmap.New(s.bitmapSize(), m.Granularity)
 	buf := blk.GetBuf(int(s.cs), 0)
 	defer blk.PutBuf(buf)
-	for i, e := range m.table {
-		first := int64(i) * s.cs * 8
+	for i, e := range table.all() {
+		first := i * s.cs * 8
 		off := int64(e & layout.OffsetMask)
 		switch {
 		case e&^(layout.OffsetMask|1) != 0 || off != 0 && e&1 != 0 || off&(s.cs-1) != 0:
 			return nil, nil
-		case off == 0 && e == 0:
 		case off == 0:
 			n := min(s.cs*8, b.Granules()-first)
-			if *ones -= n / 8; *ones < 0 {
+			if l.ones -= n / 8; l.ones < 0 {
 				return nil, nil
 			}
 			b.Set(first*m.Granularity, n*m.Granularity)
+		case l.taken(off):
+			return nil, nil
 		default:
-			if err := s.readFile(r, blk.Buf(buf.B), off); err != nil {
+			if err := ended(l.r); err != nil {
+				return nil, err
+			}
+			if err := s.readFile(l.r, blk.Buf(buf.B), off); err != nil {
 				return nil, err
 			}
 			b.LoadBytes(first, buf.B)
@@ -250,7 +350,8 @@ func (s *image) storeBitmaps(r *blk.Req) error {
 		return nil
 	}
 	var list, old []*stored
-	taken := map[string]bool{}
+	taken, named := map[string]bool{}, byName(want)
+	bornAs := map[string]*stored{}
 	var err error
 	add := func(p persisted, from *stored) {
 		if err != nil {
@@ -269,24 +370,19 @@ func (s *image) storeBitmaps(r *blk.Req) error {
 			}
 		}
 	}
-	var born []*stored // as in the reference they come last, the newest first
 	for _, m := range s.stored {
-		switch p := find(want, m.Name); {
+		switch p := named[m.Name]; {
 		case p == nil:
 			old = append(old, m)
 		case m.born:
-			born = append(born, m)
+			bornAs[m.Name] = m // as in the reference they come last, the newest first
 		default:
 			add(*p, m)
 		}
 	}
 	for _, p := range want {
 		if !taken[p.name] {
-			var from *stored
-			if i := slices.IndexFunc(born, func(m *stored) bool { return m.Name == p.name }); i >= 0 {
-				from = born[i]
-			}
-			add(p, from)
+			add(p, bornAs[p.name])
 		}
 	}
 	if err == nil {
@@ -309,6 +405,15 @@ func find(l []persisted, name string) *persisted {
 	return nil
 }
 
+// byName finds bitmaps by their names.
+func byName(l []persisted) map[string]*persisted {
+	m := make(map[string]*persisted, len(l))
+	for i := range l {
+		m[l[i].name] = &l[i]
+	}
+	return m
+}
+
 // giveBack frees what was taken for bitmaps that are not in the image after all.
 func (s *image) giveBack(r *blk.Req) {
 	for _, c := range s.fresh {
@@ -319,34 +424,38 @@ func (s *image) giveBack(r *blk.Req) {
 
 // writeBitmap writes data and table of a bitmap to new clusters.
 func (s *image) writeBitmap(r *blk.Req, p persisted) (*stored, error) {
-	m := &stored{BitmapEntry: layout.BitmapEntry{Name: p.name, Granularity: p.bits.Granularity()}}
+	m := &stored{BitmapEntry: layout.NewBitmap(p.name, p.bits.Granularity(), 0)}
 	if p.enabled {
 		m.Flags |= layout.BitmapAuto
 	}
-	m.table = make([]uint64, s.bitmapClusters(m.Granularity))
-	m.TableSize = uint32(len(m.table))
+	m.TableSize = uint32(s.bitmapClusters(m.Granularity))
+	var table entries
 	buf := make([]byte, 0, s.cs)
-	for i := range m.table {
-		first := int64(i) * s.cs * 8
-		lo := first * m.Granularity
-		if _, _, dirty := p.bits.NextDirty(lo, min(lo+s.cs*8*m.Granularity, p.bits.Size())); !dirty {
-			continue
+	per := s.cs * 8 * m.Granularity // bytes of the disk that a cluster of data is about
+	for lo := int64(0); lo < p.bits.Size(); {
+		at, _, dirty := p.bits.NextDirty(lo, p.bits.Size())
+		if !dirty {
+			break
 		}
-		buf = p.bits.AppendBytes(buf[:0], first, s.cs)
+		i := at / per
+		buf = p.bits.AppendBytes(buf[:0], i*s.cs*8, s.cs)
 		off, err := s.writeNew(r, buf, "bitmap data")
 		if err != nil {
 			return nil, err
 		}
-		m.table[i] = uint64(off)
+		table.set(i, uint64(off))
+		if lo = (i + 1) * per; lo <= 0 {
+			break // beyond all sizes
+		}
 	}
-	return m, s.writeTable(r, m)
+	return m, s.writeTable(r, m, table.at)
 }
 
 // writeTable writes the table of a bitmap to new clusters.
-func (s *image) writeTable(r *blk.Req, m *stored) error {
-	tab := make([]byte, len(m.table)*8)
-	for i, e := range m.table {
-		be.PutUint64(tab[i*8:], e)
+func (s *image) writeTable(r *blk.Req, m *stored, at func(i int64) uint64) error {
+	tab := make([]byte, m.TableBytes())
+	for i := range int64(m.TableSize) {
+		be.PutUint64(tab[i*8:], at(i))
 	}
 	off, err := s.writeNew(r, tab, "bitmap table")
 	m.TableOffset = uint64(off)
@@ -413,31 +522,40 @@ func (s *image) switchDirectory(r *blk.Req, list, old []*stored) error {
 		s.free(int64(was.DirectoryOffset), int64(was.DirectorySize), discardOther)
 	}
 	for _, m := range old {
-		s.freeBitmap(m)
+		s.freeBitmap(r, m)
 	}
 	s.publish()
 	return nil
 }
 
-func (s *image) freeBitmap(m *stored) {
-	for _, e := range m.table {
-		if off := int64(e & layout.OffsetMask); off != 0 && off&(s.cs-1) == 0 {
+// freeBitmap gives back what a bitmap takes to which the image does not refer any more.
+func (s *image) freeBitmap(r *blk.Req, m *stored) {
+	if m.broken {
+		return
+	}
+	table, err := s.readTable(r, int64(m.TableOffset), int64(m.TableSize))
+	if err != nil {
+		s.warnf("Leaking the clusters of bitmap '%s': %s", m.Name, blk.ErrnoText(err))
+	}
+	for _, e := range table.all() {
+		// Metadata are not a bitmap's, whatever it says.
+		if off := int64(e & layout.OffsetMask); off != 0 && off&(s.cs-1) == 0 && s.overlaps(off, s.cs, olAll) == 0 {
 			s.free(off, s.cs, discardOther)
 		}
 	}
-	if m.TableSize > 0 {
-		s.free(int64(m.TableOffset), int64(m.TableSize)*8, discardOther)
-	}
+	s.free(int64(m.TableOffset), m.TableBytes(), discardOther)
 }
 
 // CanStoreBitmap implements graph.BitmapStore.
 func (s *image) CanStoreBitmap(name string, granularity int64, others int) error {
 	s.mu.Lock()
 	defer s.mu.Unlock()
-	entries := []layout.BitmapEntry{{Name: name}}
+	e := layout.NewBitmap(name, granularity, 0)
+	dir := e.Size()
 	if s.keeper != nil && s.hdr.Version >= 3 {
 		for _, p := range s.keeper.persisted() {
-			entries = append(entries, layout.BitmapEntry{Name: p.name})
+			e := layout.NewBitmap(p.name, granularity, 0)
+			dir += e.Size()
 		}
 	}
 	switch n := s.bitmapBytes(granularity); {
@@ -445,7 +563,7 @@ func (s *image) CanStoreBitmap(name string, granularity int64, others int) error
 		return fmt.Errorf("Cannot store dirty bitmaps in qcow2 v2 files")
 	case others >= maxBitmapCount:
 		return fmt.Errorf("Maximum number of persistent bitmaps is already reached")
-	case len(layout.AppendBitmapDirectory(nil, entries)) > layout.MaxBitmapDirectory:
+	case dir > layout.MaxBitmapDirectory:
 		return fmt.Errorf("Not enough space in the bitmap directory")
 	case n > maxBitmapBytes:
 		return fmt.Errorf("Too much space will be occupied by the bitmap. Use larger granularity")

@@ -8,7 +8,6 @@ import (
 	"testing"
 
 	"qblockd/blockdev/drivertest"
-	"qblockd/blockdev/qcow2/layout"
 	"qblockd/graph/bitmap"
 	"qblockd/graph/blk"
 	"qblockd/schema/types"
@@ -41,20 +40,25 @@ func TestQemuBitmapList(t *testing.T) {
 
 // TestBitmapDirectoryHostile refuses directories whose entries do not fill them.
 func TestBitmapDirectoryHostile(t *testing.T) {
+	parse := func(b []byte, n uint32) ([]*stored, error) {
+		f := drivertest.MemFileOf(append(make([]byte, 4096), b...))
+		s := &image{config: config{file: mem{f}}}
+		return s.readDirectory(req(), 4096, int64(len(b)), n)
+	}
 	good := make([]byte, 32)
 	good[17], good[19], good[24] = 16, 1, 'x'
-	if l, err := layout.ParseBitmapDirectory(good, 1); err != nil || len(l) != 1 || l[0].Name != "x" {
+	if l, err := parse(good, 1); err != nil || len(l) != 1 || l[0].Name != "x" {
 		t.Fatal(l, err)
 	}
 	for at, v := range map[int]byte{17: 32, 18: 4, 19: 0, 20: 255} {
 		b := slices.Clone(good)
 		b[at] = v
-		if _, err := layout.ParseBitmapDirectory(b, 1); err == nil {
+		if _, err := parse(b, 1); err == nil {
 			t.Errorf("byte %d = %d is accepted", at, v)
 		}
 	}
 	for _, n := range []uint32{0, 2, 1 << 31} {
-		if _, err := layout.ParseBitmapDirectory(good, n); err == nil {
+		if _, err := parse(good, n); err == nil {
 			t.Errorf("%d entries are accepted", n)
 		}
 	}
@@ -66,9 +70,9 @@ type memKeeper struct {
 	ro   bool
 }
 
-func (k *memKeeper) loaded(p persisted, _ bool) error { k.list = append(k.list, p); return nil }
-func (k *memKeeper) readOnly(ro bool)                 { k.ro = ro }
-func (k *memKeeper) persisted() []persisted           { return k.list }
+func (k *memKeeper) loaded(l []persisted, _ bool) error { k.list = append(k.list, l...); return nil }
+func (k *memKeeper) readOnly(ro bool)                   { k.ro = ro }
+func (k *memKeeper) persisted() []persisted             { return k.list }
 func (k *memKeeper) records(name string) bool {
 	p := find(k.list, name)
 	return p != nil && p.enabled && !p.inconsistent

@@ -76,7 +76,7 @@ func (c *checker) walk() error {
 	c.t.pages = map[int64]*[1024]uint32{}
 	c.end = max(s.file.Size(), s.fileEnd) // clusters may be allocated but not written yet
 	c.ref(0, s.cs, "header")
-	if err := c.walkL1(s.l1, int64(s.hdr.L1TableOffset), int64(s.hdr.L1Size), true); err != nil {
+	if err := c.walkL1(&s.l1, int64(s.hdr.L1TableOffset), int64(s.hdr.L1Size), true); err != nil {
 		return err
 	}
 	for i := range s.snaps {
@@ -90,7 +90,7 @@ func (c *checker) walk() error {
 		if err != nil {
 			return err
 		}
-		if err := c.walkL1(l1, int64(sn.L1TableOffset), int64(sn.L1Size), false); err != nil {
+		if err := c.walkL1(&l1, int64(sn.L1TableOffset), int64(sn.L1Size), false); err != nil {
 			return err
 		}
 	}
@@ -109,10 +109,10 @@ func (c *checker) badBlock(off int64) bool {
 	return off&(c.s.cs-1) != 0 || off < 0 || off >= c.end
 }
 
-func (c *checker) walkL1(l1 []uint64, off, n int64, active bool) error {
+func (c *checker) walkL1(l1 *entries, off, n int64, active bool) error {
 	c.ref(off, n*8, "L1 table")
 	buf := make([]byte, c.s.cs)
-	for _, e := range l1 {
+	for _, e := range l1.all() {
 		tab := int64(e & layout.OffsetMask)
 		if tab == 0 {
 			continue
@@ -192,7 +192,7 @@ func (c *checker) walkBitmaps() error {
 			if err != nil {
 				return err
 			}
-			for _, e := range t {
+			for _, e := range t.all() {
 				if o := int64(e & layout.OffsetMask); o != 0 {
 					c.ref(o, c.s.cs, "bitmap data")
 				}
@@ -350,7 +350,7 @@ func (c *checker) compare(fix bool) error {
 func (c *checker) copiedFlags(fix bool) error {
 	s := c.s
 	buf := make([]byte, s.cs)
-	for li, e := range s.l1 {
+	for li, e := range s.l1.all() {
 		tab := int64(e & layout.OffsetMask)
 		if tab == 0 || tab&(s.cs-1) != 0 || tab >= c.end {
 			continue
@@ -362,7 +362,7 @@ func (c *checker) copiedFlags(fix bool) error {
 		if !ok {
 			c.flagFault(fix, "L1 entry's copied flag is wrong", e)
 			if fix {
-				s.setL1(int64(li), e^layout.Copied)
+				s.setL1(li, e^layout.Copied)
 			}
 		}
 		if err := s.readL2(c.r, tab, buf); err != nil {
@@ -387,7 +387,7 @@ func (c *checker) copiedFlags(fix bool) error {
 				if err := s.room(c.r); err != nil {
 					return err
 				}
-				gc := int64(li)<<s.geo.L2Bits() + i
+				gc := li<<s.geo.L2Bits() + i
 				t, err := s.loadSlice(c.r, gc)
 				if err != nil {
 					return err

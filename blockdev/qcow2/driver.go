@@ -71,10 +71,14 @@ func Open(o *graph.Opening) (graph.Driver, error) {
 // nodeBitmaps keeps persistent bitmaps as the dirty bitmaps of the node.
 type nodeBitmaps struct{ *graph.Node }
 
-func (n nodeBitmaps) loaded(p persisted, readOnly bool) error {
-	_, err := n.NewDirtyBitmap(graph.DirtyBitmapSpec{
-		Name: p.name, Bits: p.bits, Disabled: !p.enabled || p.inconsistent, Persistent: true, Inconsistent: p.inconsistent, ReadOnly: readOnly,
-	})
+func (n nodeBitmaps) loaded(l []persisted, readOnly bool) error {
+	specs := make([]graph.DirtyBitmapSpec, len(l))
+	for i, p := range l {
+		specs[i] = graph.DirtyBitmapSpec{
+			Name: p.name, Bits: p.bits, Disabled: !p.enabled || p.inconsistent, Persistent: true, Inconsistent: p.inconsistent, ReadOnly: readOnly,
+		}
+	}
+	_, err := n.NewDirtyBitmaps(specs)
 	return err
 }
 

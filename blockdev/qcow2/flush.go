@@ -132,7 +132,7 @@ func (s *image) takeL1() []copied {
 	for k := range s.l1Dirty {
 		out = append(out, copied{
 			off:  int64(s.hdr.L1TableOffset) + k*512,
-			data: s.encodeEntries(s.l1, k, int64(s.hdr.L1Size)),
+			data: s.encodeEntries(s.l1At, k, int64(s.hdr.L1Size)),
 			l1:   k,
 		})
 	}

@@ -84,7 +84,7 @@ type image struct {
 	badBitmaps bool
 	fresh      []int64 // clusters taken for bitmaps that the image does not refer to yet
 
-	l1      []uint64 // may be shorter than hdr.L1Size: what lies behind is zero
+	l1      entries
 	l1Dirty map[int64]struct{}
 	l2      *cache
 	slice   int64 // bytes of an L2 slice

@@ -9,18 +9,10 @@ import (
 
 // Everything in this file needs mu.
 
-func (s *image) l1At(i int64) uint64 {
-	if i < int64(len(s.l1)) {
-		return s.l1[i]
-	}
-	return 0
-}
+func (s *image) l1At(i int64) uint64 { return s.l1.at(i) }
 
 func (s *image) setL1(i int64, v uint64) {
-	for int64(len(s.l1)) <= i {
-		s.l1 = append(s.l1, 0)
-	}
-	s.l1[i] = v
+	s.l1.set(i, v)
 	s.l1Dirty[i>>6] = struct{}{}
 }
 

@@ -20,8 +20,9 @@ const (
 	// crash.
 	minRegion  = 1 << 20
 	maxRegions = 4096
-	// maxLiveBytes is the most that a live bitmap takes in the image; larger ones are not marked.
+	// maxLiveBytes is the most that a live bitmap takes in the image, and maxLiveTotal what all of them take; larger ones, and further ones, are not marked.
 	maxLiveBytes = 64 << 20
+	maxLiveTotal = 256 << 20
 )
 
 // marks tell in which regions of the disk all live bitmaps that record have all bits set in the image.
@@ -178,16 +179,17 @@ func (s *image) claimLive(r *blk.Req) error {
 	defer s.giveBack(r)
 	want := s.keeper.persisted()
 	var list, old []*stored
-	live := false
+	live, named, room := false, byName(want), int64(maxLiveTotal)
 	for _, m := range s.stored {
-		p := find(want, m.Name)
-		if p == nil || p.inconsistent || s.bitmapBytes(m.Granularity) > maxLiveBytes {
+		p, n := named[m.Name], s.bitmapBytes(m.Granularity)
+		if p == nil || p.inconsistent || n > min(maxLiveBytes, room) {
 			same := *m
 			same.Flags |= layout.BitmapInUse
 			same.live = false
 			list = append(list, &same)
 			continue
 		}
+		room -= n
 		b, err := s.writeLive(r, *p)
 		if err != nil {
 			return err
@@ -218,7 +220,7 @@ func (s *image) startMarks() {
 
 // writeLive writes a bitmap with all its clusters, and with what is marked.
 func (s *image) writeLive(r *blk.Req, p persisted) (*stored, error) {
-	b := &stored{BitmapEntry: layout.BitmapEntry{Name: p.name, Granularity: p.bits.Granularity(), Flags: layout.BitmapInUse}, live: true}
+	b := &stored{BitmapEntry: layout.NewBitmap(p.name, p.bits.Granularity(), layout.BitmapInUse), live: true}
 	if p.enabled {
 		b.Flags |= layout.BitmapAuto
 	}
@@ -258,7 +260,7 @@ func (s *image) writeLive(r *blk.Req, p persisted) (*stored, error) {
 			}
 		}
 	}
-	return b, s.writeTable(r, b)
+	return b, s.writeTable(r, b, func(i int64) uint64 { return b.table[i] })
 }
 
 // HoldBitmap implements graph.BitmapStore.
@@ -271,7 +273,7 @@ func (s *image) HoldBitmap(r *blk.Req, name string) error {
 		return err
 	}
 	p := find(s.keeper.persisted(), name)
-	if s.readOnly || p == nil || p.inconsistent || s.bitmapBytes(p.bits.Granularity()) > maxLiveBytes {
+	if s.readOnly || p == nil || p.inconsistent {
 		return nil
 	}
 	defer s.claimFlush()()
@@ -285,6 +287,15 @@ func (s *image) HoldBitmap(r *blk.Req, name string) error {
 		}
 		s.startMarks()
 		return s.setEnabled(r, b, p.enabled)
+	}
+	room := int64(maxLiveTotal)
+	for _, b := range s.stored {
+		if b.live {
+			room -= s.bitmapBytes(b.Granularity)
+		}
+	}
+	if s.bitmapBytes(p.bits.Granularity()) > min(maxLiveBytes, room) {
+		return nil
 	}
 	defer s.giveBack(r)
 	b, err := s.writeLive(r, *p)

@@ -3,7 +3,6 @@ package qcow2
 import (
 	"errors"
 	"fmt"
-	"slices"
 	"sync"
 	"time"
 
@@ -101,10 +100,12 @@ func (s *image) loadTables(r *blk.Req) (err error) {
 	s.makeCaches()
 	s.reftSize = int64(s.hdr.RefcountTableClusters) << s.cb / 8
 	s.step(r, blk.EvReftableLoad)
-	if s.reft, err = s.readTable(r, s.reftOffset(), s.reftSize); err != nil {
+	reft, err := s.readTable(r, s.reftOffset(), s.reftSize)
+	if err != nil {
 		return wrap("Could not initialize refcount handling", err)
 	}
-	for _, e := range s.l1 {
+	s.reft = reft.dense()
+	for _, e := range s.l1.all() {
 		if off := int64(e & layout.OffsetMask); off != 0 {
 			s.own(off, ownL2, 1)
 		}
@@ -123,64 +124,42 @@ func (s *image) makeCaches() {
 	s.rb = newCache(int(s.cs), s.set.rbTables)
 }
 
-// readTable reads the part of a table of n entries at off that lies in the file, less trailing zeroes: a table that has
-// hardly any entries costs hardly any memory.
-func (s *image) readTable(r *blk.Req, off, n int64) ([]uint64, error) {
-	n = min(n, max(0, (s.file.Size()-off+7)/8))
-	var out []uint64
-	buf := blk.GetBuf(int(min(n*8, 64<<10)), 0)
-	defer blk.PutBuf(buf)
-	for at := int64(0); at < n; at += int64(len(buf.B)) / 8 {
-		b := buf.B[:min(int64(len(buf.B)), (n-at)*8)]
-		if err := s.readFile(r, blk.Buf(b), off+at*8); err != nil {
-			return nil, err
-		}
-		used := len(b)
-		for used > 0 && b[used-1] == 0 {
-			used--
-		}
-		used = (used + 7) / 8
-		if used == 0 {
-			continue
-		}
-		out = slices.Grow(out, int(at)+used-len(out))
-		for len(out) < int(at) {
-			out = append(out, 0)
-		}
-		for i := range used {
-			out = append(out, be.Uint64(b[i*8:]))
-		}
-	}
-	return out, nil
-}
-
 func (s *image) readSnapshots(r *blk.Req) error {
 	start := int64(s.hdr.SnapshotsOffset)
-	off := start
-	var h [layout.SnapshotHeaderSize]byte
+	if s.snapEnd = start; s.hdr.NbSnapshots == 0 {
+		return nil
+	}
+	q := s.sequence(r, start, s.file.Size())
+	defer q.close()
 	for i := range int(s.hdr.NbSnapshots) {
-		off = (off + 7) &^ 7
-		if off >= s.file.Size() {
+		if q.off >= q.end {
 			// Zeroes would count as entries: 65536 of them for a few bytes of header.
 			return wrap("Failed to read snapshot table", errInval)
 		}
-		if err := s.readFile(r, blk.Buf(h[:]), off); err != nil {
+		h, err := q.peek(layout.SnapshotHeaderSize)
+		if err != nil {
 			return wrap("Failed to read snapshot table", err)
 		}
-		n, err := layout.SnapshotNeed(h[:], i)
+		n, err := layout.SnapshotNeed(h, i)
 		if err != nil {
 			return err
 		}
-		b := make([]byte, n)
-		if err := s.readFile(r, blk.Buf(b), off); err != nil {
+		b, err := q.peek(n)
+		if err != nil {
 			return wrap("Failed to read snapshot table", err)
 		}
 		s.snaps = append(s.snaps, layout.ParseSnapshot(b, s.hdr.Size))
-		if off += int64(n); layout.SnapshotTableTooBig(off - start) {
+		if q.skip(n); layout.SnapshotTableTooBig(q.off - start) {
 			return errors.New("Snapshot table is too big")
 		}
+		s.snapEnd = q.off
+		if pad := int(-q.off & 7); pad > 0 {
+			if _, err := q.peek(pad); err != nil {
+				return wrap("Failed to read snapshot table", err)
+			}
+			q.skip(pad)
+		}
 	}
-	s.snapEnd = off
 	return nil
 }
 
@@ -196,7 +175,7 @@ func (s *image) findInactive(r *blk.Req) error {
 		if err != nil {
 			return wrap("Could not read L1 table", err)
 		}
-		for _, e := range l1 {
+		for _, e := range l1.all() {
 			if e&layout.OffsetMask != 0 {
 				s.inactive[int64(e&layout.OffsetMask)>>s.cb] = struct{}{}
 			}

@@ -307,7 +307,7 @@ func (s *image) writeRefcounts(r *blk.Req) error {
 	}
 	for k := range s.reftDirty {
 		s.step(r, blk.EvRefblockAllocHookup)
-		if err := s.writeMeta(r, s.encodeEntries(s.reft, k, s.reftSize), s.reftOffset()+k*512, olRefcountTable); err != nil {
+		if err := s.writeMeta(r, s.encodeEntries(s.reftAt, k, s.reftSize), s.reftOffset()+k*512, olRefcountTable); err != nil {
 			return err
 		}
 		delete(s.reftDirty, k)
@@ -315,16 +315,12 @@ func (s *image) writeRefcounts(r *blk.Req) error {
 	return nil
 }
 
-// encodeEntries is the k-th group of 64 entries of tab as on disk; limit is the table's length.
-func (s *image) encodeEntries(tab []uint64, k, limit int64) []byte {
+// encodeEntries is the k-th group of 64 entries of a table as on disk; limit is the table's length.
+func (s *image) encodeEntries(at func(i int64) uint64, k, limit int64) []byte {
 	n := min(64, limit-k*64)
 	b := make([]byte, 0, n*8)
 	for i := k * 64; i < k*64+n; i++ {
-		v := uint64(0)
-		if i < int64(len(tab)) {
-			v = tab[i]
-		}
-		b = be.AppendUint64(b, v)
+		b = be.AppendUint64(b, at(i))
 	}
 	return b
 }

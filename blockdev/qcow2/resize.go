@@ -173,7 +173,7 @@ func (s *image) growL1(r *blk.Req, n int64) error {
 	}
 	s.step(r, blk.EvL1GrowWriteTable)
 	b := make([]byte, n*8)
-	for i, e := range s.l1 {
+	for i, e := range s.l1.all() {
 		be.PutUint64(b[8*i:], e)
 	}
 	if err := s.writeMeta(r, b, off, 0); err != nil {
@@ -207,12 +207,14 @@ func (s *image) shrink(r *blk.Req, old, size int64) error {
 		return wrap("Failed to discard cropped clusters", err)
 	}
 	keep := int64(s.geo.L1Entries(uint64(size)))
-	if keep < int64(len(s.l1)) {
-		s.step(r, blk.EvL1ShrinkWriteTable)
-		s.step(r, blk.EvL1ShrinkFreeL2Clusters)
-	}
-	for i := int64(len(s.l1)) - 1; i >= keep; i-- {
-		if off := int64(s.l1[i] & layout.OffsetMask); off != 0 {
+	told := false
+	for i, e := range s.l1.from(keep) {
+		if !told {
+			told = true
+			s.step(r, blk.EvL1ShrinkWriteTable)
+			s.step(r, blk.EvL1ShrinkFreeL2Clusters)
+		}
+		if off := int64(e & layout.OffsetMask); off != 0 {
 			s.setL1(i, 0)
 			if off&(s.cs-1) == 0 {
 				s.own(off, ownL2, -1)

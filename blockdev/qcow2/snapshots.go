@@ -101,7 +101,7 @@ func (s *image) newID() string {
 // are right.
 func (s *image) share(r *blk.Req, d int) error {
 	done := 0
-	err := s.eachCluster(r, s.l1, func(c int64) error {
+	err := s.eachCluster(r, &s.l1, func(c int64) error {
 		err := s.addRef(r, c, d)
 		if err == nil {
 			done++
@@ -117,7 +117,7 @@ func (s *image) share(r *blk.Req, d int) error {
 	if err == nil {
 		return nil
 	}
-	undone := s.eachCluster(r, s.l1, func(c int64) error {
+	undone := s.eachCluster(r, &s.l1, func(c int64) error {
 		if done--; done < 0 {
 			return errEnough
 		}
@@ -141,9 +141,9 @@ func (s *image) fixFlags(r *blk.Req) error {
 }
 
 // eachCluster calls f for every cluster that an L1 table refers to, L2 tables and what their entries refer to, until it fails.
-func (s *image) eachCluster(r *blk.Req, l1 []uint64, f func(c int64) error) error {
+func (s *image) eachCluster(r *blk.Req, l1 *entries, f func(c int64) error) error {
 	buf := make([]byte, s.cs)
-	for _, e := range l1 {
+	for _, e := range l1.all() {
 		tab := int64(e & layout.OffsetMask)
 		if tab == 0 {
 			continue
@@ -184,7 +184,7 @@ func (e unsureError) Unwrap() error { return e.error }
 // addSnapshot writes the L1 copy and a new table of snapshots, and makes the header refer to that.
 func (s *image) addSnapshot(r *blk.Req, sn *layout.Snapshot) error {
 	l1 := make([]byte, int64(sn.L1Size)*8)
-	for i, e := range s.l1 {
+	for i, e := range s.l1.all() {
 		be.PutUint64(l1[8*i:], e&^layout.Copied)
 	}
 	defer s.giveBack(r)
@@ -267,7 +267,7 @@ func (s *image) dropSnapshot(r *blk.Req, i int) error {
 		return err
 	}
 	// The image does not refer to it any more.
-	err = s.eachCluster(r, l1, func(c int64) error {
+	err = s.eachCluster(r, &l1, func(c int64) error {
 		s.free(c<<s.cb, s.cs, discardSnapshot)
 		return nil
 	})

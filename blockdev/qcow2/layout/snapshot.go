@@ -1,6 +1,7 @@
 package layout
 
 import (
+	"bytes"
 	"encoding/binary"
 	"fmt"
 )
@@ -10,6 +11,10 @@ const (
 	SnapshotHeaderSize = 40
 	maxSnapshotExtra   = 1024
 	maxSnapshotBytes   = 1024 * MaxSnapshots
+
+	// MaxSnapshotID and MaxSnapshotName are the bytes of an ID and of a name that count, and are shown; what is longer is cut, as by the reference.
+	MaxSnapshotID   = 127
+	MaxSnapshotName = 255
 )
 
 // Snapshot is an internal snapshot (qcow2.txt, Snapshots).
@@ -23,7 +28,8 @@ type Snapshot struct {
 	VMStateSize   uint64
 	DiskSize      uint64 // bytes
 	Icount        uint64 // all ones: none
-	raw           []byte // as it was parsed
+	raw           []byte // as it was parsed, without zeroes at the end
+	rawLen        int
 }
 
 // SnapshotNeed tells how many bytes from the entry's beginning are needed to parse the
@@ -37,7 +43,7 @@ func SnapshotNeed(b []byte, index int) (int, error) {
 	return SnapshotHeaderSize + int(extra) + int(be.Uint16(b[12:])) + int(be.Uint16(b[14:])), nil
 }
 
-// ParseSnapshot decodes one entry; b holds SnapshotNeed bytes. diskSize is the image's own,
+// ParseSnapshot decodes one entry; b holds SnapshotNeed bytes and is not kept. diskSize is the image's own,
 // valid for entries that do not record theirs.
 func ParseSnapshot(b []byte, diskSize uint64) Snapshot {
 	be := binary.BigEndian
@@ -64,8 +70,9 @@ func ParseSnapshot(b []byte, diskSize uint64) Snapshot {
 		s.Icount = be.Uint64(x[16:])
 	}
 	rest := b[SnapshotHeaderSize+extra:]
-	s.raw = b
-	s.ID, s.Name = cString(rest[:idLen]), cString(rest[idLen:idLen+nameLen])
+	s.raw, s.rawLen = append([]byte(nil), bytes.TrimRight(b, "\x00")...), len(b)
+	id, name := rest[:idLen], rest[idLen:idLen+nameLen]
+	s.ID, s.Name = cString(id[:min(idLen, MaxSnapshotID)]), cString(name[:min(nameLen, MaxSnapshotName)])
 	return s
 }
 
@@ -76,7 +83,7 @@ func SnapshotTableTooBig(n int64) bool { return n > maxSnapshotBytes }
 func (s *Snapshot) AppendTo(b []byte) []byte {
 	be := binary.BigEndian
 	if s.raw != nil {
-		b = append(b, s.raw...)
+		b = append(append(b, s.raw...), make([]byte, s.rawLen-len(s.raw))...)
 	} else {
 		b = be.AppendUint64(b, s.L1TableOffset)
 		b = be.AppendUint32(b, s.L1Size)

@@ -1,0 +1,288 @@
+package qcow2
+
+import (
+	"context"
+	"encoding/binary"
+	"errors"
+	"fmt"
+	"reflect"
+	"runtime"
+	"testing"
+	"time"
+
+	"qblockd/blockdev/drivertest"
+	"qblockd/blockdev/qcow2/layout"
+	"qblockd/graph/blk"
+)
+
+// crafted is an image of hostile content: an empty one with tables where none would be.
+type crafted struct {
+	f   *drivertest.MemFile
+	cs  int64
+	end int64 // where the next table goes
+}
+
+func craft(t testing.TB, clusterBits uint, size uint64) *crafted {
+	t.Helper()
+	cs := int64(1) << clusterBits
+	f := mustCreate(t, CreateOptions{Size: 1 << 20, ClusterSize: ptr(uint64(cs))})
+	c := &crafted{f: f, cs: cs, end: 16 << 20}
+	c.u64(layout.OffSize, size)
+	n := layout.Geometry{ClusterBits: clusterBits, RefcountOrder: 4}.L1Entries(size)
+	c.u32(layout.OffL1Size, uint32(n))
+	c.u64(layout.OffL1Size+4, uint64(c.place(int64(n)*8)))
+	return c
+}
+
+func (c *crafted) u32(off int64, v uint32) { c.f.Poke(off, binary.BigEndian.AppendUint32(nil, v)) }
+func (c *crafted) u64(off int64, v uint64) { c.f.Poke(off, binary.BigEndian.AppendUint64(nil, v)) }
+
+func (c *crafted) get(off int64, n int) []byte {
+	b := make([]byte, n)
+	if err := c.f.ReadAt(req(), blk.Buf(b), off, 0); err != nil {
+		panic(err)
+	}
+	return b
+}
+
+// place finds n bytes of clusters, which are a hole.
+func (c *crafted) place(n int64) int64 {
+	off := c.end
+	c.end += blk.AlignUp(max(n, 1), c.cs)
+	c.f.Poke(c.end-1, []byte{0})
+	return off
+}
+
+// directory enters bitmaps into the header. They are all like e; each changes what differs.
+func (c *crafted) directory(n int, e layout.BitmapEntry, each func(i int, e *layout.BitmapEntry)) {
+	var l []layout.BitmapEntry
+	for i := range n {
+		e := e
+		e.Name = fmt.Sprintf("b%06d", i)
+		if each != nil {
+			each(i, &e)
+		}
+		l = append(l, e)
+	}
+	dir := layout.AppendBitmapDirectory(nil, l)
+	off := c.place(int64(len(dir)))
+	c.f.Poke(off, dir)
+	h, err := layout.Parse(c.get(0, int(c.cs)), false)
+	if err != nil {
+		panic(err)
+	}
+	h.AutoclearFeatures |= layout.AutoclearBitmaps
+	b, err := h.Marshal(&layout.Extensions{Bitmaps: &layout.Bitmaps{NbBitmaps: uint32(n), DirectorySize: uint64(len(dir)), DirectoryOffset: uint64(off)}}, "")
+	if err != nil {
+		panic(err)
+	}
+	c.f.Poke(0, b)
+}
+
+// opened opens the image and returns what that has allocated, the image included.
+func (c *crafted) opened(t testing.TB, cfg config) (*image, uint64) {
+	t.Helper()
+	var before, after runtime.MemStats
+	runtime.ReadMemStats(&before)
+	s := mustOpen(t, mem{c.f}, cfg)
+	runtime.ReadMemStats(&after)
+	return s, after.TotalAlloc - before.TotalAlloc
+}
+
+// TestTablesInHoles: tables of any length cost what is in them.
+func TestTablesInHoles(t *testing.T) {
+	for _, o := range []struct {
+		bits uint
+		size uint64
+	}{{21, 1 << 60}, {21, 1<<61 - 1<<30}, {16, 1 << 51}, {9, 1 << 37}} {
+		c := craft(t, o.bits, o.size)
+		last := int64(binary.BigEndian.Uint32(c.get(layout.OffL1Size, 4))) - 1
+		at := int64(binary.BigEndian.Uint64(c.get(layout.OffL1Size+4, 8)))
+		c.u64(at+last*8, uint64(c.place(c.cs)))
+		s, used := c.opened(t, config{readOnly: true})
+		if limit := uint64(2<<20 + 2*c.cs); used > limit {
+			t.Errorf("clusters of 2^%d, disk of %d: %d bytes to open it, limit %d", o.bits, o.size, used, limit)
+		}
+		b := make([]byte, 512)
+		for _, off := range []int64{0, int64(o.size) - 512} {
+			if err := s.ReadAt(req(), blk.Buf(b), off, 0); err != nil {
+				t.Error(err)
+			}
+		}
+		mustClose(t, s)
+	}
+}
+
+// TestBitmapTablesInOnePlace: what several bitmaps claim is nobody's, and costs nothing.
+func TestBitmapTablesInOnePlace(t *testing.T) {
+	const n = 600
+	c := craft(t, 9, 1<<20)
+	const entries = 512 << 20 / 512
+	table := c.place(entries * 8)
+	c.u64(table+(entries-1)*8, 0x5200)
+	e := layout.NewBitmap("", 1<<16, layout.BitmapAuto)
+	e.TableOffset, e.TableSize = uint64(table), entries
+	c.directory(n, e, nil)
+	k := &memKeeper{}
+	s, used := c.opened(t, config{readOnly: true, keeper: k})
+	if used > 4<<20 {
+		t.Errorf("%d bytes to open it", used)
+	}
+	if len(k.list) != n || !k.list[0].inconsistent || !k.list[n-1].inconsistent {
+		t.Errorf("%d bitmaps, the first: %+v", len(k.list), k.list[:min(1, len(k.list))])
+	}
+	mustClose(t, s)
+}
+
+// TestBitmapDataInOnePlace: a cluster is the data of one bitmap, at one place of it.
+func TestBitmapDataInOnePlace(t *testing.T) {
+	c := craft(t, 16, 1<<40)
+	perBitmap := int64(1) << 40 / 512 / 8 / 65536
+	data := c.place(65536)
+	c.f.Poke(data, []byte{0x55})
+	e := layout.NewBitmap("", 512, layout.BitmapAuto)
+	e.TableSize = uint32(perBitmap)
+	// The first has each cluster once, the second one cluster at all places, the third that of the first.
+	c.directory(3, e, func(i int, e *layout.BitmapEntry) {
+		at := c.place(perBitmap * 8)
+		e.TableOffset = uint64(at)
+		switch i {
+		case 0:
+			c.u64(at, uint64(data))
+		case 1:
+			other := c.place(65536)
+			for j := range perBitmap {
+				c.u64(at+8*j, uint64(other))
+			}
+		case 2:
+			c.u64(at+8, uint64(data))
+		}
+	})
+	k := &memKeeper{}
+	s, _ := c.opened(t, config{readOnly: true, keeper: k})
+	if len(k.list) != 3 || k.list[0].inconsistent || !k.list[1].inconsistent || !k.list[2].inconsistent {
+		t.Errorf("%+v", k.list)
+	}
+	if n := k.list[0].bits.Count(); n != 4*512 {
+		t.Errorf("%d bytes are dirty", n)
+	}
+	mustClose(t, s)
+}
+
+// TestOddBitmaps: what we do not know of a bitmap, or what lies over other metadata, is left as it is, and the bitmap cannot be used.
+func TestOddBitmaps(t *testing.T) {
+	for name, odd := range map[string]func(c *crafted, entry int64){
+		"type":              func(c *crafted, at int64) { c.f.Poke(at+16, []byte{2}) },
+		"flags":             func(c *crafted, at int64) { c.u32(at+12, layout.BitmapAuto|4) },
+		"unaligned":         func(c *crafted, at int64) { c.u64(at, 0x30008) },
+		"no table":          func(c *crafted, at int64) { c.u32(at+8, 0) },
+		"at 0":              func(c *crafted, at int64) { c.u64(at, 0) },
+		"over header":       func(c *crafted, at int64) { c.u64(at, 0) },
+		"over reftable":     func(c *crafted, at int64) { c.u64(at, 0x10000) },
+		"over itself":       func(c *crafted, at int64) { c.u64(at, uint64(at)) },
+		"beyond the end":    func(c *crafted, at int64) { c.u64(at, 1<<40) },
+		"far beyond":        func(c *crafted, at int64) { c.u64(at, 1<<63) },
+		"longer than a map": func(c *crafted, at int64) { c.u32(at+8, 1<<30) },
+	} {
+		t.Run(name, func(t *testing.T) {
+			c := craft(t, 16, 1<<30)
+			e := layout.NewBitmap("", 1<<16, layout.BitmapAuto)
+			e.TableOffset, e.TableSize = uint64(c.place(8)), 1
+			c.directory(2, e, func(i int, e *layout.BitmapEntry) {
+				e.TableOffset += uint64(i) * uint64(c.place(8)-int64(e.TableOffset))
+			})
+			img := c.get(0, int(c.cs))
+			h, _ := layout.Parse(img, false)
+			x, _ := h.ParseExtensions(img)
+			odd(c, int64(x.Bitmaps.DirectoryOffset))
+			before := [2][]byte{c.get(0x10000, 8), c.get(0x20000, 6)} // the refcount table, and refcounts of header and tables
+			k := &memKeeper{}
+			s := mustOpen(t, mem{c.f}, config{readOnly: true, keeper: k})
+			if len(k.list) != 2 || !k.list[0].inconsistent || k.list[1].inconsistent {
+				t.Fatalf("%+v", k.list)
+			}
+			mustClose(t, s)
+			// Opened for writing and closed it is still there, in use; removing it touches nothing of what it named.
+			k = &memKeeper{}
+			s = mustOpen(t, mem{c.f}, config{keeper: k})
+			mustClose(t, s)
+			k = &memKeeper{}
+			s = mustOpen(t, mem{c.f}, config{keeper: k})
+			if len(k.list) != 2 || !k.list[0].inconsistent || k.list[1].inconsistent {
+				t.Fatalf("%+v after it was written to", k.list)
+			}
+			name := k.list[0].name
+			k.list = k.list[1:]
+			if err := s.RemoveBitmap(req(), name); err != nil {
+				t.Fatal(err)
+			}
+			mustClose(t, s)
+			if after := [2][]byte{c.get(0x10000, 8), c.get(0x20000, 6)}; !reflect.DeepEqual(before, after) {
+				t.Errorf("refcounts were %x and are %x", before, after)
+			}
+		})
+	}
+}
+
+// TestManyBitmapsOpenInLinearTime, though each has an entry of its own.
+func TestManyBitmapsOpenInLinearTime(t *testing.T) {
+	const n = 65535
+	c := craft(t, 16, 1<<30)
+	e := layout.NewBitmap("", 1<<16, layout.BitmapAuto|layout.BitmapInUse)
+	e.TableOffset, e.TableSize = uint64(c.place(8)), 1
+	c.directory(n, e, nil)
+	k := &memKeeper{}
+	begun := time.Now()
+	s, used := c.opened(t, config{readOnly: true, keeper: k})
+	if took := time.Since(begun); took > 20*time.Second || len(k.list) != n {
+		t.Errorf("%d bitmaps after %v", len(k.list), took)
+	}
+	if used > n*1024 {
+		t.Errorf("%d bytes, %d a bitmap", used, used/n)
+	}
+	mustClose(t, s)
+}
+
+// TestOpeningEnds: an opening that takes long by the image's will ends with its context.
+func TestOpeningEnds(t *testing.T) {
+	gone := errors.New("the client is gone")
+	images := map[string]func() *crafted{
+		"L1": func() *crafted { return craft(t, 21, 1<<60) },
+		"snapshots": func() *crafted {
+			c := craft(t, 16, 1<<30)
+			c.u32(layout.OffSnapshots, 3)
+			c.u64(layout.OffSnapshots+4, uint64(c.place(1<<20)))
+			return c
+		},
+		"bitmaps": func() *crafted {
+			c := craft(t, 16, 1<<30)
+			e := layout.NewBitmap("", 1<<16, layout.BitmapAuto)
+			e.TableOffset, e.TableSize = uint64(c.place(8)), 1
+			c.directory(100, e, nil)
+			return c
+		},
+	}
+	for name, image := range images {
+		c := image()
+		ctx, cancel := context.WithCancelCause(context.Background())
+		cancel(gone)
+		r := &blk.Req{Ctx: ctx}
+		s := &struct{ err error }{}
+		switch name {
+		case "L1":
+			_, s.err = openImage(r, config{file: mem{c.f}, readOnly: true})
+		default:
+			// The tables before these end it earlier.
+			i := mustOpen(t, mem{c.f}, config{readOnly: true})
+			i.snaps, i.stored = nil, nil
+			if name == "snapshots" {
+				s.err = i.readSnapshots(r)
+			} else {
+				s.err = i.loadBitmaps(r)
+			}
+		}
+		if !errors.Is(s.err, gone) {
+			t.Errorf("%s: %v", name, s.err)
+		}
+	}
+}
