@@ -9,7 +9,7 @@ BENCH     ?=
 STATICCHECK := honnef.co/go/tools/cmd/staticcheck@v0.6.1
 
 .DEFAULT_GOAL := help
-.PHONY: help build run test tools check race lint fuzz meta crash load starts golden bench man generate generate-check tidy-check interop clean FORCE
+.PHONY: help build run test tools check race lint fuzz meta crash hostile load starts golden bench man generate generate-check tidy-check interop clean FORCE
 
 help: ## list the targets
 	@sed -n 's/^\([a-z-]*\):.*## /\1\t/p' $(MAKEFILE_LIST) | expand -t 18
@@ -64,6 +64,12 @@ meta: ## random operations on a graph against plain bytes: SEED= first seed, SEE
 
 crash: ## ROUNDS= rounds of kill -9 under load
 	$(GO) test -count=1 -timeout 0 -v ./tests/crash -run TestKill -crash.rounds $(ROUNDS) -crash.seed $(SEED)
+
+CASES  ?= 20000
+BINARY ?=
+
+hostile: ## CASES= damaged images, drawn from SEED=, on a real daemon (BINARY= another one than this tree's)
+	$(GO) test -count=1 -timeout 0 -v ./tests/hostile -run TestHunt -hostile.cases $(CASES) -hostile.seed $(SEED) -hostile.binary "$(BINARY)"
 
 STARTS ?= 2000
 

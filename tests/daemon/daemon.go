@@ -190,19 +190,56 @@ type message struct {
 // Dial connects a further client and negotiates.
 func (d *Daemon) Dial(t testing.TB) *QMP {
 	t.Helper()
-	c, err := net.Dial("unix", d.QMPSocket())
+	q, err := DialQMP(d.QMPSocket(), time.Time{})
 	if err != nil {
 		t.Fatal(err)
 	}
-	q := &QMP{c: c, r: bufio.NewReaderSize(c, 1<<20)}
-	t.Cleanup(func() { c.Close() })
-	if m, err := q.next(); err != nil || m.QMP == nil {
-		t.Fatalf("greeting: %+v %v", m, err)
-	}
-	if _, err := q.Do("qmp_capabilities", nil); err != nil {
-		t.Fatal(err)
-	}
+	t.Cleanup(q.Close)
 	return q
+}
+
+// DialQMP connects to the monitor at a unix socket and negotiates. The deadline is that of SetDeadline.
+func DialQMP(socket string, deadline time.Time) (*QMP, error) {
+	c, err := net.Dial("unix", socket)
+	if err != nil {
+		return nil, err
+	}
+	q := &QMP{c: c, r: bufio.NewReaderSize(c, 1<<20)}
+	q.SetDeadline(deadline)
+	m, err := q.next()
+	if err == nil && m.QMP == nil {
+		err = fmt.Errorf("greeting: %+v", m)
+	}
+	if err == nil {
+		_, err = q.Do("qmp_capabilities", nil)
+	}
+	if err != nil {
+		q.Close()
+		return nil, err
+	}
+	return q, nil
+}
+
+// SetDeadline is until when everything that waits for the daemon waits; the zero time is for ever.
+func (q *QMP) SetDeadline(t time.Time) { _ = q.c.SetDeadline(t) }
+
+// Close leaves without a word.
+func (q *QMP) Close() { q.c.Close() }
+
+// Next returns the next event, of those kept or as it comes.
+func (q *QMP) Next() (Event, error) {
+	for len(q.Events) == 0 {
+		m, err := q.next()
+		if err != nil {
+			return Event{}, err
+		}
+		if m.Name != "" {
+			return m.Event, nil
+		}
+	}
+	e := q.Events[0]
+	q.Events = q.Events[1:]
+	return e, nil
 }
 
 func (q *QMP) next() (m message, err error) {

@@ -6,6 +6,7 @@ import (
 	"io"
 	"net"
 	"syscall"
+	"time"
 )
 
 // NBD is a simple client of an export: one request at a time, simple replies, no library in between. It is used by
@@ -30,12 +31,16 @@ const (
 func (d *Daemon) DialNBD(export string) (*NBD, error) { return DialNBD(d.NBDSocket(), export) }
 
 // DialNBD connects to an export of the server at a unix socket.
-func DialNBD(socket, export string) (*NBD, error) {
+func DialNBD(socket, export string) (*NBD, error) { return DialNBDBy(socket, export, time.Time{}) }
+
+// DialNBDBy is DialNBD with the deadline of SetDeadline.
+func DialNBDBy(socket, export string, deadline time.Time) (*NBD, error) {
 	c, err := net.Dial("unix", socket)
 	if err != nil {
 		return nil, err
 	}
 	n := &NBD{c: c}
+	n.SetDeadline(deadline)
 	if err := n.handshake(export); err != nil {
 		c.Close()
 		return nil, err
@@ -141,6 +146,9 @@ func (n *NBD) WriteFUA(p []byte, off int64) error {
 func (n *NBD) ZeroNoHole(off int64, size int) error {
 	return n.do(nbdZeroes, nbdFlagNoHole, off, size, nil, nil)
 }
+
+// SetDeadline is until when requests wait for the daemon; the zero time is for ever.
+func (n *NBD) SetDeadline(t time.Time) { _ = n.c.SetDeadline(t) }
 
 // Close ends the connection in order, Drop without a word.
 func (n *NBD) Close() { _ = n.do(nbdDisc, 0, 0, 0, nil, nil); n.c.Close() }
