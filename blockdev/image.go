@@ -145,6 +145,28 @@ func (m *Manager) OpenImage(ctx context.Context, i OpenImage) (*Opened, error) {
 	return m.newOpener(ctx).openHidden(p)
 }
 
+// OpenBacking opens the backing file that the header of n's image names, as opening the image would have; nil if it names none. It blocks as
+// long as the storage does.
+func (m *Manager) OpenBacking(ctx context.Context, n *graph.Node) (*Opened, error) {
+	image, ok := n.Driver().(graph.Backed)
+	if !ok {
+		return nil, nil
+	}
+	name, format := image.BackingFile()
+	if name == "" {
+		return nil, nil
+	}
+	full, err := m.absolute(n, name)
+	if err != nil {
+		return nil, err
+	}
+	p, err := m.planNamed(ctx, full, format, n, nil)
+	if err != nil {
+		return nil, err
+	}
+	return m.newOpener(ctx).openHidden(p)
+}
+
 // Node is the top of the tree.
 func (x *Opened) Node() *graph.Node { return x.node }
 

@@ -9,102 +9,9 @@ import (
 	"strings"
 
 	"qblockd/graph"
-	"qblockd/graph/perm"
 	"qblockd/schema/types"
 	"qblockd/schema/value"
 )
-
-// Policy limits what image headers can make the daemon open. The zero value allows what the
-// reference allows, but references to nodes of the daemon.
-type Policy struct {
-	// MaxChain is the longest chain that headers may span, in images; 0 means 1000.
-	MaxChain int
-	// References: json: names may name existing nodes. An image that somebody else made could so read
-	// what it was never meant to see.
-	References bool
-	// Allow, if set, is asked for every node, with the options it would get; an error refuses the whole chain.
-	Allow func(o *types.BlockdevOptions) error
-}
-
-const defaultMaxChain = 1000
-
-// planNamed makes the plan of a backing file that an image header names, in a format it names or,
-// if that is empty, to be guessed. It is the only way from the words in an image to an open file.
-func (m *Manager) planNamed(ctx context.Context, name, format string, up *graph.Options, from *link) (*plan, error) {
-	l := &link{name: name, depth: 1, up: from}
-	if from != nil {
-		l.depth = from.depth + 1
-	}
-	for x := from; x != nil; x = x.up {
-		if x.name == name {
-			return nil, fmt.Errorf("Backing file '%s' creates an infinite loop", name)
-		}
-	}
-	limit := m.policy.MaxChain
-	if limit == 0 {
-		limit = defaultMaxChain
-	}
-	if l.depth > limit {
-		return nil, fmt.Errorf("The chain of backing files is longer than %d images", limit)
-	}
-	opts, file, err := m.namedOptions(ctx, name, format)
-	if err != nil {
-		return nil, err
-	}
-	if opts != nil {
-		if err := m.admit(opts); err != nil {
-			return nil, err
-		}
-		return m.plan(opts, up, perm.COW, l)
-	}
-	if err := m.admitRef(file); err != nil {
-		return nil, err
-	}
-	p := &plan{gen: inherit(&types.BlockdevOptions{}, up, perm.COW), link: l}
-	k, err := m.planRef(file, p.gen, perm.Image, l)
-	if err != nil {
-		return nil, err
-	}
-	p.opts = &types.BlockdevOptions{U: file}
-	p.kids = []planChild{{"file", perm.Image, k}}
-	return p, nil
-}
-
-// admit asks the policy about o and everything below.
-func (m *Manager) admit(o *types.BlockdevOptions) error {
-	if m.policy.Allow != nil {
-		if err := m.policy.Allow(o); err != nil {
-			return err
-		}
-	}
-	d := m.drivers[o.Driver]
-	if d == nil {
-		return fmt.Errorf("Unknown driver '%s'", o.Driver)
-	}
-	if d.Children != nil {
-		for _, c := range d.Children(o.U) {
-			if err := m.admitRef(c.Ref); err != nil {
-				return err
-			}
-		}
-	}
-	if d.Backing != nil {
-		if b := d.Backing(o.U); b != nil && !b.Null && (b.Reference == nil || *b.Reference != "") {
-			return m.admitRef(&types.BlockdevRef{Definition: b.Definition, Reference: b.Reference})
-		}
-	}
-	return nil
-}
-
-func (m *Manager) admitRef(r *types.BlockdevRef) error {
-	if r.Definition != nil {
-		return m.admit(r.Definition)
-	}
-	if !m.policy.References {
-		return fmt.Errorf("An image may not name the node '%s'", *r.Reference)
-	}
-	return nil
-}
 
 // namedOptions turns a file name into options, or, where the format has to be guessed, into the file alone.
 func (m *Manager) namedOptions(ctx context.Context, name, format string) (*types.BlockdevOptions, *types.BlockdevRef, error) {
@@ -122,6 +29,9 @@ func (m *Manager) namedOptions(ctx context.Context, name, format string) (*types
 	if d.Kind == graph.Protocol {
 		u, err := d.FromName(name)
 		return &types.BlockdevOptions{Driver: d.Name, U: u}, nil, err
+	}
+	if d.FromFile == nil {
+		return nil, nil, fmt.Errorf("Driver '%s' needs more than a file name", format)
 	}
 	o, err := m.protocolOptions(ctx, name)
 	if err != nil {
@@ -217,58 +127,80 @@ func (m *Manager) jsonOptions(ctx context.Context, text, format string) (*types.
 	return nil, file, err
 }
 
+// Names in images and of clients nest no deeper than maxNameLevels, dots counted, and have no more than maxNameParts members and steps
+// between dots.
+const maxNameLevels, maxNameParts = 128, 4096
+
+var (
+	errNameTooLarge = fmt.Errorf("A file name may nest %d levels and have %d members at most", maxNameLevels, maxNameParts)
+	errNameMixed    = errors.New("Cannot mix scalar and non-scalar keys")
+)
+
 // unflatten turns dotted names into nested objects and scalars into the strings of the command
 // line: names in images are written in either way.
 func unflatten(in *value.Dict) (*value.Dict, error) {
-	out := &value.Dict{}
+	out, n := &value.Dict{}, 0
 	for _, mem := range in.Members() {
-		v := mem.Value
-		switch x := v.(type) {
-		case *value.Dict:
-			sub, err := unflatten(x)
-			if err != nil {
-				return nil, err
-			}
-			v = sub
-		case bool:
-			v = "off"
-			if x {
-				v = "on"
-			}
-		case int64:
-			v = strconv.FormatInt(x, 10)
-		case uint64:
-			v = strconv.FormatUint(x, 10)
-		case float64:
-			v = string(value.AppendDouble(nil, x))
+		if err := addPart(out, mem.Name, mem.Value, 1, &n); err != nil {
+			return nil, err
 		}
-		at := out
-		path := strings.Split(mem.Name, ".")
-		for _, step := range path[:len(path)-1] {
-			next, ok := at.Get(step)
-			if !ok {
-				next = &value.Dict{}
-				at.Set(step, next)
-			}
-			if at, ok = next.(*value.Dict); !ok {
-				return nil, fmt.Errorf("Cannot mix scalar and non-scalar keys")
-			}
-		}
-		last := path[len(path)-1]
-		if old, ok := at.Get(last); ok {
-			a, okA := old.(*value.Dict)
-			b, okB := v.(*value.Dict)
-			if !okA || !okB {
-				return nil, fmt.Errorf("Cannot mix scalar and non-scalar keys")
-			}
-			for _, mem := range b.Members() {
-				a.Set(mem.Name, mem.Value)
-			}
-			continue
-		}
-		at.Set(last, v)
 	}
 	return out, nil
+}
+
+// addPart adds v, under a dotted name, to at, which is at that level. n counts the parts of the whole.
+func addPart(at *value.Dict, name string, v value.Value, level int, n *int) error {
+	for ; ; level++ {
+		if *n++; *n > maxNameParts || level > maxNameLevels {
+			return errNameTooLarge
+		}
+		step, rest, more := strings.Cut(name, ".")
+		old, taken := at.Get(step)
+		sub, nests := v.(*value.Dict)
+		if !more && !nests {
+			if taken {
+				return errNameMixed
+			}
+			at.Set(step, keyvalScalar(v))
+			return nil
+		}
+		next, ok := old.(*value.Dict)
+		switch {
+		case taken && !ok:
+			return errNameMixed
+		case !taken:
+			next = &value.Dict{}
+			at.Set(step, next)
+		}
+		if more {
+			at, name = next, rest
+			continue
+		}
+		for _, mem := range sub.Members() {
+			if err := addPart(next, mem.Name, mem.Value, level+1, n); err != nil {
+				return err
+			}
+		}
+		return nil
+	}
+}
+
+// keyvalScalar writes a scalar as a command line would have it.
+func keyvalScalar(v value.Value) value.Value {
+	switch x := v.(type) {
+	case bool:
+		if x {
+			return "on"
+		}
+		return "off"
+	case int64:
+		return strconv.FormatInt(x, 10)
+	case uint64:
+		return strconv.FormatUint(x, 10)
+	case float64:
+		return string(value.AppendDouble(nil, x))
+	}
+	return v
 }
 
 // chooseProtocols fills in the driver of files that are given by their name alone.

@@ -161,6 +161,11 @@ func (o *opener) open(p *plan) (*graph.Node, error) {
 			return nil, err
 		}
 	}
+	if p.drv.Backing != nil && p.link != nil {
+		if err := p.link.endless(kids[0]); err != nil {
+			return nil, err
+		}
+	}
 	root, err := o.attach(p, kids)
 	if err != nil {
 		return nil, err
@@ -242,7 +247,11 @@ func (o *opener) openDriver(p *plan, root *graph.Root) error {
 		defer root.End(r)
 		req = r
 	}
-	d, err := p.drv.Open(&graph.Opening{Ctx: o.ctx, Node: p.node, Options: p.opts.U, Req: req, Warn: o.warn})
+	x := &graph.Opening{Ctx: o.ctx, Node: p.node, Options: p.opts.U, Req: req, Warn: o.warn, Guessed: p.guessed}
+	if p.link != nil {
+		x.Admit = o.m.admitFile
+	}
+	d, err := p.drv.Open(x)
 	if err != nil {
 		return err
 	}
@@ -276,7 +285,7 @@ func (o *opener) openBacking(p *plan) error {
 		if err != nil {
 			return err
 		}
-		if b, err = o.m.planNamed(o.ctx, full, format, p.gen, p.link); err != nil {
+		if b, err = o.m.planNamed(o.ctx, full, format, p.node, p.link); err != nil {
 			return backingError(err)
 		}
 		header = name

@@ -15,8 +15,10 @@ type plan struct {
 
 	opts *types.BlockdevOptions
 	drv  *Driver // nil: to be found out from the header of the file, kids[0]
-	gen  *graph.Options
-	kids []planChild
+	// guessed: that was done
+	guessed bool
+	gen     *graph.Options
+	kids    []planChild
 
 	backing     *plan // from the options
 	noBacking   bool  // the options say that there is none
@@ -31,13 +33,6 @@ type planChild struct {
 	name string
 	role perm.Role
 	plan *plan
-}
-
-// link is one step of a chain of files that images name, for finding circles.
-type link struct {
-	name  string
-	depth int
-	up    *link
 }
 
 // plan makes the plan of options o: of the parent with the generic options up, or alone if up is nil.

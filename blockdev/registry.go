@@ -33,6 +33,12 @@ type Driver struct {
 	// OpenWith makes Open for drivers that need objects of object-add; nil for others.
 	OpenWith func(Objects) graph.OpenFunc
 
+	// ForImages: the header of an image may name nodes of the driver as its backing file. It only reads what its children and its file have,
+	// and does nothing else that a stranger should not be able to make the daemon do. ImageOptions are the options
+	// besides children that may be given there.
+	ForImages    bool
+	ImageOptions []string
+
 	// Prefix selects the driver in a file name "PREFIX:..."; "" if none does.
 	Prefix string
 	// FromName makes the branch for a file name with or without its prefix; nil for drivers without file names.
@@ -90,7 +96,12 @@ func Drivers() []Driver {
 				return append(filtered(&o.File), ChildOption{"target", perm.Data, &o.Target})
 			},
 		},
-		genericFilter(types.BlockdevDriverCompress, compress.Open),
+		{
+			Name: types.BlockdevDriverCompress, Kind: graph.Filter, Open: compress.Open, ForImages: true, // reading passes it
+			Children: func(u any) []ChildOption {
+				return filtered(&u.(*types.BlockdevOptionsGenericFormat).File)
+			},
+		},
 		{
 			Name: types.BlockdevDriverCopyOnRead, Kind: graph.Filter, Open: copyonread.Open,
 			Children: func(u any) []ChildOption {
@@ -136,6 +147,7 @@ func fileDriver(name types.BlockdevDriver, open graph.OpenFunc) Driver {
 			return &types.BlockdevOptionsFile{Filename: stripPrefix(s, string(name)+":")}, nil
 		},
 		File: filename, PlainName: filename,
+		ForImages: true, ImageOptions: []string{"filename", "locking"}, // devices if the policy allows them
 		Changeable: map[string]bool{"drop-cache": false, "x-check-cache-dropped": true},
 	}
 }
@@ -144,7 +156,8 @@ func nullDriver(name types.BlockdevDriver, open graph.OpenFunc) Driver {
 	plain := string(name) + "://"
 	return Driver{
 		Name: name, Kind: graph.Protocol, Open: open,
-		Prefix: string(name),
+		Prefix:    string(name),
+		ForImages: true, ImageOptions: []string{"size", "read-zeroes"}, // a latency would hold up who opens it
 		FromName: func(s string) (any, error) {
 			if s != plain {
 				return nil, fmt.Errorf("The only allowed filename for this driver is '%s'", plain)
@@ -242,16 +255,6 @@ func blkverifyDriver() Driver {
 	}
 }
 
-// genericFilter is a filter that has no options of its own.
-func genericFilter(name types.BlockdevDriver, open graph.OpenFunc) Driver {
-	return Driver{
-		Name: name, Kind: graph.Filter, Open: open,
-		Children: func(u any) []ChildOption {
-			return filtered(&u.(*types.BlockdevOptionsGenericFormat).File)
-		},
-	}
-}
-
 func throttleDriver() Driver {
 	return Driver{
 		Name: types.BlockdevDriverThrottle, Kind: graph.Filter,
@@ -259,6 +262,7 @@ func throttleDriver() Driver {
 		Children: func(u any) []ChildOption {
 			return filtered(&u.(*types.BlockdevOptionsThrottle).File)
 		},
+		ForImages: true, ImageOptions: []string{"throttle-group"}, // if the policy allows references
 		Changeable: map[string]bool{"throttle-group": false},
 		Strong: func(u any, add func(string, value.Value)) {
 			add("throttle-group", u.(*types.BlockdevOptionsThrottle).ThrottleGroup)
@@ -269,6 +273,7 @@ func throttleDriver() Driver {
 func rawDriver(open graph.OpenFunc) Driver {
 	return Driver{
 		Name: types.BlockdevDriverRaw, Kind: graph.Format, Open: open,
+		ForImages: true, ImageOptions: []string{"offset", "size"},
 		FromFile: func(f types.BlockdevRef) any { return &types.BlockdevOptionsRaw{File: f} },
 		Probe:    func([]byte) int { return 1 }, // whatever nobody else wants
 		Children: func(u any) []ChildOption {
@@ -291,7 +296,8 @@ func rawDriver(open graph.OpenFunc) Driver {
 func qcow2Driver(open graph.OpenFunc) Driver {
 	return Driver{
 		Name: types.BlockdevDriverQcow2, Kind: graph.Format, Open: open,
-		FromFile: func(f types.BlockdevRef) any { return &types.BlockdevOptionsQcow2{File: f} },
+		ForImages: true,
+		FromFile:  func(f types.BlockdevRef) any { return &types.BlockdevOptionsQcow2{File: f} },
 		Probe: func(header []byte) int {
 			if qcow2.Probe(header) {
 				return 100

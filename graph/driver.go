@@ -140,6 +140,10 @@ type (
 	Sizer interface {
 		ActualSize() (int64, error)
 	}
+	// Identified drivers tell which file or device of the host they have open.
+	Identified interface {
+		FileID() FileID
+	}
 	// Statser adds driver-specific block statistics.
 	Statser interface {
 		DriverStats() *types.BlockStatsSpecific
@@ -175,6 +179,18 @@ type (
 		NamedAsChild()
 	}
 )
+
+// FileID tells files of the host apart, whatever their names: a regular file by its file system and inode; a device, whose inode counts
+// as 0, by its number.
+type FileID struct{ Dev, Ino uint64 }
+
+// FoundFile is a file of the host that a name has led to, and that is not open yet.
+type FoundFile struct {
+	Name            string // as it was given
+	Path            string // without links; "" if that cannot be told
+	Regular, Device bool   // a regular file, a block device; neither: something else
+	Kernel          bool   // lies in a file system whose files the kernel makes up: to read one tells of the host or does something
+}
 
 // Options are the generic properties of a node.
 type Options struct {
@@ -212,6 +228,10 @@ type Opening struct {
 	Req *blk.Req
 	// Warn reports something the user should know; it goes to the log.
 	Warn func(msg string)
+	// Admit, if set, must be asked by a driver that opens files of the host before it opens one: an image has named it.
+	Admit func(f *FoundFile) error
+	// Guessed: the format was told from the first bytes of the file, by nobody else.
+	Guessed bool
 }
 
 // Reopening is what a Reopener gets.

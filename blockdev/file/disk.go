@@ -26,6 +26,7 @@ type disk struct {
 	cur  atomic.Pointer[handle] // nil after Close
 	size atomic.Int64           // what Size says: eof rounded up to sectorSize
 	eof  atomic.Int64           // the file's own length as far as we know; 0 <= eof <= size
+	id   graph.FileID           // which file it is
 
 	busy   chan struct{} // one element per call in the kernel
 	pace   pace
@@ -84,6 +85,9 @@ func (d *disk) Size() int64 { return d.size.Load() }
 
 // Filename implements graph.Namer: every option but the name is about the host, not the data.
 func (d *disk) Filename() string { return d.name }
+
+// FileID implements graph.Identified.
+func (d *disk) FileID() graph.FileID { return d.id }
 
 // ActualSize implements graph.Sizer.
 func (d *disk) ActualSize() (int64, error) {

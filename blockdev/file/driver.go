@@ -29,6 +29,7 @@ func open(o *graph.Opening, driver string, device bool) (graph.Driver, error) {
 		auto:   n.AutoReadOnly,
 		direct: n.Direct, noFlush: n.NoFlush,
 		locks: opts.Locking == nil || *opts.Locking != types.OnOffAutoOff,
+		admit: o.Admit,
 	}
 	s.setCache(opts)
 	if s.name == "" {

@@ -8,6 +8,7 @@ import (
 
 	"golang.org/x/sys/unix"
 
+	"qblockd/graph"
 	"qblockd/graph/blk"
 )
 
@@ -22,8 +23,9 @@ type settings struct {
 	// noFlush: cache.no-flush; what is written need never reach the medium.
 	noFlush bool
 	locks   bool
-	drop    bool // forget cached pages when opening
-	check   bool // look whether that worked
+	drop    bool                           // forget cached pages when opening
+	check   bool                           // look whether that worked
+	admit   func(f *graph.FoundFile) error // asked before the file is opened; nil: it may be
 }
 
 // openDisk opens and probes a file. It blocks as long as the storage does, but no longer
@@ -65,7 +67,7 @@ func (s *settings) flags(writable bool) int {
 // openNow opens, checks the kind of file and probes what it can do.
 func openNow(s settings) (*disk, error) {
 	writable := s.startWritable()
-	fd, err := openFile(s.name, s.name, s.flags(writable), 0)
+	fd, err := s.open(s.flags(writable))
 	if err != nil {
 		return nil, err
 	}
@@ -85,11 +87,39 @@ func openNow(s settings) (*disk, error) {
 	return d, nil
 }
 
+// open opens the file. One that has to be admitted is found first, without being opened: a FIFO would wait for its other end, and some
+// devices act when they are opened. Then that file is opened, whatever its name leads to by then.
+func (s *settings) open(flags int) (int, error) {
+	if s.admit == nil {
+		return openFile(s.name, s.name, flags, 0)
+	}
+	at, err := findFile(s.name)
+	if err != nil {
+		return -1, errnoError(err, "Could not open '%s'", s.name)
+	}
+	defer func() { _ = unix.Close(at) }()
+	f, err := describe(at, s.name)
+	if err == nil {
+		err = s.admit(f)
+	}
+	if err != nil {
+		return -1, err
+	}
+	return openSame(at, s.name, flags)
+}
+
+// procFD is the name under which the kernel shows a descriptor of this process.
+func procFD(fd int) string { return "/proc/self/fd/" + strconv.Itoa(fd) }
+
 // setup looks at the open file and fills in what does not change any more.
 func (d *disk) setup(h *handle) error {
 	var st unix.Stat_t
 	if err := unix.Fstat(h.fd, &st); err != nil {
 		return errnoError(err, "Could not stat file")
+	}
+	d.id = graph.FileID{Dev: uint64(st.Dev), Ino: st.Ino}
+	if d.device {
+		d.id = graph.FileID{Dev: uint64(st.Rdev)}
 	}
 	kind := st.Mode & unix.S_IFMT
 	d.block = kind == unix.S_IFBLK
@@ -160,14 +190,7 @@ func (d *disk) setNoWait(fd int) {
 // moved since.
 func (d *disk) openAgain(cur *handle, flags int) (*handle, error) {
 	writable := flags&unix.O_ACCMODE == unix.O_RDWR
-	fd, err := openFile("/proc/self/fd/"+strconv.Itoa(cur.fd), d.name, flags, 0)
-	if err != nil && blk.Errno(err) == unix.ENOENT { // no /proc
-		fd, err = openFile(d.name, d.name, flags, 0)
-		if err == nil && !sameFile(fd, cur.fd) {
-			_ = unix.Close(fd)
-			fd, err = -1, errnoError(unix.ESTALE, "Could not open '%s'", d.name)
-		}
-	}
+	fd, err := openSame(cur.fd, d.name, flags)
 	if err != nil {
 		return nil, err
 	}
@@ -178,6 +201,19 @@ func (d *disk) openAgain(cur *handle, flags int) (*handle, error) {
 		}
 	}
 	return newHandle(fd, writable), nil
+}
+
+// openSame opens the file behind the descriptor at, which has or had that name.
+func openSame(at int, name string, flags int) (int, error) {
+	fd, err := openFile(procFD(at), name, flags, 0)
+	if err != nil && blk.Errno(err) == unix.ENOENT { // no /proc
+		fd, err = openFile(name, name, flags, 0)
+		if err == nil && !sameFile(fd, at) {
+			_ = unix.Close(fd)
+			fd, err = -1, errnoError(unix.ESTALE, "Could not open '%s'", name)
+		}
+	}
+	return fd, err
 }
 
 // openFile is open(2) of path with errors in the reference's words, which speak of name.

@@ -2,6 +2,8 @@ package file
 
 import (
 	"context"
+	"errors"
+	"fmt"
 	"os"
 	"path/filepath"
 	"strings"
@@ -10,6 +12,7 @@ import (
 
 	"golang.org/x/sys/unix"
 
+	"qblockd/graph"
 	"qblockd/graph/blk"
 	"qblockd/schema/types"
 )
@@ -208,5 +211,42 @@ func TestLoopDevice(t *testing.T) {
 			t.Error(err)
 		}
 		d.Close()
+	}
+}
+
+// Kernels that cannot leave out the links of /proc: links lead where their words say.
+func TestFindByText(t *testing.T) {
+	dir := t.TempDir()
+	if err := os.WriteFile(dir+"/file", []byte("x"), 0o600); err != nil {
+		t.Fatal(err)
+	}
+	open, err := os.Open(dir + "/file")
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer open.Close()
+	if err := errors.Join(os.Symlink("file", dir+"/link"), unix.Mkfifo(dir+"/fifo", 0o600)); err != nil {
+		t.Fatal(err)
+	}
+	for name, want := range map[string]graph.FoundFile{
+		dir + "/file": {Path: dir + "/file", Regular: true},
+		dir + "/link": {Path: dir + "/file", Regular: true},
+		dir + "/fifo": {Path: dir + "/fifo"},
+		fmt.Sprintf("/proc/self/fd/%d", open.Fd()): {Path: dir + "/file", Regular: true},
+		"/proc/version": {Path: "/proc/version", Regular: true, Kernel: true},
+	} {
+		fd, err := findByText(name, unix.O_PATH|unix.O_CLOEXEC)
+		if err != nil {
+			t.Errorf("%s: %v", name, err)
+			continue
+		}
+		want.Name = name
+		if got, err := describe(fd, name); err != nil || *got != want {
+			t.Errorf("%s: %+v, %v", name, got, err)
+		}
+		unix.Close(fd)
+	}
+	if _, err := findByText(dir+"/missing", unix.O_PATH); err != unix.ENOENT {
+		t.Errorf("missing: %v", err)
 	}
 }

@@ -125,6 +125,9 @@ func (d *image) Size() int64 {
 	return blk.AlignUp(size, 512)
 }
 
+// Offset is where in its file the node begins.
+func (d *image) Offset() int64 { return d.part.Load().offset }
+
 // Close implements graph.Driver.
 func (d *image) Close() error { return nil }
 

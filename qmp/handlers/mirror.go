@@ -204,15 +204,12 @@ func setBacking(tx *graph.Tx, n, backing *graph.Node) error {
 
 // openBacking opens the backing file that n's header names, if any, and lets tx attach it.
 func (h BlockJob) openBacking(ctx context.Context, tx *graph.Tx, n *graph.Node) (end func(bool), err error) {
-	if b, ok := n.Driver().(graph.Backed); !ok || n.Backing() != nil {
-		return func(bool) {}, nil
-	} else if name, _ := b.BackingFile(); name == "" {
+	if n.Backing() != nil {
 		return func(bool) {}, nil
 	}
-	_, full, format := h.Nodes.BackingFilename(n)
-	opened, err := h.Nodes.OpenImage(ctx, blockdev.OpenImage{Filename: full, Format: format, ReadOnly: true, Backing: true, Like: n.Options()})
-	if err != nil {
-		return nil, err
+	opened, err := h.Nodes.OpenBacking(ctx, n)
+	if err != nil || opened == nil {
+		return func(bool) {}, err
 	}
 	_, err = tx.Attach(n, "backing", perm.COW, opened.Node())
 	if err == nil {

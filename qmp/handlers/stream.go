@@ -24,14 +24,14 @@ type Nodes interface {
 	Filename(n *graph.Node) string
 	// FilenameIn is Filename as it is once tx is committed.
 	FilenameIn(tx *graph.Tx, n *graph.Node) string
-	// BackingFilename is what the image header of n names as its backing file: as it stands there, the whole name, and the format.
-	BackingFilename(n *graph.Node) (name, full, format string)
 	// FindBacking is the node in the backing chain of top whose image has that file name, or nil.
 	FindBacking(top *graph.Node, file string) *graph.Node
 	// CreateImage makes an image in a file.
 	CreateImage(ctx context.Context, i blockdev.NewImage) error
 	// OpenImage opens an image by its file name for a command that then publishes it.
 	OpenImage(ctx context.Context, i blockdev.OpenImage) (*blockdev.Opened, error)
+	// OpenBacking opens what the header of n's image names as its backing file; nil if it names none.
+	OpenBacking(ctx context.Context, n *graph.Node) (*blockdev.Opened, error)
 }
 
 // BlockStream implements types.BlockJobHandler.

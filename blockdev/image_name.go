@@ -1,0 +1,225 @@
+package blockdev
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"path/filepath"
+	"slices"
+	"strings"
+
+	"qblockd/graph"
+	"qblockd/graph/perm"
+	"qblockd/schema/types"
+)
+
+// This file is the one way from the words in an image to an open node, and decides what they may lead to. Whoever made the image is not
+// trusted: it may have been a guest.
+//
+//   - Only drivers that the registry says are for it (Driver.ForImages), with the options that it lists: those that say where and what data
+//     are. Of the options that all drivers have, an image gives none: its nodes have those of the node whose image it is, and are
+//     read-only, so that nothing is written, repaired or locked against readers. A command may make such a node writable later (block-commit).
+//   - Only files that the Policy allows, which is decided by what a name has led to, not by its words.
+//   - No chain without end: an image that is its own ancestor is found by its file, and chains have a longest length.
+
+// Policy limits what image headers can make the daemon open. The zero value allows regular files, absolute or relative, but those that the kernel
+// makes up (/proc, /sys), no devices, and no nodes and objects of the daemon.
+type Policy struct {
+	// MaxChain is the longest chain that headers may span, in images; 0 means 1000, less than 0: headers may name nothing.
+	MaxChain int
+	// References: json: names may name existing nodes, and throttle groups. An image that somebody else made could so read
+	// what it was never meant to see, and use up what others are allowed.
+	References bool
+	// Devices: block devices may be named.
+	Devices bool
+	// Roots are the folders below which files must be; none: anywhere. They are absolute and free of symbolic links (SetRoots).
+	Roots []string
+}
+
+const defaultMaxChain = 1000
+
+// SetRoots sets Roots to folders, which have to be there.
+func (p *Policy) SetRoots(folders ...string) error {
+	p.Roots = nil
+	for _, f := range folders {
+		if !filepath.IsAbs(f) {
+			return fmt.Errorf("'%s' is not an absolute path", f)
+		}
+		path, err := filepath.EvalSymlinks(f)
+		if err != nil {
+			return err
+		}
+		p.Roots = append(p.Roots, path)
+	}
+	return nil
+}
+
+// link is one step of a chain of files that images name.
+type link struct {
+	name  string
+	depth int
+	up    *link
+	from  imagePlace // of the image that has the name in its header
+}
+
+// imagePlace is where an image begins; the zero value: nobody knows.
+type imagePlace struct {
+	file   graph.FileID
+	offset int64
+}
+
+// placeOf finds out where an image begins that lies in the node n.
+func placeOf(n *graph.Node) (at imagePlace) {
+	for {
+		switch d := n.Driver().(type) {
+		case graph.Identified:
+			at.file = d.FileID()
+			return at
+		case interface{ Offset() int64 }:
+			at.offset += d.Offset()
+		}
+		e := n.File()
+		if e == nil {
+			e = n.FilteredChild()
+		}
+		if e == nil {
+			return imagePlace{}
+		}
+		n = e.Node()
+	}
+}
+
+// endless is the error of an image that names itself, directly or by way of others. file is where it lies.
+func (l *link) endless(file *graph.Node) error {
+	at := placeOf(file)
+	if at == (imagePlace{}) {
+		return nil
+	}
+	for x := l; x != nil; x = x.up {
+		if x.from == at {
+			return fmt.Errorf("Backing file '%s' creates an infinite loop", l.name)
+		}
+	}
+	return nil
+}
+
+// planNamed makes the plan of a backing file that the header of an image names, in a format it names or, if that is empty, to be guessed. l led
+// to the image; nil if its user named it.
+func (m *Manager) planNamed(ctx context.Context, name, format string, image *graph.Node, l *link) (*plan, error) {
+	up := image.Options()
+	l = &link{name: name, depth: 1, up: l}
+	if e := image.File(); e != nil {
+		l.from = placeOf(e.Node())
+	}
+	if l.up != nil {
+		l.depth = l.up.depth + 1
+	}
+	limit := m.policy.MaxChain
+	if limit == 0 {
+		limit = defaultMaxChain
+	}
+	switch {
+	case limit < 0:
+		return nil, errors.New("The image policy allows no backing files")
+	case l.depth > limit:
+		return nil, fmt.Errorf("The chain of backing files is longer than %d images", limit)
+	}
+	opts, file, err := m.namedOptions(ctx, name, format)
+	if err != nil {
+		return nil, err
+	}
+	if opts != nil {
+		if opts, err = m.admit(opts); err != nil {
+			return nil, err
+		}
+		return m.plan(opts, up, perm.COW, l)
+	}
+	if err := m.admitRef(file); err != nil {
+		return nil, err
+	}
+	p := &plan{gen: inherit(&types.BlockdevOptions{}, up, perm.COW), link: l}
+	k, err := m.planRef(file, p.gen, perm.Image, l)
+	if err != nil {
+		return nil, err
+	}
+	p.opts = &types.BlockdevOptions{U: file}
+	p.kids = []planChild{{"file", perm.Image, k}}
+	return p, nil
+}
+
+// admit decides about the node that o describes, and everything below. It returns what of o an image may say.
+func (m *Manager) admit(o *types.BlockdevOptions) (*types.BlockdevOptions, error) {
+	d := m.drivers[o.Driver]
+	switch {
+	case d == nil:
+		return nil, fmt.Errorf("Unknown driver '%s'", o.Driver)
+	case !d.ForImages:
+		return nil, fmt.Errorf("An image may not name a node of the driver '%s'", o.Driver)
+	case o.Driver == types.BlockdevDriverHostDevice && !m.policy.Devices:
+		return nil, errNoDevices
+	case o.Driver == types.BlockdevDriverThrottle && !m.policy.References:
+		return nil, errors.New("An image may not name a throttle group")
+	case o.NodeName != nil:
+		return nil, fmt.Errorf("An image may not give a node the name '%s'", *o.NodeName)
+	}
+	o = &types.BlockdevOptions{Driver: o.Driver, U: o.U}
+	var children []string
+	if d.Children != nil {
+		for _, c := range d.Children(o.U) {
+			children = append(children, c.Name)
+			if err := m.admitRef(c.Ref); err != nil {
+				return nil, err
+			}
+		}
+	}
+	if d.Backing != nil {
+		children = append(children, "backing")
+		if b := d.Backing(o.U); b != nil && !b.Null && (b.Reference == nil || *b.Reference != "") {
+			r := &types.BlockdevRef{Definition: b.Definition, Reference: b.Reference}
+			if err := m.admitRef(r); err != nil {
+				return nil, err
+			}
+			b.Definition = r.Definition
+		}
+	}
+	for _, mem := range optionDict(o).Members() {
+		if mem.Name != "driver" && !slices.Contains(children, mem.Name) && !slices.Contains(d.ImageOptions, mem.Name) {
+			return nil, fmt.Errorf("An image may not give the option '%s' of the driver '%s'", mem.Name, o.Driver)
+		}
+	}
+	return o, nil
+}
+
+// admitRef decides about a child, and replaces its options by what of them an image may say.
+func (m *Manager) admitRef(r *types.BlockdevRef) (err error) {
+	if r.Definition != nil {
+		r.Definition, err = m.admit(r.Definition)
+		return err
+	}
+	if !m.policy.References {
+		return fmt.Errorf("An image may not name the node '%s'", *r.Reference)
+	}
+	return nil
+}
+
+var errNoDevices = errors.New("The image policy allows no devices")
+
+// admitFile decides about a file of the host that an image names.
+func (m *Manager) admitFile(f *graph.FoundFile) error {
+	switch {
+	case f.Device && !m.policy.Devices:
+		return fmt.Errorf("%w: '%s'", errNoDevices, f.Name)
+	case !f.Device && !f.Regular:
+		return fmt.Errorf("An image may only name regular files and block devices: '%s' is neither", f.Name)
+	case f.Kernel:
+		return fmt.Errorf("An image may not name a file that the kernel makes up: '%s'", f.Name)
+	case len(m.policy.Roots) == 0:
+		return nil
+	}
+	for _, root := range m.policy.Roots {
+		if strings.HasPrefix(f.Path, strings.TrimSuffix(root, "/")+"/") {
+			return nil
+		}
+	}
+	return fmt.Errorf("The image policy does not allow files in the folder of '%s'", f.Name)
+}

@@ -1,0 +1,426 @@
+package blockdev
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"net"
+	"os"
+	"path/filepath"
+	"strings"
+	"syscall"
+	"testing"
+	"time"
+
+	"qblockd/graph"
+	"qblockd/schema/types"
+)
+
+// overlay makes an image whose header names a backing file and opens it, writable, as "t".
+func overlay(t *testing.T, m *Manager, dir, backing, format string) error {
+	t.Helper()
+	top := filepath.Join(dir, "overlay")
+	_ = os.Remove(top)
+	create(t, top, backing, format)
+	return add(t, m, `{'driver': 'qcow2', 'node-name': 't', 'file': {'driver': 'file', 'filename': '`+top+`'}}`)
+}
+
+// wantRefused fails the test unless err says so.
+func wantRefused(t *testing.T, what string, err error, want string) {
+	t.Helper()
+	if want = "Could not open backing file: " + want; err == nil || err.Error() != want {
+		t.Errorf("%s: %v, want %s", what, err, want)
+	}
+}
+
+// What an image may name is for the kind of file to decide that its name leads to.
+func TestImageNamesFilesOfEveryKind(t *testing.T) {
+	dir := t.TempDir()
+	writeFile(t, dir+"/regular", strings.Repeat("x", 1024))
+	fifo, socket := dir+"/fifo", dir+"/socket"
+	if err := syscall.Mkfifo(fifo, 0o600); err != nil {
+		t.Fatal(err)
+	}
+	l, err := net.Listen("unix", socket)
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer l.Close()
+	open, err := os.Open(dir + "/regular")
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer open.Close()
+	fd := fmt.Sprint(open.Fd())
+	for link, to := range map[string]string{"to-fifo": "fifo", "to-proc": "/proc/self/status", "to-fd": "/proc/self/fd/" + fd, "to-dev": "/dev/zero", "to-regular": "regular"} {
+		if err := os.Symlink(to, filepath.Join(dir, link)); err != nil {
+			t.Fatal(err)
+		}
+	}
+	kind := "An image may only name regular files and block devices: '%s' is neither"
+	proc := "An image may not name a file that the kernel makes up: '%s'"
+	magic := "Could not open '%s': Too many levels of symbolic links"
+	device := "The image policy allows no devices"
+	for _, c := range []struct{ name, path, want string }{
+		{"regular", "", ""},
+		{"DIR/regular", "", ""},
+		{"file:DIR/regular", "", ""},
+		{"to-regular", "", ""},
+		{"sub/../regular", "DIR/sub/../regular", "Could not open '%s': No such file or directory"},
+		{"fifo", "DIR/fifo", kind},
+		{"to-fifo", "DIR/to-fifo", kind},
+		{"file:DIR/fifo", "DIR/fifo", kind},
+		{"socket", "DIR/socket", kind},
+		{"DIR", "DIR", kind},
+		{"/proc/self/status", "/proc/self/status", proc},
+		{"/dev/../proc/self/status", "/dev/../proc/self/status", proc},
+		{"to-proc", "DIR/to-proc", proc},
+		{"/proc/self/mem", "/proc/self/mem", proc},
+		{"/sys/kernel/uevent_seqnum", "/sys/kernel/uevent_seqnum", proc},
+		{"/proc/self/fd/" + fd, "/proc/self/fd/" + fd, magic},
+		{"/dev/fd/" + fd, "/dev/fd/" + fd, magic},
+		{"/proc/self/root/DIR/regular", "/proc/self/root/DIR/regular", magic},
+		{"to-fd", "DIR/to-fd", magic},
+		{"/dev/zero", "", device},
+		{"to-dev", "", device},
+		{"file:/dev/zero", "/dev/zero", kind},
+		{"host_device:/dev/zero", "", device},
+		{"host_device:DIR/regular", "", device},
+		{`json:{"driver": "raw", "file.driver": "host_device", "file.filename": "/dev/zero"}`, "", device},
+		{`json:{"driver": "raw", "file.driver": "file", "file.filename": "/proc/self/mem"}`, "/proc/self/mem", proc},
+		{`json:{"file": {"filename": "DIR/fifo"}}`, "DIR/fifo", kind},
+	} {
+		name, path := strings.ReplaceAll(c.name, "DIR", dir), strings.ReplaceAll(c.path, "DIR", dir)
+		fds := openFDs(t)
+		m := newManager(t, Config{})
+		err := overlay(t, m, dir, name, "raw")
+		if c.want == "" {
+			if err != nil {
+				t.Errorf("%s: %v", name, err)
+			}
+			mustDel(t, m, "t")
+		} else {
+			want := c.want
+			if path != "" {
+				want = fmt.Sprintf(want, path)
+			}
+			wantRefused(t, name, err, want)
+		}
+		clean(t, m, fds)
+	}
+	// What a client names is free.
+	m := newManager(t, Config{})
+	mustAdd(t, m, `{'driver': 'file', 'node-name': 'n', 'read-only': true, 'filename': '/dev/fd/`+fd+`'}`)
+}
+
+// The policy names folders, which links do not lead out of.
+func TestImagePolicyRoots(t *testing.T) {
+	dir := t.TempDir()
+	for _, d := range []string{"in", "in/deep", "in-not", "out"} {
+		if err := os.Mkdir(filepath.Join(dir, d), 0o700); err != nil {
+			t.Fatal(err)
+		}
+		writeFile(t, filepath.Join(dir, d, "file"), strings.Repeat("x", 512))
+	}
+	for link, to := range map[string]string{"in/link": "../out/file", "out/link": "../in/file", "root": "in"} {
+		if err := os.Symlink(to, filepath.Join(dir, link)); err != nil {
+			t.Fatal(err)
+		}
+	}
+	var p Policy
+	if err := p.SetRoots(dir + "/root"); err != nil {
+		t.Fatal(err)
+	}
+	for name, good := range map[string]bool{
+		dir + "/in/file": true, dir + "/in/deep/file": true, dir + "/root/file": true, dir + "/out/link": true, "../in/file": true,
+		dir + "/out/file": false, dir + "/in/link": false, dir + "/in/../out/file": false, dir + "/in-not/file": false, "file": false,
+	} {
+		m := newManager(t, Config{Policy: p})
+		err := overlay(t, m, dir+"/out", name, "raw")
+		if want := "The image policy does not allow files in the folder of '" + name + "'"; !good && name[0] == '/' {
+			wantRefused(t, name, err, want)
+		} else if good != (err == nil) {
+			t.Errorf("%s: %v", name, err)
+		}
+	}
+	for _, bad := range []string{"relative", dir + "/missing"} {
+		if err := p.SetRoots(bad); err == nil {
+			t.Errorf("root %s is accepted", bad)
+		}
+	}
+}
+
+// Only drivers that read are for images to name, and only options that say what is read.
+func TestImageNamesDriversAndOptions(t *testing.T) {
+	dir := t.TempDir()
+	create(t, dir+"/base", "", "")
+	writeFile(t, dir+"/victim", strings.Repeat("precious ", 1000))
+	file := func(name string) string { return `{"driver": "file", "filename": "` + dir + "/" + name + `"}` }
+	base := `{"driver": "qcow2", "file": ` + file("base") + `}`
+	not := func(driver string) string { return "An image may not name a node of the driver '" + driver + "'" }
+	for _, c := range []struct{ name, format, want string }{
+		{`json:` + base, "", ""},
+		{`json:{"driver": "compress", "file": ` + base + `}`, "compress", ""},
+		{`json:{"driver": "raw", "offset": 512, "size": 512, "file": ` + base + `}`, "", ""},
+		{`json:{"driver": "qcow2", "read-only": "off", "auto-read-only": true, "discard": "unmap", "detect-zeroes": "unmap", "force-share": true, "cache": {"no-flush": true}, "file": ` + file("base") + `}`, "", ""},
+		{`json:{"driver": "blklogwrites", "file": {"driver": "null-co"}, "log": ` + file("victim") + `}`, "", not("blklogwrites")},
+		{`json:{"driver": "copy-before-write", "file": {"driver": "null-co"}, "target": ` + file("victim") + `}`, "", not("copy-before-write")},
+		{`json:{"driver": "preallocate", "file": ` + file("victim") + `}`, "", not("preallocate")},
+		{`json:{"driver": "copy-on-read", "file": ` + base + `}`, "", not("copy-on-read")},
+		{`json:{"driver": "snapshot-access", "file": ` + base + `}`, "", not("snapshot-access")},
+		{`json:{"driver": "blkverify", "raw": ` + base + `, "test": ` + base + `}`, "", not("blkverify")},
+		{`json:{"driver": "blkdebug", "config": "/etc/shadow", "image": ` + file("base") + `}`, "", not("blkdebug")},
+		{`json:{"driver": "raw", "file": {"driver": "blkdebug", "config": "/etc/shadow", "image": ` + file("base") + `}}`, "", not("blkdebug")},
+		{`json:{"driver": "qcow2", "file": ` + file("base") + `, "backing": {"driver": "preallocate", "file": ` + file("victim") + `}}`, "", not("preallocate")},
+		{`json:{"driver": "throttle", "throttle-group": "g", "file": ` + base + `}`, "", "An image may not name a throttle group"},
+		{`json:{"driver": "raw", "node-name": "mine", "file": ` + base + `}`, "", "An image may not give a node the name 'mine'"},
+		{`json:{"driver": "qcow2", "file": ` + file("base") + `, "backing": "node"}`, "", "An image may not name the node 'node'"},
+		{`json:{"driver": "null-co", "latency-ns": 1000}`, "", "An image may not give the option 'latency-ns' of the driver 'null-co'"},
+		{`json:{"driver": "qcow2", "l2-cache-size": 1048576, "file": ` + file("base") + `}`, "", "An image may not give the option 'l2-cache-size' of the driver 'qcow2'"},
+		{`json:{"driver": "raw", "file": {"driver": "file", "aio": "io_uring", "filename": "/x"}}`, "", "An image may not give the option 'aio' of the driver 'file'"},
+	} {
+		m := newManager(t, Config{})
+		fds := openFDs(t)
+		err := overlay(t, m, dir, c.name, c.format)
+		if c.want != "" {
+			wantRefused(t, c.name, err, c.want)
+			clean(t, m, fds)
+			continue
+		}
+		if err != nil {
+			t.Errorf("%s: %v", c.name, err)
+			continue
+		}
+		for _, n := range m.Graph().Node("t").Backing().Node().NodesBelow() {
+			o := n.Options()
+			if !n.ReadOnly() || o.ForceShare || o.NoFlush || o.Inherited.ReadOnly == nil || !*o.Inherited.ReadOnly || o.AutoReadOnly {
+				t.Errorf("%s: %s has the options %+v", c.name, n.DriverName(), o)
+			}
+		}
+	}
+}
+
+// Whatever an image's header names as the format of its backing file, and however long that is: an image or an error.
+func TestImageNamesFormats(t *testing.T) {
+	dir := t.TempDir()
+	create(t, dir+"/base", "", "")
+	formats := []string{"bogus", "qcow", "nbd", "blkdebug", "commit_top", "mirror_top", strings.Repeat("x", 15), "a b", "\x01"}
+	for i := range Drivers() {
+		formats = append(formats, string(Drivers()[i].Name))
+	}
+	for _, f := range formats {
+		m := newManager(t, Config{})
+		fds := openFDs(t)
+		top := dir + "/overlay"
+		create(t, top, dir+"/base", "qcow2")
+		setFormat(t, top, f)
+		err := add(t, m, `{'driver': 'qcow2', 'node-name': 't', 'file': {'driver': 'file', 'filename': '`+top+`'}}`)
+		switch f {
+		case "qcow2", "raw", "file":
+			if err != nil {
+				t.Errorf("%s: %v", f, err)
+				continue
+			}
+			mustDel(t, m, "t")
+		default:
+			if err == nil {
+				t.Errorf("%s is accepted", f)
+			}
+		}
+		clean(t, m, fds)
+	}
+	// The same where a client says so.
+	for _, f := range formats {
+		m := newManager(t, Config{})
+		o, err := m.OpenImage(context.Background(), OpenImage{Filename: dir + "/base", Format: f, Like: &graph.Options{}})
+		if err == nil {
+			o.Discard()
+		} else if f == "qcow2" || f == "raw" || f == "file" {
+			t.Errorf("%s: %v", f, err)
+		}
+		clean(t, m, -1)
+	}
+}
+
+// setFormat overwrites the format of the backing file, "qcow2" so far, in the header of an image.
+func setFormat(t *testing.T, name, format string) {
+	t.Helper()
+	b, err := os.ReadFile(name)
+	if err != nil {
+		t.Fatal(err)
+	}
+	// The extension is the first one, and what follows it is not needed.
+	at := 112
+	if string(b[at:at+4]) != "\xe2\x79\x2a\xca" {
+		t.Fatalf("the header of %s has no backing format at %d", name, at)
+	}
+	ext := append([]byte{0xe2, 0x79, 0x2a, 0xca, 0, 0, 0, byte(len(format))}, format...)
+	for len(ext)%8 != 0 {
+		ext = append(ext, 0)
+	}
+	ext = append(ext, make([]byte, 8)...)
+	copy(b[at:], ext)
+	if int(b[14])<<8+int(b[15]) < at+len(ext) {
+		t.Fatal("the name of the backing file is in the way")
+	}
+	writeFile(t, name, string(b))
+}
+
+// An image that is its own ancestor is found whatever the links of the chain call it.
+func TestImageChainLimits(t *testing.T) {
+	dir := t.TempDir()
+	if err := os.Mkdir(dir+"/d", 0o700); err != nil {
+		t.Fatal(err)
+	}
+	create(t, dir+"/self", "self", "qcow2")
+	create(t, dir+"/a", "b", "qcow2")
+	create(t, dir+"/b", "d/../a", "qcow2")
+	create(t, dir+"/long", "d/../d/../long", "")
+	create(t, dir+"/hard", "hard2", "qcow2")
+	create(t, dir+"/soft", "soft2", "")
+	create(t, dir+"/json", `json:{"driver": "qcow2", "file.filename": "`+dir+`/json", "file.driver": "file"}`, "")
+	create(t, dir+"/window", `json:{"driver": "raw", "size": 65536, "file.driver": "file", "file.filename": "`+dir+`/window"}`, "")
+	if err := errors.Join(os.Link(dir+"/hard", dir+"/hard2"), os.Symlink("soft", dir+"/soft2")); err != nil {
+		t.Fatal(err)
+	}
+	create(t, dir+"/base", "", "")
+	create(t, dir+"/1", "base", "qcow2")
+	create(t, dir+"/2", "1", "qcow2")
+	create(t, dir+"/3", "2", "qcow2")
+	loop := func(name string) string { return "Backing file '" + name + "' creates an infinite loop" }
+	for _, c := range []struct {
+		name, want string
+		max        int
+	}{
+		{"self", loop(dir + "/self"), 0},
+		{"a", loop(dir + "/d/../a"), 0},
+		{"long", loop(dir + "/d/../d/../long"), 0},
+		{"hard", loop(dir + "/hard2"), 0},
+		{"soft", loop(dir + "/soft2"), 0},
+		{"json", loop(`json:{"driver": "qcow2", "file.filename": "` + dir + `/json", "file.driver": "file"}`), 0},
+		{"window", "", 0}, // its bytes are its backing file; that ends there
+		{"2", "", 2},
+		{"3", "The chain of backing files is longer than 2 images", 2},
+		{"1", "The image policy allows no backing files", -1},
+		{"base", "", -1},
+	} {
+		m := newManager(t, Config{Policy: Policy{MaxChain: c.max}})
+		fds := openFDs(t)
+		for _, ro := range []string{"true", "false"} {
+			err := add(t, m, `{'driver': 'qcow2', 'node-name': 't', 'read-only': `+ro+`, 'file': {'driver': 'file', 'filename': '`+dir+`/`+c.name+`'}}`)
+			switch {
+			case c.name == "window" && ro == "false": // is in use
+			case c.want == "":
+				if err != nil {
+					t.Errorf("%s: %v", c.name, err)
+					continue
+				}
+				mustDel(t, m, "t")
+			case err == nil || !strings.HasSuffix(err.Error(), "Could not open backing file: "+c.want):
+				t.Errorf("%s: %v, want %s", c.name, err, c.want)
+			}
+			clean(t, m, fds)
+		}
+	}
+}
+
+func TestImagePolicyReferences(t *testing.T) {
+	dir := t.TempDir()
+	m := newManager(t, Config{Policy: Policy{References: true}})
+	mustAdd(t, m, `{'driver': 'null-co', 'node-name': 'node', 'read-only': true}`)
+	if err := overlay(t, m, dir, `json:{"driver": "raw", "file": "node"}`, ""); err != nil {
+		t.Error(err)
+	}
+	if err := overlay(t, newManager(t, Config{Policy: Policy{References: true}}), dir, `json:{"driver": "throttle", "throttle-group": "g", "file": {"driver": "null-co"}}`, ""); err == nil ||
+		!strings.Contains(err.Error(), "'g'") {
+		t.Errorf("a throttle group that is not there: %v", err)
+	}
+}
+
+// CVE-2024-4467: an image that is only looked at made QEMU open, for writing even, files that "json:" names in its header named.
+func TestCVE_2024_4467(t *testing.T) {
+	dir := t.TempDir()
+	dirty := dir + "/victim.qcow2"
+	create(t, dirty, "", "")
+	b, err := os.ReadFile(dirty)
+	if err != nil {
+		t.Fatal(err)
+	}
+	b[79] |= 1    // dirty: a writer would repair it
+	b[88] |= 0x80 // an autoclear bit that a writer would clear
+	writeFile(t, dirty, string(b))
+	writeFile(t, dir+"/victim.raw", strings.Repeat("precious\n", 1000))
+	want := map[string]string{}
+	for _, f := range []string{"victim.qcow2", "victim.raw"} {
+		b, err := os.ReadFile(filepath.Join(dir, f))
+		if err != nil {
+			t.Fatal(err)
+		}
+		want[f] = string(b)
+	}
+	for _, name := range []string{
+		`json:{"driver": "qcow2", "read-only": "off", "file": {"driver": "file", "filename": "DIR/victim.qcow2", "read-only": "off"}}`,
+		`json:{"driver": "qcow2", "read-only": "off", "auto-read-only": "off", "file": {"driver": "file", "filename": "DIR/victim.qcow2", "auto-read-only": "on", "read-only": false}}`,
+		`json:{"driver": "blklogwrites", "read-only": "off", "file": {"driver": "null-co", "read-only": "off"}, "log": {"driver": "file", "filename": "DIR/victim.raw", "read-only": "off"}}`,
+		`json:{"driver": "preallocate", "read-only": "off", "prealloc-size": 1048576, "file": {"driver": "file", "filename": "DIR/victim.raw", "read-only": "off"}}`,
+		`json:{"driver": "copy-before-write", "read-only": "off", "file": {"driver": "null-co", "size": 65536, "read-only": "off"}, "target": {"driver": "file", "filename": "DIR/victim.raw", "read-only": "off"}}`,
+		`json:{"driver": "qcow2", "file.filename": "DIR/victim.qcow2", "data-file": {"driver": "file", "filename": "DIR/victim.raw", "read-only": "off"}}`,
+		`json:{"driver": "raw", "read-only": "off", "file.filename": "DIR/victim.raw", "file.read-only": "off"}`,
+	} {
+		for _, ro := range []string{"true", "false"} {
+			m := newManager(t, Config{})
+			top := dir + "/top"
+			_ = os.Remove(top)
+			create(t, top, strings.ReplaceAll(name, "DIR", dir), "")
+			if err := add(t, m, `{'driver': 'qcow2', 'node-name': 't', 'read-only': `+ro+`, 'file': {'driver': 'file', 'filename': '`+top+`'}}`); err == nil {
+				for _, n := range m.Graph().Node("t").Backing().Node().NodesBelow() {
+					if !n.ReadOnly() {
+						t.Errorf("%s: %s is writable", name, n.DriverName())
+					}
+				}
+				mustDel(t, m, "t")
+			}
+			for f, content := range want {
+				if b, err := os.ReadFile(filepath.Join(dir, f)); err != nil || string(b) != content {
+					t.Fatalf("%s: %s has changed (%v)", name, f, err)
+				}
+			}
+		}
+	}
+}
+
+// Names of any depth and size lead to an answer, in a short time.
+func TestNamesAreBounded(t *testing.T) {
+	m := newManager(t, Config{})
+	nest := func(n int) string { return strings.Repeat(`{"a":`, n) + `1` + strings.Repeat(`}`, n) }
+	many := func(n int) string {
+		var b strings.Builder
+		for i := range n {
+			fmt.Fprintf(&b, `"m%d": 1, `, i)
+		}
+		return "{" + b.String() + `"x": 1}`
+	}
+	for name, text := range map[string]string{
+		"dots":           `{"` + strings.Repeat("a.", 8<<20) + `a": 1}`,
+		"some dots":      `{"` + strings.Repeat("a.", maxNameLevels) + `a": 1}`,
+		"nesting":        nest(maxNameLevels + 1),
+		"dots in nests":  `{"a": {"` + strings.Repeat("b.", maxNameLevels) + `c": 1}}`,
+		"members":        many(maxNameParts),
+		"dotted members": `{"x.` + strings.Repeat("a.", 100) + `a": 1, ` + strings.ReplaceAll(many(100)[1:], `"m`, `"`+strings.Repeat("a.", 100)+`m`),
+	} {
+		began := time.Now()
+		if _, _, err := m.jsonOptions(context.Background(), text, ""); !errors.Is(err, errNameTooLarge) {
+			t.Errorf("%s: %.200v", name, err)
+		}
+		if d := time.Since(began); d > 5*time.Second {
+			t.Errorf("%s: after %v", name, d)
+		}
+	}
+	deep := `{"driver": "raw", "` + strings.Repeat("file.", 20) + `driver": "null-co"`
+	for i := range 19 {
+		deep += `, "` + strings.Repeat("file.", i+1) + `driver": "raw"`
+	}
+	if o, _, err := m.jsonOptions(context.Background(), deep+"}", ""); err != nil || o.Driver != types.BlockdevDriverRaw {
+		t.Errorf("twenty levels: %v", err)
+	}
+}
