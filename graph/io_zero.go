@@ -156,6 +156,12 @@ func isNotSupported(err error) bool {
 	return errors.Is(err, blk.ErrNotSupported) || errors.Is(err, syscall.ENOTSUP)
 }
 
+// TakesDiscard tells whether Discard does anything at the node.
+func (e *Edge) TakesDiscard() bool {
+	n := e.node.Load()
+	return n.io.discard != nil && n.opts.Load().Discard
+}
+
 // Discard tells that the content of [off, off+size) is not needed any more. It is a hint: nothing happens
 // if the node has not discard=unmap, if the driver cannot, or to blocks that are covered
 // in part. The range is cut at the end of the node, except through roots. Errors: blk.ErrOutOfRange, blk.ErrReadOnly,

@@ -46,9 +46,11 @@ func (j *Job) checkpointLocked() error {
 		j.stepLocked(machine.EnterPause)
 		j.m.flushLocked()
 		j.waiting.Store(true)
+		j.paused.Store(true)
 		for j.st.ShouldPause() {
 			j.wake.Wait()
 		}
+		j.paused.Store(false)
 		j.waiting.Store(false)
 		j.stepLocked(machine.LeavePause)
 	}
@@ -65,6 +67,9 @@ func (h *Handle) Cancelled() bool {
 	defer h.j.m.mu.Unlock()
 	return h.j.st.Cancelled
 }
+
+// Paused tells whether the runner waits at a pause point. It takes no lock.
+func (h *Handle) Paused() bool { return h.j.paused.Load() }
 
 // AwaitAnswer lets the command that made the job go on be answered first; see Job.DeferEnd.
 func (h *Handle) AwaitAnswer() { h.j.awaitAnswer() }

@@ -71,6 +71,7 @@ type Job struct {
 	asleep bool
 
 	waiting          atomic.Bool   // not busy: sleeping, paused or over
+	paused           atomic.Bool   // the runner waits at a pause point
 	ended            chan struct{} // closed when Run has returned
 	finished         chan struct{} // closed when the job is concluded
 	instant, lateEnd bool          // as in Spec

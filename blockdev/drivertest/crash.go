@@ -107,6 +107,13 @@ func (c *CrashFile) CrashLocked(seed uint64) *MemFile {
 	}
 }
 
+// Durable is what a power failure leaves at worst: nothing that was not flushed.
+func (c *CrashFile) Durable() *MemFile {
+	c.mu.RLock()
+	defer c.mu.RUnlock()
+	return c.survivors(func(int) bool { return false }, nil)
+}
+
 // Kill is what a killed process leaves: all that was written.
 func (c *CrashFile) Kill() *MemFile { return c.Clone() }
 

@@ -15,6 +15,7 @@ import (
 	"context"
 	"errors"
 	"fmt"
+	"log/slog"
 	"math"
 	"slices"
 
@@ -64,6 +65,7 @@ type job struct {
 	listed *graph.DirtyBitmap // what is to do, as clients see it on the source
 	frozen bool               // the bitmap is
 	ok     bool
+	lost   bool // the target could not be flushed: nobody knows what of it is on stable storage
 	block  []func()
 }
 
@@ -344,7 +346,7 @@ func (j *job) Run(ctx context.Context, h *jobs.Handle) error {
 }
 
 // flush puts the target on stable storage before the bitmap forgets what is in it. Other backups get there when the target is flushed or closed, as
-// in the reference.
+// in the reference. Where the policy ignores that it fails, the job succeeds and the bitmap forgets nothing.
 func (j *job) flush(ctx context.Context, h *jobs.Handle) error {
 	for {
 		r, err := j.root.Begin(ctx)
@@ -358,8 +360,10 @@ func (j *job) flush(ctx context.Context, h *jobs.Handle) error {
 		}
 		switch h.OnError(types.IoOperationTypeWrite, j.OnTargetError, err) {
 		case types.BlockErrorActionReport:
+			j.lost = true
 			return err
 		case types.BlockErrorActionIgnore:
+			j.lost = true
 			return nil
 		}
 		if err := h.Checkpoint(); err != nil {
@@ -438,9 +442,14 @@ func (j *job) Clean(h *jobs.Handle) {
 		f()
 	}
 	j.block = nil
+	if !j.ok {
+		j.settle(h)
+	}
 	undrain, err := j.g.Drain(context.Background(), j.Source)
 	if err == nil {
 		defer undrain()
+	} else {
+		j.lost = true
 	}
 	j.listed.Remove()
 	j.endBitmap()
@@ -463,20 +472,40 @@ func (j *job) Clean(h *jobs.Handle) {
 	h.Quiesced(1, j.Source)
 }
 
+// settle puts what a job that has failed has copied so far on stable storage, if its bitmap is to forget that. Guests go on meanwhile, and do not copy any
+// more.
+func (j *job) settle(h *jobs.Handle) {
+	if !j.frozen || j.BitmapMode != types.BitmapSyncModeAlways || j.lost {
+		return
+	}
+	err := j.driver.Stop(context.Background())
+	if err == nil && !j.driver.Copied().Empty() {
+		// Without a unit of work: nobody waits for a gate here.
+		err = j.filter.Child("target").Flush(&blk.Req{Ctx: context.Background(), Job: true})
+	}
+	if err != nil {
+		j.lost = true
+		slog.Warn("a backup that failed cannot flush its target; its bitmap keeps everything", "job", h.Job().ID(), "err", err)
+	}
+}
+
 // endBitmap lets the bitmap record what the next backup needs: what was written since this one, and, where this one does not count,
-// what was recorded before. The source is quiet.
+// what was recorded before. It forgets only what is on stable storage in the target. The source is quiet.
 func (j *job) endBitmap() {
 	if !j.frozen {
 		return
 	}
 	j.frozen = false
-	mode := j.BitmapMode
-	if mode == types.BitmapSyncModeNever || mode == types.BitmapSyncModeOnSuccess && !j.ok {
+	bits, counts := j.Bitmap.Bits(), j.ok || j.BitmapMode == types.BitmapSyncModeAlways
+	switch {
+	case j.BitmapMode == types.BitmapSyncModeNever || !counts:
 		j.Bitmap.Reclaim()
 		return
+	case j.lost:
+		j.Bitmap.Reclaim()
+		bits.Merge(j.driver.Copied())
+	default:
+		j.Bitmap.Abdicate()
 	}
-	j.Bitmap.Abdicate()
-	if !j.ok {
-		j.Bitmap.Bits().Merge(j.driver.Pending())
-	}
+	bits.Merge(j.driver.Pending()) // nothing, if it has succeeded
 }

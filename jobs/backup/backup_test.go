@@ -52,12 +52,13 @@ type world struct {
 	want           []byte
 	shape          string
 	stops          chan struct{} // one for each error that stopped a job
+	states         chan struct{} // one for each state of a job
 }
 
-// stops tells of errors that stop a job, besides what the sink inside does.
+// stops tells of errors that stop a job, and of states, besides what the sink inside does.
 type stops struct {
 	events.Sink
-	tell chan struct{}
+	tell, states chan struct{}
 }
 
 func (s stops) Emit(e events.Event) {
@@ -65,12 +66,15 @@ func (s stops) Emit(e events.Event) {
 	if x, ok := e.(types.BlockJobErrorEvent); ok && x.Action == types.BlockErrorActionStop {
 		s.tell <- struct{}{}
 	}
+	if _, ok := e.(types.JobStatusChangeEvent); ok {
+		s.states <- struct{}{}
+	}
 }
 
 func newWorld(t testing.TB) *world {
 	g, sink := drivertest.NewGraphSink(t)
-	w := &world{t: t, g: g, want: noise(1), stops: make(chan struct{}, 100)}
-	w.m = jobs.NewManager(stops{sink, w.stops}, nil)
+	w := &world{t: t, g: g, want: noise(1), stops: make(chan struct{}, 100), states: make(chan struct{}, 1000)}
+	w.m = jobs.NewManager(stops{sink, w.stops, w.states}, nil)
 	w.from, w.to = drivertest.MemFileOf(bytes.Clone(w.want)), drivertest.MemFileOf(noise(2))
 	w.fromF, w.toF = drivertest.NewFault(w.from), drivertest.NewFault(w.to)
 	w.source, w.target = drivertest.AddNode(t, g, "source", w.fromF), drivertest.AddNode(t, g, "target", w.toF)

@@ -1,6 +1,9 @@
 package mirror
 
 import (
+	"errors"
+
+	"qblockd/graph"
 	"qblockd/graph/blk"
 	"qblockd/schema/types"
 )
@@ -13,7 +16,10 @@ import (
 //	     waits for copies and writes to both sides that overlap and came before
 //
 // The source's bitmap does not record it. Granules that it covers in full are clean when it begins: what is dirty about them is overwritten. Others stay
-// what they are.
+// what they are. So from the moment when all writes go to both sides nothing gets dirty any more but by errors, by who writes past the filter, and while
+// the target is held quiet.
+//
+// In the background mode writes go to both sides only while the job does not get on without.
 
 // writeBoth writes v to both sides. The bytes are taken once: a guest may change its memory meanwhile.
 func (j *job) writeBoth(r *blk.Req, v blk.Vec, off int64, f blk.Flags) error {
@@ -42,8 +48,51 @@ func (j *job) zeroBoth(r *blk.Req, off, n int64, f blk.Flags) error {
 		func() error { return j.target.Edge().Zero(r, off, n, f&blk.MayUnmap) })
 }
 
+// discardPiece is how much of a discard goes to both sides at once, in bytes: other requests wait for so much of it.
+const discardPiece = 16 << 20
+
+// discardBoth discards a range of the source, and makes the target what the source shows there then: that depends on its driver, its clusters, and what
+// lies below it.
+func (j *job) discardBoth(r *blk.Req, off, n int64) error {
+	src := j.driver.child()
+	if !src.TakesDiscard() {
+		return src.Discard(r, off, n)
+	}
+	if r.NoWait {
+		return blk.ErrWouldBlock
+	}
+	for end := off + n; off < end; {
+		n := min(blk.AlignDown(off, discardPiece)+discardPiece, end) - off
+		err := j.toBoth(r, off, n, func() error { return src.Discard(r, off, n) }, func() error { return j.follow(r, off, off+n) })
+		if err != nil {
+			return err
+		}
+		off += n
+	}
+	return nil
+}
+
+// follow makes [off, end) of the target what the source shows there now. The range is taken.
+func (j *job) follow(r *blk.Req, off, end int64) error {
+	for off < end {
+		x, err := j.copyExtent(r, off, end)
+		if err != nil {
+			return err
+		}
+		off += x.N
+	}
+	return nil
+}
+
 func (j *job) toBoth(r *blk.Req, off, n int64, source, target func() error) error {
-	s, err := j.ranges.take(r.Ctx, off, n)
+	if *j.copyMode.Load() != types.MirrorCopyModeWriteBlocking && j.h.Paused() {
+		return source() // it is the job that wants both, and it does nothing now
+	}
+	lo, hi := off, off+n
+	if c := j.allCluster; c > 0 {
+		lo, hi = blk.AlignDown(lo, c), min(blk.AlignUp(hi, c), j.Source.Size())
+	}
+	s, err := j.ranges.take(r.Ctx, lo, hi-lo)
 	if err != nil {
 		return err
 	}
@@ -54,18 +103,7 @@ func (j *job) toBoth(r *blk.Req, off, n int64, source, target func() error) erro
 		return source()
 	}
 	defer j.target.End(pass)
-	g := j.bits.Granularity()
-	lo, hi := blk.AlignUp(off, g), blk.AlignDown(off+n, g)
-	if off+n == j.bits.Size() {
-		hi = off + n
-	}
-	if j.allCluster > 0 && (lo > off || hi < off+n || !blk.IsAligned(off, n, j.allCluster)) {
-		// The rest of the target's clusters has to come along.
-		return source()
-	}
-	if lo < hi {
-		j.bits.Clear(lo, hi-lo)
-	}
+	j.cleanCovered(off, off+n)
 	r.Unrecorded = j.bits
 	err = source()
 	r.Unrecorded = nil
@@ -76,18 +114,40 @@ func (j *job) toBoth(r *blk.Req, off, n int64, source, target func() error) erro
 	j.both.Add(n)
 	defer j.both.Add(-n)
 	j.h.AddRemaining(n)
-	if err := target(); err != nil {
-		j.bits.Set(off, n)
-		j.targetFailed(err)
+	if lo < off || hi > off+n {
+		err = j.follow(r, lo, hi) // the rest of the target's clusters comes along
+	} else {
+		err = target()
+	}
+	if err != nil {
+		j.bits.Set(lo, hi-lo)
+		j.bothFailed(err)
 		return nil
 	}
 	j.h.Done(n)
 	return nil
 }
 
-// targetFailed does what the policy says about a guest's write that did not reach the target.
-func (j *job) targetFailed(err error) {
-	if j.h.OnError(types.IoOperationTypeWrite, j.OnTargetError, err) == types.BlockErrorActionReport {
+// cleanCovered makes those granules clean that lie in [off, end) in full.
+func (j *job) cleanCovered(off, end int64) {
+	g := j.bits.Granularity()
+	lo, hi := blk.AlignUp(off, g), blk.AlignDown(end, g)
+	if end >= j.Source.Size() {
+		hi = end
+	}
+	if lo < hi {
+		j.bits.Clear(lo, hi-lo)
+	}
+}
+
+// bothFailed does what the policies say about a guest's write that did not reach the target.
+func (j *job) bothFailed(err error) {
+	op, policy := types.IoOperationTypeWrite, j.OnTargetError
+	var c *graph.CopyError
+	if errors.As(err, &c) {
+		op, policy = j.side(err)
+	}
+	if j.h.OnError(op, policy, err) == types.BlockErrorActionReport {
 		j.failure.CompareAndSwap(nil, &err)
 		j.driver.job.Store(nil)
 		j.mj.Kick()

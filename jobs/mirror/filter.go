@@ -13,8 +13,7 @@ import (
 // DriverName is how the job's filter shows itself, as in the reference.
 const DriverName = "mirror_top"
 
-// filterDriver sits above the source while the job runs. In write-blocking mode it lets the job write to both sides, else it passes everything
-// through.
+// filterDriver sits above the source while the job runs. It lets the job write to both sides where it wants to, else it passes everything through.
 type filterDriver struct {
 	node   *graph.Node
 	commit bool // the target is below the source
@@ -68,8 +67,13 @@ func (f *filterDriver) Zero(r *blk.Req, off, n int64, fl blk.Flags) error {
 	return f.child().Zero(r, off, n, fl)
 }
 
-// Discard implements graph.Discarder. What a discard makes of the source decides what the target gets: in the background.
-func (f *filterDriver) Discard(r *blk.Req, off, n int64) error { return f.child().Discard(r, off, n) }
+// Discard implements graph.Discarder.
+func (f *filterDriver) Discard(r *blk.Req, off, n int64) error {
+	if j := f.job.Load(); j != nil {
+		return j.discardBoth(r, off, n)
+	}
+	return f.child().Discard(r, off, n)
+}
 
 // Status implements graph.Statuser.
 func (f *filterDriver) Status(r *blk.Req, off, n int64) (blk.Extent, error) {

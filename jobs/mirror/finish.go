@@ -17,8 +17,8 @@ import (
 
 // tryEnd holds the source quiet and makes the target equal to it. It tells whether that is so; else there was too much to copy, or an error to be
 // tried again, and the source goes on.
-func (j *job) tryEnd(ctx context.Context, h *jobs.Handle) (ended bool, _ error) {
-	undrain, err := j.quieten(ctx, h, lastCopy)
+func (j *job) tryEnd(ctx context.Context, h *jobs.Handle, most int64) (ended bool, _ error) {
+	undrain, err := j.quieten(ctx, h, most)
 	if err == nil && undrain != nil {
 		if err = j.target.Edge().Flush(&blk.Req{Ctx: ctx}); err == nil {
 			if j.ManualFinalize {
@@ -70,6 +70,8 @@ func (j *job) failed(h *jobs.Handle, err error) error {
 		return stopped
 	case action == types.BlockErrorActionReport:
 		return err
+	case action == types.BlockErrorActionIgnore:
+		return h.Sleep(idle) // it is tried again, but not as fast as it fails
 	}
 	return nil
 }
@@ -92,7 +94,11 @@ func (j *job) copyQuiet(ctx context.Context) error {
 
 // catchUp is what makes the target equal again after a time of waiting.
 func (j *job) catchUp(ctx context.Context, h *jobs.Handle) (err error) {
-	if j.bits.Count() > lastCopy {
+	for range patience {
+		if j.bits.Count() <= lastCopy {
+			break
+		}
+		j.sendToBoth(true)
 		if err := j.copyDirty(ctx, h); err != nil {
 			return err
 		}

@@ -18,14 +18,17 @@ import (
 const (
 	// idle is how long a job that is ready waits before it looks for what was written; completing it does not wait.
 	idle = 100 * time.Millisecond
-	// lastCopy is the most, in bytes, that is copied while the source is held quiet for the end.
+	// lastCopy is what may always be copied, in bytes, while the source is held quiet for the end.
 	lastCopy = 4 << 20
-	// patience is how many passes a job makes before it holds up guests to get ready, and hold how long it does that at most, as far as it can
-	// tell; it doubles, maxDoublings times at most, each time that as many passes more as doubleAfter were in vain.
-	patience     = 3
+	// patience is how many passes over what is dirty a job in the background mode makes before guests' writes go to both sides, until it is ready,
+	// or over. That leaves one pass, and one for the writes that were under way.
+	patience = 3
+	// holdAfter is how many passes it makes before it holds the source quiet for the rest: then somebody writes past the filter. hold is how long that
+	// takes at most, as far as it can tell; it doubles, maxDoublings times at most, each time that doubleAfter passes more were in vain.
+	holdAfter    = patience + 3
 	hold         = 20 * time.Millisecond
 	doubleAfter  = 20
-	maxDoublings = 4
+	maxDoublings = 8
 )
 
 // Run implements jobs.Runner.
@@ -166,83 +169,99 @@ func (j *job) onTarget(ctx context.Context, f func(r *blk.Req, e *graph.Edge) er
 	return nil
 }
 
-// keepInStep copies what is dirty until the job is to end.
+// keepInStep copies what is dirty until the job is to end. What it has to reach, to be ready or to be over, it reaches in so many passes, however fast
+// guests write; pass counts those made in vain.
 func (j *job) keepInStep(ctx context.Context, h *jobs.Handle) error {
-	for pass := 0; ; pass++ {
-		// Guests' writes that are under way end as they began: those to both sides hold their ranges, the others are recorded.
-		if *j.copyMode.Load() == types.MirrorCopyModeWriteBlocking {
-			j.driver.job.Store(j)
-		} else {
-			j.driver.job.Store(nil)
+	for pass := 0; ; {
+		ending := j.ready.Load() && (j.complete.Load() || h.Cancelled())
+		if j.ready.Load() && !ending {
+			pass = 0
 		}
+		j.sendToBoth(pass >= patience)
 		if err := j.failure.Load(); err != nil {
 			return *err
 		}
 		if err := h.Checkpoint(); err != nil {
 			return err
 		}
-		dirty := j.bits.Count()
+		dirty, most := j.bits.Count(), j.most(pass)
 		h.SetRemaining(dirty + j.both.Load())
-		ending := j.ready.Load() && (j.complete.Load() || h.Cancelled())
 		switch {
-		case ending && dirty <= lastCopy:
-			if ended, err := j.tryEnd(ctx, h); ended || err != nil {
+		case ending && dirty <= max(most, lastCopy):
+			if ended, err := j.tryEnd(ctx, h, max(most, lastCopy)); ended || err != nil {
 				return err
 			}
-		case !j.ready.Load() && (dirty == 0 || pass > patience && j.soon(dirty, pass)):
-			if err := j.becomeReady(ctx, h); err != nil {
+		case !j.ready.Load() && dirty <= most:
+			if ready, err := j.becomeReady(ctx, h, dirty, most); err != nil {
 				return err
+			} else if ready {
+				continue
 			}
-		case dirty > 0:
-			begin := time.Now()
-			if err := j.copyDirty(ctx, h); err != nil {
-				return err
-			}
-			j.rate = float64(dirty) / max(time.Since(begin).Seconds(), 1e-6)
-			if !j.ready.Load() {
-				if err := h.Linger(); err != nil { // what was copied is paid for before the job is ready
-					return err
-				}
-			}
-		default:
+		case dirty == 0:
 			if err := h.Sleep(idle); err != nil {
+				return err
+			}
+			continue
+		}
+		// Also when the attempt was in vain: each turn makes the distance shorter.
+		if dirty = j.bits.Count(); dirty == 0 {
+			continue
+		}
+		begin := time.Now()
+		if err := j.copyDirty(ctx, h); err != nil {
+			return err
+		}
+		pass++
+		j.rate = float64(dirty) / max(time.Since(begin).Seconds(), 1e-6)
+		if !j.ready.Load() {
+			if err := h.Linger(); err != nil { // what was copied is paid for before the job is ready
 				return err
 			}
 		}
 	}
 }
 
-// soon tells whether so many bytes are copied in no time, after so many passes.
-func (j *job) soon(dirty int64, pass int) bool {
-	t := hold << min((pass-patience)/doubleAfter, maxDoublings)
-	return float64(dirty) < j.rate*t.Seconds()
+// sendToBoth lets guests' writes go to both sides from now on if the user asked for that or the job does not get on without, else to the source
+// alone. Those that are under way end as they began: those to both sides hold their ranges, the others are recorded.
+func (j *job) sendToBoth(converge bool) {
+	if converge || *j.copyMode.Load() == types.MirrorCopyModeWriteBlocking {
+		j.driver.job.Store(j)
+	} else {
+		j.driver.job.Store(nil)
+	}
 }
 
-// becomeReady makes the job ready when what is copied is on stable storage. A guest that makes granules dirty faster than they are copied is held up
-// for a moment, so that there is a time when none is.
-func (j *job) becomeReady(ctx context.Context, h *jobs.Handle) error {
-	if j.bits.Count() > 0 {
-		undrain, err := j.quieten(ctx, h, lastCopy)
+// most is how many bytes may be copied with the source held quiet after so many passes.
+func (j *job) most(pass int) int64 {
+	if pass < holdAfter {
+		return 0
+	}
+	t := hold << min((pass-holdAfter)/doubleAfter, maxDoublings)
+	return int64(min(j.rate*t.Seconds(), 1<<50))
+}
+
+// becomeReady makes the job ready when what is copied is on stable storage. What is dirty, most bytes at most, is copied first with the source held
+// quiet, so that there is a time when nothing is. It tells whether the job is ready.
+func (j *job) becomeReady(ctx context.Context, h *jobs.Handle, dirty, most int64) (bool, error) {
+	if dirty > 0 {
+		undrain, err := j.quieten(ctx, h, most)
 		if undrain == nil {
-			return j.failed(h, err)
+			return false, j.failed(h, err)
 		}
 		undrain()
 	}
 	if err := j.onTarget(ctx, func(r *blk.Req, e *graph.Edge) error { return e.Flush(r) }); err != nil {
-		return j.failed(h, err)
+		return false, j.failed(h, err)
 	}
 	h.AwaitAnswer()
 	j.ready.Store(true)
 	h.Ready()
-	return nil
+	return true, nil
 }
 
 // copyDirty copies what is dirty once. It returns when nothing is in flight any more.
 func (j *job) copyDirty(ctx context.Context, h *jobs.Handle) error {
-	chunk := min(max(j.BufSize/maxInFlight, j.Granularity), maxCopy)
-	if j.driver.job.Load() != nil {
-		chunk = min(chunk, shortCopy)
-	}
+	chunk := min(max(j.BufSize/maxInFlight, j.Granularity), j.maxCopy())
 	return copy.Run(h, copy.Task{
 		Gate: &gates{job: j, ctx: ctx, with: map[*blk.Req]*blk.Req{}}, Size: j.Source.Size(), Workers: workers,
 		Chunk: max(blk.AlignDown(chunk, j.Granularity), j.Granularity),
@@ -279,49 +298,39 @@ func (j *job) side(err error) (types.IoOperationType, types.BlockdevOnError) {
 func (j *job) copy(r *blk.Req, off, n int64) error {
 	end := off + n
 	if c := j.allCluster; c > 0 {
-		off = blk.AlignDown(off, c)
-		end = min(blk.AlignUp(end, c), j.Source.Size())
-	}
-	s, err := j.ranges.take(r.Ctx, off, end-off)
-	if err != nil {
-		return err
-	}
-	defer j.ranges.give(s)
-	if j.allCluster > 0 {
-		return j.copyClean(r, off, end)
+		return j.copyClean(r, blk.AlignDown(off, c), min(blk.AlignUp(end, c), j.Source.Size()))
 	}
 	for off < end {
 		at, k, ok := j.bits.NextDirty(off, end)
 		if !ok {
 			break
 		}
-		if err := j.copyClean(r, at, at+min(k, maxCopy)); err != nil {
+		if err := j.copyClean(r, at, at+k); err != nil {
 			return err
 		}
-		off = at + min(k, maxCopy)
+		off = at + k
 	}
 	return nil
 }
 
-// copyClean makes [off, end) clean and copies it.
+// copyClean makes [off, end), which is whole granules, clean and copies it. A granule may be longer than what is copied at once: guests' writes to
+// both sides wait for that only.
 func (j *job) copyClean(r *blk.Req, off, end int64) error {
 	j.bits.Clear(off, end-off)
-	src, dst := j.driver.child(), j.target.Edge()
 	for off < end {
-		x, err := src.StatusAbove(r, nil, false, off, end-off)
-		if err != nil || x.N == 0 {
-			x = blk.Extent{N: end - off, Data: true} // reading tells
-		}
-		x = j.wholeGranules(x, off, end)
-		if !x.Zero {
-			x.N = min(x.N, maxCopy)
-			err = graph.Copy(r, src, dst, off, x.N, 0)
-		} else if err = j.zero(r, dst, off, x.N); err == nil && j.zeroesUnmap() {
-			j.h.Count(-x.N) // the speed limit is for data
-		}
+		s, err := j.ranges.take(r.Ctx, off, end-off)
 		if err != nil {
 			j.bits.Set(off, end-off)
 			return err
+		}
+		x, err := j.copyExtent(r, off, end)
+		j.ranges.give(s)
+		if err != nil {
+			j.bits.Set(off, end-off)
+			return err
+		}
+		if x.Zero && j.zeroesUnmap() {
+			j.h.Count(-x.N) // the speed limit is for data
 		}
 		j.h.Done(x.N)
 		off += x.N
@@ -329,9 +338,31 @@ func (j *job) copyClean(r *blk.Req, off, end int64) error {
 	return nil
 }
 
-// wholeGranules makes an extent end with a granule, as data where it is zeroes in part only.
+// copyExtent copies the first extent of [off, end), and tells what it was. The range is taken.
+func (j *job) copyExtent(r *blk.Req, off, end int64) (blk.Extent, error) {
+	src, dst := j.driver.child(), j.target.Edge()
+	x, err := src.StatusAbove(r, nil, false, off, end-off)
+	if err != nil || x.N == 0 {
+		x = blk.Extent{N: end - off, Data: true} // reading tells
+	}
+	if x = j.wholeGranules(x, off, end); x.Zero {
+		return x, j.zero(r, dst, off, x.N)
+	}
+	x.N = min(x.N, j.maxCopy())
+	return x, graph.Copy(r, src, dst, off, x.N, 0)
+}
+
+// maxCopy is the most that is copied at once.
+func (j *job) maxCopy() int64 {
+	if j.driver.job.Load() != nil {
+		return shortCopy
+	}
+	return maxCopy
+}
+
+// wholeGranules makes an extent end with a granule, or with what is copied at once of a long one, as data where it is zeroes in part only.
 func (j *job) wholeGranules(x blk.Extent, off, end int64) blk.Extent {
-	g := j.Granularity
+	g := min(j.Granularity, maxCopy)
 	if off+x.N >= end {
 		x.N = end - off
 		return x

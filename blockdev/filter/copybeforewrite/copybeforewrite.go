@@ -65,6 +65,7 @@ type State struct {
 	broken        atomic.Bool
 
 	mu      sync.Mutex
+	stopped bool                  // +checklocks:mu  nobody copies any more
 	copies  map[*running]struct{} // +checklocks:mu
 	reading map[*running]struct{} // +checklocks:mu  reads of the source for the point in time
 }
@@ -172,12 +173,25 @@ func (s *State) Copy(r *blk.Req, off, n int64) error {
 	return nil
 }
 
+// Stop lets nobody copy any more, and waits for the copies under way: what is to do now is to do for ever, and guests' writes go to the source alone, so
+// that the point in time is spoilt for its readers. It is called without a unit of work. Error: the cause of the end of ctx.
+func (s *State) Stop(ctx context.Context) error {
+	s.broken.Store(true)
+	s.mu.Lock()
+	s.stopped = true
+	s.mu.Unlock()
+	return s.WaitCopies(ctx)
+}
+
+// Copied are the clusters that were copied.
+func (s *State) Copied() *bitmap.Bitmap { return s.done }
+
 // take begins a copy of the first clusters to do in [lo, end), or returns what to wait for; nil, nil if there is neither.
 func (s *State) take(lo, end int64) (*running, <-chan struct{}) {
 	s.mu.Lock()
 	defer s.mu.Unlock()
 	at, n, ok := s.pending.NextDirty(lo, end)
-	if !ok {
+	if !ok || s.stopped {
 		for c := range s.copies {
 			if blk.Overlap(c.off, c.n, lo, end-lo) {
 				return nil, c.over
