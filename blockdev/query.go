@@ -104,12 +104,25 @@ func (v *view) append(b []byte) []byte {
 // AppendNamedNodes appends the answer to query-named-block-nodes: all nodes, newest first; unless flat with
 // the images below each. It waits at most 20 ms for allocated sizes; otherwise its cost is the size of the answer.
 func (m *Manager) AppendNamedNodes(b []byte, flat bool) []byte {
+	b, _ = m.appendNamedNodes(b, flat, func(int64) error { return nil })
+	return b
+}
+
+// NamedNodes is AppendNamedNodes to nothing, once room has agreed to about that many bytes.
+func (m *Manager) NamedNodes(flat bool, room func(n int64) error) ([]byte, error) {
+	return m.appendNamedNodes(nil, flat, room)
+}
+
+func (m *Manager) appendNamedNodes(b []byte, flat bool, room func(n int64) error) ([]byte, error) {
 	vs := m.views(m.g.Nodes(), !flat)
 	m.refreshActual(vs)
 	size := 2
 	for i := range vs {
 		vs[i].actual = m.actualSize(vs[i].node, vs[i].rec)
 		size += vs[i].size + vs[i].info.devSize() + 32
+	}
+	if err := room(int64(size)); err != nil {
+		return b, err
 	}
 	if cap(b)-len(b) < size {
 		// slices.Grow would clear what may be tens of megabytes, although they come cleared from the system.
@@ -122,7 +135,7 @@ func (m *Manager) AppendNamedNodes(b []byte, flat bool) []byte {
 		}
 		b = vs[i].append(b)
 	}
-	return append(b, ']')
+	return append(b, ']'), nil
 }
 
 // AppendNodeStats appends the answer to query-blockstats with query-nodes: all nodes, oldest first.

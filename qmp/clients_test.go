@@ -9,6 +9,7 @@ import (
 	"runtime"
 	"strings"
 	"sync"
+	"sync/atomic"
 	"testing"
 	"time"
 
@@ -429,4 +430,82 @@ func TestLinger(t *testing.T) {
 	go func() { _, _ = io.Copy(io.Discard, r) }()
 	m.Close(time.Second)
 	waitFor(t, done, "the session to end")
+}
+
+// Whatever many clients ask for and do not read, what waits for them is bounded; those who read get what they asked for.
+func TestManyDeafClients(t *testing.T) {
+	const size, limit = 4 << 20, 12 << 20
+	d := testDispatcher()
+	d.Log = quiet()
+	d.LimitUnsent(limit)
+	d.unsent.delay = 20 * time.Millisecond
+	var making, atOnce, most atomic.Int64
+	text := strings.Repeat("b", size)
+	d.Handle("big", func(ctx context.Context, _ *value.Dict, out []byte) ([]byte, error) {
+		if err := LargeReply(ctx, size); err != nil {
+			return out, err
+		}
+		if making.Add(1) > 1 {
+			atOnce.Add(1)
+		}
+		most.Store(max(most.Load(), d.unsent.bytes.Load()))
+		defer making.Add(-1)
+		return value.AppendString(out, text), nil
+	})
+	bus := events.NewBus(events.Options{})
+	m := NewMonitor(d, bus, Options{})
+	for range 8 {
+		c := serve(t, m)
+		c.negotiate()
+		c.send(strings.Repeat(`{"execute":"big"}`, 3))
+	}
+	eventually(t, "deaf clients to be disconnected", func() bool { return m.Overflows() >= 5 })
+	good := serve(t, m)
+	good.negotiate()
+	for range 3 {
+		good.send(`{"execute":"big"}`)
+		if l := good.line(); len(l) < size {
+			t.Fatalf("%.100s", l)
+		}
+	}
+	if atOnce.Load() > 0 || most.Load()+size > limit+64<<10 {
+		t.Errorf("%d times two were made at once, and one when %d bytes were unsent", atOnce.Load(), most.Load())
+	}
+	// Events count, too.
+	for range 40 {
+		bus.Emit(noise(1 << 20))
+		if l := good.line(); !strings.Contains(l, "NOISE") {
+			t.Fatalf("%.100s", l)
+		}
+	}
+	eventually(t, "the others to be disconnected", func() bool { return d.unsent.bytes.Load() <= limit })
+	good.send(`{"execute":"query-jobs"}`)
+	good.expect(`{"return": []}`)
+}
+
+// What is counted as unsent is gone when the clients are.
+func TestUnsentIsCounted(t *testing.T) {
+	d := testDispatcher()
+	d.Handle("big", func(_ context.Context, _ *value.Dict, out []byte) ([]byte, error) {
+		return value.AppendString(out, strings.Repeat("b", 3<<20)), nil
+	})
+	m := NewMonitor(d, nil, Options{})
+	c := serve(t, m)
+	c.negotiate()
+	c.send(`{"execute":"big"}`)
+	eventually(t, "the reply to be queued", func() bool { return d.unsent.bytes.Load() > 2<<20 })
+	c.conn.Close()
+	eventually(t, "the session to end", func() bool { return m.Sessions() == 0 })
+	if n := d.unsent.bytes.Load(); n != 0 {
+		t.Errorf("%d bytes are unsent of nobody", n)
+	}
+	c = serve(t, m)
+	c.negotiate()
+	c.send(`{"execute":"big"}`)
+	if l := c.line(); len(l) < 3<<20 {
+		t.Fatalf("%.100s", l)
+	}
+	c.send(`{"execute":"query-jobs"}`)
+	c.expect(`{"return": []}`)
+	eventually(t, "all to be sent", func() bool { return d.unsent.bytes.Load() == 0 })
 }

@@ -50,6 +50,8 @@ type Dispatcher struct {
 	// Log takes what a client does not see; nil: slog's default.
 	Log *slog.Logger
 
+	unsent unsent
+
 	stopMu   sync.Mutex
 	sessions map[*Session]struct{} // +checklocks:stopMu  to be woken by Stop
 }
@@ -62,8 +64,13 @@ type command struct {
 // NewDispatcher returns a dispatcher that knows no commands. The handler of qmp_capabilities,
 // which it cannot do without, is registered like any other and calls Negotiate.
 func NewDispatcher(v Version) *Dispatcher {
-	return &Dispatcher{version: v, commands: make(map[string]command), sessions: make(map[*Session]struct{})}
+	d := &Dispatcher{version: v, commands: make(map[string]command), sessions: make(map[*Session]struct{})}
+	d.unsent.init()
+	return d
 }
+
+// LimitUnsent bounds what the clients together leave unread, in bytes; DefaultAllUnsent unless it is called, before the first session is served.
+func (d *Dispatcher) LimitUnsent(n int64) { d.unsent.limit = n }
 
 // Version is the version given to NewDispatcher.
 func (d *Dispatcher) Version() Version { return d.version }

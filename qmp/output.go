@@ -17,6 +17,9 @@ type output struct {
 	pending  []byte    // +checklocks:mu  not yet taken by a writer
 	spare    []byte    // +checklocks:mu  empty, for the next pending
 	inFlight int       // +checklocks:mu  bytes that the writer has taken and not yet written
+	taken    int       // +checklocks:mu  length of the buffer that the writer has
+	moved    time.Time // +checklocks:mu  when the client last took something, or began to have something to take
+	counted  int       // +checklocks:mu  what the dispatcher knows of; see countLocked
 	writing  bool      // +checklocks:mu
 	large    int       // +checklocks:mu  length of the largest reply queued since the queue was empty
 	most     int       // +checklocks:mu  largest number of bytes unsent
@@ -29,7 +32,8 @@ func (o *output) unsentLocked() int { return len(o.pending) + o.inFlight }
 // writeChunk is how much is written in one call when the client is slow.
 const writeChunk = 256 << 10
 
-// send queues one message. It never blocks. The message is not sent before flush or startWriter.
+// send queues one message. It never blocks. The message is not sent before flush or startWriter. A reply of more than keepOut is not
+// the caller's any more.
 func (s *Session) send(line []byte, reply bool) {
 	o := &s.out
 	o.mu.Lock()
@@ -47,13 +51,18 @@ func (s *Session) send(line []byte, reply bool) {
 		go s.fail(errOverflow)
 		return
 	}
-	if s.mon.pretty {
+	switch {
+	case s.mon.pretty:
 		o.pending = value.IndentEOL(o.pending, line, "\r\n")
-	} else {
+	case reply && len(line) > keepOut && len(o.pending) == 0:
+		o.pending = line // the caller has no more use for it
+	default:
 		o.pending = append(o.pending, line...)
 	}
 	o.pending = append(o.pending, '\r', '\n')
 	o.most = max(o.most, o.unsentLocked())
+	s.countLocked()
+	s.d.relieve()
 }
 
 // takeLocked makes the caller the writer and gives it what is pending; nil if there is
@@ -67,7 +76,7 @@ func (o *output) takeLocked() []byte {
 	o.writing = true
 	buf := o.pending
 	o.pending, o.spare = o.spare, nil
-	o.inFlight = len(buf)
+	o.inFlight, o.taken, o.moved = len(buf), len(buf), time.Now()
 	return buf
 }
 
@@ -76,7 +85,7 @@ func (o *output) takeLocked() []byte {
 //
 // +checklocks:o.mu
 func (o *output) doneLocked(buf []byte) []byte {
-	o.inFlight = 0
+	o.inFlight, o.taken = 0, 0
 	if o.spare == nil && cap(buf) <= keepOut {
 		o.spare = buf[:0]
 	}
@@ -116,6 +125,7 @@ func (s *Session) flush() {
 	}
 	o.mu.Lock()
 	next := o.doneLocked(buf)
+	s.countLocked()
 	o.mu.Unlock()
 	if next != nil {
 		go s.write(next, 0)
@@ -147,11 +157,13 @@ func (s *Session) write(buf []byte, n int) {
 			n += m
 			o.mu.Lock()
 			o.inFlight -= m
+			o.moved = time.Now()
 			o.changed.Broadcast()
 			o.mu.Unlock()
 		}
 		o.mu.Lock()
 		buf, n = o.doneLocked(buf), 0
+		s.countLocked()
 		o.mu.Unlock()
 	}
 }
@@ -162,7 +174,8 @@ func (s *Session) stopOutput() {
 	o.mu.Lock()
 	defer o.mu.Unlock()
 	o.closed, o.writing = true, false
-	o.pending, o.spare, o.inFlight = nil, nil, 0
+	o.pending, o.spare, o.inFlight, o.taken = nil, nil, 0, 0
+	s.countLocked()
 	o.changed.Broadcast()
 }
 
@@ -217,5 +230,6 @@ func (s *Session) waitWriter() {
 	for o.writing {
 		o.changed.Wait()
 	}
-	o.closed = true
+	o.closed, o.pending = true, nil
+	s.countLocked()
 }

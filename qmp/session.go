@@ -89,6 +89,7 @@ type Session struct {
 	neg     negotiation
 	scratch []byte
 	after   []func() // see AfterReply
+	making  bool     // see LargeReply
 	sub     *events.Subscription
 
 	oob   atomic.Bool // neg.oob
@@ -201,6 +202,7 @@ func (s *Session) execute(q queued) bool {
 	}
 	traceReply(out)
 	s.send(out, true)
+	s.made()
 	if s.scratch = out; cap(out) > keepOut {
 		s.scratch = nil
 	}

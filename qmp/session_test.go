@@ -112,7 +112,7 @@ func (c *client) line() string {
 		_ = c.conn.SetReadDeadline(time.Now().Add(20 * time.Second))
 		n, err := c.conn.Read(chunk)
 		if err != nil {
-			c.t.Fatalf("read: %v, have %q", err, c.buf)
+			c.t.Fatalf("read: %v, have %.200q", err, c.buf)
 		}
 		c.buf = append(c.buf, chunk[:n]...)
 	}

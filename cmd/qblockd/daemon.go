@@ -84,6 +84,7 @@ func newDaemon(p processWide) *daemon {
 	d.dispatch = qmp.NewDispatcher(qmp.Version{
 		Major: qemuMajor, Minor: qemuMinor, Micro: qemuMicro, Package: "qblockd " + version,
 	})
+	d.dispatch.LimitUnsent(p.limits.allUnsent)
 	d.register()
 	return d
 }

@@ -16,8 +16,9 @@ import (
 // limits bound what clients can make the daemon hold. Every field has a value.
 type limits struct {
 	qmp         qmp.Limits
-	clients     int // of one monitor socket
-	connections int // of the NBD server, where its own option or command does not say
+	allUnsent   int64 // of the clients of all monitors
+	clients     int   // of one monitor socket
+	connections int   // of the NBD server, where its own option or command does not say
 	handshake   time.Duration
 	inflight    int
 	bytes       int64
@@ -26,6 +27,7 @@ type limits struct {
 func defaultLimits() limits {
 	return limits{
 		qmp:         qmp.Limits{HoldInput: qmp.DefaultHoldInput, Unsent: qmp.DefaultUnsent, Input: value.DefaultLimits},
+		allUnsent:   qmp.DefaultAllUnsent,
 		clients:     chardev.DefaultMaxClients,
 		connections: nbd.DefaultMaxConns,
 		handshake:   nbd.DefaultHandshake,
@@ -81,6 +83,8 @@ var allLimits = []limit{
 		"bytes that a client has not read above which its commands wait"),
 	number("qmp-unsent", true, 64<<10, func(l *limits) *int { return &l.qmp.Unsent },
 		"bytes that a client has not read above which it is disconnected; one reply may exceed it"),
+	number("qmp-unsent-all", true, 1<<20, func(l *limits) *int64 { return &l.allUnsent },
+		"bytes that all clients together have not read; above it those with most are disconnected"),
 	number("nbd-connections", false, 1, func(l *limits) *int { return &l.connections },
 		"connections of an NBD server that was not told max-connections"),
 	{"nbd-handshake", false, 0, 86400,

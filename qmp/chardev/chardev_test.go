@@ -392,7 +392,7 @@ func TestErrors(t *testing.T) {
 		`{"type":"parallel","data":{"device":"/dev/null"}}`:                                      "not a parallel port: Inappropriate ioctl for device",
 		`{"type":"ringbuf","data":{"size":3}}`:                                                   "size of ringbuf chardev must be power of two",
 		`{"type":"ringbuf","data":{"size":-9223372036854775808}}`:                                "size of ringbuf chardev must be power of two",
-		`{"type":"ringbuf","data":{"size":4611686018427387904}}`:                                 "size of ringbuf chardev must be at most 1073741824",
+		`{"type":"ringbuf","data":{"size":4611686018427387904}}`:                                 "size of ringbuf chardev must be at most 67108864",
 	} {
 		_, err := tab.Add(context.Background(), "x", backend(t, "%s", in))
 		if err == nil || err.Error() != "Failed to add chardev 'x': "+want {

@@ -7,18 +7,23 @@ import (
 	"io"
 	"strings"
 	"sync"
+	"sync/atomic"
 
 	"qblockd/schema/types"
 )
 
-// maxRing bounds what a client can make the daemon hold in one ring buffer, in bytes.
-const maxRing = 1 << 30
+// maxRing bounds what a client can make the daemon hold in one ring buffer, maxRings in all of a table, in bytes.
+const (
+	maxRing  = 64 << 20
+	maxRings = 256 << 20
+)
 
 // ringbuf keeps the last bytes written to it. Memory is taken as it fills.
 type ringbuf struct {
 	*front
 	name string // what filename shows: the kind under which it was made
 	size int
+	all  *atomic.Int64 // of the table: what its ring buffers may hold
 
 	mu   sync.Mutex
 	data []byte // +checklocks:mu  len(data) <= size; grows to size, then is written round
@@ -26,7 +31,7 @@ type ringbuf struct {
 	n    int    // +checklocks:mu  bytes held
 }
 
-func newRingbuf(o *types.ChardevRingbuf, name string, f *front) (device, error) {
+func newRingbuf(o *types.ChardevRingbuf, name string, f *front, all *atomic.Int64) (device, error) {
 	size := int64(65536)
 	if o.Size != nil {
 		size = *o.Size
@@ -37,7 +42,11 @@ func newRingbuf(o *types.ChardevRingbuf, name string, f *front) (device, error) 
 	case size > maxRing:
 		return nil, fmt.Errorf("size of ringbuf chardev must be at most %d", maxRing)
 	}
-	r := &ringbuf{front: f, name: name, size: int(size)}
+	if all.Add(size) > maxRings {
+		all.Add(-size)
+		return nil, fmt.Errorf("ringbuf chardevs hold at most %d bytes together", maxRings)
+	}
+	r := &ringbuf{front: f, name: name, size: int(size), all: all}
 	r.spawn(func() { r.serve(&ringStream{r: r, gone: make(chan struct{})}) })
 	return r, nil
 }
@@ -65,7 +74,10 @@ func (s *ringStream) Close() error {
 }
 
 func (r *ringbuf) filename() string { return r.name }
-func (r *ringbuf) close()           { r.end() }
+func (r *ringbuf) close() {
+	r.end()
+	r.all.Add(-int64(r.size))
+}
 
 func (r *ringbuf) write(b []byte) {
 	r.mu.Lock()
@@ -144,6 +156,17 @@ func (t *Table) RingbufWrite(id, data string, format *types.DataFormat) error {
 	}
 	r.write(b)
 	return nil
+}
+
+// RingbufHas is how many bytes ringbuf-read would find; 0 if there is no such buffer.
+func (t *Table) RingbufHas(id string) int64 {
+	r, err := t.ring(id)
+	if err != nil {
+		return 0
+	}
+	r.mu.Lock()
+	defer r.mu.Unlock()
+	return int64(r.n)
 }
 
 // RingbufRead takes up to size bytes out of the ring buffer called id: ringbuf-read. As text

@@ -8,6 +8,7 @@ import (
 	"log/slog"
 	"os"
 	"sync"
+	"sync/atomic"
 
 	"qblockd/graph/blk"
 	"qblockd/schema/types"
@@ -36,6 +37,8 @@ type Table struct {
 	devices map[string]device // +checklocks:mu  nil while the device is being opened
 	order   []string          // +checklocks:mu  labels, oldest first
 	closed  bool              // +checklocks:mu
+
+	rings atomic.Int64 // what the ring buffers may hold, in bytes
 }
 
 // device is a character device.
@@ -300,7 +303,7 @@ func (t *Table) open(ctx context.Context, id string, b *types.ChardevBackend, fr
 		})
 	case *types.ChardevRingbufWrapper:
 		return t.withLog(u.Data.Logfile, u.Data.Logappend, func(f *front) (device, error) {
-			return newRingbuf(&u.Data, string(b.Type), f)
+			return newRingbuf(&u.Data, string(b.Type), f, &t.rings)
 		})
 	case *types.ChardevUdpWrapper:
 		return t.withLog(u.Data.Logfile, u.Data.Logappend, func(f *front) (device, error) {

@@ -7,6 +7,7 @@ import (
 	"qblockd/blockdev/export"
 	"qblockd/graph"
 	"qblockd/jobs"
+	"qblockd/qmp"
 	"qblockd/schema/types"
 )
 
@@ -39,8 +40,8 @@ func (b BlockCore) BlockResize(ctx context.Context, a *types.BlockResizeArgs) er
 }
 
 // QueryNamedBlockNodes lists the nodes.
-func (b BlockCore) QueryNamedBlockNodes(_ context.Context, a *types.QueryNamedBlockNodesArgs) (types.Raw, error) {
-	return b.Nodes.AppendNamedNodes(nil, a.Flat != nil && *a.Flat), nil
+func (b BlockCore) QueryNamedBlockNodes(ctx context.Context, a *types.QueryNamedBlockNodesArgs) (types.Raw, error) {
+	return b.Nodes.NamedNodes(a.Flat != nil && *a.Flat, func(n int64) error { return qmp.LargeReply(ctx, n) })
 }
 
 // XDebugQueryBlockGraph shows the graph.

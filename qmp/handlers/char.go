@@ -3,6 +3,7 @@ package handlers
 import (
 	"context"
 
+	"qblockd/qmp"
 	"qblockd/qmp/chardev"
 	"qblockd/schema/types"
 )
@@ -26,7 +27,11 @@ func (c Char) RingbufWrite(_ context.Context, a *types.RingbufWriteArgs) error {
 }
 
 // RingbufRead takes bytes out of a ring buffer.
-func (c Char) RingbufRead(_ context.Context, a *types.RingbufReadArgs) (string, error) {
+func (c Char) RingbufRead(ctx context.Context, a *types.RingbufReadArgs) (string, error) {
+	const escaped = 6 // bytes that one becomes at most
+	if err := qmp.LargeReply(ctx, escaped*min(max(a.Size, 0), c.Devices.RingbufHas(a.Device))); err != nil {
+		return "", err
+	}
 	return c.Devices.RingbufRead(a.Device, a.Size, a.Format)
 }
 

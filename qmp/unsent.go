@@ -1,0 +1,165 @@
+package qmp
+
+import (
+	"context"
+	"sync/atomic"
+	"time"
+)
+
+// DefaultAllUnsent is what the clients of a dispatcher together may leave unread, in bytes.
+const DefaultAllUnsent = 256 << 20
+
+const (
+	// largeReply is the size from which replies are made one at a time, and only when there is room for them.
+	largeReply = 1 << 20
+	// roomDelay is how long a large reply waits for clients that do read; then the one that has most to read is disconnected. One that has taken
+	// nothing for as long is so at once.
+	roomDelay = 2 * time.Second
+	// lookDelay is how often it is looked at who has taken something.
+	lookDelay = 100 * time.Millisecond
+)
+
+// unsent counts what the clients of a dispatcher have not read, all together: however many there are, and whatever they ask for, it is bounded.
+type unsent struct {
+	limit int64
+	delay time.Duration // roomDelay, but for tests
+	bytes atomic.Int64
+	large chan struct{} // has one element, which who makes a large reply takes until that is queued
+	sank  chan struct{} // of capacity 1: bytes sank
+	tight atomic.Bool   // somebody disconnects clients now
+}
+
+func (u *unsent) init() {
+	u.limit, u.delay = DefaultAllUnsent, roomDelay
+	u.large, u.sank = make(chan struct{}, 1), make(chan struct{}, 1)
+	u.large <- struct{}{}
+}
+
+func (u *unsent) add(n int) {
+	u.bytes.Add(int64(n))
+	if n < 0 {
+		select {
+		case u.sank <- struct{}{}:
+		default:
+		}
+	}
+}
+
+// countLocked tells the dispatcher what the client has not read now.
+//
+// +checklocks:s.out.mu
+func (s *Session) countLocked() {
+	o := &s.out
+	n := len(o.pending) + o.taken
+	if o.closed {
+		n = 0 // it goes as soon as the writer hears of it
+	}
+	if d := n - o.counted; d != 0 {
+		o.counted = n
+		s.d.unsent.add(d)
+	}
+}
+
+// LargeReply is called by a handler before it makes a reply of about n bytes. If that is much, it waits until no other is made and until there is room for it
+// in what all clients together may leave unread; clients that do not read are disconnected for it. It fails if the client is gone.
+func LargeReply(ctx context.Context, n int64) error {
+	s, ok := ctx.Value(sessionKey{}).(*Session)
+	if !ok || n < largeReply || s.making {
+		return nil
+	}
+	u := &s.d.unsent
+	select {
+	case <-u.large:
+		s.making = true
+	case <-ctx.Done():
+		return context.Cause(ctx)
+	}
+	look := time.NewTicker(min(lookDelay, u.delay))
+	defer look.Stop()
+	for begun := time.Now(); u.bytes.Load() > 0 && u.bytes.Load()+n > u.limit; {
+		stuck := time.Now().Add(-u.delay)
+		if begun.Before(stuck) {
+			stuck = time.Now() // those who do read have had their time
+		}
+		if s.d.dropLargest(s, stuck) {
+			continue
+		}
+		select {
+		case <-u.sank:
+		case <-look.C:
+		case <-ctx.Done():
+			s.made()
+			return context.Cause(ctx)
+		}
+	}
+	return nil
+}
+
+// made ends what LargeReply has begun; the reply is queued, or there is none.
+func (s *Session) made() {
+	if s.making {
+		s.making = false
+		s.d.unsent.large <- struct{}{}
+	}
+}
+
+// relieve disconnects those that have most to read until the rest is within the limit. It does not wait.
+func (d *Dispatcher) relieve() {
+	u := &d.unsent
+	if u.bytes.Load() <= u.limit || u.tight.Swap(true) {
+		return
+	}
+	// Not here: the caller may hold the event bus.
+	go func() {
+		defer u.tight.Store(false)
+		for u.bytes.Load() > u.limit {
+			if now := time.Now(); !d.dropLargest(nil, now.Add(-u.delay)) && !d.dropLargest(nil, now) {
+				return
+			}
+		}
+	}()
+}
+
+// dropLargest disconnects the client, but not except, that has most to read of those that have taken nothing since that time; false if there is none.
+func (d *Dispatcher) dropLargest(except *Session, since time.Time) bool {
+	var most *Session
+	bytes := 0
+	d.stopMu.Lock()
+	for s := range d.sessions {
+		s.out.mu.Lock()
+		n := s.out.counted
+		if s.out.closed || s.out.moved.After(since) {
+			n = 0
+		}
+		s.out.mu.Unlock()
+		if s != except && n > bytes {
+			most, bytes = s, n
+		}
+	}
+	d.stopMu.Unlock()
+	if most == nil {
+		return false
+	}
+	most.overflow()
+	return true
+}
+
+// overflow disconnects a client that does not read.
+func (s *Session) overflow() {
+	o := &s.out
+	o.mu.Lock()
+	if o.closed {
+		o.mu.Unlock()
+		return
+	}
+	o.closed = true
+	left := o.unsentLocked()
+	if !o.writing {
+		o.pending = nil
+	}
+	s.countLocked()
+	o.mu.Unlock()
+	n := s.mon.overflows.Add(1)
+	s.d.log().Warn("monitor client does not read, disconnecting it", "unsent", left, "so far", n)
+	s.fail(errOverflow)
+}
