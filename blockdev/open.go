@@ -8,7 +8,6 @@ import (
 	"qblockd/graph"
 	"qblockd/graph/blk"
 	"qblockd/graph/perm"
-	"qblockd/schema/types"
 )
 
 // opener opens one tree of nodes, all of them hidden until publish.
@@ -247,7 +246,10 @@ func (o *opener) openDriver(p *plan, root *graph.Root) error {
 		defer root.End(r)
 		req = r
 	}
-	x := &graph.Opening{Ctx: o.ctx, Node: p.node, Options: p.opts.U, Req: req, Warn: o.warn, Guessed: p.guessed}
+	x := &graph.Opening{Ctx: o.ctx, Node: p.node, Options: p.opts.U, Req: req, Warn: o.warn}
+	if p.guessed {
+		x.StaysRaw = o.m.staysRaw
+	}
 	if p.link != nil {
 		x.Admit = o.m.admitFile
 	}
@@ -320,64 +322,3 @@ type textError struct {
 
 func (e *textError) Error() string { return e.text }
 func (e *textError) Unwrap() error { return e.err }
-
-// probeBytes is how much of a file is looked at to guess its format.
-const probeBytes = 512
-
-// probe finds out the format of a file by its first bytes and completes the plan.
-func (o *opener) probe(p *plan, file *graph.Node) error {
-	head, err := o.readHead(file)
-	if err != nil {
-		return &textError{"Could not read image for determining its format: " + blk.ErrnoText(err), err}
-	}
-	best := 0
-	for i := range o.m.order {
-		d := o.m.order[i]
-		if d.Probe == nil {
-			continue
-		}
-		if score := d.Probe(head); score > best {
-			best, p.drv = score, d
-		}
-	}
-	if p.drv == nil {
-		return errors.New("Could not determine image format: No compatible driver found")
-	}
-	p.opts = &types.BlockdevOptions{Driver: p.drv.Name, U: p.drv.FromFile(*p.opts.U.(*types.BlockdevRef))}
-	p.kids[0].role = p.drv.Children(p.opts.U)[0].Role
-	p.gen.DriverName, p.gen.Kind, p.gen.Canonical = string(p.drv.Name), p.drv.Kind, p.opts
-	if p.node != nil {
-		p.node.SetFormat(p.gen)
-	}
-	return nil
-}
-
-// readHead reads the first bytes of a node, zeroes beyond its end. It claims nothing: a header
-// tells the format even while others write.
-func (o *opener) readHead(n *graph.Node) ([]byte, error) {
-	head := make([]byte, probeBytes)
-	size := min(n.Size(), probeBytes)
-	if size == 0 {
-		return head, nil
-	}
-	tx := o.m.g.Begin(o.ctx)
-	defer tx.Abort()
-	root, err := tx.AttachRoot(graph.RootSpec{EdgeName: "root", Claim: perm.Claim{Share: perm.All}, Ctx: o.ctx}, n)
-	if err != nil {
-		return nil, err
-	}
-	if err := tx.Commit(); err != nil {
-		return nil, err
-	}
-	defer func() {
-		if err := o.m.g.CloseRoot(context.WithoutCancel(o.ctx), root); err != nil {
-			o.m.log.Error("cannot close a root", "error", err)
-		}
-	}()
-	req, err := root.Begin(o.ctx)
-	if err != nil {
-		return nil, err
-	}
-	defer root.End(req)
-	return head, root.Edge().ReadAt(req, blk.Buf(head[:size]), 0, 0)
-}

@@ -275,7 +275,7 @@ func rawDriver(open graph.OpenFunc) Driver {
 		Name: types.BlockdevDriverRaw, Kind: graph.Format, Open: open,
 		ForImages: true, ImageOptions: []string{"offset", "size"},
 		FromFile: func(f types.BlockdevRef) any { return &types.BlockdevOptionsRaw{File: f} },
-		Probe:    func([]byte) int { return 1 }, // whatever nobody else wants
+		Probe:    func([]byte) int { return rawScore },
 		Children: func(u any) []ChildOption {
 			o := u.(*types.BlockdevOptionsRaw)
 			return []ChildOption{{"file", raw.Role(o), &o.File}}

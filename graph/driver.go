@@ -230,8 +230,9 @@ type Opening struct {
 	Warn func(msg string)
 	// Admit, if set, must be asked by a driver that opens files of the host before it opens one: an image has named it.
 	Admit func(f *FoundFile) error
-	// Guessed: the format was told from the first bytes of the file, by nobody else.
-	Guessed bool
+	// StaysRaw, if set, says that the format was guessed to be raw, from the first bytes of the file alone, and tells whether the first 512 bytes
+	// that are to be there would lead to the same guess.
+	StaysRaw func(head []byte) bool
 }
 
 // Reopening is what a Reopener gets.

@@ -21,6 +21,10 @@ import (
 type image struct {
 	file *graph.Edge
 	part atomic.Pointer[window]
+
+	staysRaw func(head []byte) bool // nil: the user says that it is raw, whatever the file begins with
+	warn     func(msg string)
+	warned   atomic.Bool
 }
 
 // window is the part of the file that is shown.
@@ -41,6 +45,9 @@ func Role(opts *types.BlockdevOptionsRaw) perm.Role {
 // Open opens a raw node on its child "file"; o.Options is a *types.BlockdevOptionsRaw, nil means no window.
 func Open(o *graph.Opening) (graph.Driver, error) {
 	d := &image{file: o.Node.File()}
+	if o.StaysRaw != nil {
+		d.staysRaw, d.warn = o.StaysRaw, o.Warn
+	}
 	if d.file == nil {
 		return nil, errors.New("raw has no file")
 	}
@@ -50,6 +57,9 @@ func Open(o *graph.Opening) (graph.Driver, error) {
 		return nil, err
 	}
 	d.part.Store(w)
+	if !o.Node.ReadOnly() {
+		d.warnGuess()
+	}
 	return d, nil
 }
 
@@ -103,7 +113,7 @@ func (d *image) Caps() graph.Caps {
 		WriteFlags: blk.FUA | blk.WriteUnchanged,
 		ZeroFlags:  blk.FUA | blk.WriteUnchanged | blk.MayUnmap | blk.NoFallback,
 		ZeroInit:   below.ZeroInit,
-		Limits:     blk.Limits{OptTransfer: below.Limits.OptTransfer, ClusterSize: d.cluster(below.Limits.ClusterSize)},
+		Limits:     d.limits(below.Limits),
 	}
 }
 
@@ -159,6 +169,11 @@ func (d *image) WriteAt(r *blk.Req, v blk.Vec, off int64, f blk.Flags) error {
 	if err != nil {
 		return err
 	}
+	if d.guards(at) {
+		if err := d.keepsRaw(r, v, at, v.Len()); err != nil {
+			return err
+		}
+	}
 	d.file.DebugEvent(r, blk.EvWriteAio)
 	return d.file.WriteAt(r, v, at, f)
 }
@@ -169,6 +184,11 @@ func (d *image) Zero(r *blk.Req, off, n int64, f blk.Flags) error {
 	if err != nil {
 		return err
 	}
+	if d.guards(at) {
+		if err := d.keepsRaw(r, blk.Vec{}, at, n); err != nil {
+			return err
+		}
+	}
 	return d.file.Zero(r, at, n, f)
 }
 
@@ -177,6 +197,11 @@ func (d *image) Discard(r *blk.Req, off, n int64) error {
 	at, err := d.within(off, n, syscall.ENOSPC)
 	if err != nil {
 		return err
+	}
+	if d.guards(at) {
+		if err := d.keepsRaw(r, blk.Vec{}, at, n); err != nil {
+			return err
+		}
 	}
 	return d.file.Discard(r, at, n)
 }
@@ -204,6 +229,9 @@ func (d *image) CopyFrom(r *blk.Req, off int64, src []blk.HostRange, f blk.Flags
 	at, err := d.within(off, n, syscall.ENOSPC)
 	if err != nil {
 		return err
+	}
+	if d.guards(at) {
+		return blk.ErrNotSupported // what is written has to be looked at
 	}
 	return d.file.CopyFrom(r, at, src, f)
 }

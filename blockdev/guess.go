@@ -1,0 +1,166 @@
+package blockdev
+
+import (
+	"bytes"
+	"context"
+	"encoding/binary"
+	"errors"
+	"fmt"
+	"strings"
+
+	"qblockd/graph"
+	"qblockd/graph/blk"
+	"qblockd/graph/perm"
+	"qblockd/schema/types"
+)
+
+// This file tells the format of a file from its first bytes, where a backing file is named without a format, or a client that wants an existing
+// image used names none. What it tells a guest may have written: a disk that was raw all along becomes, with the right bytes at its beginning, an
+// image whose header names files of the host. So a file that any program would take for an image is not taken for raw, and a node that was
+// taken for raw keeps its first sector from looking like anything else.
+
+// probeBytes is how much of a file is looked at to guess its format.
+const probeBytes = 512
+
+// probe finds out the format of a file by its first bytes and completes the plan.
+func (o *opener) probe(p *plan, file *graph.Node) error {
+	head, err := o.readHead(file)
+	if err != nil {
+		return &textError{"Could not read image for determining its format: " + blk.ErrnoText(err), err}
+	}
+	if p.drv, err = o.m.guess(head, o.m.name(file).exact); err != nil {
+		return err
+	}
+	p.guessed = true
+	p.opts = &types.BlockdevOptions{Driver: p.drv.Name, U: p.drv.FromFile(*p.opts.U.(*types.BlockdevRef))}
+	p.kids[0].role = p.drv.Children(p.opts.U)[0].Role
+	p.gen.DriverName, p.gen.Kind, p.gen.Canonical = string(p.drv.Name), p.drv.Kind, p.opts
+	if p.node != nil {
+		p.node.SetFormat(p.gen)
+	}
+	return nil
+}
+
+// guess is the driver of what begins with head, in a file of that name.
+func (m *Manager) guess(head []byte, name string) (*Driver, error) {
+	var found *Driver
+	best := 0
+	for _, d := range m.order {
+		if d.Probe == nil {
+			continue
+		}
+		if score := d.Probe(head); score > best {
+			best, found = score, d
+		}
+	}
+	if best <= rawScore {
+		if f := foreignFormat(head, name); f != "" {
+			return nil, fmt.Errorf("Unknown driver '%s'", f)
+		}
+	}
+	if found == nil {
+		return nil, errors.New("Could not determine image format: No compatible driver found")
+	}
+	return found, nil
+}
+
+// rawScore is what the driver raw, which takes what nobody else wants, gives to everything.
+const rawScore = 1
+
+// staysRaw tells whether a file that begins with head is still guessed to be raw.
+func (m *Manager) staysRaw(head []byte) bool {
+	d, err := m.guess(head, "")
+	return err == nil && d.Name == types.BlockdevDriverRaw
+}
+
+// foreignFormat is the format that the reference takes a file for that begins with head, if it is one without a driver here; "" if not.
+func foreignFormat(head []byte, name string) string {
+	at := func(off int, magic string) bool {
+		return len(head) >= off+len(magic) && string(head[off:off+len(magic)]) == magic
+	}
+	switch {
+	case at(0, "QFI\xfb\x00\x00\x00\x01"):
+		return "qcow"
+	case at(0, "QED\x00"):
+		return "qed"
+	case at(0, "KDMV"), at(0, "COWD"), isVMDKText(head):
+		return "vmdk"
+	case at(0x40, "\x7f\x10\xda\xbe"):
+		return "vdi"
+	case at(0, "vhdxfile"):
+		return "vhdx"
+	case at(0, "conectix"):
+		return "vpc"
+	case (at(0, "WithoutFreeSpace") || at(0, "WithouFreSpacExt")) && len(head) >= 20 && binary.LittleEndian.Uint32(head[16:]) == 2:
+		return "parallels"
+	case at(0, "LUKS\xba\xbe"):
+		return "luks"
+	case isBochs(head):
+		return "bochs"
+	case at(0, "#!/bin/sh\n#V2.0 Format\nmodprobe cloop file=$0 && mount -r -t iso9660 /dev/cloop $1\n"):
+		return "cloop"
+	case strings.HasSuffix(name, ".dmg") && len(name) > len(".dmg"): // told by nothing else
+		return "dmg"
+	}
+	return ""
+}
+
+// isVMDKText tells a description of a VMware disk: comments and lines of blanks, then its version.
+func isVMDKText(b []byte) bool {
+	for len(b) > 0 && (b[0] == '#' || b[0] == ' ') {
+		line, rest, _ := bytes.Cut(b, []byte("\n"))
+		if b[0] == ' ' && len(bytes.TrimRight(bytes.TrimSuffix(line, []byte("\r")), " ")) > 0 {
+			return false
+		}
+		b = rest
+	}
+	for _, v := range []string{"1", "2", "3"} {
+		if bytes.HasPrefix(b, []byte("version="+v+"\n")) || bytes.HasPrefix(b, []byte("version="+v+"\r\n")) {
+			return true
+		}
+	}
+	return false
+}
+
+// isBochs tells a growing disk of Bochs.
+func isBochs(b []byte) bool {
+	text := func(off, n int) string {
+		s, _, _ := bytes.Cut(b[off:off+n], []byte{0})
+		return string(s)
+	}
+	if len(b) < 68 || text(0, 32) != "Bochs Virtual HD Image" || text(32, 16) != "Redolog" || text(48, 16) != "Growing" {
+		return false
+	}
+	v := binary.LittleEndian.Uint32(b[64:])
+	return v == 0x10000 || v == 0x20000
+}
+
+// readHead reads the first bytes of a node, zeroes beyond its end. It claims nothing: a header
+// tells the format even while others write.
+func (o *opener) readHead(n *graph.Node) ([]byte, error) {
+	head := make([]byte, probeBytes)
+	size := min(n.Size(), probeBytes)
+	if size == 0 {
+		return head, nil
+	}
+	tx := o.m.g.Begin(o.ctx)
+	defer tx.Abort()
+	root, err := tx.AttachRoot(graph.RootSpec{EdgeName: "root", Claim: perm.Claim{Share: perm.All}, Ctx: o.ctx}, n)
+	if err != nil {
+		return nil, err
+	}
+	if err := tx.Commit(); err != nil {
+		return nil, err
+	}
+	defer func() {
+		if err := o.m.g.CloseRoot(context.WithoutCancel(o.ctx), root); err != nil {
+			o.m.log.Error("cannot close a root", "error", err)
+		}
+	}()
+	req, err := root.Begin(o.ctx)
+	if err != nil {
+		return nil, err
+	}
+	defer root.End(req)
+	return head, root.Edge().ReadAt(req, blk.Buf(head[:size]), 0, 0)
+}
