@@ -260,19 +260,29 @@ func (m *Manager) sum(tx *graph.Tx, d *graph.DirtyBitmap, from []*types.BlockDir
 	return sum, nil
 }
 
-// BitmapSHA256 is the digest of a bitmap: of its words of 64 bits in the order of memory, in hexadecimal digits.
-func (m *Manager) BitmapSHA256(node, name string) (string, error) {
+// maxDigest is the most that is digested of a bitmap, in bytes: it is told within seconds, and few disks have such bitmaps.
+const maxDigest = 1 << 30
+
+// BitmapSHA256 is the digest of a bitmap: of its words of 64 bits in the order of memory, in hexadecimal digits. Errors: no such bitmap, it is too large,
+// the cause of the end of ctx.
+func (m *Manager) BitmapSHA256(ctx context.Context, node, name string) (string, error) {
 	d, err := m.g.FindDirtyBitmap(node, name)
 	if err != nil {
 		return "", err
 	}
 	const step = 1 << 20 // bytes
 	b := d.Bits()
-	words := max((b.Granules()+63)/64, 1)
+	n := max((b.Granules()+63)/64, 1) * 8
+	if n > maxDigest {
+		return "", fmt.Errorf("Bitmap '%s' is too large for a digest: it has %d granules", name, b.Granules())
+	}
 	h := sha256.New()
 	var buf []byte
-	for at := int64(0); at < words*8; at += step {
-		buf = b.AppendBytes(buf[:0], at*8, min(step, words*8-at))
+	for at := int64(0); at < n; at += step {
+		if ctx.Err() != nil {
+			return "", context.Cause(ctx)
+		}
+		buf = b.AppendBytes(buf[:0], at*8, min(step, n-at))
 		h.Write(buf)
 	}
 	return hex.EncodeToString(h.Sum(nil)), nil

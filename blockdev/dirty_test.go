@@ -10,6 +10,7 @@ import (
 	"testing"
 
 	"qblockd/blockdev/drivertest"
+	"qblockd/graph/blk"
 	"qblockd/jobs"
 	"qblockd/schema/types"
 )
@@ -79,3 +80,58 @@ func TestBitmapsUnderLoad(t *testing.T) {
 		}
 	}
 }
+
+// TestBitmapsOfHugeDisks: bitmaps cost what is set in them, however large the disk is and however small their granules are.
+func TestBitmapsOfHugeDisks(t *testing.T) {
+	m := newManager(t, Config{})
+	const size = int64(1) << 61
+	mustAdd(t, m, fmt.Sprintf(`{'driver': 'null-co', 'node-name': 'n', 'size': %d}`, size))
+	n := m.Graph().Node("n")
+	run := func(s *BitmapStep) {
+		t.Helper()
+		if err := jobs.RunActions(context.Background(), m.Graph(), s); err != nil {
+			t.Fatal(err)
+		}
+	}
+	for name, g := range map[string]uint32{"fine": 512, "usual": 64 << 10, "coarse": 1 << 31} {
+		run(m.BitmapAdd(&types.BlockDirtyBitmapAdd{Node: "n", Name: name, Granularity: &g}))
+	}
+	root := drivertest.AddRoot(t, m.Graph(), n, drivertest.Writer)
+	r, err := root.Begin(context.Background())
+	if err != nil {
+		t.Fatal(err)
+	}
+	for i := range int64(20) {
+		if err := root.WriteAt(r, blk.Buf(make([]byte, 4096)), i*(size/20)&^4095, 0); err != nil {
+			t.Fatal(err)
+		}
+	}
+	root.End(r)
+	n.DirtyBitmap("usual").Bits().Set(1<<40, 1<<60)
+	names := []*types.BlockDirtyBitmapOrStr{{Local: ptr("fine")}, {Local: ptr("usual")}, {Local: ptr("coarse")}}
+	for _, name := range names {
+		run(m.BitmapMerge(&types.BlockDirtyBitmapMerge{Node: "n", Target: *name.Local, Bitmaps: names}))
+	}
+	for _, b := range n.BitmapStates() {
+		if want := int64(1<<60) + 12<<31; b.Count < want-1<<33 || b.Count > want+1<<33 {
+			t.Errorf("%s has %d bytes, want %d", b.Name, b.Count, want)
+		}
+		if used := n.DirtyBitmap(b.Name).Bits().Memory(); used > 1<<20 {
+			t.Errorf("%s takes %d bytes", b.Name, used)
+		}
+		_, err := m.BitmapSHA256(context.Background(), "n", b.Name)
+		if digested := b.Granularity == 1<<31; (err == nil) != digested {
+			t.Errorf("digest of %s: %v", b.Name, err)
+		}
+		run(m.BitmapClear(&types.BlockDirtyBitmap{Node: "n", Name: b.Name}))
+		run(m.BitmapRemove(&types.BlockDirtyBitmap{Node: "n", Name: b.Name}))
+	}
+	cancelled, cancel := context.WithCancel(context.Background())
+	cancel()
+	run(m.BitmapAdd(&types.BlockDirtyBitmapAdd{Node: "n", Name: "b", Granularity: ptr(uint32(1 << 31))}))
+	if _, err := m.BitmapSHA256(cancelled, "n", "b"); err == nil {
+		t.Error("a digest goes on when nobody wants it any more")
+	}
+}
+
+func ptr[T any](x T) *T { return &x }

@@ -58,6 +58,10 @@ const (
 	finestByDefault   = 4 << 10
 )
 
+// maxRecorded is what a bitmap that records may take, in bytes: that of 512 TiB at 64 KiB, or 4 TiB at 512 bytes, with something set everywhere. When a larger
+// one comes to that, writes to further parts of the disk set 4096 granules or more at once.
+const maxRecorded = 1 << 30
+
 // DefaultGranularity is the image's cluster size, held between 4 and 64 KiB; 64 KiB where there is none. In bytes.
 func (n *Node) DefaultGranularity() int64 {
 	c := n.Caps().Limits.ClusterSize
@@ -166,6 +170,7 @@ func (s *dirtySet) changedLocked() {
 	var l []*bitmap.Bitmap
 	for _, d := range s.all {
 		if d.successor == nil && !d.disabled && !d.inconsistent && !d.readOnly {
+			d.bits.SetLimit(maxRecorded)
 			l = append(l, d.bits)
 		}
 	}

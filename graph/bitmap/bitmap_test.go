@@ -1,6 +1,7 @@
 package bitmap
 
 import (
+	"math/rand/v2"
 	"sync"
 	"testing"
 
@@ -171,11 +172,35 @@ func BenchmarkSet(b *testing.B) {
 	}
 }
 
+// scatter sets one granule of 32 at random.
+func scatter(m *Bitmap) *Bitmap {
+	rnd := rand.New(rand.NewPCG(1, 2))
+	for range m.Granules() / 32 {
+		m.Set(rnd.Int64N(m.Size()), 1)
+	}
+	return m
+}
+
+func BenchmarkSetHuge(b *testing.B) {
+	m := New(1<<61, 512)
+	b.ReportAllocs()
+	for i := 0; b.Loop(); i++ {
+		m.Set(1<<60+int64(i)*4096%(1<<20), 512)
+	}
+}
+
 func BenchmarkMerge(b *testing.B) {
-	from, to := New(tib, gran), New(tib, gran)
-	from.SetAll()
+	from, to := scatter(New(tib, gran)), New(tib, gran)
 	for b.Loop() {
 		to.Merge(from)
+	}
+}
+
+func BenchmarkClone(b *testing.B) {
+	from := scatter(New(tib, gran))
+	b.ReportAllocs()
+	for b.Loop() {
+		from.Clone()
 	}
 }
 
@@ -197,9 +222,17 @@ func BenchmarkTake(b *testing.B) {
 }
 
 func BenchmarkCount(b *testing.B) {
-	m := New(tib, gran)
-	m.SetAll()
+	m := scatter(New(tib, gran))
 	for b.Loop() {
 		m.Count()
+	}
+}
+
+// BenchmarkRuns is a walk over the runs of a bitmap.
+func BenchmarkRuns(b *testing.B) {
+	m := scatter(New(tib, gran))
+	for b.Loop() {
+		for at, n, ok := m.NextDirty(0, tib); ok; at, n, ok = m.NextDirty(at+n, tib) {
+		}
 	}
 }

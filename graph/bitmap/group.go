@@ -6,23 +6,35 @@ import (
 )
 
 // Group are bitmaps that record the same writes. Most writes find everything set that they touch; a group lets them see that at one look,
-// however many bitmaps there are. It remembers regions in which all granules of all bitmaps are set.
+// however many bitmaps there are. It remembers regions in which all granules of all bitmaps are set: those of guests' working sets, in a fixed amount of
+// memory, not of whole disks. What it does not remember is found out for each bitmap.
 //
 // A word holds the flags of 32 regions and a count of the times that flags of it were taken back. Who has set everything in a region enters the flag only if
 // the word is still what it was before; who clears a bitmap takes flags back afterwards. So a flag never outlives the granules for longer than the call that
-// clears them, and who sees it in that time has nothing to tell that the caller would not find.
+// clears them, and who sees it in that time has nothing to tell that the caller would not find. A chunk of flags that has lost its place never comes back: who
+// still has it has begun before that, and before anything was cleared that it does not know of.
 type Group struct {
 	l      []*Bitmap
-	shift  uint // log2 of the bytes of a region
-	whole  bool // no granule is smaller than a region: whatever is set covers it
-	chunks []atomic.Pointer[[groupWords]atomic.Uint64]
+	shift  uint          // log2 of the bytes of a region
+	whole  bool          // no granule is smaller than a region: whatever is set covers it
+	misses atomic.Uint32 // of writes that found another chunk in the place of theirs
+	chunks [groupChunks]atomic.Pointer[flags]
+}
+
+// flags are those of regionsOfChunk regions.
+type flags struct {
+	chunk uint64 // which regions
+	w     [groupWords]atomic.Uint64
 }
 
 const (
-	groupWords     = 512
+	groupChunks    = 128
+	groupWords     = 256
 	flagsOfWord    = 32
 	regionsOfChunk = groupWords * flagsOfWord
 	minRegion      = 4 << 10
+	// missesToMove is after how many misses a chunk takes the place of another one.
+	missesToMove = 64
 )
 
 // NewGroup makes a group of bitmaps of one size. Each is in one group at a time, the last that was made with it; before the group is used.
@@ -34,8 +46,6 @@ func NewGroup(l []*Bitmap) *Group {
 	smallest := g.shift
 	g.shift = max(g.shift, uint(bits.TrailingZeros(minRegion)))
 	g.whole = smallest >= g.shift
-	regions := l[0].Size()>>g.shift + 1
-	g.chunks = make([]atomic.Pointer[[groupWords]atomic.Uint64], regions/regionsOfChunk+1)
 	for _, b := range l {
 		b.group.Store(g)
 	}
@@ -46,21 +56,25 @@ func NewGroup(l []*Bitmap) *Group {
 // It is small enough to be inlined where writes end.
 func (g *Group) Has(off, n int64) bool {
 	region := uint64(off) >> g.shift
-	if uint64(off+n-1)>>g.shift != region || region/regionsOfChunk >= uint64(len(g.chunks)) {
+	if uint64(off+n-1)>>g.shift != region {
 		return false
 	}
-	c := g.chunks[region/regionsOfChunk].Load()
-	return c != nil && c[region/flagsOfWord%groupWords].Load()>>(region%flagsOfWord)&1 != 0
+	c := g.chunks[region/regionsOfChunk%groupChunks].Load()
+	return c != nil && c.w[region/flagsOfWord%groupWords].Load()>>(region%flagsOfWord)&1 != 0 && c.chunk == region/regionsOfChunk
 }
 
 // Set is Bitmap.Set on all bitmaps except but, which may be nil.
 func (g *Group) Set(off, n int64, but *Bitmap) {
 	region := uint64(off) >> g.shift
-	if n <= 0 || but != nil || uint64(off+n-1)>>g.shift != region || region/regionsOfChunk >= uint64(len(g.chunks)) {
+	if n <= 0 || but != nil || uint64(off+n-1)>>g.shift != region {
 		g.setEach(off, n, but)
 		return
 	}
 	w, flag := g.word(region), uint64(1)<<(region%flagsOfWord)
+	if w == nil {
+		g.setEach(off, n, nil)
+		return
+	}
 	was := w.Load()
 	if was&flag != 0 {
 		return
@@ -79,20 +93,22 @@ func (g *Group) setEach(off, n int64, but *Bitmap) {
 	}
 }
 
-// word has the flag of a region.
+// word has the flag of a region; nil: there is no place for it.
 func (g *Group) word(region uint64) *atomic.Uint64 {
-	p := &g.chunks[region/regionsOfChunk]
+	chunk := region / regionsOfChunk
+	p := &g.chunks[chunk%groupChunks]
 	c := p.Load()
-	if c == nil {
-		c = new([groupWords]atomic.Uint64)
-		if !p.CompareAndSwap(nil, c) {
-			// Another one made it, or it was taken back already: then it is as good as any.
-			if now := p.Load(); now != nil {
-				c = now
-			}
+	if c == nil || c.chunk != chunk {
+		if c != nil && g.misses.Add(1)%missesToMove != 0 {
+			return nil
 		}
+		fresh := &flags{chunk: chunk}
+		if !p.CompareAndSwap(c, fresh) {
+			return nil
+		}
+		c = fresh
 	}
-	return &c[region/flagsOfWord%groupWords]
+	return &c.w[region/flagsOfWord%groupWords]
 }
 
 // cleared takes flags back, after granules of [off, off+n) were cleared.
@@ -100,19 +116,21 @@ func (g *Group) cleared(off, n int64) {
 	if n <= 0 {
 		return
 	}
-	for region, last := off>>g.shift, (off+n-1)>>g.shift; region <= last; {
+	first, last := uint64(off)>>g.shift, uint64(off+n-1)>>g.shift
+	if last/regionsOfChunk-first/regionsOfChunk >= groupChunks {
+		g.forget()
+		return
+	}
+	for region := first; region <= last; {
 		i := region / regionsOfChunk
-		if i >= int64(len(g.chunks)) {
-			return
-		}
-		c := g.chunks[i].Load()
-		if c == nil {
+		c := g.chunks[i%groupChunks].Load()
+		if c == nil || c.chunk != i {
 			region = (i + 1) * regionsOfChunk
 			continue
 		}
 		k := min(last-region+1, flagsOfWord-region%flagsOfWord)
 		mask := (uint64(1)<<k - 1) << (region % flagsOfWord)
-		for w := &c[region/flagsOfWord%groupWords]; ; {
+		for w := &c.w[region/flagsOfWord%groupWords]; ; {
 			was := w.Load()
 			if w.CompareAndSwap(was, (was+1<<flagsOfWord)&^mask) {
 				break

@@ -44,8 +44,8 @@ func (b BlockCore) BlockDirtyBitmapMerge(ctx context.Context, a *types.BlockDirt
 }
 
 // XDebugBlockDirtyBitmapSha256 tells the digest of one.
-func (b BlockCore) XDebugBlockDirtyBitmapSha256(_ context.Context, a *types.BlockDirtyBitmap) (*types.BlockDirtyBitmapSha256, error) {
-	sum, err := b.Nodes.BitmapSHA256(a.Node, a.Name)
+func (b BlockCore) XDebugBlockDirtyBitmapSha256(ctx context.Context, a *types.BlockDirtyBitmap) (*types.BlockDirtyBitmapSha256, error) {
+	sum, err := b.Nodes.BitmapSHA256(ctx, a.Node, a.Name)
 	if err != nil {
 		return nil, err
 	}

@@ -1,0 +1,205 @@
+package bitmap
+
+import (
+	"encoding/binary"
+	"math/bits"
+)
+
+// Merge sets in b what is set in from, which may be of another granularity and size.
+func (b *Bitmap) Merge(from *Bitmap) {
+	src, dst := from.dir.Load(), b.dir.Load()
+	switch {
+	case from.shift > b.shift || src.size > dst.size:
+		for at, n, ok := from.NextDirty(0, src.size); ok; at, n, ok = from.NextDirty(at+n, src.size) {
+			b.Set(at, n)
+		}
+	case from.shift == b.shift:
+		walk(src.sub, src.shift, 0, func(n *node, lo, k int64) {
+			if n == full {
+				b.set(dst.sub, dst.shift, 0, lo, lo+k)
+			} else {
+				b.orLeaf(dst, lo, n)
+			}
+		})
+	default:
+		b.fold(dst, src, b.shift-from.shift)
+	}
+}
+
+// orLeaf sets what is set in n, a leaf of another bitmap of the same granularity.
+func (b *Bitmap) orLeaf(d *directory, lo int64, n *node) {
+	p := b.leafFor(d, lo)
+	for {
+		switch to := p.Load(); {
+		case to == full:
+			return
+		case to == nil && b.crowded():
+			p.CompareAndSwap(nil, full)
+		case to == nil:
+			// Nobody else has it yet: no atomic operations, and none set at all where it is full.
+			c, k := n.copied()
+			if k == leafGran {
+				c = full
+			}
+			if p.CompareAndSwap(nil, c) {
+				b.bytes.Add(c.bytes())
+				return
+			}
+		default:
+			for i := range n.w {
+				if w := n.w[i].Load(); w != 0 {
+					to.or(int64(i), w)
+				}
+			}
+			return
+		}
+	}
+}
+
+// copied is a leaf as n is now, and the number of granules set.
+func (n *node) copied() (*node, int64) {
+	c, k := new(node), 0
+	for i := range n.w {
+		if w := n.w[i].Load(); w != 0 {
+			c.w[i].Store(w)
+			k += bits.OnesCount64(w)
+		}
+	}
+	c.n.Store(int64(k))
+	return c, int64(k)
+}
+
+// fold sets in dst, the directory of b, what is set in src, whose granules are 2^by times as small.
+func (b *Bitmap) fold(dst, src *directory, by uint) {
+	at, acc := int64(-1), uint64(0) // a word of dst that is being gathered
+	put := func() {
+		if acc != 0 {
+			b.orWord(dst, at, acc)
+		}
+		acc = 0
+	}
+	first, end := int64(0), int64(0) // a run in src that is full: set as a whole, it takes no memory in dst either
+	putRun := func() {
+		if first < end {
+			b.set(dst.sub, dst.shift, 0, first>>by, (end-1)>>by+1)
+		}
+	}
+	walk(src.sub, src.shift, 0, func(n *node, lo, k int64) {
+		if n == full {
+			if lo != end {
+				putRun()
+				first = lo
+			}
+			end = lo + k
+			return
+		}
+		for i := range n.w {
+			w := n.w[i].Load()
+			for w != 0 {
+				bit := bits.TrailingZeros64(w)
+				to := (lo + int64(i)*wordBits + int64(bit)) >> by
+				if to&^wordMask != at {
+					put()
+					at = to &^ wordMask
+				}
+				acc |= 1 << (to & wordMask)
+				// Go on behind the granule of dst.
+				if next := bit>>by<<by + 1<<min(by, fanShift); next < wordBits {
+					w = w >> next << next
+				} else {
+					w = 0
+				}
+			}
+		}
+	})
+	put()
+	putRun()
+}
+
+// orWord sets granules of the word that begins with granule g.
+func (b *Bitmap) orWord(d *directory, g int64, mask uint64) {
+	p := b.leafFor(d, g)
+	for {
+		switch n := p.Load(); {
+		case n == full:
+			return
+		case n == nil && b.crowded():
+			p.CompareAndSwap(nil, full)
+		case n == nil:
+			b.put(p, nil, leafShift)
+		default:
+			n.or(g/wordBits%leafWords, mask)
+			return
+		}
+	}
+}
+
+// AppendBytes appends the granules from first on, a multiple of 8, as n bytes: bit 0 of a byte is the lowest granule, as qcow2 stores them.
+// Beyond the end there are zeroes.
+func (b *Bitmap) AppendBytes(dst []byte, first, n int64) []byte {
+	d := b.dir.Load()
+	total := b.granules(d.size)
+	for n > 0 && first < total {
+		at := first & leafMask
+		k := min(n, (leafGran-at)/8) // bytes within the leaf
+		switch leaf := d.at(first); leaf {
+		case nil, full:
+			var x byte
+			if leaf == full {
+				x = 0xff
+			}
+			for range k {
+				dst = append(dst, x)
+			}
+		default:
+			for left := k; left > 0; {
+				w := leaf.w[at/wordBits].Load() >> (at % wordBits)
+				if at%wordBits == 0 && left >= 8 {
+					dst = binary.LittleEndian.AppendUint64(dst, w)
+					at, left = at+wordBits, left-8
+					continue
+				}
+				dst = append(dst, byte(w))
+				at, left = at+8, left-1
+			}
+		}
+		first, n = first+k*8, n-k
+	}
+	return append(dst, make([]byte, max(n, 0))...)
+}
+
+// LoadBytes sets the granules from first on, a multiple of 8, that are set in src, which is as AppendBytes makes it.
+func (b *Bitmap) LoadBytes(first int64, src []byte) {
+	d := b.dir.Load()
+	total := b.granules(d.size)
+	run := first // all of [run, first) are to be set, and are not yet
+	put := func() {
+		if run < first {
+			b.set(d.sub, d.shift, 0, run, first)
+		}
+	}
+	for len(src) > 0 && first < total {
+		var w uint64
+		k := int64(8) // bytes
+		if at := first % wordBits; at == 0 && len(src) >= 8 {
+			w = binary.LittleEndian.Uint64(src)
+		} else {
+			w, k = uint64(src[0])<<at, 1
+		}
+		src = src[k:]
+		if first+k*8 > total {
+			w &= allOnes >> (wordBits - (total-1)%wordBits - 1) // as far as there are granules
+		} else if w == allOnes {
+			first += k * 8
+			continue
+		}
+		put()
+		if w != 0 {
+			b.orWord(d, first&^wordMask, w)
+		}
+		first += k * 8
+		run = first
+	}
+	first = min(first, total)
+	put()
+}
