@@ -46,8 +46,9 @@ type ioState struct {
 
 	shown atomic.Pointer[Caps] // caps for those who are no requests
 
-	track tracker
-	flush flushState
+	copying blk.Budget // of what copy-on-read has in memory
+	track   tracker
+	flush   flushState
 
 	threshold  atomic.Uint64 // see threshold.go
 	wrHighest  atomic.Int64  // end of the farthest write
@@ -59,6 +60,7 @@ type ioState struct {
 func (s *ioState) opened(n *Node) {
 	d := n.drv
 	s.drv = d
+	s.copying.Limit = copyingMax
 	s.writer, _ = d.(Writer)
 	s.zeroer, _ = d.(Zeroer)
 	s.flusher, _ = d.(Flusher)

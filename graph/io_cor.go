@@ -96,6 +96,10 @@ func (n *Node) copyUp(r *blk.Req, p blk.Padding, give func(at, k int64, content 
 // copyChunk copies whole blocks that are not allocated.
 func (n *Node) copyChunk(r *blk.Req, at, k int64, give func(at, k int64, content []byte) error) error {
 	s := &n.io
+	if err := s.copying.Take(r, k); err != nil {
+		return err
+	}
+	defer s.copying.Give(k)
 	b := blk.GetBuf(int(k), s.memAlign)
 	defer blk.PutBuf(b)
 	if err := s.drv.ReadAt(r, blk.Buf(b.B), at, 0); err != nil {

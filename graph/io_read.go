@@ -9,6 +9,8 @@ import (
 const (
 	bounceAll = 64 << 10
 	bounceMax = 1 << 20
+	// copyingMax is what the copy-on-reads of a node may have in memory together.
+	copyingMax = 32 << 20
 )
 
 // ReadAt fills v from off. Flags: CopyOnRead. Errors: blk.ErrOutOfRange (roots only; below other nodes zeroes are

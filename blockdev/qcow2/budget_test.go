@@ -286,3 +286,58 @@ func TestOpeningEnds(t *testing.T) {
 		}
 	}
 }
+
+// TestRequestsUnderWay: requests that need memory for clusters of 2 MiB wait while others have what there is, with no lock held, and give back what they take.
+func TestRequestsUnderWay(t *testing.T) {
+	const cs = 2 << 20
+	gone := errors.New("the client is gone")
+	for _, kind := range []string{"zlib", "zstd"} {
+		f := mustCreate(t, CreateOptions{Size: 8 * cs, ClusterSize: ptr(uint64(cs)), CompressionType: kind})
+		s := mustOpen(t, mem{f}, config{})
+		b := make([]byte, cs)
+		compressed := func(r *blk.Req, i int64) error {
+			b[0] = byte(i + 1)
+			return s.WriteAt(r, blk.Buf(b), i*cs, blk.Compressed)
+		}
+		for i := range int64(3) {
+			if err := compressed(req(), i); err != nil {
+				t.Fatal(err)
+			}
+		}
+		read := func(r *blk.Req) error { s.unz = unzipped{}; return s.ReadAt(r, blk.Buf(b[:1]), cs, 0) }
+		write := func(r *blk.Req) error { return s.WriteAt(r, blk.Buf(b[:1]), 2*cs+1, 0) }
+		for _, c := range []struct {
+			what   string
+			budget *blk.Budget
+			do     func(r *blk.Req) error
+		}{
+			{"read", &s.unzipping, read}, {"decode", &s.decoding, read}, {"write", &s.copying, write}, {"write compressed", &s.zipping,
+				func(r *blk.Req) error { return compressed(r, 4) }},
+		} {
+			if err := c.budget.Take(req(), c.budget.Limit); err != nil {
+				t.Fatal(err)
+			}
+			ctx, cancel := context.WithCancelCause(context.Background())
+			cancel(gone)
+			if err := c.do(&blk.Req{Ctx: ctx}); !errors.Is(err, gone) {
+				t.Errorf("%s, %s: %v while there is no memory and nobody waits", kind, c.what, err)
+			}
+			done := make(chan error)
+			go func() { done <- c.do(req()) }()
+			// Others go on: no lock is held.
+			if err := s.ReadAt(req(), blk.Buf(make([]byte, 1)), 7*cs, 0); err != nil {
+				t.Error(err)
+			}
+			c.budget.Give(c.budget.Limit)
+			if err := <-done; err != nil {
+				t.Errorf("%s, %s: %v", kind, c.what, err)
+			}
+		}
+		for i, x := range []*blk.Budget{&s.zipping, &s.copying, &s.unzipping, &s.decoding} {
+			if err := x.Take(&blk.Req{NoWait: true}, x.Limit); err != nil {
+				t.Errorf("%s: budget %d was not given back", kind, i)
+			}
+		}
+		mustClose(t, s)
+	}
+}

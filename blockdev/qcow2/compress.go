@@ -28,6 +28,10 @@ func (s *image) readCompressed(r *blk.Req, v blk.Vec, e uint64, in int64) error 
 	s.mu.Unlock()
 	if u.entry != e {
 		off, n := s.geo.CompressedRange(e)
+		if err := s.unzipping.Take(r, n+s.cs); err != nil {
+			return err
+		}
+		defer s.unzipping.Give(n + s.cs)
 		raw := getBuf(int(n))
 		defer putBuf(raw)
 		b := (*raw)[:n]
@@ -36,7 +40,13 @@ func (s *image) readCompressed(r *blk.Req, v blk.Vec, e uint64, in int64) error 
 			return err
 		}
 		u = unzipped{e, make([]byte, s.cs)}
-		if err := decompress(s.hdr.CompressionType, u.data, b); err != nil {
+		need := int64(decoderSize[s.hdr.CompressionType])
+		if err := s.decoding.Take(r, need); err != nil {
+			return err
+		}
+		err := decompress(s.hdr.CompressionType, u.data, b)
+		s.decoding.Give(need)
+		if err != nil {
 			return errIO
 		}
 		// Nobody can have reused the bytes while this request holds its epoch, and whoever
@@ -49,6 +59,23 @@ func (s *image) readCompressed(r *blk.Req, v blk.Vec, e uint64, in int64) error 
 	return nil
 }
 
+// What requests of one image may take at the same time in buffers, in bytes: for compressing, for what is copied around writes to new clusters, for
+// decompressing, and for the decoders. One request may exceed it when it is alone.
+const (
+	budgetZip    = 32 << 20
+	budgetCopy   = 32 << 20
+	budgetUnzip  = 32 << 20
+	budgetDecode = 64 << 20
+	// maxWindow is what compressed data may make a decoder hold.
+	maxWindow = 8 << 20
+)
+
+// decoderSize and encoderSize are what one of either kind takes, at most.
+var (
+	decoderSize = [...]int{layout.CompressionZlib: 64 << 10, layout.CompressionZstd: maxWindow}
+	encoderSize = [...]int{layout.CompressionZlib: 1 << 20, layout.CompressionZstd: 8 << 20}
+)
+
 var inflaters, zstdDecoders sync.Pool
 
 // decompress fills dst from src, which may be followed by garbage.
@@ -58,7 +85,7 @@ func decompress(kind uint8, dst, src []byte) error {
 		if d == nil {
 			var err error
 			d, err = zstd.NewReader(nil, zstd.WithDecoderConcurrency(1), zstd.WithDecoderLowmem(true),
-				zstd.WithDecoderMaxWindow(8<<20), zstd.WithDecoderMaxMemory(16<<20))
+				zstd.WithDecoderMaxWindow(maxWindow), zstd.WithDecoderMaxMemory(2*maxWindow))
 			if err != nil {
 				return err
 			}
@@ -135,6 +162,11 @@ func (s *image) writeCompressed(r *blk.Req, v blk.Vec, off int64, f blk.Flags) e
 	if r.NoWait {
 		return blk.ErrWouldBlock
 	}
+	need := 2*s.cs + int64(encoderSize[s.hdr.CompressionType])
+	if err := s.zipping.Take(r, need); err != nil {
+		return err
+	}
+	defer s.zipping.Give(need)
 	buf := make([]byte, s.cs)
 	for done := int64(0); done < n; done += s.cs {
 		part := v.Slice(done, min(s.cs, n-done))

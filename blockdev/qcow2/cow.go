@@ -12,6 +12,9 @@ import (
 // the file can do that faster than by writing.
 const bigZeroes = 64 << 10
 
+// smallCopy is how much around a write is copied without asking whether there is memory for it.
+const smallCopy = 64 << 10
+
 // writeAround writes w into the clusters of p, together with the parts of the first and
 // last cluster that w leaves out: their old content. Runs without mu.
 func (s *image) writeAround(r *blk.Req, p *plan, w blk.Vec, off int64) error {
@@ -22,6 +25,12 @@ func (s *image) writeAround(r *blk.Req, p *plan, w blk.Vec, off int64) error {
 	if head == 0 && tail == 0 {
 		s.step(r, blk.EvWriteAio)
 		return s.file.WriteAt(r, w, p.host, 0)
+	}
+	if n := head + tail; n > smallCopy {
+		if err := s.copying.Take(r, n); err != nil {
+			return err
+		}
+		defer s.copying.Give(n)
 	}
 	buf := getBuf(int(head + tail))
 	defer putBuf(buf)

@@ -68,6 +68,9 @@ type image struct {
 	marking sync.Mutex            // held while marks are written, and while what they are written to changes; taken before mu
 	toMark  markQueue
 
+	// Memory of requests under way, taken with no lock held. Who waits for one of these may hold parts of those before it.
+	zipping, copying, unzipping, decoding blk.Budget
+
 	mu   sync.Mutex
 	wake *sync.Cond // an in-flight allocation has ended
 	done *sync.Cond // flushing has become false

@@ -22,6 +22,7 @@ func openImage(r *blk.Req, c config) (*image, error) {
 		epCur:     &epoch{},
 		freeIdx:   0,
 	}
+	s.zipping.Limit, s.copying.Limit, s.unzipping.Limit, s.decoding.Limit = budgetZip, budgetCopy, budgetUnzip, budgetDecode
 	s.epOld = s.epCur
 	s.wake, s.done = sync.NewCond(&s.mu), sync.NewCond(&s.mu)
 	s.marking.Lock()
