@@ -5,8 +5,10 @@ import (
 	"encoding/binary"
 	"errors"
 	"fmt"
+	"math/rand/v2"
 	"reflect"
 	"runtime"
+	"slices"
 	"testing"
 	"time"
 
@@ -340,4 +342,71 @@ func TestRequestsUnderWay(t *testing.T) {
 		}
 		mustClose(t, s)
 	}
+}
+
+// TestRanges compares with looking at all of them.
+func TestRanges(t *testing.T) {
+	rnd := rand.New(rand.NewPCG(3, 4))
+	for range 200 {
+		var l []fileRange
+		for range rnd.IntN(20) {
+			off := rnd.Int64N(1000)
+			l = append(l, fileRange{off, off + rnd.Int64N(60)})
+		}
+		all := makeRanges(slices.Clone(l))
+		for i := 1; i < len(all); i++ {
+			if all[i].off <= all[i-1].end {
+				t.Fatalf("%v", all)
+			}
+		}
+		for range 50 {
+			off := rnd.Int64N(1100)
+			end := off + 1 + rnd.Int64N(30)
+			want := slices.ContainsFunc(l, func(r fileRange) bool { return r.off < r.end && r.off < end && off < r.end })
+			if got := all.touch(off, end); got != want {
+				t.Fatalf("%v, [%d, %d): %v", all, off, end, got)
+			}
+		}
+	}
+}
+
+// TestManySnapshots: as many as there may be, with tables that lie over each other and names that fill the table. Opening the image, also with all checks, costs what
+// is in the file, and a write does not look at each of them.
+func TestManySnapshots(t *testing.T) {
+	const n = 65536
+	c := craft(t, 16, 1<<30)
+	l1 := c.place(32 << 20)
+	table := c.place(n * 1000)
+	var b []byte
+	for i := range int64(n) {
+		e := make([]byte, layout.SnapshotHeaderSize, 1000)
+		be.PutUint64(e, uint64(l1+i%16<<16))
+		be.PutUint32(e[8:], 30<<20/8)
+		be.PutUint16(e[12:], 5)
+		be.PutUint16(e[14:], 900)
+		e = fmt.Appendf(e, "%05d", i)
+		b = append(b, e...)
+		b = append(b, make([]byte, 952-len(e))...) // the name: a zero, and a hole
+	}
+	c.f.Poke(table, b)
+	c.u32(layout.OffSnapshots, n)
+	c.u64(layout.OffSnapshots+4, uint64(table))
+	begun := time.Now()
+	s, used := c.opened(t, config{options: Options{OverlapTemplate: "all"}})
+	if took := time.Since(begun); took > 20*time.Second || len(s.snaps) != n {
+		t.Errorf("%d snapshots after %v", len(s.snaps), took)
+	}
+	if used > 120<<20 {
+		t.Errorf("%d bytes to open it", used)
+	}
+	begun = time.Now()
+	for i := range int64(5000) {
+		if err := s.WriteAt(req(), blk.Buf(b[:512]), i%100*65536, 0); err != nil {
+			t.Fatal(err)
+		}
+	}
+	if took := time.Since(begun); took > 5*time.Second {
+		t.Errorf("5000 writes took %v", took)
+	}
+	mustClose(t, s)
 }

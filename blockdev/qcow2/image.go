@@ -82,6 +82,7 @@ type image struct {
 	hdrUsed  int // bytes of the first cluster taken by header, extensions and backing name
 	snaps    []layout.Snapshot
 	snapEnd  int64     // end of the snapshot table
+	snapL1   ranges    // where the snapshots have their L1 tables
 	stored   []*stored // persistent bitmaps in the image; changes with marking held, too
 	// badBitmaps: the bitmaps extension makes no sense, and goes with the first change.
 	badBitmaps bool

@@ -3,6 +3,7 @@ package qcow2
 import (
 	"errors"
 	"fmt"
+	"math"
 	"sync"
 	"time"
 
@@ -161,10 +162,22 @@ func (s *image) readSnapshots(r *blk.Req) error {
 			q.skip(pad)
 		}
 	}
+	s.snapL1 = snapshotTables(s.snaps)
 	return nil
 }
 
-// findInactive notes the L2 tables of internal snapshots for overlap-check=all.
+// snapshotTables are the places of L1 tables of snapshots.
+func snapshotTables(l []layout.Snapshot) ranges {
+	all := make([]fileRange, 0, len(l))
+	for i := range l {
+		if off := int64(l[i].L1TableOffset); off >= 0 {
+			all = append(all, fileRange{off, off + min(int64(l[i].L1Size)*8, math.MaxInt64-off)})
+		}
+	}
+	return makeRanges(all)
+}
+
+// findInactive notes the L2 tables of internal snapshots for overlap-check=all. Tables that lie over each other are read once.
 func (s *image) findInactive(r *blk.Req) error {
 	s.inactive = map[int64]struct{}{}
 	for i := range s.snaps {
@@ -172,7 +185,9 @@ func (s *image) findInactive(r *blk.Req) error {
 		if err := layout.CheckTable(sn.L1TableOffset, uint64(sn.L1Size), 8, layout.MaxL1Bytes, uint64(s.cs), "Snapshot L1 table"); err != nil {
 			return err
 		}
-		l1, err := s.readTable(r, int64(sn.L1TableOffset), int64(sn.L1Size))
+	}
+	for _, t := range s.snapL1 {
+		l1, err := s.readTable(r, t.off, (t.end-t.off)/8)
 		if err != nil {
 			return wrap("Could not read L1 table", err)
 		}

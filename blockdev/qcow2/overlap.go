@@ -89,12 +89,8 @@ func (s *image) overlaps(off, n int64, check overlap) overlap {
 		if check&olSnapshotTable != 0 && in(int64(s.hdr.SnapshotsOffset), s.snapEnd-int64(s.hdr.SnapshotsOffset)) {
 			return olSnapshotTable
 		}
-		if check&olInactiveL1 != 0 {
-			for i := range s.snaps {
-				if in(int64(s.snaps[i].L1TableOffset), int64(s.snaps[i].L1Size)*8) {
-					return olInactiveL1
-				}
-			}
+		if check&olInactiveL1 != 0 && s.snapL1.touch(off, end) {
+			return olInactiveL1
 		}
 	}
 	if check&(olActiveL2|olRefcountBlock) != 0 {

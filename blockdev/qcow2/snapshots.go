@@ -231,7 +231,7 @@ func (s *image) writeSnapshots(r *blk.Req, list []layout.Snapshot) error {
 	}
 	old, oldEnd := int64(s.hdr.SnapshotsOffset), s.snapEnd
 	s.hdr.NbSnapshots, s.hdr.SnapshotsOffset = uint32(len(list)), uint64(off)
-	s.snaps, s.snapEnd = list, off+int64(len(b))
+	s.snaps, s.snapEnd, s.snapL1 = list, off+int64(len(b)), snapshotTables(list)
 	if s.set.overlap&olInactiveL2 != 0 {
 		if err := s.findInactive(r); err != nil {
 			s.inactive = nil // not to be looked for; what was known would accuse the innocent
