@@ -168,11 +168,12 @@ type (
 	Namer interface {
 		Filename() string
 	}
-	// Snapshotted is a driver that keeps a point in time besides what its node shows now (copy-before-write). Both methods need a unit of work
-	// that reaches its node.
+	// Snapshotted is a driver that keeps a point in time besides what its node shows now (copy-before-write). Its methods need a unit of work
+	// that reaches its node. DiscardSnapshot tells that a range of the point in time is not needed any more.
 	Snapshotted interface {
 		ReadSnapshot(r *blk.Req, v blk.Vec, off int64) error
 		SnapshotStatus(r *blk.Req, off, n int64) (blk.Extent, error)
+		DiscardSnapshot(r *blk.Req, off, n int64) error
 	}
 	// ChildNamer marks drivers that show themselves under the file name of what they filter, or of their file.
 	ChildNamer interface {

@@ -154,10 +154,19 @@ func (e *Edge) checkClaim(f blk.Flags) {
 
 // writable is what every writer checks first: the range, and that the node takes writes.
 func (e *Edge) writable(n *Node, off, size int64, f blk.Flags) error {
+	return e.changeable(n, off, size, f, n.io.writer != nil)
+}
+
+// discardable is writable for discards: what gives up data need not be able to take new ones.
+func (e *Edge) discardable(n *Node, off, size int64) error {
+	return e.changeable(n, off, size, 0, n.io.writer != nil || n.io.discard != nil)
+}
+
+func (e *Edge) changeable(n *Node, off, size int64, f blk.Flags, can bool) error {
 	if !blk.ValidRange(off, size) {
 		return blk.ErrOutOfRange
 	}
-	if n.readOnly.Load() || n.io.writer == nil {
+	if n.readOnly.Load() || !can {
 		if n.io.drv == nil {
 			return blk.ErrClosed
 		}

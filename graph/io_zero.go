@@ -169,7 +169,7 @@ func (e *Edge) TakesDiscard() bool {
 func (e *Edge) Discard(r *blk.Req, off, size int64) error {
 	n := e.node.Load()
 	s := &n.io
-	if err := e.writable(n, off, size, 0); err != nil || size == 0 {
+	if err := e.discardable(n, off, size); err != nil || size == 0 {
 		return err
 	}
 	if end := s.drv.Size(); off+size > end {

@@ -24,6 +24,7 @@ import (
 	"qblockd/graph/blk"
 	"qblockd/graph/perm"
 	"qblockd/jobs"
+	"qblockd/jobs/chain"
 	"qblockd/jobs/copy"
 	"qblockd/schema/types"
 )
@@ -453,22 +454,8 @@ func (j *job) Clean(h *jobs.Handle) {
 	}
 	j.listed.Remove()
 	j.endBitmap()
-	tx := j.g.Begin(context.Background())
-	defer tx.Abort()
-	err = errors.Join(tx.DetachRoot(j.root), tx.DetachRoot(j.hold))
-	if e := j.filter.Child("target"); err == nil && e != nil {
-		err = tx.Detach(e)
-	}
-	if err == nil {
-		err = tx.RemoveFilter(j.filter)
-	}
-	if err == nil {
-		err = tx.Commit()
-	}
-	if err != nil && !errors.Is(err, blk.ErrClosed) {
-		// Giving back claims only loosens them. (At the end of the daemon the graph may be closed already.)
-		panic(fmt.Sprintf("backup: cannot clean up after job '%s': %v", j.ID, err))
-	}
+	_ = j.driver.Stop(context.Background()) // who stays at the filter does so without the job
+	chain.TakeOut(j.ID, j.filter, nil, j.leave)
 	h.Quiesced(1, j.Source)
 }
 
@@ -487,6 +474,17 @@ func (j *job) settle(h *jobs.Handle) {
 		j.lost = true
 		slog.Warn("a backup that failed cannot flush its target; its bitmap keeps everything", "job", h.Job().ID(), "err", err)
 	}
+}
+
+// leave lets tx give back what the job relies on, the target as well: the filter copies nothing any more.
+func (j *job) leave(tx *graph.Tx) error {
+	if err := errors.Join(tx.DetachRoot(j.root), tx.DetachRoot(j.hold)); err != nil {
+		return err
+	}
+	if e := j.filter.Child("target"); e != nil {
+		return tx.Detach(e)
+	}
+	return nil
 }
 
 // endBitmap lets the bitmap record what the next backup needs: what was written since this one, and, where this one does not count,

@@ -20,7 +20,6 @@ package commit
 import (
 	"context"
 	"errors"
-	"fmt"
 	"log/slog"
 
 	"qblockd/graph"
@@ -386,19 +385,7 @@ func (j *job) leave(tx *graph.Tx) error {
 // Clean implements jobs.Cleaner.
 func (j *job) Clean(*jobs.Handle) {
 	if j.filter != nil {
-		tx := j.g.Begin(context.Background())
-		err := j.leave(tx)
-		if err == nil {
-			err = tx.RemoveFilter(j.filter)
-		}
-		if err == nil {
-			err = tx.Commit()
-		}
-		tx.Abort()
-		if err != nil && !errors.Is(err, blk.ErrClosed) {
-			// Giving back claims only loosens them. (At the end of the daemon the graph may be closed already.)
-			panic(fmt.Sprintf("commit: cannot clean up after job '%s': %v", j.ID, err))
-		}
+		chain.TakeOut(j.ID, j.filter, nil, j.leave)
 		j.filter = nil
 	}
 	j.thaw() // where the graph was closed already

@@ -2,13 +2,13 @@ package mirror
 
 import (
 	"context"
-	"errors"
 	"fmt"
 	"log/slog"
 
 	"qblockd/graph"
 	"qblockd/graph/blk"
 	"qblockd/jobs"
+	"qblockd/jobs/chain"
 	"qblockd/schema/types"
 )
 
@@ -202,19 +202,7 @@ func (j *job) Clean(*jobs.Handle) {
 	j.driver.job.Store(nil)
 	if j.filter != nil {
 		j.thaw()
-		tx := j.g.Begin(context.Background())
-		err := j.leave(tx)
-		if err == nil {
-			err = tx.RemoveFilter(j.filter)
-		}
-		if err == nil {
-			err = tx.Commit()
-		}
-		tx.Abort()
-		if err != nil && !errors.Is(err, blk.ErrClosed) {
-			// Giving back claims only loosens them. (At the end of the daemon the graph may be closed already.)
-			panic(fmt.Sprintf("mirror: cannot clean up after job '%s': %v", j.ID, err))
-		}
+		chain.TakeOut(j.ID, j.filter, nil, j.leave)
 		j.filter = nil
 	}
 	j.dirty.Remove()

@@ -23,7 +23,6 @@ import (
 	"fmt"
 
 	"qblockd/graph"
-	"qblockd/graph/blk"
 	"qblockd/graph/perm"
 	"qblockd/jobs"
 	"qblockd/jobs/chain"
@@ -292,7 +291,10 @@ func (j *job) Prepare(ctx context.Context, h *jobs.Handle) error {
 	if err := tx.Thaw(j.Top, j.aboveBase); err != nil {
 		return err
 	}
-	if err := j.removeFilter(tx); err != nil {
+	if err := j.leave(tx); err != nil {
+		return err
+	}
+	if err := tx.RemoveFilter(j.filter); err != nil {
 		return err
 	}
 	if cow := top.Backing(); cow != nil {
@@ -340,19 +342,8 @@ func (j *job) headerNames(base *graph.Node) (name, format string) {
 // Clean implements jobs.Cleaner.
 func (j *job) Clean(h *jobs.Handle) {
 	j.unfreeze()
-	tx := j.g.Begin(context.Background())
-	defer tx.Abort()
 	if j.filter != nil {
-		tx.Quiet(j.root)
-		err := j.removeFilter(tx)
-		if err == nil {
-			err = tx.Commit()
-		}
-		if err != nil && !errors.Is(err, blk.ErrClosed) {
-			// Giving back claims only loosens them. (A job that comes too late at the end of the daemon finds the graph
-			// closed; there is nothing to give back then.)
-			panic(fmt.Sprintf("stream: cannot clean up after job '%s': %v", j.ID, err))
-		}
+		chain.TakeOut(j.ID, j.filter, j.root, j.leave)
 		h.Quiesced(3, j.Top)
 		j.filter = nil
 	}
@@ -364,11 +355,12 @@ func (j *job) Clean(h *jobs.Handle) {
 	j.unblock = nil
 }
 
-func (j *job) removeFilter(tx *graph.Tx) error {
+// leave lets tx give back what the job relies on.
+func (j *job) leave(tx *graph.Tx) error {
 	for _, r := range append(j.holds, j.root) {
 		if err := tx.DetachRoot(r); err != nil {
 			return err
 		}
 	}
-	return tx.RemoveFilter(j.filter)
+	return nil
 }

@@ -256,7 +256,7 @@ func (s *State) release(c *running, err error) {
 	}
 	s.mu.Lock()
 	if err != nil {
-		s.pending.Set(c.off, c.n)
+		s.pending.Set(c.off, c.n) // also what was given up meanwhile: it may be copied, but need not
 		s.failed.Add(1)
 	}
 	delete(s.copies, c)

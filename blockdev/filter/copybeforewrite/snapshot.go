@@ -98,6 +98,30 @@ func (d *Driver) SnapshotStatus(r *blk.Req, off, n int64) (x blk.Extent, err err
 	return blk.Extent{N: x.N, Data: x.Data, Zero: x.Zero, Allocated: true}, err
 }
 
+// DiscardSnapshot implements graph.Snapshotted: the whole clusters of the range are given up. Of the point in time of a backup nothing is given up, as the
+// job's copy is to be whole.
+func (d *Driver) DiscardSnapshot(r *blk.Req, off, n int64) error {
+	size := d.pending.Size()
+	lo, hi := blk.AlignUp(off, d.cluster), blk.AlignDown(off+n, d.cluster)
+	if off+n >= size {
+		hi = size
+	}
+	if lo >= hi || d.copied != nil {
+		return nil
+	}
+	if r.NoWait {
+		return blk.ErrWouldBlock
+	}
+	d.mu.Lock()
+	d.access.Clear(lo, hi-lo)
+	d.pending.Clear(lo, hi-lo)
+	d.mu.Unlock()
+	if end := d.target().Size(); hi > end {
+		hi = end
+	}
+	return d.target().Discard(r, lo, hi-lo)
+}
+
 // keptLocked is how much of [off, off+n), none of which is done, is kept from changing: what is to be copied or being copied. A backup of
 // less than all leaves the rest to the guests.
 // +checklocks:d.mu

@@ -28,6 +28,8 @@ type fleece struct {
 	was           []byte
 	target        *drivertest.Fault
 	guest, reader *graph.Root
+	g             *graph.Graph
+	sa, cbw       *graph.Node
 }
 
 func newFleece(t *testing.T, o types.BlockdevOptionsCbw) *fleece {
@@ -50,11 +52,12 @@ func newFleece(t *testing.T, o types.BlockdevOptionsCbw) *fleece {
 		},
 	})
 	sa := drivertest.MustBuild(t, g, drivertest.Spec{
-		Options:  graph.Options{Name: "sa", DriverName: "snapshot-access", Kind: graph.Format},
+		Options:  graph.Options{Name: "sa", DriverName: "snapshot-access", Kind: graph.Format, Discard: true},
 		Children: []drivertest.Child{{Name: "file", Role: perm.Data | perm.Primary, Node: cbw}}, Open: snapshotaccess.Open,
 	})
 	f.guest = drivertest.AddRoot(t, g, cbw, drivertest.Writer)
-	f.reader = drivertest.AddRoot(t, g, sa, perm.Claim{Need: perm.ConsistentRead, Share: perm.All})
+	f.reader = drivertest.AddRoot(t, g, sa, perm.Claim{Need: perm.ConsistentRead | perm.Write, Share: perm.All})
+	f.g, f.sa, f.cbw = g, sa, cbw
 	return f
 }
 
@@ -158,6 +161,60 @@ func TestFailingCopy(t *testing.T) {
 	}
 	f.target.Clear()
 	if err := read(f); !errors.Is(err, syscall.EACCES) {
+		t.Error(err)
+	}
+}
+
+// A discard gives up whole clusters of the point in time: they cannot be read any more and are not copied; all else is as it was.
+func TestDiscardedSnapshot(t *testing.T) {
+	f := newFleece(t, types.BlockdevOptionsCbw{})
+	discard := func(off, n int64) error {
+		return unit(f.reader, func(r *blk.Req) error { return f.reader.Discard(r, off, n) })
+	}
+	read := func(off int64, p []byte) error {
+		return unit(f.reader, func(r *blk.Req) error { return f.reader.ReadAt(r, blk.Buf(p), off, 0) })
+	}
+	last := int64(size) / cluster * cluster
+	for _, d := range [][2]int64{{cluster, 2 * cluster}, {5*cluster + 512, cluster}, {last, size - last}} {
+		if err := discard(d[0], d[1]); err != nil {
+			t.Fatal(err)
+		}
+	}
+	if err := f.write(0, bytes.Repeat([]byte{0xee}, size)); err != nil {
+		t.Fatal(err)
+	}
+	p := make([]byte, cluster)
+	for off := int64(0); off < size; off += cluster {
+		b := p[:min(cluster, size-off)]
+		err := read(off, b)
+		switch gone := off == cluster || off == 2*cluster || off == last; {
+		case gone && !errors.Is(err, syscall.EACCES):
+			t.Errorf("at %#x: %v", off, err)
+		case !gone && (err != nil || !bytes.Equal(b, f.was[off:off+int64(len(b))])):
+			t.Errorf("at %#x: not what was there (%v)", off, err)
+		}
+	}
+	if err := discard(0, size+512); !errors.Is(err, blk.ErrOutOfRange) {
+		t.Errorf("beyond the end: %v", err)
+	}
+}
+
+// What is above a filter that goes, or below another one that comes, fails; it does not end the daemon.
+func TestSnapshotWithoutKeeper(t *testing.T) {
+	f := newFleece(t, types.BlockdevOptionsCbw{})
+	tx := f.g.Begin(t.Context())
+	defer tx.Abort()
+	if err := tx.Replace(f.sa.File(), f.cbw.Child("target").Node()); err != nil {
+		t.Fatal(err)
+	}
+	if err := tx.Commit(); err != nil {
+		t.Fatal(err)
+	}
+	err := unit(f.reader, func(r *blk.Req) error {
+		_, err := f.reader.Status(r, 0, size)
+		return errors.Join(err, f.reader.ReadAt(r, blk.Buf(make([]byte, 512)), 0, 0), f.reader.Discard(r, 0, size))
+	})
+	if !errors.Is(err, blk.ErrNotSupported) {
 		t.Error(err)
 	}
 }

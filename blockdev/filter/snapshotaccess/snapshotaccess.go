@@ -18,13 +18,22 @@ type driver struct {
 // Open opens the driver. Its file must keep a point in time.
 func Open(o *graph.Opening) (graph.Driver, error) {
 	file := o.Node.File()
-	if _, ok := file.Node().Driver().(graph.Snapshotted); !ok {
-		return nil, fmt.Errorf("Node '%s' keeps no point in time: %w", file.Node().Name(), blk.ErrNotSupported)
+	if _, err := keeper(file.Node()); err != nil {
+		return nil, err
 	}
 	return &driver{o.Node, file.Size()}, nil
 }
 
-func (d *driver) below() graph.Snapshotted { return d.node.File().Node().Driver().(graph.Snapshotted) }
+// keeper is the driver of n if it keeps a point in time.
+func keeper(n *graph.Node) (graph.Snapshotted, error) {
+	if s, ok := n.Driver().(graph.Snapshotted); ok {
+		return s, nil
+	}
+	return nil, fmt.Errorf("Node '%s' keeps no point in time: %w", n.Name(), blk.ErrNotSupported)
+}
+
+// below is asked for each request: where the filter is one of a job it leaves the graph with the job, and others can be put above it.
+func (d *driver) below() (graph.Snapshotted, error) { return keeper(d.node.File().Node()) }
 
 // Caps implements graph.Driver.
 func (d *driver) Caps() graph.Caps { return graph.Caps{} }
@@ -40,12 +49,29 @@ func (d *driver) Close() error { return nil }
 
 // ReadAt implements graph.Driver.
 func (d *driver) ReadAt(r *blk.Req, v blk.Vec, off int64, _ blk.Flags) error {
-	return d.below().ReadSnapshot(r, v, off)
+	s, err := d.below()
+	if err != nil {
+		return err
+	}
+	return s.ReadSnapshot(r, v, off)
 }
 
 // Status implements graph.Statuser.
 func (d *driver) Status(r *blk.Req, off, n int64) (blk.Extent, error) {
-	return d.below().SnapshotStatus(r, off, n)
+	s, err := d.below()
+	if err != nil {
+		return blk.Extent{}, err
+	}
+	return s.SnapshotStatus(r, off, n)
+}
+
+// Discard implements graph.Discarder: the range is given up. It cannot be read any more, and is not copied before it is written to.
+func (d *driver) Discard(r *blk.Req, off, n int64) error {
+	s, err := d.below()
+	if err != nil {
+		return err
+	}
+	return s.DiscardSnapshot(r, off, n)
 }
 
 // EdgeClaim implements graph.Permer: what guests do to the filter does not matter.
