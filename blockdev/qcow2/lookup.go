@@ -2,6 +2,7 @@ package qcow2
 
 import (
 	"fmt"
+	"math"
 
 	"qblockd/blockdev/qcow2/layout"
 	"qblockd/graph/blk"
@@ -10,6 +11,14 @@ import (
 // Everything in this file needs mu.
 
 func (s *image) l1At(i int64) uint64 { return s.l1.at(i) }
+
+// nextL1 is the first guest cluster from that of L1 entry i on which there may be an L2 table for, or beyond all.
+func (s *image) nextL1(i int64) int64 {
+	for k := range s.l1.from(i) {
+		return k << s.geo.L2Bits()
+	}
+	return math.MaxInt64 >> s.cb
+}
 
 func (s *image) setL1(i int64, v uint64) {
 	s.l1.set(i, v)
@@ -158,19 +167,19 @@ type mapping struct {
 	n     int64  // bytes
 }
 
-// lookup tells what is behind off: a run of at most n bytes, within one L2 slice. Runs with
+// lookup tells what is behind off: a run of at most n bytes, within one L2 slice or, where there are no L2 tables, up to the next one. Runs with
 // host clusters are contiguous in the file; a compressed run is one cluster.
 func (s *image) lookup(r *blk.Req, off, n int64) (mapping, error) {
 	gc := off >> s.cb
 	in := off & (s.cs - 1)
-	n = min(n, s.sliceLeft(gc)<<s.cb-in)
 	t, err := s.loadSlice(r, gc)
 	if err != nil {
 		return mapping{}, err
 	}
 	if t == nil {
-		return mapping{kind: layout.Unallocated, n: n}, nil
+		return mapping{kind: layout.Unallocated, n: min(n, s.nextL1(gc>>s.geo.L2Bits()+1)<<s.cb-off)}, nil
 	}
+	n = min(n, s.sliceLeft(gc)<<s.cb-in)
 	i := s.l2Index(gc)
 	e := entry(t, i)
 	m := mapping{kind: layout.KindOf(e), entry: e}

@@ -5,6 +5,9 @@ import (
 	"qblockd/graph/blk"
 )
 
+// maxJoined is how many L2 slices more than one Status looks into.
+const maxJoined = 256
+
 // Status tells about a run from off of at most n bytes.
 func (s *image) Status(r *blk.Req, off, n int64) (blk.Extent, error) {
 	if !s.lock(r) {
@@ -24,8 +27,8 @@ func (s *image) Status(r *blk.Req, off, n int64) (blk.Extent, error) {
 	if err != nil {
 		return blk.Extent{}, err
 	}
-	// Runs go on over slices of the same kind while that costs no I/O.
-	for m.n < n && m.kind != layout.CompressedKind {
+	// Runs go on over slices of the same kind while that costs no I/O. Others wait meanwhile, and an image may use one L2 table for all of a huge disk.
+	for k := 0; k < maxJoined && m.n < n && m.kind != layout.CompressedKind; k++ {
 		q := *r
 		q.NoWait = true
 		x, err := s.lookup(&q, off+m.n, n-m.n)

@@ -103,8 +103,7 @@ func (s *image) eachSlice(r *blk.Req, from, to int64, create bool, f func(t *tab
 			continue
 		}
 		if !create && s.l1At(gc>>s.geo.L2Bits())&layout.OffsetMask == 0 {
-			per := int64(1) << s.geo.L2Bits()
-			gc = (gc + per) &^ (per - 1)
+			gc = s.nextL1(gc >> s.geo.L2Bits())
 			continue
 		}
 		if err := s.markDirty(r); err != nil {
