@@ -576,7 +576,7 @@ func (b *Base) WriteTo(name string, d ...*Damage) error {
 	}
 	length := b.Length
 	for _, x := range d {
-		for _, p := range x.Patches {
+		for _, p := range x.patches() {
 			if _, err := f.WriteAt(p.B, p.Off); err != nil {
 				return err
 			}
@@ -584,7 +584,7 @@ func (b *Base) WriteTo(name string, d ...*Damage) error {
 		}
 	}
 	for _, x := range d {
-		if x.Patches == nil {
+		if x.Patches == nil && x.Build == nil {
 			length = min(length, x.Length)
 		}
 	}

@@ -16,7 +16,15 @@ type Damage struct {
 	Field   string // what is damaged
 	Value   string // how, in words
 	Patches []Piece
-	Length  int64 // without patches
+	Build   func() []Piece // makes Patches, where they are large
+	Length  int64          // without either
+}
+
+func (d *Damage) patches() []Piece {
+	if d.Build != nil {
+		return d.Build()
+	}
+	return d.Patches
 }
 
 func (d *Damage) String() string { return d.Field + " = " + d.Value }
@@ -55,6 +63,9 @@ func (b *Base) Damages(names []string) []*Damage {
 	cut("511 bytes", 511)
 	cut("a sector less", b.Length-512)
 	cut("a byte less", b.Length-1)
+	if b.Size > 0 {
+		out = append(out, b.bulk()...)
+	}
 	return out
 }
 
@@ -328,7 +339,7 @@ func NewCases(seed uint64, names []string) *CasesOf {
 		c.Bases = append(c.Bases, b)
 		c.damages = append(c.damages, all)
 		for _, d := range all {
-			if s.Every || b.own(d) || r.IntN(shareOf) == 0 {
+			if s.Every || b.own(d) || d.Build != nil && r.IntN(3) == 0 || r.IntN(shareOf) == 0 {
 				c.singles = append(c.singles, single{b, d})
 			}
 		}

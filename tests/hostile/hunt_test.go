@@ -5,6 +5,7 @@ import (
 	"fmt"
 	"os"
 	"path/filepath"
+	"regexp"
 	"slices"
 	"strings"
 	"sync"
@@ -23,11 +24,13 @@ var (
 	flagSeed     = flag.Uint64("hostile.seed", 1, "seed")
 	flagFrom     = flag.Int("hostile.from", 0, "first case")
 	flagCase     = flag.Int("hostile.case", -1, "the one case to run")
+	flagMatch    = flag.String("hostile.match", "", "run only cases whose description matches")
 	flagBinary   = flag.String("hostile.binary", "", "daemon to hunt in, instead of one built from this tree")
 	flagWorkers  = flag.Int("hostile.workers", 2, "daemons at a time")
 	flagMemory   = flag.Int64("hostile.memory", 512, "MiB that a daemon may have resident")
 	flagSpace    = flag.Int64("hostile.space", 3072, "MiB of address space of a daemon")
 	flagDeadline = flag.Duration("hostile.deadline", 20*time.Second, "longest wait for an answer")
+	flagPatience = flag.Duration("hostile.patience", 5*time.Second, "how long a client waits for a command before it leaves")
 	flagKeep     = flag.Int("hostile.keep", 3, "failures of each kind that are shown and kept")
 )
 
@@ -68,6 +71,7 @@ func TestHunt(t *testing.T) {
 		last = 1 << 40
 		end = time.Now().Add(*flagTime)
 	}
+	match := regexp.MustCompile(*flagMatch)
 	began := time.Now()
 	var next, done atomic.Int64
 	next.Store(int64(first))
@@ -81,7 +85,9 @@ func TestHunt(t *testing.T) {
 				if n >= last || !end.IsZero() && time.Now().After(end) {
 					return
 				}
-				if !w.one(n) {
+				if c := h.cases.Case(n); !match.MatchString(c.String()) {
+					continue
+				} else if !w.one(c) {
 					return
 				}
 				done.Add(1)
@@ -133,16 +139,15 @@ func (w *worker) end() {
 }
 
 // one runs a case and tells whether to go on.
-func (w *worker) one(n int) bool {
+func (w *worker) one(c *Case) bool {
 	if w.s == nil {
-		s, err := newServer(w.bin, w.dir, Limits{*flagMemory << 20, *flagSpace << 20, *flagDeadline})
+		s, err := newServer(w.bin, w.dir, Limits{*flagMemory << 20, *flagSpace << 20, *flagDeadline, *flagPatience})
 		if err != nil {
 			w.h.t.Error(err)
 			return false
 		}
 		w.s = s
 	}
-	c := w.h.cases.Case(n)
 	trace, f := Run(w.s, c, *flagSeed)
 	w.h.mu.Lock()
 	w.h.peak = max(w.h.peak, w.s.peak())

@@ -56,14 +56,17 @@ type Report struct {
 	uses   map[int64]use
 	reft   []uint64
 	lost   bool // nothing can be expected: what everything rests on is damaged
+	least  Health
 	walked int
+	looked int64
 	disk   map[int64]Health // by guest cluster; those not there are sound
 	blocks map[int64][]byte
 }
 
 const (
-	mostTables  = 3000 // L2 tables that are looked at
-	mostEntries = 1 << 21
+	mostTables  = 3000    // L2 tables that are looked at
+	mostEntries = 1 << 21 // of a table
+	mostLooked  = 1 << 22 // of all tables
 )
 
 // Inspect looks at an image.
@@ -124,6 +127,10 @@ func (r *Report) entries(off, n int64) []uint64 {
 	if n <= 0 || off < 0 {
 		return nil
 	}
+	if r.looked += n; r.looked > mostLooked {
+		r.lost = true
+		return nil
+	}
 	b := r.read(off, n*8)
 	t := make([]uint64, n)
 	for i := range t {
@@ -180,6 +187,9 @@ func (r *Report) l1(off, n int64, u1, u2, ud use) {
 			r.bad("an L2 table lies behind the end")
 		}
 		for _, e := range r.entries(int64(l2), r.g.ClusterSize()/8) {
+			if r.lost {
+				return
+			}
 			switch k := layout.KindOf(e); k {
 			case layout.CompressedKind:
 				at, n := r.g.CompressedRange(e)
@@ -281,7 +291,7 @@ func (r *Report) health(c int64, copied bool) Health {
 		n = uint64(refs) // the repair will count
 	}
 	switch {
-	case refs == 1 && n == 0, refs == 1 && c<<r.g.ClusterBits >= r.length:
+	case refs == 1 && n == 0, c<<r.g.ClusterBits >= r.length:
 		return Uncounted
 	case uint64(refs) > n, copied && (n != 1 || refs != 1) && !r.Dirty:
 		return Tangled
@@ -300,7 +310,11 @@ func (r *Report) judge() {
 		if c<<r.g.ClusterBits >= r.length {
 			r.bad("cluster %d lies behind the end (%#x)", c, u)
 		}
-		if h := r.health(c, false); h == Tangled {
+		h := r.health(c, false)
+		if h == Uncounted && u&(useHeader|useReftable|useL1) != 0 {
+			r.least = Uncounted
+		}
+		if h == Tangled {
 			if u&(u-1) != 0 {
 				r.bad("cluster %d has several uses (%#x)", c, u)
 			}
@@ -376,7 +390,7 @@ func (r *Report) At(off int64) Health {
 	c := off >> r.g.ClusterBits
 	per := r.g.ClusterSize() / 8
 	if h, ok := r.disk[-(c/per)-1]; ok {
-		return h
+		return max(r.least, h)
 	}
-	return r.disk[c]
+	return max(r.least, r.disk[c])
 }

@@ -180,7 +180,7 @@ func (r *run) lost(off int64, later bool) error {
 }
 
 // steps is how many random steps a case has.
-const steps = 8
+const steps = 10
 
 // readWrite opens the image for writing, or an overlay of it, and does this and that.
 func (r *run) readWrite() error {
@@ -397,6 +397,9 @@ func (r *run) resize() error {
 	cs := r.c.Base.cs()
 	sizes := []int64{r.size + cs, r.size + 512, r.size * 2, r.size - cs, r.size - 512, r.size / 2, 0, 512, r.c.Base.Size, 1 << 30, 1 << 40, 1 << 56, 1 << 61}
 	to := max(0, sizes[r.r.IntN(len(sizes))]) &^ 511
+	if r.below != nil {
+		return nil // an overlay goes with its export
+	}
 	// An export keeps the size as it is.
 	if err := r.unexport(); err != nil {
 		return err

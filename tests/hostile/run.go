@@ -48,7 +48,9 @@ type run struct {
 	size    int64 // of what is exported
 	names   int
 	bitmaps []string
-	renamed bool // the header names another backing file now
+	// cannotWait is the command that the client did not wait for.
+	cannotWait string
+	renamed    bool // the header names another backing file now
 }
 
 // Run does a case on the daemon s.
@@ -57,6 +59,9 @@ func Run(s *server, c *Case, seed uint64) (trace []string, failed *Failure) {
 	s.said()
 	s.calm()
 	err := r.all()
+	if errors.Is(err, errGone) {
+		err = r.leave()
+	}
 	if r.q != nil {
 		r.q.Close()
 	}
@@ -108,26 +113,61 @@ func (r *run) note(format string, args ...any) {
 
 func (r *run) path(name string) string { return filepath.Join(r.s.work(), name) }
 
+// errGone: the client has left, as the answer to its command took too long.
+var errGone = errors.New("the client has left")
+
 // do executes a command. refused is its error, if it was refused; err ends the case.
 func (r *run) do(command string, args any) (ret []byte, refused *daemon.Error, err error) {
 	began := time.Now()
-	r.q.SetDeadline(began.Add(r.s.limits.Deadline))
+	r.q.SetDeadline(began.Add(r.s.limits.Patience))
 	ret, e := r.q.Do(command, args)
 	took := time.Since(began)
 	slow := ""
 	if took > time.Second {
 		slow = fmt.Sprintf(" (%v)", took.Round(time.Millisecond))
 	}
-	if e == nil {
+	switch {
+	case e == nil:
 		r.note("%s %v: ok%s", command, args, slow)
 		return ret, nil, nil
-	}
-	if errors.As(e, &refused) {
+	case errors.As(e, &refused):
 		r.note("%s %v: %s%s", command, args, refused.Desc, slow)
 		return nil, refused, nil
+	case os.IsTimeout(e) && r.cannotWait == "":
+		r.note("%s %v: no answer%s", command, args, slow)
+		r.cannotWait = command
+		return nil, nil, errGone
 	}
 	r.note("%s %v: %v%s", command, args, e, slow)
 	return nil, nil, &Failure{"no answer to " + command, e.Error(), true}
+}
+
+// leave is what a client does that has waited for long: it goes. What it asked for is to end then and leave everything
+// as it was, so that another client can put things away.
+func (r *run) leave() error {
+	r.q.Close()
+	end := time.Now().Add(r.s.limits.Deadline)
+	q, err := daemon.DialQMP(r.s.qmp(), end)
+	if err != nil {
+		return &Failure{"no answer to a new client", err.Error(), true}
+	}
+	r.q = q
+	for {
+		err := r.close()
+		var f *Failure
+		if err == nil {
+			// The name may be taken as long as what opens it has not ended.
+			var ok bool
+			if ok, err = r.try("blockdev-add", args{"driver": "null-co", "node-name": "d", "read-zeroes": true}); ok {
+				_, err = r.try("blockdev-del", args{"node-name": "d"})
+				return err
+			}
+		}
+		if time.Now().After(end) || errors.As(err, &f) && strings.HasPrefix(f.Kind, "no ") {
+			return &Failure{"no answer to " + r.cannotWait + ", and no end of it", "", true}
+		}
+		time.Sleep(50 * time.Millisecond) // until it has ended
+	}
 }
 
 // try is do for what may be refused.

@@ -25,6 +25,7 @@ type Limits struct {
 	Memory   int64         // resident bytes at most
 	Space    int64         // of address space: what lies above ends the process
 	Deadline time.Duration // of a command or request
+	Patience time.Duration // after which a client leaves, and its command is to end
 }
 
 // server is a daemon with a healthy disk that somebody works on all the time.
