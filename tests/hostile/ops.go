@@ -3,6 +3,7 @@ package hostile
 import (
 	"encoding/json"
 	"fmt"
+	"maps"
 	"os"
 	"time"
 
@@ -228,6 +229,9 @@ func (r *run) readWrite() error {
 		r.m.may = map[int64][]uint64{} // the overlay is gone
 	case r.below != nil:
 		r.m.may = r.below
+	}
+	if r.renamed {
+		maps.DeleteFunc(r.m.may, func(s int64, _ []uint64) bool { return !r.m.touched[s] })
 	}
 	return nil
 }

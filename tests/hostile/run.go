@@ -119,7 +119,11 @@ var errGone = errors.New("the client has left")
 // do executes a command. refused is its error, if it was refused; err ends the case.
 func (r *run) do(command string, args any) (ret []byte, refused *daemon.Error, err error) {
 	began := time.Now()
-	r.q.SetDeadline(began.Add(r.s.limits.Patience))
+	patience := r.s.limits.Patience
+	if r.cannotWait != "" {
+		patience = r.s.limits.Deadline
+	}
+	r.q.SetDeadline(began.Add(patience))
 	ret, e := r.q.Do(command, args)
 	took := time.Since(began)
 	slow := ""
@@ -164,7 +168,7 @@ func (r *run) leave() error {
 			}
 		}
 		if time.Now().After(end) || errors.As(err, &f) && strings.HasPrefix(f.Kind, "no ") {
-			return &Failure{"no answer to " + r.cannotWait + ", and no end of it", "", true}
+			return &Failure{"no answer to " + r.cannotWait + ", and no end of it", fmt.Sprint(err), true}
 		}
 		time.Sleep(50 * time.Millisecond) // until it has ended
 	}
