@@ -12,7 +12,8 @@
 // Nothing is locked while a driver opens; a failure anywhere, or the end of the context, discards the
 // hidden nodes and with them names, claims, file locks and descriptors.
 //
-// What an image names (a backing file) passes through one gate, Manager.planNamed, and a Policy.
+// What an image names (a backing file) passes through one gate, image_name.go, and a Policy. What is written into headers in turn leaves
+// out filters (Manager.HeaderName): it can be read again by whoever has the files.
 //
 // # Names of nodes
 //

@@ -93,9 +93,59 @@ func (m *Manager) namer() namer { return namer{m: m, shape: present{}} }
 // Filename is the name of n as queries show it. No I/O, no waiting.
 func (m *Manager) Filename(n *graph.Node) string { return m.name(n).filename }
 
-// FilenameIn is Filename as it is once tx is committed.
-func (m *Manager) FilenameIn(tx *graph.Tx, n *graph.Node) string {
-	return namer{m, tx, map[*graph.Node]*nodeName{}}.name(n).filename
+// HeaderName is how the header of an image names n as its backing file, and the format, as tx would leave the graph; nil: as it is. Filters change
+// nothing of what is read: they are left out, wherever they are, so that whoever opens the image needs the files and nothing else. Errors: images
+// cannot name what n is.
+func (m *Manager) HeaderName(tx *graph.Tx, n *graph.Node) (name, format string, err error) {
+	bare := unfiltered{present{}}
+	if tx != nil {
+		bare = unfiltered{tx}
+	}
+	v := namer{m, bare, map[*graph.Node]*nodeName{}}
+	gen, r := n.TreeGeneration(), m.record(n)
+	n = bare.skip(n)
+	for x := n; ; {
+		if d := m.drivers[types.BlockdevDriver(x.DriverName())]; d == nil || !d.ForImages {
+			return "", "", fmt.Errorf("An image cannot name a node of the driver '%s' as its backing file", x.DriverName())
+		}
+		e := v.File(x)
+		if e == nil {
+			break
+		}
+		x = v.Target(e)
+	}
+	name = v.name(n).filename
+	r.header.Store(&headerName{gen, name})
+	return name, n.DriverName(), nil
+}
+
+// isHeaderName tells whether an image's header was made to call n by that name.
+func (m *Manager) isHeaderName(n *graph.Node, name string) bool {
+	r := m.record(n).header.Load()
+	if r == nil {
+		return false
+	}
+	if n.TreeGeneration() == r.gen {
+		return r.name == name
+	}
+	now, _, err := m.HeaderName(nil, n)
+	return err == nil && now == name
+}
+
+// unfiltered is a shape without its filters.
+type unfiltered struct{ shape }
+
+func (u unfiltered) Target(e *graph.Edge) *graph.Node { return u.skip(u.shape.Target(e)) }
+
+func (u unfiltered) skip(n *graph.Node) *graph.Node {
+	for n.Kind() == graph.Filter {
+		e := u.FilteredChild(n)
+		if e == nil {
+			break
+		}
+		n = u.shape.Target(e)
+	}
+	return n
 }
 
 // BackingOverridden tells whether opening n's image anew, without options, would give another backing file, or
@@ -108,7 +158,8 @@ func (v namer) overridden(auto string, backing *graph.Edge) bool {
 	if backing == nil {
 		return auto != ""
 	}
-	return auto != v.name(v.Target(backing)).filename
+	n := v.Target(backing)
+	return auto != v.name(n).filename && (v.made != nil || !v.m.isHeaderName(n, auto))
 }
 
 // name is the name of n, made anew if something below changed since it was made.
@@ -198,7 +249,7 @@ func (v namer) plain(n *graph.Node, d *Driver, u any, needJSON bool) string {
 		if u == nil {
 			return ""
 		}
-		return d.NameAround(u, func(child string) string {
+		name := d.NameAround(u, func(child string) string {
 			for _, e := range v.Children(n) {
 				if e.ChildName() == child {
 					return v.name(v.Target(e)).exact
@@ -206,6 +257,10 @@ func (v namer) plain(n *graph.Node, d *Driver, u any, needJSON bool) string {
 			}
 			return ""
 		})
+		if len(name) > maxName {
+			return "" // that of a child may be in it twice, and so on
+		}
+		return name
 	}
 	if d != nil && d.PlainName != nil {
 		if needJSON {

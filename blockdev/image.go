@@ -22,6 +22,9 @@ type NewImage struct {
 	Backing, BackingFormat string
 }
 
+// maxBackingName and maxBackingFormat are the longest words, in bytes, that the headers of images have room for.
+const maxBackingName, maxBackingFormat = 1023, 15
+
 // CreateImage makes an image in a file, which is made or overwritten. It blocks as long as the storage does. A file that it has made
 // does not stay after an error.
 func (m *Manager) CreateImage(ctx context.Context, i NewImage) (err error) {
@@ -40,6 +43,9 @@ func (m *Manager) CreateImage(ctx context.Context, i NewImage) (err error) {
 		}
 		if i.Backing == i.Filename {
 			return errors.New("Error: Trying to create an image with the same filename as the backing file")
+		}
+		if len(i.Backing) > maxBackingName || len(i.BackingFormat) > maxBackingFormat {
+			return fmt.Errorf("Could not assign backing file '%s' with format '%s': Invalid argument", i.Backing, i.BackingFormat)
 		}
 	}
 	path, err := m.creationPath(ctx, i.Filename)

@@ -3,6 +3,7 @@ package blockdev
 import (
 	"context"
 	"fmt"
+	"os"
 	"strings"
 	"testing"
 	"time"
@@ -283,5 +284,66 @@ func BenchmarkChain200(b *testing.B) {
 			}
 			b.SetBytes(int64(len(out)))
 		})
+	}
+}
+
+// What the headers of overlays name: no filters, and nothing that could not be opened again.
+func TestHeaderName(t *testing.T) {
+	dir := t.TempDir()
+	m := newManager(t, Config{})
+	create(t, dir+"/a", "", "")
+	create(t, dir+"/mid", "a", "qcow2")
+	create(t, dir+"/target", "", "")
+	qcow2 := func(name, more string) string {
+		return `{'driver': 'qcow2', 'file': {'driver': 'file', 'filename': '` + dir + `/` + name + `'}` + more + `}`
+	}
+	for i, c := range []struct{ options, want string }{
+		{`'driver': 'qcow2', 'file': {'driver': 'file', 'filename': 'DIR/a'}`, "qcow2 DIR/a"},
+		{`'driver': 'compress', 'file': ` + qcow2("a", ""), "qcow2 DIR/a"},
+		{`'driver': 'preallocate', 'file': ` + qcow2("a", ""), "qcow2 DIR/a"},
+		{`'driver': 'blkdebug', 'image': ` + qcow2("a", ""), "qcow2 DIR/a"},
+		{`'driver': 'copy-on-read', 'file': {'driver': 'compress', 'file': ` + qcow2("mid", "") + `}`, "qcow2 DIR/mid"},
+		{`'driver': 'copy-before-write', 'target': ` + qcow2("target", "") + `, 'file': ` + qcow2("a", ""), "qcow2 DIR/a"},
+		{`'driver': 'qcow2', 'file': {'driver': 'blkdebug', 'image': {'driver': 'preallocate', 'file': {'driver': 'file', 'filename': 'DIR/a'}}}`, "qcow2 DIR/a"},
+		{`'driver': 'qcow2', 'file': {'driver': 'file', 'filename': 'DIR/mid'}, 'backing': {'driver': 'compress', 'file': ` + qcow2("a", "") + `}`, `qcow2 json:{"backing": {"driver": "qcow2", "file": {"driver": "file", "filename": "DIR/a"}}, "driver": "qcow2", "file": {"driver": "file", "filename": "DIR/mid"}}`}, // may be another one
+		{`'driver': 'qcow2', 'file': {'driver': 'file', 'filename': 'DIR/mid'}, 'backing': {'driver': 'compress', 'file': ` + qcow2("target", "") + `}`,
+			`qcow2 json:{"backing": {"driver": "qcow2", "file": {"driver": "file", "filename": "DIR/target"}}, "driver": "qcow2", "file": {"driver": "file", "filename": "DIR/mid"}}`},
+		{`'driver': 'raw', 'offset': 512, 'file': {'driver': 'preallocate', 'file': {'driver': 'file', 'filename': 'DIR/a'}}`,
+			`raw json:{"offset": 512, "driver": "raw", "file": {"driver": "file", "filename": "DIR/a"}}`},
+		{`'driver': 'null-co', 'size': 512, 'latency-ns': 1`, `null-co json:{"driver": "null-co", "size": 512}`},
+		{`'driver': 'snapshot-access', 'file': {'driver': 'copy-before-write', 'target': ` + qcow2("target", "") + `, 'file': ` + qcow2("a", "") + `}`,
+			"error: An image cannot name a node of the driver 'snapshot-access' as its backing file"},
+	} {
+		mustAdd(t, m, strings.ReplaceAll(`{'node-name': 'n', `+c.options+`}`, "DIR", dir))
+		name, format, err := m.HeaderName(nil, m.Graph().Node("n"))
+		got := format + " " + name
+		if err != nil {
+			got = "error: " + err.Error()
+		}
+		if want := strings.ReplaceAll(c.want, "DIR", dir); got != want {
+			t.Errorf("%d: got %s, want %s", i, got, want)
+		}
+		mustDel(t, m, "n")
+		if err != nil {
+			continue
+		}
+		// An image that names it so can be opened.
+		top := dir + "/top"
+		_ = os.Remove(top)
+		create(t, top, name, format)
+		if err := add(t, m, `{'driver': 'qcow2', 'node-name': 'n', 'file': {'driver': 'file', 'filename': '`+top+`'}}`); err != nil {
+			t.Errorf("%d: %v", i, err)
+			continue
+		}
+		mustDel(t, m, "n")
+	}
+	// Names that hold those of two children do not grow without end.
+	mustAdd(t, m, `{'driver': 'file', 'node-name': 'v0', 'read-only': true, 'filename': '`+dir+`/a'}`)
+	for i := range 40 {
+		v := fmt.Sprintf("v%d", i)
+		mustAdd(t, m, fmt.Sprintf(`{'driver': 'blkverify', 'node-name': 'v%d', 'read-only': true, 'raw': '%s', 'test': '%s'}`, i+1, v, v))
+	}
+	if n := len(m.Filename(m.Graph().Node("v40"))); n > maxName {
+		t.Errorf("a name of %d bytes", n)
 	}
 }

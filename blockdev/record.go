@@ -14,6 +14,7 @@ type record struct {
 	// definer is the parent whose options or image defined the node, as long as it is one: it hands options down.
 	definer atomic.Pointer[graph.Node]
 	name    atomic.Pointer[nodeName]
+	header  atomic.Pointer[headerName] // nil if nobody has asked for it
 	info    atomic.Pointer[nodeInfo]
 	actual  atomic.Int64 // bytes allocated as last heard; unknownSize if never
 	asking  atomic.Bool  // a worker asks for it now
@@ -26,6 +27,12 @@ const unknownSize = -1
 type autoBacking struct {
 	header string // what the header said
 	opened string // the name of the node that was opened
+}
+
+// headerName is what HeaderName said of a node.
+type headerName struct {
+	gen  uint64 // TreeGeneration that it was made at
+	name string
 }
 
 // newRecord starts the record of a node that is being opened.

@@ -76,11 +76,11 @@ func (s *Snapshot) makeOverlay(ctx context.Context, sketch *graph.Tx) error {
 	format := string(types.BlockdevDriverQcow2)
 	set(&format, a.Format)
 	if a.Mode == nil || *a.Mode != types.NewImageModeExisting {
-		err := s.m.CreateImage(ctx, NewImage{
-			Filename: a.SnapshotFile, Format: format, Size: s.old.Size(),
-			Backing: s.m.FilenameIn(sketch, s.old), BackingFormat: s.old.DriverName(),
-		})
-		if err != nil {
+		i := NewImage{Filename: a.SnapshotFile, Format: format, Size: s.old.Size()}
+		if i.Backing, i.BackingFormat, err = s.m.HeaderName(sketch, s.old); err != nil {
+			return err
+		}
+		if err := s.m.CreateImage(ctx, i); err != nil {
 			return err
 		}
 	}

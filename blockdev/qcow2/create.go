@@ -145,7 +145,7 @@ func (s *image) populate(r *blk.Req, o *CreateOptions) error {
 // ChangeBackingFile rewrites the backing file's name and format in the header; empty ones
 // remove them.
 func (s *image) ChangeBackingFile(r *blk.Req, name, format string) error {
-	if len(name) > layout.MaxBackingName {
+	if len(name) > layout.MaxBackingName || len(format) > layout.MaxBackingFormat {
 		return errInval
 	}
 	s.mu.Lock()

@@ -59,6 +59,21 @@ func (c *HeaderChange) Abort() {
 	}
 }
 
+// HeaderNames is what the header of an overlay names for base: as of says, but the client's word for the name if it has one, and raw for a protocol whose
+// driver the client wants to be masked.
+func HeaderNames(base *graph.Node, of func(*graph.Node) (name, format string, err error), given string, mask bool) (name, format string, err error) {
+	if name, format, err = of(base); err != nil {
+		return "", "", err
+	}
+	if given != "" {
+		name = given
+	}
+	if mask && base.SkipFilters().Kind() == graph.Protocol {
+		format = "raw"
+	}
+	return name, format, nil
+}
+
 // Contains tells whether n is top or below it, as far as filters and backing files go.
 func Contains(top, n *graph.Node) bool {
 	for top != nil && top != n {

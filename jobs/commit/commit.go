@@ -52,8 +52,8 @@ type Args struct {
 	FilterNodeName string // "": generated, and the filter is implicit
 	ManualFinalize bool
 	ManualDismiss  bool
-	// FileName gives the name of a node's image as it is written into an overlay's header.
-	FileName func(*graph.Node) string
+	// HeaderName is how an overlay's header names a node, and the format.
+	HeaderName func(*graph.Node) (name, format string, err error)
 }
 
 // errInUse is why the nodes of a job take no other operation.
@@ -344,7 +344,10 @@ func (j *job) Prepare(ctx context.Context, h *jobs.Handle) error {
 	if err := tx.ReplaceNode(j.filter, j.Base); err != nil {
 		return err
 	}
-	name, format := j.headerNames()
+	name, format, err := chain.HeaderNames(j.Base, j.HeaderName, j.BackingFile, j.MaskProtocol)
+	if err != nil {
+		return err
+	}
 	for _, n := range overlays {
 		tx.Drain(n)
 		tx.Join(&chain.HeaderChange{Node: n, Base: j.Base, Name: name, Format: format})
@@ -356,17 +359,6 @@ func (j *job) Prepare(ctx context.Context, h *jobs.Handle) error {
 	h.Quiesced(1, below...)
 	j.filter = nil
 	return nil
-}
-
-func (j *job) headerNames() (name, format string) {
-	name, format = j.BackingFile, j.Base.DriverName()
-	if name == "" {
-		name = j.FileName(j.Base)
-	}
-	if j.MaskProtocol && j.Base.Kind() == graph.Protocol {
-		format = "raw"
-	}
-	return name, format
 }
 
 // leave lets tx give back what the job relies on.

@@ -236,7 +236,7 @@ func (w *world) readers() (stop func()) {
 
 func (w *world) args() commit.Args {
 	return commit.Args{ID: "j", Device: w.nodes["active"], Top: w.nodes["top"], Base: w.nodes["base"], ManualDismiss: true,
-		OnError: types.BlockdevOnErrorReport, FileName: (*graph.Node).Name}
+		OnError: types.BlockdevOnErrorReport, HeaderName: headerName}
 }
 
 func (w *world) start(a commit.Args) *jobs.Job {
@@ -523,3 +523,6 @@ func TestTwoAtOnce(t *testing.T) {
 		}
 	}
 }
+
+// headerName names nodes by their names.
+func headerName(n *graph.Node) (name, format string, err error) { return n.Name(), n.DriverName(), nil }

@@ -52,8 +52,8 @@ type Args struct {
 	FilterNodeName string // "": generated, and the filter is implicit
 	ManualFinalize bool
 	ManualDismiss  bool
-	// FileName gives the name of a node's image as it is written into an overlay's header.
-	FileName func(*graph.Node) string
+	// HeaderName is how an overlay's header names a node, and the format.
+	HeaderName func(*graph.Node) (name, format string, err error)
 }
 
 // errInUse is why the nodes of a job take no other operation.
@@ -307,8 +307,8 @@ func (j *job) Prepare(ctx context.Context, h *jobs.Handle) error {
 		if base == nil {
 			err = tx.Detach(cow)
 		} else {
-			header.Name, header.Format = j.headerNames(base.SkipFilters())
-			if cow.Node() != base {
+			header.Name, header.Format, err = chain.HeaderNames(base, j.HeaderName, j.BackingFile, j.MaskProtocol)
+			if err == nil && cow.Node() != base {
 				err = tx.Replace(cow, base)
 			}
 		}
@@ -326,17 +326,6 @@ func (j *job) Prepare(ctx context.Context, h *jobs.Handle) error {
 	h.Quiesced(2, below...)
 	j.filter, j.root, j.holds = nil, nil, nil
 	return nil
-}
-
-func (j *job) headerNames(base *graph.Node) (name, format string) {
-	name, format = j.BackingFile, base.DriverName()
-	if name == "" {
-		name = j.FileName(base)
-	}
-	if j.MaskProtocol && base.Kind() == graph.Protocol {
-		format = "raw"
-	}
-	return name, format
 }
 
 // Clean implements jobs.Cleaner.

@@ -96,7 +96,7 @@ func TestShortLayers(t *testing.T) {
 			}
 			before := read()
 			m := jobs.NewManager(sink, nil)
-			a := stream.Args{ID: "j", Top: top, ManualDismiss: true, FileName: (*graph.Node).Name}
+			a := stream.Args{ID: "j", Top: top, ManualDismiss: true, HeaderName: headerName}
 			if c.keepBase {
 				a.Base = base
 			}
@@ -131,7 +131,7 @@ func TestRawOverAChain(t *testing.T) {
 	top := layer(t, g, "top", 4, below)
 	root := drivertest.AddRoot(t, g, top, perm.Claim{Need: perm.ConsistentRead, Share: perm.All})
 	m := jobs.NewManager(sink, nil)
-	release, err := stream.Start(context.Background(), m, stream.Args{ID: "j", Top: top, FileName: (*graph.Node).Name, ManualDismiss: true})
+	release, err := stream.Start(context.Background(), m, stream.Args{ID: "j", Top: top, HeaderName: headerName, ManualDismiss: true})
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -154,3 +154,6 @@ func TestRawOverAChain(t *testing.T) {
 		t.Error(err)
 	}
 }
+
+// headerName names nodes by their names.
+func headerName(n *graph.Node) (name, format string, err error) { return n.Name(), n.DriverName(), nil }

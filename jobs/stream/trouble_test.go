@@ -37,7 +37,7 @@ func TestLargeClusters(t *testing.T) {
 		Children: []drivertest.Child{drivertest.File(file), drivertest.Backing(below)}, Open: qcow2.Open})
 	top.SetWriteThreshold(1)
 	jm := jobs.NewManager(sink, nil)
-	release, err := stream.Start(context.Background(), jm, stream.Args{ID: "j", Top: top, ManualDismiss: true, FileName: (*graph.Node).Name})
+	release, err := stream.Start(context.Background(), jm, stream.Args{ID: "j", Top: top, ManualDismiss: true, HeaderName: headerName})
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -89,7 +89,7 @@ func TestLeftBehind(t *testing.T) {
 	s := &stuck{drivertest.MemFileOf(bytes.Repeat([]byte{1}, cluster)), make(chan struct{}, 1), make(chan struct{})}
 	top := layer(t, g, "top", 1, drivertest.AddNode(t, g, "base", s))
 	m := jobs.NewManager(&drivertest.Sink{}, nil)
-	release, err := stream.Start(context.Background(), m, stream.Args{ID: "j", Top: top, ManualDismiss: true, FileName: (*graph.Node).Name})
+	release, err := stream.Start(context.Background(), m, stream.Args{ID: "j", Top: top, ManualDismiss: true, HeaderName: headerName})
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -121,7 +121,7 @@ func TestCancelWhileItStarts(t *testing.T) {
 	m := jobs.NewManager(sink, nil)
 	started := make(chan error)
 	go func() {
-		release, err := stream.Start(context.Background(), m, stream.Args{ID: "j", Top: top, ManualDismiss: true, FileName: (*graph.Node).Name})
+		release, err := stream.Start(context.Background(), m, stream.Args{ID: "j", Top: top, ManualDismiss: true, HeaderName: headerName})
 		if err == nil {
 			release()
 		}

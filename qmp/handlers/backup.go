@@ -89,8 +89,9 @@ func (s *backupStep) Open(ctx context.Context, sketch *graph.Tx) error {
 	if !existing {
 		i := blockdev.NewImage{Filename: a.Target, Format: format, Size: n.Size()}
 		if below != nil {
-			below = sketch.SkipImplicitFilters(below)
-			i.Backing, i.BackingFormat = s.h.Nodes.FilenameIn(sketch, below), below.DriverName()
+			if i.Backing, i.BackingFormat, err = s.h.Nodes.HeaderName(sketch, below); err != nil {
+				return err
+			}
 		}
 		if err := s.h.Nodes.CreateImage(ctx, i); err != nil {
 			return err

@@ -57,10 +57,13 @@ func (h BlockJob) BlockCommit(ctx context.Context, a *types.BlockCommitArgs) err
 		if err := chain.Overlay(device, top).Blocked(graph.OpCommitTarget); err != nil {
 			return err
 		}
+		if _, _, err := h.headerName(base); err != nil {
+			return err
+		}
 		release, err = commit.Start(ctx, h.Jobs, commit.Args{
 			ID: deref(a.JobID), Device: device, Top: top, Base: base, BackingFile: deref(a.BackingFile), MaskProtocol: deref(a.BackingMaskProtocol),
 			Speed: deref(a.Speed), OnError: onError, FilterNodeName: filter,
-			ManualFinalize: isFalse(a.AutoFinalize), ManualDismiss: isFalse(a.AutoDismiss), FileName: h.Nodes.Filename,
+			ManualFinalize: isFalse(a.AutoFinalize), ManualDismiss: isFalse(a.AutoDismiss), HeaderName: h.headerName,
 		})
 	}
 	if err != nil {

@@ -152,8 +152,9 @@ func (h BlockJob) DriveMirror(ctx context.Context, a *types.DriveMirror) error {
 	if !existing {
 		i := blockdev.NewImage{Filename: a.Target, Format: format, Size: source.Size()}
 		if backing != nil {
-			b := backing.SkipImplicitFilters()
-			i.Backing, i.BackingFormat = h.Nodes.Filename(b), b.DriverName()
+			if i.Backing, i.BackingFormat, err = h.Nodes.HeaderName(nil, backing); err != nil {
+				return err
+			}
 		}
 		if err := h.Nodes.CreateImage(ctx, i); err != nil {
 			return err

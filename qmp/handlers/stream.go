@@ -20,10 +20,10 @@ type Nodes interface {
 	LookupIn(tx *graph.Tx, name string) (*graph.Node, error)
 	// LookupRoot is Lookup of a node that nothing but devices and exports uses.
 	LookupRoot(name string) (*graph.Node, error)
-	// Filename is the node's name as it is written into an overlay's header.
+	// Filename is the node's name as queries show it.
 	Filename(n *graph.Node) string
-	// FilenameIn is Filename as it is once tx is committed.
-	FilenameIn(tx *graph.Tx, n *graph.Node) string
+	// HeaderName is how the header of an image names n as its backing file, and the format, as tx would leave the graph or, if it is nil, as it is.
+	HeaderName(tx *graph.Tx, n *graph.Node) (name, format string, err error)
 	// FindBacking is the node in the backing chain of top whose image has that file name, or nil.
 	FindBacking(top *graph.Node, file string) *graph.Node
 	// CreateImage makes an image in a file.
@@ -54,7 +54,7 @@ func (h BlockJob) BlockStream(ctx context.Context, a *types.BlockStreamArgs) err
 		return fmt.Errorf("Could not create node: %w", err)
 	}
 	args := stream.Args{
-		Top: top, OnError: types.BlockdevOnErrorReport, FileName: h.Nodes.Filename,
+		Top: top, OnError: types.BlockdevOnErrorReport, HeaderName: h.headerName,
 		ID: deref(a.JobID), BackingFile: deref(a.BackingFile), Speed: deref(a.Speed), FilterNodeName: filter,
 		ManualFinalize: isFalse(a.AutoFinalize), ManualDismiss: isFalse(a.AutoDismiss),
 		MaskProtocol: deref(a.BackingMaskProtocol),
@@ -77,12 +77,21 @@ func (h BlockJob) BlockStream(ctx context.Context, a *types.BlockStreamArgs) err
 	if args.Base == nil && a.BackingFile != nil {
 		return fmt.Errorf("backing file specified, but streaming the entire chain")
 	}
+	if args.Base != nil {
+		if _, _, err := h.headerName(args.Base); err != nil {
+			return err
+		}
+	}
 	release, err := stream.Start(ctx, h.Jobs, args)
 	if err != nil {
 		return err
 	}
 	qmp.AfterReply(ctx, release)
 	return nil
+}
+
+func (h BlockJob) headerName(n *graph.Node) (name, format string, err error) {
+	return h.Nodes.HeaderName(nil, n)
 }
 
 // streamEnd finds the node that the arguments name as the end of what is streamed.

@@ -25,6 +25,8 @@ const (
 	DefaultClusterSize = 65536
 	// MaxBackingName is the longest backing file name in bytes.
 	MaxBackingName = 1023
+	// MaxBackingFormat is the longest name of its format.
+	MaxBackingFormat = 15
 )
 
 // Byte offsets of header fields that are updated on their own.
