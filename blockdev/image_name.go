@@ -4,6 +4,7 @@ import (
 	"context"
 	"errors"
 	"fmt"
+	"os"
 	"path/filepath"
 	"slices"
 	"strings"
@@ -48,6 +49,11 @@ func (p *Policy) SetRoots(folders ...string) error {
 		path, err := filepath.EvalSymlinks(f)
 		if err != nil {
 			return err
+		}
+		if st, err := os.Stat(path); err != nil {
+			return err
+		} else if !st.IsDir() {
+			return fmt.Errorf("'%s' is not a folder", f)
 		}
 		p.Roots = append(p.Roots, path)
 	}

@@ -75,7 +75,7 @@ func newDaemon(p processWide) *daemon {
 	d.objects = object.NewRegistry(d.chardevObjects)
 	d.jobs = jobs.NewManager(d.bus, nil)
 	quiesced := func(nodes ...*graph.Node) { d.jobs.Quiesced(2, nodes...) } // as the reference does, once with the request queue and once with the node
-	d.nodes = blockdev.New(d.graph, blockdev.Config{Objects: d.objects, Probed: quiesced})
+	d.nodes = blockdev.New(d.graph, blockdev.Config{Objects: d.objects, Policy: p.policy, Probed: quiesced})
 	d.exports = export.New(d.graph, export.Options{
 		SocketMode: p.socketMode, Iothread: d.iothread, NBD: p.limits.nbdServer(), Idle: d.memory.giveBack, Log: slog.Default(),
 		Leaving: func(n *graph.Node) { quiesced(n) },

@@ -50,6 +50,8 @@ var helpGroups = [][]optionHelp{
 		{"socket-mode", 0, []string{"<octal>"}, "permissions of the socket files made after this option (default 0600)"},
 		{"limit", 0, []string{"<name>=<value>[,...]"},
 			"bound what clients can make the daemon hold; 'help' lists the names and their defaults"},
+		{"image-policy", 0, []string{"<name>=<value>[,...]"},
+			"what the headers of images may name as backing files; 'help' lists the names and their defaults"},
 		{"quickstart", 0, []string{"<dir>"},
 			"serve a new disk with a monitor and an NBD server, all below <dir>, and show what to try"},
 	},

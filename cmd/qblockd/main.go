@@ -8,6 +8,7 @@
 //	daemon.go     the parts, how they hang together, and how they end
 //	quickstart.go       --quickstart: a disk, a monitor and an NBD server out of nothing
 //	limits.go     --limit: what clients can make the daemon hold
+//	policy.go     --image-policy: what images may name
 //	memory.go     how much garbage there may be, and when memory is given back
 //	help.go       --help, --version
 //	cmdline/      the dialects of the command line
@@ -23,6 +24,7 @@ import (
 	"strconv"
 	"strings"
 
+	"qblockd/blockdev"
 	"qblockd/cmd/qblockd/cmdline"
 )
 
@@ -35,6 +37,7 @@ var options = []cmdline.Option{
 	{Long: "daemonize"},
 	{Long: "export", Arg: true},
 	{Long: "help", Short: 'h'},
+	{Long: "image-policy", Arg: true},
 	{Long: "limit", Arg: true},
 	{Long: "monitor", Arg: true},
 	{Long: "nbd-server", Arg: true},
@@ -89,6 +92,7 @@ type processWide struct {
 	pidfile    string
 	socketMode fs.FileMode
 	limits     limits
+	policy     blockdev.Policy
 }
 
 // processOptions does the options that concern the process and come before all others wherever they stand. A
@@ -112,6 +116,12 @@ func processOptions(items []cmdline.Item, scanErr error) (p processWide) {
 			p.pidfile = it.Arg
 		case "limit":
 			if err := p.limits.setLimits(it.Arg); errors.Is(err, errHelpShown) {
+				os.Exit(0)
+			} else if err != nil {
+				fatal(it.Where(), err)
+			}
+		case "image-policy":
+			if err := setPolicy(&p.policy, it.Arg); errors.Is(err, errHelpShown) {
 				os.Exit(0)
 			} else if err != nil {
 				fatal(it.Where(), err)

@@ -2,7 +2,7 @@
 _qblockd() {
 	local word=${COMP_WORDS[COMP_CWORD]}
 	if [[ $word == -* ]]; then
-		mapfile -t COMPREPLY < <(compgen -W '--help --version --trace --blockdev --chardev --monitor --nbd-server --export --object --daemonize --pidfile --socket-mode --limit --quickstart' -- "$word")
+		mapfile -t COMPREPLY < <(compgen -W '--help --version --trace --blockdev --chardev --monitor --nbd-server --export --object --daemonize --pidfile --socket-mode --limit --image-policy --quickstart' -- "$word")
 	else
 		mapfile -t COMPREPLY < <(compgen -f -- "$word")
 	fi

@@ -12,4 +12,5 @@ complete -c qblockd -l daemonize -d 'go to the background once everything above 
 complete -c qblockd -l pidfile -r -d 'write the process id to a file, locked while the daemon lives'
 complete -c qblockd -l socket-mode -r -d 'permissions of the socket files made after this option (default 0600)'
 complete -c qblockd -l limit -r -d 'bound what clients can make the daemon hold; '\''help'\'' lists the names and their defaults'
+complete -c qblockd -l image-policy -r -d 'what the headers of images may name as backing files; '\''help'\'' lists the names and their defaults'
 complete -c qblockd -l quickstart -r -d 'serve a new disk with a monitor and an NBD server, all below <dir>, and show what to try'

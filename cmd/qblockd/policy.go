@@ -1,0 +1,71 @@
+package main
+
+import (
+	"errors"
+	"fmt"
+	"strings"
+
+	"qblockd/blockdev"
+	"qblockd/cmd/qblockd/cmdline"
+)
+
+// policyKeys are the parts of the image policy: --image-policy, its help and docs/image-policy.md go by them.
+var policyKeys = []struct {
+	name string
+	typ  cmdline.OptType
+	def  string // as shown
+	text string
+}{
+	{"roots", cmdline.OptString, "/", "folders, separated by colons, that a file must be in, directly or deeper, when all symbolic links are followed"},
+	{"devices", cmdline.OptBool, "off", "whether block devices may be named"},
+	{"references", cmdline.OptBool, "off", "whether nodes and throttle groups of the daemon may be named"},
+	{"max-chain", cmdline.OptNumber, "1000", "how many images a chain of backing files may have that headers name; 0: they may name nothing"},
+}
+
+// maxMaxChain is the longest chain that can be allowed: opening one takes stack.
+const maxMaxChain = 10000
+
+// setPolicy does an argument of --image-policy.
+func setPolicy(p *blockdev.Policy, arg string) error {
+	known := map[string]cmdline.OptType{}
+	for _, k := range policyKeys {
+		known[k.name] = k.typ
+	}
+	o, err := cmdline.ParseOpts(arg, "", known)
+	switch {
+	case err != nil:
+		return err
+	case o.ID != "":
+		return errors.New("Invalid parameter 'id'")
+	case o.Help:
+		fmt.Print(policyText())
+		return errHelpShown
+	}
+	next := *p
+	if _, given := o.Get("max-chain"); given {
+		n := o.Number("max-chain")
+		if n > maxMaxChain {
+			return fmt.Errorf("Parameter 'max-chain' expects a value from 0 to %d", maxMaxChain)
+		}
+		if next.MaxChain = int(n); n == 0 {
+			next.MaxChain = -1 // none; 0 means the default there
+		}
+	}
+	if roots, given := o.Get("roots"); given {
+		if err := next.SetRoots(strings.Split(roots, ":")...); err != nil {
+			return fmt.Errorf("Parameter 'roots' expects folders: %w", err)
+		}
+	}
+	next.Devices, next.References = o.Bool("devices", p.Devices), o.Bool("references", p.References)
+	*p = next
+	return nil
+}
+
+// policyText is what --image-policy help shows.
+func policyText() string {
+	var b strings.Builder
+	for _, k := range policyKeys {
+		fmt.Fprintf(&b, "  %-28s %s\n", k.name+"="+k.def, k.text)
+	}
+	return b.String()
+}
