@@ -9,6 +9,7 @@ import (
 	"testing"
 
 	"qblockd/blockdev/drivertest"
+	"qblockd/blockdev/qcow2/layout"
 	"qblockd/graph/blk"
 )
 
@@ -217,4 +218,28 @@ func TestCreateErrors(t *testing.T) {
 			t.Error("something was written")
 		}
 	}
+}
+
+// TestFlagsWithoutTable: an L1 entry that names no L2 table and has flags all the same is passed over, by discards, by status and by a resize.
+func TestFlagsWithoutTable(t *testing.T) {
+	f := mustCreate(t, CreateOptions{Size: 2 << 30})
+	l1 := int64(be.Uint64(f.Bytes()[40:]))
+	for i, v := range []uint64{layout.Copied, 1 << 56, layout.Copied | 1<<62} {
+		f.Poke(l1+int64(8*i), be.AppendUint64(nil, v))
+	}
+	s := mustOpen(t, mem{f}, config{})
+	if err := s.Discard(req(), 0, 2<<30); err != nil {
+		t.Error(err)
+	}
+	for off := int64(0); off < 2<<30; {
+		x, err := s.Status(req(), off, 2<<30-off)
+		if err != nil || x.N <= 0 {
+			t.Fatalf("status at %d: %+v, %v", off, x, err)
+		}
+		off += x.N
+	}
+	if err := s.Resize(req(), 1<<30, blk.PreallocOff); err != nil {
+		t.Error(err)
+	}
+	mustClose(t, s)
 }

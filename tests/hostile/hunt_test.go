@@ -19,19 +19,20 @@ import (
 )
 
 var (
-	flagCases    = flag.Int("hostile.cases", 0, "number of cases; 0: as many as -hostile.time allows")
-	flagTime     = flag.Duration("hostile.time", 0, "time to stop after, if -hostile.cases is not given")
-	flagSeed     = flag.Uint64("hostile.seed", 1, "seed")
-	flagFrom     = flag.Int("hostile.from", 0, "first case")
-	flagCase     = flag.Int("hostile.case", -1, "the one case to run")
-	flagMatch    = flag.String("hostile.match", "", "run only cases whose description matches")
-	flagBinary   = flag.String("hostile.binary", "", "daemon to hunt in, instead of one built from this tree")
-	flagWorkers  = flag.Int("hostile.workers", 2, "daemons at a time")
-	flagMemory   = flag.Int64("hostile.memory", 512, "MiB that a daemon may have resident")
-	flagSpace    = flag.Int64("hostile.space", 3072, "MiB of address space of a daemon")
-	flagDeadline = flag.Duration("hostile.deadline", 20*time.Second, "longest wait for an answer")
-	flagPatience = flag.Duration("hostile.patience", 5*time.Second, "how long a client waits for a command before it leaves")
-	flagKeep     = flag.Int("hostile.keep", 3, "failures of each kind that are shown and kept")
+	flagCases     = flag.Int("hostile.cases", 0, "number of cases; 0: as many as -hostile.time allows")
+	flagTime      = flag.Duration("hostile.time", 0, "time to stop after, if -hostile.cases is not given")
+	flagSeed      = flag.Uint64("hostile.seed", 1, "seed")
+	flagFrom      = flag.Int("hostile.from", 0, "first case")
+	flagCase      = flag.Int("hostile.case", -1, "the one case to run")
+	flagMatch     = flag.String("hostile.match", "", "run only cases whose description matches")
+	flagBinary    = flag.String("hostile.binary", "", "daemon to hunt in, instead of one built from this tree")
+	flagWorkers   = flag.Int("hostile.workers", 2, "daemons at a time")
+	flagMemory    = flag.Int64("hostile.memory", 512, "MiB that a daemon may have resident")
+	flagSpace     = flag.Int64("hostile.space", 3072, "MiB of address space of a daemon")
+	flagDeadline  = flag.Duration("hostile.deadline", 20*time.Second, "longest wait for an answer")
+	flagPatience  = flag.Duration("hostile.patience", 5*time.Second, "how long a client waits for a command before it leaves")
+	flagReference = flag.Bool("hostile.reference", false, "compare what is read with what qemu-img reads")
+	flagKeep      = flag.Int("hostile.keep", 3, "failures of each kind that are shown and kept")
 )
 
 func TestMain(m *testing.M) { goleak.VerifyTestMain(m) }
@@ -141,7 +142,7 @@ func (w *worker) end() {
 // one runs a case and tells whether to go on.
 func (w *worker) one(c *Case) bool {
 	if w.s == nil {
-		s, err := newServer(w.bin, w.dir, Limits{*flagMemory << 20, *flagSpace << 20, *flagDeadline, *flagPatience})
+		s, err := newServer(w.bin, w.dir, Limits{*flagMemory << 20, *flagSpace << 20, *flagDeadline, *flagPatience, *flagReference})
 		if err != nil {
 			w.h.t.Error(err)
 			return false

@@ -324,6 +324,11 @@ func (r *run) readOnly(first bool) error {
 		if err := r.readAll(first, true); err != nil {
 			return err
 		}
+		if first && r.s.limits.Reference {
+			if err := r.reference(); err != nil {
+				return err
+			}
+		}
 		if err := r.close(); err != nil {
 			return err
 		}

@@ -26,6 +26,8 @@ type Limits struct {
 	Space    int64         // of address space: what lies above ends the process
 	Deadline time.Duration // of a command or request
 	Patience time.Duration // after which a client leaves, and its command is to end
+	// Reference compares what is read with what qemu-img reads.
+	Reference bool
 }
 
 // server is a daemon with a healthy disk that somebody works on all the time.
