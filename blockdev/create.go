@@ -3,6 +3,7 @@ package blockdev
 import (
 	"context"
 	"errors"
+	"sync"
 
 	"qblockd/blockdev/file"
 	"qblockd/blockdev/qcow2"
@@ -19,7 +20,19 @@ func (m *Manager) Creator(o *types.BlockdevCreateOptions) Creator {
 	switch u := o.U.(type) {
 	case *types.BlockdevCreateOptionsFile:
 		if o.Driver == types.BlockdevDriverFile {
-			return func(ctx context.Context, started func()) error { return file.Create(ctx, u, started) }
+			return func(ctx context.Context, started func()) error {
+				c := m.beginCreation()
+				defer c.end()
+				return file.Create(ctx, u, func(f file.Made) error {
+					if err := c.take(f); err != nil {
+						return err
+					}
+					if started != nil {
+						started()
+					}
+					return nil
+				})
+			}
 		}
 	case *types.BlockdevCreateOptionsQcow2:
 		return func(ctx context.Context, started func()) (err error) {
@@ -32,6 +45,54 @@ func (m *Manager) Creator(o *types.BlockdevCreateOptions) Creator {
 		}
 	}
 	return nil
+}
+
+// creation is a command that makes a file or an image in one. Until it has ended, which for an overlay is when its node has its locks, no other
+// command of this daemon makes one in the same file: between the steps nothing else would keep them apart.
+type creation struct {
+	m    *Manager
+	mu   sync.Mutex
+	over bool
+	made *file.Made
+}
+
+func (m *Manager) beginCreation() *creation { return &creation{m: m} }
+
+// errCreating is the reference's word for a file that somebody else writes to.
+var errCreating = errors.New(`Failed to get "write" lock`)
+
+// take makes a file the command's; an error: it is another's, or the command has ended before it got there.
+func (c *creation) take(f file.Made) error {
+	c.mu.Lock()
+	defer c.mu.Unlock()
+	if c.over {
+		return context.Canceled
+	}
+	if _, busy := c.m.creating.LoadOrStore(f.ID, c); busy {
+		return errCreating
+	}
+	c.made = &f
+	return nil
+}
+
+// end lets others have the file.
+func (c *creation) end() {
+	c.mu.Lock()
+	defer c.mu.Unlock()
+	if !c.over && c.made != nil {
+		c.m.creating.Delete(c.made.ID)
+	}
+	c.over = true
+}
+
+// undo removes the file, if it is new and the command's.
+func (c *creation) undo(path string) {
+	c.mu.Lock()
+	made := c.made
+	c.mu.Unlock()
+	if made != nil {
+		file.Remove(path, *made)
+	}
 }
 
 // Amender returns what changes the format's options in the image of a node. Only images of one driver can be changed, and without encryption, which is

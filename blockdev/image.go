@@ -4,8 +4,6 @@ import (
 	"context"
 	"errors"
 	"fmt"
-	"io/fs"
-	"os"
 
 	"qblockd/blockdev/file"
 	"qblockd/graph"
@@ -15,9 +13,7 @@ import (
 
 // NewImage describes an image that a command makes under way.
 type NewImage struct {
-	Filename string
-	Format   string // name of a driver
-	Size     int64  // bytes
+	Size int64 // bytes
 	// Backing is the file name that the new image names as its backing file, of the format BackingFormat; "" for none.
 	Backing, BackingFormat string
 }
@@ -25,55 +21,82 @@ type NewImage struct {
 // maxBackingName and maxBackingFormat are the longest words, in bytes, that the headers of images have room for.
 const maxBackingName, maxBackingFormat = 1023, 15
 
-// CreateImage makes an image in a file, which is made or overwritten. It blocks as long as the storage does. A file that it has made
+// createImage makes an image in a file, which is made or overwritten, or on a device. It blocks as long as the storage does. A file that it has made
 // does not stay after an error.
-func (m *Manager) CreateImage(ctx context.Context, i NewImage) (err error) {
-	d := m.drivers[types.BlockdevDriver(i.Format)]
+func (m *Manager) createImage(ctx context.Context, c *creation, filename, format string, i *NewImage) error {
+	d := m.drivers[types.BlockdevDriver(format)]
 	if d == nil {
-		return fmt.Errorf("Unknown file format '%s'", i.Format)
+		return fmt.Errorf("Unknown file format '%s'", format)
 	}
 	switch d.Name {
 	case types.BlockdevDriverQcow2, types.BlockdevDriverRaw, types.BlockdevDriverFile:
 	default:
-		return fmt.Errorf("Format driver '%s' does not support image creation", i.Format)
+		return fmt.Errorf("Format driver '%s' does not support image creation", format)
 	}
 	if i.Backing != "" {
 		if d.Backing == nil {
-			return fmt.Errorf("Backing file not supported for file format '%s'", i.Format)
+			return fmt.Errorf("Backing file not supported for file format '%s'", format)
 		}
-		if i.Backing == i.Filename {
+		if i.Backing == filename {
 			return errors.New("Error: Trying to create an image with the same filename as the backing file")
 		}
 		if len(i.Backing) > maxBackingName || len(i.BackingFormat) > maxBackingFormat {
 			return fmt.Errorf("Could not assign backing file '%s' with format '%s': Invalid argument", i.Backing, i.BackingFormat)
 		}
 	}
-	path, err := m.creationPath(ctx, i.Filename)
+	o, err := m.protocolOptions(ctx, filename)
 	if err != nil {
 		return err
 	}
-	fresh, err := await(ctx, func() bool { _, err := os.Lstat(path); return errors.Is(err, fs.ErrNotExist) })
-	if err != nil {
-		return err
+	f, ok := o.U.(*types.BlockdevOptionsFile)
+	if !ok {
+		return fmt.Errorf("Protocol driver '%s' does not support image creation", o.Driver)
 	}
-	defer func() {
-		if err != nil && fresh {
-			os.Remove(path)
-		}
-	}()
-	o := &types.BlockdevCreateOptionsFile{Filename: path}
+	if o.Driver == types.BlockdevDriverHostDevice {
+		return m.createOnDevice(ctx, o, d, i)
+	}
+	n := &types.BlockdevCreateOptionsFile{Filename: f.Filename}
 	if d.Name != types.BlockdevDriverQcow2 {
-		o.Size = uint64(i.Size)
+		n.Size = uint64(i.Size)
 	}
-	if err := file.Create(ctx, o, func() {}); err != nil || d.Name != types.BlockdevDriverQcow2 {
+	if err = file.Create(ctx, n, c.take); err == nil && d.Name == types.BlockdevDriverQcow2 {
+		err = m.formatQcow2(ctx, o, i)
+	}
+	if err != nil {
+		c.undo(f.Filename)
+	}
+	return err
+}
+
+// createOnDevice makes an image on a device, which is there and keeps its size.
+func (m *Manager) createOnDevice(ctx context.Context, o *types.BlockdevOptions, d *Driver, i *NewImage) error {
+	root, err := m.OpenForCreate(ctx, &types.BlockdevRef{Definition: o})
+	if err != nil {
+		return fmt.Errorf("Protocol driver '%s' does not support image creation, and opening the image failed: %w", o.Driver, err)
+	}
+	err = func() error {
+		if d.Name == types.BlockdevDriverQcow2 {
+			return nil
+		}
+		if root.Node().Size() < i.Size {
+			return errors.New("Cannot grow device files")
+		}
+		r, err := root.Begin(ctx)
+		if err != nil {
+			return err
+		}
+		defer root.End(r)
+		return root.Edge().Zero(r, 0, min(probeBytes, root.Node().Size()), 0) // nobody takes it for what was there before
+	}()
+	if err := errors.Join(err, m.g.CloseRoot(context.WithoutCancel(ctx), root)); err != nil || d.Name != types.BlockdevDriverQcow2 {
 		return err
 	}
-	q := &types.BlockdevCreateOptionsQcow2{
-		File: types.BlockdevRef{Definition: &types.BlockdevOptions{
-			Driver: types.BlockdevDriverFile, U: &types.BlockdevOptionsFile{Filename: path},
-		}},
-		Size: uint64(i.Size),
-	}
+	return m.formatQcow2(ctx, o, i)
+}
+
+// formatQcow2 makes a qcow2 image in the file or device that o describes.
+func (m *Manager) formatQcow2(ctx context.Context, o *types.BlockdevOptions, i *NewImage) error {
+	q := &types.BlockdevCreateOptionsQcow2{File: types.BlockdevRef{Definition: o}, Size: uint64(i.Size)}
 	if i.Backing != "" {
 		format := types.BlockdevDriver(i.BackingFormat)
 		q.BackingFile, q.BackingFmt = &i.Backing, &format
@@ -81,23 +104,11 @@ func (m *Manager) CreateImage(ctx context.Context, i NewImage) (err error) {
 	return m.Creator(&types.BlockdevCreateOptions{Driver: types.BlockdevDriverQcow2, U: q})(ctx, func() {})
 }
 
-// creationPath is where the image called name, which may start with "PROTOCOL:", is made. Errors: a protocol that is unknown or has no files.
-func (m *Manager) creationPath(ctx context.Context, name string) (string, error) {
-	o, err := m.protocolOptions(ctx, name)
-	if err != nil {
-		return "", err
-	}
-	f, ok := o.U.(*types.BlockdevOptionsFile)
-	if !ok {
-		return "", fmt.Errorf("Protocol driver '%s' does not support image creation", o.Driver)
-	}
-	return f.Filename, nil
-}
-
 // Opened is a tree of nodes that was opened and that nobody else sees yet. Either Publish and then Done follow, or Discard.
 type Opened struct {
 	o    *opener
 	node *graph.Node
+	made *creation // what keeps the file from others until it is published; nil: it was not made
 }
 
 // OpenImage describes an image to be opened by its file name.
@@ -106,14 +117,33 @@ type OpenImage struct {
 	Format   string // name of a driver; "": guessed
 	Name     string // of the node; "": generated
 	ReadOnly bool
-	Backing  bool // with the backing file that its header names; else without any
+	Backing  bool      // with the backing file that its header names; else without any
+	New      *NewImage // the image is to be made; nil: it exists
 	// Like gives how it caches; Unmap: discards, and writes of zeroes, make holes.
 	Like  *graph.Options
 	Unmap bool
 }
 
-// OpenImage opens the image in a file by its name. It blocks as long as the storage does.
+// OpenImage opens the image in a file by its name, and makes it first if it is new. It blocks as long as the storage does.
 func (m *Manager) OpenImage(ctx context.Context, i OpenImage) (*Opened, error) {
+	if i.New == nil {
+		return m.openImage(ctx, i)
+	}
+	c := m.beginCreation()
+	if err := m.createImage(ctx, c, i.Filename, i.Format, i.New); err != nil {
+		c.end()
+		return nil, err
+	}
+	x, err := m.openImage(ctx, i)
+	if err != nil {
+		c.end()
+		return nil, err
+	}
+	x.made = c
+	return x, nil
+}
+
+func (m *Manager) openImage(ctx context.Context, i OpenImage) (*Opened, error) {
 	opts, fileRef, err := m.namedOptions(ctx, i.Filename, i.Format)
 	if err != nil {
 		return nil, err
@@ -191,7 +221,17 @@ func (x *Opened) Done() {
 	for _, n := range x.o.nodes {
 		x.o.m.record(n).seen.Store(true)
 	}
+	x.letGo()
+}
+
+func (x *Opened) letGo() {
+	if x.made != nil {
+		x.made.end()
+	}
 }
 
 // Discard closes the tree. It waits for nothing but the drivers' Close.
-func (x *Opened) Discard() { x.o.discard() }
+func (x *Opened) Discard() {
+	x.o.discard()
+	x.letGo()
+}

@@ -5,6 +5,7 @@ import (
 	"errors"
 	"fmt"
 	"log/slog"
+	"sync"
 
 	"qblockd/graph"
 	"qblockd/graph/blk"
@@ -34,6 +35,8 @@ type Manager struct {
 	probed  func(nodes ...*graph.Node)
 	order   []*Driver
 	drivers map[types.BlockdevDriver]*Driver
+
+	creating sync.Map // graph.FileID of a file that a command makes an image in: its *creation
 
 	recs  records
 	sizes sizeWorkers

@@ -30,14 +30,18 @@ func (m *Manager) namedOptions(ctx context.Context, name, format string) (*types
 		u, err := d.FromName(name)
 		return &types.BlockdevOptions{Driver: d.Name, U: u}, nil, err
 	}
-	if d.FromFile == nil {
-		return nil, nil, fmt.Errorf("Driver '%s' needs more than a file name", format)
-	}
 	o, err := m.protocolOptions(ctx, name)
 	if err != nil {
 		return nil, nil, err
 	}
-	return &types.BlockdevOptions{Driver: d.Name, U: d.FromFile(types.BlockdevRef{Definition: o})}, nil, nil
+	if d.FromFile != nil {
+		return &types.BlockdevOptions{Driver: d.Name, U: d.FromFile(types.BlockdevRef{Definition: o})}, nil, nil
+	}
+	above := &value.Dict{} // a filter, which may lack other options
+	above.Set("driver", format)
+	above.Set("file", optionDict(o))
+	o, err = types.DecodeBlockdevOptions(above, types.ModeQObject)
+	return o, nil, err
 }
 
 // protocolOptions chooses the protocol for a file name, which may start with "PROTOCOL:".

@@ -57,7 +57,7 @@ func (o *opener) tryOpen(p *plan, finish func(tx *graph.Tx, n *graph.Node) error
 	}
 	tx := o.m.g.Begin(o.ctx)
 	defer tx.Abort()
-	x := &Opened{o, n}
+	x := &Opened{o: o, node: n}
 	if p.ref == nil {
 		if err := x.Publish(tx); err != nil {
 			return err
@@ -80,7 +80,7 @@ func (o *opener) openHidden(p *plan) (*Opened, error) {
 		o.discard()
 		return nil, err
 	}
-	return &Opened{o, n}, nil
+	return &Opened{o: o, node: n}, nil
 }
 
 // openAll reserves the names in the plan and opens it.

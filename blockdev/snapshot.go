@@ -75,17 +75,15 @@ func (s *Snapshot) makeOverlay(ctx context.Context, sketch *graph.Tx) error {
 	}
 	format := string(types.BlockdevDriverQcow2)
 	set(&format, a.Format)
+	var made *NewImage
 	if a.Mode == nil || *a.Mode != types.NewImageModeExisting {
-		i := NewImage{Filename: a.SnapshotFile, Format: format, Size: s.old.Size()}
-		if i.Backing, i.BackingFormat, err = s.m.HeaderName(sketch, s.old); err != nil {
-			return err
-		}
-		if err := s.m.CreateImage(ctx, i); err != nil {
+		made = &NewImage{Size: s.old.Size()}
+		if made.Backing, made.BackingFormat, err = s.m.HeaderName(sketch, s.old); err != nil {
 			return err
 		}
 	}
 	s.opened, err = s.m.OpenImage(ctx, OpenImage{
-		Filename: a.SnapshotFile, Format: format, Name: name, ReadOnly: s.old.ReadOnly(), Like: s.old.Options(),
+		New: made, Filename: a.SnapshotFile, Format: format, Name: name, ReadOnly: s.old.ReadOnly(), Like: s.old.Options(),
 	})
 	return err
 }

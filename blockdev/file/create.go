@@ -8,16 +8,23 @@ import (
 
 	"golang.org/x/sys/unix"
 
+	"qblockd/graph"
 	"qblockd/graph/blk"
 	"qblockd/graph/perm"
 	"qblockd/schema/types"
 )
 
+// Made is a file that Create has at hand.
+type Made struct {
+	ID  graph.FileID
+	New bool // it was not there before
+}
+
 // Create makes a regular file of the given size, or empties and resizes an existing one
-// that nobody uses. It blocks as long as the storage does, but no longer than ctx. What is
-// there when it fails half-way stays there. started, if not nil, is called once the file is there and before its
-// content is touched.
-func Create(ctx context.Context, o *types.BlockdevCreateOptionsFile, started func()) error {
+// that nobody uses. It blocks as long as the storage does, but no longer than ctx. begin, if not nil, is called once the file is there, and
+// nobody else can use it, and before its content is touched; also after Create has returned because ctx has ended. With an error of it nothing is touched,
+// and nothing new stays. What is there when Create fails later stays there; see Remove.
+func Create(ctx context.Context, o *types.BlockdevCreateOptionsFile, begin func(Made) error) error {
 	hint := uint64(1 << 20)
 	if o.ExtentSizeHint != nil {
 		hint = *o.ExtentSizeHint
@@ -25,7 +32,7 @@ func Create(ctx context.Context, o *types.BlockdevCreateOptionsFile, started fun
 	if hint > math.MaxUint32 {
 		return &textError{"Extent size hint is too large", unix.EINVAL}
 	}
-	late, err := await(ctx, func() error { return create(ctx, o, uint32(hint), started) }, func(error) {})
+	late, err := await(ctx, func() error { return create(ctx, o, uint32(hint), begin) }, func(error) {})
 	if late {
 		go wakeFIFO(o.Filename)
 	}
@@ -33,8 +40,12 @@ func Create(ctx context.Context, o *types.BlockdevCreateOptionsFile, started fun
 }
 
 // create does the work of Create.
-func create(ctx context.Context, o *types.BlockdevCreateOptionsFile, hint uint32, started func()) (err error) {
-	fd, err := openFile(o.Filename, o.Filename, unix.O_RDWR|unix.O_CREAT, 0o644)
+func create(ctx context.Context, o *types.BlockdevCreateOptionsFile, hint uint32, begin func(Made) error) (err error) {
+	var m Made
+	fd, err := openFile(o.Filename, o.Filename, unix.O_RDWR|unix.O_CREAT|unix.O_EXCL, 0o644)
+	if m.New = err == nil; blk.Errno(err) == unix.EEXIST {
+		fd, err = openFile(o.Filename, o.Filename, unix.O_RDWR|unix.O_CREAT, 0o644)
+	}
 	if err != nil {
 		return err
 	}
@@ -50,8 +61,16 @@ func create(ctx context.Context, o *types.BlockdevCreateOptionsFile, hint uint32
 	if err := takeLocks(fd, lockSet{}, locksFor(claim), o.Filename); err != nil {
 		return err
 	}
-	if started != nil {
-		started()
+	if begin != nil {
+		if m.ID, err = fileID(fd); err == nil {
+			err = begin(m)
+		}
+		if err != nil {
+			if m.New {
+				unlinkSame(o.Filename, m.ID)
+			}
+			return err
+		}
 	}
 	if err := truncate(ctx, fd, 0, blk.PreallocOff); err != nil {
 		return err
@@ -62,11 +81,46 @@ func create(ctx context.Context, o *types.BlockdevCreateOptionsFile, hint uint32
 	if err := setExtentHint(fd, hint); err != nil && o.ExtentSizeHint != nil && hint != 0 {
 		slog.WarnContext(ctx, "Failed to set extent size hint: "+blk.ErrnoText(err), "file", o.Filename)
 	}
-	m := blk.PreallocOff
+	p := blk.PreallocOff
 	if o.Preallocation != nil {
-		m = blk.Prealloc(*o.Preallocation)
+		p = blk.Prealloc(*o.Preallocation)
 	}
-	return truncate(ctx, fd, int64(o.Size), m)
+	return truncate(ctx, fd, int64(o.Size), p)
+}
+
+// Remove removes the file that Create has made at path, unless path leads to another one by now or somebody has begun to use it.
+func Remove(path string, m Made) {
+	if !m.New {
+		return
+	}
+	fd, err := openFile(path, path, unix.O_RDWR|unix.O_NOFOLLOW|unix.O_NONBLOCK, 0)
+	if err != nil {
+		return
+	}
+	defer func() { _ = unix.Close(fd) }()
+	if id, err := fileID(fd); err != nil || id != m.ID {
+		return
+	}
+	if takeLocks(fd, lockSet{}, locksFor(perm.Claim{Need: perm.Write | perm.Resize}), path) == nil {
+		unlinkSame(path, m.ID)
+	}
+}
+
+// unlinkSame removes a file that the caller holds locked.
+func unlinkSame(path string, id graph.FileID) {
+	var st unix.Stat_t
+	if unix.Lstat(path, &st) == nil && id == (graph.FileID{Dev: uint64(st.Dev), Ino: st.Ino}) {
+		_ = unix.Unlink(path)
+	}
+}
+
+// fileID is the identity of an open regular file.
+func fileID(fd int) (graph.FileID, error) {
+	var st unix.Stat_t
+	if err := unix.Fstat(fd, &st); err != nil {
+		return graph.FileID{}, errnoError(err, "Could not stat file")
+	}
+	return graph.FileID{Dev: uint64(st.Dev), Ino: st.Ino}, nil
 }
 
 // fsNoCOW is FS_NOCOW_FL of linux/fs.h.

@@ -86,18 +86,16 @@ func (s *backupStep) Open(ctx context.Context, sketch *graph.Tx) error {
 	case types.MirrorSyncModeNone:
 		below, s.source = n, n
 	}
+	var made *blockdev.NewImage
 	if !existing {
-		i := blockdev.NewImage{Filename: a.Target, Format: format, Size: n.Size()}
+		made = &blockdev.NewImage{Size: n.Size()}
 		if below != nil {
-			if i.Backing, i.BackingFormat, err = s.h.Nodes.HeaderName(sketch, below); err != nil {
+			if made.Backing, made.BackingFormat, err = s.h.Nodes.HeaderName(sketch, below); err != nil {
 				return err
 			}
 		}
-		if err := s.h.Nodes.CreateImage(ctx, i); err != nil {
-			return err
-		}
 	}
-	s.opened, err = s.h.Nodes.OpenImage(ctx, blockdev.OpenImage{
+	s.opened, err = s.h.Nodes.OpenImage(ctx, blockdev.OpenImage{New: made,
 		Filename: a.Target, Format: format, Backing: s.source == nil, Like: n.Options(), Unmap: true,
 	})
 	return err

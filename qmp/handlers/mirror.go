@@ -149,18 +149,16 @@ func (h BlockJob) DriveMirror(ctx context.Context, a *types.DriveMirror) error {
 	if sync == types.MirrorSyncModeFull {
 		backing = nil
 	}
+	var made *blockdev.NewImage
 	if !existing {
-		i := blockdev.NewImage{Filename: a.Target, Format: format, Size: source.Size()}
+		made = &blockdev.NewImage{Size: source.Size()}
 		if backing != nil {
-			if i.Backing, i.BackingFormat, err = h.Nodes.HeaderName(nil, backing); err != nil {
+			if made.Backing, made.BackingFormat, err = h.Nodes.HeaderName(nil, backing); err != nil {
 				return err
 			}
 		}
-		if err := h.Nodes.CreateImage(ctx, i); err != nil {
-			return err
-		}
 	}
-	opened, err := h.Nodes.OpenImage(ctx, blockdev.OpenImage{
+	opened, err := h.Nodes.OpenImage(ctx, blockdev.OpenImage{New: made,
 		Filename: a.Target, Format: format, Name: name, Like: source.Options(),
 	})
 	if err != nil {

@@ -26,9 +26,7 @@ type Nodes interface {
 	HeaderName(tx *graph.Tx, n *graph.Node) (name, format string, err error)
 	// FindBacking is the node in the backing chain of top whose image has that file name, or nil.
 	FindBacking(top *graph.Node, file string) *graph.Node
-	// CreateImage makes an image in a file.
-	CreateImage(ctx context.Context, i blockdev.NewImage) error
-	// OpenImage opens an image by its file name for a command that then publishes it.
+	// OpenImage opens an image by its file name, or makes it, for a command that then publishes it.
 	OpenImage(ctx context.Context, i blockdev.OpenImage) (*blockdev.Opened, error)
 	// OpenBacking opens what the header of n's image names as its backing file; nil if it names none.
 	OpenBacking(ctx context.Context, n *graph.Node) (*blockdev.Opened, error)
