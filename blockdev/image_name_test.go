@@ -13,6 +13,7 @@ import (
 	"time"
 
 	"qblockd/graph"
+	"qblockd/graph/blk"
 	"qblockd/schema/types"
 )
 
@@ -422,5 +423,24 @@ func TestNamesAreBounded(t *testing.T) {
 	}
 	if o, _, err := m.jsonOptions(context.Background(), deep+"}", ""); err != nil || o.Driver != types.BlockdevDriverRaw {
 		t.Errorf("twenty levels: %v", err)
+	}
+}
+
+// TestImageNamesNull: a null node that an image names reads as zeroes. It would show what the reader's buffer held before.
+func TestImageNamesNull(t *testing.T) {
+	for _, name := range []string{`json:{"driver": "null-co"}`, `json:{"driver": "null-co", "read-zeroes": false}`, `json:{"driver": "raw", "file": {"driver": "null-aio"}}`, "null-co://"} {
+		m := newManager(t, Config{})
+		dir := t.TempDir()
+		create(t, dir+"/top", name, "")
+		mustAdd(t, m, `{'driver': 'qcow2', 'node-name': 't', 'file': {'driver': 'file', 'filename': '`+dir+`/top'}}`)
+		buf := []byte(strings.Repeat("secret", 256)[:512])
+		n := m.Graph().Node("t").Backing().Node()
+		for n.File() != nil {
+			n = n.File().Node()
+		}
+		if err := n.Driver().ReadAt(&blk.Req{}, blk.Buf(buf), 0, 0); err != nil || strings.Trim(string(buf), "\x00") != "" {
+			t.Errorf("%s: reads %q, %v", name, buf[:6], err)
+		}
+		mustDel(t, m, "t")
 	}
 }
