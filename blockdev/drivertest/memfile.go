@@ -1,6 +1,7 @@
 package drivertest
 
 import (
+	"bytes"
 	"context"
 	"fmt"
 	"sync"
@@ -41,7 +42,7 @@ type MemFile struct {
 	rec *recorder // the CrashFile's part, guarded by mu; nil: none
 
 	// Counters of driver calls, for tests of the layers above.
-	Reads, Writes, Zeros, Discards, Flushes, Resizes atomic.Int64
+	Reads, Writes, Zeros, Discards, Flushes, Resizes, Statuses atomic.Int64
 }
 
 // NewMemFile is a file of size zero bytes.
@@ -72,6 +73,28 @@ func (m *MemFile) Bytes() []byte {
 	b := make([]byte, m.size.Load())
 	m.get(0, b)
 	return b
+}
+
+// Same tells whether two files of any size have the same content.
+func (m *MemFile) Same(o *MemFile) bool {
+	if m.Size() != o.Size() {
+		return false
+	}
+	for _, pair := range [][2]*MemFile{{m, o}, {o, m}} {
+		a, b := pair[0], pair[1]
+		for i := range a.Clone().pages {
+			p, q := make([]byte, pageSize), make([]byte, pageSize)
+			for k, f := range []*MemFile{a, b} {
+				f.mu.RLock()
+				f.get(i*pageSize, [][]byte{p, q}[k])
+				f.mu.RUnlock()
+			}
+			if !bytes.Equal(p, q) {
+				return false
+			}
+		}
+	}
+	return true
 }
 
 // Clone is an independent file of the same content and options.
@@ -125,6 +148,17 @@ func (m *MemFile) put(off int64, b []byte) {
 
 // punch makes zeroes, holes where whole pages are covered. m.mu is held.
 func (m *MemFile) punch(off, n int64) {
+	if whole := n / pageSize; whole > int64(len(m.pages)) {
+		// Of a huge range only what is there.
+		for i := range m.pages {
+			if at := i * pageSize; at >= off && at+pageSize <= off+n {
+				delete(m.pages, i)
+			}
+		}
+		head := min(blk.AlignUp(off, pageSize)-off, n)
+		m.punch(off, head)
+		off, n = blk.AlignDown(off+n, pageSize), (off+n)%pageSize
+	}
 	for n > 0 {
 		in := off % pageSize
 		k := min(pageSize-in, n)
@@ -317,10 +351,21 @@ func (m *MemFile) Resize(ctx context.Context, size int64, p blk.Prealloc) error 
 
 // Status implements graph.Statuser.
 func (m *MemFile) Status(r *blk.Req, off, n int64) (blk.Extent, error) {
+	m.Statuses.Add(1)
 	m.mu.RLock()
 	defer m.mu.RUnlock()
 	data := m.pages[off/pageSize] != nil
 	end := blk.AlignDown(off, pageSize) + pageSize
+	if !data && n/pageSize > int64(len(m.pages)) {
+		// Of a huge range only what is there.
+		end = off + n
+		for i := range m.pages {
+			if at := i * pageSize; at > off {
+				end = min(end, at)
+			}
+		}
+		return blk.Extent{N: end - off, Zero: true, OffValid: true, MapOff: off}, nil
+	}
 	for end < off+n && (m.pages[end/pageSize] != nil) == data {
 		end += pageSize
 	}

@@ -65,6 +65,7 @@ type job struct {
 	hold   *graph.Root        // on the target
 	listed *graph.DirtyBitmap // what is to do, as clients see it on the source
 	frozen bool               // the bitmap is
+	alone  bool               // what the target does not hold are zeroes for good
 	ok     bool
 	lost   bool // the target could not be flushed: nobody knows what of it is on stable storage
 	block  []func()
@@ -316,10 +317,11 @@ func (j *job) Run(ctx context.Context, h *jobs.Handle) error {
 			return err
 		}
 	}
+	// Only of a full copy it is known that nothing will be put below it.
+	j.alone = j.Sync == types.MirrorSyncModeFull && chain.StandsAlone(j.Target)
 	t := copy.Task{
 		Gate: copy.RootGate(ctx, j.root), Size: j.Source.Size(), Chunk: copybeforewrite.MaxCopy, Workers: workers,
-		Look: j.look, Copy: func(r *blk.Req, off int64, e copy.Extent) error { return j.driver.Copy(r, off, e.N) },
-		Guests: j.driver.Guests(), Side: j.side, Uncounted: true, RetryIgnored: true,
+		Copy: j.copy, LongZeroes: true, Guests: j.driver.Guests(), Side: j.side, Uncounted: true, RetryIgnored: true,
 	}
 	if j.MaxChunk > 0 {
 		t.Chunk = min(t.Chunk, blk.AlignDown(j.MaxChunk, j.driver.Cluster()))
@@ -328,6 +330,7 @@ func (j *job) Run(ctx context.Context, h *jobs.Handle) error {
 	if j.MaxWorkers != nil {
 		t.Workers = int(min(int64(t.Workers), *j.MaxWorkers))
 	}
+	t.Look = func(r *blk.Req, off, _ int64) (copy.Extent, error) { return j.look(h, r, off, t.Chunk) }
 	for {
 		if err := copy.Run(h, t); err != nil {
 			return err
@@ -373,16 +376,30 @@ func (j *job) flush(ctx context.Context, h *jobs.Handle) error {
 	}
 }
 
-// look tells the copy engine what is to do of a range, which begins with a cluster.
-func (j *job) look(_ *blk.Req, off, n int64) (copy.Extent, error) {
-	at, k, ok := j.driver.Pending().NextDirty(off, off+n)
+// look tells the copy engine what is to do from off on, where a cluster begins.
+func (j *job) look(h *jobs.Handle, r *blk.Req, off, chunk int64) (copy.Extent, error) {
+	size := j.Source.Size()
+	at, k, ok := j.driver.Pending().NextDirty(off, size)
 	switch {
 	case !ok:
-		return copy.Extent{N: n}, nil
+		return copy.Extent{N: size - off}, nil
 	case at > off:
 		return copy.Extent{N: at - off}, nil
 	}
-	return copy.Extent{N: k, Action: copy.Data}, nil
+	if k > chunk && j.alone && !h.Limited() {
+		if n := j.driver.SameZeroes(r, off, k); n > chunk {
+			return copy.Extent{N: n, Action: copy.Zero}, nil
+		}
+	}
+	return copy.Extent{N: min(k, chunk), Action: copy.Data}, nil
+}
+
+func (j *job) copy(r *blk.Req, off int64, e copy.Extent) error {
+	if e.Action == copy.Zero {
+		j.driver.SkipZeroes(r, off, e.N)
+		return nil
+	}
+	return j.driver.Copy(r, off, e.N)
 }
 
 // side tells reading errors from writing errors.

@@ -55,13 +55,16 @@ func (g rootGate) Begin() (*blk.Req, error) { return g.Root.Begin(g.ctx) }
 // Task describes a copy. Its functions run in several goroutines, each with a unit of work of its own.
 type Task struct {
 	Gate Gate
-	// Size is the length of the range in bytes, Chunk the largest extent handled at once, Workers how many at the same time.
+	// Size is the length of the range in bytes, Chunk the largest extent that is copied at once, Workers how many at the same time.
 	Size, Chunk int64
-	Workers     int
+	// LongZeroes: extents of zeroes are handed over as long as Look says, also beyond what it was asked about.
+	LongZeroes bool
+	Workers    int
 	// Guests is set whenever a request of a guest passes; nil: nobody sees them. While there are any, one worker is at work: several take
 	// the processors from whoever serves guests.
 	Guests *atomic.Bool
-	// Look tells what [off, off+n) needs, or at least its beginning.
+	// Look tells what [off, off+n) needs, or at least its beginning, or more. n grows while nothing is to do, so that what is empty is passed over
+	// in a few steps.
 	Look func(r *blk.Req, off, n int64) (Extent, error)
 	// Copy does it. It takes the conflict lock that keeps guest writes out, as long as it needs.
 	Copy func(r *blk.Req, off int64, e Extent) error
@@ -94,6 +97,7 @@ type engine struct {
 	inFlight int
 	guests   time.Time // when one was last seen
 	retry    []unit
+	ask      int64 // how much is looked at in one step
 	failure  error // the first one that was not tried again
 	stop     bool  // and it ends the job
 	held     bool  // a failure is being dealt with; others are tried again after it
@@ -102,7 +106,7 @@ type engine struct {
 // Run does the task and returns the first error that a policy reported, or ignored at the end, or jobs.ErrCancelled.
 // It blocks until no unit is in flight any more.
 func Run(h *jobs.Handle, t Task) error {
-	e := &engine{Task: t, h: h, work: make(chan unit), done: make(chan unit, t.Workers)}
+	e := &engine{Task: t, h: h, ask: t.Chunk, work: make(chan unit), done: make(chan unit, t.Workers)}
 	err := e.walk()
 	for e.inFlight > 0 {
 		e.collect(<-e.done)
@@ -148,13 +152,13 @@ func (e *engine) walk() error {
 				e.retry = append(e.retry, unit{off: u.off + n, ext: Extent{N: u.ext.N - n}})
 			}
 		default:
-			off += e.look(off, min(e.Chunk, e.Size-off))
+			off += e.look(off, min(e.ask, e.Size-off))
 		}
 	}
 	return nil
 }
 
-// look classifies the beginning of [off, off+n), has it done, and returns its length.
+// look classifies the beginning of [off, off+n), has it done, and returns its length; 0: less is to be looked at.
 func (e *engine) look(off, n int64) int64 {
 	e.h.Yield()
 	r, err := e.Gate.Begin()
@@ -166,15 +170,33 @@ func (e *engine) look(off, n int64) int64 {
 		e.Gate.End(r)
 	}
 	if err != nil {
+		if e.ask = e.Chunk; n > e.Chunk {
+			return 0 // what is said to have failed, and may be passed over, is not more than a copy
+		}
 		e.failed(unit{off: off, ext: Extent{N: n}, err: err})
 		return n
 	}
 	if ext.Action == Skip {
+		if e.ask = e.Chunk; ext.N >= n {
+			e.ask = lookFurther(n, e.Size)
+		}
 		e.count(ext.N)
 		return ext.N
 	}
+	if e.ask = e.Chunk; ext.Action == Data || !e.LongZeroes {
+		ext.N = min(ext.N, e.Chunk)
+	}
 	e.hand(unit{off: off, ext: ext})
 	return ext.N
+}
+
+// lookFurther is how much to look at after nothing was to do in n.
+func lookFurther(n, size int64) int64 {
+	const factor = 64
+	if n > size/factor {
+		return size
+	}
+	return n * factor
 }
 
 // hand gives a unit to a worker, waiting for one to be free.

@@ -374,3 +374,74 @@ func TestGuestsComeFirst(t *testing.T) {
 		}
 	}
 }
+
+// TestEmptyPartsArePassedInFewSteps: what is looked at grows while nothing is to do, and a copy is never longer than a chunk, unless it is of zeroes and the task
+// says so.
+func TestEmptyPartsArePassedInFewSteps(t *testing.T) {
+	const chunk, size = int64(1 << 20), int64(1) << 60
+	for _, long := range []bool{false, true} {
+		for _, fails := range []int64{-1, 0, 4 << 50, size - chunk} {
+			var looks int
+			var copied [3]int64
+			var most [3]int64
+			q := &quiet{}
+			q.cond = sync.NewCond(&q.mu)
+			m := jobs.NewManager(q, nil)
+			failing := 2
+			j, err := m.Create(jobs.Spec{ID: "j", Type: types.JobTypeStream, Block: true, ManualDismiss: true, Runner: runner(func(h *jobs.Handle) error {
+				h.SetRemaining(size)
+				b := newBench(Data)
+				return Run(h, Task{Gate: b, Size: size, Chunk: chunk, LongZeroes: long, Workers: 1, Operation: types.IoOperationTypeRead, Policy: types.BlockdevOnErrorIgnore,
+					RetryIgnored: true,
+					Look: func(_ *blk.Req, off, n int64) (Extent, error) {
+						looks++
+						if fails >= off && fails < off+n && failing > 0 {
+							if n <= chunk {
+								failing--
+							}
+							return Extent{}, syscall.EIO
+						}
+						// 10 MiB of data at 4 PiB, 1 GiB of zeroes behind them, and nothing else.
+						for _, x := range []struct {
+							at, end int64
+							a       Action
+						}{{0, 4 << 50, Skip}, {4 << 50, 4<<50 + 10<<20, Data}, {4<<50 + 10<<20, 4<<50 + 1<<30, Zero}, {4<<50 + 1<<30, size, Skip}} {
+							if long && x.a == Zero && off >= x.at && off < x.end {
+								n = x.end - off // as far as it knows
+							}
+							if off < x.end {
+								return Extent{N: min(n, x.end-off), Action: x.a}, nil
+							}
+						}
+						panic("beyond the end")
+					},
+					Copy: func(_ *blk.Req, off int64, e Extent) error {
+						copied[e.Action] += e.N
+						most[e.Action] = max(most[e.Action], e.N)
+						return nil
+					}})
+			})})
+			if err != nil {
+				t.Fatal(err)
+			}
+			m.Start(j)()
+			info, err := ended(m, j)
+			if info.CurrentProgress != size || err != nil {
+				t.Errorf("long %v fails %d: %v, progress %d", long, fails, err, info.CurrentProgress)
+			}
+			if copied[Data] != 10<<20 || copied[Zero] != 1<<30-10<<20 || most[Data] > chunk || !long && most[Zero] > chunk {
+				t.Errorf("long %v fails %d: copied %v, at most %v at once", long, fails, copied, most)
+			}
+			want := 1200
+			if long {
+				want = 100
+			}
+			if fails >= 0 {
+				want += 1500 // it goes up to the byte that fails in steps that get shorter
+			}
+			if looks > want {
+				t.Errorf("long %v fails %d: %d looks", long, fails, looks)
+			}
+		}
+	}
+}

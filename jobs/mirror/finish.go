@@ -79,16 +79,20 @@ func (j *job) failed(h *jobs.Handle, err error) error {
 // copyQuiet copies what is dirty while the source is quiet: no gate is passed.
 func (j *job) copyQuiet(ctx context.Context) error {
 	r := &blk.Req{Ctx: ctx, Job: true}
-	for off := int64(0); ; {
-		at, n, ok := j.bits.NextDirty(off, j.Source.Size())
+	j.asked = 0
+	for {
+		at, n, ok := j.bits.NextDirty(0, j.Source.Size())
 		if !ok {
 			return nil
 		}
-		n = min(n, max(maxCopy, j.Granularity))
+		if k := j.longZeroes(r, at, n, j.longest()); k > 0 {
+			n = k
+		} else {
+			n = min(n, max(maxCopy, j.Granularity))
+		}
 		if err := j.copy(r, at, n); err != nil {
 			return err
 		}
-		off = at + n
 	}
 }
 

@@ -102,6 +102,8 @@ type job struct {
 	// Set by Run before the first copy.
 	h                      *jobs.Handle
 	allCluster             int64   // target clusters that must be copied as a whole, in bytes; 0: none
+	alone                  bool    // what the target does not hold are zeroes for good
+	asked                  int64   // up to where the walk knows that there are no long zeroes
 	saysZero, showsBacking bool    // the target's own allocation tells whether a backing file shows; one could at all
 	rate                   float64 // of the last pass over the source, in bytes per second
 

@@ -82,6 +82,7 @@ func (j *job) findClusters() {
 	t := j.Target.SkipFilters()
 	j.saysZero = t.Caps().Backing
 	j.showsBacking = slices.ContainsFunc(t.NodesBelow(), func(n *graph.Node) bool { return n.Caps().Backing })
+	j.alone = j.Base == nil && !j.None && chain.StandsAlone(t)
 	if b, ok := t.Driver().(graph.Backed); ok && t.Backing() == nil {
 		if name, _ := b.BackingFile(); name != "" && j.Granularity < t.Caps().Limits.ClusterSize {
 			j.allCluster = t.Caps().Limits.ClusterSize
@@ -139,7 +140,13 @@ func (j *job) zeroTarget(ctx context.Context, h *jobs.Handle) error {
 			return err
 		}
 		n := min(piece, size-off)
-		err := j.onTarget(ctx, func(r *blk.Req, e *graph.Edge) error { return e.Zero(r, off, n, j.unmap()) })
+		err := j.onTarget(ctx, func(r *blk.Req, e *graph.Edge) error {
+			if k := j.zeroAlready(r, e, off, size-off); k > n {
+				n = k
+				return nil
+			}
+			return e.Zero(r, off, n, j.unmap())
+		})
 		if err == nil {
 			off += n
 		} else if err = j.failed(h, err); err != nil {
@@ -262,16 +269,18 @@ func (j *job) becomeReady(ctx context.Context, h *jobs.Handle, dirty, most int64
 // copyDirty copies what is dirty once. It returns when nothing is in flight any more.
 func (j *job) copyDirty(ctx context.Context, h *jobs.Handle) error {
 	chunk := min(max(j.BufSize/maxInFlight, j.Granularity), j.maxCopy())
+	chunk = max(blk.AlignDown(chunk, j.Granularity), j.Granularity)
+	j.asked = 0
 	return copy.Run(h, copy.Task{
-		Gate: &gates{job: j, ctx: ctx, with: map[*blk.Req]*blk.Req{}}, Size: j.Source.Size(), Workers: workers,
-		Chunk: max(blk.AlignDown(chunk, j.Granularity), j.Granularity),
-		Look:  j.look, Copy: func(r *blk.Req, off int64, e copy.Extent) error { return j.copy(r, off, e.N) },
+		Gate: &gates{job: j, ctx: ctx, with: map[*blk.Req]*blk.Req{}}, Size: j.Source.Size(), Workers: workers, Chunk: chunk, LongZeroes: true,
+		Look: func(r *blk.Req, off, _ int64) (copy.Extent, error) { return j.look(r, off, chunk) },
+		Copy: func(r *blk.Req, off int64, e copy.Extent) error { return j.copy(r, off, e.N) },
 		Side: j.side, Uncounted: true, RetryIgnored: true,
 	})
 }
 
-// look tells the copy engine what is dirty in a range that begins with a granule, or where that begins.
-func (j *job) look(_ *blk.Req, off, n int64) (copy.Extent, error) {
+// look tells the copy engine what is dirty from off on, where a granule begins, or where that begins.
+func (j *job) look(r *blk.Req, off, chunk int64) (copy.Extent, error) {
 	end := j.Source.Size()
 	at, k, ok := j.bits.NextDirty(off, end)
 	switch {
@@ -282,7 +291,10 @@ func (j *job) look(_ *blk.Req, off, n int64) (copy.Extent, error) {
 	case at > off:
 		return copy.Extent{N: at - off}, nil
 	}
-	return copy.Extent{N: min(k, n), Action: copy.Data}, nil
+	if n := j.longZeroes(r, off, k, chunk); n > 0 {
+		return copy.Extent{N: n, Action: copy.Zero}, nil
+	}
+	return copy.Extent{N: min(k, chunk), Action: copy.Data}, nil
 }
 
 // side tells reading errors from writing errors.
@@ -314,8 +326,9 @@ func (j *job) copy(r *blk.Req, off, n int64) error {
 }
 
 // copyClean makes [off, end), which is whole granules, clean and copies it. A granule may be longer than what is copied at once: guests' writes to
-// both sides wait for that only.
+// both sides wait for that only. Of a range that is longer than what is looked at as data, which was zeroes, the rest is dirty again where that has changed.
 func (j *job) copyClean(r *blk.Req, off, end int64) error {
+	long := end-off > j.longest()
 	j.bits.Clear(off, end-off)
 	for off < end {
 		s, err := j.ranges.take(r.Ctx, off, end-off)
@@ -333,10 +346,16 @@ func (j *job) copyClean(r *blk.Req, off, end int64) error {
 			j.h.Count(-x.N) // the speed limit is for data
 		}
 		j.h.Done(x.N)
-		off += x.N
+		if off += x.N; off < end && long {
+			j.bits.Set(off, end-off)
+			break
+		}
 	}
 	return nil
 }
+
+// longest is the longest range that a unit of work may have to write to the target, in bytes.
+func (j *job) longest() int64 { return max(maxCopy, j.Granularity, j.allCluster) }
 
 // copyExtent copies the first extent of [off, end), and tells what it was. The range is taken.
 func (j *job) copyExtent(r *blk.Req, off, end int64) (blk.Extent, error) {
@@ -346,7 +365,8 @@ func (j *job) copyExtent(r *blk.Req, off, end int64) (blk.Extent, error) {
 		x = blk.Extent{N: end - off, Data: true} // reading tells
 	}
 	if x = j.wholeGranules(x, off, end); x.Zero {
-		return x, j.zero(r, dst, off, x.N)
+		x.N, err = j.zero(r, dst, off, x.N)
+		return x, err
 	}
 	x.N = min(x.N, j.maxCopy())
 	return x, graph.Copy(r, src, dst, off, x.N, 0)
@@ -374,19 +394,55 @@ func (j *job) wholeGranules(x blk.Extent, off, end int64) blk.Extent {
 	return blk.Extent{N: min(blk.AlignUp(off+x.N, g), end) - off, Data: true}
 }
 
-// zero makes the target read as zeroes, where it does not do so already. Of an image that can have a backing file that is what it says itself: one that
-// is attached later, as for a shallow copy, must not show through.
-func (j *job) zero(r *blk.Req, dst *graph.Edge, off, n int64) error {
-	if j.allCluster == 0 {
-		x, err := dst.StatusAbove(r, nil, false, off, n)
-		if err == nil && x.Zero && x.N == n && (x.Allocated && j.saysZero || !j.showsBacking) {
-			return nil
-		}
+// zero makes the beginning of [off, off+n), whole granules, read as zeroes in the target and returns how much that was.
+func (j *job) zero(r *blk.Req, dst *graph.Edge, off, n int64) (int64, error) {
+	already := j.zeroAlready(r, dst, off, n)
+	if already == n {
+		return n, nil
+	}
+	// What is long was found to need nothing; that it does now is done in steps.
+	if n = min(n, j.longest()); already >= n {
+		return n, nil
 	}
 	if err := dst.Zero(r, off, n, j.unmap()); err != nil {
-		return &graph.CopyError{Write: true, Err: err}
+		return 0, &graph.CopyError{Write: true, Err: err}
 	}
-	return nil
+	return n, nil
+}
+
+// zeroAlready is how much of [off, off+n) reads as zeroes in the target for good. Of an image that can have a backing file that is what it says itself, unless the
+// copy is to stand alone: one that is attached later, as for a shallow copy, must not show through.
+func (j *job) zeroAlready(r *blk.Req, dst *graph.Edge, off, n int64) int64 {
+	if j.allCluster > 0 {
+		return 0
+	}
+	x, err := dst.StatusAbove(r, nil, false, off, n)
+	if err == nil && x.Zero && (x.Allocated && j.saysZero || !j.showsBacking || j.alone) {
+		return x.N
+	}
+	return 0
+}
+
+// longZeroes is how much from off on, dirty granules of at most n bytes, reads as zeroes on both sides, if that is more than chunk; else 0.
+func (j *job) longZeroes(r *blk.Req, off, n, chunk int64) int64 {
+	if n <= chunk || off < j.asked || j.allCluster > 0 || j.h.Limited() {
+		return 0
+	}
+	x, err := j.driver.child().StatusAbove(r, nil, false, off, n)
+	if err == nil && x.Zero {
+		if x.N < n {
+			x.N = max(blk.AlignDown(off+x.N, j.Granularity)-off, 0)
+		}
+		k := j.zeroAlready(r, j.target.Edge(), off, x.N)
+		if k < n {
+			k = max(blk.AlignDown(off+k, j.Granularity)-off, 0)
+		}
+		if k > chunk {
+			return k
+		}
+	}
+	j.asked = off + max(x.N, chunk)
+	return 0
 }
 
 // gates let a unit of work begin on both sides. Nobody waits for one of them while inside the other.

@@ -43,6 +43,10 @@ const (
 	MaxCopy = 1 << 20
 )
 
+// maxBooks is the memory for what is to do and done, in bytes: enough for 512 TiB of clusters of 64 KiB, however they are written to. Of larger disks
+// more than that cannot be copied piecemeal.
+var maxBooks int64 = 2 << 30
+
 // State is what is to be copied and what is being copied.
 type State struct {
 	node       *graph.Node // of the filter
@@ -152,7 +156,10 @@ func (s *State) Copy(r *blk.Req, off, n int64) error {
 		if r.NoWait {
 			return blk.ErrWouldBlock
 		}
-		c, wait := s.take(lo, end)
+		if s.crowded() {
+			return &graph.CopyError{Write: true, Err: syscall.ENOMEM}
+		}
+		c, wait := s.take(lo, end, max(MaxCopy, s.cluster))
 		if wait != nil {
 			select {
 			case <-wait:
@@ -173,6 +180,44 @@ func (s *State) Copy(r *blk.Req, off, n int64) error {
 	return nil
 }
 
+// SameZeroes is how much from off on, clusters to do of at most n bytes, reads as zeroes on both sides.
+func (s *State) SameZeroes(r *blk.Req, off, n int64) int64 {
+	end := off + n
+	for _, e := range []*graph.Edge{s.source(), s.target()} {
+		x, err := e.StatusAbove(r, nil, false, off, n)
+		if err != nil || !x.Zero {
+			return 0
+		}
+		n = x.N
+	}
+	if off+n == end {
+		return n
+	}
+	return max(blk.AlignDown(off+n, s.cluster)-off, 0)
+}
+
+// SkipZeroes is Copy for a range of any length that SameZeroes has found, and on whose target nothing has to be allocated. What is not zeroes any more stays to
+// do.
+func (s *State) SkipZeroes(r *blk.Req, off, n int64) {
+	for end := off + n; off < end; {
+		c, _ := s.take(off, end, n)
+		if c == nil {
+			return // others copy the rest
+		}
+		off = c.off + c.n
+		var err error
+		if s.SameZeroes(r, c.off, c.n) < c.n {
+			err = errNotSame
+		}
+		s.release(c, err)
+	}
+}
+
+var errNotSame = errors.New("not zeroes any more")
+
+// crowded tells whether the books of what is to do and done have become too large: they are exact, so each write to a far part of a huge disk adds to them.
+func (s *State) crowded() bool { return s.pending.Memory()+s.done.Memory() > maxBooks }
+
 // Stop lets nobody copy any more, and waits for the copies under way: what is to do now is to do for ever, and guests' writes go to the source alone, so
 // that the point in time is spoilt for its readers. It is called without a unit of work. Error: the cause of the end of ctx.
 func (s *State) Stop(ctx context.Context) error {
@@ -186,8 +231,8 @@ func (s *State) Stop(ctx context.Context) error {
 // Copied are the clusters that were copied.
 func (s *State) Copied() *bitmap.Bitmap { return s.done }
 
-// take begins a copy of the first clusters to do in [lo, end), or returns what to wait for; nil, nil if there is neither.
-func (s *State) take(lo, end int64) (*running, <-chan struct{}) {
+// take begins a copy of the first clusters to do in [lo, end), most bytes at most, or returns what to wait for; nil, nil if there is neither.
+func (s *State) take(lo, end, most int64) (*running, <-chan struct{}) {
 	s.mu.Lock()
 	defer s.mu.Unlock()
 	at, n, ok := s.pending.NextDirty(lo, end)
@@ -199,7 +244,7 @@ func (s *State) take(lo, end int64) (*running, <-chan struct{}) {
 		}
 		return nil, nil
 	}
-	c := &running{off: at, n: min(n, max(MaxCopy, s.cluster)), over: make(chan struct{})}
+	c := &running{off: at, n: min(n, most), over: make(chan struct{})}
 	s.active.Add(1)
 	s.copies[c] = struct{}{}
 	s.pending.Clear(c.off, c.n)

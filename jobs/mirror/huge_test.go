@@ -1,0 +1,113 @@
+package mirror_test
+
+import (
+	"bytes"
+	"context"
+	"fmt"
+	"sync"
+	"testing"
+
+	"qblockd/blockdev/drivertest"
+	"qblockd/graph"
+	"qblockd/jobs"
+	"qblockd/schema/types"
+)
+
+// hugeWorld has disks of so many bytes with something in a few places, the target too, if old says so; with unmap, zeroing the target takes no space.
+func hugeWorld(t *testing.T, size int64, old, unmap bool) *world {
+	g, _ := drivertest.NewGraphSink(t)
+	w := &world{t: t, g: g, want: make([]byte, 64*granule)}
+	w.more = sync.NewCond(&w.mu)
+	w.m = jobs.NewManager(w, nil)
+	data, other := bytes.Repeat([]byte("data"), granule/4), bytes.Repeat([]byte("old "), granule/4)
+	w.from, w.to = drivertest.NewMemFile(size), drivertest.NewMemFile(size)
+	for i := range int64(20) {
+		w.from.Poke(place(size, i), data[:granule])
+		if old {
+			w.to.Poke(place(size, i)+granule/2, other[:granule])
+		}
+	}
+	w.from.Poke(size-5000, data[:5000])
+	w.fromF, w.toF = drivertest.NewFault(w.from), drivertest.NewFault(w.to)
+	add := func(name string, d graph.Driver, discard bool) *graph.Node {
+		return drivertest.MustBuild(t, w.g, drivertest.Spec{Options: graph.Options{Name: name, Kind: graph.Protocol}, NoDiscard: !discard, Open: drivertest.Opened(d)})
+	}
+	w.source, w.target = add("hsource", w.fromF, true), add("htarget", w.toF, unmap)
+	w.guest = drivertest.AddRoot(t, w.g, w.source, drivertest.Writer)
+	w.shape = w.look()
+	return w
+}
+
+// place is the i-th of 20 places in a disk.
+func place(size, i int64) int64 { return size / 20 * i / 512 * 512 }
+
+// A mirror of a huge disk takes steps for what is in it, not for what could be, and little memory.
+func TestHugeDisks(t *testing.T) {
+	for _, size := range []int64{64 << 40, 1 << 61} {
+		for _, old := range []bool{false, true} {
+			for _, unmap := range []bool{false, true} {
+				for _, mode := range modes {
+					t.Run(fmt.Sprintf("%d old %v unmap %v %s", size, old, unmap, mode), func(t *testing.T) {
+						hugeMirror(t, size, old, unmap, mode)
+					})
+				}
+			}
+		}
+	}
+}
+
+func hugeMirror(t *testing.T, size int64, old, unmap bool, mode types.MirrorCopyMode) {
+	w := hugeWorld(t, size, old, unmap)
+	j := w.start(w.args(mode))
+	if !w.await(ready) {
+		t.Fatal(j.Err())
+	}
+	if info := w.m.QueryBlock()[0]; info.Offset != info.Len || info.Len != size {
+		t.Errorf("progress %d of %d", info.Offset, info.Len)
+	}
+	for i := range int64(20) {
+		if err := w.write(w.guest, place(size, i)+granule*3, bytes.Repeat([]byte{byte(i)}, 5000)); err != nil {
+			t.Fatal(err)
+		}
+	}
+	if used := w.source.DirtyBitmaps()[0].Bits().Memory(); used > 1<<20 {
+		t.Errorf("the bitmap takes %d bytes", used)
+	}
+	if err := j.Complete(context.Background()); err != nil {
+		t.Fatal(err)
+	}
+	<-j.Finished()
+	if err := j.Err(); err != nil {
+		t.Error(err)
+	}
+	if !w.from.Same(w.to) {
+		t.Error("the target differs")
+	}
+	if n := w.from.Statuses.Load() + w.to.Statuses.Load(); n > 2000 {
+		t.Errorf("%d questions for the status of ranges", n)
+	}
+	if n := w.to.Writes.Load() + w.to.Zeros.Load(); n > 500 {
+		t.Errorf("%d writes", n)
+	}
+}
+
+// A huge disk of zeroes that is written to while it is passed over: nothing is lost, and no unit of work goes on for long.
+func TestGuestsInLongZeroes(t *testing.T) {
+	for round := range 4 {
+		w := hugeWorld(t, 1<<50, false, false)
+		a := w.args(modes[round%2])
+		stop := w.guests(w.guest)
+		j := w.start(a)
+		if !w.await(ready) {
+			t.Fatal(j.Err())
+		}
+		stop()
+		if err := j.Complete(context.Background()); err != nil {
+			t.Fatal(err)
+		}
+		<-j.Finished()
+		if err := j.Err(); err != nil || !w.from.Same(w.to) {
+			t.Errorf("round %d: %v, the same %v", round, err, w.from.Same(w.to))
+		}
+	}
+}
