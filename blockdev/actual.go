@@ -2,12 +2,12 @@ package blockdev
 
 import (
 	"context"
-	"sync"
 	"sync/atomic"
 	"time"
 
 	"qblockd/graph"
 	"qblockd/graph/perm"
+	"qblockd/panics"
 	"qblockd/schema/types"
 )
 
@@ -58,13 +58,13 @@ func (m *Manager) refreshActual(vs []view) {
 	}
 	var next atomic.Int64
 	var late atomic.Bool
-	var wg sync.WaitGroup
+	var wg panics.Group
 	for range min(sizeParallel, len(jobs)) {
 		if m.sizes.running.Add(1) > sizeStuck {
 			m.sizes.running.Add(-1)
 			break
 		}
-		wg.Go(func() {
+		wg.Go("allocated sizes", func() {
 			defer m.sizes.running.Add(-1)
 			for !late.Load() {
 				i := int(next.Add(1)) - 1
@@ -79,7 +79,7 @@ func (m *Manager) refreshActual(vs []view) {
 		})
 	}
 	done := make(chan struct{})
-	go func() { wg.Wait(); close(done) }()
+	panics.Go("a wait for allocated sizes", func() { wg.Wait(); close(done) }, nil)
 	timer := time.NewTimer(sizePatience)
 	defer timer.Stop()
 	select {

@@ -9,6 +9,7 @@ import (
 	"strings"
 
 	"qblockd/graph"
+	"qblockd/panics"
 	"qblockd/schema/types"
 	"qblockd/schema/value"
 )
@@ -85,11 +86,13 @@ func plainDriver(ctx context.Context, name string) (types.BlockdevDriver, error)
 
 // await calls f, which may get stuck in the kernel, and waits for its result no longer than ctx.
 func await[T any](ctx context.Context, f func() T) (got T, err error) {
-	done := make(chan T, 1)
-	go func() { done <- f() }()
+	done, failed := make(chan T, 1), make(chan error, 1)
+	panics.Go("a look at a file", func() { done <- f() }, func(err error) { failed <- err })
 	select {
 	case got = <-done:
 		return got, nil
+	case err := <-failed:
+		return got, err
 	case <-ctx.Done():
 		return got, ctx.Err()
 	}

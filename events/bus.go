@@ -7,6 +7,7 @@ import (
 	"time"
 
 	"qblockd/events/trace"
+	"qblockd/panics"
 	"qblockd/schema/value"
 )
 
@@ -23,7 +24,7 @@ type systemClock struct{}
 
 func (systemClock) Now() time.Time { return time.Now() }
 func (systemClock) AfterFunc(d time.Duration, f func()) func() {
-	t := time.AfterFunc(d, f)
+	t := panics.AfterFunc("the rate limit of events", d, f)
 	return func() { t.Stop() }
 }
 

@@ -10,6 +10,7 @@ import (
 
 	"qblockd/events/trace"
 	"qblockd/graph/blk"
+	"qblockd/panics"
 )
 
 // close ends a node in state closing, to which nothing leads any more: it stores and
@@ -57,11 +58,11 @@ func (n *Node) shutdown(ctx context.Context) error {
 	defer close(shut)
 	r := &blk.Req{Ctx: ctx}
 	var errs []error
-	if i, ok := drv.(Inactivator); ok && !n.ReadOnly() {
-		errs = append(errs, i.Inactivate(r))
+	if i, ok := drv.(Inactivator); ok && !n.ReadOnly() && !n.Failed() {
+		errs = append(errs, n.careful(func() error { return i.Inactivate(r) }))
 	}
 	errs = append(errs, n.flushNode(r))
-	errs = append(errs, drv.Close())
+	errs = append(errs, n.careful(drv.Close))
 	n.g.shutdowns.Add(1)
 	if p := &trace.NodeClose; p.On() {
 		p.Log(slog.String("node", n.name))
@@ -221,7 +222,7 @@ func (c *closer) runLocked(n *Node) {
 	}
 	s.started = true
 	flushOnly := s.flushOnly
-	go func() {
+	panics.Go("the end of node '"+n.name+"'", func() {
 		var err error
 		switch {
 		case !s.open: // its opener is still at it
@@ -248,7 +249,7 @@ func (c *closer) runLocked(n *Node) {
 		if c.left--; c.left == 0 {
 			close(c.done)
 		}
-	}()
+	}, nil)
 }
 
 // result clears the graph away and reports.

@@ -6,6 +6,7 @@ import (
 	"slices"
 
 	"qblockd/graph/perm"
+	"qblockd/panics"
 )
 
 // commit is one Tx on its way through the phases.
@@ -48,10 +49,14 @@ func (tx *Tx) Commit() error {
 		tx.forgetFresh()
 		return err
 	}
+	c.install()
+	c.finish()
 	return nil
 }
 
-func (c *commit) run() error {
+// run does all that may fail; a panic is a failure.
+func (c *commit) run() (err error) {
+	defer panics.Into("a transaction of the graph", &err)
 	if err := c.reserve(); err != nil {
 		return err
 	}
@@ -60,9 +65,7 @@ func (c *commit) run() error {
 			return err
 		}
 	}
-	c.g.mu.Lock()
-	c.drain = c.g.beginDrainLocked(c.draft.drainSet())
-	c.g.mu.Unlock()
+	c.drain = c.g.beginDrain(c.draft.drainSet())
 	if err := c.drain.wait(c.tx.ctx, c.tx.quiet); err != nil {
 		return err
 	}
@@ -74,8 +77,6 @@ func (c *commit) run() error {
 			return err
 		}
 	}
-	c.install()
-	c.finish()
 	return nil
 }
 
@@ -84,9 +85,7 @@ func (c *commit) reserve() error {
 	tx, g := c.tx, c.g
 	var want []*Node
 	for {
-		g.mu.RLock()
-		err := c.planLocked()
-		g.mu.RUnlock()
+		err := c.plan()
 		if err != nil {
 			return err
 		}
@@ -94,37 +93,50 @@ func (c *commit) reserve() error {
 		if c.res, err = g.resv.acquire(tx.ctx, want); err != nil {
 			return err
 		}
-		g.mu.Lock()
-		if g.closed {
-			err = errClosing
-		} else if c.version != g.version {
-			err = c.planLocked()
-		}
+		grown, wait, err := c.settle(want)
 		if err != nil {
-			g.mu.Unlock()
 			return err
 		}
-		grown := union(want, c.draft.closure(c.delta))
-		if len(grown) == len(want) {
-			wait := g.addLinksLocked(c)
-			if wait == nil {
-				g.mu.Unlock()
-				return nil
-			}
-			g.mu.Unlock()
-			g.resv.release(c.res)
-			c.res = nil
+		if len(grown) == len(want) && wait == nil {
+			return nil
+		}
+		g.resv.release(c.res)
+		c.res, want = nil, grown
+		if wait != nil {
 			select {
 			case <-wait:
 			case <-tx.ctx.Done():
 				return context.Cause(tx.ctx)
 			}
-			continue
 		}
-		g.mu.Unlock()
-		g.resv.release(c.res)
-		c.res, want = nil, grown
 	}
+}
+
+// plan is planLocked of the graph as it is.
+func (c *commit) plan() error {
+	c.g.mu.RLock()
+	defer c.g.mu.RUnlock()
+	return c.planLocked()
+}
+
+// settle looks, with the nodes of want reserved, whether the plan still holds: it does if grown is no more than want and there is nothing to wait for. Its edges
+// are known to others then.
+func (c *commit) settle(want []*Node) (grown []*Node, wait <-chan struct{}, err error) {
+	g := c.g
+	g.mu.Lock()
+	defer g.mu.Unlock()
+	if g.closed {
+		return nil, nil, errClosing
+	}
+	if c.version != g.version {
+		if err := c.planLocked(); err != nil {
+			return nil, nil, err
+		}
+	}
+	if grown = union(want, c.draft.closure(c.delta)); len(grown) == len(want) {
+		wait = g.addLinksLocked(c)
+	}
+	return grown, wait, nil
 }
 
 // planLocked makes the plan on the graph as it is now.
@@ -274,7 +286,7 @@ func (c *commit) prepare(ctx context.Context) error {
 		if !ok || n.state >= nodeClosing || up == n.applied && !c.draft.again[n] {
 			continue
 		}
-		if err := t.PermPrepare(ctx, up); err != nil {
+		if err := n.careful(func() error { return t.PermPrepare(ctx, up) }); err != nil {
 			if up.Loosens(n.applied) {
 				// Giving up rights cannot be refused; the old ones stay taken.
 				slog.Warn("permissions could not be lowered", "node", n.name, "error", err)
@@ -301,13 +313,13 @@ func (c *commit) join(ctx context.Context, l []Participant) error {
 func (c *commit) undo() {
 	nFirst := min(len(c.joined), len(c.tx.first))
 	for _, p := range slices.Backward(c.joined[nFirst:]) {
-		p.Abort()
+		c.careful(p.Abort)
 	}
 	for _, n := range slices.Backward(c.taken) {
-		n.drv.(PermTaker).PermAbort()
+		n.careful(func() error { n.drv.(PermTaker).PermAbort(); return nil })
 	}
 	for _, p := range slices.Backward(c.joined[:nFirst]) {
-		p.Abort()
+		c.careful(p.Abort)
 	}
 	if c.drain != nil {
 		c.drain.end()
@@ -322,8 +334,19 @@ func (c *commit) undo() {
 	}
 }
 
+// careful calls what cannot fail. After a panic the nodes that the transaction holds quiet are in doubt, as its participants are about those.
+func (c *commit) careful(f func()) {
+	defer panics.Catch("the end of a transaction of the graph", func(err error) {
+		for _, n := range c.draft.drains {
+			n.Fail(err)
+		}
+	})
+	f()
+}
+
 // install changes the graph. It cannot fail and does not wait.
 func (c *commit) install() {
+	defer panics.Fatal("the installation of a transaction of the graph")
 	g := c.g
 	g.mu.Lock()
 	defer g.mu.Unlock()
@@ -377,13 +400,13 @@ func (c *commit) retire(nodes []*Node) {
 func (c *commit) finish() {
 	nFirst := min(len(c.joined), len(c.tx.first))
 	for _, p := range c.joined[:nFirst] {
-		p.Commit()
+		c.careful(p.Commit)
 	}
 	for _, n := range c.taken {
-		n.drv.(PermTaker).PermCommit()
+		n.careful(func() error { n.drv.(PermTaker).PermCommit(); return nil })
 	}
 	for _, p := range c.joined[nFirst:] {
-		p.Commit()
+		c.careful(p.Commit)
 	}
 	if len(c.in.reopened) > 0 {
 		c.g.mu.Lock()
@@ -394,7 +417,7 @@ func (c *commit) finish() {
 	}
 	for _, r := range c.in.moved {
 		if h := r.hooks.Load(); h.Attached != nil {
-			h.Attached(r.Node())
+			c.careful(func() { h.Attached(r.Node()) })
 		}
 	}
 	c.drain.end()

@@ -3,6 +3,8 @@ package graph
 import (
 	"context"
 	"time"
+
+	"qblockd/panics"
 )
 
 // quietPoll is how often a Drainer that nobody announced to be quiet is asked again.
@@ -23,9 +25,7 @@ type drain struct {
 // work are over and every Drainer is quiet. Nested drains count; each undrain must be called once. On error
 // (the context's) nothing is drained. Not for use inside a unit of work.
 func (g *Graph) Drain(ctx context.Context, nodes ...*Node) (undrain func(), err error) {
-	g.mu.Lock()
-	d := g.beginDrainLocked(nodes, nil)
-	g.mu.Unlock()
+	d := g.beginDrain(nodes, nil)
 	if err := d.wait(ctx, nil); err != nil {
 		d.end()
 		return nil, err
@@ -33,7 +33,15 @@ func (g *Graph) Drain(ctx context.Context, nodes ...*Node) (undrain func(), err 
 	return d.end, nil
 }
 
-// beginDrain closes the gates; wait must follow without g.mu, end in any case.
+// beginDrain is beginDrainLocked for those who do not hold g.mu.
+func (g *Graph) beginDrain(nodes []*Node, roots []*Root) *drain {
+	defer panics.Fatal("the drains of the graph")
+	g.mu.Lock()
+	defer g.mu.Unlock()
+	return g.beginDrainLocked(nodes, roots)
+}
+
+// beginDrainLocked closes the gates; wait must follow without g.mu, end in any case.
 // +checklocks:g.mu
 func (g *Graph) beginDrainLocked(nodes []*Node, roots []*Root) *drain {
 	d := &drain{g: g, nodes: nodes, roots: roots}
@@ -223,8 +231,19 @@ func (d *drain) hooksQuiet(quiet map[*Root]bool) bool {
 
 // end lets everything go on.
 func (d *drain) end() {
-	g := d.g
-	g.mu.Lock()
+	d.release()
+	for _, n := range d.held {
+		n.syncHook()
+	}
+	for _, r := range d.hooked {
+		r.syncHook()
+	}
+}
+
+func (d *drain) release() {
+	defer panics.Fatal("the drains of the graph")
+	d.g.mu.Lock()
+	defer d.g.mu.Unlock()
 	for _, r := range d.roots {
 		r.quiesceLocked(-1)
 	}
@@ -233,13 +252,6 @@ func (d *drain) end() {
 	}
 	for _, n := range d.held {
 		n.rare.hold--
-	}
-	g.mu.Unlock()
-	for _, n := range d.held {
-		n.syncHook()
-	}
-	for _, r := range d.hooked {
-		r.syncHook()
 	}
 }
 

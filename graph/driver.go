@@ -157,6 +157,11 @@ type (
 	Lagging interface {
 		Lag() (bytes int64, bound bool)
 	}
+	// FailureTaker is told that its node has failed (Node.Fail), from any goroutine, perhaps with its own locks held: it does not take them. What it has
+	// in memory is in doubt and must not be written any more, not by Close either.
+	FailureTaker interface {
+		NodeFailed()
+	}
 	// Drainer is for drivers that hold requests back (throttle, reconnecting clients); called with no lock held.
 	Drainer interface {
 		DrainBegin()

@@ -58,18 +58,9 @@ type ioState struct {
 
 // opened is called once, by SetDriver, on the still hidden node.
 func (s *ioState) opened(n *Node) {
-	d := n.drv
-	s.drv = d
 	s.copying.Limit = copyingMax
-	s.writer, _ = d.(Writer)
-	s.zeroer, _ = d.(Zeroer)
-	s.flusher, _ = d.(Flusher)
-	s.discard, _ = d.(Discarder)
-	s.status, _ = d.(Statuser)
-	s.mapper, _ = d.(Mapper)
-	s.copier, _ = d.(CopyRanger)
-	s.resizer, _ = d.(Resizer)
-	s.debug, _ = d.(Debugger)
+	s.guard(n)
+	s.debug, _ = n.drv.(Debugger)
 	s.refreshed(n)
 }
 

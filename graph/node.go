@@ -17,6 +17,7 @@ type Node struct {
 	opts     atomic.Pointer[Options]
 	drv      Driver // set by SetDriver while hidden, never changed after
 	readOnly atomic.Bool
+	failed   atomic.Bool          // see Fail
 	kids     atomic.Pointer[kids] // replaced under g.mu, read anywhere; changes only while the node is drained
 
 	infoGen atomic.Uint64 // see InfoGeneration

@@ -4,6 +4,8 @@ import (
 	"context"
 	"sync/atomic"
 	"time"
+
+	"qblockd/panics"
 )
 
 const (
@@ -28,7 +30,7 @@ func (g *Graph) Patient(parent context.Context, d time.Duration) (context.Contex
 	p := &patience{g: g}
 	p.left.Store(int64(d))
 	ctx, cancel := context.WithCancelCause(context.WithValue(parent, patienceKey{}, p))
-	go p.watch(ctx, cancel)
+	panics.Go("the watch over the end", func() { p.watch(ctx, cancel) }, nil)
 	return ctx, func() { cancel(nil) }
 }
 

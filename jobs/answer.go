@@ -4,6 +4,7 @@ import (
 	"time"
 
 	"qblockd/jobs/machine"
+	"qblockd/panics"
 )
 
 // instantLimit is how long a command waits at most for a job on nodes that answer at once. It bounds what a client waits and so is real time.
@@ -18,7 +19,7 @@ func (j *Job) Settle() {
 	j.m.mu.Lock()
 	defer j.m.mu.Unlock()
 	over := false
-	limit := time.AfterFunc(instantLimit, func() {
+	limit := panics.AfterFunc("a wait for a job", instantLimit, func() {
 		j.m.mu.Lock()
 		defer j.m.mu.Unlock()
 		over = true

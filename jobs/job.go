@@ -11,6 +11,7 @@ import (
 	"qblockd/events/trace"
 	"qblockd/graph"
 	"qblockd/jobs/machine"
+	"qblockd/panics"
 	"qblockd/schema/types"
 )
 
@@ -115,6 +116,7 @@ func (j *Job) outcomeLocked() error {
 
 // stepLocked feeds the machine and does what it says.
 func (j *Job) stepLocked(in machine.Input) {
+	defer panics.Fatal("the state of a job")
 	var changes []machine.Change
 	j.st, changes = machine.Step(j.st, in)
 	for _, c := range changes {
@@ -181,7 +183,10 @@ func (j *Job) updateLocked() {
 func (j *Job) cancelLocked(force bool) {
 	if c, ok := j.runner.(Canceler); ok {
 		j.m.mu.Unlock()
-		force = c.Cancel(force || j.st.Status >= machine.Waiting) // what is over is not ready any more
+		over := j.st.Status >= machine.Waiting // what is over is not ready any more
+		if err := j.careful(func() error { force = c.Cancel(force || over); return nil }); err != nil {
+			force = true
+		}
 		j.m.mu.Lock()
 	} else {
 		force = true
@@ -202,12 +207,27 @@ func (j *Job) cancelLocked(force bool) {
 	}
 }
 
+// careful calls the runner: a panic of it is an error of the job.
+func (j *Job) careful(f func() error) (err error) {
+	defer panics.Into(string(j.typ)+" job '"+j.id+"'", &err)
+	return f()
+}
+
+// certain calls what of the runner cannot fail. After a panic the nodes of the job are in doubt.
+func (j *Job) certain(f func(h *Handle)) {
+	if err := j.careful(func() error { f(&Handle{j: j}); return nil }); err != nil {
+		for _, n := range j.nodes {
+			n.Fail(err)
+		}
+	}
+}
+
 // main is the job's goroutine.
 func (j *Job) main() {
 	h := &Handle{j: j}
 	err := h.Checkpoint()
 	if err == nil {
-		err = j.runner.Run(j.ctx, h)
+		err = j.careful(func() error { return j.runner.Run(j.ctx, h) })
 	}
 	j.awaitAnswer()
 	j.waiting.Store(true)

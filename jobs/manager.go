@@ -9,6 +9,7 @@ import (
 	"qblockd/events"
 	"qblockd/graph"
 	"qblockd/jobs/machine"
+	"qblockd/panics"
 	"qblockd/schema/types"
 )
 
@@ -140,10 +141,10 @@ func (m *Manager) Start(j *Job) (release func()) {
 	m.mu.Unlock()
 	if j.instant {
 		j.releaseNow()
-		go j.main()
+		panics.Go("job '"+j.id+"'", j.main, nil)
 		j.Settle()
 	} else {
-		go j.main()
+		panics.Go("job '"+j.id+"'", j.main, nil)
 		<-j.yielded
 	}
 	return j.releaseNow
@@ -182,7 +183,7 @@ func (m *Manager) Shutdown(ctx context.Context) error {
 	m.mu.Unlock()
 	goingOn := m.quiesce(all)
 	done := make(chan struct{})
-	go func() {
+	panics.Go("the end of all jobs", func() {
 		defer close(done)
 		for _, j := range all {
 			m.mu.Lock()
@@ -194,7 +195,7 @@ func (m *Manager) Shutdown(ctx context.Context) error {
 			j.endNow()
 		}
 		m.running.Wait()
-	}()
+	}, nil)
 	select {
 	case <-done:
 		return nil

@@ -108,7 +108,7 @@ func (j *Job) prepareLocked() error {
 	}
 	j.m.mu.Unlock()
 	defer j.m.mu.Lock()
-	return p.Prepare(j.ctx, &Handle{j: j})
+	return j.careful(func() error { return p.Prepare(j.ctx, &Handle{j: j}) })
 }
 
 // finishLocked is a job's last step: its runner commits or aborts and cleans up, the events are
@@ -117,15 +117,14 @@ func (j *Job) finishLocked() {
 	j.updateLocked()
 	failed := j.st.Failed
 	j.m.mu.Unlock()
-	h := &Handle{j: j}
 	if a, ok := j.runner.(Aborter); failed && ok {
-		a.Abort(h)
+		j.certain(a.Abort)
 	}
 	if c, ok := j.runner.(Committer); !failed && ok {
-		c.Commit(h)
+		j.certain(c.Commit)
 	}
 	if c, ok := j.runner.(Cleaner); ok {
-		c.Clean(h)
+		j.certain(c.Clean)
 	}
 	j.m.mu.Lock()
 	i := slices.Index(j.txn.jobs, j)

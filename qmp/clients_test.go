@@ -14,6 +14,7 @@ import (
 	"time"
 
 	"qblockd/events"
+	"qblockd/panics"
 	"qblockd/schema/value"
 )
 
@@ -371,14 +372,15 @@ func TestCloseLeavesNothing(t *testing.T) {
 	eventually(t, "goroutines to end", func() bool { return runtime.NumGoroutine() <= before })
 }
 
-func TestRecoverPanics(t *testing.T) {
+func TestPanics(t *testing.T) {
 	d := testDispatcher()
-	d.RecoverPanics, d.Log = true, quiet()
+	d.Log = quiet()
+	defer panics.Contain()()
 	d.Handle("bug", func(context.Context, *value.Dict, []byte) ([]byte, error) { panic("oh") })
 	c := serve(t, NewMonitor(d, nil, Options{}))
 	c.negotiate()
 	c.send(`{"execute":"bug","id":1}{"execute":"query-jobs"}`)
-	c.expect(`{"id": 1, "error": {"class": "GenericError", "desc": "Internal error in command bug"}}`)
+	c.expect(`{"id": 1, "error": {"class": "GenericError", "desc": "Internal error in command 'bug': this is a bug of the daemon, and its log tells more"}}`)
 	c.expect(`{"return": []}`)
 }
 

@@ -2,16 +2,14 @@ package qmp
 
 import (
 	"context"
-	"errors"
-	"fmt"
 	"log/slog"
-	"runtime/debug"
 	"slices"
 	"strconv"
 	"sync"
 	"sync/atomic"
 
 	"qblockd/events/trace"
+	"qblockd/panics"
 	"qblockd/schema/types"
 	"qblockd/schema/value"
 )
@@ -42,11 +40,6 @@ type Dispatcher struct {
 	commands map[string]command
 	stopped  atomic.Bool
 
-	// RecoverPanics makes a panic of a handler an error reply (and a log entry with the
-	// stack) instead of the end of the process. A handler that panicked may have left
-	// anything half done, so this is for those who would rather limp than lose the other
-	// disks; tests leave it off so that bugs show.
-	RecoverPanics bool
 	// Log takes what a client does not see; nil: slog's default.
 	Log *slog.Logger
 
@@ -202,19 +195,18 @@ func (d *Dispatcher) execute(ctx context.Context, neg *negotiation, obj *value.D
 	if p := &trace.CommandOutOfBand; p.On() && req.oob {
 		p.Log(slog.String("command", req.command), slog.Int("arguments", req.args.Len()))
 	}
-	if d.RecoverPanics {
-		return d.guarded(ctx, req, c, out)
-	}
-	return c.run(ctx, req.args, out)
+	return d.run(ctx, req, c, out)
 }
 
-func (d *Dispatcher) guarded(ctx context.Context, req request, c command, out []byte) (res []byte, err error) {
-	defer func() {
-		if p := recover(); p != nil {
-			d.log().Error("command panicked", "command", req.command, "panic", fmt.Sprint(p), "stack", string(debug.Stack()))
-			res, err = out, errors.New("Internal error in command "+req.command)
-		}
-	}()
+// run executes the command of a checked request. A panic in it is an error of the command.
+func (d *Dispatcher) run(ctx context.Context, req request, c command, out []byte) (res []byte, err error) {
+	if panics.Contained() {
+		defer func() {
+			if p := recover(); p != nil {
+				res, err = out, panics.Report("command '"+req.command+"'", p)
+			}
+		}()
+	}
 	return c.run(ctx, req.args, out)
 }
 

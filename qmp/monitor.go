@@ -7,6 +7,7 @@ import (
 	"time"
 
 	"qblockd/events"
+	"qblockd/panics"
 )
 
 // Options of a Monitor.
@@ -88,7 +89,7 @@ func (m *Monitor) ended(s *Session) {
 	n := int64(s.out.most)
 	s.out.mu.Unlock()
 	if m.garbage.Add(n+sessionSize) >= muchGarbage && m.garbage.Swap(0) >= muchGarbage {
-		go m.idleFn()
+		panics.Go("giving back memory", m.idleFn, nil)
 	}
 }
 
@@ -108,9 +109,9 @@ func (m *Monitor) Overflows() uint64 { return m.overflows.Load() }
 func (m *Monitor) Close(grace time.Duration) {
 	m.mu.Lock()
 	m.closed = true
-	var all sync.WaitGroup
+	var all panics.Group
 	for s := range m.sessions {
-		all.Go(func() {
+		all.Go("the end of a QMP client", func() {
 			if grace > 0 {
 				s.waitSent(grace)
 			}

@@ -4,6 +4,7 @@ import (
 	"sync"
 	"time"
 
+	"qblockd/panics"
 	"qblockd/schema/value"
 )
 
@@ -48,7 +49,7 @@ func (s *Session) send(line []byte, reply bool) {
 		n := s.mon.overflows.Add(1)
 		s.d.log().Warn("monitor client does not read, disconnecting it", "unsent", o.unsentLocked(), "so far", n)
 		// Not here: the caller may hold the event bus.
-		go s.fail(errOverflow)
+		panics.Go("the end of a QMP client", func() { s.fail(errOverflow) }, nil)
 		return
 	}
 	switch {
@@ -107,7 +108,7 @@ func (s *Session) flush() {
 		return
 	}
 	if s.try == nil {
-		go s.write(buf, 0)
+		s.startWrite(buf, 0)
 		return
 	}
 	n, err := s.try.TryWrite(buf)
@@ -120,7 +121,7 @@ func (s *Session) flush() {
 		o.mu.Lock()
 		o.inFlight -= n
 		o.mu.Unlock()
-		go s.write(buf, n)
+		s.startWrite(buf, n)
 		return
 	}
 	o.mu.Lock()
@@ -128,7 +129,7 @@ func (s *Session) flush() {
 	s.countLocked()
 	o.mu.Unlock()
 	if next != nil {
-		go s.write(next, 0)
+		s.startWrite(next, 0)
 	}
 }
 
@@ -138,8 +139,16 @@ func (s *Session) startWriter() {
 	buf := s.out.takeLocked()
 	s.out.mu.Unlock()
 	if buf != nil {
-		go s.write(buf, 0)
+		s.startWrite(buf, 0)
 	}
+}
+
+// startWrite is write in a goroutine of its own.
+func (s *Session) startWrite(buf []byte, n int) {
+	panics.Go("output to a QMP client", func() { s.write(buf, n) }, func(err error) {
+		s.fail(err)
+		s.stopOutput()
+	})
 }
 
 // write sends buf[n:] and what gathers meanwhile, waiting for the client. The caller has made
@@ -193,7 +202,7 @@ func (s *Session) awaitRoom() bool {
 			return true
 		}
 		if buf := o.takeLocked(); buf != nil {
-			go s.write(buf, 0)
+			s.startWrite(buf, 0)
 		}
 		o.changed.Wait()
 	}
@@ -204,7 +213,7 @@ func (s *Session) waitSent(limit time.Duration) {
 	o := &s.out
 	late := false // guarded by o.mu
 	if limit > 0 {
-		t := time.AfterFunc(limit, func() {
+		t := panics.AfterFunc("a wait for a QMP client", limit, func() {
 			o.mu.Lock()
 			late = true
 			o.changed.Broadcast()
@@ -216,7 +225,7 @@ func (s *Session) waitSent(limit time.Duration) {
 	defer o.mu.Unlock()
 	for o.unsentLocked() > 0 && !o.closed && !late && s.base.Err() == nil {
 		if buf := o.takeLocked(); buf != nil {
-			go s.write(buf, 0)
+			s.startWrite(buf, 0)
 		}
 		o.changed.Wait()
 	}

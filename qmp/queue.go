@@ -3,6 +3,7 @@ package qmp
 import (
 	"sync"
 
+	"qblockd/panics"
 	"qblockd/schema/value"
 )
 
@@ -37,7 +38,7 @@ func (q *requestQueue) put(s *Session, r queued) bool {
 	defer q.mu.Unlock()
 	if !q.started {
 		q.started = true
-		go q.run(s)
+		panics.Go("the requests of a QMP client", func() { q.run(s) }, s.fail)
 	}
 	q.items = append(q.items, r)
 	q.changed.Broadcast()
@@ -49,6 +50,12 @@ func (q *requestQueue) put(s *Session, r queued) bool {
 
 // run executes requests until the queue is closed and empty, or the session ends.
 func (q *requestQueue) run(s *Session) {
+	defer func() {
+		q.mu.Lock()
+		defer q.mu.Unlock()
+		q.done, q.items = true, nil
+		q.changed.Broadcast()
+	}()
 	for {
 		r, ok := q.take(s)
 		if !ok || !s.execute(r) {
@@ -56,10 +63,6 @@ func (q *requestQueue) run(s *Session) {
 		}
 	}
 	s.flush()
-	q.mu.Lock()
-	q.done, q.items = true, nil
-	q.changed.Broadcast()
-	q.mu.Unlock()
 }
 
 // take waits for the next request; what was answered is sent before.

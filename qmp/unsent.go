@@ -4,6 +4,8 @@ import (
 	"context"
 	"sync/atomic"
 	"time"
+
+	"qblockd/panics"
 )
 
 // DefaultAllUnsent is what the clients of a dispatcher together may leave unread, in bytes.
@@ -110,14 +112,14 @@ func (d *Dispatcher) relieve() {
 		return
 	}
 	// Not here: the caller may hold the event bus.
-	go func() {
+	panics.Go("the limit of what is unsent", func() {
 		defer u.tight.Store(false)
 		for u.bytes.Load() > u.limit {
 			if now := time.Now(); !d.dropLargest(nil, now.Add(-u.delay)) && !d.dropLargest(nil, now) {
 				return
 			}
 		}
-	}()
+	}, nil)
 }
 
 // dropLargest disconnects the client, but not except, that has most to read of those that have taken nothing since that time; false if there is none.

@@ -4,6 +4,8 @@ import (
 	"sync"
 	"sync/atomic"
 	"time"
+
+	"qblockd/panics"
 )
 
 // watch looks after commands that take long: answers to the requests before them are sent
@@ -23,7 +25,7 @@ type watch struct {
 
 func (w *watch) init(s *Session) {
 	w.s = s
-	w.timer = time.AfterFunc(time.Hour, w.tick)
+	w.timer = panics.AfterFunc("the watch over a QMP command", time.Hour, w.tick)
 	w.timer.Stop()
 }
 
@@ -73,7 +75,8 @@ func (w *watch) tick() {
 	// The same command for the second time. The timer stays armed and silent until it ends.
 	if w.s.hang != nil && w.waiting == nil && (!w.s.oob.Load() || w.s.eof.Load()) {
 		w.waiting = make(chan struct{})
-		go w.wait(w.waiting)
+		waiting := w.waiting
+		panics.Go("the watch over a QMP client", func() { w.wait(waiting) }, nil)
 	}
 	w.timer.Reset(slowDelay)
 }

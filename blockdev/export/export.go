@@ -25,6 +25,7 @@ import (
 	"qblockd/graph"
 	"qblockd/graph/blk"
 	"qblockd/graph/perm"
+	"qblockd/panics"
 	"qblockd/schema/types"
 )
 
@@ -310,7 +311,7 @@ func (t *Table) Del(ctx context.Context, id string, mode types.BlockExportRemove
 	e.closing = true
 	t.mu.Unlock()
 	e.shutdown()
-	go t.finish(e)
+	panics.Go("the end of an export", func() { t.finish(e) }, nil)
 	ctx, cancel := context.WithTimeout(ctx, Grace)
 	defer cancel()
 	e.wait(ctx)
@@ -408,7 +409,7 @@ func (t *Table) removeAll(ctx context.Context) bool {
 	all := true
 	for i, e := range list {
 		if first[i] {
-			go t.finish(e)
+			panics.Go("the end of an export", func() { t.finish(e) }, nil)
 		}
 		all = e.wait(ctx) && all
 	}

@@ -6,6 +6,7 @@ import (
 	"golang.org/x/sys/unix"
 
 	"qblockd/graph/blk"
+	"qblockd/panics"
 )
 
 // behindBytes is how much jobs write before its write-back is started.
@@ -31,9 +32,9 @@ func (d *disk) wrote(r *blk.Req, h *handle, n int64) {
 		d.behind.busy.Store(false)
 		return
 	}
-	go func() {
+	panics.Go("write-back", func() {
+		defer h.drop()
+		defer d.behind.busy.Store(false)
 		d.writeBack(h.fd)
-		d.behind.busy.Store(false)
-		h.drop()
-	}()
+	}, nil)
 }

@@ -11,6 +11,7 @@ import (
 	"qblockd/graph"
 	"qblockd/graph/blk"
 	"qblockd/graph/perm"
+	"qblockd/panics"
 	"qblockd/schema/types"
 )
 
@@ -34,7 +35,7 @@ func Create(ctx context.Context, o *types.BlockdevCreateOptionsFile, begin func(
 	}
 	late, err := await(ctx, func() error { return create(ctx, o, uint32(hint), begin) }, func(error) {})
 	if late {
-		go wakeFIFO(o.Filename)
+		panics.Go("waking a FIFO", func() { wakeFIFO(o.Filename) }, nil)
 	}
 	return err
 }

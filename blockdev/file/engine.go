@@ -9,6 +9,7 @@ import (
 	"golang.org/x/sys/unix"
 
 	"qblockd/graph/blk"
+	"qblockd/panics"
 )
 
 // engineDepth is how many requests of one node an engine has in the kernel at once.
@@ -110,13 +111,14 @@ func newEngine(batch int64, open func(efd int) (queue, error)) (*engine, error) 
 		e.slots[i] = &slot{id: uint32(i), done: make(chan struct{}, 1)}
 		e.free <- e.slots[i]
 	}
-	go e.run()
+	panics.Go("completions of files", e.run, nil)
 	return e, nil
 }
 
 // run reaps completions until the engine is closed.
 func (e *engine) run() {
 	defer close(e.finished)
+	defer panics.Fatal("completions of files") // the kernel has memory of ours
 	var b [8]byte
 	for {
 		if _, err := e.wake.Read(b[:]); err != nil {
@@ -137,6 +139,7 @@ func (e *engine) close() {
 // becomes of r: the kernel has the buffers. Only for a free slot it waits no longer than
 // r's root lasts. Returns the bytes moved.
 func (e *engine) do(r *blk.Req, op ioOp, fd int, v blk.Vec, skip, off int64, flags uint32) (int64, error) {
+	defer panics.Fatal("a request to the kernel") // which may have the buffers
 	s, err := e.slot(r)
 	if err != nil {
 		return 0, err

@@ -4,6 +4,8 @@ import (
 	"sync/atomic"
 
 	"golang.org/x/sys/unix"
+
+	"qblockd/panics"
 )
 
 // handle is an open file. It is closed when the last reference goes: the driver's own,
@@ -45,6 +47,6 @@ func (h *handle) drop() {
 // happens in the background.
 func (h *handle) Release() {
 	if h.refs.Add(-1) == 0 {
-		go unix.Close(h.fd)
+		panics.Go("closing a file", func() { _ = unix.Close(h.fd) }, nil)
 	}
 }

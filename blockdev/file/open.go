@@ -10,6 +10,7 @@ import (
 
 	"qblockd/graph"
 	"qblockd/graph/blk"
+	"qblockd/panics"
 )
 
 // settings are what opening depends on.
@@ -44,7 +45,7 @@ func openDisk(ctx context.Context, s settings) (*disk, error) {
 		}
 	})
 	if late {
-		go wakeFIFO(s.name) // looking at it may hang as well
+		panics.Go("waking a FIFO", func() { wakeFIFO(s.name) }, nil) // looking at it may hang as well
 		return nil, err
 	}
 	return d, err
@@ -263,14 +264,18 @@ func await(ctx context.Context, work func() error, cleanup func(error)) (late bo
 	const running, finished, abandoned = 0, 1, 2
 	var state atomic.Int32
 	done := make(chan error, 1)
-	go func() {
+	panics.Go("opening a file", func() {
 		err := work()
 		if state.CompareAndSwap(running, finished) {
 			done <- err
 			return
 		}
 		cleanup(err)
-	}()
+	}, func(err error) {
+		if state.CompareAndSwap(running, finished) {
+			done <- err
+		}
+	})
 	select {
 	case err := <-done:
 		return false, err

@@ -169,6 +169,9 @@ func (d *Driver) fileAllocated() (int64, error) {
 // every request with blk.ErrNoMedium.
 func (d *Driver) Ejected() bool { return d.dead.Load() }
 
+// NodeFailed implements graph.FailureTaker: as after fatal corruption, nothing is written any more; but the image on disk is sound.
+func (d *Driver) NodeFailed() { d.dead.Store(true) }
+
 // Caps implements graph.Driver.
 func (d *Driver) Caps() graph.Caps {
 	c := graph.Caps{

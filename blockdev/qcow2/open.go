@@ -9,6 +9,7 @@ import (
 
 	"qblockd/blockdev/qcow2/layout"
 	"qblockd/graph/blk"
+	"qblockd/panics"
 )
 
 // openImage opens the image in c.file. Checks come in the reference's order. A read-only
@@ -268,7 +269,7 @@ func (s *image) startCleaning() {
 	}
 	d := time.Duration(s.set.cleanInterval) * time.Second
 	var t *time.Timer
-	t = time.AfterFunc(d, func() {
+	t = panics.AfterFunc("the cleaning of qcow2 caches", d, func() {
 		s.mu.Lock()
 		defer s.mu.Unlock()
 		if s.closed {

@@ -7,6 +7,7 @@ import (
 	"time"
 
 	"qblockd/graph/blk"
+	"qblockd/panics"
 )
 
 // Clock is the time that limits run on.
@@ -28,7 +29,7 @@ type realClock struct{ start time.Time }
 func (c realClock) Now() time.Duration { return time.Since(c.start) }
 
 func (realClock) Timer(f func()) Timer {
-	t := time.AfterFunc(time.Hour, f)
+	t := panics.AfterFunc("the timer of a throttle group", time.Hour, f)
 	t.Stop()
 	return t
 }

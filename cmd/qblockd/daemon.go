@@ -18,6 +18,7 @@ import (
 	"qblockd/events/trace"
 	"qblockd/graph"
 	"qblockd/jobs"
+	"qblockd/panics"
 	"qblockd/qmp"
 	"qblockd/qmp/chardev"
 	"qblockd/qmp/handlers"
@@ -184,17 +185,17 @@ func (d *daemon) shutdown() {
 // endMonitors lets clients take what is queued for them and removes sockets.
 func (d *daemon) endMonitors() {
 	done := make(chan struct{})
-	go func() {
+	panics.Go("the end of the monitors", func() {
 		defer close(done)
-		var all sync.WaitGroup
+		var all panics.Group
 		d.mu.Lock()
 		for _, m := range d.monitors {
-			all.Go(func() { m.Close(lastReply) })
+			all.Go("the end of a monitor", func() { m.Close(lastReply) })
 		}
 		d.mu.Unlock()
 		all.Wait()
 		d.chardevs.Close()
-	}()
+	}, nil)
 	select {
 	case <-done:
 	case <-time.After(lastReply + 200*time.Millisecond):

@@ -26,6 +26,7 @@ import (
 
 	"qblockd/blockdev"
 	"qblockd/cmd/qblockd/cmdline"
+	"qblockd/panics"
 )
 
 // version is ours; it is reported as the package of the greeting.
@@ -51,6 +52,9 @@ var options = []cmdline.Option{
 
 func main() {
 	setupLog(slog.LevelInfo)
+	if !panics.Loud {
+		panics.Contain()
+	}
 	tuneMemory()
 	items, scanErr := cmdline.Scan(os.Args[1:], options)
 	early := processOptions(items, scanErr)

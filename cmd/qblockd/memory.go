@@ -6,6 +6,8 @@ import (
 	"runtime/debug"
 	"sync"
 	"time"
+
+	"qblockd/panics"
 )
 
 // tuneMemory makes the collector come earlier than Go's default: requests allocate nothing, so its work is small, and
@@ -32,7 +34,7 @@ func (r *returner) giveBack() {
 	if wait := time.Until(r.next); wait > 0 {
 		if !r.pending {
 			r.pending = true
-			time.AfterFunc(wait, func() {
+			panics.AfterFunc("giving back memory", wait, func() {
 				r.mu.Lock()
 				r.pending = false
 				r.mu.Unlock()

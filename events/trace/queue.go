@@ -5,6 +5,8 @@ import (
 	"log/slog"
 	"sync"
 	"time"
+
+	"qblockd/panics"
 )
 
 // keep is how many records wait at most.
@@ -34,8 +36,16 @@ func (q *recordQueue) put(r slog.Record) {
 	q.records = append(q.records, r)
 	if q.idle == nil {
 		q.idle = make(chan struct{})
-		go q.write()
+		panics.Go("the log of trace points", q.write, func(error) { q.ended() })
 	}
+}
+
+// ended lets those go on who wait for a writer that is there no more.
+func (q *recordQueue) ended() {
+	q.mu.Lock()
+	defer q.mu.Unlock()
+	close(q.idle)
+	q.idle = nil
 }
 
 func (q *recordQueue) write() {

@@ -11,12 +11,14 @@ package copy
 
 import (
 	"context"
+	"errors"
 	"sync/atomic"
 	"time"
 
 	"qblockd/graph"
 	"qblockd/graph/blk"
 	"qblockd/jobs"
+	"qblockd/panics"
 	"qblockd/schema/types"
 )
 
@@ -161,14 +163,13 @@ func (e *engine) walk() error {
 // look classifies the beginning of [off, off+n), has it done, and returns its length; 0: less is to be looked at.
 func (e *engine) look(off, n int64) int64 {
 	e.h.Yield()
-	r, err := e.Gate.Begin()
 	var ext Extent
-	if err == nil {
+	err := e.unit("looking for what to copy", func(r *blk.Req) (err error) {
 		if ext, err = e.Look(r, off, n); err == nil && ext.N <= 0 {
 			err = blk.ErrOutOfRange // it would be asked for ever
 		}
-		e.Gate.End(r)
-	}
+		return err
+	})
 	if err != nil {
 		if e.ask = e.Chunk; n > e.Chunk {
 			return 0 // what is said to have failed, and may be passed over, is not more than a copy
@@ -211,7 +212,7 @@ func (e *engine) hand(u unit) {
 	e.h.Count(u.ext.N)
 	if e.workers == e.inFlight {
 		e.workers++
-		go e.worker()
+		panics.Go("a worker of a copy", e.worker, nil)
 	}
 	e.inFlight++
 	e.work <- u
@@ -233,14 +234,20 @@ func (e *engine) limit() int {
 	return e.Workers
 }
 
+// unit calls f in a unit of work. A panic is an error of it.
+func (e *engine) unit(what string, f func(r *blk.Req) error) (err error) {
+	r, err := e.Gate.Begin()
+	if err != nil {
+		return err
+	}
+	defer panics.Into(what, &err)
+	defer e.Gate.End(r)
+	return f(r)
+}
+
 func (e *engine) worker() {
 	for u := range e.work {
-		r, err := e.Gate.Begin()
-		if err == nil {
-			err = e.Copy(r, u.off, u.ext)
-			e.Gate.End(r)
-		}
-		u.err = err
+		u.err = e.unit("copying", func(r *blk.Req) error { return e.Copy(r, u.off, u.ext) })
 		e.done <- u
 	}
 }
@@ -287,6 +294,11 @@ func (e *engine) failed(u unit) {
 	case e.held:
 		u.err = nil
 		e.retry = append(e.retry, u)
+		return
+	}
+	var internal *panics.Error
+	if errors.As(u.err, &internal) {
+		e.stop, e.failure = true, u.err // whatever the policy: it would happen again
 		return
 	}
 	// What else is in flight comes first: when the client hears of the error, the job is about to do what the policy says.

@@ -3,6 +3,7 @@ package copy
 import (
 	"context"
 	"errors"
+	"log/slog"
 	"runtime"
 	"sync"
 	"sync/atomic"
@@ -12,6 +13,7 @@ import (
 	"qblockd/events"
 	"qblockd/graph/blk"
 	"qblockd/jobs"
+	"qblockd/panics"
 	"qblockd/schema/types"
 )
 
@@ -46,6 +48,7 @@ type bench struct {
 	done   []int         // how often each cell was copied
 	during func(off int64)
 	guests *atomic.Bool
+	bug    string // "look" and "copy" panic
 }
 
 func newBench(needs ...Action) *bench {
@@ -53,6 +56,9 @@ func newBench(needs ...Action) *bench {
 }
 
 func (b *bench) look(_ *blk.Req, off, n int64) (Extent, error) {
+	if b.bug == "look" {
+		panic("bug in look")
+	}
 	b.mu.Lock()
 	defer b.mu.Unlock()
 	if b.looks[off] > 0 {
@@ -68,6 +74,9 @@ func (b *bench) look(_ *blk.Req, off, n int64) (Extent, error) {
 }
 
 func (b *bench) copy(_ *blk.Req, off int64, e Extent) error {
+	if b.bug == "copy" {
+		panic("bug in copy")
+	}
 	if b.during != nil {
 		b.during(off)
 	}
@@ -442,6 +451,23 @@ func TestEmptyPartsArePassedInFewSteps(t *testing.T) {
 			if looks > want {
 				t.Errorf("long %v fails %d: %d looks", long, fails, looks)
 			}
+		}
+	}
+}
+
+// A panic of a worker, or of who looks for what to do, is an error of the job, which no policy tries again; the gate is left.
+func TestCopyPanics(t *testing.T) {
+	defer panics.Contain()()
+	defer slog.SetDefault(slog.Default())
+	slog.SetDefault(slog.New(slog.DiscardHandler))
+	for _, bug := range []string{"look", "copy"} {
+		b := newBench(Data, Data, Data)
+		b.bug = bug
+		_, j, _ := start(t, b, types.BlockdevOnErrorIgnore)
+		<-j.Finished()
+		var p *panics.Error
+		if err := j.Err(); !errors.As(err, &p) || b.now != 0 {
+			t.Errorf("%s: %v, %d inside", bug, err, b.now)
 		}
 	}
 }

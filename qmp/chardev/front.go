@@ -4,6 +4,8 @@ import (
 	"io"
 	"os"
 	"sync"
+
+	"qblockd/panics"
 )
 
 // front is the side of a device that its user sees; every device has one.
@@ -16,7 +18,7 @@ type front struct {
 	ending  chan struct{}          // closed by end
 	ended   bool                   // +checklocks:mu
 	streams map[io.Closer]struct{} // +checklocks:mu  of clients present
-	wait    sync.WaitGroup         // goroutines of the device
+	wait    panics.Group           // goroutines of the device
 }
 
 func newFront() *front {
@@ -43,7 +45,7 @@ func (f *front) spawn(g func()) bool {
 	if f.ended {
 		return false
 	}
-	f.wait.Go(g)
+	f.wait.Go("character device", g)
 	return true
 }
 

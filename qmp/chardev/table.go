@@ -11,6 +11,7 @@ import (
 	"sync/atomic"
 
 	"qblockd/graph/blk"
+	"qblockd/panics"
 	"qblockd/schema/types"
 )
 
@@ -217,10 +218,10 @@ func (t *Table) Backends() []*types.ChardevBackendInfo {
 func (t *Table) Close() {
 	t.mu.Lock()
 	t.closed = true
-	var all sync.WaitGroup
+	var all panics.Group
 	for id, d := range t.devices {
 		if d != nil {
-			all.Go(d.close)
+			all.Go("the end of a character device", d.close)
 			delete(t.devices, id)
 		}
 	}

@@ -5,9 +5,10 @@ package arch
 // leaves import nothing of ours but what stands here: they are pure, or are what everybody imports.
 var leaves = map[string][]string{
 	"schema/value":          nil,
-	"schema/types":          {"schema/value"},                 // decoders and encoders work on values
-	"events":                {"schema/value", "events/trace"}, // an event's data are a value, encoded once
-	"events/trace":          nil,
+	"schema/types":          {"schema/value"},                           // decoders and encoders work on values
+	"events":                {"schema/value", "events/trace", "panics"}, // an event's data are a value, encoded once
+	"events/trace":          {"panics"},
+	"panics":                nil,
 	"graph/blk":             {"graph/bitmap"}, // a request may name one that does not record it
 	"graph/perm":            nil,
 	"graph/bitmap":          nil,
@@ -17,7 +18,7 @@ var leaves = map[string][]string{
 }
 
 // anyone but the leaves may import these.
-var anyone = []string{"schema/types", "schema/value", "events", "events/trace", "graph/blk"}
+var anyone = []string{"schema/types", "schema/value", "events", "events/trace", "graph/blk", "panics"}
 
 // rule: what matches from may import what matches one of to. The first rule that matches from counts.
 type rule struct {

@@ -18,6 +18,7 @@ import (
 	"qblockd/blockdev/nbd/wire"
 	"qblockd/events/trace"
 	"qblockd/graph/blk"
+	"qblockd/panics"
 )
 
 func put64(b []byte, v uint64) { binary.BigEndian.PutUint64(b, v) }
@@ -55,6 +56,8 @@ type conn struct {
 	// next header, so that its payload goes where it belongs without a copy.
 	eager bool
 	maps  []*blk.Mapping // spare ones
+	// inside is the unit of work of the request that is served in line.
+	inside *blk.Req
 
 	// ctx is done when the connection is killed: whoever waits at the gate for it gives up.
 	ctx    context.Context
@@ -117,13 +120,16 @@ func (c *conn) kill() {
 // run is the life of the connection.
 func (c *conn) run() {
 	defer c.cancel()
-	err := c.handshake()
+	err := c.talk(c.handshake)
 	if err == nil {
 		c.setUp()
 		if p := &trace.NBDNegotiate; p.On() {
 			p.Log(slog.String("export", c.exp.spec.Name), slog.Bool("structured", c.structured))
 		}
-		err = c.transmission()
+		err = c.talk(c.transmission)
+		if c.inside != nil {
+			c.leave() // after a panic
+		}
 		c.quiesce()
 		c.exp.detach(c)
 	}
@@ -133,12 +139,31 @@ func (c *conn) run() {
 	c.hangUp()
 }
 
+// talk makes a panic an error of the connection.
+func (c *conn) talk(f func() error) (err error) {
+	defer panics.Into("an NBD connection", &err)
+	return f()
+}
+
+// enter passes the gate for a request that is served in line, or returns nil where that would have to wait.
+func (c *conn) enter() *blk.Req {
+	c.inside = c.dev.TryBegin()
+	return c.inside
+}
+
+// leave ends what enter began.
+func (c *conn) leave() {
+	r := c.inside
+	c.inside, r.NoWait = nil, false
+	c.dev.End(r)
+}
+
 // setUp prepares for transmission.
 func (c *conn) setUp() {
 	c.inBuf, c.batchBuf = blk.GetBuf(inSize, 0), blk.GetBuf(batchSize, 0)
 	c.in, c.batch = c.inBuf.B, c.batchBuf.B[:0]
 	c.sf.init()
-	c.leaseTimer = time.AfterFunc(time.Hour, c.checkLeases)
+	c.leaseTimer = panics.AfterFunc("the leases of an NBD connection", time.Hour, c.checkLeases)
 	c.leaseTimer.Stop()
 	if !c.unix {
 		return // TCP finds its own size
@@ -186,7 +211,7 @@ func (c *conn) hangUp() {
 		return
 	}
 	c.raw.Control(func(fd uintptr) { unix.Shutdown(int(fd), unix.SHUT_RDWR) })
-	go c.linger()
+	panics.Go("the end of an NBD connection", c.linger, nil)
 }
 
 // transmission serves requests until the client is done (nil), the connection fails or is killed.

@@ -15,6 +15,7 @@ import (
 	"golang.org/x/sys/unix"
 
 	"qblockd/graph/blk"
+	"qblockd/panics"
 )
 
 // errnoError is "TEXT: ERRNO" in the reference's words.
@@ -272,7 +273,7 @@ type joined struct {
 func joinListeners(ls []net.Listener) *joined {
 	j := &joined{ls: ls, conns: make(chan net.Conn), errs: make(chan error), done: make(chan struct{})}
 	for _, l := range ls {
-		go func() {
+		panics.Go("an NBD listener", func() {
 			for {
 				c, err := l.Accept()
 				if err != nil {
@@ -290,7 +291,7 @@ func joinListeners(ls []net.Listener) *joined {
 					return
 				}
 			}
-		}()
+		}, nil)
 	}
 	return j
 }

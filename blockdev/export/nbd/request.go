@@ -10,12 +10,14 @@ import (
 
 // What is said about requests that were refused by the device.
 const (
-	msgRead   = "reading from file failed"
-	msgWrite  = "writing to file failed"
-	msgFlush  = "flush failed"
-	msgTrim   = "discard failed"
-	msgCache  = "caching data failed"
-	msgStatus = "can't get block status"
+	msgRead  = "reading from file failed"
+	msgWrite = "writing to file failed"
+	msgFlush = "flush failed"
+	msgTrim  = "discard failed"
+
+	msgInternal = "internal error"
+	msgCache    = "caching data failed"
+	msgStatus   = "can't get block status"
 )
 
 // check tells what is wrong with q by itself, as the reference words it; the payload of a
@@ -124,7 +126,7 @@ func (c *conn) read(q *wire.Request) error {
 		head = wire.DataHeadSize
 	}
 	c.reserve(head + n)
-	r := c.dev.TryBegin()
+	r := c.enter()
 	if r == nil {
 		return c.dispatch(q, nil)
 	}
@@ -135,7 +137,7 @@ func (c *conn) read(q *wire.Request) error {
 		err = c.dev.ReadAt(r, blk.Buf(c.batch[l+head:l+head+n:l+head+n]), int64(q.Off), 0)
 	}
 	r.NoWait = false
-	c.dev.End(r)
+	c.leave()
 	switch {
 	case err == nil:
 		c.batch = appendReadHead(c.batch, c.structured, q, n)
@@ -193,7 +195,7 @@ func (c *conn) write(q *wire.Request) error {
 	if n >= c.srv.overlap {
 		return c.dispatchWrite(q, buf, data)
 	}
-	r := c.dev.TryBegin()
+	r := c.enter()
 	if r == nil {
 		return c.dispatchWrite(q, buf, data)
 	}
@@ -203,7 +205,7 @@ func (c *conn) write(q *wire.Request) error {
 		err = c.dev.WriteAt(r, blk.Buf(data), int64(q.Off), c.writeFlags(q))
 	}
 	r.NoWait = false
-	c.dev.End(r)
+	c.leave()
 	if errors.Is(err, blk.ErrWouldBlock) {
 		return c.dispatchWrite(q, buf, data)
 	}
@@ -243,7 +245,7 @@ func (c *conn) writeFlags(q *wire.Request) blk.Flags {
 
 // control serves a flush, trim or write-zeroes at once if that takes no waiting.
 func (c *conn) control(q *wire.Request) error {
-	r := c.dev.TryBegin()
+	r := c.enter()
 	if r == nil {
 		return c.dispatch(q, nil)
 	}
@@ -255,7 +257,7 @@ func (c *conn) control(q *wire.Request) error {
 		msg, err = c.doControl(r, q)
 	}
 	r.NoWait = false
-	c.dev.End(r)
+	c.leave()
 	switch {
 	case err == nil:
 		c.done(q)

@@ -214,7 +214,7 @@ func (s *sendfile) inMemory(fd int, off int64) bool {
 
 // readMapped answers q by sendfile if the device maps the whole range without waiting.
 func (c *conn) readMapped(q *wire.Request) bool {
-	r := c.dev.TryBegin()
+	r := c.enter()
 	if r == nil {
 		return false
 	}
@@ -222,7 +222,7 @@ func (c *conn) readMapped(q *wire.Request) bool {
 	r.NoWait = true
 	ok := c.mapRange(r, q, m)
 	r.NoWait = false
-	c.dev.End(r)
+	c.leave()
 	ok = ok && (q.Len >= streamMin || c.sf.resident(m))
 	if !ok {
 		m.Release()

@@ -12,6 +12,7 @@ import (
 	"time"
 
 	"qblockd/blockdev/nbd/wire"
+	"qblockd/panics"
 )
 
 // Options of a Server; the zero value gives the defaults.
@@ -94,7 +95,7 @@ func Serve(l net.Listener, o Options) *Server {
 	}
 	s.ctx, s.cancel = context.WithCancel(context.Background())
 	s.wg.Add(1)
-	go s.accept()
+	panics.Go("the NBD server", s.accept, nil)
 	return s
 }
 
@@ -223,18 +224,23 @@ func (s *Server) serve(nc net.Conn) {
 	s.conns[c] = struct{}{}
 	s.wg.Add(1)
 	s.mu.Unlock()
-	go func() {
+	panics.Go("an NBD connection", func() {
 		defer s.wg.Done()
 		defer s.putToken()
+		defer s.gone(c)
 		c.run()
-		s.mu.Lock()
-		delete(s.conns, c)
-		last := len(s.conns) == 0
-		s.mu.Unlock()
-		if s.opts.Idle != nil && (s.ended.Add(1)%manyConns == 0 || last && s.large.Swap(false)) {
-			s.opts.Idle()
-		}
-	}()
+	}, func(error) { c.kill() })
+}
+
+// gone takes a connection that has ended off the list.
+func (s *Server) gone(c *conn) {
+	s.mu.Lock()
+	delete(s.conns, c)
+	last := len(s.conns) == 0
+	s.mu.Unlock()
+	if s.opts.Idle != nil && (s.ended.Add(1)%manyConns == 0 || last && s.large.Swap(false)) {
+		s.opts.Idle()
+	}
 }
 
 func (s *Server) putToken() {
@@ -271,10 +277,10 @@ func (s *Server) Close() {
 // Wait waits until all connections of a closed server are gone, or for ctx.
 func (s *Server) Wait(ctx context.Context) error {
 	gone := make(chan struct{})
-	go func() {
+	panics.Go("a wait for NBD clients", func() {
 		s.wg.Wait()
 		close(gone)
-	}()
+	}, nil)
 	select {
 	case <-gone:
 		return nil

@@ -6,6 +6,7 @@ import (
 
 	"qblockd/blockdev/nbd/wire"
 	"qblockd/graph/blk"
+	"qblockd/panics"
 )
 
 // job is a request on its way through a worker.
@@ -94,6 +95,7 @@ func (c *conn) fitsLocked(n int64) bool {
 
 // work serves what is queued.
 func (c *conn) work() {
+	defer panics.Catch("an NBD worker", func(error) { c.kill() })
 	for {
 		c.mu.Lock()
 		if len(c.queue) == 0 {
@@ -106,7 +108,7 @@ func (c *conn) work() {
 		c.queue[len(c.queue)-1] = nil
 		c.queue = c.queue[:len(c.queue)-1]
 		c.mu.Unlock()
-		p := c.serve(j)
+		p := c.serveSafely(j)
 		// The last reply carries the cost, so that memory counts until it is sent.
 		last := p
 		for last.next != nil {
@@ -120,6 +122,15 @@ func (c *conn) work() {
 		c.mu.Unlock()
 		c.kick()
 	}
+}
+
+// serveSafely is serve; after a panic the request fails, and the connection is dropped.
+func (c *conn) serveSafely(j *job) (p *reply) {
+	defer panics.Catch("an NBD request", func(err error) {
+		c.kill()
+		p = c.failure(&j.q, wire.Errno(err), msgInternal)
+	})
+	return c.serve(j)
 }
 
 // serve performs j in one unit of work and makes its reply.

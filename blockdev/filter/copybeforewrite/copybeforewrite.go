@@ -30,6 +30,7 @@ import (
 	"qblockd/graph/bitmap"
 	"qblockd/graph/blk"
 	"qblockd/graph/perm"
+	"qblockd/panics"
 	"qblockd/schema/types"
 )
 
@@ -415,10 +416,10 @@ func (d *Driver) copyInTime(r *blk.Req, off, n int64) error {
 		return d.Copy(r, off, n) // a drain waits for this request and will wait for no other one
 	}
 	done := make(chan error, 1)
-	go func() {
+	panics.Go("a copy before a write", func() {
 		defer end()
 		done <- d.Copy(q, off, n)
-	}()
+	}, func(err error) { done <- err })
 	t := time.NewTimer(d.timeout)
 	defer t.Stop()
 	select {
