@@ -44,14 +44,32 @@ func (j *job) hideTail(ctx context.Context, overlay *graph.Node) error {
 		return err
 	}
 	for err == nil && off < end {
-		n := min(tailChunk, end-off)
-		err = zeroUnallocated(ctx, root, off, n)
+		var n int64
+		var zero bool
+		if n, zero, err = j.shown(ctx, off, end-off); err == nil && !zero {
+			n = min(tailChunk, n)
+			err = zeroUnallocated(ctx, root, off, n)
+		}
 		off += n
 	}
 	if e := j.g.CloseRoot(ctx, root); err == nil {
 		err = e
 	}
 	return err
+}
+
+// shown tells whether the base reads as zeroes in the beginning of [off, off+n), and how long that is: there is nothing to hide there.
+func (j *job) shown(ctx context.Context, off, n int64) (int64, bool, error) {
+	r, err := j.base.Begin(ctx)
+	if err != nil {
+		return 0, false, err
+	}
+	defer j.base.End(r)
+	x, err := j.base.Edge().StatusAbove(r, nil, false, off, n)
+	if err != nil || x.N == 0 {
+		return n, false, nil
+	}
+	return x.N, x.Zero, nil
 }
 
 // zeroUnallocated zeroes what the node of root has not itself in [off, off+n).

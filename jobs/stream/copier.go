@@ -32,6 +32,9 @@ func (c *copier) look(r *blk.Req, off, n int64) (copy.Extent, error) {
 		x := copy.Extent{N: top.N}
 		if e := c.last.FilterOrCOWChild(); e != nil && off < e.Size() {
 			x.Action = copy.Zero
+			if base, err := e.StatusAbove(r, nil, false, off, top.N); err == nil && base.Zero && base.N > 0 {
+				x = copy.Extent{N: base.N} // it does so in any case
+			}
 		}
 		return x, nil
 	case below.Depth == 0:

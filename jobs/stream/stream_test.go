@@ -40,6 +40,11 @@ func layer(t *testing.T, g *graph.Graph, name string, clusters int, backing *gra
 
 func write(t *testing.T, g *graph.Graph, n *graph.Node, content byte) {
 	t.Helper()
+	writeAt(t, g, n, 0, bytes.Repeat([]byte{content}, int(n.Size())))
+}
+
+func writeAt(t *testing.T, g *graph.Graph, n *graph.Node, off int64, p []byte) {
+	t.Helper()
 	tx := g.Begin(context.Background())
 	defer tx.Abort()
 	root, err := tx.AttachRoot(graph.RootSpec{EdgeName: "root", Claim: drivertest.Writer}, n)
@@ -53,7 +58,7 @@ func write(t *testing.T, g *graph.Graph, n *graph.Node, content byte) {
 	if err != nil {
 		t.Fatal(err)
 	}
-	if err := root.WriteAt(r, blk.Buf(bytes.Repeat([]byte{content}, int(n.Size()))), 0, 0); err != nil {
+	if err := root.WriteAt(r, blk.Buf(p), off, 0); err != nil {
 		t.Fatal(err)
 	}
 	root.End(r)
@@ -157,3 +162,53 @@ func TestRawOverAChain(t *testing.T) {
 
 // headerName names nodes by their names.
 func headerName(n *graph.Node) (name, format string, err error) { return n.Name(), n.DriverName(), nil }
+
+// TestHugeLayers streams a chain of 64 TiB with little in it, part of which lies beyond the end of a layer: that takes steps for what is there, and writes no more.
+func TestHugeLayers(t *testing.T) {
+	const clusters = 1 << 30
+	for _, keepBase := range []bool{true, false} {
+		g, sink := drivertest.NewGraphSink(t)
+		base := layer(t, g, "base", clusters, nil)
+		put := func(n *graph.Node, at int64, content byte) {
+			writeAt(t, g, n, at*cluster, bytes.Repeat([]byte{content}, cluster))
+		}
+		places := []int64{0, 5, 1000, 1 << 25, clusters - 1}
+		for _, at := range places {
+			put(base, at, 1)
+		}
+		mid := layer(t, g, "mid", 1<<20, base)
+		put(mid, 5, 2)
+		put(mid, 1<<20-1, 2)
+		top := layer(t, g, "top", clusters, mid)
+		m := jobs.NewManager(sink, nil)
+		a := stream.Args{ID: "j", Top: top, ManualDismiss: true, HeaderName: headerName}
+		if keepBase {
+			a.Base = base
+		}
+		release, err := stream.Start(context.Background(), m, a)
+		if err != nil {
+			t.Fatal(err)
+		}
+		release()
+		j := m.Get("j")
+		<-j.Finished()
+		if j.Err() != nil {
+			t.Fatal(j.Err())
+		}
+		root := drivertest.AddRoot(t, g, top, drivertest.Reader)
+		r, err := root.Begin(context.Background())
+		if err != nil {
+			t.Fatal(err)
+		}
+		for at, want := range map[int64]byte{0: 1, 5: 2, 1000: 1, 1<<20 - 1: 2, 1 << 20: 0, 1 << 25: 0, 1<<25 + 1: 0, clusters - 1: 0} {
+			p := make([]byte, cluster)
+			if err := root.ReadAt(r, blk.Buf(p), at*cluster, 0); err != nil || !bytes.Equal(p, bytes.Repeat([]byte{want}, cluster)) {
+				t.Errorf("cluster %d: %v, %d, want %d", at, err, p[0], want)
+			}
+		}
+		root.End(r)
+		if n, err := g.Node("top-file").Driver().(*drivertest.MemFile).ActualSize(); err != nil || n > 8<<20 {
+			t.Errorf("the top takes %d bytes", n)
+		}
+	}
+}
