@@ -193,13 +193,6 @@ func (m *Manager) admit(o *types.BlockdevOptions) (*types.BlockdevOptions, error
 			return nil, fmt.Errorf("An image may not give the option '%s' of the driver '%s'", mem.Name, o.Driver)
 		}
 	}
-	if u, ok := o.U.(*types.BlockdevOptionsNull); ok {
-		// Else a read leaves in the buffer what was there: memory of the daemon, data of other disks.
-		zeroes := *u
-		zeroes.ReadZeroes = new(bool)
-		*zeroes.ReadZeroes = true
-		o.U = &zeroes
-	}
 	return o, nil
 }
 

@@ -390,6 +390,37 @@ func TestCVE_2024_4467(t *testing.T) {
 	}
 }
 
+// The same for the file that an image says that its data are in: there is no driver for that.
+func TestCVE_2024_4467_DataFile(t *testing.T) {
+	dir := t.TempDir()
+	secret := strings.Repeat("secret\n", 1000)
+	writeFile(t, dir+"/secret", secret)
+	for _, name := range []string{dir + "/secret", `json:{"driver": "file", "filename": "` + dir + `/secret"}`} {
+		top := dir + "/top"
+		_ = os.Remove(top)
+		create(t, top, "", "")
+		b, err := os.ReadFile(top)
+		if err != nil {
+			t.Fatal(err)
+		}
+		b[79] |= 4 // incompatible feature: external data file
+		ext := append([]byte{'D', 'A', 'T', 'A', 0, 0, 0, byte(len(name))}, name...)
+		copy(b[112:], append(ext, make([]byte, 16-len(ext)%8)...))
+		writeFile(t, top, string(b))
+		for _, more := range []string{``, `, 'backing': null`, `, 'read-only': true`} {
+			m := newManager(t, Config{})
+			fds := openFDs(t)
+			if err := add(t, m, `{'driver': 'qcow2', 'node-name': 't', 'file': {'driver': 'file', 'filename': '`+top+`'}`+more+`}`); err == nil {
+				t.Errorf("%s: is opened", name)
+			}
+			clean(t, m, fds)
+		}
+		if b, err := os.ReadFile(dir + "/secret"); err != nil || string(b) != secret {
+			t.Errorf("%s: the file has changed", name)
+		}
+	}
+}
+
 // Names of any depth and size lead to an answer, in a short time.
 func TestNamesAreBounded(t *testing.T) {
 	m := newManager(t, Config{})
@@ -443,4 +474,34 @@ func TestImageNamesNull(t *testing.T) {
 		}
 		mustDel(t, m, "t")
 	}
+}
+
+// What an image says of its nodes is forgotten when it is opened: a reopen does not bring it back. A command makes such a node writable.
+func TestImageNamesStayReadOnly(t *testing.T) {
+	dir := t.TempDir()
+	ctx := context.Background()
+	create(t, dir+"/base", "", "")
+	m := newManager(t, Config{})
+	name := `json:{"driver": "qcow2", "read-only": "off", "file": {"driver": "file", "filename": "` + dir + `/base", "read-only": "off"}}`
+	if err := overlay(t, m, dir, name, ""); err != nil {
+		t.Fatal(err)
+	}
+	base := m.Graph().Node("t").Backing().Node()
+	wantReadOnly := func(when string, want bool) {
+		t.Helper()
+		for _, n := range base.NodesBelow() {
+			if n.ReadOnly() != want {
+				t.Errorf("%s: %s read-only %v", when, n.DriverName(), n.ReadOnly())
+			}
+		}
+	}
+	wantReadOnly("opened", true)
+	for _, more := range []string{`, 'backing': '` + base.Name() + `'`, `, 'read-only': false, 'backing': {'driver': 'qcow2', 'file': {'driver': 'file', 'filename': '` + dir + `/base'}}`} {
+		mustReopen(t, m, `{'driver': 'qcow2', 'node-name': 't', 'file': {'driver': 'file', 'filename': '`+dir+`/overlay'}`+more+`}`)
+		wantReadOnly("reopened"+more, true)
+	}
+	if err := m.Graph().SwitchReadOnly(ctx, false, base.WithFiles()...); err != nil {
+		t.Fatal(err)
+	}
+	wantReadOnly("switched", false)
 }

@@ -234,7 +234,7 @@ type Opening struct {
 	Req *blk.Req
 	// Warn reports something the user should know; it goes to the log.
 	Warn func(msg string)
-	// Admit, if set, must be asked by a driver that opens files of the host before it opens one: an image has named it.
+	// Admit, if set, says that an image has named the node. A driver that opens files of the host must ask it before it opens one.
 	Admit func(f *FoundFile) error
 	// StaysRaw, if set, says that the format was guessed to be raw, from the first bytes of the file alone, and tells whether the first 512 bytes
 	// that are to be there would lead to the same guess.

@@ -51,6 +51,9 @@ func Open(o *graph.Opening) (graph.Driver, error) {
 		d.latency = time.Duration(*opts.LatencyNs)
 	}
 	d.zeroes = opts.ReadZeroes != nil && *opts.ReadZeroes
+	if o.Admit != nil {
+		d.zeroes = true // what an image names must not show what was in the reader's buffer before: memory of the daemon, data of other disks
+	}
 	return d, nil
 }
 

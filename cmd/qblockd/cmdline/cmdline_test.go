@@ -69,6 +69,7 @@ func TestKeyval(t *testing.T) {
 		{"a=1,a=2", "", "a=2", ""},
 		{strings.Repeat("a", 128) + "=x", "", "", "Parameter '" + strings.Repeat("a", 128) + "' is too long"},
 		{"x." + strings.Repeat("a", 128) + "=x", "", "", "Parameter fragment '" + strings.Repeat("a", 128) + "' is too long"},
+		{"x" + strings.Repeat(".a", 1000) + "=x", "", "", "Parameter with 1001 parts is nested too deeply"},
 	} {
 		d, _, err := Keyval(c.in, c.implied)
 		if errText(err) != c.err {

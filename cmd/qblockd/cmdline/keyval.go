@@ -9,8 +9,8 @@ import (
 	"qblockd/schema/value"
 )
 
-// maxFragment is the longest allowed part of a dotted key, in bytes.
-const maxFragment = 127
+// maxFragment is the longest allowed part of a dotted key, in bytes, maxFragments how many a key may have: JSON nests as deep.
+const maxFragment, maxFragments = 127, 1000
 
 // Keyval parses KEY=VALUE,... into an object whose scalars are all strings: dotted keys nest,
 // objects whose keys are all numbers become arrays, ",," is a comma within a value. If
@@ -72,6 +72,9 @@ func (p *keyvalParser) one(params string) (string, error) {
 // walk descends along the dotted key, creating objects, and returns the innermost one with the last fragment.
 func (p *keyvalParser) walk(key string) (*value.Dict, string, error) {
 	cur, prev := p.root, ""
+	if n := strings.Count(key, "."); n >= maxFragments {
+		return nil, "", fmt.Errorf("Parameter with %d parts is nested too deeply", n+1)
+	}
 	for pos := 0; ; {
 		n := fragment(key[pos:], pos > 0)
 		end := pos + n
