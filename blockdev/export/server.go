@@ -12,6 +12,7 @@ import (
 	"qblockd/graph"
 	"qblockd/graph/blk"
 	"qblockd/schema/types"
+	"qblockd/sockets"
 )
 
 // device shows a root to the NBD server.
@@ -109,12 +110,13 @@ func Flatten(a *types.SocketAddressLegacy) *types.SocketAddress {
 func listen(ctx context.Context, addr *types.SocketAddress, mode os.FileMode) (net.Listener, error) {
 	switch a := addr.U.(type) {
 	case *types.UnixSocketAddress:
-		return nbd.ListenUnix(nbd.UnixAddr{
+		l, _, err := sockets.ListenUnix(sockets.UnixAddr{
 			Path:     a.Path,
 			Abstract: isSet(a.Abstract),
 			Padded:   a.Tight != nil && !*a.Tight,
 			Mode:     mode,
 		})
+		return l, err
 	case *types.InetSocketAddress:
 		// keep-alive has no effect on a listener, as in the reference.
 		return nbd.ListenInet(ctx, nbd.InetAddr{

@@ -58,7 +58,12 @@ func writePidFile(path string) (*pidFile, error) {
 // remove deletes the file and gives up the lock.
 func (p *pidFile) remove() {
 	if p != nil {
-		_ = os.Remove(p.path)
+		// What somebody else has put there stays.
+		mine, err1 := p.f.Stat()
+		there, err2 := os.Lstat(p.path)
+		if err1 == nil && err2 == nil && os.SameFile(mine, there) {
+			_ = os.Remove(p.path)
+		}
 		p.f.Close()
 	}
 }

@@ -7,38 +7,20 @@ import (
 	"net"
 	"net/netip"
 	"os"
-	"path/filepath"
 	"strconv"
-	"strings"
 	"syscall"
 
 	"qblockd/graph/blk"
 	"qblockd/schema/types"
+	"qblockd/sockets"
 )
 
 func isTrue(b *bool) bool  { return b != nil && *b }
 func isFalse(b *bool) bool { return b != nil && !*b }
 
-// maxUnixPath is the size of sun_path.
-const maxUnixPath = 108
-
-// unixName checks a path or abstract name and returns it as the net package wants it.
-func unixName(a *types.UnixSocketAddress) (string, error) {
-	limit := maxUnixPath
-	if isTrue(a.Abstract) {
-		limit--
-	}
-	if len(a.Path) > limit {
-		return "", fmt.Errorf("UNIX socket path '%s' is too long", a.Path)
-	}
-	if !isTrue(a.Abstract) {
-		return a.Path, nil
-	}
-	name := "\x00" + a.Path
-	if isFalse(a.Tight) { // the name is the whole of sun_path
-		name += strings.Repeat("\x00", maxUnixPath-len(name))
-	}
-	return name, nil
+// unixAddr is a as package sockets wants it.
+func unixAddr(a *types.UnixSocketAddress, mode os.FileMode) sockets.UnixAddr {
+	return sockets.UnixAddr{Path: a.Path, Abstract: isTrue(a.Abstract), Padded: isFalse(a.Tight), Mode: mode}
 }
 
 // unixSuffix is what a file name shows behind the path.
@@ -50,112 +32,6 @@ func unixSuffix(a *types.UnixSocketAddress) string {
 		return ",abstract=on"
 	}
 	return ",abstract=on,tight=on"
-}
-
-// backlog is how many clients may wait to be accepted; the kernel applies its own bound (net.core.somaxconn). With a short
-// queue a client that does not block in connect(2) is refused when many come at once.
-const backlog = 4096
-
-// listenUnix listens on a path, removing what is there; the socket has its mode from the
-// moment it exists. remove takes it away again, unless somebody else's is there by then.
-func listenUnix(a *types.UnixSocketAddress, mode os.FileMode) (l net.Listener, path string, remove func(), err error) {
-	remove = func() {}
-	if a.Path == "" && !isTrue(a.Abstract) {
-		f, err := os.CreateTemp("", "qemu-socket-")
-		if err != nil {
-			return nil, "", nil, fmt.Errorf("Failed to make a temporary socket %s: %s", os.TempDir(), blk.ErrnoText(err))
-		}
-		f.Close()
-		a = &types.UnixSocketAddress{Path: f.Name()}
-	}
-	name, err := unixName(a)
-	if err != nil {
-		return nil, "", nil, err
-	}
-	if !isTrue(a.Abstract) {
-		if err := syscall.Unlink(a.Path); err != nil && err != syscall.ENOENT {
-			return nil, "", nil, fmt.Errorf("Failed to unlink socket %s: %s", a.Path, blk.ErrnoText(err))
-		}
-	}
-	fd, err := syscall.Socket(syscall.AF_UNIX, syscall.SOCK_STREAM|syscall.SOCK_CLOEXEC|syscall.SOCK_NONBLOCK, 0)
-	if err != nil {
-		return nil, "", nil, fmt.Errorf("Failed to create Unix socket: %s", blk.ErrnoText(err))
-	}
-	f := os.NewFile(uintptr(fd), a.Path)
-	defer f.Close()
-	// Linux gives the file that bind makes the mode of the socket, less the umask: never more
-	// than wanted, for however short a time. A mode the umask cuts is set afterwards.
-	_ = syscall.Fchmod(fd, uint32(mode.Perm()))
-	if err := bindUnix(fd, name); err != nil {
-		return nil, "", nil, fmt.Errorf("Failed to bind socket to %s: %s", a.Path, blk.ErrnoText(err))
-	}
-	if !isTrue(a.Abstract) {
-		remove = removerOf(a.Path)
-		_ = os.Chmod(a.Path, mode.Perm())
-	}
-	if err = syscall.Listen(fd, backlog); err == nil {
-		l, err = net.FileListener(f)
-	}
-	if err != nil {
-		remove()
-		return nil, "", nil, fmt.Errorf("Failed to listen on socket: %s", blk.ErrnoText(err))
-	}
-	if u, ok := l.(*net.UnixListener); ok {
-		u.SetUnlinkOnClose(false)
-	}
-	return l, a.Path, remove, nil
-}
-
-// bindUnix binds to a path or, after a zero byte, an abstract name.
-func bindUnix(fd int, name string) error {
-	if strings.HasPrefix(name, "\x00") {
-		return syscall.Bind(fd, &syscall.SockaddrUnix{Name: "@" + name[1:]})
-	}
-	if len(name) == maxUnixPath {
-		return syscall.ENAMETOOLONG // fits without its zero byte, which package syscall refuses
-	}
-	if strings.HasPrefix(name, "@") {
-		name = "./" + name // else package syscall would take it for abstract
-	}
-	return syscall.Bind(fd, &syscall.SockaddrUnix{Name: name})
-}
-
-// removerOf returns a function that removes the socket at path, if it is still the same file.
-func removerOf(path string) func() {
-	abs, err := filepath.Abs(path)
-	if err != nil {
-		abs = path
-	}
-	was, err := os.Lstat(abs)
-	if err != nil {
-		return func() {}
-	}
-	return func() {
-		if is, err := os.Lstat(abs); err == nil && os.SameFile(was, is) {
-			_ = os.Remove(abs)
-		}
-	}
-}
-
-func dialUnix(ctx context.Context, a *types.UnixSocketAddress) (net.Conn, error) {
-	name, err := unixName(a)
-	if err != nil {
-		return nil, err
-	}
-	if name == "" {
-		return nil, fmt.Errorf("Failed to connect to '': %s", blk.ErrnoText(syscall.ECONNREFUSED))
-	}
-	if strings.HasPrefix(name, "\x00") {
-		name = "@" + name[1:]
-	} else if strings.HasPrefix(name, "@") {
-		name = "./" + name
-	}
-	var d net.Dialer
-	c, err := d.DialContext(ctx, "unix", name)
-	if err != nil {
-		return nil, fmt.Errorf("Failed to connect to '%s': %s", a.Path, dialText(ctx, err))
-	}
-	return c, nil
 }
 
 // dialText words why a connection failed.

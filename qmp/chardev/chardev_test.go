@@ -95,11 +95,27 @@ func names(tab *Table) string {
 func TestUnixServer(t *testing.T) {
 	dir := t.TempDir()
 	path := filepath.Join(dir, "s")
-	if err := os.WriteFile(path, []byte("stale"), 0o644); err != nil {
+	conf := backend(t, `{"type":"socket","data":{"addr":{"type":"unix","data":{"path":%q}},"wait":false}}`, path)
+	tab := newTestTable(t)
+	// A file is left alone; a socket that nobody listens on any more is replaced.
+	if err := os.WriteFile(path, []byte("a disk"), 0o644); err != nil {
 		t.Fatal(err)
 	}
-	tab := newTestTable(t)
-	if _, err := tab.Add(context.Background(), "m", backend(t, `{"type":"socket","data":{"addr":{"type":"unix","data":{"path":%q}},"wait":false}}`, path)); err != nil {
+	if _, err := tab.Add(context.Background(), "m", conf); err == nil ||
+		err.Error() != "Failed to add chardev 'm': Failed to bind socket to "+path+": Address already in use" {
+		t.Fatalf("on a file: %v", err)
+	}
+	if b, err := os.ReadFile(path); string(b) != "a disk" {
+		t.Fatalf("the file: %q, %v", b, err)
+	}
+	os.Remove(path)
+	stale, err := net.ListenUnix("unix", &net.UnixAddr{Name: path})
+	if err != nil {
+		t.Fatal(err)
+	}
+	stale.SetUnlinkOnClose(false)
+	stale.Close()
+	if _, err := tab.Add(context.Background(), "m", conf); err != nil {
 		t.Fatal(err)
 	}
 	st, err := os.Stat(path)

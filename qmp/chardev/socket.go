@@ -12,6 +12,7 @@ import (
 
 	"qblockd/graph/blk"
 	"qblockd/schema/types"
+	"qblockd/sockets"
 )
 
 // socket is what servers and clients have in common.
@@ -130,21 +131,20 @@ func (t *Table) openSocket(ctx context.Context, id string, o *types.ChardevSocke
 type server struct {
 	*socket
 	listeners []net.Listener
-	remove    func()
 	slots     chan struct{} // one element for each client
 	first     chan struct{} // closed when the first client has come
 	once      sync.Once
 }
 
 func (t *Table) openServer(ctx context.Context, s *socket, from Origin) (device, error) {
-	d := &server{socket: s, remove: func() {}, slots: make(chan struct{}, t.opts.MaxClients), first: make(chan struct{})}
+	d := &server{socket: s, slots: make(chan struct{}, t.opts.MaxClients), first: make(chan struct{})}
 	switch u := s.conf.Addr.U.(type) {
 	case *types.UnixSocketAddressWrapper:
-		l, path, remove, err := listenUnix(&u.Data, t.opts.SocketMode)
+		l, path, err := sockets.ListenUnix(unixAddr(&u.Data, t.opts.SocketMode))
 		if err != nil {
 			return nil, err
 		}
-		d.listeners, d.remove = []net.Listener{l}, remove
+		d.listeners = []net.Listener{l}
 		s.address = "unix:" + path + unixSuffix(&u.Data) + s.suffix()
 	case *types.InetSocketAddressWrapper:
 		all, err := listenInet(ctx, &u.Data)
@@ -190,6 +190,7 @@ func (t *Table) openServer(ctx context.Context, s *socket, from Origin) (device,
 
 // accept takes clients until the device ends.
 func (d *server) accept(l net.Listener) {
+	var trouble sockets.Trouble
 	for {
 		select {
 		case d.slots <- struct{}{}:
@@ -202,15 +203,15 @@ func (d *server) accept(l net.Listener) {
 			return
 		case err != nil:
 			// Out of descriptors, or the client has gone again: neither is for good.
-			d.log.Warn("cannot accept a connection", "chardev", d.id, "error", err)
 			<-d.slots
 			select {
-			case <-time.After(50 * time.Millisecond):
+			case <-time.After(trouble.Failed(d.log, "cannot accept a connection", err, "chardev", d.id)):
 			case <-d.ending:
 				return
 			}
 			continue
 		}
+		trouble.Over()
 		gone := make(chan struct{})
 		if !d.spawn(func() {
 			d.run(c)
@@ -234,7 +235,6 @@ func (d *server) close() {
 	for _, l := range d.listeners {
 		l.Close()
 	}
-	d.remove()
 	d.end()
 }
 
@@ -252,7 +252,7 @@ func openClient(ctx context.Context, s *socket, from Origin) (device, error) {
 	switch u := s.conf.Addr.U.(type) {
 	case *types.UnixSocketAddressWrapper:
 		s.address = "unix:" + u.Data.Path + unixSuffix(&u.Data)
-		d.dial = func(ctx context.Context) (net.Conn, error) { return dialUnix(ctx, &u.Data) }
+		d.dial = func(context.Context) (net.Conn, error) { return sockets.DialUnix(unixAddr(&u.Data, 0)) }
 	case *types.InetSocketAddressWrapper:
 		s.address = fmt.Sprintf("%s:%s:%s", s.protocol(), u.Data.Host, u.Data.Port)
 		d.dial = func(ctx context.Context) (net.Conn, error) { return dialInet(ctx, &u.Data) }

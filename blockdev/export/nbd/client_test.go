@@ -9,6 +9,7 @@ import (
 	"time"
 
 	"qblockd/blockdev/nbd/wire"
+	"qblockd/sockets"
 )
 
 // patience bounds each wait of the tests; nothing comes near it unless it hangs.
@@ -18,7 +19,7 @@ const patience = 20 * time.Second
 func server(t testing.TB, d *fileDevice, o Options, change ...func(*Spec)) (*Server, *Export, string) {
 	t.Helper()
 	path := filepath.Join(t.TempDir(), "s")
-	l, err := ListenUnix(UnixAddr{Path: path})
+	l, _, err := sockets.ListenUnix(sockets.UnixAddr{Path: path})
 	if err != nil {
 		t.Fatal(err)
 	}

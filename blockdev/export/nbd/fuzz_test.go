@@ -8,6 +8,7 @@ import (
 	"time"
 
 	"qblockd/blockdev/nbd/wire"
+	"qblockd/sockets"
 )
 
 // FuzzServer: whatever a client sends, the server neither crashes nor hangs nor keeps anything
@@ -28,7 +29,7 @@ func FuzzServer(f *testing.F) {
 	}
 	d := newFileDevice(f, 1<<20)
 	path := filepath.Join(f.TempDir(), "s")
-	l, err := ListenUnix(UnixAddr{Path: path})
+	l, _, err := sockets.ListenUnix(sockets.UnixAddr{Path: path})
 	if err != nil {
 		f.Fatal(err)
 	}

@@ -10,12 +10,12 @@ import (
 	"strconv"
 	"sync"
 	"syscall"
-	"unsafe"
 
 	"golang.org/x/sys/unix"
 
 	"qblockd/graph/blk"
 	"qblockd/panics"
+	"qblockd/sockets"
 )
 
 // errnoError is "TEXT: ERRNO" in the reference's words.
@@ -30,124 +30,6 @@ type listenError struct {
 
 func (e *listenError) Error() string { return e.text }
 func (e *listenError) Unwrap() error { return e.cause }
-
-// UnixAddr is where a unix socket listens.
-type UnixAddr struct {
-	Path string // in the file system, or the name in the abstract name space
-	// Abstract: Path is no file. Padded: the name goes on with zero bytes to the end.
-	Abstract, Padded bool
-	// Mode is that of the socket file; 0 means 0600.
-	Mode os.FileMode
-}
-
-// ListenUnix makes a listening unix socket. A socket that is in its place is removed, any
-// other file is left alone. Nobody can connect before the file has its mode. The
-// file is removed when the listener is closed.
-func ListenUnix(a UnixAddr) (net.Listener, error) {
-	if len(a.Path) > sunPathLen || a.Abstract && len(a.Path) > sunPathLen-1 {
-		return nil, fmt.Errorf("UNIX socket path '%s' is too long", a.Path)
-	}
-	fd, err := unix.Socket(unix.AF_UNIX, unix.SOCK_STREAM|unix.SOCK_CLOEXEC|unix.SOCK_NONBLOCK, 0)
-	if err != nil {
-		return nil, errnoError(err, "Failed to create Unix socket")
-	}
-	f := os.NewFile(uintptr(fd), a.Path)
-	defer f.Close() // listeners have duplicates
-	return listenUnix(f, fd, a)
-}
-
-func listenUnix(f *os.File, fd int, a UnixAddr) (net.Listener, error) {
-	mode := a.Mode
-	if mode == 0 {
-		mode = 0o600
-	}
-	if a.Abstract {
-		n := 1 + len(a.Path)
-		if a.Padded {
-			n = sunPathLen
-		}
-		if err := bindUnix(fd, "\x00"+a.Path, n); err != nil {
-			return nil, errnoError(err, "Failed to bind socket to %s", a.Path)
-		}
-		return listenFile(f, fd)
-	}
-	if st, err := os.Lstat(a.Path); err == nil && (st.Mode().Type() == os.ModeSocket || st.IsDir()) {
-		if err := unix.Unlink(a.Path); err != nil && err != unix.ENOENT {
-			return nil, errnoError(err, "Failed to unlink socket %s", a.Path)
-		}
-	}
-	// The file is made with the mode of the descriptor; the umask can only take away.
-	unix.Fchmod(fd, uint32(mode.Perm()))
-	if err := bindUnix(fd, a.Path, sunPathLen); err != nil {
-		return nil, errnoError(err, "Failed to bind socket to %s", a.Path)
-	}
-	if err := unix.Chmod(a.Path, uint32(mode.Perm())); err != nil {
-		unix.Unlink(a.Path)
-		return nil, errnoError(err, "Failed to set the mode of socket %s", a.Path)
-	}
-	l, err := listenFile(f, fd)
-	if err != nil {
-		unix.Unlink(a.Path)
-		return nil, err
-	}
-	fl := &fileListener{Listener: l, path: a.Path}
-	if st, err := os.Lstat(a.Path); err == nil {
-		fl.made = st
-	}
-	return fl, nil
-}
-
-const sunPathLen = len(unix.RawSockaddrUnix{}.Path)
-
-// bindUnix binds to the first n bytes of an address that begins with path and goes on with
-// zeroes. Package unix takes no path that fills the address.
-func bindUnix(fd int, path string, n int) error {
-	sa := unix.RawSockaddrUnix{Family: unix.AF_UNIX}
-	for i := range len(path) {
-		sa.Path[i] = int8(path[i])
-	}
-	_, _, errno := unix.Syscall(unix.SYS_BIND, uintptr(fd), uintptr(unsafe.Pointer(&sa)), uintptr(2+n))
-	if errno != 0 {
-		return errno
-	}
-	return nil
-}
-
-// backlog is how many clients may wait to be accepted; the kernel applies its own bound (net.core.somaxconn), which is what
-// SOMAXCONN was meant to be. With a short queue a client that does not block in connect(2) is refused when many come at once.
-const backlog = 4096
-
-// listenFile makes the bound socket f, which is fd, listen.
-func listenFile(f *os.File, fd int) (net.Listener, error) {
-	if err := unix.Listen(fd, backlog); err != nil {
-		return nil, errnoError(err, "Failed to listen on socket")
-	}
-	l, err := net.FileListener(f)
-	if err != nil {
-		return nil, errnoError(err, "Failed to listen on socket")
-	}
-	if u, ok := l.(*net.UnixListener); ok {
-		u.SetUnlinkOnClose(false) // fileListener does it, if the file is still ours
-	}
-	return l, nil
-}
-
-// fileListener removes its socket file when it is closed, unless that was replaced.
-type fileListener struct {
-	net.Listener
-	path string
-	made os.FileInfo
-	once sync.Once
-}
-
-func (l *fileListener) Close() error {
-	l.once.Do(func() {
-		if st, err := os.Lstat(l.path); err == nil && l.made != nil && os.SameFile(st, l.made) {
-			os.Remove(l.path)
-		}
-	})
-	return l.Listener.Close()
-}
 
 // InetAddr is where a TCP socket listens.
 type InetAddr struct {
@@ -328,7 +210,7 @@ func ListenFD(fd int) (net.Listener, error) {
 	if _, err := unix.GetsockoptInt(fd, unix.SOL_SOCKET, unix.SO_TYPE); err != nil {
 		return nil, fmt.Errorf("File descriptor '%d' is not a socket", fd)
 	}
-	if err := unix.Listen(fd, backlog); err != nil {
+	if err := unix.Listen(fd, sockets.Backlog); err != nil {
 		return nil, errnoError(err, "Failed to listen on fd socket")
 	}
 	f := os.NewFile(uintptr(fd), "nbd-listener")

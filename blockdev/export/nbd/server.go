@@ -13,6 +13,7 @@ import (
 
 	"qblockd/blockdev/nbd/wire"
 	"qblockd/panics"
+	"qblockd/sockets"
 )
 
 // Options of a Server; the zero value gives the defaults.
@@ -176,6 +177,7 @@ func (s *Server) forget(e *Export) {
 // accept takes connections while there are tokens for them.
 func (s *Server) accept() {
 	defer s.wg.Done()
+	var trouble sockets.Trouble
 	for {
 		if s.sem != nil {
 			select {
@@ -193,14 +195,14 @@ func (s *Server) accept() {
 				return
 			}
 			// Out of descriptors or memory: that passes, and nobody can be told.
-			s.log.Warn("NBD server cannot accept a connection", "err", err)
 			select {
-			case <-time.After(100 * time.Millisecond):
+			case <-time.After(trouble.Failed(s.log, "NBD server cannot accept a connection", err)):
 			case <-s.ctx.Done():
 				return
 			}
 			continue
 		}
+		trouble.Over()
 		s.serve(nc)
 	}
 }

@@ -2,11 +2,8 @@ package nbd
 
 import (
 	"net"
-	"os"
-	"path/filepath"
 	"strings"
 	"sync/atomic"
-	"syscall"
 	"testing"
 	"time"
 
@@ -260,68 +257,6 @@ func TestConnectionLimitCountsServedOnes(t *testing.T) {
 		c := open(t, path, true)
 		c.do(rd(0, 512))
 		c.nc.Close()
-	}
-}
-
-func TestListenUnix(t *testing.T) {
-	dir := t.TempDir()
-	path := filepath.Join(dir, "s")
-	mode := func() os.FileMode {
-		st, err := os.Lstat(path)
-		if err != nil {
-			t.Fatal(err)
-		}
-		return st.Mode()
-	}
-	old := syscall.Umask(0)
-	defer syscall.Umask(old)
-	l, err := ListenUnix(UnixAddr{Path: path})
-	if err != nil {
-		t.Fatal(err)
-	}
-	if mode() != os.ModeSocket|0o600 {
-		t.Errorf("mode %v", mode())
-	}
-	// A socket in the way is replaced; closing the first listener then leaves the second's alone.
-	syscall.Umask(0o077)
-	l2, err := ListenUnix(UnixAddr{Path: path, Mode: 0o666})
-	if err != nil {
-		t.Fatal(err)
-	}
-	if mode() != os.ModeSocket|0o666 {
-		t.Errorf("mode %v", mode())
-	}
-	l.Close()
-	mode()
-	l2.Close()
-	if _, err := os.Lstat(path); !os.IsNotExist(err) {
-		t.Errorf("the socket is left: %v", err)
-	}
-	os.WriteFile(path, []byte("data"), 0o600)
-	for _, c := range []struct{ path, want string }{
-		{path, "Failed to bind socket to " + path + ": Address already in use"},
-		{dir, "Failed to unlink socket " + dir + ": Is a directory"},
-		{"/nonexistent-dir/x", "Failed to bind socket to /nonexistent-dir/x: No such file or directory"},
-		{strings.Repeat("x", 109), "UNIX socket path '" + strings.Repeat("x", 109) + "' is too long"},
-	} {
-		if _, err := ListenUnix(UnixAddr{Path: c.path}); err == nil || err.Error() != c.want {
-			t.Errorf("%v, want %s", err, c.want)
-		}
-	}
-	for _, padded := range []bool{false, true} {
-		l, err := ListenUnix(UnixAddr{Path: "qblockd-test" + filepath.Base(dir), Abstract: true, Padded: padded})
-		if err != nil {
-			t.Fatal(err)
-		}
-		// Package net cannot say an address of full length.
-		if !padded {
-			nc, err := net.Dial("unix", l.Addr().String())
-			if err != nil {
-				t.Fatal(err)
-			}
-			nc.Close()
-		}
-		l.Close()
 	}
 }
 
