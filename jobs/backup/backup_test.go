@@ -72,11 +72,17 @@ func (s stops) Emit(e events.Event) {
 }
 
 func newWorld(t testing.TB) *world {
+	from, to := noise(1), noise(2)
+	return newWorldOf(t, drivertest.MemFileOf(from), drivertest.MemFileOf(to), from)
+}
+
+// newWorldOf is newWorld with other files, the first with content.
+func newWorldOf(t testing.TB, from *drivertest.MemFile, to graph.Driver, content []byte) *world {
 	g, sink := drivertest.NewGraphSink(t)
-	w := &world{t: t, g: g, want: noise(1), stops: make(chan struct{}, 100), states: make(chan struct{}, 1000)}
+	w := &world{t: t, g: g, want: bytes.Clone(content), from: from, stops: make(chan struct{}, 100), states: make(chan struct{}, 1000)}
 	w.m = jobs.NewManager(stops{sink, w.stops, w.states}, nil)
-	w.from, w.to = drivertest.MemFileOf(bytes.Clone(w.want)), drivertest.MemFileOf(noise(2))
-	w.fromF, w.toF = drivertest.NewFault(w.from), drivertest.NewFault(w.to)
+	w.to, _ = to.(*drivertest.MemFile)
+	w.fromF, w.toF = drivertest.NewFault(from), drivertest.NewFault(to)
 	w.source, w.target = drivertest.AddNode(t, g, "source", w.fromF), drivertest.AddNode(t, g, "target", w.toF)
 	w.guest = drivertest.AddRoot(t, g, w.source, drivertest.Writer)
 	w.shape = w.look()
