@@ -9,7 +9,7 @@ BENCH     ?=
 STATICCHECK := honnef.co/go/tools/cmd/staticcheck@v0.6.1
 
 .DEFAULT_GOAL := help
-.PHONY: help build run test tools check race lint fuzz meta crash hostile load starts golden bench man generate generate-check tidy-check interop clean FORCE
+.PHONY: help build run test tools check race lint fuzz meta geometry crash hostile load starts golden bench man generate generate-check tidy-check interop clean FORCE
 
 help: ## list the targets
 	@sed -n 's/^\([a-z-]*\):.*## /\1\t/p' $(MAKEFILE_LIST) | expand -t 18
@@ -57,10 +57,14 @@ fuzz: ## every fuzz target for FUZZTIME each
 SEED   ?= 1
 SEEDS  ?= 1000
 OPS    ?= 120
+SAMPLES ?= 10000
 ROUNDS ?= 200
 
 meta: ## random operations on a graph against plain bytes: SEED= first seed, SEEDS= how many, OPS= operations of each
 	$(GO) test -count=1 -timeout 0 ./tests/meta -run TestRandom -meta.seed $(SEED) -meta.seeds $(SEEDS) -meta.ops $(OPS)
+
+geometry: ## all jobs over disks of all shapes against plain bytes: SEED= first seed, SAMPLES= how many
+	$(GO) test -count=1 -timeout 0 ./tests/geometry -run TestSamples -v -geometry.seed $(SEED) -geometry.samples $(SAMPLES)
 
 crash: ## ROUNDS= rounds of kill -9 under load
 	$(GO) test -count=1 -timeout 0 -v ./tests/crash -run TestKill -crash.rounds $(ROUNDS) -crash.seed $(SEED)

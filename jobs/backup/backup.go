@@ -304,7 +304,7 @@ func (s *Step) Release() {
 // Run implements jobs.Runner.
 func (j *job) Run(ctx context.Context, h *jobs.Handle) error {
 	pending := j.driver.Pending()
-	h.SetRemaining(pending.Count())
+	j.driver.Remaining(h.SetRemaining)
 	if pending.Empty() && j.Sync != types.MirrorSyncModeNone {
 		return nil
 	}
@@ -413,7 +413,8 @@ func (j *job) side(err error) (types.IoOperationType, types.BlockdevOnError) {
 
 // skipUnallocated takes off the list what the source itself does not hold.
 func (j *job) skipUnallocated(ctx context.Context, h *jobs.Handle) error {
-	c, pending := j.driver.Cluster(), j.driver.Pending()
+	c, top := j.driver.Cluster(), j.Source.SkipFilters()
+	from := int64(0) // what the source does not hold goes from here to off
 	for off, size := int64(0), j.Source.Size(); off < size; {
 		if err := h.Checkpoint(); err != nil {
 			return err
@@ -422,7 +423,7 @@ func (j *job) skipUnallocated(ctx context.Context, h *jobs.Handle) error {
 		if err != nil {
 			return err
 		}
-		x, err := j.filter.FilteredChild().StatusAbove(r, nil, false, off, size-off)
+		x, err := j.filter.FilteredChild().StatusAbove(r, top, true, off, size-off)
 		j.root.End(r)
 		if err != nil {
 			return err
@@ -430,25 +431,22 @@ func (j *job) skipUnallocated(ctx context.Context, h *jobs.Handle) error {
 		if x.N == 0 {
 			break
 		}
-		off += j.skipExtent(off, x, c, size)
-		h.SetRemaining(pending.Count())
+		if off += x.N; x.Allocated {
+			off = min(blk.AlignUp(off, c), size)
+			from = off
+			continue
+		}
+		lo, hi := blk.AlignUp(from, c), blk.AlignDown(off, c)
+		if off == size {
+			hi = size
+		}
+		if lo < hi {
+			j.driver.Skip(lo, hi-lo)
+			from = hi
+			j.driver.Remaining(h.SetRemaining)
+		}
 	}
 	return nil
-}
-
-// skipExtent takes the whole clusters of an extent that lies below the source off the list, and returns how far that goes.
-func (j *job) skipExtent(off int64, x blk.Extent, cluster, size int64) int64 {
-	if x.Allocated && x.Depth == 1 {
-		return min(blk.AlignUp(off+x.N, cluster), size) - off
-	}
-	lo, hi := blk.AlignUp(off, cluster), blk.AlignDown(off+x.N, cluster)
-	if off+x.N == size {
-		hi = size
-	}
-	if lo < hi {
-		j.driver.Skip(lo, hi-lo)
-	}
-	return x.N
 }
 
 // Commit implements jobs.Committer.

@@ -121,7 +121,7 @@ func (s *State) passing(r *blk.Req) {
 	}
 }
 
-// OnCopied lets f count the bytes that are copied, whoever does that. Set before the filter is in use.
+// OnCopied lets f count the bytes that are copied, whoever does that. f is called with a lock held and takes none. Set before the filter is in use.
 func (s *State) OnCopied(f func(n int64)) { s.copied = f }
 
 // CopyThroughMemory keeps the kernel from copying. Set before the filter is in use.
@@ -136,6 +136,20 @@ func (s *State) target() *graph.Edge { return s.node.Child("target") }
 
 // Skip takes clusters of [off, off+n), a range of whole clusters, off the list of those to do.
 func (s *State) Skip(off, n int64) { s.pending.Clear(off, n) }
+
+// Remaining calls tell with how many bytes are to be copied or being copied. No copy is counted as over (OnCopied) meanwhile.
+func (s *State) Remaining(tell func(n int64)) {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	n := s.pending.Count()
+	for c := range s.copies {
+		n += s.counted(c)
+	}
+	tell(n)
+}
+
+// counted is the length of a copy as Bitmap.Count counts.
+func (s *State) counted(c *running) int64 { return blk.AlignUp(c.n, s.cluster) }
 
 // clean tells whether nothing of [off, off+n) is to do or being copied or read. A copy that fails between the two looks would be seen by
 // neither: its clusters were not to do at the first, and it is over at the second. So failures are counted.
@@ -296,12 +310,12 @@ func (s *State) waitReaders(r *blk.Req, lo, end int64) error {
 func (s *State) release(c *running, err error) {
 	if err == nil {
 		s.done.Set(c.off, c.n)
-		if s.copied != nil {
-			s.copied(blk.AlignUp(c.n, s.cluster)) // as Bitmap.Count counts
-		}
 	}
 	s.mu.Lock()
-	if err != nil {
+	switch {
+	case err == nil && s.copied != nil:
+		s.copied(s.counted(c))
+	case err != nil:
 		s.pending.Set(c.off, c.n) // also what was given up meanwhile: it may be copied, but need not
 		s.failed.Add(1)
 	}

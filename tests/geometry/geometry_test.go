@@ -1,0 +1,65 @@
+package geometry
+
+import (
+	"flag"
+	"runtime"
+	"sync"
+	"sync/atomic"
+	"testing"
+	"time"
+
+	"go.uber.org/goleak"
+)
+
+var (
+	flagSamples = flag.Int("geometry.samples", 250, "number of samples")
+	flagSeed    = flag.Uint64("geometry.seed", 1, "seed of the first")
+	flagTries   = flag.Int("geometry.tries", 1, "how often each is played")
+	flagFails   = flag.Int("geometry.fails", 10, "failures after which no more are played")
+	flagLimit   = flag.Duration("geometry.limit", 30*time.Second, "longest time of one")
+)
+
+func TestMain(m *testing.M) { goleak.VerifyTestMain(m) }
+
+// TestSamples plays samples of many seeds.
+func TestSamples(t *testing.T) {
+	var next, failed atomic.Int64
+	var mu sync.Mutex
+	kinds, refused, failures := map[string]int{}, map[string]int{}, map[string]int{}
+	struck, killed := 0, 0
+	begin := time.Now()
+	var wg sync.WaitGroup
+	for range runtime.GOMAXPROCS(0) {
+		wg.Go(func() {
+			for {
+				i := int(next.Add(1)) - 1
+				if i >= *flagSamples**flagTries || failed.Load() >= int64(*flagFails) {
+					return
+				}
+				s := Draw(*flagSeed + uint64(i / *flagTries))
+				o, err := Run(s, *flagLimit)
+				mu.Lock()
+				kinds[s.Kind]++
+				if o.Refused != "" {
+					refused[o.Refused]++
+				}
+				if o.Failed != "" {
+					failures[o.Failed]++
+				}
+				if o.Struck {
+					struck++
+				}
+				if o.Killed {
+					killed++
+				}
+				mu.Unlock()
+				if err != nil {
+					failed.Add(1)
+					t.Errorf("%v\n%v", s, err)
+				}
+			}
+		})
+	}
+	wg.Wait()
+	t.Logf("seeds from %d: %v in %v; refused %v; failed %v; an I/O failed in %d, killed %d", *flagSeed, kinds, time.Since(begin), refused, failures, struck, killed)
+}

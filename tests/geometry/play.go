@@ -1,0 +1,355 @@
+package geometry
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"os"
+	"runtime/debug"
+	"strings"
+	"time"
+
+	"qblockd/blockdev/drivertest"
+	"qblockd/graph"
+	"qblockd/graph/bitmap"
+	"qblockd/graph/blk"
+	"qblockd/jobs"
+	"qblockd/schema/types"
+	"qblockd/tests/rig"
+)
+
+// Outcome is what became of a sample.
+type Outcome struct {
+	Refused string // why the job did not begin
+	Failed  string // why it failed
+	Struck  bool   // an I/O has failed
+	Killed  bool
+}
+
+// Run plays a sample and tells what was not as it should be.
+func Run(s Sample, limit time.Duration) (Outcome, error) {
+	ctx, cancel := context.WithTimeout(context.Background(), limit)
+	defer cancel()
+	dir := ""
+	if s.Real {
+		d, err := os.MkdirTemp("", "qblockd-geometry-")
+		if err != nil {
+			return Outcome{}, err
+		}
+		defer os.RemoveAll(d)
+		dir = d
+	}
+	w := newWorld(ctx, s, dir)
+	type result struct {
+		o   Outcome
+		err error
+	}
+	done := make(chan result, 1)
+	go func() {
+		o, err := w.play()
+		done <- result{o, err}
+	}()
+	select {
+	case r := <-done:
+		return r.o, r.err
+	case <-time.After(limit + 5*time.Second):
+		return Outcome{}, fmt.Errorf("hangs: no end after %v", limit)
+	}
+}
+
+func (w *world) play() (o Outcome, err error) {
+	defer func() {
+		if p := recover(); p != nil {
+			err = fmt.Errorf("panic: %v\n%s", p, debug.Stack())
+		}
+	}()
+	err = w.scenario(&o)
+	w.clear()
+	if err == nil {
+		err = w.finish()
+	}
+	return o, errors.Join(err, w.x.Close())
+}
+
+const id = "j"
+
+// scenario runs the job and looks at what it has made.
+func (w *world) scenario(o *Outcome) error {
+	if err := w.build(); err != nil {
+		return fmt.Errorf("before the job: %w", err)
+	}
+	b, err := w.prepare()
+	if err != nil {
+		return err
+	}
+	c, err := w.allocation()
+	if err != nil {
+		return err
+	}
+	guests, err := w.guests()
+	if err != nil {
+		return err
+	}
+	start := append([]byte(nil), w.data...)
+	before := w.dump()
+	w.arm()
+	if err := w.begin(); err != nil {
+		o.Refused = err.Error()
+		return errors.Join(w.stop(guests), w.leave(guests), w.expected(err))
+	}
+	j := w.x.Jobs.Get(id)
+	if w.Guests == 2 && len(guests) == 1 {
+		g, err := w.start("l0", int64(len(w.data))/2/512*512, int64(len(w.data)), 4)
+		if err == nil {
+			guests = append(guests, g)
+		} else if w.Kind != "active" { // which needs a consistent chain
+			return err
+		}
+	}
+	for _, g := range guests {
+		g.faulty = w.Fault != ""
+		g.run()
+	}
+	if err := w.drive(j, guests); err != nil {
+		return errors.Join(err, w.stop(guests))
+	}
+	if err := w.stop(guests); err != nil {
+		return err
+	}
+	w.disarm()
+	if e := j.Err(); e != nil {
+		o.Failed = e.Error()
+	}
+	o.Struck = w.struck
+	e := &ended{w: w, j: j, start: start, bitmap: b, allocated: c, guests: guests, graph: before}
+	if w.power != nil && w.power.files != nil {
+		o.Killed = true
+		if err := w.afterKill(start); err != nil {
+			return err
+		}
+	}
+	return e.check()
+}
+
+// prepare makes the bitmaps and writes what the backup's has recorded.
+func (w *world) prepare() (was *bitmap.Bitmap, err error) {
+	add := func(name string, granularity int64) *graph.DirtyBitmap {
+		d, e := w.x.Graph.Node("l0").NewDirtyBitmap(graph.DirtyBitmapSpec{Name: name, Granularity: granularity})
+		err = errors.Join(err, e)
+		return d
+	}
+	if w.Watch > 0 {
+		add("watch", w.Watch)
+	}
+	if w.Bitmap > 0 {
+		d := add("b", w.Bitmap)
+		for _, s := range w.filled {
+			if one(w.r, 2) {
+				d.Bits().Set(s.off, s.n)
+			}
+		}
+		was = d.Bits().Clone()
+	}
+	return was, err
+}
+
+// allocation tells what the top of the source holds itself.
+func (w *world) allocation() (*bitmap.Bitmap, error) {
+	b := bitmap.New(int64(len(w.data)), 512)
+	root, err := w.attach("l0", true)
+	if err != nil {
+		return nil, err
+	}
+	err = w.unit(root, func(r *blk.Req) error {
+		for off, size := int64(0), root.Size(); off < size; {
+			x, err := root.Edge().Status(r, off, size-off)
+			if err != nil || x.N == 0 {
+				return err
+			}
+			if x.Allocated {
+				b.Set(off, x.N)
+			}
+			off += x.N
+		}
+		return nil
+	})
+	return b, errors.Join(err, w.x.Graph.CloseRoot(w.ctx, root))
+}
+
+// guests attaches those that come through the filter.
+func (w *world) guests() (l []*guest, err error) {
+	if w.Sample.Guests == 0 || len(w.data) == 0 {
+		w.Sample.Guests = 0
+		return nil, nil
+	}
+	hi := int64(len(w.data))
+	if w.Sample.Guests == 2 {
+		hi = hi / 2 / 512 * 512
+	}
+	g, err := w.start("l0", 0, hi, 3)
+	return append(l, g), err
+}
+
+func (w *world) stop(l []*guest) (err error) {
+	for _, g := range l {
+		err = errors.Join(err, g.stop())
+	}
+	return err
+}
+
+// leave detaches guests.
+func (w *world) leave(l []*guest) (err error) {
+	for _, g := range l {
+		err = errors.Join(err, w.x.Graph.CloseRoot(w.ctx, g.root))
+	}
+	return err
+}
+
+// begin starts the job.
+func (w *world) begin() error {
+	speed, keep := &w.Speed, rig.Ptr(false)
+	auto := rig.Ptr(!w.Manual)
+	switch w.Kind {
+	case "mirror":
+		a := &types.BlockdevMirrorArgs{JobID: rig.Ptr(id), Device: "l0", Target: "t", Sync: w.Sync, Speed: speed, BufSize: &w.BufSize,
+			OnSourceError: &w.OnError, OnTargetError: &w.OnError, CopyMode: &w.Mode, AutoFinalize: auto, AutoDismiss: keep}
+		if w.Granularity > 0 {
+			a.Granularity = rig.Ptr(uint32(w.Granularity))
+		}
+		return w.x.BlockJob.BlockdevMirror(w.ctx, a)
+	case "backup":
+		a := &types.BlockdevBackup{JobID: rig.Ptr(id), Device: "l0", Target: "t", Sync: w.Sync, Speed: speed, Compress: &w.Compress,
+			OnSourceError: &w.OnError, OnTargetError: &w.OnError, AutoFinalize: auto, AutoDismiss: keep,
+			XPerf: &types.BackupPerf{UseCopyRange: rig.Ptr(!w.Memory), MaxChunk: &w.Chunk}}
+		if w.Workers > 0 {
+			a.XPerf.MaxWorkers = &w.Workers
+		}
+		if w.Bitmap > 0 {
+			a.Bitmap = rig.Ptr("b")
+			if w.Sync != types.MirrorSyncModeIncremental {
+				a.BitmapMode = &w.BitmapMode
+			}
+		}
+		return w.x.BlockJob.BlockdevBackup(w.ctx, a)
+	case "stream":
+		a := &types.BlockStreamArgs{JobID: rig.Ptr(id), Device: "l0", Speed: speed, OnError: &w.OnError, AutoFinalize: auto, AutoDismiss: keep}
+		if w.To < len(w.Layers) {
+			if w.r.IntN(2) == 0 {
+				a.BaseNode = rig.Ptr(fmt.Sprintf("l%d", w.To))
+			} else {
+				a.Bottom = rig.Ptr(fmt.Sprintf("l%d", w.To-1))
+			}
+		}
+		return w.x.BlockJob.BlockStream(w.ctx, a)
+	default:
+		a := &types.BlockCommitArgs{JobID: rig.Ptr(id), Device: "l0", BaseNode: rig.Ptr(fmt.Sprintf("l%d", w.To)), Speed: speed,
+			OnError: &w.OnError, AutoFinalize: auto, AutoDismiss: keep}
+		if w.From > 0 {
+			a.TopNode = rig.Ptr(fmt.Sprintf("l%d", w.From))
+		}
+		return w.x.BlockJob.BlockCommit(w.ctx, a)
+	}
+}
+
+// expected tells whether a refusal is one of those that a sample may meet.
+func (w *world) expected(err error) error {
+	for _, text := range []string{"Source and target image have different sizes", "Bottom node", "is not in a backing chain"} {
+		if strings.Contains(err.Error(), text) {
+			return nil
+		}
+	}
+	if w.Fault != "" {
+		return nil
+	}
+	return fmt.Errorf("refused: %w", err)
+}
+
+// drive brings the job to its end.
+func (w *world) drive(j *jobs.Job, guests []*guest) error {
+	r := w.r
+	for i := 0; ; i++ {
+		select {
+		case <-j.Finished():
+			return nil
+		case <-w.ctx.Done():
+			return fmt.Errorf("the job does not end: %s", w.query())
+		case <-time.After(pick(r, 20*time.Microsecond, 200*time.Microsecond)):
+		}
+		status := types.JobStatus("")
+		for _, q := range w.x.Jobs.Query() {
+			status = q.Status
+		}
+		switch {
+		case w.End == "cancel" && i >= w.After:
+			if w.Sync == types.MirrorSyncModeNone { // what is written afterwards is nobody's
+				if err := w.stop(guests); err != nil {
+					return err
+				}
+			}
+			_ = j.Cancel(true)
+		case status == types.JobStatusReady && w.End != "cancel":
+			if w.Sample.Guests > 0 && (w.End == "leave" || w.Busy) {
+				if err := w.stop(guests); err != nil {
+					return err
+				}
+			}
+			if w.End == "leave" {
+				_ = j.Cancel(false)
+			} else {
+				_ = j.Complete(w.ctx)
+			}
+		case status == types.JobStatusPending:
+			_ = j.Finalize()
+		case one(r, 20):
+			_ = j.Pause()
+		case one(r, 20):
+			_ = j.SetSpeed(r.Int64N(8 << 20))
+		}
+		if w.Switch && one(r, 3) {
+			_ = j.ChangeCopyMode(pick(r, types.MirrorCopyModeBackground, types.MirrorCopyModeWriteBlocking))
+		}
+		if i > 2000 { // it does not pay off to wait for what speeds and errors that come again and again may take
+			w.clear()
+			_ = j.SetSpeed(0)
+		}
+		if j.UserPaused() && one(r, 2) {
+			_ = j.Resume()
+		}
+		w.x.Clock.Advance(pick(r, 50*time.Millisecond, time.Second))
+	}
+}
+
+func (w *world) query() string {
+	s := ""
+	for _, q := range w.x.Jobs.Query() {
+		s += fmt.Sprintf("%+v ", *q)
+	}
+	return s
+}
+
+// arm lets an I/O fail, or the power.
+func (w *world) arm() {
+	w.mu.Lock()
+	defer w.mu.Unlock()
+	if f := w.faults[w.Fault]; f != nil {
+		f.Inject(drivertest.Rule{Skip: w.Skip, Count: w.Count, Err: w.Err})
+	}
+	if w.Kill > 0 {
+		w.power = &power{at: w.Kill, after: w.r.IntN(2) == 0, seed: w.Seed, medium: w.medium}
+		for _, f := range w.faults {
+			f.Hook(w.power.hook)
+		}
+	}
+}
+
+// clear lets nothing fail any more.
+func (w *world) clear() {
+	w.mu.Lock()
+	defer w.mu.Unlock()
+	for _, f := range w.faults {
+		w.struck = w.struck || f.Failed() > 0
+		f.Clear()
+	}
+}
+
+func (w *world) disarm() { w.clear() }

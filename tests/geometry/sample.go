@@ -1,0 +1,305 @@
+package geometry
+
+import (
+	"fmt"
+	"math/rand/v2"
+	"strings"
+	"syscall"
+
+	"qblockd/schema/types"
+)
+
+// Sample is one combination.
+type Sample struct {
+	Seed   uint64
+	Kind   string  // mirror, backup, stream, commit, active (commit)
+	Layers []Layer // of the source, the top first
+	Target Layer   // of mirror and backup
+	Sync   types.MirrorSyncMode
+	// Under is what lies below the target: "" nothing, "own" another image, "chain" what lies below the source, "header" the same, which is not opened.
+	Under    string
+	From, To int // layers that a commit copies from and to, or a stream to (and the one that stays, which may be len(Layers))
+
+	Mode             types.MirrorCopyMode
+	Switch           bool // to and fro between the modes
+	Granularity      int64
+	BufSize          int64
+	Bitmap           int64 // granularity of the backup's; 0: none
+	BitmapMode       types.BitmapSyncMode
+	Watch            int64 // granularity of a bitmap that only records; 0: none
+	Compress, Memory bool
+	Workers, Chunk   int64
+	Speed            int64
+	OnError          types.BlockdevOnError
+	Manual           bool
+
+	Guests int  // 0, 1, or 2, one of which comes past the filter
+	Busy   bool // they do not stop before the job is ready
+	End    string
+	After  int    // polls until the job is cancelled
+	Fault  string // file with an I/O that fails
+	Skip   int    // so many pass before
+	Count  int    // so many fail; 0: all from then on
+	Err    syscall.Errno
+	Kill   int  // the write after which the process is killed, or the power fails; 0: none
+	Real   bool // on files of the host
+}
+
+// Layer is an image.
+type Layer struct {
+	Size     int64
+	Raw      bool
+	Cluster  int
+	V2       bool
+	Bits     int64
+	Zstd     bool
+	Fill     int // writes, zeroes and compressed writes before the job begins
+	Discard  bool
+	Detect   string
+	Prealloc bool
+}
+
+func (l Layer) String() string {
+	s := fmt.Sprintf("%d", l.Size)
+	if l.Raw {
+		s += " raw"
+	} else {
+		v := 3
+		if l.V2 {
+			v = 2
+		}
+		s += fmt.Sprintf(" v%d/%d/%d", v, l.Cluster, l.Bits)
+	}
+	return s + fmt.Sprintf(" fill %d discard %v detect %s zstd %v prealloc %v", l.Fill, l.Discard, l.Detect, l.Zstd, l.Prealloc)
+}
+
+func (s Sample) String() string {
+	var b strings.Builder
+	fmt.Fprintf(&b, "-geometry.seed=%d: %s", s.Seed, s.Kind)
+	for _, l := range s.Layers {
+		fmt.Fprintf(&b, " [%v]", l)
+	}
+	switch s.Kind {
+	case "mirror":
+		fmt.Fprintf(&b, " to [%v] sync %s under %q mode %s switch %v granularity %d buf-size %d", s.Target, s.Sync, s.Under, s.Mode, s.Switch, s.Granularity, s.BufSize)
+	case "backup":
+		fmt.Fprintf(&b, " to [%v] sync %s under %q bitmap %d %s compress %v memory %v workers %d chunk %d",
+			s.Target, s.Sync, s.Under, s.Bitmap, s.BitmapMode, s.Compress, s.Memory, s.Workers, s.Chunk)
+	default:
+		fmt.Fprintf(&b, " from %d to %d", s.From, s.To)
+	}
+	fmt.Fprintf(&b, " watch %d speed %d on-error %s manual %v; guests %d busy %v; end %s after %d", s.Watch, s.Speed, s.OnError, s.Manual, s.Guests, s.Busy, s.End, s.After)
+	if s.Fault != "" {
+		fmt.Fprintf(&b, "; I/O %d+%d of %s: %v", s.Skip, s.Count, s.Fault, s.Err)
+	}
+	if s.Real {
+		b.WriteString("; files of the host")
+	}
+	if s.Kill > 0 {
+		fmt.Fprintf(&b, "; killed at write %d", s.Kill)
+	}
+	return b.String()
+}
+
+func pick[T any](r *rand.Rand, l ...T) T { return l[r.IntN(len(l))] }
+
+// one is true once in n times.
+func one(r *rand.Rand, n int) bool { return r.IntN(n) == 0 }
+
+const most = 6 << 20 // of a disk
+
+// Draw makes the sample of a seed.
+func Draw(seed uint64) Sample {
+	r := rand.New(rand.NewPCG(seed, 0x6765))
+	s := Sample{Seed: seed, Kind: pick(r, "mirror", "mirror", "mirror", "backup", "backup", "backup", "stream", "commit", "active", "active")}
+	s.Real = one(r, 10)
+	depth := 1 + r.IntN(3)
+	switch s.Kind {
+	case "commit":
+		depth = 3
+	case "active", "stream":
+		depth = 2 + r.IntN(2)
+	}
+	s.Granularity = pick[int64](r, 0, 0, 512, 1024, 4096, 65536, 1<<20, 2<<20, 8<<20, 64<<20)
+	size := drawSize(r, s.Granularity)
+	for i := range depth {
+		s.Layers = append(s.Layers, s.drawLayer(r, size, i == depth-1 && (depth == 1 || one(r, 4))))
+		switch below := &size; r.IntN(4) {
+		case 0:
+			*below = r.Int64N(size+1) / 512 * 512
+		case 1:
+			*below = min(size+512*r.Int64N(1+size/512), most)
+		}
+	}
+	s.Speed = 0
+	if one(r, 3) {
+		s.Speed = 1 + r.Int64N(4<<20)
+	}
+	s.OnError = pick(r, types.BlockdevOnErrorReport, types.BlockdevOnErrorReport, types.BlockdevOnErrorStop, types.BlockdevOnErrorIgnore, types.BlockdevOnErrorEnospc)
+	s.Manual = one(r, 4)
+	if one(r, 2) && !s.Layers[0].Raw {
+		s.Watch = 512 << r.IntN(15)
+	}
+	s.Guests = pick(r, 0, 1, 1, 1)
+	s.End = "success"
+	if one(r, 6) {
+		s.End, s.After = "cancel", r.IntN(20)
+	}
+	switch s.Kind {
+	case "mirror":
+		s.drawMirror(r)
+	case "backup":
+		s.drawBackup(r)
+	case "commit":
+		s.From, s.To = 1, 2
+	case "active":
+		s.From, s.To = 0, 1+r.IntN(depth-1)
+		s.Layers[s.To].Size = min(s.Layers[s.To].Size, s.Layers[0].Size) // else there is a tail that nobody defines
+	case "stream":
+		s.From, s.To = 0, 1+r.IntN(depth)
+	}
+	if s.Kind == "mirror" || s.Kind == "active" {
+		if one(r, 4) && s.Guests == 1 {
+			s.Guests = 2
+		}
+		if s.End == "success" && one(r, 4) {
+			s.End = "leave" // ready, and not completed
+		}
+		if one(r, 12) && s.Guests == 1 && s.End == "success" {
+			s.Busy = true
+			s.Layers[0].Size = most
+			s.Target.Size = most
+			s.Speed, s.Manual = 0, false
+		}
+	}
+	if s.Kind == "mirror" && s.Sync == types.MirrorSyncModeNone && s.End == "success" {
+		s.End = "leave"
+	}
+	s.drawFault(r)
+	return s
+}
+
+func drawSize(r *rand.Rand, granularity int64) int64 {
+	unit := pick(r, 512, 4096, 65536, 256<<10, max(granularity, 512))
+	n := unit * int64(r.IntN(12))
+	switch r.IntN(6) {
+	case 0:
+		n = unit * int64(r.IntN(2))
+	case 1, 2:
+		n += 512 * r.Int64N(unit/512)
+	}
+	if n > most {
+		n = r.Int64N(most/512) * 512
+	}
+	return n
+}
+
+func (s *Sample) drawLayer(r *rand.Rand, size int64, raw bool) Layer {
+	l := Layer{Size: size, Fill: r.IntN(12), Discard: r.IntN(3) != 0}
+	if l.Detect = pick(r, "off", "off", "off", "on", "unmap"); l.Detect == "unmap" {
+		l.Discard = true
+	}
+	if raw {
+		l.Raw = true
+		if s.Real && one(r, 2) {
+			l.Size += r.Int64N(512)
+		}
+		return l
+	}
+	l.Cluster = pick(r, 512, 512, 1024, 4096, 4096, 16384, 65536, 65536, 65536, 1<<20, 2<<20)
+	l.V2, l.Bits = one(r, 4), 16
+	if !l.V2 {
+		l.Bits = pick[int64](r, 1, 4, 16, 16, 64)
+		l.Zstd = one(r, 4)
+	}
+	l.Prealloc = one(r, 10)
+	return l
+}
+
+// drawTarget makes a target that fits.
+func (s *Sample) drawTarget(r *rand.Rand) {
+	top := s.Layers[0]
+	s.Target = s.drawLayer(r, top.Size, one(r, 4))
+	s.Target.Size = top.Size
+	if top.Size%512 != 0 && !s.Target.Raw {
+		s.Target.Raw = true
+	}
+	if one(r, 2) {
+		s.Target.Fill = 0
+	}
+	if one(r, 40) {
+		s.Target.Size += 512 * (1 + r.Int64N(100)) // it does not fit
+		s.Sync, s.Under = types.MirrorSyncModeFull, ""
+		return
+	}
+	s.Sync = types.MirrorSyncModeFull
+	switch {
+	case !s.Target.Raw && len(s.Layers) > 1 && one(r, 3):
+		s.Sync, s.Under, s.Target.Fill, s.Target.Prealloc = types.MirrorSyncModeTop, "chain", 0, false
+	case !s.Target.Raw && one(r, 4):
+		s.Under = "own"
+	}
+}
+
+func (s *Sample) drawMirror(r *rand.Rand) {
+	s.drawTarget(r)
+	if s.Under == "chain" && one(r, 2) {
+		s.Under = "header"
+	}
+	if s.Under == "" && one(r, 10) {
+		s.Sync, s.Target.Size = types.MirrorSyncModeNone, s.Layers[0].Size
+	}
+	s.Mode = pick(r, types.MirrorCopyModeBackground, types.MirrorCopyModeBackground, types.MirrorCopyModeWriteBlocking)
+	s.Switch = one(r, 5)
+	s.BufSize = pick[int64](r, 0, 0, 512, 65536, 1<<20, 64<<20)
+}
+
+func (s *Sample) drawBackup(r *rand.Rand) {
+	s.drawTarget(r)
+	if s.Layers[0].Size%512 != 0 && one(r, 2) {
+		s.Target.Size = (s.Layers[0].Size + 511) / 512 * 512 // fits, too
+	}
+	if s.Compress = !s.Target.Raw && s.Under != "own" && one(r, 4); s.Compress {
+		s.Target.Fill, s.Target.Prealloc = 0, false // what is there already cannot be compressed
+	}
+	s.Memory = one(r, 3)
+	s.Workers = pick[int64](r, 0, 0, 1, 2, 7, 100)
+	s.Chunk = pick[int64](r, 0, 0, 65536, 100000, 1<<20, 4<<20, 64<<20)
+	if s.Chunk > 0 {
+		s.Chunk = max(s.Chunk, int64(s.Target.Cluster))
+	}
+	if s.Target.Size/512 > (s.Layers[0].Size+511)/512 {
+		return
+	}
+	switch r.IntN(8) {
+	case 0, 1, 2, 3:
+		s.Bitmap = 512 << r.IntN(23) // 512 B to 2 GiB
+		s.BitmapMode = pick(r, types.BitmapSyncModeNever, types.BitmapSyncModeOnSuccess, types.BitmapSyncModeAlways, types.BitmapSyncModeAlways)
+		if s.BitmapMode == types.BitmapSyncModeNever || one(r, 2) {
+			s.Sync = types.MirrorSyncModeBitmap
+		} else if s.BitmapMode == types.BitmapSyncModeOnSuccess && one(r, 2) {
+			s.Sync = types.MirrorSyncModeIncremental
+		}
+	case 4:
+		s.Sync, s.Under = types.MirrorSyncModeNone, ""
+		s.End, s.After = "cancel", r.IntN(20)
+	}
+}
+
+func (s *Sample) drawFault(r *rand.Rand) {
+	switch {
+	case s.Busy, s.Real:
+	case one(r, 4):
+		s.Fault = pick(r, "l0", "t", "t")
+		if s.Target.Cluster == 0 && !s.Target.Raw {
+			s.Fault = pick(r, "l0", fmt.Sprintf("l%d", len(s.Layers)-1))
+		}
+		s.Skip, s.Count, s.Err = r.IntN(4<<r.IntN(6)), 1+r.IntN(2), pick(r, syscall.EIO, syscall.ENOSPC)
+		if s.OnError == types.BlockdevOnErrorReport && one(r, 2) {
+			s.Count = 0
+		}
+	case one(r, 8) && s.Sync != types.MirrorSyncModeNone:
+		s.Kill, s.Guests = 1+r.IntN(4<<r.IntN(7)), 0
+		s.End, s.OnError = "success", types.BlockdevOnErrorReport
+	}
+}

@@ -1,0 +1,356 @@
+package geometry
+
+import (
+	"bytes"
+	"context"
+	"errors"
+	"fmt"
+	"math/rand/v2"
+	"slices"
+	"sort"
+	"strings"
+	"sync"
+
+	"qblockd/blockdev/drivertest"
+	"qblockd/graph"
+	"qblockd/graph/blk"
+	"qblockd/schema/types"
+	"qblockd/tests/rig"
+)
+
+// world is a sample's graph beside what it has to show.
+type world struct {
+	Sample
+	x      *rig.Rig
+	ctx    context.Context
+	r      *rand.Rand
+	data   []byte   // what guests see
+	layers [][]byte // what each layer shows before the job begins
+	target []byte   // the same of the target
+	under  []byte   // and of its own backing file
+	filled []span   // what was written to the source before the job began, recorded by its bitmap
+
+	mu     sync.Mutex
+	faults map[string]*drivertest.Fault // as the files are open now
+	struck bool
+	medium map[string]*drivertest.CrashFile
+	power  *power
+	reopen string // what is opened by its header in the end, and shows data
+}
+
+// span is a part of a disk.
+type span struct{ off, n int64 }
+
+func newWorld(ctx context.Context, s Sample, dir string) *world {
+	w := &world{Sample: s, x: rig.New(dir), ctx: ctx, r: rand.New(rand.NewPCG(s.Seed, 2)),
+		faults: map[string]*drivertest.Fault{}, medium: map[string]*drivertest.CrashFile{}}
+	if w.x.Store == nil {
+		return w
+	}
+	w.x.Store.Wrap(func(name string, d graph.Driver) graph.Driver {
+		f := drivertest.NewFault(d)
+		w.mu.Lock()
+		defer w.mu.Unlock()
+		w.faults[name] = f
+		return f
+	})
+	return w
+}
+
+// build makes all images and opens them.
+func (w *world) build() error {
+	w.layers = make([][]byte, len(w.Layers))
+	var below []byte
+	for i := len(w.Layers) - 1; i >= 0; i-- {
+		name, under := fmt.Sprintf("l%d", i), ""
+		if i+1 < len(w.Layers) {
+			under = fmt.Sprintf("l%d", i+1)
+		}
+		shown := resized(below, blk.AlignUp(w.Layers[i].Size, 512))
+		spans, err := w.image(name, w.Layers[i], under, under, shown)
+		if err != nil {
+			return fmt.Errorf("%s: %w", name, err)
+		}
+		if i == 0 {
+			w.filled = spans
+		}
+		w.layers[i], below = shown, shown
+	}
+	w.data = slices.Clone(below)
+	if w.Kind != "mirror" && w.Kind != "backup" {
+		return nil
+	}
+	size := blk.AlignUp(w.Target.Size, 512)
+	w.target = make([]byte, size)
+	header, open := "", ""
+	switch {
+	case w.Under == "own":
+		l := w.Layers[0]
+		l.Size = w.Target.Size / 3 / 512 * 512
+		w.under = make([]byte, l.Size)
+		if _, err := w.image("u", l, "", "", w.under); err != nil {
+			return err
+		}
+		header, open = "u", "u"
+		w.target = resized(w.under, size)
+	case w.Under != "":
+		header = "l1"
+		if w.Under == "chain" {
+			open = "l1"
+		}
+		w.target = resized(w.layers[1], size)
+	}
+	_, err := w.image("t", w.Target, header, open, w.target)
+	return err
+}
+
+// resized is a copy of another length.
+func resized(p []byte, size int64) []byte {
+	q := make([]byte, size)
+	copy(q, p)
+	return q
+}
+
+func (w *world) format(name string) types.BlockdevDriver {
+	l := w.Target
+	switch {
+	case name == "u":
+		l = w.Layers[0]
+	case name[0] == 'l':
+		l = w.Layers[name[1]-'0']
+	}
+	if l.Raw {
+		return types.BlockdevDriverRaw
+	}
+	return types.BlockdevDriverQcow2
+}
+
+// image makes an image on top of the file called header, opens it on the node called open, and writes to it what a seed says: shown is brought up to date.
+func (w *world) image(name string, l Layer, header, open string, shown []byte) ([]span, error) {
+	size := int64(0)
+	if l.Raw {
+		size = l.Size
+	}
+	if err := w.file(name, size); err != nil {
+		return nil, err
+	}
+	if !l.Raw {
+		c := types.BlockdevCreateOptionsQcow2{Size: uint64(l.Size), ClusterSize: rig.Ptr(uint64(l.Cluster))}
+		if l.V2 {
+			c.Version = rig.Ptr(types.BlockdevQcow2VersionV2)
+		} else {
+			c.RefcountBits = &l.Bits
+			if l.Zstd {
+				c.CompressionType = rig.Ptr(types.Qcow2CompressionTypeZstd)
+			}
+		}
+		if header != "" {
+			c.BackingFile, c.BackingFmt = rig.Ptr(w.x.Path(header)), rig.Ptr(w.format(header))
+		} else if l.Prealloc {
+			c.Preallocation = rig.Ptr(types.PreallocModeMetadata)
+		}
+		if err := w.x.CreateQcow2(w.ctx, name, c); err != nil {
+			return nil, err
+		}
+	}
+	b := &types.BlockdevRefOrNull{Null: true}
+	if open != "" {
+		b = &types.BlockdevRefOrNull{Reference: &open}
+	}
+	if err := w.x.Nodes.Add(w.ctx, w.options(name, l, b)); err != nil {
+		return nil, err
+	}
+	if l.Fill == 0 {
+		return nil, nil
+	}
+	return w.fill(name, l, shown)
+}
+
+// file makes a file, of any of the kinds there are.
+func (w *world) file(name string, size int64) error {
+	if w.x.Store == nil {
+		return w.x.MakeFile(name, size, nil)
+	}
+	o := drivertest.MemOptions{}
+	if one(w.r, 2) {
+		o.WriteFlags, o.ZeroFlags = blk.FUA|blk.WriteUnchanged, blk.FUA|blk.WriteUnchanged|blk.MayUnmap|blk.NoFallback
+	}
+	switch w.r.IntN(8) {
+	case 0:
+		o.NoZero, o.ZeroFlags = true, 0
+	case 1:
+		o.NoDiscard = true
+	case 2:
+		o.Slow = true
+	case 3:
+		o.Limits.MaxTransfer, o.Limits.MaxZero = 32768, 65536
+	}
+	m := drivertest.CrashFileOf(drivertest.NewMemFileOptions(size, o))
+	w.medium[name] = m
+	w.x.Store.Put(name, m.MemFile)
+	return nil
+}
+
+// options are those of an image's node; the backing file nil: as its header says.
+func (w *world) options(name string, l Layer, b *types.BlockdevRefOrNull) *types.BlockdevOptions {
+	o := &types.BlockdevOptions{Driver: types.BlockdevDriverQcow2, NodeName: &name, Discard: rig.Ptr(types.BlockdevDiscardOptionsIgnore)}
+	if l.Discard {
+		o.Discard = rig.Ptr(types.BlockdevDiscardOptionsUnmap)
+	}
+	if l.Detect != "off" && l.Detect != "" {
+		o.DetectZeroes = rig.Ptr(types.BlockdevDetectZeroesOptions(l.Detect))
+	}
+	file := w.x.File(name)
+	file.Definition.Discard = o.Discard
+	if l.Raw {
+		o.Driver, o.U = types.BlockdevDriverRaw, &types.BlockdevOptionsRaw{File: file}
+	} else {
+		o.U = &types.BlockdevOptionsQcow2{File: file, Backing: b}
+	}
+	return o
+}
+
+// unit calls f in a unit of work.
+func (w *world) unit(root *graph.Root, f func(r *blk.Req) error) error {
+	r, err := root.Begin(w.ctx)
+	if err != nil {
+		return err
+	}
+	defer root.End(r)
+	return f(r)
+}
+
+func (w *world) attach(name string, readOnly bool) (*graph.Root, error) {
+	n := w.x.Graph.Node(name)
+	if n == nil {
+		return nil, fmt.Errorf("there is no node %s", name)
+	}
+	return w.x.AttachRoot(w.ctx, n, readOnly)
+}
+
+// fill writes data, zeroes and compressed clusters.
+func (w *world) fill(name string, l Layer, shown []byte) (done []span, err error) {
+	root, err := w.attach(name, false)
+	if err != nil {
+		return nil, err
+	}
+	defer func() { err = errors.Join(err, w.x.Graph.CloseRoot(w.ctx, root)) }()
+	for range l.Fill {
+		off, n := place(w.r, int64(len(shown)))
+		if n == 0 {
+			break
+		}
+		p := shown[off : off+n]
+		switch k := w.r.IntN(8); {
+		case k == 0:
+			clear(p)
+			err = w.unit(root, func(r *blk.Req) error { return root.Zero(r, off, n, pick(w.r, 0, blk.MayUnmap)) })
+		case k == 1 && !l.Raw:
+			c := int64(l.Cluster)
+			off = off / c * c
+			q := shown[off:min(off+c, int64(len(shown)))]
+			was := slices.Clone(q)
+			write(w.r, q)
+			done = append(done, span{off, int64(len(q))})
+			if err := w.unit(root, func(r *blk.Req) error { return root.WriteAt(r, blk.Buf(q), off, blk.Compressed) }); err != nil {
+				copy(q, was) // it has data of its own
+			}
+		default:
+			write(w.r, p)
+			err = w.unit(root, func(r *blk.Req) error { return root.WriteAt(r, blk.Buf(p), off, 0) })
+		}
+		if err != nil {
+			return nil, err
+		}
+		done = append(done, span{off, n})
+	}
+	return done, w.unit(root, root.Flush)
+}
+
+// place is a part of a disk: short or long, mostly of whole sectors.
+func place(r *rand.Rand, size int64) (off, n int64) {
+	if size == 0 {
+		return 0, 0
+	}
+	off = r.Int64N(size)
+	n = 1 + r.Int64N(min(size, pick[int64](r, 512, 4096, 65536, 256<<10, 2<<20)))
+	if r.IntN(4) != 0 {
+		off, n = off/512*512, (n+511)/512*512
+	}
+	return off, min(n, size-off)
+}
+
+// write makes content.
+func write(r *rand.Rand, p []byte) {
+	k := byte(1 + r.IntN(255))
+	for i := range p {
+		p[i] = k
+		k += 7 | 1
+	}
+	if one(r, 4) && len(p) > 0 {
+		a := r.IntN(len(p))
+		clear(p[a:min(len(p), a+8192)])
+	}
+}
+
+// read is what a node shows.
+func (w *world) read(name string) ([]byte, error) {
+	root, err := w.attach(name, true)
+	if err != nil {
+		return nil, err
+	}
+	p := make([]byte, root.Size())
+	err = w.unit(root, func(r *blk.Req) error {
+		for off := 0; off < len(p); off += 1 << 20 {
+			if err := root.ReadAt(r, blk.Buf(p[off:min(off+1<<20, len(p))]), int64(off), 0); err != nil {
+				return err
+			}
+		}
+		return nil
+	})
+	return p, errors.Join(err, w.x.Graph.CloseRoot(w.ctx, root))
+}
+
+// shows compares what a node shows with want.
+func (w *world) shows(name string, want []byte) error {
+	got, err := w.read(name)
+	if err != nil {
+		return fmt.Errorf("%s: %w", name, err)
+	}
+	return same(name, got, want)
+}
+
+func same(name string, got, want []byte) error {
+	if bytes.Equal(got, want) {
+		return nil
+	}
+	if len(got) != len(want) {
+		return fmt.Errorf("%s has %d bytes instead of %d", name, len(got), len(want))
+	}
+	for i := range got {
+		if got[i] != want[i] {
+			n := 0
+			for k := i; k < len(got); k++ {
+				if got[k] != want[k] {
+					n++
+				}
+			}
+			return fmt.Errorf("%s differs from byte %d on, in %d of %d bytes: %#x instead of %#x", name, i, n, len(got), got[i], want[i])
+		}
+	}
+	return nil
+}
+
+// dump is the graph as text.
+func (w *world) dump() string {
+	var l []string
+	t := w.x.Graph.Topology()
+	for _, n := range t.Nodes {
+		l = append(l, fmt.Sprintf("%s %s ro %v blocked %v bitmaps %d", n.Name(), n.DriverName(), n.ReadOnly(), n.Blocked(graph.OpStream), len(n.DirtyBitmaps())))
+	}
+	for _, e := range t.Edges {
+		l = append(l, fmt.Sprintf("%s -%s-> %s %v %v", e.Edge.Parent().Describe(), e.Edge.ChildName(), e.Node.Name(), e.Claim, e.Edge.Frozen()))
+	}
+	sort.Strings(l)
+	return strings.Join(l, "\n")
+}
