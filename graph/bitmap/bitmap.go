@@ -66,10 +66,10 @@ func (b *Bitmap) Memory() int64 { return b.bytes.Load() + int64(len(b.dir.Load()
 // bounded. 0: no limit.
 func (b *Bitmap) SetLimit(bytes int64) { b.limit.Store(bytes) }
 
-// crowded tells whether the limit is reached.
-func (b *Bitmap) crowded() bool {
+// crowded tells whether the limit is reached and all granules of the slot at lo may be set instead: none of them is beyond the end.
+func (b *Bitmap) crowded(lo int64, shift uint) bool {
 	l := b.limit.Load()
-	return l != 0 && b.bytes.Load() >= l
+	return l != 0 && b.bytes.Load() >= l && lo>>shift<<shift+1<<shift <= b.Granules()
 }
 
 // Set sets every granule that [off, off+n) touches; what lies beyond the end is left out. It allocates at most when a leaf is touched for

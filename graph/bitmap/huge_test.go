@@ -71,7 +71,10 @@ func points(t *rapid.T, size, unit int64) []int64 {
 	for range rapid.IntRange(1, 12).Draw(t, "points") {
 		x := rapid.Int64Range(0, size/unit-1).Draw(t, "point")
 		// Bounds of leaves and branches are where mistakes are.
-		x = x >> rapid.IntRange(0, 40).Draw(t, "low bits") << rapid.IntRange(0, 24).Draw(t, "shift")
+		x >>= rapid.IntRange(0, 40).Draw(t, "low bits")
+		if s := rapid.IntRange(0, 24).Draw(t, "shift"); x <= (size/unit-1)>>s {
+			x <<= s
+		}
 		x = min(x, size/unit-1) + rapid.Int64Range(0, 1).Draw(t, "beside")
 		at = append(at, min(x*unit, size))
 	}
@@ -389,4 +392,45 @@ func TestTakeLosesNothing(t *testing.T) {
 			t.Fatalf("%d is lost", x)
 		}
 	}
+}
+
+// TestMergeNew: what a merge says was new, taken away again, leaves what there was before; with a limit, too, and with a last leaf that is cut off.
+func TestMergeNew(t *testing.T) {
+	rapid.Check(t, func(t *rapid.T) {
+		size := rapid.Int64Range(1, 1<<40).Draw(t, "size")
+		draw := func(name string) *Bitmap {
+			b := New(size, 512)
+			for range rapid.IntRange(0, 8).Draw(t, name) {
+				at := rapid.Int64Range(0, size-1).Draw(t, "at")
+				b.Set(at>>30<<30, rapid.Int64Range(1, 64<<20).Draw(t, "n")<<rapid.IntRange(0, 10).Draw(t, "shift"))
+				b.Set(at, 1)
+			}
+			return b
+		}
+		b, from := draw("into"), draw("from")
+		before, plain := b.Clone(), b.Clone()
+		plain.Merge(from)
+		if rapid.Bool().Draw(t, "limit") {
+			b.SetLimit(1)
+		}
+		fresh := b.MergeNew(from)
+		both := before.Clone()
+		both.Merge(b)
+		if both.Merge(plain); both.Count() != b.Count() || b.Count() > New(size, 512).Granules()*512 {
+			t.Fatalf("%d bytes set, want %d", b.Count(), both.Count())
+		}
+		if b.Count() != before.Count()+fresh.Count() {
+			t.Fatalf("%d bytes new, %d before and %d after", fresh.Count(), before.Count(), b.Count())
+		}
+		if b.MergeNew(from).Count() != 0 {
+			t.Fatal("more is new the second time")
+		}
+		b.Subtract(fresh)
+		if had := b.Count(); had != before.Count() {
+			t.Fatalf("%d bytes are left, want %d", had, before.Count())
+		}
+		if before.Merge(b); before.Count() != b.Count() {
+			t.Fatal("others are left")
+		}
+	})
 }

@@ -26,14 +26,133 @@ func (b *Bitmap) Merge(from *Bitmap) {
 	}
 }
 
+// MergeNew is Merge for a bitmap of the same size and granularity. It returns what was not set before; what others set at the same time is theirs or ours.
+func (b *Bitmap) MergeNew(from *Bitmap) *Bitmap {
+	src, dst := from.dir.Load(), b.dir.Load()
+	if from.shift != b.shift || src.size != dst.size {
+		panic("bitmap: merge of another size or granularity")
+	}
+	fresh := New(dst.size, b.Granularity())
+	fd := fresh.dir.Load()
+	walk(src.sub, src.shift, 0, func(n *node, lo, k int64) {
+		if n == full {
+			b.setNew(dst.sub, dst.shift, 0, lo, lo+k, fresh)
+			return
+		}
+		p := b.leafFor(dst, lo, fresh)
+		for {
+			to := p.Load()
+			switch {
+			case to == full:
+				return
+			case to != nil:
+				if got := to.take(n); got != nil {
+					fresh.orLeaf(fd, lo, got)
+				}
+				return
+			}
+			mine, _ := n.copied() // others may set more in what they find
+			c, _ := mine.copied()
+			if b.crowded(lo, leafShift) {
+				mine, c = full, full
+			}
+			if p.CompareAndSwap(nil, c) {
+				b.bytes.Add(c.bytes())
+				if c == full {
+					fresh.set(fd.sub, fd.shift, 0, lo, lo+leafGran)
+				} else {
+					fresh.orLeaf(fd, lo, mine)
+				}
+				return
+			}
+		}
+	})
+	return fresh
+}
+
+// take sets in n what is set in from and returns that which was not; nil: nothing.
+func (n *node) take(from *node) (got *node) {
+	var k int
+	for i := range n.w {
+		w := from.w[i].Load()
+		if w&^n.w[i].Load() == 0 {
+			continue
+		}
+		if w &^= n.w[i].Or(w); w != 0 {
+			if got == nil {
+				got = new(node)
+			}
+			got.w[i].Store(w)
+			k += bits.OnesCount64(w)
+		}
+	}
+	if got != nil {
+		got.n.Store(int64(k))
+		n.n.Add(int64(k))
+	}
+	return got
+}
+
+// setNew sets the granules [first, end) and sets in fresh those that were not.
+func (b *Bitmap) setNew(sub []slot, shift uint, base, first, end int64, fresh *Bitmap) {
+	fd := fresh.dir.Load()
+	each(sub, shift, base, first, end, func(p *slot, lo, first, end int64) {
+		for {
+			n := p.Load()
+			switch {
+			case n == full:
+				return
+			case n == nil && (end-first == 1<<shift || b.crowded(lo, shift)):
+				if p.CompareAndSwap(nil, full) {
+					fresh.set(fd.sub, fd.shift, 0, lo, lo+1<<shift)
+					return
+				}
+			case n == nil:
+				b.put(p, nil, shift)
+			case n.sub != nil:
+				b.setNew(n.sub[:], shift-fanShift, lo, first, end, fresh)
+				return
+			default:
+				all := new(node)
+				all.set(first-lo, end-first)
+				if got := n.take(all); got != nil {
+					fresh.orLeaf(fd, lo, got)
+				}
+				return
+			}
+		}
+	})
+}
+
+// Subtract clears in b what is set in x, which is of the same granularity.
+func (b *Bitmap) Subtract(x *Bitmap) {
+	if x.shift != b.shift {
+		panic("bitmap: subtraction of another granularity")
+	}
+	d := x.dir.Load()
+	walk(d.sub, d.shift, 0, func(n *node, lo, k int64) {
+		if n == full {
+			b.Clear(lo<<b.shift, k<<b.shift)
+			return
+		}
+		for i := int64(0); i < leafGran; {
+			at := n.next(i, leafGran, true)
+			i = n.next(at, leafGran, false)
+			if at < i {
+				b.Clear((lo+at)<<b.shift, (i-at)<<b.shift)
+			}
+		}
+	})
+}
+
 // orLeaf sets what is set in n, a leaf of another bitmap of the same granularity.
 func (b *Bitmap) orLeaf(d *directory, lo int64, n *node) {
-	p := b.leafFor(d, lo)
+	p := b.leafFor(d, lo, nil)
 	for {
 		switch to := p.Load(); {
 		case to == full:
 			return
-		case to == nil && b.crowded():
+		case to == nil && b.crowded(lo, leafShift):
 			p.CompareAndSwap(nil, full)
 		case to == nil:
 			// Nobody else has it yet: no atomic operations, and none set at all where it is full.
@@ -46,10 +165,14 @@ func (b *Bitmap) orLeaf(d *directory, lo int64, n *node) {
 				return
 			}
 		default:
+			var k int
 			for i := range n.w {
-				if w := n.w[i].Load(); w != 0 {
-					to.or(int64(i), w)
+				if w := n.w[i].Load(); w&^to.w[i].Load() != 0 {
+					k += bits.OnesCount64(w &^ to.w[i].Or(w))
 				}
+			}
+			if k != 0 {
+				to.n.Add(int64(k))
 			}
 			return
 		}
@@ -118,12 +241,12 @@ func (b *Bitmap) fold(dst, src *directory, by uint) {
 
 // orWord sets granules of the word that begins with granule g.
 func (b *Bitmap) orWord(d *directory, g int64, mask uint64) {
-	p := b.leafFor(d, g)
+	p := b.leafFor(d, g, nil)
 	for {
 		switch n := p.Load(); {
 		case n == full:
 			return
-		case n == nil && b.crowded():
+		case n == nil && b.crowded(g, leafShift):
 			p.CompareAndSwap(nil, full)
 		case n == nil:
 			b.put(p, nil, leafShift)
@@ -179,6 +302,17 @@ func (b *Bitmap) LoadBytes(first int64, src []byte) {
 		}
 	}
 	for len(src) > 0 && first < total {
+		if first&leafMask == 0 && len(src) >= leafGran/8 && first+leafGran <= total {
+			n := leafOf(src)
+			if k := n.n.Load(); k != leafGran {
+				put()
+				if run = first + leafGran; k != 0 {
+					b.orLeaf(d, first, n)
+				}
+			}
+			src, first = src[leafGran/8:], first+leafGran
+			continue
+		}
 		var w uint64
 		k := int64(8) // bytes
 		if at := first % wordBits; at == 0 && len(src) >= 8 {
@@ -202,4 +336,17 @@ func (b *Bitmap) LoadBytes(first int64, src []byte) {
 	}
 	first = min(first, total)
 	put()
+}
+
+// leafOf is a leaf with the granules of the beginning of src.
+func leafOf(src []byte) *node {
+	n, k := new(node), 0
+	for i := range n.w {
+		if w := binary.LittleEndian.Uint64(src[i*8:]); w != 0 {
+			n.w[i].Store(w)
+			k += bits.OnesCount64(w)
+		}
+	}
+	n.n.Store(int64(k))
+	return n
 }

@@ -117,7 +117,7 @@ func (b *Bitmap) set(sub []slot, shift uint, base, first, end int64) {
 			switch {
 			case n == full:
 				return
-			case end-first == 1<<shift || n == nil && b.crowded():
+			case end-first == 1<<shift || n == nil && b.crowded(lo, shift):
 				if p.CompareAndSwap(n, full) {
 					b.drop(n)
 					return
@@ -212,15 +212,19 @@ func (b *Bitmap) drop(n *node) {
 	}
 }
 
-// leafFor is the slot that has granule g, which is at the beginning of a leaf, or one further up that is full.
-func (b *Bitmap) leafFor(d *directory, g int64) *slot {
+// leafFor is the slot of the leaf that has granule g, or one further up that is full; made that for lack of memory, its granules are set in fresh, too, if that
+// is not nil.
+func (b *Bitmap) leafFor(d *directory, g int64, fresh *Bitmap) *slot {
 	p, shift := &d.sub[g>>d.shift], d.shift
 	for shift > leafShift {
 		switch n := p.Load(); {
 		case n == full:
 			return p
-		case n == nil && b.crowded():
-			p.CompareAndSwap(nil, full)
+		case n == nil && b.crowded(g, shift):
+			if p.CompareAndSwap(nil, full) && fresh != nil {
+				fd, lo := fresh.dir.Load(), g>>shift<<shift
+				fresh.set(fd.sub, fd.shift, 0, lo, lo+1<<shift)
+			}
 		case n == nil:
 			b.put(p, nil, shift)
 		default:
