@@ -36,6 +36,11 @@ func (m *Manager) Creator(o *types.BlockdevCreateOptions) Creator {
 		}
 	case *types.BlockdevCreateOptionsQcow2:
 		return func(ctx context.Context, started func()) (err error) {
+			if f := u.BackingFmt; f != nil {
+				if d := m.drivers[*f]; d != nil && !d.ForImages {
+					return errNotNamed(*f)
+				}
+			}
 			root, err := m.OpenForCreate(ctx, &u.File)
 			if err != nil {
 				return err

@@ -106,7 +106,7 @@ func (m *Manager) HeaderName(tx *graph.Tx, n *graph.Node) (name, format string, 
 	n = bare.skip(n)
 	for x := n; ; {
 		if d := m.drivers[types.BlockdevDriver(x.DriverName())]; d == nil || !d.ForImages {
-			return "", "", fmt.Errorf("An image cannot name a node of the driver '%s' as its backing file", x.DriverName())
+			return "", "", errNotNamed(types.BlockdevDriver(x.DriverName()))
 		}
 		e := v.File(x)
 		if e == nil {
@@ -117,6 +117,11 @@ func (m *Manager) HeaderName(tx *graph.Tx, n *graph.Node) (name, format string, 
 	name = v.name(n).filename
 	r.header.Store(&headerName{gen, name})
 	return name, n.DriverName(), nil
+}
+
+// errNotNamed is the error of a header that would name a driver that headers cannot name.
+func errNotNamed(d types.BlockdevDriver) error {
+	return fmt.Errorf("An image cannot name a node of the driver '%s' as its backing file", d)
 }
 
 // isHeaderName tells whether an image's header was made to call n by that name.

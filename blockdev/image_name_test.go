@@ -434,6 +434,7 @@ func TestNamesAreBounded(t *testing.T) {
 	}
 	for name, text := range map[string]string{
 		"dots":           `{"` + strings.Repeat("a.", 8<<20) + `a": 1}`,
+		"tokens":         `{"a": [` + strings.Repeat("1,", 1<<20) + `1]}`,
 		"some dots":      `{"` + strings.Repeat("a.", maxNameLevels) + `a": 1}`,
 		"nesting":        nest(maxNameLevels + 1),
 		"dots in nests":  `{"a": {"` + strings.Repeat("b.", maxNameLevels) + `c": 1}}`,

@@ -175,3 +175,21 @@ func TestRemoveOnlyWhatWasMade(t *testing.T) {
 		_ = os.Remove(path)
 	}
 }
+
+// blockdev-create writes no format into a header that an image cannot name, and finds out before it writes.
+func TestCreateNamesFormats(t *testing.T) {
+	dir := t.TempDir()
+	writeFile(t, dir+"/f", strings.Repeat("keep", 256))
+	m := newManager(t, Config{})
+	for _, f := range []types.BlockdevDriver{"copy-before-write", "snapshot-access", "blkdebug", "preallocate"} {
+		o := &types.BlockdevCreateOptionsQcow2{Size: 1 << 20, BackingFile: ptr("base"), BackingFmt: &f}
+		o.File.Definition = options(t, `{'driver': 'file', 'filename': '`+dir+`/f'}`)
+		err := m.Creator(&types.BlockdevCreateOptions{Driver: "qcow2", U: o})(context.Background(), func() {})
+		if want := "An image cannot name a node of the driver '" + string(f) + "' as its backing file"; err == nil || err.Error() != want {
+			t.Errorf("%s: %v", f, err)
+		}
+	}
+	if b, err := os.ReadFile(dir + "/f"); err != nil || !strings.HasPrefix(string(b), "keep") {
+		t.Errorf("the file has changed: %v", err)
+	}
+}

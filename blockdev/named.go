@@ -101,6 +101,9 @@ func await[T any](ctx context.Context, f func() T) (got T, err error) {
 // jsonOptions reads what follows "json:" in a file name. A format that was given beside it wins over the
 // driver in it.
 func (m *Manager) jsonOptions(ctx context.Context, text, format string) (*types.BlockdevOptions, *types.BlockdevRef, error) {
+	if len(text) > maxNameText {
+		return nil, nil, errNameTooLarge
+	}
 	v, err := value.Parse(text)
 	if err != nil {
 		return nil, nil, fmt.Errorf("Could not parse the JSON options: %w", err)
@@ -134,12 +137,12 @@ func (m *Manager) jsonOptions(ctx context.Context, text, format string) (*types.
 	return nil, file, err
 }
 
-// Names in images and of clients nest no deeper than maxNameLevels, dots counted, and have no more than maxNameParts members and steps
-// between dots.
-const maxNameLevels, maxNameParts = 128, 4096
+// Names in images and of clients are no longer than maxNameText bytes, nest no deeper than maxNameLevels, dots counted, and have no more than
+// maxNameParts members and steps between dots.
+const maxNameText, maxNameLevels, maxNameParts = 1 << 20, 128, 4096
 
 var (
-	errNameTooLarge = fmt.Errorf("A file name may nest %d levels and have %d members at most", maxNameLevels, maxNameParts)
+	errNameTooLarge = fmt.Errorf("A file name in JSON may have %d bytes, %d levels and %d members at most", maxNameText, maxNameLevels, maxNameParts)
 	errNameMixed    = errors.New("Cannot mix scalar and non-scalar keys")
 )
 
