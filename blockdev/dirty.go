@@ -18,8 +18,9 @@ import (
 
 // BitmapStep is one of these steps.
 type BitmapStep struct {
-	node    string // of the bitmap
-	quiet   bool   // the node is held quiet
+	node    string   // of the bitmap
+	quiet   bool     // the node is held quiet
+	others  []string // nodes whose bitmaps it reads
 	g       *graph.Graph
 	prepare func(ctx context.Context, tx *graph.Tx, s *BitmapStep) error
 	undo    func() // what Abort does; nil: nothing was done
@@ -34,11 +35,24 @@ func (s *BitmapStep) Nodes() []*graph.Node {
 	return nil
 }
 
+// Holds implements jobs.Holder.
+func (s *BitmapStep) Holds() (l []*graph.Node) {
+	for _, name := range append([]string{s.node}, s.others...) {
+		if n := s.g.Node(name); n != nil {
+			l = append(l, n)
+		}
+	}
+	return l
+}
+
 // Seen implements jobs.Discreet.
 func (*BitmapStep) Seen() []*graph.Node { return nil }
 
 // Prepare implements jobs.Action.
-func (s *BitmapStep) Prepare(ctx context.Context, tx *graph.Tx) error { return s.prepare(ctx, tx, s) }
+func (s *BitmapStep) Prepare(ctx context.Context, tx *graph.Tx) error {
+	s.undo, s.finish = nil, nil
+	return s.prepare(ctx, tx, s)
+}
 
 // Commit implements jobs.Action.
 func (s *BitmapStep) Commit() {
@@ -100,6 +114,7 @@ func hold(ctx context.Context, d *graph.DirtyBitmap) error {
 	if !ok || !d.Persistent() {
 		return nil
 	}
+	d.Node().MustHold()
 	if err := store.HoldBitmap(&blk.Req{Ctx: ctx}, d.Name()); err != nil {
 		return fmt.Errorf("Can't store bitmap '%s' in '%s': %w", d.Name(), d.Node().Name(), err)
 	}
@@ -113,6 +128,7 @@ func (m *Manager) forget(d *graph.DirtyBitmap) {
 	if !ok || !d.Persistent() {
 		return
 	}
+	d.Node().MustHold()
 	if err := store.RemoveBitmap(&blk.Req{Ctx: context.Background()}, d.Name()); err != nil {
 		m.log.Warn("a bitmap stays in its image for the time being", "node", d.Node().Name(), "bitmap", d.Name(), "error", err)
 	}
@@ -210,9 +226,15 @@ func (m *Manager) BitmapEnable(a *types.BlockDirtyBitmap, enable bool) *BitmapSt
 	return s
 }
 
-// BitmapMerge makes the step block-dirty-bitmap-merge. The node is quiet, as nothing may be recorded that an undo would take for merged.
+// BitmapMerge makes the step block-dirty-bitmap-merge. The node is quiet, as the image has to have what is merged before a write finds it dirty already.
 func (m *Manager) BitmapMerge(a *types.BlockDirtyBitmapMerge) *BitmapStep {
-	return &BitmapStep{g: m.g, node: a.Node, quiet: true, prepare: func(ctx context.Context, tx *graph.Tx, s *BitmapStep) error {
+	var others []string
+	for _, b := range a.Bitmaps {
+		if b.External != nil {
+			others = append(others, b.External.Node)
+		}
+	}
+	return &BitmapStep{g: m.g, node: a.Node, quiet: true, others: others, prepare: func(ctx context.Context, tx *graph.Tx, s *BitmapStep) error {
 		d, err := tx.FindDirtyBitmap(a.Node, a.Target)
 		if err != nil {
 			return err
@@ -224,12 +246,8 @@ func (m *Manager) BitmapMerge(a *types.BlockDirtyBitmapMerge) *BitmapStep {
 		if err != nil {
 			return err
 		}
-		before := d.Bits().Clone()
-		d.Bits().Merge(sum)
-		s.undo = func() {
-			d.Take()
-			d.Bits().Merge(before)
-		}
+		unmerge, merged := d.Merge(sum)
+		s.undo, s.finish = unmerge, merged
 		return hold(ctx, d)
 	}}
 }
@@ -266,10 +284,17 @@ const maxDigest = 1 << 30
 // BitmapSHA256 is the digest of a bitmap: of its words of 64 bits in the order of memory, in hexadecimal digits. Errors: no such bitmap, it is too large,
 // the cause of the end of ctx.
 func (m *Manager) BitmapSHA256(ctx context.Context, node, name string) (string, error) {
-	d, err := m.g.FindDirtyBitmap(node, name)
+	var d *graph.DirtyBitmap
+	hold, err := m.g.Hold(ctx, func() (_ []*graph.Node, err error) {
+		if d, err = m.g.FindDirtyBitmap(node, name); err != nil {
+			return nil, err
+		}
+		return []*graph.Node{d.Node()}, nil
+	})
 	if err != nil {
 		return "", err
 	}
+	defer hold.Release()
 	const step = 1 << 20 // bytes
 	b := d.Bits()
 	n := max((b.Granules()+63)/64, 1) * 8

@@ -81,6 +81,14 @@ func (s *InternalSnapshot) Nodes() []*graph.Node {
 	return nil
 }
 
+// Holds implements jobs.Holder: the node also where it cannot be, for Prepare to say.
+func (s *InternalSnapshot) Holds() []*graph.Node {
+	if n := s.m.g.Node(s.args.Device); n != nil {
+		return []*graph.Node{n}
+	}
+	return nil
+}
+
 // Seen implements jobs.Discreet.
 func (s *InternalSnapshot) Seen() []*graph.Node {
 	if l := s.Nodes(); l != nil {
@@ -91,6 +99,7 @@ func (s *InternalSnapshot) Seen() []*graph.Node {
 
 // Prepare implements jobs.Action.
 func (s *InternalSnapshot) Prepare(ctx context.Context, tx *graph.Tx) error {
+	s.store = nil
 	device, name := s.args.Device, s.args.Name
 	n, err := s.m.LookupIn(tx, device)
 	if err == nil {
@@ -102,7 +111,7 @@ func (s *InternalSnapshot) Prepare(ctx context.Context, tx *graph.Tx) error {
 	if err := n.Blocked(graph.OpInternalSnapshot); err != nil {
 		return err
 	}
-	_, store := snapshotter(n, true)
+	keeper, store := snapshotter(n, true)
 	switch {
 	case n.ReadOnly():
 		return fmt.Errorf("Device '%s' is read only", device)
@@ -116,6 +125,7 @@ func (s *InternalSnapshot) Prepare(ctx context.Context, tx *graph.Tx) error {
 	const most = 255 // bytes of a name
 	name = name[:min(len(name), most)]
 	now := time.Now()
+	keeper.MustHold()
 	id, err := store.CreateSnapshot(&blk.Req{Ctx: ctx}, name, now, now.Sub(started))
 	if err != nil {
 		return fmt.Errorf("Failed to create snapshot '%s' on device '%s': %s", name, device, blk.ErrnoText(err))
@@ -152,20 +162,28 @@ func findSnapshot(s graph.Snapshotter, id, name *string) *types.SnapshotInfo {
 
 // DeleteInternalSnapshot is the body of blockdev-snapshot-delete-internal-sync. Requests on the node wait meanwhile.
 func (m *Manager) DeleteInternalSnapshot(ctx context.Context, a *types.BlockdevSnapshotDeleteInternalSyncArgs) (*types.SnapshotInfo, error) {
-	n, err := m.LookupRoot(a.Device)
-	switch {
-	case err != nil:
+	var n, keeper *graph.Node
+	var store graph.Snapshotter
+	hold, err := m.g.Hold(ctx, func() (_ []*graph.Node, err error) {
+		n, err = m.LookupRoot(a.Device)
+		switch {
+		case err != nil:
+			return nil, err
+		case a.ID == nil && a.Name == nil:
+			return nil, errors.New("Name or id must be provided")
+		}
+		if err := n.Blocked(graph.OpInternalSnapshotDelete); err != nil {
+			return nil, err
+		}
+		if keeper, store = snapshotter(n, false); store == nil {
+			return nil, errors.New("Failed to get a snapshot list: Operation not supported")
+		}
+		return []*graph.Node{n, keeper}, nil
+	})
+	if err != nil {
 		return nil, err
-	case a.ID == nil && a.Name == nil:
-		return nil, errors.New("Name or id must be provided")
 	}
-	if err := n.Blocked(graph.OpInternalSnapshotDelete); err != nil {
-		return nil, err
-	}
-	keeper, store := snapshotter(n, false)
-	if store == nil {
-		return nil, errors.New("Failed to get a snapshot list: Operation not supported")
-	}
+	defer hold.Release()
 	undrain, err := m.g.Drain(ctx, n, keeper)
 	if err != nil {
 		return nil, err
@@ -184,6 +202,7 @@ func (m *Manager) DeleteInternalSnapshot(ctx context.Context, a *types.BlockdevS
 	if n.ReadOnly() || keeper.ReadOnly() {
 		return nil, fmt.Errorf("Device '%s' is read only", a.Device)
 	}
+	keeper.MustHold()
 	if err := store.DeleteSnapshot(&blk.Req{Ctx: ctx}, x.ID); err != nil {
 		return nil, fmt.Errorf("Failed to remove snapshot: %s", blk.ErrnoText(err))
 	}

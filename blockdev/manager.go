@@ -120,6 +120,18 @@ func (m *Manager) OpenForCreate(ctx context.Context, ref *types.BlockdevRef) (*g
 // Del makes the monitor give up a node that it owns and nobody uses, and closes it (blockdev-del).
 // It blocks until the node is closed.
 func (m *Manager) Del(ctx context.Context, name string) error {
+	hold, err := m.g.Hold(ctx, func() ([]*graph.Node, error) {
+		tx := m.g.Begin(ctx)
+		defer tx.Abort()
+		if err := tx.Delete(name); err != nil { // what cannot be is told at once
+			return nil, err
+		}
+		return m.g.Node(name).Dependents(), nil
+	})
+	if err != nil {
+		return err
+	}
+	defer hold.Release() // which closes it
 	tx := m.g.Begin(ctx)
 	defer tx.Abort()
 	if err := tx.Delete(name); err != nil {
@@ -128,12 +140,16 @@ func (m *Manager) Del(ctx context.Context, name string) error {
 	return tx.Commit()
 }
 
-// LookupIn is Lookup of a node by a device or node name as it is once tx is committed.
+// LookupIn is Lookup of a node by a device or node name as it is once tx is committed; of one that is held (graph.Tx.Held).
 func (m *Manager) LookupIn(tx *graph.Tx, name string) (*graph.Node, error) {
-	if n := tx.Node(name); n != nil {
+	if n := tx.Held(name); n != nil {
 		return n, nil
 	}
-	return m.Lookup(&name, &name)
+	return nil, notFound(name, name)
+}
+
+func notFound(device, node string) error {
+	return fmt.Errorf("Cannot find device='%s' nor node-name='%s'", device, node)
 }
 
 // Lookup finds a node by the halves of a generic reference; nil stands for one that was not given.
@@ -146,7 +162,7 @@ func (m *Manager) Lookup(device, node *string) (*graph.Node, error) {
 			return found, nil
 		}
 	}
-	return nil, fmt.Errorf("Cannot find device='%s' nor node-name='%s'", d, n)
+	return nil, notFound(d, n)
 }
 
 // Find finds a node for commands on nodes that were added (blockdev-del, blockdev-reopen).
@@ -173,16 +189,23 @@ func (m *Manager) FindDevice(name string) (*graph.Node, error) {
 
 // Resize changes the size of a node (block_resize). Requests on the node wait meanwhile.
 func (m *Manager) Resize(ctx context.Context, device, node *string, size int64) error {
-	n, err := m.Lookup(device, node)
+	var n *graph.Node
+	hold, err := m.g.Hold(ctx, func() (_ []*graph.Node, err error) {
+		n, err = m.Lookup(device, node)
+		switch {
+		case err != nil:
+			return nil, err
+		case size < 0:
+			return nil, errors.New("Parameter 'size' expects a >0 size")
+		case n.Blocked(graph.OpResize) != nil:
+			return nil, fmt.Errorf("Device '%s' is in use", n.Name())
+		}
+		return []*graph.Node{n}, nil
+	})
 	if err != nil {
 		return err
 	}
-	if size < 0 {
-		return errors.New("Parameter 'size' expects a >0 size")
-	}
-	if n.Blocked(graph.OpResize) != nil {
-		return fmt.Errorf("Device '%s' is in use", n.Name())
-	}
+	defer hold.Release()
 	tx := m.g.Begin(ctx)
 	defer tx.Abort()
 	root, err := tx.AttachRoot(graph.RootSpec{
@@ -211,11 +234,18 @@ func (m *Manager) resizeDrained(ctx context.Context, root *graph.Root, size int6
 }
 
 // SetWriteThreshold sets the offset whose writing raises BLOCK_WRITE_THRESHOLD; 0 is none.
-func (m *Manager) SetWriteThreshold(name string, t uint64) error {
-	n := m.g.Node(name)
-	if n == nil {
-		return fmt.Errorf("Device '%s' not found", name)
+func (m *Manager) SetWriteThreshold(ctx context.Context, name string, t uint64) error {
+	var n *graph.Node
+	hold, err := m.g.Hold(ctx, func() ([]*graph.Node, error) {
+		if n = m.g.Node(name); n == nil {
+			return nil, fmt.Errorf("Device '%s' not found", name)
+		}
+		return []*graph.Node{n}, nil
+	})
+	if err != nil {
+		return err
 	}
+	defer hold.Release()
 	n.SetWriteThreshold(t)
 	return nil
 }

@@ -199,7 +199,7 @@ func TestLookups(t *testing.T) {
 	if _, err := m.FindDevice("x"); !errors.As(err, &class) || class.QMPClass() != "DeviceNotFound" || err.Error() != "Device 'x' not found" {
 		t.Errorf("FindDevice: %v", err)
 	}
-	if err := m.SetWriteThreshold("x", 1); err == nil || err.Error() != "Device 'x' not found" {
+	if err := m.SetWriteThreshold(context.Background(), "x", 1); err == nil || err.Error() != "Device 'x' not found" {
 		t.Errorf("SetWriteThreshold: %v", err)
 	}
 }

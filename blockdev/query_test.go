@@ -125,7 +125,7 @@ func TestEncodedOnce(t *testing.T) {
 	if got := encodings(m, func() { m.AppendNamedNodes(nil, true) }); got != 0 {
 		t.Errorf("flat query: %d encoded", got)
 	}
-	if err := m.SetWriteThreshold("n100", 5); err != nil {
+	if err := m.SetWriteThreshold(context.Background(), "n100", 5); err != nil {
 		t.Fatal(err)
 	}
 	if got := encodings(m, query); got != 1 {

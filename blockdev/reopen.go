@@ -45,9 +45,17 @@ func (r *Reopen) Run(ctx context.Context) error {
 }
 
 func (r *Reopen) try(ctx context.Context) error {
-	q, err := r.queue()
-	if err != nil || len(q.list) == 0 {
+	var q *reopenQueue
+	hold, err := r.m.g.Hold(ctx, func() (_ []*graph.Node, err error) {
+		q, err = r.queue()
+		return q.nodes(), err
+	})
+	if err != nil {
 		return err
+	}
+	defer hold.Release()
+	if len(q.list) == 0 {
+		return nil
 	}
 	undrain, err := r.m.g.Drain(ctx, q.nodes()...)
 	if err != nil {

@@ -37,12 +37,13 @@ func (m *Manager) SnapshotSync(a *types.BlockdevSnapshotSync) *Snapshot {
 func (s *Snapshot) check(tx *graph.Tx) (err error) {
 	s.old, s.below = nil, false
 	if s.node != nil {
-		s.old = tx.Node(*s.node)
+		s.old = tx.Held(*s.node)
 	}
 	if s.old == nil {
-		if s.old, err = s.m.Lookup(s.device, s.node); err != nil {
-			return err
-		}
+		var device, node string
+		set(&device, s.device)
+		set(&node, s.node)
+		return notFound(device, node)
 	}
 	return tx.Blocked(s.old, graph.OpExternalSnapshot)
 }
@@ -99,6 +100,14 @@ func (s *Snapshot) Nodes() []*graph.Node {
 		nodes = append(nodes, n)
 	}
 	return nodes
+}
+
+// Holds implements jobs.Holder: the overlay also of a node that an earlier step makes.
+func (s *Snapshot) Holds() []*graph.Node {
+	if n := s.m.g.Node(s.overlay); n != nil && s.sync == nil {
+		return []*graph.Node{n}
+	}
+	return nil
 }
 
 // Seen implements jobs.Discreet: the reference quiesces the overlay when nothing speaks against it any more.
@@ -184,4 +193,5 @@ func (s *Snapshot) Clean() {
 	if s.opened != nil && !s.done {
 		s.opened.Discard()
 	}
+	s.opened = nil
 }

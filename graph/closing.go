@@ -102,6 +102,9 @@ func (e *CloseError) Unwrap() []error { return e.Errs }
 func (g *Graph) Close(ctx context.Context) error {
 	c := &closer{g: g, ctx: ctx, state: map[*Node]*closing{}}
 	g.mu.Lock()
+	if !g.closed {
+		close(g.stop)
+	}
 	g.closed = true
 	for _, h := range g.names {
 		if h.node != nil {
@@ -113,6 +116,9 @@ func (g *Graph) Close(ctx context.Context) error {
 
 	drainCtx, cancel := Share(ctx, 3, 5)
 	_ = d.wait(drainCtx, nil) // what is not quiet now is found below
+	if res, err := g.holds.acquire(drainCtx, c.nodes, nil); err == nil {
+		defer g.holds.release(res)
+	}
 	cancel()
 	c.findStuck(d)
 
@@ -159,6 +165,11 @@ func (c *closer) findStuck(d *drain) {
 		s.flushOnly = true
 		for _, e := range n.kids.Load().all {
 			below(e.Node())
+		}
+	}
+	for _, n := range c.nodes {
+		if n.rare != nil && n.rare.held {
+			below(n) // a command on it does not end
 		}
 	}
 	for _, r := range d.gates {

@@ -90,7 +90,7 @@ func (c *commit) reserve() error {
 			return err
 		}
 		want = union(want, c.draft.closure(c.delta))
-		if c.res, err = g.resv.acquire(tx.ctx, want); err != nil {
+		if c.res, err = g.resv.acquire(tx.ctx, want, nil); err != nil {
 			return err
 		}
 		grown, wait, err := c.settle(want)
@@ -370,6 +370,9 @@ func (c *commit) install() {
 		if r.publish && n.state == nodeHidden {
 			n.state = nodePublished
 			g.insertPublishedLocked(n)
+			if h := c.tx.hold; h != nil {
+				h.adopt(n)
+			}
 		}
 		g.setOwnedLocked(n, r.owned)
 	}
@@ -423,6 +426,6 @@ func (c *commit) finish() {
 	c.drain.end()
 	c.g.resv.release(c.res)
 	for _, n := range c.dying {
-		n.close()
+		n.closeUnlessHeld()
 	}
 }

@@ -33,8 +33,9 @@ type DirtyBitmap struct {
 
 	// Guarded by n.io.dirty.mu.
 	disabled, busy, persistent, inconsistent, readOnly bool
-	goes, stops                                        bool         // see Foretell
-	successor                                          *DirtyBitmap // on the list too, without a name
+	goes, stops                                        bool             // see Foretell
+	successor                                          *DirtyBitmap     // on the list too, without a name
+	since                                              []*bitmap.Bitmap // record what is written while a Merge may be undone
 }
 
 // DirtyBitmapSpec describes a new bitmap.
@@ -131,9 +132,9 @@ func (g *Graph) FindDirtyBitmap(node, name string) (*DirtyBitmap, error) {
 	return findDirtyBitmap(g.Node(node), node, name)
 }
 
-// FindDirtyBitmap is that of the Graph once the Tx is committed.
+// FindDirtyBitmap is that of the Graph once the Tx is committed, on a node that is Held.
 func (tx *Tx) FindDirtyBitmap(node, name string) (*DirtyBitmap, error) {
-	return findDirtyBitmap(tx.Node(node), node, name)
+	return findDirtyBitmap(tx.Held(node), node, name)
 }
 
 func findDirtyBitmap(n *Node, node, name string) (*DirtyBitmap, error) {
@@ -171,7 +172,7 @@ func (s *dirtySet) changedLocked() {
 	for _, d := range s.all {
 		if d.successor == nil && !d.disabled && !d.inconsistent && !d.readOnly {
 			d.bits.SetLimit(maxRecorded)
-			l = append(l, d.bits)
+			l = append(append(l, d.bits), d.since...)
 		}
 	}
 	if l == nil {
@@ -331,6 +332,53 @@ func (d *DirtyBitmap) thaw(forget bool) {
 		d.set().removeLocked(d.successor)
 		d.successor, d.busy = nil, false
 	})
+}
+
+// Merge adds what b, of the same granularity, holds. undo takes just that back, and keep says that it stays; one of the two must follow. What is written in between, by whomever, is
+// recorded a second time, so that undo tells it from what was merged.
+func (d *DirtyBitmap) Merge(b *bitmap.Bitmap) (undo, keep func()) {
+	var since *bitmap.Bitmap
+	d.change(func() {
+		since = bitmap.New(d.bits.Size(), d.bits.Granularity())
+		since.SetLimit(maxRecorded)
+		d.since = append(d.since, since)
+	})
+	before := d.bits.Clone()
+	d.bits.Merge(b)
+	over := func() {
+		d.change(func() {
+			i := slices.Index(d.since, since)
+			d.since = slices.Delete(slices.Clone(d.since), i, i+1)
+		})
+	}
+	undo = func() {
+		d.unmerge(b, before)
+		d.bits.Merge(since)
+		over()
+	}
+	return undo, over
+}
+
+// unmerge clears what is in b and was not in before.
+func (d *DirtyBitmap) unmerge(b, before *bitmap.Bitmap) {
+	size := b.Size()
+	for off := int64(0); ; {
+		at, n, ok := b.NextDirty(off, size)
+		if !ok {
+			return
+		}
+		off = at + n
+		for at < off {
+			from, ok := before.NextClean(at, off)
+			if !ok {
+				break
+			}
+			if at, _, ok = before.NextDirty(from, off); !ok {
+				at = off
+			}
+			d.bits.Clear(from, at-from)
+		}
+	}
 }
 
 // Take makes the bitmap clean and returns what it held. What is written at the same time is in one of the two.

@@ -25,6 +25,17 @@
 // A failure before install undoes everything in reverse. Waiting ends with the context of
 // the Tx. Transactions on disjoint nodes never wait for each other; queries read under g.mu and wait for no commit.
 //
+// # Commands and the ends of jobs
+//
+// A transaction keeps others off what it changes in the graph. What is in a node (snapshots, bitmaps, size, header, options) is kept for one command, or for the end
+// of one job, by a Hold, from its first look to its last write:
+//
+//	Hold     all nodes at once, with those that their data lie in; then names are looked up again
+//	drain    and transactions, as many as it takes: none of them needs the Hold
+//	Release  closes nodes that lost their last reference meanwhile
+//
+// A Hold is waited for by who has neither a Hold, a reservation nor a closed gate that others need, so that waits go one way: Hold, reservation, drain, storage.
+//
 // # Life of a node
 //
 //	NewNode ---> hidden ---Publish---> published ---last reference gone---> closing ---> closed
@@ -50,7 +61,7 @@
 //	hookState.mu > g.mu > jobs.mu > node locks of the data plane > driver locks (their own package docs) > events.mu, session.outMu
 //	               g.mu > Root.wait
 //
-//	g.resv.mu, g.quietMu, g.genMu, Root.wait   leaves: code under them takes no further lock
+//	g.resv.mu, g.holds.mu, g.quietMu, g.genMu, Root.wait   leaves: code under them takes no further lock
 //	trackShard.mu (in index order), flushState.mu, dirtySet.mu   likewise, per node; requests hold them for moments only
 //	events.mu, session.outMu                   leaves: code under them calls nothing of ours
 //

@@ -4,6 +4,7 @@ import (
 	"context"
 	"errors"
 	"math"
+	"slices"
 	"sync"
 	"sync/atomic"
 
@@ -27,9 +28,11 @@ type Graph struct {
 	autoID    uint64             // number in the next generated name
 	pending   map[*commit][]link // edges between nodes in use that commits under way will make
 	pendingCh chan struct{}
-	closed    bool // Close has begun: no more transactions
+	closed    bool          // Close has begun: no more transactions
+	stop      chan struct{} // closed with closed
 
-	resv reservations
+	resv  reservations // of transactions
+	holds reservations // of commands: see Hold
 
 	drainers  atomic.Int64 // nodes whose driver is a Drainer
 	shutdowns atomic.Int64 // drivers that were closed
@@ -49,7 +52,9 @@ type holder struct {
 
 // New makes an empty graph that reports events to sink.
 func New(sink events.Sink) *Graph {
-	return &Graph{sink: sink, names: map[string]holder{}, pending: map[*commit][]link{}}
+	return &Graph{
+		sink: sink, names: map[string]holder{}, pending: map[*commit][]link{}, stop: make(chan struct{}),
+	}
 }
 
 // Sink takes the events of the block layer.
@@ -121,6 +126,14 @@ func (n *Node) NodesBelow() []*Node {
 		}
 	}
 	return l
+}
+
+// Dependents are n and the nodes below it that may be closed with it, as the monitor does not own them.
+func (n *Node) Dependents() []*Node {
+	below := n.NodesBelow()
+	n.g.mu.RLock()
+	defer n.g.mu.RUnlock()
+	return append([]*Node{n}, slices.DeleteFunc(below[1:], func(x *Node) bool { return x.owned })...)
 }
 
 // CreationSpan tells when the first and the last of the nodes, and of those below them, were made: a measure that only serves to compare.

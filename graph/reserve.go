@@ -21,8 +21,8 @@ type reservation struct {
 	ready chan struct{}
 }
 
-// acquire reserves the nodes (no duplicates). It waits as long as others hold some of them or ctx lasts.
-func (r *reservations) acquire(ctx context.Context, nodes []*Node) (*reservation, error) {
+// acquire reserves the nodes (no duplicates). It waits as long as others hold some of them or ctx lasts, and not once stop is closed.
+func (r *reservations) acquire(ctx context.Context, nodes []*Node, stop <-chan struct{}) (*reservation, error) {
 	q := &reservation{nodes: nodes}
 	r.mu.Lock()
 	if r.queues == nil {
@@ -47,7 +47,25 @@ func (r *reservations) acquire(ctx context.Context, nodes []*Node) (*reservation
 	case <-ctx.Done():
 		r.release(q)
 		return nil, context.Cause(ctx)
+	case <-stop:
+		r.release(q)
+		return nil, errClosing
 	}
+}
+
+// add adds a node that nobody has asked for to what q holds; it tells whether that is so.
+func (r *reservations) add(q *reservation, n *Node) bool {
+	r.mu.Lock()
+	defer r.mu.Unlock()
+	if r.queues[n] != nil {
+		return false
+	}
+	if r.queues == nil {
+		r.queues = map[*Node][]*reservation{}
+	}
+	r.queues[n] = []*reservation{q}
+	q.nodes = append(q.nodes, n)
+	return true
 }
 
 // release gives the nodes to the next in their queues; it also withdraws a request that still waits.

@@ -29,6 +29,8 @@ type Tx struct {
 	last   []Participant
 	record func() error
 	quiet  map[*Root]bool
+	hold   *Hold // see Under
+	missed bool
 	err    error // of the action that failed
 	over   bool
 }

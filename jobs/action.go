@@ -14,11 +14,14 @@ import (
 //
 //	Open (optional) --> Prepare --> Commit | Abort --> Clean
 //
+// The nodes of all actions are held (graph.Hold) from before the first Open until after the last Clean. Should one that an action names come into being in
+// between, everything is undone and begun anew, with the same actions.
+//
 // All actions prepare in the order they were given, while the nodes of all are quiet; each sees what those before it have done,
 // through tx and in what they have changed at once. Then everything is committed, or undone in reverse. Commit and Abort cannot fail;
 // Abort is called only after Prepare was, also when that failed, and then undoes what Prepare had done by then.
 type Action interface {
-	// Nodes are to be quiet from before the first Prepare until after the last Clean. Called after Open.
+	// Nodes are to be quiet from before the first Prepare until after the last Clean. Called before Open and after it.
 	Nodes() []*graph.Node
 	// Prepare checks the action and makes its changes: those of the graph in tx, others in a way that Abort can undo.
 	Prepare(ctx context.Context, tx *graph.Tx) error
@@ -39,6 +42,9 @@ type Opener interface {
 // Discreet is an Action that holds more nodes quiet than the reference does: only jobs that reach those of Seen, which are among its Nodes, are seen to
 // pause. Asked last, when the action is done or has failed.
 type Discreet interface{ Seen() []*graph.Node }
+
+// Holder is an Action that looks at, or changes, nodes that need not be quiet: they are held as well.
+type Holder interface{ Holds() []*graph.Node }
 
 // NoAction is an Action that does nothing, to embed in those that need few of the methods.
 type NoAction struct{}
@@ -67,17 +73,48 @@ func RunActions(ctx context.Context, g *graph.Graph, actions ...Action) error {
 
 // runActions is RunActions that tells how many actions had their turn.
 func runActions(ctx context.Context, g *graph.Graph, actions []Action) (turns int, err error) {
+	for {
+		turns, missed, err := runHeld(ctx, g, actions)
+		if err == nil || !missed || ctx.Err() != nil {
+			return turns, err
+		}
+	}
+}
+
+// nodesOf are all nodes that the actions name.
+func nodesOf(actions []Action) (l []*graph.Node) {
+	for _, a := range actions {
+		l = append(l, a.Nodes()...)
+		if h, ok := a.(Holder); ok {
+			l = append(l, h.Holds()...)
+		}
+	}
+	return l
+}
+
+// runHeld runs the actions with their nodes held. missed tells that an error may come from a node that was not there yet when they were.
+func runHeld(ctx context.Context, g *graph.Graph, actions []Action) (turns int, missed bool, err error) {
+	hold, err := g.Hold(ctx, func() ([]*graph.Node, error) { return nodesOf(actions), nil })
+	if err != nil {
+		return 0, false, err
+	}
+	defer hold.Release()
 	undrain := func() {}
+	sketch, tx := g.Begin(ctx), g.Begin(ctx)
+	sketch.Under(hold)
+	tx.Under(hold)
 	defer func() {
+		missed = sketch.Missed() || tx.Missed()
+		tx.Abort()
+		sketch.Abort()
 		for _, a := range actions {
 			a.Clean()
 		}
 		undrain()
+		missed = missed && slices.ContainsFunc(nodesOf(actions), func(n *graph.Node) bool { return !hold.Has(n) })
 	}()
 	// A failing Open is reported in its action's turn: one before it may have a reason of its own to fail.
 	failing, openErr := len(actions), error(nil)
-	sketch := g.Begin(ctx)
-	defer sketch.Abort()
 	for i, a := range actions {
 		if o, ok := a.(Opener); ok {
 			if openErr = o.Open(ctx, sketch); openErr != nil {
@@ -88,17 +125,19 @@ func runActions(ctx context.Context, g *graph.Graph, actions []Action) (turns in
 	}
 	var nodes []*graph.Node
 	for _, a := range actions[:failing] {
-		nodes = append(nodes, a.Nodes()...)
+		for _, n := range a.Nodes() {
+			if hold.Has(n) { // else Prepare misses it
+				nodes = append(nodes, n)
+			}
+		}
 	}
 	if len(nodes) > 0 {
 		end, err := g.Drain(ctx, nodes...)
 		if err != nil {
-			return 0, err
+			return 0, false, err
 		}
 		undrain = end
 	}
-	tx := g.Begin(ctx)
-	defer tx.Abort()
 	for i, a := range actions {
 		err := openErr
 		if i < failing {
@@ -109,16 +148,16 @@ func runActions(ctx context.Context, g *graph.Graph, actions []Action) (turns in
 		} else {
 			abort(actions[:i])
 		}
-		return i + 1, err
+		return i + 1, false, err
 	}
 	if err := tx.Commit(); err != nil {
 		abort(actions)
-		return len(actions), err
+		return len(actions), false, err
 	}
 	for _, a := range actions {
 		a.Commit()
 	}
-	return len(actions), nil
+	return len(actions), false, nil
 }
 
 // Transaction is RunActions for commands that clients see to quiesce the graph: every job that is at work then is paused in passing, and once more

@@ -6,6 +6,7 @@ import (
 	"time"
 
 	"qblockd/jobs/machine"
+	"qblockd/panics"
 	"qblockd/schema/types"
 )
 
@@ -138,10 +139,34 @@ func (j *Job) userCancel(force bool) {
 		j.cancelLocked(force)
 	}
 	over := j.st.Ended
+	if over {
+		m.running.Add(1)
+	}
 	m.mu.Unlock()
 	if !over {
 		return
 	}
+	done := make(chan struct{})
+	panics.Go("the cancel of job '"+j.id+"'", func() {
+		defer m.running.Done()
+		defer close(done)
+		j.cancelOver(force)
+	}, nil)
+	limit := time.NewTimer(overGrace)
+	defer limit.Stop()
+	select {
+	case <-done:
+	case <-limit.C:
+	}
+}
+
+// overGrace is how long a cancel waits for the end of a job whose work is over: that has to wait in turn for a command that holds the job's nodes, or
+// for their storage. It bounds what a client waits and so is real time.
+const overGrace = time.Second
+
+// cancelOver cancels a job whose work is over, and with it its transaction.
+func (j *Job) cancelOver(force bool) {
+	m := j.m
 	j.txn.lock()
 	defer j.txn.unlock()
 	m.mu.Lock()

@@ -9,10 +9,13 @@ import (
 )
 
 // claimBitmaps finds the bitmaps of an export of n and makes them busy, all or none.
-func (t *Table) claimBitmaps(e *entry, n *graph.Node, names []*types.BlockDirtyBitmapOrStr, writable bool) (l []nbd.Bitmap, err error) {
+func (t *Table) claimBitmaps(hold *graph.Hold, e *entry, n *graph.Node, names []*types.BlockDirtyBitmapOrStr, writable bool) (l []nbd.Bitmap, err error) {
 	var found []*graph.DirtyBitmap
 	for _, name := range names {
 		d, err := t.findBitmap(n, name)
+		if err == nil && !hold.Has(d.Node()) {
+			err = missing(name) // it came just now
+		}
 		if err != nil {
 			return nil, err
 		}
@@ -32,6 +35,24 @@ func (t *Table) claimBitmaps(e *entry, n *graph.Node, names []*types.BlockDirtyB
 	return l, nil
 }
 
+// bitmapNodes are the nodes of those bitmaps that there are.
+func (t *Table) bitmapNodes(n *graph.Node, names []*types.BlockDirtyBitmapOrStr) (l []*graph.Node) {
+	for _, name := range names {
+		if d, err := t.findBitmap(n, name); err == nil {
+			l = append(l, d.Node())
+		}
+	}
+	return l
+}
+
+// missing is the error of a bitmap that is not found.
+func missing(name *types.BlockDirtyBitmapOrStr) error {
+	if x := name.External; x != nil {
+		return fmt.Errorf("Dirty bitmap '%s' not found", x.Name)
+	}
+	return fmt.Errorf("Bitmap '%s' is not found", *name.Local)
+}
+
 func (t *Table) findBitmap(n *graph.Node, name *types.BlockDirtyBitmapOrStr) (*graph.DirtyBitmap, error) {
 	if x := name.External; x != nil {
 		return t.g.FindDirtyBitmap(x.Node, x.Name)
@@ -42,7 +63,7 @@ func (t *Table) findBitmap(n *graph.Node, name *types.BlockDirtyBitmapOrStr) (*g
 		}
 		e := n.FilterOrCOWChild()
 		if e == nil {
-			return nil, fmt.Errorf("Bitmap '%s' is not found", *name.Local)
+			return nil, missing(name)
 		}
 		n = e.Node()
 	}

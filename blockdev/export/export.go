@@ -135,10 +135,22 @@ func (t *Table) reserve(id string) error {
 // make makes what o describes and puts it on the list; stopped tells that the server was stopped meanwhile, and that
 // the export, closing already, is the caller's to end.
 func (t *Table) make(ctx context.Context, o *types.BlockExportOptions) (e *entry, stopped bool, err error) {
-	n := t.g.Node(o.NodeName)
-	if n == nil {
-		return nil, false, fmt.Errorf("Cannot find device='' nor node-name='%s'", o.NodeName)
+	b, ok := o.U.(*types.BlockExportOptionsNbd)
+	var n *graph.Node
+	hold, err := t.g.Hold(ctx, func() ([]*graph.Node, error) {
+		if n = t.g.Node(o.NodeName); n == nil {
+			return nil, fmt.Errorf("Cannot find device='' nor node-name='%s'", o.NodeName)
+		}
+		nodes := []*graph.Node{n}
+		if ok {
+			nodes = append(nodes, t.bitmapNodes(n, b.Bitmaps)...)
+		}
+		return nodes, nil
+	})
+	if err != nil {
+		return nil, false, err
 	}
+	defer hold.Release()
 	writable := isSet(o.Writable)
 	if writable && n.ReadOnly() {
 		return nil, false, errors.New("Cannot export read-only node as writable")
@@ -147,7 +159,6 @@ func (t *Table) make(ctx context.Context, o *types.BlockExportOptions) (e *entry
 	if err != nil {
 		return nil, false, err
 	}
-	b, ok := o.U.(*types.BlockExportOptionsNbd)
 	if !ok {
 		return nil, false, errors.New("No driver found for the requested export type")
 	}
@@ -180,7 +191,7 @@ func (t *Table) make(ctx context.Context, o *types.BlockExportOptions) (e *entry
 		t.g.CloseRoot(context.Background(), e.root)
 		return nil, false, err
 	}
-	if spec.Bitmaps, err = t.claimBitmaps(e, n, b.Bitmaps, writable); err != nil {
+	if spec.Bitmaps, err = t.claimBitmaps(hold, e, n, b.Bitmaps, writable); err != nil {
 		return fail(err)
 	}
 	spec.Device = device{e.root, writable}
@@ -263,10 +274,15 @@ func (e *entry) shutdown() {
 func (t *Table) finish(e *entry) {
 	<-e.nbd.Done()
 	node := e.root.Node()
+	var hold *graph.Hold
+	if node != nil && !node.MonitorOwned() {
+		hold, _ = t.g.HoldNodes(context.Background(), node.Dependents()...) // it may be closed now
+	}
 	// Waits for nobody for long: no unit of work is in flight. It fails only with its context.
 	if err := t.g.CloseRoot(context.Background(), e.root); err != nil && t.opts.Log != nil {
 		t.opts.Log.Error("export could not be detached", "id", e.id, "err", err)
 	}
+	hold.Release()
 	e.cancel()
 	e.freeBitmaps()
 	t.mu.Lock()

@@ -197,8 +197,12 @@ func (r *resetting) Prepare(context.Context) error {
 	return nil
 }
 
-// Commit implements graph.Participant.
-func (r *resetting) Commit() { r.d.settings, r.d.next = r.s, nil }
+// Commit implements graph.Participant. It writes what changes and nothing else: queries read the names at any time.
+func (r *resetting) Commit() {
+	d, s := &r.d.settings, &r.s
+	d.ro, d.auto, d.direct, d.noFlush, d.drop, d.check = s.ro, s.auto, s.direct, s.noFlush, s.drop, s.check
+	r.d.next = nil
+}
 
 // Abort implements graph.Participant.
 func (r *resetting) Abort() { r.d.next = nil }

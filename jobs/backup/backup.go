@@ -454,13 +454,16 @@ func (j *job) Commit(*jobs.Handle) { j.ok = true }
 
 // Clean implements jobs.Cleaner: the filter goes, the bitmap is handed over.
 func (j *job) Clean(h *jobs.Handle) {
+	if !j.ok {
+		j.settle(h)
+	}
+	if hold, err := j.g.HoldNodes(context.Background(), j.Source); err == nil {
+		defer hold.Release()
+	}
 	for _, f := range j.block {
 		f()
 	}
 	j.block = nil
-	if !j.ok {
-		j.settle(h)
-	}
 	undrain, err := j.g.Drain(context.Background(), j.Source)
 	if err == nil {
 		defer undrain()

@@ -38,6 +38,7 @@ func (c *HeaderChange) Prepare(ctx context.Context) error {
 	if err := c.Node.Flush(ctx); err != nil {
 		return err
 	}
+	c.Node.MustHold()
 	c.changed = true
 	if err := d.ChangeBackingFile(&blk.Req{Ctx: ctx}, c.Name, c.Format); err != nil {
 		return err
@@ -82,8 +83,19 @@ func Contains(top, n *graph.Node) bool {
 	return top != nil
 }
 
-// Below is the node below n in its chain of filters and backing files, or nil.
+// Between are top and the nodes below it, as far as filters and backing files go, down to end, which is none of them; nil is the end of the chain.
+func Between(top, end *graph.Node) (l []*graph.Node) {
+	for ; top != nil && top != end; top = Below(top) {
+		l = append(l, top)
+	}
+	return l
+}
+
+// Below is the node below n in its chain of filters and backing files, or nil; nil for nil.
 func Below(n *graph.Node) *graph.Node {
+	if n == nil {
+		return nil
+	}
 	if e := n.FilterOrCOWChild(); e != nil {
 		return e.Node()
 	}

@@ -52,6 +52,8 @@ type Args struct {
 	FilterNodeName string // "": generated, and the filter is implicit
 	ManualFinalize bool
 	ManualDismiss  bool
+	// Hold is the caller's of the nodes; it ends before the job goes to work. Nil: there is none.
+	Hold *graph.Hold
 	// HeaderName is how an overlay's header names a node, and the format.
 	HeaderName func(*graph.Node) (name, format string, err error)
 }
@@ -91,6 +93,7 @@ func Start(ctx context.Context, m *jobs.Manager, a Args) (release func(), err er
 		m.Discard(mj)
 		return nil, err
 	}
+	a.Hold.Release()
 	return m.Start(mj), nil
 }
 
@@ -262,6 +265,11 @@ func (j *job) Run(ctx context.Context, h *jobs.Handle) error {
 }
 
 func (j *job) grow(ctx context.Context, size int64) error {
+	hold, err := j.g.HoldNodes(ctx, j.Base)
+	if err != nil {
+		return err
+	}
+	defer hold.Release()
 	undrain, err := j.g.Drain(ctx, j.Base)
 	if err != nil {
 		return err
@@ -305,6 +313,13 @@ func (j *job) side(err error) (types.IoOperationType, types.BlockdevOnError) {
 
 // Prepare implements jobs.Preparer: it puts the base in the place of the top and rewrites the headers of the overlays, all or nothing.
 func (j *job) Prepare(ctx context.Context, h *jobs.Handle) error {
+	hold, err := j.g.Hold(ctx, func() ([]*graph.Node, error) {
+		return append(chain.Between(j.filter, chain.Below(j.Base)), overlaysOf(j.filter)...), nil
+	})
+	if err != nil {
+		return err
+	}
+	defer hold.Release()
 	ctx = context.WithoutCancel(ctx)
 	var overlays []*graph.Node
 	for _, e := range j.filter.Parents() {
@@ -376,6 +391,9 @@ func (j *job) leave(tx *graph.Tx) error {
 
 // Clean implements jobs.Cleaner.
 func (j *job) Clean(*jobs.Handle) {
+	if hold, err := j.g.HoldNodes(context.Background(), j.Top, j.Base); err == nil {
+		defer hold.Release()
+	}
 	if j.filter != nil {
 		chain.TakeOut(j.ID, j.filter, nil, j.leave)
 		j.filter = nil

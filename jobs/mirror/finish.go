@@ -18,13 +18,19 @@ import (
 // tryEnd holds the source quiet and makes the target equal to it. It tells whether that is so; else there was too much to copy, or an error to be
 // tried again, and the source goes on.
 func (j *job) tryEnd(ctx context.Context, h *jobs.Handle, most int64) (ended bool, _ error) {
-	undrain, err := j.quieten(ctx, h, most)
+	// Before guests have to wait: a command that has the nodes may take its time.
+	hold, err := j.holdNodes(ctx)
+	defer func() { hold.Release() }()
+	var undrain func()
+	if err == nil {
+		undrain, err = j.quieten(ctx, h, most)
+	}
 	if err == nil && undrain != nil {
 		if err = j.target.Edge().Flush(&blk.Req{Ctx: ctx}); err == nil {
 			if j.ManualFinalize {
 				undrain()
 			} else {
-				j.undrain = undrain
+				j.undrain, j.held, hold = undrain, hold, nil
 			}
 			return true, nil
 		}
@@ -32,6 +38,17 @@ func (j *job) tryEnd(ctx context.Context, h *jobs.Handle, most int64) (ended boo
 		err = &graph.CopyError{Write: true, Err: err}
 	}
 	return false, j.failed(h, err)
+}
+
+// holdNodes takes the nodes for the end of the job.
+func (j *job) holdNodes(ctx context.Context) (*graph.Hold, error) {
+	nodes := append(j.between(), j.Source, j.Target)
+	j.mu.Lock()
+	if j.replace != nil {
+		nodes = append(nodes, j.replace)
+	}
+	j.mu.Unlock()
+	return j.g.HoldNodes(ctx, nodes...)
 }
 
 // quieten holds the source quiet and copies what is dirty, unless that is more than most bytes or fails; then undrain is nil.
@@ -119,6 +136,13 @@ func (j *job) catchUp(ctx context.Context, h *jobs.Handle) (err error) {
 
 // Prepare implements jobs.Preparer: it takes the job out of the graph and, if it was told to complete, puts the target in its place, all or nothing.
 func (j *job) Prepare(ctx context.Context, h *jobs.Handle) error {
+	if j.held == nil {
+		hold, err := j.holdNodes(ctx)
+		if err != nil {
+			return err
+		}
+		j.held = hold
+	}
 	if j.undrain == nil {
 		if err := j.catchUp(ctx, h); err != nil {
 			return err
@@ -204,6 +228,10 @@ func (j *job) leave(tx *graph.Tx) error {
 // Clean implements jobs.Cleaner.
 func (j *job) Clean(*jobs.Handle) {
 	j.driver.job.Store(nil)
+	if j.held == nil {
+		j.held, _ = j.g.HoldNodes(context.Background(), j.Source, j.Target) // none if the graph is closed
+	}
+	defer j.held.Release()
 	if j.filter != nil {
 		j.thaw()
 		chain.TakeOut(j.ID, j.filter, nil, j.leave)

@@ -64,6 +64,8 @@ type Args struct {
 	Unmap          bool
 	CopyMode       types.MirrorCopyMode
 	FilterNodeName string // "": generated, and the filter is implicit
+	// Hold is the caller's of the nodes; it ends before the job goes to work. Nil: there is none.
+	Hold           *graph.Hold
 	ManualFinalize bool
 	ManualDismiss  bool
 	// Publish lets the transaction that starts the job make a target visible that was opened for it; nil: it is visible.
@@ -114,6 +116,7 @@ type job struct {
 	failure  atomic.Pointer[error]
 
 	replace *graph.Node // what the target replaces; set by Complete, if it is not the source
+	held    *graph.Hold // of the nodes, for the end
 	undrain func()      // while the source is held quiet for the end
 }
 
@@ -142,6 +145,7 @@ func Start(ctx context.Context, m *jobs.Manager, a Args) (release func(), err er
 		j.restoreReadOnly()
 		return nil, err
 	}
+	a.Hold.Release()
 	return m.Start(j.mj), nil
 }
 

@@ -62,6 +62,11 @@ func (j *job) fit(ctx context.Context) error {
 	source, target := j.Source.Size(), j.Target.Size()
 	switch {
 	case j.Base == j.Target && source > target:
+		hold, err := j.g.HoldNodes(ctx, j.Target)
+		if err != nil {
+			return err
+		}
+		defer hold.Release()
 		undrain, err := j.g.Drain(ctx, j.Target)
 		if err != nil {
 			return err

@@ -52,6 +52,8 @@ type Args struct {
 	FilterNodeName string // "": generated, and the filter is implicit
 	ManualFinalize bool
 	ManualDismiss  bool
+	// Hold is the caller's of the nodes; it ends before the job goes to work. Nil: there is none.
+	Hold *graph.Hold
 	// HeaderName is how an overlay's header names a node, and the format.
 	HeaderName func(*graph.Node) (name, format string, err error)
 }
@@ -94,6 +96,7 @@ func Start(ctx context.Context, m *jobs.Manager, a Args) (release func(), err er
 		j.restoreReadOnly()
 		return nil, err
 	}
+	a.Hold.Release()
 	return m.Start(mj), nil
 }
 
@@ -284,6 +287,11 @@ func (j *job) Run(ctx context.Context, h *jobs.Handle) error {
 // Prepare implements jobs.Preparer: it removes the filter, makes the backing link of the top skip what was
 // copied, and rewrites the image's header, all or nothing.
 func (j *job) Prepare(ctx context.Context, h *jobs.Handle) error {
+	hold, err := j.g.HoldNodes(ctx, j.chain()...)
+	if err != nil {
+		return err
+	}
+	defer hold.Release()
 	top := j.Top.SkipFilters()
 	tx := j.g.Begin(context.WithoutCancel(ctx))
 	defer tx.Abort()
@@ -330,6 +338,9 @@ func (j *job) Prepare(ctx context.Context, h *jobs.Handle) error {
 
 // Clean implements jobs.Cleaner.
 func (j *job) Clean(h *jobs.Handle) {
+	if hold, err := j.g.HoldNodes(context.Background(), j.Top); err == nil {
+		defer hold.Release()
+	}
 	j.unfreeze()
 	if j.filter != nil {
 		chain.TakeOut(j.ID, j.filter, j.root, j.leave)

@@ -129,6 +129,7 @@ func (s *backupStep) node(name string) []*graph.Node {
 // Prepare implements jobs.Action.
 func (s *backupStep) Prepare(ctx context.Context, tx *graph.Tx) error {
 	a := s.args
+	s.found = false
 	source, err := s.h.Nodes.LookupIn(tx, a.Device)
 	if err != nil {
 		return err
@@ -236,5 +237,8 @@ func (s *backupStep) Clean() {
 	}
 	if s.Step != nil {
 		s.Step.Clean()
+	}
+	if !s.done {
+		s.opened, s.Step, s.source = nil, nil, nil
 	}
 }

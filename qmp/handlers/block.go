@@ -71,15 +71,20 @@ func (b BlockCore) BlockdevDel(ctx context.Context, a *types.BlockdevDelArgs) er
 }
 
 // BlockSetWriteThreshold sets the offset that raises an event when it is written.
-func (b BlockCore) BlockSetWriteThreshold(_ context.Context, a *types.BlockSetWriteThresholdArgs) error {
-	return b.Nodes.SetWriteThreshold(a.NodeName, a.WriteThreshold)
+func (b BlockCore) BlockSetWriteThreshold(ctx context.Context, a *types.BlockSetWriteThresholdArgs) error {
+	return b.Nodes.SetWriteThreshold(ctx, a.NodeName, a.WriteThreshold)
 }
 
 // XBlockdevSetIothread moves a node into an iothread.
-func (b BlockCore) XBlockdevSetIothread(_ context.Context, a *types.XBlockdevSetIothreadArgs) error {
-	n, err := b.Nodes.Find(a.NodeName)
+func (b BlockCore) XBlockdevSetIothread(ctx context.Context, a *types.XBlockdevSetIothreadArgs) error {
+	var n *graph.Node
+	hold, err := b.Nodes.Graph().Hold(ctx, func() (_ []*graph.Node, err error) {
+		n, err = b.Nodes.Find(a.NodeName)
+		return []*graph.Node{n}, err
+	})
 	if err != nil {
 		return err
 	}
+	defer hold.Release()
 	return b.Exports.SetIothread(n, a.Iothread.S, a.Force != nil && *a.Force)
 }

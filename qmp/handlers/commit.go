@@ -17,21 +17,15 @@ import (
 
 // BlockCommit implements types.BlockJobHandler.
 func (h BlockJob) BlockCommit(ctx context.Context, a *types.BlockCommitArgs) error {
-	device, err := h.Nodes.LookupRoot(a.Device)
-	if err != nil {
-		if _, unknown := h.Nodes.Lookup(&a.Device, &a.Device); unknown != nil {
-			// Clients tell versions apart by this class.
-			return &qmp.Error{ErrClass: qmp.DeviceNotFound, Desc: "Device '" + a.Device + "' not found"}
-		}
-		return err
-	}
-	if err := device.Blocked(graph.OpCommitSource); err != nil {
-		return err
-	}
-	top, base, err := h.commitEnds(device, a)
+	var device, top, base *graph.Node
+	hold, err := h.Graph.Hold(ctx, func() (_ []*graph.Node, err error) {
+		device, top, base, err = h.commitNodes(a)
+		return chain.Between(device, chain.Below(base)), err
+	})
 	if err != nil {
 		return err
 	}
+	defer hold.Release()
 	onError := types.BlockdevOnErrorReport
 	if a.OnError != nil {
 		onError = *a.OnError
@@ -49,7 +43,7 @@ func (h BlockJob) BlockCommit(ctx context.Context, a *types.BlockCommitArgs) err
 			return errors.New("'backing-file' specified, but 'top' has a writer on it")
 		}
 		release, err = mirror.Start(ctx, h.Jobs, mirror.Args{
-			ID: deref(a.JobID), Type: types.JobTypeCommit, Source: top, Target: base, Base: base, Unmap: true,
+			Hold: hold, ID: deref(a.JobID), Type: types.JobTypeCommit, Source: top, Target: base, Base: base, Unmap: true,
 			Speed: deref(a.Speed), OnSourceError: onError, OnTargetError: onError, CopyMode: types.MirrorCopyModeBackground,
 			FilterNodeName: filter, ManualFinalize: isFalse(a.AutoFinalize), ManualDismiss: isFalse(a.AutoDismiss),
 		})
@@ -61,7 +55,7 @@ func (h BlockJob) BlockCommit(ctx context.Context, a *types.BlockCommitArgs) err
 			return err
 		}
 		release, err = commit.Start(ctx, h.Jobs, commit.Args{
-			ID: deref(a.JobID), Device: device, Top: top, Base: base, BackingFile: deref(a.BackingFile), MaskProtocol: deref(a.BackingMaskProtocol),
+			Hold: hold, ID: deref(a.JobID), Device: device, Top: top, Base: base, BackingFile: deref(a.BackingFile), MaskProtocol: deref(a.BackingMaskProtocol),
 			Speed: deref(a.Speed), OnError: onError, FilterNodeName: filter,
 			ManualFinalize: isFalse(a.AutoFinalize), ManualDismiss: isFalse(a.AutoDismiss), HeaderName: h.headerName,
 		})
@@ -71,6 +65,23 @@ func (h BlockJob) BlockCommit(ctx context.Context, a *types.BlockCommitArgs) err
 	}
 	qmp.AfterReply(ctx, release)
 	return nil
+}
+
+// commitNodes finds the nodes of block-commit.
+func (h BlockJob) commitNodes(a *types.BlockCommitArgs) (device, top, base *graph.Node, err error) {
+	device, err = h.Nodes.LookupRoot(a.Device)
+	if err != nil {
+		if _, unknown := h.Nodes.Lookup(&a.Device, &a.Device); unknown != nil {
+			// Clients tell versions apart by this class.
+			err = &qmp.Error{ErrClass: qmp.DeviceNotFound, Desc: "Device '" + a.Device + "' not found"}
+		}
+		return nil, nil, nil, err
+	}
+	if err := device.Blocked(graph.OpCommitSource); err != nil {
+		return nil, nil, nil, err
+	}
+	top, base, err = h.commitEnds(device, a)
+	return device, top, base, err
 }
 
 // commitEnds finds the first node to be copied and the one that it is copied into.
@@ -121,23 +132,15 @@ func (h BlockJob) commitEnds(device *graph.Node, a *types.BlockCommitArgs) (top,
 
 // ChangeBackingFile implements types.BlockJobHandler.
 func (h BlockJob) ChangeBackingFile(ctx context.Context, a *types.ChangeBackingFileArgs) (err error) {
-	device, err := h.Nodes.LookupRoot(a.Device)
+	var n *graph.Node
+	hold, err := h.Graph.Hold(ctx, func() (_ []*graph.Node, err error) {
+		n, err = h.changeBackingNode(a)
+		return []*graph.Node{n}, err
+	})
 	if err != nil {
 		return err
 	}
-	n, err := h.Nodes.Lookup(nil, &a.ImageNodeName)
-	switch {
-	case err != nil:
-		return err
-	case n.SkipFilters().Backing() == nil:
-		return errors.New("not allowing backing file change on an image without a backing file")
-	}
-	if err := device.Blocked(graph.OpChange); err != nil {
-		return err
-	}
-	if !chain.Contains(device, n) {
-		return fmt.Errorf("'%s' and image file are not in the same chain", a.Device)
-	}
+	defer hold.Release()
 	if n.ReadOnly() {
 		nodes := n.WithFiles()
 		reopen := func(ctx context.Context, readOnly bool) error {
@@ -158,4 +161,26 @@ func (h BlockJob) ChangeBackingFile(ctx context.Context, a *types.ChangeBackingF
 		return fmt.Errorf("Could not change backing file to '%s': %s", a.BackingFile, blk.ErrnoText(err))
 	}
 	return nil
+}
+
+// changeBackingNode finds the node whose header change-backing-file changes.
+func (h BlockJob) changeBackingNode(a *types.ChangeBackingFileArgs) (*graph.Node, error) {
+	device, err := h.Nodes.LookupRoot(a.Device)
+	if err != nil {
+		return nil, err
+	}
+	n, err := h.Nodes.Lookup(nil, &a.ImageNodeName)
+	switch {
+	case err != nil:
+		return nil, err
+	case n.SkipFilters().Backing() == nil:
+		return nil, errors.New("not allowing backing file change on an image without a backing file")
+	}
+	if err := device.Blocked(graph.OpChange); err != nil {
+		return nil, err
+	}
+	if !chain.Contains(device, n) {
+		return nil, fmt.Errorf("'%s' and image file are not in the same chain", a.Device)
+	}
+	return n, nil
 }

@@ -15,14 +15,20 @@ import (
 
 // BlockdevMirror implements types.BlockJobHandler.
 func (h BlockJob) BlockdevMirror(ctx context.Context, a *types.BlockdevMirrorArgs) error {
-	source, err := h.Nodes.LookupRoot(a.Device)
+	var source, target *graph.Node
+	hold, err := h.Graph.Hold(ctx, func() (_ []*graph.Node, err error) {
+		if source, err = h.Nodes.LookupRoot(a.Device); err != nil {
+			return nil, err
+		}
+		if target, err = h.Nodes.Lookup(&a.Target, &a.Target); err != nil {
+			return nil, err
+		}
+		return append(h.replaced(deref(a.Replaces)), source, target), nil
+	})
 	if err != nil {
 		return err
 	}
-	target, err := h.Nodes.Lookup(&a.Target, &a.Target)
-	if err != nil {
-		return err
-	}
+	defer hold.Release()
 	filter, err := graph.GivenName(a.FilterNodeName)
 	if err != nil {
 		return err
@@ -31,7 +37,7 @@ func (h BlockJob) BlockdevMirror(ctx context.Context, a *types.BlockdevMirrorArg
 		return errors.New("Failed to find node with node-name=''")
 	}
 	args := mirror.Args{
-		ID: deref(a.JobID), Source: source, Target: target, Replaces: deref(a.Replaces), ZeroTarget: a.Sync == types.MirrorSyncModeFull,
+		Hold: hold, ID: deref(a.JobID), Source: source, Target: target, Replaces: deref(a.Replaces), ZeroTarget: a.Sync == types.MirrorSyncModeFull,
 		Speed: deref(a.Speed), Granularity: int64(deref(a.Granularity)), BufSize: deref(a.BufSize), Unmap: true,
 		FilterNodeName: filter, ManualFinalize: isFalse(a.AutoFinalize), ManualDismiss: isFalse(a.AutoDismiss),
 	}
@@ -95,6 +101,14 @@ func (h BlockJob) startMirror(ctx context.Context, a mirror.Args, sync types.Mir
 	return nil
 }
 
+// replaced is the node that a mirror is to replace, if there is one of that name.
+func (h BlockJob) replaced(name string) []*graph.Node {
+	if n := h.Graph.Node(name); n != nil {
+		return []*graph.Node{n}
+	}
+	return nil
+}
+
 // checkReplaces tells why a mirror of source cannot take the place of the node of that name.
 func (h BlockJob) checkReplaces(source *graph.Node, name string) error {
 	n := h.Graph.Node(name)
@@ -116,13 +130,17 @@ func (h BlockJob) checkReplaces(source *graph.Node, name string) error {
 
 // DriveMirror implements types.BlockJobHandler.
 func (h BlockJob) DriveMirror(ctx context.Context, a *types.DriveMirror) error {
-	source, err := h.Nodes.LookupRoot(a.Device)
+	var source *graph.Node
+	hold, err := h.Graph.Hold(ctx, func() (_ []*graph.Node, err error) {
+		if source, err = h.Nodes.LookupRoot(a.Device); err != nil {
+			return nil, err
+		}
+		return append(h.replaced(deref(a.Replaces)), source), source.Blocked(graph.OpMirrorSource)
+	})
 	if err != nil {
 		return err
 	}
-	if err := source.Blocked(graph.OpMirrorSource); err != nil {
-		return err
-	}
+	defer hold.Release()
 	existing := a.Mode != nil && *a.Mode == types.NewImageModeExisting
 	format := deref(a.Format)
 	if a.Format == nil && !existing {
@@ -166,7 +184,7 @@ func (h BlockJob) DriveMirror(ctx context.Context, a *types.DriveMirror) error {
 	}
 	target := opened.Node()
 	args := mirror.Args{
-		ID: deref(a.JobID), Source: source, Target: target, Replaces: deref(a.Replaces),
+		Hold: hold, ID: deref(a.JobID), Source: source, Target: target, Replaces: deref(a.Replaces),
 		ZeroTarget: sync == types.MirrorSyncModeFull && (existing || !target.Caps().ZeroInit),
 		Speed:      deref(a.Speed), Granularity: int64(deref(a.Granularity)), BufSize: deref(a.BufSize), Unmap: !isFalse(a.Unmap),
 		ManualFinalize: isFalse(a.AutoFinalize), ManualDismiss: isFalse(a.AutoDismiss), Publish: opened.Publish,

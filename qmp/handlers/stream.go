@@ -43,43 +43,21 @@ func (h BlockJob) BlockStream(ctx context.Context, a *types.BlockStreamArgs) err
 	if err := exclusive("bottom", a.Bottom, "base-node", a.BaseNode); err != nil {
 		return err
 	}
-	top, err := h.Nodes.Lookup(&a.Device, &a.Device)
-	if err != nil {
-		return err
-	}
-	filter, err := graph.GivenName(a.FilterNodeName)
-	if err != nil {
-		return fmt.Errorf("Could not create node: %w", err)
-	}
 	args := stream.Args{
-		Top: top, OnError: types.BlockdevOnErrorReport, HeaderName: h.headerName,
-		ID: deref(a.JobID), BackingFile: deref(a.BackingFile), Speed: deref(a.Speed), FilterNodeName: filter,
+		OnError: types.BlockdevOnErrorReport, HeaderName: h.headerName,
+		ID: deref(a.JobID), BackingFile: deref(a.BackingFile), Speed: deref(a.Speed),
 		ManualFinalize: isFalse(a.AutoFinalize), ManualDismiss: isFalse(a.AutoDismiss),
 		MaskProtocol: deref(a.BackingMaskProtocol),
 	}
 	if a.OnError != nil {
 		args.OnError = *a.OnError
 	}
-	if err := h.streamEnd(&args, a); err != nil {
+	hold, err := h.Graph.Hold(ctx, func() ([]*graph.Node, error) { return h.streamNodes(&args, a) })
+	if err != nil {
 		return err
 	}
-	end := args.Base
-	if args.Bottom != nil {
-		end = chain.Below(args.Bottom)
-	}
-	for n := top; n != nil && n != end; n = chain.Below(n) {
-		if err := n.Blocked(graph.OpStream); err != nil {
-			return err
-		}
-	}
-	if args.Base == nil && a.BackingFile != nil {
-		return fmt.Errorf("backing file specified, but streaming the entire chain")
-	}
-	if args.Base != nil {
-		if _, _, err := h.headerName(args.Base); err != nil {
-			return err
-		}
-	}
+	defer hold.Release()
+	args.Hold = hold
 	release, err := stream.Start(ctx, h.Jobs, args)
 	if err != nil {
 		return err
@@ -90,6 +68,38 @@ func (h BlockJob) BlockStream(ctx context.Context, a *types.BlockStreamArgs) err
 
 func (h BlockJob) headerName(n *graph.Node) (name, format string, err error) {
 	return h.Nodes.HeaderName(nil, n)
+}
+
+// streamNodes finds the nodes of block-stream, fills in those of args, and checks what clients are told first.
+func (h BlockJob) streamNodes(args *stream.Args, a *types.BlockStreamArgs) (nodes []*graph.Node, err error) {
+	if args.Top, err = h.Nodes.Lookup(&a.Device, &a.Device); err != nil {
+		return nil, err
+	}
+	if args.FilterNodeName, err = graph.GivenName(a.FilterNodeName); err != nil {
+		return nil, fmt.Errorf("Could not create node: %w", err)
+	}
+	if err := h.streamEnd(args, a); err != nil {
+		return nil, err
+	}
+	end := args.Base
+	if args.Bottom != nil {
+		end = chain.Below(args.Bottom)
+	}
+	for n := args.Top; n != nil && n != end; n = chain.Below(n) {
+		if err := n.Blocked(graph.OpStream); err != nil {
+			return nil, err
+		}
+		nodes = append(nodes, n)
+	}
+	if args.Base == nil && a.BackingFile != nil {
+		return nil, fmt.Errorf("backing file specified, but streaming the entire chain")
+	}
+	if args.Base != nil {
+		if _, _, err := h.headerName(args.Base); err != nil {
+			return nil, err
+		}
+	}
+	return nodes, nil
 }
 
 // streamEnd finds the node that the arguments name as the end of what is streamed.

@@ -1,0 +1,179 @@
+package graph
+
+import (
+	"context"
+	"sync"
+)
+
+// Hold is the right of one command, or of the end of one job, to look at and to change the metadata of nodes: their snapshots, bitmaps, sizes,
+// headers and options. There is one at most at a node at a time. It is taken for all nodes at once, before the first look and before any
+// transaction and drain, by somebody who has none, and released after the last write; so nobody waits for one while others wait for him. It keeps its
+// nodes open: one that loses its last reference meanwhile is out of sight at once, but closed only when the Hold ends.
+//
+// Requests, queries and what only shows or steers a job need none.
+type Hold struct {
+	g       *Graph
+	nodes   map[*Node]bool
+	res     *reservation
+	release sync.Once
+}
+
+// Hold reserves the nodes that look finds, with what their data lie in. look is asked before the wait and again after it, as nodes may have come and
+// gone in between, until what it finds is held; then what it found the last time holds until Release. It takes no lock that is held elsewhere. Errors: those of look; the
+// context's.
+func (g *Graph) Hold(ctx context.Context, look func() ([]*Node, error)) (*Hold, error) {
+	nodes, err := look()
+	for err == nil {
+		var h *Hold
+		if h, err = g.hold(ctx, nodes); err != nil {
+			break
+		}
+		if nodes, err = look(); err == nil && h.covers(nodes) {
+			return h, nil
+		}
+		h.Release()
+	}
+	return nil, err
+}
+
+// HoldNodes is Hold of nodes that something keeps in the graph: those of a job.
+func (g *Graph) HoldNodes(ctx context.Context, nodes ...*Node) (*Hold, error) {
+	return g.Hold(ctx, func() ([]*Node, error) { return nodes, nil })
+}
+
+func (g *Graph) hold(ctx context.Context, nodes []*Node) (*Hold, error) {
+	h := &Hold{g: g, nodes: map[*Node]bool{}}
+	var all []*Node
+	for _, n := range nodes {
+		for _, s := range n.withStorage() {
+			if !h.nodes[s] {
+				h.nodes[s] = true
+				all = append(all, s)
+			}
+		}
+	}
+	var err error
+	if h.res, err = g.holds.acquire(ctx, all, g.stop); err != nil {
+		return nil, err
+	}
+	g.mu.Lock()
+	defer g.mu.Unlock()
+	if g.closed {
+		g.holds.release(h.res)
+		return nil, errClosing
+	}
+	for _, n := range all {
+		n.rareLocked().held = true
+	}
+	return h, nil
+}
+
+// withStorage are n and the nodes that its own data and metadata lie in.
+func (n *Node) withStorage() []*Node {
+	l := []*Node{n}
+	for {
+		k := n.kids.Load()
+		e := k.filtered
+		if e == nil {
+			e = k.file
+		}
+		if e == nil {
+			return l
+		}
+		n = e.Node()
+		l = append(l, n)
+	}
+}
+
+func (h *Hold) covers(nodes []*Node) bool {
+	for _, n := range nodes {
+		for _, s := range n.withStorage() {
+			if !h.Has(s) {
+				return false
+			}
+		}
+	}
+	return true
+}
+
+// Has tells whether n is one of the nodes.
+func (h *Hold) Has(n *Node) bool { return h.nodes[n] }
+
+// adopt adds a node that a transaction of the holder is about to publish. Nobody has looked for it yet, but for Graph.Close.
+// +checklocks:h.g.mu
+func (h *Hold) adopt(n *Node) {
+	if h.g.holds.add(h.res, n) {
+		h.nodes[n] = true
+		n.rareLocked().held = true
+	}
+}
+
+// Release ends the Hold and closes the nodes that were only kept by it, which blocks as long as their storage does. Only the first call does anything; a nil Hold has
+// nothing to release.
+func (h *Hold) Release() {
+	if h == nil {
+		return
+	}
+	h.release.Do(func() {
+		var dying []*Node
+		h.g.mu.Lock()
+		for _, n := range h.res.nodes {
+			n.rare.held = false
+			if n.rare.closes {
+				n.rare.closes = false
+				dying = append(dying, n)
+			}
+		}
+		h.g.mu.Unlock()
+		for _, n := range dying {
+			n.close()
+		}
+		h.g.holds.release(h.res)
+	})
+}
+
+// closeUnlessHeld closes a node in state closing, or leaves that to the end of the Hold that somebody has of it.
+func (n *Node) closeUnlessHeld() {
+	n.g.mu.Lock()
+	if n.rare != nil && n.rare.held {
+		n.rare.closes = true
+		n.g.mu.Unlock()
+		return
+	}
+	n.g.mu.Unlock()
+	n.close()
+}
+
+// MustHold is called where metadata are changed. Built with -tags invariants it panics if nobody holds n, though others could find it.
+func (n *Node) MustHold() {
+	if !invariantsOn {
+		return
+	}
+	n.g.mu.RLock()
+	defer n.g.mu.RUnlock()
+	if n.state != nodeHidden && (n.rare == nil || !n.rare.held) {
+		panic("graph: metadata of node " + n.name + " are changed by somebody who does not hold it")
+	}
+}
+
+// Under says which nodes whoever makes the Tx holds: Held finds no others. Those that the Tx publishes are held as well from then on.
+func (tx *Tx) Under(h *Hold) { tx.hold = h }
+
+// Held is Node of a node that is held, or that the Tx itself makes. One that came after the Hold was taken is passed over; then the
+// Tx has Missed it.
+func (tx *Tx) Held(name string) *Node {
+	n := tx.Node(name)
+	if n == nil || tx.hold == nil || tx.hold.Has(n) {
+		return n
+	}
+	tx.g.mu.RLock()
+	defer tx.g.mu.RUnlock()
+	if n.state == nodeHidden {
+		return n
+	}
+	tx.missed = true
+	return nil
+}
+
+// Missed tells whether Held passed over a node: a new Hold would include it.
+func (tx *Tx) Missed() bool { return tx.missed }
