@@ -209,9 +209,24 @@ func (l *bitmapLoader) load(m *stored) (persisted, error) {
 func (s *image) bitmapSize() int64 { return blk.AlignUp(s.size.Load(), layout.SectorSize) }
 
 // bitmapBytes is the length of a bitmap in the image.
-func (s *image) bitmapBytes(granularity int64) int64 {
-	return ((s.bitmapSize()+granularity-1)/granularity + 7) / 8
+func (s *image) bitmapBytes(granularity int64) int64 { return bitmapBytes(s.bitmapSize(), granularity) }
+
+func bitmapBytes(size, granularity int64) int64 { return ((size+granularity-1)/granularity + 7) / 8 }
+
+// bitmapsFit tells whether a disk of size bytes leaves its bitmaps such that they can be stored. Others open no image with one that is too long.
+func (s *image) bitmapsFit(size int64) error {
+	if s.keeper == nil {
+		return nil
+	}
+	for _, p := range s.keeper.persisted() {
+		if !p.inconsistent && bitmapBytes(size, p.bits.Granularity()) > maxBitmapBytes {
+			return fmt.Errorf("Bitmap '%s' does not fit: %w", p.name, errBitmapTooLong)
+		}
+	}
+	return nil
 }
+
+var errBitmapTooLong = errors.New("Too much space will be occupied by the bitmap. Use larger granularity")
 
 // bitmapClusters is the number of entries in the table of a bitmap: at least one, which others require.
 func (s *image) bitmapClusters(granularity int64) int64 {
@@ -566,7 +581,7 @@ func (s *image) CanStoreBitmap(name string, granularity int64, others int) error
 	case dir > layout.MaxBitmapDirectory:
 		return fmt.Errorf("Not enough space in the bitmap directory")
 	case n > maxBitmapBytes:
-		return fmt.Errorf("Too much space will be occupied by the bitmap. Use larger granularity")
+		return errBitmapTooLong
 	}
 	return nil
 }

@@ -202,3 +202,25 @@ func TestQemuReadsBitmaps(t *testing.T) {
 		t.Errorf("%v", got)
 	}
 }
+
+// TestBitmapTooLongAfterResize: a disk does not become larger than its bitmaps can be stored for. The image would have one that is inconsistent, and
+// others would not open it.
+func TestBitmapTooLongAfterResize(t *testing.T) {
+	f := mustCreate(t, CreateOptions{Size: 1 << 30, ClusterSize: ptr(uint64(2 << 20))})
+	k := &memKeeper{}
+	s := mustOpen(t, mem{f}, config{keeper: k})
+	k.list = []persisted{{name: "fine", bits: bitmap.New(1<<30, 1024), enabled: true}}
+	want := "Bitmap 'fine' does not fit: Too much space will be occupied by the bitmap. Use larger granularity"
+	if err := s.Resize(req(), 4<<40+1<<21, blk.PreallocOff); err == nil || err.Error() != want || s.size.Load() != 1<<30 {
+		t.Errorf("%v, %d bytes", err, s.size.Load())
+	}
+	if err := s.Resize(req(), 4<<40, blk.PreallocOff); err != nil { // 512 MiB
+		t.Error(err)
+	}
+	k.list = []persisted{{name: "bad", inconsistent: true}}
+	if err := s.Resize(req(), 1<<43, blk.PreallocOff); err != nil {
+		t.Error(err)
+	}
+	k.list = nil
+	mustClose(t, s)
+}

@@ -33,6 +33,11 @@ func (s *image) Resize(r *blk.Req, size int64, m blk.Prealloc) error {
 		return errors.New("Can't resize a v2 image which has snapshots")
 	}
 	old := s.size.Load()
+	if size > old {
+		if err := s.bitmapsFit(size); err != nil {
+			return err
+		}
+	}
 	if size < old && m != blk.PreallocOff && m != "" {
 		return errors.New("Preallocation can't be used for shrinking an image")
 	}
