@@ -63,6 +63,10 @@ type (
 	Discarder interface {
 		Discard(r *blk.Req, off, n int64) error // default: no-op
 	}
+	// Ejecter is a driver whose image may turn out to be unusable while it is open.
+	Ejecter interface {
+		Ejected() bool // all requests fail with blk.ErrNoMedium from now on
+	}
 	Statuser interface {
 		Status(r *blk.Req, off, n int64) (blk.Extent, error) // default: all data, allocated
 	}

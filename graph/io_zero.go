@@ -165,7 +165,7 @@ func (e *Edge) TakesDiscard() bool {
 // Discard tells that the content of [off, off+size) is not needed any more. It is a hint: nothing happens
 // if the node has not discard=unmap, if the driver cannot, or to blocks that are covered
 // in part. The range is cut at the end of the node, except through roots. Errors: blk.ErrOutOfRange, blk.ErrReadOnly,
-// blk.ErrWouldBlock, those of the driver.
+// blk.ErrWouldBlock, blk.ErrNoMedium also of a node that would do nothing, those of the driver.
 func (e *Edge) Discard(r *blk.Req, off, size int64) error {
 	n := e.node.Load()
 	s := &n.io
@@ -180,11 +180,11 @@ func (e *Edge) Discard(r *blk.Req, off, size int64) error {
 			return nil
 		}
 	}
-	if s.discard == nil || !n.opts.Load().Discard {
-		return nil
-	}
 	lo, hi := blk.AlignUp(off, s.align), blk.AlignDown(off+size, s.align)
-	if lo >= hi {
+	if s.discard == nil || !n.opts.Load().Discard || lo >= hi {
+		if x, ok := s.drv.(Ejecter); ok && x.Ejected() {
+			return blk.ErrNoMedium
+		}
 		return nil
 	}
 	off, size = lo, hi-lo
