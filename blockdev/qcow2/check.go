@@ -1,6 +1,8 @@
 package qcow2
 
 import (
+	"fmt"
+
 	"qblockd/blockdev/qcow2/layout"
 	"qblockd/graph/blk"
 )
@@ -25,207 +27,36 @@ func (c *CheckResult) say(text string, v ...uint64) {
 	}
 }
 
-// tally counts references per cluster; pages are made where references are.
-type tally struct{ pages map[int64]*[1024]uint32 }
-
-func (t *tally) get(c int64) uint64 {
-	if p := t.pages[c>>10]; p != nil {
-		return uint64(p[c&1023])
-	}
-	return 0
-}
-
-func (t *tally) inc(c int64) {
-	p := t.pages[c>>10]
-	if p == nil {
-		p = new([1024]uint32)
-		t.pages[c>>10] = p
-	}
-	p[c&1023]++
-}
-
-// checker is one run over an image.
-type checker struct {
-	s   *image
-	r   *blk.Req
-	t   tally
-	res *CheckResult
-	end int64 // of the file
-}
-
-// ref counts the references of [off, off+n). Places more than a cluster beyond the end of
-// the file are impossible, which also bounds the memory that a check takes.
-func (c *checker) ref(off, n int64, what string) bool {
-	if n == 0 {
-		return true
-	}
-	if off < 0 || n < 0 || off+n-c.end >= c.s.cs {
-		c.res.Corruptions++
-		c.res.say(what+" beyond the end of the file at", uint64(off))
-		return false
-	}
-	for k := off >> c.s.cb; k <= (off+n-1)>>c.s.cb; k++ {
-		c.t.inc(k)
-	}
-	return true
-}
-
-// walk counts all references.
-func (c *checker) walk() error {
-	s := c.s
-	c.t.pages = map[int64]*[1024]uint32{}
-	c.end = max(s.file.Size(), s.fileEnd) // clusters may be allocated but not written yet
-	c.ref(0, s.cs, "header")
-	if err := c.walkL1(&s.l1, int64(s.hdr.L1TableOffset), int64(s.hdr.L1Size), true); err != nil {
-		return err
-	}
-	for i := range s.snaps {
-		sn := &s.snaps[i]
-		if layout.CheckTable(sn.L1TableOffset, uint64(sn.L1Size), 8, layout.MaxL1Bytes, uint64(s.cs), "") != nil {
-			c.res.Corruptions++
-			c.res.say("snapshot's L1 table at", sn.L1TableOffset)
-			continue
-		}
-		l1, err := s.readTable(c.r, int64(sn.L1TableOffset), int64(sn.L1Size))
-		if err != nil {
-			return err
-		}
-		if err := c.walkL1(&l1, int64(sn.L1TableOffset), int64(sn.L1Size), false); err != nil {
-			return err
-		}
-	}
-	c.ref(int64(s.hdr.SnapshotsOffset), s.snapEnd-int64(s.hdr.SnapshotsOffset), "snapshot table")
-	c.ref(s.reftOffset(), s.reftSize*8, "refcount table")
-	for _, e := range s.reft {
-		if off := int64(e & layout.ReftMask); off != 0 && !c.badBlock(off) {
-			c.t.inc(off >> s.cb)
-		}
-	}
-	return c.walkBitmaps()
-}
-
-// badBlock tells whether the refcount block at off cannot be one.
-func (c *checker) badBlock(off int64) bool {
-	return off&(c.s.cs-1) != 0 || off < 0 || off >= c.end
-}
-
-func (c *checker) walkL1(l1 *entries, off, n int64, active bool) error {
-	c.ref(off, n*8, "L1 table")
-	buf := make([]byte, c.s.cs)
-	for _, e := range l1.all() {
-		tab := int64(e & layout.OffsetMask)
-		if tab == 0 {
-			continue
-		}
-		if tab&(c.s.cs-1) != 0 {
-			c.res.Corruptions++
-			c.res.say("unaligned L2 table at", uint64(tab))
-			continue
-		}
-		if !c.ref(tab, c.s.cs, "L2 table") {
-			continue
-		}
-		if err := c.s.readL2(c.r, tab, buf); err != nil {
-			return err
-		}
-		for k := 0; k < len(buf); k += 8 {
-			c.entry(be.Uint64(buf[k:]), active)
-		}
-	}
-	return nil
-}
-
-// entry counts what an L2 entry refers to.
-func (c *checker) entry(e uint64, active bool) {
-	s := c.s
-	switch k := layout.KindOf(e); {
-	case k == layout.CompressedKind:
-		if e&layout.Copied != 0 && active {
-			c.res.Corruptions++
-			c.res.say("compressed entry with the copied flag", e)
-		}
-		off, n := s.geo.CompressedRange(e &^ layout.Copied)
-		c.ref(off, n, "compressed cluster")
-	case k.HasHost():
-		off := int64(e & layout.OffsetMask)
-		if off&(s.cs-1) != 0 {
-			c.res.Corruptions++
-			c.res.say("unaligned cluster at", uint64(off))
-			return
-		}
-		c.ref(off, s.cs, "cluster")
-	}
-}
-
-// readL2 reads a whole L2 table as it is now, changes in the cache included.
-func (s *image) readL2(r *blk.Req, tab int64, buf []byte) error {
-	if err := s.readFile(r, blk.Buf(buf), tab); err != nil {
-		return err
-	}
-	for o := int64(0); o < s.cs; o += s.slice {
-		if t := s.l2.m[tab+o]; t != nil {
-			copy(buf[o:], t.data)
-		}
-	}
-	return nil
-}
-
-// walkBitmaps counts directory, tables and data of persistent bitmaps.
-func (c *checker) walkBitmaps() error {
-	b := c.s.ext.Bitmaps
-	if b == nil {
-		return nil
-	}
-	off, n := int64(b.DirectoryOffset), int64(b.DirectorySize)
-	if !c.ref(off, n, "bitmap directory") {
-		return nil
-	}
-	n = min(n, max(0, c.end-off))
-	dir := make([]byte, n)
-	if err := c.s.readFile(c.r, blk.Buf(dir), off); err != nil {
-		return err
-	}
-	for i := uint32(0); i < b.NbBitmaps && len(dir) >= 24; i++ {
-		tab, entries := int64(be.Uint64(dir)), int64(be.Uint32(dir[8:]))
-		if c.ref(tab, entries*8, "bitmap table") {
-			t, err := c.s.readTable(c.r, tab, entries)
-			if err != nil {
-				return err
-			}
-			for _, e := range t.all() {
-				if o := int64(e & layout.OffsetMask); o != 0 {
-					c.ref(o, c.s.cs, "bitmap data")
-				}
-			}
-		}
-		used := (24 + int64(be.Uint32(dir[20:])) + int64(be.Uint16(dir[18:])) + 7) &^ 7
-		dir = dir[min(used, int64(len(dir))):]
-	}
-	return nil
-}
-
-// check counts all references and compares them with the refcounts. With fix, refcounts and
-// copied flags are put right and, if nothing else is wrong, the dirty bit is cleared. No
-// requests may run; mu is held.
+// check counts all references and compares them with the refcounts. With fix, refcounts and copied flags are put right, what refers to places
+// beyond the end of the file is dropped and, if nothing else is wrong, the dirty bit is cleared. Nothing is written where anything else lies: an image whose header or tables lie
+// over something is left as it is (Errors). No requests may run; mu is held. It ends with the context of r.
 func (s *image) check(r *blk.Req, fix bool) (*CheckResult, error) {
 	res := &CheckResult{}
-	c := &checker{s: s, r: r, res: res}
-	if err := c.walk(); err != nil {
+	c := s.newChecker(r, res)
+	if err := c.meta(); err != nil {
 		return res, err
 	}
+	for done := false; !done; {
+		var err error
+		if done, err = c.step(16); err != nil {
+			return res, err
+		}
+	}
 	if fix {
-		if err := c.makeBlocks(); err != nil {
+		drop := c.badBlocks()
+		if c.cannotRepair(); res.Errors > 0 {
+			return res, nil
+		}
+		if err := c.makeBlocks(drop); err != nil {
 			return res, err
 		}
 	} else {
-		for _, e := range s.reft {
-			if off := int64(e & layout.ReftMask); off != 0 && c.badBlock(off) {
-				res.Corruptions++
-				res.say("impossible refcount block at", uint64(off))
-			}
-		}
+		c.reportBlocks()
 	}
 	if err := c.compare(fix); err != nil {
+		return res, err
+	}
+	if err := c.dropStray(fix); err != nil {
 		return res, err
 	}
 	if err := c.copiedFlags(fix); err != nil {
@@ -244,50 +75,106 @@ func (s *image) check(r *blk.Req, fix bool) (*CheckResult, error) {
 	return res, s.markClean(r)
 }
 
-// makeBlocks drops impossible refcount blocks and makes those that are missing, in clusters
-// that nothing refers to.
-func (c *checker) makeBlocks() error {
+func (c *checker) reportBlocks() {
+	for _, e := range c.s.reft {
+		if off := int64(e & layout.ReftMask); off != 0 && (c.badBlock(off) || c.t.get(off>>c.s.cb) > 1) {
+			c.res.Corruptions++
+			c.res.say("impossible refcount block at", uint64(off))
+		}
+	}
+}
+
+// cannotRepair notes what a repair would have to write over something else, or cannot drop.
+func (c *checker) cannotRepair() {
 	s := c.s
-	seen := map[int64]bool{}
-	for i, e := range s.reft {
+	alone := func(off, size int64, what string) {
+		for k := off >> s.cb; size > 0 && k <= (off+size-1)>>s.cb; k++ {
+			if c.t.get(k) != 1 {
+				c.res.Errors++
+				c.res.say(what+" lies over something else, or beyond the end of the file, at", uint64(k<<s.cb))
+				return
+			}
+		}
+	}
+	alone(0, s.cs, "header")
+	alone(int64(s.hdr.L1TableOffset), int64(s.hdr.L1Size)*8, "L1 table")
+	alone(s.reftOffset(), s.reftSize*8, "refcount table")
+	if len(s.snaps) > 0 {
+		alone(int64(s.hdr.SnapshotsOffset), s.snapEnd-int64(s.hdr.SnapshotsOffset), "snapshot table")
+	}
+	for k, x := range c.l2 {
+		_, stray := c.stray[k]
+		switch {
+		case c.t.get(k) > x.n:
+			c.res.Errors++
+			c.res.say("L2 table lies over something else at", uint64(k<<s.cb))
+		case stray && (!x.active || x.n > 1):
+			c.res.Errors++
+			c.res.say("a shared L2 table has entries that point beyond the end of the file:", uint64(k<<s.cb))
+		}
+	}
+}
+
+// badBlocks lists the entries of the refcount table whose blocks are impossible, or lie over something else, and no longer counts them.
+func (c *checker) badBlocks() (drop []int64) {
+	for i, e := range c.s.reft {
 		off := int64(e & layout.ReftMask)
 		if off == 0 {
 			continue
 		}
-		if c.badBlock(off) || seen[off] || c.t.get(off>>s.cb) > 1 {
-			c.res.Corruptions++
-			c.res.Fixed++
-			s.own(off, ownBlock, -1)
-			s.rb.dropRange(s.geo.RoundDown(off), s.cs)
-			s.setReft(int64(i), 0)
+		bad := c.badBlock(off)
+		if !bad && c.t.get(off>>c.s.cb) == 1 {
+			continue
 		}
-		seen[off] = true
+		c.res.Corruptions++
+		c.res.say("impossible refcount block at", uint64(off))
+		drop = append(drop, int64(i))
+		if !bad {
+			c.t.take(off >> c.s.cb)
+		}
 	}
-	s.freeIdx = 0
-	s.busy = func(k int64) bool { return c.t.get(k) > 0 }
-	defer func() { s.busy = nil }()
-	for again := true; again; {
-		again = false
-		quiet := CheckResult{}
-		w := checker{s: s, r: c.r, res: &quiet}
-		if err := w.walk(); err != nil {
+	return drop
+}
+
+// makeBlocks drops refcount blocks and makes those that are missing, in clusters
+// that nothing refers to.
+func (c *checker) makeBlocks(drop []int64) error {
+	s := c.s
+	for _, i := range drop {
+		off := int64(s.reftAt(i) & layout.ReftMask)
+		c.res.Fixed++
+		s.own(off, ownBlock, -1)
+		s.rb.dropRange(s.geo.RoundDown(off), s.cs)
+		s.setReft(i, 0)
+	}
+	// What is made here is in use, too.
+	s.freeIdx, s.busy = 0, c.t.get
+	s.made = func(k, n int64) {
+		for ; n > 0; k, n = k+1, n-1 {
+			c.t.add(k, 1, true)
+		}
+	}
+	defer func() { s.busy, s.made = nil, nil }()
+	bits := s.geo.RefblockBits()
+	last := int64(-1)
+	for _, p := range c.t.order() {
+		if err := ended(c.r); err != nil {
 			return err
 		}
-		c.t = w.t
-		for p := range c.t.pages {
-			for k := p << 10; k < (p+1)<<10; k++ {
-				if c.t.get(k) == 0 {
-					continue
-				}
-				made, err := s.coverRun(c.r, k, 1)
+		for k := p << tallyBits; k < (p+1)<<tallyBits; k++ {
+			if k>>bits == last || c.t.get(k) == 0 {
+				continue
+			}
+			for {
+				again, err := s.coverRun(c.r, k, 1)
 				if err != nil {
 					return err
 				}
-				again = again || made
-				if made {
+				if !again {
 					break
 				}
 			}
+			last = k >> bits
 		}
 	}
 	return nil
@@ -298,44 +185,25 @@ func (c *checker) compare(fix bool) error {
 	s := c.s
 	bits := s.geo.RefblockBits()
 	for b := int64(0); b < int64(len(s.reft)); b++ {
-		if off := int64(s.reftAt(b) & layout.ReftMask); off == 0 || c.badBlock(off) {
+		if err := ended(c.r); err != nil {
+			return err
+		}
+		if off := int64(s.reftAt(b) & layout.ReftMask); off == 0 || c.badBlock(off) || !fix && c.t.get(off>>s.cb) > 1 {
 			continue
 		}
 		t, err := s.refblock(c.r, b)
 		if err != nil {
 			return err
 		}
-		for i := int64(0); i < 1<<bits; i++ {
-			k := b<<bits + i
-			have, want := s.geo.Refcount(t.data, i), c.t.get(k)
-			if have == want {
-				continue
-			}
-			if have > want {
-				c.res.Leaks++
-			} else {
-				c.res.Corruptions++
-				c.res.say("refcount too low: cluster, refcount, references", uint64(k), have, want)
-			}
-			if !fix {
-				continue
-			}
-			if want > s.geo.RefcountMax() {
-				c.res.Errors++
-				continue
-			}
-			s.geo.SetRefcount(t.data, i, want)
-			s.rb.markDirty(t)
-			if have < want {
-				c.res.Fixed++
-			}
+		if err := c.compareBlock(t, b<<bits, 1<<bits, fix); err != nil {
+			return err
 		}
 	}
 	if fix {
 		return nil
 	}
-	for p := range c.t.pages {
-		for k := p << 10; k < (p+1)<<10; k++ {
+	for _, p := range c.t.order() {
+		for k := p << tallyBits; k < (p+1)<<tallyBits; k++ {
 			off := int64(s.reftAt(k>>bits) & layout.ReftMask)
 			if c.t.get(k) > 0 && (off == 0 || c.badBlock(off)) {
 				c.res.Corruptions++
@@ -346,14 +214,103 @@ func (c *checker) compare(fix bool) error {
 	return nil
 }
 
+// compareBlock compares what refcount block t says of n clusters from first.
+func (c *checker) compareBlock(t *table, first, n int64, fix bool) error {
+	s := c.s
+	for i := range n {
+		have, want := s.geo.Refcount(t.data, i), c.t.get(first+i)
+		if have == want {
+			continue
+		}
+		if have > want {
+			c.res.Leaks++
+		} else {
+			c.res.Corruptions++
+			c.res.say("refcount too low: cluster, refcount, references", uint64(first+i), have, want)
+		}
+		if !fix {
+			continue
+		}
+		if want > s.geo.RefcountMax() {
+			c.res.Errors++
+			continue
+		}
+		s.geo.SetRefcount(t.data, i, want)
+		s.rb.markDirty(t)
+		if have < want {
+			c.res.Fixed++
+		}
+	}
+	return nil
+}
+
+// dropStray drops what points beyond the end of the file: there is nothing, and what is allocated there later belongs to others.
+func (c *checker) dropStray(fix bool) error {
+	if !fix {
+		return nil
+	}
+	s := c.s
+	beyond := func(off, n int64) bool { return off+n-c.end >= s.cs }
+	for li, e := range s.l1.all() {
+		tab := int64(e & layout.OffsetMask)
+		if tab == 0 || tab&(s.cs-1) != 0 {
+			continue
+		}
+		if beyond(tab, s.cs) {
+			s.setL1(li, 0)
+			s.own(tab, ownL2, -1)
+			c.res.Fixed++
+			continue
+		}
+		if _, ok := c.stray[tab>>s.cb]; !ok {
+			continue
+		}
+		for gc := li << s.geo.L2Bits(); gc < (li+1)<<s.geo.L2Bits(); gc++ {
+			t, err := s.sliceIn(c.r, gc)
+			if err != nil {
+				return err
+			}
+			x, off, n := entry(t, s.l2Index(gc)), int64(0), s.cs
+			switch k := layout.KindOf(x); {
+			case k == layout.CompressedKind:
+				off, n = s.geo.CompressedRange(x &^ layout.Copied)
+			case k.HasHost():
+				off = int64(x & layout.OffsetMask)
+			}
+			if beyond(off, n) {
+				s.setEntry(t, s.l2Index(gc), layout.ZeroFlag) // only images of version 3 are dirty
+				c.res.Fixed++
+			}
+		}
+	}
+	return nil
+}
+
+// sliceIn is loadSlice for going through a table that there is: it makes room first.
+func (s *image) sliceIn(r *blk.Req, gc int64) (*table, error) {
+	if err := ended(r); err != nil {
+		return nil, err
+	}
+	if s.l2Index(gc) == 0 {
+		if err := s.room(r); err != nil {
+			return nil, err
+		}
+	}
+	return s.loadSlice(r, gc)
+}
+
 // copiedFlags compares the copied flags of the active tables with the refcounts.
 func (c *checker) copiedFlags(fix bool) error {
 	s := c.s
 	buf := make([]byte, s.cs)
+	seen := map[int64]struct{}{}
 	for li, e := range s.l1.all() {
 		tab := int64(e & layout.OffsetMask)
 		if tab == 0 || tab&(s.cs-1) != 0 || tab >= c.end {
 			continue
+		}
+		if err := ended(c.r); err != nil {
+			return err
 		}
 		ok, err := c.copiedRight(e, tab)
 		if err != nil {
@@ -365,6 +322,10 @@ func (c *checker) copiedFlags(fix bool) error {
 				s.setL1(li, e^layout.Copied)
 			}
 		}
+		if _, twice := seen[tab]; twice {
+			continue
+		}
+		seen[tab] = struct{}{}
 		if err := s.readL2(c.r, tab, buf); err != nil {
 			return err
 		}
@@ -410,4 +371,22 @@ func (c *checker) flagFault(fix bool, text string, e uint64) {
 func (c *checker) copiedRight(e uint64, off int64) (bool, error) {
 	n, err := c.s.refcount(c.r, off>>c.s.cb)
 	return (n == 1) == (e&layout.Copied != 0), err
+}
+
+// repair puts the refcounts of a dirty image right, and says in the log what that came to.
+func (s *image) repair(r *blk.Req) (*CheckResult, error) {
+	res, err := s.check(r, true)
+	what := fmt.Sprintf("%d clusters were leaked, %d faults found, %d of them mended", res.Leaks, res.Corruptions, res.Fixed)
+	if len(res.Messages) > 0 {
+		what += "; the first: " + res.Messages[0]
+	}
+	switch {
+	case err != nil:
+		s.warnf("Repairing the image, which was not closed, has failed: %s", blk.ErrnoText(err))
+	case res.Errors > 0:
+		s.warnf("The image, which was not closed, cannot be repaired: %s", what)
+	default:
+		s.warnf("The image was not closed and has been repaired: %s", what)
+	}
+	return res, err
 }

@@ -176,7 +176,7 @@ func (s *image) writeCompressed(r *blk.Req, v blk.Vec, off int64, f blk.Flags) e
 		case err != nil:
 			return errIO
 		case z == nil:
-			err = s.WriteAt(r, part, off+done, f&^blk.Compressed)
+			err = s.writeAt(r, part, off+done, f&^blk.Compressed)
 		default:
 			err = s.storeCompressed(r, z, off+done)
 		}
@@ -245,8 +245,12 @@ func (s *image) planCompressed(r *blk.Req, a *alloc, n int64) (host int64, err e
 	if err != nil {
 		return 0, err
 	}
-	if entry(t, s.l2Index(a.first))&layout.Copied != 0 {
+	old := entry(t, s.l2Index(a.first))
+	if old&layout.Copied != 0 {
 		return 0, errIO
+	}
+	if err := s.canFree(r, old); err != nil {
+		return 0, err
 	}
 	t.pins++
 	host, err = s.allocBytes(r, n)

@@ -25,6 +25,7 @@ var (
 	_ graph.Informer       = (*Driver)(nil)
 	_ graph.Inactivator    = (*Driver)(nil)
 	_ graph.BitmapStore    = (*Driver)(nil)
+	_ graph.Ejecter        = (*Driver)(nil)
 	_ file                 = (*graph.Edge)(nil)
 )
 
@@ -182,12 +183,9 @@ func (d *Driver) Caps() graph.Caps {
 			ClusterSize:  d.cs,
 		},
 		WriteFlags: blk.Compressed | blk.WriteUnchanged | blk.Serialising,
-		ZeroFlags:  blk.WriteUnchanged | blk.Serialising,
+		ZeroFlags:  blk.WriteUnchanged | blk.Serialising | blk.MayUnmap | blk.NoFallback,
 		Backing:    true,
 		ZeroInit:   true,
-	}
-	if d.hdr.Version >= 3 {
-		c.ZeroFlags |= blk.MayUnmap | blk.NoFallback
 	}
 	return c
 }

@@ -1,6 +1,7 @@
 package qcow2
 
 import (
+	"errors"
 	"sync/atomic"
 
 	"qblockd/blockdev/qcow2/layout"
@@ -99,7 +100,16 @@ func (s *image) freeEntry(r *blk.Req, e uint64, kind discardKind) {
 // reap gives back what nobody uses any more: clusters in limbo whose epochs have ended are
 // punched if so asked for, then their refcounts go down. mu is held, and dropped while
 // punching. all takes everything (close).
+// While a survey is under way it makes the next step of that, and nothing is given back but at close, then without being punched.
 func (s *image) reap(r *blk.Req, all bool) {
+	vetted := s.survey == nil || s.survey.endless
+	if !vetted && len(s.limbo) > 0 {
+		// Before all references are known, nothing of what was found in the file is given away.
+		if _ = s.vet(r); s.survey != nil && !s.survey.endless && !all {
+			return
+		}
+		vetted = s.survey == nil || s.survey.endless
+	}
 	old := s.oldest()
 	var take []freed
 	rest := s.limbo[:0]
@@ -114,12 +124,13 @@ func (s *image) reap(r *blk.Req, all bool) {
 	if len(take) == 0 {
 		return
 	}
-	if !s.dead.Load() {
+	if !s.dead.Load() && vetted {
 		s.punch(r, take)
 	}
 	for _, f := range take {
 		s.unref(r, f)
 	}
+	s.given += uint64(len(take))
 }
 
 // punch discards ranges that lose their last reference.
@@ -131,7 +142,7 @@ func (s *image) punch(r *blk.Req, fs []freed) {
 		}
 		s.step(r, blk.EvClusterFree)
 		for c := f.off >> s.cb; c<<s.cb < f.off+f.n; c++ {
-			if n, err := s.refcount(r, c); err != nil || n != 1 {
+			if n, err := s.refcount(r, c); err != nil || n != 1 || s.wrong.at(c) {
 				continue
 			}
 			if k := len(runs) - 1; k >= 0 && runs[k].off+runs[k].n == c<<s.cb {
@@ -159,8 +170,51 @@ func (s *image) punch(r *blk.Req, fs []freed) {
 func (s *image) unref(r *blk.Req, f freed) {
 	s.step(r, blk.EvClusterFree)
 	for c := f.off >> s.cb; c<<s.cb < f.off+f.n; c++ {
+		if s.wrong.at(c) {
+			continue // others refer to it
+		}
 		if err := s.addRef(r, c, -1); err != nil {
 			s.warnf("Leaking cluster %s: %s", hex(uint64(c<<s.cb)), blk.ErrnoText(err))
 		}
 	}
+}
+
+// maxRetries is how often a request that found no space is tried again after some was given out: others may be quicker.
+const maxRetries = 3
+
+// keepsBack tells whether there is space that is only kept back.
+func (s *image) keepsBack() bool {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	return len(s.pending)+len(s.limbo) > 0
+}
+
+// giveSpace tells, after a request has failed with err, whether it is worth trying again: there was no space, and some that was only kept back has
+// been given out. It blocks.
+func (s *image) giveSpace(r *blk.Req, err error) bool {
+	if r.NoWait || !errors.Is(err, errNoSpace) {
+		return false
+	}
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	return s.giveOut(r, err)
+}
+
+// giveOut is giveSpace with mu held; it is dropped in between.
+func (s *image) giveOut(r *blk.Req, err error) bool {
+	if !errors.Is(err, errNoSpace) || s.usable() != nil {
+		return false
+	}
+	found := s.survey != nil
+	if found {
+		if v := s.survey; s.vetAll(r) != nil || v.failed > 0 {
+			return false
+		}
+		s.survey = nil // even if it could not be made: there is no other place
+	}
+	before := s.given
+	if len(s.pending)+len(s.limbo) > 0 && s.flush(r) != nil {
+		return false
+	}
+	return found || s.given != before
 }

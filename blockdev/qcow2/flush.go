@@ -13,13 +13,28 @@ func (s *image) Flush(r *blk.Req) error {
 		return blk.ErrWouldBlock
 	}
 	defer s.mu.Unlock()
-	if s.readOnly || s.dead.Load() {
-		return nil // an image that was given up has nothing to flush
+	if s.readOnly {
+		return nil
 	}
 	if r.NoWait {
 		return blk.ErrWouldBlock
 	}
+	if s.dead.Load() {
+		return s.flushDead(r)
+	}
 	return s.flush(r)
+}
+
+// flushDead is Flush of an image that was given up. What was acknowledged is there if nothing was to be written any more but guest data.
+func (s *image) flushDead(r *blk.Req) error {
+	lost := s.l2.ndirty > 0 || len(s.l1Dirty) > 0 || len(s.reftDirty) > 0 || !s.lazy() && s.rb.ndirty > 0
+	if err := s.file.Flush(r); err != nil {
+		return err
+	}
+	if lost {
+		return errIO
+	}
+	return nil
 }
 
 // flush is Flush with mu held; it is dropped in between. Callers that come while a flush
@@ -145,10 +160,16 @@ func (s *image) checkCopies(r *blk.Req, l2, l1 []copied) error {
 		if err := s.checkOverlap(r, c.off, int64(len(c.data)), olActiveL2); err != nil {
 			return err
 		}
+		if err := s.checkOwner(r, c.off, int64(len(c.data))); err != nil {
+			return err
+		}
 		s.noteEnd(c.off + int64(len(c.data)))
 	}
 	for _, c := range l1 {
 		if err := s.checkOverlap(r, c.off, int64(len(c.data)), olActiveL1); err != nil {
+			return err
+		}
+		if err := s.checkOwner(r, c.off, int64(len(c.data))); err != nil {
 			return err
 		}
 	}
@@ -290,6 +311,7 @@ func (s *image) Inactivate(r *blk.Req) error {
 		}
 		s.flagsDue = false
 	}
+	s.fillEnd(r)
 	if err := s.markClean(r); err != nil {
 		return err
 	}
@@ -297,6 +319,20 @@ func (s *image) Inactivate(r *blk.Req) error {
 		return wrap("Could not store persistent bitmaps", bitmaps)
 	}
 	return nil
+}
+
+// fillEnd makes the file end with its last cluster: programs differ in what they make of one that is there in part.
+func (s *image) fillEnd(r *blk.Req) {
+	if s.file.Size() >= s.dataEnd {
+		return
+	}
+	if last, err := s.lastCluster(r); err != nil || (last+1)<<s.cb != s.dataEnd {
+		return // it was given back meanwhile
+	}
+	s.wrote++
+	if err := s.file.Resize(ctxOf(r), s.dataEnd, false, blk.PreallocOff); err != nil {
+		s.warnf("The file ends inside of a cluster: %s", blk.ErrnoText(err))
+	}
 }
 
 // Close ends the image after Inactivate; errors of that were the caller's to report.

@@ -102,6 +102,7 @@ type image struct {
 
 	freeIdx  int64 // no free cluster lies below
 	freeByte int64 // where the next compressed cluster goes, 0: nowhere
+	dataEnd  int64 // end of the clusters that were taken for data
 	fileEnd  int64 // nothing was ever written at or beyond this offset
 
 	inflight  []*alloc
@@ -111,6 +112,7 @@ type image struct {
 	pending   []freed // reference gone in memory
 	limbo     []freed // reference gone on disk
 	pendBytes int64
+	given     uint64 // counts what was freed and has been given back
 
 	flushing  bool
 	started   uint64 // flushes begun
@@ -123,7 +125,10 @@ type image struct {
 	unz       unzipped
 	flagsDue  bool // copied flags are to be set when limbo has gone
 	stopClean func()
-	busy      func(cluster int64) bool // during repair: clusters that are in use whatever their refcount says
+	busy      func(cluster int64) uint64 // during repair: clusters that are in use whatever their refcount says
+	made      func(first, n int64)       // during repair: told of clusters that are taken
+	survey    *survey                    // nil: over, or none is due
+	wrong     wrong                      // what a survey found
 }
 
 // alloc is an allocation whose data are being written; the L2 entries still hold the old state.
@@ -170,6 +175,9 @@ func (s *image) readFile(r *blk.Req, v blk.Vec, off int64) error {
 // writeMeta writes b and remembers that a barrier is due.
 func (s *image) writeMeta(r *blk.Req, b []byte, off int64, own overlap) error {
 	if err := s.checkOverlap(r, off, int64(len(b)), own); err != nil {
+		return err
+	}
+	if err := s.checkOwner(r, off, int64(len(b))); err != nil {
 		return err
 	}
 	s.wrote++

@@ -14,8 +14,10 @@ func (s *image) l1At(i int64) uint64 { return s.l1.at(i) }
 
 // nextL1 is the first guest cluster from that of L1 entry i on which there may be an L2 table for, or beyond all.
 func (s *image) nextL1(i int64) int64 {
-	for k := range s.l1.from(i) {
-		return k << s.geo.L2Bits()
+	for k, e := range s.l1.from(i) {
+		if e&layout.OffsetMask != 0 { // not only flags
+			return k << s.geo.L2Bits()
+		}
 	}
 	return math.MaxInt64 >> s.cb
 }
@@ -99,7 +101,15 @@ func (s *image) evict() {
 func (s *image) sliceForWrite(r *blk.Req, gc int64) (*table, error) {
 	li := gc >> s.geo.L2Bits()
 	e := s.l1At(li)
+	if s.survey != nil {
+		if err := s.vetTable(r, int64(e&layout.OffsetMask)); err != nil {
+			return nil, err
+		}
+	}
 	if e&layout.OffsetMask != 0 && e&layout.Copied != 0 {
+		if err := s.checkOwner(r, int64(e&layout.OffsetMask), s.cs); err != nil {
+			return nil, err
+		}
 		return s.loadSlice(r, gc)
 	}
 	if r.NoWait {
@@ -111,6 +121,11 @@ func (s *image) sliceForWrite(r *blk.Req, gc int64) (*table, error) {
 	old := int64(e & layout.OffsetMask)
 	if old&(s.cs-1) != 0 {
 		return nil, s.corrupt(r, true, -1, -1, fmt.Sprintf("L2 table offset %s unaligned (L1 index: %s)", hex(uint64(old)), hex(uint64(li))))
+	}
+	if old != 0 {
+		if err := s.canFreeRange(r, old, s.cs); err != nil {
+			return nil, err
+		}
 	}
 	if err := s.newL2Table(r, li, old); err != nil {
 		return nil, err
@@ -142,6 +157,7 @@ func (s *image) newL2Table(r *blk.Req, li, old int64) error {
 	}
 	s.l2.dropRange(off, s.cs)
 	s.own(off, ownL2, 1)
+	s.copiesTable(c)
 	s.setL1(li, uint64(off)|layout.Copied)
 	if old != 0 {
 		s.own(old, ownL2, -1)
@@ -155,6 +171,9 @@ func (s *image) newL2Table(r *blk.Req, li, old int64) error {
 func entry(t *table, i int64) uint64 { return be.Uint64(t.data[8*i:]) }
 
 func (s *image) setEntry(t *table, i int64, v uint64) {
+	if s.survey != nil {
+		s.linked(t.off, entry(t, i), v)
+	}
 	be.PutUint64(t.data[8*i:], v)
 	s.l2.markDirty(t)
 }

@@ -203,6 +203,9 @@ func (s *image) findInactive(r *blk.Req) error {
 
 // becomeWriter does what the format asks of a program that opens an image for writing.
 func (s *image) becomeWriter(r *blk.Req) error {
+	if !s.bare {
+		s.startSurvey()
+	}
 	known := uint64(0)
 	if s.ext.Bitmaps != nil && !s.badBitmaps {
 		known = layout.AutoclearBitmaps | layout.AutoclearMarks
@@ -221,15 +224,28 @@ func (s *image) becomeWriter(r *blk.Req) error {
 	}
 	// Before the bitmaps get clusters: those that are free are known after it only.
 	if s.hdr.IncompatibleFeatures&layout.IncompatDirty != 0 && !s.bare {
-		res, err := s.check(r, true)
+		res, err := s.repair(r)
 		if err == nil && res.Errors > 0 {
 			err = errIO
 		}
 		if err != nil {
 			return wrap("Could not repair dirty image", err)
 		}
+		if s.hdr.IncompatibleFeatures&layout.IncompatDirty == 0 {
+			s.survey = nil // all was looked at
+		}
 	}
-	if err := s.claimBitmaps(r); err != nil {
+	if len(s.stored) > 0 {
+		// They move to new clusters, and their old ones are freed.
+		if err := s.vet(r); err != nil {
+			return err
+		}
+	}
+	err := s.claimBitmaps(r)
+	if err != nil && s.giveOut(r, err) {
+		err = s.claimBitmaps(r)
+	}
+	if err != nil {
 		return wrap("Could not update bitmap directory", err)
 	}
 	return nil

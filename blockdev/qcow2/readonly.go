@@ -34,6 +34,7 @@ func (s *image) CommitReadOnly(r *blk.Req, readOnly bool) error {
 	s.readOnly = readOnly
 	switch {
 	case readOnly:
+		s.survey, s.wrong = nil, wrong{}
 		if s.keeper != nil {
 			s.keeper.readOnly(true)
 		}

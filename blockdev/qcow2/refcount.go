@@ -38,6 +38,9 @@ func (s *image) refblock(r *blk.Req, b int64) (*table, error) {
 	if off&(s.cs-1) != 0 || off < 0 {
 		return nil, s.corrupt(r, true, -1, -1, fmt.Sprintf("Refblock offset %s unaligned (reftable index: %s)", hex(uint64(off)), hex(uint64(b))))
 	}
+	if off >= max(s.file.Size(), s.fileEnd) {
+		return nil, s.corrupt(r, true, -1, -1, fmt.Sprintf("Refblock offset %s beyond the end of the file (reftable index: %s)", hex(uint64(off)), hex(uint64(b))))
+	}
 	if err := s.roomForBlock(r); err != nil {
 		return nil, err
 	}
@@ -90,6 +93,9 @@ func (s *image) addRef(r *blk.Req, c int64, d int) error {
 	if t == nil {
 		return errInval
 	}
+	if err := s.checkOwner(r, t.off, s.cs); err != nil {
+		return err
+	}
 	i := c & (1<<bits - 1)
 	v := s.geo.Refcount(t.data, i)
 	switch {
@@ -103,7 +109,7 @@ func (s *image) addRef(r *blk.Req, c int64, d int) error {
 	s.geo.SetRefcount(t.data, i, v)
 	s.rb.markDirty(t)
 	if v == 0 {
-		s.freeIdx = min(s.freeIdx, c)
+		s.freeAgain(c)
 		if s.freeByte>>s.cb == c {
 			s.freeByte = 0
 		}
@@ -121,6 +127,9 @@ func (s *image) findFree(r *blk.Req, from, need, want int64) (first, n int64, er
 		if c >= limit {
 			return 0, 0, errTooBig
 		}
+		if err := ended(r); err != nil {
+			return 0, 0, err
+		}
 		b := c >> bits
 		end := (b + 1) << bits
 		t, err := s.refblock(r, b)
@@ -128,7 +137,7 @@ func (s *image) findFree(r *blk.Req, from, need, want int64) (first, n int64, er
 			return 0, 0, err
 		}
 		for ; c < end && n < want; c++ {
-			if (t == nil || s.geo.Refcount(t.data, c&(1<<bits-1)) == 0) && (s.busy == nil || !s.busy(c)) {
+			if (t == nil || s.geo.Refcount(t.data, c&(1<<bits-1)) == 0) && !s.taken(c) {
 				n++
 				continue
 			}
@@ -147,9 +156,14 @@ func (s *image) allocate(r *blk.Req, need, want int64, what string) (first, n in
 	if err := s.markDirty(r); err != nil {
 		return 0, 0, err
 	}
+	if v := s.survey; v != nil && v.c == nil {
+		if err := s.vet(r); err != nil {
+			return 0, 0, err
+		}
+	}
 	s.step(r, blk.EvClusterAlloc)
 	for {
-		first, n, err = s.findFree(r, s.freeIdx, need, want)
+		first, n, err = s.findFree(r, s.lowest(), need, want)
 		if err != nil {
 			return 0, 0, err
 		}
@@ -172,8 +186,8 @@ func (s *image) allocate(r *blk.Req, need, want int64, what string) (first, n in
 			return 0, 0, err
 		}
 	}
-	if need == 1 || first == s.freeIdx {
-		s.freeIdx = first + n
+	if need == 1 || first == s.lowest() {
+		s.setLowest(first + n)
 	}
 	return first, n, nil
 }
@@ -230,7 +244,7 @@ func (s *image) coverRun(r *blk.Req, first, n int64) (again bool, err error) {
 func (s *image) newBlock(r *blk.Req, b int64) error {
 	s.step(r, blk.EvRefblockAlloc)
 	bits := s.geo.RefblockBits()
-	c, _, err := s.findFree(r, s.freeIdx, 1, 1)
+	c, _, err := s.findFree(r, s.lowest(), 1, 1)
 	if err != nil {
 		return err
 	}
@@ -265,8 +279,10 @@ func (s *image) newBlock(r *blk.Req, b int64) error {
 	s.rb.markDirty(t)
 	s.setReft(b, uint64(t.off))
 	s.own(t.off, ownBlock, 1)
-	if c == s.freeIdx {
-		s.freeIdx++
+	s.noteEnd(t.off + s.cs)
+	s.setLowest(c + 1) // it was the first free one
+	if s.made != nil {
+		s.made(c, 1)
 	}
 	return nil
 }
@@ -325,6 +341,12 @@ func (s *image) encodeEntries(at func(i int64) uint64, k, limit int64) []byte {
 	return b
 }
 
+// countedBlocks is the number of refcount blocks that count clusters in the file. What is said of clusters beyond its end has no
+// meaning, and there may be 2^50 of them.
+func (s *image) countedBlocks() int64 {
+	return (s.geo.Clusters(max(s.file.Size(), s.fileEnd)) + 1<<s.geo.RefblockBits() - 1) >> s.geo.RefblockBits()
+}
+
 func (s *image) reftOffset() int64 { return int64(s.hdr.RefcountTableOffset) }
 
 // growReftable makes the refcount table large enough for block need. The area behind what
@@ -348,6 +370,19 @@ func (s *image) growReftable(r *blk.Req, need int64) error {
 		return errTooBig
 	}
 	tabOff := (start + blocks) << s.cb
+	// What the old table does not cover is not counted, whatever lies there.
+	if v := s.survey; v != nil && start < v.found {
+		for s.survey != nil && !v.endless {
+			if err := s.vet(r); err != nil {
+				return err
+			}
+		}
+	}
+	for c := start; c < start+blocks+clusters; c++ {
+		if s.taken(c) {
+			return s.corrupt(r, true, c<<s.cb, s.cs, "Preventing invalid allocation of refcount table at offset "+hex(uint64(c<<s.cb)))
+		}
+	}
 	if err := s.checkOverlap(r, start<<s.cb, (blocks+clusters)<<s.cb, 0); err != nil {
 		return err
 	}
@@ -383,6 +418,9 @@ func (s *image) growReftable(r *blk.Req, need int64) error {
 	}
 	s.reft, s.reftSize = reft, clusters<<s.cb/8
 	clear(s.reftDirty)
+	if s.made != nil {
+		s.made(start, blocks+clusters)
+	}
 	// The old table has gone from the disk already.
 	s.sealed = true
 	s.limbo = append(s.limbo, freed{oldOff, oldSize * 8, discardOther, s.epCur.seq})

@@ -20,6 +20,15 @@ func (s *image) Resize(r *blk.Req, size int64, m blk.Prealloc) error {
 	if size&(layout.SectorSize-1) != 0 {
 		return fmt.Errorf("The new size must be a multiple of %d", layout.SectorSize)
 	}
+	kept := s.keepsBack()
+	err := s.resize(r, size, m)
+	if err != nil && kept && s.giveSpace(r, err) {
+		err = s.resize(r, size, m)
+	}
+	return err
+}
+
+func (s *image) resize(r *blk.Req, size int64, m blk.Prealloc) error {
 	s.resizing.Lock()
 	defer s.resizing.Unlock()
 	s.marking.Lock()
@@ -27,6 +36,9 @@ func (s *image) Resize(r *blk.Req, size int64, m blk.Prealloc) error {
 	s.mu.Lock()
 	defer s.mu.Unlock()
 	if err := s.usable(); err != nil {
+		return err
+	}
+	if err := s.vetAll(r); err != nil {
 		return err
 	}
 	if len(s.snaps) > 0 && s.hdr.Version < 3 {
@@ -72,7 +84,9 @@ func (s *image) grow(r *blk.Req, old, size int64, m blk.Prealloc) error {
 		end := min(to, s.geo.Clusters(s.backSize()))
 		err := s.eachSlice(r, from, end, true, func(t *table, gc, k int64) error {
 			for j := range k {
-				s.zeroEntry(r, t, s.l2Index(gc)+j, false)
+				if err := s.zeroEntry(r, t, s.l2Index(gc)+j, false); err != nil {
+					return err
+				}
 			}
 			return nil
 		})
@@ -221,7 +235,7 @@ func (s *image) shrink(r *blk.Req, old, size int64) error {
 		}
 		if off := int64(e & layout.OffsetMask); off != 0 {
 			s.setL1(i, 0)
-			if off&(s.cs-1) == 0 {
+			if off&(s.cs-1) == 0 && !s.wrong.at(off>>s.cb) {
 				s.own(off, ownL2, -1)
 				s.l2.dropRange(off, s.cs)
 				s.free(off, s.cs, discardAlways)
@@ -262,14 +276,18 @@ func (s *image) cutFile(r *blk.Req) error {
 		s.warnf("Failed to truncate the tail of the image: %s", err)
 		return nil
 	}
-	s.fileEnd = end
+	// A device keeps its size, and behind the end whatever it held.
+	s.fileEnd = max(end, s.file.Size())
 	return nil
 }
 
-// lastCluster is the last one that is counted, -1 if there is none.
+// lastCluster is the last one in the file that is counted, -1 if there is none.
 func (s *image) lastCluster(r *blk.Req) (int64, error) {
 	bits := s.geo.RefblockBits()
-	for b := int64(len(s.reft)) - 1; b >= 0; b-- {
+	for b := min(int64(len(s.reft)), s.countedBlocks()) - 1; b >= 0; b-- {
+		if err := ended(r); err != nil {
+			return 0, err
+		}
 		t, err := s.refblock(r, b)
 		if err != nil {
 			return 0, err

@@ -30,6 +30,9 @@ func (s *image) quietly(r *blk.Req, f func() error) error {
 	if err := s.usable(); err != nil {
 		return err
 	}
+	if err := s.sureOfAll(r); err != nil {
+		return err
+	}
 	if err := s.flush(r); err != nil {
 		return err
 	}
@@ -52,6 +55,14 @@ func (s *image) quietly(r *blk.Req, f func() error) error {
 	return err
 }
 
+// sureOfAll is called before what is shared changes as a whole: all refcounts must be right.
+func (s *image) sureOfAll(r *blk.Req) error {
+	if err := s.vetAll(r); err != nil || s.wrong.n == 0 {
+		return err
+	}
+	return s.corrupt(r, true, s.wrong.first<<s.cb, s.cs, "Preventing a change of snapshots: the refcount of cluster "+hex(uint64(s.wrong.first<<s.cb))+" is wrong")
+}
+
 // CreateSnapshot implements graph.Snapshotter.
 func (s *image) CreateSnapshot(r *blk.Req, name string, at time.Time, clock time.Duration) (id string, _ error) {
 	if len(s.snaps) >= layout.MaxSnapshots {
@@ -61,7 +72,7 @@ func (s *image) CreateSnapshot(r *blk.Req, name string, at time.Time, clock time
 		ID: s.newID(), Name: name, L1Size: s.hdr.L1Size, DateSec: uint32(at.Unix()), DateNsec: uint32(at.Nanosecond()),
 		VMClockNsec: uint64(clock), DiskSize: uint64(s.size.Load()), Icount: ^uint64(0),
 	}
-	err := s.quietly(r, func() error {
+	do := func() error {
 		if err := s.share(r, 1); err != nil {
 			return err
 		}
@@ -76,14 +87,23 @@ func (s *image) CreateSnapshot(r *blk.Req, name string, at time.Time, clock time
 			return err
 		}
 		return nil
-	})
-	if err != nil && slices.ContainsFunc(s.snaps, func(x layout.Snapshot) bool { return x.ID == sn.ID }) {
+	}
+	kept := s.keepsBack()
+	err := s.quietly(r, do)
+	if err != nil && kept && !s.hasSnapshot(sn.ID) && s.giveSpace(r, err) {
+		err = s.quietly(r, do)
+	}
+	if err != nil && s.hasSnapshot(sn.ID) {
 		// It was made, but not all that goes with it.
 		if e := s.DeleteSnapshot(r, sn.ID); e != nil {
 			s.warnf("Snapshot '%s' stays, although making it has failed: %s", name, blk.ErrnoText(e))
 		}
 	}
 	return sn.ID, err
+}
+
+func (s *image) hasSnapshot(id string) bool {
+	return slices.ContainsFunc(s.snaps, func(x layout.Snapshot) bool { return x.ID == id })
 }
 
 // newID is one more than the largest number among the IDs.
@@ -156,6 +176,11 @@ func (s *image) eachCluster(r *blk.Req, l1 *entries, f func(c int64) error) erro
 		}
 		for k := 0; k < len(buf); k += 8 {
 			x := be.Uint64(buf[k:])
+			if k == 0 {
+				if err := ended(r); err != nil {
+					return err
+				}
+			}
 			off, n := int64(x&layout.OffsetMask), s.cs
 			switch kind := layout.KindOf(x); {
 			case kind == layout.CompressedKind:

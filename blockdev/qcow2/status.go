@@ -55,6 +55,9 @@ func (s *image) Status(r *blk.Req, off, n int64) (blk.Extent, error) {
 	return e, nil
 }
 
+// maxDetect bounds the refcount blocks that are read to detect preallocation, in bytes.
+const maxDetect = 64 << 20
+
 // detectPrealloc finds out whether the file has many clusters that are counted but take no
 // space, which means that data extents may be holes below.
 func (s *image) detectPrealloc(r *blk.Req) {
@@ -70,7 +73,13 @@ func (s *image) detectPrealloc(r *blk.Req) {
 	limit := max(real*10/9, real+2)
 	count := int64(0)
 	bits := s.geo.RefblockBits()
-	for b := int64(0); b < int64(len(s.reft)) && count < limit; b++ {
+	// All of the refcount blocks of a file of 2 TiB with the default clusters; what is longer counts as not preallocated.
+	most := min(int64(len(s.reft)), s.countedBlocks(), maxDetect>>s.cb)
+	for b := int64(0); b < most && count < limit; b++ {
+		if ended(r) != nil {
+			s.prealloc = 0 // the next one looks
+			return
+		}
 		t, err := s.refblock(r, b)
 		if err != nil {
 			return
@@ -152,6 +161,14 @@ func (s *image) mapBacking(r *blk.Req, off, n int64, m *blk.Mapping) error {
 // CopyFrom writes host ranges to off by the file's own copying. Clusters that would need
 // old content around the new are not done: ErrNotSupported, also after a part was copied.
 func (s *image) CopyFrom(r *blk.Req, off int64, src []blk.HostRange, f blk.Flags) error {
+	err := s.copyFrom(r, off, src, f)
+	for again := 0; err != nil && again < maxRetries && s.giveSpace(r, err); again++ {
+		err = s.copyFrom(r, off, src, f)
+	}
+	return err
+}
+
+func (s *image) copyFrom(r *blk.Req, off int64, src []blk.HostRange, f blk.Flags) error {
 	if r.NoWait {
 		return blk.ErrWouldBlock
 	}

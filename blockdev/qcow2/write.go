@@ -7,6 +7,14 @@ import (
 
 // WriteAt writes v at off. With blk.Compressed it stores whole clusters compressed.
 func (s *image) WriteAt(r *blk.Req, v blk.Vec, off int64, f blk.Flags) error {
+	err := s.writeMarked(r, v, off, f)
+	for again := 0; err != nil && again < maxRetries && s.giveSpace(r, err); again++ {
+		err = s.writeMarked(r, v, off, f)
+	}
+	return err
+}
+
+func (s *image) writeMarked(r *blk.Req, v blk.Vec, off int64, f blk.Flags) error {
 	if err := s.mark(r, off, v.Len(), f); err != nil {
 		return err
 	}
@@ -66,6 +74,11 @@ func (s *image) planWrite(r *blk.Req, off, n int64) (plan, error) {
 		if err := s.usable(); err != nil {
 			return plan{}, err
 		}
+		if s.survey != nil {
+			if err := s.vetData(r); err != nil {
+				return plan{}, err
+			}
+		}
 		if err := s.room(r); err != nil {
 			return plan{}, err
 		}
@@ -120,6 +133,9 @@ func (s *image) planInPlace(r *blk.Req, t *table, i, k, in, n int64) (plan, erro
 	if err := s.checkOverlap(r, host+in, m, 0); err != nil {
 		return plan{}, err
 	}
+	if err := s.checkOwner(r, host+in, m); err != nil {
+		return plan{}, err
+	}
 	return plan{n: m, host: host + in, epoch: s.hold()}, nil
 }
 
@@ -143,12 +159,18 @@ func (s *image) planAlloc(r *blk.Req, gc, k, in, n int64) (plan, error) {
 		for a.n < k && entry(t, i+a.n) == first+uint64(a.n<<s.cb) {
 			a.n++
 		}
+		if err := s.checkOwner(r, a.host, a.n<<s.cb); err != nil {
+			return plan{}, err
+		}
 	} else {
-		run := int64(1)
+		run := int64(0)
 		for run < k {
 			e := entry(t, i+run)
-			if e&layout.Copied != 0 && layout.KindOf(e) == layout.Normal || reusable(e) {
+			if run > 0 && (e&layout.Copied != 0 && layout.KindOf(e) == layout.Normal || reusable(e)) {
 				break
+			}
+			if err := s.canFree(r, e); err != nil {
+				return plan{}, err
 			}
 			run++
 		}
@@ -162,6 +184,7 @@ func (s *image) planAlloc(r *blk.Req, gc, k, in, n int64) (plan, error) {
 		a.host, a.n = c<<s.cb, got
 		a.fresh = a.host >= end
 		s.noteEnd(a.host + got<<s.cb)
+		s.dataEnd = max(s.dataEnd, a.host+got<<s.cb)
 	}
 	p := plan{n: min(n, a.n<<s.cb-in), host: a.host + in, alloc: a}
 	p.head = s.oldState(first)

@@ -7,8 +7,16 @@ import (
 
 // Zero makes [off, off+n) read as zeroes by changing L2 entries. Parts of clusters are done
 // only if the rest of the cluster reads as zeroes already; else ErrNotSupported, and the
-// caller writes. Version 2 images cannot express it at all.
+// caller writes. Version 2 images can express it only where nothing lies below, by having no cluster.
 func (s *image) Zero(r *blk.Req, off, n int64, f blk.Flags) error {
+	err := s.zero(r, off, n, f)
+	for again := 0; err != nil && again < maxRetries && s.giveSpace(r, err); again++ {
+		err = s.zero(r, off, n, f)
+	}
+	return err
+}
+
+func (s *image) zero(r *blk.Req, off, n int64, f blk.Flags) error {
 	if r.NoWait {
 		return blk.ErrWouldBlock
 	}
@@ -20,7 +28,8 @@ func (s *image) Zero(r *blk.Req, off, n int64, f blk.Flags) error {
 	if err := s.usable(); err != nil {
 		return err
 	}
-	if s.hdr.Version < 3 {
+	v2 := s.hdr.Version < 3
+	if v2 && s.backSize() > s.geo.RoundDown(off) {
 		return blk.ErrNotSupported
 	}
 	end := off + n
@@ -41,20 +50,28 @@ func (s *image) Zero(r *blk.Req, off, n int64, f blk.Flags) error {
 		}
 		off, end = s.geo.RoundDown(off), s.geo.RoundUp(end)
 	}
-	return s.eachSlice(r, off>>s.cb, end>>s.cb, true, func(t *table, gc, k int64) error {
+	if v2 && !partial {
+		return s.discard(r, off>>s.cb, end>>s.cb, false, false, discardRequest)
+	}
+	return s.eachSlice(r, off>>s.cb, end>>s.cb, !v2, func(t *table, gc, k int64) error {
 		i := s.l2Index(gc)
 		if partial && !s.readsZero(layout.KindOf(entry(t, i)), gc) {
 			return blk.ErrNotSupported // written since it was looked at
 		}
+		if v2 {
+			return nil // it has no cluster, and needs none
+		}
 		for j := range k {
-			s.zeroEntry(r, t, i+j, f&blk.MayUnmap != 0)
+			if err := s.zeroEntry(r, t, i+j, f&blk.MayUnmap != 0); err != nil {
+				return err
+			}
 		}
 		return nil
 	})
 }
 
 // zeroEntry makes one cluster read as zeroes, keeping its host cluster unless it may go.
-func (s *image) zeroEntry(r *blk.Req, t *table, i int64, unmap bool) {
+func (s *image) zeroEntry(r *blk.Req, t *table, i int64, unmap bool) error {
 	old := entry(t, i)
 	unmap = unmap && !s.set.noUnref
 	drop := unmap && layout.KindOf(old).HasHost() || layout.KindOf(old) == layout.CompressedKind
@@ -63,12 +80,18 @@ func (s *image) zeroEntry(r *blk.Req, t *table, i int64, unmap bool) {
 		v |= old
 	}
 	if v == old {
-		return
+		return nil
+	}
+	if drop {
+		if err := s.canFree(r, old); err != nil {
+			return err
+		}
 	}
 	s.setEntry(t, i, v)
 	if drop {
 		s.freeEntry(r, old, discardRequest)
 	}
+	return nil
 }
 
 // restIsZero tells whether the cluster around [off, end) reads as zeroes outside of it.
@@ -87,11 +110,28 @@ func (s *image) readsZero(k layout.Kind, gc int64) bool {
 	return k == layout.ZeroPlain || k == layout.ZeroAlloc || k == layout.Unallocated && s.backSize() <= gc<<s.cb
 }
 
+// What eachSlice does before it lets others have the lock: entries, and a slice counts as some, too.
+const (
+	turnEntries = 16 << 10
+	sliceCost   = 256
+)
+
 // eachSlice calls f for the parts of guest clusters [from, to) that one L2 slice maps, with
 // mu held, no allocation in flight there, and the slice ready to be changed. With
-// create false, parts without an L2 table are skipped.
+// create false, parts without an L2 table are skipped. In between it lets go of mu, and it ends when the client has gone.
 func (s *image) eachSlice(r *blk.Req, from, to int64, create bool, f func(t *table, gc, k int64) error) error {
-	for gc := from; gc < to; {
+	for gc, did := from, int64(0); gc < to; {
+		if did >= turnEntries {
+			did = 0
+			if err := ended(r); err != nil {
+				return err
+			}
+			s.mu.Unlock() // who has waited for a while gets it
+			s.mu.Lock()
+			if err := s.usable(); err != nil {
+				return err
+			}
+		}
 		if err := s.room(r); err != nil {
 			return err
 		}
@@ -117,6 +157,7 @@ func (s *image) eachSlice(r *blk.Req, from, to int64, create bool, f func(t *tab
 			return err
 		}
 		gc += k
+		did += k + sliceCost
 	}
 	return nil
 }
@@ -124,6 +165,14 @@ func (s *image) eachSlice(r *blk.Req, from, to int64, create bool, f func(t *tab
 // Discard frees the clusters within [off, off+n). They read as zeroes afterwards, or, in
 // version 2 images, which then must not have a backing file, become unallocated.
 func (s *image) Discard(r *blk.Req, off, n int64) error {
+	err := s.discardAt(r, off, n)
+	for again := 0; err != nil && again < maxRetries && s.giveSpace(r, err); again++ {
+		err = s.discardAt(r, off, n)
+	}
+	return err
+}
+
+func (s *image) discardAt(r *blk.Req, off, n int64) error {
 	if r.NoWait {
 		return blk.ErrWouldBlock
 	}
@@ -153,15 +202,15 @@ func (s *image) Discard(r *blk.Req, off, n int64) error {
 // discard frees guest clusters [from, to); full leaves them unallocated. mu is held.
 func (s *image) discard(r *blk.Req, from, to int64, hasBacking, full bool, kind discardKind) error {
 	keep := s.set.noUnref && !full && kind == discardRequest
-	var kept []freed
-	defer func() {
-		// With mu held: the clusters stay where they are, a write could take them otherwise.
-		for _, f := range kept {
-			_ = s.file.Discard(r, f.off, f.n)
-		}
-	}()
 	return s.eachSlice(r, from, to, hasBacking && !full, func(t *table, gc, k int64) error {
 		i := s.l2Index(gc)
+		var kept []freed
+		defer func() {
+			// With mu held: the clusters stay where they are, a write could take them otherwise.
+			for _, f := range kept {
+				_ = s.file.Discard(r, f.off, f.n)
+			}
+		}()
 		for j := range k {
 			old := entry(t, i+j)
 			v := old
@@ -171,7 +220,7 @@ func (s *image) discard(r *blk.Req, from, to int64, hasBacking, full bool, kind 
 			case keep && (layout.KindOf(old) == layout.Normal || layout.KindOf(old) == layout.ZeroAlloc):
 				if v |= layout.ZeroFlag; v != old {
 					s.setEntry(t, i+j, v)
-					kept = s.keep(kept, int64(old&layout.OffsetMask), kind)
+					kept = s.keep(r, kept, old, kind)
 				}
 				continue
 			case hasBacking || layout.KindOf(old).HasHost():
@@ -183,6 +232,9 @@ func (s *image) discard(r *blk.Req, from, to int64, hasBacking, full bool, kind 
 			if v == old {
 				continue
 			}
+			if err := s.canFree(r, old); err != nil {
+				return err
+			}
 			s.setEntry(t, i+j, v)
 			s.freeEntry(r, old, kind)
 		}
@@ -190,9 +242,13 @@ func (s *image) discard(r *blk.Req, from, to int64, hasBacking, full bool, kind 
 	})
 }
 
-// keep notes a host cluster that keeps its place (discard-no-unref) for punching.
-func (s *image) keep(list []freed, off int64, kind discardKind) []freed {
-	if !s.set.discard[kind] || off+s.cs > s.file.Size() {
+// keep notes the host cluster of e, which keeps its place (discard-no-unref), for punching, unless a snapshot shares it.
+func (s *image) keep(r *blk.Req, list []freed, e uint64, kind discardKind) []freed {
+	off := int64(e & layout.OffsetMask)
+	if !s.set.discard[kind] || off&(s.cs-1) != 0 || off+s.cs > s.file.Size() || e&layout.Copied == 0 {
+		return list
+	}
+	if n, err := s.refcount(r, off>>s.cb); err != nil || n != 1 || s.wrong.at(off>>s.cb) || s.survey != nil && !s.survey.endless {
 		return list
 	}
 	if k := len(list) - 1; k >= 0 && list[k].off+list[k].n == off {
