@@ -26,7 +26,7 @@ import (
 // Policy limits what image headers can make the daemon open. The zero value allows regular files, absolute or relative, but those that the kernel
 // makes up (/proc, /sys), no devices, and no nodes and objects of the daemon.
 type Policy struct {
-	// MaxChain is the longest chain that headers may span, in images; 0 means 1000, less than 0: headers may name nothing.
+	// MaxChain is how many images headers may lead to, one after the other, from one that its user names; 0 means 1000, less than 0: none.
 	MaxChain int
 	// References: json: names may name existing nodes, and throttle groups. An image that somebody else made could so read
 	// what it was never meant to see, and use up what others are allowed.
@@ -62,10 +62,12 @@ func (p *Policy) SetRoots(folders ...string) error {
 
 // link is one step of a chain of files that images name.
 type link struct {
-	name  string
-	depth int
-	up    *link
-	from  imagePlace // of the image that has the name in its header
+	name string
+	up   *link
+	from imagePlace // of the image that has the name in its header
+	// names counts those that were followed since the image that its user named, all of them: one name can lead to several images with names of
+	// their own (an image within an image), so that a bound on the length of each way would not be one on the work.
+	names *int
 }
 
 // imagePlace is where an image begins; the zero value: nobody knows.
@@ -83,6 +85,10 @@ func placeOf(n *graph.Node) (at imagePlace) {
 			return at
 		case interface{ Offset() int64 }:
 			at.offset += d.Offset()
+		default:
+			if n.Kind() != graph.Filter {
+				return imagePlace{} // within another image
+			}
 		}
 		e := n.File()
 		if e == nil {
@@ -113,12 +119,13 @@ func (l *link) endless(file *graph.Node) error {
 // to the image; nil if its user named it.
 func (m *Manager) planNamed(ctx context.Context, name, format string, image *graph.Node, l *link) (*plan, error) {
 	up := image.Options()
-	l = &link{name: name, depth: 1, up: l}
+	l = &link{name: name, up: l, names: new(int)}
+	if l.up != nil {
+		l.names = l.up.names
+	}
+	*l.names++
 	if e := image.File(); e != nil {
 		l.from = placeOf(e.Node())
-	}
-	if l.up != nil {
-		l.depth = l.up.depth + 1
 	}
 	limit := m.policy.MaxChain
 	if limit == 0 {
@@ -127,7 +134,7 @@ func (m *Manager) planNamed(ctx context.Context, name, format string, image *gra
 	switch {
 	case limit < 0:
 		return nil, errors.New("The image policy allows no backing files")
-	case l.depth > limit:
+	case *l.names > limit:
 		return nil, fmt.Errorf("The chain of backing files is longer than %d images", limit)
 	}
 	opts, file, err := m.namedOptions(ctx, name, format)

@@ -325,6 +325,54 @@ func TestImageChainLimits(t *testing.T) {
 	}
 }
 
+// A name that leads to two images with names of their own, one within the other, doubles the work with each step of the chain: all count.
+func TestImageNamesThatFork(t *testing.T) {
+	dir := t.TempDir()
+	ctx := context.Background()
+	const steps, most = 9, 20
+	opened := 0
+	drivers := Drivers()
+	for i := range drivers {
+		if open := drivers[i].Open; drivers[i].Name == types.BlockdevDriverQcow2 {
+			drivers[i].Open = func(o *graph.Opening) (graph.Driver, error) { opened++; return open(o) }
+		}
+	}
+	m := newManager(t, Config{Drivers: drivers, Policy: Policy{MaxChain: most}})
+	for i := range steps + 1 {
+		file, name := fmt.Sprintf("%s/%d", dir, i), ""
+		if i < steps {
+			name = fmt.Sprintf(`json:{"driver": "qcow2", "file": {"driver": "qcow2", "file": {"driver": "file", "filename": "%s/%d"}}}`, dir, i+1)
+		}
+		create(t, file, name, "")
+		inner, err := os.ReadFile(file)
+		if err != nil {
+			t.Fatal(err)
+		}
+		root, err := m.OpenForCreate(ctx, &types.BlockdevRef{Definition: options(t, `{'driver': 'qcow2', 'backing': null, 'file': {'driver': 'file', 'filename': '`+file+`'}}`)})
+		if err != nil {
+			t.Fatal(err)
+		}
+		r, err := root.Begin(ctx)
+		if err == nil {
+			err = root.Edge().WriteAt(r, blk.Buf(inner), 0, 0)
+			root.End(r)
+		}
+		if err = errors.Join(err, m.Graph().CloseRoot(ctx, root)); err != nil {
+			t.Fatal(err)
+		}
+	}
+	fds := openFDs(t)
+	opened = 0
+	err := add(t, m, `{'driver': 'qcow2', 'node-name': 't', 'read-only': true, 'file': {'driver': 'file', 'filename': '`+dir+`/0'}}`)
+	if err == nil || !strings.HasSuffix(err.Error(), "The chain of backing files is longer than 20 images") {
+		t.Errorf("%v", err)
+	}
+	if opened > 2*most+1 {
+		t.Errorf("%d images were opened", opened)
+	}
+	clean(t, m, fds)
+}
+
 func TestImagePolicyReferences(t *testing.T) {
 	dir := t.TempDir()
 	m := newManager(t, Config{Policy: Policy{References: true}})
