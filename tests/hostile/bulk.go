@@ -26,6 +26,16 @@ func (b *Base) bulk() []*Damage {
 			return []Piece{pointer(48, uint64(end)), header(56, uint32((8<<20)/cs)), {end, fill(1<<20, uint64(b.place(to)))}}
 		})
 	}
+	for _, first := range []uint64{0, uint64(b.place("refblock"))} {
+		add("reftable", fmt.Sprintf("8 MiB that name an empty block, after %#x", first), func() []Piece {
+			empty := (end + 8<<20 + cs - 1) &^ (cs - 1)
+			t := fill(1<<20, uint64(empty))
+			if first != 0 {
+				be.PutUint64(t, first)
+			}
+			return []Piece{pointer(48, uint64(end)), header(56, uint32((8<<20)/cs)), {end, t}, {empty + cs - 8, make([]byte, 8)}}
+		})
+	}
 	add("reftable", "8 MiB of nothing", func() []Piece {
 		return []Piece{pointer(48, uint64(end)), header(56, uint32((8<<20)/cs)), {end + 8<<20 - 8, make([]byte, 8)}}
 	})

@@ -34,8 +34,9 @@ var known = []struct {
 	{"2014_0147", []string{"v3-64k", "width-64"}, []string{"reftable[7] = the last below 2^56", "reftable[2] = all ones", "refcount_table_clusters = 2^16", "refcount_table_clusters = 2^9",
 		"refcount.after = the most", "refcount.data = the most", "reftable[0] = 0"}},
 	// Work without bound: a few kilobytes that say the same over and over.
-	{"2015_4106_like", []string{"v3-64k"}, []string{"reftable = 8 MiB that name refblock", "reftable = 8 MiB that name data",
-		"l1 = 262144 entries that name one table, flags 0x0", "size = 2^50 and as many tables", "bitmaps = 600 with names of 6 bytes and 1048576 entries, flags 2",
+	{"2015_4106_like", []string{"v3-64k", "width-1-2m"}, []string{"reftable = 8 MiB that name refblock",
+		"reftable = 8 MiB that name data",
+		"size = 2^50 and as many tables", "bitmaps = 600 with names of 6 bytes and 1048576 entries, flags 2",
 		"snapshots = 65535 with IDs of 5 and names of 1 bytes"}},
 }
 

@@ -15,6 +15,7 @@
 // image by opening it for reading; what was acknowledged reads back, in the same opening and in the next one, and so does
 // what was there before and not written to. Requests may fail.
 //
-// What the damage itself makes of the disk is told by Inspect, a second, simple reader of the format: where two things
-// lie in one place, or less is counted than refers to it, nothing is expected of the data in it.
+// What the damage itself makes of the disk is told by Inspect, a second, simple reader of the format: where data lie in a
+// table, nothing is expected of them, as what the table says changes. Data that lie in one place, or are not counted, have to
+// stay as they are until they are written to, or not to be shown.
 package hostile

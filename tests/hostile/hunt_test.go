@@ -3,6 +3,7 @@ package hostile
 import (
 	"flag"
 	"fmt"
+	"maps"
 	"os"
 	"path/filepath"
 	"regexp"
@@ -45,7 +46,17 @@ type hunt struct {
 
 	mu    sync.Mutex
 	kinds map[string][]int // numbers of the cases that failed
+	did   map[string]int   // what cases did, and how often
 	peak  int64
+}
+
+func (h *hunt) count(what string) {
+	h.mu.Lock()
+	defer h.mu.Unlock()
+	if h.did == nil {
+		h.did = map[string]int{}
+	}
+	h.did[what]++
 }
 
 // TestHunt runs cases on daemons, each of which serves many.
@@ -101,8 +112,13 @@ func TestHunt(t *testing.T) {
 	h.report()
 }
 
-// report lists the kinds of failures.
+// report lists what was done and the kinds of failures.
 func (h *hunt) report() {
+	var did []string
+	for _, what := range slices.Sorted(maps.Keys(h.did)) {
+		did = append(did, fmt.Sprintf("%s %d", what, h.did[what]))
+	}
+	h.t.Log(strings.Join(did, ", "))
 	var kinds []string
 	for k := range h.kinds {
 		kinds = append(kinds, k)
@@ -148,6 +164,7 @@ func (w *worker) one(c *Case) bool {
 			return false
 		}
 		w.s = s
+		s.count = w.h.count
 	}
 	trace, f := Run(w.s, c, *flagSeed)
 	w.h.mu.Lock()

@@ -24,10 +24,8 @@ const (
 	useData
 	useSnapshotData
 
-	// guarded is what the daemon keeps data from being written over, whatever an image says.
-	guarded = useHeader | useReftable | useRefblock | useL1 | useL2 | useSnapshots
-	shared  = useData | useSnapshotData
-	tables  = useL2 | useSnapshotL2
+	shared = useData | useSnapshotData
+	tables = useL2 | useSnapshotL2
 )
 
 // Health is what can be expected of a part of the disk.
@@ -36,8 +34,8 @@ type Health int
 const (
 	Sound     Health = iota
 	Uncounted        // sound but for a refcount of 0, or a place behind the end of the file
-	Tangled          // something else lies there, too, or less is counted than refers to it
-	Unusable         // the entry cannot be followed
+	Tangled          // less is counted than refers to it
+	Unusable         // a table lies there, too, or the entry cannot be followed
 )
 
 // Report is what an inspection of an image says. It is a second opinion: simple, slow, and made without the driver.
@@ -45,8 +43,6 @@ type Report struct {
 	Parsed      bool
 	Dirty       bool
 	Corruptions []string // as check counts them; some of them, if there are many
-	// Mixed: there are clusters with more data than are counted. Who frees one frees the other's.
-	Mixed bool
 
 	h      *layout.Header
 	g      layout.Geometry
@@ -65,8 +61,8 @@ type Report struct {
 
 const (
 	mostTables  = 3000    // L2 tables that are looked at
-	mostEntries = 1 << 21 // of a table
-	mostLooked  = 1 << 22 // of all tables
+	mostEntries = 1 << 22 // of a table
+	mostLooked  = 1 << 23 // of all tables
 )
 
 // Inspect looks at an image.
@@ -285,7 +281,9 @@ func (r *Report) health(c int64, copied bool) Health {
 	u, refs := r.uses[c], r.refs[c]
 	mixed := u&(u-1) != 0 && u&^shared != 0 && u&^tables != 0
 	switch {
-	case mixed || !ok:
+	case mixed:
+		return Unusable
+	case !ok:
 		return Tangled
 	case r.Dirty && n < uint64(refs):
 		n = uint64(refs) // the repair will count
@@ -314,14 +312,11 @@ func (r *Report) judge() {
 		if h == Uncounted && u&(useHeader|useReftable|useL1) != 0 {
 			r.least = Uncounted
 		}
-		if h == Tangled {
+		if h >= Tangled {
 			if u&(u-1) != 0 {
 				r.bad("cluster %d has several uses (%#x)", c, u)
 			}
-			r.Mixed = r.Mixed || u&guarded == 0 || u&(useSnapshotL1|useSnapshotL2|useBitmap|useDirectory) != 0
-			r.lost = r.lost || u&(useHeader|useReftable|useL1) != 0
-			// A block that counts wrong makes the allocator give away what is in use.
-			r.Mixed = r.Mixed || u&useRefblock != 0
+			r.lost = r.lost || h == Unusable && u&(useHeader|useReftable|useL1) != 0
 		}
 	}
 	per := r.g.ClusterSize() / 8
@@ -337,7 +332,7 @@ func (r *Report) judge() {
 		if e&^(layout.OffsetMask|layout.Copied) != 0 {
 			r.bad("L1 entry %d is %#x", i, e)
 		}
-		if h == Unusable || h == Tangled {
+		if h == Unusable {
 			r.disk[-int64(i)-1] = h // the whole table
 			continue
 		}
@@ -385,7 +380,7 @@ func (r *Report) entry(e uint64) Health {
 // At tells what can be expected of the byte at off of the disk.
 func (r *Report) At(off int64) Health {
 	if !r.Parsed || r.lost {
-		return Tangled
+		return Unusable
 	}
 	c := off >> r.g.ClusterBits
 	per := r.g.ClusterSize() / 8

@@ -85,10 +85,10 @@ func (m *model) unflushed() {
 }
 
 // wrong returns the first sector of b that shows what it must not, or -1.
-func (m *model) wrong(off int64, b []byte, ignore func(off int64, ours bool) bool) int64 {
+func (m *model) wrong(off int64, b []byte, ignore func(off int64) bool) int64 {
 	for ; len(b) >= sector; off, b = off+sector, b[sector:] {
 		may, known := m.may[off/sector]
-		if known && !slices.Contains(may, m.hash(b[:sector])) && !ignore(off, m.touched[off/sector]) {
+		if known && !slices.Contains(may, m.hash(b[:sector])) && !ignore(off) {
 			return off
 		}
 	}

@@ -47,6 +47,9 @@ func (r *run) empty() error {
 	return nil
 }
 
+// mostAnswer is the longest answer to a query: 65535 snapshots of a node, of its overlay and in the chain of that are long.
+const mostAnswer = 64 << 20
+
 // query asks for everything there is to know.
 func (r *run) query() error {
 	for _, c := range []struct {
@@ -60,7 +63,7 @@ func (r *run) query() error {
 		if refused != nil {
 			return &Failure{"a query fails", c.name + ": " + refused.Desc, false}
 		}
-		if len(ret) > 16<<20 {
+		if len(ret) > mostAnswer {
 			return &Failure{"a long answer", fmt.Sprintf("%s: %d bytes", c.name, len(ret)), false}
 		}
 	}
@@ -114,10 +117,8 @@ func (r *run) status() error {
 	return nil
 }
 
-// ignore tells whether a wrong sector is what the damage leads to by itself.
-func (r *run) ignore(off int64, ours bool) bool {
-	return r.rep.At(off) >= Tangled || ours && r.rep.Mixed
-}
+// ignore tells whether nothing can be expected of a sector: the entry that leads to it cannot be followed.
+func (r *run) ignore(off int64) bool { return r.rep.At(off) >= Unusable }
 
 // readAll reads the probes. With learn what is read is taken as right, else it is compared. With later the disk was
 // closed in between.

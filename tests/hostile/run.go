@@ -133,9 +133,11 @@ func (r *run) do(command string, args any) (ret []byte, refused *daemon.Error, e
 	switch {
 	case e == nil:
 		r.note("%s %v: ok%s", command, args, slow)
+		r.s.count(command + " done")
 		return ret, nil, nil
 	case errors.As(e, &refused):
 		r.note("%s %v: %s%s", command, args, refused.Desc, slow)
+		r.s.count(command + " refused")
 		return nil, refused, nil
 	case os.IsTimeout(e) && r.cannotWait == "":
 		r.note("%s %v: no answer%s", command, args, slow)
@@ -194,12 +196,14 @@ func (r *run) request(what string, f func(n *daemon.NBD) error) (ok bool, err er
 	switch {
 	case e == nil:
 		r.note("%s: ok", what)
+		r.s.count(strings.Fields(what)[0] + " done")
 		return true, nil
 	case os.IsTimeout(e):
 		r.note("%s: no answer", what)
 		return false, &Failure{"no answer to " + strings.Fields(what)[0], what, true}
 	case errors.As(e, &errno) && errno != syscall.EPIPE && errno != syscall.ECONNRESET:
 		r.note("%s: %v", what, errno)
+		r.s.count(strings.Fields(what)[0] + " failed")
 		return false, nil
 	}
 	r.note("%s: connection lost: %v", what, e)
@@ -279,6 +283,10 @@ func (r *run) lay() error {
 		return err
 	}
 	r.rep, err = r.inspect()
+	for _, d := range r.c.Damages {
+		// What is its own backing file changes with what is written to it.
+		r.rep.lost = r.rep.lost || strings.HasPrefix(d.Field, "backing") && strings.Contains(d.Value, imageName)
+	}
 	return err
 }
 
@@ -311,6 +319,7 @@ func (r *run) readOnly(first bool) error {
 		return err
 	}
 	if ok {
+		r.s.count("opened for reading")
 		r.nodes = []string{"d"}
 		if err := r.export(false); err != nil {
 			return err

@@ -39,6 +39,9 @@ type server struct {
 	log    *os.File
 	logged int64 // of the log has been looked at
 
+	// Count is told of what a case has done.
+	count func(what string)
+
 	stop    atomic.Bool
 	wait    sync.WaitGroup
 	mu      sync.Mutex
