@@ -15,6 +15,7 @@ import (
 
 	"qblockd/events"
 	"qblockd/panics"
+	"qblockd/schema/types"
 	"qblockd/schema/value"
 )
 
@@ -348,6 +349,34 @@ func TestQuitStopsAll(t *testing.T) {
 		if rest, _ := io.ReadAll(c.conn); len(rest) > 0 {
 			t.Errorf("after quit: %s", rest)
 		}
+	}
+}
+
+// A client that does not take its replies does not hold up what it has started, and finds the reply before what came of it.
+func TestAfterReplyOfDeafClient(t *testing.T) {
+	d, bus := testDispatcher(), events.NewBus(events.Options{})
+	started := make(chan time.Time, 1)
+	d.Handle("large", func(_ context.Context, _ *value.Dict, out []byte) ([]byte, error) {
+		return append(append(append(out, '"'), strings.Repeat("x", 900<<10)...), '"'), nil
+	})
+	d.Handle("start", func(ctx context.Context, _ *value.Dict, out []byte) ([]byte, error) {
+		AfterReply(ctx, func() {
+			bus.Emit(types.JobStatusChangeEvent{ID: "j", Status: types.JobStatusRunning})
+			started <- time.Now()
+		})
+		return out, nil
+	})
+	c := serve(t, NewMonitor(d, bus, Options{}))
+	c.negotiate()
+	was := time.Now()
+	c.send(`{"execute":"large"}{"execute":"start","id":"s"}`)
+	if took := waitFor(t, started, "the start").Sub(was); took > 700*time.Millisecond {
+		t.Errorf("started after %v", took)
+	}
+	c.line()
+	c.expect(`{"return": {}, "id": "s"}`)
+	if l := c.line(); !strings.Contains(l, "JOB_STATUS_CHANGE") {
+		t.Errorf("then %s", l)
 	}
 }
 

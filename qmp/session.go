@@ -64,8 +64,6 @@ const (
 	flushDelay = time.Millisecond
 	// slowDelay is after how long a command is watched for the end of its client.
 	slowDelay = 20 * time.Millisecond
-	// lastWords is how long the client of a stopping daemon has to take the last reply.
-	lastWords = time.Second
 )
 
 var (
@@ -214,8 +212,8 @@ func (s *Session) execute(q queued) bool {
 		s.oob.Store(s.neg.oob)
 	}
 	if len(s.after) > 0 {
+		// What comes of it is queued behind the reply: a client that does not take that holds nothing up.
 		s.flush()
-		s.waitSent(lastWords)
 		for _, f := range s.after {
 			f()
 		}
@@ -278,8 +276,8 @@ func (s *Session) wake() {
 type sessionKey struct{}
 
 // AfterReply has f called when the reply of the command that is executed with ctx has been
-// handed to the client's connection; when the client does not take it, after a second or when it
-// is gone. With a context that is not that of an in-band command f is called at once.
+// handed to the client's connection, as far as that takes it at once; the rest is queued before all events that come of f.
+// With a context that is not that of an in-band command f is called at once.
 func AfterReply(ctx context.Context, f func()) {
 	if s, ok := ctx.Value(sessionKey{}).(*Session); ok {
 		s.after = append(s.after, f)

@@ -152,6 +152,9 @@ func report(where, text string) {
 	if where != "" {
 		where += ": "
 	}
+	if isTerminal(os.Stderr) {
+		where, text = printable(where), printable(text)
+	}
 	fmt.Fprintf(os.Stderr, "%s: %s%s\n", programName(), where, text)
 }
 
