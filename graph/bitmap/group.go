@@ -33,8 +33,8 @@ const (
 	flagsOfWord    = 32
 	regionsOfChunk = groupWords * flagsOfWord
 	minRegion      = 4 << 10
-	// missesToMove is after how many misses a chunk takes the place of another one.
-	missesToMove = 64
+	// missesToMove is after how many misses a chunk takes the place of another one: writes all over a disk must not make garbage.
+	missesToMove = 4096
 )
 
 // NewGroup makes a group of bitmaps of one size. Each is in one group at a time, the last that was made with it; before the group is used.

@@ -196,7 +196,7 @@ func streamLoads(b *bench, where string) *group {
 		if err != nil {
 			return nil, err
 		}
-		took, err := p.stream()
+		took, err := p.job("block-stream", object{"device": "n"})
 		b.stop(p)
 		if err == nil && !checked[side] {
 			checked[side] = true

@@ -323,10 +323,11 @@ func (b *bench) fullQuery(p *proc, limit time.Duration) ([]float64, error) {
 	return v, err
 }
 
-// stream runs block-stream on node n to its end.
-func (p *proc) stream() (time.Duration, error) {
+// job runs the command of a job to the end of that.
+func (p *proc) job(command string, args object) (time.Duration, error) {
+	args["job-id"], args["auto-dismiss"] = "j", false
 	begin := time.Now()
-	if _, err := p.q.do("block-stream", object{"job-id": "j", "device": "n", "auto-dismiss": false}); err != nil {
+	if _, err := p.q.do(command, args); err != nil {
 		return 0, err
 	}
 	for {

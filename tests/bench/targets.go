@@ -36,6 +36,9 @@ var targets = []target{
 	{"nbd raw .*/.*", qemuNBD, 1},
 
 	{"stream .*/block-stream", qsd, 1.3},
+	{"64 TiB .*/bitmap backup .*", qsd, 1},
+	{"64 TiB .*/RSS at its end", qsd, 1},
+	{"bitmap .*/(merge.*|RSS)", qsd, 1},
 	{"start/start to greeting", qsd, 0.4},
 	{"start/RSS idle", qsd, 0.5},
 }
