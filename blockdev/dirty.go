@@ -252,7 +252,7 @@ func (m *Manager) BitmapMerge(a *types.BlockDirtyBitmapMerge) *BitmapStep {
 	}}
 }
 
-// sum merges bitmaps in the granularity of d, which stays as it is.
+// sum merges bitmaps in the granularity of d, which stays as it is. It may be one of them, and is not to be changed.
 func (m *Manager) sum(tx *graph.Tx, d *graph.DirtyBitmap, from []*types.BlockDirtyBitmapOrStr) (*bitmap.Bitmap, error) {
 	size := d.Bits().Size()
 	sum := bitmap.New(size, d.Bits().Granularity())
@@ -272,6 +272,9 @@ func (m *Manager) sum(tx *graph.Tx, d *graph.DirtyBitmap, from []*types.BlockDir
 		}
 		if have := x.Bits().Size(); have != size {
 			return nil, fmt.Errorf("Bitmaps are of different sizes (destination size is %d, source size is %d) and can't be merged", size, have)
+		}
+		if len(from) == 1 && x.Bits().Granularity() == d.Bits().Granularity() {
+			return x.Bits(), nil
 		}
 		sum.Merge(x.Bits())
 	}

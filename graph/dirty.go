@@ -343,8 +343,7 @@ func (d *DirtyBitmap) Merge(b *bitmap.Bitmap) (undo, keep func()) {
 		since.SetLimit(maxRecorded)
 		d.since = append(d.since, since)
 	})
-	before := d.bits.Clone()
-	d.bits.Merge(b)
+	fresh := d.bits.MergeNew(b)
 	over := func() {
 		d.change(func() {
 			i := slices.Index(d.since, since)
@@ -352,33 +351,11 @@ func (d *DirtyBitmap) Merge(b *bitmap.Bitmap) (undo, keep func()) {
 		})
 	}
 	undo = func() {
-		d.unmerge(b, before)
+		d.bits.Subtract(fresh)
 		d.bits.Merge(since)
 		over()
 	}
 	return undo, over
-}
-
-// unmerge clears what is in b and was not in before.
-func (d *DirtyBitmap) unmerge(b, before *bitmap.Bitmap) {
-	size := b.Size()
-	for off := int64(0); ; {
-		at, n, ok := b.NextDirty(off, size)
-		if !ok {
-			return
-		}
-		off = at + n
-		for at < off {
-			from, ok := before.NextClean(at, off)
-			if !ok {
-				break
-			}
-			if at, _, ok = before.NextDirty(from, off); !ok {
-				at = off
-			}
-			d.bits.Clear(from, at-from)
-		}
-	}
 }
 
 // Take makes the bitmap clean and returns what it held. What is written at the same time is in one of the two.

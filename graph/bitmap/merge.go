@@ -26,11 +26,13 @@ func (b *Bitmap) Merge(from *Bitmap) {
 	}
 }
 
-// MergeNew is Merge for a bitmap of the same size and granularity. It returns what was not set before; what others set at the same time is theirs or ours.
+// MergeNew is Merge, and returns what was not set before; what others set at the same time is theirs or ours.
 func (b *Bitmap) MergeNew(from *Bitmap) *Bitmap {
 	src, dst := from.dir.Load(), b.dir.Load()
 	if from.shift != b.shift || src.size != dst.size {
-		panic("bitmap: merge of another size or granularity")
+		same := New(dst.size, b.Granularity())
+		same.Merge(from)
+		src = same.dir.Load()
 	}
 	fresh := New(dst.size, b.Granularity())
 	fd := fresh.dir.Load()
