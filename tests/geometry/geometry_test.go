@@ -3,6 +3,7 @@ package geometry
 import (
 	"flag"
 	"runtime"
+	"strings"
 	"sync"
 	"sync/atomic"
 	"testing"
@@ -15,6 +16,7 @@ var (
 	flagSamples = flag.Int("geometry.samples", 250, "number of samples")
 	flagSeed    = flag.Uint64("geometry.seed", 1, "seed of the first")
 	flagTries   = flag.Int("geometry.tries", 1, "how often each is played")
+	flagOnly    = flag.String("geometry.only", "", "play only samples whose line has this text")
 	flagFails   = flag.Int("geometry.fails", 10, "failures after which no more are played")
 	flagLimit   = flag.Duration("geometry.limit", 30*time.Second, "longest time of one")
 )
@@ -37,6 +39,9 @@ func TestSamples(t *testing.T) {
 					return
 				}
 				s := Draw(*flagSeed + uint64(i / *flagTries))
+				if !strings.Contains(s.String(), *flagOnly) {
+					continue
+				}
 				o, err := Run(s, *flagLimit)
 				mu.Lock()
 				kinds[s.Kind]++

@@ -1,6 +1,7 @@
 package geometry
 
 import (
+	"bytes"
 	"fmt"
 	"math/rand/v2"
 	"sync"
@@ -92,7 +93,11 @@ func (g *guest) step() error {
 		return nil
 	default:
 		q := make([]byte, n)
-		write(g.r, q)
+		if g.w.Busy {
+			copy(q, bytes.Repeat([]byte{byte(g.r.Uint32())}, int(n)))
+		} else {
+			write(g.r, q)
+		}
 		return g.change(off, p, q, true, func(r *blk.Req) error { return g.root.WriteAt(r, blk.Buf(q), off, 0) })
 	}
 }

@@ -182,12 +182,18 @@ func (w *world) guests() (l []*guest, err error) {
 		w.Sample.Guests = 0
 		return nil, nil
 	}
-	hi := int64(len(w.data))
-	if w.Sample.Guests == 2 {
-		hi = hi / 2 / 512 * 512
+	size, n := int64(len(w.data)), int64(w.Sample.Guests)
+	for i := range n {
+		if n == 2 && i == 1 {
+			break // it comes later, and past the filter
+		}
+		g, err := w.start("l0", size*i/n/512*512, size*(i+1)/n/512*512, 3+uint64(i))
+		if err != nil {
+			return l, err
+		}
+		l = append(l, g)
 	}
-	g, err := w.start("l0", 0, hi, 3)
-	return append(l, g), err
+	return l, nil
 }
 
 func (w *world) stop(l []*guest) (err error) {

@@ -33,7 +33,7 @@ type Sample struct {
 	OnError          types.BlockdevOnError
 	Manual           bool
 
-	Guests int  // 0, 1, or 2, one of which comes past the filter
+	Guests int  // 0, 1, 2, one of which comes past the filter, or 4
 	Busy   bool // they do not stop before the job is ready
 	End    string
 	After  int    // polls until the job is cancelled
@@ -106,7 +106,10 @@ func pick[T any](r *rand.Rand, l ...T) T { return l[r.IntN(len(l))] }
 // one is true once in n times.
 func one(r *rand.Rand, n int) bool { return r.IntN(n) == 0 }
 
-const most = 6 << 20 // of a disk
+const (
+	most     = 6 << 20 // bytes of a disk
+	busySize = 8 << 20 // of one that many guests write to
+)
 
 // Draw makes the sample of a seed.
 func Draw(seed uint64) Sample {
@@ -166,9 +169,8 @@ func Draw(seed uint64) Sample {
 			s.End = "leave" // ready, and not completed
 		}
 		if one(r, 12) && s.Guests == 1 && s.End == "success" {
-			s.Busy = true
-			s.Layers[0].Size = most
-			s.Target.Size = most
+			s.Busy, s.Guests = true, 4
+			s.Layers[0].Size, s.Target.Size = busySize, busySize
 			s.Speed, s.Manual = 0, false
 		}
 	}
