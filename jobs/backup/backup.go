@@ -394,12 +394,11 @@ func (j *job) look(h *jobs.Handle, r *blk.Req, off, chunk int64) (copy.Extent, e
 	return copy.Extent{N: min(k, chunk), Action: copy.Data}, nil
 }
 
-func (j *job) copy(r *blk.Req, off int64, e copy.Extent) error {
+func (j *job) copy(r *blk.Req, off int64, e copy.Extent) (int64, error) {
 	if e.Action == copy.Zero {
-		j.driver.SkipZeroes(r, off, e.N)
-		return nil
+		return j.driver.SkipZeroes(r, off, e.N), nil
 	}
-	return j.driver.Copy(r, off, e.N)
+	return j.driver.CopyCounting(r, off, e.N)
 }
 
 // side tells reading errors from writing errors.

@@ -292,14 +292,14 @@ func (j *job) look(r *blk.Req, off, n int64) (copy.Extent, error) {
 	return copy.Extent{N: x.N, Action: copy.Data}, nil
 }
 
-func (j *job) copy(r *blk.Req, off int64, e copy.Extent) error {
+func (j *job) copy(r *blk.Req, off int64, e copy.Extent) (int64, error) {
 	if e.Action != copy.Zero {
-		return graph.Copy(r, j.top.Edge(), j.base.Edge(), off, e.N, 0)
+		return copy.All(e.N, graph.Copy(r, j.top.Edge(), j.base.Edge(), off, e.N, 0))
 	}
 	if err := j.base.Edge().Zero(r, off, e.N, blk.MayUnmap); err != nil {
-		return &graph.CopyError{Write: true, Err: err}
+		return 0, &graph.CopyError{Write: true, Err: err}
 	}
-	return nil
+	return e.N, nil
 }
 
 // side tells reading errors from writing errors.

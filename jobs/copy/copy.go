@@ -7,11 +7,16 @@
 //
 // The walker holds no gate pass while it waits, and every unit passes the gate on its own, so a drain waits
 // for the units in flight only.
+//
+// Workers end in any order, but what the job's client sees is as if one did everything, from the first byte to the last: a unit counts as done when
+// all before it do (order.go), and of several that fail the first one is reported. So progress at a failing byte is the same each time.
 package copy
 
 import (
+	"cmp"
 	"context"
 	"errors"
+	"slices"
 	"sync/atomic"
 	"time"
 
@@ -68,8 +73,8 @@ type Task struct {
 	// Look tells what [off, off+n) needs, or at least its beginning, or more. n grows while nothing is to do, so that what is empty is passed over
 	// in a few steps.
 	Look func(r *blk.Req, off, n int64) (Extent, error)
-	// Copy does it. It takes the conflict lock that keeps guest writes out, as long as it needs.
-	Copy func(r *blk.Req, off int64, e Extent) error
+	// Copy does it, and tells how many bytes that counts as, also of what was done before it failed. It takes the conflict lock that keeps guest writes out, as long as it needs.
+	Copy func(r *blk.Req, off int64, e Extent) (n int64, err error)
 	// Operation and Policy: what a failure counts as, and what becomes of it.
 	Operation types.IoOperationType
 	Policy    types.BlockdevOnError
@@ -77,38 +82,51 @@ type Task struct {
 	Side func(err error) (types.IoOperationType, types.BlockdevOnError)
 	// RetryIgnored: errors that the policy ignores are tried again, and again, until they are gone.
 	RetryIgnored bool
-	// Uncounted: somebody else counts what is done.
+	// Uncounted: what is skipped does not count as done.
 	Uncounted bool
+}
+
+// All is what Task.Copy returns where n bytes are copied as a whole.
+func All(n int64, err error) (int64, error) {
+	if err != nil {
+		return 0, err
+	}
+	return n, nil
 }
 
 // guestsStay is how long guests are taken to be there after a request of one.
 const guestsStay = 20 * time.Millisecond
 
+// unit is a part of the range that is on its way; one that is to be skipped still has to be looked at.
 type unit struct {
 	off int64
 	ext Extent
 	err error
+	n   int64 // what it counts as
+	// over: it is done, and waits for those before it; entered: it is in the order.
+	over, entered bool
 }
 
 type engine struct {
 	Task
 	h        *jobs.Handle
-	work     chan unit
-	done     chan unit
+	work     chan *unit
+	done     chan *unit
 	workers  int // started
 	inFlight int
 	guests   time.Time // when one was last seen
-	retry    []unit
-	ask      int64 // how much is looked at in one step
-	failure  error // the first one that was not tried again
-	stop     bool  // and it ends the job
-	held     bool  // a failure is being dealt with; others are tried again after it
+	order    order
+	retry    []*unit // by offset
+	ask      int64   // how much is looked at in one step
+	failure  error   // the first one that was not tried again
+	stop     bool    // and it ends the job
+	held     *unit   // the failure that is being dealt with; those behind it are tried again after it
 }
 
 // Run does the task and returns the first error that a policy reported, or ignored at the end, or jobs.ErrCancelled.
 // It blocks until no unit is in flight any more.
 func Run(h *jobs.Handle, t Task) error {
-	e := &engine{Task: t, h: h, ask: t.Chunk, work: make(chan unit), done: make(chan unit, t.Workers)}
+	e := &engine{Task: t, h: h, ask: t.Chunk, work: make(chan *unit), done: make(chan *unit, t.Workers)}
 	err := e.walk()
 	for e.inFlight > 0 {
 		e.collect(<-e.done)
@@ -150,8 +168,9 @@ func (e *engine) walk() error {
 				continue
 			}
 			// Looking failed; do that again, and what it does not cover is next.
+			e.order.leave(u)
 			if n := e.look(u.off, u.ext.N); n < u.ext.N {
-				e.retry = append(e.retry, unit{off: u.off + n, ext: Extent{N: u.ext.N - n}})
+				e.again(&unit{off: u.off + n, ext: Extent{N: u.ext.N - n}})
 			}
 		default:
 			off += e.look(off, min(e.ask, e.Size-off))
@@ -174,20 +193,22 @@ func (e *engine) look(off, n int64) int64 {
 		if e.ask = e.Chunk; n > e.Chunk {
 			return 0 // what is said to have failed, and may be passed over, is not more than a copy
 		}
-		e.failed(unit{off: off, ext: Extent{N: n}, err: err})
+		e.failed(&unit{off: off, ext: Extent{N: n}, err: err})
 		return n
 	}
 	if ext.Action == Skip {
 		if e.ask = e.Chunk; ext.N >= n {
 			e.ask = lookFurther(n, e.Size)
 		}
-		e.count(ext.N)
+		if !e.Uncounted {
+			e.order.skipped(e.h, off, ext.N)
+		}
 		return ext.N
 	}
 	if e.ask = e.Chunk; ext.Action == Data || !e.LongZeroes {
 		ext.N = min(ext.N, e.Chunk)
 	}
-	e.hand(unit{off: off, ext: ext})
+	e.hand(&unit{off: off, ext: ext})
 	return ext.N
 }
 
@@ -201,7 +222,8 @@ func lookFurther(n, size int64) int64 {
 }
 
 // hand gives a unit to a worker, waiting for one to be free.
-func (e *engine) hand(u unit) {
+func (e *engine) hand(u *unit) {
+	e.order.enter(u)
 	for limit := e.limit(); e.inFlight >= limit; {
 		e.collect(<-e.done)
 	}
@@ -247,7 +269,11 @@ func (e *engine) unit(what string, f func(r *blk.Req) error) (err error) {
 
 func (e *engine) worker() {
 	for u := range e.work {
-		u.err = e.unit("copying", func(r *blk.Req) error { return e.Copy(r, u.off, u.ext) })
+		u.err = e.unit("copying", func(r *blk.Req) (err error) {
+			n, err := e.Copy(r, u.off, u.ext)
+			u.n += n
+			return err
+		})
 		e.done <- u
 	}
 }
@@ -270,41 +296,48 @@ func (e *engine) settle() {
 	}
 }
 
-func (e *engine) collect(u unit) {
+func (e *engine) collect(u *unit) {
 	e.inFlight--
 	if u.err != nil {
 		e.failed(u)
 		return
 	}
-	e.count(u.ext.N)
+	e.order.done(e.h, u)
 }
 
-func (e *engine) count(n int64) {
-	if !e.Uncounted {
-		e.h.Done(n)
-	}
+// again lets a unit be tried again, those that come first before others.
+func (e *engine) again(u *unit) {
+	e.order.enter(u)
+	u.err = nil
+	at, _ := slices.BinarySearchFunc(e.retry, u.off, func(v *unit, off int64) int { return cmp.Compare(v.off, off) })
+	e.retry = slices.Insert(e.retry, at, u)
 }
 
-// failed applies the error policy. Of several units that fail at the same time the first one is reported when that ends or pauses
+// failed applies the error policy. Of several units that fail at the same time the first one of the range is reported when that ends or pauses
 // the job: to its client it does one thing after the other.
-func (e *engine) failed(u unit) {
+func (e *engine) failed(u *unit) {
+	var internal *panics.Error
 	switch {
 	case e.stop:
 		return
-	case e.held:
-		u.err = nil
-		e.retry = append(e.retry, u)
-		return
-	}
-	var internal *panics.Error
-	if errors.As(u.err, &internal) {
+	case errors.As(u.err, &internal):
 		e.stop, e.failure = true, u.err // whatever the policy: it would happen again
 		return
+	case e.held != nil:
+		if u.off < e.held.off {
+			u, e.held = e.held, u
+		}
+		e.again(u)
+		return
 	}
+	e.order.enter(u)
 	// What else is in flight comes first: when the client hears of the error, the job is about to do what the policy says.
-	e.held = true
+	e.held = u
 	e.settle()
-	e.held = false
+	u, e.held = e.held, nil
+	if e.stop {
+		return
+	}
 	op, policy := e.Operation, e.Policy
 	if e.Side != nil {
 		op, policy = e.Side(u.err)
@@ -316,16 +349,15 @@ func (e *engine) failed(u unit) {
 	}
 	switch action {
 	case types.BlockErrorActionStop:
-		u.err = nil
-		e.retry = append(e.retry, u)
+		e.again(u)
 		return
 	case types.BlockErrorActionIgnore:
 		if e.RetryIgnored {
-			u.err = nil
-			e.retry = append(e.retry, u)
+			e.again(u)
 			return
 		}
-		e.count(u.ext.N)
+		u.n = u.ext.N
+		e.order.done(e.h, u)
 	case types.BlockErrorActionReport:
 		e.stop = true
 	}

@@ -136,7 +136,7 @@ func start(t *testing.T, b *bench, policy types.BlockdevOnError) (*jobs.Manager,
 	j, err := m.Create(jobs.Spec{ID: "j", Type: types.JobTypeStream, Block: true, ManualDismiss: true, Speed: b.speed,
 		Runner: runner(func(h *jobs.Handle) error {
 			h.SetRemaining(size)
-			return Run(h, Task{Gate: b, Size: size, Chunk: 3 * b.cell, Workers: 2, Look: b.look, Copy: b.copy, Guests: b.guests,
+			return Run(h, Task{Gate: b, Size: size, Chunk: 3 * b.cell, Workers: 2, Look: b.look, Copy: counted(b.copy), Guests: b.guests,
 				Operation: types.IoOperationTypeRead, Policy: policy})
 		})})
 	if err != nil {
@@ -336,7 +336,7 @@ func TestLookWithoutAnswer(t *testing.T) {
 	b := newBench(Data)
 	j, err := m.Create(jobs.Spec{ID: "j", Type: types.JobTypeStream, Block: true, ManualDismiss: true,
 		Runner: runner(func(h *jobs.Handle) error {
-			return Run(h, Task{Gate: b, Size: 10, Chunk: 10, Workers: 1, Copy: b.copy,
+			return Run(h, Task{Gate: b, Size: 10, Chunk: 10, Workers: 1, Copy: counted(b.copy),
 				Look: func(*blk.Req, int64, int64) (Extent, error) { return Extent{}, nil }})
 		})})
 	if err != nil {
@@ -424,11 +424,11 @@ func TestEmptyPartsArePassedInFewSteps(t *testing.T) {
 						}
 						panic("beyond the end")
 					},
-					Copy: func(_ *blk.Req, off int64, e Extent) error {
+					Copy: counted(func(_ *blk.Req, off int64, e Extent) error {
 						copied[e.Action] += e.N
 						most[e.Action] = max(most[e.Action], e.N)
 						return nil
-					}})
+					})})
 			})})
 			if err != nil {
 				t.Fatal(err)

@@ -279,7 +279,8 @@ func (j *job) copyDirty(ctx context.Context, h *jobs.Handle) error {
 	return copy.Run(h, copy.Task{
 		Gate: &gates{job: j, ctx: ctx, with: map[*blk.Req]*blk.Req{}}, Size: j.Source.Size(), Workers: workers, Chunk: chunk, LongZeroes: true,
 		Look: func(r *blk.Req, off, _ int64) (copy.Extent, error) { return j.look(r, off, chunk) },
-		Copy: func(r *blk.Req, off int64, e copy.Extent) error { return j.copy(r, off, e.N) },
+		// It counts by itself, as it may have to do what is done once more.
+		Copy: func(r *blk.Req, off int64, e copy.Extent) (int64, error) { return 0, j.copy(r, off, e.N) },
 		Side: j.side, Uncounted: true, RetryIgnored: true,
 	})
 }

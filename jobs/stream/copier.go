@@ -46,7 +46,11 @@ func (c *copier) look(r *blk.Req, off, n int64) (copy.Extent, error) {
 }
 
 // copy implements copy.Task.Copy. The lock keeps guest writes out; what they wrote before it is skipped.
-func (c *copier) copy(r *blk.Req, off int64, e copy.Extent) error {
+func (c *copier) copy(r *blk.Req, off int64, e copy.Extent) (int64, error) {
+	return copy.All(e.N, c.copyAll(r, off, e))
+}
+
+func (c *copier) copyAll(r *blk.Req, off int64, e copy.Extent) error {
 	lock, err := c.target.LockRange(r, off, e.N)
 	if err != nil {
 		return err

@@ -161,7 +161,15 @@ func (s *State) clean(off, n int64) bool {
 
 // Copy copies what is to do of the clusters that [off, off+n) touches, and waits for those that others copy. Errors: *graph.CopyError, with the
 // clusters to do again; the cause of the end of r's context; blk.ErrWouldBlock.
-func (s *State) Copy(r *blk.Req, off, n int64) error {
+func (s *State) Copy(r *blk.Req, off, n int64) error { return s.copyAll(r, off, n, s.copied) }
+
+// CopyCounting is Copy that returns how much it has copied by itself, as Bitmap.Count counts, instead of telling OnCopied.
+func (s *State) CopyCounting(r *blk.Req, off, n int64) (copied int64, err error) {
+	err = s.copyAll(r, off, n, func(n int64) { copied += n })
+	return copied, err
+}
+
+func (s *State) copyAll(r *blk.Req, off, n int64, copied func(n int64)) error {
 	lo := blk.AlignDown(off, s.cluster)
 	end := min(blk.AlignUp(off+n, s.cluster), s.pending.Size())
 	for lo < end {
@@ -187,7 +195,7 @@ func (s *State) Copy(r *blk.Req, off, n int64) error {
 			return s.waitReaders(r, lo, end)
 		}
 		err := s.copy(r, c)
-		s.release(c, err)
+		s.release(c, err, copied)
 		if err != nil {
 			return err
 		}
@@ -213,19 +221,20 @@ func (s *State) SameZeroes(r *blk.Req, off, n int64) int64 {
 
 // SkipZeroes is Copy for a range of any length that SameZeroes has found, and on whose target nothing has to be allocated. What is not zeroes any more stays to
 // do.
-func (s *State) SkipZeroes(r *blk.Req, off, n int64) {
+func (s *State) SkipZeroes(r *blk.Req, off, n int64) (skipped int64) {
 	for end := off + n; off < end; {
 		c, _ := s.take(off, end, n)
 		if c == nil {
-			return // others copy the rest
+			break // others copy the rest
 		}
 		off = c.off + c.n
 		var err error
 		if s.SameZeroes(r, c.off, c.n) < c.n {
 			err = errNotSame
 		}
-		s.release(c, err)
+		s.release(c, err, func(n int64) { skipped += n })
 	}
+	return skipped
 }
 
 var errNotSame = errors.New("not zeroes any more")
@@ -307,14 +316,14 @@ func (s *State) waitReaders(r *blk.Req, lo, end int64) error {
 	}
 }
 
-func (s *State) release(c *running, err error) {
+func (s *State) release(c *running, err error, copied func(n int64)) {
 	if err == nil {
 		s.done.Set(c.off, c.n)
 	}
 	s.mu.Lock()
 	switch {
-	case err == nil && s.copied != nil:
-		s.copied(s.counted(c))
+	case err == nil && copied != nil:
+		copied(s.counted(c))
 	case err != nil:
 		s.pending.Set(c.off, c.n) // also what was given up meanwhile: it may be copied, but need not
 		s.failed.Add(1)
