@@ -272,3 +272,22 @@ func TestReopenThrottle(t *testing.T) {
 	stop.Store(true)
 	wg.Wait()
 }
+
+// A node that is named twice, with children of different drivers: the options cannot be merged.
+func TestReopenTwiceWithOtherChildren(t *testing.T) {
+	dir := t.TempDir()
+	create(t, dir+"/a", "", "")
+	m := newManager(t, Config{})
+	file := `{'driver': 'file', 'filename': '` + dir + `/a'}`
+	q := func(file, more string) string {
+		return `{'driver': 'qcow2', 'node-name': 'q', 'file': ` + file + more + `}`
+	}
+	mustAdd(t, m, q(file, ""))
+	raw := `{'driver': 'raw', 'file': ` + file + `}`
+	for _, two := range [][]string{{q(file, ""), q(raw, "")}, {q(raw, ""), q(file, "")}} {
+		if err := reopen(t, m, two...); err == nil {
+			t.Errorf("%s is accepted", two)
+		}
+	}
+	mustReopen(t, m, q(file, `, 'overlap-check': 'all'`), q(file, `, 'overlap-check': {'template': 'none'}`))
+}
