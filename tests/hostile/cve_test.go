@@ -1,7 +1,13 @@
 package hostile
 
 import (
+	"bytes"
+	"errors"
+	"os"
+	"path/filepath"
+	"regexp"
 	"strings"
+	"syscall"
 	"testing"
 
 	"qblockd/tests/daemon"
@@ -35,7 +41,7 @@ var known = []struct {
 		"refcount.after = the most", "refcount.data = the most", "reftable[0] = 0"}},
 	// Work without bound: a few kilobytes that say the same over and over.
 	{"2015_4106_like", []string{"v3-64k", "width-1-2m"}, []string{"reftable = 8 MiB that name refblock",
-		"reftable = 8 MiB that name data",
+		"reftable = 8 MiB that name data", "reftable = 8 MiB that name an empty block, after 0x0", "l1 = 262144 entries that name one table, flags 0x0",
 		"size = 2^50 and as many tables", "bitmaps = 600 with names of 6 bytes and 1048576 entries, flags 2",
 		"snapshots = 65535 with IDs of 5 and names of 1 bytes"}},
 }
@@ -78,4 +84,88 @@ func TestCVE(t *testing.T) {
 		})
 	}
 	w.h.t = t
+}
+
+// TestCVE_2008_0928: requests that begin or end beyond the end of a disk fail, whatever their numbers add up to, and change nothing.
+func TestCVE_2008_0928(t *testing.T) {
+	const size = 1 << 20
+	dir := t.TempDir()
+	for name, b := range map[string][]byte{"raw": bytes.Repeat([]byte{7}, size), "behind": bytes.Repeat([]byte{9}, 2*size)} {
+		if err := os.WriteFile(filepath.Join(dir, name), b, 0o600); err != nil {
+			t.Fatal(err)
+		}
+	}
+	if err := NewBase(Spec{Version: 3, ClusterBits: 16, Order: 4, Size: size}).WriteTo(filepath.Join(dir, "qcow2")); err != nil {
+		t.Fatal(err)
+	}
+	d := daemon.Start(t, dir, "--blockdev", "file,node-name=raw,filename=raw", "--export", "nbd,id=raw,node-name=raw,writable=on",
+		"--blockdev", "qcow2,node-name=qcow2,file.driver=file,file.filename=qcow2", "--export", "nbd,id=qcow2,node-name=qcow2,writable=on",
+		// A window: behind it the file goes on.
+		"--blockdev", "raw,node-name=part,size=1048576,file.driver=file,file.filename=behind", "--export", "nbd,id=part,node-name=part,writable=on")
+	for _, export := range []string{"raw", "qcow2", "part"} {
+		n, err := d.DialNBD(export)
+		if err != nil {
+			t.Fatal(err)
+		}
+		before := make([]byte, size)
+		if err := n.ReadAt(before, 0); err != nil {
+			t.Fatal(err)
+		}
+		buf := bytes.Repeat([]byte{1}, 4096)
+		for _, off := range []int64{size - 512, size, size + 512, 1 << 40, 1<<63 - 4096, -1 << 63, -4096, -512} {
+			for what, f := range map[string]func() error{
+				"read":  func() error { return n.ReadAt(make([]byte, 4096), off) },
+				"write": func() error { return n.WriteAt(buf, off) },
+				"fua":   func() error { return n.WriteFUA(buf, off) },
+				"zero":  func() error { return n.Zero(off, 4096) },
+				"trim":  func() error { return n.Trim(off, 4096) },
+			} {
+				var errno syscall.Errno
+				if err := f(); !errors.As(err, &errno) {
+					t.Fatalf("%s: %s of 4096 bytes at %#x: %v", export, what, uint64(off), err)
+				}
+			}
+		}
+		after := make([]byte, size)
+		if err := n.ReadAt(after, 0); err != nil || !bytes.Equal(before, after) {
+			t.Errorf("%s: its content has changed, %v", export, err)
+		}
+		n.Close()
+	}
+	d.Stop(t)
+	if b, err := os.ReadFile(filepath.Join(dir, "behind")); err != nil || len(b) != 2*size || bytes.Count(b, []byte{9}) != len(b) {
+		t.Error("what lies behind a window has changed")
+	}
+	if i, err := os.Stat(filepath.Join(dir, "raw")); err != nil || i.Size() != size {
+		t.Errorf("the file has another size: %v", err)
+	}
+}
+
+// TestCVETable: each test that the package comment names is there.
+func TestCVETable(t *testing.T) {
+	text, err := os.ReadFile("doc.go")
+	if err != nil {
+		t.Fatal(err)
+	}
+	rows := regexp.MustCompile(`(?m)^//\tCVE-\S+ .* (\S+) (Test\w+)$`).FindAllSubmatch(text, -1)
+	if len(rows) < 13 {
+		t.Errorf("%d rows", len(rows))
+	}
+	for _, row := range rows {
+		files, err := filepath.Glob(filepath.Join("../..", string(row[1]), "*_test.go"))
+		if err != nil {
+			t.Fatal(err)
+		}
+		found := false
+		for _, f := range files {
+			b, err := os.ReadFile(f)
+			if err != nil {
+				t.Fatal(err)
+			}
+			found = found || bytes.Contains(b, []byte("func "+string(row[2])+"("))
+		}
+		if !found {
+			t.Errorf("%s has no %s", row[1], row[2])
+		}
+	}
 }

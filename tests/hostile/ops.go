@@ -5,6 +5,7 @@ import (
 	"fmt"
 	"maps"
 	"os"
+	"slices"
 	"time"
 
 	"qblockd/tests/daemon"
@@ -398,6 +399,11 @@ func (r *run) top() string {
 	return r.nodes[len(r.nodes)-1]
 }
 
+// hides tells whether the image may have data behind the end of its disk.
+func (r *run) hides() bool {
+	return slices.ContainsFunc(r.c.Damages, func(d *Damage) bool { return d.Field == "size" })
+}
+
 func (r *run) resize() error {
 	cs := r.c.Base.cs()
 	sizes := []int64{r.size + cs, r.size + 512, r.size * 2, r.size - cs, r.size - 512, r.size / 2, 0, 512, r.c.Base.Size, 1 << 30, 1 << 40, 1 << 56, 1 << 61}
@@ -423,7 +429,7 @@ func (r *run) resize() error {
 	if to < r.size {
 		r.m.forget(to, 1<<62)
 	}
-	for s := r.size / sector; to > r.size && s < min(to/sector, r.size/sector+4096); s++ {
+	for s := r.size / sector; !r.hides() && to > r.size && s < min(to/sector, r.size/sector+4096); s++ {
 		r.m.may[s] = []uint64{r.m.zero}
 		r.m.written[s], r.m.touched[s] = true, true
 	}
