@@ -45,6 +45,8 @@ type config struct {
 	keeper bitmapKeeper
 	// debug is told of steps before they are taken; may be nil.
 	debug func(r *blk.Req, e blk.DebugEvent)
+	// vetSteps are what the first and each further step of a survey read of L2 tables, in bytes; 0: firstStep and nextStep.
+	vetSteps [2]int64
 	// bare opens an image that is being created: nothing is refused or repaired.
 	bare bool
 }

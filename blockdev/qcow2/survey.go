@@ -1,6 +1,7 @@
 package qcow2
 
 import (
+	"cmp"
 	"fmt"
 
 	"qblockd/blockdev/qcow2/layout"
@@ -69,7 +70,7 @@ func (s *image) vet(r *blk.Req) error {
 	if v.c == nil {
 		return s.beginSurvey(r)
 	}
-	return s.stepSurvey(r, nextStep)
+	return s.stepSurvey(r, cmp.Or(s.vetSteps[1], nextStep))
 }
 
 // vetData is vet for who will not change metadata: it only begins.
@@ -107,7 +108,7 @@ func (s *image) beginSurvey(r *blk.Req) error {
 		return s.surveyFailed(r, err)
 	}
 	v.c = c
-	return s.stepSurvey(r, firstStep)
+	return s.stepSurvey(r, cmp.Or(s.vetSteps[0], firstStep))
 }
 
 // surveyFailed says what it means that a survey cannot go on; the error is that of the request.
@@ -140,7 +141,7 @@ func (s *image) stepSurvey(r *blk.Req, n int64) error {
 		}
 		v.walked, v.pages = true, v.c.t.order()
 	}
-	for k := n >> tallyBits; k > 0 && len(v.pages) > 0; k-- {
+	for k := max(n>>tallyBits, 1); k > 0 && len(v.pages) > 0; k-- {
 		if err := s.comparePage(r, v.pages[0]); err != nil {
 			return s.surveyFailed(r, err)
 		}
