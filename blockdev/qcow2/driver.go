@@ -2,6 +2,7 @@ package qcow2
 
 import (
 	"context"
+	"fmt"
 	"sync/atomic"
 
 	"qblockd/blockdev/qcow2/layout"
@@ -56,7 +57,7 @@ func Open(o *graph.Opening) (graph.Driver, error) {
 		unmap:     n.Options().Discard,
 		options:   runtimeOptions(opt),
 		corrupted: d.corrupted,
-		warn:      o.Warn,
+		warn:      func(msg string) { o.Warn(fmt.Sprintf("Node '%s': %s", n.Name(), msg)) },
 		allocated: d.fileAllocated,
 		changed:   n.Bump,
 		keeper:    nodeBitmaps{n},

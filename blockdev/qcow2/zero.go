@@ -114,6 +114,8 @@ func (s *image) readsZero(k layout.Kind, gc int64) bool {
 const (
 	turnEntries = 16 << 10
 	sliceCost   = 256
+	// maxDirty is the number of changed slices from which on it flushes.
+	maxDirty = 4096
 )
 
 // eachSlice calls f for the parts of guest clusters [from, to) that one L2 slice maps, with
@@ -125,6 +127,12 @@ func (s *image) eachSlice(r *blk.Req, from, to int64, create bool, f func(t *tab
 			did = 0
 			if err := ended(r); err != nil {
 				return err
+			}
+			if s.l2.ndirty >= maxDirty {
+				// A flush copies and checks what is dirty with mu held.
+				if err := s.flush(r); err != nil {
+					return err
+				}
 			}
 			s.mu.Unlock() // who has waited for a while gets it
 			s.mu.Lock()
