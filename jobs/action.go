@@ -12,9 +12,9 @@ import (
 // Action is one step of a QMP transaction, or a command that could be one. Its methods are called in this order,
 // each with no lock held:
 //
-//	Open (optional) --> Prepare --> Commit | Abort --> Clean
+//	Open (optional) --> Prepare --> Commit --> Start (optional) | Abort --> Clean
 //
-// The nodes of all actions are held (graph.Hold) from before the first Open until after the last Clean. Should one that an action names come into being in
+// The nodes of all actions are held (graph.Hold) from before the first Open until after the last Commit, or Clean. Should one that an action names come into being in
 // between, everything is undone and begun anew, with the same actions.
 //
 // All actions prepare in the order they were given, while the nodes of all are quiet; each sees what those before it have done,
@@ -25,7 +25,7 @@ type Action interface {
 	Nodes() []*graph.Node
 	// Prepare checks the action and makes its changes: those of the graph in tx, others in a way that Abort can undo.
 	Prepare(ctx context.Context, tx *graph.Tx) error
-	// Commit makes the changes final and starts jobs; the graph is as tx left it.
+	// Commit makes the changes final; the graph is as tx left it.
 	Commit()
 	Abort()
 	// Clean gives back what the action holds; called last in every case.
@@ -45,6 +45,9 @@ type Discreet interface{ Seen() []*graph.Node }
 
 // Holder is an Action that looks at, or changes, nodes that need not be quiet: they are held as well.
 type Holder interface{ Holds() []*graph.Node }
+
+// Starter is an Action that starts a job: after all Commits, with the nodes quiet but not held any more, as a job that ends at once holds them itself.
+type Starter interface{ Start() }
 
 // NoAction is an Action that does nothing, to embed in those that need few of the methods.
 type NoAction struct{}
@@ -156,6 +159,12 @@ func runHeld(ctx context.Context, g *graph.Graph, actions []Action) (turns int, 
 	}
 	for _, a := range actions {
 		a.Commit()
+	}
+	hold.Release()
+	for _, a := range actions {
+		if s, ok := a.(Starter); ok {
+			s.Start()
+		}
 	}
 	return len(actions), false, nil
 }

@@ -251,8 +251,11 @@ func (s *Step) attach(tx *graph.Tx) (err error) {
 	return nil
 }
 
-// Commit implements jobs.Action. The job is started, and paused as long as the nodes are quiet.
-func (s *Step) Commit() {
+// Commit implements jobs.Action.
+func (s *Step) Commit() {}
+
+// Start implements jobs.Starter. The job is paused as long as the nodes are quiet.
+func (s *Step) Start() {
 	s.mj.Hold()
 	s.release = s.m.Start(s.mj)
 	s.started = true

@@ -415,3 +415,25 @@ func TestFaults(t *testing.T) {
 		}
 	}
 }
+
+// canceller is a step of a transaction that cancels a job.
+type canceller struct {
+	jobs.NoAction
+	m *jobs.Manager
+}
+
+func (c canceller) Commit() { _ = c.m.Get("j").Cancel(true) }
+
+// A job that is cancelled before it has started ends while its command is still at it, and does not wait for that.
+func TestCancelledBeforeTheStart(t *testing.T) {
+	w := newWorld(t)
+	s := backup.NewStep(w.m, w.args())
+	if err := jobs.RunActions(context.Background(), w.g, canceller{m: w.m}, s); err != nil {
+		t.Fatal(err)
+	}
+	j := w.m.Get("j")
+	s.Release()
+	if err := w.end(j); !errors.Is(err, jobs.ErrCancelled) {
+		t.Error(err)
+	}
+}

@@ -223,6 +223,9 @@ func (s *backupStep) Commit() {
 	s.Step.Commit()
 }
 
+// Start implements jobs.Starter.
+func (s *backupStep) Start() { s.Step.Start() }
+
 // Abort implements jobs.Action.
 func (s *backupStep) Abort() {
 	if s.Step != nil {
