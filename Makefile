@@ -9,7 +9,7 @@ BENCH     ?=
 STATICCHECK := honnef.co/go/tools/cmd/staticcheck@v0.6.1
 
 .DEFAULT_GOAL := help
-.PHONY: help build run test tools check race lint fuzz meta geometry crash hostile load starts golden bench man generate generate-check tidy-check interop clean FORCE
+.PHONY: help build run test tools check race lint fuzz meta geometry crash hostile storm load starts golden bench man generate generate-check tidy-check interop clean FORCE
 
 help: ## list the targets
 	@sed -n 's/^\([a-z-]*\):.*## /\1\t/p' $(MAKEFILE_LIST) | expand -t 18
@@ -74,6 +74,13 @@ BINARY ?=
 
 hostile: ## CASES= damaged images, drawn from SEED=, on a real daemon (BINARY= another one than this tree's)
 	$(GO) test -count=1 -timeout 0 -v ./tests/hostile -run TestHunt -hostile.cases $(CASES) -hostile.seed $(SEED) -hostile.binary "$(BINARY)"
+
+STORM_TIME ?= 30m
+CLIENTS    ?= 6
+SUBJECT    ?=
+
+storm: ## all commands by CLIENTS= at once on few nodes, for STORM_TIME=, from SEED= on (SUBJECT= another binary than this tree's)
+	$(GO) test -count=1 -timeout 0 -v ./tests/storm -run TestStorm -storm.time $(STORM_TIME) -storm.clients $(CLIENTS) -storm.seed $(SEED) -storm.binary "$(SUBJECT)"
 
 STARTS ?= 2000
 

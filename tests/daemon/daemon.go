@@ -50,12 +50,18 @@ type Daemon struct {
 // at the end of the test if it is still there.
 func Start(t testing.TB, dir string, args ...string) *Daemon {
 	t.Helper()
+	return StartBinary(t, Binary(t), dir, args...)
+}
+
+// StartBinary is Start of another daemon than that of the tree under test.
+func StartBinary(t testing.TB, bin, dir string, args ...string) *Daemon {
+	t.Helper()
 	d := &Daemon{Dir: dir, done: make(chan struct{})}
 	all := append([]string{
 		"--pidfile", d.Pidfile(), "--nbd-server", "addr.type=unix,addr.path=" + d.NBDSocket(),
 		"--chardev", "socket,id=mon,server=on,wait=off,path=" + d.QMPSocket(), "--monitor", "mon",
 	}, args...)
-	d.Cmd = exec.Command(Binary(t), all...)
+	d.Cmd = exec.Command(bin, all...)
 	d.Cmd.Dir = dir
 	d.Cmd.Stderr = &d.Stderr
 	if err := d.Cmd.Start(); err != nil {

@@ -1,0 +1,369 @@
+package storm
+
+import (
+	"fmt"
+	"math/rand/v2"
+	"path/filepath"
+)
+
+// M is a JSON object.
+type M = map[string]any
+
+// gen makes commands at random.
+type gen struct {
+	r   *rand.Rand
+	dir string
+}
+
+// made is a command and what its success means for objects.
+type made struct {
+	name  string
+	args  M
+	steps map[string]step // by object; of a command that succeeds
+	// If it fails with a text that ends like this, that says something, too.
+	texts map[string]map[string]step
+}
+
+func (g *gen) pick(l ...string) string { return l[g.r.IntN(len(l))] }
+func (g *gen) one(n int) bool          { return g.r.IntN(n) == 0 }
+func (g *gen) file(name string) string { return filepath.Join(g.dir, name) }
+
+// Names, few of them.
+func (g *gen) chain() string  { return g.pick("d0", "o0", "o1", "o2", "m0", "m1") } // what guests of d0 see
+func (g *gen) target() string { return g.pick("t0", "t1", "fe") }
+func (g *gen) free() string   { return g.pick("t0", "t1", "fe", "v0", "v1", "d4", "x0", "x1", "x2") }
+func (g *gen) any() string    { return g.pick(g.chain(), g.free(), "d1", "d2", "d3") }
+func (g *gen) job() string    { return g.pick("j0", "j1", "j2", "j3") }
+func (g *gen) bitmap() string { return g.pick("b0", "b1", "b2") }
+func (g *gen) snap() string   { return g.pick("s0", "s1", "s2") }
+
+// bits of the sources src0, src1, src2 of d1: how many granules each has is told by the number of what is dirty.
+var bits = []int64{1, 2, 4}
+
+func bitmapObject(name string) string     { return "bitmap d1/" + name }
+func snapObject(node, name string) string { return "snapshot " + node + "/" + name }
+func is(obj, what string) map[string]step { return map[string]step{obj: {what: what, ok: true}} }
+func (g *gen) qcow2(node, file string) M {
+	return M{"driver": "qcow2", "node-name": node, "backing": nil, "file": M{"driver": "file", "filename": g.file(file)}}
+}
+
+// generators make the commands of the schema that change something.
+var generators = map[string]func(g *gen) made{
+	"blockdev-add": func(g *gen) made {
+		switch g.r.IntN(4) {
+		case 0:
+			v := g.pick("v0", "v1")
+			return made{args: g.qcow2(v, v)}
+		case 1:
+			return made{args: M{"driver": "raw", "node-name": g.pick("x0", "x1", "x2") + "r", "file": g.free()}}
+		}
+		x := g.pick("x0", "x1", "x2")
+		return made{args: M{"driver": "null-co", "node-name": x, "size": diskSize}, steps: is("node "+x, "make"),
+			texts: map[string]map[string]step{"Duplicate nodes with node-name='" + x + "'": is("node "+x, "is there")}}
+	},
+	"blockdev-del": func(g *gen) made {
+		if g.one(3) {
+			return made{args: M{"node-name": g.pick("v0", "v1", "x0r", "x1r", "x2r", "o0", "o1", "m0", "m1")}}
+		}
+		x := g.pick("x0", "x1", "x2")
+		return made{args: M{"node-name": x}, steps: is("node "+x, "drop"),
+			texts: map[string]map[string]step{"Failed to find node with node-name='" + x + "'": is("node "+x, "is not there")}}
+	},
+	"blockdev-reopen": func(g *gen) made {
+		var l []M
+		for range 1 + g.r.IntN(2) {
+			n := g.pick("d1", "d1", "d2", "d3", "d0")
+			o := g.qcow2(n, n)
+			o["file"] = n + "-file"
+			o["cache-size"] = 1 << (17 + g.r.IntN(5))
+			if g.one(3) {
+				o["file"] = M{"driver": "file", "node-name": n + "-file", "filename": g.file(n), "cache": M{"no-flush": g.one(2)}}
+			}
+			if g.one(4) {
+				o = M{"driver": "file", "node-name": n + "-file", "filename": g.file(n), "cache": M{"no-flush": g.one(2)}}
+			}
+			if g.one(6) && (n == "d1" || n == "d2") {
+				o["read-only"] = true
+			}
+			l = append(l, o)
+		}
+		return made{args: M{"options": l}}
+	},
+	"block_resize": func(g *gen) made {
+		if g.one(3) {
+			return made{args: M{"node-name": g.any(), "size": diskSize}}
+		}
+		n := int64(1+g.r.IntN(8)) << 20
+		return made{args: M{"node-name": "d2", "size": n}, steps: map[string]step{"size d2": {what: "size", n: n, ok: true}}}
+	},
+	"block-set-write-threshold": func(g *gen) made { return made{args: M{"node-name": g.any(), "write-threshold": g.r.IntN(diskSize)}} },
+	"x-blockdev-set-iothread": func(g *gen) made {
+		var io any
+		if g.one(2) {
+			io = g.pick("ob0", "ob1")
+		}
+		return made{args: M{"node-name": g.any(), "iothread": io, "force": g.one(2)}}
+	},
+	"blockdev-create": func(g *gen) made {
+		if g.one(2) {
+			return made{args: M{"job-id": g.job(), "options": M{"driver": "file", "filename": g.file("y0"), "size": 1 << 20}}}
+		}
+		return made{args: M{"job-id": g.job(), "options": M{"driver": "qcow2", "file": "y0", "size": 1 << 20}}}
+	},
+	"x-blockdev-amend": func(g *gen) made {
+		return made{args: M{"job-id": g.job(), "node-name": g.any(), "options": M{"driver": "qcow2"}}}
+	},
+
+	"block-dirty-bitmap-add": func(g *gen) made {
+		if g.one(3) {
+			return made{args: M{"node": g.any(), "name": "b9", "persistent": g.one(2)}}
+		}
+		b := g.bitmap()
+		return made{args: M{"node": "d1", "name": b, "persistent": g.one(2), "granularity": granule, "disabled": g.one(2)}, steps: is(bitmapObject(b), "make"),
+			texts: map[string]map[string]step{"Bitmap already exists: " + b: is(bitmapObject(b), "is there")}}
+	},
+	"block-dirty-bitmap-remove":  func(g *gen) made { return g.onBitmap("drop") },
+	"block-dirty-bitmap-clear":   func(g *gen) made { return g.onBitmap("clear") },
+	"block-dirty-bitmap-enable":  func(g *gen) made { return g.onBitmap("is there") },
+	"block-dirty-bitmap-disable": func(g *gen) made { return g.onBitmap("is there") },
+	"block-dirty-bitmap-merge": func(g *gen) made {
+		if g.one(3) {
+			return made{args: M{"node": g.any(), "target": "b9", "bitmaps": []any{M{"node": g.any(), "name": "b9"}, M{"node": "d3", "name": "gb"}}}}
+		}
+		m, k := g.onBitmap("merge"), g.r.IntN(len(bits))
+		m.args["target"] = m.args["name"]
+		delete(m.args, "name")
+		m.args["bitmaps"] = []any{fmt.Sprint("src", k)}
+		for o := range m.steps {
+			m.steps[o] = step{what: "merge", n: bits[k], ok: true}
+		}
+		return m
+	},
+	"x-debug-block-dirty-bitmap-sha256": func(g *gen) made { return g.onBitmap("is") },
+
+	"blockdev-snapshot-internal-sync": func(g *gen) made {
+		n, s := g.pick("d1", "d1", "d2"), g.snap()
+		if g.one(5) {
+			n = g.any()
+		}
+		m := made{args: M{"device": n, "name": s}}
+		if n == "d1" || n == "d2" {
+			m.steps = is(snapObject(n, s), "make")
+			m.texts = map[string]map[string]step{"Snapshot with name '" + s + "' already exists on device '" + n + "'": is(snapObject(n, s), "is there")}
+		}
+		return m
+	},
+	"blockdev-snapshot-delete-internal-sync": func(g *gen) made {
+		n, s := g.pick("d1", "d1", "d2"), g.snap()
+		return made{args: M{"device": n, "name": s}, steps: is(snapObject(n, s), "drop"), texts: map[string]map[string]step{
+			"Snapshot with id 'null' and name '" + s + "' does not exist on device '" + n + "'": is(snapObject(n, s), "is not there")}}
+	},
+	"blockdev-snapshot-sync": func(g *gen) made {
+		o := g.pick("o0", "o1", "o2")
+		return made{args: M{"node-name": g.pick("d0", g.chain(), "d4", "t0"), "snapshot-node-name": o, "snapshot-file": g.file(o)}}
+	},
+	"blockdev-snapshot": func(g *gen) made { return made{args: M{"node": g.free(), "overlay": g.pick("v0", "v1")}} },
+
+	"transaction": nil, // is made of others
+
+	"blockdev-backup": func(g *gen) made {
+		a := g.jobArgs(M{"device": g.pick(g.any(), "d3", "d1"), "target": g.target(), "sync": g.pick("full", "top", "none")})
+		if g.one(2) {
+			a["device"], a["sync"], a["bitmap"] = "d3", "incremental", "inc"
+		} else if g.one(2) {
+			a["device"], a["sync"], a["bitmap"], a["bitmap-mode"] = "d1", "bitmap", g.bitmap(), "never"
+		}
+		if a["device"] != "d1" && a["device"] != "d2" {
+			a["target"] = g.pick("t0", "t1") // where copying before guests' writes does not fail: those would
+		}
+		return made{args: a}
+	},
+	"drive-backup": func(g *gen) made {
+		return made{args: g.jobArgs(M{"device": g.any(), "target": g.file(g.pick("f0", "f1")), "format": g.pick("raw", "qcow2"), "sync": "full"})}
+	},
+	"blockdev-mirror": func(g *gen) made {
+		a := M{"device": g.pick("d1", "d2", "d4"), "target": g.target(), "sync": "full"}
+		if g.one(2) {
+			a = M{"device": g.chain(), "target": g.pick("m0", "m1"), "sync": "full", "copy-mode": g.pick("background", "write-blocking")}
+		}
+		return made{args: g.jobArgs(a)}
+	},
+	"drive-mirror": func(g *gen) made {
+		return made{args: g.jobArgs(M{"device": g.pick("d2", "d4", "t0"), "target": g.file(g.pick("f0", "f1")), "format": "qcow2", "sync": "full"})}
+	},
+	"block-stream": func(g *gen) made {
+		a := M{"device": g.pick(g.chain(), "v0", "v1")}
+		if g.one(2) {
+			a["base-node"] = g.chain()
+		}
+		return made{args: g.jobArgs(a)}
+	},
+	"block-commit": func(g *gen) made {
+		a := M{"device": g.pick(g.chain(), "v0", "v1")}
+		if g.one(2) {
+			a["base-node"] = g.chain()
+		}
+		if g.one(2) {
+			a["top-node"] = g.chain()
+		}
+		return made{args: g.jobArgs(a)}
+	},
+	"change-backing-file": func(g *gen) made {
+		o := g.pick("o0", "o1", "o2")
+		return made{args: M{"device": g.chain(), "image-node-name": o, "backing-file": g.file(g.pick("d0", "o0", "o1"))}}
+	},
+
+	"job-pause":          func(g *gen) made { return made{args: M{"id": g.job()}} },
+	"job-resume":         func(g *gen) made { return made{args: M{"id": g.job()}} },
+	"job-cancel":         func(g *gen) made { return made{args: M{"id": g.job()}} },
+	"job-complete":       func(g *gen) made { return made{args: M{"id": g.job()}} },
+	"job-finalize":       func(g *gen) made { return made{args: M{"id": g.job()}} },
+	"job-dismiss":        func(g *gen) made { return made{args: M{"id": g.job()}} },
+	"block-job-pause":    func(g *gen) made { return made{args: M{"device": g.job()}} },
+	"block-job-resume":   func(g *gen) made { return made{args: M{"device": g.job()}} },
+	"block-job-cancel":   func(g *gen) made { return made{args: M{"device": g.job(), "force": g.one(2)}} },
+	"block-job-complete": func(g *gen) made { return made{args: M{"device": g.job()}} },
+	"block-job-finalize": func(g *gen) made { return made{args: M{"id": g.job()}} },
+	"block-job-dismiss":  func(g *gen) made { return made{args: M{"id": g.job()}} },
+	"block-job-set-speed": func(g *gen) made {
+		return made{args: M{"device": g.job(), "speed": g.r.IntN(2) * (1 << 20)}}
+	},
+	"block-job-change": func(g *gen) made {
+		return made{args: M{"id": g.job(), "type": "mirror", "copy-mode": g.pick("background", "write-blocking")}}
+	},
+
+	"block-export-add": func(g *gen) made {
+		e := g.pick("e8", "e9")
+		a := M{"type": "nbd", "id": e, "name": e, "node-name": g.any()}
+		if g.one(3) {
+			a["node-name"], a["bitmaps"] = "d1", []any{g.bitmap()}
+		}
+		return made{args: a, steps: is("export "+e, "make"), texts: map[string]map[string]step{"Block export id '" + e + "' is already in use": is("export "+e, "is there")}}
+	},
+	"block-export-del": func(g *gen) made { // that it is gone is told by an event: some time after the command
+		e := g.pick("e8", "e9")
+		return made{args: M{"id": e, "mode": g.pick("hard", "safe")}, steps: map[string]step{"export " + e: {what: "drop"}}}
+	},
+	"nbd-server-add":    func(g *gen) made { return made{args: M{"device": g.free()}} },
+	"nbd-server-remove": func(g *gen) made { return made{args: M{"name": g.free(), "mode": "hard"}} },
+
+	"object-add": func(g *gen) made {
+		return made{args: M{"qom-type": g.pick("iothread", "throttle-group"), "id": g.pick("ob0", "ob1")}}
+	},
+	"object-del": func(g *gen) made { return made{args: M{"id": g.pick("ob0", "ob1")}} },
+	"qom-set": func(g *gen) made {
+		return made{args: M{"path": "/objects/" + g.pick("ob0", "ob1"), "property": "x-iops-total", "value": g.r.IntN(1000)}}
+	},
+	"chardev-add": func(g *gen) made {
+		return made{args: M{"id": g.pick("c0", "c1"), "backend": M{"type": "ringbuf", "data": M{}}}}
+	},
+	"chardev-change": func(g *gen) made {
+		return made{args: M{"id": g.pick("c0", "c1"), "backend": M{"type": "null", "data": M{}}}}
+	},
+	"chardev-remove":     func(g *gen) made { return made{args: M{"id": g.pick("c0", "c1")}} },
+	"chardev-send-break": func(g *gen) made { return made{args: M{"id": g.pick("c0", "c1")}} },
+	"ringbuf-write":      func(g *gen) made { return made{args: M{"device": g.pick("c0", "c1"), "data": "x"}} },
+	"ringbuf-read":       func(g *gen) made { return made{args: M{"device": g.pick("c0", "c1"), "size": 10}} },
+
+	// Queries see what is half done, and must not mind.
+	"query-named-block-nodes": func(g *gen) made { return made{args: M{"flat": g.one(2)}} },
+	"query-block":             func(*gen) made { return made{} },
+	"query-blockstats":        func(*gen) made { return made{args: M{"query-nodes": true}} },
+	"query-jobs":              func(*gen) made { return made{} },
+	"query-block-jobs":        func(*gen) made { return made{} },
+	"query-block-exports":     func(*gen) made { return made{} },
+	"query-chardev":           func(*gen) made { return made{} },
+	"qom-list":                func(*gen) made { return made{args: M{"path": "/objects"}} },
+	"qom-get": func(g *gen) made {
+		return made{args: M{"path": "/objects/" + g.pick("ob0", "ob1"), "property": "type"}}
+	},
+	"x-debug-query-block-graph": func(*gen) made { return made{} },
+}
+
+// generate makes a command.
+func (g *gen) generate(name string) made {
+	if f := generators[name]; f != nil {
+		return f(g)
+	}
+	return g.transaction()
+}
+
+// leftOut are the commands that clients of a storm do not send.
+var leftOut = map[string]string{
+	"qmp_capabilities":       "sent once by each client",
+	"quit":                   "how each storm ends",
+	"nbd-server-stop":        "ends all guests: after the storm",
+	"nbd-server-start":       "after the storm, as the server runs meanwhile",
+	"query-chardev-backends": "shows what never changes",
+	"query-commands":         "shows what never changes",
+	"query-qmp-schema":       "shows what never changes",
+	"query-version":          "shows what never changes",
+	"qom-list-properties":    "shows what never changes",
+	"qom-list-types":         "shows what never changes",
+}
+
+// weights of commands that are sent more often than once in a while.
+var weights = map[string]int{
+	"block-dirty-bitmap-add": 6, "block-dirty-bitmap-remove": 4, "block-dirty-bitmap-clear": 4, "block-dirty-bitmap-merge": 8, "x-debug-block-dirty-bitmap-sha256": 6,
+	"blockdev-snapshot-internal-sync": 8, "blockdev-snapshot-delete-internal-sync": 8, "block_resize": 8, "blockdev-reopen": 8, "transaction": 12,
+	"blockdev-add": 6, "blockdev-del": 6, "block-export-add": 4, "block-export-del": 4, "blockdev-backup": 10, "blockdev-mirror": 6, "block-stream": 4, "block-commit": 4,
+	"blockdev-snapshot-sync": 4, "job-complete": 4, "block-job-complete": 4, "job-finalize": 4, "job-dismiss": 6, "job-cancel": 4, "block-job-cancel": 4, "query-named-block-nodes": 4,
+}
+
+func (g *gen) jobArgs(a M) M {
+	a["job-id"] = g.job()
+	if g.one(4) {
+		a["auto-finalize"] = false
+	}
+	if g.one(6) {
+		a["auto-dismiss"] = false
+	}
+	if g.one(3) {
+		a["speed"] = 1 << 20
+	}
+	return a
+}
+
+// onBitmap is a command on a bitmap of d1; now and then on one elsewhere.
+func (g *gen) onBitmap(what string) made {
+	if g.one(5) {
+		return made{args: M{"node": g.any(), "name": "b9"}}
+	}
+	b := g.bitmap()
+	return made{args: M{"node": "d1", "name": b}, steps: is(bitmapObject(b), what),
+		texts: map[string]map[string]step{"Dirty bitmap '" + b + "' not found": is(bitmapObject(b), "is not there")}}
+}
+
+// steps of a transaction, by the name that they have there.
+var transactionSteps = []string{
+	"block-dirty-bitmap-add", "block-dirty-bitmap-remove", "block-dirty-bitmap-clear", "block-dirty-bitmap-enable", "block-dirty-bitmap-disable", "block-dirty-bitmap-merge",
+	"block-dirty-bitmap-merge", "block-dirty-bitmap-clear", "blockdev-snapshot-internal-sync", "blockdev-snapshot-internal-sync", "blockdev-backup", "blockdev-snapshot-sync", "blockdev-snapshot",
+}
+
+func (g *gen) transaction() made {
+	all := made{steps: map[string]step{}}
+	var l []M
+	for range 1 + g.r.IntN(4) {
+		name := transactionSteps[g.r.IntN(len(transactionSteps))]
+		m := generators[name](g)
+		same := false
+		for o := range m.steps {
+			_, has := all.steps[o]
+			same = same || has
+		}
+		if same {
+			continue // one step for an object: the model does not know their order
+		}
+		for o, s := range m.steps {
+			all.steps[o] = s
+		}
+		l = append(l, M{"type": name, "data": m.args})
+	}
+	if g.one(3) {
+		at := g.r.IntN(len(l) + 1)
+		l = append(l[:at:at], append([]M{{"type": "abort", "data": M{}}}, l[at:]...)...)
+		all.steps = nil
+	}
+	all.args = M{"actions": l}
+	return all
+}
