@@ -3,6 +3,7 @@ package qmp
 import (
 	"errors"
 	"io"
+	"sync"
 	"sync/atomic"
 	"syscall"
 	"time"
@@ -42,6 +43,7 @@ func NewConn(c io.ReadWriteCloser) Conn {
 type polledConn struct {
 	pollable
 	raw      syscall.RawConn
+	stopping sync.Mutex  // held while stopped and the deadline that goes with it change
 	stopped  atomic.Bool // StopWait was called
 	tryWrite func(fd uintptr) bool
 
@@ -101,6 +103,8 @@ func (c *polledConn) WaitHangup() bool {
 		hup = err == nil && n > 0 && p[0].Revents&(unix.POLLHUP|unix.POLLERR) != 0
 		return hup
 	})
+	c.stopping.Lock()
+	defer c.stopping.Unlock()
 	if c.stopped.Swap(false) {
 		_ = c.SetReadDeadline(time.Time{}) // the connection works or is closed
 	} else if err != nil {
@@ -111,6 +115,9 @@ func (c *polledConn) WaitHangup() bool {
 
 // StopWait implements HangupWaiter.
 func (c *polledConn) StopWait() {
+	// Both or none is seen by WaitHangup as it ends, else the deadline would stay and end the connection.
+	c.stopping.Lock()
+	defer c.stopping.Unlock()
 	c.stopped.Store(true)
 	// Makes the runtime call WaitHangup's function, or return at once, also if it is not there yet.
 	_ = c.SetReadDeadline(time.Unix(1, 0))
