@@ -29,8 +29,11 @@ import (
 	"qblockd/schema/types"
 )
 
-// workers copy extents at the same time, unless fewer are asked for.
-const workers = 2
+// workers copy extents at the same time where nobody says how many, mostWorkers at most. A worker takes up to copybeforewrite.MaxCopy of memory.
+const (
+	workers     = 2
+	mostWorkers = 64
+)
 
 // Args says what to back up. Source, Target and Bitmap were looked up by the caller, who has checked that the modes fit together.
 type Args struct {
@@ -331,7 +334,7 @@ func (j *job) Run(ctx context.Context, h *jobs.Handle) error {
 	}
 	t.Chunk = max(t.Chunk, j.driver.Cluster())
 	if j.MaxWorkers != nil {
-		t.Workers = int(min(int64(t.Workers), *j.MaxWorkers))
+		t.Workers = int(min(mostWorkers, *j.MaxWorkers))
 	}
 	t.Look = func(r *blk.Req, off, _ int64) (copy.Extent, error) { return j.look(h, r, off, t.Chunk) }
 	for {

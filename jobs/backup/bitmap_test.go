@@ -6,6 +6,7 @@ import (
 	"errors"
 	"fmt"
 	"strings"
+	"sync"
 	"syscall"
 	"testing"
 
@@ -160,6 +161,42 @@ func (w *world) until(s types.JobStatus) {
 	for range w.states {
 		if l := w.m.Query(); len(l) == 1 && l[0].Status == s {
 			return
+		}
+	}
+}
+
+// As many extents are copied at the same time as max-workers says, and each is as long as max-chunk lets it be.
+func TestWorkersAndChunks(t *testing.T) {
+	for _, n := range []int64{1, 5, 30} {
+		w := newWorld(t)
+		w.from.Poke(0, bytes.Repeat([]byte{1}, size)) // all data
+		w.want = w.from.Bytes()
+		var mu sync.Mutex
+		inside, most := int64(0), int64(0)
+		met := make(chan struct{}) // closed when as many as may have come together
+		w.toF.Hook(func(op drivertest.Op, _, k int64) {
+			if op != drivertest.OpWrite {
+				return
+			}
+			mu.Lock()
+			if inside++; inside > most {
+				if most = inside; most == n {
+					close(met)
+				}
+			}
+			mu.Unlock()
+			<-met
+			mu.Lock()
+			inside--
+			if k > 2*cluster {
+				t.Errorf("an extent of %d bytes", k)
+			}
+			mu.Unlock()
+		})
+		a := w.args()
+		a.MaxWorkers, a.MaxChunk, a.Buffered = &n, 2*cluster+5, true
+		if err := w.end(w.start(a)); err != nil || most != n || !bytes.Equal(w.to.Bytes(), w.want) {
+			t.Errorf("%v; %d extents at the same time instead of %d", err, most, n)
 		}
 	}
 }
