@@ -89,7 +89,7 @@ func (j *job) toBoth(r *blk.Req, off, n int64, source, target func() error) erro
 		return source() // it is the job that wants both, and it does nothing now
 	}
 	lo, hi := off, off+n
-	if c := j.allCluster; c > 0 {
+	if c := j.hidden; c > 0 {
 		lo, hi = blk.AlignDown(lo, c), min(blk.AlignUp(hi, c), j.Source.Size())
 	}
 	s, err := j.ranges.take(r.Ctx, lo, hi-lo)
@@ -114,8 +114,8 @@ func (j *job) toBoth(r *blk.Req, off, n int64, source, target func() error) erro
 	j.both.Add(n)
 	defer j.both.Add(-n)
 	j.h.AddRemaining(n)
-	if lo < off || hi > off+n {
-		err = j.follow(r, lo, hi) // the rest of the target's clusters comes along
+	if j.hidden > 0 {
+		err = j.follow(r, lo, hi) // the rest of the target's clusters comes along, and zeroes are such that nothing shows through
 	} else {
 		err = target()
 	}

@@ -102,8 +102,10 @@ type job struct {
 	claimed     bool // the target is blocked by this job itself already
 
 	// Set by Run before the first copy.
-	h                      *jobs.Handle
-	allCluster             int64   // target clusters that must be copied as a whole, in bytes; 0: none
+	h *jobs.Handle
+	// hidden is the target's cluster size, in bytes, if its backing file is not opened: of a cluster that gets anything nothing shows through later. It is
+	// allCluster as well if granules are smaller; both 0: neither.
+	hidden, allCluster     int64
 	alone                  bool    // what the target does not hold are zeroes for good
 	asked                  int64   // up to where the walk knows that there are no long zeroes
 	saysZero, showsBacking bool    // the target's own allocation tells whether a backing file shows; one could at all

@@ -89,8 +89,10 @@ func (j *job) findClusters() {
 	j.showsBacking = slices.ContainsFunc(t.NodesBelow(), func(n *graph.Node) bool { return n.Caps().Backing })
 	j.alone = j.Base == nil && !j.None && chain.StandsAlone(t)
 	if b, ok := t.Driver().(graph.Backed); ok && t.Backing() == nil {
-		if name, _ := b.BackingFile(); name != "" && j.Granularity < t.Caps().Limits.ClusterSize {
-			j.allCluster = t.Caps().Limits.ClusterSize
+		if name, _ := b.BackingFile(); name != "" {
+			if j.hidden = t.Caps().Limits.ClusterSize; j.Granularity < j.hidden {
+				j.allCluster = j.hidden
+			}
 		}
 	}
 }
