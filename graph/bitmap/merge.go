@@ -26,7 +26,8 @@ func (b *Bitmap) Merge(from *Bitmap) {
 	}
 }
 
-// MergeNew is Merge, and returns what was not set before; what others set at the same time is theirs or ours.
+// MergeNew is Merge, and returns what was not set before, and maybe more of what was not: where nothing was set in a leaf, all of it. What others set at the
+// same time may be in it.
 func (b *Bitmap) MergeNew(from *Bitmap) *Bitmap {
 	src, dst := from.dir.Load(), b.dir.Load()
 	if from.shift != b.shift || src.size != dst.size {
@@ -53,18 +54,13 @@ func (b *Bitmap) MergeNew(from *Bitmap) *Bitmap {
 				}
 				return
 			}
-			mine, _ := n.copied() // others may set more in what they find
-			c, _ := mine.copied()
+			c, _ := n.copied()
 			if b.crowded(lo, leafShift) {
-				mine, c = full, full
+				c = full
 			}
 			if p.CompareAndSwap(nil, c) {
 				b.bytes.Add(c.bytes())
-				if c == full {
-					fresh.set(fd.sub, fd.shift, 0, lo, lo+leafGran)
-				} else {
-					fresh.orLeaf(fd, lo, mine)
-				}
+				fresh.set(fd.sub, fd.shift, 0, lo, min(lo+leafGran, b.granules(dst.size)))
 				return
 			}
 		}

@@ -83,6 +83,9 @@ var chain = []struct {
 
 func newWorld(t testing.TB) *world { return newWorldOf(t, chain[0].clusters, chain[3].clusters) }
 
+// seen is how many clusters are looked at, of disks that are longer.
+const seen = 40
+
 // newWorldOf makes base and active layer of that many clusters.
 func newWorldOf(t testing.TB, base, active int) *world {
 	g, _ := drivertest.NewGraphSink(t)
@@ -96,7 +99,7 @@ func newWorldOf(t testing.TB, base, active int) *world {
 			w.write(root, int64(c)*cluster+512, bytes.Repeat([]byte{byte(16*i + c)}, cluster-512))
 		}
 		if l.name == "base" {
-			for c := 10; c < base; c++ {
+			for c := 10; c < min(base, seen); c++ {
 				w.write(root, int64(c)*cluster, bytes.Repeat([]byte{0xba}, cluster))
 			}
 		}
@@ -182,8 +185,8 @@ func (w *world) read() []byte {
 		w.t.Fatal(err)
 	}
 	defer w.guest.End(r)
-	p := make([]byte, max(w.active, 16)*cluster)
-	if err := w.guest.ReadAt(r, blk.Buf(p[:w.guest.Node().Size()]), 0, 0); err != nil {
+	p := make([]byte, max(min(w.active, seen), 16)*cluster)
+	if err := w.guest.ReadAt(r, blk.Buf(p[:min(w.guest.Node().Size(), int64(len(p)))]), 0, 0); err != nil {
 		w.t.Error(err)
 	}
 	return p
@@ -526,3 +529,13 @@ func TestTwoAtOnce(t *testing.T) {
 
 // headerName names nodes by their names.
 func headerName(n *graph.Node) (name, format string, err error) { return n.Name(), n.DriverName(), nil }
+
+// A base of 64 TiB below a short top, and an overlay as long: what the base shows beyond the end of the top is hidden where there is something, and only there.
+func TestHugeBase(t *testing.T) {
+	w := newWorldOf(t, 1<<30, 1<<30)
+	before := w.files["active"].Size()
+	w.committed(w.start(w.args()))
+	if grown := w.files["active"].Size() - before; grown > 1<<20 {
+		t.Errorf("the overlay has grown by %d bytes", grown)
+	}
+}

@@ -37,8 +37,8 @@ var targets = []target{
 
 	{"stream .*/block-stream", qsd, 1.3},
 	{"64 TiB .*/bitmap backup .*", qsd, 1},
-	{"64 TiB .*/RSS at its end", qsd, 1},
-	{"bitmap .*/(merge.*|RSS)", qsd, 1},
+	{"64 TiB in clusters of 64 KiB/RSS at its end", qsd, 1},
+	{"bitmap .*/merge again", qsd, 0.8},
 	{"start/start to greeting", qsd, 0.4},
 	{"start/RSS idle", qsd, 0.5},
 }
