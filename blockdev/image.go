@@ -217,12 +217,7 @@ func (x *Opened) Publish(tx *graph.Tx) error {
 }
 
 // Done is called when tx has been committed.
-func (x *Opened) Done() {
-	for _, n := range x.o.nodes {
-		x.o.m.record(n).seen.Store(true)
-	}
-	x.letGo()
-}
+func (x *Opened) Done() { x.letGo() }
 
 func (x *Opened) letGo() {
 	if x.made != nil {

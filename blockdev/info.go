@@ -8,6 +8,7 @@ import (
 	"qblockd/graph"
 	"qblockd/graph/perm"
 	"qblockd/schema/types"
+	"qblockd/schema/value"
 )
 
 // nodeInfo is what query-named-block-nodes shows of one node, encoded, with gaps for what depends on
@@ -39,9 +40,6 @@ type infoKey struct {
 
 // info is the encoding of n, whose record is r, made anew if n changed since it was made.
 func (m *Manager) info(n *graph.Node, r *record) *nodeInfo {
-	if !r.seen.Load() {
-		r.seen.Store(true)
-	}
 	key := infoKey{
 		gen:       generation(n), // before the others
 		size:      n.Size(),
@@ -113,7 +111,11 @@ func (m *Manager) encode(n *graph.Node, key infoKey) *nodeInfo {
 	}
 	// An empty image marks where the real one goes.
 	gap := dev.Image.AppendJSON(nil)
-	before, rest := cut(dev.AppendJSON(nil), `"image": `+string(gap), len(gap))
+	var s sizer
+	for _, b := range dev.DirtyBitmaps {
+		s.add(b.Name)
+	}
+	before, rest := cut(dev.AppendJSON(s.buffer()), `"image": `+string(gap), len(gap))
 	middle, after := cut(rest, `"backing_file_depth": 0`, 1)
 	info := &nodeInfo{key: key, dev: [3][]byte{before, middle, after}}
 
@@ -170,8 +172,43 @@ func (m *Manager) encodeImage(n *graph.Node, key infoKey) (before, after []byte)
 		img.Snapshots = s.Snapshots()
 	}
 	const mark = `, "actual-size": -1`
-	before, after = cut(img.AppendJSON(nil), mark, len(mark))
+	var s sizer
+	for _, x := range img.Snapshots {
+		s.add(&x.ID)
+		s.add(&x.Name)
+	}
+	if f := img.FormatSpecific; f != nil {
+		if q, ok := f.U.(*types.ImageInfoSpecificQCow2Wrapper); ok {
+			for _, x := range q.Data.Bitmaps {
+				s.add(&x.Name)
+			}
+		}
+	}
+	before, after = cut(img.AppendJSON(s.buffer()), mark, len(mark))
 	return before[1:], after // without the brace
+}
+
+// sizer counts what lists take when they are encoded, whose length an image decides: a buffer that grows to some hundred MiB leaves several times as much behind.
+type sizer struct {
+	n       int
+	scratch []byte
+}
+
+// add counts an element with that name.
+func (s *sizer) add(name *string) {
+	const rest = 200 // of the element, about
+	s.n += rest
+	if name != nil {
+		s.scratch = value.AppendString(s.scratch[:0], *name)
+		s.n += len(s.scratch)
+	}
+}
+
+func (s *sizer) buffer() []byte {
+	if s.n == 0 {
+		return nil
+	}
+	return make([]byte, 0, s.n+4096)
 }
 
 // appendActual fills the gap for the allocated size.

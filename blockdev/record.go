@@ -1,8 +1,10 @@
 package blockdev
 
 import (
+	"runtime"
 	"sync"
 	"sync/atomic"
+	"weak"
 
 	"qblockd/graph"
 )
@@ -18,7 +20,6 @@ type record struct {
 	info    atomic.Pointer[nodeInfo]
 	actual  atomic.Int64 // bytes allocated as last heard; unknownSize if never
 	asking  atomic.Bool  // a worker asks for it now
-	seen    atomic.Bool  // by others than its opener: the node is or was published
 }
 
 const unknownSize = -1
@@ -62,52 +63,43 @@ func autoName(n *graph.Node, r *record) string {
 	return header
 }
 
-// records finds the records of nodes.
+// records finds the records of nodes. They go with their nodes, and what those hold goes with them: nothing here keeps a node.
 type records struct {
-	mu    sync.RWMutex
-	of    map[*graph.Node]*record
-	limit int // sweep when there are more
+	mu sync.RWMutex
+	of map[weak.Pointer[graph.Node]]*record // +checklocks:mu
 }
 
 func (t *records) get(n *graph.Node) *record {
 	t.mu.RLock()
 	defer t.mu.RUnlock()
-	return t.of[n]
+	return t.of[weak.Make(n)]
 }
 
 // add enters r unless n has a record already, and returns the one that n has.
 func (t *records) add(n *graph.Node, r *record) *record {
 	r.actual.Store(unknownSize)
+	key := weak.Make(n)
 	t.mu.Lock()
 	defer t.mu.Unlock()
-	if old := t.of[n]; old != nil {
+	if old := t.of[key]; old != nil {
 		return old
 	}
 	if t.of == nil {
-		t.of = map[*graph.Node]*record{}
+		t.of = map[weak.Pointer[graph.Node]]*record{}
 	}
-	t.of[n] = r
-	if len(t.of) > t.limit {
-		t.sweepLocked()
-	}
+	t.of[key] = r
+	runtime.AddCleanup(n, t.forget, key)
 	return r
 }
 
 func (t *records) remove(nodes ...*graph.Node) {
-	t.mu.Lock()
-	defer t.mu.Unlock()
 	for _, n := range nodes {
-		delete(t.of, n)
+		t.forget(weak.Make(n))
 	}
 }
 
-// sweepLocked forgets nodes that are gone. Records are made at least as often as it looks at one.
-// +checklocks:t.mu
-func (t *records) sweepLocked() {
-	for n, r := range t.of {
-		if r.seen.Load() && n.Graph().Node(n.Name()) != n {
-			delete(t.of, n)
-		}
-	}
-	t.limit = 2*len(t.of) + 64
+func (t *records) forget(key weak.Pointer[graph.Node]) {
+	t.mu.Lock()
+	defer t.mu.Unlock()
+	delete(t.of, key)
 }

@@ -59,8 +59,8 @@ const (
 	finestByDefault   = 4 << 10
 )
 
-// maxRecorded is what a bitmap that records may take, in bytes: that of 512 TiB at 64 KiB, or 4 TiB at 512 bytes, with something set everywhere. When a larger
-// one comes to that, writes to further parts of the disk set 4096 granules or more at once.
+// maxRecorded is what the bitmaps of a node that record may take together, in bytes: one of 512 TiB at 64 KiB, or of 4 TiB at 512 bytes, with something set everywhere.
+// Each has an equal share. When one has come to that, writes to further parts of the disk set 4096 granules or more at once.
 const maxRecorded = 1 << 30
 
 // DefaultGranularity is the image's cluster size, held between 4 and 64 KiB; 64 KiB where there is none. In bytes.
@@ -171,13 +171,15 @@ func (s *dirtySet) changedLocked() {
 	var l []*bitmap.Bitmap
 	for _, d := range s.all {
 		if d.successor == nil && !d.disabled && !d.inconsistent && !d.readOnly {
-			d.bits.SetLimit(maxRecorded)
 			l = append(append(l, d.bits), d.since...)
 		}
 	}
 	if l == nil {
 		s.recording.Store(nil)
 		return
+	}
+	for _, b := range l {
+		b.SetLimit(maxRecorded / int64(len(l)))
 	}
 	s.recording.Store(bitmap.NewGroup(l))
 }
@@ -283,8 +285,18 @@ func (d *DirtyBitmap) Inconsistent() bool { return d.ask(&d.inconsistent) }
 // ReadOnly bitmaps must not change.
 func (d *DirtyBitmap) ReadOnly() bool { return d.ask(&d.readOnly) }
 
-// SetReadOnly changes that.
-func (d *DirtyBitmap) SetReadOnly(ro bool) { d.change(func() { d.readOnly = ro }) }
+// SetBitmapsReadOnly changes that of all persistent bitmaps.
+func (n *Node) SetBitmapsReadOnly(ro bool) {
+	s := &n.io.dirty
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	for _, d := range s.all {
+		if d.persistent {
+			d.readOnly = ro
+		}
+	}
+	s.changedLocked()
+}
 
 // Remove takes the bitmap off its node.
 func (d *DirtyBitmap) Remove() {

@@ -20,10 +20,12 @@ import (
 //
 // Before the header refers to the new directory, the old one with its flags is what others find.
 
-// maxBitmapBytes is the most that one bitmap takes in the image, and maxOnes what bitmaps that are said to be all ones may take in memory.
+// maxBitmapBytes is the most that one bitmap takes in the image. maxOnes is what bitmaps that are said to be all ones may take in memory, maxDirectories what
+// all of an image take with nothing in them.
 const (
 	maxBitmapBytes = 512 << 20
 	maxOnes        = 64 << 20
+	maxDirectories = 32 << 20
 	maxBitmapCount = 65535
 )
 
@@ -78,7 +80,7 @@ func (s *image) loadBitmaps(r *blk.Req) error {
 	if err != nil {
 		return wrap("Could not read bitmap directory", err)
 	}
-	l := bitmapLoader{s: s, r: r, ones: maxOnes, data: map[int64]struct{}{}, marks: map[uint64]struct{}{}}
+	l := bitmapLoader{s: s, r: r, ones: maxOnes, room: maxDirectories, none: map[int64]*bitmap.Bitmap{}, data: map[int64]struct{}{}, marks: map[uint64]struct{}{}}
 	for _, at := range s.ext.Marks {
 		l.marks[at] = struct{}{}
 	}
@@ -105,6 +107,7 @@ func (s *image) readDirectory(r *blk.Req, off, size int64, n uint32) ([]*stored,
 	q := s.sequence(r, off, off+size)
 	defer q.close()
 	var list []*stored
+	names := 0
 	for i := range n {
 		left := q.end - q.off
 		head, err := q.peek(layout.BitmapHeaderSize)
@@ -119,7 +122,11 @@ func (s *image) readDirectory(r *blk.Req, off, size int64, n uint32) ([]*stored,
 		if err != nil {
 			return nil, err
 		}
-		list = append(list, &stored{BitmapEntry: layout.ParseBitmap(b)})
+		m := &stored{BitmapEntry: layout.ParseBitmap(b)}
+		if names += len(m.Name); names > layout.MaxNames {
+			return nil, &brokenError{fmt.Errorf("the names of the bitmaps take more than %d bytes", layout.MaxNames)}
+		}
+		list = append(list, m)
 		q.skip(k)
 	}
 	if left := q.end - q.off; left != 0 {
@@ -132,10 +139,12 @@ func (s *image) readDirectory(r *blk.Req, off, size int64, n uint32) ([]*stored,
 type bitmapLoader struct {
 	s      *image
 	r      *blk.Req
-	ones   int64               // what bitmaps that are said to be all ones may still take
-	marks  map[uint64]struct{} // tables of bitmaps that hold although they are in use
-	tables []*stored           // those that make sense, by their places; no two share a byte
-	data   map[int64]struct{}  // clusters of data that were loaded
+	ones   int64                    // what bitmaps that are said to be all ones may still take
+	room   int64                    // what bitmaps may still take with nothing in them
+	none   map[int64]*bitmap.Bitmap // by granularity: what inconsistent bitmaps show, of which nobody reads more
+	marks  map[uint64]struct{}      // tables of bitmaps that hold although they are in use
+	tables []*stored                // those that make sense, by their places; no two share a byte
+	data   map[int64]struct{}       // clusters of data that were loaded
 }
 
 // findOverlaps marks the bitmaps whose entry makes no sense, or whose table lies over that of another or over other metadata, as broken.
@@ -198,8 +207,10 @@ func (l *bitmapLoader) load(m *stored) (persisted, error) {
 		}
 	}
 	if p.inconsistent {
-		// Nobody reads it, so it takes no memory.
-		p.bits = bitmap.New(s.bitmapSize(), m.Granularity)
+		if l.none[m.Granularity] == nil {
+			l.none[m.Granularity] = bitmap.New(s.bitmapSize(), m.Granularity)
+		}
+		p.bits = l.none[m.Granularity]
 		m.Flags |= layout.BitmapInUse
 	}
 	return p, nil
@@ -241,6 +252,9 @@ func (l *bitmapLoader) read(m *stored) (*bitmap.Bitmap, error) {
 		return nil, err
 	}
 	b := bitmap.New(s.bitmapSize(), m.Granularity)
+	if l.room -= b.Memory(); l.room < 0 {
+		return nil, nil
+	}
 	buf := blk.GetBuf(int(s.cs), 0)
 	defer blk.PutBuf(buf)
 	for i, e := range table.all() {
@@ -566,11 +580,12 @@ func (s *image) CanStoreBitmap(name string, granularity int64, others int) error
 	s.mu.Lock()
 	defer s.mu.Unlock()
 	e := layout.NewBitmap(name, granularity, 0)
-	dir := e.Size()
+	dir, names := e.Size(), len(name)
 	if s.keeper != nil && s.hdr.Version >= 3 {
 		for _, p := range s.keeper.persisted() {
 			e := layout.NewBitmap(p.name, granularity, 0)
 			dir += e.Size()
+			names += len(p.name)
 		}
 	}
 	switch n := s.bitmapBytes(granularity); {
@@ -578,7 +593,7 @@ func (s *image) CanStoreBitmap(name string, granularity int64, others int) error
 		return fmt.Errorf("Cannot store dirty bitmaps in qcow2 v2 files")
 	case others >= maxBitmapCount:
 		return fmt.Errorf("Maximum number of persistent bitmaps is already reached")
-	case dir > layout.MaxBitmapDirectory:
+	case dir > layout.MaxBitmapDirectory || names > layout.MaxNames:
 		return fmt.Errorf("Not enough space in the bitmap directory")
 	case n > maxBitmapBytes:
 		return errBitmapTooLong

@@ -89,13 +89,7 @@ func (n nodeBitmaps) records(name string) bool {
 	return d != nil && d.Persistent() && d.Enabled() && !d.Inconsistent()
 }
 
-func (n nodeBitmaps) readOnly(ro bool) {
-	for _, d := range n.DirtyBitmaps() {
-		if d.Persistent() {
-			d.SetReadOnly(ro)
-		}
-	}
-}
+func (n nodeBitmaps) readOnly(ro bool) { n.SetBitmapsReadOnly(ro) }
 
 func (n nodeBitmaps) persisted() (l []persisted) {
 	for _, d := range n.DirtyBitmaps() {

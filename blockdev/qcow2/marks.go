@@ -23,6 +23,7 @@ const (
 	// maxLiveBytes is the most that a live bitmap takes in the image, and maxLiveTotal what all of them take; larger ones, and further ones, are not marked.
 	maxLiveBytes = 64 << 20
 	maxLiveTotal = 256 << 20
+	maxLive      = 2048 // so many writes are made before the first one into a region
 )
 
 // marks tell in which regions of the disk all live bitmaps that record have all bits set in the image.
@@ -179,10 +180,10 @@ func (s *image) claimLive(r *blk.Req) error {
 	defer s.giveBack(r)
 	want := s.keeper.persisted()
 	var list, old []*stored
-	live, named, room := false, byName(want), int64(maxLiveTotal)
+	named, room, live := byName(want), int64(maxLiveTotal), 0
 	for _, m := range s.stored {
 		p, n := named[m.Name], s.bitmapBytes(m.Granularity)
-		if p == nil || p.inconsistent || n > min(maxLiveBytes, room) {
+		if p == nil || p.inconsistent || n > min(maxLiveBytes, room) || live >= maxLive {
 			same := *m
 			same.Flags |= layout.BitmapInUse
 			same.live = false
@@ -195,10 +196,10 @@ func (s *image) claimLive(r *blk.Req) error {
 			return err
 		}
 		b.born = m.born
-		live = true
+		live++
 		list, old = append(list, b), append(old, m)
 	}
-	if !live {
+	if live == 0 {
 		return s.claimInPlace(r)
 	}
 	if err := s.switchDirectory(r, list, old); err != nil {
@@ -288,13 +289,14 @@ func (s *image) HoldBitmap(r *blk.Req, name string) error {
 		s.startMarks()
 		return s.setEnabled(r, b, p.enabled)
 	}
-	room := int64(maxLiveTotal)
+	room, live := int64(maxLiveTotal), 0
 	for _, b := range s.stored {
 		if b.live {
 			room -= s.bitmapBytes(b.Granularity)
+			live++
 		}
 	}
-	if s.bitmapBytes(p.bits.Granularity()) > min(maxLiveBytes, room) {
+	if s.bitmapBytes(p.bits.Granularity()) > min(maxLiveBytes, room) || live >= maxLive {
 		return nil
 	}
 	defer s.giveBack(r)

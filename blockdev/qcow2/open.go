@@ -20,7 +20,6 @@ func openImage(r *blk.Req, c config) (*image, error) {
 		config:    c,
 		l1Dirty:   map[int64]struct{}{},
 		reftDirty: map[int64]struct{}{},
-		owners:    map[int64]owner{},
 		epCur:     &epoch{},
 		freeIdx:   0,
 	}
@@ -108,6 +107,12 @@ func (s *image) loadTables(r *blk.Req) (err error) {
 		return wrap("Could not initialize refcount handling", err)
 	}
 	s.reft = reft.dense()
+	// Of its size from the beginning: one that grows leaves as much behind again.
+	n := len(s.reft)
+	for range s.l1.all() {
+		n++
+	}
+	s.owners = make(map[int64]owner, n)
 	for _, e := range s.l1.all() {
 		if off := int64(e & layout.OffsetMask); off != 0 {
 			s.own(off, ownL2, 1)
@@ -134,6 +139,7 @@ func (s *image) readSnapshots(r *blk.Req) error {
 	}
 	q := s.sequence(r, start, s.file.Size())
 	defer q.close()
+	names := 0
 	for i := range int(s.hdr.NbSnapshots) {
 		if q.off >= q.end {
 			// Zeroes would count as entries: 65536 of them for a few bytes of header.
@@ -151,8 +157,10 @@ func (s *image) readSnapshots(r *blk.Req) error {
 		if err != nil {
 			return wrap("Failed to read snapshot table", err)
 		}
-		s.snaps = append(s.snaps, layout.ParseSnapshot(b, s.hdr.Size))
-		if q.skip(n); layout.SnapshotTableTooBig(q.off - start) {
+		sn := layout.ParseSnapshot(b, s.hdr.Size)
+		s.snaps = append(s.snaps, sn)
+		names += len(sn.ID) + len(sn.Name)
+		if q.skip(n); layout.SnapshotTableTooBig(q.off-start) || names > layout.MaxNames {
 			return errors.New("Snapshot table is too big")
 		}
 		s.snapEnd = q.off

@@ -224,10 +224,12 @@ func (s *image) addSnapshot(r *blk.Req, sn *layout.Snapshot) error {
 // writeSnapshots makes list the table of snapshots.
 func (s *image) writeSnapshots(r *blk.Req, list []layout.Snapshot) error {
 	var b []byte
+	names := 0
 	for i := range list {
 		b = list[i].AppendTo(b)
+		names += len(list[i].ID) + len(list[i].Name)
 	}
-	if layout.SnapshotTableTooBig(int64(len(b))) {
+	if layout.SnapshotTableTooBig(int64(len(b))) || names > layout.MaxNames {
 		return errTooBig
 	}
 	off := int64(0)

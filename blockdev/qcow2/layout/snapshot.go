@@ -15,6 +15,9 @@ const (
 	// MaxSnapshotID and MaxSnapshotName are the bytes of an ID and of a name that count, and are shown; what is longer is cut, as by the reference.
 	MaxSnapshotID   = 127
 	MaxSnapshotName = 255
+
+	// MaxNames is what the names of all snapshots, with their IDs, or of all bitmaps of an image may take together, in bytes: each query shows them.
+	MaxNames = 4 << 20
 )
 
 // Snapshot is an internal snapshot (qcow2.txt, Snapshots).

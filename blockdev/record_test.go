@@ -1,0 +1,38 @@
+package blockdev
+
+import (
+	"runtime"
+	"testing"
+	"time"
+)
+
+// TestRecordsGoWithNodes: nothing is kept of nodes that are gone, also where nobody asks for others: not what queries show of them, nor what their drivers held.
+func TestRecordsGoWithNodes(t *testing.T) {
+	m := newManager(t, Config{})
+	gone := make(chan struct{}, 1)
+	func() {
+		mustAdd(t, m, `{'driver': 'null-co', 'node-name': 'n', 'size': 65536}`)
+		m.AppendNamedNodes(nil, false)
+		runtime.AddCleanup(m.Graph().Node("n"), func(c chan struct{}) { c <- struct{}{} }, gone)
+		if err := m.Del(t.Context(), "n"); err != nil {
+			t.Fatal(err)
+		}
+	}()
+	for end := time.Now().Add(20 * time.Second); ; {
+		runtime.GC()
+		select {
+		case <-gone:
+			m.recs.mu.RLock()
+			n := len(m.recs.of)
+			m.recs.mu.RUnlock()
+			if n > 0 {
+				continue // its turn comes
+			}
+			return
+		case <-time.After(time.Millisecond):
+		}
+		if time.Now().After(end) {
+			t.Fatal("a node that was removed is kept")
+		}
+	}
+}
