@@ -346,5 +346,7 @@ func (s *image) Close() error {
 	}
 	s.l2, s.rb = newCache(int(s.slice), 1), newCache(int(s.cs), 1)
 	s.unz = unzipped{}
+	// Whoever still knows the node does not keep what it held.
+	s.l1, s.owners, s.inactive = entries{}, map[int64]owner{}, nil
 	return nil
 }

@@ -116,7 +116,9 @@ func (c *checker) meta() error {
 		return err
 	}
 	for _, e := range s.l1.all() {
-		c.l1Entry(e, 0)
+		if c.l1Entry(e, 0); c.crowded() {
+			return errTooBig
+		}
 	}
 	if err := c.active(s.reftOffset(), s.reftSize*8, "refcount table"); err != nil {
 		return err
@@ -165,7 +167,9 @@ func (c *checker) snapshots() error {
 		ok, err := c.fixed(off, n*8, "snapshot's L1 table")
 		if err == nil && ok {
 			err = s.eachTableEntry(c.r, off, n, func(e uint64) error {
-				c.l1Entry(e, int32(i)+1)
+				if c.l1Entry(e, int32(i)+1); c.crowded() {
+					return errTooBig
+				}
 				return nil
 			})
 		}
@@ -188,6 +192,12 @@ func (s *image) eachTableEntry(r *blk.Req, off, n int64, f func(e uint64) error)
 		}
 	}
 	return nil
+}
+
+// crowded tells whether so many L2 tables are named that knowing them takes more than may be.
+func (c *checker) crowded() bool {
+	const each = 64 // bytes in l2 and tabs
+	return int64(len(c.l2))*each > c.most
 }
 
 // l1Entry counts the L2 table that an entry of L1 table of names.

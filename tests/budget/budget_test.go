@@ -36,8 +36,8 @@ var shapes = []struct {
 		i.u64(int64(i.h.L1TableOffset)+int64(i.h.L1Size-1)*8, uint64(i.place(i.cs)))
 		return i
 	}, ""},
-	{"L1 of 32 MiB, each entry another table", func(t testing.TB) *image {
-		i := newImage(t, 3, 16, 1<<51)
+	{"L1 of 8 MiB, each entry another table", func(t testing.TB) *image {
+		i := newImage(t, 3, 16, 1<<49)
 		at := i.place(0)
 		i.h.L1TableOffset = uint64(i.table(int64(i.h.L1Size), func(k int64) uint64 { return uint64(at + (k+1)*i.cs) }))
 		return i
@@ -128,11 +128,11 @@ var shapes = []struct {
 		i.bitmaps(4000, 1000, e, nil)
 		return i
 	}, ""},
-	{"65535 bitmaps that hold", func(t testing.TB) *image {
-		i := newImage(t, 3, 9, 1<<20)
+	{"3000 bitmaps that hold", func(t testing.TB) *image {
+		i := newImage(t, 3, 16, 1<<20)
 		e := layout.NewBitmap("", 65536, layout.BitmapAuto)
 		e.TableSize = 1
-		i.bitmaps(65535, 5, e, func(_ int, e *layout.BitmapEntry) { e.TableOffset = uint64(i.place(8)) })
+		i.bitmaps(3000, 5, e, func(_ int, e *layout.BitmapEntry) { e.TableOffset = uint64(i.place(8)) })
 		return i
 	}, ""},
 	{"tables of bitmaps in one place", func(t testing.TB) *image {
