@@ -8,6 +8,7 @@ import (
 	"errors"
 	"fmt"
 	"math/rand/v2"
+	"regexp"
 	"slices"
 	"sync"
 	"time"
@@ -29,10 +30,13 @@ type client struct {
 	refused map[string]int
 }
 
-func newClient(id int, socket, dir string, seed uint64, limit time.Duration, h *history, log *commandLog) *client {
+func newClient(id int, socket, dir string, seed uint64, limit time.Duration, h *history, log *commandLog, only *regexp.Regexp) *client {
 	c := &client{id: id, socket: socket, limit: limit, h: h, log: log, done: map[string]int{}, refused: map[string]int{}}
 	c.g = gen{r: rand.New(rand.NewPCG(seed, uint64(id))), dir: dir}
 	for name := range generators {
+		if !only.MatchString(name) {
+			continue
+		}
 		for range max(weights[name], 1) {
 			c.names = append(c.names, name)
 		}
@@ -122,6 +126,24 @@ func (c *client) step() (err error) {
 				}
 			}
 			c.h.add(c.id, obj, s, from, to)
+		}
+		if name == "query-named-block-nodes" {
+			return c.sizes(reply, from, to)
+		}
+	}
+	return nil
+}
+
+// sizes takes down what a query shows of sizes: one that was wrong for a while is not seen at the end.
+func (c *client) sizes(reply json.RawMessage, from, to int64) error {
+	var nodes []nodeInfo
+	if err := json.Unmarshal(reply, &nodes); err != nil {
+		return err
+	}
+	for _, n := range nodes {
+		if n.Name == "d5top" {
+			c.log.add("%.6f %.6f client %d sees %s with %d", float64(from)/1e9, float64(to)/1e9, c.id, n.Name, n.Image.Size)
+			c.h.add(c.id, "size "+n.Name, step{what: "is", n: n.Image.Size, ok: true}, from, to)
 		}
 	}
 	return nil

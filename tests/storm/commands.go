@@ -37,6 +37,9 @@ func (g *gen) job() string    { return g.pick("j0", "j1", "j2", "j3") }
 func (g *gen) bitmap() string { return g.pick("b0", "b1", "b2") }
 func (g *gen) snap() string   { return g.pick("s0", "s1", "s2") }
 
+// overlays is how many d5 gets at most, one on the other.
+const overlays = 16
+
 // bits of the sources src0, src1, src2 of d1: how many granules each has is told by the number of what is dirty.
 var bits = []int64{1, 2, 4}
 
@@ -94,6 +97,9 @@ var generators = map[string]func(g *gen) made{
 			return made{args: M{"node-name": g.any(), "size": diskSize}}
 		}
 		n := int64(1+g.r.IntN(8)) << 20
+		if g.one(3) {
+			return made{args: M{"node-name": "d5top", "size": n}, steps: map[string]step{"size d5top": {what: "size", n: n, ok: true}}}
+		}
 		return made{args: M{"node-name": "d2", "size": n}, steps: map[string]step{"size d2": {what: "size", n: n, ok: true}}}
 	},
 	"block-set-write-threshold": func(g *gen) made { return made{args: M{"node-name": g.any(), "write-threshold": g.r.IntN(diskSize)}} },
@@ -159,6 +165,14 @@ var generators = map[string]func(g *gen) made{
 			"Snapshot with id 'null' and name '" + s + "' does not exist on device '" + n + "'": is(snapObject(n, s), "is not there")}}
 	},
 	"blockdev-snapshot-sync": func(g *gen) made {
+		if k := g.r.IntN(overlays); g.one(2) {
+			n := "d5"
+			if k > 0 {
+				n = fmt.Sprint("p", k-1)
+			}
+			p := fmt.Sprint("p", k)
+			return made{args: M{"node-name": n, "snapshot-node-name": p, "snapshot-file": g.file(p)}}
+		}
 		o := g.pick("o0", "o1", "o2")
 		return made{args: M{"node-name": g.pick("d0", g.chain(), "d4", "t0"), "snapshot-node-name": o, "snapshot-file": g.file(o)}}
 	},

@@ -6,6 +6,7 @@ import (
 	"os"
 	"os/exec"
 	"path/filepath"
+	"regexp"
 	"testing"
 	"time"
 
@@ -17,6 +18,7 @@ var (
 	length  = flag.Duration("storm.time", 0, "how long all storms take; 0: a short while")
 	clients = flag.Int("storm.clients", 6, "clients of a storm")
 	seed    = flag.Uint64("storm.seed", 1, "of the first storm")
+	only    = flag.String("storm.only", "", "commands to send, as a regular expression: what a storm finds with all of them is found sooner")
 	keep    = flag.String("storm.keep", os.TempDir(), "where the logs of storms that fail go")
 )
 
@@ -52,7 +54,7 @@ func TestStorm(t *testing.T) {
 	if *subject == "" {
 		binaries = []string{racing(t), daemon.Binary(t)}
 	}
-	c := config{seed: *seed, clients: *clients, time: oneStorm, limit: time.Minute, keep: *keep}
+	c := config{seed: *seed, clients: *clients, time: oneStorm, limit: time.Minute, keep: *keep, only: regexp.MustCompile(*only)}
 	commands, storms := 0, 0
 	for begin := time.Now(); storms < 2 || time.Since(begin) < *length; storms++ {
 		c.binary = binaries[storms%len(binaries)]

@@ -6,6 +6,7 @@ import (
 	"os"
 	"os/exec"
 	"path/filepath"
+	"regexp"
 	"slices"
 	"strings"
 	"sync"
@@ -22,8 +23,9 @@ type config struct {
 	seed    uint64
 	clients int
 	time    time.Duration
-	limit   time.Duration // for one command
-	keep    string        // where the log of a storm that fails goes
+	limit   time.Duration  // for one command
+	only    *regexp.Regexp // commands
+	keep    string         // where the log of a storm that fails goes
 }
 
 // world is a daemon in a storm.
@@ -122,12 +124,12 @@ func (w *world) wait(f func() bool) {
 	}
 }
 
-var images = []string{"d0", "d1", "d2", "d3", "d4", "m0", "m1", "t0", "v0", "v1", "fe"}
+var images = []string{"d0", "d1", "d2", "d3", "d4", "m0", "m1", "t0", "d5", "v0", "v1", "fe"}
 
 // setUp makes the disks.
 func (w *world) setUp() {
 	g := &gen{dir: w.dir}
-	for _, n := range append(images, "t1", "y0") {
+	for _, n := range append(slices.Clone(images), "t1", "y0") {
 		if err := os.WriteFile(g.file(n), nil, 0o600); err != nil {
 			w.t.Fatal(err)
 		}
@@ -138,7 +140,7 @@ func (w *world) setUp() {
 	for _, n := range images {
 		w.job("blockdev-create", M{"options": M{"driver": "qcow2", "size": diskSize, "file": M{"driver": "file", "filename": g.file(n)}}})
 	}
-	for _, n := range images[:8] {
+	for _, n := range images[:9] {
 		o := g.qcow2(n, n)
 		o["file"] = M{"driver": "file", "node-name": n + "-file", "filename": g.file(n)}
 		w.must("blockdev-add", o)
@@ -150,6 +152,7 @@ func (w *world) setUp() {
 		w.t.Fatal(err)
 	}
 	w.must("blockdev-add", M{"driver": "raw", "node-name": "t1", "file": M{"driver": "file", "filename": g.file("t1")}})
+	w.must("blockdev-add", M{"driver": "raw", "node-name": "d5top", "file": "d5"})
 	w.must("blockdev-add", M{"driver": "file", "node-name": "y0", "filename": g.file("y0")})
 
 	w.must("block-export-add", M{"type": "nbd", "id": "setup", "node-name": "d1", "name": "setup", "writable": true})
@@ -194,7 +197,7 @@ func (w *world) blow() (clients []*client, guests []*guest) {
 		})
 	}
 	for i := range w.c.clients {
-		c := newClient(i, w.d.QMPSocket(), w.dir, w.c.seed, w.c.limit, w.h, w.log)
+		c := newClient(i, w.d.QMPSocket(), w.dir, w.c.seed, w.c.limit, w.h, w.log, w.c.only)
 		clients = append(clients, c)
 		run(c.run)
 	}
@@ -307,9 +310,13 @@ func (w *world) compare(guests []*guest) {
 			last(bitmapObject(b), false)
 		}
 	}
-	now := w.h.now()
-	w.h.add(w.c.clients, "size d2", step{what: "is", n: find("d2").Image.Size, ok: true}, now, now+1)
-	for _, err := range w.h.check(map[string]object{"size d2": {there: true, n: diskSize}}) {
+	sizes := map[string]object{}
+	for _, n := range []string{"d2", "d5top"} {
+		now := w.h.now()
+		w.h.add(w.c.clients, "size "+n, step{what: "is", n: find(n).Image.Size, ok: true}, now, now+1)
+		sizes["size "+n] = object{there: true, n: diskSize}
+	}
+	for _, err := range w.h.check(sizes) {
 		w.t.Error(err)
 	}
 	w.compareGuests(guests, find("d3"))
@@ -359,7 +366,11 @@ func (w *world) end() {
 	if _, err := exec.LookPath("qemu-img"); err != nil {
 		w.t.Skip("no qemu-img to check the images with")
 	}
-	for _, n := range append(images, "o0", "o1", "o2") {
+	all := append(slices.Clone(images), "o0", "o1", "o2")
+	for k := range overlays {
+		all = append(all, fmt.Sprint("p", k))
+	}
+	for _, n := range all {
 		if _, err := os.Stat(filepath.Join(w.dir, n)); err != nil {
 			continue
 		}
