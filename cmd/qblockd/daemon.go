@@ -87,6 +87,7 @@ func newDaemon(p processWide) *daemon {
 	})
 	d.dispatch.LimitUnsent(p.limits.allUnsent)
 	d.register()
+	d.bugs()
 	return d
 }
 
