@@ -6,6 +6,7 @@ import (
 	"maps"
 	"os"
 	"slices"
+	"sync"
 	"time"
 
 	"qblockd/tests/daemon"
@@ -314,7 +315,7 @@ func (r *run) step() error {
 		weight int
 		f      func() error
 	}{{20, r.write}, {8, r.zero}, {10, r.trim}, {6, r.read}, {5, r.flush}, {2, r.status}, {6, r.resize}, {6, r.snapshot}, {6, r.deleteSnapshot},
-		{10, r.bitmap}, {3, r.stream}, {3, r.backup}, {4, r.changeBacking}, {3, r.amend}, {4, r.reopen}, {3, r.overlay}, {3, r.commit}, {2, r.mirror}}
+		{10, r.bitmap}, {3, r.stream}, {3, r.backup}, {4, r.changeBacking}, {3, r.amend}, {4, r.reopen}, {3, r.overlay}, {3, r.commit}, {2, r.mirror}, {5, r.burst}}
 	sum := 0
 	for _, o := range ops {
 		sum += o.weight
@@ -389,6 +390,61 @@ func (r *run) flush() error {
 		r.m.flushed()
 	}
 	return err
+}
+
+// burst has several clients write at the same time, each to sectors of its own, some of them in clusters of others.
+func (r *run) burst() error {
+	const clients, writes = 3, 8
+	if r.size < clients*writes*sector {
+		return nil
+	}
+	type done struct {
+		off int64
+		b   []byte
+		err error
+	}
+	var all [clients][]done
+	var wait sync.WaitGroup
+	end := time.Now().Add(r.s.limits.Deadline)
+	reach := min(r.size, 16*r.c.Base.cs()) / sector
+	first := r.r.Int64N(reach)
+	for i := range clients {
+		for k := range writes {
+			at := (first + int64(k)*7*clients) % (reach / clients) * clients
+			b := make([]byte, sector)
+			b[0], b[1], b[2] = byte(i), byte(k), byte(first)
+			all[i] = append(all[i], done{off: (at + int64(i)) * sector, b: b})
+		}
+		wait.Go(func() {
+			n, err := daemon.DialNBDBy(r.s.nbd(), "x", end)
+			if err != nil {
+				all[i] = nil
+				return
+			}
+			defer n.Drop()
+			for k := range all[i] {
+				d := &all[i][k]
+				d.err = n.WriteAt(d.b, d.off)
+			}
+		})
+	}
+	wait.Wait()
+	failed := 0
+	for _, l := range all {
+		for _, d := range l {
+			switch {
+			case os.IsTimeout(d.err):
+				return &Failure{"no answer to write", fmt.Sprintf("one of several at %d", d.off), true}
+			case d.err != nil:
+				failed++
+				r.m.forget(d.off, sector)
+			default:
+				r.m.wrote(d.off, d.b)
+			}
+		}
+	}
+	r.note("a burst of writes from sector %d on: %d failed", first, failed)
+	return nil
 }
 
 // top is the node that is exported.
