@@ -152,7 +152,8 @@ func (w *worker) end() {
 	}
 }
 
-// one runs a case and tells whether to go on. One that was too slow has another go: the machine may be busy with something else.
+// one runs a case and tells whether to go on. One that was too slow has another go, as the machine may be busy with something else, and one that took too
+// much memory, as the garbage of those before may be among it.
 func (w *worker) one(c *Case) bool {
 	var trace []string
 	var f *Failure
@@ -176,7 +177,7 @@ func (w *worker) one(c *Case) bool {
 		if f == nil {
 			return true
 		}
-		slow := strings.HasPrefix(f.Kind, "no ") || strings.HasPrefix(f.Kind, "the other disk") || f.Kind == "a job does not end"
+		slow := strings.HasPrefix(f.Kind, "no ") || strings.HasPrefix(f.Kind, "the other disk") || f.Kind == "a job does not end" || f.Kind == "memory"
 		again := slow && try == 0
 		if again {
 			w.h.t.Logf("%v: %v; once more", c, f)

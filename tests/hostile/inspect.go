@@ -61,8 +61,9 @@ type Report struct {
 
 const (
 	mostTables  = 3000    // L2 tables that are looked at
+	mostJudged  = 8       // L2 tables of the disk that are judged entry by entry: what the cases read is in the first few
 	mostEntries = 1 << 22 // of a table
-	mostLooked  = 1 << 23 // of all tables
+	mostLooked  = 3 << 20 // of all tables
 )
 
 // Inspect looks at an image.
@@ -320,7 +321,10 @@ func (r *Report) judge() {
 		}
 	}
 	per := r.g.ClusterSize() / 8
-	for i, e := range r.entries(int64(r.h.L1TableOffset), int64(r.h.L1Size)) {
+	for i, e := range r.entries(int64(r.h.L1TableOffset), min(int64(r.h.L1Size), mostJudged)) {
+		if r.lost {
+			return
+		}
 		l2 := int64(e & layout.OffsetMask)
 		if l2 == 0 {
 			continue
