@@ -97,15 +97,19 @@ func TestTwoEntriesOneCluster(t *testing.T) {
 	_, host := l2At(f, 1)
 	f.Poke(at, be.AppendUint64(nil, uint64(host)|layout.Copied))
 	var c corruptions
-	s := mustOpen(t, mem{f}, config{corrupted: c.corrupted})
+	var log []string
+	s := mustOpen(t, mem{f}, config{corrupted: c.corrupted, warn: func(msg string) { log = append(log, msg) }})
 	wantByte(t, s, 5, 2)
 	if err := s.WriteAt(req(), blk.Buf(make([]byte, 512)), 0, 0); err != nil {
 		t.Fatalf("write elsewhere: %v", err)
 	}
+	if want := "The refcounts of 1 clusters, of which the first is at " + hex(uint64(host)); len(log) != 1 || !strings.HasPrefix(log[0], want) || c.other != nil {
+		t.Errorf("log %q, reports %q, want %s in the log, as the reference reports nothing", log, c.other, want)
+	}
 	if err := s.WriteAt(req(), blk.Buf(make([]byte, 512)), 5<<16, 0); !errors.Is(err, syscall.EIO) {
 		t.Fatalf("write: %v", err)
 	}
-	if len(c.fatal) != 1 || len(c.other) != 1 || f.Bytes()[79]&layout.IncompatCorrupt == 0 {
+	if len(c.fatal) != 1 || len(c.other) != 0 || f.Bytes()[79]&layout.IncompatCorrupt == 0 {
 		t.Errorf("reports %q, feature bits %x", c, f.Bytes()[79])
 	}
 	if b := f.Bytes()[host : host+512]; b[0] != 2 {

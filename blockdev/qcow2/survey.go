@@ -2,7 +2,6 @@ package qcow2
 
 import (
 	"cmp"
-	"fmt"
 
 	"qblockd/blockdev/qcow2/layout"
 	"qblockd/graph/blk"
@@ -155,7 +154,8 @@ func (s *image) stepSurvey(r *blk.Req, n int64) error {
 		s.warnf("The refcounts of %d clusters, of which the first is at %s, were too low and have been put right", v.raised, hex(uint64(v.first<<s.cb)))
 	}
 	if s.wrong.n > 0 {
-		s.corrupt(r, false, -1, -1, fmt.Sprintf("The refcounts of %d clusters, of which the first is at %s, are wrong", s.wrong.n, hex(uint64(s.wrong.first<<s.cb))))
+		// No event: the reference has none before it comes upon such a cluster, and neither have we.
+		s.warnf("The refcounts of %d clusters, of which the first is at %s, are wrong: who writes to them ends the use of the image", s.wrong.n, hex(uint64(s.wrong.first<<s.cb)))
 	}
 	return nil
 }
