@@ -62,7 +62,8 @@ type InternalSnapshot struct {
 	m     *Manager
 	args  *types.BlockdevSnapshotInternal
 	store graph.Snapshotter
-	id    string // of the snapshot that was made
+	// Of the snapshot that was made; the name is as the image has it.
+	id, name string
 }
 
 // InternalSnapshot makes the step.
@@ -130,7 +131,7 @@ func (s *InternalSnapshot) Prepare(ctx context.Context, tx *graph.Tx) error {
 	if err != nil {
 		return fmt.Errorf("Failed to create snapshot '%s' on device '%s': %s", name, device, blk.ErrnoText(err))
 	}
-	s.store, s.id = store, id
+	s.store, s.id, s.name = store, id, name
 	return nil
 }
 
@@ -142,7 +143,7 @@ func (s *InternalSnapshot) Abort() {
 	if s.store == nil {
 		return
 	}
-	if err := s.store.DeleteSnapshot(&blk.Req{Ctx: context.Background()}, s.id); err != nil {
+	if err := s.store.DeleteSnapshot(&blk.Req{Ctx: context.Background()}, s.id, s.name); err != nil {
 		s.m.log.Error("an internal snapshot of a transaction that failed stays", "node", s.args.Device, "snapshot", s.args.Name, "error", err)
 	}
 }
@@ -150,7 +151,7 @@ func (s *InternalSnapshot) Abort() {
 // Clean implements jobs.Action.
 func (s *InternalSnapshot) Clean() {}
 
-// findSnapshot is the snapshot with that ID and that name, as far as they are given.
+// findSnapshot is the first snapshot with that ID and that name, as far as they are given. It is also the first that has both its ID and its name.
 func findSnapshot(s graph.Snapshotter, id, name *string) *types.SnapshotInfo {
 	for _, x := range s.Snapshots() {
 		if (id == nil || x.ID == *id) && (name == nil || x.Name == *name) {
@@ -203,7 +204,7 @@ func (m *Manager) DeleteInternalSnapshot(ctx context.Context, a *types.BlockdevS
 		return nil, fmt.Errorf("Device '%s' is read only", a.Device)
 	}
 	keeper.MustHold()
-	if err := store.DeleteSnapshot(&blk.Req{Ctx: ctx}, x.ID); err != nil {
+	if err := store.DeleteSnapshot(&blk.Req{Ctx: ctx}, x.ID, x.Name); err != nil {
 		return nil, fmt.Errorf("Failed to remove snapshot: %s", blk.ErrnoText(err))
 	}
 	return x, nil

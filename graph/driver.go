@@ -125,9 +125,10 @@ type (
 	}
 	// Snapshotter drivers keep internal snapshots. The node is held quiet while one is made or deleted; both may block, and change nothing when they fail.
 	Snapshotter interface {
-		// CreateSnapshot makes one of that name, taken at that time, when the machine's clock said clock. It returns the ID.
+		// CreateSnapshot makes one of that name, taken at that time, when the machine's clock said clock. It returns the ID, which no other has.
 		CreateSnapshot(r *blk.Req, name string, at time.Time, clock time.Duration) (id string, err error)
-		DeleteSnapshot(r *blk.Req, id string) error
+		// DeleteSnapshot deletes the first one that has both. An image may say that several have the same ID, or the same name.
+		DeleteSnapshot(r *blk.Req, id, name string) error
 		Snapshots() []*types.SnapshotInfo
 	}
 	// BitmapStore drivers keep persistent dirty bitmaps in their image: those that are the node's and persistent when it becomes read-only or is closed.

@@ -2,8 +2,10 @@ package qcow2
 
 import (
 	"errors"
+	"math"
 	"slices"
 	"strconv"
+	"strings"
 	"time"
 
 	"qblockd/blockdev/qcow2/layout"
@@ -90,31 +92,45 @@ func (s *image) CreateSnapshot(r *blk.Req, name string, at time.Time, clock time
 	}
 	kept := s.keepsBack()
 	err := s.quietly(r, do)
-	if err != nil && kept && !s.hasSnapshot(sn.ID) && s.giveSpace(r, err) {
+	if err != nil && kept && !s.hasID(sn.ID) && s.giveSpace(r, err) {
 		err = s.quietly(r, do)
 	}
-	if err != nil && s.hasSnapshot(sn.ID) {
+	if err != nil && s.hasID(sn.ID) {
 		// It was made, but not all that goes with it.
-		if e := s.DeleteSnapshot(r, sn.ID); e != nil {
+		if e := s.DeleteSnapshot(r, sn.ID, name); e != nil {
 			s.warnf("Snapshot '%s' stays, although making it has failed: %s", name, blk.ErrnoText(e))
 		}
 	}
 	return sn.ID, err
 }
 
-func (s *image) hasSnapshot(id string) bool {
+func (s *image) hasID(id string) bool {
 	return slices.ContainsFunc(s.snaps, func(x layout.Snapshot) bool { return x.ID == id })
 }
 
-// newID is one more than the largest number among the IDs.
+// newID is one more than the largest number that an ID begins with or, if that is the largest there is, the lowest number that is no ID. IDs are whatever the image
+// says, and of two with the same one only the first can be told by it.
 func (s *image) newID() string {
 	most := uint64(0)
 	for i := range s.snaps {
-		if n, err := strconv.ParseUint(s.snaps[i].ID, 10, 32); err == nil {
-			most = max(most, n)
+		id := s.snaps[i].ID
+		digits := len(id) - len(strings.TrimLeft(id, "0123456789"))
+		n, _ := strconv.ParseUint(id[:digits], 10, 64) // the largest there is if it is larger
+		most = max(most, n)
+	}
+	if most < math.MaxUint64 {
+		return strconv.FormatUint(most+1, 10)
+	}
+	taken := make(map[string]struct{}, len(s.snaps))
+	for i := range s.snaps {
+		taken[s.snaps[i].ID] = struct{}{}
+	}
+	for n := uint64(1); ; n++ {
+		id := strconv.FormatUint(n, 10)
+		if _, ok := taken[id]; !ok {
+			return id
 		}
 	}
-	return strconv.FormatUint(most+1, 10)
 }
 
 // share changes the refcounts of all that the active L1 table refers to by d, and puts the copied flags right. If it fails, nothing has changed but flags, which
@@ -271,9 +287,9 @@ func (s *image) writeSnapshots(r *blk.Req, list []layout.Snapshot) error {
 }
 
 // DeleteSnapshot implements graph.Snapshotter.
-func (s *image) DeleteSnapshot(r *blk.Req, id string) error {
+func (s *image) DeleteSnapshot(r *blk.Req, id, name string) error {
 	for i := range s.snaps {
-		if s.snaps[i].ID == id {
+		if s.snaps[i].ID == id && s.snaps[i].Name == name {
 			return s.quietly(r, func() error { return s.dropSnapshot(r, i) })
 		}
 	}

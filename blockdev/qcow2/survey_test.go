@@ -221,7 +221,7 @@ func (m *trial) op() {
 		id, err := s.CreateSnapshot(req(), "n", time.Unix(2, 0), 0)
 		m.log = append(m.log, fmt.Sprintf("snapshot: %v", err))
 		if err == nil && rnd.IntN(2) == 0 {
-			m.log = append(m.log, fmt.Sprintf("delete: %v", s.DeleteSnapshot(req(), id)))
+			m.log = append(m.log, fmt.Sprintf("delete: %v", s.DeleteSnapshot(req(), id, "n")))
 		}
 	case 11:
 		_, _ = s.Status(req(), c*s.cs, n*s.cs)
