@@ -93,8 +93,8 @@ var generators = map[string]func(g *gen) made{
 		return made{args: M{"options": l}}
 	},
 	"block_resize": func(g *gen) made {
-		if g.one(3) {
-			return made{args: M{"node-name": g.any(), "size": diskSize}}
+		if other := g.any(); g.one(3) && other != "d2" {
+			return made{args: M{"node-name": other, "size": diskSize}}
 		}
 		n := int64(1+g.r.IntN(8)) << 20
 		if g.one(3) {
