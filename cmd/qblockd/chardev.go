@@ -26,7 +26,7 @@ var chardevOptions = map[string]cmdline.OptType{
 }
 
 // addChardev does --chardev.
-func (d *daemon) addChardev(it cmdline.Item) error {
+func (d *daemon) addChardev(ctx context.Context, it cmdline.Item) error {
 	o, err := cmdline.ParseOpts(it.Arg, "backend", chardevOptions)
 	for _, w := range o.Warnings {
 		report(it.Where(), "warning: "+w)
@@ -54,7 +54,7 @@ func (d *daemon) addChardev(it cmdline.Item) error {
 	if err != nil {
 		return err
 	}
-	_, err = d.chardevs.Open(context.Background(), o.ID, b, chardev.CommandLine)
+	_, err = d.chardevs.Open(ctx, o.ID, b, chardev.CommandLine)
 	return err
 }
 

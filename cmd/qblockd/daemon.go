@@ -135,12 +135,14 @@ func (d *daemon) addMonitor(o *types.MonitorOptions) error {
 // serve lets the clients in.
 func (d *daemon) serve() { close(d.up) }
 
-// catchSignals makes the ending signals known. SIGPIPE becomes an error of the write that met it.
-func (d *daemon) catchSignals() <-chan os.Signal {
+// catchSignals makes the ending signals known. The context ends with the first, for what may take long before anybody waits for
+// them. SIGPIPE becomes an error of the write that met it.
+func (d *daemon) catchSignals() (context.Context, <-chan os.Signal) {
 	signal.Ignore(syscall.SIGPIPE)
 	c := make(chan os.Signal, 2)
 	signal.Notify(c, syscall.SIGTERM, syscall.SIGINT, syscall.SIGHUP)
-	return c
+	ctx, _ := signal.NotifyContext(context.Background(), syscall.SIGTERM, syscall.SIGINT, syscall.SIGHUP) // for the life of the process
+	return ctx, c
 }
 
 // exit makes waitForEnd go on.

@@ -67,11 +67,14 @@ func main() {
 		ready = f
 	}
 	d := newDaemon(early)
-	signals := d.catchSignals()
+	starting, signals := d.catchSignals()
 	for _, it := range items {
-		if err := d.apply(it); err != nil {
+		if err := d.apply(starting, it); err != nil {
 			if errors.Is(err, errHelpShown) {
 				os.Exit(0)
+			}
+			if starting.Err() != nil {
+				d.waitForEnd(signals) // what was waited for (a client, storage) is not to come any more
 			}
 			d.abandon()
 			fatal(it.Where(), err)

@@ -17,11 +17,10 @@ import (
 var errHelpShown = errors.New("help was shown")
 
 // apply does one option of the second pass.
-func (d *daemon) apply(it cmdline.Item) error {
+func (d *daemon) apply(ctx context.Context, it cmdline.Item) error {
 	if it.Option == nil {
 		return errors.New("Unexpected argument")
 	}
-	ctx := context.Background()
 	switch it.Option.Long {
 	case "blockdev":
 		return withArgument(it.Arg, "driver", types.DecodeBlockdevOptions, func(o *types.BlockdevOptions) error {
@@ -38,7 +37,7 @@ func (d *daemon) apply(it cmdline.Item) error {
 	case "monitor":
 		return withArgument(it.Arg, "chardev", types.DecodeMonitorOptions, d.addMonitor)
 	case "chardev":
-		return d.addChardev(it)
+		return d.addChardev(ctx, it)
 	case "object":
 		return d.addObject(it.Arg)
 	case "trace":

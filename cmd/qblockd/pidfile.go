@@ -23,7 +23,7 @@ func writePidFile(path string) (*pidFile, error) {
 		return fmt.Errorf("cannot create PID file: "+format, args...)
 	}
 	for {
-		f, err := os.OpenFile(path, os.O_CREATE|os.O_WRONLY, 0o600)
+		f, err := os.OpenFile(path, os.O_CREATE|os.O_WRONLY|unix.O_NONBLOCK, 0o600) // a FIFO would wait for its other end
 		if err != nil {
 			return nil, fail("Could not create '%s': %s", path, blk.ErrnoText(err))
 		}

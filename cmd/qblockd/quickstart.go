@@ -33,7 +33,7 @@ func (d *daemon) quickstart(ctx context.Context, dir string) error {
 		{"monitor", "quickstart"},
 	} {
 		it := cmdline.Item{Option: &cmdline.Option{Long: o.long}, Arg: o.arg, Words: []string{"--" + o.long, o.arg}}
-		if err := d.apply(it); err != nil {
+		if err := d.apply(ctx, it); err != nil {
 			return err
 		}
 	}
