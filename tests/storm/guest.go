@@ -81,6 +81,7 @@ func (g *guest) step() error {
 	}
 	var err error
 	var new []uint64
+	discard := false // which the node may ignore
 	switch k := g.r.IntN(20); {
 	case k < 8:
 		g.last += uint64(g.parts)
@@ -91,7 +92,7 @@ func (g *guest) step() error {
 		new = []uint64{0}
 		err = g.n.Zero(off, block)
 	case k < 12:
-		new = append(slices.Clone(before), 0)
+		new, discard = append(slices.Clone(before), 0), true
 		err = g.n.Trim(off, block)
 	case k < 13:
 		err = g.n.Flush()
@@ -104,7 +105,7 @@ func (g *guest) step() error {
 		g.may[i] = new
 		if err != nil {
 			g.may[i] = append(slices.Clone(before), new...)
-		} else {
+		} else if !discard {
 			g.certain[i*block/granule] = true
 		}
 	}
