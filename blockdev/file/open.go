@@ -147,13 +147,9 @@ func (d *disk) setup(h *handle) error {
 		}
 	}
 
-	end := st.Size
-	if d.device {
-		n, err := seekEnd(h.fd)
-		if err != nil {
-			return errnoError(err, "Could not refresh total sector count")
-		}
-		end = n
+	end, err := seekEnd(h.fd) // which memory of a process, called a regular file by the kernel, has not
+	if err != nil {
+		return errnoError(err, "Could not refresh total sector count")
 	}
 	d.setEnd(end)
 	d.setNoWait(h.fd)

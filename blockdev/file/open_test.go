@@ -54,6 +54,16 @@ func TestOpenErrors(t *testing.T) {
 	}
 }
 
+// TestFileWithoutEnd: what has no end is refused, as by the reference: it would be written to at the addresses of a process.
+func TestFileWithoutEnd(t *testing.T) {
+	for _, ro := range []bool{true, false} {
+		_, err := openDisk(context.Background(), settings{name: "/proc/self/mem", driver: "file", ro: ro})
+		if err == nil || err.Error() != "Could not refresh total sector count: Invalid argument" {
+			t.Errorf("read-only %v: %v", ro, err)
+		}
+	}
+}
+
 func TestCharacterDevice(t *testing.T) {
 	d := mustOpen(t, settings{name: "/dev/zero", driver: "host_device", device: true, locks: true})
 	if d.Size() != 0 {

@@ -164,5 +164,5 @@ func (d *disk) CopyFrom(r *blk.Req, off int64, src []blk.HostRange, f blk.Flags)
 	return nil
 }
 
-// seekEnd is the length of a device.
+// seekEnd is the length of a file or device.
 func seekEnd(fd int) (int64, error) { return unix.Seek(fd, 0, io.SeekEnd) }

@@ -54,7 +54,10 @@ func (d *daemon) addChardev(ctx context.Context, it cmdline.Item) error {
 	if err != nil {
 		return err
 	}
-	_, err = d.chardevs.Open(ctx, o.ID, b, chardev.CommandLine)
+	made, err := d.chardevs.Open(ctx, o.ID, b, chardev.CommandLine)
+	if err == nil && made.Pty != nil {
+		fmt.Printf("char device redirected to %s (label %s)\n", *made.Pty, o.ID)
+	}
 	return err
 }
 

@@ -47,7 +47,7 @@ var helpGroups = [][]optionHelp{
 	}, {
 		{"daemonize", 0, nil, "go to the background once everything above is up"},
 		{"pidfile", 0, []string{"<path>"}, "write the process id to a file, locked while the daemon lives"},
-		{"socket-mode", 0, []string{"<octal>"}, "permissions of the socket files made after this option (default 0600)"},
+		{"socket-mode", 0, []string{"<octal>"}, "permissions of the socket files that the daemon makes, wherever the option stands (default 0600)"},
 		{"limit", 0, []string{"<name>=<value>[,...]"},
 			"bound what clients can make the daemon hold; 'help' lists the names and their defaults"},
 		{"image-policy", 0, []string{"<name>=<value>[,...]"},

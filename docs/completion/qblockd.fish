@@ -10,7 +10,7 @@ complete -c qblockd -l export -r -d 'export a node over NBD; needs --nbd-server 
 complete -c qblockd -l object -r -d 'make an object; '\''help'\'' lists the types, '\''<type>,help'\'' their properties'
 complete -c qblockd -l daemonize -d 'go to the background once everything above is up'
 complete -c qblockd -l pidfile -r -d 'write the process id to a file, locked while the daemon lives'
-complete -c qblockd -l socket-mode -r -d 'permissions of the socket files made after this option (default 0600)'
+complete -c qblockd -l socket-mode -r -d 'permissions of the socket files that the daemon makes, wherever the option stands (default 0600)'
 complete -c qblockd -l limit -r -d 'bound what clients can make the daemon hold; '\''help'\'' lists the names and their defaults'
 complete -c qblockd -l image-policy -r -d 'what the headers of images may name as backing files; '\''help'\'' lists the names and their defaults'
 complete -c qblockd -l quickstart -r -d 'serve a new disk with a monitor and an NBD server, all below <dir>, and show what to try'

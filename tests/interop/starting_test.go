@@ -6,6 +6,7 @@ import (
 	"os"
 	"os/exec"
 	"path/filepath"
+	"regexp"
 	"strings"
 	"syscall"
 	"testing"
@@ -60,6 +61,29 @@ func TestSignalWhileStarting(t *testing.T) {
 				t.Errorf("left: %v", left)
 			}
 		})
+	}
+}
+
+// TestPtyIsNamed: who starts the daemon is told which terminal it has got.
+func TestPtyIsNamed(t *testing.T) {
+	cmd := exec.Command(daemon.Binary(t), "--chardev", "pty,id=p", "--chardev", "socket,id=w,path=w.sock,server=on,wait=on")
+	cmd.Dir = t.TempDir()
+	out, err := cmd.StdoutPipe()
+	if err != nil {
+		t.Fatal(err)
+	}
+	if err := cmd.Start(); err != nil {
+		t.Fatal(err)
+	}
+	defer time.AfterFunc(20*time.Second, func() { _ = cmd.Process.Kill() }).Stop()
+	lines := bufio.NewScanner(out)
+	lines.Scan()
+	if !regexp.MustCompile(`^char device redirected to /dev/pts/\d+ \(label p\)$`).MatchString(lines.Text()) {
+		t.Errorf("it says %q", lines.Text())
+	}
+	_ = cmd.Process.Signal(syscall.SIGTERM)
+	if err := cmd.Wait(); err != nil {
+		t.Error(err)
 	}
 }
 
