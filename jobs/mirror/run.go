@@ -344,8 +344,7 @@ func (j *job) copyClean(r *blk.Req, off, end int64) error {
 			j.bits.Set(off, end-off)
 			return err
 		}
-		x, err := j.copyExtent(r, off, end)
-		j.ranges.give(s)
+		x, err := j.copyTaken(r, s, off, end)
 		if err != nil {
 			j.bits.Set(off, end-off)
 			return err
@@ -360,6 +359,12 @@ func (j *job) copyClean(r *blk.Req, off, end int64) error {
 		}
 	}
 	return nil
+}
+
+// copyTaken is copyExtent that gives the range s back, also after a panic: guests wait for it.
+func (j *job) copyTaken(r *blk.Req, s *span, off, end int64) (blk.Extent, error) {
+	defer j.ranges.give(s)
+	return j.copyExtent(r, off, end)
 }
 
 // longest is the longest range that a unit of work may have to write to the target, in bytes.

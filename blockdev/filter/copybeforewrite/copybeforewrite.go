@@ -194,14 +194,23 @@ func (s *State) copyAll(r *blk.Req, off, n int64, copied func(n int64)) error {
 		if c == nil {
 			return s.waitReaders(r, lo, end)
 		}
-		err := s.copy(r, c)
-		s.release(c, err, copied)
-		if err != nil {
+		if err := s.copyTaken(r, c, copied); err != nil {
 			return err
 		}
 	}
 	return nil
 }
+
+// copyTaken copies c and gives it back, also after a panic: others wait for it.
+func (s *State) copyTaken(r *blk.Req, c *running, copied func(n int64)) error {
+	err := errPanic
+	defer func() { s.release(c, err, copied) }()
+	err = s.copy(r, c)
+	return err
+}
+
+// errPanic is the error of a copy that has not come to its end.
+var errPanic = errors.New("panic")
 
 // SameZeroes is how much from off on, clusters to do of at most n bytes, reads as zeroes on both sides.
 func (s *State) SameZeroes(r *blk.Req, off, n int64) int64 {
@@ -228,11 +237,17 @@ func (s *State) SkipZeroes(r *blk.Req, off, n int64) (skipped int64) {
 			break // others copy the rest
 		}
 		off = c.off + c.n
-		var err error
-		if s.SameZeroes(r, c.off, c.n) < c.n {
-			err = errNotSame
-		}
-		s.release(c, err, func(n int64) { skipped += n })
+		skipped += s.skipTaken(r, c)
+	}
+	return skipped
+}
+
+// skipTaken gives c back, as done where both sides still read as zeroes, and returns what that counts as.
+func (s *State) skipTaken(r *blk.Req, c *running) (skipped int64) {
+	err := errNotSame
+	defer func() { s.release(c, err, func(n int64) { skipped += n }) }()
+	if s.SameZeroes(r, c.off, c.n) == c.n {
+		err = nil
 	}
 	return skipped
 }

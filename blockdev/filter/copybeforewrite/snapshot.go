@@ -171,13 +171,15 @@ func (d *Driver) reader(off, n int64, f func(e *graph.Edge, n int64) error) (int
 	c := &running{off: off, n: n, over: make(chan struct{})}
 	d.reading[c] = struct{}{}
 	d.mu.Unlock()
+	defer func() { // also after a panic: guests wait for it
+		d.mu.Lock()
+		delete(d.reading, c)
+		close(c.over)
+		d.mu.Unlock()
+	}()
 	err := f(d.source(), n)
 	if d.broken.Load() {
 		err = errBroken // a guest may have written in between
 	}
-	d.mu.Lock()
-	delete(d.reading, c)
-	close(c.over)
-	d.mu.Unlock()
 	return n, err
 }
