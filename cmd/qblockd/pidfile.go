@@ -39,19 +39,20 @@ func writePidFile(path string) (*pidFile, error) {
 			f.Close()
 			continue
 		}
-		if err := f.Truncate(0); err != nil {
+		if err := f.Truncate(0); err != nil { // a device stays
 			f.Close()
 			return nil, fail("Failed to truncate pid file: %s", blk.ErrnoText(err))
-		}
-		if _, err := fmt.Fprintf(f, "%d\n", os.Getpid()); err != nil {
-			f.Close()
-			return nil, fail("Failed to write pid file: %s", blk.ErrnoText(err))
 		}
 		abs, err := filepath.Abs(path)
 		if err != nil {
 			abs = path
 		}
-		return &pidFile{f: f, path: abs}, nil
+		p := &pidFile{f: f, path: abs}
+		if _, err := fmt.Fprintf(f, "%d\n", os.Getpid()); err != nil {
+			p.remove()
+			return nil, fail("Failed to write pid file: %s", blk.ErrnoText(err))
+		}
+		return p, nil
 	}
 }
 
