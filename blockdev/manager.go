@@ -38,13 +38,13 @@ type Manager struct {
 
 	creating sync.Map // graph.FileID of a file that a command makes an image in: its *creation
 
-	recs  records
+	recs  *records
 	sizes sizeWorkers
 }
 
 // New makes a Manager for g.
 func New(g *graph.Graph, c Config) *Manager {
-	m := &Manager{g: g, log: c.Log, policy: c.Policy, probed: c.Probed, drivers: map[types.BlockdevDriver]*Driver{}}
+	m := &Manager{g: g, log: c.Log, policy: c.Policy, probed: c.Probed, drivers: map[types.BlockdevDriver]*Driver{}, recs: &records{}}
 	if m.log == nil {
 		m.log = slog.Default()
 	}

@@ -226,7 +226,7 @@ func (o *opener) attach(p *plan, kids []*graph.Node) (*graph.Root, error) {
 	}
 	for i, n := range kids {
 		if p.kids[i].plan.ref == nil {
-			o.m.record(n).definer.Store(p.node)
+			o.m.record(n).definer.set(p.node)
 		}
 	}
 	if root != nil {
@@ -309,7 +309,7 @@ func (o *opener) openBacking(p *plan) error {
 		return err
 	}
 	if b.ref == nil {
-		o.m.record(n).definer.Store(p.node)
+		o.m.record(n).definer.set(p.node)
 	}
 	return o.commit(tx, nil, n)
 }

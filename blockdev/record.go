@@ -12,9 +12,8 @@ import (
 // record is what the manager keeps of a node beside the graph. All fields are replaced as
 // wholes; who finds one outdated makes it anew, and several may do so at once.
 type record struct {
-	auto atomic.Pointer[autoBacking] // set by the opener, before the node is published
-	// definer is the parent whose options or image defined the node, as long as it is one: it hands options down.
-	definer atomic.Pointer[graph.Node]
+	auto    atomic.Pointer[autoBacking] // set by the opener, before the node is published
+	definer definer
 	name    atomic.Pointer[nodeName]
 	header  atomic.Pointer[headerName] // nil if nobody has asked for it
 	info    atomic.Pointer[nodeInfo]
@@ -23,6 +22,33 @@ type record struct {
 }
 
 const unknownSize = -1
+
+// definer is the parent whose options or image defined the node, as long as it is one: it hands options down. Records keep no node alive.
+type definer struct {
+	mu sync.Mutex
+	of weak.Pointer[graph.Node] // +checklocks:mu
+}
+
+func (d *definer) set(n *graph.Node) {
+	d.mu.Lock()
+	defer d.mu.Unlock()
+	d.of = weak.Make(n)
+}
+
+// drop makes the node one that nobody defines if n did so far.
+func (d *definer) drop(n *graph.Node) {
+	d.mu.Lock()
+	defer d.mu.Unlock()
+	if d.of == weak.Make(n) {
+		d.of = weak.Pointer[graph.Node]{}
+	}
+}
+
+func (d *definer) is(n *graph.Node) bool {
+	d.mu.Lock()
+	defer d.mu.Unlock()
+	return d.of == weak.Make(n)
+}
 
 // autoBacking remembers the backing file that was opened because the image's header said so.
 type autoBacking struct {

@@ -4,6 +4,9 @@ import (
 	"runtime"
 	"testing"
 	"time"
+
+	"qblockd/blockdev/drivertest"
+	"qblockd/graph"
 )
 
 // TestRecordsGoWithNodes: nothing is kept of nodes that are gone, also where nobody asks for others: not what queries show of them, nor what their drivers held.
@@ -33,6 +36,32 @@ func TestRecordsGoWithNodes(t *testing.T) {
 		}
 		if time.Now().After(end) {
 			t.Fatal("a node that was removed is kept")
+		}
+	}
+}
+
+// A Manager that nobody uses any more goes with its nodes, also with those that others define and that were never removed.
+func TestManagersGo(t *testing.T) {
+	gone := make(chan struct{}, 1)
+	func() {
+		g := graph.New(&drivertest.Sink{})
+		m := New(g, Config{})
+		mustAdd(t, m, `{'driver': 'raw', 'node-name': 'n', 'file': {'driver': 'null-co', 'size': 65536}}`)
+		m.AppendNamedNodes(nil, false)
+		runtime.AddCleanup(g.Node("n"), func(c chan struct{}) { c <- struct{}{} }, gone)
+		if err := g.Close(t.Context()); err != nil {
+			t.Fatal(err)
+		}
+	}()
+	for end := time.Now().Add(20 * time.Second); ; {
+		runtime.GC()
+		select {
+		case <-gone:
+			return
+		case <-time.After(time.Millisecond):
+		}
+		if time.Now().After(end) {
+			t.Fatal("a manager that nobody uses is kept")
 		}
 	}
 }

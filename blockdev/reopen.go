@@ -92,7 +92,7 @@ func (r *Reopen) try(ctx context.Context) error {
 	for _, e := range q.list {
 		for _, c := range e.changes {
 			if c.was != nil {
-				r.m.record(c.was).definer.CompareAndSwap(e.node, nil)
+				r.m.record(c.was).definer.drop(e.node)
 			}
 		}
 	}
@@ -203,7 +203,7 @@ func (q *reopenQueue) add(n *graph.Node, given *types.BlockdevOptions, up *reope
 	for _, edge := range n.Children() {
 		c := edge.Node()
 		e.below = append(e.below, c)
-		if q.m.record(c).definer.Load() != n {
+		if !q.m.record(c).definer.is(n) {
 			continue
 		}
 		ref := e.ref(edge.ChildName())
