@@ -305,6 +305,9 @@ func (c *checker) copiedFlags(fix bool) error {
 	buf := make([]byte, s.cs)
 	seen := map[int64]struct{}{}
 	for li, e := range s.l1.all() {
+		if c.behind > 0 && li >= c.behind {
+			break
+		}
 		tab := int64(e & layout.OffsetMask)
 		if tab == 0 || tab&(s.cs-1) != 0 || tab >= c.end {
 			continue
@@ -312,6 +315,7 @@ func (c *checker) copiedFlags(fix bool) error {
 		if err := ended(c.r); err != nil {
 			return err
 		}
+		c.at = li + 1
 		ok, err := c.copiedRight(e, tab)
 		if err != nil {
 			return err
@@ -330,6 +334,11 @@ func (c *checker) copiedFlags(fix bool) error {
 			return err
 		}
 		for i := int64(0); i < s.cs/8; i++ {
+			if i%lookEvery == lookEvery-1 {
+				if err := ended(c.r); err != nil {
+					return err
+				}
+			}
 			x := be.Uint64(buf[8*i:])
 			k := layout.KindOf(x)
 			off := int64(x & layout.OffsetMask)

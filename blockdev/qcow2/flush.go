@@ -303,7 +303,7 @@ func (s *image) Inactivate(r *blk.Req) error {
 	}
 	s.reap(r, true)
 	if s.flagsDue {
-		if err := s.fixFlags(r); err != nil {
+		if _, err := s.fixFlags(r, 0); err != nil {
 			return err
 		}
 		if err := s.flush(r); err != nil {

@@ -1,6 +1,7 @@
 package qcow2
 
 import (
+	"context"
 	"errors"
 	"math"
 	"slices"
@@ -20,10 +21,22 @@ import (
 //	create:  refcounts up, flags off -> | L1 copy, table of snapshots -> | header
 //	delete:  table of snapshots -> | header -> | refcounts down -> | flags on
 //
-// After a crash in between, clusters are leaked at worst. (In images of version 3 the dirty bit is set meanwhile, so that the next one to write repairs that.)
+// Both end with the context of their request, and then have changed nothing. After a crash in between, clusters are leaked at worst. (In images of version 3 the dirty bit is set meanwhile, so that the next one to write repairs that.)
 // No requests run, the node is held quiet.
 
 var errNoSnapshot = errors.New("Can't find the snapshot")
+
+// undoneError is an error after which everything is as it was before.
+type undoneError struct{ error }
+
+func (e undoneError) Unwrap() error { return e.error }
+
+// patient is r for what has to be done whether its client has gone or not.
+func patient(r *blk.Req) *blk.Req {
+	q := *r
+	q.Ctx = context.WithoutCancel(ctxOf(r))
+	return &q
+}
 
 // quietly does f with nothing in flight and everything flushed before and after.
 func (s *image) quietly(r *blk.Req, f func() error) error {
@@ -44,10 +57,16 @@ func (s *image) quietly(r *blk.Req, f func() error) error {
 		}
 	}
 	err := f()
-	if e := s.flush(r); err == nil {
-		err = e
+	var undone undoneError
+	whole := err == nil || errors.As(err, &undone)
+	r = patient(r)
+	if e := s.flush(r); e != nil {
+		whole = false
+		if err == nil {
+			err = e
+		}
 	}
-	s.flagsDue = s.flagsDue || err != nil // who fails half-way leaves it to the end
+	s.flagsDue = s.flagsDue || !whole // who fails half-way leaves it to the end
 	if !s.flagsDue {
 		if e := s.markClean(r); err == nil {
 			err = e
@@ -78,6 +97,7 @@ func (s *image) CreateSnapshot(r *blk.Req, name string, at time.Time, clock time
 		if err := s.share(r, 1); err != nil {
 			return err
 		}
+		r := patient(r) // what is left takes less than undoing it would
 		if err := s.addSnapshot(r, &sn); err != nil {
 			var unsure unsureError
 			if errors.As(err, &unsure) {
@@ -85,8 +105,9 @@ func (s *image) CreateSnapshot(r *blk.Req, name string, at time.Time, clock time
 			}
 			if e := s.share(r, -1); e != nil {
 				s.warnf("Leaking the clusters of a snapshot that could not be made: %s", blk.ErrnoText(e))
+				return err
 			}
-			return err
+			return undoneError{err}
 		}
 		return nil
 	}
@@ -97,7 +118,7 @@ func (s *image) CreateSnapshot(r *blk.Req, name string, at time.Time, clock time
 	}
 	if err != nil && s.hasID(sn.ID) {
 		// It was made, but not all that goes with it.
-		if e := s.DeleteSnapshot(r, sn.ID, name); e != nil {
+		if e := s.DeleteSnapshot(patient(r), sn.ID, name); e != nil {
 			s.warnf("Snapshot '%s' stays, although making it has failed: %s", name, blk.ErrnoText(e))
 		}
 	}
@@ -134,9 +155,12 @@ func (s *image) newID() string {
 }
 
 // share changes the refcounts of all that the active L1 table refers to by d, and puts the copied flags right. If it fails, nothing has changed but flags, which
-// are right.
+// are right. It ends with the context of r; undoing takes no longer than what was done.
 func (s *image) share(r *blk.Req, d int) error {
-	done := 0
+	if err := s.vetL1(r, &s.l1); err != nil {
+		return err
+	}
+	done, flags := 0, int64(0)
 	err := s.eachCluster(r, &s.l1, func(c int64) error {
 		err := s.addRef(r, c, d)
 		if err == nil {
@@ -145,7 +169,7 @@ func (s *image) share(r *blk.Req, d int) error {
 		return err
 	})
 	if err == nil {
-		err = s.fixFlags(r)
+		flags, err = s.fixFlags(r, 0)
 	}
 	if err == nil {
 		err = s.flush(r)
@@ -153,30 +177,70 @@ func (s *image) share(r *blk.Req, d int) error {
 	if err == nil {
 		return nil
 	}
-	undone := s.eachCluster(r, &s.l1, func(c int64) error {
+	q, whole := patient(r), true
+	undone := s.eachCluster(q, &s.l1, func(c int64) error {
 		if done--; done < 0 {
 			return errEnough
 		}
-		return s.addRef(r, c, -d)
+		return s.addRef(q, c, -d)
 	})
 	if undone != nil && undone != errEnough {
+		whole = false
 		s.warnf("Leaking clusters: %s", blk.ErrnoText(undone))
 	}
-	if e := s.fixFlags(r); e != nil {
-		s.warnf("The flags of clusters that are not shared stay wrong: %s", blk.ErrnoText(e))
+	if flags > 0 {
+		if _, e := s.fixFlags(q, flags); e != nil {
+			whole = false
+			s.warnf("The flags of clusters that are not shared stay wrong: %s", blk.ErrnoText(e))
+		}
 	}
-	return err
+	if !whole {
+		return err
+	}
+	return undoneError{err}
 }
 
 var errEnough = errors.New("enough")
 
-func (s *image) fixFlags(r *blk.Req) error {
-	c := &checker{s: s, r: r, res: &CheckResult{}}
+// fixFlags puts the copied flags right: of the L1 entries before behind, unless that is 0, and of what they refer to. It returns the entry behind the last one that it
+// looked at.
+func (s *image) fixFlags(r *blk.Req, behind int64) (int64, error) {
+	c := &checker{s: s, r: r, res: &CheckResult{}, behind: behind}
 	c.end = max(s.file.Size(), s.fileEnd)
-	return c.copiedFlags(true)
+	err := c.copiedFlags(true)
+	return c.at, err
 }
 
-// eachCluster calls f for every cluster that an L1 table refers to, L2 tables and what their entries refer to, until it fails.
+// vetL1 is called before all that an L1 table refers to is walked: each L2 table must be in the file, and be named once. A survey finds others, but some images are
+// too large for one, and one table that 4 million entries name would be walked for weeks.
+func (s *image) vetL1(r *blk.Req, l1 *entries) error {
+	end := max(s.file.Size(), s.fileEnd)
+	var tabs []int64
+	for _, e := range l1.all() {
+		tab := int64(e & layout.OffsetMask)
+		switch {
+		case tab == 0:
+			continue
+		case tab&(s.cs-1) != 0:
+			return s.corrupt(r, true, tab, -1, "L2 table offset "+hex(uint64(tab))+" unaligned")
+		case tab >= end:
+			return s.corrupt(r, true, tab, s.cs, "L2 table offset "+hex(uint64(tab))+" beyond the end of the file")
+		}
+		tabs = append(tabs, tab)
+	}
+	slices.Sort(tabs)
+	for i := 1; i < len(tabs); i++ {
+		if tab := tabs[i]; tab == tabs[i-1] {
+			return s.corrupt(r, true, tab, s.cs, "L2 table at "+hex(uint64(tab))+" is named by several entries of one L1 table")
+		}
+	}
+	return nil
+}
+
+// lookEvery is after how many entries of a table the context of a request is looked at.
+const lookEvery = 4096
+
+// eachCluster calls f for every cluster that an L1 table refers to, L2 tables and what their entries refer to, until it fails or the context of r ends.
 func (s *image) eachCluster(r *blk.Req, l1 *entries, f func(c int64) error) error {
 	buf := make([]byte, s.cs)
 	for _, e := range l1.all() {
@@ -184,15 +248,12 @@ func (s *image) eachCluster(r *blk.Req, l1 *entries, f func(c int64) error) erro
 		if tab == 0 {
 			continue
 		}
-		if tab&(s.cs-1) != 0 {
-			return s.corrupt(r, true, tab, -1, "L2 table offset "+hex(uint64(tab))+" unaligned")
-		}
 		if err := s.readL2(r, tab, buf); err != nil {
 			return err
 		}
 		for k := 0; k < len(buf); k += 8 {
 			x := be.Uint64(buf[k:])
-			if k == 0 {
+			if k%(8*lookEvery) == 0 {
 				if err := ended(r); err != nil {
 					return err
 				}
@@ -299,32 +360,48 @@ func (s *image) DeleteSnapshot(r *blk.Req, id, name string) error {
 func (s *image) dropSnapshot(r *blk.Req, i int) error {
 	sn := s.snaps[i]
 	if err := layout.CheckTable(sn.L1TableOffset, uint64(sn.L1Size), 8, layout.MaxL1Bytes, uint64(s.cs), "Snapshot L1 table"); err != nil {
-		return err
+		return undoneError{err}
 	}
+	// All that takes long comes before anything changes, so that it can end with the context.
 	l1, err := s.readTable(r, int64(sn.L1TableOffset), int64(sn.L1Size))
 	if err != nil {
+		return undoneError{err}
+	}
+	if err := s.vetL1(r, &l1); err != nil {
 		return err
 	}
-	defer s.giveBack(r)
-	if err := s.writeSnapshots(r, append(s.snaps[:i:i], s.snaps[i+1:]...)); err != nil {
+	var gone []span // of clusters
+	err = s.eachCluster(r, &l1, func(c int64) error {
+		if k := len(gone) - 1; k >= 0 && gone[k].last+1 == c {
+			gone[k].last = c
+		} else {
+			gone = append(gone, span{c, c})
+		}
+		return nil
+	})
+	if err != nil {
+		return undoneError{err}
+	}
+	q := patient(r)
+	defer s.giveBack(q)
+	if err := s.writeSnapshots(q, append(s.snaps[:i:i], s.snaps[i+1:]...)); err != nil {
 		return err
 	}
 	// The image does not refer to it any more.
-	err = s.eachCluster(r, &l1, func(c int64) error {
-		s.free(c<<s.cb, s.cs, discardSnapshot)
-		return nil
-	})
+	for _, g := range gone {
+		s.free(g.first<<s.cb, (g.last-g.first+1)<<s.cb, discardSnapshot)
+	}
 	if sn.L1Size > 0 {
 		s.free(int64(sn.L1TableOffset), int64(sn.L1Size)*8, discardSnapshot)
 	}
 	s.turn()
-	if e := s.flush(r); err == nil {
-		err = e
-	}
-	s.reap(r, false)
+	err = s.flush(q)
+	s.reap(q, false)
 	// What somebody still reads keeps its reference; the flags come when it has gone.
 	s.flagsDue = len(s.limbo) > 0
-	if e := s.fixFlags(r); err == nil {
+	if _, e := s.fixFlags(r, 0); e != nil && ended(r) != nil {
+		s.flagsDue = true // the snapshot has gone; this can wait
+	} else if err == nil {
 		err = e
 	}
 	return err

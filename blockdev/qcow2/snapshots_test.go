@@ -2,6 +2,7 @@ package qcow2
 
 import (
 	"bytes"
+	"context"
 	"fmt"
 	"math/rand/v2"
 	"slices"
@@ -367,5 +368,152 @@ func TestNewSnapshotID(t *testing.T) {
 		}
 		_ = s.Inactivate(req())
 		_ = s.Close()
+	}
+}
+
+// looks is a context that counts how often it is looked at, and has ended after some times.
+type looks struct {
+	context.Context
+	n, most int
+}
+
+func (l *looks) Err() error {
+	if l.n++; l.n > l.most {
+		return context.Canceled
+	}
+	return nil
+}
+
+// TestSnapshotsEndWithTheirClients: whenever a client goes, a snapshot is made or deleted as a whole or not at all, and the image is as it was otherwise: no leak, no wrong
+// flag, nothing to repair.
+func TestSnapshotsEndWithTheirClients(t *testing.T) {
+	for _, deletes := range []bool{false, true} {
+		gaveUp, i := 0, 0
+		for ; ; i++ {
+			f := mustCreate(t, CreateOptions{Size: 1 << 20, ClusterSize: ptr(uint64(512))})
+			s := mustOpen(t, mem{f}, config{})
+			for off := int64(0); off < 1<<20; off += 96 << 10 {
+				if err := s.WriteAt(req(), blk.Buf(bytes.Repeat([]byte{1}, 4096)), off, 0); err != nil {
+					t.Fatal(err)
+				}
+			}
+			if deletes {
+				if _, err := s.CreateSnapshot(req(), "s", time.Unix(1, 0), 0); err != nil {
+					t.Fatal(err)
+				}
+				if err := s.WriteAt(req(), blk.Buf(bytes.Repeat([]byte{2}, 8192)), 0, 0); err != nil {
+					t.Fatal(err)
+				}
+			}
+			ctx := &looks{Context: context.Background(), most: i}
+			r := &blk.Req{Ctx: ctx}
+			var err error
+			if deletes {
+				err = s.DeleteSnapshot(r, "1", "s")
+			} else {
+				_, err = s.CreateSnapshot(r, "s", time.Unix(1, 0), 0)
+			}
+			if there := len(s.snaps) == 1; there == (deletes == (err == nil)) {
+				t.Fatalf("%d looks: %v, but %d snapshots", i, err, len(s.snaps))
+			}
+			if err != nil {
+				if gaveUp++; s.flagsDue || s.hdr.IncompatibleFeatures != 0 {
+					t.Fatalf("%d looks: flags due %v, bits %x", i, s.flagsDue, s.hdr.IncompatibleFeatures)
+				}
+				sound(t, s, false)
+			}
+			mustClose(t, s)
+			s = mustOpen(t, mem{f}, config{})
+			sound(t, s, false)
+			mustClose(t, s)
+			if ctx.n <= i {
+				break
+			}
+		}
+		if gaveUp < 10 {
+			t.Errorf("deletes %v: given up %d times in %d", deletes, gaveUp, i)
+		}
+	}
+}
+
+// TestSnapshotWalkLooks: also within one table a walk sees that its client has gone.
+func TestSnapshotWalkLooks(t *testing.T) {
+	f := mustCreate(t, CreateOptions{Size: 1 << 30, ClusterSize: ptr(uint64(2 << 20))})
+	s := mustOpen(t, mem{f}, config{})
+	if err := s.WriteAt(req(), blk.Buf(make([]byte, 512)), 0, 0); err != nil {
+		t.Fatal(err)
+	}
+	for _, walk := range []func(r *blk.Req) error{
+		func(r *blk.Req) error { return s.eachCluster(r, &s.l1, func(int64) error { return nil }) },
+		func(r *blk.Req) error { _, err := s.fixFlags(r, 0); return err },
+	} {
+		ctx := &looks{Context: context.Background(), most: 1 << 30}
+		if err := walk(&blk.Req{Ctx: ctx}); err != nil {
+			t.Fatal(err)
+		}
+		if want := (2 << 20) / 8 / lookEvery; ctx.n < want {
+			t.Errorf("looked %d times at its context, want %d", ctx.n, want)
+		}
+	}
+	mustClose(t, s)
+}
+
+// TestTablesNamedTwice: an L1 table that names an L2 table twice, or one that is not in the file, is found before any of what it says is walked, also in an image that
+// is too large for a survey.
+func TestTablesNamedTwice(t *testing.T) {
+	for _, c := range []struct {
+		name string
+		poke func(l1 []uint64)
+	}{
+		{"all name one", func(l1 []uint64) {
+			for i := range l1 {
+				l1[i] = l1[0]
+			}
+		}},
+		{"two name one", func(l1 []uint64) { l1[len(l1)-1] = l1[0] &^ layout.Copied }},
+		{"beyond the end", func(l1 []uint64) { l1[1] = 1 << 50 }},
+		{"unaligned", func(l1 []uint64) { l1[1] = l1[0] + 512 }},
+	} {
+		for _, deletes := range []bool{false, true} {
+			// 2^12 entries of L1, and as many in the table that they name.
+			f := mustCreate(t, CreateOptions{Size: 1 << 39, ClusterSize: ptr(uint64(32 << 10)), RefcountBits: ptr(int64(64))})
+			s := mustOpen(t, mem{f}, config{})
+			if err := s.WriteAt(req(), blk.Buf(make([]byte, 1<<20)), 0, 0); err != nil {
+				t.Fatal(err)
+			}
+			at := int64(s.hdr.L1TableOffset)
+			if deletes {
+				if _, err := s.CreateSnapshot(req(), "s", time.Unix(1, 0), 0); err != nil {
+					t.Fatal(err)
+				}
+				at = int64(s.snaps[0].L1TableOffset)
+			}
+			mustClose(t, s)
+			l1 := make([]uint64, 1<<12)
+			l1[0] = be.Uint64(f.Bytes()[at:])
+			c.poke(l1)
+			var b []byte
+			for _, e := range l1 {
+				b = be.AppendUint64(b, e)
+			}
+			f.Poke(at, b)
+			var told corruptions
+			s = mustOpen(t, mem{f}, config{corrupted: told.corrupted})
+			s.survey = &survey{endless: true}
+			before := bytes.Clone(f.Bytes()[s.cs:])
+			var err error
+			if deletes {
+				err = s.DeleteSnapshot(req(), "1", "s")
+			} else {
+				_, err = s.CreateSnapshot(req(), "s", time.Unix(1, 0), 0)
+			}
+			if err == nil || len(told.fatal) != 1 {
+				t.Errorf("%s, deletes %v: %v, reports %q", c.name, deletes, err, told.fatal)
+			}
+			if !bytes.Equal(f.Bytes()[s.cs:], before) {
+				t.Errorf("%s, deletes %v: something has changed", c.name, deletes)
+			}
+			_ = s.Close()
+		}
 	}
 }

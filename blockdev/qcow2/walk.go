@@ -25,6 +25,9 @@ type checker struct {
 	most int64           // the most that tables that lie side by side may take, and the tally; bytes
 	buf  []byte
 
+	behind int64 // copied flags are looked at only before this L1 entry; 0: all are
+	at     int64 // and were, before this one
+
 	tables int64 // bytes that tables that lie side by side take
 	// Tables with entries that point beyond the end, which a repair has to put right.
 	stray map[int64]struct{}
