@@ -100,41 +100,6 @@ func (s *image) loadBitmaps(r *blk.Req) error {
 	return s.keeper.loaded(all, s.readOnly)
 }
 
-// brokenError is what is wrong with a directory.
-type brokenError struct{ error }
-
-func (s *image) readDirectory(r *blk.Req, off, size int64, n uint32) ([]*stored, error) {
-	q := s.sequence(r, off, off+size)
-	defer q.close()
-	var list []*stored
-	names := 0
-	for i := range n {
-		left := q.end - q.off
-		head, err := q.peek(layout.BitmapHeaderSize)
-		if err != nil {
-			return nil, err
-		}
-		k, err := layout.BitmapNeed(head, left, i, n)
-		if err != nil {
-			return nil, &brokenError{err}
-		}
-		b, err := q.peek(k)
-		if err != nil {
-			return nil, err
-		}
-		m := &stored{BitmapEntry: layout.ParseBitmap(b)}
-		if names += len(m.Name); names > layout.MaxNames {
-			return nil, &brokenError{fmt.Errorf("the names of the bitmaps take more than %d bytes", layout.MaxNames)}
-		}
-		list = append(list, m)
-		q.skip(k)
-	}
-	if left := q.end - q.off; left != 0 {
-		return nil, &brokenError{fmt.Errorf("bitmap directory has %d bytes too many", left)}
-	}
-	return list, nil
-}
-
 // bitmapLoader loads the bitmaps of an image.
 type bitmapLoader struct {
 	s      *image
@@ -321,7 +286,7 @@ func (s *image) claimBitmaps(r *blk.Req) error {
 	return s.claimInPlace(r)
 }
 
-// claimInPlace changes the flags where they are: it takes no space. Whichever of them are written when power fails, nothing else was written before.
+// claimInPlace changes the flags where they are, unless something else may lie there: it takes no space. Whichever of them are written when power fails, nothing else was written before.
 func (s *image) claimInPlace(r *blk.Req) error {
 	if err := s.distrust(r); err != nil {
 		return err
@@ -334,20 +299,9 @@ func (s *image) claimInPlace(r *blk.Req) error {
 	if !fresh {
 		return nil
 	}
-	dir := s.encodeDirectory(s.stored)
-	if err := s.writeMeta(r, dir, int64(s.ext.Bitmaps.DirectoryOffset), olBitmapDirectory); err != nil {
-		return err
-	}
+	err := s.rewriteDirectory(r)
 	s.publish()
-	return s.barrier(r)
-}
-
-func (s *image) encodeDirectory(l []*stored) []byte {
-	entries := make([]layout.BitmapEntry, len(l))
-	for i, m := range l {
-		entries[i] = m.BitmapEntry
-	}
-	return layout.AppendBitmapDirectory(nil, entries)
+	return err
 }
 
 // writeAutoclear changes the autoclear feature bits on disk and then in memory.
@@ -503,58 +457,6 @@ func (s *image) writeNew(r *blk.Req, b []byte, what string) (int64, error) {
 	}
 	b = append(b, make([]byte, n<<s.cb-int64(len(b)))...)
 	return first << s.cb, s.writeMeta(r, b, first<<s.cb, 0)
-}
-
-// switchDirectory makes the image refer to the bitmaps in list, and gives back what those in old, and the old directory, take.
-func (s *image) switchDirectory(r *blk.Req, list, old []*stored) error {
-	was, wasMarks, wasBits := s.ext.Bitmaps, s.ext.Marks, s.hdr.AutoclearFeatures
-	var now *layout.Bitmaps
-	var marked []uint64
-	bits := wasBits &^ (layout.AutoclearBitmaps | layout.AutoclearMarks)
-	for _, m := range list {
-		if m.live {
-			marked = append(marked, m.TableOffset)
-			bits |= layout.AutoclearMarks
-		}
-	}
-	if len(list) > 0 {
-		dir := s.encodeDirectory(list)
-		if len(dir) > layout.MaxBitmapDirectory {
-			return errNoSpace
-		}
-		off, err := s.writeNew(r, dir, "bitmap directory")
-		if err != nil {
-			return err
-		}
-		now = &layout.Bitmaps{NbBitmaps: uint32(len(list)), DirectorySize: uint64(len(dir)), DirectoryOffset: uint64(off)}
-		bits |= layout.AutoclearBitmaps
-	}
-	if err := s.writeRefcounts(r); err != nil {
-		return err
-	}
-	if err := s.barrier(r); err != nil {
-		return err
-	}
-	s.fresh = nil // from here on the image may refer to them, also after an error
-	s.ext.Bitmaps, s.ext.Marks, s.hdr.AutoclearFeatures = now, marked, bits
-	if err := s.updateHeader(r); err != nil {
-		s.ext.Bitmaps, s.ext.Marks, s.hdr.AutoclearFeatures = was, wasMarks, wasBits
-		return err
-	}
-	if s.ext.Marks == nil {
-		for _, m := range list {
-			m.live = false // there was no room
-		}
-	}
-	s.stored = list
-	if was != nil {
-		s.free(int64(was.DirectoryOffset), int64(was.DirectorySize), discardOther)
-	}
-	for _, m := range old {
-		s.freeBitmap(r, m)
-	}
-	s.publish()
-	return nil
 }
 
 // freeBitmap gives back what a bitmap takes to which the image does not refer any more.

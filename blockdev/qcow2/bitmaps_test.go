@@ -2,12 +2,14 @@ package qcow2
 
 import (
 	"bytes"
+	"fmt"
 	"path/filepath"
 	"slices"
 	"syscall"
 	"testing"
 
 	"qblockd/blockdev/drivertest"
+	"qblockd/blockdev/qcow2/layout"
 	"qblockd/graph/bitmap"
 	"qblockd/graph/blk"
 	"qblockd/schema/types"
@@ -223,4 +225,124 @@ func TestBitmapTooLongAfterResize(t *testing.T) {
 	}
 	k.list = nil
 	mustClose(t, s)
+}
+
+// TestSharedBitmapDirectory: a directory is not written to where it is, to say that its bitmaps are in use, if guest data may lie in the same cluster.
+func TestSharedBitmapDirectory(t *testing.T) {
+	for _, c := range []struct {
+		name  string
+		count byte
+		steps [2]int64
+		set   *survey
+	}{
+		{"counted twice, known", 2, [2]int64{}, nil},
+		{"counted once, known", 1, [2]int64{}, nil},
+		{"counted twice, to be found", 2, [2]int64{1, 1}, nil},
+		{"counted once, to be found", 1, [2]int64{1, 1}, nil},
+		{"counted twice, not to be found", 2, [2]int64{}, &survey{endless: true}},
+	} {
+		f := mustCreate(t, CreateOptions{Size: 2 << 30})
+		k := &memKeeper{list: []persisted{{name: "a", bits: bitmap.New(2<<30, 65536), enabled: true}}}
+		s := mustOpen(t, mem{f}, config{keeper: k})
+		for off := int64(0); off < 2<<30; off += 512 << 20 {
+			if err := s.WriteAt(req(), blk.Buf(bytes.Repeat([]byte{1}, 64<<10)), off, 0); err != nil {
+				t.Fatal(err)
+			}
+		}
+		mustClose(t, s)
+		s = mustOpen(t, mem{f}, config{readOnly: true})
+		dir, last := int64(s.ext.Bitmaps.DirectoryOffset), int64(s.l1.at(3)&layout.OffsetMask)
+		mustClose(t, s)
+		f.Poke(last+8, be.AppendUint64(nil, uint64(dir)))
+		f.Poke(0x20000+2*(dir>>16), []byte{0, c.count})
+		want := bytes.Clone(f.Bytes()[dir : dir+64<<10])
+		cfg := config{file: mem{f}, vetSteps: c.steps, options: Options{CacheCleanInterval: ptr(int64(0))}}
+		s, err := openImage(req(), cfg)
+		if err != nil {
+			t.Fatalf("%s: %v", c.name, err)
+		}
+		if c.set != nil {
+			s.survey, s.wrong = c.set, wrong{}
+			for _, m := range s.stored {
+				m.Flags &^= layout.BitmapInUse
+			}
+			if err := s.claimInPlace(req()); err != nil {
+				t.Fatal(err)
+			}
+		}
+		b := make([]byte, 64<<10)
+		if err := s.ReadAt(req(), blk.Buf(b), 3*(512<<20)+64<<10, 0); err != nil || !bytes.Equal(b, want) {
+			t.Errorf("%s: what the guest has there has changed: %v", c.name, err)
+		}
+		mustClose(t, s)
+		s = mustOpen(t, mem{f}, config{readOnly: true})
+		if len(s.stored) != 1 || s.stored[0].Flags&layout.BitmapInUse == 0 {
+			t.Errorf("%s: bitmaps afterwards: %v", c.name, s.stored)
+		}
+		if err := s.ReadAt(req(), blk.Buf(b), 3*(512<<20)+64<<10, 0); err != nil || !bytes.Equal(b, want) {
+			t.Errorf("%s: what the guest has there has changed after closing: %v", c.name, err)
+		}
+		mustClose(t, s)
+	}
+}
+
+// written counts the bytes that are written to a file.
+type written struct {
+	mem
+	n int64
+}
+
+func (w *written) WriteAt(r *blk.Req, v blk.Vec, off int64, f blk.Flags) error {
+	w.n += v.Len()
+	return w.mem.WriteAt(r, v, off, f)
+}
+
+// TestManyLongNames: bitmaps that are added one after the other, and taken back in the opposite order, do not write the names of all others each time.
+func TestManyLongNames(t *testing.T) {
+	const n = 600
+	f := &written{mem: mem{mustCreate(t, CreateOptions{Size: 1 << 20})}}
+	k := &memKeeper{}
+	s := mustOpen(t, f, config{keeper: k})
+	name := func(i int) string { return fmt.Sprintf("%01023d", i) }
+	for i := range n {
+		k.list = append([]persisted{{name: name(i), bits: bitmap.New(1<<20, 65536), enabled: true}}, k.list...)
+		if err := s.HoldBitmap(req(), name(i)); err != nil {
+			t.Fatal(err)
+		}
+	}
+	// Each has a table and data in clusters of its own, a change of the header, and its entry; the directory moves once in 60.
+	if most := int64(n)*(3*64<<10) + n/60*(n*1100/2)*2; f.n > most {
+		t.Errorf("%d bitmaps took %d KiB of writes, of %d", n, f.n>>10, most>>10)
+	}
+	look := func(want int) {
+		t.Helper()
+		seen := &memKeeper{}
+		v := mustOpen(t, f.mem, config{keeper: seen, readOnly: true})
+		if len(seen.list) != want || v.badBitmaps {
+			t.Errorf("the image has %d bitmaps, want %d", len(seen.list), want)
+		}
+		for i, p := range seen.list {
+			if p.name != name(i) || p.inconsistent {
+				t.Fatalf("bitmap %d is %s, inconsistent %v", i, p.name, p.inconsistent)
+			}
+		}
+		sound(t, v, true)
+		mustClose(t, v)
+	}
+	look(n)
+	f.n = 0
+	for i := n - 1; i >= 10; i-- {
+		k.list = k.list[1:]
+		if err := s.RemoveBitmap(req(), name(i)); err != nil {
+			t.Fatal(err)
+		}
+	}
+	if most := int64(n) * (64 << 10); f.n > most {
+		t.Errorf("to remove them took %d KiB of writes, of %d", f.n>>10, most>>10)
+	}
+	look(10)
+	mustClose(t, s)
+	v := mustOpen(t, f.mem, config{readOnly: true})
+	sound(t, v, false)
+	mustClose(t, v)
 }

@@ -88,7 +88,9 @@ type image struct {
 	stored   []*stored // persistent bitmaps in the image; changes with marking held, too
 	// badBitmaps: the bitmaps extension makes no sense, and goes with the first change.
 	badBitmaps bool
-	fresh      []int64 // clusters taken for bitmaps that the image does not refer to yet
+	// dirUnsure: a change of the header has failed, and which bitmap directory it refers to is not known.
+	dirUnsure bool
+	fresh     []int64 // clusters taken for bitmaps that the image does not refer to yet
 
 	l1      entries
 	l1Dirty map[int64]struct{}

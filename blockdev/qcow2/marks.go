@@ -321,11 +321,7 @@ func (s *image) setEnabled(r *blk.Req, b *stored, enabled bool) error {
 	if b.Flags == was {
 		return nil
 	}
-	err := s.writeMeta(r, s.encodeDirectory(s.stored), int64(s.ext.Bitmaps.DirectoryOffset), olBitmapDirectory)
-	if err == nil {
-		err = s.barrier(r)
-	}
-	if err != nil {
+	if err := s.rewriteDirectory(r); err != nil {
 		b.Flags = was
 		return err
 	}
