@@ -191,12 +191,16 @@ func (s *image) growL1(r *blk.Req, n int64) error {
 		return fail(err)
 	}
 	s.step(r, blk.EvL1GrowWriteTable)
-	b := make([]byte, n*8)
-	for i, e := range s.l1.all() {
-		be.PutUint64(b[8*i:], e)
-	}
-	if err := s.writeMeta(r, b, off, 0); err != nil {
-		return fail(err)
+	const piece = 1 << 20 / 8 // entries
+	b := make([]byte, 0, min(n, piece)*8)
+	for first := int64(0); first < n; first += piece {
+		if err := ended(r); err != nil {
+			return fail(err)
+		}
+		b = s.l1.append(b[:0], first, min(first+piece, n))
+		if err := s.writeMeta(r, b, off+8*first, 0); err != nil {
+			return fail(err)
+		}
 	}
 	if err := s.barrier(r); err != nil {
 		return fail(err)
