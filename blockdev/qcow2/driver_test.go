@@ -185,6 +185,56 @@ func TestChain(t *testing.T) {
 	sound(t, d.image, true)
 }
 
+// What is zeroed or discarded while the backing file that the image names is not opened is still zeroes when that is opened.
+func TestZeroesBeforeBacking(t *testing.T) {
+	const cluster, size = 64 << 10, 8 * 64 << 10
+	for _, version := range []types.BlockdevQcow2Version{types.BlockdevQcow2VersionV2, types.BlockdevQcow2VersionV3} {
+		g := drivertest.NewGraph(t)
+		file := drivertest.NewMemFile(0)
+		o := &types.BlockdevCreateOptionsQcow2{Size: size, Version: &version, BackingFile: ptr("b.raw"), BackingFmt: ptr(types.BlockdevDriverRaw)}
+		r, q := newRoot(t, g, drivertest.MustBuild(t, g, drivertest.Spec{
+			Options: graph.Options{Name: "q", Kind: graph.Format, DriverName: "qcow2", Discard: true}, Open: Open,
+			Children: []drivertest.Child{drivertest.File(created(t, g, file, o))},
+		}))
+		one := bytes.Repeat([]byte{1}, 3*cluster)
+		for i, f := range []func() error{
+			func() error { return r.WriteAt(q, blk.Buf(one), cluster, 0) },
+			func() error { return r.Zero(q, 0, 2*cluster, 0) },
+			func() error { return r.Zero(q, 2*cluster, cluster, blk.MayUnmap) },
+			func() error { return r.Discard(q, 3*cluster, 2*cluster) }, // the first was written, the second never was anything
+			func() error { return r.Zero(q, 5*cluster+512, 1024, 0) },
+		} {
+			if err := f(); err != nil {
+				t.Fatalf("%s, step %d: %v", version, i, err)
+			}
+		}
+		want := make([]byte, size)
+		if err := r.ReadAt(q, blk.Buf(want), 0, 0); err != nil {
+			t.Fatal(err)
+		}
+		if err := r.Flush(q); err != nil {
+			t.Fatal(err)
+		}
+		g = drivertest.NewGraph(t)
+		b := drivertest.AddNode(t, g, "back", drivertest.MemFileOf(bytes.Repeat([]byte{9}, size)))
+		r, q = newRoot(t, g, addQcow2(t, g, "q", drivertest.AddNode(t, g, "file", file.Clone()), false, nil, drivertest.Backing(b)))
+		got := make([]byte, size)
+		if err := r.ReadAt(q, blk.Buf(got), 0, 0); err != nil {
+			t.Fatal(err)
+		}
+		zeroed := 4 * cluster
+		if version == types.BlockdevQcow2VersionV3 {
+			zeroed = 5 * cluster
+		}
+		if i := bytes.IndexByte(got[:3*cluster], 9); i >= 0 || !bytes.Equal(got[:zeroed], want[:zeroed]) {
+			t.Errorf("%s: differs; the backing file shows at %d", version, i)
+		}
+		if !bytes.Equal(got[5*cluster+512:5*cluster+1536], make([]byte, 1024)) {
+			t.Errorf("%s: a part of a cluster shows the backing file", version)
+		}
+	}
+}
+
 // TestLease: a mapped cluster is not reused before the mapping is released.
 func TestLease(t *testing.T) {
 	g := drivertest.NewGraph(t)

@@ -244,6 +244,10 @@ func (s *image) backSize() int64 {
 	return 0
 }
 
+// backLater tells whether the image names a backing file that is not opened: it is when the image is opened again, and then shows where there are no
+// clusters.
+func (s *image) backLater() bool { return s.backName != "" && s.back() == nil }
+
 func isNotSupported(err error) bool {
 	return errors.Is(err, blk.ErrNotSupported) || errors.Is(err, syscall.ENOTSUP)
 }

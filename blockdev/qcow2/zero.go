@@ -7,7 +7,7 @@ import (
 
 // Zero makes [off, off+n) read as zeroes by changing L2 entries. Parts of clusters are done
 // only if the rest of the cluster reads as zeroes already; else ErrNotSupported, and the
-// caller writes. Version 2 images can express it only where nothing lies below, by having no cluster.
+// caller writes. Version 2 images can express it only where nothing lies below, nor may later, by having no cluster.
 func (s *image) Zero(r *blk.Req, off, n int64, f blk.Flags) error {
 	err := s.zero(r, off, n, f)
 	for again := 0; err != nil && again < maxRetries && s.giveSpace(r, err); again++ {
@@ -29,7 +29,7 @@ func (s *image) zero(r *blk.Req, off, n int64, f blk.Flags) error {
 		return err
 	}
 	v2 := s.hdr.Version < 3
-	if v2 && s.backSize() > s.geo.RoundDown(off) {
+	if v2 && (s.backSize() > s.geo.RoundDown(off) || s.backLater()) {
 		return blk.ErrNotSupported
 	}
 	end := off + n
@@ -171,7 +171,7 @@ func (s *image) eachSlice(r *blk.Req, from, to int64, create bool, f func(t *tab
 }
 
 // Discard frees the clusters within [off, off+n). They read as zeroes afterwards, or, in
-// version 2 images, which then must not have a backing file, become unallocated.
+// version 2 images, which then must not have a backing file, nor name one, become unallocated.
 func (s *image) Discard(r *blk.Req, off, n int64) error {
 	err := s.discardAt(r, off, n)
 	for again := 0; err != nil && again < maxRetries && s.giveSpace(r, err); again++ {
@@ -192,7 +192,7 @@ func (s *image) discardAt(r *blk.Req, off, n int64) error {
 	if err := s.usable(); err != nil {
 		return err
 	}
-	hasBacking := s.back() != nil
+	hasBacking := s.back() != nil || s.backLater()
 	if s.hdr.Version < 3 && hasBacking {
 		return blk.ErrNotSupported
 	}

@@ -294,7 +294,8 @@ func (w *world) drive(j *jobs.Job, guests []*guest) error {
 			}
 			_ = j.Cancel(true)
 		case status == types.JobStatusReady && w.End != "cancel":
-			if w.Sample.Guests > 0 && (w.End == "leave" || w.Busy) {
+			// Also of a target whose backing file nobody has opened: it does not show yet what guests have to see.
+			if w.Sample.Guests > 0 && (w.End == "leave" || w.Busy || w.Under == "header") {
 				if err := w.stop(guests); err != nil {
 					return err
 				}
