@@ -278,7 +278,7 @@ func (s *image) claimBitmaps(r *blk.Req) error {
 	if len(s.stored) == 0 {
 		return s.distrust(r)
 	}
-	err := s.claimLive(r)
+	err := s.orGiveOut(r, func() error { return s.claimLive(r) })
 	if err == nil {
 		return nil
 	}
@@ -509,6 +509,10 @@ func (s *image) RemoveBitmap(r *blk.Req, name string) error {
 	defer s.marking.Unlock()
 	s.mu.Lock()
 	defer s.mu.Unlock()
+	return s.orGiveOut(r, func() error { return s.removeBitmap(r, name) })
+}
+
+func (s *image) removeBitmap(r *blk.Req, name string) error {
 	i := slices.IndexFunc(s.stored, func(m *stored) bool { return m.Name == name })
 	if i < 0 || s.readOnly {
 		return s.usable()

@@ -297,7 +297,7 @@ func (s *image) Inactivate(r *blk.Req) error {
 		return err
 	}
 	// Bitmaps that cannot be stored have missed writes, as the image says already; the guest's data come first.
-	bitmaps := s.storeBitmaps(r)
+	bitmaps := s.orGiveOut(r, func() error { return s.storeBitmaps(r) })
 	if err := s.flush(r); err != nil {
 		return err
 	}

@@ -270,6 +270,19 @@ func (s *image) HoldBitmap(r *blk.Req, name string) error {
 	defer s.marking.Unlock()
 	s.mu.Lock()
 	defer s.mu.Unlock()
+	return s.orGiveOut(r, func() error { return s.holdBitmap(r, name) })
+}
+
+// orGiveOut does f, and once more if there was no space until some was given out. mu is held, no flush is claimed.
+func (s *image) orGiveOut(r *blk.Req, f func() error) error {
+	err := f()
+	if err != nil && s.giveOut(r, err) {
+		err = f()
+	}
+	return err
+}
+
+func (s *image) holdBitmap(r *blk.Req, name string) error {
 	if err := s.usable(); err != nil {
 		return err
 	}

@@ -249,11 +249,7 @@ func (s *image) becomeWriter(r *blk.Req) error {
 			return err
 		}
 	}
-	err := s.claimBitmaps(r)
-	if err != nil && s.giveOut(r, err) {
-		err = s.claimBitmaps(r)
-	}
-	if err != nil {
+	if err := s.claimBitmaps(r); err != nil {
 		return wrap("Could not update bitmap directory", err)
 	}
 	return nil

@@ -269,7 +269,12 @@ func (s *image) newBlock(r *blk.Req, b int64) error {
 	clear(t.data)
 	if cb == b {
 		s.geo.SetRefcount(t.data, c&(1<<bits-1), 1)
-	} else {
+	}
+	// At once, so that there is space for it or it is not made: no flush would succeed any more if it could not be written later.
+	if err := s.writeMeta(r, t.data, t.off, 0); err != nil {
+		return err
+	}
+	if cb != b {
 		if err := s.addRef(r, c, 1); err != nil {
 			return err
 		}

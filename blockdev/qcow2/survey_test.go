@@ -2,6 +2,7 @@ package qcow2
 
 import (
 	"bytes"
+	"context"
 	"errors"
 	"fmt"
 	"math/rand/v2"
@@ -12,6 +13,7 @@ import (
 
 	"qblockd/blockdev/drivertest"
 	"qblockd/blockdev/qcow2/layout"
+	"qblockd/graph/bitmap"
 	"qblockd/graph/blk"
 )
 
@@ -343,6 +345,73 @@ func TestDamagedImagesKeepWhatTheyShow(t *testing.T) {
 				t.Log(d)
 			}
 			t.Fatalf("seed %d: %v", seed, err)
+		}
+	}
+}
+
+// TestSurveyOnDevice: as long as the references of an image have not all been counted, clusters are taken behind the end of its file. A file that cannot grow, as a
+// device cannot, has none there; so those that are free in it have to be found: for data, snapshots and bitmaps, old and new ones.
+func TestSurveyOnDevice(t *testing.T) {
+	for name, slack := range map[string]int64{"full": 0, "with a free end": 1 << 20} {
+		for _, what := range []string{"data", "snapshot", "bitmap", "bitmap later"} {
+			t.Run(name+", "+what, func(t *testing.T) {
+				cs := int64(512)
+				img := sample(t, CreateOptions{ClusterSize: ptr(uint64(cs))})
+				k := &memKeeper{}
+				s := mustOpen(t, mem{img}, config{keeper: k})
+				k.list = []persisted{{name: "old", bits: bitmap.New(s.size.Load(), 512), enabled: true}}
+				if err := s.WriteAt(req(), blk.Buf(make([]byte, 60*cs)), 100*cs, 0); err != nil {
+					t.Fatal(err)
+				}
+				mustClose(t, s)
+				s = mustOpen(t, mem{img}, config{keeper: &memKeeper{}})
+				if err := s.Discard(req(), 100*cs, 60*cs); err != nil {
+					t.Fatal(err)
+				}
+				mustClose(t, s)
+				if err := img.Resize(context.Background(), (img.Size()+slack)&^511, ""); err != nil {
+					t.Fatal(err)
+				}
+				k = &memKeeper{}
+				s = mustOpen(t, limited{mem{img}, img.Size()}, config{keeper: k, vetSteps: [2]int64{1, 1}})
+				hold := func() {
+					t.Helper()
+					k.list = append(k.list, persisted{name: "new", bits: bitmap.New(s.size.Load(), 512), enabled: true})
+					if err := s.HoldBitmap(req(), "new"); err != nil {
+						t.Errorf("new bitmap: %v", err)
+					}
+				}
+				switch what {
+				case "snapshot":
+					if _, err := s.CreateSnapshot(req(), "n", time.Unix(2, 0), 0); err != nil {
+						t.Errorf("snapshot: %v", err)
+					}
+				case "bitmap":
+					hold()
+				}
+				for c := range int64(8) {
+					if err := s.WriteAt(req(), blk.Buf(bytes.Repeat([]byte{7}, int(cs))), (110+c)*cs, 0); err != nil {
+						t.Errorf("write: %v", err)
+					}
+				}
+				if what == "bitmap later" {
+					hold()
+				}
+				if err := s.Flush(req()); err != nil {
+					t.Errorf("flush: %v", err)
+				}
+				for _, b := range s.stored {
+					if !b.live {
+						t.Errorf("bitmap %s would not outlive a kill", b.Name)
+					}
+				}
+				b := make([]byte, 8*cs)
+				if err := s.ReadAt(req(), blk.Buf(b), 110*cs, 0); err != nil || !bytes.Equal(b, bytes.Repeat([]byte{7}, len(b))) {
+					t.Errorf("read: %v, begins with %d", err, b[0])
+				}
+				sound(t, s, true)
+				mustClose(t, s)
+			})
 		}
 	}
 }
