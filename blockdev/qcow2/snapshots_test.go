@@ -358,6 +358,12 @@ func TestNewSnapshotID(t *testing.T) {
 
 		fault := drivertest.NewFault(f)
 		s = mustOpen(t, mem{fault}, config{})
+		s.mu.Lock()
+		err = s.vetAll(req()) // a survey goes on after one error
+		s.mu.Unlock()
+		if err != nil {
+			t.Error(err)
+		}
 		fault.FailAt(0, syscall.EIO)
 		if _, err := s.CreateSnapshot(req(), "n", time.Unix(2, 0), 0); err == nil {
 			t.Error("no error")

@@ -110,7 +110,8 @@ func (s *image) beginSurvey(r *blk.Req) error {
 	return s.stepSurvey(r, cmp.Or(s.vetSteps[0], firstStep))
 }
 
-// surveyFailed says what it means that a survey cannot go on; the error is that of the request.
+// surveyFailed says what it means that a survey cannot go on; the error is that of the request. One of I/O is not: what could not be read is mostly nothing that
+// the request needs.
 func (s *image) surveyFailed(r *blk.Req, err error) error {
 	switch {
 	case ended(r) != nil:
@@ -119,7 +120,7 @@ func (s *image) surveyFailed(r *blk.Req, err error) error {
 		return s.corrupt(r, true, -1, -1, "Tables of metadata lie over each other, or beyond the end of the file")
 	case err != errTooBig && s.survey.failed < 1:
 		s.survey.failed++
-		return err // of the request; who comes next tries again
+		return nil // who comes next tries again
 	}
 	s.warnf("What the image refers to cannot be looked at (%s): what is free in the file is not used", blk.ErrnoText(err))
 	s.survey.endless, s.survey.c, s.survey.pages = true, nil, nil
@@ -259,10 +260,14 @@ func (s *image) vetTable(r *blk.Req, off int64) error {
 		return nil
 	}
 	v.c.r = r
-	if err := v.c.walkTable(off >> s.cb); err != nil {
-		return s.surveyFailed(r, err)
+	err := v.c.walkTable(off >> s.cb)
+	if err == nil {
+		return nil
 	}
-	return nil
+	if e := s.surveyFailed(r, err); e != nil || v.endless {
+		return e
+	}
+	return err // it must not be changed before it has been looked at
 }
 
 // linked counts what an L2 entry has come to refer to, if its table has been looked at already.

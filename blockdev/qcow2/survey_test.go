@@ -8,6 +8,7 @@ import (
 	"math/rand/v2"
 	"os"
 	"strconv"
+	"syscall"
 	"testing"
 	"time"
 
@@ -407,6 +408,63 @@ func TestSurveyOnDevice(t *testing.T) {
 				}
 				b := make([]byte, 8*cs)
 				if err := s.ReadAt(req(), blk.Buf(b), 110*cs, 0); err != nil || !bytes.Equal(b, bytes.Repeat([]byte{7}, len(b))) {
+					t.Errorf("read: %v, begins with %d", err, b[0])
+				}
+				sound(t, s, true)
+				mustClose(t, s)
+			})
+		}
+	}
+}
+
+// unreadable is a file a part of which cannot be read, the first so many times.
+type unreadable struct {
+	mem
+	off, end int64
+	times    *int
+}
+
+func (f unreadable) ReadAt(r *blk.Req, v blk.Vec, off int64, fl blk.Flags) error {
+	if *f.times > 0 && off < f.end && f.off < off+v.Len() {
+		*f.times--
+		return syscall.EIO
+	}
+	return f.mem.ReadAt(r, v, off, fl)
+}
+
+// TestSurveyMeetsBadSectors: what cannot be read fails no request that does not need it.
+func TestSurveyMeetsBadSectors(t *testing.T) {
+	const cs = 512
+	img := sample(t, CreateOptions{ClusterSize: ptr(uint64(cs))})
+	s := mustOpen(t, mem{img}, config{readOnly: true})
+	places := map[string]int64{
+		"L2 table":               int64(s.l1At(1) & layout.OffsetMask),
+		"L1 table of a snapshot": int64(s.snaps[0].L1TableOffset),
+	}
+	mustClose(t, s)
+	for what, off := range places {
+		for _, times := range []int{1, 2, 1 << 30} {
+			t.Run(fmt.Sprint(what, ", ", times), func(t *testing.T) {
+				left, img := 0, drivertest.MemFileOf(bytes.Clone(img.Bytes()))
+				s := mustOpen(t, unreadable{mem{img}, off, off + cs, &left}, config{vetSteps: [2]int64{1, 1}})
+				left = times
+				for c := range int64(20) {
+					if err := s.WriteAt(req(), blk.Buf(bytes.Repeat([]byte{7}, cs)), c*cs, 0); err != nil {
+						t.Errorf("write %d: %v", c, err)
+					}
+					if err := s.Discard(req(), (30+c)*cs, cs); err != nil {
+						t.Errorf("discard %d: %v", 30+c, err)
+					}
+				}
+				if err := s.Flush(req()); err != nil {
+					t.Errorf("flush: %v", err)
+				}
+				if left == times {
+					t.Error("nobody has read there")
+				}
+				left = 0
+				b := make([]byte, 20*cs)
+				if err := s.ReadAt(req(), blk.Buf(b), 0, 0); err != nil || !bytes.Equal(b, bytes.Repeat([]byte{7}, len(b))) {
 					t.Errorf("read: %v, begins with %d", err, b[0])
 				}
 				sound(t, s, true)
