@@ -5,9 +5,9 @@ import (
 	"sync/atomic"
 	"time"
 
+	"qblockd/events/panics"
 	"qblockd/graph"
 	"qblockd/graph/perm"
-	"qblockd/panics"
 	"qblockd/schema/types"
 )
 

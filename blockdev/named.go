@@ -8,8 +8,8 @@ import (
 	"strconv"
 	"strings"
 
+	"qblockd/events/panics"
 	"qblockd/graph"
-	"qblockd/panics"
 	"qblockd/schema/types"
 	"qblockd/schema/value"
 )

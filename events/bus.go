@@ -6,8 +6,8 @@ import (
 	"sync"
 	"time"
 
+	"qblockd/events/panics"
 	"qblockd/events/trace"
-	"qblockd/panics"
 	"qblockd/schema/value"
 )
 

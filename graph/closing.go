@@ -8,9 +8,9 @@ import (
 	"strings"
 	"sync"
 
+	"qblockd/events/panics"
 	"qblockd/events/trace"
 	"qblockd/graph/blk"
-	"qblockd/panics"
 )
 
 // close ends a node in state closing, to which nothing leads any more: it stores and

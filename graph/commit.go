@@ -5,8 +5,8 @@ import (
 	"log/slog"
 	"slices"
 
+	"qblockd/events/panics"
 	"qblockd/graph/perm"
-	"qblockd/panics"
 )
 
 // commit is one Tx on its way through the phases.

@@ -5,8 +5,8 @@ import (
 	"log/slog"
 	"syscall"
 
+	"qblockd/events/panics"
 	"qblockd/graph/blk"
-	"qblockd/panics"
 	"qblockd/schema/types"
 )
 

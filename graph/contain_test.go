@@ -10,10 +10,10 @@ import (
 	"time"
 
 	"qblockd/blockdev/drivertest"
+	"qblockd/events/panics"
 	"qblockd/graph"
 	"qblockd/graph/blk"
 	"qblockd/graph/perm"
-	"qblockd/panics"
 	"qblockd/schema/types"
 )
 

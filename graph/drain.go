@@ -4,7 +4,7 @@ import (
 	"context"
 	"time"
 
-	"qblockd/panics"
+	"qblockd/events/panics"
 )
 
 // quietPoll is how often a Drainer that nobody announced to be quiet is asked again.

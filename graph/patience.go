@@ -5,7 +5,7 @@ import (
 	"sync/atomic"
 	"time"
 
-	"qblockd/panics"
+	"qblockd/events/panics"
 )
 
 const (

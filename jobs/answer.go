@@ -3,8 +3,8 @@ package jobs
 import (
 	"time"
 
+	"qblockd/events/panics"
 	"qblockd/jobs/machine"
-	"qblockd/panics"
 )
 
 // instantLimit is how long a command waits at most for a job on nodes that answer at once. It bounds what a client waits and so is real time.

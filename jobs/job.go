@@ -8,10 +8,10 @@ import (
 	"sync/atomic"
 	"syscall"
 
+	"qblockd/events/panics"
 	"qblockd/events/trace"
 	"qblockd/graph"
 	"qblockd/jobs/machine"
-	"qblockd/panics"
 	"qblockd/schema/types"
 )
 

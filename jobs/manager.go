@@ -7,9 +7,9 @@ import (
 	"sync"
 
 	"qblockd/events"
+	"qblockd/events/panics"
 	"qblockd/graph"
 	"qblockd/jobs/machine"
-	"qblockd/panics"
 	"qblockd/schema/types"
 )
 

@@ -6,7 +6,7 @@ import (
 	"strings"
 	"testing"
 
-	"qblockd/panics"
+	"qblockd/events/panics"
 	"qblockd/schema/types"
 )
 

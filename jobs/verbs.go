@@ -5,8 +5,8 @@ import (
 	"fmt"
 	"time"
 
+	"qblockd/events/panics"
 	"qblockd/jobs/machine"
-	"qblockd/panics"
 	"qblockd/schema/types"
 )
 

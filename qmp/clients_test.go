@@ -14,7 +14,7 @@ import (
 	"time"
 
 	"qblockd/events"
-	"qblockd/panics"
+	"qblockd/events/panics"
 	"qblockd/schema/types"
 	"qblockd/schema/value"
 )

@@ -8,8 +8,8 @@ import (
 	"sync"
 	"sync/atomic"
 
+	"qblockd/events/panics"
 	"qblockd/events/trace"
-	"qblockd/panics"
 	"qblockd/schema/types"
 	"qblockd/schema/value"
 )

@@ -7,7 +7,7 @@ import (
 	"time"
 
 	"qblockd/events"
-	"qblockd/panics"
+	"qblockd/events/panics"
 )
 
 // Options of a Monitor.

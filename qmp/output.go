@@ -4,7 +4,7 @@ import (
 	"sync"
 	"time"
 
-	"qblockd/panics"
+	"qblockd/events/panics"
 	"qblockd/schema/value"
 )
 

@@ -3,7 +3,7 @@ package qmp
 import (
 	"sync"
 
-	"qblockd/panics"
+	"qblockd/events/panics"
 	"qblockd/schema/value"
 )
 

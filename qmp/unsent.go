@@ -5,7 +5,7 @@ import (
 	"sync/atomic"
 	"time"
 
-	"qblockd/panics"
+	"qblockd/events/panics"
 )
 
 // DefaultAllUnsent is what the clients of a dispatcher together may leave unread, in bytes.

@@ -5,7 +5,7 @@ import (
 	"sync/atomic"
 	"time"
 
-	"qblockd/panics"
+	"qblockd/events/panics"
 )
 
 // watch looks after commands that take long: answers to the requests before them are sent

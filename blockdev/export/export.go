@@ -21,11 +21,11 @@ import (
 	"time"
 
 	"qblockd/blockdev/export/nbd"
+	"qblockd/events/panics"
 	"qblockd/events/trace"
 	"qblockd/graph"
 	"qblockd/graph/blk"
 	"qblockd/graph/perm"
-	"qblockd/panics"
 	"qblockd/schema/types"
 )
 

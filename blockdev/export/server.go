@@ -11,8 +11,8 @@ import (
 	"qblockd/blockdev/export/nbd"
 	"qblockd/graph"
 	"qblockd/graph/blk"
+	"qblockd/qmp/chardev/sockets"
 	"qblockd/schema/types"
-	"qblockd/sockets"
 )
 
 // device shows a root to the NBD server.

@@ -5,8 +5,8 @@ import (
 
 	"golang.org/x/sys/unix"
 
+	"qblockd/events/panics"
 	"qblockd/graph/blk"
-	"qblockd/panics"
 )
 
 // behindBytes is how much jobs write before its write-back is started.

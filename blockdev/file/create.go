@@ -8,10 +8,10 @@ import (
 
 	"golang.org/x/sys/unix"
 
+	"qblockd/events/panics"
 	"qblockd/graph"
 	"qblockd/graph/blk"
 	"qblockd/graph/perm"
-	"qblockd/panics"
 	"qblockd/schema/types"
 )
 

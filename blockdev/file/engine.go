@@ -8,8 +8,8 @@ import (
 
 	"golang.org/x/sys/unix"
 
+	"qblockd/events/panics"
 	"qblockd/graph/blk"
-	"qblockd/panics"
 )
 
 // engineDepth is how many requests of one node an engine has in the kernel at once.

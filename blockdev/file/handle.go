@@ -5,7 +5,7 @@ import (
 
 	"golang.org/x/sys/unix"
 
-	"qblockd/panics"
+	"qblockd/events/panics"
 )
 
 // handle is an open file. It is closed when the last reference goes: the driver's own,

@@ -8,9 +8,9 @@ import (
 
 	"golang.org/x/sys/unix"
 
+	"qblockd/events/panics"
 	"qblockd/graph"
 	"qblockd/graph/blk"
-	"qblockd/panics"
 )
 
 // settings are what opening depends on.

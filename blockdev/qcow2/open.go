@@ -8,8 +8,8 @@ import (
 	"time"
 
 	"qblockd/blockdev/qcow2/layout"
+	"qblockd/events/panics"
 	"qblockd/graph/blk"
-	"qblockd/panics"
 )
 
 // openImage opens the image in c.file. Checks come in the reference's order. A read-only

@@ -6,8 +6,8 @@ import (
 	"sync/atomic"
 	"time"
 
+	"qblockd/events/panics"
 	"qblockd/graph/blk"
-	"qblockd/panics"
 )
 
 // Clock is the time that limits run on.

@@ -6,7 +6,7 @@ import (
 	"context"
 	"errors"
 
-	"qblockd/panics"
+	"qblockd/events/panics"
 	"qblockd/schema/value"
 )
 

@@ -26,7 +26,7 @@ import (
 
 	"qblockd/blockdev"
 	"qblockd/cmd/qblockd/cmdline"
-	"qblockd/panics"
+	"qblockd/events/panics"
 )
 
 // version is ours; it is reported as the package of the greeting.

@@ -7,7 +7,7 @@ import (
 	"sync"
 	"time"
 
-	"qblockd/panics"
+	"qblockd/events/panics"
 )
 
 // tuneMemory makes the collector come earlier than Go's default: requests allocate nothing, so its work is small, and

@@ -6,7 +6,7 @@ import (
 	"sync"
 	"time"
 
-	"qblockd/panics"
+	"qblockd/events/panics"
 )
 
 // keep is how many records wait at most.

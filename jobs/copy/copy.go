@@ -20,10 +20,10 @@ import (
 	"sync/atomic"
 	"time"
 
+	"qblockd/events/panics"
 	"qblockd/graph"
 	"qblockd/graph/blk"
 	"qblockd/jobs"
-	"qblockd/panics"
 	"qblockd/schema/types"
 )
 

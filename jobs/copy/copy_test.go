@@ -11,9 +11,9 @@ import (
 	"testing"
 
 	"qblockd/events"
+	"qblockd/events/panics"
 	"qblockd/graph/blk"
 	"qblockd/jobs"
-	"qblockd/panics"
 	"qblockd/schema/types"
 )
 

@@ -11,8 +11,8 @@ import (
 	"syscall"
 
 	"qblockd/graph/blk"
+	"qblockd/qmp/chardev/sockets"
 	"qblockd/schema/types"
-	"qblockd/sockets"
 )
 
 func isTrue(b *bool) bool  { return b != nil && *b }

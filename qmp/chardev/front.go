@@ -5,7 +5,7 @@ import (
 	"os"
 	"sync"
 
-	"qblockd/panics"
+	"qblockd/events/panics"
 )
 
 // front is the side of a device that its user sees; every device has one.

@@ -11,8 +11,8 @@ import (
 	"time"
 
 	"qblockd/graph/blk"
+	"qblockd/qmp/chardev/sockets"
 	"qblockd/schema/types"
-	"qblockd/sockets"
 )
 
 // socket is what servers and clients have in common.

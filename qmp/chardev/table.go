@@ -10,8 +10,8 @@ import (
 	"sync"
 	"sync/atomic"
 
+	"qblockd/events/panics"
 	"qblockd/graph/blk"
-	"qblockd/panics"
 	"qblockd/schema/types"
 )
 

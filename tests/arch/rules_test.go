@@ -5,11 +5,11 @@ package arch
 // leaves import nothing of ours but what stands here: they are pure, or are what everybody imports.
 var leaves = map[string][]string{
 	"schema/value":          nil,
-	"schema/types":          {"schema/value"},                           // decoders and encoders work on values
-	"events":                {"schema/value", "events/trace", "panics"}, // an event's data are a value, encoded once
-	"events/trace":          {"panics"},
-	"panics":                nil,
-	"sockets":               {"graph/blk"},    // texts of errno
+	"schema/types":          {"schema/value"},                                  // decoders and encoders work on values
+	"events":                {"schema/value", "events/trace", "events/panics"}, // an event's data are a value, encoded once
+	"events/trace":          {"events/panics"},
+	"events/panics":         nil,
+	"qmp/chardev/sockets":   {"graph/blk"},    // texts of errno
 	"graph/blk":             {"graph/bitmap"}, // a request may name one that does not record it
 	"graph/perm":            nil,
 	"graph/bitmap":          nil,
@@ -19,7 +19,7 @@ var leaves = map[string][]string{
 }
 
 // anyone but the leaves may import these.
-var anyone = []string{"schema/types", "schema/value", "events", "events/trace", "graph/blk", "panics"}
+var anyone = []string{"schema/types", "schema/value", "events", "events/trace", "graph/blk", "events/panics"}
 
 // rule: what matches from may import what matches one of to. The first rule that matches from counts.
 type rule struct {
@@ -38,7 +38,7 @@ var rules = []rule{
 
 	{"qmp/handlers", []string{"qmp", "qmp/chardev", "jobs", "jobs/*", "blockdev", "blockdev/export", "blockdev/object", "graph",
 		"graph/perm", "schema"}}, // schema: query-qmp-schema and query-commands answer its bytes
-	{"qmp/chardev", []string{"sockets"}},
+	{"qmp/chardev", []string{"qmp/chardev/sockets"}},
 	{"qmp", []string{"schema"}},
 
 	{"jobs/copy", []string{"jobs", "graph", "graph/*"}},
@@ -50,8 +50,8 @@ var rules = []rule{
 	{"blockdev/qcow2", []string{"blockdev/qcow2/layout", "graph", "graph/*"}},
 	{"blockdev/nbd", []string{"blockdev/nbd/wire", "graph", "graph/*"}},
 	// The table starts the servers: they are a list in one place, like the drivers in blockdev.
-	{"blockdev/export", []string{"blockdev/export/*", "sockets", "graph", "graph/*"}},
-	{"blockdev/export/nbd", []string{"blockdev/nbd/wire", "sockets", "graph", "graph/*"}},
+	{"blockdev/export", []string{"blockdev/export/*", "qmp/chardev/sockets", "graph", "graph/*"}},
+	{"blockdev/export/nbd", []string{"blockdev/nbd/wire", "qmp/chardev/sockets", "graph", "graph/*"}},
 	{"blockdev/export/*", []string{"graph", "graph/*"}},
 	{"blockdev/filter/*", []string{"graph", "graph/*"}},
 	{"blockdev/object", []string{"blockdev/throttle"}}, // an object is what its filters share
@@ -82,7 +82,7 @@ var thirdParty = []struct {
 	{"github.com/santhosh-tekuri/jsonschema/v5", []string{"schema/check"}, []string{"schema/check"}},
 	{"github.com/klauspost/compress", []string{"blockdev/qcow2"}, []string{"blockdev/qcow2"}},
 	{"github.com/lmittmann/tint", []string{"cmd/qblockd"}, nil},
-	{"golang.org/x/sys", []string{"blockdev/file", "blockdev/export/...", "qmp", "qmp/chardev", "sockets", "cmd/*"}, []string{"..."}},
+	{"golang.org/x/sys", []string{"blockdev/file", "blockdev/export/...", "qmp", "qmp/chardev", "qmp/chardev/sockets", "cmd/*"}, []string{"..."}},
 	{"github.com/spf13/cobra", []string{"cmd/qblockctl"}, nil},
 	{"github.com/spf13/pflag", nil, []string{"cmd/qblockctl"}}, // the options of cobra's commands, for the manual page
 	{"github.com/peterh/liner", []string{"cmd/qblockctl"}, nil},

@@ -9,7 +9,7 @@ import (
 	"time"
 
 	"qblockd/blockdev/nbd/wire"
-	"qblockd/sockets"
+	"qblockd/qmp/chardev/sockets"
 )
 
 // patience bounds each wait of the tests; nothing comes near it unless it hangs.

@@ -16,9 +16,9 @@ import (
 	"golang.org/x/sys/unix"
 
 	"qblockd/blockdev/nbd/wire"
+	"qblockd/events/panics"
 	"qblockd/events/trace"
 	"qblockd/graph/blk"
-	"qblockd/panics"
 )
 
 func put64(b []byte, v uint64) { binary.BigEndian.PutUint64(b, v) }

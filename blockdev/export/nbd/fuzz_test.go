@@ -8,7 +8,7 @@ import (
 	"time"
 
 	"qblockd/blockdev/nbd/wire"
-	"qblockd/sockets"
+	"qblockd/qmp/chardev/sockets"
 )
 
 // FuzzServer: whatever a client sends, the server neither crashes nor hangs nor keeps anything

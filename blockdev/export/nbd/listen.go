@@ -13,9 +13,9 @@ import (
 
 	"golang.org/x/sys/unix"
 
+	"qblockd/events/panics"
 	"qblockd/graph/blk"
-	"qblockd/panics"
-	"qblockd/sockets"
+	"qblockd/qmp/chardev/sockets"
 )
 
 // errnoError is "TEXT: ERRNO" in the reference's words.

@@ -4,7 +4,7 @@ import (
 	"testing"
 
 	"qblockd/blockdev/nbd/wire"
-	"qblockd/panics"
+	"qblockd/events/panics"
 )
 
 // A panic in a request, in line or in a worker, costs its client the connection; other clients are served, and the export can be taken back.

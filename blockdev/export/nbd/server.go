@@ -12,8 +12,8 @@ import (
 	"time"
 
 	"qblockd/blockdev/nbd/wire"
-	"qblockd/panics"
-	"qblockd/sockets"
+	"qblockd/events/panics"
+	"qblockd/qmp/chardev/sockets"
 )
 
 // Options of a Server; the zero value gives the defaults.

@@ -5,8 +5,8 @@ import (
 	"sync"
 
 	"qblockd/blockdev/nbd/wire"
+	"qblockd/events/panics"
 	"qblockd/graph/blk"
-	"qblockd/panics"
 )
 
 // job is a request on its way through a worker.

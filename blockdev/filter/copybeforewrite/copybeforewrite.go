@@ -26,11 +26,11 @@ import (
 	"syscall"
 	"time"
 
+	"qblockd/events/panics"
 	"qblockd/graph"
 	"qblockd/graph/bitmap"
 	"qblockd/graph/blk"
 	"qblockd/graph/perm"
-	"qblockd/panics"
 	"qblockd/schema/types"
 )
 

@@ -8,9 +8,9 @@ import (
 	"time"
 
 	"qblockd/blockdev/drivertest"
+	"qblockd/events/panics"
 	"qblockd/graph"
 	"qblockd/graph/blk"
-	"qblockd/panics"
 )
 
 // TestPanicGivesBack: a copy that ends in a panic is over, and its clusters are to do again; nobody waits for it for ever.
