@@ -193,3 +193,45 @@ func TestCreateNamesFormats(t *testing.T) {
 		t.Errorf("the file has changed: %v", err)
 	}
 }
+
+// Two creations in one node never mix: while one is under way nobody else writes to the node or changes its size, and what is refused has
+// changed nothing.
+func TestCreationsAtOneNode(t *testing.T) {
+	dir := t.TempDir()
+	writeFile(t, dir+"/f", "")
+	m := newManager(t, Config{})
+	ctx := context.Background()
+	mustAdd(t, m, `{'driver': 'file', 'node-name': 'f', 'filename': '`+dir+`/f'}`)
+	qcow2 := func(size uint64, started func()) error {
+		o := &types.BlockdevCreateOptionsQcow2{Size: size}
+		o.File.Reference = ptr("f")
+		return m.Creator(&types.BlockdevCreateOptions{Driver: "qcow2", U: o})(ctx, started)
+	}
+	others := 0
+	err := qcow2(1<<20, func() {
+		others++
+		if err := qcow2(2<<20, func() { t.Error("a second creation has started") }); err == nil {
+			t.Error("a second creation in the same node succeeded")
+		}
+		if err := m.Resize(ctx, nil, ptr("f"), 512); err == nil {
+			t.Error("the node was resized")
+		}
+		o := options(t, `{'driver': 'qcow2', 'node-name': 'q', 'file': 'f'}`)
+		if err := m.Add(ctx, o); err == nil {
+			t.Error("what is being made was opened")
+		}
+		if st, err := os.Stat(dir + "/f"); err != nil || st.Size() != 0 {
+			t.Errorf("something was written: %v", err)
+		}
+	})
+	if err != nil || others != 1 {
+		t.Fatalf("the first creation: %v", err)
+	}
+	if err := qcow2(2<<20, func() {}); err != nil {
+		t.Errorf("afterwards: %v", err)
+	}
+	mustAdd(t, m, `{'driver': 'qcow2', 'node-name': 'q', 'file': 'f'}`)
+	if n := m.g.Node("q").Size(); n != 2<<20 {
+		t.Errorf("size %d", n)
+	}
+}

@@ -106,12 +106,12 @@ func (m *Manager) OpenRoot(ctx context.Context, ref *types.BlockdevRef, spec gra
 	return root, nil
 }
 
-// OpenForCreate is OpenRoot with what a driver needs that is about to write an image to a node: writing and resizing,
-// sharing everything.
+// OpenForCreate is OpenRoot with what a driver needs that is about to write an image to a node: writing and resizing, which
+// nobody else may do meanwhile, least of all another creation. The reference asks for that only when the header is written.
 func (m *Manager) OpenForCreate(ctx context.Context, ref *types.BlockdevRef) (*graph.Root, error) {
 	return m.OpenRoot(ctx, ref, graph.RootSpec{
 		EdgeName: "root",
-		Claim:    perm.Claim{Need: perm.Write | perm.Resize, Share: perm.All},
+		Claim:    perm.Claim{Need: perm.Write | perm.Resize, Share: perm.All &^ (perm.Write | perm.Resize)},
 		Kind:     graph.KindBackend,
 		Ctx:      ctx,
 	})
@@ -121,12 +121,16 @@ func (m *Manager) OpenForCreate(ctx context.Context, ref *types.BlockdevRef) (*g
 // It blocks until the node is closed.
 func (m *Manager) Del(ctx context.Context, name string) error {
 	hold, err := m.g.Hold(ctx, func() ([]*graph.Node, error) {
+		n, err := m.Find(name) // first: another may delete it at any time
+		if err != nil {
+			return nil, err
+		}
 		tx := m.g.Begin(ctx)
 		defer tx.Abort()
 		if err := tx.Delete(name); err != nil { // what cannot be is told at once
 			return nil, err
 		}
-		return m.g.Node(name).Dependents(), nil
+		return n.Dependents(), nil
 	})
 	if err != nil {
 		return err
