@@ -41,7 +41,7 @@ func (h *Handle) Checkpoint() error {
 }
 
 func (j *Job) checkpointLocked() error {
-	for j.st.ShouldPause() {
+	for j.st.ShouldPause() && !j.st.Ended { // else a Preparer calls: nobody could resume it
 		j.yieldNow()
 		j.stepLocked(machine.EnterPause)
 		j.m.flushLocked()
@@ -199,6 +199,9 @@ func (h *Handle) OnErrorIdle(op types.IoOperationType, policy types.BlockdevOnEr
 
 func (j *Job) onErrorLocked(op types.IoOperationType, policy types.BlockdevOnError, err error) ErrorAction {
 	action := decide(policy, err)
+	if j.st.Ended && action == types.BlockErrorActionStop {
+		action = types.BlockErrorActionReport // whose work is over cannot pause
+	}
 	j.m.emitLocked(types.BlockJobErrorEvent{Device: j.id, Operation: op, Action: action})
 	if action == types.BlockErrorActionStop {
 		if !j.st.UserPaused {

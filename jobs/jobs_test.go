@@ -562,3 +562,39 @@ func TestTransactionFailsWhileCancelled(t *testing.T) {
 		shutdown(t, m)
 	}
 }
+
+// lastWork is work that meets a pause point and an error when it is finalized.
+type lastWork struct {
+	work
+	action ErrorAction
+	paused error
+}
+
+func (w *lastWork) Prepare(_ context.Context, h *Handle) error {
+	if w.paused = h.Checkpoint(); w.paused != nil {
+		return w.paused
+	}
+	w.action, w.paused = h.OnErrorIdle(types.IoOperationTypeWrite, types.BlockdevOnErrorStop, syscall.EIO)
+	return syscall.EIO
+}
+
+// A job whose work is over does not pause, neither for an error nor because it was told to just before: it could not be resumed.
+func TestNoPauseWhileFinalizing(t *testing.T) {
+	r := newRecorder()
+	m := NewManager(r, nil)
+	defer shutdown(t, m)
+	w := &lastWork{}
+	w.run = func(_ context.Context, h *Handle) error {
+		h.Yield()
+		return h.j.Pause()
+	}
+	j := start(t, m, Spec{ID: "a", Type: types.JobTypeMirror, Runner: w, Block: true, ManualFinalize: true, ManualDismiss: true})
+	r.wait("a:PENDING")
+	if err := j.Finalize(); err != nil {
+		t.Fatal(err)
+	}
+	<-j.Finished()
+	if w.paused != nil || w.action != types.BlockErrorActionReport || !errors.Is(j.Err(), syscall.EIO) {
+		t.Errorf("paused: %v; action %v; outcome %v", w.paused, w.action, j.Err())
+	}
+}

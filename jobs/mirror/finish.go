@@ -37,6 +37,7 @@ func (j *job) tryEnd(ctx context.Context, h *jobs.Handle, most int64) (ended boo
 		undrain()
 		err = &graph.CopyError{Write: true, Err: err}
 	}
+	hold.Release() // the policy may be to wait for users, who may need the nodes to put it right
 	return false, j.failed(h, err)
 }
 
@@ -113,8 +114,13 @@ func (j *job) copyQuiet(ctx context.Context) error {
 	}
 }
 
-// catchUp is what makes the target equal again after a time of waiting.
+// catchUp is what makes the target equal again after a time of waiting. Whatever the policies are, an error ends the job: its work is over, it cannot pause
+// any more, and who told it to finalize waits for the answer.
 func (j *job) catchUp(ctx context.Context, h *jobs.Handle) (err error) {
+	j.finalizing.Store(true)
+	if f := j.failure.Load(); f != nil {
+		return *f // of a guest's write to both sides
+	}
 	for range patience {
 		if j.bits.Count() <= lastCopy {
 			break

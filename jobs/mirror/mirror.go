@@ -119,7 +119,9 @@ type job struct {
 
 	replace *graph.Node // what the target replaces; set by Complete, if it is not the source
 	held    *graph.Hold // of the nodes, for the end
-	undrain func()      // while the source is held quiet for the end
+	// finalizing: the work is over, and errors are not up to the policies any more.
+	finalizing atomic.Bool
+	undrain    func() // while the source is held quiet for the end
 }
 
 func errInUse(t types.JobType) error {

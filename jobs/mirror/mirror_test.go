@@ -507,6 +507,13 @@ func faultAt(t *testing.T, mode types.MirrorCopyMode, policy types.BlockdevOnErr
 			}) {
 				return
 			}
+			ctx, cancel := context.WithTimeout(context.Background(), time.Minute)
+			h, err := w.g.HoldNodes(ctx, w.source, w.target)
+			if err != nil {
+				t.Errorf("a job that waits for users keeps them from its nodes: %v", err)
+			}
+			h.Release()
+			cancel()
 			j.Resume()
 		}
 	}()

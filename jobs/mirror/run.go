@@ -308,10 +308,14 @@ func (j *job) look(r *blk.Req, off, chunk int64) (copy.Extent, error) {
 // side tells reading errors from writing errors.
 func (j *job) side(err error) (types.IoOperationType, types.BlockdevOnError) {
 	var c *graph.CopyError
+	op, policy := types.IoOperationTypeRead, j.OnSourceError
 	if errors.As(err, &c) && c.Write {
-		return types.IoOperationTypeWrite, j.OnTargetError
+		op, policy = types.IoOperationTypeWrite, j.OnTargetError
 	}
-	return types.IoOperationTypeRead, j.OnSourceError
+	if j.finalizing.Load() {
+		policy = types.BlockdevOnErrorReport
+	}
+	return op, policy
 }
 
 // copy copies what is dirty of [off, off+n), which is whole granules. What fails is dirty again.
