@@ -239,8 +239,8 @@ func TestDebugGraph(t *testing.T) {
 	if err != nil {
 		t.Fatal(err)
 	}
-	want := `{"edges": [{"name": "file", "parent": 2, "shared-perm": ["resize", "write-unchanged", "write", "consistent-read"], "perm": ["resize", "write"], "child": 3}, ` +
-		`{"name": "root", "parent": 1, "shared-perm": ["resize", "write-unchanged", "write", "consistent-read"], "perm": ["resize", "write"], "child": 2}], ` +
+	want := `{"edges": [{"name": "file", "parent": 2, "shared-perm": ["write-unchanged", "consistent-read"], "perm": ["resize", "write"], "child": 3}, ` +
+		`{"name": "root", "parent": 1, "shared-perm": ["write-unchanged", "consistent-read"], "perm": ["resize", "write"], "child": 2}], ` +
 		`"nodes": [{"name": "r", "type": "block-driver", "id": 2}, {"name": "n", "type": "block-driver", "id": 3}, {"name": "", "type": "block-backend", "id": 1}]}`
 	if got := string(m.DebugGraph().AppendJSON(nil)); got != want {
 		t.Errorf("got\n%s\nwant\n%s", got, want)

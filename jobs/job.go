@@ -182,8 +182,8 @@ func (j *Job) updateLocked() {
 // It releases m.mu around the runner's say.
 func (j *Job) cancelLocked(force bool) {
 	if c, ok := j.runner.(Canceler); ok {
-		j.m.mu.Unlock()
 		over := j.st.Status >= machine.Waiting // what is over is not ready any more
+		j.m.mu.Unlock()
 		if err := j.careful(func() error { force = c.Cancel(force || over); return nil }); err != nil {
 			force = true
 		}

@@ -158,8 +158,8 @@ func (r *run) commit() error {
 	}
 	ok, err := r.job("block-commit", a)
 	if !ok || err != nil {
-		// Some of it may be in the base.
-		maps.DeleteFunc(r.below, func(s int64, _ []uint64) bool { return r.m.touched[s] })
+		// Some of it may be in the base, also of what nobody knows, as what was discarded.
+		maps.DeleteFunc(r.below, func(s int64, _ []uint64) bool { return r.m.touched[s] || r.m.lost[s] })
 		return err
 	}
 	// What was the base has taken the place of its overlay.

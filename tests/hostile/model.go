@@ -14,10 +14,11 @@ type model struct {
 	may     map[int64][]uint64 // hashes of what sector may be
 	written map[int64]bool     // by us since the last flush that succeeded
 	touched map[int64]bool     // ever by us
+	lost    map[int64]bool     // forgotten: may have been changed by us
 }
 
 func newModel() *model {
-	m := &model{seed: maphash.MakeSeed(), may: map[int64][]uint64{}, written: map[int64]bool{}, touched: map[int64]bool{}}
+	m := &model{seed: maphash.MakeSeed(), may: map[int64][]uint64{}, written: map[int64]bool{}, touched: map[int64]bool{}, lost: map[int64]bool{}}
 	m.zero = m.hash(make([]byte, sector))
 	return m
 }
@@ -70,7 +71,10 @@ func (m *model) zeroed(off, n int64, loose bool) {
 
 // forget makes a range unknown.
 func (m *model) forget(off, n int64) {
-	m.each(off, n, func(s int64) { delete(m.may, s) })
+	m.each(off, n, func(s int64) {
+		delete(m.may, s)
+		m.lost[s] = true
+	})
 }
 
 // flushed: everything acknowledged is to be there from now on.
