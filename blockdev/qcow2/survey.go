@@ -120,7 +120,8 @@ func (s *image) surveyFailed(r *blk.Req, err error) error {
 		return s.corrupt(r, true, -1, -1, "Tables of metadata lie over each other, or beyond the end of the file")
 	case err != errTooBig && s.survey.failed < 1:
 		s.survey.failed++
-		return nil // who comes next tries again
+		s.warnf("What the image refers to cannot be looked at (%s): who changes it next tries again", blk.ErrnoText(err))
+		return nil
 	}
 	s.warnf("What the image refers to cannot be looked at (%s): what is free in the file is not used", blk.ErrnoText(err))
 	s.survey.endless, s.survey.c, s.survey.pages = true, nil, nil

@@ -243,7 +243,8 @@ func failOnce(s *scenario, cs int, f *fault) (struck bool, out outcome, err erro
 	e.arm(f)
 	failure := s.act(e)
 	struck = e.disarm()
-	out.hidden = struck && failure == nil
+	// What only the count of an image's references needs fails no request: it is logged, and the count is given up.
+	out.hidden = struck && failure == nil && !e.Log.Said("What the image refers to cannot be looked at")
 	switch {
 	case !struck && failure != nil:
 		return struck, out, fmt.Errorf("fails without a failure: %w", failure)

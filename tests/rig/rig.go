@@ -3,13 +3,14 @@
 package rig
 
 import (
+	"bytes"
 	"context"
 	"errors"
 	"fmt"
-	"io"
 	"log/slog"
 	"os"
 	"path/filepath"
+	"sync"
 	"time"
 
 	"qblockd/blockdev"
@@ -36,12 +37,33 @@ type Rig struct {
 	Clock       *Clock
 	Store       *Store // nil with files in a directory
 	Dir         string // "": files are in Store
+	Log         *Log
+}
+
+// Log keeps what the parts have logged.
+type Log struct {
+	mu   sync.Mutex
+	text bytes.Buffer
+}
+
+// Write implements io.Writer.
+func (l *Log) Write(p []byte) (int, error) {
+	l.mu.Lock()
+	defer l.mu.Unlock()
+	return l.text.Write(p)
+}
+
+// Said tells whether a record has that text.
+func (l *Log) Said(text string) bool {
+	l.mu.Lock()
+	defer l.mu.Unlock()
+	return bytes.Contains(l.text.Bytes(), []byte(text))
 }
 
 // New makes a rig whose "file" nodes open files of a new Store, or, unless dir is empty, in that directory.
 func New(dir string) *Rig {
-	log := slog.New(slog.NewTextHandler(io.Discard, nil))
-	x := &Rig{Sink: &drivertest.Sink{}, Clock: NewClock(), Dir: dir}
+	x := &Rig{Sink: &drivertest.Sink{}, Clock: NewClock(), Dir: dir, Log: &Log{}}
+	log := slog.New(slog.NewTextHandler(x.Log, nil))
 	x.Graph = graph.New(x.Sink)
 	c := blockdev.Config{Log: log}
 	if dir == "" {
