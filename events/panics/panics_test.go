@@ -10,13 +10,30 @@ import (
 	"time"
 )
 
-// logged makes the log a string for the time of the test.
-func logged(t *testing.T) *strings.Builder {
-	var b strings.Builder
+// records are those of the log.
+type records chan string
+
+// Write implements io.Writer.
+func (r records) Write(p []byte) (int, error) {
+	r <- string(p)
+	return len(p), nil
+}
+
+// until is what was logged up to a record with that text, which it waits for.
+func (r records) until(text string) (log string) {
+	for !strings.Contains(log, text) {
+		log += <-r
+	}
+	return log
+}
+
+// logged takes the log for the time of the test.
+func logged(t *testing.T) records {
+	r := make(records, 100)
 	old := slog.Default()
-	slog.SetDefault(slog.New(slog.NewTextHandler(&b, nil)))
+	slog.SetDefault(slog.New(slog.NewTextHandler(r, nil)))
 	t.Cleanup(func() { slog.SetDefault(old) })
-	return &b
+	return r
 }
 
 func TestContained(t *testing.T) {
@@ -41,10 +58,8 @@ func TestContained(t *testing.T) {
 	var g Group
 	g.Go("a member", func() { panic("no") })
 	g.Wait()
-	rung := make(chan struct{})
-	AfterFunc("a timer", time.Nanosecond, func() { defer close(rung); panic("late") })
-	<-rung
-	if log := b.String(); !strings.Contains(log, "panic=oh") || !strings.Contains(log, "index out of range") || !strings.Contains(log, "panics_test.go") {
+	AfterFunc("a timer", time.Nanosecond, func() { panic("late") })
+	if log := b.until("panic=late"); !strings.Contains(log, "panic=oh") || !strings.Contains(log, "index out of range") || !strings.Contains(log, "panics_test.go") {
 		t.Errorf("log: %s", log)
 	}
 }
@@ -62,8 +77,9 @@ func TestFatal(t *testing.T) {
 		defer Fatal("the state of everything")
 		panic("oh")
 	}()
-	if code != 2 || !strings.Contains(b.String(), "the daemon ends") {
-		t.Errorf("exit code %d, log %s", code, b.String())
+	b.until("the daemon ends")
+	if code != 2 {
+		t.Errorf("exit code %d", code)
 	}
 }
 
