@@ -185,7 +185,24 @@ func TestChain(t *testing.T) {
 	sound(t, d.image, true)
 }
 
-// What is zeroed or discarded while the backing file that the image names is not opened is still zeroes when that is opened.
+// What is zeroed beyond the end of the backing file is still zeroes when a longer one takes its place, as at the end of a commit.
+func TestZeroesBeyondBacking(t *testing.T) {
+	const cluster = 64 << 10
+	for _, version := range []types.BlockdevQcow2Version{types.BlockdevQcow2VersionV2, types.BlockdevQcow2VersionV3} {
+		g := drivertest.NewGraph(t)
+		o := &types.BlockdevCreateOptionsQcow2{Size: 8 * cluster, Version: &version}
+		short := drivertest.AddNode(t, g, "short", drivertest.MemFileOf(make([]byte, cluster)))
+		r, q := newRoot(t, g, addQcow2(t, g, "q", created(t, g, drivertest.NewMemFile(0), o), false, nil, drivertest.Backing(short)))
+		if err := r.Zero(q, 2*cluster, 2*cluster, 0); err != nil {
+			t.Fatal(err)
+		}
+		if x, err := r.Status(q, 2*cluster, 2*cluster); err != nil || !x.Allocated || x.N != 2*cluster {
+			t.Errorf("%s: %+v, %v: a longer backing file would show", version, x, err)
+		}
+	}
+}
+
+// What is zeroed or discarded while the backing file that the header names is not opened stays zeroes when it is.
 func TestZeroesBeforeBacking(t *testing.T) {
 	const cluster, size = 64 << 10, 8 * 64 << 10
 	for _, version := range []types.BlockdevQcow2Version{types.BlockdevQcow2VersionV2, types.BlockdevQcow2VersionV3} {

@@ -29,8 +29,8 @@ func (s *image) zero(r *blk.Req, off, n int64, f blk.Flags) error {
 		return err
 	}
 	v2 := s.hdr.Version < 3
-	if v2 && (s.backSize() > s.geo.RoundDown(off) || s.backLater()) {
-		return blk.ErrNotSupported
+	if v2 && (s.back() != nil || s.backLater()) {
+		return blk.ErrNotSupported // also beyond the end of a backing file, which may be replaced by a longer one
 	}
 	end := off + n
 	if end == s.size.Load() {
