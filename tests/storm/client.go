@@ -1,6 +1,7 @@
 package storm
 
 import (
+	"bytes"
 	"crypto/sha256"
 	"encoding/binary"
 	"encoding/hex"
@@ -55,6 +56,18 @@ func (l *commandLog) add(format string, a ...any) {
 	l.mu.Lock()
 	defer l.mu.Unlock()
 	l.text = fmt.Appendf(l.text, format+"\n", a...)
+}
+
+// leftAt tells whether a client left while its command was at the file of that path.
+func (l *commandLog) leftAt(path string) bool {
+	l.mu.Lock()
+	defer l.mu.Unlock()
+	for line := range bytes.Lines(l.text) {
+		if bytes.Contains(line, []byte(" leaves after ")) && bytes.Contains(line, []byte(`"`+path+`"`)) {
+			return true
+		}
+	}
+	return false
 }
 
 func (c *client) run(stop <-chan struct{}) error {
