@@ -89,7 +89,7 @@ func (e *Edge) Flush(r *blk.Req) error { return e.node.Load().flushNode(r) }
 
 // flushNode flushes n and what is below. A node without children asks its driver only if something was written
 // since the last flush that succeeded; a node with children always asks (its driver may hold metadata back), and
-// its children decide for themselves.
+// its children decide for themselves. A node that has failed can tell of nothing that it is on the medium.
 func (n *Node) flushNode(r *blk.Req) error {
 	s := &n.io
 	if s.drv == nil {
@@ -97,6 +97,9 @@ func (n *Node) flushNode(r *blk.Req) error {
 	}
 	if n.readOnly.Load() {
 		return nil
+	}
+	if n.failed.Load() {
+		return errFailed
 	}
 	kids := n.kids.Load().all
 	if s.flusher == nil && len(kids) == 0 {
