@@ -69,6 +69,7 @@ type job struct {
 	listed *graph.DirtyBitmap // what is to do, as clients see it on the source
 	frozen bool               // the bitmap is
 	alone  bool               // what the target does not hold are zeroes for good
+	idle   bool               // nothing was to do when the job was made
 	ok     bool
 	lost   bool // the target could not be flushed: nobody knows what of it is on stable storage
 	block  []func()
@@ -251,6 +252,7 @@ func (s *Step) attach(tx *graph.Tx) (err error) {
 		pending.SetAll()
 	}
 	s.driver.Access().SetAll()
+	s.idle = pending.Empty()
 	return nil
 }
 
@@ -309,10 +311,9 @@ func (s *Step) Release() {
 
 // Run implements jobs.Runner.
 func (j *job) Run(ctx context.Context, h *jobs.Handle) error {
-	pending := j.driver.Pending()
 	j.driver.Remaining(h.SetRemaining)
-	if pending.Empty() && j.Sync != types.MirrorSyncModeNone {
-		return nil
+	if j.idle && j.Sync != types.MirrorSyncModeNone {
+		return nil // else guests may have copied already, or be copying, what there is
 	}
 	h.Yield()
 	if j.Sync == types.MirrorSyncModeNone {
@@ -345,7 +346,7 @@ func (j *job) Run(ctx context.Context, h *jobs.Handle) error {
 		if err := j.driver.WaitCopies(ctx); err != nil {
 			return err
 		}
-		if pending.Empty() {
+		if j.driver.Over() {
 			break
 		}
 	}

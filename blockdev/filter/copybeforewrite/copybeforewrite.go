@@ -148,6 +148,13 @@ func (s *State) Remaining(tell func(n int64)) {
 	tell(n)
 }
 
+// Over tells whether nothing is to do and nothing is being copied, at one point in time: a copy that fails is to do again.
+func (s *State) Over() bool {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	return len(s.copies) == 0 && s.pending.Empty()
+}
+
 // counted is the length of a copy as Bitmap.Count counts.
 func (s *State) counted(c *running) int64 { return blk.AlignUp(c.n, s.cluster) }
 
