@@ -115,6 +115,32 @@ func TestTablesInHoles(t *testing.T) {
 	}
 }
 
+// TestTablesBetweenHoles: of a table with several holes only what lies between them is read.
+func TestTablesBetweenHoles(t *testing.T) {
+	f := drivertest.NewMemFile(32 << 20)
+	s := mustOpen(t, mem{mustCreate(t, CreateOptions{Size: 1 << 20})}, config{readOnly: true})
+	s.file = mem{f}
+	want := []int64{1 << 20, 8 << 20, 20<<20 - 8}
+	for _, off := range want {
+		f.Poke(off, []byte{1, 2, 3, 4, 5, 6, 7, 8})
+	}
+	f.Reads.Store(0)
+	l1, err := s.readTable(req(), 0, 32<<20/8)
+	if err != nil {
+		t.Fatal(err)
+	}
+	var got []int64
+	for i, e := range l1.all() {
+		if e != 0x0102030405060708 {
+			t.Errorf("entry %d: %#x", i, e)
+		}
+		got = append(got, i*8)
+	}
+	if !slices.Equal(got, want) || f.Reads.Load() > 2*int64(len(want)) {
+		t.Errorf("%d reads of it, entries at %d; in the file at %d", f.Reads.Load(), got, want)
+	}
+}
+
 // TestBitmapTablesInOnePlace: what several bitmaps claim is nobody's, and costs nothing.
 func TestBitmapTablesInOnePlace(t *testing.T) {
 	const n = 600

@@ -93,12 +93,15 @@ func (s *image) readTable(r *blk.Req, off, n int64) (entries, error) {
 			return t, err
 		}
 		if end-at > piece && at >= data {
-			data = end
-			if x, err := s.file.Status(r, at, min(end, size)-at); err == nil && x.N > 0 {
-				if x.Zero && !x.Data && x.N >= 8 {
-					at += x.N &^ 7
-					continue
-				}
+			x, err := s.file.Status(r, at, min(end, size)-at)
+			switch {
+			case err != nil || x.N <= 0:
+				data = end
+			case x.Zero && !x.Data && x.N >= 8:
+				at += x.N &^ 7
+				data = at
+				continue
+			default:
 				data = at + x.N
 			}
 		}
