@@ -40,14 +40,8 @@ func (s *image) readCompressed(r *blk.Req, v blk.Vec, e uint64, in int64) error 
 			return err
 		}
 		u = unzipped{e, make([]byte, s.cs)}
-		need := int64(decoderSize[s.hdr.CompressionType])
-		if err := s.decoding.Take(r, need); err != nil {
+		if err := s.decode(r, u.data, b); err != nil {
 			return err
-		}
-		err := decompress(s.hdr.CompressionType, u.data, b)
-		s.decoding.Give(need)
-		if err != nil {
-			return errIO
 		}
 		// Nobody can have reused the bytes while this request holds its epoch, and whoever
 		// does so later forgets what is kept here.
@@ -56,6 +50,19 @@ func (s *image) readCompressed(r *blk.Req, v blk.Vec, e uint64, in int64) error 
 		s.mu.Unlock()
 	}
 	v.CopyIn(u.data[in : in+v.Len()])
+	return nil
+}
+
+// decode is decompress as far as there is memory for it.
+func (s *image) decode(r *blk.Req, dst, src []byte) error {
+	need := int64(decoderSize[s.hdr.CompressionType])
+	if err := s.decoding.Take(r, need); err != nil {
+		return err
+	}
+	defer s.decoding.Give(need)
+	if decompress(s.hdr.CompressionType, dst, src) != nil {
+		return errIO
+	}
 	return nil
 }
 

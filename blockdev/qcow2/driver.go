@@ -6,6 +6,7 @@ import (
 	"sync/atomic"
 
 	"qblockd/blockdev/qcow2/layout"
+	"qblockd/events/panics"
 	"qblockd/graph"
 	"qblockd/graph/blk"
 	"qblockd/schema/types"
@@ -165,8 +166,16 @@ func (d *Driver) fileAllocated() (int64, error) {
 // every request with blk.ErrNoMedium.
 func (d *Driver) Ejected() bool { return d.dead.Load() }
 
-// NodeFailed implements graph.FailureTaker: as after fatal corruption, nothing is written any more; but the image on disk is sound.
-func (d *Driver) NodeFailed() { d.dead.Store(true) }
+// NodeFailed implements graph.FailureTaker: as after fatal corruption, nothing is written any more; but the image on disk is sound. Who waits for a request
+// that has panicked hears of it.
+func (s *image) NodeFailed() {
+	s.dead.Store(true)
+	panics.Go("the end of a failed image", func() { // others may have mu for long
+		s.mu.Lock()
+		defer s.mu.Unlock()
+		s.wake.Broadcast()
+	}, nil)
+}
 
 // Caps implements graph.Driver.
 func (d *Driver) Caps() graph.Caps {

@@ -155,14 +155,14 @@ func (s *image) punch(r *blk.Req, fs []freed) {
 	if len(runs) == 0 {
 		return
 	}
-	s.mu.Unlock()
-	for _, f := range runs {
-		if n := min(f.n, s.file.Size()-f.off); n > 0 {
-			// Failing to give space back harms nobody.
-			_ = s.file.Discard(r, f.off, n)
+	s.unlocked(func() {
+		for _, f := range runs {
+			if n := min(f.n, s.file.Size()-f.off); n > 0 {
+				// Failing to give space back harms nobody.
+				_ = s.file.Discard(r, f.off, n)
+			}
 		}
-	}
-	s.mu.Lock()
+	})
 }
 
 // unref lowers the refcounts of the clusters that f touches. A cluster whose refcount block

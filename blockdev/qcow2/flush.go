@@ -19,9 +19,6 @@ func (s *image) Flush(r *blk.Req) error {
 	if r.NoWait {
 		return blk.ErrWouldBlock
 	}
-	if s.dead.Load() {
-		return s.flushDead(r)
-	}
 	return s.flush(r)
 }
 
@@ -48,15 +45,22 @@ func (s *image) flush(r *blk.Req) error {
 		}
 	}
 	s.flushing = true
+	defer s.endFlush()
+	if s.dead.Load() {
+		return s.flushDead(r)
+	}
 	s.started++
 	mine := s.started
 	err := s.flushOnce(r)
 	if err == nil {
 		s.finished = mine
 	}
+	return err
+}
+
+func (s *image) endFlush() {
 	s.flushing = false
 	s.done.Broadcast()
-	return err
 }
 
 // claimFlush waits until no flush runs and keeps others from starting: L1 and header then
@@ -66,10 +70,7 @@ func (s *image) claimFlush() (release func()) {
 		s.done.Wait()
 	}
 	s.flushing = true
-	return func() {
-		s.flushing = false
-		s.done.Broadcast()
-	}
+	return s.endFlush
 }
 
 // image of a piece of metadata as it is to be written.
@@ -94,11 +95,9 @@ func (s *image) flushOnce(r *blk.Req) error {
 	upTo := s.wrote
 	due := s.synced != upTo
 	err := s.checkCopies(r, l2, l1)
-	s.mu.Unlock()
 	if err == nil {
-		err = s.writeCopies(r, l2, l1, due)
+		s.unlocked(func() { err = s.writeCopies(r, l2, l1, due) })
 	}
-	s.mu.Lock()
 	s.l2.epoch++
 	for _, c := range l2 {
 		c.t.pins--

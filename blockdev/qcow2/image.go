@@ -161,6 +161,13 @@ func (s *image) lock(r *blk.Req) bool {
 	return true
 }
 
+// unlocked calls f with mu dropped, which is held before and afterwards, also after a panic.
+func (s *image) unlocked(f func()) {
+	s.mu.Unlock()
+	defer s.mu.Lock()
+	f()
+}
+
 // readFile reads from the file; what lies beyond its end reads as zeroes.
 func (s *image) readFile(r *blk.Req, v blk.Vec, off int64) error {
 	n := v.Len()

@@ -75,10 +75,11 @@ func (s *image) warm(r *blk.Req, gc int64) (dropped bool) {
 		return false
 	}
 	t, epoch := s.l2.alloc(off), s.l2.epoch
-	s.mu.Unlock()
-	s.step(r, blk.EvL2Load)
-	err := s.readFile(r, blk.Buf(t.data), off)
-	s.mu.Lock()
+	var err error
+	s.unlocked(func() {
+		s.step(r, blk.EvL2Load)
+		err = s.readFile(r, blk.Buf(t.data), off)
+	})
 	// Unless a newer content was written or the table freed meanwhile, what was read is right.
 	if err == nil && s.l2.epoch == epoch && s.l2.m[off] == nil {
 		s.evict()

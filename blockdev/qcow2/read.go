@@ -20,35 +20,10 @@ func (s *image) ReadAt(r *blk.Req, v blk.Vec, off int64, _ blk.Flags) error {
 
 // readRun reads one run of at most n bytes at off into v from its byte at on.
 func (s *image) readRun(r *blk.Req, v blk.Vec, off, at, n int64) (int64, error) {
-	if !s.lock(r) {
-		return 0, blk.ErrWouldBlock
-	}
-	if err := s.usable(); err != nil {
-		s.mu.Unlock()
-		return 0, err
-	}
-	if s.l2.full() && !s.readOnly {
-		if err := s.room(r); err != nil {
-			s.mu.Unlock()
-			return 0, err
-		}
-	}
-	if s.warm(r, off>>s.cb) {
-		if err := s.usable(); err != nil {
-			s.mu.Unlock()
-			return 0, err
-		}
-	}
-	m, err := s.lookup(r, off, n)
+	m, e, err := s.findRun(r, off, n)
 	if err != nil {
-		s.mu.Unlock()
 		return 0, err
 	}
-	var e *epoch
-	if m.kind >= layout.Normal {
-		e = s.hold()
-	}
-	s.mu.Unlock()
 	if at != 0 || m.n != v.Len() {
 		v = v.Slice(at, m.n)
 	}
@@ -67,6 +42,31 @@ func (s *image) readRun(r *blk.Req, v blk.Vec, off, at, n int64) (int64, error) 
 		e.Release()
 	}
 	return m.n, err
+}
+
+// findRun is lookup for reading. If the run has host clusters, the reader holds the epoch that is returned.
+func (s *image) findRun(r *blk.Req, off, n int64) (m mapping, e *epoch, err error) {
+	if !s.lock(r) {
+		return m, nil, blk.ErrWouldBlock
+	}
+	defer s.mu.Unlock()
+	if err := s.usable(); err != nil {
+		return m, nil, err
+	}
+	if s.l2.full() && !s.readOnly {
+		if err := s.room(r); err != nil {
+			return m, nil, err
+		}
+	}
+	if s.warm(r, off>>s.cb) {
+		if err := s.usable(); err != nil {
+			return m, nil, err
+		}
+	}
+	if m, err = s.lookup(r, off, n); err == nil && m.kind >= layout.Normal {
+		e = s.hold()
+	}
+	return m, e, err
 }
 
 // readBacking reads what the backing file shows; zeroes beyond its end.

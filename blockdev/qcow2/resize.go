@@ -120,9 +120,7 @@ func (s *image) zeroTail(r *blk.Req, old, size int64) error {
 	b := make([]byte, end-old)
 	// The copied head ends at the old size, so the disk has to have the new one already.
 	s.size.Store(end)
-	s.mu.Unlock()
-	err = s.writeAt(r, blk.Buf(b), old, 0)
-	s.mu.Lock()
+	s.unlocked(func() { err = s.writeAt(r, blk.Buf(b), old, 0) })
 	s.size.Store(old)
 	return err
 }

@@ -99,18 +99,7 @@ func (s *image) detectPrealloc(r *blk.Req) {
 // hold its clusters in place until m is released.
 func (s *image) Map(r *blk.Req, off, n int64, m *blk.Mapping) error {
 	for n > 0 {
-		if !s.lock(r) {
-			return blk.ErrWouldBlock
-		}
-		err := s.usable()
-		var x mapping
-		if err == nil {
-			x, err = s.lookup(r, off, n)
-		}
-		if err == nil && x.kind == layout.Normal {
-			m.Hold(s.hold())
-		}
-		s.mu.Unlock()
+		x, err := s.findMapped(r, off, n, m)
 		if err != nil {
 			return err
 		}
@@ -136,6 +125,21 @@ func (s *image) Map(r *blk.Req, off, n int64, m *blk.Mapping) error {
 		off, n = off+x.n, n-x.n
 	}
 	return nil
+}
+
+// findMapped is lookup for mapping; m holds what the run refers to.
+func (s *image) findMapped(r *blk.Req, off, n int64, m *blk.Mapping) (x mapping, err error) {
+	if !s.lock(r) {
+		return x, blk.ErrWouldBlock
+	}
+	defer s.mu.Unlock()
+	if err := s.usable(); err != nil {
+		return x, err
+	}
+	if x, err = s.lookup(r, off, n); err == nil && x.kind == layout.Normal {
+		m.Hold(s.hold())
+	}
+	return x, err
 }
 
 func (s *image) mapBacking(r *blk.Req, off, n int64, m *blk.Mapping) error {

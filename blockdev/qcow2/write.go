@@ -226,10 +226,10 @@ func (s *image) untilInflight(gc, k int64) int64 {
 	return k
 }
 
-// waitInflight waits until no allocation is in flight within k clusters from gc; mu is
+// waitInflight waits until no allocation is in flight within k clusters from gc, or the image has been given up; mu is
 // held, and dropped while waiting (then waited is true).
 func (s *image) waitInflight(gc, k int64) (waited bool) {
-	for s.inflightAt(gc) != nil || s.untilInflight(gc, k) != k {
+	for (s.inflightAt(gc) != nil || s.untilInflight(gc, k) != k) && s.usable() == nil {
 		waited = true
 		s.wake.Wait()
 	}

@@ -97,7 +97,11 @@ func (s *image) zeroEntry(r *blk.Req, t *table, i int64, unmap bool) error {
 // restIsZero tells whether the cluster around [off, end) reads as zeroes outside of it.
 func (s *image) restIsZero(r *blk.Req, off, end int64) (bool, error) {
 	gc := off >> s.cb
-	s.waitInflight(gc, 1)
+	if s.waitInflight(gc, 1) {
+		if err := s.usable(); err != nil {
+			return false, err
+		}
+	}
 	m, err := s.lookup(r, gc<<s.cb, s.cs)
 	if err != nil {
 		return false, err
