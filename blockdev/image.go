@@ -144,7 +144,7 @@ func (m *Manager) OpenImage(ctx context.Context, i OpenImage) (*Opened, error) {
 }
 
 func (m *Manager) openImage(ctx context.Context, i OpenImage) (*Opened, error) {
-	opts, fileRef, err := m.namedOptions(ctx, i.Filename, i.Format)
+	opts, fileRef, err := m.namedOptions(ctx, i.Filename, i.Format, false)
 	if err != nil {
 		return nil, err
 	}

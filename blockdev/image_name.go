@@ -12,14 +12,15 @@ import (
 	"qblockd/graph"
 	"qblockd/graph/perm"
 	"qblockd/schema/types"
+	"qblockd/schema/value"
 )
 
 // This file is the one way from the words in an image to an open node, and decides what they may lead to. Whoever made the image is not
 // trusted: it may have been a guest.
 //
 //   - Only drivers that the registry says are for it (Driver.ForImages), with the options that it lists: those that say where and what data
-//     are. Of the options that all drivers have, an image gives none: its nodes have those of the node whose image it is, and are
-//     read-only, so that nothing is written, repaired or locked against readers. A command may make such a node writable later (block-commit).
+//     are. Others that say only how they are read may be given and do not count. Of the options that all drivers have, an image gives none: its
+//     nodes have those of the node whose image it is, and are read-only, so that nothing is written, repaired or locked against readers. A command may make such a node writable later (block-commit).
 //   - Only files that the Policy allows, which is decided by what a name has led to, not by its words.
 //   - No chain without end: an image that is its own ancestor is found by its file, and chains have a longest length.
 
@@ -137,7 +138,7 @@ func (m *Manager) planNamed(ctx context.Context, name, format string, image *gra
 	case *l.names > limit:
 		return nil, fmt.Errorf("The chain of backing files is longer than %d images", limit)
 	}
-	opts, file, err := m.namedOptions(ctx, name, format)
+	opts, file, err := m.namedOptions(ctx, name, format, true)
 	if err != nil {
 		return nil, err
 	}
@@ -158,6 +159,38 @@ func (m *Manager) planNamed(ctx context.Context, name, format string, image *gra
 	p.opts = &types.BlockdevOptions{U: file}
 	p.kids = []planChild{{"file", perm.Image, k}}
 	return p, nil
+}
+
+// genericHints are the options of all drivers that may be given and do not count.
+var genericHints = []string{"discard", "cache", "read-only", "auto-read-only", "force-share", "detect-zeroes"}
+
+// dropHints takes the options that do not count out of those that an image gives, and of the children in them. Where the driver is not given, and will be guessed,
+// those of all that it can be go. Of nodes with a driver the generic ones are left to admit: they are checked first.
+func (m *Manager) dropHints(o *value.Dict) {
+	drop := func(names []string) {
+		for _, name := range names {
+			o.Del(name)
+		}
+	}
+	if name, given := o.Get("driver"); given {
+		if s, ok := name.(string); ok && m.drivers[types.BlockdevDriver(s)] != nil {
+			drop(m.drivers[types.BlockdevDriver(s)].ImageHints)
+		}
+	} else {
+		drop(genericHints)
+		for _, d := range m.order {
+			if d.Probe != nil {
+				drop(d.ImageHints)
+			}
+		}
+	}
+	for _, child := range []string{"file", "backing"} {
+		if sub, ok := o.Get(child); ok {
+			if sub, ok := sub.(*value.Dict); ok {
+				m.dropHints(sub)
+			}
+		}
+	}
 }
 
 // admit decides about the node that o describes, and everything below. It returns what of o an image may say.

@@ -176,9 +176,10 @@ func TestImageNamesDriversAndOptions(t *testing.T) {
 		{`json:{"driver": "throttle", "throttle-group": "g", "file": ` + base + `}`, "", "An image may not name a throttle group"},
 		{`json:{"driver": "raw", "node-name": "mine", "file": ` + base + `}`, "", "An image may not give a node the name 'mine'"},
 		{`json:{"driver": "qcow2", "file": ` + file("base") + `, "backing": "node"}`, "", "An image may not name the node 'node'"},
-		{`json:{"driver": "null-co", "latency-ns": 1000}`, "", "An image may not give the option 'latency-ns' of the driver 'null-co'"},
-		{`json:{"driver": "qcow2", "l2-cache-size": 1048576, "file": ` + file("base") + `}`, "", "An image may not give the option 'l2-cache-size' of the driver 'qcow2'"},
-		{`json:{"driver": "raw", "file": {"driver": "file", "aio": "io_uring", "filename": "/x"}}`, "", "An image may not give the option 'aio' of the driver 'file'"},
+		{`json:{"driver": "qcow2", "file": ` + file("base") + `, "backing": {"driver": "throttle", "throttle-group": "g", "file": ` + base + `}}`, "", "An image may not name a throttle group"},
+		{`json:{"file.filename": "` + dir + `/base", "node-name": "mine"}`, "", "Must specify either driver or file"},
+		{`json:{"driver": "qcow2", "cache.writeback": true, "file": ` + file("base") + `}`, "", "Parameter 'cache.writeback' is unexpected"},
+		{`json:{"driver": "qcow2", "latency-ns": 1, "file": ` + file("base") + `}`, "", "Parameter 'latency-ns' is unexpected"},
 	} {
 		m := newManager(t, Config{})
 		fds := openFDs(t)
@@ -198,6 +199,57 @@ func TestImageNamesDriversAndOptions(t *testing.T) {
 				t.Errorf("%s: %s has the options %+v", c.name, n.DriverName(), o)
 			}
 		}
+	}
+}
+
+// Options that say only how data are read do not keep an image from being opened, as in QEMU, and have no effect.
+func TestImageGivesHints(t *testing.T) {
+	dir := t.TempDir()
+	create(t, dir+"/base", "", "")
+	caches := `"cache-size": 1073741824, "l2-cache-size": "1G", "l2-cache-entry-size": 512, "refcount-cache-size": 1e9, "cache-clean-interval": 1`
+	discards := `"lazy-refcounts": true, "pass-discard-request": true, "pass-discard-snapshot": "on", "pass-discard-other": true, "discard-no-unref": true`
+	for _, name := range []string{
+		`{"driver": "qcow2", ` + caches + `, ` + discards + `, "overlap-check": "none", "file.filename": "DIR/base"}`,
+		`{"driver": "qcow2", "overlap-check.template": "none", "file": {"driver": "file", "filename": "DIR/base", "aio": "io_uring", "aio-max-batch": 4}}`,
+		`{"driver": "qcow2", "file": {"filename": "DIR/base", "aio": "native", "cache": {"direct": true}, "drop-cache": true, "x-check-cache-dropped": true}}`,
+		`{"driver": "raw", "file": {"driver": "null-co", "size": 65536, "latency-ns": 1000000000000}}`,
+		`{"file.filename": "DIR/base", "l2-cache-size": "1G", "discard": "unmap", "detect-zeroes": "on", "cache.no-flush": true, "force-share": true}`,
+		`{"file": {"filename": "DIR/base", "aio": "threads"}, "read-only": false}`,
+		`{"driver": "qcow2", "file.filename": "DIR/base", "backing": {"driver": "raw", "file": {"driver": "file", "filename": "DIR/base", "aio": "io_uring"}}}`,
+	} {
+		m := newManager(t, Config{})
+		fds := openFDs(t)
+		if err := overlay(t, m, dir, "json:"+strings.ReplaceAll(name, "DIR", dir), ""); err != nil {
+			t.Errorf("%s: %v", name, err)
+			continue
+		}
+		for _, n := range m.Graph().Node("t").Backing().Node().NodesBelow() {
+			switch u := n.Options().Canonical.U.(type) {
+			case *types.BlockdevOptionsFile:
+				if *u != (types.BlockdevOptionsFile{Filename: dir + "/base"}) {
+					t.Errorf("%s: the file has %+v", name, u)
+				}
+			case *types.BlockdevOptionsNull:
+				if u.LatencyNs != nil {
+					t.Errorf("%s: a latency of %d", name, *u.LatencyNs)
+				}
+			case *types.BlockdevOptionsQcow2:
+				if u.L2CacheSize != nil || u.OverlapCheck != nil || u.LazyRefcounts != nil {
+					t.Errorf("%s: the image has %+v", name, u)
+				}
+			}
+			if o := n.Options(); !n.ReadOnly() || o.ForceShare || o.NoFlush || o.Direct {
+				t.Errorf("%s: %s has the options %+v", name, n.DriverName(), o)
+			}
+		}
+		mustDel(t, m, "t")
+		clean(t, m, fds)
+	}
+	// A user's own names are taken as they are.
+	m := newManager(t, Config{})
+	_, err := m.OpenImage(context.Background(), OpenImage{Filename: `json:{"driver": "qcow2", "l2-cache-entry-size": 3, "file.filename": "` + dir + `/base"}`, Like: &graph.Options{}})
+	if err == nil {
+		t.Error("an option of a user does not count")
 	}
 }
 
@@ -490,7 +542,7 @@ func TestNamesAreBounded(t *testing.T) {
 		"dotted members": `{"x.` + strings.Repeat("a.", 100) + `a": 1, ` + strings.ReplaceAll(many(100)[1:], `"m`, `"`+strings.Repeat("a.", 100)+`m`),
 	} {
 		began := time.Now()
-		if _, _, err := m.jsonOptions(context.Background(), text, ""); !errors.Is(err, errNameTooLarge) {
+		if _, _, err := m.jsonOptions(context.Background(), text, "", true); !errors.Is(err, errNameTooLarge) {
 			t.Errorf("%s: %.200v", name, err)
 		}
 		if d := time.Since(began); d > 5*time.Second {
@@ -501,7 +553,7 @@ func TestNamesAreBounded(t *testing.T) {
 	for i := range 19 {
 		deep += `, "` + strings.Repeat("file.", i+1) + `driver": "raw"`
 	}
-	if o, _, err := m.jsonOptions(context.Background(), deep+"}", ""); err != nil || o.Driver != types.BlockdevDriverRaw {
+	if o, _, err := m.jsonOptions(context.Background(), deep+"}", "", true); err != nil || o.Driver != types.BlockdevDriverRaw {
 		t.Errorf("twenty levels: %v", err)
 	}
 }

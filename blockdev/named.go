@@ -14,10 +14,11 @@ import (
 	"qblockd/schema/value"
 )
 
-// namedOptions turns a file name into options, or, where the format has to be guessed, into the file alone.
-func (m *Manager) namedOptions(ctx context.Context, name, format string) (*types.BlockdevOptions, *types.BlockdevRef, error) {
+// namedOptions turns a file name into options, or, where the format has to be guessed, into the file alone. Of options in it that a user has not
+// given but an image, those are left out that do not count.
+func (m *Manager) namedOptions(ctx context.Context, name, format string, byImage bool) (*types.BlockdevOptions, *types.BlockdevRef, error) {
 	if text, ok := strings.CutPrefix(name, "json:"); ok {
-		return m.jsonOptions(ctx, text, format)
+		return m.jsonOptions(ctx, text, format, byImage)
 	}
 	if format == "" {
 		o, err := m.protocolOptions(ctx, name)
@@ -100,7 +101,7 @@ func await[T any](ctx context.Context, f func() T) (got T, err error) {
 
 // jsonOptions reads what follows "json:" in a file name. A format that was given beside it wins over the
 // driver in it.
-func (m *Manager) jsonOptions(ctx context.Context, text, format string) (*types.BlockdevOptions, *types.BlockdevRef, error) {
+func (m *Manager) jsonOptions(ctx context.Context, text, format string, byImage bool) (*types.BlockdevOptions, *types.BlockdevRef, error) {
 	if len(text) > maxNameText {
 		return nil, nil, errNameTooLarge
 	}
@@ -121,6 +122,9 @@ func (m *Manager) jsonOptions(ctx context.Context, text, format string) (*types.
 	}
 	if err := chooseProtocols(ctx, d); err != nil {
 		return nil, nil, err
+	}
+	if byImage {
+		m.dropHints(d)
 	}
 	if _, ok := d.Get("driver"); ok {
 		if s, _ := d.Get("driver"); m.drivers[types.BlockdevDriver(fmt.Sprint(s))] == nil {

@@ -125,7 +125,7 @@ func FuzzJSONName(f *testing.F) {
 	}
 	f.Fuzz(func(t *testing.T, text, format string) {
 		m := New(nil, Config{})
-		o, file, err := m.jsonOptions(context.Background(), text, format)
+		o, file, err := m.jsonOptions(context.Background(), text, format, true)
 		if err == nil && (o == nil) == (file == nil) {
 			t.Errorf("%v %v", o, file)
 		}

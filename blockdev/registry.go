@@ -35,9 +35,10 @@ type Driver struct {
 
 	// ForImages: the header of an image may name nodes of the driver as its backing file. It only reads what its children and its file have,
 	// and does nothing else that a stranger should not be able to make the daemon do. ImageOptions are the options
-	// besides children that may be given there.
+	// besides children that count there, as they say what is read; ImageHints may be given, but say only how, which is not for an image to decide.
 	ForImages    bool
 	ImageOptions []string
+	ImageHints   []string
 
 	// Prefix selects the driver in a file name "PREFIX:..."; "" if none does.
 	Prefix string
@@ -148,6 +149,7 @@ func fileDriver(name types.BlockdevDriver, open graph.OpenFunc) Driver {
 		},
 		File: filename, PlainName: filename,
 		ForImages: true, ImageOptions: []string{"filename", "locking"}, // devices if the policy allows them
+		ImageHints: []string{"aio", "aio-max-batch", "drop-cache", "x-check-cache-dropped"},
 		Changeable: map[string]bool{"drop-cache": false, "x-check-cache-dropped": true},
 	}
 }
@@ -157,7 +159,7 @@ func nullDriver(name types.BlockdevDriver, open graph.OpenFunc) Driver {
 	return Driver{
 		Name: name, Kind: graph.Protocol, Open: open,
 		Prefix:    string(name),
-		ForImages: true, ImageOptions: []string{"size", "read-zeroes"}, // a latency would hold up who opens it
+		ForImages: true, ImageOptions: []string{"size", "read-zeroes"}, ImageHints: []string{"latency-ns"},
 		FromName: func(s string) (any, error) {
 			if s != plain {
 				return nil, fmt.Errorf("The only allowed filename for this driver is '%s'", plain)
@@ -297,7 +299,11 @@ func qcow2Driver(open graph.OpenFunc) Driver {
 	return Driver{
 		Name: types.BlockdevDriverQcow2, Kind: graph.Format, Open: open,
 		ForImages: true,
-		FromFile:  func(f types.BlockdevRef) any { return &types.BlockdevOptionsQcow2{File: f} },
+		ImageHints: []string{
+			"lazy-refcounts", "pass-discard-request", "pass-discard-snapshot", "pass-discard-other", "discard-no-unref", "overlap-check",
+			"cache-size", "l2-cache-size", "l2-cache-entry-size", "refcount-cache-size", "cache-clean-interval",
+		},
+		FromFile: func(f types.BlockdevRef) any { return &types.BlockdevOptionsQcow2{File: f} },
 		Probe: func(header []byte) int {
 			if qcow2.Probe(header) {
 				return 100
