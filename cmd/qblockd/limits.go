@@ -1,7 +1,6 @@
 package main
 
 import (
-	"errors"
 	"fmt"
 	"strings"
 	"time"
@@ -110,15 +109,9 @@ func (l *limits) setLimits(arg string) error {
 			known[d.name] = cmdline.OptSize
 		}
 	}
-	o, err := cmdline.ParseOpts(arg, "", known)
-	switch {
-	case err != nil:
+	o, err := parseSettings(arg, known, limitsText)
+	if err != nil {
 		return err
-	case o.ID != "":
-		return errors.New("Invalid parameter 'id'")
-	case o.Help:
-		fmt.Print(limitsText())
-		return errHelpShown
 	}
 	for _, d := range allLimits {
 		if _, given := o.Get(d.name); !given {

@@ -122,17 +122,9 @@ func processOptions(items []cmdline.Item, scanErr error) (p processWide) {
 		case "pidfile":
 			p.pidfile = it.Arg
 		case "limit":
-			if err := p.limits.setLimits(it.Arg); errors.Is(err, errHelpShown) {
-				os.Exit(0)
-			} else if err != nil {
-				fatal(it.Where(), err)
-			}
+			settled(it, p.limits.setLimits(it.Arg))
 		case "image-policy":
-			if err := setPolicy(&p.policy, it.Arg); errors.Is(err, errHelpShown) {
-				os.Exit(0)
-			} else if err != nil {
-				fatal(it.Where(), err)
-			}
+			settled(it, setPolicy(&p.policy, it.Arg))
 		case "socket-mode":
 			mode, err := strconv.ParseUint(it.Arg, 8, 32)
 			if err != nil || mode > 0o777 {
@@ -146,6 +138,30 @@ func processOptions(items []cmdline.Item, scanErr error) (p processWide) {
 		os.Exit(1)
 	}
 	return p
+}
+
+// parseSettings reads an argument NAME=VALUE,... of an option whose settings are for the process. If it asks for help it prints that: errHelpShown.
+func parseSettings(arg string, known map[string]cmdline.OptType, help func() string) (*cmdline.Opts, error) {
+	o, err := cmdline.ParseOpts(arg, "", known)
+	switch {
+	case err != nil:
+		return nil, err
+	case o.ID != "":
+		return nil, errors.New("Invalid parameter 'id'")
+	case o.Help:
+		fmt.Print(help())
+		return nil, errHelpShown
+	}
+	return o, nil
+}
+
+// settled ends the process if settings could not be made, or help was all that was wanted.
+func settled(it cmdline.Item, err error) {
+	if errors.Is(err, errHelpShown) {
+		os.Exit(0)
+	} else if err != nil {
+		fatal(it.Where(), err)
+	}
 }
 
 func programName() string { return filepath.Base(os.Args[0]) }

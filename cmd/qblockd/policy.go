@@ -1,7 +1,6 @@
 package main
 
 import (
-	"errors"
 	"fmt"
 	"strings"
 
@@ -31,15 +30,9 @@ func setPolicy(p *blockdev.Policy, arg string) error {
 	for _, k := range policyKeys {
 		known[k.name] = k.typ
 	}
-	o, err := cmdline.ParseOpts(arg, "", known)
-	switch {
-	case err != nil:
+	o, err := parseSettings(arg, known, policyText)
+	if err != nil {
 		return err
-	case o.ID != "":
-		return errors.New("Invalid parameter 'id'")
-	case o.Help:
-		fmt.Print(policyText())
-		return errHelpShown
 	}
 	next := *p
 	if _, given := o.Get("max-chain"); given {
