@@ -90,10 +90,11 @@ func (c *creation) end() {
 	c.over = true
 }
 
-// undo removes the file, if it is new and the command's.
+// undo removes the file, if it is new and the command's. If it is not there yet the command takes none any more, and file.Create removes it.
 func (c *creation) undo(path string) {
 	c.mu.Lock()
 	made := c.made
+	c.over = c.over || made == nil
 	c.mu.Unlock()
 	if made != nil {
 		file.Remove(path, *made)

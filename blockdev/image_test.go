@@ -194,6 +194,21 @@ func TestCreateNamesFormats(t *testing.T) {
 	}
 }
 
+// A creation that was given up before its file was there takes none later: nobody would remove it.
+func TestCreationGivenUpTakesNoFile(t *testing.T) {
+	m := newManager(t, Config{})
+	c := m.beginCreation()
+	c.undo(t.TempDir() + "/late")
+	id := graph.FileID{Dev: 1, Ino: 2}
+	if err := c.take(file.Made{ID: id, New: true}); err == nil {
+		t.Error("it takes one")
+	}
+	c.end()
+	if _, busy := m.creating.Load(id); busy {
+		t.Error("the file is kept from others")
+	}
+}
+
 // Two creations in one node never mix: while one is under way nobody else writes to the node or changes its size, and what is refused has
 // changed nothing.
 func TestCreationsAtOneNode(t *testing.T) {

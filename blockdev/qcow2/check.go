@@ -11,7 +11,7 @@ import (
 type CheckResult struct {
 	Corruptions int // references without a refcount, wrong flags, impossible entries
 	Leaks       int // clusters that are counted but not referenced
-	Fixed       int // of both
+	Fixed       int // of the corruptions; leaks that were given back do not count
 	Errors      int // places that could not be read or repaired
 	// Messages describe the first faults, for tests and logs.
 	Messages []string
