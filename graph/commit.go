@@ -287,8 +287,8 @@ func (c *commit) prepare(ctx context.Context) error {
 			continue
 		}
 		if err := n.careful(func() error { return t.PermPrepare(ctx, up) }); err != nil {
-			if up.Loosens(n.applied) {
-				// Giving up rights cannot be refused; the old ones stay taken.
+			if ctx.Err() == nil && up.Loosens(n.applied) {
+				// Giving up rights cannot be refused; the old ones stay taken. (Who has gone gets nothing: all is undone.)
 				slog.Warn("permissions could not be lowered", "node", n.name, "error", err)
 				continue
 			}

@@ -413,6 +413,35 @@ func TestPrepareFailureUndoes(t *testing.T) {
 	wantErr(t, tx.Commit(), errTxOver.Error())
 }
 
+// A command whose client goes while rights are given up is undone: nothing stays locked that nobody claims.
+func TestLoweringForNobody(t *testing.T) {
+	g := newTestGraph(t)
+	d := &memDriver{data: make([]byte, 10)}
+	n := add(t, g, Options{Name: "n"}, memOf(d))
+	tx := g.Begin(context.Background())
+	root, err := tx.AttachRoot(RootSpec{EdgeName: "root", Claim: perm.Claim{Need: perm.Write, Share: perm.All}}, n)
+	if err == nil {
+		err = tx.Commit()
+	}
+	if err != nil {
+		t.Fatal(err)
+	}
+	claimed := n.Claim()
+	ctx, cancel := context.WithCancel(context.Background())
+	d.onPerm = func(ctx context.Context, _ perm.Claim) error { cancel(); return ctx.Err() }
+	if err := g.CloseRoot(ctx, root); !errors.Is(err, context.Canceled) {
+		t.Errorf("for a client that has gone: %v", err)
+	}
+	if n.Claim() != claimed || len(g.Roots()) != 1 {
+		t.Errorf("claim %v of %v, %d roots", n.Claim(), claimed, len(g.Roots()))
+	}
+	// What cannot be given up for another reason is not kept in the graph.
+	d.onPerm = func(context.Context, perm.Claim) error { return errors.New("Failed to unlock byte 100") }
+	if err := g.CloseRoot(context.Background(), root); err != nil {
+		t.Error(err)
+	}
+}
+
 type participant struct{ prepared, committed, aborted bool }
 
 func (p *participant) Prepare(context.Context) error { p.prepared = true; return nil }

@@ -308,10 +308,7 @@ func (s *image) claimInPlace(r *blk.Req) error {
 func (s *image) writeAutoclear(r *blk.Req, v uint64) error {
 	var b [8]byte
 	be.PutUint64(b[:], v)
-	if err := s.writeMeta(r, b[:], layout.OffAutoclearFeatures, olMainHeader); err != nil {
-		return err
-	}
-	if err := s.barrier(r); err != nil {
+	if err := s.enter(r, b[:], layout.OffAutoclearFeatures); err != nil {
 		return err
 	}
 	s.hdr.AutoclearFeatures = v
@@ -464,7 +461,7 @@ func (s *image) freeBitmap(r *blk.Req, m *stored) {
 	if m.broken {
 		return
 	}
-	table, err := s.readTable(r, int64(m.TableOffset), int64(m.TableSize))
+	table, err := s.readTable(patient(r), int64(m.TableOffset), int64(m.TableSize))
 	if err != nil {
 		s.warnf("Leaking the clusters of bitmap '%s': %s", m.Name, blk.ErrnoText(err))
 	}

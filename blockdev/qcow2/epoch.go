@@ -165,9 +165,10 @@ func (s *image) punch(r *blk.Req, fs []freed) {
 	})
 }
 
-// unref lowers the refcounts of the clusters that f touches. A cluster whose refcount block
+// unref lowers the refcounts of the clusters that f touches, also when the context of r has ended. A cluster whose refcount block
 // cannot be read is leaked.
 func (s *image) unref(r *blk.Req, f freed) {
+	r = patient(r)
 	s.step(r, blk.EvClusterFree)
 	for c := f.off >> s.cb; c<<s.cb < f.off+f.n; c++ {
 		if s.wrong.at(c) {

@@ -257,10 +257,7 @@ func (s *image) markDirty(r *blk.Req) error {
 func (s *image) writeIncompat(r *blk.Req, v uint64) error {
 	var b [8]byte
 	be.PutUint64(b[:], v)
-	if err := s.writeMeta(r, b[:], layout.OffIncompatFeatures, olMainHeader); err != nil {
-		return err
-	}
-	if err := s.barrier(r); err != nil {
+	if err := s.enter(r, b[:], layout.OffIncompatFeatures); err != nil {
 		return err
 	}
 	s.hdr.IncompatibleFeatures = v

@@ -196,6 +196,36 @@ func (s *image) writeMeta(r *blk.Req, b []byte, off int64, own overlap) error {
 	return s.file.WriteAt(r, blk.Buf(b), off, 0)
 }
 
+// patient is r for what has to be done whether its client has gone or not: the end of what has begun, and taking back what came to nothing.
+func patient(r *blk.Req) *blk.Req {
+	if r.Ctx == nil || r.Ctx.Done() == nil {
+		return r
+	}
+	q := *r
+	q.Ctx = context.WithoutCancel(r.Ctx)
+	return &q
+}
+
+// enter writes to the header, and waits until that is on stable storage. It does not end with the context of r: nobody would know which of the two the image has, the old or
+// the new.
+func (s *image) enter(r *blk.Req, b []byte, off int64) error {
+	r = patient(r)
+	if err := s.writeMeta(r, b, off, olMainHeader); err != nil {
+		return err
+	}
+	return s.barrier(r)
+}
+
+// swap is enter for the place of a table that is written to from then on: after an error the header has the old value, was. An image whose header may have either is given up, as
+// what was written to one table would be lost with the other.
+func (s *image) swap(r *blk.Req, now, was []byte, off int64) error {
+	err := s.enter(r, now, off)
+	if err != nil && s.enter(r, was, off) != nil {
+		_ = s.corrupt(r, true, -1, -1, "Which table the header refers to is not known")
+	}
+	return err
+}
+
 // step announces what is about to be done.
 func (s *image) step(r *blk.Req, e blk.DebugEvent) {
 	if s.debug != nil {

@@ -400,6 +400,7 @@ func (s *image) resizeLive(r *blk.Req, change func() error) error {
 	err := change()
 	// What was written meanwhile lies in regions that were marked before; all else waits.
 	defer s.claimFlush()()
+	r = patient(r)
 	if e := s.claimLive(r); e != nil {
 		_ = s.distrust(r) // the header says so already
 		s.warnf("Persistent bitmaps will count as inconsistent if they are not stored in the end: %s", blk.ErrnoText(e))

@@ -271,10 +271,7 @@ func (s *image) updateHeader(r *blk.Req) error {
 	if used < s.hdrUsed {
 		b = append(b, make([]byte, s.hdrUsed-used)...)
 	}
-	if err := s.writeMeta(r, b, 0, olMainHeader); err != nil {
-		return err
-	}
-	if err := s.barrier(r); err != nil {
+	if err := s.enter(r, b, 0); err != nil {
 		return err
 	}
 	s.hdrUsed = used

@@ -150,7 +150,7 @@ func (s *image) corrupt(r *blk.Req, fatal bool, off, n int64, msg string) error 
 			var b [8]byte
 			be.PutUint64(b[:], s.hdr.IncompatibleFeatures)
 			// The request fails anyway.
-			q := *r
+			q := *patient(r)
 			q.NoWait = false
 			_ = s.file.WriteAt(&q, blk.Buf(b[:]), layout.OffIncompatFeatures, 0)
 		}

@@ -1,6 +1,7 @@
 package qcow2
 
 import (
+	"cmp"
 	"fmt"
 	"sort"
 
@@ -180,9 +181,7 @@ func (s *image) allocate(r *blk.Req, need, want int64, what string) (first, n in
 	}
 	for i := range n {
 		if err := s.addRef(r, first+i, 1); err != nil {
-			for j := range i {
-				_ = s.addRef(r, first+j, -1)
-			}
+			s.unref(r, freed{off: first << s.cb, n: i << s.cb})
 			return 0, 0, err
 		}
 	}
@@ -208,15 +207,11 @@ func (s *image) allocateAt(r *blk.Req, first, n int64) error {
 	}
 	for i := range n {
 		if v, err := s.refcount(r, first+i); err != nil || v != 0 {
-			if err == nil {
-				err = errInval
-			}
-			for j := range i {
-				_ = s.addRef(r, first+j, -1)
-			}
-			return err
+			s.unref(r, freed{off: first << s.cb, n: i << s.cb})
+			return cmp.Or[error](err, errInval)
 		}
 		if err := s.addRef(r, first+i, 1); err != nil {
+			s.unref(r, freed{off: first << s.cb, n: i << s.cb})
 			return err
 		}
 	}
@@ -450,13 +445,10 @@ func (s *image) switchReftable(r *blk.Req, reft []uint64, off, clusters int64) e
 		return err
 	}
 	s.step(r, blk.EvRefblockAllocSwitchTable)
-	var h [12]byte
-	be.PutUint64(h[:], uint64(off))
-	be.PutUint32(h[8:], uint32(clusters))
-	if err := s.writeMeta(r, h[:], layout.OffReftable, olMainHeader); err != nil {
-		return err
+	field := func(off uint64, clusters uint32) []byte {
+		return be.AppendUint32(be.AppendUint64(nil, off), clusters)
 	}
-	if err := s.barrier(r); err != nil {
+	if err := s.swap(r, field(uint64(off), uint32(clusters)), field(s.hdr.RefcountTableOffset, s.hdr.RefcountTableClusters), layout.OffReftable); err != nil {
 		return err
 	}
 	s.hdr.RefcountTableOffset, s.hdr.RefcountTableClusters = uint64(off), uint32(clusters)

@@ -130,10 +130,7 @@ func (s *image) setSize(r *blk.Req, size int64) error {
 	enter := func(size uint64) error {
 		var b [8]byte
 		be.PutUint64(b[:], size)
-		if err := s.writeMeta(r, b[:], layout.OffSize, olMainHeader); err != nil {
-			return err
-		}
-		return s.barrier(r)
+		return s.enter(r, b[:], layout.OffSize)
 	}
 	err := s.barrier(r)
 	if err == nil {
@@ -204,14 +201,14 @@ func (s *image) growL1(r *blk.Req, n int64) error {
 		return fail(err)
 	}
 	s.step(r, blk.EvL1GrowActivateTable)
-	var h [12]byte
-	be.PutUint32(h[:], uint32(n))
-	be.PutUint64(h[4:], uint64(off))
-	if err := s.writeMeta(r, h[:], layout.OffL1Size, olMainHeader); err != nil {
-		return err // which of both tables is in use is not known: keep both
+	field := func(n uint32, off uint64) []byte {
+		return be.AppendUint64(be.AppendUint32(nil, n), off)
 	}
-	if err := s.barrier(r); err != nil {
-		return err
+	if err := s.swap(r, field(uint32(n), uint64(off)), field(s.hdr.L1Size, s.hdr.L1TableOffset), layout.OffL1Size); err != nil {
+		if s.dead.Load() {
+			return err
+		}
+		return fail(err)
 	}
 	oldOff, oldN := int64(s.hdr.L1TableOffset), int64(s.hdr.L1Size)
 	s.hdr.L1TableOffset, s.hdr.L1Size = uint64(off), uint32(n)

@@ -1,7 +1,6 @@
 package qcow2
 
 import (
-	"context"
 	"errors"
 	"math"
 	"slices"
@@ -30,13 +29,6 @@ var errNoSnapshot = errors.New("Can't find the snapshot")
 type undoneError struct{ error }
 
 func (e undoneError) Unwrap() error { return e.error }
-
-// patient is r for what has to be done whether its client has gone or not.
-func patient(r *blk.Req) *blk.Req {
-	q := *r
-	q.Ctx = context.WithoutCancel(ctxOf(r))
-	return &q
-}
 
 // quietly does f with nothing in flight and everything flushed before and after.
 func (s *image) quietly(r *blk.Req, f func() error) error {
@@ -326,11 +318,7 @@ func (s *image) writeSnapshots(r *blk.Req, list []layout.Snapshot) error {
 	be.PutUint32(h[:], uint32(len(list)))
 	be.PutUint64(h[4:], uint64(off))
 	s.fresh = nil // from here on the image may refer to them, also after an error
-	err := s.writeMeta(r, h[:], layout.OffSnapshots, olMainHeader)
-	if err == nil {
-		err = s.barrier(r)
-	}
-	if err != nil {
+	if err := s.enter(r, h[:], layout.OffSnapshots); err != nil {
 		return unsureError{err}
 	}
 	old, oldEnd := int64(s.hdr.SnapshotsOffset), s.snapEnd

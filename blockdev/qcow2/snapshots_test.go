@@ -390,6 +390,9 @@ func (l *looks) Err() error {
 	return nil
 }
 
+// Done implements context.Context: it can end, which nobody who waits is told.
+func (l *looks) Done() <-chan struct{} { return make(chan struct{}) }
+
 // TestSnapshotsEndWithTheirClients: whenever a client goes, a snapshot is made or deleted as a whole or not at all, and the image is as it was otherwise: no leak, no wrong
 // flag, nothing to repair.
 func TestSnapshotsEndWithTheirClients(t *testing.T) {

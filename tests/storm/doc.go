@@ -12,7 +12,7 @@
 //
 // After each storm all jobs are ended, and: every snapshot, bitmap, size, node and export is what some order of the acknowledged commands leads to that agrees with
 // when they were sent and answered (linear.go decides that, object by object; of a command whose client has left nobody knows whether it was done); guests
-// read what they wrote; the bitmap has what was written; the daemon ends in good order, without a data race or a panic in its log; qemu-img finds nothing wrong with the images.
+// read what they wrote; the bitmap has what was written; the daemon ends in good order, without a data race or a panic in its log; qemu-img finds nothing wrong with the images, leaks neither: nobody was killed.
 // A run that fails leaves its log of commands behind and says its seed. (Which command comes first is up to the scheduler; the seed only makes each client want the same.)
 //
 //	make storm STORM_TIME=30m CLIENTS=6 SEED=1          SUBJECT=another binary than this tree's
