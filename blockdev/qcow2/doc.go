@@ -45,7 +45,7 @@
 //     tables are known it must also lie behind the end that the file had, unless there is no other space;
 //   - a cluster is punched, and its refcount goes to 0, only if as many references are counted as there are. A refcount that is too low is raised first;
 //   - what lies in a cluster that someone takes for his own although others refer to it (two entries with the copied flag, tables over tables or over data), or that no
-//     refcount block counts, is not written to, freed or punched: who tries ends the use of the image, which is marked corrupt. It can be read until then;
+//     refcount block counts, is not written to, freed, punched or cut off with the end of the file: who tries ends the use of the image, which is marked corrupt. It can be read until then;
 //   - tables that are written in place lie in the file and over nothing else, or nothing is written at all.
 //
 // What one survey may take in memory is bounded (maxSurvey). Larger images, and those with a table that cannot be read, are used without: new clusters come from behind

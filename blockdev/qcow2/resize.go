@@ -252,7 +252,7 @@ func (s *image) shrink(r *blk.Req, old, size int64) error {
 	return s.setSize(r, size)
 }
 
-// cutFile truncates the file behind the last cluster in use.
+// cutFile truncates the file behind the last cluster that may be in use.
 func (s *image) cutFile(r *blk.Req) error {
 	if err := s.writeRefcounts(r); err != nil {
 		return wrap("Failed to discard unused refblocks", err)
@@ -263,6 +263,10 @@ func (s *image) cutFile(r *blk.Req) error {
 	}
 	if last < 0 {
 		return wrap("Failed to find the last cluster", s.corrupt(r, true, -1, -1, "There are no references in the refcount table."))
+	}
+	// What no refcount counts may be in use all the same.
+	if last = max(last, s.wrong.last); s.survey != nil {
+		last = max(last, s.survey.found-1)
 	}
 	end := (last + 1) << s.cb
 	if end >= s.file.Size() || len(s.inflight) > 0 {

@@ -1,10 +1,12 @@
 package qcow2
 
 import (
+	"bytes"
 	"syscall"
 	"testing"
 
 	"qblockd/blockdev/drivertest"
+	"qblockd/blockdev/qcow2/layout"
 	"qblockd/graph/blk"
 )
 
@@ -42,5 +44,45 @@ func TestShrinkFails(t *testing.T) {
 		if !struck {
 			break
 		}
+	}
+}
+
+// TestShrinkKeepsWhatIsNotCounted: the file is not cut where data lie that no refcount counts, be that known or not.
+func TestShrinkKeepsWhatIsNotCounted(t *testing.T) {
+	const cs, clusters, left, data = 512, 1000, 600, 400
+	want := make([]byte, cs*data)
+	for i := range want {
+		want[i] = byte(i>>9) | 1
+	}
+	for _, known := range []bool{true, false} {
+		img := mustCreate(t, CreateOptions{Size: cs * clusters, ClusterSize: ptr(uint64(cs))})
+		s := mustOpen(t, mem{img}, config{})
+		if err := s.WriteAt(req(), blk.Buf(want), 0, 0); err != nil {
+			t.Fatal(err)
+		}
+		table := int64(s.l1At(1) & layout.OffsetMask)
+		mustClose(t, s)
+		if known {
+			img.Poke(s.reftOffset()+8, make([]byte, 8)) // no block
+		} else {
+			img.Poke(int64(s.reftAt(1)), make([]byte, cs))
+		}
+		times := 0
+		s = mustOpen(t, unreadable{mem{img}, table, table + cs, &times}, config{unmap: true})
+		if !known {
+			times = 1 << 30 // so that it is not known what the image refers to
+		}
+		if err := s.Resize(req(), cs*left, blk.PreallocOff); err != nil {
+			t.Fatal(err)
+		}
+		if (s.survey == nil) != known {
+			t.Fatalf("a survey is under way: %v, want %v", s.survey != nil, !known)
+		}
+		times = 0
+		got := make([]byte, len(want))
+		if err := s.ReadAt(req(), blk.Buf(got), 0, 0); err != nil || !bytes.Equal(got, want) {
+			t.Errorf("known %v: the data are gone: %v", known, err)
+		}
+		_ = s.Close()
 	}
 }

@@ -377,7 +377,7 @@ func (s *image) dropSnapshot(r *blk.Req, i int) error {
 	}
 	// The image does not refer to it any more.
 	for _, g := range gone {
-		s.free(g.first<<s.cb, (g.last-g.first+1)<<s.cb, discardSnapshot)
+		s.dropRefs(q, g)
 	}
 	if sn.L1Size > 0 {
 		s.free(int64(sn.L1TableOffset), int64(sn.L1Size)*8, discardSnapshot)
@@ -385,14 +385,23 @@ func (s *image) dropSnapshot(r *blk.Req, i int) error {
 	s.turn()
 	err = s.flush(q)
 	s.reap(q, false)
-	// What somebody still reads keeps its reference; the flags come when it has gone.
-	s.flagsDue = len(s.limbo) > 0
 	if _, e := s.fixFlags(r, 0); e != nil && ended(r) != nil {
 		s.flagsDue = true // the snapshot has gone; this can wait
 	} else if err == nil {
 		err = e
 	}
 	return err
+}
+
+// dropRefs takes back one reference on each cluster of g, which the image on disk does not refer to any more. What others refer to as well stays where it is, so whoever reads
+// it is not waited for: how long he takes is up to him, and the copied flags are wrong until the refcounts are right.
+func (s *image) dropRefs(r *blk.Req, g span) {
+	for c := g.first; c <= g.last; c++ {
+		n, err := s.refcount(r, c)
+		if err != nil || n < 2 || s.wrong.at(c) || s.addRef(r, c, -1) != nil {
+			s.free(c<<s.cb, s.cs, discardSnapshot)
+		}
+	}
 }
 
 // snapshotInfo lists the internal snapshots; mu is held.

@@ -526,3 +526,43 @@ func TestTablesNamedTwice(t *testing.T) {
 		}
 	}
 }
+
+// TestSnapshotIsDeletedBesideReaders: a request that is still reading neither leaves copied flags wrong nor the image dirty until it is closed.
+func TestSnapshotIsDeletedBesideReaders(t *testing.T) {
+	for _, v := range []string{"v2", "v3"} {
+		f := mustCreate(t, CreateOptions{Size: 1 << 20, ClusterSize: ptr(uint64(512)), Version: v})
+		s := mustOpen(t, mem{f}, config{unmap: true})
+		write := func(off, n int64, b byte) {
+			t.Helper()
+			if err := s.WriteAt(req(), blk.Buf(bytes.Repeat([]byte{b}, int(n))), off, 0); err != nil {
+				t.Fatal(err)
+			}
+		}
+		write(0, 64<<10, 1)
+		if _, err := s.CreateSnapshot(req(), "s", time.Unix(1, 0), 0); err != nil {
+			t.Fatal(err)
+		}
+		write(0, 8<<10, 2)
+		s.mu.Lock()
+		reader := s.hold()
+		s.mu.Unlock()
+		if err := s.DeleteSnapshot(req(), "1", "s"); err != nil {
+			t.Fatal(err)
+		}
+		if s.flagsDue || s.hdr.IncompatibleFeatures != 0 {
+			t.Errorf("%s: flags due %v, bits %x", v, s.flagsDue, s.hdr.IncompatibleFeatures)
+		}
+		crashed := mustOpen(t, mem{drivertest.MemFileOf(bytes.Clone(f.Bytes()))}, config{readOnly: true})
+		sound(t, crashed, true)
+		_ = crashed.Close()
+		if len(s.limbo) == 0 {
+			t.Errorf("%s: nothing is kept for the reader", v)
+		}
+		reader.Release()
+		if err := s.Flush(req()); err != nil {
+			t.Fatal(err)
+		}
+		sound(t, s, false)
+		mustClose(t, s)
+	}
+}

@@ -48,7 +48,8 @@ type survey struct {
 type wrong struct {
 	n     int // 0: none
 	t     tally
-	first int64
+	first int64 // the one found first
+	last  int64 // the highest one
 }
 
 // startSurvey makes a survey due: the image has become writable.
@@ -212,6 +213,7 @@ func (w *wrong) add(k int64) {
 		w.t, w.first = newTally(), k
 	}
 	w.n++
+	w.last = max(w.last, k)
 	w.t.add(k, 1, false)
 }
 
