@@ -18,7 +18,7 @@ var (
 	flagTries   = flag.Int("geometry.tries", 1, "how often each is played")
 	flagOnly    = flag.String("geometry.only", "", "play only samples whose line has this text")
 	flagFails   = flag.Int("geometry.fails", 10, "failures after which no more are played")
-	flagLimit   = flag.Duration("geometry.limit", 30*time.Second, "longest time of one")
+	flagLimit   = flag.Duration("geometry.limit", 30*time.Second, "longest time in which nothing happens in one")
 )
 
 func TestMain(m *testing.M) { goleak.VerifyTestMain(m) }

@@ -26,10 +26,10 @@ type Outcome struct {
 	Killed  bool
 }
 
-// Run plays a sample and tells what was not as it should be.
+// Run plays a sample and tells what was not as it should be. limit is how long nothing may happen in it.
 func Run(s Sample, limit time.Duration) (Outcome, error) {
-	ctx, cancel := context.WithTimeout(context.Background(), limit)
-	defer cancel()
+	ctx, cancel := context.WithCancelCause(context.Background())
+	defer cancel(nil)
 	dir := ""
 	if s.Real {
 		d, err := os.MkdirTemp("", "qblockd-geometry-")
@@ -40,21 +40,17 @@ func Run(s Sample, limit time.Duration) (Outcome, error) {
 		dir = d
 	}
 	w := newWorld(ctx, s, dir)
-	type result struct {
-		o   Outcome
-		err error
-	}
-	done := make(chan result, 1)
+	var o Outcome
+	var err error
+	done := make(chan struct{})
 	go func() {
-		o, err := w.play()
-		done <- result{o, err}
+		defer close(done)
+		o, err = w.play()
 	}()
-	select {
-	case r := <-done:
-		return r.o, r.err
-	case <-time.After(limit + 5*time.Second):
-		return Outcome{}, fmt.Errorf("hangs: no end after %v", limit)
+	if hangs := w.watch(done, limit, cancel); hangs != nil {
+		return Outcome{}, hangs
 	}
+	return o, err
 }
 
 func (w *world) play() (o Outcome, err error) {
@@ -270,59 +266,79 @@ func (w *world) expected(err error) error {
 	return fmt.Errorf("refused: %w", err)
 }
 
-// drive brings the job to its end.
+// drive brings the job to its end. After some time it is left in peace, and has to end before too much more has happened.
 func (w *world) drive(j *jobs.Job, guests []*guest) error {
-	r := w.r
+	r, most := w.r, int64(0)
 	for i := 0; ; i++ {
 		select {
 		case <-j.Finished():
 			return nil
 		case <-w.ctx.Done():
-			return fmt.Errorf("the job does not end: %s", w.query())
+			return fmt.Errorf("the job does not end: %w: %s", context.Cause(w.ctx), w.query())
 		case <-time.After(pick(r, 20*time.Microsecond, 200*time.Microsecond)):
 		}
-		status := types.JobStatus("")
-		for _, q := range w.x.Jobs.Query() {
-			status = q.Status
+		if err := w.steer(j, guests, i); err != nil {
+			return err
 		}
 		switch {
-		case w.End == "cancel" && i >= w.After:
-			if w.Sync == types.MirrorSyncModeNone { // what is written afterwards is nobody's
-				if err := w.stop(guests); err != nil {
-					return err
-				}
-			}
-			_ = j.Cancel(true)
-		case status == types.JobStatusReady && w.End != "cancel":
-			// Also of a target whose backing file nobody has opened: it does not show yet what guests have to see.
-			if w.Sample.Guests > 0 && (w.End == "leave" || w.Busy || w.Under == "header") {
-				if err := w.stop(guests); err != nil {
-					return err
-				}
-			}
-			if w.End == "leave" {
-				_ = j.Cancel(false)
-			} else {
-				_ = j.Complete(w.ctx)
-			}
-		case status == types.JobStatusPending:
-			_ = j.Finalize()
-		case one(r, 20):
-			_ = j.Pause()
-		case one(r, 20):
-			_ = j.SetSpeed(r.Int64N(8 << 20))
-		}
-		if w.Switch && one(r, 3) {
-			_ = j.ChangeCopyMode(pick(r, types.MirrorCopyModeBackground, types.MirrorCopyModeWriteBlocking))
-		}
-		if i > 2000 { // it does not pay off to wait for what speeds and errors that come again and again may take
+		case i < quietAfter:
+			w.disturb(j)
+		case i == quietAfter:
 			w.clear()
 			_ = j.SetSpeed(0)
+			most = w.moves() + mostMoves
+		case w.moves() > most:
+			return fmt.Errorf("the job does not end: %s", w.query())
 		}
-		if j.UserPaused() && one(r, 2) {
+		if j.UserPaused() && (i > quietAfter || one(r, 2)) {
 			_ = j.Resume()
 		}
 		w.x.Clock.Advance(pick(r, 50*time.Millisecond, time.Second))
+	}
+}
+
+// steer tells the job what is to become of it.
+func (w *world) steer(j *jobs.Job, guests []*guest, i int) error {
+	status := types.JobStatus("")
+	for _, q := range w.x.Jobs.Query() {
+		status = q.Status
+	}
+	switch {
+	case w.End == "cancel" && i >= w.After:
+		if w.Sync == types.MirrorSyncModeNone { // what is written afterwards is nobody's
+			if err := w.stop(guests); err != nil {
+				return err
+			}
+		}
+		_ = j.Cancel(true)
+	case status == types.JobStatusReady && w.End != "cancel":
+		// Also of a target whose backing file nobody has opened: it does not show yet what guests have to see.
+		if w.Sample.Guests > 0 && (w.End == "leave" || w.Busy || w.Under == "header") {
+			if err := w.stop(guests); err != nil {
+				return err
+			}
+		}
+		if w.End == "leave" {
+			_ = j.Cancel(false)
+		} else {
+			_ = j.Complete(w.ctx)
+		}
+	case status == types.JobStatusPending:
+		_ = j.Finalize()
+	}
+	return nil
+}
+
+// disturb does what users do to a job meanwhile.
+func (w *world) disturb(j *jobs.Job) {
+	switch r := w.r; {
+	case one(r, 20):
+		_ = j.Pause()
+	case one(r, 20):
+		_ = j.SetSpeed(r.Int64N(8 << 20))
+	}
+	if w.Switch && one(w.r, 3) {
+		_ = j.ChangeCopyMode(pick(w.r, types.MirrorCopyModeBackground, types.MirrorCopyModeWriteBlocking))
 	}
 }
 

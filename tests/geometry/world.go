@@ -10,6 +10,7 @@ import (
 	"sort"
 	"strings"
 	"sync"
+	"sync/atomic"
 
 	"qblockd/blockdev/drivertest"
 	"qblockd/graph"
@@ -32,10 +33,12 @@ type world struct {
 
 	mu     sync.Mutex
 	faults map[string]*drivertest.Fault // as the files are open now
+	opened []*drivertest.Fault          // ever
 	struck bool
 	medium map[string]*drivertest.CrashFile
 	power  *power
-	reopen string // what is opened by its header in the end, and shows data
+	units  atomic.Int64 // of work done
+	reopen string       // what is opened by its header in the end, and shows data
 }
 
 // span is a part of a disk.
@@ -52,6 +55,7 @@ func newWorld(ctx context.Context, s Sample, dir string) *world {
 		w.mu.Lock()
 		defer w.mu.Unlock()
 		w.faults[name] = f
+		w.opened = append(w.opened, f)
 		return f
 	})
 	return w
@@ -217,6 +221,7 @@ func (w *world) unit(root *graph.Root, f func(r *blk.Req) error) error {
 		return err
 	}
 	defer root.End(r)
+	defer w.units.Add(1)
 	return f(r)
 }
 
