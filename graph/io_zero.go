@@ -182,7 +182,7 @@ func (e *Edge) Discard(r *blk.Req, off, size int64) error {
 	}
 	lo, hi := blk.AlignUp(off, s.align), blk.AlignDown(off+size, s.align)
 	if s.discard == nil || !n.opts.Load().Discard || lo >= hi {
-		if x, ok := s.drv.(Ejecter); ok && x.Ejected() {
+		if x, ok := n.drv.(Ejecter); ok && x.Ejected() {
 			return blk.ErrNoMedium
 		}
 		return nil
