@@ -115,7 +115,7 @@ func hold(ctx context.Context, d *graph.DirtyBitmap) error {
 		return nil
 	}
 	d.Node().MustHold()
-	if err := store.HoldBitmap(&blk.Req{Ctx: ctx}, d.Name()); err != nil {
+	if err := d.Node().Guarded(func() error { return store.HoldBitmap(&blk.Req{Ctx: ctx}, d.Name()) }); err != nil {
 		return fmt.Errorf("Can't store bitmap '%s' in '%s': %w", d.Name(), d.Node().Name(), err)
 	}
 	return nil
@@ -129,7 +129,7 @@ func (m *Manager) forget(d *graph.DirtyBitmap) {
 		return
 	}
 	d.Node().MustHold()
-	if err := store.RemoveBitmap(&blk.Req{Ctx: context.Background()}, d.Name()); err != nil {
+	if err := d.Node().Guarded(func() error { return store.RemoveBitmap(&blk.Req{Ctx: context.Background()}, d.Name()) }); err != nil {
 		m.log.Warn("a bitmap stays in its image for the time being", "node", d.Node().Name(), "bitmap", d.Name(), "error", err)
 	}
 }

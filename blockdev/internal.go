@@ -59,9 +59,10 @@ func snapshotter(n *graph.Node, writable bool) (*graph.Node, graph.Snapshotter) 
 // InternalSnapshot is the body of blockdev-snapshot-internal-sync, as a step of a transaction (jobs.Action). The snapshot is made in Prepare and deleted again in
 // Abort.
 type InternalSnapshot struct {
-	m     *Manager
-	args  *types.BlockdevSnapshotInternal
-	store graph.Snapshotter
+	m      *Manager
+	args   *types.BlockdevSnapshotInternal
+	keeper *graph.Node // that has the snapshot
+	store  graph.Snapshotter
 	// Of the snapshot that was made; the name is as the image has it.
 	id, name string
 }
@@ -127,11 +128,15 @@ func (s *InternalSnapshot) Prepare(ctx context.Context, tx *graph.Tx) error {
 	name = name[:min(len(name), most)]
 	now := time.Now()
 	keeper.MustHold()
-	id, err := store.CreateSnapshot(&blk.Req{Ctx: ctx}, name, now, now.Sub(started))
+	var id string
+	err = keeper.Guarded(func() (err error) {
+		id, err = store.CreateSnapshot(&blk.Req{Ctx: ctx}, name, now, now.Sub(started))
+		return err
+	})
 	if err != nil {
 		return fmt.Errorf("Failed to create snapshot '%s' on device '%s': %s", name, device, blk.ErrnoText(err))
 	}
-	s.store, s.id, s.name = store, id, name
+	s.keeper, s.store, s.id, s.name = keeper, store, id, name
 	return nil
 }
 
@@ -143,13 +148,18 @@ func (s *InternalSnapshot) Abort() {
 	if s.store == nil {
 		return
 	}
-	if err := s.store.DeleteSnapshot(&blk.Req{Ctx: context.Background()}, s.id, s.name); err != nil {
+	if err := deleteSnapshot(context.Background(), s.keeper, s.store, s.id, s.name); err != nil {
 		s.m.log.Error("an internal snapshot of a transaction that failed stays", "node", s.args.Device, "snapshot", s.args.Name, "error", err)
 	}
 }
 
 // Clean implements jobs.Action.
 func (s *InternalSnapshot) Clean() {}
+
+func deleteSnapshot(ctx context.Context, keeper *graph.Node, store graph.Snapshotter, id, name string) error {
+	keeper.MustHold()
+	return keeper.Guarded(func() error { return store.DeleteSnapshot(&blk.Req{Ctx: ctx}, id, name) })
+}
 
 // findSnapshot is the first snapshot with that ID and that name, as far as they are given. It is also the first that has both its ID and its name.
 func findSnapshot(s graph.Snapshotter, id, name *string) *types.SnapshotInfo {
@@ -203,8 +213,7 @@ func (m *Manager) DeleteInternalSnapshot(ctx context.Context, a *types.BlockdevS
 	if n.ReadOnly() || keeper.ReadOnly() {
 		return nil, fmt.Errorf("Device '%s' is read only", a.Device)
 	}
-	keeper.MustHold()
-	if err := store.DeleteSnapshot(&blk.Req{Ctx: ctx}, x.ID, x.Name); err != nil {
+	if err := deleteSnapshot(ctx, keeper, store, x.ID, x.Name); err != nil {
 		return nil, fmt.Errorf("Failed to remove snapshot: %s", blk.ErrnoText(err))
 	}
 	return x, nil

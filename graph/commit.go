@@ -21,8 +21,8 @@ type commit struct {
 	drain   *drain
 	links   bool // it is in g.pending
 
-	taken  []*Node // nodes whose PermTaker is prepared
-	joined []Participant
+	taken  []*Node       // nodes whose PermTaker is prepared
+	joined []Participant // whose Prepare was called
 	in     *installer
 	dying  []*Node
 }
@@ -301,10 +301,10 @@ func (c *commit) prepare(ctx context.Context) error {
 
 func (c *commit) join(ctx context.Context, l []Participant) error {
 	for _, p := range l {
-		if err := p.Prepare(ctx); err != nil {
+		c.joined = append(c.joined, p)
+		if err := c.careful(func() error { return p.Prepare(ctx) }); err != nil {
 			return err
 		}
-		c.joined = append(c.joined, p)
 	}
 	return nil
 }
@@ -313,13 +313,13 @@ func (c *commit) join(ctx context.Context, l []Participant) error {
 func (c *commit) undo() {
 	nFirst := min(len(c.joined), len(c.tx.first))
 	for _, p := range slices.Backward(c.joined[nFirst:]) {
-		c.careful(p.Abort)
+		c.certain(p.Abort)
 	}
 	for _, n := range slices.Backward(c.taken) {
 		n.careful(func() error { n.drv.(PermTaker).PermAbort(); return nil })
 	}
 	for _, p := range slices.Backward(c.joined[:nFirst]) {
-		c.careful(p.Abort)
+		c.certain(p.Abort)
 	}
 	if c.drain != nil {
 		c.drain.end()
@@ -334,15 +334,19 @@ func (c *commit) undo() {
 	}
 }
 
-// careful calls what cannot fail. After a panic the nodes that the transaction holds quiet are in doubt, as its participants are about those.
-func (c *commit) careful(f func()) {
-	defer panics.Catch("the end of a transaction of the graph", func(err error) {
+// careful calls a participant. After a panic the nodes that the transaction holds quiet are in doubt, as its participants are about those.
+func (c *commit) careful(f func() error) (err error) {
+	defer panics.Catch("a transaction of the graph", func(bug error) {
+		err = bug
 		for _, n := range c.draft.drains {
-			n.Fail(err)
+			n.Fail(bug)
 		}
 	})
-	f()
+	return f()
 }
+
+// certain is careful for what cannot fail.
+func (c *commit) certain(f func()) { _ = c.careful(func() error { f(); return nil }) }
 
 // install changes the graph. It cannot fail and does not wait.
 func (c *commit) install() {
@@ -403,13 +407,13 @@ func (c *commit) retire(nodes []*Node) {
 func (c *commit) finish() {
 	nFirst := min(len(c.joined), len(c.tx.first))
 	for _, p := range c.joined[:nFirst] {
-		c.careful(p.Commit)
+		c.certain(p.Commit)
 	}
 	for _, n := range c.taken {
 		n.careful(func() error { n.drv.(PermTaker).PermCommit(); return nil })
 	}
 	for _, p := range c.joined[nFirst:] {
-		c.careful(p.Commit)
+		c.certain(p.Commit)
 	}
 	if len(c.in.reopened) > 0 {
 		c.g.mu.Lock()
@@ -420,7 +424,7 @@ func (c *commit) finish() {
 	}
 	for _, r := range c.in.moved {
 		if h := r.hooks.Load(); h.Attached != nil {
-			c.careful(func() { h.Attached(r.Node()) })
+			c.certain(func() { h.Attached(r.Node()) })
 		}
 	}
 	c.drain.end()

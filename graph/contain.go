@@ -11,7 +11,8 @@ import (
 )
 
 // guard stands between a node and the driver that does its requests: a panic in the driver becomes an EIO of the request, and the node takes no more
-// requests, as what the driver keeps in memory is in doubt.
+// requests, as what the driver keeps in memory is in doubt. Its methods are Guarded of those of the driver, written out: with a closure each would cost as much as all
+// the rest of what a node does.
 type guard struct {
 	Driver
 	n       *Node
@@ -25,7 +26,7 @@ type guard struct {
 	resizer Resizer
 }
 
-// guard puts one between n and its driver.
+// guard puts one between n and its driver, with those of the optional methods that the driver has.
 func (s *ioState) guard(n *Node) {
 	g, ok := &guard{Driver: n.drv, n: n}, false
 	s.drv = g
@@ -100,7 +101,16 @@ func (g *guard) caught(err *error) {
 	}
 }
 
-// careful calls what a driver or participant does in the course of a transaction or when its node is closed.
+// Guarded calls f, which has n's driver do something that is no request: with snapshots, bitmaps, the header, options. A panic in f is an EIO, and
+// the node fails, as what the driver has in memory is in doubt. The driver of a node that has failed is asked for nothing any more: errors are those of f, and EIO.
+func (n *Node) Guarded(f func() error) error {
+	if n.failed.Load() {
+		return errFailed
+	}
+	return n.careful(f)
+}
+
+// careful is Guarded also for a node that has failed: for the end of a transaction, and for closing.
 func (n *Node) careful(f func() error) (err error) {
 	g := guard{n: n}
 	defer g.caught(&err)

@@ -211,7 +211,7 @@ func TestTransactionPanics(t *testing.T) {
 		"permissions":         {driver: "prepare", fails: true, failed: true},
 		"permissions, commit": {driver: "commit", failed: true},
 		"permissions, abort":  {driver: "abort", with: []graph.Participant{refuses{}}, fails: true, failed: true},
-		"prepare":             {with: []graph.Participant{participant{}, participant{"prepare"}}, fails: true},
+		"prepare":             {with: []graph.Participant{participant{}, participant{"prepare"}}, fails: true, failed: true},
 		"commit":              {with: []graph.Participant{participant{"commit"}, participant{}}, failed: true},
 		"abort":               {with: []graph.Participant{participant{"abort"}, refuses{}}, fails: true, failed: true},
 	} {
@@ -263,4 +263,22 @@ func TestClosePanics(t *testing.T) {
 	b.at.Store("close")
 	remove(t, g, "n")
 	drivertest.AddNode(t, g, "n", drivertest.NewMemFile(512))
+}
+
+// What a driver is asked beside requests is contained as well, and not asked any more afterwards.
+func TestGuardedPanics(t *testing.T) {
+	defer panics.Contain()()
+	quietLog(t)
+	g := drivertest.NewGraph(t)
+	n := drivertest.AddNode(t, g, "n", drivertest.NewMemFile(512))
+	if err := n.Guarded(func() error { return syscall.ENOSPC }); err != syscall.ENOSPC || n.Failed() {
+		t.Errorf("an error: %v", err)
+	}
+	if err := n.Guarded(func() error { panic("bug") }); !errors.Is(err, syscall.EIO) || !n.Failed() {
+		t.Errorf("a panic: %v", err)
+	}
+	if err := n.Guarded(func() error { t.Error("the driver is asked"); return nil }); !errors.Is(err, syscall.EIO) {
+		t.Errorf("then: %v", err)
+	}
+	remove(t, g, "n")
 }

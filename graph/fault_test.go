@@ -54,9 +54,7 @@ type faultyParticipant struct {
 
 func (p *faultyParticipant) Prepare(context.Context) error {
 	p.prepared = true
-	err := p.f.next(p.name)
-	p.prepared = err == nil
-	return err
+	return p.f.next(p.name)
 }
 
 // TestIthFailure fails every step of a rich Tx that can fail, one after the other: each time the error

@@ -60,7 +60,7 @@ func (tx *Tx) SwitchReadOnly(n *Node, readOnly bool) (outcome func() error, err 
 	if err := tx.SetReadOnly(n, readOnly); err != nil {
 		return nil, err
 	}
-	c := &modeChange{readOnly: readOnly}
+	c := &modeChange{node: n, readOnly: readOnly}
 	if d, ok := n.drv.(ModeSwitcher); ok {
 		c.driver = d
 		tx.Join(c)
@@ -81,26 +81,27 @@ func (g *Graph) switchBack(readOnly bool, nodes []*Node) {
 
 // modeChange tells a driver within a transaction.
 type modeChange struct {
+	node     *Node
 	driver   ModeSwitcher
 	readOnly bool
-	prepared bool
 	err      error
 }
 
 func (c *modeChange) Prepare(ctx context.Context) error {
-	c.prepared = true
-	return c.driver.PrepareReadOnly(&blk.Req{Ctx: ctx}, c.readOnly)
+	return c.node.Guarded(func() error { return c.driver.PrepareReadOnly(&blk.Req{Ctx: ctx}, c.readOnly) })
 }
 
-func (c *modeChange) Commit() {
-	c.err = c.driver.CommitReadOnly(&blk.Req{Ctx: context.Background()}, c.readOnly)
+func (c *modeChange) commit(readOnly bool) error {
+	return c.node.Guarded(func() error { return c.driver.CommitReadOnly(&blk.Req{Ctx: context.Background()}, readOnly) })
 }
+
+func (c *modeChange) Commit() { c.err = c.commit(c.readOnly) }
 
 func (c *modeChange) Abort() {
-	if !c.readOnly || !c.prepared {
+	if !c.readOnly {
 		return
 	}
-	if err := c.driver.CommitReadOnly(&blk.Req{Ctx: context.Background()}, false); err != nil {
+	if err := c.commit(false); err != nil {
 		slog.Error("a node that stays writable cannot take back what it did to become read-only", "err", err)
 	}
 }

@@ -42,7 +42,7 @@ var errTxOver = errors.New("The transaction is over")
 var errClosing error = &kindError{"The block layer is shutting down", blk.ErrClosed, syscall.ESHUTDOWN}
 
 // Participant takes part in a commit: Prepare may block and fail; then exactly one of
-// Commit (while everything is still drained, after install) and Abort follows.
+// Commit (while everything is still drained, after install) and Abort follows. Abort follows a Prepare that failed, too, and takes back what that had done by then.
 type Participant interface {
 	Prepare(ctx context.Context) error
 	Commit()

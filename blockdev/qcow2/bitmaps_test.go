@@ -10,6 +10,7 @@ import (
 
 	"qblockd/blockdev/drivertest"
 	"qblockd/blockdev/qcow2/layout"
+	"qblockd/graph"
 	"qblockd/graph/bitmap"
 	"qblockd/graph/blk"
 	"qblockd/schema/types"
@@ -345,4 +346,43 @@ func TestManyLongNames(t *testing.T) {
 	v := mustOpen(t, f.mem, config{readOnly: true})
 	sound(t, v, false)
 	mustClose(t, v)
+}
+
+// TestBitmapsWhereReadOnlyFails fails the i-th I/O of a change to read-only: the node stays writable then, and its bitmaps are not trusted, should the program be killed after the next
+// write, unless they have that write.
+func TestBitmapsWhereReadOnlyFails(t *testing.T) {
+	for i := 0; ; i++ {
+		g := drivertest.NewGraph(t)
+		img := drivertest.NewMemFile(0)
+		f := drivertest.NewFault(img)
+		n := addQcow2(t, g, "q", created(t, g, f, &types.BlockdevCreateOptionsQcow2{Size: 1 << 20, ClusterSize: ptr(uint64(4096))}), false, nil)
+		if _, err := n.NewDirtyBitmap(graph.DirtyBitmapSpec{Name: "a", Persistent: true}); err != nil {
+			t.Fatal(err)
+		}
+		if err := n.Driver().(graph.BitmapStore).HoldBitmap(req(), "a"); err != nil {
+			t.Fatal(err)
+		}
+		f.FailAt(i, syscall.EIO)
+		switched := g.SwitchReadOnly(t.Context(), true, n) == nil
+		failed := f.Failed() > 0
+		f.Clear()
+		if !switched {
+			root := drivertest.AddRoot(t, g, n, drivertest.Writer)
+			r, err := root.Begin(t.Context())
+			if err != nil {
+				t.Fatal(err)
+			}
+			written := root.WriteAt(r, blk.Buf(bytes.Repeat([]byte{1}, 512)), 4096, 0) == nil && root.Flush(r) == nil
+			root.End(r)
+			k := &memKeeper{}
+			s := mustOpen(t, mem{img.Clone()}, config{keeper: k, readOnly: true})
+			if p := find(k.list, "a"); written && p != nil && !p.inconsistent && !p.bits.Get(4096) {
+				t.Errorf("I/O %d fails: a bitmap is short and trusted", i)
+			}
+			mustClose(t, s)
+		}
+		if !failed {
+			return
+		}
+	}
 }

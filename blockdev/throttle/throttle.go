@@ -95,7 +95,11 @@ func (t *move) Commit() {
 }
 
 // Abort implements graph.Participant.
-func (t *move) Abort() { t.m.Leave() }
+func (t *move) Abort() {
+	if t.m != nil {
+		t.m.Leave()
+	}
+}
 
 func (d *driver) file() *graph.Edge { return d.Below() }
 

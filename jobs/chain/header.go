@@ -40,10 +40,14 @@ func (c *HeaderChange) Prepare(ctx context.Context) error {
 	}
 	c.Node.MustHold()
 	c.changed = true
-	if err := d.ChangeBackingFile(&blk.Req{Ctx: ctx}, c.Name, c.Format); err != nil {
+	if err := c.change(ctx, d, c.Name, c.Format); err != nil {
 		return err
 	}
 	return c.Node.Flush(ctx)
+}
+
+func (c *HeaderChange) change(ctx context.Context, d graph.BackingChanger, name, format string) error {
+	return c.Node.Guarded(func() error { return d.ChangeBackingFile(&blk.Req{Ctx: ctx}, name, format) })
 }
 
 // Commit implements graph.Participant.
@@ -54,8 +58,7 @@ func (c *HeaderChange) Abort() {
 	if !c.changed {
 		return
 	}
-	d := c.Node.Driver().(graph.BackingChanger)
-	if err := d.ChangeBackingFile(&blk.Req{Ctx: context.Background()}, c.oldName, c.oldFormat); err != nil {
+	if err := c.change(context.Background(), c.Node.Driver().(graph.BackingChanger), c.oldName, c.oldFormat); err != nil {
 		slog.Error("the backing file name of an image could not be restored", "node", c.Node.Name(), "err", err)
 	}
 }
