@@ -16,6 +16,8 @@ import (
 	"cmp"
 	"context"
 	"errors"
+	"runtime"
+
 	"slices"
 	"sync/atomic"
 	"time"
@@ -67,8 +69,9 @@ type Task struct {
 	// LongZeroes: extents of zeroes are handed over as long as Look says, also beyond what it was asked about.
 	LongZeroes bool
 	Workers    int
-	// Guests is set whenever a request of a guest passes; nil: nobody sees them. While there are any, one worker is at work: several take
-	// the processors from whoever serves guests.
+	// Guests is set whenever a request of a guest passes; nil: nobody sees them. While there are any, one worker is at work, on a thread of its own: several
+	// take the processors from whoever serves guests, and so does one that goes on with a copy on the thread that has just answered a guest, as the kernel
+	// lets the guest wait on that processor until the copy is over.
 	Guests *atomic.Bool
 	// Look tells what [off, off+n) needs, or at least its beginning, or more. n grows while nothing is to do, so that what is empty is passed over
 	// in a few steps.
@@ -103,18 +106,21 @@ type unit struct {
 	ext Extent
 	err error
 	n   int64 // what it counts as
-	// over: it is done, and waits for those before it; entered: it is in the order.
-	over, entered bool
+	// over: it is done, and waits for those before it; entered: it is in the order; beside: it is done beside guests, on a thread of its own.
+	over, entered, beside bool
 }
 
 type engine struct {
 	Task
 	h        *jobs.Handle
 	work     chan *unit
+	beside   chan *unit // for the worker that has a thread of its own
 	done     chan *unit
-	workers  int // started
+	workers  int // started, but for the one with its own thread
+	busy     int // of them
 	inFlight int
 	guests   time.Time // when one was last seen
+	threaded bool      // the worker with its own thread was started
 	order    order
 	retry    []*unit // by offset
 	ask      int64   // how much is looked at in one step
@@ -126,12 +132,13 @@ type engine struct {
 // Run does the task and returns the first error that a policy reported, or ignored at the end, or jobs.ErrCancelled.
 // It blocks until no unit is in flight any more.
 func Run(h *jobs.Handle, t Task) error {
-	e := &engine{Task: t, h: h, ask: t.Chunk, work: make(chan *unit), done: make(chan *unit, t.Workers)}
+	e := &engine{Task: t, h: h, ask: t.Chunk, work: make(chan *unit), beside: make(chan *unit), done: make(chan *unit, t.Workers)}
 	err := e.walk()
 	for e.inFlight > 0 {
 		e.collect(<-e.done)
 	}
 	close(e.work)
+	close(e.beside)
 	if err != nil {
 		return err
 	}
@@ -224,7 +231,11 @@ func lookFurther(n, size int64) int64 {
 // hand gives a unit to a worker, waiting for one to be free.
 func (e *engine) hand(u *unit) {
 	e.order.enter(u)
-	for limit := e.limit(); e.inFlight >= limit; {
+	limit := e.Workers
+	if u.beside = e.guestsNear(); u.beside {
+		limit = 1
+	}
+	for e.inFlight >= limit {
 		e.collect(<-e.done)
 	}
 	if e.stop {
@@ -232,28 +243,37 @@ func (e *engine) hand(u *unit) {
 	}
 	// Counted before it is done: what is in flight has passed the speed limit.
 	e.h.Count(u.ext.N)
-	if e.workers == e.inFlight {
-		e.workers++
-		panics.Go("a worker of a copy", e.worker, nil)
-	}
 	e.inFlight++
+	if u.beside {
+		if !e.threaded {
+			e.threaded = true
+			panics.Go("a worker of a copy beside guests", func() {
+				runtime.LockOSThread() // the thread ends with the worker
+				e.worker(e.beside)
+			}, nil)
+		}
+		e.beside <- u
+		return
+	}
+	if e.workers == e.busy {
+		e.workers++
+		panics.Go("a worker of a copy", func() { e.worker(e.work) }, nil)
+	}
+	e.busy++
 	e.work <- u
 }
 
-// limit is how many units may be in flight.
-func (e *engine) limit() int {
+// guestsNear tells whether a request of a guest has passed lately.
+func (e *engine) guestsNear() bool {
 	if e.Guests == nil {
-		return e.Workers
+		return false
 	}
 	now := time.Now()
 	if e.Guests.Load() {
 		e.Guests.Store(false)
 		e.guests = now
 	}
-	if now.Sub(e.guests) < guestsStay {
-		return 1
-	}
-	return e.Workers
+	return now.Sub(e.guests) < guestsStay
 }
 
 // unit calls f in a unit of work. A panic is an error of it.
@@ -267,8 +287,8 @@ func (e *engine) unit(what string, f func(r *blk.Req) error) (err error) {
 	return f(r)
 }
 
-func (e *engine) worker() {
-	for u := range e.work {
+func (e *engine) worker(work <-chan *unit) {
+	for u := range work {
 		u.err = e.unit("copying", func(r *blk.Req) (err error) {
 			n, err := e.Copy(r, u.off, u.ext)
 			u.n += n
@@ -298,6 +318,9 @@ func (e *engine) settle() {
 
 func (e *engine) collect(u *unit) {
 	e.inFlight--
+	if !u.beside {
+		e.busy--
+	}
 	if u.err != nil {
 		e.failed(u)
 		return

@@ -4,11 +4,15 @@ import (
 	"context"
 	"errors"
 	"log/slog"
+	"maps"
 	"runtime"
+	"slices"
 	"sync"
 	"sync/atomic"
 	"syscall"
 	"testing"
+
+	"golang.org/x/sys/unix"
 
 	"qblockd/events"
 	"qblockd/events/panics"
@@ -348,7 +352,7 @@ func TestLookWithoutAnswer(t *testing.T) {
 	}
 }
 
-// TestGuestsComeFirst: while guests are about, one worker is at work; two where there are none.
+// TestGuestsComeFirst: while guests are about, one worker is at work, on a thread on which nobody else runs; two where there are none.
 func TestGuestsComeFirst(t *testing.T) {
 	for _, busy := range []bool{true, false} {
 		var needs []Action
@@ -359,9 +363,11 @@ func TestGuestsComeFirst(t *testing.T) {
 		b.guests = new(atomic.Bool)
 		b.guests.Store(busy)
 		var now, most atomic.Int32
+		var threads sync.Map
 		second := make(chan struct{}) // closed when two are at work
 		b.during = func(off int64) {
 			b.guests.Store(busy)
+			threads.Store(unix.Gettid(), nil)
 			if n := now.Add(1); n > most.Load() {
 				most.Store(n)
 				if n == 2 {
@@ -380,6 +386,13 @@ func TestGuestsComeFirst(t *testing.T) {
 		}
 		if got, want := most.Load(), map[bool]int32{true: 1, false: 2}[busy]; got != want {
 			t.Errorf("guests %v: %d at once, want %d", busy, got, want)
+		}
+		if !busy {
+			continue
+		}
+		tids := slices.Collect(maps.Keys(maps.Collect(threads.Range)))
+		if len(tids) != 1 || tids[0] == unix.Gettid() {
+			t.Errorf("the worker beside guests ran on the threads %v", tids)
 		}
 	}
 }
