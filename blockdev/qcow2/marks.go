@@ -210,7 +210,7 @@ func (s *image) claimLive(r *blk.Req) error {
 }
 
 // startMarks forgets what is marked: bitmaps that were not live, or did not record, do now. No write is under way, or those that are have their regions marked in
-// all of them.
+// all of them. What was written has been flushed: what a bitmap has forgotten of it since, as a backup has it, is not marked in the image any more.
 func (s *image) startMarks() {
 	if slices.ContainsFunc(s.stored, func(b *stored) bool { return b.live }) {
 		s.marks.Store(newMarks(s.bitmapSize()))
@@ -264,12 +264,21 @@ func (s *image) writeLive(r *blk.Req, p persisted) (*stored, error) {
 	return b, s.writeTable(r, b, func(i int64) uint64 { return b.table[i] })
 }
 
-// HoldBitmap implements graph.BitmapStore.
+// HoldBitmap implements graph.BitmapStore. What was written before is flushed: the bitmap does not have it, so it must not go with the end of the program, when a copy that
+// was made meanwhile has it.
 func (s *image) HoldBitmap(r *blk.Req, name string) error {
 	s.marking.Lock()
 	defer s.marking.Unlock()
 	s.mu.Lock()
 	defer s.mu.Unlock()
+	if err := s.usable(); err != nil {
+		return err
+	}
+	if !s.readOnly {
+		if err := s.flush(r); err != nil {
+			return err
+		}
+	}
 	return s.orGiveOut(r, func() error { return s.holdBitmap(r, name) })
 }
 
@@ -393,6 +402,9 @@ func (s *image) distrust(r *blk.Req) error {
 func (s *image) resizeLive(r *blk.Req, change func() error) error {
 	if s.marks.Load() == nil {
 		return change()
+	}
+	if err := s.flush(r); err != nil {
+		return err
 	}
 	if err := s.writeAutoclear(r, s.hdr.AutoclearFeatures&^layout.AutoclearMarks); err != nil {
 		return err

@@ -244,6 +244,55 @@ func TestResizeWithMarks(t *testing.T) {
 	}
 }
 
+// TestBitmapsBeginWithWhatIsFlushed: what was written before a bitmap was added, or before it forgot that for a backup, is in the image when the program is killed: the bitmap does not
+// have it.
+func TestBitmapsBeginWithWhatIsFlushed(t *testing.T) {
+	const off, n = 128 << 10, 64 << 10
+	want := bytes.Repeat([]byte{5}, n)
+	for what, do := range map[string]func(s *image, k *memKeeper) error{
+		"added": func(s *image, k *memKeeper) error {
+			k.list = []persisted{{name: "a", bits: bitmap.New(s.size.Load(), 512), enabled: true}}
+			return s.HoldBitmap(req(), "a")
+		},
+		"cleared, and the disk resized twice": func(s *image, k *memKeeper) error {
+			for range 2 {
+				k.list[0].bits = bitmap.New(s.size.Load()+512, 512)
+				if err := s.Resize(req(), s.size.Load()+512, ""); err != nil {
+					return err
+				}
+			}
+			return nil
+		},
+	} {
+		img := mustCreate(t, CreateOptions{Size: 1 << 20})
+		k := &memKeeper{}
+		s := mustOpen(t, mem{img}, config{keeper: k})
+		if what != "added" {
+			k.list = []persisted{{name: "a", bits: bitmap.New(s.size.Load(), 512), enabled: true}}
+			if err := s.HoldBitmap(req(), "a"); err != nil {
+				t.Fatal(err)
+			}
+		}
+		if err := s.WriteAt(req(), blk.Buf(want), off, 0); err != nil {
+			t.Fatal(err)
+		}
+		if err := do(s, k); err != nil {
+			t.Fatal(err)
+		}
+		left := &memKeeper{}
+		killed := mustOpen(t, mem{drivertest.MemFileOf(bytes.Clone(img.Bytes()))}, config{keeper: left, readOnly: true})
+		if len(left.list) != 1 || left.list[0].inconsistent || left.list[0].bits.Get(off) {
+			t.Fatalf("%s: the bitmaps are %+v", what, left.list)
+		}
+		got := make([]byte, n)
+		if err := killed.ReadAt(req(), blk.Buf(got), off, 0); err != nil || !bytes.Equal(got, want) {
+			t.Errorf("%s: %v, and the disk begins with %d", what, err, got[0])
+		}
+		mustClose(t, killed)
+		mustClose(t, s)
+	}
+}
+
 // TestQemuAndMarks looks at an image whose writer was killed: for qemu-img its bitmaps are in use and the image is sound; for us they hold, until qemu-io has written to it.
 func TestQemuAndMarks(t *testing.T) {
 	tool(t, "qemu-img")
