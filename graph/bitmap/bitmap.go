@@ -7,7 +7,7 @@
 //	              |
 //	branch      slot   nil   full ...                                     for each further factor of 64
 //	              |
-//	leaf        n = 3   0100...0011                                       4096 granules and how many of them are set
+//	leaf        n = 3   0100...0011                                       4096 granules, and how many of them are set
 //
 // Setting is one atomic operation on a word, none where the granule is set already, so that requests can do it side by side
 // without a lock. Finding, counting, merging and copying take time for what is neither empty nor full.
@@ -84,8 +84,8 @@ func (b *Bitmap) Set(off, n int64) {
 			return
 		case nil:
 		default:
-			w, mask := &c.w[first>>6%leafWords], uint64(1)<<(first%wordBits)
-			if w.Load()&mask == 0 && w.Or(mask)&mask == 0 {
+			i, mask := first>>6%leafWords, uint64(1)<<(first%wordBits)
+			if c.w.load(i)&mask == 0 && c.w.or(i, mask) != 0 {
 				c.n.Add(1)
 			}
 			return
@@ -127,7 +127,7 @@ func (b *Bitmap) Get(off int64) bool {
 	case full:
 		return true
 	default:
-		return n.w[g>>6%leafWords].Load()>>(g%wordBits)&1 != 0
+		return n.w.load(g>>6%leafWords)>>(g%wordBits)&1 != 0
 	}
 }
 

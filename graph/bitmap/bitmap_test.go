@@ -172,6 +172,35 @@ func BenchmarkSet(b *testing.B) {
 	}
 }
 
+// BenchmarkSetAnywhere sets granules all over the disk, most of which are not set yet, with a group as writes do.
+func BenchmarkSetAnywhere(b *testing.B) {
+	rnd := rand.New(rand.NewPCG(3, 4))
+	at := make([]int64, 1<<19)
+	for i := range at {
+		at[i] = rnd.Int64N(tib)
+	}
+	b.ReportAllocs()
+	var g *Group
+	for i := 0; b.Loop(); i++ {
+		if i%len(at) == 0 {
+			g = NewGroup([]*Bitmap{New(tib, gran)})
+		}
+		if off := at[i%len(at)]; !g.Has(off, 1) {
+			g.Set(off, 1, nil)
+		}
+	}
+}
+
+// BenchmarkGroupAgain: writes that find all set, with one bitmap.
+func BenchmarkGroupAgain(b *testing.B) {
+	g := NewGroup([]*Bitmap{New(tib, gran)})
+	for i := 0; b.Loop(); i++ {
+		if off := int64(i) * 4096 % (1 << 30); !g.Has(off, 4096) {
+			g.Set(off, 4096, nil)
+		}
+	}
+}
+
 // scatter sets one granule of 32 at random.
 func scatter(m *Bitmap) *Bitmap {
 	rnd := rand.New(rand.NewPCG(1, 2))

@@ -7,7 +7,7 @@ import (
 
 // Group are bitmaps that record the same writes. Most writes find everything set that they touch; a group lets them see that at one look,
 // however many bitmaps there are. It remembers regions in which all granules of all bitmaps are set: those of guests' working sets, in a fixed amount of
-// memory, not of whole disks. What it does not remember is found out for each bitmap.
+// memory, not of whole disks. What it does not remember is found out for each bitmap. Writes that hardly ever come to the same place again make it remember nothing.
 //
 // A word holds the flags of 32 regions and a count of the times that flags of it were taken back. Who has set everything in a region enters the flag only if
 // the word is still what it was before; who clears a bitmap takes flags back afterwards. So a flag never outlives the granules for longer than the call that
@@ -17,7 +17,7 @@ type Group struct {
 	l      []*Bitmap
 	shift  uint          // log2 of the bytes of a region
 	whole  bool          // no granule is smaller than a region: whatever is set covers it
-	misses atomic.Uint32 // of writes that found another chunk in the place of theirs
+	misses atomic.Uint32 // of writes that came again and did not find their chunk
 	chunks [groupChunks]atomic.Pointer[flags]
 }
 
@@ -33,7 +33,9 @@ const (
 	flagsOfWord    = 32
 	regionsOfChunk = groupWords * flagsOfWord
 	minRegion      = 4 << 10
-	// missesToMove is after how many misses a chunk takes the place of another one: writes all over a disk must not make garbage.
+	// missesToMake is after how many misses a chunk is made in an empty place, missesToMove in that of another one: writes all over a disk must make neither
+	// many of them nor garbage.
+	missesToMake = 256
 	missesToMove = 4096
 )
 
@@ -72,7 +74,11 @@ func (g *Group) Set(off, n int64, but *Bitmap) {
 	}
 	w, flag := g.word(region), uint64(1)<<(region%flagsOfWord)
 	if w == nil {
+		again := g.l[0].Get(off)
 		g.setEach(off, n, nil)
+		if again {
+			g.missed(region)
+		}
 		return
 	}
 	was := w.Load()
@@ -96,19 +102,24 @@ func (g *Group) setEach(off, n int64, but *Bitmap) {
 // word has the flag of a region; nil: there is no place for it.
 func (g *Group) word(region uint64) *atomic.Uint64 {
 	chunk := region / regionsOfChunk
-	p := &g.chunks[chunk%groupChunks]
-	c := p.Load()
+	c := g.chunks[chunk%groupChunks].Load()
 	if c == nil || c.chunk != chunk {
-		if c != nil && g.misses.Add(1)%missesToMove != 0 {
-			return nil
-		}
-		fresh := &flags{chunk: chunk}
-		if !p.CompareAndSwap(c, fresh) {
-			return nil
-		}
-		c = fresh
+		return nil
 	}
 	return &c.w[region/flagsOfWord%groupWords]
+}
+
+// missed counts a write that came to a region again and found no chunk of flags. Some of them make one.
+func (g *Group) missed(region uint64) {
+	chunk := region / regionsOfChunk
+	p := &g.chunks[chunk%groupChunks]
+	c, due := p.Load(), uint32(missesToMake)
+	if c != nil {
+		due = missesToMove
+	}
+	if g.misses.Add(1)%due == 0 && (c == nil || c.chunk != chunk) {
+		p.CompareAndSwap(c, &flags{chunk: chunk})
+	}
 }
 
 // cleared takes flags back, after granules of [off, off+n) were cleared.

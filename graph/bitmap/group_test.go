@@ -7,6 +7,33 @@ import (
 	"testing"
 )
 
+// remember makes g have a chunk of flags, as writes that come again do.
+func remember(g *Group, chunk uint64) {
+	for g.word(chunk*regionsOfChunk) == nil {
+		g.missed(chunk * regionsOfChunk)
+	}
+}
+
+// TestGroupRemembers: writes all over a disk make no flags, those that come again do.
+func TestGroupRemembers(t *testing.T) {
+	const size, granule, far = int64(1) << 40, 64 << 10, 1 << 35
+	g := NewGroup([]*Bitmap{New(size, granule)})
+	for off := int64(0); off < size; off += 32 * granule {
+		g.Set(off, 4096, nil)
+	}
+	for i := range g.chunks {
+		if g.chunks[i].Load() != nil {
+			t.Fatal("flags of regions to which nothing came twice")
+		}
+	}
+	for range missesToMake + 1 {
+		g.Set(far, 4096, nil)
+	}
+	if !g.Has(far, 4096) {
+		t.Error("no flag of a region to which writes come again")
+	}
+}
+
 // TestGroup sets and clears at random, through a group and beside it, and compares each bitmap with one that is alone.
 func TestGroup(t *testing.T) {
 	for seed := range uint64(30) {
@@ -19,6 +46,9 @@ func TestGroup(t *testing.T) {
 		}
 		g := NewGroup(l)
 		for range 3000 {
+			if rnd.IntN(8) == 0 {
+				remember(g, 0)
+			}
 			off := rnd.Int64N(size/512) * 512
 			n := min(int64(1+rnd.IntN(32))*512, size-off)
 			k := rnd.IntN(len(l))
@@ -63,6 +93,7 @@ func TestGroupLosesNothing(t *testing.T) {
 	const granule, granules, rounds = 4096, 64, 20000
 	l := []*Bitmap{New(granule*granules, granule), New(granule*granules, 4*granule), New(granule*granules, granule)}
 	g := NewGroup(l)
+	remember(g, 0)
 	var disk [granules]atomic.Int64
 	var copied [2][granules]int64
 	read := func(i int, b *Bitmap, k int64) {
@@ -120,6 +151,7 @@ func TestGroupOutdated(t *testing.T) {
 	} {
 		b := New(1<<20, 4096)
 		g := NewGroup([]*Bitmap{b, New(1<<20, 8192)})
+		remember(g, 0)
 		w := g.word(1)
 		was := w.Load()
 		g.Set(4096, 4096, nil)

@@ -71,16 +71,16 @@ func (b *Bitmap) MergeNew(from *Bitmap) *Bitmap {
 // take sets in n what is set in from and returns that which was not; nil: nothing.
 func (n *node) take(from *node) (got *node) {
 	var k int
-	for i := range n.w {
-		w := from.w[i].Load()
-		if w&^n.w[i].Load() == 0 {
+	for i := range int64(leafWords) {
+		w := from.w.load(i)
+		if w&^n.w.load(i) == 0 {
 			continue
 		}
-		if w &^= n.w[i].Or(w); w != 0 {
+		if w = n.w.or(i, w); w != 0 {
 			if got == nil {
-				got = new(node)
+				got = newLeaf()
 			}
-			got.w[i].Store(w)
+			got.w[i] = w
 			k += bits.OnesCount64(w)
 		}
 	}
@@ -111,7 +111,7 @@ func (b *Bitmap) setNew(sub []slot, shift uint, base, first, end int64, fresh *B
 				b.setNew(n.sub[:], shift-fanShift, lo, first, end, fresh)
 				return
 			default:
-				all := new(node)
+				all := newLeaf()
 				all.set(first-lo, end-first)
 				if got := n.take(all); got != nil {
 					fresh.orLeaf(fd, lo, got)
@@ -164,9 +164,10 @@ func (b *Bitmap) orLeaf(d *directory, lo int64, n *node) {
 			}
 		default:
 			var k int
-			for i := range n.w {
-				if w := n.w[i].Load(); w&^to.w[i].Load() != 0 {
-					k += bits.OnesCount64(w &^ to.w[i].Or(w))
+			src, dst := n.w, to.w
+			for i := range int64(leafWords) {
+				if w := src.load(i); w&^dst.load(i) != 0 {
+					k += bits.OnesCount64(dst.or(i, w))
 				}
 			}
 			if k != 0 {
@@ -179,12 +180,12 @@ func (b *Bitmap) orLeaf(d *directory, lo int64, n *node) {
 
 // copied is a leaf as n is now, and the number of granules set.
 func (n *node) copied() (*node, int64) {
-	c, k := new(node), 0
-	for i := range n.w {
-		if w := n.w[i].Load(); w != 0 {
-			c.w[i].Store(w)
-			k += bits.OnesCount64(w)
-		}
+	c, k := newLeaf(), 0
+	src, dst := n.w, c.w
+	for i := range int64(leafWords) {
+		w := src.load(i)
+		dst[i] = w
+		k += bits.OnesCount64(w)
 	}
 	c.n.Store(int64(k))
 	return c, int64(k)
@@ -214,11 +215,11 @@ func (b *Bitmap) fold(dst, src *directory, by uint) {
 			end = lo + k
 			return
 		}
-		for i := range n.w {
-			w := n.w[i].Load()
+		for i := range int64(leafWords) {
+			w := n.w.load(i)
 			for w != 0 {
 				bit := bits.TrailingZeros64(w)
-				to := (lo + int64(i)*wordBits + int64(bit)) >> by
+				to := (lo + i*wordBits + int64(bit)) >> by
 				if to&^wordMask != at {
 					put()
 					at = to &^ wordMask
@@ -274,7 +275,7 @@ func (b *Bitmap) AppendBytes(dst []byte, first, n int64) []byte {
 			}
 		default:
 			for left := k; left > 0; {
-				w := leaf.w[at/wordBits].Load() >> (at % wordBits)
+				w := leaf.w.load(at/wordBits) >> (at % wordBits)
 				if at%wordBits == 0 && left >= 8 {
 					dst = binary.LittleEndian.AppendUint64(dst, w)
 					at, left = at+wordBits, left-8
@@ -338,12 +339,10 @@ func (b *Bitmap) LoadBytes(first int64, src []byte) {
 
 // leafOf is a leaf with the granules of the beginning of src.
 func leafOf(src []byte) *node {
-	n, k := new(node), 0
+	n, k := newLeaf(), 0
 	for i := range n.w {
-		if w := binary.LittleEndian.Uint64(src[i*8:]); w != 0 {
-			n.w[i].Store(w)
-			k += bits.OnesCount64(w)
-		}
+		n.w[i] = binary.LittleEndian.Uint64(src[i*8:])
+		k += bits.OnesCount64(n.w[i])
 	}
 	n.n.Store(int64(k))
 	return n

@@ -17,8 +17,9 @@ const (
 	fanMask   = fan - 1
 	maxRoot   = 4096 // slots of a directory, which are always whole branches: there may be one above them some day
 
-	leafBytes   = 576 // as allocated
-	branchBytes = leafBytes + fan*8
+	nodeBytes   = 24 // as allocated, as the other two
+	leafBytes   = nodeBytes + leafWords*8
+	branchBytes = nodeBytes + fan*8
 
 	allOnes = ^uint64(0)
 )
@@ -35,12 +36,28 @@ const (
 // took the node away, which concerned the same granules: it counts as having come first.
 type slot struct{ atomic.Pointer[node] }
 
-// node is a leaf, with the words of leafGran granules, or a branch, with slots.
+// node is a leaf, with the words of leafGran granules, or a branch, with slots. It does not have them in itself: as objects of their own they have a length that
+// is allocated without loss, and words are nothing that a collector looks into.
 type node struct {
 	n   atomic.Int64 // of a leaf: granules set
 	sub *[fan]slot   // of a branch
-	w   [leafWords]atomic.Uint64
+	w   *words       // of a leaf
 }
+
+// words are those of a leaf. Who has made a leaf that nobody else has yet writes to them as they are; from then on load, or and andNot are the only ways to them.
+type words [leafWords]uint64
+
+func (w *words) load(i int64) uint64 { return atomic.LoadUint64(&w[i]) }
+
+// or returns the bits that were not set before.
+func (w *words) or(i int64, mask uint64) (fresh uint64) { return mask &^ atomic.OrUint64(&w[i], mask) }
+
+// andNot returns the bits that were set before.
+func (w *words) andNot(i int64, mask uint64) (gone uint64) {
+	return mask & atomic.AndUint64(&w[i], ^mask)
+}
+
+func newLeaf() *node { return &node{w: new(words)} }
 
 // full stands for nodes with all granules set. Nobody writes to it.
 var full = new(node)
@@ -163,9 +180,11 @@ func (b *Bitmap) clear(sub []slot, shift uint, base, first, end int64) {
 
 // put puts a node with the same granules in place of was, which is nil or full, unless somebody else has changed the slot.
 func (b *Bitmap) put(p *slot, was *node, shift uint) {
-	n := new(node)
+	var n *node
 	if shift > leafShift {
-		n.sub = new([fan]slot)
+		n = &node{sub: new([fan]slot)}
+	} else {
+		n = newLeaf()
 	}
 	if was == full {
 		n.fill()
@@ -184,7 +203,7 @@ func (n *node) fill() {
 		return
 	}
 	for i := range n.w {
-		n.w[i].Store(allOnes)
+		n.w[i] = allOnes
 	}
 	n.n.Store(leafGran)
 }
@@ -251,21 +270,20 @@ func (n *node) set(first, k int64) {
 
 // or sets granules of a word.
 func (n *node) or(i int64, mask uint64) {
-	w := &n.w[i]
-	if w.Load()&mask == mask {
+	if n.w.load(i)&mask == mask {
 		return
 	}
-	if fresh := mask &^ w.Or(mask); fresh != 0 {
+	if fresh := n.w.or(i, mask); fresh != 0 {
 		n.n.Add(int64(bits.OnesCount64(fresh)))
 	}
 }
 
 func (n *node) clear(first, k int64) {
 	masks(first, k, func(i int64, mask uint64) {
-		if n.w[i].Load()&mask == 0 {
+		if n.w.load(i)&mask == 0 {
 			return
 		}
-		if gone := n.w[i].And(^mask) & mask; gone != 0 {
+		if gone := n.w.andNot(i, mask); gone != 0 {
 			n.n.Add(-int64(bits.OnesCount64(gone)))
 		}
 	})
@@ -310,8 +328,8 @@ func (n *node) next(g, end int64, want bool) int64 {
 	if want {
 		flip = 0
 	}
-	for g < end {
-		if w := (n.w[g/wordBits].Load() ^ flip) >> (g % wordBits); w != 0 {
+	for words := n.w; g < end; {
+		if w := (words.load(g/wordBits) ^ flip) >> (g % wordBits); w != 0 {
 			return min(g+int64(bits.TrailingZeros64(w)), end)
 		}
 		g = (g/wordBits + 1) * wordBits
