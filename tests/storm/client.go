@@ -34,6 +34,9 @@ type client struct {
 func newClient(id int, socket, dir string, seed uint64, limit time.Duration, h *history, log *commandLog, only *regexp.Regexp) *client {
 	c := &client{id: id, socket: socket, limit: limit, h: h, log: log, done: map[string]int{}, refused: map[string]int{}}
 	c.g = gen{r: rand.New(rand.NewPCG(seed, uint64(id))), dir: dir}
+	if id == 0 {
+		c.g.larger = diskSize
+	}
 	for name := range generators {
 		if !only.MatchString(name) {
 			continue
@@ -154,7 +157,7 @@ func (c *client) sizes(reply json.RawMessage, from, to int64) error {
 		return err
 	}
 	for _, n := range nodes {
-		if n.Name == "d5top" {
+		if slices.Contains(sized, n.Name) {
 			c.log.add("%.6f %.6f client %d sees %s with %d", float64(from)/1e9, float64(to)/1e9, c.id, n.Name, n.Image.Size)
 			c.h.add(c.id, "size "+n.Name, step{what: "is", n: n.Image.Size, ok: true}, from, to)
 		}

@@ -13,6 +13,8 @@ type M = map[string]any
 type gen struct {
 	r   *rand.Rand
 	dir string
+	// d6, which jobs commit to, only becomes larger: this client makes it so. Zero: another one does.
+	larger int64
 }
 
 // made is a command and what its success means for objects.
@@ -34,6 +36,7 @@ func (g *gen) target() string { return g.pick("t0", "t1", "fe") }
 func (g *gen) free() string   { return g.pick("t0", "t1", "fe", "v0", "v1", "d4", "x0", "x1", "x2") }
 func (g *gen) any() string    { return g.pick(g.chain(), g.free(), "d1", "d2", "d3") }
 func (g *gen) job() string    { return g.pick("j0", "j1", "j2", "j3") }
+func (g *gen) grown() string  { return g.pick("q0", "q1", "q2") } // overlays of d6
 func (g *gen) bitmap() string { return g.pick("b0", "b1", "b2") }
 func (g *gen) snap() string   { return g.pick("s0", "s1", "s2") }
 
@@ -66,7 +69,7 @@ var generators = map[string]func(g *gen) made{
 	},
 	"blockdev-del": func(g *gen) made {
 		if g.one(3) {
-			return made{args: M{"node-name": g.pick("v0", "v1", "x0r", "x1r", "x2r", "o0", "o1", "m0", "m1")}}
+			return made{args: M{"node-name": g.pick("v0", "v1", "x0r", "x1r", "x2r", "o0", "o1", "m0", "m1", g.grown(), g.grown())}}
 		}
 		x := g.pick("x0", "x1", "x2")
 		return made{args: M{"node-name": x}, steps: is("node "+x, "drop"),
@@ -95,6 +98,10 @@ var generators = map[string]func(g *gen) made{
 	"block_resize": func(g *gen) made {
 		if other := g.any(); g.one(3) && other != "d2" {
 			return made{args: M{"node-name": other, "size": diskSize}}
+		}
+		if g.larger > 0 && g.one(2) {
+			g.larger += granule
+			return made{args: M{"node-name": "d6top", "size": g.larger}, steps: map[string]step{"size d6top": {what: "size", n: g.larger, ok: true}}}
 		}
 		n := int64(1+g.r.IntN(8)) << 20
 		if g.one(3) {
@@ -165,6 +172,10 @@ var generators = map[string]func(g *gen) made{
 			"Snapshot with id 'null' and name '" + s + "' does not exist on device '" + n + "'": is(snapObject(n, s), "is not there")}}
 	},
 	"blockdev-snapshot-sync": func(g *gen) made {
+		if g.one(3) {
+			q := g.grown()
+			return made{args: M{"node-name": g.pick("d6", g.grown()), "snapshot-node-name": q, "snapshot-file": g.file(q)}}
+		}
 		if k := g.r.IntN(overlays); g.one(2) {
 			n := "d5"
 			if k > 0 {
@@ -207,12 +218,18 @@ var generators = map[string]func(g *gen) made{
 	},
 	"block-stream": func(g *gen) made {
 		a := M{"device": g.pick(g.chain(), "v0", "v1")}
+		if g.one(3) {
+			return g.onGrown()
+		}
 		if g.one(2) {
 			a["base-node"] = g.chain()
 		}
 		return made{args: g.jobArgs(a)}
 	},
 	"block-commit": func(g *gen) made {
+		if g.one(2) {
+			return g.onGrown()
+		}
 		a := M{"device": g.pick(g.chain(), "v0", "v1")}
 		if g.one(2) {
 			a["base-node"] = g.chain()
@@ -336,6 +353,15 @@ func (g *gen) jobArgs(a M) M {
 		a["speed"] = 1 << 20
 	}
 	return a
+}
+
+// onGrown is a job on the overlays of d6.
+func (g *gen) onGrown() made {
+	a := M{"device": g.grown()}
+	if g.one(2) {
+		a["base-node"] = g.pick("d6", g.grown())
+	}
+	return made{args: g.jobArgs(a)}
 }
 
 // onBitmap is a command on a bitmap of d1; now and then on one elsewhere.

@@ -37,6 +37,8 @@ type world struct {
 	dir string
 	h   *history
 	log *commandLog
+
+	told map[string]int64 // sizes of images at the end, by file
 }
 
 // storm runs one.
@@ -124,7 +126,10 @@ func (w *world) wait(f func() bool) {
 	}
 }
 
-var images = []string{"d0", "d1", "d2", "d3", "d4", "m0", "m1", "t0", "d5", "v0", "v1", "fe"}
+var images = []string{"d0", "d1", "d2", "d3", "d4", "m0", "m1", "t0", "d5", "d6", "v0", "v1", "fe"}
+
+// sized are the nodes whose sizes are followed.
+var sized = []string{"d2", "d5top", "d6top"}
 
 // setUp makes the disks.
 func (w *world) setUp() {
@@ -140,7 +145,7 @@ func (w *world) setUp() {
 	for _, n := range images {
 		w.job("blockdev-create", M{"options": M{"driver": "qcow2", "size": diskSize, "file": M{"driver": "file", "filename": g.file(n)}}})
 	}
-	for _, n := range images[:9] {
+	for _, n := range images[:10] {
 		o := g.qcow2(n, n)
 		o["file"] = M{"driver": "file", "node-name": n + "-file", "filename": g.file(n)}
 		w.must("blockdev-add", o)
@@ -153,6 +158,7 @@ func (w *world) setUp() {
 	}
 	w.must("blockdev-add", M{"driver": "raw", "node-name": "t1", "file": M{"driver": "file", "filename": g.file("t1")}})
 	w.must("blockdev-add", M{"driver": "raw", "node-name": "d5top", "file": "d5"})
+	w.must("blockdev-add", M{"driver": "raw", "node-name": "d6top", "file": "d6"})
 	w.must("blockdev-add", M{"driver": "file", "node-name": "y0", "filename": g.file("y0")})
 
 	w.must("block-export-add", M{"type": "nbd", "id": "setup", "node-name": "d1", "name": "setup", "writable": true})
@@ -241,6 +247,9 @@ func (w *world) calm() {
 
 type nodeInfo struct {
 	Name    string `json:"node-name"`
+	Driver  string `json:"drv"`
+	File    string
+	Backing string `json:"backing_file"`
 	Bitmaps []struct {
 		Name  string
 		Count int64
@@ -249,13 +258,16 @@ type nodeInfo struct {
 	Image struct {
 		Size      int64 `json:"virtual-size"`
 		Snapshots []struct{ Name string }
+		Backing   *struct {
+			Size int64 `json:"virtual-size"`
+		} `json:"backing-image"`
 	}
 }
 
 // compare tells what is not as the clients and the guests were told.
 func (w *world) compare(guests []*guest) {
 	var nodes []nodeInfo
-	if err := json.Unmarshal(w.must("query-named-block-nodes", M{"flat": true}), &nodes); err != nil {
+	if err := json.Unmarshal(w.must("query-named-block-nodes", M{"flat": false}), &nodes); err != nil {
 		w.t.Fatal(err)
 	}
 	var exports []struct{ ID string }
@@ -311,7 +323,7 @@ func (w *world) compare(guests []*guest) {
 		}
 	}
 	sizes := map[string]object{}
-	for _, n := range []string{"d2", "d5top"} {
+	for _, n := range sized {
 		now := w.h.now()
 		w.h.add(w.c.clients, "size "+n, step{what: "is", n: find(n).Image.Size, ok: true}, now, now+1)
 		sizes["size "+n] = object{there: true, n: diskSize}
@@ -320,6 +332,19 @@ func (w *world) compare(guests []*guest) {
 		w.t.Error(err)
 	}
 	w.compareGuests(guests, find("d3"))
+	w.told = map[string]int64{}
+	for _, n := range nodes {
+		if n.Driver == "qcow2" {
+			w.told[filepath.Base(n.File)] = n.Image.Size
+		}
+	}
+	// What an overlay shows of the image below it is what that shows itself.
+	for _, n := range nodes {
+		b := n.Image.Backing
+		if size, ok := w.told[filepath.Base(n.Backing)]; b != nil && ok && b.Size != size {
+			w.t.Errorf("%s shows %d as the size of its backing file %s, which shows %d", n.Name, b.Size, n.Backing, size)
+		}
+	}
 }
 
 func (w *world) compareGuests(guests []*guest, d3 *nodeInfo) {
@@ -366,7 +391,7 @@ func (w *world) end() {
 	if _, err := exec.LookPath("qemu-img"); err != nil {
 		w.t.Skip("no qemu-img to check the images with")
 	}
-	all := append(slices.Clone(images), "o0", "o1", "o2")
+	all := append(slices.Clone(images), "o0", "o1", "o2", "q0", "q1", "q2")
 	for k := range overlays {
 		all = append(all, fmt.Sprint("p", k))
 	}
@@ -383,6 +408,23 @@ func (w *world) end() {
 		case err != nil && n != "fe": // whose storage fails
 			w.t.Errorf("image %s: %v\n%s", n, err, out)
 		}
+		if told, ok := w.told[n]; ok && n != "fe" {
+			w.compareSize(string(name), told)
+		}
+	}
+}
+
+// compareSize requires that an image has the size that was told of it.
+func (w *world) compareSize(name string, told int64) {
+	out, err := exec.Command("qemu-img", "info", "--output=json", "json:"+name).Output()
+	var info struct {
+		Size int64 `json:"virtual-size"`
+	}
+	if err == nil {
+		err = json.Unmarshal(out, &info)
+	}
+	if err != nil || info.Size != told {
+		w.t.Errorf("image %s has %d bytes (%v); %d were told", name, info.Size, err, told)
 	}
 }
 
