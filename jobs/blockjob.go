@@ -3,6 +3,7 @@ package jobs
 import (
 	"errors"
 	"syscall"
+	"time"
 
 	"qblockd/schema/types"
 )
@@ -11,6 +12,7 @@ import (
 type blockState struct {
 	speed    int64 // bytes per second, 0: no limit
 	limit    limiter
+	lastPass bool // it was told to come to its end: the speed does not count any more
 	ioStatus types.BlockDeviceIoStatus
 	kick     chan struct{} // closed to end a sleep early; nil: nobody sleeps
 }
@@ -22,6 +24,23 @@ func (j *Job) kickLocked() {
 		j.block.kick = nil
 	}
 	j.wake.Broadcast()
+}
+
+// tollLocked counts n bytes against the job's speed and returns how long to wait before more may pass. A job that was told to come to its end waits for nothing: somebody
+// waits for it.
+func (j *Job) tollLocked(n int64) time.Duration {
+	if j.block.lastPass || j.st.Ended {
+		return 0
+	}
+	return j.block.limit.take(j.m.clock.Now(), n)
+}
+
+// lastPassLocked lets the job come to its end as fast as it can.
+func (j *Job) lastPassLocked() {
+	if j.block != nil {
+		j.block.lastPass = true
+	}
+	j.kickLocked()
 }
 
 // Kick ends a sleep of the job's runner early.

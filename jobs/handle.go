@@ -55,7 +55,7 @@ func (j *Job) checkpointLocked() error {
 		j.stepLocked(machine.LeavePause)
 	}
 	j.m.flushLocked()
-	if j.st.Forced {
+	if j.st.Forced || j.ctx.Err() != nil { // the latter: whose work is over is given up while it prepares
 		return ErrCancelled
 	}
 	return nil
@@ -98,7 +98,7 @@ func (h *Handle) Done(n int64) { h.j.current.Add(n) }
 func (h *Handle) Throttle(n int64) error {
 	j := h.j
 	j.m.mu.Lock()
-	wait := j.block.limit.take(j.m.clock.Now(), n)
+	wait := j.tollLocked(n)
 	j.m.mu.Unlock()
 	for wait > 0 {
 		j.yieldNow()
@@ -106,7 +106,7 @@ func (h *Handle) Throttle(n int64) error {
 			return err
 		}
 		j.m.mu.Lock()
-		wait = j.block.limit.take(j.m.clock.Now(), 0)
+		wait = j.tollLocked(0)
 		j.m.mu.Unlock()
 	}
 	return h.Checkpoint()
@@ -116,7 +116,7 @@ func (h *Handle) Throttle(n int64) error {
 func (h *Handle) Linger() error {
 	j := h.j
 	j.m.mu.Lock()
-	wait := j.block.limit.take(j.m.clock.Now(), 0)
+	wait := j.tollLocked(0)
 	j.m.mu.Unlock()
 	if wait <= 0 {
 		return h.Checkpoint()
@@ -220,12 +220,12 @@ func (h *Handle) MustWait() bool {
 	j := h.j
 	j.m.mu.Lock()
 	defer j.m.mu.Unlock()
-	return j.st.ShouldPause() || j.block.limit.take(j.m.clock.Now(), 0) > 0
+	return j.st.ShouldPause() || j.tollLocked(0) > 0
 }
 
 // Count counts n bytes against the job's speed without waiting; the next Throttle does.
 func (h *Handle) Count(n int64) {
 	h.j.m.mu.Lock()
 	defer h.j.m.mu.Unlock()
-	h.j.block.limit.take(h.j.m.clock.Now(), n)
+	h.j.tollLocked(n)
 }

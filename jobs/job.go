@@ -204,6 +204,8 @@ func (j *Job) cancelLocked(force bool) {
 	j.stepLocked(in)
 	if j.st.Forced {
 		j.cancel()
+	} else {
+		j.lastPassLocked() // a ready job comes to its end
 	}
 }
 

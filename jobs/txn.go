@@ -12,6 +12,9 @@ type Txn struct {
 	turn     chan struct{} // holds one token; see the package comment
 	jobs     []*Job        // guarded by m.mu; those not concluded
 	aborting bool          // guarded by m.mu
+
+	// While its jobs prepare: somebody has cancelled one of them. They are all given up then, unless they are through. Guarded by m.mu.
+	preparing, givenUp bool
 }
 
 // NewTxn makes a transaction for Spec.Txn.
@@ -67,15 +70,36 @@ func (t *Txn) jobEnded(j *Job, err error) {
 // finalizeLocked prepares every job and then commits them all, or aborts them all. The caller has
 // the turn.
 func (t *Txn) finalizeLocked() {
+	t.preparing = true
 	for _, j := range slices.Clone(t.jobs) {
-		if err := j.prepareLocked(); err != nil {
+		err := j.prepareLocked()
+		switch {
+		case err == nil:
+			continue
+		case t.givenUp:
+			j.cancelLocked(true)
+			j.updateLocked()
+		default:
 			j.failLocked(err)
-			t.abortLocked(j)
-			return
 		}
+		t.preparing = false
+		t.abortLocked(j)
+		return
 	}
+	t.preparing = false
 	for len(t.jobs) > 0 {
 		t.jobs[0].finishLocked()
+	}
+}
+
+// giveUpLocked ends what the jobs do to prepare for their end, if they are at it. Whoever calls it cancels one of them next, when the turn is free.
+func (t *Txn) giveUpLocked() {
+	if !t.preparing {
+		return
+	}
+	t.givenUp = true
+	for _, j := range t.jobs {
+		j.cancel()
 	}
 }
 

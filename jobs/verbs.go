@@ -141,6 +141,7 @@ func (j *Job) userCancel(force bool) {
 	over := j.st.Ended
 	if over {
 		m.running.Add(1)
+		j.txn.giveUpLocked()
 	}
 	m.mu.Unlock()
 	if !over {
@@ -196,7 +197,9 @@ func (j *Job) Complete(ctx context.Context) error {
 	if err := c.Complete(ctx); err != nil {
 		return err
 	}
-	j.Kick()
+	j.m.mu.Lock()
+	defer j.m.mu.Unlock()
+	j.lastPassLocked()
 	return nil
 }
 

@@ -343,6 +343,9 @@ func (e *engine) failed(u *unit) {
 	switch {
 	case e.stop:
 		return
+	case e.h.Context().Err() != nil:
+		e.stop, e.failure = true, jobs.ErrCancelled // which is no error of the storage
+		return
 	case errors.As(u.err, &internal):
 		e.stop, e.failure = true, u.err // whatever the policy: it would happen again
 		return

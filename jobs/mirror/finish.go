@@ -103,6 +103,9 @@ func (j *job) copyQuiet(ctx context.Context) error {
 		if !ok {
 			return nil
 		}
+		if ctx.Err() != nil {
+			return context.Cause(ctx)
+		}
 		if k := j.longZeroes(r, at, n, j.longest()); k > 0 {
 			n = k
 		} else {

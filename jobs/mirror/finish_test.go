@@ -9,8 +9,93 @@ import (
 
 	"qblockd/blockdev/drivertest"
 	"qblockd/events"
+	"qblockd/jobs"
 	"qblockd/schema/types"
 )
+
+// A job that was told to complete, or to be finalized, is not held up by its speed any more: somebody waits for it.
+func TestLastPassHasNoLimit(t *testing.T) {
+	const size = 8 << 20
+	for _, mode := range modes {
+		for _, how := range []string{"complete", "cancel", "finalize"} {
+			w := newWorldOf(t, size)
+			a := w.args(mode)
+			a.None, a.Speed = true, 1 // what is dirty takes months
+			a.ManualFinalize = how == "finalize"
+			j := w.start(a)
+			if !w.await(ready) {
+				t.Fatal(j.Err())
+			}
+			p := bytes.Repeat([]byte("x"), size)
+			write := func() {
+				if err := w.write(w.guest, 0, p); err != nil {
+					t.Fatal(err)
+				}
+				copy(w.want, p)
+			}
+			guestAt := "target"
+			if how != "finalize" {
+				write()
+			}
+			if how == "cancel" {
+				guestAt = "source"
+				j.Cancel(false)
+			} else if err := j.Complete(context.Background()); err != nil {
+				t.Fatal(err)
+			}
+			if how == "finalize" {
+				w.await(func(e events.Event) bool { _, ok := e.(types.BlockJobPendingEvent); return ok })
+				write()
+				if err := j.Finalize(); err != nil {
+					t.Fatal(err)
+				}
+			}
+			if err := w.end(j, guestAt); err != nil {
+				t.Fatalf("%s, %s: %v", mode, how, err)
+			}
+			if !bytes.Equal(w.to.Bytes(), p) {
+				t.Errorf("%s, %s: the target is not equal", mode, how)
+			}
+		}
+	}
+}
+
+// What is done while a job is finalized ends when it is cancelled: here it waits for the target.
+func TestCancelWhileFinalizing(t *testing.T) {
+	const size = 8 << 20
+	for _, mode := range modes {
+		w := newWorldOf(t, size)
+		a := w.args(mode)
+		a.ManualFinalize = true
+		j := w.start(a)
+		if !w.await(ready) {
+			t.Fatal(j.Err())
+		}
+		if err := j.Complete(context.Background()); err != nil {
+			t.Fatal(err)
+		}
+		w.await(func(e events.Event) bool { _, ok := e.(types.BlockJobPendingEvent); return ok })
+		undrain, err := w.g.Drain(context.Background(), a.Target)
+		if err != nil {
+			t.Fatal(err)
+		}
+		p := bytes.Repeat([]byte("x"), size)
+		if err := w.write(w.guest, 0, p); err != nil {
+			t.Fatal(err)
+		}
+		copy(w.want, p)
+		finalized := make(chan error)
+		go func() { finalized <- j.Finalize() }()
+		j.Cancel(true)
+		if err := <-finalized; err != nil && j.Err() == nil {
+			t.Error(err)
+		}
+		undrain()
+		if err := w.end(j, "source"); !errors.Is(err, jobs.ErrCancelled) {
+			t.Errorf("%s: outcome: %v", mode, err)
+		}
+	}
+}
 
 // What fails when a job is finalized ends it, whatever the policy is: it can neither pause nor try again for ever while somebody waits for the answer.
 func TestFaultsWhileFinalizing(t *testing.T) {
