@@ -102,10 +102,13 @@ func (tx *Tx) usable() error {
 // draftLocked is the draft of all actions so far on the graph as it is now.
 // +checklocksread:tx.g.mu
 func (tx *Tx) draftLocked() (*txDraft, error) {
+	few := len(tx.g.names) <= perm.MaxDepth
 	if tx.draft != nil && tx.version == tx.g.version {
+		tx.draft.Few = few
 		return tx.draft, nil
 	}
 	d := newTxDraft()
+	d.Few = few
 	for _, op := range tx.ops {
 		if err := op(d); err != nil {
 			return nil, err
@@ -266,7 +269,7 @@ func (tx *Tx) NewNode(o *Options) (*Node, error) {
 }
 
 // Attach makes child a child of parent. The claim follows from the role or the parent's
-// driver. Error: a *perm.CycleError.
+// driver. Errors: *perm.CycleError, *perm.DepthError.
 func (tx *Tx) Attach(parent *Node, name string, role perm.Role, child *Node) (*Edge, error) {
 	e := &Edge{name: name, role: role, pnode: parent}
 	e.node.Store(child)
@@ -331,7 +334,7 @@ func (tx *Tx) DetachRoot(r *Root) error {
 	})
 }
 
-// Replace makes e lead to n. Errors: the edge is frozen or gone, *perm.CycleError.
+// Replace makes e lead to n. Errors: the edge is frozen or gone, *perm.CycleError, *perm.DepthError.
 func (tx *Tx) Replace(e *Edge, n *Node) error {
 	return tx.do(func(d *txDraft) error {
 		if err := d.changeable(e); err != nil {

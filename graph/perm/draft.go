@@ -48,6 +48,9 @@ type Draft[N, E comparable] struct {
 	edges map[E]*draftEdge[N]
 	dirty []N // where the plan starts
 	log   []E // edges in order of first change
+
+	// Few: there are at most MaxDepth nodes, so that none can be too deep. Its user may know.
+	Few bool
 }
 
 type draftEdge[N comparable] struct {
@@ -105,12 +108,15 @@ func (d *Draft[N, E]) Touch(n N) {
 	}
 }
 
-// Attach adds an edge. The claim of an edge below a node is settled by Plan.
+// Attach adds an edge. Errors: *CycleError, *DepthError. The claim of an edge below a node is settled by Plan.
 func (d *Draft[N, E]) Attach(e E, v Edge[N]) error {
 	var zero N
 	if v.Parent != zero {
 		if d.Reaches(v.Node, v.Parent) {
 			return &CycleError{d.Node(v.Node).Name, v.Name, d.Node(v.Parent).Name}
+		}
+		if err := d.checkDepth(v.Parent, v.Name, v.Node); err != nil {
+			return err
 		}
 		p := d.node(v.Parent)
 		p.kids = append([]E{e}, p.kids...)
@@ -160,15 +166,20 @@ func (d *Draft[N, E]) Detach(e E) {
 	d.removeParent(s.Node, e, s.Claim)
 }
 
-// Retarget makes e lead to n.
+// Retarget makes e lead to n. Errors as those of Attach.
 func (d *Draft[N, E]) Retarget(e E, n N) error {
 	var zero N
 	s := d.edge(e)
 	if s.Node == n {
 		return nil
 	}
-	if s.Parent != zero && d.Reaches(n, s.Parent) {
-		return &CycleError{d.Node(n).Name, s.Name, d.Node(s.Parent).Name}
+	if s.Parent != zero {
+		if d.Reaches(n, s.Parent) {
+			return &CycleError{d.Node(n).Name, s.Name, d.Node(s.Parent).Name}
+		}
+		if err := d.checkDepth(s.Parent, s.Name, n); err != nil {
+			return err
+		}
 	}
 	d.removeParent(s.Node, e, s.Claim)
 	s.Node = n

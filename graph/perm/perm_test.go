@@ -1,10 +1,12 @@
 package perm
 
 import (
+	"errors"
 	"fmt"
 	"iter"
 	"math/rand/v2"
 	"slices"
+	"strings"
 	"testing"
 )
 
@@ -348,5 +350,58 @@ func TestMessages(t *testing.T) {
 	_, err = Plan[int, int](g, attach(2, Edge[int]{Name: "root", Node: 3, Claim: Claim{Write, All}}))
 	if err == nil || err.Error() != "Block node is read-only" {
 		t.Errorf("got %v", err)
+	}
+}
+
+// A chain can have MaxDepth nodes, however it is put together, and not one more.
+func TestDepth(t *testing.T) {
+	// Two chains, of which the second one hangs below a node that many share and has a second way down that is short.
+	g := &ref{nodes: map[int]Node{}, edges: map[int]Edge[int]{}}
+	link := func(id int, e Edge[int]) {
+		g.edges[id], g.order = e, append(g.order, id)
+	}
+	next := 0
+	chain := func(n int) (top, bottom int) {
+		for i := range n {
+			next++
+			g.nodes[next] = Node{Name: fmt.Sprint("n", next)}
+			if i > 0 {
+				link(next, Edge[int]{Name: "file", Role: Filtered, Parent: next, Node: next - 1})
+			} else {
+				bottom = next
+			}
+		}
+		return next, bottom
+	}
+	top1, bottom1 := chain(MaxDepth / 2)
+	top2, bottom2 := chain(MaxDepth / 2)
+	link(-1, Edge[int]{Name: "backing", Role: COW, Parent: top2, Node: bottom2})
+	one, _ := chain(1)
+	attach := func(parent, child int) error {
+		_, err := Plan[int, int](g, func(d *Draft[int, int]) error {
+			return d.Attach(-2, Edge[int]{Name: "file", Role: Filtered, Parent: parent, Node: child})
+		})
+		return err
+	}
+	if err := attach(bottom1, top2); err != nil {
+		t.Errorf("%d nodes: %v", MaxDepth, err)
+	}
+	link(-2, Edge[int]{Name: "file", Role: Filtered, Parent: bottom1, Node: top2})
+	for _, c := range [][2]int{{one, top1}, {bottom2, one}} {
+		var deep *DepthError
+		if err := attach(c[0], c[1]); !errors.As(err, &deep) {
+			t.Errorf("one more: %v", err)
+		}
+	}
+	// A side branch is not deep, and is not what is deep.
+	if err := attach(top1, one); err != nil {
+		t.Error(err)
+	}
+	// Retargeting is a way, too.
+	link(-3, Edge[int]{Name: "file", Role: Filtered, Parent: one, Node: bottom2})
+	_, err := Plan[int, int](g, func(d *Draft[int, int]) error { return d.Retarget(-3, top1) })
+	const want = "would make a chain of more than 2048 nodes"
+	if err == nil || !strings.HasSuffix(err.Error(), want) {
+		t.Errorf("%v, want %q", err, want)
 	}
 }
