@@ -43,7 +43,8 @@ type Dispatcher struct {
 	// Log takes what a client does not see; nil: slog's default.
 	Log *slog.Logger
 
-	unsent unsent
+	unsent     unsent
+	unfinished unfinished
 
 	stopMu   sync.Mutex
 	sessions map[*Session]struct{} // +checklocks:stopMu  to be woken by Stop
@@ -59,6 +60,7 @@ type command struct {
 func NewDispatcher(v Version) *Dispatcher {
 	d := &Dispatcher{version: v, commands: make(map[string]command), sessions: make(map[*Session]struct{})}
 	d.unsent.init()
+	d.unfinished.limit, d.unfinished.slow = DefaultAllUnfinished, slowMessage
 	return d
 }
 

@@ -94,6 +94,7 @@ type Session struct {
 	eof   atomic.Bool // nothing more is read
 	queue requestQueue
 	watch watch
+	in    input
 	out   output
 }
 
@@ -146,6 +147,7 @@ func appendGreeting(b []byte, v Version) []byte {
 func (s *Session) read() {
 	p := value.NewParser(s.mon.limits.Input)
 	buf := make([]byte, minRead)
+	defer s.gathered(0)
 	for s.awaitRoom() {
 		n, err := s.conn.Read(buf)
 		p.Feed(buf[:n])
@@ -158,6 +160,7 @@ func (s *Session) read() {
 				return
 			}
 		}
+		s.gathered(p.Held())
 		if !s.queue.running() {
 			s.flush()
 		}

@@ -86,6 +86,7 @@ func newDaemon(p processWide) *daemon {
 		Major: qemuMajor, Minor: qemuMinor, Micro: qemuMicro, Package: "qblockd " + version,
 	})
 	d.dispatch.LimitUnsent(p.limits.allUnsent)
+	d.dispatch.LimitUnfinished(p.limits.allUnfinished)
 	d.register()
 	d.bugs()
 	return d

@@ -14,24 +14,26 @@ import (
 
 // limits bound what clients can make the daemon hold. Every field has a value.
 type limits struct {
-	qmp         qmp.Limits
-	allUnsent   int64 // of the clients of all monitors
-	clients     int   // of one monitor socket
-	connections int   // of the NBD server, where its own option or command does not say
-	handshake   time.Duration
-	inflight    int
-	bytes       int64
+	qmp           qmp.Limits
+	allUnsent     int64 // of the clients of all monitors
+	allUnfinished int64 // the same
+	clients       int   // of one monitor socket
+	connections   int   // of the NBD server, where its own option or command does not say
+	handshake     time.Duration
+	inflight      int
+	bytes         int64
 }
 
 func defaultLimits() limits {
 	return limits{
-		qmp:         qmp.Limits{HoldInput: qmp.DefaultHoldInput, Unsent: qmp.DefaultUnsent, Input: value.DefaultLimits},
-		allUnsent:   qmp.DefaultAllUnsent,
-		clients:     chardev.DefaultMaxClients,
-		connections: nbd.DefaultMaxConns,
-		handshake:   nbd.DefaultHandshake,
-		inflight:    nbd.DefaultInflight,
-		bytes:       nbd.DefaultInflightBytes,
+		qmp:           qmp.Limits{HoldInput: qmp.DefaultHoldInput, Unsent: qmp.DefaultUnsent, Input: value.DefaultLimits},
+		allUnsent:     qmp.DefaultAllUnsent,
+		allUnfinished: qmp.DefaultAllUnfinished,
+		clients:       chardev.DefaultMaxClients,
+		connections:   nbd.DefaultMaxConns,
+		handshake:     nbd.DefaultHandshake,
+		inflight:      nbd.DefaultInflight,
+		bytes:         nbd.DefaultInflightBytes,
 	}
 }
 
@@ -84,6 +86,8 @@ var allLimits = []limit{
 		"bytes that a client has not read above which it is disconnected; one reply may exceed it"),
 	number("qmp-unsent-all", true, 1<<20, func(l *limits) *int64 { return &l.allUnsent },
 		"bytes that all clients together have not read; above it those with most are disconnected"),
+	number("qmp-unfinished-all", true, 1<<20, func(l *limits) *int64 { return &l.allUnfinished },
+		"bytes of messages that clients have begun and not ended, all together; above it those with most are disconnected"),
 	number("nbd-connections", false, 1, func(l *limits) *int { return &l.connections },
 		"connections of an NBD server that was not told max-connections"),
 	{"nbd-handshake", false, 0, 86400,

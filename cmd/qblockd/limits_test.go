@@ -10,7 +10,7 @@ import (
 
 func TestSetLimits(t *testing.T) {
 	l := defaultLimits()
-	err := l.setLimits("qmp-message=1M,qmp-tokens=1000,qmp-nesting=9,qmp-clients=2,qmp-hold=1,qmp-unsent=64k,qmp-unsent-all=2M," +
+	err := l.setLimits("qmp-message=1M,qmp-tokens=1000,qmp-nesting=9,qmp-clients=2,qmp-hold=1,qmp-unsent=64k,qmp-unsent-all=2M,qmp-unfinished-all=3M," +
 		"nbd-connections=3,nbd-handshake=4,nbd-inflight=5,nbd-inflight-bytes=0.5M")
 	if err != nil {
 		t.Fatal(err)
@@ -18,7 +18,7 @@ func TestSetLimits(t *testing.T) {
 	var want limits
 	want.qmp.Input.TokenBytes, want.qmp.Input.Tokens, want.qmp.Input.Depth = 1<<20, 1000, 9
 	want.qmp.HoldInput, want.qmp.Unsent, want.clients = 1, 64<<10, 2
-	want.allUnsent = 2 << 20
+	want.allUnsent, want.allUnfinished = 2<<20, 3<<20
 	want.connections, want.handshake, want.inflight, want.bytes = 3, 4*time.Second, 5, 1<<19
 	if l != want {
 		t.Errorf("got  %+v\nwant %+v", l, want)

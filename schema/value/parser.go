@@ -3,6 +3,7 @@ package value
 import (
 	"errors"
 	"strconv"
+	"unsafe"
 )
 
 // A Parser cuts a stream of bytes into JSON values, with the reference's leniencies and limits
@@ -64,6 +65,9 @@ func (p *Parser) Next() (v Value, err error, ok bool) {
 func (p *Parser) Idle() bool {
 	return len(p.toks) == 0 && (p.state == inStart || p.state == inRecovery)
 }
+
+// Held is how many bytes of memory the message takes that is being gathered, buffers included.
+func (p *Parser) Held() int { return cap(p.text) + cap(p.toks)*int(unsafe.Sizeof(token{})) }
 
 // flush ends the stream. It returns what the end completes or breaks.
 func (p *Parser) flush() (v Value, err error, ok bool) {
