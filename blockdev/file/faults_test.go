@@ -77,6 +77,14 @@ func TestFullDisk(t *testing.T) {
 	if err := d.WriteAt(bg, blk.Buf(pattern(2<<20, 1)), 4096, 0); !errors.Is(err, unix.ENOSPC) {
 		t.Errorf("write: %v", err)
 	}
+	for range 2 {
+		if b, err := os.ReadFile(d.name); err != nil || d.Size() != int64(len(b)) || !bytes.Equal(mustRead(t, d, 0, int(d.Size())), b) {
+			t.Errorf("after a write of which a part or nothing is there: the size is %d, the file has %d bytes: %v", d.Size(), len(b), err)
+		}
+		if err := d.WriteAt(bg, blk.Buf(pattern(4096, 1)), 8<<20, 0); !errors.Is(err, unix.ENOSPC) {
+			t.Errorf("write: %v", err)
+		}
+	}
 	for _, m := range []blk.Prealloc{blk.PreallocFalloc, blk.PreallocFull} {
 		if err := d.Resize(context.Background(), 4096, blk.PreallocOff); err != nil {
 			t.Fatal(err)

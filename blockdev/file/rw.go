@@ -130,9 +130,14 @@ func (d *disk) writeFull(r *blk.Req, fd int, v blk.Vec, off int64, flags uintptr
 	want := v.Len()
 	for done := int64(0); done < want; {
 		n, err := d.writeSome(r, fd, v, done, off, flags)
-		if done, err = wrote(done, n, err); err != nil {
+		n, err = wrote(done, n, err)
+		if err != nil {
+			if done > 0 {
+				d.grow(off + done) // the file has what was written so far
+			}
 			return err
 		}
+		done = n
 	}
 	return nil
 }
