@@ -514,6 +514,74 @@ func TestManyDeafClients(t *testing.T) {
 	good.expect(`{"return": []}`)
 }
 
+// One reply may exceed what all clients together may leave unread, for one that reads.
+func TestReplyExceedsAll(t *testing.T) {
+	const size, limit = 4 << 20, 2 << 20
+	d := testDispatcher()
+	d.Log = quiet()
+	d.LimitUnsent(limit)
+	d.Handle("big", func(ctx context.Context, _ *value.Dict, out []byte) ([]byte, error) {
+		if err := LargeReply(ctx, size); err != nil {
+			return out, err
+		}
+		return value.AppendString(out, strings.Repeat("b", size)), nil
+	})
+	bus := events.NewBus(events.Options{})
+	m := NewMonitor(d, bus, Options{})
+	c, other := serve(t, m), serve(t, m)
+	c.negotiate()
+	other.negotiate()
+	for range 3 {
+		c.send(`{"execute":"big"}`)
+		eventually(t, "the reply to be queued", func() bool { return d.unsent.bytes.Load() > limit })
+		bus.Emit(noise(1000))
+		if l := other.line(); !strings.Contains(l, "NOISE") {
+			t.Fatalf("%.100s", l)
+		}
+		if l := c.line(); len(l) < size {
+			t.Fatalf("%.100s", l)
+		}
+		if l := c.line(); !strings.Contains(l, "NOISE") {
+			t.Fatalf("%.100s", l)
+		}
+		eventually(t, "all to be sent", func() bool { return d.unsent.bytes.Load() == 0 })
+	}
+	if n := m.Overflows(); n != 0 {
+		t.Errorf("%d clients were disconnected", n)
+	}
+}
+
+// A client that does not read what it has been sent, and asks for more than there is room for beside that, keeps nobody from large replies.
+func TestDeafClientAsksForMore(t *testing.T) {
+	const size, limit = 4 << 20, 2 << 20
+	d := testDispatcher()
+	d.Log = quiet()
+	d.LimitUnsent(limit)
+	d.unsent.delay = 20 * time.Millisecond
+	d.Handle("some", func(_ context.Context, _ *value.Dict, out []byte) ([]byte, error) {
+		return value.AppendString(out, strings.Repeat("b", 900_000)), nil
+	})
+	asked := make(chan struct{}, 2)
+	d.Handle("big", func(ctx context.Context, _ *value.Dict, out []byte) ([]byte, error) {
+		asked <- struct{}{}
+		if err := LargeReply(ctx, size); err != nil {
+			return out, err
+		}
+		return value.AppendString(out, strings.Repeat("b", size)), nil
+	})
+	m := NewMonitor(d, nil, Options{})
+	deaf, good := serve(t, m), serve(t, m)
+	deaf.negotiate()
+	deaf.send(`{"execute":"some"}{"execute":"big"}`)
+	waitFor(t, asked, "the large reply to be asked for")
+	good.negotiate()
+	good.send(`{"execute":"big"}`)
+	if l := good.line(); len(l) < size {
+		t.Fatalf("%.100s", l)
+	}
+	eventually(t, "the client that does not read to be disconnected", func() bool { return m.Overflows() == 1 })
+}
+
 // What is counted as unsent is gone when the clients are.
 func TestUnsentIsCounted(t *testing.T) {
 	d := testDispatcher()

@@ -52,6 +52,9 @@ func (s *Session) send(line []byte, reply bool) {
 		panics.Go("the end of a QMP client", func() { s.fail(errOverflow) }, nil)
 		return
 	}
+	if o.unsentLocked() == 0 {
+		o.moved = time.Now()
+	}
 	switch {
 	case s.mon.pretty:
 		o.pending = value.IndentEOL(o.pending, line, "\r\n")

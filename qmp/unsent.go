@@ -63,7 +63,8 @@ func (s *Session) countLocked() {
 }
 
 // LargeReply is called by a handler before it makes a reply of about n bytes. If that is much, it waits until no other is made and until there is room for it
-// in what all clients together may leave unread; clients that do not read are disconnected for it. It fails if the client is gone.
+// in what all clients together may leave unread; clients that do not read are disconnected for it. It fails if the client is gone, or does
+// not read itself.
 func LargeReply(ctx context.Context, n int64) error {
 	s, ok := ctx.Value(sessionKey{}).(*Session)
 	if !ok || n < largeReply || s.making {
@@ -80,11 +81,18 @@ func LargeReply(ctx context.Context, n int64) error {
 	defer look.Stop()
 	for begun := time.Now(); u.bytes.Load() > 0 && u.bytes.Load()+n > u.limit; {
 		stuck := time.Now().Add(-u.delay)
-		if begun.Before(stuck) {
-			stuck = time.Now() // those who do read have had their time
+		since, late := stuck, begun.Before(stuck)
+		if late {
+			since = time.Now() // those who do read have had their time
 		}
-		if s.d.dropLargest(s, stuck) {
+		switch {
+		case s.d.dropLargest(s, since):
 			continue
+		case late && s.out.hasLeft(stuck) > 0:
+			// It asks for more and does not read what it has got. Others wait to make theirs.
+			s.overflow()
+			s.made()
+			return errOverflow
 		}
 		select {
 		case <-u.sank:
@@ -105,7 +113,7 @@ func (s *Session) made() {
 	}
 }
 
-// relieve disconnects those that have most to read until the rest is within the limit. It does not wait.
+// relieve disconnects those that have most to read until the rest, but for one reply that is being read, is within the limit. It does not wait.
 func (d *Dispatcher) relieve() {
 	u := &d.unsent
 	if u.bytes.Load() <= u.limit || u.tight.Swap(true) {
@@ -115,7 +123,11 @@ func (d *Dispatcher) relieve() {
 	panics.Go("the limit of what is unsent", func() {
 		defer u.tight.Store(false)
 		for u.bytes.Load() > u.limit {
-			if now := time.Now(); !d.dropLargest(nil, now.Add(-u.delay)) && !d.dropLargest(nil, now) {
+			now := time.Now()
+			if d.dropLargest(nil, now.Add(-u.delay)) {
+				continue
+			}
+			if u.bytes.Load()-d.largestReply() <= u.limit || !d.dropLargest(nil, now) {
 				return
 			}
 		}
@@ -128,13 +140,7 @@ func (d *Dispatcher) dropLargest(except *Session, since time.Time) bool {
 	bytes := 0
 	d.stopMu.Lock()
 	for s := range d.sessions {
-		s.out.mu.Lock()
-		n := s.out.counted
-		if s.out.closed || s.out.moved.After(since) {
-			n = 0
-		}
-		s.out.mu.Unlock()
-		if s != except && n > bytes {
+		if n := s.out.hasLeft(since); s != except && n > bytes {
 			most, bytes = s, n
 		}
 	}
@@ -144,6 +150,28 @@ func (d *Dispatcher) dropLargest(except *Session, since time.Time) bool {
 	}
 	most.overflow()
 	return true
+}
+
+// largestReply is the length of the largest reply that a client has not read.
+func (d *Dispatcher) largestReply() (n int64) {
+	d.stopMu.Lock()
+	defer d.stopMu.Unlock()
+	for s := range d.sessions {
+		s.out.mu.Lock()
+		n = max(n, int64(min(s.out.large, s.out.counted)))
+		s.out.mu.Unlock()
+	}
+	return n
+}
+
+// hasLeft is what the client has not read, if it has taken nothing since that time.
+func (o *output) hasLeft(since time.Time) int {
+	o.mu.Lock()
+	defer o.mu.Unlock()
+	if o.closed || o.moved.After(since) {
+		return 0
+	}
+	return o.counted
 }
 
 // overflow disconnects a client that does not read.
