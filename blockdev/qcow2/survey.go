@@ -11,16 +11,18 @@ import (
 //
 //	none ---becomes writable---> due ---first write---> walking L2 tables ---> comparing with the refcounts ---> over
 //
-// The first step reads up to firstStep of tables, which is all of most images; further ones follow with each change of the metadata. Until it is over
+// The first step reads up to firstStep of tables, which is all of most images; further ones follow with each write and each change of the metadata. Until it is over
 //
-//   - clusters are taken behind the end that the file had, and only where nothing points as far as is known; and
-//   - what is freed keeps its refcount and its space.
+//   - clusters are taken behind the end that the file had, and only where nothing points as far as is known;
+//   - what is freed keeps its refcount and its space; and
+//   - what is written in place is referred to by a table that has been looked at, and by nothing else that has been: all tables and metadata, and data of the tables
+//     so far.
 //
 // When it is over, refcounts that are lower than the number of references are raised to that. What cannot be mended so is known (wrong): clusters that someone
 // takes for his own although others refer to them, and those that no refcount block counts. They are never given out, punched, freed or written to:
 // who would do that ends the use of the image. Afterwards a refcount of 0 means that nothing refers to a cluster.
 //
-// A table is walked before it is changed at the latest. What it comes to refer to is counted then (setEntry), and what it no longer refers to stays counted, as its
+// A table is walked before it is changed, or what it refers to, at the latest. What it comes to refer to is counted then (setEntry), and what it no longer refers to stays counted, as its
 // refcount stays.
 
 const (
@@ -58,7 +60,7 @@ func (s *image) startSurvey() {
 	s.survey = &survey{}
 }
 
-// vet makes the next step of the survey, if one is due. It is called with mu held before the metadata change, and before anything is looked up.
+// vet makes the next step of the survey, if one is due. It is called with mu held before the metadata change.
 func (s *image) vet(r *blk.Req) error {
 	v := s.survey
 	if v == nil || v.endless {
@@ -71,14 +73,6 @@ func (s *image) vet(r *blk.Req) error {
 		return s.beginSurvey(r)
 	}
 	return s.stepSurvey(r, cmp.Or(s.vetSteps[1], nextStep))
-}
-
-// vetData is vet for who will not change metadata: it only begins.
-func (s *image) vetData(r *blk.Req) error {
-	if v := s.survey; v == nil || v.c != nil || v.endless {
-		return nil
-	}
-	return s.vet(r)
 }
 
 // vetAll makes the whole survey; mu is let go of between steps.
@@ -168,27 +162,38 @@ func (s *image) comparePage(r *blk.Req, page int64) error {
 	if err := ended(r); err != nil {
 		return err
 	}
-	c := s.survey.c
 	bits := s.geo.RefblockBits()
-	for k := page << tallyBits; k < (page+1)<<tallyBits; k++ {
+	first, behind := page<<tallyBits, (page+1)<<tallyBits
+	for b := first >> bits; b<<bits < behind; b++ {
+		if err := s.compareWithBlock(r, b, max(first, b<<bits), min(behind, (b+1)<<bits)); err != nil {
+			return err
+		}
+	}
+	return nil
+}
+
+// compareWithBlock compares the counts of clusters [first, behind), which refcount block b counts.
+func (s *image) compareWithBlock(r *blk.Req, b, first, behind int64) error {
+	c := s.survey.c
+	off := int64(s.reftAt(b) & layout.ReftMask)
+	bad := off == 0 || c.badBlock(off) || c.t.get(off>>s.cb) > 1
+	var t *table
+	for k := first; k < behind; k++ {
 		n := c.t.get(k)
 		if n == 0 {
 			continue
 		}
-		if c.t.torn(k) {
+		if bad || c.t.torn(k) {
 			s.wrong.add(k)
 			continue
 		}
-		off := int64(s.reftAt(k>>bits) & layout.ReftMask)
-		if off == 0 || c.badBlock(off) || c.t.get(off>>s.cb) > 1 {
-			s.wrong.add(k)
-			continue
+		if t == nil {
+			var err error
+			if t, err = s.refblock(r, b); err != nil {
+				return err
+			}
 		}
-		t, err := s.refblock(r, k>>bits)
-		if err != nil {
-			return err
-		}
-		i := k & (1<<bits - 1)
+		i := k - b<<s.geo.RefblockBits()
 		switch have := s.geo.Refcount(t.data, i); {
 		case have >= n:
 		case n > s.geo.RefcountMax():
@@ -219,6 +224,9 @@ func (w *wrong) add(k int64) {
 
 // at tells whether the references of cluster k are known to be wrong.
 func (w *wrong) at(k int64) bool { return w.n > 0 && w.t.get(k) > 0 }
+
+// torn tells whether cluster k has several references as far as is known, one of which supposes to be the only one.
+func (v *survey) torn(k int64) bool { return v != nil && v.c != nil && v.c.t.torn(k) }
 
 // taken tells that cluster k must not be given out, although its refcount may be 0.
 func (s *image) taken(k int64) bool {
@@ -253,7 +261,7 @@ func (s *image) freeAgain(c int64) {
 	}
 }
 
-// vetTable makes the next step of the survey, and walks the L2 table at off, which is to be changed.
+// vetTable makes the next step of the survey, and walks the L2 table at off, which is to be changed, or what it refers to.
 func (s *image) vetTable(r *blk.Req, off int64) error {
 	if err := s.vet(r); err != nil {
 		return err
@@ -270,8 +278,13 @@ func (s *image) vetTable(r *blk.Req, off int64) error {
 	if e := s.surveyFailed(r, err); e != nil || v.endless {
 		return e
 	}
-	return err // it must not be changed before it has been looked at
+	return unwalkedError{err}
 }
+
+// unwalkedError is that of an L2 table that could not be looked at. It must not be changed then.
+type unwalkedError struct{ error }
+
+func (e unwalkedError) Unwrap() error { return e.error }
 
 // linked counts what an L2 entry has come to refer to, if its table has been looked at already.
 func (s *image) linked(table int64, old, e uint64) {
@@ -294,11 +307,11 @@ func (s *image) copiesTable(c int64) {
 
 // checkOwner is called before anything is written in place to [off, off+n): nothing else may be there.
 func (s *image) checkOwner(r *blk.Req, off, n int64) error {
-	if s.wrong.n == 0 || n <= 0 {
+	if s.wrong.n == 0 && s.survey == nil || n <= 0 {
 		return nil
 	}
 	for c := off >> s.cb; c <= (off+n-1)>>s.cb; c++ {
-		if s.wrong.at(c) {
+		if s.wrong.at(c) || s.survey.torn(c) {
 			return s.corrupt(r, true, off, n, "Preventing invalid write on cluster "+hex(uint64(c<<s.cb))+", which has other references or is not counted")
 		}
 	}

@@ -432,6 +432,81 @@ func (f unreadable) ReadAt(r *blk.Req, v blk.Vec, off int64, fl blk.Flags) error
 	return f.mem.ReadAt(r, v, off, fl)
 }
 
+// TestOverwritingWhileTheSurveyGoesOn: what is overwritten in place before all references are counted has no other one as far as is known, and is in no metadata.
+func TestOverwritingWhileTheSurveyGoesOn(t *testing.T) {
+	const cs, victim = 512, 130
+	o := CreateOptions{ClusterSize: ptr(uint64(cs))}
+	sound := sample(t, o)
+	s := mustOpen(t, mem{sound}, config{readOnly: true})
+	entry := int64(s.l1At(victim/64)&layout.OffsetMask) + victim%64*8
+	old, err := s.readTable(req(), int64(s.snaps[0].L1TableOffset), 1)
+	if err != nil {
+		t.Fatal(err)
+	}
+	m, err := s.lookup(req(), 2*cs, cs)
+	if err != nil {
+		t.Fatal(err)
+	}
+	places := map[string]uint64{"data": uint64(m.host), "L2 table of a snapshot": old.at(0) & layout.OffsetMask, "L1 table of a snapshot": s.snaps[0].L1TableOffset}
+	mustClose(t, s)
+	for what, off := range places {
+		img := drivertest.MemFileOf(sound.Bytes())
+		img.Poke(entry, be.AppendUint64(nil, off|layout.Copied))
+		before := img.Bytes()[off : off+cs]
+		s := mustOpen(t, mem{img}, config{vetSteps: [2]int64{1, 1}})
+		if err := s.WriteAt(req(), blk.Buf(bytes.Repeat([]byte{7}, cs)), victim*cs, 0); !errors.Is(err, syscall.EIO) {
+			t.Errorf("%s: %v", what, err)
+		}
+		if !bytes.Equal(img.Bytes()[off:off+cs], before) {
+			t.Errorf("%s is overwritten", what)
+		}
+		_ = s.Inactivate(req())
+		s.Close()
+	}
+}
+
+// TestOverwritingEndsTheSurvey: also who never changes metadata gets to the end of it.
+func TestOverwritingEndsTheSurvey(t *testing.T) {
+	const cs = 512
+	img := sample(t, CreateOptions{ClusterSize: ptr(uint64(cs))})
+	s := mustOpen(t, mem{img}, config{vetSteps: [2]int64{1, 1}})
+	for n := 0; s.survey != nil; n++ {
+		if n > 64 {
+			t.Fatal("it goes on and on")
+		}
+		if err := s.WriteAt(req(), blk.Buf(make([]byte, cs)), 100*cs, 0); err != nil {
+			t.Fatal(err)
+		}
+	}
+	mustClose(t, s)
+}
+
+// TestOverwritingBesideBadSectors: a part of its table that cannot be read does not concern a write in place.
+func TestOverwritingBesideBadSectors(t *testing.T) {
+	const last = 1 << 30
+	img := mustCreate(t, CreateOptions{Size: 3 << 29})
+	s := mustOpen(t, mem{img}, config{})
+	for off := int64(0); off <= last; off += 1 << 29 {
+		if err := s.WriteAt(req(), blk.Buf(make([]byte, 64<<10)), off, 0); err != nil {
+			t.Fatal(err)
+		}
+	}
+	bad := int64(s.l1At(2)&layout.OffsetMask) + 32<<10
+	mustClose(t, s)
+	left := 1 << 30
+	s = mustOpen(t, unreadable{mem{img}, bad, bad + 512, &left}, config{vetSteps: [2]int64{1, 1}, options: Options{L2CacheEntrySize: ptr(int64(4096))}})
+	for range 6 {
+		if err := s.WriteAt(req(), blk.Buf(make([]byte, 4096)), last, 0); err != nil {
+			t.Error(err)
+		}
+	}
+	if left == 1<<30 {
+		t.Error("nobody has read there")
+	}
+	left = 0
+	mustClose(t, s)
+}
+
 // TestSurveyMeetsBadSectors: what cannot be read fails no request that does not need it.
 func TestSurveyMeetsBadSectors(t *testing.T) {
 	const cs = 512

@@ -1,6 +1,8 @@
 package qcow2
 
 import (
+	"errors"
+
 	"qblockd/blockdev/qcow2/layout"
 	"qblockd/graph/blk"
 )
@@ -74,11 +76,6 @@ func (s *image) planWrite(r *blk.Req, off, n int64) (plan, error) {
 		if err := s.usable(); err != nil {
 			return plan{}, err
 		}
-		if s.survey != nil {
-			if err := s.vetData(r); err != nil {
-				return plan{}, err
-			}
-		}
 		if err := s.room(r); err != nil {
 			return plan{}, err
 		}
@@ -129,6 +126,12 @@ func (s *image) planInPlace(r *blk.Req, t *table, i, k, in, n int64) (plan, erro
 	m := min(n, run<<s.cb-in)
 	if r.NoWait && m != n {
 		return plan{}, blk.ErrWouldBlock
+	}
+	if s.survey != nil {
+		var unwalked unwalkedError // the table stays as it is, and the entry has been read
+		if err := s.vetTable(r, s.geo.RoundDown(t.off)); err != nil && !errors.As(err, &unwalked) {
+			return plan{}, err
+		}
 	}
 	if err := s.checkOverlap(r, host+in, m, 0); err != nil {
 		return plan{}, err
