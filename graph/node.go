@@ -154,14 +154,14 @@ func (n *Node) SkipImplicitFilters() *Node {
 	return n
 }
 
-// BackingChainNext is the next node of the backing chain below n that is no implicit
-// filter; nil at its end.
+// BackingChainNext is the next node of the backing chain below n: what lies below the backing link of the first node that is no filter, without filters itself;
+// nil at its end.
 func (n *Node) BackingChainNext() *Node {
-	e := n.SkipImplicitFilters().FilterOrCOWChild()
+	e := n.SkipFilters().Backing()
 	if e == nil {
 		return nil
 	}
-	return e.Node().SkipImplicitFilters()
+	return e.Node().SkipFilters()
 }
 
 // Describe implements Parent.

@@ -189,9 +189,9 @@ func (tx *Tx) FilteredChild(n *Node) *Edge { return makeKids(tx.Children(n)).fil
 // FilterOrCOWChild: see File.
 func (tx *Tx) FilterOrCOWChild(n *Node) *Edge { return makeKids(tx.Children(n)).chain() }
 
-// SkipImplicitFilters is Node.SkipImplicitFilters as the Tx would leave it.
-func (tx *Tx) SkipImplicitFilters(n *Node) *Node {
-	for n.Implicit() && n.Kind() == Filter {
+// skipFilters is Node.SkipFilters as the Tx would leave it.
+func (tx *Tx) skipFilters(n *Node) *Node {
+	for n.Kind() == Filter {
 		e := tx.FilteredChild(n)
 		if e == nil {
 			break
@@ -203,11 +203,11 @@ func (tx *Tx) SkipImplicitFilters(n *Node) *Node {
 
 // BackingChainNext is Node.BackingChainNext as the Tx would leave it.
 func (tx *Tx) BackingChainNext(n *Node) *Node {
-	e := tx.FilterOrCOWChild(tx.SkipImplicitFilters(n))
+	e := tx.Backing(tx.skipFilters(n))
 	if e == nil {
 		return nil
 	}
-	return tx.SkipImplicitFilters(tx.Target(e))
+	return tx.skipFilters(tx.Target(e))
 }
 
 // Target is the node below e as the Tx would leave it.

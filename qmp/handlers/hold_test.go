@@ -13,6 +13,7 @@ import (
 	"qblockd/blockdev"
 	"qblockd/blockdev/drivertest"
 	"qblockd/blockdev/export"
+	"qblockd/events"
 	"qblockd/graph"
 	"qblockd/jobs"
 	"qblockd/schema/types"
@@ -28,9 +29,12 @@ type world struct {
 	nodes *blockdev.Manager
 }
 
-func newWorld(t *testing.T) *world {
+func newWorld(t *testing.T) *world { return newWorldSink(t, &drivertest.Sink{}) }
+
+// newWorldSink is newWorld with a sink for the events of jobs.
+func newWorldSink(t *testing.T, s events.Sink) *world {
 	g := drivertest.NewGraph(t)
-	w := &world{commands: commands{}, t: t, g: g, jobs: jobs.NewManager(&drivertest.Sink{}, nil), nodes: blockdev.New(g, blockdev.Config{})}
+	w := &world{commands: commands{}, t: t, g: g, jobs: jobs.NewManager(s, nil), nodes: blockdev.New(g, blockdev.Config{})}
 	exports := export.New(g, export.Options{})
 	job := BlockJob{Graph: g, Jobs: w.jobs, Nodes: w.nodes}
 	types.RegisterBlockCore(w, BlockCore{Nodes: w.nodes, Jobs: w.jobs, Exports: exports})
