@@ -83,7 +83,7 @@ type Task struct {
 	Policy    types.BlockdevOnError
 	// Side tells them of an error, for tasks where they depend on the side that fails; nil: they are always the same.
 	Side func(err error) (types.IoOperationType, types.BlockdevOnError)
-	// RetryIgnored: errors that the policy ignores are tried again, and again, until they are gone.
+	// RetryIgnored: errors that the policy ignores are tried again, and again, until they are gone. What goes on failing is tried ten times a second.
 	RetryIgnored bool
 	// Uncounted: what is skipped does not count as done.
 	Uncounted bool
@@ -99,6 +99,13 @@ func All(n int64, err error) (int64, error) {
 
 // guestsStay is how long guests are taken to be there after a request of one.
 const guestsStay = 20 * time.Millisecond
+
+// What fails again and again although the policy ignores it is tried after firstRetry, then after twice as long each time, mostRetry at most: as fast
+// as it fails would take a processor, and clients would get nothing but its events.
+const (
+	firstRetry = time.Millisecond
+	mostRetry  = 100 * time.Millisecond
+)
 
 // unit is a part of the range that is on its way; one that is to be skipped still has to be looked at.
 type unit struct {
@@ -127,6 +134,7 @@ type engine struct {
 	failure  error   // the first one that was not tried again
 	stop     bool    // and it ends the job
 	held     *unit   // the failure that is being dealt with; those behind it are tried again after it
+	ignored  int     // failures to be tried again since something was done
 }
 
 // Run does the task and returns the first error that a policy reported, or ignored at the end, or jobs.ErrCancelled.
@@ -325,6 +333,7 @@ func (e *engine) collect(u *unit) {
 		e.failed(u)
 		return
 	}
+	e.ignored = 0
 	e.order.done(e.h, u)
 }
 
@@ -380,6 +389,7 @@ func (e *engine) failed(u *unit) {
 	case types.BlockErrorActionIgnore:
 		if e.RetryIgnored {
 			e.again(u)
+			e.pace()
 			return
 		}
 		u.n = u.ext.N
@@ -389,5 +399,16 @@ func (e *engine) failed(u *unit) {
 	}
 	if e.failure == nil {
 		e.failure = u.err
+	}
+}
+
+// pace waits before what has failed more than once is tried again. Nothing is in flight.
+func (e *engine) pace() {
+	if e.ignored++; e.ignored == 1 {
+		return
+	}
+	d := min(firstRetry<<min(e.ignored-2, 16), mostRetry)
+	if err := e.h.Sleep(d); err != nil {
+		e.stop, e.failure = true, err
 	}
 }

@@ -11,6 +11,7 @@ import (
 	"sync/atomic"
 	"syscall"
 	"testing"
+	"time"
 
 	"golang.org/x/sys/unix"
 
@@ -482,5 +483,53 @@ func TestCopyPanics(t *testing.T) {
 		if err := j.Err(); !errors.As(err, &p) || b.now != 0 {
 			t.Errorf("%s: %v, %d inside", bug, err, b.now)
 		}
+	}
+}
+
+// stopped is a clock that fires each timer at once and notes for how long it was set.
+type stopped struct {
+	mu    sync.Mutex
+	waits []time.Duration
+}
+
+func (c *stopped) Now() time.Time { return time.Unix(1, 0) }
+
+func (c *stopped) After(d time.Duration) jobs.Timer {
+	c.mu.Lock()
+	defer c.mu.Unlock()
+	c.waits = append(c.waits, d)
+	fired := make(chan time.Time, 1)
+	fired <- c.Now()
+	return jobs.Timer{C: fired, Stop: func() bool { return false }}
+}
+
+// What fails again and again is not tried as fast as it fails: clients would get nothing but its events.
+func TestIgnoredFailuresArePaced(t *testing.T) {
+	clock := &stopped{}
+	q := &quiet{}
+	q.cond = sync.NewCond(&q.mu)
+	m := jobs.NewManager(q, clock)
+	b := newBench(Data, Skip, Data)
+	b.failed[0], b.failed[20] = 1, 12
+	j, err := m.Create(jobs.Spec{ID: "j", Type: types.JobTypeBackup, Block: true, ManualDismiss: true, Runner: runner(func(h *jobs.Handle) error {
+		return Run(h, Task{Gate: b, Size: 30, Chunk: b.cell, Workers: 1, Look: b.look, Copy: counted(b.copy), RetryIgnored: true,
+			Operation: types.IoOperationTypeWrite, Policy: types.BlockdevOnErrorIgnore})
+	})})
+	if err != nil {
+		t.Fatal(err)
+	}
+	m.Start(j)()
+	if _, err := ended(m, j); err != nil || b.done[0] != 1 || b.done[2] != 1 {
+		t.Errorf("outcome: %v, copied %v", err, b.done)
+	}
+	if n := q.errorEvents(); n != 13 {
+		t.Errorf("%d events", n)
+	}
+	var want []time.Duration
+	for _, ms := range []int{1, 2, 4, 8, 16, 32, 64, 100, 100, 100, 100} {
+		want = append(want, time.Duration(ms)*time.Millisecond)
+	}
+	if !slices.Equal(clock.waits, want) {
+		t.Errorf("waited %v, want %v", clock.waits, want)
 	}
 }
