@@ -24,7 +24,7 @@ func TestDropCache(t *testing.T) {
 		t.Fatal(err)
 	}
 	defer f.Close()
-	if inMemory(int(f.Fd())) {
+	if memory, _ := storageOf(int(f.Fd())); memory {
 		t.Skip("SKIPPED: the folder for tests is in memory, which never forgets")
 	}
 	on, off := true, false

@@ -21,6 +21,7 @@ type disk struct {
 	block  bool // a block device; implies device
 	direct bool // O_DIRECT with its restrictions (settings.direct: asked for)
 	memory bool // contents live in memory: calls never wait
+	local  bool // no server of a file system has a part in what becomes of the file
 	limits blk.Limits
 
 	cur  atomic.Pointer[handle] // nil after Close

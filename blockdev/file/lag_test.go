@@ -8,6 +8,32 @@ import (
 	"qblockd/graph/blk"
 )
 
+// TestLagAsksNoServer: a file system whose server does not answer must not hold up who looks for what moves.
+func TestLagAsksNoServer(t *testing.T) {
+	kept := fstatfs
+	defer func() { fstatfs = kept }()
+	for _, c := range []struct {
+		what  string
+		magic int64
+		bound bool
+	}{{"a file system in user space", unix.FUSE_SUPER_MAGIC, false}, {"a local one", unix.EXT4_SUPER_MAGIC, true}} {
+		fstatfs = func(_ int, st *unix.Statfs_t) error { st.Type = c.magic; return nil }
+		d := mustOpen(t, settings{name: mustFile(t, t.TempDir(), "f", 1<<20)})
+		fstatfs = func(int, *unix.Statfs_t) error {
+			t.Errorf("%s is asked what it is while the daemon ends", c.what)
+			return unix.EIO
+		}
+		h := d.hold() // a call under way
+		if _, bound := d.Lag(); bound != c.bound {
+			t.Errorf("%s: bound %v", c.what, bound)
+		}
+		h.Release()
+		if err := d.Close(); err != nil {
+			t.Fatal(err)
+		}
+	}
+}
+
 // TestLag: what was written shows until a flush has brought it to the medium, and a call under way on a local file system binds the driver.
 func TestLag(t *testing.T) {
 	d := mustOpen(t, settings{name: mustFile(t, t.TempDir(), "f", 64<<20)})

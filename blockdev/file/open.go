@@ -136,7 +136,8 @@ func (d *disk) setup(h *handle) error {
 		return &textError{"'" + d.driver + "' driver requires '" + d.name + "' to be either a character or block device", unix.EINVAL}
 	}
 
-	d.memory = !d.device && inMemory(h.fd)
+	d.memory, d.local = storageOf(h.fd)
+	d.memory = d.memory && !d.device
 	var err error
 	if d.direct, err = d.alignments(h.fd, d.settings.direct, &d.limits); err != nil {
 		return err

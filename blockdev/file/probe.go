@@ -11,18 +11,23 @@ import (
 // directSafe is an alignment of memory, offset and length that every O_DIRECT file takes.
 const directSafe = 4096
 
-// inMemory tells whether the file's contents live in memory, so that calls on it never wait
-// for a medium.
-func inMemory(fd int) bool {
+var fstatfs = unix.Fstatfs // but in tests
+
+// storageOf tells whether the file's contents live in memory, so that calls on it never wait for a medium, and whether no server of a file system,
+// in the network or in user space, has a part in what becomes of it. It asks that server.
+func storageOf(fd int) (memory, local bool) {
 	var st unix.Statfs_t
-	if err := unix.Fstatfs(fd, &st); err != nil {
-		return false
+	if fstatfs(fd, &st) != nil {
+		return false, false
 	}
 	switch uint32(st.Type) {
 	case unix.TMPFS_MAGIC, unix.RAMFS_MAGIC, unix.HUGETLBFS_MAGIC:
-		return true
+		return true, true
+	case unix.FUSE_SUPER_MAGIC, unix.NFS_SUPER_MAGIC, unix.CIFS_SUPER_MAGIC, unix.SMB2_SUPER_MAGIC, unix.SMB_SUPER_MAGIC,
+		unix.CEPH_SUPER_MAGIC, unix.AFS_SUPER_MAGIC, unix.CODA_SUPER_MAGIC, unix.V9FS_MAGIC, unix.OCFS2_SUPER_MAGIC:
+		return false, false
 	}
-	return false
+	return false, true
 }
 
 // takesNoWait tells whether reads of the file can be asked not to wait.
