@@ -180,12 +180,30 @@ func (r *recorder) before(m *MemFile, off, n int64) {
 	if r == nil {
 		return
 	}
-	for s := off / crashSector; s*crashSector < min(off+n, r.high); s++ {
+	note := func(s int64) {
 		if len(r.pending[s]) == 0 {
 			r.durable[s] = m.sector(s)
 		}
 	}
+	n = min(off+n, r.high) - off
+	if n/pageSize <= sparse*int64(len(m.pages)+1) {
+		for s := off / crashSector; s*crashSector < off+n; s++ {
+			note(s)
+		}
+		return
+	}
+	// Of a huge range only what is there: the rest was zeroes and becomes zeroes.
+	for i := range m.pages {
+		for k := range int64(pageSize / crashSector) {
+			if s := i*(pageSize/crashSector) + k; s*crashSector < off+n && (s+1)*crashSector > off {
+				note(s)
+			}
+		}
+	}
 }
+
+// sparse is by how much a range has to be longer than what is there to be huge.
+const sparse = 64
 
 // wrote is called after [off, off+n) was written (data) or became zeroes. m.mu is held.
 func (r *recorder) wrote(m *MemFile, off, n int64, data, fua bool) {
@@ -196,19 +214,31 @@ func (r *recorder) wrote(m *MemFile, off, n int64, data, fua bool) {
 	if data {
 		r.high = max(r.high, off+n)
 	}
-	r.note(m, off, n, fua)
+	r.note(m, off, n, data, fua)
 	r.noteSize(m, fua)
 	r.did()
 }
 
-func (r *recorder) note(m *MemFile, off, n int64, fua bool) {
-	for s := off / crashSector; s*crashSector < min(off+n, r.high); s++ {
+func (r *recorder) note(m *MemFile, off, n int64, data, fua bool) {
+	note := func(s int64) {
 		if fua {
 			delete(r.pending, s)
 			delete(r.durable, s)
-			continue
+			return
 		}
 		r.pending[s] = append(r.pending[s], version{r.seq, m.sector(s)})
+	}
+	n = min(off+n, r.high) - off
+	if data || n/crashSector <= sparse*int64(len(r.durable)+1) {
+		for s := off / crashSector; s*crashSector < off+n; s++ {
+			note(s)
+		}
+		return
+	}
+	for s := range r.durable { // before has put there what changes, and pending is part of it
+		if s*crashSector < off+n && (s+1)*crashSector > off {
+			note(s)
+		}
 	}
 }
 
@@ -242,7 +272,7 @@ func (r *recorder) resized(m *MemFile, old, size int64) {
 	}
 	r.seq++
 	if size < old {
-		r.note(m, size, old-size, false)
+		r.note(m, size, old-size, false, false)
 	}
 	r.noteSize(m, false)
 	r.did()

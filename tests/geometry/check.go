@@ -26,7 +26,7 @@ type ended struct {
 func (e *ended) check() error {
 	w, failure := e.w, e.j.Err()
 	cancelled := failure != nil && failure.Error() == jobs.ErrCancelled.Error()
-	misfit := w.Kind == "mirror" && len(w.target) != len(w.data)
+	misfit := w.Kind == "mirror" && blk.AlignUp(w.Target.Size, 512) != blk.AlignUp(w.Layers[0].Size, 512)
 	switch {
 	case failure != nil && w.Kind != "mirror" && w.Kind != "backup" && w.Layers[w.To%len(w.Layers)].V2 && errors.Is(failure, syscall.ENOTSUP):
 		// Version 2 cannot say that what a longer image shows is zeroes.
@@ -86,11 +86,11 @@ func (e *ended) spans(granularity int64) (must, may *bitmap.Bitmap) {
 	must, may = bitmap.New(size, granularity), bitmap.New(size, granularity)
 	for _, g := range e.guests {
 		for _, s := range g.must {
-			must.Set(s.off, s.n)
+			e.w.space.setTo(must, s.off, s.n)
 		}
 		for _, s := range g.may {
 			// Whole blocks may be written, of the files' size at most.
-			may.Set(s.off, s.n)
+			e.w.space.setTo(may, s.off, s.n)
 		}
 	}
 	may.Merge(must)
@@ -99,12 +99,14 @@ func (e *ended) spans(granularity int64) (must, may *bitmap.Bitmap) {
 
 // within tells whether a has all of least and nothing beyond most; all of one size.
 func within(what string, least, a, most *bitmap.Bitmap) error {
-	for off := int64(0); off < a.Size(); off += min(a.Granularity(), least.Granularity()) {
-		switch {
-		case least.Get(off) && !a.Get(off):
-			return fmt.Errorf("%s: byte %d should be dirty", what, off)
-		case a.Get(off) && !most.Get(off):
-			return fmt.Errorf("%s: byte %d should be clean", what, off)
+	for _, c := range []struct {
+		is, among *bitmap.Bitmap
+		text      string
+	}{{least, a, "dirty"}, {a, most, "clean"}} {
+		for off, n, ok := c.is.NextDirty(0, a.Size()); ok; off, n, ok = c.is.NextDirty(off+n, a.Size()) {
+			if at, ok := c.among.NextClean(off, off+n); ok {
+				return fmt.Errorf("%s: byte %d should be %s", what, at, c.text)
+			}
 		}
 	}
 	return nil
@@ -145,9 +147,11 @@ func (e *ended) bitmaps(done bool) error {
 		if err != nil {
 			return err
 		}
-		for off := int64(0); off < lost.Size(); off += 512 {
-			if lost.Get(off) && (e.bitmap.Get(off) || w.Sync != types.MirrorSyncModeBitmap) {
-				least.Set(off, 512)
+		for off, n, ok := lost.NextDirty(0, lost.Size()); ok; off, n, ok = lost.NextDirty(off, lost.Size()) {
+			for end := off + n; off < end; off += 512 {
+				if e.bitmap.Get(off) || w.Sync != types.MirrorSyncModeBitmap {
+					least.Set(off, 512)
+				}
 			}
 		}
 	}
@@ -161,7 +165,7 @@ func (e *ended) lost() (*bitmap.Bitmap, error) {
 	for name, c := range w.medium {
 		v.x.Store.Put(name, c.Durable())
 	}
-	lost := bitmap.New(blk.AlignUp(int64(len(e.start)), 512), 512)
+	lost := bitmap.New(blk.AlignUp(w.Layers[0].Size, 512), 512)
 	err := v.x.Nodes.Add(v.ctx, v.options("t", w.Target, nil))
 	var got []byte
 	if err == nil {
@@ -175,7 +179,7 @@ func (e *ended) lost() (*bitmap.Bitmap, error) {
 	}
 	for i := range e.start {
 		if got[i] != e.start[i] {
-			lost.Set(int64(i), 1)
+			lost.Set(w.space.disk(int64(i)), 1)
 		}
 	}
 	return lost, nil
@@ -241,7 +245,7 @@ func (e *ended) backup(done bool) error {
 		whole := bitmap.New(blk.AlignUp(w.Layers[0].Size, 512), e.unit())
 		whole.Merge(e.bitmap)
 		for i := range got {
-			if !whole.Get(int64(i)) && got[i] != w.target[i] {
+			if !whole.Get(w.space.disk(int64(i))) && got[i] != w.target[i] {
 				return fmt.Errorf("byte %d of the target was not to be copied", i)
 			}
 		}
@@ -259,9 +263,11 @@ func (e *ended) backup(done bool) error {
 // equal compares what a bitmap says with what was there at the beginning.
 func (e *ended) equal(got []byte, b *bitmap.Bitmap) error {
 	for at, n, ok := b.NextDirty(0, b.Size()); ok; at, n, ok = b.NextDirty(at+n, b.Size()) {
-		n := min(n, int64(len(e.start))-at)
-		if err := same(fmt.Sprintf("the target at %d", at), got[at:at+n], e.start[at:at+n]); err != nil {
-			return err
+		for _, s := range e.w.space.of(at, n) {
+			n := min(s.n, int64(len(e.start))-s.off)
+			if err := same(fmt.Sprintf("the target at %d", e.w.space.disk(s.off)), got[s.off:s.off+n], e.start[s.off:s.off+n]); err != nil {
+				return err
+			}
 		}
 	}
 	return nil

@@ -28,7 +28,8 @@ func TestSamples(t *testing.T) {
 	var next, failed atomic.Int64
 	var mu sync.Mutex
 	kinds, refused, failures := map[string]int{}, map[string]int{}, map[string]int{}
-	struck, killed := 0, 0
+	struck, killed, huge := 0, 0, 0
+	longest, most := Sample{}, int64(0)
 	begin := time.Now()
 	var wg sync.WaitGroup
 	for range runtime.GOMAXPROCS(0) {
@@ -57,6 +58,12 @@ func TestSamples(t *testing.T) {
 				if o.Killed {
 					killed++
 				}
+				if s.Huge {
+					huge++
+				}
+				if o.Moves > most {
+					longest, most = s, o.Moves
+				}
 				mu.Unlock()
 				if err != nil {
 					failed.Add(1)
@@ -66,5 +73,6 @@ func TestSamples(t *testing.T) {
 		})
 	}
 	wg.Wait()
-	t.Logf("seeds from %d: %v in %v; refused %v; failed %v; an I/O failed in %d, killed %d", *flagSeed, kinds, time.Since(begin), refused, failures, struck, killed)
+	t.Logf("seeds from %d: %v in %v; refused %v; failed %v; an I/O failed in %d, killed %d; huge disks in %d; the longest is %d, with %d requests",
+		*flagSeed, kinds, time.Since(begin), refused, failures, struck, killed, huge, longest.Seed, most)
 }

@@ -69,7 +69,7 @@ func (g *guest) stop() error {
 }
 
 func (g *guest) step() error {
-	at, n := place(g.r, int64(len(g.data)))
+	at, n := g.w.place(g.r, g.lo, int64(len(g.data)))
 	if g.w.Busy && len(g.data) > 0 {
 		n = min(1<<20, int64(len(g.data)))
 		at = g.r.Int64N((int64(len(g.data))-n)/512+1) * 512
@@ -78,12 +78,13 @@ func (g *guest) step() error {
 		return nil
 	}
 	off, p := g.lo+at, g.data[at:at+n]
+	disk := g.w.space.disk(off)
 	switch k := g.r.IntN(10); {
 	case k == 0 && !g.w.Busy:
-		return g.change(off, p, make([]byte, n), false, func(r *blk.Req) error { return g.root.Discard(r, off, n) })
+		return g.change(off, p, make([]byte, n), false, func(r *blk.Req) error { return g.root.Discard(r, disk, n) })
 	case k == 1:
 		f := pick(g.r, 0, blk.MayUnmap)
-		return g.change(off, p, make([]byte, n), true, func(r *blk.Req) error { return g.root.Zero(r, off, n, f) })
+		return g.change(off, p, make([]byte, n), true, func(r *blk.Req) error { return g.root.Zero(r, disk, n, f) })
 	case k == 2 && !g.w.Busy:
 		return g.look(off, p)
 	case k == 3:
@@ -98,7 +99,7 @@ func (g *guest) step() error {
 		} else {
 			write(g.r, q)
 		}
-		return g.change(off, p, q, true, func(r *blk.Req) error { return g.root.WriteAt(r, blk.Buf(q), off, 0) })
+		return g.change(off, p, q, true, func(r *blk.Req) error { return g.root.WriteAt(r, blk.Buf(q), disk, 0) })
 	}
 }
 
@@ -130,7 +131,7 @@ func (g *guest) change(off int64, p, q []byte, sure bool, f func(r *blk.Req) err
 func (g *guest) read(off int64, n int) ([]byte, error) {
 	p := make([]byte, n)
 	for try := 0; ; try++ {
-		err := g.w.unit(g.root, func(r *blk.Req) error { return g.root.ReadAt(r, blk.Buf(p), off, 0) })
+		err := g.w.unit(g.root, func(r *blk.Req) error { return g.root.ReadAt(r, blk.Buf(p), g.w.space.disk(off), 0) })
 		if err == nil || !g.faulty || try == 3 {
 			return p, err
 		}

@@ -24,6 +24,7 @@ type Outcome struct {
 	Failed  string // why it failed
 	Struck  bool   // an I/O has failed
 	Killed  bool
+	Moves   int64 // how much has happened
 }
 
 // Run plays a sample and tells what was not as it should be. limit is how long nothing may happen in it.
@@ -46,6 +47,7 @@ func Run(s Sample, limit time.Duration) (Outcome, error) {
 	go func() {
 		defer close(done)
 		o, err = w.play()
+		o.Moves = w.moves()
 	}()
 	if hangs := w.watch(done, limit, cancel); hangs != nil {
 		return Outcome{}, hangs
@@ -141,7 +143,7 @@ func (w *world) prepare() (was *bitmap.Bitmap, err error) {
 		d := add("b", w.Bitmap)
 		for _, s := range w.filled {
 			if one(w.r, 2) {
-				d.Bits().Set(s.off, s.n)
+				w.space.setTo(d.Bits(), s.off, s.n)
 			}
 		}
 		was = d.Bits().Clone()
@@ -151,7 +153,7 @@ func (w *world) prepare() (was *bitmap.Bitmap, err error) {
 
 // allocation tells what the top of the source holds itself.
 func (w *world) allocation() (*bitmap.Bitmap, error) {
-	b := bitmap.New(int64(len(w.data)), 512)
+	b := bitmap.New(blk.AlignUp(w.Layers[0].Size, 512), 512)
 	root, err := w.attach("l0", true)
 	if err != nil {
 		return nil, err
@@ -334,7 +336,7 @@ func (w *world) disturb(j *jobs.Job) {
 	switch r := w.r; {
 	case one(r, 20):
 		_ = j.Pause()
-	case one(r, 20):
+	case one(r, 20) && w.space == nil: // zeroes count, too
 		_ = j.SetSpeed(r.Int64N(8 << 20))
 	}
 	if w.Switch && one(w.r, 3) {

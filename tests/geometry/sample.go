@@ -3,9 +3,11 @@ package geometry
 import (
 	"fmt"
 	"math/rand/v2"
+	"slices"
 	"strings"
 	"syscall"
 
+	"qblockd/graph/blk"
 	"qblockd/schema/types"
 )
 
@@ -43,6 +45,9 @@ type Sample struct {
 	Err    syscall.Errno
 	Kill   int  // the write after which the process is killed, or the power fails; 0: none
 	Real   bool // on files of the host
+
+	Huge   bool    // disks are long, and mostly empty
+	Places []int64 // where they have data
 }
 
 // Layer is an image.
@@ -94,6 +99,9 @@ func (s Sample) String() string {
 	}
 	if s.Real {
 		b.WriteString("; files of the host")
+	}
+	if s.Huge {
+		fmt.Fprintf(&b, "; data around %v", s.Places)
 	}
 	if s.Kill > 0 {
 		fmt.Fprintf(&b, "; killed at write %d", s.Kill)
@@ -178,6 +186,9 @@ func Draw(seed uint64) Sample {
 		s.End = "leave"
 	}
 	s.drawFault(r)
+	if h := rand.New(rand.NewPCG(seed, 0x68756765)); !s.Busy && one(h, 8) {
+		s.makeHuge(h)
+	}
 	return s
 }
 
@@ -304,4 +315,59 @@ func (s *Sample) drawFault(r *rand.Rand) {
 		s.Kill, s.Guests = 1+r.IntN(4<<r.IntN(7)), 0
 		s.End, s.OnError = "success", types.BlockdevOnErrorReport
 	}
+}
+
+const (
+	hugest     = 1 << 40  // bytes of a disk
+	windowSize = 24 << 10 // of one of its parts with data
+)
+
+// makeHuge lets the disks grow, those of the same size alike.
+func (s *Sample) makeHuge(r *rand.Rand) {
+	s.Huge, s.Speed = true, 0
+	sizes := map[int64]int64{}
+	unit := max(s.Granularity, s.Bitmap, 1<<20)
+	edges := []int64{1 << 31, 1 << 32, unit, unit * (1 + r.Int64N(64)), hugest}
+	grow := func(l *Layer) {
+		if l.Cluster > 0 {
+			l.Cluster, l.Prealloc = max(l.Cluster, 65536), false
+		}
+		if sizes[l.Size] == 0 {
+			n := pick(r, edges...) + 512*(r.Int64N(257)-128)
+			if r.IntN(3) == 0 {
+				n = hugest - 512*r.Int64N(1<<20)
+			}
+			sizes[l.Size] = min(max(n, 1<<20), hugest)
+			s.Places = append(s.Places, sizes[l.Size])
+		}
+		l.Size = sizes[l.Size]
+	}
+	for i := range s.Layers {
+		grow(&s.Layers[i])
+	}
+	if s.Kind == "mirror" || s.Kind == "backup" {
+		grow(&s.Target)
+		if s.Chunk > 0 {
+			s.Chunk = max(s.Chunk, int64(s.Target.Cluster))
+		}
+	}
+	if s.Kind == "active" {
+		s.Layers[s.To].Size = min(s.Layers[s.To].Size, s.Layers[0].Size)
+	}
+	s.Places = append(s.Places, 0)
+	for range 1 + r.IntN(4) {
+		s.Places = append(s.Places, pick(r, edges...))
+	}
+}
+
+// space is where the sample's disks have data.
+func (s Sample) space() space {
+	if !s.Huge {
+		return nil
+	}
+	size := int64(0)
+	for _, l := range append(slices.Clone(s.Layers), s.Target) {
+		size = max(size, blk.AlignUp(l.Size, 512))
+	}
+	return newSpace(slices.Clone(s.Places), windowSize, size)
 }

@@ -22,6 +22,7 @@ import (
 // world is a sample's graph beside what it has to show.
 type world struct {
 	Sample
+	space  space
 	x      *rig.Rig
 	ctx    context.Context
 	r      *rand.Rand
@@ -45,7 +46,7 @@ type world struct {
 type span struct{ off, n int64 }
 
 func newWorld(ctx context.Context, s Sample, dir string) *world {
-	w := &world{Sample: s, x: rig.New(dir), ctx: ctx, r: rand.New(rand.NewPCG(s.Seed, 2)),
+	w := &world{Sample: s, space: s.space(), x: rig.New(dir), ctx: ctx, r: rand.New(rand.NewPCG(s.Seed, 2)),
 		faults: map[string]*drivertest.Fault{}, medium: map[string]*drivertest.CrashFile{}}
 	if w.x.Store == nil {
 		return w
@@ -70,7 +71,7 @@ func (w *world) build() error {
 		if i+1 < len(w.Layers) {
 			under = fmt.Sprintf("l%d", i+1)
 		}
-		shown := resized(below, blk.AlignUp(w.Layers[i].Size, 512))
+		shown := resized(below, w.model(w.Layers[i]))
 		spans, err := w.image(name, w.Layers[i], under, under, shown)
 		if err != nil {
 			return fmt.Errorf("%s: %w", name, err)
@@ -84,14 +85,14 @@ func (w *world) build() error {
 	if w.Kind != "mirror" && w.Kind != "backup" {
 		return nil
 	}
-	size := blk.AlignUp(w.Target.Size, 512)
+	size := w.model(w.Target)
 	w.target = make([]byte, size)
 	header, open := "", ""
 	switch {
 	case w.Under == "own":
 		l := w.Layers[0]
 		l.Size = w.Target.Size / 3 / 512 * 512
-		w.under = make([]byte, l.Size)
+		w.under = make([]byte, w.model(l))
 		if _, err := w.image("u", l, "", "", w.under); err != nil {
 			return err
 		}
@@ -107,6 +108,9 @@ func (w *world) build() error {
 	_, err := w.image("t", w.Target, header, open, w.target)
 	return err
 }
+
+// model is how many bytes the model has of an image.
+func (w *world) model(l Layer) int64 { return w.space.model(blk.AlignUp(l.Size, 512)) }
 
 // resized is a copy of another length.
 func resized(p []byte, size int64) []byte {
@@ -176,17 +180,18 @@ func (w *world) file(name string, size int64) error {
 		return w.x.MakeFile(name, size, nil)
 	}
 	o := drivertest.MemOptions{}
-	if one(w.r, 2) {
+	if one(w.r, 2) || w.space != nil {
 		o.WriteFlags, o.ZeroFlags = blk.FUA|blk.WriteUnchanged, blk.FUA|blk.WriteUnchanged|blk.MayUnmap|blk.NoFallback
 	}
-	switch w.r.IntN(8) {
-	case 0:
-		o.NoZero, o.ZeroFlags = true, 0
-	case 1:
-		o.NoDiscard = true
-	case 2:
+	switch k := w.r.IntN(8); {
+	case k == 2:
 		o.Slow = true
-	case 3:
+	case w.space != nil: // what cannot be zeroed fast takes its time
+	case k == 0:
+		o.NoZero, o.ZeroFlags = true, 0
+	case k == 1:
+		o.NoDiscard = true
+	case k == 3:
 		o.Limits.MaxTransfer, o.Limits.MaxZero = 32768, 65536
 	}
 	m := drivertest.CrashFileOf(drivertest.NewMemFileOptions(size, o))
@@ -241,16 +246,16 @@ func (w *world) fill(name string, l Layer, shown []byte) (done []span, err error
 	}
 	defer func() { err = errors.Join(err, w.x.Graph.CloseRoot(w.ctx, root)) }()
 	for range l.Fill {
-		off, n := place(w.r, int64(len(shown)))
+		off, n := w.place(w.r, 0, int64(len(shown)))
 		if n == 0 {
 			break
 		}
-		p := shown[off : off+n]
+		p, at := shown[off:off+n], w.space.disk(off)
 		switch k := w.r.IntN(8); {
 		case k == 0:
 			clear(p)
-			err = w.unit(root, func(r *blk.Req) error { return root.Zero(r, off, n, pick(w.r, 0, blk.MayUnmap)) })
-		case k == 1 && !l.Raw:
+			err = w.unit(root, func(r *blk.Req) error { return root.Zero(r, at, n, pick(w.r, 0, blk.MayUnmap)) })
+		case k == 1 && !l.Raw && w.space == nil:
 			c := int64(l.Cluster)
 			off = off / c * c
 			q := shown[off:min(off+c, int64(len(shown)))]
@@ -262,7 +267,7 @@ func (w *world) fill(name string, l Layer, shown []byte) (done []span, err error
 			}
 		default:
 			write(w.r, p)
-			err = w.unit(root, func(r *blk.Req) error { return root.WriteAt(r, blk.Buf(p), off, 0) })
+			err = w.unit(root, func(r *blk.Req) error { return root.WriteAt(r, blk.Buf(p), at, 0) })
 		}
 		if err != nil {
 			return nil, err
@@ -270,6 +275,14 @@ func (w *world) fill(name string, l Layer, shown []byte) (done []span, err error
 		done = append(done, span{off, n})
 	}
 	return done, w.unit(root, root.Flush)
+}
+
+// place is a part of [lo, lo+size) of the model that lies in one window.
+func (w *world) place(r *rand.Rand, lo, size int64) (off, n int64) {
+	if off, n = place(r, size); n > 0 {
+		n = w.space.within(lo+off, n)
+	}
+	return off, n
 }
 
 // place is a part of a disk: short or long, mostly of whole sectors.
@@ -298,21 +311,21 @@ func write(r *rand.Rand, p []byte) {
 	}
 }
 
-// read is what a node shows.
+// read is what a node shows, as the model has it.
 func (w *world) read(name string) ([]byte, error) {
 	root, err := w.attach(name, true)
 	if err != nil {
 		return nil, err
 	}
-	p := make([]byte, root.Size())
-	err = w.unit(root, func(r *blk.Req) error {
-		for off := 0; off < len(p); off += 1 << 20 {
-			if err := root.ReadAt(r, blk.Buf(p[off:min(off+1<<20, len(p))]), int64(off), 0); err != nil {
-				return err
-			}
-		}
-		return nil
-	})
+	p := make([]byte, w.space.model(root.Size()))
+	for off := int64(0); off < int64(len(p)) && err == nil; {
+		n := w.space.within(off, min(1<<20, int64(len(p))-off))
+		err = w.unit(root, func(r *blk.Req) error { return root.ReadAt(r, blk.Buf(p[off:off+n]), w.space.disk(off), 0) })
+		off += n
+	}
+	if err == nil && w.space != nil {
+		err = w.zeroBetween(root)
+	}
 	return p, errors.Join(err, w.x.Graph.CloseRoot(w.ctx, root))
 }
 
