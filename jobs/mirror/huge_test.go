@@ -48,7 +48,7 @@ func TestHugeDisks(t *testing.T) {
 			for _, unmap := range []bool{false, true} {
 				for _, mode := range modes {
 					t.Run(fmt.Sprintf("%d old %v unmap %v %s", size, old, unmap, mode), func(t *testing.T) {
-						hugeMirror(t, size, old, unmap, mode)
+						hugeMirror(t, size, old, unmap, mode, 0)
 					})
 				}
 			}
@@ -56,9 +56,18 @@ func TestHugeDisks(t *testing.T) {
 	}
 }
 
-func hugeMirror(t *testing.T, size int64, old, unmap bool, mode types.MirrorCopyMode) {
+// Nor where little is copied at once, so that a step ends in what only the target holds, with a long hole of the source behind.
+func TestHugeDisksInSmallSteps(t *testing.T) {
+	for _, mode := range modes {
+		t.Run(string(mode), func(t *testing.T) { hugeMirror(t, 1<<36, true, false, mode, granule) })
+	}
+}
+
+func hugeMirror(t *testing.T, size int64, old, unmap bool, mode types.MirrorCopyMode, bufSize int64) {
 	w := hugeWorld(t, size, old, unmap)
-	j := w.start(w.args(mode))
+	a := w.args(mode)
+	a.BufSize = bufSize
+	j := w.start(a)
 	if !w.await(ready) {
 		t.Fatal(j.Err())
 	}

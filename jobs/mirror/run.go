@@ -430,35 +430,46 @@ func (j *job) zero(r *blk.Req, dst *graph.Edge, off, n int64) (int64, error) {
 // zeroAlready is how much of [off, off+n) reads as zeroes in the target for good. Of an image that can have a backing file that is what it says itself, unless the
 // copy is to stand alone: one that is attached later, as for a shallow copy, must not show through.
 func (j *job) zeroAlready(r *blk.Req, dst *graph.Edge, off, n int64) int64 {
-	if j.allCluster > 0 {
-		return 0
-	}
-	x, err := dst.StatusAbove(r, nil, false, off, n)
-	if err == nil && x.Zero && (x.Allocated && j.saysZero || !j.showsBacking || j.alone) {
-		return x.N
-	}
-	return 0
+	k, _ := j.zeroesThere(r, dst, off, n)
+	return k
 }
 
-// longZeroes is how much from off on, dirty granules of at most n bytes, reads as zeroes on both sides, if that is more than chunk; else 0.
+// zeroesThere is zeroAlready that tells as well for how long it is so, or is not so.
+func (j *job) zeroesThere(r *blk.Req, dst *graph.Edge, off, n int64) (zero, known int64) {
+	if j.allCluster > 0 {
+		return 0, n
+	}
+	x, err := dst.StatusAbove(r, nil, false, off, n)
+	switch {
+	case err != nil:
+		return 0, 0
+	case x.Zero && (x.Allocated && j.saysZero || !j.showsBacking || j.alone):
+		return x.N, x.N
+	}
+	return 0, x.N
+}
+
+// longZeroes is how much from off on, dirty granules of at most n bytes, reads as zeroes on both sides, if that is more than chunk; else 0, and it is
+// asked again where that may have changed on one of them.
 func (j *job) longZeroes(r *blk.Req, off, n, chunk int64) int64 {
 	if n <= chunk || off < j.asked || j.allCluster > 0 || j.h.Limited() {
 		return 0
 	}
 	x, err := j.driver.child().StatusAbove(r, nil, false, off, n)
+	known := x.N
 	if err == nil && x.Zero {
 		if x.N < n {
 			x.N = max(blk.AlignDown(off+x.N, j.Granularity)-off, 0)
 		}
-		k := j.zeroAlready(r, j.target.Edge(), off, x.N)
-		if k < n {
+		var k int64
+		if k, known = j.zeroesThere(r, j.target.Edge(), off, x.N); k < n {
 			k = max(blk.AlignDown(off+k, j.Granularity)-off, 0)
 		}
 		if k > chunk {
 			return k
 		}
 	}
-	j.asked = off + max(x.N, chunk)
+	j.asked = off + max(known, chunk)
 	return 0
 }
 
