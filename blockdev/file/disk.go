@@ -1,6 +1,7 @@
 package file
 
 import (
+	"sync"
 	"sync/atomic"
 
 	"golang.org/x/sys/unix"
@@ -39,7 +40,8 @@ type disk struct {
 	canZero, canPunch, canAllocate  atomic.Bool
 	discardOK, discardErr, discardN atomic.Int64
 
-	extent atomic.Pointer[extent] // last data extent met by Status
+	extent  atomic.Pointer[extent] // last data extent met by Status
+	seeking sync.Mutex             // held while the next one of a file in memory is looked for
 
 	engine    *engine            // carries reads and writes; nil: blocking calls
 	fdatasync func(fd int) error // unix.Fdatasync but in tests

@@ -36,6 +36,14 @@ func (d *disk) Status(r *blk.Req, off, n int64) (blk.Extent, error) {
 	}
 	defer d.leave()
 
+	if d.memory {
+		// The kernel walks all pages of the extent, with the file locked: once is enough.
+		d.seeking.Lock()
+		defer d.seeking.Unlock()
+		if x := d.extent.Load(); x != nil && x.start <= off && off < x.end {
+			return d.dataTo(e, off, n, x.end), nil
+		}
+	}
 	data, hole, err := findExtent(h.fd, off)
 	switch {
 	case errors.Is(err, unix.ENXIO): // nothing but a hole up to the end
