@@ -219,7 +219,7 @@ var generators = map[string]func(g *gen) made{
 	"block-stream": func(g *gen) made {
 		a := M{"device": g.pick(g.chain(), "v0", "v1")}
 		if g.one(3) {
-			return g.onGrown()
+			return g.onGrown(false)
 		}
 		if g.one(2) {
 			a["base-node"] = g.chain()
@@ -228,7 +228,7 @@ var generators = map[string]func(g *gen) made{
 	},
 	"block-commit": func(g *gen) made {
 		if g.one(2) {
-			return g.onGrown()
+			return g.onGrown(true)
 		}
 		a := M{"device": g.pick(g.chain(), "v0", "v1")}
 		if g.one(2) {
@@ -337,8 +337,8 @@ var leftOut = map[string]string{
 var weights = map[string]int{
 	"block-dirty-bitmap-add": 6, "block-dirty-bitmap-remove": 4, "block-dirty-bitmap-clear": 4, "block-dirty-bitmap-merge": 8, "x-debug-block-dirty-bitmap-sha256": 6,
 	"blockdev-snapshot-internal-sync": 8, "blockdev-snapshot-delete-internal-sync": 8, "block_resize": 8, "blockdev-reopen": 8, "transaction": 12,
-	"blockdev-add": 6, "blockdev-del": 6, "block-export-add": 4, "block-export-del": 4, "blockdev-backup": 10, "blockdev-mirror": 6, "block-stream": 4, "block-commit": 4,
-	"blockdev-snapshot-sync": 4, "job-complete": 4, "block-job-complete": 4, "job-finalize": 4, "job-dismiss": 6, "job-cancel": 4, "block-job-cancel": 4, "query-named-block-nodes": 4,
+	"blockdev-add": 6, "blockdev-del": 6, "block-export-add": 4, "block-export-del": 4, "blockdev-backup": 10, "blockdev-mirror": 6, "block-stream": 4, "block-commit": 8,
+	"blockdev-snapshot-sync": 8, "job-complete": 4, "block-job-complete": 4, "job-finalize": 4, "job-dismiss": 6, "job-cancel": 4, "block-job-cancel": 4, "query-named-block-nodes": 4,
 }
 
 func (g *gen) jobArgs(a M) M {
@@ -355,9 +355,12 @@ func (g *gen) jobArgs(a M) M {
 	return a
 }
 
-// onGrown is a job on the overlays of d6.
-func (g *gen) onGrown() made {
-	a := M{"device": g.grown()}
+// onGrown is a job on the overlays of d6, by the filter above them.
+func (g *gen) onGrown(top bool) made {
+	a := M{"device": "d6top"}
+	if top && g.one(2) {
+		a["top-node"] = g.grown()
+	}
 	if g.one(2) {
 		a["base-node"] = g.pick("d6", g.grown())
 	}

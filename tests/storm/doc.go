@@ -7,7 +7,7 @@
 //	d1        bitmaps, internal snapshots and reopen, nothing that writes to it
 //	d2        resize and internal snapshots
 //	d5        resize, and overlays one on the other, below a node that shows the top
-//	d6        becomes larger, with overlays that are committed and streamed, below a node that shows the top
+//	d6        becomes larger, with overlays that are committed and streamed, below a filter
 //	d3        a guest's disk whose bitmap has recorded from the beginning
 //	others    anything goes
 //

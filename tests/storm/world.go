@@ -158,7 +158,7 @@ func (w *world) setUp() {
 	}
 	w.must("blockdev-add", M{"driver": "raw", "node-name": "t1", "file": M{"driver": "file", "filename": g.file("t1")}})
 	w.must("blockdev-add", M{"driver": "raw", "node-name": "d5top", "file": "d5"})
-	w.must("blockdev-add", M{"driver": "raw", "node-name": "d6top", "file": "d6"})
+	w.must("blockdev-add", M{"driver": "copy-on-read", "node-name": "d6top", "file": "d6"})
 	w.must("blockdev-add", M{"driver": "file", "node-name": "y0", "filename": g.file("y0")})
 
 	w.must("block-export-add", M{"type": "nbd", "id": "setup", "node-name": "d1", "name": "setup", "writable": true})
