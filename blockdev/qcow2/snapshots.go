@@ -20,7 +20,8 @@ import (
 //	create:  refcounts up, flags off -> | L1 copy, table of snapshots -> | header
 //	delete:  table of snapshots -> | header -> | refcounts down -> | flags on
 //
-// Both end with the context of their request, and then have changed nothing. After a crash in between, clusters are leaked at worst. (In images of version 3 the dirty bit is set meanwhile, so that the next one to write repairs that.)
+// Both end with the context of their request, and then have changed nothing. After a crash in between, clusters are leaked at worst. (In images of version 3 the dirty bit is set meanwhile, so that the next one to write repairs that.
+// Version 2 has none: refcounts may be up where flags are still on, which qemu-img check calls an error and repairs, and which costs no data, as nothing is shared yet.)
 // No requests run, the node is held quiet.
 
 var errNoSnapshot = errors.New("Can't find the snapshot")

@@ -107,8 +107,7 @@ func chardevBackend(kind types.ChardevBackendKind, o *cmdline.Opts) (*types.Char
 		b.U = &types.ChardevMuxWrapper{Data: types.ChardevMux{Chardev: base, Logfile: log, Logappend: appendLog}}
 	case types.ChardevBackendKindRingbuf, types.ChardevBackendKindMemory:
 		r := types.ChardevRingbuf{Logfile: log, Logappend: appendLog}
-		if _, ok := o.Get("size"); ok {
-			n := int64(o.Number("size"))
+		if n := int64(o.Number("size")); n != 0 { // 0 is as if it were not given
 			r.Size = &n
 		}
 		b.U = &types.ChardevRingbufWrapper{Data: r}

@@ -137,9 +137,6 @@ func (d *decoder) path(name string) string {
 		f := &d.stack[i]
 		switch {
 		case f.dict != nil:
-			if name == "" {
-				name = "<anonymous>"
-			}
 			s = "." + name + s
 		case f.index == rootIndex:
 		case d.mode == ModeKeyval:

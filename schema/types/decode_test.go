@@ -129,6 +129,22 @@ func TestListPaths(t *testing.T) {
 	if got := message(err); got != "Parameter 'null' does not accept value 'x'" {
 		t.Error(got)
 	}
+	for text, want := range map[string]string{
+		`{"": 1}`: "Parameter '' is unexpected",
+		`{"driver": "null-co", "cache": {"": 1}}`: "Parameter 'cache.' is unexpected",
+	} {
+		v, err := value.Parse(text)
+		if err != nil {
+			t.Fatal(err)
+		}
+		decode := func() error { _, err := DecodeBlockdevOptions(v, ModeQObject); return err }
+		if text == `{"": 1}` {
+			decode = func() error { _, err := DecodeQmpCapabilitiesArgs(v.(*value.Dict)); return err }
+		}
+		if got := message(decode()); got != want {
+			t.Errorf("%s: %s", text, got)
+		}
+	}
 	if a, err := DecodeQmpCapabilitiesArgs(nil); err != nil || a.Enable != nil {
 		t.Errorf("no arguments: %v, %v", a, err)
 	}
