@@ -54,6 +54,10 @@ type bitmapKeeper interface {
 	readOnly(ro bool)
 	// persisted are those to be stored, newest first.
 	persisted() []persisted
+	// find is one of them, or nil.
+	find(name string) *persisted
+	// names calls f for the name of each of them.
+	names(f func(name string))
 	// records tells whether writes are recorded in a bitmap.
 	records(name string) bool
 }
@@ -375,16 +379,6 @@ func (s *image) storeBitmaps(r *blk.Req) error {
 	return err
 }
 
-// find is the bitmap of that name, or nil.
-func find(l []persisted, name string) *persisted {
-	for i := range l {
-		if l[i].name == name {
-			return &l[i]
-		}
-	}
-	return nil
-}
-
 // byName finds bitmaps by their names.
 func byName(l []persisted) map[string]*persisted {
 	m := make(map[string]*persisted, len(l))
@@ -442,6 +436,10 @@ func (s *image) writeTable(r *blk.Req, m *stored, at func(i int64) uint64) error
 	return err
 }
 
+// padding is to what length what is written to new clusters is filled up: a page, so that it is not written piecemeal, and not the cluster. What lies behind
+// it in its last cluster means nothing, and may be anything.
+const padding = 4 << 10
+
 // writeNew writes b to new clusters and returns where.
 func (s *image) writeNew(r *blk.Req, b []byte, what string) (int64, error) {
 	n := blk.AlignUp(int64(len(b)), s.cs) >> s.cb
@@ -452,7 +450,10 @@ func (s *image) writeNew(r *blk.Req, b []byte, what string) (int64, error) {
 	for i := range n {
 		s.fresh = append(s.fresh, first+i)
 	}
-	b = append(b, make([]byte, n<<s.cb-int64(len(b)))...)
+	if pad := blk.AlignUp(int64(len(b)), min(s.cs, padding)) - int64(len(b)); pad != 0 {
+		b = append(b, make([]byte, pad)...)
+	}
+	s.noteEnd((first + n) << s.cb)
 	return first << s.cb, s.writeMeta(r, b, first<<s.cb, 0)
 }
 
@@ -481,11 +482,11 @@ func (s *image) CanStoreBitmap(name string, granularity int64, others int) error
 	e := layout.NewBitmap(name, granularity, 0)
 	dir, names := e.Size(), len(name)
 	if s.keeper != nil && s.hdr.Version >= 3 {
-		for _, p := range s.keeper.persisted() {
-			e := layout.NewBitmap(p.name, granularity, 0)
+		s.keeper.names(func(name string) {
+			e := layout.NewBitmap(name, granularity, 0)
 			dir += e.Size()
-			names += len(p.name)
-		}
+			names += len(name)
+		})
 	}
 	switch n := s.bitmapBytes(granularity); {
 	case s.hdr.Version < 3:

@@ -76,9 +76,25 @@ type memKeeper struct {
 func (k *memKeeper) loaded(l []persisted, _ bool) error { k.list = append(k.list, l...); return nil }
 func (k *memKeeper) readOnly(ro bool)                   { k.ro = ro }
 func (k *memKeeper) persisted() []persisted             { return k.list }
+func (k *memKeeper) find(name string) *persisted        { return find(k.list, name) }
+func (k *memKeeper) names(f func(name string)) {
+	for _, p := range k.list {
+		f(p.name)
+	}
+}
 func (k *memKeeper) records(name string) bool {
-	p := find(k.list, name)
+	p := k.find(name)
 	return p != nil && p.enabled && !p.inconsistent
+}
+
+// find is the bitmap of that name, or nil.
+func find(l []persisted, name string) *persisted {
+	for i := range l {
+		if l[i].name == name {
+			return &l[i]
+		}
+	}
+	return nil
 }
 
 // TestBitmapsAcrossCrashes lets power fail after each write of a time in which an image is opened, written to and closed: a bitmap that is

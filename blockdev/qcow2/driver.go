@@ -93,12 +93,36 @@ func (n nodeBitmaps) records(name string) bool {
 func (n nodeBitmaps) readOnly(ro bool) { n.SetBitmapsReadOnly(ro) }
 
 func (n nodeBitmaps) persisted() (l []persisted) {
+	n.each(func(d *graph.DirtyBitmap) { l = append(l, persistedOf(d)) })
+	return l
+}
+
+func (n nodeBitmaps) find(name string) *persisted {
+	d := n.DirtyBitmap(name)
+	if d == nil || !kept(d) {
+		return nil
+	}
+	p := persistedOf(d)
+	return &p
+}
+
+func (n nodeBitmaps) names(f func(name string)) {
+	n.each(func(d *graph.DirtyBitmap) { f(d.Name()) })
+}
+
+// each calls f for the bitmaps that are to be stored.
+func (n nodeBitmaps) each(f func(d *graph.DirtyBitmap)) {
 	for _, d := range n.DirtyBitmaps() {
-		if d.Persistent() && !d.Goes() {
-			l = append(l, persisted{d.Name(), d.Recorded(), d.Enabled() && !d.Stops(), d.Inconsistent()})
+		if kept(d) {
+			f(d)
 		}
 	}
-	return l
+}
+
+func kept(d *graph.DirtyBitmap) bool { return d.Persistent() && !d.Goes() }
+
+func persistedOf(d *graph.DirtyBitmap) persisted {
+	return persisted{d.Name(), d.Recorded(), d.Enabled() && !d.Stops(), d.Inconsistent()}
 }
 
 // runtimeOptions translates what the schema calls them.

@@ -295,7 +295,7 @@ func (s *image) holdBitmap(r *blk.Req, name string) error {
 	if err := s.usable(); err != nil {
 		return err
 	}
-	p := find(s.keeper.persisted(), name)
+	p := s.keeper.find(name)
 	if s.readOnly || p == nil || p.inconsistent {
 		return nil
 	}
