@@ -99,7 +99,7 @@ func (s *image) freeEntry(r *blk.Req, e uint64, kind discardKind) {
 
 // reap gives back what nobody uses any more: clusters in limbo whose epochs have ended are
 // punched if so asked for, then their refcounts go down. mu is held, and dropped while
-// punching. all takes everything (close).
+// punching and between batches. all takes everything (close).
 // While a survey is under way it makes the next step of that, and nothing is given back but at close, then without being punched.
 func (s *image) reap(r *blk.Req, all bool) {
 	vetted := s.survey == nil || s.survey.endless
@@ -124,13 +124,46 @@ func (s *image) reap(r *blk.Req, all bool) {
 	if len(take) == 0 {
 		return
 	}
-	if !s.dead.Load() && vetted {
-		s.punch(r, take)
+	for {
+		var now []freed
+		now, take = batch(take, s.cb)
+		if !s.dead.Load() && vetted {
+			s.punch(r, now)
+		}
+		for _, f := range now {
+			s.unref(r, f)
+		}
+		s.given += uint64(len(now))
+		if len(take) == 0 {
+			return
+		}
+		s.mu.Unlock() // requests come in between
+		s.mu.Lock()
 	}
-	for _, f := range take {
-		s.unref(r, f)
+}
+
+// maxBatch is how many clusters are given back, or let go, before others get the lock: those of a large bitmap or snapshot are a million.
+const maxBatch = 4096
+
+// batch takes maxBatch clusters, or all if there are no more, from the front of l, which it changes.
+func batch(l []freed, cb uint) (now, rest []freed) {
+	room := int64(maxBatch)
+	for i, f := range l {
+		first, end := f.off>>cb, (f.off+f.n+1<<cb-1)>>cb
+		if room == 0 {
+			return now, l[i:]
+		}
+		if end-first > room {
+			cut := (first + room) << cb
+			head := f
+			head.n = cut - f.off
+			l[i].off, l[i].n = cut, f.off+f.n-cut
+			return append(now, head), l[i:]
+		}
+		room -= end - first
+		now = append(now, f)
 	}
-	s.given += uint64(len(take))
+	return now, nil
 }
 
 // punch discards ranges that lose their last reference.
