@@ -201,8 +201,10 @@ func (n *Node) resizeBitmaps() {
 	defer s.mu.Unlock()
 	size := n.bitmapSize()
 	for _, d := range s.all {
-		if d.bits.Size() != size {
-			d.bits.Resize(size)
+		for _, b := range append(d.since, d.bits) {
+			if b.Size() != size {
+				b.Resize(size)
+			}
 		}
 	}
 }

@@ -7,6 +7,7 @@ import (
 
 	"qblockd/blockdev/drivertest"
 	"qblockd/graph"
+	"qblockd/graph/bitmap"
 	"qblockd/graph/blk"
 )
 
@@ -166,5 +167,26 @@ func TestDiscardIsRecorded(t *testing.T) {
 			t.Errorf("unmap %v: %d bytes dirty, want %d; %d in the other", unmap, got, want, b.Bits().Count())
 		}
 		root.End(r)
+	}
+}
+
+// TestUnmergeAfterGrowth: what was written to a node that has grown since a merge stays recorded when the merge is undone, also in the granule that was the last one.
+func TestUnmergeAfterGrowth(t *testing.T) {
+	const k = 1 << 10
+	root, r := stack(t, drivertest.NewMemFile(k), 0)
+	n := root.Node()
+	d := newBitmap(t, n, graph.DirtyBitmapSpec{Granularity: 64 * k})
+	more := bitmap.New(k, 64*k)
+	more.SetAll()
+	undo, _ := d.Merge(more)
+	if err := root.Edge().Resize(t.Context(), 64*k, true, ""); err != nil {
+		t.Fatal(err)
+	}
+	if err := root.WriteAt(r, blk.Buf(make([]byte, k)), 32*k, 0); err != nil {
+		t.Fatal(err)
+	}
+	undo()
+	if !d.Bits().Get(32 * k) {
+		t.Error("the write is forgotten")
 	}
 }
