@@ -103,12 +103,14 @@ func (j *job) toBoth(r *blk.Req, off, n int64, source, target func() error) erro
 		return source()
 	}
 	defer j.target.End(pass)
+	settled := false
+	defer func() {
+		if !settled { // nobody knows what is there now
+			j.bits.Set(lo, hi-lo)
+		}
+	}()
 	j.cleanCovered(off, off+n)
-	r.Unrecorded = j.bits
-	err = source()
-	r.Unrecorded = nil
-	if err != nil {
-		j.bits.Set(off, n)
+	if err := j.unrecorded(r, source); err != nil {
 		return err
 	}
 	j.both.Add(n)
@@ -119,6 +121,7 @@ func (j *job) toBoth(r *blk.Req, off, n int64, source, target func() error) erro
 	} else {
 		err = target()
 	}
+	settled = true
 	if err != nil {
 		j.bits.Set(lo, hi-lo)
 		j.bothFailed(err)
@@ -126,6 +129,13 @@ func (j *job) toBoth(r *blk.Req, off, n int64, source, target func() error) erro
 	}
 	j.h.Done(n)
 	return nil
+}
+
+// unrecorded calls f, which writes to the source, without the job's bitmap taking notice.
+func (j *job) unrecorded(r *blk.Req, f func() error) error {
+	r.Unrecorded = j.bits
+	defer func() { r.Unrecorded = nil }()
+	return f()
 }
 
 // cleanCovered makes those granules clean that lie in [off, end) in full.

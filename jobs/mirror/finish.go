@@ -61,15 +61,20 @@ func (j *job) quieten(ctx context.Context, h *jobs.Handle, most int64) (undrain 
 	case err != nil:
 		return nil, err
 	}
+	quiet := false
+	defer func() {
+		if !quiet { // also after a panic: guests wait
+			undrain()
+		}
+	}()
 	if j.bits.Count() > most {
-		undrain()
 		return nil, nil
 	}
 	if err := j.copyQuiet(ctx); err != nil {
-		undrain()
 		return nil, err
 	}
 	h.SetRemaining(0)
+	quiet = true
 	return undrain, nil
 }
 
@@ -241,16 +246,14 @@ func (j *job) Clean(*jobs.Handle) {
 		j.held, _ = j.g.HoldNodes(context.Background(), j.Source, j.Target) // none if the graph is closed
 	}
 	defer j.held.Release()
+	defer j.goOn()
 	if j.filter != nil {
 		j.thaw()
 		chain.TakeOut(j.ID, j.filter, nil, j.leave)
 		j.filter = nil
 	}
 	j.dirty.Remove()
-	if j.undrain != nil {
-		j.undrain()
-		j.undrain = nil
-	}
+	j.goOn()
 	j.restoreReadOnly()
 	j.mu.Lock()
 	defer j.mu.Unlock()
@@ -258,6 +261,14 @@ func (j *job) Clean(*jobs.Handle) {
 		f()
 	}
 	j.block, j.over = nil, true
+}
+
+// goOn lets guests go on if the source is held quiet.
+func (j *job) goOn() {
+	if j.undrain != nil {
+		j.undrain()
+		j.undrain = nil
+	}
 }
 
 // makeWritable makes a read-only base of a commit writable for the time of the job.

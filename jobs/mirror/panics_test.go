@@ -4,6 +4,11 @@ import (
 	"context"
 	"testing"
 	"time"
+
+	"qblockd/blockdev/drivertest"
+	"qblockd/graph/bitmap"
+	"qblockd/graph/blk"
+	"qblockd/schema/types"
 )
 
 // TestPanicGivesBack: the range of a copy that ends in a panic can be taken again; guests do not wait for it for ever.
@@ -15,16 +20,51 @@ func TestPanicGivesBack(t *testing.T) {
 	if err != nil {
 		t.Fatal(err)
 	}
-	func() {
-		defer func() {
-			if recover() == nil {
-				t.Error("no panic")
-			}
-		}()
-		_, _ = j.copyTaken(nil, s, 0, 512)
-	}()
+	panicking(t, func() { _, _ = j.copyTaken(nil, s, 0, 512) })
 	if s, err = j.ranges.take(ctx, 0, 512); err != nil {
 		t.Fatalf("somebody still has the range: %v", err)
 	}
 	j.ranges.give(s)
+}
+
+// panicking calls f, which ends in a panic.
+func panicking(t *testing.T, f func()) {
+	t.Helper()
+	defer func() {
+		if recover() == nil {
+			t.Error("no panic")
+		}
+	}()
+	f()
+}
+
+// TestPanicLetsGuestsGoOn: guests do not wait for ever where the last copy, for which the source is held quiet, ends in a panic.
+func TestPanicLetsGuestsGoOn(t *testing.T) {
+	ctx, cancel := context.WithTimeout(t.Context(), time.Minute)
+	defer cancel()
+	g := drivertest.NewGraph(t)
+	n := drivertest.AddNode(t, g, "n", drivertest.NewMemFile(512))
+	guest := drivertest.AddRoot(t, g, n, drivertest.Writer)
+	j := &job{Args: Args{Source: n}, g: g} // without a bitmap, which it takes for granted
+	panicking(t, func() { _, _ = j.quieten(ctx, nil, 0) })
+	r, err := guest.Begin(ctx)
+	if err != nil {
+		t.Fatal(err)
+	}
+	guest.End(r)
+}
+
+// TestPanicForgetsNothing: what was to be copied still is where a guest's write to both sides ends in a panic.
+func TestPanicForgetsNothing(t *testing.T) {
+	g := drivertest.NewGraph(t)
+	n := drivertest.AddNode(t, g, "n", drivertest.NewMemFile(4096))
+	mode := types.MirrorCopyModeWriteBlocking
+	j := &job{Args: Args{Source: n}, g: g, bits: bitmap.New(4096, 512), target: drivertest.AddRoot(t, g, drivertest.AddNode(t, g, "target", drivertest.NewMemFile(4096)), drivertest.Writer)}
+	j.copyMode.Store(&mode)
+	j.bits.Set(0, 1024)
+	r := &blk.Req{Ctx: t.Context()}
+	panicking(t, func() { _ = j.toBoth(r, 0, 1024, func() error { panic("bug") }, nil) })
+	if at, k, _ := j.bits.NextDirty(0, 4096); at != 0 || k != 1024 || r.Unrecorded != nil {
+		t.Errorf("to be copied: %d from %d on, left out: %v", k, at, r.Unrecorded)
+	}
 }
