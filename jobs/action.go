@@ -5,6 +5,7 @@ import (
 	"context"
 	"slices"
 
+	"qblockd/events/panics"
 	"qblockd/graph"
 	"qblockd/jobs/machine"
 )
@@ -111,7 +112,7 @@ func runHeld(ctx context.Context, g *graph.Graph, actions []Action) (turns int, 
 		tx.Abort()
 		sketch.Abort()
 		for _, a := range actions {
-			a.Clean()
+			certain(a, a.Clean)
 		}
 		undrain()
 		missed = missed && slices.ContainsFunc(nodesOf(actions), func(n *graph.Node) bool { return !hold.Has(n) })
@@ -120,7 +121,7 @@ func runHeld(ctx context.Context, g *graph.Graph, actions []Action) (turns int, 
 	failing, openErr := len(actions), error(nil)
 	for i, a := range actions {
 		if o, ok := a.(Opener); ok {
-			if openErr = o.Open(ctx, sketch); openErr != nil {
+			if openErr = careful(func() error { return o.Open(ctx, sketch) }); openErr != nil {
 				failing = i
 				break
 			}
@@ -144,7 +145,7 @@ func runHeld(ctx context.Context, g *graph.Graph, actions []Action) (turns int, 
 	for i, a := range actions {
 		err := openErr
 		if i < failing {
-			if err = a.Prepare(ctx, tx); err == nil {
+			if err = careful(func() error { return a.Prepare(ctx, tx) }); err == nil {
 				continue
 			}
 			abort(actions[:i+1])
@@ -158,12 +159,12 @@ func runHeld(ctx context.Context, g *graph.Graph, actions []Action) (turns int, 
 		return len(actions), false, err
 	}
 	for _, a := range actions {
-		a.Commit()
+		certain(a, a.Commit)
 	}
 	hold.Release()
 	for _, a := range actions {
 		if s, ok := a.(Starter); ok {
-			s.Start()
+			certain(a, s.Start)
 		}
 	}
 	return len(actions), false, nil
@@ -288,7 +289,22 @@ func spansOf(l []*Job) map[*Job]span {
 }
 
 func abort(actions []Action) {
-	for i := len(actions) - 1; i >= 0; i-- {
-		actions[i].Abort()
+	for _, a := range slices.Backward(actions) {
+		certain(a, a.Abort)
+	}
+}
+
+// careful calls an action: a panic is an error of it, and the others are undone.
+func careful(f func() error) (err error) {
+	defer panics.Into("a step of a transaction", &err)
+	return f()
+}
+
+// certain calls what of an action cannot fail. After a panic its nodes are in doubt; the other actions have their turn.
+func certain(a Action, f func()) {
+	if err := careful(func() error { f(); return nil }); err != nil {
+		for _, n := range nodesOf([]Action{a}) {
+			n.Fail(err)
+		}
 	}
 }
