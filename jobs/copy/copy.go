@@ -17,7 +17,6 @@ import (
 	"context"
 	"errors"
 	"runtime"
-
 	"slices"
 	"sync/atomic"
 	"time"
@@ -141,12 +140,10 @@ type engine struct {
 // It blocks until no unit is in flight any more.
 func Run(h *jobs.Handle, t Task) error {
 	e := &engine{Task: t, h: h, ask: t.Chunk, work: make(chan *unit), beside: make(chan *unit), done: make(chan *unit, t.Workers)}
+	defer close(e.work) // the workers end
+	defer close(e.beside)
 	err := e.walk()
-	for e.inFlight > 0 {
-		e.collect(<-e.done)
-	}
-	close(e.work)
-	close(e.beside)
+	e.settle()
 	if err != nil {
 		return err
 	}
