@@ -102,6 +102,7 @@ func (c *modeChange) Abort() {
 		return
 	}
 	if err := c.commit(false); err != nil {
-		slog.Error("a node that stays writable cannot take back what it did to become read-only", "err", err)
+		// Its bitmaps would be taken to be whole, and writes go on.
+		c.node.Fail(fmt.Errorf("Node '%s' cannot take back what it did to become read-only: %w", c.node.name, err))
 	}
 }

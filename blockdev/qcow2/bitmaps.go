@@ -370,6 +370,7 @@ func (s *image) storeBitmaps(r *blk.Req) error {
 		}
 	}
 	if err == nil {
+		s.storing = true
 		err = s.switchDirectory(r, list, old)
 	}
 	if err == nil {

@@ -128,6 +128,7 @@ type image struct {
 	closed    bool
 	unz       unzipped
 	flagsDue  bool // copied flags are to be set when limbo has gone
+	storing   bool // bitmaps were about to be stored: the image may say that they hold
 	stopClean func()
 	busy      func(cluster int64) uint64 // during repair: clusters that are in use whatever their refcount says
 	made      func(first, n int64)       // during repair: told of clusters that are taken

@@ -40,6 +40,10 @@ func (s *image) CommitReadOnly(r *blk.Req, readOnly bool) error {
 		}
 		return nil
 	case !was:
+		if !s.storing {
+			return nil // it did not come to that
+		}
+		s.storing = false
 		return s.claimBitmaps(r)
 	}
 	if err := s.becomeWriter(r); err != nil {
