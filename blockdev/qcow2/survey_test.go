@@ -481,6 +481,30 @@ func TestOverwritingEndsTheSurvey(t *testing.T) {
 	mustClose(t, s)
 }
 
+// TestSurveyOfManySmallTables: a table of bits counts as what it holds, not as the cluster that it lies in. An image may have thousands of them.
+func TestSurveyOfManySmallTables(t *testing.T) {
+	const cs = 2 << 20
+	img := mustCreate(t, CreateOptions{Size: 1 << 20, ClusterSize: ptr(uint64(cs))})
+	k := &memKeeper{}
+	s := mustOpen(t, mem{img}, config{keeper: k})
+	for i := range maxSurvey/cs + 8 {
+		name := fmt.Sprint("b", i)
+		k.list = append(k.list, persisted{name: name, bits: bitmap.New(1<<20, 1<<16), enabled: true})
+		if err := s.HoldBitmap(req(), name); err != nil {
+			t.Fatal(err)
+		}
+	}
+	mustClose(t, s)
+	s = mustOpen(t, mem{img}, config{keeper: &memKeeper{}})
+	if err := s.WriteAt(req(), blk.Buf(make([]byte, 512)), 0, 0); err != nil {
+		t.Fatal(err)
+	}
+	if s.survey != nil {
+		t.Errorf("the survey is not over: %+v", s.survey)
+	}
+	mustClose(t, s)
+}
+
 // TestOverwritingBesideBadSectors: a part of its table that cannot be read does not concern a write in place.
 func TestOverwritingBesideBadSectors(t *testing.T) {
 	const last = 1 << 30

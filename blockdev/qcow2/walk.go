@@ -91,7 +91,7 @@ func (c *checker) fixed(off, size int64, what string) (ok bool, err error) {
 		c.res.say("tables lie over each other, one of them at", uint64(off))
 		return false, errTables
 	}
-	if c.tables += (last - first + 1) << c.s.cb; c.tables > c.most {
+	if c.tables += size; c.tables > c.most {
 		return false, errTooBig
 	}
 	for k := first; k <= last; k++ {
