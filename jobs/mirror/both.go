@@ -150,6 +150,14 @@ func (j *job) cleanCovered(off, end int64) {
 	}
 }
 
+// told is the error of a guest's write to both sides that ends the job, as its clients were told.
+func (j *job) told() error {
+	if f := j.failure.Load(); f != nil {
+		return *f
+	}
+	return nil
+}
+
 // bothFailed does what the policies say about a guest's write that did not reach the target.
 func (j *job) bothFailed(err error) {
 	op, policy := types.IoOperationTypeWrite, j.OnTargetError

@@ -52,30 +52,32 @@ func (j *job) holdNodes(ctx context.Context) (*graph.Hold, error) {
 	return j.g.HoldNodes(ctx, nodes...)
 }
 
-// quieten holds the source quiet and copies what is dirty, unless that is more than most bytes or fails; then undrain is nil.
+// quieten holds the source quiet and copies what is dirty, unless that is more than most bytes or fails, or the job was told to pause; then undrain is nil.
 func (j *job) quieten(ctx context.Context, h *jobs.Handle, most int64) (undrain func(), _ error) {
-	undrain, err := j.g.Drain(ctx, j.Source)
+	end, err := j.g.Drain(ctx, j.Source)
 	switch {
 	case err != nil && h.Context().Err() != nil:
 		return nil, jobs.ErrCancelled
 	case err != nil:
 		return nil, err
 	}
-	quiet := false
 	defer func() {
-		if !quiet { // also after a panic: guests wait
-			undrain()
+		if undrain == nil { // also after a panic: guests wait
+			end()
 		}
 	}()
-	if j.bits.Count() > most {
+	// The writes that were waited for may have failed to reach the target, and clients were told what becomes of the job for that.
+	if err := j.told(); err != nil {
+		return nil, err
+	}
+	if j.bits.Count() > most || j.mj.UserPaused() {
 		return nil, nil
 	}
 	if err := j.copyQuiet(ctx); err != nil {
 		return nil, err
 	}
 	h.SetRemaining(0)
-	quiet = true
-	return undrain, nil
+	return end, nil
 }
 
 // failed does what the policies say about an error of copying with nothing in flight: nil means to try again.
@@ -85,6 +87,8 @@ func (j *job) failed(h *jobs.Handle, err error) error {
 		return nil
 	case h.Context().Err() != nil:
 		return jobs.ErrCancelled
+	case j.told() != nil:
+		return j.told() // the policy was asked already
 	}
 	op, policy := j.side(err)
 	action, stopped := h.OnErrorIdle(op, policy, err)
@@ -126,8 +130,8 @@ func (j *job) copyQuiet(ctx context.Context) error {
 // any more, and who told it to finalize waits for the answer.
 func (j *job) catchUp(ctx context.Context, h *jobs.Handle) (err error) {
 	j.finalizing.Store(true)
-	if f := j.failure.Load(); f != nil {
-		return *f // of a guest's write to both sides
+	if err := j.told(); err != nil {
+		return err
 	}
 	for range patience {
 		if j.bits.Count() <= lastCopy {
@@ -139,6 +143,9 @@ func (j *job) catchUp(ctx context.Context, h *jobs.Handle) (err error) {
 		}
 	}
 	if j.undrain, err = j.g.Drain(ctx, j.Source); err != nil {
+		return err
+	}
+	if err := j.told(); err != nil {
 		return err
 	}
 	if err := j.copyQuiet(ctx); err != nil {

@@ -4,6 +4,8 @@ import (
 	"bytes"
 	"context"
 	"errors"
+	"runtime"
+	"sync/atomic"
 	"syscall"
 	"testing"
 
@@ -123,6 +125,79 @@ func TestFaultsWhileFinalizing(t *testing.T) {
 			if err := w.end(j, "source"); !errors.Is(err, syscall.ENOSPC) {
 				t.Errorf("%s, %s: outcome: %v", mode, policy, err)
 			}
+		}
+	}
+}
+
+// What a job tells of a guest's write that did not reach the target is what it does, also where it waits for that write to end: it fails, or pauses.
+func TestFaultWhileHoldingQuiet(t *testing.T) {
+	for _, policy := range []types.BlockdevOnError{types.BlockdevOnErrorReport, types.BlockdevOnErrorStop} {
+		w := newWorld(t)
+		a := w.args(types.MirrorCopyModeWriteBlocking)
+		a.OnTargetError = policy
+		j := w.start(a)
+		if !w.await(ready) {
+			t.Fatal(j.Err())
+		}
+		entered, leave := make(chan struct{}), make(chan struct{})
+		w.toF.Inject(drivertest.Rule{Ops: drivertest.OpModify, Count: 1}) // once: what is copied afterwards does not fail
+		w.toF.Hook(holdFirst(entered, leave))
+		p := bytes.Repeat([]byte("y"), granule)
+		copy(w.want, p)
+		written := make(chan error)
+		go func() { written <- w.write(w.guest, 0, p) }()
+		<-entered
+		if err := j.Complete(context.Background()); err != nil {
+			t.Fatal(err)
+		}
+		for r := w.guest.TryBegin(); r != nil; r = w.guest.TryBegin() { // until the source is held quiet
+			w.guest.End(r)
+			runtime.Gosched()
+		}
+		close(leave)
+		if err := <-written; err != nil {
+			t.Fatal(err)
+		}
+		guestAt, want := "source", error(syscall.EIO)
+		if policy == types.BlockdevOnErrorStop {
+			if !w.await(standby) {
+				t.Fatalf("it has not paused: %v", j.Err())
+			}
+			if err := j.Resume(); err != nil {
+				t.Fatal(err)
+			}
+			guestAt, want = "target", nil
+		}
+		if err := w.end(j, guestAt); !errors.Is(err, want) {
+			t.Errorf("%s: outcome: %v", policy, err)
+		}
+		told := 0
+		for _, e := range w.events {
+			if _, ok := e.(types.BlockJobErrorEvent); ok {
+				told++
+			}
+		}
+		if told != 1 {
+			t.Errorf("%s: told of %d errors", policy, told)
+		}
+		if want == nil && !bytes.Equal(w.to.Bytes(), w.want) {
+			t.Error("the target is not equal")
+		}
+	}
+}
+
+func standby(e events.Event) bool {
+	s, ok := e.(types.JobStatusChangeEvent)
+	return ok && s.Status == types.JobStatusStandby
+}
+
+// holdFirst makes a hook that holds the first call up: it closes entered and waits for leave.
+func holdFirst(entered chan<- struct{}, leave <-chan struct{}) func(drivertest.Op, int64, int64) {
+	var once atomic.Bool
+	return func(drivertest.Op, int64, int64) {
+		if !once.Swap(true) {
+			close(entered)
+			<-leave
 		}
 	}
 }

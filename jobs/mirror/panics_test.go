@@ -2,6 +2,8 @@ package mirror
 
 import (
 	"context"
+	"errors"
+	"syscall"
 	"testing"
 	"time"
 
@@ -66,5 +68,30 @@ func TestPanicForgetsNothing(t *testing.T) {
 	panicking(t, func() { _ = j.toBoth(r, 0, 1024, func() error { panic("bug") }, nil) })
 	if at, k, _ := j.bits.NextDirty(0, 4096); at != 0 || k != 1024 || r.Unrecorded != nil {
 		t.Errorf("to be copied: %d from %d on, left out: %v", k, at, r.Unrecorded)
+	}
+}
+
+// TestTooMuchLetsGuestsGoOn: they do as well where there is too much to copy with the source held quiet, or the job is about to end for an error that its clients
+// were told of.
+func TestTooMuchLetsGuestsGoOn(t *testing.T) {
+	ctx, cancel := context.WithTimeout(t.Context(), time.Minute)
+	defer cancel()
+	for _, told := range []error{nil, syscall.ENOSPC} {
+		g := drivertest.NewGraph(t)
+		n := drivertest.AddNode(t, g, "n", drivertest.NewMemFile(4096))
+		guest := drivertest.AddRoot(t, g, n, drivertest.Writer)
+		j := &job{Args: Args{Source: n}, g: g, bits: bitmap.New(4096, 512)}
+		j.bits.Set(0, 1024)
+		if told != nil {
+			j.failure.Store(&told)
+		}
+		if undrain, err := j.quieten(ctx, nil, 512); undrain != nil || !errors.Is(err, told) {
+			t.Errorf("error: %v, want %v", err, told)
+		}
+		r, err := guest.Begin(ctx)
+		if err != nil {
+			t.Fatal(err)
+		}
+		guest.End(r)
 	}
 }

@@ -192,8 +192,8 @@ func (j *job) keepInStep(ctx context.Context, h *jobs.Handle) error {
 			pass = 0
 		}
 		j.sendToBoth(pass >= patience)
-		if err := j.failure.Load(); err != nil {
-			return *err
+		if err := j.told(); err != nil {
+			return err
 		}
 		if err := h.Checkpoint(); err != nil {
 			return err
@@ -292,7 +292,7 @@ func (j *job) look(r *blk.Req, off, chunk int64) (copy.Extent, error) {
 	end := j.Source.Size()
 	at, k, ok := j.bits.NextDirty(off, end)
 	switch {
-	case j.failure.Load() != nil:
+	case j.told() != nil:
 		return copy.Extent{N: end - off}, nil // the job is about to end
 	case !ok:
 		return copy.Extent{N: end - off}, nil
