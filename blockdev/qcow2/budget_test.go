@@ -436,3 +436,22 @@ func TestManySnapshots(t *testing.T) {
 	}
 	mustClose(t, s)
 }
+
+// TestTallyOfScatteredBitmaps: what counting references takes stays below its bound also where bitmaps are said to be scattered over all the space there is.
+func TestTallyOfScatteredBitmaps(t *testing.T) {
+	const cs, table, n, most = 512, 1 << 20, 1 << 16, 1 << 20
+	img := mustCreate(t, CreateOptions{Size: 1 << 20, ClusterSize: ptr(uint64(cs))})
+	b := make([]byte, 8*n)
+	for i := range n {
+		be.PutUint64(b[8*i:], uint64(i+1)<<30)
+	}
+	img.Poke(table, b)
+	s := mustOpen(t, mem{img}, config{readOnly: true})
+	s.ext.Bitmaps = &layout.Bitmaps{NbBitmaps: 1, DirectorySize: 32, DirectoryOffset: 1 << 19}
+	s.stored = []*stored{{BitmapEntry: layout.BitmapEntry{Name: "b", TableOffset: table, TableSize: n}}}
+	c := s.newChecker(req(), &CheckResult{})
+	c.all, c.most = true, most
+	if err := c.meta(); err != errTooBig || c.t.bytes() > most+most/8 {
+		t.Errorf("%v, and it takes %d bytes", err, c.t.bytes())
+	}
+}

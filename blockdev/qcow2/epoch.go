@@ -241,10 +241,14 @@ func (s *image) giveOut(r *blk.Req, err error) bool {
 	}
 	found := s.survey != nil
 	if found {
-		if v := s.survey; s.vetAll(r) != nil || v.failed > 0 {
+		v := s.survey
+		if s.vetAll(r) != nil || v.failed > 0 {
 			return false
 		}
-		s.survey = nil // even if it could not be made: there is no other place
+		if v = s.survey; v != nil { // it could not be made, but there is no other place
+			s.wrong.last = max(s.wrong.last, v.found-1) // all may be wrong
+			s.survey = nil
+		}
 	}
 	before := s.given
 	if len(s.pending)+len(s.limbo) > 0 && s.flush(r) != nil {

@@ -47,14 +47,16 @@ func TestShrinkFails(t *testing.T) {
 	}
 }
 
-// TestShrinkKeepsWhatIsNotCounted: the file is not cut where data lie that no refcount counts, be that known or not.
+// TestShrinkKeepsWhatIsNotCounted: the file is not cut where data lie that no refcount counts, be that known or not, also after there was no space and it was given
+// up to find that out.
 func TestShrinkKeepsWhatIsNotCounted(t *testing.T) {
 	const cs, clusters, left, data = 512, 1000, 600, 400
 	want := make([]byte, cs*data)
 	for i := range want {
 		want[i] = byte(i>>9) | 1
 	}
-	for _, known := range []bool{true, false} {
+	for _, c := range []struct{ known, full bool }{{known: true}, {}, {full: true}} {
+		known := c.known
 		img := mustCreate(t, CreateOptions{Size: cs * clusters, ClusterSize: ptr(uint64(cs))})
 		s := mustOpen(t, mem{img}, config{})
 		if err := s.WriteAt(req(), blk.Buf(want), 0, 0); err != nil {
@@ -72,16 +74,22 @@ func TestShrinkKeepsWhatIsNotCounted(t *testing.T) {
 		if !known {
 			times = 1 << 30 // so that it is not known what the image refers to
 		}
+		if c.full {
+			s.survey = &survey{endless: true, found: s.geo.Clusters(img.Size())} // as of a huge image
+			if !s.giveSpace(req(), syscall.ENOSPC) {
+				t.Fatal("there is no space")
+			}
+		}
 		if err := s.Resize(req(), cs*left, blk.PreallocOff); err != nil {
 			t.Fatal(err)
 		}
-		if (s.survey == nil) != known {
+		if (s.survey == nil) != (known || c.full) {
 			t.Fatalf("a survey is under way: %v, want %v", s.survey != nil, !known)
 		}
 		times = 0
 		got := make([]byte, len(want))
 		if err := s.ReadAt(req(), blk.Buf(got), 0, 0); err != nil || !bytes.Equal(got, want) {
-			t.Errorf("known %v: the data are gone: %v", known, err)
+			t.Errorf("%+v: the data are gone: %v", c, err)
 		}
 		_ = s.Close()
 	}

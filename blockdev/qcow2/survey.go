@@ -51,7 +51,7 @@ type wrong struct {
 	n     int // 0: none
 	t     tally
 	first int64 // the one found first
-	last  int64 // the highest one
+	last  int64 // the highest one; without a survey, that of all there may be
 }
 
 // startSurvey makes a survey due: the image has become writable.

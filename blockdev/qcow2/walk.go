@@ -128,7 +128,9 @@ func (c *checker) meta() error {
 	}
 	for _, e := range s.reft {
 		if off := int64(e & layout.ReftMask); off != 0 && !c.badBlock(off) {
-			c.t.add(off>>s.cb, 1, true)
+			if c.t.add(off>>s.cb, 1, true); c.crowded() {
+				return errTooBig
+			}
 		}
 	}
 	if err := c.snapshots(); err != nil {
@@ -197,10 +199,10 @@ func (s *image) eachTableEntry(r *blk.Req, off, n int64, f func(e uint64) error)
 	return nil
 }
 
-// crowded tells whether so many L2 tables are named that knowing them takes more than may be.
+// crowded tells whether so much is referred to, or so many L2 tables are named, that knowing it takes more than may be.
 func (c *checker) crowded() bool {
 	const each = 64 // bytes in l2 and tabs
-	return int64(len(c.l2))*each > c.most
+	return int64(len(c.l2))*each+c.t.bytes() > c.most
 }
 
 // l1Entry counts the L2 table that an entry of L1 table of names.
@@ -251,7 +253,7 @@ func (c *checker) walkTable(k int64) error {
 	if x.walked {
 		return nil
 	}
-	if c.t.bytes() > c.most {
+	if c.crowded() {
 		return errTooBig
 	}
 	if c.buf == nil {
@@ -337,7 +339,9 @@ func (c *checker) bitmap(tab, entries int64) error {
 	}
 	return c.s.eachTableEntry(c.r, tab, entries, func(e uint64) error {
 		if o := int64(e & layout.OffsetMask); o != 0 && o&(c.s.cs-1) == 0 && c.s.overlaps(o, c.s.cs, olAll) == 0 {
-			c.ref(o, c.s.cs, 1, true, "bitmap data")
+			if c.ref(o, c.s.cs, 1, true, "bitmap data"); c.crowded() {
+				return errTooBig
+			}
 		}
 		return nil
 	})
