@@ -367,13 +367,15 @@ func TestManyLongNames(t *testing.T) {
 }
 
 // TestBitmapsWhereReadOnlyFails fails the i-th I/O of a change to read-only, and then all of them: the node stays writable then, and its bitmaps are not trusted, should the program be
-// killed after the next write, unless they have that write. Where that cannot be said in the image, there is no next write.
+// killed after the next write, unless they have that write. Where that cannot be said in the image, there is no next write. The same holds of one that was read-only before.
 func TestBitmapsWhereReadOnlyFails(t *testing.T) {
-	readOnlyFails(t, 1)
-	readOnlyFails(t, 0)
+	for _, before := range []bool{false, true} {
+		readOnlyFails(t, 1, before)
+		readOnlyFails(t, 0, before)
+	}
 }
 
-func readOnlyFails(t *testing.T, times int) {
+func readOnlyFails(t *testing.T, times int, before bool) {
 	for i := 0; ; i++ {
 		g := drivertest.NewGraph(t)
 		img := drivertest.NewMemFile(0)
@@ -384,6 +386,14 @@ func readOnlyFails(t *testing.T, times int) {
 		}
 		if err := n.Driver().(graph.BitmapStore).HoldBitmap(req(), "a"); err != nil {
 			t.Fatal(err)
+		}
+		for _, ro := range []bool{true, false} {
+			if !before {
+				break
+			}
+			if err := g.SwitchReadOnly(t.Context(), ro, n); err != nil {
+				t.Fatal(err)
+			}
 		}
 		f.Inject(drivertest.Rule{Skip: i, Count: times, Err: syscall.EIO})
 		switched := g.SwitchReadOnly(t.Context(), true, n) == nil

@@ -124,6 +124,11 @@ func (s *image) reap(r *blk.Req, all bool) {
 	if len(take) == 0 {
 		return
 	}
+	s.giving++
+	defer func() {
+		s.giving--
+		s.done.Broadcast()
+	}()
 	for {
 		var now []freed
 		now, take = batch(take, s.cb)
@@ -220,7 +225,7 @@ const maxRetries = 3
 func (s *image) keepsBack() bool {
 	s.mu.Lock()
 	defer s.mu.Unlock()
-	return len(s.pending)+len(s.limbo) > 0
+	return len(s.pending)+len(s.limbo)+s.giving > 0
 }
 
 // giveSpace tells, after a request has failed with err, whether it is worth trying again: there was no space, and some that was only kept back has
@@ -251,6 +256,9 @@ func (s *image) giveOut(r *blk.Req, err error) bool {
 		}
 	}
 	before := s.given
+	for s.giving > 0 {
+		s.done.Wait() // for what others give back
+	}
 	if len(s.pending)+len(s.limbo) > 0 && s.flush(r) != nil {
 		return false
 	}

@@ -1,10 +1,61 @@
 package qcow2
 
 import (
+	"syscall"
 	"testing"
+	"testing/synctest"
 
 	"pgregory.net/rapid"
+
+	"qblockd/graph/blk"
 )
+
+// discards is a file that calls f before it discards.
+type discards struct {
+	mem
+	f *func()
+}
+
+func (d discards) Discard(r *blk.Req, off, n int64) error {
+	if *d.f != nil {
+		(*d.f)()
+	}
+	return d.mem.Discard(r, off, n)
+}
+
+// TestSpaceThatIsBeingGivenBack: who finds no space while some is being given back waits for that.
+func TestSpaceThatIsBeingGivenBack(t *testing.T) {
+	const cs, n = 512, 3 * maxBatch
+	synctest.Test(t, func(t *testing.T) {
+		var f func()
+		s := mustOpen(t, discards{mem{mustCreate(t, CreateOptions{Size: n * cs, ClusterSize: ptr(uint64(cs))})}, &f}, config{unmap: true})
+		if err := s.WriteAt(req(), blk.Buf(make([]byte, n*cs)), 0, 0); err != nil {
+			t.Fatal(err)
+		}
+		if err := s.Discard(req(), 0, n*cs); err != nil {
+			t.Fatal(err)
+		}
+		found := make(chan bool, 1)
+		f = func() {
+			f = nil
+			if !s.keepsBack() {
+				t.Error("nothing is kept back")
+			}
+			go func() { found <- s.giveSpace(req(), syscall.ENOSPC) }()
+			synctest.Wait()
+			if len(found) > 0 {
+				t.Error("nobody waits")
+			}
+		}
+		if err := s.Flush(req()); err != nil {
+			t.Fatal(err)
+		}
+		if !<-found {
+			t.Error("there is no space")
+		}
+		mustClose(t, s)
+	})
+}
 
 // TestBatch: batches together touch each cluster as often as the ranges do, in their order, and none touches more than it may.
 func TestBatch(t *testing.T) {

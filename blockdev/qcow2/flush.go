@@ -211,16 +211,22 @@ func (s *image) writeCopies(r *blk.Req, l2, l1 []copied, due bool) error {
 
 // room makes a flush when it is due: too much waits to be freed, or the L2 cache holds hardly
 // anything but changes and will have to give something up. It is called with mu held before anything was looked up,
-// and drops it.
+// and drops it. It fails if the image was given up meanwhile.
 func (s *image) room(r *blk.Req) error {
 	if s.pendBytes >= maxPending || s.l2.full() && s.l2.ndirty >= s.l2.max-s.l2.max/4 && !s.allFits() {
 		if r.NoWait {
 			return blk.ErrWouldBlock
 		}
-		return s.flush(r)
+		err := s.flush(r)
+		if s.dead.Load() {
+			return s.usable()
+		}
+		return err
 	}
 	if len(s.limbo) > 0 && !r.NoWait {
-		s.reap(r, false)
+		if s.reap(r, false); s.dead.Load() {
+			return s.usable()
+		}
 	}
 	// Pinned or dirty tables may have made the cache grow.
 	for len(s.l2.m) > s.l2.max {

@@ -75,7 +75,7 @@ type image struct {
 
 	mu   sync.Mutex
 	wake *sync.Cond // an in-flight allocation has ended
-	done *sync.Cond // flushing has become false
+	done *sync.Cond // flushing has become false, or giving less
 
 	// All below is guarded by mu.
 	hdr      *layout.Header
@@ -117,6 +117,7 @@ type image struct {
 	limbo     []freed // reference gone on disk
 	pendBytes int64
 	given     uint64 // counts what was freed and has been given back
+	giving    int    // so many are giving something back
 
 	flushing  bool
 	started   uint64 // flushes begun

@@ -99,3 +99,19 @@ func panicsOnce(t *testing.T, s *image, at blk.DebugEvent, bad func(s *image) er
 		t.Error(err)
 	}
 }
+
+// TestFailingMeanwhile: a write that waits for a flush writes nothing if the image is given up meanwhile.
+func TestFailingMeanwhile(t *testing.T) {
+	s := mustOpen(t, mem{mustCreate(t, CreateOptions{Size: 1 << 20})}, config{})
+	for i := range 2 {
+		if err := s.WriteAt(req(), blk.Buf(make([]byte, 512)), 0, 0); (err == nil) != (i == 0) {
+			t.Error(i, err)
+		}
+		s.pendBytes = maxPending // a flush is due
+		s.debug = func(_ *blk.Req, e blk.DebugEvent) {
+			if e == blk.EvL2Update {
+				s.dead.Store(true)
+			}
+		}
+	}
+}

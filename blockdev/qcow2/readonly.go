@@ -35,13 +35,14 @@ func (s *image) CommitReadOnly(r *blk.Req, readOnly bool) error {
 	switch {
 	case readOnly:
 		s.survey, s.wrong = nil, wrong{}
+		s.storing = false
 		if s.keeper != nil {
 			s.keeper.readOnly(true)
 		}
 		return nil
 	case !was:
-		if !s.storing {
-			return nil // it did not come to that
+		if !s.storing || s.dead.Load() {
+			return nil // it did not come to that, or nothing is written any more
 		}
 		s.storing = false
 		return s.claimBitmaps(r)
