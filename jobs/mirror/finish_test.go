@@ -201,3 +201,26 @@ func holdFirst(entered chan<- struct{}, leave <-chan struct{}) func(drivertest.O
 		}
 	}
 }
+
+// TestFaultBesideOneThatIsIgnored: an error of a guest's write ends the job as its clients were told, also while another one, which is ignored, is tried again and again.
+func TestFaultBesideOneThatIsIgnored(t *testing.T) {
+	w := newWorld(t)
+	a := w.args(types.MirrorCopyModeWriteBlocking)
+	a.OnSourceError = types.BlockdevOnErrorIgnore
+	w.fromF.Inject(drivertest.Rule{Ops: drivertest.OpRead, N: 512})
+	j := w.start(a)
+	w.await(func(e events.Event) bool {
+		b, ok := e.(types.BlockJobErrorEvent)
+		return ok && b.Action == types.BlockErrorActionIgnore
+	})
+	const at = 32 * granule
+	w.toF.Inject(drivertest.Rule{Ops: drivertest.OpModify, Off: at, N: granule, Err: syscall.ENOSPC})
+	p := bytes.Repeat([]byte("y"), granule)
+	copy(w.want[at:], p)
+	if err := w.write(w.guest, at, p); err != nil {
+		t.Fatal(err)
+	}
+	if err := w.end(j, "source"); !errors.Is(err, syscall.ENOSPC) {
+		t.Errorf("outcome: %v", err)
+	}
+}

@@ -282,7 +282,12 @@ func (j *job) copyDirty(ctx context.Context, h *jobs.Handle) error {
 		Gate: &gates{job: j, ctx: ctx, with: map[*blk.Req]*blk.Req{}}, Size: j.Source.Size(), Workers: workers, Chunk: chunk, LongZeroes: true,
 		Look: func(r *blk.Req, off, _ int64) (copy.Extent, error) { return j.look(r, off, chunk) },
 		// It counts by itself, as it may have to do what is done once more.
-		Copy: func(r *blk.Req, off int64, e copy.Extent) (int64, error) { return 0, j.copy(r, off, e.N) },
+		Copy: func(r *blk.Req, off int64, e copy.Extent) (int64, error) {
+			if j.told() != nil {
+				return 0, nil // the job is about to end: nothing is tried again, and what is left stays dirty
+			}
+			return 0, j.copy(r, off, e.N)
+		},
 		Side: j.side, Uncounted: true, RetryIgnored: true,
 	})
 }
