@@ -349,7 +349,8 @@ func (d *DirtyBitmap) thaw(forget bool) {
 }
 
 // Merge adds what b, of the same granularity, holds. undo takes just that back, and keep says that it stays; one of the two must follow. What is written in between, by whomever, is
-// recorded a second time, so that undo tells it from what was merged.
+// recorded a second time, so that undo tells it from what was merged. The node is drained when it is called, and when undo is: a write that has begun before would be
+// recorded in one of the two only.
 func (d *DirtyBitmap) Merge(b *bitmap.Bitmap) (undo, keep func()) {
 	var since *bitmap.Bitmap
 	d.change(func() {
