@@ -5,6 +5,7 @@ import (
 	"context"
 	"errors"
 	"os"
+	"os/exec"
 	"path/filepath"
 	"sync"
 	"sync/atomic"
@@ -102,6 +103,27 @@ func TestFullDisk(t *testing.T) {
 	}
 	if got := mustRead(t, d, 0, 4096); !bytes.Equal(got, pattern(4096, 1)) {
 		t.Error("old data was lost")
+	}
+}
+
+// TestZeroesOnFullDisk: ext4 leaves a file as long as it got where zeroes find no space, and so long it is then.
+func TestZeroesOnFullDisk(t *testing.T) {
+	dir, img := t.TempDir(), filepath.Join(t.TempDir(), "img")
+	if err := os.WriteFile(img, nil, 0o600); err != nil {
+		t.Fatal(err)
+	}
+	for _, c := range [][]string{{"truncate", "-s", "8M", img}, {"mkfs.ext4", "-q", img}, {"mount", "-o", "loop", img, dir}} {
+		if out, err := exec.Command(c[0], c[1:]...).CombinedOutput(); err != nil {
+			t.Skipf("SKIPPED: cannot mount: %v: %s", err, out)
+		}
+	}
+	t.Cleanup(func() { unix.Unmount(dir, unix.MNT_DETACH) })
+	d := mustOpen(t, settings{name: mustFile(t, dir, "f", 4096)})
+	if err := d.Zero(bg, 4096, 64<<20, 0); !errors.Is(err, unix.ENOSPC) {
+		t.Errorf("zero: %v", err)
+	}
+	if st, err := os.Stat(d.name); err != nil || st.Size() != d.Size() || st.Size() == 4096 {
+		t.Errorf("the file has %d bytes, the size is %d: %v", st.Size(), d.Size(), err)
 	}
 }
 

@@ -27,6 +27,15 @@ func (d *disk) Zero(r *blk.Req, off, n int64, f blk.Flags) error {
 	if d.device {
 		return d.zeroDevice(h, off, n, f)
 	}
+	err := d.zeroOrUnmap(h, off, n, f)
+	var st unix.Stat_t
+	if err != nil && !errors.Is(err, blk.ErrNotSupported) && unix.Fstat(h.fd, &st) == nil {
+		d.grow(st.Size) // some file systems leave what they came to
+	}
+	return err
+}
+
+func (d *disk) zeroOrUnmap(h *handle, off, n int64, f blk.Flags) error {
 	if f&blk.MayUnmap != 0 {
 		err := d.unmap(h, off, n)
 		if !errors.Is(err, blk.ErrNotSupported) {
