@@ -7,6 +7,7 @@ import (
 	"sync"
 	"sync/atomic"
 	"testing"
+	"time"
 
 	"qblockd/blockdev/drivertest"
 	"qblockd/events"
@@ -150,6 +151,46 @@ func TestReadyInBoundedPasses(t *testing.T) {
 					t.Errorf("%v, or the sides differ", j.Err())
 				}
 			}
+		}
+	}
+}
+
+// named is an image with a backing file that nobody has opened.
+type named struct{ *drivertest.MemFile }
+
+func (named) BackingFile() (name, format string) { return "below", "" }
+
+// The target's clusters are copied as a whole where granules are smaller and its backing file is not opened. The job gets on as well where one begins
+// with zeroes and more is dirty than is copied at once.
+func TestWholeClustersOfLongRanges(t *testing.T) {
+	const cluster, size, off = 64 << 10, 2 << 20, 16 << 10
+	for _, mode := range modes {
+		w := newWorldOf(t, size)
+		clear(w.want)
+		w.from = drivertest.NewMemFile(size)
+		w.source = drivertest.AddNode(t, w.g, "zeroes", w.from)
+		w.guest = drivertest.AddRoot(t, w.g, w.source, drivertest.Writer)
+		image := named{drivertest.NewMemFileOptions(size, drivertest.MemOptions{Limits: blk.Limits{ClusterSize: cluster}})}
+		w.target = drivertest.AddNode(t, w.g, "image", image)
+		a := w.args(mode)
+		a.None, a.ZeroTarget, a.Granularity, a.Speed = true, false, 4096, 1 // slow until it is told to end
+		j := w.start(a)
+		if !w.await(ready) {
+			t.Fatal(j.Err())
+		}
+		p := bytes.Repeat([]byte("x"), size-off)
+		copy(w.want[off:], p)
+		if err := w.write(w.guest, off, p); err != nil {
+			t.Fatal(err)
+		}
+		j.Cancel(false)
+		select {
+		case <-j.Finished():
+		case <-time.After(time.Minute):
+			t.Fatalf("%s: the job hangs", mode)
+		}
+		if j.Err() != nil || !bytes.Equal(image.Bytes(), w.want) {
+			t.Errorf("%s: %v, or the target differs", mode, j.Err())
 		}
 	}
 }

@@ -343,7 +343,8 @@ func (j *job) copy(r *blk.Req, off, n int64) error {
 }
 
 // copyClean makes [off, end), which is whole granules, clean and copies it. A granule may be longer than what is copied at once: guests' writes to
-// both sides wait for that only. Of a range that is longer than what is looked at as data, which was zeroes, the rest is dirty again where that has changed.
+// both sides wait for that only. Of a range that is longer than what is looked at as data, the rest is dirty again after the first extent, or after the
+// cluster in which that ends where clusters are copied as a whole.
 func (j *job) copyClean(r *blk.Req, off, end int64) error {
 	long := end-off > j.longest()
 	j.bits.Clear(off, end-off)
@@ -363,8 +364,12 @@ func (j *job) copyClean(r *blk.Req, off, end int64) error {
 		}
 		j.h.Done(x.N)
 		if off += x.N; off < end && long {
-			j.bits.Set(off, end-off)
-			break
+			stop := off
+			if j.allCluster > 0 { // else the next pass begins with the same cluster again
+				stop = min(blk.AlignUp(off, j.allCluster), end)
+			}
+			j.bits.Set(stop, end-stop)
+			end, long = stop, false
 		}
 	}
 	return nil
