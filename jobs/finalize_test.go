@@ -79,3 +79,31 @@ func TestCancelWhileFinalizing(t *testing.T) {
 		})
 	}
 }
+
+// A cancel that has come first is not overtaken by what finalizes the job: that would take its time, and the cancel would be lost.
+func TestFinalizeAfterCancel(t *testing.T) {
+	r := newRecorder()
+	m := NewManager(r, nil)
+	defer shutdown(t, m)
+	p := &preparing{work: &work{}, entered: make(chan struct{}), prepare: func(context.Context, *Handle) error { return nil }}
+	j, err := m.Create(Spec{ID: "a", Type: types.JobTypeMirror, Runner: p, Block: true, ManualFinalize: true, ManualDismiss: true})
+	if err != nil {
+		t.Fatal(err)
+	}
+	m.Start(j)()
+	r.wait("a:PENDING")
+	m.mu.Lock()
+	j.txn.giveUpLocked() // of a cancel that waits for the turn
+	m.mu.Unlock()
+	if err := j.Finalize(); err != nil {
+		t.Error(err)
+	}
+	select {
+	case <-p.entered:
+		t.Error("it was prepared")
+	default:
+	}
+	if err := j.Err(); !errors.Is(err, ErrCancelled) {
+		t.Errorf("outcome: %v", err)
+	}
+}

@@ -13,8 +13,8 @@ type Txn struct {
 	jobs     []*Job        // guarded by m.mu; those not concluded
 	aborting bool          // guarded by m.mu
 
-	// While its jobs prepare: somebody has cancelled one of them. They are all given up then, unless they are through. Guarded by m.mu.
-	preparing, givenUp bool
+	// givenUp: somebody is about to cancel one of the jobs, whose work is over. They are all given up then, also while they prepare, unless they are through.
+	preparing, givenUp bool // guarded by m.mu
 }
 
 // NewTxn makes a transaction for Spec.Txn.
@@ -70,34 +70,42 @@ func (t *Txn) jobEnded(j *Job, err error) {
 // finalizeLocked prepares every job and then commits them all, or aborts them all. The caller has
 // the turn.
 func (t *Txn) finalizeLocked() {
-	t.preparing = true
-	for _, j := range slices.Clone(t.jobs) {
-		err := j.prepareLocked()
-		switch {
-		case err == nil:
-			continue
-		case t.givenUp:
+	if j, err := t.prepareLocked(); err != nil {
+		if t.givenUp {
 			j.cancelLocked(true)
 			j.updateLocked()
-		default:
+		} else {
 			j.failLocked(err)
 		}
-		t.preparing = false
 		t.abortLocked(j)
 		return
 	}
-	t.preparing = false
 	for len(t.jobs) > 0 {
 		t.jobs[0].finishLocked()
 	}
 }
 
-// giveUpLocked ends what the jobs do to prepare for their end, if they are at it. Whoever calls it cancels one of them next, when the turn is free.
+// prepareLocked prepares every job, or returns the one that cannot be.
+func (t *Txn) prepareLocked() (*Job, error) {
+	if t.givenUp { // who cancels waits for the turn
+		return t.jobs[0], ErrCancelled
+	}
+	t.preparing = true
+	defer func() { t.preparing = false }()
+	for _, j := range slices.Clone(t.jobs) {
+		if err := j.prepareLocked(); err != nil {
+			return j, err
+		}
+	}
+	return nil, nil
+}
+
+// giveUpLocked ends what the jobs do, or are about to do, to prepare for their end. Whoever calls it cancels one of them next, when the turn is free.
 func (t *Txn) giveUpLocked() {
+	t.givenUp = true
 	if !t.preparing {
 		return
 	}
-	t.givenUp = true
 	for _, j := range t.jobs {
 		j.cancel()
 	}
