@@ -455,3 +455,21 @@ func TestTallyOfScatteredBitmaps(t *testing.T) {
 		t.Errorf("%v, and it takes %d bytes", err, c.t.bytes())
 	}
 }
+
+// TestTallyOfSmallClusters: what L2 tables take beside the counts does not make fewer clusters be looked at, of which each table has but 64.
+func TestTallyOfSmallClusters(t *testing.T) {
+	const cs, n = 512, 1 << 13
+	s := mustOpen(t, mem{mustCreate(t, CreateOptions{Size: n * cs, ClusterSize: ptr(uint64(cs))})}, config{})
+	if err := s.WriteAt(req(), blk.Buf(make([]byte, n*cs)), 0, 0); err != nil {
+		t.Fatal(err)
+	}
+	c := s.newChecker(req(), &CheckResult{})
+	c.most = n * 3 / 2
+	if err := c.meta(); err != nil {
+		t.Fatal(err)
+	}
+	if _, err := c.step(n); err != nil {
+		t.Error(err)
+	}
+	mustClose(t, s)
+}

@@ -24,7 +24,7 @@ func (s *image) Flush(r *blk.Req) error {
 
 // flushDead is Flush of an image that was given up. What was acknowledged is there if nothing was to be written any more but guest data.
 func (s *image) flushDead(r *blk.Req) error {
-	lost := s.l2.ndirty > 0 || len(s.l1Dirty) > 0 || len(s.reftDirty) > 0 || !s.lazy() && s.rb.ndirty > 0
+	lost := s.midFlush || s.l2.ndirty > 0 || len(s.l1Dirty) > 0 || len(s.reftDirty) > 0 || !s.lazy() && s.rb.ndirty > 0
 	if err := s.file.Flush(r); err != nil {
 		return err
 	}
@@ -51,7 +51,15 @@ func (s *image) flush(r *blk.Req) error {
 	}
 	s.started++
 	mine := s.started
+	// Who waits comes before the node hears of a panic, and what was taken to be written is in no list any more.
+	s.midFlush = true
+	defer func() {
+		if s.midFlush {
+			s.dead.Store(true)
+		}
+	}()
 	err := s.flushOnce(r)
+	s.midFlush = false
 	if err == nil {
 		s.finished = mine
 	}

@@ -120,6 +120,7 @@ type image struct {
 	giving    int    // so many are giving something back
 
 	flushing  bool
+	midFlush  bool   // a flush is under way that has not come to its end, or never will
 	started   uint64 // flushes begun
 	finished  uint64 // the newest flush that succeeded
 	wrote     uint64 // counts writes that a barrier must cover

@@ -83,6 +83,7 @@ func panicsOnce(t *testing.T, s *image, at blk.DebugEvent, bad func(s *image) er
 		}()
 		_ = bad(s)
 	}()
+	synctest.Wait() // who can go on before the node is told does so
 	s.NodeFailed()
 	for range waiting {
 		if err := <-errs; err == nil {

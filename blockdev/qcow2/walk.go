@@ -199,10 +199,10 @@ func (s *image) eachTableEntry(r *blk.Req, off, n int64, f func(e uint64) error)
 	return nil
 }
 
-// crowded tells whether so much is referred to, or so many L2 tables are named, that knowing it takes more than may be.
+// crowded tells whether so much is referred to, or so many L2 tables are named, that knowing either takes more than may be.
 func (c *checker) crowded() bool {
 	const each = 64 // bytes in l2 and tabs
-	return int64(len(c.l2))*each+c.t.bytes() > c.most
+	return max(int64(len(c.l2))*each, c.t.bytes()) > c.most
 }
 
 // l1Entry counts the L2 table that an entry of L1 table of names.
