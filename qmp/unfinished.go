@@ -2,6 +2,7 @@ package qmp
 
 import (
 	"errors"
+	"math"
 	"sync/atomic"
 	"time"
 )
@@ -48,20 +49,20 @@ func (s *Session) gathered(n int) {
 		s.in.since.Store(time.Now().UnixNano())
 	}
 	for u := &s.d.unfinished; u.bytes.Add(int64(n)-old) > u.limit; {
-		if n, old = 0, 0; !s.d.dropUnfinished(time.Now().Add(-u.slow)) && !s.d.dropUnfinished(time.Now()) {
+		if n, old = 0, 0; !s.d.dropUnfinished(time.Now().Add(-u.slow).UnixNano()) && !s.d.dropUnfinished(math.MaxInt64) {
 			return
 		}
 	}
 }
 
-// dropUnfinished disconnects the client that holds most of those whose message began before that time; false if there is none.
-func (d *Dispatcher) dropUnfinished(before time.Time) bool {
+// dropUnfinished disconnects the client that holds most of those whose message began by that time, in nanoseconds; false if there is none.
+func (d *Dispatcher) dropUnfinished(by int64) bool {
 	var most *Session
 	bytes := int64(0)
 	d.stopMu.Lock()
 	for s := range d.sessions {
 		since := s.in.since.Load()
-		if n := s.in.bytes.Load(); n > bytes && since != 0 && since <= before.UnixNano() {
+		if n := s.in.bytes.Load(); n > bytes && since != 0 && since <= by {
 			most, bytes = s, n
 		}
 	}

@@ -1,6 +1,7 @@
 package qmp
 
 import (
+	"math"
 	"strings"
 	"testing"
 	"time"
@@ -53,4 +54,23 @@ func TestManyEndlessMessages(t *testing.T) {
 	}
 	good.send(`{"execute":"query-jobs"}`)
 	good.expect(`{"return": []}`)
+}
+
+// The limit holds also when the clock was set back after a message began.
+func TestEndlessMessageAndClock(t *testing.T) {
+	d := testDispatcher()
+	d.Log = quiet()
+	d.LimitUnfinished(4 << 20)
+	m := NewMonitor(d, nil, Options{})
+	c := serve(t, m)
+	c.negotiate()
+	c.send(`{"execute":"` + strings.Repeat("x", 1<<20))
+	eventually(t, "it to be read", func() bool { return d.unfinished.bytes.Load() >= 1<<20 })
+	d.stopMu.Lock()
+	for s := range d.sessions {
+		s.in.since.Store(math.MaxInt64)
+	}
+	d.stopMu.Unlock()
+	go func() { _, _ = c.conn.Write([]byte(strings.Repeat("x", 4<<20))) }() // which fails half-way
+	c.expect(`{"error": {"class": "GenericError", "desc": "` + errUnfinished.Error() + `"}}`)
 }
