@@ -53,6 +53,8 @@ type Args struct {
 	MaxWorkers     *int64    // nil: as many as are good
 	MaxChunk       int64     // bytes; 0: as the filter copies at most
 	Txn            *jobs.Txn // nil: the job stands alone
+	// ClosesTarget: the target's node goes with the job, and nobody else can flush it.
+	ClosesTarget bool
 }
 
 // errInUse is why the nodes of a job take no other operation.
@@ -350,14 +352,14 @@ func (j *job) Run(ctx context.Context, h *jobs.Handle) error {
 			break
 		}
 	}
-	if j.Bitmap == nil || j.BitmapMode == types.BitmapSyncModeNever {
+	if !j.ClosesTarget && (j.Bitmap == nil || j.BitmapMode == types.BitmapSyncModeNever) {
 		return nil
 	}
 	return j.flush(ctx, h)
 }
 
-// flush puts the target on stable storage before the bitmap forgets what is in it. Other backups get there when the target is flushed or closed, as
-// in the reference. Where the policy ignores that it fails, the job succeeds and the bitmap forgets nothing.
+// flush puts the target on stable storage before the bitmap forgets what is in it, or before it is closed: what fails then nobody is told. Other backups
+// get there when their users flush the target. Where the policy ignores that it fails, the job succeeds and the bitmap forgets nothing.
 func (j *job) flush(ctx context.Context, h *jobs.Handle) error {
 	for {
 		r, err := j.root.Begin(ctx)

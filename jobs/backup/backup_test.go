@@ -304,6 +304,23 @@ func TestConsistentCut(t *testing.T) {
 	}
 }
 
+// A target that is closed with the job is flushed first, by the policy: nobody else can.
+func TestClosedTargetIsFlushed(t *testing.T) {
+	for _, c := range []struct {
+		closes bool
+		policy types.BlockdevOnError
+		err    error
+	}{{true, types.BlockdevOnErrorReport, syscall.EIO}, {true, types.BlockdevOnErrorIgnore, nil}, {false, types.BlockdevOnErrorReport, nil}} {
+		w := newWorld(t)
+		w.toF.Inject(drivertest.Rule{Ops: drivertest.OpFlush})
+		a := w.args()
+		a.ClosesTarget, a.OnTargetError = c.closes, c.policy
+		if err := w.end(w.start(a)); !errors.Is(err, c.err) {
+			t.Errorf("closes %v, policy %s: outcome: %v", c.closes, c.policy, err)
+		}
+	}
+}
+
 // However the job ends, nothing of it is left, the guest's data are untouched, and the bitmap holds what the next backup needs.
 func TestEnds(t *testing.T) {
 	dirty := func(w *world) int64 { return w.source.DirtyBitmap("b").Bits().Count() }

@@ -143,6 +143,7 @@ func (s *backupStep) Prepare(ctx context.Context, tx *graph.Tx) error {
 		ID: deref(a.JobID), Source: source, Target: target, Sync: a.Sync, Compress: deref(a.Compress), Speed: deref(a.Speed),
 		OnSourceError: types.BlockdevOnErrorReport, OnTargetError: types.BlockdevOnErrorReport,
 		FilterNodeName: a.FilterNodeName, ManualFinalize: isFalse(a.AutoFinalize), ManualDismiss: isFalse(a.AutoDismiss), Txn: s.txn,
+		ClosesTarget: s.drive != nil,
 	}
 	if a.OnSourceError != nil {
 		args.OnSourceError = *a.OnSourceError
@@ -166,12 +167,16 @@ func (s *backupStep) target(tx *graph.Tx) (*graph.Node, error) {
 	if s.drive == nil {
 		return s.h.Nodes.LookupIn(tx, s.args.Target)
 	}
+	n := s.opened.Node()
 	if s.source != nil {
-		if _, err := tx.Attach(s.opened.Node(), "backing", perm.COW, s.source); err != nil {
+		if !n.Caps().Backing {
+			return nil, fmt.Errorf("Driver '%s' of node '%s' does not support backing files", n.DriverName(), n.Name())
+		}
+		if _, err := tx.Attach(n, "backing", perm.COW, s.source); err != nil {
 			return nil, err
 		}
 	}
-	return s.opened.Node(), s.opened.Publish(tx)
+	return n, s.opened.Publish(tx)
 }
 
 // backupBitmap finds the bitmap and checks that the modes fit together, in the reference's order.

@@ -3,9 +3,12 @@ package handlers
 import (
 	"context"
 	"encoding/binary"
+	"errors"
 	"fmt"
 	"os"
 	"path/filepath"
+	"strings"
+	"syscall"
 	"testing"
 
 	"qblockd/events"
@@ -115,5 +118,38 @@ func write(t *testing.T, g *graph.Graph, node string, off, n int64) {
 	root.End(r)
 	if err := g.CloseRoot(context.Background(), root); err != nil {
 		t.Fatal(err)
+	}
+}
+
+// A target that can have no backing file cannot show the source below what guests change.
+func TestDriveBackupOverSource(t *testing.T) {
+	w := newWorldSink(t, make(readySink, 1))
+	path := filepath.Join(t.TempDir(), "target")
+	if err := os.WriteFile(path, make([]byte, 1<<16), 0o600); err != nil {
+		t.Fatal(err)
+	}
+	w.ok("blockdev-add", `{'driver': 'null-co', 'node-name': 'source', 'size': 65536}`)
+	for _, sync := range []string{"none", "full"} {
+		err := w.try(t.Context(), "drive-backup", `{'job-id': 'j', 'device': 'source', 'target': '`+path+`', 'mode': 'existing', 'format': 'raw', 'sync': '`+sync+`', 'auto-dismiss': false}`)
+		if sync == "none" && (err == nil || !strings.HasSuffix(err.Error(), "does not support backing files")) || sync == "full" && err != nil {
+			t.Errorf("sync %s: %v", sync, err)
+		}
+	}
+	<-w.jobs.Get("j").Finished()
+}
+
+// A drive-backup that cannot flush its target fails: its node goes with the job.
+func TestDriveBackupFlushes(t *testing.T) {
+	w := newWorldSink(t, make(readySink, 1))
+	path := filepath.Join(t.TempDir(), "target")
+	if err := os.WriteFile(path, make([]byte, 1<<16), 0o600); err != nil {
+		t.Fatal(err)
+	}
+	w.ok("blockdev-add", `{'driver': 'null-co', 'node-name': 'source', 'size': 65536, 'read-zeroes': true}`)
+	target := `json:{"driver": "blkdebug", "inject-error": [{"event": "none", "iotype": "flush"}], "image": {"driver": "file", "filename": "` + path + `"}}`
+	w.ok("drive-backup", `{'job-id': 'j', 'device': 'source', 'target': '`+target+`', 'mode': 'existing', 'sync': 'full', 'auto-dismiss': false}`)
+	j := w.jobs.Get("j")
+	if <-j.Finished(); !errors.Is(j.Err(), syscall.EIO) {
+		t.Errorf("outcome: %v", j.Err())
 	}
 }
