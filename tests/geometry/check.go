@@ -45,6 +45,11 @@ func (e *ended) check() error {
 	if err := w.leave(e.guests); err != nil {
 		return err
 	}
+	if w.Drive.Mode != "" {
+		if err := w.openTarget(); err != nil {
+			return err
+		}
+	}
 	top := e.top(done)
 	if top == "t" && w.Under == "header" {
 		w.reopen = top

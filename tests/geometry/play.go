@@ -93,6 +93,9 @@ func (w *world) scenario(o *Outcome) error {
 	w.arm()
 	if err := w.begin(); err != nil {
 		o.Refused = err.Error()
+		if w.Drive.Mode == types.NewImageModeAbsolutePaths {
+			w.target = nil // there is no such file
+		}
 		return errors.Join(w.stop(guests), w.leave(guests), w.expected(err))
 	}
 	j := w.x.Jobs.Get(id)
@@ -215,6 +218,9 @@ func (w *world) begin() error {
 	auto := rig.Ptr(!w.Manual)
 	switch w.Kind {
 	case "mirror":
+		if w.Drive.Mode != "" {
+			return w.driveMirror()
+		}
 		a := &types.BlockdevMirrorArgs{JobID: rig.Ptr(id), Device: "l0", Target: "t", Sync: w.Sync, Speed: speed, BufSize: &w.BufSize,
 			OnSourceError: &w.OnError, OnTargetError: &w.OnError, CopyMode: &w.Mode, AutoFinalize: auto, AutoDismiss: keep}
 		if w.Granularity > 0 {
@@ -233,6 +239,9 @@ func (w *world) begin() error {
 			if w.Sync != types.MirrorSyncModeIncremental {
 				a.BitmapMode = &w.BitmapMode
 			}
+		}
+		if w.Drive.Mode != "" {
+			return w.driveBackup(a)
 		}
 		return w.x.BlockJob.BlockdevBackup(w.ctx, a)
 	case "stream":
@@ -262,7 +271,8 @@ func (w *world) expected(err error) error {
 			return nil
 		}
 	}
-	if w.Fault != "" {
+	raw := w.Drive.Mode != "" && w.Sync == types.MirrorSyncModeNone && w.Target.Raw // it cannot have the source as its backing file
+	if w.Fault != "" || raw && (strings.Contains(err.Error(), "Backing file not supported") || strings.Contains(err.Error(), "does not support backing files")) {
 		return nil
 	}
 	return fmt.Errorf("refused: %w", err)
@@ -356,14 +366,25 @@ func (w *world) query() string {
 func (w *world) arm() {
 	w.mu.Lock()
 	defer w.mu.Unlock()
-	if f := w.faults[w.Fault]; f != nil {
-		f.Inject(drivertest.Rule{Skip: w.Skip, Count: w.Count, Err: w.Err})
-	}
+	w.armed = true
 	if w.Kill > 0 {
 		w.power = &power{at: w.Kill, after: w.r.IntN(2) == 0, seed: w.Seed, medium: w.medium}
-		for _, f := range w.faults {
-			f.Hook(w.power.hook)
-		}
+	}
+	for name, f := range w.faults {
+		w.armFile(name, f)
+	}
+}
+
+// armFile does it for a file that is open. w.mu is held.
+func (w *world) armFile(name string, f *drivertest.Fault) {
+	if !w.armed {
+		return
+	}
+	if name == w.Fault {
+		f.Inject(drivertest.Rule{Skip: w.Skip, Count: w.Count, Err: w.Err})
+	}
+	if w.power != nil {
+		f.Hook(w.power.hook)
 	}
 }
 
@@ -371,7 +392,8 @@ func (w *world) arm() {
 func (w *world) clear() {
 	w.mu.Lock()
 	defer w.mu.Unlock()
-	for _, f := range w.faults {
+	w.armed = false
+	for _, f := range w.opened {
 		w.struck = w.struck || f.Failed() > 0
 		f.Clear()
 	}

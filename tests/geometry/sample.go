@@ -20,7 +20,8 @@ type Sample struct {
 	Sync   types.MirrorSyncMode
 	// Under is what lies below the target: "" nothing, "own" another image, "chain" what lies below the source, "header" the same, which is not opened.
 	Under    string
-	From, To int // layers that a commit copies from and to, or a stream to (and the one that stays, which may be len(Layers))
+	Drive    drive // how drive-mirror and drive-backup come to their target
+	From, To int   // layers that a commit copies from and to, or a stream to (and the one that stays, which may be len(Layers))
 
 	Mode             types.MirrorCopyMode
 	Switch           bool // to and fro between the modes
@@ -92,6 +93,9 @@ func (s Sample) String() string {
 			s.Target, s.Sync, s.Under, s.Bitmap, s.BitmapMode, s.Compress, s.Memory, s.Workers, s.Chunk)
 	default:
 		fmt.Fprintf(&b, " from %d to %d", s.From, s.To)
+	}
+	if s.Drive.Mode != "" {
+		fmt.Fprintf(&b, " %v", s.Drive)
 	}
 	fmt.Fprintf(&b, " watch %d speed %d on-error %s manual %v; guests %d busy %v; end %s after %d", s.Watch, s.Speed, s.OnError, s.Manual, s.Guests, s.Busy, s.End, s.After)
 	if s.Fault != "" {
@@ -188,6 +192,9 @@ func Draw(seed uint64) Sample {
 	s.drawFault(r)
 	if h := rand.New(rand.NewPCG(seed, 0x68756765)); !s.Busy && one(h, 8) {
 		s.makeHuge(h)
+	}
+	if d := rand.New(rand.NewPCG(seed, 0x6472697665)); (s.Kind == "mirror" || s.Kind == "backup") && one(d, 6) {
+		s.drawDrive(d)
 	}
 	return s
 }

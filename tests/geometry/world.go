@@ -35,6 +35,7 @@ type world struct {
 	mu     sync.Mutex
 	faults map[string]*drivertest.Fault // as the files are open now
 	opened []*drivertest.Fault          // ever
+	armed  bool                         // files that are opened may fail, too
 	struck bool
 	medium map[string]*drivertest.CrashFile
 	power  *power
@@ -57,6 +58,7 @@ func newWorld(ctx context.Context, s Sample, dir string) *world {
 		defer w.mu.Unlock()
 		w.faults[name] = f
 		w.opened = append(w.opened, f)
+		w.armFile(name, f)
 		return f
 	})
 	return w
@@ -98,6 +100,8 @@ func (w *world) build() error {
 		}
 		header, open = "u", "u"
 		w.target = resized(w.under, size)
+	case w.Under == "source":
+		w.target = slices.Clone(w.data)
 	case w.Under != "":
 		header = "l1"
 		if w.Under == "chain" {
@@ -105,8 +109,15 @@ func (w *world) build() error {
 		}
 		w.target = resized(w.layers[1], size)
 	}
-	_, err := w.image("t", w.Target, header, open, w.target)
-	return err
+	if w.Drive.Mode != types.NewImageModeAbsolutePaths {
+		if _, err := w.image("t", w.Target, header, open, w.target); err != nil {
+			return err
+		}
+	}
+	if w.Drive.Mode != "" {
+		return w.namedOnly()
+	}
+	return nil
 }
 
 // model is how many bytes the model has of an image.
