@@ -380,6 +380,26 @@ func (s *image) storeBitmaps(r *blk.Req) error {
 	return err
 }
 
+// tellLost reports the persistent bitmaps of an image that ends read-only which the image does not have: they were added meanwhile. mu is held.
+func (s *image) tellLost() {
+	if s.keeper == nil {
+		return
+	}
+	have := make(map[string]bool, len(s.stored))
+	for _, m := range s.stored {
+		have[m.Name] = true
+	}
+	lost, oldest := 0, ""
+	s.keeper.names(func(name string) {
+		if !have[name] {
+			lost, oldest = lost+1, name // they come newest first
+		}
+	})
+	if lost > 0 {
+		s.warnf("Persistent bitmaps are lost, as the image is read-only: %d, the oldest of which is '%s'", lost, oldest)
+	}
+}
+
 // byName finds bitmaps by their names.
 func byName(l []persisted) map[string]*persisted {
 	m := make(map[string]*persisted, len(l))

@@ -6,6 +6,7 @@ import (
 	"fmt"
 	"path/filepath"
 	"slices"
+	"strings"
 	"syscall"
 	"testing"
 
@@ -190,6 +191,30 @@ func TestBitmapsWithFaults(t *testing.T) {
 		if !failed {
 			return
 		}
+	}
+}
+
+// TestBitmapsLostReadOnly adds a persistent bitmap to an image that ends read-only: the log says that it is lost, and says nothing of one that the image has.
+func TestBitmapsLostReadOnly(t *testing.T) {
+	img := mustCreate(t, CreateOptions{Size: 1 << 20})
+	k := &memKeeper{}
+	s := mustOpen(t, mem{img}, config{keeper: k})
+	k.list = []persisted{{name: "kept", bits: bitmap.New(s.size.Load(), 65536), enabled: true}}
+	mustClose(t, s)
+	var said []string
+	for i, want := range []int{0, 1} {
+		k = &memKeeper{}
+		s = mustOpen(t, mem{img}, config{keeper: k, readOnly: true, warn: func(m string) { said = append(said, m) }})
+		if i == 1 {
+			k.list = append(k.list, persisted{name: "added", bits: bitmap.New(s.size.Load(), 65536), enabled: true})
+		}
+		mustClose(t, s)
+		if len(said) != want {
+			t.Fatalf("%d bitmaps are lost: %q", want, said)
+		}
+	}
+	if !strings.Contains(said[0], "'added'") {
+		t.Errorf("it does not say which: %s", said[0])
 	}
 }
 

@@ -349,6 +349,9 @@ func (s *image) fillEnd(r *blk.Req) {
 func (s *image) Close() error {
 	s.mu.Lock()
 	defer s.mu.Unlock()
+	if s.readOnly && !s.closed {
+		s.tellLost()
+	}
 	s.closed = true
 	if s.stopClean != nil {
 		s.stopClean()
