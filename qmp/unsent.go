@@ -28,7 +28,7 @@ type unsent struct {
 	bytes atomic.Int64
 	large chan struct{} // has one element, which who makes a large reply takes until that is queued
 	sank  chan struct{} // of capacity 1: bytes sank
-	tight atomic.Bool   // somebody disconnects clients now
+	tight atomic.Int32  // above 0: somebody disconnects clients now; how often that was asked for since
 }
 
 func (u *unsent) init() {
@@ -116,22 +116,36 @@ func (s *Session) made() {
 // relieve disconnects those that have most to read until the rest, but for one reply that is being read, is within the limit. It does not wait.
 func (d *Dispatcher) relieve() {
 	u := &d.unsent
-	if u.bytes.Load() <= u.limit || u.tight.Swap(true) {
+	if u.bytes.Load() <= u.limit || u.tight.Add(1) > 1 {
 		return
 	}
 	// Not here: the caller may hold the event bus.
 	panics.Go("the limit of what is unsent", func() {
-		defer u.tight.Store(false)
-		for u.bytes.Load() > u.limit {
-			now := time.Now()
-			if d.dropLargest(nil, now.Add(-u.delay)) {
-				continue
-			}
-			if u.bytes.Load()-d.largestReply() <= u.limit || !d.dropLargest(nil, now) {
-				return
-			}
+		for n := int32(1); n > 0; n = u.relieved(n) {
+			d.dropUnsent()
 		}
-	}, nil)
+	}, func(error) { u.tight.Store(0) })
+}
+
+// relieved ends what relieve has begun: 0. If that was asked for again, after the n times before a look at what is unsent, it goes on, and how often it was is returned.
+func (u *unsent) relieved(n int32) int32 {
+	if u.tight.CompareAndSwap(n, 0) {
+		return 0
+	}
+	return u.tight.Load()
+}
+
+// dropUnsent disconnects clients as relieve says.
+func (d *Dispatcher) dropUnsent() {
+	for u := &d.unsent; u.bytes.Load() > u.limit; {
+		now := time.Now()
+		if d.dropLargest(nil, now.Add(-u.delay)) {
+			continue
+		}
+		if u.bytes.Load()-d.largestReply() <= u.limit || !d.dropLargest(nil, now) {
+			return
+		}
+	}
 }
 
 // dropLargest disconnects the client, but not except, that has most to read of those that have taken nothing since that time; false if there is none.
