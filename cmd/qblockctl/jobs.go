@@ -100,7 +100,7 @@ func (a *app) jobsCommand() *cobra.Command {
 			return a.jobs(cmd.Context(), c)
 		},
 	}
-	cmd.Flags().BoolVarP(&watch, "watch", "w", false, "show progress until no job is left")
+	cmd.Flags().BoolVarP(&watch, "watch", "w", false, "show progress until no job has anything left to do")
 	return cmd
 }
 

@@ -45,7 +45,7 @@ var helpGroups = [][]optionHelp{
 		{"object", 0, []string{"<type>,id=<id>[,<property>=<value>...]"},
 			"make an object; 'help' lists the types, '<type>,help' their properties"},
 	}, {
-		{"daemonize", 0, nil, "go to the background once everything above is up"},
+		{"daemonize", 0, nil, "go to the background once all options have taken effect, wherever it stands; then the working folder is / and the log goes nowhere"},
 		{"pidfile", 0, []string{"<path>"}, "write the process id to a file, locked while the daemon lives"},
 		{"socket-mode", 0, []string{"<octal>"}, "permissions of the socket files that the daemon makes, wherever the option stands (default 0600)"},
 		{"limit", 0, []string{"<name>=<value>[,...]"},

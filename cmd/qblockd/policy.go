@@ -15,7 +15,7 @@ var policyKeys = []struct {
 	def  string // as shown
 	text string
 }{
-	{"roots", cmdline.OptString, "/", "folders, separated by colons, that a file must be in, directly or deeper, when all symbolic links are followed"},
+	{"roots", cmdline.OptString, "/", "folders, absolute and separated by colons, that a file must be in, directly or deeper, when all symbolic links are followed"},
 	{"devices", cmdline.OptBool, "off", "whether block devices may be named"},
 	{"references", cmdline.OptBool, "off", "whether nodes and throttle groups of the daemon may be named"},
 	{"max-chain", cmdline.OptNumber, "1000", "how many images a chain of backing files may have that headers name; 0: they may name nothing"},

@@ -8,7 +8,7 @@ complete -c qblockd -l monitor -r -d 'speak QMP on a character device, to any nu
 complete -c qblockd -l nbd-server -r -d 'start the NBD server'
 complete -c qblockd -l export -r -d 'export a node over NBD; needs --nbd-server before it'
 complete -c qblockd -l object -r -d 'make an object; '\''help'\'' lists the types, '\''<type>,help'\'' their properties'
-complete -c qblockd -l daemonize -d 'go to the background once everything above is up'
+complete -c qblockd -l daemonize -d 'go to the background once all options have taken effect, wherever it stands; then the working folder is / and the log goes nowhere'
 complete -c qblockd -l pidfile -r -d 'write the process id to a file, locked while the daemon lives'
 complete -c qblockd -l socket-mode -r -d 'permissions of the socket files that the daemon makes, wherever the option stands (default 0600)'
 complete -c qblockd -l limit -r -d 'bound what clients can make the daemon hold; '\''help'\'' lists the names and their defaults'
