@@ -196,6 +196,9 @@ func Draw(seed uint64) Sample {
 	if d := rand.New(rand.NewPCG(seed, 0x6472697665)); (s.Kind == "mirror" || s.Kind == "backup") && one(d, 6) {
 		s.drawDrive(d)
 	}
+	if s.Huge {
+		s.modernize()
+	}
 	return s
 }
 
@@ -365,6 +368,14 @@ func (s *Sample) makeHuge(r *rand.Rand) {
 	for range 1 + r.IntN(4) {
 		s.Places = append(s.Places, pick(r, edges...))
 	}
+}
+
+// modernize makes images of version 3 of those that have something below: in version 2 zeroes over that are data, and all of a huge disk may be zeroed.
+func (s *Sample) modernize() {
+	for i := range s.Layers[:len(s.Layers)-1] {
+		s.Layers[i].V2 = false
+	}
+	s.Target.V2 = s.Target.V2 && s.Under == ""
 }
 
 // space is where the sample's disks have data.
