@@ -75,7 +75,7 @@ func dial(ctx context.Context, addr string, onEvent func(*message)) (*client, er
 			_, err = c.execute(ctx, "qmp_capabilities", nil)
 		}
 	case <-c.ended:
-		err = c.err
+		err = fmt.Errorf("%s does not greet as a QMP monitor does: %w", addr, c.err)
 	case <-ctx.Done():
 		err = fmt.Errorf("%s does not answer: %w", addr, ctx.Err())
 	}

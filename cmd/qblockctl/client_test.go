@@ -6,6 +6,7 @@ import (
 	"encoding/json"
 	"errors"
 	"fmt"
+	"io"
 	"net"
 	"path/filepath"
 	"strings"
@@ -113,6 +114,26 @@ func TestCommand(t *testing.T) {
 		if err := run(t.Context(), bad, sock, &out); !errors.Is(err, errUsage) {
 			t.Errorf("%q: %v, want a usage error", bad, err)
 		}
+	}
+}
+
+// TestNotQMP connects to a server of another kind: the error says what is wrong with the socket.
+func TestNotQMP(t *testing.T) {
+	sock := filepath.Join(t.TempDir(), "nbd.sock")
+	l, err := net.Listen("unix", sock)
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer l.Close()
+	go func() {
+		if c, err := l.Accept(); err == nil {
+			_, _ = c.Write([]byte("NBDMAGICIHAVEOPT\x00\x03"))
+			_, _ = io.Copy(io.Discard, c)
+			c.Close()
+		}
+	}()
+	if err := run(t.Context(), []string{"query-jobs"}, sock, io.Discard); err == nil || !strings.Contains(err.Error(), "nbd.sock does not greet as a QMP monitor does") {
+		t.Errorf("%v", err)
 	}
 }
 
