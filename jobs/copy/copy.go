@@ -5,6 +5,8 @@
 //	        ^                                                      |
 //	        `------------ failed units, to be tried again <--------'
 //
+// With one worker the walker copies by itself.
+//
 // The walker holds no gate pass while it waits, and every unit passes the gate on its own, so a drain waits
 // for the units in flight only.
 //
@@ -20,6 +22,8 @@ import (
 	"slices"
 	"sync/atomic"
 	"time"
+
+	"golang.org/x/sys/unix"
 
 	"qblockd/events/panics"
 	"qblockd/graph"
@@ -68,9 +72,8 @@ type Task struct {
 	// LongZeroes: extents of zeroes are handed over as long as Look says, also beyond what it was asked about.
 	LongZeroes bool
 	Workers    int
-	// Guests is set whenever a request of a guest passes; nil: nobody sees them. While there are any, one worker is at work, on a thread of its own: several
-	// take the processors from whoever serves guests, and so does one that goes on with a copy on the thread that has just answered a guest, as the kernel
-	// lets the guest wait on that processor until the copy is over.
+	// Guests is set whenever a request of a guest passes; nil: nobody sees them. While there are any, one extent at a time is copied: several workers
+	// take the processors from whoever serves guests.
 	Guests *atomic.Bool
 	// Look tells what [off, off+n) needs, or at least its beginning, or more. n grows while nothing is to do, so that what is empty is passed over
 	// in a few steps.
@@ -112,21 +115,19 @@ type unit struct {
 	ext Extent
 	err error
 	n   int64 // what it counts as
-	// over: it is done, and waits for those before it; entered: it is in the order; beside: it is done beside guests, on a thread of its own.
-	over, entered, beside bool
+	// over: it is done, and waits for those before it; entered: it is in the order.
+	over, entered bool
 }
 
 type engine struct {
 	Task
 	h        *jobs.Handle
 	work     chan *unit
-	beside   chan *unit // for the worker that has a thread of its own
 	done     chan *unit
-	workers  int // started, but for the one with its own thread
-	busy     int // of them
+	workers  int // started
 	inFlight int
 	guests   time.Time // when one was last seen
-	threaded bool      // the worker with its own thread was started
+	threaded bool      // the walker has a thread of its own
 	order    order
 	retry    []*unit // by offset
 	ask      int64   // how much is looked at in one step
@@ -139,9 +140,9 @@ type engine struct {
 // Run does the task and returns the first error that a policy reported, or ignored at the end, or jobs.ErrCancelled.
 // It blocks until no unit is in flight any more.
 func Run(h *jobs.Handle, t Task) error {
-	e := &engine{Task: t, h: h, ask: t.Chunk, work: make(chan *unit), beside: make(chan *unit), done: make(chan *unit, t.Workers)}
+	e := &engine{Task: t, h: h, ask: t.Chunk, work: make(chan *unit), done: make(chan *unit, t.Workers)}
 	defer close(e.work) // the workers end
-	defer close(e.beside)
+	defer e.shareThread()
 	err := e.walk()
 	e.settle()
 	if err != nil {
@@ -233,11 +234,11 @@ func lookFurther(n, size int64) int64 {
 	return n * factor
 }
 
-// hand gives a unit to a worker, waiting for one to be free.
+// hand gives a unit to a worker, waiting for one to be free, or does it itself where one at a time is copied.
 func (e *engine) hand(u *unit) {
 	e.order.enter(u)
 	limit := e.Workers
-	if u.beside = e.guestsNear(); u.beside {
+	if e.guestsNear() {
 		limit = 1
 	}
 	for e.inFlight >= limit {
@@ -249,23 +250,38 @@ func (e *engine) hand(u *unit) {
 	// Counted before it is done: what is in flight has passed the speed limit.
 	e.h.Count(u.ext.N)
 	e.inFlight++
-	if u.beside {
-		if !e.threaded {
-			e.threaded = true
-			panics.Go("a worker of a copy beside guests", func() {
-				runtime.LockOSThread() // the thread ends with the worker
-				e.worker(e.beside)
-			}, nil)
+	if limit == 1 {
+		e.ownThread()
+		e.do(u)
+		if e.Guests != nil {
+			// Whoever waits for this processor is a guest, mostly, and would wait until the kernel's next tick.
+			_, _, _ = unix.Syscall(unix.SYS_SCHED_YIELD, 0, 0, 0)
 		}
-		e.beside <- u
+		e.collect(u)
 		return
 	}
-	if e.workers == e.busy {
+	e.shareThread()
+	if e.workers < e.inFlight {
 		e.workers++
-		panics.Go("a worker of a copy", func() { e.worker(e.work) }, nil)
+		panics.Go("a worker of a copy", e.worker, nil)
 	}
-	e.busy++
 	e.work <- u
+}
+
+// ownThread gives the walker a thread of its own. On a thread that has just answered a guest its copies would hold that guest up: the kernel lets whom it wakes
+// wait on that processor until the call that copies is over.
+func (e *engine) ownThread() {
+	if !e.threaded {
+		e.threaded = true
+		runtime.LockOSThread()
+	}
+}
+
+func (e *engine) shareThread() {
+	if e.threaded {
+		e.threaded = false
+		runtime.UnlockOSThread()
+	}
 }
 
 // guestsNear tells whether a request of a guest has passed lately.
@@ -292,15 +308,20 @@ func (e *engine) unit(what string, f func(r *blk.Req) error) (err error) {
 	return f(r)
 }
 
-func (e *engine) worker(work <-chan *unit) {
-	for u := range work {
-		u.err = e.unit("copying", func(r *blk.Req) (err error) {
-			n, err := e.Copy(r, u.off, u.ext)
-			u.n += n
-			return err
-		})
+func (e *engine) worker() {
+	for u := range e.work {
+		e.do(u)
 		e.done <- u
 	}
+}
+
+// do copies u.
+func (e *engine) do(u *unit) {
+	u.err = e.unit("copying", func(r *blk.Req) (err error) {
+		n, err := e.Copy(r, u.off, u.ext)
+		u.n += n
+		return err
+	})
 }
 
 func (e *engine) drainDone() {
@@ -323,9 +344,6 @@ func (e *engine) settle() {
 
 func (e *engine) collect(u *unit) {
 	e.inFlight--
-	if !u.beside {
-		e.busy--
-	}
 	if u.err != nil {
 		e.failed(u)
 		return
