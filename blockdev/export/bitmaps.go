@@ -22,7 +22,8 @@ func (t *Table) claimBitmaps(hold *graph.Hold, e *entry, n *graph.Node, names []
 		if err := d.Check(graph.BitmapRead); err != nil {
 			return nil, err
 		}
-		if !writable && !d.Node().ReadOnly() && d.Enabled() {
+		// One that is named with its node may change meanwhile, as in the reference: it is the client's to know.
+		if name.Local != nil && !writable && !d.Node().ReadOnly() && d.Enabled() {
 			return nil, fmt.Errorf("Enabled bitmap '%s' incompatible with readonly export", d.Name())
 		}
 		found = append(found, d)
