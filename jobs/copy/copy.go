@@ -21,9 +21,8 @@ import (
 	"runtime"
 	"slices"
 	"sync/atomic"
+	"syscall"
 	"time"
-
-	"golang.org/x/sys/unix"
 
 	"qblockd/events/panics"
 	"qblockd/graph"
@@ -255,7 +254,7 @@ func (e *engine) hand(u *unit) {
 		e.do(u)
 		if e.Guests != nil {
 			// Whoever waits for this processor is a guest, mostly, and would wait until the kernel's next tick.
-			_, _, _ = unix.Syscall(unix.SYS_SCHED_YIELD, 0, 0, 0)
+			_, _, _ = syscall.Syscall(syscall.SYS_SCHED_YIELD, 0, 0, 0)
 		}
 		e.collect(u)
 		return

@@ -12,8 +12,6 @@ import (
 	"testing"
 	"time"
 
-	"golang.org/x/sys/unix"
-
 	"qblockd/events"
 	"qblockd/events/panics"
 	"qblockd/graph/blk"
@@ -368,8 +366,8 @@ func TestGuestsComeFirst(t *testing.T) {
 		b.during = func(off int64) {
 			b.guests.Store(busy)
 			other := make(chan int)
-			go func() { other <- unix.Gettid() }()
-			if <-other == unix.Gettid() {
+			go func() { other <- syscall.Gettid() }()
+			if <-other == syscall.Gettid() {
 				shared.Store(true)
 			}
 			if n := now.Add(1); n > most.Load() {
