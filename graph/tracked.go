@@ -22,8 +22,8 @@ import (
 //     gets the same bytes from above or from below.
 //   - A growth has no readers in the new area: it is beyond the end until the size changes.
 //   - Only jobs that change what is below (a fleecing target's backing) need to know
-//     that earlier reads are over before their serialising write ends. They take TrackReads first,
-//     while the node is drained, so that no read under way escapes.
+//     that earlier reads are over before their serialising write ends. They take TrackReads first.
+//     A read that is under way then escapes, unless the node is drained; it began before the point in time was there.
 //
 // A unit of work may hold a range of the node (LockRange) over several requests; these do not wait for their own lock.
 //
@@ -250,7 +250,7 @@ func (e *Edge) LockRange(r *blk.Req, off, size int64) (RangeLock, error) {
 func (l RangeLock) Unlock() { l.t.end(l.k) }
 
 // TrackReads makes reads of n wait for overlapping serialising requests and the other way
-// round until release is called (once). n must be drained meanwhile; it can be released at any time.
+// round until release is called (once). Reads that are under way escape, unless n is drained meanwhile; it can be released at any time.
 func (n *Node) TrackReads() (release func()) {
 	n.io.track.reads.Add(1)
 	return sync.OnceFunc(func() { n.io.track.reads.Add(-1) })

@@ -221,6 +221,7 @@ func (s *Step) insert(tx *graph.Tx) error {
 	if _, err := tx.InsertFilter(s.filter, "file", s.Source); err != nil {
 		return err
 	}
+	s.driver.TrackReaders(s.Source, s.Target)
 	if err := tx.Publish(s.filter); err != nil {
 		return err
 	}
@@ -280,6 +281,9 @@ func (s *Step) Abort() {
 	if s.frozen {
 		s.Bitmap.Reclaim()
 		s.frozen = false
+	}
+	if s.driver != nil {
+		_ = s.driver.Close()
 	}
 	switch {
 	case s.mj == nil:

@@ -52,6 +52,7 @@ var maxBooks int64 = 2 << 30
 type State struct {
 	node       *graph.Node // of the filter
 	cluster    int64
+	flags      blk.Flags // of writes to the target
 	compressed bool
 	buffered   bool // data go through memory
 	copied     func(n int64)
@@ -65,6 +66,7 @@ type State struct {
 
 	readers       atomic.Int32       // raised before a reader looks whether its clusters are done
 	timeout       time.Duration      // that a guest's write waits for a copy; 0: as long as it takes
+	readersOver   func()             // ends the tracking of the target's readers; nil: they are not tracked
 	listed        *graph.DirtyBitmap // pending, as clients see it; nil: the filter's owner lists it
 	breakSnapshot bool               // a failing copy spoils the point in time, not the guest's write
 	broken        atomic.Bool
@@ -359,7 +361,7 @@ func (s *State) release(c *running, err error, copied func(n int64)) {
 // copy copies by what the source says of the range.
 func (s *State) copy(r *blk.Req, c *running) error {
 	src, dst := s.source(), s.target()
-	var f blk.Flags
+	f := s.flags
 	if s.compressed {
 		f |= blk.Compressed
 	}
@@ -372,7 +374,7 @@ func (s *State) copy(r *blk.Req, c *running) error {
 			x = s.wholeClusters(x, off, end)
 		}
 		if x.Zero {
-			if err = dst.Zero(r, off, x.N, blk.MayUnmap); err != nil {
+			if err = dst.Zero(r, off, x.N, s.flags|blk.MayUnmap); err != nil {
 				err = &graph.CopyError{Write: true, Err: err}
 			}
 		} else {
@@ -426,6 +428,9 @@ func (d *Driver) NamedAsChild() {}
 func (d *Driver) Close() error {
 	if d.listed != nil {
 		d.listed.Remove()
+	}
+	if d.readersOver != nil {
+		d.readersOver()
 	}
 	return nil
 }

@@ -36,6 +36,7 @@ func Open(o *graph.Opening) (graph.Driver, error) {
 		d.pending.Merge(part)
 		d.access.Merge(part)
 	}
+	d.TrackReaders(file.Node(), target.Node())
 	// Clients see on the source what is still to be copied.
 	d.listed, err = file.Node().NewDirtyBitmap(graph.DirtyBitmapSpec{Bits: d.pending, Disabled: true})
 	return d, err
