@@ -163,6 +163,9 @@ func (d *txDraft) replaceNode(old, new *Node, skip bool) error {
 	}
 	below := d.below(new)
 	for _, e := range slices.Collect(d.Parents(old)) {
+		if below[old] && e.keepsChild() {
+			continue
+		}
 		if e.pnode != nil && below[e.pnode] || e.root != nil && e.root.spec.StayAtNode {
 			if skip {
 				continue
@@ -177,6 +180,14 @@ func (d *txDraft) replaceNode(old, new *Node, skip bool) error {
 		}
 	}
 	return nil
+}
+
+func (e *Edge) keepsChild() bool {
+	if e.pnode == nil {
+		return false
+	}
+	_, ok := e.pnode.drv.(ChildKeeper)
+	return ok
 }
 
 // below is the set of n and all nodes below it.

@@ -185,6 +185,10 @@ type (
 		SnapshotStatus(r *blk.Req, off, n int64) (blk.Extent, error)
 		DiscardSnapshot(r *blk.Req, off, n int64) error
 	}
+	// ChildKeeper marks drivers that read what one node alone knows, their file: who is put above that node does not come between.
+	ChildKeeper interface {
+		KeepsChild()
+	}
 	// ChildNamer marks drivers that show themselves under the file name of what they filter, or of their file.
 	ChildNamer interface {
 		NamedAsChild()

@@ -199,7 +199,7 @@ func TestDiscardedSnapshot(t *testing.T) {
 	}
 }
 
-// What is above a filter that goes, or below another one that comes, fails; it does not end the daemon.
+// What is above a filter that goes fails; it does not end the daemon.
 func TestSnapshotWithoutKeeper(t *testing.T) {
 	f := newFleece(t, types.BlockdevOptionsCbw{})
 	tx := f.g.Begin(t.Context())
@@ -216,5 +216,35 @@ func TestSnapshotWithoutKeeper(t *testing.T) {
 	})
 	if !errors.Is(err, blk.ErrNotSupported) {
 		t.Error(err)
+	}
+}
+
+// TestSnapshotBelowFilter: another filter that is put above the one with the point in time does not come between it and its readers.
+func TestSnapshotBelowFilter(t *testing.T) {
+	f := newFleece(t, types.BlockdevOptionsCbw{})
+	tx := f.g.Begin(t.Context())
+	defer tx.Abort()
+	top, err := tx.NewNode(&graph.Options{Name: "top", DriverName: copybeforewrite.DriverName, Kind: graph.Filter})
+	if err != nil {
+		t.Fatal(err)
+	}
+	another := copybeforewrite.New(top, size, cluster, false)
+	another.Access().SetAll()
+	top.SetDriver(another)
+	if _, err := tx.InsertFilter(top, "file", f.cbw); err != nil {
+		t.Fatal(err)
+	}
+	if err := errors.Join(tx.Publish(top), tx.Commit()); err != nil {
+		t.Fatal(err)
+	}
+	if above, reads := f.guest.Node(), f.sa.File().Node(); above != top || reads != f.cbw {
+		t.Errorf("guests are above %s, the point in time is read from %s", above.Name(), reads.Name())
+	}
+	got := make([]byte, size)
+	err = errors.Join(
+		f.write(cluster, bytes.Repeat([]byte{0xee}, cluster)),
+		unit(f.reader, func(r *blk.Req) error { return f.reader.ReadAt(r, blk.Buf(got), 0, 0) }))
+	if err != nil || !bytes.Equal(got, f.was) {
+		t.Errorf("the point in time has changed: %v", err)
 	}
 }

@@ -32,7 +32,7 @@ func keeper(n *graph.Node) (graph.Snapshotted, error) {
 	return nil, fmt.Errorf("Node '%s' keeps no point in time: %w", n.Name(), blk.ErrNotSupported)
 }
 
-// below is asked for each request: where the filter is one of a job it leaves the graph with the job, and others can be put above it.
+// below is asked for each request: where the filter is one of a job it leaves the graph with the job.
 func (d *driver) below() (graph.Snapshotted, error) { return keeper(d.node.File().Node()) }
 
 // Caps implements graph.Driver.
@@ -43,6 +43,9 @@ func (d *driver) Size() int64 { return d.size }
 
 // NamedAsChild implements graph.ChildNamer.
 func (d *driver) NamedAsChild() {}
+
+// KeepsChild implements graph.ChildKeeper: another filter above the one that keeps the point in time, or an overlay, knows nothing of it.
+func (d *driver) KeepsChild() {}
 
 // Close implements graph.Driver.
 func (d *driver) Close() error { return nil }
