@@ -118,37 +118,51 @@ func (s *image) addRef(r *blk.Req, c int64, d int) error {
 	return nil
 }
 
-// findFree returns the first run of free clusters at or after from: at least need clusters,
-// at most want.
-func (s *image) findFree(r *blk.Req, from, need, want int64) (first, n int64, err error) {
+// mostSearched is how many clusters are looked at for a free one, in the file and again behind its end. Tables can count 2^40 clusters and more as used.
+var mostSearched int64 = 1 << 24
+
+// findFree returns the first run of free clusters at or after from: at least need clusters, at most want; next is from where the next search is to begin. What
+// is free in the file may be passed over if much has to be looked at: the next search goes on there.
+func (s *image) findFree(r *blk.Req, from, need, want int64) (first, n, next int64, err error) {
 	bits := s.geo.RefblockBits()
 	limit := int64(1) << (layout.MaxHostBits - s.cb)
+	end := s.geo.Clusters(max(s.file.Size(), s.fileEnd))
 	first = from
-	for c := from; n < want; {
-		if c >= limit {
-			return 0, 0, errTooBig
+	skipped := int64(-1) // from here to the end of the file
+search:
+	for c, left := from, mostSearched; n < want; {
+		switch {
+		case c >= limit, left <= 0 && c >= end:
+			return 0, 0, 0, errTooBig
+		case left <= 0:
+			skipped = c
+			c, first, n, left = end, end, 0, mostSearched
 		}
 		if err := ended(r); err != nil {
-			return 0, 0, err
+			return 0, 0, 0, err
 		}
 		b := c >> bits
-		end := (b + 1) << bits
+		last := (b + 1) << bits
 		t, err := s.refblock(r, b)
 		if err != nil {
-			return 0, 0, err
+			return 0, 0, 0, err
 		}
-		for ; c < end && n < want; c++ {
+		for ; c < last && n < want; c++ {
 			if (t == nil || s.geo.Refcount(t.data, c&(1<<bits-1)) == 0) && !s.taken(c) {
 				n++
 				continue
 			}
+			left--
 			if n >= need && n > 0 {
-				return first, n, nil
+				break search
 			}
 			first, n = c+1, 0
 		}
 	}
-	return first, n, nil
+	if skipped >= 0 {
+		return first, n, skipped, nil
+	}
+	return first, n, first + n, nil
 }
 
 // allocate takes a run of at least need and at most want free clusters and gives each
@@ -163,8 +177,9 @@ func (s *image) allocate(r *blk.Req, need, want int64, what string) (first, n in
 		}
 	}
 	s.step(r, blk.EvClusterAlloc)
+	var next int64
 	for {
-		first, n, err = s.findFree(r, s.lowest(), need, want)
+		first, n, next, err = s.findFree(r, s.lowest(), need, want)
 		if err != nil {
 			return 0, 0, err
 		}
@@ -186,7 +201,7 @@ func (s *image) allocate(r *blk.Req, need, want int64, what string) (first, n in
 		}
 	}
 	if need == 1 || first == s.lowest() {
-		s.setLowest(first + n)
+		s.setLowest(next)
 	}
 	return first, n, nil
 }
@@ -239,7 +254,7 @@ func (s *image) coverRun(r *blk.Req, first, n int64) (again bool, err error) {
 func (s *image) newBlock(r *blk.Req, b int64) error {
 	s.step(r, blk.EvRefblockAlloc)
 	bits := s.geo.RefblockBits()
-	c, _, err := s.findFree(r, s.lowest(), 1, 1)
+	c, _, next, err := s.findFree(r, s.lowest(), 1, 1)
 	if err != nil {
 		return err
 	}
@@ -280,7 +295,7 @@ func (s *image) newBlock(r *blk.Req, b int64) error {
 	s.setReft(b, uint64(t.off))
 	s.own(t.off, ownBlock, 1)
 	s.noteEnd(t.off + s.cs)
-	s.setLowest(c + 1) // it was the first free one
+	s.setLowest(next) // it was the first free one
 	if s.made != nil {
 		s.made(c, 1)
 	}

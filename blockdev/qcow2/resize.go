@@ -360,7 +360,7 @@ func (s *image) extendFile(r *blk.Req, end int64, m blk.Prealloc) error {
 func (s *image) allocateEnd(r *blk.Req, k int64) (host, n int64, err error) {
 	for {
 		first := s.geo.Clusters(max(s.fileEnd, s.file.Size()))
-		first, n, err = s.findFree(r, first, 1, k)
+		first, n, _, err = s.findFree(r, first, 1, k)
 		if err != nil {
 			return 0, 0, err
 		}
