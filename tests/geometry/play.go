@@ -6,6 +6,7 @@ import (
 	"fmt"
 	"os"
 	"runtime/debug"
+	"slices"
 	"strings"
 	"time"
 
@@ -63,10 +64,22 @@ func (w *world) play() (o Outcome, err error) {
 	}()
 	err = w.scenario(&o)
 	w.clear()
+	if errors.Is(err, blk.ErrNoMedium) && w.struck && w.givenUp() {
+		o.Failed = "an image was given up"
+		return o, w.x.Close()
+	}
 	if err == nil {
 		err = w.finish()
 	}
 	return o, errors.Join(err, w.x.Close())
+}
+
+// givenUp tells whether an image is used no more as nobody knows what is in its file: a change of its header failed, and so did taking that back.
+func (w *world) givenUp() bool {
+	return slices.ContainsFunc(w.x.Graph.Nodes(), func(n *graph.Node) bool {
+		x, ok := n.Driver().(graph.Ejecter)
+		return ok && x.Ejected()
+	})
 }
 
 const id = "j"
