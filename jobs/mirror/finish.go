@@ -115,7 +115,7 @@ func (j *job) copyQuiet(ctx context.Context) error {
 		if ctx.Err() != nil {
 			return context.Cause(ctx)
 		}
-		if k := j.longZeroes(r, at, n, j.longest()); k > 0 {
+		if k, _ := j.longZeroes(r, at, n, j.longest()); k > 0 {
 			n = k
 		} else {
 			n = min(n, max(maxCopy, j.Granularity))

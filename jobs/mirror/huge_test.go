@@ -9,6 +9,7 @@ import (
 
 	"qblockd/blockdev/drivertest"
 	"qblockd/graph"
+	"qblockd/graph/blk"
 	"qblockd/jobs"
 	"qblockd/schema/types"
 )
@@ -60,6 +61,76 @@ func TestHugeDisks(t *testing.T) {
 func TestHugeDisksInSmallSteps(t *testing.T) {
 	for _, mode := range modes {
 		t.Run(string(mode), func(t *testing.T) { hugeMirror(t, 1<<36, true, false, mode, granule) })
+	}
+}
+
+// clustered is a file whose parts of 1 MiB are data as a whole, where anything was written to them or they were zeroed in part.
+type clustered struct {
+	*drivertest.MemFile
+	mu    sync.Mutex
+	data  map[int64]bool
+	asked int
+}
+
+const clusterOf = 1 << 20
+
+func (c *clustered) mark(off, n int64, zero bool) {
+	c.mu.Lock()
+	defer c.mu.Unlock()
+	for k := off / clusterOf; k*clusterOf < off+n; k++ {
+		whole := k*clusterOf >= off && (k+1)*clusterOf <= off+n
+		c.data[k] = !zero || !whole && (c.data[k] || zero)
+		if !c.data[k] {
+			delete(c.data, k)
+		}
+	}
+}
+
+func (c *clustered) WriteAt(r *blk.Req, v blk.Vec, off int64, f blk.Flags) error {
+	c.mark(off, v.Len(), false)
+	return c.MemFile.WriteAt(r, v, off, f)
+}
+
+func (c *clustered) Zero(r *blk.Req, off, n int64, f blk.Flags) error {
+	c.mark(off, n, true)
+	return c.MemFile.Zero(r, off, n, f)
+}
+
+func (c *clustered) Status(_ *blk.Req, off, n int64) (blk.Extent, error) {
+	c.mu.Lock()
+	defer c.mu.Unlock()
+	c.asked++
+	k := off / clusterOf
+	if c.data[k] {
+		return blk.Extent{N: min(n, (k+1)*clusterOf-off), Data: true, Allocated: true}, nil
+	}
+	for d := range c.data {
+		if at := d * clusterOf; at > off {
+			n = min(n, at-off)
+		}
+	}
+	return blk.Extent{N: n, Zero: true}, nil
+}
+
+// TestHugeDisksAndClusters: where data of the source begin shortly before a cluster of the target, the hole behind is not copied in steps that lie across its clusters, each of which
+// made the next one data.
+func TestHugeDisksAndClusters(t *testing.T) {
+	const size = 1 << 38
+	w := hugeWorld(t, size, false, true)
+	w.from.Poke(1<<31-100, bytes.Repeat([]byte{7}, 200))
+	to := &clustered{MemFile: w.to, data: map[int64]bool{}}
+	w.target = drivertest.AddNode(t, w.g, "clusters", to)
+	j := w.start(w.args(types.MirrorCopyModeBackground))
+	if !w.await(ready) {
+		t.Fatal(j.Err())
+	}
+	j.Cancel(false)
+	<-j.Finished()
+	if !w.from.Same(w.to) {
+		t.Error("the target differs")
+	}
+	if to.asked > 2000 || len(to.data) > 100 {
+		t.Errorf("%d questions for the status of ranges, %d clusters of data", to.asked, len(to.data))
 	}
 }
 

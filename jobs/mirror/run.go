@@ -304,10 +304,11 @@ func (j *job) look(r *blk.Req, off, chunk int64) (copy.Extent, error) {
 	case at > off:
 		return copy.Extent{N: at - off}, nil
 	}
-	if n := j.longZeroes(r, off, k, chunk); n > 0 {
+	n, step := j.longZeroes(r, off, k, chunk)
+	if n > 0 {
 		return copy.Extent{N: n, Action: copy.Zero}, nil
 	}
-	return copy.Extent{N: min(k, chunk), Action: copy.Data}, nil
+	return copy.Extent{N: min(k, chunk, step), Action: copy.Data}, nil
 }
 
 // side tells reading errors from writing errors.
@@ -460,10 +461,11 @@ func (j *job) zeroesThere(r *blk.Req, dst *graph.Edge, off, n int64) (zero, know
 }
 
 // longZeroes is how much from off on, dirty granules of at most n bytes, reads as zeroes on both sides, if that is more than chunk; else 0, and it is
-// asked again where that may have changed on one of them.
-func (j *job) longZeroes(r *blk.Req, off, n, chunk int64) int64 {
+// asked again where that may have changed on one of them. step is what is to be done by itself meanwhile: where only the target is in the way, no more than that,
+// so that the next question is asked where one of its clusters begins.
+func (j *job) longZeroes(r *blk.Req, off, n, chunk int64) (zeroes, step int64) {
 	if n <= chunk || off < j.asked || j.allCluster > 0 || j.h.Limited() {
-		return 0
+		return 0, n
 	}
 	x, err := j.driver.child().StatusAbove(r, nil, false, off, n)
 	known := x.N
@@ -476,11 +478,16 @@ func (j *job) longZeroes(r *blk.Req, off, n, chunk int64) int64 {
 			k = max(blk.AlignDown(off+k, j.Granularity)-off, 0)
 		}
 		if k > chunk {
-			return k
+			return k, n
+		}
+		if k == 0 && 0 < known && known < chunk {
+			step = blk.AlignUp(known, j.Granularity)
+			j.asked = off + step
+			return 0, step
 		}
 	}
 	j.asked = off + max(known, chunk)
-	return 0
+	return 0, n
 }
 
 // gates let a unit of work begin on both sides. Nobody waits for one of them while inside the other.
