@@ -5,8 +5,8 @@ import (
 	"errors"
 	"sync"
 
-	"qblockd/blockdev/file"
-	"qblockd/blockdev/qcow2"
+	"qblockd/blockdev/format/qcow2"
+	"qblockd/blockdev/protocol/file"
 	"qblockd/schema/types"
 )
 

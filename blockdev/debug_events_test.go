@@ -10,7 +10,7 @@ import (
 	"testing"
 
 	"qblockd/blockdev/drivertest"
-	"qblockd/blockdev/qcow2"
+	"qblockd/blockdev/format/qcow2"
 	"qblockd/graph"
 	"qblockd/graph/blk"
 	"qblockd/schema/types"

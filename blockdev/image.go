@@ -5,7 +5,7 @@ import (
 	"errors"
 	"fmt"
 
-	"qblockd/blockdev/file"
+	"qblockd/blockdev/protocol/file"
 	"qblockd/graph"
 	"qblockd/graph/perm"
 	"qblockd/schema/types"

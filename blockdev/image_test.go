@@ -9,7 +9,7 @@ import (
 	"sync"
 	"testing"
 
-	"qblockd/blockdev/file"
+	"qblockd/blockdev/protocol/file"
 	"qblockd/graph"
 	"qblockd/schema/types"
 )

@@ -13,7 +13,7 @@ import (
 	"testing"
 
 	"qblockd/blockdev/drivertest"
-	"qblockd/blockdev/throttle"
+	"qblockd/blockdev/filter/throttle"
 	"qblockd/graph"
 	"qblockd/graph/blk"
 	"qblockd/graph/perm"

@@ -5,8 +5,8 @@ import (
 	"testing"
 
 	"qblockd/blockdev/drivertest"
-	"qblockd/blockdev/null"
-	"qblockd/blockdev/raw"
+	"qblockd/blockdev/format/raw"
+	"qblockd/blockdev/protocol/null"
 	"qblockd/graph"
 	"qblockd/graph/blk"
 )

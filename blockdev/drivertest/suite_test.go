@@ -3,7 +3,7 @@ package drivertest
 import (
 	"testing"
 
-	"qblockd/blockdev/raw"
+	"qblockd/blockdev/format/raw"
 	"qblockd/graph"
 	"qblockd/graph/blk"
 	"qblockd/graph/perm"

@@ -11,7 +11,7 @@ import (
 	"time"
 
 	"qblockd/blockdev/drivertest"
-	"qblockd/blockdev/nbd/wire"
+	"qblockd/blockdev/nbdwire"
 	"qblockd/graph"
 	"qblockd/graph/perm"
 	"qblockd/schema/types"
@@ -101,7 +101,7 @@ func (f *fixture) query() string {
 }
 
 // client connects to an export and sends requests; replies are read with read.
-func (f *fixture) client(name string, qs ...wire.Request) net.Conn {
+func (f *fixture) client(name string, qs ...nbdwire.Request) net.Conn {
 	f.t.Helper()
 	nc, err := net.Dial("unix", f.path)
 	if err != nil {
@@ -109,12 +109,12 @@ func (f *fixture) client(name string, qs ...wire.Request) net.Conn {
 	}
 	f.t.Cleanup(func() { nc.Close() })
 	nc.SetDeadline(time.Now().Add(patience))
-	b := append([]byte{0, 0, 0, 3}, wire.AppendOption(nil, wire.OptExportName, []byte(name))...)
+	b := append([]byte{0, 0, 0, 3}, nbdwire.AppendOption(nil, nbdwire.OptExportName, []byte(name))...)
 	for i := range qs {
 		b = qs[i].Append(b)
 	}
 	nc.Write(b)
-	f.read(nc, wire.GreetingSize+wire.ExportNameReply)
+	f.read(nc, nbdwire.GreetingSize+nbdwire.ExportNameReply)
 	return nc
 }
 
@@ -204,9 +204,9 @@ func TestReplacedNode(t *testing.T) {
 	r.End(q)
 	f.start()
 	f.is(f.add("e", "n"), "")
-	rd := wire.Request{Len: 3}
+	rd := nbdwire.Request{Len: 3}
 	nc := f.client("n", rd)
-	if b := f.read(nc, wire.SimpleSize+3)[wire.SimpleSize:]; string(b) != "\x00\x00\x00" {
+	if b := f.read(nc, nbdwire.SimpleSize+3)[nbdwire.SimpleSize:]; string(b) != "\x00\x00\x00" {
 		t.Errorf("%q", b)
 	}
 	tx := f.g.Begin(t.Context())
@@ -220,7 +220,7 @@ func TestReplacedNode(t *testing.T) {
 		t.Error(q)
 	}
 	nc.Write(rd.Append(nil))
-	if b := f.read(nc, wire.SimpleSize+3)[wire.SimpleSize:]; string(b) != "new" {
+	if b := f.read(nc, nbdwire.SimpleSize+3)[nbdwire.SimpleSize:]; string(b) != "new" {
 		t.Errorf("%q", b)
 	}
 }
@@ -280,7 +280,7 @@ func TestStuckRequest(t *testing.T) {
 		<-release
 	})
 	// The device does not know NoWait: its reads are served inline by the connection.
-	f.client("n", wire.Request{Len: 512})
+	f.client("n", nbdwire.Request{Len: 512})
 	<-entered
 	start := time.Now()
 	f.is(f.Del(t.Context(), "e", types.BlockExportRemoveModeHard), "")
@@ -366,9 +366,9 @@ func TestSizeIsWholeSectors(t *testing.T) {
 		t.Fatal(err)
 	}
 	defer nc.Close()
-	nc.Write(append([]byte{0, 0, 0, 3}, wire.AppendOption(nil, wire.OptExportName, []byte("n"))...))
-	b := f.read(nc, wire.GreetingSize+wire.ExportNameReply)
-	if s := b[wire.GreetingSize : wire.GreetingSize+8]; s[6] != 2 || s[7] != 0 {
+	nc.Write(append([]byte{0, 0, 0, 3}, nbdwire.AppendOption(nil, nbdwire.OptExportName, []byte("n"))...))
+	b := f.read(nc, nbdwire.GreetingSize+nbdwire.ExportNameReply)
+	if s := b[nbdwire.GreetingSize : nbdwire.GreetingSize+8]; s[6] != 2 || s[7] != 0 {
 		t.Errorf("size % x", s)
 	}
 }
@@ -382,8 +382,8 @@ func TestCacheOfReadOnlyExport(t *testing.T) {
 	f.is(f.add("rw", "n", writable, named("rw")), "")
 	fault.Inject(drivertest.Rule{Ops: drivertest.OpModify})
 	for _, name := range []string{"n", "rw"} {
-		nc := f.client(name, wire.Request{Cmd: wire.CmdCache, Len: 1 << 20})
-		if b := f.read(nc, wire.SimpleSize); b[7] != 0 {
+		nc := f.client(name, nbdwire.Request{Cmd: nbdwire.CmdCache, Len: 1 << 20})
+		if b := f.read(nc, nbdwire.SimpleSize); b[7] != 0 {
 			t.Errorf("%s: error %d", name, b[7])
 		}
 	}

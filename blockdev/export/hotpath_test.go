@@ -16,7 +16,7 @@ import (
 	"qblockd/blockdev"
 	"qblockd/blockdev/drivertest"
 	"qblockd/blockdev/export"
-	"qblockd/blockdev/nbd/wire"
+	"qblockd/blockdev/nbdwire"
 	"qblockd/schema/types"
 	"qblockd/schema/value"
 )
@@ -105,7 +105,7 @@ func (s *stack) standard() {
 		"'backing': {'driver': 'file', 'filename': '"+s.raw("base")+"', 'read-only': true}}")
 	c := s.client("qcow2")
 	for off := int64(0); off < hotSize; off += 1 << 20 {
-		c.once(wire.CmdWrite, 1<<20, 1, func() int64 { return off })
+		c.once(nbdwire.CmdWrite, 1<<20, 1, func() int64 { return off })
 	}
 }
 
@@ -123,21 +123,21 @@ func (s *stack) client(name string) *client {
 	nc, err := net.Dial("unix", s.sock)
 	s.must(err)
 	s.t.Cleanup(func() { nc.Close() })
-	b := append([]byte{0, 0, 0, 3}, wire.AppendOption(nil, wire.OptStructuredReply, nil)...)
-	b = append(b, wire.AppendOption(nil, wire.OptExportName, []byte(name))...)
+	b := append([]byte{0, 0, 0, 3}, nbdwire.AppendOption(nil, nbdwire.OptStructuredReply, nil)...)
+	b = append(b, nbdwire.AppendOption(nil, nbdwire.OptExportName, []byte(name))...)
 	_, err = nc.Write(b)
 	s.must(err)
-	_, err = io.ReadFull(nc, make([]byte, wire.GreetingSize+20+wire.ExportNameReply))
+	_, err = io.ReadFull(nc, make([]byte, nbdwire.GreetingSize+20+nbdwire.ExportNameReply))
 	s.must(err)
-	return &client{t: s.t, nc: nc, out: make([]byte, 0, 64*(4096+wire.RequestSize)+2<<20), in: make([]byte, 2<<20), data: make([]byte, 1<<20)}
+	return &client{t: s.t, nc: nc, out: make([]byte, 0, 64*(4096+nbdwire.RequestSize)+2<<20), in: make([]byte, 2<<20), data: make([]byte, 1<<20)}
 }
 
 // once sends count requests for n bytes at offsets that next gives, and takes all replies.
 func (c *client) once(cmd uint16, n, count int, next func() int64) {
 	for i := range count {
-		q := wire.Request{Cmd: cmd, Cookie: uint64(i), Off: uint64(next()), Len: uint32(n)}
+		q := nbdwire.Request{Cmd: cmd, Cookie: uint64(i), Off: uint64(next()), Len: uint32(n)}
 		c.out = q.Append(c.out)
-		if cmd == wire.CmdWrite {
+		if cmd == nbdwire.CmdWrite {
 			c.out = append(c.out, c.data[:n]...)
 		}
 		if len(c.out) > 1<<20 {
@@ -163,7 +163,7 @@ func (c *client) once(cmd uint16, n, count int, next func() int64) {
 		return c.in[r-k : r]
 	}
 	for count > 0 {
-		h := take(wire.SimpleSize)
+		h := take(nbdwire.SimpleSize)
 		if h == nil {
 			return
 		}
@@ -182,7 +182,7 @@ func (c *client) once(cmd uint16, n, count int, next func() int64) {
 		if size == nil || take(int(binary.BigEndian.Uint32(size))) == nil {
 			return
 		}
-		if flags&wire.ChunkDone != 0 {
+		if flags&nbdwire.ChunkDone != 0 {
 			count--
 		}
 	}
@@ -209,13 +209,13 @@ type hotLoad struct {
 }
 
 var hotLoads = []hotLoad{
-	{"read-4k-qd1", wire.CmdRead, 4096, 1, false},
-	{"read-4k-qd16", wire.CmdRead, 4096, 16, false},
-	{"read-64k-qd4", wire.CmdRead, 64 << 10, 4, true},
-	{"read-1M-qd1", wire.CmdRead, 1 << 20, 1, true},
-	{"write-4k-qd1", wire.CmdWrite, 4096, 1, false},
-	{"write-4k-qd16", wire.CmdWrite, 4096, 16, false},
-	{"write-1M-qd2", wire.CmdWrite, 1 << 20, 2, false},
+	{"read-4k-qd1", nbdwire.CmdRead, 4096, 1, false},
+	{"read-4k-qd16", nbdwire.CmdRead, 4096, 16, false},
+	{"read-64k-qd4", nbdwire.CmdRead, 64 << 10, 4, true},
+	{"read-1M-qd1", nbdwire.CmdRead, 1 << 20, 1, true},
+	{"write-4k-qd1", nbdwire.CmdWrite, 4096, 1, false},
+	{"write-4k-qd16", nbdwire.CmdWrite, 4096, 16, false},
+	{"write-1M-qd2", nbdwire.CmdWrite, 1 << 20, 2, false},
 }
 
 // TestHotPathAllocations: no request of the usual kinds allocates, from the client's socket to the file and back.
@@ -227,7 +227,7 @@ func TestHotPathAllocations(t *testing.T) {
 	s.standard()
 	for _, node := range []string{"null", "file", "raw", "qcow2", "layer"} {
 		for _, l := range hotLoads {
-			if l.normal && node == "null" || l.cmd == wire.CmdWrite && node == "layer" {
+			if l.normal && node == "null" || l.cmd == nbdwire.CmdWrite && node == "layer" {
 				continue
 			}
 			t.Run(node+"/"+l.name, func(t *testing.T) {
@@ -257,7 +257,7 @@ func BenchmarkHotPath(b *testing.B) {
 	s.standard()
 	for _, node := range []string{"null", "file", "raw", "qcow2", "layer"} {
 		for _, l := range hotLoads {
-			if l.cmd == wire.CmdWrite && node == "layer" {
+			if l.cmd == nbdwire.CmdWrite && node == "layer" {
 				continue
 			}
 			b.Run(node+"/"+l.name, func(b *testing.B) {
@@ -316,7 +316,7 @@ func (s *stack) growing(b *testing.B) {
 					c, off = s.client("new"), 0
 					b.StartTimer()
 				}
-				c.once(wire.CmdWrite, x.n, x.qd, func() int64 { off += x.step; return off - x.step })
+				c.once(nbdwire.CmdWrite, x.n, x.qd, func() int64 { off += x.step; return off - x.step })
 			}
 			c.nc.Close()
 			s.must(s.table.Del(context.Background(), "new", types.BlockExportRemoveModeHard))

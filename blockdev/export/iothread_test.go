@@ -6,7 +6,7 @@ import (
 	"testing"
 
 	"qblockd/blockdev/drivertest"
-	"qblockd/blockdev/raw"
+	"qblockd/blockdev/format/raw"
 	"qblockd/graph"
 	"qblockd/schema/types"
 )

@@ -4,7 +4,7 @@ import (
 	"errors"
 	"strings"
 
-	"qblockd/blockdev/throttle"
+	"qblockd/blockdev/filter/throttle"
 	"qblockd/schema/types"
 	"qblockd/schema/value"
 )

@@ -12,7 +12,7 @@ import (
 	"slices"
 	"sync"
 
-	"qblockd/blockdev/throttle"
+	"qblockd/blockdev/filter/throttle"
 	"qblockd/schema/types"
 	"qblockd/schema/value"
 )

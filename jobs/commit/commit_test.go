@@ -12,7 +12,7 @@ import (
 
 	"qblockd/blockdev"
 	"qblockd/blockdev/drivertest"
-	"qblockd/blockdev/qcow2"
+	"qblockd/blockdev/format/qcow2"
 	"qblockd/events"
 	"qblockd/graph"
 	"qblockd/graph/blk"

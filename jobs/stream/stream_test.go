@@ -7,8 +7,8 @@ import (
 
 	"qblockd/blockdev"
 	"qblockd/blockdev/drivertest"
-	"qblockd/blockdev/qcow2"
-	"qblockd/blockdev/raw"
+	"qblockd/blockdev/format/qcow2"
+	"qblockd/blockdev/format/raw"
 	"qblockd/graph"
 	"qblockd/graph/blk"
 	"qblockd/graph/perm"

@@ -11,7 +11,7 @@ import (
 
 	"qblockd/blockdev"
 	"qblockd/blockdev/drivertest"
-	"qblockd/blockdev/qcow2"
+	"qblockd/blockdev/format/qcow2"
 	"qblockd/graph"
 	"qblockd/graph/blk"
 	"qblockd/graph/perm"

@@ -154,11 +154,11 @@ func match(pattern, name string) bool {
 // TestRules: each rule, leaf and third-party module still has somebody it is about.
 func TestRules(t *testing.T) {
 	if forbidden("graph", module+"/blockdev") == "" || forbidden("graph/perm", module+"/graph/blk") == "" ||
-		forbidden("blockdev/raw", module+"/blockdev/qcow2") == "" || forbidden("jobs/stream", module+"/jobs/create") == "" ||
+		forbidden("blockdev/format/raw", module+"/blockdev/format/qcow2") == "" || forbidden("jobs/stream", module+"/jobs/create") == "" ||
 		forbidden("graph", "golang.org/x/sys/unix") == "" || forbidden("qmp", module+"/blockdev/drivertest") == "" {
 		t.Error("an edge passes that must not")
 	}
-	if why := forbidden("blockdev/export/nbd", module+"/blockdev/nbd/wire"); why != "" {
+	if why := forbidden("blockdev/export/nbd", module+"/blockdev/nbdwire"); why != "" {
 		t.Error(why)
 	}
 }

@@ -4,18 +4,18 @@ package arch
 
 // leaves import nothing of ours but what stands here: they are pure, or are what everybody imports.
 var leaves = map[string][]string{
-	"schema/value":          nil,
-	"schema/types":          {"schema/value"},                                  // decoders and encoders work on values
-	"events":                {"schema/value", "events/trace", "events/panics"}, // an event's data are a value, encoded once
-	"events/trace":          {"events/panics"},
-	"events/panics":         nil,
-	"qmp/chardev/sockets":   {"graph/blk"},    // texts of errno
-	"graph/blk":             {"graph/bitmap"}, // a request may name one that does not record it
-	"graph/perm":            nil,
-	"graph/bitmap":          nil,
-	"jobs/machine":          nil,
-	"blockdev/qcow2/layout": nil,
-	"blockdev/nbd/wire":     {"graph/blk"}, // extents and errno of the protocol are those of the data plane
+	"schema/value":                 nil,
+	"schema/types":                 {"schema/value"},                                  // decoders and encoders work on values
+	"events":                       {"schema/value", "events/trace", "events/panics"}, // an event's data are a value, encoded once
+	"events/trace":                 {"events/panics"},
+	"events/panics":                nil,
+	"qmp/chardev/sockets":          {"graph/blk"},    // texts of errno
+	"graph/blk":                    {"graph/bitmap"}, // a request may name one that does not record it
+	"graph/perm":                   nil,
+	"graph/bitmap":                 nil,
+	"jobs/machine":                 nil,
+	"blockdev/format/qcow2/layout": nil,
+	"blockdev/nbdwire":             {"graph/blk"}, // extents and errno of the protocol are those of the data plane
 }
 
 // anyone but the leaves may import these.
@@ -47,16 +47,17 @@ var rules = []rule{
 	{"jobs", []string{"jobs/machine", "graph"}},
 
 	{"blockdev/drivertest", []string{"graph", "graph/*"}},
-	{"blockdev/qcow2", []string{"blockdev/qcow2/layout", "graph", "graph/*"}},
-	{"blockdev/nbd", []string{"blockdev/nbd/wire", "graph", "graph/*"}},
+	{"blockdev/format/qcow2", []string{"blockdev/format/qcow2/layout", "graph", "graph/*"}},
 	// The table starts the servers: they are a list in one place, like the drivers in blockdev.
 	{"blockdev/export", []string{"blockdev/export/*", "qmp/chardev/sockets", "graph", "graph/*"}},
-	{"blockdev/export/nbd", []string{"blockdev/nbd/wire", "qmp/chardev/sockets", "graph", "graph/*"}},
+	{"blockdev/export/nbd", []string{"blockdev/nbdwire", "qmp/chardev/sockets", "graph", "graph/*"}},
 	{"blockdev/export/*", []string{"graph", "graph/*"}},
+	{"blockdev/protocol/*", []string{"graph", "graph/*"}},
+	{"blockdev/format/*", []string{"graph", "graph/*"}},
 	{"blockdev/filter/*", []string{"graph", "graph/*"}},
-	{"blockdev/object", []string{"blockdev/throttle"}}, // an object is what its filters share
+	{"blockdev/object", []string{"blockdev/filter/throttle"}}, // an object is what its filters share
 	{"blockdev/*", []string{"graph", "graph/*"}},
-	{"blockdev", []string{"blockdev/*", "blockdev/filter/*", "graph", "graph/*"}},
+	{"blockdev", []string{"blockdev/*", "blockdev/protocol/*", "blockdev/format/*", "blockdev/filter/*", "graph", "graph/*"}},
 
 	{"graph", []string{"graph/perm", "graph/bitmap"}},
 
@@ -80,9 +81,9 @@ var thirdParty = []struct {
 	// Its client loses the error class, fails on numeric ids and has a data race: a peer to test with, no more.
 	{"github.com/digitalocean/go-qemu/qmp", nil, []string{"tests/interop"}},
 	{"github.com/santhosh-tekuri/jsonschema/v5", []string{"schema/check"}, []string{"schema/check"}},
-	{"github.com/klauspost/compress", []string{"blockdev/qcow2"}, []string{"blockdev/qcow2"}},
+	{"github.com/klauspost/compress", []string{"blockdev/format/qcow2"}, []string{"blockdev/format/qcow2"}},
 	{"github.com/lmittmann/tint", []string{"cmd/qblockd"}, nil},
-	{"golang.org/x/sys", []string{"blockdev/file", "blockdev/export/...", "qmp", "qmp/chardev", "qmp/chardev/sockets", "cmd/*"}, []string{"..."}},
+	{"golang.org/x/sys", []string{"blockdev/protocol/file", "blockdev/export/...", "qmp", "qmp/chardev", "qmp/chardev/sockets", "cmd/*"}, []string{"..."}},
 	{"github.com/spf13/cobra", []string{"cmd/qblockctl"}, nil},
 	{"github.com/spf13/pflag", nil, []string{"cmd/qblockctl"}}, // the options of cobra's commands, for the manual page
 	{"github.com/peterh/liner", []string{"cmd/qblockctl"}, nil},

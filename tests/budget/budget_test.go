@@ -11,7 +11,7 @@ import (
 	"time"
 	"unsafe"
 
-	"qblockd/blockdev/qcow2/layout"
+	"qblockd/blockdev/format/qcow2/layout"
 	"qblockd/tests/daemon"
 )
 

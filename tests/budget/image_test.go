@@ -8,7 +8,7 @@ import (
 	"syscall"
 	"testing"
 
-	"qblockd/blockdev/qcow2/layout"
+	"qblockd/blockdev/format/qcow2/layout"
 )
 
 var be = binary.BigEndian

@@ -8,7 +8,7 @@ import (
 	"syscall"
 	"time"
 
-	"qblockd/blockdev/nbd/wire"
+	"qblockd/blockdev/nbdwire"
 )
 
 // Status is a client of an export that asks for nothing but block status. It is used by one goroutine.
@@ -44,23 +44,23 @@ func (s *Status) SetDeadline(t time.Time) { _ = s.c.SetDeadline(t) }
 func (s *Status) Drop() { s.c.Close() }
 
 func (s *Status) handshake(export string, contexts []string) error {
-	var hello [wire.GreetingSize]byte
+	var hello [nbdwire.GreetingSize]byte
 	if _, err := io.ReadFull(s.c, hello[:]); err != nil {
 		return err
 	}
 	b := binary.BigEndian.AppendUint32(nil, 3) // fixed newstyle, no zeroes
-	b = wire.AppendOption(b, wire.OptStructuredReply, nil)
-	b = wire.AppendOption(b, wire.OptSetMetaContext, wire.AppendMetaQueries(nil, export, contexts...))
-	b = wire.AppendOption(b, wire.OptGo, (&wire.InfoRequest{Name: export}).Append(nil))
+	b = nbdwire.AppendOption(b, nbdwire.OptStructuredReply, nil)
+	b = nbdwire.AppendOption(b, nbdwire.OptSetMetaContext, nbdwire.AppendMetaQueries(nil, export, contexts...))
+	b = nbdwire.AppendOption(b, nbdwire.OptGo, (&nbdwire.InfoRequest{Name: export}).Append(nil))
 	if _, err := s.c.Write(b); err != nil {
 		return err
 	}
 	for {
-		var h [wire.OptReplySize]byte
+		var h [nbdwire.OptReplySize]byte
 		if _, err := io.ReadFull(s.c, h[:]); err != nil {
 			return err
 		}
-		r, err := wire.ParseOptReply(h[:])
+		r, err := nbdwire.ParseOptReply(h[:])
 		if err != nil {
 			return err
 		}
@@ -71,13 +71,13 @@ func (s *Status) handshake(export string, contexts []string) error {
 		switch {
 		case r.Type>>31 != 0:
 			return fmt.Errorf("option %d refused: %#x %s", r.Opt, r.Type, data)
-		case r.Type == wire.RepMetaContext && r.Len >= 4:
+		case r.Type == nbdwire.RepMetaContext && r.Len >= 4:
 			s.Contexts[binary.BigEndian.Uint32(data)] = string(data[4:])
-		case r.Type == wire.RepInfo:
-			if i, err := wire.ParseInfo(data); err == nil && i.Type == wire.InfoExport {
+		case r.Type == nbdwire.RepInfo:
+			if i, err := nbdwire.ParseInfo(data); err == nil && i.Type == nbdwire.InfoExport {
 				s.Size = int64(i.Size)
 			}
-		case r.Opt == wire.OptGo && r.Type == wire.RepAck:
+		case r.Opt == nbdwire.OptGo && r.Type == nbdwire.RepAck:
 			return nil
 		}
 	}

@@ -8,7 +8,7 @@ import (
 	"os"
 	"slices"
 
-	"qblockd/blockdev/qcow2/layout"
+	"qblockd/blockdev/format/qcow2/layout"
 )
 
 var be = binary.BigEndian

@@ -5,7 +5,7 @@ import (
 	"fmt"
 	"math"
 
-	"qblockd/blockdev/qcow2/layout"
+	"qblockd/blockdev/format/qcow2/layout"
 )
 
 // bulk are damages that make a small image mean a lot: tables that are as long as they may be and full of the same, names as

@@ -8,7 +8,7 @@ import (
 	"slices"
 	"strings"
 
-	"qblockd/blockdev/qcow2/layout"
+	"qblockd/blockdev/format/qcow2/layout"
 )
 
 // Damage is one change of a base image: patches, or another length of the file.

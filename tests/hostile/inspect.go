@@ -4,7 +4,7 @@ import (
 	"fmt"
 	"io"
 
-	"qblockd/blockdev/qcow2/layout"
+	"qblockd/blockdev/format/qcow2/layout"
 )
 
 // use is what a cluster of the file is used as.

@@ -16,7 +16,7 @@ import (
 	"qblockd/blockdev"
 	"qblockd/blockdev/drivertest"
 	"qblockd/blockdev/export"
-	"qblockd/blockdev/qcow2"
+	"qblockd/blockdev/format/qcow2"
 	"qblockd/graph"
 	"qblockd/graph/blk"
 	"qblockd/graph/perm"

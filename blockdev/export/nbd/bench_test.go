@@ -5,7 +5,7 @@ import (
 	"io"
 	"testing"
 
-	"qblockd/blockdev/nbd/wire"
+	"qblockd/blockdev/nbdwire"
 )
 
 // BenchmarkServer is one connection with a queue of requests over a memory file: what the
@@ -22,11 +22,11 @@ func BenchmarkServer(b *testing.B) {
 		cmd   uint16
 		n, qd int
 	}{
-		{wire.CmdRead, 4096, 1}, {wire.CmdRead, 4096, 16}, {wire.CmdRead, 4096, 64},
-		{wire.CmdRead, 64 << 10, 16}, {wire.CmdRead, 1 << 20, 8},
-		{wire.CmdWrite, 4096, 16}, {wire.CmdWrite, 1 << 20, 8},
+		{nbdwire.CmdRead, 4096, 1}, {nbdwire.CmdRead, 4096, 16}, {nbdwire.CmdRead, 4096, 64},
+		{nbdwire.CmdRead, 64 << 10, 16}, {nbdwire.CmdRead, 1 << 20, 8},
+		{nbdwire.CmdWrite, 4096, 16}, {nbdwire.CmdWrite, 1 << 20, 8},
 	} {
-		b.Run(fmt.Sprintf("%s-%dk-qd%d", wire.CmdName(x.cmd), x.n>>10, x.qd), func(b *testing.B) {
+		b.Run(fmt.Sprintf("%s-%dk-qd%d", nbdwire.CmdName(x.cmd), x.n>>10, x.qd), func(b *testing.B) {
 			c := open(b, path, true)
 			c.nc.SetDeadline(noDeadline)
 			b.SetBytes(int64(x.n))
@@ -39,19 +39,19 @@ func BenchmarkServer(b *testing.B) {
 					sent <- struct{}{}
 					q := req(x.cmd, uint64(i*x.n%size), uint32(x.n), nil)
 					out = q.Append(out[:0])
-					if x.cmd == wire.CmdWrite {
+					if x.cmd == nbdwire.CmdWrite {
 						out = append(out, make([]byte, x.n)...)
 					}
 					c.nc.Write(out)
 				}
 			}()
-			h := make([]byte, wire.ChunkSize)
+			h := make([]byte, nbdwire.ChunkSize)
 			for range b.N {
 				for done := false; !done; {
-					io.ReadFull(c.r, h[:wire.SimpleSize])
-					var p wire.Reply
-					if n, _ := p.ParseReply(h[:wire.SimpleSize]); n == 0 {
-						io.ReadFull(c.r, h[wire.SimpleSize:])
+					io.ReadFull(c.r, h[:nbdwire.SimpleSize])
+					var p nbdwire.Reply
+					if n, _ := p.ParseReply(h[:nbdwire.SimpleSize]); n == 0 {
+						io.ReadFull(c.r, h[nbdwire.SimpleSize:])
 						p.ParseReply(h)
 						c.r.Discard(int(p.Len))
 					}

@@ -8,7 +8,7 @@ import (
 	"testing"
 	"time"
 
-	"qblockd/blockdev/nbd/wire"
+	"qblockd/blockdev/nbdwire"
 	"qblockd/qmp/chardev/sockets"
 )
 
@@ -93,29 +93,29 @@ func (c *client) eof() {
 
 func (c *client) greet(flags uint32) {
 	c.t.Helper()
-	if _, err := wire.ParseGreeting(c.take(wire.GreetingSize)); err != nil {
+	if _, err := nbdwire.ParseGreeting(c.take(nbdwire.GreetingSize)); err != nil {
 		c.t.Fatal(err)
 	}
 	c.put([]byte{byte(flags >> 24), byte(flags >> 16), byte(flags >> 8), byte(flags)})
 }
 
 type optReply struct {
-	wire.OptReply
+	nbdwire.OptReply
 	data []byte
 }
 
 // option sends one and collects its replies up to the acknowledgement or error.
 func (c *client) option(opt uint32, data []byte) []optReply {
 	c.t.Helper()
-	c.put(wire.AppendOption(nil, opt, data))
+	c.put(nbdwire.AppendOption(nil, opt, data))
 	var rs []optReply
 	for {
-		r, err := wire.ParseOptReply(c.take(wire.OptReplySize))
+		r, err := nbdwire.ParseOptReply(c.take(nbdwire.OptReplySize))
 		if err != nil {
 			c.t.Fatal(err)
 		}
 		rs = append(rs, optReply{r, c.take(int(r.Len))})
-		if r.Type == wire.RepAck || r.Type >= wire.ErrBit {
+		if r.Type == nbdwire.RepAck || r.Type >= nbdwire.ErrBit {
 			return rs
 		}
 	}
@@ -127,20 +127,20 @@ func open(t testing.TB, path string, structured bool, contexts ...string) *clien
 	c := dial(t, path)
 	c.greet(3)
 	if structured {
-		if r := c.option(wire.OptStructuredReply, nil); r[0].Type != wire.RepAck {
+		if r := c.option(nbdwire.OptStructuredReply, nil); r[0].Type != nbdwire.RepAck {
 			t.Fatal(r)
 		}
 	}
 	if len(contexts) > 0 {
-		c.option(wire.OptSetMetaContext, wire.AppendMetaQueries(nil, "x", contexts...))
+		c.option(nbdwire.OptSetMetaContext, nbdwire.AppendMetaQueries(nil, "x", contexts...))
 	}
-	q := wire.InfoRequest{Name: "x", Infos: []uint16{wire.InfoBlockSize}}
-	rs := c.option(wire.OptGo, q.Append(nil))
-	if rs[len(rs)-1].Type != wire.RepAck {
+	q := nbdwire.InfoRequest{Name: "x", Infos: []uint16{nbdwire.InfoBlockSize}}
+	rs := c.option(nbdwire.OptGo, q.Append(nil))
+	if rs[len(rs)-1].Type != nbdwire.RepAck {
 		t.Fatalf("GO: %#x %s", rs[len(rs)-1].Type, rs[len(rs)-1].data)
 	}
 	for _, r := range rs[:len(rs)-1] {
-		if i, _ := wire.ParseInfo(r.data); i.Type == wire.InfoExport {
+		if i, _ := nbdwire.ParseInfo(r.data); i.Type == nbdwire.InfoExport {
 			c.size, c.flag = i.Size, i.Flags
 		}
 	}
@@ -155,22 +155,22 @@ type answer struct {
 	errOff  uint64
 	data    []byte
 	holes   int64 // bytes told as holes
-	extents map[uint32][]wire.Extent
+	extents map[uint32][]nbdwire.Extent
 }
 
 // reply reads all of the reply to q (chunks of other requests must not be in between).
-func (c *client) reply(q wire.Request) answer {
+func (c *client) reply(q nbdwire.Request) answer {
 	c.t.Helper()
 	a := answer{cookie: q.Cookie}
-	if q.Cmd == wire.CmdRead {
+	if q.Cmd == nbdwire.CmdRead {
 		a.data = make([]byte, q.Len)
 	}
 	for {
-		h := c.take(wire.SimpleSize)
-		var p wire.Reply
+		h := c.take(nbdwire.SimpleSize)
+		var p nbdwire.Reply
 		n, err := p.ParseReply(h)
 		if err == nil && n == 0 {
-			n, err = p.ParseReply(append(h, c.take(wire.ChunkSize-wire.SimpleSize)...))
+			n, err = p.ParseReply(append(h, c.take(nbdwire.ChunkSize-nbdwire.SimpleSize)...))
 		}
 		if err != nil || n == 0 {
 			c.t.Fatalf("reply %x: %v", h, err)
@@ -180,7 +180,7 @@ func (c *client) reply(q wire.Request) answer {
 		}
 		if !p.Structured {
 			a.errno = p.Errno
-			if q.Cmd == wire.CmdRead && p.Errno == 0 {
+			if q.Cmd == nbdwire.CmdRead && p.Errno == 0 {
 				copy(a.data, c.take(int(q.Len)))
 			}
 			return a
@@ -192,53 +192,57 @@ func (c *client) reply(q wire.Request) answer {
 	}
 }
 
-func (c *client) chunk(a *answer, p *wire.Reply, q wire.Request) {
+func (c *client) chunk(a *answer, p *nbdwire.Reply, q nbdwire.Request) {
 	c.t.Helper()
 	b := c.take(int(p.Len))
 	switch p.Type {
-	case wire.ChunkNone:
-	case wire.ChunkOffsetData:
-		off, err := wire.ParseData(b)
+	case nbdwire.ChunkNone:
+	case nbdwire.ChunkOffsetData:
+		off, err := nbdwire.ParseData(b)
 		if err != nil || off < q.Off || off-q.Off+uint64(len(b)-8) > uint64(q.Len) {
 			c.t.Fatalf("data chunk at %d, %d bytes: %v", off, len(b), err)
 		}
 		copy(a.data[off-q.Off:], b[8:])
-	case wire.ChunkOffsetHole:
-		off, n, err := wire.ParseHole(b)
+	case nbdwire.ChunkOffsetHole:
+		off, n, err := nbdwire.ParseHole(b)
 		if err != nil || off < q.Off || off-q.Off+uint64(n) > uint64(q.Len) {
 			c.t.Fatalf("hole at %d, %d bytes: %v", off, n, err)
 		}
 		a.holes += int64(n)
-	case wire.ChunkBlockStatus:
-		id, es, err := wire.ParseBlockStatus(b, nil)
+	case nbdwire.ChunkBlockStatus:
+		id, es, err := nbdwire.ParseBlockStatus(b, nil)
 		if err != nil {
 			c.t.Fatal(err)
 		}
 		if a.extents == nil {
-			a.extents = map[uint32][]wire.Extent{}
+			a.extents = map[uint32][]nbdwire.Extent{}
 		}
 		a.extents[id] = es
 	default:
 		var err error
-		if a.errno, a.msg, a.errOff, err = wire.ParseError(p.Type, b); err != nil || p.Type&wire.ChunkErrBit == 0 {
+		if a.errno, a.msg, a.errOff, err = nbdwire.ParseError(p.Type, b); err != nil || p.Type&nbdwire.ChunkErrBit == 0 {
 			c.t.Fatalf("chunk of type %d: %v", p.Type, err)
 		}
 	}
 }
 
 // do sends q, with a payload if it has one, and reads the reply.
-func (c *client) do(q wire.Request, payload ...byte) answer {
+func (c *client) do(q nbdwire.Request, payload ...byte) answer {
 	c.t.Helper()
 	q.Cookie += 0x1122334455667700
 	c.put(append(q.Append(nil), payload...))
 	return c.reply(q)
 }
 
-func rd(off uint64, n uint32, flags ...uint16) wire.Request { return req(wire.CmdRead, off, n, flags) }
-func wr(off uint64, n uint32, flags ...uint16) wire.Request { return req(wire.CmdWrite, off, n, flags) }
+func rd(off uint64, n uint32, flags ...uint16) nbdwire.Request {
+	return req(nbdwire.CmdRead, off, n, flags)
+}
+func wr(off uint64, n uint32, flags ...uint16) nbdwire.Request {
+	return req(nbdwire.CmdWrite, off, n, flags)
+}
 
-func req(cmd uint16, off uint64, n uint32, flags []uint16) wire.Request {
-	q := wire.Request{Cmd: cmd, Off: off, Len: n}
+func req(cmd uint16, off uint64, n uint32, flags []uint16) nbdwire.Request {
+	q := nbdwire.Request{Cmd: cmd, Off: off, Len: n}
 	for _, f := range flags {
 		q.Flags |= f
 	}

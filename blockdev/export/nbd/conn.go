@@ -15,7 +15,7 @@ import (
 
 	"golang.org/x/sys/unix"
 
-	"qblockd/blockdev/nbd/wire"
+	"qblockd/blockdev/nbdwire"
 	"qblockd/events/panics"
 	"qblockd/events/trace"
 	"qblockd/graph/blk"
@@ -216,18 +216,18 @@ func (c *conn) hangUp() {
 
 // transmission serves requests until the client is done (nil), the connection fails or is killed.
 func (c *conn) transmission() error {
-	var q wire.Request
+	var q nbdwire.Request
 	for {
-		if c.w-c.r < wire.RequestSize {
-			if err := c.fill(wire.RequestSize); err != nil {
+		if c.w-c.r < nbdwire.RequestSize {
+			if err := c.fill(nbdwire.RequestSize); err != nil {
 				return err
 			}
 		}
 		if c.dead.Load() {
 			return net.ErrClosed
 		}
-		b := c.in[c.r : c.r+wire.RequestSize]
-		c.r += wire.RequestSize
+		b := c.in[c.r : c.r+nbdwire.RequestSize]
+		c.r += nbdwire.RequestSize
 		if q.Parse(b) != nil {
 			err := fmt.Errorf("invalid magic (got 0x%x)", binary.BigEndian.Uint32(b))
 			c.refuse(&q, err)
@@ -238,7 +238,7 @@ func (c *conn) transmission() error {
 			p.Log(slog.String("export", c.exp.spec.Name), slog.Int("command", int(q.Cmd)), slog.Uint64("offset", q.Off),
 				slog.Uint64("length", uint64(q.Len)), slog.Int("flags", int(q.Flags)))
 		}
-		if q.Cmd == wire.CmdDisc {
+		if q.Cmd == nbdwire.CmdDisc {
 			return c.flush()
 		}
 		if err := c.request(&q); err != nil {
@@ -272,25 +272,25 @@ func (c *conn) fill(n int) error {
 }
 
 // refuse answers q with EINVAL without asking the device.
-func (c *conn) refuse(q *wire.Request, why error) { c.fail(q, wire.EINVAL, why.Error()) }
+func (c *conn) refuse(q *nbdwire.Request, why error) { c.fail(q, nbdwire.EINVAL, why.Error()) }
 
 // fail gathers the error reply to q.
-func (c *conn) fail(q *wire.Request, errno uint32, msg string) {
-	c.reserve(wire.ChunkSize + 6 + len(msg))
+func (c *conn) fail(q *nbdwire.Request, errno uint32, msg string) {
+	c.reserve(nbdwire.ChunkSize + 6 + len(msg))
 	c.batch = appendFailure(c.batch, c.structured, q.Cookie, errno, msg)
 }
 
 // done gathers the reply to q, which succeeded and has no data.
-func (c *conn) done(q *wire.Request) {
-	c.reserve(wire.SimpleSize)
-	c.batch = wire.AppendSimple(c.batch, q.Cookie, 0)
+func (c *conn) done(q *nbdwire.Request) {
+	c.reserve(nbdwire.SimpleSize)
+	c.batch = nbdwire.AppendSimple(c.batch, q.Cookie, 0)
 }
 
 func appendFailure(b []byte, structured bool, cookie uint64, errno uint32, msg string) []byte {
 	if structured {
-		return wire.AppendError(b, cookie, errno, msg)
+		return nbdwire.AppendError(b, cookie, errno, msg)
 	}
-	return wire.AppendSimple(b, cookie, errno)
+	return nbdwire.AppendSimple(b, cookie, errno)
 }
 
 // reserve makes room for n bytes in the batch, n at most its size. An error of sending

@@ -6,7 +6,7 @@ import (
 	"fmt"
 	"sync"
 
-	"qblockd/blockdev/nbd/wire"
+	"qblockd/blockdev/nbdwire"
 )
 
 // Spec describes an export.
@@ -62,10 +62,10 @@ type Export struct {
 
 // checkSpec words what is wrong with the names of an export.
 func checkSpec(s *Spec) error {
-	if len(s.Name) > wire.MaxString {
+	if len(s.Name) > nbdwire.MaxString {
 		return fmt.Errorf("export name '%s' too long", s.Name)
 	}
-	if len(s.Description) > wire.MaxString {
+	if len(s.Description) > nbdwire.MaxString {
 		return fmt.Errorf("description '%s' too long", s.Description)
 	}
 	return nil
@@ -73,14 +73,14 @@ func checkSpec(s *Spec) error {
 
 // transmissionFlags are what clients are told about an export.
 func transmissionFlags(s *Spec, multiConn bool) uint16 {
-	f := wire.FlagHasFlags | wire.FlagFlush | wire.FlagFUA | wire.FlagCache
+	f := nbdwire.FlagHasFlags | nbdwire.FlagFlush | nbdwire.FlagFUA | nbdwire.FlagCache
 	if multiConn {
-		f |= wire.FlagMultiConn
+		f |= nbdwire.FlagMultiConn
 	}
 	if s.ReadOnly {
-		return f | wire.FlagReadOnly
+		return f | nbdwire.FlagReadOnly
 	}
-	return f | wire.FlagTrim | wire.FlagWriteZeroes | wire.FlagFastZero
+	return f | nbdwire.FlagTrim | nbdwire.FlagWriteZeroes | nbdwire.FlagFastZero
 }
 
 // errClosing: the export is being removed.

@@ -7,7 +7,7 @@ import (
 	"testing"
 	"time"
 
-	"qblockd/blockdev/nbd/wire"
+	"qblockd/blockdev/nbdwire"
 	"qblockd/qmp/chardev/sockets"
 )
 
@@ -15,14 +15,14 @@ import (
 // of it. The first bytes are sent as they are; if they do not lead into transmission, the rest is
 // option data, else requests.
 func FuzzServer(f *testing.F) {
-	start := cat([]byte{0, 0, 0, 3}, opt(wire.OptStructuredReply), opt(wire.OptSetMetaContext, wire.AppendMetaQueries(nil, "x", "base:allocation", "qemu:allocation-depth")...))
+	start := cat([]byte{0, 0, 0, 3}, opt(nbdwire.OptStructuredReply), opt(nbdwire.OptSetMetaContext, nbdwire.AppendMetaQueries(nil, "x", "base:allocation", "qemu:allocation-depth")...))
 	f.Add([]byte{})
-	f.Add(cat([]byte{0, 0, 0, 3}, opt(wire.OptList), opt(wire.OptInfo, name("x", 1, 2, 3)...), opt(wire.OptAbort)))
-	all := cat(start, opt(wire.OptGo, name("x")...))
+	f.Add(cat([]byte{0, 0, 0, 3}, opt(nbdwire.OptList), opt(nbdwire.OptInfo, name("x", 1, 2, 3)...), opt(nbdwire.OptAbort)))
+	all := cat(start, opt(nbdwire.OptGo, name("x")...))
 	for cmd := range uint16(9) {
-		q := wire.Request{Cmd: cmd, Cookie: uint64(cmd), Off: 4096, Len: 70000}
+		q := nbdwire.Request{Cmd: cmd, Cookie: uint64(cmd), Off: 4096, Len: 70000}
 		all = q.Append(all)
-		if cmd == wire.CmdWrite {
+		if cmd == nbdwire.CmdWrite {
 			all = append(all, make([]byte, q.Len)...)
 		}
 		f.Add(all)

@@ -7,7 +7,7 @@ import (
 	"strings"
 	"time"
 
-	"qblockd/blockdev/nbd/wire"
+	"qblockd/blockdev/nbdwire"
 )
 
 // Metadata context ids, as told to clients.
@@ -51,7 +51,7 @@ func (c *conn) handshake() error {
 		c.nc.SetDeadline(time.Now().Add(d))
 		defer c.nc.SetDeadline(time.Time{})
 	}
-	if err := c.send(wire.AppendGreeting(nil, wire.FixedNewstyle|wire.NoZeroes)); err != nil {
+	if err := c.send(nbdwire.AppendGreeting(nil, nbdwire.FixedNewstyle|nbdwire.NoZeroes)); err != nil {
 		return err
 	}
 	var b [4]byte
@@ -59,10 +59,10 @@ func (c *conn) handshake() error {
 		return err
 	}
 	flags := uint32(b[0])<<24 | uint32(b[1])<<16 | uint32(b[2])<<8 | uint32(b[3])
-	if flags&^uint32(wire.FixedNewstyle|wire.NoZeroes) != 0 {
+	if flags&^uint32(nbdwire.FixedNewstyle|nbdwire.NoZeroes) != 0 {
 		return fmt.Errorf("Unknown client flags 0x%x received", flags)
 	}
-	h := hs{conn: c, fixed: flags&uint32(wire.FixedNewstyle) != 0, noZeroes: flags&uint32(wire.NoZeroes) != 0}
+	h := hs{conn: c, fixed: flags&uint32(nbdwire.FixedNewstyle) != 0, noZeroes: flags&uint32(nbdwire.NoZeroes) != 0}
 	for {
 		over, err := h.option()
 		if over || err != nil {
@@ -85,22 +85,22 @@ const maxOptionData = 1 << 20
 
 // option handles one option; over tells that transmission begins.
 func (h *hs) option() (over bool, err error) {
-	var b [wire.OptionSize]byte
+	var b [nbdwire.OptionSize]byte
 	if err := h.readFull(b[:]); err != nil {
 		return false, err
 	}
-	o, err := wire.ParseOption(b[:])
+	o, err := nbdwire.ParseOption(b[:])
 	if err != nil {
 		return false, errors.New("Bad magic received")
 	}
-	if o.Len > wire.MaxPayload {
-		return false, fmt.Errorf("len (%d) is larger than max len (%d)", o.Len, wire.MaxPayload)
+	if o.Len > nbdwire.MaxPayload {
+		return false, fmt.Errorf("len (%d) is larger than max len (%d)", o.Len, nbdwire.MaxPayload)
 	}
-	if o.Opt == wire.OptExportName {
+	if o.Opt == nbdwire.OptExportName {
 		return true, h.exportName(o)
 	}
 	if !h.fixed {
-		return false, fmt.Errorf("Unsupported option %d (%s)", o.Opt, wire.OptName(o.Opt))
+		return false, fmt.Errorf("Unsupported option %d (%s)", o.Opt, nbdwire.OptName(o.Opt))
 	}
 	h.out = h.out[:0]
 	if needsData(o.Opt) && o.Len <= maxOptionData {
@@ -133,57 +133,57 @@ func (h *hs) option() (over bool, err error) {
 
 func needsData(opt uint32) bool {
 	switch opt {
-	case wire.OptInfo, wire.OptGo, wire.OptListMetaContext, wire.OptSetMetaContext:
+	case nbdwire.OptInfo, nbdwire.OptGo, nbdwire.OptListMetaContext, nbdwire.OptSetMetaContext:
 		return true
 	}
 	return false
 }
 
-func (h *hs) reply(opt, typ uint32) { h.out = wire.AppendOptReply(h.out, opt, typ, nil) }
+func (h *hs) reply(opt, typ uint32) { h.out = nbdwire.AppendOptReply(h.out, opt, typ, nil) }
 
 func (h *hs) refuse(opt, typ uint32, format string, a ...any) {
-	h.out = wire.AppendOptReply(h.out, opt, typ, fmt.Appendf(nil, format, a...))
+	h.out = nbdwire.AppendOptReply(h.out, opt, typ, fmt.Appendf(nil, format, a...))
 }
 
 // withoutData handles options without data, and all that are refused.
-func (h *hs) withoutData(o wire.Option) error {
+func (h *hs) withoutData(o nbdwire.Option) error {
 	switch o.Opt {
-	case wire.OptList, wire.OptStartTLS, wire.OptStructuredReply:
+	case nbdwire.OptList, nbdwire.OptStartTLS, nbdwire.OptStructuredReply:
 		if o.Len > 0 {
-			h.refuse(o.Opt, wire.RepErrInvalid, "option '%s' has unexpected length", wire.OptName(o.Opt))
+			h.refuse(o.Opt, nbdwire.RepErrInvalid, "option '%s' has unexpected length", nbdwire.OptName(o.Opt))
 			return nil
 		}
 	}
 	switch o.Opt {
-	case wire.OptAbort:
-		h.reply(o.Opt, wire.RepAck)
+	case nbdwire.OptAbort:
+		h.reply(o.Opt, nbdwire.RepAck)
 		return errAbort
-	case wire.OptList:
+	case nbdwire.OptList:
 		for _, e := range h.srv.exports() {
-			h.out = wire.AppendServer(h.out, e.spec.Name, e.spec.Description)
+			h.out = nbdwire.AppendServer(h.out, e.spec.Name, e.spec.Description)
 		}
-		h.reply(o.Opt, wire.RepAck)
-	case wire.OptStartTLS:
-		h.refuse(o.Opt, wire.RepErrPolicy, "TLS not configured")
-	case wire.OptStructuredReply:
+		h.reply(o.Opt, nbdwire.RepAck)
+	case nbdwire.OptStartTLS:
+		h.refuse(o.Opt, nbdwire.RepErrPolicy, "TLS not configured")
+	case nbdwire.OptStructuredReply:
 		if h.structured {
-			h.refuse(o.Opt, wire.RepErrInvalid, "structured reply already negotiated")
+			h.refuse(o.Opt, nbdwire.RepErrInvalid, "structured reply already negotiated")
 			break
 		}
 		h.structured = true
-		h.reply(o.Opt, wire.RepAck)
-	case wire.OptInfo, wire.OptGo, wire.OptListMetaContext, wire.OptSetMetaContext:
-		h.refuse(o.Opt, wire.RepErrTooBig, "data of option %s is too long", wire.OptName(o.Opt))
+		h.reply(o.Opt, nbdwire.RepAck)
+	case nbdwire.OptInfo, nbdwire.OptGo, nbdwire.OptListMetaContext, nbdwire.OptSetMetaContext:
+		h.refuse(o.Opt, nbdwire.RepErrTooBig, "data of option %s is too long", nbdwire.OptName(o.Opt))
 	default:
-		h.refuse(o.Opt, wire.RepErrUnsup, "Unsupported option %d (%s)", o.Opt, wire.OptName(o.Opt))
+		h.refuse(o.Opt, nbdwire.RepErrUnsup, "Unsupported option %d (%s)", o.Opt, nbdwire.OptName(o.Opt))
 	}
 	return nil
 }
 
 // withData handles options whose data matter.
-func (h *hs) withData(o wire.Option, data []byte) (over bool, err error) {
+func (h *hs) withData(o nbdwire.Option, data []byte) (over bool, err error) {
 	switch o.Opt {
-	case wire.OptInfo, wire.OptGo:
+	case nbdwire.OptInfo, nbdwire.OptGo:
 		return h.info(o, data)
 	default:
 		h.metaContext(o, data)
@@ -193,17 +193,17 @@ func (h *hs) withData(o wire.Option, data []byte) (over bool, err error) {
 
 // refuseData words what is wrong with the data of an option.
 func (h *hs) refuseData(opt uint32, err error) {
-	name := wire.OptName(opt)
-	var long wire.NameLengthError
+	name := nbdwire.OptName(opt)
+	var long nbdwire.NameLengthError
 	switch {
 	case errors.As(err, &long):
-		h.refuse(opt, wire.RepErrInvalid, "Invalid name length: %d", uint32(long))
-	case errors.Is(err, wire.ErrNUL):
-		h.refuse(opt, wire.RepErrInvalid, "Unexpected embedded NUL in option %s", name)
-	case errors.Is(err, wire.ErrTrailing):
-		h.refuse(opt, wire.RepErrInvalid, "option '%s' has unexpected length", name)
+		h.refuse(opt, nbdwire.RepErrInvalid, "Invalid name length: %d", uint32(long))
+	case errors.Is(err, nbdwire.ErrNUL):
+		h.refuse(opt, nbdwire.RepErrInvalid, "Unexpected embedded NUL in option %s", name)
+	case errors.Is(err, nbdwire.ErrTrailing):
+		h.refuse(opt, nbdwire.RepErrInvalid, "option '%s' has unexpected length", name)
 	default:
-		h.refuse(opt, wire.RepErrInvalid, "Inconsistent lengths in option %s", name)
+		h.refuse(opt, nbdwire.RepErrInvalid, "Inconsistent lengths in option %s", name)
 	}
 }
 
@@ -211,12 +211,12 @@ func (h *hs) refuseName(opt uint32, name string) {
 	if len(name) >= 80 {
 		name = name[:80] + "..."
 	}
-	h.refuse(opt, wire.RepErrUnknown, "export '%s' not present", name)
+	h.refuse(opt, nbdwire.RepErrUnknown, "export '%s' not present", name)
 }
 
 // info handles OptInfo and OptGo.
-func (h *hs) info(o wire.Option, data []byte) (over bool, err error) {
-	q, err := wire.ParseInfoRequest(data)
+func (h *hs) info(o nbdwire.Option, data []byte) (over bool, err error) {
+	q, err := nbdwire.ParseInfoRequest(data)
 	if err != nil {
 		h.refuseData(o.Opt, err)
 		return false, nil
@@ -228,35 +228,35 @@ func (h *hs) info(o wire.Option, data []byte) (over bool, err error) {
 	}
 	sendName, blockSize := false, false
 	for _, i := range q.Infos {
-		sendName = sendName || i == wire.InfoName
-		blockSize = blockSize || i == wire.InfoBlockSize
+		sendName = sendName || i == nbdwire.InfoName
+		blockSize = blockSize || i == nbdwire.InfoBlockSize
 	}
-	item := func(i wire.Info) { h.out = i.AppendReply(h.out, o.Opt) }
+	item := func(i nbdwire.Info) { h.out = i.AppendReply(h.out, o.Opt) }
 	if sendName {
-		item(wire.Info{Type: wire.InfoName, Text: q.Name})
+		item(nbdwire.Info{Type: nbdwire.InfoName, Text: q.Name})
 	}
 	if exp.spec.HasDescription {
-		item(wire.Info{Type: wire.InfoDescription, Text: exp.spec.Description})
+		item(nbdwire.Info{Type: nbdwire.InfoDescription, Text: exp.spec.Description})
 	}
 	// The smallest block is told only to clients that will heed it.
 	lim := exp.spec.Device.Limits()
 	align := uint32(max(lim.RequestAlign, 1))
 	least := uint32(1)
-	if o.Opt == wire.OptInfo || blockSize {
+	if o.Opt == nbdwire.OptInfo || blockSize {
 		least = align
 	}
-	most := uint32(wire.MaxPayload)
-	if lim.MaxTransfer > 0 && lim.MaxTransfer < wire.MaxPayload {
+	most := uint32(nbdwire.MaxPayload)
+	if lim.MaxTransfer > 0 && lim.MaxTransfer < nbdwire.MaxPayload {
 		most = uint32(lim.MaxTransfer)
 	}
-	item(wire.Info{Type: wire.InfoBlockSize, Min: least, Preferred: max(4096, least), Max: most})
-	item(wire.Info{Type: wire.InfoExport, Size: uint64(exp.spec.Size), Flags: h.exportFlags(exp)})
-	if o.Opt == wire.OptInfo {
+	item(nbdwire.Info{Type: nbdwire.InfoBlockSize, Min: least, Preferred: max(4096, least), Max: most})
+	item(nbdwire.Info{Type: nbdwire.InfoExport, Size: uint64(exp.spec.Size), Flags: h.exportFlags(exp)})
+	if o.Opt == nbdwire.OptInfo {
 		if !blockSize && align > 1 {
-			h.refuse(o.Opt, wire.RepErrBlockSizeReqd, "request NBD_INFO_BLOCK_SIZE to use this export")
+			h.refuse(o.Opt, nbdwire.RepErrBlockSizeReqd, "request NBD_INFO_BLOCK_SIZE to use this export")
 			return false, nil
 		}
-		h.reply(o.Opt, wire.RepAck)
+		h.reply(o.Opt, nbdwire.RepAck)
 		return false, nil
 	}
 	// A client of the export from before the acknowledgement is sent: who has read it
@@ -267,7 +267,7 @@ func (h *hs) info(o wire.Option, data []byte) (over bool, err error) {
 		return false, nil
 	}
 	h.enter(exp)
-	h.reply(o.Opt, wire.RepAck)
+	h.reply(o.Opt, nbdwire.RepAck)
 	return true, nil
 }
 
@@ -281,14 +281,14 @@ func (h *hs) enter(exp *Export) {
 
 func (h *hs) exportFlags(e *Export) uint16 {
 	if h.structured {
-		return e.flags | wire.FlagDF
+		return e.flags | nbdwire.FlagDF
 	}
 	return e.flags
 }
 
 // exportName handles OptExportName, whose only answer to an error is to hang up.
-func (h *hs) exportName(o wire.Option) error {
-	if o.Len > wire.MaxString {
+func (h *hs) exportName(o nbdwire.Option) error {
+	if o.Len > nbdwire.MaxString {
 		return errors.New("Bad length received")
 	}
 	name := make([]byte, o.Len)
@@ -300,11 +300,11 @@ func (h *hs) exportName(o wire.Option) error {
 		return errors.New("export not found")
 	}
 	h.enter(exp)
-	b := make([]byte, wire.ExportNameReply+wire.ExportNamePadding)
+	b := make([]byte, nbdwire.ExportNameReply+nbdwire.ExportNamePadding)
 	put64(b, uint64(exp.spec.Size))
 	put16(b[8:], h.exportFlags(exp))
 	if h.noZeroes {
-		b = b[:wire.ExportNameReply]
+		b = b[:nbdwire.ExportNameReply]
 	}
 	if err := h.send(b); err != nil {
 		exp.detach(h.conn)
@@ -315,11 +315,11 @@ func (h *hs) exportName(o wire.Option) error {
 }
 
 // metaContext handles OptListMetaContext and OptSetMetaContext.
-func (h *hs) metaContext(o wire.Option, data []byte) {
-	list := o.Opt == wire.OptListMetaContext
+func (h *hs) metaContext(o nbdwire.Option, data []byte) {
+	list := o.Opt == nbdwire.OptListMetaContext
 	if !h.structured && !list {
-		h.refuse(o.Opt, wire.RepErrInvalid, "request option '%s' when structured reply is not negotiated",
-			wire.OptName(o.Opt))
+		h.refuse(o.Opt, nbdwire.RepErrInvalid, "request option '%s' when structured reply is not negotiated",
+			nbdwire.OptName(o.Opt))
 		return
 	}
 	var local contexts
@@ -328,7 +328,7 @@ func (h *hs) metaContext(o wire.Option, data []byte) {
 		x = &h.ctxs
 		*x = contexts{}
 	}
-	q, err := wire.ParseMetaQueries(data)
+	q, err := nbdwire.ParseMetaQueries(data)
 	if err != nil {
 		h.refuseData(o.Opt, err)
 		return
@@ -358,9 +358,9 @@ func (h *hs) metaContext(o wire.Option, data []byte) {
 			continue
 		}
 		switch query {
-		case wire.ContextAllocation:
+		case nbdwire.ContextAllocation:
 			chosen.allocation = true
-		case wire.ContextDepth:
+		case nbdwire.ContextDepth:
 			chosen.depth = true
 		case "base:":
 			chosen.allocation = chosen.allocation || list
@@ -370,7 +370,7 @@ func (h *hs) metaContext(o wire.Option, data []byte) {
 				chosen.chooseBitmaps(exp, "")
 			}
 		default:
-			if name, ok := strings.CutPrefix(query, wire.ContextBitmap); ok && (name != "" || list) {
+			if name, ok := strings.CutPrefix(query, nbdwire.ContextBitmap); ok && (name != "" || list) {
 				chosen.chooseBitmaps(exp, name)
 			}
 		}
@@ -384,17 +384,17 @@ func (h *hs) metaContext(o wire.Option, data []byte) {
 		return i
 	}
 	if chosen.allocation {
-		h.out = wire.AppendMetaContext(h.out, o.Opt, id(idAllocation), wire.ContextAllocation)
+		h.out = nbdwire.AppendMetaContext(h.out, o.Opt, id(idAllocation), nbdwire.ContextAllocation)
 	}
 	if chosen.depth {
-		h.out = wire.AppendMetaContext(h.out, o.Opt, id(idDepth), wire.ContextDepth)
+		h.out = nbdwire.AppendMetaContext(h.out, o.Opt, id(idDepth), nbdwire.ContextDepth)
 	}
 	for i, b := range chosen.bitmaps {
 		if b {
-			h.out = wire.AppendMetaContext(h.out, o.Opt, id(idBitmap+uint32(i)), wire.ContextBitmap+exp.spec.Bitmaps[i].Name)
+			h.out = nbdwire.AppendMetaContext(h.out, o.Opt, id(idBitmap+uint32(i)), nbdwire.ContextBitmap+exp.spec.Bitmaps[i].Name)
 		}
 	}
-	h.reply(o.Opt, wire.RepAck)
+	h.reply(o.Opt, nbdwire.RepAck)
 	*x = chosen
 }
 

@@ -14,7 +14,7 @@ import (
 	"testing"
 	"time"
 
-	"qblockd/blockdev/nbd/wire"
+	"qblockd/blockdev/nbdwire"
 )
 
 // oracle starts the reference's daemon with the exports that reference() has and returns its socket.
@@ -79,12 +79,12 @@ func converse(t *testing.T, path string, b []byte) []byte {
 	return got.Bytes()
 }
 
-func opt(opt uint32, data ...byte) []byte { return wire.AppendOption(nil, opt, data) }
+func opt(opt uint32, data ...byte) []byte { return nbdwire.AppendOption(nil, opt, data) }
 
 func cat(bs ...[]byte) []byte { return bytes.Join(bs, nil) }
 
 func name(n string, infos ...uint16) []byte {
-	return (&wire.InfoRequest{Name: n, Infos: infos}).Append(nil)
+	return (&nbdwire.InfoRequest{Name: n, Infos: infos}).Append(nil)
 }
 
 // Handshakes are equal to the reference's to the byte.
@@ -92,42 +92,44 @@ func TestHandshakeEqualsReference(t *testing.T) {
 	image := newImage(t)
 	theirs, ours := oracle(t, image), reference(t, image)
 	flags := func(f byte) []byte { return []byte{0, 0, 0, f} }
-	structured := opt(wire.OptStructuredReply)
-	meta := func(o uint32, n string, qs ...string) []byte { return opt(o, wire.AppendMetaQueries(nil, n, qs...)...) }
-	const list, set = wire.OptListMetaContext, wire.OptSetMetaContext
+	structured := opt(nbdwire.OptStructuredReply)
+	meta := func(o uint32, n string, qs ...string) []byte {
+		return opt(o, nbdwire.AppendMetaQueries(nil, n, qs...)...)
+	}
+	const list, set = nbdwire.OptListMetaContext, nbdwire.OptSetMetaContext
 	long := strings.Repeat("n", 4097)
 	for what, in := range map[string][]byte{
 		"nothing":                 nil,
 		"flags only":              flags(3),
 		"unknown flags":           flags(7),
-		"abort":                   cat(flags(3), opt(wire.OptAbort)),
-		"abort with data":         cat(flags(3), opt(wire.OptAbort, 1, 2)),
-		"list":                    cat(flags(3), opt(wire.OptList)),
-		"list with data":          cat(flags(3), opt(wire.OptList, 1), opt(wire.OptList)),
-		"unknown option":          cat(flags(3), opt(99, 1, 2, 3), opt(wire.OptList)),
+		"abort":                   cat(flags(3), opt(nbdwire.OptAbort)),
+		"abort with data":         cat(flags(3), opt(nbdwire.OptAbort, 1, 2)),
+		"list":                    cat(flags(3), opt(nbdwire.OptList)),
+		"list with data":          cat(flags(3), opt(nbdwire.OptList, 1), opt(nbdwire.OptList)),
+		"unknown option":          cat(flags(3), opt(99, 1, 2, 3), opt(nbdwire.OptList)),
 		"peek":                    cat(flags(3), opt(4)),
-		"starttls":                cat(flags(3), opt(wire.OptStartTLS)),
-		"starttls with data":      cat(flags(3), opt(wire.OptStartTLS, 1)),
+		"starttls":                cat(flags(3), opt(nbdwire.OptStartTLS)),
+		"starttls with data":      cat(flags(3), opt(nbdwire.OptStartTLS, 1)),
 		"structured":              cat(flags(3), structured, structured),
-		"structured with data":    cat(flags(3), opt(wire.OptStructuredReply, 1), structured),
-		"extended headers":        cat(flags(3), opt(wire.OptExtendedHeaders)),
-		"info":                    cat(flags(3), opt(wire.OptInfo, name("x")...)),
-		"info structured":         cat(flags(3), structured, opt(wire.OptInfo, name("x", 3, 0, 1, 2, 99)...)),
-		"info read-only":          cat(flags(1), opt(wire.OptInfo, name("ro", 1, 3)...)),
-		"info missing":            cat(flags(3), opt(wire.OptInfo, name("none")...), opt(wire.OptInfo, name(long[:100])...)),
-		"info long":               cat(flags(3), opt(wire.OptInfo, name(long)...)),
-		"info lengths":            cat(flags(3), opt(wire.OptInfo, 0, 0, 0, 9, 'x'), opt(wire.OptInfo), opt(wire.OptInfo, 0, 0, 0, 1, 'x', 0, 2, 0, 3)),
-		"info NUL":                cat(flags(3), opt(wire.OptInfo, 0, 0, 0, 1, 0, 0, 0)),
-		"info trailing":           cat(flags(3), opt(wire.OptInfo, 0, 0, 0, 1, 'x', 0, 0, 7)),
-		"go":                      cat(flags(3), opt(wire.OptGo, name("x")...)),
-		"go read-only structured": cat(flags(3), structured, opt(wire.OptGo, name("ro", 3)...)),
-		"go missing":              cat(flags(3), opt(wire.OptGo, name("")...), opt(wire.OptGo, name("x")...)),
-		"export name":             cat(flags(3), opt(wire.OptExportName, 'x')),
-		"export name with zeroes": cat(flags(1), opt(wire.OptExportName, 'x')),
-		"export name old":         cat(flags(0), opt(wire.OptExportName, 'x')),
-		"export name missing":     cat(flags(3), opt(wire.OptExportName, 'y')),
-		"export name long":        cat(flags(3), opt(wire.OptExportName, []byte(long)...)),
-		"old style client":        cat(flags(0), opt(wire.OptList)),
+		"structured with data":    cat(flags(3), opt(nbdwire.OptStructuredReply, 1), structured),
+		"extended headers":        cat(flags(3), opt(nbdwire.OptExtendedHeaders)),
+		"info":                    cat(flags(3), opt(nbdwire.OptInfo, name("x")...)),
+		"info structured":         cat(flags(3), structured, opt(nbdwire.OptInfo, name("x", 3, 0, 1, 2, 99)...)),
+		"info read-only":          cat(flags(1), opt(nbdwire.OptInfo, name("ro", 1, 3)...)),
+		"info missing":            cat(flags(3), opt(nbdwire.OptInfo, name("none")...), opt(nbdwire.OptInfo, name(long[:100])...)),
+		"info long":               cat(flags(3), opt(nbdwire.OptInfo, name(long)...)),
+		"info lengths":            cat(flags(3), opt(nbdwire.OptInfo, 0, 0, 0, 9, 'x'), opt(nbdwire.OptInfo), opt(nbdwire.OptInfo, 0, 0, 0, 1, 'x', 0, 2, 0, 3)),
+		"info NUL":                cat(flags(3), opt(nbdwire.OptInfo, 0, 0, 0, 1, 0, 0, 0)),
+		"info trailing":           cat(flags(3), opt(nbdwire.OptInfo, 0, 0, 0, 1, 'x', 0, 0, 7)),
+		"go":                      cat(flags(3), opt(nbdwire.OptGo, name("x")...)),
+		"go read-only structured": cat(flags(3), structured, opt(nbdwire.OptGo, name("ro", 3)...)),
+		"go missing":              cat(flags(3), opt(nbdwire.OptGo, name("")...), opt(nbdwire.OptGo, name("x")...)),
+		"export name":             cat(flags(3), opt(nbdwire.OptExportName, 'x')),
+		"export name with zeroes": cat(flags(1), opt(nbdwire.OptExportName, 'x')),
+		"export name old":         cat(flags(0), opt(nbdwire.OptExportName, 'x')),
+		"export name missing":     cat(flags(3), opt(nbdwire.OptExportName, 'y')),
+		"export name long":        cat(flags(3), opt(nbdwire.OptExportName, []byte(long)...)),
+		"old style client":        cat(flags(0), opt(nbdwire.OptList)),
 		"bad magic":               cat(flags(3), bytes.Repeat([]byte{1}, 16)),
 		"too long an option":      cat(flags(3), []byte("IHAVEOPT"), []byte{0, 0, 0, 99, 2, 0, 0, 1}),
 		"meta before structured":  cat(flags(3), meta(list, "x"), meta(set, "x")),
@@ -168,11 +170,11 @@ func newImage(t *testing.T) string {
 func TestRequestsEqualReference(t *testing.T) {
 	image := newImage(t)
 	theirs, ours := oracle(t, image), reference(t, image)
-	var qs []wire.Request
-	for _, cmd := range []uint16{wire.CmdRead, wire.CmdWrite, wire.CmdFlush, wire.CmdTrim, wire.CmdCache, wire.CmdWriteZeroes, wire.CmdBlockStatus, 8, 77} {
+	var qs []nbdwire.Request
+	for _, cmd := range []uint16{nbdwire.CmdRead, nbdwire.CmdWrite, nbdwire.CmdFlush, nbdwire.CmdTrim, nbdwire.CmdCache, nbdwire.CmdWriteZeroes, nbdwire.CmdBlockStatus, 8, 77} {
 		for _, r := range [][2]uint64{{0, 0}, {0, 512}, {4096, 70000}, {500 << 10, 100 << 10}, {1 << 20, 0}, {1<<20 - 512, 1024}, {1<<20 + 1, 0}, {1 << 63, 1}, {0, 1 << 20}} {
-			for _, f := range []uint16{0, wire.CmdFlagFUA, wire.CmdFlagNoHole, wire.CmdFlagDF, wire.CmdFlagReqOne, 1 << 15} {
-				qs = append(qs, wire.Request{Cmd: cmd, Off: r[0], Len: uint32(r[1]), Flags: f})
+			for _, f := range []uint16{0, nbdwire.CmdFlagFUA, nbdwire.CmdFlagNoHole, nbdwire.CmdFlagDF, nbdwire.CmdFlagReqOne, 1 << 15} {
+				qs = append(qs, nbdwire.Request{Cmd: cmd, Off: r[0], Len: uint32(r[1]), Flags: f})
 			}
 		}
 	}
@@ -180,29 +182,29 @@ func TestRequestsEqualReference(t *testing.T) {
 		rand.Shuffle(len(qs), func(i, j int) { qs[i], qs[j] = qs[j], qs[i] })
 		qs = qs[:60]
 	}
-	qs = append(qs, wire.Request{Cmd: wire.CmdRead, Len: 32<<20 + 1}, wire.Request{Cmd: wire.CmdCache, Len: 32<<20 + 1})
+	qs = append(qs, nbdwire.Request{Cmd: nbdwire.CmdRead, Len: 32<<20 + 1}, nbdwire.Request{Cmd: nbdwire.CmdCache, Len: 32<<20 + 1})
 	for _, structured := range []bool{false, true} {
 		var contexts []string
 		if structured {
-			contexts = []string{wire.ContextAllocation, wire.ContextDepth}
+			contexts = []string{nbdwire.ContextAllocation, nbdwire.ContextDepth}
 		}
 		a, b := open(t, theirs, structured, contexts...), open(t, ours, structured, contexts...)
 		for _, q := range qs {
 			var payload []byte
-			if q.Cmd == wire.CmdWrite {
+			if q.Cmd == nbdwire.CmdWrite {
 				// What the file holds there already: both work on the same one.
 				payload = make([]byte, q.Len)
 				f, _ := os.Open(image)
 				f.ReadAt(payload, int64(min(q.Off, 1<<40)))
 				f.Close()
 			}
-			if q.Cmd == wire.CmdTrim || q.Cmd == wire.CmdWriteZeroes {
+			if q.Cmd == nbdwire.CmdTrim || q.Cmd == nbdwire.CmdWriteZeroes {
 				if q.Off < 600<<10 && q.Len > 0 {
 					q.Off += 600 << 10 // leaves the data alone
 				}
 			}
 			x, y := a.do(q, payload...), b.do(q, payload...)
-			if structured && q.Cmd == wire.CmdRead && q.Len < mapMin {
+			if structured && q.Cmd == nbdwire.CmdRead && q.Len < mapMin {
 				x.holes, y.holes = 0, 0
 			}
 			if !reflect.DeepEqual(x, y) {
@@ -213,9 +215,9 @@ func TestRequestsEqualReference(t *testing.T) {
 	}
 	// What ends the connection, with and without a last word.
 	for what, in := range map[string][]byte{
-		"bad magic":  bytes.Repeat([]byte{7}, wire.RequestSize),
-		"disconnect": (&wire.Request{Cmd: wire.CmdDisc, Flags: 0xffff, Off: 1 << 63, Len: 77}).Append(nil),
-		"long write": (&wire.Request{Cmd: wire.CmdWrite, Len: 32<<20 + 1}).Append(nil),
+		"bad magic":  bytes.Repeat([]byte{7}, nbdwire.RequestSize),
+		"disconnect": (&nbdwire.Request{Cmd: nbdwire.CmdDisc, Flags: 0xffff, Off: 1 << 63, Len: 77}).Append(nil),
+		"long write": (&nbdwire.Request{Cmd: nbdwire.CmdWrite, Len: 32<<20 + 1}).Append(nil),
 	} {
 		var got [2]string
 		for i, path := range []string{theirs, ours} {

@@ -3,7 +3,7 @@ package nbd
 import (
 	"testing"
 
-	"qblockd/blockdev/nbd/wire"
+	"qblockd/blockdev/nbdwire"
 	"qblockd/events/panics"
 )
 
@@ -11,7 +11,7 @@ import (
 func TestRequestPanics(t *testing.T) {
 	defer panics.Contain()()
 	for _, worker := range []bool{false, true} {
-		for _, q := range []wire.Request{rd(0, 512), wr(0, 512), req(wire.CmdFlush, 0, 0, nil), req(wire.CmdTrim, 0, 512, nil), rd(0, 1<<20)} {
+		for _, q := range []nbdwire.Request{rd(0, 512), wr(0, 512), req(nbdwire.CmdFlush, 0, 0, nil), req(nbdwire.CmdTrim, 0, 512, nil), rd(0, 1<<20)} {
 			d := newFileDevice(t, 4<<20)
 			d.noMap = true
 			d.wouldBlock.Store(worker)
@@ -19,7 +19,7 @@ func TestRequestPanics(t *testing.T) {
 			other, c := open(t, path, true), open(t, path, true)
 			d.fault = func(string) error { panic("bug in the device") }
 			c.put(q.Append(nil))
-			if q.Cmd == wire.CmdWrite {
+			if q.Cmd == nbdwire.CmdWrite {
 				c.put(make([]byte, q.Len))
 			}
 			for {

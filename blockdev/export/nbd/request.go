@@ -4,7 +4,7 @@ import (
 	"errors"
 	"fmt"
 
-	"qblockd/blockdev/nbd/wire"
+	"qblockd/blockdev/nbdwire"
 	"qblockd/graph/blk"
 )
 
@@ -21,22 +21,22 @@ const (
 )
 
 // check tells what is wrong with q by itself, as the reference words it; the payload of a
-// write is not looked at. All these errors are EINVAL on the wire.
-func (c *conn) check(q *wire.Request) error {
-	valid := wire.CmdFlagFUA
+// write is not looked at. All these errors are EINVAL on the nbdwire.
+func (c *conn) check(q *nbdwire.Request) error {
+	valid := nbdwire.CmdFlagFUA
 	writes := false
 	switch q.Cmd {
-	case wire.CmdRead:
+	case nbdwire.CmdRead:
 		if c.structured {
-			valid |= wire.CmdFlagDF
+			valid |= nbdwire.CmdFlagDF
 		}
-	case wire.CmdWrite, wire.CmdTrim:
+	case nbdwire.CmdWrite, nbdwire.CmdTrim:
 		writes = true
-	case wire.CmdWriteZeroes:
-		valid |= wire.CmdFlagNoHole | wire.CmdFlagFastZero
+	case nbdwire.CmdWriteZeroes:
+		valid |= nbdwire.CmdFlagNoHole | nbdwire.CmdFlagFastZero
 		writes = true
-	case wire.CmdBlockStatus:
-		valid |= wire.CmdFlagReqOne
+	case nbdwire.CmdBlockStatus:
+		valid |= nbdwire.CmdFlagReqOne
 	}
 	if writes && c.exp.spec.ReadOnly {
 		return errReadOnly
@@ -46,7 +46,7 @@ func (c *conn) check(q *wire.Request) error {
 		return fmt.Errorf("operation past EOF; From: %d, Len: %d, Size: %d", q.Off, q.Len, size)
 	}
 	if q.Flags&^valid != 0 {
-		return fmt.Errorf("unsupported flags for command %s (got 0x%x)", wire.CmdName(q.Cmd), q.Flags)
+		return fmt.Errorf("unsupported flags for command %s (got 0x%x)", nbdwire.CmdName(q.Cmd), q.Flags)
 	}
 	return nil
 }
@@ -54,12 +54,12 @@ func (c *conn) check(q *wire.Request) error {
 var errReadOnly = errors.New("Export is read-only")
 
 // request serves q, whose header has been taken from the buffer. An error ends the connection.
-func (c *conn) request(q *wire.Request) error {
+func (c *conn) request(q *nbdwire.Request) error {
 	c.eager = false
-	if q.Len > wire.MaxPayload && (q.Cmd == wire.CmdRead || q.Cmd == wire.CmdWrite || q.Cmd == wire.CmdCache) {
-		err := fmt.Errorf("len (%d ) is larger than max len (%d)", q.Len, wire.MaxPayload)
+	if q.Len > nbdwire.MaxPayload && (q.Cmd == nbdwire.CmdRead || q.Cmd == nbdwire.CmdWrite || q.Cmd == nbdwire.CmdCache) {
+		err := fmt.Errorf("len (%d ) is larger than max len (%d)", q.Len, nbdwire.MaxPayload)
 		c.refuse(q, err)
-		if q.Cmd != wire.CmdWrite {
+		if q.Cmd != nbdwire.CmdWrite {
 			return nil
 		}
 		// Nobody reads a payload of that size to keep the stream in order.
@@ -67,7 +67,7 @@ func (c *conn) request(q *wire.Request) error {
 		return err
 	}
 	if err := c.check(q); err != nil {
-		if q.Cmd == wire.CmdWrite {
+		if q.Cmd == nbdwire.CmdWrite {
 			if int64(c.w-c.r) < int64(q.Len) {
 				if err := c.flush(); err != nil {
 					return err
@@ -81,15 +81,15 @@ func (c *conn) request(q *wire.Request) error {
 		return nil
 	}
 	switch q.Cmd {
-	case wire.CmdRead:
+	case nbdwire.CmdRead:
 		return c.read(q)
-	case wire.CmdWrite:
+	case nbdwire.CmdWrite:
 		return c.write(q)
-	case wire.CmdFlush, wire.CmdTrim, wire.CmdWriteZeroes:
+	case nbdwire.CmdFlush, nbdwire.CmdTrim, nbdwire.CmdWriteZeroes:
 		return c.control(q)
-	case wire.CmdCache:
+	case nbdwire.CmdCache:
 		return c.dispatch(q, nil)
-	case wire.CmdBlockStatus:
+	case nbdwire.CmdBlockStatus:
 		switch {
 		case c.ctxs.count() == 0:
 			c.refuse(q, errNoContext)
@@ -110,9 +110,9 @@ var (
 )
 
 // read serves a read at once if that takes no waiting.
-func (c *conn) read(q *wire.Request) error {
+func (c *conn) read(q *nbdwire.Request) error {
 	n := int(q.Len)
-	if q.Flags&wire.CmdFlagFUA != 0 {
+	if q.Flags&nbdwire.CmdFlagFUA != 0 {
 		return c.dispatch(q, nil)
 	}
 	if n >= mapMin {
@@ -121,9 +121,9 @@ func (c *conn) read(q *wire.Request) error {
 		}
 		return c.dispatch(q, nil)
 	}
-	head := wire.SimpleSize
+	head := nbdwire.SimpleSize
 	if c.structured {
-		head = wire.DataHeadSize
+		head = nbdwire.DataHeadSize
 	}
 	c.reserve(head + n)
 	r := c.enter()
@@ -145,20 +145,20 @@ func (c *conn) read(q *wire.Request) error {
 	case errors.Is(err, blk.ErrWouldBlock):
 		return c.dispatch(q, nil)
 	default:
-		c.fail(q, wire.Errno(err), msgRead)
+		c.fail(q, nbdwire.Errno(err), msgRead)
 	}
 	return nil
 }
 
 // appendReadHead appends what precedes the n bytes of data of an undivided read.
-func appendReadHead(b []byte, structured bool, q *wire.Request, n int) []byte {
+func appendReadHead(b []byte, structured bool, q *nbdwire.Request, n int) []byte {
 	switch {
 	case !structured:
-		return wire.AppendSimple(b, q.Cookie, 0)
+		return nbdwire.AppendSimple(b, q.Cookie, 0)
 	case n == 0:
-		return wire.AppendChunk(b, wire.ChunkDone, wire.ChunkNone, q.Cookie, 0)
+		return nbdwire.AppendChunk(b, nbdwire.ChunkDone, nbdwire.ChunkNone, q.Cookie, 0)
 	default:
-		return wire.AppendDataHead(b, wire.ChunkDone, q.Cookie, q.Off, n)
+		return nbdwire.AppendDataHead(b, nbdwire.ChunkDone, q.Cookie, q.Off, n)
 	}
 }
 
@@ -169,7 +169,7 @@ const overlapMin = 256 << 10
 
 // write serves a write at once if that takes no waiting; its payload is taken from the
 // client in any case.
-func (c *conn) write(q *wire.Request) error {
+func (c *conn) write(q *nbdwire.Request) error {
 	n := int(q.Len)
 	var buf *blk.Buffer
 	var data []byte
@@ -211,7 +211,7 @@ func (c *conn) write(q *wire.Request) error {
 	}
 	blk.PutBuf(buf)
 	if err != nil {
-		c.fail(q, wire.Errno(err), msgWrite)
+		c.fail(q, nbdwire.Errno(err), msgWrite)
 	} else {
 		c.done(q)
 	}
@@ -219,7 +219,7 @@ func (c *conn) write(q *wire.Request) error {
 }
 
 // dispatchWrite hands a write to a worker, with data moved out of the input buffer.
-func (c *conn) dispatchWrite(q *wire.Request, buf *blk.Buffer, data []byte) error {
+func (c *conn) dispatchWrite(q *nbdwire.Request, buf *blk.Buffer, data []byte) error {
 	if buf == nil {
 		buf = blk.GetBuf(len(data), 0)
 		copy(buf.B, data)
@@ -227,16 +227,16 @@ func (c *conn) dispatchWrite(q *wire.Request, buf *blk.Buffer, data []byte) erro
 	return c.dispatch(q, buf)
 }
 
-func (c *conn) writeFlags(q *wire.Request) blk.Flags {
+func (c *conn) writeFlags(q *nbdwire.Request) blk.Flags {
 	var f blk.Flags
-	if q.Flags&wire.CmdFlagFUA != 0 || c.exp.spec.Writethrough {
+	if q.Flags&nbdwire.CmdFlagFUA != 0 || c.exp.spec.Writethrough {
 		f |= blk.FUA
 	}
-	if q.Cmd == wire.CmdWriteZeroes {
-		if q.Flags&wire.CmdFlagNoHole == 0 {
+	if q.Cmd == nbdwire.CmdWriteZeroes {
+		if q.Flags&nbdwire.CmdFlagNoHole == 0 {
 			f |= blk.MayUnmap
 		}
-		if q.Flags&wire.CmdFlagFastZero != 0 {
+		if q.Flags&nbdwire.CmdFlagFastZero != 0 {
 			f |= blk.NoFallback
 		}
 	}
@@ -244,7 +244,7 @@ func (c *conn) writeFlags(q *wire.Request) blk.Flags {
 }
 
 // control serves a flush, trim or write-zeroes at once if that takes no waiting.
-func (c *conn) control(q *wire.Request) error {
+func (c *conn) control(q *nbdwire.Request) error {
 	r := c.enter()
 	if r == nil {
 		return c.dispatch(q, nil)
@@ -253,7 +253,7 @@ func (c *conn) control(q *wire.Request) error {
 	// A trim with FUA is two operations; the second may turn out to wait when the first is done.
 	err := blk.ErrWouldBlock
 	var msg string
-	if q.Cmd != wire.CmdTrim || q.Flags&wire.CmdFlagFUA == 0 {
+	if q.Cmd != nbdwire.CmdTrim || q.Flags&nbdwire.CmdFlagFUA == 0 {
 		msg, err = c.doControl(r, q)
 	}
 	r.NoWait = false
@@ -264,20 +264,20 @@ func (c *conn) control(q *wire.Request) error {
 	case errors.Is(err, blk.ErrWouldBlock):
 		return c.dispatch(q, nil)
 	default:
-		c.fail(q, wire.Errno(err), msg)
+		c.fail(q, nbdwire.Errno(err), msg)
 	}
 	return nil
 }
 
 // doControl performs a flush, trim or write-zeroes.
-func (c *conn) doControl(r *blk.Req, q *wire.Request) (msg string, err error) {
+func (c *conn) doControl(r *blk.Req, q *nbdwire.Request) (msg string, err error) {
 	off, n := int64(q.Off), int64(q.Len)
 	switch q.Cmd {
-	case wire.CmdFlush:
+	case nbdwire.CmdFlush:
 		return msgFlush, c.dev.Flush(r)
-	case wire.CmdTrim:
+	case nbdwire.CmdTrim:
 		err := c.dev.Discard(r, off, n)
-		if err == nil && q.Flags&wire.CmdFlagFUA != 0 {
+		if err == nil && q.Flags&nbdwire.CmdFlagFUA != 0 {
 			err = c.dev.Flush(r)
 		}
 		return msgTrim, err

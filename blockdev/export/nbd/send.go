@@ -7,7 +7,7 @@ import (
 
 	"golang.org/x/sys/unix"
 
-	"qblockd/blockdev/nbd/wire"
+	"qblockd/blockdev/nbdwire"
 	"qblockd/graph/blk"
 )
 
@@ -213,7 +213,7 @@ func (s *sendfile) inMemory(fd int, off int64) bool {
 }
 
 // readMapped answers q by sendfile if the device maps the whole range without waiting.
-func (c *conn) readMapped(q *wire.Request) bool {
+func (c *conn) readMapped(q *nbdwire.Request) bool {
 	r := c.enter()
 	if r == nil {
 		return false
@@ -250,7 +250,7 @@ func (c *conn) mapping() *blk.Mapping {
 
 // mapRange maps q's range; false if that cannot be done in full, would wait, or gives so many
 // pieces that copying is cheaper.
-func (c *conn) mapRange(r *blk.Req, q *wire.Request, m *blk.Mapping) bool {
+func (c *conn) mapRange(r *blk.Req, q *nbdwire.Request, m *blk.Mapping) bool {
 	want, got := int64(q.Len), int64(0)
 	for got < want {
 		if c.dev.Map(r, int64(q.Off)+got, want-got, m) != nil {
@@ -267,16 +267,16 @@ func (c *conn) mapRange(r *blk.Req, q *wire.Request, m *blk.Mapping) bool {
 
 // sendMapped sends the reply to q from m, which becomes a lease. Errors of sending show at
 // the next flush.
-func (c *conn) sendMapped(q *wire.Request, m *blk.Mapping) {
-	whole := !c.structured || q.Flags&wire.CmdFlagDF != 0
+func (c *conn) sendMapped(q *nbdwire.Request, m *blk.Mapping) {
+	whole := !c.structured || q.Flags&nbdwire.CmdFlagDF != 0
 	c.sendMu.Lock()
 	defer c.unlockSend()
 	if whole {
-		c.reserveLocked(wire.DataHeadSize)
+		c.reserveLocked(nbdwire.DataHeadSize)
 		if c.structured {
-			c.batch = wire.AppendDataHead(c.batch, 0, q.Cookie, q.Off, int(q.Len))
+			c.batch = nbdwire.AppendDataHead(c.batch, 0, q.Cookie, q.Off, int(q.Len))
 		} else {
-			c.batch = wire.AppendSimple(c.batch, q.Cookie, 0)
+			c.batch = nbdwire.AppendSimple(c.batch, q.Cookie, 0)
 		}
 	}
 	off := int64(q.Off)
@@ -293,14 +293,14 @@ func (c *conn) sendMapped(q *wire.Request, m *blk.Mapping) {
 				break
 			}
 			c.finishLocked(q, off+h.N, int64(q.Off)+int64(q.Len), whole)
-			c.batch = wire.AppendErrorOffset(c.batch, q.Cookie, wire.Errno(e), uint64(bad), msgRead)
+			c.batch = nbdwire.AppendErrorOffset(c.batch, q.Cookie, nbdwire.Errno(e), uint64(bad), msgRead)
 			break
 		}
 		off += h.N
 	}
 	if err == nil && c.structured {
-		c.reserveLocked(wire.ChunkSize)
-		c.batch = wire.AppendChunk(c.batch, wire.ChunkDone, wire.ChunkNone, q.Cookie, 0)
+		c.reserveLocked(nbdwire.ChunkSize)
+		c.batch = nbdwire.AppendChunk(c.batch, nbdwire.ChunkDone, nbdwire.ChunkNone, q.Cookie, 0)
 	}
 	if !live {
 		m.Release()
@@ -315,19 +315,19 @@ func (c *conn) sendMapped(q *wire.Request, m *blk.Mapping) {
 // failure it fills the run up with zeroes and returns where it failed.
 //
 // +checklocks:c.sendMu
-func (c *conn) sendRangeLocked(q *wire.Request, h blk.HostRange, off int64, whole bool) (bad int64, err error) {
+func (c *conn) sendRangeLocked(q *nbdwire.Request, h blk.HostRange, off int64, whole bool) (bad int64, err error) {
 	if h.FD < 0 {
 		if whole {
 			c.zeroesLocked(h.N)
 		} else {
-			c.reserveLocked(wire.HoleSize)
-			c.batch = wire.AppendHole(c.batch, 0, q.Cookie, uint64(off), uint32(h.N))
+			c.reserveLocked(nbdwire.HoleSize)
+			c.batch = nbdwire.AppendHole(c.batch, 0, q.Cookie, uint64(off), uint32(h.N))
 		}
 		return 0, nil
 	}
 	if !whole {
-		c.reserveLocked(wire.DataHeadSize)
-		c.batch = wire.AppendDataHead(c.batch, 0, q.Cookie, uint64(off), int(h.N))
+		c.reserveLocked(nbdwire.DataHeadSize)
+		c.batch = nbdwire.AppendDataHead(c.batch, 0, q.Cookie, uint64(off), int(h.N))
 	}
 	c.writeBatchLocked()
 	if c.failed != nil {
@@ -366,11 +366,11 @@ func isPeerError(err error) bool {
 // finishLocked completes a data chunk of the whole range that goes on from off to end.
 //
 // +checklocks:c.sendMu
-func (c *conn) finishLocked(q *wire.Request, off, end int64, whole bool) {
+func (c *conn) finishLocked(q *nbdwire.Request, off, end int64, whole bool) {
 	if whole && off < end {
 		c.zeroesLocked(end - off)
 	}
-	c.reserveLocked(wire.ChunkSize + 14 + len(msgRead))
+	c.reserveLocked(nbdwire.ChunkSize + 14 + len(msgRead))
 }
 
 // zeroesLocked sends n zero bytes.

@@ -11,7 +11,7 @@ import (
 	"sync/atomic"
 	"time"
 
-	"qblockd/blockdev/nbd/wire"
+	"qblockd/blockdev/nbdwire"
 	"qblockd/events/panics"
 	"qblockd/qmp/chardev/sockets"
 )
@@ -86,7 +86,7 @@ func Serve(l net.Listener, o Options) *Server {
 	s := &Server{opts: o, log: o.Log, l: l, conns: map[*conn]struct{}{}, byName: map[string]*Export{},
 		overlap: overlapMin}
 	if runtime.GOMAXPROCS(0) <= 2 {
-		s.overlap = wire.MaxPayload + 1
+		s.overlap = nbdwire.MaxPayload + 1
 	}
 	if s.log == nil {
 		s.log = slog.New(slog.DiscardHandler)

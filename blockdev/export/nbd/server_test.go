@@ -7,7 +7,7 @@ import (
 	"testing"
 	"time"
 
-	"qblockd/blockdev/nbd/wire"
+	"qblockd/blockdev/nbdwire"
 )
 
 // prompt is what a command may take at most that must not wait for clients.
@@ -44,7 +44,7 @@ func TestExportNames(t *testing.T) {
 	if _, err := s.Add(Spec{Name: "y", Description: long, Device: d}); err == nil || err.Error() != "description '"+long+"' too long" {
 		t.Error(err)
 	}
-	if e.flags&wire.FlagMultiConn != 0 {
+	if e.flags&nbdwire.FlagMultiConn != 0 {
 		t.Error("several connections are promised to be consistent where one is allowed")
 	}
 	e.Shutdown()
@@ -54,8 +54,8 @@ func TestExportNames(t *testing.T) {
 	}
 	c := dial(t, path)
 	c.greet(3)
-	r := c.option(wire.OptInfo, (&wire.InfoRequest{Name: "x"}).Append(nil))
-	if r[0].Type != wire.RepErrUnknown || string(r[0].data) != "export 'x' not present" {
+	r := c.option(nbdwire.OptInfo, (&nbdwire.InfoRequest{Name: "x"}).Append(nil))
+	if r[0].Type != nbdwire.RepErrUnknown || string(r[0].data) != "export 'x' not present" {
 		t.Errorf("%#x %s", r[0].Type, r[0].data)
 	}
 	if _, err := s.Add(Spec{Name: "x", Device: d}); err != nil {
@@ -70,7 +70,7 @@ func TestSafeRemoval(t *testing.T) {
 	if e.ShutdownIfIdle() {
 		t.Fatal("removed under a client")
 	}
-	q := wire.Request{Cmd: wire.CmdDisc}
+	q := nbdwire.Request{Cmd: nbdwire.CmdDisc}
 	c.put(q.Append(nil))
 	c.eof()
 	eventually(t, "the client is gone", func() bool { return !e.InUse() })
@@ -111,11 +111,11 @@ func TestClosedGate(t *testing.T) {
 	_, e, path := server(t, d, Options{})
 	c := open(t, path, true)
 	openGate := d.closeGate()
-	qs := []wire.Request{rd(0, 4096), rd(0, 1<<20), wr(0, 4), req(wire.CmdFlush, 0, 0, nil)}
+	qs := []nbdwire.Request{rd(0, 4096), rd(0, 1<<20), wr(0, 4), req(nbdwire.CmdFlush, 0, 0, nil)}
 	for i := range qs {
 		qs[i].Cookie = uint64(i)
 		c.put(qs[i].Append(nil))
-		if qs[i].Cmd == wire.CmdWrite {
+		if qs[i].Cmd == nbdwire.CmdWrite {
 			c.put([]byte{1, 2, 3, 4})
 		}
 	}
@@ -146,7 +146,7 @@ func TestClosedGate(t *testing.T) {
 // peekCookie tells which request the next reply is for.
 func (c *client) peekCookie() uint64 {
 	c.t.Helper()
-	b, err := c.r.Peek(wire.SimpleSize)
+	b, err := c.r.Peek(nbdwire.SimpleSize)
 	if err != nil {
 		c.t.Fatal(err)
 	}
@@ -219,7 +219,7 @@ func TestHalfOpenHandshakes(t *testing.T) {
 			t.Fatalf("%d connections", s.count())
 		}
 		for _, nc := range conns[500:600] {
-			b := make([]byte, wire.GreetingSize)
+			b := make([]byte, nbdwire.GreetingSize)
 			nc.SetReadDeadline(time.Now().Add(time.Millisecond))
 			if _, err := nc.Read(b); err == nil {
 				return true
@@ -240,7 +240,7 @@ func TestHandshakeDeadline(t *testing.T) {
 	d := newFileDevice(t, 1<<20)
 	_, _, path := server(t, d, Options{Handshake: 50 * time.Millisecond})
 	slow := dial(t, path)
-	slow.take(wire.GreetingSize)
+	slow.take(nbdwire.GreetingSize)
 	slow.eof()
 	// The deadline ends with the handshake.
 	c := open(t, path, true)
@@ -303,7 +303,7 @@ func TestListenInet(t *testing.T) {
 		t.Fatal(err)
 	}
 	defer nc.Close()
-	b := make([]byte, wire.GreetingSize)
+	b := make([]byte, nbdwire.GreetingSize)
 	if _, err := nc.Read(b); err != nil {
 		t.Error(err)
 	}
@@ -326,7 +326,7 @@ func TestListenInetSeveralAddresses(t *testing.T) {
 			t.Fatal(err)
 		}
 		nc.SetDeadline(time.Now().Add(patience))
-		if _, err := nc.Read(make([]byte, wire.GreetingSize)); err != nil {
+		if _, err := nc.Read(make([]byte, nbdwire.GreetingSize)); err != nil {
 			t.Error(err)
 		}
 		nc.Close()
@@ -355,8 +355,8 @@ func TestChurn(t *testing.T) {
 				}
 				var out []byte
 				out = append(out, 0, 0, 0, 3)
-				out = wire.AppendOption(out, wire.OptStructuredReply, nil)
-				out = wire.AppendOption(out, wire.OptGo, (&wire.InfoRequest{Name: "x"}).Append(nil))
+				out = nbdwire.AppendOption(out, nbdwire.OptStructuredReply, nil)
+				out = nbdwire.AppendOption(out, nbdwire.OptGo, (&nbdwire.InfoRequest{Name: "x"}).Append(nil))
 				for j := range 50 {
 					q := rd(uint64(j)*4096, uint32(4096<<(j%8)))
 					out = q.Append(out)

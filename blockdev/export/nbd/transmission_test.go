@@ -9,7 +9,7 @@ import (
 	"syscall"
 	"testing"
 
-	"qblockd/blockdev/nbd/wire"
+	"qblockd/blockdev/nbdwire"
 	"qblockd/graph/blk"
 )
 
@@ -58,15 +58,15 @@ func testAgainstModel(t *testing.T, c *client, size int) {
 			}
 			copy(model[off:], b)
 		case 2:
-			q := req(wire.CmdWriteZeroes, uint64(off), uint32(n), nil)
+			q := req(nbdwire.CmdWriteZeroes, uint64(off), uint32(n), nil)
 			if a := c.do(q); a.errno != 0 {
 				t.Fatalf("zero %d+%d: %d %s", off, n, a.errno, a.msg)
 			}
 			clear(model[off : off+n])
 		default:
 			var f []uint16
-			if c.flag&wire.FlagDF != 0 && rnd.IntN(2) == 0 {
-				f = append(f, wire.CmdFlagDF)
+			if c.flag&nbdwire.FlagDF != 0 && rnd.IntN(2) == 0 {
+				f = append(f, nbdwire.CmdFlagDF)
 			}
 			a := c.do(rd(uint64(off), uint32(n), f...))
 			if a.errno != 0 || !bytes.Equal(a.data, model[off:off+n]) {
@@ -100,7 +100,7 @@ func TestPipelined(t *testing.T) {
 	c := open(t, path, true)
 	c.do(wr(0, 4<<20), pattern(4<<20, 0)...)
 	want := pattern(4<<20, 0)
-	var qs []wire.Request
+	var qs []nbdwire.Request
 	var out []byte
 	for i := range 300 {
 		n := []uint32{512, 4096, 70000, 1 << 18}[i%4]
@@ -126,28 +126,28 @@ func TestFlags(t *testing.T) {
 	if flags() != 0 {
 		t.Errorf("write: %b", flags())
 	}
-	c.do(wr(0, 4, wire.CmdFlagFUA), 1, 2, 3, 4)
+	c.do(wr(0, 4, nbdwire.CmdFlagFUA), 1, 2, 3, 4)
 	if flags() != blk.FUA {
 		t.Errorf("write with FUA: %b", flags())
 	}
-	zero := func(f ...uint16) answer { return c.do(req(wire.CmdWriteZeroes, 0, 4096, f)) }
+	zero := func(f ...uint16) answer { return c.do(req(nbdwire.CmdWriteZeroes, 0, 4096, f)) }
 	if zero(); flags() != blk.MayUnmap {
 		t.Errorf("zero: %b", flags())
 	}
-	if zero(wire.CmdFlagNoHole); flags() != 0 {
+	if zero(nbdwire.CmdFlagNoHole); flags() != 0 {
 		t.Errorf("zero without holes: %b", flags())
 	}
-	if a := zero(wire.CmdFlagFastZero, wire.CmdFlagFUA); a.errno != wire.ENOTSUP || flags() != blk.MayUnmap|blk.NoFallback|blk.FUA {
+	if a := zero(nbdwire.CmdFlagFastZero, nbdwire.CmdFlagFUA); a.errno != nbdwire.ENOTSUP || flags() != blk.MayUnmap|blk.NoFallback|blk.FUA {
 		t.Errorf("fast zero: %d, %b", a.errno, flags())
 	}
 	before := d.flushes.Load()
-	c.do(req(wire.CmdTrim, 0, 4096, []uint16{wire.CmdFlagFUA}))
-	c.do(rd(0, 512, wire.CmdFlagFUA))
-	c.do(req(wire.CmdFlush, 0, 0, nil))
+	c.do(req(nbdwire.CmdTrim, 0, 4096, []uint16{nbdwire.CmdFlagFUA}))
+	c.do(rd(0, 512, nbdwire.CmdFlagFUA))
+	c.do(req(nbdwire.CmdFlush, 0, 0, nil))
 	if n := d.flushes.Load() - before; n != 3 {
 		t.Errorf("%d flushes instead of 3", n)
 	}
-	if a := c.do(req(wire.CmdCache, 0, 4096, nil)); a.errno != 0 {
+	if a := c.do(req(nbdwire.CmdCache, 0, 4096, nil)); a.errno != 0 {
 		t.Errorf("cache: %d %s", a.errno, a.msg)
 	}
 
@@ -170,23 +170,23 @@ func TestDeviceErrors(t *testing.T) {
 					"flush": errors.New("odd"), "discard": blk.ErrNotSupported, "status": syscall.ENOMEM}[op]
 			}
 			_, _, path := server(t, d, Options{})
-			c := open(t, path, structured, wire.ContextAllocation)
+			c := open(t, path, structured, nbdwire.ContextAllocation)
 			check := func(a answer, errno uint32, msg string) {
 				t.Helper()
 				if a.errno != errno || structured && a.msg != msg {
 					t.Errorf("structured=%v workers=%v: %d %q, want %d %q", structured, workers, a.errno, a.msg, errno, msg)
 				}
 			}
-			check(c.do(rd(0, 512)), wire.EIO, "reading from file failed")
-			check(c.do(wr(0, 512), make([]byte, 512)...), wire.ENOSPC, "writing to file failed")
-			check(c.do(req(wire.CmdWriteZeroes, 0, 512, nil)), wire.EPERM, "writing to file failed")
-			check(c.do(req(wire.CmdFlush, 0, 0, nil)), wire.EIO, "flush failed")
-			check(c.do(req(wire.CmdTrim, 0, 512, nil)), wire.ENOTSUP, "discard failed")
+			check(c.do(rd(0, 512)), nbdwire.EIO, "reading from file failed")
+			check(c.do(wr(0, 512), make([]byte, 512)...), nbdwire.ENOSPC, "writing to file failed")
+			check(c.do(req(nbdwire.CmdWriteZeroes, 0, 512, nil)), nbdwire.EPERM, "writing to file failed")
+			check(c.do(req(nbdwire.CmdFlush, 0, 0, nil)), nbdwire.EIO, "flush failed")
+			check(c.do(req(nbdwire.CmdTrim, 0, 512, nil)), nbdwire.ENOTSUP, "discard failed")
 			if structured {
-				check(c.do(req(wire.CmdBlockStatus, 0, 512, nil)), wire.ENOMEM, "can't get block status")
-				check(c.do(rd(0, 65536)), wire.ENOMEM, "unable to check for holes: Cannot allocate memory")
+				check(c.do(req(nbdwire.CmdBlockStatus, 0, 512, nil)), nbdwire.ENOMEM, "can't get block status")
+				check(c.do(rd(0, 65536)), nbdwire.ENOMEM, "unable to check for holes: Cannot allocate memory")
 			} else {
-				check(c.do(rd(0, 65536)), wire.EIO, "reading from file failed")
+				check(c.do(rd(0, 65536)), nbdwire.EIO, "reading from file failed")
 			}
 		}
 	}
@@ -204,24 +204,24 @@ func TestBlockStatus(t *testing.T) {
 		return 65536 - off%65536, []int{0, 1, 1, 2}[k%4]
 	}
 	_, _, path := server(t, d, Options{})
-	c := open(t, path, true, wire.ContextAllocation, wire.ContextDepth)
-	a := c.do(req(wire.CmdBlockStatus, 100, 4*65536, nil))
-	const hz = wire.StateHole | wire.StateZero
-	want := map[uint32][]wire.Extent{
+	c := open(t, path, true, nbdwire.ContextAllocation, nbdwire.ContextDepth)
+	a := c.do(req(nbdwire.CmdBlockStatus, 100, 4*65536, nil))
+	const hz = nbdwire.StateHole | nbdwire.StateZero
+	want := map[uint32][]nbdwire.Extent{
 		idAllocation: {{N: 65436, Flags: hz}, {N: 3 * 65536}, {N: 100, Flags: hz}},
 		idDepth:      {{N: 65436}, {N: 2 * 65536, Flags: 1}, {N: 65536, Flags: 2}, {N: 100}},
 	}
 	if a.errno != 0 || fmt.Sprint(a.extents) != fmt.Sprint(want) {
 		t.Errorf("%d %s\n%v, want\n%v", a.errno, a.msg, a.extents, want)
 	}
-	a = c.do(req(wire.CmdBlockStatus, 65536, 5*65536, []uint16{wire.CmdFlagReqOne}))
-	want = map[uint32][]wire.Extent{idAllocation: {{N: 3 * 65536}}, idDepth: {{N: 2 * 65536, Flags: 1}}}
+	a = c.do(req(nbdwire.CmdBlockStatus, 65536, 5*65536, []uint16{nbdwire.CmdFlagReqOne}))
+	want = map[uint32][]nbdwire.Extent{idAllocation: {{N: 3 * 65536}}, idDepth: {{N: 2 * 65536, Flags: 1}}}
 	if a.errno != 0 || fmt.Sprint(a.extents) != fmt.Sprint(want) {
 		t.Errorf("one: %d %s %v", a.errno, a.msg, a.extents)
 	}
 	// A device that became shorter: an error, not an endless search.
 	short.Store(true)
-	if a = c.do(req(wire.CmdBlockStatus, 0, 65536, nil)); a.errno == 0 {
+	if a = c.do(req(nbdwire.CmdBlockStatus, 0, 65536, nil)); a.errno == 0 {
 		t.Error("no error beyond the end")
 	}
 }
@@ -245,9 +245,9 @@ func TestShortSendfile(t *testing.T) {
 	if err := d.f.Truncate(300000); err != nil {
 		t.Fatal(err)
 	}
-	for _, f := range []uint16{0, wire.CmdFlagDF} {
+	for _, f := range []uint16{0, nbdwire.CmdFlagDF} {
 		a := c.do(rd(0, 1<<20, f))
-		if a.errno != wire.EIO || a.errOff != 300000 || a.msg != msgRead {
+		if a.errno != nbdwire.EIO || a.errOff != 300000 || a.msg != msgRead {
 			t.Errorf("%d at %d: %q", a.errno, a.errOff, a.msg)
 		}
 		if !bytes.Equal(a.data[:300000], pattern(1<<20, 0)[:300000]) || !blk.IsZero(a.data[300000:]) {
@@ -260,7 +260,7 @@ func TestShortSendfile(t *testing.T) {
 	s := open(t, path, false)
 	q := rd(0, 1<<20)
 	s.put(q.Append(nil))
-	s.take(wire.SimpleSize + 300000)
+	s.take(nbdwire.SimpleSize + 300000)
 	s.eof()
 }
 
@@ -297,15 +297,15 @@ func TestAllocations(t *testing.T) {
 	c.do(wr(0, 4<<20), pattern(4<<20, 0)...)
 	for _, x := range []struct {
 		name  string
-		q     wire.Request
+		q     nbdwire.Request
 		reply int
 	}{
-		{"read 4k", rd(4096, 4096), wire.DataHeadSize + 4096},
-		{"write 4k", wr(4096, 4096), wire.SimpleSize},
-		{"mapped read 256k", rd(0, 256<<10), wire.DataHeadSize + 256<<10 + wire.ChunkSize},
+		{"read 4k", rd(4096, 4096), nbdwire.DataHeadSize + 4096},
+		{"write 4k", wr(4096, 4096), nbdwire.SimpleSize},
+		{"mapped read 256k", rd(0, 256<<10), nbdwire.DataHeadSize + 256<<10 + nbdwire.ChunkSize},
 	} {
 		out := x.q.Append(nil)
-		if x.q.Cmd == wire.CmdWrite {
+		if x.q.Cmd == nbdwire.CmdWrite {
 			out = append(out, make([]byte, x.q.Len)...)
 		}
 		in := make([]byte, x.reply)

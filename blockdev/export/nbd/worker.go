@@ -4,14 +4,14 @@ import (
 	"math"
 	"sync"
 
-	"qblockd/blockdev/nbd/wire"
+	"qblockd/blockdev/nbdwire"
 	"qblockd/events/panics"
 	"qblockd/graph/blk"
 )
 
 // job is a request on its way through a worker.
 type job struct {
-	q    wire.Request
+	q    nbdwire.Request
 	buf  *blk.Buffer // payload of a write
 	cost int64       // what it counts against Options.InflightBytes
 }
@@ -36,18 +36,18 @@ func newReply() *reply {
 }
 
 // cost is what q's data take while it is under way.
-func (c *conn) cost(q *wire.Request) int64 {
+func (c *conn) cost(q *nbdwire.Request) int64 {
 	switch q.Cmd {
-	case wire.CmdRead, wire.CmdWrite:
+	case nbdwire.CmdRead, nbdwire.CmdWrite:
 		return int64(q.Len)
-	case wire.CmdBlockStatus:
-		return int64(c.ctxs.count()) * maxExtents * wire.ExtentSize
+	case nbdwire.CmdBlockStatus:
+		return int64(c.ctxs.count()) * maxExtents * nbdwire.ExtentSize
 	}
 	return 0
 }
 
 // dispatch hands q to a worker, waiting while too much is under way. buf becomes the worker's.
-func (c *conn) dispatch(q *wire.Request, buf *blk.Buffer) error {
+func (c *conn) dispatch(q *nbdwire.Request, buf *blk.Buffer) error {
 	j := jobPool.Get().(*job)
 	j.q, j.buf, j.cost = *q, buf, c.cost(q)
 	if err := c.waitRoom(j.cost); err != nil {
@@ -128,7 +128,7 @@ func (c *conn) work() {
 func (c *conn) serveSafely(j *job) (p *reply) {
 	defer panics.Catch("an NBD request", func(err error) {
 		c.kill()
-		p = c.failure(&j.q, wire.Errno(err), msgInternal)
+		p = c.failure(&j.q, nbdwire.Errno(err), msgInternal)
 	})
 	return c.serve(j)
 }
@@ -138,33 +138,33 @@ func (c *conn) serve(j *job) *reply {
 	q := &j.q
 	if c.dead.Load() {
 		blk.PutBuf(j.buf)
-		return c.failure(q, wire.ESHUTDOWN, "connection is closed")
+		return c.failure(q, nbdwire.ESHUTDOWN, "connection is closed")
 	}
 	r, w, err := c.begin()
 	if err != nil {
 		blk.PutBuf(j.buf)
-		return c.failure(q, wire.Errno(err), "request was not started")
+		return c.failure(q, nbdwire.Errno(err), "request was not started")
 	}
 	defer c.end(r, w)
 	msg := msgWrite
 	switch q.Cmd {
-	case wire.CmdRead:
+	case nbdwire.CmdRead:
 		return c.serveRead(r, q)
-	case wire.CmdBlockStatus:
+	case nbdwire.CmdBlockStatus:
 		return c.serveStatus(r, q)
-	case wire.CmdWrite:
+	case nbdwire.CmdWrite:
 		err = c.dev.WriteAt(r, blk.Buf(j.buf.B), int64(q.Off), c.writeFlags(q))
 		blk.PutBuf(j.buf)
-	case wire.CmdCache:
+	case nbdwire.CmdCache:
 		err, msg = c.dev.Prefetch(r, int64(q.Off), int64(q.Len)), msgCache
 	default:
 		msg, err = c.doControl(r, q)
 	}
 	if err != nil {
-		return c.failure(q, wire.Errno(err), msg)
+		return c.failure(q, nbdwire.Errno(err), msg)
 	}
 	p := newReply()
-	p.head = wire.AppendSimple(p.head, q.Cookie, 0)
+	p.head = nbdwire.AppendSimple(p.head, q.Cookie, 0)
 	return p
 }
 
@@ -202,7 +202,7 @@ func (c *conn) end(r *blk.Req, w Workers) {
 	}
 }
 
-func (c *conn) failure(q *wire.Request, errno uint32, msg string) *reply {
+func (c *conn) failure(q *nbdwire.Request, errno uint32, msg string) *reply {
 	p := newReply()
 	p.head = appendFailure(p.head, c.structured, q.Cookie, errno, msg)
 	return p
@@ -210,14 +210,14 @@ func (c *conn) failure(q *wire.Request, errno uint32, msg string) *reply {
 
 // serveRead reads; with structured replies and where it may be worth it, holes are told
 // as such, as block-status finds them.
-func (c *conn) serveRead(r *blk.Req, q *wire.Request) *reply {
+func (c *conn) serveRead(r *blk.Req, q *nbdwire.Request) *reply {
 	n := int(q.Len)
-	if q.Flags&wire.CmdFlagFUA != 0 {
+	if q.Flags&nbdwire.CmdFlagFUA != 0 {
 		if err := c.dev.Flush(r); err != nil {
-			return c.failure(q, wire.Errno(err), msgFlush)
+			return c.failure(q, nbdwire.Errno(err), msgFlush)
 		}
 	}
-	if c.structured && q.Flags&wire.CmdFlagDF == 0 && n >= mapMin {
+	if c.structured && q.Flags&nbdwire.CmdFlagDF == 0 && n >= mapMin {
 		return c.serveSparse(r, q)
 	}
 	p := newReply()
@@ -229,7 +229,7 @@ func (c *conn) serveRead(r *blk.Req, q *wire.Request) *reply {
 	if err := c.dev.ReadAt(r, blk.Buf(p.buf.B), int64(q.Off), 0); err != nil {
 		blk.PutBuf(p.buf)
 		p.buf = nil
-		p.head = appendFailure(p.head[:0], c.structured, q.Cookie, wire.Errno(err), msgRead)
+		p.head = appendFailure(p.head[:0], c.structured, q.Cookie, nbdwire.Errno(err), msgRead)
 		return p
 	}
 	p.data = p.buf.B
@@ -237,12 +237,12 @@ func (c *conn) serveRead(r *blk.Req, q *wire.Request) *reply {
 }
 
 // serveSparse answers a read in chunks of data and holes.
-func (c *conn) serveSparse(r *blk.Req, q *wire.Request) *reply {
+func (c *conn) serveSparse(r *blk.Req, q *nbdwire.Request) *reply {
 	first := newReply()
 	last := first
 	off, end := int64(q.Off), int64(q.Off)+int64(q.Len)
 	fail := func(err error, msg string) *reply {
-		last.head = wire.AppendErrorOffset(last.head, q.Cookie, wire.Errno(err), uint64(off), msg)
+		last.head = nbdwire.AppendErrorOffset(last.head, q.Cookie, nbdwire.Errno(err), uint64(off), msg)
 		return first
 	}
 	x, err := c.status(r, off, end-off)
@@ -260,10 +260,10 @@ func (c *conn) serveSparse(r *blk.Req, q *wire.Request) *reply {
 		}
 		var flags uint16
 		if off+n == end {
-			flags = wire.ChunkDone
+			flags = nbdwire.ChunkDone
 		}
 		if zero {
-			last.head = wire.AppendHole(last.head, flags, q.Cookie, uint64(off), uint32(n))
+			last.head = nbdwire.AppendHole(last.head, flags, q.Cookie, uint64(off), uint32(n))
 			off += n
 			continue
 		}
@@ -272,7 +272,7 @@ func (c *conn) serveSparse(r *blk.Req, q *wire.Request) *reply {
 			blk.PutBuf(buf)
 			return fail(err, msgRead)
 		}
-		last.head = wire.AppendDataHead(last.head, flags, q.Cookie, uint64(off), int(n))
+		last.head = nbdwire.AppendDataHead(last.head, flags, q.Cookie, uint64(off), int(n))
 		last.buf, last.data = buf, buf.B
 		if off += n; off < end {
 			last.next = newReply()
@@ -292,12 +292,12 @@ func (c *conn) status(r *blk.Req, off, n int64) (blk.Extent, error) {
 }
 
 // maxExtents bounds the extents of one context in a reply: 1 MiB of them.
-const maxExtents = 1 << 20 / wire.ExtentSize
+const maxExtents = 1 << 20 / nbdwire.ExtentSize
 
 // serveStatus answers a block-status request for the contexts the client chose.
-func (c *conn) serveStatus(r *blk.Req, q *wire.Request) *reply {
+func (c *conn) serveStatus(r *blk.Req, q *nbdwire.Request) *reply {
 	limit := maxExtents
-	if q.Flags&wire.CmdFlagReqOne != 0 {
+	if q.Flags&nbdwire.CmdFlagReqOne != 0 {
 		limit = 1
 	}
 	p := newReply()
@@ -310,9 +310,9 @@ func (c *conn) serveStatus(r *blk.Req, q *wire.Request) *reply {
 		}
 		var flags uint16
 		if left--; left == 0 {
-			flags = wire.ChunkDone
+			flags = nbdwire.ChunkDone
 		}
-		p.head = wire.AppendBlockStatus(p.head, flags, q.Cookie, id, es)
+		p.head = nbdwire.AppendBlockStatus(p.head, flags, q.Cookie, id, es)
 		return nil
 	}
 	var err error
@@ -321,10 +321,10 @@ func (c *conn) serveStatus(r *blk.Req, q *wire.Request) *reply {
 			x, err := c.status(r, off, n)
 			var f uint32
 			if !x.Data {
-				f |= wire.StateHole
+				f |= nbdwire.StateHole
 			}
 			if x.Zero {
-				f |= wire.StateZero
+				f |= nbdwire.StateZero
 			}
 			return x.N, f, err
 		})
@@ -345,21 +345,21 @@ func (c *conn) serveStatus(r *blk.Req, q *wire.Request) *reply {
 				case at > off:
 					return at - off, 0, nil
 				default:
-					return k, wire.StateDirty, nil
+					return k, nbdwire.StateDirty, nil
 				}
 			})
 		}
 	}
 	if err != nil {
-		p.head = wire.AppendError(p.head, q.Cookie, wire.Errno(err), msgStatus)
+		p.head = nbdwire.AppendError(p.head, q.Cookie, nbdwire.Errno(err), msgStatus)
 	}
 	return p
 }
 
 // extents asks about the range piece by piece, joining pieces with equal flags, until it is
 // covered or more than limit extents would be needed.
-func extents(off, n int64, limit int, ask func(off, n int64) (int64, uint32, error)) ([]wire.Extent, error) {
-	var es []wire.Extent
+func extents(off, n int64, limit int, ask func(off, n int64) (int64, uint32, error)) ([]nbdwire.Extent, error) {
+	var es []nbdwire.Extent
 	for n > 0 {
 		k, f, err := ask(off, n)
 		if err != nil {
@@ -371,7 +371,7 @@ func extents(off, n int64, limit int, ask func(off, n int64) (int64, uint32, err
 			if len(es) == limit {
 				break
 			}
-			es = append(es, wire.Extent{N: uint32(k), Flags: f})
+			es = append(es, nbdwire.Extent{N: uint32(k), Flags: f})
 		}
 		off, n = off+k, n-k
 	}

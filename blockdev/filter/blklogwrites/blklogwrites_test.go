@@ -9,7 +9,7 @@ import (
 	"testing"
 
 	"qblockd/blockdev/drivertest"
-	"qblockd/blockdev/raw"
+	"qblockd/blockdev/format/raw"
 	"qblockd/graph"
 	"qblockd/graph/blk"
 	"qblockd/graph/perm"

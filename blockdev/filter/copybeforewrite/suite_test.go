@@ -5,7 +5,7 @@ import (
 
 	"qblockd/blockdev/drivertest"
 	"qblockd/blockdev/filter/copybeforewrite"
-	"qblockd/blockdev/raw"
+	"qblockd/blockdev/format/raw"
 	"qblockd/graph"
 	"qblockd/graph/perm"
 	"qblockd/schema/types"

@@ -4,7 +4,7 @@ import (
 	"testing"
 
 	"qblockd/blockdev/drivertest"
-	"qblockd/blockdev/raw"
+	"qblockd/blockdev/format/raw"
 	"qblockd/graph"
 	"qblockd/graph/perm"
 	"qblockd/schema/types"

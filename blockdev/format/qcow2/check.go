@@ -1,0 +1,401 @@
+package qcow2
+
+import (
+	"fmt"
+
+	"qblockd/blockdev/format/qcow2/layout"
+	"qblockd/graph/blk"
+)
+
+// CheckResult is what a check of the whole image found.
+type CheckResult struct {
+	Corruptions int // references without a refcount, wrong flags, impossible entries
+	Leaks       int // clusters that are counted but not referenced
+	Fixed       int // of the corruptions; leaks that were given back do not count
+	Errors      int // places that could not be read or repaired
+	// Messages describe the first faults, for tests and logs.
+	Messages []string
+}
+
+func (c *CheckResult) say(text string, v ...uint64) {
+	if len(c.Messages) < 16 {
+		m := text
+		for _, x := range v {
+			m += " " + hex(x)
+		}
+		c.Messages = append(c.Messages, m)
+	}
+}
+
+// check counts all references and compares them with the refcounts. With fix, refcounts and copied flags are put right, what refers to places
+// beyond the end of the file is dropped and, if nothing else is wrong, the dirty bit is cleared. Nothing is written where anything else lies: an image whose header or tables lie
+// over something is left as it is (Errors). No requests may run; mu is held. It ends with the context of r.
+func (s *image) check(r *blk.Req, fix bool) (*CheckResult, error) {
+	res := &CheckResult{}
+	c := s.newChecker(r, res)
+	if err := c.meta(); err != nil {
+		return res, err
+	}
+	for done := false; !done; {
+		var err error
+		if done, err = c.step(16); err != nil {
+			return res, err
+		}
+	}
+	if fix {
+		drop := c.badBlocks()
+		if c.cannotRepair(); res.Errors > 0 {
+			return res, nil
+		}
+		if err := c.makeBlocks(drop); err != nil {
+			return res, err
+		}
+	} else {
+		c.reportBlocks()
+	}
+	if err := c.compare(fix); err != nil {
+		return res, err
+	}
+	if err := c.dropStray(fix); err != nil {
+		return res, err
+	}
+	if err := c.copiedFlags(fix); err != nil {
+		return res, err
+	}
+	if !fix {
+		return res, nil
+	}
+	s.freeIdx = 0
+	if err := s.flush(r); err != nil {
+		return res, err
+	}
+	if res.Errors > 0 || res.Corruptions > res.Fixed {
+		return res, nil
+	}
+	return res, s.markClean(r)
+}
+
+func (c *checker) reportBlocks() {
+	for _, e := range c.s.reft {
+		if off := int64(e & layout.ReftMask); off != 0 && (c.badBlock(off) || c.t.get(off>>c.s.cb) > 1) {
+			c.res.Corruptions++
+			c.res.say("impossible refcount block at", uint64(off))
+		}
+	}
+}
+
+// cannotRepair notes what a repair would have to write over something else, or cannot drop.
+func (c *checker) cannotRepair() {
+	s := c.s
+	alone := func(off, size int64, what string) {
+		for k := off >> s.cb; size > 0 && k <= (off+size-1)>>s.cb; k++ {
+			if c.t.get(k) != 1 {
+				c.res.Errors++
+				c.res.say(what+" lies over something else, or beyond the end of the file, at", uint64(k<<s.cb))
+				return
+			}
+		}
+	}
+	alone(0, s.cs, "header")
+	alone(int64(s.hdr.L1TableOffset), int64(s.hdr.L1Size)*8, "L1 table")
+	alone(s.reftOffset(), s.reftSize*8, "refcount table")
+	if len(s.snaps) > 0 {
+		alone(int64(s.hdr.SnapshotsOffset), s.snapEnd-int64(s.hdr.SnapshotsOffset), "snapshot table")
+	}
+	for k, x := range c.l2 {
+		_, stray := c.stray[k]
+		switch {
+		case c.t.get(k) > x.n:
+			c.res.Errors++
+			c.res.say("L2 table lies over something else at", uint64(k<<s.cb))
+		case stray && (!x.active || x.n > 1):
+			c.res.Errors++
+			c.res.say("a shared L2 table has entries that point beyond the end of the file:", uint64(k<<s.cb))
+		}
+	}
+}
+
+// badBlocks lists the entries of the refcount table whose blocks are impossible, or lie over something else, and no longer counts them.
+func (c *checker) badBlocks() (drop []int64) {
+	for i, e := range c.s.reft {
+		off := int64(e & layout.ReftMask)
+		if off == 0 {
+			continue
+		}
+		bad := c.badBlock(off)
+		if !bad && c.t.get(off>>c.s.cb) == 1 {
+			continue
+		}
+		c.res.Corruptions++
+		c.res.say("impossible refcount block at", uint64(off))
+		drop = append(drop, int64(i))
+		if !bad {
+			c.t.take(off >> c.s.cb)
+		}
+	}
+	return drop
+}
+
+// makeBlocks drops refcount blocks and makes those that are missing, in clusters
+// that nothing refers to.
+func (c *checker) makeBlocks(drop []int64) error {
+	s := c.s
+	for _, i := range drop {
+		off := int64(s.reftAt(i) & layout.ReftMask)
+		c.res.Fixed++
+		s.own(off, ownBlock, -1)
+		s.rb.dropRange(s.geo.RoundDown(off), s.cs)
+		s.setReft(i, 0)
+	}
+	// What is made here is in use, too.
+	s.freeIdx, s.busy = 0, c.t.get
+	s.made = func(k, n int64) {
+		for ; n > 0; k, n = k+1, n-1 {
+			c.t.add(k, 1, true)
+		}
+	}
+	defer func() { s.busy, s.made = nil, nil }()
+	bits := s.geo.RefblockBits()
+	last := int64(-1)
+	for _, p := range c.t.order() {
+		if err := ended(c.r); err != nil {
+			return err
+		}
+		for k := p << tallyBits; k < (p+1)<<tallyBits; k++ {
+			if k>>bits == last || c.t.get(k) == 0 {
+				continue
+			}
+			for {
+				again, err := s.coverRun(c.r, k, 1)
+				if err != nil {
+					return err
+				}
+				if !again {
+					break
+				}
+			}
+			last = k >> bits
+		}
+	}
+	return nil
+}
+
+// compare compares refcounts with references.
+func (c *checker) compare(fix bool) error {
+	s := c.s
+	bits := s.geo.RefblockBits()
+	for b := int64(0); b < int64(len(s.reft)); b++ {
+		if err := ended(c.r); err != nil {
+			return err
+		}
+		if off := int64(s.reftAt(b) & layout.ReftMask); off == 0 || c.badBlock(off) || !fix && c.t.get(off>>s.cb) > 1 {
+			continue
+		}
+		t, err := s.refblock(c.r, b)
+		if err != nil {
+			return err
+		}
+		if err := c.compareBlock(t, b<<bits, 1<<bits, fix); err != nil {
+			return err
+		}
+	}
+	if fix {
+		return nil
+	}
+	for _, p := range c.t.order() {
+		for k := p << tallyBits; k < (p+1)<<tallyBits; k++ {
+			off := int64(s.reftAt(k>>bits) & layout.ReftMask)
+			if c.t.get(k) > 0 && (off == 0 || c.badBlock(off)) {
+				c.res.Corruptions++
+				c.res.say("no refcount block for cluster", uint64(k))
+			}
+		}
+	}
+	return nil
+}
+
+// compareBlock compares what refcount block t says of n clusters from first.
+func (c *checker) compareBlock(t *table, first, n int64, fix bool) error {
+	s := c.s
+	for i := range n {
+		have, want := s.geo.Refcount(t.data, i), c.t.get(first+i)
+		if have == want {
+			continue
+		}
+		if have > want {
+			c.res.Leaks++
+		} else {
+			c.res.Corruptions++
+			c.res.say("refcount too low: cluster, refcount, references", uint64(first+i), have, want)
+		}
+		if !fix {
+			continue
+		}
+		if want > s.geo.RefcountMax() {
+			c.res.Errors++
+			continue
+		}
+		s.geo.SetRefcount(t.data, i, want)
+		s.rb.markDirty(t)
+		if have < want {
+			c.res.Fixed++
+		}
+	}
+	return nil
+}
+
+// dropStray drops what points beyond the end of the file: there is nothing, and what is allocated there later belongs to others.
+func (c *checker) dropStray(fix bool) error {
+	if !fix {
+		return nil
+	}
+	s := c.s
+	beyond := func(off, n int64) bool { return off+n-c.end >= s.cs }
+	for li, e := range s.l1.all() {
+		tab := int64(e & layout.OffsetMask)
+		if tab == 0 || tab&(s.cs-1) != 0 {
+			continue
+		}
+		if beyond(tab, s.cs) {
+			s.setL1(li, 0)
+			s.own(tab, ownL2, -1)
+			c.res.Fixed++
+			continue
+		}
+		if _, ok := c.stray[tab>>s.cb]; !ok {
+			continue
+		}
+		for gc := li << s.geo.L2Bits(); gc < (li+1)<<s.geo.L2Bits(); gc++ {
+			t, err := s.sliceIn(c.r, gc)
+			if err != nil {
+				return err
+			}
+			x, off, n := entry(t, s.l2Index(gc)), int64(0), s.cs
+			switch k := layout.KindOf(x); {
+			case k == layout.CompressedKind:
+				off, n = s.geo.CompressedRange(x &^ layout.Copied)
+			case k.HasHost():
+				off = int64(x & layout.OffsetMask)
+			}
+			if beyond(off, n) {
+				s.setEntry(t, s.l2Index(gc), layout.ZeroFlag) // only images of version 3 are dirty
+				c.res.Fixed++
+			}
+		}
+	}
+	return nil
+}
+
+// sliceIn is loadSlice for going through a table that there is: it makes room first.
+func (s *image) sliceIn(r *blk.Req, gc int64) (*table, error) {
+	if err := ended(r); err != nil {
+		return nil, err
+	}
+	if s.l2Index(gc) == 0 {
+		if err := s.room(r); err != nil {
+			return nil, err
+		}
+	}
+	return s.loadSlice(r, gc)
+}
+
+// copiedFlags compares the copied flags of the active tables with the refcounts.
+func (c *checker) copiedFlags(fix bool) error {
+	s := c.s
+	buf := make([]byte, s.cs)
+	seen := map[int64]struct{}{}
+	for li, e := range s.l1.all() {
+		if c.behind > 0 && li >= c.behind {
+			break
+		}
+		tab := int64(e & layout.OffsetMask)
+		if tab == 0 || tab&(s.cs-1) != 0 || tab >= c.end {
+			continue
+		}
+		if err := ended(c.r); err != nil {
+			return err
+		}
+		c.at = li + 1
+		ok, err := c.copiedRight(e, tab)
+		if err != nil {
+			return err
+		}
+		if !ok {
+			c.flagFault(fix, "L1 entry's copied flag is wrong", e)
+			if fix {
+				s.setL1(li, e^layout.Copied)
+			}
+		}
+		if _, twice := seen[tab]; twice {
+			continue
+		}
+		seen[tab] = struct{}{}
+		if err := s.readL2(c.r, tab, buf); err != nil {
+			return err
+		}
+		for i := int64(0); i < s.cs/8; i++ {
+			if i%lookEvery == lookEvery-1 {
+				if err := ended(c.r); err != nil {
+					return err
+				}
+			}
+			x := be.Uint64(buf[8*i:])
+			k := layout.KindOf(x)
+			off := int64(x & layout.OffsetMask)
+			if k != layout.Normal && k != layout.ZeroAlloc || off&(s.cs-1) != 0 {
+				continue
+			}
+			ok, err := c.copiedRight(x, off)
+			if err != nil {
+				return err
+			}
+			if ok {
+				continue
+			}
+			c.flagFault(fix, "L2 entry's copied flag is wrong", x)
+			if fix {
+				if err := s.room(c.r); err != nil {
+					return err
+				}
+				gc := li<<s.geo.L2Bits() + i
+				t, err := s.loadSlice(c.r, gc)
+				if err != nil {
+					return err
+				}
+				s.setEntry(t, s.l2Index(gc), x^layout.Copied)
+			}
+		}
+	}
+	return nil
+}
+
+func (c *checker) flagFault(fix bool, text string, e uint64) {
+	c.res.Corruptions++
+	if fix {
+		c.res.Fixed++
+	}
+	c.res.say(text, e)
+}
+
+func (c *checker) copiedRight(e uint64, off int64) (bool, error) {
+	n, err := c.s.refcount(c.r, off>>c.s.cb)
+	return (n == 1) == (e&layout.Copied != 0), err
+}
+
+// repair puts the refcounts of a dirty image right, and says in the log what that came to.
+func (s *image) repair(r *blk.Req) (*CheckResult, error) {
+	res, err := s.check(r, true)
+	what := fmt.Sprintf("%d clusters were leaked, %d faults found, %d of them mended", res.Leaks, res.Corruptions, res.Fixed)
+	if len(res.Messages) > 0 {
+		what += "; the first: " + res.Messages[0]
+	}
+	switch {
+	case err != nil:
+		s.warnf("Repairing the image, which was not closed, has failed: %s", blk.ErrnoText(err))
+	case res.Errors > 0:
+		s.warnf("The image, which was not closed, cannot be repaired: %s", what)
+	default:
+		s.warnf("The image was not closed and has been repaired: %s", what)
+	}
+	return res, err
+}

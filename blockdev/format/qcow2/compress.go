@@ -1,0 +1,319 @@
+package qcow2
+
+import (
+	"bytes"
+	"compress/flate"
+	"io"
+	"sync"
+
+	kflate "github.com/klauspost/compress/flate"
+	"github.com/klauspost/compress/zstd"
+
+	"qblockd/blockdev/format/qcow2/layout"
+	"qblockd/graph/blk"
+)
+
+// unzipped is the compressed cluster read last. data is never changed, only replaced.
+type unzipped struct {
+	entry uint64 // 0: none
+	data  []byte
+}
+
+// readCompressed reads from byte in of the compressed cluster with L2 entry e.
+func (s *image) readCompressed(r *blk.Req, v blk.Vec, e uint64, in int64) error {
+	if !s.lock(r) {
+		return blk.ErrWouldBlock
+	}
+	u := s.unz
+	s.mu.Unlock()
+	if u.entry != e {
+		off, n := s.geo.CompressedRange(e)
+		if err := s.unzipping.Take(r, n+s.cs); err != nil {
+			return err
+		}
+		defer s.unzipping.Give(n + s.cs)
+		raw := getBuf(int(n))
+		defer putBuf(raw)
+		b := (*raw)[:n]
+		s.step(r, blk.EvReadCompressed)
+		if err := s.readFile(r, blk.Buf(b), off); err != nil {
+			return err
+		}
+		u = unzipped{e, make([]byte, s.cs)}
+		if err := s.decode(r, u.data, b); err != nil {
+			return err
+		}
+		// Nobody can have reused the bytes while this request holds its epoch, and whoever
+		// does so later forgets what is kept here.
+		s.mu.Lock()
+		s.unz = u
+		s.mu.Unlock()
+	}
+	v.CopyIn(u.data[in : in+v.Len()])
+	return nil
+}
+
+// decode is decompress as far as there is memory for it.
+func (s *image) decode(r *blk.Req, dst, src []byte) error {
+	need := int64(decoderSize[s.hdr.CompressionType])
+	if err := s.decoding.Take(r, need); err != nil {
+		return err
+	}
+	defer s.decoding.Give(need)
+	if decompress(s.hdr.CompressionType, dst, src) != nil {
+		return errIO
+	}
+	return nil
+}
+
+// What requests of one image may take at the same time in buffers, in bytes: for compressing, for what is copied around writes to new clusters, for
+// decompressing, and for the decoders. One request may exceed it when it is alone.
+const (
+	budgetZip    = 32 << 20
+	budgetCopy   = 32 << 20
+	budgetUnzip  = 32 << 20
+	budgetDecode = 64 << 20
+	// maxWindow is what compressed data may make a decoder hold.
+	maxWindow = 8 << 20
+)
+
+// decoderSize and encoderSize are what one of either kind takes, at most.
+var (
+	decoderSize = [...]int{layout.CompressionZlib: 64 << 10, layout.CompressionZstd: maxWindow}
+	encoderSize = [...]int{layout.CompressionZlib: 1 << 20, layout.CompressionZstd: 8 << 20}
+)
+
+var inflaters, zstdDecoders sync.Pool
+
+// decompress fills dst from src, which may be followed by garbage.
+func decompress(kind uint8, dst, src []byte) error {
+	if kind == layout.CompressionZstd {
+		d, _ := zstdDecoders.Get().(*zstd.Decoder)
+		if d == nil {
+			var err error
+			d, err = zstd.NewReader(nil, zstd.WithDecoderConcurrency(1), zstd.WithDecoderLowmem(true),
+				zstd.WithDecoderMaxWindow(maxWindow), zstd.WithDecoderMaxMemory(2*maxWindow))
+			if err != nil {
+				return err
+			}
+		}
+		defer zstdDecoders.Put(d)
+		if err := d.Reset(bytes.NewReader(src)); err != nil {
+			return err
+		}
+		_, err := io.ReadFull(d, dst)
+		return err
+	}
+	z, _ := inflaters.Get().(io.ReadCloser)
+	if z == nil {
+		z = flate.NewReader(bytes.NewReader(src))
+	} else if err := z.(flate.Resetter).Reset(bytes.NewReader(src), nil); err != nil {
+		return err
+	}
+	defer inflaters.Put(z)
+	_, err := io.ReadFull(z, dst)
+	return err
+}
+
+var deflaters, zstdEncoders sync.Pool
+
+// compress returns src compressed, or nil if that does not make it shorter than src.
+func compress(kind uint8, src []byte) ([]byte, error) {
+	var out []byte
+	if kind == layout.CompressionZstd {
+		e, _ := zstdEncoders.Get().(*zstd.Encoder)
+		if e == nil {
+			var err error
+			e, err = zstd.NewWriter(nil, zstd.WithEncoderConcurrency(1), zstd.WithLowerEncoderMem(true),
+				zstd.WithWindowSize(2<<20), zstd.WithEncoderCRC(false))
+			if err != nil {
+				return nil, err
+			}
+		}
+		out = e.EncodeAll(src, nil)
+		zstdEncoders.Put(e)
+	} else {
+		var b bytes.Buffer
+		z, _ := deflaters.Get().(*kflate.Writer)
+		if z == nil {
+			// The format's readers inflate with a window of 4 KiB.
+			var err error
+			if z, err = kflate.NewWriterWindow(&b, 4096); err != nil {
+				return nil, err
+			}
+		} else {
+			z.Reset(&b)
+		}
+		if _, err := z.Write(src); err != nil {
+			return nil, err
+		}
+		if err := z.Close(); err != nil {
+			return nil, err
+		}
+		deflaters.Put(z)
+		out = b.Bytes()
+	}
+	if len(out) >= len(src) {
+		return nil, nil
+	}
+	return out, nil
+}
+
+// writeCompressed stores whole clusters compressed; clusters that do not shrink are
+// written as they are. A cluster that has data of its own already cannot be compressed: EIO.
+func (s *image) writeCompressed(r *blk.Req, v blk.Vec, off int64, f blk.Flags) error {
+	n := v.Len()
+	if off&(s.cs-1) != 0 || n&(s.cs-1) != 0 && off+n != s.size.Load() {
+		return errInval
+	}
+	if r.NoWait {
+		return blk.ErrWouldBlock
+	}
+	need := 2*s.cs + int64(encoderSize[s.hdr.CompressionType])
+	if err := s.zipping.Take(r, need); err != nil {
+		return err
+	}
+	defer s.zipping.Give(need)
+	buf := make([]byte, s.cs)
+	for done := int64(0); done < n; done += s.cs {
+		part := v.Slice(done, min(s.cs, n-done))
+		clear(buf[part.CopyOut(buf):])
+		z, err := compress(s.hdr.CompressionType, buf)
+		switch {
+		case err != nil:
+			return errIO
+		case z == nil:
+			err = s.writeAt(r, part, off+done, f&^blk.Compressed)
+		default:
+			err = s.storeCompressed(r, z, off+done)
+		}
+		if err != nil {
+			return err
+		}
+	}
+	return nil
+}
+
+// storeCompressed makes z the compressed content of the cluster at off.
+func (s *image) storeCompressed(r *blk.Req, z []byte, off int64) error {
+	gc := off >> s.cb
+	n := int64(len(z))
+	a := &alloc{first: gc, n: 1}
+	host, err := s.planCompressed(r, a, n)
+	if err != nil {
+		return err
+	}
+	s.step(r, blk.EvWriteCompressed)
+	err = s.file.WriteAt(r, blk.Buf(z), host, 0)
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	if err == nil {
+		err = s.usable()
+	}
+	var t *table
+	if err == nil {
+		s.wrote++
+		t, err = s.sliceForWrite(r, gc)
+	}
+	if err != nil {
+		if !s.dead.Load() {
+			s.unref(r, freed{off: host, n: n})
+		}
+		s.ended(a)
+		return err
+	}
+	s.step(r, blk.EvL2UpdateCompressed)
+	i := s.l2Index(gc)
+	old := entry(t, i)
+	s.setEntry(t, i, s.geo.CompressedEntry(host, n))
+	s.freeEntry(r, old, discardRequest)
+	s.ended(a)
+	return nil
+}
+
+func (s *image) planCompressed(r *blk.Req, a *alloc, n int64) (host int64, err error) {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	for {
+		if err := s.usable(); err != nil {
+			return 0, err
+		}
+		if err := s.room(r); err != nil {
+			return 0, err
+		}
+		if !s.waitInflight(a.first, 1) {
+			break
+		}
+	}
+	if err := s.markDirty(r); err != nil {
+		return 0, err
+	}
+	t, err := s.sliceForWrite(r, a.first)
+	if err != nil {
+		return 0, err
+	}
+	old := entry(t, s.l2Index(a.first))
+	if old&layout.Copied != 0 {
+		return 0, errIO
+	}
+	if err := s.canFree(r, old); err != nil {
+		return 0, err
+	}
+	t.pins++
+	host, err = s.allocBytes(r, n)
+	t.pins--
+	if err != nil {
+		return 0, err
+	}
+	s.unz = unzipped{}
+	if err := s.checkOverlap(r, host, n, 0); err != nil {
+		return 0, err
+	}
+	s.inflight = append(s.inflight, a)
+	return host, nil
+}
+
+// allocBytes takes n bytes, fewer than a cluster, behind the compressed data written last if
+// they fit there. mu is held.
+func (s *image) allocBytes(r *blk.Req, n int64) (int64, error) {
+	s.step(r, blk.EvClusterAllocBytes)
+	off := s.freeByte
+	if off != 0 {
+		v, err := s.refcount(r, off>>s.cb)
+		if err != nil {
+			return 0, err
+		}
+		if v == 0 || v >= s.geo.RefcountMax() {
+			off = 0
+		}
+	}
+	left := -off & (s.cs - 1)
+	if off != 0 && left >= n {
+		if err := s.addRef(r, off>>s.cb, 1); err != nil {
+			return 0, err
+		}
+	} else {
+		c, _, err := s.allocate(r, 1, 1, "compressed cluster")
+		if err != nil {
+			return 0, err
+		}
+		s.noteEnd((c + 1) << s.cb)
+		if off != 0 && off+left == c<<s.cb {
+			err = s.addRef(r, off>>s.cb, 1) // goes on from the cluster before
+		} else {
+			off = c << s.cb
+		}
+		if err == nil && off+n > s.geo.MaxCompressedOffset() {
+			err = errTooBig
+		}
+		if err != nil {
+			_ = s.addRef(r, c, -1)
+			return 0, err
+		}
+	}
+	s.freeByte = off + n
+	if s.freeByte&(s.cs-1) == 0 {
+		s.freeByte = 0
+	}
+	return off, nil
+}

@@ -1,0 +1,123 @@
+package qcow2
+
+import (
+	"bytes"
+	"sync"
+
+	"qblockd/blockdev/format/qcow2/layout"
+	"qblockd/graph/blk"
+)
+
+// bigZeroes is the number of bytes from which zeroes around a write are made by Zero where
+// the file can do that faster than by writing.
+const bigZeroes = 64 << 10
+
+// smallCopy is how much around a write is copied without asking whether there is memory for it.
+const smallCopy = 64 << 10
+
+// writeAround writes w into the clusters of p, together with the parts of the first and
+// last cluster that w leaves out: their old content. Runs without mu.
+func (s *image) writeAround(r *blk.Req, p *plan, w blk.Vec, off int64) error {
+	a := p.alloc
+	head := off - a.first<<s.cb
+	end := off + p.n
+	tail := (a.first+a.n)<<s.cb - end
+	if head == 0 && tail == 0 {
+		s.step(r, blk.EvWriteAio)
+		return s.file.WriteAt(r, w, p.host, 0)
+	}
+	if n := head + tail; n > smallCopy {
+		if err := s.copying.Take(r, n); err != nil {
+			return err
+		}
+		defer s.copying.Give(n)
+	}
+	buf := getBuf(int(head + tail))
+	defer putBuf(buf)
+	s.step(r, blk.EvCowRead)
+	hb, tb := (*buf)[:head], (*buf)[head:head+tail]
+	if err := s.readOld(r, p.head, a.first, 0, hb); err != nil {
+		return err
+	}
+	last := a.first + a.n - 1
+	if err := s.readOld(r, p.tail, last, end-last<<s.cb, tb); err != nil {
+		return err
+	}
+	s.step(r, blk.EvCowWrite)
+	s.step(r, blk.EvWriteAio)
+	if isZero(hb) && isZero(tb) {
+		if a.fresh {
+			return s.file.WriteAt(r, w, p.host, 0)
+		}
+		if head+tail >= bigZeroes {
+			err := s.file.Zero(r, a.host, a.n<<s.cb, blk.NoFallback)
+			if err == nil {
+				return s.file.WriteAt(r, w, p.host, 0)
+			}
+			if !isNotSupported(err) {
+				return err
+			}
+		}
+	}
+	bufs := make([][]byte, 0, 4)
+	if head > 0 {
+		bufs = append(bufs, hb)
+	}
+	bufs = w.AppendTo(bufs)
+	if tail > 0 {
+		bufs = append(bufs, tb)
+	}
+	return s.file.WriteAt(r, blk.Bufs(bufs), a.host, 0)
+}
+
+// readOld fills b with the old content of guest cluster gc from byte in of it. What lies
+// beyond the end of the disk is zeroes.
+func (s *image) readOld(r *blk.Req, m mapping, gc, in int64, b []byte) error {
+	if len(b) == 0 {
+		return nil
+	}
+	off := gc<<s.cb + in
+	if n := s.size.Load() - off; n < int64(len(b)) {
+		n = max(n, 0)
+		clear(b[n:])
+		if b = b[:n]; n == 0 {
+			return nil
+		}
+	}
+	switch m.kind {
+	case layout.Normal:
+		return s.readFile(r, blk.Buf(b), m.host+in)
+	case layout.CompressedKind:
+		return s.readCompressed(r, blk.Buf(b), m.entry, in)
+	case layout.Unallocated:
+		return s.readBacking(r, blk.Buf(b), off)
+	}
+	clear(b)
+	return nil
+}
+
+var zeroes [4096]byte
+
+func isZero(b []byte) bool {
+	for len(b) > len(zeroes) {
+		if !bytes.Equal(b[:len(zeroes)], zeroes[:]) {
+			return false
+		}
+		b = b[len(zeroes):]
+	}
+	return bytes.Equal(b, zeroes[:len(b)])
+}
+
+var bufPool sync.Pool
+
+// getBuf returns a buffer of at least n bytes, content undefined.
+func getBuf(n int) *[]byte {
+	if p, _ := bufPool.Get().(*[]byte); p != nil && cap(*p) >= n {
+		*p = (*p)[:cap(*p)]
+		return p
+	}
+	b := make([]byte, max(n, 64<<10))
+	return &b
+}
+
+func putBuf(b *[]byte) { bufPool.Put(b) }

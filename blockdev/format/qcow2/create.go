@@ -1,0 +1,163 @@
+package qcow2
+
+import (
+	"errors"
+	"fmt"
+	"math"
+	"math/bits"
+
+	"qblockd/blockdev/format/qcow2/layout"
+	"qblockd/graph/blk"
+)
+
+// CreateOptions are BlockdevCreateOptionsQcow2 without the file; nil and "" mean not given.
+type CreateOptions struct {
+	Size            uint64 // bytes
+	Version         string // "v2", "v3"
+	BackingFile     *string
+	BackingFormat   *string
+	ClusterSize     *uint64
+	Preallocation   blk.Prealloc
+	LazyRefcounts   bool
+	RefcountBits    *int64
+	CompressionType string // "zlib", "zstd"
+}
+
+// header checks the options in the reference's order and makes the header of an empty image.
+func (o *CreateOptions) header() (*layout.Header, error) {
+	if o.Size%layout.SectorSize != 0 {
+		return nil, fmt.Errorf("Image size must be a multiple of %d bytes", layout.SectorSize)
+	}
+	h := &layout.Header{Version: 3, RefcountTableClusters: 1}
+	if o.Version == "v2" {
+		h.Version = 2
+	}
+	cs := pick(o.ClusterSize, layout.DefaultClusterSize)
+	if bits.OnesCount64(cs) != 1 || cs < 1<<layout.MinClusterBits || cs > 1<<layout.MaxClusterBits {
+		return nil, fmt.Errorf("Cluster size must be a power of two between %d and %dk", 1<<layout.MinClusterBits, 1<<(layout.MaxClusterBits-10))
+	}
+	h.ClusterBits = uint32(bits.TrailingZeros64(cs))
+	h.RefcountTableOffset = cs
+	if o.BackingFile != nil && o.Preallocation != blk.PreallocOff && o.Preallocation != "" {
+		return nil, errors.New("Backing file and preallocation can only be used at the same time if extended_l2 is on")
+	}
+	if o.BackingFormat != nil && o.BackingFile == nil {
+		return nil, errors.New("Backing format cannot be used without backing file")
+	}
+	if h.Version < 3 && o.LazyRefcounts {
+		return nil, errors.New("Lazy refcounts only supported with compatibility level 1.1 and above (use version=v3 or greater)")
+	}
+	rb := pick(o.RefcountBits, 16)
+	if rb > 64 || rb < 1 || bits.OnesCount64(uint64(rb)) != 1 {
+		return nil, errors.New("Refcount width must be a power of two and may not exceed 64 bits")
+	}
+	if h.Version < 3 && rb != 16 {
+		return nil, errors.New("Different refcount widths than 16 bits require compatibility level 1.1 or above (use version=v3 or greater)")
+	}
+	h.RefcountOrder = uint32(bits.TrailingZeros64(uint64(rb)))
+	if o.LazyRefcounts {
+		h.CompatibleFeatures |= layout.CompatLazyRefcounts
+	}
+	if o.CompressionType == "zstd" {
+		if h.Version < 3 {
+			return nil, errors.New("Non-zlib compression type is only supported with compatibility level 1.1 and above (use version=v3 or greater)")
+		}
+		h.CompressionType = layout.CompressionZstd
+		h.IncompatibleFeatures |= layout.IncompatCompression
+	}
+	return h, nil
+}
+
+// create makes an image in f: a header and an empty refcount table, then everything else by
+// opening and resizing it.
+func create(r *blk.Req, f file, o *CreateOptions) error {
+	h, err := o.header()
+	if err != nil {
+		return err
+	}
+	cs := int64(1) << h.ClusterBits
+	b := make([]byte, cs)
+	enc, err := h.Marshal(&layout.Extensions{}, "")
+	if err != nil {
+		return err
+	}
+	copy(b, enc)
+	if err := f.WriteAt(r, blk.Buf(b), 0, 0); err != nil {
+		return wrap("Could not write qcow2 header", err)
+	}
+	t := make([]byte, 2*cs)
+	be.PutUint64(t, uint64(2*cs))
+	if err := f.WriteAt(r, blk.Buf(t), cs, 0); err != nil {
+		return wrap("Could not write refcount table", err)
+	}
+	off := false
+	s, err := openImage(r, config{file: f, bare: true, options: Options{LazyRefcounts: &off, CacheCleanInterval: new(int64)}})
+	if err != nil {
+		return err
+	}
+	err = s.populate(r, o)
+	if err == nil {
+		if err = s.Inactivate(r); err != nil {
+			err = wrap("Could not write the image", err)
+		}
+	}
+	return errors.Join(err, s.Close())
+}
+
+// maxLength is the largest size that the reference's block layer knows.
+const maxLength = math.MaxInt64 &^ (1<<30 - 1)
+
+// populate turns the empty image into the one asked for.
+func (s *image) populate(r *blk.Req, o *CreateOptions) error {
+	s.mu.Lock()
+	err := s.allocateAt(r, 0, 3)
+	s.freeIdx = 3
+	s.mu.Unlock()
+	if err != nil {
+		return wrap("Could not allocate clusters for qcow2 header and refcount table", err)
+	}
+	if err := s.ChangeBackingFile(r, "", ""); err != nil { // the feature name table
+		return wrap("Could not update qcow2 header", err)
+	}
+	switch {
+	case o.Size > math.MaxInt64:
+		return errors.New("Could not resize image: Image size cannot be negative")
+	case o.Size > maxLength:
+		return fmt.Errorf("Could not resize image: offset(%d) exceeds maximum(%d)", o.Size, maxLength)
+	}
+	if err := s.Resize(r, int64(o.Size), o.Preallocation); err != nil {
+		return fmt.Errorf("Could not resize image: %w", err)
+	}
+	if o.BackingFile == nil {
+		return nil
+	}
+	name, format := *o.BackingFile, pick(o.BackingFormat, "")
+	if err := s.ChangeBackingFile(r, name, format); err != nil {
+		shown := format
+		if o.BackingFormat == nil {
+			shown = "(null)"
+		}
+		return wrap(fmt.Sprintf("Could not assign backing file '%s' with format '%s'", name, shown), err)
+	}
+	return nil
+}
+
+// ChangeBackingFile rewrites the backing file's name and format in the header; empty ones
+// remove them.
+func (s *image) ChangeBackingFile(r *blk.Req, name, format string) error {
+	if len(name) > layout.MaxBackingName || len(format) > layout.MaxBackingFormat {
+		return errInval
+	}
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	if err := s.usable(); err != nil {
+		return err
+	}
+	oldName, oldFormat := s.backName, s.ext.BackingFormat
+	s.backName, s.ext.BackingFormat = name, format
+	if err := s.updateHeader(r); err != nil {
+		s.backName, s.ext.BackingFormat = oldName, oldFormat
+		return err
+	}
+	return nil
+}

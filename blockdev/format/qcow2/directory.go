@@ -1,0 +1,192 @@
+package qcow2
+
+import (
+	"cmp"
+	"fmt"
+	"slices"
+
+	"qblockd/blockdev/format/qcow2/layout"
+	"qblockd/graph/blk"
+)
+
+// The directory of persistent bitmaps: how it is read, and how one takes the place of another.
+
+// brokenError is what is wrong with a directory.
+type brokenError struct{ error }
+
+func (s *image) readDirectory(r *blk.Req, off, size int64, n uint32) ([]*stored, error) {
+	q := s.sequence(r, off, off+size)
+	defer q.close()
+	var list []*stored
+	names := 0
+	for i := range n {
+		left := q.end - q.off
+		head, err := q.peek(layout.BitmapHeaderSize)
+		if err != nil {
+			return nil, err
+		}
+		k, err := layout.BitmapNeed(head, left, i, n)
+		if err != nil {
+			return nil, &brokenError{err}
+		}
+		b, err := q.peek(k)
+		if err != nil {
+			return nil, err
+		}
+		m := &stored{BitmapEntry: layout.ParseBitmap(b)}
+		if names += len(m.Name); names > layout.MaxNames {
+			return nil, &brokenError{fmt.Errorf("the names of the bitmaps take more than %d bytes", layout.MaxNames)}
+		}
+		list = append(list, m)
+		q.skip(k)
+	}
+	if left := q.end - q.off; left != 0 {
+		return nil, &brokenError{fmt.Errorf("bitmap directory has %d bytes too many", left)}
+	}
+	return list, nil
+}
+
+// switchDirectory makes the image refer to the bitmaps in list, and gives back what those in old, and the old directory, take.
+func (s *image) switchDirectory(r *blk.Req, list, old []*stored) error {
+	was, wasMarks, wasBits := s.ext.Bitmaps, s.ext.Marks, s.hdr.AutoclearFeatures
+	var now *layout.Bitmaps
+	var marked []uint64
+	bits := wasBits &^ (layout.AutoclearBitmaps | layout.AutoclearMarks)
+	for _, m := range list {
+		if m.live {
+			marked = append(marked, m.TableOffset)
+			bits |= layout.AutoclearMarks
+		}
+	}
+	if len(list) > 0 {
+		var err error
+		if now, err = s.sameDirectory(r, list); err == nil && now == nil {
+			now, err = s.newDirectory(r, list)
+		}
+		if err != nil {
+			return err
+		}
+		bits |= layout.AutoclearBitmaps
+	}
+	if err := s.writeRefcounts(r); err != nil {
+		return err
+	}
+	if err := s.barrier(r); err != nil {
+		return err
+	}
+	s.fresh = nil // from here on the image may refer to them, also after an error
+	s.ext.Bitmaps, s.ext.Marks, s.hdr.AutoclearFeatures = now, marked, bits
+	if err := s.updateHeader(r); err != nil {
+		s.ext.Bitmaps, s.ext.Marks, s.hdr.AutoclearFeatures = was, wasMarks, wasBits
+		s.dirUnsure = true
+		return err
+	}
+	s.dirUnsure = false
+	if s.ext.Marks == nil {
+		for _, m := range list {
+			m.live = false // there was no room
+		}
+	}
+	s.stored = list
+	if was != nil {
+		off, end, kept := int64(was.DirectoryOffset), int64(was.DirectoryOffset+was.DirectorySize), int64(0)
+		if now != nil && now.DirectoryOffset == was.DirectoryOffset {
+			kept = s.geo.RoundUp(int64(now.DirectorySize))
+		}
+		if off+kept < end {
+			s.free(off+kept, end-off-kept, discardOther)
+		}
+	}
+	for _, m := range old {
+		s.freeBitmap(r, m)
+	}
+	s.publish()
+	return nil
+}
+
+// newDirectory writes a directory to new clusters.
+func (s *image) newDirectory(r *blk.Req, list []*stored) (*layout.Bitmaps, error) {
+	dir := s.encodeDirectory(list)
+	if len(dir) > layout.MaxBitmapDirectory {
+		return nil, errNoSpace
+	}
+	off, err := s.writeNew(r, dir, "bitmap directory")
+	if err != nil {
+		return nil, err
+	}
+	return &layout.Bitmaps{NbBitmaps: uint32(len(list)), DirectorySize: uint64(len(dir)), DirectoryOffset: uint64(off)}, nil
+}
+
+// sameDirectory lets the directory stay where it is if all that list does is to add at its end what its last cluster has room for, or to take from its end: the
+// header that there is and the next one both refer to a whole directory then. So adding one bitmap after the other, and undoing that, does not write all names each
+// time. Nil: it has to move.
+func (s *image) sameDirectory(r *blk.Req, list []*stored) (*layout.Bitmaps, error) {
+	was, n := s.ext.Bitmaps, min(len(list), len(s.stored))
+	if was == nil || s.dirUnsure || s.badBitmaps || len(list) == len(s.stored) || int(was.NbBitmaps) != len(s.stored) || !slices.Equal(list[:n], s.stored[:n]) {
+		return nil, nil
+	}
+	if ok, err := s.ownsDirectory(r); !ok {
+		return nil, err
+	}
+	now := &layout.Bitmaps{NbBitmaps: uint32(len(list)), DirectorySize: was.DirectorySize, DirectoryOffset: was.DirectoryOffset}
+	for _, m := range s.stored[n:] {
+		now.DirectorySize -= uint64(m.Size())
+	}
+	more := s.encodeDirectory(list[n:])
+	end := int64(was.DirectorySize) + int64(len(more))
+	if len(more) == 0 {
+		return now, nil
+	}
+	if end > layout.MaxBitmapDirectory || end > s.geo.RoundUp(int64(was.DirectorySize)) {
+		return nil, nil
+	}
+	now.DirectorySize = uint64(end)
+	return now, s.writeMeta(r, more, int64(was.DirectoryOffset+was.DirectorySize), olBitmapDirectory)
+}
+
+// ownsDirectory tells whether it is known that nothing else lies in the clusters of the directory. Otherwise it is not written where it is.
+func (s *image) ownsDirectory(r *blk.Req) (bool, error) {
+	if v := s.survey; v != nil && !v.endless {
+		return false, nil
+	}
+	b := s.ext.Bitmaps
+	for c, end := int64(b.DirectoryOffset)>>s.cb, s.geo.Clusters(int64(b.DirectoryOffset+b.DirectorySize)); c < end; c++ {
+		if n, err := s.refcount(r, c); err != nil || n != 1 || s.wrong.at(c) {
+			return false, err
+		}
+	}
+	return true, nil
+}
+
+// rewriteDirectory writes the directory after entries of it have changed: where it is or, if something else may lie there, anew.
+func (s *image) rewriteDirectory(r *blk.Req) error {
+	owns, err := s.ownsDirectory(r)
+	if err != nil {
+		return err
+	}
+	if !owns || s.dirUnsure {
+		err = s.switchDirectory(r, s.stored, nil)
+		if s.giveBack(r); err == nil {
+			return nil
+		}
+		// There may be no space. So it has to be known.
+		if e := s.vetAll(r); e != nil {
+			return e
+		}
+		if owns, e := s.ownsDirectory(r); !owns {
+			return cmp.Or(e, err)
+		}
+	}
+	if err := s.writeMeta(r, s.encodeDirectory(s.stored), int64(s.ext.Bitmaps.DirectoryOffset), olBitmapDirectory); err != nil {
+		return err
+	}
+	return s.barrier(r)
+}
+
+func (s *image) encodeDirectory(l []*stored) []byte {
+	entries := make([]layout.BitmapEntry, len(l))
+	for i, m := range l {
+		entries[i] = m.BitmapEntry
+	}
+	return layout.AppendBitmapDirectory(nil, entries)
+}

@@ -1,0 +1,329 @@
+package qcow2
+
+import (
+	"context"
+	"fmt"
+	"sync/atomic"
+
+	"qblockd/blockdev/format/qcow2/layout"
+	"qblockd/events/panics"
+	"qblockd/graph"
+	"qblockd/graph/blk"
+	"qblockd/schema/types"
+)
+
+var (
+	_ graph.Driver         = (*Driver)(nil)
+	_ graph.Writer         = (*Driver)(nil)
+	_ graph.Zeroer         = (*Driver)(nil)
+	_ graph.Flusher        = (*Driver)(nil)
+	_ graph.Discarder      = (*Driver)(nil)
+	_ graph.Statuser       = (*Driver)(nil)
+	_ graph.Mapper         = (*Driver)(nil)
+	_ graph.CopyRanger     = (*Driver)(nil)
+	_ graph.Resizer        = (*Driver)(nil)
+	_ graph.Backed         = (*Driver)(nil)
+	_ graph.BackingChanger = (*Driver)(nil)
+	_ graph.Informer       = (*Driver)(nil)
+	_ graph.Inactivator    = (*Driver)(nil)
+	_ graph.BitmapStore    = (*Driver)(nil)
+	_ graph.Ejecter        = (*Driver)(nil)
+	_ file                 = (*graph.Edge)(nil)
+)
+
+// Driver is an open qcow2 node.
+type Driver struct {
+	*image
+	node *graph.Node
+}
+
+// Probe tells whether header, the beginning of a file, looks like a qcow2 image.
+func Probe(header []byte) bool { return layout.Probe(header) }
+
+// Open is the graph.OpenFunc of the driver; o.Options is a *types.BlockdevOptionsQcow2 or
+// nil. A writable image is repaired if it is dirty.
+func Open(o *graph.Opening) (graph.Driver, error) {
+	n := o.Node
+	d := &Driver{node: n}
+	opt, _ := o.Options.(*types.BlockdevOptionsQcow2)
+	c := config{
+		file: n.File(),
+		backing: func() file {
+			if e := n.Backing(); e != nil {
+				return e
+			}
+			return nil
+		},
+		readOnly:  n.ReadOnly(),
+		unmap:     n.Options().Discard,
+		options:   runtimeOptions(opt),
+		corrupted: d.corrupted,
+		warn:      func(msg string) { o.Warn(fmt.Sprintf("Node '%s': %s", n.Name(), msg)) },
+		allocated: d.fileAllocated,
+		changed:   n.Bump,
+		keeper:    nodeBitmaps{n},
+		debug:     n.File().DebugEvent,
+	}
+	var err error
+	if d.image, err = openImage(o.Req, c); err != nil {
+		return nil, err
+	}
+	return d, nil
+}
+
+// nodeBitmaps keeps persistent bitmaps as the dirty bitmaps of the node.
+type nodeBitmaps struct{ *graph.Node }
+
+func (n nodeBitmaps) loaded(l []persisted, readOnly bool) error {
+	specs := make([]graph.DirtyBitmapSpec, len(l))
+	for i, p := range l {
+		specs[i] = graph.DirtyBitmapSpec{
+			Name: p.name, Bits: p.bits, Disabled: !p.enabled || p.inconsistent, Persistent: true, Inconsistent: p.inconsistent, ReadOnly: readOnly,
+		}
+	}
+	_, err := n.NewDirtyBitmaps(specs)
+	return err
+}
+
+func (n nodeBitmaps) records(name string) bool {
+	d := n.DirtyBitmap(name)
+	return d != nil && d.Persistent() && d.Enabled() && !d.Inconsistent()
+}
+
+func (n nodeBitmaps) readOnly(ro bool) { n.SetBitmapsReadOnly(ro) }
+
+func (n nodeBitmaps) persisted() (l []persisted) {
+	n.each(func(d *graph.DirtyBitmap) { l = append(l, persistedOf(d)) })
+	return l
+}
+
+func (n nodeBitmaps) find(name string) *persisted {
+	d := n.DirtyBitmap(name)
+	if d == nil || !kept(d) {
+		return nil
+	}
+	p := persistedOf(d)
+	return &p
+}
+
+func (n nodeBitmaps) names(f func(name string)) {
+	n.each(func(d *graph.DirtyBitmap) { f(d.Name()) })
+}
+
+// each calls f for the bitmaps that are to be stored.
+func (n nodeBitmaps) each(f func(d *graph.DirtyBitmap)) {
+	for _, d := range n.DirtyBitmaps() {
+		if kept(d) {
+			f(d)
+		}
+	}
+}
+
+func kept(d *graph.DirtyBitmap) bool { return d.Persistent() && !d.Goes() }
+
+func persistedOf(d *graph.DirtyBitmap) persisted {
+	return persisted{d.Name(), d.Recorded(), d.Enabled() && !d.Stops(), d.Inconsistent()}
+}
+
+// runtimeOptions translates what the schema calls them.
+func runtimeOptions(o *types.BlockdevOptionsQcow2) Options {
+	if o == nil {
+		return Options{}
+	}
+	out := Options{
+		LazyRefcounts:       o.LazyRefcounts,
+		PassDiscardRequest:  o.PassDiscardRequest,
+		PassDiscardSnapshot: o.PassDiscardSnapshot,
+		PassDiscardOther:    o.PassDiscardOther,
+		DiscardNoUnref:      o.DiscardNoUnref,
+		CacheSize:           o.CacheSize,
+		L2CacheSize:         o.L2CacheSize,
+		L2CacheEntrySize:    o.L2CacheEntrySize,
+		RefcountCacheSize:   o.RefcountCacheSize,
+		CacheCleanInterval:  o.CacheCleanInterval,
+	}
+	switch k := o.OverlapCheck; {
+	case k == nil:
+	case k.Mode != nil:
+		out.OverlapTemplate = string(*k.Mode)
+	case k.Flags != nil:
+		f := k.Flags
+		if f.Template != nil {
+			out.OverlapTemplate = string(*f.Template)
+		}
+		out.Overlap = [9]*bool{
+			f.MainHeader, f.ActiveL1, f.ActiveL2, f.RefcountTable, f.RefcountBlock,
+			f.SnapshotTable, f.InactiveL1, f.InactiveL2, f.BitmapDirectory,
+		}
+	}
+	return out
+}
+
+// corrupted emits BLOCK_IMAGE_CORRUPTED.
+func (d *Driver) corrupted(msg string, off, n int64, fatal bool) {
+	name := d.node.Name()
+	e := types.BlockImageCorruptedEvent{NodeName: &name, Msg: msg, Fatal: fatal}
+	if off >= 0 {
+		e.Offset = &off
+	}
+	if n >= 0 {
+		e.Size = &n
+	}
+	d.node.Graph().Sink().Emit(e)
+	d.node.Bump()
+}
+
+// fileAllocated asks the driver below for the bytes that the file takes.
+func (d *Driver) fileAllocated() (int64, error) {
+	e := d.node.File()
+	if e == nil {
+		return 0, blk.ErrNotSupported
+	}
+	z, ok := e.Node().Driver().(graph.Sizer)
+	if !ok {
+		return 0, blk.ErrNotSupported
+	}
+	return z.ActualSize()
+}
+
+// Ejected tells whether fatal corruption ended the use of the image; the node then answers
+// every request with blk.ErrNoMedium.
+func (d *Driver) Ejected() bool { return d.dead.Load() }
+
+// NodeFailed implements graph.FailureTaker: as after fatal corruption, nothing is written any more; but the image on disk is sound. Who waits for a request
+// that has panicked hears of it.
+func (s *image) NodeFailed() {
+	s.dead.Store(true)
+	panics.Go("the end of a failed image", func() { // others may have mu for long
+		s.mu.Lock()
+		defer s.mu.Unlock()
+		s.wake.Broadcast()
+	}, nil)
+}
+
+// Caps implements graph.Driver.
+func (d *Driver) Caps() graph.Caps {
+	c := graph.Caps{
+		Limits: blk.Limits{
+			RequestAlign: 1,
+			ZeroAlign:    d.cs,
+			DiscardAlign: d.cs,
+			ClusterSize:  d.cs,
+		},
+		WriteFlags: blk.Compressed | blk.WriteUnchanged | blk.Serialising,
+		ZeroFlags:  blk.WriteUnchanged | blk.Serialising | blk.MayUnmap | blk.NoFallback,
+		Backing:    true,
+		ZeroInit:   true,
+	}
+	return c
+}
+
+// Size implements graph.Driver.
+func (d *Driver) Size() int64 { return d.size.Load() }
+
+// Resize implements graph.Resizer. Persistent bitmaps must be such that they can follow.
+func (d *Driver) Resize(ctx context.Context, size int64, m blk.Prealloc) error {
+	for _, b := range d.node.DirtyBitmaps() {
+		if b.Persistent() {
+			if err := b.Check(graph.BitmapChange); err != nil {
+				return err
+			}
+		}
+	}
+	return d.image.Resize(&blk.Req{Ctx: ctx}, size, m)
+}
+
+// info is what queries show, readable without mu.
+type info struct {
+	incompat  atomic.Uint64
+	backing   atomic.Pointer[[2]string]
+	bitmaps   atomic.Pointer[[]*types.Qcow2BitmapInfo]
+	snapshots atomic.Pointer[[]*types.SnapshotInfo]
+}
+
+// BackingFile implements graph.Backed.
+func (d *Driver) BackingFile() (name, format string) {
+	b := d.info.backing.Load()
+	return b[0], b[1]
+}
+
+// ImageInfo implements graph.Informer.
+func (d *Driver) ImageInfo(i *types.ImageInfo) {
+	cs := d.cs
+	bits := d.info.incompat.Load()
+	dirty := bits&layout.IncompatDirty != 0
+	i.ClusterSize, i.DirtyFlag = &cs, &dirty
+	i.Snapshots = *d.info.snapshots.Load()
+	q := types.ImageInfoSpecificQCow2{
+		Compat:          "0.10",
+		RefcountBits:    1 << d.geo.RefcountOrder,
+		CompressionType: types.Qcow2CompressionTypeZlib,
+	}
+	if d.hdr.CompressionType == layout.CompressionZstd {
+		q.CompressionType = types.Qcow2CompressionTypeZstd
+	}
+	if l := d.info.bitmaps.Load(); l != nil {
+		q.Bitmaps = *l
+	}
+	if d.hdr.Version >= 3 {
+		lazy, corrupt, ext := d.hdr.CompatibleFeatures&layout.CompatLazyRefcounts != 0, bits&layout.IncompatCorrupt != 0, false
+		q.Compat, q.LazyRefcounts, q.Corrupt, q.ExtendedL2 = "1.1", &lazy, &corrupt, &ext
+	}
+	i.FormatSpecific = &types.ImageInfoSpecific{
+		Type: types.ImageInfoSpecificKindQcow2,
+		U:    &types.ImageInfoSpecificQCow2Wrapper{Data: q},
+	}
+}
+
+// Create makes an image as o says in the node below root, whose file reference is not looked
+// at. Its texts are those that end a create job. started, if not nil, is called once the options are checked
+// and before anything is written. It blocks as long as the storage does.
+func Create(ctx context.Context, root *graph.Root, o *types.BlockdevCreateOptionsQcow2, started func()) error {
+	c := CreateOptions{
+		Size:         o.Size,
+		BackingFile:  o.BackingFile,
+		ClusterSize:  o.ClusterSize,
+		RefcountBits: o.RefcountBits,
+	}
+	if o.Version != nil {
+		c.Version = string(*o.Version)
+	}
+	if o.BackingFmt != nil {
+		f := string(*o.BackingFmt)
+		c.BackingFormat = &f
+	}
+	if o.Preallocation != nil {
+		c.Preallocation = blk.Prealloc(*o.Preallocation)
+	}
+	if o.LazyRefcounts != nil {
+		c.LazyRefcounts = *o.LazyRefcounts
+	}
+	if o.CompressionType != nil {
+		c.CompressionType = string(*o.CompressionType)
+	}
+	if _, err := c.header(); err != nil {
+		return err
+	}
+	if started != nil {
+		started()
+	}
+	r, err := root.Begin(ctx)
+	if err != nil {
+		return err
+	}
+	defer root.End(r)
+	return create(r, grower{root.Edge()}, &c)
+}
+
+// grower is a root's edge through which writes may make the node longer.
+type grower struct{ *graph.Edge }
+
+// WriteAt implements file.
+func (g grower) WriteAt(r *blk.Req, v blk.Vec, off int64, f blk.Flags) error {
+	return g.Edge.WriteAt(r, v, off, f|blk.Grow)
+}
+
+// Zero implements file.
+func (g grower) Zero(r *blk.Req, off, n int64, f blk.Flags) error {
+	return g.Edge.Zero(r, off, n, f|blk.Grow)
+}

@@ -1,0 +1,188 @@
+package qcow2
+
+import (
+	"encoding/binary"
+	"runtime"
+	"testing"
+
+	"qblockd/blockdev/drivertest"
+	"qblockd/blockdev/format/qcow2/layout"
+	"qblockd/graph/blk"
+)
+
+// seedImages are small images with everything in them: data, zero and compressed clusters.
+func seedImages(t testing.TB) [][]byte {
+	var out [][]byte
+	for _, o := range []CreateOptions{
+		{ClusterSize: ptr(uint64(512))},
+		{ClusterSize: ptr(uint64(512)), RefcountBits: ptr(int64(1))},
+		{ClusterSize: ptr(uint64(1024)), RefcountBits: ptr(int64(64)), LazyRefcounts: true, CompressionType: "zstd"},
+		{ClusterSize: ptr(uint64(1024)), Version: "v2"},
+	} {
+		o.Size = 64 << 10
+		f := mustCreate(t, o)
+		s := mustOpen(t, mem{f}, config{})
+		b := make([]byte, 2048)
+		for i := range b {
+			b[i] = byte(i / 64)
+		}
+		for _, off := range []int64{0, 8192, 33 << 10} {
+			if err := s.WriteAt(req(), blk.Buf(b), off, 0); err != nil {
+				t.Fatal(err)
+			}
+		}
+		if err := s.WriteAt(req(), blk.Buf(b), 16384, blk.Compressed); err != nil {
+			t.Fatal(err)
+		}
+		_ = s.Zero(req(), 20<<10, 2048, blk.MayUnmap)
+		_ = s.Zero(req(), 8192, 1024, 0)
+		mustClose(t, s)
+		out = append(out, f.Bytes())
+	}
+	return out
+}
+
+// FuzzOps opens damaged images and works on them. Errors are fine; crashes, hangs and memory
+// out of proportion to the file are not. Input: which seed, then changes of 4 bytes (place,
+// place, value, mode) up to a 0xff, then operations.
+func FuzzOps(f *testing.F) {
+	seeds := seedImages(f)
+	f.Add([]byte{0, 0xff, 1, 2, 3, 4, 5, 6})
+	f.Add([]byte{1, 0, 79, 1, 0, 0xff, 0, 1, 2, 3, 4, 5, 6, 7, 8})      // dirty
+	f.Add([]byte{2, 0, 24, 0x7f, 0, 0, 36, 0xff, 0, 0xff, 0, 9, 18})    // huge
+	f.Add([]byte{0, 0, 40, 0, 1, 0, 48, 0, 1, 0xff, 0, 5, 10, 15, 20})  // tables in each other
+	f.Add([]byte{3, 2, 0, 0x80, 2, 4, 0, 0xff, 3, 0xff, 9, 8, 7, 6, 5}) // refcounts
+	f.Fuzz(func(t *testing.T, in []byte) {
+		if len(in) == 0 {
+			return
+		}
+		img := append([]byte(nil), seeds[int(in[0])%len(seeds)]...)
+		in = in[1:]
+		for len(in) >= 4 && in[0] != 0xff {
+			at := (int(in[0])<<8 | int(in[1])) % len(img)
+			switch in[3] & 3 {
+			case 0:
+				img[at] = in[2]
+			case 1: // a whole entry
+				at &^= 7
+				if at+8 <= len(img) {
+					binary.BigEndian.PutUint64(img[at:], uint64(in[2])<<9|uint64(in[3]&0xc0)<<56|uint64(in[3]&4)>>2)
+				}
+			case 2:
+				img[at] ^= 1 << (in[2] & 7)
+			case 3:
+				img = img[:max(at, 512)]
+			}
+			in = in[4:]
+		}
+		fuzzImage(t, img, in)
+	})
+}
+
+func fuzzImage(t *testing.T, img, ops []byte) {
+	var before, after runtime.MemStats
+	runtime.ReadMemStats(&before)
+	s, err := openImage(req(), config{file: mem{drivertest.MemFileOf(img)}, unmap: true, options: Options{CacheCleanInterval: ptr(int64(0))}})
+	runtime.ReadMemStats(&after)
+	// The L1 and refcount tables are held to what lies in the file; the rest is a number of
+	// clusters, counted here with those given back meanwhile.
+	if used := after.TotalAlloc - before.TotalAlloc; used > 4<<20+64*uint64(len(img))+32<<min(img[23], layout.MaxClusterBits) {
+		t.Fatalf("opening a file of %d bytes took %d bytes", len(img), used)
+	}
+	if err != nil {
+		return
+	}
+	size := s.size.Load()
+	b := make([]byte, 3000)
+	clusterBits := min(img[23], layout.MaxClusterBits)
+	defer func() {
+		runtime.ReadMemStats(&before)
+		// Each request of two clusters at most touches a few tables; a resize may move the tables that lie in the file.
+		// A compressed cluster may ask for a window of 8 MiB; the decoder that has it is kept for the next one.
+		limit := 10<<20 + uint64(min(len(ops), 64)+2)*(1<<20+4*uint64(len(img))+16<<clusterBits)
+		if used := before.TotalAlloc - after.TotalAlloc; used > limit {
+			t.Fatalf("%d operations on a file of %d bytes took %d bytes, limit %d", len(ops), len(img), used, limit)
+		}
+	}()
+	for _, op := range ops[:min(len(ops), 64)] {
+		off := int64(op>>3) * 1536
+		if size < 1<<40 && size > 0 {
+			off %= size
+		}
+		n := min(int64(len(b)), size-off)
+		if n <= 0 {
+			break
+		}
+		switch op & 7 {
+		case 0, 1:
+			_ = s.WriteAt(req(), blk.Buf(b[:n]), off, 0)
+		case 2:
+			_ = s.ReadAt(req(), blk.Buf(b[:n]), off, 0)
+		case 3:
+			_ = s.Discard(req(), off, n)
+		case 4:
+			_ = s.Zero(req(), off, n, blk.MayUnmap)
+		case 5:
+			_, _ = s.Status(req(), off, n)
+		case 6:
+			_ = s.Flush(req())
+		case 7:
+			switch op >> 6 {
+			case 0:
+				_ = s.WriteAt(req(), blk.Buf(b[:min(s.cs, n)]), off&^(s.cs-1), blk.Compressed)
+			case 1:
+				if size < 1<<24 {
+					_ = s.Resize(req(), (size+100*512)&^511, blk.PreallocOff)
+				}
+			default:
+				if size < 1<<24 {
+					_ = s.Resize(req(), size/2&^511, blk.PreallocOff)
+				}
+			}
+			size = s.size.Load()
+		}
+	}
+	_ = s.Inactivate(req())
+	_ = s.Close()
+}
+
+// FuzzHeader parses headers of any content.
+func FuzzHeader(f *testing.F) {
+	for _, s := range seedImages(f) {
+		f.Add(s[:1024])
+	}
+	f.Fuzz(func(t *testing.T, b []byte) {
+		p := make([]byte, max(layout.HeaderSize, len(b)))
+		copy(p, b)
+		cs, err := layout.Peek(p)
+		if err != nil || cs > 4096 {
+			return
+		}
+		p = append(p, make([]byte, cs)...)
+		h, err := layout.Parse(p, true)
+		if err != nil {
+			return
+		}
+		x, err := h.ParseExtensions(p)
+		if err != nil {
+			return
+		}
+		name, err := h.BackingName(p)
+		if err != nil {
+			return
+		}
+		q, err := h.Marshal(x, name)
+		if err != nil {
+			return
+		}
+		// What was written reads the same.
+		q = append(q, make([]byte, cs)...)
+		h2, err := layout.Parse(q, true)
+		if err != nil {
+			t.Fatalf("parsing what was written: %v", err)
+		}
+		if n2, err := h2.BackingName(q); err != nil || n2 != name || h2.Size != h.Size || h2.AutoclearFeatures != h.AutoclearFeatures {
+			t.Fatalf("written and read differ: %v %q %q", err, name, n2)
+		}
+	})
+}

@@ -1,0 +1,421 @@
+package qcow2
+
+import (
+	"math/bits"
+	"slices"
+	"sync"
+	"sync/atomic"
+
+	"qblockd/blockdev/format/qcow2/layout"
+	"qblockd/graph/blk"
+)
+
+// Marks keep live bitmaps of an open image from missing writes when the program is killed or power fails (docs/bitmaps.md). A live bitmap has all its clusters
+// in the image. Before the first write into a region of the disk since the image was opened, all bits of that region are set there, and are on stable storage;
+// so what a live bitmap has in the image is never less than what it has in memory. For others it is in use, and so inconsistent. For us it holds as
+// long as the header says that nobody else has written: AutoclearMarks, and the marks extension with the tables that it speaks of.
+
+const (
+	// minRegion and maxRegions: a region is 1 MiB or, of disks beyond 4 GiB, a 4096th. Each costs a flush once, and what one write makes a bitmap show after a
+	// crash.
+	minRegion  = 1 << 20
+	maxRegions = 4096
+	// maxLiveBytes is the most that a live bitmap takes in the image, and maxLiveTotal what all of them take; larger ones, and further ones, are not marked.
+	maxLiveBytes = 64 << 20
+	maxLiveTotal = 256 << 20
+	maxLive      = 2048 // so many writes are made before the first one into a region
+)
+
+// marks tell in which regions of the disk all live bitmaps that record have all bits set in the image.
+type marks struct {
+	shift  uint
+	marked []atomic.Uint64
+}
+
+func newMarks(size int64) *marks {
+	m := &marks{shift: uint(bits.TrailingZeros(minRegion))}
+	for size>>m.shift > maxRegions {
+		m.shift++
+	}
+	m.marked = make([]atomic.Uint64, size>>m.shift>>6+1)
+	return m
+}
+
+// cover tells whether all of a range is marked. What lies beyond the size that m was made for is not.
+func (m *marks) cover(off, n int64) bool {
+	for g, end := off>>m.shift, (off+n-1)>>m.shift; g <= end; g++ {
+		if g>>6 >= int64(len(m.marked)) || m.marked[g>>6].Load()&(1<<(g&63)) == 0 {
+			return false
+		}
+	}
+	return true
+}
+
+func (m *marks) set(s span) {
+	for g := s.first; g <= s.last && g>>6 < int64(len(m.marked)); g++ {
+		m.marked[g>>6].Or(1 << (g & 63))
+	}
+}
+
+// spans are the regions that are marked.
+func (m *marks) spans() (l []span) {
+	for i := range m.marked {
+		for w := m.marked[i].Load(); w != 0; w &= w - 1 {
+			g := int64(i)<<6 + int64(bits.TrailingZeros64(w))
+			if k := len(l) - 1; k >= 0 && l[k].last == g-1 {
+				l[k].last = g
+			} else {
+				l = append(l, span{g, g})
+			}
+		}
+	}
+	return l
+}
+
+// span are regions from first to last.
+type span struct{ first, last int64 }
+
+// markQueue has what is to be marked by whoever comes next: those who wait for each other's flushes share them.
+type markQueue struct {
+	mu sync.Mutex
+	l  []span // +checklocks:mu
+}
+
+func (q *markQueue) add(s span) {
+	q.mu.Lock()
+	defer q.mu.Unlock()
+	q.l = append(q.l, s)
+}
+
+func (q *markQueue) take() []span {
+	q.mu.Lock()
+	defer q.mu.Unlock()
+	l := q.l
+	q.l = nil
+	return l
+}
+
+// mark sees to it that live bitmaps do not miss a write, before it is made. An error is one of the write.
+func (s *image) mark(r *blk.Req, off, n int64, f blk.Flags) error {
+	m := s.marks.Load()
+	if m == nil || f&blk.WriteUnchanged != 0 || n == 0 || m.cover(off, n) {
+		return nil
+	}
+	if r.NoWait {
+		return blk.ErrWouldBlock
+	}
+	return s.markNow(r, off, n)
+}
+
+func (s *image) markNow(r *blk.Req, off, n int64) error {
+	if m := s.marks.Load(); m != nil {
+		s.toMark.add(span{off >> m.shift, (off + n - 1) >> m.shift})
+	}
+	s.marking.Lock()
+	defer s.marking.Unlock()
+	m := s.marks.Load()
+	if m == nil || m.cover(off, n) {
+		return nil
+	}
+	// Those who came before may have taken ours and failed; those of an earlier size do no harm.
+	due := append(s.toMark.take(), span{off >> m.shift, (off + n - 1) >> m.shift})
+	slices.SortFunc(due, func(a, b span) int { return int(a.first - b.first) })
+	all := due[:1]
+	for _, d := range due[1:] {
+		if k := &all[len(all)-1]; d.first <= k.last+1 {
+			k.last = max(k.last, d.last)
+		} else {
+			all = append(all, d)
+		}
+	}
+	for _, b := range s.stored {
+		if !b.live || !s.keeper.records(b.Name) {
+			continue
+		}
+		for _, d := range all {
+			if err := s.writeOnes(r, b, d.first<<m.shift, (d.last+1)<<m.shift); err != nil {
+				return err
+			}
+		}
+	}
+	if err := s.file.Flush(r); err != nil {
+		return err
+	}
+	for _, d := range all {
+		m.set(d)
+	}
+	return nil
+}
+
+var ones = func() (b [4096]byte) {
+	for i := range b {
+		b[i] = 0xff
+	}
+	return b
+}()
+
+// writeOnes sets the bits of a part of the disk in the image; at its ends it may be a few more. marking is held.
+func (s *image) writeOnes(r *blk.Req, b *stored, lo, hi int64) error {
+	g := b.Granularity
+	total := (s.bitmapSize() + g - 1) / g
+	from, to := lo/g/8, (min((hi+g-1)/g, total)+7)/8
+	for at := from; at < to; {
+		in := at & (s.cs - 1)
+		n := min(to-at, s.cs-in, int64(len(ones)))
+		v := ones[:n]
+		if end := at + n; end == (total+7)/8 && total%8 != 0 {
+			v = append([]byte(nil), v...)
+			v[n-1] = 1<<(total%8) - 1
+		}
+		if err := s.file.WriteAt(r, blk.Buf(v), int64(b.table[at>>s.cb])+in, 0); err != nil {
+			return err
+		}
+		at += n
+	}
+	return nil
+}
+
+// claimLive makes all bitmaps live that hold, are not too large and fit into the image, in a new directory. Regions that are marked stay so. marking and mu are held.
+func (s *image) claimLive(r *blk.Req) error {
+	defer s.giveBack(r)
+	want := s.keeper.persisted()
+	var list, old []*stored
+	named, room, live := byName(want), int64(maxLiveTotal), 0
+	for _, m := range s.stored {
+		p, n := named[m.Name], s.bitmapBytes(m.Granularity)
+		if p == nil || p.inconsistent || n > min(maxLiveBytes, room) || live >= maxLive {
+			same := *m
+			same.Flags |= layout.BitmapInUse
+			same.live = false
+			list = append(list, &same)
+			continue
+		}
+		room -= n
+		b, err := s.writeLive(r, *p)
+		if err != nil {
+			return err
+		}
+		b.born = m.born
+		live++
+		list, old = append(list, b), append(old, m)
+	}
+	if live == 0 {
+		return s.claimInPlace(r)
+	}
+	if err := s.switchDirectory(r, list, old); err != nil {
+		return err
+	}
+	s.startMarks()
+	return nil
+}
+
+// startMarks forgets what is marked: bitmaps that were not live, or did not record, do now. No write is under way, or those that are have their regions marked in
+// all of them. What was written has been flushed: what a bitmap has forgotten of it since, as a backup has it, is not marked in the image any more.
+func (s *image) startMarks() {
+	if slices.ContainsFunc(s.stored, func(b *stored) bool { return b.live }) {
+		s.marks.Store(newMarks(s.bitmapSize()))
+	} else {
+		s.marks.Store(nil)
+	}
+}
+
+// writeLive writes a bitmap with all its clusters, and with what is marked.
+func (s *image) writeLive(r *blk.Req, p persisted) (*stored, error) {
+	b := &stored{BitmapEntry: layout.NewBitmap(p.name, p.bits.Granularity(), layout.BitmapInUse), live: true}
+	if p.enabled {
+		b.Flags |= layout.BitmapAuto
+	}
+	bits := p.bits
+	if m := s.marks.Load(); m != nil && p.enabled {
+		bits = bits.Clone()
+		for _, x := range m.spans() {
+			lo, hi := x.first<<m.shift, min((x.last+1)<<m.shift, bits.Size())
+			if lo < hi {
+				bits.Set(lo, hi-lo)
+			}
+		}
+	}
+	b.table = make([]uint64, s.bitmapClusters(b.Granularity))
+	b.TableSize = uint32(len(b.table))
+	buf := make([]byte, 0, s.cs)
+	for i := 0; i < len(b.table); {
+		first, n, err := s.allocate(r, 1, int64(len(b.table)-i), "bitmap data")
+		if err != nil {
+			return nil, err
+		}
+		for c := first; c < first+n; c, i = c+1, i+1 {
+			s.fresh = append(s.fresh, c)
+			b.table[i] = uint64(c << s.cb)
+			at := int64(i) * s.cs * 8
+			lo := at * b.Granularity
+			if _, _, dirty := bits.NextDirty(lo, min(lo+s.cs*8*b.Granularity, bits.Size())); !dirty {
+				s.wrote++
+				s.noteEnd((c + 1) << s.cb)
+				err = s.file.Zero(r, c<<s.cb, s.cs, blk.MayUnmap)
+			} else {
+				buf = bits.AppendBytes(buf[:0], at, s.cs)
+				err = s.writeMeta(r, buf, c<<s.cb, 0)
+			}
+			if err != nil {
+				return nil, err
+			}
+		}
+	}
+	return b, s.writeTable(r, b, func(i int64) uint64 { return b.table[i] })
+}
+
+// HoldBitmap implements graph.BitmapStore. What was written before is flushed: the bitmap does not have it, so it must not go with the end of the program, when a copy that
+// was made meanwhile has it.
+func (s *image) HoldBitmap(r *blk.Req, name string) error {
+	s.marking.Lock()
+	defer s.marking.Unlock()
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	if err := s.usable(); err != nil {
+		return err
+	}
+	if !s.readOnly {
+		if err := s.flush(r); err != nil {
+			return err
+		}
+	}
+	return s.orGiveOut(r, func() error { return s.holdBitmap(r, name) })
+}
+
+// orGiveOut does f, and once more if there was no space until some was given out. mu is held, no flush is claimed.
+func (s *image) orGiveOut(r *blk.Req, f func() error) error {
+	err := f()
+	if err != nil && s.giveOut(r, err) {
+		err = f()
+	}
+	return err
+}
+
+func (s *image) holdBitmap(r *blk.Req, name string) error {
+	if err := s.usable(); err != nil {
+		return err
+	}
+	p := s.keeper.find(name)
+	if s.readOnly || p == nil || p.inconsistent {
+		return nil
+	}
+	defer s.claimFlush()()
+	if i := slices.IndexFunc(s.stored, func(b *stored) bool { return b.Name == name }); i >= 0 {
+		b := s.stored[i]
+		if !b.live {
+			return nil
+		}
+		if err := s.addBits(r, b, *p); err != nil {
+			return err
+		}
+		s.startMarks()
+		return s.setEnabled(r, b, p.enabled)
+	}
+	room, live := int64(maxLiveTotal), 0
+	for _, b := range s.stored {
+		if b.live {
+			room -= s.bitmapBytes(b.Granularity)
+			live++
+		}
+	}
+	if s.bitmapBytes(p.bits.Granularity()) > min(maxLiveBytes, room) || live >= maxLive {
+		return nil
+	}
+	defer s.giveBack(r)
+	b, err := s.writeLive(r, *p)
+	if err != nil {
+		return err
+	}
+	b.born = true
+	if err := s.switchDirectory(r, append(slices.Clone(s.stored), b), nil); err != nil {
+		return err
+	}
+	s.startMarks()
+	return nil
+}
+
+// setEnabled changes whether a bitmap records when it is loaded: in the directory, where it is.
+func (s *image) setEnabled(r *blk.Req, b *stored, enabled bool) error {
+	was := b.Flags
+	if b.Flags &^= layout.BitmapAuto; enabled {
+		b.Flags |= layout.BitmapAuto
+	}
+	if b.Flags == was {
+		return nil
+	}
+	if err := s.rewriteDirectory(r); err != nil {
+		b.Flags = was
+		return err
+	}
+	s.publish()
+	return nil
+}
+
+// addBits adds what a bitmap has in memory to what it has in the image.
+func (s *image) addBits(r *blk.Req, b *stored, p persisted) error {
+	old, buf := make([]byte, s.cs), make([]byte, 0, s.cs)
+	for i, e := range b.table {
+		at := int64(i) * s.cs * 8
+		lo := at * b.Granularity
+		if _, _, dirty := p.bits.NextDirty(lo, min(lo+s.cs*8*b.Granularity, p.bits.Size())); !dirty {
+			continue
+		}
+		if err := s.readFile(r, blk.Buf(old), int64(e)); err != nil {
+			return err
+		}
+		buf = p.bits.AppendBytes(buf[:0], at, s.cs)
+		for j := range buf {
+			buf[j] |= old[j]
+		}
+		if err := s.writeMeta(r, buf, int64(e), 0); err != nil {
+			return err
+		}
+	}
+	return s.barrier(r)
+}
+
+// dropMarks makes no bitmap live, and the next change of the header says so. mu is held.
+func (s *image) dropMarks() {
+	s.marks.Store(nil)
+	for _, b := range s.stored {
+		b.live = false
+	}
+	s.ext.Marks = nil
+	s.hdr.AutoclearFeatures &^= layout.AutoclearMarks
+}
+
+// distrust makes the header say that bitmaps in use do not hold. mu is held.
+func (s *image) distrust(r *blk.Req) error {
+	s.marks.Store(nil)
+	for _, b := range s.stored {
+		b.live = false
+	}
+	s.ext.Marks = nil // which is written with the next change of the header; without the bit it has no meaning
+	if s.hdr.AutoclearFeatures&layout.AutoclearMarks == 0 {
+		return nil
+	}
+	return s.writeAutoclear(r, s.hdr.AutoclearFeatures&^layout.AutoclearMarks)
+}
+
+// resizeLive calls change, which changes the size of the disk. Meanwhile no bitmap is live, afterwards they are again, with what is marked. marking and mu
+// are held.
+func (s *image) resizeLive(r *blk.Req, change func() error) error {
+	if s.marks.Load() == nil {
+		return change()
+	}
+	if err := s.flush(r); err != nil {
+		return err
+	}
+	if err := s.writeAutoclear(r, s.hdr.AutoclearFeatures&^layout.AutoclearMarks); err != nil {
+		return err
+	}
+	err := change()
+	// What was written meanwhile lies in regions that were marked before; all else waits.
+	defer s.claimFlush()()
+	r = patient(r)
+	if e := s.claimLive(r); e != nil {
+		_ = s.distrust(r) // the header says so already
+		s.warnf("Persistent bitmaps will count as inconsistent if they are not stored in the end: %s", blk.ErrnoText(e))
+	}
+	return err
+}

@@ -1,0 +1,167 @@
+package qcow2
+
+import (
+	"fmt"
+	"math/bits"
+
+	"qblockd/blockdev/format/qcow2/layout"
+	"qblockd/graph/blk"
+)
+
+// overlap is a set of kinds of metadata that writes are checked against.
+type overlap uint16
+
+const (
+	olMainHeader overlap = 1 << iota
+	olActiveL1
+	olActiveL2
+	olRefcountTable
+	olRefcountBlock
+	olSnapshotTable
+	olInactiveL1
+	olInactiveL2
+	olBitmapDirectory
+
+	olConstant = olMainHeader | olActiveL1 | olRefcountTable | olSnapshotTable | olBitmapDirectory
+	olCached   = olConstant | olActiveL2 | olRefcountBlock | olInactiveL1
+	olAll      = olCached | olInactiveL2
+)
+
+var overlapNames = [...]string{
+	"qcow2_header", "active L1 table", "active L2 table", "refcount table", "refcount block",
+	"snapshot table", "inactive L1 table", "inactive L2 table", "bitmap directory",
+}
+
+// owner counts what metadata lie in a cluster. More than one owner means a corrupt image.
+type owner struct{ l2, block int32 }
+
+type ownKind uint8
+
+const (
+	ownL2 ownKind = iota
+	ownBlock
+)
+
+// own notes that the cluster at off becomes (d = 1) or stops being (-1) metadata. mu is held.
+func (s *image) own(off int64, k ownKind, d int32) {
+	c := off >> s.cb
+	o := s.owners[c]
+	if k == ownL2 {
+		o.l2 += d
+	} else {
+		o.block += d
+	}
+	if o == (owner{}) {
+		delete(s.owners, c)
+	} else {
+		s.owners[c] = o
+	}
+}
+
+// checkOverlap is called with mu held before every write into the file: n bytes at off,
+// which may be metadata of the kinds own but no other that the options name. On overlap the
+// image is given up.
+func (s *image) checkOverlap(r *blk.Req, off, n int64, own overlap) error {
+	hit := s.overlaps(off, n, s.set.overlap&^own)
+	if hit == 0 {
+		return nil
+	}
+	return s.corrupt(r, true, off, n, fmt.Sprintf("Preventing invalid write on metadata (overlaps with %s)", overlapNames[bits.TrailingZeros16(uint16(hit))]))
+}
+
+func (s *image) overlaps(off, n int64, check overlap) overlap {
+	if check == 0 || n == 0 {
+		return 0
+	}
+	if check&olMainHeader != 0 && off < s.cs {
+		return olMainHeader
+	}
+	end := s.geo.RoundUp(off + n)
+	off = s.geo.RoundDown(off)
+	in := func(o, l int64) bool { return l > 0 && o < end && off < o+l }
+	if check&olActiveL1 != 0 && in(int64(s.hdr.L1TableOffset), int64(s.hdr.L1Size)*8) {
+		return olActiveL1
+	}
+	if check&olRefcountTable != 0 && in(s.reftOffset(), s.reftSize*8) {
+		return olRefcountTable
+	}
+	if len(s.snaps) > 0 {
+		if check&olSnapshotTable != 0 && in(int64(s.hdr.SnapshotsOffset), s.snapEnd-int64(s.hdr.SnapshotsOffset)) {
+			return olSnapshotTable
+		}
+		if check&olInactiveL1 != 0 && s.snapL1.touch(off, end) {
+			return olInactiveL1
+		}
+	}
+	if check&(olActiveL2|olRefcountBlock) != 0 {
+		if hit := s.overlapsOwned(off, end, check); hit != 0 {
+			return hit
+		}
+	}
+	if check&olInactiveL2 != 0 && len(s.inactive) > 0 {
+		for c := off >> s.cb; c < end>>s.cb; c++ {
+			if _, ok := s.inactive[c]; ok {
+				return olInactiveL2
+			}
+		}
+	}
+	if b := s.ext.Bitmaps; check&olBitmapDirectory != 0 && b != nil && in(int64(b.DirectoryOffset), int64(b.DirectorySize)) {
+		return olBitmapDirectory
+	}
+	return 0
+}
+
+func (s *image) overlapsOwned(off, end int64, check overlap) overlap {
+	for c := off >> s.cb; c < end>>s.cb; c++ {
+		o, ok := s.owners[c]
+		if !ok {
+			continue
+		}
+		if check&olActiveL2 != 0 && o.l2 > 0 {
+			return olActiveL2
+		}
+		if check&olRefcountBlock != 0 && o.block > 0 {
+			return olRefcountBlock
+		}
+	}
+	return 0
+}
+
+// corrupt reports corruption found at run time and returns the error for the request that met
+// it. Fatal corruption of a writable image marks it corrupt on disk and ends its use. mu is held.
+func (s *image) corrupt(r *blk.Req, fatal bool, off, n int64, msg string) error {
+	fatal = fatal && !s.readOnly
+	if s.signaled && (!fatal || s.dead.Load()) {
+		return errIO
+	}
+	if s.corrupted != nil {
+		s.corrupted(msg, off, n, fatal)
+	}
+	s.signaled = true
+	if !fatal {
+		s.warnf("Image is corrupt: %s; further non-fatal corruption events will be suppressed", msg)
+	} else {
+		s.warnf("Marking image as corrupt: %s; further corruption events will be suppressed", msg)
+		s.dead.Store(true)
+		s.wake.Broadcast()
+		if s.hdr.Version >= 3 {
+			s.hdr.IncompatibleFeatures |= layout.IncompatCorrupt
+			s.publish()
+			var b [8]byte
+			be.PutUint64(b[:], s.hdr.IncompatibleFeatures)
+			// The request fails anyway.
+			q := *patient(r)
+			q.NoWait = false
+			_ = s.file.WriteAt(&q, blk.Buf(b[:]), layout.OffIncompatFeatures, 0)
+		}
+	}
+	return errIO
+}
+
+// hex is v as C's %#x prints it.
+func hex(v uint64) string {
+	if v == 0 {
+		return "0"
+	}
+	return fmt.Sprintf("%#x", v)
+}

@@ -1,0 +1,90 @@
+package qcow2
+
+import (
+	"qblockd/blockdev/format/qcow2/layout"
+	"qblockd/graph/blk"
+)
+
+// ReadAt fills v from off.
+func (s *image) ReadAt(r *blk.Req, v blk.Vec, off int64, _ blk.Flags) error {
+	n := v.Len()
+	for done := int64(0); done < n; {
+		k, err := s.readRun(r, v, off+done, done, n-done)
+		if err != nil {
+			return err
+		}
+		done += k
+	}
+	return nil
+}
+
+// readRun reads one run of at most n bytes at off into v from its byte at on.
+func (s *image) readRun(r *blk.Req, v blk.Vec, off, at, n int64) (int64, error) {
+	m, e, err := s.findRun(r, off, n)
+	if err != nil {
+		return 0, err
+	}
+	if at != 0 || m.n != v.Len() {
+		v = v.Slice(at, m.n)
+	}
+	switch m.kind {
+	case layout.Normal:
+		s.step(r, blk.EvReadAio)
+		err = s.readFile(r, v, m.host)
+	case layout.CompressedKind:
+		err = s.readCompressed(r, v, m.entry, off&(s.cs-1))
+	case layout.Unallocated:
+		err = s.readBacking(r, v, off)
+	default:
+		v.Zero()
+	}
+	if e != nil {
+		e.Release()
+	}
+	return m.n, err
+}
+
+// findRun is lookup for reading. If the run has host clusters, the reader holds the epoch that is returned.
+func (s *image) findRun(r *blk.Req, off, n int64) (m mapping, e *epoch, err error) {
+	if !s.lock(r) {
+		return m, nil, blk.ErrWouldBlock
+	}
+	defer s.mu.Unlock()
+	if err := s.usable(); err != nil {
+		return m, nil, err
+	}
+	if s.l2.full() && !s.readOnly {
+		if err := s.room(r); err != nil {
+			return m, nil, err
+		}
+	}
+	if s.warm(r, off>>s.cb) {
+		if err := s.usable(); err != nil {
+			return m, nil, err
+		}
+	}
+	if m, err = s.lookup(r, off, n); err == nil && m.kind >= layout.Normal {
+		e = s.hold()
+	}
+	return m, e, err
+}
+
+// readBacking reads what the backing file shows; zeroes beyond its end.
+func (s *image) readBacking(r *blk.Req, v blk.Vec, off int64) error {
+	b := s.back()
+	if b == nil {
+		v.Zero()
+		return nil
+	}
+	n, end := v.Len(), b.Size()
+	if off >= end {
+		v.Zero()
+		return nil
+	}
+	if off+n > end {
+		v.Slice(end-off, off+n-end).Zero()
+		v = v.Slice(0, end-off)
+	}
+	s.step(r, blk.EvReadBackingAio)
+	return b.ReadAt(r, v, off, 0)
+}

@@ -1,0 +1,55 @@
+package qcow2
+
+import (
+	"errors"
+
+	"qblockd/blockdev/format/qcow2/layout"
+	"qblockd/graph/blk"
+)
+
+// PrepareReadOnly is the first half of a change of read-only on an open image whose node is drained: it refuses to
+// write to a corrupt image, and stores everything of one that is written to no longer. It changes nothing else, so there
+// is nothing to undo.
+func (s *image) PrepareReadOnly(r *blk.Req, readOnly bool) error {
+	if readOnly {
+		return s.Inactivate(r)
+	}
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	if s.hdr.IncompatibleFeatures&layout.IncompatCorrupt != 0 {
+		return errors.New("qcow2: Image is corrupt; cannot be opened read/write")
+	}
+	return s.usable()
+}
+
+// CommitReadOnly is the second half, while the node is still drained and after its file has become writable, or before
+// that ends. An image that becomes writable gets what opening it so would have done; if that fails it stays read-only. For one that was to become read-only and
+// did not after all, with readOnly false, it takes back what PrepareReadOnly did.
+func (s *image) CommitReadOnly(r *blk.Req, readOnly bool) error {
+	s.marking.Lock()
+	defer s.marking.Unlock()
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	was := s.readOnly
+	s.readOnly = readOnly
+	switch {
+	case readOnly:
+		s.survey, s.wrong = nil, wrong{}
+		s.storing = false
+		if s.keeper != nil {
+			s.keeper.readOnly(true)
+		}
+		return nil
+	case !was:
+		if !s.storing || s.dead.Load() {
+			return nil // it did not come to that, or nothing is written any more
+		}
+		s.storing = false
+		return s.claimBitmaps(r)
+	}
+	if err := s.becomeWriter(r); err != nil {
+		s.readOnly = true
+		return err
+	}
+	return nil
+}

@@ -1,0 +1,434 @@
+package qcow2
+
+import (
+	"errors"
+	"math"
+	"slices"
+	"strconv"
+	"strings"
+	"time"
+
+	"qblockd/blockdev/format/qcow2/layout"
+	"qblockd/graph"
+	"qblockd/graph/blk"
+	"qblockd/schema/types"
+)
+
+// Internal snapshots. A snapshot is a copy of the L1 table; it shares L2 tables and clusters, each of which counts one reference more, with the
+// active tables, whose entries then lack the copied flag: what is shared is not written in place.
+//
+//	create:  refcounts up, flags off -> | L1 copy, table of snapshots -> | header
+//	delete:  table of snapshots -> | header -> | refcounts down -> | flags on
+//
+// Both end with the context of their request, and then have changed nothing. After a crash in between, clusters are leaked at worst. (In images of version 3 the dirty bit is set meanwhile, so that the next one to write repairs that.
+// Version 2 has none: refcounts may be up where flags are still on, which qemu-img check calls an error and repairs, and which costs no data, as nothing is shared yet.)
+// No requests run, the node is held quiet.
+
+var errNoSnapshot = errors.New("Can't find the snapshot")
+
+// undoneError is an error after which everything is as it was before.
+type undoneError struct{ error }
+
+func (e undoneError) Unwrap() error { return e.error }
+
+// quietly does f with nothing in flight and everything flushed before and after.
+func (s *image) quietly(r *blk.Req, f func() error) error {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	if err := s.usable(); err != nil {
+		return err
+	}
+	if err := s.sureOfAll(r); err != nil {
+		return err
+	}
+	if err := s.flush(r); err != nil {
+		return err
+	}
+	if s.hdr.Version >= 3 && s.hdr.IncompatibleFeatures&layout.IncompatDirty == 0 {
+		if err := s.writeIncompat(r, s.hdr.IncompatibleFeatures|layout.IncompatDirty); err != nil {
+			return err
+		}
+	}
+	err := f()
+	var undone undoneError
+	whole := err == nil || errors.As(err, &undone)
+	r = patient(r)
+	if e := s.flush(r); e != nil {
+		whole = false
+		if err == nil {
+			err = e
+		}
+	}
+	s.flagsDue = s.flagsDue || !whole // who fails half-way leaves it to the end
+	if !s.flagsDue {
+		if e := s.markClean(r); err == nil {
+			err = e
+		}
+	}
+	s.publish()
+	return err
+}
+
+// sureOfAll is called before what is shared changes as a whole: all refcounts must be right.
+func (s *image) sureOfAll(r *blk.Req) error {
+	if err := s.vetAll(r); err != nil || s.wrong.n == 0 {
+		return err
+	}
+	return s.corrupt(r, true, s.wrong.first<<s.cb, s.cs, "Preventing a change of snapshots: the refcount of cluster "+hex(uint64(s.wrong.first<<s.cb))+" is wrong")
+}
+
+// CreateSnapshot implements graph.Snapshotter.
+func (s *image) CreateSnapshot(r *blk.Req, name string, at time.Time, clock time.Duration) (id string, _ error) {
+	if len(s.snaps) >= layout.MaxSnapshots {
+		return "", errTooBig
+	}
+	sn := layout.Snapshot{
+		ID: s.newID(), Name: name, L1Size: s.hdr.L1Size, DateSec: uint32(at.Unix()), DateNsec: uint32(at.Nanosecond()),
+		VMClockNsec: uint64(clock), DiskSize: uint64(s.size.Load()), Icount: ^uint64(0),
+	}
+	do := func() error {
+		if err := s.share(r, 1); err != nil {
+			return err
+		}
+		r := patient(r) // what is left takes less than undoing it would
+		if err := s.addSnapshot(r, &sn); err != nil {
+			var unsure unsureError
+			if errors.As(err, &unsure) {
+				return err // its clusters may be leaked, but not given away
+			}
+			if e := s.share(r, -1); e != nil {
+				s.warnf("Leaking the clusters of a snapshot that could not be made: %s", blk.ErrnoText(e))
+				return err
+			}
+			return undoneError{err}
+		}
+		return nil
+	}
+	kept := s.keepsBack()
+	err := s.quietly(r, do)
+	if err != nil && kept && !s.hasID(sn.ID) && s.giveSpace(r, err) {
+		err = s.quietly(r, do)
+	}
+	if err != nil && s.hasID(sn.ID) {
+		// It was made, but not all that goes with it.
+		if e := s.DeleteSnapshot(patient(r), sn.ID, name); e != nil {
+			s.warnf("Snapshot '%s' stays, although making it has failed: %s", name, blk.ErrnoText(e))
+		}
+	}
+	return sn.ID, err
+}
+
+func (s *image) hasID(id string) bool {
+	return slices.ContainsFunc(s.snaps, func(x layout.Snapshot) bool { return x.ID == id })
+}
+
+// newID is one more than the largest number that an ID begins with or, if that is the largest there is, the lowest number that is no ID. IDs are whatever the image
+// says, and of two with the same one only the first can be told by it.
+func (s *image) newID() string {
+	most := uint64(0)
+	for i := range s.snaps {
+		id := s.snaps[i].ID
+		digits := len(id) - len(strings.TrimLeft(id, "0123456789"))
+		n, _ := strconv.ParseUint(id[:digits], 10, 64) // the largest there is if it is larger
+		most = max(most, n)
+	}
+	if most < math.MaxUint64 {
+		return strconv.FormatUint(most+1, 10)
+	}
+	taken := make(map[string]struct{}, len(s.snaps))
+	for i := range s.snaps {
+		taken[s.snaps[i].ID] = struct{}{}
+	}
+	for n := uint64(1); ; n++ {
+		id := strconv.FormatUint(n, 10)
+		if _, ok := taken[id]; !ok {
+			return id
+		}
+	}
+}
+
+// share changes the refcounts of all that the active L1 table refers to by d, and puts the copied flags right. If it fails, nothing has changed but flags, which
+// are right. It ends with the context of r; undoing takes no longer than what was done.
+func (s *image) share(r *blk.Req, d int) error {
+	if err := s.vetL1(r, &s.l1); err != nil {
+		return err
+	}
+	done, flags := 0, int64(0)
+	err := s.eachCluster(r, &s.l1, func(c int64) error {
+		err := s.addRef(r, c, d)
+		if err == nil {
+			done++
+		}
+		return err
+	})
+	if err == nil {
+		flags, err = s.fixFlags(r, 0)
+	}
+	if err == nil {
+		err = s.flush(r)
+	}
+	if err == nil {
+		return nil
+	}
+	q, whole := patient(r), true
+	undone := s.eachCluster(q, &s.l1, func(c int64) error {
+		if done--; done < 0 {
+			return errEnough
+		}
+		return s.addRef(q, c, -d)
+	})
+	if undone != nil && undone != errEnough {
+		whole = false
+		s.warnf("Leaking clusters: %s", blk.ErrnoText(undone))
+	}
+	if flags > 0 {
+		if _, e := s.fixFlags(q, flags); e != nil {
+			whole = false
+			s.warnf("The flags of clusters that are not shared stay wrong: %s", blk.ErrnoText(e))
+		}
+	}
+	if !whole {
+		return err
+	}
+	return undoneError{err}
+}
+
+var errEnough = errors.New("enough")
+
+// fixFlags puts the copied flags right: of the L1 entries before behind, unless that is 0, and of what they refer to. It returns the entry behind the last one that it
+// looked at.
+func (s *image) fixFlags(r *blk.Req, behind int64) (int64, error) {
+	c := &checker{s: s, r: r, res: &CheckResult{}, behind: behind}
+	c.end = max(s.file.Size(), s.fileEnd)
+	err := c.copiedFlags(true)
+	return c.at, err
+}
+
+// vetL1 is called before all that an L1 table refers to is walked: each L2 table must be in the file, and be named once. A survey finds others, but some images are
+// too large for one, and one table that 4 million entries name would be walked for weeks.
+func (s *image) vetL1(r *blk.Req, l1 *entries) error {
+	end := max(s.file.Size(), s.fileEnd)
+	var tabs []int64
+	for _, e := range l1.all() {
+		tab := int64(e & layout.OffsetMask)
+		switch {
+		case tab == 0:
+			continue
+		case tab&(s.cs-1) != 0:
+			return s.corrupt(r, true, tab, -1, "L2 table offset "+hex(uint64(tab))+" unaligned")
+		case tab >= end:
+			return s.corrupt(r, true, tab, s.cs, "L2 table offset "+hex(uint64(tab))+" beyond the end of the file")
+		}
+		tabs = append(tabs, tab)
+	}
+	slices.Sort(tabs)
+	for i := 1; i < len(tabs); i++ {
+		if tab := tabs[i]; tab == tabs[i-1] {
+			return s.corrupt(r, true, tab, s.cs, "L2 table at "+hex(uint64(tab))+" is named by several entries of one L1 table")
+		}
+	}
+	return nil
+}
+
+// lookEvery is after how many entries of a table the context of a request is looked at.
+const lookEvery = 4096
+
+// eachCluster calls f for every cluster that an L1 table refers to, L2 tables and what their entries refer to, until it fails or the context of r ends.
+func (s *image) eachCluster(r *blk.Req, l1 *entries, f func(c int64) error) error {
+	buf := make([]byte, s.cs)
+	for _, e := range l1.all() {
+		tab := int64(e & layout.OffsetMask)
+		if tab == 0 {
+			continue
+		}
+		if err := s.readL2(r, tab, buf); err != nil {
+			return err
+		}
+		for k := 0; k < len(buf); k += 8 {
+			x := be.Uint64(buf[k:])
+			if k%(8*lookEvery) == 0 {
+				if err := ended(r); err != nil {
+					return err
+				}
+			}
+			off, n := int64(x&layout.OffsetMask), s.cs
+			switch kind := layout.KindOf(x); {
+			case kind == layout.CompressedKind:
+				off, n = s.geo.CompressedRange(x &^ layout.Copied)
+			case !kind.HasHost():
+				continue
+			}
+			for c := off >> s.cb; c<<s.cb < off+n; c++ {
+				if err := f(c); err != nil {
+					return err
+				}
+			}
+		}
+		if err := f(tab >> s.cb); err != nil {
+			return err
+		}
+	}
+	return nil
+}
+
+// unsureError is an error after which nobody knows whether the image refers to what was written.
+type unsureError struct{ error }
+
+func (e unsureError) Unwrap() error { return e.error }
+
+// addSnapshot writes the L1 copy and a new table of snapshots, and makes the header refer to that.
+func (s *image) addSnapshot(r *blk.Req, sn *layout.Snapshot) error {
+	l1 := make([]byte, int64(sn.L1Size)*8)
+	for i, e := range s.l1.all() {
+		be.PutUint64(l1[8*i:], e&^layout.Copied)
+	}
+	defer s.giveBack(r)
+	off, err := s.writeNew(r, l1, "snapshot L1 table")
+	if err != nil {
+		return err
+	}
+	sn.L1TableOffset = uint64(off)
+	return s.writeSnapshots(r, append(s.snaps[:len(s.snaps):len(s.snaps)], *sn))
+}
+
+// writeSnapshots makes list the table of snapshots.
+func (s *image) writeSnapshots(r *blk.Req, list []layout.Snapshot) error {
+	var b []byte
+	names := 0
+	for i := range list {
+		b = list[i].AppendTo(b)
+		names += len(list[i].ID) + len(list[i].Name)
+	}
+	if layout.SnapshotTableTooBig(int64(len(b))) || names > layout.MaxNames {
+		return errTooBig
+	}
+	off := int64(0)
+	if len(list) > 0 {
+		var err error
+		if off, err = s.writeNew(r, b, "snapshot table"); err != nil {
+			return err
+		}
+	}
+	if err := s.writeRefcounts(r); err != nil {
+		return err
+	}
+	if err := s.barrier(r); err != nil {
+		return err
+	}
+	var h [12]byte
+	be.PutUint32(h[:], uint32(len(list)))
+	be.PutUint64(h[4:], uint64(off))
+	s.fresh = nil // from here on the image may refer to them, also after an error
+	if err := s.enter(r, h[:], layout.OffSnapshots); err != nil {
+		return unsureError{err}
+	}
+	old, oldEnd := int64(s.hdr.SnapshotsOffset), s.snapEnd
+	s.hdr.NbSnapshots, s.hdr.SnapshotsOffset = uint32(len(list)), uint64(off)
+	s.snaps, s.snapEnd, s.snapL1 = list, off+int64(len(b)), snapshotTables(list)
+	if s.set.overlap&olInactiveL2 != 0 {
+		if err := s.findInactive(r); err != nil {
+			s.inactive = nil // not to be looked for; what was known would accuse the innocent
+		}
+	}
+	if oldEnd > old {
+		s.free(old, oldEnd-old, discardOther)
+	}
+	return nil
+}
+
+// DeleteSnapshot implements graph.Snapshotter.
+func (s *image) DeleteSnapshot(r *blk.Req, id, name string) error {
+	for i := range s.snaps {
+		if s.snaps[i].ID == id && s.snaps[i].Name == name {
+			return s.quietly(r, func() error { return s.dropSnapshot(r, i) })
+		}
+	}
+	return errNoSnapshot
+}
+
+func (s *image) dropSnapshot(r *blk.Req, i int) error {
+	sn := s.snaps[i]
+	if err := layout.CheckTable(sn.L1TableOffset, uint64(sn.L1Size), 8, layout.MaxL1Bytes, uint64(s.cs), "Snapshot L1 table"); err != nil {
+		return undoneError{err}
+	}
+	// All that takes long comes before anything changes, so that it can end with the context.
+	l1, err := s.readTable(r, int64(sn.L1TableOffset), int64(sn.L1Size))
+	if err != nil {
+		return undoneError{err}
+	}
+	if err := s.vetL1(r, &l1); err != nil {
+		return err
+	}
+	var gone []span // of clusters
+	err = s.eachCluster(r, &l1, func(c int64) error {
+		if k := len(gone) - 1; k >= 0 && gone[k].last+1 == c {
+			gone[k].last = c
+		} else {
+			gone = append(gone, span{c, c})
+		}
+		return nil
+	})
+	if err != nil {
+		return undoneError{err}
+	}
+	q := patient(r)
+	defer s.giveBack(q)
+	if err := s.writeSnapshots(q, append(s.snaps[:i:i], s.snaps[i+1:]...)); err != nil {
+		return err
+	}
+	// The image does not refer to it any more.
+	for _, g := range gone {
+		s.dropRefs(q, g)
+	}
+	if sn.L1Size > 0 {
+		s.free(int64(sn.L1TableOffset), int64(sn.L1Size)*8, discardSnapshot)
+	}
+	s.turn()
+	err = s.flush(q)
+	s.reap(q, false)
+	if _, e := s.fixFlags(r, 0); e != nil && ended(r) != nil {
+		s.flagsDue = true // the snapshot has gone; this can wait
+	} else if err == nil {
+		err = e
+	}
+	return err
+}
+
+// dropRefs takes back one reference on each cluster of g, which the image on disk does not refer to any more. What others refer to as well stays where it is, so whoever reads
+// it is not waited for: how long he takes is up to him, and the copied flags are wrong until the refcounts are right.
+func (s *image) dropRefs(r *blk.Req, g span) {
+	for c := g.first; c <= g.last; c++ {
+		n, err := s.refcount(r, c)
+		if err != nil || n < 2 || s.wrong.at(c) || s.addRef(r, c, -1) != nil {
+			s.free(c<<s.cb, s.cs, discardSnapshot)
+		}
+	}
+}
+
+// snapshotInfo lists the internal snapshots; mu is held.
+func (s *image) snapshotInfo() []*types.SnapshotInfo {
+	var out []*types.SnapshotInfo
+	for i := range s.snaps {
+		n := &s.snaps[i]
+		x := &types.SnapshotInfo{
+			ID:          n.ID,
+			Name:        n.Name,
+			VmStateSize: int64(n.VMStateSize),
+			DateSec:     int64(n.DateSec),
+			DateNsec:    int64(n.DateNsec),
+			VmClockSec:  int64(n.VMClockNsec / 1e9),
+			VmClockNsec: int64(n.VMClockNsec % 1e9),
+		}
+		if n.Icount != ^uint64(0) {
+			c := int64(n.Icount)
+			x.Icount = &c
+		}
+		out = append(out, x)
+	}
+	return out
+}
+
+// Snapshots implements graph.Snapshotter.
+func (d *Driver) Snapshots() []*types.SnapshotInfo { return *d.info.snapshots.Load() }
+
+var _ graph.Snapshotter = (*Driver)(nil)

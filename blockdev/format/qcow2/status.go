@@ -1,0 +1,249 @@
+package qcow2
+
+import (
+	"qblockd/blockdev/format/qcow2/layout"
+	"qblockd/graph/blk"
+)
+
+// maxJoined is how many L2 slices more than one Status looks into.
+const maxJoined = 256
+
+// Status tells about a run from off of at most n bytes.
+func (s *image) Status(r *blk.Req, off, n int64) (blk.Extent, error) {
+	if !s.lock(r) {
+		return blk.Extent{}, blk.ErrWouldBlock
+	}
+	defer s.mu.Unlock()
+	if err := s.usable(); err != nil {
+		return blk.Extent{}, err
+	}
+	if err := s.room(r); err != nil {
+		return blk.Extent{}, err
+	}
+	if s.prealloc == 0 && !r.NoWait {
+		s.detectPrealloc(r)
+	}
+	m, err := s.lookup(r, off, n)
+	if err != nil {
+		return blk.Extent{}, err
+	}
+	// Runs go on over slices of the same kind while that costs no I/O. Others wait meanwhile, and an image may use one L2 table for all of a huge disk.
+	for k := 0; k < maxJoined && m.n < n && m.kind != layout.CompressedKind; k++ {
+		q := *r
+		q.NoWait = true
+		x, err := s.lookup(&q, off+m.n, n-m.n)
+		if err != nil || x.kind != m.kind || m.kind.HasHost() && x.host != m.host+m.n {
+			break
+		}
+		m.n += x.n
+	}
+	e := blk.Extent{N: m.n}
+	switch m.kind {
+	case layout.Unallocated:
+		// That nothing lies below is the node's to add: zeroes told here would count as allocated.
+	case layout.ZeroPlain, layout.ZeroAlloc:
+		e.Allocated, e.Zero = true, true
+	case layout.CompressedKind:
+		e.Allocated, e.Data, e.Compressed = true, true, true
+	default:
+		e.Allocated, e.Data = true, true
+		e.Recurse = s.prealloc == 2
+	}
+	if m.kind == layout.Normal || m.kind == layout.ZeroAlloc {
+		e.OffValid, e.MapOff, e.In = true, m.host, s.child()
+	}
+	return e, nil
+}
+
+// maxDetect bounds the refcount blocks that are read to detect preallocation, in bytes.
+const maxDetect = 64 << 20
+
+// detectPrealloc finds out whether the file has many clusters that are counted but take no
+// space, which means that data extents may be holes below.
+func (s *image) detectPrealloc(r *blk.Req) {
+	s.prealloc = 1
+	if s.allocated == nil {
+		return
+	}
+	n, err := s.allocated()
+	if err != nil {
+		return
+	}
+	real := n >> s.cb
+	limit := max(real*10/9, real+2)
+	count := int64(0)
+	bits := s.geo.RefblockBits()
+	// All of the refcount blocks of a file of 2 TiB with the default clusters; what is longer counts as not preallocated.
+	most := min(int64(len(s.reft)), s.countedBlocks(), maxDetect>>s.cb)
+	for b := int64(0); b < most && count < limit; b++ {
+		if ended(r) != nil {
+			s.prealloc = 0 // the next one looks
+			return
+		}
+		t, err := s.refblock(r, b)
+		if err != nil {
+			return
+		}
+		for i := int64(0); t != nil && i < 1<<bits; i++ {
+			if s.geo.Refcount(t.data, i) != 0 {
+				count++
+			}
+		}
+	}
+	if count >= limit {
+		s.prealloc = 2
+	}
+}
+
+// Map appends the host ranges behind a prefix of [off, off+n). Ranges of this image's file
+// hold its clusters in place until m is released.
+func (s *image) Map(r *blk.Req, off, n int64, m *blk.Mapping) error {
+	for n > 0 {
+		x, err := s.findMapped(r, off, n, m)
+		if err != nil {
+			return err
+		}
+		before := m.N()
+		switch x.kind {
+		case layout.CompressedKind:
+			return nil
+		case layout.Normal:
+			if k := min(x.n, s.file.Size()-x.host); k > 0 {
+				err = s.file.Map(r, x.host, k, m)
+			}
+		case layout.Unallocated:
+			err = s.mapBacking(r, off, x.n, m)
+		default:
+			m.Add(blk.HostRange{FD: -1, N: x.n})
+		}
+		if err != nil {
+			return err
+		}
+		if m.N()-before != x.n {
+			return nil
+		}
+		off, n = off+x.n, n-x.n
+	}
+	return nil
+}
+
+// findMapped is lookup for mapping; m holds what the run refers to.
+func (s *image) findMapped(r *blk.Req, off, n int64, m *blk.Mapping) (x mapping, err error) {
+	if !s.lock(r) {
+		return x, blk.ErrWouldBlock
+	}
+	defer s.mu.Unlock()
+	if err := s.usable(); err != nil {
+		return x, err
+	}
+	if x, err = s.lookup(r, off, n); err == nil && x.kind == layout.Normal {
+		m.Hold(s.hold())
+	}
+	return x, err
+}
+
+func (s *image) mapBacking(r *blk.Req, off, n int64, m *blk.Mapping) error {
+	b := s.back()
+	end := int64(0)
+	if b != nil {
+		end = b.Size()
+	}
+	if off < end {
+		k := min(n, end-off)
+		before := m.N()
+		if err := b.Map(r, off, k, m); err != nil || m.N()-before != k {
+			return err
+		}
+		n -= k
+	}
+	if n > 0 {
+		m.Add(blk.HostRange{FD: -1, N: n})
+	}
+	return nil
+}
+
+// CopyFrom writes host ranges to off by the file's own copying. Clusters that would need
+// old content around the new are not done: ErrNotSupported, also after a part was copied.
+func (s *image) CopyFrom(r *blk.Req, off int64, src []blk.HostRange, f blk.Flags) error {
+	err := s.copyFrom(r, off, src, f)
+	for again := 0; err != nil && again < maxRetries && s.giveSpace(r, err); again++ {
+		err = s.copyFrom(r, off, src, f)
+	}
+	return err
+}
+
+func (s *image) copyFrom(r *blk.Req, off int64, src []blk.HostRange, f blk.Flags) error {
+	if r.NoWait {
+		return blk.ErrWouldBlock
+	}
+	var n int64
+	for _, h := range src {
+		if h.FD < 0 {
+			return blk.ErrNotSupported
+		}
+		n += h.N
+	}
+	if err := s.mark(r, off, n, f); err != nil {
+		return err
+	}
+	whole := func(o int64) bool { return o&(s.cs-1) == 0 || o == s.size.Load() }
+	for n > 0 {
+		p, err := s.planWrite(r, off, n)
+		if err != nil {
+			return err
+		}
+		var part []blk.HostRange
+		part, src = cut(src, p.n)
+		switch {
+		case p.alloc == nil:
+			err = s.file.CopyFrom(r, p.host, part, f)
+			p.epoch.Release()
+		case !whole(off) || !whole(off+p.n):
+			s.mu.Lock()
+			s.abort(r, p.alloc)
+			s.mu.Unlock()
+			return blk.ErrNotSupported
+		default:
+			err = s.copyAlloc(r, &p, part, f)
+		}
+		if err != nil {
+			return err
+		}
+		off, n = off+p.n, n-p.n
+	}
+	return nil
+}
+
+func (s *image) copyAlloc(r *blk.Req, p *plan, src []blk.HostRange, f blk.Flags) error {
+	a := p.alloc
+	err := s.file.CopyFrom(r, p.host, src, f)
+	if rest := a.n<<s.cb - p.n; err == nil && rest > 0 && !a.fresh {
+		err = s.file.Zero(r, p.host+p.n, rest, 0) // beyond the end of the disk
+	}
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	if err == nil {
+		err = s.link(r, a)
+	}
+	if err != nil {
+		s.abort(r, a)
+		return err
+	}
+	s.ended(a)
+	return nil
+}
+
+// cut splits ranges after n bytes; the second part shares no memory with the first.
+func cut(src []blk.HostRange, n int64) (head, rest []blk.HostRange) {
+	for i, h := range src {
+		if h.N >= n {
+			head = append(append(head, src[:i]...), blk.HostRange{FD: h.FD, Off: h.Off, N: n})
+			if h.N > n {
+				rest = append(rest, blk.HostRange{FD: h.FD, Off: h.Off + n, N: h.N - n})
+			}
+			return head, append(rest, src[i+1:]...)
+		}
+		n -= h.N
+	}
+	return src, nil
+}

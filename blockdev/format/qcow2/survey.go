@@ -1,0 +1,344 @@
+package qcow2
+
+import (
+	"cmp"
+
+	"qblockd/blockdev/format/qcow2/layout"
+	"qblockd/graph/blk"
+)
+
+// Whoever made an image may have counted wrong, and on purpose. So before the first write a survey begins to look at all that the image refers to (checker).
+//
+//	none ---becomes writable---> due ---first write---> walking L2 tables ---> comparing with the refcounts ---> over
+//
+// The first step reads up to firstStep of tables, which is all of most images; further ones follow with each write and each change of the metadata. Until it is over
+//
+//   - clusters are taken behind the end that the file had, and only where nothing points as far as is known;
+//   - what is freed keeps its refcount and its space; and
+//   - what is written in place is referred to by a table that has been looked at, and by nothing else that has been: all tables and metadata, and data of the tables
+//     so far.
+//
+// When it is over, refcounts that are lower than the number of references are raised to that. What cannot be mended so is known (wrong): clusters that someone
+// takes for his own although others refer to them, and those that no refcount block counts. They are never given out, punched, freed or written to:
+// who would do that ends the use of the image. Afterwards a refcount of 0 means that nothing refers to a cluster.
+//
+// A table is walked before it is changed, or what it refers to, at the latest. What it comes to refer to is counted then (setEntry), and what it no longer refers to stays counted, as its
+// refcount stays.
+
+const (
+	// firstStep and nextStep are bytes of L2 tables: of 32 and 8 GiB of disk with the default clusters. Both go for about as many pages of counts.
+	firstStep = 4 << 20
+	nextStep  = 1 << 20
+	// maxSurvey is the most that a survey may take: for some 3 TiB of data in clusters of the default size.
+	maxSurvey = 64 << 20
+)
+
+// survey is one that is not over.
+type survey struct {
+	c       *checker // nil: it has not begun
+	pages   []int64  // of the tally that are still to be compared; nil while tables are walked
+	walked  bool
+	found   int64 // clusters of the file when it began
+	hint    int64 // no free cluster lies from found on below this
+	raised  int   // refcounts that were too low, of which first was the first
+	first   int64 // cluster
+	failed  int   // I/O errors
+	endless bool  // it is too large, or cannot be made: it will not be over
+}
+
+// wrong has the clusters whose refcounts a survey found to be wrong.
+type wrong struct {
+	n     int // 0: none
+	t     tally
+	first int64 // the one found first
+	last  int64 // the highest one; without a survey, that of all there may be
+}
+
+// startSurvey makes a survey due: the image has become writable.
+func (s *image) startSurvey() {
+	s.wrong = wrong{}
+	s.survey = &survey{}
+}
+
+// vet makes the next step of the survey, if one is due. It is called with mu held before the metadata change.
+func (s *image) vet(r *blk.Req) error {
+	v := s.survey
+	if v == nil || v.endless {
+		return nil
+	}
+	if r.NoWait {
+		return blk.ErrWouldBlock
+	}
+	if v.c == nil {
+		return s.beginSurvey(r)
+	}
+	return s.stepSurvey(r, cmp.Or(s.vetSteps[1], nextStep))
+}
+
+// vetAll makes the whole survey; mu is let go of between steps.
+func (s *image) vetAll(r *blk.Req) error {
+	for s.survey != nil && !s.survey.endless {
+		if err := s.vet(r); err != nil {
+			return err
+		}
+		s.mu.Unlock()
+		s.mu.Lock()
+		if err := s.usable(); err != nil {
+			return err
+		}
+	}
+	return nil
+}
+
+// beginSurvey counts what the header and the tables that lie side by side refer to.
+func (s *image) beginSurvey(r *blk.Req) error {
+	v := s.survey
+	c := s.newChecker(r, &CheckResult{})
+	c.all, c.most = true, maxSurvey
+	err := c.meta()
+	v.found = s.geo.Clusters(max(s.file.Size(), s.fileEnd))
+	v.hint = v.found
+	if err != nil {
+		return s.surveyFailed(r, err)
+	}
+	v.c = c
+	return s.stepSurvey(r, cmp.Or(s.vetSteps[0], firstStep))
+}
+
+// surveyFailed says what it means that a survey cannot go on; the error is that of the request. One of I/O is not: what could not be read is mostly nothing that
+// the request needs.
+func (s *image) surveyFailed(r *blk.Req, err error) error {
+	switch {
+	case ended(r) != nil:
+		return err // it goes on with the next request
+	case err == errTables:
+		return s.corrupt(r, true, -1, -1, "Tables of metadata lie over each other, or beyond the end of the file")
+	case err != errTooBig && s.survey.failed < 1:
+		s.survey.failed++
+		s.warnf("What the image refers to cannot be looked at (%s): who changes it next tries again", blk.ErrnoText(err))
+		return nil
+	}
+	s.warnf("What the image refers to cannot be looked at (%s): what is free in the file is not used", blk.ErrnoText(err))
+	s.survey.endless, s.survey.c, s.survey.pages = true, nil, nil
+	return nil
+}
+
+// stepSurvey goes on for about n bytes.
+func (s *image) stepSurvey(r *blk.Req, n int64) error {
+	v := s.survey
+	v.c.r = r
+	if !v.walked {
+		done, err := v.c.step(int(max(n>>s.cb, 1)))
+		if err != nil {
+			return s.surveyFailed(r, err)
+		}
+		if !done {
+			return nil
+		}
+		v.walked, v.pages = true, v.c.t.order()
+	}
+	for k := max(n>>tallyBits, 1); k > 0 && len(v.pages) > 0; k-- {
+		if err := s.comparePage(r, v.pages[0]); err != nil {
+			return s.surveyFailed(r, err)
+		}
+		v.pages = v.pages[1:]
+	}
+	if len(v.pages) > 0 {
+		return nil
+	}
+	s.survey = nil
+	if v.raised > 0 {
+		s.warnf("The refcounts of %d clusters, of which the first is at %s, were too low and have been put right", v.raised, hex(uint64(v.first<<s.cb)))
+	}
+	if s.wrong.n > 0 {
+		// No event: the reference has none before it comes upon such a cluster, and neither have we.
+		s.warnf("The refcounts of %d clusters, of which the first is at %s, are wrong: who writes to them ends the use of the image", s.wrong.n, hex(uint64(s.wrong.first<<s.cb)))
+	}
+	return nil
+}
+
+// comparePage compares the counts of a page of the tally with the refcounts.
+func (s *image) comparePage(r *blk.Req, page int64) error {
+	if err := ended(r); err != nil {
+		return err
+	}
+	bits := s.geo.RefblockBits()
+	first, behind := page<<tallyBits, (page+1)<<tallyBits
+	for b := first >> bits; b<<bits < behind; b++ {
+		if err := s.compareWithBlock(r, b, max(first, b<<bits), min(behind, (b+1)<<bits)); err != nil {
+			return err
+		}
+	}
+	return nil
+}
+
+// compareWithBlock compares the counts of clusters [first, behind), which refcount block b counts.
+func (s *image) compareWithBlock(r *blk.Req, b, first, behind int64) error {
+	c := s.survey.c
+	off := int64(s.reftAt(b) & layout.ReftMask)
+	bad := off == 0 || c.badBlock(off) || c.t.get(off>>s.cb) > 1
+	var t *table
+	for k := first; k < behind; k++ {
+		n := c.t.get(k)
+		if n == 0 {
+			continue
+		}
+		if bad || c.t.torn(k) {
+			s.wrong.add(k)
+			continue
+		}
+		if t == nil {
+			var err error
+			if t, err = s.refblock(r, b); err != nil {
+				return err
+			}
+		}
+		i := k - b<<s.geo.RefblockBits()
+		switch have := s.geo.Refcount(t.data, i); {
+		case have >= n:
+		case n > s.geo.RefcountMax():
+			s.wrong.add(k)
+		default:
+			if s.survey.raised == 0 {
+				s.survey.first = k
+			}
+			s.survey.raised++
+			s.geo.SetRefcount(t.data, i, n)
+			s.rb.markDirty(t)
+		}
+	}
+	return nil
+}
+
+func (w *wrong) add(k int64) {
+	if w.at(k) {
+		return
+	}
+	if w.n == 0 {
+		w.t, w.first = newTally(), k
+	}
+	w.n++
+	w.last = max(w.last, k)
+	w.t.add(k, 1, false)
+}
+
+// at tells whether the references of cluster k are known to be wrong.
+func (w *wrong) at(k int64) bool { return w.n > 0 && w.t.get(k) > 0 }
+
+// torn tells whether cluster k has several references as far as is known, one of which supposes to be the only one.
+func (v *survey) torn(k int64) bool { return v != nil && v.c != nil && v.c.t.torn(k) }
+
+// taken tells that cluster k must not be given out, although its refcount may be 0.
+func (s *image) taken(k int64) bool {
+	if s.wrong.n == 0 && s.survey == nil && s.busy == nil {
+		return false
+	}
+	return s.wrong.at(k) || s.survey != nil && s.survey.c != nil && s.survey.c.t.get(k) > 0 || s.busy != nil && s.busy(k) > 0
+}
+
+// lowest is the first cluster that could be given out.
+func (s *image) lowest() int64 {
+	if s.survey != nil {
+		return max(s.freeIdx, s.survey.hint)
+	}
+	return s.freeIdx
+}
+
+// setLowest tells that no cluster from lowest on is free below c.
+func (s *image) setLowest(c int64) {
+	if s.survey != nil {
+		s.survey.hint = max(s.survey.hint, c)
+	} else {
+		s.freeIdx = c
+	}
+}
+
+// freeAgain tells that cluster c is free now.
+func (s *image) freeAgain(c int64) {
+	s.freeIdx = min(s.freeIdx, c)
+	if v := s.survey; v != nil && c >= v.found {
+		v.hint = min(v.hint, c)
+	}
+}
+
+// vetTable makes the next step of the survey, and walks the L2 table at off, which is to be changed, or what it refers to.
+func (s *image) vetTable(r *blk.Req, off int64) error {
+	if err := s.vet(r); err != nil {
+		return err
+	}
+	v := s.survey
+	if v == nil || v.c == nil || off == 0 || off&(s.cs-1) != 0 {
+		return nil
+	}
+	v.c.r = r
+	err := v.c.walkTable(off >> s.cb)
+	if err == nil {
+		return nil
+	}
+	if e := s.surveyFailed(r, err); e != nil || v.endless {
+		return e
+	}
+	return unwalkedError{err}
+}
+
+// unwalkedError is that of an L2 table that could not be looked at. It must not be changed then.
+type unwalkedError struct{ error }
+
+func (e unwalkedError) Unwrap() error { return e.error }
+
+// linked counts what an L2 entry has come to refer to, if its table has been looked at already.
+func (s *image) linked(table int64, old, e uint64) {
+	v := s.survey
+	if v == nil || v.c == nil || (old^e)&(layout.OffsetMask|layout.Compressed) == 0 {
+		return
+	}
+	if x := v.c.l2[table>>s.cb]; x.walked {
+		v.c.entry(e, x.n, x.active)
+	}
+}
+
+// copiesTable counts the L2 table in cluster c, which is new and refers to what one refers to that has been looked at.
+func (s *image) copiesTable(c int64) {
+	if v := s.survey; v != nil && v.c != nil {
+		v.c.l2[c] = l2ref{n: 1, active: true, walked: true}
+		v.c.t.add(c, 1, true)
+	}
+}
+
+// checkOwner is called before anything is written in place to [off, off+n): nothing else may be there.
+func (s *image) checkOwner(r *blk.Req, off, n int64) error {
+	if s.wrong.n == 0 && s.survey == nil || n <= 0 {
+		return nil
+	}
+	for c := off >> s.cb; c <= (off+n-1)>>s.cb; c++ {
+		if s.wrong.at(c) || s.survey.torn(c) {
+			return s.corrupt(r, true, off, n, "Preventing invalid write on cluster "+hex(uint64(c<<s.cb))+", which has other references or is not counted")
+		}
+	}
+	return nil
+}
+
+// canFree is called before L2 entry e is dropped: what it refers to must be counted as often as it is referred to, as far as is known.
+func (s *image) canFree(r *blk.Req, e uint64) error {
+	off, n := int64(e&layout.OffsetMask), s.cs
+	switch k := layout.KindOf(e); {
+	case k == layout.CompressedKind:
+		off, n = s.geo.CompressedRange(e &^ layout.Copied)
+	case !k.HasHost() || off&(s.cs-1) != 0:
+		return nil
+	}
+	return s.canFreeRange(r, off, n)
+}
+
+func (s *image) canFreeRange(r *blk.Req, off, n int64) error {
+	for c := off >> s.cb; c<<s.cb < off+n; c++ {
+		v, err := s.refcount(r, c)
+		if err != nil {
+			return err
+		}
+		if v == 0 || s.wrong.at(c) {
+			return s.corrupt(r, true, c<<s.cb, s.cs, "Preventing invalid free of cluster "+hex(uint64(c<<s.cb))+", whose refcount is wrong")
+		}
+	}
+	return nil
+}

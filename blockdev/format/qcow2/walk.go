@@ -1,0 +1,348 @@
+package qcow2
+
+import (
+	"fmt"
+	"slices"
+
+	"qblockd/blockdev/format/qcow2/layout"
+	"qblockd/graph/blk"
+)
+
+// checker counts all references of an image: first those of the header and of the tables that lie side by side (fixed), then, table by table, those
+// of L2 tables. What it does is bounded by the file: a table counts once, however many name it.
+type checker struct {
+	s   *image
+	r   *blk.Req
+	t   tally
+	res *CheckResult
+	end int64 // of the file
+	all bool  // references beyond the end count, too
+
+	l2   map[int64]l2ref // by cluster
+	tabs []int64         // the keys, in order; made by meta
+	pos  int             // so many of them are walked
+	left int64           // clusters that tables may still take: they cannot lie over each other
+	most int64           // the most that tables that lie side by side may take, and the tally; bytes
+	buf  []byte
+
+	behind int64 // copied flags are looked at only before this L1 entry; 0: all are
+	at     int64 // and were, before this one
+
+	tables int64 // bytes that tables that lie side by side take
+	// Tables with entries that point beyond the end, which a repair has to put right.
+	stray map[int64]struct{}
+}
+
+// maxTally is the most that counting references may take: enough for 48 TiB of data in clusters of the default size.
+const maxTally = 1 << 30
+
+// errTables: more tables lie side by side than there is place for, or one that is needed is not in the file.
+var errTables error = fmt.Errorf("tables of metadata lie over each other, or beyond the end of the file: %w", errIO)
+
+// l2ref is what names an L2 table.
+type l2ref struct {
+	n      uint64 // L1 entries
+	of     int32  // the L1 table that did last: 0 the active one, i+1 that of snapshot i
+	active bool
+	walked bool
+}
+
+func (s *image) newChecker(r *blk.Req, res *CheckResult) *checker {
+	c := &checker{s: s, r: r, res: res, t: newTally(), l2: map[int64]l2ref{}, stray: map[int64]struct{}{}}
+	c.end = max(s.file.Size(), s.fileEnd) // clusters may be allocated but not written yet
+	c.left, c.most = s.geo.Clusters(c.end)+16, maxTally
+	return c
+}
+
+// ref counts n references of the clusters that [off, off+size) touches. False: the place is a cluster or more beyond the end of the file,
+// which is impossible; it counts only if all do.
+func (c *checker) ref(off, size int64, n uint64, sole bool, what string) bool {
+	if size == 0 {
+		return true
+	}
+	ok := true
+	if off < 0 || size < 0 || off+size-c.end >= c.s.cs {
+		c.res.Corruptions++
+		c.res.say(what+" beyond the end of the file at", uint64(off))
+		if !c.all {
+			return false
+		}
+		ok = false
+	}
+	for k := off >> c.s.cb; k <= (off+size-1)>>c.s.cb; k++ {
+		c.t.add(k, n, sole)
+	}
+	return ok
+}
+
+// fixed counts a table that lies side by side and that nothing else may lie in. Such a table beyond the end does not count at all.
+func (c *checker) fixed(off, size int64, what string) (ok bool, err error) {
+	if size == 0 {
+		return true, nil
+	}
+	if off < 0 || size < 0 || off > c.end || size > c.end-off+c.s.cs-1 {
+		c.res.Corruptions++
+		c.res.say(what+" beyond the end of the file at", uint64(off))
+		return false, nil
+	}
+	first, last := off>>c.s.cb, (off+size-1)>>c.s.cb
+	if c.left -= last - first + 1; c.left < 0 {
+		c.res.Corruptions++
+		c.res.say("tables lie over each other, one of them at", uint64(off))
+		return false, errTables
+	}
+	if c.tables += size; c.tables > c.most {
+		return false, errTooBig
+	}
+	for k := first; k <= last; k++ {
+		c.t.add(k, 1, true)
+	}
+	return true, nil
+}
+
+// active is fixed for tables that are written in place, which must be there before anything is written.
+func (c *checker) active(off, size int64, what string) error {
+	ok, err := c.fixed(off, size, what)
+	if err == nil && !ok && c.all {
+		err = errTables
+	}
+	return err
+}
+
+// meta counts all but what L2 tables refer to.
+func (c *checker) meta() error {
+	s := c.s
+	if err := c.active(0, s.cs, "header"); err != nil {
+		return err
+	}
+	if err := c.active(int64(s.hdr.L1TableOffset), int64(s.hdr.L1Size)*8, "L1 table"); err != nil {
+		return err
+	}
+	for _, e := range s.l1.all() {
+		if c.l1Entry(e, 0); c.crowded() {
+			return errTooBig
+		}
+	}
+	if err := c.active(s.reftOffset(), s.reftSize*8, "refcount table"); err != nil {
+		return err
+	}
+	for _, e := range s.reft {
+		if off := int64(e & layout.ReftMask); off != 0 && !c.badBlock(off) {
+			if c.t.add(off>>s.cb, 1, true); c.crowded() {
+				return errTooBig
+			}
+		}
+	}
+	if err := c.snapshots(); err != nil {
+		return err
+	}
+	if err := c.bitmaps(); err != nil {
+		return err
+	}
+	c.tabs = make([]int64, 0, len(c.l2))
+	for k := range c.l2 {
+		c.tabs = append(c.tabs, k)
+	}
+	slices.Sort(c.tabs)
+	return nil
+}
+
+// badBlock tells whether the refcount block at off cannot be one.
+func (c *checker) badBlock(off int64) bool {
+	return off&(c.s.cs-1) != 0 || off < 0 || off >= max(c.end, c.s.fileEnd)
+}
+
+// snapshots counts the table of snapshots, their L1 tables and what those name.
+func (c *checker) snapshots() error {
+	s := c.s
+	if len(s.snaps) == 0 {
+		return nil
+	}
+	if _, err := c.fixed(int64(s.hdr.SnapshotsOffset), s.snapEnd-int64(s.hdr.SnapshotsOffset), "snapshot table"); err != nil {
+		return err
+	}
+	for i := range s.snaps {
+		sn := &s.snaps[i]
+		if layout.CheckTable(sn.L1TableOffset, uint64(sn.L1Size), 8, layout.MaxL1Bytes, uint64(s.cs), "") != nil {
+			c.res.Corruptions++
+			c.res.say("snapshot's L1 table at", sn.L1TableOffset)
+			continue
+		}
+		off, n := int64(sn.L1TableOffset), int64(sn.L1Size)
+		ok, err := c.fixed(off, n*8, "snapshot's L1 table")
+		if err == nil && ok {
+			err = s.eachTableEntry(c.r, off, n, func(e uint64) error {
+				if c.l1Entry(e, int32(i)+1); c.crowded() {
+					return errTooBig
+				}
+				return nil
+			})
+		}
+		if err != nil {
+			return err
+		}
+	}
+	return nil
+}
+
+// eachTableEntry calls f for the entries of a table that are not zero.
+func (s *image) eachTableEntry(r *blk.Req, off, n int64, f func(e uint64) error) error {
+	t, err := s.readTable(r, off, n)
+	if err != nil {
+		return err
+	}
+	for _, e := range t.all() {
+		if err := f(e); err != nil {
+			return err
+		}
+	}
+	return nil
+}
+
+// crowded tells whether so much is referred to, or so many L2 tables are named, that knowing either takes more than may be.
+func (c *checker) crowded() bool {
+	const each = 64 // bytes in l2 and tabs
+	return max(int64(len(c.l2))*each, c.t.bytes()) > c.most
+}
+
+// l1Entry counts the L2 table that an entry of L1 table of names.
+func (c *checker) l1Entry(e uint64, of int32) {
+	tab := int64(e & layout.OffsetMask)
+	if tab == 0 {
+		return
+	}
+	if tab&(c.s.cs-1) != 0 {
+		c.res.Corruptions++
+		c.res.say("unaligned L2 table at", uint64(tab))
+		return
+	}
+	k := tab >> c.s.cb
+	x := c.l2[k]
+	// An L1 table names an L2 table once at most.
+	sole := of == 0 && e&layout.Copied != 0 || x.n > 0 && x.of == of || of == 0 && x.active
+	if !c.ref(tab, c.s.cs, 1, sole, "L2 table") {
+		if of != 0 {
+			c.res.Errors++ // a repair cannot drop it
+		}
+		if !c.all {
+			return
+		}
+	}
+	x.n++
+	x.of, x.active = of, x.active || of == 0
+	c.l2[k] = x
+}
+
+// step walks up to n further L2 tables; done tells that none is left.
+func (c *checker) step(n int) (done bool, err error) {
+	for ; n > 0 && c.pos < len(c.tabs); n-- {
+		if err := ended(c.r); err != nil {
+			return false, err
+		}
+		if err := c.walkTable(c.tabs[c.pos]); err != nil {
+			return false, err
+		}
+		c.pos++
+	}
+	return c.pos >= len(c.tabs), nil
+}
+
+// walkTable counts what the entries of the L2 table in cluster k refer to.
+func (c *checker) walkTable(k int64) error {
+	x := c.l2[k]
+	if x.walked {
+		return nil
+	}
+	if c.crowded() {
+		return errTooBig
+	}
+	if c.buf == nil {
+		c.buf = make([]byte, c.s.cs)
+	}
+	if err := c.s.readL2(c.r, k<<c.s.cb, c.buf); err != nil {
+		return err
+	}
+	x.walked = true
+	c.l2[k] = x
+	for i := 0; i < len(c.buf); i += 8 {
+		if e := be.Uint64(c.buf[i:]); e != 0 && !c.entry(e, x.n, x.active) {
+			c.stray[k] = struct{}{}
+		}
+	}
+	return nil
+}
+
+// entry counts n times what an L2 entry refers to. False: that is beyond the end of the file.
+func (c *checker) entry(e uint64, n uint64, active bool) bool {
+	s := c.s
+	sole := active && e&layout.Copied != 0
+	switch k := layout.KindOf(e); {
+	case k == layout.CompressedKind:
+		if sole {
+			c.res.Corruptions++
+			c.res.say("compressed entry with the copied flag", e)
+		}
+		off, size := s.geo.CompressedRange(e &^ layout.Copied)
+		return c.ref(off, size, n, false, "compressed cluster")
+	case k.HasHost():
+		off := int64(e & layout.OffsetMask)
+		if off&(s.cs-1) != 0 {
+			c.res.Corruptions++
+			c.res.say("unaligned cluster at", uint64(off))
+			return true
+		}
+		return c.ref(off, s.cs, n, sole, "cluster")
+	}
+	return true
+}
+
+// readL2 reads a whole L2 table as it is now, changes in the cache included.
+func (s *image) readL2(r *blk.Req, tab int64, buf []byte) error {
+	if err := s.readFile(r, blk.Buf(buf), tab); err != nil {
+		return err
+	}
+	for o := int64(0); o < s.cs; o += s.slice {
+		if t := s.l2.m[tab+o]; t != nil {
+			copy(buf[o:], t.data)
+		}
+	}
+	return nil
+}
+
+// bitmaps counts directory, tables and data of persistent bitmaps. Broken ones have nothing that would ever be touched.
+func (c *checker) bitmaps() error {
+	b := c.s.ext.Bitmaps
+	if b == nil {
+		return nil
+	}
+	if ok, err := c.fixed(int64(b.DirectoryOffset), int64(b.DirectorySize), "bitmap directory"); !ok {
+		return err
+	}
+	for _, m := range c.s.stored {
+		if m.broken {
+			c.res.Corruptions++
+			c.res.say("broken bitmap with its table at", m.TableOffset)
+			continue
+		}
+		if err := c.bitmap(int64(m.TableOffset), m.TableBytes()/8); err != nil {
+			return err
+		}
+	}
+	return nil
+}
+
+// bitmap counts the table of a bitmap and its data.
+func (c *checker) bitmap(tab, entries int64) error {
+	ok, err := c.fixed(tab, entries*8, "bitmap table")
+	if !ok {
+		return err
+	}
+	return c.s.eachTableEntry(c.r, tab, entries, func(e uint64) error {
+		if o := int64(e & layout.OffsetMask); o != 0 && o&(c.s.cs-1) == 0 && c.s.overlaps(o, c.s.cs, olAll) == 0 {
+			if c.ref(o, c.s.cs, 1, true, "bitmap data"); c.crowded() {
+				return errTooBig
+			}
+		}
+		return nil
+	})
+}

@@ -1,0 +1,271 @@
+package qcow2
+
+import (
+	"qblockd/blockdev/format/qcow2/layout"
+	"qblockd/graph/blk"
+)
+
+// Zero makes [off, off+n) read as zeroes by changing L2 entries. Parts of clusters are done
+// only if the rest of the cluster reads as zeroes already; else ErrNotSupported, and the
+// caller writes. Version 2 images can express it only where nothing lies below, nor may later, by having no cluster.
+func (s *image) Zero(r *blk.Req, off, n int64, f blk.Flags) error {
+	err := s.zero(r, off, n, f)
+	for again := 0; err != nil && again < maxRetries && s.giveSpace(r, err); again++ {
+		err = s.zero(r, off, n, f)
+	}
+	return err
+}
+
+func (s *image) zero(r *blk.Req, off, n int64, f blk.Flags) error {
+	if r.NoWait {
+		return blk.ErrWouldBlock
+	}
+	if err := s.mark(r, off, n, f); err != nil {
+		return err
+	}
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	if err := s.usable(); err != nil {
+		return err
+	}
+	v2 := s.hdr.Version < 3
+	if v2 && (s.back() != nil || s.backLater()) {
+		return blk.ErrNotSupported // also beyond the end of a backing file, which may be replaced by a longer one
+	}
+	end := off + n
+	if end == s.size.Load() {
+		end = s.geo.RoundUp(end)
+	}
+	partial := off&(s.cs-1) != 0 || end&(s.cs-1) != 0
+	if partial {
+		if off>>s.cb != (end-1)>>s.cb {
+			return blk.ErrNotSupported
+		}
+		ok, err := s.restIsZero(r, off, end)
+		if err != nil {
+			return err
+		}
+		if !ok {
+			return blk.ErrNotSupported
+		}
+		off, end = s.geo.RoundDown(off), s.geo.RoundUp(end)
+	}
+	if v2 && !partial {
+		return s.discard(r, off>>s.cb, end>>s.cb, false, false, discardRequest)
+	}
+	return s.eachSlice(r, off>>s.cb, end>>s.cb, !v2, func(t *table, gc, k int64) error {
+		i := s.l2Index(gc)
+		if partial && !s.readsZero(layout.KindOf(entry(t, i)), gc) {
+			return blk.ErrNotSupported // written since it was looked at
+		}
+		if v2 {
+			return nil // it has no cluster, and needs none
+		}
+		for j := range k {
+			if err := s.zeroEntry(r, t, i+j, f&blk.MayUnmap != 0); err != nil {
+				return err
+			}
+		}
+		return nil
+	})
+}
+
+// zeroEntry makes one cluster read as zeroes, keeping its host cluster unless it may go.
+func (s *image) zeroEntry(r *blk.Req, t *table, i int64, unmap bool) error {
+	old := entry(t, i)
+	unmap = unmap && !s.set.noUnref
+	drop := unmap && layout.KindOf(old).HasHost() || layout.KindOf(old) == layout.CompressedKind
+	v := uint64(layout.ZeroFlag)
+	if !drop {
+		v |= old
+	}
+	if v == old {
+		return nil
+	}
+	if drop {
+		if err := s.canFree(r, old); err != nil {
+			return err
+		}
+	}
+	s.setEntry(t, i, v)
+	if drop {
+		s.freeEntry(r, old, discardRequest)
+	}
+	return nil
+}
+
+// restIsZero tells whether the cluster around [off, end) reads as zeroes outside of it.
+func (s *image) restIsZero(r *blk.Req, off, end int64) (bool, error) {
+	gc := off >> s.cb
+	if s.waitInflight(gc, 1) {
+		if err := s.usable(); err != nil {
+			return false, err
+		}
+	}
+	m, err := s.lookup(r, gc<<s.cb, s.cs)
+	if err != nil {
+		return false, err
+	}
+	return s.readsZero(m.kind, gc), nil
+}
+
+// readsZero tells whether guest cluster gc, whose L2 entry is of kind k, surely reads as zeroes.
+func (s *image) readsZero(k layout.Kind, gc int64) bool {
+	return k == layout.ZeroPlain || k == layout.ZeroAlloc || k == layout.Unallocated && s.backSize() <= gc<<s.cb
+}
+
+// What eachSlice does before it lets others have the lock: entries, and a slice counts as some, too.
+const (
+	turnEntries = 16 << 10
+	sliceCost   = 256
+	// maxDirty is the number of changed slices from which on it flushes.
+	maxDirty = 4096
+)
+
+// eachSlice calls f for the parts of guest clusters [from, to) that one L2 slice maps, with
+// mu held, no allocation in flight there, and the slice ready to be changed. With
+// create false, parts without an L2 table are skipped. In between it lets go of mu, and it ends when the client has gone.
+func (s *image) eachSlice(r *blk.Req, from, to int64, create bool, f func(t *table, gc, k int64) error) error {
+	for gc, did := from, int64(0); gc < to; {
+		if did >= turnEntries {
+			did = 0
+			if err := ended(r); err != nil {
+				return err
+			}
+			if s.l2.ndirty >= maxDirty {
+				// A flush copies and checks what is dirty with mu held.
+				if err := s.flush(r); err != nil {
+					return err
+				}
+			}
+			s.mu.Unlock() // who has waited for a while gets it
+			s.mu.Lock()
+			if err := s.usable(); err != nil {
+				return err
+			}
+		}
+		if err := s.room(r); err != nil {
+			return err
+		}
+		k := min(to-gc, s.sliceLeft(gc))
+		if s.waitInflight(gc, k) {
+			if err := s.usable(); err != nil {
+				return err
+			}
+			continue
+		}
+		if !create && s.l1At(gc>>s.geo.L2Bits())&layout.OffsetMask == 0 {
+			gc = s.nextL1(gc>>s.geo.L2Bits() + 1) // the entry itself may have flags
+			continue
+		}
+		if err := s.markDirty(r); err != nil {
+			return err
+		}
+		t, err := s.sliceForWrite(r, gc)
+		if err != nil {
+			return err
+		}
+		if err := f(t, gc, k); err != nil {
+			return err
+		}
+		gc += k
+		did += k + sliceCost
+	}
+	return nil
+}
+
+// Discard frees the clusters within [off, off+n). They read as zeroes afterwards, or, in
+// version 2 images, which then must not have a backing file, nor name one, become unallocated.
+func (s *image) Discard(r *blk.Req, off, n int64) error {
+	err := s.discardAt(r, off, n)
+	for again := 0; err != nil && again < maxRetries && s.giveSpace(r, err); again++ {
+		err = s.discardAt(r, off, n)
+	}
+	return err
+}
+
+func (s *image) discardAt(r *blk.Req, off, n int64) error {
+	if r.NoWait {
+		return blk.ErrWouldBlock
+	}
+	if err := s.mark(r, off, n, 0); err != nil {
+		return err
+	}
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	if err := s.usable(); err != nil {
+		return err
+	}
+	hasBacking := s.back() != nil || s.backLater()
+	if s.hdr.Version < 3 && hasBacking {
+		return blk.ErrNotSupported
+	}
+	end := off + n
+	if end == s.size.Load() {
+		end = s.geo.RoundUp(end)
+	}
+	from, to := s.geo.Clusters(off), end>>s.cb
+	if from >= to {
+		return nil
+	}
+	return s.discard(r, from, to, hasBacking, false, discardRequest)
+}
+
+// discard frees guest clusters [from, to); full leaves them unallocated. mu is held.
+func (s *image) discard(r *blk.Req, from, to int64, hasBacking, full bool, kind discardKind) error {
+	keep := s.set.noUnref && !full && kind == discardRequest
+	return s.eachSlice(r, from, to, hasBacking && !full, func(t *table, gc, k int64) error {
+		i := s.l2Index(gc)
+		var kept []freed
+		defer func() {
+			// With mu held: the clusters stay where they are, a write could take them otherwise.
+			for _, f := range kept {
+				_ = s.file.Discard(r, f.off, f.n)
+			}
+		}()
+		for j := range k {
+			old := entry(t, i+j)
+			v := old
+			switch {
+			case full:
+				v = 0
+			case keep && (layout.KindOf(old) == layout.Normal || layout.KindOf(old) == layout.ZeroAlloc):
+				if v |= layout.ZeroFlag; v != old {
+					s.setEntry(t, i+j, v)
+					kept = s.keep(r, kept, old, kind)
+				}
+				continue
+			case hasBacking || layout.KindOf(old).HasHost():
+				v = 0
+				if s.hdr.Version >= 3 {
+					v = layout.ZeroFlag
+				}
+			}
+			if v == old {
+				continue
+			}
+			if err := s.canFree(r, old); err != nil {
+				return err
+			}
+			s.setEntry(t, i+j, v)
+			s.freeEntry(r, old, kind)
+		}
+		return nil
+	})
+}
+
+// keep notes the host cluster of e, which keeps its place (discard-no-unref), for punching, unless a snapshot shares it.
+func (s *image) keep(r *blk.Req, list []freed, e uint64, kind discardKind) []freed {
+	off := int64(e & layout.OffsetMask)
+	if !s.set.discard[kind] || off&(s.cs-1) != 0 || off+s.cs > s.file.Size() || e&layout.Copied == 0 {
+		return list
+	}
+	if n, err := s.refcount(r, off>>s.cb); err != nil || n != 1 || s.wrong.at(off>>s.cb) || s.survey != nil && !s.survey.endless {
+		return list
+	}
+	if k := len(list) - 1; k >= 0 && list[k].off+list[k].n == off {
+		list[k].n += s.cs
+		return list
+	}
+	return append(list, freed{off: off, n: s.cs})
+}

@@ -1,0 +1,198 @@
+// Package nbdwire is the NBD protocol as bytes: constants, and encoding and decoding of the
+// handshake, of requests and of replies, for servers and clients. It does no I/O and keeps
+// no state; all numbers on the wire are big endian. Source: the NBD project's proto.md.
+//
+// Encoders append to a slice and allocate nothing themselves. Decoders check what the bytes
+// alone can tell (magic, lengths) and never look beyond the slice they are given.
+package nbdwire
+
+// Magic numbers.
+const (
+	MagicInit       uint64 = 0x4e42444d41474943 // "NBDMAGIC", first bytes of every server
+	MagicOption     uint64 = 0x49484156454f5054 // "IHAVEOPT", second bytes, and before each option
+	MagicOptReply   uint64 = 0x0003e889045565a9
+	MagicRequest    uint32 = 0x25609513
+	MagicSimple     uint32 = 0x67446698
+	MagicStructured uint32 = 0x668e33ef
+)
+
+// Limits of a request and of a string (export name, description, context name), in bytes.
+const (
+	MaxPayload = 32 << 20
+	MaxString  = 4096
+)
+
+// Sizes of fixed structures, in bytes.
+const (
+	GreetingSize      = 18
+	OptionSize        = 16 // before the option's data
+	OptReplySize      = 20 // before the reply's data
+	RequestSize       = 28
+	SimpleSize        = 16
+	ChunkSize         = 20             // header of a structured reply chunk
+	DataHeadSize      = ChunkSize + 8  // with the offset of OFFSET_DATA
+	HoleSize          = ChunkSize + 12 // a whole OFFSET_HOLE chunk
+	ExtentSize        = 8              // one BLOCK_STATUS extent
+	ExportNameReply   = 8 + 2          // reply to OPT_EXPORT_NAME
+	ExportNamePadding = 124            // and the zeroes after it, unless NO_ZEROES
+	maxErrorMessage   = MaxString      // bytes of text in an error chunk
+)
+
+// Handshake flags of the server, and of the client.
+const (
+	FixedNewstyle uint16 = 1 << 0
+	NoZeroes      uint16 = 1 << 1
+)
+
+// Transmission flags.
+const (
+	FlagHasFlags    uint16 = 1 << 0
+	FlagReadOnly    uint16 = 1 << 1
+	FlagFlush       uint16 = 1 << 2
+	FlagFUA         uint16 = 1 << 3
+	FlagRotational  uint16 = 1 << 4
+	FlagTrim        uint16 = 1 << 5
+	FlagWriteZeroes uint16 = 1 << 6
+	FlagDF          uint16 = 1 << 7
+	FlagMultiConn   uint16 = 1 << 8
+	FlagResize      uint16 = 1 << 9
+	FlagCache       uint16 = 1 << 10
+	FlagFastZero    uint16 = 1 << 11
+)
+
+// Options of the handshake.
+const (
+	OptExportName      uint32 = 1
+	OptAbort           uint32 = 2
+	OptList            uint32 = 3
+	OptStartTLS        uint32 = 5
+	OptInfo            uint32 = 6
+	OptGo              uint32 = 7
+	OptStructuredReply uint32 = 8
+	OptListMetaContext uint32 = 9
+	OptSetMetaContext  uint32 = 10
+	OptExtendedHeaders uint32 = 11
+)
+
+// Replies to options; those with ErrBit set are errors and carry text.
+const (
+	RepAck         uint32 = 1
+	RepServer      uint32 = 2
+	RepInfo        uint32 = 3
+	RepMetaContext uint32 = 4
+
+	ErrBit              uint32 = 1 << 31
+	RepErrUnsup         uint32 = ErrBit | 1
+	RepErrPolicy        uint32 = ErrBit | 2
+	RepErrInvalid       uint32 = ErrBit | 3
+	RepErrPlatform      uint32 = ErrBit | 4
+	RepErrTLSReqd       uint32 = ErrBit | 5
+	RepErrUnknown       uint32 = ErrBit | 6
+	RepErrShutdown      uint32 = ErrBit | 7
+	RepErrBlockSizeReqd uint32 = ErrBit | 8
+	RepErrTooBig        uint32 = ErrBit | 9
+)
+
+// Information items of OptInfo and OptGo.
+const (
+	InfoExport      uint16 = 0
+	InfoName        uint16 = 1
+	InfoDescription uint16 = 2
+	InfoBlockSize   uint16 = 3
+)
+
+// Commands.
+const (
+	CmdRead        uint16 = 0
+	CmdWrite       uint16 = 1
+	CmdDisc        uint16 = 2
+	CmdFlush       uint16 = 3
+	CmdTrim        uint16 = 4
+	CmdCache       uint16 = 5
+	CmdWriteZeroes uint16 = 6
+	CmdBlockStatus uint16 = 7
+)
+
+// Command flags.
+const (
+	CmdFlagFUA      uint16 = 1 << 0
+	CmdFlagNoHole   uint16 = 1 << 1
+	CmdFlagDF       uint16 = 1 << 2
+	CmdFlagReqOne   uint16 = 1 << 3
+	CmdFlagFastZero uint16 = 1 << 4
+)
+
+// Structured reply chunks. Types with ChunkErrBit set are errors.
+const (
+	ChunkDone uint16 = 1 << 0 // flag: last chunk of the reply
+
+	ChunkNone        uint16 = 0
+	ChunkOffsetData  uint16 = 1
+	ChunkOffsetHole  uint16 = 2
+	ChunkBlockStatus uint16 = 5
+	ChunkErrBit      uint16 = 1 << 15
+	ChunkError       uint16 = ChunkErrBit | 1
+	ChunkErrorOffset uint16 = ChunkErrBit | 2
+)
+
+// Metadata contexts and the flags of their extents. The extents of ContextDepth are
+// depths instead: 0 in no layer, 1 in the active one, 2 in a backing one.
+const (
+	ContextAllocation = "base:allocation"
+	ContextDepth      = "qemu:allocation-depth"
+	// ContextBitmap is what the names of the contexts of dirty bitmaps begin with; the name of the bitmap follows.
+	ContextBitmap = "qemu:dirty-bitmap:"
+
+	StateHole uint32 = 1 << 0
+	// StateDirty is the flag of extents of ContextBitmap.
+	StateDirty uint32 = 1 << 0
+	StateZero  uint32 = 1 << 1
+)
+
+// OptName is the name of an option in error texts.
+func OptName(opt uint32) string {
+	switch opt {
+	case OptExportName:
+		return "export name"
+	case OptAbort:
+		return "abort"
+	case OptList:
+		return "list"
+	case OptStartTLS:
+		return "starttls"
+	case OptInfo:
+		return "info"
+	case OptGo:
+		return "go"
+	case OptStructuredReply:
+		return "structured reply"
+	case OptListMetaContext:
+		return "list meta context"
+	case OptSetMetaContext:
+		return "set meta context"
+	}
+	return "<unknown>"
+}
+
+// CmdName is the name of a command in error texts.
+func CmdName(cmd uint16) string {
+	switch cmd {
+	case CmdRead:
+		return "read"
+	case CmdWrite:
+		return "write"
+	case CmdDisc:
+		return "disconnect"
+	case CmdFlush:
+		return "flush"
+	case CmdTrim:
+		return "trim"
+	case CmdCache:
+		return "cache"
+	case CmdWriteZeroes:
+		return "write zeroes"
+	case CmdBlockStatus:
+		return "block status"
+	}
+	return "<unknown>"
+}

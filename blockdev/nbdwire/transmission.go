@@ -1,0 +1,254 @@
+package nbdwire
+
+import (
+	"errors"
+	"syscall"
+
+	"qblockd/graph/blk"
+)
+
+// Request is one command of the transmission phase. Off and Len are bytes.
+type Request struct {
+	Flags, Cmd uint16
+	Cookie     uint64
+	Off        uint64
+	Len        uint32
+}
+
+// Append appends the RequestSize bytes of q; a write's payload follows them.
+func (q *Request) Append(b []byte) []byte {
+	b = be.AppendUint32(b, MagicRequest)
+	b = be.AppendUint16(b, q.Flags)
+	b = be.AppendUint16(b, q.Cmd)
+	b = be.AppendUint64(b, q.Cookie)
+	b = be.AppendUint64(b, q.Off)
+	return be.AppendUint32(b, q.Len)
+}
+
+// Parse decodes RequestSize bytes into q. With ErrMagic q is set all the same, for the error reply.
+func (q *Request) Parse(b []byte) error {
+	if len(b) < RequestSize {
+		return ErrShort
+	}
+	_ = b[RequestSize-1]
+	q.Flags = be.Uint16(b[4:])
+	q.Cmd = be.Uint16(b[6:])
+	q.Cookie = be.Uint64(b[8:])
+	q.Off = be.Uint64(b[16:])
+	q.Len = be.Uint32(b[24:])
+	if be.Uint32(b) != MagicRequest {
+		return ErrMagic
+	}
+	return nil
+}
+
+// AppendSimple appends a simple reply; errno is one of Errno's values, 0 for success. The
+// data of a read follow it.
+func AppendSimple(b []byte, cookie uint64, errno uint32) []byte {
+	b = be.AppendUint32(b, MagicSimple)
+	b = be.AppendUint32(b, errno)
+	return be.AppendUint64(b, cookie)
+}
+
+// AppendChunk appends the head of a structured reply chunk with n bytes of payload.
+func AppendChunk(b []byte, flags, typ uint16, cookie uint64, n int) []byte {
+	b = be.AppendUint32(b, MagicStructured)
+	b = be.AppendUint16(b, flags)
+	b = be.AppendUint16(b, typ)
+	b = be.AppendUint64(b, cookie)
+	return be.AppendUint32(b, uint32(n))
+}
+
+// AppendDataHead appends the DataHeadSize bytes before n bytes of data at off.
+func AppendDataHead(b []byte, flags uint16, cookie, off uint64, n int) []byte {
+	b = AppendChunk(b, flags, ChunkOffsetData, cookie, 8+n)
+	return be.AppendUint64(b, off)
+}
+
+// AppendHole appends a chunk that tells n zero bytes at off.
+func AppendHole(b []byte, flags uint16, cookie, off uint64, n uint32) []byte {
+	b = AppendChunk(b, flags, ChunkOffsetHole, cookie, 12)
+	b = be.AppendUint64(b, off)
+	return be.AppendUint32(b, n)
+}
+
+// AppendError appends a final error chunk; msg is cut to what the protocol allows.
+func AppendError(b []byte, cookie uint64, errno uint32, msg string) []byte {
+	msg = msg[:min(len(msg), maxErrorMessage)]
+	b = AppendChunk(b, ChunkDone, ChunkError, cookie, 6+len(msg))
+	b = be.AppendUint32(b, errno)
+	b = be.AppendUint16(b, uint16(len(msg)))
+	return append(b, msg...)
+}
+
+// AppendErrorOffset appends a final error chunk that concerns the data at off.
+func AppendErrorOffset(b []byte, cookie uint64, errno uint32, off uint64, msg string) []byte {
+	msg = msg[:min(len(msg), maxErrorMessage)]
+	b = AppendChunk(b, ChunkDone, ChunkErrorOffset, cookie, 14+len(msg))
+	b = be.AppendUint32(b, errno)
+	b = be.AppendUint16(b, uint16(len(msg)))
+	b = append(b, msg...)
+	return be.AppendUint64(b, off)
+}
+
+// Extent is a run of N bytes with equal flags in one metadata context.
+type Extent struct {
+	N     uint32
+	Flags uint32
+}
+
+// AppendBlockStatus appends a chunk with the extents of one context.
+func AppendBlockStatus(b []byte, flags uint16, cookie uint64, context uint32, es []Extent) []byte {
+	b = AppendChunk(b, flags, ChunkBlockStatus, cookie, 4+len(es)*ExtentSize)
+	b = be.AppendUint32(b, context)
+	for _, e := range es {
+		b = be.AppendUint32(b, e.N)
+		b = be.AppendUint32(b, e.Flags)
+	}
+	return b
+}
+
+// Reply is the head of a reply of either kind.
+type Reply struct {
+	Structured  bool
+	Flags, Type uint16 // structured
+	Errno       uint32 // simple
+	Cookie      uint64
+	Len         uint32 // structured: bytes of payload
+}
+
+// Done tells whether the request is answered with this reply (and what belongs to it).
+func (p *Reply) Done() bool { return !p.Structured || p.Flags&ChunkDone != 0 }
+
+// ParseReply decodes the head of a reply and returns its size, SimpleSize or ChunkSize; 0
+// means that b is too short, the first SimpleSize bytes tell.
+func (p *Reply) ParseReply(b []byte) (size int, err error) {
+	if len(b) < SimpleSize {
+		return 0, nil
+	}
+	*p = Reply{Cookie: be.Uint64(b[8:])}
+	switch be.Uint32(b) {
+	case MagicSimple:
+		p.Errno = be.Uint32(b[4:])
+		return SimpleSize, nil
+	case MagicStructured:
+		if len(b) < ChunkSize {
+			return 0, nil
+		}
+		p.Structured = true
+		p.Flags, p.Type = be.Uint16(b[4:]), be.Uint16(b[6:])
+		p.Len = be.Uint32(b[16:])
+		return ChunkSize, nil
+	}
+	return 0, ErrMagic
+}
+
+// ParseData decodes the offset in front of the data of a ChunkOffsetData.
+func ParseData(payload []byte) (off uint64, err error) {
+	if len(payload) < 9 {
+		return 0, ErrShort
+	}
+	return be.Uint64(payload), nil
+}
+
+// ParseHole decodes the payload of a ChunkOffsetHole.
+func ParseHole(payload []byte) (off uint64, n uint32, err error) {
+	if len(payload) != 12 {
+		return 0, 0, ErrLengths
+	}
+	return be.Uint64(payload), be.Uint32(payload[8:]), nil
+}
+
+// ParseError decodes the payload of an error chunk; off is 0 unless typ is ChunkErrorOffset.
+func ParseError(typ uint16, payload []byte) (errno uint32, msg string, off uint64, err error) {
+	if len(payload) < 6 {
+		return 0, "", 0, ErrShort
+	}
+	errno = be.Uint32(payload)
+	n := int(be.Uint16(payload[4:]))
+	if n > len(payload)-6 {
+		return errno, "", 0, ErrLengths
+	}
+	msg = string(payload[6 : 6+n])
+	if typ == ChunkErrorOffset {
+		if len(payload) < 14+n {
+			return errno, msg, 0, ErrShort
+		}
+		off = be.Uint64(payload[6+n:])
+	}
+	return errno, msg, off, nil
+}
+
+// ParseBlockStatus decodes the payload of a ChunkBlockStatus, appending to es.
+func ParseBlockStatus(payload []byte, es []Extent) (context uint32, _ []Extent, err error) {
+	if len(payload) < 4+ExtentSize || (len(payload)-4)%ExtentSize != 0 {
+		return 0, es, ErrLengths
+	}
+	context = be.Uint32(payload)
+	for p := payload[4:]; len(p) > 0; p = p[ExtentSize:] {
+		es = append(es, Extent{be.Uint32(p), be.Uint32(p[4:])})
+	}
+	return context, es, nil
+}
+
+// Error numbers of the wire; they are Linux' whatever the host.
+const (
+	EPERM     uint32 = 1
+	EIO       uint32 = 5
+	ENOMEM    uint32 = 12
+	EINVAL    uint32 = 22
+	ENOSPC    uint32 = 28
+	EOVERFLOW uint32 = 75
+	ENOTSUP   uint32 = 95
+	ESHUTDOWN uint32 = 108
+)
+
+// Errno is the error number that tells err to a client; 0 for nil. It follows blk.Errno;
+// numbers the protocol does not have become EINVAL.
+func Errno(err error) uint32 {
+	switch blk.Errno(err) {
+	case 0:
+		return 0
+	case syscall.EPERM, syscall.EROFS:
+		return EPERM
+	case syscall.EIO:
+		return EIO
+	case syscall.ENOMEM:
+		return ENOMEM
+	case syscall.EDQUOT, syscall.EFBIG, syscall.ENOSPC:
+		return ENOSPC
+	case syscall.EOVERFLOW:
+		return EOVERFLOW
+	case syscall.ENOTSUP:
+		return ENOTSUP
+	case syscall.ESHUTDOWN:
+		return ESHUTDOWN
+	}
+	if errors.Is(err, blk.ErrClosed) {
+		return ESHUTDOWN
+	}
+	return EINVAL
+}
+
+// FromErrno is the host's error for a number of the wire; nil for 0, EINVAL for unknown ones.
+func FromErrno(no uint32) error {
+	switch no {
+	case 0:
+		return nil
+	case EPERM:
+		return syscall.EPERM
+	case EIO:
+		return syscall.EIO
+	case ENOMEM:
+		return syscall.ENOMEM
+	case ENOSPC:
+		return syscall.ENOSPC
+	case EOVERFLOW:
+		return syscall.EOVERFLOW
+	case ENOTSUP:
+		return syscall.ENOTSUP
+	case ESHUTDOWN:
+		return syscall.ESHUTDOWN
+	}
+	return syscall.EINVAL
+}
