@@ -23,6 +23,19 @@ var (
 
 func TestMain(m *testing.M) { goleak.VerifyTestMain(m) }
 
+// TestHugeSteps: a mirror of a huge disk to an image with something below has no small buffer.
+func TestHugeSteps(t *testing.T) {
+	s := Draw(407624)
+	if !s.Huge || s.Kind != "mirror" || s.Under != "own" || s.BufSize != 64<<20 {
+		t.Errorf("%v", s)
+	}
+	for seed := range uint64(20000) {
+		if s := Draw(seed); s.Huge && s.Under != "" && 0 < s.BufSize && s.BufSize < 16<<20 {
+			t.Fatalf("%v", s)
+		}
+	}
+}
+
 // TestSamples plays samples of many seeds.
 func TestSamples(t *testing.T) {
 	var next, failed atomic.Int64
