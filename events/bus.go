@@ -70,12 +70,16 @@ type Bus struct {
 	clock  Clock
 	limits map[string]Limit
 
-	mu        sync.Mutex
-	seq       uint64                 // +checklocks:mu
-	subs      []*Subscription        // +checklocks:mu  in order of subscription
-	held      map[limitKey]*holdback // +checklocks:mu  names and keys whose interval runs
-	kept      []Message              // +checklocks:mu  oldest first
-	keptBytes int                    // +checklocks:mu  = sum of len(Line) over kept
+	mu  sync.Mutex
+	seq uint64 // +checklocks:mu
+	// in order of subscription
+	subs []*Subscription // +checklocks:mu
+	// names and keys whose interval runs
+	held map[limitKey]*holdback // +checklocks:mu
+	// oldest first
+	kept []Message // +checklocks:mu
+	// = sum of len(Line) over kept
+	keptBytes int // +checklocks:mu
 	keepCount int
 	keepBytes int
 	closed    bool // +checklocks:mu

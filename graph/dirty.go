@@ -15,8 +15,9 @@ type dirtySet struct {
 	recording atomic.Pointer[bitmap.Group] // what writes set: the bitmaps that record; nil if there are none
 	count     atomic.Int32                 // len(all)
 
-	mu  sync.Mutex
-	all []*DirtyBitmap // +checklocks:mu  newest first
+	mu sync.Mutex
+	// newest first
+	all []*DirtyBitmap // +checklocks:mu
 }
 
 // DirtyBitmap records which parts of a node were written while it is enabled. Its methods may be called from any goroutine.

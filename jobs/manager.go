@@ -15,8 +15,9 @@ import (
 
 // Manager holds all jobs.
 type Manager struct {
-	sink  events.Sink
-	burst []events.Event // +checklocks:mu  what clients are to hear at once; nil: they hear each as it comes
+	sink events.Sink
+	// what clients are to hear at once; nil: they hear each as it comes
+	burst []events.Event // +checklocks:mu
 	clock Clock
 
 	running sync.WaitGroup // the jobs' goroutines

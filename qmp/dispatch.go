@@ -46,8 +46,9 @@ type Dispatcher struct {
 	unsent     unsent
 	unfinished unfinished
 
-	stopMu   sync.Mutex
-	sessions map[*Session]struct{} // +checklocks:stopMu  to be woken by Stop
+	stopMu sync.Mutex
+	// to be woken by Stop
+	sessions map[*Session]struct{} // +checklocks:stopMu
 }
 
 type command struct {

@@ -13,18 +13,27 @@ import (
 // At any time at most one goroutine writes to the connection: the one that set writing. It owns
 // the buffer it writes; what comes in the meantime gathers in pending.
 type output struct {
-	mu       sync.Mutex
-	changed  sync.Cond // unsent sank, or the session ended
-	pending  []byte    // +checklocks:mu  not yet taken by a writer
-	spare    []byte    // +checklocks:mu  empty, for the next pending
-	inFlight int       // +checklocks:mu  bytes that the writer has taken and not yet written
-	taken    int       // +checklocks:mu  length of the buffer that the writer has
-	moved    time.Time // +checklocks:mu  when the client last took something, or began to have something to take
-	counted  int       // +checklocks:mu  what the dispatcher knows of; see countLocked
-	writing  bool      // +checklocks:mu
-	large    int       // +checklocks:mu  length of the largest reply queued since the queue was empty
-	most     int       // +checklocks:mu  largest number of bytes unsent
-	closed   bool      // +checklocks:mu  nothing more is sent
+	mu      sync.Mutex
+	changed sync.Cond // unsent sank, or the session ended
+	// not yet taken by a writer
+	pending []byte // +checklocks:mu
+	// empty, for the next pending
+	spare []byte // +checklocks:mu
+	// bytes that the writer has taken and not yet written
+	inFlight int // +checklocks:mu
+	// length of the buffer that the writer has
+	taken int // +checklocks:mu
+	// when the client last took something, or began to have something to take
+	moved time.Time // +checklocks:mu
+	// what the dispatcher knows of; see countLocked
+	counted int  // +checklocks:mu
+	writing bool // +checklocks:mu
+	// length of the largest reply queued since the queue was empty
+	large int // +checklocks:mu
+	// largest number of bytes unsent
+	most int // +checklocks:mu
+	// nothing more is sent
+	closed bool // +checklocks:mu
 }
 
 // +checklocks:o.mu

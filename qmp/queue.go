@@ -18,10 +18,14 @@ type queued struct {
 type requestQueue struct {
 	mu      sync.Mutex
 	changed sync.Cond
-	items   []queued // +checklocks:mu  at most maxQueued
-	started bool     // +checklocks:mu  the goroutine was started
-	ending  bool     // +checklocks:mu  nothing more will be put
-	done    bool     // +checklocks:mu  the goroutine has ended
+	// at most maxQueued
+	items []queued // +checklocks:mu
+	// the goroutine was started
+	started bool // +checklocks:mu
+	// nothing more will be put
+	ending bool // +checklocks:mu
+	// the goroutine has ended
+	done bool // +checklocks:mu
 }
 
 // running tells whether requests are executed by the queue's goroutine.

@@ -17,9 +17,11 @@ type watch struct {
 	armed atomic.Bool   // the timer runs or tick does
 	timer *time.Timer
 
-	mu      sync.Mutex
-	seen    uint64        // +checklocks:mu  seq at the last tick
-	waiting chan struct{} // +checklocks:mu  closed by the goroutine in WaitHangup; nil: none
+	mu sync.Mutex
+	// seq at the last tick
+	seen uint64 // +checklocks:mu
+	// closed by the goroutine in WaitHangup; nil: none
+	waiting chan struct{} // +checklocks:mu
 	closed  bool          // +checklocks:mu
 }
 

@@ -61,12 +61,16 @@ type Table struct {
 
 	homes homes
 
-	mu     sync.Mutex
-	list   []*entry        // +checklocks:mu  oldest first
-	taken  map[string]bool // +checklocks:mu  ids in use, of exports being added too
-	server *nbd.Server     // +checklocks:mu  nil: not running
-	starts bool            // +checklocks:mu  a server is being started
-	closed bool            // +checklocks:mu
+	mu sync.Mutex
+	// oldest first
+	list []*entry // +checklocks:mu
+	// ids in use, of exports being added too
+	taken map[string]bool // +checklocks:mu
+	// nil: not running
+	server *nbd.Server // +checklocks:mu
+	// a server is being started
+	starts bool // +checklocks:mu
+	closed bool // +checklocks:mu
 }
 
 // entry is one export.

@@ -16,10 +16,12 @@ const defaultMax = 64
 // Group is an iothread: it bounds how many requests its users have at work at the same time.
 // Requests that need no wait are served without it.
 type Group struct {
-	mu      sync.Mutex
-	max     int64      // +checklocks:mu  at least 1
-	busy    int64      // +checklocks:mu
-	waiting *list.List // +checklocks:mu  of chan struct{}, closed when a worker was given; first come, first served
+	mu sync.Mutex
+	// at least 1
+	max  int64 // +checklocks:mu
+	busy int64 // +checklocks:mu
+	// of chan struct{}, closed when a worker was given; first come, first served
+	waiting *list.List // +checklocks:mu
 }
 
 func newGroup(p *types.IothreadProperties) (*Group, error) {

@@ -44,8 +44,9 @@ var (
 type Registry struct {
 	chardevs func() []Chardev
 
-	mu      sync.Mutex
-	objects []named // +checklocks:mu  oldest first
+	mu sync.Mutex
+	// oldest first
+	objects []named // +checklocks:mu
 }
 
 type named struct {

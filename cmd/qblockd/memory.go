@@ -20,9 +20,11 @@ func tuneMemory() {
 
 // returner gives memory back to the system.
 type returner struct {
-	mu      sync.Mutex
-	next    time.Time // +checklocks:mu  not before
-	pending bool      // +checklocks:mu  a timer is set
+	mu sync.Mutex
+	// not before
+	next time.Time // +checklocks:mu
+	// a timer is set
+	pending bool // +checklocks:mu
 }
 
 // giveBack returns memory to the system that only clients needed, all of which are gone. The

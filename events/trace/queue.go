@@ -16,8 +16,10 @@ const keep = 8192
 type recordQueue struct {
 	mu      sync.Mutex
 	records []slog.Record // +checklocks:mu
-	lost    int           // +checklocks:mu  dropped since the last one that was kept
-	idle    chan struct{} // +checklocks:mu  of the goroutine: closed when it ends; nil: there is none
+	// dropped since the last one that was kept
+	lost int // +checklocks:mu
+	// of the goroutine: closed when it ends; nil: there is none
+	idle chan struct{} // +checklocks:mu
 }
 
 var queue recordQueue

@@ -13,11 +13,12 @@ type front struct {
 	log *os.File // gets a copy of all output; nil: none
 
 	mu      sync.Mutex
-	handler Handler                // +checklocks:mu
-	ready   chan struct{}          // closed by attach
-	ending  chan struct{}          // closed by end
-	ended   bool                   // +checklocks:mu
-	streams map[io.Closer]struct{} // +checklocks:mu  of clients present
+	handler Handler       // +checklocks:mu
+	ready   chan struct{} // closed by attach
+	ending  chan struct{} // closed by end
+	ended   bool          // +checklocks:mu
+	// of clients present
+	streams map[io.Closer]struct{} // +checklocks:mu
 	wait    panics.Group           // goroutines of the device
 }
 

@@ -23,10 +23,12 @@ type mux struct {
 	*front
 	interrupt func() // what Ctrl-A X does
 
-	mu      sync.Mutex
-	users   []Handler    // +checklocks:mu
-	focus   int          // +checklocks:mu  index in users
-	clients []*muxClient // +checklocks:mu  of the device below
+	mu    sync.Mutex
+	users []Handler // +checklocks:mu
+	// index in users
+	focus int // +checklocks:mu
+	// of the device below
+	clients []*muxClient // +checklocks:mu
 }
 
 // muxClient is a client of the device below and its streams, one for each user.

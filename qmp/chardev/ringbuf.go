@@ -25,10 +25,13 @@ type ringbuf struct {
 	size int
 	all  *atomic.Int64 // of the table: what its ring buffers may hold
 
-	mu   sync.Mutex
-	data []byte // +checklocks:mu  len(data) <= size; grows to size, then is written round
-	from int    // +checklocks:mu  index of the oldest byte
-	n    int    // +checklocks:mu  bytes held
+	mu sync.Mutex
+	// len(data) <= size; grows to size, then is written round
+	data []byte // +checklocks:mu
+	// index of the oldest byte
+	from int // +checklocks:mu
+	// bytes held
+	n int // +checklocks:mu
 }
 
 func newRingbuf(o *types.ChardevRingbuf, name string, f *front, all *atomic.Int64) (device, error) {

@@ -24,8 +24,9 @@ type socket struct {
 	address string // where it listens or connects to, without "disconnected:"
 	log     *slog.Logger
 
-	mu    sync.Mutex
-	names []string // +checklocks:mu  of the connections, the oldest first
+	mu sync.Mutex
+	// of the connections, the oldest first
+	names []string // +checklocks:mu
 }
 
 // filename is the name of the oldest connection.

@@ -34,10 +34,12 @@ type Handler func(c io.ReadWriteCloser)
 type Table struct {
 	opts Options
 
-	mu      sync.Mutex
-	devices map[string]device // +checklocks:mu  nil while the device is being opened
-	order   []string          // +checklocks:mu  labels, oldest first
-	closed  bool              // +checklocks:mu
+	mu sync.Mutex
+	// nil while the device is being opened
+	devices map[string]device // +checklocks:mu
+	// labels, oldest first
+	order  []string // +checklocks:mu
+	closed bool     // +checklocks:mu
 
 	rings atomic.Int64 // what the ring buffers may hold, in bytes
 }

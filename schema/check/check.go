@@ -55,7 +55,8 @@ type compiled struct {
 
 	mu       sync.Mutex
 	compiler *jsonschema.Compiler
-	branches map[string]*jsonschema.Schema // +checklocks:mu  by JSON pointer
+	// by JSON pointer
+	branches map[string]*jsonschema.Schema // +checklocks:mu
 }
 
 // head is what has to be known of a schema before anything is compiled.

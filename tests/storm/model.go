@@ -49,7 +49,8 @@ func (o object) apply(s step) (object, bool) {
 type history struct {
 	start time.Time
 	mu    sync.Mutex
-	ops   map[string][]op // +checklocks:mu  by object
+	// by object
+	ops map[string][]op // +checklocks:mu
 }
 
 func newHistory() *history {

@@ -49,7 +49,8 @@ type conn struct {
 
 	inBuf    *blk.Buffer
 	in       []byte // of inBuf; [r:w) is read but not parsed
-	r, w     int
+	r        int
+	w        int
 	batchBuf *blk.Buffer
 	batch    []byte // of batchBuf: replies not sent yet
 	// eager: the last request was a write larger than the buffer; read little more than the
@@ -67,26 +68,36 @@ type conn struct {
 	dead atomic.Bool
 
 	sendMu sync.Mutex
-	vec    net.Buffers    // +checklocks:sendMu  scratch of drainLocked
-	taken  []*reply       // +checklocks:sendMu  scratch of drainLocked
-	sf     sendfile       // +checklocks:sendMu
-	sent   uint64         // +checklocks:sendMu  bytes put into the socket
-	leases []lease        // +checklocks:sendMu  oldest first
-	spare  []*blk.Mapping // +checklocks:sendMu  released, for reuse
-	failed error          // +checklocks:sendMu  why nothing can be sent any more
+	// scratch of drainLocked
+	vec   net.Buffers // +checklocks:sendMu
+	taken []*reply    // +checklocks:sendMu
+	sf    sendfile    // +checklocks:sendMu
+	// bytes put into the socket
+	sent uint64 // +checklocks:sendMu
+	// oldest first
+	leases []lease // +checklocks:sendMu
+	// released, for reuse
+	spare []*blk.Mapping // +checklocks:sendMu
+	// why nothing can be sent any more
+	failed error // +checklocks:sendMu
 
-	mu       sync.Mutex
-	room     sync.Cond // inflight or bytes went down, with mu
-	inflight int       // +checklocks:mu  requests handed to workers and not answered
-	bytes    int64     // +checklocks:mu  of their data
-	workers  int       // +checklocks:mu
-	worker   func()    // work; made once
-	queue    []*job    // +checklocks:mu  for the workers
-	out      []*reply  // +checklocks:mu  of workers, to be sent
+	mu   sync.Mutex
+	room sync.Cond // inflight or bytes went down, with mu
+	// requests handed to workers and not answered
+	inflight int // +checklocks:mu
+	// of their data
+	bytes   int64  // +checklocks:mu
+	workers int    // +checklocks:mu
+	worker  func() // work; made once
+	// for the workers
+	queue []*job // +checklocks:mu
+	// of workers, to be sent
+	out []*reply // +checklocks:mu
 
 	leaseTimer *time.Timer   // set by the reader before it can fire
 	leaseWait  time.Duration // +checklocks:sendMu
-	leaseArmed bool          // +checklocks:sendMu  the timer runs
+	// the timer runs
+	leaseArmed bool // +checklocks:sendMu
 }
 
 func newConn(s *Server, nc net.Conn) (*conn, error) {

@@ -53,11 +53,13 @@ type Export struct {
 
 	srv *Server
 
-	mu      sync.Mutex
-	clients map[*conn]struct{} // +checklocks:mu  in transmission
+	mu sync.Mutex
+	// in transmission
+	clients map[*conn]struct{} // +checklocks:mu
 	closing bool               // +checklocks:mu
 	done    chan struct{}      // closed when closing and clients is empty
-	left    chan struct{}      // +checklocks:mu  closed when a client goes; nil while nobody waits for that
+	// closed when a client goes; nil while nobody waits for that
+	left chan struct{} // +checklocks:mu
 }
 
 // checkSpec words what is wrong with the names of an export.

@@ -65,11 +65,12 @@ type Server struct {
 	// overlap is the payload of a write from which on a worker writes it while the connection takes the next one; see overlapMin.
 	overlap int
 
-	mu      sync.Mutex
-	closed  bool               // +checklocks:mu
-	conns   map[*conn]struct{} // +checklocks:mu
-	byName  map[string]*Export // +checklocks:mu
-	ordered []*Export          // +checklocks:mu  oldest first
+	mu     sync.Mutex
+	closed bool               // +checklocks:mu
+	conns  map[*conn]struct{} // +checklocks:mu
+	byName map[string]*Export // +checklocks:mu
+	// oldest first
+	ordered []*Export // +checklocks:mu
 }
 
 // Serve accepts connections from l until Close; l belongs to the server.

@@ -62,12 +62,15 @@ type rule struct {
 type rules struct {
 	eventful atomic.Bool // there are rules for other events than the first one
 
-	mu        sync.Mutex
-	state     int64                      // +checklocks:mu
-	all       []*rule                    // +checklocks:mu  as they were given
-	active    []*rule                    // +checklocks:mu
-	suspended map[string][]chan struct{} // +checklocks:mu  closed to let a request go on
-	arrived   chan struct{}              // +checklocks:mu  closed when the next request is suspended; nil: nobody waits for that
+	mu    sync.Mutex
+	state int64 // +checklocks:mu
+	// as they were given
+	all    []*rule // +checklocks:mu
+	active []*rule // +checklocks:mu
+	// closed to let a request go on
+	suspended map[string][]chan struct{} // +checklocks:mu
+	// closed when the next request is suspended; nil: nobody waits for that
+	arrived chan struct{} // +checklocks:mu
 }
 
 func value[T any](p *T, def T) T {

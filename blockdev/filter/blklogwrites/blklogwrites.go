@@ -40,10 +40,12 @@ type driver struct {
 	sector   int64
 	interval uint64
 
-	mu      sync.Mutex
-	next    int64  // +checklocks:mu  sector of the next entry
+	mu sync.Mutex
+	// sector of the next entry
+	next    int64  // +checklocks:mu
 	entries uint64 // +checklocks:mu
-	flushed bool   // +checklocks:mu  the last entry is a flush, or there is none
+	// the last entry is a flush, or there is none
+	flushed bool // +checklocks:mu
 
 	super sync.Mutex // one super block is written at a time; taken before mu
 }

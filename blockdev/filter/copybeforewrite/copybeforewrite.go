@@ -71,10 +71,12 @@ type State struct {
 	breakSnapshot bool               // a failing copy spoils the point in time, not the guest's write
 	broken        atomic.Bool
 
-	mu      sync.Mutex
-	stopped bool                  // +checklocks:mu  nobody copies any more
+	mu sync.Mutex
+	// nobody copies any more
+	stopped bool                  // +checklocks:mu
 	copies  map[*running]struct{} // +checklocks:mu
-	reading map[*running]struct{} // +checklocks:mu  reads of the source for the point in time
+	// reads of the source for the point in time
+	reading map[*running]struct{} // +checklocks:mu
 }
 
 // running is a copy, or a read of the source, under way.

@@ -35,9 +35,12 @@ type driver struct {
 
 	growing sync.Mutex // held while the file is made longer; taken before mu
 	mu      sync.Mutex
-	active  bool  // +checklocks:mu  parents may write and resize
-	dataEnd int64 // +checklocks:mu  -1: not known, that of the file
-	fileEnd int64 // +checklocks:mu  of what grew or was going to be written; -1: not known, nothing grew yet
+	// parents may write and resize
+	active bool // +checklocks:mu
+	// -1: not known, that of the file
+	dataEnd int64 // +checklocks:mu
+	// of what grew or was going to be written; -1: not known, nothing grew yet
+	fileEnd int64 // +checklocks:mu
 
 	next bool // what active will be; between PermPrepare and PermCommit
 }

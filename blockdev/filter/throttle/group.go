@@ -41,15 +41,20 @@ type Group struct {
 	clock   Clock
 	limited atomic.Bool // without limits requests pass without a look at anything else
 
-	mu      sync.Mutex
-	b       buckets   // +checklocks:mu
-	round   uint64    // +checklocks:mu  counts changes of the limits; starts at 1
+	mu sync.Mutex
+	b  buckets // +checklocks:mu
+	// counts changes of the limits; starts at 1
+	round   uint64    // +checklocks:mu
 	members []*Member // +checklocks:mu
-	waiting [2]int    // +checklocks:mu  requests, of all members
-	turn    [2]int    // +checklocks:mu  index of the member whose turn it is
-	first   direction // +checklocks:mu  the direction whose turn it is
-	timer   Timer     // +checklocks:mu  goes off when the next request may pass
-	retired bool      // +checklocks:mu
+	// requests, of all members
+	waiting [2]int // +checklocks:mu
+	// index of the member whose turn it is
+	turn [2]int // +checklocks:mu
+	// the direction whose turn it is
+	first direction // +checklocks:mu
+	// goes off when the next request may pass
+	timer   Timer // +checklocks:mu
+	retired bool  // +checklocks:mu
 }
 
 // NewGroup makes a group. clock nil: real time.

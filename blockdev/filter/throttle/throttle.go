@@ -30,8 +30,9 @@ type driver struct {
 	find func(name string) *Group
 	m    atomic.Pointer[Member] // changed while no request is here
 
-	mu    sync.Mutex // holds m still for DrainBegin and DrainEnd
-	drain bool       // +checklocks:mu  between the two
+	mu sync.Mutex // holds m still for DrainBegin and DrainEnd
+	// between the two
+	drain bool // +checklocks:mu
 }
 
 // Opener makes the function that opens the filter; find finds a group by its name, nil if there is none. The child is called "file".
