@@ -10,14 +10,17 @@ import (
 	"qblockd/graph"
 	"qblockd/graph/bitmap"
 	"qblockd/graph/blk"
+	"qblockd/graph/transaction"
 	"qblockd/schema/types"
 )
 
-// The bodies of the block-dirty-bitmap- commands, as steps of a transaction (jobs.Action). They change bitmaps in Prepare, so that later
-// steps find them as these leave them, and take that back in Abort, so that no write that happened meanwhile is missing.
+// The bodies of the block-dirty-bitmap- commands, as steps of a transaction. They change bitmaps in
+// Prepare, so that later steps find them as these leave them, and take that back in Abort, so that no
+// write that happened meanwhile is missing.
 
 // BitmapStep is one of these steps.
 type BitmapStep struct {
+	transaction.Noop
 	node    string   // of the bitmap
 	quiet   bool     // the node is held quiet
 	others  []string // nodes whose bitmaps it reads
@@ -27,7 +30,13 @@ type BitmapStep struct {
 	finish  func() // what Commit does
 }
 
-// Nodes implements jobs.Action.
+var _ interface {
+	transaction.Action
+	transaction.Holder
+	transaction.Quiescer
+} = (*BitmapStep)(nil)
+
+// Nodes implements transaction.Action.
 func (s *BitmapStep) Nodes() []*graph.Node {
 	if n := s.g.Node(s.node); s.quiet && n != nil {
 		return []*graph.Node{n}
@@ -35,7 +44,7 @@ func (s *BitmapStep) Nodes() []*graph.Node {
 	return nil
 }
 
-// Holds implements jobs.Holder.
+// Holds implements transaction.Holder.
 func (s *BitmapStep) Holds() (l []*graph.Node) {
 	for _, name := range append([]string{s.node}, s.others...) {
 		if n := s.g.Node(name); n != nil {
@@ -45,31 +54,28 @@ func (s *BitmapStep) Holds() (l []*graph.Node) {
 	return l
 }
 
-// Seen implements jobs.Discreet.
-func (*BitmapStep) Seen() []*graph.Node { return nil }
+// Quiesces implements transaction.Quiescer.
+func (*BitmapStep) Quiesces() []*graph.Node { return nil }
 
-// Prepare implements jobs.Action.
+// Prepare implements transaction.Action.
 func (s *BitmapStep) Prepare(ctx context.Context, tx *graph.Tx) error {
 	s.undo, s.finish = nil, nil
 	return s.prepare(ctx, tx, s)
 }
 
-// Commit implements jobs.Action.
+// Commit implements transaction.Action.
 func (s *BitmapStep) Commit() {
 	if s.finish != nil {
 		s.finish()
 	}
 }
 
-// Abort implements jobs.Action.
+// Abort implements transaction.Action.
 func (s *BitmapStep) Abort() {
 	if s.undo != nil {
 		s.undo()
 	}
 }
-
-// Clean implements jobs.Action.
-func (s *BitmapStep) Clean() {}
 
 // BitmapAdd makes the step block-dirty-bitmap-add.
 func (m *Manager) BitmapAdd(a *types.BlockDirtyBitmapAdd) *BitmapStep {

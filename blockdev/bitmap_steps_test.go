@@ -11,7 +11,7 @@ import (
 
 	"qblockd/blockdev/drivertest"
 	"qblockd/graph/blk"
-	"qblockd/jobs"
+	"qblockd/graph/transaction"
 	"qblockd/schema/types"
 )
 
@@ -26,7 +26,7 @@ func TestBitmapsUnderLoad(t *testing.T) {
 	n := m.Graph().Node("q")
 	run := func(s *BitmapStep) {
 		t.Helper()
-		if err := jobs.RunActions(context.Background(), m.Graph(), s); err != nil {
+		if err := transaction.Run(context.Background(), m.Graph(), s); err != nil {
 			t.Fatal(err)
 		}
 	}
@@ -89,7 +89,7 @@ func TestBitmapsOfHugeDisks(t *testing.T) {
 	n := m.Graph().Node("n")
 	run := func(s *BitmapStep) {
 		t.Helper()
-		if err := jobs.RunActions(context.Background(), m.Graph(), s); err != nil {
+		if err := transaction.Run(context.Background(), m.Graph(), s); err != nil {
 			t.Fatal(err)
 		}
 	}

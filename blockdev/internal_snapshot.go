@@ -9,6 +9,7 @@ import (
 	"qblockd/graph"
 	"qblockd/graph/blk"
 	"qblockd/graph/perm"
+	"qblockd/graph/transaction"
 	"qblockd/schema/types"
 )
 
@@ -56,9 +57,10 @@ func snapshotter(n *graph.Node, writable bool) (*graph.Node, graph.Snapshotter) 
 	return nil, nil
 }
 
-// InternalSnapshot is the body of blockdev-snapshot-internal-sync, as a step of a transaction (jobs.Action). The snapshot is made in Prepare and deleted again in
-// Abort.
+// InternalSnapshot is the body of blockdev-snapshot-internal-sync, as a step of a transaction. The
+// snapshot is made in Prepare and deleted again in Abort.
 type InternalSnapshot struct {
+	transaction.Noop
 	m      *Manager
 	args   *types.BlockdevSnapshotInternal
 	keeper *graph.Node // that has the snapshot
@@ -67,12 +69,18 @@ type InternalSnapshot struct {
 	id, name string
 }
 
+var _ interface {
+	transaction.Action
+	transaction.Holder
+	transaction.Quiescer
+} = (*InternalSnapshot)(nil)
+
 // InternalSnapshot makes the step.
 func (m *Manager) InternalSnapshot(a *types.BlockdevSnapshotInternal) *InternalSnapshot {
 	return &InternalSnapshot{m: m, args: a}
 }
 
-// Nodes implements jobs.Action.
+// Nodes implements transaction.Action.
 func (s *InternalSnapshot) Nodes() []*graph.Node {
 	if n, err := s.m.LookupRoot(s.args.Device); err == nil {
 		if keeper, _ := snapshotter(n, true); keeper != nil && keeper != n {
@@ -83,7 +91,7 @@ func (s *InternalSnapshot) Nodes() []*graph.Node {
 	return nil
 }
 
-// Holds implements jobs.Holder: the node also where it cannot be, for Prepare to say.
+// Holds implements transaction.Holder: the node also where it cannot be, for Prepare to say.
 func (s *InternalSnapshot) Holds() []*graph.Node {
 	if n := s.m.g.Node(s.args.Device); n != nil {
 		return []*graph.Node{n}
@@ -91,15 +99,15 @@ func (s *InternalSnapshot) Holds() []*graph.Node {
 	return nil
 }
 
-// Seen implements jobs.Discreet.
-func (s *InternalSnapshot) Seen() []*graph.Node {
+// Quiesces implements transaction.Quiescer.
+func (s *InternalSnapshot) Quiesces() []*graph.Node {
 	if l := s.Nodes(); l != nil {
 		return l[:1]
 	}
 	return nil
 }
 
-// Prepare implements jobs.Action.
+// Prepare implements transaction.Action.
 func (s *InternalSnapshot) Prepare(ctx context.Context, tx *graph.Tx) error {
 	s.store = nil
 	device, name := s.args.Device, s.args.Name
@@ -140,10 +148,7 @@ func (s *InternalSnapshot) Prepare(ctx context.Context, tx *graph.Tx) error {
 	return nil
 }
 
-// Commit implements jobs.Action.
-func (s *InternalSnapshot) Commit() {}
-
-// Abort implements jobs.Action.
+// Abort implements transaction.Action.
 func (s *InternalSnapshot) Abort() {
 	if s.store == nil {
 		return
@@ -152,9 +157,6 @@ func (s *InternalSnapshot) Abort() {
 		s.m.log.Error("an internal snapshot of a transaction that failed stays", "node", s.args.Device, "snapshot", s.args.Name, "error", err)
 	}
 }
-
-// Clean implements jobs.Action.
-func (s *InternalSnapshot) Clean() {}
 
 func deleteSnapshot(ctx context.Context, keeper *graph.Node, store graph.Snapshotter, id, name string) error {
 	keeper.MustHold()

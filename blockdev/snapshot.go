@@ -6,12 +6,15 @@ import (
 
 	"qblockd/graph"
 	"qblockd/graph/perm"
+	"qblockd/graph/transaction"
 	"qblockd/schema/types"
 )
 
-// Snapshot is the body of blockdev-snapshot and blockdev-snapshot-sync, as a step of a transaction (jobs.Action): all parents of a node
-// move to an overlay, which gets the node as its backing file. What was written to the node before is on stable storage then.
+// Snapshot is the body of blockdev-snapshot and blockdev-snapshot-sync, as a step of a transaction:
+// all parents of a node move to an overlay, which gets the node as its backing file. What was
+// written to the node before is on stable storage then.
 type Snapshot struct {
+	transaction.Noop
 	m            *Manager
 	device, node *string
 	overlay      string                      // of blockdev-snapshot, or
@@ -22,6 +25,13 @@ type Snapshot struct {
 	below  bool    // old is below the overlay
 	done   bool
 }
+
+var _ interface {
+	transaction.Action
+	transaction.Opener
+	transaction.Holder
+	transaction.Quiescer
+} = (*Snapshot)(nil)
 
 // Snapshot makes the step of blockdev-snapshot.
 func (m *Manager) Snapshot(a *types.BlockdevSnapshot) *Snapshot {
@@ -48,7 +58,7 @@ func (s *Snapshot) check(tx *graph.Tx) (err error) {
 	return tx.Blocked(s.old, graph.OpExternalSnapshot)
 }
 
-// Open implements jobs.Opener: it makes and opens the overlay of blockdev-snapshot-sync. What cannot be otherwise is told by Prepare.
+// Open implements transaction.Opener: it makes and opens the overlay of blockdev-snapshot-sync. What cannot be otherwise is told by Prepare.
 func (s *Snapshot) Open(ctx context.Context, sketch *graph.Tx) error {
 	err := s.check(sketch)
 	if err == nil && s.sync != nil {
@@ -89,7 +99,7 @@ func (s *Snapshot) makeOverlay(ctx context.Context, sketch *graph.Tx) error {
 	return err
 }
 
-// Nodes implements jobs.Action.
+// Nodes implements transaction.Action.
 func (s *Snapshot) Nodes() []*graph.Node {
 	old, err := s.m.Lookup(s.device, s.node)
 	if err != nil {
@@ -102,7 +112,7 @@ func (s *Snapshot) Nodes() []*graph.Node {
 	return nodes
 }
 
-// Holds implements jobs.Holder: the overlay also of a node that an earlier step makes.
+// Holds implements transaction.Holder: the overlay also of a node that an earlier step makes.
 func (s *Snapshot) Holds() []*graph.Node {
 	if n := s.m.g.Node(s.overlay); n != nil && s.sync == nil {
 		return []*graph.Node{n}
@@ -110,8 +120,8 @@ func (s *Snapshot) Holds() []*graph.Node {
 	return nil
 }
 
-// Seen implements jobs.Discreet: the reference quiesces the overlay when nothing speaks against it any more.
-func (s *Snapshot) Seen() []*graph.Node {
+// Quiesces implements transaction.Quiescer: the reference quiesces the overlay when nothing speaks against it any more.
+func (s *Snapshot) Quiesces() []*graph.Node {
 	switch {
 	case s.below:
 		return s.Nodes()
@@ -121,7 +131,7 @@ func (s *Snapshot) Seen() []*graph.Node {
 	return nil
 }
 
-// Prepare implements jobs.Action.
+// Prepare implements transaction.Action.
 func (s *Snapshot) Prepare(ctx context.Context, tx *graph.Tx) error {
 	if err := s.check(tx); err != nil {
 		return err
@@ -170,7 +180,7 @@ func (s *Snapshot) fits(tx *graph.Tx, overlay *graph.Node) error {
 	return overlay.Blocked(graph.OpOverlay)
 }
 
-// Commit implements jobs.Action.
+// Commit implements transaction.Action.
 func (s *Snapshot) Commit() {
 	s.done = true
 	if s.opened != nil {
@@ -185,10 +195,7 @@ func (s *Snapshot) Commit() {
 	}
 }
 
-// Abort implements jobs.Action.
-func (s *Snapshot) Abort() {}
-
-// Clean implements jobs.Action.
+// Clean implements transaction.Action.
 func (s *Snapshot) Clean() {
 	if s.opened != nil && !s.done {
 		s.opened.Discard()

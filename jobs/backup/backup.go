@@ -14,15 +14,11 @@ package backup
 import (
 	"context"
 	"errors"
-	"fmt"
 	"log/slog"
-	"math"
-	"slices"
 
 	"qblockd/blockdev/filter/copybeforewrite"
 	"qblockd/graph"
 	"qblockd/graph/blk"
-	"qblockd/graph/perm"
 	"qblockd/jobs"
 	"qblockd/jobs/chain"
 	"qblockd/jobs/copy"
@@ -64,6 +60,7 @@ var errInUse = errors.New("block device is in use by block job: backup")
 type job struct {
 	Args
 	g      *graph.Graph
+	mj     *jobs.Job   // nil until it is created
 	filter *graph.Node // nil once removed
 	driver *copybeforewrite.Driver
 	root   *graph.Root        // of the job's requests
@@ -75,244 +72,6 @@ type job struct {
 	ok     bool
 	lost   bool // the target could not be flushed: nobody knows what of it is on stable storage
 	block  []func()
-}
-
-// Step makes the job as a step of a transaction (jobs.Action). Release lets it go on once its command is answered.
-type Step struct {
-	m *jobs.Manager
-	*job
-	mj       *jobs.Job
-	prepared bool
-	started  bool
-	release  func()
-}
-
-// NewStep makes the step.
-func NewStep(m *jobs.Manager, a Args) *Step {
-	return &Step{m: m, job: &job{Args: a, g: a.Source.Graph()}}
-}
-
-// Nodes implements jobs.Action.
-func (s *Step) Nodes() []*graph.Node { return []*graph.Node{s.Source, s.Target} }
-
-// Prepare implements jobs.Action.
-func (s *Step) Prepare(_ context.Context, tx *graph.Tx) (err error) {
-	if err := s.check(); err != nil {
-		return err
-	}
-	// What the graph does not allow is told before the job is announced.
-	if err := s.makeFilter(tx); err != nil {
-		return fmt.Errorf("Could not create node: %w", err)
-	}
-	refused := s.insert(tx)
-	if refused != nil && len(tx.Parents(s.filter)) > 0 {
-		return fmt.Errorf("Could not replace node: %w", refused)
-	}
-	if err := s.overlaid(tx); err != nil {
-		return err
-	}
-	if c := s.driver.Cluster(); s.MaxChunk > 0 && s.MaxChunk < c {
-		return fmt.Errorf("Required max-chunk (%d) is less than backup cluster size (%d)", s.MaxChunk, c)
-	}
-	s.mj, err = s.m.Create(jobs.Spec{
-		ID: s.ID, Type: types.JobTypeBackup, Runner: s.job, Block: true, Speed: s.Speed, Txn: s.Txn,
-		ManualFinalize: s.ManualFinalize, ManualDismiss: s.ManualDismiss,
-		Instant: s.Source.Instant() && s.Target.Instant(), Nodes: []*graph.Node{s.filter},
-	})
-	if err != nil {
-		return err
-	}
-	if refused != nil {
-		return refused // in the reference, by the job as the filter's first parent
-	}
-	s.driver.OnCopied(s.mj.Count)
-	if err = s.attach(tx); err != nil {
-		return err
-	}
-	s.prepared = true
-	// From here on: later steps of the transaction find them in use.
-	s.block = append(s.block, s.filter.BlockAll(errInUse, graph.OpDataplane), s.Target.BlockAll(errInUse, graph.OpDataplane))
-	return nil
-}
-
-// takesCompressed tells whether compressed writes come to a node that compresses: filters only pass them on.
-func takesCompressed(n *graph.Node) bool {
-	for n.Caps().WriteFlags&blk.Compressed != 0 {
-		below := n.FilteredChild()
-		if below == nil {
-			return true
-		}
-		n = below.Node()
-	}
-	return false
-}
-
-// check refuses what cannot be backed up, in the reference's order.
-func (s *Step) check() error {
-	switch {
-	case s.Source == s.Target:
-		return errors.New("Source and target cannot be the same")
-	case s.Compress && !takesCompressed(s.Target):
-		return errors.New("Compression is not supported for this drive ") // where the reference names a device
-	}
-	if err := s.Source.Blocked(graph.OpBackupSource); err != nil {
-		return err
-	}
-	if err := s.Target.Blocked(graph.OpBackupTarget); err != nil {
-		return err
-	}
-	switch {
-	case s.MaxWorkers != nil && (*s.MaxWorkers < 1 || *s.MaxWorkers > math.MaxInt32):
-		return fmt.Errorf("max-workers must be between 1 and %d", math.MaxInt32)
-	case s.MaxChunk < 0:
-		return errors.New("max-chunk must be zero (which means no limit) or positive")
-	case s.Bitmap != nil && s.BitmapMode != types.BitmapSyncModeNever:
-		if err := s.Bitmap.Check(graph.BitmapChange); err != nil {
-			return err
-		}
-	}
-	if rounded(s.Source.Size()) != rounded(s.Target.Size()) {
-		return errors.New("Source and target image have different sizes")
-	}
-	return nil
-}
-
-// overlaid refuses a target that an earlier step of the transaction has made the backing file of an overlay, which is to find there what it held.
-func (s *Step) overlaid(tx *graph.Tx) error {
-	before := s.Target.Parents()
-	for _, e := range tx.Parents(s.Target) {
-		if n := e.ParentNode(); n != nil && e.Role()&perm.COW != 0 && !slices.Contains(before, e) {
-			return &graph.BusyError{Node: s.Target.Name(), Reason: fmt.Errorf("node is used as backing hd of '%s'", n.Name())}
-		}
-	}
-	return nil
-}
-
-func rounded(size int64) int64 { return blk.AlignUp(size, 512) }
-
-// makeFilter makes the filter above the target.
-func (s *Step) makeFilter(tx *graph.Tx) error {
-	name, err := graph.GivenName(s.FilterNodeName)
-	if err != nil {
-		return err
-	}
-	source := s.Source.Options()
-	filter, err := tx.NewNode(&graph.Options{
-		Name: name, DriverName: copybeforewrite.DriverName, Kind: graph.Filter,
-		Implicit: name == "", Discard: true, Direct: source.Direct, NoFlush: source.NoFlush,
-	})
-	if err != nil {
-		return err
-	}
-	s.driver = copybeforewrite.New(filter, s.Source.Size(), copybeforewrite.ClusterSize(s.Target), s.Compress)
-	if s.Buffered {
-		s.driver.CopyThroughMemory()
-	}
-	filter.SetDriver(s.driver)
-	s.filter = filter
-	if _, err := tx.Attach(filter, "target", perm.Data, s.Target); err != nil {
-		return err
-	}
-	return tx.Try()
-}
-
-// insert puts the filter above the source.
-func (s *Step) insert(tx *graph.Tx) error {
-	if _, err := tx.InsertFilter(s.filter, "file", s.Source); err != nil {
-		return err
-	}
-	s.driver.TrackReaders(s.Source, s.Target)
-	if err := tx.Publish(s.filter); err != nil {
-		return err
-	}
-	return tx.Try()
-}
-
-// attach takes what the job relies on, and fixes the point in time: the nodes are quiet.
-func (s *Step) attach(tx *graph.Tx) (err error) {
-	spec := graph.RootSpec{
-		EdgeName: "main node", Kind: graph.KindJob, Name: s.mj.ID(), Desc: s.mj.Describe(), StayAtNode: true, Job: true,
-		Claim: perm.Claim{Share: perm.All},
-	}
-	if s.root, err = tx.AttachRoot(spec, s.filter); err != nil {
-		return err
-	}
-	spec.EdgeName = "target"
-	if s.hold, err = tx.AttachRoot(spec, s.Target); err != nil {
-		return err
-	}
-	pending := s.driver.Pending()
-	if s.Bitmap != nil {
-		s.Bitmap.Freeze()
-		s.frozen = true
-	}
-	if s.listed, err = s.Source.NewDirtyBitmap(graph.DirtyBitmapSpec{Bits: pending, Disabled: true}); err != nil {
-		return err
-	}
-	if s.Sync == types.MirrorSyncModeBitmap {
-		pending.Merge(s.Bitmap.Bits())
-	} else {
-		pending.SetAll()
-	}
-	s.driver.Access().SetAll()
-	s.idle = pending.Empty()
-	return nil
-}
-
-// Commit implements jobs.Action.
-func (s *Step) Commit() {}
-
-// Start implements jobs.Starter. The job is paused as long as the nodes are quiet.
-func (s *Step) Start() {
-	s.mj.Hold()
-	s.release = s.m.Start(s.mj)
-	s.started = true
-}
-
-// Abort implements jobs.Action.
-func (s *Step) Abort() {
-	for _, f := range s.block {
-		f()
-	}
-	s.block = nil
-	if s.listed != nil {
-		s.listed.Remove()
-	}
-	if s.frozen {
-		s.Bitmap.Reclaim()
-		s.frozen = false
-	}
-	if s.driver != nil {
-		_ = s.driver.Close()
-	}
-	switch {
-	case s.mj == nil:
-	case s.prepared:
-		s.m.Abandon(s.mj)
-	default:
-		s.m.Discard(s.mj)
-	}
-}
-
-// Clean implements jobs.Action.
-func (s *Step) Clean() {
-	if s.started {
-		s.mj.Unhold()
-	}
-}
-
-// Settle is jobs.Job.Settle of a started job.
-func (s *Step) Settle() {
-	if s.started {
-		s.mj.Settle()
-	}
-}
-
-// Release lets a started job go on; see jobs.Manager.Start.
-func (s *Step) Release() {
-	if s.release != nil {
-		s.release()
-	}
 }
 
 // Run implements jobs.Runner.

@@ -17,6 +17,7 @@ import (
 	"qblockd/events"
 	"qblockd/graph"
 	"qblockd/graph/blk"
+	"qblockd/graph/transaction"
 	"qblockd/jobs"
 	"qblockd/jobs/backup"
 	"qblockd/schema/types"
@@ -119,7 +120,7 @@ func (w *world) args() backup.Args {
 func (w *world) start(a backup.Args) *jobs.Job {
 	w.t.Helper()
 	s := backup.NewStep(w.m, a)
-	if err := jobs.RunActions(context.Background(), w.g, s); err != nil {
+	if err := transaction.Run(context.Background(), w.g, s); err != nil {
 		w.t.Fatal(err)
 	}
 	s.Release()
@@ -187,7 +188,7 @@ func TestPointInTime(t *testing.T) {
 	for i := range 20 {
 		w := newWorld(t)
 		s := backup.NewStep(w.m, w.args())
-		if err := jobs.RunActions(context.Background(), w.g, s); err != nil {
+		if err := transaction.Run(context.Background(), w.g, s); err != nil {
 			t.Fatal(err)
 		}
 		j, stop := w.m.Get("j"), make(chan struct{})
@@ -218,7 +219,7 @@ func TestFailingCopiesUnderLoad(t *testing.T) {
 		a := w.args()
 		a.OnTargetError = types.BlockdevOnErrorIgnore // that is: again
 		s := backup.NewStep(w.m, a)
-		if err := jobs.RunActions(context.Background(), w.g, s); err != nil {
+		if err := transaction.Run(context.Background(), w.g, s); err != nil {
 			t.Fatal(err)
 		}
 		j := w.m.Get("j")
@@ -285,7 +286,7 @@ func TestConsistentCut(t *testing.T) {
 		argsA, argsB := a.args(), b.args()
 		argsB.ID = "k"
 		sa, sb := backup.NewStep(a.m, argsA), backup.NewStep(a.m, argsB)
-		if err := jobs.RunActions(context.Background(), a.g, sa, sb); err != nil {
+		if err := transaction.Run(context.Background(), a.g, sa, sb); err != nil {
 			t.Fatal(err)
 		}
 		sa.Release()
@@ -358,7 +359,7 @@ func TestEnds(t *testing.T) {
 			a := w.args()
 			a.Sync, a.Bitmap, a.BitmapMode = types.MirrorSyncModeBitmap, b, c.mode
 			s := backup.NewStep(w.m, a)
-			if err := jobs.RunActions(context.Background(), w.g, s); err != nil {
+			if err := transaction.Run(context.Background(), w.g, s); err != nil {
 				t.Fatal(err)
 			}
 			if err := b.Check(graph.BitmapRead); err == nil {
@@ -435,7 +436,7 @@ func TestFaults(t *testing.T) {
 
 // canceller is a step of a transaction that cancels a job.
 type canceller struct {
-	jobs.NoAction
+	transaction.Noop
 	m *jobs.Manager
 }
 
@@ -445,7 +446,7 @@ func (c canceller) Commit() { _ = c.m.Get("j").Cancel(true) }
 func TestCancelledBeforeTheStart(t *testing.T) {
 	w := newWorld(t)
 	s := backup.NewStep(w.m, w.args())
-	if err := jobs.RunActions(context.Background(), w.g, canceller{m: w.m}, s); err != nil {
+	if err := transaction.Run(context.Background(), w.g, canceller{m: w.m}, s); err != nil {
 		t.Fatal(err)
 	}
 	j := w.m.Get("j")

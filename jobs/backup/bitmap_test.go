@@ -12,6 +12,7 @@ import (
 
 	"qblockd/blockdev/drivertest"
 	"qblockd/graph"
+	"qblockd/graph/transaction"
 	"qblockd/jobs"
 	"qblockd/jobs/backup"
 	"qblockd/schema/types"
@@ -149,7 +150,7 @@ func bitsAreKept(t *testing.T, mode types.BitmapSyncMode, sync types.MirrorSyncM
 func (w *world) begin(a backup.Args) *backup.Step {
 	w.t.Helper()
 	s := backup.NewStep(w.m, a)
-	if err := jobs.RunActions(context.Background(), w.g, s); err != nil {
+	if err := transaction.Run(context.Background(), w.g, s); err != nil {
 		w.t.Fatal(err)
 	}
 	return s

@@ -10,7 +10,7 @@ import (
 
 	"qblockd/blockdev/drivertest"
 	"qblockd/graph"
-	"qblockd/jobs"
+	"qblockd/graph/transaction"
 	"qblockd/jobs/backup"
 	"qblockd/schema/types"
 )
@@ -52,7 +52,7 @@ func guestFirst(t *testing.T, rule drivertest.Rule, busy bool, want error) {
 	a := w.args()
 	a.Buffered, a.Sync, a.Bitmap, a.BitmapMode = true, types.MirrorSyncModeBitmap, b, types.BitmapSyncModeAlways
 	s := backup.NewStep(w.m, a)
-	if err := jobs.RunActions(context.Background(), w.g, held{s}); err != nil {
+	if err := transaction.Run(context.Background(), w.g, held{s}); err != nil {
 		t.Fatal(err)
 	}
 	if rule.Ops != 0 {

@@ -8,6 +8,7 @@ import (
 
 	"qblockd/blockdev/drivertest"
 	"qblockd/graph"
+	"qblockd/graph/transaction"
 	"qblockd/jobs"
 	"qblockd/jobs/backup"
 	"qblockd/schema/types"
@@ -61,7 +62,7 @@ func hugeBackup(t *testing.T, size int64, sync types.MirrorSyncMode, granularity
 		a.Bitmap, a.BitmapMode = b, types.BitmapSyncModeOnSuccess
 	}
 	s := backup.NewStep(w.m, a)
-	if err := jobs.RunActions(context.Background(), w.g, s); err != nil {
+	if err := transaction.Run(context.Background(), w.g, s); err != nil {
 		t.Fatal(err)
 	}
 	// Guests come first, and beside the job.

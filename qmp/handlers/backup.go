@@ -8,6 +8,7 @@ import (
 	"qblockd/blockdev"
 	"qblockd/graph"
 	"qblockd/graph/perm"
+	"qblockd/graph/transaction"
 	"qblockd/jobs"
 	"qblockd/jobs/backup"
 	"qblockd/qmp"
@@ -20,8 +21,8 @@ func (h BlockJob) BlockdevBackup(ctx context.Context, a *types.BlockdevBackup) e
 	if err := h.Jobs.Transaction(ctx, h.Graph, s); err != nil {
 		return err
 	}
-	s.Settle()
-	qmp.AfterReply(ctx, s.Release)
+	s.job.Settle()
+	qmp.AfterReply(ctx, s.job.Release)
 	return nil
 }
 
@@ -36,8 +37,15 @@ type backupStep struct {
 	source *graph.Node // that the target is to have as its backing file; nil: as its header says
 	found  bool        // both nodes
 	done   bool
-	*backup.Step
+	job    *backup.Step // nil until it is prepared
 }
+
+var _ interface {
+	transaction.Action
+	transaction.Opener
+	transaction.Starter
+	transaction.Quiescer
+} = (*backupStep)(nil)
 
 // DriveBackup implements types.BlockJobHandler: a transaction of one step.
 func (h BlockJob) DriveBackup(ctx context.Context, a *types.DriveBackup) error {
@@ -45,8 +53,8 @@ func (h BlockJob) DriveBackup(ctx context.Context, a *types.DriveBackup) error {
 	if err := h.Jobs.Transaction(ctx, h.Graph, s); err != nil {
 		return err
 	}
-	s.Settle()
-	qmp.AfterReply(ctx, s.Release)
+	s.job.Settle()
+	qmp.AfterReply(ctx, s.job.Release)
 	return nil
 }
 
@@ -58,7 +66,7 @@ func (h BlockJob) driveBackup(a *types.DriveBackup) *backupStep {
 	}}
 }
 
-// Open implements jobs.Opener: it makes and opens the file of drive-backup.
+// Open implements transaction.Opener: it makes and opens the file of drive-backup.
 func (s *backupStep) Open(ctx context.Context, sketch *graph.Tx) error {
 	a := s.drive
 	if a == nil {
@@ -101,7 +109,7 @@ func (s *backupStep) Open(ctx context.Context, sketch *graph.Tx) error {
 	return err
 }
 
-// Nodes implements jobs.Action.
+// Nodes implements transaction.Action.
 func (s *backupStep) Nodes() []*graph.Node {
 	source := s.node(s.args.Device)
 	if s.drive != nil {
@@ -110,8 +118,8 @@ func (s *backupStep) Nodes() []*graph.Node {
 	return append(source, s.node(s.args.Target)...)
 }
 
-// Seen implements jobs.Discreet.
-func (s *backupStep) Seen() []*graph.Node {
+// Quiesces implements transaction.Quiescer.
+func (s *backupStep) Quiesces() []*graph.Node {
 	if !s.found {
 		return nil
 	}
@@ -126,7 +134,7 @@ func (s *backupStep) node(name string) []*graph.Node {
 	return []*graph.Node{n}
 }
 
-// Prepare implements jobs.Action.
+// Prepare implements transaction.Action.
 func (s *backupStep) Prepare(ctx context.Context, tx *graph.Tx) error {
 	a := s.args
 	s.found = false
@@ -158,8 +166,8 @@ func (s *backupStep) Prepare(ctx context.Context, tx *graph.Tx) error {
 		args.MaxChunk, args.Buffered = deref(p.MaxChunk), isFalse(p.UseCopyRange)
 		args.MaxWorkers = p.MaxWorkers
 	}
-	s.Step = backup.NewStep(s.h.Jobs, args)
-	return s.Step.Prepare(ctx, tx)
+	s.job = backup.NewStep(s.h.Jobs, args)
+	return s.job.Prepare(ctx, tx)
 }
 
 // target is the node that is copied to.
@@ -218,35 +226,33 @@ func backupBitmap(args *backup.Args, a *types.BlockdevBackup) error {
 	return nil
 }
 
-// The rest of jobs.Action: there is a Step only once it was prepared.
-
-// Commit implements jobs.Action.
+// Commit implements transaction.Action.
 func (s *backupStep) Commit() {
 	if s.done = true; s.opened != nil {
 		s.opened.Done()
 	}
-	s.Step.Commit()
+	s.job.Commit()
 }
 
-// Start implements jobs.Starter.
-func (s *backupStep) Start() { s.Step.Start() }
+// Start implements transaction.Starter.
+func (s *backupStep) Start() { s.job.Start() }
 
-// Abort implements jobs.Action.
+// Abort implements transaction.Action.
 func (s *backupStep) Abort() {
-	if s.Step != nil {
-		s.Step.Abort()
+	if s.job != nil {
+		s.job.Abort()
 	}
 }
 
-// Clean implements jobs.Action.
+// Clean implements transaction.Action.
 func (s *backupStep) Clean() {
 	if s.opened != nil && !s.done {
 		s.opened.Discard()
 	}
-	if s.Step != nil {
-		s.Step.Clean()
+	if s.job != nil {
+		s.job.Clean()
 	}
 	if !s.done {
-		s.opened, s.Step, s.source = nil, nil, nil
+		s.opened, s.job, s.source = nil, nil, nil
 	}
 }

@@ -3,14 +3,14 @@ package handlers
 import (
 	"context"
 
-	"qblockd/jobs"
+	"qblockd/graph/transaction"
 	"qblockd/schema/types"
 )
 
 // The commands on dirty bitmaps and external snapshots are transactions of one step.
 
-func (b BlockCore) run(ctx context.Context, a jobs.Action) error {
-	return jobs.RunActions(ctx, b.Nodes.Graph(), a)
+func (b BlockCore) run(ctx context.Context, a transaction.Action) error {
+	return transaction.Run(ctx, b.Nodes.Graph(), a)
 }
 
 // BlockDirtyBitmapAdd makes a bitmap.

@@ -7,6 +7,7 @@ import (
 
 	"qblockd/blockdev"
 	"qblockd/graph"
+	"qblockd/graph/transaction"
 	"qblockd/jobs"
 	"qblockd/qmp"
 	"qblockd/schema/types"
@@ -26,7 +27,7 @@ func (h Transaction) Transaction(ctx context.Context, a *types.TransactionArgs) 
 	if p := a.Properties; p != nil && p.CompletionMode != nil {
 		mode = *p.CompletionMode
 	}
-	var l []jobs.Action
+	var l []transaction.Action
 	var started []*backupStep
 	var txn *jobs.Txn // nil: each job stands alone
 	if mode == types.ActionCompletionModeGrouped {
@@ -46,13 +47,13 @@ func (h Transaction) Transaction(ctx context.Context, a *types.TransactionArgs) 
 		return err
 	}
 	for _, b := range started {
-		b.Settle()
-		qmp.AfterReply(ctx, b.Release)
+		b.job.Settle()
+		qmp.AfterReply(ctx, b.job.Release)
 	}
 	return nil
 }
 
-func (h Transaction) action(a *types.TransactionAction) jobs.Action {
+func (h Transaction) action(a *types.TransactionAction) transaction.Action {
 	switch u := a.U.(type) {
 	case *types.BlockDirtyBitmapAddWrapper:
 		return h.Nodes.BitmapAdd(&u.Data)
@@ -83,9 +84,9 @@ func (h Transaction) action(a *types.TransactionAction) jobs.Action {
 
 // refused is a step that fails: what comes after it is not even begun.
 type refused struct {
-	jobs.NoAction
+	transaction.Noop
 	err error
 }
 
-// Open implements jobs.Opener.
+// Open implements transaction.Opener.
 func (r refused) Open(context.Context, *graph.Tx) error { return r.err }

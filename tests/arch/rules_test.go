@@ -37,14 +37,14 @@ var rules = []rule{
 	{"cmd/qblockd", []string{"cmd/qblockd/cmdline", "cmd/man", "schema", "qmp/...", "jobs/...", "blockdev/...", "graph/..."}},
 
 	{"qmp/handlers", []string{"qmp", "qmp/chardev", "jobs", "jobs/*", "blockdev", "blockdev/export", "blockdev/object", "graph",
-		"graph/perm", "schema"}}, // schema: query-qmp-schema and query-commands answer its bytes
+		"graph/perm", "graph/transaction", "schema"}}, // schema: query-qmp-schema and query-commands answer its bytes
 	{"qmp/chardev", []string{"qmp/chardev/sockets"}},
 	{"qmp", []string{"schema"}},
 
 	{"jobs/copy", []string{"jobs", "graph", "graph/*"}},
 	{"jobs/chain", []string{"graph", "graph/*"}},
 	{"jobs/*", []string{"jobs", "jobs/copy", "jobs/chain", "blockdev/filter/*", "graph", "graph/*"}},
-	{"jobs", []string{"jobs/machine", "graph"}},
+	{"jobs", []string{"jobs/machine", "graph", "graph/transaction"}},
 
 	{"blockdev/drivertest", []string{"graph", "graph/*"}},
 	{"blockdev/format/qcow2", []string{"blockdev/format/qcow2/layout", "graph", "graph/*"}},
@@ -59,6 +59,7 @@ var rules = []rule{
 	{"blockdev/*", []string{"graph", "graph/*"}},
 	{"blockdev", []string{"blockdev/*", "blockdev/protocol/*", "blockdev/format/*", "blockdev/filter/*", "graph", "graph/*"}},
 
+	{"graph/transaction", []string{"graph"}},
 	{"graph", []string{"graph/perm", "graph/bitmap"}},
 
 	{"schema/check", []string{"schema"}},

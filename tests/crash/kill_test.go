@@ -15,7 +15,7 @@ import (
 	"testing"
 	"time"
 
-	"qblockd/jobs"
+	"qblockd/graph/transaction"
 	"qblockd/schema/types"
 	"qblockd/tests/daemon"
 	"qblockd/tests/rig"
@@ -125,7 +125,7 @@ func (r *killRound) make() {
 		r.t.Fatal(err)
 	}
 	add := x.Nodes.BitmapAdd(&types.BlockDirtyBitmapAdd{Node: "top", Name: "all", Persistent: rig.Ptr(true), Granularity: rig.Ptr(uint32(512) << r.rnd.IntN(9))})
-	if err := errors.Join(jobs.RunActions(ctx, x.Graph, add), x.Nodes.Del(ctx, "top")); err != nil {
+	if err := errors.Join(transaction.Run(ctx, x.Graph, add), x.Nodes.Del(ctx, "top")); err != nil {
 		r.t.Fatal(err)
 	}
 }

@@ -9,7 +9,7 @@ import (
 	"qblockd/blockdev/drivertest"
 	"qblockd/graph"
 	"qblockd/graph/blk"
-	"qblockd/jobs"
+	"qblockd/graph/transaction"
 	"qblockd/schema/types"
 	"qblockd/tests/rig"
 )
@@ -89,9 +89,9 @@ func (e *env) commit(top, base *string, pivot bool) error {
 	return e.ended(pivot)
 }
 
-func (e *env) act(a ...jobs.Action) error { return jobs.RunActions(e.ctx, e.Graph, a...) }
+func (e *env) act(a ...transaction.Action) error { return transaction.Run(e.ctx, e.Graph, a...) }
 
-func (e *env) addBitmap(name string) jobs.Action {
+func (e *env) addBitmap(name string) transaction.Action {
 	return e.Nodes.BitmapAdd(&types.BlockDirtyBitmapAdd{Node: "top", Name: name, Persistent: rig.Ptr(true)})
 }
 

@@ -5,7 +5,7 @@ import (
 	"fmt"
 	"slices"
 
-	"qblockd/jobs"
+	"qblockd/graph/transaction"
 	"qblockd/schema/types"
 	"qblockd/tests/rig"
 )
@@ -109,7 +109,7 @@ func (w *world) bitmap(m *image, o Op) error {
 	}
 }
 
-func (w *world) act(a jobs.Action) error { return jobs.RunActions(w.ctx, w.x.Graph, a) }
+func (w *world) act(a transaction.Action) error { return transaction.Run(w.ctx, w.x.Graph, a) }
 
 // checkBitmaps looks whether the bitmaps of m are there and have what they have to.
 func (w *world) checkBitmaps(m *image) error {

@@ -1,4 +1,4 @@
-package jobs
+package transaction
 
 import (
 	"context"
@@ -38,7 +38,7 @@ func (s step) Open(context.Context, *graph.Tx) error {
 	return s.open
 }
 
-func TestRunActions(t *testing.T) {
+func TestRun(t *testing.T) {
 	bad := errors.New("bad")
 	for _, c := range []struct {
 		fail string // "", "open 1", "prepare 0"
@@ -61,7 +61,7 @@ func TestRunActions(t *testing.T) {
 			}
 			l = append(l, s)
 		}
-		err := RunActions(context.Background(), graph.New(events.NewBus(events.Options{})), l...)
+		err := Run(context.Background(), graph.New(events.NewBus(events.Options{})), l...)
 		if (err != nil) != (c.fail != "") || strings.Join(log, ", ") != c.want {
 			t.Errorf("failing %q: %v\n%s, want\n%s", c.fail, err, strings.Join(log, ", "), c.want)
 		}
@@ -89,7 +89,7 @@ func TestActionPanics(t *testing.T) {
 		if c.bug == "abort" {
 			l[2] = step{name: "2", log: &log, prepare: errors.New("bad")}
 		}
-		err := RunActions(t.Context(), graph.New(events.NewBus(events.Options{})), l...)
+		err := Run(t.Context(), graph.New(events.NewBus(events.Options{})), l...)
 		if (err != nil) != c.fails || strings.Join(log, ", ") != c.want {
 			t.Errorf("a bug in %s: %v\n%s, want\n%s", c.bug, err, strings.Join(log, ", "), c.want)
 		}
