@@ -26,7 +26,7 @@ const probeBytes = 512
 func (o *opener) probe(p *plan, file *graph.Node) error {
 	head, err := o.readHead(file)
 	if err != nil {
-		return &textError{"Could not read image for determining its format: " + blk.ErrnoText(err), err}
+		return blk.Errnof(err, "Could not read image for determining its format")
 	}
 	if p.drv, err = o.m.guess(head, o.m.name(file).exact); err != nil {
 		return err

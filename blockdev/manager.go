@@ -177,18 +177,12 @@ func (m *Manager) Find(name string) (*graph.Node, error) {
 	return nil, fmt.Errorf("Failed to find node with node-name='%s'", name)
 }
 
-// classError is an error with a class of its own on the wire.
-type classError struct{ text, class string }
-
-func (e *classError) Error() string    { return e.text }
-func (e *classError) QMPClass() string { return e.class }
-
 // FindDevice finds a node for the block job commands, whose error has the class DeviceNotFound.
 func (m *Manager) FindDevice(name string) (*graph.Node, error) {
 	if n := m.g.Node(name); n != nil {
 		return n, nil
 	}
-	return nil, &classError{"Device '" + name + "' not found", "DeviceNotFound"}
+	return nil, blk.WithClass(fmt.Errorf("Device '%s' not found", name), "DeviceNotFound")
 }
 
 // Resize changes the size of a node (block_resize). Requests on the node wait meanwhile.

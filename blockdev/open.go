@@ -313,12 +313,3 @@ func (o *opener) openBacking(p *plan) error {
 	}
 	return o.commit(tx, nil, n)
 }
-
-// textError says text for the error err.
-type textError struct {
-	text string
-	err  error
-}
-
-func (e *textError) Error() string { return e.text }
-func (e *textError) Unwrap() error { return e.err }

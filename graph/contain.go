@@ -57,12 +57,7 @@ func (s *ioState) guard(n *Node) {
 }
 
 // errFailed is what requests to a node that has failed get.
-var errFailed error = &failedError{}
-
-type failedError struct{}
-
-func (*failedError) Error() string { return "The node is unusable after an internal error" }
-func (*failedError) Unwrap() error { return syscall.EIO }
+var errFailed = blk.Text("The node is unusable after an internal error", syscall.EIO)
 
 // Fail makes the node unusable: all requests fail with EIO from now on, and nothing that its driver has in memory is written any more. Queries, and taking it
 // out of the graph, work as before. why is told to clients, once.

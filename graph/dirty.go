@@ -391,14 +391,6 @@ const (
 	BitmapRemove                  // remove it
 )
 
-// bitmapError carries the advice that the reference gives with an error.
-type bitmapError struct{ text, hint string }
-
-func (e *bitmapError) Error() string { return e.text }
-
-// Hint is advice for the user, printed where errors are printed.
-func (e *bitmapError) Hint() string { return e.hint }
-
 // Check tells why the bitmap cannot be used that way now, in the reference's words.
 func (d *DirtyBitmap) Check(use BitmapUse) error {
 	s := d.set()
@@ -410,8 +402,8 @@ func (d *DirtyBitmap) Check(use BitmapUse) error {
 	case d.readOnly && use != BitmapRead:
 		return fmt.Errorf("Bitmap '%s' is readonly and cannot be modified", d.name)
 	case d.inconsistent && use != BitmapRemove:
-		return &bitmapError{fmt.Sprintf("Bitmap '%s' is inconsistent and cannot be used", d.name),
-			"Try block-dirty-bitmap-remove to delete this bitmap from disk\n"}
+		return blk.WithHint(fmt.Errorf("Bitmap '%s' is inconsistent and cannot be used", d.name),
+			"Try block-dirty-bitmap-remove to delete this bitmap from disk\n")
 	}
 	return nil
 }

@@ -2,6 +2,7 @@ package graph
 
 import (
 	"context"
+	"errors"
 	"math"
 	"sync/atomic"
 	"syscall"
@@ -112,20 +113,7 @@ func (e *Edge) Caps() Caps { return e.node.Load().Caps() }
 func (e *Edge) Size() int64 { return e.node.Load().Size() }
 
 // errReadOnly is blk.ErrReadOnly in the words that users are shown.
-var errReadOnly error = &kindError{"Block node is read-only", blk.ErrReadOnly, syscall.EPERM}
-
-// kindError is a text that stands for a sentinel and an errno.
-type kindError struct {
-	text  string
-	kind  error
-	errno syscall.Errno
-}
-
-// Error implements error.
-func (e *kindError) Error() string { return e.text }
-
-// Unwrap gives both to errors.Is and errors.As.
-func (e *kindError) Unwrap() []error { return []error{e.kind, e.errno} }
+var errReadOnly = blk.Text("Block node is read-only", errors.Join(blk.ErrReadOnly, syscall.EPERM))
 
 // mayGrow tells whether a write through e with flags f may make the node longer.
 func (e *Edge) mayGrow(f blk.Flags) bool {

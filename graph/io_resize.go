@@ -11,9 +11,9 @@ import (
 
 // Texts of Resize.
 var (
-	errNegativeSize error = &kindError{"Image size cannot be negative", blk.ErrOutOfRange, syscall.EINVAL}
-	errImageRO      error = &kindError{"Image is read-only", blk.ErrReadOnly, syscall.EACCES}
-	errNoResize     error = &kindError{"Image format driver does not support resize", blk.ErrNotSupported, syscall.ENOTSUP}
+	errNegativeSize = blk.Text("Image size cannot be negative", errors.Join(blk.ErrOutOfRange, syscall.EINVAL))
+	errImageRO      = blk.Text("Image is read-only", errors.Join(blk.ErrReadOnly, syscall.EACCES))
+	errNoResize     = blk.Text("Image format driver does not support resize", errors.Join(blk.ErrNotSupported, syscall.ENOTSUP))
 )
 
 // Resize gives the node below the size size. exact false: it may be longer. What is added reads as zeroes, also where a longer
@@ -29,7 +29,7 @@ func (e *Edge) Resize(ctx context.Context, size int64, exact bool, m blk.Preallo
 	case size < 0:
 		return errNegativeSize
 	case size > blk.MaxSize:
-		return &kindError{fmt.Sprintf("offset(%d) exceeds maximum(%d)", size, blk.MaxSize), blk.ErrOutOfRange, syscall.EFBIG}
+		return blk.Text(fmt.Sprintf("offset(%d) exceeds maximum(%d)", size, blk.MaxSize), errors.Join(blk.ErrOutOfRange, syscall.EFBIG))
 	case n.readOnly.Load():
 		return errImageRO
 	}

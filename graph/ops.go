@@ -41,16 +41,8 @@ type opBlocker struct {
 	reason error
 }
 
-// BusyError: an operation is blocked; the text is the reference's.
-type BusyError struct {
-	Node   string
-	Reason error
-}
-
-func (e *BusyError) Error() string { return fmt.Sprintf("Node '%s' is busy: %v", e.Node, e.Reason) }
-
-// Unwrap gives the reason.
-func (e *BusyError) Unwrap() error { return e.Reason }
+// Busy is the error of an operation on a node that is blocked for that reason.
+func Busy(node string, reason error) error { return fmt.Errorf("Node '%s' is busy: %w", node, reason) }
 
 // Block refuses op on n with that reason until unblock is called.
 func (n *Node) Block(op Op, reason error) (unblock func()) { return n.block(1<<op, reason) }
@@ -82,7 +74,7 @@ func (n *Node) block(ops uint32, reason error) func() {
 	})
 }
 
-// Blocked is nil, or a *BusyError "Node 'N' is busy: REASON". The latest reason wins. A
+// Blocked is nil, or an error "Node 'N' is busy: REASON". The latest reason wins. A
 // backing file is blocked for most operations by its overlay.
 func (n *Node) Blocked(op Op) error {
 	n.g.mu.RLock()
@@ -124,7 +116,7 @@ func (n *Node) blockedLocked(op Op) error {
 // backs is the error of an operation that n is refused because e makes it a backing file; nil: e does not.
 func (n *Node) backs(e *Edge) error {
 	if e.role&perm.COW != 0 && e.pnode != nil {
-		return &BusyError{n.name, fmt.Errorf("node is used as backing hd of '%s'", e.pnode.name)}
+		return Busy(n.name, fmt.Errorf("node is used as backing hd of '%s'", e.pnode.name))
 	}
 	return nil
 }
@@ -135,7 +127,7 @@ func (n *Node) blockerLocked(op Op) error {
 	if n.rare != nil {
 		for i := len(n.rare.blockers) - 1; i >= 0; i-- {
 			if b := n.rare.blockers[i]; b.ops>>op&1 != 0 {
-				return &BusyError{n.name, b.reason}
+				return Busy(n.name, b.reason)
 			}
 		}
 	}

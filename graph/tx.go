@@ -39,7 +39,7 @@ type Tx struct {
 var errTxOver = errors.New("The transaction is over")
 
 // errClosing is blk.ErrClosed for the whole graph: Graph.Close has begun.
-var errClosing error = &kindError{"The block layer is shutting down", blk.ErrClosed, syscall.ESHUTDOWN}
+var errClosing = blk.Text("The block layer is shutting down", errors.Join(blk.ErrClosed, syscall.ESHUTDOWN))
 
 // Participant takes part in a commit: Prepare may block and fail; then exactly one of
 // Commit (while everything is still drained, after install) and Abort follows. Abort follows a Prepare that failed, too, and takes back what that had done by then.

@@ -11,17 +11,13 @@ import (
 	"qblockd/events/panics"
 	"qblockd/events/trace"
 	"qblockd/graph"
+	"qblockd/graph/blk"
 	"qblockd/jobs/machine"
 	"qblockd/schema/types"
 )
 
 // ErrCancelled is what a forced cancel makes of a job; it is an ECANCELED.
-var ErrCancelled error = cancelled{}
-
-type cancelled struct{}
-
-func (cancelled) Error() string        { return "Operation canceled" }
-func (cancelled) Is(target error) bool { return target == syscall.ECANCELED }
+var ErrCancelled = blk.Text("Operation canceled", syscall.ECANCELED)
 
 // Runner is a job's work. Run blocks until the work is done; it calls Handle.Checkpoint
 // before each unit of work, returns ErrCancelled when that does, and changes the graph only by

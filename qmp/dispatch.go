@@ -187,7 +187,7 @@ func (d *Dispatcher) execute(ctx context.Context, neg *negotiation, obj *value.D
 	}
 	c, ok := d.commands[req.command]
 	if !ok {
-		return out, &Error{ErrClass: CommandNotFound, Desc: "The command " + req.command + " has not been found"}
+		return out, notFound("The command " + req.command + " has not been found")
 	}
 	if req.oob && !c.oob {
 		return out, noOOB(req.command)

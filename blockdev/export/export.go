@@ -326,7 +326,7 @@ func (t *Table) Del(ctx context.Context, id string, mode types.BlockExportRemove
 	}
 	if mode != types.BlockExportRemoveModeHard && !e.nbd.ShutdownIfIdle() {
 		t.mu.Unlock()
-		return &busyError{id}
+		return blk.WithHint(fmt.Errorf("export '%s' still in use", id), "Use mode='hard' to force client disconnect\n")
 	}
 	e.closing = true
 	t.mu.Unlock()
@@ -350,14 +350,6 @@ func (t *Table) awaitHungUp(ctx context.Context, id string) {
 	defer cancel()
 	e.nbd.AwaitHungUp(ctx)
 }
-
-// busyError: a safe removal met clients.
-type busyError struct{ id string }
-
-func (e *busyError) Error() string { return fmt.Sprintf("export '%s' still in use", e.id) }
-
-// Hint tells a person what to do; it is no part of the message.
-func (e *busyError) Hint() string { return "Use mode='hard' to force client disconnect\n" }
 
 // wait waits for e to be gone, no longer than ctx, and tells whether it is.
 func (e *entry) wait(ctx context.Context) bool {

@@ -13,6 +13,7 @@ import (
 	"sync"
 
 	"qblockd/blockdev/filter/throttle"
+	"qblockd/graph/blk"
 	"qblockd/schema/types"
 	"qblockd/schema/value"
 )
@@ -62,14 +63,8 @@ func NewRegistry(chardevs func() []Chardev) *Registry {
 	return &Registry{chardevs: chardevs}
 }
 
-// hintError is an error with a further line for people.
-type hintError struct{ text, hint string }
-
-func (e *hintError) Error() string { return e.text }
-func (e *hintError) Hint() string  { return e.hint }
-
-var errID = &hintError{"Parameter 'id' expects an identifier",
-	"Identifiers consist of letters, digits, '-', '.', '_', starting with a letter."}
+var errID = blk.WithHint(errors.New("Parameter 'id' expects an identifier"),
+	"Identifiers consist of letters, digits, '-', '.', '_', starting with a letter.")
 
 // Add makes an object (object-add).
 func (r *Registry) Add(o *types.ObjectOptions) error {

@@ -4,6 +4,7 @@ import (
 	"fmt"
 	"strings"
 
+	"qblockd/graph/blk"
 	"qblockd/schema/types"
 	"qblockd/schema/value"
 )
@@ -34,10 +35,9 @@ func (r *Registry) tree() *node {
 }
 
 // notFound is the error for a path or type that does not exist.
-type notFound struct{ what, name string }
-
-func (e *notFound) Error() string    { return fmt.Sprintf("%s '%s' not found", e.what, e.name) }
-func (e *notFound) QMPClass() string { return "DeviceNotFound" }
+func notFound(what, name string) error {
+	return blk.WithClass(fmt.Errorf("%s '%s' not found", what, name), "DeviceNotFound")
+}
 
 // resolve finds the object at an absolute path, or at a partial one that fits just one object.
 func (r *Registry) resolve(path string) (*node, error) {
@@ -47,7 +47,7 @@ func (r *Registry) resolve(path string) (*node, error) {
 		if n := root.below(parts); n != nil {
 			return n, nil
 		}
-		return nil, &notFound{"Device", path}
+		return nil, notFound("Device", path)
 	}
 	var found []*node
 	root.each(func(n *node) {
@@ -57,7 +57,7 @@ func (r *Registry) resolve(path string) (*node, error) {
 	})
 	switch len(found) {
 	case 0:
-		return nil, &notFound{"Device", path}
+		return nil, notFound("Device", path)
 	case 1:
 		return found[0], nil
 	}
@@ -252,7 +252,7 @@ func (r *Registry) Types(implements string, abstract bool) []*types.ObjectTypeIn
 // TypeProperties describes the properties that objects of a type have (qom-list-properties).
 func (r *Registry) TypeProperties(typ string) ([]*types.ObjectPropertyInfo, error) {
 	if findType(typ) == nil {
-		return nil, &notFound{"Class", typ}
+		return nil, notFound("Class", typ)
 	}
 	return properties(typ), nil
 }

@@ -4,10 +4,12 @@ package blk
 
 import (
 	"context"
-	"errors"
 
 	"qblockd/graph/bitmap"
 )
+
+// SectorSize is the unit, in bytes, of the sizes of disks and of what counts in sectors.
+const SectorSize = 512
 
 // Flags qualify one operation (not the whole unit of work, see Req).
 type Flags uint32
@@ -32,24 +34,6 @@ const (
 	// CopyOnRead: what the node read from has not allocated is written to it; needs the
 	// write-unchanged permission.
 	CopyOnRead
-)
-
-// Sentinels. I/O errors are not among them: they keep their syscall.Errno in the chain.
-var (
-	// ErrWouldBlock: a Req with NoWait could not be served without waiting; nothing was changed or counted.
-	ErrWouldBlock = errors.New("request would block")
-	// ErrCorrupt: on-disk metadata contradicts itself.
-	ErrCorrupt = errors.New("image is corrupt")
-	// ErrNotSupported: the driver cannot do this operation (maps to ENOTSUP).
-	ErrNotSupported = errors.New("operation not supported")
-	// ErrOutOfRange: beyond the end of the node (maps to EIO/EINVAL at the edge of the daemon).
-	ErrOutOfRange = errors.New("request is out of range")
-	// ErrReadOnly: a write to a read-only node (maps to EPERM).
-	ErrReadOnly = errors.New("block node is read-only")
-	// ErrClosed: the node or root has gone.
-	ErrClosed = errors.New("block node is closed")
-	// ErrNoMedium: nothing is inserted.
-	ErrNoMedium = errors.New("no medium")
 )
 
 // Req is one unit of work: a client's request with all that filters and formats do for

@@ -1,6 +1,9 @@
 package perm
 
-import "fmt"
+import (
+	"errors"
+	"fmt"
+)
 
 // Conflict: one user of a node needs what another does not share.
 type Conflict struct {
@@ -30,12 +33,8 @@ func (e *ReadOnlyError) Error() string {
 	return "Block node is read-only"
 }
 
-// UnalignedError: somebody needs to write but not to resize, and the size does not allow that.
-type UnalignedError struct{}
-
-func (*UnalignedError) Error() string {
-	return "Cannot get 'write' permission without 'resize': Image size is not a multiple of request alignment"
-}
+// errUnaligned: somebody needs to write but not to resize, and the size does not allow that.
+var errUnaligned = errors.New("Cannot get 'write' permission without 'resize': Image size is not a multiple of request alignment")
 
 // Delta is what a plan changes.
 type Delta[N, E comparable] struct {
@@ -61,9 +60,9 @@ func Plan[N, E comparable](base View[N, E], changes ...Change[N, E]) (*Delta[N, 
 	return d.Plan()
 }
 
-// Plan settles the claims of all edges that the changes reach and checks every node
-// touched, parents first; the first fault is returned (*Conflict, *ReadOnlyError,
-// *UnalignedError). It costs what it touches. The Draft then shows the settled claims.
+// Plan settles the claims of all edges that the changes reach and checks every node touched, parents
+// first; the first fault is returned (*Conflict, *ReadOnlyError, or that of an unaligned size). It costs
+// what it touches. The Draft then shows the settled claims.
 func (d *Draft[N, E]) Plan() (*Delta[N, E], error) {
 	d.settle()
 	order := d.order()
@@ -156,7 +155,7 @@ func (d *Draft[N, E]) check(n N) error {
 		return &ReadOnlyError{s.state.Name, !s.wasReadOnly && !s.state.Inactive}
 	}
 	if s.state.Unaligned && c.Need&Resize == 0 {
-		return &UnalignedError{}
+		return errUnaligned
 	}
 	return nil
 }

@@ -177,7 +177,7 @@ func (j *job) overlaid(tx *graph.Tx) error {
 	before := j.Target.Parents()
 	for _, e := range tx.Parents(j.Target) {
 		if n := e.ParentNode(); n != nil && e.Role()&perm.COW != 0 && !slices.Contains(before, e) {
-			return &graph.BusyError{Node: j.Target.Name(), Reason: fmt.Errorf("node is used as backing hd of '%s'", n.Name())}
+			return graph.Busy(j.Target.Name(), fmt.Errorf("node is used as backing hd of '%s'", n.Name()))
 		}
 	}
 	return nil

@@ -241,16 +241,15 @@ func (t *Table) find(id string) device {
 var errExists = errors.New("exists")
 
 // existsError is the error for a label that is taken.
-type existsError struct{ id string }
-
-func (e existsError) Error() string        { return "Chardev with id '" + e.id + "' already exists" }
-func (e existsError) Is(target error) bool { return target == errExists }
+func existsError(id string) error {
+	return blk.Text("Chardev with id '"+id+"' already exists", errExists)
+}
 
 func (t *Table) exists(id string) error {
 	t.mu.Lock()
 	defer t.mu.Unlock()
 	if _, ok := t.devices[id]; ok {
-		return existsError{id}
+		return existsError(id)
 	}
 	return nil
 }
@@ -260,7 +259,7 @@ func (t *Table) reserve(id string) error {
 	t.mu.Lock()
 	defer t.mu.Unlock()
 	if _, ok := t.devices[id]; ok {
-		return existsError{id}
+		return existsError(id)
 	}
 	t.devices[id] = nil
 	t.order = append(t.order, id)

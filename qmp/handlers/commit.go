@@ -73,7 +73,7 @@ func (h BlockJob) commitNodes(a *types.BlockCommitArgs) (device, top, base *grap
 	if err != nil {
 		if _, unknown := h.Nodes.Lookup(&a.Device, &a.Device); unknown != nil {
 			// Clients tell versions apart by this class.
-			err = &qmp.Error{ErrClass: qmp.DeviceNotFound, Desc: "Device '" + a.Device + "' not found"}
+			err = blk.WithClass(errors.New("Device '"+a.Device+"' not found"), qmp.DeviceNotFound)
 		}
 		return nil, nil, nil, err
 	}

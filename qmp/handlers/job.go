@@ -2,9 +2,11 @@ package handlers
 
 import (
 	"context"
+	"errors"
 	"fmt"
 
 	"qblockd/graph"
+	"qblockd/graph/blk"
 	"qblockd/jobs"
 	"qblockd/qmp"
 	"qblockd/schema/types"
@@ -103,7 +105,7 @@ func (h BlockJob) find(id string) (*jobs.Job, error) {
 	if j := h.Jobs.Get(id); j != nil && j.IsBlockJob() {
 		return j, nil
 	}
-	return nil, &qmp.Error{ErrClass: qmp.DeviceNotActive, Desc: "Block job '" + id + "' not found"}
+	return nil, blk.WithClass(errors.New("Block job '"+id+"' not found"), qmp.DeviceNotActive)
 }
 
 // QueryBlockJobs implements types.BlockJobHandler.

@@ -18,19 +18,6 @@ import (
 	"qblockd/qmp/chardev/sockets"
 )
 
-// errnoError is "TEXT: ERRNO" in the reference's words.
-func errnoError(err error, format string, a ...any) error {
-	return &listenError{fmt.Sprintf(format, a...) + ": " + blk.ErrnoText(err), err}
-}
-
-type listenError struct {
-	text  string
-	cause error
-}
-
-func (e *listenError) Error() string { return e.text }
-func (e *listenError) Unwrap() error { return e.cause }
-
 // InetAddr is where a TCP socket listens.
 type InetAddr struct {
 	Host, Port string
@@ -137,10 +124,10 @@ func listenPorts(ctx context.Context, network, host string, first int, a InetAdd
 			return l, nil
 		}
 		if !errors.Is(err, syscall.EADDRINUSE) {
-			return nil, errnoError(err, "Failed to bind socket")
+			return nil, blk.Errnof(err, "Failed to bind socket")
 		}
 	}
-	return nil, errnoError(err, "Failed to find an available port")
+	return nil, blk.Errnof(err, "Failed to find an available port")
 }
 
 // joined is several listeners as one.
@@ -211,13 +198,13 @@ func ListenFD(fd int) (net.Listener, error) {
 		return nil, fmt.Errorf("File descriptor '%d' is not a socket", fd)
 	}
 	if err := unix.Listen(fd, sockets.Backlog); err != nil {
-		return nil, errnoError(err, "Failed to listen on fd socket")
+		return nil, blk.Errnof(err, "Failed to listen on fd socket")
 	}
 	f := os.NewFile(uintptr(fd), "nbd-listener")
 	defer f.Close() // the listener has a duplicate
 	l, err := net.FileListener(f)
 	if err != nil {
-		return nil, errnoError(err, "Failed to listen on fd socket")
+		return nil, blk.Errnof(err, "Failed to listen on fd socket")
 	}
 	return l, nil
 }

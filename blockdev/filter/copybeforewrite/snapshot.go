@@ -61,17 +61,9 @@ func bitmapPart(g *graph.Graph, b *types.BlockDirtyBitmap, size int64) (*bitmap.
 }
 
 // errBroken is what readers of a spoilt point in time get.
-var errBroken error = &textError{"The snapshot is broken: copying before a write has failed", syscall.EACCES}
+var errBroken = blk.Text("The snapshot is broken: copying before a write has failed", syscall.EACCES)
 
-var errNoAccess error = &textError{"This part is not in the snapshot", syscall.EACCES}
-
-type textError struct {
-	text  string
-	errno syscall.Errno
-}
-
-func (e *textError) Error() string { return e.text }
-func (e *textError) Unwrap() error { return e.errno }
+var errNoAccess = blk.Text("This part is not in the snapshot", syscall.EACCES)
 
 // ReadSnapshot implements graph.Snapshotted.
 func (d *Driver) ReadSnapshot(r *blk.Req, v blk.Vec, off int64) error {

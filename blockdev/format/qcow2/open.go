@@ -300,15 +300,7 @@ func (s *image) startCleaning() {
 }
 
 // wrap words an error of I/O as "text: errno in words" and keeps err in the chain.
-func wrap(text string, err error) error { return &opError{text, err} }
-
-type opError struct {
-	text string
-	err  error
-}
-
-func (e *opError) Error() string { return e.text + ": " + blk.ErrnoText(e.err) }
-func (e *opError) Unwrap() error { return e.err }
+func wrap(text string, err error) error { return blk.Errnof(err, "%s", text) }
 
 func (s *image) warnf(format string, args ...any) {
 	if s.warn != nil {

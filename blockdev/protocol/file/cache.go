@@ -6,6 +6,7 @@ import (
 
 	"golang.org/x/sys/unix"
 
+	"qblockd/graph/blk"
 	"qblockd/schema/types"
 )
 
@@ -31,10 +32,10 @@ func (s *settings) takeOver(fd int) error {
 	}
 	// Dirty pages would stay.
 	if err := unix.Fdatasync(fd); err != nil {
-		return errnoError(err, "flush failed")
+		return blk.Errnof(err, "flush failed")
 	}
 	if err := unix.Fadvise(fd, 0, 0, unix.FADV_DONTNEED); err != nil {
-		return errnoError(err, "fadvise failed")
+		return blk.Errnof(err, "fadvise failed")
 	}
 	if !s.check {
 		return nil
@@ -46,7 +47,7 @@ func (s *settings) takeOver(fd int) error {
 func checkDropped(fd int) error {
 	size, err := unix.Seek(fd, 0, unix.SEEK_END)
 	if err != nil {
-		return errnoError(err, "failed to get the size")
+		return blk.Errnof(err, "failed to get the size")
 	}
 	page := int64(unix.Getpagesize())
 	in := make([]byte, checkWindow/page)
@@ -54,12 +55,12 @@ func checkDropped(fd int) error {
 		n := min(size-off, checkWindow)
 		m, err := unix.Mmap(fd, off, int(n), unix.PROT_READ, unix.MAP_SHARED)
 		if err != nil {
-			return errnoError(err, "failed to map the file")
+			return blk.Errnof(err, "failed to map the file")
 		}
 		_, _, e := unix.Syscall(unix.SYS_MINCORE, uintptr(unsafe.Pointer(unsafe.SliceData(m))), uintptr(n), uintptr(unsafe.Pointer(unsafe.SliceData(in))))
 		_ = unix.Munmap(m)
 		if e != 0 {
-			return errnoError(e, "failed to look at the page cache")
+			return blk.Errnof(e, "failed to look at the page cache")
 		}
 		for _, p := range in[:(n+page-1)/page] {
 			if p&1 != 0 {

@@ -31,7 +31,7 @@ func Create(ctx context.Context, o *types.BlockdevCreateOptionsFile, begin func(
 		hint = *o.ExtentSizeHint
 	}
 	if hint > math.MaxUint32 {
-		return &textError{"Extent size hint is too large", unix.EINVAL}
+		return blk.Text("Extent size hint is too large", unix.EINVAL)
 	}
 	late, err := await(ctx, func() error { return create(ctx, o, uint32(hint), begin) }, func(error) {})
 	if late {
@@ -53,7 +53,7 @@ func create(ctx context.Context, o *types.BlockdevCreateOptionsFile, hint uint32
 	defer func() {
 		// Closing also gives the locks back.
 		if cerr := unix.Close(fd); cerr != nil && err == nil {
-			err = errnoError(cerr, "Could not close the new file")
+			err = blk.Errnof(cerr, "Could not close the new file")
 		}
 	}()
 
@@ -119,7 +119,7 @@ func unlinkSame(path string, id graph.FileID) {
 func fileID(fd int) (graph.FileID, error) {
 	var st unix.Stat_t
 	if err := unix.Fstat(fd, &st); err != nil {
-		return graph.FileID{}, errnoError(err, "Could not stat file")
+		return graph.FileID{}, blk.Errnof(err, "Could not stat file")
 	}
 	return graph.FileID{Dev: uint64(st.Dev), Ino: st.Ino}, nil
 }

@@ -6,6 +6,7 @@ import (
 	"golang.org/x/sys/unix"
 
 	"qblockd/graph"
+	"qblockd/graph/blk"
 	"qblockd/schema/types"
 )
 
@@ -33,7 +34,7 @@ func open(o *graph.Opening, driver string, device bool) (graph.Driver, error) {
 	}
 	s.setCache(opts)
 	if s.name == "" {
-		return nil, &textError{"The '" + driver + "' block driver requires a file name", unix.EINVAL}
+		return nil, blk.Text("The '"+driver+"' block driver requires a file name", unix.EINVAL)
 	}
 	d, err := openDisk(o.Ctx, s)
 	if err != nil {
@@ -58,17 +59,17 @@ func (d *disk) setAio(opts *types.BlockdevOptionsFile) (err error) {
 	switch *opts.Aio {
 	case types.BlockdevAioOptionsNative:
 		if !d.settings.direct {
-			return &textError{"aio=native was specified, but it requires cache.direct=on, which was not specified.", unix.EINVAL}
+			return blk.Text("aio=native was specified, but it requires cache.direct=on, which was not specified.", unix.EINVAL)
 		}
 		if !d.memory {
 			if d.engine, err = newEngine(batch, newLinuxAIO); err != nil {
-				return errnoError(err, "Unable to use native AIO: failed to create linux AIO context")
+				return blk.Errnof(err, "Unable to use native AIO: failed to create linux AIO context")
 			}
 		}
 	case types.BlockdevAioOptionsIoUring:
 		if !d.memory {
 			if d.engine, err = newEngine(batch, newUring); err != nil {
-				return errnoError(err, "Unable to use io_uring: failed to init linux io_uring ring")
+				return blk.Errnof(err, "Unable to use io_uring: failed to init linux io_uring ring")
 			}
 		}
 	}

@@ -47,10 +47,10 @@ func describe(at int, name string) (*graph.FoundFile, error) {
 	var st unix.Stat_t
 	var fs unix.Statfs_t
 	if err := unix.Fstat(at, &st); err != nil {
-		return nil, errnoError(err, "Could not stat '%s'", name)
+		return nil, blk.Errnof(err, "Could not stat '%s'", name)
 	}
 	if err := unix.Fstatfs(at, &fs); err != nil {
-		return nil, errnoError(err, "Could not stat the file system of '%s'", name)
+		return nil, blk.Errnof(err, "Could not stat the file system of '%s'", name)
 	}
 	kind := st.Mode & unix.S_IFMT
 	path, _ := os.Readlink(procFD(at)) // "" says that it is not known

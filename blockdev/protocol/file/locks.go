@@ -86,41 +86,12 @@ func (a lockSet) probes() []probe {
 	return ps
 }
 
-// inUseError is a failed lock. Its text is the reference's; Hint is the second line that
-// command lines print.
-type inUseError struct {
-	err  error
-	name string
-}
-
-func (e *inUseError) Error() string { return e.err.Error() }
-func (e *inUseError) Unwrap() error { return e.err }
-
-// Hint is the further line that a command line prints below the error.
-func (e *inUseError) Hint() string {
-	return "Is another process using the image [" + e.name + "]?"
-}
-
-// textError is a message with the errno behind it, which the text may leave out.
-type textError struct {
-	text string
-	err  error
-}
-
-func (e *textError) Error() string { return e.text }
-func (e *textError) Unwrap() error { return e.err }
-
-// errnoError is "text: errno in words" with the errno in its chain.
-func errnoError(err error, format string, args ...any) error {
-	return &textError{fmt.Sprintf(format, args...) + ": " + blk.ErrnoText(err), err}
-}
-
 // lockError words a failed lock call; that somebody else has the byte goes without saying why.
 func lockError(err error, msg string) error {
 	if errors.Is(err, syscall.EAGAIN) || errors.Is(err, syscall.EACCES) {
-		return &textError{msg, err}
+		return blk.Text(msg, err)
 	}
-	return errnoError(err, "%s", msg)
+	return blk.Errnof(err, "%s", msg)
 }
 
 // lockBytes takes shared locks on the bytes of s.
@@ -139,7 +110,7 @@ func unlockBytes(fd int, s lockSet) error {
 	var first error
 	_ = s.bytes(func(off int64) error {
 		if err := setLock(fd, unix.F_UNLCK, off, 1); err != nil && first == nil {
-			first = errnoError(err, "Failed to unlock byte %d", off)
+			first = blk.Errnof(err, "Failed to unlock byte %d", off)
 		}
 		return nil
 	})
@@ -165,7 +136,7 @@ func takeLocks(fd int, held, want lockSet, name string) error {
 		if err = probeBytes(fd, want); err == nil {
 			return nil
 		}
-		err = &inUseError{err, name}
+		err = blk.WithHint(err, "Is another process using the image ["+name+"]?")
 	}
 	_ = unlockBytes(fd, extra) // less locked is less in the way; err is the news
 	return err

@@ -33,7 +33,7 @@ type settings struct {
 // than ctx; an open that is stuck by then is closed when the kernel lets go of it.
 func openDisk(ctx context.Context, s settings) (*disk, error) {
 	if strings.HasPrefix(s.name, "/dev/fdset/") {
-		return nil, errnoError(unix.ENOSYS, "Could not dup FD for %s flags %x", s.name, s.flags(s.startWritable()))
+		return nil, blk.Errnof(unix.ENOSYS, "Could not dup FD for %s flags %x", s.name, s.flags(s.startWritable()))
 	}
 	var d *disk
 	late, err := await(ctx, func() (err error) {
@@ -96,7 +96,7 @@ func (s *settings) open(flags int) (int, error) {
 	}
 	at, err := findFile(s.name)
 	if err != nil {
-		return -1, errnoError(err, "Could not open '%s'", s.name)
+		return -1, blk.Errnof(err, "Could not open '%s'", s.name)
 	}
 	defer func() { _ = unix.Close(at) }()
 	f, err := describe(at, s.name)
@@ -116,7 +116,7 @@ func procFD(fd int) string { return "/proc/self/fd/" + strconv.Itoa(fd) }
 func (d *disk) setup(h *handle) error {
 	var st unix.Stat_t
 	if err := unix.Fstat(h.fd, &st); err != nil {
-		return errnoError(err, "Could not stat file")
+		return blk.Errnof(err, "Could not stat file")
 	}
 	d.id = graph.FileID{Dev: uint64(st.Dev), Ino: st.Ino}
 	if d.device {
@@ -126,14 +126,14 @@ func (d *disk) setup(h *handle) error {
 	d.block = kind == unix.S_IFBLK
 	if h.writable {
 		if err := notWritable(h.fd, d.block); err != nil {
-			return errnoError(err, "The device is not writable")
+			return blk.Errnof(err, "The device is not writable")
 		}
 	}
 	if !d.device && kind != unix.S_IFREG {
-		return &textError{"'" + d.driver + "' driver requires '" + d.name + "' to be a regular file", unix.EINVAL}
+		return blk.Text("'"+d.driver+"' driver requires '"+d.name+"' to be a regular file", unix.EINVAL)
 	}
 	if d.device && kind != unix.S_IFBLK && kind != unix.S_IFCHR {
-		return &textError{"'" + d.driver + "' driver requires '" + d.name + "' to be either a character or block device", unix.EINVAL}
+		return blk.Text("'"+d.driver+"' driver requires '"+d.name+"' to be either a character or block device", unix.EINVAL)
 	}
 
 	d.memory, d.local = storageOf(h.fd)
@@ -150,7 +150,7 @@ func (d *disk) setup(h *handle) error {
 
 	end, err := seekEnd(h.fd) // which memory of a process, called a regular file by the kernel, has not
 	if err != nil {
-		return errnoError(err, "Could not refresh total sector count")
+		return blk.Errnof(err, "Could not refresh total sector count")
 	}
 	d.setEnd(end)
 	d.setNoWait(h.fd)
@@ -195,7 +195,7 @@ func (d *disk) openAgain(cur *handle, flags int) (*handle, error) {
 	if writable {
 		if err := notWritable(fd, d.block); err != nil {
 			_ = unix.Close(fd)
-			return nil, errnoError(err, "The device is not writable")
+			return nil, blk.Errnof(err, "The device is not writable")
 		}
 	}
 	return newHandle(fd, writable), nil
@@ -208,7 +208,7 @@ func openSame(at int, name string, flags int) (int, error) {
 		fd, err = openFile(name, name, flags, 0)
 		if err == nil && !sameFile(fd, at) {
 			_ = unix.Close(fd)
-			fd, err = -1, errnoError(unix.ESTALE, "Could not open '%s'", name)
+			fd, err = -1, blk.Errnof(unix.ESTALE, "Could not open '%s'", name)
 		}
 	}
 	return fd, err
@@ -231,10 +231,10 @@ func openFile(path, name string, flags int, mode uint32) (int, error) {
 		if err == unix.EINVAL && flags&unix.O_DIRECT != 0 {
 			if fd, e := unix.Open(path, flags&^unix.O_DIRECT|unix.O_CLOEXEC, mode); e == nil {
 				_ = unix.Close(fd)
-				return -1, &textError{"Could not " + verb + " '" + name + "': filesystem does not support O_DIRECT", err}
+				return -1, blk.Text("Could not "+verb+" '"+name+"': filesystem does not support O_DIRECT", err)
 			}
 		}
-		return -1, errnoError(err, "Could not %s '%s'", verb, name)
+		return -1, blk.Errnof(err, "Could not %s '%s'", verb, name)
 	}
 }
 

@@ -1,6 +1,7 @@
 package file
 
 import (
+	"errors"
 	"unsafe"
 
 	"golang.org/x/sys/unix"
@@ -60,7 +61,7 @@ func probeDirect(fd int, block bool) (request int64, memory int, err error) {
 	buf := alignedBuf(2*directSafe, directSafe)
 	m := tryAlignments(func(a int) bool { return readable(fd, buf[a:a+directSafe]) })
 	if request == 0 || m == 0 {
-		return 0, 0, &hintError{"Could not find working O_DIRECT alignment", "Try cache.direct=off"}
+		return 0, 0, blk.WithHint(errors.New("Could not find working O_DIRECT alignment"), "Try cache.direct=off")
 	}
 	return request, int(m), nil
 }
@@ -107,11 +108,3 @@ func notWritable(fd int, block bool) error {
 	}
 	return nil
 }
-
-// hintError is a message with a further line for command lines.
-type hintError struct{ text, hint string }
-
-func (e *hintError) Error() string { return e.text }
-
-// Hint is the further line that a command line prints below the error.
-func (e *hintError) Hint() string { return e.hint }

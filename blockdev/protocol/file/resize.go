@@ -27,10 +27,10 @@ func (d *disk) Resize(ctx context.Context, size int64, m blk.Prealloc) error {
 		return nil
 	}
 	if m != blk.PreallocOff && m != "" {
-		return &textError{"Preallocation mode '" + string(m) + "' unsupported for this non-regular file", blk.ErrNotSupported}
+		return blk.Text("Preallocation mode '"+string(m)+"' unsupported for this non-regular file", blk.ErrNotSupported)
 	}
 	if size > d.Size() {
-		return &textError{"Cannot grow device files", unix.EINVAL}
+		return blk.Text("Cannot grow device files", unix.EINVAL)
 	}
 	return nil
 }
@@ -40,17 +40,17 @@ func (d *disk) Resize(ctx context.Context, size int64, m blk.Prealloc) error {
 func truncate(ctx context.Context, fd int, size int64, m blk.Prealloc) error {
 	var st unix.Stat_t
 	if err := unix.Fstat(fd, &st); err != nil {
-		return errnoError(err, "Could not stat file")
+		return blk.Errnof(err, "Could not stat file")
 	}
 	old := st.Size
 	if old > size && m != blk.PreallocOff && m != "" {
-		return &textError{"Cannot use preallocation for shrinking files", blk.ErrNotSupported}
+		return blk.Text("Cannot use preallocation for shrinking files", blk.ErrNotSupported)
 	}
 	var err error
 	switch m {
 	case blk.PreallocOff, "":
 		if err := ftruncate(fd, size); err != nil {
-			return errnoError(err, "Could not resize file")
+			return blk.Errnof(err, "Could not resize file")
 		}
 		if old == 0 && size > 0 {
 			allocateFirst(fd, size)
@@ -61,7 +61,7 @@ func truncate(ctx context.Context, fd int, size int64, m blk.Prealloc) error {
 	case blk.PreallocFull:
 		err = writeOut(ctx, fd, old, size)
 	default:
-		return &textError{"Unsupported preallocation mode: " + string(m), blk.ErrNotSupported}
+		return blk.Text("Unsupported preallocation mode: "+string(m), blk.ErrNotSupported)
 	}
 	if err != nil {
 		if rerr := ftruncate(fd, old); rerr != nil {
@@ -82,7 +82,7 @@ func preallocate(ctx context.Context, fd int, old, size int64) error {
 		err = touchBlocks(ctx, fd, old, size)
 	}
 	if err != nil {
-		return errnoError(err, "Could not preallocate new data")
+		return blk.Errnof(err, "Could not preallocate new data")
 	}
 	if old == 0 {
 		allocateFirst(fd, size)
@@ -112,7 +112,7 @@ func touchBlocks(ctx context.Context, fd int, old, size int64) error {
 func writeOut(ctx context.Context, fd int, old, size int64) error {
 	// Knowing the end beforehand lets the file system allocate in fewer pieces.
 	if err := ftruncate(fd, size); err != nil {
-		return errnoError(err, "Could not resize file")
+		return blk.Errnof(err, "Could not resize file")
 	}
 	const chunk = 64 << 10
 	buf := alignedBuf(chunk, directSafe)
@@ -124,11 +124,11 @@ func writeOut(ctx context.Context, fd int, old, size int64) error {
 			err = pwriteFull(fd, blk.Buf(buf[:min(chunk, size-off)]), off)
 		}
 		if err != nil {
-			return errnoError(err, "Could not write zeros for preallocation")
+			return blk.Errnof(err, "Could not write zeros for preallocation")
 		}
 	}
 	if err := unix.Fsync(fd); err != nil {
-		return errnoError(err, "Could not flush file to disk")
+		return blk.Errnof(err, "Could not flush file to disk")
 	}
 	return nil
 }

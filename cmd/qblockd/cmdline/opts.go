@@ -1,11 +1,13 @@
 package cmdline
 
 import (
+	"errors"
 	"fmt"
 	"math"
 	"strconv"
 	"strings"
 
+	"qblockd/graph/blk"
 	"qblockd/schema/types"
 )
 
@@ -58,18 +60,6 @@ func (o *Opts) Number(name string) uint64 {
 	return n
 }
 
-// HintError is an error with a further line for people.
-type HintError struct {
-	Err      error
-	HintText string
-}
-
-func (e *HintError) Error() string { return e.Err.Error() }
-func (e *HintError) Unwrap() error { return e.Err }
-
-// Hint is the further line, without a newline.
-func (e *HintError) Hint() string { return e.HintText }
-
 // ParseOpts parses name=value,... in the older option syntax: implied names the first value, a
 // flag without value is a boolean (with a warning) and "no" before it negates it, ",," is a comma within a
 // value. known lists the allowed names. id must be an identifier where given.
@@ -113,10 +103,8 @@ func (o *Opts) takeID(params string) error {
 			continue
 		}
 		if !types.WellFormedID(p.value) {
-			return &HintError{
-				Err:      fmt.Errorf("Parameter 'id' expects an identifier"),
-				HintText: "Identifiers consist of letters, digits, '-', '.', '_', starting with a letter.",
-			}
+			return blk.WithHint(errors.New("Parameter 'id' expects an identifier"),
+				"Identifiers consist of letters, digits, '-', '.', '_', starting with a letter.")
 		}
 		o.ID = p.value
 		return nil
@@ -178,11 +166,8 @@ func checkOpt(name, val string, typ OptType) error {
 		}
 	case OptSize:
 		if _, ok := parseSize(val); !ok {
-			return &HintError{
-				Err: fmt.Errorf("Parameter '%s' expects a non-negative number below 2^64", name),
-				HintText: "Optional suffix k, M, G, T, P or E means kilo-, mega-, giga-, tera-, peta-\n" +
-					"and exabytes, respectively.",
-			}
+			return blk.WithHint(fmt.Errorf("Parameter '%s' expects a non-negative number below 2^64", name),
+				"Optional suffix k, M, G, T, P or E means kilo-, mega-, giga-, tera-, peta-\nand exabytes, respectively.")
 		}
 	}
 	return nil

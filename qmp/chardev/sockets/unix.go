@@ -14,22 +14,6 @@ import (
 	"qblockd/graph/blk"
 )
 
-// errnoError is "TEXT: ERRNO" in the reference's words.
-func errnoError(err error, format string, a ...any) error {
-	return &sockError{text: fmt.Sprintf(format, a...) + ": " + blk.ErrnoText(err), cause: err}
-}
-
-type sockError struct {
-	text, hint string
-	cause      error
-}
-
-func (e *sockError) Error() string { return e.text }
-func (e *sockError) Unwrap() error { return e.cause }
-
-// Hint is what a person at a terminal is told besides.
-func (e *sockError) Hint() string { return e.hint }
-
 // UnixAddr is where a unix socket listens, or is connected to.
 type UnixAddr struct {
 	// Path is in the file system, or the name in the abstract name space. It may fill the address to the last byte. Empty, and not abstract: to listen
@@ -54,7 +38,7 @@ func (a UnixAddr) Check() error {
 		most-- // the zero byte in front
 	}
 	if len(a.Path) > most {
-		return &sockError{text: fmt.Sprintf("UNIX socket path '%s' is too long", a.Path), hint: fmt.Sprintf("Path must be less than %d bytes", most)}
+		return blk.WithHint(fmt.Errorf("UNIX socket path '%s' is too long", a.Path), fmt.Sprintf("Path must be less than %d bytes", most))
 	}
 	return nil
 }
@@ -86,7 +70,7 @@ func (a UnixAddr) call(trap uintptr, fd int) error {
 func newUnix() (int, error) {
 	fd, err := unix.Socket(unix.AF_UNIX, unix.SOCK_STREAM|unix.SOCK_CLOEXEC|unix.SOCK_NONBLOCK, 0)
 	if err != nil {
-		return -1, errnoError(err, "Failed to create Unix socket")
+		return -1, blk.Errnof(err, "Failed to create Unix socket")
 	}
 	return fd, nil
 }
@@ -111,7 +95,7 @@ func ListenUnix(a UnixAddr) (l net.Listener, path string, err error) {
 	defer f.Close() // listeners have duplicates
 	if a.Abstract {
 		if err := a.call(unix.SYS_BIND, fd); err != nil {
-			return nil, "", errnoError(err, "Failed to bind socket to %s", a.Path)
+			return nil, "", blk.Errnof(err, "Failed to bind socket to %s", a.Path)
 		}
 		l, err = listenFile(f, fd)
 		return l, a.Path, err
@@ -124,7 +108,7 @@ func ListenUnix(a UnixAddr) (l net.Listener, path string, err error) {
 func temporary() (string, error) {
 	f, err := os.CreateTemp("", "qemu-socket-")
 	if err != nil {
-		return "", errnoError(err, "Failed to make a temporary socket %s", os.TempDir())
+		return "", blk.Errnof(err, "Failed to make a temporary socket %s", os.TempDir())
 	}
 	f.Close()
 	return f.Name(), os.Remove(f.Name())
@@ -137,14 +121,14 @@ func listenPath(f *os.File, fd int, a UnixAddr) (net.Listener, error) {
 	}
 	if st, err := os.Lstat(a.Path); err == nil && (st.Mode().Type() == os.ModeSocket || st.IsDir()) {
 		if err := unix.Unlink(a.Path); err != nil && err != unix.ENOENT {
-			return nil, errnoError(err, "Failed to unlink socket %s", a.Path)
+			return nil, blk.Errnof(err, "Failed to unlink socket %s", a.Path)
 		}
 	}
 	// Linux gives the file that bind makes the mode of the socket, less the umask: never more
 	// than wanted, for however short a time.
 	_ = unix.Fchmod(fd, uint32(mode))
 	if err := a.call(unix.SYS_BIND, fd); err != nil {
-		return nil, errnoError(err, "Failed to bind socket to %s", a.Path)
+		return nil, blk.Errnof(err, "Failed to bind socket to %s", a.Path)
 	}
 	fl := &fileListener{path: a.Path}
 	if abs, err := filepath.Abs(a.Path); err == nil {
@@ -155,7 +139,7 @@ func listenPath(f *os.File, fd int, a UnixAddr) (net.Listener, error) {
 	}
 	err := unix.Chmod(a.Path, uint32(mode))
 	if err != nil {
-		err = errnoError(err, "Failed to set the mode of socket %s", a.Path)
+		err = blk.Errnof(err, "Failed to set the mode of socket %s", a.Path)
 	} else {
 		fl.Listener, err = listenFile(f, fd)
 	}
@@ -169,11 +153,11 @@ func listenPath(f *os.File, fd int, a UnixAddr) (net.Listener, error) {
 // listenFile makes the bound socket f, which is fd, listen.
 func listenFile(f *os.File, fd int) (net.Listener, error) {
 	if err := unix.Listen(fd, Backlog); err != nil {
-		return nil, errnoError(err, "Failed to listen on socket")
+		return nil, blk.Errnof(err, "Failed to listen on socket")
 	}
 	l, err := net.FileListener(f)
 	if err != nil {
-		return nil, errnoError(err, "Failed to listen on socket")
+		return nil, blk.Errnof(err, "Failed to listen on socket")
 	}
 	if u, ok := l.(*net.UnixListener); ok {
 		u.SetUnlinkOnClose(false) // fileListener does it, if the file is still ours
@@ -221,7 +205,7 @@ func DialUnix(a UnixAddr) (net.Conn, error) {
 		c, err = net.FileConn(f)
 	}
 	if err != nil {
-		return nil, errnoError(err, "Failed to connect to '%s'", a.Path)
+		return nil, blk.Errnof(err, "Failed to connect to '%s'", a.Path)
 	}
 	return c, nil
 }

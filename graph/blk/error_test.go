@@ -38,3 +38,25 @@ func TestErrnoText(t *testing.T) {
 		}
 	}
 }
+
+// TestWords: errors that say something of their own keep what they stand for, and carry hint and class
+// through errors around them.
+func TestWords(t *testing.T) {
+	err := Text("Image is read-only", errors.Join(ErrReadOnly, syscall.EACCES))
+	if err.Error() != "Image is read-only" || !errors.Is(err, ErrReadOnly) || Errno(err) != syscall.EACCES {
+		t.Errorf("Text: %v, errno %v", err, Errno(err))
+	}
+	err = Errnof(fmt.Errorf("write: %w", syscall.ENOSPC), "Could not grow '%s'", "a%d")
+	if err.Error() != "Could not grow 'a%d': No space left on device" || !errors.Is(err, syscall.ENOSPC) {
+		t.Errorf("Errnof: %v", err)
+	}
+	var hint interface{ Hint() string }
+	var class interface{ QMPClass() string }
+	both := fmt.Errorf("around: %w", WithClass(WithHint(err, "free some"), "DeviceNotFound"))
+	if !errors.As(both, &hint) || hint.Hint() != "free some" || !errors.As(both, &class) || class.QMPClass() != "DeviceNotFound" {
+		t.Errorf("hint %v, class %v", hint, class)
+	}
+	if both.Error() != "around: "+err.Error() || !errors.Is(both, syscall.ENOSPC) {
+		t.Errorf("with hint and class: %v", both)
+	}
+}
