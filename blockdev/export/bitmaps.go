@@ -3,17 +3,16 @@ package export
 import (
 	"fmt"
 
-	"qblockd/blockdev/export/nbd"
 	"qblockd/graph"
 	"qblockd/schema/types"
 )
 
-// claimBitmaps finds the bitmaps of an export of n and makes them busy, all or none.
-func (t *Table) claimBitmaps(hold *graph.Hold, e *entry, n *graph.Node, names []*types.BlockDirtyBitmapOrStr, writable bool) (l []nbd.Bitmap, err error) {
+// ClaimBitmaps finds the bitmaps that an export of n offers and makes them busy for as long as it lives, all or none.
+func (x *Export) ClaimBitmaps(held *graph.Hold, names []*types.BlockDirtyBitmapOrStr) ([]*graph.DirtyBitmap, error) {
 	var found []*graph.DirtyBitmap
 	for _, name := range names {
-		d, err := t.findBitmap(n, name)
-		if err == nil && !hold.Has(d.Node()) {
+		d, err := findBitmap(x.Root.Node(), name)
+		if err == nil && !held.Has(d.Node()) {
 			err = missing(name) // it came just now
 		}
 		if err != nil {
@@ -22,24 +21,23 @@ func (t *Table) claimBitmaps(hold *graph.Hold, e *entry, n *graph.Node, names []
 		if err := d.Check(graph.BitmapRead); err != nil {
 			return nil, err
 		}
-		// One that is named with its node may change meanwhile, as in the reference: it is the client's to know.
-		if name.Local != nil && !writable && !d.Node().ReadOnly() && d.Enabled() {
+		// One that is named with its node may change meanwhile, as in QEMU: it is the client's to know.
+		if name.Local != nil && !x.Writable() && !d.Node().ReadOnly() && d.Enabled() {
 			return nil, fmt.Errorf("Enabled bitmap '%s' incompatible with readonly export", d.Name())
 		}
 		found = append(found, d)
-		l = append(l, nbd.Bitmap{Name: d.Name(), Bits: d.Bits()})
 	}
 	for _, d := range found {
 		d.SetBusy(true)
 	}
-	e.bitmaps = found
-	return l, nil
+	x.bitmaps = found
+	return found, nil
 }
 
-// bitmapNodes are the nodes of those bitmaps that there are.
-func (t *Table) bitmapNodes(n *graph.Node, names []*types.BlockDirtyBitmapOrStr) (l []*graph.Node) {
+// BitmapNodes are the nodes of those bitmaps that there are.
+func BitmapNodes(n *graph.Node, names []*types.BlockDirtyBitmapOrStr) (l []*graph.Node) {
 	for _, name := range names {
-		if d, err := t.findBitmap(n, name); err == nil {
+		if d, err := findBitmap(n, name); err == nil {
 			l = append(l, d.Node())
 		}
 	}
@@ -54,9 +52,10 @@ func missing(name *types.BlockDirtyBitmapOrStr) error {
 	return fmt.Errorf("Bitmap '%s' is not found", *name.Local)
 }
 
-func (t *Table) findBitmap(n *graph.Node, name *types.BlockDirtyBitmapOrStr) (*graph.DirtyBitmap, error) {
+// findBitmap finds a bitmap by its node, or in the chain below n.
+func findBitmap(n *graph.Node, name *types.BlockDirtyBitmapOrStr) (*graph.DirtyBitmap, error) {
 	if x := name.External; x != nil {
-		return t.g.FindDirtyBitmap(x.Node, x.Name)
+		return n.Graph().FindDirtyBitmap(x.Node, x.Name)
 	}
 	for {
 		if d := n.DirtyBitmap(*name.Local); d != nil {
@@ -71,9 +70,9 @@ func (t *Table) findBitmap(n *graph.Node, name *types.BlockDirtyBitmapOrStr) (*g
 }
 
 // freeBitmaps gives them back.
-func (e *entry) freeBitmaps() {
-	for _, d := range e.bitmaps {
+func (x *Export) freeBitmaps() {
+	for _, d := range x.bitmaps {
 		d.SetBusy(false)
 	}
-	e.bitmaps = nil
+	x.bitmaps = nil
 }

@@ -1,4 +1,4 @@
-package export
+package export_test
 
 import (
 	"context"
@@ -11,6 +11,8 @@ import (
 	"time"
 
 	"qblockd/blockdev/drivertest"
+	"qblockd/blockdev/export"
+	"qblockd/blockdev/export/nbd"
 	"qblockd/blockdev/nbdwire"
 	"qblockd/graph"
 	"qblockd/graph/perm"
@@ -21,7 +23,8 @@ const patience = 20 * time.Second
 
 // fixture is a graph with a table and a running NBD server.
 type fixture struct {
-	*Table
+	*export.Table
+	nbd  *nbd.Type
 	t    *testing.T
 	g    *graph.Graph
 	sink *drivertest.Sink
@@ -31,14 +34,15 @@ type fixture struct {
 func newFixture(t *testing.T) *fixture {
 	t.Helper()
 	g, sink := drivertest.NewGraphSink(t)
-	f := &fixture{New(g, Options{}), t, g, sink, filepath.Join(t.TempDir(), "s")}
+	table := export.New(g, export.Options{})
+	f := &fixture{table, nbd.NewType(table, nbd.Options{}), t, g, sink, filepath.Join(t.TempDir(), "s")}
 	t.Cleanup(func() { f.Close(context.Background()) })
 	return f
 }
 
 func (f *fixture) start() {
 	f.t.Helper()
-	if err := f.StartNBD(f.t.Context(), unixAddr(f.path), nil); err != nil {
+	if err := f.nbd.Start(f.t.Context(), unixAddr(f.path), nil); err != nil {
 		f.t.Fatal(err)
 	}
 }
@@ -135,9 +139,9 @@ func TestAddErrors(t *testing.T) {
 		Open: drivertest.Opened(drivertest.NewHostFile(t, 4096))})
 	_ = ro
 	f.is(f.add("e", "n"), "NBD server not running")
-	f.is(f.StopNBD(t.Context()), "NBD server not running")
+	f.is(f.nbd.Stop(t.Context()), "NBD server not running")
 	f.start()
-	f.is(f.StartNBD(t.Context(), unixAddr(f.path+"2"), nil), "NBD server already running")
+	f.is(f.nbd.Start(t.Context(), unixAddr(f.path+"2"), nil), "NBD server already running")
 	f.is(f.add("e", "none"), "Cannot find device='' nor node-name='none'")
 	for _, id := range []string{"", "1e", "e/", "#e", "é"} {
 		f.is(f.add(id, "n"), "Invalid block export id")
@@ -289,8 +293,8 @@ func TestStuckRequest(t *testing.T) {
 	}
 	f.is(f.Del(t.Context(), "e", types.BlockExportRemoveModeHard), "Export 'e' is already shutting down")
 	f.is(f.add("e", "m", named("y")), "Block export id 'e' is already in use")
-	f.is(f.StopNBD(t.Context()), "")
-	if d := time.Since(start); d > 10*Grace {
+	f.is(f.nbd.Stop(t.Context()), "")
+	if d := time.Since(start); d > 10*export.Grace {
 		t.Errorf("took %v", d)
 	}
 	if _, err := os.Lstat(f.path); !os.IsNotExist(err) {
@@ -320,7 +324,7 @@ func TestStopOrder(t *testing.T) {
 	if q := f.query(); q != "c@n b@n a@n" {
 		t.Error(q)
 	}
-	f.is(f.StopNBD(t.Context()), "")
+	f.is(f.nbd.Stop(t.Context()), "")
 	if d := f.deleted(); d != "a b c" {
 		t.Error(d)
 	}
@@ -331,7 +335,7 @@ func TestStopOrder(t *testing.T) {
 		t.Error(d)
 	}
 	f.is(f.add("a", "n"), "NBD server not running")
-	f.is(f.StartNBD(t.Context(), unixAddr(f.path), nil), "The daemon is shutting down")
+	f.is(f.nbd.Start(t.Context(), unixAddr(f.path), nil), "The daemon is shutting down")
 }
 
 // Adding and stopping at the same time leaves no export without a server.
@@ -342,7 +346,7 @@ func TestAddWhileStopping(t *testing.T) {
 		f.start()
 		done := make(chan error)
 		go func() { done <- f.add("e", "n") }()
-		f.is(f.StopNBD(t.Context()), "")
+		f.is(f.nbd.Stop(t.Context()), "")
 		err := <-done
 		if err != nil && err.Error() != "NBD server not running" {
 			t.Fatal(err)

@@ -16,6 +16,7 @@ import (
 	"qblockd/blockdev"
 	"qblockd/blockdev/drivertest"
 	"qblockd/blockdev/export"
+	"qblockd/blockdev/export/nbd"
 	"qblockd/blockdev/nbdwire"
 	"qblockd/schema/types"
 	"qblockd/schema/value"
@@ -45,9 +46,10 @@ func newStack(t testing.TB) *stack {
 	g := drivertest.NewGraph(t)
 	s := &stack{t: t, dir: dir, sock: filepath.Join(dir, "nbd"),
 		m: blockdev.New(g, blockdev.Config{Log: slog.New(slog.DiscardHandler)}), table: export.New(g, export.Options{})}
+	server := nbd.NewType(s.table, nbd.Options{})
 	t.Cleanup(func() { s.table.Close(context.Background()) })
 	addr := &types.SocketAddress{Type: types.SocketAddressTypeUnix, U: &types.UnixSocketAddress{Path: s.sock}}
-	s.must(s.table.StartNBD(context.Background(), addr, nil))
+	s.must(server.Start(context.Background(), addr, nil))
 	return s
 }
 

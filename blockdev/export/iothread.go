@@ -5,13 +5,9 @@ import (
 	"fmt"
 	"sync"
 
-	"qblockd/blockdev/export/nbd"
 	"qblockd/graph"
 	"qblockd/schema/types"
 )
-
-// Workers is a bounded group of workers that serves exports (an iothread object).
-type Workers = nbd.Workers
 
 // homes says which group serves which nodes. Nodes that are connected belong together: they are assigned
 // as one. All exports of connected nodes are served by one group, but for those whose iothread another export forbade.
@@ -87,8 +83,8 @@ func (t *Table) assign(n *graph.Node, w Workers) error {
 	all := connected(n, func(*graph.Node) bool { return true })
 	t.mu.Lock()
 	defer t.mu.Unlock()
-	for _, e := range t.list {
-		if e.fixed && !e.closing && all[e.root.Node()] {
+	for _, x := range t.list {
+		if isSet(x.Options.FixedIothread) && !x.closing && all[x.Root.Node()] {
 			return errFixed
 		}
 	}
@@ -102,9 +98,9 @@ func (t *Table) assign(n *graph.Node, w Workers) error {
 		}
 		h.group[x] = w
 	}
-	for _, e := range t.list {
-		if all[e.root.Node()] {
-			e.setWorkers(w)
+	for _, x := range t.list {
+		if all[x.Root.Node()] {
+			x.setWorkers(w)
 		}
 	}
 	return nil
@@ -151,20 +147,14 @@ func connected(n *graph.Node, more func(*graph.Node) bool) map[*graph.Node]bool 
 // place moves the node of a new export into the group that was asked for, if any, and takes the export there. Unless fixed,
 // the export goes where the node is if that cannot be changed. undo takes it back.
 // +checklocks:t.homes.mu
-func (t *Table) place(e *entry, w Workers) (undo func(), err error) {
-	n := e.root.Node()
+func (t *Table) place(x *Export, w Workers) (undo func(), err error) {
+	n := x.Root.Node()
 	before := t.homes.find(n)
 	if w != nil {
-		if err := t.assign(n, w); err != nil && e.fixed {
+		if err := t.assign(n, w); err != nil && isSet(x.Options.FixedIothread) {
 			return nil, err
 		}
 	}
-	e.setWorkers(t.homes.find(n))
+	x.setWorkers(t.homes.find(n))
 	return func() { t.assign(n, before) }, nil
 }
-
-// setWorkers makes w serve e from the next request on.
-func (e *entry) setWorkers(w Workers) { e.workers.Store(&w) }
-
-// currentWorkers is the group that serves e, or nil.
-func (e *entry) currentWorkers() Workers { return *e.workers.Load() }

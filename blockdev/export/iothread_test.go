@@ -2,7 +2,7 @@ package export
 
 import (
 	"context"
-	"path/filepath"
+	"sync"
 	"testing"
 
 	"qblockd/blockdev/drivertest"
@@ -11,12 +11,29 @@ import (
 	"qblockd/schema/types"
 )
 
-// bench is a table with its server, a node "file" with a format "top" over it, and a node "other".
+// bench is a table with a type whose exports have no clients, a node "file" with a format "top" over it, and a node "other".
 type bench struct {
 	*testing.T
 	g *graph.Graph
 	x *Table
 }
+
+type fakeType struct{}
+
+func (fakeType) Check(*graph.Node, *types.BlockExportOptions) ([]*graph.Node, error) { return nil, nil }
+func (fakeType) Serve(*Export, *graph.Hold) (Server, error) {
+	return &fakeServer{done: make(chan struct{})}, nil
+}
+func (fakeType) Close() {}
+
+type fakeServer struct {
+	once sync.Once
+	done chan struct{}
+}
+
+func (s *fakeServer) Shutdown()                           { s.once.Do(func() { close(s.done) }) }
+func (s *fakeServer) ShutdownIfIdle(context.Context) bool { s.Shutdown(); return true }
+func (s *fakeServer) Done() <-chan struct{}               { return s.done }
 
 type fakeGroup struct{ id string }
 
@@ -29,11 +46,7 @@ func newBench(t *testing.T) *bench {
 	groups := map[string]Workers{"io0": fakeGroup{"io0"}, "io1": fakeGroup{"io1"}}
 	x := New(g, Options{Iothread: func(id string) Workers { return groups[id] }})
 	t.Cleanup(func() { x.Close(context.Background()) })
-	addr := &types.SocketAddress{Type: types.SocketAddressTypeUnix,
-		U: &types.UnixSocketAddress{Path: filepath.Join(t.TempDir(), "s")}}
-	if err := x.StartNBD(context.Background(), addr, nil); err != nil {
-		t.Fatal(err)
-	}
+	x.Register(types.BlockExportTypeNbd, fakeType{})
 	file := drivertest.AddNode(t, g, "file", drivertest.NewMemFile(1<<20))
 	drivertest.MustBuild(t, g, drivertest.Spec{
 		Options:  graph.Options{Name: "top", DriverName: "raw", Kind: graph.Format},
@@ -67,10 +80,10 @@ func (b *bench) set(node, iothread string, force bool) error {
 func (b *bench) served(export, want string) {
 	b.Helper()
 	b.x.mu.Lock()
-	e := b.x.findLocked(export)
+	e, _ := b.x.findLocked(export)
 	b.x.mu.Unlock()
 	got := ""
-	if w := e.currentWorkers(); w != nil {
+	if w := e.Workers(); w != nil {
 		got = w.(fakeGroup).id
 	}
 	if got != want {

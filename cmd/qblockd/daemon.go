@@ -13,6 +13,7 @@ import (
 
 	"qblockd/blockdev"
 	"qblockd/blockdev/export"
+	"qblockd/blockdev/export/nbd"
 	"qblockd/blockdev/object"
 	"qblockd/events"
 	"qblockd/events/panics"
@@ -46,6 +47,7 @@ type daemon struct {
 	nodes    *blockdev.Manager
 	jobs     *jobs.Manager
 	exports  *export.Table
+	nbd      *nbd.Type
 	objects  *object.Registry
 	chardevs *chardev.Table
 	dispatch *qmp.Dispatcher
@@ -78,9 +80,11 @@ func newDaemon(p processWide) *daemon {
 	quiesced := func(nodes ...*graph.Node) { d.jobs.Quiesced(2, nodes...) } // as the reference does, once with the request queue and once with the node
 	d.nodes = blockdev.New(d.graph, blockdev.Config{Objects: d.objects, Policy: p.policy, Probed: quiesced})
 	d.exports = export.New(d.graph, export.Options{
-		SocketMode: p.socketMode, Iothread: d.iothread, NBD: p.limits.nbdServer(), Idle: d.memory.giveBack, Log: slog.Default(),
-		Leaving: func(n *graph.Node) { quiesced(n) },
+		Iothread: d.iothread, Leaving: func(n *graph.Node) { quiesced(n) }, Log: slog.Default(),
 	})
+	o := p.limits.nbdServer()
+	o.SocketMode, o.Idle, o.Log = p.socketMode, d.memory.giveBack, slog.Default()
+	d.nbd = nbd.NewType(d.exports, o)
 	d.chardevs = chardev.NewTable(chardev.Options{SocketMode: p.socketMode, MaxClients: p.limits.clients, Detached: p.daemonize})
 	d.dispatch = qmp.NewDispatcher(qmp.Version{
 		Major: qemuMajor, Minor: qemuMinor, Micro: qemuMicro, Package: "qblockd " + version,
@@ -107,7 +111,7 @@ func (d *daemon) register() {
 	types.RegisterTransaction(d.dispatch, handlers.Transaction{
 		Nodes: d.nodes, Jobs: handlers.BlockJob{Graph: d.graph, Jobs: d.jobs, Nodes: d.nodes},
 	})
-	types.RegisterBlockExport(d.dispatch, handlers.BlockExport{Graph: d.graph, Exports: d.exports})
+	types.RegisterBlockExport(d.dispatch, handlers.BlockExport{Graph: d.graph, Exports: d.exports, NBD: d.nbd})
 }
 
 // addMonitor makes QMP available on a character device. Its clients are served once the daemon is up.

@@ -32,7 +32,7 @@ func (d *daemon) apply(ctx context.Context, it cmdline.Item) error {
 		})
 	case "nbd-server":
 		return withArgument(it.Arg, "", types.DecodeNbdServerOptions, func(o *types.NbdServerOptions) error {
-			return d.exports.StartNBD(ctx, &o.Addr, o.MaxConnections)
+			return d.nbd.Start(ctx, &o.Addr, o.MaxConnections)
 		})
 	case "monitor":
 		return withArgument(it.Arg, "chardev", types.DecodeMonitorOptions, d.addMonitor)

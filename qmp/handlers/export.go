@@ -6,6 +6,7 @@ import (
 	"fmt"
 
 	"qblockd/blockdev/export"
+	"qblockd/blockdev/export/nbd"
 	"qblockd/graph"
 	"qblockd/schema/types"
 )
@@ -14,6 +15,7 @@ import (
 type BlockExport struct {
 	Graph   *graph.Graph
 	Exports *export.Table
+	NBD     *nbd.Type
 }
 
 var _ types.BlockExportHandler = BlockExport{}
@@ -24,11 +26,11 @@ func (h BlockExport) NbdServerStart(ctx context.Context, a *types.NbdServerStart
 	if a.Addr.Type == types.SocketAddressTypeFd {
 		return errors.New("only QEMU supports file descriptor passing")
 	}
-	return h.Exports.StartNBD(ctx, export.Flatten(&a.Addr), a.MaxConnections)
+	return h.NBD.Start(ctx, nbd.Flatten(&a.Addr), a.MaxConnections)
 }
 
 // NbdServerStop implements types.BlockExportHandler.
-func (h BlockExport) NbdServerStop(ctx context.Context) error { return h.Exports.StopNBD(ctx) }
+func (h BlockExport) NbdServerStop(ctx context.Context) error { return h.NBD.Stop(ctx) }
 
 // NbdServerAdd implements types.BlockExportHandler. Unlike block-export-add it turns a writable
 // export of a read-only node into a read-only one.

@@ -13,6 +13,7 @@ import (
 	"qblockd/blockdev"
 	"qblockd/blockdev/drivertest"
 	"qblockd/blockdev/export"
+	"qblockd/blockdev/export/nbd"
 	"qblockd/events"
 	"qblockd/graph"
 	"qblockd/jobs"
@@ -36,12 +37,13 @@ func newWorldSink(t *testing.T, s events.Sink) *world {
 	g := drivertest.NewGraph(t)
 	w := &world{commands: commands{}, t: t, g: g, jobs: jobs.NewManager(s, nil), nodes: blockdev.New(g, blockdev.Config{})}
 	exports := export.New(g, export.Options{})
+	server := nbd.NewType(exports, nbd.Options{})
 	job := BlockJob{Graph: g, Jobs: w.jobs, Nodes: w.nodes}
 	types.RegisterBlockCore(w, BlockCore{Nodes: w.nodes, Jobs: w.jobs, Exports: exports})
 	types.RegisterTransaction(w, Transaction{Nodes: w.nodes, Jobs: job})
 	types.RegisterBlockJob(w, job)
 	types.RegisterJob(w, Job{Jobs: w.jobs})
-	types.RegisterBlockExport(w, BlockExport{Graph: g, Exports: exports})
+	types.RegisterBlockExport(w, BlockExport{Graph: g, Exports: exports, NBD: server})
 	t.Cleanup(func() {
 		exports.Close(context.Background())
 		_ = w.jobs.Shutdown(context.Background())

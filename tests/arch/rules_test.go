@@ -36,8 +36,8 @@ var rules = []rule{
 	{"cmd/qblockd/cmdline", nil},
 	{"cmd/qblockd", []string{"cmd/qblockd/cmdline", "cmd/man", "schema", "qmp/...", "jobs/...", "blockdev/...", "graph/..."}},
 
-	{"qmp/handlers", []string{"qmp", "qmp/chardev", "jobs", "jobs/*", "blockdev", "blockdev/export", "blockdev/object", "graph",
-		"graph/perm", "graph/transaction", "schema"}}, // schema: query-qmp-schema and query-commands answer its bytes
+	{"qmp/handlers", []string{"qmp", "qmp/chardev", "jobs", "jobs/*", "blockdev", "blockdev/export", "blockdev/export/nbd",
+		"blockdev/object", "graph", "graph/perm", "graph/transaction", "schema"}}, // schema: query-qmp-schema and query-commands answer its bytes
 	{"qmp/chardev", []string{"qmp/chardev/sockets"}},
 	{"qmp", []string{"schema"}},
 
@@ -48,10 +48,9 @@ var rules = []rule{
 
 	{"blockdev/drivertest", []string{"graph", "graph/*"}},
 	{"blockdev/format/qcow2", []string{"blockdev/format/qcow2/layout", "graph", "graph/*"}},
-	// The table starts the servers: they are a list in one place, like the drivers in blockdev.
-	{"blockdev/export", []string{"blockdev/export/*", "qmp/chardev/sockets", "graph", "graph/*"}},
-	{"blockdev/export/nbd", []string{"blockdev/nbdwire", "qmp/chardev/sockets", "graph", "graph/*"}},
-	{"blockdev/export/*", []string{"graph", "graph/*"}},
+	{"blockdev/export", []string{"graph", "graph/*"}}, // no type of exports: those are told to it
+	{"blockdev/export/nbd", []string{"blockdev/export", "blockdev/nbdwire", "qmp/chardev/sockets", "graph", "graph/*"}},
+	{"blockdev/export/*", []string{"blockdev/export", "graph", "graph/*"}},
 	{"blockdev/protocol/*", []string{"graph", "graph/*"}},
 	{"blockdev/format/*", []string{"graph", "graph/*"}},
 	{"blockdev/filter/*", []string{"graph", "graph/*"}},

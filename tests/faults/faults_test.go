@@ -156,7 +156,7 @@ func (e *env) dirty() error {
 }
 
 func (e *env) exportable() error {
-	return errors.Join(e.guest(), e.Exports.StartNBD(e.ctx, &types.SocketAddress{
+	return errors.Join(e.guest(), e.NBD.Start(e.ctx, &types.SocketAddress{
 		Type: types.SocketAddressTypeUnix, U: &types.UnixSocketAddress{Path: e.socket, Abstract: rig.Ptr(true)}}, nil))
 }
 

@@ -143,7 +143,7 @@ func (g *nbdGuest) close() error {
 func (w *world) socket() string { return filepath.Join(w.dir, "nbd.sock") }
 
 func (w *world) startServer() error {
-	return w.x.Exports.StartNBD(w.ctx, &types.SocketAddress{
+	return w.x.NBD.Start(w.ctx, &types.SocketAddress{
 		Type: types.SocketAddressTypeUnix, U: &types.UnixSocketAddress{Path: w.socket()}}, nil)
 }
 

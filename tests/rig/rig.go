@@ -16,6 +16,7 @@ import (
 	"qblockd/blockdev"
 	"qblockd/blockdev/drivertest"
 	"qblockd/blockdev/export"
+	"qblockd/blockdev/export/nbd"
 	"qblockd/blockdev/format/qcow2"
 	"qblockd/graph"
 	"qblockd/graph/blk"
@@ -34,6 +35,7 @@ type Rig struct {
 	BlockJob    handlers.BlockJob
 	Transaction handlers.Transaction
 	Exports     *export.Table
+	NBD         *nbd.Type
 	Clock       *Clock
 	Store       *Store // nil with files in a directory
 	Dir         string // "": files are in Store
@@ -75,6 +77,7 @@ func New(dir string) *Rig {
 	x.BlockJob = handlers.BlockJob{Graph: x.Graph, Jobs: x.Jobs, Nodes: x.Nodes}
 	x.Transaction = handlers.Transaction{Nodes: x.Nodes, Jobs: x.BlockJob}
 	x.Exports = export.New(x.Graph, export.Options{Log: log})
+	x.NBD = nbd.NewType(x.Exports, nbd.Options{Log: log})
 	return x
 }
 

@@ -1,6 +1,7 @@
 // Package nbd serves block devices over the NBD protocol: fixed newstyle handshake, simple
 // and structured replies, the metadata contexts base:allocation and qemu:allocation-depth.
-// It knows no graph: an export's data is a Device, which graph roots are.
+// Type is what the table of exports knows of it; the Server behind it knows no graph: an export's
+// data is a Device, which Type makes of a root.
 //
 // # Life of a connection
 //
@@ -36,6 +37,8 @@
 // Options.MaxConns, others wait in the socket's backlog.
 //
 // # Locks
+//
+// Type.mu is a leaf.
 //
 //	Server.mu > Export.mu > conn.sendMu > conn.mu
 //

@@ -6,6 +6,7 @@ import (
 	"fmt"
 	"sync"
 
+	"qblockd/blockdev/export"
 	"qblockd/blockdev/nbdwire"
 )
 
@@ -26,7 +27,7 @@ type Spec struct {
 	Device  Device
 	// Workers is the group that serves requests which have to wait, asked for each of them; nil, as its result,
 	// means that there is no bound but that of each connection.
-	Workers func() Workers
+	Workers func() export.Workers
 }
 
 // Bitmap is a dirty bitmap that clients can read.
@@ -36,14 +37,6 @@ type Bitmap struct {
 		// NextDirty is the first dirty run in [off, end), in bytes.
 		NextDirty(off, end int64) (at, n int64, ok bool)
 	}
-}
-
-// Workers is a bounded group of workers that exports share.
-type Workers interface {
-	// Enter waits for a free worker, no longer than ctx.
-	Enter(ctx context.Context) error
-	// Leave gives it back.
-	Leave()
 }
 
 // Export is a device that clients can ask for by name.
@@ -113,26 +106,11 @@ func (e *Export) detach(c *conn) {
 	}
 }
 
-// InUse tells whether clients are connected to the export.
-func (e *Export) InUse() bool {
+// ShutdownIfIdle implements export.Server: who has seen a client's program end may expect that it does
+// not use the export.
+func (e *Export) ShutdownIfIdle(ctx context.Context) bool {
 	e.mu.Lock()
-	defer e.mu.Unlock()
-	return len(e.clients) > 0
-}
-
-// AwaitHungUp waits, no longer than ctx, until the clients that have hung up are none any more: who has seen a client's program end
-// may expect that it does not use the export.
-func (e *Export) AwaitHungUp(ctx context.Context) {
-	e.mu.Lock()
-	defer e.mu.Unlock()
-	for {
-		hungUp := false
-		for c := range e.clients {
-			hungUp = hungUp || c.hungUp()
-		}
-		if !hungUp {
-			return
-		}
+	for e.hungUpLocked() && ctx.Err() == nil {
 		if e.left == nil {
 			e.left = make(chan struct{})
 		}
@@ -143,19 +121,10 @@ func (e *Export) AwaitHungUp(ctx context.Context) {
 		case <-ctx.Done():
 		}
 		e.mu.Lock()
-		if ctx.Err() != nil {
-			return
-		}
 	}
-}
-
-// ShutdownIfIdle is Shutdown if no client is connected, else it does nothing and returns false.
-func (e *Export) ShutdownIfIdle() bool {
-	e.mu.Lock()
 	idle := len(e.clients) == 0
-	if idle && !e.closing {
-		e.closing = true
-		close(e.done)
+	if idle {
+		e.shutdownLocked()
 	}
 	e.mu.Unlock()
 	if idle {
@@ -164,13 +133,27 @@ func (e *Export) ShutdownIfIdle() bool {
 	return idle
 }
 
-// Shutdown takes the export off the list and drops its clients: their sockets are shut
-// down at once, their requests end in their own time. It does not wait; Done tells the end.
-// Doing it twice is harmless.
+// hungUpLocked tells whether a client has hung up and is not gone yet.
+// +checklocks:e.mu
+func (e *Export) hungUpLocked() bool {
+	for c := range e.clients {
+		if c.hungUp() {
+			return true
+		}
+	}
+	return false
+}
+
+// Shutdown implements export.Server. It takes the export off the server's list and shuts down its clients' sockets.
 func (e *Export) Shutdown() {
 	e.srv.forget(e)
 	e.mu.Lock()
 	defer e.mu.Unlock()
+	e.shutdownLocked()
+}
+
+// +checklocks:e.mu
+func (e *Export) shutdownLocked() {
 	if e.closing {
 		return
 	}
@@ -183,5 +166,5 @@ func (e *Export) Shutdown() {
 	}
 }
 
-// Done is closed when the export was shut down and its last request has ended.
+// Done implements export.Server.
 func (e *Export) Done() <-chan struct{} { return e.done }

@@ -16,42 +16,67 @@ import (
 	"qblockd/events/panics"
 	"qblockd/graph/blk"
 	"qblockd/qmp/chardev/sockets"
+	"qblockd/schema/types"
 )
 
-// InetAddr is where a TCP socket listens.
-type InetAddr struct {
-	Host, Port string
-	// To is the last port to try; nil: just Port.
-	To *uint16
-	// IPv4, IPv6: which protocols may be used; nil leaves it to the other one.
-	IPv4, IPv6 *bool
-	// Numeric: nothing is looked up.
-	Numeric bool
-	// Multipath: MPTCP.
-	Multipath bool
+// Flatten turns the older form of an address into the newer one.
+func Flatten(a *types.SocketAddressLegacy) *types.SocketAddress {
+	f := &types.SocketAddress{Type: a.Type}
+	switch u := a.U.(type) {
+	case *types.InetSocketAddressWrapper:
+		f.U = &u.Data
+	case *types.UnixSocketAddressWrapper:
+		f.U = &u.Data
+	case *types.StringWrapper:
+		f.U = &u.Data
+	}
+	return f
 }
 
-// network gives the family for package net, as the reference derives it.
-func (a *InetAddr) network() (string, error) {
-	is := func(b *bool) bool { return b != nil && *b }
+// listen makes a listening socket.
+func listen(ctx context.Context, addr *types.SocketAddress, mode os.FileMode) (net.Listener, error) {
+	switch a := addr.U.(type) {
+	case *types.UnixSocketAddress:
+		l, _, err := sockets.ListenUnix(sockets.UnixAddr{
+			Path:     a.Path,
+			Abstract: isSet(a.Abstract),
+			Padded:   a.Tight != nil && !*a.Tight,
+			Mode:     mode,
+		})
+		return l, err
+	case *types.InetSocketAddress:
+		return listenInet(ctx, a)
+	case *types.String:
+		fd, err := strconv.Atoi(a.Str)
+		if err != nil || fd < 0 {
+			return nil, fmt.Errorf("Unable to parse FD number %s", a.Str)
+		}
+		return listenFD(fd)
+	}
+	return nil, fmt.Errorf("socket address type '%s' is not supported", addr.Type)
+}
+
+// network gives the address family for package net, as QEMU derives it.
+func network(a *types.InetSocketAddress) (string, error) {
 	not := func(b *bool) bool { return b != nil && !*b }
 	switch {
-	case not(a.IPv4) && not(a.IPv6):
+	case not(a.Ipv4) && not(a.Ipv6):
 		return "", errors.New("Cannot disable IPv4 and IPv6 at same time")
-	case is(a.IPv4) && is(a.IPv6):
+	case isSet(a.Ipv4) && isSet(a.Ipv6):
 		return "tcp", nil
-	case is(a.IPv6) || not(a.IPv4):
+	case isSet(a.Ipv6) || not(a.Ipv4):
 		return "tcp6", nil
-	case is(a.IPv4) || not(a.IPv6):
+	case isSet(a.Ipv4) || not(a.Ipv6):
 		return "tcp4", nil
 	}
 	return "tcp", nil
 }
 
-// ListenInet makes a listening TCP socket, one for each address of the host; those that
+// listenInet makes a listening TCP socket, one for each address of the host; those that
 // cannot be had do not matter as long as there is one. It blocks while names are looked up.
-func ListenInet(ctx context.Context, a InetAddr) (net.Listener, error) {
-	network, err := a.network()
+// keep-alive has no effect on a listener, as in QEMU.
+func listenInet(ctx context.Context, a *types.InetSocketAddress) (net.Listener, error) {
+	network, err := network(a)
 	if err != nil {
 		return nil, err
 	}
@@ -60,14 +85,14 @@ func ListenInet(ctx context.Context, a InetAddr) (net.Listener, error) {
 	}
 	first := 0
 	if a.Port != "" {
-		if first, err = strconv.Atoi(a.Port); err != nil && !a.Numeric {
+		if first, err = strconv.Atoi(a.Port); err != nil && !isSet(a.Numeric) {
 			first, err = net.DefaultResolver.LookupPort(ctx, network, a.Port)
 		}
 		if err != nil || first < 0 || first > 65535 {
 			return nil, unresolved("Servname not supported for ai_socktype")
 		}
 	}
-	hosts, err := a.lookUp(ctx, network)
+	hosts, err := lookUp(ctx, network, a)
 	if err != nil {
 		return nil, unresolved("Name or service not known")
 	}
@@ -91,11 +116,11 @@ func ListenInet(ctx context.Context, a InetAddr) (net.Listener, error) {
 }
 
 // lookUp returns the addresses of the host; "" stands for all of the machine's.
-func (a *InetAddr) lookUp(ctx context.Context, network string) ([]string, error) {
+func lookUp(ctx context.Context, network string, a *types.InetSocketAddress) ([]string, error) {
 	if a.Host == "" {
 		return []string{""}, nil
 	}
-	if ip, err := netip.ParseAddr(a.Host); err == nil || a.Numeric {
+	if ip, err := netip.ParseAddr(a.Host); err == nil || isSet(a.Numeric) {
 		return []string{ip.String()}, err
 	}
 	ips, err := net.DefaultResolver.LookupNetIP(ctx, "ip"+network[len("tcp"):], a.Host)
@@ -110,13 +135,13 @@ func (a *InetAddr) lookUp(ctx context.Context, network string) ([]string, error)
 }
 
 // listenPorts listens on the first free port.
-func listenPorts(ctx context.Context, network, host string, first int, a InetAddr) (net.Listener, error) {
+func listenPorts(ctx context.Context, network, host string, first int, a *types.InetSocketAddress) (net.Listener, error) {
 	last := first
 	if a.To != nil {
 		last = int(*a.To)
 	}
 	var lc net.ListenConfig
-	lc.SetMultipathTCP(a.Multipath)
+	lc.SetMultipathTCP(isSet(a.Mptcp))
 	var err error = syscall.EADDRINUSE
 	for port := first; port <= last; port++ {
 		var l net.Listener
@@ -191,9 +216,9 @@ func (j *joined) Close() error {
 	return nil
 }
 
-// ListenFD listens on the socket that the process inherited as descriptor fd, which the
+// listenFD listens on the socket that the process inherited as descriptor fd, which the
 // listener then owns.
-func ListenFD(fd int) (net.Listener, error) {
+func listenFD(fd int) (net.Listener, error) {
 	if _, err := unix.GetsockoptInt(fd, unix.SOL_SOCKET, unix.SO_TYPE); err != nil {
 		return nil, fmt.Errorf("File descriptor '%d' is not a socket", fd)
 	}

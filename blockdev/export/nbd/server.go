@@ -6,6 +6,7 @@ import (
 	"fmt"
 	"log/slog"
 	"net"
+	"os"
 	"runtime"
 	"sync"
 	"sync/atomic"
@@ -18,6 +19,8 @@ import (
 
 // Options of a Server; the zero value gives the defaults.
 type Options struct {
+	// SocketMode is the mode of the socket files that Type.Start makes; 0: 0600.
+	SocketMode os.FileMode
 	// MaxConns bounds the connections served at once, handshakes included; 0: no bound.
 	MaxConns uint32
 	// Handshake bounds the time of a handshake; 0: DefaultHandshake, negative: no bound.
@@ -123,9 +126,6 @@ func (s *Server) Add(spec Spec) (*Export, error) {
 	s.ordered = append(s.ordered, e)
 	return e, nil
 }
-
-// ErrNotRunning: there is no server to serve an export.
-var ErrNotRunning = errors.New("NBD server not running")
 
 // CheckName tells whether an export of that name could be added now.
 func (s *Server) CheckName(spec *Spec) error {

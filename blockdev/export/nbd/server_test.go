@@ -8,6 +8,7 @@ import (
 	"time"
 
 	"qblockd/blockdev/nbdwire"
+	"qblockd/schema/types"
 )
 
 // prompt is what a command may take at most that must not wait for clients.
@@ -67,14 +68,14 @@ func TestSafeRemoval(t *testing.T) {
 	d := newFileDevice(t, 1<<20)
 	_, e, path := server(t, d, Options{})
 	c := open(t, path, true)
-	if e.ShutdownIfIdle() {
+	if e.ShutdownIfIdle(t.Context()) {
 		t.Fatal("removed under a client")
 	}
 	q := nbdwire.Request{Cmd: nbdwire.CmdDisc}
 	c.put(q.Append(nil))
 	c.eof()
-	eventually(t, "the client is gone", func() bool { return !e.InUse() })
-	if !e.ShutdownIfIdle() || !isDone(e) {
+	eventually(t, "the client is gone", func() bool { return e.ShutdownIfIdle(t.Context()) })
+	if !e.ShutdownIfIdle(t.Context()) || !isDone(e) {
 		t.Error("not removed")
 	}
 }
@@ -262,15 +263,15 @@ func TestConnectionLimitCountsServedOnes(t *testing.T) {
 
 func TestListenInet(t *testing.T) {
 	ctx := t.Context()
-	l, err := ListenInet(ctx, InetAddr{Host: "127.0.0.1", Port: "0"})
+	l, err := listenInet(ctx, &types.InetSocketAddress{Host: "127.0.0.1", Port: "0"})
 	if err != nil {
 		t.Fatal(err)
 	}
 	defer l.Close()
 	port := l.Addr().(*net.TCPAddr).Port
-	is := func(want string, a InetAddr) {
+	is := func(want string, a types.InetSocketAddress) {
 		t.Helper()
-		l, err := ListenInet(ctx, a)
+		l, err := listenInet(ctx, &a)
 		if err == nil {
 			l.Close()
 		}
@@ -278,15 +279,15 @@ func TestListenInet(t *testing.T) {
 			t.Errorf("%v, want %s", err, want)
 		}
 	}
-	no := false
-	is("Failed to find an available port: Address already in use", InetAddr{Host: "127.0.0.1", Port: itoa(port)})
-	is("Cannot disable IPv4 and IPv6 at same time", InetAddr{Host: "127.0.0.1", Port: "0", IPv4: &no, IPv6: &no})
+	yes, no := true, false
+	is("Failed to find an available port: Address already in use", types.InetSocketAddress{Host: "127.0.0.1", Port: itoa(port)})
+	is("Cannot disable IPv4 and IPv6 at same time", types.InetSocketAddress{Host: "127.0.0.1", Port: "0", Ipv4: &no, Ipv6: &no})
 	is("address resolution failed for nowhere.invalid:0: Name or service not known",
-		InetAddr{Host: "nowhere.invalid", Port: "0", Numeric: true})
+		types.InetSocketAddress{Host: "nowhere.invalid", Port: "0", Numeric: &yes})
 	is("address resolution failed for 127.0.0.1:no-such-service: Servname not supported for ai_socktype",
-		InetAddr{Host: "127.0.0.1", Port: "no-such-service"})
+		types.InetSocketAddress{Host: "127.0.0.1", Port: "no-such-service"})
 	to := uint16(min(port+20, 65535))
-	l2, err := ListenInet(ctx, InetAddr{Host: "127.0.0.1", Port: itoa(port), To: &to})
+	l2, err := listenInet(ctx, &types.InetSocketAddress{Host: "127.0.0.1", Port: itoa(port), To: &to})
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -313,7 +314,7 @@ func TestListenInet(t *testing.T) {
 func TestListenInetSeveralAddresses(t *testing.T) {
 	var ls []net.Listener
 	for range 2 {
-		l, err := ListenInet(t.Context(), InetAddr{Host: "127.0.0.1", Port: "0"})
+		l, err := listenInet(t.Context(), &types.InetSocketAddress{Host: "127.0.0.1", Port: "0"})
 		if err != nil {
 			t.Fatal(err)
 		}

@@ -4,6 +4,7 @@ import (
 	"math"
 	"sync"
 
+	"qblockd/blockdev/export"
 	"qblockd/blockdev/nbdwire"
 	"qblockd/events/panics"
 	"qblockd/graph/blk"
@@ -170,9 +171,9 @@ func (c *conn) serve(j *job) *reply {
 
 // begin waits for a worker of the export's group and for the gate, and enters both. Nobody waits for one of them
 // while holding the other: a drained device does not take the workers of others.
-func (c *conn) begin() (*blk.Req, Workers, error) {
+func (c *conn) begin() (*blk.Req, export.Workers, error) {
 	for {
-		var w Workers
+		var w export.Workers
 		if f := c.exp.spec.Workers; f != nil {
 			w = f()
 		}
@@ -195,7 +196,7 @@ func (c *conn) begin() (*blk.Req, Workers, error) {
 	}
 }
 
-func (c *conn) end(r *blk.Req, w Workers) {
+func (c *conn) end(r *blk.Req, w export.Workers) {
 	c.dev.End(r)
 	if w != nil {
 		w.Leave()

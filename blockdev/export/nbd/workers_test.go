@@ -4,9 +4,11 @@ import (
 	"context"
 	"sync/atomic"
 	"testing"
+
+	"qblockd/blockdev/export"
 )
 
-// group is a Workers of one worker.
+// group is an export.Workers of one worker.
 type group struct {
 	free    chan struct{}
 	entered atomic.Int64
@@ -36,7 +38,7 @@ func TestWorkers(t *testing.T) {
 	a, b := newGroup(), newGroup()
 	var now atomic.Pointer[group]
 	_, _, path := server(t, d, Options{}, func(s *Spec) {
-		s.Workers = func() Workers {
+		s.Workers = func() export.Workers {
 			if g := now.Load(); g != nil {
 				return g
 			}
@@ -68,7 +70,7 @@ func TestWorkersAtTheGate(t *testing.T) {
 	d := newFileDevice(t, 1<<20)
 	d.wouldBlock.Store(true)
 	g := newGroup()
-	_, _, path := server(t, d, Options{}, func(s *Spec) { s.Workers = func() Workers { return g } })
+	_, _, path := server(t, d, Options{}, func(s *Spec) { s.Workers = func() export.Workers { return g } })
 	c := open(t, path, false)
 	<-g.free
 	q := wr(0, 4096)
