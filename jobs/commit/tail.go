@@ -27,12 +27,12 @@ func overlaysOf(n *graph.Node) (l []*graph.Node) {
 
 // hideTail makes an overlay that is longer than the top go on reading zeroes there when a base that is longer, too, takes the place of the top. It changes
 // nothing that anybody reads and may be done although the job fails after it.
-func (j *job) hideTail(ctx context.Context, overlay *graph.Node) error {
-	off, end := j.Top.Size(), min(j.Base.Size(), overlay.Size())
+func (j *Job) hideTail(ctx context.Context, overlay *graph.Node) error {
+	off, end := j.top.Size(), min(j.base.Size(), overlay.Size())
 	if off >= end {
 		return nil
 	}
-	tx := j.g.Begin(ctx)
+	tx := j.top.Graph().Begin(ctx)
 	defer tx.Abort()
 	root, err := tx.AttachRoot(graph.RootSpec{
 		EdgeName: "root", StayAtNode: true, Job: true, Claim: perm.Claim{Need: perm.ConsistentRead | perm.WriteUnchanged, Share: perm.All},
@@ -52,20 +52,20 @@ func (j *job) hideTail(ctx context.Context, overlay *graph.Node) error {
 		}
 		off += n
 	}
-	if e := j.g.CloseRoot(ctx, root); err == nil {
+	if e := j.top.Graph().CloseRoot(ctx, root); err == nil {
 		err = e
 	}
 	return err
 }
 
 // shown tells whether the base reads as zeroes in the beginning of [off, off+n), and how long that is: there is nothing to hide there.
-func (j *job) shown(ctx context.Context, off, n int64) (int64, bool, error) {
-	r, err := j.base.Begin(ctx)
+func (j *Job) shown(ctx context.Context, off, n int64) (int64, bool, error) {
+	r, err := j.writes.Begin(ctx)
 	if err != nil {
 		return 0, false, err
 	}
-	defer j.base.End(r)
-	x, err := j.base.Edge().StatusAbove(r, nil, false, off, n)
+	defer j.writes.End(r)
+	x, err := j.writes.Edge().StatusAbove(r, nil, false, off, n)
 	if err != nil || x.N == 0 {
 		return n, false, nil
 	}

@@ -90,6 +90,18 @@ type Task struct {
 	Uncounted bool
 }
 
+// Policies are what becomes of errors of reading and of writing.
+type Policies struct{ Read, Write types.BlockdevOnError }
+
+// Side is a Task.Side for errors of graph.Copy.
+func (p Policies) Side(err error) (types.IoOperationType, types.BlockdevOnError) {
+	var c *graph.CopyError
+	if errors.As(err, &c) && c.Write {
+		return types.IoOperationTypeWrite, p.Write
+	}
+	return types.IoOperationTypeRead, p.Read
+}
+
 // All is what Task.Copy returns where n bytes are copied as a whole.
 func All(n int64, err error) (int64, error) {
 	if err != nil {

@@ -130,6 +130,16 @@ func errInUse(t types.JobType) error {
 
 // Start checks the arguments, inserts the filter and starts the job; see jobs.Manager.Start for release. On error nothing has changed.
 func Start(ctx context.Context, m *jobs.Manager, a Args) (release func(), err error) {
+	mj, err := Enter(ctx, m, a)
+	if err != nil {
+		return nil, err
+	}
+	a.Hold.Release()
+	return m.Start(mj), nil
+}
+
+// Enter is Start that leaves it to the caller to start the job.
+func Enter(ctx context.Context, m *jobs.Manager, a Args) (*jobs.Job, error) {
 	j := &job{Args: a, g: a.Source.Graph(), m: m, thaw: func() {}}
 	if err := j.check(); err != nil {
 		return nil, err
@@ -149,8 +159,7 @@ func Start(ctx context.Context, m *jobs.Manager, a Args) (release func(), err er
 		j.restoreReadOnly()
 		return nil, err
 	}
-	a.Hold.Release()
-	return m.Start(j.mj), nil
+	return j.mj, nil
 }
 
 func (j *job) check() error {

@@ -1,5 +1,5 @@
-// Package stream is the job behind block-stream: it copies what the backing chain of a node holds
-// into the node, down to a base that stays, and then makes the node's backing link skip what it has copied.
+// Package stream is the job behind block-stream: it copies what the backing chain of a node holds into the node, down
+// to a base that stays, and then makes the node's backing link skip what it has copied.
 //
 //	 before                 while it runs                     after
 //
@@ -19,12 +19,12 @@ package stream
 
 import (
 	"context"
-	"errors"
 	"fmt"
 
 	"qblockd/graph"
 	"qblockd/graph/perm"
 	"qblockd/jobs"
+	"qblockd/jobs/blockjob"
 	"qblockd/jobs/chain"
 	"qblockd/jobs/copy"
 	"qblockd/schema/types"
@@ -37,330 +37,238 @@ const (
 	workers = 4
 )
 
-// Args says what to stream. Top, and Base or Bottom, were looked up by the caller.
-type Args struct {
-	ID     string
-	Top    *graph.Node
-	Base   *graph.Node // stays; nil: nothing stays
-	Bottom *graph.Node // the last one to be copied, instead of Base
-	// BackingFile is what the image header will name; "" means the base's own name.
-	BackingFile string
-	// MaskProtocol writes "raw" for the format of a base that is a protocol node.
-	MaskProtocol   bool
-	Speed          int64 // bytes per second, 0: no limit
-	OnError        types.BlockdevOnError
-	FilterNodeName string // "": generated, and the filter is implicit
-	ManualFinalize bool
-	ManualDismiss  bool
-	// Hold is the caller's of the nodes; it ends before the job goes to work. Nil: there is none.
-	Hold *graph.Hold
-	// HeaderName is how an overlay's header names a node, and the format.
-	HeaderName func(*graph.Node) (name, format string, err error)
+// Job is a job of block-stream, before its start and as it runs.
+type Job struct {
+	args  types.BlockStreamArgs
+	nodes blockjob.Nodes
+	site  blockjob.Site
+
+	chain      []*graph.Node // from the top to the node directly above what stays
+	last       *graph.Node   // the last one to be copied: one of the chain, and no filter
+	filterName string
+	driver     *filterDriver
+	root       *graph.Root // the job's requests
 }
 
-// errInUse is why the nodes of a job take no other operation.
-var errInUse = errors.New("block device is in use by block job: stream")
-
-type job struct {
-	Args
-	g           *graph.Graph
-	baseOverlay *graph.Node // the last one to be copied
-	aboveBase   *graph.Node // directly above what stays: baseOverlay or a filter above the base
-	filter      *graph.Node // nil once removed
-	driver      *filterDriver
-	wasReadOnly []*graph.Node
-	claimed     func()        // ends the block of the top by makeWritable; nil: there was none
-	root        *graph.Root   // the job's requests
-	holds       []*graph.Root // what the job relies on
-	unblock     []func()
-	unfreeze    func()
+// FromArgs makes a job that blockjob.Start starts.
+func FromArgs(nodes blockjob.Nodes, a *types.BlockStreamArgs) (*Job, error) {
+	for _, p := range []struct {
+		nameA, nameB string
+		a, b         *string
+	}{{"base", "base-node", a.Base, a.BaseNode}, {"base", "bottom", a.Base, a.Bottom}, {"bottom", "base-node", a.Bottom, a.BaseNode}} {
+		if p.a != nil && p.b != nil {
+			return nil, fmt.Errorf("'%s' and '%s' cannot be specified at the same time", p.nameA, p.nameB)
+		}
+	}
+	return &Job{args: *a, nodes: nodes}, nil
 }
 
-// Start checks the arguments, inserts the filter and starts the job; see jobs.Manager.Start for release. On error nothing
-// has changed.
-func Start(ctx context.Context, m *jobs.Manager, a Args) (release func(), err error) {
-	j := &job{Args: a, g: a.Top.Graph()}
-	if err := j.findBase(); err != nil {
-		return nil, err
-	}
-	if err := j.blocked(); err != nil {
-		return nil, err // told before anything that cannot be frozen
-	}
-	unfreeze, err := j.makeWritable(ctx)
+func (j *Job) top() *graph.Node   { return j.chain[0] }
+func (j *Job) above() *graph.Node { return j.chain[len(j.chain)-1] }
+
+// Find implements blockjob.Job.
+func (j *Job) Find() ([]*graph.Node, error) {
+	a := &j.args
+	top, err := j.nodes.Lookup(&a.Device, &a.Device)
 	if err != nil {
 		return nil, err
 	}
-	defer unfreeze()
-	mj, err := j.attach(ctx, m)
-	if err != nil {
-		j.restoreReadOnly()
-		return nil, err
-	}
-	a.Hold.Release()
-	return m.Start(mj), nil
-}
-
-func (j *job) findBase() error {
-	if j.Bottom != nil {
-		j.baseOverlay, j.aboveBase = j.Bottom, j.Bottom
-		return nil
-	}
-	overlay := j.Top.SkipFilters()
-	for {
-		e := overlay.Backing()
-		if e == nil {
-			if j.Base != nil {
-				return fmt.Errorf("'%s' is not in the backing chain of '%s'", j.Base.Name(), j.Top.Name())
-			}
-			break
-		}
-		if j.Base != nil && e.Node().SkipFilters() == j.Base.SkipFilters() {
-			break
-		}
-		overlay = e.Node().SkipFilters()
-	}
-	j.baseOverlay, j.aboveBase = overlay, overlay
-	if e := overlay.Backing(); e != nil && j.Base != nil {
-		for n := e.Node(); n != j.Base; n = n.FilteredChild().Node() {
-			j.aboveBase = n
-		}
-	}
-	return nil
-}
-
-// attach builds the filter and the job's holds in one transaction.
-func (j *job) attach(ctx context.Context, m *jobs.Manager) (*jobs.Job, error) {
-	tx := j.g.Begin(ctx)
-	defer tx.Abort()
-	mj, err := j.fill(tx, m)
-	if err == nil {
-		tx.Check(j.blocked)
-		tx.Join(graph.OnCommit(j.keepOthersAway))
-		if err = tx.Commit(); err != nil {
-			m.Discard(mj)
-		}
-	}
-	if err != nil {
-		return nil, err
-	}
-	return mj, nil
-}
-
-// chain is the top and what lies below it, as far as the job relies on it.
-func (j *job) chain() (l []*graph.Node) {
-	for n := j.Top; ; {
-		l = append(l, n)
-		e := n.FilterOrCOWChild()
-		if n == j.aboveBase || e == nil {
-			return l
-		}
-		n = e.Node()
-	}
-}
-
-// blocked tells why another job does not let this one in. Asked with the nodes reserved: of two jobs that start at the same
-// time on one chain one sees the other.
-func (j *job) blocked() error {
-	for _, n := range j.chain() {
-		if n == j.Top && j.claimed != nil {
-			continue // by this job itself
-		}
-		if err := n.Blocked(graph.OpStream); err != nil {
-			return err
-		}
-	}
-	return nil
-}
-
-// keepOthersAway keeps others away from the nodes of the job from the moment it is in the graph.
-func (j *job) keepOthersAway() {
-	for _, n := range append(j.chain(), j.filter) {
-		j.unblock = append(j.unblock, n.BlockAll(errInUse, graph.OpDataplane))
-	}
-}
-
-func (j *job) fill(tx *graph.Tx, m *jobs.Manager) (*jobs.Job, error) {
-	if err := j.freeze(tx); err != nil {
-		return nil, err
-	}
-	top := j.Top.Options()
-	filter, err := tx.NewNode(&graph.Options{
-		Name: j.FilterNodeName, DriverName: DriverName, Kind: graph.Filter,
-		Implicit: j.FilterNodeName == "", Discard: true, Direct: top.Direct, NoFlush: top.NoFlush,
-	})
-	if err != nil {
+	if j.filterName, err = graph.GivenName(a.FilterNodeName); err != nil {
 		return nil, fmt.Errorf("Could not create node: %w", err)
 	}
-	j.filter = filter
+	base, bottom, err := j.findEnd(top)
+	if err != nil {
+		return nil, err
+	}
+	end := base
+	if bottom != nil {
+		end = chain.Below(bottom)
+	}
+	j.chain = chain.Between(top, end)
+	for _, n := range j.chain {
+		if err := n.Blocked(graph.OpStream); err != nil {
+			return nil, err
+		}
+	}
+	if base == nil && a.BackingFile != nil {
+		return nil, fmt.Errorf("backing file specified, but streaming the entire chain")
+	}
+	if base != nil {
+		if _, _, err := j.nodes.HeaderName(nil, base); err != nil {
+			return nil, err
+		}
+	}
+	if j.last = bottom; bottom == nil {
+		if j.last = chain.Overlay(top, base); j.last == nil {
+			return nil, fmt.Errorf("'%s' is not in the backing chain of '%s'", base.Name(), top.Name())
+		}
+	}
+	return j.chain, nil
+}
+
+// findEnd finds the node that the arguments name as the end of what is streamed: the base stays, the bottom does not.
+func (j *Job) findEnd(top *graph.Node) (base, bottom *graph.Node, err error) {
+	switch a := &j.args; {
+	case a.Base != nil:
+		if base = j.nodes.FindBacking(top, *a.Base); base == nil {
+			return nil, nil, fmt.Errorf("Can't find '%s' in the backing chain", *a.Base)
+		}
+	case a.BaseNode != nil:
+		if base, err = j.nodes.Lookup(nil, a.BaseNode); err != nil {
+			return nil, nil, err
+		}
+		if base == top || !chain.Contains(top, base) {
+			return nil, nil, fmt.Errorf("Node '%s' is not a backing image of '%s'", *a.BaseNode, a.Device)
+		}
+	case a.Bottom != nil:
+		if bottom, err = j.nodes.Lookup(nil, a.Bottom); err != nil {
+			return nil, nil, err
+		}
+		if bottom.Kind() == graph.Filter {
+			return nil, nil, fmt.Errorf("Node '%s' is a filter, use a non-filter node as 'bottom'", *a.Bottom)
+		}
+		if !chain.Contains(top, bottom) {
+			return nil, nil, fmt.Errorf("Node '%s' is not in a chain starting from '%s'", *a.Bottom, a.Device)
+		}
+	}
+	return base, bottom, nil
+}
+
+// Enter implements blockjob.Job.
+func (j *Job) Enter(ctx context.Context, m *jobs.Manager) (*jobs.Job, error) {
+	if err := j.site.MakeWritable(ctx, j.top()); err != nil {
+		return nil, err
+	}
+	return j.site.Enter(ctx, j.top().Graph(), func(tx *graph.Tx) error { return j.fill(tx, m) })
+}
+
+func (j *Job) fill(tx *graph.Tx, m *jobs.Manager) error {
+	if err := j.site.FreezeChain(tx, j.top(), j.above()); err != nil {
+		return err
+	}
+	// What the graph does not allow is told before the job is announced.
+	if err := j.makeFilter(tx); err != nil {
+		return fmt.Errorf("Could not create node: %w", err)
+	}
+	m.Quiesced(1, j.top())
+	a := &j.args
+	if a.Base != nil { // canonical: nodes by their own names
+		a.Base, a.BaseNode = nil, new(chain.Below(j.above()).Name())
+	}
+	spec := blockjob.Spec(types.JobTypeStream, j, a.JobID, a.Speed, a.AutoFinalize, a.AutoDismiss)
+	spec.Nodes = []*graph.Node{j.site.Filter}
+	if err := j.site.Create(m, spec); err != nil {
+		m.Quiesced(1, j.top())
+		return err
+	}
+	j.site.BlockAt(tx, append(j.chain[:len(j.chain):len(j.chain)], j.site.Filter)...)
+	return j.keep(tx)
+}
+
+func (j *Job) makeFilter(tx *graph.Tx) error {
+	filter, err := j.site.MakeFilter(tx, j.filterName, j.top(), graph.Options{DriverName: DriverName, Discard: true})
+	if err != nil {
+		return err
+	}
 	j.driver = &filterDriver{node: filter}
 	filter.SetDriver(j.driver)
-	_, err = tx.InsertFilter(filter, "file", j.Top)
-	if err == nil {
-		err = tx.Try() // what the graph does not allow is told before the job is announced
+	if _, err := tx.InsertFilter(filter, "file", j.top()); err != nil {
+		return err
 	}
-	if err != nil {
-		return nil, fmt.Errorf("Could not create node: %w", err)
-	}
-	m.Quiesced(1, j.Top)
-	mj, err := m.Create(jobs.Spec{
-		ID: j.ID, Type: types.JobTypeStream, Runner: j, Block: true, Speed: j.Speed,
-		ManualFinalize: j.ManualFinalize, ManualDismiss: j.ManualDismiss, Nodes: []*graph.Node{filter},
-	})
-	if err != nil {
-		m.Quiesced(1, j.Top)
-		return nil, err
-	}
-	if err := j.hold(tx, mj); err != nil {
-		m.Discard(mj)
-		return nil, err
-	}
-	tx.Publish(filter)
-	return mj, nil
+	return tx.Try()
 }
 
-// freeze makes the chain stay as it was found.
-func (j *job) freeze(tx *graph.Tx) (err error) {
-	for n := j.Top; n != j.aboveBase; {
-		e := tx.FilterOrCOWChild(n)
-		if e == nil {
-			return fmt.Errorf("The backing chain of '%s' has changed", j.Top.Name())
-		}
-		n = tx.Target(e)
-	}
-	if j.wasReadOnly != nil {
-		// It is frozen by makeWritable.
-		if err := tx.Thaw(j.Top, j.aboveBase); err != nil {
-			return err
-		}
-	}
-	j.unfreeze, err = tx.FreezeChain(j.Top, j.aboveBase)
-	return err
-}
-
-// hold takes what the job relies on: the right to read and to write unchanged data at the top, no resize
-// there, and no writes to what is copied.
-func (j *job) hold(tx *graph.Tx, mj *jobs.Job) error {
+// keep takes what the job relies on: the right to read and to write unchanged data at the top, no resize there, and no
+// writes to what is copied.
+func (j *Job) keep(tx *graph.Tx) error {
 	const unchanging = perm.ConsistentRead | perm.WriteUnchanged
-	spec := graph.RootSpec{Kind: graph.KindJob, Name: mj.ID(), Desc: mj.Describe(), StayAtNode: true, Job: true}
-	add := func(name string, c perm.Claim, n *graph.Node) error {
-		spec.EdgeName, spec.Claim = name, c
-		r, err := tx.AttachRoot(spec, n)
-		j.holds = append(j.holds, r)
-		return err
+	uses := []blockjob.Use{
+		{Name: "main node", Node: j.site.Filter, Claim: perm.Claim{Share: perm.All}},
+		{Name: "active node", Node: j.top(), Claim: perm.Claim{Share: unchanging | perm.Write}},
 	}
-	if err := add("main node", perm.Claim{Share: perm.All}, j.filter); err != nil {
-		return err
+	for _, n := range j.chain[1:] {
+		uses = append(uses, blockjob.Use{Name: "intermediate node", Node: n, Claim: perm.Claim{Share: unchanging}})
 	}
-	if err := add("active node", perm.Claim{Share: unchanging | perm.Write}, j.Top); err != nil {
-		return err
-	}
-	for n := j.Top; n != j.aboveBase; {
-		n = n.FilterOrCOWChild().Node()
-		if err := add("intermediate node", perm.Claim{Share: unchanging}, n); err != nil {
-			return err
-		}
-	}
-	root, err := tx.AttachRoot(graph.RootSpec{
-		EdgeName: "root", Kind: graph.KindBackend, StayAtNode: true, Job: true,
-		Claim: perm.Claim{Need: perm.ConsistentRead, Share: unchanging | perm.Write},
-	}, j.filter)
-	j.root = root
-	return err
+	return j.site.Keep(tx, append(uses, blockjob.Use{
+		Node: j.site.Filter, Claim: perm.Claim{Need: perm.ConsistentRead, Share: unchanging | perm.Write}, Root: &j.root,
+	})...)
 }
 
 // Run implements jobs.Runner.
-func (j *job) Run(ctx context.Context, h *jobs.Handle) error {
-	top := j.Top.SkipFilters()
-	if top == j.baseOverlay {
+func (j *Job) Run(ctx context.Context, h *jobs.Handle) error {
+	top := j.top().SkipFilters()
+	if top == j.last {
 		return nil // nothing between it and what stays
 	}
-	size := j.Top.Size()
+	size := j.top().Size()
 	h.SetRemaining(size)
-	c := copier{target: j.filter.FilteredChild(), below: top.Backing(), last: j.baseOverlay}
+	c := copier{target: j.site.Filter.FilteredChild(), below: top.Backing(), last: j.last}
 	return copy.Run(h, copy.Task{
 		Gate: copy.RootGate(ctx, j.root), Size: size, Chunk: chunk, Workers: workers,
 		Guests: &j.driver.guests, Look: c.look, Copy: c.copy,
-		Operation: types.IoOperationTypeRead, Policy: j.OnError,
+		Operation: types.IoOperationTypeRead, Policy: blockjob.Or(j.args.OnError, types.BlockdevOnErrorReport),
 	})
 }
 
-// Prepare implements jobs.Preparer: it removes the filter, makes the backing link of the top skip what was
-// copied, and rewrites the image's header, all or nothing.
-func (j *job) Prepare(ctx context.Context, h *jobs.Handle) error {
-	hold, err := j.g.HoldNodes(ctx, j.chain()...)
+// Prepare implements jobs.Preparer: it removes the filter, makes the backing link of the top skip what was copied, and
+// rewrites the image's header, all or nothing.
+func (j *Job) Prepare(ctx context.Context, h *jobs.Handle) error {
+	g := j.top().Graph()
+	hold, err := g.HoldNodes(ctx, j.chain...)
 	if err != nil {
 		return err
 	}
 	defer hold.Release()
-	top := j.Top.SkipFilters()
-	tx := j.g.Begin(context.WithoutCancel(ctx))
+	tx := g.Begin(context.WithoutCancel(ctx))
 	defer tx.Abort()
-	tx.Quiet(j.root)
-	if err := tx.Thaw(j.Top, j.aboveBase); err != nil {
+	if err := j.site.Leave(tx); err != nil {
 		return err
 	}
-	if err := j.leave(tx); err != nil {
+	if err := tx.RemoveFilter(j.site.Filter); err != nil {
 		return err
 	}
-	if err := tx.RemoveFilter(j.filter); err != nil {
-		return err
-	}
-	if cow := top.Backing(); cow != nil {
-		var base *graph.Node
-		if e := j.aboveBase.FilterOrCOWChild(); e != nil {
-			base = e.Node()
-		}
-		header := &chain.HeaderChange{Node: top}
-		var err error
-		if base == nil {
-			err = tx.Detach(cow)
-		} else {
-			header.Name, header.Format, err = chain.HeaderNames(base, j.HeaderName, j.BackingFile, j.MaskProtocol)
-			if err == nil && cow.Node() != base {
-				err = tx.Replace(cow, base)
-			}
-		}
-		if err != nil {
+	if cow := j.top().SkipFilters().Backing(); cow != nil {
+		if err := j.skipCopied(tx, cow); err != nil {
 			return err
 		}
-		tx.Drain(top)
-		tx.Join(header)
 	}
-	below := j.Top.NodesBelow()
+	below := j.top().NodesBelow()
 	if err := tx.Commit(); err != nil {
 		return err
 	}
-	h.Quiesced(2, j.Top)
+	j.site.Filter = nil
+	h.Quiesced(2, j.top())
 	h.Quiesced(2, below...)
-	j.filter, j.root, j.holds = nil, nil, nil
+	return nil
+}
+
+// skipCopied lets tx make the backing link of the top lead to what stays.
+func (j *Job) skipCopied(tx *graph.Tx, cow *graph.Edge) (err error) {
+	header := &blockjob.HeaderChange{Node: cow.ParentNode()}
+	if base := chain.Below(j.above()); base == nil {
+		err = tx.Detach(cow)
+	} else {
+		a := &j.args
+		header.Name, header.Format, err = blockjob.HeaderNames(j.nodes, base, a.BackingFile, a.BackingMaskProtocol)
+		if err == nil && cow.Node() != base {
+			err = tx.Replace(cow, base)
+		}
+	}
+	if err != nil {
+		return err
+	}
+	tx.Drain(header.Node)
+	tx.Join(header)
 	return nil
 }
 
 // Clean implements jobs.Cleaner.
-func (j *job) Clean(h *jobs.Handle) {
-	if hold, err := j.g.HoldNodes(context.Background(), j.Top); err == nil {
+func (j *Job) Clean(h *jobs.Handle) {
+	if hold, err := j.top().Graph().HoldNodes(context.Background(), j.top()); err == nil {
 		defer hold.Release()
 	}
-	j.unfreeze()
-	if j.filter != nil {
-		chain.TakeOut(j.ID, j.filter, j.root, j.leave)
-		h.Quiesced(3, j.Top)
-		j.filter = nil
+	if j.site.TakeOut(nil) {
+		h.Quiesced(3, j.top())
 	}
-	// The next job on these nodes must find them as this one did.
-	j.restoreReadOnly()
-	for _, f := range j.unblock {
-		f()
-	}
-	j.unblock = nil
-}
-
-// leave lets tx give back what the job relies on.
-func (j *job) leave(tx *graph.Tx) error {
-	for _, r := range append(j.holds, j.root) {
-		if err := tx.DetachRoot(r); err != nil {
-			return err
-		}
-	}
-	return nil
+	j.site.Release()
 }

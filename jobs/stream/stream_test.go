@@ -13,6 +13,7 @@ import (
 	"qblockd/graph/blk"
 	"qblockd/graph/perm"
 	"qblockd/jobs"
+	"qblockd/jobs/blockjob"
 	"qblockd/jobs/stream"
 	"qblockd/schema/types"
 )
@@ -101,11 +102,11 @@ func TestShortLayers(t *testing.T) {
 			}
 			before := read()
 			m := jobs.NewManager(sink, nil)
-			a := stream.Args{ID: "j", Top: top, ManualDismiss: true, HeaderName: headerName}
+			var stays *string
 			if c.keepBase {
-				a.Base = base
+				stays = new("base")
 			}
-			release, err := stream.Start(context.Background(), m, a)
+			release, err := start(g, m, stays)
 			if err != nil {
 				t.Fatal(err)
 			}
@@ -136,7 +137,7 @@ func TestRawOverAChain(t *testing.T) {
 	top := layer(t, g, "top", 4, below)
 	root := drivertest.AddRoot(t, g, top, perm.Claim{Need: perm.ConsistentRead, Share: perm.All})
 	m := jobs.NewManager(sink, nil)
-	release, err := stream.Start(context.Background(), m, stream.Args{ID: "j", Top: top, HeaderName: headerName, ManualDismiss: true})
+	release, err := start(g, m, nil)
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -160,8 +161,22 @@ func TestRawOverAChain(t *testing.T) {
 	}
 }
 
-// headerName names nodes by their names.
-func headerName(n *graph.Node) (name, format string, err error) { return n.Name(), n.DriverName(), nil }
+// nodes lets headers name nodes by their names.
+type nodes struct{ *blockdev.Manager }
+
+func (nodes) HeaderName(_ *graph.Tx, n *graph.Node) (name, format string, err error) {
+	return n.Name(), n.DriverName(), nil
+}
+
+// start starts a job that streams from base, or everything, to the node top.
+func start(g *graph.Graph, m *jobs.Manager, base *string) (release func(), err error) {
+	a := types.BlockStreamArgs{JobID: new("j"), Device: "top", BaseNode: base, AutoDismiss: new(false)}
+	j, err := stream.FromArgs(nodes{blockdev.New(g, blockdev.Config{})}, &a)
+	if err != nil {
+		return nil, err
+	}
+	return blockjob.Start(context.Background(), g, m, j)
+}
 
 // TestHugeLayers streams a chain of 64 TiB with little in it, part of which lies beyond the end of a layer: that takes steps for what is there, and writes no more.
 func TestHugeLayers(t *testing.T) {
@@ -181,11 +196,11 @@ func TestHugeLayers(t *testing.T) {
 		put(mid, 1<<20-1, 2)
 		top := layer(t, g, "top", clusters, mid)
 		m := jobs.NewManager(sink, nil)
-		a := stream.Args{ID: "j", Top: top, ManualDismiss: true, HeaderName: headerName}
+		var stays *string
 		if keepBase {
-			a.Base = base
+			stays = new("base")
 		}
-		release, err := stream.Start(context.Background(), m, a)
+		release, err := start(g, m, stays)
 		if err != nil {
 			t.Fatal(err)
 		}

@@ -16,7 +16,6 @@ import (
 	"qblockd/graph/blk"
 	"qblockd/graph/perm"
 	"qblockd/jobs"
-	"qblockd/jobs/stream"
 	"qblockd/schema/types"
 )
 
@@ -37,7 +36,7 @@ func TestLargeClusters(t *testing.T) {
 		Children: []drivertest.Child{drivertest.File(file), drivertest.Backing(below)}, Open: qcow2.Open})
 	top.SetWriteThreshold(1)
 	jm := jobs.NewManager(sink, nil)
-	release, err := stream.Start(context.Background(), jm, stream.Args{ID: "j", Top: top, ManualDismiss: true, HeaderName: headerName})
+	release, err := start(g, jm, nil)
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -87,9 +86,9 @@ func (s *stuck) ReadAt(r *blk.Req, v blk.Vec, off int64, f blk.Flags) error {
 func TestLeftBehind(t *testing.T) {
 	g := graph.New(&drivertest.Sink{})
 	s := &stuck{drivertest.MemFileOf(bytes.Repeat([]byte{1}, cluster)), make(chan struct{}, 1), make(chan struct{})}
-	top := layer(t, g, "top", 1, drivertest.AddNode(t, g, "base", s))
+	layer(t, g, "top", 1, drivertest.AddNode(t, g, "base", s))
 	m := jobs.NewManager(&drivertest.Sink{}, nil)
-	release, err := stream.Start(context.Background(), m, stream.Args{ID: "j", Top: top, ManualDismiss: true, HeaderName: headerName})
+	release, err := start(g, m, nil)
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -121,7 +120,7 @@ func TestCancelWhileItStarts(t *testing.T) {
 	m := jobs.NewManager(sink, nil)
 	started := make(chan error)
 	go func() {
-		release, err := stream.Start(context.Background(), m, stream.Args{ID: "j", Top: top, ManualDismiss: true, HeaderName: headerName})
+		release, err := start(g, m, nil)
 		if err == nil {
 			release()
 		}

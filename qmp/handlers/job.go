@@ -8,6 +8,7 @@ import (
 	"qblockd/graph"
 	"qblockd/graph/blk"
 	"qblockd/jobs"
+	"qblockd/jobs/blockjob"
 	"qblockd/qmp"
 	"qblockd/schema/types"
 )
@@ -96,7 +97,7 @@ func (h Job) JobDismiss(_ context.Context, a *types.JobDismissArgs) error {
 type BlockJob struct {
 	Graph *graph.Graph
 	Jobs  *jobs.Manager
-	Nodes Nodes
+	Nodes blockjob.Nodes
 }
 
 var _ types.BlockJobHandler = BlockJob{}

@@ -43,7 +43,10 @@ var rules = []rule{
 
 	{"jobs/copy", []string{"jobs", "graph", "graph/*"}},
 	{"jobs/chain", []string{"graph", "graph/*"}},
-	{"jobs/*", []string{"jobs", "jobs/copy", "jobs/chain", "blockdev/filter/*", "graph", "graph/*"}},
+	{"jobs/blockjob", []string{"jobs", "jobs/chain", "blockdev", "graph", "graph/*"}},
+	// A commit of what is written to is a mirror.
+	{"jobs/commit", []string{"jobs", "jobs/copy", "jobs/blockjob", "jobs/chain", "jobs/mirror", "blockdev", "graph", "graph/*"}},
+	{"jobs/*", []string{"jobs", "jobs/copy", "jobs/blockjob", "jobs/chain", "blockdev", "blockdev/filter/*", "graph", "graph/*"}},
 	{"jobs", []string{"jobs/machine", "graph", "graph/transaction"}},
 
 	{"blockdev/drivertest", []string{"graph", "graph/*"}},

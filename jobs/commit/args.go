@@ -1,0 +1,147 @@
+package commit
+
+import (
+	"context"
+	"errors"
+	"fmt"
+
+	"qblockd/graph"
+	"qblockd/graph/perm"
+	"qblockd/jobs"
+	"qblockd/jobs/blockjob"
+	"qblockd/jobs/chain"
+	"qblockd/jobs/mirror"
+	"qblockd/schema/types"
+)
+
+// Job is a job of block-commit, before its start and as it runs.
+type Job struct {
+	args  types.BlockCommitArgs
+	nodes blockjob.Nodes
+	site  blockjob.Site
+
+	device     *graph.Node // the top of the chain that top and base were found in
+	top, base  *graph.Node
+	copied     []*graph.Node // from the top to the node directly above the base
+	last       *graph.Node   // the last one to be copied: the overlay of the base
+	filterName string
+
+	reads, writes *graph.Root // the job's requests, at the top and at the base
+}
+
+// FromArgs makes a job that blockjob.Start starts.
+func FromArgs(nodes blockjob.Nodes, a *types.BlockCommitArgs) *Job {
+	return &Job{args: *a, nodes: nodes}
+}
+
+// Find implements blockjob.Job.
+func (j *Job) Find() ([]*graph.Node, error) {
+	a, err := &j.args, error(nil)
+	if j.device, err = j.nodes.LookupRoot(a.Device); err != nil {
+		if _, unknown := j.nodes.FindDevice(a.Device); unknown != nil {
+			err = unknown // clients tell versions apart by its class
+		}
+		return nil, err
+	}
+	if err := j.device.Blocked(graph.OpCommitSource); err != nil {
+		return nil, err
+	}
+	if err := j.findTop(); err != nil {
+		return nil, err
+	}
+	if err := j.findBase(); err != nil {
+		return nil, err
+	}
+	for _, n := range chain.Between(j.top, chain.Below(j.base)) {
+		if err := n.Blocked(graph.OpCommitTarget); err != nil {
+			return nil, err
+		}
+	}
+	if j.top == j.base {
+		return nil, errors.New("cannot commit an image into itself")
+	}
+	return chain.Between(j.device, chain.Below(j.base)), nil
+}
+
+// findTop finds the first node to be copied.
+func (j *Job) findTop() (err error) {
+	a := &j.args
+	switch j.top = j.device; {
+	case a.TopNode != nil && a.Top != nil:
+		return errors.New("'top-node' and 'top' are mutually exclusive")
+	case a.TopNode != nil:
+		j.top, err = j.inChain(j.device, a.TopNode)
+	case a.Top != nil && *a.Top != j.nodes.Filename(j.device):
+		if j.top = j.nodes.FindBacking(j.device, *a.Top); j.top == nil {
+			return fmt.Errorf("Top image file %s not found", *a.Top)
+		}
+	}
+	return err
+}
+
+// findBase finds the node that is copied into.
+func (j *Job) findBase() (err error) {
+	switch a := &j.args; {
+	case a.BaseNode != nil && a.Base != nil:
+		return errors.New("'base-node' and 'base' are mutually exclusive")
+	case a.BaseNode != nil:
+		j.base, err = j.inChain(j.top, a.BaseNode)
+	case a.Base != nil:
+		if j.base = j.nodes.FindBacking(j.top, *a.Base); j.base == nil {
+			return fmt.Errorf("Can't find '%s' in the backing chain", *a.Base)
+		}
+	default:
+		j.base = chain.Overlay(j.top, nil)
+	}
+	return err
+}
+
+func (j *Job) inChain(above *graph.Node, name *string) (*graph.Node, error) {
+	n, err := j.nodes.Lookup(nil, name)
+	if err == nil && !chain.Contains(above, n) {
+		err = fmt.Errorf("'%s' is not in this backing file chain", *name)
+	}
+	return n, err
+}
+
+// Enter implements blockjob.Job. With somebody who writes to the top the job is a mirror.
+func (j *Job) Enter(ctx context.Context, m *jobs.Manager) (_ *jobs.Job, err error) {
+	a := &j.args
+	if j.filterName, err = graph.GivenName(a.FilterNodeName); err != nil {
+		return nil, err
+	}
+	active := j.top.SkipFilters() == j.device.SkipFilters()
+	written := active || j.top.Claim().Need&perm.Write != 0
+	switch {
+	case a.BackingFile != nil && active:
+		return nil, errors.New("'backing-file' specified, but 'top' is the active layer")
+	case a.BackingFile != nil && written:
+		return nil, errors.New("'backing-file' specified, but 'top' has a writer on it")
+	}
+	// Canonical: nodes by their own names.
+	a.Top, a.TopNode, a.Base, a.BaseNode = nil, new(j.top.Name()), nil, new(j.base.Name())
+	if written {
+		return j.mirror(ctx, m)
+	}
+	if err := chain.Overlay(j.device, j.top).Blocked(graph.OpCommitTarget); err != nil {
+		return nil, err
+	}
+	if _, _, err := j.nodes.HeaderName(nil, j.base); err != nil {
+		return nil, err
+	}
+	return j.enter(ctx, m)
+}
+
+func (j *Job) onError() types.BlockdevOnError {
+	return blockjob.Or(j.args.OnError, types.BlockdevOnErrorReport)
+}
+
+// mirror makes the job one that copies the top to the base while it is written to.
+func (j *Job) mirror(ctx context.Context, m *jobs.Manager) (*jobs.Job, error) {
+	a := &j.args
+	return mirror.Enter(ctx, m, mirror.Args{
+		ID: blockjob.Or(a.JobID, ""), Type: types.JobTypeCommit, Source: j.top, Target: j.base, Base: j.base, Unmap: true,
+		Speed: blockjob.Or(a.Speed, 0), OnSourceError: j.onError(), OnTargetError: j.onError(), CopyMode: types.MirrorCopyModeBackground,
+		FilterNodeName: j.filterName, ManualFinalize: !blockjob.Or(a.AutoFinalize, true), ManualDismiss: !blockjob.Or(a.AutoDismiss, true),
+	})
+}
