@@ -85,7 +85,7 @@ func (j *job) follow(r *blk.Req, off, end int64) error {
 }
 
 func (j *job) toBoth(r *blk.Req, off, n int64, source, target func() error) error {
-	if *j.copyMode.Load() != types.MirrorCopyModeWriteBlocking && j.h.Paused() {
+	if j.life.get().mode != types.MirrorCopyModeWriteBlocking && j.h.Paused() {
 		return source() // it is the job that wants both, and it does nothing now
 	}
 	lo, hi := off, off+n
@@ -150,14 +150,6 @@ func (j *job) cleanCovered(off, end int64) {
 	}
 }
 
-// told is the error of a guest's write to both sides that ends the job, as its clients were told.
-func (j *job) told() error {
-	if f := j.failure.Load(); f != nil {
-		return *f
-	}
-	return nil
-}
-
 // bothFailed does what the policies say about a guest's write that did not reach the target.
 func (j *job) bothFailed(err error) {
 	op, policy := types.IoOperationTypeWrite, j.OnTargetError
@@ -166,8 +158,7 @@ func (j *job) bothFailed(err error) {
 		op, policy = j.side(err)
 	}
 	if j.h.OnError(op, policy, err) == types.BlockErrorActionReport {
-		j.failure.CompareAndSwap(nil, &err)
-		j.driver.job.Store(nil)
+		j.life.fail(err)
 		j.mj.Kick()
 	}
 }

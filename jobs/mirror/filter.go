@@ -2,7 +2,6 @@ package mirror
 
 import (
 	"context"
-	"sync/atomic"
 
 	"qblockd/graph"
 	"qblockd/graph/blk"
@@ -15,10 +14,8 @@ const DriverName = "mirror_top"
 
 // filterDriver sits above the source while the job runs. It lets the job write to both sides where it wants to, else it passes everything through.
 type filterDriver struct {
-	node   *graph.Node
-	commit bool // the target is below the source
-	// job writes to both sides; nil: it does not, or not yet, or no longer.
-	job atomic.Pointer[job]
+	node *graph.Node
+	job  *job
 }
 
 func (f *filterDriver) child() *graph.Edge { return f.node.FilteredChild() }
@@ -53,24 +50,24 @@ func (f *filterDriver) ReadAt(r *blk.Req, v blk.Vec, off int64, fl blk.Flags) er
 
 // WriteAt implements graph.Writer.
 func (f *filterDriver) WriteAt(r *blk.Req, v blk.Vec, off int64, fl blk.Flags) error {
-	if j := f.job.Load(); j != nil && fl&blk.WriteUnchanged == 0 {
-		return j.writeBoth(r, v, off, fl)
+	if fl&blk.WriteUnchanged == 0 && f.job.life.both() {
+		return f.job.writeBoth(r, v, off, fl)
 	}
 	return f.child().WriteAt(r, v, off, fl)
 }
 
 // Zero implements graph.Zeroer.
 func (f *filterDriver) Zero(r *blk.Req, off, n int64, fl blk.Flags) error {
-	if j := f.job.Load(); j != nil && fl&blk.WriteUnchanged == 0 {
-		return j.zeroBoth(r, off, n, fl)
+	if fl&blk.WriteUnchanged == 0 && f.job.life.both() {
+		return f.job.zeroBoth(r, off, n, fl)
 	}
 	return f.child().Zero(r, off, n, fl)
 }
 
 // Discard implements graph.Discarder.
 func (f *filterDriver) Discard(r *blk.Req, off, n int64) error {
-	if j := f.job.Load(); j != nil {
-		return j.discardBoth(r, off, n)
+	if f.job.life.both() {
+		return f.job.discardBoth(r, off, n)
 	}
 	return f.child().Discard(r, off, n)
 }
@@ -82,7 +79,7 @@ func (f *filterDriver) Status(r *blk.Req, off, n int64) (blk.Extent, error) {
 
 // CopyFrom implements graph.CopyRanger.
 func (f *filterDriver) CopyFrom(r *blk.Req, off int64, src []blk.HostRange, fl blk.Flags) error {
-	if f.job.Load() != nil {
+	if f.job.life.both() {
 		return blk.ErrNotSupported
 	}
 	return f.child().CopyFrom(r, off, src, fl)
@@ -99,7 +96,7 @@ func (f *filterDriver) Resize(context.Context, int64, blk.Prealloc) error { retu
 // EdgeClaim implements graph.Permer. Where the target is below the source, what is between is not consistent while the job runs, and is written to.
 func (f *filterDriver) EdgeClaim(_ string, role perm.Role, up perm.Claim, readOnly bool) perm.Claim {
 	c := perm.Default(role, up, !readOnly, false)
-	if f.commit {
+	if f.job.commit {
 		c.Need &^= perm.ConsistentRead
 		c.Share |= perm.Write
 	}

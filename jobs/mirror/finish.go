@@ -67,7 +67,7 @@ func (j *job) quieten(ctx context.Context, h *jobs.Handle, most int64) (undrain 
 		}
 	}()
 	// The writes that were waited for may have failed to reach the target, and clients were told what becomes of the job for that.
-	if err := j.told(); err != nil {
+	if err := j.life.failure(); err != nil {
 		return nil, err
 	}
 	if j.bits.Count() > most || j.mj.UserPaused() {
@@ -87,8 +87,8 @@ func (j *job) failed(h *jobs.Handle, err error) error {
 		return nil
 	case h.Context().Err() != nil:
 		return jobs.ErrCancelled
-	case j.told() != nil:
-		return j.told() // the policy was asked already
+	case j.life.failure() != nil:
+		return j.life.failure() // the policy was asked already
 	}
 	op, policy := j.side(err)
 	action, stopped := h.OnErrorIdle(op, policy, err)
@@ -129,15 +129,14 @@ func (j *job) copyQuiet(ctx context.Context) error {
 // catchUp is what makes the target equal again after a time of waiting. Whatever the policies are, an error ends the job: its work is over, it cannot pause
 // any more, and who told it to finalize waits for the answer.
 func (j *job) catchUp(ctx context.Context, h *jobs.Handle) (err error) {
-	j.finalizing.Store(true)
-	if err := j.told(); err != nil {
+	if err := j.life.failure(); err != nil {
 		return err
 	}
 	for range patience {
 		if j.bits.Count() <= lastCopy {
 			break
 		}
-		j.sendToBoth(true)
+		j.life.turn(true)
 		if err := j.copyDirty(ctx, h); err != nil {
 			return err
 		}
@@ -145,7 +144,7 @@ func (j *job) catchUp(ctx context.Context, h *jobs.Handle) (err error) {
 	if j.undrain, err = j.g.Drain(ctx, j.Source); err != nil {
 		return err
 	}
-	if err := j.told(); err != nil {
+	if err := j.life.failure(); err != nil {
 		return err
 	}
 	if err := j.copyQuiet(ctx); err != nil {
@@ -164,6 +163,7 @@ func (j *job) Prepare(ctx context.Context, h *jobs.Handle) error {
 		}
 		j.held = hold
 	}
+	j.life.to(ending)
 	if j.undrain == nil {
 		if err := j.catchUp(ctx, h); err != nil {
 			return err
@@ -193,7 +193,7 @@ func (j *job) Prepare(ctx context.Context, h *jobs.Handle) error {
 	end(err == nil)
 	if err == nil {
 		j.filter = nil
-		if j.complete.Load() {
+		if j.life.get().pivot {
 			j.wasReadOnly = mode
 		}
 	}
@@ -203,7 +203,7 @@ func (j *job) Prepare(ctx context.Context, h *jobs.Handle) error {
 // pivot lets tx put the target in the place of what it replaces, if the job was told to complete. The nodes that it returns are to be read-only then: nobody
 // writes to them any more.
 func (j *job) pivot(tx *graph.Tx) (readOnly []*graph.Node, _ error) {
-	if !j.complete.Load() {
+	if !j.life.get().pivot {
 		return nil, nil
 	}
 	old := j.Source
@@ -248,7 +248,7 @@ func (j *job) leave(tx *graph.Tx) error {
 
 // Clean implements jobs.Cleaner.
 func (j *job) Clean(*jobs.Handle) {
-	j.driver.job.Store(nil)
+	j.life.to(ended)
 	if j.held == nil {
 		j.held, _ = j.g.HoldNodes(context.Background(), j.Source, j.Target) // none if the graph is closed
 	}
@@ -267,7 +267,7 @@ func (j *job) Clean(*jobs.Handle) {
 	for _, f := range j.block {
 		f()
 	}
-	j.block, j.over = nil, true
+	j.block = nil
 }
 
 // goOn lets guests go on if the source is held quiet.

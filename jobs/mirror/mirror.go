@@ -93,9 +93,10 @@ type job struct {
 	holds  []*graph.Root // what else the job relies on
 	thaw   func()
 
-	mu    sync.Mutex // guards block, replace and over: Complete may come while the job ends
-	block []func()
-	over  bool // nothing is blocked any more
+	life    life
+	mu      sync.Mutex // guards block and replace: Complete may come while the job ends
+	block   []func()
+	replace *graph.Node // what the target replaces; nil: the source
 
 	// wasReadOnly are the nodes of a base that a commit has made writable.
 	wasReadOnly []*graph.Node
@@ -106,22 +107,13 @@ type job struct {
 	// hidden is the target's cluster size, in bytes, if its backing file is not opened: of a cluster that gets anything nothing shows through later. It is
 	// allCluster as well if granules are smaller; both 0: neither.
 	hidden, allCluster     int64
-	alone                  bool    // what the target does not hold are zeroes for good
-	asked                  int64   // up to where the walk knows that there are no long zeroes
-	saysZero, showsBacking bool    // the target's own allocation tells whether a backing file shows; one could at all
-	rate                   float64 // of the last pass over the source, in bytes per second
+	alone                  bool         // what the target does not hold are zeroes for good
+	asked                  int64        // up to where the walk knows that there are no long zeroes
+	saysZero, showsBacking bool         // the target's own allocation tells whether a backing file shows; one could at all
+	both                   atomic.Int64 // bytes of writes to both sides under way
 
-	copyMode atomic.Pointer[types.MirrorCopyMode]
-	ready    atomic.Bool
-	complete atomic.Bool  // the user wants the target in the source's place
-	both     atomic.Int64 // bytes of writes to both sides under way
-	failure  atomic.Pointer[error]
-
-	replace *graph.Node // what the target replaces; set by Complete, if it is not the source
 	held    *graph.Hold // of the nodes, for the end
-	// finalizing: the work is over, and errors are not up to the policies any more.
-	finalizing atomic.Bool
-	undrain    func() // while the source is held quiet for the end
+	undrain func()      // while the source is held quiet for the end
 }
 
 func errInUse(t types.JobType) error {
@@ -175,7 +167,7 @@ func (j *job) check() error {
 	if j.Source.SkipFilters() == j.Target.SkipFilters() {
 		return errors.New("Can't mirror node into itself")
 	}
-	j.copyMode.Store(&j.CopyMode)
+	j.life.setMode(j.CopyMode)
 	return nil
 }
 
@@ -197,7 +189,7 @@ func (j *job) attach(ctx context.Context) error {
 	if err != nil {
 		return err
 	}
-	j.filter, j.driver = filter, &filterDriver{node: filter, commit: j.commit}
+	j.filter, j.driver = filter, &filterDriver{node: filter, job: j}
 	filter.SetDriver(j.driver)
 	if _, err := tx.InsertFilter(filter, "backing", j.Source); err != nil {
 		return err
@@ -333,13 +325,13 @@ func (j *job) hold(tx *graph.Tx) error {
 }
 
 // Cancel implements jobs.Canceler: a job that is ready, and is asked gently, ends as a success without touching its parents.
-func (j *job) Cancel(force bool) bool { return force || !j.ready.Load() }
+func (j *job) Cancel(force bool) bool { return force || j.life.get().phase == copying }
 
 // Complete implements jobs.Completer.
 func (j *job) Complete(context.Context) error {
 	j.mu.Lock()
 	defer j.mu.Unlock()
-	if j.Replaces != "" && j.replace == nil && !j.over {
+	if j.Replaces != "" && j.replace == nil && j.life.get().phase <= ready {
 		n := j.g.Node(j.Replaces)
 		if n == nil {
 			return fmt.Errorf("Node name '%s' not found", j.Replaces)
@@ -347,9 +339,9 @@ func (j *job) Complete(context.Context) error {
 		j.replace = n
 		j.block = append(j.block, n.BlockAll(errors.New("block device is in use by block-job-complete")))
 	}
-	j.complete.Store(true)
+	j.life.complete()
 	return nil
 }
 
 // ChangeCopyMode is the body of block-job-change. The job takes to the mode at its next step.
-func (j *job) ChangeCopyMode(to types.MirrorCopyMode) { j.copyMode.Store(&to) }
+func (j *job) ChangeCopyMode(to types.MirrorCopyMode) { j.life.setMode(to) }

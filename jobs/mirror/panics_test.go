@@ -60,9 +60,8 @@ func TestPanicLetsGuestsGoOn(t *testing.T) {
 func TestPanicForgetsNothing(t *testing.T) {
 	g := drivertest.NewGraph(t)
 	n := drivertest.AddNode(t, g, "n", drivertest.NewMemFile(4096))
-	mode := types.MirrorCopyModeWriteBlocking
 	j := &job{Args: Args{Source: n}, g: g, bits: bitmap.New(4096, 512), target: drivertest.AddRoot(t, g, drivertest.AddNode(t, g, "target", drivertest.NewMemFile(4096)), drivertest.Writer)}
-	j.copyMode.Store(&mode)
+	j.life.setMode(types.MirrorCopyModeWriteBlocking)
 	j.bits.Set(0, 1024)
 	r := &blk.Req{Ctx: t.Context()}
 	panicking(t, func() { _ = j.toBoth(r, 0, 1024, func() error { panic("bug") }, nil) })
@@ -83,7 +82,7 @@ func TestTooMuchLetsGuestsGoOn(t *testing.T) {
 		j := &job{Args: Args{Source: n}, g: g, bits: bitmap.New(4096, 512)}
 		j.bits.Set(0, 1024)
 		if told != nil {
-			j.failure.Store(&told)
+			j.life.fail(told)
 		}
 		if undrain, err := j.quieten(ctx, nil, 512); undrain != nil || !errors.Is(err, told) {
 			t.Errorf("error: %v, want %v", err, told)

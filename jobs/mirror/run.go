@@ -18,17 +18,6 @@ import (
 const (
 	// idle is how long a job that is ready waits before it looks for what was written; completing it does not wait.
 	idle = 100 * time.Millisecond
-	// lastCopy is what may always be copied, in bytes, while the source is held quiet for the end.
-	lastCopy = 4 << 20
-	// patience is how many passes over what is dirty a job in the background mode makes before guests' writes go to both sides, until it is ready,
-	// or over. That leaves one pass, and one for the writes that were under way.
-	patience = 3
-	// holdAfter is how many passes it makes before it holds the source quiet for the rest: then somebody writes past the filter. hold is how long that
-	// takes at most, as far as it can tell; it doubles, maxDoublings times at most, each time that doubleAfter passes more were in vain.
-	holdAfter    = patience + 3
-	hold         = 20 * time.Millisecond
-	doubleAfter  = 20
-	maxDoublings = 8
 )
 
 // Run implements jobs.Runner.
@@ -52,7 +41,7 @@ func (j *job) Run(ctx context.Context, h *jobs.Handle) error {
 	}
 	err := j.keepInStep(ctx, h)
 	if err != nil {
-		j.driver.job.Store(nil)
+		j.life.fail(err)
 	}
 	return err
 }
@@ -183,35 +172,35 @@ func (j *job) onTarget(ctx context.Context, f func(r *blk.Req, e *graph.Edge) er
 	return nil
 }
 
-// keepInStep copies what is dirty until the job is to end. What it has to reach, to be ready or to be over, it reaches in so many passes, however fast
-// guests write; pass counts those made in vain.
+// keepInStep copies what is dirty until the job is to end. What it has to reach, to be ready or to be
+// over, it reaches in so many passes, however fast guests write.
 func (j *job) keepInStep(ctx context.Context, h *jobs.Handle) error {
-	for pass := 0; ; {
-		ending := j.ready.Load() && (j.complete.Load() || h.Cancelled())
-		if j.ready.Load() && !ending {
-			pass = 0
+	for p := (pace{}); ; {
+		s, cancelled := j.life.get(), h.Cancelled()
+		if s.phase == ready && !s.endAsked(cancelled) {
+			p.passes = 0
 		}
-		j.sendToBoth(pass >= patience)
-		if err := j.told(); err != nil {
+		j.life.turn(p.stuck())
+		if err := j.life.failure(); err != nil {
 			return err
 		}
 		if err := h.Checkpoint(); err != nil {
 			return err
 		}
-		dirty, most := j.bits.Count(), j.most(pass)
+		dirty, most := j.bits.Count(), p.most()
 		h.SetRemaining(dirty + j.both.Load())
-		switch {
-		case ending && dirty <= max(most, lastCopy):
-			if ended, err := j.tryEnd(ctx, h, max(most, lastCopy)); ended || err != nil {
+		switch s.next(cancelled, dirty, most) {
+		case end:
+			if over, err := j.tryEnd(ctx, h, max(most, lastCopy)); over || err != nil {
 				return err
 			}
-		case !j.ready.Load() && dirty <= most:
-			if ready, err := j.becomeReady(ctx, h, dirty, most); err != nil {
+		case getEven:
+			if even, err := j.becomeReady(ctx, h, dirty, most); err != nil {
 				return err
-			} else if ready {
+			} else if even {
 				continue
 			}
-		case dirty == 0:
+		case rest:
 			if err := h.Sleep(idle); err != nil {
 				return err
 			}
@@ -225,33 +214,13 @@ func (j *job) keepInStep(ctx context.Context, h *jobs.Handle) error {
 		if err := j.copyDirty(ctx, h); err != nil {
 			return err
 		}
-		pass++
-		j.rate = float64(dirty) / max(time.Since(begin).Seconds(), 1e-6)
-		if !j.ready.Load() {
+		p.passed(dirty, time.Since(begin))
+		if j.life.get().phase == copying {
 			if err := h.Linger(); err != nil { // what was copied is paid for before the job is ready
 				return err
 			}
 		}
 	}
-}
-
-// sendToBoth lets guests' writes go to both sides from now on if the user asked for that or the job does not get on without, else to the source
-// alone. Those that are under way end as they began: those to both sides hold their ranges, the others are recorded.
-func (j *job) sendToBoth(converge bool) {
-	if converge || *j.copyMode.Load() == types.MirrorCopyModeWriteBlocking {
-		j.driver.job.Store(j)
-	} else {
-		j.driver.job.Store(nil)
-	}
-}
-
-// most is how many bytes may be copied with the source held quiet after so many passes.
-func (j *job) most(pass int) int64 {
-	if pass < holdAfter {
-		return 0
-	}
-	t := hold << min((pass-holdAfter)/doubleAfter, maxDoublings)
-	return int64(min(j.rate*t.Seconds(), 1<<50))
 }
 
 // becomeReady makes the job ready when what is copied is on stable storage. What is dirty, most bytes at most, is copied first with the source held
@@ -268,7 +237,7 @@ func (j *job) becomeReady(ctx context.Context, h *jobs.Handle, dirty, most int64
 		return false, j.failed(h, err)
 	}
 	h.AwaitAnswer()
-	j.ready.Store(true)
+	j.life.to(ready)
 	h.Ready()
 	return true, nil
 }
@@ -283,7 +252,7 @@ func (j *job) copyDirty(ctx context.Context, h *jobs.Handle) error {
 		Look: func(r *blk.Req, off, _ int64) (copy.Extent, error) { return j.look(r, off, chunk) },
 		// It counts by itself, as it may have to do what is done once more.
 		Copy: func(r *blk.Req, off int64, e copy.Extent) (int64, error) {
-			if j.told() != nil {
+			if j.life.failure() != nil {
 				return 0, nil // the job is about to end: nothing is tried again, and what is left stays dirty
 			}
 			return 0, j.copy(r, off, e.N)
@@ -297,7 +266,7 @@ func (j *job) look(r *blk.Req, off, chunk int64) (copy.Extent, error) {
 	end := j.Source.Size()
 	at, k, ok := j.bits.NextDirty(off, end)
 	switch {
-	case j.told() != nil:
+	case j.life.failure() != nil:
 		return copy.Extent{N: end - off}, nil // the job is about to end
 	case !ok:
 		return copy.Extent{N: end - off}, nil
@@ -318,7 +287,7 @@ func (j *job) side(err error) (types.IoOperationType, types.BlockdevOnError) {
 	if errors.As(err, &c) && c.Write {
 		op, policy = types.IoOperationTypeWrite, j.OnTargetError
 	}
-	if j.finalizing.Load() {
+	if j.life.get().phase == ending {
 		policy = types.BlockdevOnErrorReport
 	}
 	return op, policy
@@ -402,7 +371,7 @@ func (j *job) copyExtent(r *blk.Req, off, end int64) (blk.Extent, error) {
 
 // maxCopy is the most that is copied at once.
 func (j *job) maxCopy() int64 {
-	if j.driver.job.Load() != nil {
+	if j.life.both() {
 		return shortCopy
 	}
 	return maxCopy
