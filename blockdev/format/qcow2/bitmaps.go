@@ -189,7 +189,9 @@ func (l *bitmapLoader) load(m *stored) (persisted, error) {
 func (s *image) bitmapSize() int64 { return blk.AlignUp(s.size.Load(), layout.SectorSize) }
 
 // bitmapBytes is the length of a bitmap in the image.
-func (s *image) bitmapBytes(granularity int64) int64 { return bitmapBytes(s.bitmapSize(), granularity) }
+func (s *image) bitmapBytes(granularity int64) int64 {
+	return bitmapBytes(s.bitmapSize(), granularity)
+}
 
 func bitmapBytes(size, granularity int64) int64 { return ((size+granularity-1)/granularity + 7) / 8 }
 
@@ -253,8 +255,8 @@ func (l *bitmapLoader) read(m *stored) (*bitmap.Bitmap, error) {
 	return b, nil
 }
 
-// bitmapInfo is what image information shows of the stored bitmaps.
-func (s *image) bitmapInfo() []*types.Qcow2BitmapInfo {
+// publishBitmaps makes the stored bitmaps known to queries.
+func (s *image) publishBitmaps() {
 	var l []*types.Qcow2BitmapInfo
 	for _, m := range s.stored {
 		if m.born {
@@ -269,7 +271,8 @@ func (s *image) bitmapInfo() []*types.Qcow2BitmapInfo {
 		}
 		l = append(l, x)
 	}
-	return l
+	s.shownBitmaps.Store(&l)
+	s.tellChanged()
 }
 
 // claimBitmaps says in the image that its bitmaps are in use, before anything else is written to it, and makes those live that can be. marking and mu are
@@ -304,19 +307,8 @@ func (s *image) claimInPlace(r *blk.Req) error {
 		return nil
 	}
 	err := s.rewriteDirectory(r)
-	s.publish()
+	s.publishBitmaps()
 	return err
-}
-
-// writeAutoclear changes the autoclear feature bits on disk and then in memory.
-func (s *image) writeAutoclear(r *blk.Req, v uint64) error {
-	var b [8]byte
-	be.PutUint64(b[:], v)
-	if err := s.enter(r, b[:], layout.OffAutoclearFeatures); err != nil {
-		return err
-	}
-	s.hdr.AutoclearFeatures = v
-	return nil
 }
 
 // storeBitmaps writes the bitmaps of the node into the image. The caller flushes afterwards. After an error the image says what it said before. marking and mu
@@ -409,14 +401,6 @@ func byName(l []persisted) map[string]*persisted {
 	return m
 }
 
-// giveBack frees what was taken for bitmaps that are not in the image after all.
-func (s *image) giveBack(r *blk.Req) {
-	for _, c := range s.fresh {
-		s.unref(r, freed{off: c << s.cb, n: s.cs})
-	}
-	s.fresh = nil
-}
-
 // writeBitmap writes data and table of a bitmap to new clusters.
 func (s *image) writeBitmap(r *blk.Req, p persisted) (*stored, error) {
 	m := &stored{BitmapEntry: layout.NewBitmap(p.name, p.bits.Granularity(), 0)}
@@ -460,23 +444,6 @@ func (s *image) writeTable(r *blk.Req, m *stored, at func(i int64) uint64) error
 // padding is to what length what is written to new clusters is filled up: a page, so that it is not written piecemeal, and not the cluster. What lies behind
 // it in its last cluster means nothing, and may be anything.
 const padding = 4 << 10
-
-// writeNew writes b to new clusters and returns where.
-func (s *image) writeNew(r *blk.Req, b []byte, what string) (int64, error) {
-	n := blk.AlignUp(int64(len(b)), s.cs) >> s.cb
-	first, _, err := s.allocate(r, n, n, what)
-	if err != nil {
-		return 0, err
-	}
-	for i := range n {
-		s.fresh = append(s.fresh, first+i)
-	}
-	if pad := blk.AlignUp(int64(len(b)), min(s.cs, padding)) - int64(len(b)); pad != 0 {
-		b = append(b, make([]byte, pad)...)
-	}
-	s.noteEnd((first + n) << s.cb)
-	return first << s.cb, s.writeMeta(r, b, first<<s.cb, 0)
-}
 
 // freeBitmap gives back what a bitmap takes to which the image does not refer any more.
 func (s *image) freeBitmap(r *blk.Req, m *stored) {
@@ -540,4 +507,42 @@ func (s *image) removeBitmap(r *blk.Req, name string) error {
 	defer s.giveBack(r)
 	gone := s.stored[i]
 	return s.switchDirectory(r, slices.Delete(slices.Clone(s.stored), i, i+1), []*stored{gone})
+}
+
+// countBitmaps counts directory, tables and data of persistent bitmaps. Broken ones have nothing that would ever be touched.
+func (s *image) countBitmaps(c *counter) error {
+	b := s.ext.Bitmaps
+	if b == nil {
+		return nil
+	}
+	if ok, err := c.fixed(int64(b.DirectoryOffset), int64(b.DirectorySize), "bitmap directory"); !ok {
+		return err
+	}
+	for _, m := range s.stored {
+		if m.broken {
+			c.res.Corruptions++
+			c.res.say("broken bitmap with its table at", m.TableOffset)
+			continue
+		}
+		if err := s.countBitmap(c, m); err != nil {
+			return err
+		}
+	}
+	return nil
+}
+
+// countBitmap counts the table of a bitmap and its data.
+func (s *image) countBitmap(c *counter, m *stored) error {
+	ok, err := c.fixed(int64(m.TableOffset), m.TableBytes(), "bitmap table")
+	if !ok {
+		return err
+	}
+	return s.eachTableEntry(c.r, int64(m.TableOffset), int64(m.TableSize), func(e uint64) error {
+		if o := int64(e & layout.OffsetMask); o != 0 && o&(s.cs-1) == 0 && s.overlaps(o, s.cs, olAll) == 0 {
+			if c.ref(o, s.cs, 1, true, "bitmap data"); c.crowded() {
+				return errTooBig
+			}
+		}
+		return nil
+	})
 }

@@ -28,7 +28,7 @@ func TestQemuBitmapList(t *testing.T) {
 	list := func(c config) []*types.Qcow2BitmapInfo {
 		s := mustOpen(t, openOS(t, name), c)
 		defer mustClose(t, s)
-		return *s.info.bitmaps.Load()
+		return *s.shownBitmaps.Load()
 	}
 	l := list(config{readOnly: true})
 	if len(l) != 2 || l[0].Name != "one" || l[0].Granularity != 65536 || !slices.Equal(l[0].Flags, []types.Qcow2BitmapInfoFlags{types.Qcow2BitmapInfoFlagsAuto}) ||
@@ -47,7 +47,8 @@ func TestQemuBitmapList(t *testing.T) {
 func TestBitmapDirectoryHostile(t *testing.T) {
 	parse := func(b []byte, n uint32) ([]*stored, error) {
 		f := drivertest.MemFileOf(append(make([]byte, 4096), b...))
-		s := &image{config: config{file: mem{f}}}
+		s := &image{}
+		s.file = mem{f}
 		return s.readDirectory(req(), 4096, int64(len(b)), n)
 	}
 	good := make([]byte, 32)
@@ -306,7 +307,7 @@ func TestSharedBitmapDirectory(t *testing.T) {
 			t.Fatalf("%s: %v", c.name, err)
 		}
 		if c.set != nil {
-			s.survey, s.wrong = c.set, wrong{}
+			s.survey, s.counted, s.wrong = c.set, nil, wrong{}
 			for _, m := range s.stored {
 				m.Flags &^= layout.BitmapInUse
 			}

@@ -449,7 +449,7 @@ func TestTallyOfScatteredBitmaps(t *testing.T) {
 	s := mustOpen(t, mem{img}, config{readOnly: true})
 	s.ext.Bitmaps = &layout.Bitmaps{NbBitmaps: 1, DirectorySize: 32, DirectoryOffset: 1 << 19}
 	s.stored = []*stored{{BitmapEntry: layout.BitmapEntry{Name: "b", TableOffset: table, TableSize: n}}}
-	c := s.newChecker(req(), &CheckResult{})
+	c := s.newCounter(req(), &CheckResult{})
 	c.all, c.most = true, most
 	if err := c.meta(); err != errTooBig || c.t.bytes() > most+most/8 {
 		t.Errorf("%v, and it takes %d bytes", err, c.t.bytes())
@@ -463,7 +463,7 @@ func TestTallyOfSmallClusters(t *testing.T) {
 	if err := s.WriteAt(req(), blk.Buf(make([]byte, n*cs)), 0, 0); err != nil {
 		t.Fatal(err)
 	}
-	c := s.newChecker(req(), &CheckResult{})
+	c := s.newCounter(req(), &CheckResult{})
 	c.most = n * 3 / 2
 	if err := c.meta(); err != nil {
 		t.Fatal(err)

@@ -27,12 +27,20 @@ func (c *CheckResult) say(text string, v ...uint64) {
 	}
 }
 
+// checker compares references with refcounts and flags, and puts them right.
+type checker struct {
+	*counter
+	s      *image
+	behind int64 // copied flags are looked at only before this L1 entry; 0: all are
+	at     int64 // and were, before this one
+}
+
 // check counts all references and compares them with the refcounts. With fix, refcounts and copied flags are put right, what refers to places
 // beyond the end of the file is dropped and, if nothing else is wrong, the dirty bit is cleared. Nothing is written where anything else lies: an image whose header or tables lie
 // over something is left as it is (Errors). No requests may run; mu is held. It ends with the context of r.
 func (s *image) check(r *blk.Req, fix bool) (*CheckResult, error) {
 	res := &CheckResult{}
-	c := s.newChecker(r, res)
+	c := checker{counter: s.newCounter(r, res), s: s}
 	if err := c.meta(); err != nil {
 		return res, err
 	}
@@ -99,7 +107,7 @@ func (c *checker) cannotRepair() {
 	alone(0, s.cs, "header")
 	alone(int64(s.hdr.L1TableOffset), int64(s.hdr.L1Size)*8, "L1 table")
 	alone(s.reftOffset(), s.reftSize*8, "refcount table")
-	if len(s.snaps) > 0 {
+	if s.hdr.NbSnapshots > 0 {
 		alone(int64(s.hdr.SnapshotsOffset), s.snapEnd-int64(s.hdr.SnapshotsOffset), "snapshot table")
 	}
 	for k, x := range c.l2 {
@@ -147,14 +155,8 @@ func (c *checker) makeBlocks(drop []int64) error {
 		s.rb.dropRange(s.geo.RoundDown(off), s.cs)
 		s.setReft(i, 0)
 	}
-	// What is made here is in use, too.
-	s.freeIdx, s.busy = 0, c.t.get
-	s.made = func(k, n int64) {
-		for ; n > 0; k, n = k+1, n-1 {
-			c.t.add(k, 1, true)
-		}
-	}
-	defer func() { s.busy, s.made = nil, nil }()
+	s.freeIdx, s.mending = 0, c.counter
+	defer func() { s.mending = nil }()
 	bits := s.geo.RefblockBits()
 	last := int64(-1)
 	for _, p := range c.t.order() {

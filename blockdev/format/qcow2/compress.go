@@ -245,7 +245,7 @@ func (s *image) planCompressed(r *blk.Req, a *alloc, n int64) (host int64, err e
 			break
 		}
 	}
-	if err := s.markDirty(r); err != nil {
+	if err := s.setDirtyBit(r); err != nil {
 		return 0, err
 	}
 	t, err := s.sliceForWrite(r, a.first)
@@ -271,49 +271,4 @@ func (s *image) planCompressed(r *blk.Req, a *alloc, n int64) (host int64, err e
 	}
 	s.inflight = append(s.inflight, a)
 	return host, nil
-}
-
-// allocBytes takes n bytes, fewer than a cluster, behind the compressed data written last if
-// they fit there. mu is held.
-func (s *image) allocBytes(r *blk.Req, n int64) (int64, error) {
-	s.step(r, blk.EvClusterAllocBytes)
-	off := s.freeByte
-	if off != 0 {
-		v, err := s.refcount(r, off>>s.cb)
-		if err != nil {
-			return 0, err
-		}
-		if v == 0 || v >= s.geo.RefcountMax() {
-			off = 0
-		}
-	}
-	left := -off & (s.cs - 1)
-	if off != 0 && left >= n {
-		if err := s.addRef(r, off>>s.cb, 1); err != nil {
-			return 0, err
-		}
-	} else {
-		c, _, err := s.allocate(r, 1, 1, "compressed cluster")
-		if err != nil {
-			return 0, err
-		}
-		s.noteEnd((c + 1) << s.cb)
-		if off != 0 && off+left == c<<s.cb {
-			err = s.addRef(r, off>>s.cb, 1) // goes on from the cluster before
-		} else {
-			off = c << s.cb
-		}
-		if err == nil && off+n > s.geo.MaxCompressedOffset() {
-			err = errTooBig
-		}
-		if err != nil {
-			_ = s.addRef(r, c, -1)
-			return 0, err
-		}
-	}
-	s.freeByte = off + n
-	if s.freeByte&(s.cs-1) == 0 {
-		s.freeByte = 0
-	}
-	return off, nil
 }

@@ -100,7 +100,7 @@ func (s *image) switchDirectory(r *blk.Req, list, old []*stored) error {
 	for _, m := range old {
 		s.freeBitmap(r, m)
 	}
-	s.publish()
+	s.publishBitmaps()
 	return nil
 }
 
@@ -189,4 +189,28 @@ func (s *image) encodeDirectory(l []*stored) []byte {
 		entries[i] = m.BitmapEntry
 	}
 	return layout.AppendBitmapDirectory(nil, entries)
+}
+
+// updateHeader writes header, extensions and backing file name. mu is held.
+func (s *image) updateHeader(r *blk.Req) error {
+	b, err := s.hdr.Marshal(s.ext, s.backName)
+	if err != nil && len(s.ext.Marks) > 0 {
+		// All else that the header has comes first: bitmaps are in use then, as others have them.
+		s.warnf("The header has no room for the marks: persistent bitmaps will count as inconsistent if they are not stored in the end")
+		s.dropMarks()
+		b, err = s.hdr.Marshal(s.ext, s.backName)
+	}
+	if err != nil {
+		return errNoSpace
+	}
+	used := len(b)
+	if used < s.hdrUsed {
+		b = append(b, make([]byte, s.hdrUsed-used)...)
+	}
+	if err := s.enter(r, b, 0); err != nil {
+		return err
+	}
+	s.hdrUsed = used
+	s.publish()
+	return nil
 }

@@ -3,7 +3,6 @@ package qcow2
 import (
 	"context"
 	"fmt"
-	"sync/atomic"
 
 	"qblockd/blockdev/format/qcow2/layout"
 	"qblockd/events/panics"
@@ -233,27 +232,19 @@ func (d *Driver) Resize(ctx context.Context, size int64, m blk.Prealloc) error {
 	return d.image.Resize(&blk.Req{Ctx: ctx}, size, m)
 }
 
-// info is what queries show, readable without mu.
-type info struct {
-	incompat  atomic.Uint64
-	backing   atomic.Pointer[[2]string]
-	bitmaps   atomic.Pointer[[]*types.Qcow2BitmapInfo]
-	snapshots atomic.Pointer[[]*types.SnapshotInfo]
-}
-
 // BackingFile implements graph.Backed.
 func (d *Driver) BackingFile() (name, format string) {
-	b := d.info.backing.Load()
+	b := d.shown.backing.Load()
 	return b[0], b[1]
 }
 
 // ImageInfo implements graph.Informer.
 func (d *Driver) ImageInfo(i *types.ImageInfo) {
 	cs := d.cs
-	bits := d.info.incompat.Load()
+	bits := d.shown.incompat.Load()
 	dirty := bits&layout.IncompatDirty != 0
 	i.ClusterSize, i.DirtyFlag = &cs, &dirty
-	i.Snapshots = *d.info.snapshots.Load()
+	i.Snapshots = *d.shownSnapshots.Load()
 	q := types.ImageInfoSpecificQCow2{
 		Compat:          "0.10",
 		RefcountBits:    1 << d.geo.RefcountOrder,
@@ -262,7 +253,7 @@ func (d *Driver) ImageInfo(i *types.ImageInfo) {
 	if d.hdr.CompressionType == layout.CompressionZstd {
 		q.CompressionType = types.Qcow2CompressionTypeZstd
 	}
-	if l := d.info.bitmaps.Load(); l != nil {
+	if l := d.shownBitmaps.Load(); l != nil {
 		q.Bitmaps = *l
 	}
 	if d.hdr.Version >= 3 {

@@ -288,7 +288,7 @@ func TestLease(t *testing.T) {
 		t.Fatal(err)
 	}
 	d.mu.Lock()
-	left := len(d.limbo) + len(d.pending)
+	left := len(d.quarantine.limbo) + len(d.quarantine.pending)
 	d.mu.Unlock()
 	if left != 0 {
 		t.Fatalf("%d clusters are still held", left)

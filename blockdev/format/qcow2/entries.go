@@ -78,7 +78,7 @@ func (t *entries) append(b []byte, first, behind int64) []byte {
 
 // readTable reads the part of a table of n entries at off that lies in the file. What the file says to be a hole is not read, so that the time that it takes is
 // bounded by the file, too. It ends with the context of r.
-func (s *image) readTable(r *blk.Req, off, n int64) (entries, error) {
+func (s *imageFile) readTable(r *blk.Req, off, n int64) (entries, error) {
 	const piece = 64 << 10
 	var t entries
 	size := s.file.Size()
@@ -125,4 +125,18 @@ func ended(r *blk.Req) error {
 		return nil
 	}
 	return context.Cause(r.Ctx)
+}
+
+// eachTableEntry calls f for the entries of a table that are not zero.
+func (s *imageFile) eachTableEntry(r *blk.Req, off, n int64, f func(e uint64) error) error {
+	t, err := s.readTable(r, off, n)
+	if err != nil {
+		return err
+	}
+	for _, e := range t.all() {
+		if err := f(e); err != nil {
+			return err
+		}
+	}
+	return nil
 }

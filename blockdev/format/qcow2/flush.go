@@ -1,26 +1,11 @@
 package qcow2
 
 import (
-	"sort"
+	"errors"
 
 	"qblockd/blockdev/format/qcow2/layout"
 	"qblockd/graph/blk"
 )
-
-// Flush brings all completed writes and the metadata that find them to stable storage.
-func (s *image) Flush(r *blk.Req) error {
-	if !s.lock(r) {
-		return blk.ErrWouldBlock
-	}
-	defer s.mu.Unlock()
-	if s.readOnly {
-		return nil
-	}
-	if r.NoWait {
-		return blk.ErrWouldBlock
-	}
-	return s.flush(r)
-}
 
 // flushDead is Flush of an image that was given up. What was acknowledged is there if nothing was to be written any more but guest data.
 func (s *image) flushDead(r *blk.Req) error {
@@ -98,8 +83,7 @@ func (s *image) flushOnce(r *blk.Req) error {
 		}
 	}
 	l2, l1 := s.takeL2(), s.takeL1()
-	frees := s.pending
-	s.pending, s.pendBytes = nil, 0
+	frees := s.quarantine.take()
 	upTo := s.wrote
 	due := s.synced != upTo
 	err := s.checkCopies(r, l2, l1)
@@ -117,111 +101,20 @@ func (s *image) flushOnce(r *blk.Req) error {
 		for _, c := range l1 {
 			s.l1Dirty[c.l1] = struct{}{}
 		}
-		s.pending = append(frees, s.pending...)
-		for _, f := range frees {
-			s.pendBytes += f.n
-		}
+		s.quarantine.putBack(frees)
 		return err
 	}
 	s.synced = max(s.synced, upTo)
-	s.limbo = append(s.limbo, frees...)
+	s.quarantine.limbo = append(s.quarantine.limbo, frees...)
 	s.reap(r, false)
 	return nil
-}
-
-// takeL2 copies the dirty L2 slices and pins them.
-func (s *image) takeL2() []copied {
-	if s.l2.ndirty == 0 {
-		return nil
-	}
-	out := make([]copied, 0, s.l2.ndirty)
-	all := make([]byte, 0, s.l2.ndirty*s.l2.size)
-	for t := s.l2.lru.next; t != &s.l2.lru; t = t.next {
-		if t.dirty {
-			t.pins++
-			n := len(all)
-			all = append(all, t.data...)
-			out = append(out, copied{off: t.off, data: all[n:len(all):len(all)], t: t, gen: t.gen})
-		}
-	}
-	sort.Slice(out, func(i, j int) bool { return out[i].off < out[j].off })
-	return out
-}
-
-// takeL1 copies the dirty groups of L1 entries.
-func (s *image) takeL1() []copied {
-	var out []copied
-	for k := range s.l1Dirty {
-		out = append(out, copied{
-			off:  int64(s.hdr.L1TableOffset) + k*512,
-			data: s.encodeEntries(s.l1At, k, int64(s.hdr.L1Size)),
-			l1:   k,
-		})
-	}
-	clear(s.l1Dirty)
-	return out
-}
-
-func (s *image) checkCopies(r *blk.Req, l2, l1 []copied) error {
-	for _, c := range l2 {
-		if err := s.checkOverlap(r, c.off, int64(len(c.data)), olActiveL2); err != nil {
-			return err
-		}
-		if err := s.checkOwner(r, c.off, int64(len(c.data))); err != nil {
-			return err
-		}
-		s.noteEnd(c.off + int64(len(c.data)))
-	}
-	for _, c := range l1 {
-		if err := s.checkOverlap(r, c.off, int64(len(c.data)), olActiveL1); err != nil {
-			return err
-		}
-		if err := s.checkOwner(r, c.off, int64(len(c.data))); err != nil {
-			return err
-		}
-	}
-	return nil
-}
-
-// writeCopies runs without mu.
-func (s *image) writeCopies(r *blk.Req, l2, l1 []copied, due bool) error {
-	if due && len(l2)+len(l1) > 0 {
-		if err := s.file.Flush(r); err != nil {
-			return err
-		}
-	}
-	for i := 0; i < len(l2); {
-		// Neighbouring slices were copied side by side unless the cache's order differed.
-		j, bufs := i+1, [][]byte{l2[i].data}
-		for j < len(l2) && l2[j].off == l2[j-1].off+int64(len(l2[j-1].data)) {
-			bufs = append(bufs, l2[j].data)
-			j++
-		}
-		s.step(r, blk.EvL2Update)
-		if err := s.file.WriteAt(r, blk.Bufs(bufs), l2[i].off, 0); err != nil {
-			return err
-		}
-		i = j
-	}
-	if len(l1) > 0 {
-		if err := s.file.Flush(r); err != nil {
-			return err
-		}
-		for _, c := range l1 {
-			s.step(r, blk.EvL1Update)
-			if err := s.file.WriteAt(r, blk.Buf(c.data), c.off, 0); err != nil {
-				return err
-			}
-		}
-	}
-	return s.file.Flush(r)
 }
 
 // room makes a flush when it is due: too much waits to be freed, or the L2 cache holds hardly
 // anything but changes and will have to give something up. It is called with mu held before anything was looked up,
 // and drops it. It fails if the image was given up meanwhile.
 func (s *image) room(r *blk.Req) error {
-	if s.pendBytes >= maxPending || s.l2.full() && s.l2.ndirty >= s.l2.max-s.l2.max/4 && !s.allFits() {
+	if s.quarantine.pendBytes >= maxPending || s.l2.full() && s.l2.ndirty >= s.l2.max-s.l2.max/4 && !s.allFits() {
 		if r.NoWait {
 			return blk.ErrWouldBlock
 		}
@@ -231,7 +124,7 @@ func (s *image) room(r *blk.Req) error {
 		}
 		return err
 	}
-	if len(s.limbo) > 0 && !r.NoWait {
+	if len(s.quarantine.limbo) > 0 && !r.NoWait {
 		if s.reap(r, false); s.dead.Load() {
 			return s.usable()
 		}
@@ -244,38 +137,6 @@ func (s *image) room(r *blk.Req) error {
 		}
 		s.l2.drop(t)
 	}
-	return nil
-}
-
-// allFits tells whether the L2 cache has place for the slices of the whole disk, as it does by default up to 256 GiB
-// with clusters of 64 KiB: then nothing has to go for another, however much of it is changed.
-func (s *image) allFits() bool {
-	const entrySize = 8
-	return int64(s.l2.max)*s.slice/entrySize >= s.geo.Clusters(s.size.Load())
-}
-
-// lazy tells whether refcounts need not be kept accurate on disk.
-func (s *image) lazy() bool {
-	return s.set.lazy && s.hdr.IncompatibleFeatures&layout.IncompatDirty != 0
-}
-
-// markDirty sets the dirty bit before the first change under lazy refcounts. mu is held.
-func (s *image) markDirty(r *blk.Req) error {
-	if !s.set.lazy || s.hdr.IncompatibleFeatures&layout.IncompatDirty != 0 {
-		return nil
-	}
-	return s.writeIncompat(r, s.hdr.IncompatibleFeatures|layout.IncompatDirty)
-}
-
-// writeIncompat changes the incompatible feature bits on disk and then in memory.
-func (s *image) writeIncompat(r *blk.Req, v uint64) error {
-	var b [8]byte
-	be.PutUint64(b[:], v)
-	if err := s.enter(r, b[:], layout.OffIncompatFeatures); err != nil {
-		return err
-	}
-	s.hdr.IncompatibleFeatures = v
-	s.publish()
 	return nil
 }
 
@@ -293,73 +154,114 @@ func (s *image) markClean(r *blk.Req) error {
 	return s.writeIncompat(r, s.hdr.IncompatibleFeatures&^layout.IncompatDirty)
 }
 
-// Inactivate writes everything down: afterwards the image on disk is clean. Called while no
-// requests run.
-func (s *image) Inactivate(r *blk.Req) error {
-	s.marking.Lock()
-	defer s.marking.Unlock()
+// maxRetries is how often a request that found no space is tried again after some was given out: others may be quicker.
+const maxRetries = 3
+
+// keepsBack tells whether there is space that is only kept back.
+func (s *image) keepsBack() bool {
 	s.mu.Lock()
 	defer s.mu.Unlock()
-	if s.readOnly || s.dead.Load() || s.closed {
+	return s.quarantine.keepsBack()
+}
+
+// giveSpace tells, after a request has failed with err, whether it is worth trying again: there was no space, and some that was only kept back has
+// been given out. It blocks.
+func (s *image) giveSpace(r *blk.Req, err error) bool {
+	if r.NoWait || !errors.Is(err, errNoSpace) {
+		return false
+	}
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	return s.giveOut(r, err)
+}
+
+// giveOut is giveSpace with mu held; it is dropped in between.
+func (s *image) giveOut(r *blk.Req, err error) bool {
+	if !errors.Is(err, errNoSpace) || s.usable() != nil {
+		return false
+	}
+	found := s.survey != nil
+	if found {
+		v := s.survey
+		if s.vetAll(r) != nil || v.failed > 0 {
+			return false
+		}
+		if v = s.survey; v != nil { // it could not be made, but there is no other place
+			s.wrong.last = max(s.wrong.last, v.found-1) // all may be wrong
+			s.endSurvey()
+		}
+	}
+	q := &s.quarantine
+	before := q.given
+	for q.giving > 0 {
+		s.done.Wait() // for what others give back
+	}
+	if len(q.pending)+len(q.limbo) > 0 && s.flush(r) != nil {
+		return false
+	}
+	return found || q.given != before
+}
+
+// growL1 moves the L1 table to a place where it can have n entries.
+func (s *image) growL1(r *blk.Req, n int64) error {
+	if n <= int64(s.hdr.L1Size) {
 		return nil
 	}
-	if err := s.flush(r); err != nil {
-		return err
+	if n > layout.MaxL1Bytes/8 {
+		return errTooBig
 	}
-	// Bitmaps that cannot be stored have missed writes, as the image says already; the guest's data come first.
-	bitmaps := s.orGiveOut(r, func() error { return s.storeBitmaps(r) })
-	if err := s.flush(r); err != nil {
-		return err
-	}
-	s.reap(r, true)
-	if s.flagsDue {
-		if _, err := s.fixFlags(r, 0); err != nil {
-			return err
-		}
+	// The new table is written as it is in memory, so what its entries refer to has to be on
+	// disk first; and no flush may write into the old one meanwhile.
+	for again := true; again; again = s.flushing || len(s.l1Dirty) > 0 {
 		if err := s.flush(r); err != nil {
 			return err
 		}
-		s.flagsDue = false
 	}
-	s.fillEnd(r)
-	if err := s.markClean(r); err != nil {
+	release := s.claimFlush()
+	defer release()
+	s.step(r, blk.EvL1GrowAllocTable)
+	need := s.geo.Clusters(n * 8)
+	c, _, err := s.allocate(r, need, need, "L1 table")
+	if err != nil {
 		return err
 	}
-	if bitmaps != nil {
-		return wrap("Could not store persistent bitmaps", bitmaps)
+	off := c << s.cb
+	fail := func(err error) error {
+		s.unref(r, freed{off: off, n: need << s.cb})
+		return err
 	}
-	return nil
-}
-
-// fillEnd makes the file end with its last cluster: programs differ in what they make of one that is there in part.
-func (s *image) fillEnd(r *blk.Req) {
-	if s.file.Size() >= s.dataEnd {
-		return
+	if err := s.writeRefcounts(r); err != nil {
+		return fail(err)
 	}
-	if last, err := s.lastCluster(r); err != nil || (last+1)<<s.cb != s.dataEnd {
-		return // it was given back meanwhile
+	s.step(r, blk.EvL1GrowWriteTable)
+	const piece = 1 << 20 / 8 // entries
+	b := make([]byte, 0, min(n, piece)*8)
+	for first := int64(0); first < n; first += piece {
+		if err := ended(r); err != nil {
+			return fail(err)
+		}
+		b = s.l1.append(b[:0], first, min(first+piece, n))
+		if err := s.writeMeta(r, b, off+8*first, 0); err != nil {
+			return fail(err)
+		}
 	}
-	s.wrote++
-	if err := s.file.Resize(ctxOf(r), s.dataEnd, false, blk.PreallocOff); err != nil {
-		s.warnf("The file ends inside of a cluster: %s", blk.ErrnoText(err))
+	if err := s.barrier(r); err != nil {
+		return fail(err)
 	}
-}
-
-// Close ends the image after Inactivate; errors of that were the caller's to report.
-func (s *image) Close() error {
-	s.mu.Lock()
-	defer s.mu.Unlock()
-	if s.readOnly && !s.closed {
-		s.tellLost()
+	s.step(r, blk.EvL1GrowActivateTable)
+	field := func(n uint32, off uint64) []byte {
+		return be.AppendUint64(be.AppendUint32(nil, n), off)
 	}
-	s.closed = true
-	if s.stopClean != nil {
-		s.stopClean()
-		s.stopClean = nil
+	if err := s.swap(r, field(uint32(n), uint64(off)), field(s.hdr.L1Size, s.hdr.L1TableOffset), layout.OffL1Size); err != nil {
+		if s.dead.Load() {
+			return err
+		}
+		return fail(err)
 	}
-	s.l2, s.rb = newCache(int(s.slice), 1), newCache(int(s.cs), 1)
-	s.unz = unzipped{}
-	// Whoever still knows the node does not keep what it held.
-	s.l1, s.owners, s.inactive = entries{}, map[int64]owner{}, nil
+	oldOff, oldN := int64(s.hdr.L1TableOffset), int64(s.hdr.L1Size)
+	s.hdr.L1TableOffset, s.hdr.L1Size = uint64(off), uint32(n)
+	if oldN > 0 {
+		s.quarantine.retire(oldOff, s.geo.RoundUp(oldN*8))
+	}
 	return nil
 }

@@ -90,12 +90,12 @@ func sound(t testing.TB, s *image, leaks bool) {
 	s.mu.Lock()
 	defer s.mu.Unlock()
 	// What waits for a flush to be freed is still counted: neither is it a leak.
-	s.reap(req(), len(s.pending) == 0)
+	s.reap(req(), len(s.quarantine.pending) == 0)
 	res, err := s.check(req(), false)
 	if err != nil {
 		t.Fatalf("check: %v", err)
 	}
-	if res.Corruptions > 0 || res.Errors > 0 || res.Leaks > 0 && !leaks && len(s.pending) == 0 && len(s.limbo) == 0 {
+	if res.Corruptions > 0 || res.Errors > 0 || res.Leaks > 0 && !leaks && len(s.quarantine.pending) == 0 && len(s.quarantine.limbo) == 0 {
 		t.Fatalf("check: %+v", *res)
 	}
 }

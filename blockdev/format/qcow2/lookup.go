@@ -10,8 +10,6 @@ import (
 
 // Everything in this file needs mu.
 
-func (s *image) l1At(i int64) uint64 { return s.l1.at(i) }
-
 // nextL1 is the first guest cluster from that of L1 entry i on which there may be an L2 table for, or beyond all.
 func (s *image) nextL1(i int64) int64 {
 	for k, e := range s.l1.from(i) {
@@ -41,7 +39,7 @@ func (s *image) sliceLeft(gc int64) int64 { return s.slice/8 - s.l2Index(gc) }
 // A request that must not wait gets ErrWouldBlock if the slice is not cached.
 func (s *image) loadSlice(r *blk.Req, gc int64) (*table, error) {
 	li := gc >> s.geo.L2Bits()
-	tab := int64(s.l1At(li) & layout.OffsetMask)
+	tab := int64(s.l1.at(li) & layout.OffsetMask)
 	if tab == 0 {
 		return nil, nil
 	}
@@ -69,7 +67,7 @@ func (s *image) loadSlice(r *blk.Req, gc int64) (*table, error) {
 // slices are cached go on meanwhile. It tells whether mu was dropped. Failing is fine: the
 // caller's loadSlice then does it with mu held and reports what is wrong.
 func (s *image) warm(r *blk.Req, gc int64) (dropped bool) {
-	tab := int64(s.l1At(gc>>s.geo.L2Bits()) & layout.OffsetMask)
+	tab := int64(s.l1.at(gc>>s.geo.L2Bits()) & layout.OffsetMask)
 	off := s.l2Offset(tab, gc)
 	if tab == 0 || tab&(s.cs-1) != 0 || r.NoWait || s.l2.get(off) != nil {
 		return false
@@ -101,7 +99,7 @@ func (s *image) evict() {
 // copied if a snapshot shares it.
 func (s *image) sliceForWrite(r *blk.Req, gc int64) (*table, error) {
 	li := gc >> s.geo.L2Bits()
-	e := s.l1At(li)
+	e := s.l1.at(li)
 	if s.survey != nil {
 		if err := s.vetTable(r, int64(e&layout.OffsetMask)); err != nil {
 			return nil, err
@@ -243,6 +241,6 @@ func (s *image) checkEntry(r *blk.Req, k layout.Kind, e uint64, gc int64) error 
 }
 
 func (s *image) entryPlace(gc int64) string {
-	tab := s.l1At(gc>>s.geo.L2Bits()) & layout.OffsetMask
+	tab := s.l1.at(gc>>s.geo.L2Bits()) & layout.OffsetMask
 	return fmt.Sprintf("(L2 offset: %s, L2 index: %s)", hex(tab), hex(uint64(s.l2Index(gc))))
 }

@@ -347,7 +347,7 @@ func (s *image) setEnabled(r *blk.Req, b *stored, enabled bool) error {
 		b.Flags = was
 		return err
 	}
-	s.publish()
+	s.publishBitmaps()
 	return nil
 }
 

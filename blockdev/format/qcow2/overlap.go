@@ -43,7 +43,7 @@ const (
 )
 
 // own notes that the cluster at off becomes (d = 1) or stops being (-1) metadata. mu is held.
-func (s *image) own(off int64, k ownKind, d int32) {
+func (s *imageFile) own(off int64, k ownKind, d int32) {
 	c := off >> s.cb
 	o := s.owners[c]
 	if k == ownL2 {
@@ -61,7 +61,7 @@ func (s *image) own(off int64, k ownKind, d int32) {
 // checkOverlap is called with mu held before every write into the file: n bytes at off,
 // which may be metadata of the kinds own but no other that the options name. On overlap the
 // image is given up.
-func (s *image) checkOverlap(r *blk.Req, off, n int64, own overlap) error {
+func (s *imageFile) checkOverlap(r *blk.Req, off, n int64, own overlap) error {
 	hit := s.overlaps(off, n, s.set.overlap&^own)
 	if hit == 0 {
 		return nil
@@ -69,7 +69,7 @@ func (s *image) checkOverlap(r *blk.Req, off, n int64, own overlap) error {
 	return s.corrupt(r, true, off, n, fmt.Sprintf("Preventing invalid write on metadata (overlaps with %s)", overlapNames[bits.TrailingZeros16(uint16(hit))]))
 }
 
-func (s *image) overlaps(off, n int64, check overlap) overlap {
+func (s *imageFile) overlaps(off, n int64, check overlap) overlap {
 	if check == 0 || n == 0 {
 		return 0
 	}
@@ -85,7 +85,7 @@ func (s *image) overlaps(off, n int64, check overlap) overlap {
 	if check&olRefcountTable != 0 && in(s.reftOffset(), s.reftSize*8) {
 		return olRefcountTable
 	}
-	if len(s.snaps) > 0 {
+	if s.hdr.NbSnapshots > 0 {
 		if check&olSnapshotTable != 0 && in(int64(s.hdr.SnapshotsOffset), s.snapEnd-int64(s.hdr.SnapshotsOffset)) {
 			return olSnapshotTable
 		}
@@ -111,7 +111,7 @@ func (s *image) overlaps(off, n int64, check overlap) overlap {
 	return 0
 }
 
-func (s *image) overlapsOwned(off, end int64, check overlap) overlap {
+func (s *imageFile) overlapsOwned(off, end int64, check overlap) overlap {
 	for c := off >> s.cb; c < end>>s.cb; c++ {
 		o, ok := s.owners[c]
 		if !ok {
@@ -129,7 +129,7 @@ func (s *image) overlapsOwned(off, end int64, check overlap) overlap {
 
 // corrupt reports corruption found at run time and returns the error for the request that met
 // it. Fatal corruption of a writable image marks it corrupt on disk and ends its use. mu is held.
-func (s *image) corrupt(r *blk.Req, fatal bool, off, n int64, msg string) error {
+func (s *imageFile) corrupt(r *blk.Req, fatal bool, off, n int64, msg string) error {
 	fatal = fatal && !s.readOnly
 	if s.signaled && (!fatal || s.dead.Load()) {
 		return errIO
@@ -147,12 +147,10 @@ func (s *image) corrupt(r *blk.Req, fatal bool, off, n int64, msg string) error 
 		if s.hdr.Version >= 3 {
 			s.hdr.IncompatibleFeatures |= layout.IncompatCorrupt
 			s.publish()
-			var b [8]byte
-			be.PutUint64(b[:], s.hdr.IncompatibleFeatures)
 			// The request fails anyway.
 			q := *patient(r)
 			q.NoWait = false
-			_ = s.file.WriteAt(&q, blk.Buf(b[:]), layout.OffIncompatFeatures, 0)
+			_ = s.file.WriteAt(&q, blk.Buf(be.AppendUint64(nil, s.hdr.IncompatibleFeatures)), layout.OffIncompatFeatures, 0)
 		}
 	}
 	return errIO
@@ -164,4 +162,17 @@ func hex(v uint64) string {
 		return "0"
 	}
 	return fmt.Sprintf("%#x", v)
+}
+
+// checkOwner is called before anything is written in place to [off, off+n): nothing else may be there.
+func (s *imageFile) checkOwner(r *blk.Req, off, n int64) error {
+	if s.wrong.n == 0 && s.counted == nil || n <= 0 {
+		return nil
+	}
+	for c := off >> s.cb; c <= (off+n-1)>>s.cb; c++ {
+		if s.wrong.at(c) || s.counted.torn(c) {
+			return s.corrupt(r, true, off, n, "Preventing invalid write on cluster "+hex(uint64(c<<s.cb))+", which has other references or is not counted")
+		}
+	}
+	return nil
 }

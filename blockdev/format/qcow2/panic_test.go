@@ -108,7 +108,7 @@ func TestFailingMeanwhile(t *testing.T) {
 		if err := s.WriteAt(req(), blk.Buf(make([]byte, 512)), 0, 0); (err == nil) != (i == 0) {
 			t.Error(i, err)
 		}
-		s.pendBytes = maxPending // a flush is due
+		s.quarantine.pendBytes = maxPending // a flush is due
 		s.debug = func(_ *blk.Req, e blk.DebugEvent) {
 			if e == blk.EvL2Update {
 				s.dead.Store(true)

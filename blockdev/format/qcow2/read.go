@@ -64,7 +64,7 @@ func (s *image) findRun(r *blk.Req, off, n int64) (m mapping, e *epoch, err erro
 		}
 	}
 	if m, err = s.lookup(r, off, n); err == nil && m.kind >= layout.Normal {
-		e = s.hold()
+		e = s.quarantine.hold()
 	}
 	return m, e, err
 }

@@ -34,7 +34,8 @@ func (s *image) CommitReadOnly(r *blk.Req, readOnly bool) error {
 	s.readOnly = readOnly
 	switch {
 	case readOnly:
-		s.survey, s.wrong = nil, wrong{}
+		s.endSurvey()
+		s.wrong = wrong{}
 		s.storing = false
 		if s.keeper != nil {
 			s.keeper.readOnly(true)

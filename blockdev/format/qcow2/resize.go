@@ -127,15 +127,10 @@ func (s *image) zeroTail(r *blk.Req, old, size int64) error {
 
 // setSize enters the size into the header. After a failure that has the old one again, unless that cannot be written either.
 func (s *image) setSize(r *blk.Req, size int64) error {
-	enter := func(size uint64) error {
-		var b [8]byte
-		be.PutUint64(b[:], size)
-		return s.enter(r, b[:], layout.OffSize)
-	}
 	err := s.barrier(r)
 	if err == nil {
-		if err = enter(uint64(size)); err != nil {
-			err = errors.Join(err, enter(s.hdr.Size))
+		if err = s.enter64(r, uint64(size), layout.OffSize); err != nil {
+			err = errors.Join(err, s.enter64(r, s.hdr.Size, layout.OffSize))
 		}
 	}
 	if err != nil {
@@ -150,71 +145,6 @@ func (s *image) setSize(r *blk.Req, size int64) error {
 			tables = int(int64(set.l2Tables) * set.slice / s.slice)
 		}
 		s.l2.max = max(s.l2.max, tables)
-	}
-	return nil
-}
-
-// growL1 moves the L1 table to a place where it can have n entries.
-func (s *image) growL1(r *blk.Req, n int64) error {
-	if n <= int64(s.hdr.L1Size) {
-		return nil
-	}
-	if n > layout.MaxL1Bytes/8 {
-		return errTooBig
-	}
-	// The new table is written as it is in memory, so what its entries refer to has to be on
-	// disk first; and no flush may write into the old one meanwhile.
-	for again := true; again; again = s.flushing || len(s.l1Dirty) > 0 {
-		if err := s.flush(r); err != nil {
-			return err
-		}
-	}
-	release := s.claimFlush()
-	defer release()
-	s.step(r, blk.EvL1GrowAllocTable)
-	need := s.geo.Clusters(n * 8)
-	c, _, err := s.allocate(r, need, need, "L1 table")
-	if err != nil {
-		return err
-	}
-	off := c << s.cb
-	fail := func(err error) error {
-		s.unref(r, freed{off: off, n: need << s.cb})
-		return err
-	}
-	if err := s.writeRefcounts(r); err != nil {
-		return fail(err)
-	}
-	s.step(r, blk.EvL1GrowWriteTable)
-	const piece = 1 << 20 / 8 // entries
-	b := make([]byte, 0, min(n, piece)*8)
-	for first := int64(0); first < n; first += piece {
-		if err := ended(r); err != nil {
-			return fail(err)
-		}
-		b = s.l1.append(b[:0], first, min(first+piece, n))
-		if err := s.writeMeta(r, b, off+8*first, 0); err != nil {
-			return fail(err)
-		}
-	}
-	if err := s.barrier(r); err != nil {
-		return fail(err)
-	}
-	s.step(r, blk.EvL1GrowActivateTable)
-	field := func(n uint32, off uint64) []byte {
-		return be.AppendUint64(be.AppendUint32(nil, n), off)
-	}
-	if err := s.swap(r, field(uint32(n), uint64(off)), field(s.hdr.L1Size, s.hdr.L1TableOffset), layout.OffL1Size); err != nil {
-		if s.dead.Load() {
-			return err
-		}
-		return fail(err)
-	}
-	oldOff, oldN := int64(s.hdr.L1TableOffset), int64(s.hdr.L1Size)
-	s.hdr.L1TableOffset, s.hdr.L1Size = uint64(off), uint32(n)
-	if oldN > 0 {
-		s.sealed = true
-		s.limbo = append(s.limbo, freed{oldOff, s.geo.RoundUp(oldN * 8), discardOther, s.epCur.seq})
 	}
 	return nil
 }
@@ -284,26 +214,6 @@ func (s *image) cutFile(r *blk.Req) error {
 	return nil
 }
 
-// lastCluster is the last one in the file that is counted, -1 if there is none.
-func (s *image) lastCluster(r *blk.Req) (int64, error) {
-	bits := s.geo.RefblockBits()
-	for b := min(int64(len(s.reft)), s.countedBlocks()) - 1; b >= 0; b-- {
-		if err := ended(r); err != nil {
-			return 0, err
-		}
-		t, err := s.refblock(r, b)
-		if err != nil {
-			return 0, err
-		}
-		for i := int64(1)<<bits - 1; t != nil && i >= 0; i-- {
-			if s.geo.Refcount(t.data, i) > 0 {
-				return b<<bits + i, nil
-			}
-		}
-	}
-	return -1, nil
-}
-
 func ctxOf(r *blk.Req) context.Context {
 	if r.Ctx != nil {
 		return r.Ctx
@@ -339,42 +249,4 @@ func (s *image) preallocate(r *blk.Req, from, to int64, m blk.Prealloc) error {
 		gc += k
 	}
 	return nil
-}
-
-// extendFile makes the file at least end bytes long: clusters that are in use must lie in it.
-func (s *image) extendFile(r *blk.Req, end int64, m blk.Prealloc) error {
-	if end <= s.file.Size() {
-		return nil
-	}
-	s.wrote++
-	if m == blk.PreallocMetadata {
-		return s.file.Resize(ctxOf(r), end, false, blk.PreallocOff)
-	}
-	if err := s.file.Resize(ctxOf(r), end, false, m); err != nil {
-		return fmt.Errorf("Failed to resize underlying file: %w", err)
-	}
-	return nil
-}
-
-// allocateEnd takes up to k clusters behind everything that was ever written.
-func (s *image) allocateEnd(r *blk.Req, k int64) (host, n int64, err error) {
-	for {
-		first := s.geo.Clusters(max(s.fileEnd, s.file.Size()))
-		first, n, _, err = s.findFree(r, first, 1, k)
-		if err != nil {
-			return 0, 0, err
-		}
-		again, err := s.coverRun(r, first, n)
-		if err != nil {
-			return 0, 0, err
-		}
-		if again {
-			continue
-		}
-		if err := s.allocateAt(r, first, n); err != nil {
-			return 0, 0, err
-		}
-		s.noteEnd((first + n) << s.cb)
-		return first << s.cb, n, nil
-	}
 }

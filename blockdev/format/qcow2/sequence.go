@@ -4,7 +4,7 @@ import "qblockd/graph/blk"
 
 // sequence reads a part of the file from its beginning to its end, in large pieces.
 type sequence struct {
-	s   *image
+	s   *imageFile
 	r   *blk.Req
 	off int64 // of what next returns
 	end int64
@@ -14,7 +14,7 @@ type sequence struct {
 }
 
 // sequence begins at off and ends at end. close has to be called.
-func (s *image) sequence(r *blk.Req, off, end int64) *sequence {
+func (s *imageFile) sequence(r *blk.Req, off, end int64) *sequence {
 	const window = 256 << 10 // more than any entry of a table takes
 	return &sequence{s: s, r: r, off: off, end: end, buf: blk.GetBuf(window, 0), ask: 4 << 10}
 }

@@ -62,7 +62,7 @@ func TestShrinkKeepsWhatIsNotCounted(t *testing.T) {
 		if err := s.WriteAt(req(), blk.Buf(want), 0, 0); err != nil {
 			t.Fatal(err)
 		}
-		table := int64(s.l1At(1) & layout.OffsetMask)
+		table := int64(s.l1.at(1) & layout.OffsetMask)
 		mustClose(t, s)
 		if known {
 			img.Poke(s.reftOffset()+8, make([]byte, 8)) // no block
@@ -75,6 +75,7 @@ func TestShrinkKeepsWhatIsNotCounted(t *testing.T) {
 			times = 1 << 30 // so that it is not known what the image refers to
 		}
 		if c.full {
+			s.endSurvey()
 			s.survey = &survey{endless: true, found: s.geo.Clusters(img.Size())} // as of a huge image
 			if !s.giveSpace(req(), syscall.ENOSPC) {
 				t.Fatal("there is no space")

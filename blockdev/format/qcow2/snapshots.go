@@ -65,7 +65,7 @@ func (s *image) quietly(r *blk.Req, f func() error) error {
 			err = e
 		}
 	}
-	s.publish()
+	s.publishSnapshots()
 	return err
 }
 
@@ -198,78 +198,13 @@ var errEnough = errors.New("enough")
 // fixFlags puts the copied flags right: of the L1 entries before behind, unless that is 0, and of what they refer to. It returns the entry behind the last one that it
 // looked at.
 func (s *image) fixFlags(r *blk.Req, behind int64) (int64, error) {
-	c := &checker{s: s, r: r, res: &CheckResult{}, behind: behind}
-	c.end = max(s.file.Size(), s.fileEnd)
+	c := &checker{counter: s.newCounter(r, &CheckResult{}), s: s, behind: behind}
 	err := c.copiedFlags(true)
 	return c.at, err
 }
 
-// vetL1 is called before all that an L1 table refers to is walked: each L2 table must be in the file, and be named once. A survey finds others, but some images are
-// too large for one, and one table that 4 million entries name would be walked for weeks.
-func (s *image) vetL1(r *blk.Req, l1 *entries) error {
-	end := max(s.file.Size(), s.fileEnd)
-	var tabs []int64
-	for _, e := range l1.all() {
-		tab := int64(e & layout.OffsetMask)
-		switch {
-		case tab == 0:
-			continue
-		case tab&(s.cs-1) != 0:
-			return s.corrupt(r, true, tab, -1, "L2 table offset "+hex(uint64(tab))+" unaligned")
-		case tab >= end:
-			return s.corrupt(r, true, tab, s.cs, "L2 table offset "+hex(uint64(tab))+" beyond the end of the file")
-		}
-		tabs = append(tabs, tab)
-	}
-	slices.Sort(tabs)
-	for i := 1; i < len(tabs); i++ {
-		if tab := tabs[i]; tab == tabs[i-1] {
-			return s.corrupt(r, true, tab, s.cs, "L2 table at "+hex(uint64(tab))+" is named by several entries of one L1 table")
-		}
-	}
-	return nil
-}
-
 // lookEvery is after how many entries of a table the context of a request is looked at.
 const lookEvery = 4096
-
-// eachCluster calls f for every cluster that an L1 table refers to, L2 tables and what their entries refer to, until it fails or the context of r ends.
-func (s *image) eachCluster(r *blk.Req, l1 *entries, f func(c int64) error) error {
-	buf := make([]byte, s.cs)
-	for _, e := range l1.all() {
-		tab := int64(e & layout.OffsetMask)
-		if tab == 0 {
-			continue
-		}
-		if err := s.readL2(r, tab, buf); err != nil {
-			return err
-		}
-		for k := 0; k < len(buf); k += 8 {
-			x := be.Uint64(buf[k:])
-			if k%(8*lookEvery) == 0 {
-				if err := ended(r); err != nil {
-					return err
-				}
-			}
-			off, n := int64(x&layout.OffsetMask), s.cs
-			switch kind := layout.KindOf(x); {
-			case kind == layout.CompressedKind:
-				off, n = s.geo.CompressedRange(x &^ layout.Copied)
-			case !kind.HasHost():
-				continue
-			}
-			for c := off >> s.cb; c<<s.cb < off+n; c++ {
-				if err := f(c); err != nil {
-					return err
-				}
-			}
-		}
-		if err := f(tab >> s.cb); err != nil {
-			return err
-		}
-	}
-	return nil
-}
 
 // unsureError is an error after which nobody knows whether the image refers to what was written.
 type unsureError struct{ error }
@@ -383,7 +318,7 @@ func (s *image) dropSnapshot(r *blk.Req, i int) error {
 	if sn.L1Size > 0 {
 		s.free(int64(sn.L1TableOffset), int64(sn.L1Size)*8, discardSnapshot)
 	}
-	s.turn()
+	s.quarantine.turn()
 	err = s.flush(q)
 	s.reap(q, false)
 	if _, e := s.fixFlags(r, 0); e != nil && ended(r) != nil {
@@ -405,8 +340,8 @@ func (s *image) dropRefs(r *blk.Req, g span) {
 	}
 }
 
-// snapshotInfo lists the internal snapshots; mu is held.
-func (s *image) snapshotInfo() []*types.SnapshotInfo {
+// publishSnapshots makes the internal snapshots known to queries.
+func (s *image) publishSnapshots() {
 	var out []*types.SnapshotInfo
 	for i := range s.snaps {
 		n := &s.snaps[i]
@@ -425,10 +360,120 @@ func (s *image) snapshotInfo() []*types.SnapshotInfo {
 		}
 		out = append(out, x)
 	}
-	return out
+	s.shownSnapshots.Store(&out)
+	s.tellChanged()
 }
 
 // Snapshots implements graph.Snapshotter.
-func (d *Driver) Snapshots() []*types.SnapshotInfo { return *d.info.snapshots.Load() }
+func (d *Driver) Snapshots() []*types.SnapshotInfo { return *d.shownSnapshots.Load() }
 
 var _ graph.Snapshotter = (*Driver)(nil)
+
+// countSnapshots counts the table of snapshots, their L1 tables and what those name.
+func (s *image) countSnapshots(c *counter) error {
+	if len(s.snaps) == 0 {
+		return nil
+	}
+	if _, err := c.fixed(int64(s.hdr.SnapshotsOffset), s.snapEnd-int64(s.hdr.SnapshotsOffset), "snapshot table"); err != nil {
+		return err
+	}
+	for i := range s.snaps {
+		sn := &s.snaps[i]
+		if layout.CheckTable(sn.L1TableOffset, uint64(sn.L1Size), 8, layout.MaxL1Bytes, uint64(s.cs), "") != nil {
+			c.res.Corruptions++
+			c.res.say("snapshot's L1 table at", sn.L1TableOffset)
+			continue
+		}
+		off, n := int64(sn.L1TableOffset), int64(sn.L1Size)
+		ok, err := c.fixed(off, n*8, "snapshot's L1 table")
+		if err == nil && ok {
+			err = s.eachTableEntry(c.r, off, n, func(e uint64) error {
+				if c.l1Entry(e, int32(i)+1); c.crowded() {
+					return errTooBig
+				}
+				return nil
+			})
+		}
+		if err != nil {
+			return err
+		}
+	}
+	return nil
+}
+
+func (s *image) readSnapshots(r *blk.Req) error {
+	start := int64(s.hdr.SnapshotsOffset)
+	if s.snapEnd = start; s.hdr.NbSnapshots == 0 {
+		return nil
+	}
+	q := s.sequence(r, start, s.file.Size())
+	defer q.close()
+	names := 0
+	for i := range int(s.hdr.NbSnapshots) {
+		if q.off >= q.end {
+			// Zeroes would count as entries: 65536 of them for a few bytes of header.
+			return wrap("Failed to read snapshot table", errInval)
+		}
+		h, err := q.peek(layout.SnapshotHeaderSize)
+		if err != nil {
+			return wrap("Failed to read snapshot table", err)
+		}
+		n, err := layout.SnapshotNeed(h, i)
+		if err != nil {
+			return err
+		}
+		b, err := q.peek(n)
+		if err != nil {
+			return wrap("Failed to read snapshot table", err)
+		}
+		sn := layout.ParseSnapshot(b, s.hdr.Size)
+		s.snaps = append(s.snaps, sn)
+		names += len(sn.ID) + len(sn.Name)
+		if q.skip(n); layout.SnapshotTableTooBig(q.off-start) || names > layout.MaxNames {
+			return errors.New("Snapshot table is too big")
+		}
+		s.snapEnd = q.off
+		if pad := int(-q.off & 7); pad > 0 {
+			if _, err := q.peek(pad); err != nil {
+				return wrap("Failed to read snapshot table", err)
+			}
+			q.skip(pad)
+		}
+	}
+	s.snapL1 = snapshotTables(s.snaps)
+	return nil
+}
+
+// snapshotTables are the places of L1 tables of snapshots.
+func snapshotTables(l []layout.Snapshot) ranges {
+	all := make([]fileRange, 0, len(l))
+	for i := range l {
+		if off := int64(l[i].L1TableOffset); off >= 0 {
+			all = append(all, fileRange{off, off + min(int64(l[i].L1Size)*8, math.MaxInt64-off)})
+		}
+	}
+	return makeRanges(all)
+}
+
+// findInactive notes the L2 tables of internal snapshots for overlap-check=all. Tables that lie over each other are read once.
+func (s *image) findInactive(r *blk.Req) error {
+	s.inactive = map[int64]struct{}{}
+	for i := range s.snaps {
+		sn := &s.snaps[i]
+		if err := layout.CheckTable(sn.L1TableOffset, uint64(sn.L1Size), 8, layout.MaxL1Bytes, uint64(s.cs), "Snapshot L1 table"); err != nil {
+			return err
+		}
+	}
+	for _, t := range s.snapL1 {
+		l1, err := s.readTable(r, t.off, (t.end-t.off)/8)
+		if err != nil {
+			return wrap("Could not read L1 table", err)
+		}
+		for _, e := range l1.all() {
+			if e&layout.OffsetMask != 0 {
+				s.inactive[int64(e&layout.OffsetMask)>>s.cb] = struct{}{}
+			}
+		}
+	}
+	return nil
+}

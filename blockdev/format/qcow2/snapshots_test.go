@@ -58,7 +58,8 @@ func (d *disk) scribble(rnd *rand.Rand, n int) {
 // content reads what a snapshot shows, through its own L1 table.
 func (d *disk) content(id string) []byte {
 	d.t.Helper()
-	view := &image{config: d.s.config}
+	view := &image{}
+	view.config = d.s.config
 	for i := range d.s.snaps {
 		sn := &d.s.snaps[i]
 		if sn.ID != id {
@@ -508,6 +509,7 @@ func TestTablesNamedTwice(t *testing.T) {
 			f.Poke(at, b)
 			var told corruptions
 			s = mustOpen(t, mem{f}, config{corrupted: told.corrupted})
+			s.endSurvey()
 			s.survey = &survey{endless: true}
 			before := bytes.Clone(f.Bytes()[s.cs:])
 			var err error
@@ -544,7 +546,7 @@ func TestSnapshotIsDeletedBesideReaders(t *testing.T) {
 		}
 		write(0, 8<<10, 2)
 		s.mu.Lock()
-		reader := s.hold()
+		reader := s.quarantine.hold()
 		s.mu.Unlock()
 		if err := s.DeleteSnapshot(req(), "1", "s"); err != nil {
 			t.Fatal(err)
@@ -555,7 +557,7 @@ func TestSnapshotIsDeletedBesideReaders(t *testing.T) {
 		crashed := mustOpen(t, mem{drivertest.MemFileOf(bytes.Clone(f.Bytes()))}, config{readOnly: true})
 		sound(t, crashed, true)
 		_ = crashed.Close()
-		if len(s.limbo) == 0 {
+		if len(s.quarantine.limbo) == 0 {
 			t.Errorf("%s: nothing is kept for the reader", v)
 		}
 		reader.Release()

@@ -58,43 +58,6 @@ func (s *image) Status(r *blk.Req, off, n int64) (blk.Extent, error) {
 // maxDetect bounds the refcount blocks that are read to detect preallocation, in bytes.
 const maxDetect = 64 << 20
 
-// detectPrealloc finds out whether the file has many clusters that are counted but take no
-// space, which means that data extents may be holes below.
-func (s *image) detectPrealloc(r *blk.Req) {
-	s.prealloc = 1
-	if s.allocated == nil {
-		return
-	}
-	n, err := s.allocated()
-	if err != nil {
-		return
-	}
-	real := n >> s.cb
-	limit := max(real*10/9, real+2)
-	count := int64(0)
-	bits := s.geo.RefblockBits()
-	// All of the refcount blocks of a file of 2 TiB with the default clusters; what is longer counts as not preallocated.
-	most := min(int64(len(s.reft)), s.countedBlocks(), maxDetect>>s.cb)
-	for b := int64(0); b < most && count < limit; b++ {
-		if ended(r) != nil {
-			s.prealloc = 0 // the next one looks
-			return
-		}
-		t, err := s.refblock(r, b)
-		if err != nil {
-			return
-		}
-		for i := int64(0); t != nil && i < 1<<bits; i++ {
-			if s.geo.Refcount(t.data, i) != 0 {
-				count++
-			}
-		}
-	}
-	if count >= limit {
-		s.prealloc = 2
-	}
-}
-
 // Map appends the host ranges behind a prefix of [off, off+n). Ranges of this image's file
 // hold its clusters in place until m is released.
 func (s *image) Map(r *blk.Req, off, n int64, m *blk.Mapping) error {
@@ -137,7 +100,7 @@ func (s *image) findMapped(r *blk.Req, off, n int64, m *blk.Mapping) (x mapping,
 		return x, err
 	}
 	if x, err = s.lookup(r, off, n); err == nil && x.kind == layout.Normal {
-		m.Hold(s.hold())
+		m.Hold(s.quarantine.hold())
 	}
 	return x, err
 }

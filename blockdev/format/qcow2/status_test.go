@@ -52,7 +52,7 @@ func TestStatusOfOneTableForAll(t *testing.T) {
 	if err := s.Zero(req(), 0, 1<<39, 0); err != nil {
 		t.Fatal(err)
 	}
-	e := s.l1At(0)
+	e := s.l1.at(0)
 	for i := range int64(s.hdr.L1Size) {
 		s.l1.set(i, e&^layout.Copied)
 	}

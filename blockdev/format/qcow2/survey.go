@@ -35,7 +35,7 @@ const (
 
 // survey is one that is not over.
 type survey struct {
-	c       *checker // nil: it has not begun
+	c       *counter // nil: it has not begun
 	pages   []int64  // of the tally that are still to be compared; nil while tables are walked
 	walked  bool
 	found   int64 // clusters of the file when it began
@@ -54,30 +54,53 @@ type wrong struct {
 	last  int64 // the highest one; without a survey, that of all there may be
 }
 
-// startSurvey makes a survey due: the image has become writable.
-func (s *image) startSurvey() {
-	s.wrong = wrong{}
-	s.survey = &survey{}
+// surveyor counts what the image refers to.
+type surveyor struct {
+	refcounts
+	above references
+
+	// survey is nil if it is over, or none is due.
+	// +checklocks:mu
+	survey *survey
 }
 
+// references is how a survey asks the parts above it what they refer to.
+type references interface {
+	countL1(c *counter) error
+	countSnapshots(c *counter) error
+	countBitmaps(c *counter) error
+	// readL2 reads a whole L2 table as it is now, changes in the cache included.
+	readL2(r *blk.Req, tab int64, buf []byte) error
+}
+
+// startSurvey makes a survey due: the image has become writable.
+func (s *surveyor) startSurvey() {
+	s.endSurvey()
+	s.wrong, s.survey = wrong{}, &survey{}
+}
+
+func (s *surveyor) endSurvey() { s.survey, s.counted = nil, nil }
+
+// surveying tells whether a survey is due or under way.
+func (s *surveyor) surveying() bool { return s.survey != nil && !s.survey.endless }
+
 // vet makes the next step of the survey, if one is due. It is called with mu held before the metadata change.
-func (s *image) vet(r *blk.Req) error {
-	v := s.survey
-	if v == nil || v.endless {
+func (s *surveyor) vet(r *blk.Req) error {
+	if !s.surveying() {
 		return nil
 	}
 	if r.NoWait {
 		return blk.ErrWouldBlock
 	}
-	if v.c == nil {
+	if s.survey.c == nil {
 		return s.beginSurvey(r)
 	}
 	return s.stepSurvey(r, cmp.Or(s.vetSteps[1], nextStep))
 }
 
 // vetAll makes the whole survey; mu is let go of between steps.
-func (s *image) vetAll(r *blk.Req) error {
-	for s.survey != nil && !s.survey.endless {
+func (s *surveyor) vetAll(r *blk.Req) error {
+	for s.surveying() {
 		if err := s.vet(r); err != nil {
 			return err
 		}
@@ -91,9 +114,9 @@ func (s *image) vetAll(r *blk.Req) error {
 }
 
 // beginSurvey counts what the header and the tables that lie side by side refer to.
-func (s *image) beginSurvey(r *blk.Req) error {
+func (s *surveyor) beginSurvey(r *blk.Req) error {
 	v := s.survey
-	c := s.newChecker(r, &CheckResult{})
+	c := s.newCounter(r, &CheckResult{})
 	c.all, c.most = true, maxSurvey
 	err := c.meta()
 	v.found = s.geo.Clusters(max(s.file.Size(), s.fileEnd))
@@ -101,13 +124,13 @@ func (s *image) beginSurvey(r *blk.Req) error {
 	if err != nil {
 		return s.surveyFailed(r, err)
 	}
-	v.c = c
+	v.c, s.counted = c, &c.t
 	return s.stepSurvey(r, cmp.Or(s.vetSteps[0], firstStep))
 }
 
 // surveyFailed says what it means that a survey cannot go on; the error is that of the request. One of I/O is not: what could not be read is mostly nothing that
 // the request needs.
-func (s *image) surveyFailed(r *blk.Req, err error) error {
+func (s *surveyor) surveyFailed(r *blk.Req, err error) error {
 	switch {
 	case ended(r) != nil:
 		return err // it goes on with the next request
@@ -119,12 +142,12 @@ func (s *image) surveyFailed(r *blk.Req, err error) error {
 		return nil
 	}
 	s.warnf("What the image refers to cannot be looked at (%s): what is free in the file is not used", blk.ErrnoText(err))
-	s.survey.endless, s.survey.c, s.survey.pages = true, nil, nil
+	s.survey.endless, s.survey.c, s.survey.pages, s.counted = true, nil, nil, nil
 	return nil
 }
 
 // stepSurvey goes on for about n bytes.
-func (s *image) stepSurvey(r *blk.Req, n int64) error {
+func (s *surveyor) stepSurvey(r *blk.Req, n int64) error {
 	v := s.survey
 	v.c.r = r
 	if !v.walked {
@@ -146,7 +169,7 @@ func (s *image) stepSurvey(r *blk.Req, n int64) error {
 	if len(v.pages) > 0 {
 		return nil
 	}
-	s.survey = nil
+	s.endSurvey()
 	if v.raised > 0 {
 		s.warnf("The refcounts of %d clusters, of which the first is at %s, were too low and have been put right", v.raised, hex(uint64(v.first<<s.cb)))
 	}
@@ -158,7 +181,7 @@ func (s *image) stepSurvey(r *blk.Req, n int64) error {
 }
 
 // comparePage compares the counts of a page of the tally with the refcounts.
-func (s *image) comparePage(r *blk.Req, page int64) error {
+func (s *surveyor) comparePage(r *blk.Req, page int64) error {
 	if err := ended(r); err != nil {
 		return err
 	}
@@ -173,7 +196,7 @@ func (s *image) comparePage(r *blk.Req, page int64) error {
 }
 
 // compareWithBlock compares the counts of clusters [first, behind), which refcount block b counts.
-func (s *image) compareWithBlock(r *blk.Req, b, first, behind int64) error {
+func (s *surveyor) compareWithBlock(r *blk.Req, b, first, behind int64) error {
 	c := s.survey.c
 	off := int64(s.reftAt(b) & layout.ReftMask)
 	bad := off == 0 || c.badBlock(off) || c.t.get(off>>s.cb) > 1
@@ -225,44 +248,8 @@ func (w *wrong) add(k int64) {
 // at tells whether the references of cluster k are known to be wrong.
 func (w *wrong) at(k int64) bool { return w.n > 0 && w.t.get(k) > 0 }
 
-// torn tells whether cluster k has several references as far as is known, one of which supposes to be the only one.
-func (v *survey) torn(k int64) bool { return v != nil && v.c != nil && v.c.t.torn(k) }
-
-// taken tells that cluster k must not be given out, although its refcount may be 0.
-func (s *image) taken(k int64) bool {
-	if s.wrong.n == 0 && s.survey == nil && s.busy == nil {
-		return false
-	}
-	return s.wrong.at(k) || s.survey != nil && s.survey.c != nil && s.survey.c.t.get(k) > 0 || s.busy != nil && s.busy(k) > 0
-}
-
-// lowest is the first cluster that could be given out.
-func (s *image) lowest() int64 {
-	if s.survey != nil {
-		return max(s.freeIdx, s.survey.hint)
-	}
-	return s.freeIdx
-}
-
-// setLowest tells that no cluster from lowest on is free below c.
-func (s *image) setLowest(c int64) {
-	if s.survey != nil {
-		s.survey.hint = max(s.survey.hint, c)
-	} else {
-		s.freeIdx = c
-	}
-}
-
-// freeAgain tells that cluster c is free now.
-func (s *image) freeAgain(c int64) {
-	s.freeIdx = min(s.freeIdx, c)
-	if v := s.survey; v != nil && c >= v.found {
-		v.hint = min(v.hint, c)
-	}
-}
-
 // vetTable makes the next step of the survey, and walks the L2 table at off, which is to be changed, or what it refers to.
-func (s *image) vetTable(r *blk.Req, off int64) error {
+func (s *surveyor) vetTable(r *blk.Req, off int64) error {
 	if err := s.vet(r); err != nil {
 		return err
 	}
@@ -287,7 +274,7 @@ type unwalkedError struct{ error }
 func (e unwalkedError) Unwrap() error { return e.error }
 
 // linked counts what an L2 entry has come to refer to, if its table has been looked at already.
-func (s *image) linked(table int64, old, e uint64) {
+func (s *surveyor) linked(table int64, old, e uint64) {
 	v := s.survey
 	if v == nil || v.c == nil || (old^e)&(layout.OffsetMask|layout.Compressed) == 0 {
 		return
@@ -298,28 +285,15 @@ func (s *image) linked(table int64, old, e uint64) {
 }
 
 // copiesTable counts the L2 table in cluster c, which is new and refers to what one refers to that has been looked at.
-func (s *image) copiesTable(c int64) {
+func (s *surveyor) copiesTable(c int64) {
 	if v := s.survey; v != nil && v.c != nil {
 		v.c.l2[c] = l2ref{n: 1, active: true, walked: true}
 		v.c.t.add(c, 1, true)
 	}
 }
 
-// checkOwner is called before anything is written in place to [off, off+n): nothing else may be there.
-func (s *image) checkOwner(r *blk.Req, off, n int64) error {
-	if s.wrong.n == 0 && s.survey == nil || n <= 0 {
-		return nil
-	}
-	for c := off >> s.cb; c <= (off+n-1)>>s.cb; c++ {
-		if s.wrong.at(c) || s.survey.torn(c) {
-			return s.corrupt(r, true, off, n, "Preventing invalid write on cluster "+hex(uint64(c<<s.cb))+", which has other references or is not counted")
-		}
-	}
-	return nil
-}
-
 // canFree is called before L2 entry e is dropped: what it refers to must be counted as often as it is referred to, as far as is known.
-func (s *image) canFree(r *blk.Req, e uint64) error {
+func (s *surveyor) canFree(r *blk.Req, e uint64) error {
 	off, n := int64(e&layout.OffsetMask), s.cs
 	switch k := layout.KindOf(e); {
 	case k == layout.CompressedKind:
@@ -330,7 +304,7 @@ func (s *image) canFree(r *blk.Req, e uint64) error {
 	return s.canFreeRange(r, off, n)
 }
 
-func (s *image) canFreeRange(r *blk.Req, off, n int64) error {
+func (s *surveyor) canFreeRange(r *blk.Req, off, n int64) error {
 	for c := off >> s.cb; c<<s.cb < off+n; c++ {
 		v, err := s.refcount(r, c)
 		if err != nil {

@@ -438,7 +438,7 @@ func TestOverwritingWhileTheSurveyGoesOn(t *testing.T) {
 	o := CreateOptions{ClusterSize: ptr(uint64(cs))}
 	sound := sample(t, o)
 	s := mustOpen(t, mem{sound}, config{readOnly: true})
-	entry := int64(s.l1At(victim/64)&layout.OffsetMask) + victim%64*8
+	entry := int64(s.l1.at(victim/64)&layout.OffsetMask) + victim%64*8
 	old, err := s.readTable(req(), int64(s.snaps[0].L1TableOffset), 1)
 	if err != nil {
 		t.Fatal(err)
@@ -515,7 +515,7 @@ func TestOverwritingBesideBadSectors(t *testing.T) {
 			t.Fatal(err)
 		}
 	}
-	bad := int64(s.l1At(2)&layout.OffsetMask) + 32<<10
+	bad := int64(s.l1.at(2)&layout.OffsetMask) + 32<<10
 	mustClose(t, s)
 	left := 1 << 30
 	s = mustOpen(t, unreadable{mem{img}, bad, bad + 512, &left}, config{vetSteps: [2]int64{1, 1}, options: Options{L2CacheEntrySize: ptr(int64(4096))}})
@@ -537,7 +537,7 @@ func TestSurveyMeetsBadSectors(t *testing.T) {
 	img := sample(t, CreateOptions{ClusterSize: ptr(uint64(cs))})
 	s := mustOpen(t, mem{img}, config{readOnly: true})
 	places := map[string]int64{
-		"L2 table":               int64(s.l1At(1) & layout.OffsetMask),
+		"L2 table":               int64(s.l1.at(1) & layout.OffsetMask),
 		"L1 table of a snapshot": int64(s.snaps[0].L1TableOffset),
 	}
 	mustClose(t, s)

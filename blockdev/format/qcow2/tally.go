@@ -42,8 +42,11 @@ func (t *tally) page(c int64, make bool) *tallyPage {
 
 func slot(c int64) int64 { return c & (1<<tallyBits - 1) }
 
-// get is the number of references to cluster c.
+// get is the number of references to cluster c; a tally that is nil has none.
 func (t *tally) get(c int64) uint64 {
+	if t == nil {
+		return 0
+	}
 	p := t.page(c, false)
 	if p == nil {
 		return 0
@@ -54,8 +57,12 @@ func (t *tally) get(c int64) uint64 {
 	return t.big[c]
 }
 
-// torn tells whether c has several references, one of which supposes to be the only one.
+// torn tells whether c has several references, one of which supposes to be the only one. A tally that
+// is nil has none.
 func (t *tally) torn(c int64) bool {
+	if t == nil {
+		return false
+	}
 	p := t.page(c, false)
 	return p != nil && p[slot(c)]&tallySole != 0 && p[slot(c)]&^tallySole > 1
 }

@@ -8,10 +8,10 @@ import (
 	"qblockd/graph/blk"
 )
 
-// checker counts all references of an image: first those of the header and of the tables that lie side by side (fixed), then, table by table, those
+// counter counts all references of an image: first those of the header and of the tables that lie side by side (fixed), then, table by table, those
 // of L2 tables. What it does is bounded by the file: a table counts once, however many name it.
-type checker struct {
-	s   *image
+type counter struct {
+	s   *surveyor
 	r   *blk.Req
 	t   tally
 	res *CheckResult
@@ -24,9 +24,6 @@ type checker struct {
 	left int64           // clusters that tables may still take: they cannot lie over each other
 	most int64           // the most that tables that lie side by side may take, and the tally; bytes
 	buf  []byte
-
-	behind int64 // copied flags are looked at only before this L1 entry; 0: all are
-	at     int64 // and were, before this one
 
 	tables int64 // bytes that tables that lie side by side take
 	// Tables with entries that point beyond the end, which a repair has to put right.
@@ -47,8 +44,8 @@ type l2ref struct {
 	walked bool
 }
 
-func (s *image) newChecker(r *blk.Req, res *CheckResult) *checker {
-	c := &checker{s: s, r: r, res: res, t: newTally(), l2: map[int64]l2ref{}, stray: map[int64]struct{}{}}
+func (s *surveyor) newCounter(r *blk.Req, res *CheckResult) *counter {
+	c := &counter{s: s, r: r, res: res, t: newTally(), l2: map[int64]l2ref{}, stray: map[int64]struct{}{}}
 	c.end = max(s.file.Size(), s.fileEnd) // clusters may be allocated but not written yet
 	c.left, c.most = s.geo.Clusters(c.end)+16, maxTally
 	return c
@@ -56,7 +53,7 @@ func (s *image) newChecker(r *blk.Req, res *CheckResult) *checker {
 
 // ref counts n references of the clusters that [off, off+size) touches. False: the place is a cluster or more beyond the end of the file,
 // which is impossible; it counts only if all do.
-func (c *checker) ref(off, size int64, n uint64, sole bool, what string) bool {
+func (c *counter) ref(off, size int64, n uint64, sole bool, what string) bool {
 	if size == 0 {
 		return true
 	}
@@ -76,7 +73,7 @@ func (c *checker) ref(off, size int64, n uint64, sole bool, what string) bool {
 }
 
 // fixed counts a table that lies side by side and that nothing else may lie in. Such a table beyond the end does not count at all.
-func (c *checker) fixed(off, size int64, what string) (ok bool, err error) {
+func (c *counter) fixed(off, size int64, what string) (ok bool, err error) {
 	if size == 0 {
 		return true, nil
 	}
@@ -101,7 +98,7 @@ func (c *checker) fixed(off, size int64, what string) (ok bool, err error) {
 }
 
 // active is fixed for tables that are written in place, which must be there before anything is written.
-func (c *checker) active(off, size int64, what string) error {
+func (c *counter) active(off, size int64, what string) error {
 	ok, err := c.fixed(off, size, what)
 	if err == nil && !ok && c.all {
 		err = errTables
@@ -110,18 +107,13 @@ func (c *checker) active(off, size int64, what string) error {
 }
 
 // meta counts all but what L2 tables refer to.
-func (c *checker) meta() error {
+func (c *counter) meta() error {
 	s := c.s
 	if err := c.active(0, s.cs, "header"); err != nil {
 		return err
 	}
-	if err := c.active(int64(s.hdr.L1TableOffset), int64(s.hdr.L1Size)*8, "L1 table"); err != nil {
+	if err := s.above.countL1(c); err != nil {
 		return err
-	}
-	for _, e := range s.l1.all() {
-		if c.l1Entry(e, 0); c.crowded() {
-			return errTooBig
-		}
 	}
 	if err := c.active(s.reftOffset(), s.reftSize*8, "refcount table"); err != nil {
 		return err
@@ -133,10 +125,10 @@ func (c *checker) meta() error {
 			}
 		}
 	}
-	if err := c.snapshots(); err != nil {
+	if err := s.above.countSnapshots(c); err != nil {
 		return err
 	}
-	if err := c.bitmaps(); err != nil {
+	if err := s.above.countBitmaps(c); err != nil {
 		return err
 	}
 	c.tabs = make([]int64, 0, len(c.l2))
@@ -148,65 +140,18 @@ func (c *checker) meta() error {
 }
 
 // badBlock tells whether the refcount block at off cannot be one.
-func (c *checker) badBlock(off int64) bool {
+func (c *counter) badBlock(off int64) bool {
 	return off&(c.s.cs-1) != 0 || off < 0 || off >= max(c.end, c.s.fileEnd)
 }
 
-// snapshots counts the table of snapshots, their L1 tables and what those name.
-func (c *checker) snapshots() error {
-	s := c.s
-	if len(s.snaps) == 0 {
-		return nil
-	}
-	if _, err := c.fixed(int64(s.hdr.SnapshotsOffset), s.snapEnd-int64(s.hdr.SnapshotsOffset), "snapshot table"); err != nil {
-		return err
-	}
-	for i := range s.snaps {
-		sn := &s.snaps[i]
-		if layout.CheckTable(sn.L1TableOffset, uint64(sn.L1Size), 8, layout.MaxL1Bytes, uint64(s.cs), "") != nil {
-			c.res.Corruptions++
-			c.res.say("snapshot's L1 table at", sn.L1TableOffset)
-			continue
-		}
-		off, n := int64(sn.L1TableOffset), int64(sn.L1Size)
-		ok, err := c.fixed(off, n*8, "snapshot's L1 table")
-		if err == nil && ok {
-			err = s.eachTableEntry(c.r, off, n, func(e uint64) error {
-				if c.l1Entry(e, int32(i)+1); c.crowded() {
-					return errTooBig
-				}
-				return nil
-			})
-		}
-		if err != nil {
-			return err
-		}
-	}
-	return nil
-}
-
-// eachTableEntry calls f for the entries of a table that are not zero.
-func (s *image) eachTableEntry(r *blk.Req, off, n int64, f func(e uint64) error) error {
-	t, err := s.readTable(r, off, n)
-	if err != nil {
-		return err
-	}
-	for _, e := range t.all() {
-		if err := f(e); err != nil {
-			return err
-		}
-	}
-	return nil
-}
-
 // crowded tells whether so much is referred to, or so many L2 tables are named, that knowing either takes more than may be.
-func (c *checker) crowded() bool {
+func (c *counter) crowded() bool {
 	const each = 64 // bytes in l2 and tabs
 	return max(int64(len(c.l2))*each, c.t.bytes()) > c.most
 }
 
 // l1Entry counts the L2 table that an entry of L1 table of names.
-func (c *checker) l1Entry(e uint64, of int32) {
+func (c *counter) l1Entry(e uint64, of int32) {
 	tab := int64(e & layout.OffsetMask)
 	if tab == 0 {
 		return
@@ -234,7 +179,7 @@ func (c *checker) l1Entry(e uint64, of int32) {
 }
 
 // step walks up to n further L2 tables; done tells that none is left.
-func (c *checker) step(n int) (done bool, err error) {
+func (c *counter) step(n int) (done bool, err error) {
 	for ; n > 0 && c.pos < len(c.tabs); n-- {
 		if err := ended(c.r); err != nil {
 			return false, err
@@ -248,7 +193,7 @@ func (c *checker) step(n int) (done bool, err error) {
 }
 
 // walkTable counts what the entries of the L2 table in cluster k refer to.
-func (c *checker) walkTable(k int64) error {
+func (c *counter) walkTable(k int64) error {
 	x := c.l2[k]
 	if x.walked {
 		return nil
@@ -259,7 +204,7 @@ func (c *checker) walkTable(k int64) error {
 	if c.buf == nil {
 		c.buf = make([]byte, c.s.cs)
 	}
-	if err := c.s.readL2(c.r, k<<c.s.cb, c.buf); err != nil {
+	if err := c.s.above.readL2(c.r, k<<c.s.cb, c.buf); err != nil {
 		return err
 	}
 	x.walked = true
@@ -273,7 +218,7 @@ func (c *checker) walkTable(k int64) error {
 }
 
 // entry counts n times what an L2 entry refers to. False: that is beyond the end of the file.
-func (c *checker) entry(e uint64, n uint64, active bool) bool {
+func (c *counter) entry(e uint64, n uint64, active bool) bool {
 	s := c.s
 	sole := active && e&layout.Copied != 0
 	switch k := layout.KindOf(e); {
@@ -294,55 +239,4 @@ func (c *checker) entry(e uint64, n uint64, active bool) bool {
 		return c.ref(off, s.cs, n, sole, "cluster")
 	}
 	return true
-}
-
-// readL2 reads a whole L2 table as it is now, changes in the cache included.
-func (s *image) readL2(r *blk.Req, tab int64, buf []byte) error {
-	if err := s.readFile(r, blk.Buf(buf), tab); err != nil {
-		return err
-	}
-	for o := int64(0); o < s.cs; o += s.slice {
-		if t := s.l2.m[tab+o]; t != nil {
-			copy(buf[o:], t.data)
-		}
-	}
-	return nil
-}
-
-// bitmaps counts directory, tables and data of persistent bitmaps. Broken ones have nothing that would ever be touched.
-func (c *checker) bitmaps() error {
-	b := c.s.ext.Bitmaps
-	if b == nil {
-		return nil
-	}
-	if ok, err := c.fixed(int64(b.DirectoryOffset), int64(b.DirectorySize), "bitmap directory"); !ok {
-		return err
-	}
-	for _, m := range c.s.stored {
-		if m.broken {
-			c.res.Corruptions++
-			c.res.say("broken bitmap with its table at", m.TableOffset)
-			continue
-		}
-		if err := c.bitmap(int64(m.TableOffset), m.TableBytes()/8); err != nil {
-			return err
-		}
-	}
-	return nil
-}
-
-// bitmap counts the table of a bitmap and its data.
-func (c *checker) bitmap(tab, entries int64) error {
-	ok, err := c.fixed(tab, entries*8, "bitmap table")
-	if !ok {
-		return err
-	}
-	return c.s.eachTableEntry(c.r, tab, entries, func(e uint64) error {
-		if o := int64(e & layout.OffsetMask); o != 0 && o&(c.s.cs-1) == 0 && c.s.overlaps(o, c.s.cs, olAll) == 0 {
-			if c.ref(o, c.s.cs, 1, true, "bitmap data"); c.crowded() {
-				return errTooBig
-			}
-		}
-		return nil
-	})
 }

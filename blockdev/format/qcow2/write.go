@@ -139,12 +139,12 @@ func (s *image) planInPlace(r *blk.Req, t *table, i, k, in, n int64) (plan, erro
 	if err := s.checkOwner(r, host+in, m); err != nil {
 		return plan{}, err
 	}
-	return plan{n: m, host: host + in, epoch: s.hold()}, nil
+	return plan{n: m, host: host + in, epoch: s.quarantine.hold()}, nil
 }
 
 // planAlloc allocates for a run of up to k clusters from gc, none of which can be written in place.
 func (s *image) planAlloc(r *blk.Req, gc, k, in, n int64) (plan, error) {
-	if err := s.markDirty(r); err != nil {
+	if err := s.setDirtyBit(r); err != nil {
 		return plan{}, err
 	}
 	t, err := s.sliceForWrite(r, gc)

@@ -154,11 +154,11 @@ func (s *image) eachSlice(r *blk.Req, from, to int64, create bool, f func(t *tab
 			}
 			continue
 		}
-		if !create && s.l1At(gc>>s.geo.L2Bits())&layout.OffsetMask == 0 {
+		if !create && s.l1.at(gc>>s.geo.L2Bits())&layout.OffsetMask == 0 {
 			gc = s.nextL1(gc>>s.geo.L2Bits() + 1) // the entry itself may have flags
 			continue
 		}
-		if err := s.markDirty(r); err != nil {
+		if err := s.setDirtyBit(r); err != nil {
 			return err
 		}
 		t, err := s.sliceForWrite(r, gc)

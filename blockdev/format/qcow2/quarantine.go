@@ -1,12 +1,24 @@
 package qcow2
 
 import (
-	"errors"
 	"sync/atomic"
 
 	"qblockd/blockdev/format/qcow2/layout"
 	"qblockd/graph/blk"
 )
+
+// quarantine has the host clusters that have lost a reference and must not be used for anything else
+// yet, and the epochs in which requests and leases have looked up theirs.
+//
+//	pending (reference gone in memory) --flush--> limbo (gone on disk) --epochs ended--> ripe
+type quarantine struct {
+	oldest, current *epoch
+	sealed          bool // something was freed in the current epoch
+	pending, limbo  []freed
+	pendBytes       int64
+	given           uint64 // counts what was freed and has been given back
+	giving          int    // so many are giving something back
+}
 
 // epoch counts the requests and leases that looked up host clusters during it. It ends when
 // a cluster is freed. It is the lease of mapped ranges.
@@ -19,31 +31,83 @@ type epoch struct {
 // Release ends a request's or lease's hold on the clusters it looked up.
 func (e *epoch) Release() { e.refs.Add(-1) }
 
-// hold enters the current epoch; mu is held.
-func (s *image) hold() *epoch {
-	s.turn()
-	s.epCur.refs.Add(1)
-	return s.epCur
+func newQuarantine() quarantine {
+	e := &epoch{}
+	return quarantine{oldest: e, current: e}
+}
+
+// hold enters the current epoch.
+func (q *quarantine) hold() *epoch {
+	q.turn()
+	q.current.refs.Add(1)
+	return q.current
 }
 
 // turn ends the current epoch if something was freed in it.
-func (s *image) turn() {
-	if e := s.epCur; s.sealed {
-		s.sealed = false
-		s.epCur = &epoch{seq: e.seq + 1}
-		e.next = s.epCur
+func (q *quarantine) turn() {
+	if e := q.current; q.sealed {
+		q.sealed = false
+		q.current = &epoch{seq: e.seq + 1}
+		e.next = q.current
 	}
 }
 
-// oldest is the number of the oldest epoch that somebody is in, or of the current one; mu
-// is held. An epoch that is not the current one never gets new members.
-func (s *image) oldest() uint64 {
-	s.turn()
-	for s.epOld != s.epCur && s.epOld.refs.Load() == 0 {
-		s.epOld = s.epOld.next
+// add takes a range whose reference is gone in memory. Whole clusters are joined.
+func (q *quarantine) add(off, n int64, kind discardKind, cs int64) {
+	q.sealed = true
+	q.pendBytes += n
+	if k := len(q.pending) - 1; k >= 0 {
+		p := &q.pending[k]
+		if p.kind == kind && p.seq == q.current.seq && p.off+p.n == off && (off|n|p.off)&(cs-1) == 0 {
+			p.n += n
+			return
+		}
 	}
-	return s.epOld.seq
+	q.pending = append(q.pending, freed{off, n, kind, q.current.seq})
 }
+
+// retire takes a table that has another place now: its reference has gone from the disk already.
+func (q *quarantine) retire(off, n int64) {
+	q.sealed = true
+	q.limbo = append(q.limbo, freed{off, n, discardOther, q.current.seq})
+}
+
+// take is what a flush that begins now will move to limbo; putBack is for one that has failed.
+func (q *quarantine) take() []freed {
+	l := q.pending
+	q.pending, q.pendBytes = nil, 0
+	return l
+}
+
+func (q *quarantine) putBack(l []freed) {
+	q.pending = append(l, q.pending...)
+	for _, f := range l {
+		q.pendBytes += f.n
+	}
+}
+
+// ripe takes what nobody uses any more out of limbo: what was freed before the oldest epoch that
+// somebody is in, or, with all, everything. An epoch that is not the current one never gets new members.
+func (q *quarantine) ripe(all bool) []freed {
+	q.turn()
+	for q.oldest != q.current && q.oldest.refs.Load() == 0 {
+		q.oldest = q.oldest.next
+	}
+	var ripe []freed
+	rest := q.limbo[:0]
+	for _, f := range q.limbo {
+		if all || f.seq < q.oldest.seq {
+			ripe = append(ripe, f)
+		} else {
+			rest = append(rest, f)
+		}
+	}
+	q.limbo = rest
+	return ripe
+}
+
+// keepsBack tells whether there is space that is only kept back.
+func (q *quarantine) keepsBack() bool { return len(q.pending)+len(q.limbo)+q.giving > 0 }
 
 // discardKind says which option decides whether a freed cluster is punched.
 type discardKind uint8
@@ -68,21 +132,10 @@ const maxPending = 64 << 20
 
 // free takes back one reference on each cluster that [off, off+n) touches, after the next
 // flush. mu is held.
-func (s *image) free(off, n int64, kind discardKind) {
-	s.sealed = true
-	s.pendBytes += n
-	if k := len(s.pending) - 1; k >= 0 {
-		p := &s.pending[k]
-		if p.kind == kind && p.seq == s.epCur.seq && p.off+p.n == off && (off|n|p.off)&(s.cs-1) == 0 {
-			p.n += n
-			return
-		}
-	}
-	s.pending = append(s.pending, freed{off, n, kind, s.epCur.seq})
-}
+func (s *allocator) free(off, n int64, kind discardKind) { s.quarantine.add(off, n, kind, s.cs) }
 
 // freeEntry frees what L2 entry e refers to.
-func (s *image) freeEntry(r *blk.Req, e uint64, kind discardKind) {
+func (s *allocator) freeEntry(r *blk.Req, e uint64, kind discardKind) {
 	switch k := layout.KindOf(e); {
 	case k == layout.CompressedKind:
 		off, n := s.geo.CompressedRange(e)
@@ -101,32 +154,22 @@ func (s *image) freeEntry(r *blk.Req, e uint64, kind discardKind) {
 // punched if so asked for, then their refcounts go down. mu is held, and dropped while
 // punching and between batches. all takes everything (close).
 // While a survey is under way it makes the next step of that, and nothing is given back but at close, then without being punched.
-func (s *image) reap(r *blk.Req, all bool) {
-	vetted := s.survey == nil || s.survey.endless
-	if !vetted && len(s.limbo) > 0 {
+func (s *allocator) reap(r *blk.Req, all bool) {
+	q := &s.quarantine
+	if s.surveying() && len(q.limbo) > 0 {
 		// Before all references are known, nothing of what was found in the file is given away.
-		if _ = s.vet(r); s.survey != nil && !s.survey.endless && !all {
+		if _ = s.vet(r); s.surveying() && !all {
 			return
 		}
-		vetted = s.survey == nil || s.survey.endless
 	}
-	old := s.oldest()
-	var take []freed
-	rest := s.limbo[:0]
-	for _, f := range s.limbo {
-		if all || f.seq < old {
-			take = append(take, f)
-		} else {
-			rest = append(rest, f)
-		}
-	}
-	s.limbo = rest
+	vetted := !s.surveying()
+	take := q.ripe(all)
 	if len(take) == 0 {
 		return
 	}
-	s.giving++
+	q.giving++
 	defer func() {
-		s.giving--
+		q.giving--
 		s.done.Broadcast()
 	}()
 	for {
@@ -138,7 +181,7 @@ func (s *image) reap(r *blk.Req, all bool) {
 		for _, f := range now {
 			s.unref(r, f)
 		}
-		s.given += uint64(len(now))
+		q.given += uint64(len(now))
 		if len(take) == 0 {
 			return
 		}
@@ -172,7 +215,7 @@ func batch(l []freed, cb uint) (now, rest []freed) {
 }
 
 // punch discards ranges that lose their last reference.
-func (s *image) punch(r *blk.Req, fs []freed) {
+func (s *allocator) punch(r *blk.Req, fs []freed) {
 	var runs []freed
 	for _, f := range fs {
 		if !s.set.discard[f.kind] {
@@ -205,7 +248,7 @@ func (s *image) punch(r *blk.Req, fs []freed) {
 
 // unref lowers the refcounts of the clusters that f touches, also when the context of r has ended. A cluster whose refcount block
 // cannot be read is leaked.
-func (s *image) unref(r *blk.Req, f freed) {
+func (s *allocator) unref(r *blk.Req, f freed) {
 	r = patient(r)
 	s.step(r, blk.EvClusterFree)
 	for c := f.off >> s.cb; c<<s.cb < f.off+f.n; c++ {
@@ -216,51 +259,4 @@ func (s *image) unref(r *blk.Req, f freed) {
 			s.warnf("Leaking cluster %s: %s", hex(uint64(c<<s.cb)), blk.ErrnoText(err))
 		}
 	}
-}
-
-// maxRetries is how often a request that found no space is tried again after some was given out: others may be quicker.
-const maxRetries = 3
-
-// keepsBack tells whether there is space that is only kept back.
-func (s *image) keepsBack() bool {
-	s.mu.Lock()
-	defer s.mu.Unlock()
-	return len(s.pending)+len(s.limbo)+s.giving > 0
-}
-
-// giveSpace tells, after a request has failed with err, whether it is worth trying again: there was no space, and some that was only kept back has
-// been given out. It blocks.
-func (s *image) giveSpace(r *blk.Req, err error) bool {
-	if r.NoWait || !errors.Is(err, errNoSpace) {
-		return false
-	}
-	s.mu.Lock()
-	defer s.mu.Unlock()
-	return s.giveOut(r, err)
-}
-
-// giveOut is giveSpace with mu held; it is dropped in between.
-func (s *image) giveOut(r *blk.Req, err error) bool {
-	if !errors.Is(err, errNoSpace) || s.usable() != nil {
-		return false
-	}
-	found := s.survey != nil
-	if found {
-		v := s.survey
-		if s.vetAll(r) != nil || v.failed > 0 {
-			return false
-		}
-		if v = s.survey; v != nil { // it could not be made, but there is no other place
-			s.wrong.last = max(s.wrong.last, v.found-1) // all may be wrong
-			s.survey = nil
-		}
-	}
-	before := s.given
-	for s.giving > 0 {
-		s.done.Wait() // for what others give back
-	}
-	if len(s.pending)+len(s.limbo) > 0 && s.flush(r) != nil {
-		return false
-	}
-	return found || s.given != before
 }

@@ -1,0 +1,498 @@
+package qcow2
+
+import (
+	"cmp"
+	"fmt"
+
+	"qblockd/blockdev/format/qcow2/layout"
+	"qblockd/graph/blk"
+)
+
+// allocator gives out and takes back clusters. Its methods need mu.
+type allocator struct {
+	surveyor
+
+	// freeIdx: no free cluster lies below.
+	// +checklocks:mu
+	freeIdx int64
+	// freeByte is where the next compressed cluster goes, 0: nowhere.
+	// +checklocks:mu
+	freeByte int64
+	// dataEnd is the end of the clusters that were taken for data.
+	// +checklocks:mu
+	dataEnd int64
+	// fresh are the clusters taken for metadata that the image does not refer to yet, see writeNew.
+	// +checklocks:mu
+	fresh []int64
+	// +checklocks:mu
+	quarantine quarantine
+	// mending is the counter of a repair under way: clusters that it knows are in use whatever their
+	// refcount says, and those that are taken are counted.
+	// +checklocks:mu
+	mending *counter
+}
+
+// took tells that [first, first+n) were taken for refcounts.
+func (s *allocator) took(first, n int64) {
+	for c := first; s.mending != nil && c < first+n; c++ {
+		s.mending.t.add(c, 1, true)
+	}
+}
+
+// addRef changes the refcount of cluster c by d, which is 1 or -1. The refcount block must
+// exist for +1, see ensureBlock.
+func (s *allocator) addRef(r *blk.Req, c int64, d int) error {
+	bits := s.geo.RefblockBits()
+	t, err := s.refblock(r, c>>bits)
+	if err != nil {
+		return err
+	}
+	if t == nil {
+		return errInval
+	}
+	if err := s.checkOwner(r, t.off, s.cs); err != nil {
+		return err
+	}
+	i := c & (1<<bits - 1)
+	v := s.geo.Refcount(t.data, i)
+	switch {
+	case d < 0 && v == 0, d > 0 && v == s.geo.RefcountMax():
+		return errInval
+	case d < 0:
+		v--
+	default:
+		v++
+	}
+	s.geo.SetRefcount(t.data, i, v)
+	s.rb.markDirty(t)
+	if v == 0 {
+		s.freeAgain(c)
+		if s.freeByte>>s.cb == c {
+			s.freeByte = 0
+		}
+	}
+	return nil
+}
+
+// findFree returns the first run of free clusters at or after from: at least need clusters, at most want; next is from where the next search is to begin. What
+// is free in the file may be passed over if much has to be looked at: the next search goes on there.
+func (s *allocator) findFree(r *blk.Req, from, need, want int64) (first, n, next int64, err error) {
+	bits := s.geo.RefblockBits()
+	limit := int64(1) << (layout.MaxHostBits - s.cb)
+	end := s.geo.Clusters(max(s.file.Size(), s.fileEnd))
+	first = from
+	skipped := int64(-1) // from here to the end of the file
+search:
+	for c, left := from, mostSearched; n < want; {
+		switch {
+		case c >= limit, left <= 0 && c >= end:
+			return 0, 0, 0, errTooBig
+		case left <= 0:
+			skipped = c
+			c, first, n, left = end, end, 0, mostSearched
+		}
+		if err := ended(r); err != nil {
+			return 0, 0, 0, err
+		}
+		b := c >> bits
+		last := (b + 1) << bits
+		t, err := s.refblock(r, b)
+		if err != nil {
+			return 0, 0, 0, err
+		}
+		for ; c < last && n < want; c++ {
+			if (t == nil || s.geo.Refcount(t.data, c&(1<<bits-1)) == 0) && !s.taken(c) {
+				n++
+				continue
+			}
+			left--
+			if n >= need && n > 0 {
+				break search
+			}
+			first, n = c+1, 0
+		}
+	}
+	if skipped >= 0 {
+		return first, n, skipped, nil
+	}
+	return first, n, first + n, nil
+}
+
+// allocate takes a run of at least need and at most want free clusters and gives each
+// refcount 1. It returns the first cluster; what names it if that is impossible.
+func (s *allocator) allocate(r *blk.Req, need, want int64, what string) (first, n int64, err error) {
+	if err := s.setDirtyBit(r); err != nil {
+		return 0, 0, err
+	}
+	if v := s.survey; v != nil && v.c == nil {
+		if err := s.vet(r); err != nil {
+			return 0, 0, err
+		}
+	}
+	s.step(r, blk.EvClusterAlloc)
+	var next int64
+	for {
+		first, n, next, err = s.findFree(r, s.lowest(), need, want)
+		if err != nil {
+			return 0, 0, err
+		}
+		again, err := s.coverRun(r, first, n)
+		if err != nil {
+			return 0, 0, err
+		}
+		if !again {
+			break
+		}
+	}
+	if first == 0 {
+		return 0, 0, s.corrupt(r, true, -1, -1, "Preventing invalid allocation of "+what+" at offset 0")
+	}
+	for i := range n {
+		if err := s.addRef(r, first+i, 1); err != nil {
+			s.unref(r, freed{off: first << s.cb, n: i << s.cb})
+			return 0, 0, err
+		}
+	}
+	if need == 1 || first == s.lowest() {
+		s.setLowest(next)
+	}
+	return first, n, nil
+}
+
+// allocateAt takes n clusters from first, which must all be free.
+func (s *allocator) allocateAt(r *blk.Req, first, n int64) error {
+	if err := s.setDirtyBit(r); err != nil {
+		return err
+	}
+	for {
+		again, err := s.coverRun(r, first, n)
+		if err != nil {
+			return err
+		}
+		if !again {
+			break
+		}
+	}
+	for i := range n {
+		if v, err := s.refcount(r, first+i); err != nil || v != 0 {
+			s.unref(r, freed{off: first << s.cb, n: i << s.cb})
+			return cmp.Or[error](err, errInval)
+		}
+		if err := s.addRef(r, first+i, 1); err != nil {
+			s.unref(r, freed{off: first << s.cb, n: i << s.cb})
+			return err
+		}
+	}
+	return nil
+}
+
+// coverRun makes refcount blocks for clusters [first, first+n); again tells that one was
+// made, which may have taken clusters of the run.
+func (s *allocator) coverRun(r *blk.Req, first, n int64) (again bool, err error) {
+	bits := s.geo.RefblockBits()
+	last := (first + n - 1) >> bits
+	if last >= s.reftSize {
+		return true, s.growReftable(r, last)
+	}
+	for b := first >> bits; b <= last; b++ {
+		if s.reftAt(b)&layout.ReftMask == 0 {
+			return true, s.newBlock(r, b)
+		}
+	}
+	return false, nil
+}
+
+// newBlock makes refcount block b, or one that it needs for its own cluster; the caller tries
+// again until all are there.
+func (s *allocator) newBlock(r *blk.Req, b int64) error {
+	s.step(r, blk.EvRefblockAlloc)
+	bits := s.geo.RefblockBits()
+	c, _, next, err := s.findFree(r, s.lowest(), 1, 1)
+	if err != nil {
+		return err
+	}
+	cb := c >> bits
+	if cb >= s.reftSize {
+		return s.growReftable(r, cb)
+	}
+	if cb != b && s.reftAt(cb)&layout.ReftMask == 0 {
+		// The block that counts c has to come first; it lies in c and counts itself.
+		b = cb
+	}
+	if c == 0 && s.hdrUsed > 0 && s.mending == nil && !s.bare {
+		return s.corrupt(r, true, -1, -1, "Preventing invalid allocation of refcount block at offset 0")
+	}
+	if err := s.checkOverlap(r, c<<s.cb, s.cs, 0); err != nil {
+		return err
+	}
+	if err := s.roomForBlock(r); err != nil {
+		return err
+	}
+	t := s.rb.alloc(c << s.cb)
+	clear(t.data)
+	if cb == b {
+		s.geo.SetRefcount(t.data, c&(1<<bits-1), 1)
+	}
+	// At once, so that there is space for it or it is not made: no flush would succeed any more if it could not be written later.
+	if err := s.writeMeta(r, t.data, t.off, 0); err != nil {
+		return err
+	}
+	if cb != b {
+		if err := s.addRef(r, c, 1); err != nil {
+			return err
+		}
+	}
+	s.rb.dropRange(t.off, s.cs)
+	s.rb.insert(t)
+	s.rb.markDirty(t)
+	s.setReft(b, uint64(t.off))
+	s.own(t.off, ownBlock, 1)
+	s.noteEnd(t.off + s.cs)
+	s.setLowest(next) // it was the first free one
+	s.took(c, 1)
+	return nil
+}
+
+// growReftable makes the refcount table large enough for block need. The area behind what
+// the old table covers takes the new table and the refcount blocks that count the area.
+func (s *allocator) growReftable(r *blk.Req, need int64) error {
+	s.step(r, blk.EvReftableGrow)
+	bits := s.geo.RefblockBits()
+	first := s.reftSize // block of the area's first cluster, which is at the block's beginning
+	start := first << bits
+	var blocks, clusters int64
+	for {
+		entries := max(need+1, s.reftSize*3/2, first+blocks)
+		c := (entries*8 + s.cs - 1) >> s.cb
+		n := (c + blocks + 1<<bits - 1) >> bits
+		if c == clusters && n == blocks {
+			break
+		}
+		clusters, blocks = c, n
+	}
+	if clusters<<s.cb > layout.MaxReftableBytes || (start+blocks+clusters)<<s.cb >= 1<<layout.MaxHostBits {
+		return errTooBig
+	}
+	tabOff := (start + blocks) << s.cb
+	// What the old table does not cover is not counted, whatever lies there.
+	if v := s.survey; v != nil && start < v.found {
+		for s.survey != nil && !v.endless {
+			if err := s.vet(r); err != nil {
+				return err
+			}
+		}
+	}
+	for c := start; c < start+blocks+clusters; c++ {
+		if s.taken(c) {
+			return s.corrupt(r, true, c<<s.cb, s.cs, "Preventing invalid allocation of refcount table at offset "+hex(uint64(c<<s.cb)))
+		}
+	}
+	if err := s.checkOverlap(r, start<<s.cb, (blocks+clusters)<<s.cb, 0); err != nil {
+		return err
+	}
+	oldReft, oldSize, oldOff := s.reft, s.reftSize, s.reftOffset()
+	reft := make([]uint64, first+blocks, first+blocks+64)
+	copy(reft, oldReft)
+	undo := func() {
+		for i := range blocks {
+			s.rb.dropRange((start+i)<<s.cb, s.cs)
+		}
+	}
+	for i := range blocks {
+		if err := s.roomForBlock(r); err != nil {
+			undo()
+			return err
+		}
+		t := s.rb.alloc((start + i) << s.cb)
+		clear(t.data)
+		for k := int64(0); k < 1<<bits && i<<bits+k < blocks+clusters; k++ {
+			s.geo.SetRefcount(t.data, k, 1)
+		}
+		s.rb.dropRange(t.off, s.cs)
+		s.rb.insert(t)
+		s.rb.markDirty(t)
+		reft[first+i] = uint64(t.off)
+	}
+	if err := s.switchReftable(r, reft, tabOff, clusters); err != nil {
+		undo()
+		return err
+	}
+	for i := range blocks {
+		s.own((start+i)<<s.cb, ownBlock, 1)
+	}
+	s.reft, s.reftSize = reft, clusters<<s.cb/8
+	clear(s.reftDirty)
+	s.took(start, blocks+clusters)
+	// The old table has gone from the disk already.
+	s.quarantine.retire(oldOff, oldSize*8)
+	return nil
+}
+
+// switchReftable writes a new refcount table and then the header's pointer to it.
+func (s *allocator) switchReftable(r *blk.Req, reft []uint64, off, clusters int64) error {
+	s.step(r, blk.EvRefblockAllocWriteBlocks)
+	if err := s.writeBlocks(r); err != nil {
+		return err
+	}
+	s.step(r, blk.EvRefblockAllocWriteTable)
+	b := make([]byte, clusters<<s.cb)
+	for i, v := range reft {
+		be.PutUint64(b[8*i:], v)
+	}
+	if err := s.writeMeta(r, b, off, 0); err != nil {
+		return err
+	}
+	if err := s.barrier(r); err != nil {
+		return err
+	}
+	s.step(r, blk.EvRefblockAllocSwitchTable)
+	field := func(off uint64, clusters uint32) []byte {
+		return be.AppendUint32(be.AppendUint64(nil, off), clusters)
+	}
+	if err := s.swap(r, field(uint64(off), uint32(clusters)), field(s.hdr.RefcountTableOffset, s.hdr.RefcountTableClusters), layout.OffReftable); err != nil {
+		return err
+	}
+	s.hdr.RefcountTableOffset, s.hdr.RefcountTableClusters = uint64(off), uint32(clusters)
+	return nil
+}
+
+// lowest is the first cluster that could be given out.
+func (s *allocator) lowest() int64 {
+	if s.survey != nil {
+		return max(s.freeIdx, s.survey.hint)
+	}
+	return s.freeIdx
+}
+
+// setLowest tells that no cluster from lowest on is free below c.
+func (s *allocator) setLowest(c int64) {
+	if s.survey != nil {
+		s.survey.hint = max(s.survey.hint, c)
+	} else {
+		s.freeIdx = c
+	}
+}
+
+// freeAgain tells that cluster c is free now.
+func (s *allocator) freeAgain(c int64) {
+	s.freeIdx = min(s.freeIdx, c)
+	if v := s.survey; v != nil && c >= v.found {
+		v.hint = min(v.hint, c)
+	}
+}
+
+// allocBytes takes n bytes, fewer than a cluster, behind the compressed data written last if
+// they fit there. mu is held.
+func (s *allocator) allocBytes(r *blk.Req, n int64) (int64, error) {
+	s.step(r, blk.EvClusterAllocBytes)
+	off := s.freeByte
+	if off != 0 {
+		v, err := s.refcount(r, off>>s.cb)
+		if err != nil {
+			return 0, err
+		}
+		if v == 0 || v >= s.geo.RefcountMax() {
+			off = 0
+		}
+	}
+	left := -off & (s.cs - 1)
+	if off != 0 && left >= n {
+		if err := s.addRef(r, off>>s.cb, 1); err != nil {
+			return 0, err
+		}
+	} else {
+		c, _, err := s.allocate(r, 1, 1, "compressed cluster")
+		if err != nil {
+			return 0, err
+		}
+		s.noteEnd((c + 1) << s.cb)
+		if off != 0 && off+left == c<<s.cb {
+			err = s.addRef(r, off>>s.cb, 1) // goes on from the cluster before
+		} else {
+			off = c << s.cb
+		}
+		if err == nil && off+n > s.geo.MaxCompressedOffset() {
+			err = errTooBig
+		}
+		if err != nil {
+			_ = s.addRef(r, c, -1)
+			return 0, err
+		}
+	}
+	s.freeByte = off + n
+	if s.freeByte&(s.cs-1) == 0 {
+		s.freeByte = 0
+	}
+	return off, nil
+}
+
+// allocateEnd takes up to k clusters behind everything that was ever written.
+func (s *allocator) allocateEnd(r *blk.Req, k int64) (host, n int64, err error) {
+	for {
+		first := s.geo.Clusters(max(s.fileEnd, s.file.Size()))
+		first, n, _, err = s.findFree(r, first, 1, k)
+		if err != nil {
+			return 0, 0, err
+		}
+		again, err := s.coverRun(r, first, n)
+		if err != nil {
+			return 0, 0, err
+		}
+		if again {
+			continue
+		}
+		if err := s.allocateAt(r, first, n); err != nil {
+			return 0, 0, err
+		}
+		s.noteEnd((first + n) << s.cb)
+		return first << s.cb, n, nil
+	}
+}
+
+// extendFile makes the file at least end bytes long: clusters that are in use must lie in it.
+func (s *allocator) extendFile(r *blk.Req, end int64, m blk.Prealloc) error {
+	if end <= s.file.Size() {
+		return nil
+	}
+	s.wrote++
+	if m == blk.PreallocMetadata {
+		return s.file.Resize(ctxOf(r), end, false, blk.PreallocOff)
+	}
+	if err := s.file.Resize(ctxOf(r), end, false, m); err != nil {
+		return fmt.Errorf("Failed to resize underlying file: %w", err)
+	}
+	return nil
+}
+
+// writeNew writes b to new clusters and returns where.
+func (s *allocator) writeNew(r *blk.Req, b []byte, what string) (int64, error) {
+	n := blk.AlignUp(int64(len(b)), s.cs) >> s.cb
+	first, _, err := s.allocate(r, n, n, what)
+	if err != nil {
+		return 0, err
+	}
+	for i := range n {
+		s.fresh = append(s.fresh, first+i)
+	}
+	if pad := blk.AlignUp(int64(len(b)), min(s.cs, padding)) - int64(len(b)); pad != 0 {
+		b = append(b, make([]byte, pad)...)
+	}
+	s.noteEnd((first + n) << s.cb)
+	return first << s.cb, s.writeMeta(r, b, first<<s.cb, 0)
+}
+
+// giveBack frees what was taken for bitmaps that are not in the image after all.
+func (s *allocator) giveBack(r *blk.Req) {
+	for _, c := range s.fresh {
+		s.unref(r, freed{off: c << s.cb, n: s.cs})
+	}
+	s.fresh = nil
+}
+
+// taken tells that cluster k must not be given out, although its refcount may be 0.
+func (s *allocator) taken(k int64) bool {
+	if s.wrong.n == 0 && s.counted == nil && s.mending == nil {
+		return false
+	}
+	return s.wrong.at(k) || s.counted.get(k) > 0 || s.mending != nil && s.mending.t.get(k) > 0
+}

@@ -1,0 +1,101 @@
+package qcow2
+
+import (
+	"context"
+
+	"qblockd/blockdev/format/qcow2/layout"
+	"qblockd/graph/blk"
+)
+
+// patient is r for what has to be done whether its client has gone or not: the end of what has begun, and taking back what came to nothing.
+func patient(r *blk.Req) *blk.Req {
+	if r.Ctx == nil || r.Ctx.Done() == nil {
+		return r
+	}
+	q := *r
+	q.Ctx = context.WithoutCancel(r.Ctx)
+	return &q
+}
+
+// enter writes to the header, and waits until that is on stable storage. It does not end with the
+// context of r: nobody would know which of the two the image has, the old or the new.
+func (s *imageFile) enter(r *blk.Req, b []byte, off int64) error {
+	r = patient(r)
+	if err := s.writeMeta(r, b, off, olMainHeader); err != nil {
+		return err
+	}
+	return s.barrier(r)
+}
+
+// enter64 is enter for a field of 8 bytes.
+func (s *imageFile) enter64(r *blk.Req, v uint64, off int64) error {
+	return s.enter(r, be.AppendUint64(nil, v), off)
+}
+
+// swap is enter for the place of a table that is written to from then on: after an error the header has the old value, was. An image whose header may have either is given up, as
+// what was written to one table would be lost with the other.
+func (s *imageFile) swap(r *blk.Req, now, was []byte, off int64) error {
+	err := s.enter(r, now, off)
+	if err != nil && s.enter(r, was, off) != nil {
+		_ = s.corrupt(r, true, -1, -1, "Which table the header refers to is not known")
+	}
+	return err
+}
+
+func (s *imageFile) readHeader(r *blk.Req) (first []byte, err error) {
+	first = make([]byte, layout.HeaderSize)
+	if err := s.readFile(r, blk.Buf(first), 0); err != nil {
+		return nil, wrap("Could not read qcow2 header", err)
+	}
+	cs, err := layout.Peek(first)
+	if err != nil {
+		return nil, err
+	}
+	// Most headers are short; the rest of the first cluster is zeroes beyond the file's end.
+	first = make([]byte, cs)
+	if err := s.readFile(r, blk.Buf(first), 0); err != nil {
+		return nil, wrap("Could not read unknown qcow2 header fields", err)
+	}
+	if s.hdr, err = layout.Parse(first, !s.readOnly); err != nil {
+		return nil, err
+	}
+	for s.hdrUsed = cs; s.hdrUsed > 0 && first[s.hdrUsed-1] == 0; {
+		s.hdrUsed--
+	}
+	s.geo = s.hdr.Geometry()
+	s.cb, s.cs = s.geo.ClusterBits, s.geo.ClusterSize()
+	s.size.Store(int64(s.hdr.Size) &^ (layout.SectorSize - 1))
+	return first, nil
+}
+
+// lazy tells whether refcounts need not be kept accurate on disk.
+func (s *imageFile) lazy() bool {
+	return s.set.lazy && s.hdr.IncompatibleFeatures&layout.IncompatDirty != 0
+}
+
+// writeIncompat changes the incompatible feature bits on disk and then in memory.
+func (s *imageFile) writeIncompat(r *blk.Req, v uint64) error {
+	if err := s.enter64(r, v, layout.OffIncompatFeatures); err != nil {
+		return err
+	}
+	s.hdr.IncompatibleFeatures = v
+	s.publish()
+	return nil
+}
+
+// writeAutoclear changes the autoclear feature bits on disk and then in memory.
+func (s *imageFile) writeAutoclear(r *blk.Req, v uint64) error {
+	if err := s.enter64(r, v, layout.OffAutoclearFeatures); err != nil {
+		return err
+	}
+	s.hdr.AutoclearFeatures = v
+	return nil
+}
+
+// setDirtyBit sets the dirty bit before the first change under lazy refcounts. mu is held.
+func (s *imageFile) setDirtyBit(r *blk.Req) error {
+	if !s.set.lazy || s.hdr.IncompatibleFeatures&layout.IncompatDirty != 0 {
+		return nil
+	}
+	return s.writeIncompat(r, s.hdr.IncompatibleFeatures|layout.IncompatDirty)
+}

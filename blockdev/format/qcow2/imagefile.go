@@ -1,0 +1,256 @@
+package qcow2
+
+import (
+	"context"
+	"encoding/binary"
+	"errors"
+	"fmt"
+	"sync"
+	"sync/atomic"
+	"syscall"
+
+	"qblockd/blockdev/format/qcow2/layout"
+	"qblockd/graph/blk"
+)
+
+// file is what an image needs of its children; *graph.Edge is one.
+type file interface {
+	Size() int64
+	ReadAt(r *blk.Req, v blk.Vec, off int64, f blk.Flags) error
+	WriteAt(r *blk.Req, v blk.Vec, off int64, f blk.Flags) error
+	Zero(r *blk.Req, off, n int64, f blk.Flags) error
+	Discard(r *blk.Req, off, n int64) error
+	Flush(r *blk.Req) error
+	Status(r *blk.Req, off, n int64) (blk.Extent, error)
+	Map(r *blk.Req, off, n int64, m *blk.Mapping) error
+	CopyFrom(r *blk.Req, off int64, src []blk.HostRange, f blk.Flags) error
+	Resize(ctx context.Context, size int64, exact bool, m blk.Prealloc) error
+}
+
+// config is what an image is opened with.
+type config struct {
+	file file
+	// backing returns the backing child of the moment, nil if there is none.
+	backing  func() file
+	readOnly bool
+	unmap    bool // discard=unmap was given for the node
+	options  Options
+	// corrupted is told about corruption found at run time; off and n are -1 if unknown. Called with mu held: must not call back.
+	corrupted func(msg string, off, n int64, fatal bool)
+	warn      func(msg string)
+	// changed is told that something which queries show has changed; called with mu held. May be nil.
+	changed func()
+	// allocated tells the bytes that the file takes on its medium, for detecting preallocation; may be nil.
+	allocated func() (int64, error)
+	// keeper has the persistent bitmaps in memory; nil: nobody, they stay as they are in the image, in use.
+	keeper bitmapKeeper
+	// debug is told of steps before they are taken; may be nil.
+	debug func(r *blk.Req, e blk.DebugEvent)
+	// vetSteps are what the first and each further step of a survey read of L2 tables, in bytes; 0: firstStep and nextStep.
+	vetSteps [2]int64
+	// bare opens an image that is being created: nothing is refused or repaired.
+	bare bool
+}
+
+// imageFile is the file of an open image: its header, its geometry, and where metadata lie in it.
+type imageFile struct {
+	config
+	geo layout.Geometry
+	cs  int64 // cluster size
+	cb  uint  // its log2
+	set settings
+
+	size  atomic.Int64 // of the guest disk, bytes, a multiple of 512
+	dead  atomic.Bool  // unusable after fatal corruption
+	shown struct {     // what queries show, readable without mu
+		incompat atomic.Uint64
+		backing  atomic.Pointer[[2]string] // name and format
+	}
+
+	mu   sync.Mutex
+	wake *sync.Cond // an in-flight allocation has ended
+	done *sync.Cond // a flush has ended, or fewer are giving something back
+
+	// +checklocks:mu
+	hdr *layout.Header
+	// +checklocks:mu
+	ext *layout.Extensions
+	// +checklocks:mu
+	backName string
+	// hdrUsed are the bytes of the first cluster taken by header, extensions and backing name.
+	// +checklocks:mu
+	hdrUsed int
+	// reftSize is the number of entries that the refcount table has on disk.
+	// +checklocks:mu
+	reftSize int64
+	// owners are the clusters of L2 tables and refcount blocks, by cluster index.
+	// +checklocks:mu
+	owners map[int64]owner
+	// inactive are the clusters of L2 tables of snapshots, if the overlap checks look at them.
+	// +checklocks:mu
+	inactive map[int64]struct{}
+	// snapEnd is the end of the snapshot table, snapL1 is where the snapshots have their L1 tables.
+	// +checklocks:mu
+	snapEnd int64
+	// +checklocks:mu
+	snapL1 ranges
+	// wrong and counted are what a survey found, and what one under way has counted (or nil).
+	// +checklocks:mu
+	wrong wrong
+	// +checklocks:mu
+	counted *tally
+
+	// Nothing was ever written at or beyond fileEnd.
+	// +checklocks:mu
+	fileEnd int64
+	// wrote counts writes that a barrier must cover; those up to synced are on stable storage.
+	// +checklocks:mu
+	wrote uint64
+	// +checklocks:mu
+	synced uint64
+	// signaled: corruption was reported.
+	// +checklocks:mu
+	signaled bool
+}
+
+var be = binary.BigEndian
+
+var (
+	errIO      = syscall.EIO
+	errNoSpace = syscall.ENOSPC
+	errTooBig  = syscall.EFBIG
+	errInval   = syscall.EINVAL
+)
+
+// lock takes mu as far as r may wait.
+func (s *imageFile) lock(r *blk.Req) bool {
+	if r.NoWait {
+		return s.mu.TryLock()
+	}
+	s.mu.Lock()
+	return true
+}
+
+// unlocked calls f with mu dropped, which is held before and afterwards, also after a panic.
+func (s *imageFile) unlocked(f func()) {
+	s.mu.Unlock()
+	defer s.mu.Lock()
+	f()
+}
+
+// readFile reads from the file; what lies beyond its end reads as zeroes.
+func (s *imageFile) readFile(r *blk.Req, v blk.Vec, off int64) error {
+	n := v.Len()
+	end := s.file.Size()
+	if off+n <= end {
+		return s.file.ReadAt(r, v, off, 0)
+	}
+	if off >= end {
+		v.Zero()
+		return nil
+	}
+	v.Slice(end-off, off+n-end).Zero()
+	return s.file.ReadAt(r, v.Slice(0, end-off), off, 0)
+}
+
+// writeMeta writes b and remembers that a barrier is due.
+func (s *imageFile) writeMeta(r *blk.Req, b []byte, off int64, own overlap) error {
+	if err := s.checkOverlap(r, off, int64(len(b)), own); err != nil {
+		return err
+	}
+	if err := s.checkOwner(r, off, int64(len(b))); err != nil {
+		return err
+	}
+	s.wrote++
+	s.noteEnd(off + int64(len(b)))
+	return s.file.WriteAt(r, blk.Buf(b), off, 0)
+}
+
+// step announces what is about to be done.
+func (s *imageFile) step(r *blk.Req, e blk.DebugEvent) {
+	if s.debug != nil {
+		s.debug(r, e)
+	}
+}
+
+// barrier flushes the file with mu held.
+func (s *imageFile) barrier(r *blk.Req) error {
+	if s.wrote == s.synced {
+		return nil
+	}
+	if err := s.file.Flush(r); err != nil {
+		return err
+	}
+	s.synced = s.wrote
+	return nil
+}
+
+func (s *imageFile) noteEnd(end int64) {
+	if end > s.fileEnd {
+		s.fileEnd = end
+	}
+}
+
+// usable is the error of an image that has been given up.
+func (s *imageFile) usable() error {
+	if s.dead.Load() {
+		return blk.ErrNoMedium
+	}
+	return nil
+}
+
+// child is the file as the target of status answers.
+func (s *imageFile) child() blk.Child {
+	c, _ := s.file.(blk.Child)
+	return c
+}
+
+// back returns the backing child or nil.
+func (s *imageFile) back() file {
+	if s.backing == nil {
+		return nil
+	}
+	return s.backing()
+}
+
+// backSize is the part of the disk that the backing chain decides.
+func (s *imageFile) backSize() int64 {
+	if b := s.back(); b != nil {
+		return b.Size()
+	}
+	return 0
+}
+
+// backLater tells whether the image names a backing file that is not opened: it is when the image is opened again, and then shows where there are no
+// clusters.
+func (s *imageFile) backLater() bool { return s.backName != "" && s.back() == nil }
+
+func isNotSupported(err error) bool {
+	return errors.Is(err, blk.ErrNotSupported) || errors.Is(err, syscall.ENOTSUP)
+}
+
+// publish makes what queries show of the header known to them; mu is held.
+func (s *imageFile) publish() {
+	s.shown.incompat.Store(s.hdr.IncompatibleFeatures)
+	format := ""
+	if s.ext != nil {
+		format = s.ext.BackingFormat
+	}
+	s.shown.backing.Store(&[2]string{s.backName, format})
+	s.tellChanged()
+}
+
+// tellChanged tells the node that something which queries show has changed; mu is held.
+func (s *imageFile) tellChanged() {
+	if s.changed != nil {
+		s.changed()
+	}
+}
+
+func (s *imageFile) warnf(format string, args ...any) {
+	if s.warn != nil {
+		s.warn(fmt.Sprintf(format, args...))
+	}
+}
+
+func (s *imageFile) reftOffset() int64 { return int64(s.hdr.RefcountTableOffset) }

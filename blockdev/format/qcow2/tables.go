@@ -1,0 +1,200 @@
+package qcow2
+
+import (
+	"slices"
+	"sort"
+
+	"qblockd/blockdev/format/qcow2/layout"
+	"qblockd/graph/blk"
+)
+
+// countL1 counts the L1 table and the L2 tables that it names.
+func (s *image) countL1(c *counter) error {
+	if err := c.active(int64(s.hdr.L1TableOffset), int64(s.hdr.L1Size)*8, "L1 table"); err != nil {
+		return err
+	}
+	for _, e := range s.l1.all() {
+		if c.l1Entry(e, 0); c.crowded() {
+			return errTooBig
+		}
+	}
+	return nil
+}
+
+// readL2 reads a whole L2 table as it is now, changes in the cache included.
+func (s *image) readL2(r *blk.Req, tab int64, buf []byte) error {
+	if err := s.readFile(r, blk.Buf(buf), tab); err != nil {
+		return err
+	}
+	for o := int64(0); o < s.cs; o += s.slice {
+		if t := s.l2.m[tab+o]; t != nil {
+			copy(buf[o:], t.data)
+		}
+	}
+	return nil
+}
+
+// takeL2 copies the dirty L2 slices and pins them.
+func (s *image) takeL2() []copied {
+	if s.l2.ndirty == 0 {
+		return nil
+	}
+	out := make([]copied, 0, s.l2.ndirty)
+	all := make([]byte, 0, s.l2.ndirty*s.l2.size)
+	for t := s.l2.lru.next; t != &s.l2.lru; t = t.next {
+		if t.dirty {
+			t.pins++
+			n := len(all)
+			all = append(all, t.data...)
+			out = append(out, copied{off: t.off, data: all[n:len(all):len(all)], t: t, gen: t.gen})
+		}
+	}
+	sort.Slice(out, func(i, j int) bool { return out[i].off < out[j].off })
+	return out
+}
+
+// takeL1 copies the dirty groups of L1 entries.
+func (s *image) takeL1() []copied {
+	var out []copied
+	for k := range s.l1Dirty {
+		out = append(out, copied{
+			off:  int64(s.hdr.L1TableOffset) + k*512,
+			data: encodeEntries(s.l1.at, k, int64(s.hdr.L1Size)),
+			l1:   k,
+		})
+	}
+	clear(s.l1Dirty)
+	return out
+}
+
+func (s *image) checkCopies(r *blk.Req, l2, l1 []copied) error {
+	for _, c := range l2 {
+		if err := s.checkOverlap(r, c.off, int64(len(c.data)), olActiveL2); err != nil {
+			return err
+		}
+		if err := s.checkOwner(r, c.off, int64(len(c.data))); err != nil {
+			return err
+		}
+		s.noteEnd(c.off + int64(len(c.data)))
+	}
+	for _, c := range l1 {
+		if err := s.checkOverlap(r, c.off, int64(len(c.data)), olActiveL1); err != nil {
+			return err
+		}
+		if err := s.checkOwner(r, c.off, int64(len(c.data))); err != nil {
+			return err
+		}
+	}
+	return nil
+}
+
+// writeCopies runs without mu.
+func (s *image) writeCopies(r *blk.Req, l2, l1 []copied, due bool) error {
+	if due && len(l2)+len(l1) > 0 {
+		if err := s.file.Flush(r); err != nil {
+			return err
+		}
+	}
+	for i := 0; i < len(l2); {
+		// Neighbouring slices were copied side by side unless the cache's order differed.
+		j, bufs := i+1, [][]byte{l2[i].data}
+		for j < len(l2) && l2[j].off == l2[j-1].off+int64(len(l2[j-1].data)) {
+			bufs = append(bufs, l2[j].data)
+			j++
+		}
+		s.step(r, blk.EvL2Update)
+		if err := s.file.WriteAt(r, blk.Bufs(bufs), l2[i].off, 0); err != nil {
+			return err
+		}
+		i = j
+	}
+	if len(l1) > 0 {
+		if err := s.file.Flush(r); err != nil {
+			return err
+		}
+		for _, c := range l1 {
+			s.step(r, blk.EvL1Update)
+			if err := s.file.WriteAt(r, blk.Buf(c.data), c.off, 0); err != nil {
+				return err
+			}
+		}
+	}
+	return s.file.Flush(r)
+}
+
+// eachCluster calls f for every cluster that an L1 table refers to, L2 tables and what their entries refer to, until it fails or the context of r ends.
+func (s *image) eachCluster(r *blk.Req, l1 *entries, f func(c int64) error) error {
+	buf := make([]byte, s.cs)
+	for _, e := range l1.all() {
+		tab := int64(e & layout.OffsetMask)
+		if tab == 0 {
+			continue
+		}
+		if err := s.readL2(r, tab, buf); err != nil {
+			return err
+		}
+		for k := 0; k < len(buf); k += 8 {
+			x := be.Uint64(buf[k:])
+			if k%(8*lookEvery) == 0 {
+				if err := ended(r); err != nil {
+					return err
+				}
+			}
+			off, n := int64(x&layout.OffsetMask), s.cs
+			switch kind := layout.KindOf(x); {
+			case kind == layout.CompressedKind:
+				off, n = s.geo.CompressedRange(x &^ layout.Copied)
+			case !kind.HasHost():
+				continue
+			}
+			for c := off >> s.cb; c<<s.cb < off+n; c++ {
+				if err := f(c); err != nil {
+					return err
+				}
+			}
+		}
+		if err := f(tab >> s.cb); err != nil {
+			return err
+		}
+	}
+	return nil
+}
+
+// vetL1 is called before all that an L1 table refers to is walked: each L2 table must be in the file, and be named once. A survey finds others, but some images are
+// too large for one, and one table that 4 million entries name would be walked for weeks.
+func (s *image) vetL1(r *blk.Req, l1 *entries) error {
+	end := max(s.file.Size(), s.fileEnd)
+	var tabs []int64
+	for _, e := range l1.all() {
+		tab := int64(e & layout.OffsetMask)
+		switch {
+		case tab == 0:
+			continue
+		case tab&(s.cs-1) != 0:
+			return s.corrupt(r, true, tab, -1, "L2 table offset "+hex(uint64(tab))+" unaligned")
+		case tab >= end:
+			return s.corrupt(r, true, tab, s.cs, "L2 table offset "+hex(uint64(tab))+" beyond the end of the file")
+		}
+		tabs = append(tabs, tab)
+	}
+	slices.Sort(tabs)
+	for i := 1; i < len(tabs); i++ {
+		if tab := tabs[i]; tab == tabs[i-1] {
+			return s.corrupt(r, true, tab, s.cs, "L2 table at "+hex(uint64(tab))+" is named by several entries of one L1 table")
+		}
+	}
+	return nil
+}
+
+// allFits tells whether the L2 cache has place for the slices of the whole disk, as it does by default up to 256 GiB
+// with clusters of 64 KiB: then nothing has to go for another, however much of it is changed.
+func (s *image) allFits() bool {
+	const entrySize = 8
+	return int64(s.l2.max)*s.slice/entrySize >= s.geo.Clusters(s.size.Load())
+}
+
+func (s *image) makeCaches() {
+	s.slice = s.set.slice
+	s.l2 = newCache(int(s.slice), s.set.l2Tables)
+	s.rb = newCache(int(s.cs), s.set.rbTables)
+}
