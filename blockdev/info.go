@@ -6,6 +6,7 @@ import (
 	"strconv"
 
 	"qblockd/graph"
+	"qblockd/graph/blk"
 	"qblockd/graph/perm"
 	"qblockd/schema/types"
 	"qblockd/schema/value"
@@ -85,9 +86,6 @@ func (a *nodeName) same(b *nodeName) bool {
 	return a == b || a != nil && b != nil && a.filename == b.filename
 }
 
-// sector is the unit that sizes are rounded up to where they are shown.
-const sector = 512
-
 func (m *Manager) encode(n *graph.Node, key infoKey) *nodeInfo {
 	o := n.Options()
 	name := n.Name()
@@ -153,7 +151,7 @@ func (m *Manager) encodeImage(n *graph.Node, key infoKey) (before, after []byte)
 	img := types.ImageInfo{
 		Filename:    key.name.filename,
 		Format:      n.DriverName(),
-		VirtualSize: (key.size + sector - 1) / sector * sector,
+		VirtualSize: blk.AlignUp(key.size, blk.SectorSize),
 		ActualSize:  &actual,
 	}
 	if name, full, format := m.BackingFilename(n); name != "" {

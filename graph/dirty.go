@@ -119,7 +119,7 @@ func (n *Node) NewDirtyBitmaps(specs []DirtyBitmapSpec) ([]*DirtyBitmap, error) 
 }
 
 // bitmapSize is the size that n's bitmaps have: whole sectors.
-func (n *Node) bitmapSize() int64 { return blk.AlignUp(n.Size(), sectorSize) }
+func (n *Node) bitmapSize() int64 { return blk.AlignUp(n.Size(), blk.SectorSize) }
 
 // DirtyBitmap is the bitmap of that name, or nil.
 func (n *Node) DirtyBitmap(name string) *DirtyBitmap {

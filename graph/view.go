@@ -3,6 +3,7 @@ package graph
 import (
 	"iter"
 
+	"qblockd/graph/blk"
 	"qblockd/graph/perm"
 )
 
@@ -11,17 +12,12 @@ type baseView struct{}
 
 var _ perm.View[*Node, *Edge] = baseView{}
 
-// sectorSize is the unit that sizes are rounded up to before the request alignment is checked.
-const sectorSize = 512
-
 func (baseView) Node(n *Node) perm.Node {
 	o := n.opts.Load()
 	s := perm.Node{Name: n.name, ReadOnly: n.readOnly.Load(), Inactive: n.inactive, ForceShare: o.ForceShare}
 	if n.drv != nil && !s.ReadOnly {
-		if a := n.io.align; a > sectorSize {
-			size := (n.drv.Size() + sectorSize - 1) &^ (sectorSize - 1)
-			s.Unaligned = size%a != 0
-		}
+		a := n.io.align
+		s.Unaligned = a > blk.SectorSize && blk.AlignUp(n.drv.Size(), blk.SectorSize)%a != 0
 	}
 	return s
 }

@@ -40,9 +40,6 @@ type Workers interface {
 	Leave()
 }
 
-// sector is the unit that the size of an export is cut to, in bytes.
-const sector = 512
-
 // Export is one export. The exported part is for its Type, and constant from Serve on.
 type Export struct {
 	// Options are what makes the export again, defaults that depend on something filled in by Type.Check. The
@@ -66,7 +63,7 @@ type Export struct {
 func (x *Export) Writable() bool { return isSet(x.Options.Writable) }
 
 // Size is that of the node at this time, in bytes.
-func (x *Export) Size() int64 { return blk.AlignDown(x.Root.Size(), sector) }
+func (x *Export) Size() int64 { return blk.AlignDown(x.Root.Size(), blk.SectorSize) }
 
 // Workers is the group that serves requests which have to wait, to be asked for each of them; nil: no group.
 func (x *Export) Workers() Workers { return *x.workers.Load() }

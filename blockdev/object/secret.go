@@ -7,7 +7,6 @@ import (
 	"fmt"
 	"io/fs"
 	"os"
-	"strings"
 
 	"qblockd/graph/blk"
 	"qblockd/schema/types"
@@ -29,7 +28,7 @@ func (s *secret) complete(r *Registry) error {
 		return err
 	}
 	if s.p.Format != nil && *s.p.Format == types.QCryptoSecretFormatBase64 && (s.p.Keyid == nil) {
-		data, err = decode64(data)
+		data, err = value.Base64(string(data))
 	} else if s.p.Keyid != nil {
 		data, err = s.decrypt(r, data)
 	}
@@ -69,7 +68,7 @@ func (s *secret) decrypt(r *Registry, data []byte) ([]byte, error) {
 	if s.p.Iv == nil {
 		return nil, errors.New("IV is required to decrypt secret")
 	}
-	iv, err := decode64([]byte(*s.p.Iv))
+	iv, err := value.Base64(*s.p.Iv)
 	if err != nil {
 		return nil, err
 	}
@@ -77,7 +76,7 @@ func (s *secret) decrypt(r *Registry, data []byte) ([]byte, error) {
 		return nil, fmt.Errorf("IV should be 16 bytes in length not %d", len(iv))
 	}
 	if s.p.Format != nil && *s.p.Format == types.QCryptoSecretFormatBase64 {
-		if data, err = decode64(data); err != nil {
+		if data, err = value.Base64(string(data)); err != nil {
 			return nil, err
 		}
 	}
@@ -108,40 +107,6 @@ func (r *Registry) secretData(id string) ([]byte, error) {
 		return x.data, nil
 	}
 	return nil, fmt.Errorf("Object with id '%s' is not a secret", id)
-}
-
-const alphabet = "ABCDEFGHIJKLMNOPQRSTUVWXYZabcdefghijklmnopqrstuvwxyz0123456789+/"
-
-// decode64 decodes base64 as leniently as the reference: newlines count for nothing, and neither does an incomplete group at the end.
-func decode64(in []byte) ([]byte, error) {
-	var out []byte
-	var group uint32
-	var last [2]byte
-	n := 0
-	for _, c := range in {
-		v := max(strings.IndexByte(alphabet, c), 0)
-		switch {
-		case c == '\n':
-			continue
-		case c == 0:
-			return nil, errors.New("Base64 data contains embedded NUL characters")
-		case v == 0 && c != 'A' && c != '=':
-			return nil, errors.New("Base64 data contains invalid characters")
-		}
-		group = group<<6 | uint32(v)
-		last[0], last[1] = last[1], c
-		if n++; n%4 != 0 {
-			continue
-		}
-		out = append(out, byte(group>>16))
-		if last[0] != '=' {
-			out = append(out, byte(group>>8))
-		}
-		if last[1] != '=' {
-			out = append(out, byte(group))
-		}
-	}
-	return out, nil
 }
 
 // get gives back everything but the secret itself.

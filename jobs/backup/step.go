@@ -183,7 +183,7 @@ func (j *job) overlaid(tx *graph.Tx) error {
 	return nil
 }
 
-func rounded(size int64) int64 { return blk.AlignUp(size, 512) }
+func rounded(size int64) int64 { return blk.AlignUp(size, blk.SectorSize) }
 
 // makeFilter makes the filter above the target.
 func (j *job) makeFilter(tx *graph.Tx) error {

@@ -10,6 +10,7 @@ import (
 	"sync/atomic"
 
 	"qblockd/schema/types"
+	"qblockd/schema/value"
 )
 
 // maxRing bounds what a client can make the daemon hold in one ring buffer, maxRings in all of a table, in bytes.
@@ -153,7 +154,7 @@ func (t *Table) RingbufWrite(id, data string, format *types.DataFormat) error {
 	}
 	b := []byte(data)
 	if isBase64(format) {
-		if b, err = decodeBase64(data); err != nil {
+		if b, err = value.Base64(data); err != nil {
 			return err
 		}
 	}
@@ -188,43 +189,4 @@ func (t *Table) RingbufRead(id string, size int64, format *types.DataFormat) (st
 	}
 	text, _, _ := strings.Cut(string(b), "\x00")
 	return text, nil
-}
-
-const base64Digits = "ABCDEFGHIJKLMNOPQRSTUVWXYZabcdefghijklmnopqrstuvwxyz0123456789+/"
-
-// decodeBase64 is as lenient as the reference: padding counts as zero bits wherever it stands and
-// shortens its group only by its last characters, line feeds are skipped, an incomplete last group
-// is dropped.
-func decodeBase64(s string) ([]byte, error) {
-	var out []byte
-	var group uint32
-	n := 0
-	var last [2]byte // the two characters before
-	for i := 0; i < len(s); i++ {
-		c := s[i]
-		if c == '\n' {
-			continue
-		}
-		digit := strings.IndexByte(base64Digits, c)
-		if digit < 0 {
-			if c != '=' {
-				return nil, errors.New("Base64 data contains invalid characters")
-			}
-			digit = 0
-		}
-		last[0], last[1] = last[1], c
-		group = group<<6 | uint32(digit)
-		if n++; n < 4 {
-			continue
-		}
-		out = append(out, byte(group>>16))
-		if last[0] != '=' {
-			out = append(out, byte(group>>8))
-		}
-		if last[1] != '=' {
-			out = append(out, byte(group))
-		}
-		group, n = 0, 0
-	}
-	return out, nil
 }

@@ -93,7 +93,7 @@ func (l *rules) init(inject []*types.BlkdebugInjectErrorOptions, set []*types.Bl
 			x.kinds = kinds[*o.Iotype]
 		}
 		if s := value(o.Sector, -1); s >= 0 {
-			x.off = s * 512
+			x.off = s * blk.SectorSize
 		}
 		l.addLocked(x)
 	}

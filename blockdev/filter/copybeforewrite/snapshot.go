@@ -15,10 +15,10 @@ import (
 func Open(o *graph.Opening) (graph.Driver, error) {
 	u := o.Options.(*types.BlockdevOptionsCbw)
 	file, target := o.Node.FilteredChild(), o.Node.Child("target")
-	if a, b := blk.AlignUp(file.Size(), 512), blk.AlignUp(target.Size(), 512); b < a {
+	if a, b := blk.AlignUp(file.Size(), blk.SectorSize), blk.AlignUp(target.Size(), blk.SectorSize); b < a {
 		return nil, fmt.Errorf("Target of %d bytes is too small for a source of %d bytes: %w", b, a, syscall.EINVAL)
 	}
-	part, err := bitmapPart(o.Node.Graph(), u.Bitmap, blk.AlignUp(file.Size(), 512))
+	part, err := bitmapPart(o.Node.Graph(), u.Bitmap, blk.AlignUp(file.Size(), blk.SectorSize))
 	if err != nil {
 		return nil, err
 	}

@@ -21,7 +21,6 @@ import (
 )
 
 const (
-	sector       = 512
 	defaultAlign = 1 << 20
 	defaultSize  = 128 << 20
 )
@@ -74,8 +73,8 @@ func (d *driver) read(options any) (*steps, error) {
 		return nil, negative("prealloc-align")
 	case s.size < 0:
 		return nil, negative("prealloc-size")
-	case s.align%sector != 0:
-		return nil, fmt.Errorf("prealloc-align parameter of preallocate filter is not aligned to %d", sector)
+	case s.align%blk.SectorSize != 0:
+		return nil, fmt.Errorf("prealloc-align parameter of preallocate filter is not aligned to %d", blk.SectorSize)
 	case s.align%below != 0:
 		return nil, fmt.Errorf("prealloc-align parameter of preallocate filter is not aligned to underlying node request alignment (%d)", below)
 	}

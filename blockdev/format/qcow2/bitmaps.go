@@ -186,7 +186,7 @@ func (l *bitmapLoader) load(m *stored) (persisted, error) {
 }
 
 // bitmapSize is the size that bitmaps cover.
-func (s *image) bitmapSize() int64 { return blk.AlignUp(s.size.Load(), layout.SectorSize) }
+func (s *image) bitmapSize() int64 { return blk.AlignUp(s.size.Load(), blk.SectorSize) }
 
 // bitmapBytes is the length of a bitmap in the image.
 func (s *image) bitmapBytes(granularity int64) int64 {

@@ -25,8 +25,8 @@ type CreateOptions struct {
 
 // header checks the options in the reference's order and makes the header of an empty image.
 func (o *CreateOptions) header() (*layout.Header, error) {
-	if o.Size%layout.SectorSize != 0 {
-		return nil, fmt.Errorf("Image size must be a multiple of %d bytes", layout.SectorSize)
+	if o.Size%blk.SectorSize != 0 {
+		return nil, fmt.Errorf("Image size must be a multiple of %d bytes", blk.SectorSize)
 	}
 	h := &layout.Header{Version: 3, RefcountTableClusters: 1}
 	if o.Version == "v2" {

@@ -64,7 +64,7 @@ func (s *imageFile) readHeader(r *blk.Req) (first []byte, err error) {
 	}
 	s.geo = s.hdr.Geometry()
 	s.cb, s.cs = s.geo.ClusterBits, s.geo.ClusterSize()
-	s.size.Store(int64(s.hdr.Size) &^ (layout.SectorSize - 1))
+	s.size.Store(int64(s.hdr.Size) &^ (blk.SectorSize - 1))
 	return first, nil
 }
 

@@ -17,8 +17,8 @@ func (s *image) Resize(r *blk.Req, size int64, m blk.Prealloc) error {
 	default:
 		return fmt.Errorf("Unsupported preallocation mode '%s'", m)
 	}
-	if size&(layout.SectorSize-1) != 0 {
-		return fmt.Errorf("The new size must be a multiple of %d", layout.SectorSize)
+	if size&(blk.SectorSize-1) != 0 {
+		return fmt.Errorf("The new size must be a multiple of %d", blk.SectorSize)
 	}
 	kept := s.keepsBack()
 	err := s.resize(r, size, m)

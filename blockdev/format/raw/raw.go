@@ -89,7 +89,7 @@ func newWindow(opts *types.BlockdevOptionsRaw, below int64) (*window, error) {
 		return nil, fmt.Errorf("The sum of offset (%d) and size (%d) has to be smaller or equal to the  actual size of the containing file (%d)",
 			w.offset, *size, below)
 	}
-	if *size%512 != 0 {
+	if *size%blk.SectorSize != 0 {
 		return nil, errors.New("Specified size is not multiple of 512")
 	}
 	w.fixed, w.size = true, *size
@@ -132,7 +132,7 @@ func (d *image) Size() int64 {
 	if w.fixed {
 		return min(size, w.size)
 	}
-	return blk.AlignUp(size, 512)
+	return blk.AlignUp(size, blk.SectorSize)
 }
 
 // Offset is where in its file the node begins.

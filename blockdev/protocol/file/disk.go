@@ -13,9 +13,6 @@ import (
 // maxBusy is how many blocking calls of one node are in the kernel at once; each holds a thread.
 const maxBusy = 64
 
-// sectorSize is the unit that sizes of nodes are rounded up to.
-const sectorSize = 512
-
 // disk is an open file or device: the driver behind both names.
 type disk struct {
 	settings
@@ -26,7 +23,7 @@ type disk struct {
 	limits blk.Limits
 
 	cur  atomic.Pointer[handle] // nil after Close
-	size atomic.Int64           // what Size says: eof rounded up to sectorSize
+	size atomic.Int64           // what Size says: eof rounded up to sectors
 	eof  atomic.Int64           // the file's own length as far as we know; 0 <= eof <= size
 	id   graph.FileID           // which file it is
 
@@ -103,7 +100,7 @@ func (d *disk) ActualSize() (int64, error) {
 	if err := unix.Fstat(h.fd, &st); err != nil {
 		return 0, err
 	}
-	return st.Blocks * 512, nil
+	return st.Blocks * blk.SectorSize, nil
 }
 
 // Close implements graph.Driver: gives all locks back and closes the file, which a mapping
@@ -164,13 +161,13 @@ func (d *disk) grow(end int64) {
 		return
 	}
 	raise(&d.eof, end)
-	raise(&d.size, roundUp(end, sectorSize))
+	raise(&d.size, blk.AlignUp(end, blk.SectorSize))
 }
 
 // setEnd notes the file's length after a resize; no request runs that could grow it.
 func (d *disk) setEnd(n int64) {
 	d.eof.Store(n)
-	d.size.Store(roundUp(n, sectorSize))
+	d.size.Store(blk.AlignUp(n, blk.SectorSize))
 	d.extent.Store(nil)
 }
 
@@ -183,9 +180,6 @@ func raise(a *atomic.Int64, n int64) {
 		}
 	}
 }
-
-// roundUp rounds n up to a multiple of align, a power of two.
-func roundUp(n, align int64) int64 { return (n + align - 1) &^ (align - 1) }
 
 // aligned tells whether both are multiples of align, a power of two.
 func aligned(off, n, align int64) bool { return (off|n)&(align-1) == 0 }

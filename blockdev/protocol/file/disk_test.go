@@ -165,7 +165,7 @@ func TestModel(t *testing.T) {
 				t.Fatalf("step %d: %v", i, err)
 			}
 		}
-		if want := roundUp(end, 512); d.Size() != want {
+		if want := blk.AlignUp(end, 512); d.Size() != want {
 			t.Errorf("size %d, want %d", d.Size(), want)
 		}
 		if err := d.Flush(bg); err != nil {

@@ -96,7 +96,7 @@ func touchBlocks(ctx context.Context, fd int, old, size int64) error {
 	if err := unix.Fstat(fd, &st); err != nil {
 		return err
 	}
-	step := max(st.Blksize, sectorSize)
+	step := max(st.Blksize, blk.SectorSize)
 	for off := old; off < size; off += step {
 		if err := ctx.Err(); err != nil {
 			return unix.ECANCELED
@@ -139,7 +139,7 @@ func writeOut(ctx context.Context, fd int, old, size int64) error {
 func allocateFirst(fd int, size int64) {
 	n := int64(directSafe)
 	if size < n {
-		n = sectorSize
+		n = blk.SectorSize
 	}
 	_ = pwriteFull(fd, blk.Buf(alignedBuf(int(n), directSafe)), 0)
 }

@@ -64,7 +64,7 @@ func (d *disk) Status(r *blk.Req, off, n int64) (blk.Extent, error) {
 // dataTo cuts a data extent at end. An end that is no multiple of the request alignment is
 // the end of the file, and the rest of its last block belongs to it.
 func (d *disk) dataTo(e blk.Extent, off, n, end int64) blk.Extent {
-	if l := roundUp(end-off, d.limits.RequestAlign); l < n {
+	if l := blk.AlignUp(end-off, d.limits.RequestAlign); l < n {
 		e.N, e.EOF = l, false
 	}
 	return e

@@ -184,7 +184,7 @@ func (d *disk) discard(h *handle, off, n int64) error {
 	case d.block:
 		// Whole sectors only; what is left over at the ends stays, which is a discard's right.
 		a := max(d.limits.DiscardAlign, 1)
-		start, end := roundUp(off, a), (off+n)&^(a-1)
+		start, end := blk.AlignUp(off, a), (off+n)&^(a-1)
 		if start < end {
 			err = blockIoctl(h.fd, unix.BLKDISCARD, start, end-start)
 		}

@@ -14,10 +14,7 @@ import (
 	"qblockd/schema/types"
 )
 
-const (
-	defaultSize = 1 << 30
-	sector      = 512
-)
+const defaultSize = 1 << 30
 
 // disk is a node's driver.
 type disk struct {
@@ -41,7 +38,7 @@ func Open(o *graph.Opening) (graph.Driver, error) {
 		case size > blk.MaxSize:
 			return nil, errors.New("Could not refresh total sector count: File too large")
 		default:
-			d.size = blk.AlignUp(size, sector)
+			d.size = blk.AlignUp(size, blk.SectorSize)
 		}
 	}
 	if opts.LatencyNs != nil {

@@ -9,9 +9,8 @@ const (
 	Copied      = 1 << 63            // refcount is exactly one
 	Compressed  = 1 << 62
 	ZeroFlag    = 1
-	MaxHostBits = 56 // host offsets are below 2^56
-	// SectorSize is the unit of compressed lengths and of image sizes.
-	SectorSize = 512
+	MaxHostBits = 56  // host offsets are below 2^56
+	sector      = 512 // unit of compressed lengths
 )
 
 // Geometry is what follows from cluster size and refcount width.
@@ -97,13 +96,13 @@ func (g Geometry) CompressedRange(e uint64) (off, n int64) {
 	shift := 62 - (g.ClusterBits - 8)
 	off = int64(e & (1<<shift - 1))
 	sectors := int64(e>>shift)&(1<<(g.ClusterBits-8)-1) + 1
-	return off, sectors*SectorSize - off&(SectorSize-1)
+	return off, sectors*sector - off&(sector-1)
 }
 
 // CompressedEntry encodes n bytes of compressed data at off.
 func (g Geometry) CompressedEntry(off, n int64) uint64 {
 	shift := 62 - (g.ClusterBits - 8)
-	sectors := (off+n-1)/SectorSize - off/SectorSize
+	sectors := (off+n-1)/sector - off/sector
 	return Compressed | uint64(sectors)<<shift | uint64(off)
 }
 
