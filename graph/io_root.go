@@ -3,6 +3,7 @@ package graph
 import (
 	"context"
 	"sync/atomic"
+	"time"
 
 	"qblockd/graph/blk"
 )
@@ -81,18 +82,14 @@ func (r *Root) Flush(q *blk.Req) error {
 	return err
 }
 
-// Map is Edge.Map; what is mapped counts as read.
-func (r *Root) Map(q *blk.Req, off, n int64, m *blk.Mapping) error {
-	a := r.io.acct.Load()
-	if a == nil {
-		return r.edge.Map(q, off, n, m)
+// Map is Edge.Map. It counts nothing: whoever asked may find no use for the ranges; Mapped tells if there was one.
+func (r *Root) Map(q *blk.Req, off, n int64, m *blk.Mapping) error { return r.edge.Map(q, off, n, m) }
+
+// Mapped counts a read of n bytes that was served from mapped ranges, and took that long.
+func (r *Root) Mapped(n int64, took time.Duration) {
+	if a := r.io.acct.Load(); a != nil {
+		a.done(acctRead, a.start()-took, n, nil)
 	}
-	t, before := a.start(), m.N()
-	err := r.edge.Map(q, off, n, m)
-	if got := m.N() - before; got > 0 || err != nil {
-		a.done(acctRead, t, got, err)
-	}
-	return err
 }
 
 // CopyFrom is Edge.CopyFrom; it counts as a write unless it has to be made by hand.

@@ -9,8 +9,8 @@ import (
 	"qblockd/schema/types"
 )
 
-// Stats are the counters that query-blockstats shows of a node. As in the reference a node knows only where its farthest write
-// ended; requests are counted per backend, by an Account.
+// Stats are the counters that query-blockstats shows of a node. As in QEMU a node knows only where its farthest write
+// ended; requests are counted per root, by an Account.
 func (n *Node) Stats() *types.BlockDeviceStats {
 	return &types.BlockDeviceStats{WrHighestOffset: n.io.wrHighest.Load(), TimedStats: []*types.BlockDeviceTimedStats{}}
 }
@@ -18,7 +18,8 @@ func (n *Node) Stats() *types.BlockDeviceStats {
 // WrHighestOffset is the end of the farthest write, in bytes.
 func (n *Node) WrHighestOffset() int64 { return n.io.wrHighest.Load() }
 
-// Account counts the requests that enter through a root: what a backend shows in query-blockstats. The zero value counts
+// Account counts the requests that enter through a root: what export.Table.Stats tells of an export, and what
+// query-blockstats is to show of a named backend. The zero value counts
 // nothing but successes as activity; see the fields.
 type Account struct {
 	// CountInvalid, CountFailed: such requests count as activity, and failed ones in the times. Constant in use.

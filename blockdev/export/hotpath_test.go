@@ -253,6 +253,38 @@ func TestHotPathAllocations(t *testing.T) {
 	}
 }
 
+// TestStats: requests are counted once each, on whatever way they are served.
+func TestStats(t *testing.T) {
+	s := newStack(t)
+	s.add("file", "{'driver': 'file', 'node-name': 'file', 'filename': '"+s.raw("file")+"'}")
+	c := s.client("file")
+	zero := func() int64 { return 0 }
+	c.once(nbdwire.CmdRead, 4096, 3, zero)
+	c.once(nbdwire.CmdRead, 1<<20, 2, zero) // mapped
+	c.once(nbdwire.CmdWrite, 4096, 5, zero)
+	c.once(nbdwire.CmdWrite, 1<<20, 1, zero) // by a worker, where there are processors enough
+	c.once(nbdwire.CmdFlush, 0, 1, zero)
+	c.once(nbdwire.CmdTrim, 8192, 2, zero)
+	x := s.table.Stats("file")
+	for what, got := range map[string][2]int64{
+		"reads": {x.RdOperations, 5}, "bytes read": {x.RdBytes, 3*4096 + 2<<20},
+		"writes": {x.WrOperations, 6}, "bytes written": {x.WrBytes, 5*4096 + 1<<20},
+		"flushes": {x.FlushOperations, 1}, "discards": {x.UnmapOperations, 2}, "bytes discarded": {x.UnmapBytes, 2 * 8192},
+		"failures": {x.FailedRdOperations + x.FailedWrOperations + x.InvalidRdOperations + x.InvalidWrOperations, 0},
+		"highest":  {x.WrHighestOffset, 1 << 20},
+	} {
+		if got[0] != got[1] {
+			t.Errorf("%d %s, want %d", got[0], what, got[1])
+		}
+	}
+	if x.RdTotalTimeNs <= 0 || x.WrTotalTimeNs <= 0 || x.IdleTimeNs == nil {
+		t.Errorf("times: %+v", x)
+	}
+	if s.table.Stats("none") != nil {
+		t.Error("there is no such export")
+	}
+}
+
 // BenchmarkHotPath is for profiles: go test ./blockdev/export -bench HotPath/qcow2/read-4k-qd16 -cpuprofile cpu.prof
 func BenchmarkHotPath(b *testing.B) {
 	s := newStack(b)

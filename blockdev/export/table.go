@@ -209,6 +209,7 @@ func (t *Table) attach(ctx context.Context, x *Export, n *graph.Node) error {
 		t.g.CloseRoot(context.Background(), root)
 		return err
 	}
+	root.SetAccount(&x.account)
 	x.Root, x.cancel = root, cancel
 	return nil
 }
@@ -330,6 +331,17 @@ func (t *Table) Query() []*types.BlockExportInfo {
 		l = append(l, info)
 	}
 	return l
+}
+
+// Stats are the requests of the export of that id, as they reached its node; nil if there is none. A request that
+// was carried out in parts counts as several. No command shows them: query-blockstats leaves out exports, as QEMU does.
+func (t *Table) Stats(id string) *types.BlockDeviceStats {
+	t.mu.Lock()
+	defer t.mu.Unlock()
+	if x := t.ids[id]; x != nil && x.server != nil {
+		return x.account.Stats(x.Root.Node())
+	}
+	return nil
 }
 
 // RemoveAll drops the clients of all exports of a type, of all types for "", then removes the exports, oldest first; those

@@ -45,9 +45,10 @@ type Export struct {
 	// Options are what makes the export again, defaults that depend on something filled in by Type.Check. The
 	// node is the one that it was made on, see Table.Options.
 	Options *types.BlockExportOptions
-	// Root is where requests enter.
+	// Root is where requests enter. It counts them.
 	Root *graph.Root
 
+	account graph.Account      // of Root
 	cancel  context.CancelFunc // of the root's context: requests that wait for others give up
 	bitmaps []*graph.DirtyBitmap
 	// workers serve the requests that have to wait; it points to nil for no group.

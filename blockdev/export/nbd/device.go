@@ -2,6 +2,7 @@ package nbd
 
 import (
 	"context"
+	"time"
 
 	"qblockd/graph/blk"
 )
@@ -29,6 +30,8 @@ type Device interface {
 	Prefetch(r *blk.Req, off, n int64) error
 	// Map appends the host ranges behind a prefix of the range to m, possibly none.
 	Map(r *blk.Req, off, n int64, m *blk.Mapping) error
+	// Mapped tells that a read of n bytes was served from mapped ranges, and took that long.
+	Mapped(n int64, took time.Duration)
 	// Limits are those of the device at this time; RequestAlign and MaxTransfer count.
 	Limits() blk.Limits
 }

@@ -7,6 +7,7 @@ import (
 	"sync/atomic"
 	"syscall"
 	"testing"
+	"time"
 
 	"golang.org/x/sys/unix"
 
@@ -237,5 +238,7 @@ func (d *fileDevice) Map(r *blk.Req, off, n int64, m *blk.Mapping) error {
 	m.Hold(countedLease{d})
 	return nil
 }
+
+func (d *fileDevice) Mapped(int64, time.Duration) {}
 
 func (d *fileDevice) Limits() blk.Limits { return d.limit }

@@ -214,6 +214,7 @@ func (s *sendfile) inMemory(fd int, off int64) bool {
 
 // readMapped answers q by sendfile if the device maps the whole range without waiting.
 func (c *conn) readMapped(q *nbdwire.Request) bool {
+	start := time.Now()
 	r := c.enter()
 	if r == nil {
 		return false
@@ -230,6 +231,7 @@ func (c *conn) readMapped(q *nbdwire.Request) bool {
 		return false
 	}
 	c.sendMapped(q, m)
+	c.dev.Mapped(int64(q.Len), time.Since(start))
 	return true
 }
 
