@@ -63,47 +63,35 @@ func (t *optionTree) append(b []byte, limit int) []byte {
 	return append(b, '}')
 }
 
-// shape is where the children of nodes are looked up.
-type shape interface {
-	Children(n *graph.Node) []*graph.Edge
-	File(n *graph.Node) *graph.Edge
-	Backing(n *graph.Node) *graph.Edge
-	FilteredChild(n *graph.Node) *graph.Edge
-	Target(e *graph.Edge) *graph.Node
-}
-
-// present is the shape of the graph as it is.
-type present struct{}
-
-func (present) Children(n *graph.Node) []*graph.Edge    { return n.Children() }
-func (present) File(n *graph.Node) *graph.Edge          { return n.File() }
-func (present) Backing(n *graph.Node) *graph.Edge       { return n.Backing() }
-func (present) FilteredChild(n *graph.Node) *graph.Edge { return n.FilteredChild() }
-func (present) Target(e *graph.Edge) *graph.Node        { return e.Node() }
-
 // namer names nodes.
 type namer struct {
 	m *Manager
-	shape
+	graph.View
+	bare bool                      // filters are left out
 	made map[*graph.Node]*nodeName // nil: names are kept in the records
 }
 
-func (m *Manager) namer() namer { return namer{m: m, shape: present{}} }
+func (m *Manager) namer() namer { return namer{m: m, View: graph.Now} }
+
+// Target is the node below e that counts.
+func (v namer) Target(e *graph.Edge) *graph.Node {
+	n := v.View.Target(e)
+	if v.bare {
+		n = v.SkipFilters(n)
+	}
+	return n
+}
 
 // Filename is the name of n as queries show it. No I/O, no waiting.
 func (m *Manager) Filename(n *graph.Node) string { return m.name(n).filename }
 
-// HeaderName is how the header of an image names n as its backing file, and the format, as tx would leave the graph; nil: as it is. Filters change
-// nothing of what is read: they are left out, wherever they are, so that whoever opens the image needs the files and nothing else. Errors: images
-// cannot name what n is.
-func (m *Manager) HeaderName(tx *graph.Tx, n *graph.Node) (name, format string, err error) {
-	bare := unfiltered{present{}}
-	if tx != nil {
-		bare = unfiltered{tx}
-	}
-	v := namer{m, bare, map[*graph.Node]*nodeName{}}
+// HeaderName is how the header of an image names n as its backing file, and the format. Filters change
+// nothing of what is read: they are left out, wherever they are, so that whoever opens the image needs
+// the files and nothing else. Errors: images cannot name what n is.
+func (m *Manager) HeaderName(look graph.View, n *graph.Node) (name, format string, err error) {
+	v := namer{m, look, true, map[*graph.Node]*nodeName{}}
 	gen, r := n.TreeGeneration(), m.record(n)
-	n = bare.skip(n)
+	n = v.SkipFilters(n)
 	for x := n; ; {
 		if d := m.drivers[types.BlockdevDriver(x.DriverName())]; d == nil || !d.ForImages {
 			return "", "", errNotNamed(types.BlockdevDriver(x.DriverName()))
@@ -133,24 +121,8 @@ func (m *Manager) isHeaderName(n *graph.Node, name string) bool {
 	if n.TreeGeneration() == r.gen {
 		return r.name == name
 	}
-	now, _, err := m.HeaderName(nil, n)
+	now, _, err := m.HeaderName(graph.Now, n)
 	return err == nil && now == name
-}
-
-// unfiltered is a shape without its filters.
-type unfiltered struct{ shape }
-
-func (u unfiltered) Target(e *graph.Edge) *graph.Node { return u.skip(u.shape.Target(e)) }
-
-func (u unfiltered) skip(n *graph.Node) *graph.Node {
-	for n.Kind() == graph.Filter {
-		e := u.FilteredChild(n)
-		if e == nil {
-			break
-		}
-		n = u.shape.Target(e)
-	}
-	return n
 }
 
 // BackingOverridden tells whether opening n's image anew, without options, would give another backing file, or
@@ -242,11 +214,7 @@ func (v namer) plain(n *graph.Node, d *Driver, u any, needJSON bool) string {
 		return p.Filename()
 	}
 	if _, ok := n.Driver().(graph.ChildNamer); ok {
-		c := v.FilteredChild(n)
-		if c == nil {
-			c = v.File(n)
-		}
-		if c != nil {
+		if c := v.File(n); c != nil {
 			return v.name(v.Target(c)).filename
 		}
 	}
@@ -300,14 +268,7 @@ func (m *Manager) absolute(n *graph.Node, name string) (string, error) {
 		return name, nil
 	}
 	at := n
-	for {
-		e := at.File()
-		if e == nil {
-			e = at.FilteredChild()
-		}
-		if e == nil {
-			break
-		}
+	for e := at.File(); e != nil; e = at.File() {
 		at = e.Node()
 	}
 	exact := m.name(at).exact

@@ -93,9 +93,6 @@ func placeOf(n *graph.Node) (at imagePlace) {
 		}
 		e := n.File()
 		if e == nil {
-			e = n.FilteredChild()
-		}
-		if e == nil {
 			return imagePlace{}
 		}
 		n = e.Node()

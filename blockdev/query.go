@@ -20,14 +20,6 @@ type view struct {
 	size   int   // of the encoded image with those below, at most
 }
 
-// chainChild is the edge that "backing-image" follows: the filtered child of a filter, else the backing file.
-func chainChild(n *graph.Node) *graph.Edge {
-	if n.Kind() == graph.Filter {
-		return n.FilteredChild()
-	}
-	return n.Backing()
-}
-
 // views prepares a query over the nodes: at the end each has its info, and its chain if deep.
 func (m *Manager) views(nodes []*graph.Node, deep bool) []view {
 	vs := make([]view, len(nodes))
@@ -60,7 +52,7 @@ func (m *Manager) view(n *graph.Node) view {
 func (m *Manager) linkBelow(v *view, at map[*graph.Node]*view) {
 	var chain []*view
 	for v.below == nil {
-		e := chainChild(v.node)
+		e := v.node.FilterOrCOWChild()
 		if e == nil {
 			break
 		}

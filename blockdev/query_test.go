@@ -315,7 +315,7 @@ func TestHeaderName(t *testing.T) {
 			"error: An image cannot name a node of the driver 'snapshot-access' as its backing file"},
 	} {
 		mustAdd(t, m, strings.ReplaceAll(`{'node-name': 'n', `+c.options+`}`, "DIR", dir))
-		name, format, err := m.HeaderName(nil, m.Graph().Node("n"))
+		name, format, err := m.HeaderName(graph.Now, m.Graph().Node("n"))
 		got := format + " " + name
 		if err != nil {
 			got = "error: " + err.Error()

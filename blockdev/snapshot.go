@@ -89,7 +89,7 @@ func (s *Snapshot) makeOverlay(ctx context.Context, sketch *graph.Tx) error {
 	var made *NewImage
 	if a.Mode == nil || *a.Mode != types.NewImageModeExisting {
 		made = &NewImage{Size: s.old.Size()}
-		if made.Backing, made.BackingFormat, err = s.m.HeaderName(sketch, s.old); err != nil {
+		if made.Backing, made.BackingFormat, err = s.m.HeaderName(sketch.View, s.old); err != nil {
 			return err
 		}
 	}

@@ -161,7 +161,10 @@ func (d *txDraft) replaceNode(old, new *Node, skip bool) error {
 	if err := usable(new); err != nil {
 		return err
 	}
-	below := d.below(new)
+	below := map[*Node]bool{}
+	for _, n := range (View{d}).nodesBelow(new) {
+		below[n] = true
+	}
 	for _, e := range slices.Collect(d.Parents(old)) {
 		if below[old] && e.keepsChild() {
 			continue
@@ -188,23 +191,6 @@ func (e *Edge) keepsChild() bool {
 	}
 	_, ok := e.pnode.drv.(ChildKeeper)
 	return ok
-}
-
-// below is the set of n and all nodes below it.
-func (d *txDraft) below(n *Node) map[*Node]bool {
-	seen := map[*Node]bool{n: true}
-	stack := []*Node{n}
-	for len(stack) > 0 {
-		x := stack[len(stack)-1]
-		stack = stack[:len(stack)-1]
-		for _, e := range d.Children(x) {
-			if c := d.Target(e); !seen[c] {
-				seen[c] = true
-				stack = append(stack, c)
-			}
-		}
-	}
-	return seen
 }
 
 // closure are the nodes to reserve, each once.

@@ -132,7 +132,7 @@ func TestIthFailure(t *testing.T) {
 		}
 	}
 	f = nil
-	if r.Node() != ov || ov.BackingChainNext() != fa || !fa.ReadOnly() || g.Node("new") == nil {
+	if r.Node() != ov || Now.BackingChainNext(ov) != fa || !fa.ReadOnly() || g.Node("new") == nil {
 		t.Errorf("not installed:\n%s", dump(g))
 	}
 	detachAll(t, g)

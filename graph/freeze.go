@@ -10,14 +10,12 @@ import (
 type freeze struct{ _ byte }
 
 // chainEdges are the filter and COW edges from top down to base (nil: to the end).
-func (d *txDraft) chainEdges(top, base *Node) []*Edge {
-	var l []*Edge
-	for n := top; n != base; n = d.Target(l[len(l)-1]) {
-		e := makeKids(d.Children(n)).chain()
-		if e == nil {
-			break
+func (d *txDraft) chainEdges(top, base *Node) (l []*Edge) {
+	v := View{d}
+	for _, n := range v.Chain(top, base) {
+		if e := v.FilterOrCOWChild(n); e != nil {
+			l = append(l, e)
 		}
-		l = append(l, e)
 	}
 	return l
 }

@@ -112,22 +112,6 @@ func (g *Graph) RootsAbove(nodes ...*Node) []*Root {
 	return d.gates
 }
 
-// NodesBelow are n and all nodes below it.
-func (n *Node) NodesBelow() []*Node {
-	n.g.mu.RLock()
-	defer n.g.mu.RUnlock()
-	l, seen := []*Node{n}, map[*Node]bool{n: true}
-	for i := 0; i < len(l); i++ {
-		for _, e := range l[i].kids.Load().all {
-			if k := e.Node(); !seen[k] {
-				seen[k] = true
-				l = append(l, k)
-			}
-		}
-	}
-	return l
-}
-
 // Dependents are n and the nodes below it that may be closed with it, as the monitor does not own them.
 func (n *Node) Dependents() []*Node {
 	below := n.NodesBelow()

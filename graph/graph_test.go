@@ -301,7 +301,7 @@ func TestDeleteRules(t *testing.T) {
 	if got, want := names(g), "ovl file top base"; got != want {
 		t.Errorf("nodes %q, want %q", got, want)
 	}
-	if ovl.Backing().Node() != top || ovl.BackingChainNext() != top || ovl.File().Node() != file {
+	if ovl.Backing().Node() != top || Now.BackingChainNext(ovl) != top || ovl.File().Node() != file {
 		t.Error("wrong children")
 	}
 	for _, name := range []string{"ovl", "top", "base", "file"} {

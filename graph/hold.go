@@ -68,23 +68,6 @@ func (g *Graph) hold(ctx context.Context, nodes []*Node) (*Hold, error) {
 	return h, nil
 }
 
-// withStorage are n and the nodes that its own data and metadata lie in.
-func (n *Node) withStorage() []*Node {
-	l := []*Node{n}
-	for {
-		k := n.kids.Load()
-		e := k.filtered
-		if e == nil {
-			e = k.file
-		}
-		if e == nil {
-			return l
-		}
-		n = e.Node()
-		l = append(l, n)
-	}
-}
-
 func (h *Hold) covers(nodes []*Node) bool {
 	for _, n := range nodes {
 		for _, s := range n.withStorage() {

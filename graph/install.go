@@ -131,31 +131,6 @@ func (in *installer) removeRoot(r *Root) {
 // setKids installs the children, newest first.
 func (n *Node) setKids(all []*Edge) { n.kids.Store(makeKids(all)) }
 
-// makeKids finds the special ones among a node's children.
-func makeKids(all []*Edge) *kids {
-	k := &kids{all: all}
-	for _, e := range all {
-		// raw's file has the filtered role for its claims, but raw is no filter: it ends a chain.
-		if e.role&perm.Filtered != 0 && e.pnode.Kind() == Filter {
-			k.filtered = e
-		}
-		if e.role&perm.COW != 0 {
-			k.backing = e
-		} else if e.role&perm.Primary != 0 {
-			k.file = e
-		}
-	}
-	return k
-}
-
-// chain is the edge that a backing chain follows.
-func (k *kids) chain() *Edge {
-	if k.filtered != nil {
-		return k.filtered
-	}
-	return k.backing
-}
-
 // insertPublished puts n where its age belongs; usually at the head or close to it.
 // +checklocks:g.mu
 func (g *Graph) insertPublishedLocked(n *Node) {

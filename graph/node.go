@@ -65,14 +65,6 @@ type nodeRare struct {
 	shut     chan struct{} // made when the driver begins to be closed, closed when that is done
 }
 
-// kids are a node's edges downwards, immutable.
-type kids struct {
-	all                     []*Edge // newest first
-	file, backing, filtered *Edge
-}
-
-var noKids kids
-
 // Name is the node name, unique among nodes and backends.
 func (n *Node) Name() string { return n.name }
 
@@ -103,65 +95,6 @@ func (n *Node) Size() int64 {
 		return 0
 	}
 	return n.drv.Size()
-}
-
-// Children are the edges downwards, newest first; the slice is immutable.
-func (n *Node) Children() []*Edge { return n.kids.Load().all }
-
-// Child is the edge downwards with that name, or nil.
-func (n *Node) Child(name string) *Edge {
-	for _, e := range n.kids.Load().all {
-		if e.name == name {
-			return e
-		}
-	}
-	return nil
-}
-
-// File is the primary child, or nil.
-func (n *Node) File() *Edge { return n.kids.Load().file }
-
-// Backing is the COW child, or nil.
-func (n *Node) Backing() *Edge { return n.kids.Load().backing }
-
-// FilteredChild is the child whose data a filter presents as its own, or nil.
-func (n *Node) FilteredChild() *Edge { return n.kids.Load().filtered }
-
-// FilterOrCOWChild is FilteredChild or Backing: the edge a backing chain follows. Nil at the end of the chain.
-func (n *Node) FilterOrCOWChild() *Edge { return n.kids.Load().chain() }
-
-// SkipFilters is the first node from n downwards that is no filter.
-func (n *Node) SkipFilters() *Node {
-	for n.Kind() == Filter {
-		e := n.FilteredChild()
-		if e == nil {
-			break
-		}
-		n = e.Node()
-	}
-	return n
-}
-
-// SkipImplicitFilters is the first node from n downwards that is no implicit filter.
-func (n *Node) SkipImplicitFilters() *Node {
-	for n.Implicit() && n.Kind() == Filter {
-		e := n.FilteredChild()
-		if e == nil {
-			break
-		}
-		n = e.Node()
-	}
-	return n
-}
-
-// BackingChainNext is the next node of the backing chain below n: what lies below the backing link of the first node that is no filter, without filters itself;
-// nil at its end.
-func (n *Node) BackingChainNext() *Node {
-	e := n.SkipFilters().Backing()
-	if e == nil {
-		return nil
-	}
-	return e.Node().SkipFilters()
 }
 
 // Describe implements Parent.

@@ -16,6 +16,8 @@ import (
 // its error. A Tx is used by one goroutine; after Commit or Abort it is over (Abort after
 // Commit does nothing, so it can be deferred). Nothing is reserved before Commit but names.
 type Tx struct {
+	View // the graph as the Tx would leave it
+
 	g   *Graph
 	ctx context.Context
 
@@ -62,7 +64,11 @@ func (f OnCommit) Commit() { f() }
 func (OnCommit) Abort() {}
 
 // Begin starts a transaction. ctx bounds the waiting in its Commit.
-func (g *Graph) Begin(ctx context.Context) *Tx { return &Tx{g: g, ctx: ctx} }
+func (g *Graph) Begin(ctx context.Context) *Tx {
+	tx := &Tx{g: g, ctx: ctx}
+	tx.View = View{planned{tx}}
+	return tx
+}
 
 // Graph is the graph that the Tx changes.
 func (tx *Tx) Graph() *Graph { return tx.g }
@@ -159,61 +165,6 @@ func (tx *Tx) plan() (*perm.Delta[*Node, *Edge], error) {
 	}
 	tx.draft = nil // Plan changes it
 	return d.Plan()
-}
-
-// Children are the edges below n as the Tx would leave them, newest first.
-func (tx *Tx) Children(n *Node) (l []*Edge) {
-	tx.read(func(d *txDraft) { l = d.Children(n) })
-	return l
-}
-
-// Child is the edge of that name below n as the Tx would leave it, or nil.
-func (tx *Tx) Child(n *Node, name string) *Edge {
-	for _, e := range tx.Children(n) {
-		if e.name == name {
-			return e
-		}
-	}
-	return nil
-}
-
-// File, Backing, FilteredChild and FilterOrCOWChild are those of Node as the Tx would leave it.
-func (tx *Tx) File(n *Node) *Edge { return makeKids(tx.Children(n)).file }
-
-// Backing: see File.
-func (tx *Tx) Backing(n *Node) *Edge { return makeKids(tx.Children(n)).backing }
-
-// FilteredChild: see File.
-func (tx *Tx) FilteredChild(n *Node) *Edge { return makeKids(tx.Children(n)).filtered }
-
-// FilterOrCOWChild: see File.
-func (tx *Tx) FilterOrCOWChild(n *Node) *Edge { return makeKids(tx.Children(n)).chain() }
-
-// skipFilters is Node.SkipFilters as the Tx would leave it.
-func (tx *Tx) skipFilters(n *Node) *Node {
-	for n.Kind() == Filter {
-		e := tx.FilteredChild(n)
-		if e == nil {
-			break
-		}
-		n = tx.Target(e)
-	}
-	return n
-}
-
-// BackingChainNext is Node.BackingChainNext as the Tx would leave it.
-func (tx *Tx) BackingChainNext(n *Node) *Node {
-	e := tx.Backing(tx.skipFilters(n))
-	if e == nil {
-		return nil
-	}
-	return tx.skipFilters(tx.Target(e))
-}
-
-// Target is the node below e as the Tx would leave it.
-func (tx *Tx) Target(e *Edge) (n *Node) {
-	tx.read(func(d *txDraft) { n = d.Target(e) })
-	return n
 }
 
 // Parents are the edges above n as the Tx would leave them, newest first.
@@ -386,7 +337,7 @@ func (tx *Tx) InsertFilter(top *Node, edgeName string, n *Node) (*Edge, error) {
 // child. Error: a frozen edge.
 func (tx *Tx) RemoveFilter(top *Node) error {
 	return tx.do(func(d *txDraft) error {
-		e := makeKids(d.Children(top)).chain()
+		e := View{d}.FilterOrCOWChild(top)
 		if e == nil {
 			return fmt.Errorf("Node '%s' has nothing below it to replace it by", top.name)
 		}

@@ -118,7 +118,7 @@ func TestSnapshotGroup(t *testing.T) {
 	if err := tx.Commit(); err != nil {
 		t.Fatal(err)
 	}
-	if r.Node() != o2 || o2.BackingChainNext() != o1 || o1.BackingChainNext() != base || base.BackingChainNext() != nil {
+	if r.Node() != o2 || Now.BackingChainNext(o2) != o1 || Now.BackingChainNext(o1) != base || Now.BackingChainNext(base) != nil {
 		t.Error("wrong chain")
 	}
 	detachAll(t, g)

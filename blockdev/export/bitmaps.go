@@ -57,16 +57,12 @@ func findBitmap(n *graph.Node, name *types.BlockDirtyBitmapOrStr) (*graph.DirtyB
 	if x := name.External; x != nil {
 		return n.Graph().FindDirtyBitmap(x.Node, x.Name)
 	}
-	for {
-		if d := n.DirtyBitmap(*name.Local); d != nil {
+	for _, x := range graph.Now.Chain(n, nil) {
+		if d := x.DirtyBitmap(*name.Local); d != nil {
 			return d, nil
 		}
-		e := n.FilterOrCOWChild()
-		if e == nil {
-			return nil, missing(name)
-		}
-		n = e.Node()
 	}
+	return nil, missing(name)
 }
 
 // freeBitmaps gives them back.

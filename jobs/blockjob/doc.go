@@ -33,9 +33,8 @@ type Nodes interface {
 	FindBacking(top *graph.Node, file string) *graph.Node
 	// Filename is the node's name as queries show it.
 	Filename(n *graph.Node) string
-	// HeaderName is how the header of an image names n as its backing file, and the format, as tx would leave the
-	// graph or, if it is nil, as it is.
-	HeaderName(tx *graph.Tx, n *graph.Node) (name, format string, err error)
+	// HeaderName is how the header of an image names n as its backing file, and the format.
+	HeaderName(v graph.View, n *graph.Node) (name, format string, err error)
 	// OpenImage opens an image by its file name, or makes it, for a job that then publishes it.
 	OpenImage(ctx context.Context, i blockdev.OpenImage) (*blockdev.Opened, error)
 	// OpenBacking opens what the header of n's image names as its backing file; nil if it names none.

@@ -66,7 +66,7 @@ func (c *HeaderChange) Abort() {
 // HeaderNames is what the header of an overlay names for base: the client's word for the name, if it has one, and raw
 // for a protocol whose driver the client wants to be masked.
 func HeaderNames(nodes Nodes, base *graph.Node, given *string, mask *bool) (name, format string, err error) {
-	name, format, err = nodes.HeaderName(nil, base)
+	name, format, err = nodes.HeaderName(graph.Now, base)
 	if Or(mask, false) && base.SkipFilters().Kind() == graph.Protocol {
 		format = "raw"
 	}

@@ -1,3 +1,4 @@
+// Package chain is what jobs that stand in a backing chain have in common.
 package chain
 
 import "qblockd/graph"

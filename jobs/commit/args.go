@@ -9,7 +9,6 @@ import (
 	"qblockd/graph/perm"
 	"qblockd/jobs"
 	"qblockd/jobs/blockjob"
-	"qblockd/jobs/chain"
 	"qblockd/jobs/mirror"
 	"qblockd/schema/types"
 )
@@ -52,7 +51,7 @@ func (j *Job) Find() ([]*graph.Node, error) {
 	if err := j.findBase(); err != nil {
 		return nil, err
 	}
-	for _, n := range chain.Between(j.top, chain.Below(j.base)) {
+	for _, n := range graph.Now.Chain(j.top, graph.Now.Below(j.base)) {
 		if err := n.Blocked(graph.OpCommitTarget); err != nil {
 			return nil, err
 		}
@@ -60,7 +59,7 @@ func (j *Job) Find() ([]*graph.Node, error) {
 	if j.top == j.base {
 		return nil, errors.New("cannot commit an image into itself")
 	}
-	return chain.Between(j.device, chain.Below(j.base)), nil
+	return graph.Now.Chain(j.device, graph.Now.Below(j.base)), nil
 }
 
 // findTop finds the first node to be copied.
@@ -91,14 +90,14 @@ func (j *Job) findBase() (err error) {
 			return fmt.Errorf("Can't find '%s' in the backing chain", *a.Base)
 		}
 	default:
-		j.base = chain.Overlay(j.top, nil)
+		j.base = graph.Now.Overlay(j.top, nil)
 	}
 	return err
 }
 
 func (j *Job) inChain(above *graph.Node, name *string) (*graph.Node, error) {
 	n, err := j.nodes.Lookup(nil, name)
-	if err == nil && !chain.Contains(above, n) {
+	if err == nil && !graph.Now.InChain(above, n) {
 		err = fmt.Errorf("'%s' is not in this backing file chain", *name)
 	}
 	return n, err
@@ -123,10 +122,10 @@ func (j *Job) Enter(ctx context.Context, m *jobs.Manager) (_ *jobs.Job, err erro
 	if written {
 		return j.mirror(ctx, m)
 	}
-	if err := chain.Overlay(j.device, j.top).Blocked(graph.OpCommitTarget); err != nil {
+	if err := graph.Now.Overlay(j.device, j.top).Blocked(graph.OpCommitTarget); err != nil {
 		return nil, err
 	}
-	if _, _, err := j.nodes.HeaderName(nil, j.base); err != nil {
+	if _, _, err := j.nodes.HeaderName(graph.Now, j.base); err != nil {
 		return nil, err
 	}
 	return j.enter(ctx, m)

@@ -26,7 +26,6 @@ import (
 	"qblockd/graph/perm"
 	"qblockd/jobs"
 	"qblockd/jobs/blockjob"
-	"qblockd/jobs/chain"
 	"qblockd/jobs/copy"
 	"qblockd/schema/types"
 )
@@ -53,7 +52,7 @@ func (j *Job) enter(ctx context.Context, m *jobs.Manager) (*jobs.Job, error) {
 	if err := j.site.MakeWritable(ctx, j.base); err != nil {
 		return nil, err
 	}
-	j.last, j.copied = chain.Overlay(j.top, j.base), chain.Between(j.top, j.base)
+	j.last, j.copied = graph.Now.Overlay(j.top, j.base), graph.Now.Chain(j.top, j.base)
 	return j.site.Enter(ctx, j.top.Graph(), j.fill)
 }
 
@@ -147,7 +146,7 @@ func (j *Job) copy(r *blk.Req, off int64, e copy.Extent) (int64, error) {
 func (j *Job) Prepare(ctx context.Context, h *jobs.Handle) error {
 	g, filter := j.top.Graph(), j.site.Filter
 	hold, err := g.Hold(ctx, func() ([]*graph.Node, error) {
-		return append(chain.Between(filter, chain.Below(j.base)), overlaysOf(filter)...), nil
+		return append(graph.Now.Chain(filter, graph.Now.Below(j.base)), overlaysOf(filter)...), nil
 	})
 	if err != nil {
 		return err

@@ -243,7 +243,7 @@ func (w *world) args() types.BlockCommitArgs {
 // nodes lets headers name nodes by their names.
 type nodes struct{ *blockdev.Manager }
 
-func (nodes) HeaderName(_ *graph.Tx, n *graph.Node) (name, format string, err error) {
+func (nodes) HeaderName(_ graph.View, n *graph.Node) (name, format string, err error) {
 	return n.Name(), n.DriverName(), nil
 }
 

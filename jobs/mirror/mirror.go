@@ -175,7 +175,7 @@ func (j *job) check() error {
 func (j *job) attach(ctx context.Context) error {
 	tx := j.g.Begin(ctx)
 	defer tx.Abort()
-	j.commit = chain.Contains(j.Source, j.Target)
+	j.commit = graph.Now.InChain(j.Source, j.Target)
 	if j.Publish != nil {
 		if err := j.Publish(tx); err != nil {
 			return err
@@ -264,14 +264,11 @@ func (s starting) Commit() {
 }
 
 // between are the nodes between source and a target below it.
-func (j *job) between() (l []*graph.Node) {
+func (j *job) between() []*graph.Node {
 	if !j.commit {
 		return nil
 	}
-	for n := j.Source.FilterOrCOWChild().Node(); n != j.Target; n = n.FilterOrCOWChild().Node() {
-		l = append(l, n)
-	}
-	return l
+	return graph.Now.Chain(graph.Now.Below(j.Source), j.Target)
 }
 
 // hold takes what the job relies on.
@@ -291,7 +288,7 @@ func (j *job) hold(tx *graph.Tx) error {
 		if c.Share = others; j.Target.Size() < j.Source.Size() {
 			c.Need |= perm.Resize
 		}
-	} else if chain.Contains(j.Source, j.Target.SkipFilters()) {
+	} else if graph.Now.InChain(j.Source, j.Target.SkipFilters()) {
 		return errors.New("Cannot mirror to a filter on top of a node in the source's backing chain")
 	}
 	j.target, err = tx.AttachRoot(graph.RootSpec{EdgeName: "root", Kind: graph.KindBackend, StayAtNode: true, Job: true, Claim: c}, j.Target)

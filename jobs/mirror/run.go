@@ -99,7 +99,7 @@ func (j *job) findDirty(ctx context.Context, h *jobs.Handle) error {
 			return err
 		}
 	}
-	last := chain.Overlay(j.Source, j.Base) // the last one to be copied
+	last := graph.Now.Overlay(j.Source, j.Base) // the last one to be copied
 	for off, size := int64(0), j.Source.Size(); off < size; {
 		if err := h.Checkpoint(); err != nil {
 			return err

@@ -25,7 +25,6 @@ import (
 	"qblockd/graph/perm"
 	"qblockd/jobs"
 	"qblockd/jobs/blockjob"
-	"qblockd/jobs/chain"
 	"qblockd/jobs/copy"
 	"qblockd/schema/types"
 )
@@ -82,9 +81,9 @@ func (j *Job) Find() ([]*graph.Node, error) {
 	}
 	end := base
 	if bottom != nil {
-		end = chain.Below(bottom)
+		end = graph.Now.Below(bottom)
 	}
-	j.chain = chain.Between(top, end)
+	j.chain = graph.Now.Chain(top, end)
 	for _, n := range j.chain {
 		if err := n.Blocked(graph.OpStream); err != nil {
 			return nil, err
@@ -94,12 +93,12 @@ func (j *Job) Find() ([]*graph.Node, error) {
 		return nil, fmt.Errorf("backing file specified, but streaming the entire chain")
 	}
 	if base != nil {
-		if _, _, err := j.nodes.HeaderName(nil, base); err != nil {
+		if _, _, err := j.nodes.HeaderName(graph.Now, base); err != nil {
 			return nil, err
 		}
 	}
 	if j.last = bottom; bottom == nil {
-		if j.last = chain.Overlay(top, base); j.last == nil {
+		if j.last = graph.Now.Overlay(top, base); j.last == nil {
 			return nil, fmt.Errorf("'%s' is not in the backing chain of '%s'", base.Name(), top.Name())
 		}
 	}
@@ -117,7 +116,7 @@ func (j *Job) findEnd(top *graph.Node) (base, bottom *graph.Node, err error) {
 		if base, err = j.nodes.Lookup(nil, a.BaseNode); err != nil {
 			return nil, nil, err
 		}
-		if base == top || !chain.Contains(top, base) {
+		if base == top || !graph.Now.InChain(top, base) {
 			return nil, nil, fmt.Errorf("Node '%s' is not a backing image of '%s'", *a.BaseNode, a.Device)
 		}
 	case a.Bottom != nil:
@@ -127,7 +126,7 @@ func (j *Job) findEnd(top *graph.Node) (base, bottom *graph.Node, err error) {
 		if bottom.Kind() == graph.Filter {
 			return nil, nil, fmt.Errorf("Node '%s' is a filter, use a non-filter node as 'bottom'", *a.Bottom)
 		}
-		if !chain.Contains(top, bottom) {
+		if !graph.Now.InChain(top, bottom) {
 			return nil, nil, fmt.Errorf("Node '%s' is not in a chain starting from '%s'", *a.Bottom, a.Device)
 		}
 	}
@@ -153,7 +152,7 @@ func (j *Job) fill(tx *graph.Tx, m *jobs.Manager) error {
 	m.Quiesced(1, j.top())
 	a := &j.args
 	if a.Base != nil { // canonical: nodes by their own names
-		a.Base, a.BaseNode = nil, new(chain.Below(j.above()).Name())
+		a.Base, a.BaseNode = nil, new(graph.Now.Below(j.above()).Name())
 	}
 	spec := blockjob.Spec(types.JobTypeStream, j, a.JobID, a.Speed, a.AutoFinalize, a.AutoDismiss)
 	spec.Nodes = []*graph.Node{j.site.Filter}
@@ -245,7 +244,7 @@ func (j *Job) Prepare(ctx context.Context, h *jobs.Handle) error {
 // skipCopied lets tx make the backing link of the top lead to what stays.
 func (j *Job) skipCopied(tx *graph.Tx, cow *graph.Edge) (err error) {
 	header := &blockjob.HeaderChange{Node: cow.ParentNode()}
-	if base := chain.Below(j.above()); base == nil {
+	if base := graph.Now.Below(j.above()); base == nil {
 		err = tx.Detach(cow)
 	} else {
 		a := &j.args

@@ -98,7 +98,7 @@ func (s *backupStep) Open(ctx context.Context, sketch *graph.Tx) error {
 	if !existing {
 		made = &blockdev.NewImage{Size: n.Size()}
 		if below != nil {
-			if made.Backing, made.BackingFormat, err = s.h.Nodes.HeaderName(sketch, below); err != nil {
+			if made.Backing, made.BackingFormat, err = s.h.Nodes.HeaderName(sketch.View, below); err != nil {
 				return err
 			}
 		}

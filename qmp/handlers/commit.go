@@ -8,7 +8,6 @@ import (
 	"qblockd/graph"
 	"qblockd/graph/blk"
 	"qblockd/jobs/blockjob"
-	"qblockd/jobs/chain"
 	"qblockd/jobs/commit"
 	"qblockd/schema/types"
 )
@@ -67,7 +66,7 @@ func (h BlockJob) changeBackingNode(a *types.ChangeBackingFileArgs) (*graph.Node
 	if err := device.Blocked(graph.OpChange); err != nil {
 		return nil, err
 	}
-	if !chain.Contains(device, n) {
+	if !graph.Now.InChain(device, n) {
 		return nil, fmt.Errorf("'%s' and image file are not in the same chain", a.Device)
 	}
 	return n, nil

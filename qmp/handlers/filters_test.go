@@ -51,7 +51,7 @@ func TestTopThroughFilters(t *testing.T) {
 	w.ok("blockdev-add", `{'driver': 'copy-on-read', 'node-name': 'outer', 'file': 'inner'}`)
 	write(t, w.g, "outer", 512, 512)
 	for _, n := range []string{"over", "inner", "outer"} {
-		if got := w.g.Node(n).BackingChainNext(); got != w.g.Node("base") {
+		if got := graph.Now.BackingChainNext(w.g.Node(n)); got != w.g.Node("base") {
 			t.Errorf("below %s is %s", n, got.Name())
 		}
 	}

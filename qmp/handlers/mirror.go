@@ -73,7 +73,7 @@ func (h BlockJob) startMirror(ctx context.Context, a mirror.Args, sync types.Mir
 	if err := a.Target.Blocked(graph.OpMirrorTarget); err != nil {
 		return err
 	}
-	below := a.Source.BackingChainNext()
+	below := graph.Now.BackingChainNext(a.Source)
 	if sync == types.MirrorSyncModeTop && below == nil {
 		sync = types.MirrorSyncModeFull
 	}
@@ -171,7 +171,7 @@ func (h BlockJob) DriveMirror(ctx context.Context, a *types.DriveMirror) error {
 	if !existing {
 		made = &blockdev.NewImage{Size: source.Size()}
 		if backing != nil {
-			if made.Backing, made.BackingFormat, err = h.Nodes.HeaderName(nil, backing); err != nil {
+			if made.Backing, made.BackingFormat, err = h.Nodes.HeaderName(graph.Now, backing); err != nil {
 				return err
 			}
 		}

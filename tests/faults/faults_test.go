@@ -10,6 +10,7 @@ import (
 	"time"
 
 	"qblockd/blockdev/drivertest"
+	"qblockd/graph"
 	"qblockd/graph/blk"
 	"qblockd/schema/types"
 	"qblockd/tests/daemon"
@@ -128,7 +129,7 @@ func (e *env) three() error {
 
 // node is the name of the node of an image below top.
 func (e *env) node(file string) *string {
-	for n := e.Graph.Node("top"); n != nil; n = n.BackingChainNext() {
+	for n := e.Graph.Node("top"); n != nil; n = graph.Now.BackingChainNext(n) {
 		if e.Nodes.Filename(n) == file {
 			return rig.Ptr(n.Name())
 		}

@@ -32,12 +32,8 @@ func Open(o *graph.Opening) (graph.Driver, error) {
 	if d.bottom.Kind() == graph.Filter {
 		return nil, fmt.Errorf("Bottom node '%s' is a filter", name)
 	}
-	for n := d.Below().Node(); n != d.bottom; {
-		e := n.FilterOrCOWChild()
-		if e == nil {
-			return nil, fmt.Errorf("Bottom node '%s' is not in the backing chain", name)
-		}
-		n = e.Node()
+	if !graph.Now.InChain(d.Below().Node(), d.bottom) {
+		return nil, fmt.Errorf("Bottom node '%s' is not in the backing chain", name)
 	}
 	var err error
 	if d.unfreeze, err = o.Node.Graph().FreezeChain(o.Node, d.bottom); err != nil {
