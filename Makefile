@@ -7,9 +7,10 @@ RUNDIR    ?= run
 DOCS      ?= docs
 BENCH     ?=
 STATICCHECK := honnef.co/go/tools/cmd/staticcheck@v0.6.1
+CHECKLOCKS  := gvisor.dev/gvisor/tools/checklocks/cmd/checklocks@v0.0.0-20260905035102-160fafc42237
 
 .DEFAULT_GOAL := help
-.PHONY: help build run test tools check race lint fuzz meta geometry crash hostile storm load starts golden bench man generate generate-check tidy-check interop clean FORCE
+.PHONY: help build run test tools check race lint locks fuzz meta geometry crash hostile storm load starts golden bench man generate generate-check tidy-check interop clean FORCE
 
 help: ## list the targets
 	@sed -n 's/^\([a-z-]*\):.*## /\1\t/p' $(MAKEFILE_LIST) | expand -t 18
@@ -34,10 +35,14 @@ check: lint generate-check tidy-check test race ## all that must pass before a m
 race: ## all tests under the race detector and with invariants checked
 	$(GO) test -race -tags invariants -timeout 25m $(PKGS)
 
-lint: ## gofmt, vet, staticcheck
+lint: locks ## gofmt, vet, staticcheck, checklocks
 	@bad=$$(gofmt -l .); test -z "$$bad" || { echo "not as gofmt writes it:" $$bad; exit 1; }
 	$(GO) vet $(PKGS)
 	$(GO) run $(STATICCHECK) $(PKGS)
+
+locks: ## locks are held where the +checklocks annotations say so
+	GOBIN=$(abspath $(BIN)) $(GO) install $(CHECKLOCKS)
+	$(GO) vet -vettool=$(abspath $(BIN))/checklocks -inferred=false -wrappers=false $$($(GO) list $(PKGS) | grep -v /qcow2$$) # whose functions are not annotated yet
 
 man: ## write the manual pages and the shells' completions to docs/man and docs/completion (or below DOCS)
 	$(GO) test -count=1 ./cmd/qblockd ./cmd/qblockctl -run TestManPage -args -update -docs=$(abspath $(DOCS))

@@ -165,6 +165,8 @@ func TestRateLimit(t *testing.T) {
 	clock.advance(time.Minute)
 	b.Emit(bad("a", 12))
 	check("closed")
+	b.mu.Lock()
+	defer b.mu.Unlock()
 	if len(clock.timers) > 0 || len(b.held) > 0 {
 		t.Errorf("left: %d timers, %d intervals", len(clock.timers), len(b.held))
 	}
@@ -195,9 +197,12 @@ func TestReplay(t *testing.T) {
 		t.Errorf("%d after the last", n)
 	}
 	b.Emit(event{"BIG", `"` + strings.Repeat("x", 1800) + `"`})
-	if n, from := first(0); n == 0 || n > 3 || from < 24 || b.keptBytes > 2000 {
+	n, from := first(0)
+	b.mu.Lock()
+	if n == 0 || n > 3 || from < 24 || b.keptBytes > 2000 {
 		t.Errorf("%d from %d, %d bytes", n, from, b.keptBytes)
 	}
+	b.mu.Unlock()
 	none := NewBus(Options{KeepCount: -1})
 	none.Emit(event{"E", ""})
 	if len(none.Replay(0)) != 0 {

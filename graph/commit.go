@@ -142,7 +142,7 @@ func (c *commit) settle(want []*Node) (grown []*Node, wait <-chan struct{}, err 
 // planLocked makes the plan on the graph as it is now.
 // +checklocksread:c.g.mu
 func (c *commit) planLocked() (err error) {
-	if c.draft, err = c.tx.draftLocked(); err != nil {
+	if c.draft, err = c.tx.draftLocked(); err != nil { // +checklocksignore: of the same graph
 		return err
 	}
 	c.tx.draft = nil // Plan changes it
@@ -169,9 +169,9 @@ func union(a, b []*Node) []*Node {
 	return out
 }
 
-// addLinks makes the edges to come known, so that two transactions on disjoint nodes cannot
+// addLinksLocked makes the edges to come known, so that two transactions on disjoint nodes cannot
 // close a cycle together. It returns a channel to wait on if another one's are in the way.
-// +checklocks:c.g.mu
+// +checklocks:g.mu
 func (g *Graph) addLinksLocked(c *commit) <-chan struct{} {
 	var links []link
 	for _, l := range c.draft.links {
@@ -375,7 +375,7 @@ func (c *commit) install() {
 			n.state = nodePublished
 			g.insertPublishedLocked(n)
 			if h := c.tx.hold; h != nil {
-				h.adopt(n)
+				h.adopt(n) // +checklocksignore: of the same graph
 			}
 		}
 		g.setOwnedLocked(n, r.owned)

@@ -324,7 +324,8 @@ func (d *DirtyBitmap) Freeze() {
 			panic("graph: bitmap " + d.name + " is frozen already")
 		}
 		d.successor = &DirtyBitmap{n: d.n, disabled: d.disabled, bits: bitmap.New(d.bits.Size(), d.bits.Granularity())}
-		d.set().all = slices.Insert(d.set().all, 0, d.successor)
+		s := d.set()
+		s.all = slices.Insert(s.all, 0, d.successor) // +checklocksignore: change holds s.mu
 		d.busy = true
 	})
 }
@@ -344,7 +345,7 @@ func (d *DirtyBitmap) thaw(forget bool) {
 			d.bits.Take()
 		}
 		d.bits.Merge(d.successor.bits)
-		d.set().removeLocked(d.successor)
+		d.set().removeLocked(d.successor) // +checklocksignore: change holds its mu
 		d.successor, d.busy = nil, false
 	})
 }

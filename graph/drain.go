@@ -45,26 +45,32 @@ func (g *Graph) beginDrain(nodes []*Node, roots []*Root) *drain {
 // +checklocks:g.mu
 func (g *Graph) beginDrainLocked(nodes []*Node, roots []*Root) *drain {
 	d := &drain{g: g, nodes: nodes, roots: roots}
-	for _, n := range nodes {
-		n.quiesceLocked(1)
-	}
-	for _, r := range roots {
-		r.quiesceLocked(1)
-	}
-	above := d.collectLocked()
+	d.quiesceLocked(1)         // +checklocksignore: of the same graph
+	above := d.collectLocked() // +checklocksignore: of the same graph
 	for _, r := range d.gates {
 		if h := r.hooks.Load(); h != nil && (h.DrainBegin != nil || h.Quiet != nil || h.DrainEnd != nil) {
 			d.hooked = append(d.hooked, r)
 		}
 	}
 	if g.drainers.Load() > 0 {
-		d.holdLocked(above)
+		d.holdLocked(above) // +checklocksignore: of the same graph
 	}
 	return d
 }
 
-// collect finds the roots that reach the drained nodes and returns all nodes on the way.
+// quiesceLocked adds by (1 or -1) reasons for the nodes and roots to be quiet.
 // +checklocks:d.g.mu
+func (d *drain) quiesceLocked(by int32) {
+	for _, n := range d.nodes {
+		n.quiesceLocked(by) // +checklocksignore: of the same graph
+	}
+	for _, r := range d.roots {
+		r.quiesceLocked(by) // +checklocksignore: of the same graph
+	}
+}
+
+// collectLocked finds the roots that reach the drained nodes and returns all nodes on the way.
+// +checklocksread:d.g.mu
 func (d *drain) collectLocked() map[*Node]bool {
 	seen := make(map[*Node]bool, len(d.nodes))
 	seenRoot := make(map[*Root]bool, len(d.roots))
@@ -96,7 +102,7 @@ func (d *drain) collectLocked() map[*Node]bool {
 	return seen
 }
 
-// hold tells every Drainer to let go that a unit of work to be waited for may be stuck in: those below the roots, and above
+// holdLocked tells every Drainer to let go that a unit of work to be waited for may be stuck in: those below the roots, and above
 // and at the drained nodes.
 // +checklocks:d.g.mu
 func (d *drain) holdLocked(seen map[*Node]bool) {
@@ -117,7 +123,7 @@ func (d *drain) holdLocked(seen map[*Node]bool) {
 		seen[n] = true
 		if _, ok := n.drv.(Drainer); ok {
 			d.held = append(d.held, n)
-			n.rareLocked().hold++
+			n.rareLocked().hold++ // +checklocksignore: of the same graph
 		}
 		for _, e := range n.kids.Load().all {
 			stack = append(stack, e.Node())
@@ -125,7 +131,7 @@ func (d *drain) holdLocked(seen map[*Node]bool) {
 	}
 }
 
-// quiesce adds by (1 or -1) reasons for n to be quiet and passes the change on to its parents.
+// quiesceLocked adds by (1 or -1) reasons for n to be quiet and passes the change on to its parents.
 // +checklocks:n.g.mu
 func (n *Node) quiesceLocked(by int32) {
 	was := n.quiesce > 0
@@ -141,17 +147,16 @@ func (n *Node) quiesceLocked(by int32) {
 	}
 }
 
-// quiesceParent passes a change of the node below on to the edge's parent.
-// +checklocks:g.mu
+// quiesceParentLocked passes a change of the node below on to the edge's parent. Graph.mu is held.
 func (e *Edge) quiesceParentLocked(by int32) {
 	if e.root != nil {
-		e.root.quiesceLocked(by)
+		e.root.quiesceLocked(by) // +checklocksignore: of the same graph
 	} else {
-		e.pnode.quiesceLocked(by)
+		e.pnode.quiesceLocked(by) // +checklocksignore: of the same graph
 	}
 }
 
-// quiesce is the same for a root: its gate is closed while there is a reason.
+// quiesceLocked is the same for a root: its gate is closed while there is a reason.
 // +checklocks:r.g.mu
 func (r *Root) quiesceLocked(by int32) {
 	was := r.quiesce > 0
@@ -244,12 +249,7 @@ func (d *drain) release() {
 	defer panics.Fatal("the drains of the graph")
 	d.g.mu.Lock()
 	defer d.g.mu.Unlock()
-	for _, r := range d.roots {
-		r.quiesceLocked(-1)
-	}
-	for _, n := range d.nodes {
-		n.quiesceLocked(-1)
-	}
+	d.quiesceLocked(-1)
 	for _, n := range d.held {
 		n.rare.hold--
 	}

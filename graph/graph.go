@@ -108,7 +108,7 @@ func (g *Graph) RootsAbove(nodes ...*Node) []*Root {
 	g.mu.RLock()
 	defer g.mu.RUnlock()
 	d := &drain{g: g, nodes: nodes}
-	d.collectLocked()
+	d.collectLocked() // +checklocksignore: of the same graph
 	return d.gates
 }
 

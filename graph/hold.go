@@ -63,7 +63,7 @@ func (g *Graph) hold(ctx context.Context, nodes []*Node) (*Hold, error) {
 		return nil, errClosing
 	}
 	for _, n := range all {
-		n.rareLocked().held = true
+		n.rareLocked().held = true // +checklocksignore: of the same graph
 	}
 	return h, nil
 }
@@ -87,7 +87,7 @@ func (h *Hold) Has(n *Node) bool { return h.nodes[n] }
 func (h *Hold) adopt(n *Node) {
 	if h.g.holds.add(h.res, n) {
 		h.nodes[n] = true
-		n.rareLocked().held = true
+		n.rareLocked().held = true // +checklocksignore: of the same graph
 	}
 }
 

@@ -172,7 +172,7 @@ func (n *Node) treeGenLocked(epoch uint64) uint64 {
 	}
 	gen := n.infoGen.Load()
 	for _, e := range n.kids.Load().all {
-		gen = max(gen, e.Node().treeGenLocked(epoch))
+		gen = max(gen, e.Node().treeGenLocked(epoch)) // +checklocksignore: of the same graph
 	}
 	n.treeGen, n.treeEpoch = gen, epoch
 	return gen

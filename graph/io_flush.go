@@ -18,8 +18,10 @@ type flushState struct {
 	written atomic.Uint64 // generation of content: raised after each change
 	mu      sync.Mutex
 	flushed atomic.Uint64 // generation that is on the medium; written under mu
-	active  bool          // a flush is running; guarded by mu
-	over    chan struct{} // made by the first who waits for it, closed at its end; guarded by mu
+	// active: a flush is running.
+	active bool // +checklocks:mu
+	// over is made by the first who waits for it and closed at its end.
+	over chan struct{} // +checklocks:mu
 }
 
 // begin waits until no flush is running and makes the caller's the running one; gen is what it will have flushed.
@@ -35,7 +37,7 @@ func (s *flushState) begin(r *blk.Req) (gen uint64, needed bool, err error) {
 		s.mu.Lock()
 	}
 	defer s.mu.Unlock()
-	for s.active {
+	for s.active { // +checklocksforce: TryLock
 		if r.NoWait {
 			return 0, false, blk.ErrWouldBlock
 		}

@@ -79,13 +79,13 @@ func (t *tracker) begin(r *blk.Req, off, n int64, serial bool) (*tracked, error)
 			return nil, blk.ErrWouldBlock
 		}
 		if t.serial.Load() == 0 {
-			k := sh.take()
+			k := sh.take() // +checklocksforce: TryLock
 			k.off, k.n, k.serial, k.ticket, k.unit = off, n, false, 0, r
 			sh.push(k)
 			sh.mu.Unlock()
 			return k, nil
 		}
-		sh.mu.Unlock()
+		sh.mu.Unlock() // +checklocksforce: TryLock
 	}
 	return t.beginSlow(r, sh, off, n, serial)
 }
@@ -96,7 +96,7 @@ func (t *tracker) beginSlow(r *blk.Req, sh *trackShard, off, n int64, serial boo
 		return nil, blk.ErrWouldBlock
 	}
 	t.ticket++
-	k := sh.take()
+	k := sh.take() // +checklocksignore: all are locked
 	k.off, k.n, k.serial, k.ticket, k.unit = off, n, serial, t.ticket, r
 	c := t.conflict(k)
 	if c != nil && r.NoWait {
@@ -154,7 +154,8 @@ func (t *tracker) end(k *tracked) {
 	}
 }
 
-// take gives an unused entry; sh.mu is held.
+// take gives an unused entry.
+// +checklocks:sh.mu
 func (sh *trackShard) take() *tracked {
 	k := sh.free
 	if k == nil {
@@ -198,6 +199,8 @@ func (t *tracker) conflict(k *tracked) *tracked {
 	return nil
 }
 
+// lockAll locks all shards. With try it does so only if that takes no waiting, and tells whether it has.
+// +checklocksignore: it does not know the elements of an array.
 func (t *tracker) lockAll(try bool) bool {
 	for i := range t.shards {
 		if !try {
@@ -212,6 +215,7 @@ func (t *tracker) lockAll(try bool) bool {
 	return true
 }
 
+// +checklocksignore: see lockAll.
 func (t *tracker) unlockAll() {
 	for i := range t.shards {
 		t.shards[i].mu.Unlock()

@@ -253,7 +253,7 @@ func (tx *Tx) AttachRoot(spec RootSpec, n *Node) (*Root, error) {
 		if err := usable(n); err != nil {
 			return err
 		}
-		d.prims = append(d.prims, func(in *installer) { in.addRoot(r) })
+		d.prims = append(d.prims, func(in *installer) { in.addRoot(r) }) // +checklocksignore: install calls it
 		return d.attach(e, nil, n, spec.Claim)
 	})
 	if err != nil {
@@ -280,7 +280,7 @@ func (tx *Tx) DetachRoot(r *Root) error {
 			return err
 		}
 		d.detach(r.edge)
-		d.prims = append(d.prims, func(in *installer) { in.removeRoot(r) })
+		d.prims = append(d.prims, func(in *installer) { in.removeRoot(r) }) // +checklocksignore: install calls it
 		return nil
 	})
 }
@@ -481,7 +481,7 @@ func (tx *Tx) Delete(name string) error {
 				return fmt.Errorf("Node %s is in use", name)
 			}
 		}
-		if err := n.blockedLocked(OpDriveDel); err != nil {
+		if err := n.blockedLocked(OpDriveDel); err != nil { // +checklocksignore: do holds tx.g.mu
 			return err
 		}
 		r := d.ref(n)

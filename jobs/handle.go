@@ -40,6 +40,7 @@ func (h *Handle) Checkpoint() error {
 	return j.checkpointLocked()
 }
 
+// +checklocks:j.m.mu
 func (j *Job) checkpointLocked() error {
 	for j.st.ShouldPause() && !j.st.Ended { // else a Preparer calls: nobody could resume it
 		j.yieldNow()
@@ -197,6 +198,7 @@ func (h *Handle) OnErrorIdle(op types.IoOperationType, policy types.BlockdevOnEr
 	return action, nil
 }
 
+// +checklocks:j.m.mu
 func (j *Job) onErrorLocked(op types.IoOperationType, policy types.BlockdevOnError, err error) ErrorAction {
 	action := decide(policy, err)
 	if j.st.Ended && action == types.BlockErrorActionStop {

@@ -111,6 +111,7 @@ func (j *Job) outcomeLocked() error {
 }
 
 // stepLocked feeds the machine and does what it says.
+// +checklocksignore: m.mu is held, which is not seen through other jobs and transactions.
 func (j *Job) stepLocked(in machine.Input) {
 	defer panics.Fatal("the state of a job")
 	var changes []machine.Change
@@ -137,6 +138,7 @@ func (j *Job) stepLocked(in machine.Input) {
 }
 
 // emitBlockLocked sends the BLOCK_JOB_ events, which only block jobs have.
+// +checklocks:j.m.mu
 func (j *Job) emitBlockLocked(e machine.Effect) {
 	if j.block == nil {
 		return
@@ -176,6 +178,7 @@ func (j *Job) updateLocked() {
 
 // cancelLocked asks the job to end. The caller lets the transaction end if the job's work is over.
 // It releases m.mu around the runner's say.
+// +checklocksignore: m.mu is held, which is not seen through other jobs and transactions.
 func (j *Job) cancelLocked(force bool) {
 	if c, ok := j.runner.(Canceler); ok {
 		over := j.st.Status >= machine.Waiting // what is over is not ready any more

@@ -112,6 +112,7 @@ func (t *Txn) giveUpLocked() {
 }
 
 // abortLocked ends all jobs of the transaction as failures; j is the one that failed. The caller has the turn.
+// +checklocksignore: m.mu is held, which is not seen through other jobs and transactions.
 func (t *Txn) abortLocked(j *Job) {
 	t.aborting = true
 	for _, o := range slices.Clone(t.jobs) {
@@ -133,6 +134,7 @@ func (t *Txn) abortLocked(j *Job) {
 }
 
 // prepareLocked releases m.mu around the runner's call.
+// +checklocksignore: m.mu is held, which is not seen through other jobs and transactions.
 func (j *Job) prepareLocked() error {
 	p, ok := j.runner.(Preparer)
 	if !ok {
@@ -145,6 +147,7 @@ func (j *Job) prepareLocked() error {
 
 // finishLocked is a job's last step: its runner commits or aborts and cleans up, the events are
 // sent, the job leaves its transaction. It releases m.mu around the runner's calls.
+// +checklocksignore: m.mu is held, which is not seen through other jobs and transactions.
 func (j *Job) finishLocked() {
 	j.updateLocked()
 	failed := j.st.Failed

@@ -113,7 +113,7 @@ func (h *homes) find(n *graph.Node) (w Workers) {
 		return nil
 	}
 	connected(n, func(x *graph.Node) bool {
-		w = h.group[x]
+		w = h.group[x] // +checklocksignore: called before find returns
 		return w == nil
 	})
 	return w
@@ -156,5 +156,5 @@ func (t *Table) place(x *Export, w Workers) (undo func(), err error) {
 		}
 	}
 	x.setWorkers(t.homes.find(n))
-	return func() { t.assign(n, before) }, nil
+	return func() { t.assign(n, before) }, nil // +checklocksignore: undo is called with the lock held, too
 }

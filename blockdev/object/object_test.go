@@ -147,6 +147,11 @@ func TestGroupWaits(t *testing.T) {
 		defer g.mu.Unlock()
 		return g.waiting.Len()
 	}
+	busy := func() int64 {
+		g.mu.Lock()
+		defer g.mu.Unlock()
+		return g.busy
+	}
 	first, second := make(chan error, 1), make(chan error, 1)
 	go func() { first <- g.Enter(gone) }()
 	for waiters() != 1 {
@@ -168,8 +173,8 @@ func TestGroupWaits(t *testing.T) {
 	}
 	g.Leave()
 	g.Leave()
-	if g.busy != 0 || waiters() != 0 {
-		t.Errorf("%d busy, %d waiting", g.busy, waiters())
+	if x, n := busy(), waiters(); x != 0 || n != 0 {
+		t.Errorf("%d busy, %d waiting", x, n)
 	}
 	if n := testing.AllocsPerRun(100, func() { g.Enter(gone); g.Leave() }); n != 0 {
 		t.Errorf("%v allocations without waiting", n)

@@ -50,7 +50,9 @@ func storm(t *testing.T, c config) (commands int) {
 	t.Cleanup(func() {
 		if t.Failed() {
 			file := filepath.Join(c.keep, fmt.Sprintf("storm-%d.log", c.seed))
+			w.log.mu.Lock()
 			_ = os.WriteFile(file, w.log.text, 0o600)
+			w.log.mu.Unlock()
 			t.Logf("what clients said is in %s", file)
 		}
 	})

@@ -57,6 +57,7 @@ type conn struct {
 	// next header, so that its payload goes where it belongs without a copy.
 	eager bool
 	maps  []*blk.Mapping // spare ones
+	probe probe
 	// inside is the unit of work of the request that is served in line.
 	inside *blk.Req
 
@@ -173,7 +174,7 @@ func (c *conn) leave() {
 func (c *conn) setUp() {
 	c.inBuf, c.batchBuf = blk.GetBuf(inSize, 0), blk.GetBuf(batchSize, 0)
 	c.in, c.batch = c.inBuf.B, c.batchBuf.B[:0]
-	c.sf.init()
+	c.sf.init() // +checklocksignore: nobody else sends yet
 	c.leaseTimer = panics.AfterFunc("the leases of an NBD connection", time.Hour, c.checkLeases)
 	c.leaseTimer.Stop()
 	if !c.unix {

@@ -60,7 +60,7 @@ func (c *conn) kick() {
 		if idle || !c.sendMu.TryLock() {
 			return
 		}
-		c.drainLocked()
+		c.drainLocked() // +checklocksforce: TryLock
 		c.sendMu.Unlock()
 	}
 }
@@ -151,9 +151,6 @@ type sendfile struct {
 	err  error // why it stopped short
 	run  func(fd uintptr) bool
 
-	probe [1]byte // target of resident
-	iov   unix.Iovec
-
 	queued int // bytes in the socket's send queue
 	count  func(fd uintptr)
 }
@@ -187,6 +184,12 @@ func (s *sendfile) init() {
 	}
 }
 
+// probe is what resident reads into.
+type probe struct {
+	to  [1]byte
+	iov unix.Iovec
+}
+
 // streamMin is the length from which reads are sent by sendfile even if that waits for the
 // disk, in bytes: the kernel reads ahead within one, and a copy would cost more than it gains.
 const streamMin = 512 << 10
@@ -194,10 +197,10 @@ const streamMin = 512 << 10
 // resident tells whether sending m will probably not wait for the disk: the first and the last
 // page of each run are in memory, or the file system has no such thing as waiting. Reads that have to
 // wait are better off with workers, which wait for several at a time.
-func (s *sendfile) resident(m *blk.Mapping) bool {
+func (p *probe) resident(m *blk.Mapping) bool {
 	for i := range m.Ranges {
 		h := &m.Ranges[i]
-		if h.FD >= 0 && (!s.inMemory(h.FD, h.Off) || !s.inMemory(h.FD, h.Off+h.N-1)) {
+		if h.FD >= 0 && (!p.inMemory(h.FD, h.Off) || !p.inMemory(h.FD, h.Off+h.N-1)) {
 			return false
 		}
 	}
@@ -205,10 +208,10 @@ func (s *sendfile) resident(m *blk.Mapping) bool {
 }
 
 // inMemory reads one byte if that takes no waiting.
-func (s *sendfile) inMemory(fd int, off int64) bool {
-	s.iov.Base = &s.probe[0]
-	s.iov.SetLen(1)
-	_, _, e := unix.Syscall6(unix.SYS_PREADV2, uintptr(fd), uintptr(unsafe.Pointer(&s.iov)), 1, uintptr(off), 0, unix.RWF_NOWAIT)
+func (p *probe) inMemory(fd int, off int64) bool {
+	p.iov.Base = &p.to[0]
+	p.iov.SetLen(1)
+	_, _, e := unix.Syscall6(unix.SYS_PREADV2, uintptr(fd), uintptr(unsafe.Pointer(&p.iov)), 1, uintptr(off), 0, unix.RWF_NOWAIT)
 	return e != unix.EAGAIN
 }
 
@@ -224,7 +227,7 @@ func (c *conn) readMapped(q *nbdwire.Request) bool {
 	ok := c.mapRange(r, q, m)
 	r.NoWait = false
 	c.leave()
-	ok = ok && (q.Len >= streamMin || c.sf.resident(m))
+	ok = ok && (q.Len >= streamMin || c.probe.resident(m))
 	if !ok {
 		m.Release()
 		c.maps = append(c.maps, m)
@@ -444,8 +447,8 @@ func (c *conn) checkLeases() {
 		c.leaseTimer.Reset(leasePoll) // who sends does not always look
 		return
 	}
+	c.leaseArmed = false // +checklocksforce: TryLock
 	defer c.unlockSend()
-	c.leaseArmed = false
 	if c.failed != nil {
 		return
 	}

@@ -134,7 +134,9 @@ func (l *rules) event(r *blk.Req, e blk.DebugEvent) {
 // +checklocks:l.mu
 func (l *rules) eventLocked(e blk.DebugEvent) (waits []chan struct{}) {
 	next, fresh := l.state, false
-	for _, x := range slices.Backward(slices.Clone(l.all)) {
+	all := slices.Clone(l.all)
+	slices.Reverse(all)
+	for _, x := range all {
 		switch {
 		case x.event != e || x.state != 0 && x.state != l.state:
 		case x.errors:

@@ -85,6 +85,7 @@ func sectorValid(n int64) bool {
 func (d *driver) log() *graph.Edge { return d.Node.Child("log") }
 
 // resume finds the end of a log that is there.
+// +checklocksignore: the driver is being opened, and nobody else knows it.
 func (d *driver) resume(r *blk.Req) error {
 	if d.log().Size() == 0 {
 		return nil

@@ -126,7 +126,7 @@ func TestRates(t *testing.T) {
 			clock := &testClock{}
 			m := NewGroup("g", c.l, clock).Join()
 			if c.once > 1e6 {
-				if _, err := m.enter(&blk.Req{NoWait: true}, c.dir, c.n); err != nil || m.g.waiting != [2]int{} {
+				if _, err := m.enter(&blk.Req{NoWait: true}, c.dir, c.n); err != nil || waiting(m.g) != [2]int{} {
 					t.Error(err)
 				}
 				m.Leave()
@@ -223,6 +223,12 @@ func (c *crowd) one(clock *testClock, d time.Duration) int {
 	return who
 }
 
+func waiting(g *Group) [2]int {
+	g.mu.Lock()
+	defer g.mu.Unlock()
+	return g.waiting
+}
+
 // TestTurns: members go by turns however many requests each has, in the order of each, and so do reads and writes.
 func TestTurns(t *testing.T) {
 	c, clock := newCrowd(t, limit(iopsTotal, rate{avg: 10}))
@@ -271,8 +277,8 @@ func TestLetGo(t *testing.T) {
 	if err := <-c.errs; err != gone {
 		t.Error(err)
 	}
-	if c.g.waiting != [2]int{writing: 2} {
-		t.Errorf("waiting: %v", c.g.waiting)
+	if n := waiting(c.g); n != [2]int{writing: 2} {
+		t.Errorf("waiting: %v", n)
 	}
 	c.send(b, 10, writing, nil)
 	a.Open()
