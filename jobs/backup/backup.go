@@ -29,6 +29,8 @@ import (
 const (
 	workers     = 2
 	mostWorkers = 64
+	// besideGuests is how many bytes are copied in one go while guests write.
+	besideGuests = 128 << 10
 )
 
 // Args says what to back up. Source, Target and Bitmap were looked up by the caller, who has checked that the modes fit together.
@@ -99,6 +101,7 @@ func (j *job) Run(ctx context.Context, h *jobs.Handle) error {
 		t.Chunk = min(t.Chunk, blk.AlignDown(j.MaxChunk, j.driver.Cluster()))
 	}
 	t.Chunk = max(t.Chunk, j.driver.Cluster())
+	t.Piece = blk.AlignUp(besideGuests, j.driver.Cluster())
 	if j.MaxWorkers != nil {
 		t.Workers = int(min(mostWorkers, *j.MaxWorkers))
 	}

@@ -74,6 +74,10 @@ type Task struct {
 	// Guests is set whenever a request of a guest passes; nil: nobody sees them. While there are any, one extent at a time is copied: several workers
 	// take the processors from whoever serves guests.
 	Guests *atomic.Bool
+	// Piece is how many bytes of an extent of data are copied at once while there are guests, who wait
+	// for a processor no longer than that takes; 0: all of it. Where Piece is set, Copy must do nothing
+	// for what is copied already: after a failure the whole extent is handed over again.
+	Piece int64
 	// Look tells what [off, off+n) needs, or at least its beginning, or more. n grows while nothing is to do, so that what is empty is passed over
 	// in a few steps.
 	Look func(r *blk.Req, off, n int64) (Extent, error)
@@ -263,11 +267,7 @@ func (e *engine) hand(u *unit) {
 	e.inFlight++
 	if limit == 1 {
 		e.ownThread()
-		e.do(u)
-		if e.Guests != nil {
-			// Whoever waits for this processor is a guest, mostly, and would wait until the kernel's next tick.
-			_, _, _ = syscall.Syscall(syscall.SYS_SCHED_YIELD, 0, 0, 0)
-		}
+		e.doAlone(u)
 		e.collect(u)
 		return
 	}
@@ -333,6 +333,25 @@ func (e *engine) do(u *unit) {
 		u.n += n
 		return err
 	})
+}
+
+// doAlone copies u with nobody beside the walker but guests.
+func (e *engine) doAlone(u *unit) {
+	if e.Guests == nil {
+		e.do(u)
+		return
+	}
+	piece := u.ext.N
+	if e.Piece > 0 && u.ext.Action == Data {
+		piece = e.Piece
+	}
+	for off := int64(0); off < u.ext.N && u.err == nil; off += piece {
+		part := &unit{off: u.off + off, ext: Extent{N: min(piece, u.ext.N-off), Action: u.ext.Action}}
+		e.do(part)
+		u.n, u.err = u.n+part.n, part.err
+		// Whoever waits for this processor is a guest, mostly, and would wait until the kernel's next tick.
+		_, _, _ = syscall.Syscall(syscall.SYS_SCHED_YIELD, 0, 0, 0)
+	}
 }
 
 func (e *engine) drainDone() {

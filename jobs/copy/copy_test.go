@@ -50,6 +50,7 @@ type bench struct {
 	done   []int         // how often each cell was copied
 	during func(off int64)
 	guests *atomic.Bool
+	piece  int64
 	bug    string // "look" and "copy" panic
 }
 
@@ -138,7 +139,7 @@ func start(t *testing.T, b *bench, policy types.BlockdevOnError) (*jobs.Manager,
 	j, err := m.Create(jobs.Spec{ID: "j", Type: types.JobTypeStream, Block: true, ManualDismiss: true, Speed: b.speed,
 		Runner: runner(func(h *jobs.Handle) error {
 			h.SetRemaining(size)
-			return Run(h, Task{Gate: b, Size: size, Chunk: 3 * b.cell, Workers: 2, Look: b.look, Copy: counted(b.copy), Guests: b.guests,
+			return Run(h, Task{Gate: b, Size: size, Chunk: 3 * b.cell, Workers: 2, Look: b.look, Copy: counted(b.copy), Guests: b.guests, Piece: b.piece,
 				Operation: types.IoOperationTypeRead, Policy: policy})
 		})})
 	if err != nil {
@@ -528,5 +529,38 @@ func TestIgnoredFailuresArePaced(t *testing.T) {
 	}
 	if !slices.Equal(clock.waits, want) {
 		t.Errorf("waited %v, want %v", clock.waits, want)
+	}
+}
+
+// TestPiecesBesideGuests: while there are guests an extent of data is copied piece by piece, and
+// nothing behind a piece that failed.
+func TestPiecesBesideGuests(t *testing.T) {
+	for name, c := range map[string]struct {
+		busy   bool
+		failed int64
+		want   []int64
+	}{
+		"alone":   {false, -1, []int64{0, 30}},
+		"guests":  {true, -1, []int64{0, 10, 20, 30}},
+		"failure": {true, 10, []int64{0, 10}},
+	} {
+		b := newBench(Data, Data, Data, Zero, Zero)
+		b.piece, b.guests = b.cell, new(atomic.Bool)
+		b.guests.Store(c.busy)
+		b.failed[c.failed] = 1
+		var mu sync.Mutex
+		var at []int64
+		b.during = func(off int64) {
+			mu.Lock()
+			defer mu.Unlock()
+			at = append(at, off)
+			b.guests.Store(c.busy)
+		}
+		m, j, _ := start(t, b, types.BlockdevOnErrorReport)
+		_, err := ended(m, j)
+		slices.Sort(at)
+		if failed := c.failed >= 0; (err != nil) != failed || !slices.Equal(at, c.want) {
+			t.Errorf("%s: %v, copied at %v, want %v", name, err, at, c.want)
+		}
 	}
 }
