@@ -21,26 +21,26 @@ type allocator struct {
 	// dataEnd is the end of the clusters that were taken for data.
 	// +checklocks:mu
 	dataEnd int64
-	// fresh are the clusters taken for metadata that the image does not refer to yet, see writeNew.
+	// fresh are clusters that were taken for metadata to which the image does not refer yet.
 	// +checklocks:mu
 	fresh []int64
 	// +checklocks:mu
 	quarantine quarantine
-	// mending is the counter of a repair under way: clusters that it knows are in use whatever their
-	// refcount says, and those that are taken are counted.
+	// mending is the counter of a repair under way, or nil. What it has counted is in use, whatever
+	// the refcounts say.
 	// +checklocks:mu
 	mending *counter
 }
 
-// took tells that [first, first+n) were taken for refcounts.
+// took tells a repair that clusters [first, first+n) were taken for refcounts.
 func (s *allocator) took(first, n int64) {
 	for c := first; s.mending != nil && c < first+n; c++ {
 		s.mending.t.add(c, 1, true)
 	}
 }
 
-// addRef changes the refcount of cluster c by d, which is 1 or -1. The refcount block must
-// exist for +1, see ensureBlock.
+// addRef changes the refcount of cluster c by d, which is 1 or -1. There must be a refcount block, see
+// coverRun.
 func (s *allocator) addRef(r *blk.Req, c int64, d int) error {
 	bits := s.geo.RefblockBits()
 	t, err := s.refblock(r, c>>bits)
@@ -74,12 +74,17 @@ func (s *allocator) addRef(r *blk.Req, c int64, d int) error {
 	return nil
 }
 
-// findFree returns the first run of free clusters at or after from: at least need clusters, at most want; next is from where the next search is to begin. What
-// is free in the file may be passed over if much has to be looked at: the next search goes on there.
+// mostSearched is how many clusters are looked at for a free one, in the file and again behind its
+// end. Tables can count 2^40 clusters and more as used.
+var mostSearched int64 = 1 << 24
+
+// findFree returns the first run of free clusters from from on: at least need clusters, at most want.
+// next is where the next search is to begin. If much has to be looked at, what is free in the file
+// may be passed over: the next search goes on there.
 func (s *allocator) findFree(r *blk.Req, from, need, want int64) (first, n, next int64, err error) {
 	bits := s.geo.RefblockBits()
 	limit := int64(1) << (layout.MaxHostBits - s.cb)
-	end := s.geo.Clusters(max(s.file.Size(), s.fileEnd))
+	end := s.geo.Clusters(s.end())
 	first = from
 	skipped := int64(-1) // from here to the end of the file
 search:
@@ -118,8 +123,8 @@ search:
 	return first, n, first + n, nil
 }
 
-// allocate takes a run of at least need and at most want free clusters and gives each
-// refcount 1. It returns the first cluster; what names it if that is impossible.
+// allocate takes a run of at least need and at most want free clusters and gives each refcount 1. It
+// returns the first cluster; what is for the error.
 func (s *allocator) allocate(r *blk.Req, need, want int64, what string) (first, n int64, err error) {
 	if err := s.setDirtyBit(r); err != nil {
 		return 0, 0, err
@@ -164,14 +169,8 @@ func (s *allocator) allocateAt(r *blk.Req, first, n int64) error {
 	if err := s.setDirtyBit(r); err != nil {
 		return err
 	}
-	for {
-		again, err := s.coverRun(r, first, n)
-		if err != nil {
-			return err
-		}
-		if !again {
-			break
-		}
+	if err := s.cover(r, first, n); err != nil {
+		return err
 	}
 	for i := range n {
 		if v, err := s.refcount(r, first+i); err != nil || v != 0 {
@@ -186,8 +185,17 @@ func (s *allocator) allocateAt(r *blk.Req, first, n int64) error {
 	return nil
 }
 
-// coverRun makes refcount blocks for clusters [first, first+n); again tells that one was
-// made, which may have taken clusters of the run.
+// cover makes all refcount blocks for clusters [first, first+n).
+func (s *allocator) cover(r *blk.Req, first, n int64) error {
+	for {
+		if again, err := s.coverRun(r, first, n); err != nil || !again {
+			return err
+		}
+	}
+}
+
+// coverRun makes a refcount block for clusters [first, first+n) if one is missing; again tells that
+// it did, which may have taken clusters of the run.
 func (s *allocator) coverRun(r *blk.Req, first, n int64) (again bool, err error) {
 	bits := s.geo.RefblockBits()
 	last := (first + n - 1) >> bits
@@ -202,8 +210,8 @@ func (s *allocator) coverRun(r *blk.Req, first, n int64) (again bool, err error)
 	return false, nil
 }
 
-// newBlock makes refcount block b, or one that it needs for its own cluster; the caller tries
-// again until all are there.
+// newBlock makes refcount block b, or one that it needs for its own cluster. The caller tries again
+// until all are there.
 func (s *allocator) newBlock(r *blk.Req, b int64) error {
 	s.step(r, blk.EvRefblockAlloc)
 	bits := s.geo.RefblockBits()
@@ -233,7 +241,7 @@ func (s *allocator) newBlock(r *blk.Req, b int64) error {
 	if cb == b {
 		s.geo.SetRefcount(t.data, c&(1<<bits-1), 1)
 	}
-	// At once, so that there is space for it or it is not made: no flush would succeed any more if it could not be written later.
+	// At once: if there were no space for it later, no flush would succeed any more.
 	if err := s.writeMeta(r, t.data, t.off, 0); err != nil {
 		return err
 	}
@@ -253,16 +261,13 @@ func (s *allocator) newBlock(r *blk.Req, b int64) error {
 	return nil
 }
 
-// growReftable makes the refcount table large enough for block need. The area behind what
-// the old table covers takes the new table and the refcount blocks that count the area.
-func (s *allocator) growReftable(r *blk.Req, need int64) error {
-	s.step(r, blk.EvReftableGrow)
+// newReftArea tells how large a refcount table with block need is, in clusters, and how many refcount
+// blocks it takes to count the area that both of them lie in: it begins behind what the table covers
+// now.
+func (s *allocator) newReftArea(need int64) (blocks, clusters int64, err error) {
 	bits := s.geo.RefblockBits()
-	first := s.reftSize // block of the area's first cluster, which is at the block's beginning
-	start := first << bits
-	var blocks, clusters int64
 	for {
-		entries := max(need+1, s.reftSize*3/2, first+blocks)
+		entries := max(need+1, s.reftSize*3/2, s.reftSize+blocks)
 		c := (entries*8 + s.cs - 1) >> s.cb
 		n := (c + blocks + 1<<bits - 1) >> bits
 		if c == clusters && n == blocks {
@@ -270,29 +275,42 @@ func (s *allocator) growReftable(r *blk.Req, need int64) error {
 		}
 		clusters, blocks = c, n
 	}
-	if clusters<<s.cb > layout.MaxReftableBytes || (start+blocks+clusters)<<s.cb >= 1<<layout.MaxHostBits {
-		return errTooBig
+	end := (s.reftSize<<bits + blocks + clusters) << s.cb
+	if clusters<<s.cb > layout.MaxReftableBytes || end >= 1<<layout.MaxHostBits {
+		return 0, 0, errTooBig
 	}
-	tabOff := (start + blocks) << s.cb
+	return blocks, clusters, nil
+}
+
+// growReftable makes the refcount table large enough for block need. The area behind what the old
+// table covers takes the refcount blocks that count the area, and then the new table.
+func (s *allocator) growReftable(r *blk.Req, need int64) error {
+	s.step(r, blk.EvReftableGrow)
+	blocks, clusters, err := s.newReftArea(need)
+	if err != nil {
+		return err
+	}
+	bits := s.geo.RefblockBits()
+	first := s.reftSize // block of the area's first cluster, which is at the block's beginning
+	start := first << bits
 	// What the old table does not cover is not counted, whatever lies there.
-	if v := s.survey; v != nil && start < v.found {
-		for s.survey != nil && !v.endless {
-			if err := s.vet(r); err != nil {
-				return err
-			}
+	for v := s.survey; v != nil && start < v.found && s.surveying(); {
+		if err := s.vet(r); err != nil {
+			return err
 		}
 	}
 	for c := start; c < start+blocks+clusters; c++ {
 		if s.taken(c) {
-			return s.corrupt(r, true, c<<s.cb, s.cs, "Preventing invalid allocation of refcount table at offset "+hex(uint64(c<<s.cb)))
+			at := c << s.cb
+			return s.corrupt(r, true, at, s.cs, "Preventing invalid allocation of refcount table at offset "+hex(uint64(at)))
 		}
 	}
 	if err := s.checkOverlap(r, start<<s.cb, (blocks+clusters)<<s.cb, 0); err != nil {
 		return err
 	}
-	oldReft, oldSize, oldOff := s.reft, s.reftSize, s.reftOffset()
+	oldSize, oldOff := s.reftSize, s.reftOffset()
 	reft := make([]uint64, first+blocks, first+blocks+64)
-	copy(reft, oldReft)
+	copy(reft, s.reft)
 	undo := func() {
 		for i := range blocks {
 			s.rb.dropRange((start+i)<<s.cb, s.cs)
@@ -313,7 +331,7 @@ func (s *allocator) growReftable(r *blk.Req, need int64) error {
 		s.rb.markDirty(t)
 		reft[first+i] = uint64(t.off)
 	}
-	if err := s.switchReftable(r, reft, tabOff, clusters); err != nil {
+	if err := s.switchReftable(r, reft, (start+blocks)<<s.cb, clusters); err != nil {
 		undo()
 		return err
 	}
@@ -323,7 +341,6 @@ func (s *allocator) growReftable(r *blk.Req, need int64) error {
 	s.reft, s.reftSize = reft, clusters<<s.cb/8
 	clear(s.reftDirty)
 	s.took(start, blocks+clusters)
-	// The old table has gone from the disk already.
 	s.quarantine.retire(oldOff, oldSize*8)
 	return nil
 }
@@ -349,7 +366,8 @@ func (s *allocator) switchReftable(r *blk.Req, reft []uint64, off, clusters int6
 	field := func(off uint64, clusters uint32) []byte {
 		return be.AppendUint32(be.AppendUint64(nil, off), clusters)
 	}
-	if err := s.swap(r, field(uint64(off), uint32(clusters)), field(s.hdr.RefcountTableOffset, s.hdr.RefcountTableClusters), layout.OffReftable); err != nil {
+	was := field(s.hdr.RefcountTableOffset, s.hdr.RefcountTableClusters)
+	if err := s.swap(r, field(uint64(off), uint32(clusters)), was, layout.OffReftable); err != nil {
 		return err
 	}
 	s.hdr.RefcountTableOffset, s.hdr.RefcountTableClusters = uint64(off), uint32(clusters)
@@ -381,8 +399,8 @@ func (s *allocator) freeAgain(c int64) {
 	}
 }
 
-// allocBytes takes n bytes, fewer than a cluster, behind the compressed data written last if
-// they fit there. mu is held.
+// allocBytes takes n bytes, fewer than a cluster: behind the compressed data written last if they
+// fit there.
 func (s *allocator) allocBytes(r *blk.Req, n int64) (int64, error) {
 	s.step(r, blk.EvClusterAllocBytes)
 	off := s.freeByte
@@ -429,7 +447,7 @@ func (s *allocator) allocBytes(r *blk.Req, n int64) (int64, error) {
 // allocateEnd takes up to k clusters behind everything that was ever written.
 func (s *allocator) allocateEnd(r *blk.Req, k int64) (host, n int64, err error) {
 	for {
-		first := s.geo.Clusters(max(s.fileEnd, s.file.Size()))
+		first := s.geo.Clusters(s.end())
 		first, n, _, err = s.findFree(r, first, 1, k)
 		if err != nil {
 			return 0, 0, err
@@ -464,6 +482,10 @@ func (s *allocator) extendFile(r *blk.Req, end int64, m blk.Prealloc) error {
 	return nil
 }
 
+// padding is to what length what is written to new clusters is filled up: a page, so that it is not
+// written piecemeal, and not the cluster. What lies behind it in its last cluster means nothing.
+const padding = 4 << 10
+
 // writeNew writes b to new clusters and returns where.
 func (s *allocator) writeNew(r *blk.Req, b []byte, what string) (int64, error) {
 	n := blk.AlignUp(int64(len(b)), s.cs) >> s.cb
@@ -481,7 +503,7 @@ func (s *allocator) writeNew(r *blk.Req, b []byte, what string) (int64, error) {
 	return first << s.cb, s.writeMeta(r, b, first<<s.cb, 0)
 }
 
-// giveBack frees what was taken for bitmaps that are not in the image after all.
+// giveBack frees what was written to new clusters for nothing: the image does not refer to it.
 func (s *allocator) giveBack(r *blk.Req) {
 	for _, c := range s.fresh {
 		s.unref(r, freed{off: c << s.cb, n: s.cs})

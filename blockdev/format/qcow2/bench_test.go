@@ -126,8 +126,9 @@ func (f *flushes) Flush(r *blk.Req) error {
 	return f.file.Flush(r)
 }
 
-// TestNoNeedlessFlush: with a cache for the slices of the whole disk nothing has to go, so allocating all over it
-// flushes nothing, though every slice is changed. (It once did after every few writes.)
+// TestNoNeedlessFlush: with a cache for the slices of the whole disk nothing has to go, so
+// allocating all over it flushes nothing, though every slice is changed. (It once did after every
+// few writes.)
 func TestNoNeedlessFlush(t *testing.T) {
 	const size = 2 << 30 // four slices
 	s := mustOpen(t, mem{mustCreate(t, CreateOptions{Size: size})}, config{})

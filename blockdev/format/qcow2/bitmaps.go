@@ -1,7 +1,6 @@
 package qcow2
 
 import (
-	"cmp"
 	"errors"
 	"fmt"
 	"slices"
@@ -12,33 +11,35 @@ import (
 	"qblockd/schema/types"
 )
 
-// Persistent bitmaps. While an image is open for writing, its bitmaps are in memory, as the node's dirty bitmaps, and the image says so of each (in use): a
-// program that finds that knows that they have missed writes. Those that are live are marked meanwhile, and hold for us (marks.go). All are stored when the
+// Persistent bitmaps. While an image is open for writing, its bitmaps are in memory, as dirty bitmaps
+// of the node, and the image says so of each (in use): a program that finds that knows that they have
+// missed writes. For us those that are live hold all the same (marks.go). All are stored when the
 // image is closed or becomes read-only. A new directory always goes this way:
 //
-//	data and tables -> directory -> refcounts -> | header -> | old data, tables and directory are freed
+//	data and tables -> directory -> refcounts -> | header -> | old data, tables, directory are freed
 //
-// Before the header refers to the new directory, the old one with its flags is what others find.
+// Until the header refers to the new directory, others find the old one with its flags.
 
-// maxBitmapBytes is the most that one bitmap takes in the image. maxOnes is what bitmaps that are said to be all ones may take in memory, maxDirectories what
-// all of an image take with nothing in them.
 const (
+	maxBitmapCount = 65535
+	// maxBitmapBytes is what one bitmap may take in the image.
 	maxBitmapBytes = 512 << 20
+	// maxOnes is what bitmaps that are said to be all ones may take in memory, and maxDirectories
+	// what all of an image may take with nothing in them.
 	maxOnes        = 64 << 20
 	maxDirectories = 32 << 20
-	maxBitmapCount = 65535
 )
 
 // stored is a bitmap as the image has it.
 type stored struct {
 	layout.BitmapEntry
-	table  []uint64 // of a live one; those of others are where the file has them
+	table  []uint64 // of a live one; those of others are in the file only
 	live   bool     // it has all its clusters, and marks are written to them
 	born   bool     // it was added while the image was open
-	broken bool     // what its entry says makes no sense: what is there is not ours to free
+	broken bool     // its entry makes no sense: what it refers to is not ours to free
 }
 
-// persisted is a bitmap of the node that is to be in the image.
+// persisted is a persistent bitmap as the node has it.
 type persisted struct {
 	name         string
 	bits         *bitmap.Bitmap
@@ -54,135 +55,12 @@ type bitmapKeeper interface {
 	readOnly(ro bool)
 	// persisted are those to be stored, newest first.
 	persisted() []persisted
-	// find is one of them, or nil.
+	// find returns one of them, or nil.
 	find(name string) *persisted
 	// names calls f for the name of each of them.
 	names(f func(name string))
 	// records tells whether writes are recorded in a bitmap.
 	records(name string) bool
-}
-
-// loadBitmaps reads the persistent bitmaps. A broken directory is reported and counts as none: the guest's data does not depend on it. A broken bitmap counts as
-// one that has missed writes. What the bitmaps take in memory is bounded by what the file has of them: nothing of it counts twice.
-func (s *image) loadBitmaps(r *blk.Req) error {
-	b := s.ext.Bitmaps
-	if b == nil {
-		return nil
-	}
-	if size := uint64(s.file.Size()); b.DirectoryOffset > size || b.DirectorySize > size-b.DirectoryOffset {
-		s.warnf("Persistent bitmaps are ignored: their directory lies beyond the end of the file")
-		s.badBitmaps = true
-		return nil
-	}
-	list, err := s.readDirectory(r, int64(b.DirectoryOffset), int64(b.DirectorySize), b.NbBitmaps)
-	var broken *brokenError
-	if errors.As(err, &broken) {
-		s.warnf("Persistent bitmaps are ignored: %v", broken.error)
-		s.badBitmaps = true
-		return nil
-	}
-	if err != nil {
-		return wrap("Could not read bitmap directory", err)
-	}
-	l := bitmapLoader{s: s, r: r, ones: maxOnes, room: maxDirectories, none: map[int64]*bitmap.Bitmap{}, data: map[int64]struct{}{}, marks: map[uint64]struct{}{}}
-	for _, at := range s.ext.Marks {
-		l.marks[at] = struct{}{}
-	}
-	l.findOverlaps(list)
-	all := make([]persisted, 0, len(list))
-	for _, m := range list {
-		p, err := l.load(m)
-		if err != nil {
-			return err
-		}
-		all = append(all, p)
-	}
-	s.stored = list
-	if s.keeper == nil {
-		return nil
-	}
-	return s.keeper.loaded(all, s.readOnly)
-}
-
-// bitmapLoader loads the bitmaps of an image.
-type bitmapLoader struct {
-	s      *image
-	r      *blk.Req
-	ones   int64                    // what bitmaps that are said to be all ones may still take
-	room   int64                    // what bitmaps may still take with nothing in them
-	none   map[int64]*bitmap.Bitmap // by granularity: what inconsistent bitmaps show, of which nobody reads more
-	marks  map[uint64]struct{}      // tables of bitmaps that hold although they are in use
-	tables []*stored                // those that make sense, by their places; no two share a byte
-	data   map[int64]struct{}       // clusters of data that were loaded
-}
-
-// findOverlaps marks the bitmaps whose entry makes no sense, or whose table lies over that of another or over other metadata, as broken.
-func (l *bitmapLoader) findOverlaps(list []*stored) {
-	s := l.s
-	for _, m := range list {
-		off, n := int64(m.TableOffset), m.TableBytes()
-		m.broken = !m.Fits(s.cs) || off+n > s.file.Size() || s.overlaps(off, n, olAll) != 0
-		if !m.broken {
-			l.tables = append(l.tables, m)
-		}
-	}
-	slices.SortStableFunc(l.tables, func(a, b *stored) int { return cmp.Compare(a.TableOffset, b.TableOffset) })
-	end := int64(0)
-	for i, m := range l.tables {
-		if int64(m.TableOffset) < end {
-			m.broken = true
-			if i > 0 && !l.tables[i-1].broken {
-				l.tables[i-1].broken = true
-			}
-		}
-		end = max(end, s.geo.RoundUp(int64(m.TableOffset)+m.TableBytes()))
-	}
-	l.tables = slices.DeleteFunc(l.tables, func(m *stored) bool { return m.broken })
-}
-
-// taken tells whether a cluster of data lies where something else does, and takes it.
-func (l *bitmapLoader) taken(off int64) bool {
-	s := l.s
-	if _, ok := l.data[off>>s.cb]; ok || off >= s.file.Size() || s.overlaps(off, s.cs, olAll) != 0 {
-		return true
-	}
-	i, found := slices.BinarySearchFunc(l.tables, off, func(m *stored, off int64) int { return cmp.Compare(int64(m.TableOffset), off) })
-	if found || i > 0 && int64(l.tables[i-1].TableOffset)+l.tables[i-1].TableBytes() > off {
-		return true
-	}
-	l.data[off>>s.cb] = struct{}{}
-	return false
-}
-
-// load reads a bitmap; one that is broken is inconsistent.
-func (l *bitmapLoader) load(m *stored) (persisted, error) {
-	s := l.s
-	_, marked := l.marks[m.TableOffset]
-	holds := m.Flags&layout.BitmapInUse == 0 || marked
-	p := persisted{name: m.Name, enabled: m.Flags&layout.BitmapAuto != 0, inconsistent: !holds}
-	fits := !m.broken && s.bitmapBytes(m.Granularity) <= maxBitmapBytes && int64(m.TableSize) == s.bitmapClusters(m.Granularity)
-	if !fits && holds {
-		s.warnf("Bitmap '%s' does not fit the image; it counts as inconsistent", m.Name)
-		p.inconsistent = true
-	}
-	if !p.inconsistent {
-		bits, err := l.read(m)
-		if err != nil {
-			return p, wrap(fmt.Sprintf("Could not read bitmap '%s'", m.Name), err)
-		}
-		if p.bits = bits; bits == nil {
-			s.warnf("Bitmap '%s' cannot be used; it counts as inconsistent", m.Name)
-			p.inconsistent = true
-		}
-	}
-	if p.inconsistent {
-		if l.none[m.Granularity] == nil {
-			l.none[m.Granularity] = bitmap.New(s.bitmapSize(), m.Granularity)
-		}
-		p.bits = l.none[m.Granularity]
-		m.Flags |= layout.BitmapInUse
-	}
-	return p, nil
 }
 
 // bitmapSize is the size that bitmaps cover.
@@ -195,7 +73,8 @@ func (s *image) bitmapBytes(granularity int64) int64 {
 
 func bitmapBytes(size, granularity int64) int64 { return ((size+granularity-1)/granularity + 7) / 8 }
 
-// bitmapsFit tells whether a disk of size bytes leaves its bitmaps such that they can be stored. Others open no image with one that is too long.
+// bitmapsFit fails if bitmaps would be too long to be stored with a disk of size bytes: others open no
+// image that has such a one.
 func (s *image) bitmapsFit(size int64) error {
 	if s.keeper == nil {
 		return nil
@@ -210,49 +89,9 @@ func (s *image) bitmapsFit(size int64) error {
 
 var errBitmapTooLong = errors.New("Too much space will be occupied by the bitmap. Use larger granularity")
 
-// bitmapClusters is the number of entries in the table of a bitmap: at least one, which others require.
+// bitmapClusters is the number of entries in the table of a bitmap: one at least, as others require.
 func (s *image) bitmapClusters(granularity int64) int64 {
 	return max(blk.AlignUp(s.bitmapBytes(granularity), s.cs)/s.cs, 1)
-}
-
-// read reads the data of a bitmap; nil if they make no sense.
-func (l *bitmapLoader) read(m *stored) (*bitmap.Bitmap, error) {
-	s := l.s
-	table, err := s.readTable(l.r, int64(m.TableOffset), int64(m.TableSize))
-	if err != nil {
-		return nil, err
-	}
-	b := bitmap.New(s.bitmapSize(), m.Granularity)
-	if l.room -= b.Memory(); l.room < 0 {
-		return nil, nil
-	}
-	buf := blk.GetBuf(int(s.cs), 0)
-	defer blk.PutBuf(buf)
-	for i, e := range table.all() {
-		first := i * s.cs * 8
-		off := int64(e & layout.OffsetMask)
-		switch {
-		case e&^(layout.OffsetMask|1) != 0 || off != 0 && e&1 != 0 || off&(s.cs-1) != 0:
-			return nil, nil
-		case off == 0:
-			n := min(s.cs*8, b.Granules()-first)
-			if l.ones -= n / 8; l.ones < 0 {
-				return nil, nil
-			}
-			b.Set(first*m.Granularity, n*m.Granularity)
-		case l.taken(off):
-			return nil, nil
-		default:
-			if err := ended(l.r); err != nil {
-				return nil, err
-			}
-			if err := s.readFile(l.r, blk.Buf(buf.B), off); err != nil {
-				return nil, err
-			}
-			b.LoadBytes(first, buf.B)
-		}
-	}
-	return b, nil
 }
 
 // publishBitmaps makes the stored bitmaps known to queries.
@@ -260,7 +99,7 @@ func (s *image) publishBitmaps() {
 	var l []*types.Qcow2BitmapInfo
 	for _, m := range s.stored {
 		if m.born {
-			continue // the reference stores it at the end
+			continue // QEMU stores it at the end
 		}
 		x := &types.Qcow2BitmapInfo{Name: m.Name, Granularity: uint32(m.Granularity), Flags: []types.Qcow2BitmapInfoFlags{}}
 		if m.Flags&layout.BitmapInUse != 0 {
@@ -275,8 +114,8 @@ func (s *image) publishBitmaps() {
 	s.tellChanged()
 }
 
-// claimBitmaps says in the image that its bitmaps are in use, before anything else is written to it, and makes those live that can be. marking and mu are
-// held.
+// claimBitmaps says in the image that its bitmaps are in use, before anything else is written to it,
+// and makes those live that can be.
 func (s *image) claimBitmaps(r *blk.Req) error {
 	if s.keeper == nil {
 		return s.claimInPlace(r)
@@ -293,7 +132,8 @@ func (s *image) claimBitmaps(r *blk.Req) error {
 	return s.claimInPlace(r)
 }
 
-// claimInPlace changes the flags where they are, unless something else may lie there: it takes no space. Whichever of them are written when power fails, nothing else was written before.
+// claimInPlace changes the flags where they are, unless something else may lie there, so that it takes
+// no space. If power fails half-way, nothing else was written before.
 func (s *image) claimInPlace(r *blk.Req) error {
 	if err := s.distrust(r); err != nil {
 		return err
@@ -311,8 +151,8 @@ func (s *image) claimInPlace(r *blk.Req) error {
 	return err
 }
 
-// storeBitmaps writes the bitmaps of the node into the image. The caller flushes afterwards. After an error the image says what it said before. marking and mu
-// are held.
+// storeBitmaps writes the bitmaps of the node into the image. The caller flushes afterwards. After an
+// error the image says what it said before.
 func (s *image) storeBitmaps(r *blk.Req) error {
 	if s.keeper == nil {
 		return nil
@@ -351,7 +191,7 @@ func (s *image) storeBitmaps(r *blk.Req) error {
 		case p == nil:
 			old = append(old, m)
 		case m.born:
-			bornAs[m.Name] = m // as in the reference they come last, the newest first
+			bornAs[m.Name] = m // as in QEMU they come last, the newest first
 		default:
 			add(*p, m)
 		}
@@ -372,7 +212,8 @@ func (s *image) storeBitmaps(r *blk.Req) error {
 	return err
 }
 
-// tellLost reports the persistent bitmaps of an image that ends read-only which the image does not have: they were added meanwhile. mu is held.
+// tellLost reports persistent bitmaps that were added while the image was read-only, which it ends:
+// they are nowhere in it.
 func (s *image) tellLost() {
 	if s.keeper == nil {
 		return
@@ -410,7 +251,7 @@ func (s *image) writeBitmap(r *blk.Req, p persisted) (*stored, error) {
 	m.TableSize = uint32(s.bitmapClusters(m.Granularity))
 	var table entries
 	buf := make([]byte, 0, s.cs)
-	per := s.cs * 8 * m.Granularity // bytes of the disk that a cluster of data is about
+	per := s.cs * 8 * m.Granularity // bytes of the disk that a cluster of bits stands for
 	for lo := int64(0); lo < p.bits.Size(); {
 		at, _, dirty := p.bits.NextDirty(lo, p.bits.Size())
 		if !dirty {
@@ -441,11 +282,7 @@ func (s *image) writeTable(r *blk.Req, m *stored, at func(i int64) uint64) error
 	return err
 }
 
-// padding is to what length what is written to new clusters is filled up: a page, so that it is not written piecemeal, and not the cluster. What lies behind
-// it in its last cluster means nothing, and may be anything.
-const padding = 4 << 10
-
-// freeBitmap gives back what a bitmap takes to which the image does not refer any more.
+// freeBitmap frees what a bitmap takes to which the image does not refer any more.
 func (s *image) freeBitmap(r *blk.Req, m *stored) {
 	if m.broken {
 		return
@@ -509,7 +346,7 @@ func (s *image) removeBitmap(r *blk.Req, name string) error {
 	return s.switchDirectory(r, slices.Delete(slices.Clone(s.stored), i, i+1), []*stored{gone})
 }
 
-// countBitmaps counts directory, tables and data of persistent bitmaps. Broken ones have nothing that would ever be touched.
+// countBitmaps counts directory, tables and data of bitmaps. Nothing of broken ones is ever touched.
 func (s *image) countBitmaps(c *counter) error {
 	b := s.ext.Bitmaps
 	if b == nil {

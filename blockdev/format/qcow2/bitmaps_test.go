@@ -18,7 +18,8 @@ import (
 	"qblockd/schema/types"
 )
 
-// TestQemuBitmapList shows the bitmaps that qemu-img made; those of an image that is written to are in use.
+// TestQemuBitmapList shows the bitmaps that qemu-img made; those of an image that is written to are
+// in use.
 func TestQemuBitmapList(t *testing.T) {
 	tool(t, "qemu-img")
 	name := filepath.Join(t.TempDir(), "a.qcow2")
@@ -100,8 +101,9 @@ func find(l []persisted, name string) *persisted {
 	return nil
 }
 
-// TestBitmapsAcrossCrashes lets power fail after each write of a time in which an image is opened, written to and closed: a bitmap that is
-// trusted afterwards has not missed a write that is in the image.
+// TestBitmapsAcrossCrashes lets power fail after each write of a time in which an image is opened,
+// written to and closed: a bitmap that is trusted afterwards has not missed a write that is in the
+// image.
 func TestBitmapsAcrossCrashes(t *testing.T) {
 	const at = 100 << 10
 	img := mustCreate(t, CreateOptions{Size: 1 << 20, ClusterSize: ptr(uint64(4096))})
@@ -156,7 +158,8 @@ func TestBitmapsAcrossCrashes(t *testing.T) {
 	mustClose(t, s)
 }
 
-// TestBitmapsWithFaults fails the i-th I/O of a time like that: what is in the image then is not short and trusted either.
+// TestBitmapsWithFaults fails the i-th I/O of a time like that: what is in the image then is not
+// short and trusted either.
 func TestBitmapsWithFaults(t *testing.T) {
 	for i := 0; ; i++ {
 		img := mustCreate(t, CreateOptions{Size: 1 << 20, ClusterSize: ptr(uint64(4096))})
@@ -195,7 +198,8 @@ func TestBitmapsWithFaults(t *testing.T) {
 	}
 }
 
-// TestBitmapsLostReadOnly adds a persistent bitmap to an image that ends read-only: the log says that it is lost, and says nothing of one that the image has.
+// TestBitmapsLostReadOnly adds a persistent bitmap to an image that ends read-only: the log says
+// that it is lost, and says nothing of one that the image has.
 func TestBitmapsLostReadOnly(t *testing.T) {
 	img := mustCreate(t, CreateOptions{Size: 1 << 20})
 	k := &memKeeper{}
@@ -249,8 +253,8 @@ func TestQemuReadsBitmaps(t *testing.T) {
 	}
 }
 
-// TestBitmapTooLongAfterResize: a disk does not become larger than its bitmaps can be stored for. The image would have one that is inconsistent, and
-// others would not open it.
+// TestBitmapTooLongAfterResize: a disk does not become larger than its bitmaps can be stored for.
+// The image would have one that is inconsistent, and others would not open it.
 func TestBitmapTooLongAfterResize(t *testing.T) {
 	f := mustCreate(t, CreateOptions{Size: 1 << 30, ClusterSize: ptr(uint64(2 << 20))})
 	k := &memKeeper{}
@@ -271,7 +275,8 @@ func TestBitmapTooLongAfterResize(t *testing.T) {
 	mustClose(t, s)
 }
 
-// TestSharedBitmapDirectory: a directory is not written to where it is, to say that its bitmaps are in use, if guest data may lie in the same cluster.
+// TestSharedBitmapDirectory: a directory is not written to where it is, to say that its bitmaps are
+// in use, if guest data may lie in the same cluster.
 func TestSharedBitmapDirectory(t *testing.T) {
 	for _, c := range []struct {
 		name  string
@@ -342,7 +347,8 @@ func (w *written) WriteAt(r *blk.Req, v blk.Vec, off int64, f blk.Flags) error {
 	return w.mem.WriteAt(r, v, off, f)
 }
 
-// TestManyLongNames: bitmaps that are added one after the other, and taken back in the opposite order, do not write the names of all others each time.
+// TestManyLongNames: bitmaps that are added one after the other, and taken back in the opposite
+// order, do not write the names of all others each time.
 func TestManyLongNames(t *testing.T) {
 	const n = 600
 	f := &written{mem: mem{mustCreate(t, CreateOptions{Size: 1 << 20})}}
@@ -355,7 +361,8 @@ func TestManyLongNames(t *testing.T) {
 			t.Fatal(err)
 		}
 	}
-	// Each has a page of table, a change of the header, and its entry; its data are no bytes yet. The directory moves once in 60.
+	// Each has a page of table, a change of the header, and its entry; its data are no bytes yet.
+	// The directory moves once in 60.
 	if most := int64(n)*(64<<10+8<<10) + n/60*(n*1100/2)*2; f.n > most {
 		t.Errorf("%d bitmaps took %d KiB of writes, of %d", n, f.n>>10, most>>10)
 	}
@@ -392,8 +399,10 @@ func TestManyLongNames(t *testing.T) {
 	mustClose(t, v)
 }
 
-// TestBitmapsWhereReadOnlyFails fails the i-th I/O of a change to read-only, and then all of them: the node stays writable then, and its bitmaps are not trusted, should the program be
-// killed after the next write, unless they have that write. Where that cannot be said in the image, there is no next write. The same holds of one that was read-only before.
+// TestBitmapsWhereReadOnlyFails fails the i-th I/O of a change to read-only, and then all of them:
+// the node stays writable then, and its bitmaps are not trusted, should the program be killed after
+// the next write, unless they have that write. Where that cannot be said in the image, there is no
+// next write. The same holds of one that was read-only before.
 func TestBitmapsWhereReadOnlyFails(t *testing.T) {
 	for _, before := range []bool{false, true} {
 		readOnlyFails(t, 1, before)

@@ -170,7 +170,8 @@ func TestBitmapDataInOnePlace(t *testing.T) {
 	c.f.Poke(data, []byte{0x55})
 	e := layout.NewBitmap("", 512, layout.BitmapAuto)
 	e.TableSize = uint32(perBitmap)
-	// The first has each cluster once, the second one cluster at all places, the third that of the first.
+	// The first has each cluster once, the second one cluster at all places, the third that of the
+	// first.
 	c.directory(3, e, func(i int, e *layout.BitmapEntry) {
 		at := c.place(perBitmap * 8)
 		e.TableOffset = uint64(at)
@@ -197,7 +198,8 @@ func TestBitmapDataInOnePlace(t *testing.T) {
 	mustClose(t, s)
 }
 
-// TestOddBitmaps: what we do not know of a bitmap, or what lies over other metadata, is left as it is, and the bitmap cannot be used.
+// TestOddBitmaps: what we do not know of a bitmap, or what lies over other metadata, is left as it
+// is, and the bitmap cannot be used.
 func TestOddBitmaps(t *testing.T) {
 	for name, odd := range map[string]func(c *crafted, entry int64){
 		"type":              func(c *crafted, at int64) { c.f.Poke(at+16, []byte{2}) },
@@ -230,7 +232,8 @@ func TestOddBitmaps(t *testing.T) {
 				t.Fatalf("%+v", k.list)
 			}
 			mustClose(t, s)
-			// Opened for writing and closed it is still there, in use; removing it touches nothing of what it named.
+			// Opened for writing and closed it is still there, in use; removing it touches nothing
+			// of what it named.
 			k = &memKeeper{}
 			s = mustOpen(t, mem{c.f}, config{keeper: k})
 			mustClose(t, s)
@@ -315,7 +318,8 @@ func TestOpeningEnds(t *testing.T) {
 	}
 }
 
-// TestRequestsUnderWay: requests that need memory for clusters of 2 MiB wait while others have what there is, with no lock held, and give back what they take.
+// TestRequestsUnderWay: requests that need memory for clusters of 2 MiB wait while others have what
+// there is, with no lock held, and give back what they take.
 func TestRequestsUnderWay(t *testing.T) {
 	const cs = 2 << 20
 	gone := errors.New("the client is gone")
@@ -396,8 +400,9 @@ func TestRanges(t *testing.T) {
 	}
 }
 
-// TestManySnapshots: as many as there may be, with tables that lie over each other and names that fill the table. Opening the image, also with all checks, costs what
-// is in the file, and a write does not look at each of them.
+// TestManySnapshots: as many as there may be, with tables that lie over each other and names that
+// fill the table. Opening the image, also with all checks, costs what is in the file, and a write
+// does not look at each of them.
 func TestManySnapshots(t *testing.T) {
 	const n = 65536
 	c := craft(t, 16, 1<<30)
@@ -437,7 +442,8 @@ func TestManySnapshots(t *testing.T) {
 	mustClose(t, s)
 }
 
-// TestTallyOfScatteredBitmaps: what counting references takes stays below its bound also where bitmaps are said to be scattered over all the space there is.
+// TestTallyOfScatteredBitmaps: what counting references takes stays below its bound also where
+// bitmaps are said to be scattered over all the space there is.
 func TestTallyOfScatteredBitmaps(t *testing.T) {
 	const cs, table, n, most = 512, 1 << 20, 1 << 16, 1 << 20
 	img := mustCreate(t, CreateOptions{Size: 1 << 20, ClusterSize: ptr(uint64(cs))})
@@ -456,7 +462,8 @@ func TestTallyOfScatteredBitmaps(t *testing.T) {
 	}
 }
 
-// TestTallyOfSmallClusters: what L2 tables take beside the counts does not make fewer clusters be looked at, of which each table has but 64.
+// TestTallyOfSmallClusters: what L2 tables take beside the counts does not make fewer clusters be
+// looked at, of which each table has but 64.
 func TestTallyOfSmallClusters(t *testing.T) {
 	const cs, n = 512, 1 << 13
 	s := mustOpen(t, mem{mustCreate(t, CreateOptions{Size: n * cs, ClusterSize: ptr(uint64(cs))})}, config{})

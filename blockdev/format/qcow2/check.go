@@ -12,7 +12,7 @@ type CheckResult struct {
 	Corruptions int // references without a refcount, wrong flags, impossible entries
 	Leaks       int // clusters that are counted but not referenced
 	Fixed       int // of the corruptions; leaks that were given back do not count
-	Errors      int // places that could not be read or repaired
+	Errors      int // places that could not be repaired
 	// Messages describe the first faults, for tests and logs.
 	Messages []string
 }
@@ -27,17 +27,28 @@ func (c *CheckResult) say(text string, v ...uint64) {
 	}
 }
 
+// Check looks the whole image over and changes nothing. On an image that is being written to,
+// clusters that wait for a flush to be freed count as leaks. Requests that need metadata wait
+// meanwhile; memory is bounded by the size of the file. Errors: what the file says where the check
+// cannot go on.
+func (d *Driver) Check(r *blk.Req) (*CheckResult, error) {
+	d.mu.Lock()
+	defer d.mu.Unlock()
+	return d.check(r, false)
+}
+
 // checker compares references with refcounts and flags, and puts them right.
 type checker struct {
 	*counter
 	s      *image
-	behind int64 // copied flags are looked at only before this L1 entry; 0: all are
-	at     int64 // and were, before this one
+	behind int64 // copied flags are looked at before this L1 entry; 0: all are
+	at     int64 // they were looked at before this one
 }
 
-// check counts all references and compares them with the refcounts. With fix, refcounts and copied flags are put right, what refers to places
-// beyond the end of the file is dropped and, if nothing else is wrong, the dirty bit is cleared. Nothing is written where anything else lies: an image whose header or tables lie
-// over something is left as it is (Errors). No requests may run; mu is held. It ends with the context of r.
+// check counts all references and compares them with the refcounts. With fix, refcounts and copied
+// flags are put right, what refers to places beyond the end of the file is dropped and, if nothing
+// else is wrong, the dirty bit is cleared. An image whose header or tables lie over anything is left
+// as it is (Errors). No requests may run. It ends with the context of r.
 func (s *image) check(r *blk.Req, fix bool) (*CheckResult, error) {
 	res := &CheckResult{}
 	c := checker{counter: s.newCounter(r, res), s: s}
@@ -92,7 +103,7 @@ func (c *checker) reportBlocks() {
 	}
 }
 
-// cannotRepair notes what a repair would have to write over something else, or cannot drop.
+// cannotRepair notes what a repair could not write without writing over something else, or not drop.
 func (c *checker) cannotRepair() {
 	s := c.s
 	alone := func(off, size int64, what string) {
@@ -108,7 +119,8 @@ func (c *checker) cannotRepair() {
 	alone(int64(s.hdr.L1TableOffset), int64(s.hdr.L1Size)*8, "L1 table")
 	alone(s.reftOffset(), s.reftSize*8, "refcount table")
 	if s.hdr.NbSnapshots > 0 {
-		alone(int64(s.hdr.SnapshotsOffset), s.snapEnd-int64(s.hdr.SnapshotsOffset), "snapshot table")
+		off := int64(s.hdr.SnapshotsOffset)
+		alone(off, s.snapEnd-off, "snapshot table")
 	}
 	for k, x := range c.l2 {
 		_, stray := c.stray[k]
@@ -123,7 +135,8 @@ func (c *checker) cannotRepair() {
 	}
 }
 
-// badBlocks lists the entries of the refcount table whose blocks are impossible, or lie over something else, and no longer counts them.
+// badBlocks lists the entries of the refcount table whose blocks are impossible or lie over something
+// else, and takes them out of the count.
 func (c *checker) badBlocks() (drop []int64) {
 	for i, e := range c.s.reft {
 		off := int64(e & layout.ReftMask)
@@ -144,8 +157,8 @@ func (c *checker) badBlocks() (drop []int64) {
 	return drop
 }
 
-// makeBlocks drops refcount blocks and makes those that are missing, in clusters
-// that nothing refers to.
+// makeBlocks drops refcount blocks and makes those that are missing, in clusters that nothing refers
+// to.
 func (c *checker) makeBlocks(drop []int64) error {
 	s := c.s
 	for _, i := range drop {
@@ -167,14 +180,8 @@ func (c *checker) makeBlocks(drop []int64) error {
 			if k>>bits == last || c.t.get(k) == 0 {
 				continue
 			}
-			for {
-				again, err := s.coverRun(c.r, k, 1)
-				if err != nil {
-					return err
-				}
-				if !again {
-					break
-				}
+			if err := s.cover(c.r, k, 1); err != nil {
+				return err
 			}
 			last = k >> bits
 		}
@@ -246,7 +253,8 @@ func (c *checker) compareBlock(t *table, first, n int64, fix bool) error {
 	return nil
 }
 
-// dropStray drops what points beyond the end of the file: there is nothing, and what is allocated there later belongs to others.
+// dropStray drops what points beyond the end of the file: there is nothing, and what is allocated
+// there later belongs to others.
 func (c *checker) dropStray(fix bool) error {
 	if !fix {
 		return nil
@@ -272,14 +280,7 @@ func (c *checker) dropStray(fix bool) error {
 			if err != nil {
 				return err
 			}
-			x, off, n := entry(t, s.l2Index(gc)), int64(0), s.cs
-			switch k := layout.KindOf(x); {
-			case k == layout.CompressedKind:
-				off, n = s.geo.CompressedRange(x &^ layout.Copied)
-			case k.HasHost():
-				off = int64(x & layout.OffsetMask)
-			}
-			if beyond(off, n) {
+			if beyond(s.geo.HostRange(entry(t, s.l2Index(gc)))) {
 				s.setEntry(t, s.l2Index(gc), layout.ZeroFlag) // only images of version 3 are dirty
 				c.res.Fixed++
 			}
@@ -288,7 +289,7 @@ func (c *checker) dropStray(fix bool) error {
 	return nil
 }
 
-// sliceIn is loadSlice for going through a table that there is: it makes room first.
+// sliceIn is loadSlice for going through an L2 table that there is: it makes room first.
 func (s *image) sliceIn(r *blk.Req, gc int64) (*table, error) {
 	if err := ended(r); err != nil {
 		return nil, err
@@ -384,10 +385,11 @@ func (c *checker) copiedRight(e uint64, off int64) (bool, error) {
 	return (n == 1) == (e&layout.Copied != 0), err
 }
 
-// repair puts the refcounts of a dirty image right, and says in the log what that came to.
+// repair puts a dirty image right, and says in the log what that came to.
 func (s *image) repair(r *blk.Req) (*CheckResult, error) {
 	res, err := s.check(r, true)
-	what := fmt.Sprintf("%d clusters were leaked, %d faults found, %d of them mended", res.Leaks, res.Corruptions, res.Fixed)
+	what := fmt.Sprintf("%d clusters were leaked, %d faults found, %d of them mended",
+		res.Leaks, res.Corruptions, res.Fixed)
 	if len(res.Messages) > 0 {
 		what += "; the first: " + res.Messages[0]
 	}

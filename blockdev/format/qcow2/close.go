@@ -17,8 +17,7 @@ func (s *image) Flush(r *blk.Req) error {
 	return s.flush(r)
 }
 
-// Inactivate writes everything down: afterwards the image on disk is clean. Called while no
-// requests run.
+// Inactivate writes everything down: afterwards the image on disk is clean. No requests may run.
 func (s *image) Inactivate(r *blk.Req) error {
 	s.marking.Lock()
 	defer s.marking.Unlock()
@@ -30,7 +29,8 @@ func (s *image) Inactivate(r *blk.Req) error {
 	if err := s.flush(r); err != nil {
 		return err
 	}
-	// Bitmaps that cannot be stored have missed writes, as the image says already; the guest's data come first.
+	// The guest's data come first: if bitmaps cannot be stored, the image says already that they
+	// have missed writes.
 	bitmaps := s.orGiveOut(r, func() error { return s.storeBitmaps(r) })
 	if err := s.flush(r); err != nil {
 		return err
@@ -55,7 +55,8 @@ func (s *image) Inactivate(r *blk.Req) error {
 	return nil
 }
 
-// fillEnd makes the file end with its last cluster: programs differ in what they make of one that is there in part.
+// fillEnd makes the file end with its last cluster: programs differ in what they make of a part of
+// one.
 func (s *image) fillEnd(r *blk.Req) {
 	if s.file.Size() >= s.dataEnd {
 		return
@@ -69,7 +70,7 @@ func (s *image) fillEnd(r *blk.Req) {
 	}
 }
 
-// Close ends the image after Inactivate; errors of that were the caller's to report.
+// Close ends the image after Inactivate, whose errors were the caller's to report.
 func (s *image) Close() error {
 	s.mu.Lock()
 	defer s.mu.Unlock()
@@ -83,7 +84,7 @@ func (s *image) Close() error {
 	}
 	s.l2, s.rb = newCache(int(s.slice), 1), newCache(int(s.cs), 1)
 	s.unz = unzipped{}
-	// Whoever still knows the node does not keep what it held.
+	// Those who still know the node keep nothing of this.
 	s.l1, s.owners, s.inactive = entries{}, map[int64]owner{}, nil
 	return nil
 }

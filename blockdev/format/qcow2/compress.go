@@ -66,8 +66,9 @@ func (s *image) decode(r *blk.Req, dst, src []byte) error {
 	return nil
 }
 
-// What requests of one image may take at the same time in buffers, in bytes: for compressing, for what is copied around writes to new clusters, for
-// decompressing, and for the decoders. One request may exceed it when it is alone.
+// What requests of one image may take at the same time in buffers, in bytes: for compressing, for
+// what is copied around writes to new clusters, for decompressing, and for the decoders. One
+// request may exceed it when it is alone.
 const (
 	budgetZip    = 32 << 20
 	budgetCopy   = 32 << 20

@@ -18,7 +18,8 @@ import (
 	"qblockd/graph/blk"
 )
 
-// imageOf makes an image of 64 clusters of 64 KiB of which the first n have data, each its number plus one.
+// imageOf makes an image of 64 clusters of 64 KiB of which the first n have data, each its number
+// plus one.
 func imageOf(t *testing.T, n int64, o CreateOptions) *drivertest.MemFile {
 	t.Helper()
 	o.Size = 4 << 20
@@ -62,7 +63,8 @@ func (c *corruptions) corrupted(msg string, _, _ int64, fatal bool) {
 	}
 }
 
-// TestUncountedClusterIsCounted: a cluster in use whose refcount is 0 is neither given out nor freed a second time.
+// TestUncountedClusterIsCounted: a cluster in use whose refcount is 0 is neither given out nor
+// freed a second time.
 func TestUncountedClusterIsCounted(t *testing.T) {
 	f := imageOf(t, 2, CreateOptions{})
 	_, host := l2At(f, 1)
@@ -90,7 +92,8 @@ func TestUncountedClusterIsCounted(t *testing.T) {
 	mustClose(t, s)
 }
 
-// TestTwoEntriesOneCluster: where two entries take one cluster for their own, it is read, and who writes to it ends the use of the image.
+// TestTwoEntriesOneCluster: where two entries take one cluster for their own, it is read, and who
+// writes to it ends the use of the image.
 func TestTwoEntriesOneCluster(t *testing.T) {
 	f := imageOf(t, 2, CreateOptions{})
 	at, _ := l2At(f, 5)
@@ -153,7 +156,8 @@ func TestFlushAfterGivenUp(t *testing.T) {
 	s.Close()
 }
 
-// TestCompressedEntryOverHeader: a compressed entry that points into the header is not read, and discarding it does not punch the header.
+// TestCompressedEntryOverHeader: a compressed entry that points into the header is not read, and
+// discarding it does not punch the header.
 func TestCompressedEntryOverHeader(t *testing.T) {
 	f := imageOf(t, 2, CreateOptions{})
 	at, _ := l2At(f, 1)
@@ -175,7 +179,8 @@ func TestCompressedEntryOverHeader(t *testing.T) {
 	}
 }
 
-// TestRefcountBlockNamedByAllEntries: a refcount table that names one block again and again says that 2^42 clusters are in use. Nobody counts them.
+// TestRefcountBlockNamedByAllEntries: a refcount table that names one block again and again says
+// that 2^42 clusters are in use. Nobody counts them.
 func TestRefcountBlockNamedByAllEntries(t *testing.T) {
 	f := mustCreate(t, CreateOptions{Size: 1 << 30, ClusterSize: ptr(uint64(2 << 20)), RefcountBits: ptr(int64(1))})
 	s := mustOpen(t, mem{f}, config{})
@@ -208,7 +213,8 @@ func poked(t *testing.T, f *drivertest.MemFile, pokes ...poke) *drivertest.MemFi
 
 var dirtyBit = u64(layout.OffIncompatFeatures, layout.IncompatDirty)
 
-// TestRepairWritesOverNothing: dirty images whose tables lie over something else are refused, and stay as they are.
+// TestRepairWritesOverNothing: dirty images whose tables lie over something else are refused, and
+// stay as they are.
 func TestRepairWritesOverNothing(t *testing.T) {
 	base := imageOf(t, 4, CreateOptions{LazyRefcounts: true})
 	_, data := l2At(base, 2)
@@ -238,7 +244,8 @@ func TestRepairWritesOverNothing(t *testing.T) {
 	}
 }
 
-// TestRepairDropsWhatIsLost: a dirty image that has lost its tail shows zeroes there, and what is allocated there belongs to one cluster.
+// TestRepairDropsWhatIsLost: a dirty image that has lost its tail shows zeroes there, and what is
+// allocated there belongs to one cluster.
 func TestRepairDropsWhatIsLost(t *testing.T) {
 	f := imageOf(t, 2, CreateOptions{LazyRefcounts: true})
 	at, _ := l2At(f, 1)
@@ -333,7 +340,8 @@ func (d device) Resize(_ context.Context, size int64, exact bool, _ blk.Prealloc
 	return nil
 }
 
-// TestDeviceShowsNothingOld: on a device, what lies behind the end of an image that has become smaller is not taken for zeroes.
+// TestDeviceShowsNothingOld: on a device, what lies behind the end of an image that has become
+// smaller is not taken for zeroes.
 func TestDeviceShowsNothingOld(t *testing.T) {
 	d := device{mem{drivertest.MemFileOf(bytes.Repeat([]byte{0xee}, 8<<20))}}
 	if err := create(req(), d, &CreateOptions{Size: 4 << 20}); err != nil {
@@ -372,8 +380,9 @@ func (f limited) WriteAt(r *blk.Req, v blk.Vec, off int64, fl blk.Flags) error {
 	return f.mem.WriteAt(r, v, off, fl)
 }
 
-// TestNoSpaceIsFoundWhereItIsKeptBack: clusters that only wait for a flush are given out before a request fails for want of space; so are those that lie in the file
-// of an image that nobody has looked at yet.
+// TestNoSpaceIsFoundWhereItIsKeptBack: clusters that only wait for a flush are given out before a
+// request fails for want of space; so are those that lie in the file of an image that nobody has
+// looked at yet.
 func TestNoSpaceIsFoundWhereItIsKeptBack(t *testing.T) {
 	f := limited{mem{imageOf(t, 8, CreateOptions{})}, 2 << 20}
 	s := mustOpen(t, f, config{unmap: true})

@@ -46,7 +46,8 @@ func (s *image) readDirectory(r *blk.Req, off, size int64, n uint32) ([]*stored,
 	return list, nil
 }
 
-// switchDirectory makes the image refer to the bitmaps in list, and gives back what those in old, and the old directory, take.
+// switchDirectory makes the image refer to the bitmaps in list, and frees what those in old, and the
+// old directory, take.
 func (s *image) switchDirectory(r *blk.Req, list, old []*stored) error {
 	was, wasMarks, wasBits := s.ext.Bitmaps, s.ext.Marks, s.hdr.AutoclearFeatures
 	var now *layout.Bitmaps
@@ -117,40 +118,47 @@ func (s *image) newDirectory(r *blk.Req, list []*stored) (*layout.Bitmaps, error
 	return &layout.Bitmaps{NbBitmaps: uint32(len(list)), DirectorySize: uint64(len(dir)), DirectoryOffset: uint64(off)}, nil
 }
 
-// sameDirectory lets the directory stay where it is if all that list does is to add at its end what its last cluster has room for, or to take from its end: the
-// header that there is and the next one both refer to a whole directory then. So adding one bitmap after the other, and undoing that, does not write all names each
-// time. Nil: it has to move.
+// sameDirectory lets the directory stay where it is if all that list does is to take from its end, or
+// to add there what the last cluster has room for: both the old header and the next one refer to a
+// whole directory then. So adding one bitmap after the other, and undoing that, does not write all
+// names each time. It returns nil if the directory has to move.
 func (s *image) sameDirectory(r *blk.Req, list []*stored) (*layout.Bitmaps, error) {
 	was, n := s.ext.Bitmaps, min(len(list), len(s.stored))
-	if was == nil || s.dirUnsure || s.badBitmaps || len(list) == len(s.stored) || int(was.NbBitmaps) != len(s.stored) || !slices.Equal(list[:n], s.stored[:n]) {
+	if was == nil || s.dirUnsure || s.badBitmaps || int(was.NbBitmaps) != len(s.stored) {
+		return nil, nil
+	}
+	if len(list) == len(s.stored) || !slices.Equal(list[:n], s.stored[:n]) {
 		return nil, nil
 	}
 	if ok, err := s.ownsDirectory(r); !ok {
 		return nil, err
 	}
-	now := &layout.Bitmaps{NbBitmaps: uint32(len(list)), DirectorySize: was.DirectorySize, DirectoryOffset: was.DirectoryOffset}
+	now := *was
+	now.NbBitmaps = uint32(len(list))
 	for _, m := range s.stored[n:] {
 		now.DirectorySize -= uint64(m.Size())
 	}
 	more := s.encodeDirectory(list[n:])
 	end := int64(was.DirectorySize) + int64(len(more))
 	if len(more) == 0 {
-		return now, nil
+		return &now, nil
 	}
 	if end > layout.MaxBitmapDirectory || end > s.geo.RoundUp(int64(was.DirectorySize)) {
 		return nil, nil
 	}
 	now.DirectorySize = uint64(end)
-	return now, s.writeMeta(r, more, int64(was.DirectoryOffset+was.DirectorySize), olBitmapDirectory)
+	return &now, s.writeMeta(r, more, int64(was.DirectoryOffset+was.DirectorySize), olBitmapDirectory)
 }
 
-// ownsDirectory tells whether it is known that nothing else lies in the clusters of the directory. Otherwise it is not written where it is.
+// ownsDirectory tells whether it is known that nothing else lies in the clusters of the directory, so
+// that it can be written where it is.
 func (s *image) ownsDirectory(r *blk.Req) (bool, error) {
-	if v := s.survey; v != nil && !v.endless {
+	if s.surveying() {
 		return false, nil
 	}
 	b := s.ext.Bitmaps
-	for c, end := int64(b.DirectoryOffset)>>s.cb, s.geo.Clusters(int64(b.DirectoryOffset+b.DirectorySize)); c < end; c++ {
+	end := s.geo.Clusters(int64(b.DirectoryOffset + b.DirectorySize))
+	for c := int64(b.DirectoryOffset) >> s.cb; c < end; c++ {
 		if n, err := s.refcount(r, c); err != nil || n != 1 || s.wrong.at(c) {
 			return false, err
 		}
@@ -158,7 +166,8 @@ func (s *image) ownsDirectory(r *blk.Req) (bool, error) {
 	return true, nil
 }
 
-// rewriteDirectory writes the directory after entries of it have changed: where it is or, if something else may lie there, anew.
+// rewriteDirectory writes the directory after entries of it have changed: where it is or, if
+// something else may lie there, anew.
 func (s *image) rewriteDirectory(r *blk.Req) error {
 	owns, err := s.ownsDirectory(r)
 	if err != nil {
@@ -169,7 +178,7 @@ func (s *image) rewriteDirectory(r *blk.Req) error {
 		if s.giveBack(r); err == nil {
 			return nil
 		}
-		// There may be no space. So it has to be known.
+		// There may be no space for another. So it has to be known.
 		if e := s.vetAll(r); e != nil {
 			return e
 		}
@@ -191,13 +200,14 @@ func (s *image) encodeDirectory(l []*stored) []byte {
 	return layout.AppendBitmapDirectory(nil, entries)
 }
 
-// updateHeader writes header, extensions and backing file name. mu is held.
+// updateHeader writes header, extensions and backing file name.
 func (s *image) updateHeader(r *blk.Req) error {
 	b, err := s.hdr.Marshal(s.ext, s.backName)
 	if err != nil && len(s.ext.Marks) > 0 {
 		// All else that the header has comes first: bitmaps are in use then, as others have them.
 		s.warnf("The header has no room for the marks: persistent bitmaps will count as inconsistent if they are not stored in the end")
-		s.dropMarks()
+		s.forgetMarks()
+		s.hdr.AutoclearFeatures &^= layout.AutoclearMarks
 		b, err = s.hdr.Marshal(s.ext, s.backName)
 	}
 	if err != nil {

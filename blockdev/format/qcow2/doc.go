@@ -33,27 +33,40 @@
 //	discarded--> pending (reference gone in memory) --flush--> limbo (gone on disk) --all
 //	requests and leases that began before have ended--> punched, refcount down, free
 //
-// Requests and leases hold the epoch in which they looked up their clusters; a free waits
-// for all epochs up to its own. Who finds no space makes a flush and tries again, if something is only kept back.
+// Requests and leases hold the epoch in which they looked up their clusters; a free waits for all
+// epochs up to its own. Who finds no space makes a flush and tries again, if something is only kept
+// back.
 //
 // # Images that others made
 //
-// Refcounts, flags and tables may say anything. Before the first write a survey begins to count all that an image refers to (survey.go); images that were not
-// closed are counted as a whole when they are opened for writing (check.go). So
+// Refcounts, flags and tables may say anything. Before the first write a survey begins to count all
+// that an image refers to (survey.go); images that were not closed are counted as a whole when they
+// are opened for writing (check.go). So
 //
-//   - a cluster is given out only if its refcount is 0 and nothing in the image refers to it: no table of the active disk, of a snapshot or of a bitmap. Until all
-//     tables are known it must also lie behind the end that the file had, unless there is no other space;
-//   - a cluster is punched, and its refcount goes to 0, only if as many references are counted as there are. A refcount that is too low is raised first;
-//   - what lies in a cluster that someone takes for his own although others refer to it (two entries with the copied flag, tables over tables or over data), or that no
-//     refcount block counts, is not written to, freed, punched or cut off with the end of the file: who tries ends the use of the image, which is marked corrupt. It can be read until then;
-//   - tables that are written in place lie in the file and over nothing else, or nothing is written at all.
+//   - a cluster is given out only if its refcount is 0 and nothing in the image refers to it: no
+//     table of the active disk, of a snapshot or of a bitmap. Until all tables are known it must
+//     also lie behind the end that the file had, unless there is no other space;
+//   - a cluster is punched, and its refcount goes to 0, only if as many references are counted as
+//     there are. A refcount that is too low is raised first;
+//   - what lies in a cluster that someone takes for his own although others refer to it (two
+//     entries with the copied flag, tables over tables or over data), or that no refcount block
+//     counts, is not written to, freed, punched or cut off with the end of the file: who tries ends
+//     the use of the image, which is marked corrupt. It can be read until then;
+//   - tables that are written in place lie in the file and over nothing else, or nothing is written
+//     at all.
 //
-// What one survey may take in memory is bounded (maxSurvey). Larger images, and those with a table that cannot be read, are used without: new clusters come from behind
-// the end of the file as it was found, what is freed must have a refcount, and overlaps with metadata are found as the option overlap-check says.
+// What one survey may take in memory is bounded (maxSurvey). Larger images, and those with a table
+// that cannot be read, are used without: new clusters come from behind the end of the file as it
+// was found, what is freed must have a refcount, and overlaps with metadata are found as the option
+// overlap-check says.
 //
-// What is overwritten in place before the survey of a large image is over is known to lie in no metadata of any kind, and in no data of the tables that were
-// looked at by then, its own among them; each such write makes the next step, too, so that it does not take many: about 140 for 1 TiB of data in clusters of the default size.
+// What is overwritten in place before the survey of a large image is over is known to lie in no
+// metadata of any kind, and in no data of the tables that were looked at by then, its own among
+// them; each such write makes the next step, too, so that it does not take many: about 140 for 1
+// TiB of data in clusters of the default size.
 //
-// A repair changes refcounts, copied flags and the refcount table, and drops what points beyond the end of the file. It refuses images whose header, L1 table, refcount table,
-// table of snapshots or L2 tables lie over anything. It takes time in proportion to the tables there are, at most maxTally in memory, ends with its client, and is logged.
+// A repair changes refcounts, copied flags and the refcount table, and drops what points beyond the
+// end of the file. It refuses images whose header, L1 table, refcount table, table of snapshots or
+// L2 tables lie over anything. It takes time in proportion to the tables there are, at most
+// maxTally in memory, ends with its client, and is logged.
 package qcow2

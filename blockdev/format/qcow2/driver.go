@@ -189,8 +189,8 @@ func (d *Driver) fileAllocated() (int64, error) {
 // every request with blk.ErrNoMedium.
 func (d *Driver) Ejected() bool { return d.dead.Load() }
 
-// NodeFailed implements graph.FailureTaker: as after fatal corruption, nothing is written any more; but the image on disk is sound. Who waits for a request
-// that has panicked hears of it.
+// NodeFailed implements graph.FailureTaker: as after fatal corruption, nothing is written any more;
+// but the image on disk is sound. Who waits for a request that has panicked hears of it.
 func (s *image) NodeFailed() {
 	s.dead.Store(true)
 	panics.Go("the end of a failed image", func() { // others may have mu for long
@@ -266,9 +266,9 @@ func (d *Driver) ImageInfo(i *types.ImageInfo) {
 	}
 }
 
-// Create makes an image as o says in the node below root, whose file reference is not looked
-// at. Its texts are those that end a create job. started, if not nil, is called once the options are checked
-// and before anything is written. It blocks as long as the storage does.
+// Create makes an image as o says in the node below root, whose file reference is not looked at.
+// Its texts are those that end a create job. started, if not nil, is called once the options are
+// checked and before anything is written. It blocks as long as the storage does.
 func Create(ctx context.Context, root *graph.Root, o *types.BlockdevCreateOptionsQcow2, started func()) error {
 	c := CreateOptions{
 		Size:         o.Size,

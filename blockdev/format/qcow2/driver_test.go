@@ -185,7 +185,8 @@ func TestChain(t *testing.T) {
 	sound(t, d.image, true)
 }
 
-// What is zeroed beyond the end of the backing file is still zeroes when a longer one takes its place, as at the end of a commit.
+// What is zeroed beyond the end of the backing file is still zeroes when a longer one takes its
+// place, as at the end of a commit.
 func TestZeroesBeyondBacking(t *testing.T) {
 	const cluster = 64 << 10
 	for _, version := range []types.BlockdevQcow2Version{types.BlockdevQcow2VersionV2, types.BlockdevQcow2VersionV3} {
@@ -202,7 +203,8 @@ func TestZeroesBeyondBacking(t *testing.T) {
 	}
 }
 
-// What is zeroed or discarded while the backing file that the header names is not opened stays zeroes when it is.
+// What is zeroed or discarded while the backing file that the header names is not opened stays
+// zeroes when it is.
 func TestZeroesBeforeBacking(t *testing.T) {
 	const cluster, size = 64 << 10, 8 * 64 << 10
 	for _, version := range []types.BlockdevQcow2Version{types.BlockdevQcow2VersionV2, types.BlockdevQcow2VersionV3} {

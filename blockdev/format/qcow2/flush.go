@@ -7,9 +7,11 @@ import (
 	"qblockd/graph/blk"
 )
 
-// flushDead is Flush of an image that was given up. What was acknowledged is there if nothing was to be written any more but guest data.
+// flushDead is flush of an image that was given up. What was acknowledged is there if nothing was to
+// be written but guest data.
 func (s *image) flushDead(r *blk.Req) error {
-	lost := s.midFlush || s.l2.ndirty > 0 || len(s.l1Dirty) > 0 || len(s.reftDirty) > 0 || !s.lazy() && s.rb.ndirty > 0
+	lost := s.midFlush || s.l2.ndirty > 0 || len(s.l1Dirty) > 0 || len(s.reftDirty) > 0 ||
+		!s.lazy() && s.rb.ndirty > 0
 	if err := s.file.Flush(r); err != nil {
 		return err
 	}
@@ -19,8 +21,8 @@ func (s *image) flushDead(r *blk.Req) error {
 	return nil
 }
 
-// flush is Flush with mu held; it is dropped in between. Callers that come while a flush
-// runs share the next one.
+// flush is Flush with mu held; it is dropped in between. Callers that come while a flush runs share
+// the next one.
 func (s *image) flush(r *blk.Req) error {
 	want := s.started + 1
 	for s.flushing {
@@ -36,7 +38,8 @@ func (s *image) flush(r *blk.Req) error {
 	}
 	s.started++
 	mine := s.started
-	// Who waits comes before the node hears of a panic, and what was taken to be written is in no list any more.
+	// After a panic those who wait are here before the node hears of it, and what was taken to be
+	// written is in no list any more.
 	s.midFlush = true
 	defer func() {
 		if s.midFlush {
@@ -56,8 +59,8 @@ func (s *image) endFlush() {
 	s.done.Broadcast()
 }
 
-// claimFlush waits until no flush runs and keeps others from starting: L1 and header then
-// hold still. mu is held, and dropped while waiting; release undoes it.
+// claimFlush waits until no flush runs and keeps others from starting: L1 table and header hold still
+// then. mu is dropped while waiting. release undoes it.
 func (s *image) claimFlush() (release func()) {
 	for s.flushing {
 		s.done.Wait()
@@ -66,7 +69,7 @@ func (s *image) claimFlush() (release func()) {
 	return s.endFlush
 }
 
-// image of a piece of metadata as it is to be written.
+// copied is a piece of metadata as it is to be written.
 type copied struct {
 	off  int64
 	data []byte
@@ -110,11 +113,12 @@ func (s *image) flushOnce(r *blk.Req) error {
 	return nil
 }
 
-// room makes a flush when it is due: too much waits to be freed, or the L2 cache holds hardly
-// anything but changes and will have to give something up. It is called with mu held before anything was looked up,
-// and drops it. It fails if the image was given up meanwhile.
+// room makes a flush when it is due: too much waits to be freed, or the L2 cache holds hardly anything
+// but changes and will have to give something up. It is called before anything was looked up, as it
+// drops mu. It fails if the image was given up meanwhile.
 func (s *image) room(r *blk.Req) error {
-	if s.quarantine.pendBytes >= maxPending || s.l2.full() && s.l2.ndirty >= s.l2.max-s.l2.max/4 && !s.allFits() {
+	full := s.l2.full() && s.l2.ndirty >= s.l2.max-s.l2.max/4 && !s.allFits()
+	if full || s.quarantine.pendBytes >= maxPending {
 		if r.NoWait {
 			return blk.ErrWouldBlock
 		}
@@ -140,7 +144,7 @@ func (s *image) room(r *blk.Req) error {
 	return nil
 }
 
-// markClean writes accurate refcounts and clears the dirty bit. All is flushed; mu is held.
+// markClean writes accurate refcounts and clears the dirty bit. All else is flushed.
 func (s *image) markClean(r *blk.Req) error {
 	if err := s.writeRefcounts(r); err != nil {
 		return err
@@ -154,7 +158,8 @@ func (s *image) markClean(r *blk.Req) error {
 	return s.writeIncompat(r, s.hdr.IncompatibleFeatures&^layout.IncompatDirty)
 }
 
-// maxRetries is how often a request that found no space is tried again after some was given out: others may be quicker.
+// maxRetries is how often a request that found no space is tried again: others may be quicker to take
+// what was given out.
 const maxRetries = 3
 
 // keepsBack tells whether there is space that is only kept back.
@@ -164,8 +169,8 @@ func (s *image) keepsBack() bool {
 	return s.quarantine.keepsBack()
 }
 
-// giveSpace tells, after a request has failed with err, whether it is worth trying again: there was no space, and some that was only kept back has
-// been given out. It blocks.
+// giveSpace is called when a request has failed with err. It tells whether it is worth trying again:
+// there was no space, and some that was only kept back has been given out. It blocks.
 func (s *image) giveSpace(r *blk.Req, err error) bool {
 	if r.NoWait || !errors.Is(err, errNoSpace) {
 		return false
@@ -186,7 +191,7 @@ func (s *image) giveOut(r *blk.Req, err error) bool {
 		if s.vetAll(r) != nil || v.failed > 0 {
 			return false
 		}
-		if v = s.survey; v != nil { // it could not be made, but there is no other place
+		if s.survey != nil { // it could not be made, but there is no other place
 			s.wrong.last = max(s.wrong.last, v.found-1) // all may be wrong
 			s.endSurvey()
 		}
@@ -210,8 +215,8 @@ func (s *image) growL1(r *blk.Req, n int64) error {
 	if n > layout.MaxL1Bytes/8 {
 		return errTooBig
 	}
-	// The new table is written as it is in memory, so what its entries refer to has to be on
-	// disk first; and no flush may write into the old one meanwhile.
+	// The new table is written as it is in memory, so what its entries refer to has to be on disk
+	// first; and no flush may write into the old one meanwhile.
 	for again := true; again; again = s.flushing || len(s.l1Dirty) > 0 {
 		if err := s.flush(r); err != nil {
 			return err
@@ -252,7 +257,8 @@ func (s *image) growL1(r *blk.Req, n int64) error {
 	field := func(n uint32, off uint64) []byte {
 		return be.AppendUint64(be.AppendUint32(nil, n), off)
 	}
-	if err := s.swap(r, field(uint32(n), uint64(off)), field(s.hdr.L1Size, s.hdr.L1TableOffset), layout.OffL1Size); err != nil {
+	was := field(s.hdr.L1Size, s.hdr.L1TableOffset)
+	if err := s.swap(r, field(uint32(n), uint64(off)), was, layout.OffL1Size); err != nil {
 		if s.dead.Load() {
 			return err
 		}

@@ -97,8 +97,9 @@ func fuzzImage(t *testing.T, img, ops []byte) {
 	clusterBits := min(img[23], layout.MaxClusterBits)
 	defer func() {
 		runtime.ReadMemStats(&before)
-		// Each request of two clusters at most touches a few tables; a resize may move the tables that lie in the file.
-		// A compressed cluster may ask for a window of 8 MiB; the decoder that has it is kept for the next one.
+		// Each request of two clusters at most touches a few tables; a resize may move the tables
+		// that lie in the file. A compressed cluster may ask for a window of 8 MiB; the decoder
+		// that has it is kept for the next one.
 		limit := 10<<20 + uint64(min(len(ops), 64)+2)*(1<<20+4*uint64(len(img))+16<<clusterBits)
 		if used := before.TotalAlloc - after.TotalAlloc; used > limit {
 			t.Fatalf("%d operations on a file of %d bytes took %d bytes, limit %d", len(ops), len(img), used, limit)

@@ -8,7 +8,8 @@ import (
 	"qblockd/graph/blk"
 )
 
-// TestGrowEndsWithItsClient: a disk that needs an L1 table of 16 MiB grows as a whole or not at all, and however often its client goes meanwhile, nothing is lost.
+// TestGrowEndsWithItsClient: a disk that needs an L1 table of 16 MiB grows as a whole or not at
+// all, and however often its client goes meanwhile, nothing is lost.
 func TestGrowEndsWithItsClient(t *testing.T) {
 	f := mustCreate(t, CreateOptions{Size: 1 << 20, ClusterSize: ptr(uint64(4096))})
 	s := mustOpen(t, mem{f}, config{})

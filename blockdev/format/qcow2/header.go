@@ -7,7 +7,8 @@ import (
 	"qblockd/graph/blk"
 )
 
-// patient is r for what has to be done whether its client has gone or not: the end of what has begun, and taking back what came to nothing.
+// patient is r for what has to be done even if its client has gone: the end of what has begun, and
+// taking back what came to nothing.
 func patient(r *blk.Req) *blk.Req {
 	if r.Ctx == nil || r.Ctx.Done() == nil {
 		return r
@@ -17,8 +18,8 @@ func patient(r *blk.Req) *blk.Req {
 	return &q
 }
 
-// enter writes to the header, and waits until that is on stable storage. It does not end with the
-// context of r: nobody would know which of the two the image has, the old or the new.
+// enter writes to the header and waits until that is on stable storage. It does not end with the
+// context of r: nobody would know then whether the image has the old or the new.
 func (s *imageFile) enter(r *blk.Req, b []byte, off int64) error {
 	r = patient(r)
 	if err := s.writeMeta(r, b, off, olMainHeader); err != nil {
@@ -32,8 +33,9 @@ func (s *imageFile) enter64(r *blk.Req, v uint64, off int64) error {
 	return s.enter(r, be.AppendUint64(nil, v), off)
 }
 
-// swap is enter for the place of a table that is written to from then on: after an error the header has the old value, was. An image whose header may have either is given up, as
-// what was written to one table would be lost with the other.
+// swap is enter for the place of a table that is written to from then on. After an error the header
+// has the old value, was. An image whose header may have either is given up: what was written to one
+// table would be lost with the other.
 func (s *imageFile) swap(r *blk.Req, now, was []byte, off int64) error {
 	err := s.enter(r, now, off)
 	if err != nil && s.enter(r, was, off) != nil {
@@ -42,6 +44,7 @@ func (s *imageFile) swap(r *blk.Req, now, was []byte, off int64) error {
 	return err
 }
 
+// readHeader reads the header, and returns the first cluster.
 func (s *imageFile) readHeader(r *blk.Req) (first []byte, err error) {
 	first = make([]byte, layout.HeaderSize)
 	if err := s.readFile(r, blk.Buf(first), 0); err != nil {
@@ -92,7 +95,7 @@ func (s *imageFile) writeAutoclear(r *blk.Req, v uint64) error {
 	return nil
 }
 
-// setDirtyBit sets the dirty bit before the first change under lazy refcounts. mu is held.
+// setDirtyBit sets the dirty bit before the first change under lazy refcounts.
 func (s *imageFile) setDirtyBit(r *blk.Req) error {
 	if !s.set.lazy || s.hdr.IncompatibleFeatures&layout.IncompatDirty != 0 {
 		return nil

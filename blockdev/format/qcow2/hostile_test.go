@@ -220,7 +220,8 @@ func TestCreateErrors(t *testing.T) {
 	}
 }
 
-// TestFlagsWithoutTable: an L1 entry that names no L2 table and has flags all the same is passed over, by discards, by status and by a resize.
+// TestFlagsWithoutTable: an L1 entry that names no L2 table and has flags all the same is passed
+// over, by discards, by status and by a resize.
 func TestFlagsWithoutTable(t *testing.T) {
 	f := mustCreate(t, CreateOptions{Size: 2 << 30})
 	l1 := int64(be.Uint64(f.Bytes()[40:]))

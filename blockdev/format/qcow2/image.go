@@ -19,7 +19,8 @@ type image struct {
 	marking sync.Mutex            // held while marks are written, and while what they are written to changes; taken before mu
 	toMark  markQueue
 
-	// Memory of requests under way, taken with no lock held. Who waits for one of these may hold parts of those before it.
+	// Memory of requests under way, taken with no lock held. Who waits for one of these may hold
+	// parts of those before it.
 	zipping, copying, unzipping, decoding blk.Budget
 
 	shownBitmaps   atomic.Pointer[[]*types.Qcow2BitmapInfo]
@@ -30,7 +31,8 @@ type image struct {
 	stored []*stored // persistent bitmaps in the image; changes with marking held, too
 	// badBitmaps: the bitmaps extension makes no sense, and goes with the first change.
 	badBitmaps bool
-	// dirUnsure: a change of the header has failed, and which bitmap directory it refers to is not known.
+	// dirUnsure: a change of the header has failed, and which bitmap directory it refers to is not
+	// known.
 	dirUnsure bool
 
 	l1      entries

@@ -35,18 +35,23 @@ type config struct {
 	readOnly bool
 	unmap    bool // discard=unmap was given for the node
 	options  Options
-	// corrupted is told about corruption found at run time; off and n are -1 if unknown. Called with mu held: must not call back.
+	// keeper has the persistent bitmaps in memory; nil: nobody, in the image they stay in use.
+	keeper bitmapKeeper
+
+	// All of these functions may be nil. What is called with mu held must not call back.
+
+	// corrupted hears of corruption found at run time, with mu held; off and n are -1 if unknown.
 	corrupted func(msg string, off, n int64, fatal bool)
 	warn      func(msg string)
-	// changed is told that something which queries show has changed; called with mu held. May be nil.
+	// changed hears that something has changed that queries show, with mu held.
 	changed func()
-	// allocated tells the bytes that the file takes on its medium, for detecting preallocation; may be nil.
+	// allocated tells the bytes that the file takes on its medium.
 	allocated func() (int64, error)
-	// keeper has the persistent bitmaps in memory; nil: nobody, they stay as they are in the image, in use.
-	keeper bitmapKeeper
-	// debug is told of steps before they are taken; may be nil.
+	// debug hears of steps before they are taken.
 	debug func(r *blk.Req, e blk.DebugEvent)
-	// vetSteps are what the first and each further step of a survey read of L2 tables, in bytes; 0: firstStep and nextStep.
+
+	// vetSteps are what the first and each further step of a survey read of L2 tables, in bytes;
+	// 0 is firstStep and nextStep.
 	vetSteps [2]int64
 	// bare opens an image that is being created: nothing is refused or repaired.
 	bare bool
@@ -68,8 +73,8 @@ type imageFile struct {
 	}
 
 	mu   sync.Mutex
-	wake *sync.Cond // an in-flight allocation has ended
-	done *sync.Cond // a flush has ended, or fewer are giving something back
+	wake *sync.Cond // an allocation in flight has ended
+	done *sync.Cond // a flush has ended, or somebody has given back what was freed
 
 	// +checklocks:mu
 	hdr *layout.Header
@@ -77,7 +82,7 @@ type imageFile struct {
 	ext *layout.Extensions
 	// +checklocks:mu
 	backName string
-	// hdrUsed are the bytes of the first cluster taken by header, extensions and backing name.
+	// hdrUsed is the length of header, extensions and backing name.
 	// +checklocks:mu
 	hdrUsed int
 	// reftSize is the number of entries that the refcount table has on disk.
@@ -89,18 +94,18 @@ type imageFile struct {
 	// inactive are the clusters of L2 tables of snapshots, if the overlap checks look at them.
 	// +checklocks:mu
 	inactive map[int64]struct{}
-	// snapEnd is the end of the snapshot table, snapL1 is where the snapshots have their L1 tables.
+	// snapEnd is the end of the snapshot table, and snapL1 where the L1 tables of snapshots lie.
 	// +checklocks:mu
 	snapEnd int64
 	// +checklocks:mu
 	snapL1 ranges
-	// wrong and counted are what a survey found, and what one under way has counted (or nil).
+	// wrong is what a survey found, and counted what one has counted so far; nil: none is under way.
 	// +checklocks:mu
 	wrong wrong
 	// +checklocks:mu
 	counted *tally
 
-	// Nothing was ever written at or beyond fileEnd.
+	// fileEnd: nothing was ever written at or beyond it.
 	// +checklocks:mu
 	fileEnd int64
 	// wrote counts writes that a barrier must cover; those up to synced are on stable storage.
@@ -153,12 +158,9 @@ func (s *imageFile) readFile(r *blk.Req, v blk.Vec, off int64) error {
 	return s.file.ReadAt(r, v.Slice(0, end-off), off, 0)
 }
 
-// writeMeta writes b and remembers that a barrier is due.
+// writeMeta writes metadata of the kinds own, and remembers that a barrier is due.
 func (s *imageFile) writeMeta(r *blk.Req, b []byte, off int64, own overlap) error {
-	if err := s.checkOverlap(r, off, int64(len(b)), own); err != nil {
-		return err
-	}
-	if err := s.checkOwner(r, off, int64(len(b))); err != nil {
+	if err := s.mayWrite(r, off, int64(len(b)), own); err != nil {
 		return err
 	}
 	s.wrote++
@@ -185,13 +187,12 @@ func (s *imageFile) barrier(r *blk.Req) error {
 	return nil
 }
 
-func (s *imageFile) noteEnd(end int64) {
-	if end > s.fileEnd {
-		s.fileEnd = end
-	}
-}
+func (s *imageFile) noteEnd(end int64) { s.fileEnd = max(s.fileEnd, end) }
 
-// usable is the error of an image that has been given up.
+// end is the end of the file: clusters may be allocated but not written yet.
+func (s *imageFile) end() int64 { return max(s.file.Size(), s.fileEnd) }
+
+// usable returns the error of an image that has been given up.
 func (s *imageFile) usable() error {
 	if s.dead.Load() {
 		return blk.ErrNoMedium
@@ -205,7 +206,7 @@ func (s *imageFile) child() blk.Child {
 	return c
 }
 
-// back returns the backing child or nil.
+// back is the backing child, or nil.
 func (s *imageFile) back() file {
 	if s.backing == nil {
 		return nil
@@ -221,8 +222,8 @@ func (s *imageFile) backSize() int64 {
 	return 0
 }
 
-// backLater tells whether the image names a backing file that is not opened: it is when the image is opened again, and then shows where there are no
-// clusters.
+// backLater tells whether the image names a backing file that is not opened. Once it is, it shows
+// where there are no clusters.
 func (s *imageFile) backLater() bool { return s.backName != "" && s.back() == nil }
 
 func isNotSupported(err error) bool {

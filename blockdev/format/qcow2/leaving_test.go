@@ -13,7 +13,8 @@ import (
 	"qblockd/graph/blk"
 )
 
-// leaving is a file whose user leaves at one of the calls, before or after it was made. Then it does nothing more for that user.
+// leaving is a file whose user leaves at one of the calls, before or after it was made. Then it
+// does nothing more for that user.
 type leaving struct {
 	mem
 	n, at int
@@ -61,8 +62,9 @@ func (l *leaving) Resize(ctx context.Context, size int64, exact bool, p blk.Prea
 	return l.call(&blk.Req{Ctx: ctx}, func() error { return l.mem.Resize(ctx, size, exact, p) })
 }
 
-// TestEachLeaving lets the client of a command leave at the i-th call of the file, for all i: the image has no leaks and no corruption, what others wrote is there, and
-// what was made is what the image then has.
+// TestEachLeaving lets the client of a command leave at the i-th call of the file, for all i: the
+// image has no leaks and no corruption, what others wrote is there, and what was made is what the
+// image then has.
 func TestEachLeaving(t *testing.T) {
 	for _, sh := range []shape{{cs: 512, bits: 64, v: "v3"}, {cs: 4096, bits: 16, v: "v3"}, {cs: 1024, bits: 16, v: "v2"}, {cs: 512, bits: 64, v: "v3", lazy: true}} {
 		t.Run(fmt.Sprintf("%+v", sh), func(t *testing.T) {
@@ -77,7 +79,8 @@ func TestEachLeaving(t *testing.T) {
 	}
 }
 
-// leaveOnce lets everything be done to an image by clients of whom one leaves; false: there are fewer calls than that.
+// leaveOnce lets everything be done to an image by clients of whom one leaves; false: there are
+// fewer calls than that.
 func leaveOnce(t *testing.T, sh shape, i int, after bool) bool {
 	cs := int64(sh.cs)
 	size := cs * 150

@@ -10,20 +10,23 @@ import (
 	"qblockd/graph/blk"
 )
 
-// Marks keep live bitmaps of an open image from missing writes when the program is killed or power fails (docs/bitmaps.md). A live bitmap has all its clusters
-// in the image. Before the first write into a region of the disk since the image was opened, all bits of that region are set there, and are on stable storage;
-// so what a live bitmap has in the image is never less than what it has in memory. For others it is in use, and so inconsistent. For us it holds as
-// long as the header says that nobody else has written: AutoclearMarks, and the marks extension with the tables that it speaks of.
+// Marks keep live bitmaps of an open image from missing writes when the program is killed or power
+// fails (docs/bitmaps.md). A live bitmap has all its clusters in the image. Before the first write
+// into a region of the disk since the image was opened, all bits of that region are set there, and are
+// on stable storage. So a live bitmap never has less in the image than in memory. For others it is in
+// use, and so inconsistent. For us it holds as long as the header says that nobody else has written:
+// by AutoclearMarks, and the marks extension, which lists the tables of such bitmaps.
 
 const (
-	// minRegion and maxRegions: a region is 1 MiB or, of disks beyond 4 GiB, a 4096th. Each costs a flush once, and what one write makes a bitmap show after a
-	// crash.
+	// minRegion and maxRegions: a region is 1 MiB, or a 4096th of a disk of more than 4 GiB. Each costs
+	// a flush once, and is what one write makes a bitmap show after a crash.
 	minRegion  = 1 << 20
 	maxRegions = 4096
-	// maxLiveBytes is the most that a live bitmap takes in the image, and maxLiveTotal what all of them take; larger ones, and further ones, are not marked.
+	// maxLiveBytes is what a live bitmap may take in the image, and maxLiveTotal what all of them
+	// may; larger and further ones are not live.
 	maxLiveBytes = 64 << 20
 	maxLiveTotal = 256 << 20
-	maxLive      = 2048 // so many writes are made before the first one into a region
+	maxLive      = 2048 // the first write into a region has to wait for as many others
 )
 
 // marks tell in which regions of the disk all live bitmaps that record have all bits set in the image.
@@ -72,10 +75,11 @@ func (m *marks) spans() (l []span) {
 	return l
 }
 
-// span are regions from first to last.
+// span are regions, or clusters, from first to last.
 type span struct{ first, last int64 }
 
-// markQueue has what is to be marked by whoever comes next: those who wait for each other's flushes share them.
+// markQueue has what is to be marked by whoever comes next: those who wait for each other's flushes
+// share them.
 type markQueue struct {
 	mu sync.Mutex
 	l  []span // +checklocks:mu
@@ -95,7 +99,8 @@ func (q *markQueue) take() []span {
 	return l
 }
 
-// mark sees to it that live bitmaps do not miss a write, before it is made. An error is one of the write.
+// mark is called before a write, without locks: live bitmaps must not miss it. If it fails, so does
+// the write.
 func (s *image) mark(r *blk.Req, off, n int64, f blk.Flags) error {
 	m := s.marks.Load()
 	if m == nil || f&blk.WriteUnchanged != 0 || n == 0 || m.cover(off, n) {
@@ -117,7 +122,7 @@ func (s *image) markNow(r *blk.Req, off, n int64) error {
 	if m == nil || m.cover(off, n) {
 		return nil
 	}
-	// Those who came before may have taken ours and failed; those of an earlier size do no harm.
+	// Those who came before may have taken ours and failed. Spans of an earlier size do no harm.
 	due := append(s.toMark.take(), span{off >> m.shift, (off + n - 1) >> m.shift})
 	slices.SortFunc(due, func(a, b span) int { return int(a.first - b.first) })
 	all := due[:1]
@@ -154,7 +159,8 @@ var ones = func() (b [4096]byte) {
 	return b
 }()
 
-// writeOnes sets the bits of a part of the disk in the image; at its ends it may be a few more. marking is held.
+// writeOnes sets the bits for a part of the disk in the image, and maybe a few more at its ends. It
+// needs marking only.
 func (s *image) writeOnes(r *blk.Req, b *stored, lo, hi int64) error {
 	g := b.Granularity
 	total := (s.bitmapSize() + g - 1) / g
@@ -175,7 +181,8 @@ func (s *image) writeOnes(r *blk.Req, b *stored, lo, hi int64) error {
 	return nil
 }
 
-// claimLive makes all bitmaps live that hold, are not too large and fit into the image, in a new directory. Regions that are marked stay so. marking and mu are held.
+// claimLive makes all bitmaps live, in a new directory, that hold and are not too large. Regions that
+// are marked stay so.
 func (s *image) claimLive(r *blk.Req) error {
 	defer s.giveBack(r)
 	want := s.keeper.persisted()
@@ -209,8 +216,9 @@ func (s *image) claimLive(r *blk.Req) error {
 	return nil
 }
 
-// startMarks forgets what is marked: bitmaps that were not live, or did not record, do now. No write is under way, or those that are have their regions marked in
-// all of them. What was written has been flushed: what a bitmap has forgotten of it since, as a backup has it, is not marked in the image any more.
+// startMarks forgets what is marked: bitmaps that were not live, or did not record, do now. No write is
+// under way, or those that are have their regions marked in all of them. What was written before has
+// been flushed, so a bitmap that has forgotten it since, because a backup has it, needs no mark.
 func (s *image) startMarks() {
 	if slices.ContainsFunc(s.stored, func(b *stored) bool { return b.live }) {
 		s.marks.Store(newMarks(s.bitmapSize()))
@@ -219,7 +227,7 @@ func (s *image) startMarks() {
 	}
 }
 
-// writeLive writes a bitmap with all its clusters, and with what is marked.
+// writeLive writes a bitmap with all its clusters, and the marks that there are.
 func (s *image) writeLive(r *blk.Req, p persisted) (*stored, error) {
 	b := &stored{BitmapEntry: layout.NewBitmap(p.name, p.bits.Granularity(), layout.BitmapInUse), live: true}
 	if p.enabled {
@@ -264,8 +272,8 @@ func (s *image) writeLive(r *blk.Req, p persisted) (*stored, error) {
 	return b, s.writeTable(r, b, func(i int64) uint64 { return b.table[i] })
 }
 
-// HoldBitmap implements graph.BitmapStore. What was written before is flushed: the bitmap does not have it, so it must not go with the end of the program, when a copy that
-// was made meanwhile has it.
+// HoldBitmap implements graph.BitmapStore. What was written before is flushed: the bitmap does not have
+// it, and a copy that was made meanwhile does, so it must not be lost.
 func (s *image) HoldBitmap(r *blk.Req, name string) error {
 	s.marking.Lock()
 	defer s.marking.Unlock()
@@ -282,7 +290,8 @@ func (s *image) HoldBitmap(r *blk.Req, name string) error {
 	return s.orGiveOut(r, func() error { return s.holdBitmap(r, name) })
 }
 
-// orGiveOut does f, and once more if there was no space until some was given out. mu is held, no flush is claimed.
+// orGiveOut does f, and once more if there was no space until some was given out. No flush may be
+// claimed.
 func (s *image) orGiveOut(r *blk.Req, f func() error) error {
 	err := f()
 	if err != nil && s.giveOut(r, err) {
@@ -334,7 +343,7 @@ func (s *image) holdBitmap(r *blk.Req, name string) error {
 	return nil
 }
 
-// setEnabled changes whether a bitmap records when it is loaded: in the directory, where it is.
+// setEnabled changes whether a bitmap records when it is loaded.
 func (s *image) setEnabled(r *blk.Req, b *stored, enabled bool) error {
 	was := b.Flags
 	if b.Flags &^= layout.BitmapAuto; enabled {
@@ -374,31 +383,27 @@ func (s *image) addBits(r *blk.Req, b *stored, p persisted) error {
 	return s.barrier(r)
 }
 
-// dropMarks makes no bitmap live, and the next change of the header says so. mu is held.
-func (s *image) dropMarks() {
+// forgetMarks makes no bitmap live. The marks extension goes with the next change of the header.
+func (s *image) forgetMarks() {
 	s.marks.Store(nil)
 	for _, b := range s.stored {
 		b.live = false
 	}
 	s.ext.Marks = nil
-	s.hdr.AutoclearFeatures &^= layout.AutoclearMarks
 }
 
-// distrust makes the header say that bitmaps in use do not hold. mu is held.
+// distrust makes the header say that bitmaps in use do not hold: the extension has no meaning without
+// the bit.
 func (s *image) distrust(r *blk.Req) error {
-	s.marks.Store(nil)
-	for _, b := range s.stored {
-		b.live = false
-	}
-	s.ext.Marks = nil // which is written with the next change of the header; without the bit it has no meaning
+	s.forgetMarks()
 	if s.hdr.AutoclearFeatures&layout.AutoclearMarks == 0 {
 		return nil
 	}
 	return s.writeAutoclear(r, s.hdr.AutoclearFeatures&^layout.AutoclearMarks)
 }
 
-// resizeLive calls change, which changes the size of the disk. Meanwhile no bitmap is live, afterwards they are again, with what is marked. marking and mu
-// are held.
+// resizeLive calls change, which changes the size of the disk. Meanwhile no bitmap is live. Afterwards
+// they are again, with what is marked.
 func (s *image) resizeLive(r *blk.Req, change func() error) error {
 	if s.marks.Load() == nil {
 		return change()

@@ -15,7 +15,8 @@ import (
 	"qblockd/graph/blk"
 )
 
-// marked is an image with live bitmaps, and what was recorded in them by the operations that have ended.
+// marked is an image with live bitmaps, and what was recorded in them by the operations that have
+// ended.
 type marked struct {
 	t    *testing.T
 	f    *drivertest.CrashFile
@@ -165,8 +166,10 @@ func (d *marked) any() *persisted {
 	return &d.k.list[d.rnd.IntN(len(d.k.list))]
 }
 
-// TestMarksAcrossCrashes lets power fail at each I/O of random histories in which bitmaps come, go and change, the disk changes its size, and the image is closed and
-// opened again, also after such a failure. A bitmap that holds afterwards has all that was recorded in it before, and the write under way, if that is in the image.
+// TestMarksAcrossCrashes lets power fail at each I/O of random histories in which bitmaps come, go
+// and change, the disk changes its size, and the image is closed and opened again, also after such
+// a failure. A bitmap that holds afterwards has all that was recorded in it before, and the write
+// under way, if that is in the image.
 func TestMarksAcrossCrashes(t *testing.T) {
 	for seed := range uint64(6) {
 		t.Run(fmt.Sprint(seed), func(t *testing.T) {
@@ -221,7 +224,8 @@ func TestMarksAcrossCrashes(t *testing.T) {
 	}
 }
 
-// TestResizeWithMarks grows a disk whose last cluster has to be cleared behind its end, in a region that is not marked.
+// TestResizeWithMarks grows a disk whose last cluster has to be cleared behind its end, in a region
+// that is not marked.
 func TestResizeWithMarks(t *testing.T) {
 	img := mustCreate(t, CreateOptions{Size: 1<<20 - 512})
 	k := &memKeeper{}
@@ -244,8 +248,9 @@ func TestResizeWithMarks(t *testing.T) {
 	}
 }
 
-// TestBitmapsBeginWithWhatIsFlushed: what was written before a bitmap was added, or before it forgot that for a backup, is in the image when the program is killed: the bitmap does not
-// have it.
+// TestBitmapsBeginWithWhatIsFlushed: what was written before a bitmap was added, or before it
+// forgot that for a backup, is in the image when the program is killed: the bitmap does not have
+// it.
 func TestBitmapsBeginWithWhatIsFlushed(t *testing.T) {
 	const off, n = 128 << 10, 64 << 10
 	want := bytes.Repeat([]byte{5}, n)
@@ -293,7 +298,8 @@ func TestBitmapsBeginWithWhatIsFlushed(t *testing.T) {
 	}
 }
 
-// TestQemuAndMarks looks at an image whose writer was killed: for qemu-img its bitmaps are in use and the image is sound; for us they hold, until qemu-io has written to it.
+// TestQemuAndMarks looks at an image whose writer was killed: for qemu-img its bitmaps are in use
+// and the image is sound; for us they hold, until qemu-io has written to it.
 func TestQemuAndMarks(t *testing.T) {
 	tool(t, "qemu-img")
 	dir := t.TempDir()

@@ -42,7 +42,7 @@ const (
 	ownBlock
 )
 
-// own notes that the cluster at off becomes (d = 1) or stops being (-1) metadata. mu is held.
+// own notes that the cluster at off becomes (d = 1) or stops being (d = -1) metadata.
 func (s *imageFile) own(off int64, k ownKind, d int32) {
 	c := off >> s.cb
 	o := s.owners[c]
@@ -58,17 +58,41 @@ func (s *imageFile) own(off int64, k ownKind, d int32) {
 	}
 }
 
-// checkOverlap is called with mu held before every write into the file: n bytes at off,
-// which may be metadata of the kinds own but no other that the options name. On overlap the
-// image is given up.
+// checkOverlap fails if a write of n bytes at off touches metadata of a kind that the options name
+// and that is not in own. The image is given up then.
 func (s *imageFile) checkOverlap(r *blk.Req, off, n int64, own overlap) error {
 	hit := s.overlaps(off, n, s.set.overlap&^own)
 	if hit == 0 {
 		return nil
 	}
-	return s.corrupt(r, true, off, n, fmt.Sprintf("Preventing invalid write on metadata (overlaps with %s)", overlapNames[bits.TrailingZeros16(uint16(hit))]))
+	what := overlapNames[bits.TrailingZeros16(uint16(hit))]
+	return s.corrupt(r, true, off, n, "Preventing invalid write on metadata (overlaps with "+what+")")
 }
 
+// checkOwner fails if others refer to clusters in [off, off+n) as far as is known, or if no refcount
+// counts them. The image is given up then.
+func (s *imageFile) checkOwner(r *blk.Req, off, n int64) error {
+	if s.wrong.n == 0 && s.counted == nil || n <= 0 {
+		return nil
+	}
+	for c := off >> s.cb; c <= (off+n-1)>>s.cb; c++ {
+		if s.wrong.at(c) || s.counted.torn(c) {
+			return s.corrupt(r, true, off, n, "Preventing invalid write on cluster "+hex(uint64(c<<s.cb))+
+				", which has other references or is not counted")
+		}
+	}
+	return nil
+}
+
+// mayWrite is called before anything is written in place: see checkOverlap and checkOwner.
+func (s *imageFile) mayWrite(r *blk.Req, off, n int64, own overlap) error {
+	if err := s.checkOverlap(r, off, n, own); err != nil {
+		return err
+	}
+	return s.checkOwner(r, off, n)
+}
+
+// overlaps tells what metadata of the kinds check lie in clusters that [off, off+n) touches.
 func (s *imageFile) overlaps(off, n int64, check overlap) overlap {
 	if check == 0 || n == 0 {
 		return 0
@@ -79,6 +103,7 @@ func (s *imageFile) overlaps(off, n int64, check overlap) overlap {
 	end := s.geo.RoundUp(off + n)
 	off = s.geo.RoundDown(off)
 	in := func(o, l int64) bool { return l > 0 && o < end && off < o+l }
+	snapshots := int64(s.hdr.SnapshotsOffset)
 	if check&olActiveL1 != 0 && in(int64(s.hdr.L1TableOffset), int64(s.hdr.L1Size)*8) {
 		return olActiveL1
 	}
@@ -86,7 +111,7 @@ func (s *imageFile) overlaps(off, n int64, check overlap) overlap {
 		return olRefcountTable
 	}
 	if s.hdr.NbSnapshots > 0 {
-		if check&olSnapshotTable != 0 && in(int64(s.hdr.SnapshotsOffset), s.snapEnd-int64(s.hdr.SnapshotsOffset)) {
+		if check&olSnapshotTable != 0 && in(snapshots, s.snapEnd-snapshots) {
 			return olSnapshotTable
 		}
 		if check&olInactiveL1 != 0 && s.snapL1.touch(off, end) {
@@ -105,8 +130,10 @@ func (s *imageFile) overlaps(off, n int64, check overlap) overlap {
 			}
 		}
 	}
-	if b := s.ext.Bitmaps; check&olBitmapDirectory != 0 && b != nil && in(int64(b.DirectoryOffset), int64(b.DirectorySize)) {
-		return olBitmapDirectory
+	if b := s.ext.Bitmaps; check&olBitmapDirectory != 0 && b != nil {
+		if in(int64(b.DirectoryOffset), int64(b.DirectorySize)) {
+			return olBitmapDirectory
+		}
 	}
 	return 0
 }
@@ -128,7 +155,7 @@ func (s *imageFile) overlapsOwned(off, end int64, check overlap) overlap {
 }
 
 // corrupt reports corruption found at run time and returns the error for the request that met
-// it. Fatal corruption of a writable image marks it corrupt on disk and ends its use. mu is held.
+// it. Fatal corruption of a writable image marks it corrupt on disk and ends its use.
 func (s *imageFile) corrupt(r *blk.Req, fatal bool, off, n int64, msg string) error {
 	fatal = fatal && !s.readOnly
 	if s.signaled && (!fatal || s.dead.Load()) {
@@ -147,10 +174,11 @@ func (s *imageFile) corrupt(r *blk.Req, fatal bool, off, n int64, msg string) er
 		if s.hdr.Version >= 3 {
 			s.hdr.IncompatibleFeatures |= layout.IncompatCorrupt
 			s.publish()
-			// The request fails anyway.
+			b := be.AppendUint64(nil, s.hdr.IncompatibleFeatures)
 			q := *patient(r)
 			q.NoWait = false
-			_ = s.file.WriteAt(&q, blk.Buf(be.AppendUint64(nil, s.hdr.IncompatibleFeatures)), layout.OffIncompatFeatures, 0)
+			// The request fails anyway.
+			_ = s.file.WriteAt(&q, blk.Buf(b), layout.OffIncompatFeatures, 0)
 		}
 	}
 	return errIO
@@ -162,17 +190,4 @@ func hex(v uint64) string {
 		return "0"
 	}
 	return fmt.Sprintf("%#x", v)
-}
-
-// checkOwner is called before anything is written in place to [off, off+n): nothing else may be there.
-func (s *imageFile) checkOwner(r *blk.Req, off, n int64) error {
-	if s.wrong.n == 0 && s.counted == nil || n <= 0 {
-		return nil
-	}
-	for c := off >> s.cb; c <= (off+n-1)>>s.cb; c++ {
-		if s.wrong.at(c) || s.counted.torn(c) {
-			return s.corrupt(r, true, off, n, "Preventing invalid write on cluster "+hex(uint64(c<<s.cb))+", which has other references or is not counted")
-		}
-	}
-	return nil
 }

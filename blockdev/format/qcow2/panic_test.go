@@ -7,8 +7,9 @@ import (
 	"qblockd/graph/blk"
 )
 
-// TestPanicsHoldNobodyUp: a request that has panicked, of which the node is told, leaves nobody waiting for it: neither those that wait already, nor those
-// that come later, nor who closes the image.
+// TestPanicsHoldNobodyUp: a request that has panicked, of which the node is told, leaves nobody
+// waiting for it: neither those that wait already, nor those that come later, nor who closes the
+// image.
 func TestPanicsHoldNobodyUp(t *testing.T) {
 	const cs, far, last = 64 << 10, 512 << 20, 1<<30 - 1024
 	write := func(s *image, off, n int64) error { return s.WriteAt(req(), blk.Buf(make([]byte, n)), off, 0) }
@@ -101,7 +102,8 @@ func panicsOnce(t *testing.T, s *image, at blk.DebugEvent, bad func(s *image) er
 	}
 }
 
-// TestFailingMeanwhile: a write that waits for a flush writes nothing if the image is given up meanwhile.
+// TestFailingMeanwhile: a write that waits for a flush writes nothing if the image is given up
+// meanwhile.
 func TestFailingMeanwhile(t *testing.T) {
 	s := mustOpen(t, mem{mustCreate(t, CreateOptions{Size: 1 << 20})}, config{})
 	for i := range 2 {

@@ -8,7 +8,7 @@ import (
 )
 
 // quarantine has the host clusters that have lost a reference and must not be used for anything else
-// yet, and the epochs in which requests and leases have looked up theirs.
+// yet, and the epochs in which requests and leases have looked up theirs (package doc).
 //
 //	pending (reference gone in memory) --flush--> limbo (gone on disk) --epochs ended--> ripe
 type quarantine struct {
@@ -16,12 +16,12 @@ type quarantine struct {
 	sealed          bool // something was freed in the current epoch
 	pending, limbo  []freed
 	pendBytes       int64
-	given           uint64 // counts what was freed and has been given back
-	giving          int    // so many are giving something back
+	given           uint64 // counts the ranges that have been given back
+	giving          int    // so many callers are giving something back
 }
 
-// epoch counts the requests and leases that looked up host clusters during it. It ends when
-// a cluster is freed. It is the lease of mapped ranges.
+// epoch counts the requests and leases that looked up host clusters during it, and have not ended. It
+// ends when a cluster is freed.
 type epoch struct {
 	refs atomic.Int64
 	seq  uint64
@@ -72,7 +72,7 @@ func (q *quarantine) retire(off, n int64) {
 	q.limbo = append(q.limbo, freed{off, n, discardOther, q.current.seq})
 }
 
-// take is what a flush that begins now will move to limbo; putBack is for one that has failed.
+// take takes what a flush that begins now will move to limbo; putBack is for one that has failed.
 func (q *quarantine) take() []freed {
 	l := q.pending
 	q.pending, q.pendBytes = nil, 0
@@ -86,10 +86,11 @@ func (q *quarantine) putBack(l []freed) {
 	}
 }
 
-// ripe takes what nobody uses any more out of limbo: what was freed before the oldest epoch that
-// somebody is in, or, with all, everything. An epoch that is not the current one never gets new members.
+// ripe takes out of limbo what was freed before the oldest epoch that somebody is in, or everything
+// if all is set.
 func (q *quarantine) ripe(all bool) []freed {
 	q.turn()
+	// An epoch that is not the current one never gets new members.
 	for q.oldest != q.current && q.oldest.refs.Load() == 0 {
 		q.oldest = q.oldest.next
 	}
@@ -130,30 +131,25 @@ type freed struct {
 // maxPending is how much may wait for a flush before one is made.
 const maxPending = 64 << 20
 
-// free takes back one reference on each cluster that [off, off+n) touches, after the next
-// flush. mu is held.
+// free takes back one reference on each cluster that [off, off+n) touches, after the next flush.
 func (s *allocator) free(off, n int64, kind discardKind) { s.quarantine.add(off, n, kind, s.cs) }
 
 // freeEntry frees what L2 entry e refers to.
 func (s *allocator) freeEntry(r *blk.Req, e uint64, kind discardKind) {
-	switch k := layout.KindOf(e); {
-	case k == layout.CompressedKind:
-		off, n := s.geo.CompressedRange(e)
+	off, n := s.geo.HostRange(e)
+	switch {
+	case n == 0:
+	case e&layout.Compressed == 0 && off&(s.cs-1) != 0:
+		_ = s.corrupt(r, false, -1, -1, "Cannot free unaligned cluster "+hex(uint64(off)))
+	default:
 		s.free(off, n, kind)
-	case k.HasHost():
-		off := int64(e & layout.OffsetMask)
-		if off&(s.cs-1) != 0 {
-			s.corrupt(r, false, -1, -1, "Cannot free unaligned cluster "+hex(uint64(off)))
-			return
-		}
-		s.free(off, s.cs, kind)
 	}
 }
 
-// reap gives back what nobody uses any more: clusters in limbo whose epochs have ended are
-// punched if so asked for, then their refcounts go down. mu is held, and dropped while
-// punching and between batches. all takes everything (close).
-// While a survey is under way it makes the next step of that, and nothing is given back but at close, then without being punched.
+// reap gives back what nobody uses any more, or, with all (on closing), everything in limbo: it is
+// punched as the options say, then its refcounts go down. mu is dropped while punching and between
+// batches. While a survey is under way this makes its next step, and nothing is given back but on
+// closing, then without being punched.
 func (s *allocator) reap(r *blk.Req, all bool) {
 	q := &s.quarantine
 	if s.surveying() && len(q.limbo) > 0 {
@@ -190,10 +186,11 @@ func (s *allocator) reap(r *blk.Req, all bool) {
 	}
 }
 
-// maxBatch is how many clusters are given back, or let go, before others get the lock: those of a large bitmap or snapshot are a million.
+// maxBatch is how many clusters are given back before others get the lock: those of a large bitmap
+// or snapshot are a million.
 const maxBatch = 4096
 
-// batch takes maxBatch clusters, or all if there are no more, from the front of l, which it changes.
+// batch takes up to maxBatch clusters from the front of l, which it changes.
 func batch(l []freed, cb uint) (now, rest []freed) {
 	room := int64(maxBatch)
 	for i, f := range l {
@@ -246,8 +243,8 @@ func (s *allocator) punch(r *blk.Req, fs []freed) {
 	})
 }
 
-// unref lowers the refcounts of the clusters that f touches, also when the context of r has ended. A cluster whose refcount block
-// cannot be read is leaked.
+// unref lowers the refcounts of the clusters that f touches, also when the context of r has ended. A
+// cluster whose refcount block cannot be read is leaked.
 func (s *allocator) unref(r *blk.Req, f freed) {
 	r = patient(r)
 	s.step(r, blk.EvClusterFree)

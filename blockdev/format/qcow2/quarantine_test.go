@@ -57,7 +57,8 @@ func TestSpaceThatIsBeingGivenBack(t *testing.T) {
 	})
 }
 
-// TestBatch: batches together touch each cluster as often as the ranges do, in their order, and none touches more than it may.
+// TestBatch: batches together touch each cluster as often as the ranges do, in their order, and
+// none touches more than it may.
 func TestBatch(t *testing.T) {
 	const cb = 9
 	rapid.Check(t, func(t *rapid.T) {

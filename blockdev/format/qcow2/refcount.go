@@ -8,14 +8,15 @@ import (
 	"qblockd/graph/blk"
 )
 
-// refcounts are the refcount table and blocks. Their methods need mu.
+// refcounts are the refcount table and the refcount blocks, some of which are cached. Their methods
+// need mu.
 type refcounts struct {
 	imageFile
 
 	// reft may be shorter than the table: what lies behind is zero.
 	// +checklocks:mu
 	reft []uint64
-	// reftDirty are the groups of 64 entries of the table that are to be written.
+	// reftDirty are the groups of 64 entries that are to be written.
 	// +checklocks:mu
 	reftDirty map[int64]struct{}
 	// +checklocks:mu
@@ -51,10 +52,12 @@ func (s *refcounts) refblock(r *blk.Req, b int64) (*table, error) {
 		return t, nil
 	}
 	if off&(s.cs-1) != 0 || off < 0 {
-		return nil, s.corrupt(r, true, -1, -1, fmt.Sprintf("Refblock offset %s unaligned (reftable index: %s)", hex(uint64(off)), hex(uint64(b))))
+		return nil, s.corrupt(r, true, -1, -1,
+			fmt.Sprintf("Refblock offset %s unaligned (reftable index: %s)", hex(uint64(off)), hex(uint64(b))))
 	}
-	if off >= max(s.file.Size(), s.fileEnd) {
-		return nil, s.corrupt(r, true, -1, -1, fmt.Sprintf("Refblock offset %s beyond the end of the file (reftable index: %s)", hex(uint64(off)), hex(uint64(b))))
+	if off >= s.end() {
+		return nil, s.corrupt(r, true, -1, -1,
+			fmt.Sprintf("Refblock offset %s beyond the end of the file (reftable index: %s)", hex(uint64(off)), hex(uint64(b))))
 	}
 	if err := s.roomForBlock(r); err != nil {
 		return nil, err
@@ -97,9 +100,6 @@ func (s *refcounts) refcount(r *blk.Req, c int64) (uint64, error) {
 	return s.geo.Refcount(t.data, c&(1<<bits-1)), nil
 }
 
-// mostSearched is how many clusters are looked at for a free one, in the file and again behind its end. Tables can count 2^40 clusters and more as used.
-var mostSearched int64 = 1 << 24
-
 // writeBlocks writes all dirty refcount blocks, lowest first.
 func (s *refcounts) writeBlocks(r *blk.Req) error {
 	if s.rb.ndirty == 0 {
@@ -122,8 +122,8 @@ func (s *refcounts) writeBlocks(r *blk.Req) error {
 	return nil
 }
 
-// writeRefcounts writes refcount blocks and the refcount table's changes, with the barrier
-// between the two but none behind.
+// writeRefcounts writes refcount blocks and the refcount table's changes, with a barrier between
+// them but none behind.
 func (s *refcounts) writeRefcounts(r *blk.Req) error {
 	if err := s.writeBlocks(r); err != nil {
 		return err
@@ -136,7 +136,8 @@ func (s *refcounts) writeRefcounts(r *blk.Req) error {
 	}
 	for k := range s.reftDirty {
 		s.step(r, blk.EvRefblockAllocHookup)
-		if err := s.writeMeta(r, encodeEntries(s.reftAt, k, s.reftSize), s.reftOffset()+k*512, olRefcountTable); err != nil {
+		b := encodeEntries(s.reftAt, k, s.reftSize)
+		if err := s.writeMeta(r, b, s.reftOffset()+k*512, olRefcountTable); err != nil {
 			return err
 		}
 		delete(s.reftDirty, k)
@@ -154,10 +155,11 @@ func encodeEntries(at func(i int64) uint64, k, limit int64) []byte {
 	return b
 }
 
-// countedBlocks is the number of refcount blocks that count clusters in the file. What is said of clusters beyond its end has no
-// meaning, and there may be 2^50 of them.
+// countedBlocks is the number of refcount blocks that count clusters in the file. What is said of
+// clusters beyond its end has no meaning, and there may be 2^50 of them.
 func (s *refcounts) countedBlocks() int64 {
-	return (s.geo.Clusters(max(s.file.Size(), s.fileEnd)) + 1<<s.geo.RefblockBits() - 1) >> s.geo.RefblockBits()
+	bits := s.geo.RefblockBits()
+	return (s.geo.Clusters(s.end()) + 1<<bits - 1) >> bits
 }
 
 // lastCluster is the last one in the file that is counted, -1 if there is none.
@@ -180,6 +182,10 @@ func (s *refcounts) lastCluster(r *blk.Req) (int64, error) {
 	return -1, nil
 }
 
+// maxDetect bounds the refcount blocks that are read to detect preallocation, in bytes: those of a
+// file of 2 TiB with clusters of the default size. What is longer counts as not preallocated.
+const maxDetect = 64 << 20
+
 // detectPrealloc finds out whether the file has many clusters that are counted but take no
 // space, which means that data extents may be holes below.
 func (s *refcounts) detectPrealloc(r *blk.Req) {
@@ -195,7 +201,6 @@ func (s *refcounts) detectPrealloc(r *blk.Req) {
 	limit := max(real*10/9, real+2)
 	count := int64(0)
 	bits := s.geo.RefblockBits()
-	// All of the refcount blocks of a file of 2 TiB with the default clusters; what is longer counts as not preallocated.
 	most := min(int64(len(s.reft)), s.countedBlocks(), maxDetect>>s.cb)
 	for b := int64(0); b < most && count < limit; b++ {
 		if ended(r) != nil {

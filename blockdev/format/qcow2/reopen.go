@@ -33,8 +33,8 @@ func (s *image) reconfigure(options Options, unmap bool) (*reconfiguration, erro
 	return &reconfiguration{s, options, unmap, set}, nil
 }
 
-// Prepare implements graph.Participant. It leaves nothing in the caches that is not in the file, and no dirty bit, which may be
-// about to lose its meaning.
+// Prepare implements graph.Participant. It leaves nothing in the caches that is not in the file,
+// and no dirty bit, which may be about to lose its meaning.
 func (c *reconfiguration) Prepare(ctx context.Context) error {
 	s, r := c.s, &blk.Req{Ctx: ctx}
 	s.mu.Lock()

@@ -125,7 +125,8 @@ func (s *image) zeroTail(r *blk.Req, old, size int64) error {
 	return err
 }
 
-// setSize enters the size into the header. After a failure that has the old one again, unless that cannot be written either.
+// setSize enters the size into the header. After a failure that has the old one again, unless that
+// cannot be written either.
 func (s *image) setSize(r *blk.Req, size int64) error {
 	err := s.barrier(r)
 	if err == nil {

@@ -11,8 +11,8 @@ import (
 	"qblockd/graph/blk"
 )
 
-// TestSearchBehindTheEnd: an image of 8 MiB whose table names one full block of refcounts a million times has no free cluster for long. That is found out at once, and not after
-// 2^31 clusters.
+// TestSearchBehindTheEnd: an image of 8 MiB whose table names one full block of refcounts a million
+// times has no free cluster for long. That is found out at once, and not after 2^31 clusters.
 func TestSearchBehindTheEnd(t *testing.T) {
 	const cs, table = 4096, 8 << 20
 	img := mustCreate(t, CreateOptions{Size: 1 << 20, ClusterSize: ptr(uint64(cs))}).Bytes()

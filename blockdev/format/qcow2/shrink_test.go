@@ -10,7 +10,8 @@ import (
 	"qblockd/graph/blk"
 )
 
-// TestShrinkFails: when shrinking fails, at whichever call, the size is what it was, and shrinking again works.
+// TestShrinkFails: when shrinking fails, at whichever call, the size is what it was, and shrinking
+// again works.
 func TestShrinkFails(t *testing.T) {
 	const cs, clusters, left = 512, 200, 30
 	for i := 0; ; i++ {
@@ -47,8 +48,8 @@ func TestShrinkFails(t *testing.T) {
 	}
 }
 
-// TestShrinkKeepsWhatIsNotCounted: the file is not cut where data lie that no refcount counts, be that known or not, also after there was no space and it was given
-// up to find that out.
+// TestShrinkKeepsWhatIsNotCounted: the file is not cut where data lie that no refcount counts, be
+// that known or not, also after there was no space and it was given up to find that out.
 func TestShrinkKeepsWhatIsNotCounted(t *testing.T) {
 	const cs, clusters, left, data = 512, 1000, 600, 400
 	want := make([]byte, cs*data)

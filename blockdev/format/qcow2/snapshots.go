@@ -14,19 +14,22 @@ import (
 	"qblockd/schema/types"
 )
 
-// Internal snapshots. A snapshot is a copy of the L1 table; it shares L2 tables and clusters, each of which counts one reference more, with the
-// active tables, whose entries then lack the copied flag: what is shared is not written in place.
+// Internal snapshots. A snapshot is a copy of the L1 table. It shares L2 tables and clusters with the
+// active tables: each counts one reference more, and the entries of the active tables lack the copied
+// flag, so what is shared is not written in place.
 //
 //	create:  refcounts up, flags off -> | L1 copy, table of snapshots -> | header
 //	delete:  table of snapshots -> | header -> | refcounts down -> | flags on
 //
-// Both end with the context of their request, and then have changed nothing. After a crash in between, clusters are leaked at worst. (In images of version 3 the dirty bit is set meanwhile, so that the next one to write repairs that.
-// Version 2 has none: refcounts may be up where flags are still on, which qemu-img check calls an error and repairs, and which costs no data, as nothing is shared yet.)
-// No requests run, the node is held quiet.
+// Both end with the context of their request, and have changed nothing then. After a crash in between,
+// clusters are leaked at worst. (In images of version 3 the dirty bit is set meanwhile, so that the
+// next one to write repairs that. Version 2 has none: refcounts may be up where flags are still on.
+// qemu-img check calls that an error and repairs it; it costs no data, as nothing is shared yet.)
+// The node is held quiet: no requests run.
 
 var errNoSnapshot = errors.New("Can't find the snapshot")
 
-// undoneError is an error after which everything is as it was before.
+// undoneError is an error after which everything is as it was.
 type undoneError struct{ error }
 
 func (e undoneError) Unwrap() error { return e.error }
@@ -59,7 +62,7 @@ func (s *image) quietly(r *blk.Req, f func() error) error {
 			err = e
 		}
 	}
-	s.flagsDue = s.flagsDue || !whole // who fails half-way leaves it to the end
+	s.flagsDue = s.flagsDue || !whole // what has failed half-way is put right on closing
 	if !s.flagsDue {
 		if e := s.markClean(r); err == nil {
 			err = e
@@ -74,7 +77,8 @@ func (s *image) sureOfAll(r *blk.Req) error {
 	if err := s.vetAll(r); err != nil || s.wrong.n == 0 {
 		return err
 	}
-	return s.corrupt(r, true, s.wrong.first<<s.cb, s.cs, "Preventing a change of snapshots: the refcount of cluster "+hex(uint64(s.wrong.first<<s.cb))+" is wrong")
+	at := s.wrong.first << s.cb
+	return s.corrupt(r, true, at, s.cs, "Preventing a change of snapshots: the refcount of cluster "+hex(uint64(at))+" is wrong")
 }
 
 // CreateSnapshot implements graph.Snapshotter.
@@ -83,8 +87,9 @@ func (s *image) CreateSnapshot(r *blk.Req, name string, at time.Time, clock time
 		return "", errTooBig
 	}
 	sn := layout.Snapshot{
-		ID: s.newID(), Name: name, L1Size: s.hdr.L1Size, DateSec: uint32(at.Unix()), DateNsec: uint32(at.Nanosecond()),
-		VMClockNsec: uint64(clock), DiskSize: uint64(s.size.Load()), Icount: ^uint64(0),
+		ID: s.newID(), Name: name, L1Size: s.hdr.L1Size,
+		DateSec: uint32(at.Unix()), DateNsec: uint32(at.Nanosecond()), VMClockNsec: uint64(clock),
+		DiskSize: uint64(s.size.Load()), Icount: ^uint64(0),
 	}
 	do := func() error {
 		if err := s.share(r, 1); err != nil {
@@ -122,14 +127,15 @@ func (s *image) hasID(id string) bool {
 	return slices.ContainsFunc(s.snaps, func(x layout.Snapshot) bool { return x.ID == id })
 }
 
-// newID is one more than the largest number that an ID begins with or, if that is the largest there is, the lowest number that is no ID. IDs are whatever the image
-// says, and of two with the same one only the first can be told by it.
+// newID is one more than the largest number that an ID begins with or, if that is the largest there
+// is, the lowest number that is no ID. IDs are whatever the image says; of two that have the same,
+// only the first can be named.
 func (s *image) newID() string {
 	most := uint64(0)
 	for i := range s.snaps {
 		id := s.snaps[i].ID
 		digits := len(id) - len(strings.TrimLeft(id, "0123456789"))
-		n, _ := strconv.ParseUint(id[:digits], 10, 64) // the largest there is if it is larger
+		n, _ := strconv.ParseUint(id[:digits], 10, 64) // the largest there is, if it is larger
 		most = max(most, n)
 	}
 	if most < math.MaxUint64 {
@@ -147,8 +153,9 @@ func (s *image) newID() string {
 	}
 }
 
-// share changes the refcounts of all that the active L1 table refers to by d, and puts the copied flags right. If it fails, nothing has changed but flags, which
-// are right. It ends with the context of r; undoing takes no longer than what was done.
+// share changes the refcounts of all that the active L1 table refers to by d, and puts the copied
+// flags right. If it fails, nothing has changed but flags that were wrong. It ends with the context of
+// r; undoing takes no longer than what was done.
 func (s *image) share(r *blk.Req, d int) error {
 	if err := s.vetL1(r, &s.l1); err != nil {
 		return err
@@ -195,8 +202,8 @@ func (s *image) share(r *blk.Req, d int) error {
 
 var errEnough = errors.New("enough")
 
-// fixFlags puts the copied flags right: of the L1 entries before behind, unless that is 0, and of what they refer to. It returns the entry behind the last one that it
-// looked at.
+// fixFlags puts the copied flags right, of the L1 entries before behind (0: of all) and of what they
+// refer to. It returns the entry behind the last one that it looked at.
 func (s *image) fixFlags(r *blk.Req, behind int64) (int64, error) {
 	c := &checker{counter: s.newCounter(r, &CheckResult{}), s: s, behind: behind}
 	err := c.copiedFlags(true)
@@ -262,7 +269,7 @@ func (s *image) writeSnapshots(r *blk.Req, list []layout.Snapshot) error {
 	s.snaps, s.snapEnd, s.snapL1 = list, off+int64(len(b)), snapshotTables(list)
 	if s.set.overlap&olInactiveL2 != 0 {
 		if err := s.findInactive(r); err != nil {
-			s.inactive = nil // not to be looked for; what was known would accuse the innocent
+			s.inactive = nil // what was known would accuse the innocent
 		}
 	}
 	if oldEnd > old {
@@ -283,7 +290,7 @@ func (s *image) DeleteSnapshot(r *blk.Req, id, name string) error {
 
 func (s *image) dropSnapshot(r *blk.Req, i int) error {
 	sn := s.snaps[i]
-	if err := layout.CheckTable(sn.L1TableOffset, uint64(sn.L1Size), 8, layout.MaxL1Bytes, uint64(s.cs), "Snapshot L1 table"); err != nil {
+	if err := s.checkL1(&sn); err != nil {
 		return undoneError{err}
 	}
 	// All that takes long comes before anything changes, so that it can end with the context.
@@ -329,8 +336,9 @@ func (s *image) dropSnapshot(r *blk.Req, i int) error {
 	return err
 }
 
-// dropRefs takes back one reference on each cluster of g, which the image on disk does not refer to any more. What others refer to as well stays where it is, so whoever reads
-// it is not waited for: how long he takes is up to him, and the copied flags are wrong until the refcounts are right.
+// dropRefs takes back one reference on each cluster of g, to which the image on disk does not refer any
+// more. What others refer to as well stays where it is, so those who read it are not waited for: that
+// may take long, and until the refcounts are right the copied flags are wrong.
 func (s *image) dropRefs(r *blk.Req, g span) {
 	for c := g.first; c <= g.last; c++ {
 		n, err := s.refcount(r, c)
@@ -369,17 +377,18 @@ func (d *Driver) Snapshots() []*types.SnapshotInfo { return *d.shownSnapshots.Lo
 
 var _ graph.Snapshotter = (*Driver)(nil)
 
-// countSnapshots counts the table of snapshots, their L1 tables and what those name.
+// countSnapshots counts the table of snapshots, their L1 tables and what those refer to.
 func (s *image) countSnapshots(c *counter) error {
 	if len(s.snaps) == 0 {
 		return nil
 	}
-	if _, err := c.fixed(int64(s.hdr.SnapshotsOffset), s.snapEnd-int64(s.hdr.SnapshotsOffset), "snapshot table"); err != nil {
+	start := int64(s.hdr.SnapshotsOffset)
+	if _, err := c.fixed(start, s.snapEnd-start, "snapshot table"); err != nil {
 		return err
 	}
 	for i := range s.snaps {
 		sn := &s.snaps[i]
-		if layout.CheckTable(sn.L1TableOffset, uint64(sn.L1Size), 8, layout.MaxL1Bytes, uint64(s.cs), "") != nil {
+		if s.checkL1(sn) != nil {
 			c.res.Corruptions++
 			c.res.say("snapshot's L1 table at", sn.L1TableOffset)
 			continue
@@ -444,7 +453,12 @@ func (s *image) readSnapshots(r *blk.Req) error {
 	return nil
 }
 
-// snapshotTables are the places of L1 tables of snapshots.
+// checkL1 checks where a snapshot says that its L1 table is.
+func (s *image) checkL1(sn *layout.Snapshot) error {
+	return layout.CheckTable(sn.L1TableOffset, uint64(sn.L1Size), 8, layout.MaxL1Bytes, uint64(s.cs), "Snapshot L1 table")
+}
+
+// snapshotTables is where snapshots have their L1 tables.
 func snapshotTables(l []layout.Snapshot) ranges {
 	all := make([]fileRange, 0, len(l))
 	for i := range l {
@@ -455,12 +469,12 @@ func snapshotTables(l []layout.Snapshot) ranges {
 	return makeRanges(all)
 }
 
-// findInactive notes the L2 tables of internal snapshots for overlap-check=all. Tables that lie over each other are read once.
+// findInactive finds the L2 tables of snapshots for overlap-check=all. L1 tables that lie over each
+// other are read once.
 func (s *image) findInactive(r *blk.Req) error {
 	s.inactive = map[int64]struct{}{}
 	for i := range s.snaps {
-		sn := &s.snaps[i]
-		if err := layout.CheckTable(sn.L1TableOffset, uint64(sn.L1Size), 8, layout.MaxL1Bytes, uint64(s.cs), "Snapshot L1 table"); err != nil {
+		if err := s.checkL1(&s.snaps[i]); err != nil {
 			return err
 		}
 	}

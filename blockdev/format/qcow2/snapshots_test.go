@@ -103,7 +103,8 @@ func (d *disk) check() {
 	}
 }
 
-// TestSnapshots makes and deletes snapshots between random writes and compares all with plain bytes; no cluster is lost.
+// TestSnapshots makes and deletes snapshots between random writes and compares all with plain
+// bytes; no cluster is lost.
 func TestSnapshots(t *testing.T) {
 	for _, sh := range []shape{{cs: 512, bits: 16, v: "v3"}, {cs: 4096, bits: 16, v: "v3"}, {cs: 65536, bits: 4, v: "v3"}, {cs: 1024, bits: 64, v: "v3", lazy: true}} {
 		t.Run(fmt.Sprintf("%+v", sh), func(t *testing.T) {
@@ -177,7 +178,8 @@ func twice(s *image) error {
 	return s.Inactivate(req())
 }
 
-// afterwards opens an image that twice has left at some point: it is sound when the next writer has it, and snapshots and disk show what they may.
+// afterwards opens an image that twice has left at some point: it is sound when the next writer has
+// it, and snapshots and disk show what they may.
 func afterwards(t *testing.T, f *drivertest.MemFile) {
 	t.Helper()
 	s := mustOpen(t, mem{f}, config{})
@@ -247,7 +249,8 @@ func (s *image) nameOf(id string) string {
 	return s.snaps[slices.IndexFunc(s.snaps, func(x layout.Snapshot) bool { return x.ID == id })].Name
 }
 
-// labelled is an image with snapshots of these IDs and names, whether they can be told apart or not. Snapshot i has i+1 in its first cluster.
+// labelled is an image with snapshots of these IDs and names, whether they can be told apart or
+// not. Snapshot i has i+1 in its first cluster.
 func labelled(t *testing.T, labels [][2]string) *drivertest.MemFile {
 	t.Helper()
 	f := mustCreate(t, CreateOptions{Size: 1 << 20})
@@ -294,7 +297,8 @@ func firsts(t *testing.T, s *image) (l []byte) {
 	return l
 }
 
-// TestSnapshotsThatLookAlike: where snapshots share an ID or a name, the first one with both goes, and no other.
+// TestSnapshotsThatLookAlike: where snapshots share an ID or a name, the first one with both goes,
+// and no other.
 func TestSnapshotsThatLookAlike(t *testing.T) {
 	labels := [][2]string{{"1", "a"}, {"1", "b"}, {"2", "a"}, {"2", "a"}, {"", ""}}
 	for _, c := range []struct{ id, name, want string }{
@@ -394,8 +398,9 @@ func (l *looks) Err() error {
 // Done implements context.Context: it can end, which nobody who waits is told.
 func (l *looks) Done() <-chan struct{} { return make(chan struct{}) }
 
-// TestSnapshotsEndWithTheirClients: whenever a client goes, a snapshot is made or deleted as a whole or not at all, and the image is as it was otherwise: no leak, no wrong
-// flag, nothing to repair.
+// TestSnapshotsEndWithTheirClients: whenever a client goes, a snapshot is made or deleted as a
+// whole or not at all, and the image is as it was otherwise: no leak, no wrong flag, nothing to
+// repair.
 func TestSnapshotsEndWithTheirClients(t *testing.T) {
 	for _, deletes := range []bool{false, true} {
 		gaveUp, i := 0, 0
@@ -468,8 +473,8 @@ func TestSnapshotWalkLooks(t *testing.T) {
 	mustClose(t, s)
 }
 
-// TestTablesNamedTwice: an L1 table that names an L2 table twice, or one that is not in the file, is found before any of what it says is walked, also in an image that
-// is too large for a survey.
+// TestTablesNamedTwice: an L1 table that names an L2 table twice, or one that is not in the file,
+// is found before any of what it says is walked, also in an image that is too large for a survey.
 func TestTablesNamedTwice(t *testing.T) {
 	for _, c := range []struct {
 		name string
@@ -529,7 +534,8 @@ func TestTablesNamedTwice(t *testing.T) {
 	}
 }
 
-// TestSnapshotIsDeletedBesideReaders: a request that is still reading neither leaves copied flags wrong nor the image dirty until it is closed.
+// TestSnapshotIsDeletedBesideReaders: a request that is still reading neither leaves copied flags
+// wrong nor the image dirty until it is closed.
 func TestSnapshotIsDeletedBesideReaders(t *testing.T) {
 	for _, v := range []string{"v2", "v3"} {
 		f := mustCreate(t, CreateOptions{Size: 1 << 20, ClusterSize: ptr(uint64(512)), Version: v})

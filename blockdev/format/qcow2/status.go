@@ -27,7 +27,8 @@ func (s *image) Status(r *blk.Req, off, n int64) (blk.Extent, error) {
 	if err != nil {
 		return blk.Extent{}, err
 	}
-	// Runs go on over slices of the same kind while that costs no I/O. Others wait meanwhile, and an image may use one L2 table for all of a huge disk.
+	// Runs go on over slices of the same kind while that costs no I/O. Others wait meanwhile, and
+	// an image may use one L2 table for all of a huge disk.
 	for k := 0; k < maxJoined && m.n < n && m.kind != layout.CompressedKind; k++ {
 		q := *r
 		q.NoWait = true
@@ -54,9 +55,6 @@ func (s *image) Status(r *blk.Req, off, n int64) (blk.Extent, error) {
 	}
 	return e, nil
 }
-
-// maxDetect bounds the refcount blocks that are read to detect preallocation, in bytes.
-const maxDetect = 64 << 20
 
 // Map appends the host ranges behind a prefix of [off, off+n). Ranges of this image's file
 // hold its clusters in place until m is released.

@@ -7,7 +7,8 @@ import (
 	"qblockd/graph/blk"
 )
 
-// TestStatusOfHugeDisks: where there are no L2 tables a disk is told of in one step up to the next one, and discarded, however large it is.
+// TestStatusOfHugeDisks: where there are no L2 tables a disk is told of in one step up to the next
+// one, and discarded, however large it is.
 func TestStatusOfHugeDisks(t *testing.T) {
 	const size = int64(1) << 55
 	f := mustCreate(t, CreateOptions{Size: uint64(size), ClusterSize: ptr(uint64(2 << 20))})
@@ -43,7 +44,8 @@ func TestStatusOfHugeDisks(t *testing.T) {
 	}
 }
 
-// TestStatusOfOneTableForAll: an image that uses one L2 table for all of a huge disk does not make one call look into it as often.
+// TestStatusOfOneTableForAll: an image that uses one L2 table for all of a huge disk does not make
+// one call look into it as often.
 func TestStatusOfOneTableForAll(t *testing.T) {
 	const size = int64(1) << 55
 	f := mustCreate(t, CreateOptions{Size: uint64(size), ClusterSize: ptr(uint64(2 << 20))})

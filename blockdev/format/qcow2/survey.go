@@ -7,29 +7,36 @@ import (
 	"qblockd/graph/blk"
 )
 
-// Whoever made an image may have counted wrong, and on purpose. So before the first write a survey begins to look at all that the image refers to (checker).
+// Whoever made an image may have counted wrong, and on purpose. So before the first write a survey
+// begins to count all that the image refers to (counter).
 //
-//	none ---becomes writable---> due ---first write---> walking L2 tables ---> comparing with the refcounts ---> over
+//	none --becomes writable--> due --first write--> walks L2 tables --> compares refcounts --> over
 //
-// The first step reads up to firstStep of tables, which is all of most images; further ones follow with each write and each change of the metadata. Until it is over
+// The first step reads up to firstStep of tables, which is all of most images. Further ones follow
+// with each write and each change of the metadata. Until it is over
 //
-//   - clusters are taken behind the end that the file had, and only where nothing points as far as is known;
+//   - clusters are taken behind the end that the file had, and only where nothing points as far as
+//     is known;
 //   - what is freed keeps its refcount and its space; and
-//   - what is written in place is referred to by a table that has been looked at, and by nothing else that has been: all tables and metadata, and data of the tables
-//     so far.
+//   - what is written in place is referred to by a table that has been looked at, and by nothing
+//     else that has been: all tables and metadata, and data of the tables so far.
 //
-// When it is over, refcounts that are lower than the number of references are raised to that. What cannot be mended so is known (wrong): clusters that someone
-// takes for his own although others refer to them, and those that no refcount block counts. They are never given out, punched, freed or written to:
-// who would do that ends the use of the image. Afterwards a refcount of 0 means that nothing refers to a cluster.
+// When it is over, refcounts that are lower than the number of references are raised. What cannot be
+// mended so is known (wrong): clusters that someone takes for his own although others refer to them,
+// and those that no refcount block counts. They are never given out, punched, freed or written to:
+// who would do that ends the use of the image. From then on a refcount of 0 means that nothing refers
+// to a cluster.
 //
-// A table is walked before it is changed, or what it refers to, at the latest. What it comes to refer to is counted then (setEntry), and what it no longer refers to stays counted, as its
-// refcount stays.
+// A table is walked at the latest before it is changed, or what it refers to. What it comes to refer
+// to is counted then (setEntry). What it no longer refers to stays counted, as its refcount stays.
 
 const (
-	// firstStep and nextStep are bytes of L2 tables: of 32 and 8 GiB of disk with the default clusters. Both go for about as many pages of counts.
+	// firstStep and nextStep are bytes of L2 tables, those of 32 and 8 GiB of disk with the default
+	// clusters, and about as many bytes of counts.
 	firstStep = 4 << 20
 	nextStep  = 1 << 20
-	// maxSurvey is the most that a survey may take: for some 3 TiB of data in clusters of the default size.
+	// maxSurvey is what a survey may take in memory: enough for some 3 TiB of data in clusters of
+	// the default size.
 	maxSurvey = 64 << 20
 )
 
@@ -39,32 +46,32 @@ type survey struct {
 	pages   []int64  // of the tally that are still to be compared; nil while tables are walked
 	walked  bool
 	found   int64 // clusters of the file when it began
-	hint    int64 // no free cluster lies from found on below this
-	raised  int   // refcounts that were too low, of which first was the first
-	first   int64 // cluster
+	hint    int64 // no cluster from found to this is free
+	raised  int   // so many refcounts were too low
+	first   int64 // the first cluster of those
 	failed  int   // I/O errors
-	endless bool  // it is too large, or cannot be made: it will not be over
+	endless bool  // it is too large, or cannot be made: it will never be over
 }
 
 // wrong has the clusters whose refcounts a survey found to be wrong.
 type wrong struct {
 	n     int // 0: none
 	t     tally
-	first int64 // the one found first
-	last  int64 // the highest one; without a survey, that of all there may be
+	first int64 // the one that was found first
+	last  int64 // the highest one, or, where there could be no survey, the highest there may be
 }
 
-// surveyor counts what the image refers to.
+// surveyor counts what the image refers to, and compares that with the refcounts. Its methods need mu.
 type surveyor struct {
 	refcounts
 	above references
 
-	// survey is nil if it is over, or none is due.
+	// survey is nil if none is due, or it is over.
 	// +checklocks:mu
 	survey *survey
 }
 
-// references is how a survey asks the parts above it what they refer to.
+// references are what the parts of an image above the surveyor refer to.
 type references interface {
 	countL1(c *counter) error
 	countSnapshots(c *counter) error
@@ -84,7 +91,7 @@ func (s *surveyor) endSurvey() { s.survey, s.counted = nil, nil }
 // surveying tells whether a survey is due or under way.
 func (s *surveyor) surveying() bool { return s.survey != nil && !s.survey.endless }
 
-// vet makes the next step of the survey, if one is due. It is called with mu held before the metadata change.
+// vet makes the next step of the survey, if one is due. It is called before the metadata change.
 func (s *surveyor) vet(r *blk.Req) error {
 	if !s.surveying() {
 		return nil
@@ -98,7 +105,7 @@ func (s *surveyor) vet(r *blk.Req) error {
 	return s.stepSurvey(r, cmp.Or(s.vetSteps[1], nextStep))
 }
 
-// vetAll makes the whole survey; mu is let go of between steps.
+// vetAll makes the whole survey; mu is dropped between steps.
 func (s *surveyor) vetAll(r *blk.Req) error {
 	for s.surveying() {
 		if err := s.vet(r); err != nil {
@@ -113,13 +120,13 @@ func (s *surveyor) vetAll(r *blk.Req) error {
 	return nil
 }
 
-// beginSurvey counts what the header and the tables that lie side by side refer to.
+// beginSurvey counts what header, L1 tables, refcount table and bitmaps refer to, and makes a step.
 func (s *surveyor) beginSurvey(r *blk.Req) error {
 	v := s.survey
 	c := s.newCounter(r, &CheckResult{})
 	c.all, c.most = true, maxSurvey
 	err := c.meta()
-	v.found = s.geo.Clusters(max(s.file.Size(), s.fileEnd))
+	v.found = s.geo.Clusters(s.end())
 	v.hint = v.found
 	if err != nil {
 		return s.surveyFailed(r, err)
@@ -128,8 +135,8 @@ func (s *surveyor) beginSurvey(r *blk.Req) error {
 	return s.stepSurvey(r, cmp.Or(s.vetSteps[0], firstStep))
 }
 
-// surveyFailed says what it means that a survey cannot go on; the error is that of the request. One of I/O is not: what could not be read is mostly nothing that
-// the request needs.
+// surveyFailed says what it means for the request that a survey cannot go on. Errors of I/O mean
+// nothing: what could not be read is mostly nothing that the request needs.
 func (s *surveyor) surveyFailed(r *blk.Req, err error) error {
 	switch {
 	case ended(r) != nil:
@@ -146,7 +153,7 @@ func (s *surveyor) surveyFailed(r *blk.Req, err error) error {
 	return nil
 }
 
-// stepSurvey goes on for about n bytes.
+// stepSurvey goes on for about n bytes of tables or counts.
 func (s *surveyor) stepSurvey(r *blk.Req, n int64) error {
 	v := s.survey
 	v.c.r = r
@@ -171,11 +178,13 @@ func (s *surveyor) stepSurvey(r *blk.Req, n int64) error {
 	}
 	s.endSurvey()
 	if v.raised > 0 {
-		s.warnf("The refcounts of %d clusters, of which the first is at %s, were too low and have been put right", v.raised, hex(uint64(v.first<<s.cb)))
+		s.warnf("The refcounts of %d clusters, of which the first is at %s, were too low and have been put right",
+			v.raised, hex(uint64(v.first<<s.cb)))
 	}
 	if s.wrong.n > 0 {
-		// No event: the reference has none before it comes upon such a cluster, and neither have we.
-		s.warnf("The refcounts of %d clusters, of which the first is at %s, are wrong: who writes to them ends the use of the image", s.wrong.n, hex(uint64(s.wrong.first<<s.cb)))
+		// No event: QEMU has none before it comes upon such a cluster.
+		s.warnf("The refcounts of %d clusters, of which the first is at %s, are wrong: who writes to them ends the use of the image",
+			s.wrong.n, hex(uint64(s.wrong.first<<s.cb)))
 	}
 	return nil
 }
@@ -248,7 +257,8 @@ func (w *wrong) add(k int64) {
 // at tells whether the references of cluster k are known to be wrong.
 func (w *wrong) at(k int64) bool { return w.n > 0 && w.t.get(k) > 0 }
 
-// vetTable makes the next step of the survey, and walks the L2 table at off, which is to be changed, or what it refers to.
+// vetTable makes the next step of the survey, and walks the L2 table at off: it is to be changed, or
+// what it refers to.
 func (s *surveyor) vetTable(r *blk.Req, off int64) error {
 	if err := s.vet(r); err != nil {
 		return err
@@ -268,12 +278,12 @@ func (s *surveyor) vetTable(r *blk.Req, off int64) error {
 	return unwalkedError{err}
 }
 
-// unwalkedError is that of an L2 table that could not be looked at. It must not be changed then.
+// unwalkedError says that an L2 table could not be looked at: it must not be changed.
 type unwalkedError struct{ error }
 
 func (e unwalkedError) Unwrap() error { return e.error }
 
-// linked counts what an L2 entry has come to refer to, if its table has been looked at already.
+// linked counts what an L2 entry has come to refer to, if its table was walked already.
 func (s *surveyor) linked(table int64, old, e uint64) {
 	v := s.survey
 	if v == nil || v.c == nil || (old^e)&(layout.OffsetMask|layout.Compressed) == 0 {
@@ -284,7 +294,7 @@ func (s *surveyor) linked(table int64, old, e uint64) {
 	}
 }
 
-// copiesTable counts the L2 table in cluster c, which is new and refers to what one refers to that has been looked at.
+// copiesTable counts the L2 table in cluster c, which is a new copy of one that was walked.
 func (s *surveyor) copiesTable(c int64) {
 	if v := s.survey; v != nil && v.c != nil {
 		v.c.l2[c] = l2ref{n: 1, active: true, walked: true}
@@ -292,13 +302,11 @@ func (s *surveyor) copiesTable(c int64) {
 	}
 }
 
-// canFree is called before L2 entry e is dropped: what it refers to must be counted as often as it is referred to, as far as is known.
+// canFree is called before L2 entry e is dropped. It fails if what e refers to is counted less often
+// than it is referred to, as far as is known; the image is given up then.
 func (s *surveyor) canFree(r *blk.Req, e uint64) error {
-	off, n := int64(e&layout.OffsetMask), s.cs
-	switch k := layout.KindOf(e); {
-	case k == layout.CompressedKind:
-		off, n = s.geo.CompressedRange(e &^ layout.Copied)
-	case !k.HasHost() || off&(s.cs-1) != 0:
+	off, n := s.geo.HostRange(e)
+	if e&layout.Compressed == 0 && off&(s.cs-1) != 0 {
 		return nil
 	}
 	return s.canFreeRange(r, off, n)
@@ -311,7 +319,8 @@ func (s *surveyor) canFreeRange(r *blk.Req, off, n int64) error {
 			return err
 		}
 		if v == 0 || s.wrong.at(c) {
-			return s.corrupt(r, true, c<<s.cb, s.cs, "Preventing invalid free of cluster "+hex(uint64(c<<s.cb))+", whose refcount is wrong")
+			at := c << s.cb
+			return s.corrupt(r, true, at, s.cs, "Preventing invalid free of cluster "+hex(uint64(at))+", whose refcount is wrong")
 		}
 	}
 	return nil

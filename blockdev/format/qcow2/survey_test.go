@@ -29,7 +29,8 @@ var geometries = []CreateOptions{
 
 const clusters = 160 // of the disk of a sample
 
-// sample makes an image with data, zero and compressed clusters and, unless refcounts are of one bit, a snapshot that shares some.
+// sample makes an image with data, zero and compressed clusters and, unless refcounts are of one
+// bit, a snapshot that shares some.
 func sample(t testing.TB, o CreateOptions) *drivertest.MemFile {
 	cs := int64(*o.ClusterSize)
 	o.Size = uint64(clusters * cs)
@@ -73,7 +74,8 @@ func sample(t testing.TB, o CreateOptions) *drivertest.MemFile {
 	return f
 }
 
-// shown is what an image shows, cluster by cluster; nil where it cannot be read. With snapshot it is what its first snapshot shows.
+// shown is what an image shows, cluster by cluster; nil where it cannot be read. With snapshot it
+// is what its first snapshot shows.
 func shown(img []byte, snapshot bool) [][]byte {
 	img = bytes.Clone(img)
 	if snapshot {
@@ -171,7 +173,8 @@ func harm(rnd *rand.Rand, img []byte, counts bool) ([]byte, string) {
 	return img, fmt.Sprintf("%s at %#x is %#x", what, at, v)
 }
 
-// trial works on a damaged image and fails if what it showed, or has acknowledged since, is no longer what it shows, be it alive, closed or given up.
+// trial works on a damaged image and fails if what it showed, or has acknowledged since, is no
+// longer what it shows, be it alive, closed or given up.
 type trial struct {
 	s    *image
 	rnd  *rand.Rand
@@ -251,7 +254,8 @@ func (m *trial) verify(got [][]byte, live bool) error {
 func tryDamage(t testing.TB, seed uint64) (done []string, err error) {
 	rnd := rand.New(rand.NewPCG(seed, 7))
 	img := sample(t, geometries[seed%uint64(len(geometries))]).Bytes()
-	// While a survey is under way what others refer to may be overwritten in place, but nothing is given away that is in use.
+	// While a survey is under way what others refer to may be overwritten in place, but nothing is
+	// given away that is in use.
 	var steps [2]int64
 	stepwise := rnd.IntN(4) == 0
 	if stepwise {
@@ -332,8 +336,10 @@ func pad(b [][]byte) [][]byte {
 	return b
 }
 
-// TestDamagedImagesKeepWhatTheyShow damages tables and refcounts of images at random, and works on them. What an image showed when it was opened, and what it
-// has acknowledged since, stays; also what its snapshot shows. Requests may fail, and the image may be given up. QBLOCKD_TRIALS sets their number.
+// TestDamagedImagesKeepWhatTheyShow damages tables and refcounts of images at random, and works on
+// them. What an image showed when it was opened, and what it has acknowledged since, stays; also
+// what its snapshot shows. Requests may fail, and the image may be given up. QBLOCKD_TRIALS sets
+// their number.
 func TestDamagedImagesKeepWhatTheyShow(t *testing.T) {
 	n := uint64(600)
 	if v, err := strconv.ParseUint(os.Getenv("QBLOCKD_TRIALS"), 10, 64); err == nil {
@@ -350,8 +356,9 @@ func TestDamagedImagesKeepWhatTheyShow(t *testing.T) {
 	}
 }
 
-// TestSurveyOnDevice: as long as the references of an image have not all been counted, clusters are taken behind the end of its file. A file that cannot grow, as a
-// device cannot, has none there; so those that are free in it have to be found: for data, snapshots and bitmaps, old and new ones.
+// TestSurveyOnDevice: as long as the references of an image have not all been counted, clusters are
+// taken behind the end of its file. A file that cannot grow, as a device cannot, has none there; so
+// those that are free in it have to be found: for data, snapshots and bitmaps, old and new ones.
 func TestSurveyOnDevice(t *testing.T) {
 	for name, slack := range map[string]int64{"full": 0, "with a free end": 1 << 20} {
 		for _, what := range []string{"data", "snapshot", "bitmap", "bitmap later"} {
@@ -432,7 +439,8 @@ func (f unreadable) ReadAt(r *blk.Req, v blk.Vec, off int64, fl blk.Flags) error
 	return f.mem.ReadAt(r, v, off, fl)
 }
 
-// TestOverwritingWhileTheSurveyGoesOn: what is overwritten in place before all references are counted has no other one as far as is known, and is in no metadata.
+// TestOverwritingWhileTheSurveyGoesOn: what is overwritten in place before all references are
+// counted has no other one as far as is known, and is in no metadata.
 func TestOverwritingWhileTheSurveyGoesOn(t *testing.T) {
 	const cs, victim = 512, 130
 	o := CreateOptions{ClusterSize: ptr(uint64(cs))}
@@ -481,7 +489,8 @@ func TestOverwritingEndsTheSurvey(t *testing.T) {
 	mustClose(t, s)
 }
 
-// TestSurveyOfManySmallTables: a table of bits counts as what it holds, not as the cluster that it lies in. An image may have thousands of them.
+// TestSurveyOfManySmallTables: a table of bits counts as what it holds, not as the cluster that it
+// lies in. An image may have thousands of them.
 func TestSurveyOfManySmallTables(t *testing.T) {
 	const cs = 2 << 20
 	img := mustCreate(t, CreateOptions{Size: 1 << 20, ClusterSize: ptr(uint64(cs))})
@@ -505,7 +514,8 @@ func TestSurveyOfManySmallTables(t *testing.T) {
 	mustClose(t, s)
 }
 
-// TestOverwritingBesideBadSectors: a part of its table that cannot be read does not concern a write in place.
+// TestOverwritingBesideBadSectors: a part of its table that cannot be read does not concern a write
+// in place.
 func TestOverwritingBesideBadSectors(t *testing.T) {
 	const last = 1 << 30
 	img := mustCreate(t, CreateOptions{Size: 3 << 29})

@@ -8,7 +8,7 @@ import (
 	"qblockd/graph/blk"
 )
 
-// countL1 counts the L1 table and the L2 tables that it names.
+// countL1 counts the L1 table and the L2 tables that it refers to.
 func (s *image) countL1(c *counter) error {
 	if err := c.active(int64(s.hdr.L1TableOffset), int64(s.hdr.L1Size)*8, "L1 table"); err != nil {
 		return err
@@ -21,7 +21,7 @@ func (s *image) countL1(c *counter) error {
 	return nil
 }
 
-// readL2 reads a whole L2 table as it is now, changes in the cache included.
+// readL2 is that of references.
 func (s *image) readL2(r *blk.Req, tab int64, buf []byte) error {
 	if err := s.readFile(r, blk.Buf(buf), tab); err != nil {
 		return err
@@ -69,26 +69,21 @@ func (s *image) takeL1() []copied {
 
 func (s *image) checkCopies(r *blk.Req, l2, l1 []copied) error {
 	for _, c := range l2 {
-		if err := s.checkOverlap(r, c.off, int64(len(c.data)), olActiveL2); err != nil {
-			return err
-		}
-		if err := s.checkOwner(r, c.off, int64(len(c.data))); err != nil {
+		if err := s.mayWrite(r, c.off, int64(len(c.data)), olActiveL2); err != nil {
 			return err
 		}
 		s.noteEnd(c.off + int64(len(c.data)))
 	}
 	for _, c := range l1 {
-		if err := s.checkOverlap(r, c.off, int64(len(c.data)), olActiveL1); err != nil {
-			return err
-		}
-		if err := s.checkOwner(r, c.off, int64(len(c.data))); err != nil {
+		if err := s.mayWrite(r, c.off, int64(len(c.data)), olActiveL1); err != nil {
 			return err
 		}
 	}
 	return nil
 }
 
-// writeCopies runs without mu.
+// writeCopies writes them in the order of the package doc; due tells that a barrier is due before. It
+// runs without mu.
 func (s *image) writeCopies(r *blk.Req, l2, l1 []copied, due bool) error {
 	if due && len(l2)+len(l1) > 0 {
 		if err := s.file.Flush(r); err != nil {
@@ -96,7 +91,6 @@ func (s *image) writeCopies(r *blk.Req, l2, l1 []copied, due bool) error {
 		}
 	}
 	for i := 0; i < len(l2); {
-		// Neighbouring slices were copied side by side unless the cache's order differed.
 		j, bufs := i+1, [][]byte{l2[i].data}
 		for j < len(l2) && l2[j].off == l2[j-1].off+int64(len(l2[j-1].data)) {
 			bufs = append(bufs, l2[j].data)
@@ -122,7 +116,8 @@ func (s *image) writeCopies(r *blk.Req, l2, l1 []copied, due bool) error {
 	return s.file.Flush(r)
 }
 
-// eachCluster calls f for every cluster that an L1 table refers to, L2 tables and what their entries refer to, until it fails or the context of r ends.
+// eachCluster calls f for every cluster that an L1 table refers to, L2 tables and what their entries
+// refer to, until f fails or the context of r ends.
 func (s *image) eachCluster(r *blk.Req, l1 *entries, f func(c int64) error) error {
 	buf := make([]byte, s.cs)
 	for _, e := range l1.all() {
@@ -140,13 +135,7 @@ func (s *image) eachCluster(r *blk.Req, l1 *entries, f func(c int64) error) erro
 					return err
 				}
 			}
-			off, n := int64(x&layout.OffsetMask), s.cs
-			switch kind := layout.KindOf(x); {
-			case kind == layout.CompressedKind:
-				off, n = s.geo.CompressedRange(x &^ layout.Copied)
-			case !kind.HasHost():
-				continue
-			}
+			off, n := s.geo.HostRange(x)
 			for c := off >> s.cb; c<<s.cb < off+n; c++ {
 				if err := f(c); err != nil {
 					return err
@@ -160,10 +149,11 @@ func (s *image) eachCluster(r *blk.Req, l1 *entries, f func(c int64) error) erro
 	return nil
 }
 
-// vetL1 is called before all that an L1 table refers to is walked: each L2 table must be in the file, and be named once. A survey finds others, but some images are
-// too large for one, and one table that 4 million entries name would be walked for weeks.
+// vetL1 is called before all that an L1 table refers to is walked: each L2 table must lie in the file,
+// and be referred to once. A survey finds others, but some images are too large for one, and a table
+// to which 4 million entries refer would be walked for weeks.
 func (s *image) vetL1(r *blk.Req, l1 *entries) error {
-	end := max(s.file.Size(), s.fileEnd)
+	end := s.end()
 	var tabs []int64
 	for _, e := range l1.all() {
 		tab := int64(e & layout.OffsetMask)
@@ -186,8 +176,8 @@ func (s *image) vetL1(r *blk.Req, l1 *entries) error {
 	return nil
 }
 
-// allFits tells whether the L2 cache has place for the slices of the whole disk, as it does by default up to 256 GiB
-// with clusters of 64 KiB: then nothing has to go for another, however much of it is changed.
+// allFits tells whether the L2 cache has place for the slices of the whole disk, as it does by default
+// up to 256 GiB with clusters of 64 KiB: nothing has to be evicted then, however much is changed.
 func (s *image) allFits() bool {
 	const entrySize = 8
 	return int64(s.l2.max)*s.slice/entrySize >= s.geo.Clusters(s.size.Load())

@@ -2,11 +2,12 @@ package qcow2
 
 import "slices"
 
-// tally counts references to clusters, and which of them suppose that they are the only one. Its pages are small, so that what it
-// takes is bounded by the number of references, wherever they point, and 1.4 bytes a cluster where many lie side by side.
+// tally counts references to clusters, and which of them suppose that they are the only one. Its
+// pages are small: what it takes is bounded by the number of references, wherever they point, and is
+// 1.4 bytes a cluster where many lie side by side. The methods that only read take nil as empty.
 type tally struct {
 	pages map[int64]*tallyPage
-	last  *tallyPage // the one used last, of page at
+	last  *tallyPage // the page used last, number at
 	at    int64
 	big   map[int64]uint64 // counts from tallyBig on
 }
@@ -24,6 +25,9 @@ const (
 func newTally() tally { return tally{pages: map[int64]*tallyPage{}} }
 
 func (t *tally) page(c int64, make bool) *tallyPage {
+	if t == nil {
+		return nil
+	}
 	k := c >> tallyBits
 	if t.last != nil && t.at == k {
 		return t.last
@@ -42,11 +46,8 @@ func (t *tally) page(c int64, make bool) *tallyPage {
 
 func slot(c int64) int64 { return c & (1<<tallyBits - 1) }
 
-// get is the number of references to cluster c; a tally that is nil has none.
+// get is the number of references to cluster c.
 func (t *tally) get(c int64) uint64 {
-	if t == nil {
-		return 0
-	}
 	p := t.page(c, false)
 	if p == nil {
 		return 0
@@ -57,12 +58,8 @@ func (t *tally) get(c int64) uint64 {
 	return t.big[c]
 }
 
-// torn tells whether c has several references, one of which supposes to be the only one. A tally that
-// is nil has none.
+// torn tells whether c has several references, one of which supposes to be the only one.
 func (t *tally) torn(c int64) bool {
-	if t == nil {
-		return false
-	}
 	p := t.page(c, false)
 	return p != nil && p[slot(c)]&tallySole != 0 && p[slot(c)]&^tallySole > 1
 }

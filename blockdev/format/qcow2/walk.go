@@ -8,8 +8,9 @@ import (
 	"qblockd/graph/blk"
 )
 
-// counter counts all references of an image: first those of the header and of the tables that lie side by side (fixed), then, table by table, those
-// of L2 tables. What it does is bounded by the file: a table counts once, however many name it.
+// counter counts all references of an image: first those of the header and of contiguous tables
+// (fixed), then, table by table, those of L2 tables. What it does is bounded by the file: a table
+// counts once, however many name it.
 type counter struct {
 	s   *surveyor
 	r   *blk.Req
@@ -22,37 +23,38 @@ type counter struct {
 	tabs []int64         // the keys, in order; made by meta
 	pos  int             // so many of them are walked
 	left int64           // clusters that tables may still take: they cannot lie over each other
-	most int64           // the most that tables that lie side by side may take, and the tally; bytes
+	most int64           // bytes that contiguous tables may take, and the tally
 	buf  []byte
 
-	tables int64 // bytes that tables that lie side by side take
-	// Tables with entries that point beyond the end, which a repair has to put right.
+	tables int64 // bytes that contiguous tables take
+	// stray are L2 tables with entries that point beyond the end, which a repair has to put right.
 	stray map[int64]struct{}
 }
 
-// maxTally is the most that counting references may take: enough for 48 TiB of data in clusters of the default size.
+// maxTally is what counting references may take in memory: enough for 48 TiB of data in clusters of
+// the default size.
 const maxTally = 1 << 30
 
-// errTables: more tables lie side by side than there is place for, or one that is needed is not in the file.
+// errTables: the file has no room for all contiguous tables, or one that is needed is not in it.
 var errTables error = fmt.Errorf("tables of metadata lie over each other, or beyond the end of the file: %w", errIO)
 
-// l2ref is what names an L2 table.
+// l2ref is what refers to an L2 table.
 type l2ref struct {
 	n      uint64 // L1 entries
-	of     int32  // the L1 table that did last: 0 the active one, i+1 that of snapshot i
+	of     int32  // the L1 table of the last one: 0 the active one, i+1 that of snapshot i
 	active bool
 	walked bool
 }
 
 func (s *surveyor) newCounter(r *blk.Req, res *CheckResult) *counter {
 	c := &counter{s: s, r: r, res: res, t: newTally(), l2: map[int64]l2ref{}, stray: map[int64]struct{}{}}
-	c.end = max(s.file.Size(), s.fileEnd) // clusters may be allocated but not written yet
+	c.end = s.end()
 	c.left, c.most = s.geo.Clusters(c.end)+16, maxTally
 	return c
 }
 
-// ref counts n references of the clusters that [off, off+size) touches. False: the place is a cluster or more beyond the end of the file,
-// which is impossible; it counts only if all do.
+// ref counts n references to the clusters that [off, off+size) touches. It returns false if that is a
+// cluster or more beyond the end of the file, which is impossible; then it counts only if all do.
 func (c *counter) ref(off, size int64, n uint64, sole bool, what string) bool {
 	if size == 0 {
 		return true
@@ -72,7 +74,8 @@ func (c *counter) ref(off, size int64, n uint64, sole bool, what string) bool {
 	return ok
 }
 
-// fixed counts a table that lies side by side and that nothing else may lie in. Such a table beyond the end does not count at all.
+// fixed counts a contiguous table, which nothing else may lie in. One that lies beyond the end does
+// not count: ok is false then.
 func (c *counter) fixed(off, size int64, what string) (ok bool, err error) {
 	if size == 0 {
 		return true, nil
@@ -97,7 +100,7 @@ func (c *counter) fixed(off, size int64, what string) (ok bool, err error) {
 	return true, nil
 }
 
-// active is fixed for tables that are written in place, which must be there before anything is written.
+// active is fixed for tables that are written in place: before a write they must be there.
 func (c *counter) active(off, size int64, what string) error {
 	ok, err := c.fixed(off, size, what)
 	if err == nil && !ok && c.all {
@@ -139,18 +142,18 @@ func (c *counter) meta() error {
 	return nil
 }
 
-// badBlock tells whether the refcount block at off cannot be one.
+// badBlock tells that there cannot be a refcount block at off.
 func (c *counter) badBlock(off int64) bool {
 	return off&(c.s.cs-1) != 0 || off < 0 || off >= max(c.end, c.s.fileEnd)
 }
 
-// crowded tells whether so much is referred to, or so many L2 tables are named, that knowing either takes more than may be.
+// crowded tells whether what is known of references takes more memory than it may.
 func (c *counter) crowded() bool {
 	const each = 64 // bytes in l2 and tabs
 	return max(int64(len(c.l2))*each, c.t.bytes()) > c.most
 }
 
-// l1Entry counts the L2 table that an entry of L1 table of names.
+// l1Entry counts the L2 table that entry e of an L1 table refers to; of is as in l2ref.
 func (c *counter) l1Entry(e uint64, of int32) {
 	tab := int64(e & layout.OffsetMask)
 	if tab == 0 {
@@ -163,7 +166,7 @@ func (c *counter) l1Entry(e uint64, of int32) {
 	}
 	k := tab >> c.s.cb
 	x := c.l2[k]
-	// An L1 table names an L2 table once at most.
+	// An L1 table refers to an L2 table once at most.
 	sole := of == 0 && e&layout.Copied != 0 || x.n > 0 && x.of == of || of == 0 && x.active
 	if !c.ref(tab, c.s.cs, 1, sole, "L2 table") {
 		if of != 0 {
@@ -217,26 +220,24 @@ func (c *counter) walkTable(k int64) error {
 	return nil
 }
 
-// entry counts n times what an L2 entry refers to. False: that is beyond the end of the file.
+// entry counts n times what an L2 entry refers to. It returns false if that is beyond the end of the
+// file.
 func (c *counter) entry(e uint64, n uint64, active bool) bool {
-	s := c.s
 	sole := active && e&layout.Copied != 0
-	switch k := layout.KindOf(e); {
-	case k == layout.CompressedKind:
+	off, size := c.s.geo.HostRange(e)
+	switch {
+	case size == 0:
+		return true
+	case e&layout.Compressed != 0:
 		if sole {
 			c.res.Corruptions++
 			c.res.say("compressed entry with the copied flag", e)
 		}
-		off, size := s.geo.CompressedRange(e &^ layout.Copied)
 		return c.ref(off, size, n, false, "compressed cluster")
-	case k.HasHost():
-		off := int64(e & layout.OffsetMask)
-		if off&(s.cs-1) != 0 {
-			c.res.Corruptions++
-			c.res.say("unaligned cluster at", uint64(off))
-			return true
-		}
-		return c.ref(off, s.cs, n, sole, "cluster")
+	case off&(c.s.cs-1) != 0:
+		c.res.Corruptions++
+		c.res.say("unaligned cluster at", uint64(off))
+		return true
 	}
-	return true
+	return c.ref(off, size, n, sole, "cluster")
 }

@@ -5,9 +5,10 @@ import (
 	"qblockd/graph/blk"
 )
 
-// Zero makes [off, off+n) read as zeroes by changing L2 entries. Parts of clusters are done
-// only if the rest of the cluster reads as zeroes already; else ErrNotSupported, and the
-// caller writes. Version 2 images can express it only where nothing lies below, nor may later, by having no cluster.
+// Zero makes [off, off+n) read as zeroes by changing L2 entries. Parts of clusters are done only if
+// the rest of the cluster reads as zeroes already; else ErrNotSupported, and the caller writes.
+// Version 2 images can express it only where nothing lies below, nor may later, by having no
+// cluster.
 func (s *image) Zero(r *blk.Req, off, n int64, f blk.Flags) error {
 	err := s.zero(r, off, n, f)
 	for again := 0; err != nil && again < maxRetries && s.giveSpace(r, err); again++ {
@@ -114,7 +115,8 @@ func (s *image) readsZero(k layout.Kind, gc int64) bool {
 	return k == layout.ZeroPlain || k == layout.ZeroAlloc || k == layout.Unallocated && s.backSize() <= gc<<s.cb
 }
 
-// What eachSlice does before it lets others have the lock: entries, and a slice counts as some, too.
+// What eachSlice does before it lets others have the lock: entries, and a slice counts as some,
+// too.
 const (
 	turnEntries = 16 << 10
 	sliceCost   = 256
@@ -122,9 +124,10 @@ const (
 	maxDirty = 4096
 )
 
-// eachSlice calls f for the parts of guest clusters [from, to) that one L2 slice maps, with
-// mu held, no allocation in flight there, and the slice ready to be changed. With
-// create false, parts without an L2 table are skipped. In between it lets go of mu, and it ends when the client has gone.
+// eachSlice calls f for the parts of guest clusters [from, to) that one L2 slice maps, with mu
+// held, no allocation in flight there, and the slice ready to be changed. With create false, parts
+// without an L2 table are skipped. In between it lets go of mu, and it ends when the client has
+// gone.
 func (s *image) eachSlice(r *blk.Req, from, to int64, create bool, f func(t *table, gc, k int64) error) error {
 	for gc, did := from, int64(0); gc < to; {
 		if did >= turnEntries {
@@ -254,7 +257,8 @@ func (s *image) discard(r *blk.Req, from, to int64, hasBacking, full bool, kind 
 	})
 }
 
-// keep notes the host cluster of e, which keeps its place (discard-no-unref), for punching, unless a snapshot shares it.
+// keep notes the host cluster of e, which keeps its place (discard-no-unref), for punching, unless
+// a snapshot shares it.
 func (s *image) keep(r *blk.Req, list []freed, e uint64, kind discardKind) []freed {
 	off := int64(e & layout.OffsetMask)
 	if !s.set.discard[kind] || off&(s.cs-1) != 0 || off+s.cs > s.file.Size() || e&layout.Copied == 0 {

@@ -33,8 +33,9 @@ type BitmapEntry struct {
 	extra       []byte
 }
 
-// BitmapNeed tells how many bytes the entry of the bitmap directory takes whose first BitmapHeaderSize bytes are b; left are those that the directory still
-// has from there. index and n, the number of entries, are for the error, after which where the next one begins is not known.
+// BitmapNeed tells how many bytes the entry of the bitmap directory takes whose first
+// BitmapHeaderSize bytes are b; left are those that the directory still has from there. index and
+// n, the number of entries, are for the error, after which where the next one begins is not known.
 func BitmapNeed(b []byte, left int64, index, n uint32) (int, error) {
 	be := binary.BigEndian
 	nameLen, extra := int64(be.Uint16(b[18:])), int64(be.Uint32(b[20:]))
@@ -71,8 +72,8 @@ func ParseBitmap(b []byte) BitmapEntry {
 // TableBytes is the length of the table.
 func (e *BitmapEntry) TableBytes() int64 { return int64(e.TableSize) * 8 }
 
-// Fits tells whether the entry describes a bitmap that we know: the type and the flags, no further data, and a table where one can be in an image with
-// clusters of that size.
+// Fits tells whether the entry describes a bitmap that we know: the type and the flags, no further
+// data, and a table where one can be in an image with clusters of that size.
 func (e *BitmapEntry) Fits(clusterSize int64) bool {
 	const known = BitmapInUse | BitmapAuto
 	return e.kind == typeTracking && e.Flags&^known == 0 && len(e.extra) == 0 && e.TableSize != 0 &&

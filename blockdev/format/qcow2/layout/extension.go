@@ -46,7 +46,8 @@ type Extensions struct {
 	// bit 0 is clear); then BitmapsStale is set.
 	Bitmaps      *Bitmaps
 	BitmapsStale bool
-	// Marks are the places of the tables of bitmaps that hold although they are in use; empty if AutoclearMarks is clear.
+	// Marks are the places of the tables of bitmaps that hold although they are in use; empty if
+	// AutoclearMarks is clear.
 	Marks   []uint64
 	Unknown []RawExtension
 }

@@ -99,6 +99,17 @@ func (g Geometry) CompressedRange(e uint64) (off, n int64) {
 	return off, sectors*sector - off&(sector-1)
 }
 
+// HostRange is the part of the file that L2 entry e refers to; n is 0 if there is none.
+func (g Geometry) HostRange(e uint64) (off, n int64) {
+	switch k := KindOf(e); {
+	case k == CompressedKind:
+		return g.CompressedRange(e)
+	case k.HasHost():
+		return int64(e & OffsetMask), g.ClusterSize()
+	}
+	return 0, 0
+}
+
 // CompressedEntry encodes n bytes of compressed data at off.
 func (g Geometry) CompressedEntry(off, n int64) uint64 {
 	shift := 62 - (g.ClusterBits - 8)

@@ -55,8 +55,9 @@ const (
 	CompatLazyRefcounts  = 1 << 0
 	AutoclearBitmaps     = 1 << 0
 	AutoclearDataFileRaw = 1 << 1
-	// AutoclearMarks is ours: all who wrote to the image have kept the bitmaps of the marks extension up to date, so that they hold although
-	// they are said to be in use. Other programs clear it before they write.
+	// AutoclearMarks is ours: all who wrote to the image have kept the bitmaps of the marks
+	// extension up to date, so that they hold although they are said to be in use. Other programs
+	// clear it before they write.
 	AutoclearMarks = 1 << 62
 )
 

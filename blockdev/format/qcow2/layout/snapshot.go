@@ -12,11 +12,13 @@ const (
 	maxSnapshotExtra   = 1024
 	maxSnapshotBytes   = 1024 * MaxSnapshots
 
-	// MaxSnapshotID and MaxSnapshotName are the bytes of an ID and of a name that count, and are shown; what is longer is cut, as by the reference.
+	// MaxSnapshotID and MaxSnapshotName are the bytes of an ID and of a name that count, and are
+	// shown; what is longer is cut, as by the reference.
 	MaxSnapshotID   = 127
 	MaxSnapshotName = 255
 
-	// MaxNames is what the names of all snapshots, with their IDs, or of all bitmaps of an image may take together, in bytes: each query shows them.
+	// MaxNames is what the names of all snapshots, with their IDs, or of all bitmaps of an image
+	// may take together, in bytes: each query shows them.
 	MaxNames = 4 << 20
 )
 
@@ -46,8 +48,8 @@ func SnapshotNeed(b []byte, index int) (int, error) {
 	return SnapshotHeaderSize + int(extra) + int(be.Uint16(b[12:])) + int(be.Uint16(b[14:])), nil
 }
 
-// ParseSnapshot decodes one entry; b holds SnapshotNeed bytes and is not kept. diskSize is the image's own,
-// valid for entries that do not record theirs.
+// ParseSnapshot decodes one entry; b holds SnapshotNeed bytes and is not kept. diskSize is the
+// image's own, valid for entries that do not record theirs.
 func ParseSnapshot(b []byte, diskSize uint64) Snapshot {
 	be := binary.BigEndian
 	extra := int(be.Uint32(b[36:]))
