@@ -200,15 +200,16 @@ func (s *image) encodeDirectory(l []*stored) []byte {
 	return layout.AppendBitmapDirectory(nil, entries)
 }
 
-// updateHeader writes header, extensions and backing file name.
+// updateHeader writes header, extensions and backing file name. If they do not all fit, the marks go:
+// bitmaps are in use then, as others have them.
 func (s *image) updateHeader(r *blk.Req) error {
-	b, err := s.hdr.Marshal(s.ext, s.backName)
-	if err != nil && len(s.ext.Marks) > 0 {
-		// All else that the header has comes first: bitmaps are in use then, as others have them.
-		s.warnf("The header has no room for the marks: persistent bitmaps will count as inconsistent if they are not stored in the end")
-		s.forgetMarks()
-		s.hdr.AutoclearFeatures &^= layout.AutoclearMarks
-		b, err = s.hdr.Marshal(s.ext, s.backName)
+	hdr, ext := *s.hdr, *s.ext
+	b, err := hdr.Marshal(&ext, s.backName)
+	full := err != nil && len(ext.Marks) > 0
+	if full {
+		ext.Marks = nil
+		hdr.AutoclearFeatures &^= layout.AutoclearMarks
+		b, err = hdr.Marshal(&ext, s.backName)
 	}
 	if err != nil {
 		return errNoSpace
@@ -220,7 +221,12 @@ func (s *image) updateHeader(r *blk.Req) error {
 	if err := s.enter(r, b, 0); err != nil {
 		return err
 	}
-	s.hdrUsed = used
+	*s.hdr, s.hdrUsed = hdr, used
+	if full {
+		// Not before: until the header says otherwise they hold, and must not miss a write.
+		s.forgetMarks()
+		s.warnf("The header has no room for the marks: persistent bitmaps will count as inconsistent if they are not stored in the end")
+	}
 	s.publish()
 	return nil
 }

@@ -7,6 +7,7 @@ import (
 	"math/rand/v2"
 	"os/exec"
 	"path/filepath"
+	"strings"
 	"testing"
 
 	"qblockd/blockdev/drivertest"
@@ -222,6 +223,29 @@ func TestMarksAcrossCrashes(t *testing.T) {
 			t.Logf("%d crashes, %d bitmaps that held", d.crashes, d.trusted)
 		})
 	}
+}
+
+// TestMarksOutlastAFullHeader: what does not fit into the header leaves the marks as they are, in the
+// image and in memory.
+func TestMarksOutlastAFullHeader(t *testing.T) {
+	f := mustCreate(t, CreateOptions{Size: 1 << 20, ClusterSize: ptr(uint64(512))})
+	k := &memKeeper{list: []persisted{{name: "b", bits: bitmap.New(1<<20, 65536), enabled: true}}}
+	s := mustOpen(t, mem{f}, config{keeper: k})
+	if err := s.HoldBitmap(req(), "b"); err != nil {
+		t.Fatal(err)
+	}
+	if err := s.ChangeBackingFile(req(), strings.Repeat("x", 500), ""); !errors.Is(err, errNoSpace) {
+		t.Fatalf("a name of 500 bytes in a header of 512: %v", err)
+	}
+	if err := s.WriteAt(req(), blk.Buf(make([]byte, 512)), 0, 0); err != nil {
+		t.Fatal(err)
+	}
+	crashed := &memKeeper{}
+	mustClose(t, mustOpen(t, mem{drivertest.MemFileOf(bytes.Clone(f.Bytes()))}, config{keeper: crashed, readOnly: true}))
+	if p := find(crashed.list, "b"); p == nil || p.inconsistent || !p.bits.Get(0) {
+		t.Errorf("the bitmap after a crash: %+v", p)
+	}
+	mustClose(t, s)
 }
 
 // TestResizeWithMarks grows a disk whose last cluster has to be cleared behind its end, in a region
