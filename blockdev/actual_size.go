@@ -8,7 +8,6 @@ import (
 	"qblockd/events/panics"
 	"qblockd/graph"
 	"qblockd/graph/perm"
-	"qblockd/schema/types"
 )
 
 const (
@@ -97,8 +96,8 @@ func (m *Manager) actualSize(n *graph.Node, r *record) int64 {
 			return size
 		}
 	}
-	if d := m.drivers[types.BlockdevDriver(n.DriverName())]; n.Kind() == graph.Protocol || d != nil && d.NameAround != nil {
-		return unknownSize // the reference takes filters with file names of their own for protocols
+	if m.isProtocol(n) {
+		return unknownSize
 	}
 	var sum int64
 	for _, e := range n.Children() {

@@ -4,9 +4,10 @@ import (
 	"fmt"
 	"path/filepath"
 	"slices"
+	"strings"
 
+	"qblockd/blockdev/driver"
 	"qblockd/graph"
-	"qblockd/schema/types"
 	"qblockd/schema/value"
 )
 
@@ -17,9 +18,9 @@ const maxName = 4095
 type nodeName struct {
 	gen      uint64 // TreeGeneration that it was made at
 	auto     string // autoName that it was made with
-	exact    string // plain name that opens an equal node; "" if there is none
+	plain    string // a name that opens an equal node; "" if there is none
 	options  *optionTree
-	filename string // exact, or "json:" and options
+	filename string // plain, or "json:" and options
 }
 
 // optionTree are the options that open an equal node, in the order in which they are printed.
@@ -93,8 +94,8 @@ func (m *Manager) HeaderName(look graph.View, n *graph.Node) (name, format strin
 	gen, r := n.TreeGeneration(), m.record(n)
 	n = v.SkipFilters(n)
 	for x := n; ; {
-		if d := m.drivers[types.BlockdevDriver(x.DriverName())]; d == nil || !d.ForImages {
-			return "", "", errNotNamed(types.BlockdevDriver(x.DriverName()))
+		if d := m.driverOf(x); d == nil || d.ForImages == nil {
+			return "", "", errNotNamed(x.DriverName())
 		}
 		e := v.File(x)
 		if e == nil {
@@ -108,8 +109,8 @@ func (m *Manager) HeaderName(look graph.View, n *graph.Node) (name, format strin
 }
 
 // errNotNamed is the error of a header that would name a driver that headers cannot name.
-func errNotNamed(d types.BlockdevDriver) error {
-	return fmt.Errorf("An image cannot name a node of the driver '%s' as its backing file", d)
+func errNotNamed(driver string) error {
+	return fmt.Errorf("An image cannot name a node of the driver '%s' as its backing file", driver)
 }
 
 // isHeaderName tells whether an image's header was made to call n by that name.
@@ -172,16 +173,13 @@ func (v namer) make(n *graph.Node, auto string) *nodeName {
 		below := *v.name(v.Target(kids[0]))
 		return &below
 	}
-	d := v.m.drivers[types.BlockdevDriver(n.DriverName())]
+	d := v.m.driverOf(n)
 	t := &optionTree{}
 	t.add(optionMember{name: "driver", encoded: value.AppendString(nil, n.DriverName())})
 	needJSON := false
 	var u any
 	if d != nil && n.Options().Canonical != nil {
 		u = n.Options().Canonical.U
-	}
-	if u != nil && d.File != nil {
-		t.add(optionMember{name: "filename", encoded: value.AppendString(nil, d.File(u))})
 	}
 	if u != nil && d.Strong != nil {
 		d.Strong(u, func(name string, v value.Value) {
@@ -200,57 +198,46 @@ func (v namer) make(n *graph.Node, auto string) *nodeName {
 		t.add(optionMember{name: "backing", encoded: []byte("null")})
 	}
 	name := &nodeName{options: t}
-	name.exact = v.plain(n, d, u, needJSON || over)
-	name.filename = name.exact
-	if name.exact == "" {
+	name.plain = v.plain(n, d, u, needJSON || over)
+	name.filename = name.plain
+	if name.plain == "" {
 		name.filename = t.filename()
 	}
 	return name
 }
 
-// plain is the exact name of a node, "" if it has none.
-func (v namer) plain(n *graph.Node, d *Driver, u any, needJSON bool) string {
-	if p, ok := n.Driver().(graph.Namer); ok {
-		return p.Filename()
-	}
-	if _, ok := n.Driver().(graph.ChildNamer); ok {
-		if c := v.File(n); c != nil {
-			return v.name(v.Target(c)).filename
+// plain is the plain name of a node, "" if it has none.
+func (v namer) plain(n *graph.Node, d *driver.Any, u any, needJSON bool) string {
+	switch {
+	case d == nil && n.Kind() == graph.Filter:
+		if e := v.File(n); e != nil { // a filter of a job
+			return v.name(v.Target(e)).filename
 		}
-	}
-	if d != nil && d.NameAround != nil {
-		if u == nil {
-			return ""
-		}
-		name := d.NameAround(u, func(child string) string {
+	case d != nil && d.Filename != nil && (u != nil || n.Kind() == graph.Filter):
+		name := d.Filename(u, func(child string) driver.Names {
 			for _, e := range v.Children(n) {
 				if e.ChildName() == child {
-					return v.name(v.Target(e)).exact
+					below := v.name(v.Target(e))
+					return driver.Names{Shown: below.filename, Plain: below.plain}
 				}
 			}
-			return ""
+			return driver.Names{}
 		})
 		if len(name) > maxName {
 			return "" // that of a child may be in it twice, and so on
 		}
 		return name
 	}
-	if d != nil && d.PlainName != nil {
-		if needJSON {
-			return ""
-		}
-		return d.PlainName(u)
-	}
-	if f := v.File(n); f != nil && v.m.takesNames(v.Target(f)) && n.Kind() != graph.Filter && !needJSON {
-		return v.name(v.Target(f)).exact
+	if f := v.File(n); f != nil && v.m.isProtocol(v.Target(f)) && n.Kind() != graph.Filter && !needJSON {
+		return v.name(v.Target(f)).plain
 	}
 	return ""
 }
 
-// takesNames tells whether a plain file name can open a node of n's driver.
-func (m *Manager) takesNames(n *graph.Node) bool {
-	d := m.drivers[types.BlockdevDriver(n.DriverName())]
-	return n.Kind() == graph.Protocol || d != nil && d.NameAround != nil
+// isProtocol tells whether a plain file name can open a node of n's driver.
+func (m *Manager) isProtocol(n *graph.Node) bool {
+	d := m.driverOf(n)
+	return n.Kind() == graph.Protocol || d != nil && d.LikeProtocol
 }
 
 func (t *optionTree) filename() string {
@@ -264,18 +251,27 @@ func (t *optionTree) filename() string {
 
 // absolute makes a file name that n's image names independent of where n's image lies.
 func (m *Manager) absolute(n *graph.Node, name string) (string, error) {
-	if name == "" || name[0] == '/' || hasProtocol(name) {
+	if name == "" || name[0] == '/' || driver.HasProtocol(name) {
 		return name, nil
 	}
 	at := n
 	for e := at.File(); e != nil; e = at.File() {
 		at = e.Node()
 	}
-	exact := m.name(at).exact
-	if exact == "" {
+	base := m.name(at).plain
+	if base == "" {
 		return "", fmt.Errorf("Cannot generate a base directory for %s nodes", at.DriverName())
 	}
-	return combine(exact, "") + name, nil
+	return folder(base) + name, nil
+}
+
+// folder is the folder of a file name, with its protocol and the last slash; "" if it has neither.
+func folder(name string) string {
+	protocol := 0
+	if driver.HasProtocol(name) {
+		protocol = strings.IndexByte(name, ':') + 1
+	}
+	return name[:max(protocol, strings.LastIndexByte(name, '/')+1)]
 }
 
 // BackingFilename is the backing file that n's image names, as it stands there and in full, and its format;
@@ -303,7 +299,7 @@ func (m *Manager) FindBacking(top *graph.Node, file string) *graph.Node {
 			if file == m.Filename(below) {
 				return below
 			}
-		case hasProtocol(file) || hasProtocol(name):
+		case driver.HasProtocol(file) || driver.HasProtocol(name):
 			if file == name || file == full {
 				return below
 			}

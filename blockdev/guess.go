@@ -8,6 +8,7 @@ import (
 	"fmt"
 	"strings"
 
+	"qblockd/blockdev/driver"
 	"qblockd/graph"
 	"qblockd/graph/blk"
 	"qblockd/graph/perm"
@@ -28,13 +29,17 @@ func (o *opener) probe(p *plan, file *graph.Node) error {
 	if err != nil {
 		return blk.Errnof(err, "Could not read image for determining its format")
 	}
-	if p.drv, err = o.m.guess(head, o.m.name(file).exact); err != nil {
+	name := o.m.name(file).plain
+	if p.drv, err = o.m.guess(head, name); err != nil {
 		return err
 	}
-	p.guessed = true
+	if p.drv.Verbatim {
+		p.guessed = &driver.Guess{File: name, Verbatim: o.m.isVerbatim}
+	}
 	p.opts = &types.BlockdevOptions{Driver: p.drv.Name, U: p.drv.FromFile(*p.opts.U.(*types.BlockdevRef))}
 	p.kids[0].role = p.drv.Children(p.opts.U)[0].Role
 	p.gen.DriverName, p.gen.Kind, p.gen.Canonical = string(p.drv.Name), p.drv.Kind, p.opts
+	p.gen.Reopens = p.drv.Reopen != nil
 	if p.node != nil {
 		p.node.SetFormat(p.gen)
 	}
@@ -42,10 +47,13 @@ func (o *opener) probe(p *plan, file *graph.Node) error {
 }
 
 // guess is the driver of what begins with head, in a file of that name.
-func (m *Manager) guess(head []byte, name string) (*Driver, error) {
-	var found *Driver
+func (m *Manager) guess(head []byte, name string) (*driver.Any, error) {
+	var found, verbatim *driver.Any
 	best := 0
 	for _, d := range m.order {
+		if d.Verbatim {
+			verbatim = d
+		}
 		if d.Probe == nil {
 			continue
 		}
@@ -53,24 +61,22 @@ func (m *Manager) guess(head []byte, name string) (*Driver, error) {
 			best, found = score, d
 		}
 	}
-	if best <= rawScore {
-		if f := foreignFormat(head, name); f != "" {
-			return nil, fmt.Errorf("Unknown driver '%s'", f)
-		}
+	if found != nil {
+		return found, nil
 	}
-	if found == nil {
+	if f := foreignFormat(head, name); f != "" {
+		return nil, fmt.Errorf("Unknown driver '%s'", f)
+	}
+	if verbatim == nil {
 		return nil, errors.New("Could not determine image format: No compatible driver found")
 	}
-	return found, nil
+	return verbatim, nil
 }
 
-// rawScore is what the driver raw, which takes what nobody else wants, gives to everything.
-const rawScore = 1
-
-// staysRaw tells whether a file that begins with head is still guessed to be raw.
-func (m *Manager) staysRaw(head []byte) bool {
+// isVerbatim tells whether a file that begins with head is taken for no other format.
+func (m *Manager) isVerbatim(head []byte) bool {
 	d, err := m.guess(head, "")
-	return err == nil && d.Name == types.BlockdevDriverRaw
+	return err == nil && d.Verbatim
 }
 
 // foreignFormat is the format that the reference takes a file for that begins with head, if it is one without a driver here; "" if not.

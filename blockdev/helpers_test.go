@@ -7,11 +7,15 @@ import (
 	"os"
 	"path/filepath"
 	"regexp"
+	"slices"
 	"strings"
 	"testing"
 	"time"
 
+	"qblockd/blockdev/driver"
+	"qblockd/blockdev/drivers"
 	"qblockd/blockdev/drivertest"
+	"qblockd/graph"
 	"qblockd/schema/types"
 	"qblockd/schema/value"
 )
@@ -22,7 +26,24 @@ func newManager(t testing.TB, c Config) *Manager {
 	if c.Log == nil {
 		c.Log = slog.New(slog.NewTextHandler(io.Discard, nil))
 	}
+	if c.Drivers == nil {
+		c.Drivers = drivers.All
+	}
 	return New(drivertest.NewGraph(t), c)
+}
+
+// overridden are all drivers, but those of that name, or all if it is empty, open by the given function, which gets what
+// they would be opened by.
+func overridden(name types.BlockdevDriver, open func(was driver.OpenFunc, x *driver.Opening) (graph.Driver, error)) []*driver.Any {
+	list := slices.Clone(drivers.All)
+	for i, d := range list {
+		if name == "" || d.Name == name {
+			other := *d
+			other.Open = func(x *driver.Opening, u any) (graph.Driver, error) { return open(d.With(u), x) }
+			list[i] = &other
+		}
+	}
+	return list
 }
 
 // options decodes what a client would send, with single quotes for double ones.

@@ -5,32 +5,23 @@ import (
 	"errors"
 	"fmt"
 
-	"qblockd/blockdev/protocol/file"
+	"qblockd/blockdev/driver"
 	"qblockd/graph"
 	"qblockd/graph/perm"
 	"qblockd/schema/types"
 )
 
-// NewImage describes an image that a command makes under way.
-type NewImage struct {
-	Size int64 // bytes
-	// Backing is the file name that the new image names as its backing file, of the format BackingFormat; "" for none.
-	Backing, BackingFormat string
-}
+// NewImage describes an image that a command makes by the way.
+type NewImage = driver.Image
 
-// maxBackingName and maxBackingFormat are the longest words, in bytes, that the headers of images have room for.
-const maxBackingName, maxBackingFormat = 1023, 15
-
-// createImage makes an image in a file, which is made or overwritten, or on a device. It blocks as long as the storage does. A file that it has made
-// does not stay after an error.
-func (m *Manager) createImage(ctx context.Context, c *creation, filename, format string, i *NewImage) error {
+// createImage makes an image in a file, which is made or overwritten, or on a device. It blocks as long as the storage
+// does. A file that it has made does not stay after an error.
+func (m *Manager) createImage(ctx context.Context, c *creation, filename, format string, i *NewImage) (err error) {
 	d := m.drivers[types.BlockdevDriver(format)]
 	if d == nil {
 		return fmt.Errorf("Unknown file format '%s'", format)
 	}
-	switch d.Name {
-	case types.BlockdevDriverQcow2, types.BlockdevDriverRaw, types.BlockdevDriverFile:
-	default:
+	if d.NewImage == nil && !d.Verbatim {
 		return fmt.Errorf("Format driver '%s' does not support image creation", format)
 	}
 	if i.Backing != "" {
@@ -40,7 +31,7 @@ func (m *Manager) createImage(ctx context.Context, c *creation, filename, format
 		if i.Backing == filename {
 			return errors.New("Error: Trying to create an image with the same filename as the backing file")
 		}
-		if len(i.Backing) > maxBackingName || len(i.BackingFormat) > maxBackingFormat {
+		if len(i.Backing) > d.MaxBackingName || len(i.BackingFormat) > d.MaxBackingFormat {
 			return fmt.Errorf("Could not assign backing file '%s' with format '%s': Invalid argument", i.Backing, i.BackingFormat)
 		}
 	}
@@ -48,37 +39,41 @@ func (m *Manager) createImage(ctx context.Context, c *creation, filename, format
 	if err != nil {
 		return err
 	}
-	f, ok := o.U.(*types.BlockdevOptionsFile)
-	if !ok {
+	bare := d.Verbatim || d.FromFile == nil // the file is the image
+	switch p := m.drivers[o.Driver]; {
+	case p.Preexisting:
+		err = m.overwrite(ctx, o, bare, i.Size)
+	case p.NewImage == nil:
 		return fmt.Errorf("Protocol driver '%s' does not support image creation", o.Driver)
+	default:
+		defer func() {
+			if err != nil {
+				c.undo()
+			}
+		}()
+		file := &driver.Image{}
+		if bare {
+			file.Size = i.Size
+		}
+		err = p.Create(ctx, c.given(nil), p.NewImage(o.U, file))
 	}
-	if o.Driver == types.BlockdevDriverHostDevice {
-		return m.createOnDevice(ctx, o, d, i)
+	if err != nil || bare {
+		return err
 	}
-	n := &types.BlockdevCreateOptionsFile{Filename: f.Filename}
-	if d.Name != types.BlockdevDriverQcow2 {
-		n.Size = uint64(i.Size)
-	}
-	if err = file.Create(ctx, n, c.take); err == nil && d.Name == types.BlockdevDriverQcow2 {
-		err = m.formatQcow2(ctx, o, i)
-	}
-	if err != nil {
-		c.undo(f.Filename)
-	}
-	return err
+	u := d.FromFile(types.BlockdevRef{Definition: o})
+	return d.Create(ctx, c.given(nil), d.NewImage(u, i))
 }
 
-// createOnDevice makes an image on a device, which is there and keeps its size.
-func (m *Manager) createOnDevice(ctx context.Context, o *types.BlockdevOptions, d *Driver, i *NewImage) error {
-	root, err := m.OpenForCreate(ctx, &types.BlockdevRef{Definition: o})
-	if err != nil {
-		return fmt.Errorf("Protocol driver '%s' does not support image creation, and opening the image failed: %w", o.Driver, err)
-	}
-	err = func() error {
-		if d.Name == types.BlockdevDriverQcow2 {
+// overwrite opens what is there already and keeps its size, so that an image can be made on it. A bare image is made
+// by this.
+func (m *Manager) overwrite(ctx context.Context, o *types.BlockdevOptions, bare bool, size int64) error {
+	opened := false
+	err := m.inFile(ctx, &types.BlockdevRef{Definition: o}, func(root *graph.Root) error {
+		opened = true
+		if !bare {
 			return nil
 		}
-		if root.Node().Size() < i.Size {
+		if root.Node().Size() < size {
 			return errors.New("Cannot grow device files")
 		}
 		r, err := root.Begin(ctx)
@@ -86,22 +81,14 @@ func (m *Manager) createOnDevice(ctx context.Context, o *types.BlockdevOptions, 
 			return err
 		}
 		defer root.End(r)
-		return root.Edge().Zero(r, 0, min(probeBytes, root.Node().Size()), 0) // nobody takes it for what was there before
-	}()
-	if err := errors.Join(err, m.g.CloseRoot(context.WithoutCancel(ctx), root)); err != nil || d.Name != types.BlockdevDriverQcow2 {
-		return err
+		// So that nobody takes it for what was there before.
+		return root.Edge().Zero(r, 0, min(probeBytes, root.Node().Size()), 0)
+	})
+	if err != nil && !opened {
+		return fmt.Errorf("Protocol driver '%s' does not support image creation, and opening the image failed: %w",
+			o.Driver, err)
 	}
-	return m.formatQcow2(ctx, o, i)
-}
-
-// formatQcow2 makes a qcow2 image in the file or device that o describes.
-func (m *Manager) formatQcow2(ctx context.Context, o *types.BlockdevOptions, i *NewImage) error {
-	q := &types.BlockdevCreateOptionsQcow2{File: types.BlockdevRef{Definition: o}, Size: uint64(i.Size)}
-	if i.Backing != "" {
-		format := types.BlockdevDriver(i.BackingFormat)
-		q.BackingFile, q.BackingFmt = &i.Backing, &format
-	}
-	return m.Creator(&types.BlockdevCreateOptions{Driver: types.BlockdevDriverQcow2, U: q})(ctx, func() {})
+	return err
 }
 
 // Opened is a tree of nodes that was opened and that nobody else sees yet. Either Publish and then Done follow, or Discard.

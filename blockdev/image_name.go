@@ -9,6 +9,7 @@ import (
 	"slices"
 	"strings"
 
+	"qblockd/blockdev/driver"
 	"qblockd/graph"
 	"qblockd/graph/perm"
 	"qblockd/schema/types"
@@ -18,7 +19,7 @@ import (
 // This file is the one way from the words in an image to an open node, and decides what they may lead to. Whoever made the image is not
 // trusted: it may have been a guest.
 //
-//   - Only drivers that the registry says are for it (Driver.ForImages), with the options that it lists: those that say where and what data
+//   - Only drivers that say they are for it (driver.Def.ForImages), with the options that they list: those that say where and what data
 //     are. Others that say only how they are read may be given and do not count. Of the options that all drivers have, an image gives none: its
 //     nodes have those of the node whose image it is, and are read-only, so that nothing is written, repaired or locked against readers. A command may make such a node writable later (block-commit).
 //   - Only files that the Policy allows, which is decided by what a name has led to, not by its words.
@@ -170,14 +171,16 @@ func (m *Manager) dropHints(o *value.Dict) {
 		}
 	}
 	if name, given := o.Get("driver"); given {
-		if s, ok := name.(string); ok && m.drivers[types.BlockdevDriver(s)] != nil {
-			drop(m.drivers[types.BlockdevDriver(s)].ImageHints)
+		if s, ok := name.(string); ok {
+			if d := m.drivers[types.BlockdevDriver(s)]; d != nil && d.ForImages != nil {
+				drop(d.ForImages.Hints)
+			}
 		}
 	} else {
 		drop(genericHints)
 		for _, d := range m.order {
-			if d.Probe != nil {
-				drop(d.ImageHints)
+			if d.FromFile != nil && d.ForImages != nil {
+				drop(d.ForImages.Hints)
 			}
 		}
 	}
@@ -196,12 +199,12 @@ func (m *Manager) admit(o *types.BlockdevOptions) (*types.BlockdevOptions, error
 	switch {
 	case d == nil:
 		return nil, fmt.Errorf("Unknown driver '%s'", o.Driver)
-	case !d.ForImages:
+	case d.ForImages == nil:
 		return nil, fmt.Errorf("An image may not name a node of the driver '%s'", o.Driver)
-	case o.Driver == types.BlockdevDriverHostDevice && !m.policy.Devices:
+	case d.ForImages.Devices && !m.policy.Devices:
 		return nil, errNoDevices
-	case o.Driver == types.BlockdevDriverThrottle && !m.policy.References:
-		return nil, errors.New("An image may not name a throttle group")
+	case d.ForImages.Object != "" && !m.policy.References:
+		return nil, fmt.Errorf("An image may not name a %s", d.ForImages.Object)
 	case o.NodeName != nil:
 		return nil, fmt.Errorf("An image may not give a node the name '%s'", *o.NodeName)
 	}
@@ -226,7 +229,7 @@ func (m *Manager) admit(o *types.BlockdevOptions) (*types.BlockdevOptions, error
 		}
 	}
 	for _, mem := range optionDict(o).Members() {
-		if mem.Name != "driver" && !slices.Contains(children, mem.Name) && !slices.Contains(d.ImageOptions, mem.Name) {
+		if mem.Name != "driver" && !slices.Contains(children, mem.Name) && !slices.Contains(d.ForImages.Options, mem.Name) {
 			return nil, fmt.Errorf("An image may not give the option '%s' of the driver '%s'", mem.Name, o.Driver)
 		}
 	}
@@ -248,7 +251,7 @@ func (m *Manager) admitRef(r *types.BlockdevRef) (err error) {
 var errNoDevices = errors.New("The image policy allows no devices")
 
 // admitFile decides about a file of the host that an image names.
-func (m *Manager) admitFile(f *graph.FoundFile) error {
+func (m *Manager) admitFile(f *driver.FoundFile) error {
 	switch {
 	case f.Device && !m.policy.Devices:
 		return fmt.Errorf("%w: '%s'", errNoDevices, f.Name)

@@ -12,6 +12,8 @@ import (
 	"testing"
 	"time"
 
+	"qblockd/blockdev/driver"
+	"qblockd/blockdev/drivers"
 	"qblockd/graph"
 	"qblockd/graph/blk"
 	"qblockd/schema/types"
@@ -258,8 +260,8 @@ func TestImageNamesFormats(t *testing.T) {
 	dir := t.TempDir()
 	create(t, dir+"/base", "", "")
 	formats := []string{"bogus", "qcow", "nbd", "blkdebug", "commit_top", "mirror_top", strings.Repeat("x", 15), "a b", "\x01"}
-	for i := range Drivers() {
-		formats = append(formats, string(Drivers()[i].Name))
+	for _, d := range drivers.All {
+		formats = append(formats, string(d.Name))
 	}
 	for _, f := range formats {
 		m := newManager(t, Config{})
@@ -383,13 +385,8 @@ func TestImageNamesThatFork(t *testing.T) {
 	ctx := context.Background()
 	const steps, most = 9, 20
 	opened := 0
-	drivers := Drivers()
-	for i := range drivers {
-		if open := drivers[i].Open; drivers[i].Name == types.BlockdevDriverQcow2 {
-			drivers[i].Open = func(o *graph.Opening) (graph.Driver, error) { opened++; return open(o) }
-		}
-	}
-	m := newManager(t, Config{Drivers: drivers, Policy: Policy{MaxChain: most}})
+	counting := overridden("qcow2", func(open driver.OpenFunc, x *driver.Opening) (graph.Driver, error) { opened++; return open(x) })
+	m := newManager(t, Config{Drivers: counting, Policy: Policy{MaxChain: most}})
 	for i := range steps + 1 {
 		file, name := fmt.Sprintf("%s/%d", dir, i), ""
 		if i < steps {

@@ -9,6 +9,7 @@ import (
 	"sync"
 	"testing"
 
+	"qblockd/blockdev/driver"
 	"qblockd/blockdev/protocol/file"
 	"qblockd/graph"
 	"qblockd/schema/types"
@@ -130,17 +131,17 @@ func TestNewImagesAtOnePath(t *testing.T) {
 func TestRemoveOnlyWhatWasMade(t *testing.T) {
 	dir := t.TempDir()
 	ctx, path := context.Background(), dir+"/f"
-	var made file.Made
+	var made driver.Made
 	mk := func() {
 		t.Helper()
 		_ = os.Remove(path)
-		if err := file.Create(ctx, &types.BlockdevCreateOptionsFile{Filename: path, Size: 1 << 20}, func(f file.Made) error { made = f; return nil }); err != nil {
+		if err := file.Create(ctx, &types.BlockdevCreateOptionsFile{Filename: path, Size: 1 << 20}, func(f driver.Made) error { made = f; return nil }); err != nil {
 			t.Fatal(err)
 		}
 	}
 	exists := func() bool { _, err := os.Lstat(path); return err == nil }
 	mk()
-	if file.Remove(path, made); exists() {
+	if made.Remove(); exists() {
 		t.Error("the file is still there")
 	}
 	mk()
@@ -148,7 +149,7 @@ func TestRemoveOnlyWhatWasMade(t *testing.T) {
 		t.Fatal(err)
 	}
 	writeFile(t, path, "another's")
-	if file.Remove(path, made); !exists() {
+	if made.Remove(); !exists() {
 		t.Error("another file was removed")
 	}
 	mk()
@@ -158,7 +159,7 @@ func TestRemoveOnlyWhatWasMade(t *testing.T) {
 	if err != nil {
 		t.Fatal(err)
 	}
-	if file.Remove(path, made); !exists() {
+	if made.Remove(); !exists() {
 		t.Error("a file in use was removed")
 	}
 	if err := m.Graph().CloseRoot(ctx, root); err != nil {
@@ -166,7 +167,7 @@ func TestRemoveOnlyWhatWasMade(t *testing.T) {
 	}
 	no := errors.New("no")
 	for _, there := range []bool{true, false} {
-		if err := file.Create(ctx, &types.BlockdevCreateOptionsFile{Filename: path}, func(file.Made) error { return no }); err != no {
+		if err := file.Create(ctx, &types.BlockdevCreateOptionsFile{Filename: path}, func(driver.Made) error { return no }); err != no {
 			t.Errorf("refused: %v", err)
 		}
 		if st, err := os.Stat(path); there != (err == nil) || there && st.Size() != 1<<20 {
@@ -198,9 +199,9 @@ func TestCreateNamesFormats(t *testing.T) {
 func TestCreationGivenUpTakesNoFile(t *testing.T) {
 	m := newManager(t, Config{})
 	c := m.beginCreation()
-	c.undo(t.TempDir() + "/late")
+	c.undo()
 	id := graph.FileID{Dev: 1, Ino: 2}
-	if err := c.take(file.Made{ID: id, New: true}); err == nil {
+	if err := c.take(driver.Made{ID: id}); err == nil {
 		t.Error("it takes one")
 	}
 	c.end()

@@ -175,11 +175,9 @@ func (m *Manager) encodeImage(n *graph.Node, key infoKey) (before, after []byte)
 		s.add(&x.ID)
 		s.add(&x.Name)
 	}
-	if f := img.FormatSpecific; f != nil {
-		if q, ok := f.U.(*types.ImageInfoSpecificQCow2Wrapper); ok {
-			for _, x := range q.Data.Bitmaps {
-				s.add(&x.Name)
-			}
+	for i := range key.bitmaps { // the image has those of them that are persistent
+		if key.bitmaps[i].Persistent {
+			s.add(&key.bitmaps[i].Name)
 		}
 	}
 	before, after = cut(img.AppendJSON(s.buffer()), mark, len(mark))

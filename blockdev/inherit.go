@@ -2,8 +2,8 @@ package blockdev
 
 import (
 	"errors"
-	"fmt"
 
+	"qblockd/blockdev/driver"
 	"qblockd/graph"
 	"qblockd/graph/perm"
 	"qblockd/schema/types"
@@ -78,12 +78,14 @@ var (
 )
 
 // checkGeneric refuses options that contradict each other, in the reference's order.
-func (d *Driver) checkGeneric(g *graph.Options) error {
+func checkGeneric(d *driver.Any, g *graph.Options) error {
 	if g.ForceShare && !g.ReadOnly {
 		return errForceShare
 	}
-	if d.File != nil && d.File(g.Canonical.U) == "" {
-		return fmt.Errorf("The '%s' block driver requires a file name", d.Name)
+	if d.Check != nil {
+		if err := d.Check(g.Canonical.U); err != nil {
+			return err
+		}
 	}
 	if g.DetectZeroes == types.BlockdevDetectZeroesOptionsUnmap && !g.Discard {
 		return errUnmap

@@ -7,6 +7,7 @@ import (
 	"log/slog"
 	"sync"
 
+	"qblockd/blockdev/driver"
 	"qblockd/graph"
 	"qblockd/graph/blk"
 	"qblockd/graph/perm"
@@ -15,10 +16,10 @@ import (
 
 // Config is what a Manager depends on beyond its graph. The zero value is what the daemon uses.
 type Config struct {
-	// Drivers that can be opened; nil means Drivers(). Of formats that fit a header equally well the first is taken.
-	Drivers []Driver
+	// Drivers that can be opened (package drivers). Of formats that fit a header equally well the first is taken.
+	Drivers []*driver.Any
 	// Objects of object-add that drivers may use; nil: there are none.
-	Objects Objects
+	Objects driver.Objects
 	// Policy for what images name.
 	Policy Policy
 	// Probed is told of nodes of the daemon that were looked into as another node was opened on them; nil: nobody.
@@ -33,8 +34,9 @@ type Manager struct {
 	log     *slog.Logger
 	policy  Policy
 	probed  func(nodes ...*graph.Node)
-	order   []*Driver
-	drivers map[types.BlockdevDriver]*Driver
+	objects driver.Objects
+	order   []*driver.Any
+	drivers map[types.BlockdevDriver]*driver.Any
 
 	creating sync.Map // graph.FileID of a file that a command makes an image in: its *creation
 
@@ -44,26 +46,22 @@ type Manager struct {
 
 // New makes a Manager for g.
 func New(g *graph.Graph, c Config) *Manager {
-	m := &Manager{g: g, log: c.Log, policy: c.Policy, probed: c.Probed, drivers: map[types.BlockdevDriver]*Driver{}, recs: &records{}}
+	m := &Manager{
+		g: g, log: c.Log, policy: c.Policy, probed: c.Probed, objects: c.Objects, order: c.Drivers,
+		drivers: map[types.BlockdevDriver]*driver.Any{}, recs: &records{},
+	}
 	if m.log == nil {
 		m.log = slog.Default()
 	}
-	list := c.Drivers
-	if list == nil {
-		list = Drivers()
-	}
-	objects := c.Objects
-	if objects == nil {
-		objects = noObjects{}
-	}
-	for i := range list {
-		if with := list[i].OpenWith; with != nil {
-			list[i].Open = with(objects)
-		}
-		m.order = append(m.order, &list[i])
-		m.drivers[list[i].Name] = &list[i]
+	for _, d := range c.Drivers {
+		m.drivers[d.Name] = d
 	}
 	return m
+}
+
+// driverOf is the driver of n; nil for filters that only jobs make.
+func (m *Manager) driverOf(n *graph.Node) *driver.Any {
+	return m.drivers[types.BlockdevDriver(n.DriverName())]
 }
 
 // Graph is the graph whose nodes m manages.

@@ -11,6 +11,7 @@ import (
 	"syscall"
 	"testing"
 
+	"qblockd/blockdev/driver"
 	"qblockd/graph"
 	"qblockd/graph/perm"
 	"qblockd/schema/types"
@@ -245,15 +246,10 @@ func TestHangingOpen(t *testing.T) {
 		t.Fatal(err)
 	}
 	opening := make(chan struct{})
-	list := Drivers()
-	for i := range list {
-		if open := list[i].Open; list[i].Name == types.BlockdevDriverFile {
-			list[i].Open = func(o *graph.Opening) (graph.Driver, error) {
-				close(opening)
-				return open(o)
-			}
-		}
-	}
+	list := overridden("file", func(open driver.OpenFunc, x *driver.Opening) (graph.Driver, error) {
+		close(opening)
+		return open(x)
+	})
 	m := newManager(t, Config{Drivers: list})
 	mustAdd(t, m, `{'driver': 'null-co', 'node-name': 'n'}`)
 	fds := openFDs(t)
@@ -309,17 +305,13 @@ func TestFailureAnywhere(t *testing.T) {
 	failed := 0
 	for i := 0; ; i++ {
 		calls := 0
-		list := Drivers()
-		for k := range list {
-			open := list[k].Open
-			list[k].Open = func(o *graph.Opening) (graph.Driver, error) {
-				calls++
-				if calls > i {
-					return nil, boom
-				}
-				return open(o)
+		list := overridden("", func(open driver.OpenFunc, x *driver.Opening) (graph.Driver, error) {
+			calls++
+			if calls > i {
+				return nil, boom
 			}
-		}
+			return open(x)
+		})
 		fds := openFDs(t)
 		m := newManager(t, Config{Drivers: list})
 		err := add(t, m, `{'driver': 'raw', 'node-name': 'r', 'file': {'driver': 'qcow2', 'file': {'driver': 'file', 'filename': '`+dir+`/top'}}}`)
@@ -345,17 +337,13 @@ func TestCancelAnywhere(t *testing.T) {
 	for i := 0; ; i++ {
 		ctx, cancel := context.WithCancel(context.Background())
 		calls := 0
-		list := Drivers()
-		for k := range list {
-			open := list[k].Open
-			list[k].Open = func(o *graph.Opening) (graph.Driver, error) {
-				d, err := open(o)
-				if calls++; calls > i {
-					cancel()
-				}
-				return d, err
+		list := overridden("", func(open driver.OpenFunc, x *driver.Opening) (graph.Driver, error) {
+			d, err := open(x)
+			if calls++; calls > i {
+				cancel()
 			}
-		}
+			return d, err
+		})
 		fds := openFDs(t)
 		m := newManager(t, Config{Drivers: list})
 		err := m.Add(ctx, options(t, `{'driver': 'qcow2', 'node-name': 'q', 'file': {'driver': 'file', 'filename': '`+dir+`/top'}}`))

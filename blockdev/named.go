@@ -4,10 +4,13 @@ import (
 	"context"
 	"errors"
 	"fmt"
+	"io/fs"
 	"os"
+	"slices"
 	"strconv"
 	"strings"
 
+	"qblockd/blockdev/driver"
 	"qblockd/events/panics"
 	"qblockd/graph"
 	"qblockd/schema/types"
@@ -48,22 +51,17 @@ func (m *Manager) namedOptions(ctx context.Context, name, format string, byImage
 
 // protocolOptions chooses the protocol for a file name, which may start with "PROTOCOL:".
 func (m *Manager) protocolOptions(ctx context.Context, name string) (*types.BlockdevOptions, error) {
-	plain, err := plainDriver(ctx, name)
+	d, device, err := m.pathDriver(ctx, name)
 	if err != nil {
 		return nil, err
 	}
-	d := m.drivers[plain]
-	if d == nil || d.Name == types.BlockdevDriverFile && hasProtocol(name) {
+	if d == nil || !device && driver.HasProtocol(name) {
 		prefix, _, _ := strings.Cut(name, ":")
-		d = nil
-		for _, x := range m.drivers {
-			if x.Prefix == prefix && prefix != "" {
-				d = x
-			}
-		}
-		if d == nil {
+		i := slices.IndexFunc(m.order, func(d *driver.Any) bool { return d.Prefix == prefix && prefix != "" })
+		if i < 0 {
 			return nil, fmt.Errorf("Unknown protocol '%s'", prefix)
 		}
+		d = m.order[i]
 	}
 	u, err := d.FromName(name)
 	if err != nil {
@@ -72,17 +70,21 @@ func (m *Manager) protocolOptions(ctx context.Context, name string) (*types.Bloc
 	return &types.BlockdevOptions{Driver: d.Name, U: u}, nil
 }
 
-// plainDriver is the driver for a path: devices have their own. It blocks as long as the storage does, but no
-// longer than ctx.
-func plainDriver(ctx context.Context, name string) (types.BlockdevDriver, error) {
-	device, err := await(ctx, func() bool {
+// pathDriver is the driver for a path, nil if there is none, and tells whether it leads to a device. It blocks as
+// long as the storage does, but no longer than ctx.
+func (m *Manager) pathDriver(ctx context.Context, name string) (d *driver.Any, device bool, err error) {
+	mode, err := await(ctx, func() fs.FileMode {
 		st, err := os.Stat(name)
-		return err == nil && st.Mode()&os.ModeDevice != 0
+		if err != nil {
+			return 0
+		}
+		return st.Mode()
 	})
-	if device {
-		return types.BlockdevDriverHostDevice, err
+	i := slices.IndexFunc(m.order, func(d *driver.Any) bool { return d.TakesPath != nil && d.TakesPath(mode) })
+	if i >= 0 {
+		d = m.order[i]
 	}
-	return types.BlockdevDriverFile, err
+	return d, mode&fs.ModeDevice != 0, err
 }
 
 // await calls f, which may get stuck in the kernel, and waits for its result no longer than ctx.
@@ -120,7 +122,7 @@ func (m *Manager) jsonOptions(ctx context.Context, text, format string, byImage 
 	if format != "" {
 		d.Set("driver", format)
 	}
-	if err := chooseProtocols(ctx, d); err != nil {
+	if err := m.chooseProtocols(ctx, d); err != nil {
 		return nil, nil, err
 	}
 	if byImage {
@@ -218,7 +220,7 @@ func keyvalScalar(v value.Value) value.Value {
 }
 
 // chooseProtocols fills in the driver of files that are given by their name alone.
-func chooseProtocols(ctx context.Context, d *value.Dict) error {
+func (m *Manager) chooseProtocols(ctx context.Context, d *value.Dict) error {
 	for _, mem := range d.Members() {
 		sub, ok := mem.Value.(*value.Dict)
 		if !ok {
@@ -227,13 +229,15 @@ func chooseProtocols(ctx context.Context, d *value.Dict) error {
 		name, named := sub.Get("filename")
 		_, chosen := sub.Get("driver")
 		if s, ok := name.(string); ok && named && !chosen && mem.Name == "file" {
-			driver, err := plainDriver(ctx, s)
+			d, _, err := m.pathDriver(ctx, s)
 			if err != nil {
 				return err
 			}
-			sub.Set("driver", string(driver))
+			if d != nil {
+				sub.Set("driver", string(d.Name))
+			}
 		}
-		if err := chooseProtocols(ctx, sub); err != nil {
+		if err := m.chooseProtocols(ctx, sub); err != nil {
 			return err
 		}
 	}

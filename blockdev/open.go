@@ -5,6 +5,7 @@ import (
 	"errors"
 	"log/slog"
 
+	"qblockd/blockdev/driver"
 	"qblockd/graph"
 	"qblockd/graph/blk"
 	"qblockd/graph/perm"
@@ -246,14 +247,11 @@ func (o *opener) openDriver(p *plan, root *graph.Root) error {
 		defer root.End(r)
 		req = r
 	}
-	x := &graph.Opening{Ctx: o.ctx, Node: p.node, Options: p.opts.U, Req: req, Warn: o.warn}
-	if p.guessed {
-		x.StaysRaw = o.m.staysRaw
-	}
+	x := &driver.Opening{Ctx: o.ctx, Node: p.node, Req: req, Warn: o.warn, Objects: o.m.objects, Guessed: p.guessed}
 	if p.link != nil {
 		x.Admit = o.m.admitFile
 	}
-	d, err := p.drv.Open(x)
+	d, err := p.drv.Open(x, p.opts.U)
 	if err != nil {
 		return err
 	}

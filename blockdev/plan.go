@@ -3,6 +3,7 @@ package blockdev
 import (
 	"fmt"
 
+	"qblockd/blockdev/driver"
 	"qblockd/graph"
 	"qblockd/graph/perm"
 	"qblockd/schema/types"
@@ -14,9 +15,9 @@ type plan struct {
 	ref *string // name of an existing node; all else is unset then
 
 	opts *types.BlockdevOptions
-	drv  *Driver // nil: to be found out from the header of the file, kids[0]
-	// guessed: that was done
-	guessed bool
+	drv  *driver.Any // nil: to be found out from the header of the file, kids[0]
+	// guessed, if set: that was done, and only that no other format fits speaks for drv
+	guessed *driver.Guess
 	gen     *graph.Options
 	kids    []planChild
 
@@ -43,7 +44,7 @@ func (m *Manager) plan(o *types.BlockdevOptions, up *graph.Options, role perm.Ro
 		return nil, fmt.Errorf("Unknown driver '%s'", o.Driver)
 	}
 	p := &plan{opts: o, drv: d, gen: inherit(o, up, role), link: l}
-	p.gen.Kind = d.Kind
+	p.gen.Kind, p.gen.Reopens = d.Kind, d.Reopen != nil
 	if d.Children != nil {
 		for _, c := range d.Children(o.U) {
 			k, err := m.planRef(c.Ref, p.gen, c.Role, l)
@@ -53,7 +54,7 @@ func (m *Manager) plan(o *types.BlockdevOptions, up *graph.Options, role perm.Ro
 			p.kids = append(p.kids, planChild{c.Name, c.Role, k})
 		}
 	}
-	if err := d.checkGeneric(p.gen); err != nil {
+	if err := checkGeneric(d, p.gen); err != nil {
 		return nil, err
 	}
 	if d.Backing == nil {

@@ -8,6 +8,7 @@ import (
 	"testing"
 	"time"
 
+	"qblockd/blockdev/driver"
 	"qblockd/graph"
 	"qblockd/graph/blk"
 	"qblockd/schema/types"
@@ -38,12 +39,7 @@ func chain(t testing.TB, m *Manager, n int) {
 
 // chained is a Manager whose qcow2 needs no image; opened names what it would open by itself.
 func chained(t testing.TB, header string) *Manager {
-	list := Drivers()
-	for i := range list {
-		if list[i].Name == types.BlockdevDriverQcow2 {
-			list[i].Open = func(*graph.Opening) (graph.Driver, error) { return chainDriver{header}, nil }
-		}
-	}
+	list := overridden("qcow2", func(driver.OpenFunc, *driver.Opening) (graph.Driver, error) { return chainDriver{header}, nil })
 	return newManager(t, Config{Drivers: list})
 }
 
@@ -208,12 +204,7 @@ func (d *stuckSize) ActualSize() (int64, error) {
 // Storage that does not tell how much it holds does not hold up queries: they show what was last known.
 func TestStuckActualSize(t *testing.T) {
 	d := &stuckSize{stuck: make(chan struct{}), asked: make(chan struct{})}
-	list := Drivers()
-	for i := range list {
-		if list[i].Name == types.BlockdevDriverNullAio {
-			list[i].Open = func(*graph.Opening) (graph.Driver, error) { return d, nil }
-		}
-	}
+	list := overridden("null-aio", func(driver.OpenFunc, *driver.Opening) (graph.Driver, error) { return d, nil })
 	m := newManager(t, Config{Drivers: list})
 	mustAdd(t, m, `{'driver': 'null-aio', 'node-name': 'stuck'}`)
 	mustAdd(t, m, `{'driver': 'null-co', 'node-name': 'free'}`)

@@ -5,6 +5,7 @@ import (
 	"testing"
 	"time"
 
+	"qblockd/blockdev/drivers"
 	"qblockd/blockdev/drivertest"
 	"qblockd/graph"
 )
@@ -47,7 +48,7 @@ func TestManagersGo(t *testing.T) {
 	gone := make(chan struct{}, 1)
 	func() {
 		g := graph.New(&drivertest.Sink{})
-		m := New(g, Config{})
+		m := New(g, Config{Drivers: drivers.All})
 		mustAdd(t, m, `{'driver': 'raw', 'node-name': 'n', 'file': {'driver': 'null-co', 'size': 65536}}`)
 		m.AppendNamedNodes(nil, false)
 		runtime.AddCleanup(g.Node("n"), func(c chan struct{}) { c <- struct{}{} }, gone)

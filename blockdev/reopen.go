@@ -6,6 +6,7 @@ import (
 	"fmt"
 	"slices"
 
+	"qblockd/blockdev/driver"
 	"qblockd/graph"
 	"qblockd/graph/blk"
 	"qblockd/graph/perm"
@@ -136,7 +137,7 @@ type reopening struct {
 
 	opts *types.BlockdevOptions // what is said for the node itself, now or, where that goes on to hold, earlier
 	gen  *graph.Options         // what it is to have
-	refs []ChildOption          // what is said now of children and not for the nodes that they are
+	refs []driver.Child         // what is said now of children and not for the nodes that they are
 	// kept: nothing is said now, the node follows its parent.
 	kept bool
 	// noBacking: something is said now, but nothing of a backing file.
@@ -158,7 +159,7 @@ type childChange struct {
 func (q *reopenQueue) add(n *graph.Node, given *types.BlockdevOptions, up *reopening, role perm.Role, keep bool) {
 	i := slices.IndexFunc(q.list, func(e *reopening) bool { return e.node == n })
 	e := &reopening{node: n, was: n.Options(), readOnly: n.ReadOnly(), kept: given == nil && keep, opts: given}
-	d := q.m.drivers[types.BlockdevDriver(n.DriverName())]
+	d := q.m.driverOf(n)
 	if given != nil {
 		e.refs = q.m.childOptions(given)
 	}
@@ -212,7 +213,7 @@ func (q *reopenQueue) add(n *graph.Node, given *types.BlockdevOptions, up *reope
 			q.add(c, nil, e, edge.Role(), keep)
 		case ref.Definition != nil:
 			o := ref.Definition
-			e.refs = slices.DeleteFunc(e.refs, func(x ChildOption) bool { return x.Name == edge.ChildName() })
+			e.refs = slices.DeleteFunc(e.refs, func(x driver.Child) bool { return x.Name == edge.ChildName() })
 			q.add(c, o, e, edge.Role(), keep)
 		case ref.Reference != nil && *ref.Reference == c.Name():
 			q.add(c, nil, e, edge.Role(), true)
@@ -231,18 +232,20 @@ func (e *reopening) ref(name string) *types.BlockdevRef {
 }
 
 // childOptions are the children that options name. A backing file that is to be none is neither a reference nor a definition.
-func (m *Manager) childOptions(o *types.BlockdevOptions) []ChildOption {
+func (m *Manager) childOptions(o *types.BlockdevOptions) []driver.Child {
 	d := m.drivers[o.Driver]
 	if d == nil {
 		return nil
 	}
-	var l []ChildOption
+	var l []driver.Child
 	if d.Children != nil {
 		l = append(l, d.Children(o.U)...)
 	}
 	if d.Backing != nil {
 		if b := d.Backing(o.U); b != nil {
-			l = append(l, ChildOption{"backing", perm.COW, &types.BlockdevRef{Definition: b.Definition, Reference: b.Reference}})
+			l = append(l, driver.Child{
+				Name: "backing", Role: perm.COW, Ref: &types.BlockdevRef{Definition: b.Definition, Reference: b.Reference},
+			})
 		}
 	}
 	return l
@@ -269,16 +272,15 @@ func (e *reopening) prepare(m *Manager, tx *graph.Tx) error {
 	if e.gen.DetectZeroes == types.BlockdevDetectZeroesOptionsUnmap && !e.gen.Discard {
 		return errUnmap
 	}
-	driver, err := n.Reopener()
-	if err != nil {
+	if err := n.CanReopen(); err != nil {
 		return err
 	}
-	d := m.drivers[types.BlockdevDriver(n.DriverName())]
+	d := m.driverOf(n)
 	if err := e.resettable(m, d); err != nil {
 		return err
 	}
 	if string(e.opts.Driver) == n.DriverName() {
-		p, err := driver.Reopen(&graph.Reopening{Options: e.opts.U, Generic: e.gen})
+		p, err := d.Reopen(n.Driver(), e.opts.U, e.gen)
 		if err != nil {
 			return err
 		}
@@ -416,7 +418,7 @@ func (q *reopenQueue) undo() {
 				}
 			}
 			if e.was.Canonical != nil {
-				p, err := e.node.Driver().(graph.Reopener).Reopen(&graph.Reopening{Options: e.was.Canonical.U, Generic: e.was})
+				p, err := q.m.driverOf(e.node).Reopen(e.node.Driver(), e.was.Canonical.U, e.was)
 				if err != nil {
 					return err
 				}

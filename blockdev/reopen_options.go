@@ -3,9 +3,11 @@ package blockdev
 import (
 	"fmt"
 	"reflect"
+	"slices"
 	"strconv"
 	"strings"
 
+	"qblockd/blockdev/driver"
 	"qblockd/graph"
 	"qblockd/schema/types"
 	"qblockd/schema/value"
@@ -97,14 +99,14 @@ func (m *Manager) ownOptions(o *types.BlockdevOptions, g *graph.Options) *value.
 }
 
 // change tells whether a reopen may change an option, and whether it may leave it out.
-func (d *Driver) change(option string) (may, reset bool) {
+func change(d *driver.Any, option string) (may, reset bool) {
 	first, _, _ := strings.Cut(option, ".")
-	reset, may = d.Changeable[first]
-	return may, reset
+	reset = slices.Contains(d.Changeable, first)
+	return reset || slices.Contains(d.ChangeOnly, first), reset
 }
 
 // resettable tells which option the node has that cannot be left out, if it is.
-func (e *reopening) resettable(m *Manager, d *Driver) (err error) {
+func (e *reopening) resettable(m *Manager, d *driver.Any) (err error) {
 	if e.kept {
 		return nil
 	}
@@ -113,7 +115,7 @@ func (e *reopening) resettable(m *Manager, d *Driver) (err error) {
 		if _, given := is.Get(name); given {
 			return true
 		}
-		if _, reset := d.change(name); reset {
+		if _, reset := change(d, name); reset {
 			return true
 		}
 		err = fmt.Errorf("Option '%s' cannot be reset to its default value", name)
@@ -123,7 +125,7 @@ func (e *reopening) resettable(m *Manager, d *Driver) (err error) {
 }
 
 // unchanged tells which option cannot be changed, if one is.
-func (e *reopening) unchanged(m *Manager, d *Driver) (err error) {
+func (e *reopening) unchanged(m *Manager, d *driver.Any) (err error) {
 	if e.kept {
 		return nil
 	}
@@ -142,7 +144,7 @@ func (e *reopening) unchanged(m *Manager, d *Driver) (err error) {
 		}
 	}
 	is.EachHashed(func(name string, v value.Value) bool {
-		if may, _ := d.change(name); may {
+		if may, _ := change(d, name); may {
 			return true
 		}
 		if old, ok := was.Get(name); ok && reflect.DeepEqual(old, v) {

@@ -237,7 +237,7 @@ func TestReopenKeepsLocks(t *testing.T) {
 // groups are throttle groups by name.
 type groups map[string]*throttle.Group
 
-func (g groups) ThrottleGroup(name string) *throttle.Group { return g[name] }
+func (g groups) Object(name string) any { return g[name] }
 
 // TestReopenThrottle: a filter goes to another group and back while requests wait in it. All of them end, and a group can go when nobody is in it.
 func TestReopenThrottle(t *testing.T) {

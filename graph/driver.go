@@ -112,12 +112,6 @@ type (
 		PrepareReadOnly(r *blk.Req, readOnly bool) error
 		CommitReadOnly(r *blk.Req, readOnly bool) error
 	}
-	// Reopener drivers take other options while they are open; the others refuse to be reopened.
-	Reopener interface {
-		// Reopen checks the options that the node is to have, as Open would. What it returns, nil if there is nothing to do, changes to them: it is
-		// prepared before the permissions, while the node is drained, and may block then; Commit runs before that of a PermTaker.
-		Reopen(o *Reopening) (Participant, error)
-	}
 	// Debugger drivers are told of steps: those that drivers take who have them as a child, and those of the generic layer for them themselves. The call may
 	// wait, unless r must not.
 	Debugger interface {
@@ -173,11 +167,6 @@ type (
 		Quiet() bool
 		DrainEnd()
 	}
-	// Namer gives the exact and the json: options part of a file name; see package blockdev. Filename is the plain
-	// name that expresses all significant options, or "" if there is none.
-	Namer interface {
-		Filename() string
-	}
 	// Snapshotted is a driver that keeps a point in time besides what its node shows now (copy-before-write). Its methods need a unit of work
 	// that reaches its node. DiscardSnapshot tells that a range of the point in time is not needed any more.
 	Snapshotted interface {
@@ -189,29 +178,18 @@ type (
 	ChildKeeper interface {
 		KeepsChild()
 	}
-	// ChildNamer marks drivers that show themselves under the file name of what they filter, or of their file.
-	ChildNamer interface {
-		NamedAsChild()
-	}
 )
 
 // FileID tells files of the host apart, whatever their names: a regular file by its file system and inode; a device, whose inode counts
 // as 0, by its number.
 type FileID struct{ Dev, Ino uint64 }
 
-// FoundFile is a file of the host that a name has led to, and that is not open yet.
-type FoundFile struct {
-	Name            string // as it was given
-	Path            string // without links; "" if that cannot be told
-	Regular, Device bool   // a regular file, a block device; neither: something else
-	Kernel          bool   // lies in a file system whose files the kernel makes up: to read one tells of the host or does something
-}
-
 // Options are the generic properties of a node.
 type Options struct {
 	Name       string // "" generates one
 	DriverName string
 	Kind       Kind
+	Reopens    bool // the driver takes other options while it is open (blockdev-reopen)
 	ReadOnly   bool
 	// AutoReadOnly: the driver may fall back to read-only where the medium allows no writing.
 	AutoReadOnly bool
@@ -230,33 +208,3 @@ type Options struct {
 
 // Inheritable are the generic options that a node hands down to the children that it defines; nil: neither it nor its parent says.
 type Inheritable struct{ Direct, NoFlush, ForceShare, ReadOnly, AutoReadOnly *bool }
-
-// Opening is what a driver's Open function gets. The node is hidden, its option-named
-// children are attached, nobody else can send requests. I/O for opening goes through
-// Req, whose context is that of the command.
-type Opening struct {
-	Ctx  context.Context
-	Node *Node
-	// Options is the driver's branch of BlockdevOptions, e.g. *types.BlockdevOptionsQcow2; nil if it has none.
-	Options any
-	// Req is for header reads and repairs; it belongs to an internal root and has passed its gate.
-	Req *blk.Req
-	// Warn reports something the user should know; it goes to the log.
-	Warn func(msg string)
-	// Admit, if set, says that an image has named the node. A driver that opens files of the host must ask it before it opens one.
-	Admit func(f *FoundFile) error
-	// StaysRaw, if set, says that the format was guessed to be raw, from the first bytes of the file alone, and tells whether the first 512 bytes
-	// that are to be there would lead to the same guess.
-	StaysRaw func(head []byte) bool
-}
-
-// Reopening is what a Reopener gets.
-type Reopening struct {
-	// Options is the driver's branch of BlockdevOptions, as in Opening; Generic are those of the node.
-	Options any
-	Generic *Options
-}
-
-// OpenFunc opens a driver on a hidden node. It blocks as long as the storage does and
-// leaves nothing behind when it fails.
-type OpenFunc func(o *Opening) (Driver, error)

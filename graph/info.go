@@ -105,7 +105,7 @@ func (n *Node) SetFormat(o *Options) {
 		panic("graph: SetFormat of node " + n.name + ", which has a driver")
 	}
 	own := *n.opts.Load()
-	own.DriverName, own.Kind, own.Canonical = o.DriverName, o.Kind, o.Canonical
+	own.DriverName, own.Kind, own.Reopens, own.Canonical = o.DriverName, o.Kind, o.Reopens, o.Canonical
 	n.opts.Store(&own)
 	n.g.version++ // drafts may have asked for the kind
 }

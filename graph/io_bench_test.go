@@ -4,11 +4,13 @@ import (
 	"context"
 	"testing"
 
+	"qblockd/blockdev/driver"
 	"qblockd/blockdev/drivertest"
 	"qblockd/blockdev/format/raw"
 	"qblockd/blockdev/protocol/null"
 	"qblockd/graph"
 	"qblockd/graph/blk"
+	"qblockd/schema/types"
 )
 
 // stack is a root over so many raw nodes over d, with a unit of work begun.
@@ -17,7 +19,7 @@ func stack(t testing.TB, d graph.Driver, raws int) (*graph.Root, *blk.Req) {
 	n := drivertest.AddNode(t, g, "bottom", d)
 	for range raws {
 		n = drivertest.MustBuild(t, g, drivertest.Spec{Options: graph.Options{Kind: graph.Format, DriverName: "raw"},
-			Children: []drivertest.Child{drivertest.FilteredFile(n)}, Open: raw.Open})
+			Children: []drivertest.Child{drivertest.FilteredFile(n)}, Open: raw.Def.With(&types.BlockdevOptionsRaw{})})
 	}
 	root := drivertest.AddRoot(t, g, n, drivertest.Writer)
 	r, err := root.Begin(context.Background())
@@ -29,7 +31,7 @@ func stack(t testing.TB, d graph.Driver, raws int) (*graph.Root, *blk.Req) {
 }
 
 func nullDriver(t testing.TB) graph.Driver {
-	d, err := null.Open(&graph.Opening{})
+	d, err := null.Co.Open(&driver.Opening{}, &types.BlockdevOptionsNull{})
 	if err != nil {
 		t.Fatal(err)
 	}

@@ -7,6 +7,7 @@ import (
 	"sync"
 	"testing"
 
+	"qblockd/blockdev/driver"
 	"qblockd/blockdev/drivertest"
 	"qblockd/graph"
 	"qblockd/graph/blk"
@@ -23,8 +24,8 @@ type overlay struct {
 	has map[int64]bool
 }
 
-func openOverlay(size int64) graph.OpenFunc {
-	return func(o *graph.Opening) (graph.Driver, error) {
+func openOverlay(size int64) driver.OpenFunc {
+	return func(o *driver.Opening) (graph.Driver, error) {
 		return &overlay{MemFile: drivertest.NewMemFile(size), n: o.Node, has: map[int64]bool{}}, nil
 	}
 }
@@ -323,7 +324,7 @@ func TestMapPastFilters(t *testing.T) {
 		f := drivertest.MustBuild(t, g, drivertest.Spec{
 			Options:  graph.Options{Name: "f", Kind: graph.Filter, DriverName: "throttle"},
 			Children: []drivertest.Child{drivertest.FilteredFile(drivertest.AddNode(t, g, "h", h))},
-			Open: func(o *graph.Opening) (graph.Driver, error) {
+			Open: func(o *driver.Opening) (graph.Driver, error) {
 				return &pass{o.Node.File(), transparent}, nil
 			}})
 		root := drivertest.AddRoot(t, g, f, everything)

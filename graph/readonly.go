@@ -17,12 +17,12 @@ func (n *Node) WithFiles() []*Node {
 	return nodes
 }
 
-// Reopener is n's driver as one that can be reopened. Error: it cannot.
-func (n *Node) Reopener() (Reopener, error) {
-	if d, ok := n.drv.(Reopener); ok {
-		return d, nil
+// CanReopen tells why n cannot be reopened, nil if it can.
+func (n *Node) CanReopen() error {
+	if n.Options().Reopens {
+		return nil
 	}
-	return nil, fmt.Errorf("Block format '%s' used by node '%s' does not support reopening files", n.DriverName(), n.Name())
+	return fmt.Errorf("Block format '%s' used by node '%s' does not support reopening files", n.DriverName(), n.Name())
 }
 
 // SwitchReadOnly makes all nodes read-only or writable, or none. Requests on them wait meanwhile; it blocks as long as those and the
@@ -51,10 +51,10 @@ func (g *Graph) SwitchReadOnly(ctx context.Context, readOnly bool, nodes ...*Nod
 	return nil
 }
 
-// SwitchReadOnly is SetReadOnly that tells the driver, too, which must be a Reopener. After Commit, outcome is the error of a driver that could not follow and has stayed as
+// SwitchReadOnly is SetReadOnly that tells the driver, too, which must be one that reopens. After Commit, outcome is the error of a driver that could not follow and has stayed as
 // it was.
 func (tx *Tx) SwitchReadOnly(n *Node, readOnly bool) (outcome func() error, err error) {
-	if _, err := n.Reopener(); err != nil {
+	if err := n.CanReopen(); err != nil {
 		return nil, err
 	}
 	if err := tx.SetReadOnly(n, readOnly); err != nil {

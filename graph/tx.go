@@ -395,10 +395,11 @@ func (tx *Tx) SetInactive(n *Node, inactive bool) error {
 }
 
 // SetOptions replaces the options of n on commit; n is drained meanwhile and its limits are
-// read anew. Name, DriverName and Kind stay; use SetReadOnly for ReadOnly.
+// read anew. Name and what says what the driver is stay; use SetReadOnly for ReadOnly.
 func (tx *Tx) SetOptions(n *Node, o *Options) error {
 	own := *o
-	own.Name, own.DriverName, own.Kind = n.name, n.DriverName(), n.Kind()
+	was := n.Options()
+	own.Name, own.DriverName, own.Kind, own.Reopens = n.name, was.DriverName, was.Kind, was.Reopens
 	return tx.do(func(d *txDraft) error {
 		st := d.Node(n)
 		st.ForceShare = own.ForceShare

@@ -5,6 +5,7 @@ import (
 	"sync"
 	"testing"
 
+	"qblockd/blockdev/driver"
 	"qblockd/events"
 	"qblockd/graph"
 	"qblockd/graph/blk"
@@ -74,14 +75,13 @@ type Spec struct {
 	Options   graph.Options
 	NoDiscard bool
 	Children  []Child
-	// Open makes the driver; Branch is what it gets as Opening.Options.
-	Open   graph.OpenFunc
-	Branch any
+	// Open makes the driver; see driver.Def.With.
+	Open driver.OpenFunc
 }
 
 // Opened is the OpenFunc that returns d.
-func Opened(d graph.Driver) graph.OpenFunc {
-	return func(*graph.Opening) (graph.Driver, error) { return d, nil }
+func Opened(d graph.Driver) driver.OpenFunc {
+	return func(*driver.Opening) (graph.Driver, error) { return d, nil }
 }
 
 // Build builds and publishes a monitor-owned node as blockdev-add does. On error nothing is left behind.
@@ -91,7 +91,7 @@ func Build(g *graph.Graph, s Spec) (*graph.Node, error) {
 	if o.DriverName == "" {
 		o.DriverName = "null-co"
 	}
-	o.Discard = !s.NoDiscard
+	o.Discard, o.Reopens = !s.NoDiscard, true
 	tx := g.Begin(ctx)
 	defer tx.Abort()
 	n, err := tx.NewNode(&o)
@@ -106,7 +106,7 @@ func Build(g *graph.Graph, s Spec) (*graph.Node, error) {
 	if err := tx.Commit(); err != nil {
 		return nil, err
 	}
-	d, err := s.Open(&graph.Opening{Ctx: ctx, Node: n, Options: s.Branch, Req: &blk.Req{Ctx: ctx}, Warn: func(string) {}})
+	d, err := s.Open(&driver.Opening{Ctx: ctx, Node: n, Req: &blk.Req{Ctx: ctx}, Warn: func(string) {}})
 	if err != nil {
 		g.Discard(n)
 		return nil, err

@@ -158,14 +158,6 @@ func (f *Fault) Caps() graph.Caps { return f.inner.Caps() }
 // Size implements graph.Driver.
 func (f *Fault) Size() int64 { return f.inner.Size() }
 
-// Reopen implements graph.Reopener, by what f is around.
-func (f *Fault) Reopen(o *graph.Reopening) (graph.Participant, error) {
-	if d, ok := f.inner.(graph.Reopener); ok {
-		return d.Reopen(o)
-	}
-	return nil, nil
-}
-
 // Close implements graph.Driver.
 func (f *Fault) Close() error { return f.inner.Close() }
 

@@ -201,9 +201,6 @@ func (m *MemFile) check(what string, off, n, most int64) {
 	}
 }
 
-// Reopen implements graph.Reopener: all options are the test's.
-func (*MemFile) Reopen(*graph.Reopening) (graph.Participant, error) { return nil, nil }
-
 // Caps implements graph.Driver.
 func (m *MemFile) Caps() graph.Caps {
 	return graph.Caps{Limits: m.opts.Limits, WriteFlags: m.opts.WriteFlags, ZeroFlags: m.opts.ZeroFlags, ZeroInit: true}

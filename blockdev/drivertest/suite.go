@@ -10,6 +10,7 @@ import (
 	"syscall"
 	"testing"
 
+	"qblockd/blockdev/driver"
 	"qblockd/graph"
 	"qblockd/graph/blk"
 	"qblockd/graph/perm"
@@ -37,9 +38,7 @@ type Config struct {
 // Layer is something to put on top of a node.
 type Layer struct {
 	Name    string
-	Kind    graph.Kind
-	Role    perm.Role // of its "file" child
-	Open    graph.OpenFunc
+	Def     *driver.Any
 	Options any
 }
 
@@ -105,8 +104,8 @@ func newRig(t *testing.T, c *Config, layer *Layer, readOnly bool) *rig {
 	n := c.Open(t, g, c.Size, readOnly)
 	if layer != nil {
 		n = MustBuild(t, g, Spec{
-			Options:  graph.Options{Name: "layer", Kind: layer.Kind, DriverName: "raw", ReadOnly: readOnly},
-			Children: []Child{{"file", layer.Role, n}}, Open: layer.Open, Branch: layer.Options})
+			Options:  graph.Options{Name: "layer", Kind: layer.Def.Kind, DriverName: string(layer.Def.Name), ReadOnly: readOnly},
+			Children: []Child{{"file", layer.Def.Children(layer.Options)[0].Role, n}}, Open: layer.Def.With(layer.Options)})
 	}
 	claim := perm.Claim{Need: perm.ConsistentRead | perm.Write | perm.Resize, Share: perm.All}
 	if readOnly {

@@ -6,7 +6,6 @@ import (
 	"qblockd/blockdev/format/raw"
 	"qblockd/graph"
 	"qblockd/graph/blk"
-	"qblockd/graph/perm"
 	"qblockd/schema/types"
 )
 
@@ -14,8 +13,8 @@ func layers() []Layer {
 	window := &types.BlockdevOptionsRaw{Offset: new(int64)}
 	*window.Offset = 512
 	return []Layer{
-		{Name: "raw", Kind: graph.Format, Role: perm.Filtered | perm.Primary, Open: raw.Open},
-		{Name: "window", Kind: graph.Format, Role: perm.Data | perm.Primary, Open: raw.Open, Options: window},
+		{Name: "raw", Def: raw.Def, Options: &types.BlockdevOptionsRaw{}},
+		{Name: "window", Def: raw.Def, Options: window},
 	}
 }
 

@@ -14,6 +14,7 @@ import (
 	"time"
 
 	"qblockd/blockdev"
+	"qblockd/blockdev/drivers"
 	"qblockd/blockdev/drivertest"
 	"qblockd/blockdev/export"
 	"qblockd/blockdev/export/nbd"
@@ -45,7 +46,7 @@ func newStack(t testing.TB) *stack {
 	}
 	g := drivertest.NewGraph(t)
 	s := &stack{t: t, dir: dir, sock: filepath.Join(dir, "nbd"),
-		m: blockdev.New(g, blockdev.Config{Log: slog.New(slog.DiscardHandler)}), table: export.New(g, export.Options{})}
+		m: blockdev.New(g, blockdev.Config{Drivers: drivers.All, Log: slog.New(slog.DiscardHandler)}), table: export.New(g, export.Options{})}
 	server := nbd.NewType(s.table, nbd.Options{})
 	t.Cleanup(func() { s.table.Close(context.Background()) })
 	addr := &types.SocketAddress{Type: types.SocketAddressTypeUnix, U: &types.UnixSocketAddress{Path: s.sock}}

@@ -51,7 +51,7 @@ func newBench(t *testing.T) *bench {
 	drivertest.MustBuild(t, g, drivertest.Spec{
 		Options:  graph.Options{Name: "top", DriverName: "raw", Kind: graph.Format},
 		Children: []drivertest.Child{drivertest.File(file)},
-		Open:     raw.Open, Branch: &types.BlockdevOptionsRaw{},
+		Open:     raw.Def.With(&types.BlockdevOptionsRaw{}),
 	})
 	drivertest.AddNode(t, g, "other", drivertest.NewMemFile(1<<20))
 	return &bench{t, g, x}

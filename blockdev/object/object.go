@@ -12,7 +12,6 @@ import (
 	"slices"
 	"sync"
 
-	"qblockd/blockdev/filter/throttle"
 	"qblockd/graph/blk"
 	"qblockd/schema/types"
 	"qblockd/schema/value"
@@ -144,8 +143,9 @@ func (r *Registry) Group(id string) *Group {
 	return g
 }
 
-// ThrottleGroup finds a throttle-group object; nil if there is none.
-func (r *Registry) ThrottleGroup(id string) *throttle.Group {
+// Object is what drivers get of an object (driver.Objects); nil if there is none of that name, or one that is not for
+// drivers.
+func (r *Registry) Object(id string) any {
 	if l, ok := r.find(id).(*limits); ok {
 		return l.g
 	}

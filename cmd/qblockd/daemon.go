@@ -12,6 +12,7 @@ import (
 	"time"
 
 	"qblockd/blockdev"
+	"qblockd/blockdev/drivers"
 	"qblockd/blockdev/export"
 	"qblockd/blockdev/export/nbd"
 	"qblockd/blockdev/object"
@@ -78,7 +79,9 @@ func newDaemon(p processWide) *daemon {
 	d.objects = object.NewRegistry(d.chardevObjects)
 	d.jobs = jobs.NewManager(d.bus, nil)
 	quiesced := func(nodes ...*graph.Node) { d.jobs.Quiesced(2, nodes...) } // as the reference does, once with the request queue and once with the node
-	d.nodes = blockdev.New(d.graph, blockdev.Config{Objects: d.objects, Policy: p.policy, Probed: quiesced})
+	d.nodes = blockdev.New(d.graph, blockdev.Config{
+		Drivers: drivers.All, Objects: d.objects, Policy: p.policy, Probed: quiesced,
+	})
 	d.exports = export.New(d.graph, export.Options{
 		Iothread: d.iothread, Leaving: func(n *graph.Node) { quiesced(n) }, Log: slog.Default(),
 	})

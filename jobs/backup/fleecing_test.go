@@ -6,6 +6,7 @@ import (
 	"errors"
 	"testing"
 
+	"qblockd/blockdev/driver"
 	"qblockd/blockdev/drivertest"
 	"qblockd/graph"
 	"qblockd/graph/blk"
@@ -27,7 +28,7 @@ func TestReadersOfTarget(t *testing.T) {
 	w := newWorld(t)
 	target := drivertest.MustBuild(t, w.g, drivertest.Spec{
 		Options: graph.Options{Name: "over", Kind: graph.Format}, Children: []drivertest.Child{drivertest.Backing(w.source)},
-		Open: func(x *graph.Opening) (graph.Driver, error) {
+		Open: func(x *driver.Opening) (graph.Driver, error) {
 			return &overlay{drivertest.NewMemFile(size), x.Node}, nil
 		},
 	})

@@ -9,6 +9,7 @@ import (
 	"time"
 
 	"qblockd/blockdev"
+	"qblockd/blockdev/drivers"
 	"qblockd/blockdev/drivertest"
 	"qblockd/blockdev/format/qcow2"
 	"qblockd/events"
@@ -157,12 +158,12 @@ func (w *world) layer(i int) {
 		o.BackingFile, o.BackingFmt = &below, &format
 		kids = append(kids, drivertest.Backing(w.nodes[below]))
 	}
-	m := blockdev.New(w.g, blockdev.Config{})
+	m := blockdev.New(w.g, blockdev.Config{Drivers: drivers.All})
 	if err := m.Creator(&types.BlockdevCreateOptions{Driver: types.BlockdevDriverQcow2, U: &o})(context.Background(), nil); err != nil {
 		w.t.Fatal(err)
 	}
 	w.nodes[l.name] = drivertest.MustBuild(w.t, w.g, drivertest.Spec{
-		Options: graph.Options{Name: l.name, DriverName: "qcow2", Kind: graph.Format}, Children: kids, Open: qcow2.Open})
+		Options: graph.Options{Name: l.name, DriverName: "qcow2", Kind: graph.Format}, Children: kids, Open: qcow2.Def.With(&types.BlockdevOptionsQcow2{})})
 }
 
 func (w *world) write(root *graph.Root, off int64, p []byte) {
@@ -248,7 +249,7 @@ func (nodes) HeaderName(_ graph.View, n *graph.Node) (name, format string, err e
 }
 
 func (w *world) begin(a types.BlockCommitArgs) (release func(), err error) {
-	return blockjob.Start(context.Background(), w.g, w.m, commit.FromArgs(nodes{blockdev.New(w.g, blockdev.Config{})}, &a))
+	return blockjob.Start(context.Background(), w.g, w.m, commit.FromArgs(nodes{blockdev.New(w.g, blockdev.Config{Drivers: drivers.All})}, &a))
 }
 
 func (w *world) start(a types.BlockCommitArgs) *jobs.Job {

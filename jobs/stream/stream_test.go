@@ -6,6 +6,7 @@ import (
 	"testing"
 
 	"qblockd/blockdev"
+	"qblockd/blockdev/drivers"
 	"qblockd/blockdev/drivertest"
 	"qblockd/blockdev/format/qcow2"
 	"qblockd/blockdev/format/raw"
@@ -25,7 +26,7 @@ func layer(t *testing.T, g *graph.Graph, name string, clusters int, backing *gra
 	t.Helper()
 	ctx := context.Background()
 	file := drivertest.AddNode(t, g, name+"-file", drivertest.NewMemFile(0))
-	m := blockdev.New(g, blockdev.Config{})
+	m := blockdev.New(g, blockdev.Config{Drivers: drivers.All})
 	ref := file.Name()
 	o := types.BlockdevCreateOptionsQcow2{File: types.BlockdevRef{Reference: &ref}, Size: uint64(clusters * cluster)}
 	if err := m.Creator(&types.BlockdevCreateOptions{Driver: types.BlockdevDriverQcow2, U: &o})(ctx, nil); err != nil {
@@ -36,7 +37,7 @@ func layer(t *testing.T, g *graph.Graph, name string, clusters int, backing *gra
 		kids = append(kids, drivertest.Backing(backing))
 	}
 	return drivertest.MustBuild(t, g, drivertest.Spec{
-		Options: graph.Options{Name: name, DriverName: "qcow2", Kind: graph.Format}, Children: kids, Open: qcow2.Open})
+		Options: graph.Options{Name: name, DriverName: "qcow2", Kind: graph.Format}, Children: kids, Open: qcow2.Def.With(&types.BlockdevOptionsQcow2{})})
 }
 
 func write(t *testing.T, g *graph.Graph, n *graph.Node, content byte) {
@@ -133,7 +134,7 @@ func TestRawOverAChain(t *testing.T) {
 	write(t, g, deep, 7)
 	file := layer(t, g, "file", 4, deep)
 	below := drivertest.MustBuild(t, g, drivertest.Spec{Options: graph.Options{Name: "below", Kind: graph.Format, DriverName: "raw"},
-		Children: []drivertest.Child{drivertest.FilteredFile(file)}, Open: raw.Open})
+		Children: []drivertest.Child{drivertest.FilteredFile(file)}, Open: raw.Def.With(&types.BlockdevOptionsRaw{})})
 	top := layer(t, g, "top", 4, below)
 	root := drivertest.AddRoot(t, g, top, perm.Claim{Need: perm.ConsistentRead, Share: perm.All})
 	m := jobs.NewManager(sink, nil)
@@ -171,7 +172,7 @@ func (nodes) HeaderName(_ graph.View, n *graph.Node) (name, format string, err e
 // start starts a job that streams from base, or everything, to the node top.
 func start(g *graph.Graph, m *jobs.Manager, base *string) (release func(), err error) {
 	a := types.BlockStreamArgs{JobID: new("j"), Device: "top", BaseNode: base, AutoDismiss: new(false)}
-	j, err := stream.FromArgs(nodes{blockdev.New(g, blockdev.Config{})}, &a)
+	j, err := stream.FromArgs(nodes{blockdev.New(g, blockdev.Config{Drivers: drivers.All})}, &a)
 	if err != nil {
 		return nil, err
 	}

@@ -10,6 +10,7 @@ import (
 	"time"
 
 	"qblockd/blockdev"
+	"qblockd/blockdev/drivers"
 	"qblockd/blockdev/drivertest"
 	"qblockd/blockdev/format/qcow2"
 	"qblockd/graph"
@@ -27,13 +28,13 @@ func TestLargeClusters(t *testing.T) {
 	file := drivertest.AddNode(t, g, "file", drivertest.NewMemFile(0))
 	ref, cs := file.Name(), uint64(clusterSize)
 	o := types.BlockdevCreateOptionsQcow2{File: types.BlockdevRef{Reference: &ref}, Size: size, ClusterSize: &cs}
-	m := blockdev.New(g, blockdev.Config{})
+	m := blockdev.New(g, blockdev.Config{Drivers: drivers.All})
 	if err := m.Creator(&types.BlockdevCreateOptions{Driver: types.BlockdevDriverQcow2, U: &o})(context.Background(), nil); err != nil {
 		t.Fatal(err)
 	}
 	top := drivertest.MustBuild(t, g, drivertest.Spec{
 		Options:  graph.Options{Name: "top", DriverName: "qcow2", Kind: graph.Format},
-		Children: []drivertest.Child{drivertest.File(file), drivertest.Backing(below)}, Open: qcow2.Open})
+		Children: []drivertest.Child{drivertest.File(file), drivertest.Backing(below)}, Open: qcow2.Def.With(&types.BlockdevOptionsQcow2{})})
 	top.SetWriteThreshold(1)
 	jm := jobs.NewManager(sink, nil)
 	release, err := start(g, jm, nil)

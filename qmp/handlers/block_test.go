@@ -7,6 +7,7 @@ import (
 	"testing"
 
 	"qblockd/blockdev"
+	"qblockd/blockdev/drivers"
 	"qblockd/blockdev/drivertest"
 	"qblockd/jobs"
 	"qblockd/schema/types"
@@ -40,7 +41,7 @@ func (c commands) say(t *testing.T, name, args string) string {
 // Each command: a success and its own errors.
 func TestBlockCore(t *testing.T) {
 	c := commands{}
-	types.RegisterBlockCore(c, BlockCore{Nodes: blockdev.New(drivertest.NewGraph(t), blockdev.Config{}), Jobs: jobs.NewManager(&drivertest.Sink{}, nil)})
+	types.RegisterBlockCore(c, BlockCore{Nodes: blockdev.New(drivertest.NewGraph(t), blockdev.Config{Drivers: drivers.All}), Jobs: jobs.NewManager(&drivertest.Sink{}, nil)})
 	for _, s := range []struct{ command, args, want string }{
 		{"query-block", `{}`, `[]`},
 		{"query-blockstats", `{}`, `[]`},

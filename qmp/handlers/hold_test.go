@@ -11,6 +11,7 @@ import (
 	"testing"
 
 	"qblockd/blockdev"
+	"qblockd/blockdev/drivers"
 	"qblockd/blockdev/drivertest"
 	"qblockd/blockdev/export"
 	"qblockd/blockdev/export/nbd"
@@ -35,7 +36,7 @@ func newWorld(t *testing.T) *world { return newWorldSink(t, &drivertest.Sink{}) 
 // newWorldSink is newWorld with a sink for the events of jobs.
 func newWorldSink(t *testing.T, s events.Sink) *world {
 	g := drivertest.NewGraph(t)
-	w := &world{commands: commands{}, t: t, g: g, jobs: jobs.NewManager(s, nil), nodes: blockdev.New(g, blockdev.Config{})}
+	w := &world{commands: commands{}, t: t, g: g, jobs: jobs.NewManager(s, nil), nodes: blockdev.New(g, blockdev.Config{Drivers: drivers.All})}
 	exports := export.New(g, export.Options{})
 	server := nbd.NewType(exports, nbd.Options{})
 	job := BlockJob{Graph: g, Jobs: w.jobs, Nodes: w.nodes}

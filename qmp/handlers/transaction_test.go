@@ -7,6 +7,7 @@ import (
 	"testing"
 
 	"qblockd/blockdev"
+	"qblockd/blockdev/drivers"
 	"qblockd/blockdev/drivertest"
 	"qblockd/jobs"
 	"qblockd/schema/types"
@@ -15,7 +16,7 @@ import (
 // A step that fails, at any place among others that would not, leaves no trace of any of them.
 func TestTransactionUndo(t *testing.T) {
 	g := drivertest.NewGraph(t)
-	nodes := blockdev.New(g, blockdev.Config{})
+	nodes := blockdev.New(g, blockdev.Config{Drivers: drivers.All})
 	c := commands{}
 	m := jobs.NewManager(&drivertest.Sink{}, nil)
 	types.RegisterBlockCore(c, BlockCore{Nodes: nodes, Jobs: m})

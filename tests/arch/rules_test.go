@@ -34,7 +34,8 @@ var rules = []rule{
 	{"cmd/qblockctl", []string{"cmd/qblockctl/*", "cmd/man", "schema", "schema/check"}},
 	{"cmd/qblockctl/*", nil},
 	{"cmd/qblockd/cmdline", nil},
-	{"cmd/qblockd", []string{"cmd/qblockd/cmdline", "cmd/man", "schema", "qmp/...", "jobs/...", "blockdev/...", "graph/..."}},
+	{"cmd/qblockd", []string{"cmd/qblockd/cmdline", "cmd/man", "schema", "qmp/...", "jobs/...", "blockdev", "blockdev/*",
+		"blockdev/export/*", "graph/..."}},
 
 	{"qmp/handlers", []string{"qmp", "qmp/chardev", "jobs", "jobs/*", "blockdev", "blockdev/export", "blockdev/export/nbd",
 		"blockdev/object", "graph", "graph/perm", "graph/transaction", "schema"}}, // schema: query-qmp-schema and query-commands answer its bytes
@@ -46,20 +47,22 @@ var rules = []rule{
 	{"jobs/blockjob", []string{"jobs", "jobs/chain", "blockdev", "graph", "graph/*"}},
 	// A commit of what is written to is a mirror.
 	{"jobs/commit", []string{"jobs", "jobs/copy", "jobs/blockjob", "jobs/chain", "jobs/mirror", "blockdev", "graph", "graph/*"}},
-	{"jobs/*", []string{"jobs", "jobs/copy", "jobs/blockjob", "jobs/chain", "blockdev", "blockdev/filter/*", "graph", "graph/*"}},
+	{"jobs/*", []string{"jobs", "jobs/copy", "jobs/blockjob", "jobs/chain", "blockdev", "blockdev/filter/copybeforewrite", "graph", "graph/*"}},
 	{"jobs", []string{"jobs/machine", "graph", "graph/transaction"}},
 
-	{"blockdev/drivertest", []string{"graph", "graph/*"}},
-	{"blockdev/format/qcow2", []string{"blockdev/format/qcow2/layout", "graph", "graph/*"}},
+	{"blockdev/driver", []string{"graph", "graph/*"}},
+	{"blockdev/drivers", []string{"blockdev/driver", "blockdev/protocol/*", "blockdev/format/*", "blockdev/filter/*"}},
+	{"blockdev/drivertest", []string{"blockdev/driver", "graph", "graph/*"}},
+	{"blockdev/format/qcow2", []string{"blockdev/driver", "blockdev/format/qcow2/layout", "graph", "graph/*"}},
 	{"blockdev/export", []string{"graph", "graph/*"}}, // no type of exports: those are told to it
 	{"blockdev/export/nbd", []string{"blockdev/export", "blockdev/nbdwire", "qmp/chardev/sockets", "graph", "graph/*"}},
 	{"blockdev/export/*", []string{"blockdev/export", "graph", "graph/*"}},
-	{"blockdev/protocol/*", []string{"graph", "graph/*"}},
-	{"blockdev/format/*", []string{"graph", "graph/*"}},
-	{"blockdev/filter/*", []string{"graph", "graph/*"}},
+	{"blockdev/protocol/*", []string{"blockdev/driver", "graph", "graph/*"}}, // never one another
+	{"blockdev/format/*", []string{"blockdev/driver", "graph", "graph/*"}},
+	{"blockdev/filter/*", []string{"blockdev/driver", "graph", "graph/*"}},
 	{"blockdev/object", []string{"blockdev/filter/throttle"}}, // an object is what its filters share
 	{"blockdev/*", []string{"graph", "graph/*"}},
-	{"blockdev", []string{"blockdev/*", "blockdev/protocol/*", "blockdev/format/*", "blockdev/filter/*", "graph", "graph/*"}},
+	{"blockdev", []string{"blockdev/driver", "graph", "graph/*"}}, // no driver: those are told to it
 
 	{"graph/transaction", []string{"graph"}},
 	{"graph", []string{"graph/perm", "graph/bitmap"}},

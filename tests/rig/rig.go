@@ -14,6 +14,7 @@ import (
 	"time"
 
 	"qblockd/blockdev"
+	"qblockd/blockdev/drivers"
 	"qblockd/blockdev/drivertest"
 	"qblockd/blockdev/export"
 	"qblockd/blockdev/export/nbd"
@@ -67,7 +68,7 @@ func New(dir string) *Rig {
 	x := &Rig{Sink: &drivertest.Sink{}, Clock: NewClock(), Dir: dir, Log: &Log{}}
 	log := slog.New(slog.NewTextHandler(x.Log, nil))
 	x.Graph = graph.New(x.Sink)
-	c := blockdev.Config{Log: log}
+	c := blockdev.Config{Log: log, Drivers: drivers.All}
 	if dir == "" {
 		x.Store = NewStore()
 		c.Drivers = x.Store.Drivers()

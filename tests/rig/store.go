@@ -7,7 +7,8 @@ import (
 	"sync"
 	"syscall"
 
-	"qblockd/blockdev"
+	"qblockd/blockdev/driver"
+	"qblockd/blockdev/drivers"
 	"qblockd/blockdev/drivertest"
 	"qblockd/graph"
 	"qblockd/schema/types"
@@ -92,18 +93,20 @@ func (s *Store) left() (errs []error) {
 }
 
 // Drivers are those of the daemon, but "file" opens what is in s.
-func (s *Store) Drivers() []blockdev.Driver {
-	l := blockdev.Drivers()
-	for i := range l {
-		if l[i].Name == types.BlockdevDriverFile {
-			l[i].Open = s.openFile
+func (s *Store) Drivers() []*driver.Any {
+	l := slices.Clone(drivers.All)
+	for i, d := range l {
+		if d.Name == types.BlockdevDriverFile {
+			stored := *d
+			stored.Open, stored.Reopen = s.openFile, driver.NoChange[any]
+			l[i] = &stored
 		}
 	}
 	return l
 }
 
-func (s *Store) openFile(o *graph.Opening) (graph.Driver, error) {
-	name := o.Options.(*types.BlockdevOptionsFile).Filename
+func (s *Store) openFile(_ *driver.Opening, u any) (graph.Driver, error) {
+	name := u.(*types.BlockdevOptionsFile).Filename
 	s.mu.Lock()
 	m, wrap, fails := s.files[name], s.wrap, s.fails
 	s.mu.Unlock()

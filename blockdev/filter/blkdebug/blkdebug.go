@@ -7,6 +7,7 @@ import (
 	"fmt"
 	"math"
 
+	"qblockd/blockdev/driver"
 	"qblockd/graph"
 	"qblockd/graph/blk"
 	"qblockd/graph/perm"
@@ -21,9 +22,8 @@ type Driver struct {
 	rules         rules
 }
 
-// Open opens the filter. Its child is called "image". It blocks as long as reading the file with rules takes.
-func Open(o *graph.Opening) (graph.Driver, error) {
-	u := o.Options.(*types.BlockdevOptionsBlkdebug)
+// open opens the filter. It blocks as long as reading the file with rules takes.
+func open(o *driver.Opening, u *types.BlockdevOptionsBlkdebug) (graph.Driver, error) {
 	d := &Driver{node: o.Node, take: perms(u.TakeChildPerms), unshare: perms(u.UnshareChildPerms)}
 	inject, set := u.InjectError, u.SetState
 	if u.Config != nil {
@@ -122,9 +122,6 @@ func (d *Driver) Resume(tag string) bool { return d.rules.resume(tag) }
 func (d *Driver) Unbreak(tag string) { d.rules.unbreak(tag) }
 
 func (d *Driver) image() *graph.Edge { return d.node.FilteredChild() }
-
-// Reopen implements graph.Reopener: there is nothing that could change.
-func (d *Driver) Reopen(*graph.Reopening) (graph.Participant, error) { return nil, nil }
 
 // Caps implements graph.Driver. No request passes the rules unseen.
 func (d *Driver) Caps() graph.Caps {

@@ -16,7 +16,7 @@ import (
 
 func ptr[T any](v T) *T { return &v }
 
-func open(t *testing.T, o types.BlockdevOptionsBlkdebug) (*drivertest.MemFile, *graph.Root, *blk.Req) {
+func begin(t *testing.T, o types.BlockdevOptionsBlkdebug) (*drivertest.MemFile, *graph.Root, *blk.Req) {
 	t.Helper()
 	for _, x := range o.InjectError {
 		if x.Event == "" {
@@ -31,10 +31,7 @@ func open(t *testing.T, o types.BlockdevOptionsBlkdebug) (*drivertest.MemFile, *
 	n := drivertest.MustBuild(t, g, drivertest.Spec{
 		Options:  graph.Options{Name: "d", DriverName: "blkdebug", Kind: graph.Filter},
 		Children: []drivertest.Child{child},
-		Open: func(x *graph.Opening) (graph.Driver, error) {
-			x.Options = &o
-			return Open(x)
-		},
+		Open:     Def.With(&o),
 	})
 	root := drivertest.AddRoot(t, g, n, drivertest.Writer)
 	r, err := root.Begin(context.Background())
@@ -46,7 +43,7 @@ func open(t *testing.T, o types.BlockdevOptionsBlkdebug) (*drivertest.MemFile, *
 }
 
 func TestRules(t *testing.T) {
-	_, root, r := open(t, types.BlockdevOptionsBlkdebug{InjectError: []*types.BlkdebugInjectErrorOptions{
+	_, root, r := begin(t, types.BlockdevOptionsBlkdebug{InjectError: []*types.BlkdebugInjectErrorOptions{
 		{Iotype: ptr(types.BlkdebugIOTypeRead), Sector: ptr(int64(8)), Errno: ptr(int64(28))},
 		{Iotype: ptr(types.BlkdebugIOTypeWrite), Once: ptr(true)},
 		{Iotype: ptr(types.BlkdebugIOTypeFlush), Errno: ptr(int64(30)), Once: ptr(true)},
@@ -76,7 +73,7 @@ func TestRules(t *testing.T) {
 
 // Requests that reach the image keep the limits.
 func TestLimits(t *testing.T) {
-	mem, root, r := open(t, types.BlockdevOptionsBlkdebug{Align: ptr(int64(4096)), MaxTransfer: ptr(int32(8192))})
+	mem, root, r := begin(t, types.BlockdevOptionsBlkdebug{Align: ptr(int64(4096)), MaxTransfer: ptr(int32(8192))})
 	if err := root.WriteAt(r, blk.Buf([]byte("unaligned")), 4093, 0); err != nil {
 		t.Fatal(err)
 	}
@@ -90,7 +87,7 @@ func TestLimits(t *testing.T) {
 
 // TestStates: errors wait for their event in their state; an event that makes rules active takes the place of those that were; of rules for the same request the first counts.
 func TestStates(t *testing.T) {
-	_, root, r := open(t, types.BlockdevOptionsBlkdebug{
+	_, root, r := begin(t, types.BlockdevOptionsBlkdebug{
 		InjectError: []*types.BlkdebugInjectErrorOptions{
 			{Event: types.BlkdebugEventPwritev, State: ptr(int64(2)), Iotype: ptr(types.BlkdebugIOTypeRead), Errno: ptr(int64(28)), Immediately: ptr(true)},
 			{Event: types.BlkdebugEventPwritev, State: ptr(int64(2)), Iotype: ptr(types.BlkdebugIOTypeRead), Immediately: ptr(true)},
@@ -126,7 +123,7 @@ func TestStates(t *testing.T) {
 
 // TestBreakpoints: a request waits at its event until it is told to go on; those that must not wait come back as ones that may.
 func TestBreakpoints(t *testing.T) {
-	mem, root, _ := open(t, types.BlockdevOptionsBlkdebug{})
+	mem, root, _ := begin(t, types.BlockdevOptionsBlkdebug{})
 	d := root.Node().Driver().(*Driver)
 	ctx := context.Background()
 	d.Break(types.BlkdebugEventPwritev, "A")

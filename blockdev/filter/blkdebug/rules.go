@@ -73,7 +73,7 @@ type rules struct {
 	arrived chan struct{} // +checklocks:mu
 }
 
-func value[T any](p *T, def T) T {
+func or[T any](p *T, def T) T {
 	if p != nil {
 		return *p
 	}
@@ -86,19 +86,19 @@ func (l *rules) init(inject []*types.BlkdebugInjectErrorOptions, set []*types.Bl
 	defer l.mu.Unlock()
 	for _, o := range inject {
 		x := &rule{
-			event: events[o.Event], state: value(o.State, 0), errors: true, kinds: usual, off: -1,
-			errno: syscall.Errno(value(o.Errno, int64(syscall.EIO))), once: value(o.Once, false), immediately: value(o.Immediately, false),
+			event: events[o.Event], state: or(o.State, 0), errors: true, kinds: usual, off: -1,
+			errno: syscall.Errno(or(o.Errno, int64(syscall.EIO))), once: or(o.Once, false), immediately: or(o.Immediately, false),
 		}
 		if o.Iotype != nil {
 			x.kinds = kinds[*o.Iotype]
 		}
-		if s := value(o.Sector, -1); s >= 0 {
+		if s := or(o.Sector, -1); s >= 0 {
 			x.off = s * blk.SectorSize
 		}
 		l.addLocked(x)
 	}
 	for _, o := range set {
-		l.addLocked(&rule{event: events[o.Event], state: value(o.State, 0), newState: o.NewState})
+		l.addLocked(&rule{event: events[o.Event], state: or(o.State, 0), newState: o.NewState})
 	}
 	l.state = 1
 	l.eventLocked(blk.EvNone)

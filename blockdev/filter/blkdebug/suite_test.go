@@ -6,7 +6,6 @@ import (
 	"qblockd/blockdev/drivertest"
 	"qblockd/blockdev/format/raw"
 	"qblockd/graph"
-	"qblockd/graph/perm"
 	"qblockd/schema/types"
 )
 
@@ -17,7 +16,7 @@ func TestSuite(t *testing.T) {
 	} {
 		t.Run(name, func(t *testing.T) {
 			drivertest.Run(t, drivertest.Config{
-				Layers: []drivertest.Layer{{Name: "raw", Kind: graph.Format, Role: perm.Filtered | perm.Primary, Open: raw.Open}},
+				Layers: []drivertest.Layer{{Name: "raw", Def: raw.Def, Options: &types.BlockdevOptionsRaw{}}},
 				Open: func(t *testing.T, g *graph.Graph, size int64, ro bool) *graph.Node {
 					image := drivertest.MustBuild(t, g, drivertest.Spec{
 						Options: graph.Options{Name: "mem", Kind: graph.Protocol, ReadOnly: ro}, Open: drivertest.Opened(drivertest.NewMemFile(size))})
@@ -26,10 +25,7 @@ func TestSuite(t *testing.T) {
 					return drivertest.MustBuild(t, g, drivertest.Spec{
 						Options:  graph.Options{Name: "d", DriverName: "blkdebug", Kind: graph.Filter, ReadOnly: ro},
 						Children: []drivertest.Child{child},
-						Open: func(x *graph.Opening) (graph.Driver, error) {
-							x.Options = o
-							return Open(x)
-						},
+						Open:     Def.With(o),
 					})
 				},
 			})

@@ -12,6 +12,7 @@ import (
 	"math/bits"
 	"sync"
 
+	"qblockd/blockdev/driver"
 	"qblockd/graph"
 	"qblockd/graph/blk"
 	"qblockd/graph/perm"
@@ -35,7 +36,7 @@ const (
 
 var le = binary.LittleEndian
 
-type driver struct {
+type filter struct {
 	graph.Passthrough
 	sector   int64
 	interval uint64
@@ -50,10 +51,8 @@ type driver struct {
 	super sync.Mutex // one super block is written at a time; taken before mu
 }
 
-// Open opens the filter on its children "file" and "log".
-func Open(o *graph.Opening) (graph.Driver, error) {
-	u := o.Options.(*types.BlockdevOptionsBlklogwrites)
-	d := &driver{Passthrough: graph.Passthrough{Node: o.Node}, sector: defaultSector, interval: defaultInterval, next: 1, flushed: true}
+func open(o *driver.Opening, u *types.BlockdevOptionsBlklogwrites) (graph.Driver, error) {
+	d := &filter{Passthrough: graph.Passthrough{Node: o.Node}, sector: defaultSector, interval: defaultInterval, next: 1, flushed: true}
 	appends := u.LogAppend != nil && *u.LogAppend
 	if u.LogSectorSize != nil {
 		if appends {
@@ -82,11 +81,11 @@ func sectorValid(n int64) bool {
 	return n >= entrySize && n < 1<<24 && bits.OnesCount64(uint64(n)) == 1
 }
 
-func (d *driver) log() *graph.Edge { return d.Node.Child("log") }
+func (d *filter) log() *graph.Edge { return d.Node.Child("log") }
 
 // resume finds the end of a log that is there.
 // +checklocksignore: the driver is being opened, and nobody else knows it.
-func (d *driver) resume(r *blk.Req) error {
+func (d *filter) resume(r *blk.Req) error {
 	if d.log().Size() == 0 {
 		return nil
 	}
@@ -130,7 +129,7 @@ func (d *driver) resume(r *blk.Req) error {
 
 // Caps implements graph.Driver. Requests are whole sectors of the log; no data pass unseen, and writes with FUA are followed by a flush, which is
 // logged.
-func (d *driver) Caps() graph.Caps {
+func (d *filter) Caps() graph.Caps {
 	c := d.Passthrough.Caps()
 	c.WriteFlags, c.ZeroFlags = blk.WriteUnchanged, blk.WriteUnchanged|blk.MayUnmap
 	c.Limits.RequestAlign = max(c.Limits.RequestAlign, d.sector)
@@ -138,7 +137,7 @@ func (d *driver) Caps() graph.Caps {
 }
 
 // record appends an entry with n bytes of data: those of v, or zeroes. It is there when record returns.
-func (d *driver) record(r *blk.Req, off, n int64, flags uint64, v blk.Vec, zeroes bool) error {
+func (d *filter) record(r *blk.Req, off, n int64, flags uint64, v blk.Vec, zeroes bool) error {
 	head := make([]byte, d.sector)
 	le.PutUint64(head, uint64(off/d.sector))
 	le.PutUint64(head[8:], uint64(n/d.sector))
@@ -166,7 +165,7 @@ func (d *driver) record(r *blk.Req, off, n int64, flags uint64, v blk.Vec, zeroe
 	return err
 }
 
-func (d *driver) writeSuper(r *blk.Req) error {
+func (d *filter) writeSuper(r *blk.Req) error {
 	d.super.Lock()
 	defer d.super.Unlock()
 	d.mu.Lock()
@@ -184,7 +183,7 @@ func (d *driver) writeSuper(r *blk.Req) error {
 }
 
 // logged does something and logs it, as in the reference also if it fails.
-func (d *driver) logged(r *blk.Req, do func() error, record func() error) error {
+func (d *filter) logged(r *blk.Req, do func() error, record func() error) error {
 	if r.NoWait {
 		return blk.ErrWouldBlock
 	}
@@ -196,25 +195,25 @@ func (d *driver) logged(r *blk.Req, do func() error, record func() error) error 
 }
 
 // WriteAt implements graph.Writer.
-func (d *driver) WriteAt(r *blk.Req, v blk.Vec, off int64, f blk.Flags) error {
+func (d *filter) WriteAt(r *blk.Req, v blk.Vec, off int64, f blk.Flags) error {
 	return d.logged(r, func() error { return d.Below().WriteAt(r, v, off, f) },
 		func() error { return d.record(r, off, v.Len(), 0, v, false) })
 }
 
 // Zero implements graph.Zeroer.
-func (d *driver) Zero(r *blk.Req, off, n int64, f blk.Flags) error {
+func (d *filter) Zero(r *blk.Req, off, n int64, f blk.Flags) error {
 	return d.logged(r, func() error { return d.Below().Zero(r, off, n, f) },
 		func() error { return d.record(r, off, n, 0, blk.Vec{}, true) })
 }
 
 // Discard implements graph.Discarder.
-func (d *driver) Discard(r *blk.Req, off, n int64) error {
+func (d *filter) Discard(r *blk.Req, off, n int64) error {
 	return d.logged(r, func() error { return d.Below().Discard(r, off, n) },
 		func() error { return d.record(r, off, n, flagDiscard, blk.Vec{}, false) })
 }
 
 // Flush implements graph.Flusher. Where there is nothing to flush nothing is logged.
-func (d *driver) Flush(r *blk.Req) error {
+func (d *filter) Flush(r *blk.Req) error {
 	d.mu.Lock()
 	flushed := d.flushed
 	d.mu.Unlock()
@@ -226,11 +225,11 @@ func (d *driver) Flush(r *blk.Req) error {
 }
 
 // CopyFrom implements graph.CopyRanger: what is not seen cannot be logged.
-func (d *driver) CopyFrom(*blk.Req, int64, []blk.HostRange, blk.Flags) error {
+func (d *filter) CopyFrom(*blk.Req, int64, []blk.HostRange, blk.Flags) error {
 	return blk.ErrNotSupported
 }
 
 // EdgeClaim implements graph.Permer.
-func (d *driver) EdgeClaim(_ string, role perm.Role, up perm.Claim, readOnly bool) perm.Claim {
+func (d *filter) EdgeClaim(_ string, role perm.Role, up perm.Claim, readOnly bool) perm.Claim {
 	return perm.Default(role, up, !readOnly, false)
 }

@@ -20,7 +20,7 @@ func TestSuite(t *testing.T) {
 	for name, o := range map[string]*types.BlockdevOptionsBlklogwrites{"512": {}, "4096": {LogSectorSize: new(uint32(4096)), LogSuperUpdateInterval: new(uint64(1))}} {
 		t.Run(name, func(t *testing.T) {
 			drivertest.Run(t, drivertest.Config{
-				Layers: []drivertest.Layer{{Name: "raw", Kind: graph.Format, Role: perm.Filtered | perm.Primary, Open: raw.Open}},
+				Layers: []drivertest.Layer{{Name: "raw", Def: raw.Def, Options: &types.BlockdevOptionsRaw{}}},
 				Size:   1 << 20,
 				Open: func(t *testing.T, g *graph.Graph, size int64, ro bool) *graph.Node {
 					n, err := logged(t, g, drivertest.NewMemFile(size), drivertest.NewMemFile(0), o, ro)
@@ -43,10 +43,7 @@ func logged(t *testing.T, g *graph.Graph, file, log *drivertest.MemFile, o *type
 	return drivertest.Build(g, drivertest.Spec{
 		Options:  graph.Options{Name: "l", DriverName: "blklogwrites", Kind: graph.Filter, ReadOnly: ro},
 		Children: []drivertest.Child{drivertest.FilteredFile(mem("file", file)), {Name: "log", Role: perm.Metadata, Node: mem("log", log)}},
-		Open: func(x *graph.Opening) (graph.Driver, error) {
-			x.Options = o
-			return Open(x)
-		},
+		Open:     Def.With(o),
 	})
 }
 

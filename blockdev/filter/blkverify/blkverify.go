@@ -18,26 +18,23 @@ import (
 	"qblockd/schema/types"
 )
 
-type driver struct {
+type filter struct {
 	node   *graph.Node
 	differ atomic.Bool
 	// writing is held to read and to write: what runs at the same time must come in the same order on both.
 	writing sync.RWMutex
 }
 
-// Open opens the filter on its children "raw", which is trusted, and "test".
-func Open(o *graph.Opening) (graph.Driver, error) { return &driver{node: o.Node}, nil }
-
-func (d *driver) raw() *graph.Edge  { return d.node.FilteredChild() }
-func (d *driver) test() *graph.Edge { return d.node.Child("test") }
+func (d *filter) raw() *graph.Edge  { return d.node.FilteredChild() }
+func (d *filter) test() *graph.Edge { return d.node.Child("test") }
 
 // Caps implements graph.Driver.
-func (d *driver) Caps() graph.Caps {
+func (d *filter) Caps() graph.Caps {
 	return graph.Caps{WriteFlags: blk.WriteUnchanged}
 }
 
 // Size implements graph.Driver: that of what is tested.
-func (d *driver) Size() int64 {
+func (d *filter) Size() int64 {
 	if c := d.test(); c != nil {
 		return c.Size()
 	}
@@ -45,10 +42,10 @@ func (d *driver) Size() int64 {
 }
 
 // Close implements graph.Driver.
-func (d *driver) Close() error { return nil }
+func (d *filter) Close() error { return nil }
 
 // wrong reports a difference and makes it one for good.
-func (d *driver) wrong(what string, off, n int64, args ...any) error {
+func (d *filter) wrong(what string, off, n int64, args ...any) error {
 	if !d.differ.Swap(true) {
 		slog.Error("blkverify: "+what, append([]any{"node", d.node.Name(), "offset", off, "bytes", n}, args...)...)
 	}
@@ -56,7 +53,7 @@ func (d *driver) wrong(what string, off, n int64, args ...any) error {
 }
 
 // both does something on both children.
-func (d *driver) both(off, n int64, f func(e *graph.Edge) error) error {
+func (d *filter) both(off, n int64, f func(e *graph.Edge) error) error {
 	if d.differ.Load() {
 		return syscall.EIO
 	}
@@ -69,7 +66,7 @@ func (d *driver) both(off, n int64, f func(e *graph.Edge) error) error {
 }
 
 // ReadAt implements graph.Driver.
-func (d *driver) ReadAt(r *blk.Req, v blk.Vec, off int64, f blk.Flags) error {
+func (d *filter) ReadAt(r *blk.Req, v blk.Vec, off int64, f blk.Flags) error {
 	if r.NoWait {
 		return blk.ErrWouldBlock
 	}
@@ -99,7 +96,7 @@ func (d *driver) ReadAt(r *blk.Req, v blk.Vec, off int64, f blk.Flags) error {
 }
 
 // WriteAt implements graph.Writer.
-func (d *driver) WriteAt(r *blk.Req, v blk.Vec, off int64, f blk.Flags) error {
+func (d *filter) WriteAt(r *blk.Req, v blk.Vec, off int64, f blk.Flags) error {
 	if r.NoWait {
 		return blk.ErrWouldBlock
 	}
@@ -109,10 +106,10 @@ func (d *driver) WriteAt(r *blk.Req, v blk.Vec, off int64, f blk.Flags) error {
 }
 
 // Flush implements graph.Flusher. What is only compared with need not be safe.
-func (d *driver) Flush(r *blk.Req) error { return d.test().Flush(r) }
+func (d *filter) Flush(r *blk.Req) error { return d.test().Flush(r) }
 
 // Resize implements graph.Resizer.
-func (d *driver) Resize(ctx context.Context, size int64, m blk.Prealloc) error {
+func (d *filter) Resize(ctx context.Context, size int64, m blk.Prealloc) error {
 	was := d.raw().Size()
 	if err := d.raw().Resize(ctx, size, true, m); err != nil {
 		return err
@@ -125,9 +122,9 @@ func (d *driver) Resize(ctx context.Context, size int64, m blk.Prealloc) error {
 }
 
 // EdgeClaim implements graph.Permer.
-func (d *driver) EdgeClaim(_ string, role perm.Role, up perm.Claim, readOnly bool) perm.Claim {
+func (d *filter) EdgeClaim(_ string, role perm.Role, up perm.Claim, readOnly bool) perm.Claim {
 	return perm.Default(role, up, !readOnly, false)
 }
 
 // ImageInfo implements graph.Informer.
-func (d *driver) ImageInfo(info *types.ImageInfo) { d.raw().ShowImage(info) }
+func (d *filter) ImageInfo(info *types.ImageInfo) { d.raw().ShowImage(info) }

@@ -12,11 +12,12 @@ import (
 	"qblockd/graph"
 	"qblockd/graph/blk"
 	"qblockd/graph/perm"
+	"qblockd/schema/types"
 )
 
 func TestSuite(t *testing.T) {
 	drivertest.Run(t, drivertest.Config{
-		Layers: []drivertest.Layer{{Name: "raw", Kind: graph.Format, Role: perm.Filtered | perm.Primary, Open: raw.Open}},
+		Layers: []drivertest.Layer{{Name: "raw", Def: raw.Def, Options: &types.BlockdevOptionsRaw{}}},
 		Open: func(t *testing.T, g *graph.Graph, size int64, ro bool) *graph.Node {
 			n, _, _ := verified(t, g, size, ro)
 			return n
@@ -36,7 +37,7 @@ func verified(t *testing.T, g *graph.Graph, size int64, ro bool) (*graph.Node, *
 		Children: []drivertest.Child{
 			{Name: "raw", Role: perm.Filtered | perm.Primary, Node: mem("mem-raw", rawFile)},
 			{Name: "test", Role: perm.Data, Node: mem("mem-test", testFile)}},
-		Open: Open,
+		Open: Def.With(&types.BlockdevOptionsBlkverify{}),
 	}), rawFile, testFile
 }
 

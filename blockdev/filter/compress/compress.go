@@ -4,15 +4,17 @@ package compress
 import (
 	"fmt"
 
+	"qblockd/blockdev/driver"
 	"qblockd/graph"
 	"qblockd/graph/blk"
+	"qblockd/schema/types"
 )
 
-type driver struct{ graph.Passthrough }
+type filter struct{ graph.Passthrough }
 
-// Open opens the filter on its child "file", which must be able to compress.
-func Open(o *graph.Opening) (graph.Driver, error) {
-	d := &driver{graph.Passthrough{Node: o.Node}}
+// open opens the filter on a file that must be able to compress.
+func open(o *driver.Opening, _ *types.BlockdevOptionsGenericFormat) (graph.Driver, error) {
+	d := &filter{graph.Passthrough{Node: o.Node}}
 	if d.Below().Caps().WriteFlags&blk.Compressed == 0 {
 		return nil, fmt.Errorf("Compression is not supported for underlying format: %s", d.Below().Node().DriverName())
 	}
@@ -21,7 +23,7 @@ func Open(o *graph.Opening) (graph.Driver, error) {
 
 // Caps implements graph.Driver. Requests are whole clusters, as only these can be compressed. Reads may pass the filter
 // unseen; CopyFrom keeps writes from doing so.
-func (d *driver) Caps() graph.Caps {
+func (d *filter) Caps() graph.Caps {
 	c := d.Passthrough.Caps()
 	c.Limits.RequestAlign = max(c.Limits.ClusterSize, 1)
 	c.Transparent = true
@@ -29,11 +31,11 @@ func (d *driver) Caps() graph.Caps {
 }
 
 // WriteAt implements graph.Writer.
-func (d *driver) WriteAt(r *blk.Req, v blk.Vec, off int64, f blk.Flags) error {
+func (d *filter) WriteAt(r *blk.Req, v blk.Vec, off int64, f blk.Flags) error {
 	return d.Below().WriteAt(r, v, off, f|blk.Compressed)
 }
 
 // CopyFrom implements graph.CopyRanger: what is not seen cannot be compressed.
-func (d *driver) CopyFrom(*blk.Req, int64, []blk.HostRange, blk.Flags) error {
+func (d *filter) CopyFrom(*blk.Req, int64, []blk.HostRange, blk.Flags) error {
 	return blk.ErrNotSupported
 }

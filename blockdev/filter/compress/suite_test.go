@@ -8,7 +8,7 @@ import (
 	"qblockd/blockdev/format/raw"
 	"qblockd/graph"
 	"qblockd/graph/blk"
-	"qblockd/graph/perm"
+	"qblockd/schema/types"
 )
 
 const cluster = 4096
@@ -33,12 +33,12 @@ func newPacking(t *testing.T, size int64) *packing {
 	}), t}
 }
 
-func open(t *testing.T, g *graph.Graph, d graph.Driver, ro bool) *graph.Node {
+func build(t *testing.T, g *graph.Graph, d graph.Driver, ro bool) *graph.Node {
 	file := drivertest.MustBuild(t, g, drivertest.Spec{
 		Options: graph.Options{Name: "mem", DriverName: "packing", Kind: graph.Protocol, ReadOnly: ro}, Open: drivertest.Opened(d)})
 	return drivertest.MustBuild(t, g, drivertest.Spec{
 		Options:  graph.Options{Name: "c", DriverName: "compress", Kind: graph.Filter, ReadOnly: ro},
-		Children: []drivertest.Child{drivertest.FilteredFile(file)}, Open: Open,
+		Children: []drivertest.Child{drivertest.FilteredFile(file)}, Open: Def.With(&types.BlockdevOptionsGenericFormat{}),
 	})
 }
 
@@ -46,9 +46,9 @@ func open(t *testing.T, g *graph.Graph, d graph.Driver, ro bool) *graph.Node {
 func TestSuite(t *testing.T) {
 	drivertest.Run(t, drivertest.Config{
 		Size:   1<<20 + cluster,
-		Layers: []drivertest.Layer{{Name: "raw", Kind: graph.Format, Role: perm.Filtered | perm.Primary, Open: raw.Open}},
+		Layers: []drivertest.Layer{{Name: "raw", Def: raw.Def, Options: &types.BlockdevOptionsRaw{}}},
 		Open: func(t *testing.T, g *graph.Graph, size int64, ro bool) *graph.Node {
-			return open(t, g, newPacking(t, size), ro)
+			return build(t, g, newPacking(t, size), ro)
 		},
 	})
 }
@@ -56,14 +56,14 @@ func TestSuite(t *testing.T) {
 // TestRefused: what is below must be able to compress, and nothing is copied past the filter.
 func TestRefused(t *testing.T) {
 	g := drivertest.NewGraph(t)
-	n := open(t, g, newPacking(t, 1<<20), false)
+	n := build(t, g, newPacking(t, 1<<20), false)
 	r := &blk.Req{Ctx: t.Context()}
 	if err := n.Driver().(graph.CopyRanger).CopyFrom(r, 0, []blk.HostRange{{FD: -1, N: cluster}}, 0); !errors.Is(err, blk.ErrNotSupported) {
 		t.Error(err)
 	}
 	above := drivertest.Spec{
 		Options:  graph.Options{Name: "d", DriverName: "compress", Kind: graph.Filter},
-		Children: []drivertest.Child{drivertest.FilteredFile(n)}, Open: Open,
+		Children: []drivertest.Child{drivertest.FilteredFile(n)}, Open: Def.With(&types.BlockdevOptionsGenericFormat{}),
 	}
 	if _, err := drivertest.Build(g, above); err == nil || err.Error() != "Compression is not supported for underlying format: compress" {
 		t.Error(err)

@@ -6,6 +6,7 @@ import (
 	"syscall"
 	"testing"
 
+	"qblockd/blockdev/driver"
 	"qblockd/blockdev/drivertest"
 	"qblockd/graph"
 	"qblockd/graph/blk"
@@ -25,7 +26,7 @@ func TestBooksAreBounded(t *testing.T) {
 	filter := drivertest.MustBuild(t, g, drivertest.Spec{
 		Options:  graph.Options{Name: "filter", Kind: graph.Filter},
 		Children: []drivertest.Child{drivertest.FilteredFile(source), {Name: "target", Role: perm.Data, Node: target}},
-		Open: func(o *graph.Opening) (graph.Driver, error) {
+		Open: func(o *driver.Opening) (graph.Driver, error) {
 			d = New(o.Node, size, minCluster, false)
 			d.Pending().SetAll()
 			d.Access().SetAll()

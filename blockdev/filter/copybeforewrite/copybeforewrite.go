@@ -423,9 +423,6 @@ func (d *Driver) Size() int64 {
 	return 0
 }
 
-// NamedAsChild implements graph.ChildNamer.
-func (d *Driver) NamedAsChild() {}
-
 // Close implements graph.Driver.
 func (d *Driver) Close() error {
 	if d.listed != nil {

@@ -6,6 +6,7 @@ import (
 	"errors"
 	"testing"
 
+	"qblockd/blockdev/driver"
 	"qblockd/blockdev/drivertest"
 	"qblockd/blockdev/filter/copybeforewrite"
 	"qblockd/graph"
@@ -33,15 +34,12 @@ func TestReadersOfTarget(t *testing.T) {
 	mem := drivertest.NewMemFile(size)
 	target := drivertest.MustBuild(t, g, drivertest.Spec{
 		Options: graph.Options{Name: "target", Kind: graph.Format}, Children: []drivertest.Child{drivertest.Backing(disk)},
-		Open: func(x *graph.Opening) (graph.Driver, error) { return &overlay{mem, x.Node}, nil },
+		Open: func(x *driver.Opening) (graph.Driver, error) { return &overlay{mem, x.Node}, nil },
 	})
 	cbw := drivertest.MustBuild(t, g, drivertest.Spec{
 		Options:  graph.Options{Name: "cbw", DriverName: copybeforewrite.DriverName, Kind: graph.Filter},
 		Children: []drivertest.Child{drivertest.FilteredFile(disk), {Name: "target", Role: perm.Data, Node: target}},
-		Open: func(x *graph.Opening) (graph.Driver, error) {
-			x.Options = &types.BlockdevOptionsCbw{}
-			return copybeforewrite.Open(x)
-		},
+		Open:     copybeforewrite.Def.With(&types.BlockdevOptionsCbw{}),
 	})
 	guest, reader := drivertest.AddRoot(t, g, cbw, drivertest.Writer), drivertest.AddRoot(t, g, target, drivertest.Reader)
 	begun, let := make(chan struct{}), make(chan struct{})

@@ -51,14 +51,11 @@ func TestTimeout(t *testing.T) {
 			cbw := drivertest.MustBuild(t, g, drivertest.Spec{
 				Options:  graph.Options{Name: "cbw", DriverName: copybeforewrite.DriverName, Kind: graph.Filter},
 				Children: []drivertest.Child{drivertest.FilteredFile(disk), {Name: "target", Role: perm.Data, Node: target}},
-				Open: func(x *graph.Opening) (graph.Driver, error) {
-					x.Options = &types.BlockdevOptionsCbw{OnCbwError: &mode, CbwTimeout: &second}
-					return copybeforewrite.Open(x)
-				},
+				Open:     copybeforewrite.Def.With(&types.BlockdevOptionsCbw{OnCbwError: &mode, CbwTimeout: &second}),
 			})
 			sa := drivertest.MustBuild(t, g, drivertest.Spec{
 				Options:  graph.Options{Name: "sa", DriverName: "snapshot-access", Kind: graph.Format},
-				Children: []drivertest.Child{{Name: "file", Role: perm.Data | perm.Primary, Node: cbw}}, Open: snapshotaccess.Open,
+				Children: []drivertest.Child{{Name: "file", Role: perm.Data | perm.Primary, Node: cbw}}, Open: snapshotaccess.Def.With(&types.BlockdevOptionsGenericFormat{}),
 			})
 			guest := drivertest.AddRoot(t, g, cbw, drivertest.Writer)
 			reader := drivertest.AddRoot(t, g, sa, perm.Claim{Need: perm.ConsistentRead, Share: perm.All})
@@ -125,14 +122,11 @@ func TestPart(t *testing.T) {
 	cbw := drivertest.MustBuild(t, g, drivertest.Spec{
 		Options:  graph.Options{Name: "cbw", DriverName: copybeforewrite.DriverName, Kind: graph.Filter},
 		Children: []drivertest.Child{drivertest.FilteredFile(disk), {Name: "target", Role: perm.Data, Node: target}},
-		Open: func(x *graph.Opening) (graph.Driver, error) {
-			x.Options = &types.BlockdevOptionsCbw{Bitmap: &types.BlockDirtyBitmap{Node: "disk", Name: "b"}}
-			return copybeforewrite.Open(x)
-		},
+		Open:     copybeforewrite.Def.With(&types.BlockdevOptionsCbw{Bitmap: &types.BlockDirtyBitmap{Node: "disk", Name: "b"}}),
 	})
 	sa := drivertest.MustBuild(t, g, drivertest.Spec{
 		Options:  graph.Options{Name: "sa", DriverName: "snapshot-access", Kind: graph.Format},
-		Children: []drivertest.Child{{Name: "file", Role: perm.Data | perm.Primary, Node: cbw}}, Open: snapshotaccess.Open,
+		Children: []drivertest.Child{{Name: "file", Role: perm.Data | perm.Primary, Node: cbw}}, Open: snapshotaccess.Def.With(&types.BlockdevOptionsGenericFormat{}),
 	})
 	d.Bits().SetAll() // later changes of the bitmap are none of the point in time
 	guest := drivertest.AddRoot(t, g, cbw, drivertest.Writer)
@@ -164,10 +158,7 @@ func TestGuestFlush(t *testing.T) {
 		Options: graph.Options{Name: "cbw", DriverName: copybeforewrite.DriverName, Kind: graph.Filter},
 		Children: []drivertest.Child{drivertest.FilteredFile(drivertest.AddNode(t, g, "disk", disk)),
 			{Name: "target", Role: perm.Data, Node: drivertest.AddNode(t, g, "target", target)}},
-		Open: func(x *graph.Opening) (graph.Driver, error) {
-			x.Options = &types.BlockdevOptionsCbw{}
-			return copybeforewrite.Open(x)
-		},
+		Open: copybeforewrite.Def.With(&types.BlockdevOptionsCbw{}),
 	})
 	defer target.Clear()
 	guest := drivertest.AddRoot(t, g, cbw, drivertest.Writer)

@@ -7,6 +7,7 @@ import (
 	"testing"
 	"time"
 
+	"qblockd/blockdev/driver"
 	"qblockd/blockdev/drivertest"
 	"qblockd/events/panics"
 	"qblockd/graph"
@@ -25,7 +26,7 @@ func TestPanicGivesBack(t *testing.T) {
 	filter := drivertest.MustBuild(t, g, drivertest.Spec{ // without a target, which it takes for granted
 		Options:  graph.Options{Name: "filter", Kind: graph.Filter},
 		Children: []drivertest.Child{drivertest.FilteredFile(drivertest.AddNode(t, g, "source", drivertest.NewMemFile(size)))},
-		Open: func(o *graph.Opening) (graph.Driver, error) {
+		Open: func(o *driver.Opening) (graph.Driver, error) {
 			d = New(o.Node, size, minCluster, false)
 			d.Pending().SetAll()
 			return d, nil

@@ -5,15 +5,15 @@ import (
 	"syscall"
 	"time"
 
+	"qblockd/blockdev/driver"
 	"qblockd/graph"
 	"qblockd/graph/bitmap"
 	"qblockd/graph/blk"
 	"qblockd/schema/types"
 )
 
-// Open opens the filter for blockdev-add: from then on it keeps the point in time of its opening.
-func Open(o *graph.Opening) (graph.Driver, error) {
-	u := o.Options.(*types.BlockdevOptionsCbw)
+// open opens the filter for blockdev-add: from then on it keeps the point in time of its opening.
+func open(o *driver.Opening, u *types.BlockdevOptionsCbw) (graph.Driver, error) {
 	file, target := o.Node.FilteredChild(), o.Node.Child("target")
 	if a, b := blk.AlignUp(file.Size(), blk.SectorSize), blk.AlignUp(target.Size(), blk.SectorSize); b < a {
 		return nil, fmt.Errorf("Target of %d bytes is too small for a source of %d bytes: %w", b, a, syscall.EINVAL)

@@ -46,14 +46,11 @@ func newFleece(t *testing.T, o types.BlockdevOptionsCbw) *fleece {
 	cbw := drivertest.MustBuild(t, g, drivertest.Spec{
 		Options:  graph.Options{Name: "cbw", DriverName: copybeforewrite.DriverName, Kind: graph.Filter},
 		Children: []drivertest.Child{drivertest.FilteredFile(disk), {Name: "target", Role: perm.Data, Node: target}},
-		Open: func(x *graph.Opening) (graph.Driver, error) {
-			x.Options = &o
-			return copybeforewrite.Open(x)
-		},
+		Open:     copybeforewrite.Def.With(&o),
 	})
 	sa := drivertest.MustBuild(t, g, drivertest.Spec{
 		Options:  graph.Options{Name: "sa", DriverName: "snapshot-access", Kind: graph.Format, Discard: true},
-		Children: []drivertest.Child{{Name: "file", Role: perm.Data | perm.Primary, Node: cbw}}, Open: snapshotaccess.Open,
+		Children: []drivertest.Child{{Name: "file", Role: perm.Data | perm.Primary, Node: cbw}}, Open: snapshotaccess.Def.With(&types.BlockdevOptionsGenericFormat{}),
 	})
 	f.guest = drivertest.AddRoot(t, g, cbw, drivertest.Writer)
 	f.reader = drivertest.AddRoot(t, g, sa, perm.Claim{Need: perm.ConsistentRead | perm.Write, Share: perm.All})

@@ -14,7 +14,7 @@ import (
 func TestSuite(t *testing.T) {
 	drivertest.Run(t, drivertest.Config{
 		Fixed:  true,
-		Layers: []drivertest.Layer{{Name: "raw", Kind: graph.Format, Role: perm.Filtered | perm.Primary, Open: raw.Open}},
+		Layers: []drivertest.Layer{{Name: "raw", Def: raw.Def, Options: &types.BlockdevOptionsRaw{}}},
 		Open: func(t *testing.T, g *graph.Graph, size int64, ro bool) *graph.Node {
 			disk := drivertest.MustBuild(t, g, drivertest.Spec{
 				Options: graph.Options{Name: "disk", Kind: graph.Protocol, ReadOnly: ro}, Open: drivertest.Opened(drivertest.NewMemFile(size))})
@@ -22,10 +22,7 @@ func TestSuite(t *testing.T) {
 			return drivertest.MustBuild(t, g, drivertest.Spec{
 				Options:  graph.Options{Name: "cbw", DriverName: copybeforewrite.DriverName, Kind: graph.Filter, ReadOnly: ro},
 				Children: []drivertest.Child{drivertest.FilteredFile(disk), {Name: "target", Role: perm.Data, Node: target}},
-				Open: func(x *graph.Opening) (graph.Driver, error) {
-					x.Options = &types.BlockdevOptionsCbw{}
-					return copybeforewrite.Open(x)
-				},
+				Open:     copybeforewrite.Def.With(&types.BlockdevOptionsCbw{}),
 			})
 		},
 	})

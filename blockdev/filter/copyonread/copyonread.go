@@ -6,22 +6,22 @@ import (
 	"errors"
 	"fmt"
 
+	"qblockd/blockdev/driver"
 	"qblockd/graph"
 	"qblockd/graph/blk"
 	"qblockd/graph/perm"
 	"qblockd/schema/types"
 )
 
-type driver struct {
+type filter struct {
 	graph.Passthrough
 	bottom   *graph.Node // copies come from this node or from above it; nil: from anywhere
 	unfreeze func()      // of the chain down to bottom; nil without one
 }
 
-// Open opens the filter on its child "file". The option bottom freezes the chain down to that node until the filter is closed.
-func Open(o *graph.Opening) (graph.Driver, error) {
-	d := &driver{Passthrough: graph.Passthrough{Node: o.Node}}
-	u := o.Options.(*types.BlockdevOptionsCor)
+// open opens the filter. The option bottom freezes the chain down to that node until the filter is closed.
+func open(o *driver.Opening, u *types.BlockdevOptionsCor) (graph.Driver, error) {
+	d := &filter{Passthrough: graph.Passthrough{Node: o.Node}}
 	if u.Bottom == nil {
 		return d, nil
 	}
@@ -43,7 +43,7 @@ func Open(o *graph.Opening) (graph.Driver, error) {
 }
 
 // Close implements graph.Driver.
-func (d *driver) Close() error {
+func (d *filter) Close() error {
 	if d.unfreeze != nil {
 		d.unfreeze()
 	}
@@ -51,7 +51,7 @@ func (d *driver) Close() error {
 }
 
 // Caps implements graph.Driver. The filter sees what is read; what is written may pass it.
-func (d *driver) Caps() graph.Caps {
+func (d *filter) Caps() graph.Caps {
 	c := d.Passthrough.Caps()
 	c.WriteFlags |= blk.Compressed // whether or not the node below takes it, as in the reference
 	c.Transparent = true
@@ -59,10 +59,10 @@ func (d *driver) Caps() graph.Caps {
 }
 
 // Map implements graph.Mapper: nothing can be read past the filter.
-func (d *driver) Map(*blk.Req, int64, int64, *blk.Mapping) error { return nil }
+func (d *filter) Map(*blk.Req, int64, int64, *blk.Mapping) error { return nil }
 
 // ReadAt implements graph.Driver.
-func (d *driver) ReadAt(r *blk.Req, v blk.Vec, off int64, f blk.Flags) error {
+func (d *filter) ReadAt(r *blk.Req, v blk.Vec, off int64, f blk.Flags) error {
 	if d.bottom == nil {
 		return d.Below().ReadAt(r, v, off, f|blk.CopyOnRead)
 	}
@@ -89,6 +89,6 @@ func (d *driver) ReadAt(r *blk.Req, v blk.Vec, off int64, f blk.Flags) error {
 }
 
 // EdgeClaim implements graph.Permer: what the parents take, and the right to write what does not change the data.
-func (d *driver) EdgeClaim(_ string, _ perm.Role, up perm.Claim, _ bool) perm.Claim {
+func (d *filter) EdgeClaim(_ string, _ perm.Role, up perm.Claim, _ bool) perm.Claim {
 	return perm.Claim{Need: up.Need | perm.WriteUnchanged, Share: up.Share | perm.WriteUnchanged}
 }

@@ -6,7 +6,6 @@ import (
 	"qblockd/blockdev/drivertest"
 	"qblockd/blockdev/format/raw"
 	"qblockd/graph"
-	"qblockd/graph/perm"
 	"qblockd/schema/types"
 )
 
@@ -16,17 +15,14 @@ func TestSuite(t *testing.T) {
 	for name, o := range map[string]*types.BlockdevOptionsCor{"all": {}, "bottom": {Bottom: &mem}} {
 		t.Run(name, func(t *testing.T) {
 			drivertest.Run(t, drivertest.Config{
-				Layers: []drivertest.Layer{{Name: "raw", Kind: graph.Format, Role: perm.Filtered | perm.Primary, Open: raw.Open}},
+				Layers: []drivertest.Layer{{Name: "raw", Def: raw.Def, Options: &types.BlockdevOptionsRaw{}}},
 				Open: func(t *testing.T, g *graph.Graph, size int64, ro bool) *graph.Node {
 					// The file is writable in any case: the filter needs that.
 					file := drivertest.AddNode(t, g, "mem", drivertest.NewMemFile(size))
 					return drivertest.MustBuild(t, g, drivertest.Spec{
 						Options:  graph.Options{Name: "c", DriverName: "copy-on-read", Kind: graph.Filter, ReadOnly: ro},
 						Children: []drivertest.Child{drivertest.FilteredFile(file)},
-						Open: func(x *graph.Opening) (graph.Driver, error) {
-							x.Options = o
-							return Open(x)
-						},
+						Open:     Def.With(o),
 					})
 				},
 			})

@@ -14,6 +14,7 @@ import (
 	"sync"
 	"sync/atomic"
 
+	"qblockd/blockdev/driver"
 	"qblockd/graph"
 	"qblockd/graph/blk"
 	"qblockd/graph/perm"
@@ -28,7 +29,7 @@ const (
 // steps say how much is preallocated.
 type steps struct{ align, size int64 }
 
-type driver struct {
+type filter struct {
 	graph.Passthrough
 	steps atomic.Pointer[steps]
 
@@ -44,10 +45,9 @@ type driver struct {
 	next bool // what active will be; between PermPrepare and PermCommit
 }
 
-// Open opens the filter on its child "file".
-func Open(o *graph.Opening) (graph.Driver, error) {
-	d := &driver{Passthrough: graph.Passthrough{Node: o.Node}, dataEnd: -1, fileEnd: -1}
-	s, err := d.read(o.Options)
+func open(o *driver.Opening, u *types.BlockdevOptionsPreallocate) (graph.Driver, error) {
+	d := &filter{Passthrough: graph.Passthrough{Node: o.Node}, dataEnd: -1, fileEnd: -1}
+	s, err := d.read(u)
 	if err != nil {
 		return nil, err
 	}
@@ -55,8 +55,7 @@ func Open(o *graph.Opening) (graph.Driver, error) {
 	return d, nil
 }
 
-func (d *driver) read(options any) (*steps, error) {
-	u := options.(*types.BlockdevOptionsPreallocate)
+func (d *filter) read(u *types.BlockdevOptionsPreallocate) (*steps, error) {
 	s := &steps{defaultAlign, defaultSize}
 	if u.PreallocAlign != nil {
 		s.align = *u.PreallocAlign
@@ -82,9 +81,9 @@ func (d *driver) read(options any) (*steps, error) {
 	return s, nil
 }
 
-// Reopen implements graph.Reopener.
-func (d *driver) Reopen(o *graph.Reopening) (graph.Participant, error) {
-	s, err := d.read(o.Options)
+func reopen(open graph.Driver, u *types.BlockdevOptionsPreallocate, _ *graph.Options) (graph.Participant, error) {
+	d := open.(*filter)
+	s, err := d.read(u)
 	if err != nil {
 		return nil, err
 	}
@@ -92,7 +91,7 @@ func (d *driver) Reopen(o *graph.Reopening) (graph.Participant, error) {
 }
 
 // Size implements graph.Driver: where the data end.
-func (d *driver) Size() int64 {
+func (d *filter) Size() int64 {
 	d.mu.Lock()
 	end := d.dataEnd
 	d.mu.Unlock()
@@ -103,7 +102,7 @@ func (d *driver) Size() int64 {
 }
 
 // reaches notes that data go up to end, and makes the file longer if it ends before.
-func (d *driver) reaches(r *blk.Req, end int64) error {
+func (d *filter) reaches(r *blk.Req, end int64) error {
 	d.mu.Lock()
 	if !d.active {
 		d.mu.Unlock()
@@ -126,7 +125,7 @@ func (d *driver) reaches(r *blk.Req, end int64) error {
 }
 
 // grow makes the file longer. That it cannot is no reason for a write to fail.
-func (d *driver) grow(r *blk.Req, end int64) {
+func (d *filter) grow(r *blk.Req, end int64) {
 	d.growing.Lock()
 	defer d.growing.Unlock()
 	d.mu.Lock()
@@ -161,7 +160,7 @@ func alignUp(n, align int64) int64 {
 }
 
 // wrote notes where the data end after a write.
-func (d *driver) wrote(end int64) {
+func (d *filter) wrote(end int64) {
 	d.mu.Lock()
 	if d.active && end > d.dataEnd {
 		d.dataEnd = end
@@ -173,7 +172,7 @@ func (d *driver) wrote(end int64) {
 }
 
 // WriteAt implements graph.Writer.
-func (d *driver) WriteAt(r *blk.Req, v blk.Vec, off int64, f blk.Flags) error {
+func (d *filter) WriteAt(r *blk.Req, v blk.Vec, off int64, f blk.Flags) error {
 	end := off + v.Len()
 	if err := d.reaches(r, end); err != nil {
 		return err
@@ -186,7 +185,7 @@ func (d *driver) WriteAt(r *blk.Req, v blk.Vec, off int64, f blk.Flags) error {
 }
 
 // Zero implements graph.Zeroer.
-func (d *driver) Zero(r *blk.Req, off, n int64, f blk.Flags) error {
+func (d *filter) Zero(r *blk.Req, off, n int64, f blk.Flags) error {
 	if err := d.reaches(r, off+n); err != nil {
 		return err
 	}
@@ -198,7 +197,7 @@ func (d *driver) Zero(r *blk.Req, off, n int64, f blk.Flags) error {
 }
 
 // CopyFrom implements graph.CopyRanger.
-func (d *driver) CopyFrom(r *blk.Req, off int64, src []blk.HostRange, f blk.Flags) error {
+func (d *filter) CopyFrom(r *blk.Req, off int64, src []blk.HostRange, f blk.Flags) error {
 	end := off
 	for i := range src {
 		end += src[i].N
@@ -214,7 +213,7 @@ func (d *driver) CopyFrom(r *blk.Req, off int64, src []blk.HostRange, f blk.Flag
 }
 
 // Resize implements graph.Resizer.
-func (d *driver) Resize(ctx context.Context, size int64, m blk.Prealloc) error {
+func (d *filter) Resize(ctx context.Context, size int64, m blk.Prealloc) error {
 	d.growing.Lock()
 	defer d.growing.Unlock()
 	if err := d.Below().Resize(ctx, size, true, m); err != nil {
@@ -229,7 +228,7 @@ func (d *driver) Resize(ctx context.Context, size int64, m blk.Prealloc) error {
 }
 
 // PermPrepare implements graph.PermTaker: who may no longer write gives back what was not needed.
-func (d *driver) PermPrepare(ctx context.Context, c perm.Claim) error {
+func (d *filter) PermPrepare(ctx context.Context, c perm.Claim) error {
 	d.next = writes(c.Need)
 	d.mu.Lock()
 	end, crop := d.dataEnd, d.active && !d.next && d.fileEnd >= 0 // growth was tried
@@ -249,7 +248,7 @@ func (d *driver) PermPrepare(ctx context.Context, c perm.Claim) error {
 func writes(p perm.Perm) bool { return p&(perm.Write|perm.Resize) == perm.Write|perm.Resize }
 
 // PermCommit implements graph.PermTaker.
-func (d *driver) PermCommit() {
+func (d *filter) PermCommit() {
 	d.mu.Lock()
 	if d.active = d.next; !d.active {
 		d.dataEnd, d.fileEnd = -1, -1
@@ -258,10 +257,10 @@ func (d *driver) PermCommit() {
 }
 
 // PermAbort implements graph.PermTaker.
-func (d *driver) PermAbort() {}
+func (d *filter) PermAbort() {}
 
 // EdgeClaim implements graph.Permer: nobody else may write to the file or change its size while the filter does.
-func (d *driver) EdgeClaim(_ string, role perm.Role, up perm.Claim, readOnly bool) perm.Claim {
+func (d *filter) EdgeClaim(_ string, role perm.Role, up perm.Claim, readOnly bool) perm.Claim {
 	c := perm.Default(role, up, !readOnly, false)
 	if writes(c.Need) {
 		c.Share &^= perm.Write | perm.Resize

@@ -23,7 +23,7 @@ func TestSuite(t *testing.T) {
 	} {
 		t.Run(name, func(t *testing.T) {
 			drivertest.Run(t, drivertest.Config{
-				Layers: []drivertest.Layer{{Name: "raw", Kind: graph.Format, Role: perm.Filtered | perm.Primary, Open: raw.Open}},
+				Layers: []drivertest.Layer{{Name: "raw", Def: raw.Def, Options: &types.BlockdevOptionsRaw{}}},
 				Open: func(t *testing.T, g *graph.Graph, size int64, ro bool) *graph.Node {
 					return preallocated(t, g, drivertest.NewMemFile(size), o, ro)
 				},
@@ -38,10 +38,7 @@ func preallocated(t *testing.T, g *graph.Graph, f graph.Driver, o *types.Blockde
 	return drivertest.MustBuild(t, g, drivertest.Spec{
 		Options:  graph.Options{Name: "p", DriverName: "preallocate", Kind: graph.Filter, ReadOnly: ro},
 		Children: []drivertest.Child{drivertest.FilteredFile(file)},
-		Open: func(x *graph.Opening) (graph.Driver, error) {
-			x.Options = o
-			return Open(x)
-		},
+		Open:     Def.With(o),
 	})
 }
 

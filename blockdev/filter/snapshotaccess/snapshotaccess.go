@@ -5,23 +5,25 @@ package snapshotaccess
 import (
 	"fmt"
 
+	"qblockd/blockdev/driver"
 	"qblockd/graph"
 	"qblockd/graph/blk"
 	"qblockd/graph/perm"
+	"qblockd/schema/types"
 )
 
-type driver struct {
+type view struct {
 	node *graph.Node
 	size int64
 }
 
-// Open opens the driver. Its file must keep a point in time.
-func Open(o *graph.Opening) (graph.Driver, error) {
+// open opens the driver on a file that keeps a point in time.
+func open(o *driver.Opening, _ *types.BlockdevOptionsGenericFormat) (graph.Driver, error) {
 	file := o.Node.File()
 	if _, err := keeper(file.Node()); err != nil {
 		return nil, err
 	}
-	return &driver{o.Node, file.Size()}, nil
+	return &view{o.Node, file.Size()}, nil
 }
 
 // keeper is the driver of n if it keeps a point in time.
@@ -33,25 +35,22 @@ func keeper(n *graph.Node) (graph.Snapshotted, error) {
 }
 
 // below is asked for each request: where the filter is one of a job it leaves the graph with the job.
-func (d *driver) below() (graph.Snapshotted, error) { return keeper(d.node.File().Node()) }
+func (d *view) below() (graph.Snapshotted, error) { return keeper(d.node.File().Node()) }
 
 // Caps implements graph.Driver.
-func (d *driver) Caps() graph.Caps { return graph.Caps{} }
+func (d *view) Caps() graph.Caps { return graph.Caps{} }
 
 // Size implements graph.Driver: that of the point in time.
-func (d *driver) Size() int64 { return d.size }
-
-// NamedAsChild implements graph.ChildNamer.
-func (d *driver) NamedAsChild() {}
+func (d *view) Size() int64 { return d.size }
 
 // KeepsChild implements graph.ChildKeeper: another filter above the one that keeps the point in time, or an overlay, knows nothing of it.
-func (d *driver) KeepsChild() {}
+func (d *view) KeepsChild() {}
 
 // Close implements graph.Driver.
-func (d *driver) Close() error { return nil }
+func (d *view) Close() error { return nil }
 
 // ReadAt implements graph.Driver.
-func (d *driver) ReadAt(r *blk.Req, v blk.Vec, off int64, _ blk.Flags) error {
+func (d *view) ReadAt(r *blk.Req, v blk.Vec, off int64, _ blk.Flags) error {
 	s, err := d.below()
 	if err != nil {
 		return err
@@ -60,7 +59,7 @@ func (d *driver) ReadAt(r *blk.Req, v blk.Vec, off int64, _ blk.Flags) error {
 }
 
 // Status implements graph.Statuser.
-func (d *driver) Status(r *blk.Req, off, n int64) (blk.Extent, error) {
+func (d *view) Status(r *blk.Req, off, n int64) (blk.Extent, error) {
 	s, err := d.below()
 	if err != nil {
 		return blk.Extent{}, err
@@ -69,7 +68,7 @@ func (d *driver) Status(r *blk.Req, off, n int64) (blk.Extent, error) {
 }
 
 // Discard implements graph.Discarder: the range is given up. It cannot be read any more, and is not copied before it is written to.
-func (d *driver) Discard(r *blk.Req, off, n int64) error {
+func (d *view) Discard(r *blk.Req, off, n int64) error {
 	s, err := d.below()
 	if err != nil {
 		return err
@@ -78,6 +77,6 @@ func (d *driver) Discard(r *blk.Req, off, n int64) error {
 }
 
 // EdgeClaim implements graph.Permer: what guests do to the filter does not matter.
-func (d *driver) EdgeClaim(string, perm.Role, perm.Claim, bool) perm.Claim {
+func (d *view) EdgeClaim(string, perm.Role, perm.Claim, bool) perm.Claim {
 	return perm.Claim{Share: perm.All}
 }

@@ -372,4 +372,4 @@ func BenchmarkEnter(b *testing.B) {
 	}
 }
 
-var _ graph.Drainer = (*driver)(nil)
+var _ graph.Drainer = (*filter)(nil)

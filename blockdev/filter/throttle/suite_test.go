@@ -3,10 +3,10 @@ package throttle
 import (
 	"testing"
 
+	"qblockd/blockdev/driver"
 	"qblockd/blockdev/drivertest"
 	"qblockd/blockdev/format/raw"
 	"qblockd/graph"
-	"qblockd/graph/perm"
 	"qblockd/schema/types"
 )
 
@@ -21,7 +21,7 @@ func TestSuite(t *testing.T) {
 	for name, l := range map[string]Limits{"none": NoLimits(), "wide": wide} {
 		t.Run(name, func(t *testing.T) {
 			drivertest.Run(t, drivertest.Config{
-				Layers: []drivertest.Layer{{Name: "raw", Kind: graph.Format, Role: perm.Filtered | perm.Primary, Open: raw.Open}},
+				Layers: []drivertest.Layer{{Name: "raw", Def: raw.Def, Options: &types.BlockdevOptionsRaw{}}},
 				Open: func(t *testing.T, g *graph.Graph, size int64, ro bool) *graph.Node {
 					file := drivertest.MustBuild(t, g, drivertest.Spec{
 						Options: graph.Options{Name: "mem", Kind: graph.Protocol, ReadOnly: ro}, Open: drivertest.Opened(drivertest.NewMemFile(size))})
@@ -37,9 +37,14 @@ func throttled(t *testing.T, g *graph.Graph, below *graph.Node, group *Group, ro
 	return drivertest.MustBuild(t, g, drivertest.Spec{
 		Options:  graph.Options{Name: below.Name() + "-throttled", DriverName: "throttle", Kind: graph.Filter, ReadOnly: ro},
 		Children: []drivertest.Child{drivertest.FilteredFile(below)},
-		Open: func(x *graph.Opening) (graph.Driver, error) {
-			x.Options = &types.BlockdevOptionsThrottle{ThrottleGroup: "g"}
-			return Opener(func(string) *Group { return group })(x)
+		Open: func(x *driver.Opening) (graph.Driver, error) {
+			x.Objects = only{group}
+			return Def.Open(x, &types.BlockdevOptionsThrottle{ThrottleGroup: "g"})
 		},
 	})
 }
+
+// only is the only object.
+type only struct{ g *Group }
+
+func (o only) Object(string) any { return o.g }

@@ -10,7 +10,7 @@
 // reach it, whatever waits here goes on at once, counted. What it goes beyond the limits is paid for by those that come later. A unit
 // of work that must not wait is told blk.ErrWouldBlock, and nothing is counted.
 //
-// Locks: driver.mu > Group.mu, both held for moments only.
+// Locks: filter.mu > Group.mu, both held for moments only.
 package throttle
 
 import (
@@ -20,33 +20,31 @@ import (
 	"sync"
 	"sync/atomic"
 
+	"qblockd/blockdev/driver"
 	"qblockd/graph"
 	"qblockd/graph/blk"
 	"qblockd/schema/types"
 )
 
-type driver struct {
+type filter struct {
 	graph.Passthrough
-	find func(name string) *Group
-	m    atomic.Pointer[Member] // changed while no request is here
+	objects driver.Objects
+	m       atomic.Pointer[Member] // changed while no request is here
 
 	mu sync.Mutex // holds m still for DrainBegin and DrainEnd
 	// between the two
 	drain bool // +checklocks:mu
 }
 
-// Opener makes the function that opens the filter; find finds a group by its name, nil if there is none. The child is called "file".
-func Opener(find func(name string) *Group) graph.OpenFunc {
-	return func(o *graph.Opening) (graph.Driver, error) {
-		name := o.Options.(*types.BlockdevOptionsThrottle).ThrottleGroup
-		m, err := join(find(name), name)
-		if err != nil {
-			return nil, err
-		}
-		d := &driver{Passthrough: graph.Passthrough{Node: o.Node}, find: find}
-		d.m.Store(m)
-		return d, nil
+func open(o *driver.Opening, u *types.BlockdevOptionsThrottle) (graph.Driver, error) {
+	g, _ := driver.Object[*Group](o.Objects, u.ThrottleGroup)
+	m, err := join(g, u.ThrottleGroup)
+	if err != nil {
+		return nil, err
 	}
+	d := &filter{Passthrough: graph.Passthrough{Node: o.Node}, objects: o.Objects}
+	d.m.Store(m)
+	return d, nil
 }
 
 func join(g *Group, name string) (*Member, error) {
@@ -58,10 +56,10 @@ func join(g *Group, name string) (*Member, error) {
 	return nil, fmt.Errorf("Throttle group '%s' does not exist", name)
 }
 
-// Reopen implements graph.Reopener: the filter may go to another group.
-func (d *driver) Reopen(o *graph.Reopening) (graph.Participant, error) {
-	name := o.Options.(*types.BlockdevOptionsThrottle).ThrottleGroup
-	switch g := d.find(name); g {
+// reopen: the filter may go to another group.
+func reopen(open graph.Driver, u *types.BlockdevOptionsThrottle, _ *graph.Options) (graph.Participant, error) {
+	d, name := open.(*filter), u.ThrottleGroup
+	switch g, _ := driver.Object[*Group](d.objects, name); g {
 	case nil:
 		return nil, fmt.Errorf("Throttle group '%s' does not exist", name)
 	case d.m.Load().g:
@@ -73,7 +71,7 @@ func (d *driver) Reopen(o *graph.Reopening) (graph.Participant, error) {
 
 // move takes the filter to another group within a transaction.
 type move struct {
-	d    *driver
+	d    *filter
 	to   *Group
 	name string
 	m    *Member // once it is prepared
@@ -102,10 +100,10 @@ func (t *move) Abort() {
 	}
 }
 
-func (d *driver) file() *graph.Edge { return d.Below() }
+func (d *filter) file() *graph.Edge { return d.Below() }
 
 // Caps implements graph.Driver. The filter is transparent, as it counts what is mapped and copied itself.
-func (d *driver) Caps() graph.Caps {
+func (d *filter) Caps() graph.Caps {
 	c := d.Passthrough.Caps()
 	c.WriteFlags |= blk.Compressed // whether or not the node below takes it, as in the reference
 	c.Transparent = true
@@ -113,20 +111,20 @@ func (d *driver) Caps() graph.Caps {
 }
 
 // Close implements graph.Driver.
-func (d *driver) Close() error {
+func (d *filter) Close() error {
 	d.m.Load().Leave()
 	return nil
 }
 
 // leave ends what enter began; a request that would have blocked below was none.
-func (d *driver) leave(p pass, dir direction, n int64, err error) {
+func (d *filter) leave(p pass, dir direction, n int64, err error) {
 	if err != nil && p.round != 0 && errors.Is(err, blk.ErrWouldBlock) {
 		d.m.Load().refund(p, dir, n)
 	}
 }
 
 // ReadAt implements graph.Driver.
-func (d *driver) ReadAt(r *blk.Req, v blk.Vec, off int64, f blk.Flags) error {
+func (d *filter) ReadAt(r *blk.Req, v blk.Vec, off int64, f blk.Flags) error {
 	n := v.Len()
 	p, err := d.m.Load().enter(r, reading, n)
 	if err != nil {
@@ -138,7 +136,7 @@ func (d *driver) ReadAt(r *blk.Req, v blk.Vec, off int64, f blk.Flags) error {
 }
 
 // WriteAt implements graph.Writer.
-func (d *driver) WriteAt(r *blk.Req, v blk.Vec, off int64, f blk.Flags) error {
+func (d *filter) WriteAt(r *blk.Req, v blk.Vec, off int64, f blk.Flags) error {
 	n := v.Len()
 	p, err := d.m.Load().enter(r, writing, n)
 	if err != nil {
@@ -150,7 +148,7 @@ func (d *driver) WriteAt(r *blk.Req, v blk.Vec, off int64, f blk.Flags) error {
 }
 
 // Zero implements graph.Zeroer. Zeroes count like data.
-func (d *driver) Zero(r *blk.Req, off, n int64, f blk.Flags) error {
+func (d *filter) Zero(r *blk.Req, off, n int64, f blk.Flags) error {
 	p, err := d.m.Load().enter(r, writing, n)
 	if err != nil {
 		return err
@@ -165,7 +163,7 @@ func (d *driver) Zero(r *blk.Req, off, n int64, f blk.Flags) error {
 }
 
 // Discard implements graph.Discarder. What is discarded counts as written.
-func (d *driver) Discard(r *blk.Req, off, n int64) error {
+func (d *filter) Discard(r *blk.Req, off, n int64) error {
 	p, err := d.m.Load().enter(r, writing, n)
 	if err != nil {
 		return err
@@ -176,7 +174,7 @@ func (d *driver) Discard(r *blk.Req, off, n int64) error {
 }
 
 // Map implements graph.Mapper. What is mapped counts as read; what is not is read otherwise.
-func (d *driver) Map(r *blk.Req, off, n int64, m *blk.Mapping) error {
+func (d *filter) Map(r *blk.Req, off, n int64, m *blk.Mapping) error {
 	p, err := d.m.Load().enter(r, reading, n)
 	if err != nil {
 		return err
@@ -196,7 +194,7 @@ func (d *driver) Map(r *blk.Req, off, n int64, m *blk.Mapping) error {
 }
 
 // CopyFrom implements graph.CopyRanger. What is copied counts as written.
-func (d *driver) CopyFrom(r *blk.Req, off int64, src []blk.HostRange, f blk.Flags) error {
+func (d *filter) CopyFrom(r *blk.Req, off int64, src []blk.HostRange, f blk.Flags) error {
 	var n int64
 	for i := range src {
 		n += src[i].N
@@ -212,7 +210,7 @@ func (d *driver) CopyFrom(r *blk.Req, off int64, src []blk.HostRange, f blk.Flag
 }
 
 // DrainBegin implements graph.Drainer.
-func (d *driver) DrainBegin() {
+func (d *filter) DrainBegin() {
 	d.mu.Lock()
 	defer d.mu.Unlock()
 	d.drain = true
@@ -220,10 +218,10 @@ func (d *driver) DrainBegin() {
 }
 
 // Quiet implements graph.Drainer: nothing waits between DrainBegin and DrainEnd.
-func (d *driver) Quiet() bool { return true }
+func (d *filter) Quiet() bool { return true }
 
 // DrainEnd implements graph.Drainer.
-func (d *driver) DrainEnd() {
+func (d *filter) DrainEnd() {
 	d.mu.Lock()
 	defer d.mu.Unlock()
 	d.drain = false

@@ -4,6 +4,7 @@ import (
 	"context"
 	"fmt"
 
+	"qblockd/blockdev/driver"
 	"qblockd/blockdev/format/qcow2/layout"
 	"qblockd/events/panics"
 	"qblockd/graph"
@@ -36,15 +37,10 @@ type Driver struct {
 	node *graph.Node
 }
 
-// Probe tells whether header, the beginning of a file, looks like a qcow2 image.
-func Probe(header []byte) bool { return layout.Probe(header) }
-
-// Open is the graph.OpenFunc of the driver; o.Options is a *types.BlockdevOptionsQcow2 or
-// nil. A writable image is repaired if it is dirty.
-func Open(o *graph.Opening) (graph.Driver, error) {
+// open opens an image. A writable one is repaired if it is dirty.
+func open(o *driver.Opening, opt *types.BlockdevOptionsQcow2) (graph.Driver, error) {
 	n := o.Node
 	d := &Driver{node: n}
-	opt, _ := o.Options.(*types.BlockdevOptionsQcow2)
 	c := config{
 		file: n.File(),
 		backing: func() file {
@@ -126,9 +122,6 @@ func persistedOf(d *graph.DirtyBitmap) persisted {
 
 // runtimeOptions translates what the schema calls them.
 func runtimeOptions(o *types.BlockdevOptionsQcow2) Options {
-	if o == nil {
-		return Options{}
-	}
 	out := Options{
 		LazyRefcounts:       o.LazyRefcounts,
 		PassDiscardRequest:  o.PassDiscardRequest,

@@ -9,6 +9,7 @@ import (
 	"testing"
 
 	"qblockd/blockdev/drivertest"
+	"qblockd/blockdev/format/qcow2/layout"
 	"qblockd/graph"
 	"qblockd/graph/blk"
 	"qblockd/schema/types"
@@ -17,11 +18,13 @@ import (
 // addQcow2 publishes a qcow2 node over file.
 func addQcow2(t testing.TB, g *graph.Graph, name string, file *graph.Node, ro bool, o *types.BlockdevOptionsQcow2, more ...drivertest.Child) *graph.Node {
 	t.Helper()
+	if o == nil {
+		o = &types.BlockdevOptionsQcow2{}
+	}
 	return drivertest.MustBuild(t, g, drivertest.Spec{
 		Options:  graph.Options{Name: name, Kind: graph.Format, DriverName: "qcow2", ReadOnly: ro},
 		Children: append([]drivertest.Child{drivertest.File(file)}, more...),
-		Open:     Open,
-		Branch:   o,
+		Open:     Def.With(o),
 	})
 }
 
@@ -212,7 +215,7 @@ func TestZeroesBeforeBacking(t *testing.T) {
 		file := drivertest.NewMemFile(0)
 		o := &types.BlockdevCreateOptionsQcow2{Size: size, Version: &version, BackingFile: ptr("b.raw"), BackingFmt: ptr(types.BlockdevDriverRaw)}
 		r, q := newRoot(t, g, drivertest.MustBuild(t, g, drivertest.Spec{
-			Options: graph.Options{Name: "q", Kind: graph.Format, DriverName: "qcow2", Discard: true}, Open: Open,
+			Options: graph.Options{Name: "q", Kind: graph.Format, DriverName: "qcow2", Discard: true}, Open: Def.With(&types.BlockdevOptionsQcow2{}),
 			Children: []drivertest.Child{drivertest.File(created(t, g, file, o))},
 		}))
 		one := bytes.Repeat([]byte{1}, 3*cluster)
@@ -331,6 +334,6 @@ func TestNoWait(t *testing.T) {
 }
 
 func Example() {
-	fmt.Println(Probe([]byte("QFI\xfb\x00\x00\x00\x03" + string(make([]byte, 100)))))
+	fmt.Println(layout.Probe([]byte("QFI\xfb\x00\x00\x00\x03" + string(make([]byte, 100)))))
 	// Output: true
 }

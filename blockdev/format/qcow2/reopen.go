@@ -8,10 +8,9 @@ import (
 	"qblockd/schema/types"
 )
 
-// Reopen implements graph.Reopener: all runtime options may change.
-func (d *Driver) Reopen(o *graph.Reopening) (graph.Participant, error) {
-	opt, _ := o.Options.(*types.BlockdevOptionsQcow2)
-	return d.image.reconfigure(runtimeOptions(opt), o.Generic.Discard)
+// reopen: all runtime options may change.
+func reopen(open graph.Driver, u *types.BlockdevOptionsQcow2, g *graph.Options) (graph.Participant, error) {
+	return open.(*Driver).image.reconfigure(runtimeOptions(u), g.Discard)
 }
 
 // reconfiguration changes the options of an open image within a transaction, while no requests run.

@@ -4,7 +4,6 @@ import (
 	"fmt"
 	"syscall"
 
-	"qblockd/graph"
 	"qblockd/graph/blk"
 )
 
@@ -14,14 +13,14 @@ const guarded = 512
 // limits are those of the node: requests of whole sectors if the first one is guarded, so that no write changes a part of it unseen.
 func (d *image) limits(below blk.Limits) blk.Limits {
 	l := blk.Limits{OptTransfer: below.OptTransfer, ClusterSize: d.cluster(below.ClusterSize)}
-	if d.staysRaw != nil {
+	if d.guess != nil {
 		l.RequestAlign = guarded
 	}
 	return l
 }
 
 // guards tells whether a change at that place of the file has to be looked at.
-func (d *image) guards(at int64) bool { return at < guarded && d.staysRaw != nil }
+func (d *image) guards(at int64) bool { return at < guarded && d.guess != nil }
 
 // keepsRaw refuses a change that would make the file, which was guessed to be raw, look like an image of another format the next time: the first n
 // bytes of v, or zeroes if it is empty, at a place in the first sector. For a window that begins within that sector it reads the rest.
@@ -40,7 +39,7 @@ func (d *image) keepsRaw(r *blk.Req, v blk.Vec, at, n int64) error {
 		clear(part)
 	}
 	v.CopyOut(part)
-	if !d.staysRaw(head[:]) {
+	if !d.guess.Verbatim(head[:]) {
 		return syscall.EPERM
 	}
 	return nil
@@ -48,13 +47,9 @@ func (d *image) keepsRaw(r *blk.Req, v blk.Vec, at, n int64) error {
 
 // warnGuess says once that the node is writable although its format is a guess.
 func (d *image) warnGuess() {
-	if d.staysRaw != nil && d.warned.CompareAndSwap(false, true) {
-		name := ""
-		if n, ok := d.file.Node().Driver().(graph.Namer); ok {
-			name = n.Filename()
-		}
+	if d.guess != nil && d.warned.CompareAndSwap(false, true) {
 		d.warn(fmt.Sprintf("The format of '%s' was not given and is guessed to be raw; writes to its first sector that look like another format will fail. "+
-			"Give the format 'raw' to lift that.", name))
+			"Give the format 'raw' to lift that.", d.guess.File))
 	}
 }
 

@@ -10,6 +10,7 @@ import (
 	"sync/atomic"
 	"syscall"
 
+	"qblockd/blockdev/driver"
 	"qblockd/graph"
 	"qblockd/graph/blk"
 	"qblockd/graph/perm"
@@ -22,9 +23,9 @@ type image struct {
 	file *graph.Edge
 	part atomic.Pointer[window]
 
-	staysRaw func(head []byte) bool // nil: the user says that it is raw, whatever the file begins with
-	warn     func(msg string)
-	warned   atomic.Bool
+	guess  *driver.Guess // nil: the user says that it is raw, whatever the file begins with
+	warn   func(msg string)
+	warned atomic.Bool
 }
 
 // window is the part of the file that is shown.
@@ -34,25 +35,21 @@ type window struct {
 	size   int64 // that option; only if fixed
 }
 
-// Role is the role of raw's file child: without a window raw behaves like a filter.
-func Role(opts *types.BlockdevOptionsRaw) perm.Role {
-	if opts != nil && (opts.Offset != nil && *opts.Offset != 0 || opts.Size != nil) {
+// role is the role of raw's file child: without a window raw behaves like a filter.
+func role(opts *types.BlockdevOptionsRaw) perm.Role {
+	if opts.Offset != nil && *opts.Offset != 0 || opts.Size != nil {
 		return perm.Data | perm.Primary
 	}
 	return perm.Filtered | perm.Primary
 }
 
-// Open opens a raw node on its child "file"; o.Options is a *types.BlockdevOptionsRaw, nil means no window.
-func Open(o *graph.Opening) (graph.Driver, error) {
+func open(o *driver.Opening, u *types.BlockdevOptionsRaw) (graph.Driver, error) {
 	d := &image{file: o.Node.File()}
-	if o.StaysRaw != nil {
-		d.staysRaw, d.warn = o.StaysRaw, o.Warn
-	}
+	d.guess, d.warn = o.Guessed, o.Warn
 	if d.file == nil {
 		return nil, errors.New("raw has no file")
 	}
-	opts, _ := o.Options.(*types.BlockdevOptionsRaw)
-	w, err := newWindow(opts, d.file.Size())
+	w, err := newWindow(u, d.file.Size())
 	if err != nil {
 		return nil, err
 	}
@@ -66,9 +63,6 @@ func Open(o *graph.Opening) (graph.Driver, error) {
 // newWindow checks the options against the size of the file.
 func newWindow(opts *types.BlockdevOptionsRaw, below int64) (*window, error) {
 	w := &window{}
-	if opts == nil {
-		return w, nil
-	}
 	offset, size := opts.Offset, opts.Size
 	if offset != nil {
 		if *offset < 0 {
@@ -96,10 +90,10 @@ func newWindow(opts *types.BlockdevOptionsRaw, below int64) (*window, error) {
 	return w, nil
 }
 
-// Reopen implements graph.Reopener: the window may move.
-func (d *image) Reopen(o *graph.Reopening) (graph.Participant, error) {
-	opts, _ := o.Options.(*types.BlockdevOptionsRaw)
-	w, err := newWindow(opts, d.file.Size())
+// reopen: the window may move.
+func reopen(open graph.Driver, u *types.BlockdevOptionsRaw, _ *graph.Options) (graph.Participant, error) {
+	d := open.(*image)
+	w, err := newWindow(u, d.file.Size())
 	if err != nil {
 		return nil, err
 	}

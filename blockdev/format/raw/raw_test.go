@@ -18,8 +18,8 @@ func open(g *graph.Graph, file *graph.Node, offset, size *int64) (*graph.Node, e
 	o := &types.BlockdevOptionsRaw{Offset: offset, Size: size}
 	return drivertest.Build(g, drivertest.Spec{
 		Options:  graph.Options{Name: "r", Kind: graph.Format, DriverName: "raw"},
-		Children: []drivertest.Child{{Name: "file", Role: raw.Role(o), Node: file}},
-		Open:     raw.Open, Branch: o})
+		Children: []drivertest.Child{{Name: "file", Role: raw.Def.Children(o)[0].Role, Node: file}},
+		Open:     raw.Def.With(o)})
 }
 
 func p(n int64) *int64 { return &n }

@@ -8,6 +8,7 @@ import (
 
 	"golang.org/x/sys/unix"
 
+	"qblockd/blockdev/driver"
 	"qblockd/events/panics"
 	"qblockd/graph"
 	"qblockd/graph/blk"
@@ -15,17 +16,11 @@ import (
 	"qblockd/schema/types"
 )
 
-// Made is a file that Create has at hand.
-type Made struct {
-	ID  graph.FileID
-	New bool // it was not there before
-}
-
 // Create makes a regular file of the given size, or empties and resizes an existing one
 // that nobody uses. It blocks as long as the storage does, but no longer than ctx. begin, if not nil, is called once the file is there, and
 // nobody else can use it, and before its content is touched; also after Create has returned because ctx has ended. With an error of it nothing is touched,
-// and nothing new stays. What is there when Create fails later stays there; see Remove.
-func Create(ctx context.Context, o *types.BlockdevCreateOptionsFile, begin func(Made) error) error {
+// and nothing new stays. What is there when Create fails later stays there; see driver.Made.
+func Create(ctx context.Context, o *types.BlockdevCreateOptionsFile, begin func(driver.Made) error) error {
 	hint := uint64(1 << 20)
 	if o.ExtentSizeHint != nil {
 		hint = *o.ExtentSizeHint
@@ -41,10 +36,11 @@ func Create(ctx context.Context, o *types.BlockdevCreateOptionsFile, begin func(
 }
 
 // create does the work of Create.
-func create(ctx context.Context, o *types.BlockdevCreateOptionsFile, hint uint32, begin func(Made) error) (err error) {
-	var m Made
+func create(ctx context.Context, o *types.BlockdevCreateOptionsFile, hint uint32, begin func(driver.Made) error) (err error) {
+	var m driver.Made
 	fd, err := openFile(o.Filename, o.Filename, unix.O_RDWR|unix.O_CREAT|unix.O_EXCL, 0o644)
-	if m.New = err == nil; blk.Errno(err) == unix.EEXIST {
+	isNew := err == nil
+	if blk.Errno(err) == unix.EEXIST {
 		fd, err = openFile(o.Filename, o.Filename, unix.O_RDWR|unix.O_CREAT, 0o644)
 	}
 	if err != nil {
@@ -64,10 +60,13 @@ func create(ctx context.Context, o *types.BlockdevCreateOptionsFile, hint uint32
 	}
 	if begin != nil {
 		if m.ID, err = fileID(fd); err == nil {
+			if isNew {
+				m.Remove = func() { remove(o.Filename, m.ID) }
+			}
 			err = begin(m)
 		}
 		if err != nil {
-			if m.New {
+			if isNew {
 				unlinkSame(o.Filename, m.ID)
 			}
 			return err
@@ -89,21 +88,18 @@ func create(ctx context.Context, o *types.BlockdevCreateOptionsFile, hint uint32
 	return truncate(ctx, fd, int64(o.Size), p)
 }
 
-// Remove removes the file that Create has made at path, unless path leads to another one by now or somebody has begun to use it.
-func Remove(path string, m Made) {
-	if !m.New {
-		return
-	}
+// remove removes a file from path, unless path leads to another one by now or somebody has begun to use it.
+func remove(path string, file graph.FileID) {
 	fd, err := openFile(path, path, unix.O_RDWR|unix.O_NOFOLLOW|unix.O_NONBLOCK, 0)
 	if err != nil {
 		return
 	}
 	defer func() { _ = unix.Close(fd) }()
-	if id, err := fileID(fd); err != nil || id != m.ID {
+	if id, err := fileID(fd); err != nil || id != file {
 		return
 	}
 	if takeLocks(fd, lockSet{}, locksFor(perm.Claim{Need: perm.Write | perm.Resize}), path) == nil {
-		unlinkSame(path, m.ID)
+		unlinkSame(path, file)
 	}
 }
 

@@ -66,8 +66,6 @@ var (
 	_ graph.Resizer    = (*disk)(nil)
 	_ graph.PermTaker  = (*disk)(nil)
 	_ graph.Sizer      = (*disk)(nil)
-	_ graph.Namer      = (*disk)(nil)
-	_ graph.Reopener   = (*disk)(nil)
 )
 
 // Caps implements graph.Driver.
@@ -82,9 +80,6 @@ func (d *disk) Caps() graph.Caps {
 
 // Size implements graph.Driver: the length of the file rounded up to 512 bytes.
 func (d *disk) Size() int64 { return d.size.Load() }
-
-// Filename implements graph.Namer: every option but the name is about the host, not the data.
-func (d *disk) Filename() string { return d.name }
 
 // FileID implements graph.Identified.
 func (d *disk) FileID() graph.FileID { return d.id }

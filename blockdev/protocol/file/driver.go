@@ -1,30 +1,19 @@
 package file
 
 import (
-	"fmt"
-
 	"golang.org/x/sys/unix"
 
+	"qblockd/blockdev/driver"
 	"qblockd/graph"
 	"qblockd/graph/blk"
 	"qblockd/schema/types"
 )
 
-// Open is the graph.OpenFunc of driver "file": a regular file.
-func Open(o *graph.Opening) (graph.Driver, error) { return open(o, "file", false) }
-
-// OpenHostDevice is the graph.OpenFunc of driver "host_device": a block or character device.
-func OpenHostDevice(o *graph.Opening) (graph.Driver, error) { return open(o, "host_device", true) }
-
-func open(o *graph.Opening, driver string, device bool) (graph.Driver, error) {
-	opts, ok := o.Options.(*types.BlockdevOptionsFile)
-	if !ok {
-		panic(fmt.Sprintf("file: options of type %T", o.Options))
-	}
+func open(o *driver.Opening, opts *types.BlockdevOptionsFile, device bool) (graph.Driver, error) {
 	n := o.Node.Options()
 	s := settings{
 		name:   opts.Filename,
-		driver: driver,
+		driver: n.DriverName,
 		device: device,
 		ro:     n.ReadOnly,
 		auto:   n.AutoReadOnly,
@@ -33,9 +22,6 @@ func open(o *graph.Opening, driver string, device bool) (graph.Driver, error) {
 		admit: o.Admit,
 	}
 	s.setCache(opts)
-	if s.name == "" {
-		return nil, blk.Text("The '"+driver+"' block driver requires a file name", unix.EINVAL)
-	}
 	d, err := openDisk(o.Ctx, s)
 	if err != nil {
 		return nil, err

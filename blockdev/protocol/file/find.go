@@ -7,7 +7,7 @@ import (
 
 	"golang.org/x/sys/unix"
 
-	"qblockd/graph"
+	"qblockd/blockdev/driver"
 	"qblockd/graph/blk"
 )
 
@@ -43,7 +43,7 @@ func findByText(name string, flags int) (int, error) {
 }
 
 // describe tells what the descriptor at names.
-func describe(at int, name string) (*graph.FoundFile, error) {
+func describe(at int, name string) (*driver.FoundFile, error) {
 	var st unix.Stat_t
 	var fs unix.Statfs_t
 	if err := unix.Fstat(at, &st); err != nil {
@@ -54,7 +54,7 @@ func describe(at int, name string) (*graph.FoundFile, error) {
 	}
 	kind := st.Mode & unix.S_IFMT
 	path, _ := os.Readlink(procFD(at)) // "" says that it is not known
-	return &graph.FoundFile{
+	return &driver.FoundFile{
 		Name: name, Path: path,
 		Regular: kind == unix.S_IFREG, Device: kind == unix.S_IFBLK,
 		Kernel: slices.Contains(kernelFS, uint32(fs.Type)),

@@ -22,7 +22,7 @@ func node(t *testing.T, g *graph.Graph, name, path string, change func(*graph.Op
 	if change != nil {
 		change(&o)
 	}
-	return drivertest.MustBuild(t, g, drivertest.Spec{Options: o, Open: file.Open, Branch: &types.BlockdevOptionsFile{Filename: path}})
+	return drivertest.MustBuild(t, g, drivertest.Spec{Options: o, Open: file.Def.With(&types.BlockdevOptionsFile{Filename: path})})
 }
 
 // attach attaches a root for as long as the returned function is not called.
@@ -124,7 +124,12 @@ func TestRefusedOptions(t *testing.T) {
 		"aio=native was specified, but it requires cache.direct=on, which was not specified.": {Filename: path, Aio: &native},
 		"Could not open '" + path + ".none': No such file or directory":                       {Filename: path + ".none"},
 	} {
-		_, err := drivertest.Build(g, drivertest.Spec{Options: graph.Options{Name: "n", DriverName: "file", Kind: graph.Protocol}, Open: file.Open, Branch: o})
+		err := file.Def.Check(o)
+		if err == nil {
+			_, err = drivertest.Build(g, drivertest.Spec{
+				Options: graph.Options{Name: "n", DriverName: "file", Kind: graph.Protocol}, Open: file.Def.With(o),
+			})
+		}
 		if err == nil || err.Error() != want {
 			t.Errorf("want %q, got %v", want, err)
 		}

@@ -8,6 +8,7 @@ import (
 
 	"golang.org/x/sys/unix"
 
+	"qblockd/blockdev/driver"
 	"qblockd/events/panics"
 	"qblockd/graph"
 	"qblockd/graph/blk"
@@ -24,9 +25,9 @@ type settings struct {
 	// noFlush: cache.no-flush; what is written need never reach the medium.
 	noFlush bool
 	locks   bool
-	drop    bool                           // forget cached pages when opening
-	check   bool                           // look whether that worked
-	admit   func(f *graph.FoundFile) error // asked before the file is opened; nil: it may be
+	drop    bool                            // forget cached pages when opening
+	check   bool                            // look whether that worked
+	admit   func(f *driver.FoundFile) error // asked before the file is opened; nil: it may be
 }
 
 // openDisk opens and probes a file. It blocks as long as the storage does, but no longer

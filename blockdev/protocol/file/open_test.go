@@ -12,7 +12,7 @@ import (
 
 	"golang.org/x/sys/unix"
 
-	"qblockd/graph"
+	"qblockd/blockdev/driver"
 	"qblockd/graph/blk"
 	"qblockd/schema/types"
 )
@@ -238,7 +238,7 @@ func TestFindByText(t *testing.T) {
 	if err := errors.Join(os.Symlink("file", dir+"/link"), unix.Mkfifo(dir+"/fifo", 0o600)); err != nil {
 		t.Fatal(err)
 	}
-	for name, want := range map[string]graph.FoundFile{
+	for name, want := range map[string]driver.FoundFile{
 		dir + "/file": {Path: dir + "/file", Regular: true},
 		dir + "/link": {Path: dir + "/file", Regular: true},
 		dir + "/fifo": {Path: dir + "/fifo"},

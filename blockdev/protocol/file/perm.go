@@ -175,24 +175,25 @@ func (d *disk) reopen(cur *handle, p *pending, flags int) error {
 	return err
 }
 
-// Reopen implements graph.Reopener. All that changes is how the file is opened, and that follows when permissions are prepared.
-func (d *disk) Reopen(o *graph.Reopening) (graph.Participant, error) {
-	return &resetting{d: d, o: *o}, nil
+// reopen changes how the file is opened, which follows when permissions are prepared.
+func reopen(open graph.Driver, u *types.BlockdevOptionsFile, g *graph.Options) (graph.Participant, error) {
+	return &resetting{d: open.(*disk), u: u, g: g}, nil
 }
 
 // resetting changes settings within a transaction.
 type resetting struct {
 	d *disk
-	o graph.Reopening
+	u *types.BlockdevOptionsFile
+	g *graph.Options
 	s settings // once it is prepared
 }
 
 // Prepare implements graph.Participant.
 func (r *resetting) Prepare(context.Context) error {
-	g := r.o.Generic
+	g := r.g
 	r.s = r.d.settings
 	r.s.ro, r.s.auto, r.s.direct, r.s.noFlush = g.ReadOnly, g.AutoReadOnly, g.Direct, g.NoFlush
-	r.s.setCache(r.o.Options.(*types.BlockdevOptionsFile))
+	r.s.setCache(r.u)
 	r.d.next = &r.s
 	return nil
 }

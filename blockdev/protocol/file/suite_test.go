@@ -43,8 +43,7 @@ func TestSuite(t *testing.T) {
 					}
 					n, err := drivertest.Build(g, drivertest.Spec{
 						Options: graph.Options{Name: "f", DriverName: "file", Kind: graph.Protocol, ReadOnly: readOnly, Direct: w.direct},
-						Open:    file.Open,
-						Branch:  &types.BlockdevOptionsFile{Filename: path, Aio: &w.aio},
+						Open:    file.Def.With(&types.BlockdevOptionsFile{Filename: path, Aio: &w.aio}),
 					})
 					if err != nil {
 						t.Skipf("SKIPPED: not to be had here: %v", err)
@@ -72,8 +71,7 @@ func TestSuiteHostDevice(t *testing.T) {
 				}
 				return drivertest.MustBuild(t, g, drivertest.Spec{
 					Options: graph.Options{Name: "d", DriverName: "host_device", Kind: graph.Protocol, ReadOnly: readOnly, Direct: direct},
-					Open:    file.OpenHostDevice,
-					Branch:  &types.BlockdevOptionsFile{Filename: file.MustLoop(t, path)},
+					Open:    file.HostDevice.With(&types.BlockdevOptionsFile{Filename: file.MustLoop(t, path)}),
 				})
 			}})
 		})

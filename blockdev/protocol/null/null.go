@@ -9,6 +9,7 @@ import (
 	"sync"
 	"time"
 
+	"qblockd/blockdev/driver"
 	"qblockd/graph"
 	"qblockd/graph/blk"
 	"qblockd/schema/types"
@@ -23,13 +24,9 @@ type disk struct {
 	zeroes  bool          // reads give zeroes; else they leave the buffer alone
 }
 
-// Open opens a node of null-co or null-aio; o.Options is a *types.BlockdevOptionsNull. The
+// open opens a node of null-co or null-aio. The
 // size (default 1 GiB) is rounded up to sectors. It never blocks.
-func Open(o *graph.Opening) (graph.Driver, error) {
-	opts, _ := o.Options.(*types.BlockdevOptionsNull)
-	if opts == nil {
-		opts = &types.BlockdevOptionsNull{}
-	}
+func open(o *driver.Opening, opts *types.BlockdevOptionsNull) (graph.Driver, error) {
 	d := &disk{size: defaultSize}
 	if opts.Size != nil {
 		switch size := *opts.Size; {
@@ -86,9 +83,6 @@ func (d *disk) pause(r *blk.Req) error {
 func (d *disk) Caps() graph.Caps {
 	return graph.Caps{WriteFlags: blk.FUA | blk.WriteUnchanged, Instant: d.latency == 0}
 }
-
-// Reopen implements graph.Reopener: there is nothing that could change.
-func (d *disk) Reopen(*graph.Reopening) (graph.Participant, error) { return nil, nil }
 
 // Size implements graph.Driver.
 func (d *disk) Size() int64 { return d.size }

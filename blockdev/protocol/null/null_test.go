@@ -7,6 +7,7 @@ import (
 	"testing"
 	"time"
 
+	"qblockd/blockdev/driver"
 	"qblockd/graph"
 	"qblockd/graph/blk"
 	"qblockd/schema/types"
@@ -28,7 +29,7 @@ func TestOpen(t *testing.T) {
 		{"latency", 512, math.MaxUint64, 0, "latency-ns is invalid"},
 	} {
 		t.Run(c.name, func(t *testing.T) {
-			d, err := Open(&graph.Opening{Options: &types.BlockdevOptionsNull{Size: &c.size, LatencyNs: &c.latency}})
+			d, err := open(&driver.Opening{}, &types.BlockdevOptionsNull{Size: &c.size, LatencyNs: &c.latency})
 			switch {
 			case c.err != "" && (err == nil || err.Error() != c.err):
 				t.Errorf("error %v", err)
@@ -37,14 +38,14 @@ func TestOpen(t *testing.T) {
 			}
 		})
 	}
-	if d, err := Open(&graph.Opening{}); err != nil || d.Size() != 1<<30 {
+	if d, err := open(&driver.Opening{}, &types.BlockdevOptionsNull{}); err != nil || d.Size() != 1<<30 {
 		t.Errorf("default: %v, %v", d.Size(), err)
 	}
 }
 
 func TestLatency(t *testing.T) {
 	ns := uint64(time.Hour)
-	d, err := Open(&graph.Opening{Options: &types.BlockdevOptionsNull{LatencyNs: &ns}})
+	d, err := open(&driver.Opening{}, &types.BlockdevOptionsNull{LatencyNs: &ns})
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -61,7 +62,7 @@ func TestLatency(t *testing.T) {
 
 func TestReadZeroes(t *testing.T) {
 	for _, zeroes := range []bool{false, true} {
-		d, err := Open(&graph.Opening{Options: &types.BlockdevOptionsNull{ReadZeroes: &zeroes}})
+		d, err := open(&driver.Opening{}, &types.BlockdevOptionsNull{ReadZeroes: &zeroes})
 		if err != nil {
 			t.Fatal(err)
 		}

@@ -16,7 +16,7 @@ func TestSuite(t *testing.T) {
 			zeroes := true
 			return drivertest.MustBuild(t, g, drivertest.Spec{
 				Options: graph.Options{Name: "null", Kind: graph.Protocol, ReadOnly: ro},
-				Open:    null.Open, Branch: &types.BlockdevOptionsNull{Size: &size, ReadZeroes: &zeroes}})
+				Open:    null.Co.With(&types.BlockdevOptionsNull{Size: &size, ReadZeroes: &zeroes})})
 		},
 	})
 }

@@ -1,0 +1,55 @@
+package qcow2
+
+import (
+	"context"
+
+	"qblockd/blockdev/driver"
+	"qblockd/blockdev/format/qcow2/layout"
+	"qblockd/graph"
+	"qblockd/graph/perm"
+	"qblockd/schema/types"
+)
+
+// Def describes the driver.
+var Def = driver.Of(driver.Def[*types.BlockdevOptionsQcow2]{
+	Name: types.BlockdevDriverQcow2, Kind: graph.Format,
+	Open:       open,
+	Reopen:     reopen,
+	Changeable: runtimeNames,
+	Children: func(u *types.BlockdevOptionsQcow2) []driver.Child {
+		return []driver.Child{{Name: "file", Role: perm.Image, Ref: &u.File}}
+	},
+	Backing:  func(u *types.BlockdevOptionsQcow2) *types.BlockdevRefOrNull { return u.Backing },
+	FromFile: func(f types.BlockdevRef) *types.BlockdevOptionsQcow2 { return &types.BlockdevOptionsQcow2{File: f} },
+	Probe: func(head []byte) int {
+		if layout.Probe(head) {
+			return 100
+		}
+		return 0
+	},
+	ForImages: &driver.ForImages{Hints: runtimeNames},
+	Create: driver.Creates(func(ctx context.Context, c *driver.Creation, o *types.BlockdevCreateOptionsQcow2) error {
+		if o.BackingFmt != nil {
+			if err := c.CanName(*o.BackingFmt); err != nil {
+				return err
+			}
+		}
+		return c.InFile(ctx, &o.File, func(root *graph.Root) error { return Create(ctx, root, o, c.Started) })
+	}),
+	NewImage: func(u *types.BlockdevOptionsQcow2, i *driver.Image) any {
+		o := &types.BlockdevCreateOptionsQcow2{File: u.File, Size: uint64(i.Size)}
+		if i.Backing != "" {
+			o.BackingFile, o.BackingFmt = &i.Backing, (*types.BlockdevDriver)(&i.BackingFormat)
+		}
+		return o
+	},
+	MaxBackingName: layout.MaxBackingName, MaxBackingFormat: layout.MaxBackingFormat,
+	// Without encryption, which is absent, there is nothing that could be changed.
+	Amend: driver.Amends(func(context.Context, *graph.Node, *types.BlockdevAmendOptionsQcow2) error { return nil }),
+})
+
+// runtimeNames are the options that say how an image is used: a reopen may change them, and an image may not choose them.
+var runtimeNames = []string{
+	"lazy-refcounts", "pass-discard-request", "pass-discard-snapshot", "pass-discard-other", "discard-no-unref",
+	"overlap-check", "cache-size", "l2-cache-size", "l2-cache-entry-size", "refcount-cache-size", "cache-clean-interval",
+}
