@@ -9,12 +9,14 @@ import (
 	"testing"
 )
 
-// uncontained are the goroutines of the daemon that are not started by package panics, with the reason.
+// uncontained are the goroutines of the daemon that are not started by package panics, with the
+// reason.
 var uncontained = map[string]string{
 	"blockdev/export/nbd/worker.go: go c.worker()": "a go statement with arguments would allocate; work begins with a deferred Catch",
 }
 
-// A goroutine in which a panic ends the daemon takes all disks along: in the code of the daemon each is started by package panics.
+// A goroutine in which a panic ends the daemon takes all disks along: in the code of the daemon
+// each is started by package panics.
 func TestGoroutinesAreContained(t *testing.T) {
 	used := map[string]bool{}
 	for _, p := range list(t, "./...") {
@@ -43,7 +45,8 @@ func TestGoroutinesAreContained(t *testing.T) {
 					if !ok {
 						break
 					}
-					// sync.WaitGroup.Go and errgroup.Group.Go take a function alone; those of panics are told what it does.
+					// sync.WaitGroup.Go and errgroup.Group.Go take a function alone; those of
+					// panics are told what it does.
 					if x := calls(sel); len(n.Args) == 1 && sel.Sel.Name == "Go" || x == "time.AfterFunc" || x == "context.AfterFunc" {
 						found(n.Pos(), x)
 					}

@@ -1,7 +1,6 @@
 package arch
 
 import (
-	"bytes"
 	"go/ast"
 	"go/parser"
 	"go/token"
@@ -22,10 +21,6 @@ const root = "../.."
 var generated = regexp.MustCompile(`(?m)^// Code generated .* DO NOT EDIT\.$`)
 
 func TestPackagesAndFiles(t *testing.T) {
-	unused := map[string]bool{}
-	for name := range longFiles {
-		unused[name] = true
-	}
 	for _, p := range list(t, "./...") {
 		// go list has no Doc for packages that consist of tests.
 		documented := p.Doc != ""
@@ -41,27 +36,11 @@ func TestPackagesAndFiles(t *testing.T) {
 			}
 			documented = documented || f.Doc.Text() != ""
 			checkInit(t, file, f)
-			if generated.Match(text) {
-				continue
-			}
-			limit := maxLines
-			if n, ok := longFiles[file]; ok {
-				limit = n
-				delete(unused, file)
-				if bytes.Count(text, []byte("\n")) <= maxLines {
-					t.Errorf("%s is short again: take it off longFiles", file)
-				}
-			}
-			if n := bytes.Count(text, []byte("\n")); n > limit {
-				t.Errorf("%s has %d lines, more than %d: split it", file, n, limit)
-			}
+			checkFields(t, file, f)
 		}
 		if !documented {
 			t.Errorf("package %s has no package comment", p.ImportPath)
 		}
-	}
-	for name := range unused {
-		t.Errorf("longFiles lists %s, which is not there", name)
 	}
 }
 
@@ -72,6 +51,32 @@ func checkInit(t *testing.T, file string, f *ast.File) {
 			t.Errorf("%s has an init function", file)
 		}
 	}
+}
+
+// checkFields has structs with +checklocks annotations declare one field a line: checklocks takes
+// the third line for the third field.
+func checkFields(t *testing.T, file string, f *ast.File) {
+	ast.Inspect(f, func(n ast.Node) bool {
+		s, ok := n.(*ast.StructType)
+		if !ok {
+			return true
+		}
+		annotated, several := false, ""
+		for _, field := range s.Fields.List {
+			for _, g := range []*ast.CommentGroup{field.Doc, field.Comment} {
+				annotated = annotated || g != nil && slices.ContainsFunc(g.List, func(c *ast.Comment) bool {
+					return strings.HasPrefix(c.Text, "// +checklocks:")
+				})
+			}
+			if len(field.Names) > 1 {
+				several = field.Names[0].Name
+			}
+		}
+		if annotated && several != "" {
+			t.Errorf("%s: %s shares its line with another field: checklocks cannot count then", file, several)
+		}
+		return true
+	})
 }
 
 var initLine = regexp.MustCompile(`(?m)^init (\S+) @\S+ ms, (\S+) ms clock`)

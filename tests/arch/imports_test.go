@@ -96,8 +96,8 @@ func forbidden(from, imp string) string {
 
 func isLeaf(name string) bool { _, ok := leaves[name]; return ok }
 
-// forbiddenInTests is forbidden for test files: they may use what the package may, and all of ours but commands and
-// other tests' packages.
+// forbiddenInTests is forbidden for test files: they may use what the package may, and all of ours
+// but commands and other tests' packages.
 func forbiddenInTests(from, imp string) string {
 	to, ours := strings.CutPrefix(imp, module+"/")
 	switch {
@@ -151,7 +151,7 @@ func match(pattern, name string) bool {
 	return pattern == name
 }
 
-// TestRules: each rule, leaf and third-party module still has somebody it is about.
+// TestRules: edges that must not pass do not, and one that must does.
 func TestRules(t *testing.T) {
 	if forbidden("graph", module+"/blockdev") == "" || forbidden("graph/perm", module+"/graph/blk") == "" ||
 		forbidden("blockdev/format/raw", module+"/blockdev/format/qcow2") == "" || forbidden("jobs/stream", module+"/jobs/create") == "" ||

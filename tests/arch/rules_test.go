@@ -1,6 +1,7 @@
 package arch
 
-// Patterns are import paths below the module: "a" is a itself, "a/*" what is directly below it, "a/..." a and all below.
+// Patterns are import paths below the module: "a" is a itself, "a/*" what is directly below it,
+// "a/..." a and all below.
 
 // leaves import nothing of ours but what stands here: they are pure, or are what everybody imports.
 var leaves = map[string][]string{
@@ -21,7 +22,8 @@ var leaves = map[string][]string{
 // anyone but the leaves may import these.
 var anyone = []string{"schema/types", "schema/value", "events", "events/trace", "graph/blk", "events/panics"}
 
-// rule: what matches from may import what matches one of to. The first rule that matches from counts.
+// rule: what matches from may import what matches one of to. The first rule that matches from
+// counts.
 type rule struct {
 	from string
 	to   []string
@@ -84,7 +86,8 @@ var thirdParty = []struct {
 	code, tests []string
 }{
 	{"github.com/digitalocean/go-qemu/qapi-schema", []string{"cmd/qapigen"}, []string{"cmd/qapigen"}},
-	// Its client loses the error class, fails on numeric ids and has a data race: a peer to test with, no more.
+	// Its client loses the error class, fails on numeric ids and has a data race: a peer to test
+	// with, no more.
 	{"github.com/digitalocean/go-qemu/qmp", nil, []string{"tests/interop"}},
 	{"github.com/santhosh-tekuri/jsonschema/v5", []string{"schema/check"}, []string{"schema/check"}},
 	{"github.com/klauspost/compress", []string{"blockdev/format/qcow2"}, []string{"blockdev/format/qcow2"}},
@@ -96,26 +99,22 @@ var thirdParty = []struct {
 	{"github.com/vbauerster/mpb/v8", []string{"cmd/qblockctl"}, nil},
 	// A file system that answers late or never, to hang a node on.
 	{"github.com/hanwen/go-fuse/v2", nil, []string{"tests/interop"}},
-	// Looks for an order of concurrent commands that explains what came of them: a second opinion on short histories.
+	// Looks for an order of concurrent commands that explains what came of them: a second opinion
+	// on short histories.
 	{"github.com/anishathalye/porcupine", nil, []string{"tests/storm"}},
 	{"github.com/google/go-cmp", nil, []string{"..."}},
 	{"pgregory.net/rapid", nil, []string{"..."}},
 	{"go.uber.org/goleak", nil, []string{"..."}},
 }
 
-// notLinked are packages that the daemon must not contain: they cost time at start, or are for tests and tools.
+// notLinked are packages that the daemon must not contain: they cost time at start, or are for
+// tests and tools.
 var notLinked = []string{
 	"testing", "flag",
 	"github.com/santhosh-tekuri/jsonschema/v5", "github.com/digitalocean/go-qemu/qapi-schema",
 	"github.com/spf13/cobra", "github.com/peterh/liner", "github.com/vbauerster/mpb/v8", "qblockd/cmd/man",
 	"qblockd/schema/check", "qblockd/schema/model", "qblockd/blockdev/drivertest",
 }
-
-// maxLines is how long a file may be that no tool has written: about 600.
-const maxLines = 620
-
-// longFiles may be longer, up to the number here, for the reason beside it.
-var longFiles = map[string]int{}
 
 // maxInit is what one package of ours may cost at start, in milliseconds.
 const maxInit = 0.2
