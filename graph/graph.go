@@ -112,12 +112,20 @@ func (g *Graph) RootsAbove(nodes ...*Node) []*Root {
 	return d.gates
 }
 
-// Dependents are n and the nodes below it that may be closed with it, as the monitor does not own them.
+// Dependents are n and the nodes below it that may be closed with it: neither the monitor owns them,
+// nor all that leads there from n. It costs what it finds, however long the chain is.
 func (n *Node) Dependents() []*Node {
-	below := n.NodesBelow()
 	n.g.mu.RLock()
 	defer n.g.mu.RUnlock()
-	return append([]*Node{n}, slices.DeleteFunc(below[1:], func(x *Node) bool { return x.owned })...)
+	found := []*Node{n}
+	for i := 0; i < len(found); i++ {
+		for _, e := range found[i].kids.Load().all {
+			if k := e.Node(); !k.owned && !slices.Contains(found, k) {
+				found = append(found, k)
+			}
+		}
+	}
+	return found
 }
 
 // CreationSpan tells when the first and the last of the nodes, and of those below them, were made: a measure that only serves to compare.

@@ -3,6 +3,7 @@ package graph
 import (
 	"context"
 	"errors"
+	"slices"
 	"testing"
 	"time"
 
@@ -152,5 +153,39 @@ func TestHoldAtTheEnd(t *testing.T) {
 	h.Release()
 	if err := g.Close(context.Background()); err != nil {
 		t.Error(err)
+	}
+}
+
+// Dependents stop at nodes that the monitor owns: neither they nor what lies below them is closed.
+func TestDependents(t *testing.T) {
+	g := newTestGraph(t)
+	drv := func(n *Node) Driver { return &overDriver{n: n} }
+	disown := func(n *Node) *Node {
+		g.mu.Lock()
+		defer g.mu.Unlock()
+		g.setOwnedLocked(n, false)
+		return n
+	}
+	image := func(name string, kids ...child) *Node {
+		file := addMem(t, g, name+"-file")
+		n := add(t, g, Options{Name: name}, drv, append(kids, child{"file", perm.Data | perm.Primary, file})...)
+		disown(file)
+		return n
+	}
+	base := image("base")
+	middle := disown(image("middle", child{"backing", perm.COW, base}))
+	top := image("top", child{"backing", perm.COW, middle})
+	var names []string
+	for _, n := range top.Dependents() {
+		names = append(names, n.Name())
+	}
+	slices.Sort(names)
+	if want := []string{"middle", "middle-file", "top", "top-file"}; !slices.Equal(names, want) {
+		t.Errorf("closed with top: %v, want %v", names, want)
+	}
+	for _, n := range []*Node{middle, top.File().Node(), middle.File().Node(), base.File().Node()} {
+		g.mu.Lock()
+		g.setOwnedLocked(n, true)
+		g.mu.Unlock()
 	}
 }
