@@ -16,7 +16,7 @@ import (
 
 // Driver is an open filter.
 type Driver struct {
-	node          *graph.Node
+	graph.Passthrough
 	limits        blk.Limits
 	take, unshare perm.Perm
 	rules         rules
@@ -24,7 +24,7 @@ type Driver struct {
 
 // open opens the filter. It blocks as long as reading the file with rules takes.
 func open(o *driver.Opening, u *types.BlockdevOptionsBlkdebug) (graph.Driver, error) {
-	d := &Driver{node: o.Node, take: perms(u.TakeChildPerms), unshare: perms(u.UnshareChildPerms)}
+	d := &Driver{Passthrough: graph.Passthrough{Node: o.Node}, take: perms(u.TakeChildPerms), unshare: perms(u.UnshareChildPerms)}
 	inject, set := u.InjectError, u.SetState
 	if u.Config != nil {
 		i, s, err := readConfig(*u.Config)
@@ -48,7 +48,7 @@ func (d *Driver) setLimits(u *types.BlockdevOptionsBlkdebug) error {
 			return bad("align", l.RequestAlign)
 		}
 	}
-	align := max(l.RequestAlign, d.node.FilteredChild().Caps().Limits.RequestAlign, 1)
+	align := max(l.RequestAlign, d.Below().Caps().Limits.RequestAlign, 1)
 	for _, x := range []struct {
 		name   string
 		from   *int32
@@ -121,8 +121,6 @@ func (d *Driver) Resume(tag string) bool { return d.rules.resume(tag) }
 // Unbreak removes breakpoints of that name, and lets all requests go on that wait under it.
 func (d *Driver) Unbreak(tag string) { d.rules.unbreak(tag) }
 
-func (d *Driver) image() *graph.Edge { return d.node.FilteredChild() }
-
 // Caps implements graph.Driver. No request passes the rules unseen.
 func (d *Driver) Caps() graph.Caps {
 	return graph.Caps{
@@ -132,26 +130,12 @@ func (d *Driver) Caps() graph.Caps {
 	}
 }
 
-// Size is 0 once the filter was taken out of the graph and waits to be closed.
-func (d *Driver) Size() int64 {
-	if c := d.image(); c != nil {
-		return c.Size()
-	}
-	return 0
-}
-
-// ImageInfo implements graph.Informer.
-func (d *Driver) ImageInfo(info *types.ImageInfo) { d.image().ShowImage(info) }
-
-// Close implements graph.Driver.
-func (d *Driver) Close() error { return nil }
-
 // ReadAt implements graph.Driver.
 func (d *Driver) ReadAt(r *blk.Req, v blk.Vec, off int64, f blk.Flags) error {
 	if err := d.fail(r, kindRead, off, v.Len()); err != nil {
 		return err
 	}
-	return d.image().ReadAt(r, v, off, f)
+	return d.Below().ReadAt(r, v, off, f)
 }
 
 // WriteAt implements graph.Writer.
@@ -159,7 +143,7 @@ func (d *Driver) WriteAt(r *blk.Req, v blk.Vec, off int64, f blk.Flags) error {
 	if err := d.fail(r, kindWrite, off, v.Len()); err != nil {
 		return err
 	}
-	return d.image().WriteAt(r, v, off, f)
+	return d.Below().WriteAt(r, v, off, f)
 }
 
 // Zero implements graph.Zeroer.
@@ -167,7 +151,7 @@ func (d *Driver) Zero(r *blk.Req, off, n int64, f blk.Flags) error {
 	if err := d.fail(r, kindZero, off, n); err != nil {
 		return err
 	}
-	return d.image().Zero(r, off, n, f)
+	return d.Below().Zero(r, off, n, f)
 }
 
 // Discard implements graph.Discarder.
@@ -175,7 +159,7 @@ func (d *Driver) Discard(r *blk.Req, off, n int64) error {
 	if err := d.fail(r, kindDiscard, off, n); err != nil {
 		return err
 	}
-	return d.image().Discard(r, off, n)
+	return d.Below().Discard(r, off, n)
 }
 
 // Flush implements graph.Flusher.
@@ -183,7 +167,7 @@ func (d *Driver) Flush(r *blk.Req) error {
 	if err := d.fail(r, kindFlush, 0, 0); err != nil {
 		return err
 	}
-	return d.image().Flush(r)
+	return d.Below().Flush(r)
 }
 
 // Status implements graph.Statuser.
@@ -191,17 +175,17 @@ func (d *Driver) Status(r *blk.Req, off, n int64) (blk.Extent, error) {
 	if err := d.fail(r, kindStatus, off, n); err != nil {
 		return blk.Extent{}, err
 	}
-	return blk.Extent{N: n, Raw: true, OffValid: true, MapOff: off, In: d.image()}, nil
+	return d.Passthrough.Status(r, off, n)
 }
 
 // Resize implements graph.Resizer.
 func (d *Driver) Resize(ctx context.Context, size int64, m blk.Prealloc) error {
-	return d.image().Resize(ctx, size, false, m)
+	return d.Below().Resize(ctx, size, false, m)
 }
 
 // EdgeClaim implements graph.Permer.
 func (d *Driver) EdgeClaim(_ string, role perm.Role, up perm.Claim, readOnly bool) perm.Claim {
-	c := perm.Default(role, up, !readOnly, false)
+	c := d.Passthrough.EdgeClaim("", role, up, readOnly)
 	c.Need |= d.take
 	c.Share &^= d.unshare
 	return c

@@ -26,12 +26,9 @@ import (
 	"syscall"
 	"time"
 
-	"qblockd/events/panics"
 	"qblockd/graph"
 	"qblockd/graph/bitmap"
 	"qblockd/graph/blk"
-	"qblockd/graph/perm"
-	"qblockd/schema/types"
 )
 
 // DriverName is how the filter shows itself.
@@ -83,26 +80,6 @@ type State struct {
 type running struct {
 	off, n int64
 	over   chan struct{}
-}
-
-// Driver is the filter.
-type Driver struct{ State }
-
-// New makes the filter of a hidden node whose children will be named "file" and "target". size and cluster are in bytes; with compressed, copies
-// are written compressed. Nothing is to do yet.
-func New(node *graph.Node, size, cluster int64, compressed bool) *Driver {
-	d := &Driver{State{
-		node: node, cluster: cluster, compressed: compressed,
-		pending: bitmap.New(size, cluster), done: bitmap.New(size, cluster), access: bitmap.New(size, cluster),
-		copies: map[*running]struct{}{}, reading: map[*running]struct{}{},
-	}}
-	for _, b := range []*bitmap.Bitmap{d.done, d.access} {
-		// Clients see them, without a name.
-		if _, err := node.NewDirtyBitmap(graph.DirtyBitmapSpec{Bits: b, Disabled: true}); err != nil {
-			panic("copybeforewrite: " + err.Error())
-		}
-	}
-	return d
 }
 
 // ClusterSize is the unit of copies to target, in bytes: at least 64 KiB, and no less than what the target allocates.
@@ -406,134 +383,3 @@ func (s *State) wholeClusters(x blk.Extent, off, end int64) blk.Extent {
 	}
 	return blk.Extent{N: min(blk.AlignUp(off+x.N, s.cluster), end) - off, Data: true}
 }
-
-// Caps implements graph.Driver. Nothing passes the filter unseen.
-func (d *Driver) Caps() graph.Caps {
-	return graph.Caps{
-		WriteFlags: blk.FUA | blk.WriteUnchanged,
-		ZeroFlags:  blk.FUA | blk.WriteUnchanged | blk.MayUnmap | blk.NoFallback,
-	}
-}
-
-// Size is 0 once the filter was taken out of the graph and waits to be closed.
-func (d *Driver) Size() int64 {
-	if c := d.source(); c != nil {
-		return c.Size()
-	}
-	return 0
-}
-
-// Close implements graph.Driver.
-func (d *Driver) Close() error {
-	if d.listed != nil {
-		d.listed.Remove()
-	}
-	if d.readersOver != nil {
-		d.readersOver()
-	}
-	return nil
-}
-
-// ReadAt implements graph.Driver.
-func (d *Driver) ReadAt(r *blk.Req, v blk.Vec, off int64, f blk.Flags) error {
-	d.passing(r)
-	return d.source().ReadAt(r, v, off, f)
-}
-
-// before does what must be done before a guest changes [off, off+n).
-func (d *Driver) before(r *blk.Req, off, n int64) error {
-	d.passing(r)
-	if d.broken.Load() {
-		return nil
-	}
-	err := d.copyInTime(r, off, n)
-	var failed *graph.CopyError
-	if d.breakSnapshot && errors.As(err, &failed) {
-		d.broken.Store(true)
-		return nil
-	}
-	return err
-}
-
-// copyInTime is Copy that is given up when the time is over: it then goes on by itself, as what is in the kernel cannot be called back.
-func (d *Driver) copyInTime(r *blk.Req, off, n int64) error {
-	if d.timeout == 0 || r.NoWait {
-		return d.Copy(r, off, n)
-	}
-	q, end := graph.Beside(r)
-	if q == nil {
-		return d.Copy(r, off, n) // a drain waits for this request and will wait for no other one
-	}
-	done := make(chan error, 1)
-	panics.Go("a copy before a write", func() {
-		defer end()
-		done <- d.Copy(q, off, n)
-	}, func(err error) { done <- err })
-	t := time.NewTimer(d.timeout)
-	defer t.Stop()
-	select {
-	case err := <-done:
-		return err
-	case <-t.C:
-		return &graph.CopyError{Write: true, Err: syscall.ETIMEDOUT}
-	}
-}
-
-// WriteAt implements graph.Writer.
-func (d *Driver) WriteAt(r *blk.Req, v blk.Vec, off int64, f blk.Flags) error {
-	if f&blk.WriteUnchanged == 0 {
-		if err := d.before(r, off, v.Len()); err != nil {
-			return err
-		}
-	}
-	return d.source().WriteAt(r, v, off, f)
-}
-
-// Zero implements graph.Zeroer.
-func (d *Driver) Zero(r *blk.Req, off, n int64, f blk.Flags) error {
-	if err := d.before(r, off, n); err != nil {
-		return err
-	}
-	return d.source().Zero(r, off, n, f)
-}
-
-// Flush implements graph.Flusher: guests' flushes do not wait for the target, nor fail with it. Who wants the copy on stable storage flushes the target.
-func (d *Driver) Flush(r *blk.Req) error {
-	if s := d.source(); s != nil {
-		return s.Flush(r)
-	}
-	return nil // out of the graph already
-}
-
-// Discard implements graph.Discarder.
-func (d *Driver) Discard(r *blk.Req, off, n int64) error {
-	if err := d.before(r, off, n); err != nil {
-		return err
-	}
-	return d.source().Discard(r, off, n)
-}
-
-// Status implements graph.Statuser.
-func (d *Driver) Status(r *blk.Req, off, n int64) (blk.Extent, error) {
-	return blk.Extent{N: n, Raw: true, OffValid: true, MapOff: off, In: d.source()}, nil
-}
-
-// Resize implements graph.Resizer: the size stays while there is a point in time to keep.
-func (d *Driver) Resize(context.Context, int64, blk.Prealloc) error { return blk.ErrNotSupported }
-
-// EdgeClaim implements graph.Permer. The target is written to, and others may write to it, too (the guests' disk may be in its chain), but not
-// change its size. The source must hold still but for what comes through the filter.
-func (d *Driver) EdgeClaim(child string, role perm.Role, up perm.Claim, readOnly bool) perm.Claim {
-	if child == "target" {
-		return perm.Claim{Need: perm.Write, Share: perm.All &^ perm.Resize}
-	}
-	c := perm.Default(role, up, !readOnly, false)
-	if c.Need&perm.Write != 0 {
-		c.Need |= perm.ConsistentRead
-	}
-	c.Share &^= perm.Write | perm.Resize
-	return c
-}
-
-// ImageInfo implements graph.Informer: clusters and the dirty flag are those of the source.
-func (d *Driver) ImageInfo(info *types.ImageInfo) { d.source().ShowImage(info) }
