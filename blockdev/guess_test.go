@@ -70,7 +70,7 @@ func guessed(t *testing.T, m *Manager, name string) *graph.Root {
 
 func openGuessed(t *testing.T, m *Manager, name string) *graph.Root {
 	t.Helper()
-	x, err := m.OpenImage(context.Background(), OpenImage{Filename: name, Name: "g", Like: &graph.Options{}})
+	x, err := m.OpenImage(context.Background(), OpenImage{Filename: name, Name: "g", Mode: new(types.NewImageModeExisting)})
 	if err != nil {
 		t.Fatal(err)
 	}

@@ -11,12 +11,9 @@ import (
 	"qblockd/schema/types"
 )
 
-// NewImage describes an image that a command makes by the way.
-type NewImage = driver.Image
-
 // createImage makes an image in a file, which is made or overwritten, or on a device. It blocks as long as the storage
 // does. A file that it has made does not stay after an error.
-func (m *Manager) createImage(ctx context.Context, c *creation, filename, format string, i *NewImage) (err error) {
+func (m *Manager) createImage(ctx context.Context, c *creation, filename, format string, i *driver.Image) (err error) {
 	d := m.drivers[types.BlockdevDriver(format)]
 	if d == nil {
 		return fmt.Errorf("Unknown file format '%s'", format)
@@ -98,45 +95,70 @@ type Opened struct {
 	made *creation // what keeps the file from others until it is published; nil: it was not made
 }
 
-// OpenImage describes an image to be opened by its file name.
+// OpenImage describes an image that is opened by its file name, or made.
 type OpenImage struct {
 	Filename string
-	Format   string // name of a driver; "": guessed
-	Name     string // of the node; "": generated
+	Mode     *types.NewImageMode // nil: it is made
+	Format   *string             // name of a driver; nil: that of For, or for an image that exists as guessed
+	Name     string              // of the node; "": generated
 	ReadOnly bool
-	Backing  bool      // with the backing file that its header names; else without any
-	New      *NewImage // the image is to be made; nil: it exists
-	// Like gives how it caches; Unmap: discards, and writes of zeroes, make holes.
-	Like  *graph.Options
+	// For is the node that the image is to be an overlay or a copy of: it caches alike, and a new one is as long. Nil: an image
+	// that exists caches as by default.
+	For *graph.Node
+	// Below is what a new image names as its backing file, by what View shows; nil: nothing.
+	Below *graph.Node
+	View  graph.View
+	// Backing: it is opened with the backing file that its header names; else without any.
+	Backing bool
+	// Unmap: discards, and writes of zeroes, make holes.
 	Unmap bool
 }
 
 // OpenImage opens the image in a file by its name, and makes it first if it is new. It blocks as long as the storage does.
 func (m *Manager) OpenImage(ctx context.Context, i OpenImage) (*Opened, error) {
-	if i.New == nil {
+	if i.Mode != nil && *i.Mode == types.NewImageModeExisting {
 		return m.openImage(ctx, i)
 	}
+	made := driver.Image{Size: i.For.Size()}
+	if i.Below != nil {
+		var err error
+		if made.Backing, made.BackingFormat, err = m.HeaderName(i.View, i.Below); err != nil {
+			return nil, err
+		}
+	}
+	if i.Format == nil {
+		i.Format = new(i.For.DriverName())
+	}
+	return m.makeImage(ctx, i, &made)
+}
+
+func (m *Manager) makeImage(ctx context.Context, i OpenImage, made *driver.Image) (*Opened, error) {
 	c := m.beginCreation()
-	if err := m.createImage(ctx, c, i.Filename, i.Format, i.New); err != nil {
-		c.end()
-		return nil, err
+	err := m.createImage(ctx, c, i.Filename, *i.Format, made)
+	if err == nil {
+		var x *Opened
+		if x, err = m.openImage(ctx, i); err == nil {
+			x.made = c
+			return x, nil
+		}
 	}
-	x, err := m.openImage(ctx, i)
-	if err != nil {
-		c.end()
-		return nil, err
-	}
-	x.made = c
-	return x, nil
+	c.end()
+	return nil, err
 }
 
 func (m *Manager) openImage(ctx context.Context, i OpenImage) (*Opened, error) {
-	opts, fileRef, err := m.namedOptions(ctx, i.Filename, i.Format, false)
+	format := "" // guessed
+	set(&format, i.Format)
+	opts, fileRef, err := m.namedOptions(ctx, i.Filename, format, false)
 	if err != nil {
 		return nil, err
 	}
 	discard, zeroes := types.BlockdevDiscardOptionsIgnore, types.BlockdevDetectZeroesOptionsOff
-	if i.Like.Discard || i.Unmap {
+	like := &graph.Options{}
+	if i.For != nil {
+		like = i.For.Options()
+	}
+	if like.Discard || i.Unmap {
 		discard = types.BlockdevDiscardOptionsUnmap
 	}
 	if i.Unmap {
@@ -144,7 +166,7 @@ func (m *Manager) openImage(ctx context.Context, i OpenImage) (*Opened, error) {
 	}
 	generic := types.BlockdevOptions{
 		ReadOnly: &i.ReadOnly, Discard: &discard, DetectZeroes: &zeroes,
-		Cache: &types.BlockdevCacheOptions{Direct: &i.Like.Direct, NoFlush: &i.Like.NoFlush},
+		Cache: &types.BlockdevCacheOptions{Direct: &like.Direct, NoFlush: &like.NoFlush},
 	}
 	if i.Name != "" {
 		generic.NodeName = &i.Name

@@ -249,7 +249,7 @@ func TestImageGivesHints(t *testing.T) {
 	}
 	// A user's own names are taken as they are.
 	m := newManager(t, Config{})
-	_, err := m.OpenImage(context.Background(), OpenImage{Filename: `json:{"driver": "qcow2", "l2-cache-entry-size": 3, "file.filename": "` + dir + `/base"}`, Like: &graph.Options{}})
+	_, err := m.OpenImage(context.Background(), OpenImage{Filename: `json:{"driver": "qcow2", "l2-cache-entry-size": 3, "file.filename": "` + dir + `/base"}`, Mode: new(types.NewImageModeExisting)})
 	if err == nil {
 		t.Error("an option of a user does not count")
 	}
@@ -287,7 +287,7 @@ func TestImageNamesFormats(t *testing.T) {
 	// The same where a client says so.
 	for _, f := range formats {
 		m := newManager(t, Config{})
-		o, err := m.OpenImage(context.Background(), OpenImage{Filename: dir + "/base", Format: f, Like: &graph.Options{}})
+		o, err := m.OpenImage(context.Background(), OpenImage{Filename: dir + "/base", Format: &f, Mode: new(types.NewImageModeExisting)})
 		if err == nil {
 			o.Discard()
 		} else if f == "qcow2" || f == "raw" || f == "file" {

@@ -15,10 +15,9 @@ import (
 	"qblockd/schema/types"
 )
 
-func newImage(m *Manager, name, backing string, size int64) (*Opened, error) {
-	return m.OpenImage(context.Background(), OpenImage{
-		Filename: name, Format: "qcow2", Like: &graph.Options{}, New: &NewImage{Size: size, Backing: backing, BackingFormat: "qcow2"},
-	})
+func makeImage(m *Manager, name, backing string, size int64) (*Opened, error) {
+	return m.makeImage(context.Background(), OpenImage{Filename: name, Format: new("qcow2")},
+		&driver.Image{Size: size, Backing: backing, BackingFormat: "qcow2"})
 }
 
 // What cannot be made is refused before anything is touched; what a command began to make and cannot goes, and nothing else does.
@@ -47,7 +46,7 @@ func TestNewImageErrors(t *testing.T) {
 				writeFile(t, path, keep)
 			}
 			m := newManager(t, Config{})
-			x, err := newImage(m, strings.ReplaceAll(c.name, "FILE", path), strings.ReplaceAll(c.backing, "FILE", path), c.size)
+			x, err := makeImage(m, strings.ReplaceAll(c.name, "FILE", path), strings.ReplaceAll(c.backing, "FILE", path), c.size)
 			if err == nil {
 				x.Discard()
 			}
@@ -86,7 +85,7 @@ func TestNewImagesAtOnePath(t *testing.T) {
 				if i%3 == 0 {
 					size++ // fails after the file was made
 				}
-				x, err := newImage(m, path, fmt.Sprintf("%s/base%d", dir, i), size)
+				x, err := makeImage(m, path, fmt.Sprintf("%s/base%d", dir, i), size)
 				if opened[i] = x; err != nil {
 					opened[i] = nil
 				}
@@ -106,7 +105,7 @@ func TestNewImagesAtOnePath(t *testing.T) {
 				t.Errorf("round %d: the image of client %d is not there: %v", round, i, err)
 			}
 			// While it is not published yet, nobody can make one there.
-			if _, err := newImage(m, path, "", 1<<20); err == nil {
+			if _, err := makeImage(m, path, "", 1<<20); err == nil {
 				t.Error("an image was made over one that is being opened")
 			}
 			x.Discard()
@@ -115,7 +114,7 @@ func TestNewImagesAtOnePath(t *testing.T) {
 			t.Errorf("round %d: %d images in one file", round, winners)
 		}
 	}
-	if x, err := newImage(m, path, "", 1<<20); err != nil {
+	if x, err := makeImage(m, path, "", 1<<20); err != nil {
 		t.Errorf("afterwards: %v", err)
 	} else {
 		x.Discard()

@@ -86,15 +86,8 @@ func (s *Snapshot) makeOverlay(ctx context.Context, sketch *graph.Tx) error {
 	}
 	format := string(types.BlockdevDriverQcow2)
 	set(&format, a.Format)
-	var made *NewImage
-	if a.Mode == nil || *a.Mode != types.NewImageModeExisting {
-		made = &NewImage{Size: s.old.Size()}
-		if made.Backing, made.BackingFormat, err = s.m.HeaderName(sketch.View, s.old); err != nil {
-			return err
-		}
-	}
 	s.opened, err = s.m.OpenImage(ctx, OpenImage{
-		New: made, Filename: a.SnapshotFile, Format: format, Name: name, ReadOnly: s.old.ReadOnly(), Like: s.old.Options(),
+		Filename: a.SnapshotFile, Mode: a.Mode, Format: &format, Name: name, ReadOnly: s.old.ReadOnly(), For: s.old, Below: s.old, View: sketch.View,
 	})
 	return err
 }

@@ -13,6 +13,7 @@ import (
 	"testing"
 	"time"
 
+	"qblockd/blockdev"
 	"qblockd/blockdev/drivertest"
 	"qblockd/events"
 	"qblockd/graph"
@@ -112,19 +113,28 @@ func (w *world) look() string {
 	return s
 }
 
-func (w *world) args() backup.Args {
-	return backup.Args{ID: "j", Source: w.source, Target: w.target, Sync: types.MirrorSyncModeFull, ManualDismiss: true,
-		OnSourceError: types.BlockdevOnErrorReport, OnTargetError: types.BlockdevOnErrorReport}
+func (w *world) args() types.BlockdevBackup {
+	return types.BlockdevBackup{
+		JobID: new("j"), Device: w.source.Name(), Target: w.target.Name(), Sync: types.MirrorSyncModeFull, AutoDismiss: new(false), XPerf: &types.BackupPerf{},
+	}
 }
 
-func (w *world) start(a backup.Args) *jobs.Job {
+func (w *world) step(a types.BlockdevBackup) *backup.Step {
+	return backup.FromArgs(blockdev.New(w.g, blockdev.Config{}), w.m, &a)
+}
+
+func (w *world) start(a types.BlockdevBackup) *jobs.Job {
 	w.t.Helper()
-	s := backup.NewStep(w.m, a)
+	return w.run(w.step(a))
+}
+
+func (w *world) run(s *backup.Step) *jobs.Job {
+	w.t.Helper()
 	if err := transaction.Run(context.Background(), w.g, s); err != nil {
 		w.t.Fatal(err)
 	}
 	s.Release()
-	return w.m.Get(a.ID)
+	return w.m.Get("j")
 }
 
 // end waits for the job and requires that nothing of it is left.
@@ -187,7 +197,7 @@ func (w *world) scribble(stop <-chan struct{}) (wg *sync.WaitGroup, first chan s
 func TestPointInTime(t *testing.T) {
 	for i := range 20 {
 		w := newWorld(t)
-		s := backup.NewStep(w.m, w.args())
+		s := w.step(w.args())
 		if err := transaction.Run(context.Background(), w.g, s); err != nil {
 			t.Fatal(err)
 		}
@@ -208,7 +218,8 @@ func TestPointInTime(t *testing.T) {
 	}
 }
 
-// Copies fail now and then while guests write: a guest's write may fail, but none goes through before what it overwrites is safe.
+// Copies fail now and then while guests write: a guest's write may fail, but none goes through
+// before what it overwrites is safe.
 func TestFailingCopiesUnderLoad(t *testing.T) {
 	for range 10 {
 		w := newWorld(t)
@@ -217,8 +228,8 @@ func TestFailingCopiesUnderLoad(t *testing.T) {
 			w.toF.Inject(drivertest.Rule{Ops: drivertest.OpModify, Skip: 3 * i % 7, Count: 1})
 		}
 		a := w.args()
-		a.OnTargetError = types.BlockdevOnErrorIgnore // that is: again
-		s := backup.NewStep(w.m, a)
+		a.OnTargetError = new(types.BlockdevOnErrorIgnore) // that is: again
+		s := w.step(a)
 		if err := transaction.Run(context.Background(), w.g, s); err != nil {
 			t.Fatal(err)
 		}
@@ -252,7 +263,8 @@ func TestFailingCopiesUnderLoad(t *testing.T) {
 	}
 }
 
-// Two disks are cut at the same point: a guest that writes the next number to one after the other is found between two numbers.
+// Two disks are cut at the same point: a guest that writes the next number to one after the other
+// is found between two numbers.
 func TestConsistentCut(t *testing.T) {
 	for range 20 {
 		a, b := newWorld(t), (*world)(nil)
@@ -284,8 +296,8 @@ func TestConsistentCut(t *testing.T) {
 		})
 		<-running
 		argsA, argsB := a.args(), b.args()
-		argsB.ID = "k"
-		sa, sb := backup.NewStep(a.m, argsA), backup.NewStep(a.m, argsB)
+		argsB.JobID = new("k")
+		sa, sb := a.step(argsA), a.step(argsB)
 		if err := transaction.Run(context.Background(), a.g, sa, sb); err != nil {
 			t.Fatal(err)
 		}
@@ -315,14 +327,19 @@ func TestClosedTargetIsFlushed(t *testing.T) {
 		w := newWorld(t)
 		w.toF.Inject(drivertest.Rule{Ops: drivertest.OpFlush})
 		a := w.args()
-		a.ClosesTarget, a.OnTargetError = c.closes, c.policy
-		if err := w.end(w.start(a)); !errors.Is(err, c.err) {
+		a.OnTargetError = &c.policy
+		s := w.step(a)
+		if c.closes {
+			s.ClosesTarget()
+		}
+		if err := w.end(w.run(s)); !errors.Is(err, c.err) {
 			t.Errorf("closes %v, policy %s: outcome: %v", c.closes, c.policy, err)
 		}
 	}
 }
 
-// However the job ends, nothing of it is left, the guest's data are untouched, and the bitmap holds what the next backup needs.
+// However the job ends, nothing of it is left, the guest's data are untouched, and the bitmap holds
+// what the next backup needs.
 func TestEnds(t *testing.T) {
 	dirty := func(w *world) int64 { return w.source.DirtyBitmap("b").Bits().Count() }
 	for _, c := range []struct {
@@ -357,8 +374,8 @@ func TestEnds(t *testing.T) {
 			b.Bits().Set(8*cluster, 4*cluster)
 			w.shape = w.look()
 			a := w.args()
-			a.Sync, a.Bitmap, a.BitmapMode = types.MirrorSyncModeBitmap, b, c.mode
-			s := backup.NewStep(w.m, a)
+			a.Sync, a.Bitmap, a.BitmapMode = types.MirrorSyncModeBitmap, new(b.Name()), &c.mode
+			s := w.step(a)
 			if err := transaction.Run(context.Background(), w.g, s); err != nil {
 				t.Fatal(err)
 			}
@@ -413,7 +430,7 @@ func TestFaults(t *testing.T) {
 				f := side(w)
 				f.FailAt(i, syscall.EIO)
 				a := w.args()
-				a.OnSourceError, a.OnTargetError = policy, policy
+				a.OnSourceError, a.OnTargetError = &policy, &policy
 				j := w.start(a)
 				if policy == types.BlockdevOnErrorStop {
 					w.resume(j)
@@ -442,10 +459,11 @@ type canceller struct {
 
 func (c canceller) Commit() { _ = c.m.Get("j").Cancel(true) }
 
-// A job that is cancelled before it has started ends while its command is still at it, and does not wait for that.
+// A job that is cancelled before it has started ends while its command is still at it, and does not
+// wait for that.
 func TestCancelledBeforeTheStart(t *testing.T) {
 	w := newWorld(t)
-	s := backup.NewStep(w.m, w.args())
+	s := w.step(w.args())
 	if err := transaction.Run(context.Background(), w.g, canceller{m: w.m}, s); err != nil {
 		t.Fatal(err)
 	}

@@ -71,8 +71,9 @@ func endings() []ending {
 	}
 }
 
-// However a backup ends, in each mode, a bit is clean only where the target holds what the source held, on stable storage; and where the mode says that
-// the backup does not count, the bitmap has what it had.
+// However a backup ends, in each mode, a bit is clean only where the target holds what the source
+// held, on stable storage; and where the mode says that the backup does not count, the bitmap has
+// what it had.
 func TestBitsOfUnsafeDataAreKept(t *testing.T) {
 	for _, mode := range []types.BitmapSyncMode{types.BitmapSyncModeNever, types.BitmapSyncModeOnSuccess, types.BitmapSyncModeAlways} {
 		for _, sync := range []types.MirrorSyncMode{types.MirrorSyncModeBitmap, types.MirrorSyncModeFull} {
@@ -105,9 +106,10 @@ func bitsAreKept(t *testing.T, mode types.BitmapSyncMode, sync types.MirrorSyncM
 	w.shape = w.look()
 	a := w.args()
 	one := int64(1)
-	a.Sync, a.Bitmap, a.BitmapMode, a.ManualFinalize, a.MaxWorkers, a.MaxChunk = sync, b, mode, e.manual, &one, cluster
+	a.Sync, a.Bitmap, a.BitmapMode, a.AutoFinalize = sync, new(b.Name()), &mode, new(!e.manual)
+	a.XPerf.MaxWorkers, a.XPerf.MaxChunk = &one, new(int64(cluster))
 	if e.ignore {
-		a.OnTargetError = types.BlockdevOnErrorIgnore
+		a.OnTargetError = new(types.BlockdevOnErrorIgnore)
 	}
 	if e.arm != nil {
 		e.arm(w)
@@ -147,9 +149,9 @@ func bitsAreKept(t *testing.T, mode types.BitmapSyncMode, sync types.MirrorSyncM
 }
 
 // begin is start without letting the job go.
-func (w *world) begin(a backup.Args) *backup.Step {
+func (w *world) begin(a types.BlockdevBackup) *backup.Step {
 	w.t.Helper()
-	s := backup.NewStep(w.m, a)
+	s := w.step(a)
 	if err := transaction.Run(context.Background(), w.g, s); err != nil {
 		w.t.Fatal(err)
 	}
@@ -166,7 +168,8 @@ func (w *world) until(s types.JobStatus) {
 	}
 }
 
-// As many extents are copied at the same time as max-workers says, and each is as long as max-chunk lets it be.
+// As many extents are copied at the same time as max-workers says, and each is as long as max-chunk
+// lets it be.
 func TestWorkersAndChunks(t *testing.T) {
 	for _, n := range []int64{1, 5, 30} {
 		w := newWorld(t)
@@ -195,7 +198,7 @@ func TestWorkersAndChunks(t *testing.T) {
 			mu.Unlock()
 		})
 		a := w.args()
-		a.MaxWorkers, a.MaxChunk, a.Buffered = &n, 2*cluster+5, true
+		a.XPerf = &types.BackupPerf{MaxWorkers: &n, MaxChunk: new(int64(2*cluster + 5)), UseCopyRange: new(false)}
 		if err := w.end(w.start(a)); err != nil || most != n || !bytes.Equal(w.to.Bytes(), w.want) {
 			t.Errorf("%v; %d extents at the same time instead of %d", err, most, n)
 		}

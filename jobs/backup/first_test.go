@@ -20,8 +20,8 @@ type held struct{ *backup.Step }
 
 func (held) Clean() {}
 
-// Guests have copied all there is, or are about to, when the job looks for the first time. It waits for them, tells what they have copied, and its bitmap
-// forgets only what is on stable storage.
+// Guests have copied all there is, or are about to, when the job looks for the first time. It waits
+// for them, tells what they have copied, and its bitmap forgets only what is on stable storage.
 func TestGuestsComeBeforeTheJob(t *testing.T) {
 	for _, c := range []struct {
 		name string
@@ -50,8 +50,9 @@ func guestFirst(t *testing.T, rule drivertest.Rule, busy bool, want error) {
 	b.Bits().SetAll()
 	w.shape = w.look()
 	a := w.args()
-	a.Buffered, a.Sync, a.Bitmap, a.BitmapMode = true, types.MirrorSyncModeBitmap, b, types.BitmapSyncModeAlways
-	s := backup.NewStep(w.m, a)
+	a.XPerf.UseCopyRange = new(false)
+	a.Sync, a.Bitmap, a.BitmapMode = types.MirrorSyncModeBitmap, new("b"), new(types.BitmapSyncModeAlways)
+	s := w.step(a)
 	if err := transaction.Run(context.Background(), w.g, held{s}); err != nil {
 		t.Fatal(err)
 	}

@@ -23,7 +23,8 @@ func (o *overlay) ReadAt(r *blk.Req, v blk.Vec, off int64, _ blk.Flags) error {
 	return o.node.Backing().ReadAt(r, v, off, 0)
 }
 
-// TestReadersOfTarget: who reads the point in time through a target above the source is waited for by the guest that is about to change it.
+// TestReadersOfTarget: who reads the point in time through a target above the source is waited for
+// by the guest that is about to change it.
 func TestReadersOfTarget(t *testing.T) {
 	w := newWorld(t)
 	target := drivertest.MustBuild(t, w.g, drivertest.Spec{
@@ -34,7 +35,7 @@ func TestReadersOfTarget(t *testing.T) {
 	})
 	reader := drivertest.AddRoot(t, w.g, target, drivertest.Reader)
 	a := w.args()
-	a.Target, a.Sync = target, types.MirrorSyncModeNone
+	a.Target, a.Sync = target.Name(), types.MirrorSyncModeNone
 	j := w.start(a)
 	begun, let := make(chan struct{}), make(chan struct{})
 	w.fromF.Hook(func(op drivertest.Op, _, _ int64) {

@@ -10,7 +10,6 @@ import (
 	"qblockd/graph"
 	"qblockd/graph/transaction"
 	"qblockd/jobs"
-	"qblockd/jobs/backup"
 	"qblockd/schema/types"
 )
 
@@ -33,7 +32,8 @@ func hugeWorld(t *testing.T, size int64) *world {
 // place is the i-th of 20 places in a disk.
 func place(size, i int64) int64 { return size / 20 * i / 512 * 512 }
 
-// A backup of a huge disk takes steps for what is in it, or in the bitmap, not for what could be, and little memory.
+// A backup of a huge disk takes steps for what is in it, or in the bitmap, not for what could be,
+// and little memory.
 func TestHugeDisks(t *testing.T) {
 	for _, size := range []int64{64 << 40, 1 << 61} {
 		for _, sync := range []types.MirrorSyncMode{types.MirrorSyncModeFull, types.MirrorSyncModeBitmap} {
@@ -59,9 +59,9 @@ func hugeBackup(t *testing.T, size int64, sync types.MirrorSyncMode, granularity
 	a := w.args()
 	a.Sync = sync
 	if sync == types.MirrorSyncModeBitmap {
-		a.Bitmap, a.BitmapMode = b, types.BitmapSyncModeOnSuccess
+		a.Bitmap, a.BitmapMode = new(b.Name()), new(types.BitmapSyncModeOnSuccess)
 	}
-	s := backup.NewStep(w.m, a)
+	s := w.step(a)
 	if err := transaction.Run(context.Background(), w.g, s); err != nil {
 		t.Fatal(err)
 	}

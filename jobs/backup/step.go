@@ -5,251 +5,265 @@ import (
 	"errors"
 	"fmt"
 	"math"
-	"slices"
 
-	"qblockd/blockdev/filter/copybeforewrite"
+	"qblockd/blockdev"
 	"qblockd/graph"
-	"qblockd/graph/blk"
 	"qblockd/graph/perm"
 	"qblockd/graph/transaction"
 	"qblockd/jobs"
+	"qblockd/jobs/blockjob"
 	"qblockd/schema/types"
 )
 
-// Step makes the job as a step of a transaction. Release lets it go on once its command is answered.
+// Step is blockdev-backup or drive-backup as a step of a transaction: it makes a job, which Release
+// lets go on once its command is answered.
 type Step struct {
-	transaction.Noop
-	m        *jobs.Manager
-	job      *job
-	prepared bool
-	started  bool
-	release  func()
+	m     *jobs.Manager
+	nodes blockjob.Nodes
+	txn   *jobs.Txn // nil: the job stands alone
+	args  types.BlockdevBackup
+	drive *types.DriveBackup // nil: blockdev-backup
+	// closes: the target's node goes with the job.
+	closes bool
+
+	job     *job             // nil until its nodes are found
+	opened  *blockdev.Opened // the target of drive-backup
+	below   *graph.Node      // that the target is to have as its backing file; nil: as its header says
+	sync    types.MirrorSyncMode
+	found   bool // the nodes, in the last attempt
+	done    bool
+	release func() // nil: it was not started
 }
 
-// NewStep makes the step.
-func NewStep(m *jobs.Manager, a Args) *Step {
-	return &Step{m: m, job: &job{Args: a, g: a.Source.Graph()}}
+var _ interface {
+	transaction.Action
+	transaction.Opener
+	transaction.Starter
+	transaction.Quiescer
+} = (*Step)(nil)
+
+// FromArgs makes the step of blockdev-backup.
+func FromArgs(nodes blockjob.Nodes, m *jobs.Manager, a *types.BlockdevBackup) *Step {
+	return &Step{m: m, nodes: nodes, args: *a}
 }
 
-// Nodes implements transaction.Action.
-func (s *Step) Nodes() []*graph.Node { return []*graph.Node{s.job.Source, s.job.Target} }
+// FromDriveArgs makes the step of drive-backup, whose target is a file.
+func FromDriveArgs(nodes blockjob.Nodes, m *jobs.Manager, a *types.DriveBackup) *Step {
+	return &Step{m: m, nodes: nodes, drive: a, closes: true, args: types.BlockdevBackup{
+		JobID: a.JobID, Device: a.Device, Sync: a.Sync, Speed: a.Speed, Bitmap: a.Bitmap, BitmapMode: a.BitmapMode,
+		Compress: a.Compress, OnSourceError: a.OnSourceError, OnTargetError: a.OnTargetError,
+		AutoFinalize: a.AutoFinalize, AutoDismiss: a.AutoDismiss, FilterNodeName: a.FilterNodeName, XPerf: a.XPerf,
+	}}
+}
 
-// Prepare implements transaction.Action.
-func (s *Step) Prepare(_ context.Context, tx *graph.Tx) (err error) {
-	j := s.job
-	if err := j.check(); err != nil {
-		return err
+// Join makes the job one of a transaction of jobs.
+func (s *Step) Join(t *jobs.Txn) { s.txn = t }
+
+// Open implements transaction.Opener: it makes and opens the file of drive-backup.
+func (s *Step) Open(ctx context.Context, sketch *graph.Tx) error {
+	a := s.drive
+	if s.sync = s.args.Sync; a == nil {
+		return nil
 	}
-	// What the graph does not allow is told before the job is announced.
-	if err := j.makeFilter(tx); err != nil {
-		return fmt.Errorf("Could not create node: %w", err)
-	}
-	refused := j.insert(tx)
-	if refused != nil && len(tx.Parents(j.filter)) > 0 {
-		return fmt.Errorf("Could not replace node: %w", refused)
-	}
-	if err := j.overlaid(tx); err != nil {
-		return err
-	}
-	if c := j.driver.Cluster(); j.MaxChunk > 0 && j.MaxChunk < c {
-		return fmt.Errorf("Required max-chunk (%d) is less than backup cluster size (%d)", j.MaxChunk, c)
-	}
-	j.mj, err = s.m.Create(jobs.Spec{
-		ID: j.ID, Type: types.JobTypeBackup, Runner: j, Block: true, Speed: j.Speed, Txn: j.Txn,
-		ManualFinalize: j.ManualFinalize, ManualDismiss: j.ManualDismiss,
-		Instant: j.Source.Instant() && j.Target.Instant(), Nodes: []*graph.Node{j.filter},
-	})
+	n, err := s.nodes.LookupIn(sketch, a.Device)
 	if err != nil {
 		return err
 	}
-	if refused != nil {
-		return refused // in QEMU, by the job as the filter's first parent
-	}
-	j.driver.OnCopied(j.mj.Count)
-	if err = j.attach(tx); err != nil {
+	if err := n.Blocked(graph.OpBackupSource); err != nil {
 		return err
 	}
-	s.prepared = true
-	// From here on: later steps of the transaction find them in use.
-	j.block = append(j.block, j.filter.BlockAll(errInUse, graph.OpDataplane), j.Target.BlockAll(errInUse, graph.OpDataplane))
-	return nil
-}
-
-// Start implements transaction.Starter. The job is paused as long as the nodes are quiet.
-func (s *Step) Start() {
-	s.job.mj.Hold()
-	s.release = s.m.Start(s.job.mj)
-	s.started = true
-}
-
-// Abort implements transaction.Action.
-func (s *Step) Abort() {
-	j := s.job
-	for _, f := range j.block {
-		f()
-	}
-	j.block = nil
-	if j.listed != nil {
-		j.listed.Remove()
-	}
-	if j.frozen {
-		j.Bitmap.Reclaim()
-		j.frozen = false
-	}
-	if j.driver != nil {
-		_ = j.driver.Close()
-	}
-	switch {
-	case j.mj == nil:
-	case s.prepared:
-		s.m.Abandon(j.mj)
-	default:
-		s.m.Discard(j.mj)
-	}
-}
-
-// Clean implements transaction.Action.
-func (s *Step) Clean() {
-	if s.started {
-		s.job.mj.Unhold()
-	}
-}
-
-// Settle is jobs.Job.Settle of a started job.
-func (s *Step) Settle() {
-	if s.started {
-		s.job.mj.Settle()
-	}
-}
-
-// Release lets a started job go on; see jobs.Manager.Start.
-func (s *Step) Release() {
-	if s.release != nil {
-		s.release()
-	}
-}
-
-// takesCompressed tells whether compressed writes come to a node that compresses: filters only pass them on.
-func takesCompressed(n *graph.Node) bool {
-	for n.Caps().WriteFlags&blk.Compressed != 0 {
-		below := n.FilteredChild()
-		if below == nil {
-			return true
+	i := blockdev.OpenImage{Filename: a.Target, Mode: a.Mode, Format: a.Format, For: n, View: sketch.View, Unmap: true}
+	// Below is what the target shows where the job copies nothing.
+	switch a.Sync {
+	case types.MirrorSyncModeTop:
+		if i.Below = sketch.BackingChainNext(n); i.Below == nil {
+			s.sync = types.MirrorSyncModeFull
 		}
-		n = below.Node()
+	case types.MirrorSyncModeNone:
+		i.Below, s.below = n, n
 	}
-	return false
+	i.Backing = s.below == nil
+	s.opened, err = s.nodes.OpenImage(ctx, i)
+	return err
+}
+
+// Nodes implements transaction.Action.
+func (s *Step) Nodes() []*graph.Node {
+	source := s.node(s.args.Device)
+	if s.drive != nil {
+		return source
+	}
+	return append(source, s.node(s.args.Target)...)
+}
+
+// Quiesces implements transaction.Quiescer.
+func (s *Step) Quiesces() []*graph.Node {
+	if !s.found {
+		return nil
+	}
+	return s.node(s.args.Device)
+}
+
+func (s *Step) node(name string) []*graph.Node {
+	n, err := s.nodes.Lookup(&name, &name)
+	if err != nil {
+		return nil
+	}
+	return []*graph.Node{n}
+}
+
+// Prepare implements transaction.Action.
+func (s *Step) Prepare(_ context.Context, tx *graph.Tx) error {
+	s.found = false
+	source, err := s.nodes.LookupIn(tx, s.args.Device)
+	if err != nil {
+		return err
+	}
+	target, err := s.target(tx)
+	if err != nil {
+		return err
+	}
+	s.found = true
+	s.job = &job{args: s.args, source: source, target: target, closesTarget: s.closes}
+	s.job.args.Sync, s.job.args.Target = s.sync, target.Name()
+	if err := s.job.findBitmap(); err != nil {
+		return err
+	}
+	return s.job.enter(tx, s.m, s.txn)
+}
+
+// target is the node that is copied to.
+func (s *Step) target(tx *graph.Tx) (*graph.Node, error) {
+	if s.drive == nil {
+		return s.nodes.LookupIn(tx, s.args.Target)
+	}
+	n := s.opened.Node()
+	if s.below != nil {
+		if !n.Caps().Backing {
+			return nil, fmt.Errorf("Driver '%s' of node '%s' does not support backing files", n.DriverName(), n.Name())
+		}
+		if _, err := tx.Attach(n, "backing", perm.COW, s.below); err != nil {
+			return nil, err
+		}
+	}
+	return n, s.opened.Publish(tx)
+}
+
+// findBitmap finds the bitmap and checks that the modes fit together, in QEMU's order.
+func (j *job) findBitmap() error {
+	a := &j.args
+	incremental := a.Sync == types.MirrorSyncModeIncremental
+	if (incremental || a.Sync == types.MirrorSyncModeBitmap) && a.Bitmap == nil {
+		return fmt.Errorf("must provide a valid bitmap name for '%s' sync mode", a.Sync)
+	}
+	if incremental {
+		success := types.BitmapSyncModeOnSuccess
+		if a.BitmapMode != nil && *a.BitmapMode != success {
+			return fmt.Errorf("Bitmap sync mode must be '%s' when using sync mode '%s'", success, a.Sync)
+		}
+		a.Sync, a.BitmapMode = types.MirrorSyncModeBitmap, &success
+	}
+	if a.Bitmap == nil {
+		if a.BitmapMode != nil {
+			return errors.New("Cannot specify bitmap sync mode without a bitmap")
+		}
+		return nil
+	}
+	if j.bitmap = j.source.DirtyBitmap(*a.Bitmap); j.bitmap == nil {
+		return fmt.Errorf("Bitmap '%s' could not be found", *a.Bitmap)
+	}
+	if a.BitmapMode == nil {
+		return errors.New("Bitmap sync mode must be given when providing a bitmap")
+	}
+	j.bitmapMode = *a.BitmapMode
+	if err := j.bitmap.Check(graph.BitmapRead); err != nil {
+		return err
+	}
+	if a.Sync == types.MirrorSyncModeNone {
+		return fmt.Errorf("sync mode '%s' does not produce meaningful bitmap outputs", a.Sync)
+	}
+	if j.bitmapMode == types.BitmapSyncModeNever && a.Sync != types.MirrorSyncModeBitmap {
+		return fmt.Errorf("Bitmap sync mode '%s' has no meaningful effect when combined with sync mode '%s'",
+			j.bitmapMode, a.Sync)
+	}
+	return nil
 }
 
 // check refuses what cannot be backed up, in QEMU's order.
 func (j *job) check() error {
 	switch {
-	case j.Source == j.Target:
+	case j.source == j.target:
 		return errors.New("Source and target cannot be the same")
-	case j.Compress && !takesCompressed(j.Target):
+	case blockjob.Or(j.args.Compress, false) && !takesCompressed(j.target):
 		return errors.New("Compression is not supported for this drive ") // where QEMU names a device
 	}
-	if err := j.Source.Blocked(graph.OpBackupSource); err != nil {
+	if err := j.source.Blocked(graph.OpBackupSource); err != nil {
 		return err
 	}
-	if err := j.Target.Blocked(graph.OpBackupTarget); err != nil {
+	if err := j.target.Blocked(graph.OpBackupTarget); err != nil {
 		return err
 	}
+	p := j.perf()
 	switch {
-	case j.MaxWorkers != nil && (*j.MaxWorkers < 1 || *j.MaxWorkers > math.MaxInt32):
+	case p.MaxWorkers != nil && (*p.MaxWorkers < 1 || *p.MaxWorkers > math.MaxInt32):
 		return fmt.Errorf("max-workers must be between 1 and %d", math.MaxInt32)
-	case j.MaxChunk < 0:
+	case blockjob.Or(p.MaxChunk, 0) < 0:
 		return errors.New("max-chunk must be zero (which means no limit) or positive")
-	case j.Bitmap != nil && j.BitmapMode != types.BitmapSyncModeNever:
-		if err := j.Bitmap.Check(graph.BitmapChange); err != nil {
+	case j.bitmap != nil && j.bitmapMode != types.BitmapSyncModeNever:
+		if err := j.bitmap.Check(graph.BitmapChange); err != nil {
 			return err
 		}
 	}
-	if rounded(j.Source.Size()) != rounded(j.Target.Size()) {
+	if sectors(j.source) != sectors(j.target) {
 		return errors.New("Source and target image have different sizes")
 	}
 	return nil
 }
 
-// overlaid refuses a target that an earlier step of the transaction has made the backing file of an
-// overlay, which is to find there what it held.
-func (j *job) overlaid(tx *graph.Tx) error {
-	before := j.Target.Parents()
-	for _, e := range tx.Parents(j.Target) {
-		if n := e.ParentNode(); n != nil && e.Role()&perm.COW != 0 && !slices.Contains(before, e) {
-			return graph.Busy(j.Target.Name(), fmt.Errorf("node is used as backing hd of '%s'", n.Name()))
-		}
+// Commit implements transaction.Action.
+func (s *Step) Commit() {
+	if s.done = true; s.opened != nil {
+		s.opened.Done()
 	}
-	return nil
 }
 
-func rounded(size int64) int64 { return blk.AlignUp(size, blk.SectorSize) }
-
-// makeFilter makes the filter above the target.
-func (j *job) makeFilter(tx *graph.Tx) error {
-	name, err := graph.GivenName(j.FilterNodeName)
-	if err != nil {
-		return err
-	}
-	source := j.Source.Options()
-	filter, err := tx.NewNode(&graph.Options{
-		Name: name, DriverName: copybeforewrite.DriverName, Kind: graph.Filter,
-		Implicit: name == "", Discard: true, Direct: source.Direct, NoFlush: source.NoFlush,
-	})
-	if err != nil {
-		return err
-	}
-	j.driver = copybeforewrite.New(filter, j.Source.Size(), copybeforewrite.ClusterSize(j.Target), j.Compress)
-	if j.Buffered {
-		j.driver.CopyThroughMemory()
-	}
-	filter.SetDriver(j.driver)
-	j.filter = filter
-	if _, err := tx.Attach(filter, "target", perm.Data, j.Target); err != nil {
-		return err
-	}
-	return tx.Try()
+// Start implements transaction.Starter. The job is paused as long as the nodes are quiet.
+func (s *Step) Start() {
+	s.job.site.Job.Hold()
+	s.release = s.m.Start(s.job.site.Job)
 }
 
-// insert puts the filter above the source.
-func (j *job) insert(tx *graph.Tx) error {
-	if _, err := tx.InsertFilter(j.filter, "file", j.Source); err != nil {
-		return err
+// Abort implements transaction.Action.
+func (s *Step) Abort() {
+	if s.job != nil {
+		s.job.abort(s.m)
 	}
-	j.driver.TrackReaders(j.Source, j.Target)
-	if err := tx.Publish(j.filter); err != nil {
-		return err
-	}
-	return tx.Try()
 }
 
-// attach takes what the job relies on, and fixes the point in time: the nodes are quiet.
-func (j *job) attach(tx *graph.Tx) (err error) {
-	spec := graph.RootSpec{
-		EdgeName: "main node", Kind: graph.KindJob, Name: j.mj.ID(), Desc: j.mj.Describe(), StayAtNode: true, Job: true,
-		Claim: perm.Claim{Share: perm.All},
+// Clean implements transaction.Action.
+func (s *Step) Clean() {
+	if s.release != nil {
+		s.job.site.Job.Unhold()
 	}
-	if j.root, err = tx.AttachRoot(spec, j.filter); err != nil {
-		return err
+	if s.done {
+		return
 	}
-	spec.EdgeName = "target"
-	if j.hold, err = tx.AttachRoot(spec, j.Target); err != nil {
-		return err
+	if s.opened != nil {
+		s.opened.Discard()
 	}
-	pending := j.driver.Pending()
-	if j.Bitmap != nil {
-		j.Bitmap.Freeze()
-		j.frozen = true
+	s.opened, s.job, s.below = nil, nil, nil
+}
+
+// Settle is jobs.Job.Settle of a job that was started.
+func (s *Step) Settle() {
+	if s.release != nil {
+		s.job.site.Job.Settle()
 	}
-	if j.listed, err = j.Source.NewDirtyBitmap(graph.DirtyBitmapSpec{Bits: pending, Disabled: true}); err != nil {
-		return err
+}
+
+// Release lets a job that was started go on; see jobs.Manager.Start.
+func (s *Step) Release() {
+	if s.release != nil {
+		s.release()
 	}
-	if j.Sync == types.MirrorSyncModeBitmap {
-		pending.Merge(j.Bitmap.Bits())
-	} else {
-		pending.SetAll()
-	}
-	j.driver.Access().SetAll()
-	j.idle = pending.Empty()
-	return nil
 }

@@ -37,21 +37,23 @@ type Nodes interface {
 	HeaderName(v graph.View, n *graph.Node) (name, format string, err error)
 	// OpenImage opens an image by its file name, or makes it, for a job that then publishes it.
 	OpenImage(ctx context.Context, i blockdev.OpenImage) (*blockdev.Opened, error)
-	// OpenBacking opens what the header of n's image names as its backing file; nil if it names none.
+	// OpenBacking opens what the header of n's image names as its backing file; nil if it names
+	// none.
 	OpenBacking(ctx context.Context, n *graph.Node) (*blockdev.Opened, error)
 }
 
 // Job is a block job that is about to start.
 type Job interface {
-	// Find looks up the nodes that the job's arguments name, and refuses what cannot be. It is called with nothing
-	// held, and again with what it has returned held.
+	// Find looks up the nodes that the job's arguments name, and refuses what cannot be. It is
+	// called with nothing held, and again with what it has returned held.
 	Find() ([]*graph.Node, error)
 	// Enter creates the job and puts it into the graph. On error nothing has changed.
 	Enter(ctx context.Context, m *jobs.Manager) (*jobs.Job, error)
 }
 
-// Start starts a job; see jobs.Manager.Start for release. As its nodes are held until it is in the graph, what Find
-// has seen holds until then: of two jobs that start at the same time one sees the other.
+// Start starts a job; see jobs.Manager.Start for release. As its nodes are held until it is in the
+// graph, what Find has seen holds until then: of two jobs that start at the same time one sees the
+// other.
 func Start(ctx context.Context, g *graph.Graph, m *jobs.Manager, j Job) (release func(), err error) {
 	hold, err := g.Hold(ctx, j.Find)
 	if err != nil {

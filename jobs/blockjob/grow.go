@@ -7,8 +7,8 @@ import (
 	"qblockd/graph/blk"
 )
 
-// Grow makes the base of a commit, which is the node of root, size bytes long if it is shorter. The error says no more
-// than an errno does, as in QEMU.
+// Grow makes the base of a commit, which is the node of root, size bytes long if it is shorter. The
+// error says no more than an errno does, as in QEMU.
 func Grow(ctx context.Context, root *graph.Root, size int64) error {
 	n := root.Node()
 	if n.Size() >= size {

@@ -10,8 +10,8 @@ import (
 )
 
 // HeaderChange rewrites the backing file of an image within a transaction that holds the node quiet
-// (graph.Participant). What was written to the node, and to Base, is on stable storage before the header stops naming
-// where it came from.
+// (graph.Participant). What was written to the node, and to Base, is on stable storage before the
+// header stops naming where it came from.
 type HeaderChange struct {
 	Node         *graph.Node
 	Base         *graph.Node // that the header will rely on, if that was written to; or nil
@@ -63,8 +63,8 @@ func (c *HeaderChange) Abort() {
 	}
 }
 
-// HeaderNames is what the header of an overlay names for base: the client's word for the name, if it has one, and raw
-// for a protocol whose driver the client wants to be masked.
+// HeaderNames is what the header of an overlay names for base: the client's word for the name, if
+// it has one, and raw for a protocol whose driver the client wants to be masked.
 func HeaderNames(nodes Nodes, base *graph.Node, given *string, mask *bool) (name, format string, err error) {
 	name, format, err = nodes.HeaderName(graph.Now, base)
 	if Or(mask, false) && base.SkipFilters().Kind() == graph.Protocol {

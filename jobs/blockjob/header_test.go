@@ -22,7 +22,8 @@ func (h header) BackingFile() (name, format string) { return "old", "raw" }
 
 func (h header) ChangeBackingFile(_ *blk.Req, name, _ string) error { return h.change(name) }
 
-// TestHeaderChangeTakesBack: what a change that fails may have written is taken back. One that ends in a panic fails the node, and nothing is written any more.
+// TestHeaderChangeTakesBack: what a change that fails may have written is taken back. One that ends
+// in a panic fails the node, and nothing is written any more.
 func TestHeaderChangeTakesBack(t *testing.T) {
 	defer panics.Contain()()
 	defer slog.SetDefault(slog.Default())

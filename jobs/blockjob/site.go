@@ -12,8 +12,8 @@ import (
 	"qblockd/jobs"
 )
 
-// Site is the place of a block job in the graph. Its methods are called by the job's start and its runner, one at a
-// time; the nodes are held.
+// Site is the place of a block job in the graph. Its methods are called by the job's start and its
+// runner, one at a time; the nodes are held.
 type Site struct {
 	m      *jobs.Manager
 	Job    *jobs.Job   // nil: not created yet
@@ -33,7 +33,8 @@ func (s *Site) Create(m *jobs.Manager, spec jobs.Spec) (err error) {
 	return err
 }
 
-// MakeWritable makes n writable for the time of the job, if it is read-only, with the children that have that from it.
+// MakeWritable makes n writable for the time of the job, if it is read-only, with the children that
+// have that from it.
 func (s *Site) MakeWritable(ctx context.Context, n *graph.Node) (err error) {
 	if s.restore, err = MakeWritable(ctx, n); err != nil {
 		s.giveUp()
@@ -41,7 +42,8 @@ func (s *Site) MakeWritable(ctx context.Context, n *graph.Node) (err error) {
 	return err
 }
 
-// MakeWritable makes n writable until restore is called, if it is read-only, with the children that have that from it.
+// MakeWritable makes n writable until restore is called, if it is read-only, with the children that
+// have that from it.
 func MakeWritable(ctx context.Context, n *graph.Node) (restore func(), err error) {
 	if !n.ReadOnly() {
 		return func() {}, nil
@@ -60,15 +62,16 @@ func makeReadOnly(nodes []*graph.Node) {
 	}
 }
 
-// EndReadOnly makes the nodes read-only when the job ends, if there are any, in place of what MakeWritable was to undo.
+// EndReadOnly makes the nodes read-only when the job ends, if there are any, in place of what
+// MakeWritable was to undo.
 func (s *Site) EndReadOnly(nodes []*graph.Node) {
 	if s.restore = nil; len(nodes) > 0 {
 		s.restore = func() { makeReadOnly(nodes) }
 	}
 }
 
-// Enter puts the job into the graph by one transaction, which fill has filled. On error nothing has changed, and the
-// job was taken back.
+// Enter puts the job into the graph by one transaction, which fill has filled. On error nothing has
+// changed, and the job was taken back.
 func (s *Site) Enter(ctx context.Context, g *graph.Graph, fill func(tx *graph.Tx) error) (*jobs.Job, error) {
 	tx := g.Begin(ctx)
 	defer tx.Abort()
@@ -95,8 +98,8 @@ func (s *Site) giveUp() {
 	}
 }
 
-// MakeFilter makes the job's filter, which caches like the node it is for. The name "" is generated, and the filter then
-// implicit.
+// MakeFilter makes the job's filter, which caches like the node it is for. The name "" is
+// generated, and the filter then implicit.
 func (s *Site) MakeFilter(tx *graph.Tx, name string, like *graph.Node, o graph.Options) (*graph.Node, error) {
 	l := like.Options()
 	o.Name, o.Implicit, o.Kind, o.Direct, o.NoFlush = name, name == "", graph.Filter, l.Direct, l.NoFlush
@@ -105,7 +108,8 @@ func (s *Site) MakeFilter(tx *graph.Tx, name string, like *graph.Node, o graph.O
 	return n, err
 }
 
-// Use is a node that the job relies on: it lives as long as the job, and others do with it what the claim shares.
+// Use is a node that the job relies on: it lives as long as the job, and others do with it what the
+// claim shares.
 type Use struct {
 	Name  string // of the edge; "": the job's own requests
 	Node  *graph.Node
@@ -117,7 +121,8 @@ type Use struct {
 func (s *Site) Keep(tx *graph.Tx, uses ...Use) error {
 	for _, u := range uses {
 		spec := graph.RootSpec{
-			EdgeName: u.Name, Kind: graph.KindJob, Name: s.Job.ID(), Desc: s.Job.Describe(), Claim: u.Claim, StayAtNode: true, Job: true,
+			EdgeName: u.Name, Kind: graph.KindJob, Name: s.Job.ID(), Desc: s.Job.Describe(), Claim: u.Claim,
+			StayAtNode: true, Job: true,
 		}
 		if u.Name == "" {
 			spec = graph.RootSpec{EdgeName: "root", Kind: graph.KindBackend, Claim: u.Claim, StayAtNode: true, Job: true}
@@ -180,13 +185,15 @@ func (s *Site) Leave(tx *graph.Tx) error {
 	return nil
 }
 
-// TakeOut takes the filter out of the graph, if it is still there, and gives back what the job relies on: more does
-// whatever else belongs to that. It tells whether there was something to do. It cannot fail:
+// TakeOut takes the filter out of the graph, if it is still there, and gives back what the job
+// relies on: more does whatever else belongs to that. It tells whether there was something to do.
+// It cannot fail:
 //
-// While the job ran its filter may have shared more than its parents do, or have kept them apart from what others do
-// beside it. Nodes that were added meanwhile can rely on that, and then nothing but the filter stands between the two. It
-// stays in this case, with nothing of the job in it, as one that passes everything on, until its last parent goes.
-// Giving back claims only loosens them, so that much is always possible; if not, the filter is unusable.
+// While the job ran its filter may have shared more than its parents do, or have kept them apart
+// from what others do beside it. Nodes that were added meanwhile can rely on that, and then nothing
+// but the filter stands between the two. It stays in this case, with nothing of the job in it, as
+// one that passes everything on, until its last parent goes. Giving back claims only loosens them,
+// so that much is always possible; if not, the filter is unusable.
 func (s *Site) TakeOut(more func(tx *graph.Tx) error) bool {
 	n := s.Filter
 	if n == nil {

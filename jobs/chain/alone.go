@@ -3,8 +3,9 @@ package chain
 
 import "qblockd/graph"
 
-// StandsAlone tells whether what n, or a node below it, does not hold reads as zeroes for good: no image there has a backing file, or names one that could
-// be opened some day. It takes the graph's lock.
+// StandsAlone tells whether what n, or a node below it, does not hold reads as zeroes for good: no
+// image there has a backing file, or names one that could be opened some day. It takes the graph's
+// lock.
 func StandsAlone(n *graph.Node) bool {
 	for _, b := range n.NodesBelow() {
 		if !b.Caps().Backing {

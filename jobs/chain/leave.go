@@ -9,12 +9,15 @@ import (
 	"qblockd/graph/blk"
 )
 
-// TakeOut takes a job's filter, and what else the job has in the graph, out of it: giveBack lets a transaction give back the job's claims, freezes and
-// roots, of which quiet (or nil) is the one whose units of work are over. It cannot fail:
+// TakeOut takes a job's filter, and what else the job has in the graph, out of it: giveBack lets a
+// transaction give back the job's claims, freezes and roots, of which quiet (or nil) is the one
+// whose units of work are over. It cannot fail:
 //
-// While the job ran its filter may have shared more than its parents do, or have kept them apart from what others do beside it. Nodes that
-// were added meanwhile can rely on that, and then nothing but the filter stands between the two. It stays in this case, with nothing of the job in it, as one
-// that passes everything on, until its last parent goes. Giving back claims only loosens them, so that much is always possible.
+// While the job ran its filter may have shared more than its parents do, or have kept them apart
+// from what others do beside it. Nodes that were added meanwhile can rely on that, and then nothing
+// but the filter stands between the two. It stays in this case, with nothing of the job in it, as
+// one that passes everything on, until its last parent goes. Giving back claims only loosens them,
+// so that much is always possible.
 func TakeOut(job string, filter *graph.Node, quiet *graph.Root, giveBack func(tx *graph.Tx) error) {
 	err := leave(filter, quiet, giveBack, true)
 	if err == nil || errors.Is(err, blk.ErrClosed) {

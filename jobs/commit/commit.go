@@ -1,5 +1,6 @@
-// Package commit is the job behind block-commit of a node that is a backing file: it copies what the layers from a top
-// down to a base hold into the base, and then takes those layers out of the chain.
+// Package commit is the job behind block-commit of a node that is a backing file: it copies what
+// the layers from a top down to a base hold into the base, and then takes those layers out of the
+// chain.
 //
 //	 before         while it runs                      after
 //
@@ -13,8 +14,8 @@
 //	                   | backing
 //	                  base <-'  writes what it reads at the top
 //
-// What is read through the chain stays what it is: the base gets only what layers above it hide. Committing a node that
-// is written to is a mirror into its own backing chain (package mirror).
+// What is read through the chain stays what it is: the base gets only what layers above it hide.
+// Committing a node that is written to is a mirror into its own backing chain (package mirror).
 package commit
 
 import (
@@ -31,7 +32,8 @@ import (
 )
 
 const (
-	// chunk is the largest extent copied at once, in bytes; limitedChunk that of a job with a speed limit, as in QEMU.
+	// chunk is the largest extent copied at once, in bytes; limitedChunk that of a job with a speed
+	// limit, as in QEMU.
 	chunk        = 1 << 20
 	limitedChunk = 512 << 10
 	// workers copy extents at the same time; see package mirror.
@@ -58,7 +60,8 @@ func (j *Job) enter(ctx context.Context, m *jobs.Manager) (*jobs.Job, error) {
 
 // fill builds the filter and takes what the job relies on.
 func (j *Job) fill(tx *graph.Tx) error {
-	filter, err := j.site.MakeFilter(tx, j.filterName, j.top, graph.Options{DriverName: DriverName, ReadOnly: true, NeverFreeze: true})
+	o := graph.Options{DriverName: DriverName, ReadOnly: true, NeverFreeze: true}
+	filter, err := j.site.MakeFilter(tx, j.filterName, j.top, o)
 	if err != nil {
 		return err
 	}
@@ -105,7 +108,8 @@ func (j *Job) Run(ctx context.Context, h *jobs.Handle) error {
 		return err
 	}
 	return copy.Run(h, copy.Task{
-		// The base is below the top: whoever waits for the base to be quiet waits for those who came in at the top.
+		// The base is below the top: whoever waits for the base to be quiet waits for those who
+		// came in at the top.
 		Gate: copy.RootGate(ctx, j.reads), Size: size, Chunk: chunk, Workers: workers,
 		Look: func(r *blk.Req, off, n int64) (copy.Extent, error) {
 			if h.Limited() {
@@ -141,8 +145,8 @@ func (j *Job) copy(r *blk.Req, off int64, e copy.Extent) (int64, error) {
 	return e.N, nil
 }
 
-// Prepare implements jobs.Preparer: it puts the base in the place of the top and rewrites the headers of the overlays,
-// all or nothing.
+// Prepare implements jobs.Preparer: it puts the base in the place of the top and rewrites the
+// headers of the overlays, all or nothing.
 func (j *Job) Prepare(ctx context.Context, h *jobs.Handle) error {
 	g, filter := j.top.Graph(), j.site.Filter
 	hold, err := g.Hold(ctx, func() ([]*graph.Node, error) {
@@ -153,7 +157,8 @@ func (j *Job) Prepare(ctx context.Context, h *jobs.Handle) error {
 	}
 	defer hold.Release()
 	ctx = context.WithoutCancel(ctx)
-	// A filter in between keeps an overlay from being told of its new backing file, but not from reading it.
+	// A filter in between keeps an overlay from being told of its new backing file, but not from
+	// reading it.
 	all := overlaysOf(filter)
 	for _, n := range all {
 		restore, err := blockjob.MakeWritable(ctx, n)
@@ -181,7 +186,8 @@ func (j *Job) Prepare(ctx context.Context, h *jobs.Handle) error {
 	return nil
 }
 
-// pivot lets tx take the job out of the graph, put the base in the place of the filter, and tell the overlays.
+// pivot lets tx take the job out of the graph, put the base in the place of the filter, and tell
+// the overlays.
 func (j *Job) pivot(tx *graph.Tx) error {
 	filter := j.site.Filter
 	var overlays []*graph.Node

@@ -15,7 +15,8 @@ import (
 	"qblockd/schema/types"
 )
 
-// Guests read what they always read, before, while and after two layers go into the base, which grows.
+// Guests read what they always read, before, while and after two layers go into the base, which
+// grows.
 func TestCommitUnderReaders(t *testing.T) {
 	for range 5 {
 		w := newWorld(t)
@@ -25,7 +26,8 @@ func TestCommitUnderReaders(t *testing.T) {
 	}
 }
 
-// A base that is longer than the top does not come to light where an overlay that is longer, too, read zeroes.
+// A base that is longer than the top does not come to light where an overlay that is longer, too,
+// read zeroes.
 func TestLongBase(t *testing.T) {
 	for _, active := range []int{14, 20, 24} {
 		w := newWorldOf(t, 20, active+2)
@@ -106,8 +108,8 @@ func TestEnds(t *testing.T) {
 	}
 }
 
-// The i-th I/O of any file fails: the job ends with that error and the graph is what it was, or, told to stop, it goes on when it is resumed. Guests read
-// what they always read.
+// The i-th I/O of any file fails: the job ends with that error and the graph is what it was, or,
+// told to stop, it goes on when it is resumed. Guests read what they always read.
 func TestFaults(t *testing.T) {
 	for _, policy := range []types.BlockdevOnError{types.BlockdevOnErrorReport, types.BlockdevOnErrorStop} {
 		for _, file := range []string{"base", "mid", "top", "active"} {
@@ -206,7 +208,8 @@ func TestActiveCommitUnderLoad(t *testing.T) {
 	}
 }
 
-// Of two that start at the same time on one read-only base one is refused; the base is read-only again in the end.
+// Of two that start at the same time on one read-only base one is refused; the base is read-only
+// again in the end.
 func TestTwoAtOnce(t *testing.T) {
 	for range 20 {
 		w := newWorld(t)
@@ -244,7 +247,8 @@ func TestTwoAtOnce(t *testing.T) {
 	}
 }
 
-// A base of 64 TiB below a short top, and an overlay as long: what the base shows beyond the end of the top is hidden where there is something, and only there.
+// A base of 64 TiB below a short top, and an overlay as long: what the base shows beyond the end of
+// the top is hidden where there is something, and only there.
 func TestHugeBase(t *testing.T) {
 	w := newWorldOf(t, 1<<30, 1<<30)
 	before := w.files["active"].Size()

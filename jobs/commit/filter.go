@@ -9,11 +9,12 @@ import (
 	"qblockd/schema/types"
 )
 
-// DriverName is how the job's filter shows itself, as in the reference.
+// DriverName is how the job's filter shows itself, as in QEMU.
 const DriverName = "commit_top"
 
-// filterDriver sits above the top while the job runs and lets its parents read what they always read, although the nodes below are not consistent
-// any more when they are looked at alone. It is read-only and transparent.
+// filterDriver sits above the top while the job runs and lets its parents read what they always
+// read, although the nodes below are not consistent any more when they are looked at alone. It is
+// read-only and transparent.
 type filterDriver struct{ node *graph.Node }
 
 func (f *filterDriver) child() *graph.Edge { return f.node.FilteredChild() }

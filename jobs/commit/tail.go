@@ -25,8 +25,9 @@ func overlaysOf(n *graph.Node) (l []*graph.Node) {
 	return l
 }
 
-// hideTail makes an overlay that is longer than the top go on reading zeroes there when a base that is longer, too, takes the place of the top. It changes
-// nothing that anybody reads and may be done although the job fails after it.
+// hideTail makes an overlay that is longer than the top go on reading zeroes there when a base that
+// is longer, too, takes the place of the top. It changes nothing that anybody reads and may be done
+// although the job fails after it.
 func (j *Job) hideTail(ctx context.Context, overlay *graph.Node) error {
 	off, end := j.top.Size(), min(j.base.Size(), overlay.Size())
 	if off >= end {
@@ -35,7 +36,8 @@ func (j *Job) hideTail(ctx context.Context, overlay *graph.Node) error {
 	tx := j.top.Graph().Begin(ctx)
 	defer tx.Abort()
 	root, err := tx.AttachRoot(graph.RootSpec{
-		EdgeName: "root", StayAtNode: true, Job: true, Claim: perm.Claim{Need: perm.ConsistentRead | perm.WriteUnchanged, Share: perm.All},
+		EdgeName: "root", StayAtNode: true, Job: true,
+		Claim: perm.Claim{Need: perm.ConsistentRead | perm.WriteUnchanged, Share: perm.All},
 	}, overlay)
 	if err == nil {
 		err = tx.Commit()
@@ -58,7 +60,8 @@ func (j *Job) hideTail(ctx context.Context, overlay *graph.Node) error {
 	return err
 }
 
-// shown tells whether the base reads as zeroes in the beginning of [off, off+n), and how long that is: there is nothing to hide there.
+// shown tells whether the base reads as zeroes in the beginning of [off, off+n), and how long that
+// is: there is nothing to hide there.
 func (j *Job) shown(ctx context.Context, off, n int64) (int64, bool, error) {
 	r, err := j.writes.Begin(ctx)
 	if err != nil {

@@ -13,7 +13,8 @@ type copier struct {
 	last   *graph.Node // the last one to be copied
 }
 
-// look implements copy.Task.Look: only what the top does not have and a layer down to last has is copied.
+// look implements copy.Task.Look: only what the top does not have and a layer down to last has is
+// copied.
 func (c *copier) look(r *blk.Req, off, n int64) (copy.Extent, error) {
 	top, err := c.below.ParentNode().StatusLayer(r, off, n)
 	if err != nil {
@@ -27,8 +28,8 @@ func (c *copier) look(r *blk.Req, off, n int64) (copy.Extent, error) {
 	case err != nil:
 		return copy.Extent{}, err
 	case below.N == 0:
-		// Beyond the end of the layer below, so it reads as zeroes, and has to when a longer base comes to
-		// lie directly below.
+		// Beyond the end of the layer below, so it reads as zeroes, and has to when a longer base
+		// comes to lie directly below.
 		x := copy.Extent{N: top.N}
 		if e := c.last.FilterOrCOWChild(); e != nil && off < e.Size() {
 			x.Action = copy.Zero
@@ -45,7 +46,8 @@ func (c *copier) look(r *blk.Req, off, n int64) (copy.Extent, error) {
 	return copy.Extent{N: below.N, Action: copy.Data}, nil
 }
 
-// copy implements copy.Task.Copy. The lock keeps guest writes out; what they wrote before it is skipped.
+// copy implements copy.Task.Copy. The lock keeps guest writes out; what they wrote before it is
+// skipped.
 func (c *copier) copy(r *blk.Req, off int64, e copy.Extent) (int64, error) {
 	return copy.All(e.N, c.copyAll(r, off, e))
 }

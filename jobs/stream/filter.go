@@ -10,11 +10,11 @@ import (
 	"qblockd/schema/types"
 )
 
-// DriverName is how the job's filter shows itself, as in the reference.
+// DriverName is how the job's filter shows itself, as in QEMU.
 const DriverName = "copy-on-read"
 
-// filterDriver sits above the target while the job runs, under the name that the client chose, and passes
-// everything through: the job itself copies what is read. It is transparent.
+// filterDriver sits above the target while the job runs, under the name that the client chose, and
+// passes everything through: the job itself copies what is read. It is transparent.
 type filterDriver struct {
 	node   *graph.Node
 	guests atomic.Bool // a guest's request has passed; cleared by who looks
@@ -79,8 +79,8 @@ func (f *filterDriver) Resize(ctx context.Context, size int64, m blk.Prealloc) e
 	return blk.ErrNotSupported
 }
 
-// EdgeClaim: what the parents take, and the right to write what does not change the data; all that the parents
-// share is shared.
+// EdgeClaim: what the parents take, and the right to write what does not change the data; all that
+// the parents share is shared.
 func (f *filterDriver) EdgeClaim(_ string, _ perm.Role, up perm.Claim, readOnly bool) perm.Claim {
 	c := perm.Claim{Need: up.Need, Share: up.Share | perm.WriteUnchanged}
 	if !readOnly {

@@ -1,5 +1,6 @@
-// Package stream is the job behind block-stream: it copies what the backing chain of a node holds into the node, down
-// to a base that stays, and then makes the node's backing link skip what it has copied.
+// Package stream is the job behind block-stream: it copies what the backing chain of a node holds
+// into the node, down to a base that stays, and then makes the node's backing link skip what it has
+// copied.
 //
 //	 before                 while it runs                     after
 //
@@ -13,8 +14,8 @@
 //	                          | backing
 //	                         base
 //
-// Guests keep writing: each extent is copied under a conflict lock on the top node, and only where the top node has
-// nothing of its own by then.
+// Guests keep writing: each extent is copied under a conflict lock on the top node, and only where
+// the top node has nothing of its own by then.
 package stream
 
 import (
@@ -30,7 +31,8 @@ import (
 )
 
 const (
-	// chunk is the largest extent copied at once, in bytes; one such extent is the grain of the speed limit.
+	// chunk is the largest extent copied at once, in bytes; one such extent is the grain of the
+	// speed limit.
 	chunk = 512 << 10
 	// workers copy extents at the same time.
 	workers = 4
@@ -54,7 +56,11 @@ func FromArgs(nodes blockjob.Nodes, a *types.BlockStreamArgs) (*Job, error) {
 	for _, p := range []struct {
 		nameA, nameB string
 		a, b         *string
-	}{{"base", "base-node", a.Base, a.BaseNode}, {"base", "bottom", a.Base, a.Bottom}, {"bottom", "base-node", a.Bottom, a.BaseNode}} {
+	}{
+		{"base", "base-node", a.Base, a.BaseNode},
+		{"base", "bottom", a.Base, a.Bottom},
+		{"bottom", "base-node", a.Bottom, a.BaseNode},
+	} {
 		if p.a != nil && p.b != nil {
 			return nil, fmt.Errorf("'%s' and '%s' cannot be specified at the same time", p.nameA, p.nameB)
 		}
@@ -105,7 +111,8 @@ func (j *Job) Find() ([]*graph.Node, error) {
 	return j.chain, nil
 }
 
-// findEnd finds the node that the arguments name as the end of what is streamed: the base stays, the bottom does not.
+// findEnd finds the node that the arguments name as the end of what is streamed: the base stays,
+// the bottom does not.
 func (j *Job) findEnd(top *graph.Node) (base, bottom *graph.Node, err error) {
 	switch a := &j.args; {
 	case a.Base != nil:
@@ -177,8 +184,8 @@ func (j *Job) makeFilter(tx *graph.Tx) error {
 	return tx.Try()
 }
 
-// keep takes what the job relies on: the right to read and to write unchanged data at the top, no resize there, and no
-// writes to what is copied.
+// keep takes what the job relies on: the right to read and to write unchanged data at the top, no
+// resize there, and no writes to what is copied.
 func (j *Job) keep(tx *graph.Tx) error {
 	const unchanging = perm.ConsistentRead | perm.WriteUnchanged
 	uses := []blockjob.Use{
@@ -209,8 +216,8 @@ func (j *Job) Run(ctx context.Context, h *jobs.Handle) error {
 	})
 }
 
-// Prepare implements jobs.Preparer: it removes the filter, makes the backing link of the top skip what was copied, and
-// rewrites the image's header, all or nothing.
+// Prepare implements jobs.Preparer: it removes the filter, makes the backing link of the top skip
+// what was copied, and rewrites the image's header, all or nothing.
 func (j *Job) Prepare(ctx context.Context, h *jobs.Handle) error {
 	g := j.top().Graph()
 	hold, err := g.HoldNodes(ctx, j.chain...)

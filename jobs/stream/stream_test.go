@@ -69,8 +69,8 @@ func writeAt(t *testing.T, g *graph.Graph, n *graph.Node, off int64, p []byte) {
 	}
 }
 
-// TestShortLayers streams over layers that are shorter than what is above and below them: a guest sees the same
-// before and after, and the job ends.
+// TestShortLayers streams over layers that are shorter than what is above and below them: a guest
+// sees the same before and after, and the job ends.
 func TestShortLayers(t *testing.T) {
 	for _, c := range []struct {
 		name           string
@@ -127,7 +127,8 @@ func TestShortLayers(t *testing.T) {
 	}
 }
 
-// TestRawOverAChain streams from a raw node whose file has a backing file: what that holds is copied, too.
+// TestRawOverAChain streams from a raw node whose file has a backing file: what that holds is
+// copied, too.
 func TestRawOverAChain(t *testing.T) {
 	g, sink := drivertest.NewGraphSink(t)
 	deep := layer(t, g, "deep", 4, nil)
@@ -179,7 +180,8 @@ func start(g *graph.Graph, m *jobs.Manager, base *string) (release func(), err e
 	return blockjob.Start(context.Background(), g, m, j)
 }
 
-// TestHugeLayers streams a chain of 64 TiB with little in it, part of which lies beyond the end of a layer: that takes steps for what is there, and writes no more.
+// TestHugeLayers streams a chain of 64 TiB with little in it, part of which lies beyond the end of
+// a layer: that takes steps for what is there, and writes no more.
 func TestHugeLayers(t *testing.T) {
 	const clusters = 1 << 30
 	for _, keepBase := range []bool{true, false} {

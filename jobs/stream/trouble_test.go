@@ -83,7 +83,8 @@ func (s *stuck) ReadAt(r *blk.Req, v blk.Vec, off int64, f blk.Flags) error {
 	return s.MemFile.ReadAt(r, v, off, f)
 }
 
-// A job that is left behind at the end of the daemon, because its storage does not answer, finds the graph closed.
+// A job that is left behind at the end of the daemon, because its storage does not answer, finds
+// the graph closed.
 func TestLeftBehind(t *testing.T) {
 	g := graph.New(&drivertest.Sink{})
 	s := &stuck{drivertest.MemFileOf(bytes.Repeat([]byte{1}, cluster)), make(chan struct{}, 1), make(chan struct{})}

@@ -20,8 +20,8 @@ type BlockExport struct {
 
 var _ types.BlockExportHandler = BlockExport{}
 
-// NbdServerStart implements types.BlockExportHandler. Descriptors are for the command line: a client
-// cannot know which ones are free.
+// NbdServerStart implements types.BlockExportHandler. Descriptors are for the command line: a
+// client cannot know which ones are free.
 func (h BlockExport) NbdServerStart(ctx context.Context, a *types.NbdServerStartArgs) error {
 	if a.Addr.Type == types.SocketAddressTypeFd {
 		return errors.New("only QEMU supports file descriptor passing")

@@ -18,8 +18,9 @@ import (
 	"qblockd/schema/types"
 )
 
-// A copy of the top layer of a disk ends at what lies below the backing link, also where the disk is reached by filters, or has some on its backing file: no more
-// is copied than without them, and a new target names what lies below.
+// A copy of the top layer of a disk ends at what lies below the backing link, also where the disk
+// is reached by filters, or has some on its backing file: no more is copied than without them, and
+// a new target names what lies below.
 func TestTopThroughFilters(t *testing.T) {
 	ready := make(readySink, 1)
 	w := newWorldSink(t, ready)

@@ -69,8 +69,9 @@ func (w *world) try(ctx context.Context, name, args string) error {
 	return err
 }
 
-// Every command that looks at the metadata of a node, or changes them, waits for who holds the node, as long as its client does; then it has changed nothing. Those that
-// only show or steer do not wait.
+// Every command that looks at the metadata of a node, or changes them, waits for who holds the
+// node, as long as its client does; then it has changed nothing. Those that only show or steer do
+// not wait.
 func TestCommandsWaitForHeldNodes(t *testing.T) {
 	w := newWorld(t)
 	dir := t.TempDir()
@@ -173,7 +174,8 @@ func TestCommandsWaitForHeldNodes(t *testing.T) {
 	}
 }
 
-// The end of a job waits for who holds its nodes. A cancel of a job that is about to end does not, but for a moment.
+// The end of a job waits for who holds its nodes. A cancel of a job that is about to end does not,
+// but for a moment.
 func TestJobsEndWaitsForHeldNodes(t *testing.T) {
 	w := newWorld(t)
 	for _, n := range []string{"n", "t"} {
@@ -227,7 +229,8 @@ func TestOneBackupOfABitmap(t *testing.T) {
 	}
 }
 
-// A transaction that is undone takes back what it did itself, not what another client was told is done, and is not seen to have less meanwhile.
+// A transaction that is undone takes back what it did itself, not what another client was told is
+// done, and is not seen to have less meanwhile.
 func TestUndoBesideOthers(t *testing.T) {
 	w := newWorld(t)
 	w.ok("blockdev-add", `{'driver': 'null-co', 'node-name': 'n', 'size': 1048576}`)
@@ -268,7 +271,8 @@ func TestUndoBesideOthers(t *testing.T) {
 			if err := w.try(context.Background(), c.name, c.args); err != nil {
 				t.Fatal(err)
 			}
-			// A step of the other client may be under way: what it did is gone when nobody holds the node.
+			// A step of the other client may be under way: what it did is gone when nobody holds
+			// the node.
 			hold, err := w.g.HoldNodes(context.Background(), n)
 			if err != nil {
 				t.Fatal(err)

@@ -55,7 +55,8 @@ func (h Job) JobCancel(ctx context.Context, a *types.JobCancelArgs) error {
 	return answerFirst(ctx, j, func() error { return j.Cancel(true) })
 }
 
-// answerFirst asks a job to end or to go on by f, so that the answer comes before what the job then does.
+// answerFirst asks a job to end or to go on by f, so that the answer comes before what the job then
+// does.
 func answerFirst(ctx context.Context, j *jobs.Job, f func() error) error {
 	answered := j.DeferEnd()
 	if err := f(); err != nil {
@@ -93,7 +94,8 @@ func (h Job) JobDismiss(_ context.Context, a *types.JobDismissArgs) error {
 	return j.Dismiss()
 }
 
-// BlockJob executes the block-job- commands, which take only jobs that work on nodes, and those that start one.
+// BlockJob executes the block-job- commands, which take only jobs that work on nodes, and those
+// that start one.
 type BlockJob struct {
 	Graph *graph.Graph
 	Jobs  *jobs.Manager

@@ -59,7 +59,8 @@ func mirrorDefaults(args *mirror.Args, onSource, onTarget *types.BlockdevOnError
 	}
 }
 
-// startMirror checks what the two commands have in common, in the reference's order, and starts the job.
+// startMirror checks what the two commands have in common, in QEMU's order, and starts the
+// job.
 func (h BlockJob) startMirror(ctx context.Context, a mirror.Args, sync types.MirrorSyncMode) error {
 	switch g := a.Granularity; {
 	case g != 0 && (g < graph.MinGranularity || g > 64<<20):
@@ -142,10 +143,6 @@ func (h BlockJob) DriveMirror(ctx context.Context, a *types.DriveMirror) error {
 	}
 	defer hold.Release()
 	existing := a.Mode != nil && *a.Mode == types.NewImageModeExisting
-	format := deref(a.Format)
-	if a.Format == nil && !existing {
-		format = source.DriverName()
-	}
 	var backing *graph.Node // of the target
 	if e := source.SkipFilters().Backing(); e != nil {
 		backing = e.Node()
@@ -167,17 +164,8 @@ func (h BlockJob) DriveMirror(ctx context.Context, a *types.DriveMirror) error {
 	if sync == types.MirrorSyncModeFull {
 		backing = nil
 	}
-	var made *blockdev.NewImage
-	if !existing {
-		made = &blockdev.NewImage{Size: source.Size()}
-		if backing != nil {
-			if made.Backing, made.BackingFormat, err = h.Nodes.HeaderName(graph.Now, backing); err != nil {
-				return err
-			}
-		}
-	}
-	opened, err := h.Nodes.OpenImage(ctx, blockdev.OpenImage{New: made,
-		Filename: a.Target, Format: format, Name: name, Like: source.Options(),
+	opened, err := h.Nodes.OpenImage(ctx, blockdev.OpenImage{
+		Filename: a.Target, Mode: a.Mode, Format: a.Format, Name: name, For: source, Below: backing, View: graph.Now,
 	})
 	if err != nil {
 		return err

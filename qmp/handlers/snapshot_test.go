@@ -14,7 +14,8 @@ import (
 	"qblockd/schema/types"
 )
 
-// alike is a node "n" with four snapshots, (1, a) (1, b) (2, a) (2, b), as an image may say them to be.
+// alike is a node "n" with four snapshots, (1, a) (1, b) (2, a) (2, b), as an image may say them to
+// be.
 func alike(t *testing.T) *world {
 	w := newWorld(t)
 	file := filepath.Join(t.TempDir(), "n")
@@ -59,8 +60,8 @@ func (w *world) snapshots() string {
 	return strings.Join(l, " ")
 }
 
-// Of internal snapshots with the same ID, or the same name, the first one goes that has what was asked for, the reply shows that one, and what a transaction undoes is
-// what it has made.
+// Of internal snapshots with the same ID, or the same name, the first one goes that has what was
+// asked for, the reply shows that one, and what a transaction undoes is what it has made.
 func TestSnapshotsWithTheSameID(t *testing.T) {
 	for _, c := range []struct{ args, goes, left string }{
 		{`'id': '1', 'name': 'bbbbb'`, "1b", "1a 2a 2b"},

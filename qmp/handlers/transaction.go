@@ -9,6 +9,7 @@ import (
 	"qblockd/graph"
 	"qblockd/graph/transaction"
 	"qblockd/jobs"
+	"qblockd/jobs/backup"
 	"qblockd/qmp"
 	"qblockd/schema/types"
 )
@@ -28,15 +29,15 @@ func (h Transaction) Transaction(ctx context.Context, a *types.TransactionArgs) 
 		mode = *p.CompletionMode
 	}
 	var l []transaction.Action
-	var started []*backupStep
+	var started []*backup.Step
 	var txn *jobs.Txn // nil: each job stands alone
 	if mode == types.ActionCompletionModeGrouped {
 		txn = h.Jobs.Jobs.NewTxn()
 	}
 	for _, step := range a.Actions {
 		act := h.action(step)
-		if b, ok := act.(*backupStep); ok {
-			b.txn = txn
+		if b, ok := act.(*backup.Step); ok {
+			b.Join(txn)
 			started = append(started, b)
 		} else if txn != nil && step.Type != types.TransactionActionKindAbort {
 			act = refused{err: fmt.Errorf("Action '%s' does not support Transaction property completion-mode = %s", step.Type, mode)}
@@ -47,8 +48,8 @@ func (h Transaction) Transaction(ctx context.Context, a *types.TransactionArgs) 
 		return err
 	}
 	for _, b := range started {
-		b.job.Settle()
-		qmp.AfterReply(ctx, b.job.Release)
+		b.Settle()
+		qmp.AfterReply(ctx, b.Release)
 	}
 	return nil
 }
@@ -60,9 +61,9 @@ func (h Transaction) action(a *types.TransactionAction) transaction.Action {
 	case *types.BlockDirtyBitmapMergeWrapper:
 		return h.Nodes.BitmapMerge(&u.Data)
 	case *types.DriveBackupWrapper:
-		return h.Jobs.driveBackup(&u.Data)
+		return backup.FromDriveArgs(h.Nodes, h.Jobs.Jobs, &u.Data)
 	case *types.BlockdevBackupWrapper:
-		return &backupStep{h: h.Jobs, args: &u.Data}
+		return backup.FromArgs(h.Nodes, h.Jobs.Jobs, &u.Data)
 	case *types.BlockdevSnapshotWrapper:
 		return h.Nodes.Snapshot(&u.Data)
 	case *types.BlockdevSnapshotInternalWrapper:
