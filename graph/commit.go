@@ -28,7 +28,7 @@ type commit struct {
 }
 
 // Commit makes all changes or none. Errors: those of the rules (package perm), of checks
-// and participants, of Record, and the context's; then the graph is as before. Nodes that
+// and participants, of the Recorder, and the context's; then the graph is as before. Nodes that
 // nothing refers to any more are closed before it returns.
 //
 //	plan -> reserve -> (plan again) -> checks -> drain -> prepare -> record -> install -> undrain -> release -> close
@@ -72,12 +72,7 @@ func (c *commit) run() (err error) {
 	if err := c.prepare(c.tx.ctx); err != nil {
 		return err
 	}
-	if c.tx.record != nil {
-		if err := c.tx.record(); err != nil {
-			return err
-		}
-	}
-	return nil
+	return c.record()
 }
 
 // reserve plans the changes and reserves all nodes they touch, until nothing that matters changed in between.

@@ -18,6 +18,8 @@ type dirtySet struct {
 	mu sync.Mutex
 	// newest first
 	all []*DirtyBitmap // +checklocks:mu
+	// as the recorder knows them
+	told bitmapStates // +checklocks:mu
 }
 
 // DirtyBitmap records which parts of a node were written while it is enabled. Its methods may be called from any goroutine.

@@ -17,7 +17,7 @@
 //	checks   conditions that must still hold (Tx.Check)
 //	drain    the upper ends of changed edges; new edges of a hidden node need none, nor does gaining a parent
 //	prepare  participants and drivers: image locks, header writes. May block and fail
-//	record   the seam for state that survives the daemon. May fail
+//	record   what changes is told to the Recorder, as values. It may refuse, or block
 //	install  under g.mu; cannot fail, does not wait
 //	finish   drivers and participants commit, roots hear of it, undrain, release; nodes that lost
 //	         their last reference are flushed and closed
@@ -68,7 +68,7 @@
 // Exceptions: hookState.mu is held while a Drainer or a root's hook is called, which may take
 // driver and job locks, but never enters this package's Drain or Commit. Under g.mu drivers are asked
 // only Caps, Size and EdgeClaim, which take at most a leaf lock of theirs.
-// No lock of this package is held across I/O, PermTaker, Participant or Record calls. Reservations are not locks:
+// No lock of this package is held across I/O, PermTaker, Participant or Recorder calls. Reservations are not locks:
 // they are waited for with no lock and no unit of work held.
 //
 // Built with -tags invariants, each install checks the nodes it touched.

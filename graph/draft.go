@@ -12,13 +12,15 @@ type txDraft struct {
 	*perm.Draft[*Node, *Edge]
 	prims   []func(*installer) // what install does, in order
 	refs    map[*Node]*refs
-	refd    []*Node           // the keys of refs in order
-	again   map[*Node]bool    // tell the driver its claim in any case
-	frozen  map[*Edge]*freeze // in place of Edge.frozen
-	drains  []*Node           // quiet during the commit
-	roots   []*Root           // the same
-	reserve []*Node           // further nodes to reserve
-	links   []link            // new edges between nodes
+	refd    []*Node            // the keys of refs in order
+	again   map[*Node]bool     // tell the driver its claim in any case
+	frozen  map[*Edge]*freeze  // in place of Edge.frozen
+	opts    map[*Node]*Options // in place of Node.opts
+	edges   []*Edge            // attached, detached, retargeted
+	drains  []*Node            // quiet during the commit
+	roots   []*Root            // the same
+	reserve []*Node            // further nodes to reserve
+	links   []link             // new edges between nodes
 }
 
 // refs are changes of the references to a node other than parents.
@@ -35,6 +37,7 @@ func newTxDraft() *txDraft {
 		refs:   map[*Node]*refs{},
 		again:  map[*Node]bool{},
 		frozen: map[*Edge]*freeze{},
+		opts:   map[*Node]*Options{},
 	}
 	d.Draft = perm.NewDraft[*Node, *Edge](draftView{d: d})
 	return d
@@ -121,6 +124,7 @@ func (d *txDraft) attach(e *Edge, parent, child *Node, c perm.Claim) error {
 		d.drainEnd(e)
 		d.links = append(d.links, link{parent, child})
 	}
+	d.edges = append(d.edges, e)
 	d.prims = append(d.prims, func(in *installer) { in.link(e, child) }) // +checklocksignore: install calls it
 	return nil
 }
@@ -128,6 +132,7 @@ func (d *txDraft) attach(e *Edge, parent, child *Node, c perm.Claim) error {
 func (d *txDraft) detach(e *Edge) {
 	d.drainEnd(e)
 	d.Detach(e)
+	d.edges = append(d.edges, e)
 	d.prims = append(d.prims, func(in *installer) { in.unlink(e) }) // +checklocksignore: install calls it
 }
 
@@ -142,8 +147,21 @@ func (d *txDraft) retarget(e *Edge, n *Node) error {
 	if e.pnode != nil {
 		d.links = append(d.links, link{e.pnode, n})
 	}
+	d.edges = append(d.edges, e)
 	d.prims = append(d.prims, func(in *installer) { in.retarget(e, n) }) // +checklocksignore: install calls it
 	return nil
+}
+
+func (d *txDraft) options(n *Node) *Options {
+	if o := d.opts[n]; o != nil {
+		return o
+	}
+	return n.opts.Load()
+}
+
+func (d *txDraft) setOptions(n *Node, o *Options) {
+	d.opts[n] = o
+	d.prims = append(d.prims, func(*installer) { n.opts.Store(o); n.Bump() })
 }
 
 // drainEnd has the upper end of e drained: requests that use the edge come from there. A

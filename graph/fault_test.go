@@ -77,6 +77,7 @@ func TestIthFailure(t *testing.T) {
 	ov := addFormat(t, g, "ov", b, nil)
 	r := addRoot(t, g, fa, readAll)
 	before := dump(g)
+	g.SetRecorder(func([]Change) error { return f.next("record") })
 	for at := 1; ; at++ {
 		f = &faults{at: at}
 		p1, p2 := &faultyParticipant{f: f, name: "first"}, &faultyParticipant{f: f, name: "last"}
@@ -108,7 +109,6 @@ func TestIthFailure(t *testing.T) {
 				return err
 			}
 			tx.Check(func() error { return f.next("check") })
-			tx.Record(func() error { return f.next("record") })
 			tx.JoinFirst(p1)
 			tx.Join(p2)
 			return tx.Commit()
@@ -132,6 +132,7 @@ func TestIthFailure(t *testing.T) {
 		}
 	}
 	f = nil
+	g.SetRecorder(nil)
 	if r.Node() != ov || Now.BackingChainNext(ov) != fa || !fa.ReadOnly() || g.Node("new") == nil {
 		t.Errorf("not installed:\n%s", dump(g))
 	}

@@ -14,7 +14,8 @@ import (
 
 // Graph holds all nodes, edges and roots of a daemon. All methods may be called from any goroutine.
 type Graph struct {
-	sink events.Sink
+	sink     events.Sink
+	recorder atomic.Pointer[Recorder]
 
 	mu        sync.RWMutex
 	version   uint64            // counts changes of what drafts are made from
@@ -185,6 +186,7 @@ func (g *Graph) Topology() Topology {
 // CloseRoot detaches r in a Tx of its own: it waits until the root's units of work are over.
 func (g *Graph) CloseRoot(ctx context.Context, r *Root) error {
 	tx := g.Begin(ctx)
+	tx.must = true
 	defer tx.Abort()
 	if err := tx.DetachRoot(r); err != nil {
 		return err
@@ -196,6 +198,7 @@ func (g *Graph) CloseRoot(ctx context.Context, r *Root) error {
 // drivers that are being closed.
 func (g *Graph) Discard(nodes ...*Node) {
 	tx := g.Begin(context.Background())
+	tx.must = true
 	for _, n := range nodes {
 		ignoreClosing(tx.Discard(n))
 	}
@@ -214,6 +217,7 @@ func (g *Graph) Pin(n *Node) (unpin func(), ok bool) {
 	g.version++
 	return sync.OnceFunc(func() {
 		tx := g.Begin(context.Background())
+		tx.must = true
 		ignoreClosing(tx.do(func(d *txDraft) error { d.ref(n).pins--; return nil }))
 		ignoreClosing(tx.Commit())
 	}), true

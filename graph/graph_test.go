@@ -405,8 +405,10 @@ func TestPrepareFailureUndoes(t *testing.T) {
 	if _, err := tx.AttachRoot(RootSpec{EdgeName: "root", Claim: claim}, nb); err != nil {
 		t.Fatal(err)
 	}
-	tx.Record(func() error { return errors.New("no room for records") })
-	wantErr(t, tx.Commit(), "no room for records")
+	tx.Record(Change{Key{Kind: StateJob, Name: "j"}, "its arguments"})
+	g.SetRecorder(func(l []Change) error { return fmt.Errorf("no room for %v", l) })
+	wantErr(t, tx.Commit(), "no room for [{job j its arguments}]")
+	g.SetRecorder(nil)
 	if got := strings.Join(b.perms, " "); got != "prepare abort" {
 		t.Errorf("b's driver saw %q", got)
 	}
@@ -567,6 +569,8 @@ func TestCycleTogether(t *testing.T) {
 	b2 := mk("b2", nil)
 	b1 := mk("b1", b2)
 	entered, release := make(chan struct{}), make(chan struct{})
+	var once sync.Once
+	g.SetRecorder(func([]Change) error { once.Do(func() { close(entered); <-release }); return nil })
 	first := make(chan error, 1)
 	go func() {
 		tx := g.Begin(context.Background())
@@ -575,7 +579,6 @@ func TestCycleTogether(t *testing.T) {
 			first <- err
 			return
 		}
-		tx.Record(func() error { close(entered); <-release; return nil })
 		first <- tx.Commit()
 	}()
 	<-entered

@@ -29,7 +29,8 @@ type Tx struct {
 	checks []func() error
 	first  []Participant
 	last   []Participant
-	record func() error
+	notes  []Change // see Record
+	must   bool     // the recorder is told, not asked
 	quiet  map[*Root]bool
 	hold   *Hold // see Under
 	missed bool
@@ -371,13 +372,10 @@ func (tx *Tx) SetReadOnly(n *Node, ro bool) error {
 		st.ReadOnly = ro
 		d.SetNode(n, st)
 		d.drains = append(d.drains, n)
-		d.prims = append(d.prims, func(in *installer) {
-			own := *n.opts.Load()
-			own.ReadOnly, own.Inherited.ReadOnly = ro, &ro
-			n.opts.Store(&own)
-			n.readOnly.Store(ro)
-			n.Bump()
-		})
+		own := *d.options(n)
+		own.ReadOnly, own.Inherited.ReadOnly = ro, &ro
+		d.setOptions(n, &own)
+		d.prims = append(d.prims, func(in *installer) { n.readOnly.Store(ro) })
 		return nil
 	})
 }
@@ -410,11 +408,8 @@ func (tx *Tx) SetOptions(n *Node, o *Options) error {
 			}
 		}
 		d.drains = append(d.drains, n)
-		d.prims = append(d.prims, func(in *installer) {
-			n.opts.Store(&own)
-			in.reopened = append(in.reopened, n)
-			n.Bump()
-		})
+		d.setOptions(n, &own)
+		d.prims = append(d.prims, func(in *installer) { in.reopened = append(in.reopened, n) })
 		return nil
 	})
 }
@@ -519,9 +514,6 @@ func (tx *Tx) Join(p Participant) { tx.last = append(tx.last, p) }
 
 // JoinFirst adds a participant that is prepared before the permissions (a reopen that makes the new file descriptor).
 func (tx *Tx) JoinFirst(p Participant) { tx.first = append(tx.first, p) }
-
-// Record sets what runs after prepare and before install, with no lock held, and may fail the Tx.
-func (tx *Tx) Record(f func() error) { tx.record = f }
 
 // Abort forgets the Tx and gives back the names it took. Nodes made by it that got a driver must have been
 // closed by their opener.

@@ -1,0 +1,268 @@
+package graph
+
+import (
+	"log/slog"
+	"slices"
+
+	"qblockd/graph/perm"
+	"qblockd/schema/types"
+)
+
+// State that is to outlive the process is told to a Recorder as values, each under a key of its own:
+//
+//	node n1         NodeState
+//	node n1.file    EdgeState: its child "file"
+//	bitmap n1.b1    *types.BlockDirtyBitmapAdd
+//	export e1       *types.BlockExportOptions
+//	export e1.root  EdgeState: the node that it shows now
+//	job j1          the arguments of the command that started it
+//
+// Hidden and closing nodes are no part of it, nor are roots that belong to nothing, nor what follows from
+// the rest: claims, freezes, who uses a bitmap.
+
+// StateKind is what a Key names.
+type StateKind string
+
+const (
+	StateNode   StateKind = "node"
+	StateBitmap StateKind = "bitmap" // Key.Name is that of its node
+	StateExport StateKind = "export"
+	StateJob    StateKind = "job"
+)
+
+// Key names one piece of state. Part is empty, or the name of a child edge or of a bitmap.
+type Key struct {
+	Kind       StateKind
+	Name, Part string
+}
+
+func (k Key) String() string {
+	s := string(k.Kind) + " " + k.Name
+	if k.Part != "" {
+		s += "." + k.Part
+	}
+	return s
+}
+
+// Change says what is under Key from now on: an immutable value, or nil for nothing.
+type Change struct {
+	Key   Key
+	Value any
+}
+
+// NodeState is what makes a published node again.
+type NodeState struct {
+	Options *Options
+	// ReadOnly is Node.ReadOnly, which Options may not ask for; Owned is Node.MonitorOwned.
+	ReadOnly, Inactive, Owned bool
+}
+
+// EdgeState is an edge from a published node, or from what a root belongs to.
+type EdgeState struct {
+	Child string // the name of the node below
+	Role  perm.Role
+}
+
+// Recorder is told of changes before they show. Once it has returned nil they happen, all of them; after an
+// error they are undone, save for the closing of nodes and roots, which nobody can refuse. It may block. It
+// is called with no lock held, for different keys also at the same time, and must not change the graph.
+type Recorder func([]Change) error
+
+// SetRecorder makes r hear of all changes from the next transaction on; nil: nobody does.
+func (g *Graph) SetRecorder(r Recorder) {
+	if r == nil {
+		g.recorder.Store(nil)
+		return
+	}
+	g.recorder.Store(&r)
+}
+
+// Record reports state that changes without a transaction of the graph. Errors: the recorder's.
+func (g *Graph) Record(changes ...Change) error {
+	if r := g.recorder.Load(); r != nil && len(changes) > 0 {
+		return (*r)(changes)
+	}
+	return nil
+}
+
+// Record reports state outside of the graph that is to change with the Tx.
+func (tx *Tx) Record(changes ...Change) { tx.notes = append(tx.notes, changes...) }
+
+// record reports what the commit changes. Nothing that follows can fail.
+func (c *commit) record() error {
+	if c.g.recorder.Load() == nil {
+		return nil
+	}
+	d := &delta{draft: c.draft, told: map[*Node]bitmapStates{}}
+	d.collect(c)
+	if err := c.g.Record(slices.Concat(d.gone, d.is, c.tx.notes)...); err != nil {
+		if !c.tx.must {
+			return err
+		}
+		slog.Error("a change of the graph could not be recorded", "error", err)
+	}
+	for n, l := range d.told {
+		n.io.dirty.tell(l)
+	}
+	return nil
+}
+
+// delta is what a commit changes of the state.
+type delta struct {
+	draft    *txDraft
+	gone, is []Change // gone is told first: something else may come under the same key
+	told     map[*Node]bitmapStates
+}
+
+// collect finds all changes. It costs what the plan has touched.
+func (d *delta) collect(c *commit) {
+	c.g.mu.RLock()
+	defer c.g.mu.RUnlock()
+	edges := slices.Clone(d.draft.edges)
+	for _, n := range union(c.delta.Order, d.draft.refd) {
+		was, is := n.stateLocked(), d.draft.stateLocked(n)
+		d.add(Key{Kind: StateNode, Name: n.name}, was, is)
+		if (was == nil) != (is == nil) {
+			edges = append(append(edges, n.kids.Load().all...), d.draft.Children(n)...)
+			d.addBitmaps(n, is != nil)
+		}
+	}
+	if h := c.tx.hold; h != nil {
+		for _, n := range h.res.nodes {
+			if _, done := d.told[n]; !done && n.state == nodePublished {
+				d.addBitmaps(n, true)
+			}
+		}
+	}
+	seen := make(map[*Edge]bool, len(edges))
+	for _, e := range edges {
+		if !seen[e] {
+			seen[e] = true
+			d.addEdgeLocked(e)
+		}
+	}
+}
+
+// add adds what was and what will be under k; nil is nothing.
+func (d *delta) add(k Key, was, is any) {
+	switch {
+	case is == was:
+	case is == nil:
+		d.gone = append(d.gone, Change{Key: k})
+	default:
+		d.is = append(d.is, Change{k, is})
+	}
+}
+
+// addEdgeLocked adds what becomes of e, and of what its root belongs to.
+func (d *delta) addEdgeLocked(e *Edge) {
+	was, is := e.attached, !d.draft.Gone(e)
+	k := Key{Kind: StateNode, Part: e.name}
+	if e.root != nil {
+		of := e.root.spec.Of
+		if k.Kind, k.Name = of.Key.Kind, of.Key.Name; k.Kind == "" {
+			return
+		}
+		if of.Value != nil {
+			d.add(of.Key, valueIf(was, of.Value), valueIf(is, of.Value))
+		}
+	} else {
+		k.Name = e.pnode.name
+		was = was && e.pnode.state == nodePublished
+		is = is && d.draft.stateLocked(e.pnode) != nil
+	}
+	d.add(k, valueIf(was, EdgeState{e.Node().name, e.role}), valueIf(is, EdgeState{d.draft.Target(e).name, e.role}))
+}
+
+func valueIf(there bool, v any) any {
+	if there {
+		return v
+	}
+	return nil
+}
+
+// stateLocked is the NodeState of n, or nil if it has none to record. The caller holds g.mu.
+func (n *Node) stateLocked() any {
+	if n.state != nodePublished {
+		return nil
+	}
+	return NodeState{n.opts.Load(), n.readOnly.Load(), n.inactive, n.owned}
+}
+
+// stateLocked is that of n as the Tx would leave it.
+func (d *txDraft) stateLocked(n *Node) any {
+	r := d.refs[n]
+	if r == nil {
+		r = &refs{owned: n.owned}
+	}
+	shown := n.state == nodePublished || n.state == nodeHidden && r.publish
+	if !shown || !r.owned && n.pins+r.pins <= 0 && d.orphan(n) {
+		return nil
+	}
+	st := d.Node(n)
+	return NodeState{d.options(n), st.ReadOnly, st.Inactive, r.owned}
+}
+
+// orphan tells whether n has no parents.
+func (d *txDraft) orphan(n *Node) bool {
+	for range d.Parents(n) {
+		return false
+	}
+	return true
+}
+
+// bitmapState is what is told of a bitmap, and bitmapStates of all that have names.
+type (
+	bitmapState struct {
+		granularity          uint32
+		persistent, disabled bool
+	}
+	bitmapStates map[string]bitmapState
+)
+
+// addBitmaps adds what has become of the bitmaps of n since the last time, or that all are gone with it.
+func (d *delta) addBitmaps(n *Node, there bool) {
+	var is bitmapStates
+	was, now := n.io.dirty.states()
+	if there {
+		is = now
+	}
+	if len(was) == 0 && len(is) == 0 {
+		return
+	}
+	d.told[n] = is
+	for name := range was {
+		if _, ok := is[name]; !ok {
+			d.gone = append(d.gone, Change{Key: Key{StateBitmap, n.name, name}})
+		}
+	}
+	for name, b := range is {
+		if old, ok := was[name]; !ok || old != b {
+			d.is = append(d.is, Change{Key{StateBitmap, n.name, name}, &types.BlockDirtyBitmapAdd{
+				Node: n.name, Name: name, Granularity: &b.granularity, Persistent: &b.persistent, Disabled: &b.disabled}})
+		}
+	}
+}
+
+// states are what was told last of the bitmaps, and what they are about to be: what is foretold of them counts
+// as done.
+func (s *dirtySet) states() (told, is bitmapStates) {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	for _, d := range s.all {
+		if d.name == "" || d.goes {
+			continue
+		}
+		if is == nil {
+			is = bitmapStates{}
+		}
+		is[d.name] = bitmapState{uint32(d.bits.Granularity()), d.persistent, d.disabled || d.stops}
+	}
+	return s.told, is
+}
+
+func (s *dirtySet) tell(l bitmapStates) {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	s.told = l
+}
