@@ -27,7 +27,7 @@ import (
 	"qblockd/schema/types"
 )
 
-// The version of the reference whose interface we offer.
+// The version of QEMU whose interface we offer.
 const (
 	qemuMajor = 8
 	qemuMinor = 2
@@ -78,7 +78,7 @@ func newDaemon(p processWide) *daemon {
 	d.graph = graph.New(d.bus)
 	d.objects = object.NewRegistry(d.chardevObjects)
 	d.jobs = jobs.NewManager(d.bus, nil)
-	quiesced := func(nodes ...*graph.Node) { d.jobs.Quiesced(2, nodes...) } // as the reference does, once with the request queue and once with the node
+	quiesced := func(nodes ...*graph.Node) { d.jobs.Quiesced(2, nodes...) } // as in QEMU, once with the request queue and once with the node
 	d.nodes = blockdev.New(d.graph, blockdev.Config{
 		Drivers: drivers.All, Objects: d.objects, Policy: p.policy, Probed: quiesced,
 	})
@@ -118,7 +118,7 @@ func (d *daemon) register() {
 }
 
 // addMonitor makes QMP available on a character device. Its clients are served once the daemon is up.
-func (d *daemon) addMonitor(o *types.MonitorOptions) error {
+func (d *daemon) addMonitor(_ context.Context, o *types.MonitorOptions) error {
 	if o.Mode != nil && *o.Mode != types.MonitorModeControl {
 		return errOnlyQMP
 	}

@@ -4,28 +4,14 @@ import (
 	"slices"
 	"strings"
 	"testing"
-
-	"qblockd/cmd/qblockd/cmdline"
 )
 
-// TestHelpIsComplete: the options that are scanned are those that are explained, with the same letters and arguments.
-func TestHelpIsComplete(t *testing.T) {
-	var explained []cmdline.Option
-	for _, group := range helpGroups {
-		for _, o := range group {
-			explained = append(explained, cmdline.Option{Long: o.long, Short: o.short, Arg: len(o.args) > 0})
-			if o.text == "" {
-				t.Errorf("--%s is not explained", o.long)
-			}
+// TestOptions: each option is explained, and done in one of the two passes.
+func TestOptions(t *testing.T) {
+	for _, o := range slices.Concat(optionGroups()...) {
+		if o.text == "" || (o.process == nil) == (o.apply == nil) {
+			t.Errorf("--%s: %q, in the first pass %v, in turn %v", o.long, o.text, o.process != nil, o.apply != nil)
 		}
-	}
-	for _, o := range options {
-		if !slices.Contains(explained, o) {
-			t.Errorf("%+v is scanned, but not explained so", o)
-		}
-	}
-	if len(explained) != len(options) {
-		t.Errorf("%d options explained, %d scanned", len(explained), len(options))
 	}
 }
 

@@ -3,10 +3,10 @@
 //
 // This package wires the others together and reads as the map of the program:
 //
-//	main.go       two passes over the options, as the reference does: what concerns the process, then the rest
-//	options.go    what each option does
+//	main.go       two passes over the options, as in qemu-storage-daemon: what concerns the process, then the rest
+//	options.go    the options: how they are written, what is said of them, what they do
 //	daemon.go     the parts, how they hang together, and how they end
-//	quickstart.go       --quickstart: a disk, a monitor and an NBD server out of nothing
+//	quickstart.go --quickstart: a disk, a monitor and an NBD server out of nothing
 //	limits.go     --limit: what clients can make the daemon hold
 //	policy.go     --image-policy: what images may name
 //	memory.go     how much garbage there may be, and when memory is given back
@@ -21,7 +21,6 @@ import (
 	"log/slog"
 	"os"
 	"path/filepath"
-	"strconv"
 	"strings"
 
 	"qblockd/blockdev"
@@ -32,31 +31,13 @@ import (
 // version is ours; it is reported as the package of the greeting.
 const version = "0.1.0"
 
-var options = []cmdline.Option{
-	{Long: "blockdev", Arg: true},
-	{Long: "chardev", Arg: true},
-	{Long: "daemonize"},
-	{Long: "export", Arg: true},
-	{Long: "help", Short: 'h'},
-	{Long: "image-policy", Arg: true},
-	{Long: "limit", Arg: true},
-	{Long: "monitor", Arg: true},
-	{Long: "nbd-server", Arg: true},
-	{Long: "object", Arg: true},
-	{Long: "pidfile", Arg: true},
-	{Long: "quickstart", Arg: true},
-	{Long: "socket-mode", Arg: true},
-	{Long: "trace", Short: 'T', Arg: true},
-	{Long: "version", Short: 'V'},
-}
-
 func main() {
 	setupLog(slog.LevelInfo)
 	if !panics.Loud {
 		panics.Contain()
 	}
 	tuneMemory()
-	items, scanErr := cmdline.Scan(os.Args[1:], options)
+	items, scanErr := cmdline.Scan(os.Args[1:], scanned())
 	early := processOptions(items, scanErr)
 	ready := func() {}
 	if early.daemonize {
@@ -102,35 +83,17 @@ type processWide struct {
 	policy     blockdev.Policy
 }
 
-// processOptions does the options that concern the process and come before all others wherever they stand. A
-// scanning error counts where the scan met it: --help before it wins.
+// processOptions does the options that concern the process and come before all others wherever they
+// stand. A scanning error counts where the scan met it: --help before it wins.
 func processOptions(items []cmdline.Item, scanErr error) (p processWide) {
 	p.socketMode, p.limits = 0o600, defaultLimits()
 	for _, it := range items {
-		if it.Option == nil {
-			continue
-		}
-		switch it.Option.Long {
-		case "help":
-			fmt.Print(helpText(programName()))
-			os.Exit(0)
-		case "version":
-			fmt.Print(versionText(programName()))
-			os.Exit(0)
-		case "daemonize":
-			p.daemonize = true
-		case "pidfile":
-			p.pidfile = it.Arg
-		case "limit":
-			settled(it, p.limits.setLimits(it.Arg))
-		case "image-policy":
-			settled(it, setPolicy(&p.policy, it.Arg))
-		case "socket-mode":
-			mode, err := strconv.ParseUint(it.Arg, 8, 32)
-			if err != nil || mode > 0o777 {
-				fatal(it.Where(), fmt.Errorf("'%s' is not a file mode in octal", it.Arg))
+		if o := optionOf(it); o.process != nil {
+			if err := o.process(&p, it.Arg); errors.Is(err, errHelpShown) {
+				os.Exit(0)
+			} else if err != nil {
+				fatal(it.Where(), err)
 			}
-			p.socketMode = fs.FileMode(mode)
 		}
 	}
 	if scanErr != nil {
@@ -155,18 +118,9 @@ func parseSettings(arg string, known map[string]cmdline.OptType, help func() str
 	return o, nil
 }
 
-// settled ends the process if settings could not be made, or help was all that was wanted.
-func settled(it cmdline.Item, err error) {
-	if errors.Is(err, errHelpShown) {
-		os.Exit(0)
-	} else if err != nil {
-		fatal(it.Where(), err)
-	}
-}
-
 func programName() string { return filepath.Base(os.Args[0]) }
 
-// report writes a message in the form of the reference: program, the option it is about, text.
+// report writes a message in the form of QEMU: program, the option it is about, text.
 func report(where, text string) {
 	if where != "" {
 		where += ": "

@@ -17,7 +17,7 @@ func TestManPage(t *testing.T) {
 	about := man.Section{Heading: "Description", Paras: []man.Para{{Text: aboutText}, {Text: orderText}}}
 	opts := man.Section{Heading: "Options"}
 	var completed []man.Option
-	for _, group := range helpGroups {
+	for _, group := range optionGroups() {
 		for _, o := range group {
 			opts.Items = append(opts.Items, man.Item{Tags: o.forms(), Text: o.text})
 			completed = append(completed, man.Option{Long: o.long, Short: o.short, Arg: len(o.args) > 0, Text: o.text})
