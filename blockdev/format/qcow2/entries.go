@@ -8,7 +8,7 @@ import (
 )
 
 const (
-	pageBits    = 9 // entries of a page, log2
+	pageBits    = 7 // entries of a page, log2: most tables have a few entries only
 	pageEntries = 1 << pageBits
 )
 
@@ -60,11 +60,15 @@ func (t *entries) from(first int64) iter.Seq2[int64, uint64] {
 	}
 }
 
-// dense is the table up to its last page that is not zero, for tables that are small.
+// dense is the table up to its last entry that is not zero, for tables that are small.
 func (t *entries) dense() []uint64 {
-	out := make([]uint64, 0, len(t.pages)<<pageBits)
+	n := int64(0)
+	for i := range t.all() {
+		n = i + 1
+	}
+	out := make([]uint64, n)
 	for i, v := range t.all() {
-		out = append(out[:i], v)
+		out[i] = v
 	}
 	return out
 }
