@@ -39,8 +39,8 @@ func (s *allocator) took(first, n int64) {
 	}
 }
 
-// addRef changes the refcount of cluster c by d, which is 1 or -1. There must be a refcount block, see
-// coverRun.
+// addRef changes the refcount of cluster c by d, which is 1 or -1. There must be a refcount block,
+// see coverRun.
 func (s *allocator) addRef(r *blk.Req, c int64, d int) error {
 	bits := s.geo.RefblockBits()
 	t, err := s.refblock(r, c>>bits)
@@ -78,9 +78,9 @@ func (s *allocator) addRef(r *blk.Req, c int64, d int) error {
 // end. Tables can count 2^40 clusters and more as used.
 var mostSearched int64 = 1 << 24
 
-// findFree returns the first run of free clusters from from on: at least need clusters, at most want.
-// next is where the next search is to begin. If much has to be looked at, what is free in the file
-// may be passed over: the next search goes on there.
+// findFree returns the first run of free clusters from from on: at least need clusters, at most
+// want. next is where the next search is to begin. If much has to be looked at, what is free in the
+// file may be passed over: the next search goes on there.
 func (s *allocator) findFree(r *blk.Req, from, need, want int64) (first, n, next int64, err error) {
 	bits := s.geo.RefblockBits()
 	limit := int64(1) << (layout.MaxHostBits - s.cb)
@@ -123,8 +123,8 @@ search:
 	return first, n, first + n, nil
 }
 
-// allocate takes a run of at least need and at most want free clusters and gives each refcount 1. It
-// returns the first cluster; what is for the error.
+// allocate takes a run of at least need and at most want free clusters and gives each refcount 1.
+// It returns the first cluster; what is for the error.
 func (s *allocator) allocate(r *blk.Req, need, want int64, what string) (first, n int64, err error) {
 	if err := s.setDirtyBit(r); err != nil {
 		return 0, 0, err
@@ -150,7 +150,7 @@ func (s *allocator) allocate(r *blk.Req, need, want int64, what string) (first, 
 		}
 	}
 	if first == 0 {
-		return 0, 0, s.corrupt(r, true, -1, -1, "Preventing invalid allocation of "+what+" at offset 0")
+		return 0, 0, s.corrupt(r, -1, -1, "Preventing invalid allocation of %s at offset 0", what)
 	}
 	for i := range n {
 		if err := s.addRef(r, first+i, 1); err != nil {
@@ -228,7 +228,7 @@ func (s *allocator) newBlock(r *blk.Req, b int64) error {
 		b = cb
 	}
 	if c == 0 && s.hdrUsed > 0 && s.mending == nil && !s.bare {
-		return s.corrupt(r, true, -1, -1, "Preventing invalid allocation of refcount block at offset 0")
+		return s.corrupt(r, -1, -1, "Preventing invalid allocation of refcount block at offset 0")
 	}
 	if err := s.checkOverlap(r, c<<s.cb, s.cs, 0); err != nil {
 		return err
@@ -258,119 +258,6 @@ func (s *allocator) newBlock(r *blk.Req, b int64) error {
 	s.noteEnd(t.off + s.cs)
 	s.setLowest(next) // it was the first free one
 	s.took(c, 1)
-	return nil
-}
-
-// newReftArea tells how large a refcount table with block need is, in clusters, and how many refcount
-// blocks it takes to count the area that both of them lie in: it begins behind what the table covers
-// now.
-func (s *allocator) newReftArea(need int64) (blocks, clusters int64, err error) {
-	bits := s.geo.RefblockBits()
-	for {
-		entries := max(need+1, s.reftSize*3/2, s.reftSize+blocks)
-		c := (entries*8 + s.cs - 1) >> s.cb
-		n := (c + blocks + 1<<bits - 1) >> bits
-		if c == clusters && n == blocks {
-			break
-		}
-		clusters, blocks = c, n
-	}
-	end := (s.reftSize<<bits + blocks + clusters) << s.cb
-	if clusters<<s.cb > layout.MaxReftableBytes || end >= 1<<layout.MaxHostBits {
-		return 0, 0, errTooBig
-	}
-	return blocks, clusters, nil
-}
-
-// growReftable makes the refcount table large enough for block need. The area behind what the old
-// table covers takes the refcount blocks that count the area, and then the new table.
-func (s *allocator) growReftable(r *blk.Req, need int64) error {
-	s.step(r, blk.EvReftableGrow)
-	blocks, clusters, err := s.newReftArea(need)
-	if err != nil {
-		return err
-	}
-	bits := s.geo.RefblockBits()
-	first := s.reftSize // block of the area's first cluster, which is at the block's beginning
-	start := first << bits
-	// What the old table does not cover is not counted, whatever lies there.
-	for v := s.survey; v != nil && start < v.found && s.surveying(); {
-		if err := s.vet(r); err != nil {
-			return err
-		}
-	}
-	for c := start; c < start+blocks+clusters; c++ {
-		if s.taken(c) {
-			at := c << s.cb
-			return s.corrupt(r, true, at, s.cs, "Preventing invalid allocation of refcount table at offset "+hex(uint64(at)))
-		}
-	}
-	if err := s.checkOverlap(r, start<<s.cb, (blocks+clusters)<<s.cb, 0); err != nil {
-		return err
-	}
-	oldSize, oldOff := s.reftSize, s.reftOffset()
-	reft := make([]uint64, first+blocks, first+blocks+64)
-	copy(reft, s.reft)
-	undo := func() {
-		for i := range blocks {
-			s.rb.dropRange((start+i)<<s.cb, s.cs)
-		}
-	}
-	for i := range blocks {
-		if err := s.roomForBlock(r); err != nil {
-			undo()
-			return err
-		}
-		t := s.rb.alloc((start + i) << s.cb)
-		clear(t.data)
-		for k := int64(0); k < 1<<bits && i<<bits+k < blocks+clusters; k++ {
-			s.geo.SetRefcount(t.data, k, 1)
-		}
-		s.rb.dropRange(t.off, s.cs)
-		s.rb.insert(t)
-		s.rb.markDirty(t)
-		reft[first+i] = uint64(t.off)
-	}
-	if err := s.switchReftable(r, reft, (start+blocks)<<s.cb, clusters); err != nil {
-		undo()
-		return err
-	}
-	for i := range blocks {
-		s.own((start+i)<<s.cb, ownBlock, 1)
-	}
-	s.reft, s.reftSize = reft, clusters<<s.cb/8
-	clear(s.reftDirty)
-	s.took(start, blocks+clusters)
-	s.quarantine.retire(oldOff, oldSize*8)
-	return nil
-}
-
-// switchReftable writes a new refcount table and then the header's pointer to it.
-func (s *allocator) switchReftable(r *blk.Req, reft []uint64, off, clusters int64) error {
-	s.step(r, blk.EvRefblockAllocWriteBlocks)
-	if err := s.writeBlocks(r); err != nil {
-		return err
-	}
-	s.step(r, blk.EvRefblockAllocWriteTable)
-	b := make([]byte, clusters<<s.cb)
-	for i, v := range reft {
-		be.PutUint64(b[8*i:], v)
-	}
-	if err := s.writeMeta(r, b, off, 0); err != nil {
-		return err
-	}
-	if err := s.barrier(r); err != nil {
-		return err
-	}
-	s.step(r, blk.EvRefblockAllocSwitchTable)
-	field := func(off uint64, clusters uint32) []byte {
-		return be.AppendUint32(be.AppendUint64(nil, off), clusters)
-	}
-	was := field(s.hdr.RefcountTableOffset, s.hdr.RefcountTableClusters)
-	if err := s.swap(r, field(uint64(off), uint32(clusters)), was, layout.OffReftable); err != nil {
-		return err
-	}
-	s.hdr.RefcountTableOffset, s.hdr.RefcountTableClusters = uint64(off), uint32(clusters)
 	return nil
 }
 

@@ -67,8 +67,8 @@ type bitmapLoader struct {
 	data   map[int64]struct{}       // clusters of data that were loaded
 }
 
-// findOverlaps marks as broken the bitmaps whose entry makes no sense, or whose table lies over that
-// of another or over other metadata.
+// findOverlaps marks as broken the bitmaps whose entry makes no sense, or whose table lies over
+// that of another or over other metadata.
 func (l *bitmapLoader) findOverlaps(list []*stored) {
 	s := l.s
 	for _, m := range list {

@@ -11,10 +11,10 @@ import (
 	"qblockd/schema/types"
 )
 
-// Persistent bitmaps. While an image is open for writing, its bitmaps are in memory, as dirty bitmaps
-// of the node, and the image says so of each (in use): a program that finds that knows that they have
-// missed writes. For us those that are live hold all the same (marks.go). All are stored when the
-// image is closed or becomes read-only. A new directory always goes this way:
+// Persistent bitmaps. While an image is open for writing, its bitmaps are in memory, as dirty
+// bitmaps of the node, and the image says so of each (in use): a program that finds that knows that
+// they have missed writes. For us those that are live hold all the same (marks.go). All are stored
+// when the image is closed or becomes read-only. A new directory always goes this way:
 //
 //	data and tables -> directory -> refcounts -> | header -> | old data, tables, directory are freed
 //
@@ -73,8 +73,8 @@ func (s *image) bitmapBytes(granularity int64) int64 {
 
 func bitmapBytes(size, granularity int64) int64 { return ((size+granularity-1)/granularity + 7) / 8 }
 
-// bitmapsFit fails if bitmaps would be too long to be stored with a disk of size bytes: others open no
-// image that has such a one.
+// bitmapsFit fails if bitmaps would be too long to be stored with a disk of size bytes: others open
+// no image that has such a one.
 func (s *image) bitmapsFit(size int64) error {
 	if s.keeper == nil {
 		return nil
@@ -89,7 +89,8 @@ func (s *image) bitmapsFit(size int64) error {
 
 var errBitmapTooLong = errors.New("Too much space will be occupied by the bitmap. Use larger granularity")
 
-// bitmapClusters is the number of entries in the table of a bitmap: one at least, as others require.
+// bitmapClusters is the number of entries in the table of a bitmap: one at least, as others
+// require.
 func (s *image) bitmapClusters(granularity int64) int64 {
 	return max(blk.AlignUp(s.bitmapBytes(granularity), s.cs)/s.cs, 1)
 }
@@ -101,7 +102,8 @@ func (s *image) publishBitmaps() {
 		if m.born {
 			continue // QEMU stores it at the end
 		}
-		x := &types.Qcow2BitmapInfo{Name: m.Name, Granularity: uint32(m.Granularity), Flags: []types.Qcow2BitmapInfoFlags{}}
+		x := &types.Qcow2BitmapInfo{Name: m.Name, Granularity: uint32(m.Granularity)}
+		x.Flags = []types.Qcow2BitmapInfoFlags{}
 		if m.Flags&layout.BitmapInUse != 0 {
 			x.Flags = append(x.Flags, types.Qcow2BitmapInfoFlagsInUse)
 		}
@@ -114,8 +116,8 @@ func (s *image) publishBitmaps() {
 	s.tellChanged()
 }
 
-// claimBitmaps says in the image that its bitmaps are in use, before anything else is written to it,
-// and makes those live that can be.
+// claimBitmaps says in the image that its bitmaps are in use, before anything else is written to
+// it, and makes those live that can be.
 func (s *image) claimBitmaps(r *blk.Req) error {
 	if s.keeper == nil {
 		return s.claimInPlace(r)
@@ -132,8 +134,8 @@ func (s *image) claimBitmaps(r *blk.Req) error {
 	return s.claimInPlace(r)
 }
 
-// claimInPlace changes the flags where they are, unless something else may lie there, so that it takes
-// no space. If power fails half-way, nothing else was written before.
+// claimInPlace changes the flags where they are, unless something else may lie there, so that it
+// takes no space. If power fails half-way, nothing else was written before.
 func (s *image) claimInPlace(r *blk.Req) error {
 	if err := s.distrust(r); err != nil {
 		return err
@@ -151,8 +153,8 @@ func (s *image) claimInPlace(r *blk.Req) error {
 	return err
 }
 
-// storeBitmaps writes the bitmaps of the node into the image. The caller flushes afterwards. After an
-// error the image says what it said before.
+// storeBitmaps writes the bitmaps of the node into the image. The caller flushes afterwards. After
+// an error the image says what it said before.
 func (s *image) storeBitmaps(r *blk.Req) error {
 	if s.keeper == nil {
 		return nil
@@ -346,7 +348,8 @@ func (s *image) removeBitmap(r *blk.Req, name string) error {
 	return s.switchDirectory(r, slices.Delete(slices.Clone(s.stored), i, i+1), []*stored{gone})
 }
 
-// countBitmaps counts directory, tables and data of bitmaps. Nothing of broken ones is ever touched.
+// countBitmaps counts directory, tables and data of bitmaps. Nothing of broken ones is ever
+// touched.
 func (s *image) countBitmaps(c *counter) error {
 	b := s.ext.Bitmaps
 	if b == nil {

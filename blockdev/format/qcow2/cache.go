@@ -11,8 +11,8 @@ type table struct {
 	prev, next *table // LRU list, most recent first
 }
 
-// cache holds tables of one size. Memory is taken on first use; capacity may be exceeded
-// while everything is dirty or pinned, see image.room. Guarded by image.mu.
+// cache holds tables of one size. Memory is taken on first use. There may be more than max while
+// everything is dirty or pinned, see room.
 type cache struct {
 	size   int // bytes of a table
 	max    int // tables
@@ -20,7 +20,7 @@ type cache struct {
 	lru    table // ring
 	ndirty int
 	spare  *table // one evicted table for reuse
-	epoch  uint64 // goes up when content on disk may have changed, see image.warm
+	epoch  uint64 // goes up when content on disk may have changed, see warm
 }
 
 func newCache(size, max int) *cache {

@@ -21,7 +21,7 @@ func (c *CheckResult) say(text string, v ...uint64) {
 	if len(c.Messages) < 16 {
 		m := text
 		for _, x := range v {
-			m += " " + hex(x)
+			m += " " + hex(x).String()
 		}
 		c.Messages = append(c.Messages, m)
 	}
@@ -47,8 +47,8 @@ type checker struct {
 
 // check counts all references and compares them with the refcounts. With fix, refcounts and copied
 // flags are put right, what refers to places beyond the end of the file is dropped and, if nothing
-// else is wrong, the dirty bit is cleared. An image whose header or tables lie over anything is left
-// as it is (Errors). No requests may run. It ends with the context of r.
+// else is wrong, the dirty bit is cleared. An image whose header or tables lie over anything is
+// left as it is (Errors). No requests may run. It ends with the context of r.
 func (s *image) check(r *blk.Req, fix bool) (*CheckResult, error) {
 	res := &CheckResult{}
 	c := checker{counter: s.newCounter(r, res), s: s}
@@ -103,7 +103,8 @@ func (c *checker) reportBlocks() {
 	}
 }
 
-// cannotRepair notes what a repair could not write without writing over something else, or not drop.
+// cannotRepair notes what a repair could not write without writing over something else, or not
+// drop.
 func (c *checker) cannotRepair() {
 	s := c.s
 	alone := func(off, size int64, what string) {
@@ -135,8 +136,8 @@ func (c *checker) cannotRepair() {
 	}
 }
 
-// badBlocks lists the entries of the refcount table whose blocks are impossible or lie over something
-// else, and takes them out of the count.
+// badBlocks lists the entries of the refcount table whose blocks are impossible or lie over
+// something else, and takes them out of the count.
 func (c *checker) badBlocks() (drop []int64) {
 	for i, e := range c.s.reft {
 		off := int64(e & layout.ReftMask)
@@ -157,8 +158,8 @@ func (c *checker) badBlocks() (drop []int64) {
 	return drop
 }
 
-// makeBlocks drops refcount blocks and makes those that are missing, in clusters that nothing refers
-// to.
+// makeBlocks drops refcount blocks and makes those that are missing, in clusters that nothing
+// refers to.
 func (c *checker) makeBlocks(drop []int64) error {
 	s := c.s
 	for _, i := range drop {

@@ -43,8 +43,8 @@ func (s *image) readCompressed(r *blk.Req, v blk.Vec, e uint64, in int64) error 
 		if err := s.decode(r, u.data, b); err != nil {
 			return err
 		}
-		// Nobody can have reused the bytes while this request holds its epoch, and whoever
-		// does so later forgets what is kept here.
+		// Nobody can have reused the bytes while this request holds its epoch, and who does so
+		// later forgets what is kept here.
 		s.mu.Lock()
 		s.unz = u
 		s.mu.Unlock()
@@ -66,9 +66,9 @@ func (s *image) decode(r *blk.Req, dst, src []byte) error {
 	return nil
 }
 
-// What requests of one image may take at the same time in buffers, in bytes: for compressing, for
-// what is copied around writes to new clusters, for decompressing, and for the decoders. One
-// request may exceed it when it is alone.
+// What the requests of an image may take for buffers at the same time, in bytes: for compressing,
+// for what is copied around writes to new clusters, for decompressing, and for the decoders. One
+// request that is alone may exceed it.
 const (
 	budgetZip    = 32 << 20
 	budgetCopy   = 32 << 20
@@ -160,8 +160,8 @@ func compress(kind uint8, src []byte) ([]byte, error) {
 	return out, nil
 }
 
-// writeCompressed stores whole clusters compressed; clusters that do not shrink are
-// written as they are. A cluster that has data of its own already cannot be compressed: EIO.
+// writeCompressed stores whole clusters compressed; clusters that do not shrink are written as they
+// are. It fails with EIO for a cluster that has data of its own already.
 func (s *image) writeCompressed(r *blk.Req, v blk.Vec, off int64, f blk.Flags) error {
 	n := v.Len()
 	if off&(s.cs-1) != 0 || n&(s.cs-1) != 0 && off+n != s.size.Load() {

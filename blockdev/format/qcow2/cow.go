@@ -8,15 +8,15 @@ import (
 	"qblockd/graph/blk"
 )
 
-// bigZeroes is the number of bytes from which zeroes around a write are made by Zero where
-// the file can do that faster than by writing.
+// bigZeroes is from how many bytes on zeroes around a write are made by Zero, if the file can do
+// that faster than by writing.
 const bigZeroes = 64 << 10
 
 // smallCopy is how much around a write is copied without asking whether there is memory for it.
 const smallCopy = 64 << 10
 
-// writeAround writes w into the clusters of p, together with the parts of the first and
-// last cluster that w leaves out: their old content. Runs without mu.
+// writeAround writes w into the clusters of p, together with the old content of what w leaves out
+// of the first and the last one. It runs without mu.
 func (s *image) writeAround(r *blk.Req, p *plan, w blk.Vec, off int64) error {
 	a := p.alloc
 	head := off - a.first<<s.cb
@@ -70,8 +70,8 @@ func (s *image) writeAround(r *blk.Req, p *plan, w blk.Vec, off int64) error {
 	return s.file.WriteAt(r, blk.Bufs(bufs), a.host, 0)
 }
 
-// readOld fills b with the old content of guest cluster gc from byte in of it. What lies
-// beyond the end of the disk is zeroes.
+// readOld fills b with the old content of guest cluster gc from its byte in on; beyond the end of
+// the disk that is zeroes.
 func (s *image) readOld(r *blk.Req, m mapping, gc, in int64, b []byte) error {
 	if len(b) == 0 {
 		return nil

@@ -23,7 +23,7 @@ type CreateOptions struct {
 	CompressionType string // "zlib", "zstd"
 }
 
-// header checks the options in the reference's order and makes the header of an empty image.
+// header checks the options in QEMU's order and makes the header of an empty image.
 func (o *CreateOptions) header() (*layout.Header, error) {
 	if o.Size%blk.SectorSize != 0 {
 		return nil, fmt.Errorf("Image size must be a multiple of %d bytes", blk.SectorSize)
@@ -34,7 +34,8 @@ func (o *CreateOptions) header() (*layout.Header, error) {
 	}
 	cs := pick(o.ClusterSize, layout.DefaultClusterSize)
 	if bits.OnesCount64(cs) != 1 || cs < 1<<layout.MinClusterBits || cs > 1<<layout.MaxClusterBits {
-		return nil, fmt.Errorf("Cluster size must be a power of two between %d and %dk", 1<<layout.MinClusterBits, 1<<(layout.MaxClusterBits-10))
+		return nil, fmt.Errorf("Cluster size must be a power of two between %d and %dk",
+			1<<layout.MinClusterBits, 1<<(layout.MaxClusterBits-10))
 	}
 	h.ClusterBits = uint32(bits.TrailingZeros64(cs))
 	h.RefcountTableOffset = cs
@@ -68,8 +69,8 @@ func (o *CreateOptions) header() (*layout.Header, error) {
 	return h, nil
 }
 
-// create makes an image in f: a header and an empty refcount table, then everything else by
-// opening and resizing it.
+// create makes an image in f: a header and an empty refcount table, then everything else by opening
+// and resizing it.
 func create(r *blk.Req, f file, o *CreateOptions) error {
 	h, err := o.header()
 	if err != nil {
@@ -91,7 +92,8 @@ func create(r *blk.Req, f file, o *CreateOptions) error {
 		return wrap("Could not write refcount table", err)
 	}
 	off := false
-	s, err := openImage(r, config{file: f, bare: true, options: Options{LazyRefcounts: &off, CacheCleanInterval: new(int64)}})
+	options := Options{LazyRefcounts: &off, CacheCleanInterval: new(int64)}
+	s, err := openImage(r, config{file: f, bare: true, options: options})
 	if err != nil {
 		return err
 	}
@@ -104,7 +106,7 @@ func create(r *blk.Req, f file, o *CreateOptions) error {
 	return errors.Join(err, s.Close())
 }
 
-// maxLength is the largest size that the reference's block layer knows.
+// maxLength is the largest size that QEMU's block layer knows.
 const maxLength = math.MaxInt64 &^ (1<<30 - 1)
 
 // populate turns the empty image into the one asked for.
@@ -142,8 +144,7 @@ func (s *image) populate(r *blk.Req, o *CreateOptions) error {
 	return nil
 }
 
-// ChangeBackingFile rewrites the backing file's name and format in the header; empty ones
-// remove them.
+// ChangeBackingFile implements graph.BackingChanger; an empty name and an empty format remove them.
 func (s *image) ChangeBackingFile(r *blk.Req, name, format string) error {
 	if len(name) > layout.MaxBackingName || len(format) > layout.MaxBackingFormat {
 		return errInval

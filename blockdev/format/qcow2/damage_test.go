@@ -106,7 +106,7 @@ func TestTwoEntriesOneCluster(t *testing.T) {
 	if err := s.WriteAt(req(), blk.Buf(make([]byte, 512)), 0, 0); err != nil {
 		t.Fatalf("write elsewhere: %v", err)
 	}
-	if want := "The refcounts of 1 clusters, of which the first is at " + hex(uint64(host)); len(log) != 1 || !strings.HasPrefix(log[0], want) || c.other != nil {
+	if want := "The refcounts of 1 clusters, of which the first is at " + hex(host).String(); len(log) != 1 || !strings.HasPrefix(log[0], want) || c.other != nil {
 		t.Errorf("log %q, reports %q, want %s in the log, as the reference reports nothing", log, c.other, want)
 	}
 	if err := s.WriteAt(req(), blk.Buf(make([]byte, 512)), 5<<16, 0); !errors.Is(err, syscall.EIO) {
@@ -136,7 +136,7 @@ func TestFlushAfterGivenUp(t *testing.T) {
 		t.Fatal(err)
 	}
 	s.mu.Lock()
-	s.corrupt(req(), true, -1, -1, "test")
+	_ = s.corrupt(req(), -1, -1, "test")
 	s.mu.Unlock()
 	if err := s.Flush(req()); !errors.Is(err, syscall.EIO) {
 		t.Errorf("flush with a write whose L2 entry is not there: %v", err)
@@ -148,7 +148,7 @@ func TestFlushAfterGivenUp(t *testing.T) {
 		t.Fatal(err)
 	}
 	s.mu.Lock()
-	s.corrupt(req(), true, -1, -1, "test")
+	_ = s.corrupt(req(), -1, -1, "test")
 	s.mu.Unlock()
 	if err := s.Flush(req()); err != nil {
 		t.Errorf("flush of what was written in place: %v", err)

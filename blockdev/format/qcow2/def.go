@@ -48,7 +48,8 @@ var Def = driver.Of(driver.Def[*types.BlockdevOptionsQcow2]{
 	Amend: driver.Amends(func(context.Context, *graph.Node, *types.BlockdevAmendOptionsQcow2) error { return nil }),
 })
 
-// runtimeNames are the options that say how an image is used: a reopen may change them, and an image may not choose them.
+// runtimeNames are the options that say how an image is used: a reopen may change them, and an
+// image may not choose them.
 var runtimeNames = []string{
 	"lazy-refcounts", "pass-discard-request", "pass-discard-snapshot", "pass-discard-other", "discard-no-unref",
 	"overlap-check", "cache-size", "l2-cache-size", "l2-cache-entry-size", "refcount-cache-size", "cache-clean-interval",

@@ -46,8 +46,8 @@ func (s *image) readDirectory(r *blk.Req, off, size int64, n uint32) ([]*stored,
 	return list, nil
 }
 
-// switchDirectory makes the image refer to the bitmaps in list, and frees what those in old, and the
-// old directory, take.
+// switchDirectory makes the image refer to the bitmaps in list, and frees what those in old, and
+// the old directory, take.
 func (s *image) switchDirectory(r *blk.Req, list, old []*stored) error {
 	was, wasMarks, wasBits := s.ext.Bitmaps, s.ext.Marks, s.hdr.AutoclearFeatures
 	var now *layout.Bitmaps
@@ -115,13 +115,15 @@ func (s *image) newDirectory(r *blk.Req, list []*stored) (*layout.Bitmaps, error
 	if err != nil {
 		return nil, err
 	}
-	return &layout.Bitmaps{NbBitmaps: uint32(len(list)), DirectorySize: uint64(len(dir)), DirectoryOffset: uint64(off)}, nil
+	return &layout.Bitmaps{
+		NbBitmaps: uint32(len(list)), DirectorySize: uint64(len(dir)), DirectoryOffset: uint64(off),
+	}, nil
 }
 
-// sameDirectory lets the directory stay where it is if all that list does is to take from its end, or
-// to add there what the last cluster has room for: both the old header and the next one refer to a
-// whole directory then. So adding one bitmap after the other, and undoing that, does not write all
-// names each time. It returns nil if the directory has to move.
+// sameDirectory lets the directory stay where it is if all that list does is to take from its end,
+// or to add there what the last cluster has room for: both the old header and the next one refer to
+// a whole directory then. So adding one bitmap after the other, and undoing that, does not write
+// all names each time. It returns nil if the directory has to move.
 func (s *image) sameDirectory(r *blk.Req, list []*stored) (*layout.Bitmaps, error) {
 	was, n := s.ext.Bitmaps, min(len(list), len(s.stored))
 	if was == nil || s.dirUnsure || s.badBitmaps || int(was.NbBitmaps) != len(s.stored) {
@@ -150,8 +152,8 @@ func (s *image) sameDirectory(r *blk.Req, list []*stored) (*layout.Bitmaps, erro
 	return &now, s.writeMeta(r, more, int64(was.DirectoryOffset+was.DirectorySize), olBitmapDirectory)
 }
 
-// ownsDirectory tells whether it is known that nothing else lies in the clusters of the directory, so
-// that it can be written where it is.
+// ownsDirectory tells whether it is known that nothing else lies in the clusters of the directory,
+// so that it can be written where it is.
 func (s *image) ownsDirectory(r *blk.Req) (bool, error) {
 	if s.surveying() {
 		return false, nil
@@ -186,7 +188,8 @@ func (s *image) rewriteDirectory(r *blk.Req) error {
 			return cmp.Or(e, err)
 		}
 	}
-	if err := s.writeMeta(r, s.encodeDirectory(s.stored), int64(s.ext.Bitmaps.DirectoryOffset), olBitmapDirectory); err != nil {
+	dir, off := s.encodeDirectory(s.stored), int64(s.ext.Bitmaps.DirectoryOffset)
+	if err := s.writeMeta(r, dir, off, olBitmapDirectory); err != nil {
 		return err
 	}
 	return s.barrier(r)
@@ -200,8 +203,8 @@ func (s *image) encodeDirectory(l []*stored) []byte {
 	return layout.AppendBitmapDirectory(nil, entries)
 }
 
-// updateHeader writes header, extensions and backing file name. If they do not all fit, the marks go:
-// bitmaps are in use then, as others have them.
+// updateHeader writes header, extensions and backing file name. If they do not all fit, the marks
+// go: bitmaps are in use then, as others have them.
 func (s *image) updateHeader(r *blk.Req) error {
 	hdr, ext := *s.hdr, *s.ext
 	b, err := hdr.Marshal(&ext, s.backName)

@@ -12,9 +12,9 @@ const (
 	pageEntries = 1 << pageBits
 )
 
-// entries is a table of the file in memory: L1, of the active disk or of a snapshot, or of a
-// bitmap. Of pages that are all zero nothing is kept, so that it costs what is in it and not what
-// it could hold. The zero value is a table of zeroes.
+// entries is a table of the file in memory: an L1 table, or that of a bitmap. Pages of zeroes are
+// not kept, so that it costs what is in it and not what it could hold. The zero value is all
+// zeroes.
 type entries struct {
 	pages []*[pageEntries]uint64 // nil: zeroes, as is what lies behind
 }
@@ -81,9 +81,9 @@ func (t *entries) append(b []byte, first, behind int64) []byte {
 	return b
 }
 
-// readTable reads the part of a table of n entries at off that lies in the file. What the file says
-// to be a hole is not read, so that the time that it takes is bounded by the file, too. It ends
-// with the context of r.
+// readTable reads the part of a table of n entries at off that lies in the file. What the file
+// calls a hole is not read, so that the time is bounded by the file, too. It ends with the context
+// of r.
 func (s *imageFile) readTable(r *blk.Req, off, n int64) (entries, error) {
 	const piece = 64 << 10
 	var t entries
@@ -125,7 +125,7 @@ func (s *imageFile) readTable(r *blk.Req, off, n int64) (entries, error) {
 	return t, nil
 }
 
-// ended is the error of work whose context has ended: nobody waits for it any more.
+// ended returns the error of work whose context has ended: nobody waits for it any more.
 func ended(r *blk.Req) error {
 	if r.Ctx == nil {
 		return nil

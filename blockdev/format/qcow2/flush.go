@@ -7,8 +7,8 @@ import (
 	"qblockd/graph/blk"
 )
 
-// flushDead is flush of an image that was given up. What was acknowledged is there if nothing was to
-// be written but guest data.
+// flushDead is flush of an image that was given up. What was acknowledged is there if nothing was
+// to be written but guest data.
 func (s *image) flushDead(r *blk.Req) error {
 	lost := s.midFlush || s.l2.ndirty > 0 || len(s.l1Dirty) > 0 || len(s.reftDirty) > 0 ||
 		!s.lazy() && s.rb.ndirty > 0
@@ -59,8 +59,8 @@ func (s *image) endFlush() {
 	s.done.Broadcast()
 }
 
-// claimFlush waits until no flush runs and keeps others from starting: L1 table and header hold still
-// then. mu is dropped while waiting. release undoes it.
+// claimFlush waits until no flush runs and keeps others from starting: L1 table and header hold
+// still then. mu is dropped while waiting. release undoes it.
 func (s *image) claimFlush() (release func()) {
 	for s.flushing {
 		s.done.Wait()
@@ -113,9 +113,9 @@ func (s *image) flushOnce(r *blk.Req) error {
 	return nil
 }
 
-// room makes a flush when it is due: too much waits to be freed, or the L2 cache holds hardly anything
-// but changes and will have to give something up. It is called before anything was looked up, as it
-// drops mu. It fails if the image was given up meanwhile.
+// room makes a flush when it is due: too much waits to be freed, or the L2 cache holds hardly
+// anything but changes and will have to give something up. It is called before anything was looked
+// up, as it drops mu. It fails if the image was given up meanwhile.
 func (s *image) room(r *blk.Req) error {
 	full := s.l2.full() && s.l2.ndirty >= s.l2.max-s.l2.max/4 && !s.allFits()
 	if full || s.quarantine.pendBytes >= maxPending {
@@ -158,8 +158,8 @@ func (s *image) markClean(r *blk.Req) error {
 	return s.writeIncompat(r, s.hdr.IncompatibleFeatures&^layout.IncompatDirty)
 }
 
-// maxRetries is how often a request that found no space is tried again: others may be quicker to take
-// what was given out.
+// maxRetries is how often a request that found no space is tried again: others may be quicker to
+// take what was given out.
 const maxRetries = 3
 
 // keepsBack tells whether there is space that is only kept back.
@@ -169,8 +169,8 @@ func (s *image) keepsBack() bool {
 	return s.quarantine.keepsBack()
 }
 
-// giveSpace is called when a request has failed with err. It tells whether it is worth trying again:
-// there was no space, and some that was only kept back has been given out. It blocks.
+// giveSpace is called when a request has failed with err. It tells whether it is worth trying
+// again: there was no space, and some that was only kept back has been given out. It blocks.
 func (s *image) giveSpace(r *blk.Req, err error) bool {
 	if r.NoWait || !errors.Is(err, errNoSpace) {
 		return false

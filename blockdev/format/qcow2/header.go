@@ -34,12 +34,12 @@ func (s *imageFile) enter64(r *blk.Req, v uint64, off int64) error {
 }
 
 // swap is enter for the place of a table that is written to from then on. After an error the header
-// has the old value, was. An image whose header may have either is given up: what was written to one
-// table would be lost with the other.
+// has the old value, was. An image whose header may have either is given up: what was written to
+// one table would be lost with the other.
 func (s *imageFile) swap(r *blk.Req, now, was []byte, off int64) error {
 	err := s.enter(r, now, off)
 	if err != nil && s.enter(r, was, off) != nil {
-		_ = s.corrupt(r, true, -1, -1, "Which table the header refers to is not known")
+		_ = s.corrupt(r, -1, -1, "Which table the header refers to is not known")
 	}
 	return err
 }

@@ -99,7 +99,8 @@ type imageFile struct {
 	snapEnd int64
 	// +checklocks:mu
 	snapL1 ranges
-	// wrong is what a survey found, and counted what one has counted so far; nil: none is under way.
+	// wrong is what a survey found, and counted what one has counted so far; nil: none is under
+	// way.
 	// +checklocks:mu
 	wrong wrong
 	// +checklocks:mu

@@ -10,7 +10,8 @@ import (
 
 // Everything in this file needs mu.
 
-// nextL1 is the first guest cluster from that of L1 entry i on which there may be an L2 table for, or beyond all.
+// nextL1 is the first guest cluster from that of L1 entry i on which there may be an L2 table for,
+// or beyond all.
 func (s *image) nextL1(i int64) int64 {
 	for k, e := range s.l1.from(i) {
 		if e&layout.OffsetMask != 0 { // not only flags
@@ -48,7 +49,7 @@ func (s *image) loadSlice(r *blk.Req, gc int64) (*table, error) {
 		return t, nil
 	}
 	if tab&(s.cs-1) != 0 {
-		return nil, s.corrupt(r, true, -1, -1, fmt.Sprintf("L2 table offset %s unaligned (L1 index: %s)", hex(uint64(tab)), hex(uint64(li))))
+		return nil, s.corrupt(r, -1, -1, "L2 table offset %s unaligned (L1 index: %s)", hex(tab), hex(li))
 	}
 	if r.NoWait {
 		return nil, blk.ErrWouldBlock
@@ -119,7 +120,7 @@ func (s *image) sliceForWrite(r *blk.Req, gc int64) (*table, error) {
 	}
 	old := int64(e & layout.OffsetMask)
 	if old&(s.cs-1) != 0 {
-		return nil, s.corrupt(r, true, -1, -1, fmt.Sprintf("L2 table offset %s unaligned (L1 index: %s)", hex(uint64(old)), hex(uint64(li))))
+		return nil, s.corrupt(r, -1, -1, "L2 table offset %s unaligned (L1 index: %s)", hex(old), hex(li))
 	}
 	if old != 0 {
 		if err := s.canFreeRange(r, old, s.cs); err != nil {
@@ -185,8 +186,9 @@ type mapping struct {
 	n     int64  // bytes
 }
 
-// lookup tells what is behind off: a run of at most n bytes, within one L2 slice or, where there are no L2 tables, up to the next one. Runs with
-// host clusters are contiguous in the file; a compressed run is one cluster.
+// lookup tells what is behind off: a run of at most n bytes, within one L2 slice or, where there
+// are no L2 tables, up to the next one. Runs with host clusters are contiguous in the file; a
+// compressed run is one cluster.
 func (s *image) lookup(r *blk.Req, off, n int64) (mapping, error) {
 	gc := off >> s.cb
 	in := off & (s.cs - 1)
@@ -231,16 +233,16 @@ func (s *image) checkEntry(r *blk.Req, k layout.Kind, e uint64, gc int64) error 
 		return nil
 	case layout.ZeroPlain, layout.ZeroAlloc:
 		if s.hdr.Version < 3 {
-			return s.corrupt(r, true, -1, -1, "Zero cluster entry found in pre-v3 image "+s.entryPlace(gc))
+			return s.corrupt(r, -1, -1, "Zero cluster entry found in pre-v3 image %s", s.entryPlace(gc))
 		}
 	}
 	if k != layout.ZeroPlain && int64(e&layout.OffsetMask)&(s.cs-1) != 0 {
-		return s.corrupt(r, true, -1, -1, fmt.Sprintf("Cluster allocation offset %s unaligned %s", hex(e&layout.OffsetMask), s.entryPlace(gc)))
+		return s.corrupt(r, -1, -1, "Cluster allocation offset %s unaligned %s", hex(e&layout.OffsetMask), s.entryPlace(gc))
 	}
 	return nil
 }
 
 func (s *image) entryPlace(gc int64) string {
 	tab := s.l1.at(gc>>s.geo.L2Bits()) & layout.OffsetMask
-	return fmt.Sprintf("(L2 offset: %s, L2 index: %s)", hex(tab), hex(uint64(s.l2Index(gc))))
+	return fmt.Sprintf("(L2 offset: %s, L2 index: %s)", hex(tab), hex(s.l2Index(gc)))
 }

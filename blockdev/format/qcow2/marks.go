@@ -12,14 +12,14 @@ import (
 
 // Marks keep live bitmaps of an open image from missing writes when the program is killed or power
 // fails (docs/bitmaps.md). A live bitmap has all its clusters in the image. Before the first write
-// into a region of the disk since the image was opened, all bits of that region are set there, and are
-// on stable storage. So a live bitmap never has less in the image than in memory. For others it is in
-// use, and so inconsistent. For us it holds as long as the header says that nobody else has written:
-// by AutoclearMarks, and the marks extension, which lists the tables of such bitmaps.
+// into a region of the disk since the image was opened, all bits of that region are set there, and
+// are on stable storage. So a live bitmap never has less in the image than in memory. For others it
+// is in use, and so inconsistent. For us it holds as long as the header says that nobody else has
+// written: by AutoclearMarks, and the marks extension, which lists the tables of such bitmaps.
 
 const (
-	// minRegion and maxRegions: a region is 1 MiB, or a 4096th of a disk of more than 4 GiB. Each costs
-	// a flush once, and is what one write makes a bitmap show after a crash.
+	// minRegion and maxRegions: a region is 1 MiB, or a 4096th of a disk of more than 4 GiB. Each
+	// costs a flush once, and is what one write makes a bitmap show after a crash.
 	minRegion  = 1 << 20
 	maxRegions = 4096
 	// maxLiveBytes is what a live bitmap may take in the image, and maxLiveTotal what all of them
@@ -29,7 +29,8 @@ const (
 	maxLive      = 2048 // the first write into a region has to wait for as many others
 )
 
-// marks tell in which regions of the disk all live bitmaps that record have all bits set in the image.
+// marks tell in which regions of the disk all live bitmaps that record have all bits set in the
+// image.
 type marks struct {
 	shift  uint
 	marked []atomic.Uint64
@@ -44,7 +45,8 @@ func newMarks(size int64) *marks {
 	return m
 }
 
-// cover tells whether all of a range is marked. What lies beyond the size that m was made for is not.
+// cover tells whether all of a range is marked. What lies beyond the size that m was made for is
+// not.
 func (m *marks) cover(off, n int64) bool {
 	for g, end := off>>m.shift, (off+n-1)>>m.shift; g <= end; g++ {
 		if g>>6 >= int64(len(m.marked)) || m.marked[g>>6].Load()&(1<<(g&63)) == 0 {
@@ -181,8 +183,8 @@ func (s *image) writeOnes(r *blk.Req, b *stored, lo, hi int64) error {
 	return nil
 }
 
-// claimLive makes all bitmaps live, in a new directory, that hold and are not too large. Regions that
-// are marked stay so.
+// claimLive makes all bitmaps live, in a new directory, that hold and are not too large. Regions
+// that are marked stay so.
 func (s *image) claimLive(r *blk.Req) error {
 	defer s.giveBack(r)
 	want := s.keeper.persisted()
@@ -216,9 +218,10 @@ func (s *image) claimLive(r *blk.Req) error {
 	return nil
 }
 
-// startMarks forgets what is marked: bitmaps that were not live, or did not record, do now. No write is
-// under way, or those that are have their regions marked in all of them. What was written before has
-// been flushed, so a bitmap that has forgotten it since, because a backup has it, needs no mark.
+// startMarks forgets what is marked: bitmaps that were not live, or did not record, do now. No
+// write is under way, or those that are have their regions marked in all of them. What was written
+// before has been flushed, so a bitmap that has forgotten it since, because a backup has it, needs
+// no mark.
 func (s *image) startMarks() {
 	if slices.ContainsFunc(s.stored, func(b *stored) bool { return b.live }) {
 		s.marks.Store(newMarks(s.bitmapSize()))
@@ -272,8 +275,8 @@ func (s *image) writeLive(r *blk.Req, p persisted) (*stored, error) {
 	return b, s.writeTable(r, b, func(i int64) uint64 { return b.table[i] })
 }
 
-// HoldBitmap implements graph.BitmapStore. What was written before is flushed: the bitmap does not have
-// it, and a copy that was made meanwhile does, so it must not be lost.
+// HoldBitmap implements graph.BitmapStore. What was written before is flushed: the bitmap does not
+// have it, and a copy that was made meanwhile does, so it must not be lost.
 func (s *image) HoldBitmap(r *blk.Req, name string) error {
 	s.marking.Lock()
 	defer s.marking.Unlock()
@@ -392,8 +395,8 @@ func (s *image) forgetMarks() {
 	s.ext.Marks = nil
 }
 
-// distrust makes the header say that bitmaps in use do not hold: the extension has no meaning without
-// the bit.
+// distrust makes the header say that bitmaps in use do not hold: the extension has no meaning
+// without the bit.
 func (s *image) distrust(r *blk.Req) error {
 	s.forgetMarks()
 	if s.hdr.AutoclearFeatures&layout.AutoclearMarks == 0 {
@@ -402,8 +405,8 @@ func (s *image) distrust(r *blk.Req) error {
 	return s.writeAutoclear(r, s.hdr.AutoclearFeatures&^layout.AutoclearMarks)
 }
 
-// resizeLive calls change, which changes the size of the disk. Meanwhile no bitmap is live. Afterwards
-// they are again, with what is marked.
+// resizeLive calls change, which changes the size of the disk. Meanwhile no bitmap is live.
+// Afterwards they are again, with what is marked.
 func (s *image) resizeLive(r *blk.Req, change func() error) error {
 	if s.marks.Load() == nil {
 		return change()

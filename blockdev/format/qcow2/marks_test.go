@@ -225,8 +225,8 @@ func TestMarksAcrossCrashes(t *testing.T) {
 	}
 }
 
-// TestMarksOutlastAFullHeader: what does not fit into the header leaves the marks as they are, in the
-// image and in memory.
+// TestMarksOutlastAFullHeader: what does not fit into the header leaves the marks as they are, in
+// the image and in memory.
 func TestMarksOutlastAFullHeader(t *testing.T) {
 	f := mustCreate(t, CreateOptions{Size: 1 << 20, ClusterSize: ptr(uint64(512))})
 	k := &memKeeper{list: []persisted{{name: "b", bits: bitmap.New(1<<20, 65536), enabled: true}}}

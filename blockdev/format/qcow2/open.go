@@ -9,15 +9,15 @@ import (
 	"qblockd/graph/blk"
 )
 
-// openImage opens the image in c.file. Checks come in the reference's order. A read-only
-// image is not touched; a writable one gets its autoclear bits cleared and, if it is dirty,
-// its refcounts repaired.
+// openImage opens the image in c.file. Checks come in QEMU's order. A read-only image is not
+// touched; a writable one gets its autoclear bits cleared and, if it is dirty, is repaired.
 func openImage(r *blk.Req, c config) (*image, error) {
 	s := &image{}
 	s.config, s.above = c, s
 	s.l1Dirty, s.reftDirty = map[int64]struct{}{}, map[int64]struct{}{}
 	s.quarantine = newQuarantine()
-	s.zipping.Limit, s.copying.Limit, s.unzipping.Limit, s.decoding.Limit = budgetZip, budgetCopy, budgetUnzip, budgetDecode
+	s.zipping.Limit, s.copying.Limit = budgetZip, budgetCopy
+	s.unzipping.Limit, s.decoding.Limit = budgetUnzip, budgetDecode
 	s.wake, s.done = sync.NewCond(&s.mu), sync.NewCond(&s.mu)
 	s.marking.Lock()
 	defer s.marking.Unlock()
@@ -76,7 +76,7 @@ func (s *image) loadTables(r *blk.Req) (err error) {
 		return wrap("Could not initialize refcount handling", err)
 	}
 	s.reft = reft.dense()
-	// Of its size from the beginning: one that grows leaves as much behind again.
+	// Of its size from the beginning: a map that grows leaves as much garbage again.
 	n := len(s.reft)
 	for range s.l1.all() {
 		n++
@@ -116,7 +116,7 @@ func (s *image) becomeWriter(r *blk.Req) error {
 			return wrap("Could not update qcow2 header", err)
 		}
 	}
-	// Before the bitmaps get clusters: those that are free are known after it only.
+	// Before the bitmaps get clusters: which ones are free is known afterwards only.
 	if s.hdr.IncompatibleFeatures&layout.IncompatDirty != 0 && !s.bare {
 		res, err := s.repair(r)
 		if err == nil && res.Errors > 0 {
@@ -130,7 +130,7 @@ func (s *image) becomeWriter(r *blk.Req) error {
 		}
 	}
 	if len(s.stored) > 0 {
-		// They move to new clusters, and their old ones are freed.
+		// They will move to new clusters, and their old ones are freed.
 		if err := s.vet(r); err != nil {
 			return err
 		}

@@ -33,14 +33,14 @@ type settings struct {
 	cleanInterval int64 // seconds, 0: never
 }
 
-// Defaults of the reference on Linux.
+// Defaults of QEMU on Linux.
 const (
 	defaultL2CacheMax    = 32 << 20
 	defaultCleanInterval = 600
 	minL2Tables          = 2
 	minRefcountTables    = 4
-	// floorBytes is what each cache may take in any case: below it, evictions would cost
-	// more than the memory is worth.
+	// floorBytes is what each cache may take in any case: with less, evictions would cost more than
+	// the memory is worth.
 	floorBytes = 256 << 10
 )
 
@@ -57,7 +57,10 @@ func (o *Options) resolve(h *layout.Header, unmap bool) (settings, error) {
 	for _, x := range []struct {
 		name string
 		v    *int64
-	}{{"cache-size", o.CacheSize}, {"l2-cache-size", o.L2CacheSize}, {"l2-cache-entry-size", o.L2CacheEntrySize}, {"refcount-cache-size", o.RefcountCacheSize}} {
+	}{
+		{"cache-size", o.CacheSize}, {"l2-cache-size", o.L2CacheSize},
+		{"l2-cache-entry-size", o.L2CacheEntrySize}, {"refcount-cache-size", o.RefcountCacheSize},
+	} {
 		if x.v != nil && *x.v < 0 {
 			return s, fmt.Errorf("Parameter '%s' expects a non-negative number below 2^64", x.name)
 		}
@@ -102,7 +105,7 @@ func (o *Options) resolve(h *layout.Header, unmap bool) (settings, error) {
 	return s, nil
 }
 
-// cacheSizes shares the memory between the two caches as the reference does.
+// cacheSizes shares the memory between the two caches as QEMU does.
 func (o *Options) cacheSizes(h *layout.Header, s *settings) (l2, rb uint64, err error) {
 	g := h.Geometry()
 	cs := uint64(g.ClusterSize())
@@ -140,7 +143,8 @@ func (o *Options) cacheSizes(h *layout.Header, s *settings) (l2, rb uint64, err 
 	}
 	slice := uint64(pick(o.L2CacheEntrySize, int64(def)))
 	if slice < 1<<layout.MinClusterBits || slice > cs || bits.OnesCount64(slice) != 1 {
-		return 0, 0, fmt.Errorf("L2 cache entry size must be a power of two between %d and the cluster size (%d)", 1<<layout.MinClusterBits, cs)
+		return 0, 0, fmt.Errorf("L2 cache entry size must be a power of two between %d and the cluster size (%d)",
+			1<<layout.MinClusterBits, cs)
 	}
 	s.slice = int64(slice)
 	return l2, rb, nil

@@ -66,19 +66,19 @@ func (s *imageFile) checkOverlap(r *blk.Req, off, n int64, own overlap) error {
 		return nil
 	}
 	what := overlapNames[bits.TrailingZeros16(uint16(hit))]
-	return s.corrupt(r, true, off, n, "Preventing invalid write on metadata (overlaps with "+what+")")
+	return s.corrupt(r, off, n, "Preventing invalid write on metadata (overlaps with %s)", what)
 }
 
-// checkOwner fails if others refer to clusters in [off, off+n) as far as is known, or if no refcount
-// counts them. The image is given up then.
+// checkOwner fails if others refer to clusters in [off, off+n) as far as is known, or if no
+// refcount counts them. The image is given up then.
 func (s *imageFile) checkOwner(r *blk.Req, off, n int64) error {
 	if s.wrong.n == 0 && s.counted == nil || n <= 0 {
 		return nil
 	}
 	for c := off >> s.cb; c <= (off+n-1)>>s.cb; c++ {
 		if s.wrong.at(c) || s.counted.torn(c) {
-			return s.corrupt(r, true, off, n, "Preventing invalid write on cluster "+hex(uint64(c<<s.cb))+
-				", which has other references or is not counted")
+			return s.corrupt(r, off, n,
+				"Preventing invalid write on cluster %s, which has other references or is not counted", hex(c<<s.cb))
 		}
 	}
 	return nil
@@ -154,40 +154,56 @@ func (s *imageFile) overlapsOwned(off, end int64, check overlap) overlap {
 	return 0
 }
 
-// corrupt reports corruption found at run time and returns the error for the request that met
-// it. Fatal corruption of a writable image marks it corrupt on disk and ends its use.
-func (s *imageFile) corrupt(r *blk.Req, fatal bool, off, n int64, msg string) error {
-	fatal = fatal && !s.readOnly
-	if s.signaled && (!fatal || s.dead.Load()) {
+// corrupt reports fatal corruption found at run time, and returns the error for the request that
+// met it. A writable image is marked corrupt on disk, and its use ends. off and n are -1 if
+// unknown.
+func (s *imageFile) corrupt(r *blk.Req, off, n int64, format string, args ...any) error {
+	if s.readOnly {
+		s.suspect(off, n, format, args...)
 		return errIO
 	}
+	if s.dead.Load() && s.signaled {
+		return errIO
+	}
+	msg := fmt.Sprintf(format, args...)
 	if s.corrupted != nil {
-		s.corrupted(msg, off, n, fatal)
+		s.corrupted(msg, off, n, true)
 	}
 	s.signaled = true
-	if !fatal {
-		s.warnf("Image is corrupt: %s; further non-fatal corruption events will be suppressed", msg)
-	} else {
-		s.warnf("Marking image as corrupt: %s; further corruption events will be suppressed", msg)
-		s.dead.Store(true)
-		s.wake.Broadcast()
-		if s.hdr.Version >= 3 {
-			s.hdr.IncompatibleFeatures |= layout.IncompatCorrupt
-			s.publish()
-			b := be.AppendUint64(nil, s.hdr.IncompatibleFeatures)
-			q := *patient(r)
-			q.NoWait = false
-			// The request fails anyway.
-			_ = s.file.WriteAt(&q, blk.Buf(b), layout.OffIncompatFeatures, 0)
-		}
+	s.warnf("Marking image as corrupt: %s; further corruption events will be suppressed", msg)
+	s.dead.Store(true)
+	s.wake.Broadcast()
+	if s.hdr.Version >= 3 {
+		s.hdr.IncompatibleFeatures |= layout.IncompatCorrupt
+		s.publish()
+		b := be.AppendUint64(nil, s.hdr.IncompatibleFeatures)
+		q := *patient(r)
+		q.NoWait = false
+		// The request fails anyway.
+		_ = s.file.WriteAt(&q, blk.Buf(b), layout.OffIncompatFeatures, 0)
 	}
 	return errIO
 }
 
-// hex is v as C's %#x prints it.
-func hex(v uint64) string {
+// suspect reports corruption that ends nothing, if none was reported before.
+func (s *imageFile) suspect(off, n int64, format string, args ...any) {
+	if s.signaled {
+		return
+	}
+	s.signaled = true
+	msg := fmt.Sprintf(format, args...)
+	if s.corrupted != nil {
+		s.corrupted(msg, off, n, false)
+	}
+	s.warnf("Image is corrupt: %s; further non-fatal corruption events will be suppressed", msg)
+}
+
+// hex prints as by C's %#x.
+type hex uint64
+
+func (v hex) String() string {
 	if v == 0 {
 		return "0"
 	}
-	return fmt.Sprintf("%#x", v)
+	return fmt.Sprintf("%#x", uint64(v))
 }

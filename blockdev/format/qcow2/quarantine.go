@@ -7,8 +7,8 @@ import (
 	"qblockd/graph/blk"
 )
 
-// quarantine has the host clusters that have lost a reference and must not be used for anything else
-// yet, and the epochs in which requests and leases have looked up theirs (package doc).
+// quarantine has the host clusters that have lost a reference and must not be used for anything
+// else yet, and the epochs in which requests and leases have looked up theirs (package doc).
 //
 //	pending (reference gone in memory) --flush--> limbo (gone on disk) --epochs ended--> ripe
 type quarantine struct {
@@ -20,8 +20,8 @@ type quarantine struct {
 	giving          int    // so many callers are giving something back
 }
 
-// epoch counts the requests and leases that looked up host clusters during it, and have not ended. It
-// ends when a cluster is freed.
+// epoch counts the requests and leases that looked up host clusters during it, and have not ended.
+// It ends when a cluster is freed.
 type epoch struct {
 	refs atomic.Int64
 	seq  uint64
@@ -140,7 +140,7 @@ func (s *allocator) freeEntry(r *blk.Req, e uint64, kind discardKind) {
 	switch {
 	case n == 0:
 	case e&layout.Compressed == 0 && off&(s.cs-1) != 0:
-		_ = s.corrupt(r, false, -1, -1, "Cannot free unaligned cluster "+hex(uint64(off)))
+		s.suspect(-1, -1, "Cannot free unaligned cluster %s", hex(off))
 	default:
 		s.free(off, n, kind)
 	}
@@ -243,8 +243,8 @@ func (s *allocator) punch(r *blk.Req, fs []freed) {
 	})
 }
 
-// unref lowers the refcounts of the clusters that f touches, also when the context of r has ended. A
-// cluster whose refcount block cannot be read is leaked.
+// unref lowers the refcounts of the clusters that f touches, also when the context of r has ended.
+// A cluster whose refcount block cannot be read is leaked.
 func (s *allocator) unref(r *blk.Req, f freed) {
 	r = patient(r)
 	s.step(r, blk.EvClusterFree)
@@ -253,7 +253,7 @@ func (s *allocator) unref(r *blk.Req, f freed) {
 			continue // others refer to it
 		}
 		if err := s.addRef(r, c, -1); err != nil {
-			s.warnf("Leaking cluster %s: %s", hex(uint64(c<<s.cb)), blk.ErrnoText(err))
+			s.warnf("Leaking cluster %s: %s", hex(c<<s.cb), blk.ErrnoText(err))
 		}
 	}
 }

@@ -5,7 +5,7 @@ import (
 	"slices"
 )
 
-// ranges are parts of the file, by their places; no two touch.
+// ranges are parts of the file in order; no two touch.
 type ranges []fileRange
 
 type fileRange struct{ off, end int64 }

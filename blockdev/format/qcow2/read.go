@@ -44,7 +44,8 @@ func (s *image) readRun(r *blk.Req, v blk.Vec, off, at, n int64) (int64, error) 
 	return m.n, err
 }
 
-// findRun is lookup for reading. If the run has host clusters, the reader holds the epoch that is returned.
+// findRun is lookup for reading. If the run has host clusters, the reader holds the epoch that is
+// returned.
 func (s *image) findRun(r *blk.Req, off, n int64) (m mapping, e *epoch, err error) {
 	if !s.lock(r) {
 		return m, nil, blk.ErrWouldBlock

@@ -7,9 +7,9 @@ import (
 	"qblockd/graph/blk"
 )
 
-// PrepareReadOnly is the first half of a change of read-only on an open image whose node is
-// drained: it refuses to write to a corrupt image, and stores everything of one that is written to
-// no longer. It changes nothing else, so there is nothing to undo.
+// PrepareReadOnly is the first half of a change of read-only of an open image whose node is
+// drained: it refuses to make a corrupt image writable, and stores everything of one that is to
+// become read-only. It changes nothing else, so there is nothing to undo.
 func (s *image) PrepareReadOnly(r *blk.Req, readOnly bool) error {
 	if readOnly {
 		return s.Inactivate(r)
@@ -22,10 +22,10 @@ func (s *image) PrepareReadOnly(r *blk.Req, readOnly bool) error {
 	return s.usable()
 }
 
-// CommitReadOnly is the second half, while the node is still drained and after its file has become
-// writable, or before that ends. An image that becomes writable gets what opening it so would have
-// done; if that fails it stays read-only. For one that was to become read-only and did not after
-// all, with readOnly false, it takes back what PrepareReadOnly did.
+// CommitReadOnly is the second half. The node is still drained, and its file writable (already, or
+// still). An image that becomes writable gets what opening it so would have done; if that fails it
+// stays read-only. If one was to become read-only and does not after all, readOnly is false, and it
+// takes back what PrepareReadOnly did.
 func (s *image) CommitReadOnly(r *blk.Req, readOnly bool) error {
 	s.marking.Lock()
 	defer s.marking.Unlock()

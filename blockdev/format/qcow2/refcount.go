@@ -1,7 +1,6 @@
 package qcow2
 
 import (
-	"fmt"
 	"sort"
 
 	"qblockd/blockdev/format/qcow2/layout"
@@ -26,22 +25,6 @@ type refcounts struct {
 	prealloc int8
 }
 
-// reftAt is entry b of the refcount table; zero where the table ends.
-func (s *refcounts) reftAt(b int64) uint64 {
-	if b < int64(len(s.reft)) {
-		return s.reft[b]
-	}
-	return 0
-}
-
-func (s *refcounts) setReft(b int64, v uint64) {
-	for int64(len(s.reft)) <= b {
-		s.reft = append(s.reft, 0)
-	}
-	s.reft[b] = v
-	s.reftDirty[b>>6] = struct{}{}
-}
-
 // refblock returns refcount block b, nil if there is none.
 func (s *refcounts) refblock(r *blk.Req, b int64) (*table, error) {
 	off := int64(s.reftAt(b) & layout.ReftMask)
@@ -52,12 +35,11 @@ func (s *refcounts) refblock(r *blk.Req, b int64) (*table, error) {
 		return t, nil
 	}
 	if off&(s.cs-1) != 0 || off < 0 {
-		return nil, s.corrupt(r, true, -1, -1,
-			fmt.Sprintf("Refblock offset %s unaligned (reftable index: %s)", hex(uint64(off)), hex(uint64(b))))
+		return nil, s.corrupt(r, -1, -1, "Refblock offset %s unaligned (reftable index: %s)", hex(off), hex(b))
 	}
 	if off >= s.end() {
-		return nil, s.corrupt(r, true, -1, -1,
-			fmt.Sprintf("Refblock offset %s beyond the end of the file (reftable index: %s)", hex(uint64(off)), hex(uint64(b))))
+		return nil, s.corrupt(r, -1, -1,
+			"Refblock offset %s beyond the end of the file (reftable index: %s)", hex(off), hex(b))
 	}
 	if err := s.roomForBlock(r); err != nil {
 		return nil, err
@@ -120,39 +102,6 @@ func (s *refcounts) writeBlocks(r *blk.Req) error {
 		s.rb.markClean(t)
 	}
 	return nil
-}
-
-// writeRefcounts writes refcount blocks and the refcount table's changes, with a barrier between
-// them but none behind.
-func (s *refcounts) writeRefcounts(r *blk.Req) error {
-	if err := s.writeBlocks(r); err != nil {
-		return err
-	}
-	if len(s.reftDirty) == 0 {
-		return nil
-	}
-	if err := s.barrier(r); err != nil {
-		return err
-	}
-	for k := range s.reftDirty {
-		s.step(r, blk.EvRefblockAllocHookup)
-		b := encodeEntries(s.reftAt, k, s.reftSize)
-		if err := s.writeMeta(r, b, s.reftOffset()+k*512, olRefcountTable); err != nil {
-			return err
-		}
-		delete(s.reftDirty, k)
-	}
-	return nil
-}
-
-// encodeEntries is the k-th group of 64 entries of a table as on disk; limit is the table's length.
-func encodeEntries(at func(i int64) uint64, k, limit int64) []byte {
-	n := min(64, limit-k*64)
-	b := make([]byte, 0, n*8)
-	for i := k * 64; i < k*64+n; i++ {
-		b = be.AppendUint64(b, at(i))
-	}
-	return b
 }
 
 // countedBlocks is the number of refcount blocks that count clusters in the file. What is said of

@@ -13,7 +13,7 @@ func reopen(open graph.Driver, u *types.BlockdevOptionsQcow2, g *graph.Options) 
 	return open.(*Driver).image.reconfigure(runtimeOptions(u), g.Discard)
 }
 
-// reconfiguration changes the options of an open image within a transaction, while no requests run.
+// reconfiguration changes the options of an open image in a transaction, while no requests run.
 type reconfiguration struct {
 	s       *image
 	options Options

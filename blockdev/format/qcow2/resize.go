@@ -9,8 +9,8 @@ import (
 	"qblockd/graph/blk"
 )
 
-// Resize changes the size of the disk. What is added reads as zeroes. No requests may run
-// beyond the smaller of both sizes.
+// Resize changes the size of the disk. What is added reads as zeroes. No requests may run beyond
+// the smaller of both sizes.
 func (s *image) Resize(r *blk.Req, size int64, m blk.Prealloc) error {
 	switch m {
 	case blk.PreallocOff, blk.PreallocMetadata, blk.PreallocFalloc, blk.PreallocFull, "":
@@ -77,7 +77,7 @@ func (s *image) grow(r *blk.Req, old, size int64, m blk.Prealloc) error {
 			return wrap("Failed to flush the preallocated area to disk", err)
 		}
 	} else if s.backSize() > old && from < to {
-		// The backing file must not show through where the disk had ended.
+		// The backing file must not show through behind the old end.
 		if s.hdr.Version < 3 {
 			return wrap("Failed to zero out new clusters", blk.ErrNotSupported)
 		}
@@ -100,8 +100,8 @@ func (s *image) grow(r *blk.Req, old, size int64, m blk.Prealloc) error {
 	return s.setSize(r, size)
 }
 
-// zeroTail clears what lies between the old end and the end of its cluster. mu is held,
-// and dropped for writing.
+// zeroTail clears what lies between the old end and the end of its cluster. mu is dropped for
+// writing.
 func (s *image) zeroTail(r *blk.Req, old, size int64) error {
 	end := min(size, s.geo.RoundUp(old))
 	if old >= end {
@@ -118,15 +118,15 @@ func (s *image) zeroTail(r *blk.Req, old, size int64) error {
 		return nil
 	}
 	b := make([]byte, end-old)
-	// The copied head ends at the old size, so the disk has to have the new one already.
+	// What is copied around the write ends with the disk, which has to have the new size already.
 	s.size.Store(end)
 	s.unlocked(func() { err = s.writeAt(r, blk.Buf(b), old, 0) })
 	s.size.Store(old)
 	return err
 }
 
-// setSize enters the size into the header. After a failure that has the old one again, unless that
-// cannot be written either.
+// setSize enters the size into the header. If that fails it has the old one again, unless even that
+// cannot be written.
 func (s *image) setSize(r *blk.Req, size int64) error {
 	err := s.barrier(r)
 	if err == nil {
@@ -193,7 +193,8 @@ func (s *image) cutFile(r *blk.Req) error {
 		return wrap("Failed to find the last cluster", err)
 	}
 	if last < 0 {
-		return wrap("Failed to find the last cluster", s.corrupt(r, true, -1, -1, "There are no references in the refcount table."))
+		err := s.corrupt(r, -1, -1, "There are no references in the refcount table.")
+		return wrap("Failed to find the last cluster", err)
 	}
 	// What no refcount counts may be in use all the same.
 	if last = max(last, s.wrong.last); s.survey != nil {
@@ -222,8 +223,8 @@ func ctxOf(r *blk.Req) context.Context {
 	return context.Background()
 }
 
-// preallocate gives guest clusters [from, to) host clusters. They are taken behind
-// everything that was ever written, so that they read as zeroes.
+// preallocate gives guest clusters [from, to) host clusters. They lie behind everything that was
+// ever written, so that they read as zeroes.
 func (s *image) preallocate(r *blk.Req, from, to int64, m blk.Prealloc) error {
 	for gc := from; gc < to; {
 		if err := s.room(r); err != nil {

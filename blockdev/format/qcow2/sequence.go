@@ -6,11 +6,11 @@ import "qblockd/graph/blk"
 type sequence struct {
 	s   *imageFile
 	r   *blk.Req
-	off int64 // of what next returns
+	off int64 // of what peek returns
 	end int64
 	buf *blk.Buffer
 	b   []byte // read and not yet used
-	ask int    // bytes to read next, if n does not need more: little at first, as most tables are short
+	ask int    // bytes to read next, unless more is needed: few at first, as most tables are short
 }
 
 // sequence begins at off and ends at end. close has to be called.

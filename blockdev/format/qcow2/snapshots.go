@@ -14,18 +14,18 @@ import (
 	"qblockd/schema/types"
 )
 
-// Internal snapshots. A snapshot is a copy of the L1 table. It shares L2 tables and clusters with the
-// active tables: each counts one reference more, and the entries of the active tables lack the copied
-// flag, so what is shared is not written in place.
+// Internal snapshots. A snapshot is a copy of the L1 table. It shares L2 tables and clusters with
+// the active tables: each counts one reference more, and the entries of the active tables lack the
+// copied flag, so what is shared is not written in place.
 //
 //	create:  refcounts up, flags off -> | L1 copy, table of snapshots -> | header
 //	delete:  table of snapshots -> | header -> | refcounts down -> | flags on
 //
-// Both end with the context of their request, and have changed nothing then. After a crash in between,
-// clusters are leaked at worst. (In images of version 3 the dirty bit is set meanwhile, so that the
-// next one to write repairs that. Version 2 has none: refcounts may be up where flags are still on.
-// qemu-img check calls that an error and repairs it; it costs no data, as nothing is shared yet.)
-// The node is held quiet: no requests run.
+// Both end with the context of their request, and have changed nothing then. After a crash in
+// between, clusters are leaked at worst. (In images of version 3 the dirty bit is set meanwhile, so
+// that the next one to write repairs that. Version 2 has none: refcounts may be up where flags are
+// still on. qemu-img check calls that an error and repairs it; it costs no data, as nothing is
+// shared yet.) The node is held quiet: no requests run.
 
 var errNoSnapshot = errors.New("Can't find the snapshot")
 
@@ -78,7 +78,7 @@ func (s *image) sureOfAll(r *blk.Req) error {
 		return err
 	}
 	at := s.wrong.first << s.cb
-	return s.corrupt(r, true, at, s.cs, "Preventing a change of snapshots: the refcount of cluster "+hex(uint64(at))+" is wrong")
+	return s.corrupt(r, at, s.cs, "Preventing a change of snapshots: the refcount of cluster %s is wrong", hex(at))
 }
 
 // CreateSnapshot implements graph.Snapshotter.
@@ -154,8 +154,8 @@ func (s *image) newID() string {
 }
 
 // share changes the refcounts of all that the active L1 table refers to by d, and puts the copied
-// flags right. If it fails, nothing has changed but flags that were wrong. It ends with the context of
-// r; undoing takes no longer than what was done.
+// flags right. If it fails, nothing has changed but flags that were wrong. It ends with the context
+// of r; undoing takes no longer than what was done.
 func (s *image) share(r *blk.Req, d int) error {
 	if err := s.vetL1(r, &s.l1); err != nil {
 		return err
@@ -202,8 +202,8 @@ func (s *image) share(r *blk.Req, d int) error {
 
 var errEnough = errors.New("enough")
 
-// fixFlags puts the copied flags right, of the L1 entries before behind (0: of all) and of what they
-// refer to. It returns the entry behind the last one that it looked at.
+// fixFlags puts the copied flags right, of the L1 entries before behind (0: of all) and of what
+// they refer to. It returns the entry behind the last one that it looked at.
 func (s *image) fixFlags(r *blk.Req, behind int64) (int64, error) {
 	c := &checker{counter: s.newCounter(r, &CheckResult{}), s: s, behind: behind}
 	err := c.copiedFlags(true)
@@ -336,9 +336,9 @@ func (s *image) dropSnapshot(r *blk.Req, i int) error {
 	return err
 }
 
-// dropRefs takes back one reference on each cluster of g, to which the image on disk does not refer any
-// more. What others refer to as well stays where it is, so those who read it are not waited for: that
-// may take long, and until the refcounts are right the copied flags are wrong.
+// dropRefs takes back one reference on each cluster of g, to which the image on disk does not refer
+// any more. What others refer to as well stays where it is, so those who read it are not waited
+// for: that may take long, and until the refcounts are right the copied flags are wrong.
 func (s *image) dropRefs(r *blk.Req, g span) {
 	for c := g.first; c <= g.last; c++ {
 		n, err := s.refcount(r, c)
@@ -455,7 +455,8 @@ func (s *image) readSnapshots(r *blk.Req) error {
 
 // checkL1 checks where a snapshot says that its L1 table is.
 func (s *image) checkL1(sn *layout.Snapshot) error {
-	return layout.CheckTable(sn.L1TableOffset, uint64(sn.L1Size), 8, layout.MaxL1Bytes, uint64(s.cs), "Snapshot L1 table")
+	n, cs := uint64(sn.L1Size), uint64(s.cs)
+	return layout.CheckTable(sn.L1TableOffset, n, 8, layout.MaxL1Bytes, cs, "Snapshot L1 table")
 }
 
 // snapshotTables is where snapshots have their L1 tables.

@@ -56,8 +56,8 @@ func (s *image) Status(r *blk.Req, off, n int64) (blk.Extent, error) {
 	return e, nil
 }
 
-// Map appends the host ranges behind a prefix of [off, off+n). Ranges of this image's file
-// hold its clusters in place until m is released.
+// Map appends the host ranges behind a prefix of [off, off+n). Clusters of this image stay where
+// they are until m is released.
 func (s *image) Map(r *blk.Req, off, n int64, m *blk.Mapping) error {
 	for n > 0 {
 		x, err := s.findMapped(r, off, n, m)
@@ -123,8 +123,8 @@ func (s *image) mapBacking(r *blk.Req, off, n int64, m *blk.Mapping) error {
 	return nil
 }
 
-// CopyFrom writes host ranges to off by the file's own copying. Clusters that would need
-// old content around the new are not done: ErrNotSupported, also after a part was copied.
+// CopyFrom writes host ranges to off by the file's own copying. It fails with ErrNotSupported,
+// maybe after a part was copied, if old content would be needed around the new.
 func (s *image) CopyFrom(r *blk.Req, off int64, src []blk.HostRange, f blk.Flags) error {
 	err := s.copyFrom(r, off, src, f)
 	for again := 0; err != nil && again < maxRetries && s.giveSpace(r, err); again++ {

@@ -21,14 +21,15 @@ import (
 //   - what is written in place is referred to by a table that has been looked at, and by nothing
 //     else that has been: all tables and metadata, and data of the tables so far.
 //
-// When it is over, refcounts that are lower than the number of references are raised. What cannot be
-// mended so is known (wrong): clusters that someone takes for his own although others refer to them,
-// and those that no refcount block counts. They are never given out, punched, freed or written to:
-// who would do that ends the use of the image. From then on a refcount of 0 means that nothing refers
-// to a cluster.
+// When it is over, refcounts that are lower than the number of references are raised. What cannot
+// be mended so is known (wrong): clusters that someone takes for his own although others refer to
+// them, and those that no refcount block counts. They are never given out, punched, freed or
+// written to: who would do that ends the use of the image. From then on a refcount of 0 means that
+// nothing refers to a cluster.
 //
-// A table is walked at the latest before it is changed, or what it refers to. What it comes to refer
-// to is counted then (setEntry). What it no longer refers to stays counted, as its refcount stays.
+// A table is walked at the latest before it is changed, or what it refers to. What it comes to
+// refer to is counted then (setEntry). What it no longer refers to stays counted, as its refcount
+// stays.
 
 const (
 	// firstStep and nextStep are bytes of L2 tables, those of 32 and 8 GiB of disk with the default
@@ -61,7 +62,8 @@ type wrong struct {
 	last  int64 // the highest one, or, where there could be no survey, the highest there may be
 }
 
-// surveyor counts what the image refers to, and compares that with the refcounts. Its methods need mu.
+// surveyor counts what the image refers to, and compares that with the refcounts. Its methods need
+// mu.
 type surveyor struct {
 	refcounts
 	above references
@@ -142,7 +144,7 @@ func (s *surveyor) surveyFailed(r *blk.Req, err error) error {
 	case ended(r) != nil:
 		return err // it goes on with the next request
 	case err == errTables:
-		return s.corrupt(r, true, -1, -1, "Tables of metadata lie over each other, or beyond the end of the file")
+		return s.corrupt(r, -1, -1, "Tables of metadata lie over each other, or beyond the end of the file")
 	case err != errTooBig && s.survey.failed < 1:
 		s.survey.failed++
 		s.warnf("What the image refers to cannot be looked at (%s): who changes it next tries again", blk.ErrnoText(err))
@@ -179,12 +181,12 @@ func (s *surveyor) stepSurvey(r *blk.Req, n int64) error {
 	s.endSurvey()
 	if v.raised > 0 {
 		s.warnf("The refcounts of %d clusters, of which the first is at %s, were too low and have been put right",
-			v.raised, hex(uint64(v.first<<s.cb)))
+			v.raised, hex(v.first<<s.cb))
 	}
 	if s.wrong.n > 0 {
 		// No event: QEMU has none before it comes upon such a cluster.
 		s.warnf("The refcounts of %d clusters, of which the first is at %s, are wrong: who writes to them ends the use of the image",
-			s.wrong.n, hex(uint64(s.wrong.first<<s.cb)))
+			s.wrong.n, hex(s.wrong.first<<s.cb))
 	}
 	return nil
 }
@@ -257,8 +259,8 @@ func (w *wrong) add(k int64) {
 // at tells whether the references of cluster k are known to be wrong.
 func (w *wrong) at(k int64) bool { return w.n > 0 && w.t.get(k) > 0 }
 
-// vetTable makes the next step of the survey, and walks the L2 table at off: it is to be changed, or
-// what it refers to.
+// vetTable makes the next step of the survey, and walks the L2 table at off: it is to be changed,
+// or what it refers to.
 func (s *surveyor) vetTable(r *blk.Req, off int64) error {
 	if err := s.vet(r); err != nil {
 		return err
@@ -302,8 +304,8 @@ func (s *surveyor) copiesTable(c int64) {
 	}
 }
 
-// canFree is called before L2 entry e is dropped. It fails if what e refers to is counted less often
-// than it is referred to, as far as is known; the image is given up then.
+// canFree is called before L2 entry e is dropped. It fails if what e refers to is counted less
+// often than it is referred to, as far as is known; the image is given up then.
 func (s *surveyor) canFree(r *blk.Req, e uint64) error {
 	off, n := s.geo.HostRange(e)
 	if e&layout.Compressed == 0 && off&(s.cs-1) != 0 {
@@ -320,7 +322,7 @@ func (s *surveyor) canFreeRange(r *blk.Req, off, n int64) error {
 		}
 		if v == 0 || s.wrong.at(c) {
 			at := c << s.cb
-			return s.corrupt(r, true, at, s.cs, "Preventing invalid free of cluster "+hex(uint64(at))+", whose refcount is wrong")
+			return s.corrupt(r, at, s.cs, "Preventing invalid free of cluster %s, whose refcount is wrong", hex(at))
 		}
 	}
 	return nil

@@ -82,8 +82,8 @@ func (s *image) checkCopies(r *blk.Req, l2, l1 []copied) error {
 	return nil
 }
 
-// writeCopies writes them in the order of the package doc; due tells that a barrier is due before. It
-// runs without mu.
+// writeCopies writes them in the order of the package doc; due tells that a barrier is due before.
+// It runs without mu.
 func (s *image) writeCopies(r *blk.Req, l2, l1 []copied, due bool) error {
 	if due && len(l2)+len(l1) > 0 {
 		if err := s.file.Flush(r); err != nil {
@@ -116,8 +116,8 @@ func (s *image) writeCopies(r *blk.Req, l2, l1 []copied, due bool) error {
 	return s.file.Flush(r)
 }
 
-// eachCluster calls f for every cluster that an L1 table refers to, L2 tables and what their entries
-// refer to, until f fails or the context of r ends.
+// eachCluster calls f for every cluster that an L1 table refers to, L2 tables and what their
+// entries refer to, until f fails or the context of r ends.
 func (s *image) eachCluster(r *blk.Req, l1 *entries, f func(c int64) error) error {
 	buf := make([]byte, s.cs)
 	for _, e := range l1.all() {
@@ -149,9 +149,9 @@ func (s *image) eachCluster(r *blk.Req, l1 *entries, f func(c int64) error) erro
 	return nil
 }
 
-// vetL1 is called before all that an L1 table refers to is walked: each L2 table must lie in the file,
-// and be referred to once. A survey finds others, but some images are too large for one, and a table
-// to which 4 million entries refer would be walked for weeks.
+// vetL1 is called before all that an L1 table refers to is walked: each L2 table must lie in the
+// file, and be referred to once. A survey finds others, but some images are too large for one, and
+// a table to which 4 million entries refer would be walked for weeks.
 func (s *image) vetL1(r *blk.Req, l1 *entries) error {
 	end := s.end()
 	var tabs []int64
@@ -161,23 +161,24 @@ func (s *image) vetL1(r *blk.Req, l1 *entries) error {
 		case tab == 0:
 			continue
 		case tab&(s.cs-1) != 0:
-			return s.corrupt(r, true, tab, -1, "L2 table offset "+hex(uint64(tab))+" unaligned")
+			return s.corrupt(r, tab, -1, "L2 table offset %s unaligned", hex(tab))
 		case tab >= end:
-			return s.corrupt(r, true, tab, s.cs, "L2 table offset "+hex(uint64(tab))+" beyond the end of the file")
+			return s.corrupt(r, tab, s.cs, "L2 table offset %s beyond the end of the file", hex(tab))
 		}
 		tabs = append(tabs, tab)
 	}
 	slices.Sort(tabs)
 	for i := 1; i < len(tabs); i++ {
 		if tab := tabs[i]; tab == tabs[i-1] {
-			return s.corrupt(r, true, tab, s.cs, "L2 table at "+hex(uint64(tab))+" is named by several entries of one L1 table")
+			return s.corrupt(r, tab, s.cs, "L2 table at %s is named by several entries of one L1 table", hex(tab))
 		}
 	}
 	return nil
 }
 
-// allFits tells whether the L2 cache has place for the slices of the whole disk, as it does by default
-// up to 256 GiB with clusters of 64 KiB: nothing has to be evicted then, however much is changed.
+// allFits tells whether the L2 cache has place for the slices of the whole disk, as it does by
+// default up to 256 GiB with clusters of 64 KiB: nothing has to be evicted then, however much is
+// changed.
 func (s *image) allFits() bool {
 	const entrySize = 8
 	return int64(s.l2.max)*s.slice/entrySize >= s.geo.Clusters(s.size.Load())

@@ -3,8 +3,8 @@ package qcow2
 import "slices"
 
 // tally counts references to clusters, and which of them suppose that they are the only one. Its
-// pages are small: what it takes is bounded by the number of references, wherever they point, and is
-// 1.4 bytes a cluster where many lie side by side. The methods that only read take nil as empty.
+// pages are small: what it takes is bounded by the number of references, wherever they point, and
+// is 1.4 bytes a cluster where many lie side by side. The methods that only read take nil as empty.
 type tally struct {
 	pages map[int64]*tallyPage
 	last  *tallyPage // the page used last, number at

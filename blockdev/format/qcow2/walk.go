@@ -53,8 +53,8 @@ func (s *surveyor) newCounter(r *blk.Req, res *CheckResult) *counter {
 	return c
 }
 
-// ref counts n references to the clusters that [off, off+size) touches. It returns false if that is a
-// cluster or more beyond the end of the file, which is impossible; then it counts only if all do.
+// ref counts n references to the clusters that [off, off+size) touches. It returns false if that is
+// a cluster or more beyond the end of the file, which is impossible; then it counts only if all do.
 func (c *counter) ref(off, size int64, n uint64, sole bool, what string) bool {
 	if size == 0 {
 		return true
@@ -220,8 +220,8 @@ func (c *counter) walkTable(k int64) error {
 	return nil
 }
 
-// entry counts n times what an L2 entry refers to. It returns false if that is beyond the end of the
-// file.
+// entry counts n times what an L2 entry refers to. It returns false if that is beyond the end of
+// the file.
 func (c *counter) entry(e uint64, n uint64, active bool) bool {
 	sole := active && e&layout.Copied != 0
 	off, size := c.s.geo.HostRange(e)

@@ -117,7 +117,7 @@ func (s *image) planInPlace(r *blk.Req, t *table, i, k, in, n int64) (plan, erro
 	e := entry(t, i)
 	host := int64(e & layout.OffsetMask)
 	if host&(s.cs-1) != 0 {
-		return plan{}, s.corrupt(r, true, -1, -1, "Data cluster offset "+hex(uint64(host))+" unaligned (guest offset: "+hex(uint64(in))+")")
+		return plan{}, s.corrupt(r, -1, -1, "Data cluster offset %s unaligned (guest offset: %s)", hex(host), hex(in))
 	}
 	run := int64(1)
 	for run < k && entry(t, i+run) == e+uint64(run<<s.cb) {
@@ -219,7 +219,8 @@ func (s *image) inflightAt(gc int64) *alloc {
 	return nil
 }
 
-// untilInflight shortens a run of k clusters from gc so that it ends before the next allocation in flight.
+// untilInflight shortens a run of k clusters from gc so that it ends before the next allocation in
+// flight.
 func (s *image) untilInflight(gc, k int64) int64 {
 	for _, a := range s.inflight {
 		if gc < a.first && a.first < gc+k {
@@ -229,8 +230,8 @@ func (s *image) untilInflight(gc, k int64) int64 {
 	return k
 }
 
-// waitInflight waits until no allocation is in flight within k clusters from gc, or the image has been given up; mu is
-// held, and dropped while waiting (then waited is true).
+// waitInflight waits until no allocation is in flight within k clusters from gc, or the image has
+// been given up; mu is held, and dropped while waiting (then waited is true).
 func (s *image) waitInflight(gc, k int64) (waited bool) {
 	for (s.inflightAt(gc) != nil || s.untilInflight(gc, k) != k) && s.usable() == nil {
 		waited = true

@@ -5,10 +5,10 @@ import (
 	"qblockd/graph/blk"
 )
 
-// Zero makes [off, off+n) read as zeroes by changing L2 entries. Parts of clusters are done only if
-// the rest of the cluster reads as zeroes already; else ErrNotSupported, and the caller writes.
-// Version 2 images can express it only where nothing lies below, nor may later, by having no
-// cluster.
+// Zero makes [off, off+n) read as zeroes by changing L2 entries. It fails with ErrNotSupported, and
+// the caller has to write, for a part of a cluster whose rest does not read as zeroes, and in
+// images of version 2, which can only have no cluster there, if anything lies below or may do so
+// later.
 func (s *image) Zero(r *blk.Req, off, n int64, f blk.Flags) error {
 	err := s.zero(r, off, n, f)
 	for again := 0; err != nil && again < maxRetries && s.giveSpace(r, err); again++ {
@@ -31,7 +31,8 @@ func (s *image) zero(r *blk.Req, off, n int64, f blk.Flags) error {
 	}
 	v2 := s.hdr.Version < 3
 	if v2 && (s.back() != nil || s.backLater()) {
-		return blk.ErrNotSupported // also beyond the end of a backing file, which may be replaced by a longer one
+		// Also beyond the end of the backing file, which may be replaced by a longer one.
+		return blk.ErrNotSupported
 	}
 	end := off + n
 	if end == s.size.Load() {
@@ -115,19 +116,18 @@ func (s *image) readsZero(k layout.Kind, gc int64) bool {
 	return k == layout.ZeroPlain || k == layout.ZeroAlloc || k == layout.Unallocated && s.backSize() <= gc<<s.cb
 }
 
-// What eachSlice does before it lets others have the lock: entries, and a slice counts as some,
-// too.
 const (
+	// turnEntries is how many entries eachSlice does before it lets others have the lock; a slice
+	// counts as sliceCost of them.
 	turnEntries = 16 << 10
 	sliceCost   = 256
 	// maxDirty is the number of changed slices from which on it flushes.
 	maxDirty = 4096
 )
 
-// eachSlice calls f for the parts of guest clusters [from, to) that one L2 slice maps, with mu
-// held, no allocation in flight there, and the slice ready to be changed. With create false, parts
-// without an L2 table are skipped. In between it lets go of mu, and it ends when the client has
-// gone.
+// eachSlice calls f for the parts of guest clusters [from, to) that one L2 slice maps, with no
+// allocation in flight there, and the slice ready to be changed. With create false, parts without
+// an L2 table are skipped. It drops mu in between, and ends when the client has gone.
 func (s *image) eachSlice(r *blk.Req, from, to int64, create bool, f func(t *table, gc, k int64) error) error {
 	for gc, did := from, int64(0); gc < to; {
 		if did >= turnEntries {
@@ -177,8 +177,8 @@ func (s *image) eachSlice(r *blk.Req, from, to int64, create bool, f func(t *tab
 	return nil
 }
 
-// Discard frees the clusters within [off, off+n). They read as zeroes afterwards, or, in
-// version 2 images, which then must not have a backing file, nor name one, become unallocated.
+// Discard frees the clusters within [off, off+n). They read as zeroes afterwards or, in images of
+// version 2, which must not have or name a backing file, become unallocated.
 func (s *image) Discard(r *blk.Req, off, n int64) error {
 	err := s.discardAt(r, off, n)
 	for again := 0; err != nil && again < maxRetries && s.giveSpace(r, err); again++ {
@@ -214,14 +214,14 @@ func (s *image) discardAt(r *blk.Req, off, n int64) error {
 	return s.discard(r, from, to, hasBacking, false, discardRequest)
 }
 
-// discard frees guest clusters [from, to); full leaves them unallocated. mu is held.
+// discard frees guest clusters [from, to); full leaves them unallocated.
 func (s *image) discard(r *blk.Req, from, to int64, hasBacking, full bool, kind discardKind) error {
 	keep := s.set.noUnref && !full && kind == discardRequest
 	return s.eachSlice(r, from, to, hasBacking && !full, func(t *table, gc, k int64) error {
 		i := s.l2Index(gc)
 		var kept []freed
 		defer func() {
-			// With mu held: the clusters stay where they are, a write could take them otherwise.
+			// With mu held: the clusters keep their places, and a write would use them otherwise.
 			for _, f := range kept {
 				_ = s.file.Discard(r, f.off, f.n)
 			}
@@ -257,14 +257,14 @@ func (s *image) discard(r *blk.Req, from, to int64, hasBacking, full bool, kind 
 	})
 }
 
-// keep notes the host cluster of e, which keeps its place (discard-no-unref), for punching, unless
-// a snapshot shares it.
+// keep adds the host cluster of e, which keeps its place (discard-no-unref), to what is to be
+// punched, unless a snapshot shares it.
 func (s *image) keep(r *blk.Req, list []freed, e uint64, kind discardKind) []freed {
 	off := int64(e & layout.OffsetMask)
 	if !s.set.discard[kind] || off&(s.cs-1) != 0 || off+s.cs > s.file.Size() || e&layout.Copied == 0 {
 		return list
 	}
-	if n, err := s.refcount(r, off>>s.cb); err != nil || n != 1 || s.wrong.at(off>>s.cb) || s.survey != nil && !s.survey.endless {
+	if n, err := s.refcount(r, off>>s.cb); err != nil || n != 1 || s.wrong.at(off>>s.cb) || s.surveying() {
 		return list
 	}
 	if k := len(list) - 1; k >= 0 && list[k].off+list[k].n == off {

@@ -35,7 +35,7 @@ type BitmapEntry struct {
 
 // BitmapNeed tells how many bytes the entry of the bitmap directory takes whose first
 // BitmapHeaderSize bytes are b; left are those that the directory still has from there. index and
-// n, the number of entries, are for the error, after which where the next one begins is not known.
+// n, the number of entries, are for the error, after which nobody knows where the next one begins.
 func BitmapNeed(b []byte, left int64, index, n uint32) (int, error) {
 	be := binary.BigEndian
 	nameLen, extra := int64(be.Uint16(b[18:])), int64(be.Uint32(b[20:]))
@@ -76,8 +76,9 @@ func (e *BitmapEntry) TableBytes() int64 { return int64(e.TableSize) * 8 }
 // data, and a table where one can be in an image with clusters of that size.
 func (e *BitmapEntry) Fits(clusterSize int64) bool {
 	const known = BitmapInUse | BitmapAuto
-	return e.kind == typeTracking && e.Flags&^known == 0 && len(e.extra) == 0 && e.TableSize != 0 &&
-		int64(e.TableSize) <= maxBitmapBytes/clusterSize && e.TableOffset != 0 && e.TableOffset&uint64(clusterSize-1) == 0 && e.TableOffset < 1<<MaxHostBits
+	return e.kind == typeTracking && e.Flags&^known == 0 && len(e.extra) == 0 &&
+		e.TableSize != 0 && int64(e.TableSize) <= maxBitmapBytes/clusterSize &&
+		e.TableOffset != 0 && e.TableOffset < 1<<MaxHostBits && e.TableOffset&uint64(clusterSize-1) == 0
 }
 
 // NewBitmap is an entry that has no table yet.

@@ -36,11 +36,11 @@ type RawExtension struct {
 	Data  []byte
 }
 
-// Extensions are all header extensions of an image but the feature name table, which is
-// written anew.
+// Extensions are all header extensions of an image but the feature name table, which is written
+// anew.
 type Extensions struct {
 	BackingFormat string
-	// DataFile is a leftover name; images that use an external data file are refused.
+	// DataFile is a name without effect; images that use an external data file are refused.
 	DataFile string
 	// Bitmaps is nil without the extension, or if no program kept it up to date (autoclear
 	// bit 0 is clear); then BitmapsStale is set.
@@ -125,13 +125,15 @@ func (x *Extensions) parseBitmaps(h *Header, data []byte) error {
 	const maxBitmaps = 65535
 	switch {
 	case m.NbBitmaps > maxBitmaps:
-		return fmt.Errorf("bitmaps_ext: Image has %d bitmaps, exceeding the QEMU supported maximum of %d", m.NbBitmaps, maxBitmaps)
+		return fmt.Errorf("bitmaps_ext: Image has %d bitmaps, exceeding the QEMU supported maximum of %d",
+			m.NbBitmaps, maxBitmaps)
 	case m.NbBitmaps == 0:
 		return fmt.Errorf("found bitmaps extension with zero bitmaps")
 	case m.DirectoryOffset&(1<<h.ClusterBits-1) != 0:
 		return fmt.Errorf("bitmaps_ext: invalid bitmap directory offset")
 	case m.DirectorySize > MaxBitmapDirectory:
-		return fmt.Errorf("bitmaps_ext: bitmap directory size (%d) exceeds the maximum supported size (%d)", m.DirectorySize, MaxBitmapDirectory)
+		return fmt.Errorf("bitmaps_ext: bitmap directory size (%d) exceeds the maximum supported size (%d)",
+			m.DirectorySize, MaxBitmapDirectory)
 	}
 	x.Bitmaps = m
 	return nil
@@ -151,8 +153,8 @@ func appendExt(b []byte, magic uint32, data []byte) []byte {
 	return append(b, make([]byte, -len(data)&7)...)
 }
 
-// appendTo serialises in the reference's order. Images with clusters of up to 4 KiB get no
-// feature name table: it would leave no room for a backing file name.
+// appendTo serialises in QEMU's order. Images with clusters of up to 4 KiB get no feature name
+// table: it would leave no room for a backing file name.
 func (x *Extensions) appendTo(b []byte, h *Header) []byte {
 	if x.BackingFormat != "" {
 		b = appendExt(b, extBackingFormat, []byte(x.BackingFormat))
@@ -205,8 +207,8 @@ var features = []feature{
 	{2, 1, "raw external data"},
 }
 
-// featureTable finds the feature name table in the first cluster b. Whatever is wrong with
-// the extensions, the names found so far count.
+// featureTable finds the feature name table in the first cluster b. Whatever is wrong with the
+// extensions, the names found so far count.
 func (h *Header) featureTable(b []byte) []feature {
 	var t []feature
 	_ = h.each(b, func(magic uint32, data []byte) error {
@@ -222,8 +224,8 @@ func (h *Header) featureTable(b []byte) []feature {
 	return t
 }
 
-// featureNames words the incompatible bits mask by the image's own table; bits that the
-// format defines have their names even without one.
+// featureNames words the incompatible bits mask by the image's own table; bits that the format
+// defines have their names even without one.
 func featureNames(table []feature, mask uint64) string {
 	var names []string
 	take := func(t []feature) {

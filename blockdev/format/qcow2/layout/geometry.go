@@ -90,8 +90,8 @@ func KindOf(e uint64) Kind {
 // HasHost tells whether entries of kind k own host clusters.
 func (k Kind) HasHost() bool { return k >= ZeroAlloc }
 
-// CompressedRange decodes the compressed L2 entry e: the data lie in [off, off+n), of which
-// the last bytes may be unused.
+// CompressedRange decodes the compressed L2 entry e: the data lie in [off, off+n), of which the
+// last bytes may be unused.
 func (g Geometry) CompressedRange(e uint64) (off, n int64) {
 	shift := 62 - (g.ClusterBits - 8)
 	off = int64(e & (1<<shift - 1))

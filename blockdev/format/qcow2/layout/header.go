@@ -9,7 +9,7 @@ import (
 // Magic is the first word of every image: "QFI\xfb".
 const Magic = 0x514649fb
 
-// Limits of the format and of what the reference accepts.
+// Limits of the format and of what QEMU accepts.
 const (
 	MinClusterBits = 9
 	MaxClusterBits = 21
@@ -97,9 +97,9 @@ func Probe(b []byte) bool {
 	return len(b) >= HeaderSizeV2 && binary.BigEndian.Uint32(b) == Magic && binary.BigEndian.Uint32(b[4:]) >= 2
 }
 
-// Peek checks magic, version and cluster size in the first HeaderSize bytes of a file (padded
-// with zeroes where the file is shorter) and returns the cluster size in bytes, which is
-// how much Parse needs.
+// Peek checks magic, version and cluster size in the first HeaderSize bytes of a file (padded with
+// zeroes where the file is shorter) and returns the cluster size in bytes, which is how much Parse
+// needs.
 func Peek(b []byte) (clusterSize int, err error) {
 	be := binary.BigEndian
 	if len(b) < HeaderSizeV2 || be.Uint32(b) != Magic {
@@ -115,9 +115,9 @@ func Peek(b []byte) (clusterSize int, err error) {
 	return 1 << bits, nil
 }
 
-// Parse reads and checks the header at the beginning of the first cluster b (padded with
-// zeroes where the file is shorter). writable refuses images marked corrupt. Checks are made
-// in the reference's order, so that the first fault is reported as there.
+// Parse reads and checks the header at the beginning of the first cluster b (padded with zeroes
+// where the file is shorter). writable refuses images marked corrupt. Checks are made in QEMU's
+// order, so that the first fault is reported as there.
 func Parse(b []byte, writable bool) (*Header, error) {
 	cs, err := Peek(b)
 	if err != nil {
@@ -180,8 +180,8 @@ func decode(b []byte) *Header {
 	return h
 }
 
-// checkFeatures refuses what the driver cannot do. cluster is the first cluster, searched
-// for the names of unknown features.
+// checkFeatures refuses what the driver cannot do. The first cluster may have the names of features
+// that we do not know.
 func (h *Header) checkFeatures(cluster []byte, writable bool) error {
 	if err := h.checkCompression(); err != nil {
 		return err
@@ -232,10 +232,13 @@ func (h *Header) checkTables() error {
 		return fmt.Errorf("Image does not contain a reference count table")
 	}
 	cs := uint64(1) << h.ClusterBits
-	if err := CheckTable(h.RefcountTableOffset, uint64(h.RefcountTableClusters), cs, MaxReftableBytes, cs, "Reference count table"); err != nil {
+	n := uint64(h.RefcountTableClusters)
+	if err := CheckTable(h.RefcountTableOffset, n, cs, MaxReftableBytes, cs, "Reference count table"); err != nil {
 		return err
 	}
-	if err := CheckTable(h.SnapshotsOffset, uint64(h.NbSnapshots), SnapshotHeaderSize, SnapshotHeaderSize*MaxSnapshots, cs, "Snapshot table"); err != nil {
+	const each = SnapshotHeaderSize
+	n = uint64(h.NbSnapshots)
+	if err := CheckTable(h.SnapshotsOffset, n, each, each*MaxSnapshots, cs, "Snapshot table"); err != nil {
 		return err
 	}
 	if err := CheckTable(h.L1TableOffset, uint64(h.L1Size), 8, MaxL1Bytes, cs, "Active L1 table"); err != nil {
@@ -251,8 +254,8 @@ func (h *Header) checkTables() error {
 	return nil
 }
 
-// CheckTable checks a table's place: entries of entryLen bytes, at most maxBytes, at a
-// cluster boundary and below 2^63.
+// CheckTable checks where a table is: entries of entryLen bytes, at most maxBytes, at a cluster
+// boundary and below 2^63.
 func CheckTable(off, entries, entryLen, maxBytes, clusterSize uint64, name string) error {
 	if entries > maxBytes/entryLen {
 		return fmt.Errorf("%s too large", name)
@@ -290,9 +293,9 @@ func (h *Header) extEnd() uint64 {
 	return uint64(1) << h.ClusterBits
 }
 
-// Marshal serialises header, extensions and backing file name as they stand at the
-// beginning of the first cluster. It sets the header's length and the place of the backing
-// name. The error tells that they do not fit into a cluster.
+// Marshal serialises header, extensions and backing file name as they stand at the beginning of the
+// first cluster. It sets the header's length and the place of the backing name. It fails if they do
+// not fit into a cluster.
 func (h *Header) Marshal(x *Extensions, backing string) ([]byte, error) {
 	cs := 1 << h.ClusterBits
 	n := HeaderSizeV2

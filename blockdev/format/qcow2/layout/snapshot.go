@@ -12,8 +12,8 @@ const (
 	maxSnapshotExtra   = 1024
 	maxSnapshotBytes   = 1024 * MaxSnapshots
 
-	// MaxSnapshotID and MaxSnapshotName are the bytes of an ID and of a name that count, and are
-	// shown; what is longer is cut, as by the reference.
+	// MaxSnapshotID and MaxSnapshotName are how many bytes of an ID and of a name count, and are
+	// shown, as in QEMU.
 	MaxSnapshotID   = 127
 	MaxSnapshotName = 255
 
@@ -37,8 +37,8 @@ type Snapshot struct {
 	rawLen        int
 }
 
-// SnapshotNeed tells how many bytes from the entry's beginning are needed to parse the
-// entry whose first SnapshotHeaderSize bytes are b; index names it in errors.
+// SnapshotNeed tells how many bytes it takes to parse the entry whose first SnapshotHeaderSize
+// bytes are b; index is for errors.
 func SnapshotNeed(b []byte, index int) (int, error) {
 	be := binary.BigEndian
 	extra := be.Uint32(b[36:])
