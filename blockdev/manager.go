@@ -23,7 +23,7 @@ type Config struct {
 	// Policy for what images name.
 	Policy Policy
 	// Probed is told of nodes of the daemon that were looked into as another node was opened on them; nil: nobody.
-	Probed func(nodes ...*graph.Node)
+	Probed func(n *graph.Node)
 	// Log takes warnings; nil means slog.Default().
 	Log *slog.Logger
 }
@@ -33,7 +33,7 @@ type Manager struct {
 	g       *graph.Graph
 	log     *slog.Logger
 	policy  Policy
-	probed  func(nodes ...*graph.Node)
+	probed  func(n *graph.Node)
 	objects driver.Objects
 	order   []*driver.Any
 	drivers map[types.BlockdevDriver]*driver.Any

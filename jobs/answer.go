@@ -5,13 +5,12 @@ import (
 
 	"qblockd/events/panics"
 	"qblockd/jobs/machine"
+	"qblockd/jobs/visible"
 )
 
-// instantLimit is how long a command waits at most for a job on nodes that answer at once. It bounds what a client waits and so is real time.
-const instantLimit = 200 * time.Millisecond
-
-// Settle waits until a job on nodes that answer at once has nothing more to do without waiting, no longer than instantLimit. With other jobs it does
-// nothing. A command that has started the job calls it before it is answered.
+// Settle waits until an instant job has nothing more to do without waiting, no longer than
+// visible.StartLimit. With other jobs it does nothing. A command that has started the job calls it
+// before it is answered.
 func (j *Job) Settle() {
 	if !j.instant {
 		return
@@ -19,7 +18,7 @@ func (j *Job) Settle() {
 	j.m.mu.Lock()
 	defer j.m.mu.Unlock()
 	over := false
-	limit := panics.AfterFunc("a wait for a job", instantLimit, func() {
+	limit := panics.AfterFunc("a wait for a job", visible.StartLimit, func() {
 		j.m.mu.Lock()
 		defer j.m.mu.Unlock()
 		over = true
@@ -35,13 +34,14 @@ func (j *Job) settledLocked() bool {
 	return j.asleep || j.idleLocked() || j.gone || j.st.Status == machine.Concluded || j.st.Status == machine.Pending && !j.st.AutoFinalize
 }
 
-// DeferEnd is called by a command that is about to ask the job to end or to go on. If the job is of the kind whose end comes after the command's answer,
-// it is neither ready nor over before answered is called, or cancelGrace has passed. answered waits, for cancelGrace at most, for the end of a job that was cancelled by
-// force, so that the client's next command finds it over.
-func (j *Job) DeferEnd() (answered func()) {
+// DeferEnd is called by a command that is about to apply v. If that is answered before what the job
+// does then (visible.AnswerFirst), the job is neither ready nor over before answered is called, or
+// visible.EndLimit has passed. answered waits as long, at most, for the end of a job that was
+// cancelled by force.
+func (j *Job) DeferEnd(v machine.Verb) (answered func()) {
 	j.m.mu.Lock()
 	defer j.m.mu.Unlock()
-	if !j.lateEnd || j.answered != nil || !j.st.Started || j.st.Ended {
+	if !visible.AnswerFirst(j.seenAs, v) || j.answered != nil || !j.st.Started || j.st.Ended {
 		return func() {}
 	}
 	c := make(chan struct{})
@@ -66,7 +66,7 @@ func (j *Job) awaitAnswer() {
 	if c == nil {
 		return
 	}
-	limit := time.NewTimer(cancelGrace)
+	limit := time.NewTimer(visible.EndLimit)
 	defer limit.Stop()
 	select {
 	case <-c:

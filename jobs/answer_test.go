@@ -5,6 +5,7 @@ import (
 	"testing"
 	"testing/synctest"
 
+	"qblockd/jobs/machine"
 	"qblockd/schema/types"
 )
 
@@ -18,12 +19,13 @@ func idler(ready bool) func(context.Context, *Handle) error {
 	}
 }
 
-// TestDeferEnd: a job that ends after the answer does so, and is over when answered returns; others end before.
+// TestDeferEnd: a job that ends after the answer does so, and is over when answered returns; others
+// end before.
 func TestDeferEnd(t *testing.T) {
-	for _, late := range []bool{true, false} {
+	for typ, late := range map[types.JobType]bool{types.JobTypeMirror: true, types.JobTypeCommit: false} {
 		r := newRecorder()
 		m := NewManager(r, nil)
-		j, err := m.Create(Spec{ID: "j", Type: types.JobTypeMirror, Runner: &work{run: idler(true)}, Block: true, Instant: true, LateEnd: late})
+		j, err := m.Create(Spec{ID: "j", Type: typ, Runner: &work{run: idler(true)}, Block: true, Instant: true})
 		if err != nil {
 			t.Fatal(err)
 		}
@@ -32,7 +34,7 @@ func TestDeferEnd(t *testing.T) {
 		if got := r.String(); got != started {
 			t.Fatalf("started: %s", got)
 		}
-		answered := j.DeferEnd()
+		answered := j.DeferEnd(machine.Cancel)
 		if err := j.Cancel(true); err != nil {
 			t.Fatal(err)
 		}
@@ -47,13 +49,14 @@ func TestDeferEnd(t *testing.T) {
 	}
 }
 
-// TestAwaitAnswer: a job that was resumed is ready only when the command that did it has been answered.
+// TestAwaitAnswer: a job that was resumed is ready only when the command that did it has been
+// answered.
 func TestAwaitAnswer(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		r := newRecorder()
 		m := NewManager(r, nil)
 		copied := make(chan struct{})
-		j, err := m.Create(Spec{ID: "j", Type: types.JobTypeMirror, Block: true, LateEnd: true, Runner: &work{run: func(_ context.Context, h *Handle) error {
+		j, err := m.Create(Spec{ID: "j", Type: types.JobTypeMirror, Block: true, Runner: &work{run: func(_ context.Context, h *Handle) error {
 			h.Yield()
 			<-copied
 			h.AwaitAnswer()
@@ -64,7 +67,7 @@ func TestAwaitAnswer(t *testing.T) {
 			t.Fatal(err)
 		}
 		m.Start(j)()
-		answered := j.DeferEnd()
+		answered := j.DeferEnd(machine.Resume)
 		close(copied)
 		const started = "j:created j:running"
 		synctest.Wait()

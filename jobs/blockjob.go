@@ -26,8 +26,8 @@ func (j *Job) kickLocked() {
 	j.wake.Broadcast()
 }
 
-// tollLocked counts n bytes against the job's speed and returns how long to wait before more may pass. A job that was told to come to its end waits for nothing: somebody
-// waits for it.
+// tollLocked counts n bytes against the job's speed and returns how long to wait before more may
+// pass. A job that was told to come to its end waits for nothing: somebody waits for it.
 func (j *Job) tollLocked(n int64) time.Duration {
 	if j.block.lastPass || j.st.Ended {
 		return 0

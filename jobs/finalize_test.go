@@ -9,7 +9,8 @@ import (
 	"qblockd/schema/types"
 )
 
-// preparing is a runner that has something to do while it is finalized, and does it until it is cancelled.
+// preparing is a runner that has something to do while it is finalized, and does it until it is
+// cancelled.
 type preparing struct {
 	*work
 	entered chan struct{}
@@ -22,7 +23,8 @@ func (p *preparing) Prepare(ctx context.Context, h *Handle) error {
 	return p.prepare(ctx, h)
 }
 
-// A job that is being finalized is ended by a cancel, and its transaction with it; one whose preparation is through has come first.
+// A job that is being finalized is ended by a cancel, and its transaction with it; one whose
+// preparation is through has come first.
 func TestCancelWhileFinalizing(t *testing.T) {
 	for name, prepare := range map[string]func(ctx context.Context, h *Handle) error{
 		"looks at its context": func(ctx context.Context, _ *Handle) error {
@@ -80,7 +82,8 @@ func TestCancelWhileFinalizing(t *testing.T) {
 	}
 }
 
-// A cancel that has come first is not overtaken by what finalizes the job: that would take its time, and the cancel would be lost.
+// A cancel that has come first is not overtaken by what finalizes the job: that would take its
+// time, and the cancel would be lost.
 func TestFinalizeAfterCancel(t *testing.T) {
 	r := newRecorder()
 	m := NewManager(r, nil)

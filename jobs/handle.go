@@ -7,17 +7,20 @@ import (
 	"qblockd/events"
 	"qblockd/graph"
 	"qblockd/jobs/machine"
+	"qblockd/jobs/visible"
 	"qblockd/schema/types"
 )
 
-// Handle is the job as its runner sees it. Its methods are for the runner's goroutine and its workers.
+// Handle is the job as its runner sees it. Its methods are for the runner's goroutine and its
+// workers.
 type Handle struct{ j *Job }
 
 // Job is the job itself, e.g. as the parent of edges.
 func (h *Handle) Job() *Job { return h.j }
 
-// Yield tells that from here on the work takes its time: the command that started the job is answered now, and
-// the job goes on after that. Only the first call does anything. A runner calls it before its first I/O.
+// Yield tells that from here on the work takes its time: the command that started the job is
+// answered now, and the job goes on after that. Only the first call does anything. A runner calls
+// it before its first I/O.
 func (h *Handle) Yield() {
 	select {
 	case <-h.j.released:
@@ -27,8 +30,8 @@ func (h *Handle) Yield() {
 	}
 }
 
-// Checkpoint is a pause point: it blocks while the job is paused and returns ErrCancelled once it is cancelled
-// by force. It is called holding no gate pass and no conflict lock.
+// Checkpoint is a pause point: it blocks while the job is paused and returns ErrCancelled once it
+// is cancelled by force. It is called holding no gate pass and no conflict lock.
 func (h *Handle) Checkpoint() error {
 	j := h.j
 	j.m.mu.Lock()
@@ -82,8 +85,8 @@ func (h *Handle) Ready() {
 	h.j.stepLocked(machine.BecomeReady)
 }
 
-// Quiesced is Manager.Quiesced.
-func (h *Handle) Quiesced(times int, nodes ...*graph.Node) { h.j.m.Quiesced(times, nodes...) }
+// Show is Manager.Show.
+func (h *Handle) Show(at visible.Moment, nodes ...*graph.Node) { h.j.m.Show(at, nodes...) }
 
 // SetRemaining says how much is still to do, in the unit of Done (bytes).
 func (h *Handle) SetRemaining(n int64) { h.j.total.Store(h.j.current.Load() + n) }
@@ -94,8 +97,8 @@ func (h *Handle) AddRemaining(n int64) { h.j.total.Add(n) }
 // Done counts n as done.
 func (h *Handle) Done(n int64) { h.j.current.Add(n) }
 
-// Throttle counts n bytes against the job's speed and sleeps as long as that demands, at a pause point. It returns
-// what Checkpoint does. It is called holding no gate pass and no conflict lock.
+// Throttle counts n bytes against the job's speed and sleeps as long as that demands, at a pause
+// point. It returns what Checkpoint does. It is called holding no gate pass and no conflict lock.
 func (h *Handle) Throttle(n int64) error {
 	j := h.j
 	j.m.mu.Lock()
@@ -113,7 +116,8 @@ func (h *Handle) Throttle(n int64) error {
 	return h.Checkpoint()
 }
 
-// Linger waits as long as the job's speed demands after what was counted, or until something happens to the job; then it is a pause point.
+// Linger waits as long as the job's speed demands after what was counted, or until something
+// happens to the job; then it is a pause point.
 func (h *Handle) Linger() error {
 	j := h.j
 	j.m.mu.Lock()
@@ -142,7 +146,8 @@ func (h *Handle) Idle() error {
 	}
 }
 
-// Sleep waits for d or until something happens to the job (a verb, Kick), and then passes a pause point: it returns what Checkpoint does.
+// Sleep waits for d or until something happens to the job (a verb, Kick), and then passes a pause
+// point: it returns what Checkpoint does.
 func (h *Handle) Sleep(d time.Duration) error { return h.sleep(d) }
 
 // sleep waits for d, a change of speed, a pause or a cancel, and then passes a pause point.
@@ -175,17 +180,17 @@ func (h *Handle) sleep(d time.Duration) error {
 // ErrorAction is what an error policy makes of an I/O error.
 type ErrorAction = types.BlockErrorAction
 
-// OnError applies an error policy to a failed read or write of a block job: the event is sent, and the job is
-// paused at its next pause point where the policy says stop. The runner fails, skips the unit, or tries again after
-// Checkpoint.
+// OnError applies an error policy to a failed read or write of a block job: the event is sent, and
+// the job is paused at its next pause point where the policy says stop. The runner fails, skips the
+// unit, or tries again after Checkpoint.
 func (h *Handle) OnError(op types.IoOperationType, policy types.BlockdevOnError, err error) ErrorAction {
 	h.j.m.mu.Lock()
 	defer h.j.m.mu.Unlock()
 	return h.j.onErrorLocked(op, policy, err)
 }
 
-// OnErrorIdle is OnError for a runner that has nothing else in flight: where the policy says stop, it is a pause point, so that clients hear of
-// the error and the pause together.
+// OnErrorIdle is OnError for a runner that has nothing else in flight: where the policy says stop,
+// it is a pause point, so that clients hear of the error and the pause together.
 func (h *Handle) OnErrorIdle(op types.IoOperationType, policy types.BlockdevOnError, err error) (ErrorAction, error) {
 	h.j.m.mu.Lock()
 	defer h.j.m.mu.Unlock()
@@ -217,7 +222,8 @@ func (j *Job) onErrorLocked(op types.IoOperationType, policy types.BlockdevOnErr
 // Context is done once the job is cancelled by force or over.
 func (h *Handle) Context() context.Context { return h.j.ctx }
 
-// MustWait tells whether the next Throttle will wait, for a pause or for the job's speed. A runner with work in flight waits for that first.
+// MustWait tells whether the next Throttle will wait, for a pause or for the job's speed. A runner
+// with work in flight waits for that first.
 func (h *Handle) MustWait() bool {
 	j := h.j
 	j.m.mu.Lock()

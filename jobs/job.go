@@ -13,15 +13,16 @@ import (
 	"qblockd/graph"
 	"qblockd/graph/blk"
 	"qblockd/jobs/machine"
+	"qblockd/jobs/visible"
 	"qblockd/schema/types"
 )
 
 // ErrCancelled is what a forced cancel makes of a job; it is an ECANCELED.
 var ErrCancelled = blk.Text("Operation canceled", syscall.ECANCELED)
 
-// Runner is a job's work. Run blocks until the work is done; it calls Handle.Checkpoint
-// before each unit of work, returns ErrCancelled when that does, and changes the graph only by
-// transactions of its own. ctx is done once the job is cancelled by force; it ends waits, never an I/O in flight.
+// Runner is a job's work. Run blocks until the work is done; it calls Handle.Checkpoint before each
+// unit of work, returns ErrCancelled when that does, and changes the graph only by transactions of
+// its own. ctx is done once the job is cancelled by force; it ends waits, never an I/O in flight.
 type Runner interface {
 	Run(ctx context.Context, h *Handle) error
 }
@@ -36,7 +37,8 @@ type (
 	Committer interface{ Commit(h *Handle) }
 	// Aborter undoes what must not stay after a failure; it cannot fail.
 	Aborter interface{ Abort(h *Handle) }
-	// Cleaner gives back everything (filters, edges, freezes, permissions); called last in every case.
+	// Cleaner gives back everything (filters, edges, freezes, permissions); called last in every
+	// case.
 	Cleaner interface{ Clean(h *Handle) }
 	// Canceler is told of a cancel request and decides whether it is one by force.
 	Canceler interface {
@@ -67,12 +69,13 @@ type Job struct {
 	// asleep: the runner waits for its speed limit and does nothing else; guarded by m.mu.
 	asleep bool
 
-	waiting          atomic.Bool   // not busy: sleeping, paused or over
-	paused           atomic.Bool   // the runner waits at a pause point
-	ended            chan struct{} // closed when Run has returned
-	finished         chan struct{} // closed when the job is concluded
-	instant, lateEnd bool          // as in Spec
-	nodes            []*graph.Node // as in Spec
+	waiting  atomic.Bool   // not busy: sleeping, paused or over
+	paused   atomic.Bool   // the runner waits at a pause point
+	ended    chan struct{} // closed when Run has returned
+	finished chan struct{} // closed when the job is concluded
+	instant  bool          // as in Spec
+	seenAs   visible.Job   // as in Spec
+	nodes    []*graph.Node // as in Spec
 
 	answered chan struct{} // closed when the command that asked the job to end was answered; nil: there is none. +checklocks:m.mu
 

@@ -447,7 +447,8 @@ func TestLimiter(t *testing.T) {
 	}
 }
 
-// A job can be cancelled by others while whoever makes it is still at it; its runner is not touched before Start.
+// A job can be cancelled by others while whoever makes it is still at it; its runner is not touched
+// before Start.
 func TestCancelBeforeStart(t *testing.T) {
 	r := newRecorder()
 	m := NewManager(r, nil)
@@ -469,7 +470,8 @@ func TestCancelBeforeStart(t *testing.T) {
 	}
 }
 
-// The daemon ends while a job is being made: what it relies on could not be had, and it is taken back.
+// The daemon ends while a job is being made: what it relies on could not be had, and it is taken
+// back.
 func TestShutdownWhileAJobIsMade(t *testing.T) {
 	r := newRecorder()
 	m := NewManager(r, nil)
@@ -578,7 +580,8 @@ func (w *lastWork) Prepare(_ context.Context, h *Handle) error {
 	return syscall.EIO
 }
 
-// A job whose work is over does not pause, neither for an error nor because it was told to just before: it could not be resumed.
+// A job whose work is over does not pause, neither for an error nor because it was told to just
+// before: it could not be resumed.
 func TestNoPauseWhileFinalizing(t *testing.T) {
 	r := newRecorder()
 	m := NewManager(r, nil)

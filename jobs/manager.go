@@ -1,6 +1,7 @@
 package jobs
 
 import (
+	"cmp"
 	"context"
 	"fmt"
 	"slices"
@@ -10,6 +11,7 @@ import (
 	"qblockd/events/panics"
 	"qblockd/graph"
 	"qblockd/jobs/machine"
+	"qblockd/jobs/visible"
 	"qblockd/schema/types"
 )
 
@@ -47,25 +49,26 @@ type Spec struct {
 	Txn *Txn
 	// Block makes it a block job: it has a speed, an io-status and the BLOCK_JOB_ events.
 	Block bool
-	// Instant: the job's nodes answer at once. What it does up to its first wait then comes before the answer to its command, as in the reference,
-	// unless that takes longer than instantLimit.
+	// Instant: what the job does up to its first wait comes before the answer to its command,
+	// unless that takes longer than visible.StartLimit. See visible.StartFirst.
 	Instant bool
-	// LateEnd: commands that ask the job to end or to go on are answered before it is over or ready (see Job.DeferEnd), as with the reference's mirrors.
-	LateEnd bool
+	// SeenAs is what clients of QEMU take the job for; "": what its type says.
+	SeenAs visible.Job
 	// Speed is the initial limit in bytes per second; 0: none.
 	Speed int64
 	// Nodes are those that the job works on.
 	Nodes []*graph.Node
 }
 
-// Create makes a job and announces it. It fails on an illegal id, one in use, or a negative speed (then the job
-// was announced and has gone). The job does nothing until Start; until then Discard takes it back.
+// Create makes a job and announces it. It fails on an illegal id, one in use, or a negative speed
+// (then the job was announced and has gone). The job does nothing until Start; until then Discard
+// takes it back.
 func (m *Manager) Create(s Spec) (*Job, error) {
 	if !types.WellFormedID(s.ID) {
 		return nil, fmt.Errorf("Invalid job ID '%s'", s.ID)
 	}
 	j := &Job{
-		m: m, id: s.ID, typ: s.Type, nodes: s.Nodes, runner: s.Runner, txn: s.Txn, instant: s.Instant, lateEnd: s.LateEnd,
+		m: m, id: s.ID, typ: s.Type, nodes: s.Nodes, runner: s.Runner, txn: s.Txn, instant: s.Instant, seenAs: cmp.Or(s.SeenAs, visible.Job(s.Type)),
 		ended: make(chan struct{}), finished: make(chan struct{}),
 		yielded: make(chan struct{}), released: make(chan struct{}),
 		st: machine.State{AutoFinalize: !s.ManualFinalize, AutoDismiss: !s.ManualDismiss},
@@ -99,15 +102,16 @@ func (m *Manager) Create(s Spec) (*Job, error) {
 	return j, nil
 }
 
-// Discard takes back a job that was created but cannot be started; also one that was cancelled meanwhile.
+// Discard takes back a job that was created but cannot be started; also one that was cancelled
+// meanwhile.
 func (m *Manager) Discard(j *Job) {
 	m.mu.Lock()
 	defer m.mu.Unlock()
 	j.discardLocked()
 }
 
-// Abandon takes back a job that was created and could be started, but not without others that failed: it ends as one that fails
-// before it has done anything.
+// Abandon takes back a job that was created and could be started, but not without others that
+// failed: it ends as one that fails before it has done anything.
 func (m *Manager) Abandon(j *Job) {
 	m.mu.Lock()
 	defer m.mu.Unlock()
@@ -126,9 +130,9 @@ func (j *Job) discardLocked() {
 	close(j.finished)
 }
 
-// Start lets the job run. It returns when the job has ended or has come to its first wait: what it does up to
-// there comes before the answer to the command that started it. The job stays there until release is called, which
-// the caller does once that answer is on its way.
+// Start lets the job run. It returns when the job has ended or has come to its first wait: what it
+// does up to there comes before the answer to the command that started it. The job stays there
+// until release is called, which the caller does once that answer is on its way.
 func (m *Manager) Start(j *Job) (release func()) {
 	m.mu.Lock()
 	if j.st.Status != machine.Created {
@@ -180,8 +184,8 @@ func (m *Manager) Quitting() bool {
 func (m *Manager) Shutdown(ctx context.Context) error {
 	m.mu.Lock()
 	m.quitting = true
-	all := slices.Clone(m.jobs)
 	m.mu.Unlock()
+	all := m.concerned(visible.DaemonEnds, nil)
 	goingOn := m.quiesce(all)
 	done := make(chan struct{})
 	panics.Go("the end of all jobs", func() {
@@ -205,7 +209,8 @@ func (m *Manager) Shutdown(ctx context.Context) error {
 	}
 }
 
-// quiesce is blink for the end of the daemon: it returns what clients are to hear of the jobs going on, each just before its job is cancelled.
+// quiesce is pauseInPassing for the end of the daemon: it returns what clients are to hear of the
+// jobs going on, each just before its job is cancelled.
 func (m *Manager) quiesce(l []*Job) map[*Job][]events.Event {
 	spans, goingOn := spansOf(l), map[*Job][]events.Event{}
 	m.mu.Lock()

@@ -28,7 +28,8 @@ func (w *buggyWork) Commit(*Handle)                         { w.call("commit") }
 func (w *buggyWork) Abort(*Handle)                          { w.call("abort") }
 func (w *buggyWork) Clean(*Handle)                          { w.call("clean") }
 
-// A job whose runner panics ends as one that has failed, with what clients are to hear and everything given back; other jobs do not notice.
+// A job whose runner panics ends as one that has failed, with what clients are to hear and
+// everything given back; other jobs do not notice.
 func TestRunnerPanics(t *testing.T) {
 	defer panics.Contain()()
 	defer slog.SetDefault(slog.Default())

@@ -4,7 +4,7 @@ import (
 	"syscall"
 
 	"qblockd/graph/blk"
-	"qblockd/jobs/machine"
+	"qblockd/jobs/visible"
 	"qblockd/schema/types"
 )
 
@@ -35,7 +35,7 @@ func (m *Manager) QueryBlock() []*types.BlockJobInfo {
 		}
 		info := &types.BlockJobInfo{
 			Type: string(j.typ), Device: j.id, Len: j.total.Load(), Offset: j.current.Load(),
-			Busy: !j.waiting.Load(), Paused: j.st.PauseCount > 0 || j.heldQuietLocked(), Speed: j.block.speed,
+			Busy: !j.waiting.Load(), Paused: j.st.PauseCount > 0 || visible.ShownPaused(j.seenAs, j.st.Status), Speed: j.block.speed,
 			IoStatus: j.block.ioStatus, Ready: j.st.Status.IsReady(),
 			Status:       types.JobStatus(j.st.Status.String()),
 			AutoFinalize: j.st.AutoFinalize, AutoDismiss: j.st.AutoDismiss,
@@ -44,11 +44,6 @@ func (m *Manager) QueryBlock() []*types.BlockJobInfo {
 		out = append(out, info)
 	}
 	return out
-}
-
-// heldQuietLocked: a mirror that has ended holds its source quiet until it is finalized, which counts as a pause in the reference.
-func (j *Job) heldQuietLocked() bool {
-	return j.lateEnd && (j.st.Status == machine.Waiting || j.st.Status == machine.Pending)
 }
 
 func (j *Job) errorTextLocked() *string {

@@ -8,21 +8,33 @@ import (
 	"qblockd/graph"
 	"qblockd/graph/transaction"
 	"qblockd/jobs/machine"
+	"qblockd/jobs/visible"
 )
 
-// Transaction is transaction.Run for commands that clients see to quiesce the graph: every job that
-// is at work then is paused in passing, and once more if it reaches one of the nodes, also if the
-// command fails; as in QEMU. (The pauses are only told: a job's next unit of work waits at its
-// closed gate in any case.)
+// Show lets clients see the pauses in passing of a moment (package visible) that concerns the
+// nodes. They are only told: a job's next unit of work waits at its closed gate in any case.
+func (m *Manager) Show(at visible.Moment, nodes ...*graph.Node) {
+	m.pauseInPassing(at, m.concerned(at, nodes))
+}
+
+// Around is Show for a moment that concerns the nodes as they are before f and after it, also if f
+// fails.
+func (m *Manager) Around(at visible.Moment, nodes func() []*graph.Node, f func() error) error {
+	before := m.concerned(at, nodes())
+	err := f()
+	m.pauseInPassing(at, appendNew(before, m.concerned(at, nodes())))
+	return err
+}
+
+// Transaction is transaction.Run for commands that clients see to quiesce the graph, also if they
+// fail.
 func (m *Manager) Transaction(ctx context.Context, g *graph.Graph, actions ...transaction.Action) error {
-	m.mu.Lock()
-	before := slices.Clone(m.jobs)
-	m.mu.Unlock()
-	m.pauseInPassing(before)
+	const ends = visible.TransactionEnds
+	m.Show(visible.TransactionBegins)
 	near := map[*graph.Node][]*Job{} // as it is now
 	for _, a := range actions {
 		for _, n := range a.Nodes() {
-			near[n] = m.near(g, n)
+			near[n] = m.concerned(ends, []*graph.Node{n})
 		}
 	}
 	turns, err := transaction.RunCounting(ctx, g, actions)
@@ -36,7 +48,7 @@ func (m *Manager) Transaction(ctx context.Context, g *graph.Graph, actions ...tr
 			seen = appendNew(seen, near[n])
 		}
 	}
-	m.pauseInPassing(seen)
+	m.pauseInPassing(ends, seen)
 	return err
 }
 
@@ -50,58 +62,45 @@ func appendNew(l, more []*Job) []*Job {
 	return l
 }
 
-// Quiescing runs f, which clients see to quiesce the nodes, as they are before it and after it: every
-// job that reaches one of them and is at work is paused in passing, also if f fails.
-func (m *Manager) Quiescing(g *graph.Graph, nodes func() []*graph.Node, f func() error) error {
-	near := m.near(g, nodes()...)
-	err := f()
-	m.pauseInPassing(appendNew(near, m.near(g, nodes()...)))
-	return err
-}
-
-// Quiesced tells clients that the nodes were quiet for a moment, as often as QEMU has them so: every
-// job that reaches one of them and is at work is paused in passing each time. What happens here in
-// such a moment needs no job to pause.
-func (m *Manager) Quiesced(times int, nodes ...*graph.Node) {
-	if len(nodes) == 0 {
-		return
-	}
-	near := m.near(nodes[0].Graph(), nodes...)
-	for range times {
-		m.pauseInPassing(near)
-	}
-}
-
-// near are the jobs that reach one of the nodes.
-func (m *Manager) near(g *graph.Graph, nodes ...*graph.Node) []*Job {
-	near := map[string]bool{}
-	for _, r := range g.RootsAbove(nodes...) {
-		if r.Spec().Kind == graph.KindJob {
-			near[r.Spec().Name] = true
+// concerned are the jobs that a moment concerns.
+func (m *Manager) concerned(at visible.Moment, nodes []*graph.Node) []*Job {
+	var near map[string]bool
+	all := visible.At(at).Whom == visible.All
+	if !all {
+		if len(nodes) == 0 {
+			return nil
+		}
+		near = map[string]bool{}
+		for _, r := range nodes[0].Graph().RootsAbove(nodes...) {
+			if r.Spec().Kind == graph.KindJob {
+				near[r.Spec().Name] = true
+			}
 		}
 	}
 	m.mu.Lock()
-	jobs := slices.Clone(m.jobs)
-	m.mu.Unlock()
-	return slices.DeleteFunc(jobs, func(j *Job) bool { return !near[j.id] })
+	defer m.mu.Unlock()
+	return slices.DeleteFunc(slices.Clone(m.jobs), func(j *Job) bool { return !all && !near[j.id] })
 }
 
-// pauseInPassing lets the jobs that are at work show themselves paused and going on.
-func (m *Manager) pauseInPassing(l []*Job) {
+// pauseInPassing lets those of the jobs that are at work show themselves paused and going on, as
+// often as the moment has it.
+func (m *Manager) pauseInPassing(at visible.Moment, l []*Job) {
 	if len(l) == 0 {
 		return
 	}
 	spans := spansOf(l)
-	m.mu.Lock()
-	defer m.mu.Unlock()
-	for _, j := range m.pauseLocked(l, spans) {
-		j.stepLocked(machine.LeavePause)
+	for range visible.At(at).Pairs {
+		m.mu.Lock()
+		for _, j := range m.pauseLocked(l, spans) {
+			j.stepLocked(machine.LeavePause)
+		}
+		m.mu.Unlock()
 	}
 }
 
-// pauseLocked lets the jobs that are at work show themselves paused, and returns them: all are paused
-// before the first goes on, in the order in which QEMU quiesces nodes. A job is paused with the
-// oldest of its nodes, and goes on with the newest.
+// pauseLocked lets the jobs that are at work show themselves paused, and returns them: all are
+// paused before the first goes on, in the order in which QEMU quiesces nodes. A job is paused with
+// the oldest of its nodes, and goes on with the newest.
 // +checklocks:m.mu
 func (m *Manager) pauseLocked(l []*Job, spans map[*Job]span) (goOn []*Job) {
 	for _, j := range l {

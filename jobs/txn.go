@@ -13,7 +13,8 @@ type Txn struct {
 	jobs     []*Job        // guarded by m.mu; those not concluded
 	aborting bool          // guarded by m.mu
 
-	// givenUp: somebody is about to cancel one of the jobs, whose work is over. They are all given up then, also while they prepare, unless they are through.
+	// givenUp: somebody is about to cancel one of the jobs, whose work is over. They are all given
+	// up then, also while they prepare, unless they are through.
 	preparing, givenUp bool // guarded by m.mu
 }
 
@@ -100,7 +101,8 @@ func (t *Txn) prepareLocked() (*Job, error) {
 	return nil, nil
 }
 
-// giveUpLocked ends what the jobs do, or are about to do, to prepare for their end. Whoever calls it cancels one of them next, when the turn is free.
+// giveUpLocked ends what the jobs do, or are about to do, to prepare for their end. Whoever calls
+// it cancels one of them next, when the turn is free.
 func (t *Txn) giveUpLocked() {
 	t.givenUp = true
 	if !t.preparing {
@@ -111,7 +113,8 @@ func (t *Txn) giveUpLocked() {
 	}
 }
 
-// abortLocked ends all jobs of the transaction as failures; j is the one that failed. The caller has the turn.
+// abortLocked ends all jobs of the transaction as failures; j is the one that failed. The caller
+// has the turn.
 // +checklocksignore: m.mu is held, which is not seen through other jobs and transactions.
 func (t *Txn) abortLocked(j *Job) {
 	t.aborting = true

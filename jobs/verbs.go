@@ -7,13 +7,14 @@ import (
 
 	"qblockd/events/panics"
 	"qblockd/jobs/machine"
+	"qblockd/jobs/visible"
 	"qblockd/schema/types"
 )
 
 var errNegativeSpeed = fmt.Errorf("Parameter 'speed' expects a non-negative value")
 
-// The verbs. Each is refused where the machine's table says so. Those that end a job return when its
-// transaction has ended as far as it can at once; none waits for a job's work.
+// The verbs. Each is refused where the machine's table says so. Those that end a job return when
+// its transaction has ended as far as it can at once; none waits for a job's work.
 
 func (j *Job) applyLocked(v machine.Verb) error {
 	if machine.Allowed(v, j.st.Status) {
@@ -34,7 +35,8 @@ func (j *Job) Pause() error {
 	}
 	j.stepLocked(machine.UserPause)
 	for j.asleep && j.st.ShouldPause() {
-		// It was woken and stops without doing anything else: what the client is told next is that it is paused.
+		// It was woken and stops without doing anything else: what the client is told next is that
+		// it is paused.
 		j.wake.Wait()
 	}
 	return nil
@@ -58,8 +60,8 @@ func (j *Job) Resume() error {
 	return nil
 }
 
-// Hold pauses the job for a reason of its own surroundings, until Unhold: as its start quiesces the graph, a job is paused and goes on before its
-// first step, and clients see that.
+// Hold pauses the job for a reason of its own surroundings, until Unhold: as its start quiesces the
+// graph, a job is paused and goes on before its first step, and clients see that.
 func (j *Job) Hold() {
 	j.m.mu.Lock()
 	defer j.m.mu.Unlock()
@@ -84,11 +86,8 @@ func (j *Job) idleLocked() bool {
 	return j.st.Status == machine.Paused || j.st.Status == machine.Standby
 }
 
-// cancelGrace is how long a cancel waits for the end of a job that was doing nothing, so that its last events come before the
-// answer, as in the reference. It bounds what a client waits and so is real time.
-const cancelGrace = 100 * time.Millisecond
-
-// Cancel ends the job early; force makes a ready job a failure too.
+// Cancel ends the job early; force makes a ready job a failure too. If the job was doing nothing,
+// its last events come before Cancel returns.
 func (j *Job) Cancel(force bool) error {
 	j.m.mu.Lock()
 	err := j.applyLocked(machine.Cancel)
@@ -113,9 +112,10 @@ func (j *Job) Cancel(force bool) error {
 	return nil
 }
 
-// awaitEnd waits for the end of the job, the events of its last step included, for cancelGrace at most.
+// awaitEnd waits for the end of the job, the events of its last step included, for visible.EndLimit
+// at most.
 func (j *Job) awaitEnd() {
-	limit := time.NewTimer(cancelGrace)
+	limit := time.NewTimer(visible.EndLimit)
 	defer limit.Stop()
 	select {
 	case <-j.finished:
@@ -125,13 +125,15 @@ func (j *Job) awaitEnd() {
 	}
 }
 
-// userCancel cancels a job in any state. A job whose work is over takes its transaction along at once.
+// userCancel cancels a job in any state. A job whose work is over takes its transaction along at
+// once.
 func (j *Job) userCancel(force bool) {
 	m := j.m
 	m.mu.Lock()
 	switch {
 	case !j.st.Started && !j.gone:
-		// Whoever makes it is not done: its runner may not be touched yet. Start finds it cancelled, if it comes to that.
+		// Whoever makes it is not done: its runner may not be touched yet. Start finds it
+		// cancelled, if it comes to that.
 		j.stepLocked(machine.CancelForce)
 		j.cancel()
 	case !j.st.Ended:
@@ -153,17 +155,13 @@ func (j *Job) userCancel(force bool) {
 		defer close(done)
 		j.cancelOver(force)
 	}, nil)
-	limit := time.NewTimer(overGrace)
+	limit := time.NewTimer(visible.OverLimit)
 	defer limit.Stop()
 	select {
 	case <-done:
 	case <-limit.C:
 	}
 }
-
-// overGrace is how long a cancel waits for the end of a job whose work is over: that has to wait in turn for a command that holds the job's nodes, or
-// for their storage. It bounds what a client waits and so is real time.
-const overGrace = time.Second
 
 // cancelOver cancels a job whose work is over, and with it its transaction.
 func (j *Job) cancelOver(force bool) {

@@ -21,6 +21,7 @@ import (
 	"qblockd/events/trace"
 	"qblockd/graph"
 	"qblockd/jobs"
+	"qblockd/jobs/visible"
 	"qblockd/qmp"
 	"qblockd/qmp/chardev"
 	"qblockd/qmp/handlers"
@@ -78,12 +79,12 @@ func newDaemon(p processWide) *daemon {
 	d.graph = graph.New(d.bus)
 	d.objects = object.NewRegistry(d.chardevObjects)
 	d.jobs = jobs.NewManager(d.bus, nil)
-	quiesced := func(nodes ...*graph.Node) { d.jobs.Quiesced(2, nodes...) } // as in QEMU, once with the request queue and once with the node
 	d.nodes = blockdev.New(d.graph, blockdev.Config{
-		Drivers: drivers.All, Objects: d.objects, Policy: p.policy, Probed: quiesced,
+		Drivers: drivers.All, Objects: d.objects, Policy: p.policy,
+		Probed: func(n *graph.Node) { d.jobs.Show(visible.NodeProbed, n) },
 	})
 	d.exports = export.New(d.graph, export.Options{
-		Iothread: d.iothread, Leaving: func(n *graph.Node) { quiesced(n) }, Log: slog.Default(),
+		Iothread: d.iothread, Leaving: func(n *graph.Node) { d.jobs.Show(visible.ExportLeft, n) }, Log: slog.Default(),
 	})
 	o := p.limits.nbdServer()
 	o.SocketMode, o.Idle, o.Log = p.socketMode, d.memory.giveBack, slog.Default()

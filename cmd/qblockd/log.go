@@ -27,16 +27,16 @@ func isTerminal(f *os.File) bool {
 
 func newLogHandler(w io.Writer, terminal bool, level slog.Level) slog.Handler {
 	if terminal {
-		return visible{tint.NewTextHandler(w, &tint.Options{Level: level, TimeFormat: time.TimeOnly})}
+		return terminalHandler{tint.NewTextHandler(w, &tint.Options{Level: level, TimeFormat: time.TimeOnly})}
 	}
 	return slog.NewJSONHandler(w, &slog.HandlerOptions{Level: level})
 }
 
-// visible is a handler for terminals: names in records, which come from clients, images and peers, cannot make it do anything. Each record is one line.
-type visible struct{ slog.Handler }
+// terminalHandler is a handler for terminals: names in records, which come from clients, images and peers, cannot make it do anything. Each record is one line.
+type terminalHandler struct{ slog.Handler }
 
 // Handle implements slog.Handler.
-func (h visible) Handle(ctx context.Context, r slog.Record) error {
+func (h terminalHandler) Handle(ctx context.Context, r slog.Record) error {
 	own := slog.NewRecord(r.Time, r.Level, printable(r.Message), r.PC)
 	r.Attrs(func(a slog.Attr) bool {
 		own.AddAttrs(printableAttr(a))
@@ -46,17 +46,17 @@ func (h visible) Handle(ctx context.Context, r slog.Record) error {
 }
 
 // WithAttrs implements slog.Handler.
-func (h visible) WithAttrs(attrs []slog.Attr) slog.Handler {
+func (h terminalHandler) WithAttrs(attrs []slog.Attr) slog.Handler {
 	own := make([]slog.Attr, len(attrs))
 	for i, a := range attrs {
 		own[i] = printableAttr(a)
 	}
-	return visible{h.Handler.WithAttrs(own)}
+	return terminalHandler{h.Handler.WithAttrs(own)}
 }
 
 // WithGroup implements slog.Handler.
-func (h visible) WithGroup(name string) slog.Handler {
-	return visible{h.Handler.WithGroup(printable(name))}
+func (h terminalHandler) WithGroup(name string) slog.Handler {
+	return terminalHandler{h.Handler.WithGroup(printable(name))}
 }
 
 func printableAttr(a slog.Attr) slog.Attr {

@@ -24,6 +24,7 @@ import (
 	"qblockd/jobs/blockjob"
 	"qblockd/jobs/chain"
 	"qblockd/jobs/copy"
+	"qblockd/jobs/visible"
 	"qblockd/schema/types"
 )
 
@@ -234,7 +235,7 @@ func (j *job) Clean(h *jobs.Handle) {
 		return nil
 	})
 	j.site.Release()
-	h.Quiesced(1, j.source)
+	h.Show(visible.BackupLeft, j.source)
 }
 
 // settle puts what a job that has failed has copied so far on stable storage, if its bitmap is to

@@ -10,6 +10,7 @@ import (
 	"qblockd/graph/perm"
 	"qblockd/jobs"
 	"qblockd/jobs/blockjob"
+	"qblockd/jobs/visible"
 	"qblockd/schema/types"
 )
 
@@ -34,7 +35,10 @@ func (j *job) enter(tx *graph.Tx, m *jobs.Manager, txn *jobs.Txn) error {
 		return fmt.Errorf("Required max-chunk (%d) is less than backup cluster size (%d)", most, c)
 	}
 	spec := blockjob.Spec(types.JobTypeBackup, j, a.JobID, a.Speed, a.AutoFinalize, a.AutoDismiss)
-	spec.Txn, spec.Instant, spec.Nodes = txn, j.source.Instant() && j.target.Instant(), []*graph.Node{j.site.Filter}
+	spec.Txn, spec.Nodes = txn, []*graph.Node{j.site.Filter}
+	spec.Instant = visible.StartFirst(visible.Backup, visible.Disks{
+		AtOnce: j.source.Instant() && j.target.Instant(), Size: j.source.Size(),
+	})
 	if err := j.site.Create(m, spec); err != nil {
 		return err
 	}

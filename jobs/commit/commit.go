@@ -28,6 +28,7 @@ import (
 	"qblockd/jobs"
 	"qblockd/jobs/blockjob"
 	"qblockd/jobs/copy"
+	"qblockd/jobs/visible"
 	"qblockd/schema/types"
 )
 
@@ -182,7 +183,7 @@ func (j *Job) Prepare(ctx context.Context, h *jobs.Handle) error {
 		return err
 	}
 	j.site.Filter = nil
-	h.Quiesced(1, below...)
+	h.Show(visible.CommitLeft, below...)
 	return nil
 }
 

@@ -31,6 +31,7 @@ import (
 	"qblockd/graph/perm"
 	"qblockd/jobs"
 	"qblockd/jobs/chain"
+	"qblockd/jobs/visible"
 	"qblockd/schema/types"
 )
 
@@ -197,11 +198,16 @@ func (j *job) attach(ctx context.Context) error {
 	if err := tx.Try(); err != nil {
 		return err
 	}
+	seenAs := visible.Mirror
+	if j.Type == types.JobTypeCommit {
+		seenAs = visible.ActiveCommit
+	}
 	j.mj, err = j.m.Create(jobs.Spec{
 		ID: j.ID, Type: j.Type, Runner: j, Block: true, Speed: j.Speed, ManualFinalize: j.ManualFinalize, ManualDismiss: j.ManualDismiss,
-		// With nothing to copy, or what the reference copies in one go, it is ready before its command is answered.
-		Instant: !j.misfit() && (j.None || j.Source.Instant() && j.Target.Instant() && j.Source.Size() <= maxInFlight*maxCopy),
-		LateEnd: true, Nodes: []*graph.Node{filter, j.Target},
+		SeenAs: seenAs, Instant: !j.misfit() && visible.StartFirst(seenAs, visible.Disks{
+			AtOnce: j.Source.Instant() && j.Target.Instant(), Size: j.Source.Size(), Nothing: j.None,
+		}),
+		Nodes: []*graph.Node{filter, j.Target},
 	})
 	if err != nil {
 		return err

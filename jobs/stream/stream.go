@@ -27,6 +27,7 @@ import (
 	"qblockd/jobs"
 	"qblockd/jobs/blockjob"
 	"qblockd/jobs/copy"
+	"qblockd/jobs/visible"
 	"qblockd/schema/types"
 )
 
@@ -156,7 +157,7 @@ func (j *Job) fill(tx *graph.Tx, m *jobs.Manager) error {
 	if err := j.makeFilter(tx); err != nil {
 		return fmt.Errorf("Could not create node: %w", err)
 	}
-	m.Quiesced(1, j.top())
+	m.Show(visible.StreamEntered, j.top())
 	a := &j.args
 	if a.Base != nil { // canonical: nodes by their own names
 		a.Base, a.BaseNode = nil, new(graph.Now.Below(j.above()).Name())
@@ -164,7 +165,7 @@ func (j *Job) fill(tx *graph.Tx, m *jobs.Manager) error {
 	spec := blockjob.Spec(types.JobTypeStream, j, a.JobID, a.Speed, a.AutoFinalize, a.AutoDismiss)
 	spec.Nodes = []*graph.Node{j.site.Filter}
 	if err := j.site.Create(m, spec); err != nil {
-		m.Quiesced(1, j.top())
+		m.Show(visible.StreamRefused, j.top())
 		return err
 	}
 	j.site.BlockAt(tx, append(j.chain[:len(j.chain):len(j.chain)], j.site.Filter)...)
@@ -243,8 +244,8 @@ func (j *Job) Prepare(ctx context.Context, h *jobs.Handle) error {
 		return err
 	}
 	j.site.Filter = nil
-	h.Quiesced(2, j.top())
-	h.Quiesced(2, below...)
+	h.Show(visible.StreamLeft, j.top())
+	h.Show(visible.StreamCut, below...)
 	return nil
 }
 
@@ -274,7 +275,7 @@ func (j *Job) Clean(h *jobs.Handle) {
 		defer hold.Release()
 	}
 	if j.site.TakeOut(nil) {
-		h.Quiesced(3, j.top())
+		h.Show(visible.StreamFailed, j.top())
 	}
 	j.site.Release()
 }

@@ -7,6 +7,7 @@ import (
 	"qblockd/blockdev/export"
 	"qblockd/graph"
 	"qblockd/jobs"
+	"qblockd/jobs/visible"
 	"qblockd/qmp"
 	"qblockd/schema/types"
 )
@@ -57,7 +58,7 @@ func (b BlockCore) BlockdevAdd(ctx context.Context, a *types.BlockdevOptions) er
 // BlockdevReopen gives nodes other options.
 func (b BlockCore) BlockdevReopen(ctx context.Context, a *types.BlockdevReopenArgs) error {
 	r := b.Nodes.Reopen(a.Options)
-	return b.Jobs.Quiescing(b.Nodes.Graph(), func() (l []*graph.Node) {
+	return b.Jobs.Around(visible.NodeReopened, func() (l []*graph.Node) {
 		for _, n := range r.Nodes() {
 			l = append(l, n.NodesBelow()...)
 		}

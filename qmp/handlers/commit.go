@@ -9,6 +9,7 @@ import (
 	"qblockd/graph/blk"
 	"qblockd/jobs/blockjob"
 	"qblockd/jobs/commit"
+	"qblockd/jobs/visible"
 	"qblockd/schema/types"
 )
 
@@ -31,7 +32,7 @@ func (h BlockJob) ChangeBackingFile(ctx context.Context, a *types.ChangeBackingF
 	if n.ReadOnly() {
 		nodes := n.WithFiles()
 		reopen := func(ctx context.Context, readOnly bool) error {
-			return h.Jobs.Quiescing(h.Graph, n.NodesBelow, func() error { return h.Graph.SwitchReadOnly(ctx, readOnly, nodes...) })
+			return h.Jobs.Around(visible.HeaderSwitched, n.NodesBelow, func() error { return h.Graph.SwitchReadOnly(ctx, readOnly, nodes...) })
 		}
 		if err := reopen(ctx, false); err != nil {
 			return err

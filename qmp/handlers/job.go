@@ -9,6 +9,7 @@ import (
 	"qblockd/graph/blk"
 	"qblockd/jobs"
 	"qblockd/jobs/blockjob"
+	"qblockd/jobs/machine"
 	"qblockd/qmp"
 	"qblockd/schema/types"
 )
@@ -43,7 +44,7 @@ func (h Job) JobResume(ctx context.Context, a *types.JobResumeArgs) error {
 	if err != nil {
 		return err
 	}
-	return answerFirst(ctx, j, j.Resume)
+	return apply(ctx, j, machine.Resume, j.Resume)
 }
 
 // JobCancel implements types.JobHandler.
@@ -52,13 +53,13 @@ func (h Job) JobCancel(ctx context.Context, a *types.JobCancelArgs) error {
 	if err != nil {
 		return err
 	}
-	return answerFirst(ctx, j, func() error { return j.Cancel(true) })
+	return apply(ctx, j, machine.Cancel, func() error { return j.Cancel(true) })
 }
 
-// answerFirst asks a job to end or to go on by f, so that the answer comes before what the job then
-// does.
-func answerFirst(ctx context.Context, j *jobs.Job, f func() error) error {
-	answered := j.DeferEnd()
+// apply applies v by f. What the job does then comes before the answer or after it, as clients know
+// it.
+func apply(ctx context.Context, j *jobs.Job, v machine.Verb, f func() error) error {
+	answered := j.DeferEnd(v)
 	if err := f(); err != nil {
 		answered()
 		return err
@@ -73,7 +74,7 @@ func (h Job) JobComplete(ctx context.Context, a *types.JobCompleteArgs) error {
 	if err != nil {
 		return err
 	}
-	return answerFirst(ctx, j, func() error { return j.Complete(ctx) })
+	return apply(ctx, j, machine.Complete, func() error { return j.Complete(ctx) })
 }
 
 // JobFinalize implements types.JobHandler.
@@ -135,7 +136,7 @@ func (h BlockJob) BlockJobCancel(ctx context.Context, a *types.BlockJobCancelArg
 	if j.UserPaused() && !force {
 		return fmt.Errorf("The block job for device '%s' is currently paused", a.Device)
 	}
-	return answerFirst(ctx, j, func() error { return j.Cancel(force) })
+	return apply(ctx, j, machine.Cancel, func() error { return j.Cancel(force) })
 }
 
 // BlockJobPause implements types.BlockJobHandler.
@@ -153,7 +154,7 @@ func (h BlockJob) BlockJobResume(ctx context.Context, a *types.BlockJobResumeArg
 	if err != nil {
 		return err
 	}
-	return answerFirst(ctx, j, j.Resume)
+	return apply(ctx, j, machine.Resume, j.Resume)
 }
 
 // BlockJobComplete implements types.BlockJobHandler.
@@ -162,7 +163,7 @@ func (h BlockJob) BlockJobComplete(ctx context.Context, a *types.BlockJobComplet
 	if err != nil {
 		return err
 	}
-	return answerFirst(ctx, j, func() error { return j.Complete(ctx) })
+	return apply(ctx, j, machine.Complete, func() error { return j.Complete(ctx) })
 }
 
 // BlockJobFinalize implements types.BlockJobHandler.

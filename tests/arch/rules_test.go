@@ -15,6 +15,7 @@ var leaves = map[string][]string{
 	"graph/perm":                   nil,
 	"graph/bitmap":                 nil,
 	"jobs/machine":                 nil,
+	"jobs/visible":                 {"jobs/machine"}, // its verbs and states
 	"blockdev/format/qcow2/layout": nil,
 	"blockdev/nbdwire":             {"graph/blk"}, // extents and errno of the protocol are those of the data plane
 }
@@ -46,11 +47,11 @@ var rules = []rule{
 
 	{"jobs/copy", []string{"jobs", "graph", "graph/*"}},
 	{"jobs/chain", []string{"graph", "graph/*"}},
-	{"jobs/blockjob", []string{"jobs", "jobs/chain", "blockdev", "graph", "graph/*"}},
+	{"jobs/blockjob", []string{"jobs", "jobs/visible", "jobs/chain", "blockdev", "graph", "graph/*"}},
 	// A commit of what is written to is a mirror.
-	{"jobs/commit", []string{"jobs", "jobs/copy", "jobs/blockjob", "jobs/chain", "jobs/mirror", "blockdev", "graph", "graph/*"}},
-	{"jobs/*", []string{"jobs", "jobs/copy", "jobs/blockjob", "jobs/chain", "blockdev", "blockdev/filter/copybeforewrite", "graph", "graph/*"}},
-	{"jobs", []string{"jobs/machine", "graph", "graph/transaction"}},
+	{"jobs/commit", []string{"jobs", "jobs/copy", "jobs/visible", "jobs/blockjob", "jobs/chain", "jobs/mirror", "blockdev", "graph", "graph/*"}},
+	{"jobs/*", []string{"jobs", "jobs/copy", "jobs/visible", "jobs/blockjob", "jobs/chain", "blockdev", "blockdev/filter/copybeforewrite", "graph", "graph/*"}},
+	{"jobs", []string{"jobs/machine", "jobs/visible", "graph", "graph/transaction"}},
 
 	{"blockdev/driver", []string{"graph", "graph/*"}},
 	{"blockdev/drivers", []string{"blockdev/driver", "blockdev/protocol/*", "blockdev/format/*", "blockdev/filter/*"}},
