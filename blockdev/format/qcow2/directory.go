@@ -224,8 +224,11 @@ func (s *image) updateHeader(r *blk.Req) error {
 	if err := s.enter(r, b, 0); err != nil {
 		return err
 	}
-	*s.hdr, s.hdrUsed = hdr, used
+	// Only what has changed: queries read other fields with no lock.
+	s.hdr.HeaderLength, s.hdrUsed = hdr.HeaderLength, used
+	s.hdr.BackingFileOffset, s.hdr.BackingFileSize = hdr.BackingFileOffset, hdr.BackingFileSize
 	if full {
+		s.hdr.AutoclearFeatures = hdr.AutoclearFeatures
 		// Not before: until the header says otherwise they hold, and must not miss a write.
 		s.forgetMarks()
 		s.warnf("The header has no room for the marks: persistent bitmaps will count as inconsistent if they are not stored in the end")
