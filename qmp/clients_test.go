@@ -262,7 +262,8 @@ func TestHundredClients(t *testing.T) {
 	done.Wait()
 }
 
-// Events go to sessions that have negotiated and come before the reply of the command they happen in.
+// Events go to sessions that have negotiated and come before the reply of the command they happen
+// in.
 func TestEventOrder(t *testing.T) {
 	d := testDispatcher()
 	bus := events.NewBus(events.Options{})
@@ -352,7 +353,8 @@ func TestQuitStopsAll(t *testing.T) {
 	}
 }
 
-// A client that does not take its replies does not hold up what it has started, and finds the reply before what came of it.
+// A client that does not take its replies does not hold up what it has started, and finds the reply
+// before what came of it.
 func TestAfterReplyOfDeafClient(t *testing.T) {
 	d, bus := testDispatcher(), events.NewBus(events.Options{})
 	started := make(chan time.Time, 1)
@@ -463,7 +465,8 @@ func TestLinger(t *testing.T) {
 	waitFor(t, done, "the session to end")
 }
 
-// Whatever many clients ask for and do not read, what waits for them is bounded; those who read get what they asked for.
+// Whatever many clients ask for and do not read, what waits for them is bounded; those who read get
+// what they asked for.
 func TestManyDeafClients(t *testing.T) {
 	const size, limit = 4 << 20, 12 << 20
 	d := testDispatcher()
@@ -551,7 +554,8 @@ func TestReplyExceedsAll(t *testing.T) {
 	}
 }
 
-// A client that does not read what it has been sent, and asks for more than there is room for beside that, keeps nobody from large replies.
+// A client that does not read what it has been sent, and asks for more than there is room for
+// beside that, keeps nobody from large replies.
 func TestDeafClientAsksForMore(t *testing.T) {
 	const size, limit = 4 << 20, 2 << 20
 	d := testDispatcher()

@@ -115,7 +115,8 @@ func (c *polledConn) WaitHangup() bool {
 
 // StopWait implements HangupWaiter.
 func (c *polledConn) StopWait() {
-	// Both or none is seen by WaitHangup as it ends, else the deadline would stay and end the connection.
+	// Both or none is seen by WaitHangup as it ends, else the deadline would stay and end the
+	// connection.
 	c.stopping.Lock()
 	defer c.stopping.Unlock()
 	c.stopped.Store(true)

@@ -65,7 +65,8 @@ func NewDispatcher(v Version) *Dispatcher {
 	return d
 }
 
-// LimitUnsent bounds what the clients together leave unread, in bytes; DefaultAllUnsent unless it is called, before the first session is served.
+// LimitUnsent bounds what the clients together leave unread, in bytes; DefaultAllUnsent unless it
+// is called, before the first session is served.
 func (d *Dispatcher) LimitUnsent(n int64) { d.unsent.limit = n }
 
 // Version is the version given to NewDispatcher.
@@ -220,7 +221,7 @@ type request struct {
 	oob     bool        // given as exec-oob
 }
 
-// checkRequest finds the first fault of a request in the order of the reference's hash table.
+// checkRequest finds the first fault of a request in the order of QEMU's hash table.
 func checkRequest(obj *value.Dict, allowOOB bool) (request, error) {
 	var r request
 	var key string // the member that named the command

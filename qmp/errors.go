@@ -14,8 +14,8 @@ const (
 	DeviceNotFound  = "DeviceNotFound"
 )
 
-// Class is the error class with which err is reported: that of the first error in its chain that has
-// one by a method QMPClass (as blk.WithClass gives it), else GenericError.
+// Class is the error class with which err is reported: that of the first error in its chain that
+// has one by a method QMPClass (as blk.WithClass gives it), else GenericError.
 func Class(err error) string {
 	var c interface{ QMPClass() string }
 	if errors.As(err, &c) {

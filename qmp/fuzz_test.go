@@ -13,9 +13,9 @@ import (
 	"qblockd/schema/value"
 )
 
-// FuzzSession sends a client's bytes to a session, whole or in pieces: it answers each of its requests with one line of
-// JSON, ends when its client does, and takes memory in proportion to what was sent and answered. The number is how many
-// bytes are written at a time; 0: all.
+// FuzzSession sends a client's bytes to a session, whole or in pieces: it answers each of its
+// requests with one line of JSON, ends when its client does, and takes memory in proportion to what
+// was sent and answered. The number is how many bytes are written at a time; 0: all.
 func FuzzSession(f *testing.F) {
 	const hello = `{"execute":"qmp_capabilities"}`
 	for _, s := range []string{

@@ -6,7 +6,8 @@ import (
 	"testing"
 )
 
-// Something that comes from the client at the moment when nobody looks for its leaving any more does not end its connection.
+// Something that comes from the client at the moment when nobody looks for its leaving any more
+// does not end its connection.
 func TestStopWaitBesideInput(t *testing.T) {
 	l, err := net.Listen("unix", filepath.Join(t.TempDir(), "s"))
 	if err != nil {

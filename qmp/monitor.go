@@ -14,8 +14,8 @@ import (
 type Options struct {
 	Pretty bool   // indent what is sent
 	Limits Limits // per client
-	// Idle is called when clients have gone that needed much memory together, which can be given back now. Called from
-	// a goroutine of its own; nil: not called.
+	// Idle is called when clients have gone that needed much memory together, which can be given
+	// back now. Called from a goroutine of its own; nil: not called.
 	Idle func()
 }
 
@@ -74,7 +74,8 @@ func (m *Monitor) Serve(c io.ReadWriteCloser) {
 }
 
 const (
-	// sessionSize is about what a session takes beside its output, in bytes: stacks, input, bookkeeping.
+	// sessionSize is about what a session takes beside its output, in bytes: stacks, input,
+	// bookkeeping.
 	sessionSize = 16 << 10
 	// muchGarbage is how much is worth while to give back, in bytes.
 	muchGarbage = 4 << 20

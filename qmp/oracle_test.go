@@ -13,7 +13,7 @@ import (
 	"time"
 )
 
-// The reference; a variable so that a build of another version can be tried.
+// The peer; a variable so that a build of another version can be tried.
 var oracle = func() string {
 	if p := os.Getenv("QBLOCKD_ORACLE"); p != "" {
 		return p
@@ -141,7 +141,7 @@ func askOracle(t *testing.T, input string, pretty bool) []byte {
 			t.Fatalf("reference: %v after %q", err, got)
 		}
 	}
-	t.Fatal("the reference hangs")
+	t.Fatal("QEMU hangs")
 	return nil
 }
 
@@ -158,7 +158,7 @@ func askOurs(t *testing.T, input string, pretty bool, piece int) []byte {
 // TestAgainstReference compares the bytes that both daemons send.
 func TestAgainstReference(t *testing.T) {
 	if _, err := exec.LookPath(oracle); err != nil {
-		t.Skipf("SKIPPED: the wire is not compared with the reference: %v", err)
+		t.Skipf("SKIPPED: the wire is not compared with QEMU: %v", err)
 	}
 	for name, input := range wireCases {
 		for _, pretty := range []bool{false, true} {

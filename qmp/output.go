@@ -42,8 +42,8 @@ func (o *output) unsentLocked() int { return len(o.pending) + o.inFlight }
 // writeChunk is how much is written in one call when the client is slow.
 const writeChunk = 256 << 10
 
-// send queues one message. It never blocks. The message is not sent before flush or startWriter. A reply of more than keepOut is not
-// the caller's any more.
+// send queues one message. It never blocks. The message is not sent before flush or startWriter. A
+// reply of more than keepOut is not the caller's any more.
 func (s *Session) send(line []byte, reply bool) {
 	o := &s.out
 	o.mu.Lock()

@@ -55,7 +55,7 @@ const (
 )
 
 const (
-	maxQueued = 8       // in-band requests queued with oob enabled, as in the reference
+	maxQueued = 8       // in-band requests queued with oob enabled, as in QEMU
 	minRead   = 4 << 10 // of the input buffer
 	maxRead   = 64 << 10
 	keepOut   = 256 << 10 // capacity up to which an output buffer is kept for reuse
@@ -278,9 +278,9 @@ func (s *Session) wake() {
 
 type sessionKey struct{}
 
-// AfterReply has f called when the reply of the command that is executed with ctx has been
-// handed to the client's connection, as far as that takes it at once; the rest is queued before all events that come of f.
-// With a context that is not that of an in-band command f is called at once.
+// AfterReply has f called when the reply of the command that is executed with ctx has been handed
+// to the client's connection, as far as that takes it at once; the rest is queued before all events
+// that come of f. With a context that is not that of an in-band command f is called at once.
 func AfterReply(ctx context.Context, f func()) {
 	if s, ok := ctx.Value(sessionKey{}).(*Session); ok {
 		s.after = append(s.after, f)

@@ -7,19 +7,23 @@ import (
 	"time"
 )
 
-// DefaultAllUnfinished is what messages of which the end is still to come may take, of the clients of a dispatcher together, in bytes.
+// DefaultAllUnfinished is what messages of which the end is still to come may take, of the clients
+// of a dispatcher together, in bytes.
 const DefaultAllUnfinished = 256 << 20
 
 const (
-	// leastUnfinished is what a client's input takes at least to be counted: those of usual length are not.
+	// leastUnfinished is what a client's input takes at least to be counted: those of usual length
+	// are not.
 	leastUnfinished = 64 << 10
-	// slowMessage is how long a message takes to come at least for its client to be disconnected before others that take more.
+	// slowMessage is how long a message takes to come at least for its client to be disconnected
+	// before others that take more.
 	slowMessage = 2 * time.Second
 )
 
 var errUnfinished = errors.New("The unfinished messages of all clients take too much memory, and those of this one most of it")
 
-// unfinished counts what the input of the clients of a dispatcher takes that is not a message yet, all together.
+// unfinished counts what the input of the clients of a dispatcher takes that is not a message yet,
+// all together.
 type unfinished struct {
 	limit int64
 	slow  time.Duration // slowMessage, but for tests
@@ -33,7 +37,8 @@ type input struct {
 	over  atomic.Bool  // it has been disconnected
 }
 
-// gathered is called by the reader of a session, whose parser holds n bytes. It disconnects clients as long as all of them hold too much; perhaps this one.
+// gathered is called by the reader of a session, whose parser holds n bytes. It disconnects clients
+// as long as all of them hold too much; perhaps this one.
 func (s *Session) gathered(n int) {
 	if n < leastUnfinished || s.in.over.Load() {
 		n = 0
@@ -55,7 +60,8 @@ func (s *Session) gathered(n int) {
 	}
 }
 
-// dropUnfinished disconnects the client that holds most of those whose message began by that time, in nanoseconds; false if there is none.
+// dropUnfinished disconnects the client that holds most of those whose message began by that time,
+// in nanoseconds; false if there is none.
 func (d *Dispatcher) dropUnfinished(by int64) bool {
 	var most *Session
 	bytes := int64(0)
@@ -81,6 +87,6 @@ func (d *Dispatcher) dropUnfinished(by int64) bool {
 	return true
 }
 
-// LimitUnfinished bounds what messages of which the end is still to come take, of all clients together, in bytes; DefaultAllUnfinished unless it is called, before the first
-// session is served.
+// LimitUnfinished bounds what messages of which the end is still to come take, of all clients
+// together, in bytes; DefaultAllUnfinished unless it is called, before the first session is served.
 func (d *Dispatcher) LimitUnfinished(n int64) { d.unfinished.limit = n }

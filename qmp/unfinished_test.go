@@ -7,7 +7,8 @@ import (
 	"time"
 )
 
-// However many clients begin messages and do not end them, what those take is bounded: who has done so for a while goes first, and who sends a long command has it executed.
+// However many clients begin messages and do not end them, what those take is bounded: who has done
+// so for a while goes first, and who sends a long command has it executed.
 func TestManyEndlessMessages(t *testing.T) {
 	const limit = 16 << 20
 	d := testDispatcher()

@@ -12,16 +12,18 @@ import (
 const DefaultAllUnsent = 256 << 20
 
 const (
-	// largeReply is the size from which replies are made one at a time, and only when there is room for them.
+	// largeReply is the size from which replies are made one at a time, and only when there is room
+	// for them.
 	largeReply = 1 << 20
-	// roomDelay is how long a large reply waits for clients that do read; then the one that has most to read is disconnected. One that has taken
-	// nothing for as long is so at once.
+	// roomDelay is how long a large reply waits for clients that do read; then the one that has
+	// most to read is disconnected. One that has taken nothing for as long is so at once.
 	roomDelay = 2 * time.Second
 	// lookDelay is how often it is looked at who has taken something.
 	lookDelay = 100 * time.Millisecond
 )
 
-// unsent counts what the clients of a dispatcher have not read, all together: however many there are, and whatever they ask for, it is bounded.
+// unsent counts what the clients of a dispatcher have not read, all together: however many there
+// are, and whatever they ask for, it is bounded.
 type unsent struct {
 	limit int64
 	delay time.Duration // roomDelay, but for tests
@@ -62,9 +64,10 @@ func (s *Session) countLocked() {
 	}
 }
 
-// LargeReply is called by a handler before it makes a reply of about n bytes. If that is much, it waits until no other is made and until there is room for it
-// in what all clients together may leave unread; clients that do not read are disconnected for it. It fails if the client is gone, or does
-// not read itself.
+// LargeReply is called by a handler before it makes a reply of about n bytes. If that is much, it
+// waits until no other is made and until there is room for it in what all clients together may
+// leave unread; clients that do not read are disconnected for it. It fails if the client is gone,
+// or does not read itself.
 func LargeReply(ctx context.Context, n int64) error {
 	s, ok := ctx.Value(sessionKey{}).(*Session)
 	if !ok || n < largeReply || s.making {
@@ -113,7 +116,8 @@ func (s *Session) made() {
 	}
 }
 
-// relieve disconnects those that have most to read until the rest, but for one reply that is being read, is within the limit. It does not wait.
+// relieve disconnects those that have most to read until the rest, but for one reply that is being
+// read, is within the limit. It does not wait.
 func (d *Dispatcher) relieve() {
 	u := &d.unsent
 	if u.bytes.Load() <= u.limit || u.tight.Add(1) > 1 {
@@ -127,7 +131,8 @@ func (d *Dispatcher) relieve() {
 	}, func(error) { u.tight.Store(0) })
 }
 
-// relieved ends what relieve has begun: 0. If that was asked for again, after the n times before a look at what is unsent, it goes on, and how often it was is returned.
+// relieved ends what relieve has begun: 0. If that was asked for again, after the n times before a
+// look at what is unsent, it goes on, and how often it was is returned.
 func (u *unsent) relieved(n int32) int32 {
 	if u.tight.CompareAndSwap(n, 0) {
 		return 0
@@ -148,7 +153,8 @@ func (d *Dispatcher) dropUnsent() {
 	}
 }
 
-// dropLargest disconnects the client, but not except, that has most to read of those that have taken nothing since that time; false if there is none.
+// dropLargest disconnects the client, but not except, that has most to read of those that have
+// taken nothing since that time; false if there is none.
 func (d *Dispatcher) dropLargest(except *Session, since time.Time) bool {
 	var most *Session
 	bytes := 0

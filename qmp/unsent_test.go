@@ -2,7 +2,8 @@ package qmp
 
 import "testing"
 
-// What clients leave unread while others are being disconnected, after the last look at it, is looked at, too.
+// What clients leave unread while others are being disconnected, after the last look at it, is
+// looked at, too.
 func TestRelieveAskedForMeanwhile(t *testing.T) {
 	d := testDispatcher()
 	u := &d.unsent

@@ -173,7 +173,7 @@ func flatten(infos []info) []string {
 	return w.rows
 }
 
-// TestIntrospection compares our schema with the reference's, line by line.
+// TestIntrospection compares our schema with QEMU's, line by line.
 func TestIntrospection(t *testing.T) {
 	const file = "testdata/introspection.tsv"
 	ours := map[string]bool{}
@@ -198,7 +198,7 @@ func TestIntrospection(t *testing.T) {
 			t.Errorf("gone, which only we had: %s", row)
 			continue
 		case mark == "" && !ours[row]:
-			t.Errorf("gone, which the reference has: %s", row)
+			t.Errorf("gone, which QEMU has: %s", row)
 			mark = "-"
 		case mark == "-" && ours[row]:
 			t.Errorf("no longer missing (-update sets the marks): %s", row)
@@ -208,7 +208,7 @@ func TestIntrospection(t *testing.T) {
 	}
 	for _, row := range flatten(introspect(t)) {
 		if !seen[row] {
-			t.Errorf("the reference does not have: %s", row)
+			t.Errorf("QEMU does not have: %s", row)
 			out.WriteString("+\t" + row + "\n")
 		}
 	}

@@ -7,8 +7,8 @@ import (
 	"path/filepath"
 )
 
-// Sync compares files below dir, by name, with what they have to be, and returns an error that names the first that is
-// not; with write set it writes them instead.
+// Sync compares files below dir, by name, with what they have to be, and returns an error that
+// names the first that is not; with write set it writes them instead.
 func Sync(dir string, files map[string][]byte, write bool) error {
 	for name, want := range files {
 		path := filepath.Join(dir, name)

@@ -1,5 +1,6 @@
-// Package man writes manual pages, and completions for shells, out of what a command's --help is made of. It is pure and
-// deterministic: no dates, so that a page changes only when the command does.
+// Package man writes manual pages, and completions for shells, out of what a command's --help is
+// made of. It is pure and deterministic: no dates, so that a page changes only when the command
+// does.
 package man
 
 import (

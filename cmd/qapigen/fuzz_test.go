@@ -5,8 +5,8 @@ import (
 	"testing/fstest"
 )
 
-// FuzzLoad gives the loader any text as a schema: it ends, with a schema or an error, and what it accepts it can
-// generate code for or refuse with an error.
+// FuzzLoad gives the loader any text as a schema: it ends, with a schema or an error, and what it
+// accepts it can generate code for or refuse with an error.
 func FuzzLoad(f *testing.F) {
 	f.Add("##\n# @a:\n#\n# @x: y\n#\n# Since: 1\n##\n{ 'command': 'a', 'data': { '*x': 'int' }, 'returns': ['str'] }\n")
 	f.Add("##\n# @E:\n#\n# @a: b\n##\n{ 'enum': 'E', 'data': [ 'a', { 'name': 'b' } ] }\n")

@@ -217,7 +217,7 @@ func (t *text) comment(indent, s string) {
 	}
 }
 
-// hashOrder sorts members as the reference prints them: by bucket, within a bucket
+// hashOrder sorts members as QEMU prints them: by bucket, within a bucket
 // the later member first.
 func hashOrder(ms []*model.Member) []*model.Member {
 	out := make([]*model.Member, len(ms))

@@ -10,7 +10,7 @@ import (
 
 // encoder writes AppendJSON of a type.
 func (g *generator) encoder(w *text, t *model.Type) {
-	w.p("// AppendJSON appends x in the reference's form, members in hash order.")
+	w.p("// AppendJSON appends x in QEMU's form, members in hash order.")
 	w.p("func (x *%s) AppendJSON(b []byte) []byte {", typeName(t))
 	switch {
 	case t.Kind == model.Alternate:
@@ -144,10 +144,10 @@ func appender(t *model.Type) string {
 func (g *generator) decoder(w *text, t *model.Type) {
 	name := typeName(t)
 	if t.Kind != model.Enum && !t.Implicit {
-		w.p("// Decode%s decodes v; faults are worded as the reference does (*ArgError).", name)
+		w.p("// Decode%s decodes v; faults are worded as QEMU does (*ArgError).", name)
 		w.p("func Decode%s(v value.Value, m Mode) (*%s, error) { return decode(v, m, visit%s) }\n", name, name, name)
 	} else if t.Implicit {
-		w.p("// Decode%s decodes the arguments in v, nil for none; faults are worded as the reference does (*ArgError).", name)
+		w.p("// Decode%s decodes the arguments in v, nil for none; faults are worded as QEMU does (*ArgError).", name)
 		w.p("func Decode%s(v *value.Dict) (*%s, error) { return args(v, visit%s) }\n", name, name, name)
 	}
 	w.p("func visit%s(d *decoder, name string, x *%s) bool {", name, name)

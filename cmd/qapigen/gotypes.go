@@ -113,7 +113,7 @@ func (g *generator) event(types, enc *text, e *model.Event) {
 	}
 	types.p("// EventName returns %q.", e.Name)
 	types.p("func (%s) EventName() string { return %q }\n", name, e.Name)
-	enc.p("// AppendJSON appends the data of the event in the reference's form.")
+	enc.p("// AppendJSON appends the data of the event in QEMU's form.")
 	if e.Arg == nil {
 		enc.p("func (%s) AppendJSON(b []byte) []byte { return b }\n", name)
 		return

@@ -7,8 +7,8 @@ import (
 	"strings"
 )
 
-// parseArguments makes a command's arguments of the words behind it: KEY=VALUE each, or one JSON object. It
-// returns nil if there are none.
+// parseArguments makes a command's arguments of the words behind it: KEY=VALUE each, or one JSON
+// object. It returns nil if there are none.
 func parseArguments(words []string) (any, error) {
 	if len(words) == 0 {
 		return nil, nil
@@ -64,7 +64,8 @@ func put(root map[string]any, key, text string) error {
 	return nil
 }
 
-// listify turns objects whose names are 0, 1, ... into lists, innermost first. path is the dotted key of m.
+// listify turns objects whose names are 0, 1, ... into lists, innermost first. path is the dotted
+// key of m.
 func listify(m map[string]any, path string) (any, error) {
 	numbers := 0
 	for k, v := range m {

@@ -14,7 +14,8 @@ import (
 	"syscall"
 )
 
-// client is one connection to a QMP monitor, negotiated. A goroutine reads it until it ends: close waits for it.
+// client is one connection to a QMP monitor, negotiated. A goroutine reads it until it ends: close
+// waits for it.
 type client struct {
 	conn    net.Conn
 	onEvent func(*message) // called by the reader; nil: events are dropped
@@ -52,7 +53,8 @@ func (e *replyError) Error() string {
 // errClosed: the daemon has ended the connection.
 var errClosed = errors.New("the daemon closed the connection")
 
-// dial connects to the monitor at addr, a path or tcp:HOST:PORT, and negotiates. Events go to onEvent as they come.
+// dial connects to the monitor at addr, a path or tcp:HOST:PORT, and negotiates. Events go to
+// onEvent as they come.
 func dial(ctx context.Context, addr string, onEvent func(*message)) (*client, error) {
 	network := "unix"
 	if rest, ok := strings.CutPrefix(addr, "tcp:"); ok {
@@ -97,8 +99,9 @@ func (c *client) close() {
 	}
 }
 
-// execute does one command and returns what it returned; a refusal is a *replyError. arguments is nil for none. When ctx
-// ends it returns at once; the command goes on in the daemon. One command at a time.
+// execute does one command and returns what it returned; a refusal is a *replyError. arguments is
+// nil for none. When ctx ends it returns at once; the command goes on in the daemon. One command at
+// a time.
 func (c *client) execute(ctx context.Context, command string, arguments any) (json.RawMessage, error) {
 	c.next++
 	request := map[string]any{"execute": command, "id": c.next}
@@ -178,7 +181,8 @@ func query[T any](ctx context.Context, c *client, command string, arguments any)
 	return result, err
 }
 
-// eventQueue holds events between the reader of a connection and who handles them. Its reader never waits.
+// eventQueue holds events between the reader of a connection and who handles them. Its reader never
+// waits.
 type eventQueue struct {
 	mu     sync.Mutex
 	events []*message    // guarded by mu

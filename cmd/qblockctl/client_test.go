@@ -41,7 +41,8 @@ func TestParseArguments(t *testing.T) {
 	}
 }
 
-// monitor answers like a daemon, with events on the way: "boom" is refused, "vanish" ends the connection.
+// monitor answers like a daemon, with events on the way: "boom" is refused, "vanish" ends the
+// connection.
 func monitor(t *testing.T) string {
 	path := filepath.Join(t.TempDir(), "sock")
 	l, err := net.Listen("unix", path)

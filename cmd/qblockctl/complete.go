@@ -36,8 +36,8 @@ func (c *completer) commands(word string, more ...string) []string {
 	return begins(slices.Sorted(slices.Values(append(c.schema.Commands(), more...))), word)
 }
 
-// argument returns what word, which may be empty, can become as an argument of command behind the arguments in before.
-// A completion that ends in "=" or "." goes on.
+// argument returns what word, which may be empty, can become as an argument of command behind the
+// arguments in before. A completion that ends in "=" or "." goes on.
 func (c *completer) argument(command string, before []string, word string) []string {
 	given := givenIn(before)
 	key, value, ok := strings.Cut(word, "=")

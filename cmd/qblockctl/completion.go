@@ -29,8 +29,9 @@ func (a *app) completionCommand() *cobra.Command {
 	}
 }
 
-// bashCompletion asks qblockctl itself. Cobra's own script needs the package bash-completion, which is often not there.
-// The last line of an answer is a sum of cobra's directives: 2 is "no blank behind it", 4 "no names of files".
+// bashCompletion asks qblockctl itself. Cobra's own script needs the package bash-completion, which
+// is often not there. The last line of an answer is a sum of cobra's directives: 2 is "no blank
+// behind it", 4 "no names of files".
 const bashCompletion = `# Completion of qblockctl in bash: source <(qblockctl completion bash)
 _qblockctl() {
 	local line=${COMP_LINE:0:COMP_POINT} words=() out=() word cut breaks= directive

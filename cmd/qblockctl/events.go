@@ -34,7 +34,8 @@ func (a *app) eventsCommand() *cobra.Command {
 	return cmd
 }
 
-// events prints events until the daemon ends the connection, ctx ends, or count of them were printed.
+// events prints events until the daemon ends the connection, ctx ends, or count of them were
+// printed.
 func (a *app) events(ctx context.Context, asJSON bool, count int, only []string) error {
 	names := map[string]bool{}
 	for _, n := range only {

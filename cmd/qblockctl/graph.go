@@ -134,8 +134,8 @@ func fetchGraph(ctx context.Context, c *client) (*picture.Graph, error) {
 	return drawn(raw, nodes, exports, jobs), nil
 }
 
-// drawn makes a picture's graph of the answers. Exports are anonymous roots in the daemon's graph: each takes, in the order of
-// the exports, a root of its own on its node.
+// drawn makes a picture's graph of the answers. Exports are anonymous roots in the daemon's graph:
+// each takes, in the order of the exports, a root of its own on its node.
 func drawn(raw debugGraph, nodes []nodeInfo, exports []exportInfo, jobs []jobInfo) *picture.Graph {
 	g := &picture.Graph{}
 	at := map[int64]int{}

@@ -33,8 +33,8 @@ func (a *app) helpCommand() *cobra.Command {
 	}
 }
 
-// help explains a command of the daemon and those of its arguments that there are when words are given. A last word
-// without "=" that ends in a dot is a place to look at.
+// help explains a command of the daemon and those of its arguments that there are when words are
+// given. A last word without "=" that ends in a dot is a place to look at.
 func (s style) help(out io.Writer, sc *introspect.Schema, command string, words []string) error {
 	if !sc.Has(command) {
 		return fmt.Errorf("there is no command '%s'; 'qblockctl query-commands' lists all", command)

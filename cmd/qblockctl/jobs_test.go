@@ -16,8 +16,8 @@ func event(t *testing.T, name, data string) *message {
 	return &message{Event: name, Data: json.RawMessage(data)}
 }
 
-// TestTracker plays the life of four jobs: one that completes between two looks, one that fails, one that is cancelled, one
-// that stays until it is dismissed.
+// TestTracker plays the life of four jobs: one that completes between two looks, one that fails,
+// one that is cancelled, one that stays until it is dismissed.
 func TestTracker(t *testing.T) {
 	tr, now := newTracker(), time.Unix(0, 0)
 	tr.update(now, []jobInfo{

@@ -18,7 +18,8 @@ func liveSchema(ctx context.Context, c *client) *introspect.Schema {
 	return builtin()
 }
 
-// liveNames returns the names of that kind which the daemon knows now; none where it cannot be asked.
+// liveNames returns the names of that kind which the daemon knows now; none where it cannot be
+// asked.
 func liveNames(ctx context.Context, c *client, k kind, prefix string) (l []string) {
 	type named struct {
 		ID    string

@@ -10,8 +10,8 @@
 //	events.go jobs.go watch.go graph.go schema.go  the commands of those names
 //	introspect/  what query-qmp-schema says;  picture/  graphs as text, dot and SVG
 //
-// It exits with 0 if all went well, 1 if the daemon refused the command or could not be reached, 2 if it was
-// called in a wrong way.
+// It exits with 0 if all went well, 1 if the daemon refused the command or could not be reached, 2
+// if it was called in a wrong way.
 package main
 
 import (
@@ -171,7 +171,8 @@ func (a *app) completeCommand(cmd *cobra.Command, args []string, word string) ([
 // goesOn tells whether a completed word is to be continued without a blank.
 func goesOn(word string) bool { return strings.ContainsAny(word[max(0, len(word)-1):], "=./") }
 
-// completer connects to the daemon for what it knows; without one it takes the schema that is built in.
+// completer connects to the daemon for what it knows; without one it takes the schema that is built
+// in.
 func (a *app) completer(ctx context.Context) (c *completer, stop func()) {
 	ctx, cancel := context.WithTimeout(ctx, 2*time.Second)
 	conn, err := dial(ctx, a.socket, nil)

@@ -42,7 +42,8 @@ func (a *app) shellCommand() *cobra.Command {
 // localWords are the commands of the shell that are not the daemon's.
 var localWords = []string{"events", "exit", "graph", "help", "jobs", "schema"}
 
-// shell is an interactive session. The connection's reader prints events while the rest waits for a line or a reply.
+// shell is an interactive session. The connection's reader prints events while the rest waits for a
+// line or a reply.
 type shell struct {
 	*app
 	ctx    context.Context
@@ -266,8 +267,8 @@ func (s *shell) show(m *message) {
 	}
 }
 
-// above prints a line. While one is edited, it takes that one's place, and the editor draws it again below: the editor does
-// so when the size of the terminal changes, so it is told that.
+// above prints a line. While one is edited, it takes that one's place, and the editor draws it
+// again below: the editor does so when the size of the terminal changes, so it is told that.
 func (s *shell) above(text string) {
 	if !s.prompt {
 		fmt.Fprintln(s.out, text)
@@ -382,7 +383,8 @@ func historyFile() string {
 	return filepath.Join(dir, "qblockctl", "history")
 }
 
-// saveHistory writes the lines, for the owner alone: they may hold secrets. Where that fails they are forgotten.
+// saveHistory writes the lines, for the owner alone: they may hold secrets. Where that fails they
+// are forgotten.
 func (s *shell) saveHistory() {
 	name := historyFile()
 	if name == "" || os.MkdirAll(filepath.Dir(name), 0o700) != nil {

@@ -78,7 +78,8 @@ func flatten(words []string, key string, v value.Value) []string {
 	return append(words, key+"="+string(value.Append(nil, v)))
 }
 
-// printable replaces what a terminal would take for more than text: names of files may hold anything.
+// printable replaces what a terminal would take for more than text: names of files may hold
+// anything.
 func printable(s string) string {
 	return strings.Map(func(r rune) rune {
 		if unicode.IsControl(r) || r == utf8.RuneError {

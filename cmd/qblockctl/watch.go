@@ -45,7 +45,8 @@ func (t *tracker) job(id string) *tracked {
 	return j
 }
 
-// update takes what query-jobs said. A job that is not there any more is over; how it ended was in its events.
+// update takes what query-jobs said. A job that is not there any more is over; how it ended was in
+// its events.
 func (t *tracker) update(now time.Time, jobs []jobInfo) {
 	seen := map[string]bool{}
 	for _, info := range jobs {
@@ -202,7 +203,8 @@ func (a *app) watch(ctx context.Context) error {
 	}
 }
 
-// lines says what changes, a line each, where there is no terminal: each state, and each tenth of the way.
+// lines says what changes, a line each, where there is no terminal: each state, and each tenth of
+// the way.
 type lines struct {
 	out  io.Writer
 	said map[*tracked]string

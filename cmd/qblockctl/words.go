@@ -6,9 +6,9 @@ import (
 	"strings"
 )
 
-// splitLine takes a line of the shell apart into words. Blanks separate them, but not within quotes, nor within
-// the brackets of a JSON value. '...' and "..." are taken off where a word or a value begins with '...', and where a
-// whole word is quoted; other quotes belong to JSON and stay.
+// splitLine takes a line of the shell apart into words. Blanks separate them, but not within
+// quotes, nor within the brackets of a JSON value. '...' and "..." are taken off where a word or a
+// value begins with '...', and where a whole word is quoted; other quotes belong to JSON and stay.
 func splitLine(line string) ([]string, error) {
 	words, rest, err := scanLine(line)
 	if err != nil {
@@ -23,7 +23,8 @@ func splitLine(line string) ([]string, error) {
 // errOpen: the line ends within quotes or brackets.
 var errOpen = errors.New("is not closed")
 
-// scanLine returns the words of a line that are complete, and the last one, which a blank does not follow.
+// scanLine returns the words of a line that are complete, and the last one, which a blank does not
+// follow.
 func scanLine(line string) (words []string, last string, err error) {
 	var word strings.Builder
 	depth, inWord := 0, false

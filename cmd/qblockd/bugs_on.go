@@ -10,7 +10,8 @@ import (
 	"qblockd/schema/value"
 )
 
-// bugs adds a command that is one: for the test of what bugs do to a daemon, which alone is built with it.
+// bugs adds a command that is one: for the test of what bugs do to a daemon, which alone is built
+// with it.
 func (d *daemon) bugs() {
 	d.dispatch.Handle("x-test-panic", func(_ context.Context, args *value.Dict, out []byte) ([]byte, error) {
 		switch where, _ := args.Get("where"); where {

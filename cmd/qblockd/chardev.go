@@ -117,7 +117,8 @@ func chardevBackend(kind types.ChardevBackendKind, o *cmdline.Opts) (*types.Char
 	return b, nil
 }
 
-// chardevSocket reads the options of a socket. Unlike in the schema, server is off and wait is on by default.
+// chardevSocket reads the options of a socket. Unlike in the schema, server is off and wait is on
+// by default.
 func chardevSocket(o *cmdline.Opts) (*types.ChardevSocket, error) {
 	path, unix := o.Get("path")
 	fd, inherited := o.Get("fd")

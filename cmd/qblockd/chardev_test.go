@@ -7,7 +7,7 @@ import (
 	"qblockd/schema/types"
 )
 
-// TestRingSize: on the command line a size of 0 leaves the size to the daemon, as the reference has it.
+// TestRingSize: on the command line a size of 0 leaves the size to the daemon, as QEMU has it.
 func TestRingSize(t *testing.T) {
 	for arg, want := range map[string]int64{"ringbuf,id=c": 0, "ringbuf,id=c,size=0": 0, "ringbuf,id=c,size=64k": 65536} {
 		o, err := cmdline.ParseOpts(arg, "backend", chardevOptions)

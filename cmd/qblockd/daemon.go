@@ -36,7 +36,8 @@ const (
 )
 
 const (
-	// endPatience is how long nothing may move during the orderly end, in all; storage that does not answer is given up then.
+	// endPatience is how long nothing may move during the orderly end, in all; storage that does
+	// not answer is given up then.
 	endPatience = 1500 * time.Millisecond
 	// lastReply is how long clients have to take what is still queued for them.
 	lastReply = 300 * time.Millisecond
@@ -118,7 +119,8 @@ func (d *daemon) register() {
 	types.RegisterBlockExport(d.dispatch, handlers.BlockExport{Graph: d.graph, Exports: d.exports, NBD: d.nbd})
 }
 
-// addMonitor makes QMP available on a character device. Its clients are served once the daemon is up.
+// addMonitor makes QMP available on a character device. Its clients are served once the daemon is
+// up.
 func (d *daemon) addMonitor(_ context.Context, o *types.MonitorOptions) error {
 	if o.Mode != nil && *o.Mode != types.MonitorModeControl {
 		return errOnlyQMP
@@ -144,8 +146,8 @@ func (d *daemon) addMonitor(_ context.Context, o *types.MonitorOptions) error {
 // serve lets the clients in.
 func (d *daemon) serve() { close(d.up) }
 
-// catchSignals makes the ending signals known. The context ends with the first, for what may take long before anybody waits for
-// them. SIGPIPE becomes an error of the write that met it.
+// catchSignals makes the ending signals known. The context ends with the first, for what may take
+// long before anybody waits for them. SIGPIPE becomes an error of the write that met it.
 func (d *daemon) catchSignals() (context.Context, <-chan os.Signal) {
 	signal.Ignore(syscall.SIGPIPE)
 	c := make(chan os.Signal, 2)
@@ -172,9 +174,9 @@ func (d *daemon) waitForEnd(signals <-chan os.Signal) {
 	os.Exit(0)
 }
 
-// shutdown ends everything but the monitors, in order: no further commands, no clients of exports, no jobs, all data flushed
-// and all nodes closed. What storage that does not answer holds up is left behind after endPatience. It is done once;
-// others wait for it.
+// shutdown ends everything but the monitors, in order: no further commands, no clients of exports,
+// no jobs, all data flushed and all nodes closed. What storage that does not answer holds up is
+// left behind after endPatience. It is done once; others wait for it.
 func (d *daemon) shutdown() {
 	d.downOnce.Do(func() {
 		defer close(d.down)

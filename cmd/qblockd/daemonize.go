@@ -13,9 +13,10 @@ import (
 // readyEnv carries the number of the pipe on which a daemonized child reports that it is up.
 const readyEnv = "QBLOCKD_READY_FD"
 
-// daemonize starts the program again as a session leader of its own and exits: with 0 once the child reports that
-// all options have taken effect, with 1 if it ends before. In the child it returns the function that reports.
-// A Go process cannot fork without exec, so the child scans the command line anew.
+// daemonize starts the program again as a session leader of its own and exits: with 0 once the
+// child reports that all options have taken effect, with 1 if it ends before. In the child it
+// returns the function that reports. A Go process cannot fork without exec, so the child scans the
+// command line anew.
 func daemonize() (ready func(), err error) {
 	if text := os.Getenv(readyEnv); text != "" {
 		fd, err := strconv.Atoi(text)

@@ -32,7 +32,8 @@ func newLogHandler(w io.Writer, terminal bool, level slog.Level) slog.Handler {
 	return slog.NewJSONHandler(w, &slog.HandlerOptions{Level: level})
 }
 
-// terminalHandler is a handler for terminals: names in records, which come from clients, images and peers, cannot make it do anything. Each record is one line.
+// terminalHandler is a handler for terminals: names in records, which come from clients, images and
+// peers, cannot make it do anything. Each record is one line.
 type terminalHandler struct{ slog.Handler }
 
 // Handle implements slog.Handler.
@@ -76,8 +77,9 @@ func printableAttr(a slog.Attr) slog.Attr {
 	return a
 }
 
-// printable is s with what a terminal would not show as a character written as in Go's strings: control characters, also those of 8 bits, what changes the direction
-// of writing, and bytes that are no UTF-8.
+// printable is s with what a terminal would not show as a character written as in Go's strings:
+// control characters, also those of 8 bits, what changes the direction of writing, and bytes that
+// are no UTF-8.
 func printable(s string) string {
 	bad := func(r rune) bool { return r == unicode.ReplacementChar || !unicode.IsPrint(r) }
 	if strings.IndexFunc(s, bad) < 0 {
@@ -104,5 +106,6 @@ func printable(s string) string {
 	return unlike(b.String())
 }
 
-// unlike writes \x1b another way: where tint quotes a text it takes that for its own colours, and makes an escape character of it again.
+// unlike writes \x1b another way: where tint quotes a text it takes that for its own colours, and
+// makes an escape character of it again.
 func unlike(s string) string { return strings.ReplaceAll(s, `\x1b`, `\x1B`) }

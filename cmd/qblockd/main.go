@@ -1,5 +1,5 @@
-// Command qblockd is a storage daemon: QEMU's block layer as a service of its own, spoken to over QMP. It takes the
-// options of qemu-storage-daemon; see --help.
+// Command qblockd is a storage daemon: QEMU's block layer as a service of its own, spoken to over
+// QMP. It takes the options of qemu-storage-daemon; see --help.
 //
 // This package wires the others together and reads as the map of the program:
 //
@@ -103,7 +103,8 @@ func processOptions(items []cmdline.Item, scanErr error) (p processWide) {
 	return p
 }
 
-// parseSettings reads an argument NAME=VALUE,... of an option whose settings are for the process. If it asks for help it prints that: errHelpShown.
+// parseSettings reads an argument NAME=VALUE,... of an option whose settings are for the process.
+// If it asks for help it prints that: errHelpShown.
 func parseSettings(arg string, known map[string]cmdline.OptType, help func() string) (*cmdline.Opts, error) {
 	o, err := cmdline.ParseOpts(arg, "", known)
 	switch {

@@ -12,7 +12,8 @@ var (
 	docsDir = flag.String("docs", "../../docs", "where they are")
 )
 
-// TestManPage: qblockd(1) and the completions of its options say what --help says. "make man" writes them.
+// TestManPage: qblockd(1) and the completions of its options say what --help says. "make man"
+// writes them.
 func TestManPage(t *testing.T) {
 	about := man.Section{Heading: "Description", Paras: []man.Para{{Text: aboutText}, {Text: orderText}}}
 	opts := man.Section{Heading: "Options"}

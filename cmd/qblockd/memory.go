@@ -10,8 +10,9 @@ import (
 	"qblockd/events/panics"
 )
 
-// tuneMemory makes the collector come earlier than Go's default: requests allocate nothing, so its work is small, and
-// garbage of commands would double what thousands of nodes take. GOGC in the environment wins.
+// tuneMemory makes the collector come earlier than Go's default: requests allocate nothing, so its
+// work is small, and garbage of commands would double what thousands of nodes take. GOGC in the
+// environment wins.
 func tuneMemory() {
 	if os.Getenv("GOGC") == "" {
 		debug.SetGCPercent(50)

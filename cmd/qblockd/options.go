@@ -137,8 +137,8 @@ func (d *daemon) apply(ctx context.Context, it cmdline.Item) error {
 	return o.apply(d, ctx, it)
 }
 
-// structured makes an apply of what is done with the argument, which the schema describes. implied is
-// the key of a first word without one.
+// structured makes an apply of what is done with the argument, which the schema describes. implied
+// is the key of a first word without one.
 func structured[T any](implied string, decode func(value.Value, types.Mode) (*T, error),
 	do func(*daemon, context.Context, *T) error) func(*daemon, context.Context, cmdline.Item) error {
 	return func(d *daemon, ctx context.Context, it cmdline.Item) error {

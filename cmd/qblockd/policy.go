@@ -8,7 +8,8 @@ import (
 	"qblockd/cmd/qblockd/cmdline"
 )
 
-// policyKeys are the parts of the image policy: --image-policy, its help and docs/image-policy.md go by them.
+// policyKeys are the parts of the image policy: --image-policy, its help and docs/image-policy.md
+// go by them.
 var policyKeys = []struct {
 	name string
 	typ  cmdline.OptType

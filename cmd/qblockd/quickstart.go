@@ -15,8 +15,8 @@ import (
 // sampleSize is the virtual size of the disk that --quickstart makes in bytes.
 const sampleSize = 1 << 30
 
-// quickstart serves a disk with a monitor and an NBD server, all in dir, and shows what to try. The disk is made
-// when it is not there yet.
+// quickstart serves a disk with a monitor and an NBD server, all in dir, and shows what to try. The
+// disk is made when it is not there yet.
 func (d *daemon) quickstart(ctx context.Context, it cmdline.Item) error {
 	dir := it.Arg
 	if err := os.MkdirAll(dir, 0o700); err != nil {

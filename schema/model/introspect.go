@@ -29,7 +29,7 @@ func (s *Schema) Introspect() []byte {
 	return value.Append(nil, v.out)
 }
 
-// CommandList is the reply to query-commands: the reference lists commands in the
+// CommandList is the reply to query-commands: QEMU lists commands in the
 // reverse order of their definition.
 func (s *Schema) CommandList() []byte {
 	l := value.List{}

@@ -1652,7 +1652,7 @@ type DriveMirror struct {
 
 // BlockJobChangeOptionsMirror: what of a mirror can be changed.
 type BlockJobChangeOptionsMirror struct {
-	// When it copies what is written; from background to write-blocking.
+	// When it copies what is written: `write-blocking` from now on, or `background` again.
 	CopyMode MirrorCopyMode
 }
 

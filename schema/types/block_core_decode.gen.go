@@ -24,7 +24,7 @@ func visitBlockdevAioOptions(d *decoder, name string, x *BlockdevAioOptions) boo
 	return enum(d, name, x, BlockdevAioOptionsValues)
 }
 
-// DecodeBlockdevCacheOptions decodes v; faults are worded as the reference does (*ArgError).
+// DecodeBlockdevCacheOptions decodes v; faults are worded as QEMU does (*ArgError).
 func DecodeBlockdevCacheOptions(v value.Value, m Mode) (*BlockdevCacheOptions, error) {
 	return decode(v, m, visitBlockdevCacheOptions)
 }
@@ -42,7 +42,7 @@ func visitBlockdevDriver(d *decoder, name string, x *BlockdevDriver) bool {
 	return enum(d, name, x, BlockdevDriverValues)
 }
 
-// DecodeBlockdevOptionsFile decodes v; faults are worded as the reference does (*ArgError).
+// DecodeBlockdevOptionsFile decodes v; faults are worded as QEMU does (*ArgError).
 func DecodeBlockdevOptionsFile(v value.Value, m Mode) (*BlockdevOptionsFile, error) {
 	return decode(v, m, visitBlockdevOptionsFile)
 }
@@ -60,7 +60,7 @@ func membersBlockdevOptionsFile(d *decoder, x *BlockdevOptionsFile) bool {
 		opt(d, "x-check-cache-dropped", &x.XCheckCacheDropped, visitBool)
 }
 
-// DecodeBlockdevOptionsNull decodes v; faults are worded as the reference does (*ArgError).
+// DecodeBlockdevOptionsNull decodes v; faults are worded as QEMU does (*ArgError).
 func DecodeBlockdevOptionsNull(v value.Value, m Mode) (*BlockdevOptionsNull, error) {
 	return decode(v, m, visitBlockdevOptionsNull)
 }
@@ -75,7 +75,7 @@ func membersBlockdevOptionsNull(d *decoder, x *BlockdevOptionsNull) bool {
 		opt(d, "read-zeroes", &x.ReadZeroes, visitBool)
 }
 
-// DecodeBlockdevOptionsGenericFormat decodes v; faults are worded as the reference does (*ArgError).
+// DecodeBlockdevOptionsGenericFormat decodes v; faults are worded as QEMU does (*ArgError).
 func DecodeBlockdevOptionsGenericFormat(v value.Value, m Mode) (*BlockdevOptionsGenericFormat, error) {
 	return decode(v, m, visitBlockdevOptionsGenericFormat)
 }
@@ -92,7 +92,7 @@ func visitQcow2OverlapCheckMode(d *decoder, name string, x *Qcow2OverlapCheckMod
 	return enum(d, name, x, Qcow2OverlapCheckModeValues)
 }
 
-// DecodeQcow2OverlapCheckFlags decodes v; faults are worded as the reference does (*ArgError).
+// DecodeQcow2OverlapCheckFlags decodes v; faults are worded as QEMU does (*ArgError).
 func DecodeQcow2OverlapCheckFlags(v value.Value, m Mode) (*Qcow2OverlapCheckFlags, error) {
 	return decode(v, m, visitQcow2OverlapCheckFlags)
 }
@@ -114,7 +114,7 @@ func membersQcow2OverlapCheckFlags(d *decoder, x *Qcow2OverlapCheckFlags) bool {
 		opt(d, "bitmap-directory", &x.BitmapDirectory, visitBool)
 }
 
-// DecodeQcow2OverlapChecks decodes v; faults are worded as the reference does (*ArgError).
+// DecodeQcow2OverlapChecks decodes v; faults are worded as QEMU does (*ArgError).
 func DecodeQcow2OverlapChecks(v value.Value, m Mode) (*Qcow2OverlapChecks, error) {
 	return decode(v, m, visitQcow2OverlapChecks)
 }
@@ -135,7 +135,7 @@ func visitQcow2OverlapChecks(d *decoder, name string, x *Qcow2OverlapChecks) boo
 	return d.fail("Invalid parameter type for '" + last(name) + "', expected: Qcow2OverlapChecks")
 }
 
-// DecodeBlockdevOptionsQcow2 decodes v; faults are worded as the reference does (*ArgError).
+// DecodeBlockdevOptionsQcow2 decodes v; faults are worded as QEMU does (*ArgError).
 func DecodeBlockdevOptionsQcow2(v value.Value, m Mode) (*BlockdevOptionsQcow2, error) {
 	return decode(v, m, visitBlockdevOptionsQcow2)
 }
@@ -160,7 +160,7 @@ func membersBlockdevOptionsQcow2(d *decoder, x *BlockdevOptionsQcow2) bool {
 		opt(d, "cache-clean-interval", &x.CacheCleanInterval, visitInt64)
 }
 
-// DecodeBlockdevOptionsRaw decodes v; faults are worded as the reference does (*ArgError).
+// DecodeBlockdevOptionsRaw decodes v; faults are worded as QEMU does (*ArgError).
 func DecodeBlockdevOptionsRaw(v value.Value, m Mode) (*BlockdevOptionsRaw, error) {
 	return decode(v, m, visitBlockdevOptionsRaw)
 }
@@ -183,7 +183,7 @@ func visitBlkdebugIOType(d *decoder, name string, x *BlkdebugIOType) bool {
 	return enum(d, name, x, BlkdebugIOTypeValues)
 }
 
-// DecodeBlkdebugInjectErrorOptions decodes v; faults are worded as the reference does (*ArgError).
+// DecodeBlkdebugInjectErrorOptions decodes v; faults are worded as QEMU does (*ArgError).
 func DecodeBlkdebugInjectErrorOptions(v value.Value, m Mode) (*BlkdebugInjectErrorOptions, error) {
 	return decode(v, m, visitBlkdebugInjectErrorOptions)
 }
@@ -202,7 +202,7 @@ func membersBlkdebugInjectErrorOptions(d *decoder, x *BlkdebugInjectErrorOptions
 		opt(d, "immediately", &x.Immediately, visitBool)
 }
 
-// DecodeBlkdebugSetStateOptions decodes v; faults are worded as the reference does (*ArgError).
+// DecodeBlkdebugSetStateOptions decodes v; faults are worded as QEMU does (*ArgError).
 func DecodeBlkdebugSetStateOptions(v value.Value, m Mode) (*BlkdebugSetStateOptions, error) {
 	return decode(v, m, visitBlkdebugSetStateOptions)
 }
@@ -217,7 +217,7 @@ func membersBlkdebugSetStateOptions(d *decoder, x *BlkdebugSetStateOptions) bool
 		visitInt64(d, "new_state", &x.NewState)
 }
 
-// DecodeBlockdevOptionsBlkdebug decodes v; faults are worded as the reference does (*ArgError).
+// DecodeBlockdevOptionsBlkdebug decodes v; faults are worded as QEMU does (*ArgError).
 func DecodeBlockdevOptionsBlkdebug(v value.Value, m Mode) (*BlockdevOptionsBlkdebug, error) {
 	return decode(v, m, visitBlockdevOptionsBlkdebug)
 }
@@ -245,7 +245,7 @@ func visitOnCbwError(d *decoder, name string, x *OnCbwError) bool {
 	return enum(d, name, x, OnCbwErrorValues)
 }
 
-// DecodeBlockdevOptionsCbw decodes v; faults are worded as the reference does (*ArgError).
+// DecodeBlockdevOptionsCbw decodes v; faults are worded as QEMU does (*ArgError).
 func DecodeBlockdevOptionsCbw(v value.Value, m Mode) (*BlockdevOptionsCbw, error) {
 	return decode(v, m, visitBlockdevOptionsCbw)
 }
@@ -262,7 +262,7 @@ func membersBlockdevOptionsCbw(d *decoder, x *BlockdevOptionsCbw) bool {
 		opt(d, "cbw-timeout", &x.CbwTimeout, visitUint32)
 }
 
-// DecodeBlockdevOptionsBlkverify decodes v; faults are worded as the reference does (*ArgError).
+// DecodeBlockdevOptionsBlkverify decodes v; faults are worded as QEMU does (*ArgError).
 func DecodeBlockdevOptionsBlkverify(v value.Value, m Mode) (*BlockdevOptionsBlkverify, error) {
 	return decode(v, m, visitBlockdevOptionsBlkverify)
 }
@@ -276,7 +276,7 @@ func membersBlockdevOptionsBlkverify(d *decoder, x *BlockdevOptionsBlkverify) bo
 		visitBlockdevRef(d, "raw", &x.Raw)
 }
 
-// DecodeBlockdevOptionsBlklogwrites decodes v; faults are worded as the reference does (*ArgError).
+// DecodeBlockdevOptionsBlklogwrites decodes v; faults are worded as QEMU does (*ArgError).
 func DecodeBlockdevOptionsBlklogwrites(v value.Value, m Mode) (*BlockdevOptionsBlklogwrites, error) {
 	return decode(v, m, visitBlockdevOptionsBlklogwrites)
 }
@@ -293,7 +293,7 @@ func membersBlockdevOptionsBlklogwrites(d *decoder, x *BlockdevOptionsBlklogwrit
 		opt(d, "log-super-update-interval", &x.LogSuperUpdateInterval, visitUint64)
 }
 
-// DecodeBlockdevOptionsPreallocate decodes v; faults are worded as the reference does (*ArgError).
+// DecodeBlockdevOptionsPreallocate decodes v; faults are worded as QEMU does (*ArgError).
 func DecodeBlockdevOptionsPreallocate(v value.Value, m Mode) (*BlockdevOptionsPreallocate, error) {
 	return decode(v, m, visitBlockdevOptionsPreallocate)
 }
@@ -308,7 +308,7 @@ func membersBlockdevOptionsPreallocate(d *decoder, x *BlockdevOptionsPreallocate
 		opt(d, "prealloc-size", &x.PreallocSize, visitInt64)
 }
 
-// DecodeBlockdevOptionsCor decodes v; faults are worded as the reference does (*ArgError).
+// DecodeBlockdevOptionsCor decodes v; faults are worded as QEMU does (*ArgError).
 func DecodeBlockdevOptionsCor(v value.Value, m Mode) (*BlockdevOptionsCor, error) {
 	return decode(v, m, visitBlockdevOptionsCor)
 }
@@ -322,7 +322,7 @@ func membersBlockdevOptionsCor(d *decoder, x *BlockdevOptionsCor) bool {
 		opt(d, "bottom", &x.Bottom, visitStr)
 }
 
-// DecodeBlockdevOptionsThrottle decodes v; faults are worded as the reference does (*ArgError).
+// DecodeBlockdevOptionsThrottle decodes v; faults are worded as QEMU does (*ArgError).
 func DecodeBlockdevOptionsThrottle(v value.Value, m Mode) (*BlockdevOptionsThrottle, error) {
 	return decode(v, m, visitBlockdevOptionsThrottle)
 }
@@ -336,7 +336,7 @@ func membersBlockdevOptionsThrottle(d *decoder, x *BlockdevOptionsThrottle) bool
 		visitBlockdevRef(d, "file", &x.File)
 }
 
-// DecodeThrottleLimits decodes v; faults are worded as the reference does (*ArgError).
+// DecodeThrottleLimits decodes v; faults are worded as QEMU does (*ArgError).
 func DecodeThrottleLimits(v value.Value, m Mode) (*ThrottleLimits, error) {
 	return decode(v, m, visitThrottleLimits)
 }
@@ -367,7 +367,7 @@ func membersThrottleLimits(d *decoder, x *ThrottleLimits) bool {
 		opt(d, "iops-size", &x.IopsSize, visitInt64)
 }
 
-// DecodeThrottleGroupProperties decodes v; faults are worded as the reference does (*ArgError).
+// DecodeThrottleGroupProperties decodes v; faults are worded as QEMU does (*ArgError).
 func DecodeThrottleGroupProperties(v value.Value, m Mode) (*ThrottleGroupProperties, error) {
 	return decode(v, m, visitThrottleGroupProperties)
 }
@@ -399,7 +399,7 @@ func membersThrottleGroupProperties(d *decoder, x *ThrottleGroupProperties) bool
 		opt(d, "x-iops-size", &x.XIopsSize, visitInt64)
 }
 
-// DecodeBlockdevOptions decodes v; faults are worded as the reference does (*ArgError).
+// DecodeBlockdevOptions decodes v; faults are worded as QEMU does (*ArgError).
 func DecodeBlockdevOptions(v value.Value, m Mode) (*BlockdevOptions, error) {
 	return decode(v, m, visitBlockdevOptions)
 }
@@ -472,7 +472,7 @@ func membersBlockdevOptions(d *decoder, x *BlockdevOptions) bool {
 	return true
 }
 
-// DecodeBlockdevRef decodes v; faults are worded as the reference does (*ArgError).
+// DecodeBlockdevRef decodes v; faults are worded as QEMU does (*ArgError).
 func DecodeBlockdevRef(v value.Value, m Mode) (*BlockdevRef, error) {
 	return decode(v, m, visitBlockdevRef)
 }
@@ -493,7 +493,7 @@ func visitBlockdevRef(d *decoder, name string, x *BlockdevRef) bool {
 	return d.fail("Invalid parameter type for '" + last(name) + "', expected: BlockdevRef")
 }
 
-// DecodeBlockdevRefOrNull decodes v; faults are worded as the reference does (*ArgError).
+// DecodeBlockdevRefOrNull decodes v; faults are worded as QEMU does (*ArgError).
 func DecodeBlockdevRefOrNull(v value.Value, m Mode) (*BlockdevRefOrNull, error) {
 	return decode(v, m, visitBlockdevRefOrNull)
 }
@@ -516,7 +516,7 @@ func visitBlockdevRefOrNull(d *decoder, name string, x *BlockdevRefOrNull) bool 
 	return d.fail("Invalid parameter type for '" + last(name) + "', expected: BlockdevRefOrNull")
 }
 
-// DecodeBlockdevCreateOptionsFile decodes v; faults are worded as the reference does (*ArgError).
+// DecodeBlockdevCreateOptionsFile decodes v; faults are worded as QEMU does (*ArgError).
 func DecodeBlockdevCreateOptionsFile(v value.Value, m Mode) (*BlockdevCreateOptionsFile, error) {
 	return decode(v, m, visitBlockdevCreateOptionsFile)
 }
@@ -541,7 +541,7 @@ func visitQcow2CompressionType(d *decoder, name string, x *Qcow2CompressionType)
 	return enum(d, name, x, Qcow2CompressionTypeValues)
 }
 
-// DecodeBlockdevCreateOptionsQcow2 decodes v; faults are worded as the reference does (*ArgError).
+// DecodeBlockdevCreateOptionsQcow2 decodes v; faults are worded as QEMU does (*ArgError).
 func DecodeBlockdevCreateOptionsQcow2(v value.Value, m Mode) (*BlockdevCreateOptionsQcow2, error) {
 	return decode(v, m, visitBlockdevCreateOptionsQcow2)
 }
@@ -563,7 +563,7 @@ func membersBlockdevCreateOptionsQcow2(d *decoder, x *BlockdevCreateOptionsQcow2
 		opt(d, "compression-type", &x.CompressionType, visitQcow2CompressionType)
 }
 
-// DecodeBlockdevCreateOptions decodes v; faults are worded as the reference does (*ArgError).
+// DecodeBlockdevCreateOptions decodes v; faults are worded as QEMU does (*ArgError).
 func DecodeBlockdevCreateOptions(v value.Value, m Mode) (*BlockdevCreateOptions, error) {
 	return decode(v, m, visitBlockdevCreateOptions)
 }
@@ -589,7 +589,7 @@ func membersBlockdevCreateOptions(d *decoder, x *BlockdevCreateOptions) bool {
 	return true
 }
 
-// DecodeBlockdevAmendOptionsQcow2 decodes v; faults are worded as the reference does (*ArgError).
+// DecodeBlockdevAmendOptionsQcow2 decodes v; faults are worded as QEMU does (*ArgError).
 func DecodeBlockdevAmendOptionsQcow2(v value.Value, m Mode) (*BlockdevAmendOptionsQcow2, error) {
 	return decode(v, m, visitBlockdevAmendOptionsQcow2)
 }
@@ -602,7 +602,7 @@ func membersBlockdevAmendOptionsQcow2(d *decoder, x *BlockdevAmendOptionsQcow2) 
 	return true
 }
 
-// DecodeBlockdevAmendOptions decodes v; faults are worded as the reference does (*ArgError).
+// DecodeBlockdevAmendOptions decodes v; faults are worded as QEMU does (*ArgError).
 func DecodeBlockdevAmendOptions(v value.Value, m Mode) (*BlockdevAmendOptions, error) {
 	return decode(v, m, visitBlockdevAmendOptions)
 }
@@ -624,7 +624,7 @@ func visitPreallocMode(d *decoder, name string, x *PreallocMode) bool {
 	return enum(d, name, x, PreallocModeValues)
 }
 
-// DecodeBlockDirtyBitmap decodes v; faults are worded as the reference does (*ArgError).
+// DecodeBlockDirtyBitmap decodes v; faults are worded as QEMU does (*ArgError).
 func DecodeBlockDirtyBitmap(v value.Value, m Mode) (*BlockDirtyBitmap, error) {
 	return decode(v, m, visitBlockDirtyBitmap)
 }
@@ -638,7 +638,7 @@ func membersBlockDirtyBitmap(d *decoder, x *BlockDirtyBitmap) bool {
 		visitStr(d, "name", &x.Name)
 }
 
-// DecodeBlockDirtyBitmapAdd decodes v; faults are worded as the reference does (*ArgError).
+// DecodeBlockDirtyBitmapAdd decodes v; faults are worded as QEMU does (*ArgError).
 func DecodeBlockDirtyBitmapAdd(v value.Value, m Mode) (*BlockDirtyBitmapAdd, error) {
 	return decode(v, m, visitBlockDirtyBitmapAdd)
 }
@@ -655,7 +655,7 @@ func membersBlockDirtyBitmapAdd(d *decoder, x *BlockDirtyBitmapAdd) bool {
 		opt(d, "disabled", &x.Disabled, visitBool)
 }
 
-// DecodeBlockDirtyBitmapOrStr decodes v; faults are worded as the reference does (*ArgError).
+// DecodeBlockDirtyBitmapOrStr decodes v; faults are worded as QEMU does (*ArgError).
 func DecodeBlockDirtyBitmapOrStr(v value.Value, m Mode) (*BlockDirtyBitmapOrStr, error) {
 	return decode(v, m, visitBlockDirtyBitmapOrStr)
 }
@@ -676,7 +676,7 @@ func visitBlockDirtyBitmapOrStr(d *decoder, name string, x *BlockDirtyBitmapOrSt
 	return d.fail("Invalid parameter type for '" + last(name) + "', expected: BlockDirtyBitmapOrStr")
 }
 
-// DecodeBlockDirtyBitmapMerge decodes v; faults are worded as the reference does (*ArgError).
+// DecodeBlockDirtyBitmapMerge decodes v; faults are worded as QEMU does (*ArgError).
 func DecodeBlockDirtyBitmapMerge(v value.Value, m Mode) (*BlockDirtyBitmapMerge, error) {
 	return decode(v, m, visitBlockDirtyBitmapMerge)
 }
@@ -695,7 +695,7 @@ func visitNewImageMode(d *decoder, name string, x *NewImageMode) bool {
 	return enum(d, name, x, NewImageModeValues)
 }
 
-// DecodeBlockdevSnapshotSync decodes v; faults are worded as the reference does (*ArgError).
+// DecodeBlockdevSnapshotSync decodes v; faults are worded as QEMU does (*ArgError).
 func DecodeBlockdevSnapshotSync(v value.Value, m Mode) (*BlockdevSnapshotSync, error) {
 	return decode(v, m, visitBlockdevSnapshotSync)
 }
@@ -713,7 +713,7 @@ func membersBlockdevSnapshotSync(d *decoder, x *BlockdevSnapshotSync) bool {
 		opt(d, "mode", &x.Mode, visitNewImageMode)
 }
 
-// DecodeBlockdevSnapshot decodes v; faults are worded as the reference does (*ArgError).
+// DecodeBlockdevSnapshot decodes v; faults are worded as QEMU does (*ArgError).
 func DecodeBlockdevSnapshot(v value.Value, m Mode) (*BlockdevSnapshot, error) {
 	return decode(v, m, visitBlockdevSnapshot)
 }
@@ -735,7 +735,7 @@ func visitBitmapSyncMode(d *decoder, name string, x *BitmapSyncMode) bool {
 	return enum(d, name, x, BitmapSyncModeValues)
 }
 
-// DecodeBackupPerf decodes v; faults are worded as the reference does (*ArgError).
+// DecodeBackupPerf decodes v; faults are worded as QEMU does (*ArgError).
 func DecodeBackupPerf(v value.Value, m Mode) (*BackupPerf, error) {
 	return decode(v, m, visitBackupPerf)
 }
@@ -750,7 +750,7 @@ func membersBackupPerf(d *decoder, x *BackupPerf) bool {
 		opt(d, "max-chunk", &x.MaxChunk, visitInt64)
 }
 
-// DecodeBlockdevBackup decodes v; faults are worded as the reference does (*ArgError).
+// DecodeBlockdevBackup decodes v; faults are worded as QEMU does (*ArgError).
 func DecodeBlockdevBackup(v value.Value, m Mode) (*BlockdevBackup, error) {
 	return decode(v, m, visitBlockdevBackup)
 }
@@ -776,7 +776,7 @@ func membersBlockdevBackup(d *decoder, x *BlockdevBackup) bool {
 		visitStr(d, "target", &x.Target)
 }
 
-// DecodeDriveBackup decodes v; faults are worded as the reference does (*ArgError).
+// DecodeDriveBackup decodes v; faults are worded as QEMU does (*ArgError).
 func DecodeDriveBackup(v value.Value, m Mode) (*DriveBackup, error) {
 	return decode(v, m, visitDriveBackup)
 }
@@ -808,7 +808,7 @@ func visitMirrorCopyMode(d *decoder, name string, x *MirrorCopyMode) bool {
 	return enum(d, name, x, MirrorCopyModeValues)
 }
 
-// DecodeDriveMirror decodes v; faults are worded as the reference does (*ArgError).
+// DecodeDriveMirror decodes v; faults are worded as QEMU does (*ArgError).
 func DecodeDriveMirror(v value.Value, m Mode) (*DriveMirror, error) {
 	return decode(v, m, visitDriveMirror)
 }
@@ -837,7 +837,7 @@ func membersDriveMirror(d *decoder, x *DriveMirror) bool {
 		opt(d, "auto-dismiss", &x.AutoDismiss, visitBool)
 }
 
-// DecodeBlockJobChangeOptionsMirror decodes v; faults are worded as the reference does (*ArgError).
+// DecodeBlockJobChangeOptionsMirror decodes v; faults are worded as QEMU does (*ArgError).
 func DecodeBlockJobChangeOptionsMirror(v value.Value, m Mode) (*BlockJobChangeOptionsMirror, error) {
 	return decode(v, m, visitBlockJobChangeOptionsMirror)
 }
@@ -850,7 +850,7 @@ func membersBlockJobChangeOptionsMirror(d *decoder, x *BlockJobChangeOptionsMirr
 	return visitMirrorCopyMode(d, "copy-mode", &x.CopyMode)
 }
 
-// DecodeBlockJobChangeOptions decodes v; faults are worded as the reference does (*ArgError).
+// DecodeBlockJobChangeOptions decodes v; faults are worded as QEMU does (*ArgError).
 func DecodeBlockJobChangeOptions(v value.Value, m Mode) (*BlockJobChangeOptions, error) {
 	return decode(v, m, visitBlockJobChangeOptions)
 }
@@ -873,7 +873,7 @@ func membersBlockJobChangeOptions(d *decoder, x *BlockJobChangeOptions) bool {
 	return true
 }
 
-// DecodeBlockdevSnapshotInternal decodes v; faults are worded as the reference does (*ArgError).
+// DecodeBlockdevSnapshotInternal decodes v; faults are worded as QEMU does (*ArgError).
 func DecodeBlockdevSnapshotInternal(v value.Value, m Mode) (*BlockdevSnapshotInternal, error) {
 	return decode(v, m, visitBlockdevSnapshotInternal)
 }
@@ -887,7 +887,7 @@ func membersBlockdevSnapshotInternal(d *decoder, x *BlockdevSnapshotInternal) bo
 		visitStr(d, "name", &x.Name)
 }
 
-// DecodeQueryBlockstatsArgs decodes the arguments in v, nil for none; faults are worded as the reference does (*ArgError).
+// DecodeQueryBlockstatsArgs decodes the arguments in v, nil for none; faults are worded as QEMU does (*ArgError).
 func DecodeQueryBlockstatsArgs(v *value.Dict) (*QueryBlockstatsArgs, error) {
 	return args(v, visitQueryBlockstatsArgs)
 }
@@ -900,7 +900,7 @@ func membersQueryBlockstatsArgs(d *decoder, x *QueryBlockstatsArgs) bool {
 	return opt(d, "query-nodes", &x.QueryNodes, visitBool)
 }
 
-// DecodeBlockResizeArgs decodes the arguments in v, nil for none; faults are worded as the reference does (*ArgError).
+// DecodeBlockResizeArgs decodes the arguments in v, nil for none; faults are worded as QEMU does (*ArgError).
 func DecodeBlockResizeArgs(v *value.Dict) (*BlockResizeArgs, error) {
 	return args(v, visitBlockResizeArgs)
 }
@@ -915,7 +915,7 @@ func membersBlockResizeArgs(d *decoder, x *BlockResizeArgs) bool {
 		visitInt64(d, "size", &x.Size)
 }
 
-// DecodeQueryNamedBlockNodesArgs decodes the arguments in v, nil for none; faults are worded as the reference does (*ArgError).
+// DecodeQueryNamedBlockNodesArgs decodes the arguments in v, nil for none; faults are worded as QEMU does (*ArgError).
 func DecodeQueryNamedBlockNodesArgs(v *value.Dict) (*QueryNamedBlockNodesArgs, error) {
 	return args(v, visitQueryNamedBlockNodesArgs)
 }
@@ -928,7 +928,7 @@ func membersQueryNamedBlockNodesArgs(d *decoder, x *QueryNamedBlockNodesArgs) bo
 	return opt(d, "flat", &x.Flat, visitBool)
 }
 
-// DecodeBlockStreamArgs decodes the arguments in v, nil for none; faults are worded as the reference does (*ArgError).
+// DecodeBlockStreamArgs decodes the arguments in v, nil for none; faults are worded as QEMU does (*ArgError).
 func DecodeBlockStreamArgs(v *value.Dict) (*BlockStreamArgs, error) {
 	return args(v, visitBlockStreamArgs)
 }
@@ -952,7 +952,7 @@ func membersBlockStreamArgs(d *decoder, x *BlockStreamArgs) bool {
 		opt(d, "auto-dismiss", &x.AutoDismiss, visitBool)
 }
 
-// DecodeBlockJobSetSpeedArgs decodes the arguments in v, nil for none; faults are worded as the reference does (*ArgError).
+// DecodeBlockJobSetSpeedArgs decodes the arguments in v, nil for none; faults are worded as QEMU does (*ArgError).
 func DecodeBlockJobSetSpeedArgs(v *value.Dict) (*BlockJobSetSpeedArgs, error) {
 	return args(v, visitBlockJobSetSpeedArgs)
 }
@@ -966,7 +966,7 @@ func membersBlockJobSetSpeedArgs(d *decoder, x *BlockJobSetSpeedArgs) bool {
 		visitInt64(d, "speed", &x.Speed)
 }
 
-// DecodeBlockJobCancelArgs decodes the arguments in v, nil for none; faults are worded as the reference does (*ArgError).
+// DecodeBlockJobCancelArgs decodes the arguments in v, nil for none; faults are worded as QEMU does (*ArgError).
 func DecodeBlockJobCancelArgs(v *value.Dict) (*BlockJobCancelArgs, error) {
 	return args(v, visitBlockJobCancelArgs)
 }
@@ -980,7 +980,7 @@ func membersBlockJobCancelArgs(d *decoder, x *BlockJobCancelArgs) bool {
 		opt(d, "force", &x.Force, visitBool)
 }
 
-// DecodeBlockJobPauseArgs decodes the arguments in v, nil for none; faults are worded as the reference does (*ArgError).
+// DecodeBlockJobPauseArgs decodes the arguments in v, nil for none; faults are worded as QEMU does (*ArgError).
 func DecodeBlockJobPauseArgs(v *value.Dict) (*BlockJobPauseArgs, error) {
 	return args(v, visitBlockJobPauseArgs)
 }
@@ -993,7 +993,7 @@ func membersBlockJobPauseArgs(d *decoder, x *BlockJobPauseArgs) bool {
 	return visitStr(d, "device", &x.Device)
 }
 
-// DecodeBlockJobResumeArgs decodes the arguments in v, nil for none; faults are worded as the reference does (*ArgError).
+// DecodeBlockJobResumeArgs decodes the arguments in v, nil for none; faults are worded as QEMU does (*ArgError).
 func DecodeBlockJobResumeArgs(v *value.Dict) (*BlockJobResumeArgs, error) {
 	return args(v, visitBlockJobResumeArgs)
 }
@@ -1006,7 +1006,7 @@ func membersBlockJobResumeArgs(d *decoder, x *BlockJobResumeArgs) bool {
 	return visitStr(d, "device", &x.Device)
 }
 
-// DecodeBlockJobCompleteArgs decodes the arguments in v, nil for none; faults are worded as the reference does (*ArgError).
+// DecodeBlockJobCompleteArgs decodes the arguments in v, nil for none; faults are worded as QEMU does (*ArgError).
 func DecodeBlockJobCompleteArgs(v *value.Dict) (*BlockJobCompleteArgs, error) {
 	return args(v, visitBlockJobCompleteArgs)
 }
@@ -1019,7 +1019,7 @@ func membersBlockJobCompleteArgs(d *decoder, x *BlockJobCompleteArgs) bool {
 	return visitStr(d, "device", &x.Device)
 }
 
-// DecodeBlockJobDismissArgs decodes the arguments in v, nil for none; faults are worded as the reference does (*ArgError).
+// DecodeBlockJobDismissArgs decodes the arguments in v, nil for none; faults are worded as QEMU does (*ArgError).
 func DecodeBlockJobDismissArgs(v *value.Dict) (*BlockJobDismissArgs, error) {
 	return args(v, visitBlockJobDismissArgs)
 }
@@ -1032,7 +1032,7 @@ func membersBlockJobDismissArgs(d *decoder, x *BlockJobDismissArgs) bool {
 	return visitStr(d, "id", &x.ID)
 }
 
-// DecodeBlockJobFinalizeArgs decodes the arguments in v, nil for none; faults are worded as the reference does (*ArgError).
+// DecodeBlockJobFinalizeArgs decodes the arguments in v, nil for none; faults are worded as QEMU does (*ArgError).
 func DecodeBlockJobFinalizeArgs(v *value.Dict) (*BlockJobFinalizeArgs, error) {
 	return args(v, visitBlockJobFinalizeArgs)
 }
@@ -1045,7 +1045,7 @@ func membersBlockJobFinalizeArgs(d *decoder, x *BlockJobFinalizeArgs) bool {
 	return visitStr(d, "id", &x.ID)
 }
 
-// DecodeBlockdevReopenArgs decodes the arguments in v, nil for none; faults are worded as the reference does (*ArgError).
+// DecodeBlockdevReopenArgs decodes the arguments in v, nil for none; faults are worded as QEMU does (*ArgError).
 func DecodeBlockdevReopenArgs(v *value.Dict) (*BlockdevReopenArgs, error) {
 	return args(v, visitBlockdevReopenArgs)
 }
@@ -1058,7 +1058,7 @@ func membersBlockdevReopenArgs(d *decoder, x *BlockdevReopenArgs) bool {
 	return listPtr(d, "options", &x.Options, visitBlockdevOptions)
 }
 
-// DecodeBlockdevDelArgs decodes the arguments in v, nil for none; faults are worded as the reference does (*ArgError).
+// DecodeBlockdevDelArgs decodes the arguments in v, nil for none; faults are worded as QEMU does (*ArgError).
 func DecodeBlockdevDelArgs(v *value.Dict) (*BlockdevDelArgs, error) {
 	return args(v, visitBlockdevDelArgs)
 }
@@ -1071,7 +1071,7 @@ func membersBlockdevDelArgs(d *decoder, x *BlockdevDelArgs) bool {
 	return visitStr(d, "node-name", &x.NodeName)
 }
 
-// DecodeBlockdevCreateArgs decodes the arguments in v, nil for none; faults are worded as the reference does (*ArgError).
+// DecodeBlockdevCreateArgs decodes the arguments in v, nil for none; faults are worded as QEMU does (*ArgError).
 func DecodeBlockdevCreateArgs(v *value.Dict) (*BlockdevCreateArgs, error) {
 	return args(v, visitBlockdevCreateArgs)
 }
@@ -1085,7 +1085,7 @@ func membersBlockdevCreateArgs(d *decoder, x *BlockdevCreateArgs) bool {
 		visitBlockdevCreateOptions(d, "options", &x.Options)
 }
 
-// DecodeXBlockdevAmendArgs decodes the arguments in v, nil for none; faults are worded as the reference does (*ArgError).
+// DecodeXBlockdevAmendArgs decodes the arguments in v, nil for none; faults are worded as QEMU does (*ArgError).
 func DecodeXBlockdevAmendArgs(v *value.Dict) (*XBlockdevAmendArgs, error) {
 	return args(v, visitXBlockdevAmendArgs)
 }
@@ -1101,7 +1101,7 @@ func membersXBlockdevAmendArgs(d *decoder, x *XBlockdevAmendArgs) bool {
 		opt(d, "force", &x.Force, visitBool)
 }
 
-// DecodeBlockSetWriteThresholdArgs decodes the arguments in v, nil for none; faults are worded as the reference does (*ArgError).
+// DecodeBlockSetWriteThresholdArgs decodes the arguments in v, nil for none; faults are worded as QEMU does (*ArgError).
 func DecodeBlockSetWriteThresholdArgs(v *value.Dict) (*BlockSetWriteThresholdArgs, error) {
 	return args(v, visitBlockSetWriteThresholdArgs)
 }
@@ -1115,7 +1115,7 @@ func membersBlockSetWriteThresholdArgs(d *decoder, x *BlockSetWriteThresholdArgs
 		visitUint64(d, "write-threshold", &x.WriteThreshold)
 }
 
-// DecodeXBlockdevSetIothreadArgs decodes the arguments in v, nil for none; faults are worded as the reference does (*ArgError).
+// DecodeXBlockdevSetIothreadArgs decodes the arguments in v, nil for none; faults are worded as QEMU does (*ArgError).
 func DecodeXBlockdevSetIothreadArgs(v *value.Dict) (*XBlockdevSetIothreadArgs, error) {
 	return args(v, visitXBlockdevSetIothreadArgs)
 }
@@ -1130,7 +1130,7 @@ func membersXBlockdevSetIothreadArgs(d *decoder, x *XBlockdevSetIothreadArgs) bo
 		opt(d, "force", &x.Force, visitBool)
 }
 
-// DecodeBlockdevMirrorArgs decodes the arguments in v, nil for none; faults are worded as the reference does (*ArgError).
+// DecodeBlockdevMirrorArgs decodes the arguments in v, nil for none; faults are worded as QEMU does (*ArgError).
 func DecodeBlockdevMirrorArgs(v *value.Dict) (*BlockdevMirrorArgs, error) {
 	return args(v, visitBlockdevMirrorArgs)
 }
@@ -1156,7 +1156,7 @@ func membersBlockdevMirrorArgs(d *decoder, x *BlockdevMirrorArgs) bool {
 		opt(d, "auto-dismiss", &x.AutoDismiss, visitBool)
 }
 
-// DecodeBlockCommitArgs decodes the arguments in v, nil for none; faults are worded as the reference does (*ArgError).
+// DecodeBlockCommitArgs decodes the arguments in v, nil for none; faults are worded as QEMU does (*ArgError).
 func DecodeBlockCommitArgs(v *value.Dict) (*BlockCommitArgs, error) {
 	return args(v, visitBlockCommitArgs)
 }
@@ -1181,7 +1181,7 @@ func membersBlockCommitArgs(d *decoder, x *BlockCommitArgs) bool {
 		opt(d, "auto-dismiss", &x.AutoDismiss, visitBool)
 }
 
-// DecodeChangeBackingFileArgs decodes the arguments in v, nil for none; faults are worded as the reference does (*ArgError).
+// DecodeChangeBackingFileArgs decodes the arguments in v, nil for none; faults are worded as QEMU does (*ArgError).
 func DecodeChangeBackingFileArgs(v *value.Dict) (*ChangeBackingFileArgs, error) {
 	return args(v, visitChangeBackingFileArgs)
 }
@@ -1196,7 +1196,7 @@ func membersChangeBackingFileArgs(d *decoder, x *ChangeBackingFileArgs) bool {
 		visitStr(d, "backing-file", &x.BackingFile)
 }
 
-// DecodeBlockdevSnapshotDeleteInternalSyncArgs decodes the arguments in v, nil for none; faults are worded as the reference does (*ArgError).
+// DecodeBlockdevSnapshotDeleteInternalSyncArgs decodes the arguments in v, nil for none; faults are worded as QEMU does (*ArgError).
 func DecodeBlockdevSnapshotDeleteInternalSyncArgs(v *value.Dict) (*BlockdevSnapshotDeleteInternalSyncArgs, error) {
 	return args(v, visitBlockdevSnapshotDeleteInternalSyncArgs)
 }

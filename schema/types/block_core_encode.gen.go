@@ -4,7 +4,7 @@ package types
 
 import "qblockd/schema/value"
 
-// AppendJSON appends x in the reference's form, members in hash order.
+// AppendJSON appends x in QEMU's form, members in hash order.
 func (x *SnapshotInfo) AppendJSON(b []byte) []byte {
 	b = append(b, '{')
 	if x.Icount != nil {
@@ -28,7 +28,7 @@ func (x *SnapshotInfo) AppendJSON(b []byte) []byte {
 	return append(b, '}')
 }
 
-// AppendJSON appends x in the reference's form, members in hash order.
+// AppendJSON appends x in QEMU's form, members in hash order.
 func (x *ImageInfoSpecificQCow2) AppendJSON(b []byte) []byte {
 	b = append(b, `{"compat": `...)
 	b = value.AppendString(b, x.Compat)
@@ -55,14 +55,14 @@ func (x *ImageInfoSpecificQCow2) AppendJSON(b []byte) []byte {
 	return append(b, '}')
 }
 
-// AppendJSON appends x in the reference's form, members in hash order.
+// AppendJSON appends x in QEMU's form, members in hash order.
 func (x *ImageInfoSpecificQCow2Wrapper) AppendJSON(b []byte) []byte {
 	b = append(b, `{"data": `...)
 	b = x.Data.AppendJSON(b)
 	return append(b, '}')
 }
 
-// AppendJSON appends x in the reference's form, members in hash order.
+// AppendJSON appends x in QEMU's form, members in hash order.
 func (x *ImageInfoSpecific) AppendJSON(b []byte) []byte {
 	switch u := x.U.(type) {
 	case *ImageInfoSpecificQCow2Wrapper:
@@ -79,7 +79,7 @@ func (x *ImageInfoSpecific) AppendJSON(b []byte) []byte {
 	panic("ImageInfoSpecific with a branch of another type")
 }
 
-// AppendJSON appends x in the reference's form, members in hash order.
+// AppendJSON appends x in QEMU's form, members in hash order.
 func (x *ImageInfo) AppendJSON(b []byte) []byte {
 	b = append(b, '{')
 	if x.BackingImage != nil {
@@ -127,7 +127,7 @@ func (x *ImageInfo) AppendJSON(b []byte) []byte {
 	return append(b, '}')
 }
 
-// AppendJSON appends x in the reference's form, members in hash order.
+// AppendJSON appends x in QEMU's form, members in hash order.
 func (x *BlockdevCacheInfo) AppendJSON(b []byte) []byte {
 	b = append(b, `{"no-flush": `...)
 	b = appendBool(b, x.NoFlush)
@@ -138,7 +138,7 @@ func (x *BlockdevCacheInfo) AppendJSON(b []byte) []byte {
 	return append(b, '}')
 }
 
-// AppendJSON appends x in the reference's form, members in hash order.
+// AppendJSON appends x in QEMU's form, members in hash order.
 func (x *BlockDirtyInfo) AppendJSON(b []byte) []byte {
 	b = append(b, '{')
 	if x.Name != nil {
@@ -162,7 +162,7 @@ func (x *BlockDirtyInfo) AppendJSON(b []byte) []byte {
 	return append(b, '}')
 }
 
-// AppendJSON appends x in the reference's form, members in hash order.
+// AppendJSON appends x in QEMU's form, members in hash order.
 func (x *BlockDeviceInfo) AppendJSON(b []byte) []byte {
 	b = append(b, `{"iops_rd": `...)
 	b = appendInt(b, x.IopsRd)
@@ -209,7 +209,7 @@ func (x *BlockDeviceInfo) AppendJSON(b []byte) []byte {
 	return append(b, '}')
 }
 
-// AppendJSON appends x in the reference's form, members in hash order.
+// AppendJSON appends x in QEMU's form, members in hash order.
 func (x *Qcow2BitmapInfo) AppendJSON(b []byte) []byte {
 	b = append(b, `{"flags": `...)
 	b = appendList(b, x.Flags, appendEnum[Qcow2BitmapInfoFlags])
@@ -220,7 +220,7 @@ func (x *Qcow2BitmapInfo) AppendJSON(b []byte) []byte {
 	return append(b, '}')
 }
 
-// AppendJSON appends x in the reference's form, members in hash order.
+// AppendJSON appends x in QEMU's form, members in hash order.
 func (x *BlockInfo) AppendJSON(b []byte) []byte {
 	b = append(b, '{')
 	if x.IoStatus != nil {
@@ -250,7 +250,7 @@ func (x *BlockInfo) AppendJSON(b []byte) []byte {
 	return append(b, '}')
 }
 
-// AppendJSON appends x in the reference's form, members in hash order.
+// AppendJSON appends x in QEMU's form, members in hash order.
 func (x *BlockDeviceTimedStats) AppendJSON(b []byte) []byte {
 	b = append(b, `{"avg_flush_latency_ns": `...)
 	b = appendInt(b, x.AvgFlushLatencyNs)
@@ -279,7 +279,7 @@ func (x *BlockDeviceTimedStats) AppendJSON(b []byte) []byte {
 	return append(b, '}')
 }
 
-// AppendJSON appends x in the reference's form, members in hash order.
+// AppendJSON appends x in QEMU's form, members in hash order.
 func (x *BlockDeviceStats) AppendJSON(b []byte) []byte {
 	b = append(b, `{"unmap_operations": `...)
 	b = appendInt(b, x.UnmapOperations)
@@ -340,7 +340,7 @@ func (x *BlockDeviceStats) AppendJSON(b []byte) []byte {
 	return append(b, '}')
 }
 
-// AppendJSON appends x in the reference's form, members in hash order.
+// AppendJSON appends x in QEMU's form, members in hash order.
 func (x *BlockStatsSpecificFile) AppendJSON(b []byte) []byte {
 	b = append(b, `{"discard-bytes-ok": `...)
 	b = appendUint(b, x.DiscardBytesOk)
@@ -351,7 +351,7 @@ func (x *BlockStatsSpecificFile) AppendJSON(b []byte) []byte {
 	return append(b, '}')
 }
 
-// AppendJSON appends x in the reference's form, members in hash order.
+// AppendJSON appends x in QEMU's form, members in hash order.
 func (x *BlockStatsSpecific) AppendJSON(b []byte) []byte {
 	switch u := x.U.(type) {
 	case *BlockStatsSpecificFile:
@@ -372,7 +372,7 @@ func (x *BlockStatsSpecific) AppendJSON(b []byte) []byte {
 	panic("BlockStatsSpecific with a branch of another type")
 }
 
-// AppendJSON appends x in the reference's form, members in hash order.
+// AppendJSON appends x in QEMU's form, members in hash order.
 func (x *BlockStats) AppendJSON(b []byte) []byte {
 	b = append(b, '{')
 	if x.Device != nil {
@@ -404,7 +404,7 @@ func (x *BlockStats) AppendJSON(b []byte) []byte {
 	return append(b, '}')
 }
 
-// AppendJSON appends x in the reference's form, members in hash order.
+// AppendJSON appends x in QEMU's form, members in hash order.
 func (x *BlockJobInfo) AppendJSON(b []byte) []byte {
 	b = append(b, `{"auto-finalize": `...)
 	b = appendBool(b, x.AutoFinalize)
@@ -437,7 +437,7 @@ func (x *BlockJobInfo) AppendJSON(b []byte) []byte {
 	return append(b, '}')
 }
 
-// AppendJSON appends x in the reference's form, members in hash order.
+// AppendJSON appends x in QEMU's form, members in hash order.
 func (x *XDbgBlockGraphNode) AppendJSON(b []byte) []byte {
 	b = append(b, `{"name": `...)
 	b = value.AppendString(b, x.Name)
@@ -448,7 +448,7 @@ func (x *XDbgBlockGraphNode) AppendJSON(b []byte) []byte {
 	return append(b, '}')
 }
 
-// AppendJSON appends x in the reference's form, members in hash order.
+// AppendJSON appends x in QEMU's form, members in hash order.
 func (x *XDbgBlockGraphEdge) AppendJSON(b []byte) []byte {
 	b = append(b, `{"name": `...)
 	b = value.AppendString(b, x.Name)
@@ -463,7 +463,7 @@ func (x *XDbgBlockGraphEdge) AppendJSON(b []byte) []byte {
 	return append(b, '}')
 }
 
-// AppendJSON appends x in the reference's form, members in hash order.
+// AppendJSON appends x in QEMU's form, members in hash order.
 func (x *XDbgBlockGraph) AppendJSON(b []byte) []byte {
 	b = append(b, `{"edges": `...)
 	b = appendList(b, x.Edges, func(b []byte, v *XDbgBlockGraphEdge) []byte { return v.AppendJSON(b) })
@@ -472,7 +472,7 @@ func (x *XDbgBlockGraph) AppendJSON(b []byte) []byte {
 	return append(b, '}')
 }
 
-// AppendJSON appends x in the reference's form, members in hash order.
+// AppendJSON appends x in QEMU's form, members in hash order.
 func (x *BlockdevCacheOptions) AppendJSON(b []byte) []byte {
 	b = append(b, '{')
 	if x.NoFlush != nil {
@@ -486,7 +486,7 @@ func (x *BlockdevCacheOptions) AppendJSON(b []byte) []byte {
 	return append(b, '}')
 }
 
-// AppendJSON appends x in the reference's form, members in hash order.
+// AppendJSON appends x in QEMU's form, members in hash order.
 func (x *BlockdevOptionsFile) AppendJSON(b []byte) []byte {
 	b = append(b, '{')
 	if x.Locking != nil {
@@ -514,7 +514,7 @@ func (x *BlockdevOptionsFile) AppendJSON(b []byte) []byte {
 	return append(b, '}')
 }
 
-// AppendJSON appends x in the reference's form, members in hash order.
+// AppendJSON appends x in QEMU's form, members in hash order.
 func (x *BlockdevOptionsNull) AppendJSON(b []byte) []byte {
 	b = append(b, '{')
 	if x.ReadZeroes != nil {
@@ -532,14 +532,14 @@ func (x *BlockdevOptionsNull) AppendJSON(b []byte) []byte {
 	return append(b, '}')
 }
 
-// AppendJSON appends x in the reference's form, members in hash order.
+// AppendJSON appends x in QEMU's form, members in hash order.
 func (x *BlockdevOptionsGenericFormat) AppendJSON(b []byte) []byte {
 	b = append(b, `{"file": `...)
 	b = x.File.AppendJSON(b)
 	return append(b, '}')
 }
 
-// AppendJSON appends x in the reference's form, members in hash order.
+// AppendJSON appends x in QEMU's form, members in hash order.
 func (x *BlockdevOptionsGenericCOWFormat) AppendJSON(b []byte) []byte {
 	b = append(b, '{')
 	if x.Backing != nil {
@@ -551,7 +551,7 @@ func (x *BlockdevOptionsGenericCOWFormat) AppendJSON(b []byte) []byte {
 	return append(b, '}')
 }
 
-// AppendJSON appends x in the reference's form, members in hash order.
+// AppendJSON appends x in QEMU's form, members in hash order.
 func (x *Qcow2OverlapCheckFlags) AppendJSON(b []byte) []byte {
 	b = append(b, '{')
 	if x.MainHeader != nil {
@@ -597,7 +597,7 @@ func (x *Qcow2OverlapCheckFlags) AppendJSON(b []byte) []byte {
 	return append(b, '}')
 }
 
-// AppendJSON appends x in the reference's form, members in hash order.
+// AppendJSON appends x in QEMU's form, members in hash order.
 func (x *Qcow2OverlapChecks) AppendJSON(b []byte) []byte {
 	switch {
 	case x.Flags != nil:
@@ -608,7 +608,7 @@ func (x *Qcow2OverlapChecks) AppendJSON(b []byte) []byte {
 	panic("Qcow2OverlapChecks with no field set")
 }
 
-// AppendJSON appends x in the reference's form, members in hash order.
+// AppendJSON appends x in QEMU's form, members in hash order.
 func (x *BlockdevOptionsQcow2) AppendJSON(b []byte) []byte {
 	b = append(b, '{')
 	if x.RefcountCacheSize != nil {
@@ -664,7 +664,7 @@ func (x *BlockdevOptionsQcow2) AppendJSON(b []byte) []byte {
 	return append(b, '}')
 }
 
-// AppendJSON appends x in the reference's form, members in hash order.
+// AppendJSON appends x in QEMU's form, members in hash order.
 func (x *BlockdevOptionsRaw) AppendJSON(b []byte) []byte {
 	b = append(b, '{')
 	if x.Offset != nil {
@@ -680,7 +680,7 @@ func (x *BlockdevOptionsRaw) AppendJSON(b []byte) []byte {
 	return append(b, '}')
 }
 
-// AppendJSON appends x in the reference's form, members in hash order.
+// AppendJSON appends x in QEMU's form, members in hash order.
 func (x *BlkdebugInjectErrorOptions) AppendJSON(b []byte) []byte {
 	b = append(b, '{')
 	if x.Iotype != nil {
@@ -712,7 +712,7 @@ func (x *BlkdebugInjectErrorOptions) AppendJSON(b []byte) []byte {
 	return append(b, '}')
 }
 
-// AppendJSON appends x in the reference's form, members in hash order.
+// AppendJSON appends x in QEMU's form, members in hash order.
 func (x *BlkdebugSetStateOptions) AppendJSON(b []byte) []byte {
 	b = append(b, `{"new_state": `...)
 	b = appendInt(b, x.NewState)
@@ -725,7 +725,7 @@ func (x *BlkdebugSetStateOptions) AppendJSON(b []byte) []byte {
 	return append(b, '}')
 }
 
-// AppendJSON appends x in the reference's form, members in hash order.
+// AppendJSON appends x in QEMU's form, members in hash order.
 func (x *BlockdevOptionsBlkdebug) AppendJSON(b []byte) []byte {
 	b = append(b, '{')
 	if x.OptWriteZero != nil {
@@ -777,7 +777,7 @@ func (x *BlockdevOptionsBlkdebug) AppendJSON(b []byte) []byte {
 	return append(b, '}')
 }
 
-// AppendJSON appends x in the reference's form, members in hash order.
+// AppendJSON appends x in QEMU's form, members in hash order.
 func (x *BlockdevOptionsCbw) AppendJSON(b []byte) []byte {
 	b = append(b, '{')
 	if x.Bitmap != nil {
@@ -799,7 +799,7 @@ func (x *BlockdevOptionsCbw) AppendJSON(b []byte) []byte {
 	return append(b, '}')
 }
 
-// AppendJSON appends x in the reference's form, members in hash order.
+// AppendJSON appends x in QEMU's form, members in hash order.
 func (x *BlockdevOptionsBlkverify) AppendJSON(b []byte) []byte {
 	b = append(b, `{"test": `...)
 	b = x.Test.AppendJSON(b)
@@ -808,7 +808,7 @@ func (x *BlockdevOptionsBlkverify) AppendJSON(b []byte) []byte {
 	return append(b, '}')
 }
 
-// AppendJSON appends x in the reference's form, members in hash order.
+// AppendJSON appends x in QEMU's form, members in hash order.
 func (x *BlockdevOptionsBlklogwrites) AppendJSON(b []byte) []byte {
 	b = append(b, '{')
 	if x.LogSuperUpdateInterval != nil {
@@ -830,7 +830,7 @@ func (x *BlockdevOptionsBlklogwrites) AppendJSON(b []byte) []byte {
 	return append(b, '}')
 }
 
-// AppendJSON appends x in the reference's form, members in hash order.
+// AppendJSON appends x in QEMU's form, members in hash order.
 func (x *BlockdevOptionsPreallocate) AppendJSON(b []byte) []byte {
 	b = append(b, '{')
 	if x.PreallocAlign != nil {
@@ -846,7 +846,7 @@ func (x *BlockdevOptionsPreallocate) AppendJSON(b []byte) []byte {
 	return append(b, '}')
 }
 
-// AppendJSON appends x in the reference's form, members in hash order.
+// AppendJSON appends x in QEMU's form, members in hash order.
 func (x *BlockdevOptionsCor) AppendJSON(b []byte) []byte {
 	b = append(b, '{')
 	if x.Bottom != nil {
@@ -858,7 +858,7 @@ func (x *BlockdevOptionsCor) AppendJSON(b []byte) []byte {
 	return append(b, '}')
 }
 
-// AppendJSON appends x in the reference's form, members in hash order.
+// AppendJSON appends x in QEMU's form, members in hash order.
 func (x *BlockdevOptionsThrottle) AppendJSON(b []byte) []byte {
 	b = append(b, `{"throttle-group": `...)
 	b = value.AppendString(b, x.ThrottleGroup)
@@ -867,7 +867,7 @@ func (x *BlockdevOptionsThrottle) AppendJSON(b []byte) []byte {
 	return append(b, '}')
 }
 
-// AppendJSON appends x in the reference's form, members in hash order.
+// AppendJSON appends x in QEMU's form, members in hash order.
 func (x *ThrottleLimits) AppendJSON(b []byte) []byte {
 	b = append(b, '{')
 	if x.BpsReadMaxLength != nil {
@@ -949,7 +949,7 @@ func (x *ThrottleLimits) AppendJSON(b []byte) []byte {
 	return append(b, '}')
 }
 
-// AppendJSON appends x in the reference's form, members in hash order.
+// AppendJSON appends x in QEMU's form, members in hash order.
 func (x *ThrottleGroupProperties) AppendJSON(b []byte) []byte {
 	b = append(b, '{')
 	if x.XIopsTotal != nil {
@@ -1035,7 +1035,7 @@ func (x *ThrottleGroupProperties) AppendJSON(b []byte) []byte {
 	return append(b, '}')
 }
 
-// AppendJSON appends x in the reference's form, members in hash order.
+// AppendJSON appends x in QEMU's form, members in hash order.
 func (x *BlockdevOptions) AppendJSON(b []byte) []byte {
 	switch u := x.U.(type) {
 	case *BlockdevOptionsBlkdebug:
@@ -1668,7 +1668,7 @@ func (x *BlockdevOptions) AppendJSON(b []byte) []byte {
 	panic("BlockdevOptions with a branch of another type")
 }
 
-// AppendJSON appends x in the reference's form, members in hash order.
+// AppendJSON appends x in QEMU's form, members in hash order.
 func (x *BlockdevRef) AppendJSON(b []byte) []byte {
 	switch {
 	case x.Definition != nil:
@@ -1679,7 +1679,7 @@ func (x *BlockdevRef) AppendJSON(b []byte) []byte {
 	panic("BlockdevRef with no field set")
 }
 
-// AppendJSON appends x in the reference's form, members in hash order.
+// AppendJSON appends x in QEMU's form, members in hash order.
 func (x *BlockdevRefOrNull) AppendJSON(b []byte) []byte {
 	switch {
 	case x.Definition != nil:
@@ -1692,7 +1692,7 @@ func (x *BlockdevRefOrNull) AppendJSON(b []byte) []byte {
 	panic("BlockdevRefOrNull with no field set")
 }
 
-// AppendJSON appends x in the reference's form, members in hash order.
+// AppendJSON appends x in QEMU's form, members in hash order.
 func (x *BlockdevCreateOptionsFile) AppendJSON(b []byte) []byte {
 	b = append(b, '{')
 	if x.ExtentSizeHint != nil {
@@ -1714,7 +1714,7 @@ func (x *BlockdevCreateOptionsFile) AppendJSON(b []byte) []byte {
 	return append(b, '}')
 }
 
-// AppendJSON appends x in the reference's form, members in hash order.
+// AppendJSON appends x in QEMU's form, members in hash order.
 func (x *BlockdevCreateOptionsQcow2) AppendJSON(b []byte) []byte {
 	b = append(b, '{')
 	if x.CompressionType != nil {
@@ -1756,7 +1756,7 @@ func (x *BlockdevCreateOptionsQcow2) AppendJSON(b []byte) []byte {
 	return append(b, '}')
 }
 
-// AppendJSON appends x in the reference's form, members in hash order.
+// AppendJSON appends x in QEMU's form, members in hash order.
 func (x *BlockdevCreateOptions) AppendJSON(b []byte) []byte {
 	switch u := x.U.(type) {
 	case *BlockdevCreateOptionsFile:
@@ -1829,12 +1829,12 @@ func (x *BlockdevCreateOptions) AppendJSON(b []byte) []byte {
 	panic("BlockdevCreateOptions with a branch of another type")
 }
 
-// AppendJSON appends x in the reference's form, members in hash order.
+// AppendJSON appends x in QEMU's form, members in hash order.
 func (x *BlockdevAmendOptionsQcow2) AppendJSON(b []byte) []byte {
 	return append(b, "{}"...)
 }
 
-// AppendJSON appends x in the reference's form, members in hash order.
+// AppendJSON appends x in QEMU's form, members in hash order.
 func (x *BlockdevAmendOptions) AppendJSON(b []byte) []byte {
 	switch x.U.(type) {
 	case nil:
@@ -1845,7 +1845,7 @@ func (x *BlockdevAmendOptions) AppendJSON(b []byte) []byte {
 	panic("BlockdevAmendOptions with a branch of another type")
 }
 
-// AppendJSON appends x in the reference's form, members in hash order.
+// AppendJSON appends x in QEMU's form, members in hash order.
 func (x *BlockDirtyBitmap) AppendJSON(b []byte) []byte {
 	b = append(b, `{"name": `...)
 	b = value.AppendString(b, x.Name)
@@ -1854,7 +1854,7 @@ func (x *BlockDirtyBitmap) AppendJSON(b []byte) []byte {
 	return append(b, '}')
 }
 
-// AppendJSON appends x in the reference's form, members in hash order.
+// AppendJSON appends x in QEMU's form, members in hash order.
 func (x *BlockDirtyBitmapAdd) AppendJSON(b []byte) []byte {
 	b = append(b, `{"name": `...)
 	b = value.AppendString(b, x.Name)
@@ -1875,7 +1875,7 @@ func (x *BlockDirtyBitmapAdd) AppendJSON(b []byte) []byte {
 	return append(b, '}')
 }
 
-// AppendJSON appends x in the reference's form, members in hash order.
+// AppendJSON appends x in QEMU's form, members in hash order.
 func (x *BlockDirtyBitmapOrStr) AppendJSON(b []byte) []byte {
 	switch {
 	case x.Local != nil:
@@ -1886,7 +1886,7 @@ func (x *BlockDirtyBitmapOrStr) AppendJSON(b []byte) []byte {
 	panic("BlockDirtyBitmapOrStr with no field set")
 }
 
-// AppendJSON appends x in the reference's form, members in hash order.
+// AppendJSON appends x in QEMU's form, members in hash order.
 func (x *BlockDirtyBitmapMerge) AppendJSON(b []byte) []byte {
 	b = append(b, `{"bitmaps": `...)
 	b = appendList(b, x.Bitmaps, func(b []byte, v *BlockDirtyBitmapOrStr) []byte { return v.AppendJSON(b) })
@@ -1897,14 +1897,14 @@ func (x *BlockDirtyBitmapMerge) AppendJSON(b []byte) []byte {
 	return append(b, '}')
 }
 
-// AppendJSON appends x in the reference's form, members in hash order.
+// AppendJSON appends x in QEMU's form, members in hash order.
 func (x *BlockDirtyBitmapSha256) AppendJSON(b []byte) []byte {
 	b = append(b, `{"sha256": `...)
 	b = value.AppendString(b, x.Sha256)
 	return append(b, '}')
 }
 
-// AppendJSON appends x in the reference's form, members in hash order.
+// AppendJSON appends x in QEMU's form, members in hash order.
 func (x *BlockdevSnapshotSync) AppendJSON(b []byte) []byte {
 	b = append(b, '{')
 	if x.Device != nil {
@@ -1932,7 +1932,7 @@ func (x *BlockdevSnapshotSync) AppendJSON(b []byte) []byte {
 	return append(b, '}')
 }
 
-// AppendJSON appends x in the reference's form, members in hash order.
+// AppendJSON appends x in QEMU's form, members in hash order.
 func (x *BlockdevSnapshot) AppendJSON(b []byte) []byte {
 	b = append(b, `{"node": `...)
 	b = value.AppendString(b, x.Node)
@@ -1941,7 +1941,7 @@ func (x *BlockdevSnapshot) AppendJSON(b []byte) []byte {
 	return append(b, '}')
 }
 
-// AppendJSON appends x in the reference's form, members in hash order.
+// AppendJSON appends x in QEMU's form, members in hash order.
 func (x *BackupPerf) AppendJSON(b []byte) []byte {
 	b = append(b, '{')
 	if x.MaxChunk != nil {
@@ -1959,7 +1959,7 @@ func (x *BackupPerf) AppendJSON(b []byte) []byte {
 	return append(b, '}')
 }
 
-// AppendJSON appends x in the reference's form, members in hash order.
+// AppendJSON appends x in QEMU's form, members in hash order.
 func (x *BackupCommon) AppendJSON(b []byte) []byte {
 	b = append(b, '{')
 	if x.Bitmap != nil {
@@ -2013,7 +2013,7 @@ func (x *BackupCommon) AppendJSON(b []byte) []byte {
 	return append(b, '}')
 }
 
-// AppendJSON appends x in the reference's form, members in hash order.
+// AppendJSON appends x in QEMU's form, members in hash order.
 func (x *BlockdevBackup) AppendJSON(b []byte) []byte {
 	b = append(b, '{')
 	if x.Bitmap != nil {
@@ -2069,7 +2069,7 @@ func (x *BlockdevBackup) AppendJSON(b []byte) []byte {
 	return append(b, '}')
 }
 
-// AppendJSON appends x in the reference's form, members in hash order.
+// AppendJSON appends x in QEMU's form, members in hash order.
 func (x *DriveBackup) AppendJSON(b []byte) []byte {
 	b = append(b, '{')
 	if x.Bitmap != nil {
@@ -2133,7 +2133,7 @@ func (x *DriveBackup) AppendJSON(b []byte) []byte {
 	return append(b, '}')
 }
 
-// AppendJSON appends x in the reference's form, members in hash order.
+// AppendJSON appends x in QEMU's form, members in hash order.
 func (x *DriveMirror) AppendJSON(b []byte) []byte {
 	b = append(b, '{')
 	if x.AutoFinalize != nil {
@@ -2201,14 +2201,14 @@ func (x *DriveMirror) AppendJSON(b []byte) []byte {
 	return append(b, '}')
 }
 
-// AppendJSON appends x in the reference's form, members in hash order.
+// AppendJSON appends x in QEMU's form, members in hash order.
 func (x *BlockJobChangeOptionsMirror) AppendJSON(b []byte) []byte {
 	b = append(b, `{"copy-mode": `...)
 	b = appendEnum(b, x.CopyMode)
 	return append(b, '}')
 }
 
-// AppendJSON appends x in the reference's form, members in hash order.
+// AppendJSON appends x in QEMU's form, members in hash order.
 func (x *BlockJobChangeOptions) AppendJSON(b []byte) []byte {
 	switch u := x.U.(type) {
 	case *BlockJobChangeOptionsMirror:
@@ -2229,7 +2229,7 @@ func (x *BlockJobChangeOptions) AppendJSON(b []byte) []byte {
 	panic("BlockJobChangeOptions with a branch of another type")
 }
 
-// AppendJSON appends x in the reference's form, members in hash order.
+// AppendJSON appends x in QEMU's form, members in hash order.
 func (x *BlockdevSnapshotInternal) AppendJSON(b []byte) []byte {
 	b = append(b, `{"name": `...)
 	b = value.AppendString(b, x.Name)
@@ -2238,7 +2238,7 @@ func (x *BlockdevSnapshotInternal) AppendJSON(b []byte) []byte {
 	return append(b, '}')
 }
 
-// AppendJSON appends x in the reference's form, members in hash order.
+// AppendJSON appends x in QEMU's form, members in hash order.
 func (x *QueryBlockstatsArgs) AppendJSON(b []byte) []byte {
 	b = append(b, '{')
 	if x.QueryNodes != nil {
@@ -2248,7 +2248,7 @@ func (x *QueryBlockstatsArgs) AppendJSON(b []byte) []byte {
 	return append(b, '}')
 }
 
-// AppendJSON appends x in the reference's form, members in hash order.
+// AppendJSON appends x in QEMU's form, members in hash order.
 func (x *BlockResizeArgs) AppendJSON(b []byte) []byte {
 	b = append(b, '{')
 	if x.Device != nil {
@@ -2264,7 +2264,7 @@ func (x *BlockResizeArgs) AppendJSON(b []byte) []byte {
 	return append(b, '}')
 }
 
-// AppendJSON appends x in the reference's form, members in hash order.
+// AppendJSON appends x in QEMU's form, members in hash order.
 func (x *QueryNamedBlockNodesArgs) AppendJSON(b []byte) []byte {
 	b = append(b, '{')
 	if x.Flat != nil {
@@ -2274,7 +2274,7 @@ func (x *QueryNamedBlockNodesArgs) AppendJSON(b []byte) []byte {
 	return append(b, '}')
 }
 
-// AppendJSON appends x in the reference's form, members in hash order.
+// AppendJSON appends x in QEMU's form, members in hash order.
 func (x *BlockStreamArgs) AppendJSON(b []byte) []byte {
 	b = append(b, '{')
 	if x.AutoFinalize != nil {
@@ -2326,7 +2326,7 @@ func (x *BlockStreamArgs) AppendJSON(b []byte) []byte {
 	return append(b, '}')
 }
 
-// AppendJSON appends x in the reference's form, members in hash order.
+// AppendJSON appends x in QEMU's form, members in hash order.
 func (x *BlockJobSetSpeedArgs) AppendJSON(b []byte) []byte {
 	b = append(b, `{"device": `...)
 	b = value.AppendString(b, x.Device)
@@ -2335,7 +2335,7 @@ func (x *BlockJobSetSpeedArgs) AppendJSON(b []byte) []byte {
 	return append(b, '}')
 }
 
-// AppendJSON appends x in the reference's form, members in hash order.
+// AppendJSON appends x in QEMU's form, members in hash order.
 func (x *BlockJobCancelArgs) AppendJSON(b []byte) []byte {
 	b = append(b, `{"device": `...)
 	b = value.AppendString(b, x.Device)
@@ -2346,56 +2346,56 @@ func (x *BlockJobCancelArgs) AppendJSON(b []byte) []byte {
 	return append(b, '}')
 }
 
-// AppendJSON appends x in the reference's form, members in hash order.
+// AppendJSON appends x in QEMU's form, members in hash order.
 func (x *BlockJobPauseArgs) AppendJSON(b []byte) []byte {
 	b = append(b, `{"device": `...)
 	b = value.AppendString(b, x.Device)
 	return append(b, '}')
 }
 
-// AppendJSON appends x in the reference's form, members in hash order.
+// AppendJSON appends x in QEMU's form, members in hash order.
 func (x *BlockJobResumeArgs) AppendJSON(b []byte) []byte {
 	b = append(b, `{"device": `...)
 	b = value.AppendString(b, x.Device)
 	return append(b, '}')
 }
 
-// AppendJSON appends x in the reference's form, members in hash order.
+// AppendJSON appends x in QEMU's form, members in hash order.
 func (x *BlockJobCompleteArgs) AppendJSON(b []byte) []byte {
 	b = append(b, `{"device": `...)
 	b = value.AppendString(b, x.Device)
 	return append(b, '}')
 }
 
-// AppendJSON appends x in the reference's form, members in hash order.
+// AppendJSON appends x in QEMU's form, members in hash order.
 func (x *BlockJobDismissArgs) AppendJSON(b []byte) []byte {
 	b = append(b, `{"id": `...)
 	b = value.AppendString(b, x.ID)
 	return append(b, '}')
 }
 
-// AppendJSON appends x in the reference's form, members in hash order.
+// AppendJSON appends x in QEMU's form, members in hash order.
 func (x *BlockJobFinalizeArgs) AppendJSON(b []byte) []byte {
 	b = append(b, `{"id": `...)
 	b = value.AppendString(b, x.ID)
 	return append(b, '}')
 }
 
-// AppendJSON appends x in the reference's form, members in hash order.
+// AppendJSON appends x in QEMU's form, members in hash order.
 func (x *BlockdevReopenArgs) AppendJSON(b []byte) []byte {
 	b = append(b, `{"options": `...)
 	b = appendList(b, x.Options, func(b []byte, v *BlockdevOptions) []byte { return v.AppendJSON(b) })
 	return append(b, '}')
 }
 
-// AppendJSON appends x in the reference's form, members in hash order.
+// AppendJSON appends x in QEMU's form, members in hash order.
 func (x *BlockdevDelArgs) AppendJSON(b []byte) []byte {
 	b = append(b, `{"node-name": `...)
 	b = value.AppendString(b, x.NodeName)
 	return append(b, '}')
 }
 
-// AppendJSON appends x in the reference's form, members in hash order.
+// AppendJSON appends x in QEMU's form, members in hash order.
 func (x *BlockdevCreateArgs) AppendJSON(b []byte) []byte {
 	b = append(b, `{"job-id": `...)
 	b = value.AppendString(b, x.JobID)
@@ -2404,7 +2404,7 @@ func (x *BlockdevCreateArgs) AppendJSON(b []byte) []byte {
 	return append(b, '}')
 }
 
-// AppendJSON appends x in the reference's form, members in hash order.
+// AppendJSON appends x in QEMU's form, members in hash order.
 func (x *XBlockdevAmendArgs) AppendJSON(b []byte) []byte {
 	b = append(b, '{')
 	if x.Force != nil {
@@ -2420,7 +2420,7 @@ func (x *XBlockdevAmendArgs) AppendJSON(b []byte) []byte {
 	return append(b, '}')
 }
 
-// AppendJSON appends x in the reference's form, members in hash order.
+// AppendJSON appends x in QEMU's form, members in hash order.
 func (x *BlockSetWriteThresholdArgs) AppendJSON(b []byte) []byte {
 	b = append(b, `{"node-name": `...)
 	b = value.AppendString(b, x.NodeName)
@@ -2429,7 +2429,7 @@ func (x *BlockSetWriteThresholdArgs) AppendJSON(b []byte) []byte {
 	return append(b, '}')
 }
 
-// AppendJSON appends x in the reference's form, members in hash order.
+// AppendJSON appends x in QEMU's form, members in hash order.
 func (x *XBlockdevSetIothreadArgs) AppendJSON(b []byte) []byte {
 	b = append(b, '{')
 	if x.Force != nil {
@@ -2443,7 +2443,7 @@ func (x *XBlockdevSetIothreadArgs) AppendJSON(b []byte) []byte {
 	return append(b, '}')
 }
 
-// AppendJSON appends x in the reference's form, members in hash order.
+// AppendJSON appends x in QEMU's form, members in hash order.
 func (x *BlockdevMirrorArgs) AppendJSON(b []byte) []byte {
 	b = append(b, '{')
 	if x.AutoFinalize != nil {
@@ -2499,7 +2499,7 @@ func (x *BlockdevMirrorArgs) AppendJSON(b []byte) []byte {
 	return append(b, '}')
 }
 
-// AppendJSON appends x in the reference's form, members in hash order.
+// AppendJSON appends x in QEMU's form, members in hash order.
 func (x *BlockCommitArgs) AppendJSON(b []byte) []byte {
 	b = append(b, '{')
 	if x.AutoFinalize != nil {
@@ -2555,7 +2555,7 @@ func (x *BlockCommitArgs) AppendJSON(b []byte) []byte {
 	return append(b, '}')
 }
 
-// AppendJSON appends x in the reference's form, members in hash order.
+// AppendJSON appends x in QEMU's form, members in hash order.
 func (x *ChangeBackingFileArgs) AppendJSON(b []byte) []byte {
 	b = append(b, `{"device": `...)
 	b = value.AppendString(b, x.Device)
@@ -2566,7 +2566,7 @@ func (x *ChangeBackingFileArgs) AppendJSON(b []byte) []byte {
 	return append(b, '}')
 }
 
-// AppendJSON appends x in the reference's form, members in hash order.
+// AppendJSON appends x in QEMU's form, members in hash order.
 func (x *BlockdevSnapshotDeleteInternalSyncArgs) AppendJSON(b []byte) []byte {
 	b = append(b, '{')
 	if x.Name != nil {
@@ -2582,7 +2582,7 @@ func (x *BlockdevSnapshotDeleteInternalSyncArgs) AppendJSON(b []byte) []byte {
 	return append(b, '}')
 }
 
-// AppendJSON appends the data of the event in the reference's form.
+// AppendJSON appends the data of the event in QEMU's form.
 func (x BlockImageCorruptedEvent) AppendJSON(b []byte) []byte {
 	b = append(b, `{"device": `...)
 	b = value.AppendString(b, x.Device)
@@ -2605,7 +2605,7 @@ func (x BlockImageCorruptedEvent) AppendJSON(b []byte) []byte {
 	return append(b, '}')
 }
 
-// AppendJSON appends the data of the event in the reference's form.
+// AppendJSON appends the data of the event in QEMU's form.
 func (x BlockJobCompletedEvent) AppendJSON(b []byte) []byte {
 	b = append(b, `{"device": `...)
 	b = value.AppendString(b, x.Device)
@@ -2624,7 +2624,7 @@ func (x BlockJobCompletedEvent) AppendJSON(b []byte) []byte {
 	return append(b, '}')
 }
 
-// AppendJSON appends the data of the event in the reference's form.
+// AppendJSON appends the data of the event in QEMU's form.
 func (x BlockJobCancelledEvent) AppendJSON(b []byte) []byte {
 	b = append(b, `{"device": `...)
 	b = value.AppendString(b, x.Device)
@@ -2639,7 +2639,7 @@ func (x BlockJobCancelledEvent) AppendJSON(b []byte) []byte {
 	return append(b, '}')
 }
 
-// AppendJSON appends the data of the event in the reference's form.
+// AppendJSON appends the data of the event in QEMU's form.
 func (x BlockJobErrorEvent) AppendJSON(b []byte) []byte {
 	b = append(b, `{"device": `...)
 	b = value.AppendString(b, x.Device)
@@ -2650,7 +2650,7 @@ func (x BlockJobErrorEvent) AppendJSON(b []byte) []byte {
 	return append(b, '}')
 }
 
-// AppendJSON appends the data of the event in the reference's form.
+// AppendJSON appends the data of the event in QEMU's form.
 func (x BlockJobReadyEvent) AppendJSON(b []byte) []byte {
 	b = append(b, `{"device": `...)
 	b = value.AppendString(b, x.Device)
@@ -2665,7 +2665,7 @@ func (x BlockJobReadyEvent) AppendJSON(b []byte) []byte {
 	return append(b, '}')
 }
 
-// AppendJSON appends the data of the event in the reference's form.
+// AppendJSON appends the data of the event in QEMU's form.
 func (x BlockJobPendingEvent) AppendJSON(b []byte) []byte {
 	b = append(b, `{"type": `...)
 	b = appendEnum(b, x.Type)
@@ -2674,7 +2674,7 @@ func (x BlockJobPendingEvent) AppendJSON(b []byte) []byte {
 	return append(b, '}')
 }
 
-// AppendJSON appends the data of the event in the reference's form.
+// AppendJSON appends the data of the event in QEMU's form.
 func (x BlockWriteThresholdEvent) AppendJSON(b []byte) []byte {
 	b = append(b, `{"node-name": `...)
 	b = value.AppendString(b, x.NodeName)

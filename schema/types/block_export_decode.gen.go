@@ -4,7 +4,7 @@ package types
 
 import "qblockd/schema/value"
 
-// DecodeNbdServerOptions decodes v; faults are worded as the reference does (*ArgError).
+// DecodeNbdServerOptions decodes v; faults are worded as QEMU does (*ArgError).
 func DecodeNbdServerOptions(v value.Value, m Mode) (*NbdServerOptions, error) {
 	return decode(v, m, visitNbdServerOptions)
 }
@@ -18,7 +18,7 @@ func membersNbdServerOptions(d *decoder, x *NbdServerOptions) bool {
 		opt(d, "max-connections", &x.MaxConnections, visitUint32)
 }
 
-// DecodeBlockExportOptionsNbd decodes v; faults are worded as the reference does (*ArgError).
+// DecodeBlockExportOptionsNbd decodes v; faults are worded as QEMU does (*ArgError).
 func DecodeBlockExportOptionsNbd(v value.Value, m Mode) (*BlockExportOptionsNbd, error) {
 	return decode(v, m, visitBlockExportOptionsNbd)
 }
@@ -34,7 +34,7 @@ func membersBlockExportOptionsNbd(d *decoder, x *BlockExportOptionsNbd) bool {
 		opt(d, "allocation-depth", &x.AllocationDepth, visitBool)
 }
 
-// DecodeNbdServerAddOptions decodes v; faults are worded as the reference does (*ArgError).
+// DecodeNbdServerAddOptions decodes v; faults are worded as QEMU does (*ArgError).
 func DecodeNbdServerAddOptions(v value.Value, m Mode) (*NbdServerAddOptions, error) {
 	return decode(v, m, visitNbdServerAddOptions)
 }
@@ -59,7 +59,7 @@ func visitBlockExportType(d *decoder, name string, x *BlockExportType) bool {
 	return enum(d, name, x, BlockExportTypeValues)
 }
 
-// DecodeBlockExportOptions decodes v; faults are worded as the reference does (*ArgError).
+// DecodeBlockExportOptions decodes v; faults are worded as QEMU does (*ArgError).
 func DecodeBlockExportOptions(v value.Value, m Mode) (*BlockExportOptions, error) {
 	return decode(v, m, visitBlockExportOptions)
 }
@@ -87,7 +87,7 @@ func membersBlockExportOptions(d *decoder, x *BlockExportOptions) bool {
 	return true
 }
 
-// DecodeNbdServerStartArgs decodes the arguments in v, nil for none; faults are worded as the reference does (*ArgError).
+// DecodeNbdServerStartArgs decodes the arguments in v, nil for none; faults are worded as QEMU does (*ArgError).
 func DecodeNbdServerStartArgs(v *value.Dict) (*NbdServerStartArgs, error) {
 	return args(v, visitNbdServerStartArgs)
 }
@@ -101,7 +101,7 @@ func membersNbdServerStartArgs(d *decoder, x *NbdServerStartArgs) bool {
 		opt(d, "max-connections", &x.MaxConnections, visitUint32)
 }
 
-// DecodeNbdServerRemoveArgs decodes the arguments in v, nil for none; faults are worded as the reference does (*ArgError).
+// DecodeNbdServerRemoveArgs decodes the arguments in v, nil for none; faults are worded as QEMU does (*ArgError).
 func DecodeNbdServerRemoveArgs(v *value.Dict) (*NbdServerRemoveArgs, error) {
 	return args(v, visitNbdServerRemoveArgs)
 }
@@ -115,7 +115,7 @@ func membersNbdServerRemoveArgs(d *decoder, x *NbdServerRemoveArgs) bool {
 		opt(d, "mode", &x.Mode, visitBlockExportRemoveMode)
 }
 
-// DecodeBlockExportDelArgs decodes the arguments in v, nil for none; faults are worded as the reference does (*ArgError).
+// DecodeBlockExportDelArgs decodes the arguments in v, nil for none; faults are worded as QEMU does (*ArgError).
 func DecodeBlockExportDelArgs(v *value.Dict) (*BlockExportDelArgs, error) {
 	return args(v, visitBlockExportDelArgs)
 }

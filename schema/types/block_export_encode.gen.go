@@ -4,7 +4,7 @@ package types
 
 import "qblockd/schema/value"
 
-// AppendJSON appends x in the reference's form, members in hash order.
+// AppendJSON appends x in QEMU's form, members in hash order.
 func (x *NbdServerOptions) AppendJSON(b []byte) []byte {
 	b = append(b, '{')
 	if x.MaxConnections != nil {
@@ -16,7 +16,7 @@ func (x *NbdServerOptions) AppendJSON(b []byte) []byte {
 	return append(b, '}')
 }
 
-// AppendJSON appends x in the reference's form, members in hash order.
+// AppendJSON appends x in QEMU's form, members in hash order.
 func (x *BlockExportOptionsNbdBase) AppendJSON(b []byte) []byte {
 	b = append(b, '{')
 	if x.Name != nil {
@@ -30,7 +30,7 @@ func (x *BlockExportOptionsNbdBase) AppendJSON(b []byte) []byte {
 	return append(b, '}')
 }
 
-// AppendJSON appends x in the reference's form, members in hash order.
+// AppendJSON appends x in QEMU's form, members in hash order.
 func (x *BlockExportOptionsNbd) AppendJSON(b []byte) []byte {
 	b = append(b, '{')
 	if x.Name != nil {
@@ -52,7 +52,7 @@ func (x *BlockExportOptionsNbd) AppendJSON(b []byte) []byte {
 	return append(b, '}')
 }
 
-// AppendJSON appends x in the reference's form, members in hash order.
+// AppendJSON appends x in QEMU's form, members in hash order.
 func (x *NbdServerAddOptions) AppendJSON(b []byte) []byte {
 	b = append(b, '{')
 	if x.Bitmap != nil {
@@ -76,7 +76,7 @@ func (x *NbdServerAddOptions) AppendJSON(b []byte) []byte {
 	return append(b, '}')
 }
 
-// AppendJSON appends x in the reference's form, members in hash order.
+// AppendJSON appends x in QEMU's form, members in hash order.
 func (x *BlockExportOptions) AppendJSON(b []byte) []byte {
 	switch u := x.U.(type) {
 	case *BlockExportOptionsNbd:
@@ -149,7 +149,7 @@ func (x *BlockExportOptions) AppendJSON(b []byte) []byte {
 	panic("BlockExportOptions with a branch of another type")
 }
 
-// AppendJSON appends x in the reference's form, members in hash order.
+// AppendJSON appends x in QEMU's form, members in hash order.
 func (x *BlockExportInfo) AppendJSON(b []byte) []byte {
 	b = append(b, `{"node-name": `...)
 	b = value.AppendString(b, x.NodeName)
@@ -162,7 +162,7 @@ func (x *BlockExportInfo) AppendJSON(b []byte) []byte {
 	return append(b, '}')
 }
 
-// AppendJSON appends x in the reference's form, members in hash order.
+// AppendJSON appends x in QEMU's form, members in hash order.
 func (x *NbdServerStartArgs) AppendJSON(b []byte) []byte {
 	b = append(b, '{')
 	if x.MaxConnections != nil {
@@ -174,7 +174,7 @@ func (x *NbdServerStartArgs) AppendJSON(b []byte) []byte {
 	return append(b, '}')
 }
 
-// AppendJSON appends x in the reference's form, members in hash order.
+// AppendJSON appends x in QEMU's form, members in hash order.
 func (x *NbdServerRemoveArgs) AppendJSON(b []byte) []byte {
 	b = append(b, `{"name": `...)
 	b = value.AppendString(b, x.Name)
@@ -185,7 +185,7 @@ func (x *NbdServerRemoveArgs) AppendJSON(b []byte) []byte {
 	return append(b, '}')
 }
 
-// AppendJSON appends x in the reference's form, members in hash order.
+// AppendJSON appends x in QEMU's form, members in hash order.
 func (x *BlockExportDelArgs) AppendJSON(b []byte) []byte {
 	b = append(b, '{')
 	if x.Mode != nil {
@@ -197,7 +197,7 @@ func (x *BlockExportDelArgs) AppendJSON(b []byte) []byte {
 	return append(b, '}')
 }
 
-// AppendJSON appends the data of the event in the reference's form.
+// AppendJSON appends the data of the event in QEMU's form.
 func (x BlockExportDeletedEvent) AppendJSON(b []byte) []byte {
 	b = append(b, `{"id": `...)
 	b = value.AppendString(b, x.ID)

@@ -46,7 +46,8 @@ type BlockJobHandler interface {
 	// BlockdevMirror executes blockdev-mirror: starts a job that copies a node to another node and then
 	// keeps that in step with it. Told to complete, it puts the other node in the place of the first.
 	BlockdevMirror(ctx context.Context, a *BlockdevMirrorArgs) error
-	// BlockJobChange executes block-job-change: changes a job that is at work.
+	// BlockJobChange executes block-job-change: changes a job that has not ended, which only mirrors can
+	// be. It acts accordingly from its next step on.
 	BlockJobChange(ctx context.Context, a *BlockJobChangeOptions) error
 	// BlockCommit executes block-commit: starts a job that copies what the layers from a top down to a
 	// base hold into the base, and then takes those layers out of the backing chain. If the top is written

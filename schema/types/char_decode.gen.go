@@ -8,7 +8,7 @@ func visitDataFormat(d *decoder, name string, x *DataFormat) bool {
 	return enum(d, name, x, DataFormatValues)
 }
 
-// DecodeChardevCommon decodes v; faults are worded as the reference does (*ArgError).
+// DecodeChardevCommon decodes v; faults are worded as QEMU does (*ArgError).
 func DecodeChardevCommon(v value.Value, m Mode) (*ChardevCommon, error) {
 	return decode(v, m, visitChardevCommon)
 }
@@ -22,7 +22,7 @@ func membersChardevCommon(d *decoder, x *ChardevCommon) bool {
 		opt(d, "logappend", &x.Logappend, visitBool)
 }
 
-// DecodeChardevFile decodes v; faults are worded as the reference does (*ArgError).
+// DecodeChardevFile decodes v; faults are worded as QEMU does (*ArgError).
 func DecodeChardevFile(v value.Value, m Mode) (*ChardevFile, error) {
 	return decode(v, m, visitChardevFile)
 }
@@ -39,7 +39,7 @@ func membersChardevFile(d *decoder, x *ChardevFile) bool {
 		opt(d, "append", &x.Append, visitBool)
 }
 
-// DecodeChardevHostdev decodes v; faults are worded as the reference does (*ArgError).
+// DecodeChardevHostdev decodes v; faults are worded as QEMU does (*ArgError).
 func DecodeChardevHostdev(v value.Value, m Mode) (*ChardevHostdev, error) {
 	return decode(v, m, visitChardevHostdev)
 }
@@ -54,7 +54,7 @@ func membersChardevHostdev(d *decoder, x *ChardevHostdev) bool {
 		visitStr(d, "device", &x.Device)
 }
 
-// DecodeChardevSocket decodes v; faults are worded as the reference does (*ArgError).
+// DecodeChardevSocket decodes v; faults are worded as QEMU does (*ArgError).
 func DecodeChardevSocket(v value.Value, m Mode) (*ChardevSocket, error) {
 	return decode(v, m, visitChardevSocket)
 }
@@ -74,7 +74,7 @@ func membersChardevSocket(d *decoder, x *ChardevSocket) bool {
 		opt(d, "reconnect", &x.Reconnect, visitInt64)
 }
 
-// DecodeChardevStdio decodes v; faults are worded as the reference does (*ArgError).
+// DecodeChardevStdio decodes v; faults are worded as QEMU does (*ArgError).
 func DecodeChardevStdio(v value.Value, m Mode) (*ChardevStdio, error) {
 	return decode(v, m, visitChardevStdio)
 }
@@ -89,7 +89,7 @@ func membersChardevStdio(d *decoder, x *ChardevStdio) bool {
 		opt(d, "signal", &x.Signal, visitBool)
 }
 
-// DecodeChardevRingbuf decodes v; faults are worded as the reference does (*ArgError).
+// DecodeChardevRingbuf decodes v; faults are worded as QEMU does (*ArgError).
 func DecodeChardevRingbuf(v value.Value, m Mode) (*ChardevRingbuf, error) {
 	return decode(v, m, visitChardevRingbuf)
 }
@@ -104,7 +104,7 @@ func membersChardevRingbuf(d *decoder, x *ChardevRingbuf) bool {
 		opt(d, "size", &x.Size, visitInt64)
 }
 
-// DecodeChardevUdp decodes v; faults are worded as the reference does (*ArgError).
+// DecodeChardevUdp decodes v; faults are worded as QEMU does (*ArgError).
 func DecodeChardevUdp(v value.Value, m Mode) (*ChardevUdp, error) {
 	return decode(v, m, visitChardevUdp)
 }
@@ -120,7 +120,7 @@ func membersChardevUdp(d *decoder, x *ChardevUdp) bool {
 		opt(d, "local", &x.Local, visitSocketAddressLegacy)
 }
 
-// DecodeChardevMux decodes v; faults are worded as the reference does (*ArgError).
+// DecodeChardevMux decodes v; faults are worded as QEMU does (*ArgError).
 func DecodeChardevMux(v value.Value, m Mode) (*ChardevMux, error) {
 	return decode(v, m, visitChardevMux)
 }
@@ -139,7 +139,7 @@ func visitChardevBackendKind(d *decoder, name string, x *ChardevBackendKind) boo
 	return enum(d, name, x, ChardevBackendKindValues)
 }
 
-// DecodeChardevFileWrapper decodes v; faults are worded as the reference does (*ArgError).
+// DecodeChardevFileWrapper decodes v; faults are worded as QEMU does (*ArgError).
 func DecodeChardevFileWrapper(v value.Value, m Mode) (*ChardevFileWrapper, error) {
 	return decode(v, m, visitChardevFileWrapper)
 }
@@ -152,7 +152,7 @@ func membersChardevFileWrapper(d *decoder, x *ChardevFileWrapper) bool {
 	return visitChardevFile(d, "data", &x.Data)
 }
 
-// DecodeChardevHostdevWrapper decodes v; faults are worded as the reference does (*ArgError).
+// DecodeChardevHostdevWrapper decodes v; faults are worded as QEMU does (*ArgError).
 func DecodeChardevHostdevWrapper(v value.Value, m Mode) (*ChardevHostdevWrapper, error) {
 	return decode(v, m, visitChardevHostdevWrapper)
 }
@@ -165,7 +165,7 @@ func membersChardevHostdevWrapper(d *decoder, x *ChardevHostdevWrapper) bool {
 	return visitChardevHostdev(d, "data", &x.Data)
 }
 
-// DecodeChardevSocketWrapper decodes v; faults are worded as the reference does (*ArgError).
+// DecodeChardevSocketWrapper decodes v; faults are worded as QEMU does (*ArgError).
 func DecodeChardevSocketWrapper(v value.Value, m Mode) (*ChardevSocketWrapper, error) {
 	return decode(v, m, visitChardevSocketWrapper)
 }
@@ -178,7 +178,7 @@ func membersChardevSocketWrapper(d *decoder, x *ChardevSocketWrapper) bool {
 	return visitChardevSocket(d, "data", &x.Data)
 }
 
-// DecodeChardevUdpWrapper decodes v; faults are worded as the reference does (*ArgError).
+// DecodeChardevUdpWrapper decodes v; faults are worded as QEMU does (*ArgError).
 func DecodeChardevUdpWrapper(v value.Value, m Mode) (*ChardevUdpWrapper, error) {
 	return decode(v, m, visitChardevUdpWrapper)
 }
@@ -191,7 +191,7 @@ func membersChardevUdpWrapper(d *decoder, x *ChardevUdpWrapper) bool {
 	return visitChardevUdp(d, "data", &x.Data)
 }
 
-// DecodeChardevMuxWrapper decodes v; faults are worded as the reference does (*ArgError).
+// DecodeChardevMuxWrapper decodes v; faults are worded as QEMU does (*ArgError).
 func DecodeChardevMuxWrapper(v value.Value, m Mode) (*ChardevMuxWrapper, error) {
 	return decode(v, m, visitChardevMuxWrapper)
 }
@@ -204,7 +204,7 @@ func membersChardevMuxWrapper(d *decoder, x *ChardevMuxWrapper) bool {
 	return visitChardevMux(d, "data", &x.Data)
 }
 
-// DecodeChardevCommonWrapper decodes v; faults are worded as the reference does (*ArgError).
+// DecodeChardevCommonWrapper decodes v; faults are worded as QEMU does (*ArgError).
 func DecodeChardevCommonWrapper(v value.Value, m Mode) (*ChardevCommonWrapper, error) {
 	return decode(v, m, visitChardevCommonWrapper)
 }
@@ -217,7 +217,7 @@ func membersChardevCommonWrapper(d *decoder, x *ChardevCommonWrapper) bool {
 	return visitChardevCommon(d, "data", &x.Data)
 }
 
-// DecodeChardevStdioWrapper decodes v; faults are worded as the reference does (*ArgError).
+// DecodeChardevStdioWrapper decodes v; faults are worded as QEMU does (*ArgError).
 func DecodeChardevStdioWrapper(v value.Value, m Mode) (*ChardevStdioWrapper, error) {
 	return decode(v, m, visitChardevStdioWrapper)
 }
@@ -230,7 +230,7 @@ func membersChardevStdioWrapper(d *decoder, x *ChardevStdioWrapper) bool {
 	return visitChardevStdio(d, "data", &x.Data)
 }
 
-// DecodeChardevRingbufWrapper decodes v; faults are worded as the reference does (*ArgError).
+// DecodeChardevRingbufWrapper decodes v; faults are worded as QEMU does (*ArgError).
 func DecodeChardevRingbufWrapper(v value.Value, m Mode) (*ChardevRingbufWrapper, error) {
 	return decode(v, m, visitChardevRingbufWrapper)
 }
@@ -243,7 +243,7 @@ func membersChardevRingbufWrapper(d *decoder, x *ChardevRingbufWrapper) bool {
 	return visitChardevRingbuf(d, "data", &x.Data)
 }
 
-// DecodeChardevBackend decodes v; faults are worded as the reference does (*ArgError).
+// DecodeChardevBackend decodes v; faults are worded as QEMU does (*ArgError).
 func DecodeChardevBackend(v value.Value, m Mode) (*ChardevBackend, error) {
 	return decode(v, m, visitChardevBackend)
 }
@@ -293,7 +293,7 @@ func membersChardevBackend(d *decoder, x *ChardevBackend) bool {
 	return true
 }
 
-// DecodeRingbufWriteArgs decodes the arguments in v, nil for none; faults are worded as the reference does (*ArgError).
+// DecodeRingbufWriteArgs decodes the arguments in v, nil for none; faults are worded as QEMU does (*ArgError).
 func DecodeRingbufWriteArgs(v *value.Dict) (*RingbufWriteArgs, error) {
 	return args(v, visitRingbufWriteArgs)
 }
@@ -308,7 +308,7 @@ func membersRingbufWriteArgs(d *decoder, x *RingbufWriteArgs) bool {
 		opt(d, "format", &x.Format, visitDataFormat)
 }
 
-// DecodeRingbufReadArgs decodes the arguments in v, nil for none; faults are worded as the reference does (*ArgError).
+// DecodeRingbufReadArgs decodes the arguments in v, nil for none; faults are worded as QEMU does (*ArgError).
 func DecodeRingbufReadArgs(v *value.Dict) (*RingbufReadArgs, error) {
 	return args(v, visitRingbufReadArgs)
 }
@@ -323,7 +323,7 @@ func membersRingbufReadArgs(d *decoder, x *RingbufReadArgs) bool {
 		opt(d, "format", &x.Format, visitDataFormat)
 }
 
-// DecodeChardevAddArgs decodes the arguments in v, nil for none; faults are worded as the reference does (*ArgError).
+// DecodeChardevAddArgs decodes the arguments in v, nil for none; faults are worded as QEMU does (*ArgError).
 func DecodeChardevAddArgs(v *value.Dict) (*ChardevAddArgs, error) {
 	return args(v, visitChardevAddArgs)
 }
@@ -337,7 +337,7 @@ func membersChardevAddArgs(d *decoder, x *ChardevAddArgs) bool {
 		visitChardevBackend(d, "backend", &x.Backend)
 }
 
-// DecodeChardevChangeArgs decodes the arguments in v, nil for none; faults are worded as the reference does (*ArgError).
+// DecodeChardevChangeArgs decodes the arguments in v, nil for none; faults are worded as QEMU does (*ArgError).
 func DecodeChardevChangeArgs(v *value.Dict) (*ChardevChangeArgs, error) {
 	return args(v, visitChardevChangeArgs)
 }
@@ -351,7 +351,7 @@ func membersChardevChangeArgs(d *decoder, x *ChardevChangeArgs) bool {
 		visitChardevBackend(d, "backend", &x.Backend)
 }
 
-// DecodeChardevRemoveArgs decodes the arguments in v, nil for none; faults are worded as the reference does (*ArgError).
+// DecodeChardevRemoveArgs decodes the arguments in v, nil for none; faults are worded as QEMU does (*ArgError).
 func DecodeChardevRemoveArgs(v *value.Dict) (*ChardevRemoveArgs, error) {
 	return args(v, visitChardevRemoveArgs)
 }
@@ -364,7 +364,7 @@ func membersChardevRemoveArgs(d *decoder, x *ChardevRemoveArgs) bool {
 	return visitStr(d, "id", &x.ID)
 }
 
-// DecodeChardevSendBreakArgs decodes the arguments in v, nil for none; faults are worded as the reference does (*ArgError).
+// DecodeChardevSendBreakArgs decodes the arguments in v, nil for none; faults are worded as QEMU does (*ArgError).
 func DecodeChardevSendBreakArgs(v *value.Dict) (*ChardevSendBreakArgs, error) {
 	return args(v, visitChardevSendBreakArgs)
 }

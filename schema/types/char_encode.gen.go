@@ -4,7 +4,7 @@ package types
 
 import "qblockd/schema/value"
 
-// AppendJSON appends x in the reference's form, members in hash order.
+// AppendJSON appends x in QEMU's form, members in hash order.
 func (x *ChardevInfo) AppendJSON(b []byte) []byte {
 	b = append(b, `{"frontend-open": `...)
 	b = appendBool(b, x.FrontendOpen)
@@ -15,14 +15,14 @@ func (x *ChardevInfo) AppendJSON(b []byte) []byte {
 	return append(b, '}')
 }
 
-// AppendJSON appends x in the reference's form, members in hash order.
+// AppendJSON appends x in QEMU's form, members in hash order.
 func (x *ChardevBackendInfo) AppendJSON(b []byte) []byte {
 	b = append(b, `{"name": `...)
 	b = value.AppendString(b, x.Name)
 	return append(b, '}')
 }
 
-// AppendJSON appends x in the reference's form, members in hash order.
+// AppendJSON appends x in QEMU's form, members in hash order.
 func (x *ChardevCommon) AppendJSON(b []byte) []byte {
 	b = append(b, '{')
 	if x.Logappend != nil {
@@ -36,7 +36,7 @@ func (x *ChardevCommon) AppendJSON(b []byte) []byte {
 	return append(b, '}')
 }
 
-// AppendJSON appends x in the reference's form, members in hash order.
+// AppendJSON appends x in QEMU's form, members in hash order.
 func (x *ChardevFile) AppendJSON(b []byte) []byte {
 	b = append(b, '{')
 	if x.Logappend != nil {
@@ -60,7 +60,7 @@ func (x *ChardevFile) AppendJSON(b []byte) []byte {
 	return append(b, '}')
 }
 
-// AppendJSON appends x in the reference's form, members in hash order.
+// AppendJSON appends x in QEMU's form, members in hash order.
 func (x *ChardevHostdev) AppendJSON(b []byte) []byte {
 	b = append(b, `{"device": `...)
 	b = value.AppendString(b, x.Device)
@@ -75,7 +75,7 @@ func (x *ChardevHostdev) AppendJSON(b []byte) []byte {
 	return append(b, '}')
 }
 
-// AppendJSON appends x in the reference's form, members in hash order.
+// AppendJSON appends x in QEMU's form, members in hash order.
 func (x *ChardevSocket) AppendJSON(b []byte) []byte {
 	b = append(b, '{')
 	if x.Logappend != nil {
@@ -111,7 +111,7 @@ func (x *ChardevSocket) AppendJSON(b []byte) []byte {
 	return append(b, '}')
 }
 
-// AppendJSON appends x in the reference's form, members in hash order.
+// AppendJSON appends x in QEMU's form, members in hash order.
 func (x *ChardevStdio) AppendJSON(b []byte) []byte {
 	b = append(b, '{')
 	if x.Logappend != nil {
@@ -129,7 +129,7 @@ func (x *ChardevStdio) AppendJSON(b []byte) []byte {
 	return append(b, '}')
 }
 
-// AppendJSON appends x in the reference's form, members in hash order.
+// AppendJSON appends x in QEMU's form, members in hash order.
 func (x *ChardevRingbuf) AppendJSON(b []byte) []byte {
 	b = append(b, '{')
 	if x.Logappend != nil {
@@ -147,7 +147,7 @@ func (x *ChardevRingbuf) AppendJSON(b []byte) []byte {
 	return append(b, '}')
 }
 
-// AppendJSON appends x in the reference's form, members in hash order.
+// AppendJSON appends x in QEMU's form, members in hash order.
 func (x *ChardevUdp) AppendJSON(b []byte) []byte {
 	b = append(b, `{"remote": `...)
 	b = x.Remote.AppendJSON(b)
@@ -166,7 +166,7 @@ func (x *ChardevUdp) AppendJSON(b []byte) []byte {
 	return append(b, '}')
 }
 
-// AppendJSON appends x in the reference's form, members in hash order.
+// AppendJSON appends x in QEMU's form, members in hash order.
 func (x *ChardevMux) AppendJSON(b []byte) []byte {
 	b = append(b, `{"chardev": `...)
 	b = value.AppendString(b, x.Chardev)
@@ -181,63 +181,63 @@ func (x *ChardevMux) AppendJSON(b []byte) []byte {
 	return append(b, '}')
 }
 
-// AppendJSON appends x in the reference's form, members in hash order.
+// AppendJSON appends x in QEMU's form, members in hash order.
 func (x *ChardevFileWrapper) AppendJSON(b []byte) []byte {
 	b = append(b, `{"data": `...)
 	b = x.Data.AppendJSON(b)
 	return append(b, '}')
 }
 
-// AppendJSON appends x in the reference's form, members in hash order.
+// AppendJSON appends x in QEMU's form, members in hash order.
 func (x *ChardevHostdevWrapper) AppendJSON(b []byte) []byte {
 	b = append(b, `{"data": `...)
 	b = x.Data.AppendJSON(b)
 	return append(b, '}')
 }
 
-// AppendJSON appends x in the reference's form, members in hash order.
+// AppendJSON appends x in QEMU's form, members in hash order.
 func (x *ChardevSocketWrapper) AppendJSON(b []byte) []byte {
 	b = append(b, `{"data": `...)
 	b = x.Data.AppendJSON(b)
 	return append(b, '}')
 }
 
-// AppendJSON appends x in the reference's form, members in hash order.
+// AppendJSON appends x in QEMU's form, members in hash order.
 func (x *ChardevUdpWrapper) AppendJSON(b []byte) []byte {
 	b = append(b, `{"data": `...)
 	b = x.Data.AppendJSON(b)
 	return append(b, '}')
 }
 
-// AppendJSON appends x in the reference's form, members in hash order.
+// AppendJSON appends x in QEMU's form, members in hash order.
 func (x *ChardevMuxWrapper) AppendJSON(b []byte) []byte {
 	b = append(b, `{"data": `...)
 	b = x.Data.AppendJSON(b)
 	return append(b, '}')
 }
 
-// AppendJSON appends x in the reference's form, members in hash order.
+// AppendJSON appends x in QEMU's form, members in hash order.
 func (x *ChardevCommonWrapper) AppendJSON(b []byte) []byte {
 	b = append(b, `{"data": `...)
 	b = x.Data.AppendJSON(b)
 	return append(b, '}')
 }
 
-// AppendJSON appends x in the reference's form, members in hash order.
+// AppendJSON appends x in QEMU's form, members in hash order.
 func (x *ChardevStdioWrapper) AppendJSON(b []byte) []byte {
 	b = append(b, `{"data": `...)
 	b = x.Data.AppendJSON(b)
 	return append(b, '}')
 }
 
-// AppendJSON appends x in the reference's form, members in hash order.
+// AppendJSON appends x in QEMU's form, members in hash order.
 func (x *ChardevRingbufWrapper) AppendJSON(b []byte) []byte {
 	b = append(b, `{"data": `...)
 	b = x.Data.AppendJSON(b)
 	return append(b, '}')
 }
 
-// AppendJSON appends x in the reference's form, members in hash order.
+// AppendJSON appends x in QEMU's form, members in hash order.
 func (x *ChardevBackend) AppendJSON(b []byte) []byte {
 	switch u := x.U.(type) {
 	case *ChardevFileWrapper:
@@ -296,7 +296,7 @@ func (x *ChardevBackend) AppendJSON(b []byte) []byte {
 	panic("ChardevBackend with a branch of another type")
 }
 
-// AppendJSON appends x in the reference's form, members in hash order.
+// AppendJSON appends x in QEMU's form, members in hash order.
 func (x *ChardevReturn) AppendJSON(b []byte) []byte {
 	b = append(b, '{')
 	if x.Pty != nil {
@@ -306,7 +306,7 @@ func (x *ChardevReturn) AppendJSON(b []byte) []byte {
 	return append(b, '}')
 }
 
-// AppendJSON appends x in the reference's form, members in hash order.
+// AppendJSON appends x in QEMU's form, members in hash order.
 func (x *RingbufWriteArgs) AppendJSON(b []byte) []byte {
 	b = append(b, `{"device": `...)
 	b = value.AppendString(b, x.Device)
@@ -319,7 +319,7 @@ func (x *RingbufWriteArgs) AppendJSON(b []byte) []byte {
 	return append(b, '}')
 }
 
-// AppendJSON appends x in the reference's form, members in hash order.
+// AppendJSON appends x in QEMU's form, members in hash order.
 func (x *RingbufReadArgs) AppendJSON(b []byte) []byte {
 	b = append(b, `{"device": `...)
 	b = value.AppendString(b, x.Device)
@@ -332,7 +332,7 @@ func (x *RingbufReadArgs) AppendJSON(b []byte) []byte {
 	return append(b, '}')
 }
 
-// AppendJSON appends x in the reference's form, members in hash order.
+// AppendJSON appends x in QEMU's form, members in hash order.
 func (x *ChardevAddArgs) AppendJSON(b []byte) []byte {
 	b = append(b, `{"backend": `...)
 	b = x.Backend.AppendJSON(b)
@@ -341,7 +341,7 @@ func (x *ChardevAddArgs) AppendJSON(b []byte) []byte {
 	return append(b, '}')
 }
 
-// AppendJSON appends x in the reference's form, members in hash order.
+// AppendJSON appends x in QEMU's form, members in hash order.
 func (x *ChardevChangeArgs) AppendJSON(b []byte) []byte {
 	b = append(b, `{"backend": `...)
 	b = x.Backend.AppendJSON(b)
@@ -350,14 +350,14 @@ func (x *ChardevChangeArgs) AppendJSON(b []byte) []byte {
 	return append(b, '}')
 }
 
-// AppendJSON appends x in the reference's form, members in hash order.
+// AppendJSON appends x in QEMU's form, members in hash order.
 func (x *ChardevRemoveArgs) AppendJSON(b []byte) []byte {
 	b = append(b, `{"id": `...)
 	b = value.AppendString(b, x.ID)
 	return append(b, '}')
 }
 
-// AppendJSON appends x in the reference's form, members in hash order.
+// AppendJSON appends x in QEMU's form, members in hash order.
 func (x *ChardevSendBreakArgs) AppendJSON(b []byte) []byte {
 	b = append(b, `{"id": `...)
 	b = value.AppendString(b, x.ID)

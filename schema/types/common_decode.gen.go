@@ -8,7 +8,7 @@ func visitOnOffAuto(d *decoder, name string, x *OnOffAuto) bool {
 	return enum(d, name, x, OnOffAutoValues)
 }
 
-// DecodeString decodes v; faults are worded as the reference does (*ArgError).
+// DecodeString decodes v; faults are worded as QEMU does (*ArgError).
 func DecodeString(v value.Value, m Mode) (*String, error) { return decode(v, m, visitString) }
 
 func visitString(d *decoder, name string, x *String) bool {
@@ -19,7 +19,7 @@ func membersString(d *decoder, x *String) bool {
 	return visitStr(d, "str", &x.Str)
 }
 
-// DecodeStrOrNull decodes v; faults are worded as the reference does (*ArgError).
+// DecodeStrOrNull decodes v; faults are worded as QEMU does (*ArgError).
 func DecodeStrOrNull(v value.Value, m Mode) (*StrOrNull, error) { return decode(v, m, visitStrOrNull) }
 
 func visitStrOrNull(d *decoder, name string, x *StrOrNull) bool {

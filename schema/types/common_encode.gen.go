@@ -4,14 +4,14 @@ package types
 
 import "qblockd/schema/value"
 
-// AppendJSON appends x in the reference's form, members in hash order.
+// AppendJSON appends x in QEMU's form, members in hash order.
 func (x *String) AppendJSON(b []byte) []byte {
 	b = append(b, `{"str": `...)
 	b = value.AppendString(b, x.Str)
 	return append(b, '}')
 }
 
-// AppendJSON appends x in the reference's form, members in hash order.
+// AppendJSON appends x in QEMU's form, members in hash order.
 func (x *StrOrNull) AppendJSON(b []byte) []byte {
 	switch {
 	case x.S != nil:

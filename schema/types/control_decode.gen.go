@@ -12,7 +12,7 @@ func visitMonitorMode(d *decoder, name string, x *MonitorMode) bool {
 	return enum(d, name, x, MonitorModeValues)
 }
 
-// DecodeMonitorOptions decodes v; faults are worded as the reference does (*ArgError).
+// DecodeMonitorOptions decodes v; faults are worded as QEMU does (*ArgError).
 func DecodeMonitorOptions(v value.Value, m Mode) (*MonitorOptions, error) {
 	return decode(v, m, visitMonitorOptions)
 }
@@ -28,7 +28,7 @@ func membersMonitorOptions(d *decoder, x *MonitorOptions) bool {
 		visitStr(d, "chardev", &x.Chardev)
 }
 
-// DecodeQmpCapabilitiesArgs decodes the arguments in v, nil for none; faults are worded as the reference does (*ArgError).
+// DecodeQmpCapabilitiesArgs decodes the arguments in v, nil for none; faults are worded as QEMU does (*ArgError).
 func DecodeQmpCapabilitiesArgs(v *value.Dict) (*QmpCapabilitiesArgs, error) {
 	return args(v, visitQmpCapabilitiesArgs)
 }

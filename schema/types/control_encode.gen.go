@@ -4,7 +4,7 @@ package types
 
 import "qblockd/schema/value"
 
-// AppendJSON appends x in the reference's form, members in hash order.
+// AppendJSON appends x in QEMU's form, members in hash order.
 func (x *VersionTriple) AppendJSON(b []byte) []byte {
 	b = append(b, `{"micro": `...)
 	b = appendInt(b, x.Micro)
@@ -15,7 +15,7 @@ func (x *VersionTriple) AppendJSON(b []byte) []byte {
 	return append(b, '}')
 }
 
-// AppendJSON appends x in the reference's form, members in hash order.
+// AppendJSON appends x in QEMU's form, members in hash order.
 func (x *VersionInfo) AppendJSON(b []byte) []byte {
 	b = append(b, `{"qemu": `...)
 	b = x.Qemu.AppendJSON(b)
@@ -24,14 +24,14 @@ func (x *VersionInfo) AppendJSON(b []byte) []byte {
 	return append(b, '}')
 }
 
-// AppendJSON appends x in the reference's form, members in hash order.
+// AppendJSON appends x in QEMU's form, members in hash order.
 func (x *CommandInfo) AppendJSON(b []byte) []byte {
 	b = append(b, `{"name": `...)
 	b = value.AppendString(b, x.Name)
 	return append(b, '}')
 }
 
-// AppendJSON appends x in the reference's form, members in hash order.
+// AppendJSON appends x in QEMU's form, members in hash order.
 func (x *MonitorOptions) AppendJSON(b []byte) []byte {
 	b = append(b, `{"chardev": `...)
 	b = value.AppendString(b, x.Chardev)
@@ -50,7 +50,7 @@ func (x *MonitorOptions) AppendJSON(b []byte) []byte {
 	return append(b, '}')
 }
 
-// AppendJSON appends x in the reference's form, members in hash order.
+// AppendJSON appends x in QEMU's form, members in hash order.
 func (x *QmpCapabilitiesArgs) AppendJSON(b []byte) []byte {
 	b = append(b, '{')
 	if x.Enable != nil {

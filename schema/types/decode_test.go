@@ -39,7 +39,7 @@ func message(err error) string {
 	return err.Error()
 }
 
-// TestKeyval compares with what the reference said to options on its command line.
+// TestKeyval compares with what QEMU said to options on its command line.
 func TestKeyval(t *testing.T) {
 	for _, c := range []struct{ options, want string }{
 		{"driver=null-co,node-name=n,size=1M", "Parameter 'size' expects integer"},

@@ -11,7 +11,7 @@ var _ = []events.Event{JobStatusChangeEvent{}, BlockJobReadyEvent{}, &BlockExpor
 
 func ptr[T any](v T) *T { return &v }
 
-// TestEncode compares with replies of the reference (7.2), byte for byte.
+// TestEncode compares with replies of QEMU (7.2), byte for byte.
 func TestEncode(t *testing.T) {
 	specific := &ImageInfoSpecific{Type: ImageInfoSpecificKindQcow2, U: &ImageInfoSpecificQCow2Wrapper{
 		Data: ImageInfoSpecificQCow2{

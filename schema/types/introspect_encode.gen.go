@@ -4,7 +4,7 @@ package types
 
 import "qblockd/schema/value"
 
-// AppendJSON appends x in the reference's form, members in hash order.
+// AppendJSON appends x in QEMU's form, members in hash order.
 func (x *SchemaInfo) AppendJSON(b []byte) []byte {
 	switch u := x.U.(type) {
 	case *SchemaInfoBuiltin:
@@ -121,14 +121,14 @@ func (x *SchemaInfo) AppendJSON(b []byte) []byte {
 	panic("SchemaInfo with a branch of another type")
 }
 
-// AppendJSON appends x in the reference's form, members in hash order.
+// AppendJSON appends x in QEMU's form, members in hash order.
 func (x *SchemaInfoBuiltin) AppendJSON(b []byte) []byte {
 	b = append(b, `{"json-type": `...)
 	b = appendEnum(b, x.JsonType)
 	return append(b, '}')
 }
 
-// AppendJSON appends x in the reference's form, members in hash order.
+// AppendJSON appends x in QEMU's form, members in hash order.
 func (x *SchemaInfoEnum) AppendJSON(b []byte) []byte {
 	b = append(b, `{"members": `...)
 	b = appendList(b, x.Members, func(b []byte, v *SchemaInfoEnumMember) []byte { return v.AppendJSON(b) })
@@ -137,7 +137,7 @@ func (x *SchemaInfoEnum) AppendJSON(b []byte) []byte {
 	return append(b, '}')
 }
 
-// AppendJSON appends x in the reference's form, members in hash order.
+// AppendJSON appends x in QEMU's form, members in hash order.
 func (x *SchemaInfoEnumMember) AppendJSON(b []byte) []byte {
 	b = append(b, `{"name": `...)
 	b = value.AppendString(b, x.Name)
@@ -148,14 +148,14 @@ func (x *SchemaInfoEnumMember) AppendJSON(b []byte) []byte {
 	return append(b, '}')
 }
 
-// AppendJSON appends x in the reference's form, members in hash order.
+// AppendJSON appends x in QEMU's form, members in hash order.
 func (x *SchemaInfoArray) AppendJSON(b []byte) []byte {
 	b = append(b, `{"element-type": `...)
 	b = value.AppendString(b, x.ElementType)
 	return append(b, '}')
 }
 
-// AppendJSON appends x in the reference's form, members in hash order.
+// AppendJSON appends x in QEMU's form, members in hash order.
 func (x *SchemaInfoObject) AppendJSON(b []byte) []byte {
 	b = append(b, '{')
 	if x.Tag != nil {
@@ -171,7 +171,7 @@ func (x *SchemaInfoObject) AppendJSON(b []byte) []byte {
 	return append(b, '}')
 }
 
-// AppendJSON appends x in the reference's form, members in hash order.
+// AppendJSON appends x in QEMU's form, members in hash order.
 func (x *SchemaInfoObjectMember) AppendJSON(b []byte) []byte {
 	b = append(b, `{"name": `...)
 	b = value.AppendString(b, x.Name)
@@ -188,7 +188,7 @@ func (x *SchemaInfoObjectMember) AppendJSON(b []byte) []byte {
 	return append(b, '}')
 }
 
-// AppendJSON appends x in the reference's form, members in hash order.
+// AppendJSON appends x in QEMU's form, members in hash order.
 func (x *SchemaInfoObjectVariant) AppendJSON(b []byte) []byte {
 	b = append(b, `{"case": `...)
 	b = value.AppendString(b, x.Case)
@@ -197,21 +197,21 @@ func (x *SchemaInfoObjectVariant) AppendJSON(b []byte) []byte {
 	return append(b, '}')
 }
 
-// AppendJSON appends x in the reference's form, members in hash order.
+// AppendJSON appends x in QEMU's form, members in hash order.
 func (x *SchemaInfoAlternate) AppendJSON(b []byte) []byte {
 	b = append(b, `{"members": `...)
 	b = appendList(b, x.Members, func(b []byte, v *SchemaInfoAlternateMember) []byte { return v.AppendJSON(b) })
 	return append(b, '}')
 }
 
-// AppendJSON appends x in the reference's form, members in hash order.
+// AppendJSON appends x in QEMU's form, members in hash order.
 func (x *SchemaInfoAlternateMember) AppendJSON(b []byte) []byte {
 	b = append(b, `{"type": `...)
 	b = value.AppendString(b, x.Type)
 	return append(b, '}')
 }
 
-// AppendJSON appends x in the reference's form, members in hash order.
+// AppendJSON appends x in QEMU's form, members in hash order.
 func (x *SchemaInfoCommand) AppendJSON(b []byte) []byte {
 	b = append(b, `{"ret-type": `...)
 	b = value.AppendString(b, x.RetType)
@@ -224,7 +224,7 @@ func (x *SchemaInfoCommand) AppendJSON(b []byte) []byte {
 	return append(b, '}')
 }
 
-// AppendJSON appends x in the reference's form, members in hash order.
+// AppendJSON appends x in QEMU's form, members in hash order.
 func (x *SchemaInfoEvent) AppendJSON(b []byte) []byte {
 	b = append(b, `{"arg-type": `...)
 	b = value.AppendString(b, x.ArgType)

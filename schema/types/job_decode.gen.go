@@ -8,7 +8,7 @@ func visitJobType(d *decoder, name string, x *JobType) bool {
 	return enum(d, name, x, JobTypeValues)
 }
 
-// DecodeJobPauseArgs decodes the arguments in v, nil for none; faults are worded as the reference does (*ArgError).
+// DecodeJobPauseArgs decodes the arguments in v, nil for none; faults are worded as QEMU does (*ArgError).
 func DecodeJobPauseArgs(v *value.Dict) (*JobPauseArgs, error) { return args(v, visitJobPauseArgs) }
 
 func visitJobPauseArgs(d *decoder, name string, x *JobPauseArgs) bool {
@@ -19,7 +19,7 @@ func membersJobPauseArgs(d *decoder, x *JobPauseArgs) bool {
 	return visitStr(d, "id", &x.ID)
 }
 
-// DecodeJobResumeArgs decodes the arguments in v, nil for none; faults are worded as the reference does (*ArgError).
+// DecodeJobResumeArgs decodes the arguments in v, nil for none; faults are worded as QEMU does (*ArgError).
 func DecodeJobResumeArgs(v *value.Dict) (*JobResumeArgs, error) { return args(v, visitJobResumeArgs) }
 
 func visitJobResumeArgs(d *decoder, name string, x *JobResumeArgs) bool {
@@ -30,7 +30,7 @@ func membersJobResumeArgs(d *decoder, x *JobResumeArgs) bool {
 	return visitStr(d, "id", &x.ID)
 }
 
-// DecodeJobCancelArgs decodes the arguments in v, nil for none; faults are worded as the reference does (*ArgError).
+// DecodeJobCancelArgs decodes the arguments in v, nil for none; faults are worded as QEMU does (*ArgError).
 func DecodeJobCancelArgs(v *value.Dict) (*JobCancelArgs, error) { return args(v, visitJobCancelArgs) }
 
 func visitJobCancelArgs(d *decoder, name string, x *JobCancelArgs) bool {
@@ -41,7 +41,7 @@ func membersJobCancelArgs(d *decoder, x *JobCancelArgs) bool {
 	return visitStr(d, "id", &x.ID)
 }
 
-// DecodeJobCompleteArgs decodes the arguments in v, nil for none; faults are worded as the reference does (*ArgError).
+// DecodeJobCompleteArgs decodes the arguments in v, nil for none; faults are worded as QEMU does (*ArgError).
 func DecodeJobCompleteArgs(v *value.Dict) (*JobCompleteArgs, error) {
 	return args(v, visitJobCompleteArgs)
 }
@@ -54,7 +54,7 @@ func membersJobCompleteArgs(d *decoder, x *JobCompleteArgs) bool {
 	return visitStr(d, "id", &x.ID)
 }
 
-// DecodeJobDismissArgs decodes the arguments in v, nil for none; faults are worded as the reference does (*ArgError).
+// DecodeJobDismissArgs decodes the arguments in v, nil for none; faults are worded as QEMU does (*ArgError).
 func DecodeJobDismissArgs(v *value.Dict) (*JobDismissArgs, error) {
 	return args(v, visitJobDismissArgs)
 }
@@ -67,7 +67,7 @@ func membersJobDismissArgs(d *decoder, x *JobDismissArgs) bool {
 	return visitStr(d, "id", &x.ID)
 }
 
-// DecodeJobFinalizeArgs decodes the arguments in v, nil for none; faults are worded as the reference does (*ArgError).
+// DecodeJobFinalizeArgs decodes the arguments in v, nil for none; faults are worded as QEMU does (*ArgError).
 func DecodeJobFinalizeArgs(v *value.Dict) (*JobFinalizeArgs, error) {
 	return args(v, visitJobFinalizeArgs)
 }

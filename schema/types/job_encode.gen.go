@@ -4,7 +4,7 @@ package types
 
 import "qblockd/schema/value"
 
-// AppendJSON appends x in the reference's form, members in hash order.
+// AppendJSON appends x in QEMU's form, members in hash order.
 func (x *JobInfo) AppendJSON(b []byte) []byte {
 	b = append(b, `{"current-progress": `...)
 	b = appendInt(b, x.CurrentProgress)
@@ -23,49 +23,49 @@ func (x *JobInfo) AppendJSON(b []byte) []byte {
 	return append(b, '}')
 }
 
-// AppendJSON appends x in the reference's form, members in hash order.
+// AppendJSON appends x in QEMU's form, members in hash order.
 func (x *JobPauseArgs) AppendJSON(b []byte) []byte {
 	b = append(b, `{"id": `...)
 	b = value.AppendString(b, x.ID)
 	return append(b, '}')
 }
 
-// AppendJSON appends x in the reference's form, members in hash order.
+// AppendJSON appends x in QEMU's form, members in hash order.
 func (x *JobResumeArgs) AppendJSON(b []byte) []byte {
 	b = append(b, `{"id": `...)
 	b = value.AppendString(b, x.ID)
 	return append(b, '}')
 }
 
-// AppendJSON appends x in the reference's form, members in hash order.
+// AppendJSON appends x in QEMU's form, members in hash order.
 func (x *JobCancelArgs) AppendJSON(b []byte) []byte {
 	b = append(b, `{"id": `...)
 	b = value.AppendString(b, x.ID)
 	return append(b, '}')
 }
 
-// AppendJSON appends x in the reference's form, members in hash order.
+// AppendJSON appends x in QEMU's form, members in hash order.
 func (x *JobCompleteArgs) AppendJSON(b []byte) []byte {
 	b = append(b, `{"id": `...)
 	b = value.AppendString(b, x.ID)
 	return append(b, '}')
 }
 
-// AppendJSON appends x in the reference's form, members in hash order.
+// AppendJSON appends x in QEMU's form, members in hash order.
 func (x *JobDismissArgs) AppendJSON(b []byte) []byte {
 	b = append(b, `{"id": `...)
 	b = value.AppendString(b, x.ID)
 	return append(b, '}')
 }
 
-// AppendJSON appends x in the reference's form, members in hash order.
+// AppendJSON appends x in QEMU's form, members in hash order.
 func (x *JobFinalizeArgs) AppendJSON(b []byte) []byte {
 	b = append(b, `{"id": `...)
 	b = value.AppendString(b, x.ID)
 	return append(b, '}')
 }
 
-// AppendJSON appends the data of the event in the reference's form.
+// AppendJSON appends the data of the event in QEMU's form.
 func (x JobStatusChangeEvent) AppendJSON(b []byte) []byte {
 	b = append(b, `{"status": `...)
 	b = appendEnum(b, x.Status)

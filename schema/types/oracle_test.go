@@ -50,7 +50,7 @@ func newRecorder() recorder {
 	return r
 }
 
-// TestArgumentErrors compares with what the reference answered to bad arguments.
+// TestArgumentErrors compares with what QEMU answered to bad arguments.
 // testdata/argument-errors.tsv: command, arguments, error text, recorded from 7.2.
 func TestArgumentErrors(t *testing.T) {
 	text, err := os.ReadFile("testdata/argument-errors.tsv")

@@ -4,7 +4,7 @@ package types
 
 import "qblockd/schema/value"
 
-// DecodeIothreadProperties decodes v; faults are worded as the reference does (*ArgError).
+// DecodeIothreadProperties decodes v; faults are worded as QEMU does (*ArgError).
 func DecodeIothreadProperties(v value.Value, m Mode) (*IothreadProperties, error) {
 	return decode(v, m, visitIothreadProperties)
 }
@@ -21,7 +21,7 @@ func visitQCryptoSecretFormat(d *decoder, name string, x *QCryptoSecretFormat) b
 	return enum(d, name, x, QCryptoSecretFormatValues)
 }
 
-// DecodeSecretProperties decodes v; faults are worded as the reference does (*ArgError).
+// DecodeSecretProperties decodes v; faults are worded as QEMU does (*ArgError).
 func DecodeSecretProperties(v value.Value, m Mode) (*SecretProperties, error) {
 	return decode(v, m, visitSecretProperties)
 }
@@ -42,7 +42,7 @@ func visitObjectType(d *decoder, name string, x *ObjectType) bool {
 	return enum(d, name, x, ObjectTypeValues)
 }
 
-// DecodeObjectOptions decodes v; faults are worded as the reference does (*ArgError).
+// DecodeObjectOptions decodes v; faults are worded as QEMU does (*ArgError).
 func DecodeObjectOptions(v value.Value, m Mode) (*ObjectOptions, error) {
 	return decode(v, m, visitObjectOptions)
 }
@@ -73,7 +73,7 @@ func membersObjectOptions(d *decoder, x *ObjectOptions) bool {
 	return true
 }
 
-// DecodeQomListArgs decodes the arguments in v, nil for none; faults are worded as the reference does (*ArgError).
+// DecodeQomListArgs decodes the arguments in v, nil for none; faults are worded as QEMU does (*ArgError).
 func DecodeQomListArgs(v *value.Dict) (*QomListArgs, error) { return args(v, visitQomListArgs) }
 
 func visitQomListArgs(d *decoder, name string, x *QomListArgs) bool {
@@ -84,7 +84,7 @@ func membersQomListArgs(d *decoder, x *QomListArgs) bool {
 	return visitStr(d, "path", &x.Path)
 }
 
-// DecodeQomGetArgs decodes the arguments in v, nil for none; faults are worded as the reference does (*ArgError).
+// DecodeQomGetArgs decodes the arguments in v, nil for none; faults are worded as QEMU does (*ArgError).
 func DecodeQomGetArgs(v *value.Dict) (*QomGetArgs, error) { return args(v, visitQomGetArgs) }
 
 func visitQomGetArgs(d *decoder, name string, x *QomGetArgs) bool {
@@ -96,7 +96,7 @@ func membersQomGetArgs(d *decoder, x *QomGetArgs) bool {
 		visitStr(d, "property", &x.Property)
 }
 
-// DecodeQomSetArgs decodes the arguments in v, nil for none; faults are worded as the reference does (*ArgError).
+// DecodeQomSetArgs decodes the arguments in v, nil for none; faults are worded as QEMU does (*ArgError).
 func DecodeQomSetArgs(v *value.Dict) (*QomSetArgs, error) { return args(v, visitQomSetArgs) }
 
 func visitQomSetArgs(d *decoder, name string, x *QomSetArgs) bool {
@@ -109,7 +109,7 @@ func membersQomSetArgs(d *decoder, x *QomSetArgs) bool {
 		visitAny(d, "value", &x.Value)
 }
 
-// DecodeQomListTypesArgs decodes the arguments in v, nil for none; faults are worded as the reference does (*ArgError).
+// DecodeQomListTypesArgs decodes the arguments in v, nil for none; faults are worded as QEMU does (*ArgError).
 func DecodeQomListTypesArgs(v *value.Dict) (*QomListTypesArgs, error) {
 	return args(v, visitQomListTypesArgs)
 }
@@ -123,7 +123,7 @@ func membersQomListTypesArgs(d *decoder, x *QomListTypesArgs) bool {
 		opt(d, "abstract", &x.Abstract, visitBool)
 }
 
-// DecodeQomListPropertiesArgs decodes the arguments in v, nil for none; faults are worded as the reference does (*ArgError).
+// DecodeQomListPropertiesArgs decodes the arguments in v, nil for none; faults are worded as QEMU does (*ArgError).
 func DecodeQomListPropertiesArgs(v *value.Dict) (*QomListPropertiesArgs, error) {
 	return args(v, visitQomListPropertiesArgs)
 }
@@ -136,7 +136,7 @@ func membersQomListPropertiesArgs(d *decoder, x *QomListPropertiesArgs) bool {
 	return visitStr(d, "typename", &x.Typename)
 }
 
-// DecodeObjectDelArgs decodes the arguments in v, nil for none; faults are worded as the reference does (*ArgError).
+// DecodeObjectDelArgs decodes the arguments in v, nil for none; faults are worded as QEMU does (*ArgError).
 func DecodeObjectDelArgs(v *value.Dict) (*ObjectDelArgs, error) { return args(v, visitObjectDelArgs) }
 
 func visitObjectDelArgs(d *decoder, name string, x *ObjectDelArgs) bool {

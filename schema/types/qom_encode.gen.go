@@ -4,7 +4,7 @@ package types
 
 import "qblockd/schema/value"
 
-// AppendJSON appends x in the reference's form, members in hash order.
+// AppendJSON appends x in QEMU's form, members in hash order.
 func (x *ObjectPropertyInfo) AppendJSON(b []byte) []byte {
 	b = append(b, '{')
 	if x.DefaultValue != nil {
@@ -22,7 +22,7 @@ func (x *ObjectPropertyInfo) AppendJSON(b []byte) []byte {
 	return append(b, '}')
 }
 
-// AppendJSON appends x in the reference's form, members in hash order.
+// AppendJSON appends x in QEMU's form, members in hash order.
 func (x *ObjectTypeInfo) AppendJSON(b []byte) []byte {
 	b = append(b, '{')
 	if x.Abstract != nil {
@@ -38,7 +38,7 @@ func (x *ObjectTypeInfo) AppendJSON(b []byte) []byte {
 	return append(b, '}')
 }
 
-// AppendJSON appends x in the reference's form, members in hash order.
+// AppendJSON appends x in QEMU's form, members in hash order.
 func (x *IothreadProperties) AppendJSON(b []byte) []byte {
 	b = append(b, '{')
 	if x.ThreadPoolMax != nil {
@@ -48,7 +48,7 @@ func (x *IothreadProperties) AppendJSON(b []byte) []byte {
 	return append(b, '}')
 }
 
-// AppendJSON appends x in the reference's form, members in hash order.
+// AppendJSON appends x in QEMU's form, members in hash order.
 func (x *SecretProperties) AppendJSON(b []byte) []byte {
 	b = append(b, '{')
 	if x.Keyid != nil {
@@ -74,7 +74,7 @@ func (x *SecretProperties) AppendJSON(b []byte) []byte {
 	return append(b, '}')
 }
 
-// AppendJSON appends x in the reference's form, members in hash order.
+// AppendJSON appends x in QEMU's form, members in hash order.
 func (x *ObjectOptions) AppendJSON(b []byte) []byte {
 	switch u := x.U.(type) {
 	case *IothreadProperties:
@@ -210,14 +210,14 @@ func (x *ObjectOptions) AppendJSON(b []byte) []byte {
 	panic("ObjectOptions with a branch of another type")
 }
 
-// AppendJSON appends x in the reference's form, members in hash order.
+// AppendJSON appends x in QEMU's form, members in hash order.
 func (x *QomListArgs) AppendJSON(b []byte) []byte {
 	b = append(b, `{"path": `...)
 	b = value.AppendString(b, x.Path)
 	return append(b, '}')
 }
 
-// AppendJSON appends x in the reference's form, members in hash order.
+// AppendJSON appends x in QEMU's form, members in hash order.
 func (x *QomGetArgs) AppendJSON(b []byte) []byte {
 	b = append(b, `{"path": `...)
 	b = value.AppendString(b, x.Path)
@@ -226,7 +226,7 @@ func (x *QomGetArgs) AppendJSON(b []byte) []byte {
 	return append(b, '}')
 }
 
-// AppendJSON appends x in the reference's form, members in hash order.
+// AppendJSON appends x in QEMU's form, members in hash order.
 func (x *QomSetArgs) AppendJSON(b []byte) []byte {
 	b = append(b, `{"path": `...)
 	b = value.AppendString(b, x.Path)
@@ -237,7 +237,7 @@ func (x *QomSetArgs) AppendJSON(b []byte) []byte {
 	return append(b, '}')
 }
 
-// AppendJSON appends x in the reference's form, members in hash order.
+// AppendJSON appends x in QEMU's form, members in hash order.
 func (x *QomListTypesArgs) AppendJSON(b []byte) []byte {
 	b = append(b, '{')
 	if x.Abstract != nil {
@@ -251,14 +251,14 @@ func (x *QomListTypesArgs) AppendJSON(b []byte) []byte {
 	return append(b, '}')
 }
 
-// AppendJSON appends x in the reference's form, members in hash order.
+// AppendJSON appends x in QEMU's form, members in hash order.
 func (x *QomListPropertiesArgs) AppendJSON(b []byte) []byte {
 	b = append(b, `{"typename": `...)
 	b = value.AppendString(b, x.Typename)
 	return append(b, '}')
 }
 
-// AppendJSON appends x in the reference's form, members in hash order.
+// AppendJSON appends x in QEMU's form, members in hash order.
 func (x *ObjectDelArgs) AppendJSON(b []byte) []byte {
 	b = append(b, `{"id": `...)
 	b = value.AppendString(b, x.ID)

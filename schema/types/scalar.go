@@ -91,7 +91,7 @@ func visitInt64(d *decoder, name string, p *int64) bool {
 	return true
 }
 
-// visitUint64 accepts negative numbers too and lets them wrap, as the reference does.
+// visitUint64 accepts negative numbers too and lets them wrap, as QEMU does.
 func visitUint64(d *decoder, name string, p *uint64) bool {
 	if d.mode == ModeKeyval {
 		s, ok := d.keyval(name)

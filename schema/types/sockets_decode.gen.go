@@ -4,7 +4,7 @@ package types
 
 import "qblockd/schema/value"
 
-// DecodeInetSocketAddress decodes v; faults are worded as the reference does (*ArgError).
+// DecodeInetSocketAddress decodes v; faults are worded as QEMU does (*ArgError).
 func DecodeInetSocketAddress(v value.Value, m Mode) (*InetSocketAddress, error) {
 	return decode(v, m, visitInetSocketAddress)
 }
@@ -24,7 +24,7 @@ func membersInetSocketAddress(d *decoder, x *InetSocketAddress) bool {
 		opt(d, "mptcp", &x.Mptcp, visitBool)
 }
 
-// DecodeUnixSocketAddress decodes v; faults are worded as the reference does (*ArgError).
+// DecodeUnixSocketAddress decodes v; faults are worded as QEMU does (*ArgError).
 func DecodeUnixSocketAddress(v value.Value, m Mode) (*UnixSocketAddress, error) {
 	return decode(v, m, visitUnixSocketAddress)
 }
@@ -39,7 +39,7 @@ func membersUnixSocketAddress(d *decoder, x *UnixSocketAddress) bool {
 		opt(d, "tight", &x.Tight, visitBool)
 }
 
-// DecodeInetSocketAddressWrapper decodes v; faults are worded as the reference does (*ArgError).
+// DecodeInetSocketAddressWrapper decodes v; faults are worded as QEMU does (*ArgError).
 func DecodeInetSocketAddressWrapper(v value.Value, m Mode) (*InetSocketAddressWrapper, error) {
 	return decode(v, m, visitInetSocketAddressWrapper)
 }
@@ -52,7 +52,7 @@ func membersInetSocketAddressWrapper(d *decoder, x *InetSocketAddressWrapper) bo
 	return visitInetSocketAddress(d, "data", &x.Data)
 }
 
-// DecodeUnixSocketAddressWrapper decodes v; faults are worded as the reference does (*ArgError).
+// DecodeUnixSocketAddressWrapper decodes v; faults are worded as QEMU does (*ArgError).
 func DecodeUnixSocketAddressWrapper(v value.Value, m Mode) (*UnixSocketAddressWrapper, error) {
 	return decode(v, m, visitUnixSocketAddressWrapper)
 }
@@ -65,7 +65,7 @@ func membersUnixSocketAddressWrapper(d *decoder, x *UnixSocketAddressWrapper) bo
 	return visitUnixSocketAddress(d, "data", &x.Data)
 }
 
-// DecodeStringWrapper decodes v; faults are worded as the reference does (*ArgError).
+// DecodeStringWrapper decodes v; faults are worded as QEMU does (*ArgError).
 func DecodeStringWrapper(v value.Value, m Mode) (*StringWrapper, error) {
 	return decode(v, m, visitStringWrapper)
 }
@@ -82,7 +82,7 @@ func visitSocketAddressType(d *decoder, name string, x *SocketAddressType) bool 
 	return enum(d, name, x, SocketAddressTypeValues)
 }
 
-// DecodeSocketAddressLegacy decodes v; faults are worded as the reference does (*ArgError).
+// DecodeSocketAddressLegacy decodes v; faults are worded as QEMU does (*ArgError).
 func DecodeSocketAddressLegacy(v value.Value, m Mode) (*SocketAddressLegacy, error) {
 	return decode(v, m, visitSocketAddressLegacy)
 }
@@ -112,7 +112,7 @@ func membersSocketAddressLegacy(d *decoder, x *SocketAddressLegacy) bool {
 	return true
 }
 
-// DecodeSocketAddress decodes v; faults are worded as the reference does (*ArgError).
+// DecodeSocketAddress decodes v; faults are worded as QEMU does (*ArgError).
 func DecodeSocketAddress(v value.Value, m Mode) (*SocketAddress, error) {
 	return decode(v, m, visitSocketAddress)
 }

@@ -4,7 +4,7 @@ package types
 
 import "qblockd/schema/value"
 
-// AppendJSON appends x in the reference's form, members in hash order.
+// AppendJSON appends x in QEMU's form, members in hash order.
 func (x *InetSocketAddressBase) AppendJSON(b []byte) []byte {
 	b = append(b, `{"port": `...)
 	b = value.AppendString(b, x.Port)
@@ -13,7 +13,7 @@ func (x *InetSocketAddressBase) AppendJSON(b []byte) []byte {
 	return append(b, '}')
 }
 
-// AppendJSON appends x in the reference's form, members in hash order.
+// AppendJSON appends x in QEMU's form, members in hash order.
 func (x *InetSocketAddress) AppendJSON(b []byte) []byte {
 	b = append(b, '{')
 	if x.Numeric != nil {
@@ -47,7 +47,7 @@ func (x *InetSocketAddress) AppendJSON(b []byte) []byte {
 	return append(b, '}')
 }
 
-// AppendJSON appends x in the reference's form, members in hash order.
+// AppendJSON appends x in QEMU's form, members in hash order.
 func (x *UnixSocketAddress) AppendJSON(b []byte) []byte {
 	b = append(b, '{')
 	if x.Abstract != nil {
@@ -63,28 +63,28 @@ func (x *UnixSocketAddress) AppendJSON(b []byte) []byte {
 	return append(b, '}')
 }
 
-// AppendJSON appends x in the reference's form, members in hash order.
+// AppendJSON appends x in QEMU's form, members in hash order.
 func (x *InetSocketAddressWrapper) AppendJSON(b []byte) []byte {
 	b = append(b, `{"data": `...)
 	b = x.Data.AppendJSON(b)
 	return append(b, '}')
 }
 
-// AppendJSON appends x in the reference's form, members in hash order.
+// AppendJSON appends x in QEMU's form, members in hash order.
 func (x *UnixSocketAddressWrapper) AppendJSON(b []byte) []byte {
 	b = append(b, `{"data": `...)
 	b = x.Data.AppendJSON(b)
 	return append(b, '}')
 }
 
-// AppendJSON appends x in the reference's form, members in hash order.
+// AppendJSON appends x in QEMU's form, members in hash order.
 func (x *StringWrapper) AppendJSON(b []byte) []byte {
 	b = append(b, `{"data": `...)
 	b = x.Data.AppendJSON(b)
 	return append(b, '}')
 }
 
-// AppendJSON appends x in the reference's form, members in hash order.
+// AppendJSON appends x in QEMU's form, members in hash order.
 func (x *SocketAddressLegacy) AppendJSON(b []byte) []byte {
 	switch u := x.U.(type) {
 	case *InetSocketAddressWrapper:
@@ -113,7 +113,7 @@ func (x *SocketAddressLegacy) AppendJSON(b []byte) []byte {
 	panic("SocketAddressLegacy with a branch of another type")
 }
 
-// AppendJSON appends x in the reference's form, members in hash order.
+// AppendJSON appends x in QEMU's form, members in hash order.
 func (x *SocketAddress) AppendJSON(b []byte) []byte {
 	switch u := x.U.(type) {
 	case *InetSocketAddress:

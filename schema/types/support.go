@@ -16,12 +16,12 @@ type Registrar interface {
 	Handle(command string, f HandlerFunc)
 }
 
-// Raw is a reply that is already encoded JSON in the reference's form (compact
+// Raw is a reply that is already encoded JSON in QEMU's form (compact
 // separators ", " and ": ", members in hash order).
 type Raw []byte
 
-// WellFormedID tells whether id is one as clients may give it to nodes, jobs, exports, objects and devices: a letter,
-// then letters, digits and "-._".
+// WellFormedID tells whether id is one as clients may give it to nodes, jobs, exports, objects and
+// devices: a letter, then letters, digits and "-._".
 func WellFormedID(id string) bool {
 	for i := 0; i < len(id); i++ {
 		c := id[i]

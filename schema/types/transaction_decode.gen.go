@@ -4,7 +4,7 @@ package types
 
 import "qblockd/schema/value"
 
-// DecodeAbort decodes v; faults are worded as the reference does (*ArgError).
+// DecodeAbort decodes v; faults are worded as QEMU does (*ArgError).
 func DecodeAbort(v value.Value, m Mode) (*Abort, error) { return decode(v, m, visitAbort) }
 
 func visitAbort(d *decoder, name string, x *Abort) bool {
@@ -23,7 +23,7 @@ func visitTransactionActionKind(d *decoder, name string, x *TransactionActionKin
 	return enum(d, name, x, TransactionActionKindValues)
 }
 
-// DecodeAbortWrapper decodes v; faults are worded as the reference does (*ArgError).
+// DecodeAbortWrapper decodes v; faults are worded as QEMU does (*ArgError).
 func DecodeAbortWrapper(v value.Value, m Mode) (*AbortWrapper, error) {
 	return decode(v, m, visitAbortWrapper)
 }
@@ -36,7 +36,7 @@ func membersAbortWrapper(d *decoder, x *AbortWrapper) bool {
 	return visitAbort(d, "data", &x.Data)
 }
 
-// DecodeBlockDirtyBitmapAddWrapper decodes v; faults are worded as the reference does (*ArgError).
+// DecodeBlockDirtyBitmapAddWrapper decodes v; faults are worded as QEMU does (*ArgError).
 func DecodeBlockDirtyBitmapAddWrapper(v value.Value, m Mode) (*BlockDirtyBitmapAddWrapper, error) {
 	return decode(v, m, visitBlockDirtyBitmapAddWrapper)
 }
@@ -49,7 +49,7 @@ func membersBlockDirtyBitmapAddWrapper(d *decoder, x *BlockDirtyBitmapAddWrapper
 	return visitBlockDirtyBitmapAdd(d, "data", &x.Data)
 }
 
-// DecodeBlockDirtyBitmapWrapper decodes v; faults are worded as the reference does (*ArgError).
+// DecodeBlockDirtyBitmapWrapper decodes v; faults are worded as QEMU does (*ArgError).
 func DecodeBlockDirtyBitmapWrapper(v value.Value, m Mode) (*BlockDirtyBitmapWrapper, error) {
 	return decode(v, m, visitBlockDirtyBitmapWrapper)
 }
@@ -62,7 +62,7 @@ func membersBlockDirtyBitmapWrapper(d *decoder, x *BlockDirtyBitmapWrapper) bool
 	return visitBlockDirtyBitmap(d, "data", &x.Data)
 }
 
-// DecodeBlockDirtyBitmapMergeWrapper decodes v; faults are worded as the reference does (*ArgError).
+// DecodeBlockDirtyBitmapMergeWrapper decodes v; faults are worded as QEMU does (*ArgError).
 func DecodeBlockDirtyBitmapMergeWrapper(v value.Value, m Mode) (*BlockDirtyBitmapMergeWrapper, error) {
 	return decode(v, m, visitBlockDirtyBitmapMergeWrapper)
 }
@@ -75,7 +75,7 @@ func membersBlockDirtyBitmapMergeWrapper(d *decoder, x *BlockDirtyBitmapMergeWra
 	return visitBlockDirtyBitmapMerge(d, "data", &x.Data)
 }
 
-// DecodeBlockdevBackupWrapper decodes v; faults are worded as the reference does (*ArgError).
+// DecodeBlockdevBackupWrapper decodes v; faults are worded as QEMU does (*ArgError).
 func DecodeBlockdevBackupWrapper(v value.Value, m Mode) (*BlockdevBackupWrapper, error) {
 	return decode(v, m, visitBlockdevBackupWrapper)
 }
@@ -88,7 +88,7 @@ func membersBlockdevBackupWrapper(d *decoder, x *BlockdevBackupWrapper) bool {
 	return visitBlockdevBackup(d, "data", &x.Data)
 }
 
-// DecodeDriveBackupWrapper decodes v; faults are worded as the reference does (*ArgError).
+// DecodeDriveBackupWrapper decodes v; faults are worded as QEMU does (*ArgError).
 func DecodeDriveBackupWrapper(v value.Value, m Mode) (*DriveBackupWrapper, error) {
 	return decode(v, m, visitDriveBackupWrapper)
 }
@@ -101,7 +101,7 @@ func membersDriveBackupWrapper(d *decoder, x *DriveBackupWrapper) bool {
 	return visitDriveBackup(d, "data", &x.Data)
 }
 
-// DecodeBlockdevSnapshotWrapper decodes v; faults are worded as the reference does (*ArgError).
+// DecodeBlockdevSnapshotWrapper decodes v; faults are worded as QEMU does (*ArgError).
 func DecodeBlockdevSnapshotWrapper(v value.Value, m Mode) (*BlockdevSnapshotWrapper, error) {
 	return decode(v, m, visitBlockdevSnapshotWrapper)
 }
@@ -114,7 +114,7 @@ func membersBlockdevSnapshotWrapper(d *decoder, x *BlockdevSnapshotWrapper) bool
 	return visitBlockdevSnapshot(d, "data", &x.Data)
 }
 
-// DecodeBlockdevSnapshotInternalWrapper decodes v; faults are worded as the reference does (*ArgError).
+// DecodeBlockdevSnapshotInternalWrapper decodes v; faults are worded as QEMU does (*ArgError).
 func DecodeBlockdevSnapshotInternalWrapper(v value.Value, m Mode) (*BlockdevSnapshotInternalWrapper, error) {
 	return decode(v, m, visitBlockdevSnapshotInternalWrapper)
 }
@@ -127,7 +127,7 @@ func membersBlockdevSnapshotInternalWrapper(d *decoder, x *BlockdevSnapshotInter
 	return visitBlockdevSnapshotInternal(d, "data", &x.Data)
 }
 
-// DecodeBlockdevSnapshotSyncWrapper decodes v; faults are worded as the reference does (*ArgError).
+// DecodeBlockdevSnapshotSyncWrapper decodes v; faults are worded as QEMU does (*ArgError).
 func DecodeBlockdevSnapshotSyncWrapper(v value.Value, m Mode) (*BlockdevSnapshotSyncWrapper, error) {
 	return decode(v, m, visitBlockdevSnapshotSyncWrapper)
 }
@@ -140,7 +140,7 @@ func membersBlockdevSnapshotSyncWrapper(d *decoder, x *BlockdevSnapshotSyncWrapp
 	return visitBlockdevSnapshotSync(d, "data", &x.Data)
 }
 
-// DecodeTransactionAction decodes v; faults are worded as the reference does (*ArgError).
+// DecodeTransactionAction decodes v; faults are worded as QEMU does (*ArgError).
 func DecodeTransactionAction(v value.Value, m Mode) (*TransactionAction, error) {
 	return decode(v, m, visitTransactionAction)
 }
@@ -194,7 +194,7 @@ func membersTransactionAction(d *decoder, x *TransactionAction) bool {
 	return true
 }
 
-// DecodeTransactionProperties decodes v; faults are worded as the reference does (*ArgError).
+// DecodeTransactionProperties decodes v; faults are worded as QEMU does (*ArgError).
 func DecodeTransactionProperties(v value.Value, m Mode) (*TransactionProperties, error) {
 	return decode(v, m, visitTransactionProperties)
 }
@@ -207,7 +207,7 @@ func membersTransactionProperties(d *decoder, x *TransactionProperties) bool {
 	return opt(d, "completion-mode", &x.CompletionMode, visitActionCompletionMode)
 }
 
-// DecodeTransactionArgs decodes the arguments in v, nil for none; faults are worded as the reference does (*ArgError).
+// DecodeTransactionArgs decodes the arguments in v, nil for none; faults are worded as QEMU does (*ArgError).
 func DecodeTransactionArgs(v *value.Dict) (*TransactionArgs, error) {
 	return args(v, visitTransactionArgs)
 }

@@ -2,75 +2,75 @@
 
 package types
 
-// AppendJSON appends x in the reference's form, members in hash order.
+// AppendJSON appends x in QEMU's form, members in hash order.
 func (x *Abort) AppendJSON(b []byte) []byte {
 	return append(b, "{}"...)
 }
 
-// AppendJSON appends x in the reference's form, members in hash order.
+// AppendJSON appends x in QEMU's form, members in hash order.
 func (x *AbortWrapper) AppendJSON(b []byte) []byte {
 	b = append(b, `{"data": `...)
 	b = x.Data.AppendJSON(b)
 	return append(b, '}')
 }
 
-// AppendJSON appends x in the reference's form, members in hash order.
+// AppendJSON appends x in QEMU's form, members in hash order.
 func (x *BlockDirtyBitmapAddWrapper) AppendJSON(b []byte) []byte {
 	b = append(b, `{"data": `...)
 	b = x.Data.AppendJSON(b)
 	return append(b, '}')
 }
 
-// AppendJSON appends x in the reference's form, members in hash order.
+// AppendJSON appends x in QEMU's form, members in hash order.
 func (x *BlockDirtyBitmapWrapper) AppendJSON(b []byte) []byte {
 	b = append(b, `{"data": `...)
 	b = x.Data.AppendJSON(b)
 	return append(b, '}')
 }
 
-// AppendJSON appends x in the reference's form, members in hash order.
+// AppendJSON appends x in QEMU's form, members in hash order.
 func (x *BlockDirtyBitmapMergeWrapper) AppendJSON(b []byte) []byte {
 	b = append(b, `{"data": `...)
 	b = x.Data.AppendJSON(b)
 	return append(b, '}')
 }
 
-// AppendJSON appends x in the reference's form, members in hash order.
+// AppendJSON appends x in QEMU's form, members in hash order.
 func (x *BlockdevBackupWrapper) AppendJSON(b []byte) []byte {
 	b = append(b, `{"data": `...)
 	b = x.Data.AppendJSON(b)
 	return append(b, '}')
 }
 
-// AppendJSON appends x in the reference's form, members in hash order.
+// AppendJSON appends x in QEMU's form, members in hash order.
 func (x *DriveBackupWrapper) AppendJSON(b []byte) []byte {
 	b = append(b, `{"data": `...)
 	b = x.Data.AppendJSON(b)
 	return append(b, '}')
 }
 
-// AppendJSON appends x in the reference's form, members in hash order.
+// AppendJSON appends x in QEMU's form, members in hash order.
 func (x *BlockdevSnapshotWrapper) AppendJSON(b []byte) []byte {
 	b = append(b, `{"data": `...)
 	b = x.Data.AppendJSON(b)
 	return append(b, '}')
 }
 
-// AppendJSON appends x in the reference's form, members in hash order.
+// AppendJSON appends x in QEMU's form, members in hash order.
 func (x *BlockdevSnapshotInternalWrapper) AppendJSON(b []byte) []byte {
 	b = append(b, `{"data": `...)
 	b = x.Data.AppendJSON(b)
 	return append(b, '}')
 }
 
-// AppendJSON appends x in the reference's form, members in hash order.
+// AppendJSON appends x in QEMU's form, members in hash order.
 func (x *BlockdevSnapshotSyncWrapper) AppendJSON(b []byte) []byte {
 	b = append(b, `{"data": `...)
 	b = x.Data.AppendJSON(b)
 	return append(b, '}')
 }
 
-// AppendJSON appends x in the reference's form, members in hash order.
+// AppendJSON appends x in QEMU's form, members in hash order.
 func (x *TransactionAction) AppendJSON(b []byte) []byte {
 	switch u := x.U.(type) {
 	case *AbortWrapper:
@@ -135,7 +135,7 @@ func (x *TransactionAction) AppendJSON(b []byte) []byte {
 	panic("TransactionAction with a branch of another type")
 }
 
-// AppendJSON appends x in the reference's form, members in hash order.
+// AppendJSON appends x in QEMU's form, members in hash order.
 func (x *TransactionProperties) AppendJSON(b []byte) []byte {
 	b = append(b, '{')
 	if x.CompletionMode != nil {
@@ -145,7 +145,7 @@ func (x *TransactionProperties) AppendJSON(b []byte) []byte {
 	return append(b, '}')
 }
 
-// AppendJSON appends x in the reference's form, members in hash order.
+// AppendJSON appends x in QEMU's form, members in hash order.
 func (x *TransactionArgs) AppendJSON(b []byte) []byte {
 	b = append(b, `{"actions": `...)
 	b = appendList(b, x.Actions, func(b []byte, v *TransactionAction) []byte { return v.AppendJSON(b) })

@@ -8,8 +8,8 @@ import (
 const base64Digits = "ABCDEFGHIJKLMNOPQRSTUVWXYZabcdefghijklmnopqrstuvwxyz0123456789+/"
 
 // Base64 decodes base64 as leniently as QEMU: padding counts as zero bits wherever it stands, and
-// shortens its group only by its last characters; line feeds are skipped; an incomplete last group is
-// dropped.
+// shortens its group only by its last characters; line feeds are skipped; an incomplete last group
+// is dropped.
 func Base64(s string) ([]byte, error) {
 	var out []byte
 	var group uint32

@@ -70,7 +70,7 @@ func (d *Dict) hashOrder(idx []int) []int {
 	return idx
 }
 
-// EachHashed calls f for the members in the order in which the reference visits and prints
+// EachHashed calls f for the members in the order in which QEMU visits and prints
 // them, until f returns false.
 func (d *Dict) EachHashed(f func(name string, v Value) bool) {
 	var small [16]int
@@ -136,7 +136,7 @@ func appendHex4(b []byte, u int) []byte {
 
 // AppendDouble appends f with 17 significant digits, as C's "%.17g" prints it: 0.1 becomes
 // 0.10000000000000001 and 1e10 becomes 10000000000. Infinities, which a client can only
-// produce by writing a number such as 1e999, become inf and -inf like in the reference.
+// produce by writing a number such as 1e999, become inf and -inf like in QEMU.
 func AppendDouble(b []byte, f float64) []byte {
 	switch {
 	case math.IsInf(f, 1):

@@ -9,7 +9,7 @@ type Limits struct {
 	Depth      int // brackets and braces open at once
 }
 
-// DefaultLimits are the reference's.
+// DefaultLimits are QEMU's.
 var DefaultLimits = Limits{TokenBytes: 64 << 20, Tokens: 2 << 20, Depth: 1024}
 
 var (
@@ -74,7 +74,7 @@ var stringStop = func() (t [256]bool) {
 
 // lex consumes input until a message is complete or faulty (ok) or the input is used up.
 //
-// Tokens are recognized and errors recovered from exactly like the reference does it: after a
+// Tokens are recognized and errors recovered from exactly like QEMU does it: after a
 // byte that fits nowhere everything up to a structural character, a control character other
 // than TAB, or FE/FF is skipped.
 func (p *Parser) lex() (v Value, err error, ok bool) {
@@ -271,7 +271,7 @@ func (p *Parser) take(n int) (Value, error, bool) {
 // stray reports the current token, broken by c, and starts skipping.
 func (p *Parser) stray(c byte) (Value, error, bool) {
 	text := string(p.text[p.tokenStart():])
-	if c != 0 { // the reference's text ends at a zero byte
+	if c != 0 { // QEMU's text ends at a zero byte
 		text += string([]byte{c})
 	}
 	p.in = p.in[1:]

@@ -6,7 +6,7 @@ import (
 	"unsafe"
 )
 
-// A Parser cuts a stream of bytes into JSON values, with the reference's leniencies and limits
+// A Parser cuts a stream of bytes into JSON values, with QEMU's leniencies and limits
 // and in its words for errors.
 //
 // Use: Feed a chunk, call Next until it reports that there is nothing more, Feed the next one.
@@ -91,7 +91,7 @@ func (p *Parser) flush() (v Value, err error, ok bool) {
 }
 
 // Parse returns the one JSON value that s consists of. It is lenient like Parser; its errors
-// are those of the reference: the syntax errors of Parser, "Expecting a JSON value" and
+// are those of QEMU: the syntax errors of Parser, "Expecting a JSON value" and
 // "Expecting at most one JSON value".
 func Parse(s string) (Value, error) {
 	p := NewParser(Limits{})

@@ -1,6 +1,6 @@
 package value
 
-// Strings of the wire are modified UTF-8, as in the reference: UTF-8 in which U+0000 is
+// Strings of the wire are modified UTF-8, as in QEMU: UTF-8 in which U+0000 is
 // the two bytes C0 80. A Go string that came from a parser therefore never holds a zero
 // byte, and a name with a NUL in it can never be cut short by the kernel.
 

@@ -1,6 +1,6 @@
 // Package value holds JSON values as QAPI sees them: integers stay integers,
 // objects keep the order in which their members arrived, and are printed in the
-// order of the reference's hash table.
+// order of QEMU's hash table.
 //
 // A Value is one of: Null, bool, int64, uint64 (only above math.MaxInt64),
 // float64, string, List, *Dict. Nothing else ever appears in one.
@@ -118,7 +118,7 @@ func (d *Dict) Del(name string) bool {
 	return true
 }
 
-// Bucket is the slot of the reference's hash table that a member name falls into.
+// Bucket is the slot of QEMU's hash table that a member name falls into.
 // Objects are printed by ascending bucket; within a bucket the later inserted comes first.
 func Bucket(name string) uint32 {
 	v := uint32(0x238F13AF) * uint32(len(name))

@@ -103,7 +103,8 @@ func (v *verdict) String() string {
 	return "BELOW"
 }
 
-// group runs the wanted loads of g. Its error is that of the context; others are printed and counted.
+// group runs the wanted loads of g. Its error is that of the context; others are printed and
+// counted.
 func (b *bench) group(g *group) error {
 	g.loads = slices.DeleteFunc(g.loads, func(l load) bool { return !b.cases.MatchString(g.name + "/" + l.name) })
 	g.sides = slices.DeleteFunc(g.sides, func(s string) bool { return slices.Contains(b.absent, s) })

@@ -43,7 +43,8 @@ func TestFinish(t *testing.T) {
 	}
 }
 
-// Every target is about some figure, and each figure with qemu-storage-daemon beside it is known by name.
+// Every target is about some figure, and each figure with qemu-storage-daemon beside it is known by
+// name.
 func TestTargets(t *testing.T) {
 	var figures []string
 	for _, g := range (&bench{}).groups() {

@@ -8,7 +8,8 @@ import (
 	"slices"
 )
 
-// Every page of 4 KiB of an image begins with its offset, disguised; so do the pages that loads write.
+// Every page of 4 KiB of an image begins with its offset, disguised; so do the pages that loads
+// write.
 const (
 	markPage = 4096
 	markKey  = 0xc0ffee5ca1ab1e5
@@ -77,8 +78,9 @@ func (b *bench) newQcow2(path string, size int64) error {
 	return b.qemuImg("create", "-q", "-f", "qcow2", path, fmt.Sprint(size))
 }
 
-// withBacking is the image with the name of a backing file in its header (qcow2.txt: backing_file_offset, _size), far
-// behind the header's extensions and before the first cluster that is used.
+// withBacking is the image with the name of a backing file in its header (qcow2.txt:
+// backing_file_offset, _size), far behind the header's extensions and before the first cluster that
+// is used.
 func withBacking(image []byte, name string) []byte {
 	const at = 4096
 	b := append([]byte(nil), image...)

@@ -44,7 +44,8 @@ func startLoads(b *bench) *group {
 	}}
 }
 
-// greeting starts a daemon with its monitor on stdio and returns how long its greeting took, in milliseconds.
+// greeting starts a daemon with its monitor on stdio and returns how long its greeting took, in
+// milliseconds.
 func (b *bench) greeting(side string) (float64, error) {
 	cmd := exec.CommandContext(b.ctx, b.program(side), "--chardev", "stdio,id=c", "--monitor", "chardev=c")
 	in, err := cmd.StdinPipe()
@@ -225,8 +226,8 @@ func (p *proc) query(flat bool) ([]float64, error) {
 	return []float64{time.Since(begin).Seconds() * 1e3}, err
 }
 
-// chainLoads: 200 layers of qcow2. With override the headers name no backing file: the options do, and every file
-// name the daemon tells is made of all layers below.
+// chainLoads: 200 layers of qcow2. With override the headers name no backing file: the options do,
+// and every file name the daemon tells is made of all layers below.
 func chainLoads(b *bench, headers bool) *group {
 	const depth = 200
 	g := &group{name: "chain", sides: daemons}
@@ -303,7 +304,8 @@ func chainLoads(b *bench, headers bool) *group {
 	return g
 }
 
-// fullQuery is query with whole chains. Who takes longer than limit is taken to need just that, and is killed.
+// fullQuery is query with whole chains. Who takes longer than limit is taken to need just that, and
+// is killed.
 func (b *bench) fullQuery(p *proc, limit time.Duration) ([]float64, error) {
 	select {
 	case <-p.done:

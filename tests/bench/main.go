@@ -1,14 +1,17 @@
-// Bench puts the same loads on qblockd, qemu-storage-daemon, nbdkit's file plugin and qemu-nbd by turns, and prints for
-// each figure the medians, the median of the pairs' ratios with minimum and maximum, and whether the target holds.
+// Bench puts the same loads on qblockd, qemu-storage-daemon, nbdkit's file plugin and qemu-nbd by
+// turns, and prints for each figure the medians, the median of the pairs' ratios with minimum and
+// maximum, and whether the target holds.
 //
 //	go run ./tests/bench [-quick] [-cases REGEX] [-pairs 9] [-secs 0.4] [-json FILE]
 //
-// A ratio says how many times better qblockd is, whatever the unit. A machine that does other things as well changes figures by
-// factors, but the same for neighbours: hence pairs. In each round every server has its turn, in an order that is
-// rotated and reversed from round to round, and only values of one round are divided by each other.
+// A ratio says how many times better qblockd is, whatever the unit. A machine that does other
+// things as well changes figures by factors, but the same for neighbours: hence pairs. In each
+// round every server has its turn, in an order that is rotated and reversed from round to round,
+// and only values of one round are divided by each other.
 //
-// Peers that are not installed are skipped, and named at the begin and the end. qblockd is built from the tree.
-// The clients are our own (nbd.go, qmp.go): a thread a connection, raw descriptors, many replies a system call.
+// Peers that are not installed are skipped, and named at the begin and the end. qblockd is built
+// from the tree. The clients are our own (nbd.go, qmp.go): a thread a connection, raw descriptors,
+// many replies a system call.
 //
 //	main.go     options, and who is there         bench.go    rounds, ratios, what is printed
 //	targets.go  what is to be reached, as data    procs.go    starting servers

@@ -28,8 +28,8 @@ const (
 
 const exportName = "x"
 
-// nbdConn is one connection, used by one goroutine. What is to be sent is gathered in out and leaves before the connection
-// would wait for replies.
+// nbdConn is one connection, used by one goroutine. What is to be sent is gathered in out and
+// leaves before the connection would wait for replies.
 type nbdConn struct {
 	fd         fd
 	size       int64
@@ -40,7 +40,8 @@ type nbdConn struct {
 	payload    []byte // of a large read
 }
 
-// small is up to which length payloads go through the buffers; longer ones are moved without a copy in between.
+// small is up to which length payloads go through the buffers; longer ones are moved without a copy
+// in between.
 const small = 32 << 10
 
 func dialNBD(path string) (*nbdConn, error) {
@@ -132,8 +133,8 @@ func (c *nbdConn) take(n int) ([]byte, error) {
 	return b, nil
 }
 
-// takeLarge receives n bytes into c.payload; with the last of them what follows goes to c.in, so that a reply
-// takes no read of its own for its head.
+// takeLarge receives n bytes into c.payload; with the last of them what follows goes to c.in, so
+// that a reply takes no read of its own for its head.
 func (c *nbdConn) takeLarge(n int) ([]byte, error) {
 	if len(c.payload) < n {
 		c.payload = make([]byte, n)
@@ -207,7 +208,8 @@ type workload struct {
 	verify bool  // data read must be the pattern
 }
 
-// run keeps w.qd requests under way until stop, and returns how many were answered. id is the connection's number.
+// run keeps w.qd requests under way until stop, and returns how many were answered. id is the
+// connection's number.
 func (c *nbdConn) run(w workload, id int, stop *atomic.Bool) (done int64, err error) {
 	runtime.LockOSThread()
 	defer runtime.UnlockOSThread()

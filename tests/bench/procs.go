@@ -98,7 +98,8 @@ func (b *bench) program(side string) string {
 	return side
 }
 
-// daemon starts qblockd or qemu-storage-daemon with monitors for loads, one for us and an NBD server, besides args.
+// daemon starts qblockd or qemu-storage-daemon with monitors for loads, one for us and an NBD
+// server, besides args.
 func (b *bench) daemon(side string, monitors int, args ...string) (*proc, error) {
 	dir, err := os.MkdirTemp(b.shm, "d")
 	if err != nil {
@@ -121,7 +122,7 @@ func (b *bench) daemon(side string, monitors int, args ...string) (*proc, error)
 		b.stop(p)
 		return nil, err
 	}
-	// The reference may mishandle a client that comes while it starts.
+	// QEMU may mishandle a client that comes while it starts.
 	for try := 0; ; try++ {
 		if p.q, err = dialMonitor(mon[monitors]); err == nil {
 			return p, nil

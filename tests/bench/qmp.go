@@ -95,8 +95,8 @@ func dialMonitor(path string) (*monitor, error) {
 
 func (m *monitor) close() { syscall.Close(int(m.fd)) }
 
-// line returns the next message, to be used before the next call; of one longer than the buffer no more than the
-// begin. Events are passed over.
+// line returns the next message, to be used before the next call; of one longer than the buffer no
+// more than the begin. Events are passed over.
 func (m *monitor) line() ([]byte, error) {
 	for {
 		b, err := m.r.ReadSlice('\n')
@@ -157,7 +157,8 @@ func command(name string, args object) []byte {
 
 func (m *monitor) do(name string, args object) ([]byte, error) { return m.send(command(name, args)) }
 
-// roundTrips sends cmd for d, one after the other, and returns how long each took, in microseconds, sorted.
+// roundTrips sends cmd for d, one after the other, and returns how long each took, in microseconds,
+// sorted.
 func (m *monitor) roundTrips(cmd []byte, d time.Duration) ([]float64, error) {
 	var took []float64
 	for begin := time.Now(); ; {
@@ -195,7 +196,8 @@ func (m *monitor) pipelined(cmd []byte, n int) (float64, error) {
 	return float64(n) / took, werr
 }
 
-// sequence sends the commands one after the other and returns the mean time of one, in microseconds.
+// sequence sends the commands one after the other and returns the mean time of one, in
+// microseconds.
 func (m *monitor) sequence(cmds [][]byte) (float64, error) {
 	begin := time.Now()
 	for _, c := range cmds {

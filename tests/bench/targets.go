@@ -5,7 +5,8 @@ import (
 	"regexp"
 )
 
-// target: figures that match are to be least times better than the peer, as the median of the pairs' ratios.
+// target: figures that match are to be least times better than the peer, as the median of the
+// pairs' ratios.
 type target struct {
 	figure string // regular expression for all of group/metric
 	peer   string

@@ -15,7 +15,8 @@ import (
 	"qblockd/tests/daemon"
 )
 
-// What docs/limits.md states of an open image: so much in any case, so many bytes for each byte that the file has on its medium, and for each snapshot and bitmap.
+// What docs/limits.md states of an open image: so much in any case, so many bytes for each byte
+// that the file has on its medium, and for each snapshot and bitmap.
 const (
 	constant = 96 << 20
 	perByte  = 12
@@ -273,7 +274,8 @@ func add(q *daemon.QMP, name, path string, readOnly bool, more map[string]any) s
 	return ""
 }
 
-// TestShapes opens each of them, for reading with all checks and for writing, and does with it what clients do.
+// TestShapes opens each of them, for reading with all checks and for writing, and does with it what
+// clients do.
 func TestShapes(t *testing.T) {
 	for _, s := range shapes {
 		t.Run(s.name, func(t *testing.T) {
@@ -355,7 +357,8 @@ func use(t *testing.T, d *daemon.Daemon, q *daemon.QMP, readOnly bool) {
 	q.Wait(t, "BLOCK_EXPORT_DELETED", map[string]any{"id": "e"})
 }
 
-// TestCompressedUnderWay: many readers of compressed clusters of 2 MiB, of which each would have the decoder hold 8 MiB.
+// TestCompressedUnderWay: many readers of compressed clusters of 2 MiB, of which each would have
+// the decoder hold 8 MiB.
 func TestCompressedUnderWay(t *testing.T) {
 	const clusters = 32
 	i := newImage(t, 3, 21, clusters<<21)

@@ -25,7 +25,8 @@ type image struct {
 	items int64 // snapshots and bitmaps
 }
 
-// newImage is an image with nothing in it but a header, a refcount table and one refcount block. Its L1 table has as many entries as size needs, which are a hole.
+// newImage is an image with nothing in it but a header, a refcount table and one refcount block.
+// Its L1 table has as many entries as size needs, which are a hole.
 func newImage(t testing.TB, version uint32, clusterBits uint32, size uint64) *image {
 	i := &image{t: t, path: filepath.Join(t.TempDir(), "i.qcow2"), cs: 1 << clusterBits}
 	var err error

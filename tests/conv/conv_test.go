@@ -1,6 +1,7 @@
-// Package conv plays the recorded conversations against qblockd. What they hold was answered by the real
-// qemu-storage-daemon; where the answers cannot be equal yet, or differ on purpose, expected.txt says so. That list
-// can only shrink: a conversation that has become equal, or whose needs are met, must leave it.
+// Package conv plays the recorded conversations against qblockd. What they hold was answered by the
+// real qemu-storage-daemon; where the answers cannot be equal yet, or differ on purpose,
+// expected.txt says so. That list can only shrink: a conversation that has become equal, or whose
+// needs are met, must leave it.
 package conv
 
 import (
@@ -82,7 +83,7 @@ func check(t *testing.T, server, file string, e *expectation) {
 	case e.differs:
 		ours := strings.Replace(golden, "corpus", "differs", 1)
 		if diff := compare(t, ours, got.String()); diff != "" {
-			t.Errorf("differs from the reference on purpose (%s), but now in another way than recorded (-want +got):\n%s", e.reason, diff)
+			t.Errorf("differs from QEMU on purpose (%s), but now in another way than recorded (-want +got):\n%s", e.reason, diff)
 		}
 	}
 }

@@ -12,8 +12,8 @@ import (
 	"qblockd/tests/conv/player"
 )
 
-// TestPlayerAgreesWithOracle plays some conversations against the real daemon: the player must come to what was
-// recorded there.
+// TestPlayerAgreesWithOracle plays some conversations against the real daemon: the player must come
+// to what was recorded there.
 func TestPlayerAgreesWithOracle(t *testing.T) {
 	server, err := exec.LookPath("qemu-storage-daemon")
 	if err != nil {

@@ -1,4 +1,5 @@
-// Package ctl tries qblockctl as its users do: from scripts against a daemon, and in a real terminal.
+// Package ctl tries qblockctl as its users do: from scripts against a daemon, and in a real
+// terminal.
 package ctl
 
 import (
@@ -47,7 +48,8 @@ func binary(t *testing.T) string {
 	return bin
 }
 
-// ctl runs qblockctl and returns what it printed, what it said on standard error, and its exit status.
+// ctl runs qblockctl and returns what it printed, what it said on standard error, and its exit
+// status.
 func ctl(t *testing.T, d *daemon.Daemon, stdin string, words ...string) (out, said string, code int) {
 	t.Helper()
 	cmd := exec.Command(binary(t), words...)
@@ -170,7 +172,8 @@ func TestEvents(t *testing.T) {
 	}
 }
 
-// thirty adds 30 nodes: a chain of ten qcow2 files with an export on top and one in the middle, and five plain disks.
+// thirty adds 30 nodes: a chain of ten qcow2 files with an export on top and one in the middle, and
+// five plain disks.
 func thirty(t *testing.T, d *daemon.Daemon, q *daemon.QMP) {
 	t.Helper()
 	backing := ""

@@ -57,7 +57,8 @@ func (x *terminal) tmux(words ...string) string {
 	return string(out)
 }
 
-// keys types: words of more than one letter that tmux knows are keys (Tab, Up, Enter, C-u), others text.
+// keys types: words of more than one letter that tmux knows are keys (Tab, Up, Enter, C-u), others
+// text.
 func (x *terminal) keys(words ...string) {
 	x.t.Helper()
 	x.tmux(append([]string{"send-keys"}, words...)...)
@@ -79,7 +80,8 @@ func (x *terminal) see(pattern string) []string {
 	return nil
 }
 
-// ended waits until the program in the terminal has ended. What tmux writes about it may be drawn over.
+// ended waits until the program in the terminal has ended. What tmux writes about it may be drawn
+// over.
 func (x *terminal) ended() {
 	x.t.Helper()
 	for end := time.Now().Add(60 * time.Second); time.Now().Before(end); time.Sleep(20 * time.Millisecond) {

@@ -46,8 +46,8 @@ type Daemon struct {
 	done   chan struct{}
 }
 
-// Start runs qblockd in dir with a monitor and an NBD server besides args, and returns when it is up. It is killed
-// at the end of the test if it is still there.
+// Start runs qblockd in dir with a monitor and an NBD server besides args, and returns when it is
+// up. It is killed at the end of the test if it is still there.
 func Start(t testing.TB, dir string, args ...string) *Daemon {
 	t.Helper()
 	return StartBinary(t, Binary(t), dir, args...)
@@ -151,8 +151,8 @@ func (d *Daemon) FDs(t testing.TB) int {
 	return len(l)
 }
 
-// LeavesNothing does f and requires that the daemon then has as many files open as before: what closes them may be a
-// little later than the reply.
+// LeavesNothing does f and requires that the daemon then has as many files open as before: what
+// closes them may be a little later than the reply.
 func (d *Daemon) LeavesNothing(t testing.TB, f func()) {
 	t.Helper()
 	before := d.FDs(t)
@@ -204,7 +204,8 @@ func (d *Daemon) Dial(t testing.TB) *QMP {
 	return q
 }
 
-// DialQMP connects to the monitor at a unix socket and negotiates. The deadline is that of SetDeadline.
+// DialQMP connects to the monitor at a unix socket and negotiates. The deadline is that of
+// SetDeadline.
 func DialQMP(socket string, deadline time.Time) (*QMP, error) {
 	c, err := net.Dial("unix", socket)
 	if err != nil {
@@ -308,8 +309,8 @@ func (q *QMP) Must(t testing.TB, command string, args any) json.RawMessage {
 	return r
 }
 
-// Wait returns the first event of that name whose data contain all of want, from those kept on. It fails the test after
-// a minute.
+// Wait returns the first event of that name whose data contain all of want, from those kept on. It
+// fails the test after a minute.
 func (q *QMP) Wait(t testing.TB, name string, want map[string]any) Event {
 	t.Helper()
 	_ = q.c.SetReadDeadline(time.Now().Add(time.Minute))

@@ -9,8 +9,8 @@ import (
 	"time"
 )
 
-// NBD is a simple client of an export: one request at a time, simple replies, no library in between. It is used by
-// one goroutine.
+// NBD is a simple client of an export: one request at a time, simple replies, no library in
+// between. It is used by one goroutine.
 type NBD struct {
 	c      net.Conn
 	handle uint64
@@ -110,8 +110,8 @@ func (n *NBD) Zero(off int64, size int) error    { return n.do(nbdZeroes, 0, off
 func (n *NBD) Trim(off int64, size int) error    { return n.do(nbdTrim, 0, off, size, nil, nil) }
 func (n *NBD) Flush() error                      { return n.do(nbdFlush, 0, 0, 0, nil, nil) }
 
-// ReadAhead sends that many reads of size bytes from the beginning of the export at once, and reads the replies, in
-// whatever order they come.
+// ReadAhead sends that many reads of size bytes from the beginning of the export at once, and reads
+// the replies, in whatever order they come.
 func (n *NBD) ReadAhead(count, size int) error {
 	var b []byte
 	for i := range count {

@@ -11,7 +11,8 @@ import (
 	"qblockd/blockdev/nbdwire"
 )
 
-// Status is a client of an export that asks for nothing but block status. It is used by one goroutine.
+// Status is a client of an export that asks for nothing but block status. It is used by one
+// goroutine.
 type Status struct {
 	c        net.Conn
 	cookie   uint64
@@ -22,7 +23,8 @@ type Status struct {
 // Extent is one descriptor of a block status reply.
 type Extent struct{ Length, Flags uint32 }
 
-// DialStatus connects to an export and asks for the meta contexts; which of them there are stands in Contexts.
+// DialStatus connects to an export and asks for the meta contexts; which of them there are stands
+// in Contexts.
 func DialStatus(socket, export string, deadline time.Time, contexts ...string) (*Status, error) {
 	c, err := net.Dial("unix", socket)
 	if err != nil {

@@ -143,7 +143,8 @@ func (e *ended) bitmaps(done bool) error {
 	case done:
 		most.SetAll() // an error that was ignored
 	default:
-		// What is not in the target, as a power failure would leave it, is dirty; what was not copied, in clusters of the copy, may be.
+		// What is not in the target, as a power failure would leave it, is dirty; what was not
+		// copied, in clusters of the copy, may be.
 		most.SetAll()
 		if w.Real {
 			break
@@ -163,7 +164,8 @@ func (e *ended) bitmaps(done bool) error {
 	return within("the backup's bitmap", least, d.Bits(), most)
 }
 
-// lost is what a power failure takes from the target: what it does not hold then as the source held it at the beginning.
+// lost is what a power failure takes from the target: what it does not hold then as the source held
+// it at the beginning.
 func (e *ended) lost() (*bitmap.Bitmap, error) {
 	w := e.w
 	v := newWorld(w.ctx, w.Sample, "")
@@ -203,7 +205,8 @@ func (e *ended) unit() int64 {
 	return max(u, min(max(u, 4<<10), 64<<10))
 }
 
-// untouched checks that the target holds nothing itself where the top of the source had nothing, and guests did nothing.
+// untouched checks that the target holds nothing itself where the top of the source had nothing,
+// and guests did nothing.
 func (e *ended) untouched() error {
 	w := e.w
 	_, may := e.spans(max(512, int64(w.Layers[0].Cluster))) // whose clusters it then has as a whole

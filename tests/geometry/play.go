@@ -28,7 +28,8 @@ type Outcome struct {
 	Moves   int64 // how much has happened
 }
 
-// Run plays a sample and tells what was not as it should be. limit is how long nothing may happen in it.
+// Run plays a sample and tells what was not as it should be. limit is how long nothing may happen
+// in it.
 func Run(s Sample, limit time.Duration) (Outcome, error) {
 	ctx, cancel := context.WithCancelCause(context.Background())
 	defer cancel(nil)
@@ -74,7 +75,8 @@ func (w *world) play() (o Outcome, err error) {
 	return o, errors.Join(err, w.x.Close())
 }
 
-// givenUp tells whether an image is used no more as nobody knows what is in its file: a change of its header failed, and so did taking that back.
+// givenUp tells whether an image is used no more as nobody knows what is in its file: a change of
+// its header failed, and so did taking that back.
 func (w *world) givenUp() bool {
 	return slices.ContainsFunc(w.x.Graph.Nodes(), func(n *graph.Node) bool {
 		x, ok := n.Driver().(graph.Ejecter)
@@ -291,7 +293,8 @@ func (w *world) expected(err error) error {
 	return fmt.Errorf("refused: %w", err)
 }
 
-// drive brings the job to its end. After some time it is left in peace, and has to end before too much more has happened.
+// drive brings the job to its end. After some time it is left in peace, and has to end before too
+// much more has happened.
 func (w *world) drive(j *jobs.Job, guests []*guest) error {
 	r, most := w.r, int64(0)
 	for i := 0; ; i++ {
@@ -337,7 +340,8 @@ func (w *world) steer(j *jobs.Job, guests []*guest, i int) error {
 		}
 		_ = j.Cancel(true)
 	case status == types.JobStatusReady && w.End != "cancel":
-		// Also of a target whose backing file nobody has opened: it does not show yet what guests have to see.
+		// Also of a target whose backing file nobody has opened: it does not show yet what guests
+		// have to see.
 		if w.Sample.Guests > 0 && (w.End == "leave" || w.Busy || w.Under == "header") {
 			if err := w.stop(guests); err != nil {
 				return err

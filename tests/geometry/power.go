@@ -8,7 +8,8 @@ import (
 	"qblockd/schema/types"
 )
 
-// power takes a copy of all files at the at-th change of one: as a killed process leaves them, or as a power failure does. The world goes on unharmed.
+// power takes a copy of all files at the at-th change of one: as a killed process leaves them, or
+// as a power failure does. The world goes on unharmed.
 type power struct {
 	at     int
 	after  bool // the power fails; else only what is in the process is lost
@@ -40,7 +41,8 @@ func (p *power) hook(op drivertest.Op, _, _ int64) {
 	}
 }
 
-// afterKill opens the copies: the images are sound, and the source shows what it showed when the job began.
+// afterKill opens the copies: the images are sound, and the source shows what it showed when the
+// job began.
 func (w *world) afterKill(want []byte) error {
 	v := newWorld(w.ctx, w.Sample, "")
 	for name, m := range w.power.files {

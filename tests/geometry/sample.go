@@ -18,7 +18,8 @@ type Sample struct {
 	Layers []Layer // of the source, the top first
 	Target Layer   // of mirror and backup
 	Sync   types.MirrorSyncMode
-	// Under is what lies below the target: "" nothing, "own" another image, "chain" what lies below the source, "header" the same, which is not opened.
+	// Under is what lies below the target: "" nothing, "own" another image, "chain" what lies below
+	// the source, "header" the same, which is not opened.
 	Under    string
 	Drive    drive // how drive-mirror and drive-backup come to their target
 	From, To int   // layers that a commit copies from and to, or a stream to (and the one that stays, which may be len(Layers))
@@ -370,8 +371,10 @@ func (s *Sample) makeHuge(r *rand.Rand) {
 	}
 }
 
-// modernize spares a huge disk what takes as many steps as it has clusters or granules. Where there is something below an image, all of it may be zeroed: images
-// of version 2 would have to write data for that, and a mirror with a small buffer would do it in pieces of a granule (seed 407624: 16 million of them).
+// modernize spares a huge disk what takes as many steps as it has clusters or granules. Where there
+// is something below an image, all of it may be zeroed: images of version 2 would have to write
+// data for that, and a mirror with a small buffer would do it in pieces of a granule (seed 407624:
+// 16 million of them).
 func (s *Sample) modernize() {
 	for i := range s.Layers[:len(s.Layers)-1] {
 		s.Layers[i].V2 = false

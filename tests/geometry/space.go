@@ -9,8 +9,9 @@ import (
 	"qblockd/graph/blk"
 )
 
-// space is where a disk may hold data: in windows, in order and apart from each other. The model keeps the windows one behind the other, and what lies between them are
-// zeroes for ever. So a disk of a terabyte is as cheap as a small one, of which one window is all.
+// space is where a disk may hold data: in windows, in order and apart from each other. The model
+// keeps the windows one behind the other, and what lies between them are zeroes for ever. So a disk
+// of a terabyte is as cheap as a small one, of which one window is all.
 //
 //	disk   [www]......................[www].........[www]
 //	model  [www][www][www]
@@ -95,7 +96,8 @@ func (s space) of(off, n int64) (l []span) {
 	return l
 }
 
-// zeroBetween checks that a disk reads as zeroes where the model has nothing. What its node calls zeroes is believed, but for some bytes on both sides of each window.
+// zeroBetween checks that a disk reads as zeroes where the model has nothing. What its node calls
+// zeroes is believed, but for some bytes on both sides of each window.
 func (w *world) zeroBetween(root *graph.Root) error {
 	const edge = 4096
 	lo, size := int64(0), root.Size()

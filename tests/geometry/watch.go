@@ -7,11 +7,13 @@ import (
 	"time"
 )
 
-// tick is how often somebody looks whether a sample gets on. Ticks that nobody was there to take do not count: a machine that stands still is no fault of the job.
+// tick is how often somebody looks whether a sample gets on. Ticks that nobody was there to take do
+// not count: a machine that stands still is no fault of the job.
 const tick = 100 * time.Millisecond
 
 const (
-	// quietAfter is how many polls of a job pass before nobody pauses it, limits its speed or lets I/Os fail any more.
+	// quietAfter is how many polls of a job pass before nobody pauses it, limits its speed or lets
+	// I/Os fail any more.
 	quietAfter = 500
 	// mostMoves is how much may happen afterwards until it has ended, however fast guests write.
 	mostMoves = 300_000
@@ -30,7 +32,8 @@ func (w *world) moves() int64 {
 	return n
 }
 
-// watch returns when done is closed, or when nothing has happened for a time of limit: it then ends the sample's context, and gives it the same time again.
+// watch returns when done is closed, or when nothing has happened for a time of limit: it then ends
+// the sample's context, and gives it the same time again.
 func (w *world) watch(done <-chan struct{}, limit time.Duration, cancel context.CancelCauseFunc) error {
 	t := time.NewTicker(tick)
 	defer t.Stop()

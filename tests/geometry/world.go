@@ -144,7 +144,8 @@ func (w *world) format(name string) types.BlockdevDriver {
 	return types.BlockdevDriverQcow2
 }
 
-// image makes an image on top of the file called header, opens it on the node called open, and writes to it what a seed says: shown is brought up to date.
+// image makes an image on top of the file called header, opens it on the node called open, and
+// writes to it what a seed says: shown is brought up to date.
 func (w *world) image(name string, l Layer, header, open string, shown []byte) ([]span, error) {
 	size := int64(0)
 	if l.Raw {

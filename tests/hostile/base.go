@@ -32,7 +32,8 @@ type Spec struct {
 
 	Backing, BackingFormat string
 
-	// Every tells that all damage is done to it; to the others what their kind is about, and a share of the rest.
+	// Every tells that all damage is done to it; to the others what their kind is about, and a
+	// share of the rest.
 	Every bool
 }
 
@@ -346,8 +347,9 @@ func (b *Base) pack(plain []byte) []byte {
 	return f
 }
 
-// snapshots makes two internal snapshots: one with tables of its own and data that changed since, one that shares the
-// second L2 table with the disk where there is one. Returns where their table is.
+// snapshots makes two internal snapshots: one with tables of its own and data that changed since,
+// one that shares the second L2 table with the disk where there is one. Returns where their table
+// is.
 func (b *Base) snapshots(l1, l1n int64) int64 {
 	l2 := int64(be.Uint64(b.get(l1, 8)) & layout.OffsetMask)
 	table := b.alloc("snapshots", 1)
@@ -408,14 +410,16 @@ func (b *Base) snapshotFields(name string, at int64) {
 	}
 }
 
-// Flags of bitmaps, and the fixed part of an entry of their directory and of one of the snapshot table.
+// Flags of bitmaps, and the fixed part of an entry of their directory and of one of the snapshot
+// table.
 const (
 	bitmapInUse, bitmapAuto = 1, 2
 
 	bitmapHeader, snapshotHeader = 24, 40
 )
 
-// bitmaps makes three: one that records, one in use, one that is dirty all over without data of its own.
+// bitmaps makes three: one that records, one in use, one that is dirty all over without data of its
+// own.
 func (b *Base) bitmaps() *layout.Bitmaps {
 	gran := int64(max(9, min(16, int(b.ClusterBits))))
 	n := b.geometry().Clusters((b.Size>>gran + 8) / 8)

@@ -8,8 +8,9 @@ import (
 	"qblockd/blockdev/format/qcow2/layout"
 )
 
-// bulk are damages that make a small image mean a lot: tables that are as long as they may be and full of the same, names as
-// long as they may be, disks of any size. Each goes behind the end of the file.
+// bulk are damages that make a small image mean a lot: tables that are as long as they may be and
+// full of the same, names as long as they may be, disks of any size. Each goes behind the end of
+// the file.
 func (b *Base) bulk() []*Damage {
 	cs := b.cs()
 	end := (b.Length + cs - 1) &^ (cs - 1)
@@ -122,7 +123,8 @@ func (b *Base) bulkBitmaps(end int64, add func(string, string, func() []Piece)) 
 	}
 }
 
-// counted adds the refcounts of what pieces put behind end, where the first refcount block has them.
+// counted adds the refcounts of what pieces put behind end, where the first refcount block has
+// them.
 func (b *Base) counted(end int64, pieces []Piece) []Piece {
 	last := end
 	for _, p := range pieces {

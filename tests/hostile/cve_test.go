@@ -13,8 +13,8 @@ import (
 	"qblockd/tests/daemon"
 )
 
-// known are faults of QEMU that were given numbers, as damage. The numbers are in names of tests; those that are not here
-// are listed in the package comment.
+// known are faults of QEMU that were given numbers, as damage. The numbers are in names of tests;
+// those that are not here are listed in the package comment.
 var known = []struct {
 	cve    string
 	bases  []string
@@ -23,7 +23,8 @@ var known = []struct {
 	// A header that makes the reader divide by zero or go round for ever.
 	{"2014_0142", []string{"v3-64k", "v2-64k"}, []string{"cluster_bits = 0", "cluster_bits = all ones", "cluster_bits = the sign bit", "size = 0", "l1_size = 0",
 		"refcount_table_clusters = 0", "b0.granularity_bits = 0", "b0.granularity_bits = all ones", "refcount_order = all ones", "refcount_order = 2^4"}},
-	// Sizes whose product does not fit: L1 tables of snapshots, growing L1 tables, indices of refcounts.
+	// Sizes whose product does not fit: L1 tables of snapshots, growing L1 tables, indices of
+	// refcounts.
 	{"2014_0143", []string{"v3-64k", "v3-512"}, []string{"s0.l1_size = 2^28", "s0.l1_size = all ones", "s0.l1_size = the sign bit", "l1_size = 2^28",
 		"reftable[0] = the last below 2^56", "reftable[0] = 2^62", "l2.data = the last below 2^56", "l2.data2 = 2^55", "nb_snapshots = 2^28", "size = below the sign bit"}},
 	// Fields of the header that nobody checked.
@@ -46,7 +47,8 @@ var known = []struct {
 		"snapshots = 65535 with IDs of 5 and names of 1 bytes"}},
 }
 
-// TestCVE runs what clients do on images as they are described in those reports, some with each choice of what that is.
+// TestCVE runs what clients do on images as they are described in those reports, some with each
+// choice of what that is.
 func TestCVE(t *testing.T) {
 	byName := map[string]*Base{}
 	for _, s := range Specs {
@@ -86,7 +88,8 @@ func TestCVE(t *testing.T) {
 	w.h.t = t
 }
 
-// TestCVE_2008_0928: requests that begin or end beyond the end of a disk fail, whatever their numbers add up to, and change nothing.
+// TestCVE_2008_0928: requests that begin or end beyond the end of a disk fail, whatever their
+// numbers add up to, and change nothing.
 func TestCVE_2008_0928(t *testing.T) {
 	const size = 1 << 20
 	dir := t.TempDir()

@@ -35,8 +35,8 @@ type value struct {
 	v    uint64
 }
 
-// Damages are all single damages of a base image, in an order that does not change. names are what backing names may
-// lead to; see Names.
+// Damages are all single damages of a base image, in an order that does not change. names are what
+// backing names may lead to; see Names.
 func (b *Base) Damages(names []string) []*Damage {
 	var out []*Damage
 	for _, f := range b.Fields {
@@ -124,8 +124,8 @@ func (b *Base) damagesOf(f *Field, names []string) (out []*Damage) {
 	return out
 }
 
-// pointers are where a table entry or a header field with the value old may lead. Flags outside an aligned offset stay,
-// unless they are what is changed.
+// pointers are where a table entry or a header field with the value old may lead. Flags outside an
+// aligned offset stay, unless they are what is changed.
 func (b *Base) pointers(f *Field, old uint64) []value {
 	flags := old &^ layout.OffsetMask
 	cs := uint64(b.cs())
@@ -273,8 +273,8 @@ func (b *Base) nameDamages(f *Field, names []string) (out []*Damage) {
 	return out
 }
 
-// Names are backing names that an image should not get far with; the files named lie in dir, which the image's own folder
-// lies beside, and self is the image's name.
+// Names are backing names that an image should not get far with; the files named lie in dir, which
+// the image's own folder lies beside, and self is the image's name.
 func Names(self string) []string {
 	file := func(name string) string { return `{"driver":"file","filename":"../canary/` + name + `"}` }
 	l := []string{"", "\x00", "\xff\xfe\xfd", self, "./" + self, ".", "..", "../canary", "back.raw/", "/dev/zero", "/dev/fd/3", "/dev/stdin", "/proc/self/mem", "/proc/self/environ",

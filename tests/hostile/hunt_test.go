@@ -136,7 +136,8 @@ type worker struct {
 	s   *server
 }
 
-// scratch is a folder in memory, where there is such a place: flushing to a disk would be most of the time.
+// scratch is a folder in memory, where there is such a place: flushing to a disk would be most of
+// the time.
 func scratch(t *testing.T) string {
 	dir, err := os.MkdirTemp("/dev/shm", "qblockd-hostile-")
 	if err != nil {
@@ -152,8 +153,9 @@ func (w *worker) end() {
 	}
 }
 
-// one runs a case and tells whether to go on. One that was too slow has another go, as the machine may be busy with something else, and one that took too
-// much memory, as the garbage of those before may be among it.
+// one runs a case and tells whether to go on. One that was too slow has another go, as the machine
+// may be busy with something else, and one that took too much memory, as the garbage of those
+// before may be among it.
 func (w *worker) one(c *Case) bool {
 	var trace []string
 	var f *Failure

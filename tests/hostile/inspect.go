@@ -38,7 +38,8 @@ const (
 	Unusable         // a table lies there, too, or the entry cannot be followed
 )
 
-// Report is what an inspection of an image says. It is a second opinion: simple, slow, and made without the driver.
+// Report is what an inspection of an image says. It is a second opinion: simple, slow, and made
+// without the driver.
 type Report struct {
 	Parsed      bool
 	Dirty       bool

@@ -7,7 +7,8 @@ import (
 
 const sector = 512
 
-// model is what the disk may show, by sector of the probes. A sector that is not there may show anything.
+// model is what the disk may show, by sector of the probes. A sector that is not there may show
+// anything.
 type model struct {
 	seed    maphash.Seed
 	zero    uint64

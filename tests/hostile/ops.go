@@ -49,7 +49,8 @@ func (r *run) empty() error {
 	return nil
 }
 
-// mostAnswer is the longest answer to a query: 65535 snapshots of a node, of its overlay and in the chain of that are long.
+// mostAnswer is the longest answer to a query: 65535 snapshots of a node, of its overlay and in the
+// chain of that are long.
 const mostAnswer = 64 << 20
 
 // query asks for everything there is to know.
@@ -119,11 +120,12 @@ func (r *run) status() error {
 	return nil
 }
 
-// ignore tells whether nothing can be expected of a sector: the entry that leads to it cannot be followed.
+// ignore tells whether nothing can be expected of a sector: the entry that leads to it cannot be
+// followed.
 func (r *run) ignore(off int64) bool { return r.rep.At(off) >= Unusable }
 
-// readAll reads the probes. With learn what is read is taken as right, else it is compared. With later the disk was
-// closed in between.
+// readAll reads the probes. With learn what is read is taken as right, else it is compared. With
+// later the disk was closed in between.
 func (r *run) readAll(learn, later bool) error {
 	if ok, err := r.request("read all", func(n *daemon.NBD) error { r.size = n.Size; return nil }); !ok {
 		return err
@@ -392,7 +394,8 @@ func (r *run) flush() error {
 	return err
 }
 
-// burst has several clients write at the same time, each to sectors of its own, some of them in clusters of others.
+// burst has several clients write at the same time, each to sectors of its own, some of them in
+// clusters of others.
 func (r *run) burst() error {
 	const clients, writes = 3, 8
 	if r.size < clients*writes*sector {

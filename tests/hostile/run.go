@@ -148,8 +148,8 @@ func (r *run) do(command string, args any) (ret []byte, refused *daemon.Error, e
 	return nil, nil, &Failure{"no answer to " + command, e.Error(), true}
 }
 
-// leave is what a client does that has waited for long: it goes. What it asked for is to end then and leave everything
-// as it was, so that another client can put things away.
+// leave is what a client does that has waited for long: it goes. What it asked for is to end then
+// and leave everything as it was, so that another client can put things away.
 func (r *run) leave() error {
 	r.q.Close()
 	end := time.Now().Add(r.s.limits.Deadline)
@@ -303,8 +303,8 @@ func (r *run) inspect() (*Report, error) {
 	return Inspect(f, i.Size()), nil
 }
 
-// readOnly opens the image for reading and looks at all of it. The first time what it shows is taken as right, later it
-// is compared.
+// readOnly opens the image for reading and looks at all of it. The first time what it shows is
+// taken as right, later it is compared.
 func (r *run) readOnly(first bool) error {
 	if first {
 		if err := os.Chtimes(r.path(imageName), long, long); err != nil {

@@ -282,7 +282,8 @@ func layCanaries(dir string) error {
 // long ago: what was written to since shows it.
 var long = time.Date(2001, 2, 3, 4, 5, 6, 0, time.UTC)
 
-// changed returns the name of a file in dir that was written to, or is gone or new; known are how many there are.
+// changed returns the name of a file in dir that was written to, or is gone or new; known are how
+// many there are.
 func changed(dir string, known int) string {
 	list, err := os.ReadDir(dir)
 	if err != nil {

@@ -9,8 +9,8 @@ import (
 	"qblockd/tests/daemon"
 )
 
-// bootSector is a guest in one sector: it has the BIOS write the sector that it was loaded from to sector 8 of
-// its disk, and ends the machine with 0x10 if that worked and 0x20 if not.
+// bootSector is a guest in one sector: it has the BIOS write the sector that it was loaded from to
+// sector 8 of its disk, and ends the machine with 0x10 if that worked and 0x20 if not.
 var bootSector = func() []byte {
 	code := []byte{
 		0x31, 0xc0, // xor ax, ax

@@ -1,4 +1,5 @@
-// Package interop tests qblockd with real clients and QEMU's tools. A tool that is missing skips its tests loudly.
+// Package interop tests qblockd with real clients and QEMU's tools. A tool that is missing skips
+// its tests loudly.
 package interop
 
 import (
@@ -171,7 +172,8 @@ func TestStreamUnderGuests(t *testing.T) {
 	}
 }
 
-// TestStreamIntermediate streams into a read-only image in the middle of a chain, down to a base that stays.
+// TestStreamIntermediate streams into a read-only image in the middle of a chain, down to a base
+// that stays.
 func TestStreamIntermediate(t *testing.T) {
 	need(t, "qemu-img", "qemu-io", "bash")
 	dir := t.TempDir()

@@ -15,7 +15,8 @@ import (
 	"qblockd/tests/daemon"
 )
 
-// TestSignalWhileStarting: what the start waits for (a client, storage that does not answer) does not keep the daemon from ending.
+// TestSignalWhileStarting: what the start waits for (a client, storage that does not answer) does
+// not keep the daemon from ending.
 func TestSignalWhileStarting(t *testing.T) {
 	for what, args := range map[string][]string{
 		"a client":                     {"--chardev", "socket,id=w,path=w.sock,server=on,wait=on"},

@@ -18,14 +18,15 @@ import (
 	"qblockd/tests/daemon"
 )
 
-// prompt is how soon others have to be answered while one client's storage is stuck. It is measured on machines
-// that do other things too, so the median counts and the worst is bounded more loosely.
+// prompt is how soon others have to be answered while one client's storage is stuck. It is measured
+// on machines that do other things too, so the median counts and the worst is bounded more loosely.
 const (
 	prompt = 50 * time.Millisecond
 	worst  = time.Second
 )
 
-// answered runs commands on q, on nodes of its own and all queries, and checks that each is answered at once.
+// answered runs commands on q, on nodes of its own and all queries, and checks that each is
+// answered at once.
 func answered(t *testing.T, q *daemon.QMP, image string) {
 	t.Helper()
 	late := 0
@@ -204,8 +205,9 @@ func mountDisk(t *testing.T) (*disk, string) {
 	return f, filepath.Join(mnt, "disk")
 }
 
-// TestStuckRequest drains a node with a request that its FUSE server answers only after the end of the daemon was
-// asked for. The kernel keeps the process until then, but not its sockets and the other nodes' data.
+// TestStuckRequest drains a node with a request that its FUSE server answers only after the end of
+// the daemon was asked for. The kernel keeps the process until then, but not its sockets and the
+// other nodes' data.
 func TestStuckRequest(t *testing.T) {
 	dir := t.TempDir()
 	own := image(t, dir)
@@ -246,7 +248,8 @@ func TestStuckRequest(t *testing.T) {
 	}
 }
 
-// TestStuckRemoval takes an export away by force while its request is stuck; the command comes back.
+// TestStuckRemoval takes an export away by force while its request is stuck; the command comes
+// back.
 func TestStuckRemoval(t *testing.T) {
 	dir := t.TempDir()
 	own := image(t, dir)

@@ -7,8 +7,8 @@ import (
 	"qblockd/tests/daemon"
 )
 
-// TestStuckJob ends the daemon while a job waits for storage that does not answer: the other disks are flushed and closed in
-// time all the same, and the job's late end is no crash.
+// TestStuckJob ends the daemon while a job waits for storage that does not answer: the other disks
+// are flushed and closed in time all the same, and the job's late end is no crash.
 func TestStuckJob(t *testing.T) {
 	dir := t.TempDir()
 	image(t, dir)

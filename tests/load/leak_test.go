@@ -8,8 +8,8 @@ import (
 	"qblockd/tests/daemon"
 )
 
-// TestCycle: chains, exports, clients and jobs come and go; the daemon is as before. That no goroutine is left is checked
-// inside, where the packages' own tests end.
+// TestCycle: chains, exports, clients and jobs come and go; the daemon is as before. That no
+// goroutine is left is checked inside, where the packages' own tests end.
 func TestCycle(t *testing.T) {
 	if _, err := exec.LookPath("qemu-img"); err != nil {
 		t.Skip("SKIPPED: qemu-img is not installed")

@@ -112,7 +112,8 @@ func TestHold(t *testing.T) {
 	m.expect(`{"return": {}}`)
 }
 
-// handshake makes a connection and begins a handshake; the greeting comes only if the connection is served.
+// handshake makes a connection and begins a handshake; the greeting comes only if the connection is
+// served.
 func handshake(t testing.TB, d *daemon.Daemon, wait time.Duration) (net.Conn, error) {
 	c := dial(t, d.NBDSocket())
 	_ = c.SetReadDeadline(time.Now().Add(wait))
@@ -120,7 +121,8 @@ func handshake(t testing.TB, d *daemon.Daemon, wait time.Duration) (net.Conn, er
 	return c, err
 }
 
-// TestHandshakeLimits: connections beyond the limit wait, and come in when others have taken too long.
+// TestHandshakeLimits: connections beyond the limit wait, and come in when others have taken too
+// long.
 func TestHandshakeLimits(t *testing.T) {
 	d := start(t, "--limit", "nbd-connections=2,nbd-handshake=1")
 	began := time.Now()

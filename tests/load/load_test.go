@@ -55,7 +55,8 @@ type others struct {
 // sleeper is the yardstick: how late somebody is who does nothing but sleep.
 const sleeper = "a sleeper's waking"
 
-// wakings of a request that goes from a client's goroutine to the daemon's and back; each is as late as a sleeper's.
+// wakings of a request that goes from a client's goroutine to the daemon's and back; each is as
+// late as a sleeper's.
 const wakings = 4
 
 func newOthers(t testing.TB, d *daemon.Daemon) *others {
@@ -114,8 +115,8 @@ func (o *others) add(what string, took time.Duration) {
 	o.mu.Unlock()
 }
 
-// end stops them and returns the worst of the 99th percentiles, and what it may be: on a machine that has better things to
-// do even a sleeper is late, and the others so many times more.
+// end stops them and returns the worst of the 99th percentiles, and what it may be: on a machine
+// that has better things to do even a sleeper is late, and the others so many times more.
 func (o *others) end(when string) (worst, limit time.Duration) {
 	o.stop.Store(true)
 	o.wait.Wait()
@@ -132,7 +133,8 @@ func (o *others) end(when string) (worst, limit time.Duration) {
 	return worst, limit
 }
 
-// measured does f and requires that the others are served promptly meanwhile. A phase that can be repeated is, once.
+// measured does f and requires that the others are served promptly meanwhile. A phase that can be
+// repeated is, once.
 func (o *others) measured(when string, again bool, f func()) { o.within(1, when, again, f) }
 
 // within is measured with a limit that many times as high.
@@ -195,8 +197,8 @@ func streams(q *daemon.QMP, jobs int) error {
 	return nil
 }
 
-// TestCrowd: a thousand half-open handshakes and a thousand monitor clients that do nothing are no hindrance to others, and
-// nothing of them is left.
+// TestCrowd: a thousand half-open handshakes and a thousand monitor clients that do nothing are no
+// hindrance to others, and nothing of them is left.
 func TestCrowd(t *testing.T) {
 	d := start(t, "--limit", "nbd-handshake=0,nbd-connections=2000")
 	o, q := newOthers(t, d), d.Dial(t)
@@ -243,8 +245,8 @@ func TestCrowd(t *testing.T) {
 	d.Stop(t)
 }
 
-// TestStorm: clients that never read while a hundred thousand events are produced, and one that never reads its replies, are
-// bounded and disconnected or held, and the others hear every event.
+// TestStorm: clients that never read while a hundred thousand events are produced, and one that
+// never reads its replies, are bounded and disconnected or held, and the others hear every event.
 func TestStorm(t *testing.T) {
 	d := start(t, "--limit", fmt.Sprintf("qmp-unsent=%d", unsent))
 	o, q := newOthers(t, d), d.Dial(t)
@@ -261,7 +263,8 @@ func TestStorm(t *testing.T) {
 	asker := dial(t, d.QMPSocket())
 	_, _ = io.WriteString(asker, strings.Repeat(`{"execute":"query-version"}`, 1000))
 	most := rss
-	// The client that makes the storm keeps the daemon busy on all processors; the others get their share.
+	// The client that makes the storm keeps the daemon busy on all processors; the others get their
+	// share.
 	o.within(4, "during the storm", false, func() {
 		for range 10 {
 			if err := streams(q, stormEvents/eventsPerJob/10+1); err != nil {
@@ -271,7 +274,8 @@ func TestStorm(t *testing.T) {
 		}
 	})
 	t.Logf("RSS %s before, at most %s", mib(rss), mib(most))
-	// A buffer that grows is there twice for a moment, and the collector lets garbage of half the heap gather.
+	// A buffer that grows is there twice for a moment, and the collector lets garbage of half the
+	// heap gather.
 	if bound := int64(deaf*3*unsent + 32<<20); most-rss > bound {
 		t.Errorf("RSS grew by %s, limit %s", mib(most-rss), mib(bound))
 	}

@@ -11,7 +11,8 @@ import (
 	"qblockd/tests/daemon"
 )
 
-// A bug of ours fails what it is found in; the daemon goes on serving everybody, unless the state of everything is in doubt.
+// A bug of ours fails what it is found in; the daemon goes on serving everybody, unless the state
+// of everything is in doubt.
 func TestDaemonSurvivesPanics(t *testing.T) {
 	dir := t.TempDir()
 	bin := filepath.Join(dir, "qblockd")

@@ -19,7 +19,8 @@ import (
 
 var starts = flag.Int("load.starts", 100, "daemons that are started with a client at the door")
 
-// TestStarts connects while the daemon starts: whoever gets a connection gets a greeting and an answer.
+// TestStarts connects while the daemon starts: whoever gets a connection gets a greeting and an
+// answer.
 func TestStarts(t *testing.T) {
 	bin := daemon.Binary(t)
 	var next, refused atomic.Int64
@@ -42,8 +43,8 @@ func TestStarts(t *testing.T) {
 	t.Logf("%d starts; connecting failed %d times before; the slowest took %v to the answer", *starts, refused.Load(), slowest)
 }
 
-// startOnce starts a daemon, connects to it as soon as that is possible, talks and ends it. It returns how often it could
-// not connect, and the time until the answer.
+// startOnce starts a daemon, connects to it as soon as that is possible, talks and ends it. It
+// returns how often it could not connect, and the time until the answer.
 func startOnce(t *testing.T, bin, dir string) (refused int64, took time.Duration) {
 	sock := filepath.Join(dir, "s")
 	cmd := exec.Command(bin, "--chardev", "socket,id=m,server=on,wait=off,path="+sock, "--monitor", "m",

@@ -13,8 +13,8 @@ import (
 	"qblockd/tests/daemon"
 )
 
-// phases are how far clients of a server get before they fall silent, or go: halfOpen, and what comes after it. Names are as
-// long as they may be, and longer; lengths are not what follows.
+// phases are how far clients of a server get before they fall silent, or go: halfOpen, and what
+// comes after it. Names are as long as they may be, and longer; lengths are not what follows.
 func phases() []string {
 	option := func(opt, length uint32, data string) string {
 		b := binary.BigEndian.AppendUint32([]byte("IHAVEOPT"), opt)
@@ -46,8 +46,9 @@ func phases() []string {
 	}, halfOpen...)
 }
 
-// TestCVE_2024_7409: the NBD server is stopped and started while clients connect, negotiate and work, and fall silent at any
-// point of that. It stops in bounded time each time, nothing of the clients is left, and the daemon goes on.
+// TestCVE_2024_7409: the NBD server is stopped and started while clients connect, negotiate and
+// work, and fall silent at any point of that. It stops in bounded time each time, nothing of the
+// clients is left, and the daemon goes on.
 func TestCVE_2024_7409(t *testing.T) {
 	const rounds, clients = 25, 12
 	d := start(t)

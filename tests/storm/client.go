@@ -150,7 +150,8 @@ func (c *client) step() (err error) {
 	return nil
 }
 
-// sizes takes down what a query shows of sizes: one that was wrong for a while is not seen at the end.
+// sizes takes down what a query shows of sizes: one that was wrong for a while is not seen at the
+// end.
 func (c *client) sizes(reply json.RawMessage, from, to int64) error {
 	var nodes []nodeInfo
 	if err := json.Unmarshal(reply, &nodes); err != nil {
@@ -172,7 +173,8 @@ func anyArgs(m M) any {
 	return m
 }
 
-// digests are those of all that a bitmap of d1 can hold: source k has 1<<k granules, from granule 1<<k on.
+// digests are those of all that a bitmap of d1 can hold: source k has 1<<k granules, from granule
+// 1<<k on.
 var digests = sync.OnceValue(func() map[string]int64 {
 	l := map[string]int64{}
 	for mask := range int64(8) {

@@ -43,7 +43,8 @@ func (g *gen) snap() string   { return g.pick("s0", "s1", "s2") }
 // overlays is how many d5 gets at most, one on the other.
 const overlays = 16
 
-// bits of the sources src0, src1, src2 of d1: how many granules each has is told by the number of what is dirty.
+// bits of the sources src0, src1, src2 of d1: how many granules each has is told by the number of
+// what is dirty.
 var bits = []int64{1, 2, 4}
 
 func bitmapObject(name string) string     { return "bitmap d1/" + name }

@@ -20,12 +20,15 @@ func (o op) String() string {
 	return fmt.Sprintf("[%.6f %.6f] client %d: %s %d", float64(o.from)/1e9, float64(o.to)/1e9, o.client, o.step.what, o.step.n)
 }
 
-// decide looks for an order of the steps on one object that explains all answers: each answered step takes its place between its sending and its answer,
-// each other one some time after its sending or never. It returns an error where there is none, and decides every history.
+// decide looks for an order of the steps on one object that explains all answers: each answered
+// step takes its place between its sending and its answer, each other one some time after its
+// sending or never. It returns an error where there is none, and decides every history.
 //
-// It goes through the history once and keeps all that can be the case: which object there is, which of the steps under way were done already, and how many of the
-// steps that nobody answered were. A step is done no sooner than it has to be: when it, or one that needs it, is answered. Of two cases that differ only in the
-// steps without an answer, the one that has used fewer of each kind can go on in every way that the other can; so only it is kept. The number of cases is bounded by
+// It goes through the history once and keeps all that can be the case: which object there is, which
+// of the steps under way were done already, and how many of the steps that nobody answered were. A
+// step is done no sooner than it has to be: when it, or one that needs it, is answered. Of two
+// cases that differ only in the steps without an answer, the one that has used fewer of each kind
+// can go on in every way that the other can; so only it is kept. The number of cases is bounded by
 // the states of an object and the clients at work, not by the length of the history.
 func decide(first object, ops []op) error {
 	s := &search{may: cases{}, slots: map[int]int{}}

@@ -73,7 +73,8 @@ func TestDecideAsPorcupine(t *testing.T) {
 	}
 }
 
-// A history in which many have left, as long as one of a storm, is decided (the cases do not grow with its length).
+// A history in which many have left, as long as one of a storm, is decided (the cases do not grow
+// with its length).
 func TestDecideMuch(t *testing.T) {
 	r := rand.New(rand.NewPCG(1, 1))
 	var ops []op

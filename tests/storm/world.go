@@ -405,7 +405,8 @@ func (w *world) end() {
 		out, err := exec.Command("qemu-img", "check", "json:"+string(name)).CombinedOutput()
 		switch { // leaks are errors, too: nobody was killed
 		case err != nil && strings.Contains(string(out), "Image is not in qcow2 format") && w.log.leftAt(filepath.Join(w.dir, n)):
-			// A command that makes an image empties a file that is there, and one whose client leaves does not go on.
+			// A command that makes an image empties a file that is there, and one whose client
+			// leaves does not go on.
 			w.t.Logf("%s was not made to the end", n)
 		case err != nil && n != "fe": // whose storage fails
 			w.t.Errorf("image %s: %v\n%s", n, err, out)

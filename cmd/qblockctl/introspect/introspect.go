@@ -1,5 +1,6 @@
-// Package introspect reads what query-qmp-schema returns and answers the questions that a person at a prompt has:
-// which commands are there, which arguments does one take when these are given already, what may stand for them.
+// Package introspect reads what query-qmp-schema returns and answers the questions that a person at
+// a prompt has: which commands are there, which arguments does one take when these are given
+// already, what may stand for them.
 //
 // Everything is pure: the reply goes in once, nothing is asked of a daemon later.
 package introspect
@@ -80,7 +81,8 @@ func Parse(reply []byte) (*Schema, error) {
 	return s, nil
 }
 
-// member takes one element of "members": objects, alternates and newer daemons' enums have different ones.
+// member takes one element of "members": objects, alternates and newer daemons' enums have
+// different ones.
 func (t *Type) member(raw json.RawMessage) error {
 	var m struct {
 		Name    string
@@ -125,9 +127,9 @@ func (s *Schema) Type(name string) *Type {
 	return &Type{}
 }
 
-// Members returns what may be given below prefix, a dotted path with its last dot or "", for a command: members of the
-// object there, with those of the variants that given selects. given tells the text of an argument by its dotted key.
-// It returns nil where no object can be.
+// Members returns what may be given below prefix, a dotted path with its last dot or "", for a
+// command: members of the object there, with those of the variants that given selects. given tells
+// the text of an argument by its dotted key. It returns nil where no object can be.
 func (s *Schema) Members(command, prefix string, given func(key string) string) []Member {
 	if t, ok := s.at(command, prefix, given); ok {
 		return s.all(t, prefix, given)
@@ -135,8 +137,8 @@ func (s *Schema) Members(command, prefix string, given func(key string) string) 
 	return nil
 }
 
-// OpenTag is the member of the object at prefix that decides which other members there are and is not given yet; "" if
-// there is none.
+// OpenTag is the member of the object at prefix that decides which other members there are and is
+// not given yet; "" if there is none.
 func (s *Schema) OpenTag(command, prefix string, given func(key string) string) string {
 	t, ok := s.at(command, prefix, given)
 	at := prefix
@@ -182,7 +184,8 @@ func (s *Schema) at(command, prefix string, given func(key string) string) (*Typ
 	return t, true
 }
 
-// Find returns the argument that a dotted key means, its type being an array's element for a key that ends in an index.
+// Find returns the argument that a dotted key means, its type being an array's element for a key
+// that ends in an index.
 func (s *Schema) Find(command, key string, given func(key string) string) (Member, bool) {
 	prefix, last := "", key
 	if i := strings.LastIndexByte(key, '.'); i >= 0 {
@@ -225,7 +228,8 @@ func (s *Schema) all(t *Type, at string, given func(string) string) []Member {
 	return l
 }
 
-// object returns the object that a value of the type may be: the type itself, or the choice of an alternate.
+// object returns the object that a value of the type may be: the type itself, or the choice of an
+// alternate.
 func (s *Schema) object(name string) (*Type, bool) {
 	t := s.Type(name)
 	switch t.Meta {
@@ -241,8 +245,8 @@ func (s *Schema) object(name string) (*Type, bool) {
 	return nil, false
 }
 
-// Object tells whether a value of the type may be an object, whose members are given by dotted keys, and whether
-// it may be something else.
+// Object tells whether a value of the type may be an object, whose members are given by dotted
+// keys, and whether it may be something else.
 func (s *Schema) Object(name string) (object, other bool) {
 	t := s.Type(name)
 	switch t.Meta {
@@ -255,8 +259,8 @@ func (s *Schema) Object(name string) (object, other bool) {
 	return false, true
 }
 
-// Values are the words that may stand for a value of the type, as far as the schema knows: those of an enum, true and
-// false, null.
+// Values are the words that may stand for a value of the type, as far as the schema knows: those of
+// an enum, true and false, null.
 func (s *Schema) Values(name string) []string {
 	t := s.Type(name)
 	switch {

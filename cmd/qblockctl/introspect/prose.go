@@ -6,8 +6,8 @@ import (
 	"strings"
 )
 
-// Prose explains one command and its arguments; it comes from a JSON Schema with descriptions, since the live schema
-// has none.
+// Prose explains one command and its arguments; it comes from a JSON Schema with descriptions,
+// since the live schema has none.
 type Prose struct{ root, at map[string]any }
 
 // NewProse reads a command's JSON Schema. It returns one that knows nothing if text is none.

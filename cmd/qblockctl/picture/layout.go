@@ -6,8 +6,8 @@ import (
 	"unicode/utf8"
 )
 
-// The measures of a picture in pixels. Text is monospaced: a character is as wide as charWidth says, so that boxes fit
-// without a font at hand.
+// The measures of a picture in pixels. Text is monospaced: a character is as wide as charWidth
+// says, so that boxes fit without a font at hand.
 const (
 	charWidth  = 7.3
 	lineHeight = 16.0
@@ -26,9 +26,9 @@ type Box struct{ X, Y, W, H float64 }
 // Point is a place.
 type Point struct{ X, Y float64 }
 
-// Route is the way of an edge: from the lower border of its user, through lanes between other boxes, to the upper
-// border of what it leads to. Segments at odd indices (Points[1] to Points[2], ...) lie between two rows, the
-// others are vertical and pass a row.
+// Route is the way of an edge: from the lower border of its user, through lanes between other
+// boxes, to the upper border of what it leads to. Segments at odd indices (Points[1] to Points[2],
+// ...) lie between two rows, the others are vertical and pass a row.
 type Route struct {
 	Edge   Edge
 	Points []Point
@@ -69,8 +69,8 @@ type plan struct {
 	edges []Edge
 }
 
-// Lay finds the places of everything. Parts that nothing connects are laid out one by one, and packed: below one another
-// while the line is high enough, then beside, then in a new line.
+// Lay finds the places of everything. Parts that nothing connects are laid out one by one, and
+// packed: below one another while the line is high enough, then beside, then in a new line.
 func Lay(g *Graph) *Layout {
 	l := &Layout{Boxes: make([]Box, len(g.Nodes))}
 	edges := g.acyclic()
@@ -124,7 +124,8 @@ func parts(n int, edges []Edge) (out [][]int) {
 	return out
 }
 
-// newPlan makes the cells of one part: a box for each node, a lane for each row that an edge passes.
+// newPlan makes the cells of one part: a box for each node, a lane for each row that an edge
+// passes.
 func newPlan(g *Graph, part []int, out [][]Edge) *plan {
 	p := &plan{g: g}
 	for _, n := range part {
@@ -165,7 +166,8 @@ func newPlan(g *Graph, part []int, out [][]Edge) *plan {
 	return p
 }
 
-// ranks gives each node its row: below all its users, and users of nobody's right above what they use.
+// ranks gives each node its row: below all its users, and users of nobody's right above what they
+// use.
 func (p *plan) ranks(part []int) map[int]int {
 	rank, in := map[int]int{}, map[int]int{}
 	out := map[int][]int{}

@@ -1,4 +1,5 @@
-// Package picture draws a graph of block nodes: as a tree in text, in the language of Graphviz, and as SVG laid out here.
+// Package picture draws a graph of block nodes: as a tree in text, in the language of Graphviz, and
+// as SVG laid out here.
 //
 //	picture.go  the graph
 //	text.go     tree for a terminal, and the language of Graphviz
@@ -100,8 +101,8 @@ func (g *Graph) from() [][]Edge {
 	return out
 }
 
-// tops are the nodes nobody uses, in the order of the graph; those that look into the middle of what others use go
-// last.
+// tops are the nodes nobody uses, in the order of the graph; those that look into the middle of
+// what others use go last.
 func tops(n int, edges []Edge) []int {
 	users, inside := make([]int, n), make([]bool, n)
 	for _, e := range edges {
@@ -123,7 +124,8 @@ func tops(n int, edges []Edge) []int {
 	return append(l, last...)
 }
 
-// shorten cuts the middle out of a text of more than n characters: the end of a file name says most.
+// shorten cuts the middle out of a text of more than n characters: the end of a file name says
+// most.
 func shorten(s string, n int) string {
 	r := []rune(s)
 	if len(r) <= n || n < 4 {

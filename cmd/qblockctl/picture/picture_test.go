@@ -12,7 +12,8 @@ import (
 	"time"
 )
 
-// sample is a chain of disks, each with its file, an export on top and one in the middle, and some that stand alone.
+// sample is a chain of disks, each with its file, an export on top and one in the middle, and some
+// that stand alone.
 func sample(depth, alone int) *Graph {
 	g := &Graph{}
 	add := func(n Node) int { g.Nodes = append(g.Nodes, n); return len(g.Nodes) - 1 }
@@ -55,8 +56,8 @@ func graphs() []*Graph {
 	return l
 }
 
-// TestLayout: no box covers another, all is within the picture, and each edge runs from the lower border of its user to the
-// upper border of what it uses without crossing a box.
+// TestLayout: no box covers another, all is within the picture, and each edge runs from the lower
+// border of its user to the upper border of what it uses without crossing a box.
 func TestLayout(t *testing.T) {
 	for i, g := range graphs() {
 		l := Lay(g)
@@ -184,7 +185,8 @@ func TestSVG(t *testing.T) {
 	}
 }
 
-// TestText: each node has one line of its own, none is wider than a terminal, and a long chain goes down, not in.
+// TestText: each node has one line of its own, none is wider than a terminal, and a long chain goes
+// down, not in.
 func TestText(t *testing.T) {
 	var b bytes.Buffer
 	g := sample(14, 2)

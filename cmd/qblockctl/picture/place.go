@@ -5,8 +5,9 @@ import (
 	"slices"
 )
 
-// place finds the horizontal places: each cell as near as it can be to the weighted mean of its neighbours, without
-// changing the order or coming too close. Rows are done from top to bottom and back, until they settle.
+// place finds the horizontal places: each cell as near as it can be to the weighted mean of its
+// neighbours, without changing the order or coming too close. Rows are done from top to bottom and
+// back, until they settle.
 func (p *plan) place() {
 	for _, row := range p.rows {
 		x := 0.0
@@ -38,8 +39,9 @@ func (p *plan) place() {
 // apart is how far the centres of neighbours have to be from each other.
 func (p *plan) apart(a, b int) float64 { return p.cells[a].w/2 + p.cells[b].w/2 + gapX }
 
-// placeRow puts the cells of a row where the sum of weighted squares of what they miss their wish by is least: the
-// wishes, less the room that the cells before need, have to rise; those that do not are pooled at their mean.
+// placeRow puts the cells of a row where the sum of weighted squares of what they miss their wish
+// by is least: the wishes, less the room that the cells before need, have to rise; those that do
+// not are pooled at their mean.
 func (p *plan) placeRow(row []int) {
 	type pool struct {
 		at, weight float64
@@ -130,7 +132,8 @@ func (p *plan) emit(l *Layout, x, y float64) {
 
 func round(f float64) float64 { return math.Round(f*10) / 10 }
 
-// port is where edge i leaves or reaches a box: edges spread over its width in the order of where they go to.
+// port is where edge i leaves or reaches a box: edges spread over its width in the order of where
+// they go to.
 func (p *plan) port(i, c int, leaving bool) float64 {
 	ends := p.ends(c, leaving)
 	k := slices.Index(ends, i)

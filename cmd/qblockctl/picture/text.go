@@ -7,8 +7,9 @@ import (
 	"unicode"
 )
 
-// Text draws the graph as a tree: users on top, what they use below. A node that several use is drawn once and pointed to
-// afterwards. What backs a node goes straight below it, not further in, so that long chains stay readable.
+// Text draws the graph as a tree: users on top, what they use below. A node that several use is
+// drawn once and pointed to afterwards. What backs a node goes straight below it, not further in,
+// so that long chains stay readable.
 func Text(w io.Writer, g *Graph) error {
 	t := &tree{g: g, shown: make([]bool, len(g.Nodes))}
 	edges := g.acyclic()

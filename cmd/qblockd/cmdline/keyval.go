@@ -9,13 +9,14 @@ import (
 	"qblockd/schema/value"
 )
 
-// maxFragment is the longest allowed part of a dotted key, in bytes, maxFragments how many a key may have: JSON nests as deep.
+// maxFragment is the longest allowed part of a dotted key, in bytes, maxFragments how many a key
+// may have: JSON nests as deep.
 const maxFragment, maxFragments = 127, 1000
 
 // Keyval parses KEY=VALUE,... into an object whose scalars are all strings: dotted keys nest,
 // objects whose keys are all numbers become arrays, ",," is a comma within a value. If
 // implied is not empty, the first "KEY=" may be left out and means implied. A lone "help" or
-// "?" sets help and is no member. Errors have the reference's words.
+// "?" sets help and is no member. Errors have QEMU's words.
 func Keyval(params, implied string) (d *value.Dict, help bool, err error) {
 	d = &value.Dict{}
 	p := keyvalParser{root: d, implied: implied}
@@ -69,7 +70,8 @@ func (p *keyvalParser) one(params string) (string, error) {
 	return rest, p.put(cur, last, key, val)
 }
 
-// walk descends along the dotted key, creating objects, and returns the innermost one with the last fragment.
+// walk descends along the dotted key, creating objects, and returns the innermost one with the last
+// fragment.
 func (p *keyvalParser) walk(key string) (*value.Dict, string, error) {
 	cur, prev := p.root, ""
 	if n := strings.Count(key, "."); n >= maxFragments {

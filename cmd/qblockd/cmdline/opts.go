@@ -21,7 +21,8 @@ const (
 	OptSize   // bytes, with a unit suffix
 )
 
-// Opts is what an argument in the older option syntax (QemuOpts) says. Of a name given several times, the last counts.
+// Opts is what an argument in the older option syntax (QemuOpts) says. Of a name given several
+// times, the last counts.
 type Opts struct {
 	ID string
 	// Warnings are to be shown before any error; each may have a second line.
@@ -60,9 +61,9 @@ func (o *Opts) Number(name string) uint64 {
 	return n
 }
 
-// ParseOpts parses name=value,... in the older option syntax: implied names the first value, a
-// flag without value is a boolean (with a warning) and "no" before it negates it, ",," is a comma within a
-// value. known lists the allowed names. id must be an identifier where given.
+// ParseOpts parses name=value,... in the older option syntax: implied names the first value, a flag
+// without value is a boolean (with a warning) and "no" before it negates it, ",," is a comma within
+// a value. known lists the allowed names. id must be an identifier where given.
 func ParseOpts(params, implied string, known map[string]OptType) (*Opts, error) {
 	o := &Opts{values: map[string]string{}}
 	if err := o.takeID(params); err != nil {
@@ -183,7 +184,8 @@ func parseBool(s string) (val, ok bool) {
 	return false, false
 }
 
-// parseSize reads a number of bytes with an optional binary unit suffix; a fraction is allowed with one.
+// parseSize reads a number of bytes with an optional binary unit suffix; a fraction is allowed with
+// one.
 func parseSize(s string) (uint64, bool) {
 	num, shift := s, 0
 	if s != "" {

@@ -314,7 +314,8 @@ func print(b *strings.Builder, v any) {
 	}
 }
 
-// number prints integers as they are and everything else in the shortest form that reads back equal.
+// number prints integers as they are and everything else in the shortest form that reads back
+// equal.
 func number(n json.Number) string {
 	s := n.String()
 	if !strings.ContainsAny(s, ".eE") {

@@ -1,6 +1,6 @@
-// Package player plays conversations with a QMP storage daemon and writes what comes back as a normalised
-// transcript, to be compared with a recorded one. The syntax of conversations is described in
-// tests/conv/README.md.
+// Package player plays conversations with a QMP storage daemon and writes what comes back as a
+// normalised transcript, to be compared with a recorded one. The syntax of conversations is
+// described in tests/conv/README.md.
 package player
 
 import (
@@ -57,8 +57,9 @@ type play struct {
 	order     []string // of conns
 }
 
-// Play plays the conversation in file against server, a program's path. The server and everything the
-// conversation starts is gone when it returns. It takes 30 seconds at most unless the file says otherwise.
+// Play plays the conversation in file against server, a program's path. The server and everything
+// the conversation starts is gone when it returns. It takes 30 seconds at most unless the file says
+// otherwise.
 func Play(server, file string) (Transcript, error) {
 	steps, err := readSteps(file)
 	if err != nil {

@@ -14,8 +14,8 @@ import (
 	"time"
 )
 
-// prelude is given to every shell command: map_of prints qemu-img's map with neighbouring extents of one
-// kind joined, so that where clusters lie in the host file does not show.
+// prelude is given to every shell command: map_of prints qemu-img's map with neighbouring extents
+// of one kind joined, so that where clusters lie in the host file does not show.
 const prelude = `map_of() { qemu-img map -U --output=json "$@" | jq -c 'reduce .[] as $e ([]; ($e|del(.offset,.start,.length)) as $k
 | if length>0 and (.[-1]|del(.start,.length))==$k and .[-1].start+.[-1].length==$e.start
 then .[-1].length+=$e.length else .+[$e|del(.offset)] end)' | python3 -c 'import json,sys

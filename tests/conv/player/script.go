@@ -30,7 +30,8 @@ func readSteps(file string) ([]string, error) {
 	return out, nil
 }
 
-// splitWords splits like a shell: blanks separate, single and double quotes group, a backslash escapes.
+// splitWords splits like a shell: blanks separate, single and double quotes group, a backslash
+// escapes.
 func splitWords(s string) (words []string) {
 	var w strings.Builder
 	in, quote := false, byte(0)
@@ -116,7 +117,8 @@ func connArg(rest string) (name, body string) {
 var quietWords = map[string]bool{"mask": true, "sort": true, "keep": true, "drop": true, "plain": true,
 	"timeout": true, "sleep": true, "sub": true}
 
-// rule does the directives that only change how the transcript is written; false if word is none of them.
+// rule does the directives that only change how the transcript is written; false if word is none of
+// them.
 func (p *play) rule(word, rest string) bool {
 	switch word {
 	case "mask":
