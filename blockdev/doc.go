@@ -1,5 +1,6 @@
-// Package blockdev turns options into opened nodes and answers what the nodes are: the registry
-// of drivers, blockdev-add and -del, what image headers name, file names, and the queries.
+// Package blockdev turns options into opened nodes and answers what the nodes are: blockdev-add, -del and
+// -reopen, what image headers name, file names, new images, and the queries. It knows no driver: what there is to
+// know of them their descriptions say (package driver).
 //
 // # Opening
 //
@@ -19,8 +20,8 @@
 //
 // The file name of a node is the plain name of its file where that alone would open the same node, else
 // "json:" and the options that matter. It depends on the nodes below; each node's name is kept with the
-// generation of the tree it was made from, shares the parts below it, and is cut off at 4095 bytes like
-// the reference's, so that chains cost linear time.
+// generation of the tree it was made from, shares the parts below it, and is cut off at 4095 bytes as in
+// QEMU, so that chains cost linear time.
 //
 // # Queries
 //
