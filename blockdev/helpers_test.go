@@ -129,8 +129,10 @@ func clean(t testing.TB, m *Manager, fds int) {
 	}
 	m.recs.mu.RLock()
 	for key := range m.recs.of {
-		if n := key.Value(); n != nil && (n.Hidden() || m.Graph().Node(n.Name()) == n) {
+		if n := key.Value(); n != nil && m.Graph().ReserveName(n.Name(), "test") != nil {
 			t.Errorf("a record of %s is left", n.Name())
+		} else if n != nil {
+			m.Graph().ReleaseName(n.Name())
 		}
 	}
 	m.recs.mu.RUnlock()

@@ -116,7 +116,7 @@ func (g *Graph) Close(ctx context.Context) error {
 	g.mu.Unlock()
 
 	drainCtx, cancel := Share(ctx, 3, 5)
-	_ = d.wait(drainCtx, nil) // what is not quiet now is found below
+	_ = d.wait(drainCtx) // what is not quiet now is found below
 	if res, err := g.holds.acquire(drainCtx, c.nodes, nil); err == nil {
 		defer g.holds.release(res)
 	}
@@ -174,8 +174,7 @@ func (c *closer) findStuck(d *drain) {
 		}
 	}
 	for _, r := range d.gates {
-		h := r.hooks.Load()
-		if r.InFlight() > 0 || h.Quiet != nil && !h.Quiet() {
+		if r.InFlight() > 0 {
 			below(r.edge.Node())
 		}
 	}

@@ -38,11 +38,6 @@ func (tx *Tx) Commit() error {
 		return err
 	}
 	tx.over = true
-	for r := range tx.quiet {
-		r.inTx.Add(1)
-		defer r.inTx.Add(-1)
-		tx.g.NotifyQuiet()
-	}
 	c := &commit{tx: tx, g: tx.g}
 	if err := c.run(); err != nil {
 		c.undo()
@@ -66,7 +61,7 @@ func (c *commit) run() (err error) {
 		}
 	}
 	c.drain = c.g.beginDrain(c.draft.drainSet())
-	if err := c.drain.wait(c.tx.ctx, c.tx.quiet); err != nil {
+	if err := c.drain.wait(c.tx.ctx); err != nil {
 		return err
 	}
 	if err := c.prepare(c.tx.ctx); err != nil {
@@ -416,11 +411,6 @@ func (c *commit) finish() {
 			n.io.refreshed(n)
 		}
 		c.g.mu.Unlock()
-	}
-	for _, r := range c.in.moved {
-		if h := r.hooks.Load(); h.Attached != nil {
-			c.certain(func() { h.Attached(r.Node()) })
-		}
 	}
 	c.drain.end()
 	c.g.resv.release(c.res)

@@ -281,9 +281,6 @@ func (d *DirtyBitmap) Stops() bool { return d.ask(&d.stops) }
 // Persistent tells whether the bitmap is to be stored in the image.
 func (d *DirtyBitmap) Persistent() bool { return d.ask(&d.persistent) }
 
-// SetPersistent changes that.
-func (d *DirtyBitmap) SetPersistent(p bool) { d.change(func() { d.persistent = p }) }
-
 // Inconsistent bitmaps have missed writes; they can only be removed.
 func (d *DirtyBitmap) Inconsistent() bool { return d.ask(&d.inconsistent) }
 

@@ -19,7 +19,7 @@
 //	prepare  participants and drivers: image locks, header writes. May block and fail
 //	record   what changes is told to the Recorder, as values. It may refuse, or block
 //	install  under g.mu; cannot fail, does not wait
-//	finish   drivers and participants commit, roots hear of it, undrain, release; nodes that lost
+//	finish   drivers and participants commit, undrain, release; nodes that lost
 //	         their last reference are flushed and closed
 //
 // A failure before install undoes everything in reverse. Waiting ends with the context of
@@ -41,8 +41,7 @@
 //	NewNode ---> hidden ---Publish---> published ---last reference gone---> closing ---> closed
 //	               \-----------------Discard, failed commit-----------------/
 //
-// References are the monitor (Own), parents, the opener's pin until Publish or Discard, and
-// Graph.Pin. A hidden or closing node has no other appearance than its taken name.
+// References are the monitor (Own), parents, and the opener's pin until Publish or Discard. A hidden or closing node has no other appearance than its taken name.
 //
 // # Draining
 //
@@ -58,14 +57,14 @@
 //
 // In this order; what stands further right is taken later, never the other way round:
 //
-//	hookState.mu > g.mu > jobs.mu > node locks of the data plane > driver locks (their own package docs) > events.mu, session.outMu
+//	drainerState.mu > g.mu > jobs.mu > node locks of the data plane > driver locks (their own package docs) > events.mu, session.outMu
 //	               g.mu > Root.wait
 //
-//	g.resv.mu, g.holds.mu, g.quietMu, g.genMu, Root.wait   leaves: code under them takes no further lock
+//	g.resv.mu, g.holds.mu, g.genMu, Root.wait   leaves: code under them takes no further lock
 //	trackShard.mu (in index order), flushState.mu, dirtySet.mu   likewise, per node; requests hold them for moments only
 //	events.mu, session.outMu                   leaves: code under them calls nothing of ours
 //
-// Exceptions: hookState.mu is held while a Drainer or a root's hook is called, which may take
+// Exceptions: drainerState.mu is held while a Drainer is called, which may take
 // driver and job locks, but never enters this package's Drain or Commit. Under g.mu drivers are asked
 // only Caps, Size and EdgeClaim, which take at most a leaf lock of theirs.
 // No lock of this package is held across I/O, PermTaker, Participant or Recorder calls. Reservations are not locks:

@@ -175,7 +175,7 @@ func (d *txDraft) drainEnd(e *Edge) {
 	}
 }
 
-func (d *txDraft) replaceNode(old, new *Node, skip bool) error {
+func (d *txDraft) replaceNode(old, new *Node) error {
 	if err := usable(new); err != nil {
 		return err
 	}
@@ -188,10 +188,7 @@ func (d *txDraft) replaceNode(old, new *Node, skip bool) error {
 			continue
 		}
 		if e.pnode != nil && below[e.pnode] || e.root != nil && e.root.spec.StayAtNode {
-			if skip {
-				continue
-			}
-			return fmt.Errorf("Should not change '%s' link to '%s'", e.name, old.name)
+			continue
 		}
 		if d.isFrozen(e) {
 			return fmt.Errorf("Cannot change '%s' link to '%s'", e.name, old.name)

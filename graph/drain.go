@@ -2,12 +2,13 @@ package graph
 
 import (
 	"context"
+	"sync"
 	"time"
 
 	"qblockd/events/panics"
 )
 
-// quietPoll is how often a Drainer that nobody announced to be quiet is asked again.
+// quietPoll is how often a Drainer is asked whether it is quiet.
 const quietPoll = 2 * time.Millisecond
 
 // drain is a set of nodes and roots held quiet.
@@ -16,9 +17,8 @@ type drain struct {
 	nodes []*Node
 	roots []*Root
 	// What has to become quiet, found when the drain began.
-	gates  []*Root
-	held   []*Node // nodes with a Drainer that was told to let go
-	hooked []*Root
+	gates    []*Root
+	drainers []*Node // nodes whose Drainer was told to let go
 }
 
 // Drain closes the gates of all roots that reach the nodes and waits until their units of
@@ -26,7 +26,7 @@ type drain struct {
 // (the context's) nothing is drained. Not for use inside a unit of work.
 func (g *Graph) Drain(ctx context.Context, nodes ...*Node) (undrain func(), err error) {
 	d := g.beginDrain(nodes, nil)
-	if err := d.wait(ctx, nil); err != nil {
+	if err := d.wait(ctx); err != nil {
 		d.end()
 		return nil, err
 	}
@@ -47,13 +47,8 @@ func (g *Graph) beginDrainLocked(nodes []*Node, roots []*Root) *drain {
 	d := &drain{g: g, nodes: nodes, roots: roots}
 	d.quiesceLocked(1)         // +checklocksignore: of the same graph
 	above := d.collectLocked() // +checklocksignore: of the same graph
-	for _, r := range d.gates {
-		if h := r.hooks.Load(); h != nil && (h.DrainBegin != nil || h.Quiet != nil || h.DrainEnd != nil) {
-			d.hooked = append(d.hooked, r)
-		}
-	}
 	if g.drainers.Load() > 0 {
-		d.holdLocked(above) // +checklocksignore: of the same graph
+		d.addDrainersLocked(above) // +checklocksignore: of the same graph
 	}
 	return d
 }
@@ -102,10 +97,10 @@ func (d *drain) collectLocked() map[*Node]bool {
 	return seen
 }
 
-// holdLocked tells every Drainer to let go that a unit of work to be waited for may be stuck in: those below the roots, and above
+// addDrainersLocked finds every Drainer that a unit of work to be waited for may be stuck in: those below the roots, and above
 // and at the drained nodes.
 // +checklocks:d.g.mu
-func (d *drain) holdLocked(seen map[*Node]bool) {
+func (d *drain) addDrainersLocked(seen map[*Node]bool) {
 	var stack []*Node
 	for n := range seen {
 		stack = append(stack, n)
@@ -122,8 +117,8 @@ func (d *drain) holdLocked(seen map[*Node]bool) {
 		}
 		seen[n] = true
 		if _, ok := n.drv.(Drainer); ok {
-			d.held = append(d.held, n)
-			n.rareLocked().hold++ // +checklocksignore: of the same graph
+			d.drainers = append(d.drainers, n)
+			n.rareLocked().drains++ // +checklocksignore: of the same graph
 		}
 		for _, e := range n.kids.Load().all {
 			stack = append(stack, e.Node())
@@ -171,15 +166,10 @@ func (r *Root) quiesceLocked(by int32) {
 	}
 }
 
-// wait returns when everything is quiet. quiet: roots whose hooks count as quiet.
-func (d *drain) wait(ctx context.Context, quiet map[*Root]bool) error {
-	for _, r := range d.hooked {
-		if !quiet[r] {
-			r.syncHook()
-		}
-	}
-	for _, n := range d.held {
-		n.syncHook()
+// wait returns when everything is quiet.
+func (d *drain) wait(ctx context.Context) error {
+	for _, n := range d.drainers {
+		n.syncDrainer()
 	}
 	for _, r := range d.gates {
 		for {
@@ -194,39 +184,29 @@ func (d *drain) wait(ctx context.Context, quiet map[*Root]bool) error {
 			}
 		}
 	}
-	return d.waitHooks(ctx, quiet)
+	return d.waitDrainers(ctx)
 }
 
-func (d *drain) waitHooks(ctx context.Context, quiet map[*Root]bool) error {
-	var tick *time.Ticker
+func (d *drain) waitDrainers(ctx context.Context) error {
+	if d.drainersQuiet() {
+		return nil
+	}
+	tick := time.NewTicker(quietPoll)
+	defer tick.Stop()
 	for {
-		changed := d.g.quietChanged()
-		if d.hooksQuiet(quiet) {
-			return nil
-		}
-		if tick == nil {
-			tick = time.NewTicker(quietPoll)
-			defer tick.Stop()
-		}
 		select {
-		case <-changed:
 		case <-tick.C:
 		case <-ctx.Done():
 			return context.Cause(ctx)
 		}
+		if d.drainersQuiet() {
+			return nil
+		}
 	}
 }
 
-func (d *drain) hooksQuiet(quiet map[*Root]bool) bool {
-	for _, r := range d.hooked {
-		if r.gate.Load()&gateClosed == 0 {
-			continue // moved away from what is drained
-		}
-		if h := r.hooks.Load(); !quiet[r] && r.inTx.Load() == 0 && h.Quiet != nil && !h.Quiet() {
-			return false
-		}
-	}
-	for _, n := range d.held {
+func (d *drain) drainersQuiet() bool {
+	for _, n := range d.drainers {
 		if !n.drv.(Drainer).Quiet() {
 			return false
 		}
@@ -237,11 +217,8 @@ func (d *drain) hooksQuiet(quiet map[*Root]bool) bool {
 // end lets everything go on.
 func (d *drain) end() {
 	d.release()
-	for _, n := range d.held {
-		n.syncHook()
-	}
-	for _, r := range d.hooked {
-		r.syncHook()
+	for _, n := range d.drainers {
+		n.syncDrainer()
 	}
 }
 
@@ -250,18 +227,25 @@ func (d *drain) release() {
 	d.g.mu.Lock()
 	defer d.g.mu.Unlock()
 	d.quiesceLocked(-1)
-	for _, n := range d.held {
-		n.rare.hold--
+	for _, n := range d.drainers {
+		n.rare.drains--
 	}
 }
 
-// syncHook brings the driver's Drainer to the state the graph is in. Calls alternate, whoever makes them.
-func (n *Node) syncHook() {
-	h := &n.rare.hook
+// drainerState serialises the calls of a node's Drainer: they alternate and end in the state that the
+// graph is in.
+type drainerState struct {
+	mu     sync.Mutex
+	called bool // DrainBegin was the last call
+}
+
+// syncDrainer brings the driver's Drainer to the state that the graph is in. Calls alternate, whoever makes them.
+func (n *Node) syncDrainer() {
+	h := &n.rare.drainer
 	h.mu.Lock()
 	defer h.mu.Unlock()
 	n.g.mu.RLock()
-	want := n.rare.hold > 0
+	want := n.rare.drains > 0
 	n.g.mu.RUnlock()
 	if want == h.called {
 		return
@@ -272,43 +256,4 @@ func (n *Node) syncHook() {
 	} else {
 		n.drv.(Drainer).DrainEnd()
 	}
-}
-
-// syncHook does the same for a root's hooks.
-func (r *Root) syncHook() {
-	r.hook.mu.Lock()
-	defer r.hook.mu.Unlock()
-	r.g.mu.RLock()
-	want := r.quiesce > 0
-	r.g.mu.RUnlock()
-	if want == r.hook.called {
-		return
-	}
-	r.hook.called = want
-	h := r.hooks.Load()
-	if want && h.DrainBegin != nil {
-		h.DrainBegin()
-	} else if !want && h.DrainEnd != nil {
-		h.DrainEnd()
-	}
-}
-
-// NotifyQuiet wakes drains that wait for a Drainer: call it when Quiet has become true.
-func (g *Graph) NotifyQuiet() {
-	g.quietMu.Lock()
-	if g.quietCh != nil {
-		close(g.quietCh)
-		g.quietCh = nil
-	}
-	g.quietMu.Unlock()
-}
-
-// quietChanged is closed by the next NotifyQuiet.
-func (g *Graph) quietChanged() <-chan struct{} {
-	g.quietMu.Lock()
-	defer g.quietMu.Unlock()
-	if g.quietCh == nil {
-		g.quietCh = make(chan struct{})
-	}
-	return g.quietCh
 }

@@ -37,8 +37,6 @@ type Graph struct {
 
 	drainers  atomic.Int64 // nodes whose driver is a Drainer
 	shutdowns atomic.Int64 // drivers that were closed
-	quietMu   sync.Mutex
-	quietCh   chan struct{} // closed by NotifyQuiet; nil if nobody waits
 
 	gen   atomic.Uint64 // last InfoGeneration given out
 	epoch atomic.Uint64 // changes after every Bump
@@ -203,24 +201,6 @@ func (g *Graph) Discard(nodes ...*Node) {
 		ignoreClosing(tx.Discard(n))
 	}
 	ignoreClosing(tx.Commit())
-}
-
-// Pin keeps n from being closed until unpin is called (once, by anyone; it may close n and so block).
-// False when n is closing already.
-func (g *Graph) Pin(n *Node) (unpin func(), ok bool) {
-	g.mu.Lock()
-	defer g.mu.Unlock()
-	if n.state >= nodeClosing {
-		return nil, false
-	}
-	n.pins++
-	g.version++
-	return sync.OnceFunc(func() {
-		tx := g.Begin(context.Background())
-		tx.must = true
-		ignoreClosing(tx.do(func(d *txDraft) error { d.ref(n).pins--; return nil }))
-		ignoreClosing(tx.Commit())
-	}), true
 }
 
 // FreezeChain is Tx.FreezeChain in a Tx of its own.

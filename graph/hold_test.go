@@ -69,7 +69,7 @@ func TestHold(t *testing.T) {
 	}()
 	<-looked
 	tx := g.Begin(context.Background())
-	tx.Disown(g.Node("disk"))
+	tx.Delete("disk")
 	if err := tx.Commit(); err != nil {
 		t.Fatal(err)
 	}

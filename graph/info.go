@@ -1,7 +1,6 @@
 package graph
 
 import (
-	"errors"
 	"log/slog"
 
 	"qblockd/events/trace"
@@ -26,26 +25,6 @@ func (n *Node) SetDriver(d Driver) {
 	}
 }
 
-// SetReadOnlyFallback is for drivers in Open, on a medium that allows no writing: the node
-// becomes read-only if it is not and auto-read-only allows that; else reason is returned
-// ("Image is read-only" if nil).
-func (n *Node) SetReadOnlyFallback(reason error) error {
-	if n.readOnly.Load() {
-		return nil
-	}
-	if !n.Options().AutoReadOnly {
-		if reason == nil {
-			reason = errors.New("Image is read-only")
-		}
-		return reason
-	}
-	n.g.mu.Lock()
-	defer n.g.mu.Unlock()
-	n.readOnly.Store(true)
-	n.g.version++ // drafts have seen it writable
-	return nil
-}
-
 // Parents is a snapshot of the edges that lead to n, newest first.
 func (n *Node) Parents() []*Edge {
 	n.g.mu.RLock()
@@ -55,13 +34,6 @@ func (n *Node) Parents() []*Edge {
 		l = append(l, e)
 	}
 	return l
-}
-
-// HasParents tells whether some edge leads to n.
-func (n *Node) HasParents() bool {
-	n.g.mu.RLock()
-	defer n.g.mu.RUnlock()
-	return n.parents.head != nil
 }
 
 // Claim is the cumulative claim of the parents.
@@ -76,13 +48,6 @@ func (n *Node) MonitorOwned() bool {
 	n.g.mu.RLock()
 	defer n.g.mu.RUnlock()
 	return n.owned
-}
-
-// Hidden tells whether n is still being opened: nobody but its opener sees it.
-func (n *Node) Hidden() bool {
-	n.g.mu.RLock()
-	defer n.g.mu.RUnlock()
-	return n.state == nodeHidden
 }
 
 // MoveUp gives the hidden node n the place in Nodes of a node that is made now. For openers that take
@@ -191,18 +156,18 @@ func (e *Edge) ShowImage(info *types.ImageInfo) {
 	}
 }
 
-// Resized tells the roots that see n's size, through filters and raw formats, that it may
-// have changed, and bumps all nodes concerned. If there are any it takes the graph's lock for
-// reading, which nobody holds for long: allowed in requests, but not with node or driver locks
-// held. The usual case, a file that grows below a format, takes no lock.
+// Resized notes that n's size may have changed: n and the nodes that show it as theirs, filters and
+// raw formats, are bumped and get bitmaps of that size. If n has such parents, or roots, it takes the
+// graph's lock for reading, which nobody holds for long: allowed in requests, but not with node or
+// driver locks held. The usual case, a file that grows below a format, takes no lock.
 func (n *Node) Resized() {
 	n.resizeBitmaps()
 	if n.sizeSeen.Load() == 0 {
 		n.Bump()
 		return
 	}
-	var roots []*Root
 	n.g.mu.RLock()
+	defer n.g.mu.RUnlock()
 	seen := map[*Node]bool{n: true}
 	stack := []*Node{n}
 	for len(stack) > 0 {
@@ -211,19 +176,10 @@ func (n *Node) Resized() {
 		x.Bump()
 		x.resizeBitmaps()
 		for e := x.parents.head; e != nil; e = e.next {
-			switch {
-			case e.root != nil:
-				roots = append(roots, e.root)
-			case e.showsSize() && !seen[e.pnode]:
+			if e.pnode != nil && e.showsSize() && !seen[e.pnode] {
 				seen[e.pnode] = true
 				stack = append(stack, e.pnode)
 			}
-		}
-	}
-	n.g.mu.RUnlock()
-	for _, r := range roots {
-		if h := r.hooks.Load(); h.Resized != nil {
-			h.Resized()
 		}
 	}
 }

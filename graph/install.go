@@ -8,7 +8,6 @@ import (
 type installer struct {
 	g        *Graph
 	reopened []*Node
-	moved    []*Root
 }
 
 // link adds e above child and among its parent's children.
@@ -51,8 +50,6 @@ func (in *installer) retarget(e *Edge, n *Node) {
 	in.above(e, n)
 	if e.pnode != nil {
 		e.pnode.Bump()
-	} else {
-		in.moved = append(in.moved, e.root)
 	}
 }
 

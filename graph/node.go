@@ -58,8 +58,8 @@ const (
 // nodeRare is what few nodes have.
 type nodeRare struct {
 	blockers []*opBlocker  // newest last
-	hold     int32         // drains that told the driver's Drainer to let go
-	hook     hookState     // calls of the driver's Drainer
+	drains   int32         // drains that told the driver's Drainer to let go
+	drainer  drainerState  // calls of the driver's Drainer
 	held     bool          // somebody has a Hold
 	closes   bool          // to be closed when that ends
 	shut     chan struct{} // made when the driver begins to be closed, closed when that is done

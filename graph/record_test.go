@@ -136,7 +136,7 @@ func TestRecordFails(t *testing.T) {
 		t.Error(err)
 	}
 	tx := g.Begin(context.Background())
-	if err := errors.Join(tx.Disown(below), tx.Commit()); !errors.Is(err, r.fails) {
+	if err := errors.Join(tx.SetOptions(below, &Options{Direct: true}), tx.Commit()); !errors.Is(err, r.fails) {
 		t.Error(err)
 	}
 	if after := dump(g); after != before {
@@ -185,7 +185,7 @@ func TestRecordBitmaps(t *testing.T) {
 		},
 			[]string{"bitmap n.a: 65536 persistent=false disabled=false", "bitmap n.b: 512 persistent=false disabled=true"}},
 		{func() { mk(DirtyBitmapSpec{}); a.SetBusy(true); a.Freeze() }, nil},
-		{func() { b.Enable(); b.SetPersistent(true) }, []string{"bitmap n.b: 512 persistent=true disabled=false"}},
+		{func() { b.Enable(); b.change(func() { b.persistent = true }) }, []string{"bitmap n.b: 512 persistent=true disabled=false"}},
 		{func() { a.Reclaim(); a.Foretell(false, true); b.Foretell(true, false) },
 			[]string{"bitmap n.a: 65536 persistent=false disabled=true", "bitmap n.b: gone"}},
 		{func() { a.Disable(); b.Remove() }, nil},

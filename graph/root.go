@@ -32,22 +32,6 @@ type RootSpec struct {
 	Of Change
 	// Ctx is the context of its requests; nil means context.Background().
 	Ctx context.Context
-	// Hooks may be set later by SetHooks.
-	Hooks RootHooks
-}
-
-// RootHooks are called with no lock held; each may be nil. They must not wait for requests
-// and must not change the graph.
-type RootHooks struct {
-	// Resized: the size seen through the root may have changed.
-	Resized func()
-	// Attached: the root's edge leads to another node now.
-	Attached func(*Node)
-	// DrainBegin, Quiet, DrainEnd: for users that hold work back outside the gate. Begin and
-	// End alternate strictly. A drain is complete when Quiet is true; call Graph.NotifyQuiet when it becomes so.
-	DrainBegin func()
-	Quiet      func() bool
-	DrainEnd   func()
 }
 
 // Root is where requests enter the graph: a backend, an export, a job, internal work.
@@ -59,11 +43,9 @@ type Root struct {
 	spec RootSpec
 	edge *Edge
 
-	gate  atomic.Int64 // units in flight | gateClosed
-	pool  sync.Pool    // of *blk.Req
-	io    rootIO       // the data plane's part
-	hooks atomic.Pointer[RootHooks]
-	inTx  atomic.Int32 // commits of its job under way: it counts as quiet for everybody
+	gate atomic.Int64 // units in flight | gateClosed
+	pool sync.Pool    // of *blk.Req
+	io   rootIO       // the data plane's part
 
 	wait   sync.Mutex    // guards the channels below
 	openCh chan struct{} // closed when the gate opens; nil if nobody waits
@@ -74,7 +56,6 @@ type Root struct {
 	quiesce    int32
 	attached   bool
 	prev, next *Root
-	hook       hookState
 }
 
 // Edge is the root's edge to its node.
@@ -88,9 +69,6 @@ func (r *Root) Graph() *Graph { return r.g }
 
 // Spec is the description the root was attached with.
 func (r *Root) Spec() *RootSpec { return &r.spec }
-
-// SetHooks replaces the hooks.
-func (r *Root) SetHooks(h RootHooks) { r.hooks.Store(&h) }
 
 // Describe implements Parent.
 func (r *Root) Describe() string {
@@ -106,10 +84,3 @@ func (r *Root) Describe() string {
 
 // GraphNode implements Parent.
 func (r *Root) GraphNode() (types.XDbgBlockGraphNodeType, string) { return r.spec.Kind, r.spec.Name }
-
-// hookState serialises the Drainer calls of one node or root: they alternate and end in
-// the state the graph is in.
-type hookState struct {
-	mu     sync.Mutex
-	called bool // DrainBegin was the last call
-}

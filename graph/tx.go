@@ -31,8 +31,7 @@ type Tx struct {
 	last   []Participant
 	notes  []Change // see Record
 	must   bool     // the recorder is told, not asked
-	quiet  map[*Root]bool
-	hold   *Hold // see Under
+	hold   *Hold    // see Under
 	missed bool
 	err    error // of the action that failed
 	over   bool
@@ -244,7 +243,6 @@ func (tx *Tx) AttachRoot(spec RootSpec, n *Node) (*Root, error) {
 		spec.Ctx = context.Background()
 	}
 	r := &Root{g: tx.g, spec: spec}
-	r.hooks.Store(&spec.Hooks)
 	r.closeGate()
 	e := &Edge{name: spec.EdgeName, role: spec.Role, root: r}
 	e.node.Store(n)
@@ -302,12 +300,7 @@ func (tx *Tx) Replace(e *Edge, n *Node) error {
 // ReplaceNode moves all parents of old to new, but those that are new itself or below it
 // (there would be a cycle) and roots that stay at their node. Error: a frozen edge.
 func (tx *Tx) ReplaceNode(old, new *Node) error {
-	return tx.do(func(d *txDraft) error { return d.replaceNode(old, new, true) })
-}
-
-// ReplaceNodeStrictly is ReplaceNode that fails where ReplaceNode leaves an edge alone.
-func (tx *Tx) ReplaceNodeStrictly(old, new *Node) error {
-	return tx.do(func(d *txDraft) error { return d.replaceNode(old, new, false) })
+	return tx.do(func(d *txDraft) error { return d.replaceNode(old, new) })
 }
 
 // InsertFilter puts top above n: top gets n as a child named edgeName (filtered if top is
@@ -326,7 +319,7 @@ func (tx *Tx) InsertFilter(top *Node, edgeName string, n *Node) (*Edge, error) {
 		if err := d.attach(e, top, n, perm.Unused); err != nil {
 			return err
 		}
-		return d.replaceNode(n, top, true)
+		return d.replaceNode(n, top)
 	})
 	if err != nil {
 		return nil, err
@@ -347,7 +340,7 @@ func (tx *Tx) RemoveFilter(top *Node) error {
 			return err
 		}
 		d.detach(e)
-		return d.replaceNode(top, below, true)
+		return d.replaceNode(top, below)
 	})
 }
 
@@ -435,11 +428,6 @@ func (tx *Tx) Own(n *Node) error {
 	})
 }
 
-// Disown takes that back; the node is closed on commit if nothing else refers to it.
-func (tx *Tx) Disown(n *Node) error {
-	return tx.do(func(d *txDraft) error { d.ref(n).owned = false; return nil })
-}
-
 // Publish makes n and the hidden nodes below it visible and drops their opener's pins, so
 // that from commit on they live as long as the monitor or a parent refers to them.
 func (tx *Tx) Publish(n *Node) error {
@@ -495,14 +483,6 @@ func (tx *Tx) Delete(name string) error {
 // Drain keeps n quiet during the commit although no edge above it changes.
 func (tx *Tx) Drain(n *Node) error {
 	return tx.do(func(d *txDraft) error { d.drains = append(d.drains, n); return nil })
-}
-
-// Quiet counts the hooks of root as quiet: those of the job that runs this Tx. It must not hold a unit of work.
-func (tx *Tx) Quiet(r *Root) {
-	if tx.quiet == nil {
-		tx.quiet = map[*Root]bool{}
-	}
-	tx.quiet[r] = true
 }
 
 // Check makes Commit call f with the nodes reserved but not yet drained, with no lock held; an error ends the

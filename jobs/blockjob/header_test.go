@@ -62,7 +62,7 @@ func TestHeaderChangeTakesBack(t *testing.T) {
 				t.Errorf("the header names %s, the node has failed: %v", now, n.Failed())
 			}
 			tx = g.Begin(t.Context())
-			if err := errors.Join(tx.Disown(n), tx.Commit()); err != nil {
+			if err := errors.Join(tx.Delete(n.Name()), tx.Commit()); err != nil {
 				t.Error(err)
 			}
 		})

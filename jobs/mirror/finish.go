@@ -256,7 +256,7 @@ func (j *job) Clean(*jobs.Handle) {
 	defer j.goOn()
 	if j.filter != nil {
 		j.thaw()
-		chain.TakeOut(j.ID, j.filter, nil, j.leave)
+		chain.TakeOut(j.ID, j.filter, j.leave)
 		j.filter = nil
 	}
 	j.dirty.Remove()

@@ -456,7 +456,7 @@ func readOnlyFails(t *testing.T, times int, before bool) {
 			}
 			mustClose(t, s)
 			tx = g.Begin(t.Context())
-			if err := errors.Join(tx.DetachRoot(root), tx.Disown(n), tx.Commit()); err != nil { // a node that has failed is not closed in order
+			if err := errors.Join(tx.DetachRoot(root), tx.Delete(n.Name()), tx.Commit()); err != nil { // a node that has failed is not closed in order
 				t.Fatal(err)
 			}
 		}
