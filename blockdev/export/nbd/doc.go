@@ -9,10 +9,16 @@
 //	              |                                 |
 //	              +--- deadline, ABORT, error       +--- Export.Shutdown, Server.Close: killed, socket shut down
 //
-// One goroutine reads a connection's requests, many with one system call, and serves them
-// itself while nothing has to be waited for (blk.Req.NoWait); what would wait goes to a
-// worker. Replies made by the reader are gathered and sent with one system call before it
-// waits for more requests. A request passes the device's gate once, and never holds that
+// # Parts of a connection
+//
+//	conn      the socket and its life; what all parts share
+//	session   what was negotiated: constant, no lock     (negotiation makes it)
+//	reader    requests from the socket; serves in line what needs no waiting (blk.Req.NoWait)
+//	workers   goroutines for requests that wait; the bounds on what is under way
+//	sender    replies to the socket; mapped reads and their leases
+//
+// The reader takes many requests with one system call. Replies that it makes are gathered and sent with one
+// system call before it waits for more requests. A request passes the device's gate once, and never holds that
 // pass while it waits for the client: data is read first, then the pass ends, then it is
 // sent. So a client that reads nothing holds up no drain.
 //
@@ -38,10 +44,9 @@
 //
 // # Locks
 //
-// Type.mu is a leaf.
+//	sender.mu > sender.queueMu, workers.mu
 //
-//	Server.mu > Export.mu > conn.sendMu > conn.mu
-//
-// sendMu is held while the connection waits for its client to take replies, hence never
-// waited for with another lock held. No lock is held while a device is called.
+// sender.mu is held while the connection waits for its client to take replies, hence never
+// waited for with another lock held. All others are leaves: Type.mu, Server.mu, Export.mu. No lock is held while a
+// device is called.
 package nbd

@@ -1,68 +1,39 @@
 package nbd
 
 import (
+	"encoding/binary"
 	"errors"
 	"fmt"
 	"io"
-	"strings"
 	"time"
 
 	"qblockd/blockdev/nbdwire"
 )
 
-// Metadata context ids, as told to clients.
-const (
-	idAllocation = 0
-	idDepth      = 1
-	idBitmap     = 2 // of the first bitmap; the others follow
-)
-
-// contexts are the metadata contexts a client chose for one export.
-type contexts struct {
-	exp               *Export
-	allocation, depth bool
-	bitmaps           []bool // of Spec.Bitmaps; nil: none
-}
-
-func (x *contexts) count() int {
-	n := 0
-	if x.allocation {
-		n++
-	}
-	if x.depth {
-		n++
-	}
-	for _, b := range x.bitmaps {
-		if b {
-			n++
-		}
-	}
-	return n
-}
-
 // errAbort: the client ended the handshake as it should.
 var errAbort = errors.New("aborted by the client")
 
-// handshake negotiates; afterwards c.exp is set and c is its client. The data of options
-// are read in full before they are looked at, so one that has to be refused leaves the
+// handshake negotiates; afterwards c.session is set and c is a client of its export. The data of
+// options are read in full before they are looked at, so one that has to be refused leaves the
 // stream in order. Source: proto.md, Fixed newstyle negotiation.
 func (c *conn) handshake() error {
 	if d := c.srv.opts.Handshake; d > 0 {
 		c.nc.SetDeadline(time.Now().Add(d))
 		defer c.nc.SetDeadline(time.Time{})
 	}
-	if err := c.send(nbdwire.AppendGreeting(nil, nbdwire.FixedNewstyle|nbdwire.NoZeroes)); err != nil {
+	h := negotiation{conn: c}
+	if err := h.send(nbdwire.AppendGreeting(nil, nbdwire.FixedNewstyle|nbdwire.NoZeroes)); err != nil {
 		return err
 	}
 	var b [4]byte
-	if err := c.readFull(b[:]); err != nil {
+	if err := h.read(b[:]); err != nil {
 		return err
 	}
-	flags := uint32(b[0])<<24 | uint32(b[1])<<16 | uint32(b[2])<<8 | uint32(b[3])
+	flags := binary.BigEndian.Uint32(b[:])
 	if flags&^uint32(nbdwire.FixedNewstyle|nbdwire.NoZeroes) != 0 {
 		return fmt.Errorf("Unknown client flags 0x%x received", flags)
 	}
-	h := hs{conn: c, fixed: flags&uint32(nbdwire.FixedNewstyle) != 0, noZeroes: flags&uint32(nbdwire.NoZeroes) != 0}
+	h.fixed, h.noZeroes = flags&uint32(nbdwire.FixedNewstyle) != 0, flags&uint32(nbdwire.NoZeroes) != 0
 	for {
 		over, err := h.option()
 		if over || err != nil {
@@ -71,22 +42,33 @@ func (c *conn) handshake() error {
 	}
 }
 
-// hs is the state of one handshake.
-type hs struct {
+// negotiation is the state of one handshake.
+type negotiation struct {
 	*conn
 	fixed, noZeroes bool
 	out             []byte // replies to the current option
 }
 
+// read fills b from the client.
+func (h *negotiation) read(b []byte) error {
+	_, err := io.ReadFull(h.nc, b)
+	return err
+}
+
+func (h *negotiation) send(b []byte) error {
+	_, err := h.nc.Write(b)
+	return err
+}
+
 // maxOptionData is what an option's data may take: an export's name and 64 Ki queries or
-// information requests of ordinary length. The protocol allows any length; the reference
+// information requests of ordinary length. The protocol allows any length; QEMU
 // takes 32 MiB piece by piece, we answer more than this with an error.
 const maxOptionData = 1 << 20
 
 // option handles one option; over tells that transmission begins.
-func (h *hs) option() (over bool, err error) {
+func (h *negotiation) option() (over bool, err error) {
 	var b [nbdwire.OptionSize]byte
-	if err := h.readFull(b[:]); err != nil {
+	if err := h.read(b[:]); err != nil {
 		return false, err
 	}
 	o, err := nbdwire.ParseOption(b[:])
@@ -105,12 +87,12 @@ func (h *hs) option() (over bool, err error) {
 	h.out = h.out[:0]
 	if needsData(o.Opt) && o.Len <= maxOptionData {
 		data := make([]byte, o.Len)
-		if err := h.readFull(data); err != nil {
+		if err := h.read(data); err != nil {
 			return false, err
 		}
 		over, err = h.withData(o, data)
 	} else {
-		if err := h.skip(int64(o.Len)); err != nil {
+		if _, err := io.CopyN(io.Discard, h.nc, int64(o.Len)); err != nil {
 			return false, err
 		}
 		err = h.withoutData(o)
@@ -124,10 +106,6 @@ func (h *hs) option() (over bool, err error) {
 			err = e
 		}
 	}
-	if over && err != nil && h.exp != nil {
-		h.exp.detach(h.conn)
-		h.exp = nil
-	}
 	return over, err
 }
 
@@ -139,14 +117,14 @@ func needsData(opt uint32) bool {
 	return false
 }
 
-func (h *hs) reply(opt, typ uint32) { h.out = nbdwire.AppendOptReply(h.out, opt, typ, nil) }
+func (h *negotiation) reply(opt, typ uint32) { h.out = nbdwire.AppendOptReply(h.out, opt, typ, nil) }
 
-func (h *hs) refuse(opt, typ uint32, format string, a ...any) {
+func (h *negotiation) refuse(opt, typ uint32, format string, a ...any) {
 	h.out = nbdwire.AppendOptReply(h.out, opt, typ, fmt.Appendf(nil, format, a...))
 }
 
 // withoutData handles options without data, and all that are refused.
-func (h *hs) withoutData(o nbdwire.Option) error {
+func (h *negotiation) withoutData(o nbdwire.Option) error {
 	switch o.Opt {
 	case nbdwire.OptList, nbdwire.OptStartTLS, nbdwire.OptStructuredReply:
 		if o.Len > 0 {
@@ -181,7 +159,7 @@ func (h *hs) withoutData(o nbdwire.Option) error {
 }
 
 // withData handles options whose data matter.
-func (h *hs) withData(o nbdwire.Option, data []byte) (over bool, err error) {
+func (h *negotiation) withData(o nbdwire.Option, data []byte) (over bool, err error) {
 	switch o.Opt {
 	case nbdwire.OptInfo, nbdwire.OptGo:
 		return h.info(o, data)
@@ -192,7 +170,7 @@ func (h *hs) withData(o nbdwire.Option, data []byte) (over bool, err error) {
 }
 
 // refuseData words what is wrong with the data of an option.
-func (h *hs) refuseData(opt uint32, err error) {
+func (h *negotiation) refuseData(opt uint32, err error) {
 	name := nbdwire.OptName(opt)
 	var long nbdwire.NameLengthError
 	switch {
@@ -207,7 +185,7 @@ func (h *hs) refuseData(opt uint32, err error) {
 	}
 }
 
-func (h *hs) refuseName(opt uint32, name string) {
+func (h *negotiation) refuseName(opt uint32, name string) {
 	if len(name) >= 80 {
 		name = name[:80] + "..."
 	}
@@ -215,7 +193,7 @@ func (h *hs) refuseName(opt uint32, name string) {
 }
 
 // info handles OptInfo and OptGo.
-func (h *hs) info(o nbdwire.Option, data []byte) (over bool, err error) {
+func (h *negotiation) info(o nbdwire.Option, data []byte) (over bool, err error) {
 	q, err := nbdwire.ParseInfoRequest(data)
 	if err != nil {
 		h.refuseData(o.Opt, err)
@@ -266,20 +244,20 @@ func (h *hs) info(o nbdwire.Option, data []byte) (over bool, err error) {
 		h.refuseName(o.Opt, q.Name)
 		return false, nil
 	}
-	h.enter(exp)
+	h.use(exp)
 	h.reply(o.Opt, nbdwire.RepAck)
 	return true, nil
 }
 
-// enter makes exp, to which c is attached, the one of the transmission.
-func (h *hs) enter(exp *Export) {
+// use makes exp, to which the connection is attached, the one of the transmission.
+func (h *negotiation) use(exp *Export) {
 	h.exp, h.dev = exp, exp.spec.Device
 	if h.ctxs.exp != exp {
 		h.ctxs = contexts{}
 	}
 }
 
-func (h *hs) exportFlags(e *Export) uint16 {
+func (h *negotiation) exportFlags(e *Export) uint16 {
 	if h.structured {
 		return e.flags | nbdwire.FlagDF
 	}
@@ -287,144 +265,23 @@ func (h *hs) exportFlags(e *Export) uint16 {
 }
 
 // exportName handles OptExportName, whose only answer to an error is to hang up.
-func (h *hs) exportName(o nbdwire.Option) error {
+func (h *negotiation) exportName(o nbdwire.Option) error {
 	if o.Len > nbdwire.MaxString {
 		return errors.New("Bad length received")
 	}
 	name := make([]byte, o.Len)
-	if err := h.readFull(name); err != nil {
+	if err := h.read(name); err != nil {
 		return err
 	}
 	exp := h.srv.find(string(name))
 	if exp == nil || exp.attach(h.conn) != nil {
 		return errors.New("export not found")
 	}
-	h.enter(exp)
-	b := make([]byte, nbdwire.ExportNameReply+nbdwire.ExportNamePadding)
-	put64(b, uint64(exp.spec.Size))
-	put16(b[8:], h.exportFlags(exp))
-	if h.noZeroes {
-		b = b[:nbdwire.ExportNameReply]
+	h.use(exp)
+	b := binary.BigEndian.AppendUint64(nil, uint64(exp.spec.Size))
+	b = binary.BigEndian.AppendUint16(b, h.exportFlags(exp))
+	if !h.noZeroes {
+		b = append(b, make([]byte, nbdwire.ExportNamePadding)...)
 	}
-	if err := h.send(b); err != nil {
-		exp.detach(h.conn)
-		h.exp = nil
-		return err
-	}
-	return nil
-}
-
-// metaContext handles OptListMetaContext and OptSetMetaContext.
-func (h *hs) metaContext(o nbdwire.Option, data []byte) {
-	list := o.Opt == nbdwire.OptListMetaContext
-	if !h.structured && !list {
-		h.refuse(o.Opt, nbdwire.RepErrInvalid, "request option '%s' when structured reply is not negotiated",
-			nbdwire.OptName(o.Opt))
-		return
-	}
-	var local contexts
-	x := &local
-	if !list {
-		x = &h.ctxs
-		*x = contexts{}
-	}
-	q, err := nbdwire.ParseMetaQueries(data)
-	if err != nil {
-		h.refuseData(o.Opt, err)
-		return
-	}
-	exp := h.srv.find(q.Name)
-	if exp == nil {
-		h.refuseName(o.Opt, q.Name)
-		return
-	}
-	n, err := q.Count()
-	if err != nil {
-		h.refuseData(o.Opt, err)
-		return
-	}
-	chosen := contexts{bitmaps: make([]bool, len(exp.spec.Bitmaps))}
-	if list && n == 0 {
-		chosen.allocation, chosen.depth = true, true
-		chosen.chooseBitmaps(exp, "")
-	}
-	for range n {
-		query, ok, err := q.Next()
-		if err != nil {
-			h.refuseData(o.Opt, err)
-			return
-		}
-		if !ok {
-			continue
-		}
-		switch query {
-		case nbdwire.ContextAllocation:
-			chosen.allocation = true
-		case nbdwire.ContextDepth:
-			chosen.depth = true
-		case "base:":
-			chosen.allocation = chosen.allocation || list
-		case "qemu:":
-			if list {
-				chosen.depth = true
-				chosen.chooseBitmaps(exp, "")
-			}
-		default:
-			if name, ok := strings.CutPrefix(query, nbdwire.ContextBitmap); ok && (name != "" || list) {
-				chosen.chooseBitmaps(exp, name)
-			}
-		}
-	}
-	chosen.exp = exp
-	chosen.depth = chosen.depth && exp.spec.AllocationDepth
-	id := func(i uint32) uint32 {
-		if list {
-			return 0
-		}
-		return i
-	}
-	if chosen.allocation {
-		h.out = nbdwire.AppendMetaContext(h.out, o.Opt, id(idAllocation), nbdwire.ContextAllocation)
-	}
-	if chosen.depth {
-		h.out = nbdwire.AppendMetaContext(h.out, o.Opt, id(idDepth), nbdwire.ContextDepth)
-	}
-	for i, b := range chosen.bitmaps {
-		if b {
-			h.out = nbdwire.AppendMetaContext(h.out, o.Opt, id(idBitmap+uint32(i)), nbdwire.ContextBitmap+exp.spec.Bitmaps[i].Name)
-		}
-	}
-	h.reply(o.Opt, nbdwire.RepAck)
-	*x = chosen
-}
-
-// chooseBitmaps chooses the bitmaps of that name; all for "".
-func (x *contexts) chooseBitmaps(exp *Export, name string) {
-	for i, b := range exp.spec.Bitmaps {
-		if name == "" || b.Name == name {
-			x.bitmaps[i] = true
-		}
-	}
-}
-
-// readFull fills b from the client.
-func (c *conn) readFull(b []byte) error {
-	n := copy(b, c.in[c.r:c.w])
-	c.r += n
-	if n == len(b) {
-		return nil
-	}
-	_, err := io.ReadFull(c.nc, b[n:])
-	return err
-}
-
-// skip drops n bytes from the client.
-func (c *conn) skip(n int64) error {
-	k := min(n, int64(c.w-c.r))
-	c.r += int(k)
-	if n -= k; n == 0 {
-		return nil
-	}
-	_, err := io.CopyN(io.Discard, c.nc, n)
-	return err
+	return h.send(b)
 }

@@ -14,6 +14,7 @@ import (
 
 	"qblockd/blockdev/nbdwire"
 	"qblockd/events/panics"
+	"qblockd/graph/blk"
 	"qblockd/qmp/chardev/sockets"
 )
 
@@ -250,6 +251,14 @@ func (s *Server) putToken() {
 	if s.sem != nil {
 		<-s.sem
 	}
+}
+
+// buffer returns one for the data of a request.
+func (s *Server) buffer(n int) *blk.Buffer {
+	if n >= largeBuf && !s.large.Load() {
+		s.large.Store(true)
+	}
+	return blk.GetBuf(n, 0)
 }
 
 // Close ends the server: no more connections are accepted, exports and clients go. It

@@ -183,11 +183,12 @@ func TestClientThatNeverReads(t *testing.T) {
 		})
 		c.r.Peek(1)
 		eventually(t, "no pass is held", func() bool { return d.inside.Load() == 0 })
-		cn.mu.Lock()
-		if cn.bytes > DefaultInflightBytes || cn.inflight > DefaultInflight {
-			t.Errorf("%d requests with %d bytes are under way", cn.inflight, cn.bytes)
+		w := &cn.workers
+		w.mu.Lock()
+		if w.bytes > DefaultInflightBytes || w.inflight > DefaultInflight {
+			t.Errorf("%d requests with %d bytes are under way", w.inflight, w.bytes)
 		}
-		cn.mu.Unlock()
+		w.mu.Unlock()
 		promptly(t, "Close", func() { stop(t, s) })
 	}
 }

@@ -1,0 +1,258 @@
+package nbd
+
+import (
+	"errors"
+	"fmt"
+
+	"qblockd/blockdev/nbdwire"
+	"qblockd/graph/blk"
+)
+
+// session is what client and server have agreed on, and what requests do to the device by it. It is
+// constant during transmission: it has no lock.
+type session struct {
+	exp        *Export // nil until the handshake is over
+	dev        Device  // of exp
+	structured bool
+	ctxs       contexts
+}
+
+// What is said about requests that were refused by the device.
+const (
+	msgRead  = "reading from file failed"
+	msgWrite = "writing to file failed"
+	msgFlush = "flush failed"
+	msgTrim  = "discard failed"
+
+	msgInternal = "internal error"
+	msgCache    = "caching data failed"
+	msgStatus   = "can't get block status"
+)
+
+var (
+	errReadOnly   = errors.New("Export is read-only")
+	errNoContext  = errors.New("CMD_BLOCK_STATUS not negotiated")
+	errZeroLength = errors.New("need non-zero length")
+)
+
+// check tells what is wrong with q by itself, in QEMU's words; the payload of a
+// write is not looked at. All these errors are EINVAL on the wire.
+func (s *session) check(q *nbdwire.Request) error {
+	valid := nbdwire.CmdFlagFUA
+	writes, known := false, true
+	switch q.Cmd {
+	case nbdwire.CmdRead:
+		if s.structured {
+			valid |= nbdwire.CmdFlagDF
+		}
+	case nbdwire.CmdWrite, nbdwire.CmdTrim:
+		writes = true
+	case nbdwire.CmdWriteZeroes:
+		valid |= nbdwire.CmdFlagNoHole | nbdwire.CmdFlagFastZero
+		writes = true
+	case nbdwire.CmdBlockStatus:
+		valid |= nbdwire.CmdFlagReqOne
+	case nbdwire.CmdFlush, nbdwire.CmdCache:
+	default:
+		known = false
+	}
+	if writes && s.exp.spec.ReadOnly {
+		return errReadOnly
+	}
+	size := uint64(s.exp.spec.Size)
+	if q.Off > size || uint64(q.Len) > size-q.Off {
+		return fmt.Errorf("operation past EOF; From: %d, Len: %d, Size: %d", q.Off, q.Len, size)
+	}
+	if q.Flags&^valid != 0 {
+		return fmt.Errorf("unsupported flags for command %s (got 0x%x)", nbdwire.CmdName(q.Cmd), q.Flags)
+	}
+	switch {
+	case !known:
+		return fmt.Errorf("invalid request type (%d) received", q.Cmd)
+	case q.Cmd == nbdwire.CmdBlockStatus && s.ctxs.count() == 0:
+		return errNoContext
+	case q.Cmd == nbdwire.CmdBlockStatus && q.Len == 0:
+		return errZeroLength
+	}
+	return nil
+}
+
+// flags are those of a write or write-zeroes.
+func (s *session) flags(q *nbdwire.Request) blk.Flags {
+	var f blk.Flags
+	if q.Flags&nbdwire.CmdFlagFUA != 0 || s.exp.spec.Writethrough {
+		f |= blk.FUA
+	}
+	if q.Cmd == nbdwire.CmdWriteZeroes {
+		if q.Flags&nbdwire.CmdFlagNoHole == 0 {
+			f |= blk.MayUnmap
+		}
+		if q.Flags&nbdwire.CmdFlagFastZero != 0 {
+			f |= blk.NoFallback
+		}
+	}
+	return f
+}
+
+// cost is what q's data take while it is under way.
+func (s *session) cost(q *nbdwire.Request) int64 {
+	switch q.Cmd {
+	case nbdwire.CmdRead, nbdwire.CmdWrite:
+		return int64(q.Len)
+	case nbdwire.CmdBlockStatus:
+		return int64(s.ctxs.count()) * maxExtents * nbdwire.ExtentSize
+	}
+	return 0
+}
+
+// appendReadHead appends what precedes the n bytes of data of an undivided read.
+func (s *session) appendReadHead(b []byte, q *nbdwire.Request, n int) []byte {
+	switch {
+	case !s.structured:
+		return nbdwire.AppendSimple(b, q.Cookie, 0)
+	case n == 0:
+		return nbdwire.AppendChunk(b, nbdwire.ChunkDone, nbdwire.ChunkNone, q.Cookie, 0)
+	default:
+		return nbdwire.AppendDataHead(b, nbdwire.ChunkDone, q.Cookie, q.Off, n)
+	}
+}
+
+// appendFailure appends an error reply.
+func (s *session) appendFailure(b []byte, cookie uint64, errno uint32, msg string) []byte {
+	if s.structured {
+		return nbdwire.AppendError(b, cookie, errno, msg)
+	}
+	return nbdwire.AppendSimple(b, cookie, errno)
+}
+
+// failure makes an error reply.
+func (s *session) failure(q *nbdwire.Request, errno uint32, msg string) *reply {
+	p := newReply()
+	p.head = s.appendFailure(p.head, q.Cookie, errno, msg)
+	return p
+}
+
+// perform does what j asks for in the unit of work u, and makes its reply.
+func (s *session) perform(u *blk.Req, j *job) *reply {
+	q := &j.q
+	var err error
+	msg := msgWrite
+	switch q.Cmd {
+	case nbdwire.CmdRead:
+		return s.serveRead(u, q)
+	case nbdwire.CmdBlockStatus:
+		return s.serveStatus(u, q)
+	case nbdwire.CmdWrite:
+		err = s.dev.WriteAt(u, blk.Buf(j.buf.B), int64(q.Off), s.flags(q))
+	case nbdwire.CmdCache:
+		err, msg = s.dev.Prefetch(u, int64(q.Off), int64(q.Len)), msgCache
+	default:
+		msg, err = s.doControl(u, q)
+	}
+	if err != nil {
+		return s.failure(q, nbdwire.Errno(err), msg)
+	}
+	p := newReply()
+	p.head = nbdwire.AppendSimple(p.head, q.Cookie, 0)
+	return p
+}
+
+// doControl performs a flush, trim or write-zeroes.
+func (s *session) doControl(r *blk.Req, q *nbdwire.Request) (msg string, err error) {
+	off, n := int64(q.Off), int64(q.Len)
+	switch q.Cmd {
+	case nbdwire.CmdFlush:
+		return msgFlush, s.dev.Flush(r)
+	case nbdwire.CmdTrim:
+		err := s.dev.Discard(r, off, n)
+		if err == nil && q.Flags&nbdwire.CmdFlagFUA != 0 {
+			err = s.dev.Flush(r)
+		}
+		return msgTrim, err
+	default:
+		return msgWrite, s.dev.Zero(r, off, n, s.flags(q))
+	}
+}
+
+// serveRead reads; with structured replies and where it may be worth it, holes are told
+// as such, as block-status finds them.
+func (s *session) serveRead(r *blk.Req, q *nbdwire.Request) *reply {
+	n := int(q.Len)
+	if q.Flags&nbdwire.CmdFlagFUA != 0 {
+		if err := s.dev.Flush(r); err != nil {
+			return s.failure(q, nbdwire.Errno(err), msgFlush)
+		}
+	}
+	if s.structured && q.Flags&nbdwire.CmdFlagDF == 0 && n >= mapMin {
+		return s.serveSparse(r, q)
+	}
+	p := newReply()
+	p.head = s.appendReadHead(p.head, q, n)
+	if n == 0 {
+		return p
+	}
+	p.buf = s.exp.srv.buffer(n)
+	if err := s.dev.ReadAt(r, blk.Buf(p.buf.B), int64(q.Off), 0); err != nil {
+		blk.PutBuf(p.buf)
+		p.buf = nil
+		p.head = s.appendFailure(p.head[:0], q.Cookie, nbdwire.Errno(err), msgRead)
+		return p
+	}
+	p.data = p.buf.B
+	return p
+}
+
+// serveSparse answers a read in chunks of data and holes.
+func (s *session) serveSparse(r *blk.Req, q *nbdwire.Request) *reply {
+	first := newReply()
+	last := first
+	off, end := int64(q.Off), int64(q.Off)+int64(q.Len)
+	fail := func(err error, msg string) *reply {
+		last.head = nbdwire.AppendErrorOffset(last.head, q.Cookie, nbdwire.Errno(err), uint64(off), msg)
+		return first
+	}
+	x, err := s.status(r, off, end-off)
+	for off < end {
+		if err != nil {
+			return fail(err, "unable to check for holes: "+blk.ErrnoText(err))
+		}
+		zero, n := x.Zero, x.N
+		// Status answers in the units of each layer: join what belongs together.
+		for off+n < end {
+			if x, err = s.status(r, off+n, end-off-n); err != nil || x.Zero != zero {
+				break
+			}
+			n += x.N
+		}
+		var flags uint16
+		if off+n == end {
+			flags = nbdwire.ChunkDone
+		}
+		if zero {
+			last.head = nbdwire.AppendHole(last.head, flags, q.Cookie, uint64(off), uint32(n))
+			off += n
+			continue
+		}
+		buf := s.exp.srv.buffer(int(n))
+		if err := s.dev.ReadAt(r, blk.Buf(buf.B), off, 0); err != nil {
+			blk.PutBuf(buf)
+			return fail(err, msgRead)
+		}
+		last.head = nbdwire.AppendDataHead(last.head, flags, q.Cookie, uint64(off), int(n))
+		last.buf, last.data = buf, buf.B
+		if off += n; off < end {
+			last.next = newReply()
+			last = last.next
+		}
+	}
+	return first
+}
+
+// status is Device.Status where the end of a device that became shorter is an error.
+func (s *session) status(r *blk.Req, off, n int64) (blk.Extent, error) {
+	x, err := s.dev.Status(r, off, n)
+	if err == nil && x.N <= 0 {
+		err = blk.ErrOutOfRange
+	}
+	return x, err
+}

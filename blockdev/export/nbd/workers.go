@@ -1,0 +1,194 @@
+package nbd
+
+import (
+	"slices"
+	"sync"
+
+	"qblockd/blockdev/export"
+	"qblockd/blockdev/nbdwire"
+	"qblockd/events/panics"
+	"qblockd/graph/blk"
+)
+
+// job is a request on its way through a worker.
+type job struct {
+	q    nbdwire.Request
+	buf  *blk.Buffer // payload of a write
+	cost int64       // what it counts against Options.InflightBytes
+}
+
+var jobPool = sync.Pool{New: func() any { return new(job) }}
+
+// maxWorkers is how many goroutines a connection has for requests that wait; see the package comment.
+const maxWorkers = 16
+
+// workers serve those requests of a connection that have to wait, in goroutines that live while there
+// is something to do, and bound what is under way: a request counts from put until its reply is sent.
+type workers struct {
+	*conn
+	worker func() // work; made once
+
+	mu   sync.Mutex
+	room sync.Cond // inflight or bytes went down, with mu
+	// requests put and not answered
+	inflight int // +checklocks:mu
+	// of their data
+	bytes int64 // +checklocks:mu
+	// goroutines
+	running int // +checklocks:mu
+	// for the goroutines
+	queue []*job // +checklocks:mu
+}
+
+// start prepares for the transmission of w.
+func (w *workers) start(c *conn) {
+	w.conn = c
+	w.room.L = &w.mu
+	w.worker = w.work
+}
+
+// put hands q to a worker. buf, the payload of a write, becomes the worker's.
+func (w *workers) put(q *nbdwire.Request, buf *blk.Buffer, cost int64) {
+	j := jobPool.Get().(*job)
+	j.q, j.buf, j.cost = *q, buf, cost
+	w.mu.Lock()
+	w.inflight++
+	w.bytes += cost
+	w.queue = append(w.queue, j)
+	more := w.running < maxWorkers
+	if more {
+		w.running++
+	}
+	w.mu.Unlock()
+	if more {
+		go w.worker() // a go statement with arguments would allocate
+	}
+}
+
+// fits tells whether n more bytes may be under way.
+func (w *workers) fits(n int64) bool {
+	w.mu.Lock()
+	defer w.mu.Unlock()
+	return w.fitsLocked(n)
+}
+
+// +checklocks:w.mu
+func (w *workers) fitsLocked(n int64) bool {
+	return w.inflight == 0 || w.inflight < w.srv.opts.Inflight && w.bytes+n <= w.srv.opts.InflightBytes
+}
+
+// waitFor waits until n more bytes may be under way.
+func (w *workers) waitFor(n int64) {
+	w.mu.Lock()
+	defer w.mu.Unlock()
+	for !w.fitsLocked(n) {
+		w.room.Wait()
+	}
+}
+
+// wait waits until all requests are answered.
+func (w *workers) wait() {
+	w.mu.Lock()
+	defer w.mu.Unlock()
+	for w.inflight > 0 {
+		w.room.Wait()
+	}
+}
+
+// answered tells that replies were sent to that many requests with that much data.
+func (w *workers) answered(count int, bytes int64) {
+	w.mu.Lock()
+	defer w.mu.Unlock()
+	w.inflight -= count
+	w.bytes -= bytes
+	w.room.Broadcast()
+}
+
+// next takes a request from the queue; for nil the goroutine ends.
+func (w *workers) next() *job {
+	w.mu.Lock()
+	defer w.mu.Unlock()
+	if len(w.queue) == 0 {
+		w.running--
+		return nil
+	}
+	j := w.queue[0]
+	w.queue = slices.Delete(w.queue, 0, 1)
+	return j
+}
+
+// work serves what is queued.
+func (w *workers) work() {
+	defer panics.Catch("an NBD worker", func(error) { w.kill() })
+	for j := w.next(); j != nil; j = w.next() {
+		p := w.serveSafely(j)
+		// The last reply carries the cost, so that memory counts until it is sent.
+		last := p
+		for last.next != nil {
+			last = last.next
+		}
+		last.cost = j.cost
+		blk.PutBuf(j.buf)
+		j.buf = nil
+		jobPool.Put(j)
+		w.sender.put(p)
+	}
+}
+
+// serveSafely is serve; after a panic the request fails, and the connection is dropped.
+func (w *workers) serveSafely(j *job) (p *reply) {
+	defer panics.Catch("an NBD request", func(err error) {
+		w.kill()
+		j.buf = nil // the device may still use it
+		p = w.failure(&j.q, nbdwire.Errno(err), msgInternal)
+	})
+	return w.serve(j)
+}
+
+// serve performs j in one unit of work and makes its reply.
+func (w *workers) serve(j *job) *reply {
+	if w.dead.Load() {
+		return w.failure(&j.q, nbdwire.ESHUTDOWN, "connection is closed")
+	}
+	u, group, err := w.begin()
+	if err != nil {
+		return w.failure(&j.q, nbdwire.Errno(err), "request was not started")
+	}
+	defer w.end(u, group)
+	return w.perform(u, j)
+}
+
+// begin waits for a worker of the export's group and for the gate, and enters both. Nobody waits for one of them
+// while holding the other: a drained device does not take the workers of others.
+func (w *workers) begin() (*blk.Req, export.Workers, error) {
+	for {
+		var group export.Workers
+		if f := w.exp.spec.Workers; f != nil {
+			group = f()
+		}
+		if group == nil {
+			u, err := w.dev.Begin(w.ctx)
+			return u, nil, err
+		}
+		if err := group.Enter(w.ctx); err != nil {
+			return nil, nil, err
+		}
+		if u := w.dev.TryBegin(); u != nil {
+			return u, group, nil
+		}
+		group.Leave()
+		u, err := w.dev.Begin(w.ctx)
+		if err != nil {
+			return nil, nil, err
+		}
+		w.dev.End(u) // the gate is open again
+	}
+}
+
+// end leaves both.
+func (w *workers) end(u *blk.Req, group export.Workers) {
+	w.dev.End(u)
+	if group != nil {
+		group.Leave()
+	}
+}
