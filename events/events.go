@@ -13,7 +13,8 @@ type Event interface {
 // order in every QMP session.
 type Sink interface{ Emit(e Event) }
 
-// EmitAll sends events of one moment, so that a client that is told of the first has the others, too, where s can do that.
+// EmitAll sends events of one moment, so that a client that is told of the first has the others,
+// too, where s can do that.
 func EmitAll(s Sink, l ...Event) {
 	if b, ok := s.(interface{ EmitAll(l ...Event) }); ok {
 		b.EmitAll(l...)

@@ -7,7 +7,8 @@ import (
 	"qblockd/schema/types"
 )
 
-// ClaimBitmaps finds the bitmaps that an export of n offers and makes them busy for as long as it lives, all or none.
+// ClaimBitmaps finds the bitmaps that an export of n offers and makes them busy for as long as it
+// lives, all or none.
 func (x *Export) ClaimBitmaps(held *graph.Hold, names []*types.BlockDirtyBitmapOrStr) ([]*graph.DirtyBitmap, error) {
 	var found []*graph.DirtyBitmap
 	for _, name := range names {
@@ -21,7 +22,8 @@ func (x *Export) ClaimBitmaps(held *graph.Hold, names []*types.BlockDirtyBitmapO
 		if err := d.Check(graph.BitmapRead); err != nil {
 			return nil, err
 		}
-		// One that is named with its node may change meanwhile, as in QEMU: it is the client's to know.
+		// One that is named with its node may change meanwhile, as in QEMU: it is the client's to
+		// know.
 		if name.Local != nil && !x.Writable() && !d.Node().ReadOnly() && d.Enabled() {
 			return nil, fmt.Errorf("Enabled bitmap '%s' incompatible with readonly export", d.Name())
 		}

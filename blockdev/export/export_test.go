@@ -250,7 +250,8 @@ func TestRemoval(t *testing.T) {
 	f.is(f.add("e", "n"), "")
 }
 
-// A client that has hung up is none that uses the export, also if the server has not heard of it yet.
+// A client that has hung up is none that uses the export, also if the server has not heard of it
+// yet.
 func TestRemovalAfterHangup(t *testing.T) {
 	f := newFixture(t)
 	f.node("n")

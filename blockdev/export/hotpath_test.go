@@ -23,7 +23,8 @@ import (
 	"qblockd/schema/value"
 )
 
-// The whole way of a request: a client's socket, the NBD server, the export's root, the nodes, their files.
+// The whole way of a request: a client's socket, the NBD server, the export's root, the nodes,
+// their files.
 
 const hotSize = 64 << 20
 
@@ -98,7 +99,8 @@ func (s *stack) qcow2(name string, size uint64) string {
 	return path
 }
 
-// standard adds the nodes null, file, raw, qcow2 (all of it allocated) and layer (empty, on top of a file).
+// standard adds the nodes null, file, raw, qcow2 (all of it allocated) and layer (empty, on top of
+// a file).
 func (s *stack) standard() {
 	s.add("null", fmt.Sprintf("{'driver': 'null-co', 'node-name': 'null', 'size': %d}", hotSize))
 	s.add("file", "{'driver': 'file', 'node-name': 'file', 'filename': '"+s.raw("file")+"'}")
@@ -221,7 +223,8 @@ var hotLoads = []hotLoad{
 	{"write-1M-qd2", nbdwire.CmdWrite, 1 << 20, 2, false},
 }
 
-// TestHotPathAllocations: no request of the usual kinds allocates, from the client's socket to the file and back.
+// TestHotPathAllocations: no request of the usual kinds allocates, from the client's socket to the
+// file and back.
 func TestHotPathAllocations(t *testing.T) {
 	if raceEnabled {
 		t.Skip("the race detector makes pools allocate")
@@ -286,7 +289,8 @@ func TestStats(t *testing.T) {
 	}
 }
 
-// BenchmarkHotPath is for profiles: go test ./blockdev/export -bench HotPath/qcow2/read-4k-qd16 -cpuprofile cpu.prof
+// BenchmarkHotPath is for profiles: go test ./blockdev/export -bench HotPath/qcow2/read-4k-qd16
+// -cpuprofile cpu.prof
 func BenchmarkHotPath(b *testing.B) {
 	s := newStack(b)
 	s.standard()
@@ -311,7 +315,8 @@ func BenchmarkHotPath(b *testing.B) {
 	s.growing(b)
 }
 
-// growing writes to clusters that are not there: into an empty image, and below what it copies from a file.
+// growing writes to clusters that are not there: into an empty image, and below what it copies from
+// a file.
 func (s *stack) growing(b *testing.B) {
 	for _, x := range []struct {
 		name    string

@@ -9,8 +9,9 @@ import (
 	"qblockd/schema/types"
 )
 
-// homes says which group serves which nodes. Nodes that are connected belong together: they are assigned
-// as one. All exports of connected nodes are served by one group, but for those whose iothread another export forbade.
+// homes says which group serves which nodes. Nodes that are connected belong together: they are
+// assigned as one. All exports of connected nodes are served by one group, but for those whose
+// iothread another export forbade.
 type homes struct {
 	// mu is held while nodes are assigned and while exports that care are attached. Graph.mu and
 	// Table.mu are taken under it.
@@ -40,9 +41,10 @@ func (t *Table) asked(o *types.BlockExportOptions) (w Workers, err error) {
 	return w, nil
 }
 
-// SetIothread moves n and all nodes it is connected to into the iothread of that id, or out of all for nil. Their exports
-// are served by its workers from their next request on. Exports with a fixed iothread forbid a change; any export of n itself
-// forbids it without force. It does not block. Source: QAPI, x-blockdev-set-iothread.
+// SetIothread moves n and all nodes it is connected to into the iothread of that id, or out of all
+// for nil. Their exports are served by its workers from their next request on. Exports with a fixed
+// iothread forbid a change; any export of n itself forbids it without force. It does not block.
+// Source: QAPI, x-blockdev-set-iothread.
 func (t *Table) SetIothread(n *graph.Node, id *string, force bool) error {
 	if !force && hasBackend(n) {
 		return fmt.Errorf("Node %s is associated with a BlockBackend and could be in use (use force=true to override this check)", n.Name())
@@ -119,8 +121,8 @@ func (h *homes) find(n *graph.Node) (w Workers) {
 	return w
 }
 
-// connected are n and all nodes that edges lead to from there, up or down; the search, nearest first, ends when more
-// says so.
+// connected are n and all nodes that edges lead to from there, up or down; the search, nearest
+// first, ends when more says so.
 func connected(n *graph.Node, more func(*graph.Node) bool) map[*graph.Node]bool {
 	seen := map[*graph.Node]bool{n: true}
 	for next := []*graph.Node{n}; len(next) > 0; next = next[1:] {
@@ -144,8 +146,9 @@ func connected(n *graph.Node, more func(*graph.Node) bool) map[*graph.Node]bool 
 	return seen
 }
 
-// place moves the node of a new export into the group that was asked for, if any, and takes the export there. Unless fixed,
-// the export goes where the node is if that cannot be changed. undo takes it back.
+// place moves the node of a new export into the group that was asked for, if any, and takes the
+// export there. Unless fixed, the export goes where the node is if that cannot be changed. undo
+// takes it back.
 // +checklocks:t.homes.mu
 func (t *Table) place(x *Export, w Workers) (undo func(), err error) {
 	n := x.Root.Node()

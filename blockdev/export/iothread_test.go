@@ -11,7 +11,8 @@ import (
 	"qblockd/schema/types"
 )
 
-// bench is a table with a type whose exports have no clients, a node "file" with a format "top" over it, and a node "other".
+// bench is a table with a type whose exports have no clients, a node "file" with a format "top"
+// over it, and a node "other".
 type bench struct {
 	*testing.T
 	g *graph.Graph

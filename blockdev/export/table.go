@@ -4,7 +4,10 @@
 //
 // # Life of an export
 //
-//	Add --> checked --> root on the node --> served --Del, RemoveAll, Close--> shutting down --> root gone --> BLOCK_EXPORT_DELETED
+//	Add --> checked --> root on the node --> served
+//	                                           | Del, RemoveAll, Close
+//	                                           v
+//	     BLOCK_EXPORT_DELETED <-- root gone <-- shutting down
 //
 // An export is a root of the graph: it follows its node when that is replaced. Shutting down drops
 // the clients at once; the export goes when their last request has ended, which a stuck device
@@ -33,7 +36,8 @@ const Grace = 250 * time.Millisecond
 
 // Options of a Table; the zero value gives the defaults.
 type Options struct {
-	// Iothread finds an iothread object, nil if there is none of that id; nil: there are none at all.
+	// Iothread finds an iothread object, nil if there is none of that id; nil: there are none at
+	// all.
 	Iothread func(id string) Workers
 	// Leaving is called before an export is told to be gone from its node; nil: not called.
 	Leaving func(n *graph.Node)
@@ -43,8 +47,8 @@ type Options struct {
 
 // Table is all exports of a graph. All methods may be called from any goroutine.
 //
-// Lock order: homes.mu first. Table.mu is a leaf: no Type and no Server is called under it, and of the graph
-// only what takes no lock.
+// Lock order: homes.mu first. Table.mu is a leaf: no Type and no Server is called under it, and of
+// the graph only what takes no lock.
 type Table struct {
 	g     *graph.Graph
 	opts  Options
@@ -70,8 +74,8 @@ func New(g *graph.Graph, o Options) *Table {
 // Register makes typ serve exports called name, before the first is added.
 func (t *Table) Register(name types.BlockExportType, typ Type) { t.types[name] = typ }
 
-// Add makes an export; o is the table's from then on. It waits while the node is being changed by others, no longer
-// than ctx. Source: QAPI, block-export-add.
+// Add makes an export; o is the table's from then on. It waits while the node is being changed by
+// others, no longer than ctx. Source: QAPI, block-export-add.
 func (t *Table) Add(ctx context.Context, o *types.BlockExportOptions) error {
 	if !types.WellFormedID(o.ID) {
 		return errors.New("Invalid block export id")
@@ -113,8 +117,8 @@ func (t *Table) forget(x *Export) {
 	delete(t.ids, x.Options.ID)
 }
 
-// make makes what x.Options describe and puts it on the list. If it was removed meanwhile it is closing already, and
-// the caller's to end.
+// make makes what x.Options describe and puts it on the list. If it was removed meanwhile it is
+// closing already, and the caller's to end.
 func (t *Table) make(ctx context.Context, x *Export, typ Type) error {
 	var n *graph.Node
 	var workers Workers
@@ -141,7 +145,8 @@ func (t *Table) make(ctx context.Context, x *Export, typ Type) error {
 	return nil
 }
 
-// check finds the node of an export and the group that its options name, and what is wrong with them whatever the type.
+// check finds the node of an export and the group that its options name, and what is wrong with
+// them whatever the type.
 func (t *Table) check(o *types.BlockExportOptions) (*graph.Node, Workers, error) {
 	n := t.g.Node(o.NodeName)
 	if n == nil {
@@ -174,9 +179,9 @@ func (t *Table) serve(x *Export, typ Type, hold *graph.Hold, w Workers) error {
 	return nil
 }
 
-// attach makes the root of x on n. An export shares everything but resize: its size is a promise to its
-// clients. It takes what it needs first and stops sharing resize then, so that of
-// two conflicts the same one is reported as by QEMU.
+// attach makes the root of x on n. An export shares everything but resize: its size is a promise to
+// its clients. It takes what it needs first and stops sharing resize then, so that of two conflicts
+// the same one is reported as by QEMU.
 func (t *Table) attach(ctx context.Context, x *Export, n *graph.Node) error {
 	need := perm.ConsistentRead
 	if x.Writable() {
@@ -333,8 +338,9 @@ func (t *Table) Query() []*types.BlockExportInfo {
 	return l
 }
 
-// Stats are the requests of the export of that id, as they reached its node; nil if there is none. A request that
-// was carried out in parts counts as several. No command shows them: query-blockstats leaves out exports, as QEMU does.
+// Stats are the requests of the export of that id, as they reached its node; nil if there is none.
+// A request that was carried out in parts counts as several. No command shows them:
+// query-blockstats leaves out exports, as QEMU does.
 func (t *Table) Stats(id string) *types.BlockDeviceStats {
 	t.mu.Lock()
 	defer t.mu.Unlock()
@@ -344,8 +350,9 @@ func (t *Table) Stats(id string) *types.BlockDeviceStats {
 	return nil
 }
 
-// RemoveAll drops the clients of all exports of a type, of all types for "", then removes the exports, oldest first; those
-// whose requests take longer than ctx and Grace allow go later. An Add that is under way fails with why.
+// RemoveAll drops the clients of all exports of a type, of all types for "", then removes the
+// exports, oldest first; those whose requests take longer than ctx and Grace allow go later. An Add
+// that is under way fails with why.
 func (t *Table) RemoveAll(ctx context.Context, typ types.BlockExportType, why error) {
 	t.mu.Lock()
 	for _, x := range t.ids {
@@ -378,8 +385,8 @@ func (t *Table) RemoveAll(ctx context.Context, typ types.BlockExportType, why er
 	}
 }
 
-// Close ends all types and removes all exports, for the end of the daemon. It waits for clients' requests no longer than
-// ctx and Grace. Nothing can be added afterwards.
+// Close ends all types and removes all exports, for the end of the daemon. It waits for clients'
+// requests no longer than ctx and Grace. Nothing can be added afterwards.
 func (t *Table) Close(ctx context.Context) {
 	for _, typ := range t.types {
 		typ.Close()

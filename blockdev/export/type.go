@@ -9,24 +9,26 @@ import (
 	"qblockd/schema/types"
 )
 
-// Type is a way to show nodes to clients: one value of QAPI's BlockExportType. No method waits for clients.
+// Type is a way to show nodes to clients: one value of QAPI's BlockExportType. No method waits for
+// clients.
 type Type interface {
-	// Check says what is wrong with an export of n as o asks for it, before anything is changed, and
-	// which nodes beside n must hold still while it is made. It may be asked several times.
+	// Check says what is wrong with an export of n as o asks for it, before anything is changed,
+	// and which nodes beside n must hold still while it is made. It may be asked several times.
 	Check(n *graph.Node, o *types.BlockExportOptions) (also []*graph.Node, err error)
 	// Serve lets clients use x; held are n and what Check named.
 	Serve(x *Export, held *graph.Hold) (Server, error)
-	// Close ends what the type has beside its exports, for the end of the daemon; Check and Serve fail from then on.
+	// Close ends what the type has beside its exports, for the end of the daemon; Check and Serve
+	// fail from then on.
 	Close()
 }
 
 // Server serves one export to its clients.
 type Server interface {
-	// Shutdown drops the clients; requests in the device end in their own time. It does not wait; Done
-	// tells the end. Doing it twice is harmless.
+	// Shutdown drops the clients; requests in the device end in their own time. It does not wait;
+	// Done tells the end. Doing it twice is harmless.
 	Shutdown()
-	// ShutdownIfIdle is Shutdown if no client uses the export, else it does nothing and returns false.
-	// It waits for clients that have hung up to be gone, no longer than ctx.
+	// ShutdownIfIdle is Shutdown if no client uses the export, else it does nothing and returns
+	// false. It waits for clients that have hung up to be gone, no longer than ctx.
 	ShutdownIfIdle(ctx context.Context) bool
 	// Done is closed when the export was shut down and its last request has ended.
 	Done() <-chan struct{}
@@ -42,8 +44,8 @@ type Workers interface {
 
 // Export is one export. The exported part is for its Type, and constant from Serve on.
 type Export struct {
-	// Options are what makes the export again, defaults that depend on something filled in by Type.Check. The
-	// node is the one that it was made on, see Table.Options.
+	// Options are what makes the export again, defaults that depend on something filled in by
+	// Type.Check. The node is the one that it was made on, see Table.Options.
 	Options *types.BlockExportOptions
 	// Root is where requests enter. It counts them.
 	Root *graph.Root
@@ -66,7 +68,8 @@ func (x *Export) Writable() bool { return isSet(x.Options.Writable) }
 // Size is that of the node at this time, in bytes.
 func (x *Export) Size() int64 { return blk.AlignDown(x.Root.Size(), blk.SectorSize) }
 
-// Workers is the group that serves requests which have to wait, to be asked for each of them; nil: no group.
+// Workers is the group that serves requests which have to wait, to be asked for each of them; nil:
+// no group.
 func (x *Export) Workers() Workers { return *x.workers.Load() }
 
 // setWorkers makes w serve x from the next request on.

@@ -157,7 +157,8 @@ func (q *InfoRequest) Append(b []byte) []byte {
 	return b
 }
 
-// ParseInfoRequest decodes the data of OptInfo or OptGo. Errors: ErrLengths, ErrNUL, ErrTrailing, NameLengthError.
+// ParseInfoRequest decodes the data of OptInfo or OptGo. Errors: ErrLengths, ErrNUL, ErrTrailing,
+// NameLengthError.
 func ParseInfoRequest(data []byte) (q InfoRequest, err error) {
 	r := reader{data}
 	if q.Name, err = r.name(); err != nil {

@@ -140,7 +140,8 @@ const (
 const (
 	ContextAllocation = "base:allocation"
 	ContextDepth      = "qemu:allocation-depth"
-	// ContextBitmap is what the names of the contexts of dirty bitmaps begin with; the name of the bitmap follows.
+	// ContextBitmap is what the names of the contexts of dirty bitmaps begin with; the name of the
+	// bitmap follows.
 	ContextBitmap = "qemu:dirty-bitmap:"
 
 	StateHole uint32 = 1 << 0

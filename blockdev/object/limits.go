@@ -37,7 +37,8 @@ func (l *limits) get(property string) (value.Value, error) {
 	return nil, errNotReadable
 }
 
-// set changes several limits at once only: there are combinations that no single change could lead to.
+// set changes several limits at once only: there are combinations that no single change could lead
+// to.
 func (l *limits) set(property string, v value.Value) error {
 	if strings.HasPrefix(property, "x-") {
 		return errors.New("Property cannot be set after initialization")

@@ -1,5 +1,6 @@
-// Package object holds the objects that clients make by object-add and see as a tree through the qom- commands: iothread, a named and
-// bounded group of workers; secret, which gives nothing away; and throttle-group, limits for throttle filters.
+// Package object holds the objects that clients make by object-add and see as a tree through the
+// qom- commands: iothread, a named and bounded group of workers; secret, which gives nothing away;
+// and throttle-group, limits for throttle filters.
 //
 //	/            container
 //	/objects     container    what object-add made
@@ -31,7 +32,8 @@ type object interface {
 	retire() bool
 }
 
-// completer is an object that has more to do before it can be used, once its name is known to be free.
+// completer is an object that has more to do before it can be used, once its name is known to be
+// free.
 type completer interface{ complete(r *Registry) error }
 
 // A property cannot be changed or read. Worded by who knows the type.
@@ -40,7 +42,8 @@ var (
 	errNotReadable = errors.New("property is not readable")
 )
 
-// Registry holds all objects. Its methods may be called from any goroutine; none blocks, but Add of a secret that is in a file.
+// Registry holds all objects. Its methods may be called from any goroutine; none blocks, but Add of
+// a secret that is in a file.
 type Registry struct {
 	chardevs func() []Chardev
 
@@ -54,7 +57,8 @@ type named struct {
 	object
 }
 
-// NewRegistry makes an empty registry; chardevs lists the character devices of the tree and may be nil.
+// NewRegistry makes an empty registry; chardevs lists the character devices of the tree and may be
+// nil.
 func NewRegistry(chardevs func() []Chardev) *Registry {
 	if chardevs == nil {
 		chardevs = func() []Chardev { return nil }
@@ -143,8 +147,8 @@ func (r *Registry) Group(id string) *Group {
 	return g
 }
 
-// Object is what drivers get of an object (driver.Objects); nil if there is none of that name, or one that is not for
-// drivers.
+// Object is what drivers get of an object (driver.Objects); nil if there is none of that name, or
+// one that is not for drivers.
 func (r *Registry) Object(id string) any {
 	if l, ok := r.find(id).(*limits); ok {
 		return l.g

@@ -131,7 +131,8 @@ func TestGroupBounds(t *testing.T) {
 	}
 }
 
-// TestGroupWaits: waiting ends with the context, in the order of coming, and when the bound is raised.
+// TestGroupWaits: waiting ends with the context, in the order of coming, and when the bound is
+// raised.
 func TestGroupWaits(t *testing.T) {
 	r := NewRegistry(nil)
 	if err := add(r, "g", 1); err != nil {

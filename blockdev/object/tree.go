@@ -229,7 +229,8 @@ func (t *typeInfo) is(name string) bool {
 	return false
 }
 
-// Types lists the types that are, or refine, implements ("": all), with abstract ones if asked for (qom-list-types).
+// Types lists the types that are, or refine, implements ("": all), with abstract ones if asked for
+// (qom-list-types).
 func (r *Registry) Types(implements string, abstract bool) []*types.ObjectTypeInfo {
 	out := []*types.ObjectTypeInfo{}
 	for i := range objectTypes {

@@ -1,5 +1,6 @@
-// Package panics keeps a bug of ours in its place. All goroutines of the daemon are started with Go, or begin with a deferred Catch: a panic is logged
-// with its stack, fails what the goroutine was doing, and leaves the rest of the daemon serving.
+// Package panics keeps a bug of ours in its place. All goroutines of the daemon are started with
+// Go, or begin with a deferred Catch: a panic is logged with its stack, fails what the goroutine
+// was doing, and leaves the rest of the daemon serving.
 //
 //	what the goroutine does      what is failed
 //
@@ -9,12 +10,15 @@
 //	a connection                 is dropped
 //	work in the background       is given up
 //
-// Only a program that says so by Contain works like this: the daemon. Elsewhere (tests, a daemon built with -tags invariants) a panic ends the program, as it does
-// with any in Go. Fatal errors of the runtime (memory, stack, concurrent map writes, unlocking what is not locked) end it in any case.
+// Only a program that says so by Contain works like this: the daemon. Elsewhere (tests, a daemon
+// built with -tags invariants) a panic ends the program, as it does with any in Go. Fatal errors of
+// the runtime (memory, stack, concurrent map writes, unlocking what is not locked) end it in any
+// case.
 //
-// There are few places where the state of the whole daemon is in doubt after a panic: where a planned transaction is installed in the graph, where gates are
-// closed and opened, and in the steps of the jobs' state machine. These defer Fatal, and a panic there ends the daemon: what was acknowledged by a flush
-// is on stable storage.
+// There are few places where the state of the whole daemon is in doubt after a panic: where a
+// planned transaction is installed in the graph, where gates are closed and opened, and in the
+// steps of the jobs' state machine. These defer Fatal, and a panic there ends the daemon: what was
+// acknowledged by a flush is on stable storage.
 package panics
 
 import (
@@ -54,7 +58,8 @@ func (e *Error) Error() string {
 // Unwrap gives the errno.
 func (e *Error) Unwrap() error { return syscall.EIO }
 
-// Go runs f in a goroutine. After a panic failed, if it is not nil, is told so, in the same goroutine.
+// Go runs f in a goroutine. After a panic failed, if it is not nil, is told so, in the same
+// goroutine.
 func Go(what string, f func(), failed func(error)) {
 	go func() {
 		defer Catch(what, failed)
@@ -83,7 +88,8 @@ func AfterFunc(what string, d time.Duration, f func()) *time.Timer {
 	})
 }
 
-// Catch is to be deferred: it ends a panic, if those are contained, and tells failed, if that is not nil.
+// Catch is to be deferred: it ends a panic, if those are contained, and tells failed, if that is
+// not nil.
 func Catch(what string, failed func(error)) {
 	if !contained.Load() {
 		return
@@ -111,7 +117,8 @@ func Report(what string, value any) error {
 	return &Error{what, value}
 }
 
-// Fatal is to be deferred where the state of all is in doubt after a panic: it ends the program, whoever could catch it.
+// Fatal is to be deferred where the state of all is in doubt after a panic: it ends the program,
+// whoever could catch it.
 func Fatal(what string) {
 	if !contained.Load() {
 		return

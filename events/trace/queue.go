@@ -12,7 +12,8 @@ import (
 // keep is how many records wait at most.
 const keep = 8192
 
-// recordQueue writes records in the order in which they came, by a goroutine that lives while there are any.
+// recordQueue writes records in the order in which they came, by a goroutine that lives while there
+// are any.
 type recordQueue struct {
 	mu      sync.Mutex
 	records []slog.Record // +checklocks:mu

@@ -1,6 +1,7 @@
-// Package trace holds the daemon's trace points: named places that, once enabled by a pattern, write a
-// structured log record each time they are passed. A disabled point costs one atomic load. An enabled one never waits:
-// records go through a bounded queue, and how many were dropped is logged when there is room again.
+// Package trace holds the daemon's trace points: named places that, once enabled by a pattern,
+// write a structured log record each time they are passed. A disabled point costs one atomic load.
+// An enabled one never waits: records go through a bounded queue, and how many were dropped is
+// logged when there is room again.
 //
 // Its lock is a leaf: points are passed under any lock.
 package trace
@@ -55,8 +56,8 @@ func (p *Point) Log(attrs ...slog.Attr) {
 	queue.put(r)
 }
 
-// Enable switches on the points that match a pattern with '*' wildcards, or off with a leading '-'. It
-// returns how many matched.
+// Enable switches on the points that match a pattern with '*' wildcards, or off with a leading '-'.
+// It returns how many matched.
 func Enable(pattern string) int {
 	pattern, off := strings.CutPrefix(pattern, "-")
 	n := 0

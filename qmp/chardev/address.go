@@ -109,7 +109,8 @@ func resolve(ctx context.Context, a *types.InetSocketAddress, passive bool) ([]n
 	return ips, port, nil
 }
 
-// listenInet listens on all addresses that a stands for, on the first port of its range that is free.
+// listenInet listens on all addresses that a stands for, on the first port of its range that is
+// free.
 func listenInet(ctx context.Context, a *types.InetSocketAddress) ([]net.Listener, error) {
 	ips, port, err := resolve(ctx, a, true)
 	if err != nil {

@@ -443,7 +443,8 @@ func TestErrors(t *testing.T) {
 	}
 }
 
-// TestRingbufUser: what the user of a ring buffer writes is in it and in the log; ringbuf-write is not logged.
+// TestRingbufUser: what the user of a ring buffer writes is in it and in the log; ringbuf-write is
+// not logged.
 func TestRingbufUser(t *testing.T) {
 	tab := newTestTable(t)
 	log := filepath.Join(t.TempDir(), "log")

@@ -13,7 +13,8 @@ import (
 	"qblockd/schema/value"
 )
 
-// maxRing bounds what a client can make the daemon hold in one ring buffer, maxRings in all of a table, in bytes.
+// maxRing bounds what a client can make the daemon hold in one ring buffer, maxRings in all of a
+// table, in bytes.
 const (
 	maxRing  = 64 << 20
 	maxRings = 256 << 20

@@ -23,7 +23,8 @@ type Options struct {
 	Log        *slog.Logger // default: slog's
 }
 
-// DefaultMaxClients is how many clients a listening socket has at most if its table was not told otherwise.
+// DefaultMaxClients is how many clients a listening socket has at most if its table was not told
+// otherwise.
 const DefaultMaxClients = 1024
 
 // Handler talks to one client. It returns when it is done with it; c is closed then, or when

@@ -121,7 +121,8 @@ func (c *conn) transmission() (err error, linger bool) {
 // sndBuf is the size that is asked of a socket's send queue, in bytes; the kernel may give less.
 const sndBuf = 4 << 20
 
-// growQueue makes replies of a whole queue go in one go; without privilege the system's limit holds.
+// growQueue makes replies of a whole queue go in one go; without privilege the system's limit
+// holds.
 func growQueue(fd uintptr) {
 	if unix.SetsockoptInt(int(fd), unix.SOL_SOCKET, unix.SO_SNDBUFFORCE, sndBuf) != nil {
 		unix.SetsockoptInt(int(fd), unix.SOL_SOCKET, unix.SO_SNDBUF, sndBuf)

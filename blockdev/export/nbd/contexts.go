@@ -36,8 +36,8 @@ func (x *contexts) count() int {
 	return n
 }
 
-// queried are those contexts of exp that the queries ask for. To list is to ask with wildcards, too: a namespace
-// stands for all that is in it, and no query at all for everything.
+// queried are those contexts of exp that the queries ask for. To list is to ask with wildcards,
+// too: a namespace stands for all that is in it, and no query at all for everything.
 func queried(exp *Export, q *nbdwire.MetaQueries, list bool) (x contexts, err error) {
 	n, err := q.Count()
 	if err != nil {
@@ -110,7 +110,8 @@ func (h *negotiation) metaContext(o nbdwire.Option, data []byte) {
 	}
 }
 
-// tell answers with the contexts x; ids are told of those that are chosen, not of those that are listed.
+// tell answers with the contexts x; ids are told of those that are chosen, not of those that are
+// listed.
 func (h *negotiation) tell(opt uint32, x *contexts) {
 	item := func(id int, name string) {
 		if opt == nbdwire.OptListMetaContext {

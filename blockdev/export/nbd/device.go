@@ -23,8 +23,8 @@ type Device interface {
 	Zero(r *blk.Req, off, n int64, f blk.Flags) error
 	Discard(r *blk.Req, off, n int64) error
 	Flush(r *blk.Req) error
-	// Status tells about a prefix of the range, through the whole backing chain, with Depth. N is 0 only
-	// beyond the end of a device that has become shorter.
+	// Status tells about a prefix of the range, through the whole backing chain, with Depth. N is 0
+	// only beyond the end of a device that has become shorter.
 	Status(r *blk.Req, off, n int64) (blk.Extent, error)
 	// Prefetch brings the range near: into the top layer or the host's cache, as the device likes.
 	Prefetch(r *blk.Req, off, n int64) error

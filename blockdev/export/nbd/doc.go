@@ -5,9 +5,9 @@
 //
 // # Life of a connection
 //
-//	accept --> handshake --GO / EXPORT_NAME--> transmission --DISC, EOF, error--> requests end --> closed
-//	              |                                 |
-//	              +--- deadline, ABORT, error       +--- Export.Shutdown, Server.Close: killed, socket shut down
+//	accept --> handshake --GO, EXPORT_NAME--> transmission --DISC, EOF, error--> requests end --> closed
+//	               |                              |
+//	               +-- deadline, ABORT, error     +-- Export.Shutdown, Server.Close: killed
 //
 // # Parts of a connection
 //
@@ -17,10 +17,10 @@
 //	workers   goroutines for requests that wait; the bounds on what is under way
 //	sender    replies to the socket; mapped reads and their leases
 //
-// The reader takes many requests with one system call. Replies that it makes are gathered and sent with one
-// system call before it waits for more requests. A request passes the device's gate once, and never holds that
-// pass while it waits for the client: data is read first, then the pass ends, then it is
-// sent. So a client that reads nothing holds up no drain.
+// The reader takes many requests with one system call. Replies that it makes are gathered and sent
+// with one system call before it waits for more requests. A request passes the device's gate once,
+// and never holds that pass while it waits for the client: data is read first, then the pass ends,
+// then it is sent. So a client that reads nothing holds up no drain.
 //
 // # Mapped reads
 //
@@ -37,16 +37,16 @@
 // # Limits
 //
 // Per connection: one request at most 32 MiB; Options.Inflight requests and InflightBytes of their
-// data between having been read and having been answered, beyond which the connection is
-// not read (one request always may); maxWorkers goroutines. A handshake has to be over within Options.Handshake. Option data
-// are bounded by what their option can use. The number of connections is bounded by
-// Options.MaxConns, others wait in the socket's backlog.
+// data between having been read and having been answered, beyond which the connection is not read
+// (one request always may); maxWorkers goroutines. A handshake has to be over within
+// Options.Handshake. Option data are bounded by what their option can use. The number of
+// connections is bounded by Options.MaxConns, others wait in the socket's backlog.
 //
 // # Locks
 //
 //	sender.mu > sender.queueMu, workers.mu
 //
-// sender.mu is held while the connection waits for its client to take replies, hence never
-// waited for with another lock held. All others are leaves: Type.mu, Server.mu, Export.mu. No lock is held while a
-// device is called.
+// sender.mu is held while the connection waits for its client to take replies, hence never waited
+// for with another lock held. All others are leaves: Type.mu, Server.mu, Export.mu. No lock is held
+// while a device is called.
 package nbd

@@ -25,8 +25,8 @@ type Spec struct {
 	// Bitmaps are offered as contexts qemu:dirty-bitmap:NAME.
 	Bitmaps []Bitmap
 	Device  Device
-	// Workers is the group that serves requests which have to wait, asked for each of them; nil, as its result,
-	// means that there is no bound but that of each connection.
+	// Workers is the group that serves requests which have to wait, asked for each of them; nil, as
+	// its result, means that there is no bound but that of each connection.
 	Workers func() export.Workers
 }
 
@@ -106,8 +106,8 @@ func (e *Export) detach(c *conn) {
 	}
 }
 
-// ShutdownIfIdle implements export.Server: who has seen a client's program end may expect that it does
-// not use the export.
+// ShutdownIfIdle implements export.Server: who has seen a client's program end may expect that it
+// does not use the export.
 func (e *Export) ShutdownIfIdle(ctx context.Context) bool {
 	e.mu.Lock()
 	for e.hungUpLocked() && ctx.Err() == nil {
@@ -144,7 +144,8 @@ func (e *Export) hungUpLocked() bool {
 	return false
 }
 
-// Shutdown implements export.Server. It takes the export off the server's list and shuts down its clients' sockets.
+// Shutdown implements export.Server. It takes the export off the server's list and shuts down its
+// clients' sockets.
 func (e *Export) Shutdown() {
 	e.srv.forget(e)
 	e.mu.Lock()

@@ -91,8 +91,8 @@ type probe struct {
 // disk, in bytes: the kernel reads ahead within one, and a copy would cost more than it gains.
 const streamMin = 512 << 10
 
-// resident tells whether sending m will probably not wait for the disk: the first and the last
-// page of each run are in memory, or the file system has no such thing as waiting. Reads that have to
+// resident tells whether sending m will probably not wait for the disk: the first and the last page
+// of each run are in memory, or the file system has no such thing as waiting. Reads that have to
 // wait are better off with workers, which wait for several at a time.
 func (p *probe) resident(m *blk.Mapping) bool {
 	for i := range m.Ranges {

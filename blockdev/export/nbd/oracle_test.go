@@ -17,7 +17,8 @@ import (
 	"qblockd/blockdev/nbdwire"
 )
 
-// oracle starts the reference's daemon with the exports that reference() has and returns its socket.
+// oracle starts the reference's daemon with the exports that reference() has and returns its
+// socket.
 func oracle(t *testing.T, image string) string {
 	t.Helper()
 	exe, err := exec.LookPath("qemu-storage-daemon")
@@ -165,8 +166,8 @@ func newImage(t *testing.T) string {
 	return f.Name()
 }
 
-// What requests are answered: the same errors, texts, data and extents as the reference. How a reply is
-// divided into chunks may differ.
+// What requests are answered: the same errors, texts, data and extents as the reference. How a
+// reply is divided into chunks may differ.
 func TestRequestsEqualReference(t *testing.T) {
 	image := newImage(t)
 	theirs, ours := oracle(t, image), reference(t, image)

@@ -7,7 +7,8 @@ import (
 	"qblockd/events/panics"
 )
 
-// A panic in a request, in line or in a worker, costs its client the connection; other clients are served, and the export can be taken back.
+// A panic in a request, in line or in a worker, costs its client the connection; other clients are
+// served, and the export can be taken back.
 func TestRequestPanics(t *testing.T) {
 	defer panics.Contain()()
 	for _, worker := range []bool{false, true} {

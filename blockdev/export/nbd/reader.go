@@ -14,9 +14,9 @@ import (
 	"qblockd/graph/blk"
 )
 
-// reader takes a connection's requests from the socket, many with one system call, and serves
-// those that need no waiting; the others it hands to the workers, waiting while too much is under way.
-// It lives in the goroutine of conn.run, to which all its fields belong: it has no lock.
+// reader takes a connection's requests from the socket, many with one system call, and serves those
+// that need no waiting; the others it hands to the workers, waiting while too much is under way. It
+// lives in the goroutine of conn.run, to which all its fields belong: it has no lock.
 type reader struct {
 	*conn
 	buf  *blk.Buffer
@@ -283,10 +283,10 @@ func (r *reader) readMapped(q *nbdwire.Request) bool {
 	return true
 }
 
-// overlapMin is the payload from which on a worker writes it while the connection takes the next one from the
-// socket: two copies by two processors. Below, handing over costs more than it gains; so it does where the client
-// and the connection keep all processors busy already (up to two of them): there the data are written at once,
-// while they are in the cache.
+// overlapMin is the payload from which on a worker writes it while the connection takes the next
+// one from the socket: two copies by two processors. Below, handing over costs more than it gains;
+// so it does where the client and the connection keep all processors busy already (up to two of
+// them): there the data are written at once, while they are in the cache.
 const overlapMin = 256 << 10
 
 // write serves a write at once if that takes no waiting; its payload is taken from the

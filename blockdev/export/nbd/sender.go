@@ -27,9 +27,9 @@ func newReply() *reply {
 }
 
 // sender puts replies into a connection's socket: those that the reader has gathered, those of
-// workers, and the ranges of files that mapped reads name. Whoever has something to send takes the lock if it is
-// free; if not, workers leave their replies to who has it. It is held while the client does not take what is sent, hence
-// never waited for with another lock held.
+// workers, and the ranges of files that mapped reads name. Whoever has something to send takes the
+// lock if it is free; if not, workers leave their replies to who has it. It is held while the
+// client does not take what is sent, hence never waited for with another lock held.
 type sender struct {
 	*conn
 

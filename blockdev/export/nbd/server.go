@@ -27,18 +27,20 @@ type Options struct {
 	// Handshake bounds the time of a handshake; 0: DefaultHandshake, negative: no bound.
 	Handshake time.Duration
 	// Inflight bounds the requests of a connection that have been read and not been answered;
-	// InflightBytes the bytes of their data, though one request is always let through. Beyond them the
-	// connection is not read. 0: DefaultInflight, DefaultInflightBytes.
+	// InflightBytes the bytes of their data, though one request is always let through. Beyond them
+	// the connection is not read. 0: DefaultInflight, DefaultInflightBytes.
 	Inflight      int
 	InflightBytes int64
-	// Idle is called when the last connection has ended after large requests were served, and when many connections
-	// have ended: memory that only they needed can be given back. Called from a goroutine of its own; nil: not called.
+	// Idle is called when the last connection has ended after large requests were served, and when
+	// many connections have ended: memory that only they needed can be given back. Called from a
+	// goroutine of its own; nil: not called.
 	Idle func()
 	// Log takes what happened to connections; nil: nothing is logged.
 	Log *slog.Logger
 }
 
-// manyConns is the number of connections after whose end it is worth while to give their stacks back.
+// manyConns is the number of connections after whose end it is worth while to give their stacks
+// back.
 const manyConns = 256
 
 // largeBuf is the size of buffers, in bytes, from which on it is worth while to give them back.
@@ -66,7 +68,8 @@ type Server struct {
 
 	ended atomic.Int64 // connections that have
 	large atomic.Bool  // buffers of largeBuf and more were used since Idle was called
-	// overlap is the payload of a write from which on a worker writes it while the connection takes the next one; see overlapMin.
+	// overlap is the payload of a write from which on a worker writes it while the connection takes
+	// the next one; see overlapMin.
 	overlap int
 
 	mu     sync.Mutex

@@ -80,7 +80,8 @@ func TestSafeRemoval(t *testing.T) {
 	}
 }
 
-// A client whose request is stuck in the device is dropped at once; the export ends with the request.
+// A client whose request is stuck in the device is dropped at once; the export ends with the
+// request.
 func TestHardRemovalWithStuckRequest(t *testing.T) {
 	d := newFileDevice(t, 1<<20)
 	d.noMap = true

@@ -21,7 +21,8 @@ func pattern(n int, seed byte) []byte {
 	return b
 }
 
-// Each way a request can take (inline, worker, mapped, unmapped; simple, structured) gives the same data.
+// Each way a request can take (inline, worker, mapped, unmapped; simple, structured) gives the same
+// data.
 func TestReadWriteAllWays(t *testing.T) {
 	for _, structured := range []bool{false, true} {
 		for _, mapped := range []bool{false, true} {

@@ -25,7 +25,8 @@ type Type struct {
 
 var _ export.Type = (*Type)(nil)
 
-// NewType makes the type known to t. Options.MaxConns (0: DefaultMaxConns) holds where Start is not told another number.
+// NewType makes the type known to t. Options.MaxConns (0: DefaultMaxConns) holds where Start is not
+// told another number.
 func NewType(t *export.Table, o Options) *Type {
 	if o.MaxConns == 0 {
 		o.MaxConns = DefaultMaxConns

@@ -19,11 +19,13 @@ type job struct {
 
 var jobPool = sync.Pool{New: func() any { return new(job) }}
 
-// maxWorkers is how many goroutines a connection has for requests that wait; see the package comment.
+// maxWorkers is how many goroutines a connection has for requests that wait; see the package
+// comment.
 const maxWorkers = 16
 
-// workers serve those requests of a connection that have to wait, in goroutines that live while there
-// is something to do, and bound what is under way: a request counts from put until its reply is sent.
+// workers serve those requests of a connection that have to wait, in goroutines that live while
+// there is something to do, and bound what is under way: a request counts from put until its reply
+// is sent.
 type workers struct {
 	*conn
 	worker func() // work; made once
@@ -158,8 +160,8 @@ func (w *workers) serve(j *job) *reply {
 	return w.perform(u, j)
 }
 
-// begin waits for a worker of the export's group and for the gate, and enters both. Nobody waits for one of them
-// while holding the other: a drained device does not take the workers of others.
+// begin waits for a worker of the export's group and for the gate, and enters both. Nobody waits
+// for one of them while holding the other: a drained device does not take the workers of others.
 func (w *workers) begin() (*blk.Req, export.Workers, error) {
 	for {
 		var group export.Workers

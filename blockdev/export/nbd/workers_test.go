@@ -65,7 +65,8 @@ func TestWorkers(t *testing.T) {
 	}
 }
 
-// TestWorkersAtTheGate: a request at a closed gate holds no worker, and one without a worker does not hold the gate.
+// TestWorkersAtTheGate: a request at a closed gate holds no worker, and one without a worker does
+// not hold the gate.
 func TestWorkersAtTheGate(t *testing.T) {
 	d := newFileDevice(t, 1<<20)
 	d.wouldBlock.Store(true)

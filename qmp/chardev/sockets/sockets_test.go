@@ -75,7 +75,8 @@ func TestListenUnix(t *testing.T) {
 	}
 }
 
-// An address may be filled to the last byte, by a path or an abstract name; an empty path stands for a new file.
+// An address may be filled to the last byte, by a path or an abstract name; an empty path stands
+// for a new file.
 func TestLengths(t *testing.T) {
 	dir, err := os.MkdirTemp("", "s")
 	if err != nil {

@@ -13,15 +13,17 @@ const (
 	quietFor = 10 * time.Second
 )
 
-// Trouble keeps one who accepts connections, and cannot, from trying all the time and from filling the log: out of descriptors or memory passes, but may take a
-// while. The zero value is ready; one goroutine uses it.
+// Trouble keeps one who accepts connections, and cannot, from trying all the time and from filling
+// the log: out of descriptors or memory passes, but may take a while. The zero value is ready; one
+// goroutine uses it.
 type Trouble struct {
 	pause  time.Duration
 	last   time.Time // of the last line in the log
 	missed int       // failures since
 }
 
-// Failed logs an error of accepting, unless there was one a short while ago, and tells how long to wait.
+// Failed logs an error of accepting, unless there was one a short while ago, and tells how long to
+// wait.
 func (t *Trouble) Failed(log *slog.Logger, text string, err error, attrs ...any) time.Duration {
 	if now := time.Now(); t.last.IsZero() || now.Sub(t.last) >= quietFor {
 		if t.missed > 0 {

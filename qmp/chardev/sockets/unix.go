@@ -1,4 +1,5 @@
-// Package sockets makes the listening sockets of the daemon, those of character devices as well as those of exports, and watches over who accepts from them.
+// Package sockets makes the listening sockets of the daemon, those of character devices as well as
+// those of exports, and watches over who accepts from them.
 package sockets
 
 import (
@@ -16,8 +17,9 @@ import (
 
 // UnixAddr is where a unix socket listens, or is connected to.
 type UnixAddr struct {
-	// Path is in the file system, or the name in the abstract name space. It may fill the address to the last byte. Empty, and not abstract: to listen
-	// on, a new file in the directory for temporary ones.
+	// Path is in the file system, or the name in the abstract name space. It may fill the address
+	// to the last byte. Empty, and not abstract: to listen on, a new file in the directory for
+	// temporary ones.
 	Path string
 	// Abstract: Path is no file. Padded: the name goes on with zero bytes to the end.
 	Abstract, Padded bool
@@ -25,8 +27,9 @@ type UnixAddr struct {
 	Mode os.FileMode
 }
 
-// Backlog is how many clients may wait to be accepted; the kernel applies its own bound (net.core.somaxconn), which is what
-// SOMAXCONN was meant to be. With a short queue a client that does not block in connect(2) is refused when many come at once.
+// Backlog is how many clients may wait to be accepted; the kernel applies its own bound
+// (net.core.somaxconn), which is what SOMAXCONN was meant to be. With a short queue a client that
+// does not block in connect(2) is refused when many come at once.
 const Backlog = 4096
 
 const sunPathLen = len(unix.RawSockaddrUnix{}.Path)
@@ -43,8 +46,8 @@ func (a UnixAddr) Check() error {
 	return nil
 }
 
-// raw is the address as the kernel takes it, and its length. Packages net, syscall and unix take no path that fills it, take an @ for an abstract name,
-// and cannot pad one.
+// raw is the address as the kernel takes it, and its length. Packages net, syscall and unix take no
+// path that fills it, take an @ for an abstract name, and cannot pad one.
 func (a UnixAddr) raw() (sa unix.RawSockaddrUnix, n int) {
 	sa.Family = unix.AF_UNIX
 	name := a.Path
@@ -75,9 +78,9 @@ func newUnix() (int, error) {
 	return fd, nil
 }
 
-// ListenUnix makes a listening unix socket. A socket that is in its place is removed, any
-// other file is left alone. Nobody can connect before the file has its mode. The
-// file is removed when the listener is closed, unless it was replaced by then. path is where it listens.
+// ListenUnix makes a listening unix socket. A socket that is in its place is removed, any other
+// file is left alone. Nobody can connect before the file has its mode. The file is removed when the
+// listener is closed, unless it was replaced by then. path is where it listens.
 func ListenUnix(a UnixAddr) (l net.Listener, path string, err error) {
 	if err := a.Check(); err != nil {
 		return nil, "", err
