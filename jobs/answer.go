@@ -1,8 +1,6 @@
 package jobs
 
 import (
-	"time"
-
 	"qblockd/events/panics"
 	"qblockd/jobs/machine"
 	"qblockd/jobs/visible"
@@ -25,13 +23,10 @@ func (j *Job) Settle() {
 		j.wake.Broadcast()
 	})
 	defer limit.Stop()
-	for !over && !j.settledLocked() {
+	for !over && !j.asleep && !j.idleLocked() && !j.gone && j.st.Status != machine.Concluded &&
+		(j.st.Status != machine.Pending || j.st.AutoFinalize) {
 		j.wake.Wait()
 	}
-}
-
-func (j *Job) settledLocked() bool {
-	return j.asleep || j.idleLocked() || j.gone || j.st.Status == machine.Concluded || j.st.Status == machine.Pending && !j.st.AutoFinalize
 }
 
 // DeferEnd is called by a command that is about to apply v. If that is answered before what the job
@@ -58,18 +53,12 @@ func (j *Job) DeferEnd(v machine.Verb) (answered func()) {
 	}
 }
 
-// awaitAnswer holds the job up for DeferEnd.
-func (j *Job) awaitAnswer() {
-	j.m.mu.Lock()
-	c := j.answered
-	j.m.mu.Unlock()
-	if c == nil {
-		return
-	}
-	limit := time.NewTimer(visible.EndLimit)
-	defer limit.Stop()
-	select {
-	case <-c:
-	case <-limit.C:
+// AwaitAnswer lets the command that made the job end or go on be answered first; see Job.DeferEnd.
+func (h *Handle) AwaitAnswer() {
+	h.j.m.mu.Lock()
+	c := h.j.answered
+	h.j.m.mu.Unlock()
+	if c != nil {
+		await(c, visible.EndLimit)
 	}
 }

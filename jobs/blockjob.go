@@ -3,7 +3,6 @@ package jobs
 import (
 	"errors"
 	"syscall"
-	"time"
 
 	"qblockd/schema/types"
 )
@@ -24,15 +23,6 @@ func (j *Job) kickLocked() {
 		j.block.kick = nil
 	}
 	j.wake.Broadcast()
-}
-
-// tollLocked counts n bytes against the job's speed and returns how long to wait before more may
-// pass. A job that was told to come to its end waits for nothing: somebody waits for it.
-func (j *Job) tollLocked(n int64) time.Duration {
-	if j.block.lastPass || j.st.Ended {
-		return 0
-	}
-	return j.block.limit.take(j.m.clock.Now(), n)
 }
 
 // lastPassLocked lets the job come to its end as fast as it can.
@@ -66,19 +56,19 @@ func decide(policy types.BlockdevOnError, err error) ErrorAction {
 	return types.BlockErrorActionReport
 }
 
-func (j *Job) setIOStatusLocked(err error) {
-	if j.block.ioStatus != types.BlockDeviceIoStatusOk {
+func (b *blockState) setIOStatus(err error) {
+	if b.ioStatus != types.BlockDeviceIoStatusOk {
 		return
 	}
-	j.block.ioStatus = types.BlockDeviceIoStatusFailed
+	b.ioStatus = types.BlockDeviceIoStatusFailed
 	if errors.Is(err, syscall.ENOSPC) {
-		j.block.ioStatus = types.BlockDeviceIoStatusNospace
+		b.ioStatus = types.BlockDeviceIoStatusNospace
 	}
 }
 
-func (j *Job) resetIOStatusLocked() {
-	if j.block != nil {
-		j.block.ioStatus = types.BlockDeviceIoStatusOk
+func (b *blockState) resetIOStatus() {
+	if b != nil {
+		b.ioStatus = types.BlockDeviceIoStatusOk
 	}
 }
 

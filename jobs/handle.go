@@ -5,6 +5,7 @@ import (
 	"time"
 
 	"qblockd/events"
+	"qblockd/events/panics"
 	"qblockd/graph"
 	"qblockd/jobs/machine"
 	"qblockd/jobs/visible"
@@ -23,10 +24,10 @@ func (h *Handle) Job() *Job { return h.j }
 // it before its first I/O.
 func (h *Handle) Yield() {
 	select {
-	case <-h.j.released:
+	case <-h.j.released.c:
 	default:
-		h.j.yieldNow()
-		<-h.j.released
+		h.j.yielded.open()
+		<-h.j.released.c
 	}
 }
 
@@ -40,13 +41,14 @@ func (h *Handle) Checkpoint() error {
 		j.asleep = false
 		j.wake.Broadcast()
 	}
-	return j.checkpointLocked()
+	return h.checkpointLocked()
 }
 
-// +checklocks:j.m.mu
-func (j *Job) checkpointLocked() error {
+// +checklocks:h.j.m.mu
+func (h *Handle) checkpointLocked() error {
+	j := h.j
 	for j.st.ShouldPause() && !j.st.Ended { // else a Preparer calls: nobody could resume it
-		j.yieldNow()
+		j.yielded.open()
 		j.stepLocked(machine.EnterPause)
 		j.m.flushLocked()
 		j.waiting.Store(true)
@@ -75,9 +77,6 @@ func (h *Handle) Cancelled() bool {
 // Paused tells whether the runner waits at a pause point. It takes no lock.
 func (h *Handle) Paused() bool { return h.j.paused.Load() }
 
-// AwaitAnswer lets the command that made the job go on be answered first; see Job.DeferEnd.
-func (h *Handle) AwaitAnswer() { h.j.awaitAnswer() }
-
 // Ready announces that the job only waits for Complete (or a soft cancel).
 func (h *Handle) Ready() {
 	h.j.m.mu.Lock()
@@ -102,15 +101,15 @@ func (h *Handle) Done(n int64) { h.j.current.Add(n) }
 func (h *Handle) Throttle(n int64) error {
 	j := h.j
 	j.m.mu.Lock()
-	wait := j.tollLocked(n)
+	wait := h.tollLocked(n)
 	j.m.mu.Unlock()
 	for wait > 0 {
-		j.yieldNow()
-		if err := h.sleep(wait); err != nil {
+		j.yielded.open()
+		if err := h.Sleep(wait); err != nil {
 			return err
 		}
 		j.m.mu.Lock()
-		wait = j.tollLocked(0)
+		wait = h.tollLocked(0)
 		j.m.mu.Unlock()
 	}
 	return h.Checkpoint()
@@ -121,13 +120,13 @@ func (h *Handle) Throttle(n int64) error {
 func (h *Handle) Linger() error {
 	j := h.j
 	j.m.mu.Lock()
-	wait := j.tollLocked(0)
+	wait := h.tollLocked(0)
 	j.m.mu.Unlock()
 	if wait <= 0 {
 		return h.Checkpoint()
 	}
-	j.yieldNow()
-	return h.sleep(wait)
+	j.yielded.open()
+	return h.Sleep(wait)
 }
 
 // Limited tells whether the job has a speed limit.
@@ -140,7 +139,7 @@ func (h *Handle) Limited() bool {
 // Idle waits until the job is cancelled by force, and is paused meanwhile as users ask for it.
 func (h *Handle) Idle() error {
 	for {
-		if err := h.sleep(time.Hour); err != nil {
+		if err := h.Sleep(time.Hour); err != nil {
 			return err
 		}
 	}
@@ -148,10 +147,7 @@ func (h *Handle) Idle() error {
 
 // Sleep waits for d or until something happens to the job (a verb, Kick), and then passes a pause
 // point: it returns what Checkpoint does.
-func (h *Handle) Sleep(d time.Duration) error { return h.sleep(d) }
-
-// sleep waits for d, a change of speed, a pause or a cancel, and then passes a pause point.
-func (h *Handle) sleep(d time.Duration) error {
+func (h *Handle) Sleep(d time.Duration) error {
 	j := h.j
 	j.m.mu.Lock()
 	kick := j.block.kick
@@ -186,7 +182,7 @@ type ErrorAction = types.BlockErrorAction
 func (h *Handle) OnError(op types.IoOperationType, policy types.BlockdevOnError, err error) ErrorAction {
 	h.j.m.mu.Lock()
 	defer h.j.m.mu.Unlock()
-	return h.j.onErrorLocked(op, policy, err)
+	return h.onErrorLocked(op, policy, err)
 }
 
 // OnErrorIdle is OnError for a runner that has nothing else in flight: where the policy says stop,
@@ -195,16 +191,17 @@ func (h *Handle) OnErrorIdle(op types.IoOperationType, policy types.BlockdevOnEr
 	h.j.m.mu.Lock()
 	defer h.j.m.mu.Unlock()
 	h.j.m.burst = []events.Event{}
-	action := h.j.onErrorLocked(op, policy, err)
+	action := h.onErrorLocked(op, policy, err)
 	if action == types.BlockErrorActionStop {
-		return action, h.j.checkpointLocked()
+		return action, h.checkpointLocked()
 	}
 	h.j.m.flushLocked()
 	return action, nil
 }
 
-// +checklocks:j.m.mu
-func (j *Job) onErrorLocked(op types.IoOperationType, policy types.BlockdevOnError, err error) ErrorAction {
+// +checklocks:h.j.m.mu
+func (h *Handle) onErrorLocked(op types.IoOperationType, policy types.BlockdevOnError, err error) ErrorAction {
+	j := h.j
 	action := decide(policy, err)
 	if j.st.Ended && action == types.BlockErrorActionStop {
 		action = types.BlockErrorActionReport // whose work is over cannot pause
@@ -214,7 +211,7 @@ func (j *Job) onErrorLocked(op types.IoOperationType, policy types.BlockdevOnErr
 		if !j.st.UserPaused {
 			j.stepLocked(machine.UserPause)
 		}
-		j.setIOStatusLocked(err)
+		j.block.setIOStatus(err)
 	}
 	return action
 }
@@ -228,12 +225,36 @@ func (h *Handle) MustWait() bool {
 	j := h.j
 	j.m.mu.Lock()
 	defer j.m.mu.Unlock()
-	return j.st.ShouldPause() || j.tollLocked(0) > 0
+	return j.st.ShouldPause() || h.tollLocked(0) > 0
 }
 
 // Count counts n bytes against the job's speed without waiting; the next Throttle does.
 func (h *Handle) Count(n int64) {
 	h.j.m.mu.Lock()
 	defer h.j.m.mu.Unlock()
-	h.j.tollLocked(n)
+	h.tollLocked(n)
+}
+
+// tollLocked counts n bytes against the job's speed and returns how long to wait before more may
+// pass. A job that was told to come to its end waits for nothing: somebody waits for it.
+func (h *Handle) tollLocked(n int64) time.Duration {
+	if h.j.block.lastPass || h.j.st.Ended {
+		return 0
+	}
+	return h.j.block.limit.take(h.j.m.clock.Now(), n)
+}
+
+// careful calls the runner: a panic of it is an error of the job.
+func (h *Handle) careful(f func() error) (err error) {
+	defer panics.Into(string(h.j.typ)+" job '"+h.j.id+"'", &err)
+	return f()
+}
+
+// certain calls what of the runner cannot fail. After a panic the nodes of the job are in doubt.
+func (h *Handle) certain(f func(h *Handle)) {
+	if err := h.careful(func() error { f(h); return nil }); err != nil {
+		for _, n := range h.j.nodes {
+			n.Fail(err)
+		}
+	}
 }

@@ -7,6 +7,7 @@ import (
 	"sync"
 	"sync/atomic"
 	"syscall"
+	"time"
 
 	"qblockd/events/panics"
 	"qblockd/events/trace"
@@ -77,14 +78,33 @@ type Job struct {
 	seenAs   visible.Job   // as in Spec
 	nodes    []*graph.Node // as in Spec
 
-	answered chan struct{} // closed when the command that asked the job to end was answered; nil: there is none. +checklocks:m.mu
+	// answered is closed when the command that asked the job to end was answered; nil: there is none.
+	answered chan struct{} // +checklocks:m.mu
 
-	yielded  chan struct{} // closed when the starting command may go on
-	yield    sync.Once
-	released chan struct{} // closed when the starting command has been answered
-	release  sync.Once
+	yielded  latch // the starting command may go on
+	released latch // the starting command has been answered
 
 	current, total atomic.Int64
+}
+
+// latch is a channel that is closed once, however many do it.
+type latch struct {
+	c    chan struct{}
+	once sync.Once
+}
+
+func (l *latch) open() { l.once.Do(func() { close(l.c) }) }
+
+// await waits for c, but not for long; in real time, as a client waits. It tells whether c came.
+func await(c <-chan struct{}, most time.Duration) bool {
+	limit := time.NewTimer(most)
+	defer limit.Stop()
+	select {
+	case <-c:
+		return true
+	case <-limit.C:
+		return false
+	}
 }
 
 // ID is the job's id.
@@ -103,10 +123,6 @@ func (j *Job) Finished() <-chan struct{} { return j.finished }
 func (j *Job) Err() error {
 	j.m.mu.Lock()
 	defer j.m.mu.Unlock()
-	return j.outcomeLocked()
-}
-
-func (j *Job) outcomeLocked() error {
 	if j.st.Failed {
 		return j.err
 	}
@@ -186,7 +202,7 @@ func (j *Job) cancelLocked(force bool) {
 	if c, ok := j.runner.(Canceler); ok {
 		over := j.st.Status >= machine.Waiting // what is over is not ready any more
 		j.m.mu.Unlock()
-		if err := j.careful(func() error { force = c.Cancel(force || over); return nil }); err != nil {
+		if err := (&Handle{j}).careful(func() error { force = c.Cancel(force || over); return nil }); err != nil {
 			force = true
 		}
 		j.m.mu.Lock()
@@ -197,7 +213,7 @@ func (j *Job) cancelLocked(force bool) {
 		return
 	}
 	if j.st.UserPaused {
-		j.resetIOStatusLocked()
+		j.block.resetIOStatus()
 	}
 	in := machine.CancelSoft
 	if force {
@@ -211,37 +227,20 @@ func (j *Job) cancelLocked(force bool) {
 	}
 }
 
-// careful calls the runner: a panic of it is an error of the job.
-func (j *Job) careful(f func() error) (err error) {
-	defer panics.Into(string(j.typ)+" job '"+j.id+"'", &err)
-	return f()
-}
-
-// certain calls what of the runner cannot fail. After a panic the nodes of the job are in doubt.
-func (j *Job) certain(f func(h *Handle)) {
-	if err := j.careful(func() error { f(&Handle{j: j}); return nil }); err != nil {
-		for _, n := range j.nodes {
-			n.Fail(err)
-		}
-	}
-}
-
 // main is the job's goroutine.
 func (j *Job) main() {
-	h := &Handle{j: j}
+	h := &Handle{j}
 	err := h.Checkpoint()
 	if err == nil {
-		err = j.careful(func() error { return j.runner.Run(j.ctx, h) })
+		err = h.careful(func() error { return j.runner.Run(j.ctx, h) })
 	}
-	j.awaitAnswer()
+	h.AwaitAnswer()
 	j.waiting.Store(true)
 	close(j.ended)
 	j.txn.jobEnded(j, err)
-	j.yieldNow()
+	j.yielded.open()
 	j.m.running.Done()
 }
-
-func (j *Job) yieldNow() { j.yield.Do(func() { close(j.yielded) }) }
 
 // isCancel tells whether err is nothing but the cancel that the job was asked for.
 func isCancel(err error) bool {

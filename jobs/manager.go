@@ -70,7 +70,7 @@ func (m *Manager) Create(s Spec) (*Job, error) {
 	j := &Job{
 		m: m, id: s.ID, typ: s.Type, nodes: s.Nodes, runner: s.Runner, txn: s.Txn, instant: s.Instant, seenAs: cmp.Or(s.SeenAs, visible.Job(s.Type)),
 		ended: make(chan struct{}), finished: make(chan struct{}),
-		yielded: make(chan struct{}), released: make(chan struct{}),
+		yielded: latch{c: make(chan struct{})}, released: latch{c: make(chan struct{})},
 		st: machine.State{AutoFinalize: !s.ManualFinalize, AutoDismiss: !s.ManualDismiss},
 	}
 	j.ctx, j.cancel = context.WithCancel(context.Background())
@@ -145,17 +145,15 @@ func (m *Manager) Start(j *Job) (release func()) {
 	j.stepLocked(machine.Start)
 	m.mu.Unlock()
 	if j.instant {
-		j.releaseNow()
+		j.released.open()
 		panics.Go("job '"+j.id+"'", j.main, nil)
 		j.Settle()
 	} else {
 		panics.Go("job '"+j.id+"'", j.main, nil)
-		<-j.yielded
+		<-j.yielded.c
 	}
-	return j.releaseNow
+	return j.released.open
 }
-
-func (j *Job) releaseNow() { j.release.Do(func() { close(j.released) }) }
 
 // forgetLocked removes a job that has become null.
 func (m *Manager) forgetLocked(j *Job) {
@@ -196,8 +194,8 @@ func (m *Manager) Shutdown(ctx context.Context) error {
 				m.emitLocked(e)
 			}
 			m.mu.Unlock()
-			j.releaseNow()
-			j.endNow()
+			j.released.open()
+			m.end(j)
 		}
 		m.running.Wait()
 	}, nil)
@@ -224,12 +222,12 @@ func (m *Manager) quiesce(l []*Job) map[*Job][]events.Event {
 	return goingOn
 }
 
-// endNow cancels the job and waits until it is concluded and dismissed.
-func (j *Job) endNow() {
+// end cancels the job and waits until it is concluded and dismissed.
+func (m *Manager) end(j *Job) {
 	j.userCancel(true)
 	<-j.finished
-	j.m.mu.Lock()
-	defer j.m.mu.Unlock()
+	m.mu.Lock()
+	defer m.mu.Unlock()
 	if !j.gone && j.st.Status == machine.Concluded {
 		j.stepLocked(machine.Drop)
 	}

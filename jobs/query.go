@@ -47,12 +47,11 @@ func (m *Manager) QueryBlock() []*types.BlockJobInfo {
 }
 
 func (j *Job) errorTextLocked() *string {
-	err := j.outcomeLocked()
-	if err == nil {
+	if !j.st.Failed || j.err == nil {
 		return nil
 	}
-	text := err.Error()
-	if errno, bare := err.(syscall.Errno); bare {
+	text := j.err.Error()
+	if errno, bare := j.err.(syscall.Errno); bare {
 		text = blk.ErrnoText(errno)
 	}
 	return &text

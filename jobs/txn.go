@@ -126,7 +126,7 @@ func (t *Txn) abortLocked(j *Job) {
 	for len(t.jobs) > 0 {
 		o := t.jobs[0]
 		if o.st.Started && !o.st.Ended {
-			o.releaseNow()
+			o.released.open()
 			t.m.mu.Unlock()
 			<-o.ended
 			t.m.mu.Lock()
@@ -145,7 +145,8 @@ func (j *Job) prepareLocked() error {
 	}
 	j.m.mu.Unlock()
 	defer j.m.mu.Lock()
-	return j.careful(func() error { return p.Prepare(j.ctx, &Handle{j: j}) })
+	h := &Handle{j}
+	return h.careful(func() error { return p.Prepare(j.ctx, h) })
 }
 
 // finishLocked is a job's last step: its runner commits or aborts and cleans up, the events are
@@ -153,16 +154,16 @@ func (j *Job) prepareLocked() error {
 // +checklocksignore: m.mu is held, which is not seen through other jobs and transactions.
 func (j *Job) finishLocked() {
 	j.updateLocked()
-	failed := j.st.Failed
+	failed, h := j.st.Failed, &Handle{j}
 	j.m.mu.Unlock()
 	if a, ok := j.runner.(Aborter); failed && ok {
-		j.certain(a.Abort)
+		h.certain(a.Abort)
 	}
 	if c, ok := j.runner.(Committer); !failed && ok {
-		j.certain(c.Commit)
+		h.certain(c.Commit)
 	}
 	if c, ok := j.runner.(Cleaner); ok {
-		j.certain(c.Clean)
+		h.certain(c.Clean)
 	}
 	j.m.mu.Lock()
 	i := slices.Index(j.txn.jobs, j)

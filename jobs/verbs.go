@@ -3,7 +3,6 @@ package jobs
 import (
 	"context"
 	"fmt"
-	"time"
 
 	"qblockd/events/panics"
 	"qblockd/jobs/machine"
@@ -52,12 +51,17 @@ func (j *Job) Resume() error {
 	if err := j.applyLocked(machine.Resume); err != nil {
 		return err
 	}
-	j.resetIOStatusLocked()
+	j.block.resetIOStatus()
 	j.stepLocked(machine.UserResume)
-	for j.idleLocked() && !j.st.ShouldPause() {
-		j.wake.Wait() // for as long as it takes to wake up
-	}
+	j.awaitWakingLocked()
 	return nil
+}
+
+// awaitWakingLocked waits until a job that is not to be paused any more goes on.
+func (j *Job) awaitWakingLocked() {
+	for j.idleLocked() && !j.st.ShouldPause() {
+		j.wake.Wait()
+	}
 }
 
 // Hold pauses the job for a reason of its own surroundings, until Unhold: as its start quiesces the
@@ -73,9 +77,7 @@ func (j *Job) Unhold() {
 	j.m.mu.Lock()
 	defer j.m.mu.Unlock()
 	j.stepLocked(machine.PauseEnd)
-	for j.idleLocked() && !j.st.ShouldPause() {
-		j.wake.Wait()
-	}
+	j.awaitWakingLocked()
 }
 
 // Count counts n bytes as done: for what is done in place of the job's runner.
@@ -100,9 +102,7 @@ func (j *Job) Cancel(force bool) error {
 	j.m.mu.Lock()
 	if j.answered != nil {
 		idle = false
-		for j.idleLocked() && !j.st.ShouldPause() {
-			j.wake.Wait() // that it goes on is told before
-		}
+		j.awaitWakingLocked() // that it goes on is told before
 	}
 	idle = idle && j.st.Forced
 	j.m.mu.Unlock()
@@ -115,13 +115,9 @@ func (j *Job) Cancel(force bool) error {
 // awaitEnd waits for the end of the job, the events of its last step included, for visible.EndLimit
 // at most.
 func (j *Job) awaitEnd() {
-	limit := time.NewTimer(visible.EndLimit)
-	defer limit.Stop()
-	select {
-	case <-j.finished:
+	if await(j.finished, visible.EndLimit) {
 		j.m.mu.Lock() // the events are out
 		defer j.m.mu.Unlock()
-	case <-limit.C:
 	}
 }
 
@@ -155,12 +151,7 @@ func (j *Job) userCancel(force bool) {
 		defer close(done)
 		j.cancelOver(force)
 	}, nil)
-	limit := time.NewTimer(visible.OverLimit)
-	defer limit.Stop()
-	select {
-	case <-done:
-	case <-limit.C:
-	}
+	await(done, visible.OverLimit)
 }
 
 // cancelOver cancels a job whose work is over, and with it its transaction.
