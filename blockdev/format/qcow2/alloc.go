@@ -13,23 +13,17 @@ type allocator struct {
 	surveyor
 
 	// freeIdx: no free cluster lies below.
-	// +checklocks:mu
-	freeIdx int64
+	freeIdx int64 // +checklocks:mu
 	// freeByte is where the next compressed cluster goes, 0: nowhere.
-	// +checklocks:mu
-	freeByte int64
+	freeByte int64 // +checklocks:mu
 	// dataEnd is the end of the clusters that were taken for data.
-	// +checklocks:mu
-	dataEnd int64
+	dataEnd int64 // +checklocks:mu
 	// fresh are clusters that were taken for metadata to which the image does not refer yet.
-	// +checklocks:mu
-	fresh []int64
-	// +checklocks:mu
-	quarantine quarantine
+	fresh      []int64    // +checklocks:mu
+	quarantine quarantine // +checklocks:mu
 	// mending is the counter of a repair under way, or nil. What it has counted is in use, whatever
 	// the refcounts say.
-	// +checklocks:mu
-	mending *counter
+	mending *counter // +checklocks:mu
 }
 
 // took tells a repair that clusters [first, first+n) were taken for refcounts.

@@ -14,7 +14,7 @@ import (
 // loadBitmaps reads the persistent bitmaps. A broken directory is reported and counts as none: the
 // guest's data do not depend on it. A broken bitmap counts as one that has missed writes. What the
 // bitmaps take in memory is bounded by what the file has of them: none of it is loaded twice.
-func (s *image) loadBitmaps(r *blk.Req) error {
+func (s *bitmaps) loadBitmaps(r *blk.Req) error {
 	b := s.ext.Bitmaps
 	if b == nil {
 		return nil
@@ -57,7 +57,7 @@ func (s *image) loadBitmaps(r *blk.Req) error {
 
 // bitmapLoader loads the bitmaps of an image.
 type bitmapLoader struct {
-	s      *image
+	s      *bitmaps
 	r      *blk.Req
 	ones   int64                    // what is left of maxOnes
 	room   int64                    // what is left of maxDirectories

@@ -4,6 +4,8 @@ import (
 	"errors"
 	"fmt"
 	"slices"
+	"sync"
+	"sync/atomic"
 
 	"qblockd/blockdev/format/qcow2/layout"
 	"qblockd/graph/bitmap"
@@ -29,6 +31,27 @@ const (
 	maxOnes        = 64 << 20
 	maxDirectories = 32 << 20
 )
+
+// bitmaps are the persistent bitmaps. Their methods need marking and mu, exported ones take them.
+type bitmaps struct {
+	snapshots
+
+	// marking is held while marks are written, and while what they are written to changes; taken
+	// before mu.
+	marking sync.Mutex
+	marks   atomic.Pointer[marks] // nil: no bitmap is marked
+	toMark  markQueue
+
+	// stored changes with mu held, too.
+	stored []*stored // +checklocks:marking
+	// badBitmaps: the bitmaps extension makes no sense, and goes with the first change.
+	badBitmaps bool // +checklocks:mu
+	// dirUnsure: a change of the header has failed, and which directory it refers to is not known.
+	dirUnsure bool // +checklocks:mu
+	// storing: bitmaps were about to be stored: the image may say that they hold.
+	storing      bool // +checklocks:mu
+	shownBitmaps atomic.Pointer[[]*types.Qcow2BitmapInfo]
+}
 
 // stored is a bitmap as the image has it.
 type stored struct {
@@ -64,10 +87,10 @@ type bitmapKeeper interface {
 }
 
 // bitmapSize is the size that bitmaps cover.
-func (s *image) bitmapSize() int64 { return blk.AlignUp(s.size.Load(), blk.SectorSize) }
+func (s *bitmaps) bitmapSize() int64 { return blk.AlignUp(s.size.Load(), blk.SectorSize) }
 
 // bitmapBytes is the length of a bitmap in the image.
-func (s *image) bitmapBytes(granularity int64) int64 {
+func (s *bitmaps) bitmapBytes(granularity int64) int64 {
 	return bitmapBytes(s.bitmapSize(), granularity)
 }
 
@@ -75,7 +98,7 @@ func bitmapBytes(size, granularity int64) int64 { return ((size+granularity-1)/g
 
 // bitmapsFit fails if bitmaps would be too long to be stored with a disk of size bytes: others open
 // no image that has such a one.
-func (s *image) bitmapsFit(size int64) error {
+func (s *bitmaps) bitmapsFit(size int64) error {
 	if s.keeper == nil {
 		return nil
 	}
@@ -91,12 +114,12 @@ var errBitmapTooLong = errors.New("Too much space will be occupied by the bitmap
 
 // bitmapClusters is the number of entries in the table of a bitmap: one at least, as others
 // require.
-func (s *image) bitmapClusters(granularity int64) int64 {
+func (s *bitmaps) bitmapClusters(granularity int64) int64 {
 	return max(blk.AlignUp(s.bitmapBytes(granularity), s.cs)/s.cs, 1)
 }
 
 // publishBitmaps makes the stored bitmaps known to queries.
-func (s *image) publishBitmaps() {
+func (s *bitmaps) publishBitmaps() {
 	var l []*types.Qcow2BitmapInfo
 	for _, m := range s.stored {
 		if m.born {
@@ -118,7 +141,7 @@ func (s *image) publishBitmaps() {
 
 // claimBitmaps says in the image that its bitmaps are in use, before anything else is written to
 // it, and makes those live that can be.
-func (s *image) claimBitmaps(r *blk.Req) error {
+func (s *bitmaps) claimBitmaps(r *blk.Req) error {
 	if s.keeper == nil {
 		return s.claimInPlace(r)
 	}
@@ -136,7 +159,7 @@ func (s *image) claimBitmaps(r *blk.Req) error {
 
 // claimInPlace changes the flags where they are, unless something else may lie there, so that it
 // takes no space. If power fails half-way, nothing else was written before.
-func (s *image) claimInPlace(r *blk.Req) error {
+func (s *bitmaps) claimInPlace(r *blk.Req) error {
 	if err := s.distrust(r); err != nil {
 		return err
 	}
@@ -155,7 +178,7 @@ func (s *image) claimInPlace(r *blk.Req) error {
 
 // storeBitmaps writes the bitmaps of the node into the image. The caller flushes afterwards. After
 // an error the image says what it said before.
-func (s *image) storeBitmaps(r *blk.Req) error {
+func (s *bitmaps) storeBitmaps(r *blk.Req) error {
 	if s.keeper == nil {
 		return nil
 	}
@@ -216,7 +239,7 @@ func (s *image) storeBitmaps(r *blk.Req) error {
 
 // tellLost reports persistent bitmaps that were added while the image was read-only, which it ends:
 // they are nowhere in it.
-func (s *image) tellLost() {
+func (s *bitmaps) tellLost() {
 	if s.keeper == nil {
 		return
 	}
@@ -245,7 +268,7 @@ func byName(l []persisted) map[string]*persisted {
 }
 
 // writeBitmap writes data and table of a bitmap to new clusters.
-func (s *image) writeBitmap(r *blk.Req, p persisted) (*stored, error) {
+func (s *bitmaps) writeBitmap(r *blk.Req, p persisted) (*stored, error) {
 	m := &stored{BitmapEntry: layout.NewBitmap(p.name, p.bits.Granularity(), 0)}
 	if p.enabled {
 		m.Flags |= layout.BitmapAuto
@@ -274,7 +297,7 @@ func (s *image) writeBitmap(r *blk.Req, p persisted) (*stored, error) {
 }
 
 // writeTable writes the table of a bitmap to new clusters.
-func (s *image) writeTable(r *blk.Req, m *stored, at func(i int64) uint64) error {
+func (s *bitmaps) writeTable(r *blk.Req, m *stored, at func(i int64) uint64) error {
 	tab := make([]byte, m.TableBytes())
 	for i := range int64(m.TableSize) {
 		be.PutUint64(tab[i*8:], at(i))
@@ -285,7 +308,7 @@ func (s *image) writeTable(r *blk.Req, m *stored, at func(i int64) uint64) error
 }
 
 // freeBitmap frees what a bitmap takes to which the image does not refer any more.
-func (s *image) freeBitmap(r *blk.Req, m *stored) {
+func (s *bitmaps) freeBitmap(r *blk.Req, m *stored) {
 	if m.broken {
 		return
 	}
@@ -303,7 +326,7 @@ func (s *image) freeBitmap(r *blk.Req, m *stored) {
 }
 
 // CanStoreBitmap implements graph.BitmapStore.
-func (s *image) CanStoreBitmap(name string, granularity int64, others int) error {
+func (s *bitmaps) CanStoreBitmap(name string, granularity int64, others int) error {
 	s.mu.Lock()
 	defer s.mu.Unlock()
 	e := layout.NewBitmap(name, granularity, 0)
@@ -329,7 +352,7 @@ func (s *image) CanStoreBitmap(name string, granularity int64, others int) error
 }
 
 // RemoveBitmap implements graph.BitmapStore.
-func (s *image) RemoveBitmap(r *blk.Req, name string) error {
+func (s *bitmaps) RemoveBitmap(r *blk.Req, name string) error {
 	s.marking.Lock()
 	defer s.marking.Unlock()
 	s.mu.Lock()
@@ -337,7 +360,7 @@ func (s *image) RemoveBitmap(r *blk.Req, name string) error {
 	return s.orGiveOut(r, func() error { return s.removeBitmap(r, name) })
 }
 
-func (s *image) removeBitmap(r *blk.Req, name string) error {
+func (s *bitmaps) removeBitmap(r *blk.Req, name string) error {
 	i := slices.IndexFunc(s.stored, func(m *stored) bool { return m.Name == name })
 	if i < 0 || s.readOnly {
 		return s.usable()
@@ -350,7 +373,7 @@ func (s *image) removeBitmap(r *blk.Req, name string) error {
 
 // countBitmaps counts directory, tables and data of bitmaps. Nothing of broken ones is ever
 // touched.
-func (s *image) countBitmaps(c *counter) error {
+func (s *bitmaps) countBitmaps(c *counter) error {
 	b := s.ext.Bitmaps
 	if b == nil {
 		return nil
@@ -372,7 +395,7 @@ func (s *image) countBitmaps(c *counter) error {
 }
 
 // countBitmap counts the table of a bitmap and its data.
-func (s *image) countBitmap(c *counter, m *stored) error {
+func (s *bitmaps) countBitmap(c *counter, m *stored) error {
 	ok, err := c.fixed(int64(m.TableOffset), m.TableBytes(), "bitmap table")
 	if !ok {
 		return err

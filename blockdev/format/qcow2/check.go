@@ -40,7 +40,7 @@ func (d *Driver) Check(r *blk.Req) (*CheckResult, error) {
 // checker compares references with refcounts and flags, and puts them right.
 type checker struct {
 	*counter
-	s      *image
+	s      *flusher
 	behind int64 // copied flags are looked at before this L1 entry; 0: all are
 	at     int64 // they were looked at before this one
 }
@@ -49,7 +49,7 @@ type checker struct {
 // flags are put right, what refers to places beyond the end of the file is dropped and, if nothing
 // else is wrong, the dirty bit is cleared. An image whose header or tables lie over anything is
 // left as it is (Errors). No requests may run. It ends with the context of r.
-func (s *image) check(r *blk.Req, fix bool) (*CheckResult, error) {
+func (s *flusher) check(r *blk.Req, fix bool) (*CheckResult, error) {
 	res := &CheckResult{}
 	c := checker{counter: s.newCounter(r, res), s: s}
 	if err := c.meta(); err != nil {
@@ -291,7 +291,7 @@ func (c *checker) dropStray(fix bool) error {
 }
 
 // sliceIn is loadSlice for going through an L2 table that there is: it makes room first.
-func (s *image) sliceIn(r *blk.Req, gc int64) (*table, error) {
+func (s *flusher) sliceIn(r *blk.Req, gc int64) (*table, error) {
 	if err := ended(r); err != nil {
 		return nil, err
 	}
@@ -387,7 +387,7 @@ func (c *checker) copiedRight(e uint64, off int64) (bool, error) {
 }
 
 // repair puts a dirty image right, and says in the log what that came to.
-func (s *image) repair(r *blk.Req) (*CheckResult, error) {
+func (s *flusher) repair(r *blk.Req) (*CheckResult, error) {
 	res, err := s.check(r, true)
 	what := fmt.Sprintf("%d clusters were leaked, %d faults found, %d of them mended",
 		res.Leaks, res.Corruptions, res.Fixed)

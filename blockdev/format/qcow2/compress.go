@@ -20,7 +20,7 @@ type unzipped struct {
 }
 
 // readCompressed reads from byte in of the compressed cluster with L2 entry e.
-func (s *image) readCompressed(r *blk.Req, v blk.Vec, e uint64, in int64) error {
+func (s *requests) readCompressed(r *blk.Req, v blk.Vec, e uint64, in int64) error {
 	if !s.lock(r) {
 		return blk.ErrWouldBlock
 	}
@@ -54,7 +54,7 @@ func (s *image) readCompressed(r *blk.Req, v blk.Vec, e uint64, in int64) error 
 }
 
 // decode is decompress as far as there is memory for it.
-func (s *image) decode(r *blk.Req, dst, src []byte) error {
+func (s *requests) decode(r *blk.Req, dst, src []byte) error {
 	need := int64(decoderSize[s.hdr.CompressionType])
 	if err := s.decoding.Take(r, need); err != nil {
 		return err
@@ -162,7 +162,7 @@ func compress(kind uint8, src []byte) ([]byte, error) {
 
 // writeCompressed stores whole clusters compressed; clusters that do not shrink are written as they
 // are. It fails with EIO for a cluster that has data of its own already.
-func (s *image) writeCompressed(r *blk.Req, v blk.Vec, off int64, f blk.Flags) error {
+func (s *requests) writeCompressed(r *blk.Req, v blk.Vec, off int64, f blk.Flags) error {
 	n := v.Len()
 	if off&(s.cs-1) != 0 || n&(s.cs-1) != 0 && off+n != s.size.Load() {
 		return errInval
@@ -196,7 +196,7 @@ func (s *image) writeCompressed(r *blk.Req, v blk.Vec, off int64, f blk.Flags) e
 }
 
 // storeCompressed makes z the compressed content of the cluster at off.
-func (s *image) storeCompressed(r *blk.Req, z []byte, off int64) error {
+func (s *requests) storeCompressed(r *blk.Req, z []byte, off int64) error {
 	gc := off >> s.cb
 	n := int64(len(z))
 	a := &alloc{first: gc, n: 1}
@@ -220,7 +220,7 @@ func (s *image) storeCompressed(r *blk.Req, z []byte, off int64) error {
 		if !s.dead.Load() {
 			s.unref(r, freed{off: host, n: n})
 		}
-		s.ended(a)
+		s.endAlloc(a)
 		return err
 	}
 	s.step(r, blk.EvL2UpdateCompressed)
@@ -228,11 +228,11 @@ func (s *image) storeCompressed(r *blk.Req, z []byte, off int64) error {
 	old := entry(t, i)
 	s.setEntry(t, i, s.geo.CompressedEntry(host, n))
 	s.freeEntry(r, old, discardRequest)
-	s.ended(a)
+	s.endAlloc(a)
 	return nil
 }
 
-func (s *image) planCompressed(r *blk.Req, a *alloc, n int64) (host int64, err error) {
+func (s *requests) planCompressed(r *blk.Req, a *alloc, n int64) (host int64, err error) {
 	s.mu.Lock()
 	defer s.mu.Unlock()
 	for {

@@ -17,7 +17,7 @@ const smallCopy = 64 << 10
 
 // writeAround writes w into the clusters of p, together with the old content of what w leaves out
 // of the first and the last one. It runs without mu.
-func (s *image) writeAround(r *blk.Req, p *plan, w blk.Vec, off int64) error {
+func (s *requests) writeAround(r *blk.Req, p *plan, w blk.Vec, off int64) error {
 	a := p.alloc
 	head := off - a.first<<s.cb
 	end := off + p.n
@@ -72,7 +72,7 @@ func (s *image) writeAround(r *blk.Req, p *plan, w blk.Vec, off int64) error {
 
 // readOld fills b with the old content of guest cluster gc from its byte in on; beyond the end of
 // the disk that is zeroes.
-func (s *image) readOld(r *blk.Req, m mapping, gc, in int64, b []byte) error {
+func (s *requests) readOld(r *blk.Req, m mapping, gc, in int64, b []byte) error {
 	if len(b) == 0 {
 		return nil
 	}

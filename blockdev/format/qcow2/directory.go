@@ -14,7 +14,7 @@ import (
 // brokenError is what is wrong with a directory.
 type brokenError struct{ error }
 
-func (s *image) readDirectory(r *blk.Req, off, size int64, n uint32) ([]*stored, error) {
+func (s *bitmaps) readDirectory(r *blk.Req, off, size int64, n uint32) ([]*stored, error) {
 	q := s.sequence(r, off, off+size)
 	defer q.close()
 	var list []*stored
@@ -48,7 +48,7 @@ func (s *image) readDirectory(r *blk.Req, off, size int64, n uint32) ([]*stored,
 
 // switchDirectory makes the image refer to the bitmaps in list, and frees what those in old, and
 // the old directory, take.
-func (s *image) switchDirectory(r *blk.Req, list, old []*stored) error {
+func (s *bitmaps) switchDirectory(r *blk.Req, list, old []*stored) error {
 	was, wasMarks, wasBits := s.ext.Bitmaps, s.ext.Marks, s.hdr.AutoclearFeatures
 	var now *layout.Bitmaps
 	var marked []uint64
@@ -106,7 +106,7 @@ func (s *image) switchDirectory(r *blk.Req, list, old []*stored) error {
 }
 
 // newDirectory writes a directory to new clusters.
-func (s *image) newDirectory(r *blk.Req, list []*stored) (*layout.Bitmaps, error) {
+func (s *bitmaps) newDirectory(r *blk.Req, list []*stored) (*layout.Bitmaps, error) {
 	dir := s.encodeDirectory(list)
 	if len(dir) > layout.MaxBitmapDirectory {
 		return nil, errNoSpace
@@ -124,7 +124,7 @@ func (s *image) newDirectory(r *blk.Req, list []*stored) (*layout.Bitmaps, error
 // or to add there what the last cluster has room for: both the old header and the next one refer to
 // a whole directory then. So adding one bitmap after the other, and undoing that, does not write
 // all names each time. It returns nil if the directory has to move.
-func (s *image) sameDirectory(r *blk.Req, list []*stored) (*layout.Bitmaps, error) {
+func (s *bitmaps) sameDirectory(r *blk.Req, list []*stored) (*layout.Bitmaps, error) {
 	was, n := s.ext.Bitmaps, min(len(list), len(s.stored))
 	if was == nil || s.dirUnsure || s.badBitmaps || int(was.NbBitmaps) != len(s.stored) {
 		return nil, nil
@@ -154,7 +154,7 @@ func (s *image) sameDirectory(r *blk.Req, list []*stored) (*layout.Bitmaps, erro
 
 // ownsDirectory tells whether it is known that nothing else lies in the clusters of the directory,
 // so that it can be written where it is.
-func (s *image) ownsDirectory(r *blk.Req) (bool, error) {
+func (s *bitmaps) ownsDirectory(r *blk.Req) (bool, error) {
 	if s.surveying() {
 		return false, nil
 	}
@@ -170,7 +170,7 @@ func (s *image) ownsDirectory(r *blk.Req) (bool, error) {
 
 // rewriteDirectory writes the directory after entries of it have changed: where it is or, if
 // something else may lie there, anew.
-func (s *image) rewriteDirectory(r *blk.Req) error {
+func (s *bitmaps) rewriteDirectory(r *blk.Req) error {
 	owns, err := s.ownsDirectory(r)
 	if err != nil {
 		return err
@@ -195,7 +195,7 @@ func (s *image) rewriteDirectory(r *blk.Req) error {
 	return s.barrier(r)
 }
 
-func (s *image) encodeDirectory(l []*stored) []byte {
+func (s *bitmaps) encodeDirectory(l []*stored) []byte {
 	entries := make([]layout.BitmapEntry, len(l))
 	for i, m := range l {
 		entries[i] = m.BitmapEntry
@@ -205,7 +205,7 @@ func (s *image) encodeDirectory(l []*stored) []byte {
 
 // updateHeader writes header, extensions and backing file name. If they do not all fit, the marks
 // go: bitmaps are in use then, as others have them.
-func (s *image) updateHeader(r *blk.Req) error {
+func (s *bitmaps) updateHeader(r *blk.Req) error {
 	hdr, ext := *s.hdr, *s.ext
 	b, err := hdr.Marshal(&ext, s.backName)
 	full := err != nil && len(ext.Marks) > 0

@@ -2,30 +2,45 @@
 //
 // # Parts
 //
-// layout (pure) knows the bytes. image is one open image: the tables in memory, the caches
-// of L2 slices and refcount blocks, the allocator, and the data path. driver connects an
-// image to the graph. Create makes images by the same code that writes them.
+// layout (pure) knows the bytes. An open image is in layers. Each embeds the one below it, which it
+// may call, and the fields that it adds are its own:
+//
+//	Driver      connects an image to the graph
+//	image       opening, closing, reopening, resizing, creating
+//	requests    reads, writes, zeroes, discards, status, mapping, copying of the guest disk
+//	bitmaps     persistent bitmaps: their directory, their marks
+//	snapshots   internal snapshots (bitmaps do not use them: their order is arbitrary)
+//	flusher     writes what has changed; check and repair
+//	tables      L1 and L2 tables: lookup, slices in the cache
+//	allocator   gives out and takes back clusters; quarantine
+//	surveyor    counts what the image refers to, before the first write
+//	refcounts   refcount table and blocks, the latter in a cache
+//	imageFile   the file, its header, the places of metadata and the checks before they are written
+//
+// What a layer needs of those above it goes through an interface: references (what L1 tables,
+// snapshots and bitmaps refer to, for a survey) and bitmapKeeper (the dirty bitmaps of the node).
+// Create makes images by the same code that writes them.
 //
 // # Locks
 //
-// image.mu guards all metadata in memory. It is held across metadata I/O that a request
-// needs to go on, never across guest data I/O and not across the barriers of a flush. The
-// order is resizing > mu; both are driver locks in the order of package graph.
+// imageFile.mu guards all metadata in memory. It is held across metadata I/O that a request needs
+// to go on, never across guest data I/O and not across the barriers of a flush. The order is
+// resizing > marking > mu; all are driver locks in the order of package graph.
 //
 // # What is written when
 //
-// Guest data go to the file at once; metadata stay in the caches until a flush, a full
-// cache, or close. One flush writes, with a barrier (a flush of the file) after each group
-// that a later group depends on:
+// Guest data go to the file at once; metadata stay in the caches until a flush, a full cache, or
+// close. One flush writes, with a barrier (a flush of the file) after each group that a later group
+// depends on:
 //
 //	refcount blocks -> refcount table -> | data so far | -> L2 slices -> L1 entries
 //
-// so that nothing on disk ever refers to a cluster whose refcount or content is not there.
-// L2 slices are written from copies made together with the refcount blocks, so requests go
-// on while the barriers run. Refcounts that go down do so only after the reference has gone
-// from the disk, hence refcount blocks may be written at any time and a freed cluster
-// cannot be used for other data while a crash could bring the old reference back. With
-// lazy refcounts the dirty bit takes the place of the first group.
+// so that nothing on disk ever refers to a cluster whose refcount or content is not there. L2
+// slices are written from copies made together with the refcount blocks, so requests go on while
+// the barriers run. Refcounts that go down do so only after the reference has gone from the disk,
+// hence refcount blocks may be written at any time and a freed cluster cannot be used for other
+// data while a crash could bring the old reference back. With lazy refcounts the dirty bit takes
+// the place of the first group.
 //
 // # Clusters that are being replaced
 //
@@ -62,7 +77,7 @@
 //
 // What is overwritten in place before the survey of a large image is over is known to lie in no
 // metadata of any kind, and in no data of the tables that were looked at by then, its own among
-// them; each such write makes the next step, too, so that it does not take many: about 140 for 1
+// them. Each such write makes the next step, too, so that it does not take many: about 140 for 1
 // TiB of data in clusters of the default size.
 //
 // A repair changes refcounts, copied flags and the refcount table, and drops what points beyond the

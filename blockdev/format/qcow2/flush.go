@@ -7,9 +7,21 @@ import (
 	"qblockd/graph/blk"
 )
 
+// flusher writes what has changed, in the order of the package doc. Its methods need mu.
+type flusher struct {
+	tables
+
+	flushing bool // +checklocks:mu
+	// midFlush: a flush is under way that has not come to its end, or never will.
+	midFlush bool // +checklocks:mu
+	// started counts the flushes begun; finished is the newest of them that succeeded.
+	started  uint64 // +checklocks:mu
+	finished uint64 // +checklocks:mu
+}
+
 // flushDead is flush of an image that was given up. What was acknowledged is there if nothing was
 // to be written but guest data.
-func (s *image) flushDead(r *blk.Req) error {
+func (s *flusher) flushDead(r *blk.Req) error {
 	lost := s.midFlush || s.l2.ndirty > 0 || len(s.l1Dirty) > 0 || len(s.reftDirty) > 0 ||
 		!s.lazy() && s.rb.ndirty > 0
 	if err := s.file.Flush(r); err != nil {
@@ -23,7 +35,7 @@ func (s *image) flushDead(r *blk.Req) error {
 
 // flush is Flush with mu held; it is dropped in between. Callers that come while a flush runs share
 // the next one.
-func (s *image) flush(r *blk.Req) error {
+func (s *flusher) flush(r *blk.Req) error {
 	want := s.started + 1
 	for s.flushing {
 		s.done.Wait()
@@ -54,14 +66,14 @@ func (s *image) flush(r *blk.Req) error {
 	return err
 }
 
-func (s *image) endFlush() {
+func (s *flusher) endFlush() {
 	s.flushing = false
 	s.done.Broadcast()
 }
 
 // claimFlush waits until no flush runs and keeps others from starting: L1 table and header hold
 // still then. mu is dropped while waiting. release undoes it.
-func (s *image) claimFlush() (release func()) {
+func (s *flusher) claimFlush() (release func()) {
 	for s.flushing {
 		s.done.Wait()
 	}
@@ -79,7 +91,7 @@ type copied struct {
 }
 
 // flushOnce writes everything in the order of the package doc; flushing is set.
-func (s *image) flushOnce(r *blk.Req) error {
+func (s *flusher) flushOnce(r *blk.Req) error {
 	if !s.lazy() {
 		if err := s.writeRefcounts(r); err != nil {
 			return err
@@ -116,7 +128,7 @@ func (s *image) flushOnce(r *blk.Req) error {
 // room makes a flush when it is due: too much waits to be freed, or the L2 cache holds hardly
 // anything but changes and will have to give something up. It is called before anything was looked
 // up, as it drops mu. It fails if the image was given up meanwhile.
-func (s *image) room(r *blk.Req) error {
+func (s *flusher) room(r *blk.Req) error {
 	full := s.l2.full() && s.l2.ndirty >= s.l2.max-s.l2.max/4 && !s.allFits()
 	if full || s.quarantine.pendBytes >= maxPending {
 		if r.NoWait {
@@ -145,7 +157,7 @@ func (s *image) room(r *blk.Req) error {
 }
 
 // markClean writes accurate refcounts and clears the dirty bit. All else is flushed.
-func (s *image) markClean(r *blk.Req) error {
+func (s *flusher) markClean(r *blk.Req) error {
 	if err := s.writeRefcounts(r); err != nil {
 		return err
 	}
@@ -158,20 +170,29 @@ func (s *image) markClean(r *blk.Req) error {
 	return s.writeIncompat(r, s.hdr.IncompatibleFeatures&^layout.IncompatDirty)
 }
 
-// maxRetries is how often a request that found no space is tried again: others may be quicker to
-// take what was given out.
+// maxRetries is how often a request that found no space is tried again.
 const maxRetries = 3
 
 // keepsBack tells whether there is space that is only kept back.
-func (s *image) keepsBack() bool {
+func (s *flusher) keepsBack() bool {
 	s.mu.Lock()
 	defer s.mu.Unlock()
 	return s.quarantine.keepsBack()
 }
 
+// retry does f, and again while that is worth it: others may be quicker to take what was given out.
+// (WriteAt does without, as calling a closure takes a tenth of its own time.)
+func (s *flusher) retry(r *blk.Req, f func() error) error {
+	err := f()
+	for again := 0; err != nil && again < maxRetries && s.giveSpace(r, err); again++ {
+		err = f()
+	}
+	return err
+}
+
 // giveSpace is called when a request has failed with err. It tells whether it is worth trying
 // again: there was no space, and some that was only kept back has been given out. It blocks.
-func (s *image) giveSpace(r *blk.Req, err error) bool {
+func (s *flusher) giveSpace(r *blk.Req, err error) bool {
 	if r.NoWait || !errors.Is(err, errNoSpace) {
 		return false
 	}
@@ -181,7 +202,7 @@ func (s *image) giveSpace(r *blk.Req, err error) bool {
 }
 
 // giveOut is giveSpace with mu held; it is dropped in between.
-func (s *image) giveOut(r *blk.Req, err error) bool {
+func (s *flusher) giveOut(r *blk.Req, err error) bool {
 	if !errors.Is(err, errNoSpace) || s.usable() != nil {
 		return false
 	}
@@ -208,7 +229,7 @@ func (s *image) giveOut(r *blk.Req, err error) bool {
 }
 
 // growL1 moves the L1 table to a place where it can have n entries.
-func (s *image) growL1(r *blk.Req, n int64) error {
+func (s *flusher) growL1(r *blk.Req, n int64) error {
 	if n <= int64(s.hdr.L1Size) {
 		return nil
 	}
@@ -270,4 +291,14 @@ func (s *image) growL1(r *blk.Req, n int64) error {
 		s.quarantine.retire(oldOff, s.geo.RoundUp(oldN*8))
 	}
 	return nil
+}
+
+// orGiveOut does f, and once more if there was no space until some was given out. No flush may be
+// claimed.
+func (s *flusher) orGiveOut(r *blk.Req, f func() error) error {
+	err := f()
+	if err != nil && s.giveOut(r, err) {
+		err = f()
+	}
+	return err
 }

@@ -76,47 +76,31 @@ type imageFile struct {
 	wake *sync.Cond // an allocation in flight has ended
 	done *sync.Cond // a flush has ended, or somebody has given back what was freed
 
-	// +checklocks:mu
-	hdr *layout.Header
-	// +checklocks:mu
-	ext *layout.Extensions
-	// +checklocks:mu
-	backName string
+	hdr      *layout.Header     // +checklocks:mu
+	ext      *layout.Extensions // +checklocks:mu
+	backName string             // +checklocks:mu
 	// hdrUsed is the length of header, extensions and backing name.
-	// +checklocks:mu
-	hdrUsed int
+	hdrUsed int // +checklocks:mu
 	// reftSize is the number of entries that the refcount table has on disk.
-	// +checklocks:mu
-	reftSize int64
+	reftSize int64 // +checklocks:mu
 	// owners are the clusters of L2 tables and refcount blocks, by cluster index.
-	// +checklocks:mu
-	owners map[int64]owner
+	owners map[int64]owner // +checklocks:mu
 	// inactive are the clusters of L2 tables of snapshots, if the overlap checks look at them.
-	// +checklocks:mu
-	inactive map[int64]struct{}
+	inactive map[int64]struct{} // +checklocks:mu
 	// snapEnd is the end of the snapshot table, and snapL1 where the L1 tables of snapshots lie.
-	// +checklocks:mu
-	snapEnd int64
-	// +checklocks:mu
-	snapL1 ranges
-	// wrong is what a survey found, and counted what one has counted so far; nil: none is under
-	// way.
-	// +checklocks:mu
-	wrong wrong
-	// +checklocks:mu
-	counted *tally
+	snapEnd int64  // +checklocks:mu
+	snapL1  ranges // +checklocks:mu
+	// wrong is what a survey found, counted what one under way has counted so far.
+	wrong   wrong  // +checklocks:mu
+	counted *tally // +checklocks:mu
 
 	// fileEnd: nothing was ever written at or beyond it.
-	// +checklocks:mu
-	fileEnd int64
+	fileEnd int64 // +checklocks:mu
 	// wrote counts writes that a barrier must cover; those up to synced are on stable storage.
-	// +checklocks:mu
-	wrote uint64
-	// +checklocks:mu
-	synced uint64
+	wrote  uint64 // +checklocks:mu
+	synced uint64 // +checklocks:mu
 	// signaled: corruption was reported.
-	// +checklocks:mu
-	signaled bool
+	signaled bool // +checklocks:mu
 }
 
 var be = binary.BigEndian

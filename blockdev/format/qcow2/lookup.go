@@ -8,11 +8,9 @@ import (
 	"qblockd/graph/blk"
 )
 
-// Everything in this file needs mu.
-
-// nextL1 is the first guest cluster from that of L1 entry i on which there may be an L2 table for,
-// or beyond all.
-func (s *image) nextL1(i int64) int64 {
+// nextL1 is the first guest cluster, from that of L1 entry i on, for which there is an L2 table, or
+// one beyond all.
+func (s *tables) nextL1(i int64) int64 {
 	for k, e := range s.l1.from(i) {
 		if e&layout.OffsetMask != 0 { // not only flags
 			return k << s.geo.L2Bits()
@@ -21,24 +19,24 @@ func (s *image) nextL1(i int64) int64 {
 	return math.MaxInt64 >> s.cb
 }
 
-func (s *image) setL1(i int64, v uint64) {
+func (s *tables) setL1(i int64, v uint64) {
 	s.l1.set(i, v)
 	s.l1Dirty[i>>6] = struct{}{}
 }
 
 // l2Offset is the file offset of the L2 slice that maps guest cluster gc, given its table's.
-func (s *image) l2Offset(table, gc int64) int64 {
+func (s *tables) l2Offset(table, gc int64) int64 {
 	idx := gc & (1<<s.geo.L2Bits() - 1)
 	return table + idx*8&^(s.slice-1)
 }
 
-// l2Index is the index of gc's entry within its slice; sliceLeft the entries from there on.
-func (s *image) l2Index(gc int64) int64   { return gc & (s.slice/8 - 1) }
-func (s *image) sliceLeft(gc int64) int64 { return s.slice/8 - s.l2Index(gc) }
+// l2Index is the index of gc's entry in its slice, sliceLeft the number of entries from there on.
+func (s *tables) l2Index(gc int64) int64   { return gc & (s.slice/8 - 1) }
+func (s *tables) sliceLeft(gc int64) int64 { return s.slice/8 - s.l2Index(gc) }
 
-// loadSlice returns the L2 slice that maps guest cluster gc, nil if there is no L2 table.
-// A request that must not wait gets ErrWouldBlock if the slice is not cached.
-func (s *image) loadSlice(r *blk.Req, gc int64) (*table, error) {
+// loadSlice returns the L2 slice that maps guest cluster gc, nil if there is no L2 table. A request
+// that must not wait gets ErrWouldBlock if the slice is not cached.
+func (s *tables) loadSlice(r *blk.Req, gc int64) (*table, error) {
 	li := gc >> s.geo.L2Bits()
 	tab := int64(s.l1.at(li) & layout.OffsetMask)
 	if tab == 0 {
@@ -64,10 +62,10 @@ func (s *image) loadSlice(r *blk.Req, gc int64) (*table, error) {
 	return t, nil
 }
 
-// warm loads the L2 slice that maps guest cluster gc with mu dropped, so that requests whose
-// slices are cached go on meanwhile. It tells whether mu was dropped. Failing is fine: the
-// caller's loadSlice then does it with mu held and reports what is wrong.
-func (s *image) warm(r *blk.Req, gc int64) (dropped bool) {
+// warm loads the L2 slice that maps guest cluster gc with mu dropped, so that requests whose slices
+// are cached go on meanwhile. It tells whether mu was dropped. It may fail: the caller's loadSlice
+// then does it with mu held and reports what is wrong.
+func (s *tables) warm(r *blk.Req, gc int64) (dropped bool) {
 	tab := int64(s.l1.at(gc>>s.geo.L2Bits()) & layout.OffsetMask)
 	off := s.l2Offset(tab, gc)
 	if tab == 0 || tab&(s.cs-1) != 0 || r.NoWait || s.l2.get(off) != nil {
@@ -79,7 +77,7 @@ func (s *image) warm(r *blk.Req, gc int64) (dropped bool) {
 		s.step(r, blk.EvL2Load)
 		err = s.readFile(r, blk.Buf(t.data), off)
 	})
-	// Unless a newer content was written or the table freed meanwhile, what was read is right.
+	// What was read is right unless something was written or the table freed meanwhile.
 	if err == nil && s.l2.epoch == epoch && s.l2.m[off] == nil {
 		s.evict()
 		s.l2.insert(t)
@@ -87,8 +85,8 @@ func (s *image) warm(r *blk.Req, gc int64) (dropped bool) {
 	return true
 }
 
-// evict makes place in the L2 cache if something clean can go.
-func (s *image) evict() {
+// evict makes room in the L2 cache if something clean can go.
+func (s *tables) evict() {
 	if s.l2.full() {
 		if t := s.l2.victim(func(t *table) bool { return !t.dirty }); t != nil {
 			s.l2.drop(t)
@@ -96,9 +94,9 @@ func (s *image) evict() {
 	}
 }
 
-// sliceForWrite is loadSlice for changing entries: the L2 table is made if there is none and
+// sliceForWrite is loadSlice for changing entries: the L2 table is made if there is none, and
 // copied if a snapshot shares it.
-func (s *image) sliceForWrite(r *blk.Req, gc int64) (*table, error) {
+func (s *tables) sliceForWrite(r *blk.Req, gc int64) (*table, error) {
 	li := gc >> s.geo.L2Bits()
 	e := s.l1.at(li)
 	if s.survey != nil {
@@ -133,8 +131,8 @@ func (s *image) sliceForWrite(r *blk.Req, gc int64) (*table, error) {
 	return s.loadSlice(r, gc)
 }
 
-// newL2Table gives L1 entry li an L2 table of its own, a copy of the one at old if that is not 0.
-func (s *image) newL2Table(r *blk.Req, li, old int64) error {
+// newL2Table gives L1 entry li an L2 table of its own: a copy of the one at old, unless that is 0.
+func (s *tables) newL2Table(r *blk.Req, li, old int64) error {
 	c, _, err := s.allocate(r, 1, 1, "L2 table")
 	if err != nil {
 		return err
@@ -170,7 +168,7 @@ func (s *image) newL2Table(r *blk.Req, li, old int64) error {
 // entry reads entry i of an L2 slice.
 func entry(t *table, i int64) uint64 { return be.Uint64(t.data[8*i:]) }
 
-func (s *image) setEntry(t *table, i int64, v uint64) {
+func (s *tables) setEntry(t *table, i int64, v uint64) {
 	if s.survey != nil {
 		s.linked(t.off, entry(t, i), v)
 	}
@@ -182,14 +180,14 @@ func (s *image) setEntry(t *table, i int64, v uint64) {
 type mapping struct {
 	kind  layout.Kind
 	entry uint64 // L2 entry of the first cluster
-	host  int64  // file offset of the first byte, if the kind has a host cluster and is not compressed
+	host  int64  // file offset of the first byte; 0 for kinds without a host cluster, and compressed
 	n     int64  // bytes
 }
 
 // lookup tells what is behind off: a run of at most n bytes, within one L2 slice or, where there
 // are no L2 tables, up to the next one. Runs with host clusters are contiguous in the file; a
 // compressed run is one cluster.
-func (s *image) lookup(r *blk.Req, off, n int64) (mapping, error) {
+func (s *tables) lookup(r *blk.Req, off, n int64) (mapping, error) {
 	gc := off >> s.cb
 	in := off & (s.cs - 1)
 	t, err := s.loadSlice(r, gc)
@@ -227,7 +225,7 @@ func (s *image) lookup(r *blk.Req, off, n int64) (mapping, error) {
 }
 
 // checkEntry reports entries that no sound image has.
-func (s *image) checkEntry(r *blk.Req, k layout.Kind, e uint64, gc int64) error {
+func (s *tables) checkEntry(r *blk.Req, k layout.Kind, e uint64, gc int64) error {
 	switch k {
 	case layout.Unallocated, layout.CompressedKind:
 		return nil
@@ -242,7 +240,7 @@ func (s *image) checkEntry(r *blk.Req, k layout.Kind, e uint64, gc int64) error 
 	return nil
 }
 
-func (s *image) entryPlace(gc int64) string {
+func (s *tables) entryPlace(gc int64) string {
 	tab := s.l1.at(gc>>s.geo.L2Bits()) & layout.OffsetMask
 	return fmt.Sprintf("(L2 offset: %s, L2 index: %s)", hex(tab), hex(s.l2Index(gc)))
 }

@@ -103,7 +103,7 @@ func (q *markQueue) take() []span {
 
 // mark is called before a write, without locks: live bitmaps must not miss it. If it fails, so does
 // the write.
-func (s *image) mark(r *blk.Req, off, n int64, f blk.Flags) error {
+func (s *bitmaps) mark(r *blk.Req, off, n int64, f blk.Flags) error {
 	m := s.marks.Load()
 	if m == nil || f&blk.WriteUnchanged != 0 || n == 0 || m.cover(off, n) {
 		return nil
@@ -114,7 +114,7 @@ func (s *image) mark(r *blk.Req, off, n int64, f blk.Flags) error {
 	return s.markNow(r, off, n)
 }
 
-func (s *image) markNow(r *blk.Req, off, n int64) error {
+func (s *bitmaps) markNow(r *blk.Req, off, n int64) error {
 	if m := s.marks.Load(); m != nil {
 		s.toMark.add(span{off >> m.shift, (off + n - 1) >> m.shift})
 	}
@@ -163,7 +163,7 @@ var ones = func() (b [4096]byte) {
 
 // writeOnes sets the bits for a part of the disk in the image, and maybe a few more at its ends. It
 // needs marking only.
-func (s *image) writeOnes(r *blk.Req, b *stored, lo, hi int64) error {
+func (s *bitmaps) writeOnes(r *blk.Req, b *stored, lo, hi int64) error {
 	g := b.Granularity
 	total := (s.bitmapSize() + g - 1) / g
 	from, to := lo/g/8, (min((hi+g-1)/g, total)+7)/8
@@ -185,7 +185,7 @@ func (s *image) writeOnes(r *blk.Req, b *stored, lo, hi int64) error {
 
 // claimLive makes all bitmaps live, in a new directory, that hold and are not too large. Regions
 // that are marked stay so.
-func (s *image) claimLive(r *blk.Req) error {
+func (s *bitmaps) claimLive(r *blk.Req) error {
 	defer s.giveBack(r)
 	want := s.keeper.persisted()
 	var list, old []*stored
@@ -222,7 +222,7 @@ func (s *image) claimLive(r *blk.Req) error {
 // write is under way, or those that are have their regions marked in all of them. What was written
 // before has been flushed, so a bitmap that has forgotten it since, because a backup has it, needs
 // no mark.
-func (s *image) startMarks() {
+func (s *bitmaps) startMarks() {
 	if slices.ContainsFunc(s.stored, func(b *stored) bool { return b.live }) {
 		s.marks.Store(newMarks(s.bitmapSize()))
 	} else {
@@ -231,7 +231,7 @@ func (s *image) startMarks() {
 }
 
 // writeLive writes a bitmap with all its clusters, and the marks that there are.
-func (s *image) writeLive(r *blk.Req, p persisted) (*stored, error) {
+func (s *bitmaps) writeLive(r *blk.Req, p persisted) (*stored, error) {
 	b := &stored{BitmapEntry: layout.NewBitmap(p.name, p.bits.Granularity(), layout.BitmapInUse), live: true}
 	if p.enabled {
 		b.Flags |= layout.BitmapAuto
@@ -277,7 +277,7 @@ func (s *image) writeLive(r *blk.Req, p persisted) (*stored, error) {
 
 // HoldBitmap implements graph.BitmapStore. What was written before is flushed: the bitmap does not
 // have it, and a copy that was made meanwhile does, so it must not be lost.
-func (s *image) HoldBitmap(r *blk.Req, name string) error {
+func (s *bitmaps) HoldBitmap(r *blk.Req, name string) error {
 	s.marking.Lock()
 	defer s.marking.Unlock()
 	s.mu.Lock()
@@ -293,17 +293,7 @@ func (s *image) HoldBitmap(r *blk.Req, name string) error {
 	return s.orGiveOut(r, func() error { return s.holdBitmap(r, name) })
 }
 
-// orGiveOut does f, and once more if there was no space until some was given out. No flush may be
-// claimed.
-func (s *image) orGiveOut(r *blk.Req, f func() error) error {
-	err := f()
-	if err != nil && s.giveOut(r, err) {
-		err = f()
-	}
-	return err
-}
-
-func (s *image) holdBitmap(r *blk.Req, name string) error {
+func (s *bitmaps) holdBitmap(r *blk.Req, name string) error {
 	if err := s.usable(); err != nil {
 		return err
 	}
@@ -347,7 +337,7 @@ func (s *image) holdBitmap(r *blk.Req, name string) error {
 }
 
 // setEnabled changes whether a bitmap records when it is loaded.
-func (s *image) setEnabled(r *blk.Req, b *stored, enabled bool) error {
+func (s *bitmaps) setEnabled(r *blk.Req, b *stored, enabled bool) error {
 	was := b.Flags
 	if b.Flags &^= layout.BitmapAuto; enabled {
 		b.Flags |= layout.BitmapAuto
@@ -364,7 +354,7 @@ func (s *image) setEnabled(r *blk.Req, b *stored, enabled bool) error {
 }
 
 // addBits adds what a bitmap has in memory to what it has in the image.
-func (s *image) addBits(r *blk.Req, b *stored, p persisted) error {
+func (s *bitmaps) addBits(r *blk.Req, b *stored, p persisted) error {
 	old, buf := make([]byte, s.cs), make([]byte, 0, s.cs)
 	for i, e := range b.table {
 		at := int64(i) * s.cs * 8
@@ -387,7 +377,7 @@ func (s *image) addBits(r *blk.Req, b *stored, p persisted) error {
 }
 
 // forgetMarks makes no bitmap live. The marks extension goes with the next change of the header.
-func (s *image) forgetMarks() {
+func (s *bitmaps) forgetMarks() {
 	s.marks.Store(nil)
 	for _, b := range s.stored {
 		b.live = false
@@ -397,7 +387,7 @@ func (s *image) forgetMarks() {
 
 // distrust makes the header say that bitmaps in use do not hold: the extension has no meaning
 // without the bit.
-func (s *image) distrust(r *blk.Req) error {
+func (s *bitmaps) distrust(r *blk.Req) error {
 	s.forgetMarks()
 	if s.hdr.AutoclearFeatures&layout.AutoclearMarks == 0 {
 		return nil
@@ -407,7 +397,7 @@ func (s *image) distrust(r *blk.Req) error {
 
 // resizeLive calls change, which changes the size of the disk. Meanwhile no bitmap is live.
 // Afterwards they are again, with what is marked.
-func (s *image) resizeLive(r *blk.Req, change func() error) error {
+func (s *bitmaps) resizeLive(r *blk.Req, change func() error) error {
 	if s.marks.Load() == nil {
 		return change()
 	}

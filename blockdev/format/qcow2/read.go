@@ -6,7 +6,7 @@ import (
 )
 
 // ReadAt fills v from off.
-func (s *image) ReadAt(r *blk.Req, v blk.Vec, off int64, _ blk.Flags) error {
+func (s *requests) ReadAt(r *blk.Req, v blk.Vec, off int64, _ blk.Flags) error {
 	n := v.Len()
 	for done := int64(0); done < n; {
 		k, err := s.readRun(r, v, off+done, done, n-done)
@@ -18,8 +18,8 @@ func (s *image) ReadAt(r *blk.Req, v blk.Vec, off int64, _ blk.Flags) error {
 	return nil
 }
 
-// readRun reads one run of at most n bytes at off into v from its byte at on.
-func (s *image) readRun(r *blk.Req, v blk.Vec, off, at, n int64) (int64, error) {
+// readRun reads one run of at most n bytes at off into v, from byte at of v on.
+func (s *requests) readRun(r *blk.Req, v blk.Vec, off, at, n int64) (int64, error) {
 	m, e, err := s.findRun(r, off, n)
 	if err != nil {
 		return 0, err
@@ -44,9 +44,8 @@ func (s *image) readRun(r *blk.Req, v blk.Vec, off, at, n int64) (int64, error) 
 	return m.n, err
 }
 
-// findRun is lookup for reading. If the run has host clusters, the reader holds the epoch that is
-// returned.
-func (s *image) findRun(r *blk.Req, off, n int64) (m mapping, e *epoch, err error) {
+// findRun is lookup for reading. If the run has host clusters, the reader is in epoch e.
+func (s *requests) findRun(r *blk.Req, off, n int64) (m mapping, e *epoch, err error) {
 	if !s.lock(r) {
 		return m, nil, blk.ErrWouldBlock
 	}
@@ -71,7 +70,7 @@ func (s *image) findRun(r *blk.Req, off, n int64) (m mapping, e *epoch, err erro
 }
 
 // readBacking reads what the backing file shows; zeroes beyond its end.
-func (s *image) readBacking(r *blk.Req, v blk.Vec, off int64) error {
+func (s *requests) readBacking(r *blk.Req, v blk.Vec, off int64) error {
 	b := s.back()
 	if b == nil {
 		v.Zero()

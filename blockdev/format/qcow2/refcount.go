@@ -13,16 +13,12 @@ type refcounts struct {
 	imageFile
 
 	// reft may be shorter than the table: what lies behind is zero.
-	// +checklocks:mu
-	reft []uint64
+	reft []uint64 // +checklocks:mu
 	// reftDirty are the groups of 64 entries that are to be written.
-	// +checklocks:mu
-	reftDirty map[int64]struct{}
-	// +checklocks:mu
-	rb *cache
+	reftDirty map[int64]struct{} // +checklocks:mu
+	rb        *cache             // +checklocks:mu
 	// prealloc tells whether metadata are preallocated: 0 unknown, 1 no, 2 yes.
-	// +checklocks:mu
-	prealloc int8
+	prealloc int8 // +checklocks:mu
 }
 
 // refblock returns refcount block b, nil if there is none.

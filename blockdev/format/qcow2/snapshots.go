@@ -6,6 +6,7 @@ import (
 	"slices"
 	"strconv"
 	"strings"
+	"sync/atomic"
 	"time"
 
 	"qblockd/blockdev/format/qcow2/layout"
@@ -27,6 +28,16 @@ import (
 // still on. qemu-img check calls that an error and repairs it; it costs no data, as nothing is
 // shared yet.) The node is held quiet: no requests run.
 
+// snapshots are the internal snapshots. Their methods need mu, exported ones take it.
+type snapshots struct {
+	flusher
+
+	snaps []layout.Snapshot // +checklocks:mu
+	// flagsDue: copied flags are to be set when limbo has gone.
+	flagsDue       bool // +checklocks:mu
+	shownSnapshots atomic.Pointer[[]*types.SnapshotInfo]
+}
+
 var errNoSnapshot = errors.New("Can't find the snapshot")
 
 // undoneError is an error after which everything is as it was.
@@ -35,7 +46,7 @@ type undoneError struct{ error }
 func (e undoneError) Unwrap() error { return e.error }
 
 // quietly does f with nothing in flight and everything flushed before and after.
-func (s *image) quietly(r *blk.Req, f func() error) error {
+func (s *snapshots) quietly(r *blk.Req, f func() error) error {
 	s.mu.Lock()
 	defer s.mu.Unlock()
 	if err := s.usable(); err != nil {
@@ -73,7 +84,7 @@ func (s *image) quietly(r *blk.Req, f func() error) error {
 }
 
 // sureOfAll is called before what is shared changes as a whole: all refcounts must be right.
-func (s *image) sureOfAll(r *blk.Req) error {
+func (s *snapshots) sureOfAll(r *blk.Req) error {
 	if err := s.vetAll(r); err != nil || s.wrong.n == 0 {
 		return err
 	}
@@ -82,7 +93,7 @@ func (s *image) sureOfAll(r *blk.Req) error {
 }
 
 // CreateSnapshot implements graph.Snapshotter.
-func (s *image) CreateSnapshot(r *blk.Req, name string, at time.Time, clock time.Duration) (id string, _ error) {
+func (s *snapshots) CreateSnapshot(r *blk.Req, name string, at time.Time, clock time.Duration) (id string, _ error) {
 	if len(s.snaps) >= layout.MaxSnapshots {
 		return "", errTooBig
 	}
@@ -123,14 +134,14 @@ func (s *image) CreateSnapshot(r *blk.Req, name string, at time.Time, clock time
 	return sn.ID, err
 }
 
-func (s *image) hasID(id string) bool {
+func (s *snapshots) hasID(id string) bool {
 	return slices.ContainsFunc(s.snaps, func(x layout.Snapshot) bool { return x.ID == id })
 }
 
 // newID is one more than the largest number that an ID begins with or, if that is the largest there
 // is, the lowest number that is no ID. IDs are whatever the image says; of two that have the same,
 // only the first can be named.
-func (s *image) newID() string {
+func (s *snapshots) newID() string {
 	most := uint64(0)
 	for i := range s.snaps {
 		id := s.snaps[i].ID
@@ -156,7 +167,7 @@ func (s *image) newID() string {
 // share changes the refcounts of all that the active L1 table refers to by d, and puts the copied
 // flags right. If it fails, nothing has changed but flags that were wrong. It ends with the context
 // of r; undoing takes no longer than what was done.
-func (s *image) share(r *blk.Req, d int) error {
+func (s *snapshots) share(r *blk.Req, d int) error {
 	if err := s.vetL1(r, &s.l1); err != nil {
 		return err
 	}
@@ -204,7 +215,7 @@ var errEnough = errors.New("enough")
 
 // fixFlags puts the copied flags right, of the L1 entries before behind (0: of all) and of what
 // they refer to. It returns the entry behind the last one that it looked at.
-func (s *image) fixFlags(r *blk.Req, behind int64) (int64, error) {
+func (s *flusher) fixFlags(r *blk.Req, behind int64) (int64, error) {
 	c := &checker{counter: s.newCounter(r, &CheckResult{}), s: s, behind: behind}
 	err := c.copiedFlags(true)
 	return c.at, err
@@ -218,68 +229,8 @@ type unsureError struct{ error }
 
 func (e unsureError) Unwrap() error { return e.error }
 
-// addSnapshot writes the L1 copy and a new table of snapshots, and makes the header refer to that.
-func (s *image) addSnapshot(r *blk.Req, sn *layout.Snapshot) error {
-	l1 := make([]byte, int64(sn.L1Size)*8)
-	for i, e := range s.l1.all() {
-		be.PutUint64(l1[8*i:], e&^layout.Copied)
-	}
-	defer s.giveBack(r)
-	off, err := s.writeNew(r, l1, "snapshot L1 table")
-	if err != nil {
-		return err
-	}
-	sn.L1TableOffset = uint64(off)
-	return s.writeSnapshots(r, append(s.snaps[:len(s.snaps):len(s.snaps)], *sn))
-}
-
-// writeSnapshots makes list the table of snapshots.
-func (s *image) writeSnapshots(r *blk.Req, list []layout.Snapshot) error {
-	var b []byte
-	names := 0
-	for i := range list {
-		b = list[i].AppendTo(b)
-		names += len(list[i].ID) + len(list[i].Name)
-	}
-	if layout.SnapshotTableTooBig(int64(len(b))) || names > layout.MaxNames {
-		return errTooBig
-	}
-	off := int64(0)
-	if len(list) > 0 {
-		var err error
-		if off, err = s.writeNew(r, b, "snapshot table"); err != nil {
-			return err
-		}
-	}
-	if err := s.writeRefcounts(r); err != nil {
-		return err
-	}
-	if err := s.barrier(r); err != nil {
-		return err
-	}
-	var h [12]byte
-	be.PutUint32(h[:], uint32(len(list)))
-	be.PutUint64(h[4:], uint64(off))
-	s.fresh = nil // from here on the image may refer to them, also after an error
-	if err := s.enter(r, h[:], layout.OffSnapshots); err != nil {
-		return unsureError{err}
-	}
-	old, oldEnd := int64(s.hdr.SnapshotsOffset), s.snapEnd
-	s.hdr.NbSnapshots, s.hdr.SnapshotsOffset = uint32(len(list)), uint64(off)
-	s.snaps, s.snapEnd, s.snapL1 = list, off+int64(len(b)), snapshotTables(list)
-	if s.set.overlap&olInactiveL2 != 0 {
-		if err := s.findInactive(r); err != nil {
-			s.inactive = nil // what was known would accuse the innocent
-		}
-	}
-	if oldEnd > old {
-		s.free(old, oldEnd-old, discardOther)
-	}
-	return nil
-}
-
 // DeleteSnapshot implements graph.Snapshotter.
-func (s *image) DeleteSnapshot(r *blk.Req, id, name string) error {
+func (s *snapshots) DeleteSnapshot(r *blk.Req, id, name string) error {
 	for i := range s.snaps {
 		if s.snaps[i].ID == id && s.snaps[i].Name == name {
 			return s.quietly(r, func() error { return s.dropSnapshot(r, i) })
@@ -288,7 +239,7 @@ func (s *image) DeleteSnapshot(r *blk.Req, id, name string) error {
 	return errNoSnapshot
 }
 
-func (s *image) dropSnapshot(r *blk.Req, i int) error {
+func (s *snapshots) dropSnapshot(r *blk.Req, i int) error {
 	sn := s.snaps[i]
 	if err := s.checkL1(&sn); err != nil {
 		return undoneError{err}
@@ -339,7 +290,7 @@ func (s *image) dropSnapshot(r *blk.Req, i int) error {
 // dropRefs takes back one reference on each cluster of g, to which the image on disk does not refer
 // any more. What others refer to as well stays where it is, so those who read it are not waited
 // for: that may take long, and until the refcounts are right the copied flags are wrong.
-func (s *image) dropRefs(r *blk.Req, g span) {
+func (s *snapshots) dropRefs(r *blk.Req, g span) {
 	for c := g.first; c <= g.last; c++ {
 		n, err := s.refcount(r, c)
 		if err != nil || n < 2 || s.wrong.at(c) || s.addRef(r, c, -1) != nil {
@@ -349,7 +300,7 @@ func (s *image) dropRefs(r *blk.Req, g span) {
 }
 
 // publishSnapshots makes the internal snapshots known to queries.
-func (s *image) publishSnapshots() {
+func (s *snapshots) publishSnapshots() {
 	var out []*types.SnapshotInfo
 	for i := range s.snaps {
 		n := &s.snaps[i]
@@ -376,119 +327,3 @@ func (s *image) publishSnapshots() {
 func (d *Driver) Snapshots() []*types.SnapshotInfo { return *d.shownSnapshots.Load() }
 
 var _ graph.Snapshotter = (*Driver)(nil)
-
-// countSnapshots counts the table of snapshots, their L1 tables and what those refer to.
-func (s *image) countSnapshots(c *counter) error {
-	if len(s.snaps) == 0 {
-		return nil
-	}
-	start := int64(s.hdr.SnapshotsOffset)
-	if _, err := c.fixed(start, s.snapEnd-start, "snapshot table"); err != nil {
-		return err
-	}
-	for i := range s.snaps {
-		sn := &s.snaps[i]
-		if s.checkL1(sn) != nil {
-			c.res.Corruptions++
-			c.res.say("snapshot's L1 table at", sn.L1TableOffset)
-			continue
-		}
-		off, n := int64(sn.L1TableOffset), int64(sn.L1Size)
-		ok, err := c.fixed(off, n*8, "snapshot's L1 table")
-		if err == nil && ok {
-			err = s.eachTableEntry(c.r, off, n, func(e uint64) error {
-				if c.l1Entry(e, int32(i)+1); c.crowded() {
-					return errTooBig
-				}
-				return nil
-			})
-		}
-		if err != nil {
-			return err
-		}
-	}
-	return nil
-}
-
-func (s *image) readSnapshots(r *blk.Req) error {
-	start := int64(s.hdr.SnapshotsOffset)
-	if s.snapEnd = start; s.hdr.NbSnapshots == 0 {
-		return nil
-	}
-	q := s.sequence(r, start, s.file.Size())
-	defer q.close()
-	names := 0
-	for i := range int(s.hdr.NbSnapshots) {
-		if q.off >= q.end {
-			// Zeroes would count as entries: 65536 of them for a few bytes of header.
-			return wrap("Failed to read snapshot table", errInval)
-		}
-		h, err := q.peek(layout.SnapshotHeaderSize)
-		if err != nil {
-			return wrap("Failed to read snapshot table", err)
-		}
-		n, err := layout.SnapshotNeed(h, i)
-		if err != nil {
-			return err
-		}
-		b, err := q.peek(n)
-		if err != nil {
-			return wrap("Failed to read snapshot table", err)
-		}
-		sn := layout.ParseSnapshot(b, s.hdr.Size)
-		s.snaps = append(s.snaps, sn)
-		names += len(sn.ID) + len(sn.Name)
-		if q.skip(n); layout.SnapshotTableTooBig(q.off-start) || names > layout.MaxNames {
-			return errors.New("Snapshot table is too big")
-		}
-		s.snapEnd = q.off
-		if pad := int(-q.off & 7); pad > 0 {
-			if _, err := q.peek(pad); err != nil {
-				return wrap("Failed to read snapshot table", err)
-			}
-			q.skip(pad)
-		}
-	}
-	s.snapL1 = snapshotTables(s.snaps)
-	return nil
-}
-
-// checkL1 checks where a snapshot says that its L1 table is.
-func (s *image) checkL1(sn *layout.Snapshot) error {
-	n, cs := uint64(sn.L1Size), uint64(s.cs)
-	return layout.CheckTable(sn.L1TableOffset, n, 8, layout.MaxL1Bytes, cs, "Snapshot L1 table")
-}
-
-// snapshotTables is where snapshots have their L1 tables.
-func snapshotTables(l []layout.Snapshot) ranges {
-	all := make([]fileRange, 0, len(l))
-	for i := range l {
-		if off := int64(l[i].L1TableOffset); off >= 0 {
-			all = append(all, fileRange{off, off + min(int64(l[i].L1Size)*8, math.MaxInt64-off)})
-		}
-	}
-	return makeRanges(all)
-}
-
-// findInactive finds the L2 tables of snapshots for overlap-check=all. L1 tables that lie over each
-// other are read once.
-func (s *image) findInactive(r *blk.Req) error {
-	s.inactive = map[int64]struct{}{}
-	for i := range s.snaps {
-		if err := s.checkL1(&s.snaps[i]); err != nil {
-			return err
-		}
-	}
-	for _, t := range s.snapL1 {
-		l1, err := s.readTable(r, t.off, (t.end-t.off)/8)
-		if err != nil {
-			return wrap("Could not read L1 table", err)
-		}
-		for _, e := range l1.all() {
-			if e&layout.OffsetMask != 0 {
-				s.inactive[int64(e&layout.OffsetMask)>>s.cb] = struct{}{}
-			}
-		}
-	}
-	return nil
-}

@@ -9,7 +9,7 @@ import (
 const maxJoined = 256
 
 // Status tells about a run from off of at most n bytes.
-func (s *image) Status(r *blk.Req, off, n int64) (blk.Extent, error) {
+func (s *requests) Status(r *blk.Req, off, n int64) (blk.Extent, error) {
 	if !s.lock(r) {
 		return blk.Extent{}, blk.ErrWouldBlock
 	}
@@ -58,7 +58,7 @@ func (s *image) Status(r *blk.Req, off, n int64) (blk.Extent, error) {
 
 // Map appends the host ranges behind a prefix of [off, off+n). Clusters of this image stay where
 // they are until m is released.
-func (s *image) Map(r *blk.Req, off, n int64, m *blk.Mapping) error {
+func (s *requests) Map(r *blk.Req, off, n int64, m *blk.Mapping) error {
 	for n > 0 {
 		x, err := s.findMapped(r, off, n, m)
 		if err != nil {
@@ -89,7 +89,7 @@ func (s *image) Map(r *blk.Req, off, n int64, m *blk.Mapping) error {
 }
 
 // findMapped is lookup for mapping; m holds what the run refers to.
-func (s *image) findMapped(r *blk.Req, off, n int64, m *blk.Mapping) (x mapping, err error) {
+func (s *requests) findMapped(r *blk.Req, off, n int64, m *blk.Mapping) (x mapping, err error) {
 	if !s.lock(r) {
 		return x, blk.ErrWouldBlock
 	}
@@ -103,7 +103,7 @@ func (s *image) findMapped(r *blk.Req, off, n int64, m *blk.Mapping) (x mapping,
 	return x, err
 }
 
-func (s *image) mapBacking(r *blk.Req, off, n int64, m *blk.Mapping) error {
+func (s *requests) mapBacking(r *blk.Req, off, n int64, m *blk.Mapping) error {
 	b := s.back()
 	end := int64(0)
 	if b != nil {
@@ -125,15 +125,11 @@ func (s *image) mapBacking(r *blk.Req, off, n int64, m *blk.Mapping) error {
 
 // CopyFrom writes host ranges to off by the file's own copying. It fails with ErrNotSupported,
 // maybe after a part was copied, if old content would be needed around the new.
-func (s *image) CopyFrom(r *blk.Req, off int64, src []blk.HostRange, f blk.Flags) error {
-	err := s.copyFrom(r, off, src, f)
-	for again := 0; err != nil && again < maxRetries && s.giveSpace(r, err); again++ {
-		err = s.copyFrom(r, off, src, f)
-	}
-	return err
+func (s *requests) CopyFrom(r *blk.Req, off int64, src []blk.HostRange, f blk.Flags) error {
+	return s.retry(r, func() error { return s.copyFrom(r, off, src, f) })
 }
 
-func (s *image) copyFrom(r *blk.Req, off int64, src []blk.HostRange, f blk.Flags) error {
+func (s *requests) copyFrom(r *blk.Req, off int64, src []blk.HostRange, f blk.Flags) error {
 	if r.NoWait {
 		return blk.ErrWouldBlock
 	}
@@ -160,10 +156,7 @@ func (s *image) copyFrom(r *blk.Req, off int64, src []blk.HostRange, f blk.Flags
 			err = s.file.CopyFrom(r, p.host, part, f)
 			p.epoch.Release()
 		case !whole(off) || !whole(off+p.n):
-			s.mu.Lock()
-			s.abort(r, p.alloc)
-			s.mu.Unlock()
-			return blk.ErrNotSupported
+			return s.finish(r, p.alloc, blk.ErrNotSupported)
 		default:
 			err = s.copyAlloc(r, &p, part, f)
 		}
@@ -175,23 +168,13 @@ func (s *image) copyFrom(r *blk.Req, off int64, src []blk.HostRange, f blk.Flags
 	return nil
 }
 
-func (s *image) copyAlloc(r *blk.Req, p *plan, src []blk.HostRange, f blk.Flags) error {
+func (s *requests) copyAlloc(r *blk.Req, p *plan, src []blk.HostRange, f blk.Flags) error {
 	a := p.alloc
 	err := s.file.CopyFrom(r, p.host, src, f)
 	if rest := a.n<<s.cb - p.n; err == nil && rest > 0 && !a.fresh {
 		err = s.file.Zero(r, p.host+p.n, rest, 0) // beyond the end of the disk
 	}
-	s.mu.Lock()
-	defer s.mu.Unlock()
-	if err == nil {
-		err = s.link(r, a)
-	}
-	if err != nil {
-		s.abort(r, a)
-		return err
-	}
-	s.ended(a)
-	return nil
+	return s.finish(r, a, err)
 }
 
 // cut splits ranges after n bytes; the second part shares no memory with the first.

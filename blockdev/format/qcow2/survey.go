@@ -69,8 +69,7 @@ type surveyor struct {
 	above references
 
 	// survey is nil if none is due, or it is over.
-	// +checklocks:mu
-	survey *survey
+	survey *survey // +checklocks:mu
 }
 
 // references are what the parts of an image above the surveyor refer to.

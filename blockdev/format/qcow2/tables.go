@@ -8,8 +8,21 @@ import (
 	"qblockd/graph/blk"
 )
 
+// tables are the L1 table and the L2 tables of the disk, of which slices are cached. Their methods
+// need mu.
+type tables struct {
+	allocator
+
+	l1 entries // +checklocks:mu
+	// l1Dirty are the groups of 64 entries that are to be written.
+	l1Dirty map[int64]struct{} // +checklocks:mu
+	l2      *cache             // +checklocks:mu
+	// slice is the length of an L2 slice in bytes.
+	slice int64 // +checklocks:mu
+}
+
 // countL1 counts the L1 table and the L2 tables that it refers to.
-func (s *image) countL1(c *counter) error {
+func (s *tables) countL1(c *counter) error {
 	if err := c.active(int64(s.hdr.L1TableOffset), int64(s.hdr.L1Size)*8, "L1 table"); err != nil {
 		return err
 	}
@@ -22,7 +35,7 @@ func (s *image) countL1(c *counter) error {
 }
 
 // readL2 is that of references.
-func (s *image) readL2(r *blk.Req, tab int64, buf []byte) error {
+func (s *tables) readL2(r *blk.Req, tab int64, buf []byte) error {
 	if err := s.readFile(r, blk.Buf(buf), tab); err != nil {
 		return err
 	}
@@ -35,7 +48,7 @@ func (s *image) readL2(r *blk.Req, tab int64, buf []byte) error {
 }
 
 // takeL2 copies the dirty L2 slices and pins them.
-func (s *image) takeL2() []copied {
+func (s *tables) takeL2() []copied {
 	if s.l2.ndirty == 0 {
 		return nil
 	}
@@ -54,7 +67,7 @@ func (s *image) takeL2() []copied {
 }
 
 // takeL1 copies the dirty groups of L1 entries.
-func (s *image) takeL1() []copied {
+func (s *tables) takeL1() []copied {
 	var out []copied
 	for k := range s.l1Dirty {
 		out = append(out, copied{
@@ -67,7 +80,7 @@ func (s *image) takeL1() []copied {
 	return out
 }
 
-func (s *image) checkCopies(r *blk.Req, l2, l1 []copied) error {
+func (s *tables) checkCopies(r *blk.Req, l2, l1 []copied) error {
 	for _, c := range l2 {
 		if err := s.mayWrite(r, c.off, int64(len(c.data)), olActiveL2); err != nil {
 			return err
@@ -84,7 +97,7 @@ func (s *image) checkCopies(r *blk.Req, l2, l1 []copied) error {
 
 // writeCopies writes them in the order of the package doc; due tells that a barrier is due before.
 // It runs without mu.
-func (s *image) writeCopies(r *blk.Req, l2, l1 []copied, due bool) error {
+func (s *tables) writeCopies(r *blk.Req, l2, l1 []copied, due bool) error {
 	if due && len(l2)+len(l1) > 0 {
 		if err := s.file.Flush(r); err != nil {
 			return err
@@ -118,7 +131,7 @@ func (s *image) writeCopies(r *blk.Req, l2, l1 []copied, due bool) error {
 
 // eachCluster calls f for every cluster that an L1 table refers to, L2 tables and what their
 // entries refer to, until f fails or the context of r ends.
-func (s *image) eachCluster(r *blk.Req, l1 *entries, f func(c int64) error) error {
+func (s *tables) eachCluster(r *blk.Req, l1 *entries, f func(c int64) error) error {
 	buf := make([]byte, s.cs)
 	for _, e := range l1.all() {
 		tab := int64(e & layout.OffsetMask)
@@ -152,7 +165,7 @@ func (s *image) eachCluster(r *blk.Req, l1 *entries, f func(c int64) error) erro
 // vetL1 is called before all that an L1 table refers to is walked: each L2 table must lie in the
 // file, and be referred to once. A survey finds others, but some images are too large for one, and
 // a table to which 4 million entries refer would be walked for weeks.
-func (s *image) vetL1(r *blk.Req, l1 *entries) error {
+func (s *tables) vetL1(r *blk.Req, l1 *entries) error {
 	end := s.end()
 	var tabs []int64
 	for _, e := range l1.all() {
@@ -179,12 +192,12 @@ func (s *image) vetL1(r *blk.Req, l1 *entries) error {
 // allFits tells whether the L2 cache has place for the slices of the whole disk, as it does by
 // default up to 256 GiB with clusters of 64 KiB: nothing has to be evicted then, however much is
 // changed.
-func (s *image) allFits() bool {
+func (s *tables) allFits() bool {
 	const entrySize = 8
 	return int64(s.l2.max)*s.slice/entrySize >= s.geo.Clusters(s.size.Load())
 }
 
-func (s *image) makeCaches() {
+func (s *tables) makeCaches() {
 	s.slice = s.set.slice
 	s.l2 = newCache(int(s.slice), s.set.l2Tables)
 	s.rb = newCache(int(s.cs), s.set.rbTables)

@@ -7,8 +7,39 @@ import (
 	"qblockd/graph/blk"
 )
 
+// alloc is an allocation whose data are being written; the L2 entries still hold the old state.
+type alloc struct {
+	first, n int64 // guest clusters
+	host     int64
+	reuse    bool // the entry's own host cluster is written
+	fresh    bool // the host clusters were never written, so they read as zeroes
+}
+
+// inflight are the allocations whose data are being written.
+type inflight []*alloc
+
+// at returns the one in guest cluster gc, or nil.
+func (l inflight) at(gc int64) *alloc {
+	for _, a := range l {
+		if a.first <= gc && gc < a.first+a.n {
+			return a
+		}
+	}
+	return nil
+}
+
+// until shortens a run of k clusters from gc so that it ends before the next one.
+func (l inflight) until(gc, k int64) int64 {
+	for _, a := range l {
+		if gc < a.first && a.first < gc+k {
+			k = a.first - gc
+		}
+	}
+	return k
+}
+
 // WriteAt writes v at off. With blk.Compressed it stores whole clusters compressed.
-func (s *image) WriteAt(r *blk.Req, v blk.Vec, off int64, f blk.Flags) error {
+func (s *requests) WriteAt(r *blk.Req, v blk.Vec, off int64, f blk.Flags) error {
 	err := s.writeMarked(r, v, off, f)
 	for again := 0; err != nil && again < maxRetries && s.giveSpace(r, err); again++ {
 		err = s.writeMarked(r, v, off, f)
@@ -16,15 +47,15 @@ func (s *image) WriteAt(r *blk.Req, v blk.Vec, off int64, f blk.Flags) error {
 	return err
 }
 
-func (s *image) writeMarked(r *blk.Req, v blk.Vec, off int64, f blk.Flags) error {
+func (s *requests) writeMarked(r *blk.Req, v blk.Vec, off int64, f blk.Flags) error {
 	if err := s.mark(r, off, v.Len(), f); err != nil {
 		return err
 	}
 	return s.writeAt(r, v, off, f)
 }
 
-// writeAt is WriteAt of what bitmaps need not know.
-func (s *image) writeAt(r *blk.Req, v blk.Vec, off int64, f blk.Flags) error {
+// writeAt is WriteAt for what bitmaps do not record.
+func (s *requests) writeAt(r *blk.Req, v blk.Vec, off int64, f blk.Flags) error {
 	if f&blk.Compressed != 0 {
 		return s.writeCompressed(r, v, off, f)
 	}
@@ -43,7 +74,7 @@ func (s *image) writeAt(r *blk.Req, v blk.Vec, off int64, f blk.Flags) error {
 			err = s.file.WriteAt(r, w, p.host, 0)
 			p.epoch.Release()
 		} else {
-			err = s.writeAlloc(r, &p, w, off+done)
+			err = s.finish(r, p.alloc, s.writeAround(r, &p, w, off+done))
 		}
 		if err != nil {
 			return err
@@ -57,15 +88,16 @@ func (s *image) writeAt(r *blk.Req, v blk.Vec, off int64, f blk.Flags) error {
 type plan struct {
 	n     int64  // bytes
 	host  int64  // file offset of the first byte
-	epoch *epoch // held while writing in place
+	epoch *epoch // the writer is in it while it writes in place
 	alloc *alloc // nil: in place
-	// Old state of the first and last cluster of an allocation, for copying what is not written.
+	// head and tail are the old state of the first and last cluster of an allocation, for copying
+	// what is not written.
 	head, tail mapping
 }
 
-// planWrite decides how the bytes from off, at most n, are written, and allocates for them.
-// It waits for allocations that are in flight in the first cluster.
-func (s *image) planWrite(r *blk.Req, off, n int64) (plan, error) {
+// planWrite decides how the bytes from off, at most n, are written, and allocates for them. It
+// waits for the allocation in flight in the first cluster, if there is one.
+func (s *requests) planWrite(r *blk.Req, off, n int64) (plan, error) {
 	if !s.lock(r) {
 		return plan{}, blk.ErrWouldBlock
 	}
@@ -80,10 +112,10 @@ func (s *image) planWrite(r *blk.Req, off, n int64) (plan, error) {
 			return plan{}, err
 		}
 		if !warmed && s.warm(r, gc) {
-			warmed = true // once: other reasons to wait are looked at again
+			warmed = true // once; all else is looked at again
 			continue
 		}
-		if len(s.inflight) == 0 || s.inflightAt(gc) == nil {
+		if s.inflight.at(gc) == nil {
 			break
 		}
 		if r.NoWait {
@@ -91,10 +123,7 @@ func (s *image) planWrite(r *blk.Req, off, n int64) (plan, error) {
 		}
 		s.wake.Wait()
 	}
-	k := min(s.geo.Clusters(in+n), s.sliceLeft(gc))
-	if len(s.inflight) > 0 {
-		k = s.untilInflight(gc, k)
-	}
+	k := s.inflight.until(gc, min(s.geo.Clusters(in+n), s.sliceLeft(gc)))
 	t, err := s.loadSlice(r, gc)
 	if err != nil {
 		return plan{}, err
@@ -112,8 +141,9 @@ func (s *image) planWrite(r *blk.Req, off, n int64) (plan, error) {
 	return s.planAlloc(r, gc, k, in, n)
 }
 
-// planInPlace overwrites a run of up to k clusters that lie side by side and are not shared.
-func (s *image) planInPlace(r *blk.Req, t *table, i, k, in, n int64) (plan, error) {
+// planInPlace is for overwriting a run of up to k clusters that lie side by side and are not
+// shared.
+func (s *requests) planInPlace(r *blk.Req, t *table, i, k, in, n int64) (plan, error) {
 	e := entry(t, i)
 	host := int64(e & layout.OffsetMask)
 	if host&(s.cs-1) != 0 {
@@ -133,17 +163,14 @@ func (s *image) planInPlace(r *blk.Req, t *table, i, k, in, n int64) (plan, erro
 			return plan{}, err
 		}
 	}
-	if err := s.checkOverlap(r, host+in, m, 0); err != nil {
-		return plan{}, err
-	}
-	if err := s.checkOwner(r, host+in, m); err != nil {
+	if err := s.mayWrite(r, host+in, m, 0); err != nil {
 		return plan{}, err
 	}
 	return plan{n: m, host: host + in, epoch: s.quarantine.hold()}, nil
 }
 
-// planAlloc allocates for a run of up to k clusters from gc, none of which can be written in place.
-func (s *image) planAlloc(r *blk.Req, gc, k, in, n int64) (plan, error) {
+// planAlloc allocates for a run of up to k clusters from gc that cannot be written in place.
+func (s *requests) planAlloc(r *blk.Req, gc, k, in, n int64) (plan, error) {
 	if err := s.setDirtyBit(r); err != nil {
 		return plan{}, err
 	}
@@ -190,8 +217,8 @@ func (s *image) planAlloc(r *blk.Req, gc, k, in, n int64) (plan, error) {
 		s.dataEnd = max(s.dataEnd, a.host+got<<s.cb)
 	}
 	p := plan{n: min(n, a.n<<s.cb-in), host: a.host + in, alloc: a}
-	p.head = s.oldState(first)
-	p.tail = s.oldState(entry(t, i+a.n-1))
+	p.head = oldState(first)
+	p.tail = oldState(entry(t, i+a.n-1))
 	if err := s.checkOverlap(r, a.host, a.n<<s.cb, 0); err != nil {
 		s.abort(r, a)
 		return plan{}, err
@@ -205,43 +232,22 @@ func reusable(e uint64) bool {
 	return e&layout.Copied != 0 && layout.KindOf(e) == layout.ZeroAlloc
 }
 
-func (s *image) oldState(e uint64) mapping {
+func oldState(e uint64) mapping {
 	return mapping{kind: layout.KindOf(e), entry: e, host: int64(e & layout.OffsetMask)}
 }
 
-// inflightAt returns the allocation in flight in guest cluster gc; mu is held.
-func (s *image) inflightAt(gc int64) *alloc {
-	for _, a := range s.inflight {
-		if a.first <= gc && gc < a.first+a.n {
-			return a
-		}
-	}
-	return nil
-}
-
-// untilInflight shortens a run of k clusters from gc so that it ends before the next allocation in
-// flight.
-func (s *image) untilInflight(gc, k int64) int64 {
-	for _, a := range s.inflight {
-		if gc < a.first && a.first < gc+k {
-			k = a.first - gc
-		}
-	}
-	return k
-}
-
 // waitInflight waits until no allocation is in flight within k clusters from gc, or the image has
-// been given up; mu is held, and dropped while waiting (then waited is true).
-func (s *image) waitInflight(gc, k int64) (waited bool) {
-	for (s.inflightAt(gc) != nil || s.untilInflight(gc, k) != k) && s.usable() == nil {
+// been given up. waited tells that mu was dropped.
+func (s *requests) waitInflight(gc, k int64) (waited bool) {
+	for (s.inflight.at(gc) != nil || s.inflight.until(gc, k) != k) && s.usable() == nil {
 		waited = true
 		s.wake.Wait()
 	}
 	return waited
 }
 
-// ended removes a from the allocations in flight; mu is held.
-func (s *image) ended(a *alloc) {
+// endAlloc removes a from the allocations in flight.
+func (s *requests) endAlloc(a *alloc) {
 	for i, x := range s.inflight {
 		if x == a {
 			last := len(s.inflight) - 1
@@ -253,33 +259,32 @@ func (s *image) ended(a *alloc) {
 	}
 }
 
-// abort gives back what a took; nothing refers to it. mu is held.
-func (s *image) abort(r *blk.Req, a *alloc) {
+// abort gives back what a took; nothing refers to it.
+func (s *requests) abort(r *blk.Req, a *alloc) {
 	if !a.reuse && !s.dead.Load() {
 		s.unref(r, freed{off: a.host, n: a.n << s.cb})
 	}
-	s.ended(a)
+	s.endAlloc(a)
 }
 
-// writeAlloc writes w into the clusters of p together with what has to be copied around
-// it, then enters them into the L2 table.
-func (s *image) writeAlloc(r *blk.Req, p *plan, w blk.Vec, off int64) error {
-	err := s.writeAround(r, p, w, off)
+// finish ends an allocation: its clusters are entered into the L2 table, or given back after an
+// error of writing to them.
+func (s *requests) finish(r *blk.Req, a *alloc, err error) error {
 	s.mu.Lock()
 	defer s.mu.Unlock()
 	if err == nil {
-		err = s.link(r, p.alloc)
+		err = s.link(r, a)
 	}
 	if err != nil {
-		s.abort(r, p.alloc)
+		s.abort(r, a)
 		return err
 	}
-	s.ended(p.alloc)
+	s.endAlloc(a)
 	return nil
 }
 
-// link makes the L2 entries of a point to its clusters; mu is held.
-func (s *image) link(r *blk.Req, a *alloc) error {
+// link makes the L2 entries of a refer to its clusters.
+func (s *requests) link(r *blk.Req, a *alloc) error {
 	if err := s.usable(); err != nil {
 		return err
 	}

@@ -9,15 +9,11 @@ import (
 // the caller has to write, for a part of a cluster whose rest does not read as zeroes, and in
 // images of version 2, which can only have no cluster there, if anything lies below or may do so
 // later.
-func (s *image) Zero(r *blk.Req, off, n int64, f blk.Flags) error {
-	err := s.zero(r, off, n, f)
-	for again := 0; err != nil && again < maxRetries && s.giveSpace(r, err); again++ {
-		err = s.zero(r, off, n, f)
-	}
-	return err
+func (s *requests) Zero(r *blk.Req, off, n int64, f blk.Flags) error {
+	return s.retry(r, func() error { return s.zero(r, off, n, f) })
 }
 
-func (s *image) zero(r *blk.Req, off, n int64, f blk.Flags) error {
+func (s *requests) zero(r *blk.Req, off, n int64, f blk.Flags) error {
 	if r.NoWait {
 		return blk.ErrWouldBlock
 	}
@@ -73,7 +69,7 @@ func (s *image) zero(r *blk.Req, off, n int64, f blk.Flags) error {
 }
 
 // zeroEntry makes one cluster read as zeroes, keeping its host cluster unless it may go.
-func (s *image) zeroEntry(r *blk.Req, t *table, i int64, unmap bool) error {
+func (s *requests) zeroEntry(r *blk.Req, t *table, i int64, unmap bool) error {
 	old := entry(t, i)
 	unmap = unmap && !s.set.noUnref
 	drop := unmap && layout.KindOf(old).HasHost() || layout.KindOf(old) == layout.CompressedKind
@@ -97,7 +93,7 @@ func (s *image) zeroEntry(r *blk.Req, t *table, i int64, unmap bool) error {
 }
 
 // restIsZero tells whether the cluster around [off, end) reads as zeroes outside of it.
-func (s *image) restIsZero(r *blk.Req, off, end int64) (bool, error) {
+func (s *requests) restIsZero(r *blk.Req, off, end int64) (bool, error) {
 	gc := off >> s.cb
 	if s.waitInflight(gc, 1) {
 		if err := s.usable(); err != nil {
@@ -112,7 +108,7 @@ func (s *image) restIsZero(r *blk.Req, off, end int64) (bool, error) {
 }
 
 // readsZero tells whether guest cluster gc, whose L2 entry is of kind k, surely reads as zeroes.
-func (s *image) readsZero(k layout.Kind, gc int64) bool {
+func (s *requests) readsZero(k layout.Kind, gc int64) bool {
 	return k == layout.ZeroPlain || k == layout.ZeroAlloc || k == layout.Unallocated && s.backSize() <= gc<<s.cb
 }
 
@@ -128,7 +124,7 @@ const (
 // eachSlice calls f for the parts of guest clusters [from, to) that one L2 slice maps, with no
 // allocation in flight there, and the slice ready to be changed. With create false, parts without
 // an L2 table are skipped. It drops mu in between, and ends when the client has gone.
-func (s *image) eachSlice(r *blk.Req, from, to int64, create bool, f func(t *table, gc, k int64) error) error {
+func (s *requests) eachSlice(r *blk.Req, from, to int64, create bool, f func(t *table, gc, k int64) error) error {
 	for gc, did := from, int64(0); gc < to; {
 		if did >= turnEntries {
 			did = 0
@@ -179,15 +175,11 @@ func (s *image) eachSlice(r *blk.Req, from, to int64, create bool, f func(t *tab
 
 // Discard frees the clusters within [off, off+n). They read as zeroes afterwards or, in images of
 // version 2, which must not have or name a backing file, become unallocated.
-func (s *image) Discard(r *blk.Req, off, n int64) error {
-	err := s.discardAt(r, off, n)
-	for again := 0; err != nil && again < maxRetries && s.giveSpace(r, err); again++ {
-		err = s.discardAt(r, off, n)
-	}
-	return err
+func (s *requests) Discard(r *blk.Req, off, n int64) error {
+	return s.retry(r, func() error { return s.discardAt(r, off, n) })
 }
 
-func (s *image) discardAt(r *blk.Req, off, n int64) error {
+func (s *requests) discardAt(r *blk.Req, off, n int64) error {
 	if r.NoWait {
 		return blk.ErrWouldBlock
 	}
@@ -215,7 +207,7 @@ func (s *image) discardAt(r *blk.Req, off, n int64) error {
 }
 
 // discard frees guest clusters [from, to); full leaves them unallocated.
-func (s *image) discard(r *blk.Req, from, to int64, hasBacking, full bool, kind discardKind) error {
+func (s *requests) discard(r *blk.Req, from, to int64, hasBacking, full bool, kind discardKind) error {
 	keep := s.set.noUnref && !full && kind == discardRequest
 	return s.eachSlice(r, from, to, hasBacking && !full, func(t *table, gc, k int64) error {
 		i := s.l2Index(gc)
@@ -259,7 +251,7 @@ func (s *image) discard(r *blk.Req, from, to int64, hasBacking, full bool, kind 
 
 // keep adds the host cluster of e, which keeps its place (discard-no-unref), to what is to be
 // punched, unless a snapshot shares it.
-func (s *image) keep(r *blk.Req, list []freed, e uint64, kind discardKind) []freed {
+func (s *requests) keep(r *blk.Req, list []freed, e uint64, kind discardKind) []freed {
 	off := int64(e & layout.OffsetMask)
 	if !s.set.discard[kind] || off&(s.cs-1) != 0 || off+s.cs > s.file.Size() || e&layout.Copied == 0 {
 		return list

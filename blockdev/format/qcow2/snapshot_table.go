@@ -1,0 +1,185 @@
+package qcow2
+
+import (
+	"errors"
+	"math"
+
+	"qblockd/blockdev/format/qcow2/layout"
+	"qblockd/graph/blk"
+)
+
+func (s *snapshots) readSnapshots(r *blk.Req) error {
+	start := int64(s.hdr.SnapshotsOffset)
+	if s.snapEnd = start; s.hdr.NbSnapshots == 0 {
+		return nil
+	}
+	q := s.sequence(r, start, s.file.Size())
+	defer q.close()
+	names := 0
+	for i := range int(s.hdr.NbSnapshots) {
+		if q.off >= q.end {
+			// Zeroes would count as entries: 65536 of them for a few bytes of header.
+			return wrap("Failed to read snapshot table", errInval)
+		}
+		h, err := q.peek(layout.SnapshotHeaderSize)
+		if err != nil {
+			return wrap("Failed to read snapshot table", err)
+		}
+		n, err := layout.SnapshotNeed(h, i)
+		if err != nil {
+			return err
+		}
+		b, err := q.peek(n)
+		if err != nil {
+			return wrap("Failed to read snapshot table", err)
+		}
+		sn := layout.ParseSnapshot(b, s.hdr.Size)
+		s.snaps = append(s.snaps, sn)
+		names += len(sn.ID) + len(sn.Name)
+		if q.skip(n); layout.SnapshotTableTooBig(q.off-start) || names > layout.MaxNames {
+			return errors.New("Snapshot table is too big")
+		}
+		s.snapEnd = q.off
+		if pad := int(-q.off & 7); pad > 0 {
+			if _, err := q.peek(pad); err != nil {
+				return wrap("Failed to read snapshot table", err)
+			}
+			q.skip(pad)
+		}
+	}
+	s.snapL1 = snapshotTables(s.snaps)
+	return nil
+}
+
+// snapshotTables is where snapshots have their L1 tables.
+func snapshotTables(l []layout.Snapshot) ranges {
+	all := make([]fileRange, 0, len(l))
+	for i := range l {
+		if off := int64(l[i].L1TableOffset); off >= 0 {
+			all = append(all, fileRange{off, off + min(int64(l[i].L1Size)*8, math.MaxInt64-off)})
+		}
+	}
+	return makeRanges(all)
+}
+
+// checkL1 checks where a snapshot says that its L1 table is.
+func (s *snapshots) checkL1(sn *layout.Snapshot) error {
+	n, cs := uint64(sn.L1Size), uint64(s.cs)
+	return layout.CheckTable(sn.L1TableOffset, n, 8, layout.MaxL1Bytes, cs, "Snapshot L1 table")
+}
+
+// findInactive finds the L2 tables of snapshots for overlap-check=all. L1 tables that lie over each
+// other are read once.
+func (s *snapshots) findInactive(r *blk.Req) error {
+	s.inactive = map[int64]struct{}{}
+	for i := range s.snaps {
+		if err := s.checkL1(&s.snaps[i]); err != nil {
+			return err
+		}
+	}
+	for _, t := range s.snapL1 {
+		l1, err := s.readTable(r, t.off, (t.end-t.off)/8)
+		if err != nil {
+			return wrap("Could not read L1 table", err)
+		}
+		for _, e := range l1.all() {
+			if e&layout.OffsetMask != 0 {
+				s.inactive[int64(e&layout.OffsetMask)>>s.cb] = struct{}{}
+			}
+		}
+	}
+	return nil
+}
+
+// writeSnapshots makes list the table of snapshots.
+func (s *snapshots) writeSnapshots(r *blk.Req, list []layout.Snapshot) error {
+	var b []byte
+	names := 0
+	for i := range list {
+		b = list[i].AppendTo(b)
+		names += len(list[i].ID) + len(list[i].Name)
+	}
+	if layout.SnapshotTableTooBig(int64(len(b))) || names > layout.MaxNames {
+		return errTooBig
+	}
+	off := int64(0)
+	if len(list) > 0 {
+		var err error
+		if off, err = s.writeNew(r, b, "snapshot table"); err != nil {
+			return err
+		}
+	}
+	if err := s.writeRefcounts(r); err != nil {
+		return err
+	}
+	if err := s.barrier(r); err != nil {
+		return err
+	}
+	var h [12]byte
+	be.PutUint32(h[:], uint32(len(list)))
+	be.PutUint64(h[4:], uint64(off))
+	s.fresh = nil // from here on the image may refer to them, also after an error
+	if err := s.enter(r, h[:], layout.OffSnapshots); err != nil {
+		return unsureError{err}
+	}
+	old, oldEnd := int64(s.hdr.SnapshotsOffset), s.snapEnd
+	s.hdr.NbSnapshots, s.hdr.SnapshotsOffset = uint32(len(list)), uint64(off)
+	s.snaps, s.snapEnd, s.snapL1 = list, off+int64(len(b)), snapshotTables(list)
+	if s.set.overlap&olInactiveL2 != 0 {
+		if err := s.findInactive(r); err != nil {
+			s.inactive = nil // what was known would accuse the innocent
+		}
+	}
+	if oldEnd > old {
+		s.free(old, oldEnd-old, discardOther)
+	}
+	return nil
+}
+
+// countSnapshots counts the table of snapshots, their L1 tables and what those refer to.
+func (s *snapshots) countSnapshots(c *counter) error {
+	if len(s.snaps) == 0 {
+		return nil
+	}
+	start := int64(s.hdr.SnapshotsOffset)
+	if _, err := c.fixed(start, s.snapEnd-start, "snapshot table"); err != nil {
+		return err
+	}
+	for i := range s.snaps {
+		sn := &s.snaps[i]
+		if s.checkL1(sn) != nil {
+			c.res.Corruptions++
+			c.res.say("snapshot's L1 table at", sn.L1TableOffset)
+			continue
+		}
+		off, n := int64(sn.L1TableOffset), int64(sn.L1Size)
+		ok, err := c.fixed(off, n*8, "snapshot's L1 table")
+		if err == nil && ok {
+			err = s.eachTableEntry(c.r, off, n, func(e uint64) error {
+				if c.l1Entry(e, int32(i)+1); c.crowded() {
+					return errTooBig
+				}
+				return nil
+			})
+		}
+		if err != nil {
+			return err
+		}
+	}
+	return nil
+}
+
+// addSnapshot writes the L1 copy and a new table of snapshots, and makes the header refer to that.
+func (s *snapshots) addSnapshot(r *blk.Req, sn *layout.Snapshot) error {
+	l1 := make([]byte, int64(sn.L1Size)*8)
+	for i, e := range s.l1.all() {
+		be.PutUint64(l1[8*i:], e&^layout.Copied)
+	}
+	defer s.giveBack(r)
+	off, err := s.writeNew(r, l1, "snapshot L1 table")
+	if err != nil {
+		return err
+	}
+	sn.L1TableOffset = uint64(off)
+	return s.writeSnapshots(r, append(s.snaps[:len(s.snaps):len(s.snaps)], *sn))
+}
