@@ -1,7 +1,6 @@
 package arch
 
 import (
-	"flag"
 	"os"
 	"os/exec"
 	"path"
@@ -77,8 +76,6 @@ func strs[T ~string](l []T) (out []string) {
 	return out
 }
 
-var update = flag.Bool("update", false, "TestReadmeTables: move names that the schema has got or lost between the rows of README.md")
-
 // TestReadmeTables: what README.md says works is what the schema has, no more and no less.
 func TestReadmeTables(t *testing.T) {
 	text := read(t, "README.md")
@@ -95,14 +92,6 @@ func TestReadmeTables(t *testing.T) {
 			continue
 		}
 		section, _, _ = strings.Cut(section, "\n#")
-		if *update {
-			fresh := moveNames(section, have)
-			text = strings.Replace(text, section, fresh, 1)
-			if err := os.WriteFile(filepath.Join(root, "README.md"), []byte(text), 0o644); err != nil {
-				t.Fatal(err)
-			}
-			section = fresh
-		}
 		var works []string
 		for row := range strings.Lines(section) {
 			cells := strings.SplitN(row, "|", 3)
@@ -110,13 +99,10 @@ func TestReadmeTables(t *testing.T) {
 				continue
 			}
 			for _, m := range quoted.FindAllStringSubmatch(cells[2], -1) {
-				switch strings.TrimSpace(cells[1]) {
-				case "works", "partly":
+				if strings.TrimSpace(cells[1]) != "not yet" {
 					works = append(works, m[1])
-				case "not yet":
-					if slices.Contains(have, m[1]) {
-						t.Errorf("README.md, %s: %s is there, but listed under 'not yet'", title, m[1])
-					}
+				} else if slices.Contains(have, m[1]) {
+					t.Errorf("README.md, %s: %s is there, but listed under 'not yet'", title, m[1])
 				}
 			}
 		}
@@ -131,43 +117,6 @@ func TestReadmeTables(t *testing.T) {
 			}
 		}
 	}
-}
-
-// moveNames puts every name of have that the section does not call working into its row "works", and takes the others out of it.
-// What stands in the row "partly" is for people to say.
-func moveNames(section string, have []string) string {
-	rows := strings.SplitAfter(section, "\n")
-	partly := ""
-	for _, row := range rows {
-		if strings.HasPrefix(row, "| partly |") {
-			partly = row
-		}
-	}
-	for i, row := range rows {
-		kind, names, ok := strings.Cut(strings.TrimPrefix(row, "| "), " | ")
-		if !ok || kind != "works" && kind != "not yet" || strings.Contains(names, "(") {
-			continue // other rows, and those that people have said more in
-		}
-		var l []string
-		for _, m := range quoted.FindAllStringSubmatch(names, -1) {
-			if slices.Contains(have, m[1]) == (kind == "works") {
-				l = append(l, m[1])
-			}
-		}
-		if kind == "works" {
-			for _, name := range have {
-				if !slices.Contains(l, name) && !strings.Contains(partly, "`"+name+"`") {
-					l = append(l, name)
-				}
-			}
-			slices.Sort(l)
-		}
-		rows[i] = "| " + kind + " | `" + strings.Join(l, "` `") + "` |\n"
-		if len(l) == 0 {
-			rows[i] = ""
-		}
-	}
-	return strings.Join(rows, "")
 }
 
 // TestReadmeConversation pastes the README's conversation into a shell beside "make run".

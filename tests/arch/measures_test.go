@@ -2,6 +2,7 @@ package arch
 
 import (
 	"bytes"
+	"flag"
 	"fmt"
 	"go/ast"
 	"go/parser"
@@ -31,6 +32,8 @@ var measures = []struct {
 // lines of the package are. Nothing is added to it; "go test ./tests/arch -run TestMeasures
 // -update" writes it anew.
 const exceptions = "exceptions.txt"
+
+var update = flag.Bool("update", false, "TestMeasures: write exceptions.txt anew")
 
 func TestMeasures(t *testing.T) {
 	found := map[string]int{}
