@@ -56,13 +56,14 @@ func TestAwaitAnswer(t *testing.T) {
 		r := newRecorder()
 		m := NewManager(r, nil)
 		copied := make(chan struct{})
-		j, err := m.Create(Spec{ID: "j", Type: types.JobTypeMirror, Block: true, Runner: &work{run: func(_ context.Context, h *Handle) error {
+		w := &work{run: func(_ context.Context, h *Handle) error {
 			h.Yield()
 			<-copied
 			h.AwaitAnswer()
 			h.Ready()
 			return h.Idle()
-		}}})
+		}}
+		j, err := m.Create(Spec{ID: "j", Type: types.JobTypeMirror, Block: true, Runner: w})
 		if err != nil {
 			t.Fatal(err)
 		}
@@ -90,7 +91,9 @@ func TestSettle(t *testing.T) {
 	r := newRecorder()
 	m := NewManager(r, nil)
 	create := func(id string, manual bool, run func(context.Context, *Handle) error) *Job {
-		j, err := m.Create(Spec{ID: id, Type: types.JobTypeBackup, Runner: &work{run: run}, Block: true, Instant: true, ManualFinalize: manual})
+		j, err := m.Create(Spec{
+			ID: id, Type: types.JobTypeBackup, Runner: &work{run: run}, Block: true, Instant: true, ManualFinalize: manual,
+		})
 		if err != nil {
 			t.Fatal(err)
 		}

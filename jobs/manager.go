@@ -68,7 +68,8 @@ func (m *Manager) Create(s Spec) (*Job, error) {
 		return nil, fmt.Errorf("Invalid job ID '%s'", s.ID)
 	}
 	j := &Job{
-		m: m, id: s.ID, typ: s.Type, nodes: s.Nodes, runner: s.Runner, txn: s.Txn, instant: s.Instant, seenAs: cmp.Or(s.SeenAs, visible.Job(s.Type)),
+		m: m, id: s.ID, typ: s.Type, nodes: s.Nodes, runner: s.Runner, txn: s.Txn,
+		instant: s.Instant, seenAs: cmp.Or(s.SeenAs, visible.Job(s.Type)),
 		ended: make(chan struct{}), finished: make(chan struct{}),
 		yielded: latch{c: make(chan struct{})}, released: latch{c: make(chan struct{})},
 		st: machine.State{AutoFinalize: !s.ManualFinalize, AutoDismiss: !s.ManualDismiss},

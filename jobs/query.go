@@ -35,7 +35,8 @@ func (m *Manager) QueryBlock() []*types.BlockJobInfo {
 		}
 		info := &types.BlockJobInfo{
 			Type: string(j.typ), Device: j.id, Len: j.total.Load(), Offset: j.current.Load(),
-			Busy: !j.waiting.Load(), Paused: j.st.PauseCount > 0 || visible.ShownPaused(j.seenAs, j.st.Status), Speed: j.block.speed,
+			Busy: !j.waiting.Load(), Speed: j.block.speed,
+			Paused:   j.st.PauseCount > 0 || visible.ShownPaused(j.seenAs, j.st.Status),
 			IoStatus: j.block.ioStatus, Ready: j.st.Status.IsReady(),
 			Status:       types.JobStatus(j.st.Status.String()),
 			AutoFinalize: j.st.AutoFinalize, AutoDismiss: j.st.AutoDismiss,

@@ -104,8 +104,8 @@ func (m *Manager) pauseInPassing(at visible.Moment, l []*Job) {
 // +checklocks:m.mu
 func (m *Manager) pauseLocked(l []*Job, spans map[*Job]span) (goOn []*Job) {
 	for _, j := range l {
-		s := j.st.Status
-		if (s == machine.Running || s == machine.Ready) && j.st.Started && !j.st.Ended && !j.st.ShouldPause() && !j.st.Forced {
+		atWork := j.st.Status == machine.Running || j.st.Status == machine.Ready
+		if atWork && j.st.Started && !j.st.Ended && !j.st.ShouldPause() && !j.st.Forced {
 			goOn = append(goOn, j)
 		}
 	}

@@ -1,5 +1,6 @@
 // Package copy is the one copy engine of the jobs: it walks a range, asks what is to be done with
-// each extent, and lets a few workers do it, under the job's pause points, speed limit and error policies.
+// each extent, and lets a few workers do it, under the job's pause points, speed limit and error
+// policies.
 //
 //	walk: Checkpoint/Throttle -> Look -> skip, or hand over --> workers: gate -> Copy -> gate
 //	        ^                                                      |
@@ -7,11 +8,12 @@
 //
 // With one worker the walker copies by itself.
 //
-// The walker holds no gate pass while it waits, and every unit passes the gate on its own, so a drain waits
-// for the units in flight only.
+// The walker holds no gate pass while it waits, and every unit passes the gate on its own, so a
+// drain waits for the units in flight only.
 //
-// Workers end in any order, but what the job's client sees is as if one did everything, from the first byte to the last: a unit counts as done when
-// all before it do (order.go), and of several that fail the first one is reported. So progress at a failing byte is the same each time.
+// Workers end in any order, but what the job's client sees is as if one did everything, from the
+// first byte to the last: a unit counts as done when all before it do (order.go), and of several
+// that fail the first one is reported. So progress at a failing byte is the same each time.
 package copy
 
 import (
@@ -63,32 +65,39 @@ type rootGate struct {
 // Begin implements Gate.
 func (g rootGate) Begin() (*blk.Req, error) { return g.Root.Begin(g.ctx) }
 
-// Task describes a copy. Its functions run in several goroutines, each with a unit of work of its own.
+// Task describes a copy. Its functions run in several goroutines, each with a unit of work of its
+// own.
 type Task struct {
 	Gate Gate
-	// Size is the length of the range in bytes, Chunk the largest extent that is copied at once, Workers how many at the same time.
+	// Size is the length of the range in bytes, Chunk the largest extent that is copied at once,
+	// Workers how many at the same time.
 	Size, Chunk int64
-	// LongZeroes: extents of zeroes are handed over as long as Look says, also beyond what it was asked about.
+	// LongZeroes: extents of zeroes are handed over as long as Look says, also beyond what it was
+	// asked about.
 	LongZeroes bool
 	Workers    int
-	// Guests is set whenever a request of a guest passes; nil: nobody sees them. While there are any, one extent at a time is copied: several workers
-	// take the processors from whoever serves guests.
+	// Guests is set whenever a request of a guest passes; nil: nobody sees them. While there are
+	// any, one extent at a time is copied: several workers take the processors from whoever serves
+	// guests.
 	Guests *atomic.Bool
-	// Piece is how many bytes of an extent of data are copied at once while there are guests, who wait
-	// for a processor no longer than that takes; 0: all of it. Where Piece is set, Copy must do nothing
-	// for what is copied already: after a failure the whole extent is handed over again.
+	// Piece is how many bytes of an extent of data are copied at once while there are guests, who
+	// wait for a processor no longer than that takes; 0: all of it. Where Piece is set, Copy must
+	// do nothing for what is copied already: after a failure the whole extent is handed over again.
 	Piece int64
-	// Look tells what [off, off+n) needs, or at least its beginning, or more. n grows while nothing is to do, so that what is empty is passed over
-	// in a few steps.
+	// Look tells what [off, off+n) needs, or at least its beginning, or more. n grows while nothing
+	// is to do, so that what is empty is passed over in a few steps.
 	Look func(r *blk.Req, off, n int64) (Extent, error)
-	// Copy does it, and tells how many bytes that counts as, also of what was done before it failed. It takes the conflict lock that keeps guest writes out, as long as it needs.
+	// Copy does it, and tells how many bytes that counts as, also of what was done before it
+	// failed. It takes the conflict lock that keeps guest writes out, as long as it needs.
 	Copy func(r *blk.Req, off int64, e Extent) (n int64, err error)
 	// Operation and Policy: what a failure counts as, and what becomes of it.
 	Operation types.IoOperationType
 	Policy    types.BlockdevOnError
-	// Side tells them of an error, for tasks where they depend on the side that fails; nil: they are always the same.
+	// Side tells them of an error, for tasks where they depend on the side that fails; nil: they
+	// are always the same.
 	Side func(err error) (types.IoOperationType, types.BlockdevOnError)
-	// RetryIgnored: errors that the policy ignores are tried again, and again, until they are gone. What goes on failing is tried ten times a second.
+	// RetryIgnored: errors that the policy ignores are tried again, and again, until they are gone.
+	// What goes on failing is tried ten times a second.
 	RetryIgnored bool
 	// Uncounted: what is skipped does not count as done.
 	Uncounted bool
@@ -117,14 +126,16 @@ func All(n int64, err error) (int64, error) {
 // guestsStay is how long guests are taken to be there after a request of one.
 const guestsStay = 20 * time.Millisecond
 
-// What fails again and again although the policy ignores it is tried after firstRetry, then after twice as long each time, mostRetry at most: as fast
-// as it fails would take a processor, and clients would get nothing but its events.
+// What fails again and again although the policy ignores it is tried after firstRetry, then after
+// twice as long each time, mostRetry at most: as fast as it fails would take a processor, and
+// clients would get nothing but its events.
 const (
 	firstRetry = time.Millisecond
 	mostRetry  = 100 * time.Millisecond
 )
 
-// unit is a part of the range that is on its way; one that is to be skipped still has to be looked at.
+// unit is a part of the range that is on its way; one that is to be skipped still has to be looked
+// at.
 type unit struct {
 	off int64
 	ext Extent
@@ -152,8 +163,8 @@ type engine struct {
 	ignored  int     // failures to be tried again since something was done
 }
 
-// Run does the task and returns the first error that a policy reported, or ignored at the end, or jobs.ErrCancelled.
-// It blocks until no unit is in flight any more.
+// Run does the task and returns the first error that a policy reported, or ignored at the end, or
+// jobs.ErrCancelled. It blocks until no unit is in flight any more.
 func Run(h *jobs.Handle, t Task) error {
 	e := &engine{Task: t, h: h, ask: t.Chunk, work: make(chan *unit), done: make(chan *unit, t.Workers)}
 	defer close(e.work) // the workers end
@@ -207,7 +218,8 @@ func (e *engine) walk() error {
 	return nil
 }
 
-// look classifies the beginning of [off, off+n), has it done, and returns its length; 0: less is to be looked at.
+// look classifies the beginning of [off, off+n), has it done, and returns its length; 0: less is to
+// be looked at.
 func (e *engine) look(off, n int64) int64 {
 	e.h.Yield()
 	var ext Extent
@@ -249,7 +261,8 @@ func lookFurther(n, size int64) int64 {
 	return n * factor
 }
 
-// hand gives a unit to a worker, waiting for one to be free, or does it itself where one at a time is copied.
+// hand gives a unit to a worker, waiting for one to be free, or does it itself where one at a time
+// is copied.
 func (e *engine) hand(u *unit) {
 	e.order.enter(u)
 	limit := e.Workers
@@ -279,8 +292,9 @@ func (e *engine) hand(u *unit) {
 	e.work <- u
 }
 
-// ownThread gives the walker a thread of its own. On a thread that has just answered a guest its copies would hold that guest up: the kernel lets whom it wakes
-// wait on that processor until the call that copies is over.
+// ownThread gives the walker a thread of its own. On a thread that has just answered a guest its
+// copies would hold that guest up: the kernel lets whom it wakes wait on that processor until the
+// call that copies is over.
 func (e *engine) ownThread() {
 	if !e.threaded {
 		e.threaded = true
@@ -349,7 +363,8 @@ func (e *engine) doAlone(u *unit) {
 		part := &unit{off: u.off + off, ext: Extent{N: min(piece, u.ext.N-off), Action: u.ext.Action}}
 		e.do(part)
 		u.n, u.err = u.n+part.n, part.err
-		// Whoever waits for this processor is a guest, mostly, and would wait until the kernel's next tick.
+		// Whoever waits for this processor is a guest, mostly, and would wait until the kernel's
+		// next tick.
 		_, _, _ = syscall.Syscall(syscall.SYS_SCHED_YIELD, 0, 0, 0)
 	}
 }
@@ -390,8 +405,9 @@ func (e *engine) again(u *unit) {
 	e.retry = slices.Insert(e.retry, at, u)
 }
 
-// failed applies the error policy. Of several units that fail at the same time the first one of the range is reported when that ends or pauses
-// the job: to its client it does one thing after the other.
+// failed applies the error policy. Of several units that fail at the same time the first one of the
+// range is reported when that ends or pauses the job: to its client it does one thing after the
+// other.
 func (e *engine) failed(u *unit) {
 	var internal *panics.Error
 	switch {
@@ -411,7 +427,8 @@ func (e *engine) failed(u *unit) {
 		return
 	}
 	e.order.enter(u)
-	// What else is in flight comes first: when the client hears of the error, the job is about to do what the policy says.
+	// What else is in flight comes first: when the client hears of the error, the job is about to
+	// do what the policy says.
 	e.held = u
 	e.settle()
 	u, e.held = e.held, nil

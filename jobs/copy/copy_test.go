@@ -275,7 +275,8 @@ func (q *quiet) errorEvents() (n int) {
 	return n
 }
 
-// Units that fail at the same time are one error to the client when the first of them ends or pauses the job.
+// Units that fail at the same time are one error to the client when the first of them ends or
+// pauses the job.
 func TestFailuresAtOnce(t *testing.T) {
 	for _, policy := range []types.BlockdevOnError{types.BlockdevOnErrorReport, types.BlockdevOnErrorStop} {
 		b := newBench(Data, Skip, Data, Skip, Data)
@@ -312,7 +313,8 @@ func TestFailuresAtOnce(t *testing.T) {
 	}
 }
 
-// A limited job does not have more in flight than its speed lets pass, and shows all it did while it waits.
+// A limited job does not have more in flight than its speed lets pass, and shows all it did while
+// it waits.
 func TestSpeedCountsWhatIsInFlight(t *testing.T) {
 	b := newBench(Skip, Data, Skip, Data, Skip, Data)
 	b.speed = 1
@@ -351,123 +353,8 @@ func TestLookWithoutAnswer(t *testing.T) {
 	}
 }
 
-// TestGuestsComeFirst: while guests are about, one extent at a time is copied, on a thread on which nobody else runs; two where there are none.
-func TestGuestsComeFirst(t *testing.T) {
-	for _, busy := range []bool{true, false} {
-		var needs []Action
-		for range 20 {
-			needs = append(needs, Data, Skip)
-		}
-		b := newBench(needs...)
-		b.guests = new(atomic.Bool)
-		b.guests.Store(busy)
-		var now, most atomic.Int32
-		var shared atomic.Bool        // somebody else ran on the thread of a copy
-		second := make(chan struct{}) // closed when two are at work
-		b.during = func(off int64) {
-			b.guests.Store(busy)
-			other := make(chan int)
-			go func() { other <- syscall.Gettid() }()
-			if <-other == syscall.Gettid() {
-				shared.Store(true)
-			}
-			if n := now.Add(1); n > most.Load() {
-				most.Store(n)
-				if n == 2 {
-					close(second)
-				}
-			}
-			if !busy {
-				<-second
-			}
-			runtime.Gosched()
-			now.Add(-1)
-		}
-		m, j, _ := start(t, b, types.BlockdevOnErrorReport)
-		if _, err := ended(m, j); err != nil {
-			t.Fatal(err)
-		}
-		if got, want := most.Load(), map[bool]int32{true: 1, false: 2}[busy]; got != want {
-			t.Errorf("guests %v: %d at once, want %d", busy, got, want)
-		}
-		if busy && shared.Load() {
-			t.Error("others run on the thread that copies")
-		}
-	}
-}
-
-// TestEmptyPartsArePassedInFewSteps: what is looked at grows while nothing is to do, and a copy is never longer than a chunk, unless it is of zeroes and the task
-// says so.
-func TestEmptyPartsArePassedInFewSteps(t *testing.T) {
-	const chunk, size = int64(1 << 20), int64(1) << 60
-	for _, long := range []bool{false, true} {
-		for _, fails := range []int64{-1, 0, 4 << 50, size - chunk} {
-			var looks int
-			var copied [3]int64
-			var most [3]int64
-			q := &quiet{}
-			q.cond = sync.NewCond(&q.mu)
-			m := jobs.NewManager(q, nil)
-			failing := 2
-			j, err := m.Create(jobs.Spec{ID: "j", Type: types.JobTypeStream, Block: true, ManualDismiss: true, Runner: runner(func(h *jobs.Handle) error {
-				h.SetRemaining(size)
-				b := newBench(Data)
-				return Run(h, Task{Gate: b, Size: size, Chunk: chunk, LongZeroes: long, Workers: 1, Operation: types.IoOperationTypeRead, Policy: types.BlockdevOnErrorIgnore,
-					RetryIgnored: true,
-					Look: func(_ *blk.Req, off, n int64) (Extent, error) {
-						looks++
-						if fails >= off && fails < off+n && failing > 0 {
-							if n <= chunk {
-								failing--
-							}
-							return Extent{}, syscall.EIO
-						}
-						// 10 MiB of data at 4 PiB, 1 GiB of zeroes behind them, and nothing else.
-						for _, x := range []struct {
-							at, end int64
-							a       Action
-						}{{0, 4 << 50, Skip}, {4 << 50, 4<<50 + 10<<20, Data}, {4<<50 + 10<<20, 4<<50 + 1<<30, Zero}, {4<<50 + 1<<30, size, Skip}} {
-							if long && x.a == Zero && off >= x.at && off < x.end {
-								n = x.end - off // as far as it knows
-							}
-							if off < x.end {
-								return Extent{N: min(n, x.end-off), Action: x.a}, nil
-							}
-						}
-						panic("beyond the end")
-					},
-					Copy: counted(func(_ *blk.Req, off int64, e Extent) error {
-						copied[e.Action] += e.N
-						most[e.Action] = max(most[e.Action], e.N)
-						return nil
-					})})
-			})})
-			if err != nil {
-				t.Fatal(err)
-			}
-			m.Start(j)()
-			info, err := ended(m, j)
-			if info.CurrentProgress != size || err != nil {
-				t.Errorf("long %v fails %d: %v, progress %d", long, fails, err, info.CurrentProgress)
-			}
-			if copied[Data] != 10<<20 || copied[Zero] != 1<<30-10<<20 || most[Data] > chunk || !long && most[Zero] > chunk {
-				t.Errorf("long %v fails %d: copied %v, at most %v at once", long, fails, copied, most)
-			}
-			want := 1200
-			if long {
-				want = 100
-			}
-			if fails >= 0 {
-				want += 1500 // it goes up to the byte that fails in steps that get shorter
-			}
-			if looks > want {
-				t.Errorf("long %v fails %d: %d looks", long, fails, looks)
-			}
-		}
-	}
-}
-
-// A panic of a worker, or of who looks for what to do, is an error of the job, which no policy tries again; the gate is left.
+// A panic of a worker, or of who looks for what to do, is an error of the job, which no policy
+// tries again; the gate is left.
 func TestCopyPanics(t *testing.T) {
 	defer panics.Contain()()
 	defer slog.SetDefault(slog.Default())
@@ -501,7 +388,8 @@ func (c *stopped) After(d time.Duration) jobs.Timer {
 	return jobs.Timer{C: fired, Stop: func() bool { return false }}
 }
 
-// What fails again and again is not tried as fast as it fails: clients would get nothing but its events.
+// What fails again and again is not tried as fast as it fails: clients would get nothing but its
+// events.
 func TestIgnoredFailuresArePaced(t *testing.T) {
 	clock := &stopped{}
 	q := &quiet{}
@@ -529,38 +417,5 @@ func TestIgnoredFailuresArePaced(t *testing.T) {
 	}
 	if !slices.Equal(clock.waits, want) {
 		t.Errorf("waited %v, want %v", clock.waits, want)
-	}
-}
-
-// TestPiecesBesideGuests: while there are guests an extent of data is copied piece by piece, and
-// nothing behind a piece that failed.
-func TestPiecesBesideGuests(t *testing.T) {
-	for name, c := range map[string]struct {
-		busy   bool
-		failed int64
-		want   []int64
-	}{
-		"alone":   {false, -1, []int64{0, 30}},
-		"guests":  {true, -1, []int64{0, 10, 20, 30}},
-		"failure": {true, 10, []int64{0, 10}},
-	} {
-		b := newBench(Data, Data, Data, Zero, Zero)
-		b.piece, b.guests = b.cell, new(atomic.Bool)
-		b.guests.Store(c.busy)
-		b.failed[c.failed] = 1
-		var mu sync.Mutex
-		var at []int64
-		b.during = func(off int64) {
-			mu.Lock()
-			defer mu.Unlock()
-			at = append(at, off)
-			b.guests.Store(c.busy)
-		}
-		m, j, _ := start(t, b, types.BlockdevOnErrorReport)
-		_, err := ended(m, j)
-		slices.Sort(at)
-		if failed := c.failed >= 0; (err != nil) != failed || !slices.Equal(at, c.want) {
-			t.Errorf("%s: %v, copied at %v, want %v", name, err, at, c.want)
-		}
 	}
 }

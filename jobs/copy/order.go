@@ -7,7 +7,8 @@ import (
 	"qblockd/jobs"
 )
 
-// order holds the units that are not counted yet: the first of them is not over. There are not many more than workers.
+// order holds the units that are not counted yet: the first of them is not over. There are not many
+// more than workers.
 type order []*unit
 
 // find is where a unit at off is or has its place.
@@ -33,7 +34,8 @@ func (o *order) leave(u *unit) {
 	}
 }
 
-// done counts u, which has its place, and those behind it that are over, or lets it wait for those before it.
+// done counts u, which has its place, and those behind it that are over, or lets it wait for those
+// before it.
 func (o *order) done(h *jobs.Handle, u *unit) {
 	u.over = true
 	for len(*o) > 0 && (*o)[0].over {

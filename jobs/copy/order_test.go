@@ -19,7 +19,8 @@ func counted(f func(r *blk.Req, off int64, e Extent) error) func(r *blk.Req, off
 	return func(r *blk.Req, off int64, e Extent) (int64, error) { return All(e.N, f(r, off, e)) }
 }
 
-// With however many workers, and whichever is faster, progress at a failing byte is what lies before it, and of two failing bytes the first is reported.
+// With however many workers, and whichever is faster, progress at a failing byte is what lies
+// before it, and of two failing bytes the first is reported.
 func TestProgressAtAFailingByte(t *testing.T) {
 	const size, chunk = 64, 2
 	for _, policy := range []types.BlockdevOnError{types.BlockdevOnErrorReport, types.BlockdevOnErrorStop} {

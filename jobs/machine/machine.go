@@ -113,7 +113,8 @@ type State struct {
 	PauseCount int
 	// UserPaused: one of PauseCount is the user's, or that of an error policy's stop.
 	UserPaused bool
-	// Cancelled: the job was asked to end early; Forced: it ends as a failure. Forced implies Cancelled.
+	// Cancelled: the job was asked to end early; Forced: it ends as a failure. Forced implies
+	// Cancelled.
 	Cancelled, Forced bool
 	// Started: the job has begun to run. Ended: its work has returned.
 	Started, Ended bool
