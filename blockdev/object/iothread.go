@@ -13,9 +13,9 @@ import (
 // defaultMax is how many workers a group has unless told otherwise.
 const defaultMax = 64
 
-// Group is an iothread: it bounds how many requests its users have at work at the same time.
-// Requests that need no wait are served without it.
-type Group struct {
+// Iothread is a named, bounded group of workers: it bounds how many requests its users have at work
+// at the same time. Requests that need no wait are served without it.
+type Iothread struct {
 	mu sync.Mutex
 	// at least 1
 	max  int64 // +checklocks:mu
@@ -24,84 +24,84 @@ type Group struct {
 	waiting *list.List // +checklocks:mu
 }
 
-func newGroup(p *types.IothreadProperties) (*Group, error) {
-	g := &Group{max: defaultMax, waiting: list.New()}
+func newIothread(p *types.IothreadProperties) (*Iothread, error) {
+	t := &Iothread{max: defaultMax, waiting: list.New()}
 	if p != nil && p.ThreadPoolMax != nil {
 		if err := checkMax(*p.ThreadPoolMax); err != nil {
 			return nil, err
 		}
-		g.max = *p.ThreadPoolMax
+		t.max = *p.ThreadPoolMax
 	}
-	return g, nil
+	return t, nil
 }
 
-func (g *Group) typ() string { return "iothread" }
+func (t *Iothread) typ() string { return "iothread" }
 
 const threadPoolMax = "thread-pool-max"
 
-func (g *Group) get(string) (value.Value, error) { return g.Max(), nil }
+func (t *Iothread) get(string) (value.Value, error) { return t.Max(), nil }
 
-func (g *Group) set(property string, v value.Value) error {
+func (t *Iothread) set(property string, v value.Value) error {
 	if property == threadPoolMax {
-		return g.setMax(v)
+		return t.setMax(v)
 	}
 	return errReadOnly
 }
 
 // retire: a group that something still uses goes on working for it.
-func (g *Group) retire() bool { return true }
+func (t *Iothread) retire() bool { return true }
 
 // Enter waits for a free worker, no longer than ctx. It is called holding no gate pass and no lock.
-func (g *Group) Enter(ctx context.Context) error {
-	g.mu.Lock()
-	if g.busy < g.max {
-		g.busy++
-		g.mu.Unlock()
+func (t *Iothread) Enter(ctx context.Context) error {
+	t.mu.Lock()
+	if t.busy < t.max {
+		t.busy++
+		t.mu.Unlock()
 		return nil
 	}
 	given := make(chan struct{})
-	place := g.waiting.PushBack(given)
-	g.mu.Unlock()
+	place := t.waiting.PushBack(given)
+	t.mu.Unlock()
 	select {
 	case <-given:
 		return nil
 	case <-ctx.Done():
 	}
-	g.mu.Lock()
-	defer g.mu.Unlock()
+	t.mu.Lock()
+	defer t.mu.Unlock()
 	select {
 	case <-given: // just now
-		g.busy--
-		g.giveLocked()
+		t.busy--
+		t.giveLocked()
 	default:
-		g.waiting.Remove(place)
+		t.waiting.Remove(place)
 	}
 	return ctx.Err()
 }
 
 // Leave gives the worker back.
-func (g *Group) Leave() {
-	g.mu.Lock()
-	defer g.mu.Unlock()
-	g.busy--
-	g.giveLocked()
+func (t *Iothread) Leave() {
+	t.mu.Lock()
+	defer t.mu.Unlock()
+	t.busy--
+	t.giveLocked()
 }
 
 // giveLocked gives free workers to those who wait.
-// +checklocks:g.mu
-func (g *Group) giveLocked() {
-	for g.busy < g.max && g.waiting.Len() > 0 {
-		first := g.waiting.Front()
-		g.busy++
-		close(g.waiting.Remove(first).(chan struct{}))
+// +checklocks:t.mu
+func (t *Iothread) giveLocked() {
+	for t.busy < t.max && t.waiting.Len() > 0 {
+		first := t.waiting.Front()
+		t.busy++
+		close(t.waiting.Remove(first).(chan struct{}))
 	}
 }
 
 // Max is the bound.
-func (g *Group) Max() int64 {
-	g.mu.Lock()
-	defer g.mu.Unlock()
-	return g.max
+func (t *Iothread) Max() int64 {
+	t.mu.Lock()
+	defer t.mu.Unlock()
+	return t.max
 }
 
 func checkMax(n int64) error {
@@ -114,7 +114,7 @@ func checkMax(n int64) error {
 	return nil
 }
 
-func (g *Group) setMax(v value.Value) error {
+func (t *Iothread) setMax(v value.Value) error {
 	n, ok := v.(int64)
 	if !ok {
 		return errors.New("Invalid parameter type for 'thread-pool-max', expected: integer")
@@ -122,9 +122,9 @@ func (g *Group) setMax(v value.Value) error {
 	if err := checkMax(n); err != nil {
 		return err
 	}
-	g.mu.Lock()
-	defer g.mu.Unlock()
-	g.max = n
-	g.giveLocked()
+	t.mu.Lock()
+	defer t.mu.Unlock()
+	t.max = n
+	t.giveLocked()
 	return nil
 }

@@ -101,7 +101,7 @@ func (r *Registry) make(o *types.ObjectOptions) (object, error) {
 	case *types.ThrottleGroupProperties:
 		return newLimits(o.ID, u)
 	case *types.IothreadProperties:
-		return newGroup(u)
+		return newIothread(u)
 	case *types.SecretProperties:
 		return &secret{p: *u}, nil
 	}
@@ -141,9 +141,9 @@ func (r *Registry) findLocked(id string) object {
 	return nil
 }
 
-// Group finds an iothread object; nil if there is none.
-func (r *Registry) Group(id string) *Group {
-	g, _ := r.find(id).(*Group)
+// Iothread finds an iothread object; nil if there is none.
+func (r *Registry) Iothread(id string) *Iothread {
+	g, _ := r.find(id).(*Iothread)
 	return g
 }
 

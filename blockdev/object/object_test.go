@@ -11,7 +11,8 @@ import (
 )
 
 func add(r *Registry, id string, limit int64) error {
-	return r.Add(&types.ObjectOptions{QomType: types.ObjectTypeIothread, ID: id, U: &types.IothreadProperties{ThreadPoolMax: &limit}})
+	return r.Add(&types.ObjectOptions{QomType: types.ObjectTypeIothread, ID: id,
+		U: &types.IothreadProperties{ThreadPoolMax: &limit}})
 }
 
 func TestRegistry(t *testing.T) {
@@ -58,7 +59,7 @@ func TestRegistry(t *testing.T) {
 	if _, err := r.TypeProperties("nope"); err == nil || err.Error() != "Class 'nope' not found" {
 		t.Error(err)
 	}
-	if err := r.Del("a"); err != nil || r.Group("a") != nil {
+	if err := r.Del("a"); err != nil || r.Iothread("a") != nil {
 		t.Errorf("del: %v", err)
 	}
 }
@@ -100,12 +101,12 @@ func TestSecret(t *testing.T) {
 	}
 }
 
-func TestGroupBounds(t *testing.T) {
+func TestIothreadBounds(t *testing.T) {
 	r := NewRegistry(nil)
 	if err := add(r, "g", 3); err != nil {
 		t.Fatal(err)
 	}
-	g := r.Group("g")
+	g := r.Iothread("g")
 	var now, most atomic.Int64
 	var wg sync.WaitGroup
 	for range 50 {
@@ -131,14 +132,14 @@ func TestGroupBounds(t *testing.T) {
 	}
 }
 
-// TestGroupWaits: waiting ends with the context, in the order of coming, and when the bound is
+// TestIothreadWaits: waiting ends with the context, in the order of coming, and when the bound is
 // raised.
-func TestGroupWaits(t *testing.T) {
+func TestIothreadWaits(t *testing.T) {
 	r := NewRegistry(nil)
 	if err := add(r, "g", 1); err != nil {
 		t.Fatal(err)
 	}
-	g := r.Group("g")
+	g := r.Iothread("g")
 	if err := g.Enter(context.Background()); err != nil {
 		t.Fatal(err)
 	}

@@ -86,7 +86,7 @@ func (n *node) each(f func(*node)) {
 	}
 }
 
-// typeProperties are the properties of each type, beyond "type", in the reference's order.
+// typeProperties are the properties of each type, beyond "type", in QEMU's order.
 var typeProperties = map[string][]*types.ObjectPropertyInfo{
 	"iothread":      {{Name: threadPoolMax, Type: "int"}},
 	"secret_common": secretCommon,
@@ -188,7 +188,7 @@ type typeInfo struct {
 	creatable    bool // by object-add
 }
 
-// objectTypes lists the types, in the reference's order.
+// objectTypes lists the types, in QEMU's order.
 var objectTypes = []typeInfo{
 	{name: "object", abstract: true},
 	{name: "event-loop-base", parent: "object", abstract: true},

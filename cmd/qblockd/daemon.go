@@ -226,7 +226,7 @@ func (d *daemon) abandon() {
 
 // iothread finds an iothread object for exports.
 func (d *daemon) iothread(id string) export.Workers {
-	if g := d.objects.Group(id); g != nil {
+	if g := d.objects.Iothread(id); g != nil {
 		return g
 	}
 	return nil
