@@ -37,7 +37,7 @@ type Limit struct {
 	Key string
 }
 
-// DefaultLimits are the reference's, for the events that a block daemon emits.
+// DefaultLimits are QEMU's, for the events that a block daemon emits.
 func DefaultLimits() map[string]Limit {
 	return map[string]Limit{
 		"QUORUM_REPORT_BAD": {Interval: time.Second, Key: "node-name"},

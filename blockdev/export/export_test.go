@@ -58,7 +58,8 @@ func (f *fixture) node(name string) (*graph.Node, *drivertest.Fault) {
 }
 
 func (f *fixture) add(id, node string, change ...func(*types.BlockExportOptions)) error {
-	o := &types.BlockExportOptions{Type: types.BlockExportTypeNbd, ID: id, NodeName: node, U: &types.BlockExportOptionsNbd{}}
+	o := &types.BlockExportOptions{Type: types.BlockExportTypeNbd, ID: id, NodeName: node,
+		U: &types.BlockExportOptionsNbd{}}
 	for _, c := range change {
 		c(o)
 	}

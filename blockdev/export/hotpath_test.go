@@ -46,8 +46,8 @@ func newStack(t testing.TB) *stack {
 		dir = d
 	}
 	g := drivertest.NewGraph(t)
-	s := &stack{t: t, dir: dir, sock: filepath.Join(dir, "nbd"),
-		m: blockdev.New(g, blockdev.Config{Drivers: drivers.All, Log: slog.New(slog.DiscardHandler)}), table: export.New(g, export.Options{})}
+	s := &stack{t: t, dir: dir, sock: filepath.Join(dir, "nbd"), table: export.New(g, export.Options{}),
+		m: blockdev.New(g, blockdev.Config{Drivers: drivers.All, Log: slog.New(slog.DiscardHandler)})}
 	server := nbd.NewType(s.table, nbd.Options{})
 	t.Cleanup(func() { s.table.Close(context.Background()) })
 	addr := &types.SocketAddress{Type: types.SocketAddressTypeUnix, U: &types.UnixSocketAddress{Path: s.sock}}
@@ -71,8 +71,8 @@ func (s *stack) add(name, text string) {
 	s.must(err)
 	s.must(s.m.Add(context.Background(), o))
 	yes := true
-	s.must(s.table.Add(context.Background(), &types.BlockExportOptions{Type: types.BlockExportTypeNbd, ID: name, NodeName: name,
-		Writable: &yes, U: &types.BlockExportOptionsNbd{}}))
+	s.must(s.table.Add(context.Background(), &types.BlockExportOptions{Type: types.BlockExportTypeNbd, ID: name,
+		NodeName: name, Writable: &yes, U: &types.BlockExportOptionsNbd{}}))
 }
 
 // raw makes a file of hotSize without holes.
@@ -134,7 +134,8 @@ func (s *stack) client(name string) *client {
 	s.must(err)
 	_, err = io.ReadFull(nc, make([]byte, nbdwire.GreetingSize+20+nbdwire.ExportNameReply))
 	s.must(err)
-	return &client{t: s.t, nc: nc, out: make([]byte, 0, 64*(4096+nbdwire.RequestSize)+2<<20), in: make([]byte, 2<<20), data: make([]byte, 1<<20)}
+	return &client{t: s.t, nc: nc, out: make([]byte, 0, 64*(4096+nbdwire.RequestSize)+2<<20), in: make([]byte, 2<<20),
+		data: make([]byte, 1<<20)}
 }
 
 // once sends count requests for n bytes at offsets that next gives, and takes all replies.

@@ -9,10 +9,10 @@ import (
 	"qblockd/schema/types"
 )
 
-// homes says which group serves which nodes. Nodes that are connected belong together: they are
+// iothreads says which group serves which nodes. Nodes that are connected belong together: they are
 // assigned as one. All exports of connected nodes are served by one group, but for those whose
 // iothread another export forbade.
-type homes struct {
+type iothreads struct {
 	// mu is held while nodes are assigned and while exports that care are attached. Graph.mu and
 	// Table.mu are taken under it.
 	mu    sync.Mutex
@@ -55,8 +55,8 @@ func (t *Table) SetIothread(n *graph.Node, id *string, force bool) error {
 			return fmt.Errorf("Cannot find iothread %s", *id)
 		}
 	}
-	t.homes.mu.Lock()
-	defer t.homes.mu.Unlock()
+	t.iothreads.mu.Lock()
+	defer t.iothreads.mu.Unlock()
 	return t.assign(n, w)
 }
 
@@ -71,15 +71,15 @@ func hasBackend(n *graph.Node) bool {
 }
 
 // assign makes w the group of all nodes connected to n, and of their exports.
-// +checklocks:t.homes.mu
+// +checklocks:t.iothreads.mu
 func (t *Table) assign(n *graph.Node, w Workers) error {
-	h := &t.homes
-	for x := range h.group {
+	i := &t.iothreads
+	for x := range i.group {
 		if t.g.Node(x.Name()) != x {
-			delete(h.group, x) // closed since
+			delete(i.group, x) // closed since
 		}
 	}
-	if h.find(n) == w {
+	if i.find(n) == w {
 		return nil
 	}
 	all := connected(n, func(*graph.Node) bool { return true })
@@ -92,13 +92,13 @@ func (t *Table) assign(n *graph.Node, w Workers) error {
 	}
 	for x := range all {
 		if w == nil {
-			delete(h.group, x)
+			delete(i.group, x)
 			continue
 		}
-		if h.group == nil {
-			h.group = map[*graph.Node]Workers{}
+		if i.group == nil {
+			i.group = map[*graph.Node]Workers{}
 		}
-		h.group[x] = w
+		i.group[x] = w
 	}
 	for _, x := range t.list {
 		if all[x.Root.Node()] {
@@ -109,13 +109,13 @@ func (t *Table) assign(n *graph.Node, w Workers) error {
 }
 
 // find is the group that serves n: its own, or that of the nearest node it has become connected to.
-// +checklocks:h.mu
-func (h *homes) find(n *graph.Node) (w Workers) {
-	if len(h.group) == 0 {
+// +checklocks:i.mu
+func (i *iothreads) find(n *graph.Node) (w Workers) {
+	if len(i.group) == 0 {
 		return nil
 	}
 	connected(n, func(x *graph.Node) bool {
-		w = h.group[x] // +checklocksignore: called before find returns
+		w = i.group[x] // +checklocksignore: called before find returns
 		return w == nil
 	})
 	return w
@@ -149,15 +149,15 @@ func connected(n *graph.Node, more func(*graph.Node) bool) map[*graph.Node]bool 
 // place moves the node of a new export into the group that was asked for, if any, and takes the
 // export there. Unless fixed, the export goes where the node is if that cannot be changed. undo
 // takes it back.
-// +checklocks:t.homes.mu
+// +checklocks:t.iothreads.mu
 func (t *Table) place(x *Export, w Workers) (undo func(), err error) {
 	n := x.Root.Node()
-	before := t.homes.find(n)
+	before := t.iothreads.find(n)
 	if w != nil {
 		if err := t.assign(n, w); err != nil && isSet(x.Options.FixedIothread) {
 			return nil, err
 		}
 	}
-	x.setWorkers(t.homes.find(n))
+	x.setWorkers(t.iothreads.find(n))
 	return func() { t.assign(n, before) }, nil // +checklocksignore: undo is called with the lock held, too
 }

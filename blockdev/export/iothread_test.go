@@ -152,9 +152,9 @@ func TestIothreadsForget(t *testing.T) {
 		t.Fatal(err)
 	}
 	b.fails(b.set("top", "io0", false), "")
-	b.x.homes.mu.Lock()
-	defer b.x.homes.mu.Unlock()
-	if n := len(b.x.homes.group); n != 2 {
+	b.x.iothreads.mu.Lock()
+	defer b.x.iothreads.mu.Unlock()
+	if n := len(b.x.iothreads.group); n != 2 {
 		t.Errorf("%d nodes are assigned", n)
 	}
 }

@@ -47,14 +47,14 @@ type Options struct {
 
 // Table is all exports of a graph. All methods may be called from any goroutine.
 //
-// Lock order: homes.mu first. Table.mu is a leaf: no Type and no Server is called under it, and of
-// the graph only what takes no lock.
+// Lock order: iothreads.mu first. Table.mu is a leaf: no Type and no Server is called under it, and
+// of the graph only what takes no lock.
 type Table struct {
 	g     *graph.Graph
 	opts  Options
 	types map[types.BlockExportType]Type // constant once there are exports
 
-	homes homes
+	iothreads iothreads
 
 	mu sync.Mutex
 	// those on the list and those being made
@@ -161,8 +161,8 @@ func (t *Table) check(o *types.BlockExportOptions) (*graph.Node, Workers, error)
 
 // serve lets clients use x and puts it on the list.
 func (t *Table) serve(x *Export, typ Type, hold *graph.Hold, w Workers) error {
-	t.homes.mu.Lock()
-	defer t.homes.mu.Unlock()
+	t.iothreads.mu.Lock()
+	defer t.iothreads.mu.Unlock()
 	undo, err := t.place(x, w)
 	if err != nil {
 		return err

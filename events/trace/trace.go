@@ -20,7 +20,7 @@ type Point struct {
 	on   atomic.Bool
 }
 
-// The trace points; names are the reference's where it has the same.
+// The trace points; names are QEMU's where it has the same.
 var (
 	CommandInBand    = Point{name: "monitor_qmp_cmd_in_band"}
 	CommandOutOfBand = Point{name: "monitor_qmp_cmd_out_of_band"}

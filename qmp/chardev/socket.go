@@ -115,7 +115,9 @@ func checkSocket(o *types.ChardevSocket, server bool) error {
 }
 
 // openSocket makes a server or client.
-func (t *Table) openSocket(ctx context.Context, id string, o *types.ChardevSocket, from Origin, f *front) (device, error) {
+func (t *Table) openSocket(
+	ctx context.Context, id string, o *types.ChardevSocket, from Origin, f *front,
+) (device, error) {
 	server := !isFalse(o.Server)
 	if err := checkSocket(o, server); err != nil {
 		return nil, err

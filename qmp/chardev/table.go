@@ -86,7 +86,9 @@ const (
 // has come; ctx ends that.
 //
 // Errors: "Chardev with id 'ID' already exists", and what keeps the device from being made.
-func (t *Table) Open(ctx context.Context, id string, b *types.ChardevBackend, from Origin) (*types.ChardevReturn, error) {
+func (t *Table) Open(
+	ctx context.Context, id string, b *types.ChardevBackend, from Origin,
+) (*types.ChardevReturn, error) {
 	if err := t.reserve(id); err != nil {
 		if from == CommandLine {
 			err = fmt.Errorf("attempt to add duplicate property '%s' to object (type 'container')", id)
@@ -166,7 +168,7 @@ func (t *Table) Remove(id string) error {
 }
 
 // SendBreak sends a break signal: chardev-send-break. No user of a device here knows what to do
-// with one, so it is only checked that the device exists, as in the reference.
+// with one, so it is only checked that the device exists, as in QEMU.
 func (t *Table) SendBreak(id string) error {
 	if t.find(id) == nil {
 		return notFound(id)
@@ -201,7 +203,7 @@ func (t *Table) Query() []*types.ChardevInfo {
 	list := make([]*types.ChardevInfo, 0, len(t.order))
 	for i := len(t.order) - 1; i >= 0; i-- {
 		if d := t.devices[t.order[i]]; d != nil {
-			open := d.attached() && !isMux(d) // a mux never says so, like the reference's
+			open := d.attached() && !isMux(d) // a mux never says so, like QEMU's
 			list = append(list, &types.ChardevInfo{Label: t.order[i], Filename: d.filename(), FrontendOpen: open})
 		}
 	}

@@ -135,7 +135,9 @@ func lookUp(ctx context.Context, network string, a *types.InetSocketAddress) ([]
 }
 
 // listenPorts listens on the first free port.
-func listenPorts(ctx context.Context, network, host string, first int, a *types.InetSocketAddress) (net.Listener, error) {
+func listenPorts(
+	ctx context.Context, network, host string, first int, a *types.InetSocketAddress,
+) (net.Listener, error) {
 	last := first
 	if a.To != nil {
 		last = int(*a.To)

@@ -108,7 +108,8 @@ func (p *probe) resident(m *blk.Mapping) bool {
 func (p *probe) inMemory(fd int, off int64) bool {
 	p.iov.Base = &p.to[0]
 	p.iov.SetLen(1)
-	_, _, e := unix.Syscall6(unix.SYS_PREADV2, uintptr(fd), uintptr(unsafe.Pointer(&p.iov)), 1, uintptr(off), 0, unix.RWF_NOWAIT)
+	_, _, e := unix.Syscall6(unix.SYS_PREADV2,
+		uintptr(fd), uintptr(unsafe.Pointer(&p.iov)), 1, uintptr(off), 0, unix.RWF_NOWAIT)
 	return e != unix.EAGAIN
 }
 

@@ -17,7 +17,7 @@ import (
 	"qblockd/blockdev/nbdwire"
 )
 
-// oracle starts the reference's daemon with the exports that reference() has and returns its
+// oracle starts qemu-storage-daemon with the exports that reference() has and returns its
 // socket.
 func oracle(t *testing.T, image string) string {
 	t.Helper()
@@ -36,7 +36,7 @@ func oracle(t *testing.T, image string) string {
 		t.Fatal(err)
 	}
 	t.Cleanup(func() { cmd.Process.Kill(); cmd.Wait() })
-	eventually(t, "the reference listens", func() bool {
+	eventually(t, "qemu-storage-daemon listens", func() bool {
 		nc, err := net.Dial("unix", path)
 		if err == nil {
 			nc.Close()
@@ -88,7 +88,7 @@ func name(n string, infos ...uint16) []byte {
 	return (&nbdwire.InfoRequest{Name: n, Infos: infos}).Append(nil)
 }
 
-// Handshakes are equal to the reference's to the byte.
+// Handshakes are equal to qemu-storage-daemon's to the byte.
 func TestHandshakeEqualsReference(t *testing.T) {
 	image := newImage(t)
 	theirs, ours := oracle(t, image), reference(t, image)
@@ -166,14 +166,17 @@ func newImage(t *testing.T) string {
 	return f.Name()
 }
 
-// What requests are answered: the same errors, texts, data and extents as the reference. How a
+// What requests are answered: the same errors, texts, data and extents as from
+// qemu-storage-daemon. How a
 // reply is divided into chunks may differ.
 func TestRequestsEqualReference(t *testing.T) {
 	image := newImage(t)
 	theirs, ours := oracle(t, image), reference(t, image)
 	var qs []nbdwire.Request
-	for _, cmd := range []uint16{nbdwire.CmdRead, nbdwire.CmdWrite, nbdwire.CmdFlush, nbdwire.CmdTrim, nbdwire.CmdCache, nbdwire.CmdWriteZeroes, nbdwire.CmdBlockStatus, 8, 77} {
-		for _, r := range [][2]uint64{{0, 0}, {0, 512}, {4096, 70000}, {500 << 10, 100 << 10}, {1 << 20, 0}, {1<<20 - 512, 1024}, {1<<20 + 1, 0}, {1 << 63, 1}, {0, 1 << 20}} {
+	for _, cmd := range []uint16{nbdwire.CmdRead, nbdwire.CmdWrite, nbdwire.CmdFlush, nbdwire.CmdTrim, nbdwire.CmdCache,
+		nbdwire.CmdWriteZeroes, nbdwire.CmdBlockStatus, 8, 77} {
+		for _, r := range [][2]uint64{{0, 0}, {0, 512}, {4096, 70000}, {500 << 10, 100 << 10}, {1 << 20, 0},
+			{1<<20 - 512, 1024}, {1<<20 + 1, 0}, {1 << 63, 1}, {0, 1 << 20}} {
 			for _, f := range []uint16{0, nbdwire.CmdFlagFUA, nbdwire.CmdFlagNoHole, nbdwire.CmdFlagDF, nbdwire.CmdFlagReqOne, 1 << 15} {
 				qs = append(qs, nbdwire.Request{Cmd: cmd, Off: r[0], Len: uint32(r[1]), Flags: f})
 			}
@@ -183,7 +186,8 @@ func TestRequestsEqualReference(t *testing.T) {
 		rand.Shuffle(len(qs), func(i, j int) { qs[i], qs[j] = qs[j], qs[i] })
 		qs = qs[:60]
 	}
-	qs = append(qs, nbdwire.Request{Cmd: nbdwire.CmdRead, Len: 32<<20 + 1}, nbdwire.Request{Cmd: nbdwire.CmdCache, Len: 32<<20 + 1})
+	qs = append(qs, nbdwire.Request{Cmd: nbdwire.CmdRead, Len: 32<<20 + 1},
+		nbdwire.Request{Cmd: nbdwire.CmdCache, Len: 32<<20 + 1})
 	for _, structured := range []bool{false, true} {
 		var contexts []string
 		if structured {

@@ -12,7 +12,8 @@ import (
 func TestRequestPanics(t *testing.T) {
 	defer panics.Contain()()
 	for _, worker := range []bool{false, true} {
-		for _, q := range []nbdwire.Request{rd(0, 512), wr(0, 512), req(nbdwire.CmdFlush, 0, 0, nil), req(nbdwire.CmdTrim, 0, 512, nil), rd(0, 1<<20)} {
+		for _, q := range []nbdwire.Request{rd(0, 512), wr(0, 512), req(nbdwire.CmdFlush, 0, 0, nil),
+			req(nbdwire.CmdTrim, 0, 512, nil), rd(0, 1<<20)} {
 			d := newFileDevice(t, 4<<20)
 			d.noMap = true
 			d.wouldBlock.Store(worker)

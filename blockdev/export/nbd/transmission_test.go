@@ -138,7 +138,8 @@ func TestFlags(t *testing.T) {
 	if zero(nbdwire.CmdFlagNoHole); flags() != 0 {
 		t.Errorf("zero without holes: %b", flags())
 	}
-	if a := zero(nbdwire.CmdFlagFastZero, nbdwire.CmdFlagFUA); a.errno != nbdwire.ENOTSUP || flags() != blk.MayUnmap|blk.NoFallback|blk.FUA {
+	a := zero(nbdwire.CmdFlagFastZero, nbdwire.CmdFlagFUA)
+	if a.errno != nbdwire.ENOTSUP || flags() != blk.MayUnmap|blk.NoFallback|blk.FUA {
 		t.Errorf("fast zero: %d, %b", a.errno, flags())
 	}
 	before := d.flushes.Load()
