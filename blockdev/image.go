@@ -11,8 +11,8 @@ import (
 	"qblockd/schema/types"
 )
 
-// createImage makes an image in a file, which is made or overwritten, or on a device. It blocks as long as the storage
-// does. A file that it has made does not stay after an error.
+// createImage makes an image in a file, which is made or overwritten, or on a device. It blocks as
+// long as the storage does. A file that it has made does not stay after an error.
 func (m *Manager) createImage(ctx context.Context, c *creation, filename, format string, i *driver.Image) (err error) {
 	d := m.drivers[types.BlockdevDriver(format)]
 	if d == nil {
@@ -61,8 +61,8 @@ func (m *Manager) createImage(ctx context.Context, c *creation, filename, format
 	return d.Create(ctx, c.given(nil), d.NewImage(u, i))
 }
 
-// overwrite opens what is there already and keeps its size, so that an image can be made on it. A bare image is made
-// by this.
+// overwrite opens what is there already and keeps its size, so that an image can be made on it. A
+// bare image is made by this.
 func (m *Manager) overwrite(ctx context.Context, o *types.BlockdevOptions, bare bool, size int64) error {
 	opened := false
 	err := m.inFile(ctx, &types.BlockdevRef{Definition: o}, func(root *graph.Root) error {
@@ -88,7 +88,8 @@ func (m *Manager) overwrite(ctx context.Context, o *types.BlockdevOptions, bare 
 	return err
 }
 
-// Opened is a tree of nodes that was opened and that nobody else sees yet. Either Publish and then Done follow, or Discard.
+// Opened is a tree of nodes that was opened and that nobody else sees yet. Either Publish and then
+// Done follow, or Discard.
 type Opened struct {
 	o    *opener
 	node *graph.Node
@@ -102,8 +103,8 @@ type OpenImage struct {
 	Format   *string             // name of a driver; nil: that of For, or for an image that exists as guessed
 	Name     string              // of the node; "": generated
 	ReadOnly bool
-	// For is the node that the image is to be an overlay or a copy of: it caches alike, and a new one is as long. Nil: an image
-	// that exists caches as by default.
+	// For is the node that the image is to be an overlay or a copy of: it caches alike, and a new
+	// one is as long. Nil: an image that exists caches as by default.
 	For *graph.Node
 	// Below is what a new image names as its backing file, by what View shows; nil: nothing.
 	Below *graph.Node
@@ -114,7 +115,8 @@ type OpenImage struct {
 	Unmap bool
 }
 
-// OpenImage opens the image in a file by its name, and makes it first if it is new. It blocks as long as the storage does.
+// OpenImage opens the image in a file by its name, and makes it first if it is new. It blocks as
+// long as the storage does.
 func (m *Manager) OpenImage(ctx context.Context, i OpenImage) (*Opened, error) {
 	if i.Mode != nil && *i.Mode == types.NewImageModeExisting {
 		return m.openImage(ctx, i)
@@ -190,9 +192,40 @@ func (m *Manager) openImage(ctx context.Context, i OpenImage) (*Opened, error) {
 	return m.newOpener(ctx).openHidden(p)
 }
 
-// OpenBacking opens the backing file that the header of n's image names, as opening the image would have; nil if it names none. It blocks as
-// long as the storage does.
-func (m *Manager) OpenBacking(ctx context.Context, n *graph.Node) (*Opened, error) {
+// SetBacking lets tx give n that node as its backing file, or none.
+func SetBacking(tx *graph.Tx, n, backing *graph.Node) error {
+	e := tx.Child(n, "backing")
+	switch {
+	case e == nil && backing == nil:
+		return nil
+	case backing == nil:
+		return tx.Detach(e)
+	case e == nil:
+		_, err := tx.Attach(n, "backing", perm.COW, backing)
+		return err
+	}
+	return tx.Replace(e, backing)
+}
+
+// OpenBacking opens the backing file that the header of n's image names, as opening the image would
+// have, and lets tx attach and publish it; nil if the header names none. It blocks as long as the
+// storage does.
+func (m *Manager) OpenBacking(ctx context.Context, tx *graph.Tx, n *graph.Node) (*Opened, error) {
+	x, err := m.openBacking(ctx, n)
+	if x == nil || err != nil {
+		return nil, err
+	}
+	if err = SetBacking(tx, n, x.node); err == nil {
+		err = x.Publish(tx)
+	}
+	if err != nil {
+		x.Discard()
+		return nil, err
+	}
+	return x, nil
+}
+
+func (m *Manager) openBacking(ctx context.Context, n *graph.Node) (*Opened, error) {
 	image, ok := n.Driver().(graph.Backed)
 	if !ok {
 		return nil, nil
@@ -231,6 +264,18 @@ func (x *Opened) Done() { x.letGo() }
 func (x *Opened) letGo() {
 	if x.made != nil {
 		x.made.end()
+	}
+}
+
+// Finish is Done if the outcome of the transaction is nil, else Discard. A nil Opened has nothing
+// to finish.
+func (x *Opened) Finish(outcome error) {
+	switch {
+	case x == nil:
+	case outcome == nil:
+		x.Done()
+	default:
+		x.Discard()
 	}
 }
 

@@ -118,7 +118,7 @@ func TestOwnDriver(t *testing.T) {
 		t.Errorf("reopened with an option that cannot change: %v", err)
 	}
 
-	x, err := m.OpenImage(ctx, OpenImage{Filename: "pattern:512", ReadOnly: true, Like: &graph.Options{}})
+	x, err := m.OpenImage(ctx, OpenImage{Filename: "pattern:512", ReadOnly: true, Mode: new(types.NewImageModeExisting)})
 	if err != nil {
 		t.Fatal(err)
 	}

@@ -22,7 +22,6 @@ import (
 	"qblockd/graph/blk"
 	"qblockd/jobs"
 	"qblockd/jobs/blockjob"
-	"qblockd/jobs/chain"
 	"qblockd/jobs/copy"
 	"qblockd/jobs/visible"
 	"qblockd/schema/types"
@@ -82,7 +81,7 @@ func (j *job) Run(ctx context.Context, h *jobs.Handle) error {
 		}
 	}
 	// Only of a full copy it is known that nothing will be put below it.
-	j.alone = j.args.Sync == types.MirrorSyncModeFull && chain.StandsAlone(j.target)
+	j.alone = j.args.Sync == types.MirrorSyncModeFull && blockjob.StandsAlone(j.target)
 	t := copy.Task{
 		Gate: copy.RootGate(ctx, j.root), Size: j.source.Size(), Chunk: copybeforewrite.MaxCopy, Workers: workers,
 		Copy: j.copy, LongZeroes: true, Guests: j.driver.Guests(),

@@ -37,9 +37,9 @@ type Nodes interface {
 	HeaderName(v graph.View, n *graph.Node) (name, format string, err error)
 	// OpenImage opens an image by its file name, or makes it, for a job that then publishes it.
 	OpenImage(ctx context.Context, i blockdev.OpenImage) (*blockdev.Opened, error)
-	// OpenBacking opens what the header of n's image names as its backing file; nil if it names
-	// none.
-	OpenBacking(ctx context.Context, n *graph.Node) (*blockdev.Opened, error)
+	// OpenBacking opens what the header of n's image names as its backing file, and lets tx attach
+	// and publish it; nil if the header names none.
+	OpenBacking(ctx context.Context, tx *graph.Tx, n *graph.Node) (*blockdev.Opened, error)
 }
 
 // Job is a block job that is about to start.

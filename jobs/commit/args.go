@@ -120,7 +120,7 @@ func (j *Job) Enter(ctx context.Context, m *jobs.Manager) (_ *jobs.Job, err erro
 	// Canonical: nodes by their own names.
 	a.Top, a.TopNode, a.Base, a.BaseNode = nil, new(j.top.Name()), nil, new(j.base.Name())
 	if written {
-		return j.mirror(ctx, m)
+		return mirror.EnterCommit(ctx, m, j.top, j.base, a)
 	}
 	if err := graph.Now.Overlay(j.device, j.top).Blocked(graph.OpCommitTarget); err != nil {
 		return nil, err
@@ -133,14 +133,4 @@ func (j *Job) Enter(ctx context.Context, m *jobs.Manager) (_ *jobs.Job, err erro
 
 func (j *Job) onError() types.BlockdevOnError {
 	return blockjob.Or(j.args.OnError, types.BlockdevOnErrorReport)
-}
-
-// mirror makes the job one that copies the top to the base while it is written to.
-func (j *Job) mirror(ctx context.Context, m *jobs.Manager) (*jobs.Job, error) {
-	a := &j.args
-	return mirror.Enter(ctx, m, mirror.Args{
-		ID: blockjob.Or(a.JobID, ""), Type: types.JobTypeCommit, Source: j.top, Target: j.base, Base: j.base, Unmap: true,
-		Speed: blockjob.Or(a.Speed, 0), OnSourceError: j.onError(), OnTargetError: j.onError(), CopyMode: types.MirrorCopyModeBackground,
-		FilterNodeName: j.filterName, ManualFinalize: !blockjob.Or(a.AutoFinalize, true), ManualDismiss: !blockjob.Or(a.AutoDismiss, true),
-	})
 }

@@ -15,14 +15,16 @@ import (
 //	     |                `------------- fails: dirty, as nobody knows what is there now
 //	     waits for copies and writes to both sides that overlap and came before
 //
-// The source's bitmap does not record it. Granules that it covers in full are clean when it begins: what is dirty about them is overwritten. Others stay
-// what they are. So from the moment when all writes go to both sides nothing gets dirty any more but by errors, by who writes past the filter, and while
-// the target is held quiet.
+// The source's bitmap does not record it. Granules that it covers in full are clean when it begins:
+// what is dirty about them is overwritten. Others stay what they are. So from the moment when all
+// writes go to both sides nothing gets dirty any more but by errors, by who writes past the filter,
+// and while the target is held quiet.
 //
 // In the background mode writes go to both sides only while the job does not get on without.
 
-// writeBoth writes v to both sides. The bytes are taken once: a guest may change its memory meanwhile.
-func (j *job) writeBoth(r *blk.Req, v blk.Vec, off int64, f blk.Flags) error {
+// writeBoth writes v to both sides. The bytes are taken once: a guest may change its memory
+// meanwhile.
+func (j *Job) writeBoth(r *blk.Req, v blk.Vec, off int64, f blk.Flags) error {
 	n := v.Len()
 	if n == 0 {
 		return j.driver.child().WriteAt(r, v, off, f)
@@ -30,30 +32,31 @@ func (j *job) writeBoth(r *blk.Req, v blk.Vec, off int64, f blk.Flags) error {
 	if r.NoWait {
 		return blk.ErrWouldBlock
 	}
-	b := blk.GetBuf(int(n), max(j.driver.child().Caps().Limits.MemAlign, j.target.Edge().Caps().Limits.MemAlign))
+	b := blk.GetBuf(int(n), max(j.driver.child().Caps().Limits.MemAlign, j.writes.Edge().Caps().Limits.MemAlign))
 	defer blk.PutBuf(b)
 	v.CopyOut(b.B)
 	return j.toBoth(r, off, n,
 		func() error { return j.driver.child().WriteAt(r, blk.Buf(b.B), off, f) },
-		func() error { return j.target.Edge().WriteAt(r, blk.Buf(b.B), off, 0) })
+		func() error { return j.writes.Edge().WriteAt(r, blk.Buf(b.B), off, 0) })
 }
 
 // zeroBoth zeroes a range of both sides.
-func (j *job) zeroBoth(r *blk.Req, off, n int64, f blk.Flags) error {
+func (j *Job) zeroBoth(r *blk.Req, off, n int64, f blk.Flags) error {
 	if r.NoWait {
 		return blk.ErrWouldBlock
 	}
 	return j.toBoth(r, off, n,
 		func() error { return j.driver.child().Zero(r, off, n, f) },
-		func() error { return j.target.Edge().Zero(r, off, n, f&blk.MayUnmap) })
+		func() error { return j.writes.Edge().Zero(r, off, n, f&blk.MayUnmap) })
 }
 
-// discardPiece is how much of a discard goes to both sides at once, in bytes: other requests wait for so much of it.
+// discardPiece is how much of a discard goes to both sides at once, in bytes: other requests wait
+// for so much of it.
 const discardPiece = 16 << 20
 
-// discardBoth discards a range of the source, and makes the target what the source shows there then: that depends on its driver, its clusters, and what
-// lies below it.
-func (j *job) discardBoth(r *blk.Req, off, n int64) error {
+// discardBoth discards a range of the source, and makes the target what the source shows there
+// then: that depends on its driver, its clusters, and what lies below it.
+func (j *Job) discardBoth(r *blk.Req, off, n int64) error {
 	src := j.driver.child()
 	if !src.TakesDiscard() {
 		return src.Discard(r, off, n)
@@ -63,7 +66,9 @@ func (j *job) discardBoth(r *blk.Req, off, n int64) error {
 	}
 	for end := off + n; off < end; {
 		n := min(blk.AlignDown(off, discardPiece)+discardPiece, end) - off
-		err := j.toBoth(r, off, n, func() error { return src.Discard(r, off, n) }, func() error { return j.follow(r, off, off+n) })
+		err := j.toBoth(r, off, n,
+			func() error { return src.Discard(r, off, n) },
+			func() error { return j.follow(r, off, off+n) })
 		if err != nil {
 			return err
 		}
@@ -72,37 +77,26 @@ func (j *job) discardBoth(r *blk.Req, off, n int64) error {
 	return nil
 }
 
-// follow makes [off, end) of the target what the source shows there now. The range is taken.
-func (j *job) follow(r *blk.Req, off, end int64) error {
-	for off < end {
-		x, err := j.copyExtent(r, off, end)
-		if err != nil {
-			return err
-		}
-		off += x.N
-	}
-	return nil
-}
-
-func (j *job) toBoth(r *blk.Req, off, n int64, source, target func() error) error {
+func (j *Job) toBoth(r *blk.Req, off, n int64, source, target func() error) error {
 	if j.life.get().mode != types.MirrorCopyModeWriteBlocking && j.h.Paused() {
 		return source() // it is the job that wants both, and it does nothing now
 	}
 	lo, hi := off, off+n
 	if c := j.hidden; c > 0 {
-		lo, hi = blk.AlignDown(lo, c), min(blk.AlignUp(hi, c), j.Source.Size())
+		lo, hi = blk.AlignDown(lo, c), min(blk.AlignUp(hi, c), j.source.Size())
 	}
 	s, err := j.ranges.take(r.Ctx, lo, hi-lo)
 	if err != nil {
 		return err
 	}
 	defer j.ranges.give(s)
-	pass := j.target.TryBegin()
+	pass := j.writes.TryBegin()
 	if pass == nil {
-		// The target is held quiet, and this unit of work must not wait for that. The background copies it.
+		// The target is held quiet, and this unit of work must not wait for that. The background
+		// copies it.
 		return source()
 	}
-	defer j.target.End(pass)
+	defer j.writes.End(pass)
 	settled := false
 	defer func() {
 		if !settled { // nobody knows what is there now
@@ -117,7 +111,8 @@ func (j *job) toBoth(r *blk.Req, off, n int64, source, target func() error) erro
 	defer j.both.Add(-n)
 	j.h.AddRemaining(n)
 	if j.hidden > 0 {
-		err = j.follow(r, lo, hi) // the rest of the target's clusters comes along, and zeroes are such that nothing shows through
+		// The rest of the target's clusters comes along, and zeroes are such that nothing shows through.
+		err = j.follow(r, lo, hi)
 	} else {
 		err = target()
 	}
@@ -132,33 +127,21 @@ func (j *job) toBoth(r *blk.Req, off, n int64, source, target func() error) erro
 }
 
 // unrecorded calls f, which writes to the source, without the job's bitmap taking notice.
-func (j *job) unrecorded(r *blk.Req, f func() error) error {
+func (j *Job) unrecorded(r *blk.Req, f func() error) error {
 	r.Unrecorded = j.bits
 	defer func() { r.Unrecorded = nil }()
 	return f()
 }
 
-// cleanCovered makes those granules clean that lie in [off, end) in full.
-func (j *job) cleanCovered(off, end int64) {
-	g := j.bits.Granularity()
-	lo, hi := blk.AlignUp(off, g), blk.AlignDown(end, g)
-	if end >= j.Source.Size() {
-		hi = end
-	}
-	if lo < hi {
-		j.bits.Clear(lo, hi-lo)
-	}
-}
-
 // bothFailed does what the policies say about a guest's write that did not reach the target.
-func (j *job) bothFailed(err error) {
-	op, policy := types.IoOperationTypeWrite, j.OnTargetError
+func (j *Job) bothFailed(err error) {
+	op, policy := types.IoOperationTypeWrite, j.policies().Write
 	var c *graph.CopyError
 	if errors.As(err, &c) {
 		op, policy = j.side(err)
 	}
 	if j.h.OnError(op, policy, err) == types.BlockErrorActionReport {
 		j.life.fail(err)
-		j.mj.Kick()
+		j.site.Job.Kick()
 	}
 }

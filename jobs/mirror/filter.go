@@ -9,18 +9,20 @@ import (
 	"qblockd/schema/types"
 )
 
-// DriverName is how the job's filter shows itself, as in the reference.
+// DriverName is how the job's filter shows itself, as in QEMU.
 const DriverName = "mirror_top"
 
-// filterDriver sits above the source while the job runs. It lets the job write to both sides where it wants to, else it passes everything through.
+// filterDriver sits above the source while the job runs. It lets the job write to both sides where
+// it wants to, else it passes everything through.
 type filterDriver struct {
 	node *graph.Node
-	job  *job
+	job  *Job
 }
 
 func (f *filterDriver) child() *graph.Edge { return f.node.FilteredChild() }
 
-// Caps implements graph.Driver. What passes it unseen leaves its traces in the source's bitmap; CopyFrom refuses where that is not enough.
+// Caps implements graph.Driver. What passes it unseen leaves its traces in the source's bitmap;
+// CopyFrom refuses where that is not enough.
 func (f *filterDriver) Caps() graph.Caps {
 	return graph.Caps{
 		WriteFlags:  blk.FUA | blk.WriteUnchanged,
@@ -93,10 +95,11 @@ func (f *filterDriver) Map(r *blk.Req, off, n int64, m *blk.Mapping) error {
 // Resize implements graph.Resizer: the size stays.
 func (f *filterDriver) Resize(context.Context, int64, blk.Prealloc) error { return blk.ErrNotSupported }
 
-// EdgeClaim implements graph.Permer. Where the target is below the source, what is between is not consistent while the job runs, and is written to.
+// EdgeClaim implements graph.Permer. Where the target is below the source, what is between is not
+// consistent while the job runs, and is written to.
 func (f *filterDriver) EdgeClaim(_ string, role perm.Role, up perm.Claim, readOnly bool) perm.Claim {
 	c := perm.Default(role, up, !readOnly, false)
-	if f.job.commit {
+	if f.job.below {
 		c.Need &^= perm.ConsistentRead
 		c.Share |= perm.Write
 	}

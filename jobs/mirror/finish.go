@@ -3,21 +3,21 @@ package mirror
 import (
 	"context"
 	"fmt"
-	"log/slog"
 
 	"qblockd/graph"
 	"qblockd/graph/blk"
 	"qblockd/jobs"
-	"qblockd/jobs/chain"
+	"qblockd/jobs/blockjob"
 	"qblockd/schema/types"
 )
 
-// The end of a job that succeeds: with the source held quiet, what is dirty is copied, the target flushed, and the target put in the source's place. A job
-// that waits to be finalized does not hold its guests up meanwhile: it catches up once more in Prepare.
+// The end of a job that succeeds: with the source held quiet, what is dirty is copied, the target
+// flushed, and the target put in the source's place. A job that waits to be finalized does not hold
+// its guests up meanwhile: it catches up once more in Prepare.
 
-// tryEnd holds the source quiet and makes the target equal to it. It tells whether that is so; else there was too much to copy, or an error to be
-// tried again, and the source goes on.
-func (j *job) tryEnd(ctx context.Context, h *jobs.Handle, most int64) (ended bool, _ error) {
+// tryEnd holds the source quiet and makes the target equal to it. It tells whether that is so; else
+// there was too much to copy, or an error to be tried again, and the source goes on.
+func (j *Job) tryEnd(ctx context.Context, h *jobs.Handle, most int64) (ended bool, _ error) {
 	// Before guests have to wait: a command that has the nodes may take its time.
 	hold, err := j.holdNodes(ctx)
 	defer func() { hold.Release() }()
@@ -26,8 +26,8 @@ func (j *job) tryEnd(ctx context.Context, h *jobs.Handle, most int64) (ended boo
 		undrain, err = j.quieten(ctx, h, most)
 	}
 	if err == nil && undrain != nil {
-		if err = j.target.Edge().Flush(&blk.Req{Ctx: ctx}); err == nil {
-			if j.ManualFinalize {
+		if err = j.writes.Edge().Flush(&blk.Req{Ctx: ctx}); err == nil {
+			if !blockjob.Or(j.args.AutoFinalize, true) {
 				undrain()
 			} else {
 				j.undrain, j.held, hold = undrain, hold, nil
@@ -42,19 +42,20 @@ func (j *job) tryEnd(ctx context.Context, h *jobs.Handle, most int64) (ended boo
 }
 
 // holdNodes takes the nodes for the end of the job.
-func (j *job) holdNodes(ctx context.Context) (*graph.Hold, error) {
-	nodes := append(j.between(), j.Source, j.Target)
+func (j *Job) holdNodes(ctx context.Context) (*graph.Hold, error) {
+	nodes := append(j.between(), j.source, j.target)
 	j.mu.Lock()
 	if j.replace != nil {
 		nodes = append(nodes, j.replace)
 	}
 	j.mu.Unlock()
-	return j.g.HoldNodes(ctx, nodes...)
+	return j.source.Graph().HoldNodes(ctx, nodes...)
 }
 
-// quieten holds the source quiet and copies what is dirty, unless that is more than most bytes or fails, or the job was told to pause; then undrain is nil.
-func (j *job) quieten(ctx context.Context, h *jobs.Handle, most int64) (undrain func(), _ error) {
-	end, err := j.g.Drain(ctx, j.Source)
+// quieten holds the source quiet and copies what is dirty, unless that is more than most bytes or
+// fails, or the job was told to pause; then undrain is nil.
+func (j *Job) quieten(ctx context.Context, h *jobs.Handle, most int64) (undrain func(), _ error) {
+	end, err := j.source.Graph().Drain(ctx, j.source)
 	switch {
 	case err != nil && h.Context().Err() != nil:
 		return nil, jobs.ErrCancelled
@@ -66,11 +67,12 @@ func (j *job) quieten(ctx context.Context, h *jobs.Handle, most int64) (undrain 
 			end()
 		}
 	}()
-	// The writes that were waited for may have failed to reach the target, and clients were told what becomes of the job for that.
+	// The writes that were waited for may have failed to reach the target, and clients were told
+	// what becomes of the job for that.
 	if err := j.life.failure(); err != nil {
 		return nil, err
 	}
-	if j.bits.Count() > most || j.mj.UserPaused() {
+	if j.bits.Count() > most || j.site.Job.UserPaused() {
 		return nil, nil
 	}
 	if err := j.copyQuiet(ctx); err != nil {
@@ -80,8 +82,9 @@ func (j *job) quieten(ctx context.Context, h *jobs.Handle, most int64) (undrain 
 	return end, nil
 }
 
-// failed does what the policies say about an error of copying with nothing in flight: nil means to try again.
-func (j *job) failed(h *jobs.Handle, err error) error {
+// failed does what the policies say about an error of copying with nothing in flight: nil means to
+// try again.
+func (j *Job) failed(h *jobs.Handle, err error) error {
 	switch {
 	case err == nil:
 		return nil
@@ -104,11 +107,11 @@ func (j *job) failed(h *jobs.Handle, err error) error {
 }
 
 // copyQuiet copies what is dirty while the source is quiet: no gate is passed.
-func (j *job) copyQuiet(ctx context.Context) error {
+func (j *Job) copyQuiet(ctx context.Context) error {
 	r := &blk.Req{Ctx: ctx, Job: true}
 	j.asked = 0
 	for {
-		at, n, ok := j.bits.NextDirty(0, j.Source.Size())
+		at, n, ok := j.bits.NextDirty(0, j.source.Size())
 		if !ok {
 			return nil
 		}
@@ -118,7 +121,7 @@ func (j *job) copyQuiet(ctx context.Context) error {
 		if k, _ := j.longZeroes(r, at, n, j.longest()); k > 0 {
 			n = k
 		} else {
-			n = min(n, max(maxCopy, j.Granularity))
+			n = min(n, max(maxCopy, j.granularity))
 		}
 		if err := j.copy(r, at, n); err != nil {
 			return err
@@ -126,9 +129,10 @@ func (j *job) copyQuiet(ctx context.Context) error {
 	}
 }
 
-// catchUp is what makes the target equal again after a time of waiting. Whatever the policies are, an error ends the job: its work is over, it cannot pause
-// any more, and who told it to finalize waits for the answer.
-func (j *job) catchUp(ctx context.Context, h *jobs.Handle) (err error) {
+// catchUp is what makes the target equal again after a time of waiting. Whatever the policies are,
+// an error ends the job: its work is over, it cannot pause any more, and who told it to finalize
+// waits for the answer.
+func (j *Job) catchUp(ctx context.Context, h *jobs.Handle) (err error) {
 	if err := j.life.failure(); err != nil {
 		return err
 	}
@@ -141,7 +145,7 @@ func (j *job) catchUp(ctx context.Context, h *jobs.Handle) (err error) {
 			return err
 		}
 	}
-	if j.undrain, err = j.g.Drain(ctx, j.Source); err != nil {
+	if j.undrain, err = j.source.Graph().Drain(ctx, j.source); err != nil {
 		return err
 	}
 	if err := j.life.failure(); err != nil {
@@ -151,11 +155,12 @@ func (j *job) catchUp(ctx context.Context, h *jobs.Handle) (err error) {
 		return err
 	}
 	h.SetRemaining(0)
-	return j.target.Edge().Flush(&blk.Req{Ctx: ctx})
+	return j.writes.Edge().Flush(&blk.Req{Ctx: ctx})
 }
 
-// Prepare implements jobs.Preparer: it takes the job out of the graph and, if it was told to complete, puts the target in its place, all or nothing.
-func (j *job) Prepare(ctx context.Context, h *jobs.Handle) error {
+// Prepare implements jobs.Preparer: it takes the job out of the graph and, if it was told to
+// complete, puts the target in its place, all or nothing.
+func (j *Job) Prepare(ctx context.Context, h *jobs.Handle) error {
 	if j.held == nil {
 		hold, err := j.holdNodes(ctx)
 		if err != nil {
@@ -170,57 +175,55 @@ func (j *job) Prepare(ctx context.Context, h *jobs.Handle) error {
 		}
 	}
 	ctx = context.WithoutCancel(ctx)
-	tx := j.g.Begin(ctx)
+	tx := j.source.Graph().Begin(ctx)
 	defer tx.Abort()
-	if err := j.leave(tx); err != nil {
+	if err := j.site.Leave(tx); err != nil {
 		return err
 	}
-	end := func(bool) {}
-	if j.Rebase != nil {
-		f, err := j.Rebase(ctx, tx)
-		if err != nil {
-			return err
-		}
-		end = f
+	opened, err := j.rebase(ctx, tx)
+	if err != nil {
+		return err
 	}
 	mode, err := j.pivot(tx)
 	if err == nil {
-		err = tx.RemoveFilter(j.filter)
+		err = tx.RemoveFilter(j.site.Filter)
 	}
 	if err == nil {
 		err = tx.Commit()
 	}
-	end(err == nil)
+	opened.Finish(err)
 	if err == nil {
-		j.filter = nil
+		j.site.Filter = nil
 		if j.life.get().pivot {
-			j.wasReadOnly = mode
+			j.site.EndReadOnly(mode)
 		}
 	}
 	return err
 }
 
-// pivot lets tx put the target in the place of what it replaces, if the job was told to complete. The nodes that it returns are to be read-only then: nobody
-// writes to them any more.
-func (j *job) pivot(tx *graph.Tx) (readOnly []*graph.Node, _ error) {
+// pivot lets tx put the target in the place of what it replaces, if the job was told to complete.
+// The nodes that it returns are to be read-only then: nobody writes to them any more.
+func (j *Job) pivot(tx *graph.Tx) (readOnly []*graph.Node, _ error) {
 	if !j.life.get().pivot {
 		return nil, nil
 	}
-	old := j.Source
+	old := j.source
 	if j.replace != nil {
-		if old = j.replace; !CanReplace(j.Source, old) {
-			return nil, fmt.Errorf("Can no longer replace '%s' by '%s', because it can no longer be guaranteed that doing so would not lead to an abrupt change of visible data",
-				old.Name(), j.Target.Name())
+		if old = j.replace; !canReplace(j.source, old) {
+			return nil, fmt.Errorf("Can no longer replace '%s' by '%s', because it can no longer be guaranteed that doing so"+
+				" would not lead to an abrupt change of visible data",
+				old.Name(), j.target.Name())
 		}
 	}
-	if old.ReadOnly() && !j.Target.ReadOnly() {
-		readOnly = j.Target.WithFiles()
+	if old.ReadOnly() && !j.target.ReadOnly() {
+		readOnly = j.target.WithFiles()
 	}
-	return readOnly, tx.ReplaceNode(old, j.Target)
+	return readOnly, tx.ReplaceNode(old, j.target)
 }
 
-// CanReplace tells whether a mirror of source may take the place of n: n shows the same data as source, in every use.
-func CanReplace(source, n *graph.Node) bool {
+// canReplace tells whether a mirror of source may take the place of n: n shows the same data as
+// source, in every use.
+func canReplace(source, n *graph.Node) bool {
 	for source != n {
 		e := source.FilteredChild()
 		if e == nil {
@@ -231,74 +234,29 @@ func CanReplace(source, n *graph.Node) bool {
 	return true
 }
 
-// leave lets tx give back what the job relies on.
-func (j *job) leave(tx *graph.Tx) error {
-	if j.commit {
-		if err := tx.Thaw(j.Source, j.Target); err != nil {
-			return err
-		}
-	}
-	for _, r := range append(j.holds, j.root, j.target) {
-		if err := tx.DetachRoot(r); err != nil {
-			return err
-		}
-	}
-	return nil
-}
-
 // Clean implements jobs.Cleaner.
-func (j *job) Clean(*jobs.Handle) {
+func (j *Job) Clean(*jobs.Handle) {
 	j.life.to(ended)
 	if j.held == nil {
-		j.held, _ = j.g.HoldNodes(context.Background(), j.Source, j.Target) // none if the graph is closed
+		j.held, _ = j.source.Graph().HoldNodes(context.Background(), j.source, j.target) // none if the graph is closed
 	}
 	defer j.held.Release()
 	defer j.goOn()
-	if j.filter != nil {
-		j.thaw()
-		chain.TakeOut(j.ID, j.filter, j.leave)
-		j.filter = nil
-	}
+	j.site.TakeOut(nil)
 	j.dirty.Remove()
 	j.goOn()
-	j.restoreReadOnly()
+	j.site.Release()
 	j.mu.Lock()
 	defer j.mu.Unlock()
-	for _, f := range j.block {
-		f()
+	if j.unblock != nil {
+		j.unblock()
 	}
-	j.block = nil
 }
 
 // goOn lets guests go on if the source is held quiet.
-func (j *job) goOn() {
+func (j *Job) goOn() {
 	if j.undrain != nil {
 		j.undrain()
 		j.undrain = nil
-	}
-}
-
-// makeWritable makes a read-only base of a commit writable for the time of the job.
-func (j *job) makeWritable(ctx context.Context) error {
-	if !j.Target.ReadOnly() {
-		return nil
-	}
-	nodes := j.Target.WithFiles()
-	if err := j.g.SwitchReadOnly(ctx, false, nodes...); err != nil {
-		return err
-	}
-	j.wasReadOnly = nodes
-	return nil
-}
-
-// restoreReadOnly makes the target read-only where it was that, or what it replaces is. A failure leaves the node writable and is logged.
-func (j *job) restoreReadOnly() {
-	nodes := j.wasReadOnly
-	j.wasReadOnly = nil
-	if nodes == nil {
-		return
-	}
-	if err := j.g.SwitchReadOnly(context.Background(), true, nodes...); err != nil {
-		slog.Warn("a node stays writable after a job", "node", j.Target.Name(), "err", err)
 	}
 }

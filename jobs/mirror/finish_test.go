@@ -22,8 +22,8 @@ func TestLastPassHasNoLimit(t *testing.T) {
 		for _, how := range []string{"complete", "cancel", "finalize"} {
 			w := newWorldOf(t, size)
 			a := w.args(mode)
-			a.None, a.Speed = true, 1 // what is dirty takes months
-			a.ManualFinalize = how == "finalize"
+			a.Sync, a.Speed = types.MirrorSyncModeNone, new(int64(1)) // what is dirty takes months
+			a.AutoFinalize = new(how != "finalize")
 			j := w.start(a)
 			if !w.await(ready) {
 				t.Fatal(j.Err())
@@ -68,7 +68,7 @@ func TestCancelWhileFinalizing(t *testing.T) {
 	for _, mode := range modes {
 		w := newWorldOf(t, size)
 		a := w.args(mode)
-		a.ManualFinalize = true
+		a.AutoFinalize = new(false)
 		j := w.start(a)
 		if !w.await(ready) {
 			t.Fatal(j.Err())
@@ -77,7 +77,7 @@ func TestCancelWhileFinalizing(t *testing.T) {
 			t.Fatal(err)
 		}
 		w.await(func(e events.Event) bool { _, ok := e.(types.BlockJobPendingEvent); return ok })
-		undrain, err := w.g.Drain(context.Background(), a.Target)
+		undrain, err := w.g.Drain(context.Background(), w.target)
 		if err != nil {
 			t.Fatal(err)
 		}
@@ -106,7 +106,7 @@ func TestFaultsWhileFinalizing(t *testing.T) {
 			const size = 8 << 20 // more than is copied with the source held quiet
 			w := newWorldOf(t, size)
 			a := w.args(mode)
-			a.ManualFinalize, a.OnTargetError = true, policy
+			a.AutoFinalize, a.OnTargetError = new(false), &policy
 			j := w.start(a)
 			if !w.await(ready) {
 				t.Fatal(j.Err())
@@ -134,7 +134,7 @@ func TestFaultWhileHoldingQuiet(t *testing.T) {
 	for _, policy := range []types.BlockdevOnError{types.BlockdevOnErrorReport, types.BlockdevOnErrorStop} {
 		w := newWorld(t)
 		a := w.args(types.MirrorCopyModeWriteBlocking)
-		a.OnTargetError = policy
+		a.OnTargetError = &policy
 		j := w.start(a)
 		if !w.await(ready) {
 			t.Fatal(j.Err())
@@ -206,7 +206,7 @@ func holdFirst(entered chan<- struct{}, leave <-chan struct{}) func(drivertest.O
 func TestFaultBesideOneThatIsIgnored(t *testing.T) {
 	w := newWorld(t)
 	a := w.args(types.MirrorCopyModeWriteBlocking)
-	a.OnSourceError = types.BlockdevOnErrorIgnore
+	a.OnSourceError = new(types.BlockdevOnErrorIgnore)
 	w.fromF.Inject(drivertest.Rule{Ops: drivertest.OpRead, N: 512})
 	j := w.start(a)
 	w.await(func(e events.Event) bool {

@@ -42,7 +42,7 @@ func TestGranularities(t *testing.T) {
 		for granularity := int64(1024); granularity <= 64<<20; granularity *= 8 {
 			w := newWorldOf(t, 5<<19+1536)
 			a := w.args(mode)
-			a.Granularity = granularity
+			a.Granularity = new(uint32(granularity))
 			j := w.start(a)
 			if !w.await(ready) {
 				t.Fatal(j.Err())
@@ -121,7 +121,7 @@ func TestReadyInBoundedPasses(t *testing.T) {
 					}
 				})
 				a := w.args(mode)
-				a.Granularity = granularity
+				a.Granularity = new(uint32(granularity))
 				j := w.start(a)
 				if !w.await(ready) {
 					t.Fatal(j.Err())
@@ -173,7 +173,7 @@ func TestWholeClustersOfLongRanges(t *testing.T) {
 		image := named{drivertest.NewMemFileOptions(size, drivertest.MemOptions{Limits: blk.Limits{ClusterSize: cluster}})}
 		w.target = drivertest.AddNode(t, w.g, "image", image)
 		a := w.args(mode)
-		a.None, a.ZeroTarget, a.Granularity, a.Speed = true, false, 4096, 1 // slow until it is told to end
+		a.Sync, a.Granularity, a.Speed = types.MirrorSyncModeNone, new(uint32(4096)), new(int64(1)) // slow until it is told to end
 		j := w.start(a)
 		if !w.await(ready) {
 			t.Fatal(j.Err())

@@ -137,7 +137,7 @@ func TestHugeDisksAndClusters(t *testing.T) {
 func hugeMirror(t *testing.T, size int64, old, unmap bool, mode types.MirrorCopyMode, bufSize int64) {
 	w := hugeWorld(t, size, old, unmap)
 	a := w.args(mode)
-	a.BufSize = bufSize
+	a.BufSize = &bufSize
 	j := w.start(a)
 	if !w.await(ready) {
 		t.Fatal(j.Err())

@@ -12,11 +12,13 @@ import (
 	"testing"
 	"time"
 
+	"qblockd/blockdev"
 	"qblockd/blockdev/drivertest"
 	"qblockd/events"
 	"qblockd/graph"
 	"qblockd/graph/blk"
 	"qblockd/jobs"
+	"qblockd/jobs/blockjob"
 	"qblockd/jobs/mirror"
 	"qblockd/schema/types"
 )
@@ -115,19 +117,26 @@ func (w *world) look() string {
 	return s
 }
 
-func (w *world) args(mode types.MirrorCopyMode) mirror.Args {
-	return mirror.Args{ID: "j", Type: types.JobTypeMirror, Source: w.source, Target: w.target, ZeroTarget: true, Unmap: true, ManualDismiss: true,
-		CopyMode: mode, OnSourceError: types.BlockdevOnErrorReport, OnTargetError: types.BlockdevOnErrorReport}
+func (w *world) args(mode types.MirrorCopyMode) types.BlockdevMirrorArgs {
+	return types.BlockdevMirrorArgs{
+		JobID: new("j"), Device: w.source.Name(), Target: w.target.Name(), Sync: types.MirrorSyncModeFull,
+		CopyMode: &mode, AutoDismiss: new(false),
+	}
 }
 
-func (w *world) start(a mirror.Args) *jobs.Job {
+func (w *world) begin(a types.BlockdevMirrorArgs) (release func(), err error) {
+	j := mirror.FromArgs(blockdev.New(w.g, blockdev.Config{}), &a)
+	return blockjob.Start(context.Background(), w.g, w.m, j)
+}
+
+func (w *world) start(a types.BlockdevMirrorArgs) *jobs.Job {
 	w.t.Helper()
-	release, err := mirror.Start(context.Background(), w.m, a)
+	release, err := w.begin(a)
 	if err != nil {
 		w.t.Fatal(err)
 	}
 	release()
-	return w.m.Get(a.ID)
+	return w.m.Get("j")
 }
 
 // end waits for the job and requires that nothing of it is left, and that the guest is at the node of that name.
@@ -332,7 +341,7 @@ func TestWriteWhilePending(t *testing.T) {
 	for _, mode := range modes {
 		w := newWorld(t)
 		a := w.args(mode)
-		a.ManualFinalize = true
+		a.AutoFinalize = new(false)
 		j := w.start(a)
 		if !w.await(ready) {
 			t.Fatal(j.Err())
@@ -362,29 +371,29 @@ func TestWriteWhilePending(t *testing.T) {
 func TestEnds(t *testing.T) {
 	type phase struct {
 		name string
-		hold func(w *world, a *mirror.Args)
+		hold func(w *world, a *types.BlockdevMirrorArgs)
 		wait func(w *world, j *jobs.Job)
 	}
 	until := func(s types.JobStatus) func(e events.Event) bool {
 		return func(e events.Event) bool { x, ok := e.(types.JobStatusChangeEvent); return ok && x.Status == s }
 	}
 	phases := []phase{
-		{"running", func(w *world, a *mirror.Args) { a.Speed = 1 }, func(w *world, j *jobs.Job) {}},
-		{"paused", func(w *world, a *mirror.Args) { a.Speed = 1 }, func(w *world, j *jobs.Job) {
+		{"running", func(w *world, a *types.BlockdevMirrorArgs) { a.Speed = new(int64(1)) }, func(w *world, j *jobs.Job) {}},
+		{"paused", func(w *world, a *types.BlockdevMirrorArgs) { a.Speed = new(int64(1)) }, func(w *world, j *jobs.Job) {
 			if err := j.Pause(); err != nil {
 				w.t.Error(err)
 			}
 			w.await(until(types.JobStatusPaused))
 		}},
-		{"ready", func(*world, *mirror.Args) {}, func(w *world, j *jobs.Job) { w.await(ready) }},
-		{"standby", func(*world, *mirror.Args) {}, func(w *world, j *jobs.Job) {
+		{"ready", func(*world, *types.BlockdevMirrorArgs) {}, func(w *world, j *jobs.Job) { w.await(ready) }},
+		{"standby", func(*world, *types.BlockdevMirrorArgs) {}, func(w *world, j *jobs.Job) {
 			w.await(ready)
 			if err := j.Pause(); err != nil {
 				w.t.Error(err)
 			}
 			w.await(until(types.JobStatusStandby))
 		}},
-		{"pending", func(_ *world, a *mirror.Args) { a.ManualFinalize = true }, func(w *world, j *jobs.Job) {
+		{"pending", func(_ *world, a *types.BlockdevMirrorArgs) { a.AutoFinalize = new(false) }, func(w *world, j *jobs.Job) {
 			w.await(ready)
 			if err := j.Complete(context.Background()); err != nil {
 				w.t.Error(err)
@@ -491,7 +500,7 @@ func faultAt(t *testing.T, mode types.MirrorCopyMode, policy types.BlockdevOnErr
 	f := side(w)
 	f.FailAt(i, syscall.EIO)
 	a := w.args(mode)
-	a.OnSourceError, a.OnTargetError = policy, policy
+	a.OnSourceError, a.OnTargetError = &policy, &policy
 	j := w.start(a)
 	done := make(chan struct{})
 	go func() {
@@ -585,8 +594,8 @@ func TestTwoAtOnce(t *testing.T) {
 		for i := range errs {
 			wg.Go(func() {
 				a := w.args(types.MirrorCopyModeBackground)
-				a.ID, a.Target = fmt.Sprint("j", i), targets[i]
-				release, err := mirror.Start(context.Background(), w.m, a)
+				a.JobID, a.Target = new(fmt.Sprint("j", i)), targets[i].Name()
+				release, err := w.begin(a)
 				if errs[i] = err; err == nil {
 					release()
 				}

@@ -17,7 +17,7 @@ import (
 func TestPanicGivesBack(t *testing.T) {
 	ctx, cancel := context.WithTimeout(t.Context(), time.Minute)
 	defer cancel()
-	j := &job{driver: &filterDriver{}} // without a node, which it takes for granted
+	j := &Job{copier: copier{driver: &filterDriver{}}} // without a node, which it takes for granted
 	s, err := j.ranges.take(ctx, 0, 512)
 	if err != nil {
 		t.Fatal(err)
@@ -47,7 +47,7 @@ func TestPanicLetsGuestsGoOn(t *testing.T) {
 	g := drivertest.NewGraph(t)
 	n := drivertest.AddNode(t, g, "n", drivertest.NewMemFile(512))
 	guest := drivertest.AddRoot(t, g, n, drivertest.Writer)
-	j := &job{Args: Args{Source: n}, g: g} // without a bitmap, which it takes for granted
+	j := newJob(plan{source: n}) // without a bitmap, which it takes for granted
 	panicking(t, func() { _, _ = j.quieten(ctx, nil, 0) })
 	r, err := guest.Begin(ctx)
 	if err != nil {
@@ -60,7 +60,9 @@ func TestPanicLetsGuestsGoOn(t *testing.T) {
 func TestPanicForgetsNothing(t *testing.T) {
 	g := drivertest.NewGraph(t)
 	n := drivertest.AddNode(t, g, "n", drivertest.NewMemFile(4096))
-	j := &job{Args: Args{Source: n}, g: g, bits: bitmap.New(4096, 512), target: drivertest.AddRoot(t, g, drivertest.AddNode(t, g, "target", drivertest.NewMemFile(4096)), drivertest.Writer)}
+	j := newJob(plan{source: n})
+	j.bits = bitmap.New(4096, 512)
+	j.writes = drivertest.AddRoot(t, g, drivertest.AddNode(t, g, "target", drivertest.NewMemFile(4096)), drivertest.Writer)
 	j.life.setMode(types.MirrorCopyModeWriteBlocking)
 	j.bits.Set(0, 1024)
 	r := &blk.Req{Ctx: t.Context()}
@@ -79,7 +81,8 @@ func TestTooMuchLetsGuestsGoOn(t *testing.T) {
 		g := drivertest.NewGraph(t)
 		n := drivertest.AddNode(t, g, "n", drivertest.NewMemFile(4096))
 		guest := drivertest.AddRoot(t, g, n, drivertest.Writer)
-		j := &job{Args: Args{Source: n}, g: g, bits: bitmap.New(4096, 512)}
+		j := newJob(plan{source: n})
+		j.bits = bitmap.New(4096, 512)
 		j.bits.Set(0, 1024)
 		if told != nil {
 			j.life.fail(told)

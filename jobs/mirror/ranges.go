@@ -7,8 +7,9 @@ import (
 	"qblockd/graph/blk"
 )
 
-// ranges keeps apart what must not overlap in time: the copies of the background and guests' writes that go to both sides. Who comes waits for those
-// that came before and overlap, so nobody waits in a circle.
+// ranges keeps apart what must not overlap in time: the copies of the background and guests' writes
+// that go to both sides. Who comes waits for those that came before and overlap, so nobody waits in
+// a circle.
 type ranges struct {
 	mu   sync.Mutex
 	head *span // oldest; guarded by mu
@@ -23,7 +24,8 @@ type span struct {
 	over       chan struct{} // made by the first who waits
 }
 
-// take takes [off, off+n) and waits until nobody else has any of it. Error: the cause of the end of ctx; nothing is taken then.
+// take takes [off, off+n) and waits until nobody else has any of it. Error: the cause of the end of
+// ctx; nothing is taken then.
 func (t *ranges) take(ctx context.Context, off, n int64) (*span, error) {
 	s, _ := t.pool.Get().(*span)
 	if s == nil {

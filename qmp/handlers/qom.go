@@ -43,3 +43,10 @@ func (h Qom) ObjectAdd(_ context.Context, a *types.ObjectOptions) error { return
 
 // ObjectDel implements types.QomHandler.
 func (h Qom) ObjectDel(_ context.Context, a *types.ObjectDelArgs) error { return h.Objects.Del(a.ID) }
+
+func deref[T any](p *T) (v T) {
+	if p != nil {
+		v = *p
+	}
+	return v
+}

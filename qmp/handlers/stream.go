@@ -27,12 +27,3 @@ func (h BlockJob) start(ctx context.Context, j blockjob.Job) error {
 	qmp.AfterReply(ctx, release)
 	return nil
 }
-
-func deref[T any](p *T) (v T) {
-	if p != nil {
-		v = *p
-	}
-	return v
-}
-
-func isFalse(p *bool) bool { return p != nil && !*p }

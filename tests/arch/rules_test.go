@@ -46,11 +46,10 @@ var rules = []rule{
 	{"qmp", []string{"schema"}},
 
 	{"jobs/copy", []string{"jobs", "graph", "graph/*"}},
-	{"jobs/chain", []string{"graph", "graph/*"}},
-	{"jobs/blockjob", []string{"jobs", "jobs/visible", "jobs/chain", "blockdev", "graph", "graph/*"}},
+	{"jobs/blockjob", []string{"jobs", "jobs/visible", "blockdev", "graph", "graph/*"}},
 	// A commit of what is written to is a mirror.
-	{"jobs/commit", []string{"jobs", "jobs/copy", "jobs/visible", "jobs/blockjob", "jobs/chain", "jobs/mirror", "blockdev", "graph", "graph/*"}},
-	{"jobs/*", []string{"jobs", "jobs/copy", "jobs/visible", "jobs/blockjob", "jobs/chain", "blockdev", "blockdev/filter/copybeforewrite", "graph", "graph/*"}},
+	{"jobs/commit", []string{"jobs", "jobs/copy", "jobs/visible", "jobs/blockjob", "jobs/mirror", "blockdev", "graph", "graph/*"}},
+	{"jobs/*", []string{"jobs", "jobs/copy", "jobs/visible", "jobs/blockjob", "blockdev", "blockdev/filter/copybeforewrite", "graph", "graph/*"}},
 	{"jobs", []string{"jobs/machine", "jobs/visible", "graph", "graph/transaction"}},
 
 	{"blockdev/driver", []string{"graph", "graph/*"}},

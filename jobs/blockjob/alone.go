@@ -1,5 +1,4 @@
-// Package chain is what jobs that stand in a backing chain have in common.
-package chain
+package blockjob
 
 import "qblockd/graph"
 
