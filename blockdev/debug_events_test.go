@@ -186,7 +186,7 @@ func (x *eventImage) use() {
 		x.write(32, 16, c, blk.Compressed)
 		x.write(64+round*16, 1, c, 0)
 		x.flush()
-		if s, ok := x.node.Driver().(graph.Snapshotter); ok && round == 1 {
+		if s, ok := x.node.Driver().(graph.InternalSnapshotter); ok && round == 1 {
 			_ = x.do(0, 0, func(r *blk.Req) error { _, err := s.CreateSnapshot(r, "s", started, 0); return err }, func() {})
 		}
 		x.clear(32, 16, func(r *blk.Req, off, n int64) error { return x.root.Edge().Discard(r, off, n) })

@@ -37,10 +37,10 @@ func onlyRoots(n *graph.Node, parents []*graph.Edge) (*graph.Node, error) {
 
 // snapshotter finds who keeps the internal snapshots of n: its driver or, where that keeps none and takes all its data from one child, the child.
 // Nil: nobody, or with writable somebody that is read-only.
-func snapshotter(n *graph.Node, writable bool) (*graph.Node, graph.Snapshotter) {
+func snapshotter(n *graph.Node, writable bool) (*graph.Node, graph.InternalSnapshotter) {
 	const holds = perm.Data | perm.Metadata | perm.Filtered
 	for !writable || !n.ReadOnly() {
-		if s, ok := n.Driver().(graph.Snapshotter); ok {
+		if s, ok := n.Driver().(graph.InternalSnapshotter); ok {
 			return n, s
 		}
 		below := n.File()
@@ -64,7 +64,7 @@ type InternalSnapshot struct {
 	m      *Manager
 	args   *types.BlockdevSnapshotInternal
 	keeper *graph.Node // that has the snapshot
-	store  graph.Snapshotter
+	store  graph.InternalSnapshotter
 	// Of the snapshot that was made; the name is as the image has it.
 	id, name string
 }
@@ -158,13 +158,13 @@ func (s *InternalSnapshot) Abort() {
 	}
 }
 
-func deleteSnapshot(ctx context.Context, keeper *graph.Node, store graph.Snapshotter, id, name string) error {
+func deleteSnapshot(ctx context.Context, keeper *graph.Node, store graph.InternalSnapshotter, id, name string) error {
 	keeper.MustHold()
 	return keeper.Guarded(func() error { return store.DeleteSnapshot(&blk.Req{Ctx: ctx}, id, name) })
 }
 
 // findSnapshot is the first snapshot with that ID and that name, as far as they are given. It is also the first that has both its ID and its name.
-func findSnapshot(s graph.Snapshotter, id, name *string) *types.SnapshotInfo {
+func findSnapshot(s graph.InternalSnapshotter, id, name *string) *types.SnapshotInfo {
 	for _, x := range s.Snapshots() {
 		if (id == nil || x.ID == *id) && (name == nil || x.Name == *name) {
 			return x
@@ -176,7 +176,7 @@ func findSnapshot(s graph.Snapshotter, id, name *string) *types.SnapshotInfo {
 // DeleteInternalSnapshot is the body of blockdev-snapshot-delete-internal-sync. Requests on the node wait meanwhile.
 func (m *Manager) DeleteInternalSnapshot(ctx context.Context, a *types.BlockdevSnapshotDeleteInternalSyncArgs) (*types.SnapshotInfo, error) {
 	var n, keeper *graph.Node
-	var store graph.Snapshotter
+	var store graph.InternalSnapshotter
 	hold, err := m.g.Hold(ctx, func() (_ []*graph.Node, err error) {
 		n, err = m.LookupRoot(a.Device)
 		switch {

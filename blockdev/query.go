@@ -147,7 +147,7 @@ func (m *Manager) AppendNodeStats(b []byte) []byte {
 func nodeStats(n *graph.Node) *types.BlockStats {
 	name := n.Name()
 	s := &types.BlockStats{NodeName: &name, Stats: *n.Stats()}
-	if d, ok := n.Driver().(graph.Statser); ok {
+	if d, ok := n.Driver().(graph.StatsReporter); ok {
 		s.DriverSpecific = d.DriverStats()
 	}
 	if e := dataChild(n); e != nil {

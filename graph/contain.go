@@ -20,7 +20,7 @@ type guard struct {
 	zeroer  Zeroer
 	flusher Flusher
 	discard Discarder
-	status  Statuser
+	status  BlockStatuser
 	mapper  Mapper
 	copier  CopyRanger
 	resizer Resizer
@@ -42,7 +42,7 @@ func (s *ioState) guard(n *Node) {
 	if g.discard, ok = n.drv.(Discarder); ok {
 		s.discard = g
 	}
-	if g.status, ok = n.drv.(Statuser); ok {
+	if g.status, ok = n.drv.(BlockStatuser); ok {
 		s.status = g
 	}
 	if g.mapper, ok = n.drv.(Mapper); ok {

@@ -47,7 +47,10 @@ type Caps struct {
 	Instant bool
 }
 
-// Optional abilities; each with the default for drivers without it.
+// The optional abilities of drivers follow, by what they are about.
+
+// Requests, each with what the node does for drivers without it. Those that serve requests may run in
+// parallel with one another; a NoWait request must not wait in them.
 type (
 	Writer interface {
 		WriteAt(r *blk.Req, v blk.Vec, off int64, f blk.Flags) error // default: the node cannot be writable
@@ -55,19 +58,16 @@ type (
 	Zeroer interface {
 		Zero(r *blk.Req, off, n int64, f blk.Flags) error // default: writes of zeroes, unless NoFallback
 	}
+	Discarder interface {
+		Discard(r *blk.Req, off, n int64) error // default: no-op
+	}
 	Flusher interface {
 		// Flush: on return all completed writes are on stable storage. The node flushes the driver; the
 		// driver flushes its children itself where it has any. Default: children are flushed.
 		Flush(r *blk.Req) error
 	}
-	Discarder interface {
-		Discard(r *blk.Req, off, n int64) error // default: no-op
-	}
-	// Ejecter is a driver whose image may turn out to be unusable while it is open.
-	Ejecter interface {
-		Ejected() bool // all requests fail with blk.ErrNoMedium from now on
-	}
-	Statuser interface {
+	// BlockStatuser tells what there is in a range (block status, not statistics).
+	BlockStatuser interface {
 		Status(r *blk.Req, off, n int64) (blk.Extent, error) // default: all data, allocated
 	}
 	Mapper interface {
@@ -75,24 +75,81 @@ type (
 		Map(r *blk.Req, off, n int64, m *blk.Mapping) error
 	}
 	CopyRanger interface {
-		// CopyFrom writes src (host ranges, no zero runs) to off; ErrNotSupported or EXDEV make the caller copy by hand.
+		// CopyFrom writes src (host ranges, no zero runs) to off; ErrNotSupported or EXDEV make the
+		// caller copy by hand.
 		CopyFrom(r *blk.Req, off int64, src []blk.HostRange, f blk.Flags) error
 	}
 	Resizer interface {
 		Resize(ctx context.Context, size int64, m blk.Prealloc) error // default: blk.ErrNotSupported
 	}
+	// Debugger drivers are told of steps: those that drivers take who have them as a child, and those
+	// of the generic layer for them themselves. The call may wait, unless r must not.
+	Debugger interface {
+		DebugEvent(r *blk.Req, e blk.DebugEvent)
+	}
+)
+
+// The place in the graph: permissions, options, and what draining and failing mean to a driver.
+type (
 	// Permer overrides the claim on a child; up is the cumulative claim of the node's parents
 	// (Need joined, Share intersected). Default: by role, see package perm.
 	Permer interface {
 		EdgeClaim(child string, r perm.Role, up perm.Claim, readOnly bool) perm.Claim
 	}
-	// PermTaker is told the cumulative claim on the node itself (file locks, reopening read-write under auto-read-only).
-	// Prepare may block and fail; then exactly one of Commit and Abort follows; they cannot fail.
+	// PermTaker is told the cumulative claim on the node itself (file locks, reopening read-write
+	// under auto-read-only). Prepare may block and fail; then exactly one of Commit and Abort follows;
+	// they cannot fail.
 	PermTaker interface {
 		PermPrepare(ctx context.Context, c perm.Claim) error
 		PermCommit()
 		PermAbort()
 	}
+	// ChildKeeper marks drivers that read what one node alone knows, their file: who is put above that
+	// node does not come between.
+	ChildKeeper interface {
+		KeepsChild()
+	}
+	// ModeSwitcher has something to do when its node becomes writable or read-only (qcow2: repairs and
+	// header bits). Both are called while the node is drained: Prepare before the change, it may refuse;
+	// Commit after it. When a node that was to become read-only stays writable after all, Commit is
+	// called with readOnly false.
+	ModeSwitcher interface {
+		PrepareReadOnly(r *blk.Req, readOnly bool) error
+		CommitReadOnly(r *blk.Req, readOnly bool) error
+	}
+	// Inactivator stores what must be on disk before the node is closed or handed over; called while
+	// drained.
+	Inactivator interface {
+		Inactivate(r *blk.Req) error
+	}
+	// Drainer drivers hold requests back (throttle, reconnecting clients) and let them go between
+	// DrainBegin and DrainEnd, which alternate. Quiet tells that nothing is held back; it is polled
+	// meanwhile. Called with no lock held.
+	Drainer interface {
+		DrainBegin()
+		Quiet() bool
+		DrainEnd()
+	}
+	// Ejecter is a driver whose image may turn out to be unusable while it is open.
+	Ejecter interface {
+		Ejected() bool // all requests fail with blk.ErrNoMedium from now on
+	}
+	// FailureTaker is told that its node has failed (Node.Fail), from any goroutine, perhaps with its
+	// own locks held: it does not take them. What it has in memory is in doubt and must not be written
+	// any more, not by Close either.
+	FailureTaker interface {
+		NodeFailed()
+	}
+	// Lagging tells how many bytes have still to get to the medium, as far as that can be seen, and
+	// whether the driver is bound to a call that only its storage ends: the process could not end before
+	// it either. It is called now and then while the daemon ends, also beside Close, and does not block.
+	Lagging interface {
+		Lag() (bytes int64, bound bool)
+	}
+)
+
+// What images keep besides their data.
+type (
 	// Backed drivers name the backing file of their image header; both empty: none.
 	Backed interface {
 		BackingFile() (name, format string)
@@ -101,110 +158,58 @@ type (
 	BackingChanger interface {
 		ChangeBackingFile(r *blk.Req, name, format string) error
 	}
-	// Informer adds what query-named-block-nodes shows under image; called without locks, no I/O.
-	Informer interface {
-		ImageInfo(info *types.ImageInfo) // fills cluster-size, dirty-flag, compressed, encrypted, format-specific
-	}
-	// ModeSwitcher has something to do when its node becomes writable or read-only (qcow2: repairs and header bits). Both are called
-	// while the node is drained: Prepare before the change, it may refuse; Commit after it. When a node that was to become read-only stays writable after all,
-	// Commit is called with readOnly false.
-	ModeSwitcher interface {
-		PrepareReadOnly(r *blk.Req, readOnly bool) error
-		CommitReadOnly(r *blk.Req, readOnly bool) error
-	}
-	// Debugger drivers are told of steps: those that drivers take who have them as a child, and those of the generic layer for them themselves. The call may
-	// wait, unless r must not.
-	Debugger interface {
-		DebugEvent(r *blk.Req, e blk.DebugEvent)
-	}
-	// Snapshotter drivers keep internal snapshots. The node is held quiet while one is made or deleted; both may block, and change nothing when they fail.
-	Snapshotter interface {
-		// CreateSnapshot makes one of that name, taken at that time, when the machine's clock said clock. It returns the ID, which no other has.
+	// InternalSnapshotter drivers keep snapshots inside their image. The node is held quiet while one is
+	// made or deleted; both may block, and change nothing when they fail.
+	InternalSnapshotter interface {
+		// CreateSnapshot makes one of that name, taken at that time, when the machine's clock said
+		// clock. It returns the ID, which no other has.
 		CreateSnapshot(r *blk.Req, name string, at time.Time, clock time.Duration) (id string, err error)
-		// DeleteSnapshot deletes the first one that has both. An image may say that several have the same ID, or the same name.
+		// DeleteSnapshot deletes the first one that has both. An image may say that several have the
+		// same ID, or the same name.
 		DeleteSnapshot(r *blk.Req, id, name string) error
 		Snapshots() []*types.SnapshotInfo
 	}
-	// BitmapStore drivers keep persistent dirty bitmaps in their image: those that are the node's and persistent when it becomes read-only or is closed.
+	// SnapshotReader is a driver that keeps a point in time besides what its node shows now
+	// (copy-before-write). Its methods need a unit of work that reaches its node. DiscardSnapshot tells
+	// that a range of the point in time is not needed any more.
+	SnapshotReader interface {
+		ReadSnapshot(r *blk.Req, v blk.Vec, off int64) error
+		SnapshotStatus(r *blk.Req, off, n int64) (blk.Extent, error)
+		DiscardSnapshot(r *blk.Req, off, n int64) error
+	}
+	// BitmapStore drivers keep persistent dirty bitmaps in their image: those that are the node's and
+	// persistent when it becomes read-only or is closed.
 	BitmapStore interface {
-		// CanStoreBitmap tells why there cannot be one more, besides others of them; granularity is in bytes.
+		// CanStoreBitmap tells why there cannot be one more, besides others of them; granularity is in
+		// bytes.
 		CanStoreBitmap(name string, granularity int64, others int) error
-		// HoldBitmap makes the image safe against the sudden end of the program: it has at least what the persistent bitmap of that name has, and will have what
-		// writes add. Called when the bitmap was added, enabled, or merged into, while the node is quiet, and when it was disabled. May block.
+		// HoldBitmap makes the image safe against the sudden end of the program: it has at least what
+		// the persistent bitmap of that name has, and will have what writes add. Called when the bitmap
+		// was added, enabled, or merged into, while the node is quiet, and when it was disabled. May
+		// block.
 		HoldBitmap(r *blk.Req, name string) error
 		// RemoveBitmap takes it out of the image at once. May block.
 		RemoveBitmap(r *blk.Req, name string) error
+	}
+)
+
+// What queries show; called without locks, and without I/O but for ActualSize.
+type (
+	// Informer adds what query-named-block-nodes shows under image: cluster-size, dirty-flag,
+	// compressed, encrypted, format-specific.
+	Informer interface {
+		ImageInfo(info *types.ImageInfo)
 	}
 	// Sizer tells the bytes allocated on the host ("actual-size"); may block.
 	Sizer interface {
 		ActualSize() (int64, error)
 	}
+	// StatsReporter adds the driver's own statistics to those of query-blockstats.
+	StatsReporter interface {
+		DriverStats() *types.BlockStatsSpecific
+	}
 	// Identified drivers tell which file or device of the host they have open.
 	Identified interface {
 		FileID() FileID
 	}
-	// Statser adds driver-specific block statistics.
-	Statser interface {
-		DriverStats() *types.BlockStatsSpecific
-	}
-	// Inactivator stores what must be on disk before the node is closed or handed over; called while drained.
-	Inactivator interface {
-		Inactivate(r *blk.Req) error
-	}
-	// Lagging tells how many bytes have still to get to the medium, as far as that can be seen, and whether the driver is bound to a call that only
-	// its storage ends: the process could not end before it either. It is called now and then while the daemon ends, also beside Close, and does not block.
-	Lagging interface {
-		Lag() (bytes int64, bound bool)
-	}
-	// FailureTaker is told that its node has failed (Node.Fail), from any goroutine, perhaps with its own locks held: it does not take them. What it has
-	// in memory is in doubt and must not be written any more, not by Close either.
-	FailureTaker interface {
-		NodeFailed()
-	}
-	// Drainer is for drivers that hold requests back (throttle, reconnecting clients); called with no lock held.
-	Drainer interface {
-		DrainBegin()
-		Quiet() bool
-		DrainEnd()
-	}
-	// Snapshotted is a driver that keeps a point in time besides what its node shows now (copy-before-write). Its methods need a unit of work
-	// that reaches its node. DiscardSnapshot tells that a range of the point in time is not needed any more.
-	Snapshotted interface {
-		ReadSnapshot(r *blk.Req, v blk.Vec, off int64) error
-		SnapshotStatus(r *blk.Req, off, n int64) (blk.Extent, error)
-		DiscardSnapshot(r *blk.Req, off, n int64) error
-	}
-	// ChildKeeper marks drivers that read what one node alone knows, their file: who is put above that node does not come between.
-	ChildKeeper interface {
-		KeepsChild()
-	}
 )
-
-// FileID tells files of the host apart, whatever their names: a regular file by its file system and inode; a device, whose inode counts
-// as 0, by its number.
-type FileID struct{ Dev, Ino uint64 }
-
-// Options are the generic properties of a node.
-type Options struct {
-	Name       string // "" generates one
-	DriverName string
-	Kind       Kind
-	Reopens    bool // the driver takes other options while it is open (blockdev-reopen)
-	ReadOnly   bool
-	// AutoReadOnly: the driver may fall back to read-only where the medium allows no writing.
-	AutoReadOnly bool
-	ForceShare   bool
-	Direct       bool // cache.direct
-	NoFlush      bool // cache.no-flush
-	Implicit     bool // inserted by a job, left out of chains that users see
-	NeverFreeze  bool // a job's filter, which must be free to go: no link to it can be frozen by FreezeChain
-	Discard      bool // discard=unmap
-	DetectZeroes types.BlockdevDetectZeroesOptions
-	// Canonical holds the options as given, for reopen, json: names and recorded state.
-	Canonical *types.BlockdevOptions
-	// Inherited are the generic options that the node has from Canonical or from the parent that defined it.
-	Inherited Inheritable
-}
-
-// Inheritable are the generic options that a node hands down to the children that it defines; nil: neither it nor its parent says.
-type Inheritable struct{ Direct, NoFlush, ForceShare, ReadOnly, AutoReadOnly *bool }

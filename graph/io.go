@@ -34,7 +34,7 @@ type ioState struct {
 	zeroer  Zeroer
 	flusher Flusher
 	discard Discarder
-	status  Statuser
+	status  BlockStatuser
 	mapper  Mapper
 	copier  CopyRanger
 	resizer Resizer

@@ -56,7 +56,7 @@ func (p *Passthrough) Zero(r *blk.Req, off, n int64, f blk.Flags) error {
 // Discard implements Discarder.
 func (p *Passthrough) Discard(r *blk.Req, off, n int64) error { return p.Below().Discard(r, off, n) }
 
-// Status implements Statuser: the answer is the child's.
+// Status implements BlockStatuser: the answer is the child's.
 func (p *Passthrough) Status(r *blk.Req, off, n int64) (blk.Extent, error) {
 	return blk.Extent{N: n, Raw: true, OffValid: true, MapOff: off, In: p.Below()}, nil
 }

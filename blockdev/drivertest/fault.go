@@ -203,11 +203,11 @@ func (f *Fault) Discard(r *blk.Req, off, n int64) error {
 	return f.do(OpDiscard, off, n, func() error { return d.Discard(r, off, n) })
 }
 
-// Status implements graph.Statuser.
+// Status implements graph.BlockStatuser.
 func (f *Fault) Status(r *blk.Req, off, n int64) (x blk.Extent, err error) {
 	err = f.do(OpStatus, off, n, func() (err error) {
 		x = blk.Extent{N: n, Data: true, OffValid: true, MapOff: off}
-		if s, ok := f.inner.(graph.Statuser); ok {
+		if s, ok := f.inner.(graph.BlockStatuser); ok {
 			x, err = s.Status(r, off, n)
 		}
 		return err

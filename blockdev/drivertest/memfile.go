@@ -346,7 +346,7 @@ func (m *MemFile) Resize(ctx context.Context, size int64, p blk.Prealloc) error 
 	return nil
 }
 
-// Status implements graph.Statuser.
+// Status implements graph.BlockStatuser.
 func (m *MemFile) Status(r *blk.Req, off, n int64) (blk.Extent, error) {
 	m.Statuses.Add(1)
 	m.mu.RLock()

@@ -41,7 +41,7 @@ func (f *filterDriver) ReadAt(r *blk.Req, v blk.Vec, off int64, fl blk.Flags) er
 	return f.child().ReadAt(r, v, off, fl)
 }
 
-// Status implements graph.Statuser.
+// Status implements graph.BlockStatuser.
 func (f *filterDriver) Status(r *blk.Req, off, n int64) (blk.Extent, error) {
 	return blk.Extent{N: n, Raw: true, OffValid: true, MapOff: off, In: f.child()}, nil
 }

@@ -74,7 +74,7 @@ func (f *filterDriver) Discard(r *blk.Req, off, n int64) error {
 	return f.child().Discard(r, off, n)
 }
 
-// Status implements graph.Statuser.
+// Status implements graph.BlockStatuser.
 func (f *filterDriver) Status(r *blk.Req, off, n int64) (blk.Extent, error) {
 	return blk.Extent{N: n, Raw: true, OffValid: true, MapOff: off, In: f.child()}, nil
 }

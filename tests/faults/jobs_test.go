@@ -175,7 +175,7 @@ func jobScenarios() []scenario {
 			if err == nil {
 				return e.bitmaps("b", true)
 			}
-			if l := e.Graph.Node("top").Driver().(graph.Snapshotter).Snapshots(); len(l) > 0 {
+			if l := e.Graph.Node("top").Driver().(graph.InternalSnapshotter).Snapshots(); len(l) > 0 {
 				return errors.Join(err, errors.New("the snapshot is left"))
 			}
 			return errors.Join(err, e.bitmaps("b", false))

@@ -170,7 +170,7 @@ func (d *Driver) Flush(r *blk.Req) error {
 	return d.Below().Flush(r)
 }
 
-// Status implements graph.Statuser.
+// Status implements graph.BlockStatuser.
 func (d *Driver) Status(r *blk.Req, off, n int64) (blk.Extent, error) {
 	if err := d.fail(r, kindStatus, off, n); err != nil {
 		return blk.Extent{}, err

@@ -65,7 +65,7 @@ var errBroken = blk.Text("The snapshot is broken: copying before a write has fai
 
 var errNoAccess = blk.Text("This part is not in the snapshot", syscall.EACCES)
 
-// ReadSnapshot implements graph.Snapshotted.
+// ReadSnapshot implements graph.SnapshotReader.
 func (d *Driver) ReadSnapshot(r *blk.Req, v blk.Vec, off int64) error {
 	for done, size := int64(0), v.Len(); done < size; {
 		n, err := d.reader(off+done, size-done, func(e *graph.Edge, n int64) error {
@@ -79,7 +79,7 @@ func (d *Driver) ReadSnapshot(r *blk.Req, v blk.Vec, off int64) error {
 	return nil
 }
 
-// SnapshotStatus implements graph.Snapshotted.
+// SnapshotStatus implements graph.SnapshotReader.
 func (d *Driver) SnapshotStatus(r *blk.Req, off, n int64) (x blk.Extent, err error) {
 	_, err = d.reader(off, n, func(e *graph.Edge, n int64) error {
 		x, err = e.StatusAbove(r, nil, false, off, n)
@@ -91,7 +91,7 @@ func (d *Driver) SnapshotStatus(r *blk.Req, off, n int64) (x blk.Extent, err err
 	return blk.Extent{N: x.N, Data: x.Data, Zero: x.Zero, Allocated: true}, err
 }
 
-// DiscardSnapshot implements graph.Snapshotted: the whole clusters of the range are given up. Of the point in time of a backup nothing is given up, as the
+// DiscardSnapshot implements graph.SnapshotReader: the whole clusters of the range are given up. Of the point in time of a backup nothing is given up, as the
 // job's copy is to be whole.
 func (d *Driver) DiscardSnapshot(r *blk.Req, off, n int64) error {
 	size := d.pending.Size()

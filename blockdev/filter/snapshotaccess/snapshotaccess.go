@@ -27,15 +27,15 @@ func open(o *driver.Opening, _ *types.BlockdevOptionsGenericFormat) (graph.Drive
 }
 
 // keeper is the driver of n if it keeps a point in time.
-func keeper(n *graph.Node) (graph.Snapshotted, error) {
-	if s, ok := n.Driver().(graph.Snapshotted); ok {
+func keeper(n *graph.Node) (graph.SnapshotReader, error) {
+	if s, ok := n.Driver().(graph.SnapshotReader); ok {
 		return s, nil
 	}
 	return nil, fmt.Errorf("Node '%s' keeps no point in time: %w", n.Name(), blk.ErrNotSupported)
 }
 
 // below is asked for each request: where the filter is one of a job it leaves the graph with the job.
-func (d *view) below() (graph.Snapshotted, error) { return keeper(d.node.File().Node()) }
+func (d *view) below() (graph.SnapshotReader, error) { return keeper(d.node.File().Node()) }
 
 // Caps implements graph.Driver.
 func (d *view) Caps() graph.Caps { return graph.Caps{} }
@@ -58,7 +58,7 @@ func (d *view) ReadAt(r *blk.Req, v blk.Vec, off int64, _ blk.Flags) error {
 	return s.ReadSnapshot(r, v, off)
 }
 
-// Status implements graph.Statuser.
+// Status implements graph.BlockStatuser.
 func (d *view) Status(r *blk.Req, off, n int64) (blk.Extent, error) {
 	s, err := d.below()
 	if err != nil {

@@ -18,7 +18,7 @@ var (
 	_ graph.Zeroer         = (*Driver)(nil)
 	_ graph.Flusher        = (*Driver)(nil)
 	_ graph.Discarder      = (*Driver)(nil)
-	_ graph.Statuser       = (*Driver)(nil)
+	_ graph.BlockStatuser  = (*Driver)(nil)
 	_ graph.Mapper         = (*Driver)(nil)
 	_ graph.CopyRanger     = (*Driver)(nil)
 	_ graph.Resizer        = (*Driver)(nil)

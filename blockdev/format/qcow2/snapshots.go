@@ -92,7 +92,7 @@ func (s *snapshots) sureOfAll(r *blk.Req) error {
 	return s.corrupt(r, at, s.cs, "Preventing a change of snapshots: the refcount of cluster %s is wrong", hex(at))
 }
 
-// CreateSnapshot implements graph.Snapshotter.
+// CreateSnapshot implements graph.InternalSnapshotter.
 func (s *snapshots) CreateSnapshot(r *blk.Req, name string, at time.Time, clock time.Duration) (id string, _ error) {
 	if len(s.snaps) >= layout.MaxSnapshots {
 		return "", errTooBig
@@ -229,7 +229,7 @@ type unsureError struct{ error }
 
 func (e unsureError) Unwrap() error { return e.error }
 
-// DeleteSnapshot implements graph.Snapshotter.
+// DeleteSnapshot implements graph.InternalSnapshotter.
 func (s *snapshots) DeleteSnapshot(r *blk.Req, id, name string) error {
 	for i := range s.snaps {
 		if s.snaps[i].ID == id && s.snaps[i].Name == name {
@@ -323,7 +323,7 @@ func (s *snapshots) publishSnapshots() {
 	s.tellChanged()
 }
 
-// Snapshots implements graph.Snapshotter.
+// Snapshots implements graph.InternalSnapshotter.
 func (d *Driver) Snapshots() []*types.SnapshotInfo { return *d.shownSnapshots.Load() }
 
-var _ graph.Snapshotter = (*Driver)(nil)
+var _ graph.InternalSnapshotter = (*Driver)(nil)

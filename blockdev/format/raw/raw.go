@@ -200,7 +200,7 @@ func (d *image) Discard(r *blk.Req, off, n int64) error {
 	return d.file.Discard(r, at, n)
 }
 
-// Status implements graph.Statuser: the answer is the file's.
+// Status implements graph.BlockStatuser: the answer is the file's.
 func (d *image) Status(r *blk.Req, off, n int64) (blk.Extent, error) {
 	return blk.Extent{N: n, Raw: true, OffValid: true, MapOff: off + d.part.Load().offset, In: d.file}, nil
 }

@@ -55,17 +55,17 @@ type disk struct {
 }
 
 var (
-	_ graph.Writer     = (*disk)(nil)
-	_ graph.Zeroer     = (*disk)(nil)
-	_ graph.Flusher    = (*disk)(nil)
-	_ graph.Lagging    = (*disk)(nil)
-	_ graph.Discarder  = (*disk)(nil)
-	_ graph.Statuser   = (*disk)(nil)
-	_ graph.Mapper     = (*disk)(nil)
-	_ graph.CopyRanger = (*disk)(nil)
-	_ graph.Resizer    = (*disk)(nil)
-	_ graph.PermTaker  = (*disk)(nil)
-	_ graph.Sizer      = (*disk)(nil)
+	_ graph.Writer        = (*disk)(nil)
+	_ graph.Zeroer        = (*disk)(nil)
+	_ graph.Flusher       = (*disk)(nil)
+	_ graph.Lagging       = (*disk)(nil)
+	_ graph.Discarder     = (*disk)(nil)
+	_ graph.BlockStatuser = (*disk)(nil)
+	_ graph.Mapper        = (*disk)(nil)
+	_ graph.CopyRanger    = (*disk)(nil)
+	_ graph.Resizer       = (*disk)(nil)
+	_ graph.PermTaker     = (*disk)(nil)
+	_ graph.Sizer         = (*disk)(nil)
 )
 
 // Caps implements graph.Driver.

@@ -63,14 +63,14 @@ func (d *disk) setAio(opts *types.BlockdevOptionsFile) (err error) {
 }
 
 var (
-	_ graph.Informer = (*disk)(nil)
-	_ graph.Statser  = (*disk)(nil)
+	_ graph.Informer      = (*disk)(nil)
+	_ graph.StatsReporter = (*disk)(nil)
 )
 
 // ImageInfo implements graph.Informer: a file is never dirty, but says so.
 func (d *disk) ImageInfo(info *types.ImageInfo) { info.DirtyFlag = new(bool) }
 
-// DriverStats implements graph.Statser.
+// DriverStats implements graph.StatsReporter.
 func (d *disk) DriverStats() *types.BlockStatsSpecific {
 	return &types.BlockStatsSpecific{
 		Driver: types.BlockdevDriver(d.driver),

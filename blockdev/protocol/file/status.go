@@ -13,7 +13,7 @@ import (
 // that somebody made since for data is slow, taking new data for a hole would lose it.
 type extent struct{ start, end int64 }
 
-// Status implements graph.Statuser by SEEK_DATA and SEEK_HOLE. A walk from front to back
+// Status implements graph.BlockStatuser by SEEK_DATA and SEEK_HOLE. A walk from front to back
 // costs at most two seeks per extent.
 func (d *disk) Status(r *blk.Req, off, n int64) (blk.Extent, error) {
 	e := blk.Extent{N: n, Data: true, Allocated: true, OffValid: true, MapOff: off, EOF: off+n >= d.Size()}

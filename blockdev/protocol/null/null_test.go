@@ -71,7 +71,7 @@ func TestReadZeroes(t *testing.T) {
 		if err := d.ReadAt(r, blk.Buf(b), 0, 0); err != nil || (b[0] == 0) != zeroes {
 			t.Errorf("read-zeroes %v: read %d, %v", zeroes, b[0], err)
 		}
-		if x, err := d.(graph.Statuser).Status(r, 7, 100); err != nil || x.Zero != zeroes || x.N != 100 || x.Data {
+		if x, err := d.(graph.BlockStatuser).Status(r, 7, 100); err != nil || x.Zero != zeroes || x.N != 100 || x.Data {
 			t.Errorf("read-zeroes %v: status %+v, %v", zeroes, x, err)
 		}
 	}
