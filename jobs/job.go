@@ -84,7 +84,8 @@ type Job struct {
 	yielded  latch // the starting command may go on
 	released latch // the starting command has been answered
 
-	current, total atomic.Int64
+	current atomic.Int64
+	total   atomic.Int64
 }
 
 // latch is a channel that is closed once, however many do it.
