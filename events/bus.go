@@ -6,27 +6,10 @@ import (
 	"sync"
 	"time"
 
-	"qblockd/events/panics"
+	"qblockd/events/clock"
 	"qblockd/events/trace"
 	"qblockd/schema/value"
 )
-
-// Clock is where a Bus takes time from.
-type Clock interface {
-	// Now is the wall clock, for time stamps.
-	Now() time.Time
-	// AfterFunc calls f once, on a goroutine of its own, when d has passed. stop prevents
-	// a call that has not begun.
-	AfterFunc(d time.Duration, f func()) (stop func())
-}
-
-type systemClock struct{}
-
-func (systemClock) Now() time.Time { return time.Now() }
-func (systemClock) AfterFunc(d time.Duration, f func()) func() {
-	t := panics.AfterFunc("the rate limit of events", d, f)
-	return func() { t.Stop() }
-}
 
 // Limit holds back events of one name that come in quick succession: the first is delivered
 // at once, then at most one each Interval, the latest; the others are dropped.
@@ -47,7 +30,7 @@ func DefaultLimits() map[string]Limit {
 
 // Options of a Bus; the zero value gives the defaults.
 type Options struct {
-	Clock     Clock            // default: the system's
+	Clock     clock.Clock      // default: clock.Real
 	Limits    map[string]Limit // by event name; default: DefaultLimits
 	KeepCount int              // how many delivered events Replay can give at most; default 1024, negative: none
 	KeepBytes int              // and how many bytes of them; default 1 MiB
@@ -67,7 +50,7 @@ type Message struct {
 // Lock order: Bus.mu is a leaf but for what subscribers lock themselves (the output queue of a
 // session); see Subscribe.
 type Bus struct {
-	clock  Clock
+	clock  clock.Clock
 	limits map[string]Limit
 
 	mu  sync.Mutex
@@ -89,9 +72,9 @@ type limitKey struct{ name, key string }
 
 // holdback is a running interval of a Limit, and the latest event that came during it.
 type holdback struct {
-	stop func()
-	name string
-	line []byte // nil: none came
+	timer clock.Timer
+	name  string
+	line  []byte // nil: none came
 }
 
 // Subscription is one receiver of events.
@@ -104,7 +87,7 @@ func NewBus(o Options) *Bus {
 	b := &Bus{clock: o.Clock, limits: o.Limits, held: make(map[limitKey]*holdback),
 		keepCount: o.KeepCount, keepBytes: o.KeepBytes}
 	if b.clock == nil {
-		b.clock = systemClock{}
+		b.clock = clock.Real
 	}
 	if b.limits == nil {
 		b.limits = DefaultLimits()
@@ -186,7 +169,7 @@ func (b *Bus) limitLocked(e Event) []byte {
 		}
 		h := &holdback{name: name}
 		b.held[key] = h
-		h.stop = b.clock.AfterFunc(limit.Interval, func() { b.release(key, h, limit.Interval) })
+		h.timer = b.clock.AfterFunc("the rate limit of events", limit.Interval, func() { b.release(key, h, limit.Interval) })
 	}
 	return line
 }
@@ -205,7 +188,7 @@ func (b *Bus) release(key limitKey, h *holdback, interval time.Duration) {
 	}
 	line := h.line
 	h.line = nil
-	h.stop = b.clock.AfterFunc(interval, func() { b.release(key, h, interval) })
+	h.timer.Reset(interval)
 	b.deliverLocked(h.name, line, false)
 }
 
@@ -245,7 +228,7 @@ func (b *Bus) Close() {
 	defer b.mu.Unlock()
 	b.closed = true
 	for key, h := range b.held {
-		h.stop()
+		h.timer.Stop()
 		delete(b.held, key)
 	}
 }

@@ -7,6 +7,7 @@ import (
 	"testing"
 	"time"
 
+	"qblockd/events/clock"
 	"qblockd/schema/value"
 )
 
@@ -16,56 +17,8 @@ type event struct{ name, data string }
 func (e event) EventName() string          { return e.name }
 func (e event) AppendJSON(b []byte) []byte { return append(b, e.data...) }
 
-// fakeClock stands still until told.
-type fakeClock struct {
-	mu     sync.Mutex
-	now    time.Time
-	timers map[*fakeTimer]bool
-}
-
-type fakeTimer struct {
-	at time.Time
-	f  func()
-}
-
-func newFakeClock() *fakeClock {
-	return &fakeClock{now: time.Unix(1000, 250_000_000), timers: make(map[*fakeTimer]bool)}
-}
-
-func (c *fakeClock) Now() time.Time {
-	c.mu.Lock()
-	defer c.mu.Unlock()
-	return c.now
-}
-
-func (c *fakeClock) AfterFunc(d time.Duration, f func()) func() {
-	c.mu.Lock()
-	defer c.mu.Unlock()
-	t := &fakeTimer{c.now.Add(d), f}
-	c.timers[t] = true
-	return func() {
-		c.mu.Lock()
-		defer c.mu.Unlock()
-		delete(c.timers, t)
-	}
-}
-
-// advance lets d pass and runs what is due.
-func (c *fakeClock) advance(d time.Duration) {
-	c.mu.Lock()
-	c.now = c.now.Add(d)
-	var due []func()
-	for t := range c.timers {
-		if !t.at.After(c.now) {
-			due = append(due, t.f)
-			delete(c.timers, t)
-		}
-	}
-	c.mu.Unlock()
-	for _, f := range due {
-		f()
-	}
-}
+// newClock stands at a time with microseconds.
+func newClock() *clock.Manual { return clock.NewManual(time.Unix(1000, 250_000_000)) }
 
 // listen gathers what b delivers.
 func listen(b *Bus) (got *[]string, s *Subscription) {
@@ -74,11 +27,11 @@ func listen(b *Bus) (got *[]string, s *Subscription) {
 }
 
 func TestEncoding(t *testing.T) {
-	clock := newFakeClock()
-	b := NewBus(Options{Clock: clock})
+	now := newClock()
+	b := NewBus(Options{Clock: now})
 	got, _ := listen(b)
 	b.Emit(event{"WITH", `{"a": 1}`})
-	clock.advance(749_999 * time.Microsecond)
+	now.Advance(749_999 * time.Microsecond)
 	b.Emit(event{"WITHOUT", ""})
 	want := []string{
 		`1 {"timestamp": {"seconds": 1000, "microseconds": 250000}, "event": "WITH", "data": {"a": 1}}`,
@@ -98,7 +51,7 @@ func TestEncoding(t *testing.T) {
 }
 
 func TestSubscribers(t *testing.T) {
-	b := NewBus(Options{Clock: newFakeClock()})
+	b := NewBus(Options{Clock: newClock()})
 	b.Emit(event{"EARLY", ""})
 	one, s1 := listen(b)
 	two, s2 := listen(b)
@@ -115,8 +68,8 @@ func TestSubscribers(t *testing.T) {
 }
 
 func TestRateLimit(t *testing.T) {
-	clock := newFakeClock()
-	b := NewBus(Options{Clock: clock})
+	now := newClock()
+	b := NewBus(Options{Clock: now})
 	got, _ := listen(b)
 	bad := func(node string, n int) event {
 		return event{"QUORUM_REPORT_BAD", fmt.Sprintf(`{"node-name": %q, "sector-num": %d}`, node, n)}
@@ -140,9 +93,9 @@ func TestRateLimit(t *testing.T) {
 	}
 	check("at once", `"a", "sector-num": 0`, `"b", "sector-num": 0`, `"q", "sector-num": 0`,
 		`"n": 0`, `"n": 1`, `"n": 2`, `"n": 3`, `"n": 4`)
-	clock.advance(999 * time.Millisecond)
+	now.Advance(999 * time.Millisecond)
 	check("before a second")
-	clock.advance(time.Millisecond)
+	now.Advance(time.Millisecond)
 	if len(*got) != 3 {
 		t.Fatalf("after a second: %q", *got)
 	}
@@ -155,25 +108,25 @@ func TestRateLimit(t *testing.T) {
 	*got = nil
 	b.Emit(bad("a", 9))
 	check("in the second interval")
-	clock.advance(time.Second)
+	now.Advance(time.Second)
 	check("after two seconds", `"sector-num": 9`)
-	clock.advance(time.Second)
+	now.Advance(time.Second)
 	b.Emit(bad("a", 10))
 	check("after a quiet second", `"sector-num": 10`)
 	b.Emit(bad("a", 11))
 	b.Close()
-	clock.advance(time.Minute)
+	now.Advance(time.Minute)
 	b.Emit(bad("a", 12))
 	check("closed")
 	b.mu.Lock()
 	defer b.mu.Unlock()
-	if len(clock.timers) > 0 || len(b.held) > 0 {
-		t.Errorf("left: %d timers, %d intervals", len(clock.timers), len(b.held))
+	if now.Pending() > 0 || len(b.held) > 0 {
+		t.Errorf("left: %d timers, %d intervals", now.Pending(), len(b.held))
 	}
 }
 
 func TestReplay(t *testing.T) {
-	b := NewBus(Options{Clock: newFakeClock(), KeepCount: 10, KeepBytes: 2000})
+	b := NewBus(Options{Clock: newClock(), KeepCount: 10, KeepBytes: 2000})
 	if len(b.Replay(0)) != 0 {
 		t.Error("something out of nothing")
 	}

@@ -161,9 +161,10 @@ func (h *Handle) Sleep(d time.Duration) error {
 	j.m.mu.Unlock()
 	if asleep {
 		j.waiting.Store(true)
-		stop := j.m.clock.After(d)
+		over := make(chan struct{})
+		stop := j.m.clock.AfterFunc("a sleep of job '"+j.id+"'", d, func() { close(over) })
 		select {
-		case <-stop.C:
+		case <-over:
 		case <-kick:
 		case <-j.ctx.Done():
 		}

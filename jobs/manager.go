@@ -8,6 +8,7 @@ import (
 	"sync"
 
 	"qblockd/events"
+	"qblockd/events/clock"
 	"qblockd/events/panics"
 	"qblockd/graph"
 	"qblockd/jobs/machine"
@@ -20,7 +21,7 @@ type Manager struct {
 	sink events.Sink
 	// what clients are to hear at once; nil: they hear each as it comes
 	burst []events.Event // +checklocks:mu
-	clock Clock
+	clock clock.Clock
 
 	running sync.WaitGroup // the jobs' goroutines
 
@@ -30,12 +31,10 @@ type Manager struct {
 	quitting bool
 }
 
-// NewManager makes a manager that sends its events to sink. A nil clock is the real one.
-func NewManager(sink events.Sink, clock Clock) *Manager {
-	if clock == nil {
-		clock = realClock{}
-	}
-	return &Manager{sink: sink, clock: clock, byID: map[string]*Job{}}
+// NewManager makes a manager that sends its events to sink, and whose speed limits run on c;
+// nil: clock.Real.
+func NewManager(sink events.Sink, c clock.Clock) *Manager {
+	return &Manager{sink: sink, clock: cmp.Or(c, clock.Real), byID: map[string]*Job{}}
 }
 
 // Spec describes a new job.

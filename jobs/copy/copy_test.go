@@ -13,6 +13,7 @@ import (
 	"time"
 
 	"qblockd/events"
+	"qblockd/events/clock"
 	"qblockd/events/panics"
 	"qblockd/graph/blk"
 	"qblockd/jobs"
@@ -379,22 +380,20 @@ type stopped struct {
 
 func (c *stopped) Now() time.Time { return time.Unix(1, 0) }
 
-func (c *stopped) After(d time.Duration) jobs.Timer {
+func (c *stopped) AfterFunc(_ string, d time.Duration, f func()) clock.Timer {
 	c.mu.Lock()
 	defer c.mu.Unlock()
 	c.waits = append(c.waits, d)
-	fired := make(chan time.Time, 1)
-	fired <- c.Now()
-	return jobs.Timer{C: fired, Stop: func() bool { return false }}
+	return time.AfterFunc(0, f)
 }
 
 // What fails again and again is not tried as fast as it fails: clients would get nothing but its
 // events.
 func TestIgnoredFailuresArePaced(t *testing.T) {
-	clock := &stopped{}
+	now := &stopped{}
 	q := &quiet{}
 	q.cond = sync.NewCond(&q.mu)
-	m := jobs.NewManager(q, clock)
+	m := jobs.NewManager(q, now)
 	b := newBench(Data, Skip, Data)
 	b.failed[0], b.failed[20] = 1, 12
 	j, err := m.Create(jobs.Spec{ID: "j", Type: types.JobTypeBackup, Block: true, ManualDismiss: true, Runner: runner(func(h *jobs.Handle) error {
@@ -415,7 +414,7 @@ func TestIgnoredFailuresArePaced(t *testing.T) {
 	for _, ms := range []int{1, 2, 4, 8, 16, 32, 64, 100, 100, 100, 100} {
 		want = append(want, time.Duration(ms)*time.Millisecond)
 	}
-	if !slices.Equal(clock.waits, want) {
-		t.Errorf("waited %v, want %v", clock.waits, want)
+	if !slices.Equal(now.waits, want) {
+		t.Errorf("waited %v, want %v", now.waits, want)
 	}
 }

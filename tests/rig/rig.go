@@ -19,6 +19,7 @@ import (
 	"qblockd/blockdev/export"
 	"qblockd/blockdev/export/nbd"
 	"qblockd/blockdev/format/qcow2"
+	"qblockd/events/clock"
 	"qblockd/graph"
 	"qblockd/graph/blk"
 	"qblockd/graph/perm"
@@ -37,7 +38,7 @@ type Rig struct {
 	Transaction handlers.Transaction
 	Exports     *export.Table
 	NBD         *nbd.Type
-	Clock       *Clock
+	Clock       *clock.Manual
 	Store       *Store // nil with files in a directory
 	Dir         string // "": files are in Store
 	Log         *Log
@@ -65,7 +66,7 @@ func (l *Log) Said(text string) bool {
 
 // New makes a rig whose "file" nodes open files of a new Store, or, unless dir is empty, in that directory.
 func New(dir string) *Rig {
-	x := &Rig{Sink: &drivertest.Sink{}, Clock: NewClock(), Dir: dir, Log: &Log{}}
+	x := &Rig{Sink: &drivertest.Sink{}, Clock: clock.NewManual(time.Unix(1_000_000_000, 0)), Dir: dir, Log: &Log{}}
 	log := slog.New(slog.NewTextHandler(x.Log, nil))
 	x.Graph = graph.New(x.Sink)
 	c := blockdev.Config{Log: log, Drivers: drivers.All}

@@ -1,44 +1,22 @@
 package throttle
 
 import (
+	"cmp"
 	"context"
 	"sync"
 	"sync/atomic"
 	"time"
 
-	"qblockd/events/panics"
+	"qblockd/events/clock"
 	"qblockd/graph/blk"
 )
-
-// Clock is the time that limits run on.
-type Clock interface {
-	// Now counts from any fixed moment.
-	Now() time.Duration
-	// Timer calls f in a goroutine of its own whenever a time that it was set to is over.
-	Timer(f func()) Timer
-}
-
-// Timer is set to go off once after d; setting it anew replaces what it was set to.
-type Timer interface {
-	Reset(d time.Duration) bool
-	Stop() bool
-}
-
-type realClock struct{ start time.Time }
-
-func (c realClock) Now() time.Duration { return time.Since(c.start) }
-
-func (realClock) Timer(f func()) Timer {
-	t := panics.AfterFunc("the timer of a throttle group", time.Hour, f)
-	t.Stop()
-	return t
-}
 
 // Group is a set of limits and the filters that share them. What the limits let through goes to the members by turns; reads and
 // writes take turns as well where a limit concerns both. The requests of a member keep their order.
 type Group struct {
 	name    string
-	clock   Clock
+	clock   clock.Clock
+	start   time.Time
 	limited atomic.Bool // without limits requests pass without a look at anything else
 
 	mu sync.Mutex
@@ -53,20 +31,22 @@ type Group struct {
 	// the direction whose turn it is
 	first direction // +checklocks:mu
 	// goes off when the next request may pass
-	timer   Timer // +checklocks:mu
-	retired bool  // +checklocks:mu
+	timer   clock.Timer // +checklocks:mu
+	retired bool        // +checklocks:mu
 }
 
-// NewGroup makes a group. clock nil: real time.
-func NewGroup(name string, l Limits, clock Clock) *Group {
-	if clock == nil {
-		clock = realClock{time.Now()}
-	}
-	g := &Group{name: name, clock: clock}
-	g.timer = clock.Timer(g.due)
+// NewGroup makes a group whose limits run on c; nil: clock.Real.
+func NewGroup(name string, l Limits, c clock.Clock) *Group {
+	g := &Group{name: name, clock: cmp.Or(c, clock.Real)}
+	g.start = g.clock.Now()
+	g.timer = g.clock.AfterFunc("the timer of a throttle group", time.Hour, g.due)
+	g.timer.Stop()
 	g.SetLimits(l)
 	return g
 }
+
+// now is the time since the group was made.
+func (g *Group) now() time.Duration { return g.clock.Now().Sub(g.start) }
 
 // Name is the group's name.
 func (g *Group) Name() string { return g.name }
@@ -82,7 +62,7 @@ func (g *Group) Limits() Limits {
 func (g *Group) SetLimits(l Limits) {
 	g.mu.Lock()
 	defer g.mu.Unlock()
-	g.b = buckets{limits: l, last: g.clock.Now()}
+	g.b = buckets{limits: l, last: g.now()}
 	g.round++
 	g.limited.Store(l.limited())
 	g.serveLocked()
@@ -215,7 +195,7 @@ func (m *Member) enter(r *blk.Req, dir direction, n int64) (pass, error) {
 		if g.waiting != [2]int{} {
 			g.serveLocked()
 		} else {
-			g.b.leak(g.clock.Now())
+			g.b.leak(g.now())
 		}
 		if g.waiting[dir] > 0 || g.b.wait(dir) > 0 {
 			if r.NoWait {
@@ -308,7 +288,7 @@ func (g *Group) due() {
 // serve lets through whatever may pass now, and sets the timer for what may not.
 // +checklocks:g.mu
 func (g *Group) serveLocked() {
-	g.b.leak(g.clock.Now())
+	g.b.leak(g.now())
 	for {
 		dir := g.first
 		if !g.mayLocked(dir) {

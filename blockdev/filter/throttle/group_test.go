@@ -4,79 +4,18 @@ import (
 	"context"
 	"errors"
 	"runtime"
-	"sync"
 	"testing"
 	"time"
 
 	"qblockd/blockdev/drivertest"
+	"qblockd/events/clock"
 	"qblockd/graph"
 	"qblockd/graph/blk"
 	"qblockd/graph/perm"
 )
 
-// testClock stands still until it is moved. Timers go off in the goroutine that moves it.
-type testClock struct {
-	mu     sync.Mutex
-	now    time.Duration
-	timers []*testTimer
-}
-
-type testTimer struct {
-	c  *testClock
-	f  func()
-	at time.Duration // 0: not set
-}
-
-func (c *testClock) Now() time.Duration {
-	c.mu.Lock()
-	defer c.mu.Unlock()
-	return c.now
-}
-
-func (c *testClock) Timer(f func()) Timer {
-	t := &testTimer{c: c, f: f}
-	c.mu.Lock()
-	defer c.mu.Unlock()
-	c.timers = append(c.timers, t)
-	return t
-}
-
-func (t *testTimer) Reset(d time.Duration) bool {
-	t.c.mu.Lock()
-	defer t.c.mu.Unlock()
-	t.at = max(t.c.now+d, 1)
-	return true
-}
-
-func (t *testTimer) Stop() bool {
-	t.c.mu.Lock()
-	defer t.c.mu.Unlock()
-	t.at = 0
-	return true
-}
-
-// advance moves the time on by d, by way of each moment a timer is set to.
-func (c *testClock) advance(d time.Duration) {
-	c.mu.Lock()
-	end := c.now + d
-	for {
-		var due *testTimer
-		for _, t := range c.timers {
-			if t.at > 0 && t.at <= end && (due == nil || t.at < due.at) {
-				due = t
-			}
-		}
-		if due == nil {
-			break
-		}
-		c.now, due.at = max(c.now, due.at), 0
-		c.mu.Unlock()
-		due.f()
-		c.mu.Lock()
-	}
-	c.now = end
-	c.mu.Unlock()
-}
+// newClock is a clock for groups, to be moved by Step.
+func newClock() *clock.Manual { return clock.NewManual(time.Unix(1000, 0)) }
 
 func limit(i int, r rate) Limits {
 	l := NoLimits()
@@ -123,8 +62,8 @@ func TestRates(t *testing.T) {
 		{"size", func() Limits { l := limit(iopsWrite, rate{avg: 100}); l.size = 1024; return l }(), writing, 4096, 3, []int{25, 25}},
 	} {
 		t.Run(c.name, func(t *testing.T) {
-			clock := &testClock{}
-			m := NewGroup("g", c.l, clock).Join()
+			now := newClock()
+			m := NewGroup("g", c.l, now).Join()
 			if c.once > 1e6 {
 				if _, err := m.enter(&blk.Req{NoWait: true}, c.dir, c.n); err != nil || waiting(m.g) != [2]int{} {
 					t.Error(err)
@@ -138,7 +77,7 @@ func TestRates(t *testing.T) {
 			for i, want := range c.then {
 				k := 0
 				for range 1000 {
-					clock.advance(time.Millisecond)
+					now.Step(time.Millisecond)
 					k += passes(t, m, c.dir, c.n)
 				}
 				if k < want-1 || k > want+1 {
@@ -152,7 +91,7 @@ func TestRates(t *testing.T) {
 
 // TestRefund: what did not take place leaves no trace, whatever became of the limits meanwhile.
 func TestRefund(t *testing.T) {
-	g := NewGroup("g", limit(bpsTotal, rate{avg: 1000}), &testClock{})
+	g := NewGroup("g", limit(bpsTotal, rate{avg: 1000}), newClock())
 	m := g.Join()
 	defer m.Leave()
 	for range 10 {
@@ -207,15 +146,15 @@ func (c *crowd) send(m *Member, who int, dir direction, ctx context.Context) {
 	}
 }
 
-func newCrowd(t *testing.T, l Limits) (*crowd, *testClock) {
-	clock := &testClock{}
-	return &crowd{t, NewGroup("g", l, clock), make(chan int, 1000), make(chan error, 1000)}, clock
+func newCrowd(t *testing.T, l Limits) (*crowd, *clock.Manual) {
+	now := newClock()
+	return &crowd{t, NewGroup("g", l, now), make(chan int, 1000), make(chan error, 1000)}, now
 }
 
 // one lets time pass until just one request goes on and tells which.
-func (c *crowd) one(clock *testClock, d time.Duration) int {
+func (c *crowd) one(now *clock.Manual, d time.Duration) int {
 	c.t.Helper()
-	clock.advance(d)
+	now.Step(d)
 	who := <-c.got
 	if len(c.got) != 0 {
 		c.t.Fatalf("two requests passed")
@@ -231,7 +170,7 @@ func waiting(g *Group) [2]int {
 
 // TestTurns: members go by turns however many requests each has, in the order of each, and so do reads and writes.
 func TestTurns(t *testing.T) {
-	c, clock := newCrowd(t, limit(iopsTotal, rate{avg: 10}))
+	c, now := newCrowd(t, limit(iopsTotal, rate{avg: 10}))
 	a, b, z := c.g.Join(), c.g.Join(), c.g.Join()
 	passes(t, a, reading, 1)
 	for i := range 6 {
@@ -243,7 +182,7 @@ func TestTurns(t *testing.T) {
 	c.send(z, 20, writing, nil)
 	var order []int
 	for range 9 {
-		order = append(order, c.one(clock, 100*time.Millisecond))
+		order = append(order, c.one(now, 100*time.Millisecond))
 	}
 	// The write takes its turn after the first read.
 	want := []int{0, 20, 10, 1, 11, 2, 3, 4, 5}
@@ -265,7 +204,7 @@ func TestTurns(t *testing.T) {
 
 // TestLetGo: those who wait go on when their context ends, when the limits go, and when a drain waits for them.
 func TestLetGo(t *testing.T) {
-	c, clock := newCrowd(t, limit(iopsTotal, rate{avg: 1}))
+	c, now := newCrowd(t, limit(iopsTotal, rate{avg: 1}))
 	a, b := c.g.Join(), c.g.Join()
 	passes(t, a, writing, 1)
 	ctx, cancel := context.WithCancelCause(context.Background())
@@ -292,7 +231,7 @@ func TestLetGo(t *testing.T) {
 	if _, err := a.enter(&blk.Req{NoWait: true}, writing, 1); !errors.Is(err, blk.ErrWouldBlock) {
 		t.Error("after the drain:", err)
 	}
-	clock.advance(2 * time.Second)
+	now.Step(2 * time.Second)
 	if len(c.got) != 0 {
 		t.Error("what the drain let through was not counted")
 	}

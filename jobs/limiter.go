@@ -2,28 +2,6 @@ package jobs
 
 import "time"
 
-// Clock is the time that speed limits run on.
-type Clock interface {
-	Now() time.Time
-	// After is a timer that fires once after d.
-	After(d time.Duration) Timer
-}
-
-// Timer fires once on C unless stopped before.
-type Timer struct {
-	C    <-chan time.Time
-	Stop func() bool
-}
-
-type realClock struct{}
-
-func (realClock) Now() time.Time { return time.Now() }
-
-func (realClock) After(d time.Duration) Timer {
-	t := time.NewTimer(d)
-	return Timer{C: t.C, Stop: t.Stop}
-}
-
 // slice is the period over which a speed limit is kept.
 const slice = 100 * time.Millisecond
 
