@@ -21,7 +21,7 @@ func (n *Node) close() {
 		slog.Warn("closing a node", "node", n.name, "error", err)
 	}
 	tx := n.g.Begin(context.Background())
-	tx.must = true
+	tx.Ending()
 	ignoreClosing(tx.do(func(d *txDraft) error {
 		for _, e := range d.Children(n) {
 			d.detach(e)

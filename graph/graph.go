@@ -184,7 +184,7 @@ func (g *Graph) Topology() Topology {
 // CloseRoot detaches r in a Tx of its own: it waits until the root's units of work are over.
 func (g *Graph) CloseRoot(ctx context.Context, r *Root) error {
 	tx := g.Begin(ctx)
-	tx.must = true
+	tx.Ending()
 	defer tx.Abort()
 	if err := tx.DetachRoot(r); err != nil {
 		return err
@@ -196,7 +196,7 @@ func (g *Graph) CloseRoot(ctx context.Context, r *Root) error {
 // drivers that are being closed.
 func (g *Graph) Discard(nodes ...*Node) {
 	tx := g.Begin(context.Background())
-	tx.must = true
+	tx.Ending()
 	for _, n := range nodes {
 		ignoreClosing(tx.Discard(n))
 	}

@@ -400,12 +400,12 @@ func TestPrepareFailureUndoes(t *testing.T) {
 	}
 	b.onPerm = nil
 
-	// Record is the last that may fail.
+	// The recorder is the last that may fail.
 	tx = g.Begin(context.Background())
-	if _, err := tx.AttachRoot(RootSpec{EdgeName: "root", Claim: claim}, nb); err != nil {
+	job := Change{Key{Kind: StateJob, Name: "j"}, "its arguments"}
+	if _, err := tx.AttachRoot(RootSpec{EdgeName: "root", Claim: claim, StayAtNode: true, Of: job}, nb); err != nil {
 		t.Fatal(err)
 	}
-	tx.Record(Change{Key{Kind: StateJob, Name: "j"}, "its arguments"})
 	g.SetRecorder(func(l []Change) error { return fmt.Errorf("no room for %v", l) })
 	wantErr(t, tx.Commit(), "no room for [{job j its arguments}]")
 	g.SetRecorder(nil)

@@ -17,8 +17,8 @@ import (
 //	export e1.root  EdgeState: the node that it shows now
 //	job j1          the arguments of the command that started it
 //
-// Hidden and closing nodes are no part of it, nor are roots that belong to nothing, nor what follows from
-// the rest: claims, freezes, who uses a bitmap.
+// Hidden and closing nodes are no part of it, nor are roots that belong to nothing or stay at their nodes, nor
+// what follows from the rest: claims, freezes, who uses a bitmap.
 
 // StateKind is what a Key names.
 type StateKind string
@@ -64,8 +64,8 @@ type EdgeState struct {
 }
 
 // Recorder is told of changes before they show. Once it has returned nil they happen, all of them; after an
-// error they are undone, save for the closing of nodes and roots, which nobody can refuse. It may block. It
-// is called with no lock held, for different keys also at the same time, and must not change the graph.
+// error they are undone, but for those of a Tx that is Ending. It may block. It is called with no lock held,
+// for different keys also at the same time, and must not change the graph.
 type Recorder func([]Change) error
 
 // SetRecorder makes r hear of all changes from the next transaction on; nil: nobody does.
@@ -77,26 +77,24 @@ func (g *Graph) SetRecorder(r Recorder) {
 	g.recorder.Store(&r)
 }
 
-// Record reports state that changes without a transaction of the graph. Errors: the recorder's.
-func (g *Graph) Record(changes ...Change) error {
-	if r := g.recorder.Load(); r != nil && len(changes) > 0 {
-		return (*r)(changes)
-	}
-	return nil
-}
-
-// Record reports state outside of the graph that is to change with the Tx.
-func (tx *Tx) Record(changes ...Change) { tx.notes = append(tx.notes, changes...) }
+// Ending says that the Tx gives back what somebody had of the graph: the recorder is told of it, but cannot
+// refuse it.
+func (tx *Tx) Ending() { tx.ending = true }
 
 // record reports what the commit changes. Nothing that follows can fail.
 func (c *commit) record() error {
-	if c.g.recorder.Load() == nil {
+	r := c.g.recorder.Load()
+	if r == nil {
 		return nil
 	}
 	d := &delta{draft: c.draft, told: map[*Node]bitmapStates{}}
 	d.collect(c)
-	if err := c.g.Record(slices.Concat(d.gone, d.is, c.tx.notes)...); err != nil {
-		if !c.tx.must {
+	changes := append(d.gone, d.is...)
+	if len(changes) == 0 {
+		return nil
+	}
+	if err := (*r)(changes); err != nil {
+		if !c.tx.ending {
 			return err
 		}
 		slog.Error("a change of the graph could not be recorded", "error", err)
@@ -123,7 +121,7 @@ func (d *delta) collect(c *commit) {
 		was, is := n.stateLocked(), d.draft.stateLocked(n)
 		d.add(Key{Kind: StateNode, Name: n.name}, was, is)
 		if (was == nil) != (is == nil) {
-			edges = append(append(edges, n.kids.Load().all...), d.draft.Children(n)...)
+			edges = append(edges, d.draft.Children(n)...)
 			d.addBitmaps(n, is != nil)
 		}
 	}
@@ -165,6 +163,9 @@ func (d *delta) addEdgeLocked(e *Edge) {
 		}
 		if of.Value != nil {
 			d.add(of.Key, valueIf(was, of.Value), valueIf(is, of.Value))
+		}
+		if e.root.spec.StayAtNode {
+			return
 		}
 	} else {
 		k.Name = e.pnode.name

@@ -100,20 +100,26 @@ func TestRecord(t *testing.T) {
 			return err
 		}
 		_, err := tx.Attach(overlay, "backing", perm.COW, file)
-		tx.Record(Change{Key{Kind: StateJob, Name: "j"}, "its arguments"})
 		return err
 	})
-	if len(r.lines) == 3 && r.lines[0] != "node overlay.backing: gone" {
+	if len(r.lines) == 2 && r.lines[0] != "node overlay.backing: gone" {
 		t.Errorf("out of order: %q", r.lines)
 	}
-	r.expect(t, "node overlay.backing: gone", "node overlay.backing: file", "job j: its arguments")
+	r.expect(t, "node overlay.backing: gone", "node overlay.backing: file")
 
-	for _, x := range []*Root{root, nobody} {
+	var job *Root
+	do(func(tx *Tx) (err error) {
+		job, err = tx.AttachRoot(RootSpec{StayAtNode: true, Claim: readAll, Of: Change{Key{Kind: StateJob, Name: "j"}, "its arguments"}}, overlay)
+		return err
+	})
+	r.expect(t, "job j: its arguments")
+
+	for _, x := range []*Root{root, nobody, job} {
 		if err := g.CloseRoot(context.Background(), x); err != nil {
 			t.Error(err)
 		}
 	}
-	r.expect(t, "export e: gone", "export e.root: gone")
+	r.expect(t, "export e: gone", "export e.root: gone", "job j: gone")
 	do(func(tx *Tx) error { return tx.Delete("overlay") })
 	r.expect(t, "node overlay: gone", "node overlay.file: gone", "node overlay.backing: gone")
 }

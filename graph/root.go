@@ -27,8 +27,8 @@ type RootSpec struct {
 	StayAtNode bool
 	// Job marks the requests of background work.
 	Job bool
-	// Of is the state that the root belongs to; none: the root is not recorded. If it has a Value, that comes
-	// and goes with the root.
+	// Of is the state that the root belongs to (see Recorder); none: the root is not recorded. If it has a
+	// Value, that comes and goes with the root.
 	Of Change
 	// Ctx is the context of its requests; nil means context.Background().
 	Ctx context.Context

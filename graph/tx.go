@@ -29,9 +29,8 @@ type Tx struct {
 	checks []func() error
 	first  []Participant
 	last   []Participant
-	notes  []Change // see Record
-	must   bool     // the recorder is told, not asked
-	hold   *Hold    // see Under
+	ending bool  // see Ending
+	hold   *Hold // see Under
 	missed bool
 	err    error // of the action that failed
 	over   bool

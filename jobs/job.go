@@ -57,6 +57,7 @@ type Job struct {
 	id     string
 	typ    types.JobType
 	runner Runner
+	args   any         // as in Spec
 	block  *blockState // nil: no block job (create, amend)
 	txn    *Txn
 
@@ -113,6 +114,11 @@ func (j *Job) ID() string { return j.id }
 
 // Type is the job's type.
 func (j *Job) Type() types.JobType { return j.typ }
+
+// State is what is recorded of the job: its arguments, from when it enters the graph until it leaves it.
+func (j *Job) State() graph.Change {
+	return graph.Change{Key: graph.Key{Kind: graph.StateJob, Name: j.id}, Value: j.args}
+}
 
 // Describe names the job as a user of nodes, in permission conflicts (graph.Parent).
 func (j *Job) Describe() string { return string(j.typ) + " job '" + j.id + "'" }

@@ -39,6 +39,7 @@ func (j *job) enter(tx *graph.Tx, m *jobs.Manager, txn *jobs.Txn) error {
 	spec.Instant = visible.StartFirst(visible.Backup, visible.Disks{
 		AtOnce: j.source.Instant() && j.target.Instant(), Size: j.source.Size(),
 	})
+	spec.Args = a
 	if err := j.site.Create(m, spec); err != nil {
 		return err
 	}

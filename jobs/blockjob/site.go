@@ -117,7 +117,8 @@ type Use struct {
 	Root  **graph.Root // where the root goes to, for requests; or nil
 }
 
-// Keep attaches a root of the job to each of the nodes.
+// Keep attaches a root of the job to each of the nodes. What is recorded of the job comes and goes with
+// the first.
 func (s *Site) Keep(tx *graph.Tx, uses ...Use) error {
 	for _, u := range uses {
 		spec := graph.RootSpec{
@@ -126,6 +127,9 @@ func (s *Site) Keep(tx *graph.Tx, uses ...Use) error {
 		}
 		if u.Name == "" {
 			spec = graph.RootSpec{EdgeName: "root", Kind: graph.KindBackend, Claim: u.Claim, StayAtNode: true, Job: true}
+		}
+		if len(s.roots) == 0 {
+			spec.Of = s.Job.State()
 		}
 		r, err := tx.AttachRoot(spec, u.Node)
 		if err != nil {
@@ -203,6 +207,7 @@ func (s *Site) TakeOut(more func(tx *graph.Tx) error) bool {
 	leave := func(remove bool) error {
 		tx := n.Graph().Begin(context.Background())
 		defer tx.Abort()
+		tx.Ending()
 		err := s.Leave(tx)
 		if err == nil && more != nil {
 			err = more(tx)

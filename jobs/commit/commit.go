@@ -48,7 +48,7 @@ func (j *Job) enter(ctx context.Context, m *jobs.Manager) (*jobs.Job, error) {
 		return nil, errors.New("Invalid files for merge: top and base are the same")
 	}
 	spec := blockjob.Spec(types.JobTypeCommit, j, a.JobID, a.Speed, a.AutoFinalize, a.AutoDismiss)
-	spec.Nodes = []*graph.Node{j.top}
+	spec.Nodes, spec.Args = []*graph.Node{j.top}, a
 	if err := j.site.Create(m, spec); err != nil {
 		return nil, err
 	}

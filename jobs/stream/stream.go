@@ -163,7 +163,7 @@ func (j *Job) fill(tx *graph.Tx, m *jobs.Manager) error {
 		a.Base, a.BaseNode = nil, new(graph.Now.Below(j.above()).Name())
 	}
 	spec := blockjob.Spec(types.JobTypeStream, j, a.JobID, a.Speed, a.AutoFinalize, a.AutoDismiss)
-	spec.Nodes = []*graph.Node{j.site.Filter}
+	spec.Nodes, spec.Args = []*graph.Node{j.site.Filter}, a
 	if err := j.site.Create(m, spec); err != nil {
 		m.Show(visible.StreamRefused, j.top())
 		return err

@@ -25,6 +25,7 @@ type world struct {
 	images  [slots]*image
 	jobs    []*job
 	faults  faults
+	state   state
 	count   int // for unique names
 	trace   []string
 }
@@ -86,6 +87,8 @@ func Run(ops []Op, c Config) (trace []string, err error) {
 		w.x = rig.New("")
 		w.x.Store.Wrap(w.faults.wrap)
 	}
+	w.state.of = map[graph.Key]any{}
+	w.x.Graph.SetRecorder(w.state.record)
 	done := make(chan error, 1)
 	go func() { done <- w.run(ops) }()
 	select {
@@ -113,8 +116,11 @@ func (w *world) run(ops []Op) (err error) {
 		if err := w.step(o); err != nil {
 			return fmt.Errorf("operation %d, %s: %w", i, o, err)
 		}
+		if err := w.recorded(); err != nil {
+			return fmt.Errorf("operation %d, %s: %w", i, o, err)
+		}
 	}
-	return w.end()
+	return errors.Join(w.end(), w.recorded())
 }
 
 func (w *world) step(o Op) error {
