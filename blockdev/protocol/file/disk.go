@@ -150,6 +150,27 @@ func (d *disk) enter(r *blk.Req) error {
 
 func (d *disk) leave() { <-d.busy }
 
+// begin is hold and enter for requests that may wait unless the file is in memory. Pairs with end.
+func (d *disk) begin(r *blk.Req) (*handle, error) {
+	if r.NoWait && !d.memory {
+		return nil, blk.ErrWouldBlock
+	}
+	h := d.hold()
+	if h == nil {
+		return nil, blk.ErrClosed
+	}
+	if err := d.enter(r); err != nil {
+		h.drop()
+		return nil, err
+	}
+	return h, nil
+}
+
+func (d *disk) end(h *handle) {
+	d.leave()
+	h.drop()
+}
+
 // grow notes that the file reaches at least to end.
 func (d *disk) grow(end int64) {
 	if end <= d.eof.Load() || d.device {

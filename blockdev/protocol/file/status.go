@@ -23,19 +23,11 @@ func (d *disk) Status(r *blk.Req, off, n int64) (blk.Extent, error) {
 	if x := d.extent.Load(); x != nil && x.start <= off && off < x.end {
 		return d.dataTo(e, off, n, x.end), nil
 	}
-	if r.NoWait && !d.memory {
-		return blk.Extent{}, blk.ErrWouldBlock
-	}
-	h := d.hold()
-	if h == nil {
-		return blk.Extent{}, blk.ErrClosed
-	}
-	defer h.drop()
-	if err := d.enter(r); err != nil {
+	h, err := d.begin(r)
+	if err != nil {
 		return blk.Extent{}, err
 	}
-	defer d.leave()
-
+	defer d.end(h)
 	if d.memory {
 		// The kernel walks all pages of the extent, with the file locked: once is enough.
 		d.seeking.Lock()
@@ -133,15 +125,11 @@ func (d *disk) CopyFrom(r *blk.Req, off int64, src []blk.HostRange, f blk.Flags)
 	if r.NoWait {
 		return blk.ErrWouldBlock
 	}
-	h := d.hold()
-	if h == nil {
-		return blk.ErrClosed
-	}
-	defer h.drop()
-	if err := d.enter(r); err != nil {
+	h, err := d.begin(r)
+	if err != nil {
 		return err
 	}
-	defer d.leave()
+	defer d.end(h)
 	for _, s := range src {
 		for s.N > 0 {
 			if r.Ctx != nil && r.Ctx.Err() != nil {

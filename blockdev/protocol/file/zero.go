@@ -11,23 +11,16 @@ import (
 
 // Zero implements graph.Zeroer: without data transfer, or blk.ErrNotSupported.
 func (d *disk) Zero(r *blk.Req, off, n int64, f blk.Flags) error {
-	h := d.hold()
-	if h == nil {
-		return blk.ErrClosed
-	}
-	defer h.drop()
-	if r.NoWait && !d.memory {
-		return blk.ErrWouldBlock
-	}
-	if err := d.enter(r); err != nil {
+	h, err := d.begin(r)
+	if err != nil {
 		return err
 	}
-	defer d.leave()
+	defer d.end(h)
 	defer d.extent.Store(nil)
 	if d.device {
 		return d.zeroDevice(h, off, n, f)
 	}
-	err := d.zeroOrUnmap(h, off, n, f)
+	err = d.zeroOrUnmap(h, off, n, f)
 	var st unix.Stat_t
 	if err != nil && !errors.Is(err, blk.ErrNotSupported) && unix.Fstat(h.fd, &st) == nil {
 		d.grow(st.Size) // some file systems leave what they came to
@@ -49,23 +42,28 @@ func (d *disk) zeroOrUnmap(h *handle, off, n int64, f blk.Flags) error {
 	return err
 }
 
-// unmap makes a range a hole, growing the file over it where it passes the end.
-func (d *disk) unmap(h *handle, off, n int64) error {
+// punch makes a range a hole, which does not move the end of the file.
+func (d *disk) punch(h *handle, off, n int64) error {
 	if !d.canPunch.Load() {
 		return blk.ErrNotSupported
 	}
-	end := off + n
 	err := fallocate(h.fd, unix.FALLOC_FL_PUNCH_HOLE|unix.FALLOC_FL_KEEP_SIZE, off, n)
-	switch {
-	case errors.Is(err, blk.ErrNotSupported):
+	if errors.Is(err, blk.ErrNotSupported) {
 		d.canPunch.Store(false)
-		return err
+	}
+	return err
+}
+
+// unmap makes a range a hole, growing the file over it where it passes the end.
+func (d *disk) unmap(h *handle, off, n int64) error {
+	err := d.punch(h, off, n)
+	switch {
 	case errors.Is(err, unix.EINVAL), errors.Is(err, unix.EBUSY):
 		return blk.ErrNotSupported // file systems that want other alignments, busy swap files
 	case err != nil:
 		return err
 	}
-	if end > d.eof.Load() {
+	if end := off + n; end > d.eof.Load() {
 		// A hole does not move the end. Writing the last block does, and unlike ftruncate it
 		// cannot cut off what a neighbour appends meanwhile.
 		tail := min(n, d.limits.RequestAlign)
@@ -88,14 +86,12 @@ func (d *disk) zeroFile(h *handle, off, n int64) error {
 			return err
 		}
 	}
-	if d.canPunch.Load() && d.canAllocate.Load() {
-		err := fallocate(h.fd, unix.FALLOC_FL_PUNCH_HOLE|unix.FALLOC_FL_KEEP_SIZE, off, n)
+	if d.canAllocate.Load() {
+		err := d.punch(h, off, n)
 		switch {
 		case err == nil:
 			return d.allocate(h, off, n)
-		case errors.Is(err, blk.ErrNotSupported):
-			d.canPunch.Store(false)
-		case !errors.Is(err, unix.EINVAL):
+		case !errors.Is(err, blk.ErrNotSupported) && !errors.Is(err, unix.EINVAL):
 			return err
 		}
 	}
@@ -119,15 +115,10 @@ func (d *disk) zeroDevice(h *handle, off, n int64, f blk.Flags) error {
 	if !d.block {
 		return blk.ErrNotSupported
 	}
-	if f&blk.MayUnmap != 0 && d.canPunch.Load() {
+	if f&blk.MayUnmap != 0 {
 		// The kernel does this only where it is done by the device, and drops cached pages.
-		err := fallocate(h.fd, unix.FALLOC_FL_PUNCH_HOLE|unix.FALLOC_FL_KEEP_SIZE, off, n)
-		switch {
-		case err == nil:
-			return nil
-		case errors.Is(err, blk.ErrNotSupported):
-			d.canPunch.Store(false)
-		case !errors.Is(err, unix.EINVAL):
+		err := d.punch(h, off, n)
+		if !errors.Is(err, blk.ErrNotSupported) && !errors.Is(err, unix.EINVAL) {
 			return err
 		}
 	}
@@ -152,21 +143,13 @@ func (d *disk) zeroDevice(h *handle, off, n int64, f blk.Flags) error {
 
 // Discard implements graph.Discarder and counts for DriverStats.
 func (d *disk) Discard(r *blk.Req, off, n int64) error {
-	if r.NoWait && !d.memory {
-		return blk.ErrWouldBlock
-	}
-	h := d.hold()
-	if h == nil {
-		return blk.ErrClosed
-	}
-	defer h.drop()
-	if err := d.enter(r); err != nil {
+	h, err := d.begin(r)
+	if err != nil {
 		return err
 	}
-	defer d.leave()
+	defer d.end(h)
 	defer d.extent.Store(nil)
-	err := d.discard(h, off, n)
-	if err != nil {
+	if err := d.discard(h, off, n); err != nil {
 		d.discardErr.Add(1)
 		return err
 	}
@@ -176,23 +159,19 @@ func (d *disk) Discard(r *blk.Req, off, n int64) error {
 }
 
 func (d *disk) discard(h *handle, off, n int64) error {
-	if !d.canPunch.Load() {
+	switch {
+	case !d.device:
+		return d.punch(h, off, n)
+	case !d.block || !d.canPunch.Load():
 		return blk.ErrNotSupported
 	}
-	var err error
-	switch {
-	case d.block:
-		// Whole sectors only; what is left over at the ends stays, which is a discard's right.
-		a := max(d.limits.DiscardAlign, 1)
-		start, end := blk.AlignUp(off, a), (off+n)&^(a-1)
-		if start < end {
-			err = blockIoctl(h.fd, unix.BLKDISCARD, start, end-start)
-		}
-	case d.device:
-		err = blk.ErrNotSupported
-	default:
-		err = fallocate(h.fd, unix.FALLOC_FL_PUNCH_HOLE|unix.FALLOC_FL_KEEP_SIZE, off, n)
+	// Whole sectors only; what is left over at the ends stays, which is a discard's right.
+	a := max(d.limits.DiscardAlign, 1)
+	start, end := blk.AlignUp(off, a), (off+n)&^(a-1)
+	if start >= end {
+		return nil
 	}
+	err := blockIoctl(h.fd, unix.BLKDISCARD, start, end-start)
 	if errors.Is(err, blk.ErrNotSupported) {
 		d.canPunch.Store(false)
 	}
