@@ -230,6 +230,31 @@ func TestReplacedNode(t *testing.T) {
 	}
 }
 
+// The options of an export make it again as it is: clients find it by the same name, on the node
+// that it shows.
+func TestOptions(t *testing.T) {
+	f := newFixture(t)
+	n, _ := f.node("n")
+	m, _ := f.node("m")
+	f.start()
+	f.is(f.add("e", "n", writable), "")
+	tx := f.g.Begin(t.Context())
+	defer tx.Abort()
+	if err := tx.ReplaceNode(n, m); err != nil {
+		t.Fatal(err)
+	}
+	if err := tx.Commit(); err != nil {
+		t.Fatal(err)
+	}
+	o := f.Options()
+	f.is(f.Del(t.Context(), "e", ""), "")
+	f.is(f.Add(t.Context(), o[0]), "")
+	if q := f.query(); q != "e@m" {
+		t.Error(q)
+	}
+	f.client("n")
+}
+
 func TestRemoval(t *testing.T) {
 	f := newFixture(t)
 	f.node("n")

@@ -5,9 +5,11 @@ import (
 	"errors"
 	"fmt"
 	"log/slog"
+	"maps"
 	"net"
 	"os"
 	"runtime"
+	"slices"
 	"sync"
 	"sync/atomic"
 	"time"
@@ -108,9 +110,6 @@ func Serve(l net.Listener, o Options) *Server {
 	return s
 }
 
-// Addr is the listener's address.
-func (s *Server) Addr() net.Addr { return s.l.Addr() }
-
 // Add makes an export. Errors: name or description too long, name taken.
 func (s *Server) Add(spec Spec) (*Export, error) {
 	if err := checkSpec(&spec); err != nil {
@@ -160,7 +159,7 @@ func (s *Server) find(name string) *Export {
 func (s *Server) exports() []*Export {
 	s.mu.Lock()
 	defer s.mu.Unlock()
-	return append([]*Export(nil), s.ordered...)
+	return slices.Clone(s.ordered)
 }
 
 // forget takes e off the list.
@@ -171,12 +170,7 @@ func (s *Server) forget(e *Export) {
 		return
 	}
 	delete(s.byName, e.spec.Name)
-	for i, x := range s.ordered {
-		if x == e {
-			s.ordered = append(s.ordered[:i:i], s.ordered[i+1:]...)
-			break
-		}
-	}
+	s.ordered = slices.DeleteFunc(s.ordered, func(x *Export) bool { return x == e })
 }
 
 // accept takes connections while there are tokens for them.
@@ -273,15 +267,11 @@ func (s *Server) Close() {
 		return
 	}
 	s.closed = true
-	exps := append([]*Export(nil), s.ordered...)
-	var conns []*conn
-	for c := range s.conns {
-		conns = append(conns, c)
-	}
+	exports, conns := slices.Clone(s.ordered), slices.Collect(maps.Keys(s.conns))
 	s.mu.Unlock()
 	s.cancel()
 	s.l.Close()
-	for _, e := range exps {
+	for _, e := range exports {
 		e.Shutdown()
 	}
 	for _, c := range conns {
