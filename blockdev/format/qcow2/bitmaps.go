@@ -42,8 +42,8 @@ type bitmaps struct {
 	marks   atomic.Pointer[marks] // nil: no bitmap is marked
 	toMark  markQueue
 
-	// stored changes with mu held, too.
-	stored []*stored // +checklocks:marking
+	// stored changes with marking held, too: markNow reads it with that alone.
+	stored []*stored // +checklocks:mu
 	// badBitmaps: the bitmaps extension makes no sense, and goes with the first change.
 	badBitmaps bool // +checklocks:mu
 	// dirUnsure: a change of the header has failed, and which directory it refers to is not known.

@@ -32,7 +32,8 @@ func TestQemuBitmapList(t *testing.T) {
 		return *s.shownBitmaps.Load()
 	}
 	l := list(config{readOnly: true})
-	if len(l) != 2 || l[0].Name != "one" || l[0].Granularity != 65536 || !slices.Equal(l[0].Flags, []types.Qcow2BitmapInfoFlags{types.Qcow2BitmapInfoFlagsAuto}) ||
+	auto := []types.Qcow2BitmapInfoFlags{types.Qcow2BitmapInfoFlagsAuto}
+	if len(l) != 2 || l[0].Name != "one" || l[0].Granularity != 65536 || !slices.Equal(l[0].Flags, auto) ||
 		l[1].Name != "two" || l[1].Granularity != 4096 || l[1].Flags == nil || len(l[1].Flags) != 0 {
 		t.Fatalf("%+v", l)
 	}
@@ -109,7 +110,9 @@ func TestBitmapsAcrossCrashes(t *testing.T) {
 	img := mustCreate(t, CreateOptions{Size: 1 << 20, ClusterSize: ptr(uint64(4096))})
 	k := &memKeeper{}
 	s := mustOpen(t, mem{img}, config{keeper: k})
-	k.list = []persisted{{name: "a", bits: bitmap.New(s.size.Load(), 512), enabled: true}, {name: "gone", bits: bitmap.New(s.size.Load(), 512)}}
+	k.list = []persisted{
+		{name: "a", bits: bitmap.New(s.size.Load(), 512), enabled: true}, {name: "gone", bits: bitmap.New(s.size.Load(), 512)},
+	}
 	k.list[0].bits.Set(8192, 512)
 	k.list[1].bits.SetAll()
 	mustClose(t, s)
@@ -140,7 +143,8 @@ func TestBitmapsAcrossCrashes(t *testing.T) {
 	})
 	k = &memKeeper{}
 	s = mustOpen(t, mem{f}, config{keeper: k})
-	if len(k.list) != 2 || k.list[0].inconsistent || k.list[0].bits.Count() != 512 || !k.list[0].enabled || k.list[1].enabled {
+	if len(k.list) != 2 || k.list[0].inconsistent || k.list[0].bits.Count() != 512 ||
+		!k.list[0].enabled || k.list[1].enabled {
 		t.Fatalf("loaded: %+v", k.list)
 	}
 	if err := s.WriteAt(req(), blk.Buf(bytes.Repeat([]byte{1}, 512)), at, 0); err != nil {
@@ -170,7 +174,7 @@ func TestBitmapsWithFaults(t *testing.T) {
 		f := drivertest.NewFault(img)
 		f.FailAt(i, syscall.EIO)
 		k = &memKeeper{}
-		if s, err := openImage(req(), config{file: mem{f}, keeper: k, options: Options{CacheCleanInterval: ptr(int64(0))}}); err == nil {
+		if s, err := openImage(req(), config{file: mem{f}, keeper: k, options: quiet}); err == nil {
 			if s.WriteAt(req(), blk.Buf(bytes.Repeat([]byte{1}, 512)), 4096, 0) == nil {
 				k.list[0].bits.Set(4096, 512)
 			}
@@ -306,7 +310,7 @@ func TestSharedBitmapDirectory(t *testing.T) {
 		f.Poke(0x20000+2*(dir>>16), []byte{0, c.count})
 		want := make([]byte, 64<<10) // the file may end within the cluster
 		copy(want, f.Bytes()[dir:])
-		cfg := config{file: mem{f}, vetSteps: c.steps, options: Options{CacheCleanInterval: ptr(int64(0))}}
+		cfg := config{file: mem{f}, vetSteps: c.steps, options: quiet}
 		s, err := openImage(req(), cfg)
 		if err != nil {
 			t.Fatalf("%s: %v", c.name, err)
@@ -415,7 +419,8 @@ func readOnlyFails(t *testing.T, times int, before bool) {
 		g := drivertest.NewGraph(t)
 		img := drivertest.NewMemFile(0)
 		f := drivertest.NewFault(img)
-		n := addQcow2(t, g, "q", created(t, g, f, &types.BlockdevCreateOptionsQcow2{Size: 1 << 20, ClusterSize: ptr(uint64(4096))}), false, nil)
+		o := &types.BlockdevCreateOptionsQcow2{Size: 1 << 20, ClusterSize: ptr(uint64(4096))}
+		n := addQcow2(t, g, "q", created(t, g, f, o), false, nil)
 		if _, err := n.NewDirtyBitmap(graph.DirtyBitmapSpec{Name: "a", Persistent: true}); err != nil {
 			t.Fatal(err)
 		}
@@ -456,7 +461,8 @@ func readOnlyFails(t *testing.T, times int, before bool) {
 			}
 			mustClose(t, s)
 			tx = g.Begin(t.Context())
-			if err := errors.Join(tx.DetachRoot(root), tx.Delete(n.Name()), tx.Commit()); err != nil { // a node that has failed is not closed in order
+			// A node that has failed is not closed in order.
+			if err := errors.Join(tx.DetachRoot(root), tx.Delete(n.Name()), tx.Commit()); err != nil {
 				t.Fatal(err)
 			}
 		}

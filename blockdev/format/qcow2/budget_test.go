@@ -74,7 +74,8 @@ func (c *crafted) directory(n int, e layout.BitmapEntry, each func(i int, e *lay
 		panic(err)
 	}
 	h.AutoclearFeatures |= layout.AutoclearBitmaps
-	b, err := h.Marshal(&layout.Extensions{Bitmaps: &layout.Bitmaps{NbBitmaps: uint32(n), DirectorySize: uint64(len(dir)), DirectoryOffset: uint64(off)}}, "")
+	x := layout.Bitmaps{NbBitmaps: uint32(n), DirectorySize: uint64(len(dir)), DirectoryOffset: uint64(off)}
+	b, err := h.Marshal(&layout.Extensions{Bitmaps: &x}, "")
 	if err != nil {
 		panic(err)
 	}

@@ -81,7 +81,7 @@ func (l *ledger) verify(s *image) error {
 
 // afterCrash opens what a crash left and tells what is wrong with it.
 func afterCrash(f *drivertest.MemFile, l *ledger, lazy bool) error {
-	c := config{file: mem{f}, options: Options{CacheCleanInterval: ptr(int64(0))}}
+	c := config{file: mem{f}, options: quiet}
 	if !lazy {
 		c.readOnly = true
 		s, err := openImage(req(), c)
@@ -148,10 +148,10 @@ func crashShape(t *testing.T, sh shape, seed uint64) {
 	if sh.comp == "grow" { // more refcount blocks than fit into the table
 		sectors, span, every = 5000, 200, 100
 	}
-	img := mustCreate(t, CreateOptions{Size: uint64(sectors) * 512, ClusterSize: &sh.cs, RefcountBits: &sh.bits, Version: sh.v, LazyRefcounts: sh.lazy})
+	img := mustCreate(t, sh.options(uint64(sectors)*512))
 	f := drivertest.CrashFileOf(img)
 	l := newLedger(sectors)
-	s := mustOpen(t, mem{f}, config{unmap: true, options: Options{L2CacheSize: ptr(int64(1)), L2CacheEntrySize: ptr(int64(512))}})
+	s := mustOpen(t, mem{f}, config{unmap: true, options: smallCaches})
 	s.l2.max, s.rb.max = 4, 4 // evictions
 	crashes := 0
 	f.After(func(i int) {

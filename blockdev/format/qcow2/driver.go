@@ -73,7 +73,8 @@ func (n nodeBitmaps) loaded(l []persisted, readOnly bool) error {
 	specs := make([]graph.DirtyBitmapSpec, len(l))
 	for i, p := range l {
 		specs[i] = graph.DirtyBitmapSpec{
-			Name: p.name, Bits: p.bits, Disabled: !p.enabled || p.inconsistent, Persistent: true, Inconsistent: p.inconsistent, ReadOnly: readOnly,
+			Name: p.name, Bits: p.bits, Disabled: !p.enabled || p.inconsistent,
+			Persistent: true, Inconsistent: p.inconsistent, ReadOnly: readOnly,
 		}
 	}
 	_, err := n.NewDirtyBitmaps(specs)
@@ -250,7 +251,8 @@ func (d *Driver) ImageInfo(i *types.ImageInfo) {
 		q.Bitmaps = *l
 	}
 	if d.hdr.Version >= 3 {
-		lazy, corrupt, ext := d.hdr.CompatibleFeatures&layout.CompatLazyRefcounts != 0, bits&layout.IncompatCorrupt != 0, false
+		lazy, ext := d.hdr.CompatibleFeatures&layout.CompatLazyRefcounts != 0, false
+		corrupt := bits&layout.IncompatCorrupt != 0
 		q.Compat, q.LazyRefcounts, q.Corrupt, q.ExtendedL2 = "1.1", &lazy, &corrupt, &ext
 	}
 	i.FormatSpecific = &types.ImageInfoSpecific{

@@ -16,7 +16,10 @@ import (
 )
 
 // addQcow2 publishes a qcow2 node over file.
-func addQcow2(t testing.TB, g *graph.Graph, name string, file *graph.Node, ro bool, o *types.BlockdevOptionsQcow2, more ...drivertest.Child) *graph.Node {
+func addQcow2(
+	t testing.TB, g *graph.Graph, name string, file *graph.Node, ro bool,
+	o *types.BlockdevOptionsQcow2, more ...drivertest.Child,
+) *graph.Node {
 	t.Helper()
 	if o == nil {
 		o = &types.BlockdevOptionsQcow2{}
@@ -62,9 +65,11 @@ func TestSuite(t *testing.T) {
 		{"mem", func(testing.TB) graph.Driver { return drivertest.NewMemFile(0) }, types.BlockdevCreateOptionsQcow2{}},
 		{"host", func(t testing.TB) graph.Driver { return drivertest.NewHostFile(t, 0) }, types.BlockdevCreateOptionsQcow2{}},
 		{"small", func(testing.TB) graph.Driver {
-			return drivertest.NewMemFileOptions(0, drivertest.MemOptions{Limits: blk.Limits{RequestAlign: 512, MemAlign: 512, MaxTransfer: 8192}})
+			limits := blk.Limits{RequestAlign: 512, MemAlign: 512, MaxTransfer: 8192}
+			return drivertest.NewMemFileOptions(0, drivertest.MemOptions{Limits: limits})
 		}, types.BlockdevCreateOptionsQcow2{ClusterSize: ptr(uint64(512)), RefcountBits: ptr(int64(64))}},
-		{"v2", func(t testing.TB) graph.Driver { return drivertest.NewHostFile(t, 0) }, types.BlockdevCreateOptionsQcow2{ClusterSize: ptr(uint64(4096)), Version: ptr(types.BlockdevQcow2VersionV2)}},
+		{"v2", func(t testing.TB) graph.Driver { return drivertest.NewHostFile(t, 0) },
+			types.BlockdevCreateOptionsQcow2{ClusterSize: ptr(uint64(4096)), Version: ptr(types.BlockdevQcow2VersionV2)}},
 		{"slow", func(testing.TB) graph.Driver {
 			return drivertest.NewMemFileOptions(0, drivertest.MemOptions{Slow: true, NoZero: true, NoDiscard: true})
 		}, types.BlockdevCreateOptionsQcow2{ClusterSize: ptr(uint64(65536))}},
@@ -196,7 +201,8 @@ func TestZeroesBeyondBacking(t *testing.T) {
 		g := drivertest.NewGraph(t)
 		o := &types.BlockdevCreateOptionsQcow2{Size: 8 * cluster, Version: &version}
 		short := drivertest.AddNode(t, g, "short", drivertest.MemFileOf(make([]byte, cluster)))
-		r, q := newRoot(t, g, addQcow2(t, g, "q", created(t, g, drivertest.NewMemFile(0), o), false, nil, drivertest.Backing(short)))
+		file := created(t, g, drivertest.NewMemFile(0), o)
+		r, q := newRoot(t, g, addQcow2(t, g, "q", file, false, nil, drivertest.Backing(short)))
 		if err := r.Zero(q, 2*cluster, 2*cluster, 0); err != nil {
 			t.Fatal(err)
 		}
@@ -213,9 +219,12 @@ func TestZeroesBeforeBacking(t *testing.T) {
 	for _, version := range []types.BlockdevQcow2Version{types.BlockdevQcow2VersionV2, types.BlockdevQcow2VersionV3} {
 		g := drivertest.NewGraph(t)
 		file := drivertest.NewMemFile(0)
-		o := &types.BlockdevCreateOptionsQcow2{Size: size, Version: &version, BackingFile: ptr("b.raw"), BackingFmt: ptr(types.BlockdevDriverRaw)}
+		o := &types.BlockdevCreateOptionsQcow2{
+			Size: size, Version: &version, BackingFile: ptr("b.raw"), BackingFmt: ptr(types.BlockdevDriverRaw),
+		}
 		r, q := newRoot(t, g, drivertest.MustBuild(t, g, drivertest.Spec{
-			Options: graph.Options{Name: "q", Kind: graph.Format, DriverName: "qcow2", Discard: true}, Open: Def.With(&types.BlockdevOptionsQcow2{}),
+			Options:  graph.Options{Name: "q", Kind: graph.Format, DriverName: "qcow2", Discard: true},
+			Open:     Def.With(&types.BlockdevOptionsQcow2{}),
 			Children: []drivertest.Child{drivertest.File(created(t, g, file, o))},
 		}))
 		one := bytes.Repeat([]byte{1}, 3*cluster)
@@ -260,7 +269,8 @@ func TestZeroesBeforeBacking(t *testing.T) {
 // TestLease: a mapped cluster is not reused before the mapping is released.
 func TestLease(t *testing.T) {
 	g := drivertest.NewGraph(t)
-	n := addQcow2(t, g, "q", created(t, g, drivertest.NewHostFile(t, 0), &types.BlockdevCreateOptionsQcow2{Size: 8 << 20, ClusterSize: ptr(uint64(4096))}), false, nil)
+	o := &types.BlockdevCreateOptionsQcow2{Size: 8 << 20, ClusterSize: ptr(uint64(4096))}
+	n := addQcow2(t, g, "q", created(t, g, drivertest.NewHostFile(t, 0), o), false, nil)
 	r, q := newRoot(t, g, n)
 	write := func(v byte, off int64) {
 		t.Helper()

@@ -63,7 +63,9 @@ func scenario(s *image, disk []byte, bad []bool) error {
 // TestEachFailure lets the i-th call of the file fail, for all i: no corruption follows,
 // leaks are allowed, and what was written successfully is there.
 func TestEachFailure(t *testing.T) {
-	for _, sh := range []shape{{cs: 1024, bits: 64, v: "v3"}, {cs: 4096, bits: 16, v: "v3"}, {cs: 1024, bits: 16, v: "v3", lazy: true}} {
+	for _, sh := range []shape{
+		{cs: 1024, bits: 64, v: "v3"}, {cs: 4096, bits: 16, v: "v3"}, {cs: 1024, bits: 16, v: "v3", lazy: true},
+	} {
 		t.Run(fmt.Sprintf("%+v", sh), func(t *testing.T) {
 			for i := 0; ; i++ {
 				if !failOnce(t, sh, i) {
@@ -80,7 +82,7 @@ func TestEachFailure(t *testing.T) {
 
 func failOnce(t *testing.T, sh shape, i int) (failed bool) {
 	size := int(sh.cs) * 150
-	img := mustCreate(t, CreateOptions{Size: uint64(size), ClusterSize: &sh.cs, RefcountBits: &sh.bits, Version: sh.v, LazyRefcounts: sh.lazy})
+	img := mustCreate(t, sh.options(uint64(size)))
 	f := drivertest.NewFault(img)
 	s := mustOpen(t, mem{f}, config{unmap: true})
 	s.l2.max, s.rb.max = 4, 4

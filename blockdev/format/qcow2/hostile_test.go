@@ -72,7 +72,7 @@ var hostile = []struct {
 	{"refcount zero", "v3", []poke{u64(0x10000, 0)}, ""},
 }
 
-// TestHostile opens each of them; where the reference is installed, it has to say the same.
+// TestHostile opens each of them; where QEMU is installed, it has to say the same.
 func TestHostile(t *testing.T) {
 	_, err := exec.LookPath("qemu-io")
 	if err != nil {
@@ -109,7 +109,7 @@ func TestHostile(t *testing.T) {
 				ref, _, _ = strings.Cut(ref, "\n")
 			}
 			if ref != h.want {
-				t.Errorf("the reference says %q, expected %q", ref, h.want)
+				t.Errorf("QEMU says %q, expected %q", ref, h.want)
 			}
 		})
 	}

@@ -154,7 +154,8 @@ func TestQemuCompressed(t *testing.T) {
 				f := openOS(t, ours)
 				var n uint64
 				fmt.Sscan(cs, &n)
-				if err := create(req(), f, &CreateOptions{Size: uint64(len(data)), ClusterSize: &n, CompressionType: kind}); err != nil {
+				o := CreateOptions{Size: uint64(len(data)), ClusterSize: &n, CompressionType: kind}
+				if err := create(req(), f, &o); err != nil {
 					t.Fatal(err)
 				}
 				s = mustOpen(t, f, config{})

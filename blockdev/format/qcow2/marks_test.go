@@ -117,12 +117,29 @@ func (d *marked) step() {
 		record()
 	case k < 12:
 		d.must(d.s.Flush(req()))
+	case k < 19:
+		d.stepBitmaps(k)
+	default:
+		d.held = nil // while the size changes nobody trusts them
+		to := int64(4+rnd.IntN(6))<<20 + int64(rnd.IntN(16))*512
+		d.must(d.s.Resize(req(), to, ""))
+		for i := range d.k.list {
+			d.k.list[i].bits.Resize(to)
+		}
+	}
+	d.settle()
+}
+
+// stepBitmaps does something to the bitmaps.
+func (d *marked) stepBitmaps(k int) {
+	rnd := d.rnd
+	switch {
 	case k < 14:
 		if len(d.k.list) < 4 {
 			name := fmt.Sprint("b", rnd.IntN(1000))
 			if find(d.k.list, name) == nil {
 				g := int64(512) << rnd.IntN(8)
-				p := persisted{name: name, bits: bitmap.New(size, g), enabled: rnd.IntN(3) > 0}
+				p := persisted{name: name, bits: bitmap.New(d.s.size.Load(), g), enabled: rnd.IntN(3) > 0}
 				d.k.list = append([]persisted{p}, d.k.list...)
 				d.must(d.s.HoldBitmap(req(), name))
 			}
@@ -144,20 +161,12 @@ func (d *marked) step() {
 		if p := d.any(); p != nil {
 			p.bits.Take()
 		}
-	case k < 19:
+	default:
 		if p, q := d.any(), d.any(); p != nil && q != p {
 			p.bits.Merge(q.bits)
 			d.must(d.s.HoldBitmap(req(), p.name))
 		}
-	default:
-		d.held = nil // while the size changes nobody trusts them
-		to := int64(4+rnd.IntN(6))<<20 + int64(rnd.IntN(16))*512
-		d.must(d.s.Resize(req(), to, ""))
-		for i := range d.k.list {
-			d.k.list[i].bits.Resize(to)
-		}
 	}
-	d.settle()
 }
 
 func (d *marked) any() *persisted {
@@ -349,7 +358,8 @@ func TestQemuAndMarks(t *testing.T) {
 	check := func() {
 		t.Helper()
 		var exit *exec.ExitError
-		if out, err := exec.Command("qemu-img", "check", left).CombinedOutput(); err != nil && !(errors.As(err, &exit) && exit.ExitCode() == 3) {
+		out, err := exec.Command("qemu-img", "check", left).CombinedOutput()
+		if err != nil && !(errors.As(err, &exit) && exit.ExitCode() == 3) {
 			t.Fatalf("%v: %s", err, out) // a kill may leak clusters
 		}
 	}

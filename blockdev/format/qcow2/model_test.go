@@ -208,6 +208,14 @@ type shape struct {
 	lazy bool
 }
 
+// options are those for an image of size bytes.
+func (sh *shape) options(size uint64) CreateOptions {
+	return CreateOptions{
+		Size: size, ClusterSize: &sh.cs, RefcountBits: &sh.bits, Version: sh.v,
+		LazyRefcounts: sh.lazy, CompressionType: sh.comp,
+	}
+}
+
 func shapes() []shape {
 	var out []shape
 	for i, cs := range []uint64{512, 1024, 4096, 65536, 2 << 20} {
@@ -245,7 +253,7 @@ func testShape(t *testing.T, sh shape, seed uint64) {
 		clusters = 3
 	}
 	size := clusters*int(sh.cs) + rnd.IntN(int(sh.cs)/512)*512
-	o := CreateOptions{Size: uint64(size), ClusterSize: &sh.cs, RefcountBits: &sh.bits, Version: sh.v, CompressionType: sh.comp, LazyRefcounts: sh.lazy}
+	o := sh.options(uint64(size))
 	m := &model{t: t, disk: make([]byte, size), rnd: rnd, v2: sh.v == "v2"}
 	c := config{unmap: rnd.IntN(2) == 0}
 	if sh.back {
@@ -290,15 +298,21 @@ func testShape(t *testing.T, sh shape, seed uint64) {
 			t.Fatal(err)
 		}
 	}
+	qemuChecks(t, f.Bytes(), m.back)
+}
+
+// qemuChecks lets qemu-img check an image, if it is installed; back is its backing file.
+func qemuChecks(t *testing.T, img, back []byte) {
+	t.Helper()
 	if _, err := exec.LookPath("qemu-img"); err != nil {
 		t.Log("SKIPPED: qemu-img is not installed and did not check the image")
 		return
 	}
 	name := filepath.Join(t.TempDir(), "a.qcow2")
-	if err := os.WriteFile(name, f.Bytes(), 0o600); err != nil {
+	if err := os.WriteFile(name, img, 0o600); err != nil {
 		t.Fatal(err)
 	}
-	if err := os.WriteFile(filepath.Join(filepath.Dir(name), "back"), m.back, 0o600); err != nil {
+	if err := os.WriteFile(filepath.Join(filepath.Dir(name), "back"), back, 0o600); err != nil {
 		t.Fatal(err)
 	}
 	out, err := exec.Command("qemu-img", "check", "-q", name).CombinedOutput()

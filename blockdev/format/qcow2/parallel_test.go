@@ -26,8 +26,8 @@ func TestParallel(t *testing.T) {
 func parallel(t *testing.T, sh shape) {
 	const workers = 8
 	stripe := int(sh.cs)*6 + 1536
-	f := mustCreate(t, CreateOptions{Size: uint64(workers * stripe), ClusterSize: &sh.cs, RefcountBits: &sh.bits, Version: sh.v, LazyRefcounts: sh.lazy})
-	s := mustOpen(t, mem{f}, config{unmap: true, options: Options{L2CacheSize: ptr(int64(1)), L2CacheEntrySize: ptr(int64(512))}})
+	f := mustCreate(t, sh.options(uint64(workers*stripe)))
+	s := mustOpen(t, mem{f}, config{unmap: true, options: smallCaches})
 	s.l2.max, s.rb.max = 3, 2
 	var wg, fl sync.WaitGroup
 	stop := make(chan struct{})

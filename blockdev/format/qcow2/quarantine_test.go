@@ -28,7 +28,8 @@ func TestSpaceThatIsBeingGivenBack(t *testing.T) {
 	const cs, n = 512, 3 * maxBatch
 	synctest.Test(t, func(t *testing.T) {
 		var f func()
-		s := mustOpen(t, discards{mem{mustCreate(t, CreateOptions{Size: n * cs, ClusterSize: ptr(uint64(cs))})}, &f}, config{unmap: true})
+		img := mustCreate(t, CreateOptions{Size: n * cs, ClusterSize: ptr(uint64(cs))})
+		s := mustOpen(t, discards{mem{img}, &f}, config{unmap: true})
 		if err := s.WriteAt(req(), blk.Buf(make([]byte, n*cs)), 0, 0); err != nil {
 			t.Fatal(err)
 		}

@@ -9,7 +9,10 @@ type requests struct {
 
 	// Memory of requests under way, taken with no lock held. Who waits for one of these may hold
 	// parts of those before it.
-	zipping, copying, unzipping, decoding blk.Budget
+	zipping   blk.Budget
+	copying   blk.Budget
+	unzipping blk.Budget
+	decoding  blk.Budget
 
 	inflight inflight // +checklocks:mu
 	unz      unzipped // +checklocks:mu

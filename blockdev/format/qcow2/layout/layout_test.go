@@ -77,7 +77,9 @@ func TestKinds(t *testing.T) {
 
 func TestL1Entries(t *testing.T) {
 	g := Geometry{16, 4}
-	for size, n := range map[uint64]uint64{0: 0, 1: 1, 512 << 20: 1, 512<<20 + 1: 2, 1 << 63: 1 << 34, 1<<64 - 1: 1 << 35} {
+	for size, n := range map[uint64]uint64{
+		0: 0, 1: 1, 512 << 20: 1, 512<<20 + 1: 2, 1 << 63: 1 << 34, 1<<64 - 1: 1 << 35,
+	} {
 		if g.L1Entries(size) != n {
 			t.Errorf("%d bytes: %d entries, not %d", size, g.L1Entries(size), n)
 		}
@@ -86,8 +88,8 @@ func TestL1Entries(t *testing.T) {
 
 func TestHeaderRoundTrip(t *testing.T) {
 	for _, v := range []uint32{2, 3} {
-		h := &Header{Version: v, ClusterBits: 16, Size: 1 << 30, L1Size: 2, L1TableOffset: 0x30000, RefcountTableOffset: 0x10000,
-			RefcountTableClusters: 1, RefcountOrder: 4}
+		h := &Header{Version: v, ClusterBits: 16, Size: 1 << 30, L1Size: 2, L1TableOffset: 0x30000,
+			RefcountTableOffset: 0x10000, RefcountTableClusters: 1, RefcountOrder: 4}
 		x := &Extensions{BackingFormat: "raw", Unknown: []RawExtension{{0x11223344, []byte("abc")}}}
 		if v == 3 {
 			h.CompatibleFeatures, h.AutoclearFeatures = 1, 1
@@ -111,7 +113,8 @@ func TestHeaderRoundTrip(t *testing.T) {
 		if err != nil || name != "base.img" || y.BackingFormat != "raw" || len(y.Unknown) != 1 || string(y.Unknown[0].Data) != "abc" {
 			t.Fatalf("%v %q %+v", err, name, y)
 		}
-		if p.Size != h.Size || p.L1Size != 2 || p.Version != v || !bytes.Equal(p.Unknown, h.Unknown) || p.AutoclearFeatures != h.AutoclearFeatures {
+		if p.Size != h.Size || p.L1Size != 2 || p.Version != v || !bytes.Equal(p.Unknown, h.Unknown) ||
+			p.AutoclearFeatures != h.AutoclearFeatures {
 			t.Fatalf("%+v", p)
 		}
 		if v == 3 && (y.Bitmaps == nil || *y.Bitmaps != *x.Bitmaps) {
@@ -161,7 +164,8 @@ func TestSnapshot(t *testing.T) {
 		t.Fatalf("%d %v", n, err)
 	}
 	s := ParseSnapshot(b[:n], 77)
-	if s.ID != "1" || s.Name != "one" || s.L1TableOffset != 0x50000 || s.L1Size != 2 || s.VMStateSize != 9 || s.DiskSize != 512 || s.Icount != ^uint64(0) {
+	if s.ID != "1" || s.Name != "one" || s.L1TableOffset != 0x50000 || s.L1Size != 2 ||
+		s.VMStateSize != 9 || s.DiskSize != 512 || s.Icount != ^uint64(0) {
 		t.Fatalf("%+v", s)
 	}
 	b[38] = 8
