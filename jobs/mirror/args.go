@@ -16,10 +16,11 @@ import (
 
 // plan is what the arguments come to.
 type plan struct {
-	typ   types.JobType            // mirror or commit
-	args  types.BlockdevMirrorArgs // canonical: nodes by their own names
-	drive *types.DriveMirror       // nil: not drive-mirror
-	nodes blockjob.Nodes
+	typ    types.JobType            // mirror or commit
+	args   types.BlockdevMirrorArgs // canonical: nodes by their own names
+	drive  *types.DriveMirror       // nil: not drive-mirror
+	commit *types.BlockCommitArgs   // nil: not block-commit
+	nodes  blockjob.Nodes
 
 	source, target *graph.Node
 	below          bool // the target is in the source's backing chain
@@ -60,7 +61,7 @@ func FromDriveArgs(nodes blockjob.Nodes, a *types.DriveMirror) *Job {
 func EnterCommit(
 	ctx context.Context, m *jobs.Manager, top, base *graph.Node, a *types.BlockCommitArgs,
 ) (*jobs.Job, error) {
-	p := plan{typ: types.JobTypeCommit, source: top, target: base, base: base, unmap: blk.MayUnmap}
+	p := plan{typ: types.JobTypeCommit, commit: a, source: top, target: base, base: base, unmap: blk.MayUnmap}
 	p.args = types.BlockdevMirrorArgs{
 		JobID: a.JobID, Device: top.Name(), Target: base.Name(), Speed: a.Speed,
 		OnSourceError: a.OnError, OnTargetError: a.OnError, FilterNodeName: a.FilterNodeName, AutoFinalize: a.AutoFinalize, AutoDismiss: a.AutoDismiss,

@@ -103,8 +103,8 @@ func (j *Job) fill(tx *graph.Tx, m *jobs.Manager) error {
 	}
 	a := &j.args
 	spec := blockjob.Spec(j.typ, j, a.JobID, a.Speed, a.AutoFinalize, a.AutoDismiss)
-	if spec.SeenAs = visible.Mirror; j.typ == types.JobTypeCommit {
-		spec.SeenAs = visible.ActiveCommit
+	if spec.SeenAs, spec.Args = visible.Mirror, a; j.commit != nil {
+		spec.SeenAs, spec.Args = visible.ActiveCommit, j.commit
 	}
 	spec.Nodes = []*graph.Node{filter, j.target}
 	spec.Instant = !j.misfit() && visible.StartFirst(spec.SeenAs, visible.Disks{

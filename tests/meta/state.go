@@ -75,7 +75,8 @@ func differences(recorded, there map[graph.Key]any) string {
 	all := maps.Clone(recorded)
 	maps.Copy(all, there)
 	for _, k := range slices.SortedFunc(maps.Keys(all), func(a, b graph.Key) int { return strings.Compare(a.String(), b.String()) }) {
-		if r, t := recorded[k], there[k]; !reflect.DeepEqual(r, t) {
+		r, known := recorded[k]
+		if t, is := there[k]; known != is || !reflect.DeepEqual(r, t) {
 			fmt.Fprintf(&diff, "\n\t%s: recorded %+v, there is %+v", k, r, t)
 		}
 	}
@@ -113,22 +114,21 @@ func (w *world) queried() map[graph.Key]any {
 	return is
 }
 
-// addJobs adds jobs to what is there. One at work is to be recorded, one that has ended is not, and what is
-// recorded of those in between is right.
+// addJobs adds the arguments of jobs to what is there. Those of one at work are to be recorded, those of one
+// that has ended are not; of one in between they may be.
 func (w *world) addJobs(recorded, is map[graph.Key]any) {
 	for _, i := range w.x.Jobs.QueryBlock() {
-		c := graph.Change{Key: graph.Key{Kind: graph.StateJob, Name: i.Device}}
-		if j := w.x.Jobs.Get(i.Device); j != nil {
-			c = j.State()
-		}
-		switch i.Status {
+		k := graph.Key{Kind: graph.StateJob, Name: i.Device}
+		switch j := w.x.Jobs.Get(i.Device); i.Status {
 		case types.JobStatusConcluded, types.JobStatusNull:
-			continue
-		case types.JobStatusCreated, types.JobStatusAborting: // entering or leaving
-			c.Value = recorded[c.Key]
-		}
-		if c.Value != nil {
-			is[c.Key] = c.Value
+		case types.JobStatusCreated, types.JobStatusAborting:
+			if v, ok := recorded[k]; ok {
+				is[k] = v
+			}
+		default:
+			if j != nil {
+				is[k] = j.State().Value
+			}
 		}
 	}
 }
