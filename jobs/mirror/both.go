@@ -11,7 +11,7 @@ import (
 // A guest's write to both sides, in the mode write-blocking:
 //
 //	take the range --> source --> target --> give the range back
-//	     |                |          `-- fails: dirty, and the error policy is asked; the guest's write has succeeded
+//	     |                |          `-- fails: dirty, the policy is asked; the write succeeds
 //	     |                `------------- fails: dirty, as nobody knows what is there now
 //	     waits for copies and writes to both sides that overlap and came before
 //
@@ -111,7 +111,8 @@ func (j *Job) toBoth(r *blk.Req, off, n int64, source, target func() error) erro
 	defer j.both.Add(-n)
 	j.h.AddRemaining(n)
 	if j.hidden > 0 {
-		// The rest of the target's clusters comes along, and zeroes are such that nothing shows through.
+		// The rest of the target's clusters comes along, and zeroes are such that nothing shows
+		// through.
 		err = j.follow(r, lo, hi)
 	} else {
 		err = target()

@@ -12,7 +12,8 @@ import (
 	"qblockd/schema/types"
 )
 
-// The mode of a mirror changes to and fro while guests write what overlaps; both sides are equal in the end.
+// The mode of a mirror changes to and fro while guests write what overlaps; both sides are equal in
+// the end.
 func TestCopyModeToAndFro(t *testing.T) {
 	for range 5 {
 		w := newWorld(t)
@@ -58,7 +59,8 @@ func TestCopyModeToAndFro(t *testing.T) {
 	}
 }
 
-// In write-blocking mode a write that has ended is in the target; after a change to background it need not be, and after one back it is again.
+// In write-blocking mode a write that has ended is in the target; after a change to background it
+// need not be, and after one back it is again.
 func TestCopyModeChanges(t *testing.T) {
 	w := newWorld(t)
 	j := w.start(w.args(types.MirrorCopyModeWriteBlocking))

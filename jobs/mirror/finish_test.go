@@ -15,7 +15,8 @@ import (
 	"qblockd/schema/types"
 )
 
-// A job that was told to complete, or to be finalized, is not held up by its speed any more: somebody waits for it.
+// A job that was told to complete, or to be finalized, is not held up by its speed any more:
+// somebody waits for it.
 func TestLastPassHasNoLimit(t *testing.T) {
 	const size = 8 << 20
 	for _, mode := range modes {
@@ -99,7 +100,8 @@ func TestCancelWhileFinalizing(t *testing.T) {
 	}
 }
 
-// What fails when a job is finalized ends it, whatever the policy is: it can neither pause nor try again for ever while somebody waits for the answer.
+// What fails when a job is finalized ends it, whatever the policy is: it can neither pause nor try
+// again for ever while somebody waits for the answer.
 func TestFaultsWhileFinalizing(t *testing.T) {
 	for _, mode := range modes {
 		for _, policy := range []types.BlockdevOnError{types.BlockdevOnErrorStop, types.BlockdevOnErrorEnospc, types.BlockdevOnErrorIgnore} {
@@ -129,7 +131,8 @@ func TestFaultsWhileFinalizing(t *testing.T) {
 	}
 }
 
-// What a job tells of a guest's write that did not reach the target is what it does, also where it waits for that write to end: it fails, or pauses.
+// What a job tells of a guest's write that did not reach the target is what it does, also where it
+// waits for that write to end: it fails, or pauses.
 func TestFaultWhileHoldingQuiet(t *testing.T) {
 	for _, policy := range []types.BlockdevOnError{types.BlockdevOnErrorReport, types.BlockdevOnErrorStop} {
 		w := newWorld(t)
@@ -202,7 +205,8 @@ func holdFirst(entered chan<- struct{}, leave <-chan struct{}) func(drivertest.O
 	}
 }
 
-// TestFaultBesideOneThatIsIgnored: an error of a guest's write ends the job as its clients were told, also while another one, which is ignored, is tried again and again.
+// TestFaultBesideOneThatIsIgnored: an error of a guest's write ends the job as its clients were
+// told, also while another one, which is ignored, is tried again and again.
 func TestFaultBesideOneThatIsIgnored(t *testing.T) {
 	w := newWorld(t)
 	a := w.args(types.MirrorCopyModeWriteBlocking)

@@ -63,8 +63,8 @@ func TestGranularities(t *testing.T) {
 	}
 }
 
-// passes counts how often the job reads each piece of the disk; at each it lets the guest write to, or discard, a far away one, so that there is always
-// something left to do.
+// passes counts how often the job reads each piece of the disk; at each it lets the guest write to,
+// or discard, a far away one, so that there is always something left to do.
 type passes struct {
 	mu   sync.Mutex
 	n    map[int64]int
@@ -98,8 +98,8 @@ func (w *world) busy(guest func(off int64)) *passes {
 	return p
 }
 
-// A job gets ready, and to its end, in a few passes, however busy its guest is: whoever writes keeps half of the disk dirty for as long as writes are
-// only recorded.
+// A job gets ready, and to its end, in a few passes, however busy its guest is: whoever writes
+// keeps half of the disk dirty for as long as writes are only recorded.
 func TestReadyInBoundedPasses(t *testing.T) {
 	for _, mode := range modes {
 		for _, granularity := range []int64{64 << 10, 4 << 20} {
@@ -160,8 +160,9 @@ type named struct{ *drivertest.MemFile }
 
 func (named) BackingFile() (name, format string) { return "below", "" }
 
-// The target's clusters are copied as a whole where granules are smaller and its backing file is not opened. The job gets on as well where one begins
-// with zeroes and more is dirty than is copied at once.
+// The target's clusters are copied as a whole where granules are smaller and its backing file is
+// not opened. The job gets on as well where one begins with zeroes and more is dirty than is copied
+// at once.
 func TestWholeClustersOfLongRanges(t *testing.T) {
 	const cluster, size, off = 64 << 10, 2 << 20, 16 << 10
 	for _, mode := range modes {

@@ -14,7 +14,8 @@ import (
 	"qblockd/schema/types"
 )
 
-// hugeWorld has disks of so many bytes with something in a few places, the target too, if old says so; with unmap, zeroing the target takes no space.
+// hugeWorld has disks of so many bytes with something in a few places, the target too, if old says
+// so; with unmap, zeroing the target takes no space.
 func hugeWorld(t *testing.T, size int64, old, unmap bool) *world {
 	g, _ := drivertest.NewGraphSink(t)
 	w := &world{t: t, g: g, want: make([]byte, 64*granule)}
@@ -57,14 +58,16 @@ func TestHugeDisks(t *testing.T) {
 	}
 }
 
-// Nor where little is copied at once, so that a step ends in what only the target holds, with a long hole of the source behind.
+// Nor where little is copied at once, so that a step ends in what only the target holds, with a
+// long hole of the source behind.
 func TestHugeDisksInSmallSteps(t *testing.T) {
 	for _, mode := range modes {
 		t.Run(string(mode), func(t *testing.T) { hugeMirror(t, 1<<36, true, false, mode, granule) })
 	}
 }
 
-// clustered is a file whose parts of 1 MiB are data as a whole, where anything was written to them or they were zeroed in part.
+// clustered is a file whose parts of 1 MiB are data as a whole, where anything was written to them
+// or they were zeroed in part.
 type clustered struct {
 	*drivertest.MemFile
 	mu    sync.Mutex
@@ -112,8 +115,9 @@ func (c *clustered) Status(_ *blk.Req, off, n int64) (blk.Extent, error) {
 	return blk.Extent{N: n, Zero: true}, nil
 }
 
-// TestHugeDisksAndClusters: where data of the source begin shortly before a cluster of the target, the hole behind is not copied in steps that lie across its clusters, each of which
-// made the next one data.
+// TestHugeDisksAndClusters: where data of the source begin shortly before a cluster of the target,
+// the hole behind is not copied in steps that lie across its clusters, each of which made the next
+// one data.
 func TestHugeDisksAndClusters(t *testing.T) {
 	const size = 1 << 38
 	w := hugeWorld(t, size, false, true)
@@ -171,7 +175,8 @@ func hugeMirror(t *testing.T, size int64, old, unmap bool, mode types.MirrorCopy
 	}
 }
 
-// A huge disk of zeroes that is written to while it is passed over: nothing is lost, and no unit of work goes on for long.
+// A huge disk of zeroes that is written to while it is passed over: nothing is lost, and no unit of
+// work goes on for long.
 func TestGuestsInLongZeroes(t *testing.T) {
 	for round := range 4 {
 		w := hugeWorld(t, 1<<50, false, false)

@@ -14,7 +14,7 @@
 // A bitmap of the source records what is written; the job copies what is dirty, over and over. What
 // is dirty is clean before it is read, so a write in between makes it dirty again.
 //
-//	copying --nothing dirty, flushed--> ready: go on copying --told to complete--> quiet, nothing dirty, flushed --> pivot
+//	copying --nothing dirty, flushed--> ready --told to complete--> quiet, equal, flushed --> pivot
 //
 // In the mode write-blocking, guests' writes go to both sides before they are answered (both.go),
 // so that they make nothing dirty. From then on the background has to copy each granule that is

@@ -13,7 +13,8 @@ import (
 	"qblockd/schema/types"
 )
 
-// TestPanicGivesBack: the range of a copy that ends in a panic can be taken again; guests do not wait for it for ever.
+// TestPanicGivesBack: the range of a copy that ends in a panic can be taken again; guests do not
+// wait for it for ever.
 func TestPanicGivesBack(t *testing.T) {
 	ctx, cancel := context.WithTimeout(t.Context(), time.Minute)
 	defer cancel()
@@ -40,7 +41,8 @@ func panicking(t *testing.T, f func()) {
 	f()
 }
 
-// TestPanicLetsGuestsGoOn: guests do not wait for ever where the last copy, for which the source is held quiet, ends in a panic.
+// TestPanicLetsGuestsGoOn: guests do not wait for ever where the last copy, for which the source is
+// held quiet, ends in a panic.
 func TestPanicLetsGuestsGoOn(t *testing.T) {
 	ctx, cancel := context.WithTimeout(t.Context(), time.Minute)
 	defer cancel()
@@ -56,7 +58,8 @@ func TestPanicLetsGuestsGoOn(t *testing.T) {
 	guest.End(r)
 }
 
-// TestPanicForgetsNothing: what was to be copied still is where a guest's write to both sides ends in a panic.
+// TestPanicForgetsNothing: what was to be copied still is where a guest's write to both sides ends
+// in a panic.
 func TestPanicForgetsNothing(t *testing.T) {
 	g := drivertest.NewGraph(t)
 	n := drivertest.AddNode(t, g, "n", drivertest.NewMemFile(4096))
@@ -72,8 +75,8 @@ func TestPanicForgetsNothing(t *testing.T) {
 	}
 }
 
-// TestTooMuchLetsGuestsGoOn: they do as well where there is too much to copy with the source held quiet, or the job is about to end for an error that its clients
-// were told of.
+// TestTooMuchLetsGuestsGoOn: they do as well where there is too much to copy with the source held
+// quiet, or the job is about to end for an error that its clients were told of.
 func TestTooMuchLetsGuestsGoOn(t *testing.T) {
 	ctx, cancel := context.WithTimeout(t.Context(), time.Minute)
 	defer cancel()

@@ -92,7 +92,8 @@ const (
 // endAsked tells whether the job is to end with success as soon as it can. cancelled: gently.
 func (s state) endAsked(cancelled bool) bool { return s.phase == ready && (s.pivot || cancelled) }
 
-// next is what to do with so many dirty bytes, of which most may be copied with the source held quiet.
+// next is what to do with so many dirty bytes, of which most may be copied with the source held
+// quiet.
 func (s state) next(cancelled bool, dirty, most int64) step {
 	switch {
 	case s.endAsked(cancelled) && dirty <= max(most, lastCopy):
@@ -105,8 +106,8 @@ func (s state) next(cancelled bool, dirty, most int64) step {
 	return copyOn
 }
 
-// life is the state of a job for all who look at it and change it. Looking is one atomic load: each request
-// of a guest does.
+// life is the state of a job for all who look at it and change it. Looking is one atomic load: each
+// request of a guest does.
 type life struct{ now atomic.Pointer[state] }
 
 func (l *life) get() state {
@@ -144,13 +145,13 @@ func (l *life) setMode(m types.MirrorCopyMode) {
 }
 
 const (
-	// patience is how many passes over what is dirty a job in the background mode makes before guests'
-	// writes go to both sides, until it is ready, or over. That leaves one pass, and one for the writes
-	// that were under way.
+	// patience is how many passes over what is dirty a job in the background mode makes before
+	// guests' writes go to both sides, until it is ready, or over. That leaves one pass, and one
+	// for the writes that were under way.
 	patience = 3
-	// holdAfter is how many passes it makes before it holds the source quiet for the rest: then somebody
-	// writes past the filter. hold is how long that takes at most, as far as it can tell; it doubles,
-	// maxDoublings times at most, each time that doubleAfter passes more were in vain.
+	// holdAfter is how many passes it makes before it holds the source quiet for the rest: then
+	// somebody writes past the filter. hold is how long that takes at most, as far as it can tell;
+	// it doubles, maxDoublings times at most, each time that doubleAfter passes more were in vain.
 	holdAfter    = patience + 3
 	hold         = 20 * time.Millisecond
 	doubleAfter  = 20

@@ -32,8 +32,8 @@ func TestPhases(t *testing.T) {
 	}
 }
 
-// TestTurn: guests' writes go to both sides if the user wants that, or the job does not converge, but
-// never for a job that has failed or ended.
+// TestTurn: guests' writes go to both sides if the user wants that, or the job does not converge,
+// but never for a job that has failed or ended.
 func TestTurn(t *testing.T) {
 	for p := range phases {
 		for _, mode := range []types.MirrorCopyMode{types.MirrorCopyModeBackground, types.MirrorCopyModeWriteBlocking} {
@@ -105,8 +105,8 @@ func TestNext(t *testing.T) {
 	}
 }
 
-// TestPace: after a few passes in vain guests' writes go to both sides, then the source is held quiet,
-// for longer and longer, but not without bound.
+// TestPace: after a few passes in vain guests' writes go to both sides, then the source is held
+// quiet, for longer and longer, but not without bound.
 func TestPace(t *testing.T) {
 	var p pace
 	got, last := "", int64(-1)
