@@ -2,6 +2,7 @@ package jobs
 
 import (
 	"context"
+	"errors"
 	"fmt"
 
 	"qblockd/events/panics"
@@ -10,11 +11,12 @@ import (
 	"qblockd/schema/types"
 )
 
-var errNegativeSpeed = fmt.Errorf("Parameter 'speed' expects a non-negative value")
+var errNegativeSpeed = errors.New("Parameter 'speed' expects a non-negative value")
 
 // The verbs. Each is refused where the machine's table says so. Those that end a job return when
 // its transaction has ended as far as it can at once; none waits for a job's work.
 
+// applyLocked tells why the job does not take a verb in its state.
 func (j *Job) applyLocked(v machine.Verb) error {
 	if machine.Allowed(v, j.st.Status) {
 		return nil
@@ -30,7 +32,7 @@ func (j *Job) Pause() error {
 		return err
 	}
 	if j.st.UserPaused {
-		return fmt.Errorf("Job is already paused")
+		return errors.New("Job is already paused")
 	}
 	j.stepLocked(machine.UserPause)
 	for j.asleep && j.st.ShouldPause() {
@@ -46,7 +48,7 @@ func (j *Job) Resume() error {
 	j.m.mu.Lock()
 	defer j.m.mu.Unlock()
 	if !j.st.UserPaused {
-		return fmt.Errorf("Can't resume a job that was not paused")
+		return errors.New("Can't resume a job that was not paused")
 	}
 	if err := j.applyLocked(machine.Resume); err != nil {
 		return err
@@ -64,16 +66,16 @@ func (j *Job) awaitWakingLocked() {
 	}
 }
 
-// Hold pauses the job for a reason of its own surroundings, until Unhold: as its start quiesces the
-// graph, a job is paused and goes on before its first step, and clients see that.
-func (j *Job) Hold() {
+// Quiesce pauses the job until Unquiesce, while its nodes are quiesced for its start: clients see it
+// pause and go on before its first step.
+func (j *Job) Quiesce() {
 	j.m.mu.Lock()
 	defer j.m.mu.Unlock()
 	j.stepLocked(machine.PauseBegin)
 }
 
-// Unhold ends that. It returns when the job goes on, unless something else keeps it paused.
-func (j *Job) Unhold() {
+// Unquiesce ends that. It returns when the job goes on, unless something else keeps it paused.
+func (j *Job) Unquiesce() {
 	j.m.mu.Lock()
 	defer j.m.mu.Unlock()
 	j.stepLocked(machine.PauseEnd)
@@ -204,7 +206,7 @@ func (j *Job) ChangeCopyMode(to types.MirrorCopyMode) error {
 		ChangeCopyMode(to types.MirrorCopyMode)
 	})
 	if !ok {
-		return fmt.Errorf("Job type does not support change")
+		return errors.New("Job type does not support change")
 	}
 	c.ChangeCopyMode(to)
 	j.Kick()

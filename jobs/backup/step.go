@@ -229,7 +229,7 @@ func (s *Step) Commit() {
 
 // Start implements transaction.Starter. The job is paused as long as the nodes are quiet.
 func (s *Step) Start() {
-	s.job.site.Job.Hold()
+	s.job.site.Job.Quiesce()
 	s.release = s.m.Start(s.job.site.Job)
 }
 
@@ -243,7 +243,7 @@ func (s *Step) Abort() {
 // Clean implements transaction.Action.
 func (s *Step) Clean() {
 	if s.release != nil {
-		s.job.site.Job.Unhold()
+		s.job.site.Job.Unquiesce()
 	}
 	if s.done {
 		return
