@@ -128,7 +128,7 @@ func TestOwnDriver(t *testing.T) {
 	}
 	mustReadPattern(t, m.Graph(), x.Node())
 
-	_, err = m.OpenImage(ctx, OpenImage{New: &NewImage{Size: 512}, Filename: "pattern:512", Format: "raw", Like: &graph.Options{}})
+	_, err = m.OpenImage(ctx, OpenImage{Filename: "pattern:512", Format: new("raw"), For: m.Graph().Node("p")})
 	if err == nil || err.Error() != "Protocol driver 'pattern' does not support image creation" {
 		t.Errorf("an image is made on it: %v", err)
 	}
