@@ -106,7 +106,6 @@ func TestRecord(t *testing.T) {
 		t.Errorf("out of order: %q", r.lines)
 	}
 	r.expect(t, "node overlay.backing: gone", "node overlay.backing: file")
-
 	var job *Root
 	do(func(tx *Tx) (err error) {
 		job, err = tx.AttachRoot(RootSpec{StayAtNode: true, Claim: readAll, Of: Change{Key{Kind: StateJob, Name: "j"}, "its arguments"}}, overlay)

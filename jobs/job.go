@@ -115,7 +115,8 @@ func (j *Job) ID() string { return j.id }
 // Type is the job's type.
 func (j *Job) Type() types.JobType { return j.typ }
 
-// State is what is recorded of the job: its arguments, from when it enters the graph until it leaves it.
+// State is what is recorded of the job: its arguments, from when it enters the graph until it
+// leaves it.
 func (j *Job) State() graph.Change {
 	return graph.Change{Key: graph.Key{Kind: graph.StateJob, Name: j.id}, Value: j.args}
 }

@@ -57,8 +57,8 @@ type Spec struct {
 	Speed int64
 	// Nodes are those that the job works on.
 	Nodes []*graph.Node
-	// Args make the job again: the arguments of its command in canonical form, a pointer to a type of the
-	// schema. They do not change any more.
+	// Args make the job again: the arguments of its command in canonical form, a pointer to a type
+	// of the schema. They do not change any more.
 	Args any
 }
 

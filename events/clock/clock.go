@@ -37,9 +37,10 @@ func (realClock) AfterFunc(what string, d time.Duration, f func()) Timer {
 // Manual is a clock for tests: it stands still until it is moved, and timers call in the goroutine
 // that moves it.
 type Manual struct {
-	mu     sync.Mutex
-	now    time.Time
-	timers []*manualTimer // +checklocks:mu  those that are set
+	mu  sync.Mutex
+	now time.Time
+	// timers are those that are set.
+	timers []*manualTimer // +checklocks:mu
 }
 
 type manualTimer struct {

@@ -87,7 +87,7 @@ func Run(ops []Op, c Config) (trace []string, err error) {
 		w.x = rig.New("")
 		w.x.Store.Wrap(w.faults.wrap)
 	}
-	w.state.of = map[graph.Key]any{}
+	w.state.of = map[graph.Key]any{} // +checklocksignore: nobody else knows it yet
 	w.x.Graph.SetRecorder(w.state.record)
 	done := make(chan error, 1)
 	go func() { done <- w.run(ops) }()
