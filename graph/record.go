@@ -8,7 +8,8 @@ import (
 	"qblockd/schema/types"
 )
 
-// State that is to outlive the process is told to a Recorder as values, each under a key of its own:
+// State that is to outlive the process is told to a Recorder as values, each under a key of its
+// own:
 //
 //	node n1         NodeState
 //	node n1.file    EdgeState: its child "file"
@@ -17,8 +18,8 @@ import (
 //	export e1.root  EdgeState: the node that it shows now
 //	job j1          the arguments of the command that started it
 //
-// Hidden and closing nodes are no part of it, nor are roots that belong to nothing or stay at their nodes, nor
-// what follows from the rest: claims, freezes, who uses a bitmap.
+// Hidden and closing nodes are no part of it, nor are roots that belong to nothing or stay at their
+// nodes, nor what follows from the rest: claims, freezes, who uses a bitmap.
 
 // StateKind is what a Key names.
 type StateKind string
@@ -63,9 +64,9 @@ type EdgeState struct {
 	Role  perm.Role
 }
 
-// Recorder is told of changes before they show. Once it has returned nil they happen, all of them; after an
-// error they are undone, but for those of a Tx that is Ending. It may block. It is called with no lock held,
-// for different keys also at the same time, and must not change the graph.
+// Recorder is told of changes before they show. Once it has returned nil they happen, all of them;
+// after an error they are undone, but for those of a Tx that is Ending. It may block. It is called
+// with no lock held, for different keys also at the same time, and must not change the graph.
 type Recorder func([]Change) error
 
 // SetRecorder makes r hear of all changes from the next transaction on; nil: nobody does.
@@ -77,8 +78,8 @@ func (g *Graph) SetRecorder(r Recorder) {
 	g.recorder.Store(&r)
 }
 
-// Ending says that the Tx gives back what somebody had of the graph: the recorder is told of it, but cannot
-// refuse it.
+// Ending says that the Tx gives back what somebody had of the graph: the recorder is told of it,
+// but cannot refuse it.
 func (tx *Tx) Ending() { tx.ending = true }
 
 // record reports what the commit changes. Nothing that follows can fail.
@@ -221,7 +222,8 @@ type (
 	bitmapStates map[string]bitmapState
 )
 
-// addBitmaps adds what has become of the bitmaps of n since the last time, or that all are gone with it.
+// addBitmaps adds what has become of the bitmaps of n since the last time, or that all are gone
+// with it.
 func (d *delta) addBitmaps(n *Node, there bool) {
 	var is bitmapStates
 	was, now := n.io.dirty.states()
@@ -245,8 +247,8 @@ func (d *delta) addBitmaps(n *Node, there bool) {
 	}
 }
 
-// states are what was told last of the bitmaps, and what they are about to be: what is foretold of them counts
-// as done.
+// states are what was told last of the bitmaps, and what they are about to be: what is foretold of
+// them counts as done.
 func (s *dirtySet) states() (told, is bitmapStates) {
 	s.mu.Lock()
 	defer s.mu.Unlock()

@@ -1,7 +1,8 @@
-// Package bitmap holds sets of granules of an address space: which parts of a disk were written. It is pure: no I/O, no
-// clock, no wait.
+// Package bitmap holds sets of granules of an address space: which parts of a disk were written. It
+// is pure: no I/O, no clock, no wait.
 //
-// A Bitmap is a tree. Parts of it in which no granule is set, or all are, take no memory, however large they are:
+// A Bitmap is a tree. Parts of it in which no granule is set, or all are, take no memory, however
+// large they are:
 //
 //	directory   slot   slot   nil (none is set)   full (all are) ...      one level for up to 16 Mi granules
 //	              |
@@ -9,11 +10,13 @@
 //	              |
 //	leaf        n = 3   0100...0011                                       4096 granules, and how many of them are set
 //
-// Setting is one atomic operation on a word, none where the granule is set already, so that requests can do it side by side
-// without a lock. Finding, counting, merging and copying take time for what is neither empty nor full.
+// Setting is one atomic operation on a word, none where the granule is set already, so that
+// requests can do it side by side without a lock. Finding, counting, merging and copying take time
+// for what is neither empty nor full.
 //
-// A bitmap with a limit (SetLimit) that has reached it sets more than it was asked for, the granules of a whole leaf at least, where that saves
-// memory: nothing that was set is forgotten, only where exactly.
+// A bitmap with a limit (SetLimit) that has reached it sets more than it was asked for, the
+// granules of a whole leaf at least, where that saves memory: nothing that was set is forgotten,
+// only where exactly.
 package bitmap
 
 import (
@@ -21,8 +24,8 @@ import (
 	"sync/atomic"
 )
 
-// Bitmap is a set of granules of [0, Size()). Set, Clear and the methods that only read may run at the same time; those that change
-// the size or the whole say what they need.
+// Bitmap is a set of granules of [0, Size()). Set, Clear and the methods that only read may run at
+// the same time; those that change the size or the whole say what they need.
 type Bitmap struct {
 	shift uint // log2 of the granularity
 	dir   atomic.Pointer[directory]
@@ -62,18 +65,19 @@ func (b *Bitmap) Granules() int64 { return b.granules(b.Size()) }
 // Memory is about what the bitmap takes, in bytes.
 func (b *Bitmap) Memory() int64 { return b.bytes.Load() + int64(len(b.dir.Load().sub))*8 }
 
-// SetLimit bounds the memory that Set takes, in bytes: beyond it more is set than was asked for; see the package comment. What Clear needs is not
-// bounded. 0: no limit.
+// SetLimit bounds the memory that Set takes, in bytes: beyond it more is set than was asked for;
+// see the package comment. What Clear needs is not bounded. 0: no limit.
 func (b *Bitmap) SetLimit(bytes int64) { b.limit.Store(bytes) }
 
-// crowded tells whether the limit is reached and all granules of the slot at lo may be set instead: none of them is beyond the end.
+// crowded tells whether the limit is reached and all granules of the slot at lo may be set instead:
+// none of them is beyond the end.
 func (b *Bitmap) crowded(lo int64, shift uint) bool {
 	l := b.limit.Load()
 	return l != 0 && b.bytes.Load() >= l && lo>>shift<<shift+1<<shift <= b.Granules()
 }
 
-// Set sets every granule that [off, off+n) touches; what lies beyond the end is left out. It allocates at most when a leaf is touched for
-// the first time.
+// Set sets every granule that [off, off+n) touches; what lies beyond the end is left out. It
+// allocates at most when a leaf is touched for the first time.
 func (b *Bitmap) Set(off, n int64) {
 	d := b.dir.Load()
 	first, end := b.span(d, off, n)
@@ -102,8 +106,8 @@ func (b *Bitmap) span(d *directory, off, n int64) (first, end int64) {
 	return off >> b.shift, b.granules(off + min(n, d.size-off))
 }
 
-// Clear clears every granule that [off, off+n) touches. Callers that must lose nothing align the range. It allocates where it clears a part of
-// what is set as a whole.
+// Clear clears every granule that [off, off+n) touches. Callers that must lose nothing align the
+// range. It allocates where it clears a part of what is set as a whole.
 func (b *Bitmap) Clear(off, n int64) {
 	d := b.dir.Load()
 	first, end := b.span(d, off, n)
@@ -131,7 +135,8 @@ func (b *Bitmap) Get(off int64) bool {
 	}
 }
 
-// Count is the number of set granules times the granularity, in bytes: the last granule counts in full.
+// Count is the number of set granules times the granularity, in bytes: the last granule counts in
+// full.
 func (b *Bitmap) Count() int64 {
 	d := b.dir.Load()
 	return count(d.sub, d.shift) << b.shift
@@ -143,8 +148,8 @@ func (b *Bitmap) Empty() bool {
 	return !dirty
 }
 
-// NextDirty is the first run of set granules in [off, end): where it begins, and its length, both cut to the range. ok is false if
-// there is none.
+// NextDirty is the first run of set granules in [off, end): where it begins, and its length, both
+// cut to the range. ok is false if there is none.
 func (b *Bitmap) NextDirty(off, end int64) (at, n int64, ok bool) {
 	d := b.dir.Load()
 	if end = min(end, d.size); off >= end {
@@ -180,7 +185,8 @@ func (b *Bitmap) NextClean(off, end int64) (at int64, ok bool) {
 // SetAll sets all granules.
 func (b *Bitmap) SetAll() { b.Set(0, b.Size()) }
 
-// Take empties b and returns what it held. Granules that are set at the same time are in one of the two. Not for use beside Resize.
+// Take empties b and returns what it held. Granules that are set at the same time are in one of the
+// two. Not for use beside Resize.
 func (b *Bitmap) Take() *Bitmap {
 	old := &Bitmap{shift: b.shift}
 	size := b.Size()
@@ -199,7 +205,8 @@ func (b *Bitmap) Clone() *Bitmap {
 	return c
 }
 
-// Resize changes the size. What is new is clear, what is cut off is forgotten. Set may run at the same time, but not a second Resize.
+// Resize changes the size. What is new is clear, what is cut off is forgotten. Set may run at the
+// same time, but not a second Resize.
 func (b *Bitmap) Resize(size int64) {
 	old := b.dir.Load()
 	// Both directories lead to the same nodes.

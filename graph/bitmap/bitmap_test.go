@@ -172,7 +172,8 @@ func BenchmarkSet(b *testing.B) {
 	}
 }
 
-// BenchmarkSetAnywhere sets granules all over the disk, most of which are not set yet, with a group as writes do.
+// BenchmarkSetAnywhere sets granules all over the disk, most of which are not set yet, with a group
+// as writes do.
 func BenchmarkSetAnywhere(b *testing.B) {
 	rnd := rand.New(rand.NewPCG(3, 4))
 	at := make([]int64, 1<<19)

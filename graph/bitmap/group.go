@@ -5,14 +5,18 @@ import (
 	"sync/atomic"
 )
 
-// Group are bitmaps that record the same writes. Most writes find everything set that they touch; a group lets them see that at one look,
-// however many bitmaps there are. It remembers regions in which all granules of all bitmaps are set: those of guests' working sets, in a fixed amount of
-// memory, not of whole disks. What it does not remember is found out for each bitmap. Writes that hardly ever come to the same place again make it remember nothing.
+// Group are bitmaps that record the same writes. Most writes find everything set that they touch; a
+// group lets them see that at one look, however many bitmaps there are. It remembers regions in
+// which all granules of all bitmaps are set: those of guests' working sets, in a fixed amount of
+// memory, not of whole disks. What it does not remember is found out for each bitmap. Writes that
+// hardly ever come to the same place again make it remember nothing.
 //
-// A word holds the flags of 32 regions and a count of the times that flags of it were taken back. Who has set everything in a region enters the flag only if
-// the word is still what it was before; who clears a bitmap takes flags back afterwards. So a flag never outlives the granules for longer than the call that
-// clears them, and who sees it in that time has nothing to tell that the caller would not find. A chunk of flags that has lost its place never comes back: who
-// still has it has begun before that, and before anything was cleared that it does not know of.
+// A word holds the flags of 32 regions and a count of the times that flags of it were taken back.
+// Who has set everything in a region enters the flag only if the word is still what it was before;
+// who clears a bitmap takes flags back afterwards. So a flag never outlives the granules for longer
+// than the call that clears them, and who sees it in that time has nothing to tell that the caller
+// would not find. A chunk of flags that has lost its place never comes back: who still has it has
+// begun before that, and before anything was cleared that it does not know of.
 type Group struct {
 	l      []*Bitmap
 	shift  uint          // log2 of the bytes of a region
@@ -33,13 +37,14 @@ const (
 	flagsOfWord    = 32
 	regionsOfChunk = groupWords * flagsOfWord
 	minRegion      = 4 << 10
-	// missesToMake is after how many misses a chunk is made in an empty place, missesToMove in that of another one: writes all over a disk must make neither
-	// many of them nor garbage.
+	// missesToMake is after how many misses a chunk is made in an empty place, missesToMove in that
+	// of another one: writes all over a disk must make neither many of them nor garbage.
 	missesToMake = 256
 	missesToMove = 4096
 )
 
-// NewGroup makes a group of bitmaps of one size. Each is in one group at a time, the last that was made with it; before the group is used.
+// NewGroup makes a group of bitmaps of one size. Each is in one group at a time, the last that was
+// made with it; before the group is used.
 func NewGroup(l []*Bitmap) *Group {
 	g := &Group{l: l, shift: l[0].shift}
 	for _, b := range l {
@@ -54,8 +59,8 @@ func NewGroup(l []*Bitmap) *Group {
 	return g
 }
 
-// Has tells whether all bitmaps have all granules that [off, off+n) touches, as far as one look shows: n is above 0, and false may be wrong.
-// It is small enough to be inlined where writes end.
+// Has tells whether all bitmaps have all granules that [off, off+n) touches, as far as one look
+// shows: n is above 0, and false may be wrong. It is small enough to be inlined where writes end.
 func (g *Group) Has(off, n int64) bool {
 	region := uint64(off) >> g.shift
 	if uint64(off+n-1)>>g.shift != region {
@@ -109,7 +114,8 @@ func (g *Group) word(region uint64) *atomic.Uint64 {
 	return &c.w[region/flagsOfWord%groupWords]
 }
 
-// missed counts a write that came to a region again and found no chunk of flags. Some of them make one.
+// missed counts a write that came to a region again and found no chunk of flags. Some of them make
+// one.
 func (g *Group) missed(region uint64) {
 	chunk := region / regionsOfChunk
 	p := &g.chunks[chunk%groupChunks]
@@ -151,7 +157,8 @@ func (g *Group) cleared(off, n int64) {
 	}
 }
 
-// forget takes all flags back. Flags that are entered at the same time go to words that nobody looks at any more.
+// forget takes all flags back. Flags that are entered at the same time go to words that nobody
+// looks at any more.
 func (g *Group) forget() {
 	for i := range g.chunks {
 		g.chunks[i].Store(nil)

@@ -34,7 +34,8 @@ func TestGroupRemembers(t *testing.T) {
 	}
 }
 
-// TestGroup sets and clears at random, through a group and beside it, and compares each bitmap with one that is alone.
+// TestGroup sets and clears at random, through a group and beside it, and compares each bitmap with
+// one that is alone.
 func TestGroup(t *testing.T) {
 	for seed := range uint64(30) {
 		rnd := rand.New(rand.NewPCG(3, seed))
@@ -87,8 +88,8 @@ func TestGroup(t *testing.T) {
 	}
 }
 
-// TestGroupLosesNothing has writers that write and then set, and copiers that clear and then copy what was written: in the end, when nothing is set any more, the
-// copy is what was written last.
+// TestGroupLosesNothing has writers that write and then set, and copiers that clear and then copy
+// what was written: in the end, when nothing is set any more, the copy is what was written last.
 func TestGroupLosesNothing(t *testing.T) {
 	const granule, granules, rounds = 4096, 64, 20000
 	l := []*Bitmap{New(granule*granules, granule), New(granule*granules, 4*granule), New(granule*granules, granule)}
@@ -142,7 +143,8 @@ func TestGroupLosesNothing(t *testing.T) {
 	}
 }
 
-// TestGroupOutdated: who has set everything before another one cleared some of it does not get its flag in.
+// TestGroupOutdated: who has set everything before another one cleared some of it does not get its
+// flag in.
 func TestGroupOutdated(t *testing.T) {
 	for name, undo := range map[string]func(b *Bitmap){
 		"clear":  func(b *Bitmap) { b.Clear(4096, 4096) },

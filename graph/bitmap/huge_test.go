@@ -12,7 +12,8 @@ import (
 	"pgregory.net/rapid"
 )
 
-// parts is the dumb implementation for address spaces of any size: it knows of the parts between some points only.
+// parts is the dumb implementation for address spaces of any size: it knows of the parts between
+// some points only.
 type parts struct {
 	at  []int64 // points, the first is 0, the last the size
 	set []bool  // of the part that begins at a point
@@ -24,7 +25,8 @@ func (p *parts) each(from, to int, f func(i int)) {
 	}
 }
 
-// next is the point of the first part from the i-th on that is set, or not; the last point if there is none.
+// next is the point of the first part from the i-th on that is set, or not; the last point if there
+// is none.
 func (p *parts) next(i int, want bool) int64 {
 	for ; i < len(p.set); i++ {
 		if p.set[i] == want {
@@ -172,7 +174,8 @@ func memory(f func() any) int64 {
 	return int64(after.HeapAlloc) - int64(before.HeapAlloc)
 }
 
-// TestMemory: what is empty or full takes next to nothing, whatever its size, also with a group, and cleared as a whole it is given back.
+// TestMemory: what is empty or full takes next to nothing, whatever its size, also with a group,
+// and cleared as a whole it is given back.
 func TestMemory(t *testing.T) {
 	for _, size := range []int64{1 << 40, 1 << 61} {
 		for _, gran := range []int64{512, 64 << 10, 1 << 31} {
@@ -288,8 +291,9 @@ func TestBytes(t *testing.T) {
 	})
 }
 
-// TestClearLosesNothing has writers that write and then set, and copiers that clear, whole leaves and branches as well as parts of them, and then copy: in the end, when
-// nothing is set any more, the copy is what was written last.
+// TestClearLosesNothing has writers that write and then set, and copiers that clear, whole leaves
+// and branches as well as parts of them, and then copy: in the end, when nothing is set any more,
+// the copy is what was written last.
 func TestClearLosesNothing(t *testing.T) {
 	const places, rounds = 96, 4000
 	// Places in a few leaves and branches of a tree with several levels.
@@ -394,7 +398,8 @@ func TestTakeLosesNothing(t *testing.T) {
 	}
 }
 
-// TestMergeNew: what a merge says was new, taken away again, leaves what there was before; with a limit, too, and with a last leaf that is cut off.
+// TestMergeNew: what a merge says was new, taken away again, leaves what there was before; with a
+// limit, too, and with a last leaf that is cut off.
 func TestMergeNew(t *testing.T) {
 	rapid.Check(t, func(t *rapid.T) {
 		size := rapid.Int64Range(1, 1<<40).Draw(t, "size")

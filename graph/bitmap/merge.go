@@ -26,8 +26,8 @@ func (b *Bitmap) Merge(from *Bitmap) {
 	}
 }
 
-// MergeNew is Merge, and returns what was not set before, and maybe more of what was not: where nothing was set in a leaf, all of it. What others set at the
-// same time may be in it.
+// MergeNew is Merge, and returns what was not set before, and maybe more of what was not: where
+// nothing was set in a leaf, all of it. What others set at the same time may be in it.
 func (b *Bitmap) MergeNew(from *Bitmap) *Bitmap {
 	src, dst := from.dir.Load(), b.dir.Load()
 	if from.shift != b.shift || src.size != dst.size {
@@ -256,8 +256,8 @@ func (b *Bitmap) orWord(d *directory, g int64, mask uint64) {
 	}
 }
 
-// AppendBytes appends the granules from first on, a multiple of 8, as n bytes: bit 0 of a byte is the lowest granule, as qcow2 stores them.
-// Beyond the end there are zeroes.
+// AppendBytes appends the granules from first on, a multiple of 8, as n bytes: bit 0 of a byte is
+// the lowest granule, as qcow2 stores them. Beyond the end there are zeroes.
 func (b *Bitmap) AppendBytes(dst []byte, first, n int64) []byte {
 	d := b.dir.Load()
 	total := b.granules(d.size)
@@ -290,7 +290,8 @@ func (b *Bitmap) AppendBytes(dst []byte, first, n int64) []byte {
 	return append(dst, make([]byte, max(n, 0))...)
 }
 
-// LoadBytes sets the granules from first on, a multiple of 8, that are set in src, which is as AppendBytes makes it.
+// LoadBytes sets the granules from first on, a multiple of 8, that are set in src, which is as
+// AppendBytes makes it.
 func (b *Bitmap) LoadBytes(first int64, src []byte) {
 	d := b.dir.Load()
 	total := b.granules(d.size)

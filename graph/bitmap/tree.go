@@ -24,7 +24,8 @@ const (
 	allOnes = ^uint64(0)
 )
 
-// slot is a place for a node, or says what is true of all granules below it: nil, none is set; full, all are.
+// slot is a place for a node, or says what is true of all granules below it: nil, none is set;
+// full, all are.
 //
 //	nil  --> node   Set of some, which makes an empty node first
 //	nil  --> full   Set of all of them, or of some where the bitmap may take no more memory
@@ -32,19 +33,22 @@ const (
 //	any  --> full   Set of all
 //	any  --> nil    Clear of all
 //
-// A node that has left its slot never comes back. Who found it there before that and sets or clears some of it afterwards has begun before the call that
-// took the node away, which concerned the same granules: it counts as having come first.
+// A node that has left its slot never comes back. Who found it there before that and sets or clears
+// some of it afterwards has begun before the call that took the node away, which concerned the same
+// granules: it counts as having come first.
 type slot struct{ atomic.Pointer[node] }
 
-// node is a leaf, with the words of leafGran granules, or a branch, with slots. It does not have them in itself: as objects of their own they have a length that
-// is allocated without loss, and words are nothing that a collector looks into.
+// node is a leaf, with the words of leafGran granules, or a branch, with slots. It does not have
+// them in itself: as objects of their own they have a length that is allocated without loss, and
+// words are nothing that a collector looks into.
 type node struct {
 	n   atomic.Int64 // of a leaf: granules set
 	sub *[fan]slot   // of a branch
 	w   *words       // of a leaf
 }
 
-// words are those of a leaf. Who has made a leaf that nobody else has yet writes to them as they are; from then on load, or and andNot are the only ways to them.
+// words are those of a leaf. Who has made a leaf that nobody else has yet writes to them as they
+// are; from then on load, or and andNot are the only ways to them.
 type words [leafWords]uint64
 
 func (w *words) load(i int64) uint64 { return atomic.LoadUint64(&w[i]) }
@@ -62,7 +66,8 @@ func newLeaf() *node { return &node{w: new(words)} }
 // full stands for nodes with all granules set. Nobody writes to it.
 var full = new(node)
 
-// directory is the upper end of a tree. Trees of several directories share slots when the size has changed.
+// directory is the upper end of a tree. Trees of several directories share slots when the size has
+// changed.
 type directory struct {
 	size  int64 // bytes
 	shift uint  // log2 of the granules of one of its slots
@@ -91,7 +96,8 @@ func (d *directory) grown(size, granules int64) *directory {
 		g.shift += fanShift
 		g.sub = make([]slot, max(int64(len(below))/fan, min(slotsFor(granules, g.shift), maxRoot)))
 		for i := range len(below) / fan {
-			// All of them, also those with nothing set: who has the old directory may be about to set something.
+			// All of them, also those with nothing set: who has the old directory may be about to
+			// set something.
 			g.sub[i].Store(&node{sub: (*[fan]slot)(below[i*fan:])})
 		}
 	}
@@ -116,7 +122,8 @@ func (n *node) below(g int64, shift uint) *node {
 	return n
 }
 
-// each calls f for the slots of sub that have granules of [first, end), with those; base is the first granule of sub, shift the length of a slot.
+// each calls f for the slots of sub that have granules of [first, end), with those; base is the
+// first granule of sub, shift the length of a slot.
 func each(sub []slot, shift uint, base, first, end int64, f func(p *slot, lo, first, end int64)) {
 	for i := (first - base) >> shift; first < end; i++ {
 		lo := base + i<<shift
@@ -178,7 +185,8 @@ func (b *Bitmap) clear(sub []slot, shift uint, base, first, end int64) {
 	})
 }
 
-// put puts a node with the same granules in place of was, which is nil or full, unless somebody else has changed the slot.
+// put puts a node with the same granules in place of was, which is nil or full, unless somebody
+// else has changed the slot.
 func (b *Bitmap) put(p *slot, was *node, shift uint) {
 	var n *node
 	if shift > leafShift {
@@ -231,8 +239,8 @@ func (b *Bitmap) drop(n *node) {
 	}
 }
 
-// leafFor is the slot of the leaf that has granule g, or one further up that is full; made that for lack of memory, its granules are set in fresh, too, if that
-// is not nil.
+// leafFor is the slot of the leaf that has granule g, or one further up that is full; made that for
+// lack of memory, its granules are set in fresh, too, if that is not nil.
 func (b *Bitmap) leafFor(d *directory, g int64, fresh *Bitmap) *slot {
 	p, shift := &d.sub[g>>d.shift], d.shift
 	for shift > leafShift {
@@ -353,7 +361,8 @@ func count(sub []slot, shift uint) (k int64) {
 	return k
 }
 
-// walk calls f for the nodes with granules set, in their order: leaves, and full with as many granules as k says.
+// walk calls f for the nodes with granules set, in their order: leaves, and full with as many
+// granules as k says.
 func walk(sub []slot, shift uint, base int64, f func(n *node, lo, k int64)) {
 	for i := range sub {
 		lo := base + int64(i)<<shift

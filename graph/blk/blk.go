@@ -41,13 +41,15 @@ const (
 // a driver passes the Req it was given on to its children and never keeps it.
 // One Req is used by one goroutine at a time.
 type Req struct {
-	// Ctx is the root's context: done when the root is being torn down hard. Never derived per request.
+	// Ctx is the root's context: done when the root is being torn down hard. Never derived per
+	// request.
 	Ctx context.Context
 	// NoWait: no waiting of any kind; ErrWouldBlock instead (design: Requests, gates and draining).
 	NoWait bool
 	// Job marks requests of background work (error accounting, not guest latency).
 	Job bool
-	// Unrecorded is a dirty bitmap that does not record what the request writes: who issued it keeps the bitmap's books. Nil mostly.
+	// Unrecorded is a dirty bitmap that does not record what the request writes: who issued it
+	// keeps the bitmap's books. Nil mostly.
 	Unrecorded *bitmap.Bitmap
 
 	// Pass is the root's own bookkeeping of the gate passage; nobody else touches it.
@@ -83,7 +85,8 @@ type Extent struct {
 	Depth int
 }
 
-// Limits of a driver, in bytes; 0 means none (or 1 for alignments). All alignments are powers of two.
+// Limits of a driver, in bytes; 0 means none (or 1 for alignments). All alignments are powers of
+// two.
 type Limits struct {
 	// RequestAlign: offset and length of reads and writes must be multiples; the generic layer
 	// does read-modify-write for what is not.

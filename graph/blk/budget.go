@@ -5,10 +5,12 @@ import (
 	"sync"
 )
 
-// Budget bounds memory that requests take for a time and whose size others decide: an image by the size of its clusters, a client by the number of its
-// requests. Who finds it spent waits, and is served in the order of coming. The zero value has no room but for one taker at a time.
+// Budget bounds memory that requests take for a time and whose size others decide: an image by the
+// size of its clusters, a client by the number of its requests. Who finds it spent waits, and is
+// served in the order of coming. The zero value has no room but for one taker at a time.
 //
-// Nobody may wait for a budget while holding a part of the same one, or a lock that who holds a part may need.
+// Nobody may wait for a budget while holding a part of the same one, or a lock that who holds a
+// part may need.
 type Budget struct {
 	Limit int64 // bytes; set before it is used
 
@@ -22,8 +24,8 @@ type waiter struct {
 	ready chan struct{} // closed when n is taken for it
 }
 
-// Take takes n bytes, which Give gives back. More than there is in all is given to a single taker. Errors: ErrWouldBlock, and the cause of the end of the
-// context of r.
+// Take takes n bytes, which Give gives back. More than there is in all is given to a single taker.
+// Errors: ErrWouldBlock, and the cause of the end of the context of r.
 func (b *Budget) Take(r *Req, n int64) error {
 	b.mu.Lock()
 	if len(b.queue) == 0 && b.fitsLocked(n) {

@@ -8,7 +8,8 @@ import (
 	"testing"
 )
 
-// TestBudget: takers are held to the limit, but one that wants more than that gets it when it is alone.
+// TestBudget: takers are held to the limit, but one that wants more than that gets it when it is
+// alone.
 func TestBudget(t *testing.T) {
 	b := Budget{Limit: 100}
 	r := &Req{Ctx: context.Background()}

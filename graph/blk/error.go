@@ -9,7 +9,8 @@ import (
 
 // Sentinels. I/O errors are not among them: they keep their syscall.Errno in the chain.
 var (
-	// ErrWouldBlock: a Req with NoWait could not be served without waiting; nothing was changed or counted.
+	// ErrWouldBlock: a Req with NoWait could not be served without waiting; nothing was changed or
+	// counted.
 	ErrWouldBlock = errors.New("request would block")
 	// ErrCorrupt: on-disk metadata contradicts itself.
 	ErrCorrupt = errors.New("image is corrupt")
@@ -25,7 +26,8 @@ var (
 	ErrNoMedium = errors.New("no medium")
 )
 
-// Text is an error that reads text alone. What it stands for, an errno or a sentinel, is in its chain.
+// Text is an error that reads text alone. What it stands for, an errno or a sentinel, is in its
+// chain.
 func Text(text string, cause error) error { return &textError{text, cause} }
 
 // Errnof is the error "TEXT: ERRNO IN WORDS", with err in its chain.
@@ -41,8 +43,8 @@ type textError struct {
 func (e *textError) Error() string { return e.text }
 func (e *textError) Unwrap() error { return e.cause }
 
-// WithHint is err with advice that is printed below it at a terminal, and that QMP does not tell. The
-// program finds it by the method Hint.
+// WithHint is err with advice that is printed below it at a terminal, and that QMP does not tell.
+// The program finds it by the method Hint.
 func WithHint(err error, hint string) error { return &hintError{err, hint} }
 
 type hintError struct {
@@ -65,8 +67,8 @@ func (e *classError) Unwrap() error    { return e.error }
 func (e *classError) QMPClass() string { return e.class }
 
 // Errno is the errno that stands for err at the edges of the daemon (error policies, NBD replies,
-// texts): the syscall.Errno in its chain, else the one a sentinel of this package maps to, else EIO.
-// It is 0 for nil.
+// texts): the syscall.Errno in its chain, else the one a sentinel of this package maps to, else
+// EIO. It is 0 for nil.
 func Errno(err error) syscall.Errno {
 	if err == nil {
 		return 0
@@ -88,8 +90,8 @@ func Errno(err error) syscall.Errno {
 	return syscall.EIO
 }
 
-// ErrnoText is Errno(err) in the words of glibc's strerror, as they stand at the end of QEMU's messages
-// ("Could not open 'F': No such file or directory"). "" for nil.
+// ErrnoText is Errno(err) in the words of glibc's strerror, as they stand at the end of QEMU's
+// messages ("Could not open 'F': No such file or directory"). "" for nil.
 func ErrnoText(err error) string {
 	e := Errno(err)
 	if e == 0 {

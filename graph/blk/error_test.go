@@ -39,8 +39,8 @@ func TestErrnoText(t *testing.T) {
 	}
 }
 
-// TestWords: errors that say something of their own keep what they stand for, and carry hint and class
-// through errors around them.
+// TestWords: errors that say something of their own keep what they stand for, and carry hint and
+// class through errors around them.
 func TestWords(t *testing.T) {
 	err := Text("Image is read-only", errors.Join(ErrReadOnly, syscall.EACCES))
 	if err.Error() != "Image is read-only" || !errors.Is(err, ErrReadOnly) || Errno(err) != syscall.EACCES {

@@ -1,7 +1,7 @@
 package blk
 
-// DebugEvent is a step that a driver, or the generic layer, is about to take: what a rule of blkdebug can wait for. The names are those of
-// BlkdebugEvent in the schema.
+// DebugEvent is a step that a driver, or the generic layer, is about to take: what a rule of
+// blkdebug can wait for. The names are those of BlkdebugEvent in the schema.
 type DebugEvent uint8
 
 // The events, in the order of the schema.

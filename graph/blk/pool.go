@@ -7,7 +7,8 @@ import (
 )
 
 const (
-	// bufAlign is the address alignment of every pooled buffer: a page, enough for O_DIRECT anywhere.
+	// bufAlign is the address alignment of every pooled buffer: a page, enough for O_DIRECT
+	// anywhere.
 	bufAlign = 4096
 	// Size classes are the powers of two from minClass to maxClass (as exponents).
 	minClass = 12 // 4 KiB

@@ -1,6 +1,7 @@
 package blk
 
-// MaxSize is the largest size of a node: the reference's limit, a multiple of every alignment in use.
+// MaxSize is the largest size of a node: QEMU's limit, a multiple of every alignment in
+// use.
 const MaxSize = 1<<63 - 1<<30
 
 // ValidRange tells whether [off, off+n) is a range at all: nothing negative, no overflow.

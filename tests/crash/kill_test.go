@@ -35,7 +35,8 @@ const (
 // layers of the chain, lowest first.
 var layers = []string{"base", "mid", "top"}
 
-// works are what runs while clients write: jobs, each on the chain that the clients write to, snapshots inside its top, or commands on bitmaps of it.
+// works are what runs while clients write: jobs, each on the chain that the clients write to,
+// snapshots inside its top, or commands on bitmaps of it.
 var works = []string{"stream", "commit", "active-commit", "mirror", "blocking-mirror", "backup", "snapshots", "bitmaps"}
 
 // killRound is one daemon that is killed.
@@ -182,7 +183,8 @@ func (r *killRound) open() *daemon.QMP {
 	return q
 }
 
-// play is one round. It returns the leaked clusters, whether the job was running at the kill, and the requests answered.
+// play is one round. It returns the leaked clusters, whether the job was running at the kill, and
+// the requests answered.
 func (r *killRound) play() (leaks int, running bool, acked int) {
 	r.make()
 	q := r.open()
@@ -237,7 +239,8 @@ func (r *killRound) play() (leaks int, running bool, acked int) {
 	return leaks, len(list) > 0, acked
 }
 
-// begin starts the job. None of them is told to complete: what clients were told is written is in the chain.
+// begin starts the job. None of them is told to complete: what clients were told is written is in
+// the chain.
 func (r *killRound) begin(q *daemon.QMP) {
 	args := map[string]any{"job-id": "j", "device": "top", "speed": 4<<20 + r.rnd.Int64N(64<<20)}
 	switch r.work {
@@ -286,7 +289,8 @@ func (r *killRound) bitmapCommand(q *daemon.QMP) {
 	}
 }
 
-// checkBitmaps requires that all persistent bitmaps hold and that what clients have changed is in the one that was there from the beginning.
+// checkBitmaps requires that all persistent bitmaps hold and that what clients have changed is in
+// the one that was there from the beginning.
 func (r *killRound) checkBitmaps() {
 	if r.work != "bitmaps" {
 		return

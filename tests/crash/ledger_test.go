@@ -10,8 +10,8 @@ import (
 
 const sector = 512
 
-// ledger knows for each sector what a crash may leave there: what was flushed, and all that was written since. All
-// methods may be called from any goroutine; each sector has one writer.
+// ledger knows for each sector what a crash may leave there: what was flushed, and all that was
+// written since. All methods may be called from any goroutine; each sector has one writer.
 type ledger struct {
 	mu   sync.Mutex
 	next uint64
@@ -63,7 +63,8 @@ func (l *ledger) set(i int, v uint64) {
 	l.may[i] = append(l.may[i], v)
 }
 
-// flushed is called when a flush was acknowledged that was sent when all writes to these sectors had been.
+// flushed is called when a flush was acknowledged that was sent when all writes to these sectors
+// had been.
 func (l *ledger) flushed(first, n int) {
 	l.mu.Lock()
 	defer l.mu.Unlock()

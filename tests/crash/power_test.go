@@ -51,8 +51,8 @@ type powerCase struct {
 	bits     int64
 }
 
-// TestPower lets power fail while four guests write to an overlay in parallel and a job streams into it: after random
-// operations of the file below.
+// TestPower lets power fail while four guests write to an overlay in parallel and a job streams
+// into it: after random operations of the file below.
 func TestPower(t *testing.T) {
 	for i, c := range []powerCase{
 		{cs: 512, bits: 16}, {cs: 4096, bits: 16}, {cs: 65536, bits: 16}, {cs: 4096, bits: 64}, {cs: 1024, bits: 1},

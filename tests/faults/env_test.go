@@ -83,7 +83,8 @@ func (e *env) seen(name string) (calls, failed int64) {
 	return calls, failed
 }
 
-// arm lets an I/O fail from now on. Of several nodes on a file, which read it in turns, the last is meant.
+// arm lets an I/O fail from now on. Of several nodes on a file, which read it in turns, the last is
+// meant.
 func (e *env) arm(a *fault) {
 	e.mu.Lock()
 	defer e.mu.Unlock()
@@ -237,8 +238,8 @@ func (e *env) read() ([]byte, error) {
 	return p, e.unit(func(r *blk.Req) error { return e.root.ReadAt(r, blk.Buf(p), 0, 0) })
 }
 
-// contents checks what top shows: that of new, or, unless exact, each sector that of old or new. What was to be cut off
-// and was not may be anything.
+// contents checks what top shows: that of new, or, unless exact, each sector that of old or new.
+// What was to be cut off and was not may be anything.
 func (e *env) contents(exact bool) error {
 	got, err := e.read()
 	if err != nil {

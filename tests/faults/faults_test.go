@@ -23,12 +23,14 @@ type scenario struct {
 	setup func(e *env) error
 	act   func(e *env) error
 	undo  func(e *env) error // of act, after success; nil: the graph is as before anyway
-	// want changes a copy of e.old into what top shows afterwards; nil: nothing changes, or there is no top.
+	// want changes a copy of e.old into what top shows afterwards; nil: nothing changes, or there
+	// is no top.
 	want func(e *env, p []byte) []byte
 	// files whose I/O fails.
 	files []string
-	// but: these do not fail, because they may do so unseen: punching holes and cutting the file are favours,
-	// and a refcount that cannot be read when its cluster has been given up makes a leak.
+	// but: these do not fail, because they may do so unseen: punching holes and cutting the file
+	// are favours, and a refcount that cannot be read when its cluster has been given up makes a
+	// leak.
 	but drivertest.Op
 	// hidden: the scenario may succeed although an I/O fails; contents are checked all the same.
 	hidden bool
@@ -244,7 +246,8 @@ func failOnce(s *scenario, cs int, f *fault) (struck bool, out outcome, err erro
 	e.arm(f)
 	failure := s.act(e)
 	struck = e.disarm()
-	// What only the count of an image's references needs fails no request: it is logged, and the count is given up.
+	// What only the count of an image's references needs fails no request: it is logged, and the
+	// count is given up.
 	out.hidden = struck && failure == nil && !e.Log.Said("What the image refers to cannot be looked at")
 	switch {
 	case !struck && failure != nil:

@@ -106,7 +106,8 @@ func (e *env) bitmaps(name string, there bool) error {
 	return nil
 }
 
-// unseen are I/Os whose failure need not be seen: holes and cuts are favours, and where data are is asked to save work.
+// unseen are I/Os whose failure need not be seen: holes and cuts are favours, and where data are is
+// asked to save work.
 const unseen = drivertest.OpDiscard | drivertest.OpResize
 
 func jobScenarios() []scenario {

@@ -19,7 +19,8 @@ import (
 	"qblockd/tests/rig"
 )
 
-// What users put above, below and beside the nodes of a job while it is at work must not keep the job from leaving the graph, however it ends.
+// What users put above, below and beside the nodes of a job while it is at work must not keep the
+// job from leaving the graph, however it ends.
 
 var every = flag.Int("leaving", 61, "try one of so many ways for a job to leave")
 
@@ -43,7 +44,8 @@ func newConsole(ctx context.Context) *console {
 	return c
 }
 
-// say executes lines of the form "command arguments"; "guest node" and "reader node" put a user on a node.
+// say executes lines of the form "command arguments"; "guest node" and "reader node" put a user on
+// a node.
 func (c *console) say(lines ...string) error {
 	for _, l := range lines {
 		name, args, _ := strings.Cut(l, " ")
@@ -99,7 +101,8 @@ func (c *console) chain() error {
 
 const leavingSize = 2 << 20
 
-// fill writes here and there to a node, each in places of its own, so that a job with a speed limit has to wait in between.
+// fill writes here and there to a node, each in places of its own, so that a job with a speed limit
+// has to wait in between.
 func (c *console) fill(n string) error {
 	root, err := c.AttachRoot(c.ctx, c.Graph.Node(n), false)
 	if err != nil {
@@ -116,7 +119,8 @@ func (c *console) fill(n string) error {
 	return errors.Join(err, c.Graph.CloseRoot(c.ctx, root))
 }
 
-// leavers are the jobs, all with the filter f but where they have none, each in a phase in which it stays until it is told to end.
+// leavers are the jobs, all with the filter f but where they have none, each in a phase in which it
+// stays until it is told to end.
 var leavers = []struct {
 	name, phase string
 	lines       []string
@@ -138,7 +142,8 @@ var leavers = []struct {
 		"{'type': 'blockdev-backup', 'data': {'job-id': 'k', 'device': 's', 'target': 'u', 'sync': 'none'}}], 'properties': {'completion-mode': 'grouped'}"}},
 }
 
-// intruders are what is done then; a command that is refused ends its line. N and M are each of the nodes.
+// intruders are what is done then; a command that is refused ends its line. N and M are each of the
+// nodes.
 var intruders = [][]string{
 	{"guest N"},
 	{"reader N"},
@@ -218,7 +223,8 @@ func filled(lines []string, n, m string) []string {
 	return l
 }
 
-// leave starts a job, lets the intruders do what they may, ends the job and takes everything down. It tells whether the job's filter stayed for those who use it.
+// leave starts a job, lets the intruders do what they may, ends the job and takes everything down.
+// It tells whether the job's filter stayed for those who use it.
 func leave(ctx context.Context, start []string, phase string, intruders []string, end string) (stayed bool, err error) {
 	ctx, cancel := context.WithTimeout(ctx, 20*time.Second)
 	defer cancel()

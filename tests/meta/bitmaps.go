@@ -3,11 +3,11 @@ package meta
 import (
 	"bytes"
 	"fmt"
+	"math/rand/v2"
 	"slices"
 
 	"qblockd/graph/transaction"
 	"qblockd/schema/types"
-	"qblockd/tests/rig"
 )
 
 // dirty is a dirty bitmap: whatever is not now as it was is in it.
@@ -49,12 +49,7 @@ func (w *world) bitmap(m *image, o Op) error {
 	r := rnd(o)
 	k := r.IntN(12)
 	if len(m.bitmaps) == 0 || k < 3 && len(m.bitmaps) < 5 {
-		w.count++
-		b := &dirty{name: fmt.Sprintf("b%d", w.count), granularity: 512 << r.IntN(10), enabled: true, since: bytes.Clone(m.data)}
-		b.persistent = m.format == types.BlockdevDriverQcow2 && !m.shape.v2 && r.IntN(3) != 0
-		w.did("add bitmap %s to %s, granularity %d, persistent %v", b.name, m.name(), b.granularity, b.persistent)
-		m.bitmaps = append(m.bitmaps, b)
-		return w.act(w.x.Nodes.BitmapAdd(&types.BlockDirtyBitmapAdd{Node: n.Name(), Name: b.name, Persistent: &b.persistent, Granularity: &b.granularity}))
+		return w.addBitmap(m, r)
 	}
 	i := r.IntN(len(m.bitmaps))
 	b := m.bitmaps[i]
@@ -72,41 +67,62 @@ func (w *world) bitmap(m *image, o Op) error {
 		}
 		return w.act(w.x.Nodes.BitmapClear(a))
 	case k < 9:
-		b.enabled = !b.enabled
+		b.toggle(m)
 		w.did("bitmap %s enabled: %v", b.name, b.enabled)
-		if !b.enabled {
-			b.until = bytes.Clone(m.data)
-		} else {
-			// What has changed meanwhile is not in it.
-			for i := range b.until {
-				if b.until[i] != m.data[i] {
-					b.since[i] = m.data[i]
-				}
-			}
-			b.until, b.copy = nil, nil
-		}
 		return w.act(w.x.Nodes.BitmapEnable(a, b.enabled))
 	case k < 10:
 		x := m.bitmaps[r.IntN(len(m.bitmaps))]
 		w.did("merge bitmap %s into %s", x.name, b.name)
-		return w.act(w.x.Nodes.BitmapMerge(&types.BlockDirtyBitmapMerge{Node: n.Name(), Target: b.name, Bitmaps: []*types.BlockDirtyBitmapOrStr{{Local: &x.name}}}))
+		return w.act(w.x.Nodes.BitmapMerge(&types.BlockDirtyBitmapMerge{
+			Node: n.Name(), Target: b.name, Bitmaps: []*types.BlockDirtyBitmapOrStr{{Local: &x.name}}}))
 	default:
-		// All of a transaction that fails is undone.
-		w.did("transaction on bitmap %s that fails", b.name)
-		err := w.transaction(
-			&types.TransactionAction{Type: types.TransactionActionKindBlockDirtyBitmapClear, U: &types.BlockDirtyBitmapWrapper{Data: *a}},
-			&types.TransactionAction{Type: types.TransactionActionKindBlockDirtyBitmapAdd, U: &types.BlockDirtyBitmapAddWrapper{Data: types.BlockDirtyBitmapAdd{
-				Node: n.Name(), Name: "never", Persistent: rig.Ptr(b.persistent)}}},
-			&types.TransactionAction{Type: types.TransactionActionKindBlockDirtyBitmapRemove, U: &types.BlockDirtyBitmapWrapper{Data: *a}},
-			&types.TransactionAction{Type: types.TransactionActionKindAbort, U: &types.AbortWrapper{}})
-		if err == nil {
-			return fmt.Errorf("the transaction succeeded")
-		}
-		if n.DirtyBitmap("never") != nil {
-			return fmt.Errorf("a bitmap is left of a transaction that failed")
-		}
-		return w.checkBitmaps(m)
+		return w.undoneBitmaps(m, b, a)
 	}
+}
+
+func (w *world) addBitmap(m *image, r *rand.Rand) error {
+	w.count++
+	b := &dirty{name: fmt.Sprintf("b%d", w.count), granularity: 512 << r.IntN(10), enabled: true, since: bytes.Clone(m.data)}
+	b.persistent = m.format == types.BlockdevDriverQcow2 && !m.shape.v2 && r.IntN(3) != 0
+	w.did("add bitmap %s to %s, granularity %d, persistent %v", b.name, m.name(), b.granularity, b.persistent)
+	m.bitmaps = append(m.bitmaps, b)
+	return w.act(w.x.Nodes.BitmapAdd(&types.BlockDirtyBitmapAdd{
+		Node: w.node(m).Name(), Name: b.name, Persistent: &b.persistent, Granularity: &b.granularity}))
+}
+
+// toggle enables b, a bitmap of m, or disables it.
+func (b *dirty) toggle(m *image) {
+	if b.enabled = !b.enabled; !b.enabled {
+		b.until = bytes.Clone(m.data)
+		return
+	}
+	for i := range b.until { // what has changed meanwhile is not in it
+		if b.until[i] != m.data[i] {
+			b.since[i] = m.data[i]
+		}
+	}
+	b.until, b.copy = nil, nil
+}
+
+// undoneBitmaps runs a transaction that fails: all of it is undone.
+func (w *world) undoneBitmaps(m *image, b *dirty, a *types.BlockDirtyBitmap) error {
+	w.did("transaction on bitmap %s that fails", b.name)
+	never := types.BlockDirtyBitmapAdd{Node: a.Node, Name: "never", Persistent: &b.persistent}
+	err := w.transaction(
+		&types.TransactionAction{
+			Type: types.TransactionActionKindBlockDirtyBitmapClear, U: &types.BlockDirtyBitmapWrapper{Data: *a}},
+		&types.TransactionAction{
+			Type: types.TransactionActionKindBlockDirtyBitmapAdd, U: &types.BlockDirtyBitmapAddWrapper{Data: never}},
+		&types.TransactionAction{
+			Type: types.TransactionActionKindBlockDirtyBitmapRemove, U: &types.BlockDirtyBitmapWrapper{Data: *a}},
+		&types.TransactionAction{Type: types.TransactionActionKindAbort, U: &types.AbortWrapper{}})
+	if err == nil {
+		return fmt.Errorf("the transaction succeeded")
+	}
+	if w.node(m).DirtyBitmap("never") != nil {
+		return fmt.Errorf("a bitmap is left of a transaction that failed")
+	}
+	return w.checkBitmaps(m)
 }
 
 func (w *world) act(a transaction.Action) error { return transaction.Run(w.ctx, w.x.Graph, a) }

@@ -11,7 +11,8 @@ import (
 	"qblockd/tests/rig"
 )
 
-// target makes and opens an image of m's size for a job to copy to. top: it backs on what m backs on. Nil if there is no place for one.
+// target makes and opens an image of m's size for a job to copy to. top: it backs on what m backs
+// on. Nil if there is no place for one.
 func (w *world) target(m *image, r *rand.Rand, top bool) (*image, error) {
 	t := &image{slot: -1, format: types.BlockdevDriverQcow2, shape: randomShape(r), closed: true, data: make([]byte, len(m.data))}
 	for i, x := range w.images {
@@ -64,7 +65,8 @@ func (w *world) copyable(m *image) bool {
 	return true
 }
 
-// backup starts a backup of m: to a new image, or of what a bitmap has recorded to the image that it was made with.
+// backup starts a backup of m: to a new image, or of what a bitmap has recorded to the image that
+// it was made with.
 func (w *world) backup(m *image, o Op) error {
 	if !w.copyable(m) {
 		return nil
@@ -237,7 +239,8 @@ func (w *world) mirror(m *image, o Op) error {
 	return w.begun(j)
 }
 
-// commit starts a commit: of what m has, or of an image below it, into one further down that nobody else uses.
+// commit starts a commit: of what m has, or of an image below it, into one further down that nobody
+// else uses.
 func (w *world) commit(m *image, o Op) error {
 	if !w.copyable(m) || len(w.dependents(m, false)) > 0 || m.backing == nil || m.format != types.BlockdevDriverQcow2 {
 		return nil
@@ -282,32 +285,36 @@ func (w *world) commit(m *image, o Op) error {
 	}
 	wasRO := to.ro
 	j.done = func(j *job, cancelled bool) error {
-		if cancelled || j.pivots && !j.completed {
-			for _, x := range chain[top+1 : base+1] {
-				x.unknown = true
-			}
-			to.ro = wasRO
-			return w.linked(m)
+		if !cancelled && (!j.pivots || j.completed) {
+			return w.committed(m, chain, top, base)
 		}
-		to.unknown = len(to.data) > len(from.data)
-		to.data = resized(bytes.Clone(from.data), max(len(from.data), len(to.data)))
-		to.grown()
-		if top == 0 {
-			to.guest, to.canSet = m.guest, m.canSet
-			m.guest, m.canSet = nil, false
-			to.ro = w.node(to).ReadOnly()
-		} else {
-			chain[top-1].backing = to
+		for _, x := range chain[top+1 : base+1] {
+			x.unknown = true
 		}
-		if err := w.dropAll(chain[top:base]); err != nil {
-			return err
-		}
-		if top > 0 {
-			return w.linked(m)
-		}
-		return nil
+		to.ro = wasRO
+		return w.linked(m)
 	}
 	return w.begun(j)
+}
+
+// committed notes that chain[top] went into chain[base], and deletes what was superfluous. The active image,
+// m, is the first of the chain.
+func (w *world) committed(m *image, chain []*image, top, base int) error {
+	from, to := chain[top], chain[base]
+	to.unknown = len(to.data) > len(from.data)
+	to.data = resized(bytes.Clone(from.data), max(len(from.data), len(to.data)))
+	to.grown()
+	if top == 0 {
+		to.guest, to.canSet = m.guest, m.canSet
+		m.guest, m.canSet = nil, false
+		to.ro = w.node(to).ReadOnly()
+	} else {
+		chain[top-1].backing = to
+	}
+	if err := w.dropAll(chain[top:base]); err != nil || top == 0 {
+		return err
+	}
+	return w.linked(m)
 }
 
 // dropAll deletes images that a commit has made superfluous.

@@ -15,7 +15,8 @@ import (
 type faults struct {
 	mu    sync.Mutex
 	files map[string]*drivertest.Fault // nil: not open yet
-	// tries is how many writes of guests may have to be made again: those beside a backup that cannot copy what they are about to overwrite.
+	// tries is how many writes of guests may have to be made again: those beside a backup that
+	// cannot copy what they are about to overwrite.
 	tries atomic.Int32
 }
 
@@ -63,7 +64,8 @@ func (w *world) makeFile(m *image, size int64, r *rand.Rand, align int) error {
 	return w.x.MakeFile(m.file(), size, memOptions(r, align))
 }
 
-// arm lets one of the next things that j does to the file of t fail, if it can, and chooses what the job is to make of that. Nobody else may change t.
+// arm lets one of the next things that j does to the file of t fail, if it can, and chooses what
+// the job is to make of that. Nobody else may change t.
 func (w *world) arm(j *job, t *image, ops drivertest.Op, r *rand.Rand) *types.BlockdevOnError {
 	f := w.faults.of(t)
 	if f == nil || r.IntN(2) == 0 {

@@ -14,7 +14,8 @@ import (
 	"qblockd/tests/rig"
 )
 
-// guest uses an image. Its I/O methods are for one goroutine; another makes itself another by another.
+// guest uses an image. Its I/O methods are for one goroutine; another makes itself another by
+// another.
 type guest interface {
 	read(p []byte, off int64) error
 	write(p []byte, off int64, fua bool) error

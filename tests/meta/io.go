@@ -213,7 +213,8 @@ func (w *world) verify(m *image, o Op) error {
 	return same(p, m.data, 0)
 }
 
-// burst lets several goroutines work on parts of an image that share blocks and clusters at their ends.
+// burst lets several goroutines work on parts of an image that share blocks and clusters at their
+// ends.
 func (w *world) burst(m *image, o Op) error {
 	if !w.writable(m) {
 		return nil

@@ -230,7 +230,8 @@ func (w *world) settle(m *image) error {
 	return nil
 }
 
-// jobsOver settles jobs that end by themselves, at any time: with what they do to m's chain done, or not begun.
+// jobsOver settles jobs that end by themselves, at any time: with what they do to m's chain done,
+// or not begun.
 func (w *world) jobsOver(m *image) error {
 	for j := w.jobOn(m); j != nil && !j.manual; j = w.jobOn(m) {
 		if err := w.finishJob(j); err != nil {

@@ -43,7 +43,8 @@ func in(t *testing.T, seed uint64, ops []Op) ([]string, error) {
 	return Run(ops, config(t, seed, dir))
 }
 
-// TestRandom runs the operations of many seeds. Those of a failing one are kept, reduced and printed.
+// TestRandom runs the operations of many seeds. Those of a failing one are kept, reduced and
+// printed.
 func TestRandom(t *testing.T) {
 	if *flagReplay != "" {
 		t.Skip("replaying")

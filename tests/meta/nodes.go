@@ -238,7 +238,8 @@ func (w *world) snapshot(m *image, o Op) error {
 	return nil
 }
 
-// adopt ends the background that a snapshot has passed under and reads what it left in the image below.
+// adopt ends the background that a snapshot has passed under and reads what it left in the image
+// below.
 func (w *world) adopt(m, top *image) error {
 	bg := top.bg
 	copy(top.data, m.data)

@@ -37,8 +37,8 @@ func (s *state) record(l []graph.Change) error {
 	return nil
 }
 
-// recorded compares what was recorded with what is there. A change shows a moment after it was recorded, and
-// jobs make some at any time: what differs has to be the same soon.
+// recorded compares what was recorded with what is there. A change shows a moment after it was
+// recorded, and jobs make some at any time: what differs has to be the same soon.
 func (w *world) recorded() error {
 	for end := time.Now().Add(10 * time.Second); ; time.Sleep(time.Millisecond) {
 		told := w.state.replayed()
@@ -114,8 +114,8 @@ func (w *world) queried() map[graph.Key]any {
 	return is
 }
 
-// addJobs adds the arguments of jobs to what is there. Those of one at work are to be recorded, those of one
-// that has ended are not; of one in between they may be.
+// addJobs adds the arguments of jobs to what is there. Those of one at work are to be recorded,
+// those of one that has ended are not; of one in between they may be.
 func (w *world) addJobs(recorded, is map[graph.Key]any) {
 	for _, i := range w.x.Jobs.QueryBlock() {
 		k := graph.Key{Kind: graph.StateJob, Name: i.Device}

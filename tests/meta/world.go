@@ -94,7 +94,8 @@ func Run(ops []Op, c Config) (trace []string, err error) {
 	select {
 	case err = <-done:
 	case <-time.After(c.Limit + 10*time.Second):
-		// The goroutines stay behind; the trace is read while they may still write to it, in a process that has failed.
+		// The goroutines stay behind; the trace is read while they may still write to it, in a
+		// process that has failed.
 		return w.trace, fmt.Errorf("hangs: no end after %v", c.Limit)
 	}
 	if err != nil {

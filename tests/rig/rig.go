@@ -1,5 +1,6 @@
-// Package rig is the inside of the daemon without its wire: graph, nodes, jobs and exports in this process, on
-// files in memory or in a directory, with a clock that the test drives. Random, fault and crash tests stand on it.
+// Package rig is the inside of the daemon without its wire: graph, nodes, jobs and exports in this
+// process, on files in memory or in a directory, with a clock that the test drives. Random, fault
+// and crash tests stand on it.
 package rig
 
 import (
@@ -64,7 +65,8 @@ func (l *Log) Said(text string) bool {
 	return bytes.Contains(l.text.Bytes(), []byte(text))
 }
 
-// New makes a rig whose "file" nodes open files of a new Store, or, unless dir is empty, in that directory.
+// New makes a rig whose "file" nodes open files of a new Store, or, unless dir is empty, in that
+// directory.
 func New(dir string) *Rig {
 	x := &Rig{Sink: &drivertest.Sink{}, Clock: clock.NewManual(time.Unix(1_000_000_000, 0)), Dir: dir, Log: &Log{}}
 	log := slog.New(slog.NewTextHandler(x.Log, nil))
@@ -91,7 +93,8 @@ func (x *Rig) Close() error {
 	return errors.Join(x.Jobs.Shutdown(ctx), x.Graph.Close(ctx))
 }
 
-// Left names what is still there of nodes, roots, jobs, exports and open files: nothing, once everything was taken back.
+// Left names what is still there of nodes, roots, jobs, exports and open files: nothing, once
+// everything was taken back.
 func (x *Rig) Left() error {
 	t := x.Graph.Topology()
 	var errs []error

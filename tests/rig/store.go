@@ -56,7 +56,8 @@ func (s *Store) Names() []string {
 	return slices.Sorted(maps.Keys(s.files))
 }
 
-// Wrap sets what is put around the driver of each file that is opened from now on, a Fault for instance.
+// Wrap sets what is put around the driver of each file that is opened from now on, a Fault for
+// instance.
 func (s *Store) Wrap(f func(name string, d graph.Driver) graph.Driver) {
 	s.mu.Lock()
 	defer s.mu.Unlock()
