@@ -19,8 +19,8 @@ const (
 // sizeWorkers counts the goroutines that ask for allocated sizes.
 type sizeWorkers struct{ running atomic.Int32 }
 
-// primeActual asks for the allocated size of a node that was just opened. It blocks as long as the storage does,
-// but no longer than ctx.
+// primeActual asks for the allocated size of a node that was just opened. It blocks as long as the
+// storage does, but no longer than ctx.
 func (m *Manager) primeActual(ctx context.Context, n *graph.Node) error {
 	s, ok := n.Driver().(graph.Sizer)
 	if !ok {
@@ -88,8 +88,8 @@ func (m *Manager) refreshActual(vs []view) {
 	}
 }
 
-// actualSize is the allocated size of n, whose record is r, as last heard: its own, that of what it filters, or the sum of the children
-// with its data; unknownSize if it is not known.
+// actualSize is the allocated size of n, whose record is r, as last heard: its own, that of what it
+// filters, or the sum of the children with its data; unknownSize if it is not known.
 func (m *Manager) actualSize(n *graph.Node, r *record) int64 {
 	if _, ok := n.Driver().(graph.Sizer); ok {
 		if size := r.actual.Load(); size >= 0 {

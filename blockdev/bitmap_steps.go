@@ -15,8 +15,8 @@ import (
 )
 
 // The bodies of the block-dirty-bitmap- commands, as steps of a transaction. They change bitmaps in
-// Prepare, so that later steps find them as these leave them, and take that back in Abort, so that no
-// write that happened meanwhile is missing.
+// Prepare, so that later steps find them as these leave them, and take that back in Abort, so that
+// no write that happened meanwhile is missing.
 
 // BitmapStep is one of these steps.
 type BitmapStep struct {
@@ -140,7 +140,7 @@ func (m *Manager) forget(d *graph.DirtyBitmap) {
 	}
 }
 
-// canStore tells why n cannot keep a persistent bitmap, in the reference's words.
+// canStore tells why n cannot keep a persistent bitmap, in QEMU's words.
 func canStore(n *graph.Node, spec *graph.DirtyBitmapSpec) error {
 	store, ok := n.Driver().(graph.BitmapStore)
 	if !ok {
@@ -179,8 +179,9 @@ func (m *Manager) onBitmap(a *types.BlockDirtyBitmap, use graph.BitmapUse, do fu
 	}}
 }
 
-// BitmapRemove makes the step block-dirty-bitmap-remove. The bitmap goes on recording until Commit, so that it has missed nothing if it
-// stays. One in the image goes from there, too; if that fails it stays there as one that cannot be trusted, until the image is closed.
+// BitmapRemove makes the step block-dirty-bitmap-remove. The bitmap goes on recording until Commit,
+// so that it has missed nothing if it stays. One in the image goes from there, too; if that fails
+// it stays there as one that cannot be trusted, until the image is closed.
 func (m *Manager) BitmapRemove(a *types.BlockDirtyBitmap) *BitmapStep {
 	s := m.onBitmap(a, graph.BitmapRemove, func(ctx context.Context, s *BitmapStep, d *graph.DirtyBitmap) error {
 		d.SetBusy(true)
@@ -205,8 +206,9 @@ func (m *Manager) BitmapClear(a *types.BlockDirtyBitmap) *BitmapStep {
 	})
 }
 
-// BitmapEnable makes the step block-dirty-bitmap-enable or -disable. One that is disabled goes on recording until Commit, so that it has
-// missed nothing if it stays enabled. The node is quiet while one is enabled: what the image has of it must be more than what writes under way add.
+// BitmapEnable makes the step block-dirty-bitmap-enable or -disable. One that is disabled goes on
+// recording until Commit, so that it has missed nothing if it stays enabled. The node is quiet
+// while one is enabled: what the image has of it must be more than what writes under way add.
 func (m *Manager) BitmapEnable(a *types.BlockDirtyBitmap, enable bool) *BitmapStep {
 	s := m.onBitmap(a, graph.BitmapRead, func(ctx context.Context, s *BitmapStep, d *graph.DirtyBitmap) error {
 		switch {
@@ -232,7 +234,8 @@ func (m *Manager) BitmapEnable(a *types.BlockDirtyBitmap, enable bool) *BitmapSt
 	return s
 }
 
-// BitmapMerge makes the step block-dirty-bitmap-merge. The node is quiet, as the image has to have what is merged before a write finds it dirty already.
+// BitmapMerge makes the step block-dirty-bitmap-merge. The node is quiet, as the image has to have
+// what is merged before a write finds it dirty already.
 func (m *Manager) BitmapMerge(a *types.BlockDirtyBitmapMerge) *BitmapStep {
 	var others []string
 	for _, b := range a.Bitmaps {
@@ -258,7 +261,8 @@ func (m *Manager) BitmapMerge(a *types.BlockDirtyBitmapMerge) *BitmapStep {
 	}}
 }
 
-// sum merges bitmaps in the granularity of d, which stays as it is. It may be one of them, and is not to be changed.
+// sum merges bitmaps in the granularity of d, which stays as it is. It may be one of them, and is
+// not to be changed.
 func (m *Manager) sum(tx *graph.Tx, d *graph.DirtyBitmap, from []*types.BlockDirtyBitmapOrStr) (*bitmap.Bitmap, error) {
 	size := d.Bits().Size()
 	sum := bitmap.New(size, d.Bits().Granularity())
@@ -287,11 +291,12 @@ func (m *Manager) sum(tx *graph.Tx, d *graph.DirtyBitmap, from []*types.BlockDir
 	return sum, nil
 }
 
-// maxDigest is the most that is digested of a bitmap, in bytes: it is told within seconds, and few disks have such bitmaps.
+// maxDigest is the most that is digested of a bitmap, in bytes: it is told within seconds, and few
+// disks have such bitmaps.
 const maxDigest = 1 << 30
 
-// BitmapSHA256 is the digest of a bitmap: of its words of 64 bits in the order of memory, in hexadecimal digits. Errors: no such bitmap, it is too large,
-// the cause of the end of ctx.
+// BitmapSHA256 is the digest of a bitmap: of its words of 64 bits in the order of memory, in
+// hexadecimal digits. Errors: no such bitmap, it is too large, the cause of the end of ctx.
 func (m *Manager) BitmapSHA256(ctx context.Context, node, name string) (string, error) {
 	var d *graph.DirtyBitmap
 	hold, err := m.g.Hold(ctx, func() (_ []*graph.Node, err error) {

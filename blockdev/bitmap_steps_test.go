@@ -15,8 +15,9 @@ import (
 	"qblockd/schema/types"
 )
 
-// TestBitmapsUnderLoad adds, enables, disables, merges and removes persistent bitmaps while clients write. The image as it is at the end, with nobody there to close it,
-// has all bitmaps, with what they had recorded.
+// TestBitmapsUnderLoad adds, enables, disables, merges and removes persistent bitmaps while clients
+// write. The image as it is at the end, with nobody there to close it, has all bitmaps, with what
+// they had recorded.
 func TestBitmapsUnderLoad(t *testing.T) {
 	dir := t.TempDir()
 	file, left := filepath.Join(dir, "a.qcow2"), filepath.Join(dir, "left.qcow2")
@@ -81,7 +82,8 @@ func TestBitmapsUnderLoad(t *testing.T) {
 	}
 }
 
-// TestBitmapsOfHugeDisks: bitmaps cost what is set in them, however large the disk is and however small their granules are.
+// TestBitmapsOfHugeDisks: bitmaps cost what is set in them, however large the disk is and however
+// small their granules are.
 func TestBitmapsOfHugeDisks(t *testing.T) {
 	m := newManager(t, Config{})
 	const size = int64(1) << 61

@@ -10,12 +10,12 @@ import (
 	"qblockd/schema/types"
 )
 
-// Creator makes an image, or changes one. It calls started once its options are checked and before it writes to the
-// image; it blocks until the image is there.
+// Creator makes an image, or changes one. It calls started once its options are checked and before
+// it writes to the image; it blocks until the image is there.
 type Creator func(ctx context.Context, started func()) error
 
-// Creator returns what makes the image that o describes, or nil if its driver cannot make any. Nothing is looked at
-// before the Creator runs.
+// Creator returns what makes the image that o describes, or nil if its driver cannot make any.
+// Nothing is looked at before the Creator runs.
 func (m *Manager) Creator(o *types.BlockdevCreateOptions) Creator {
 	d := m.drivers[o.Driver]
 	if d == nil || d.Create == nil {
@@ -28,9 +28,9 @@ func (m *Manager) Creator(o *types.BlockdevCreateOptions) Creator {
 	}
 }
 
-// creation is a command that makes a file or an image in one. Until it has ended, which for an overlay is when its
-// node has its locks, no other command of this daemon makes one in the same file: between the steps nothing else would
-// keep them apart.
+// creation is a command that makes a file or an image in one. Until it has ended, which for an
+// overlay is when its node has its locks, no other command of this daemon makes one in the same
+// file: between the steps nothing else would keep them apart.
 type creation struct {
 	m    *Manager
 	mu   sync.Mutex
@@ -69,7 +69,8 @@ func (m *Manager) canName(name types.BlockdevDriver) error {
 // errCreating is QEMU's word for a file that somebody else writes to.
 var errCreating = errors.New(`Failed to get "write" lock`)
 
-// take makes a file the command's; an error: it is another's, or the command has ended before it got there.
+// take makes a file the command's; an error: it is another's, or the command has ended before it
+// got there.
 func (c *creation) take(f driver.Made) error {
 	c.mu.Lock()
 	defer c.mu.Unlock()
@@ -93,8 +94,8 @@ func (c *creation) end() {
 	c.over = true
 }
 
-// undo removes the file, if it is new and the command's. If it is not there yet the command takes none any more, and
-// its driver removes it.
+// undo removes the file, if it is new and the command's. If it is not there yet the command takes
+// none any more, and its driver removes it.
 func (c *creation) undo() {
 	c.mu.Lock()
 	made := c.made

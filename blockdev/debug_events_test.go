@@ -16,7 +16,8 @@ import (
 	"qblockd/schema/types"
 )
 
-// TestErrorsAtEvents lets a request fail at each event that a qcow2 image announces: what was acknowledged is there, and the image is sound.
+// TestErrorsAtEvents lets a request fail at each event that a qcow2 image announces: what was
+// acknowledged is there, and the image is sound.
 func TestErrorsAtEvents(t *testing.T) {
 	seen := 0
 	for _, ev := range types.BlkdebugEventValues {
@@ -64,7 +65,8 @@ func TestErrorsWhileGrowing(t *testing.T) {
 
 const eventBlock = 4096
 
-// eventImage is a qcow2 image with a backing file, whose requests of a kind fail once at an event, and what it should hold.
+// eventImage is a qcow2 image with a backing file, whose requests of a kind fail once at an event,
+// and what it should hold.
 type eventImage struct {
 	*testing.T
 	event, kind string
@@ -140,7 +142,8 @@ func (x *eventImage) compare(got []byte, where string) {
 	}
 }
 
-// do makes a request that concerns k blocks from the first on; then is what it changes if it succeeds.
+// do makes a request that concerns k blocks from the first on; then is what it changes if it
+// succeeds.
 func (x *eventImage) do(first, k int, f func(r *blk.Req) error, then func()) error {
 	r, err := x.root.Begin(context.Background())
 	if err != nil {

@@ -33,7 +33,7 @@ type optionMember struct {
 	sub     *optionTree // an object
 }
 
-// add puts a member where the reference's hash table would have it.
+// add puts a member where QEMU's hash table would have it.
 func (t *optionTree) add(m optionMember) {
 	b := value.Bucket(m.name)
 	i := 0
@@ -86,9 +86,9 @@ func (v namer) Target(e *graph.Edge) *graph.Node {
 // Filename is the name of n as queries show it. No I/O, no waiting.
 func (m *Manager) Filename(n *graph.Node) string { return m.name(n).filename }
 
-// HeaderName is how the header of an image names n as its backing file, and the format. Filters change
-// nothing of what is read: they are left out, wherever they are, so that whoever opens the image needs
-// the files and nothing else. Errors: images cannot name what n is.
+// HeaderName is how the header of an image names n as its backing file, and the format. Filters
+// change nothing of what is read: they are left out, wherever they are, so that whoever opens the
+// image needs the files and nothing else. Errors: images cannot name what n is.
 func (m *Manager) HeaderName(look graph.View, n *graph.Node) (name, format string, err error) {
 	v := namer{m, look, true, map[*graph.Node]*nodeName{}}
 	gen, r := n.TreeGeneration(), m.record(n)
@@ -126,8 +126,8 @@ func (m *Manager) isHeaderName(n *graph.Node, name string) bool {
 	return err == nil && now == name
 }
 
-// BackingOverridden tells whether opening n's image anew, without options, would give another backing file, or
-// may do so.
+// BackingOverridden tells whether opening n's image anew, without options, would give another
+// backing file, or may do so.
 func (m *Manager) BackingOverridden(n *graph.Node) bool {
 	return m.namer().overridden(autoName(n, m.record(n)), n.Backing())
 }
@@ -274,8 +274,8 @@ func folder(name string) string {
 	return name[:max(protocol, strings.LastIndexByte(name, '/')+1)]
 }
 
-// BackingFilename is the backing file that n's image names, as it stands there and in full, and its format;
-// all empty if there is none. full is empty if it cannot be told.
+// BackingFilename is the backing file that n's image names, as it stands there and in full, and its
+// format; all empty if there is none. full is empty if it cannot be told.
 func (m *Manager) BackingFilename(n *graph.Node) (name, full, format string) {
 	image, ok := n.Driver().(graph.Backed)
 	if !ok {
@@ -288,8 +288,9 @@ func (m *Manager) BackingFilename(n *graph.Node) (name, full, format string) {
 	return name, full, format
 }
 
-// FindBacking is the node of top's backing chain whose image has that file name, or nil: the name as the overlay's
-// header or a query shows it, or another path to the same file. It looks at the file system and so may block.
+// FindBacking is the node of top's backing chain whose image has that file name, or nil: the name
+// as the overlay's header or a query shows it, or another path to the same file. It looks at the
+// file system and so may block.
 func (m *Manager) FindBacking(top *graph.Node, file string) *graph.Node {
 	for cur := top.SkipFilters(); cur.Backing() != nil; {
 		below := cur.Backing().Node().SkipFilters()

@@ -15,10 +15,12 @@ import (
 	"qblockd/schema/types"
 )
 
-// This file tells the format of a file from its first bytes, where a backing file is named without a format, or a client that wants an existing
-// image used names none. What it tells a guest may have written: a disk that was raw all along becomes, with the right bytes at its beginning, an
-// image whose header names files of the host. So a file that any program would take for an image is not taken for raw, and a node that was
-// taken for raw keeps its first sector from looking like anything else.
+// This file tells the format of a file from its first bytes, where a backing file is named without
+// a format, or a client that wants an existing image used names none. What it tells a guest may
+// have written: a disk that was raw all along becomes, with the right bytes at its beginning, an
+// image whose header names files of the host. So a file that any program would take for an image is
+// not taken for raw, and a node that was taken for raw keeps its first sector from looking like
+// anything else.
 
 // probeBytes is how much of a file is looked at to guess its format.
 const probeBytes = 512
@@ -79,7 +81,8 @@ func (m *Manager) isVerbatim(head []byte) bool {
 	return err == nil && d.Verbatim
 }
 
-// foreignFormat is the format that the reference takes a file for that begins with head, if it is one without a driver here; "" if not.
+// foreignFormat is the format that QEMU takes a file for that begins with head, if it is
+// one without a driver here; "" if not.
 func foreignFormat(head []byte, name string) string {
 	at := func(off int, magic string) bool {
 		return len(head) >= off+len(magic) && string(head[off:off+len(magic)]) == magic

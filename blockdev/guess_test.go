@@ -15,7 +15,7 @@ import (
 	"qblockd/schema/types"
 )
 
-// headers are beginnings of files that the reference takes for images, by format.
+// headers are beginnings of files that QEMU takes for images, by format.
 var headers = map[string]string{
 	"qcow2":     "QFI\xfb\x00\x00\x00\x03",
 	"qcow2 v2":  "QFI\xfb\x00\x00\x00\x02",
@@ -91,8 +91,8 @@ func openGuessed(t *testing.T, m *Manager, name string) *graph.Root {
 	return root
 }
 
-// CVE-2008-2004: a guest writes the header of an image into its raw disk; the next time the disk is opened its format is guessed, and the
-// header leads to any file of the host.
+// CVE-2008-2004: a guest writes the header of an image into its raw disk; the next time the disk is
+// opened its format is guessed, and the header leads to any file of the host.
 func TestCVE_2008_2004(t *testing.T) {
 	dir := t.TempDir()
 	var log bytes.Buffer

@@ -32,8 +32,8 @@ func newManager(t testing.TB, c Config) *Manager {
 	return New(drivertest.NewGraph(t), c)
 }
 
-// overridden are all drivers, but those of that name, or all if it is empty, open by the given function, which gets what
-// they would be opened by.
+// overridden are all drivers, but those of that name, or all if it is empty, open by the given
+// function, which gets what they would be opened by.
 func overridden(name types.BlockdevDriver, open func(was driver.OpenFunc, x *driver.Opening) (graph.Driver, error)) []*driver.Any {
 	list := slices.Clone(drivers.All)
 	for i, d := range list {
@@ -159,7 +159,8 @@ func openFDs(t testing.TB) int {
 
 var generated = regexp.MustCompile(`#block(\d+)\d\d`)
 
-// listed is the list of nodes as "name driver file", newest first, with the random part of generated names left out.
+// listed is the list of nodes as "name driver file", newest first, with the random part of
+// generated names left out.
 func listed(m *Manager) string {
 	var s []string
 	for _, n := range m.Graph().Nodes() {

@@ -14,7 +14,8 @@ import (
 	"qblockd/schema/types"
 )
 
-// CVE-2024-4467: an image that is only looked at made QEMU open, for writing even, files that "json:" names in its header named.
+// CVE-2024-4467: an image that is only looked at made QEMU open, for writing even, files that
+// "json:" names in its header named.
 func TestCVE_2024_4467(t *testing.T) {
 	dir := t.TempDir()
 	dirty := dir + "/victim.qcow2"
@@ -134,7 +135,8 @@ func TestNamesAreBounded(t *testing.T) {
 	}
 }
 
-// TestImageNamesNull: a null node that an image names reads as zeroes. It would show what the reader's buffer held before.
+// TestImageNamesNull: a null node that an image names reads as zeroes. It would show what the
+// reader's buffer held before.
 func TestImageNamesNull(t *testing.T) {
 	for _, name := range []string{`json:{"driver": "null-co"}`, `json:{"driver": "null-co", "read-zeroes": false}`, `json:{"driver": "raw", "file": {"driver": "null-aio"}}`, "null-co://"} {
 		m := newManager(t, Config{})
@@ -153,7 +155,8 @@ func TestImageNamesNull(t *testing.T) {
 	}
 }
 
-// What an image says of its nodes is forgotten when it is opened: a reopen does not bring it back. A command makes such a node writable.
+// What an image says of its nodes is forgotten when it is opened: a reopen does not bring it back.
+// A command makes such a node writable.
 func TestImageNamesStayReadOnly(t *testing.T) {
 	dir := t.TempDir()
 	ctx := context.Background()

@@ -16,26 +16,34 @@ import (
 	"qblockd/schema/value"
 )
 
-// This file is the one way from the words in an image to an open node, and decides what they may lead to. Whoever made the image is not
-// trusted: it may have been a guest.
+// This file is the one way from the words in an image to an open node, and decides what they may
+// lead to. Whoever made the image is not trusted: it may have been a guest.
 //
-//   - Only drivers that say they are for it (driver.Def.ForImages), with the options that they list: those that say where and what data
-//     are. Others that say only how they are read may be given and do not count. Of the options that all drivers have, an image gives none: its
-//     nodes have those of the node whose image it is, and are read-only, so that nothing is written, repaired or locked against readers. A command may make such a node writable later (block-commit).
-//   - Only files that the Policy allows, which is decided by what a name has led to, not by its words.
-//   - No chain without end: an image that is its own ancestor is found by its file, and chains have a longest length.
+//   - Only drivers that say they are for it (driver.Def.ForImages), with the options that they
+//     list: those that say where and what data are. Others that say only how they are read may be
+//     given and do not count. Of the options that all drivers have, an image gives none: its nodes
+//     have those of the node whose image it is, and are read-only, so that nothing is written,
+//     repaired or locked against readers. A command may make such a node writable later
+//     (block-commit).
+//   - Only files that the Policy allows, which is decided by what a name has led to, not by its
+//     words.
+//   - No chain without end: an image that is its own ancestor is found by its file, and chains have
+//     a longest length.
 
-// Policy limits what image headers can make the daemon open. The zero value allows regular files, absolute or relative, but those that the kernel
-// makes up (/proc, /sys), no devices, and no nodes and objects of the daemon.
+// Policy limits what image headers can make the daemon open. The zero value allows regular files,
+// absolute or relative, but those that the kernel makes up (/proc, /sys), no devices, and no nodes
+// and objects of the daemon.
 type Policy struct {
-	// MaxChain is how many images headers may lead to, one after the other, from one that its user names; 0 means 1000, less than 0: none.
+	// MaxChain is how many images headers may lead to, one after the other, from one that its user
+	// names; 0 means 1000, less than 0: none.
 	MaxChain int
-	// References: json: names may name existing nodes, and throttle groups. An image that somebody else made could so read
-	// what it was never meant to see, and use up what others are allowed.
+	// References: json: names may name existing nodes, and throttle groups. An image that somebody
+	// else made could so read what it was never meant to see, and use up what others are allowed.
 	References bool
 	// Devices: block devices may be named.
 	Devices bool
-	// Roots are the folders below which files must be; none: anywhere. They are absolute and free of symbolic links (SetRoots).
+	// Roots are the folders below which files must be; none: anywhere. They are absolute and free
+	// of symbolic links (SetRoots).
 	Roots []string
 }
 
@@ -67,8 +75,9 @@ type link struct {
 	name string
 	up   *link
 	from imagePlace // of the image that has the name in its header
-	// names counts those that were followed since the image that its user named, all of them: one name can lead to several images with names of
-	// their own (an image within an image), so that a bound on the length of each way would not be one on the work.
+	// names counts those that were followed since the image that its user named, all of them: one
+	// name can lead to several images with names of their own (an image within an image), so that a
+	// bound on the length of each way would not be one on the work.
 	names *int
 }
 
@@ -100,7 +109,8 @@ func placeOf(n *graph.Node) (at imagePlace) {
 	}
 }
 
-// endless is the error of an image that names itself, directly or by way of others. file is where it lies.
+// endless is the error of an image that names itself, directly or by way of others. file is where
+// it lies.
 func (l *link) endless(file *graph.Node) error {
 	at := placeOf(file)
 	if at == (imagePlace{}) {
@@ -114,8 +124,8 @@ func (l *link) endless(file *graph.Node) error {
 	return nil
 }
 
-// planNamed makes the plan of a backing file that the header of an image names, in a format it names or, if that is empty, to be guessed. l led
-// to the image; nil if its user named it.
+// planNamed makes the plan of a backing file that the header of an image names, in a format it
+// names or, if that is empty, to be guessed. l led to the image; nil if its user named it.
 func (m *Manager) planNamed(ctx context.Context, name, format string, image *graph.Node, l *link) (*plan, error) {
 	up := image.Options()
 	l = &link{name: name, up: l, names: new(int)}
@@ -162,8 +172,9 @@ func (m *Manager) planNamed(ctx context.Context, name, format string, image *gra
 // genericHints are the options of all drivers that may be given and do not count.
 var genericHints = []string{"discard", "cache", "read-only", "auto-read-only", "force-share", "detect-zeroes"}
 
-// dropHints takes the options that do not count out of those that an image gives, and of the children in them. Where the driver is not given, and will be guessed,
-// those of all that it can be go. Of nodes with a driver the generic ones are left to admit: they are checked first.
+// dropHints takes the options that do not count out of those that an image gives, and of the
+// children in them. Where the driver is not given, and will be guessed, those of all that it can be
+// go. Of nodes with a driver the generic ones are left to admit: they are checked first.
 func (m *Manager) dropHints(o *value.Dict) {
 	drop := func(names []string) {
 		for _, name := range names {
@@ -193,7 +204,8 @@ func (m *Manager) dropHints(o *value.Dict) {
 	}
 }
 
-// admit decides about the node that o describes, and everything below. It returns what of o an image may say.
+// admit decides about the node that o describes, and everything below. It returns what of o an
+// image may say.
 func (m *Manager) admit(o *types.BlockdevOptions) (*types.BlockdevOptions, error) {
 	d := m.drivers[o.Driver]
 	switch {

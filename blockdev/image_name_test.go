@@ -203,7 +203,8 @@ func TestImageNamesDriversAndOptions(t *testing.T) {
 	}
 }
 
-// Options that say only how data are read do not keep an image from being opened, as in QEMU, and have no effect.
+// Options that say only how data are read do not keep an image from being opened, as in QEMU, and
+// have no effect.
 func TestImageGivesHints(t *testing.T) {
 	dir := t.TempDir()
 	create(t, dir+"/base", "", "")
@@ -254,7 +255,8 @@ func TestImageGivesHints(t *testing.T) {
 	}
 }
 
-// Whatever an image's header names as the format of its backing file, and however long that is: an image or an error.
+// Whatever an image's header names as the format of its backing file, and however long that is: an
+// image or an error.
 func TestImageNamesFormats(t *testing.T) {
 	dir := t.TempDir()
 	create(t, dir+"/base", "", "")
@@ -378,7 +380,8 @@ func TestImageChainLimits(t *testing.T) {
 	}
 }
 
-// A name that leads to two images with names of their own, one within the other, doubles the work with each step of the chain: all count.
+// A name that leads to two images with names of their own, one within the other, doubles the work
+// with each step of the chain: all count.
 func TestImageNamesThatFork(t *testing.T) {
 	dir := t.TempDir()
 	ctx := context.Background()

@@ -20,7 +20,8 @@ func makeImage(m *Manager, name, backing string, size int64) (*Opened, error) {
 		&driver.Image{Size: size, Backing: backing, BackingFormat: "qcow2"})
 }
 
-// What cannot be made is refused before anything is touched; what a command began to make and cannot goes, and nothing else does.
+// What cannot be made is refused before anything is touched; what a command began to make and
+// cannot goes, and nothing else does.
 func TestNewImageErrors(t *testing.T) {
 	dir := t.TempDir()
 	keep := strings.Repeat("precious", 1000)
@@ -65,8 +66,8 @@ func TestNewImageErrors(t *testing.T) {
 	}
 }
 
-// Commands that make an image at one path keep out of each other's way until the image is published: one at most gets it, and its
-// header is what that one wrote.
+// Commands that make an image at one path keep out of each other's way until the image is
+// published: one at most gets it, and its header is what that one wrote.
 func TestNewImagesAtOnePath(t *testing.T) {
 	dir := t.TempDir()
 	path := dir + "/overlay"
@@ -176,7 +177,8 @@ func TestRemoveOnlyWhatWasMade(t *testing.T) {
 	}
 }
 
-// blockdev-create writes no format into a header that an image cannot name, and finds out before it writes.
+// blockdev-create writes no format into a header that an image cannot name, and finds out before it
+// writes.
 func TestCreateNamesFormats(t *testing.T) {
 	dir := t.TempDir()
 	writeFile(t, dir+"/f", strings.Repeat("keep", 256))
@@ -209,8 +211,8 @@ func TestCreationGivenUpTakesNoFile(t *testing.T) {
 	}
 }
 
-// Two creations in one node never mix: while one is under way nobody else writes to the node or changes its size, and what is refused has
-// changed nothing.
+// Two creations in one node never mix: while one is under way nobody else writes to the node or
+// changes its size, and what is refused has changed nothing.
 func TestCreationsAtOneNode(t *testing.T) {
 	dir := t.TempDir()
 	writeFile(t, dir+"/f", "")

@@ -12,8 +12,8 @@ import (
 	"qblockd/schema/value"
 )
 
-// nodeInfo is what query-named-block-nodes shows of one node, encoded, with gaps for what depends on
-// others or changes without notice:
+// nodeInfo is what query-named-block-nodes shows of one node, encoded, with gaps for what depends
+// on others or changes without notice:
 //
 //	dev[0] {image} dev[1] backing_file_depth dev[2]
 //	image: { ["backing-image": {image}, ] image[0] [, "actual-size": N] image[1]
@@ -63,8 +63,8 @@ func (m *Manager) info(n *graph.Node, r *record) *nodeInfo {
 	return fresh
 }
 
-// generation changes when something that n shows of itself may have changed; what presents its file as its own
-// may pass on what that shows.
+// generation changes when something that n shows of itself may have changed; what presents its file
+// as its own may pass on what that shows.
 func generation(n *graph.Node) uint64 {
 	gen := n.InfoGeneration()
 	for e := n.File(); e != nil && e.Role()&perm.Filtered != 0; e = e.Node().File() {
@@ -184,7 +184,8 @@ func (m *Manager) encodeImage(n *graph.Node, key infoKey) (before, after []byte)
 	return before[1:], after // without the brace
 }
 
-// sizer counts what lists take when they are encoded, whose length an image decides: a buffer that grows to some hundred MiB leaves several times as much behind.
+// sizer counts what lists take when they are encoded, whose length an image decides: a buffer that
+// grows to some hundred MiB leaves several times as much behind.
 type sizer struct {
 	n       int
 	scratch []byte

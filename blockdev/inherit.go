@@ -9,10 +9,10 @@ import (
 	"qblockd/schema/types"
 )
 
-// inherit computes the generic options of a node. up are those of the parent that defines the
-// node in its options or image, nil for a node that stands alone: a child takes over how its parent
-// caches, shares and writes unless it says otherwise, backing files are read-only, and discards that
-// a parent lets through are passed on.
+// inherit computes the generic options of a node. up are those of the parent that defines the node
+// in its options or image, nil for a node that stands alone: a child takes over how its parent
+// caches, shares and writes unless it says otherwise, backing files are read-only, and discards
+// that a parent lets through are passed on.
 func inherit(o *types.BlockdevOptions, up *graph.Options, role perm.Role) *graph.Options {
 	g := &graph.Options{
 		DriverName:   string(o.Driver),
@@ -77,7 +77,7 @@ var (
 	errUnmap      = errors.New("setting detect-zeroes to unmap is not allowed without setting discard operation to unmap")
 )
 
-// checkGeneric refuses options that contradict each other, in the reference's order.
+// checkGeneric refuses options that contradict each other, in QEMU's order.
 func checkGeneric(d *driver.Any, g *graph.Options) error {
 	if g.ForceShare && !g.ReadOnly {
 		return errForceShare

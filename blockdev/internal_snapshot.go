@@ -13,10 +13,12 @@ import (
 	"qblockd/schema/types"
 )
 
-// started is when the clock of internal snapshots began: there is no machine whose clock they could tell.
+// started is when the clock of internal snapshots began: there is no machine whose clock they could
+// tell.
 var started = time.Now()
 
-// LookupRoot finds a node by the name of a device or its own that nothing but devices and exports uses.
+// LookupRoot finds a node by the name of a device or its own that nothing but devices and exports
+// uses.
 func (m *Manager) LookupRoot(name string) (*graph.Node, error) {
 	n, err := m.Lookup(&name, &name)
 	if err != nil {
@@ -35,8 +37,9 @@ func onlyRoots(n *graph.Node, parents []*graph.Edge) (*graph.Node, error) {
 	return n, nil
 }
 
-// snapshotter finds who keeps the internal snapshots of n: its driver or, where that keeps none and takes all its data from one child, the child.
-// Nil: nobody, or with writable somebody that is read-only.
+// snapshotter finds who keeps the internal snapshots of n: its driver or, where that keeps none and
+// takes all its data from one child, the child. Nil: nobody, or with writable somebody that is
+// read-only.
 func snapshotter(n *graph.Node, writable bool) (*graph.Node, graph.InternalSnapshotter) {
 	const holds = perm.Data | perm.Metadata | perm.Filtered
 	for !writable || !n.ReadOnly() {
@@ -163,7 +166,8 @@ func deleteSnapshot(ctx context.Context, keeper *graph.Node, store graph.Interna
 	return keeper.Guarded(func() error { return store.DeleteSnapshot(&blk.Req{Ctx: ctx}, id, name) })
 }
 
-// findSnapshot is the first snapshot with that ID and that name, as far as they are given. It is also the first that has both its ID and its name.
+// findSnapshot is the first snapshot with that ID and that name, as far as they are given. It is
+// also the first that has both its ID and its name.
 func findSnapshot(s graph.InternalSnapshotter, id, name *string) *types.SnapshotInfo {
 	for _, x := range s.Snapshots() {
 		if (id == nil || x.ID == *id) && (name == nil || x.Name == *name) {
@@ -173,7 +177,8 @@ func findSnapshot(s graph.InternalSnapshotter, id, name *string) *types.Snapshot
 	return nil
 }
 
-// DeleteInternalSnapshot is the body of blockdev-snapshot-delete-internal-sync. Requests on the node wait meanwhile.
+// DeleteInternalSnapshot is the body of blockdev-snapshot-delete-internal-sync. Requests on the
+// node wait meanwhile.
 func (m *Manager) DeleteInternalSnapshot(ctx context.Context, a *types.BlockdevSnapshotDeleteInternalSyncArgs) (*types.SnapshotInfo, error) {
 	var n, keeper *graph.Node
 	var store graph.InternalSnapshotter

@@ -16,19 +16,22 @@ import (
 
 // Config is what a Manager depends on beyond its graph. The zero value is what the daemon uses.
 type Config struct {
-	// Drivers that can be opened (package drivers). Of formats that fit a header equally well the first is taken.
+	// Drivers that can be opened (package drivers). Of formats that fit a header equally well the
+	// first is taken.
 	Drivers []*driver.Any
 	// Objects of object-add that drivers may use; nil: there are none.
 	Objects driver.Objects
 	// Policy for what images name.
 	Policy Policy
-	// Probed is told of nodes of the daemon that were looked into as another node was opened on them; nil: nobody.
+	// Probed is told of nodes of the daemon that were looked into as another node was opened on
+	// them; nil: nobody.
 	Probed func(n *graph.Node)
 	// Log takes warnings; nil means slog.Default().
 	Log *slog.Logger
 }
 
-// Manager opens, finds, describes and removes the nodes of one graph. All methods may be called from any goroutine.
+// Manager opens, finds, describes and removes the nodes of one graph. All methods may be called
+// from any goroutine.
 type Manager struct {
 	g       *graph.Graph
 	log     *slog.Logger
@@ -73,8 +76,9 @@ func (m *Manager) tellProbed(n *graph.Node) {
 	}
 }
 
-// Add opens the node that o describes, with all that belongs to it, and makes the monitor its
-// owner (blockdev-add). It blocks as long as the storage does, but no longer than ctx; on error nothing is left behind.
+// Add opens the node that o describes, with all that belongs to it, and makes the monitor its owner
+// (blockdev-add). It blocks as long as the storage does, but no longer than ctx; on error nothing
+// is left behind.
 func (m *Manager) Add(ctx context.Context, o *types.BlockdevOptions) error {
 	if o.NodeName == nil {
 		return errors.New("'node-name' must be specified for the root node")
@@ -86,8 +90,9 @@ func (m *Manager) Add(ctx context.Context, o *types.BlockdevOptions) error {
 	return m.newOpener(ctx).openTop(p, func(tx *graph.Tx, n *graph.Node) error { return tx.Own(n) })
 }
 
-// OpenRoot attaches a root to the node that ref names, or to one that it describes, which then is opened and
-// lives as long as something refers to it. It blocks like Add; on error nothing is left behind. End the root with Graph.CloseRoot.
+// OpenRoot attaches a root to the node that ref names, or to one that it describes, which then is
+// opened and lives as long as something refers to it. It blocks like Add; on error nothing is left
+// behind. End the root with Graph.CloseRoot.
 func (m *Manager) OpenRoot(ctx context.Context, ref *types.BlockdevRef, spec graph.RootSpec) (*graph.Root, error) {
 	p, err := m.planRef(ref, nil, 0, nil)
 	if err != nil {
@@ -104,8 +109,9 @@ func (m *Manager) OpenRoot(ctx context.Context, ref *types.BlockdevRef, spec gra
 	return root, nil
 }
 
-// OpenForCreate is OpenRoot with what a driver needs that is about to write an image to a node: writing and resizing, which
-// nobody else may do meanwhile, least of all another creation. The reference asks for that only when the header is written.
+// OpenForCreate is OpenRoot with what a driver needs that is about to write an image to a node:
+// writing and resizing, which nobody else may do meanwhile, least of all another creation. The
+// reference asks for that only when the header is written.
 func (m *Manager) OpenForCreate(ctx context.Context, ref *types.BlockdevRef) (*graph.Root, error) {
 	return m.OpenRoot(ctx, ref, graph.RootSpec{
 		EdgeName: "root",
@@ -142,7 +148,8 @@ func (m *Manager) Del(ctx context.Context, name string) error {
 	return tx.Commit()
 }
 
-// LookupIn is Lookup of a node by a device or node name as it is once tx is committed; of one that is held (graph.Tx.Held).
+// LookupIn is Lookup of a node by a device or node name as it is once tx is committed; of one that
+// is held (graph.Tx.Held).
 func (m *Manager) LookupIn(tx *graph.Tx, name string) (*graph.Node, error) {
 	if n := tx.Held(name); n != nil {
 		return n, nil

@@ -17,7 +17,7 @@ import (
 	"qblockd/schema/types"
 )
 
-// A failing command says why in the reference's words and leaves nothing behind.
+// A failing command says why in QEMU's words and leaves nothing behind.
 func TestAddErrors(t *testing.T) {
 	dir := t.TempDir()
 	writeFile(t, dir+"/raw", strings.Repeat("x", 4096))
@@ -57,7 +57,7 @@ func TestAddErrors(t *testing.T) {
 	}
 }
 
-// The order of the list, the generated names and the file names, as the reference has them.
+// The order of the list, the generated names and the file names, as QEMU has them.
 func TestImplicitChain(t *testing.T) {
 	dir := t.TempDir()
 	create(t, dir+"/base", "", "")
@@ -87,7 +87,8 @@ t qcow2 DIR/top
 	clean(t, m, fds)
 }
 
-// A node is listed above the children that were opened before it, also where its name was taken before.
+// A node is listed above the children that were opened before it, also where its name was taken
+// before.
 func TestOrder(t *testing.T) {
 	dir := t.TempDir()
 	create(t, dir+"/base", "", "")
@@ -239,7 +240,8 @@ func TestResize(t *testing.T) {
 	}
 }
 
-// A FIFO that nobody writes to holds up its own command, and nothing else; when the client goes nothing is left.
+// A FIFO that nobody writes to holds up its own command, and nothing else; when the client goes
+// nothing is left.
 func TestHangingOpen(t *testing.T) {
 	fifo := filepath.Join(t.TempDir(), "fifo")
 	if err := syscall.Mkfifo(fifo, 0o600); err != nil {

@@ -17,8 +17,9 @@ import (
 	"qblockd/schema/value"
 )
 
-// namedOptions turns a file name into options, or, where the format has to be guessed, into the file alone. Of options in it that a user has not
-// given but an image, those are left out that do not count.
+// namedOptions turns a file name into options, or, where the format has to be guessed, into the
+// file alone. Of options in it that a user has not given but an image, those are left out that do
+// not count.
 func (m *Manager) namedOptions(ctx context.Context, name, format string, byImage bool) (*types.BlockdevOptions, *types.BlockdevRef, error) {
 	if text, ok := strings.CutPrefix(name, "json:"); ok {
 		return m.jsonOptions(ctx, text, format, byImage)
@@ -70,8 +71,8 @@ func (m *Manager) protocolOptions(ctx context.Context, name string) (*types.Bloc
 	return &types.BlockdevOptions{Driver: d.Name, U: u}, nil
 }
 
-// pathDriver is the driver for a path, nil if there is none, and tells whether it leads to a device. It blocks as
-// long as the storage does, but no longer than ctx.
+// pathDriver is the driver for a path, nil if there is none, and tells whether it leads to a
+// device. It blocks as long as the storage does, but no longer than ctx.
 func (m *Manager) pathDriver(ctx context.Context, name string) (d *driver.Any, device bool, err error) {
 	mode, err := await(ctx, func() fs.FileMode {
 		st, err := os.Stat(name)
@@ -101,8 +102,8 @@ func await[T any](ctx context.Context, f func() T) (got T, err error) {
 	}
 }
 
-// jsonOptions reads what follows "json:" in a file name. A format that was given beside it wins over the
-// driver in it.
+// jsonOptions reads what follows "json:" in a file name. A format that was given beside it wins
+// over the driver in it.
 func (m *Manager) jsonOptions(ctx context.Context, text, format string, byImage bool) (*types.BlockdevOptions, *types.BlockdevRef, error) {
 	if len(text) > maxNameText {
 		return nil, nil, errNameTooLarge
@@ -143,8 +144,8 @@ func (m *Manager) jsonOptions(ctx context.Context, text, format string, byImage 
 	return nil, file, err
 }
 
-// Names in images and of clients are no longer than maxNameText bytes, nest no deeper than maxNameLevels, dots counted, and have no more than
-// maxNameParts members and steps between dots.
+// Names in images and of clients are no longer than maxNameText bytes, nest no deeper than
+// maxNameLevels, dots counted, and have no more than maxNameParts members and steps between dots.
 const maxNameText, maxNameLevels, maxNameParts = 1 << 20, 128, 4096
 
 var (
@@ -164,7 +165,8 @@ func unflatten(in *value.Dict) (*value.Dict, error) {
 	return out, nil
 }
 
-// addPart adds v, under a dotted name, to at, which is at that level. n counts the parts of the whole.
+// addPart adds v, under a dotted name, to at, which is at that level. n counts the parts of the
+// whole.
 func addPart(at *value.Dict, name string, v value.Value, level int, n *int) error {
 	for ; ; level++ {
 		if *n++; *n > maxNameParts || level > maxNameLevels {

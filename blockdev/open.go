@@ -93,7 +93,7 @@ func (o *opener) openAll(p *plan) (*graph.Node, error) {
 		if err := p.reserve(tx, func(n *graph.Node) { made = append(made, n) }); err != nil {
 			if p.fileFirst() && p.kids[0].plan.ref != nil {
 				if n, err := o.open(p.kids[0].plan); err == nil {
-					o.m.tellProbed(n) // by the reference, before it sees that a name is taken
+					o.m.tellProbed(n) // by QEMU, before it sees that a name is taken
 				}
 			}
 			return nil, err
@@ -176,7 +176,8 @@ func (o *opener) open(p *plan) (*graph.Node, error) {
 	return p.node, o.openBacking(p)
 }
 
-// fileFirst: the node shows up as newer than its file, as in the reference; drivers open other children when they are there already.
+// fileFirst: the node shows up as newer than its file, as in QEMU; drivers open other
+// children when they are there already.
 func (p *plan) fileFirst() bool { return len(p.kids) > 0 && p.kids[0].name == "file" }
 
 // isNamed tells whether ref is the name of the node that is being opened itself.
@@ -194,7 +195,8 @@ func (p *plan) moveUp() {
 	}
 }
 
-// attach makes the node, if it has no name yet, and attaches its children and the root that reads its header.
+// attach makes the node, if it has no name yet, and attaches its children and the root that reads
+// its header.
 func (o *opener) attach(p *plan, kids []*graph.Node) (*graph.Root, error) {
 	if p.node != nil && len(kids) == 0 {
 		return nil, nil
@@ -262,7 +264,8 @@ func (o *opener) openDriver(p *plan, root *graph.Root) error {
 	return o.m.primeActual(o.ctx, p.node)
 }
 
-// openBacking opens the backing file that the options or else the image's header name, and attaches it.
+// openBacking opens the backing file that the options or else the image's header name, and attaches
+// it.
 func (o *opener) openBacking(p *plan) error {
 	if p.warnBacking {
 		o.warn(`Use of "backing": "" is deprecated; use "backing": null instead`)

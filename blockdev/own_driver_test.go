@@ -17,8 +17,9 @@ import (
 	"qblockd/schema/value"
 )
 
-// pattern is a driver of the test's own: what docs/architecture.md, "How to add a driver", asks for and nothing else. A node
-// of it reads as its own offsets, in bytes. The schema does not know it, so it has the options of another driver.
+// pattern is a driver of the test's own: what docs/architecture.md, "How to add a driver", asks for
+// and nothing else. A node of it reads as its own offsets, in bytes. The schema does not know it,
+// so it has the options of another driver.
 var pattern = driver.Of(driver.Def[*types.BlockdevOptionsNull]{
 	Name: "pattern", Kind: graph.Protocol,
 	Open: func(_ *driver.Opening, u *types.BlockdevOptionsNull) (graph.Driver, error) {

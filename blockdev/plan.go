@@ -36,8 +36,8 @@ type planChild struct {
 	plan *plan
 }
 
-// plan makes the plan of options o: of the parent with the generic options up, or alone if up is nil.
-// Errors of a backing file say so.
+// plan makes the plan of options o: of the parent with the generic options up, or alone if up is
+// nil. Errors of a backing file say so.
 func (m *Manager) plan(o *types.BlockdevOptions, up *graph.Options, role perm.Role, l *link) (*plan, error) {
 	d := m.drivers[o.Driver]
 	if d == nil {
@@ -86,8 +86,8 @@ func (m *Manager) planRef(r *types.BlockdevRef, up *graph.Options, role perm.Rol
 // backingError says that err befell a backing file.
 func backingError(err error) error { return fmt.Errorf("Could not open backing file: %w", err) }
 
-// reserve takes the names that the options give, by making the hidden nodes that are to bear them. The others are
-// made when they are opened.
+// reserve takes the names that the options give, by making the hidden nodes that are to bear them.
+// The others are made when they are opened.
 func (p *plan) reserve(tx *graph.Tx, made func(*graph.Node)) error {
 	if p.ref != nil {
 		return nil

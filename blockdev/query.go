@@ -93,8 +93,9 @@ func (v *view) append(b []byte) []byte {
 	return append(b, v.info.dev[2]...)
 }
 
-// AppendNamedNodes appends the answer to query-named-block-nodes: all nodes, newest first; unless flat with
-// the images below each. It waits at most 20 ms for allocated sizes; otherwise its cost is the size of the answer.
+// AppendNamedNodes appends the answer to query-named-block-nodes: all nodes, newest first; unless
+// flat with the images below each. It waits at most 20 ms for allocated sizes; otherwise its cost
+// is the size of the answer.
 func (m *Manager) AppendNamedNodes(b []byte, flat bool) []byte {
 	b, _ = m.appendNamedNodes(b, flat, func(int64) error { return nil })
 	return b
@@ -117,7 +118,8 @@ func (m *Manager) appendNamedNodes(b []byte, flat bool, room func(n int64) error
 		return b, err
 	}
 	if cap(b)-len(b) < size {
-		// slices.Grow would clear what may be tens of megabytes, although they come cleared from the system.
+		// slices.Grow would clear what may be tens of megabytes, although they come cleared from
+		// the system.
 		b = append(make([]byte, 0, len(b)+size), b...)
 	}
 	b = append(b, '[')

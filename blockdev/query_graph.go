@@ -8,10 +8,10 @@ import (
 	"qblockd/schema/types"
 )
 
-// DebugGraph is the answer to x-debug-query-block-graph: backends, jobs and nodes with the edges between them, numbered
-// in the order in which a walk meets them: backends, jobs, nodes from the oldest, each with the edges below it. The lists
-// are the wrong way round, as the reference's are. ids are the block jobs that there are,
-// newest first, also those that use nothing any more.
+// DebugGraph is the answer to x-debug-query-block-graph: backends, jobs and nodes with the edges
+// between them, numbered in the order in which a walk meets them: backends, jobs, nodes from the
+// oldest, each with the edges below it. The lists are the wrong way round, as QEMU's are.
+// ids are the block jobs that there are, newest first, also those that use nothing any more.
 func (m *Manager) DebugGraph(ids ...string) *types.XDbgBlockGraph {
 	w := &graphWalk{ids: map[any]uint64{}, below: map[any][]graph.EdgeInfo{}}
 	t := m.g.Topology()

@@ -52,8 +52,8 @@ func parse(t testing.TB, enc []byte) value.Value {
 	return v
 }
 
-// The answers are JSON in the reference's order of members, though spliced. (Read and printed once, members of one
-// bucket change places; twice, they are back.)
+// The answers are JSON in QEMU's order of members, though spliced. (Read and printed once,
+// members of one bucket change places; twice, they are back.)
 func TestAnswersAreWellFormed(t *testing.T) {
 	dir := t.TempDir()
 	create(t, dir+"/base", "", "")
@@ -136,7 +136,8 @@ func TestEncodedOnce(t *testing.T) {
 	}
 }
 
-// Names that hold the names of everything below are cut off and share their parts: the memory of a chain is linear in its length.
+// Names that hold the names of everything below are cut off and share their parts: the memory of a
+// chain is linear in its length.
 func TestNamesAreNotQuadratic(t *testing.T) {
 	size := func(n int) (total int) {
 		m := chained(t, "overridden")
@@ -201,7 +202,8 @@ func (d *stuckSize) ActualSize() (int64, error) {
 	}
 }
 
-// Storage that does not tell how much it holds does not hold up queries: they show what was last known.
+// Storage that does not tell how much it holds does not hold up queries: they show what was last
+// known.
 func TestStuckActualSize(t *testing.T) {
 	d := &stuckSize{stuck: make(chan struct{}), asked: make(chan struct{})}
 	list := overridden("null-aio", func(driver.OpenFunc, *driver.Opening) (graph.Driver, error) { return d, nil })

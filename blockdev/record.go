@@ -23,7 +23,8 @@ type record struct {
 
 const unknownSize = -1
 
-// definer is the parent whose options or image defined the node, as long as it is one: it hands options down. Records keep no node alive.
+// definer is the parent whose options or image defined the node, as long as it is one: it hands
+// options down. Records keep no node alive.
 type definer struct {
 	mu sync.Mutex
 	of weak.Pointer[graph.Node] // +checklocks:mu
@@ -67,7 +68,8 @@ func (m *Manager) newRecord(n *graph.Node) {
 	m.recs.add(n, &record{})
 }
 
-// record is the record of n; nodes that others opened (filters of jobs) get one when first asked for.
+// record is the record of n; nodes that others opened (filters of jobs) get one when first asked
+// for.
 func (m *Manager) record(n *graph.Node) *record {
 	if r := m.recs.get(n); r != nil {
 		return r
@@ -75,8 +77,8 @@ func (m *Manager) record(n *graph.Node) *record {
 	return m.recs.add(n, &record{})
 }
 
-// autoName is the name that opening n, whose record is r, anew, without options for its backing file, would give to that file;
-// "" if none would be opened.
+// autoName is the name that opening n, whose record is r, anew, without options for its backing
+// file, would give to that file; "" if none would be opened.
 func autoName(n *graph.Node, r *record) string {
 	image, ok := n.Driver().(graph.Backed)
 	if !ok {
@@ -89,7 +91,8 @@ func autoName(n *graph.Node, r *record) string {
 	return header
 }
 
-// records finds the records of nodes. They go with their nodes, and what those hold goes with them: nothing here keeps a node.
+// records finds the records of nodes. They go with their nodes, and what those hold goes with them:
+// nothing here keeps a node.
 type records struct {
 	mu sync.RWMutex
 	of map[weak.Pointer[graph.Node]]*record // +checklocks:mu

@@ -10,7 +10,8 @@ import (
 	"qblockd/graph"
 )
 
-// TestRecordsGoWithNodes: nothing is kept of nodes that are gone, also where nobody asks for others: not what queries show of them, nor what their drivers held.
+// TestRecordsGoWithNodes: nothing is kept of nodes that are gone, also where nobody asks for
+// others: not what queries show of them, nor what their drivers held.
 func TestRecordsGoWithNodes(t *testing.T) {
 	m := newManager(t, Config{})
 	gone := make(chan struct{}, 2)
@@ -43,7 +44,8 @@ func TestRecordsGoWithNodes(t *testing.T) {
 	}
 }
 
-// A Manager that nobody uses any more goes with its nodes, also with those that others define and that were never removed.
+// A Manager that nobody uses any more goes with its nodes, also with those that others define and
+// that were never removed.
 func TestManagersGo(t *testing.T) {
 	gone := make(chan struct{}, 1)
 	func() {

@@ -13,8 +13,9 @@ import (
 	"qblockd/schema/types"
 )
 
-// Reopen is the body of blockdev-reopen: nodes get the options that they are given, and defaults for those they are not; the nodes that they
-// define follow where options are handed down. All change or none.
+// Reopen is the body of blockdev-reopen: nodes get the options that they are given, and defaults
+// for those they are not; the nodes that they define follow where options are handed down. All
+// change or none.
 type Reopen struct {
 	m     *Manager
 	given []*types.BlockdevOptions
@@ -32,7 +33,8 @@ func (r *Reopen) Nodes() []*graph.Node {
 // errOutdated: somebody else changed what was looked at; look again.
 var errOutdated = errors.New("the nodes have changed meanwhile")
 
-// Run does it. It blocks as long as requests under way and the storage do; on error, the nodes are as they were.
+// Run does it. It blocks as long as requests under way and the storage do; on error, the nodes are
+// as they were.
 func (r *Reopen) Run(ctx context.Context) error {
 	for {
 		err := r.try(ctx)
@@ -154,8 +156,9 @@ type childChange struct {
 	was, is *graph.Node
 }
 
-// add queues a node: with options given for it, or none if a parent with the options up.gen was given some, which hands its own down. keep means that what is not
-// given stays as it is. Others of a node that is queued twice add to each other, the later ones win.
+// add queues a node: with options given for it, or none if a parent with the options up.gen was
+// given some, which hands its own down. keep means that what is not given stays as it is. Others of
+// a node that is queued twice add to each other, the later ones win.
 func (q *reopenQueue) add(n *graph.Node, given *types.BlockdevOptions, up *reopening, role perm.Role, keep bool) {
 	i := slices.IndexFunc(q.list, func(e *reopening) bool { return e.node == n })
 	e := &reopening{node: n, was: n.Options(), readOnly: n.ReadOnly(), kept: given == nil && keep, opts: given}
@@ -231,7 +234,8 @@ func (e *reopening) ref(name string) *types.BlockdevRef {
 	return nil
 }
 
-// childOptions are the children that options name. A backing file that is to be none is neither a reference nor a definition.
+// childOptions are the children that options name. A backing file that is to be none is neither a
+// reference nor a definition.
 func (m *Manager) childOptions(o *types.BlockdevOptions) []driver.Child {
 	d := m.drivers[o.Driver]
 	if d == nil {
@@ -266,7 +270,7 @@ func (q *reopenQueue) current() error {
 	return nil
 }
 
-// prepare checks what becomes of a node, in the reference's order, and adds it to tx.
+// prepare checks what becomes of a node, in QEMU's order, and adds it to tx.
 func (e *reopening) prepare(m *Manager, tx *graph.Tx) error {
 	n := e.node
 	if e.gen.DetectZeroes == types.BlockdevDetectZeroesOptionsUnmap && !e.gen.Discard {
@@ -381,7 +385,8 @@ func (e *reopening) setChild(tx *graph.Tx, name string, to *graph.Node) error {
 	return tx.Replace(edge, to)
 }
 
-// keepChildren keeps alive, in tx, the nodes that are replaced, until release is called: they may have to come back.
+// keepChildren keeps alive, in tx, the nodes that are replaced, until release is called: they may
+// have to come back.
 func (q *reopenQueue) keepChildren(tx *graph.Tx) (release func(), err error) {
 	var roots []*graph.Root
 	release = func() {

@@ -27,7 +27,8 @@ func optionDict(o *types.BlockdevOptions) *value.Dict {
 	return v.(*value.Dict)
 }
 
-// mergeOptions is given with what only old says added; either may be nil. Of children with different drivers given's counts alone.
+// mergeOptions is given with what only old says added; either may be nil. Of children with
+// different drivers given's counts alone.
 func mergeOptions(given, old *types.BlockdevOptions) *types.BlockdevOptions {
 	if given == nil || old == nil || given.Driver != old.Driver {
 		if given != nil {
@@ -79,8 +80,8 @@ func flatten(d *value.Dict, name string, v value.Value) {
 	}
 }
 
-// ownOptions are the options of a node, flat, without those that follow a reopen and without its children. A node has force-share from its parent,
-// too.
+// ownOptions are the options of a node, flat, without those that follow a reopen and without its
+// children. A node has force-share from its parent, too.
 func (m *Manager) ownOptions(o *types.BlockdevOptions, g *graph.Options) *value.Dict {
 	child := map[string]bool{}
 	for _, c := range m.childOptions(o) {

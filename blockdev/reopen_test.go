@@ -61,7 +61,8 @@ func writer(t testing.TB, n *graph.Node, root *graph.Root, stop *atomic.Bool, se
 	}
 }
 
-// TestReopenUnderLoad changes everything that can be changed again and again while clients write and read.
+// TestReopenUnderLoad changes everything that can be changed again and again while clients write
+// and read.
 func TestReopenUnderLoad(t *testing.T) {
 	dir := t.TempDir()
 	a, b := filepath.Join(dir, "a.qcow2"), filepath.Join(dir, "b.qcow2")
@@ -126,7 +127,8 @@ func TestReopenConcurrently(t *testing.T) {
 	mustDel(t, m, "r")
 }
 
-// TestReopenUndone: an image cannot become writable, as its header cannot be written. Everything that was to change besides goes back.
+// TestReopenUndone: an image cannot become writable, as its header cannot be written. Everything
+// that was to change besides goes back.
 func TestReopenUndone(t *testing.T) {
 	dir := t.TempDir()
 	a, b, c := filepath.Join(dir, "a.qcow2"), filepath.Join(dir, "b.qcow2"), filepath.Join(dir, "c.qcow2")
@@ -175,7 +177,8 @@ func TestReopenUndone(t *testing.T) {
 	mustDel(t, m, "q", "c")
 }
 
-// TestReopenFailsAnywhere: of two nodes in one call the second is refused, for each kind of reason; the first stays as it was.
+// TestReopenFailsAnywhere: of two nodes in one call the second is refused, for each kind of reason;
+// the first stays as it was.
 func TestReopenFailsAnywhere(t *testing.T) {
 	dir := t.TempDir()
 	file := filepath.Join(dir, "r.raw")
@@ -239,7 +242,8 @@ type groups map[string]*throttle.Group
 
 func (g groups) Object(name string) any { return g[name] }
 
-// TestReopenThrottle: a filter goes to another group and back while requests wait in it. All of them end, and a group can go when nobody is in it.
+// TestReopenThrottle: a filter goes to another group and back while requests wait in it. All of
+// them end, and a group can go when nobody is in it.
 func TestReopenThrottle(t *testing.T) {
 	rate := int64(300)
 	slow, err := throttle.FromOptions(&types.ThrottleGroupProperties{Limits: &types.ThrottleLimits{IopsTotal: &rate}})

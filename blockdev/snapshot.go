@@ -43,7 +43,8 @@ func (m *Manager) SnapshotSync(a *types.BlockdevSnapshotSync) *Snapshot {
 	return &Snapshot{m: m, device: a.Device, node: a.NodeName, sync: a}
 }
 
-// check finds the node, which an earlier step may have made, and tells whether a snapshot of it is possible.
+// check finds the node, which an earlier step may have made, and tells whether a snapshot of it is
+// possible.
 func (s *Snapshot) check(tx *graph.Tx) (err error) {
 	s.old, s.below = nil, false
 	if s.node != nil {
@@ -58,7 +59,8 @@ func (s *Snapshot) check(tx *graph.Tx) (err error) {
 	return tx.Blocked(s.old, graph.OpExternalSnapshot)
 }
 
-// Open implements transaction.Opener: it makes and opens the overlay of blockdev-snapshot-sync. What cannot be otherwise is told by Prepare.
+// Open implements transaction.Opener: it makes and opens the overlay of blockdev-snapshot-sync.
+// What cannot be otherwise is told by Prepare.
 func (s *Snapshot) Open(ctx context.Context, sketch *graph.Tx) error {
 	err := s.check(sketch)
 	if err == nil && s.sync != nil {
@@ -113,7 +115,8 @@ func (s *Snapshot) Holds() []*graph.Node {
 	return nil
 }
 
-// Quiesces implements transaction.Quiescer: the reference quiesces the overlay when nothing speaks against it any more.
+// Quiesces implements transaction.Quiescer: QEMU quiesces the overlay when nothing speaks
+// against it any more.
 func (s *Snapshot) Quiesces() []*graph.Node {
 	switch {
 	case s.below:

@@ -7,7 +7,8 @@ import (
 	"qblockd/schema/types"
 )
 
-// CreateFunc makes an image from the driver's branch of BlockdevCreateOptions. It blocks until the image is there.
+// CreateFunc makes an image from the driver's branch of BlockdevCreateOptions. It blocks until the
+// image is there.
 type CreateFunc func(ctx context.Context, c *Creation, o any) error
 
 // Creates makes a CreateFunc of a function of the branch's type.
@@ -15,10 +16,12 @@ func Creates[C any](f func(ctx context.Context, c *Creation, o C) error) CreateF
 	return func(ctx context.Context, c *Creation, o any) error { return f(ctx, c, o.(C)) }
 }
 
-// AmendFunc changes the format's options in the image of a node, to the driver's branch of BlockdevAmendOptions.
+// AmendFunc changes the format's options in the image of a node, to the driver's branch of
+// BlockdevAmendOptions.
 type AmendFunc func(ctx context.Context, n *graph.Node, o any) error
 
-// Amends makes an AmendFunc of a function of the branch's type. It gets nil for a branch that has no members.
+// Amends makes an AmendFunc of a function of the branch's type. It gets nil for a branch that has
+// no members.
 func Amends[A any](f func(ctx context.Context, n *graph.Node, o A) error) AmendFunc {
 	return func(ctx context.Context, n *graph.Node, o any) error {
 		a, _ := o.(A)
@@ -30,10 +33,11 @@ func Amends[A any](f func(ctx context.Context, n *graph.Node, o A) error) AmendF
 type Creation struct {
 	// Started is called once the options are checked, before the first write.
 	Started func()
-	// Take makes a file of the host the command's, before its content is touched. Error: it is another command's, or
-	// the command has ended.
+	// Take makes a file of the host the command's, before its content is touched. Error: it is
+	// another command's, or the command has ended.
 	Take func(m Made) error
-	// InFile opens the node that a reference names, for writing and resizing, which nobody else may do meanwhile.
+	// InFile opens the node that a reference names, for writing and resizing, which nobody else may
+	// do meanwhile.
 	InFile func(ctx context.Context, file *types.BlockdevRef, use func(root *graph.Root) error) error
 	// CanName refuses drivers that headers of images cannot name as the format of a backing file.
 	CanName func(d types.BlockdevDriver) error
@@ -42,13 +46,15 @@ type Creation struct {
 // Made is a file of the host that a command is making.
 type Made struct {
 	ID graph.FileID
-	// Remove takes it away again if it is new, still has its name and is used by nobody; nil: it was there before.
+	// Remove takes it away again if it is new, still has its name and is used by nobody; nil: it
+	// was there before.
 	Remove func()
 }
 
 // Image describes an image that a command makes by the way.
 type Image struct {
 	Size int64 // bytes
-	// Backing is the file name that the new image names as its backing file, of the format BackingFormat; "" for none.
+	// Backing is the file name that the new image names as its backing file, of the format
+	// BackingFormat; "" for none.
 	Backing, BackingFormat string
 }

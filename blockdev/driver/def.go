@@ -8,69 +8,77 @@ import (
 	"qblockd/schema/value"
 )
 
-// Def describes a driver whose branch of BlockdevOptions is an O, a pointer. Only Name, Kind and Open are required;
-// a function that is nil says that the driver has no such thing.
+// Def describes a driver whose branch of BlockdevOptions is an O, a pointer. Only Name, Kind and
+// Open are required; a function that is nil says that the driver has no such thing.
 type Def[O any] struct {
 	Name types.BlockdevDriver
 	Kind graph.Kind
 
-	// Open opens the driver on a hidden node. It blocks as long as the storage does and leaves nothing behind when it
-	// fails.
+	// Open opens the driver on a hidden node. It blocks as long as the storage does and leaves
+	// nothing behind when it fails.
 	Open func(x *Opening, u O) (graph.Driver, error)
-	// Check refuses options that are wrong whatever they lead to. Nothing is opened before all are checked.
+	// Check refuses options that are wrong whatever they lead to. Nothing is opened before all are
+	// checked.
 	Check func(u O) error
-	// Children are the children that the options name, but the backing file. The references point into u.
+	// Children are the children that the options name, but the backing file. The references point
+	// into u.
 	Children func(u O) []Child
 	// Backing is the option of that name, nil if it is not given.
 	Backing func(u O) *types.BlockdevRefOrNull
 
-	// Reopen checks the options that the node of an open driver is to have, as Open would, and generic ones. What it
-	// returns, nil if there is nothing to do, changes to them: it is prepared before the permissions, while the node
-	// is drained, and may block then; its Commit runs before that of a graph.PermTaker. A driver without it cannot be
-	// reopened, nor made read-only or writable.
+	// Reopen checks the options that the node of an open driver is to have, as Open would, and
+	// generic ones. What it returns, nil if there is nothing to do, changes to them: it is prepared
+	// before the permissions, while the node is drained, and may block then; its Commit runs before
+	// that of a graph.PermTaker. A driver without it cannot be reopened, nor made read-only or
+	// writable.
 	Reopen func(d graph.Driver, u O, generic *graph.Options) (graph.Participant, error)
-	// Changeable are the options that a reopen may change, or leave out to have their defaults; ChangeOnly those that
-	// it may change and not leave out. An option with members stands for all of them.
+	// Changeable are the options that a reopen may change, or leave out to have their defaults;
+	// ChangeOnly those that it may change and not leave out. An option with members stands for all
+	// of them.
 	Changeable, ChangeOnly []string
 
 	// Prefix selects the driver in file names "PREFIX:...".
 	Prefix string
-	// TakesPath tells whether file names without a prefix are for the driver that lead to a file of that mode, 0 if
-	// there is none.
+	// TakesPath tells whether file names without a prefix are for the driver that lead to a file of
+	// that mode, 0 if there is none.
 	TakesPath func(mode fs.FileMode) bool
 	// FromName makes options of a file name, which may have the prefix. Protocols have it.
 	FromName func(name string) (O, error)
-	// Filename is the plain file name that opens an equal node, "" if there is none. child gives the names of a child,
-	// empty ones if there is no such child. u is nil for nodes that jobs make. By default a node above a protocol has
-	// the name of its file, if no option of it is strong.
+	// Filename is the plain file name that opens an equal node, "" if there is none. child gives
+	// the names of a child, empty ones if there is no such child. u is nil for nodes that jobs
+	// make. By default a node above a protocol has the name of its file, if no option of it is
+	// strong.
 	Filename func(u O, child func(name string) Names) string
-	// LikeProtocol is a filter that counts as a protocol, as it does in QEMU: plain file names can open it, also below
-	// a format, and its allocated size is not known.
+	// LikeProtocol is a filter that counts as a protocol, as it does in QEMU: plain file names can
+	// open it, also below a format, and its allocated size is not known.
 	LikeProtocol bool
-	// Strong calls add for the given options, beside driver and children, that matter for what is read and written:
-	// they go into "json:" file names.
+	// Strong calls add for the given options, beside driver and children, that matter for what is
+	// read and written: they go into "json:" file names.
 	Strong func(u O, add func(name string, v value.Value))
 
 	// FromFile makes the options of a format that is told nothing but its file.
 	FromFile func(file types.BlockdevRef) O
 	// Probe rates how well the first bytes of a file, up to 512, fit: 0 to 100.
 	Probe func(head []byte) int
-	// Verbatim: an image is its file, byte for byte. What no Probe wants is taken for one, and a new one is made by
-	// making its file.
+	// Verbatim: an image is its file, byte for byte. What no Probe wants is taken for one, and a
+	// new one is made by making its file.
 	Verbatim bool
 
-	// ForImages is what the headers of images may say of nodes of the driver; nil: they may not name any.
+	// ForImages is what the headers of images may say of nodes of the driver; nil: they may not
+	// name any.
 	ForImages *ForImages
 
 	// Create executes blockdev-create; see Creates.
 	Create CreateFunc
-	// NewImage makes what Create is given where a command makes an image by the way (blockdev-snapshot-sync): in the
-	// file that u names if it is a protocol's, else in the node below u.
+	// NewImage makes what Create is given where a command makes an image by the way
+	// (blockdev-snapshot-sync): in the file that u names if it is a protocol's, else in the node
+	// below u.
 	NewImage func(u O, i *Image) any
-	// Preexisting: file names lead to what is there already and keeps its size, for instance devices. Making an image
-	// on it overwrites its beginning.
+	// Preexisting: file names lead to what is there already and keeps its size, for instance
+	// devices. Making an image on it overwrites its beginning.
 	Preexisting bool
-	// MaxBackingName and MaxBackingFormat are the longest words, in bytes, that the header of an image has room for.
+	// MaxBackingName and MaxBackingFormat are the longest words, in bytes, that the header of an
+	// image has room for.
 	MaxBackingName, MaxBackingFormat int
 	// Amend executes x-blockdev-amend; see Amends.
 	Amend AmendFunc

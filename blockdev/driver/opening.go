@@ -10,8 +10,8 @@ import (
 	"qblockd/schema/value"
 )
 
-// Opening is what Open gets beside the options. The children that the options name are attached, and nobody else can
-// send requests.
+// Opening is what Open gets beside the options. The children that the options name are attached,
+// and nobody else can send requests.
 type Opening struct {
 	Ctx  context.Context // of the command
 	Node *graph.Node
@@ -21,8 +21,8 @@ type Opening struct {
 	Warn func(msg string)
 	// Objects are those of object-add; see Object.
 	Objects Objects
-	// Admit, if set, says that an image has named the node. A driver that opens files of the host must ask it before
-	// it opens one.
+	// Admit, if set, says that an image has named the node. A driver that opens files of the host
+	// must ask it before it opens one.
 	Admit func(f *FoundFile) error
 	// Guessed, if set, says that the format was not given.
 	Guessed *Guess
@@ -36,14 +36,16 @@ type FoundFile struct {
 	Name            string // as it was given
 	Path            string // without links; "" if that cannot be told
 	Regular, Device bool   // a regular file, a block device; neither: something else
-	// Kernel: lies in a file system whose files the kernel makes up; to read one tells of the host or does something.
+	// Kernel: lies in a file system whose files the kernel makes up; to read one tells of the host
+	// or does something.
 	Kernel bool
 }
 
 // Guess is a format that was guessed from the first bytes of a file alone.
 type Guess struct {
 	File string // its name, "" if it has no plain one
-	// Verbatim tells whether the first 512 bytes that are to be there would be taken for no other format.
+	// Verbatim tells whether the first 512 bytes that are to be there would be taken for no other
+	// format.
 	Verbatim func(head []byte) bool
 }
 
@@ -73,7 +75,8 @@ func Filtered(file *types.BlockdevRef) []Child {
 	return []Child{{"file", perm.Filtered | perm.Primary, file}}
 }
 
-// Names are the file names of a node: the one that queries show, and the plain one, which is empty if there is none.
+// Names are the file names of a node: the one that queries show, and the plain one, which is empty
+// if there is none.
 type Names struct{ Shown, Plain string }
 
 // AddGiven adds an option if it is given; for Strong.
@@ -83,14 +86,15 @@ func AddGiven[T any](add func(name string, v value.Value), name string, p *T) {
 	}
 }
 
-// ForImages is what an image's header may say of nodes of a driver. The driver only reads what its children and its
-// file have, and does nothing else that a stranger should not be able to make the daemon do.
+// ForImages is what an image's header may say of nodes of a driver. The driver only reads what its
+// children and its file have, and does nothing else that a stranger should not be able to make the
+// daemon do.
 type ForImages struct {
-	// Options count, besides children: they say what is read. Hints may be given, but say only how, which is not for
-	// an image to decide.
+	// Options count, besides children: they say what is read. Hints may be given, but say only how,
+	// which is not for an image to decide.
 	Options, Hints []string
-	// Devices: only if the image policy allows devices. Object is the kind of object that the options name; only if
-	// the policy allows references.
+	// Devices: only if the image policy allows devices. Object is the kind of object that the
+	// options name; only if the policy allows references.
 	Devices bool
 	Object  string
 }

@@ -8,8 +8,8 @@ func HasProtocol(name string) bool {
 	return i >= 0 && name[i] == ':'
 }
 
-// StripPrefix removes an explicit protocol from a file name. What then looks like another protocol is a file in the
-// current folder.
+// StripPrefix removes an explicit protocol from a file name. What then looks like another protocol
+// is a file in the current folder.
 func StripPrefix(name, prefix string) string {
 	rest, ok := strings.CutPrefix(name, prefix)
 	if ok && HasProtocol(rest) {

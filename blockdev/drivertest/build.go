@@ -84,7 +84,8 @@ func Opened(d graph.Driver) driver.OpenFunc {
 	return func(*driver.Opening) (graph.Driver, error) { return d, nil }
 }
 
-// Build builds and publishes a monitor-owned node as blockdev-add does. On error nothing is left behind.
+// Build builds and publishes a monitor-owned node as blockdev-add does. On error nothing is left
+// behind.
 func Build(g *graph.Graph, s Spec) (*graph.Node, error) {
 	ctx := context.Background()
 	o := s.Options

@@ -11,10 +11,10 @@ var errNoSpace error = syscall.ENOSPC
 
 const crashSector = 512
 
-// CrashFile is a MemFile that remembers what a power failure could lose. Per sector of 512 bytes the
-// medium may hold what it held at the last flush or any state it had since; sectors are
-// independent of each other, so writes are forgotten, torn and reordered. FUA writes
-// are on the medium at once. The size is treated alike.
+// CrashFile is a MemFile that remembers what a power failure could lose. Per sector of 512 bytes
+// the medium may hold what it held at the last flush or any state it had since; sectors are
+// independent of each other, so writes are forgotten, torn and reordered. FUA writes are on the
+// medium at once. The size is treated alike.
 type CrashFile struct{ *MemFile }
 
 // version is a state of a sector after write seq.
@@ -28,7 +28,8 @@ type sizeVersion struct {
 	size int64
 }
 
-// recorder holds what is not yet on the medium. Guarded by MemFile.mu; a nil recorder records nothing.
+// recorder holds what is not yet on the medium. Guarded by MemFile.mu; a nil recorder records
+// nothing.
 type recorder struct {
 	seq     int
 	pending map[int64][]version          // by sector, oldest first

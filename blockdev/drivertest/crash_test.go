@@ -9,7 +9,8 @@ import (
 	"qblockd/graph/blk"
 )
 
-// A huge range that becomes zeroes costs what is there, and is lost by a power failure like any other.
+// A huge range that becomes zeroes costs what is there, and is lost by a power failure like any
+// other.
 func TestCrashHugeZero(t *testing.T) {
 	const size = 1 << 50
 	c := drivertest.NewCrashFile(size)

@@ -87,7 +87,8 @@ func (f *Fault) Clear() {
 	f.armed.Store(false)
 }
 
-// Hook sets a function that each call enters first, with no lock held; it may block, to hold a request in flight.
+// Hook sets a function that each call enters first, with no lock held; it may block, to hold a
+// request in flight.
 func (f *Fault) Hook(h func(op Op, off, n int64)) {
 	f.mu.Lock()
 	f.gate = h

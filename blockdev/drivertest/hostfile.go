@@ -11,7 +11,8 @@ import (
 	"qblockd/graph/blk"
 )
 
-// HostFile is a plain driver on a temporary file: the simplest one that maps and copies host ranges.
+// HostFile is a plain driver on a temporary file: the simplest one that maps and copies host
+// ranges.
 type HostFile struct {
 	f    *os.File
 	size atomic.Int64
@@ -19,7 +20,8 @@ type HostFile struct {
 	Leases atomic.Int64
 }
 
-// NewHostFile makes a file of size zero bytes, removed when the test ends. Close closes it for good.
+// NewHostFile makes a file of size zero bytes, removed when the test ends. Close closes it for
+// good.
 func NewHostFile(t testing.TB, size int64) *HostFile {
 	t.Helper()
 	f, err := os.CreateTemp(t.TempDir(), "hostfile")

@@ -17,8 +17,8 @@ import (
 
 // Config says how Run gets at the driver under test.
 type Config struct {
-	// Open builds a fresh node of the driver, of at least size zero bytes, in g. readOnly: the node is to be
-	// read-only.
+	// Open builds a fresh node of the driver, of at least size zero bytes, in g. readOnly: the node
+	// is to be read-only.
 	Open func(t *testing.T, g *graph.Graph, size int64, readOnly bool) *graph.Node
 	// Size of the nodes; default 1 MiB + 512 bytes.
 	Size int64
@@ -28,7 +28,8 @@ type Config struct {
 	NoContent bool
 	// Fixed: the size cannot be changed.
 	Fixed bool
-	// Check is called after each test with the graph still open and nothing in flight, to check the image in full.
+	// Check is called after each test with the graph still open and nothing in flight, to check the
+	// image in full.
 	Check func(t *testing.T, n *graph.Node)
 	// Steps of the random test; default 250.
 	Steps int
@@ -49,8 +50,9 @@ type rig struct {
 	req  *blk.Req
 }
 
-// Run checks that a driver keeps the contract of package graph: contents against a byte slice, concurrency, status, resizing,
-// bounds, read-only nodes, requests that must not wait, mapping and copying.
+// Run checks that a driver keeps the contract of package graph: contents against a byte slice,
+// concurrency, status, resizing, bounds, read-only nodes, requests that must not wait, mapping and
+// copying.
 func Run(t *testing.T, c Config) {
 	if c.Size == 0 {
 		c.Size = 1<<20 + 512
@@ -276,7 +278,8 @@ func testDisjoint(t *testing.T, x *rig) {
 	x.same(t, "stripes", 0, x.read(t, 0, size), want)
 }
 
-// testOverlapping lets writers fight for the same blocks: each byte is from one of them, and nothing else suffers.
+// testOverlapping lets writers fight for the same blocks: each byte is from one of them, and
+// nothing else suffers.
 func testOverlapping(t *testing.T, x *rig) {
 	const writers, rounds = 6, 20
 	size := min(x.root.Size(), 256<<10)

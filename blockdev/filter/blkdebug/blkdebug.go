@@ -1,5 +1,5 @@
-// Package blkdebug is the filter blkdebug: requests pass it to its image, but those that its rules name fail, and it can claim limits and
-// permissions that the image does not have. It is for tests.
+// Package blkdebug is the filter blkdebug: requests pass it to its image, but those that its rules
+// name fail, and it can claim limits and permissions that the image does not have. It is for tests.
 package blkdebug
 
 import (
@@ -37,7 +37,7 @@ func open(o *driver.Opening, u *types.BlockdevOptionsBlkdebug) (graph.Driver, er
 	return d, d.setLimits(u)
 }
 
-// setLimits takes the limits over from the options, in the reference's order of checks.
+// setLimits takes the limits over from the options, in QEMU's order of checks.
 func (d *Driver) setLimits(u *types.BlockdevOptionsBlkdebug) error {
 	l := &d.limits
 	bad := func(what string, v int64) error {
@@ -92,7 +92,8 @@ func perms(l []types.BlockPermission) (p perm.Perm) {
 	return p
 }
 
-// DebugEvent implements graph.Debugger. Requests that must not wait are not counted: they come again.
+// DebugEvent implements graph.Debugger. Requests that must not wait are not counted: they come
+// again.
 func (d *Driver) DebugEvent(r *blk.Req, e blk.DebugEvent) {
 	if d.rules.eventful.Load() && !r.NoWait {
 		d.rules.event(r, e)

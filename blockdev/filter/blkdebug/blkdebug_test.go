@@ -85,7 +85,8 @@ func TestLimits(t *testing.T) {
 	}
 }
 
-// TestStates: errors wait for their event in their state; an event that makes rules active takes the place of those that were; of rules for the same request the first counts.
+// TestStates: errors wait for their event in their state; an event that makes rules active takes
+// the place of those that were; of rules for the same request the first counts.
 func TestStates(t *testing.T) {
 	_, root, r := begin(t, types.BlockdevOptionsBlkdebug{
 		InjectError: []*types.BlkdebugInjectErrorOptions{
@@ -121,7 +122,8 @@ func TestStates(t *testing.T) {
 	}
 }
 
-// TestBreakpoints: a request waits at its event until it is told to go on; those that must not wait come back as ones that may.
+// TestBreakpoints: a request waits at its event until it is told to go on; those that must not wait
+// come back as ones that may.
 func TestBreakpoints(t *testing.T) {
 	mem, root, _ := begin(t, types.BlockdevOptionsBlkdebug{})
 	d := root.Node().Driver().(*Driver)

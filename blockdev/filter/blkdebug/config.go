@@ -12,7 +12,8 @@ import (
 	"qblockd/schema/types"
 )
 
-// readConfig reads a file with rules: groups of KEY = "VALUE", each under [inject-error] or [set-state]. Errors have the reference's words.
+// readConfig reads a file with rules: groups of KEY = "VALUE", each under [inject-error] or
+// [set-state]. Errors have QEMU's words.
 func readConfig(name string) (inject []*types.BlkdebugInjectErrorOptions, set []*types.BlkdebugSetStateOptions, err error) {
 	text, err := os.ReadFile(name)
 	if err != nil {

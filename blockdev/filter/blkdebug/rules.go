@@ -41,8 +41,8 @@ var events = func() map[types.BlkdebugEvent]blk.DebugEvent {
 	return m
 }()
 
-// rule does something when its event comes in its state: it becomes active and makes requests fail, or changes the state, or makes the request
-// wait whose event it is.
+// rule does something when its event comes in its state: it becomes active and makes requests fail,
+// or changes the state, or makes the request wait whose event it is.
 type rule struct {
 	event blk.DebugEvent
 	state int64 // 0: any
@@ -58,7 +58,8 @@ type rule struct {
 	immediately bool
 }
 
-// rules are those of a node, with its state. Of those that are active the first that matches a request counts.
+// rules are those of a node, with its state. Of those that are active the first that matches a
+// request counts.
 type rules struct {
 	eventful atomic.Bool // there are rules for other events than the first one
 
@@ -129,8 +130,9 @@ func (l *rules) event(r *blk.Req, e blk.DebugEvent) {
 	}
 }
 
-// eventLocked returns what the request whose event it is has to wait for. All rules see the same state; if several change it the first
-// one does. If there are any that make requests fail, they take the place of those that were active.
+// eventLocked returns what the request whose event it is has to wait for. All rules see the same
+// state; if several change it the first one does. If there are any that make requests fail, they
+// take the place of those that were active.
 // +checklocks:l.mu
 func (l *rules) eventLocked(e blk.DebugEvent) (waits []chan struct{}) {
 	next, fresh := l.state, false
@@ -246,7 +248,7 @@ func (l *rules) resume(tag string) bool {
 	if len(w) == 0 {
 		return false
 	}
-	close(w[len(w)-1]) // the newest, as in the reference
+	close(w[len(w)-1]) // the newest, as in QEMU
 	l.suspended[tag] = w[:len(w)-1]
 	return true
 }

@@ -1,5 +1,6 @@
-// Package blklogwrites is the filter blklogwrites: every write, discard and flush that passes it is written to a log, in the format of the
-// device mapper's target log-writes, so that a test can play them again up to any point.
+// Package blklogwrites is the filter blklogwrites: every write, discard and flush that passes it is
+// written to a log, in the format of the device mapper's target log-writes, so that a test can play
+// them again up to any point.
 //
 //	sector 0     super block: magic, version, number of entries, sector size; little-endian, written at flushes and now and then
 //	sector 1...  entry: sector, number of sectors, flags, 0; then, but for discards, the data
@@ -127,8 +128,8 @@ func (d *filter) resume(r *blk.Req) error {
 	return nil
 }
 
-// Caps implements graph.Driver. Requests are whole sectors of the log; no data pass unseen, and writes with FUA are followed by a flush, which is
-// logged.
+// Caps implements graph.Driver. Requests are whole sectors of the log; no data pass unseen, and
+// writes with FUA are followed by a flush, which is logged.
 func (d *filter) Caps() graph.Caps {
 	c := d.Passthrough.Caps()
 	c.WriteFlags, c.ZeroFlags = blk.WriteUnchanged, blk.WriteUnchanged|blk.MayUnmap
@@ -136,7 +137,8 @@ func (d *filter) Caps() graph.Caps {
 	return c
 }
 
-// record appends an entry with n bytes of data: those of v, or zeroes. It is there when record returns.
+// record appends an entry with n bytes of data: those of v, or zeroes. It is there when record
+// returns.
 func (d *filter) record(r *blk.Req, off, n int64, flags uint64, v blk.Vec, zeroes bool) error {
 	head := make([]byte, d.sector)
 	le.PutUint64(head, uint64(off/d.sector))
@@ -182,7 +184,7 @@ func (d *filter) writeSuper(r *blk.Req) error {
 	return d.log().Flush(r)
 }
 
-// logged does something and logs it, as in the reference also if it fails.
+// logged does something and logs it, as in QEMU also if it fails.
 func (d *filter) logged(r *blk.Req, do func() error, record func() error) error {
 	if r.NoWait {
 		return blk.ErrWouldBlock

@@ -74,7 +74,8 @@ func replay(t *testing.T, log, disk []byte) (entries, flushes int) {
 	return entries, flushes
 }
 
-// TestReplay: a disk is what the log says, at every flush, also if the log goes on after an end of the node.
+// TestReplay: a disk is what the log says, at every flush, also if the log goes on after an end of
+// the node.
 func TestReplay(t *testing.T) {
 	const size = 256 << 10
 	for _, sector := range []uint32{512, 4096} {

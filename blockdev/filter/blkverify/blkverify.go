@@ -1,6 +1,8 @@
-// Package blkverify is the filter blkverify, for tests: it has two children that should hold the same, does everything on both, and compares what they give.
+// Package blkverify is the filter blkverify, for tests: it has two children that should hold the
+// same, does everything on both, and compares what they give.
 //
-// A difference is a bug in one of them. The reference ends its process then; here the request fails, and so does every later one.
+// A difference is a bug in one of them. QEMU ends its process then; here the request
+// fails, and so does every later one.
 package blkverify
 
 import (
@@ -21,7 +23,8 @@ import (
 type filter struct {
 	node   *graph.Node
 	differ atomic.Bool
-	// writing is held to read and to write: what runs at the same time must come in the same order on both.
+	// writing is held to read and to write: what runs at the same time must come in the same order
+	// on both.
 	writing sync.RWMutex
 }
 

@@ -41,7 +41,8 @@ func verified(t *testing.T, g *graph.Graph, size int64, ro bool) (*graph.Node, *
 	}), rawFile, testFile
 }
 
-// TestDifference: what the two do not agree about fails, and so does everything later; what they agree about fails as it does there.
+// TestDifference: what the two do not agree about fails, and so does everything later; what they
+// agree about fails as it does there.
 func TestDifference(t *testing.T) {
 	const size = 1 << 20
 	g := drivertest.NewGraph(t)

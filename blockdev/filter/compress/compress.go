@@ -21,8 +21,8 @@ func open(o *driver.Opening, _ *types.BlockdevOptionsGenericFormat) (graph.Drive
 	return d, nil
 }
 
-// Caps implements graph.Driver. Requests are whole clusters, as only these can be compressed. Reads may pass the filter
-// unseen; CopyFrom keeps writes from doing so.
+// Caps implements graph.Driver. Requests are whole clusters, as only these can be compressed. Reads
+// may pass the filter unseen; CopyFrom keeps writes from doing so.
 func (d *filter) Caps() graph.Caps {
 	c := d.Passthrough.Caps()
 	c.Limits.RequestAlign = max(c.Limits.ClusterSize, 1)

@@ -13,8 +13,8 @@ import (
 	"qblockd/graph/perm"
 )
 
-// TestBooksAreBounded: a guest that writes all over a huge disk gets an error when the books of what was copied become too large; what was acknowledged is
-// copied, and the memory is bounded.
+// TestBooksAreBounded: a guest that writes all over a huge disk gets an error when the books of
+// what was copied become too large; what was acknowledged is copied, and the memory is bounded.
 func TestBooksAreBounded(t *testing.T) {
 	const size, most = int64(1) << 61, 1 << 20
 	defer func(was int64) { maxBooks = was }(maxBooks)

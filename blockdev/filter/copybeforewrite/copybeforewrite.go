@@ -1,5 +1,5 @@
-// Package copybeforewrite is the filter that keeps a point in time: before a part of its file is written, what was there is copied to a
-// target. A backup job copies the rest.
+// Package copybeforewrite is the filter that keeps a point in time: before a part of its file is
+// written, what was there is copied to a target. A backup job copies the rest.
 //
 //	guests        job
 //	   \          /
@@ -12,8 +12,9 @@
 //	to do --taken by a guest's write or by the job--> being copied --> done
 //	   ^------------------------- failed ------------------'
 //
-// A guest's write waits for the clusters that it touches, and for no others: those to do it copies itself, at once; for those being
-// copied it waits. Who copies holds its unit of work and waits for nothing but I/O.
+// A guest's write waits for the clusters that it touches, and for no others: those to do it copies
+// itself, at once; for those being copied it waits. Who copies holds its unit of work and waits for
+// nothing but I/O.
 //
 // Locks: State.mu, a leaf, held for moments only.
 package copybeforewrite
@@ -37,12 +38,13 @@ const DriverName = "copy-before-write"
 const (
 	// minCluster is the least that is copied at once, in bytes.
 	minCluster = 64 << 10
-	// MaxCopy is the most that one copy takes, in bytes: who waits for a cluster that somebody else copies waits no longer than that takes.
+	// MaxCopy is the most that one copy takes, in bytes: who waits for a cluster that somebody else
+	// copies waits no longer than that takes.
 	MaxCopy = 1 << 20
 )
 
-// maxBooks is the memory for what is to do and done, in bytes: enough for 512 TiB of clusters of 64 KiB, however they are written to. Of larger disks
-// more than that cannot be copied piecemeal.
+// maxBooks is the memory for what is to do and done, in bytes: enough for 512 TiB of clusters of 64
+// KiB, however they are written to. Of larger disks more than that cannot be copied piecemeal.
 var maxBooks int64 = 2 << 30
 
 // State is what is to be copied and what is being copied.
@@ -82,7 +84,8 @@ type running struct {
 	over   chan struct{}
 }
 
-// ClusterSize is the unit of copies to target, in bytes: at least 64 KiB, and no less than what the target allocates.
+// ClusterSize is the unit of copies to target, in bytes: at least 64 KiB, and no less than what the
+// target allocates.
 func ClusterSize(target *graph.Node) int64 {
 	return max(minCluster, target.Caps().Limits.ClusterSize)
 }
@@ -90,7 +93,8 @@ func ClusterSize(target *graph.Node) int64 {
 // Pending are the clusters that are to be copied. Before the filter is in use its owner sets them.
 func (s *State) Pending() *bitmap.Bitmap { return s.pending }
 
-// Access are the clusters that can be read as they were. Before the filter is in use its owner sets them.
+// Access are the clusters that can be read as they were. Before the filter is in use its owner sets
+// them.
 func (s *State) Access() *bitmap.Bitmap { return s.access }
 
 // Guests is set whenever a request of a guest passes the filter.
@@ -102,7 +106,8 @@ func (s *State) passing(r *blk.Req) {
 	}
 }
 
-// OnCopied lets f count the bytes that are copied, whoever does that. f is called with a lock held and takes none. Set before the filter is in use.
+// OnCopied lets f count the bytes that are copied, whoever does that. f is called with a lock held
+// and takes none. Set before the filter is in use.
 func (s *State) OnCopied(f func(n int64)) { s.copied = f }
 
 // CopyThroughMemory keeps the kernel from copying. Set before the filter is in use.
@@ -118,7 +123,8 @@ func (s *State) target() *graph.Edge { return s.node.Child("target") }
 // Skip takes clusters of [off, off+n), a range of whole clusters, off the list of those to do.
 func (s *State) Skip(off, n int64) { s.pending.Clear(off, n) }
 
-// Remaining calls tell with how many bytes are to be copied or being copied. No copy is counted as over (OnCopied) meanwhile.
+// Remaining calls tell with how many bytes are to be copied or being copied. No copy is counted as
+// over (OnCopied) meanwhile.
 func (s *State) Remaining(tell func(n int64)) {
 	s.mu.Lock()
 	defer s.mu.Unlock()
@@ -129,7 +135,8 @@ func (s *State) Remaining(tell func(n int64)) {
 	tell(n)
 }
 
-// Over tells whether nothing is to do and nothing is being copied, at one point in time: a copy that fails is to do again.
+// Over tells whether nothing is to do and nothing is being copied, at one point in time: a copy
+// that fails is to do again.
 func (s *State) Over() bool {
 	s.mu.Lock()
 	defer s.mu.Unlock()
@@ -139,19 +146,22 @@ func (s *State) Over() bool {
 // counted is the length of a copy as Bitmap.Count counts.
 func (s *State) counted(c *running) int64 { return blk.AlignUp(c.n, s.cluster) }
 
-// clean tells whether nothing of [off, off+n) is to do or being copied or read. A copy that fails between the two looks would be seen by
-// neither: its clusters were not to do at the first, and it is over at the second. So failures are counted.
+// clean tells whether nothing of [off, off+n) is to do or being copied or read. A copy that fails
+// between the two looks would be seen by neither: its clusters were not to do at the first, and it
+// is over at the second. So failures are counted.
 func (s *State) clean(off, n int64) bool {
 	before := s.failed.Load()
 	_, _, dirty := s.pending.NextDirty(off, off+n)
 	return !dirty && s.active.Load() == 0 && s.readers.Load() == 0 && s.failed.Load() == before
 }
 
-// Copy copies what is to do of the clusters that [off, off+n) touches, and waits for those that others copy. Errors: *graph.CopyError, with the
-// clusters to do again; the cause of the end of r's context; blk.ErrWouldBlock.
+// Copy copies what is to do of the clusters that [off, off+n) touches, and waits for those that
+// others copy. Errors: *graph.CopyError, with the clusters to do again; the cause of the end of r's
+// context; blk.ErrWouldBlock.
 func (s *State) Copy(r *blk.Req, off, n int64) error { return s.copyAll(r, off, n, s.copied) }
 
-// CopyCounting is Copy that returns how much it has copied by itself, as Bitmap.Count counts, instead of telling OnCopied.
+// CopyCounting is Copy that returns how much it has copied by itself, as Bitmap.Count counts,
+// instead of telling OnCopied.
 func (s *State) CopyCounting(r *blk.Req, off, n int64) (copied int64, err error) {
 	err = s.copyAll(r, off, n, func(n int64) { copied += n })
 	return copied, err
@@ -200,7 +210,8 @@ func (s *State) copyTaken(r *blk.Req, c *running, copied func(n int64)) error {
 // errPanic is the error of a copy that has not come to its end.
 var errPanic = errors.New("panic")
 
-// SameZeroes is how much from off on, clusters to do of at most n bytes, reads as zeroes on both sides.
+// SameZeroes is how much from off on, clusters to do of at most n bytes, reads as zeroes on both
+// sides.
 func (s *State) SameZeroes(r *blk.Req, off, n int64) int64 {
 	end := off + n
 	for _, e := range []*graph.Edge{s.source(), s.target()} {
@@ -216,8 +227,8 @@ func (s *State) SameZeroes(r *blk.Req, off, n int64) int64 {
 	return max(blk.AlignDown(off+n, s.cluster)-off, 0)
 }
 
-// SkipZeroes is Copy for a range of any length that SameZeroes has found, and on whose target nothing has to be allocated. What is not zeroes any more stays to
-// do.
+// SkipZeroes is Copy for a range of any length that SameZeroes has found, and on whose target
+// nothing has to be allocated. What is not zeroes any more stays to do.
 func (s *State) SkipZeroes(r *blk.Req, off, n int64) (skipped int64) {
 	for end := off + n; off < end; {
 		c, _ := s.take(off, end, n)
@@ -230,7 +241,8 @@ func (s *State) SkipZeroes(r *blk.Req, off, n int64) (skipped int64) {
 	return skipped
 }
 
-// skipTaken gives c back, as done where both sides still read as zeroes, and returns what that counts as.
+// skipTaken gives c back, as done where both sides still read as zeroes, and returns what that
+// counts as.
 func (s *State) skipTaken(r *blk.Req, c *running) (skipped int64) {
 	err := errNotSame
 	defer func() { s.release(c, err, func(n int64) { skipped += n }) }()
@@ -242,11 +254,13 @@ func (s *State) skipTaken(r *blk.Req, c *running) (skipped int64) {
 
 var errNotSame = errors.New("not zeroes any more")
 
-// crowded tells whether the books of what is to do and done have become too large: they are exact, so each write to a far part of a huge disk adds to them.
+// crowded tells whether the books of what is to do and done have become too large: they are exact,
+// so each write to a far part of a huge disk adds to them.
 func (s *State) crowded() bool { return s.pending.Memory()+s.done.Memory() > maxBooks }
 
-// Stop lets nobody copy any more, and waits for the copies under way: what is to do now is to do for ever, and guests' writes go to the source alone, so
-// that the point in time is spoilt for its readers. It is called without a unit of work. Error: the cause of the end of ctx.
+// Stop lets nobody copy any more, and waits for the copies under way: what is to do now is to do
+// for ever, and guests' writes go to the source alone, so that the point in time is spoilt for its
+// readers. It is called without a unit of work. Error: the cause of the end of ctx.
 func (s *State) Stop(ctx context.Context) error {
 	s.broken.Store(true)
 	s.mu.Lock()
@@ -258,7 +272,8 @@ func (s *State) Stop(ctx context.Context) error {
 // Copied are the clusters that were copied.
 func (s *State) Copied() *bitmap.Bitmap { return s.done }
 
-// take begins a copy of the first clusters to do in [lo, end), most bytes at most, or returns what to wait for; nil, nil if there is neither.
+// take begins a copy of the first clusters to do in [lo, end), most bytes at most, or returns what
+// to wait for; nil, nil if there is neither.
 func (s *State) take(lo, end, most int64) (*running, <-chan struct{}) {
 	s.mu.Lock()
 	defer s.mu.Unlock()
@@ -278,7 +293,8 @@ func (s *State) take(lo, end, most int64) (*running, <-chan struct{}) {
 	return c, nil
 }
 
-// WaitCopies waits until those copies are over that are under way now. It is called without a unit of work. Error: the cause of the end of ctx.
+// WaitCopies waits until those copies are over that are under way now. It is called without a unit
+// of work. Error: the cause of the end of ctx.
 func (s *State) WaitCopies(ctx context.Context) error {
 	s.mu.Lock()
 	var l []<-chan struct{}
@@ -371,8 +387,8 @@ func (s *State) copy(r *blk.Req, c *running) error {
 	return nil
 }
 
-// wholeClusters makes an extent at off, where a cluster begins, cover whole clusters: they are compressed as a whole. One that is zero in part
-// only is data.
+// wholeClusters makes an extent at off, where a cluster begins, cover whole clusters: they are
+// compressed as a whole. One that is zero in part only is data.
 func (s *State) wholeClusters(x blk.Extent, off, end int64) blk.Extent {
 	if off+x.N >= end {
 		return x

@@ -19,8 +19,8 @@ type Driver struct {
 	State
 }
 
-// New makes the filter of a hidden node whose children will be named "file" and "target". size and cluster are in bytes; with compressed, copies
-// are written compressed. Nothing is to do yet.
+// New makes the filter of a hidden node whose children will be named "file" and "target". size and
+// cluster are in bytes; with compressed, copies are written compressed. Nothing is to do yet.
 func New(node *graph.Node, size, cluster int64, compressed bool) *Driver {
 	d := &Driver{graph.Passthrough{Node: node}, State{
 		node: node, cluster: cluster, compressed: compressed,
@@ -76,7 +76,8 @@ func (d *Driver) before(r *blk.Req, off, n int64) error {
 	return err
 }
 
-// copyInTime is Copy that is given up when the time is over: it then goes on by itself, as what is in the kernel cannot be called back.
+// copyInTime is Copy that is given up when the time is over: it then goes on by itself, as what is
+// in the kernel cannot be called back.
 func (d *Driver) copyInTime(r *blk.Req, off, n int64) error {
 	if d.timeout == 0 || r.NoWait {
 		return d.Copy(r, off, n)
@@ -118,7 +119,8 @@ func (d *Driver) Zero(r *blk.Req, off, n int64, f blk.Flags) error {
 	return d.Below().Zero(r, off, n, f)
 }
 
-// Flush implements graph.Flusher: guests' flushes do not wait for the target, nor fail with it. Who wants the copy on stable storage flushes the target.
+// Flush implements graph.Flusher: guests' flushes do not wait for the target, nor fail with it. Who
+// wants the copy on stable storage flushes the target.
 func (d *Driver) Flush(r *blk.Req) error {
 	if s := d.Below(); s != nil {
 		return s.Flush(r)
@@ -137,8 +139,9 @@ func (d *Driver) Discard(r *blk.Req, off, n int64) error {
 // Resize implements graph.Resizer: the size stays while there is a point in time to keep.
 func (d *Driver) Resize(context.Context, int64, blk.Prealloc) error { return blk.ErrNotSupported }
 
-// EdgeClaim implements graph.Permer. The target is written to, and others may write to it, too (the guests' disk may be in its chain), but not
-// change its size. The source must hold still but for what comes through the filter.
+// EdgeClaim implements graph.Permer. The target is written to, and others may write to it, too (the
+// guests' disk may be in its chain), but not change its size. The source must hold still but for
+// what comes through the filter.
 func (d *Driver) EdgeClaim(child string, role perm.Role, up perm.Claim, readOnly bool) perm.Claim {
 	if child == "target" {
 		return perm.Claim{Need: perm.Write, Share: perm.All &^ perm.Resize}

@@ -25,7 +25,8 @@ func (o *overlay) ReadAt(r *blk.Req, v blk.Vec, off int64, _ blk.Flags) error {
 	return o.node.Backing().ReadAt(r, v, off, 0)
 }
 
-// TestReadersOfTarget: who reads the source through the target has what was there before a guest changes it: the guest's write waits for that read.
+// TestReadersOfTarget: who reads the source through the target has what was there before a guest
+// changes it: the guest's write waits for that read.
 func TestReadersOfTarget(t *testing.T) {
 	g := drivertest.NewGraph(t)
 	was := bytes.Repeat([]byte{1}, size)

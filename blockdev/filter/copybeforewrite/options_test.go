@@ -38,7 +38,8 @@ func do(t *testing.T, root *graph.Root, f func(r *blk.Req) error) error {
 	return f(r)
 }
 
-// TestTimeout: a write waits a second for a copy that takes longer; then it fails, or the point in time is spoilt. The copy goes on, and a drain waits for it.
+// TestTimeout: a write waits a second for a copy that takes longer; then it fails, or the point in
+// time is spoilt. The copy goes on, and a drain waits for it.
 func TestTimeout(t *testing.T) {
 	for _, mode := range []types.OnCbwError{types.OnCbwErrorBreakGuestWrite, types.OnCbwErrorBreakSnapshot} {
 		t.Run(string(mode), func(t *testing.T) {

@@ -14,7 +14,8 @@ import (
 	"qblockd/graph/blk"
 )
 
-// TestPanicGivesBack: a copy that ends in a panic is over, and its clusters are to do again; nobody waits for it for ever.
+// TestPanicGivesBack: a copy that ends in a panic is over, and its clusters are to do again; nobody
+// waits for it for ever.
 func TestPanicGivesBack(t *testing.T) {
 	defer panics.Contain()()
 	defer slog.SetDefault(slog.Default())

@@ -42,7 +42,8 @@ func open(o *driver.Opening, u *types.BlockdevOptionsCbw) (graph.Driver, error) 
 	return d, err
 }
 
-// bitmapPart is what a bitmap holds that says what the point in time consists of; nil if there is none.
+// bitmapPart is what a bitmap holds that says what the point in time consists of; nil if there is
+// none.
 func bitmapPart(g *graph.Graph, b *types.BlockDirtyBitmap, size int64) (*bitmap.Bitmap, error) {
 	if b == nil {
 		return nil, nil
@@ -91,8 +92,8 @@ func (d *Driver) SnapshotStatus(r *blk.Req, off, n int64) (x blk.Extent, err err
 	return blk.Extent{N: x.N, Data: x.Data, Zero: x.Zero, Allocated: true}, err
 }
 
-// DiscardSnapshot implements graph.SnapshotReader: the whole clusters of the range are given up. Of the point in time of a backup nothing is given up, as the
-// job's copy is to be whole.
+// DiscardSnapshot implements graph.SnapshotReader: the whole clusters of the range are given up. Of
+// the point in time of a backup nothing is given up, as the job's copy is to be whole.
 func (d *Driver) DiscardSnapshot(r *blk.Req, off, n int64) error {
 	size := d.pending.Size()
 	lo, hi := blk.AlignUp(off, d.cluster), blk.AlignDown(off+n, d.cluster)
@@ -115,8 +116,8 @@ func (d *Driver) DiscardSnapshot(r *blk.Req, off, n int64) error {
 	return d.target().Discard(r, lo, hi-lo)
 }
 
-// keptLocked is how much of [off, off+n), none of which is done, is kept from changing: what is to be copied or being copied. A backup of
-// less than all leaves the rest to the guests.
+// keptLocked is how much of [off, off+n), none of which is done, is kept from changing: what is to
+// be copied or being copied. A backup of less than all leaves the rest to the guests.
 // +checklocks:d.mu
 func (d *Driver) keptLocked(off, n int64) int64 {
 	clean, ok := d.pending.NextClean(off, off+n)
@@ -134,8 +135,9 @@ func (d *Driver) keptLocked(off, n int64) int64 {
 	return 0
 }
 
-// reader calls f for a prefix of [off, off+n) with the edge that leads to what was there: to the target where that was copied, else
-// to the source, which nobody changes there until f returns. It waits for nobody.
+// reader calls f for a prefix of [off, off+n) with the edge that leads to what was there: to the
+// target where that was copied, else to the source, which nobody changes there until f returns. It
+// waits for nobody.
 func (d *Driver) reader(off, n int64, f func(e *graph.Edge, n int64) error) (int64, error) {
 	if d.broken.Load() {
 		return 0, errBroken

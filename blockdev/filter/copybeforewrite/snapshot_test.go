@@ -71,7 +71,8 @@ func (f *fleece) write(off int64, p []byte) error {
 	return unit(f.guest, func(r *blk.Req) error { return f.guest.WriteAt(r, blk.Buf(p), off, 0) })
 }
 
-// What is read is what was there, wherever guests write, zero or discard at the same time; what is said to be zero was.
+// What is read is what was there, wherever guests write, zero or discard at the same time; what is
+// said to be zero was.
 func TestFleecing(t *testing.T) {
 	f := newFleece(t, types.BlockdevOptionsCbw{})
 	stop := make(chan struct{})
@@ -162,7 +163,8 @@ func TestFailingCopy(t *testing.T) {
 	}
 }
 
-// A discard gives up whole clusters of the point in time: they cannot be read any more and are not copied; all else is as it was.
+// A discard gives up whole clusters of the point in time: they cannot be read any more and are not
+// copied; all else is as it was.
 func TestDiscardedSnapshot(t *testing.T) {
 	f := newFleece(t, types.BlockdevOptionsCbw{})
 	discard := func(off, n int64) error {
@@ -216,7 +218,8 @@ func TestSnapshotWithoutKeeper(t *testing.T) {
 	}
 }
 
-// TestSnapshotBelowFilter: another filter that is put above the one with the point in time does not come between it and its readers.
+// TestSnapshotBelowFilter: another filter that is put above the one with the point in time does not
+// come between it and its readers.
 func TestSnapshotBelowFilter(t *testing.T) {
 	f := newFleece(t, types.BlockdevOptionsCbw{})
 	tx := f.g.Begin(t.Context())

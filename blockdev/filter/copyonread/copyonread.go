@@ -1,5 +1,5 @@
-// Package copyonread is the filter copy-on-read: what is read through it and lies in a backing file is written to its file, so that it
-// is read from there the next time.
+// Package copyonread is the filter copy-on-read: what is read through it and lies in a backing file
+// is written to its file, so that it is read from there the next time.
 package copyonread
 
 import (
@@ -19,7 +19,8 @@ type filter struct {
 	unfreeze func()      // of the chain down to bottom; nil without one
 }
 
-// open opens the filter. The option bottom freezes the chain down to that node until the filter is closed.
+// open opens the filter. The option bottom freezes the chain down to that node until the filter is
+// closed.
 func open(o *driver.Opening, u *types.BlockdevOptionsCor) (graph.Driver, error) {
 	d := &filter{Passthrough: graph.Passthrough{Node: o.Node}}
 	if u.Bottom == nil {
@@ -53,7 +54,7 @@ func (d *filter) Close() error {
 // Caps implements graph.Driver. The filter sees what is read; what is written may pass it.
 func (d *filter) Caps() graph.Caps {
 	c := d.Passthrough.Caps()
-	c.WriteFlags |= blk.Compressed // whether or not the node below takes it, as in the reference
+	c.WriteFlags |= blk.Compressed // whether or not the node below takes it, as in QEMU
 	c.Transparent = true
 	return c
 }
@@ -88,7 +89,8 @@ func (d *filter) ReadAt(r *blk.Req, v blk.Vec, off int64, f blk.Flags) error {
 	return nil
 }
 
-// EdgeClaim implements graph.Permer: what the parents take, and the right to write what does not change the data.
+// EdgeClaim implements graph.Permer: what the parents take, and the right to write what does not
+// change the data.
 func (d *filter) EdgeClaim(_ string, _ perm.Role, up perm.Claim, _ bool) perm.Claim {
 	return perm.Claim{Need: up.Need | perm.WriteUnchanged, Share: up.Share | perm.WriteUnchanged}
 }

@@ -9,7 +9,8 @@ import (
 	"qblockd/schema/types"
 )
 
-// TestSuite: the filter above a file without a backing file changes nothing. What it copies is told by recorded conversations.
+// TestSuite: the filter above a file without a backing file changes nothing. What it copies is told
+// by recorded conversations.
 func TestSuite(t *testing.T) {
 	mem := "mem"
 	for name, o := range map[string]*types.BlockdevOptionsCor{"all": {}, "bottom": {Bottom: &mem}} {

@@ -1,11 +1,13 @@
-// Package preallocate is the filter preallocate: when a write makes its file longer, it makes the file longer still, in large steps, so that the file system has
-// less to do at each write and finds room in larger pieces. What was not needed is given back when nobody may write any more.
+// Package preallocate is the filter preallocate: when a write makes its file longer, it makes the
+// file longer still, in large steps, so that the file system has less to do at each write and finds
+// room in larger pieces. What was not needed is given back when nobody may write any more.
 //
 //	data            preallocated zeroes
 //	|---------------|-------------------|
 //	0            dataEnd             fileEnd
 //
-// Parents see the file end at dataEnd. Both ends are known only while parents may write and resize, and nobody else does.
+// Parents see the file end at dataEnd. Both ends are known only while parents may write and resize,
+// and nobody else does.
 package preallocate
 
 import (
@@ -259,7 +261,8 @@ func (d *filter) PermCommit() {
 // PermAbort implements graph.PermTaker.
 func (d *filter) PermAbort() {}
 
-// EdgeClaim implements graph.Permer: nobody else may write to the file or change its size while the filter does.
+// EdgeClaim implements graph.Permer: nobody else may write to the file or change its size while the
+// filter does.
 func (d *filter) EdgeClaim(_ string, role perm.Role, up perm.Claim, readOnly bool) perm.Claim {
 	c := perm.Default(role, up, !readOnly, false)
 	if writes(c.Need) {

@@ -130,7 +130,8 @@ func (s *stingy) Zero(r *blk.Req, off, n int64, f blk.Flags) error {
 	return s.MemFile.Zero(r, off, n, f)
 }
 
-// TestParallelGrowth: many write behind the end at the same time, growth fails now and then, and nothing is lost.
+// TestParallelGrowth: many write behind the end at the same time, growth fails now and then, and
+// nothing is lost.
 func TestParallelGrowth(t *testing.T) {
 	const writers, each, block = 8, 64, 4096
 	g := drivertest.NewGraph(t)

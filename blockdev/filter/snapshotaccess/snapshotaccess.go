@@ -1,5 +1,5 @@
-// Package snapshotaccess is the driver snapshot-access: it shows the point in time that a copy-before-write filter keeps, while guests go on
-// writing through that filter.
+// Package snapshotaccess is the driver snapshot-access: it shows the point in time that a
+// copy-before-write filter keeps, while guests go on writing through that filter.
 package snapshotaccess
 
 import (
@@ -34,7 +34,8 @@ func keeper(n *graph.Node) (graph.SnapshotReader, error) {
 	return nil, fmt.Errorf("Node '%s' keeps no point in time: %w", n.Name(), blk.ErrNotSupported)
 }
 
-// below is asked for each request: where the filter is one of a job it leaves the graph with the job.
+// below is asked for each request: where the filter is one of a job it leaves the graph with the
+// job.
 func (d *view) below() (graph.SnapshotReader, error) { return keeper(d.node.File().Node()) }
 
 // Caps implements graph.Driver.
@@ -43,7 +44,8 @@ func (d *view) Caps() graph.Caps { return graph.Caps{} }
 // Size implements graph.Driver: that of the point in time.
 func (d *view) Size() int64 { return d.size }
 
-// KeepsChild implements graph.ChildKeeper: another filter above the one that keeps the point in time, or an overlay, knows nothing of it.
+// KeepsChild implements graph.ChildKeeper: another filter above the one that keeps the point in
+// time, or an overlay, knows nothing of it.
 func (d *view) KeepsChild() {}
 
 // Close implements graph.Driver.
@@ -67,7 +69,8 @@ func (d *view) Status(r *blk.Req, off, n int64) (blk.Extent, error) {
 	return s.SnapshotStatus(r, off, n)
 }
 
-// Discard implements graph.Discarder: the range is given up. It cannot be read any more, and is not copied before it is written to.
+// Discard implements graph.Discarder: the range is given up. It cannot be read any more, and is not
+// copied before it is written to.
 func (d *view) Discard(r *blk.Req, off, n int64) error {
 	s, err := d.below()
 	if err != nil {

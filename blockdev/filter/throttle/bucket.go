@@ -13,9 +13,9 @@ const (
 	writing
 )
 
-// buckets are the state of the limits: a bucket for each, which requests fill and time empties. A request may pass when none of the
-// buckets that concern it is fuller than its limit allows; then it fills them, however large it is. So what is too
-// large is paid for by those that come later.
+// buckets are the state of the limits: a bucket for each, which requests fill and time empties. A
+// request may pass when none of the buckets that concern it is fuller than its limit allows; then
+// it fills them, however large it is. So what is too large is paid for by those that come later.
 type buckets struct {
 	limits Limits
 	fill   [numBuckets]struct {
@@ -44,7 +44,8 @@ func (b *buckets) leak(now time.Duration) {
 	}
 }
 
-// wait is how long the next request of a direction has to wait from the last leak on; 0: not at all.
+// wait is how long the next request of a direction has to wait from the last leak on; 0: not at
+// all.
 func (b *buckets) wait(dir direction) time.Duration {
 	var most time.Duration
 	for _, i := range concern[dir] {

@@ -11,8 +11,9 @@ import (
 	"qblockd/graph/blk"
 )
 
-// Group is a set of limits and the filters that share them. What the limits let through goes to the members by turns; reads and
-// writes take turns as well where a limit concerns both. The requests of a member keep their order.
+// Group is a set of limits and the filters that share them. What the limits let through goes to the
+// members by turns; reads and writes take turns as well where a limit concerns both. The requests
+// of a member keep their order.
 type Group struct {
 	name    string
 	clock   clock.Clock
@@ -58,7 +59,8 @@ func (g *Group) Limits() Limits {
 	return g.b.limits
 }
 
-// SetLimits replaces the limits, which have been checked. They start afresh, and requests that wait do so by the new ones.
+// SetLimits replaces the limits, which have been checked. They start afresh, and requests that wait
+// do so by the new ones.
 func (g *Group) SetLimits(l Limits) {
 	g.mu.Lock()
 	defer g.mu.Unlock()
@@ -182,8 +184,9 @@ func (q *queue) remove(w *waiter) {
 // pass is proof of having been counted; the zero value is that of a request that was not.
 type pass struct{ round uint64 }
 
-// enter waits until a request of n bytes may pass, and counts it. Errors: blk.ErrWouldBlock, the cause of the end of r's context; then
-// nothing is counted. Nothing is allocated but by the first to wait.
+// enter waits until a request of n bytes may pass, and counts it. Errors: blk.ErrWouldBlock, the
+// cause of the end of r's context; then nothing is counted. Nothing is allocated but by the first
+// to wait.
 func (m *Member) enter(r *blk.Req, dir direction, n int64) (pass, error) {
 	g := m.g
 	if !g.limited.Load() {

@@ -43,7 +43,8 @@ func passes(t *testing.T, m *Member, dir direction, n int64) (k int) {
 	}
 }
 
-// TestRates: how much passes at once, and in each of the seconds that follow when everybody takes what they can.
+// TestRates: how much passes at once, and in each of the seconds that follow when everybody takes
+// what they can.
 func TestRates(t *testing.T) {
 	for _, c := range []struct {
 		name string
@@ -168,7 +169,8 @@ func waiting(g *Group) [2]int {
 	return g.waiting
 }
 
-// TestTurns: members go by turns however many requests each has, in the order of each, and so do reads and writes.
+// TestTurns: members go by turns however many requests each has, in the order of each, and so do
+// reads and writes.
 func TestTurns(t *testing.T) {
 	c, now := newCrowd(t, limit(iopsTotal, rate{avg: 10}))
 	a, b, z := c.g.Join(), c.g.Join(), c.g.Join()
@@ -202,7 +204,8 @@ func TestTurns(t *testing.T) {
 	}
 }
 
-// TestLetGo: those who wait go on when their context ends, when the limits go, and when a drain waits for them.
+// TestLetGo: those who wait go on when their context ends, when the limits go, and when a drain
+// waits for them.
 func TestLetGo(t *testing.T) {
 	c, now := newCrowd(t, limit(iopsTotal, rate{avg: 1}))
 	a, b := c.g.Join(), c.g.Join()

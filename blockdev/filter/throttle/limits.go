@@ -9,7 +9,7 @@ import (
 	"qblockd/schema/types"
 )
 
-// The limits of a group, in the order in which the reference checks them.
+// The limits of a group, in the order in which QEMU checks them.
 const (
 	bpsTotal = iota
 	bpsRead
@@ -26,11 +26,12 @@ var bucketNames = [numBuckets]string{"bps-total", "bps-read", "bps-write", "iops
 // maxValue is the largest rate.
 const maxValue = 1000000000000000
 
-// rate is one limit: units a second on average, at most max a second in bursts, which last at most length seconds. A max of 0:
-// no bursts but of a tenth of a second's share.
+// rate is one limit: units a second on average, at most max a second in bursts, which last at most
+// length seconds. A max of 0: no bursts but of a tenth of a second's share.
 type rate struct{ avg, max, length uint64 }
 
-// Limits are what a group is to keep to. The numbers are kept as they were given; Check tells whether they make sense.
+// Limits are what a group is to keep to. The numbers are kept as they were given; Check tells
+// whether they make sense.
 type Limits struct {
 	rates [numBuckets]rate
 	size  uint64 // bytes beyond which a request counts as several; 0: none does
@@ -66,8 +67,8 @@ func fields(o *types.ThrottleLimits) [numBuckets][3]**int64 {
 	}
 }
 
-// Apply takes over what o gives and checks the whole, as in the reference: negative numbers are not looked for, they are too large. l is
-// undefined after an error.
+// Apply takes over what o gives and checks the whole, as in QEMU: negative numbers are not
+// looked for, they are too large. l is undefined after an error.
 func (l *Limits) Apply(o *types.ThrottleLimits) error {
 	for i, f := range fields(o) {
 		r := &l.rates[i]
@@ -147,7 +148,7 @@ func (l *Limits) set(name string, n int64) error {
 	case n < 0:
 		return errors.New("Property values cannot be negative")
 	case length && n > math.MaxUint32:
-		return fmt.Errorf("x-%s value must be in therange [0, %d]", name, uint32(math.MaxUint32)) // the reference's typing
+		return fmt.Errorf("x-%s value must be in therange [0, %d]", name, uint32(math.MaxUint32)) // QEMU's typing
 	}
 	*v = uint64(n)
 	return nil
@@ -183,7 +184,7 @@ func FromOptions(o *types.ThrottleGroupProperties) (Limits, error) {
 	return l, l.Check()
 }
 
-// Check says what is wrong with the limits, in the reference's words and order.
+// Check says what is wrong with the limits, in QEMU's words and order.
 func (l *Limits) Check() error {
 	r := &l.rates
 	both := func(total, read, write uint64) bool { return total != 0 && (read != 0 || write != 0) }

@@ -10,7 +10,8 @@ import (
 	"qblockd/schema/types"
 )
 
-// The filter in a group without limits and in one that is limited in every way, but never holds anything up.
+// The filter in a group without limits and in one that is limited in every way, but never holds
+// anything up.
 func TestSuite(t *testing.T) {
 	const much = 1 << 40
 	wide := NoLimits()

@@ -1,14 +1,16 @@
-// Package throttle is the filter throttle and the groups whose limits it keeps to: requests pass, but no faster than the group allows.
+// Package throttle is the filter throttle and the groups whose limits it keeps to: requests pass,
+// but no faster than the group allows.
 //
-// A limit is a leaky bucket, as in the reference: what passes fills it, time empties it, and while it is too full requests wait.
-// Flushes and questions about allocation are not limited.
+// A limit is a leaky bucket, as in QEMU: what passes fills it, time empties it, and while
+// it is too full requests wait. Flushes and questions about allocation are not limited.
 //
 // # Waiting
 //
-// A request waits in the filter, inside its unit of work: what it amounts to is known nowhere else, as formats above make several
-// requests of one. So that nobody waits for a limit through a gate, the filter is a graph.Drainer: while a drain waits for units that
-// reach it, whatever waits here goes on at once, counted. What it goes beyond the limits is paid for by those that come later. A unit
-// of work that must not wait is told blk.ErrWouldBlock, and nothing is counted.
+// A request waits in the filter, inside its unit of work: what it amounts to is known nowhere else,
+// as formats above make several requests of one. So that nobody waits for a limit through a gate,
+// the filter is a graph.Drainer: while a drain waits for units that reach it, whatever waits here
+// goes on at once, counted. What it goes beyond the limits is paid for by those that come later. A
+// unit of work that must not wait is told blk.ErrWouldBlock, and nothing is counted.
 //
 // Locks: filter.mu > Group.mu, both held for moments only.
 package throttle
@@ -102,10 +104,11 @@ func (t *move) Abort() {
 
 func (d *filter) file() *graph.Edge { return d.Below() }
 
-// Caps implements graph.Driver. The filter is transparent, as it counts what is mapped and copied itself.
+// Caps implements graph.Driver. The filter is transparent, as it counts what is mapped and copied
+// itself.
 func (d *filter) Caps() graph.Caps {
 	c := d.Passthrough.Caps()
-	c.WriteFlags |= blk.Compressed // whether or not the node below takes it, as in the reference
+	c.WriteFlags |= blk.Compressed // whether or not the node below takes it, as in QEMU
 	c.Transparent = true
 	return c
 }

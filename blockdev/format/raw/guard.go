@@ -10,7 +10,8 @@ import (
 // guarded is how much of the file decides what its format is guessed to be.
 const guarded = 512
 
-// limits are those of the node: requests of whole sectors if the first one is guarded, so that no write changes a part of it unseen.
+// limits are those of the node: requests of whole sectors if the first one is guarded, so that no
+// write changes a part of it unseen.
 func (d *image) limits(below blk.Limits) blk.Limits {
 	l := blk.Limits{OptTransfer: below.OptTransfer, ClusterSize: d.cluster(below.ClusterSize)}
 	if d.guess != nil {
@@ -22,8 +23,9 @@ func (d *image) limits(below blk.Limits) blk.Limits {
 // guards tells whether a change at that place of the file has to be looked at.
 func (d *image) guards(at int64) bool { return at < guarded && d.guess != nil }
 
-// keepsRaw refuses a change that would make the file, which was guessed to be raw, look like an image of another format the next time: the first n
-// bytes of v, or zeroes if it is empty, at a place in the first sector. For a window that begins within that sector it reads the rest.
+// keepsRaw refuses a change that would make the file, which was guessed to be raw, look like an
+// image of another format the next time: the first n bytes of v, or zeroes if it is empty, at a
+// place in the first sector. For a window that begins within that sector it reads the rest.
 func (d *image) keepsRaw(r *blk.Req, v blk.Vec, at, n int64) error {
 	if n == 0 {
 		return nil

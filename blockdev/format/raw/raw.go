@@ -259,8 +259,8 @@ func (d *image) ActualSize() (int64, error) {
 	return 0, blk.ErrNotSupported
 }
 
-// ImageInfo implements graph.Informer: clusters and the dirty flag are those of the file. What else that has of its
-// format it tells itself.
+// ImageInfo implements graph.Informer: clusters and the dirty flag are those of the file. What else
+// that has of its format it tells itself.
 func (d *image) ImageInfo(info *types.ImageInfo) {
 	if i, ok := d.file.Node().Driver().(graph.Informer); ok {
 		var below types.ImageInfo

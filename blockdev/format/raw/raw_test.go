@@ -24,7 +24,7 @@ func open(g *graph.Graph, file *graph.Node, offset, size *int64) (*graph.Node, e
 
 func p(n int64) *int64 { return &n }
 
-// Texts as the reference's, and sizes rounded up to sectors.
+// Texts as QEMU's, and sizes rounded up to sectors.
 func TestOpen(t *testing.T) {
 	for _, c := range []struct {
 		offset, size *int64

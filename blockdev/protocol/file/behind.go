@@ -12,14 +12,16 @@ import (
 // behindBytes is how much jobs write before its write-back is started.
 const behindBytes = 8 << 20
 
-// behind starts the write-back of what jobs write while they go on: the flush at their end, which they all need, then finds little left, and the medium was not
-// idle until then. What guests write is left to the kernel, which waits for more of it.
+// behind starts the write-back of what jobs write while they go on: the flush at their end, which
+// they all need, then finds little left, and the medium was not idle until then. What guests write
+// is left to the kernel, which waits for more of it.
 type behind struct {
 	n    atomic.Int64 // bytes written since the last start
 	busy atomic.Bool  // one is being started, which may take as long as the medium's queue is full
 }
 
-// startWriteBack starts the write-back of all that is cached of a file. Nothing depends on it; what it could tell, the flush will.
+// startWriteBack starts the write-back of all that is cached of a file. Nothing depends on it; what
+// it could tell, the flush will.
 func startWriteBack(fd int) { _ = unix.SyncFileRange(fd, 0, 0, unix.SYNC_FILE_RANGE_WRITE) }
 
 // wrote is told of n bytes that r has written to h.

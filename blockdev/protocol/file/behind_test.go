@@ -6,7 +6,8 @@ import (
 	"qblockd/graph/blk"
 )
 
-// TestWriteBehind: write-back starts for what jobs write, each so many bytes, one at a time; never for guests, and not where nothing is to reach the medium.
+// TestWriteBehind: write-back starts for what jobs write, each so many bytes, one at a time; never
+// for guests, and not where nothing is to reach the medium.
 func TestWriteBehind(t *testing.T) {
 	dir := t.TempDir()
 	for _, c := range []struct {

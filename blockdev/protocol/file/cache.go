@@ -15,7 +15,8 @@ const checkWindow = 128 << 20
 
 var errCached = errors.New("page cache still in use!")
 
-// setCache takes drop-cache and x-check-cache-dropped over. To check means to drop, unless that is switched off.
+// setCache takes drop-cache and x-check-cache-dropped over. To check means to drop, unless that is
+// switched off.
 func (s *settings) setCache(o *types.BlockdevOptionsFile) {
 	s.check = o.XCheckCacheDropped != nil && *o.XCheckCacheDropped
 	s.drop = s.check
@@ -24,8 +25,9 @@ func (s *settings) setCache(o *types.BlockdevOptionsFile) {
 	}
 }
 
-// takeOver makes sure that what is read is not what this host remembers from a time when another host had the file: the
-// kernel forgets cached pages, if drop-cache says so. It blocks until all that is dirty is written.
+// takeOver makes sure that what is read is not what this host remembers from a time when another
+// host had the file: the kernel forgets cached pages, if drop-cache says so. It blocks until all
+// that is dirty is written.
 func (s *settings) takeOver(fd int) error {
 	if !s.drop || s.direct {
 		return nil

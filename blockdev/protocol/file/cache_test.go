@@ -9,7 +9,8 @@ import (
 	"qblockd/schema/types"
 )
 
-// TestDropCache: the pages of a file that was just written are cached, and gone if that is asked for.
+// TestDropCache: the pages of a file that was just written are cached, and gone if that is asked
+// for.
 func TestDropCache(t *testing.T) {
 	name := filepath.Join(t.TempDir(), "f")
 	content := make([]byte, 3<<20)

@@ -16,10 +16,11 @@ import (
 	"qblockd/schema/types"
 )
 
-// Create makes a regular file of the given size, or empties and resizes an existing one
-// that nobody uses. It blocks as long as the storage does, but no longer than ctx. begin, if not nil, is called once the file is there, and
-// nobody else can use it, and before its content is touched; also after Create has returned because ctx has ended. With an error of it nothing is touched,
-// and nothing new stays. What is there when Create fails later stays there; see driver.Made.
+// Create makes a regular file of the given size, or empties and resizes an existing one that nobody
+// uses. It blocks as long as the storage does, but no longer than ctx. begin, if not nil, is called
+// once the file is there, and nobody else can use it, and before its content is touched; also after
+// Create has returned because ctx has ended. With an error of it nothing is touched, and nothing
+// new stays. What is there when Create fails later stays there; see driver.Made.
 func Create(ctx context.Context, o *types.BlockdevCreateOptionsFile, begin func(driver.Made) error) error {
 	hint := uint64(1 << 20)
 	if o.ExtentSizeHint != nil {
@@ -88,7 +89,8 @@ func create(ctx context.Context, o *types.BlockdevCreateOptionsFile, hint uint32
 	return truncate(ctx, fd, int64(o.Size), p)
 }
 
-// remove removes a file from path, unless path leads to another one by now or somebody has begun to use it.
+// remove removes a file from path, unless path leads to another one by now or somebody has begun to
+// use it.
 func remove(path string, file graph.FileID) {
 	fd, err := openFile(path, path, unix.O_RDWR|unix.O_NOFOLLOW|unix.O_NONBLOCK, 0)
 	if err != nil {

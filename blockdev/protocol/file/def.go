@@ -29,14 +29,16 @@ var Def = func() *driver.Any {
 	return driver.Of(d)
 }()
 
-// HostDevice describes the driver host_device: block and character devices, which are there already.
+// HostDevice describes the driver host_device: block and character devices, which are there
+// already.
 var HostDevice = func() *driver.Any {
 	d := define(types.BlockdevDriverHostDevice, true)
 	d.Preexisting = true
 	return driver.Of(d)
 }()
 
-// define is what both have in common. The file name is all that matters for the data; the rest is about the host.
+// define is what both have in common. The file name is all that matters for the data; the rest is
+// about the host.
 func define(name types.BlockdevDriver, device bool) driver.Def[*types.BlockdevOptionsFile] {
 	return driver.Def[*types.BlockdevOptionsFile]{
 		Name: name, Kind: graph.Protocol,

@@ -50,7 +50,8 @@ type disk struct {
 	held     lockSet  // committed lock bytes, on cur
 	pending  *pending // prepared, neither committed nor aborted
 
-	// next are the settings that a reopen is about to change to, nil otherwise. It belongs to the transaction that has the node.
+	// next are the settings that a reopen is about to change to, nil otherwise. It belongs to the
+	// transaction that has the node.
 	next *settings
 }
 
@@ -126,7 +127,8 @@ func (d *disk) hold() *handle {
 	}
 }
 
-// enter waits for a place among the calls in the kernel, or for the end of r's root. Pairs with leave.
+// enter waits for a place among the calls in the kernel, or for the end of r's root. Pairs with
+// leave.
 func (d *disk) enter(r *blk.Req) error {
 	select {
 	case d.busy <- struct{}{}:

@@ -106,7 +106,8 @@ func TestFullDisk(t *testing.T) {
 	}
 }
 
-// TestZeroesOnFullDisk: ext4 leaves a file as long as it got where zeroes find no space, and so long it is then.
+// TestZeroesOnFullDisk: ext4 leaves a file as long as it got where zeroes find no space, and so
+// long it is then.
 func TestZeroesOnFullDisk(t *testing.T) {
 	dir, img := t.TempDir(), filepath.Join(t.TempDir(), "img")
 	if err := os.WriteFile(img, nil, 0o600); err != nil {

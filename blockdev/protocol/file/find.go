@@ -11,8 +11,8 @@ import (
 	"qblockd/graph/blk"
 )
 
-// findFile finds a file by its name without opening it (O_PATH). The links of /proc that lead to what a process has open, or sees as its root, are
-// not followed.
+// findFile finds a file by its name without opening it (O_PATH). The links of /proc that lead to
+// what a process has open, or sees as its root, are not followed.
 func findFile(name string) (int, error) {
 	const flags = unix.O_PATH | unix.O_CLOEXEC
 	fd, err := unix.Openat2(unix.AT_FDCWD, name, &unix.OpenHow{Flags: flags, Resolve: unix.RESOLVE_NO_MAGICLINKS})
@@ -22,7 +22,8 @@ func findFile(name string) (int, error) {
 	return findByText(name, flags)
 }
 
-// findByText is findFile for kernels that cannot do it: links are followed by what they say, which leads nowhere else than the words do.
+// findByText is findFile for kernels that cannot do it: links are followed by what they say, which
+// leads nowhere else than the words do.
 func findByText(name string, flags int) (int, error) {
 	path, err := filepath.EvalSymlinks(name)
 	if err == nil {

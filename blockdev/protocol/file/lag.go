@@ -9,9 +9,11 @@ import (
 	"golang.org/x/sys/unix"
 )
 
-// Lag implements graph.Lagging: what of the file the kernel has not written yet (before Linux 6.5 that of all files), and whether a call on a local
-// file system is under way: it cannot be interrupted, and a device that empties its cache shows nothing for seconds. It asks the kernel about pages only: whatever asks the
-// file system would wait for the very server that does not answer.
+// Lag implements graph.Lagging: what of the file the kernel has not written yet (before Linux 6.5
+// that of all files), and whether a call on a local file system is under way: it cannot be
+// interrupted, and a device that empties its cache shows nothing for seconds. It asks the kernel
+// about pages only: whatever asks the file system would wait for the very server that does not
+// answer.
 func (d *disk) Lag() (bytes int64, bound bool) {
 	h := d.hold()
 	if h == nil {
@@ -29,7 +31,8 @@ func (d *disk) Lag() (bytes int64, bound bool) {
 	return int64(s.Dirty+s.Writeback) * int64(os.Getpagesize()), bound
 }
 
-// unwritten is what of all files the kernel has not written yet, in bytes (proc(5), /proc/meminfo); 0 where that cannot be found out.
+// unwritten is what of all files the kernel has not written yet, in bytes (proc(5), /proc/meminfo);
+// 0 where that cannot be found out.
 func unwritten() (n int64) {
 	f, err := os.Open("/proc/meminfo")
 	if err != nil {

@@ -8,7 +8,8 @@ import (
 	"qblockd/graph/blk"
 )
 
-// TestLagAsksNoServer: a file system whose server does not answer must not hold up who looks for what moves.
+// TestLagAsksNoServer: a file system whose server does not answer must not hold up who looks for
+// what moves.
 func TestLagAsksNoServer(t *testing.T) {
 	kept := fstatfs
 	defer func() { fstatfs = kept }()
@@ -34,7 +35,8 @@ func TestLagAsksNoServer(t *testing.T) {
 	}
 }
 
-// TestLag: what was written shows until a flush has brought it to the medium, and a call under way on a local file system binds the driver.
+// TestLag: what was written shows until a flush has brought it to the medium, and a call under way
+// on a local file system binds the driver.
 func TestLag(t *testing.T) {
 	d := mustOpen(t, settings{name: mustFile(t, t.TempDir(), "f", 64<<20)})
 	if d.memory {

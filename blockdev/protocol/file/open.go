@@ -89,8 +89,9 @@ func openNow(s settings) (*disk, error) {
 	return d, nil
 }
 
-// open opens the file. One that has to be admitted is found first, without being opened: a FIFO would wait for its other end, and some
-// devices act when they are opened. Then that file is opened, whatever its name leads to by then.
+// open opens the file. One that has to be admitted is found first, without being opened: a FIFO
+// would wait for its other end, and some devices act when they are opened. Then that file is
+// opened, whatever its name leads to by then.
 func (s *settings) open(flags int) (int, error) {
 	if s.admit == nil {
 		return openFile(s.name, s.name, flags, 0)
@@ -164,8 +165,8 @@ func (d *disk) setup(h *handle) error {
 	return d.takeOver(h.fd) // last: what came before may have read
 }
 
-// alignments fills in what an open file asks of requests, and tells whether it has the restrictions of O_DIRECT when it was
-// opened so.
+// alignments fills in what an open file asks of requests, and tells whether it has the restrictions
+// of O_DIRECT when it was opened so.
 func (d *disk) alignments(fd int, direct bool, l *blk.Limits) (bool, error) {
 	l.RequestAlign, l.MemAlign = 1, 1
 	if !direct || d.memory {
@@ -215,7 +216,7 @@ func openSame(at int, name string, flags int) (int, error) {
 	return fd, err
 }
 
-// openFile is open(2) of path with errors in the reference's words, which speak of name.
+// openFile is open(2) of path with errors in QEMU's words, which speak of name.
 func openFile(path, name string, flags int, mode uint32) (int, error) {
 	for {
 		fd, err := unix.Open(path, flags|unix.O_CLOEXEC, mode)

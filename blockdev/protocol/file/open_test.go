@@ -54,7 +54,8 @@ func TestOpenErrors(t *testing.T) {
 	}
 }
 
-// TestFileWithoutEnd: what has no end is refused, as by the reference: it would be written to at the addresses of a process.
+// TestFileWithoutEnd: what has no end is refused, as by QEMU: it would be written to at
+// the addresses of a process.
 func TestFileWithoutEnd(t *testing.T) {
 	for _, ro := range []bool{true, false} {
 		_, err := openDisk(context.Background(), settings{name: "/proc/self/mem", driver: "file", ro: ro})

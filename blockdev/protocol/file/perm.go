@@ -198,7 +198,8 @@ func (r *resetting) Prepare(context.Context) error {
 	return nil
 }
 
-// Commit implements graph.Participant. It writes what changes and nothing else: queries read the names at any time.
+// Commit implements graph.Participant. It writes what changes and nothing else: queries read the
+// names at any time.
 func (r *resetting) Commit() {
 	d, s := &r.d.settings, &r.s
 	d.ro, d.auto, d.direct, d.noFlush, d.drop, d.check = s.ro, s.auto, s.direct, s.noFlush, s.drop, s.check

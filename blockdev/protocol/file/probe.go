@@ -14,8 +14,9 @@ const directSafe = 4096
 
 var fstatfs = unix.Fstatfs // but in tests
 
-// storageOf tells whether the file's contents live in memory, so that calls on it never wait for a medium, and whether no server of a file system,
-// in the network or in user space, has a part in what becomes of it. It asks that server.
+// storageOf tells whether the file's contents live in memory, so that calls on it never wait for a
+// medium, and whether no server of a file system, in the network or in user space, has a part in
+// what becomes of it. It asks that server.
 func storageOf(fd int) (memory, local bool) {
 	var st unix.Statfs_t
 	if fstatfs(fd, &st) != nil {

@@ -12,7 +12,8 @@ import (
 // maxIov is how many buffers go into one system call; the kernel's own limit is 1024.
 const maxIov = 64
 
-// fillIov describes the part of v from byte skip on, as far as it fits, and returns the number of entries.
+// fillIov describes the part of v from byte skip on, as far as it fits, and returns the number of
+// entries.
 func fillIov(iov *[maxIov]unix.Iovec, v blk.Vec, skip int64) int {
 	k := 0
 	v.Each(func(b []byte) {

@@ -104,7 +104,8 @@ func (d *disk) WriteAt(r *blk.Req, v blk.Vec, off int64, f blk.Flags) error { re
 // Flush implements graph.Flusher.
 func (d *disk) Flush(r *blk.Req) error { return d.pause(r) }
 
-// Status implements graph.BlockStatuser: nothing is stored; with read-zeroes it is known what reads give.
+// Status implements graph.BlockStatuser: nothing is stored; with read-zeroes it is known what reads
+// give.
 func (d *disk) Status(r *blk.Req, off, n int64) (blk.Extent, error) {
 	return blk.Extent{N: n, Zero: d.zeroes, OffValid: true, MapOff: off}, nil
 }
