@@ -22,7 +22,7 @@ func benchImage(b *testing.B) *image {
 		b.Fatal(err)
 	}
 	f := openOS(b, name)
-	if err := create(req(), f, &CreateOptions{Size: 64 << 20}); err != nil {
+	if err := create(req(), f, CreateOptions{Size: 64 << 20}.schema()); err != nil {
 		b.Fatal(err)
 	}
 	s := mustOpen(b, f, config{})
@@ -77,7 +77,7 @@ func BenchmarkAllocate4k(b *testing.B) {
 		b.Fatal(err)
 	}
 	f := openOS(b, name)
-	if err := create(req(), f, &CreateOptions{Size: 64 << 30}); err != nil {
+	if err := create(req(), f, CreateOptions{Size: 64 << 30}.schema()); err != nil {
 		b.Fatal(err)
 	}
 	s := mustOpen(b, f, config{})

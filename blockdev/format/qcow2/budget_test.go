@@ -424,7 +424,7 @@ func TestManySnapshots(t *testing.T) {
 	c.u32(layout.OffSnapshots, n)
 	c.u64(layout.OffSnapshots+4, uint64(table))
 	begun := time.Now()
-	s, used := c.opened(t, config{options: Options{OverlapTemplate: "all"}})
+	s, used := c.opened(t, config{options: checks("all")})
 	if took := time.Since(begun); took > 20*time.Second || len(s.snaps) != n {
 		t.Errorf("%d snapshots after %v", len(s.snaps), took)
 	}

@@ -1,35 +1,56 @@
 package qcow2
 
 import (
+	"context"
 	"errors"
 	"fmt"
 	"math"
 	"math/bits"
 
 	"qblockd/blockdev/format/qcow2/layout"
+	"qblockd/graph"
 	"qblockd/graph/blk"
+	"qblockd/schema/types"
 )
 
-// CreateOptions are BlockdevCreateOptionsQcow2 without the file; nil and "" mean not given.
-type CreateOptions struct {
-	Size            uint64 // bytes
-	Version         string // "v2", "v3"
-	BackingFile     *string
-	BackingFormat   *string
-	ClusterSize     *uint64
-	Preallocation   blk.Prealloc
-	LazyRefcounts   bool
-	RefcountBits    *int64
-	CompressionType string // "zlib", "zstd"
+// Create makes an image as o says in the node below root, whose file reference is not looked at.
+// Its texts are those that end a create job. started, if not nil, is called once the options are
+// checked and before anything is written. It blocks as long as the storage does.
+func Create(ctx context.Context, root *graph.Root, o *types.BlockdevCreateOptionsQcow2, started func()) error {
+	if _, err := newHeader(o); err != nil {
+		return err
+	}
+	if started != nil {
+		started()
+	}
+	r, err := root.Begin(ctx)
+	if err != nil {
+		return err
+	}
+	defer root.End(r)
+	return create(r, grower{root.Edge()}, o)
 }
 
-// header checks the options in QEMU's order and makes the header of an empty image.
-func (o *CreateOptions) header() (*layout.Header, error) {
+// grower is a root's edge through which writes may make the node longer.
+type grower struct{ *graph.Edge }
+
+// WriteAt implements file.
+func (g grower) WriteAt(r *blk.Req, v blk.Vec, off int64, f blk.Flags) error {
+	return g.Edge.WriteAt(r, v, off, f|blk.Grow)
+}
+
+// Zero implements file.
+func (g grower) Zero(r *blk.Req, off, n int64, f blk.Flags) error {
+	return g.Edge.Zero(r, off, n, f|blk.Grow)
+}
+
+// newHeader checks the options in QEMU's order and makes the header of an empty image.
+func newHeader(o *types.BlockdevCreateOptionsQcow2) (*layout.Header, error) {
 	if o.Size%blk.SectorSize != 0 {
 		return nil, fmt.Errorf("Image size must be a multiple of %d bytes", blk.SectorSize)
 	}
 	h := &layout.Header{Version: 3, RefcountTableClusters: 1}
-	if o.Version == "v2" {
+	if pick(o.Version, types.BlockdevQcow2VersionV3) == types.BlockdevQcow2VersionV2 {
 		h.Version = 2
 	}
 	cs := pick(o.ClusterSize, layout.DefaultClusterSize)
@@ -39,13 +60,14 @@ func (o *CreateOptions) header() (*layout.Header, error) {
 	}
 	h.ClusterBits = uint32(bits.TrailingZeros64(cs))
 	h.RefcountTableOffset = cs
-	if o.BackingFile != nil && o.Preallocation != blk.PreallocOff && o.Preallocation != "" {
+	if o.BackingFile != nil && pick(o.Preallocation, types.PreallocModeOff) != types.PreallocModeOff {
 		return nil, errors.New("Backing file and preallocation can only be used at the same time if extended_l2 is on")
 	}
-	if o.BackingFormat != nil && o.BackingFile == nil {
+	if o.BackingFmt != nil && o.BackingFile == nil {
 		return nil, errors.New("Backing format cannot be used without backing file")
 	}
-	if h.Version < 3 && o.LazyRefcounts {
+	lazy := pick(o.LazyRefcounts, false)
+	if h.Version < 3 && lazy {
 		return nil, errors.New("Lazy refcounts only supported with compatibility level 1.1 and above (use version=v3 or greater)")
 	}
 	rb := pick(o.RefcountBits, 16)
@@ -56,10 +78,10 @@ func (o *CreateOptions) header() (*layout.Header, error) {
 		return nil, errors.New("Different refcount widths than 16 bits require compatibility level 1.1 or above (use version=v3 or greater)")
 	}
 	h.RefcountOrder = uint32(bits.TrailingZeros64(uint64(rb)))
-	if o.LazyRefcounts {
+	if lazy {
 		h.CompatibleFeatures |= layout.CompatLazyRefcounts
 	}
-	if o.CompressionType == "zstd" {
+	if pick(o.CompressionType, types.Qcow2CompressionTypeZlib) == types.Qcow2CompressionTypeZstd {
 		if h.Version < 3 {
 			return nil, errors.New("Non-zlib compression type is only supported with compatibility level 1.1 and above (use version=v3 or greater)")
 		}
@@ -71,8 +93,8 @@ func (o *CreateOptions) header() (*layout.Header, error) {
 
 // create makes an image in f: a header and an empty refcount table, then everything else by opening
 // and resizing it.
-func create(r *blk.Req, f file, o *CreateOptions) error {
-	h, err := o.header()
+func create(r *blk.Req, f file, o *types.BlockdevCreateOptionsQcow2) error {
+	h, err := newHeader(o)
 	if err != nil {
 		return err
 	}
@@ -92,7 +114,7 @@ func create(r *blk.Req, f file, o *CreateOptions) error {
 		return wrap("Could not write refcount table", err)
 	}
 	off := false
-	options := Options{LazyRefcounts: &off, CacheCleanInterval: new(int64)}
+	options := types.BlockdevOptionsQcow2{LazyRefcounts: &off, CacheCleanInterval: new(int64)}
 	s, err := openImage(r, config{file: f, bare: true, options: options})
 	if err != nil {
 		return err
@@ -110,7 +132,7 @@ func create(r *blk.Req, f file, o *CreateOptions) error {
 const maxLength = math.MaxInt64 &^ (1<<30 - 1)
 
 // populate turns the empty image into the one asked for.
-func (s *image) populate(r *blk.Req, o *CreateOptions) error {
+func (s *image) populate(r *blk.Req, o *types.BlockdevCreateOptionsQcow2) error {
 	s.mu.Lock()
 	err := s.allocateAt(r, 0, 3)
 	s.freeIdx = 3
@@ -127,16 +149,16 @@ func (s *image) populate(r *blk.Req, o *CreateOptions) error {
 	case o.Size > maxLength:
 		return fmt.Errorf("Could not resize image: offset(%d) exceeds maximum(%d)", o.Size, maxLength)
 	}
-	if err := s.Resize(r, int64(o.Size), o.Preallocation); err != nil {
+	if err := s.Resize(r, int64(o.Size), blk.Prealloc(pick(o.Preallocation, types.PreallocModeOff))); err != nil {
 		return fmt.Errorf("Could not resize image: %w", err)
 	}
 	if o.BackingFile == nil {
 		return nil
 	}
-	name, format := *o.BackingFile, pick(o.BackingFormat, "")
+	name, format := *o.BackingFile, string(pick(o.BackingFmt, ""))
 	if err := s.ChangeBackingFile(r, name, format); err != nil {
 		shown := format
-		if o.BackingFormat == nil {
+		if o.BackingFmt == nil {
 			shown = "(null)"
 		}
 		return wrap(fmt.Sprintf("Could not assign backing file '%s' with format '%s'", name, shown), err)

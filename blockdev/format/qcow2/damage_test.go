@@ -339,7 +339,7 @@ func (d device) Resize(_ context.Context, size int64, exact bool, _ blk.Prealloc
 // smaller is not taken for zeroes.
 func TestDeviceShowsNothingOld(t *testing.T) {
 	d := device{mem{drivertest.MemFileOf(bytes.Repeat([]byte{0xee}, 8<<20))}}
-	if err := create(req(), d, &CreateOptions{Size: 4 << 20}); err != nil {
+	if err := create(req(), d, CreateOptions{Size: 4 << 20}.schema()); err != nil {
 		t.Fatal(err)
 	}
 	s := mustOpen(t, d, config{})

@@ -51,7 +51,7 @@ func open(o *driver.Opening, opt *types.BlockdevOptionsQcow2) (graph.Driver, err
 		},
 		readOnly:  n.ReadOnly(),
 		unmap:     n.Options().Discard,
-		options:   runtimeOptions(opt),
+		options:   *opt,
 		corrupted: d.corrupted,
 		warn:      func(msg string) { o.Warn(fmt.Sprintf("Node '%s': %s", n.Name(), msg)) },
 		allocated: d.fileAllocated,
@@ -119,37 +119,6 @@ func kept(d *graph.DirtyBitmap) bool { return d.Persistent() && !d.Goes() }
 
 func persistedOf(d *graph.DirtyBitmap) persisted {
 	return persisted{d.Name(), d.Recorded(), d.Enabled() && !d.Stops(), d.Inconsistent()}
-}
-
-// runtimeOptions translates what the schema calls them.
-func runtimeOptions(o *types.BlockdevOptionsQcow2) Options {
-	out := Options{
-		LazyRefcounts:       o.LazyRefcounts,
-		PassDiscardRequest:  o.PassDiscardRequest,
-		PassDiscardSnapshot: o.PassDiscardSnapshot,
-		PassDiscardOther:    o.PassDiscardOther,
-		DiscardNoUnref:      o.DiscardNoUnref,
-		CacheSize:           o.CacheSize,
-		L2CacheSize:         o.L2CacheSize,
-		L2CacheEntrySize:    o.L2CacheEntrySize,
-		RefcountCacheSize:   o.RefcountCacheSize,
-		CacheCleanInterval:  o.CacheCleanInterval,
-	}
-	switch k := o.OverlapCheck; {
-	case k == nil:
-	case k.Mode != nil:
-		out.OverlapTemplate = string(*k.Mode)
-	case k.Flags != nil:
-		f := k.Flags
-		if f.Template != nil {
-			out.OverlapTemplate = string(*f.Template)
-		}
-		out.Overlap = [9]*bool{
-			f.MainHeader, f.ActiveL1, f.ActiveL2, f.RefcountTable, f.RefcountBlock,
-			f.SnapshotTable, f.InactiveL1, f.InactiveL2, f.BitmapDirectory,
-		}
-	}
-	return out
 }
 
 // corrupted emits BLOCK_IMAGE_CORRUPTED.
@@ -259,57 +228,4 @@ func (d *Driver) ImageInfo(i *types.ImageInfo) {
 		Type: types.ImageInfoSpecificKindQcow2,
 		U:    &types.ImageInfoSpecificQCow2Wrapper{Data: q},
 	}
-}
-
-// Create makes an image as o says in the node below root, whose file reference is not looked at.
-// Its texts are those that end a create job. started, if not nil, is called once the options are
-// checked and before anything is written. It blocks as long as the storage does.
-func Create(ctx context.Context, root *graph.Root, o *types.BlockdevCreateOptionsQcow2, started func()) error {
-	c := CreateOptions{
-		Size:         o.Size,
-		BackingFile:  o.BackingFile,
-		ClusterSize:  o.ClusterSize,
-		RefcountBits: o.RefcountBits,
-	}
-	if o.Version != nil {
-		c.Version = string(*o.Version)
-	}
-	if o.BackingFmt != nil {
-		f := string(*o.BackingFmt)
-		c.BackingFormat = &f
-	}
-	if o.Preallocation != nil {
-		c.Preallocation = blk.Prealloc(*o.Preallocation)
-	}
-	if o.LazyRefcounts != nil {
-		c.LazyRefcounts = *o.LazyRefcounts
-	}
-	if o.CompressionType != nil {
-		c.CompressionType = string(*o.CompressionType)
-	}
-	if _, err := c.header(); err != nil {
-		return err
-	}
-	if started != nil {
-		started()
-	}
-	r, err := root.Begin(ctx)
-	if err != nil {
-		return err
-	}
-	defer root.End(r)
-	return create(r, grower{root.Edge()}, &c)
-}
-
-// grower is a root's edge through which writes may make the node longer.
-type grower struct{ *graph.Edge }
-
-// WriteAt implements file.
-func (g grower) WriteAt(r *blk.Req, v blk.Vec, off int64, f blk.Flags) error {
-	return g.Edge.WriteAt(r, v, off, f|blk.Grow)
-}
-
-// Zero implements file.
-func (g grower) Zero(r *blk.Req, off, n int64, f blk.Flags) error {
-	return g.Edge.Zero(r, off, n, f|blk.Grow)
 }

@@ -10,6 +10,7 @@ import (
 
 	"qblockd/blockdev/drivertest"
 	"qblockd/graph/blk"
+	"qblockd/schema/types"
 )
 
 // mem is a drivertest driver as the file of an image, without a graph in between.
@@ -49,6 +50,44 @@ func (m mem) Resize(ctx context.Context, size int64, exact bool, p blk.Prealloc)
 
 func req() *blk.Req { return &blk.Req{Ctx: context.Background()} }
 
+// Options are those that the driver takes.
+type Options = types.BlockdevOptionsQcow2
+
+// checks are options that say which overlap checks are made.
+func checks(mode types.Qcow2OverlapCheckMode) Options {
+	return Options{OverlapCheck: &types.Qcow2OverlapChecks{Mode: &mode}}
+}
+
+// CreateOptions are those of the schema, easier to write; nil and "" mean not given.
+type CreateOptions struct {
+	Size            uint64 // bytes
+	Version         string // "v2", "v3"
+	BackingFile     *string
+	BackingFormat   *string
+	ClusterSize     *uint64
+	Preallocation   blk.Prealloc
+	LazyRefcounts   bool
+	RefcountBits    *int64
+	CompressionType string // "zlib", "zstd"
+}
+
+func (o CreateOptions) schema() *types.BlockdevCreateOptionsQcow2 {
+	x := &types.BlockdevCreateOptionsQcow2{
+		Size: o.Size, BackingFile: o.BackingFile, ClusterSize: o.ClusterSize, RefcountBits: o.RefcountBits,
+		BackingFmt: (*types.BlockdevDriver)(o.BackingFormat), LazyRefcounts: &o.LazyRefcounts,
+	}
+	if o.Version != "" {
+		x.Version = ptr(types.BlockdevQcow2Version(o.Version))
+	}
+	if o.Preallocation != "" {
+		x.Preallocation = ptr(types.PreallocMode(o.Preallocation))
+	}
+	if o.CompressionType != "" {
+		x.CompressionType = ptr(types.Qcow2CompressionType(o.CompressionType))
+	}
+	return x
+}
+
 // quiet starts no timer; smallCaches are the smallest there can be.
 var (
 	quiet       = Options{CacheCleanInterval: ptr(int64(0))}
@@ -61,7 +100,7 @@ func ptr[T any](v T) *T { return &v }
 func mustCreate(t testing.TB, o CreateOptions) *drivertest.MemFile {
 	t.Helper()
 	f := drivertest.NewMemFile(0)
-	if err := create(req(), mem{f}, &o); err != nil {
+	if err := create(req(), mem{f}, o.schema()); err != nil {
 		t.Fatalf("create: %v", err)
 	}
 	return f

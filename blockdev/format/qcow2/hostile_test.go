@@ -179,7 +179,7 @@ func TestOptionErrors(t *testing.T) {
 		{Options{CacheCleanInterval: i(-1)}, "v3", "Cache clean interval too big"},
 		{Options{RefcountCacheSize: i(1 << 60)}, "v3", "Refcount cache size too big"},
 		{Options{L2CacheSize: i(-1)}, "v3", "Parameter 'l2-cache-size' expects a non-negative number below 2^64"},
-		{Options{OverlapTemplate: "bogus"}, "v3", "Unsupported value 'bogus' for qcow2 option 'overlap-check'. Allowed are any of the following: none, constant, cached, all"},
+		{checks("bogus"), "v3", "Unsupported value 'bogus' for qcow2 option 'overlap-check'. Allowed are any of the following: none, constant, cached, all"},
 	} {
 		f := mustCreate(t, CreateOptions{Size: 1 << 20, Version: c.v})
 		if _, err := openImage(req(), config{file: mem{f}, options: c.o}); err == nil || err.Error() != c.want {
@@ -210,7 +210,7 @@ func TestCreateErrors(t *testing.T) {
 		{CreateOptions{Size: 1 << 63}, "Could not resize image: Image size cannot be negative"},
 	} {
 		f := drivertest.NewMemFile(0)
-		err := create(req(), mem{f}, &c.o)
+		err := create(req(), mem{f}, c.o.schema())
 		if err == nil || err.Error() != c.want {
 			t.Errorf("%v, want %q", err, c.want)
 		}

@@ -11,6 +11,7 @@ import (
 
 	"qblockd/blockdev/format/qcow2/layout"
 	"qblockd/graph/blk"
+	"qblockd/schema/types"
 )
 
 // file is what an image needs of its children; *graph.Edge is one.
@@ -34,7 +35,7 @@ type config struct {
 	backing  func() file
 	readOnly bool
 	unmap    bool // discard=unmap was given for the node
-	options  Options
+	options  types.BlockdevOptionsQcow2
 	// keeper has the persistent bitmaps in memory; nil: nobody, in the image they stay in use.
 	keeper bitmapKeeper
 

@@ -155,7 +155,7 @@ func TestQemuCompressed(t *testing.T) {
 				var n uint64
 				fmt.Sscan(cs, &n)
 				o := CreateOptions{Size: uint64(len(data)), ClusterSize: &n, CompressionType: kind}
-				if err := create(req(), f, &o); err != nil {
+				if err := create(req(), f, o.schema()); err != nil {
 					t.Fatal(err)
 				}
 				s = mustOpen(t, f, config{})
@@ -185,7 +185,7 @@ func TestQemuSnapshots(t *testing.T) {
 			run(t, "qemu-img", "snapshot", "-c", "one", name)
 			run(t, "qemu-io", "-f", "qcow2", "-c", "write -P 2 0 64k", name)
 			run(t, "qemu-img", "snapshot", "-c", "two", name)
-			s := mustOpen(t, openOS(t, name), config{options: Options{OverlapTemplate: "all"}})
+			s := mustOpen(t, openOS(t, name), config{options: checks("all")})
 			if len(s.snaps) != 2 || s.snaps[0].Name != "one" || s.snaps[1].ID != "2" {
 				t.Fatalf("snapshots: %+v", s.snaps)
 			}
@@ -248,7 +248,7 @@ func TestCreateLikeQemu(t *testing.T) {
 					if err := os.WriteFile(name, nil, 0o600); err != nil {
 						t.Fatal(err)
 					}
-					if err := create(req(), openOS(t, name), &c.o); err != nil {
+					if err := create(req(), openOS(t, name), c.o.schema()); err != nil {
 						t.Fatal(err)
 					}
 				}

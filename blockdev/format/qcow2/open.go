@@ -65,7 +65,7 @@ func (s *image) loadTables(r *blk.Req) (err error) {
 	if s.l1, err = s.readTable(r, int64(s.hdr.L1TableOffset), int64(s.hdr.L1Size)); err != nil {
 		return wrap("Could not read L1 table", err)
 	}
-	if s.set, err = s.options.resolve(s.hdr, s.unmap); err != nil {
+	if s.set, err = resolve(&s.options, s.hdr, s.unmap); err != nil {
 		return err
 	}
 	s.makeCaches()

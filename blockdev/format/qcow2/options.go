@@ -6,20 +6,8 @@ import (
 	"math/bits"
 
 	"qblockd/blockdev/format/qcow2/layout"
+	"qblockd/schema/types"
 )
-
-// Options are the runtime options of BlockdevOptionsQcow2; nil means not given.
-type Options struct {
-	LazyRefcounts                                               *bool
-	PassDiscardRequest, PassDiscardSnapshot, PassDiscardOther   *bool
-	DiscardNoUnref                                              *bool
-	OverlapTemplate                                             string // "" is "cached"
-	Overlap                                                     [9]*bool
-	CacheSize, L2CacheSize, L2CacheEntrySize, RefcountCacheSize *int64 // bytes
-	CacheCleanInterval                                          *int64 // seconds
-	// Encrypt is the encryption format asked for, "" for none.
-	Encrypt string
-}
 
 // settings are options with all defaults resolved for one image.
 type settings struct {
@@ -52,7 +40,7 @@ func pick[T any](p *T, def T) T {
 }
 
 // resolve checks the options against the image and fills in defaults. unmap is discard=unmap.
-func (o *Options) resolve(h *layout.Header, unmap bool) (settings, error) {
+func resolve(o *types.BlockdevOptionsQcow2, h *layout.Header, unmap bool) (settings, error) {
 	var s settings
 	for _, x := range []struct {
 		name string
@@ -65,7 +53,7 @@ func (o *Options) resolve(h *layout.Header, unmap bool) (settings, error) {
 			return s, fmt.Errorf("Parameter '%s' expects a non-negative number below 2^64", x.name)
 		}
 	}
-	l2, rb, err := o.cacheSizes(h, &s)
+	l2, rb, err := cacheSizes(o, h, &s)
 	if err != nil {
 		return s, err
 	}
@@ -88,7 +76,7 @@ func (o *Options) resolve(h *layout.Header, unmap bool) (settings, error) {
 	if s.lazy && h.Version < 3 {
 		return s, fmt.Errorf("Lazy refcounts require a qcow2 image with at least qemu 1.1 compatibility level")
 	}
-	if err := o.overlapChecks(&s); err != nil {
+	if s.overlap, err = overlapChecks(o.OverlapCheck); err != nil {
 		return s, err
 	}
 	s.discard[discardAlways] = true
@@ -99,14 +87,11 @@ func (o *Options) resolve(h *layout.Header, unmap bool) (settings, error) {
 	if s.noUnref && h.Version < 3 {
 		return s, fmt.Errorf("discard-no-unref is only supported since qcow2 version 3")
 	}
-	if o.Encrypt != "" {
-		return s, fmt.Errorf("No encryption in image header, but options specified format '%s'", o.Encrypt)
-	}
 	return s, nil
 }
 
 // cacheSizes shares the memory between the two caches as QEMU does.
-func (o *Options) cacheSizes(h *layout.Header, s *settings) (l2, rb uint64, err error) {
+func cacheSizes(o *types.BlockdevOptionsQcow2, h *layout.Header, s *settings) (l2, rb uint64, err error) {
 	g := h.Geometry()
 	cs := uint64(g.ClusterSize())
 	entries := (h.Size + cs - 1) / cs
@@ -150,26 +135,37 @@ func (o *Options) cacheSizes(h *layout.Header, s *settings) (l2, rb uint64, err 
 	return l2, rb, nil
 }
 
-func (o *Options) overlapChecks(s *settings) error {
-	switch o.OverlapTemplate {
-	case "none":
-	case "constant":
-		s.overlap = olConstant
-	case "", "cached":
-		s.overlap = olCached
-	case "all":
-		s.overlap = olAll
-	default:
-		return fmt.Errorf("Unsupported value '%s' for qcow2 option 'overlap-check'. Allowed are any of the following: none, constant, cached, all", o.OverlapTemplate)
+func overlapChecks(o *types.Qcow2OverlapChecks) (c overlap, _ error) {
+	mode, f := types.Qcow2OverlapCheckModeCached, types.Qcow2OverlapCheckFlags{}
+	switch {
+	case o == nil:
+	case o.Mode != nil:
+		mode = *o.Mode
+	case o.Flags != nil:
+		f, mode = *o.Flags, pick(o.Flags.Template, mode)
 	}
-	for i, f := range o.Overlap {
-		if f == nil {
+	switch mode {
+	case types.Qcow2OverlapCheckModeNone:
+	case types.Qcow2OverlapCheckModeConstant:
+		c = olConstant
+	case types.Qcow2OverlapCheckModeCached:
+		c = olCached
+	case types.Qcow2OverlapCheckModeAll:
+		c = olAll
+	default:
+		return 0, fmt.Errorf("Unsupported value '%s' for qcow2 option 'overlap-check'. Allowed are any of the following: none, constant, cached, all", mode)
+	}
+	for i, on := range [...]*bool{
+		f.MainHeader, f.ActiveL1, f.ActiveL2, f.RefcountTable, f.RefcountBlock,
+		f.SnapshotTable, f.InactiveL1, f.InactiveL2, f.BitmapDirectory,
+	} {
+		if on == nil {
 			continue
 		}
-		s.overlap &^= 1 << i
-		if *f {
-			s.overlap |= 1 << i
+		c &^= 1 << i
+		if *on {
+			c |= 1 << i
 		}
 	}
-	return nil
+	return c, nil
 }

@@ -10,22 +10,22 @@ import (
 
 // reopen: all runtime options may change.
 func reopen(open graph.Driver, u *types.BlockdevOptionsQcow2, g *graph.Options) (graph.Participant, error) {
-	return open.(*Driver).image.reconfigure(runtimeOptions(u), g.Discard)
+	return open.(*Driver).image.reconfigure(u, g.Discard)
 }
 
 // reconfiguration changes the options of an open image in a transaction, while no requests run.
 type reconfiguration struct {
 	s       *image
-	options Options
+	options *types.BlockdevOptionsQcow2
 	unmap   bool
 	set     settings
 }
 
 // reconfigure checks the options.
-func (s *image) reconfigure(options Options, unmap bool) (*reconfiguration, error) {
+func (s *image) reconfigure(options *types.BlockdevOptionsQcow2, unmap bool) (*reconfiguration, error) {
 	s.mu.Lock()
 	defer s.mu.Unlock()
-	set, err := options.resolve(s.hdr, unmap)
+	set, err := resolve(options, s.hdr, unmap)
 	if err != nil {
 		return nil, err
 	}
@@ -65,7 +65,7 @@ func (c *reconfiguration) Commit() {
 		s.stopClean = nil
 	}
 	old := s.set
-	s.options, s.unmap, s.set = c.options, c.unmap, c.set
+	s.options, s.unmap, s.set = *c.options, c.unmap, c.set
 	if s.dead.Load() {
 		return
 	}

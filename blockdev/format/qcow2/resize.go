@@ -140,7 +140,7 @@ func (s *image) setSize(r *blk.Req, size int64) error {
 	s.hdr.Size = uint64(size)
 	s.size.Store(size)
 	// A larger disk may need a larger cache. The slice size stays.
-	if set, err := s.options.resolve(s.hdr, s.unmap); err == nil {
+	if set, err := resolve(&s.options, s.hdr, s.unmap); err == nil {
 		tables := set.l2Tables
 		if set.slice != s.slice {
 			tables = int(int64(set.l2Tables) * set.slice / s.slice)

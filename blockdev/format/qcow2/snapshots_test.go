@@ -112,7 +112,7 @@ func TestSnapshots(t *testing.T) {
 	} {
 		t.Run(fmt.Sprintf("%+v", sh), func(t *testing.T) {
 			f := mustCreate(t, sh.options(512<<10))
-			all := config{unmap: true, options: Options{OverlapTemplate: "all"}}
+			all := config{unmap: true, options: checks("all")}
 			d := &disk{t: t, s: mustOpen(t, mem{f}, all), now: make([]byte, 512<<10), snaps: map[string][]byte{}}
 			rnd := rand.New(rand.NewPCG(1, sh.cs))
 			for i := range 30 {
