@@ -10,7 +10,8 @@ import (
 	"qblockd/graph/blk"
 )
 
-// dirtySet are the dirty bitmaps of a node. Writes look at recording only, which is nil for most nodes.
+// dirtySet are the dirty bitmaps of a node. Writes look at recording only, which is nil for most
+// nodes.
 type dirtySet struct {
 	recording atomic.Pointer[bitmap.Group] // what writes set: the bitmaps that record; nil if there are none
 	count     atomic.Int32                 // len(all)
@@ -22,7 +23,8 @@ type dirtySet struct {
 	told bitmapStates // +checklocks:mu
 }
 
-// DirtyBitmap records which parts of a node were written while it is enabled. Its methods may be called from any goroutine.
+// DirtyBitmap records which parts of a node were written while it is enabled. Its methods may be
+// called from any goroutine.
 //
 //	enabled <--> disabled
 //	   | Freeze                    writes go to a successor; the bitmap holds still and is busy
@@ -46,15 +48,17 @@ type DirtyBitmapSpec struct {
 	Name        string // "": a job's own; it is listed, but cannot be found
 	Granularity int64  // bytes; 0: DefaultGranularity
 	Disabled    bool
-	// Persistent: the driver stores it in the image. Inconsistent: it was not stored when it should have been.
+	// Persistent: the driver stores it in the image. Inconsistent: it was not stored when it should
+	// have been.
 	Persistent, Inconsistent bool
 	// ReadOnly: it must not change, as the image cannot be written to.
 	ReadOnly bool
-	// Bits is what it shows, instead of an empty bitmap of the node's size: for nodes that have no size yet.
+	// Bits is what it shows, instead of an empty bitmap of the node's size: for nodes that have no
+	// size yet.
 	Bits *bitmap.Bitmap
 }
 
-// Limits of bitmaps, as in the reference.
+// Limits of bitmaps, as in QEMU.
 const (
 	MinGranularity    = 512
 	maxBitmapName     = 1023
@@ -62,11 +66,13 @@ const (
 	finestByDefault   = 4 << 10
 )
 
-// maxRecorded is what the bitmaps of a node that record may take together, in bytes: one of 512 TiB at 64 KiB, or of 4 TiB at 512 bytes, with something set everywhere.
-// Each has an equal share. When one has come to that, writes to further parts of the disk set 4096 granules or more at once.
+// maxRecorded is what the bitmaps of a node that record may take together, in bytes: one of 512 TiB
+// at 64 KiB, or of 4 TiB at 512 bytes, with something set everywhere. Each has an equal share. When
+// one has come to that, writes to further parts of the disk set 4096 granules or more at once.
 const maxRecorded = 1 << 30
 
-// DefaultGranularity is the image's cluster size, held between 4 and 64 KiB; 64 KiB where there is none. In bytes.
+// DefaultGranularity is the image's cluster size, held between 4 and 64 KiB; 64 KiB where there is
+// none. In bytes.
 func (n *Node) DefaultGranularity() int64 {
 	c := n.Caps().Limits.ClusterSize
 	if c == 0 {
@@ -84,7 +90,8 @@ func (n *Node) NewDirtyBitmap(s DirtyBitmapSpec) (*DirtyBitmap, error) {
 	return l[0], nil
 }
 
-// NewDirtyBitmaps makes several at once, the last of which is the newest; all or none. What it costs is linear.
+// NewDirtyBitmaps makes several at once, the last of which is the newest; all or none. What it
+// costs is linear.
 func (n *Node) NewDirtyBitmaps(specs []DirtyBitmapSpec) ([]*DirtyBitmap, error) {
 	set := &n.io.dirty
 	set.mu.Lock()
@@ -98,7 +105,10 @@ func (n *Node) NewDirtyBitmaps(specs []DirtyBitmapSpec) ([]*DirtyBitmap, error) 
 		if s.Granularity == 0 {
 			s.Granularity = n.DefaultGranularity()
 		}
-		d := &DirtyBitmap{n: n, name: s.Name, disabled: s.Disabled, persistent: s.Persistent, inconsistent: s.Inconsistent, readOnly: s.ReadOnly}
+		d := &DirtyBitmap{
+			n: n, name: s.Name, disabled: s.Disabled, persistent: s.Persistent, inconsistent: s.Inconsistent,
+			readOnly: s.ReadOnly,
+		}
 		if s.Name != "" && taken[s.Name] {
 			return nil, fmt.Errorf("Bitmap already exists: %s", s.Name)
 		}
@@ -130,7 +140,8 @@ func (n *Node) DirtyBitmap(name string) *DirtyBitmap {
 	return n.io.dirty.findLocked(name)
 }
 
-// FindDirtyBitmap finds a bitmap by the names of its node and its own. The errors have the reference's words.
+// FindDirtyBitmap finds a bitmap by the names of its node and its own. The errors have
+// QEMU's words.
 func (g *Graph) FindDirtyBitmap(node, name string) (*DirtyBitmap, error) {
 	return findDirtyBitmap(g.Node(node), node, name)
 }
@@ -240,7 +251,8 @@ func (d *DirtyBitmap) Node() *Node { return d.n }
 // Bits is what was recorded. It may be read, and set, at any time.
 func (d *DirtyBitmap) Bits() *bitmap.Bitmap { return d.bits }
 
-// Recorded is what the bitmap and, if it is frozen, its successor have recorded. It is Bits or a copy, and not to be changed.
+// Recorded is what the bitmap and, if it is frozen, its successor have recorded. It is Bits or a
+// copy, and not to be changed.
 func (d *DirtyBitmap) Recorded() *bitmap.Bitmap {
 	s := d.set()
 	s.mu.Lock()
@@ -268,8 +280,8 @@ func (d *DirtyBitmap) SetBusy(busy bool) { d.change(func() { d.busy = busy }) }
 // Busy tells whether somebody uses the bitmap.
 func (d *DirtyBitmap) Busy() bool { return d.ask(&d.busy) }
 
-// Foretell says what is about to become of the bitmap: it goes, or stops recording. It does neither yet, but where it is stored before that happens, it
-// is stored as it will be.
+// Foretell says what is about to become of the bitmap: it goes, or stops recording. It does neither
+// yet, but where it is stored before that happens, it is stored as it will be.
 func (d *DirtyBitmap) Foretell(goes, stops bool) { d.change(func() { d.goes, d.stops = goes, stops }) }
 
 // Goes tells whether the bitmap is about to be removed, Stops whether it is about to be disabled.
@@ -316,7 +328,8 @@ func (s *dirtySet) removeLocked(d *DirtyBitmap) {
 	}
 }
 
-// Freeze makes the bitmap hold still and be busy: writes are recorded in a successor until Abdicate or Reclaim.
+// Freeze makes the bitmap hold still and be busy: writes are recorded in a successor until Abdicate
+// or Reclaim.
 func (d *DirtyBitmap) Freeze() {
 	d.change(func() {
 		if d.successor != nil {
@@ -329,10 +342,12 @@ func (d *DirtyBitmap) Freeze() {
 	})
 }
 
-// Abdicate ends Freeze: the bitmap holds what the successor has recorded. The node is drained meanwhile.
+// Abdicate ends Freeze: the bitmap holds what the successor has recorded. The node is drained
+// meanwhile.
 func (d *DirtyBitmap) Abdicate() { d.thaw(true) }
 
-// Reclaim ends Freeze: the bitmap holds what it held and what the successor has recorded. The node is drained meanwhile.
+// Reclaim ends Freeze: the bitmap holds what it held and what the successor has recorded. The node
+// is drained meanwhile.
 func (d *DirtyBitmap) Reclaim() { d.thaw(false) }
 
 func (d *DirtyBitmap) thaw(forget bool) {
@@ -349,9 +364,10 @@ func (d *DirtyBitmap) thaw(forget bool) {
 	})
 }
 
-// Merge adds what b, of the same granularity, holds. undo takes just that back, and keep says that it stays; one of the two must follow. What is written in between, by whomever, is
-// recorded a second time, so that undo tells it from what was merged. The node is drained when it is called, and when undo is: a write that has begun before would be
-// recorded in one of the two only.
+// Merge adds what b, of the same granularity, holds. undo takes just that back, and keep says that
+// it stays; one of the two must follow. What is written in between, by whomever, is recorded a
+// second time, so that undo tells it from what was merged. The node is drained when it is called,
+// and when undo is: a write that has begun before would be recorded in one of the two only.
 func (d *DirtyBitmap) Merge(b *bitmap.Bitmap) (undo, keep func()) {
 	var since *bitmap.Bitmap
 	d.change(func() {
@@ -374,7 +390,8 @@ func (d *DirtyBitmap) Merge(b *bitmap.Bitmap) (undo, keep func()) {
 	return undo, over
 }
 
-// Take makes the bitmap clean and returns what it held. What is written at the same time is in one of the two.
+// Take makes the bitmap clean and returns what it held. What is written at the same time is in one
+// of the two.
 func (d *DirtyBitmap) Take() *bitmap.Bitmap {
 	s := d.set()
 	s.mu.Lock() // against a change of the size
@@ -391,7 +408,7 @@ const (
 	BitmapRemove                  // remove it
 )
 
-// Check tells why the bitmap cannot be used that way now, in the reference's words.
+// Check tells why the bitmap cannot be used that way now, in QEMU's words.
 func (d *DirtyBitmap) Check(use BitmapUse) error {
 	s := d.set()
 	s.mu.Lock()

@@ -78,7 +78,6 @@ func TestRecord(t *testing.T) {
 	do(func(tx *Tx) error { return tx.SetClaim(root.Edge(), perm.Claim{Share: perm.All}) })
 	nobody := addRoot(t, g, disk, readAll)
 	r.expect(t)
-
 	overlay := addFormat(t, g, "overlay", file2, nil)
 	r.expect(t, "node overlay: fmt ro=false inactive=false owned=true", "node overlay.file: file2")
 	do(func(tx *Tx) error {
@@ -108,11 +107,11 @@ func TestRecord(t *testing.T) {
 	r.expect(t, "node overlay.backing: gone", "node overlay.backing: file")
 	var job *Root
 	do(func(tx *Tx) (err error) {
-		job, err = tx.AttachRoot(RootSpec{StayAtNode: true, Claim: readAll, Of: Change{Key{Kind: StateJob, Name: "j"}, "its arguments"}}, overlay)
+		of := Change{Key{Kind: StateJob, Name: "j"}, "its arguments"}
+		job, err = tx.AttachRoot(RootSpec{StayAtNode: true, Claim: readAll, Of: of}, overlay)
 		return err
 	})
 	r.expect(t, "job j: its arguments")
-
 	for _, x := range []*Root{root, nobody, job} {
 		if err := g.CloseRoot(context.Background(), x); err != nil {
 			t.Error(err)
@@ -155,7 +154,8 @@ func TestRecordFails(t *testing.T) {
 	}
 }
 
-// TestRecordBitmaps: bitmaps are told with the transaction that holds their node, as they will be after it.
+// TestRecordBitmaps: bitmaps are told with the transaction that holds their node, as they will be
+// after it.
 func TestRecordBitmaps(t *testing.T) {
 	g := newTestGraph(t)
 	r := &told{}

@@ -67,7 +67,8 @@ func (g *Group) Has(off, n int64) bool {
 		return false
 	}
 	c := g.chunks[region/regionsOfChunk%groupChunks].Load()
-	return c != nil && c.w[region/flagsOfWord%groupWords].Load()>>(region%flagsOfWord)&1 != 0 && c.chunk == region/regionsOfChunk
+	return c != nil && c.w[region/flagsOfWord%groupWords].Load()>>(region%flagsOfWord)&1 != 0 &&
+		c.chunk == region/regionsOfChunk
 }
 
 // Set is Bitmap.Set on all bitmaps except but, which may be nil.

@@ -280,7 +280,8 @@ func TestBytes(t *testing.T) {
 			got.LoadBytes(at*8, raw)
 		}
 		again := b.AppendBytes(nil, 0, int64(len(whole)))
-		if !bytes.Equal(whole, again) || !bytes.Equal(got.AppendBytes(nil, 0, int64(len(whole))), whole) || got.Count() != b.Count() {
+		if !bytes.Equal(whole, again) || !bytes.Equal(got.AppendBytes(nil, 0, int64(len(whole))), whole) ||
+			got.Count() != b.Count() {
 			t.Fatal("not the same")
 		}
 		for i := range granules {

@@ -106,7 +106,10 @@ func TestRanges(t *testing.T) {
 	for _, c := range []struct {
 		off, n int64
 		want   bool
-	}{{0, 0, true}, {-1, 1, false}, {0, -1, false}, {MaxSize, 0, true}, {MaxSize, 1, false}, {1, MaxSize, false}, {1<<63 - 1, 1<<63 - 1, false}} {
+	}{
+		{0, 0, true}, {-1, 1, false}, {0, -1, false},
+		{MaxSize, 0, true}, {MaxSize, 1, false}, {1, MaxSize, false}, {1<<63 - 1, 1<<63 - 1, false},
+	} {
 		if ValidRange(c.off, c.n) != c.want {
 			t.Errorf("[%d, +%d)", c.off, c.n)
 		}

@@ -14,7 +14,9 @@ import (
 // target makes and opens an image of m's size for a job to copy to. top: it backs on what m backs
 // on. Nil if there is no place for one.
 func (w *world) target(m *image, r *rand.Rand, top bool) (*image, error) {
-	t := &image{slot: -1, format: types.BlockdevDriverQcow2, shape: randomShape(r), closed: true, data: make([]byte, len(m.data))}
+	t := &image{
+		slot: -1, format: types.BlockdevDriverQcow2, shape: randomShape(r), closed: true, data: make([]byte, len(m.data)),
+	}
 	for i, x := range w.images {
 		if x == nil {
 			t.slot = i
@@ -116,7 +118,8 @@ func (w *world) backupArgs(m, t *image, j *job, r *rand.Rand) *types.BlockdevBac
 	}
 	a := &types.BlockdevBackup{
 		OnTargetError: onError,
-		JobID:         &j.id, Device: m.name(), Target: t.name(), Sync: types.MirrorSyncModeFull, AutoFinalize: rig.Ptr(!j.manual), AutoDismiss: rig.Ptr(!j.keep),
+		JobID:         &j.id, Device: m.name(), Target: t.name(), Sync: types.MirrorSyncModeFull,
+		AutoFinalize: rig.Ptr(!j.manual), AutoDismiss: rig.Ptr(!j.keep),
 	}
 	if r.IntN(2) == 0 {
 		a.Speed = rig.Ptr(int64(1 + r.IntN(4<<20)))
@@ -205,7 +208,8 @@ func (w *world) mirror(m *image, o Op) error {
 	onError := w.arm(j, t, drivertest.OpAny, r)
 	a := &types.BlockdevMirrorArgs{
 		OnTargetError: onError,
-		JobID:         &j.id, Device: m.name(), Target: t.name(), Sync: types.MirrorSyncModeFull, AutoFinalize: rig.Ptr(!j.manual), AutoDismiss: rig.Ptr(!j.keep),
+		JobID:         &j.id, Device: m.name(), Target: t.name(), Sync: types.MirrorSyncModeFull,
+		AutoFinalize: rig.Ptr(!j.manual), AutoDismiss: rig.Ptr(!j.keep),
 	}
 	if top {
 		a.Sync = types.MirrorSyncModeTop
@@ -231,7 +235,8 @@ func (w *world) mirror(m *image, o Op) error {
 			t.guest, t.canSet = m.guest, m.canSet
 			m.guest, m.canSet = nil, false
 			if t.ro = m.ro; j.fault != nil {
-				t.ro = w.node(t).ReadOnly() // an image that could not be made read-only is none, and the job's work is done all the same
+				// An image that could not be made read-only is none, and the job's work is done all the same.
+				t.ro = w.node(t).ReadOnly()
 			}
 		}
 		return errors.Join(w.linked(m), w.linked(t))
@@ -247,7 +252,10 @@ func (w *world) commit(m *image, o Op) error {
 	}
 	r := rnd(o)
 	chain := []*image{m}
-	for x := m.backing; x != nil && len(w.dependents(x, false)) == 1 && x.guest == nil && !x.unknown && !w.busy(x) && w.node(x) != nil; x = x.backing {
+	unused := func(x *image) bool {
+		return len(w.dependents(x, false)) == 1 && x.guest == nil && !x.unknown && !w.busy(x)
+	}
+	for x := m.backing; x != nil && unused(x) && w.node(x) != nil; x = x.backing {
 		chain = append(chain, x)
 	}
 	top := r.IntN(len(chain))
@@ -270,7 +278,8 @@ func (w *world) commit(m *image, o Op) error {
 	onError := w.arm(j, to, drivertest.OpModify, r)
 	a := &types.BlockCommitArgs{
 		OnError: onError,
-		JobID:   &j.id, Device: m.name(), BaseNode: rig.Ptr(w.node(to).Name()), AutoFinalize: rig.Ptr(!j.manual), AutoDismiss: rig.Ptr(!j.keep),
+		JobID:   &j.id, Device: m.name(), BaseNode: rig.Ptr(w.node(to).Name()),
+		AutoFinalize: rig.Ptr(!j.manual), AutoDismiss: rig.Ptr(!j.keep),
 	}
 	if top > 0 {
 		a.TopNode = rig.Ptr(w.node(from).Name())
@@ -297,8 +306,8 @@ func (w *world) commit(m *image, o Op) error {
 	return w.begun(j)
 }
 
-// committed notes that chain[top] went into chain[base], and deletes what was superfluous. The active image,
-// m, is the first of the chain.
+// committed notes that chain[top] went into chain[base], and deletes what was superfluous. The
+// active image, m, is the first of the chain.
 func (w *world) committed(m *image, chain []*image, top, base int) error {
 	from, to := chain[top], chain[base]
 	to.unknown = len(to.data) > len(from.data)

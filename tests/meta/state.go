@@ -74,7 +74,8 @@ func differences(recorded, there map[graph.Key]any) string {
 	var diff strings.Builder
 	all := maps.Clone(recorded)
 	maps.Copy(all, there)
-	for _, k := range slices.SortedFunc(maps.Keys(all), func(a, b graph.Key) int { return strings.Compare(a.String(), b.String()) }) {
+	byName := func(a, b graph.Key) int { return strings.Compare(a.String(), b.String()) }
+	for _, k := range slices.SortedFunc(maps.Keys(all), byName) {
 		r, known := recorded[k]
 		if t, is := there[k]; known != is || !reflect.DeepEqual(r, t) {
 			fmt.Fprintf(&diff, "\n\t%s: recorded %+v, there is %+v", k, r, t)
@@ -93,19 +94,19 @@ func (w *world) queried() map[graph.Key]any {
 		for _, b := range n.BitmapStates() {
 			if b.Name != "" {
 				is[graph.Key{Kind: graph.StateBitmap, Name: n.Name(), Part: b.Name}] = &types.BlockDirtyBitmapAdd{
-					Node: n.Name(), Name: b.Name, Granularity: rig.Ptr(uint32(b.Granularity)), Persistent: &b.Persistent, Disabled: rig.Ptr(!b.Recording)}
+					Node: n.Name(), Name: b.Name, Granularity: rig.Ptr(uint32(b.Granularity)),
+					Persistent: &b.Persistent, Disabled: rig.Ptr(!b.Recording)}
 			}
 		}
 	}
 	for _, e := range t.Edges {
-		k := graph.Key{Kind: graph.StateNode, Part: e.Edge.ChildName()}
+		var k graph.Key
 		if n := e.Edge.ParentNode(); n != nil {
-			k.Name = n.Name()
-		} else if k.Name = e.Edge.ParentRoot().Spec().Of.Key.Name; e.Edge.ParentRoot().Spec().Of.Key.Kind != graph.StateExport {
+			k = graph.Key{Kind: graph.StateNode, Name: n.Name()}
+		} else if k = e.Edge.ParentRoot().Spec().Of.Key; k.Kind != graph.StateExport {
 			continue
-		} else {
-			k.Kind = graph.StateExport
 		}
+		k.Part = e.Edge.ChildName()
 		is[k] = graph.EdgeState{Child: e.Node.Name(), Role: e.Edge.Role()}
 	}
 	for _, o := range w.x.Exports.Options() {
