@@ -240,23 +240,7 @@ func chainLoads(b *bench, headers bool) *group {
 		if err := os.Mkdir(dir(), 0o777); err != nil {
 			return err
 		}
-		if err := b.newQcow2(file(0), 64<<20); err != nil {
-			return err
-		}
-		empty, err := os.ReadFile(file(0))
-		if err != nil {
-			return err
-		}
-		for i := 1; i < depth; i++ {
-			layer := empty
-			if headers {
-				layer = withBacking(empty, file(i-1))
-			}
-			if err := os.WriteFile(file(i), layer, 0o600); err != nil {
-				return err
-			}
-		}
-		return nil
+		return b.newChain(file, depth, headers)
 	}
 	g.down = func() { os.RemoveAll(dir()) }
 	up := map[string]*proc{}
@@ -302,6 +286,28 @@ func chainLoads(b *bench, headers bool) *group {
 		}},
 	}
 	return g
+}
+
+// newChain makes files of empty images, file(i) for i < depth. With headers each names the one
+// before as its backing file.
+func (b *bench) newChain(file func(int) string, depth int, headers bool) error {
+	if err := b.newQcow2(file(0), 64<<20); err != nil {
+		return err
+	}
+	empty, err := os.ReadFile(file(0))
+	if err != nil {
+		return err
+	}
+	for i := 1; i < depth; i++ {
+		layer := empty
+		if headers {
+			layer = withBacking(empty, file(i-1))
+		}
+		if err := os.WriteFile(file(i), layer, 0o600); err != nil {
+			return err
+		}
+	}
+	return nil
 }
 
 // fullQuery is query with whole chains. Who takes longer than limit is taken to need just that, and

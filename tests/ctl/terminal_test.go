@@ -141,8 +141,11 @@ func TestShellInTerminal(t *testing.T) {
 	x.see(`ends the daemon.*\(y/n\)`)
 	x.keys("n", "Enter", "exit", "Enter")
 	x.ended()
+	secondShell(t, d)
+}
 
-	// History: of this shell's lines, in the next one.
+// secondShell has the lines of the first one, and outlives the daemon.
+func secondShell(t *testing.T, d *daemon.Daemon) {
 	y := open(t, d, "shell")
 	y.see(`(?m)^qblockd> *$`)
 	y.keys("Up")

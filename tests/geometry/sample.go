@@ -161,6 +161,22 @@ func Draw(seed uint64) Sample {
 	if one(r, 6) {
 		s.End, s.After = "cancel", r.IntN(20)
 	}
+	s.drawKind(r)
+	s.drawFault(r)
+	if h := rand.New(rand.NewPCG(seed, 0x68756765)); !s.Busy && one(h, 8) {
+		s.makeHuge(h)
+	}
+	if d := rand.New(rand.NewPCG(seed, 0x6472697665)); (s.Kind == "mirror" || s.Kind == "backup") && one(d, 6) {
+		s.drawDrive(d)
+	}
+	if s.Huge {
+		s.modernize()
+	}
+	return s
+}
+
+// drawKind draws what depends on the kind of job.
+func (s *Sample) drawKind(r *rand.Rand) {
 	switch s.Kind {
 	case "mirror":
 		s.drawMirror(r)
@@ -169,10 +185,10 @@ func Draw(seed uint64) Sample {
 	case "commit":
 		s.From, s.To = 1, 2
 	case "active":
-		s.From, s.To = 0, 1+r.IntN(depth-1)
+		s.From, s.To = 0, 1+r.IntN(len(s.Layers)-1)
 		s.Layers[s.To].Size = min(s.Layers[s.To].Size, s.Layers[0].Size) // else there is a tail that nobody defines
 	case "stream":
-		s.From, s.To = 0, 1+r.IntN(depth)
+		s.From, s.To = 0, 1+r.IntN(len(s.Layers))
 	}
 	if s.Kind == "mirror" || s.Kind == "active" {
 		if one(r, 4) && s.Guests == 1 {
@@ -190,17 +206,6 @@ func Draw(seed uint64) Sample {
 	if s.Kind == "mirror" && s.Sync == types.MirrorSyncModeNone && s.End == "success" {
 		s.End = "leave"
 	}
-	s.drawFault(r)
-	if h := rand.New(rand.NewPCG(seed, 0x68756765)); !s.Busy && one(h, 8) {
-		s.makeHuge(h)
-	}
-	if d := rand.New(rand.NewPCG(seed, 0x6472697665)); (s.Kind == "mirror" || s.Kind == "backup") && one(d, 6) {
-		s.drawDrive(d)
-	}
-	if s.Huge {
-		s.modernize()
-	}
-	return s
 }
 
 func drawSize(r *rand.Rand, granularity int64) int64 {

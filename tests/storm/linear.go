@@ -161,13 +161,13 @@ func (s *search) unanswered(st step) {
 // answered leaves those cases in which the step of the slot was done.
 func (s *search) answered(st step, slot int) {
 	seen, after := cases{}, cases{}
-	var todo []one
+	var unvisited []one
 	reach := func(n one) {
 		if bit := uint64(1) << slot; n.done&bit != 0 {
 			n.done &^= bit
 			after.add(n)
 		} else if seen.add(n) {
-			todo = append(todo, n)
+			unvisited = append(unvisited, n)
 		}
 	}
 	for p, l := range s.may {
@@ -175,9 +175,9 @@ func (s *search) answered(st step, slot int) {
 			reach(one{place: p, used: u})
 		}
 	}
-	for len(todo) > 0 {
-		n := todo[len(todo)-1]
-		todo = todo[:len(todo)-1]
+	for len(unvisited) > 0 {
+		n := unvisited[len(unvisited)-1]
+		unvisited = unvisited[:len(unvisited)-1]
 		for _, k := range s.slots {
 			if next, can := n.apply(s.steps[k]); can && n.done&(1<<k) == 0 {
 				m := n

@@ -274,13 +274,8 @@ func (w *world) compare(guests []*guest) {
 	}
 	var exports []struct{ ID string }
 	_ = json.Unmarshal(w.must("query-block-exports", nil), &exports)
-	last := func(obj string, there bool) {
-		s := step{what: "is not there", ok: true}
-		if there {
-			s.what = "is there"
-		}
-		now := w.h.now()
-		w.h.add(w.c.clients, obj, s, now, now+1)
+	exported := func(id string) bool {
+		return slices.ContainsFunc(exports, func(x struct{ ID string }) bool { return x.ID == id })
 	}
 	find := func(name string) *nodeInfo {
 		for i := range nodes {
@@ -291,10 +286,10 @@ func (w *world) compare(guests []*guest) {
 		return nil
 	}
 	for _, x := range []string{"x0", "x1", "x2"} {
-		last("node "+x, find(x) != nil)
+		w.found("node "+x, find(x) != nil)
 	}
 	for _, e := range []string{"e8", "e9"} {
-		last("export "+e, slices.ContainsFunc(exports, func(x struct{ ID string }) bool { return x.ID == e }))
+		w.found("export "+e, exported(e))
 	}
 	for _, n := range []string{"d1", "d2"} {
 		var have []string
@@ -302,32 +297,16 @@ func (w *world) compare(guests []*guest) {
 			have = append(have, s.Name)
 		}
 		for _, s := range []string{"s0", "s1", "s2"} {
-			last(snapObject(n, s), slices.Contains(have, s))
+			w.found(snapObject(n, s), slices.Contains(have, s))
 		}
 		if slices.Sort(have); len(slices.Compact(slices.Clone(have))) != len(have) {
 			w.t.Errorf("snapshots of %s: %v", n, have)
 		}
 	}
-	for _, b := range []string{"b0", "b1", "b2"} {
-		there := false
-		for _, x := range find("d1").Bitmaps {
-			if x.Name == b {
-				there = true
-				now := w.h.now()
-				w.h.add(w.c.clients, bitmapObject(b), step{what: "is", n: x.Count / granule, ok: true}, now, now+1)
-				if x.Busy && !slices.ContainsFunc(exports, func(x struct{ ID string }) bool { return x.ID == "e8" || x.ID == "e9" }) {
-					w.t.Errorf("bitmap %s is in use, by nobody", b)
-				}
-			}
-		}
-		if !there {
-			last(bitmapObject(b), false)
-		}
-	}
+	w.findBitmaps(find("d1"), exported("e8") || exported("e9"))
 	sizes := map[string]object{}
 	for _, n := range sized {
-		now := w.h.now()
-		w.h.add(w.c.clients, "size "+n, step{what: "is", n: find(n).Image.Size, ok: true}, now, now+1)
+		w.last("size "+n, step{what: "is", n: find(n).Image.Size, ok: true})
 		sizes["size "+n] = object{there: true, n: diskSize}
 	}
 	for _, err := range w.h.check(sizes) {
@@ -345,6 +324,40 @@ func (w *world) compare(guests []*guest) {
 		b := n.Image.Backing
 		if size, ok := w.told[filepath.Base(n.Backing)]; b != nil && ok && b.Size != size {
 			w.t.Errorf("%s shows %d as the size of its backing file %s, which shows %d", n.Name, b.Size, n.Backing, size)
+		}
+	}
+}
+
+// last takes down what is known of an object at the end.
+func (w *world) last(obj string, s step) {
+	now := w.h.now()
+	w.h.add(w.c.clients, obj, s, now, now+1)
+}
+
+func (w *world) found(obj string, there bool) {
+	s := step{what: "is not there", ok: true}
+	if there {
+		s.what = "is there"
+	}
+	w.last(obj, s)
+}
+
+// findBitmaps takes down which of the clients' bitmaps are at d1, and what is in them. used: an
+// export may have one.
+func (w *world) findBitmaps(d1 *nodeInfo, used bool) {
+	for _, b := range []string{"b0", "b1", "b2"} {
+		there := false
+		for _, x := range d1.Bitmaps {
+			if x.Name == b {
+				there = true
+				w.last(bitmapObject(b), step{what: "is", n: x.Count / granule, ok: true})
+				if x.Busy && !used {
+					w.t.Errorf("bitmap %s is in use, by nobody", b)
+				}
+			}
+		}
+		if !there {
+			w.found(bitmapObject(b), false)
 		}
 	}
 }
