@@ -1,7 +1,7 @@
-// Package jobs runs long operations on the block graph: one manager, one state machine
-// (package machine), job transactions that end together, pause points, speed limits, error
-// policies, and the events and answers that clients see (what clients of QEMU are used to is data, in
-// package visible).
+// Package jobs runs long operations on the block graph: one manager, one state machine (package
+// machine), job transactions that end together, pause points, speed limits, error policies, and the
+// events and answers that clients see (what clients of QEMU are used to is data, in package
+// visible).
 //
 // A job's work is a Runner. It runs in one goroutine of its own, from Start to the end of the
 // transaction that it belongs to:

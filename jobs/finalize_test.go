@@ -41,7 +41,9 @@ func TestCancelWhileFinalizing(t *testing.T) {
 			p, other := &preparing{work: &work{}, entered: make(chan struct{}), prepare: prepare}, &work{}
 			txn := m.NewTxn()
 			add := func(id string, runner Runner) *Job {
-				j, err := m.Create(Spec{ID: id, Type: types.JobTypeMirror, Runner: runner, Block: true, Speed: 1, ManualFinalize: true, Txn: txn})
+				j, err := m.Create(Spec{
+					ID: id, Type: types.JobTypeMirror, Runner: runner, Block: true, Speed: 1, ManualFinalize: true, Txn: txn,
+				})
 				if err != nil {
 					t.Fatal(err)
 				}
@@ -88,8 +90,11 @@ func TestFinalizeAfterCancel(t *testing.T) {
 	r := newRecorder()
 	m := NewManager(r, nil)
 	defer shutdown(t, m)
-	p := &preparing{work: &work{}, entered: make(chan struct{}), prepare: func(context.Context, *Handle) error { return nil }}
-	j, err := m.Create(Spec{ID: "a", Type: types.JobTypeMirror, Runner: p, Block: true, ManualFinalize: true, ManualDismiss: true})
+	prepare := func(context.Context, *Handle) error { return nil }
+	p := &preparing{work: &work{}, entered: make(chan struct{}), prepare: prepare}
+	j, err := m.Create(Spec{
+		ID: "a", Type: types.JobTypeMirror, Runner: p, Block: true, ManualFinalize: true, ManualDismiss: true,
+	})
 	if err != nil {
 		t.Fatal(err)
 	}

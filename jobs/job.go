@@ -79,7 +79,8 @@ type Job struct {
 	seenAs   visible.Job   // as in Spec
 	nodes    []*graph.Node // as in Spec
 
-	// answered is closed when the command that asked the job to end was answered; nil: there is none.
+	// answered is closed when the command that asked the job to end was answered; nil: there is
+	// none.
 	answered chan struct{} // +checklocks:m.mu
 
 	yielded  latch // the starting command may go on

@@ -289,7 +289,8 @@ func TestErrorPolicyStop(t *testing.T) {
 	j := start(t, m, Spec{ID: "j", Type: types.JobTypeStream, Block: true, Runner: &work{
 		run: func(_ context.Context, h *Handle) error {
 			h.Yield()
-			if a := h.OnError(types.IoOperationTypeRead, types.BlockdevOnErrorStop, syscall.ENOSPC); a != types.BlockErrorActionStop {
+			a := h.OnError(types.IoOperationTypeRead, types.BlockdevOnErrorStop, syscall.ENOSPC)
+			if a != types.BlockErrorActionStop {
 				return fmt.Errorf("action %s", a)
 			}
 			return h.Checkpoint()
@@ -339,7 +340,9 @@ func TestShutdownEndsEverything(t *testing.T) {
 	p := start(t, m, Spec{ID: "paused", Type: types.JobTypeStream, Block: true, Runner: &work{run: untilCancelled}})
 	_ = p.Pause()
 	start(t, m, Spec{ID: "over", Type: types.JobTypeCreate, ManualDismiss: true, Runner: &work{}})
-	start(t, m, Spec{ID: "pend", Type: types.JobTypeStream, Block: true, ManualFinalize: true, ManualDismiss: true, Runner: &work{}})
+	start(t, m, Spec{
+		ID: "pend", Type: types.JobTypeStream, Block: true, ManualFinalize: true, ManualDismiss: true, Runner: &work{},
+	})
 	r.wait("pend:PENDING")
 	shutdown(t, m)
 	got := r.String()

@@ -152,7 +152,9 @@ func TestNoPauseWhileFinalizing(t *testing.T) {
 		h.Yield()
 		return h.j.Pause()
 	}
-	j := start(t, m, Spec{ID: "a", Type: types.JobTypeMirror, Runner: w, Block: true, ManualFinalize: true, ManualDismiss: true})
+	j := start(t, m, Spec{
+		ID: "a", Type: types.JobTypeMirror, Runner: w, Block: true, ManualFinalize: true, ManualDismiss: true,
+	})
 	r.wait("a:PENDING")
 	if err := j.Finalize(); err != nil {
 		t.Fatal(err)

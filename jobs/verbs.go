@@ -66,8 +66,8 @@ func (j *Job) awaitWakingLocked() {
 	}
 }
 
-// Quiesce pauses the job until Unquiesce, while its nodes are quiesced for its start: clients see it
-// pause and go on before its first step.
+// Quiesce pauses the job until Unquiesce, while its nodes are quiesced for its start: clients see
+// it pause and go on before its first step.
 func (j *Job) Quiesce() {
 	j.m.mu.Lock()
 	defer j.m.mu.Unlock()

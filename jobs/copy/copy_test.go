@@ -140,7 +140,8 @@ func start(t *testing.T, b *bench, policy types.BlockdevOnError) (*jobs.Manager,
 	j, err := m.Create(jobs.Spec{ID: "j", Type: types.JobTypeStream, Block: true, ManualDismiss: true, Speed: b.speed,
 		Runner: runner(func(h *jobs.Handle) error {
 			h.SetRemaining(size)
-			return Run(h, Task{Gate: b, Size: size, Chunk: 3 * b.cell, Workers: 2, Look: b.look, Copy: counted(b.copy), Guests: b.guests, Piece: b.piece,
+			return Run(h, Task{Gate: b, Size: size, Chunk: 3 * b.cell, Workers: 2,
+				Look: b.look, Copy: counted(b.copy), Guests: b.guests, Piece: b.piece,
 				Operation: types.IoOperationTypeRead, Policy: policy})
 		})})
 	if err != nil {
@@ -396,10 +397,12 @@ func TestIgnoredFailuresArePaced(t *testing.T) {
 	m := jobs.NewManager(q, now)
 	b := newBench(Data, Skip, Data)
 	b.failed[0], b.failed[20] = 1, 12
-	j, err := m.Create(jobs.Spec{ID: "j", Type: types.JobTypeBackup, Block: true, ManualDismiss: true, Runner: runner(func(h *jobs.Handle) error {
-		return Run(h, Task{Gate: b, Size: 30, Chunk: b.cell, Workers: 1, Look: b.look, Copy: counted(b.copy), RetryIgnored: true,
+	r := runner(func(h *jobs.Handle) error {
+		return Run(h, Task{Gate: b, Size: 30, Chunk: b.cell, Workers: 1,
+			Look: b.look, Copy: counted(b.copy), RetryIgnored: true,
 			Operation: types.IoOperationTypeWrite, Policy: types.BlockdevOnErrorIgnore})
-	})})
+	})
+	j, err := m.Create(jobs.Spec{ID: "j", Type: types.JobTypeBackup, Block: true, ManualDismiss: true, Runner: r})
 	if err != nil {
 		t.Fatal(err)
 	}

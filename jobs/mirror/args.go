@@ -64,7 +64,8 @@ func EnterCommit(
 	p := plan{typ: types.JobTypeCommit, commit: a, source: top, target: base, base: base, unmap: blk.MayUnmap}
 	p.args = types.BlockdevMirrorArgs{
 		JobID: a.JobID, Device: top.Name(), Target: base.Name(), Speed: a.Speed,
-		OnSourceError: a.OnError, OnTargetError: a.OnError, FilterNodeName: a.FilterNodeName, AutoFinalize: a.AutoFinalize, AutoDismiss: a.AutoDismiss,
+		OnSourceError: a.OnError, OnTargetError: a.OnError, FilterNodeName: a.FilterNodeName,
+		AutoFinalize: a.AutoFinalize, AutoDismiss: a.AutoDismiss,
 	}
 	j := newJob(p)
 	if err := j.setSizes(); err != nil {

@@ -37,7 +37,8 @@ func TestCopyModeToAndFro(t *testing.T) {
 				r := rand.New(rand.NewPCG(uint64(g), 13))
 				for i := range 300 {
 					n := 512 * (1 + r.Int64N(64))
-					if err := w.write(w.guest, 512*r.Int64N(4*granule/512), bytes.Repeat([]byte{byte(i), byte(g)}, int(n/2))); err != nil {
+					p := bytes.Repeat([]byte{byte(i), byte(g)}, int(n/2))
+					if err := w.write(w.guest, 512*r.Int64N(4*granule/512), p); err != nil {
 						t.Error(err)
 					}
 				}

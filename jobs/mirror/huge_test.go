@@ -32,7 +32,8 @@ func hugeWorld(t *testing.T, size int64, old, unmap bool) *world {
 	w.from.Poke(size-5000, data[:5000])
 	w.fromF, w.toF = drivertest.NewFault(w.from), drivertest.NewFault(w.to)
 	add := func(name string, d graph.Driver, discard bool) *graph.Node {
-		return drivertest.MustBuild(t, w.g, drivertest.Spec{Options: graph.Options{Name: name, Kind: graph.Protocol}, NoDiscard: !discard, Open: drivertest.Opened(d)})
+		o := graph.Options{Name: name, Kind: graph.Protocol}
+		return drivertest.MustBuild(t, w.g, drivertest.Spec{Options: o, NoDiscard: !discard, Open: drivertest.Opened(d)})
 	}
 	w.source, w.target = add("hsource", w.fromF, true), add("htarget", w.toF, unmap)
 	w.guest = drivertest.AddRoot(t, w.g, w.source, drivertest.Writer)

@@ -59,7 +59,8 @@ func TestOverlappingWrites(t *testing.T) {
 					}
 					for i := range 300 {
 						n := 512 * (1 + r.Int64N(64))
-						if err := w.write(root, 512*r.Int64N(4*granule/512), bytes.Repeat([]byte{byte(i), byte(g)}, int(n/2))); err != nil {
+						p := bytes.Repeat([]byte{byte(i), byte(g)}, int(n/2))
+						if err := w.write(root, 512*r.Int64N(4*granule/512), p); err != nil {
 							t.Error(err)
 						}
 					}
@@ -167,7 +168,9 @@ func TestFaults(t *testing.T) {
 }
 
 // faultAt tells whether there was an i-th I/O.
-func faultAt(t *testing.T, mode types.MirrorCopyMode, policy types.BlockdevOnError, side func(w *world) *drivertest.Fault, i int) bool {
+func faultAt(
+	t *testing.T, mode types.MirrorCopyMode, policy types.BlockdevOnError, side func(w *world) *drivertest.Fault, i int,
+) bool {
 	w := newWorld(t)
 	f := side(w)
 	f.FailAt(i, syscall.EIO)
