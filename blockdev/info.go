@@ -123,7 +123,8 @@ func (m *Manager) encode(n *graph.Node, key infoKey) *nodeInfo {
 
 func bitmapInfo(b *graph.BitmapState) *types.BlockDirtyInfo {
 	info := &types.BlockDirtyInfo{
-		Count: b.Count, Granularity: uint32(b.Granularity), Recording: b.Recording, Busy: b.Busy, Persistent: b.Persistent,
+		Count: b.Count, Granularity: uint32(b.Granularity),
+		Recording: b.Recording, Busy: b.Busy, Persistent: b.Persistent,
 	}
 	if b.Name != "" {
 		info.Name = &b.Name

@@ -20,7 +20,9 @@ import (
 // namedOptions turns a file name into options, or, where the format has to be guessed, into the
 // file alone. Of options in it that a user has not given but an image, those are left out that do
 // not count.
-func (m *Manager) namedOptions(ctx context.Context, name, format string, byImage bool) (*types.BlockdevOptions, *types.BlockdevRef, error) {
+func (m *Manager) namedOptions(
+	ctx context.Context, name, format string, byImage bool,
+) (*types.BlockdevOptions, *types.BlockdevRef, error) {
 	if text, ok := strings.CutPrefix(name, "json:"); ok {
 		return m.jsonOptions(ctx, text, format, byImage)
 	}
@@ -104,7 +106,9 @@ func await[T any](ctx context.Context, f func() T) (got T, err error) {
 
 // jsonOptions reads what follows "json:" in a file name. A format that was given beside it wins
 // over the driver in it.
-func (m *Manager) jsonOptions(ctx context.Context, text, format string, byImage bool) (*types.BlockdevOptions, *types.BlockdevRef, error) {
+func (m *Manager) jsonOptions(
+	ctx context.Context, text, format string, byImage bool,
+) (*types.BlockdevOptions, *types.BlockdevRef, error) {
 	if len(text) > maxNameText {
 		return nil, nil, errNameTooLarge
 	}

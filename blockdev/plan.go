@@ -68,7 +68,8 @@ func (m *Manager) plan(o *types.BlockdevOptions, up *graph.Options, role perm.Ro
 		p.noBacking, p.warnBacking = true, true
 	default:
 		var err error
-		p.backing, err = m.planRef(&types.BlockdevRef{Definition: b.Definition, Reference: b.Reference}, p.gen, perm.COW, l)
+		r := &types.BlockdevRef{Definition: b.Definition, Reference: b.Reference}
+		p.backing, err = m.planRef(r, p.gen, perm.COW, l)
 		if err != nil {
 			return nil, backingError(err)
 		}

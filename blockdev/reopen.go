@@ -259,7 +259,8 @@ func (m *Manager) childOptions(o *types.BlockdevOptions) []driver.Child {
 func (q *reopenQueue) current() error {
 	for _, e := range q.list {
 		kids := e.node.Children()
-		same := q.m.g.Node(e.node.Name()) == e.node && e.node.Options() == e.was && e.node.ReadOnly() == e.readOnly && len(kids) == len(e.below)
+		same := q.m.g.Node(e.node.Name()) == e.node && e.node.Options() == e.was && e.node.ReadOnly() == e.readOnly &&
+			len(kids) == len(e.below)
 		for i := 0; same && i < len(kids); i++ {
 			same = kids[i].Node() == e.below[i]
 		}

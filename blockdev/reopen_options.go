@@ -139,7 +139,8 @@ func (e *reopening) unchanged(m *Manager, d *driver.Any) (err error) {
 		case c.Ref.Definition != nil:
 			flatten(is, c.Name, optionDict(c.Ref.Definition))
 		case c.Name == "backing" || c.Name == "file": // that was looked at
-		case c.Ref.Reference != nil && e.node.Child(c.Name) != nil && e.node.Child(c.Name).Node().Name() == *c.Ref.Reference:
+		case c.Ref.Reference != nil && e.node.Child(c.Name) != nil &&
+			e.node.Child(c.Name).Node().Name() == *c.Ref.Reference:
 		default:
 			is.Set(c.Name, c.Ref)
 		}

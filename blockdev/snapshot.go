@@ -89,7 +89,8 @@ func (s *Snapshot) makeOverlay(ctx context.Context, sketch *graph.Tx) error {
 	format := string(types.BlockdevDriverQcow2)
 	set(&format, a.Format)
 	s.opened, err = s.m.OpenImage(ctx, OpenImage{
-		Filename: a.SnapshotFile, Mode: a.Mode, Format: &format, Name: name, ReadOnly: s.old.ReadOnly(), For: s.old, Below: s.old, View: sketch.View,
+		Filename: a.SnapshotFile, Mode: a.Mode, Format: &format, Name: name,
+		ReadOnly: s.old.ReadOnly(), For: s.old, Below: s.old, View: sketch.View,
 	})
 	return err
 }

@@ -93,7 +93,8 @@ func Of[O any](d Def[O]) *Any {
 		Name: d.Name, Kind: d.Kind, Changeable: d.Changeable, ChangeOnly: d.ChangeOnly, Prefix: d.Prefix,
 		LikeProtocol: d.LikeProtocol,
 		TakesPath:    d.TakesPath, Probe: d.Probe, Verbatim: d.Verbatim, ForImages: d.ForImages, Create: d.Create,
-		Preexisting: d.Preexisting, MaxBackingName: d.MaxBackingName, MaxBackingFormat: d.MaxBackingFormat, Amend: d.Amend,
+		Preexisting:    d.Preexisting,
+		MaxBackingName: d.MaxBackingName, MaxBackingFormat: d.MaxBackingFormat, Amend: d.Amend,
 
 		Open:  func(x *Opening, u any) (graph.Driver, error) { return d.Open(x, u.(O)) },
 		Check: untyped(d.Check), Children: untyped(d.Children), Backing: untyped(d.Backing),

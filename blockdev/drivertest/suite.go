@@ -105,7 +105,9 @@ func newRig(t *testing.T, c *Config, layer *Layer, readOnly bool) *rig {
 	n := c.Open(t, g, c.Size, readOnly)
 	if layer != nil {
 		n = MustBuild(t, g, Spec{
-			Options:  graph.Options{Name: "layer", Kind: layer.Def.Kind, DriverName: string(layer.Def.Name), ReadOnly: readOnly},
+			Options: graph.Options{
+				Name: "layer", Kind: layer.Def.Kind, DriverName: string(layer.Def.Name), ReadOnly: readOnly,
+			},
 			Children: []Child{{"file", layer.Def.Children(layer.Options)[0].Role, n}}, Open: layer.Def.With(layer.Options)})
 	}
 	claim := perm.Claim{Need: perm.ConsistentRead | perm.Write | perm.Resize, Share: perm.All}

@@ -24,7 +24,9 @@ type Driver struct {
 
 // open opens the filter. It blocks as long as reading the file with rules takes.
 func open(o *driver.Opening, u *types.BlockdevOptionsBlkdebug) (graph.Driver, error) {
-	d := &Driver{Passthrough: graph.Passthrough{Node: o.Node}, take: perms(u.TakeChildPerms), unshare: perms(u.UnshareChildPerms)}
+	d := &Driver{
+		Passthrough: graph.Passthrough{Node: o.Node}, take: perms(u.TakeChildPerms), unshare: perms(u.UnshareChildPerms),
+	}
 	inject, set := u.InjectError, u.SetState
 	if u.Config != nil {
 		i, s, err := readConfig(*u.Config)
@@ -44,8 +46,9 @@ func (d *Driver) setLimits(u *types.BlockdevOptionsBlkdebug) error {
 		return fmt.Errorf("Cannot meet constraints with %s %d", what, v)
 	}
 	if u.Align != nil {
-		if l.RequestAlign = *u.Align; l.RequestAlign < 0 || l.RequestAlign >= math.MaxInt32 || l.RequestAlign&(l.RequestAlign-1) != 0 {
-			return bad("align", l.RequestAlign)
+		l.RequestAlign = *u.Align
+		if a := l.RequestAlign; a < 0 || a >= math.MaxInt32 || a&(a-1) != 0 {
+			return bad("align", a)
 		}
 	}
 	align := max(l.RequestAlign, d.Below().Caps().Limits.RequestAlign, 1)

@@ -88,7 +88,8 @@ func (l *rules) init(inject []*types.BlkdebugInjectErrorOptions, set []*types.Bl
 	for _, o := range inject {
 		x := &rule{
 			event: events[o.Event], state: or(o.State, 0), errors: true, kinds: usual, off: -1,
-			errno: syscall.Errno(or(o.Errno, int64(syscall.EIO))), once: or(o.Once, false), immediately: or(o.Immediately, false),
+			errno: syscall.Errno(or(o.Errno, int64(syscall.EIO))),
+			once:  or(o.Once, false), immediately: or(o.Immediately, false),
 		}
 		if o.Iotype != nil {
 			x.kinds = kinds[*o.Iotype]

@@ -53,7 +53,10 @@ type filter struct {
 }
 
 func open(o *driver.Opening, u *types.BlockdevOptionsBlklogwrites) (graph.Driver, error) {
-	d := &filter{Passthrough: graph.Passthrough{Node: o.Node}, sector: defaultSector, interval: defaultInterval, next: 1, flushed: true}
+	d := &filter{
+		Passthrough: graph.Passthrough{Node: o.Node},
+		sector:      defaultSector, interval: defaultInterval, next: 1, flushed: true,
+	}
 	appends := u.LogAppend != nil && *u.LogAppend
 	if u.LogSectorSize != nil {
 		if appends {

@@ -26,7 +26,10 @@ type buckets struct {
 }
 
 // concern lists the buckets that requests of a direction fill.
-var concern = [2][4]int{reading: {bpsTotal, iopsTotal, bpsRead, iopsRead}, writing: {bpsTotal, iopsTotal, bpsWrite, iopsWrite}}
+var concern = [2][4]int{
+	reading: {bpsTotal, iopsTotal, bpsRead, iopsRead},
+	writing: {bpsTotal, iopsTotal, bpsWrite, iopsWrite},
+}
 
 // leak takes the time until now into account.
 func (b *buckets) leak(now time.Duration) {

@@ -26,7 +26,8 @@ func startWriteBack(fd int) { _ = unix.SyncFileRange(fd, 0, 0, unix.SYNC_FILE_RA
 
 // wrote is told of n bytes that r has written to h.
 func (d *disk) wrote(r *blk.Req, h *handle, n int64) {
-	if !r.Job || d.memory || d.direct || d.noFlush || d.behind.n.Add(n) < behindBytes || !d.behind.busy.CompareAndSwap(false, true) {
+	if !r.Job || d.memory || d.direct || d.noFlush || d.behind.n.Add(n) < behindBytes ||
+		!d.behind.busy.CompareAndSwap(false, true) {
 		return
 	}
 	d.behind.n.Store(0)

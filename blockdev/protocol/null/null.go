@@ -46,7 +46,9 @@ func open(o *driver.Opening, opts *types.BlockdevOptionsNull) (graph.Driver, err
 	}
 	d.zeroes = opts.ReadZeroes != nil && *opts.ReadZeroes
 	if o.Admit != nil {
-		d.zeroes = true // what an image names must not show what was in the reader's buffer before: memory of the daemon, data of other disks
+		// What an image names must not show what was in the reader's buffer before: memory of the
+		// daemon, data of other disks.
+		d.zeroes = true
 	}
 	return d, nil
 }
