@@ -30,9 +30,6 @@ func (f *filterDriver) Size() int64 {
 	return 0
 }
 
-// NamedAsChild implements graph.ChildNamer.
-func (f *filterDriver) NamedAsChild() {}
-
 // Close implements graph.Driver.
 func (f *filterDriver) Close() error { return nil }
 
