@@ -1,12 +1,12 @@
 // Package blockjob is what block jobs have in common: how they start, and their place in the graph.
 //
-//	Start     the job's nodes are held; Find, Enter; then they are let go, and the job runs
+//	Start          the job's nodes are held: Find, Enter; then they are let go, and the job runs
 //
-//	Enter     MakeWritable     a node that is read-only is not, for the time of the job
-//	          Site.Enter       one transaction: filter, claims, freezes; from its commit on others are kept away
-//	          ...              the job works
-//	Leave                      in the last transaction of a job that succeeds: claims and freezes are given back
-//	Release                    the same where there was no such transaction; read-only again; others may come
+//	MakeWritable   a node that is read-only is not, for the time of the job
+//	Site.Enter     one transaction: filter, claims, freezes; from its commit on others are kept away
+//	...            the job works
+//	Leave          in the last transaction of a job that succeeds: claims and freezes are given back
+//	Release        the same where there was none; read-only again; others may come
 package blockjob
 
 import (
@@ -20,7 +20,6 @@ import (
 
 // Nodes finds, names and opens nodes as the arguments of jobs name them; *blockdev.Manager is one.
 type Nodes interface {
-	Graph() *graph.Graph
 	// Lookup finds a node by the name of a device or of the node itself.
 	Lookup(device, nodeName *string) (*graph.Node, error)
 	// LookupIn is Lookup of a node by a device or node name as it is once tx is committed.

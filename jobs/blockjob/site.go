@@ -117,8 +117,8 @@ type Use struct {
 	Root  **graph.Root // where the root goes to, for requests; or nil
 }
 
-// Keep attaches a root of the job to each of the nodes. What is recorded of the job comes and goes with
-// the first.
+// Keep attaches a root of the job to each of the nodes. What is recorded of the job comes and goes
+// with the first.
 func (s *Site) Keep(tx *graph.Tx, uses ...Use) error {
 	for _, u := range uses {
 		spec := graph.RootSpec{
