@@ -185,9 +185,9 @@ func (m *Manager) onBitmap(a *types.BlockDirtyBitmap, use graph.BitmapUse, do fu
 func (m *Manager) BitmapRemove(a *types.BlockDirtyBitmap) *BitmapStep {
 	s := m.onBitmap(a, graph.BitmapRemove, func(ctx context.Context, s *BitmapStep, d *graph.DirtyBitmap) error {
 		d.SetBusy(true)
-		d.Foretell(true, false)
+		d.SetPending(graph.PendingRemove)
 		s.undo = func() {
-			d.Foretell(false, false)
+			d.SetPending(graph.PendingNone)
 			d.SetBusy(false)
 		}
 		s.finish = func() { m.forget(d) }
@@ -218,11 +218,11 @@ func (m *Manager) BitmapEnable(a *types.BlockDirtyBitmap, enable bool) *BitmapSt
 			s.undo = d.Disable
 			return hold(ctx, d)
 		default:
-			d.Foretell(false, true)
-			s.undo = func() { d.Foretell(false, false) }
+			d.SetPending(graph.PendingDisable)
+			s.undo = func() { d.SetPending(graph.PendingNone) }
 			s.finish = func() {
 				d.Disable()
-				d.Foretell(false, false)
+				d.SetPending(graph.PendingNone)
 				if err := hold(context.WithoutCancel(ctx), d); err != nil {
 					m.log.Warn("a bitmap will record again if the program is killed", "node", d.Node().Name(), "bitmap", d.Name(), "error", err)
 				}

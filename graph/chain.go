@@ -103,8 +103,8 @@ func (v View) Backing(n *Node) *Edge { return v.kidsOf(n).backing }
 // FilteredChild is the child whose data the filter n presents as its own, or nil.
 func (v View) FilteredChild(n *Node) *Edge { return v.kidsOf(n).filtered }
 
-// FilterOrCOWChild is FilteredChild or Backing: the edge that a backing chain follows. Nil at the end
-// of the chain.
+// FilterOrCOWChild is FilteredChild or Backing: the edge that a backing chain follows. Nil at the
+// end of the chain.
 func (v View) FilterOrCOWChild(n *Node) *Edge { return v.kidsOf(n).chain() }
 
 // below is the node at the other end of e, or nil.
@@ -135,8 +135,8 @@ func (v View) Below(n *Node) *Node {
 	return v.below(v.FilterOrCOWChild(n))
 }
 
-// Chain are top and the nodes below it, as far as filters and backing files go, down to end, which is
-// none of them; nil is the end of the chain.
+// Chain are top and the nodes below it, as far as filters and backing files go, down to end, which
+// is none of them; nil is the end of the chain.
 func (v View) Chain(top, end *Node) (l []*Node) {
 	for n := top; n != nil && n != end; n = v.Below(n) {
 		l = append(l, n)

@@ -74,7 +74,8 @@ func (n *Node) shutdown(ctx context.Context) error {
 	return errors.Join(errs...)
 }
 
-// CloseError tells what went wrong while a graph was closed; everything else was flushed and closed.
+// CloseError tells what went wrong while a graph was closed; everything else was flushed and
+// closed.
 type CloseError struct {
 	// Stuck are the nodes that could not be closed in time.
 	Stuck []string
@@ -96,10 +97,11 @@ func (e *CloseError) Error() string {
 // Unwrap gives the errors.
 func (e *CloseError) Unwrap() []error { return e.Errs }
 
-// Close ends the graph for good: it closes all gates, waits for the units of work, and
-// flushes and closes all nodes, parents before children, in parallel. A deadline of ctx, or its patience (Patient), is kept:
-// nodes in which requests are stuck by three fifths of the time are only flushed, and what does not
-// come back from its storage in time is left behind; all this is reported as a *CloseError. No Tx may be begun any more.
+// Close ends the graph for good: it closes all gates, waits for the units of work, and flushes and
+// closes all nodes, parents before children, in parallel. A deadline of ctx, or its patience
+// (Patient), is kept: nodes in which requests are stuck by three fifths of the time are only
+// flushed, and what does not come back from its storage in time is left behind; all this is
+// reported as a *CloseError. No Tx may be begun any more.
 func (g *Graph) Close(ctx context.Context) error {
 	c := &closer{g: g, ctx: ctx, state: map[*Node]*closing{}}
 	g.mu.Lock()

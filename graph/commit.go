@@ -70,7 +70,8 @@ func (c *commit) run() (err error) {
 	return c.record()
 }
 
-// reserve plans the changes and reserves all nodes they touch, until nothing that matters changed in between.
+// reserve plans the changes and reserves all nodes they touch, until nothing that matters changed
+// in between.
 func (c *commit) reserve() error {
 	tx, g := c.tx, c.g
 	var want []*Node
@@ -109,8 +110,8 @@ func (c *commit) plan() error {
 	return c.planLocked()
 }
 
-// settle looks, with the nodes of want reserved, whether the plan still holds: it does if grown is no more than want and there is nothing to wait for. Its edges
-// are known to others then.
+// settle looks, with the nodes of want reserved, whether the plan still holds: it does if grown is
+// no more than want and there is nothing to wait for. Its edges are known to others then.
 func (c *commit) settle(want []*Node) (grown []*Node, wait <-chan struct{}, err error) {
 	g := c.g
 	g.mu.Lock()
@@ -260,7 +261,8 @@ func (c *commit) prepare(ctx context.Context) error {
 	if err := c.join(ctx, c.tx.first); err != nil {
 		return err
 	}
-	// A hidden node on top of what changes may get its driver this very moment; its opener settles its claims.
+	// A hidden node on top of what changes may get its driver this very moment; its opener settles
+	// its claims.
 	drivers := make([]Driver, len(c.delta.Order))
 	c.g.mu.RLock()
 	for i, n := range c.delta.Order {
@@ -278,7 +280,8 @@ func (c *commit) prepare(ctx context.Context) error {
 		}
 		if err := n.careful(func() error { return t.PermPrepare(ctx, up) }); err != nil {
 			if ctx.Err() == nil && up.Loosens(n.applied) {
-				// Giving up rights cannot be refused; the old ones stay taken. (Who has gone gets nothing: all is undone.)
+				// Giving up rights cannot be refused; the old ones stay taken. (Who has gone gets
+				// nothing: all is undone.)
 				slog.Warn("permissions could not be lowered", "node", n.name, "error", err)
 				continue
 			}
@@ -324,7 +327,8 @@ func (c *commit) undo() {
 	}
 }
 
-// careful calls a participant. After a panic the nodes that the transaction holds quiet are in doubt, as its participants are about those.
+// careful calls a participant. After a panic the nodes that the transaction holds quiet are in
+// doubt, as its participants are about those.
 func (c *commit) careful(f func() error) (err error) {
 	defer panics.Catch("a transaction of the graph", func(bug error) {
 		err = bug

@@ -10,9 +10,10 @@ import (
 	"qblockd/schema/types"
 )
 
-// guard stands between a node and the driver that does its requests: a panic in the driver becomes an EIO of the request, and the node takes no more
-// requests, as what the driver keeps in memory is in doubt. Its methods are Guarded of those of the driver, written out: with a closure each would cost as much as all
-// the rest of what a node does.
+// guard stands between a node and the driver that does its requests: a panic in the driver becomes
+// an EIO of the request, and the node takes no more requests, as what the driver keeps in memory is
+// in doubt. Its methods are Guarded of those of the driver, written out: with a closure each would
+// cost as much as all the rest of what a node does.
 type guard struct {
 	Driver
 	n       *Node
@@ -59,8 +60,9 @@ func (s *ioState) guard(n *Node) {
 // errFailed is what requests to a node that has failed get.
 var errFailed = blk.Text("The node is unusable after an internal error", syscall.EIO)
 
-// Fail makes the node unusable: all requests fail with EIO from now on, and nothing that its driver has in memory is written any more. Queries, and taking it
-// out of the graph, work as before. why is told to clients, once.
+// Fail makes the node unusable: all requests fail with EIO from now on, and nothing that its driver
+// has in memory is written any more. Queries, and taking it out of the graph, work as before. why
+// is told to clients, once.
 func (n *Node) Fail(why error) {
 	if n.failed.Swap(true) {
 		return
@@ -96,8 +98,10 @@ func (g *guard) caught(err *error) {
 	}
 }
 
-// Guarded calls f, which has n's driver do something that is no request: with snapshots, bitmaps, the header, options. A panic in f is an EIO, and
-// the node fails, as what the driver has in memory is in doubt. The driver of a node that has failed is asked for nothing any more: errors are those of f, and EIO.
+// Guarded calls f, which has n's driver do something that is no request: with snapshots, bitmaps,
+// the header, options. A panic in f is an EIO, and the node fails, as what the driver has in memory
+// is in doubt. The driver of a node that has failed is asked for nothing any more: errors are those
+// of f, and EIO.
 func (n *Node) Guarded(f func() error) error {
 	if n.failed.Load() {
 		return errFailed
@@ -105,7 +109,8 @@ func (n *Node) Guarded(f func() error) error {
 	return n.careful(f)
 }
 
-// careful is Guarded also for a node that has failed: for the end of a transaction, and for closing.
+// careful is Guarded also for a node that has failed: for the end of a transaction, and for
+// closing.
 func (n *Node) careful(f func() error) (err error) {
 	g := guard{n: n}
 	defer g.caught(&err)

@@ -83,7 +83,8 @@ func within(t *testing.T) context.Context {
 	return ctx
 }
 
-// A panic in a driver fails its request and its node, and nothing else: requests to others go on, and the node can be drained and taken away.
+// A panic in a driver fails its request and its node, and nothing else: requests to others go on,
+// and the node can be drained and taken away.
 func TestDriverPanics(t *testing.T) {
 	defer panics.Contain()()
 	quietLog(t)
@@ -196,7 +197,8 @@ type refuses struct{ participant }
 
 func (refuses) Prepare(context.Context) error { return syscall.ENOSPC }
 
-// A panic in the course of a transaction ends that; its nodes can be reserved and drained by others.
+// A panic in the course of a transaction ends that; its nodes can be reserved and drained by
+// others.
 func TestTransactionPanics(t *testing.T) {
 	defer panics.Contain()()
 	quietLog(t)

@@ -22,26 +22,30 @@
 //	finish   drivers and participants commit, undrain, release; nodes that lost
 //	         their last reference are flushed and closed
 //
-// A failure before install undoes everything in reverse. Waiting ends with the context of
-// the Tx. Transactions on disjoint nodes never wait for each other; queries read under g.mu and wait for no commit.
+// A failure before install undoes everything in reverse. Waiting ends with the context of the Tx.
+// Transactions on disjoint nodes never wait for each other; queries read under g.mu and wait for no
+// commit.
 //
 // # Commands and the ends of jobs
 //
-// A transaction keeps others off what it changes in the graph. What is in a node (snapshots, bitmaps, size, header, options) is kept for one command, or for the end
-// of one job, by a Hold, from its first look to its last write:
+// A transaction keeps others off what it changes in the graph. What is in a node (snapshots,
+// bitmaps, size, header, options) is kept for one command, or for the end of one job, by a Hold,
+// from its first look to its last write:
 //
 //	Hold     all nodes at once, with those that their data lie in; then names are looked up again
 //	drain    and transactions, as many as it takes: none of them needs the Hold
 //	Release  closes nodes that lost their last reference meanwhile
 //
-// A Hold is waited for by who has neither a Hold, a reservation nor a closed gate that others need, so that waits go one way: Hold, reservation, drain, storage.
+// A Hold is waited for by who has neither a Hold, a reservation nor a closed gate that others need,
+// so that waits go one way: Hold, reservation, drain, storage.
 //
 // # Life of a node
 //
 //	NewNode ---> hidden ---Publish---> published ---last reference gone---> closing ---> closed
 //	               \-----------------Discard, failed commit-----------------/
 //
-// References are the monitor (Own), parents, and the opener's pin until Publish or Discard. A hidden or closing node has no other appearance than its taken name.
+// References are the monitor (Own), parents, and the opener's pin until Publish or Discard. A
+// hidden or closing node has no other appearance than its taken name.
 //
 // # Draining
 //
@@ -64,11 +68,11 @@
 //	trackShard.mu (in index order), flushState.mu, dirtySet.mu   likewise, per node; requests hold them for moments only
 //	events.mu, session.outMu                   leaves: code under them calls nothing of ours
 //
-// Exceptions: drainerState.mu is held while a Drainer is called, which may take
-// driver and job locks, but never enters this package's Drain or Commit. Under g.mu drivers are asked
-// only Caps, Size and EdgeClaim, which take at most a leaf lock of theirs.
-// No lock of this package is held across I/O, PermTaker, Participant or Recorder calls. Reservations are not locks:
-// they are waited for with no lock and no unit of work held.
+// Exceptions: drainerState.mu is held while a Drainer is called, which may take driver and job
+// locks, but never enters this package's Drain or Commit. Under g.mu drivers are asked only Caps,
+// Size and EdgeClaim, which take at most a leaf lock of theirs. No lock of this package is held
+// across I/O, PermTaker, Participant or Recorder calls. Reservations are not locks: they are waited
+// for with no lock and no unit of work held.
 //
 // Built with -tags invariants, each install checks the nodes it touched.
 package graph

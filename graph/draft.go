@@ -43,8 +43,8 @@ func newTxDraft() *txDraft {
 	return d
 }
 
-// draftView is the graph as it is, but nodes that the draft discards claim nothing new: their driver may want what it could not get,
-// which is why they are discarded.
+// draftView is the graph as it is, but nodes that the draft discards claim nothing new: their
+// driver may want what it could not get, which is why they are discarded.
 type draftView struct {
 	baseView
 	d *txDraft

@@ -21,8 +21,8 @@ type drain struct {
 	drainers []*Node // nodes whose Drainer was told to let go
 }
 
-// Drain closes the gates of all roots that reach the nodes and waits until their units of
-// work are over and every Drainer is quiet. Nested drains count; each undrain must be called once. On error
+// Drain closes the gates of all roots that reach the nodes and waits until their units of work are
+// over and every Drainer is quiet. Nested drains count; each undrain must be called once. On error
 // (the context's) nothing is drained. Not for use inside a unit of work.
 func (g *Graph) Drain(ctx context.Context, nodes ...*Node) (undrain func(), err error) {
 	d := g.beginDrain(nodes, nil)
@@ -97,8 +97,8 @@ func (d *drain) collectLocked() map[*Node]bool {
 	return seen
 }
 
-// addDrainersLocked finds every Drainer that a unit of work to be waited for may be stuck in: those below the roots, and above
-// and at the drained nodes.
+// addDrainersLocked finds every Drainer that a unit of work to be waited for may be stuck in: those
+// below the roots, and above and at the drained nodes.
 // +checklocks:d.g.mu
 func (d *drain) addDrainersLocked(seen map[*Node]bool) {
 	var stack []*Node
@@ -126,7 +126,8 @@ func (d *drain) addDrainersLocked(seen map[*Node]bool) {
 	}
 }
 
-// quiesceLocked adds by (1 or -1) reasons for n to be quiet and passes the change on to its parents.
+// quiesceLocked adds by (1 or -1) reasons for n to be quiet and passes the change on to its
+// parents.
 // +checklocks:n.g.mu
 func (n *Node) quiesceLocked(by int32) {
 	was := n.quiesce > 0
@@ -232,14 +233,15 @@ func (d *drain) release() {
 	}
 }
 
-// drainerState serialises the calls of a node's Drainer: they alternate and end in the state that the
-// graph is in.
+// drainerState serialises the calls of a node's Drainer: they alternate and end in the state that
+// the graph is in.
 type drainerState struct {
 	mu     sync.Mutex
 	called bool // DrainBegin was the last call
 }
 
-// syncDrainer brings the driver's Drainer to the state that the graph is in. Calls alternate, whoever makes them.
+// syncDrainer brings the driver's Drainer to the state that the graph is in. Calls alternate,
+// whoever makes them.
 func (n *Node) syncDrainer() {
 	h := &n.rare.drainer
 	h.mu.Lock()

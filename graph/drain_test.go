@@ -351,7 +351,8 @@ func benchAdd(b *testing.B, present int) {
 func BenchmarkAddDel10(b *testing.B)    { benchAdd(b, 10) }
 func BenchmarkAddDel10000(b *testing.B) { benchAdd(b, 10000) }
 
-// TestMovedAway: a root that another Tx moves away from a node being drained is not waited for any more.
+// TestMovedAway: a root that another Tx moves away from a node being drained is not waited for any
+// more.
 func TestMovedAway(t *testing.T) {
 	g := newTestGraph(t)
 	n, m := addMem(t, g, "n"), addMem(t, g, "m")

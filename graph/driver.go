@@ -28,14 +28,17 @@ type Driver interface {
 	Size() int64
 	// ReadAt fills v or fails; there are no short reads in a block layer.
 	ReadAt(r *blk.Req, v blk.Vec, off int64, f blk.Flags) error
-	// Close ends the driver after all requests have ended and data was flushed; children are still attached.
+	// Close ends the driver after all requests have ended and data was flushed; children are still
+	// attached.
 	Close() error
 }
 
-// Caps are a driver's constant properties. A flag without the interface behind it panics under -tags invariants.
+// Caps are a driver's constant properties. A flag without the interface behind it panics under
+// -tags invariants.
 type Caps struct {
 	Limits blk.Limits
-	// WriteFlags, ZeroFlags: what WriteAt and Zero handle natively; FUA is emulated by a flush otherwise.
+	// WriteFlags, ZeroFlags: what WriteAt and Zero handle natively; FUA is emulated by a flush
+	// otherwise.
 	WriteFlags, ZeroFlags blk.Flags
 	// Backing: the driver has a "backing" child or could have one.
 	Backing bool
@@ -49,8 +52,8 @@ type Caps struct {
 
 // The optional abilities of drivers follow, by what they are about.
 
-// Requests, each with what the node does for drivers without it. Those that serve requests may run in
-// parallel with one another; a NoWait request must not wait in them.
+// Requests, each with what the node does for drivers without it. Those that serve requests may run
+// in parallel with one another; a NoWait request must not wait in them.
 type (
 	Writer interface {
 		WriteAt(r *blk.Req, v blk.Vec, off int64, f blk.Flags) error // default: the node cannot be writable
@@ -62,8 +65,8 @@ type (
 		Discard(r *blk.Req, off, n int64) error // default: no-op
 	}
 	Flusher interface {
-		// Flush: on return all completed writes are on stable storage. The node flushes the driver; the
-		// driver flushes its children itself where it has any. Default: children are flushed.
+		// Flush: on return all completed writes are on stable storage. The node flushes the driver;
+		// the driver flushes its children itself where it has any. Default: children are flushed.
 		Flush(r *blk.Req) error
 	}
 	// BlockStatuser tells what there is in a range (block status, not statistics).
@@ -71,7 +74,8 @@ type (
 		Status(r *blk.Req, off, n int64) (blk.Extent, error) // default: all data, allocated
 	}
 	Mapper interface {
-		// Map appends the host ranges of a prefix of [off, off+n) to m, possibly nothing. Default: nothing.
+		// Map appends the host ranges of a prefix of [off, off+n) to m, possibly nothing. Default:
+		// nothing.
 		Map(r *blk.Req, off, n int64, m *blk.Mapping) error
 	}
 	CopyRanger interface {
@@ -82,8 +86,8 @@ type (
 	Resizer interface {
 		Resize(ctx context.Context, size int64, m blk.Prealloc) error // default: blk.ErrNotSupported
 	}
-	// Debugger drivers are told of steps: those that drivers take who have them as a child, and those
-	// of the generic layer for them themselves. The call may wait, unless r must not.
+	// Debugger drivers are told of steps: those that drivers take who have them as a child, and
+	// those of the generic layer for them themselves. The call may wait, unless r must not.
 	Debugger interface {
 		DebugEvent(r *blk.Req, e blk.DebugEvent)
 	}
@@ -97,28 +101,28 @@ type (
 		EdgeClaim(child string, r perm.Role, up perm.Claim, readOnly bool) perm.Claim
 	}
 	// PermTaker is told the cumulative claim on the node itself (file locks, reopening read-write
-	// under auto-read-only). Prepare may block and fail; then exactly one of Commit and Abort follows;
-	// they cannot fail.
+	// under auto-read-only). Prepare may block and fail; then exactly one of Commit and Abort
+	// follows; they cannot fail.
 	PermTaker interface {
 		PermPrepare(ctx context.Context, c perm.Claim) error
 		PermCommit()
 		PermAbort()
 	}
-	// ChildKeeper marks drivers that read what one node alone knows, their file: who is put above that
-	// node does not come between.
+	// ChildKeeper marks drivers that read what one node alone knows, their file: who is put above
+	// that node does not come between.
 	ChildKeeper interface {
 		KeepsChild()
 	}
-	// ModeSwitcher has something to do when its node becomes writable or read-only (qcow2: repairs and
-	// header bits). Both are called while the node is drained: Prepare before the change, it may refuse;
-	// Commit after it. When a node that was to become read-only stays writable after all, Commit is
-	// called with readOnly false.
+	// ModeSwitcher has something to do when its node becomes writable or read-only (qcow2: repairs
+	// and header bits). Both are called while the node is drained: Prepare before the change, it
+	// may refuse; Commit after it. When a node that was to become read-only stays writable after
+	// all, Commit is called with readOnly false.
 	ModeSwitcher interface {
 		PrepareReadOnly(r *blk.Req, readOnly bool) error
 		CommitReadOnly(r *blk.Req, readOnly bool) error
 	}
-	// Inactivator stores what must be on disk before the node is closed or handed over; called while
-	// drained.
+	// Inactivator stores what must be on disk before the node is closed or handed over; called
+	// while drained.
 	Inactivator interface {
 		Inactivate(r *blk.Req) error
 	}
@@ -134,15 +138,16 @@ type (
 	Ejecter interface {
 		Ejected() bool // all requests fail with blk.ErrNoMedium from now on
 	}
-	// FailureTaker is told that its node has failed (Node.Fail), from any goroutine, perhaps with its
-	// own locks held: it does not take them. What it has in memory is in doubt and must not be written
-	// any more, not by Close either.
+	// FailureTaker is told that its node has failed (Node.Fail), from any goroutine, perhaps with
+	// its own locks held: it does not take them. What it has in memory is in doubt and must not be
+	// written any more, not by Close either.
 	FailureTaker interface {
 		NodeFailed()
 	}
 	// Lagging tells how many bytes have still to get to the medium, as far as that can be seen, and
-	// whether the driver is bound to a call that only its storage ends: the process could not end before
-	// it either. It is called now and then while the daemon ends, also beside Close, and does not block.
+	// whether the driver is bound to a call that only its storage ends: the process could not end
+	// before it either. It is called now and then while the daemon ends, also beside Close, and
+	// does not block.
 	Lagging interface {
 		Lag() (bytes int64, bound bool)
 	}
@@ -158,35 +163,35 @@ type (
 	BackingChanger interface {
 		ChangeBackingFile(r *blk.Req, name, format string) error
 	}
-	// InternalSnapshotter drivers keep snapshots inside their image. The node is held quiet while one is
-	// made or deleted; both may block, and change nothing when they fail.
+	// InternalSnapshotter drivers keep snapshots inside their image. The node is held quiet while
+	// one is made or deleted; both may block, and change nothing when they fail.
 	InternalSnapshotter interface {
 		// CreateSnapshot makes one of that name, taken at that time, when the machine's clock said
 		// clock. It returns the ID, which no other has.
 		CreateSnapshot(r *blk.Req, name string, at time.Time, clock time.Duration) (id string, err error)
-		// DeleteSnapshot deletes the first one that has both. An image may say that several have the
-		// same ID, or the same name.
+		// DeleteSnapshot deletes the first one that has both. An image may say that several have
+		// the same ID, or the same name.
 		DeleteSnapshot(r *blk.Req, id, name string) error
 		Snapshots() []*types.SnapshotInfo
 	}
 	// SnapshotReader is a driver that keeps a point in time besides what its node shows now
-	// (copy-before-write). Its methods need a unit of work that reaches its node. DiscardSnapshot tells
-	// that a range of the point in time is not needed any more.
+	// (copy-before-write). Its methods need a unit of work that reaches its node. DiscardSnapshot
+	// tells that a range of the point in time is not needed any more.
 	SnapshotReader interface {
 		ReadSnapshot(r *blk.Req, v blk.Vec, off int64) error
 		SnapshotStatus(r *blk.Req, off, n int64) (blk.Extent, error)
 		DiscardSnapshot(r *blk.Req, off, n int64) error
 	}
-	// BitmapStore drivers keep persistent dirty bitmaps in their image: those that are the node's and
-	// persistent when it becomes read-only or is closed.
+	// BitmapStore drivers keep persistent dirty bitmaps in their image: those that are the node's
+	// and persistent when it becomes read-only or is closed.
 	BitmapStore interface {
-		// CanStoreBitmap tells why there cannot be one more, besides others of them; granularity is in
-		// bytes.
+		// CanStoreBitmap tells why there cannot be one more, besides others of them; granularity is
+		// in bytes.
 		CanStoreBitmap(name string, granularity int64, others int) error
-		// HoldBitmap makes the image safe against the sudden end of the program: it has at least what
-		// the persistent bitmap of that name has, and will have what writes add. Called when the bitmap
-		// was added, enabled, or merged into, while the node is quiet, and when it was disabled. May
-		// block.
+		// HoldBitmap makes the image safe against the sudden end of the program: it has at least
+		// what the persistent bitmap of that name has, and will have what writes add. Called when
+		// the bitmap was added, enabled, or merged into, while the node is quiet, and when it was
+		// disabled. May block.
 		HoldBitmap(r *blk.Req, name string) error
 		// RemoveBitmap takes it out of the image at once. May block.
 		RemoveBitmap(r *blk.Req, name string) error

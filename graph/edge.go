@@ -84,7 +84,8 @@ func (e *Edge) ParentNode() *Node { return e.pnode }
 // ParentRoot is the parent if it is a root, else nil.
 func (e *Edge) ParentRoot() *Root { return e.root }
 
-// Node is the node below. Within a unit of work it does not change; elsewhere it may change at any time.
+// Node is the node below. Within a unit of work it does not change; elsewhere it may change at any
+// time.
 func (e *Edge) Node() *Node { return e.node.Load() }
 
 // Claim is what the parent takes and shares on the node now.

@@ -57,8 +57,8 @@ func (p *faultyParticipant) Prepare(context.Context) error {
 	return p.f.next(p.name)
 }
 
-// TestIthFailure fails every step of a rich Tx that can fail, one after the other: each time the error
-// surfaces and the graph is as before, until the Tx passes.
+// TestIthFailure fails every step of a rich Tx that can fail, one after the other: each time the
+// error surfaces and the graph is as before, until the Tx passes.
 func TestIthFailure(t *testing.T) {
 	g := newTestGraph(t)
 	var f *faults
@@ -139,8 +139,8 @@ func TestIthFailure(t *testing.T) {
 	detachAll(t, g)
 }
 
-// TestCloseOrder: parents are closed before their children; a node that hangs in Close is reported and what is
-// below it is flushed all the same.
+// TestCloseOrder: parents are closed before their children; a node that hangs in Close is reported
+// and what is below it is flushed all the same.
 func TestCloseOrder(t *testing.T) {
 	g := New(nullSink{})
 	var order []string

@@ -20,9 +20,9 @@ func (d *txDraft) chainEdges(top, base *Node) (l []*Edge) {
 	return l
 }
 
-// FreezeChain makes the filter and COW edges from top down to base (nil: to the end)
-// unchangeable from commit on, until Thaw or until unfreeze is called (any number of times). Error: one is frozen already, or
-// leads to a node that says NeverFreeze.
+// FreezeChain makes the filter and COW edges from top down to base (nil: to the end) unchangeable
+// from commit on, until Thaw or until unfreeze is called (any number of times). Error: one is
+// frozen already, or leads to a node that says NeverFreeze.
 func (tx *Tx) FreezeChain(top, base *Node) (unfreeze func(), err error) {
 	return tx.freeze(func(d *txDraft) ([]*Edge, error) {
 		edges := d.chainEdges(top, base)
@@ -40,8 +40,9 @@ func (tx *Tx) FreezeChain(top, base *Node) (unfreeze func(), err error) {
 	})
 }
 
-// FreezeOverlays makes the filter and COW edges that lead to n unchangeable from commit on, as FreezeChain does those below it; n may be
-// a filter that must not be passed over while its job runs. Thawed by ThawOverlays.
+// FreezeOverlays makes the filter and COW edges that lead to n unchangeable from commit on, as
+// FreezeChain does those below it; n may be a filter that must not be passed over while its job
+// runs. Thawed by ThawOverlays.
 func (tx *Tx) FreezeOverlays(n *Node) (unfreeze func(), err error) {
 	return tx.freeze(func(d *txDraft) ([]*Edge, error) {
 		edges := d.overlayEdges(n)

@@ -42,8 +42,9 @@ func (r *Root) TryBegin() *blk.Req {
 	return q
 }
 
-// Beside begins another unit of work of the root that r belongs to, for what may outlast r. It is nil while the gate is closed, as a drain waits for the
-// units there are, and for requests of no root.
+// Beside begins another unit of work of the root that r belongs to, for what may outlast r. It is
+// nil while the gate is closed, as a drain waits for the units there are, and for requests of no
+// root.
 func Beside(r *blk.Req) (q *blk.Req, end func()) {
 	root, ok := r.Pass.(*Root)
 	if !ok {

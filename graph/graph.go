@@ -111,8 +111,8 @@ func (g *Graph) RootsAbove(nodes ...*Node) []*Root {
 	return d.gates
 }
 
-// Dependents are n and the nodes below it that may be closed with it: neither the monitor owns them,
-// nor all that leads there from n. It costs what it finds, however long the chain is.
+// Dependents are n and the nodes below it that may be closed with it: neither the monitor owns
+// them, nor all that leads there from n. It costs what it finds, however long the chain is.
 func (n *Node) Dependents() []*Node {
 	n.g.mu.RLock()
 	defer n.g.mu.RUnlock()
@@ -127,7 +127,8 @@ func (n *Node) Dependents() []*Node {
 	return found
 }
 
-// CreationSpan tells when the first and the last of the nodes, and of those below them, were made: a measure that only serves to compare.
+// CreationSpan tells when the first and the last of the nodes, and of those below them, were made:
+// a measure that only serves to compare.
 func CreationSpan(nodes ...*Node) (first, last uint64) {
 	first = math.MaxUint64
 	for _, top := range nodes {
@@ -216,7 +217,8 @@ func (g *Graph) FreezeChain(top, base *Node) (unfreeze func(), err error) {
 	return unfreeze, nil
 }
 
-// ignoreClosing is for what only a bug of ours can make fail, or Graph.Close, which ends the nodes itself.
+// ignoreClosing is for what only a bug of ours can make fail, or Graph.Close, which ends the nodes
+// itself.
 func ignoreClosing(err error) {
 	if err != nil && !errors.Is(err, errClosing) {
 		panic("graph: " + err.Error())

@@ -5,10 +5,12 @@ import (
 	"sync"
 )
 
-// Hold is the right of one command, or of the end of one job, to look at and to change the metadata of nodes: their snapshots, bitmaps, sizes,
-// headers and options. There is one at most at a node at a time. It is taken for all nodes at once, before the first look and before any
-// transaction and drain, by somebody who has none, and released after the last write; so nobody waits for one while others wait for him. It keeps its
-// nodes open: one that loses its last reference meanwhile is out of sight at once, but closed only when the Hold ends.
+// Hold is the right of one command, or of the end of one job, to look at and to change the metadata
+// of nodes: their snapshots, bitmaps, sizes, headers and options. There is one at most at a node at
+// a time. It is taken for all nodes at once, before the first look and before any transaction and
+// drain, by somebody who has none, and released after the last write; so nobody waits for one while
+// others wait for him. It keeps its nodes open: one that loses its last reference meanwhile is out
+// of sight at once, but closed only when the Hold ends.
 //
 // Requests, queries and what only shows or steers a job need none.
 type Hold struct {
@@ -18,9 +20,10 @@ type Hold struct {
 	release sync.Once
 }
 
-// Hold reserves the nodes that look finds, with what their data lie in. look is asked before the wait and again after it, as nodes may have come and
-// gone in between, until what it finds is held; then what it found the last time holds until Release. It takes no lock that is held elsewhere. Errors: those of look; the
-// context's.
+// Hold reserves the nodes that look finds, with what their data lie in. look is asked before the
+// wait and again after it, as nodes may have come and gone in between, until what it finds is held;
+// then what it found the last time holds until Release. It takes no lock that is held elsewhere.
+// Errors: those of look; the context's.
 func (g *Graph) Hold(ctx context.Context, look func() ([]*Node, error)) (*Hold, error) {
 	nodes, err := look()
 	for err == nil {
@@ -82,7 +85,8 @@ func (h *Hold) covers(nodes []*Node) bool {
 // Has tells whether n is one of the nodes.
 func (h *Hold) Has(n *Node) bool { return h.nodes[n] }
 
-// adopt adds a node that a transaction of the holder is about to publish. Nobody has looked for it yet, but for Graph.Close.
+// adopt adds a node that a transaction of the holder is about to publish. Nobody has looked for it
+// yet, but for Graph.Close.
 // +checklocks:h.g.mu
 func (h *Hold) adopt(n *Node) {
 	if h.g.holds.add(h.res, n) {
@@ -91,8 +95,8 @@ func (h *Hold) adopt(n *Node) {
 	}
 }
 
-// Release ends the Hold and closes the nodes that were only kept by it, which blocks as long as their storage does. Only the first call does anything; a nil Hold has
-// nothing to release.
+// Release ends the Hold and closes the nodes that were only kept by it, which blocks as long as
+// their storage does. Only the first call does anything; a nil Hold has nothing to release.
 func (h *Hold) Release() {
 	if h == nil {
 		return
@@ -115,7 +119,8 @@ func (h *Hold) Release() {
 	})
 }
 
-// closeUnlessHeld closes a node in state closing, or leaves that to the end of the Hold that somebody has of it.
+// closeUnlessHeld closes a node in state closing, or leaves that to the end of the Hold that
+// somebody has of it.
 func (n *Node) closeUnlessHeld() {
 	n.g.mu.Lock()
 	if n.rare != nil && n.rare.held {
@@ -127,7 +132,8 @@ func (n *Node) closeUnlessHeld() {
 	n.close()
 }
 
-// MustHold is called where metadata are changed. Built with -tags invariants it panics if nobody holds n, though others could find it.
+// MustHold is called where metadata are changed. Built with -tags invariants it panics if nobody
+// holds n, though others could find it.
 func (n *Node) MustHold() {
 	if !invariantsOn {
 		return
@@ -139,11 +145,12 @@ func (n *Node) MustHold() {
 	}
 }
 
-// Under says which nodes whoever makes the Tx holds: Held finds no others. Those that the Tx publishes are held as well from then on.
+// Under says which nodes whoever makes the Tx holds: Held finds no others. Those that the Tx
+// publishes are held as well from then on.
 func (tx *Tx) Under(h *Hold) { tx.hold = h }
 
-// Held is Node of a node that is held, or that the Tx itself makes. One that came after the Hold was taken is passed over; then the
-// Tx has Missed it.
+// Held is Node of a node that is held, or that the Tx itself makes. One that came after the Hold
+// was taken is passed over; then the Tx has Missed it.
 func (tx *Tx) Held(name string) *Node {
 	n := tx.Node(name)
 	if n == nil || tx.hold == nil || tx.hold.Has(n) {

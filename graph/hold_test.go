@@ -35,8 +35,8 @@ func byName(g *Graph, names ...string) func() ([]*Node, error) {
 	}
 }
 
-// Who wants a node that is held waits, for the nodes below it that hold its data, too; others do not. What was found before the wait is looked for again
-// after it. Waiting ends with the context.
+// Who wants a node that is held waits, for the nodes below it that hold its data, too; others do
+// not. What was found before the wait is looked for again after it. Waiting ends with the context.
 func TestHold(t *testing.T) {
 	g := newTestGraph(t)
 	closed := false
@@ -91,7 +91,8 @@ func TestHold(t *testing.T) {
 	first.Release() // does nothing
 }
 
-// A node that the holder's own transaction makes is held as soon as others can find it. One that came from elsewhere after the Hold is not found by Held.
+// A node that the holder's own transaction makes is held as soon as others can find it. One that
+// came from elsewhere after the Hold is not found by Held.
 func TestHoldOfNewNodes(t *testing.T) {
 	g := newTestGraph(t)
 	addMem(t, g, "a")
@@ -124,7 +125,8 @@ func TestHoldOfNewNodes(t *testing.T) {
 	held(t, g, "new").Release()
 }
 
-// The end of the graph waits for who holds nodes, as long as its context lasts, and ends the wait of the others.
+// The end of the graph waits for who holds nodes, as long as its context lasts, and ends the wait
+// of the others.
 func TestHoldAtTheEnd(t *testing.T) {
 	g := newTestGraph(t)
 	addMem(t, g, "a")

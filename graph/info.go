@@ -50,8 +50,8 @@ func (n *Node) MonitorOwned() bool {
 	return n.owned
 }
 
-// MoveUp gives the hidden node n the place in Nodes of a node that is made now. For openers that take
-// names early: a node is listed after the children that were opened before it.
+// MoveUp gives the hidden node n the place in Nodes of a node that is made now. For openers that
+// take names early: a node is listed after the children that were opened before it.
 func (n *Node) MoveUp() {
 	n.g.mu.Lock()
 	defer n.g.mu.Unlock()
@@ -62,7 +62,8 @@ func (n *Node) MoveUp() {
 	n.seq = n.g.nodeSeq
 }
 
-// SetFormat tells the hidden node n what its driver is, where that was not known when it took its name. Call it before SetDriver.
+// SetFormat tells the hidden node n what its driver is, where that was not known when it took its
+// name. Call it before SetDriver.
 func (n *Node) SetFormat(o *Options) {
 	n.g.mu.Lock()
 	defer n.g.mu.Unlock()
@@ -109,7 +110,8 @@ func (r *Root) Drained() bool {
 func (n *Node) Bump() {
 	for {
 		gen, old := n.g.gen.Add(1), n.infoGen.Load()
-		// A number taken earlier than one that is in place already might have been seen together with the old state.
+		// A number taken earlier than one that is in place already might have been seen together
+		// with the old state.
 		if gen > old && n.infoGen.CompareAndSwap(old, gen) {
 			break
 		}
@@ -121,8 +123,8 @@ func (n *Node) Bump() {
 // downwards included. Read it before what it stands for.
 func (n *Node) InfoGeneration() uint64 { return n.infoGen.Load() }
 
-// TreeGeneration grows whenever InfoGeneration of n or of a node below does. While nothing
-// changes anywhere it costs a comparison; after a change, asking all nodes costs one walk of the graph.
+// TreeGeneration grows whenever InfoGeneration of n or of a node below does. While nothing changes
+// anywhere it costs a comparison; after a change, asking all nodes costs one walk of the graph.
 func (n *Node) TreeGeneration() uint64 {
 	epoch := n.g.epoch.Load() + 1 // 0 means never asked
 	n.g.genMu.Lock()
@@ -143,8 +145,8 @@ func (n *Node) treeGenLocked(epoch uint64) uint64 {
 	return gen
 }
 
-// ShowImage fills in what the node below shows of clusters and of being dirty: for filters, which show it as their own. A nil edge shows
-// nothing.
+// ShowImage fills in what the node below shows of clusters and of being dirty: for filters, which
+// show it as their own. A nil edge shows nothing.
 func (e *Edge) ShowImage(info *types.ImageInfo) {
 	if e == nil {
 		return
@@ -157,9 +159,9 @@ func (e *Edge) ShowImage(info *types.ImageInfo) {
 }
 
 // Resized notes that n's size may have changed: n and the nodes that show it as theirs, filters and
-// raw formats, are bumped and get bitmaps of that size. If n has such parents, or roots, it takes the
-// graph's lock for reading, which nobody holds for long: allowed in requests, but not with node or
-// driver locks held. The usual case, a file that grows below a format, takes no lock.
+// raw formats, are bumped and get bitmaps of that size. If n has such parents, or roots, it takes
+// the graph's lock for reading, which nobody holds for long: allowed in requests, but not with node
+// or driver locks held. The usual case, a file that grows below a format, takes no lock.
 func (n *Node) Resized() {
 	n.resizeBitmaps()
 	if n.sizeSeen.Load() == 0 {

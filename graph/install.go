@@ -83,7 +83,8 @@ func (in *installer) off(e *Edge) {
 	}
 }
 
-// showsSize tells whether the size of the node below is that of the parent: roots, filters and raw formats.
+// showsSize tells whether the size of the node below is that of the parent: roots, filters and raw
+// formats.
 func (e *Edge) showsSize() bool {
 	return e.root != nil || e.role&(perm.COW|perm.Metadata) == 0 && e.role&perm.Primary != 0
 }

@@ -165,7 +165,8 @@ func stopped(r *blk.Req) error {
 	return context.Cause(r.Ctx)
 }
 
-// detectZeroes tells whether writes of zeroes are to become Zero requests, and whether these may deallocate.
+// detectZeroes tells whether writes of zeroes are to become Zero requests, and whether these may
+// deallocate.
 func (n *Node) detectZeroes() (detect, unmap bool) {
 	if n.io.zeroer == nil {
 		return false, false

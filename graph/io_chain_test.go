@@ -206,7 +206,8 @@ func (h *held) stop(ops drivertest.Op) {
 	})
 }
 
-// A read-modify-write excludes overlapping writers, waits for those that are under way, and neither waits with NoWait.
+// A read-modify-write excludes overlapping writers, waits for those that are under way, and neither
+// waits with NoWait.
 func TestSerialising(t *testing.T) {
 	g := drivertest.NewGraph(t)
 	m := drivertest.NewMemFileOptions(1<<20, drivertest.MemOptions{Limits: blk.Limits{RequestAlign: 4096}})

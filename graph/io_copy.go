@@ -16,9 +16,10 @@ func (e *CopyError) Error() string { return blk.ErrnoText(e.Err) }
 // Unwrap gives the failure of that side.
 func (e *CopyError) Unwrap() error { return e.Err }
 
-// Copy copies [off, off+n) of what src leads to into what dst leads to, with the flags f for writing: by the kernel where both sides lie
-// in host files, else through memory; what turns out to be zeroes is zeroed. n should be at most a MiB or so: so much memory it may take.
-// The caller keeps writers out. Errors: *CopyError.
+// Copy copies [off, off+n) of what src leads to into what dst leads to, with the flags f for
+// writing: by the kernel where both sides lie in host files, else through memory; what turns out to
+// be zeroes is zeroed. n should be at most a MiB or so: so much memory it may take. The caller
+// keeps writers out. Errors: *CopyError.
 func Copy(r *blk.Req, src, dst *Edge, off, n int64, f blk.Flags) error {
 	if f&blk.Compressed == 0 {
 		done := copyOffloaded(r, src, dst, off, n, f)
@@ -30,7 +31,8 @@ func Copy(r *blk.Req, src, dst *Edge, off, n int64, f blk.Flags) error {
 	return CopyThroughMemory(r, src, dst, off, n, f)
 }
 
-// CopyThroughMemory is Copy without the kernel's help: all of the range is read, and finds zeroes wherever they are.
+// CopyThroughMemory is Copy without the kernel's help: all of the range is read, and finds zeroes
+// wherever they are.
 func CopyThroughMemory(r *blk.Req, src, dst *Edge, off, n int64, f blk.Flags) error {
 	buf := blk.GetBuf(int(n), max(src.Caps().Limits.MemAlign, dst.Caps().Limits.MemAlign))
 	defer blk.PutBuf(buf)
@@ -50,8 +52,8 @@ func CopyThroughMemory(r *blk.Req, src, dst *Edge, off, n int64, f blk.Flags) er
 	return nil
 }
 
-// copyOffloaded lets the kernel copy a prefix of the range and returns its length. What fails is left to be tried by hand, which tells
-// the side that fails.
+// copyOffloaded lets the kernel copy a prefix of the range and returns its length. What fails is
+// left to be tried by hand, which tells the side that fails.
 func copyOffloaded(r *blk.Req, src, dst *Edge, off, n int64, f blk.Flags) int64 {
 	var m blk.Mapping
 	defer m.Release()

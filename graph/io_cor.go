@@ -4,9 +4,9 @@ import (
 	"qblockd/graph/blk"
 )
 
-// readCopying reads [off, off+size), which is inside the node, and writes to the node what it has not allocated in the
-// blocks touched, so that later reads need nothing from below. The blocks are registered as
-// serialising: no write comes between the copy's read and its write.
+// readCopying reads [off, off+size), which is inside the node, and writes to the node what it has
+// not allocated in the blocks touched, so that later reads need nothing from below. The blocks are
+// registered as serialising: no write comes between the copy's read and its write.
 func (n *Node) readCopying(r *blk.Req, v blk.Vec, off, size int64) error {
 	s := &n.io
 	p := n.copyRange(off, size)
@@ -29,8 +29,9 @@ func (n *Node) readCopying(r *blk.Req, v blk.Vec, off, size int64) error {
 	})
 }
 
-// Prefetch writes to the node what it has not allocated of [off, off+size), cut at its end and widened to its allocation
-// units: a copy-on-read that nobody reads. Needs the write-unchanged permission. Errors as for ReadAt and WriteAt.
+// Prefetch writes to the node what it has not allocated of [off, off+size), cut at its end and
+// widened to its allocation units: a copy-on-read that nobody reads. Needs the write-unchanged
+// permission. Errors as for ReadAt and WriteAt.
 func (e *Edge) Prefetch(r *blk.Req, off, size int64) error {
 	n := e.node.Load()
 	if err := e.writable(n, off, size, blk.WriteUnchanged); err != nil {
@@ -56,11 +57,12 @@ func (n *Node) copyRange(off, size int64) blk.Padding {
 	return p
 }
 
-// copyUp goes through p. Of each part it calls give with the content if it had to be copied, else with nil.
+// copyUp goes through p. Of each part it calls give with the content if it had to be copied, else
+// with nil.
 func (n *Node) copyUp(r *blk.Req, p blk.Padding, give func(at, k int64, content []byte) error) error {
 	if r.NoWait {
-		// Several calls of the driver at least; a part that is allocated as a whole could go on, but
-		// then status would be asked twice.
+		// Several calls of the driver at least; a part that is allocated as a whole could go on,
+		// but then status would be asked twice.
 		return blk.ErrWouldBlock
 	}
 	readOnly := n.readOnly.Load() || n.io.writer == nil

@@ -11,8 +11,8 @@ import (
 	"qblockd/graph/blk"
 )
 
-// Each call of the driver fails once, before or after its effect: the error surfaces with its errno, nothing stays
-// registered or in flight, and the next attempt succeeds.
+// Each call of the driver fails once, before or after its effect: the error surfaces with its
+// errno, nothing stays registered or in flight, and the next attempt succeeds.
 func TestEveryCallFails(t *testing.T) {
 	limits := blk.Limits{RequestAlign: 512, MemAlign: 512, MaxTransfer: 4096, ZeroAlign: 1024, MaxZero: 8192, DiscardAlign: 4096, MaxDiscard: 8192}
 	for _, op := range []struct {

@@ -13,7 +13,8 @@ import (
 //
 //	write ends -> written+1;  a flush notes written, flushes, sets flushed to what it noted
 //
-// so everything that had been written when a flush began is on the medium once flushed has reached what it noted.
+// so everything that had been written when a flush began is on the medium once flushed has reached
+// what it noted.
 type flushState struct {
 	written atomic.Uint64 // generation of content: raised after each change
 	mu      sync.Mutex
@@ -24,8 +25,9 @@ type flushState struct {
 	over chan struct{} // +checklocks:mu
 }
 
-// begin waits until no flush is running and makes the caller's the running one; gen is what it will have flushed.
-// needed false: one that began after the call did the work meanwhile; end must not follow.
+// begin waits until no flush is running and makes the caller's the running one; gen is what it will
+// have flushed. needed false: one that began after the call did the work meanwhile; end must not
+// follow.
 func (s *flushState) begin(r *blk.Req) (gen uint64, needed bool, err error) {
 	gen = s.written.Load()
 	waited := false
@@ -85,13 +87,14 @@ func (s *flushState) end(gen uint64, ok bool) {
 // clean tells whether generation gen is on the medium.
 func (s *flushState) clean(gen uint64) bool { return s.flushed.Load() >= gen }
 
-// Flush puts all writes that have ended on stable storage, as far as the node's options (cache.no-flush) let it. Errors:
-// blk.ErrWouldBlock, those of the driver.
+// Flush puts all writes that have ended on stable storage, as far as the node's options
+// (cache.no-flush) let it. Errors: blk.ErrWouldBlock, those of the driver.
 func (e *Edge) Flush(r *blk.Req) error { return e.node.Load().flushNode(r) }
 
-// flushNode flushes n and what is below. A node without children asks its driver only if something was written
-// since the last flush that succeeded; a node with children always asks (its driver may hold metadata back), and
-// its children decide for themselves. A node that has failed can tell of nothing that it is on the medium.
+// flushNode flushes n and what is below. A node without children asks its driver only if something
+// was written since the last flush that succeeded; a node with children always asks (its driver may
+// hold metadata back), and its children decide for themselves. A node that has failed can tell of
+// nothing that it is on the medium.
 func (n *Node) flushNode(r *blk.Req) error {
 	s := &n.io
 	if s.drv == nil {

@@ -4,10 +4,11 @@ import (
 	"qblockd/graph/blk"
 )
 
-// Map appends to m the host ranges behind a prefix of [off, off+size), possibly nothing: see blk.Mapping for how long they
-// are valid. It replaces a read. Nothing is mapped through filters that are not transparent nor while reads of the node are
-// tracked, as somebody needs to see them. Errors: blk.ErrOutOfRange (roots only; elsewhere zeroes
-// are mapped beyond the end), blk.ErrWouldBlock, those of the driver.
+// Map appends to m the host ranges behind a prefix of [off, off+size), possibly nothing: see
+// blk.Mapping for how long they are valid. It replaces a read. Nothing is mapped through filters
+// that are not transparent nor while reads of the node are tracked, as somebody needs to see them.
+// Errors: blk.ErrOutOfRange (roots only; elsewhere zeroes are mapped beyond the end),
+// blk.ErrWouldBlock, those of the driver.
 func (e *Edge) Map(r *blk.Req, off, size int64, m *blk.Mapping) error {
 	n := e.node.Load()
 	s := &n.io
@@ -28,7 +29,8 @@ func (e *Edge) Map(r *blk.Req, off, size int64, m *blk.Mapping) error {
 		return nil
 	}
 	if in == size {
-		// A descriptor that wants whole blocks (O_DIRECT) wants them from whoever reads the mapping, too.
+		// A descriptor that wants whole blocks (O_DIRECT) wants them from whoever reads the
+		// mapping, too.
 		size = blk.AlignDown(size, s.align)
 		in = size
 	}
@@ -67,9 +69,11 @@ func (n *Node) driverMap(r *blk.Req, off, size int64, m *blk.Mapping) error {
 	return s.mapper.Map(r, off, size, m)
 }
 
-// CopyFrom writes the host ranges src, one after the other, to off without passing them through memory. It replaces a write: flags and
-// errors are those of WriteAt. blk.ErrNotSupported (or EXDEV from the driver): copy by hand; anything may have been written by then.
-// Not supported where somebody needs to see the bytes: filters that are not transparent, detect-zeroes, blocks covered in part.
+// CopyFrom writes the host ranges src, one after the other, to off without passing them through
+// memory. It replaces a write: flags and errors are those of WriteAt. blk.ErrNotSupported (or EXDEV
+// from the driver): copy by hand; anything may have been written by then. Not supported where
+// somebody needs to see the bytes: filters that are not transparent, detect-zeroes, blocks covered
+// in part.
 func (e *Edge) CopyFrom(r *blk.Req, off int64, src []blk.HostRange, f blk.Flags) error {
 	n := e.node.Load()
 	s := &n.io

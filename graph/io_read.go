@@ -4,8 +4,8 @@ import (
 	"qblockd/graph/blk"
 )
 
-// bounceAll is up to which length an unaligned request is made through one bounce buffer as a whole,
-// and bounceMax the largest bounce buffer, in bytes.
+// bounceAll is up to which length an unaligned request is made through one bounce buffer as a
+// whole, and bounceMax the largest bounce buffer, in bytes.
 const (
 	bounceAll = 64 << 10
 	bounceMax = 1 << 20
@@ -13,8 +13,9 @@ const (
 	copyingMax = 32 << 20
 )
 
-// ReadAt fills v from off. Flags: CopyOnRead. Errors: blk.ErrOutOfRange (roots only; below other nodes zeroes are
-// read beyond the end), blk.ErrWouldBlock, those of the driver. v's content is undefined after an error.
+// ReadAt fills v from off. Flags: CopyOnRead. Errors: blk.ErrOutOfRange (roots only; below other
+// nodes zeroes are read beyond the end), blk.ErrWouldBlock, those of the driver. v's content is
+// undefined after an error.
 func (e *Edge) ReadAt(r *blk.Req, v blk.Vec, off int64, f blk.Flags) error {
 	n := e.node.Load()
 	s := &n.io
@@ -58,7 +59,8 @@ func (e *Edge) ReadAt(r *blk.Req, v blk.Vec, off int64, f blk.Flags) error {
 	return err
 }
 
-// driverRead reads [off, off+size), which is inside the node, in one go if the driver can take it so.
+// driverRead reads [off, off+size), which is inside the node, in one go if the driver can take it
+// so.
 func (n *Node) driverRead(r *blk.Req, v blk.Vec, off, size int64, f blk.Flags) error {
 	s := &n.io
 	if (off|size)&(s.align-1) == 0 && size <= s.maxIO && (s.memAlign == 1 || v.Aligned(s.memAlign, s.align)) {
@@ -106,7 +108,8 @@ func (n *Node) readPieces(r *blk.Req, v blk.Vec, off, size int64) error {
 	return nil
 }
 
-// readBlock fills b with whole blocks at lo for a read-modify-write; beyond the end there are zeroes.
+// readBlock fills b with whole blocks at lo for a read-modify-write; beyond the end there are
+// zeroes.
 func (n *Node) readBlock(r *blk.Req, b []byte, lo int64) error {
 	if lo >= n.io.drv.Size() {
 		clear(b)

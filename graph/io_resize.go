@@ -16,10 +16,10 @@ var (
 	errNoResize     = blk.Text("Image format driver does not support resize", errors.Join(blk.ErrNotSupported, syscall.ENOTSUP))
 )
 
-// Resize gives the node below the size size. exact false: it may be longer. What is added reads as zeroes, also where a longer
-// backing node would show through. Needs the resize permission. It waits for writes in the area
-// that comes or goes and blocks as long as the driver does. Errors end in a QMP reply as they are; after one the size is
-// what it was, as far as the driver could undo.
+// Resize gives the node below the size size. exact false: it may be longer. What is added reads as
+// zeroes, also where a longer backing node would show through. Needs the resize permission. It
+// waits for writes in the area that comes or goes and blocks as long as the driver does. Errors end
+// in a QMP reply as they are; after one the size is what it was, as far as the driver could undo.
 func (e *Edge) Resize(ctx context.Context, size int64, exact bool, m blk.Prealloc) error {
 	n := e.node.Load()
 	s := &n.io

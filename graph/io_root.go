@@ -82,7 +82,8 @@ func (r *Root) Flush(q *blk.Req) error {
 	return err
 }
 
-// Map is Edge.Map. It counts nothing: whoever asked may find no use for the ranges; Mapped tells if there was one.
+// Map is Edge.Map. It counts nothing: whoever asked may find no use for the ranges; Mapped tells if
+// there was one.
 func (r *Root) Map(q *blk.Req, off, n int64, m *blk.Mapping) error { return r.edge.Map(q, off, n, m) }
 
 // Mapped counts a read of n bytes that was served from mapped ranges, and took that long.

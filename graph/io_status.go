@@ -6,8 +6,9 @@ import (
 	"qblockd/graph/blk"
 )
 
-// dataCache remembers the last range that a node without children reported as data: asking for the status of a
-// file is slow on some file systems. Zeroing and discarding drop it; it may miss nothing else, for to report zeroes as data is allowed.
+// dataCache remembers the last range that a node without children reported as data: asking for the
+// status of a file is slow on some file systems. Zeroing and discarding drop it; it may miss
+// nothing else, for to report zeroes as data is allowed.
 type dataCache struct {
 	p atomic.Pointer[dataRange]
 }
@@ -38,10 +39,10 @@ func (c *dataCache) fill(off, n int64) {
 	}
 }
 
-// Status tells what is known of a prefix of [off, off+size) in this layer alone: blk.Extent. Zero beyond what the
-// driver says: where nothing is allocated and there is no backing node, or none so long. Offsets refer to Extent.In; for
-// nil that is the node's own host file. At or beyond the end: N 0 and EOF, no error. Errors: blk.ErrOutOfRange
-// (negative), those of the driver.
+// Status tells what is known of a prefix of [off, off+size) in this layer alone: blk.Extent. Zero
+// beyond what the driver says: where nothing is allocated and there is no backing node, or none so
+// long. Offsets refer to Extent.In; for nil that is the node's own host file. At or beyond the end:
+// N 0 and EOF, no error. Errors: blk.ErrOutOfRange (negative), those of the driver.
 func (e *Edge) Status(r *blk.Req, off, size int64) (blk.Extent, error) {
 	if !blk.ValidRange(off, size) {
 		return blk.Extent{}, blk.ErrOutOfRange
@@ -49,7 +50,8 @@ func (e *Edge) Status(r *blk.Req, off, size int64) (blk.Extent, error) {
 	return e.node.Load().statusOf(r, off, size)
 }
 
-// StatusLayer is Edge.Status for those who have only the node: a driver or job inside a request that entered through it.
+// StatusLayer is Edge.Status for those who have only the node: a driver or job inside a request
+// that entered through it.
 func (n *Node) StatusLayer(r *blk.Req, off, size int64) (blk.Extent, error) {
 	if !blk.ValidRange(off, size) {
 		return blk.Extent{}, blk.ErrOutOfRange
@@ -80,7 +82,8 @@ func (n *Node) statusOf(r *blk.Req, off, size int64) (blk.Extent, error) {
 	return x, nil
 }
 
-// driverStatus asks the driver about whole blocks, cuts the answer to what was asked and completes it.
+// driverStatus asks the driver about whole blocks, cuts the answer to what was asked and completes
+// it.
 func (n *Node) driverStatus(r *blk.Req, off, size int64) (blk.Extent, error) {
 	s := &n.io
 	k := n.kids.Load()
@@ -134,13 +137,15 @@ func (n *Node) statusBelow(r *blk.Req, c *Edge, off, size int64) (blk.Extent, er
 		x.In = c
 	}
 	if !x.Allocated && !x.Zero && n.Kind() != Filter {
-		// What the child reads from its own backing chain is content of n, which ends the chain that n is in.
+		// What the child reads from its own backing chain is content of n, which ends the chain
+		// that n is in.
 		x.Allocated, x.Data, x.OffValid, x.MapOff, x.In = true, true, false, 0, nil
 	}
 	return x, nil
 }
 
-// completeStatus adds what the driver cannot know: zeroes where nothing lies below, and zeroes within the data that the child knows of.
+// completeStatus adds what the driver cannot know: zeroes where nothing lies below, and zeroes
+// within the data that the child knows of.
 func (n *Node) completeStatus(r *blk.Req, k *kids, x *blk.Extent, off int64) {
 	switch {
 	case x.Data || x.Zero:
@@ -167,10 +172,11 @@ func (n *Node) completeStatus(r *blk.Req, k *kids, x *blk.Extent, off int64) {
 	}
 }
 
-// StatusAbove tells what a prefix of [off, off+size) holds in the layers from the node below e down its chain of filters and backing
-// nodes to base: excluded, or included with includeBase; nil means to the end. Depth counts the layers looked into;
-// it is 0 if none of them decides the content (Allocated is false then). What a layer reads from beyond the end of the layer
-// below counts as zeroes allocated in the latter. EOF refers to the topmost node.
+// StatusAbove tells what a prefix of [off, off+size) holds in the layers from the node below e down
+// its chain of filters and backing nodes to base: excluded, or included with includeBase; nil means
+// to the end. Depth counts the layers looked into; it is 0 if none of them decides the content
+// (Allocated is false then). What a layer reads from beyond the end of the layer below counts as
+// zeroes allocated in the latter. EOF refers to the topmost node.
 func (e *Edge) StatusAbove(r *blk.Req, base *Node, includeBase bool, off, size int64) (blk.Extent, error) {
 	if !blk.ValidRange(off, size) {
 		return blk.Extent{}, blk.ErrOutOfRange

@@ -169,7 +169,8 @@ func TestWriteThreshold(t *testing.T) {
 	}
 }
 
-// A child grows by what its parent writes beyond its end and reads as zeroes there; a root has to say so.
+// A child grows by what its parent writes beyond its end and reads as zeroes there; a root has to
+// say so.
 func TestGrowth(t *testing.T) {
 	g := drivertest.NewGraph(t)
 	m := drivertest.NewMemFile(1000)

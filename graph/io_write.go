@@ -6,8 +6,9 @@ import (
 	"qblockd/graph/blk"
 )
 
-// WriteAt writes v at off. Flags: FUA, Compressed, WriteUnchanged, Serialising, Grow. Errors: blk.ErrOutOfRange,
-// blk.ErrReadOnly, blk.ErrWouldBlock, blk.ErrNotSupported (compressed), those of the driver; then any part may have been written.
+// WriteAt writes v at off. Flags: FUA, Compressed, WriteUnchanged, Serialising, Grow. Errors:
+// blk.ErrOutOfRange, blk.ErrReadOnly, blk.ErrWouldBlock, blk.ErrNotSupported (compressed), those of
+// the driver; then any part may have been written.
 func (e *Edge) WriteAt(r *blk.Req, v blk.Vec, off int64, f blk.Flags) error {
 	n := e.node.Load()
 	s := &n.io
@@ -42,7 +43,8 @@ type writing struct {
 	flush  bool  // FUA has to be emulated
 }
 
-// beginWrite registers the request and makes the checks that need it registered. After success endWrite must follow.
+// beginWrite registers the request and makes the checks that need it registered. After success
+// endWrite must follow.
 func (n *Node) beginWrite(e *Edge, r *blk.Req, off, size int64, f blk.Flags) (writing, error) {
 	s := &n.io
 	w := writing{padded: (off|size)&(s.align-1) != 0, flush: f&blk.FUA != 0 && s.caps.WriteFlags&blk.FUA == 0}
@@ -79,8 +81,8 @@ func (n *Node) endWrite(r *blk.Req, w *writing, off, size int64, f blk.Flags, er
 	s := &n.io
 	if err == nil || !errors.Is(err, blk.ErrWouldBlock) {
 		s.flush.written.Add(1)
-		// A copy of what lies below is none of the writes that clients ask about, as in the reference; what it makes of the
-		// node's file is.
+		// A copy of what lies below is none of the writes that clients ask about, as in
+		// QEMU; what it makes of the node's file is.
 		end := off + size
 		if f&blk.WriteUnchanged != 0 && s.caps.Backing {
 			end = 0
@@ -100,7 +102,8 @@ func (n *Node) endWrite(r *blk.Req, w *writing, off, size int64, f blk.Flags, er
 	if err == nil && w.flush {
 		err = n.flushNode(r)
 	}
-	// Whole blocks are written: what ends within the last, incomplete one of a node may make it complete.
+	// Whole blocks are written: what ends within the last, incomplete one of a node may make it
+	// complete.
 	grown := blk.AlignUp(off+size, s.align) > w.size && s.drv.Size() != w.size
 	s.track.end(w.k)
 	w.sh.inFlight.Add(-1)
@@ -141,7 +144,8 @@ func (n *Node) driverWrite(r *blk.Req, v blk.Vec, off, size int64, f blk.Flags) 
 	return n.writePieces(r, v, off, size, f)
 }
 
-// writePieces writes whole blocks in parts, through bounce buffers where the memory is badly placed.
+// writePieces writes whole blocks in parts, through bounce buffers where the memory is badly
+// placed.
 func (n *Node) writePieces(r *blk.Req, v blk.Vec, off, size int64, f blk.Flags) error {
 	s := &n.io
 	for done := int64(0); done < size; {
@@ -196,7 +200,8 @@ func (n *Node) writePadded(r *blk.Req, v blk.Vec, off, size int64, f blk.Flags) 
 	return nil
 }
 
-// modifySteps announces what happens with the first and the last block of a write where both are read at once.
+// modifySteps announces what happens with the first and the last block of a write where both are
+// read at once.
 func (n *Node) modifySteps(r *blk.Req, p blk.Padding, head, tail blk.DebugEvent) {
 	if p.Head > 0 {
 		n.io.step(r, head)
@@ -206,7 +211,8 @@ func (n *Node) modifySteps(r *blk.Req, p blk.Padding, head, tail blk.DebugEvent)
 	}
 }
 
-// modify reads the blocks around [off, off+size), puts v (all zeroes if it is empty) into them and writes them.
+// modify reads the blocks around [off, off+size), puts v (all zeroes if it is empty) into them and
+// writes them.
 func (n *Node) modify(r *blk.Req, v blk.Vec, off, size int64, f blk.Flags) error {
 	a := n.io.align
 	p := blk.Pad(off, size, a)

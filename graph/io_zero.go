@@ -7,9 +7,10 @@ import (
 	"qblockd/graph/blk"
 )
 
-// Zero makes [off, off+size) read as zeroes. Flags: FUA, MayUnmap (ignored unless the node has discard=unmap),
-// NoFallback (blk.ErrNotSupported if writing zeroes would be no faster than writing data, also for ranges
-// that are not whole blocks), WriteUnchanged, Serialising, Grow. Errors as for WriteAt.
+// Zero makes [off, off+size) read as zeroes. Flags: FUA, MayUnmap (ignored unless the node has
+// discard=unmap), NoFallback (blk.ErrNotSupported if writing zeroes would be no faster than writing
+// data, also for ranges that are not whole blocks), WriteUnchanged, Serialising, Grow. Errors as
+// for WriteAt.
 func (e *Edge) Zero(r *blk.Req, off, size int64, f blk.Flags) error {
 	n := e.node.Load()
 	s := &n.io
@@ -29,7 +30,8 @@ func (e *Edge) Zero(r *blk.Req, off, size int64, f blk.Flags) error {
 	if err != nil {
 		return err
 	}
-	// driverZero flushes itself, as drivers may know FUA for zeroes and not for data or the other way round.
+	// driverZero flushes itself, as drivers may know FUA for zeroes and not for data or the other
+	// way round.
 	w.flush = false
 	if w.padded {
 		err = n.zeroPadded(r, off, size, f)
@@ -46,8 +48,8 @@ func (n *Node) zeroSteps(off, size int64, f blk.Flags) bool {
 		blk.Piece(off, size, s.zeroAlign(), s.caps.Limits.MaxZero) < size
 }
 
-// zeroRagged tells whether zeroing takes several calls of the driver of which the outer ones cover blocks in part, so that
-// it could fail half-way for lack of support.
+// zeroRagged tells whether zeroing takes several calls of the driver of which the outer ones cover
+// blocks in part, so that it could fail half-way for lack of support.
 func (n *Node) zeroRagged(off, size int64) bool {
 	a, end := n.io.zeroAlign(), off+size
 	return blk.Piece(off, size, a, n.io.caps.Limits.MaxZero) < size && (off&(a-1) != 0 || end&(a-1) != 0 && end != n.Size())
@@ -112,8 +114,8 @@ func (n *Node) driverZero(r *blk.Req, off, size int64, f blk.Flags) error {
 			}
 		}
 		if f&blk.NoFallback == 0 && err != nil && isNotSupported(err) {
-			// Written in chunks of what one shared buffer of zeroes gives; FUA is left to one flush at
-			// the end if the driver does not know it.
+			// Written in chunks of what one shared buffer of zeroes gives; FUA is left to one flush
+			// at the end if the driver does not know it.
 			k = min(k, s.maxIO, max(blk.AlignDown(blk.ZeroMax, s.align), s.align))
 			err = n.writeZeroes(r, off, k, f&s.caps.WriteFlags&^blk.Compressed)
 			if f&blk.FUA&^s.caps.WriteFlags != 0 {
@@ -162,10 +164,11 @@ func (e *Edge) TakesDiscard() bool {
 	return n.io.discard != nil && n.opts.Load().Discard
 }
 
-// Discard tells that the content of [off, off+size) is not needed any more. It is a hint: nothing happens
-// if the node has not discard=unmap, if the driver cannot, or to blocks that are covered
-// in part. The range is cut at the end of the node, except through roots. Errors: blk.ErrOutOfRange, blk.ErrReadOnly,
-// blk.ErrWouldBlock, blk.ErrNoMedium also of a node that would do nothing, those of the driver.
+// Discard tells that the content of [off, off+size) is not needed any more. It is a hint: nothing
+// happens if the node has not discard=unmap, if the driver cannot, or to blocks that are covered in
+// part. The range is cut at the end of the node, except through roots. Errors: blk.ErrOutOfRange,
+// blk.ErrReadOnly, blk.ErrWouldBlock, blk.ErrNoMedium also of a node that would do nothing, those
+// of the driver.
 func (e *Edge) Discard(r *blk.Req, off, size int64) error {
 	n := e.node.Load()
 	s := &n.io

@@ -14,7 +14,8 @@ func (greedyFilter) EdgeClaim(string, perm.Role, perm.Claim, bool) perm.Claim {
 	return perm.Claim{Need: perm.Write, Share: perm.All &^ perm.Write}
 }
 
-// A filter that needs a node for itself alone can be put between the node and a parent that does so too: the parent has moved by then.
+// A filter that needs a node for itself alone can be put between the node and a parent that does so
+// too: the parent has moved by then.
 func TestGreedyFilter(t *testing.T) {
 	g := newTestGraph(t)
 	n := addMem(t, g, "n")
@@ -38,8 +39,8 @@ func TestGreedyFilter(t *testing.T) {
 	}
 }
 
-// Claims run down two ways to one node and are checked when both have arrived: a parent that moves its exclusive claim from one way to the other has no
-// conflict with itself.
+// Claims run down two ways to one node and are checked when both have arrived: a parent that moves
+// its exclusive claim from one way to the other has no conflict with itself.
 func TestExclusiveClaimChangesItsWay(t *testing.T) {
 	g := newTestGraph(t)
 	base := addMem(t, g, "base")

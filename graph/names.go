@@ -12,7 +12,8 @@ import (
 // maxNodeName is the longest node name in bytes.
 const maxNodeName = 31
 
-// GivenName is the node name that an optional argument gives, or "" if it is left out. Error: it is given and empty.
+// GivenName is the node name that an optional argument gives, or "" if it is left out. Error: it is
+// given and empty.
 func GivenName(arg *string) (string, error) {
 	switch {
 	case arg == nil:

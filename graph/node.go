@@ -83,7 +83,8 @@ func (n *Node) DriverName() string { return n.opts.Load().DriverName }
 // Kind is the kind of the driver.
 func (n *Node) Kind() Kind { return n.opts.Load().Kind }
 
-// ReadOnly tells whether the node refuses writes now; it may differ from Options().ReadOnly under auto-read-only.
+// ReadOnly tells whether the node refuses writes now; it may differ from Options().ReadOnly under
+// auto-read-only.
 func (n *Node) ReadOnly() bool { return n.readOnly.Load() }
 
 // Implicit nodes were inserted by a job, not asked for by the user.

@@ -24,7 +24,8 @@ type Options struct {
 	DetectZeroes types.BlockdevDetectZeroesOptions
 	// Canonical holds the options as given, for reopen, json: names and recorded state.
 	Canonical *types.BlockdevOptions
-	// Inherited are the generic options that the node has from Canonical or from the parent that defined it.
+	// Inherited are the generic options that the node has from Canonical or from the parent that
+	// defined it.
 	Inherited Inheritable
 }
 

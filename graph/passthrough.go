@@ -8,12 +8,13 @@ import (
 	"qblockd/schema/types"
 )
 
-// Passthrough is the part of a filter that does nothing: all requests go to the filtered child of Node as they are. Drivers of filters
-// embed it and override what they are there for. As to data that pass a filter unseen: a driver that embeds it is
-// transparent only if it says so in its Caps.
+// Passthrough is the part of a filter that does nothing: all requests go to the filtered child of
+// Node as they are. Drivers of filters embed it and override what they are there for. As to data
+// that pass a filter unseen: a driver that embeds it is transparent only if it says so in its Caps.
 type Passthrough struct{ Node *Node }
 
-// Below is the filtered child; nil once the filter was taken out of the graph and waits to be closed.
+// Below is the filtered child; nil once the filter was taken out of the graph and waits to be
+// closed.
 func (p *Passthrough) Below() *Edge { return p.Node.FilteredChild() }
 
 // Caps implements Driver: flags that the node below takes or emulates, and its clusters.

@@ -11,7 +11,8 @@ import (
 const (
 	// patienceTick is how often a patient context looks whether anything has moved.
 	patienceTick = 25 * time.Millisecond
-	// boundPatience is how many times longer a patient context lasts while a driver is bound to its storage.
+	// boundPatience is how many times longer a patient context lasts while a driver is bound to its
+	// storage.
 	boundPatience = 20
 )
 
@@ -23,9 +24,11 @@ type patience struct {
 	left atomic.Int64
 }
 
-// Patient makes a context that ends when nothing in the graph has moved for d in all: slow storage gets the time that it needs, storage
-// that does not answer does not. What moves are units of work that end, nodes that are closed, and bytes that drivers bring to their medium (Lagging).
-// Where nothing shows, storage that the end of the process would have to wait for gets boundPatience times as long.
+// Patient makes a context that ends when nothing in the graph has moved for d in all: slow storage
+// gets the time that it needs, storage that does not answer does not. What moves are units of work
+// that end, nodes that are closed, and bytes that drivers bring to their medium (Lagging). Where
+// nothing shows, storage that the end of the process would have to wait for gets boundPatience
+// times as long.
 func (g *Graph) Patient(parent context.Context, d time.Duration) (context.Context, context.CancelFunc) {
 	p := &patience{g: g}
 	p.left.Store(int64(d))
@@ -61,7 +64,8 @@ func (p *patience) watch(ctx context.Context, cancel context.CancelCauseFunc) {
 	}
 }
 
-// Share makes a context for a part of the time that ctx has left: of its patience, or else until its deadline.
+// Share makes a context for a part of the time that ctx has left: of its patience, or else until
+// its deadline.
 func Share(ctx context.Context, num, den time.Duration) (context.Context, context.CancelFunc) {
 	if p, ok := ctx.Value(patienceKey{}).(*patience); ok {
 		return p.g.Patient(ctx, time.Duration(p.left.Load())*num/den)
@@ -72,7 +76,8 @@ func Share(ctx context.Context, num, den time.Duration) (context.Context, contex
 	return context.WithCancel(ctx)
 }
 
-// movement changes when something moves. Two moments at which it is the same are almost certainly ones between which nothing has.
+// movement changes when something moves. Two moments at which it is the same are almost certainly
+// ones between which nothing has.
 type movement struct{ lag, inFlight, closed int64 }
 
 func (g *Graph) movement() (m movement, bound bool) {

@@ -7,7 +7,8 @@ import (
 	"time"
 )
 
-// slowDriver needs the time takes to close, unless end is closed before, and shows what show says meanwhile.
+// slowDriver needs the time takes to close, unless end is closed before, and shows what show says
+// meanwhile.
 type slowDriver struct {
 	memDriver
 	takes time.Duration
@@ -36,7 +37,8 @@ func (d *slowDriver) Lag() (int64, bool) {
 	return d.show(time.Since(*t))
 }
 
-// TestPatientClose: the end waits for storage that moves, however slow it is, and longer for one that nothing could cut short; not for others.
+// TestPatientClose: the end waits for storage that moves, however slow it is, and longer for one
+// that nothing could cut short; not for others.
 func TestPatientClose(t *testing.T) {
 	const patience = 200 * time.Millisecond
 	for _, c := range []struct {

@@ -8,7 +8,8 @@ import (
 	"qblockd/graph/blk"
 )
 
-// WithFiles are n and the files below it that have their read-only-ness from it: those that nobody named for themselves.
+// WithFiles are n and the files below it that have their read-only-ness from it: those that nobody
+// named for themselves.
 func (n *Node) WithFiles() []*Node {
 	nodes := []*Node{n}
 	for e := n.File(); e != nil && e.Node().ReadOnly() == n.ReadOnly() && !e.Node().MonitorOwned(); e = e.Node().File() {
@@ -25,8 +26,8 @@ func (n *Node) CanReopen() error {
 	return fmt.Errorf("Block format '%s' used by node '%s' does not support reopening files", n.DriverName(), n.Name())
 }
 
-// SwitchReadOnly makes all nodes read-only or writable, or none. Requests on them wait meanwhile; it blocks as long as those and the
-// storage do. Errors: those of permissions and of the drivers.
+// SwitchReadOnly makes all nodes read-only or writable, or none. Requests on them wait meanwhile;
+// it blocks as long as those and the storage do. Errors: those of permissions and of the drivers.
 func (g *Graph) SwitchReadOnly(ctx context.Context, readOnly bool, nodes ...*Node) error {
 	tx := g.Begin(ctx)
 	defer tx.Abort()
@@ -51,8 +52,8 @@ func (g *Graph) SwitchReadOnly(ctx context.Context, readOnly bool, nodes ...*Nod
 	return nil
 }
 
-// SwitchReadOnly is SetReadOnly that tells the driver, too, which must be one that reopens. After Commit, outcome is the error of a driver that could not follow and has stayed as
-// it was.
+// SwitchReadOnly is SetReadOnly that tells the driver, too, which must be one that reopens. After
+// Commit, outcome is the error of a driver that could not follow and has stayed as it was.
 func (tx *Tx) SwitchReadOnly(n *Node, readOnly bool) (outcome func() error, err error) {
 	if err := n.CanReopen(); err != nil {
 		return nil, err

@@ -253,13 +253,13 @@ func (s *dirtySet) states() (told, is bitmapStates) {
 	s.mu.Lock()
 	defer s.mu.Unlock()
 	for _, d := range s.all {
-		if d.name == "" || d.goes {
+		if d.name == "" || d.pending == PendingRemove {
 			continue
 		}
 		if is == nil {
 			is = bitmapStates{}
 		}
-		is[d.name] = bitmapState{uint32(d.bits.Granularity()), d.persistent, d.disabled || d.stops}
+		is[d.name] = bitmapState{uint32(d.bits.Granularity()), d.persistent, d.disabled || d.pending == PendingDisable}
 	}
 	return s.told, is
 }

@@ -191,7 +191,7 @@ func TestRecordBitmaps(t *testing.T) {
 			[]string{"bitmap n.a: 65536 persistent=false disabled=false", "bitmap n.b: 512 persistent=false disabled=true"}},
 		{func() { mk(DirtyBitmapSpec{}); a.SetBusy(true); a.Freeze() }, nil},
 		{func() { b.Enable(); b.change(func() { b.persistent = true }) }, []string{"bitmap n.b: 512 persistent=true disabled=false"}},
-		{func() { a.Reclaim(); a.Foretell(false, true); b.Foretell(true, false) },
+		{func() { a.Reclaim(); a.SetPending(PendingDisable); b.SetPending(PendingRemove) },
 			[]string{"bitmap n.a: 65536 persistent=false disabled=true", "bitmap n.b: gone"}},
 		{func() { a.Disable(); b.Remove() }, nil},
 	} {
@@ -201,7 +201,7 @@ func TestRecordBitmaps(t *testing.T) {
 		r.expect(t, x.want...)
 	}
 	r.fails = errors.New("no room")
-	if err := step(func() { a.Foretell(false, false); a.Enable() }); !errors.Is(err, r.fails) {
+	if err := step(func() { a.SetPending(PendingNone); a.Enable() }); !errors.Is(err, r.fails) {
 		t.Error(err)
 	}
 	r.fails = nil

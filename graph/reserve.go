@@ -21,7 +21,8 @@ type reservation struct {
 	ready chan struct{}
 }
 
-// acquire reserves the nodes (no duplicates). It waits as long as others hold some of them or ctx lasts, and not once stop is closed.
+// acquire reserves the nodes (no duplicates). It waits as long as others hold some of them or ctx
+// lasts, and not once stop is closed.
 func (r *reservations) acquire(ctx context.Context, nodes []*Node, stop <-chan struct{}) (*reservation, error) {
 	q := &reservation{nodes: nodes}
 	r.mu.Lock()
@@ -68,7 +69,8 @@ func (r *reservations) add(q *reservation, n *Node) bool {
 	return true
 }
 
-// release gives the nodes to the next in their queues; it also withdraws a request that still waits.
+// release gives the nodes to the next in their queues; it also withdraws a request that still
+// waits.
 func (r *reservations) release(q *reservation) {
 	r.mu.Lock()
 	defer r.mu.Unlock()

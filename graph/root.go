@@ -11,7 +11,8 @@ import (
 
 // RootSpec describes a root to be attached.
 type RootSpec struct {
-	// EdgeName is the name of its edge: "root" for backends and exports; jobs use "main node", "source", "target", ...
+	// EdgeName is the name of its edge: "root" for backends and exports; jobs use "main node",
+	// "source", "target", ...
 	EdgeName string
 	// Role of the edge; usually 0 for roots.
 	Role perm.Role
@@ -21,14 +22,15 @@ type RootSpec struct {
 	// its node "in use" for blockdev-del. The empty kind hides the root from that query.
 	Kind types.XDbgBlockGraphNodeType
 	Name string
-	// Desc names it in conflicts; "" means "an unnamed block device" for the empty Name, else "block device 'NAME'".
+	// Desc names it in conflicts; "" means "an unnamed block device" for the empty Name, else
+	// "block device 'NAME'".
 	Desc string
 	// StayAtNode: ReplaceNode does not move this root (jobs).
 	StayAtNode bool
 	// Job marks the requests of background work.
 	Job bool
-	// Of is the state that the root belongs to (see Recorder); none: the root is not recorded. If it has a
-	// Value, that comes and goes with the root.
+	// Of is the state that the root belongs to (see Recorder); none: the root is not recorded. If
+	// it has a Value, that comes and goes with the root.
 	Of Change
 	// Ctx is the context of its requests; nil means context.Background().
 	Ctx context.Context

@@ -9,8 +9,8 @@ import (
 	"qblockd/schema/types"
 )
 
-// Stats are the counters that query-blockstats shows of a node. As in QEMU a node knows only where its farthest write
-// ended; requests are counted per root, by an Account.
+// Stats are the counters that query-blockstats shows of a node. As in QEMU a node knows only where
+// its farthest write ended; requests are counted per root, by an Account.
 func (n *Node) Stats() *types.BlockDeviceStats {
 	return &types.BlockDeviceStats{WrHighestOffset: n.io.wrHighest.Load(), TimedStats: []*types.BlockDeviceTimedStats{}}
 }
@@ -18,11 +18,12 @@ func (n *Node) Stats() *types.BlockDeviceStats {
 // WrHighestOffset is the end of the farthest write, in bytes.
 func (n *Node) WrHighestOffset() int64 { return n.io.wrHighest.Load() }
 
-// Account counts the requests that enter through a root: what export.Table.Stats tells of an export, and what
-// query-blockstats is to show of a named backend. The zero value counts
-// nothing but successes as activity; see the fields.
+// Account counts the requests that enter through a root: what export.Table.Stats tells of an
+// export, and what query-blockstats is to show of a named backend. The zero value counts nothing
+// but successes as activity; see the fields.
 type Account struct {
-	// CountInvalid, CountFailed: such requests count as activity, and failed ones in the times. Constant in use.
+	// CountInvalid, CountFailed: such requests count as activity, and failed ones in the times.
+	// Constant in use.
 	CountInvalid, CountFailed bool
 
 	kinds [acctKinds]acctKind
@@ -48,7 +49,8 @@ var acctEpoch = time.Now()
 // start is the moment a request begins.
 func (a *Account) start() time.Duration { return time.Since(acctEpoch) }
 
-// done counts a request of n bytes that began at start and ended with err. What would have blocked was not there.
+// done counts a request of n bytes that began at start and ended with err. What would have blocked
+// was not there.
 func (a *Account) done(op acctOp, start time.Duration, n int64, err error) {
 	if err != nil && errors.Is(err, blk.ErrWouldBlock) {
 		return
@@ -82,7 +84,8 @@ func (a *Account) Merged(reads, writes, unmaps int64) {
 	a.kinds[acctUnmap].merged.Add(unmaps)
 }
 
-// Stats are the counters as query-blockstats shows them; the end of the farthest write is n's, if n is not nil.
+// Stats are the counters as query-blockstats shows them; the end of the farthest write is n's, if n
+// is not nil.
 func (a *Account) Stats(n *Node) *types.BlockDeviceStats {
 	rd, wr, fl, un := &a.kinds[acctRead], &a.kinds[acctWrite], &a.kinds[acctFlush], &a.kinds[acctUnmap]
 	s := &types.BlockDeviceStats{

@@ -25,7 +25,8 @@ import (
 //     that earlier reads are over before their serialising write ends. They take TrackReads first.
 //     A read that is under way then escapes, unless the node is drained; it began before the point in time was there.
 //
-// A unit of work may hold a range of the node (LockRange) over several requests; these do not wait for their own lock.
+// A unit of work may hold a range of the node (LockRange) over several requests; these do not wait
+// for their own lock.
 //
 // A request waits only for overlapping ones that were registered on the same node before it, and a
 // request that waits holds registrations on nodes above only: so nobody waits in a circle.
@@ -68,8 +69,8 @@ func (t *tracker) shard(r *blk.Req) *trackShard {
 	return &t.shards[h>>61]
 }
 
-// begin registers [off, off+n) and waits for older requests in its way. Errors:
-// blk.ErrWouldBlock if r must not wait, the cause of the end of r's context; nothing is registered then.
+// begin registers [off, off+n) and waits for older requests in its way. Errors: blk.ErrWouldBlock
+// if r must not wait, the cause of the end of r's context; nothing is registered then.
 func (t *tracker) begin(r *blk.Req, off, n int64, serial bool) (*tracked, error) {
 	sh := t.shard(r)
 	if !serial {
@@ -182,8 +183,8 @@ func (sh *trackShard) push(k *tracked) {
 
 // conflict finds an older request that k has to wait for. All shards are locked.
 func (t *tracker) conflict(k *tracked) *tracked {
-	// Inside a lock of one's own unit there is nobody to wait for: whoever overlaps the lock was waited for
-	// when it was taken, or waits for it now - and to wait for those would be for ever.
+	// Inside a lock of one's own unit there is nobody to wait for: whoever overlaps the lock was
+	// waited for when it was taken, or waits for it now - and to wait for those would be for ever.
 	for c := k.shard.head; c != nil; c = c.next {
 		if c.unit == k.unit && c.serial && c.off <= k.off && k.off+k.n <= c.off+c.n && c != k {
 			return nil
@@ -199,7 +200,8 @@ func (t *tracker) conflict(k *tracked) *tracked {
 	return nil
 }
 
-// lockAll locks all shards. With try it does so only if that takes no waiting, and tells whether it has.
+// lockAll locks all shards. With try it does so only if that takes no waiting, and tells whether it
+// has.
 // +checklocksignore: it does not know the elements of an array.
 func (t *tracker) lockAll(try bool) bool {
 	for i := range t.shards {
@@ -236,10 +238,12 @@ type RangeLock struct {
 	k *tracked
 }
 
-// LockRange registers [off, off+size), widened to the node's allocation units, as serialising until Unlock: no other
-// unit of work writes there meanwhile. Requests of r itself are not held up. The lock is taken inside a unit of
-// work and released before its end; two locks of one unit on the same node must be taken in the order of their
-// offsets, and requests that begin inside a lock should end inside it. Errors: blk.ErrOutOfRange, blk.ErrWouldBlock, the cause of the end of r's context.
+// LockRange registers [off, off+size), widened to the node's allocation units, as serialising until
+// Unlock: no other unit of work writes there meanwhile. Requests of r itself are not held up. The
+// lock is taken inside a unit of work and released before its end; two locks of one unit on the
+// same node must be taken in the order of their offsets, and requests that begin inside a lock
+// should end inside it. Errors: blk.ErrOutOfRange, blk.ErrWouldBlock, the cause of the end of r's
+// context.
 func (e *Edge) LockRange(r *blk.Req, off, size int64) (RangeLock, error) {
 	s := &e.node.Load().io
 	if !blk.ValidRange(off, size) || size == 0 {
@@ -253,8 +257,9 @@ func (e *Edge) LockRange(r *blk.Req, off, size int64) (RangeLock, error) {
 // Unlock releases the range.
 func (l RangeLock) Unlock() { l.t.end(l.k) }
 
-// TrackReads makes reads of n wait for overlapping serialising requests and the other way
-// round until release is called (once). Reads that are under way escape, unless n is drained meanwhile; it can be released at any time.
+// TrackReads makes reads of n wait for overlapping serialising requests and the other way round
+// until release is called (once). Reads that are under way escape, unless n is drained meanwhile;
+// it can be released at any time.
 func (n *Node) TrackReads() (release func()) {
 	n.io.track.reads.Add(1)
 	return sync.OnceFunc(func() { n.io.track.reads.Add(-1) })

@@ -76,7 +76,8 @@ func TestTracker(t *testing.T) {
 	t.Logf("%d refused", refused.Load())
 }
 
-// A unit of work goes on inside its own lock, plain or serialising, while others wait for that lock.
+// A unit of work goes on inside its own lock, plain or serialising, while others wait for that
+// lock.
 func TestTrackerInsideOwnLock(t *testing.T) {
 	var tr tracker
 	ctx := t.Context()

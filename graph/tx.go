@@ -4,7 +4,6 @@ import (
 	"context"
 	"errors"
 	"fmt"
-	"slices"
 	"syscall"
 
 	"qblockd/graph/blk"
@@ -17,13 +16,8 @@ import (
 // Commit does nothing, so it can be deferred). Nothing is reserved before Commit but names.
 type Tx struct {
 	View // the graph as the Tx would leave it
-
-	g   *Graph
+	planner
 	ctx context.Context
-
-	ops     []func(d *txDraft) error // replayed when the graph changed meanwhile
-	draft   *txDraft                 // of version; nil: to be made
-	version uint64
 
 	fresh  []*Node // made by NewNode: their names go on Abort
 	checks []func() error
@@ -32,8 +26,6 @@ type Tx struct {
 	ending bool  // see Ending
 	hold   *Hold // see Under
 	missed bool
-	err    error // of the action that failed
-	over   bool
 }
 
 // errTxOver is our own bug, but one that a deferred call may meet.
@@ -42,8 +34,9 @@ var errTxOver = errors.New("The transaction is over")
 // errClosing is blk.ErrClosed for the whole graph: Graph.Close has begun.
 var errClosing = blk.Text("The block layer is shutting down", errors.Join(blk.ErrClosed, syscall.ESHUTDOWN))
 
-// Participant takes part in a commit: Prepare may block and fail; then exactly one of
-// Commit (while everything is still drained, after install) and Abort follows. Abort follows a Prepare that failed, too, and takes back what that had done by then.
+// Participant takes part in a commit: Prepare may block and fail; then exactly one of Commit (while
+// everything is still drained, after install) and Abort follows. Abort follows a Prepare that
+// failed, too, and takes back what that had done by then.
 type Participant interface {
 	Prepare(ctx context.Context) error
 	Commit()
@@ -64,7 +57,7 @@ func (OnCommit) Abort() {}
 
 // Begin starts a transaction. ctx bounds the waiting in its Commit.
 func (g *Graph) Begin(ctx context.Context) *Tx {
-	tx := &Tx{g: g, ctx: ctx}
+	tx := &Tx{planner: planner{g: g}, ctx: ctx}
 	tx.View = View{planned{tx}}
 	return tx
 }
@@ -74,119 +67,6 @@ func (tx *Tx) Graph() *Graph { return tx.g }
 
 // Context is the one given to Begin.
 func (tx *Tx) Context() context.Context { return tx.ctx }
-
-// do applies an action to the draft and keeps it for replay.
-func (tx *Tx) do(op func(d *txDraft) error) error {
-	if err := tx.usable(); err != nil {
-		return err
-	}
-	tx.g.mu.RLock()
-	defer tx.g.mu.RUnlock()
-	if tx.g.closed {
-		tx.err = errClosing
-		return tx.err
-	}
-	var d *txDraft
-	if d, tx.err = tx.draftLocked(); tx.err == nil {
-		tx.err = op(d)
-	}
-	if tx.err == nil {
-		tx.ops = append(tx.ops, op)
-	}
-	return tx.err
-}
-
-// usable is why the Tx takes no more actions.
-func (tx *Tx) usable() error {
-	if tx.over {
-		return errTxOver
-	}
-	return tx.err
-}
-
-// draftLocked is the draft of all actions so far on the graph as it is now.
-// +checklocksread:tx.g.mu
-func (tx *Tx) draftLocked() (*txDraft, error) {
-	few := len(tx.g.names) <= perm.MaxDepth
-	if tx.draft != nil && tx.version == tx.g.version {
-		tx.draft.Few = few
-		return tx.draft, nil
-	}
-	d := newTxDraft()
-	d.Few = few
-	for _, op := range tx.ops {
-		if err := op(d); err != nil {
-			return nil, err
-		}
-	}
-	tx.draft, tx.version = d, tx.g.version
-	return d, nil
-}
-
-// read calls f with the draft; for the readers below. It does nothing when the actions do not apply any more.
-func (tx *Tx) read(f func(d *txDraft)) {
-	tx.g.mu.RLock()
-	defer tx.g.mu.RUnlock()
-	if d, err := tx.draftLocked(); err == nil {
-		f(d)
-	}
-}
-
-// Try tells whether the rules of permissions allow what the Tx does so far, as Commit would: for callers that have to report that before
-// what comes later. It reserves nothing.
-func (tx *Tx) Try() error {
-	_, err := tx.plan()
-	return err
-}
-
-// Need is what the parents of n need of it as the Tx would leave them; as they are, if they may not do what the Tx does.
-func (tx *Tx) Need(n *Node) (need perm.Perm) {
-	if delta, err := tx.plan(); err == nil {
-		if up, ok := delta.Up[n]; ok {
-			return up.Need
-		}
-	}
-	for _, e := range n.Parents() {
-		need |= e.Claim().Need
-	}
-	return need
-}
-
-func (tx *Tx) plan() (*perm.Delta[*Node, *Edge], error) {
-	if err := tx.usable(); err != nil {
-		return nil, err
-	}
-	tx.g.mu.RLock()
-	defer tx.g.mu.RUnlock()
-	d, err := tx.draftLocked()
-	if err != nil {
-		return nil, err
-	}
-	tx.draft = nil // Plan changes it
-	return d.Plan()
-}
-
-// Parents are the edges above n as the Tx would leave them, newest first.
-func (tx *Tx) Parents(n *Node) (l []*Edge) {
-	tx.read(func(d *txDraft) { l = slices.Collect(d.Parents(n)) })
-	return l
-}
-
-// Node finds a node as Graph.Node does once the Tx is committed: also one that the Tx publishes.
-func (tx *Tx) Node(name string) (n *Node) {
-	tx.read(func(d *txDraft) {
-		switch h := tx.g.names[name].node; {
-		case h == nil:
-		case h.state == nodePublished:
-			n = h
-		case h.state == nodeHidden:
-			if r := d.refs[h]; r != nil && r.publish {
-				n = h
-			}
-		}
-	})
-	return n
-}
 
 // NewNode reserves the name (generating one if empty) and makes a hidden node. It is
 // pinned by its opener until Publish or Discard: other sessions see nothing of it but the
@@ -271,7 +151,8 @@ func (tx *Tx) Detach(e *Edge) error {
 	})
 }
 
-// DetachRoot removes a root. Commit waits until its units of work are over; afterwards Begin fails with blk.ErrClosed.
+// DetachRoot removes a root. Commit waits until its units of work are over; afterwards Begin fails
+// with blk.ErrClosed.
 func (tx *Tx) DetachRoot(r *Root) error {
 	return tx.do(func(d *txDraft) error {
 		if err := d.present(r.edge); err != nil {
@@ -283,7 +164,8 @@ func (tx *Tx) DetachRoot(r *Root) error {
 	})
 }
 
-// Replace makes e lead to n. Errors: the edge is frozen or gone, *perm.CycleError, *perm.DepthError.
+// Replace makes e lead to n. Errors: the edge is frozen or gone, *perm.CycleError,
+// *perm.DepthError.
 func (tx *Tx) Replace(e *Edge, n *Node) error {
 	return tx.do(func(d *txDraft) error {
 		if err := d.changeable(e); err != nil {
@@ -372,7 +254,8 @@ func (tx *Tx) SetReadOnly(n *Node, ro bool) error {
 	})
 }
 
-// SetInactive changes whether n is inactive: no writes, no claims, no locks. n is drained meanwhile.
+// SetInactive changes whether n is inactive: no writes, no claims, no locks. n is drained
+// meanwhile.
 func (tx *Tx) SetInactive(n *Node, inactive bool) error {
 	return tx.do(func(d *txDraft) error {
 		st := d.Node(n)
@@ -484,18 +367,19 @@ func (tx *Tx) Drain(n *Node) error {
 	return tx.do(func(d *txDraft) error { d.drains = append(d.drains, n); return nil })
 }
 
-// Check makes Commit call f with the nodes reserved but not yet drained, with no lock held; an error ends the
-// Tx. For conditions that must still hold at commit, such as Blocked.
+// Check makes Commit call f with the nodes reserved but not yet drained, with no lock held; an
+// error ends the Tx. For conditions that must still hold at commit, such as Blocked.
 func (tx *Tx) Check(f func() error) { tx.checks = append(tx.checks, f) }
 
 // Join adds a participant that is prepared after the permissions; aborts run in reverse.
 func (tx *Tx) Join(p Participant) { tx.last = append(tx.last, p) }
 
-// JoinFirst adds a participant that is prepared before the permissions (a reopen that makes the new file descriptor).
+// JoinFirst adds a participant that is prepared before the permissions (a reopen that makes the new
+// file descriptor).
 func (tx *Tx) JoinFirst(p Participant) { tx.first = append(tx.first, p) }
 
-// Abort forgets the Tx and gives back the names it took. Nodes made by it that got a driver must have been
-// closed by their opener.
+// Abort forgets the Tx and gives back the names it took. Nodes made by it that got a driver must
+// have been closed by their opener.
 func (tx *Tx) Abort() {
 	if tx.over {
 		return

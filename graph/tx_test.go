@@ -159,7 +159,8 @@ func TestReplaceSkips(t *testing.T) {
 	detachAll(t, g)
 }
 
-// TestStress: many clients build, replace, drain and delete at random on few nodes; in the end the books are even.
+// TestStress: many clients build, replace, drain and delete at random on few nodes; in the end the
+// books are even.
 func TestStress(t *testing.T) {
 	g := newTestGraph(t)
 	var bases []*Node

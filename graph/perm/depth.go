@@ -2,8 +2,8 @@ package perm
 
 import "fmt"
 
-// MaxDepth is how many nodes may lie one below the other. A request goes through them by recursion, and each asks those below for their size: what
-// it takes grows faster than the depth.
+// MaxDepth is how many nodes may lie one below the other. A request goes through them by recursion,
+// and each asks those below for their size: what it takes grows faster than the depth.
 const MaxDepth = 2048
 
 // DepthError: an edge would make a chain of more than MaxDepth nodes.
@@ -13,7 +13,8 @@ func (e *DepthError) Error() string {
 	return fmt.Sprintf("Making '%s' a %s child of '%s' would make a chain of more than %d nodes", e.Child, e.Role, e.Parent, MaxDepth)
 }
 
-// checkDepth tells whether an edge from parent to n may be made. It costs as much as there are nodes above and below.
+// checkDepth tells whether an edge from parent to n may be made. It costs as much as there are
+// nodes above and below.
 func (d *Draft[N, E]) checkDepth(parent N, role string, n N) error {
 	if d.Few {
 		return nil
@@ -46,25 +47,25 @@ func (d *Draft[N, E]) nodesAbove(n N, visit func(N)) {
 // walk lists from and what next leads to from there, each once and behind all that it leads to.
 func (d *Draft[N, E]) walk(from N, next func(N, func(N))) []N {
 	seen := map[N]bool{from: true}
-	type open struct {
+	type visit struct {
 		n    N
-		todo []N
+		left []N // of what next gives for n: not visited yet
 	}
-	enter := func(n N) open {
-		o := open{n: n}
-		next(n, func(m N) { o.todo = append(o.todo, m) })
-		return o
+	enter := func(n N) visit {
+		v := visit{n: n}
+		next(n, func(m N) { v.left = append(v.left, m) })
+		return v
 	}
 	var list []N
-	for stack := []open{enter(from)}; len(stack) > 0; {
+	for stack := []visit{enter(from)}; len(stack) > 0; {
 		top := &stack[len(stack)-1]
-		if len(top.todo) == 0 {
+		if len(top.left) == 0 {
 			list = append(list, top.n)
 			stack = stack[:len(stack)-1]
 			continue
 		}
-		m := top.todo[len(top.todo)-1]
-		top.todo = top.todo[:len(top.todo)-1]
+		m := top.left[len(top.left)-1]
+		top.left = top.left[:len(top.left)-1]
 		if !seen[m] {
 			seen[m] = true
 			stack = append(stack, enter(m))

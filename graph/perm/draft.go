@@ -14,7 +14,8 @@ type Node struct {
 	Inactive bool
 	// ForceShare: whoever uses this node shares everything on it.
 	ForceShare bool
-	// Unaligned: the size is no multiple of the request alignment, so that writing takes Resize too.
+	// Unaligned: the size is no multiple of the request alignment, so that writing takes Resize
+	// too.
 	Unaligned bool
 }
 
@@ -108,7 +109,8 @@ func (d *Draft[N, E]) Touch(n N) {
 	}
 }
 
-// Attach adds an edge. Errors: *CycleError, *DepthError. The claim of an edge below a node is settled by Plan.
+// Attach adds an edge. Errors: *CycleError, *DepthError. The claim of an edge below a node is
+// settled by Plan.
 func (d *Draft[N, E]) Attach(e E, v Edge[N]) error {
 	var zero N
 	if v.Parent != zero {

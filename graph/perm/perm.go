@@ -106,7 +106,8 @@ func forCOW(up Claim, inactive bool) Claim {
 func forStorage(role Role, up Claim, writable, inactive bool) Claim {
 	c := Claim{up.Need & All, up.Share & All}
 	if role&Metadata != 0 {
-		// A format writes its metadata at times of its own choosing and relies on nobody else doing so.
+		// A format writes its metadata at times of its own choosing and relies on nobody else doing
+		// so.
 		if writable {
 			c.Need |= Write | Resize
 		}
@@ -115,7 +116,8 @@ func forStorage(role Role, up Claim, writable, inactive bool) Claim {
 	}
 	if role&Data != 0 {
 		c.Share &^= Resize
-		// Unchanged data may still land in newly allocated places, and those may lie beyond the end.
+		// Unchanged data may still land in newly allocated places, and those may lie beyond the
+		// end.
 		if c.Need&WriteUnchanged != 0 {
 			c.Need |= Write
 		}

@@ -355,7 +355,8 @@ func TestMessages(t *testing.T) {
 
 // A chain can have MaxDepth nodes, however it is put together, and not one more.
 func TestDepth(t *testing.T) {
-	// Two chains, of which the second one hangs below a node that many share and has a second way down that is short.
+	// Two chains, of which the second one hangs below a node that many share and has a second way
+	// down that is short.
 	g := &ref{nodes: map[int]Node{}, edges: map[int]Edge[int]{}}
 	link := func(id int, e Edge[int]) {
 		g.edges[id], g.order = e, append(g.order, id)

@@ -38,7 +38,8 @@ var errUnaligned = errors.New("Cannot get 'write' permission without 'resize': I
 
 // Delta is what a plan changes.
 type Delta[N, E comparable] struct {
-	// Order holds all nodes whose parents, state or cumulative claim were looked at, parents before children.
+	// Order holds all nodes whose parents, state or cumulative claim were looked at, parents before
+	// children.
 	Order []N
 	// Up is the cumulative claim of each of them.
 	Up map[N]Claim
@@ -60,9 +61,9 @@ func Plan[N, E comparable](base View[N, E], changes ...Change[N, E]) (*Delta[N, 
 	return d.Plan()
 }
 
-// Plan settles the claims of all edges that the changes reach and checks every node touched, parents
-// first; the first fault is returned (*Conflict, *ReadOnlyError, or that of an unaligned size). It costs
-// what it touches. The Draft then shows the settled claims.
+// Plan settles the claims of all edges that the changes reach and checks every node touched,
+// parents first; the first fault is returned (*Conflict, *ReadOnlyError, or that of an unaligned
+// size). It costs what it touches. The Draft then shows the settled claims.
 func (d *Draft[N, E]) Plan() (*Delta[N, E], error) {
 	d.settle()
 	order := d.order()

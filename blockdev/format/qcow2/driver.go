@@ -115,10 +115,10 @@ func (n nodeBitmaps) each(f func(d *graph.DirtyBitmap)) {
 	}
 }
 
-func kept(d *graph.DirtyBitmap) bool { return d.Persistent() && !d.Goes() }
+func kept(d *graph.DirtyBitmap) bool { return d.Persistent() && d.Pending() != graph.PendingRemove }
 
 func persistedOf(d *graph.DirtyBitmap) persisted {
-	return persisted{d.Name(), d.Recorded(), d.Enabled() && !d.Stops(), d.Inconsistent()}
+	return persisted{d.Name(), d.Recorded(), d.Enabled() && d.Pending() != graph.PendingDisable, d.Inconsistent()}
 }
 
 // corrupted emits BLOCK_IMAGE_CORRUPTED.

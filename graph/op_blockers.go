@@ -32,7 +32,8 @@ const (
 	opCount
 )
 
-// backingAllows are the operations that a node may take part in while it is somebody's backing file.
+// backingAllows are the operations that a node may take part in while it is somebody's backing
+// file.
 const backingAllows = 1<<OpCommitTarget | 1<<OpStream | 1<<OpBackupSource | 1<<OpBackupTarget | 1<<OpOverlay
 
 // opBlocker is one reason against some operations.
@@ -113,7 +114,8 @@ func (n *Node) blockedLocked(op Op) error {
 	return nil
 }
 
-// backs is the error of an operation that n is refused because e makes it a backing file; nil: e does not.
+// backs is the error of an operation that n is refused because e makes it a backing file; nil: e
+// does not.
 func (n *Node) backs(e *Edge) error {
 	if e.role&perm.COW != 0 && e.pnode != nil {
 		return Busy(n.name, fmt.Errorf("node is used as backing hd of '%s'", e.pnode.name))

@@ -38,10 +38,19 @@ type DirtyBitmap struct {
 
 	// Guarded by n.io.dirty.mu.
 	disabled, busy, persistent, inconsistent, readOnly bool
-	goes, stops                                        bool             // see Foretell
+	pending                                            BitmapPending    // see SetPending
 	successor                                          *DirtyBitmap     // on the list too, without a name
 	since                                              []*bitmap.Bitmap // record what is written while a Merge may be undone
 }
+
+// BitmapPending is what a transaction under way is about to do with a bitmap.
+type BitmapPending uint8
+
+const (
+	PendingNone BitmapPending = iota
+	PendingRemove
+	PendingDisable
+)
 
 // DirtyBitmapSpec describes a new bitmap.
 type DirtyBitmapSpec struct {
@@ -140,8 +149,7 @@ func (n *Node) DirtyBitmap(name string) *DirtyBitmap {
 	return n.io.dirty.findLocked(name)
 }
 
-// FindDirtyBitmap finds a bitmap by the names of its node and its own. The errors have
-// QEMU's words.
+// FindDirtyBitmap finds a bitmap by the names of its node and its own. The errors have QEMU's words.
 func (g *Graph) FindDirtyBitmap(node, name string) (*DirtyBitmap, error) {
 	return findDirtyBitmap(g.Node(node), node, name)
 }
@@ -280,15 +288,17 @@ func (d *DirtyBitmap) SetBusy(busy bool) { d.change(func() { d.busy = busy }) }
 // Busy tells whether somebody uses the bitmap.
 func (d *DirtyBitmap) Busy() bool { return d.ask(&d.busy) }
 
-// Foretell says what is about to become of the bitmap: it goes, or stops recording. It does neither
-// yet, but where it is stored before that happens, it is stored as it will be.
-func (d *DirtyBitmap) Foretell(goes, stops bool) { d.change(func() { d.goes, d.stops = goes, stops }) }
+// SetPending says what is about to become of the bitmap. Nothing does yet; but where it is stored
+// before that happens, it is stored as it will be.
+func (d *DirtyBitmap) SetPending(p BitmapPending) { d.change(func() { d.pending = p }) }
 
-// Goes tells whether the bitmap is about to be removed, Stops whether it is about to be disabled.
-func (d *DirtyBitmap) Goes() bool { return d.ask(&d.goes) }
-
-// Stops: see Goes.
-func (d *DirtyBitmap) Stops() bool { return d.ask(&d.stops) }
+// Pending is what SetPending said last.
+func (d *DirtyBitmap) Pending() BitmapPending {
+	s := d.set()
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	return d.pending
+}
 
 // Persistent tells whether the bitmap is to be stored in the image.
 func (d *DirtyBitmap) Persistent() bool { return d.ask(&d.persistent) }

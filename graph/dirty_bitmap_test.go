@@ -134,7 +134,8 @@ func TestClearBesideResize(t *testing.T) {
 	}
 }
 
-// What a discard may have changed is dirty; what the node's options keep from the driver is not. A request names a bitmap that does not record it.
+// What a discard may have changed is dirty; what the node's options keep from the driver is not. A
+// request names a bitmap that does not record it.
 func TestDiscardIsRecorded(t *testing.T) {
 	for _, unmap := range []bool{false, true} {
 		g := drivertest.NewGraph(t)
@@ -170,7 +171,8 @@ func TestDiscardIsRecorded(t *testing.T) {
 	}
 }
 
-// TestUnmergeAfterGrowth: what was written to a node that has grown since a merge stays recorded when the merge is undone, also in the granule that was the last one.
+// TestUnmergeAfterGrowth: what was written to a node that has grown since a merge stays recorded
+// when the merge is undone, also in the granule that was the last one.
 func TestUnmergeAfterGrowth(t *testing.T) {
 	const k = 1 << 10
 	root, r := stack(t, drivertest.NewMemFile(k), 0)
