@@ -53,8 +53,7 @@ func (r *told) expect(t *testing.T, want ...string) {
 
 // TestRecord: what each change says to a recorder.
 func TestRecord(t *testing.T) {
-	g := newTestGraph(t)
-	r := &told{}
+	g, r := newTestGraph(t), &told{}
 	g.SetRecorder(r.record)
 	do := func(f func(tx *Tx) error) {
 		t.Helper()
