@@ -105,14 +105,14 @@ func (s *image) becomeWriter(r *blk.Req) error {
 		known = layout.AutoclearBitmaps | layout.AutoclearMarks
 	}
 	if s.hdr.AutoclearFeatures&^known != 0 || s.ext.BitmapsStale || s.badBitmaps {
-		hdr, ext, bad := *s.hdr, *s.ext, s.badBitmaps
+		autoclear, ext, bad := s.hdr.AutoclearFeatures, *s.ext, s.badBitmaps
 		if s.ext.BitmapsStale || s.badBitmaps {
 			s.warnf("The persistent bitmaps of the image were not kept up to date and are dropped; some clusters may be leaked")
 			s.ext.Bitmaps, s.ext.BitmapsStale, s.badBitmaps = nil, false, false
 		}
 		s.hdr.AutoclearFeatures &= known
 		if err := s.updateHeader(r); err != nil {
-			*s.hdr, *s.ext, s.badBitmaps = hdr, ext, bad // it is still to be done
+			s.hdr.AutoclearFeatures, *s.ext, s.badBitmaps = autoclear, ext, bad // it is still to be done
 			return wrap("Could not update qcow2 header", err)
 		}
 	}
