@@ -56,7 +56,7 @@ type Caps struct {
 // in parallel with one another; a NoWait request must not wait in them.
 type (
 	Writer interface {
-		WriteAt(r *blk.Req, v blk.Vec, off int64, f blk.Flags) error // default: the node cannot be writable
+		WriteAt(r *blk.Req, v blk.Vec, off int64, f blk.Flags) error // default: blk.ErrReadOnly, for any options
 	}
 	Zeroer interface {
 		Zero(r *blk.Req, off, n int64, f blk.Flags) error // default: writes of zeroes, unless NoFallback
