@@ -143,10 +143,21 @@ func (j *Job) findEnd(top *graph.Node) (base, bottom *graph.Node, err error) {
 
 // Enter implements blockjob.Job.
 func (j *Job) Enter(ctx context.Context, m *jobs.Manager) (*jobs.Job, error) {
+	if err := j.freezable(ctx); err != nil {
+		return nil, err // told before the top is made writable, or cannot be
+	}
 	if err := j.site.MakeWritable(ctx, j.top()); err != nil {
 		return nil, err
 	}
 	return j.site.Enter(ctx, j.top().Graph(), func(tx *graph.Tx) error { return j.fill(tx, m) })
+}
+
+// freezable tells why another job does not let the chain be frozen.
+func (j *Job) freezable(ctx context.Context) error {
+	tx := j.top().Graph().Begin(ctx)
+	defer tx.Abort()
+	_, err := tx.FreezeChain(j.top(), j.above())
+	return err
 }
 
 func (j *Job) fill(tx *graph.Tx, m *jobs.Manager) error {
