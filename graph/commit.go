@@ -31,7 +31,8 @@ type commit struct {
 // and participants, of the Recorder, and the context's; then the graph is as before. Nodes that
 // nothing refers to any more are closed before it returns.
 //
-//	plan -> reserve -> (plan again) -> checks -> drain -> prepare -> record -> install -> undrain -> release -> close
+//	plan -> reserve -> (plan again) -> checks -> drain -> prepare -> record -> install -> undrain
+//	     -> release -> close
 func (tx *Tx) Commit() error {
 	if err := tx.usable(); err != nil {
 		tx.Abort()

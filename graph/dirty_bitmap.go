@@ -149,7 +149,7 @@ func (n *Node) DirtyBitmap(name string) *DirtyBitmap {
 	return n.io.dirty.findLocked(name)
 }
 
-// FindDirtyBitmap finds a bitmap by the names of its node and its own. The errors have QEMU's words.
+// FindDirtyBitmap finds a bitmap by its node's name and its own. The errors have QEMU's words.
 func (g *Graph) FindDirtyBitmap(node, name string) (*DirtyBitmap, error) {
 	return findDirtyBitmap(g.Node(node), node, name)
 }

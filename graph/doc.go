@@ -13,9 +13,11 @@
 //
 //	plan     the draft is made anew on the graph as it is; package perm settles and checks the claims
 //	reserve  the nodes whose edges, claims or state change: all at once, first come first served;
-//	         if the plan then touches more, release and start over. Nobody waits for a reservation while holding one
+//	         if the plan then touches more, release and start over. Nobody waits for a reservation
+//	         while holding one
 //	checks   conditions that must still hold (Tx.Check)
-//	drain    the upper ends of changed edges; new edges of a hidden node need none, nor does gaining a parent
+//	drain    the upper ends of changed edges; new edges of a hidden node need none, nor does
+//	         gaining a parent
 //	prepare  participants and drivers: image locks, header writes. May block and fail
 //	record   what changes is told to the Recorder, as values. It may refuse, or block
 //	install  under g.mu; cannot fail, does not wait
@@ -61,11 +63,13 @@
 //
 // In this order; what stands further right is taken later, never the other way round:
 //
-//	drainerState.mu > g.mu > jobs.mu > node locks of the data plane > driver locks (their own package docs) > events.mu, session.outMu
+//	drainerState.mu > g.mu > jobs.mu > node locks of the data plane
+//	                               > driver locks (their own package docs) > events.mu, session.outMu
 //	               g.mu > Root.wait
 //
-//	g.resv.mu, g.holds.mu, g.genMu, Root.wait   leaves: code under them takes no further lock
-//	trackShard.mu (in index order), flushState.mu, dirtySet.mu   likewise, per node; requests hold them for moments only
+//	g.resv.mu, g.holds.mu, g.genMu, Root.wait  leaves: code under them takes no further lock
+//	trackShard.mu (in index order),
+//	flushState.mu, dirtySet.mu                 likewise, per node; requests hold them but for moments
 //	events.mu, session.outMu                   leaves: code under them calls nothing of ours
 //
 // Exceptions: drainerState.mu is held while a Drainer is called, which may take driver and job

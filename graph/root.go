@@ -38,8 +38,8 @@ type RootSpec struct {
 
 // Root is where requests enter the graph: a backend, an export, a job, internal work.
 //
-//	Begin/TryBegin --> gate open: in flight +1 --> unit of work (any number of I/Os) --> End: in flight -1
-//	                   gate closed: Begin waits, TryBegin is nil
+//	Begin/TryBegin -> gate open: in flight +1 -> unit of work (I/Os) -> End: in flight -1
+//	                  gate closed: Begin waits, TryBegin is nil
 type Root struct {
 	g    *Graph
 	spec RootSpec

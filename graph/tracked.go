@@ -16,14 +16,15 @@ import (
 // all tracked requests that overlap its range, which is widened to whole blocks.
 //
 // Readers are not tracked, save while TrackReads is on. That is safe:
-//   - A read-modify-write stores in the padding the bytes that are there; who reads the
-//     padding meanwhile gets those. Reading the rest races with a write, which is the client's affair.
+//   - A read-modify-write stores in the padding the bytes that are there; who reads the padding
+//     meanwhile gets those. Reading the rest races with a write, which is the client's affair.
 //   - A copy-on-read or stream stores what the range reads as already; a concurrent reader
 //     gets the same bytes from above or from below.
 //   - A growth has no readers in the new area: it is beyond the end until the size changes.
 //   - Only jobs that change what is below (a fleecing target's backing) need to know
 //     that earlier reads are over before their serialising write ends. They take TrackReads first.
-//     A read that is under way then escapes, unless the node is drained; it began before the point in time was there.
+//     A read that is under way then escapes, unless the node is drained; it began before the point
+//     in time was there.
 //
 // A unit of work may hold a range of the node (LockRange) over several requests; these do not wait
 // for their own lock.

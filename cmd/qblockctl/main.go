@@ -1,6 +1,6 @@
 // Command qblockctl is the client of qblockd for people and scripts.
 //
-//	main.go      the tree of commands, which --help, the manual page and the shells' completions are made of
+//	main.go      the tree of commands: makes --help, the manual page and the shells' completions
 //	client.go    a QMP client: one command at a time, events as they come
 //	args.go      key=value words -> the arguments of a command; words.go: a line -> words
 //	complete.go  what may come next, from the daemon's schema and live.go's names

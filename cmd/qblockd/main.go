@@ -3,7 +3,7 @@
 //
 // This package wires the others together and reads as the map of the program:
 //
-//	main.go       two passes over the options, as in qemu-storage-daemon: what concerns the process, then the rest
+//	main.go       two passes over the options, as in qemu-storage-daemon: the process, then the rest
 //	options.go    the options: how they are written, what is said of them, what they do
 //	daemon.go     the parts, how they hang together, and how they end
 //	quickstart.go --quickstart: a disk, a monitor and an NBD server out of nothing

@@ -4,11 +4,11 @@
 // A Bitmap is a tree. Parts of it in which no granule is set, or all are, take no memory, however
 // large they are:
 //
-//	directory   slot   slot   nil (none is set)   full (all are) ...   one level for up to 16 Mi granules
+//	directory   slot   slot   nil (none is set)   full (all are) ...  one level: up to 16 Mi granules
 //	              |
-//	branch      slot   nil   full ...                                  for each further factor of 64
+//	branch      slot   nil   full ...                                 for each further factor of 64
 //	              |
-//	leaf        n = 3   0100...0011                              4096 granules, and how many are set
+//	leaf        n = 3   0100...0011                             4096 granules, and how many are set
 //
 // Setting is one atomic operation on a word, none where the granule is set already, so that
 // requests can do it side by side without a lock. Finding, counting, merging and copying take time

@@ -42,14 +42,14 @@ type Action interface {
 }
 
 // Opener is an Action with slow work that must not hold up requests: Open does it before anything
-// is quiet, and Clean undoes it unless Prepare and Commit made use of it. The sketch, which is never
-// committed, is the graph as the actions before will leave it, as far as later Opens rely on that;
-// Open adds to it what Prepare is going to do.
+// is quiet, and Clean undoes it unless Prepare and Commit made use of it. The sketch, which is
+// never committed, is the graph as the actions before will leave it, as far as later Opens rely on
+// that; Open adds to it what Prepare is going to do.
 type Opener interface {
 	Open(ctx context.Context, sketch *graph.Tx) error
 }
 
-// Holder is an Action that looks at, or changes, nodes that need not be quiet: they are held as well.
+// Holder is an Action that looks at or changes nodes that need not be quiet: they too are held.
 type Holder interface{ Holds() []*graph.Node }
 
 // Starter is an Action that starts a job: after all Commits, with the nodes quiet but not held any
@@ -151,7 +151,7 @@ func (a *attempt) run(ctx context.Context) (turns int, err error) {
 	return turns, nil
 }
 
-// open does the slow work of all actions up to the first whose Open fails, and tells how many those are.
+// open does the slow work of the actions up to the first whose Open fails, and counts them.
 func (a *attempt) open(ctx context.Context) (opened int, err error) {
 	for i, x := range a.actions {
 		if o, ok := x.(Opener); ok {

@@ -59,7 +59,8 @@ func TestNamedFiles(t *testing.T) {
 	}
 }
 
-// TestPackagesAreDescribed: docs/architecture.md knows every package, by name or as part of "`PARENT/...`".
+// TestPackagesAreDescribed: docs/architecture.md knows every package, by name or as part of
+// "`PARENT/...`".
 func TestPackagesAreDescribed(t *testing.T) {
 	text := read(t, "docs/architecture.md")
 	for _, p := range list(t, "./...") {
@@ -171,7 +172,8 @@ type step struct {
 	prints  *regexp.Regexp
 }
 
-// conversation takes the console blocks of the README apart: "$ COMMAND", then what it prints, "..." for any lines.
+// conversation takes the console blocks of the README apart: "$ COMMAND", then what it prints, with
+// "..." for any lines.
 func conversation(text string) (steps []step) {
 	_, text, _ = strings.Cut(text, "<!-- conversation")
 	for _, block := range strings.Split(text, "```console\n")[1:] {

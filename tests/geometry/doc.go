@@ -10,7 +10,8 @@
 // A sample is drawn from its seed and printed in one line. What runs at the same time is not part
 // of it, so a failure may need several tries:
 //
-//	go test ./tests/geometry -run TestSamples -geometry.seed=N -geometry.samples=1 -geometry.tries=100
+//	go test ./tests/geometry -run TestSamples \
+//	    -geometry.seed=N -geometry.samples=1 -geometry.tries=100
 //
 // Tests only.
 package geometry

@@ -11,7 +11,8 @@ import (
 // mostConverted is the largest disk that is compared with what qemu-img makes of it.
 const mostConverted = 64 << 20
 
-// reference compares what was read with what qemu-img reads from the same image. It may refuse what we do not.
+// reference compares what was read with what qemu-img reads from the same image, unless it refuses
+// the image.
 func (r *run) reference() error {
 	if r.size == 0 || r.size > mostConverted || len(r.m.may) == 0 {
 		return nil

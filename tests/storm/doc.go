@@ -2,8 +2,10 @@
 // few nodes and few names, while guests write; and then finds out whether what they were told is
 // true.
 //
-//	clients   random commands, all that the schema has, steps of transactions that fail among them; some leave without waiting for the answer
-//	guests    NBD connections, each with blocks of its own: it knows what each may hold, and looks all the time
+//	clients   random commands, all that the schema has, steps of transactions that fail among them;
+//	          some leave without waiting for the answer
+//	guests    NBD connections, each with blocks of its own: it knows what each may hold, and looks
+//	          all the time
 //	d0        a guest's disk whose graph changes: overlays, streams, commits, mirrors, backups
 //	d1        bitmaps, internal snapshots and reopen, nothing that writes to it
 //	d2        resize and internal snapshots

@@ -5,9 +5,9 @@
 //
 // # Life of a connection
 //
-//	accept --> handshake --GO, EXPORT_NAME--> transmission --DISC, EOF, error--> requests end --> closed
-//	               |                              |
-//	               +-- deadline, ABORT, error     +-- Export.Shutdown, Server.Close: killed
+//	accept -> handshake --GO, EXPORT_NAME--> transmission --DISC, EOF, error-> requests end -> closed
+//	              |                              |
+//	              +-- deadline, ABORT, error     +-- Export.Shutdown, Server.Close: killed
 //
 // # Parts of a connection
 //

@@ -2,7 +2,8 @@
 // written to a log, in the format of the device mapper's target log-writes, so that a test can play
 // them again up to any point.
 //
-//	sector 0     super block: magic, version, number of entries, sector size; little-endian, written at flushes and now and then
+//	sector 0     super block: magic, version, number of entries, sector size; little-endian,
+//	             written at flushes and now and then
 //	sector 1...  entry: sector, number of sectors, flags, 0; then, but for discards, the data
 package blklogwrites
 
