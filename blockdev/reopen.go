@@ -212,8 +212,11 @@ func (q *reopenQueue) add(n *graph.Node, given *types.BlockdevOptions, up *reope
 		}
 		ref := e.ref(edge.ChildName())
 		switch {
+		case ref == nil && !keep:
+			// A backing file that is not mentioned: an error of n, unless n is named again and
+			// something is said of it then.
 		case ref == nil:
-			q.add(c, nil, e, edge.Role(), keep)
+			q.add(c, nil, e, edge.Role(), true)
 		case ref.Definition != nil:
 			o := ref.Definition
 			e.refs = slices.DeleteFunc(e.refs, func(x driver.Child) bool { return x.Name == edge.ChildName() })

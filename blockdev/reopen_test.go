@@ -295,3 +295,30 @@ func TestReopenTwiceWithOtherChildren(t *testing.T) {
 	}
 	mustReopen(t, m, q(file, `, 'overlap-check': 'all'`), q(file, `, 'overlap-check': {'template': 'none'}`))
 }
+
+// A node that is named twice, the first time without a word of its backing file: what is said the
+// second time counts.
+func TestReopenTwiceBackingOnceMissing(t *testing.T) {
+	dir := t.TempDir()
+	create(t, dir+"/a", "", "")
+	create(t, dir+"/b", "", "")
+	m := newManager(t, Config{})
+	q := func(more string) string {
+		return `{'driver': 'qcow2', 'node-name': 'q', 'file': {'driver': 'file', 'filename': '` + dir + `/a'}` + more + `}`
+	}
+	mustAdd(t, m, q(`, 'backing': {'driver': 'qcow2', 'node-name': 'b', 'lazy-refcounts': true,
+		'file': {'driver': 'file', 'filename': '`+dir+`/b'}}`))
+	for _, missing := range [][]string{{q("")}, {q(""), q("")}} {
+		if err := reopen(t, m, missing...); err == nil || err.Error() != "backing is missing for 'q'" {
+			t.Errorf("%s: %v", missing, err)
+		}
+	}
+	mustReopen(t, m, q(""), q(`, 'backing': 'b'`))
+	if o := m.Graph().Node("b").Options().Canonical.U.(*types.BlockdevOptionsQcow2); o.LazyRefcounts == nil {
+		t.Error("the backing file has lost an option")
+	}
+	mustReopen(t, m, q(""), q(`, 'backing': null`))
+	if m.Graph().Node("q").Backing() != nil {
+		t.Error("still there")
+	}
+}
