@@ -248,8 +248,8 @@ func (tx *Tx) SetReadOnly(n *Node, ro bool) error {
 		d.drains = append(d.drains, n)
 		own := *d.options(n)
 		own.ReadOnly, own.Inherited.ReadOnly = ro, &ro
-		d.setOptions(n, &own)
 		d.prims = append(d.prims, func(in *installer) { n.readOnly.Store(ro) })
+		d.setOptions(n, &own) // last, as it tells of both
 		return nil
 	})
 }

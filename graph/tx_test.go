@@ -286,3 +286,25 @@ func stressStep(t *testing.T, g *Graph, rnd *rand.Rand, bases []*Node) {
 		}
 	}
 }
+
+// TestBumpComesLast: whoever has seen that a node shows something new finds what that is.
+func TestBumpComesLast(t *testing.T) {
+	g := newTestGraph(t)
+	n := addMem(t, g, "n")
+	tx := g.Begin(context.Background())
+	defer tx.Abort()
+	if err := tx.SetReadOnly(n, true); err != nil {
+		t.Fatal(err)
+	}
+	g.mu.Lock()
+	defer g.mu.Unlock()
+	gen := n.InfoGeneration()
+	for i, f := range tx.draft.prims {
+		if f(&installer{g: g}); n.InfoGeneration() > gen && !n.ReadOnly() {
+			t.Errorf("change %d of %d announces what is not there yet", i+1, len(tx.draft.prims))
+		}
+	}
+	if n.InfoGeneration() == gen || !n.ReadOnly() || !n.Options().ReadOnly {
+		t.Error("nothing has changed")
+	}
+}
