@@ -68,9 +68,9 @@ func (c *Manual) AfterFunc(_ string, d time.Duration, f func()) Timer {
 
 // Reset implements Timer. What is due already is called when the clock moves next.
 func (t *manualTimer) Reset(d time.Duration) bool {
-	was := t.Stop()
 	t.c.mu.Lock()
 	defer t.c.mu.Unlock()
+	was := t.stopLocked()
 	t.at = t.c.now.Add(d)
 	t.c.timers = append(t.c.timers, t)
 	return was
@@ -80,6 +80,11 @@ func (t *manualTimer) Reset(d time.Duration) bool {
 func (t *manualTimer) Stop() bool {
 	t.c.mu.Lock()
 	defer t.c.mu.Unlock()
+	return t.stopLocked()
+}
+
+// +checklocks:t.c.mu
+func (t *manualTimer) stopLocked() bool {
 	n := len(t.c.timers)
 	t.c.timers = slices.DeleteFunc(t.c.timers, func(x *manualTimer) bool { return x == t })
 	return len(t.c.timers) < n
@@ -96,14 +101,17 @@ func (c *Manual) Pending() int {
 func (c *Manual) Advance(d time.Duration) {
 	c.mu.Lock()
 	c.now = c.now.Add(d)
-	due := slices.Clone(c.timers)
-	c.timers = slices.DeleteFunc(c.timers, func(t *manualTimer) bool { return !t.at.After(c.now) })
-	now := c.now
+	var due []*manualTimer
+	c.timers = slices.DeleteFunc(c.timers, func(t *manualTimer) bool {
+		over := !t.at.After(c.now)
+		if over {
+			due = append(due, t)
+		}
+		return over
+	})
 	c.mu.Unlock()
 	for _, t := range due {
-		if !t.at.After(now) {
-			t.f()
-		}
+		t.f()
 	}
 }
 

@@ -2,6 +2,8 @@ package clock
 
 import (
 	"fmt"
+	"runtime"
+	"sync"
 	"testing"
 	"time"
 )
@@ -39,4 +41,34 @@ func TestManual(t *testing.T) {
 			t.Error("a timer that has called was set")
 		}
 	}
+}
+
+// TestManualShared: one goroutine moves the clock while others set a timer anew.
+func TestManualShared(t *testing.T) {
+	c := NewManual(time.Unix(7, 0))
+	timer := c.AfterFunc("", time.Second, func() {})
+	stop := make(chan struct{})
+	var all sync.WaitGroup
+	for range 2 {
+		all.Go(func() {
+			for {
+				select {
+				case <-stop:
+					return
+				default:
+					timer.Reset(time.Second)
+				}
+			}
+		})
+	}
+	for range 3000 {
+		c.Advance(time.Second)
+		if n := c.Pending(); n > 1 {
+			t.Errorf("one timer is set %d times", n)
+			break
+		}
+		runtime.Gosched()
+	}
+	close(stop)
+	all.Wait()
 }
