@@ -91,7 +91,7 @@ func (t *Table) Open(
 ) (*types.ChardevReturn, error) {
 	if err := t.reserve(id); err != nil {
 		if from == CommandLine {
-			err = fmt.Errorf("attempt to add duplicate property '%s' to object (type 'container')", id)
+			err = t.duplicate(id, b)
 		}
 		return nil, err
 	}
@@ -113,6 +113,20 @@ func (t *Table) Open(
 		ret.Pty = &p.path
 	}
 	return ret, nil
+}
+
+// duplicate words that the command line makes a device b that has the label of another.
+func (t *Table) duplicate(id string, b *types.ChardevBackend) error {
+	t.mu.Lock()
+	defer t.mu.Unlock()
+	switch t.devices[id].(type) {
+	case *server, *client:
+		// QEMU registers sockets in one more place, and there first.
+		if b.Type == types.ChardevBackendKindSocket {
+			return errors.New("duplicate yank instance")
+		}
+	}
+	return fmt.Errorf("attempt to add duplicate property '%s' to object (type 'container')", id)
 }
 
 // Add is Open for a client: chardev-add. Its errors name the device.
