@@ -120,6 +120,11 @@ func TestOurs(t *testing.T) {
 	if text := prose.Of("no.such.0", given).Text(); text != "" {
 		t.Errorf("%q", text)
 	}
+	// What all branches have is explained before one is chosen.
+	prose = NewProse(schema.JSONSchema("block-export-add"))
+	if prose.Of("node-name", none).Text() == "" {
+		t.Error("block-export-add: node-name is not explained without a type")
+	}
 	if text := NewProse(nil).Of("x", none).Text(); text != "" {
 		t.Errorf("%q", text)
 	}

@@ -77,12 +77,13 @@ func (p *Prose) member(s map[string]any, at, name string, given func(string) str
 	return nil
 }
 
-// holds tells whether the arguments meet the condition of a branch: one member with one value.
+// holds tells whether the arguments meet the condition of a branch, one member with one value, or
+// may do so yet: while that member is not given, what all branches have is explained by the first.
 func holds(cond map[string]any, at string, given func(string) string) bool {
 	props, _ := cond["properties"].(map[string]any)
 	for name, v := range props {
 		m, _ := v.(map[string]any)
-		if want, _ := m["const"].(string); want != given(at+name) {
+		if is := given(at + name); is != "" && is != m["const"] {
 			return false
 		}
 	}
