@@ -44,7 +44,7 @@ func openImage(r *blk.Req, c config) (*image, error) {
 	}
 	s.fileEnd = s.file.Size()
 	if s.set.overlap&olInactiveL2 != 0 {
-		if err := s.findInactive(r); err != nil {
+		if s.inactive, err = s.findInactive(r); err != nil {
 			return nil, err
 		}
 	}

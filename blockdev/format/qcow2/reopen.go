@@ -19,6 +19,8 @@ type reconfiguration struct {
 	options *types.BlockdevOptionsQcow2
 	unmap   bool
 	set     settings
+	// inactive is what overlap-check will look at; nil without all.
+	inactive map[int64]struct{}
 }
 
 // reconfigure checks the options.
@@ -29,12 +31,12 @@ func (s *image) reconfigure(options *types.BlockdevOptionsQcow2, unmap bool) (*r
 	if err != nil {
 		return nil, err
 	}
-	return &reconfiguration{s, options, unmap, set}, nil
+	return &reconfiguration{s: s, options: options, unmap: unmap, set: set}, nil
 }
 
 // Prepare implements graph.Participant. It leaves nothing in the caches that is not in the file,
 // and no dirty bit, which may be about to lose its meaning.
-func (c *reconfiguration) Prepare(ctx context.Context) error {
+func (c *reconfiguration) Prepare(ctx context.Context) (err error) {
 	s, r := c.s, &blk.Req{Ctx: ctx}
 	s.mu.Lock()
 	defer s.mu.Unlock()
@@ -42,7 +44,7 @@ func (c *reconfiguration) Prepare(ctx context.Context) error {
 		return nil
 	}
 	if c.set.overlap&olInactiveL2 != 0 {
-		if err := s.findInactive(r); err != nil {
+		if c.inactive, err = s.findInactive(r); err != nil {
 			return err
 		}
 	}
@@ -69,6 +71,7 @@ func (c *reconfiguration) Commit() {
 	if s.dead.Load() {
 		return
 	}
+	s.inactive = c.inactive
 	if c.set.slice != old.slice || c.set.l2Tables != old.l2Tables || c.set.rbTables != old.rbTables {
 		if s.l2.ndirty+s.rb.ndirty > 0 {
 			panic("qcow2: caches are dirty while nothing runs")

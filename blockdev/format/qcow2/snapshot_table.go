@@ -70,25 +70,25 @@ func (s *snapshots) checkL1(sn *layout.Snapshot) error {
 
 // findInactive finds the L2 tables of snapshots for overlap-check=all. L1 tables that lie over each
 // other are read once.
-func (s *snapshots) findInactive(r *blk.Req) error {
-	s.inactive = map[int64]struct{}{}
+func (s *snapshots) findInactive(r *blk.Req) (map[int64]struct{}, error) {
 	for i := range s.snaps {
 		if err := s.checkL1(&s.snaps[i]); err != nil {
-			return err
+			return nil, err
 		}
 	}
+	inactive := map[int64]struct{}{}
 	for _, t := range s.snapL1 {
 		l1, err := s.readTable(r, t.off, (t.end-t.off)/8)
 		if err != nil {
-			return wrap("Could not read L1 table", err)
+			return nil, wrap("Could not read L1 table", err)
 		}
 		for _, e := range l1.all() {
 			if e&layout.OffsetMask != 0 {
-				s.inactive[int64(e&layout.OffsetMask)>>s.cb] = struct{}{}
+				inactive[int64(e&layout.OffsetMask)>>s.cb] = struct{}{}
 			}
 		}
 	}
-	return nil
+	return inactive, nil
 }
 
 // writeSnapshots makes list the table of snapshots.
@@ -126,9 +126,8 @@ func (s *snapshots) writeSnapshots(r *blk.Req, list []layout.Snapshot) error {
 	s.hdr.NbSnapshots, s.hdr.SnapshotsOffset = uint32(len(list)), uint64(off)
 	s.snaps, s.snapEnd, s.snapL1 = list, off+int64(len(b)), snapshotTables(list)
 	if s.set.overlap&olInactiveL2 != 0 {
-		if err := s.findInactive(r); err != nil {
-			s.inactive = nil // what was known would accuse the innocent
-		}
+		// Nil after an error: what was known would accuse the innocent.
+		s.inactive, _ = s.findInactive(r)
 	}
 	if oldEnd > old {
 		s.free(old, oldEnd-old, discardOther)
