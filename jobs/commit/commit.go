@@ -66,7 +66,7 @@ func (j *Job) fill(tx *graph.Tx) error {
 	if err != nil {
 		return err
 	}
-	filter.SetDriver(&filterDriver{node: filter})
+	filter.SetDriver(&filterDriver{graph.PassReads{Node: filter}})
 	if _, err := tx.InsertFilter(filter, "backing", j.top); err != nil {
 		return err
 	}

@@ -27,16 +27,16 @@ import (
 func (j *Job) writeBoth(r *blk.Req, v blk.Vec, off int64, f blk.Flags) error {
 	n := v.Len()
 	if n == 0 {
-		return j.driver.child().WriteAt(r, v, off, f)
+		return j.driver.Below().WriteAt(r, v, off, f)
 	}
 	if r.NoWait {
 		return blk.ErrWouldBlock
 	}
-	b := blk.GetBuf(int(n), max(j.driver.child().Caps().Limits.MemAlign, j.writes.Edge().Caps().Limits.MemAlign))
+	b := blk.GetBuf(int(n), max(j.driver.Below().Caps().Limits.MemAlign, j.writes.Edge().Caps().Limits.MemAlign))
 	defer blk.PutBuf(b)
 	v.CopyOut(b.B)
 	return j.toBoth(r, off, n,
-		func() error { return j.driver.child().WriteAt(r, blk.Buf(b.B), off, f) },
+		func() error { return j.driver.Below().WriteAt(r, blk.Buf(b.B), off, f) },
 		func() error { return j.writes.Edge().WriteAt(r, blk.Buf(b.B), off, 0) })
 }
 
@@ -46,7 +46,7 @@ func (j *Job) zeroBoth(r *blk.Req, off, n int64, f blk.Flags) error {
 		return blk.ErrWouldBlock
 	}
 	return j.toBoth(r, off, n,
-		func() error { return j.driver.child().Zero(r, off, n, f) },
+		func() error { return j.driver.Below().Zero(r, off, n, f) },
 		func() error { return j.writes.Edge().Zero(r, off, n, f&blk.MayUnmap) })
 }
 
@@ -57,7 +57,7 @@ const discardPiece = 16 << 20
 // discardBoth discards a range of the source, and makes the target what the source shows there
 // then: that depends on its driver, its clusters, and what lies below it.
 func (j *Job) discardBoth(r *blk.Req, off, n int64) error {
-	src := j.driver.child()
+	src := j.driver.Below()
 	if !src.TakesDiscard() {
 		return src.Discard(r, off, n)
 	}

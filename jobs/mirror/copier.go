@@ -133,7 +133,7 @@ func (c *copier) longest() int64 { return max(maxCopy, c.granularity, c.allClust
 
 // copyExtent copies the first extent of [off, end), and tells what it was. The range is taken.
 func (c *copier) copyExtent(r *blk.Req, off, end int64) (blk.Extent, error) {
-	src, dst := c.driver.child(), c.writes.Edge()
+	src, dst := c.driver.Below(), c.writes.Edge()
 	x, err := src.StatusAbove(r, nil, false, off, end-off)
 	if err != nil || x.N == 0 {
 		x = blk.Extent{N: end - off, Data: true} // reading tells
@@ -217,7 +217,7 @@ func (c *copier) longZeroes(r *blk.Req, off, n, chunk int64) (zeroes, step int64
 	if n <= chunk || off < c.asked || c.allCluster > 0 || c.h.Limited() {
 		return 0, n
 	}
-	x, err := c.driver.child().StatusAbove(r, nil, false, off, n)
+	x, err := c.driver.Below().StatusAbove(r, nil, false, off, n)
 	known := x.N
 	if err == nil && x.Zero {
 		if x.N < n {

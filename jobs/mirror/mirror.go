@@ -93,7 +93,7 @@ func (j *Job) fill(tx *graph.Tx, m *jobs.Manager) error {
 	if err != nil {
 		return err
 	}
-	j.driver = &filterDriver{node: filter, job: j}
+	j.driver = &filterDriver{graph.Through(filter), j}
 	filter.SetDriver(j.driver)
 	if _, err := tx.InsertFilter(filter, "backing", j.source); err != nil {
 		return err

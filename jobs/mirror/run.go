@@ -79,7 +79,7 @@ func (j *Job) findDirty(ctx context.Context, h *jobs.Handle) error {
 		if err != nil {
 			return err
 		}
-		x, err := j.driver.child().StatusAbove(r, last, true, off, size-off)
+		x, err := j.driver.Below().StatusAbove(r, last, true, off, size-off)
 		j.reads.End(r)
 		switch {
 		case err != nil:

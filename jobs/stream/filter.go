@@ -7,7 +7,6 @@ import (
 	"qblockd/graph"
 	"qblockd/graph/blk"
 	"qblockd/graph/perm"
-	"qblockd/schema/types"
 )
 
 // DriverName is how the job's filter shows itself, as in QEMU.
@@ -16,7 +15,7 @@ const DriverName = "copy-on-read"
 // filterDriver sits above the target while the job runs, under the name that the client chose, and
 // passes everything through: the job itself copies what is read. It is transparent.
 type filterDriver struct {
-	node   *graph.Node
+	graph.Passthrough
 	guests atomic.Bool // a guest's request has passed; cleared by who looks
 }
 
@@ -26,8 +25,6 @@ func (f *filterDriver) passing(r *blk.Req) {
 	}
 }
 
-func (f *filterDriver) child() *graph.Edge { return f.node.FilteredChild() }
-
 func (f *filterDriver) Caps() graph.Caps {
 	return graph.Caps{
 		WriteFlags:  blk.FUA | blk.WriteUnchanged | blk.Compressed,
@@ -36,43 +33,19 @@ func (f *filterDriver) Caps() graph.Caps {
 	}
 }
 
-// Size is 0 once the filter was taken out of the graph and waits to be closed.
-func (f *filterDriver) Size() int64 {
-	if c := f.child(); c != nil {
-		return c.Size()
-	}
-	return 0
-}
-
-func (f *filterDriver) Close() error { return nil }
-
 func (f *filterDriver) ReadAt(r *blk.Req, v blk.Vec, off int64, fl blk.Flags) error {
 	f.passing(r)
-	return f.child().ReadAt(r, v, off, fl)
+	return f.Below().ReadAt(r, v, off, fl)
 }
 
 func (f *filterDriver) WriteAt(r *blk.Req, v blk.Vec, off int64, fl blk.Flags) error {
 	f.passing(r)
-	return f.child().WriteAt(r, v, off, fl)
-}
-
-func (f *filterDriver) Zero(r *blk.Req, off, n int64, fl blk.Flags) error {
-	return f.child().Zero(r, off, n, fl)
-}
-
-func (f *filterDriver) Discard(r *blk.Req, off, n int64) error { return f.child().Discard(r, off, n) }
-
-func (f *filterDriver) Status(r *blk.Req, off, n int64) (blk.Extent, error) {
-	return blk.Extent{N: n, Raw: true, OffValid: true, MapOff: off, In: f.child()}, nil
+	return f.Below().WriteAt(r, v, off, fl)
 }
 
 func (f *filterDriver) Map(r *blk.Req, off, n int64, m *blk.Mapping) error {
 	f.passing(r)
-	return f.child().Map(r, off, n, m)
-}
-
-func (f *filterDriver) CopyFrom(r *blk.Req, off int64, src []blk.HostRange, fl blk.Flags) error {
-	return f.child().CopyFrom(r, off, src, fl)
+	return f.Below().Map(r, off, n, m)
 }
 
 func (f *filterDriver) Resize(ctx context.Context, size int64, m blk.Prealloc) error {
@@ -88,6 +61,3 @@ func (f *filterDriver) EdgeClaim(_ string, _ perm.Role, up perm.Claim, readOnly 
 	}
 	return c
 }
-
-// ImageInfo implements graph.Informer: clusters and the dirty flag are those of the target.
-func (f *filterDriver) ImageInfo(info *types.ImageInfo) { f.child().ShowImage(info) }

@@ -188,7 +188,7 @@ func (j *Job) makeFilter(tx *graph.Tx) error {
 	if err != nil {
 		return err
 	}
-	j.driver = &filterDriver{node: filter}
+	j.driver = &filterDriver{Passthrough: graph.Through(filter)}
 	filter.SetDriver(j.driver)
 	if _, err := tx.InsertFilter(filter, "file", j.top()); err != nil {
 		return err

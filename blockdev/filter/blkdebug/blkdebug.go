@@ -25,7 +25,7 @@ type Driver struct {
 // open opens the filter. It blocks as long as reading the file with rules takes.
 func open(o *driver.Opening, u *types.BlockdevOptionsBlkdebug) (graph.Driver, error) {
 	d := &Driver{
-		Passthrough: graph.Passthrough{Node: o.Node}, take: perms(u.TakeChildPerms), unshare: perms(u.UnshareChildPerms),
+		Passthrough: graph.Through(o.Node), take: perms(u.TakeChildPerms), unshare: perms(u.UnshareChildPerms),
 	}
 	inject, set := u.InjectError, u.SetState
 	if u.Config != nil {

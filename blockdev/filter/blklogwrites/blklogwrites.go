@@ -55,7 +55,7 @@ type filter struct {
 
 func open(o *driver.Opening, u *types.BlockdevOptionsBlklogwrites) (graph.Driver, error) {
 	d := &filter{
-		Passthrough: graph.Passthrough{Node: o.Node},
+		Passthrough: graph.Through(o.Node),
 		sector:      defaultSector, interval: defaultInterval, next: 1, flushed: true,
 	}
 	appends := u.LogAppend != nil && *u.LogAppend

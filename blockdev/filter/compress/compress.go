@@ -14,7 +14,7 @@ type filter struct{ graph.Passthrough }
 
 // open opens the filter on a file that must be able to compress.
 func open(o *driver.Opening, _ *types.BlockdevOptionsGenericFormat) (graph.Driver, error) {
-	d := &filter{graph.Passthrough{Node: o.Node}}
+	d := &filter{graph.Through(o.Node)}
 	if d.Below().Caps().WriteFlags&blk.Compressed == 0 {
 		return nil, fmt.Errorf("Compression is not supported for underlying format: %s", d.Below().Node().DriverName())
 	}

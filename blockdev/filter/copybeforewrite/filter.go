@@ -22,7 +22,7 @@ type Driver struct {
 // New makes the filter of a hidden node whose children will be named "file" and "target". size and
 // cluster are in bytes; with compressed, copies are written compressed. Nothing is to do yet.
 func New(node *graph.Node, size, cluster int64, compressed bool) *Driver {
-	d := &Driver{graph.Passthrough{Node: node}, State{
+	d := &Driver{graph.Through(node), State{
 		node: node, cluster: cluster, compressed: compressed,
 		pending: bitmap.New(size, cluster), done: bitmap.New(size, cluster), access: bitmap.New(size, cluster),
 		copies: map[*running]struct{}{}, reading: map[*running]struct{}{},

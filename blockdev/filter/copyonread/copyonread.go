@@ -22,7 +22,7 @@ type filter struct {
 // open opens the filter. The option bottom freezes the chain down to that node until the filter is
 // closed.
 func open(o *driver.Opening, u *types.BlockdevOptionsCor) (graph.Driver, error) {
-	d := &filter{Passthrough: graph.Passthrough{Node: o.Node}}
+	d := &filter{Passthrough: graph.Through(o.Node)}
 	if u.Bottom == nil {
 		return d, nil
 	}

@@ -48,7 +48,7 @@ type filter struct {
 }
 
 func open(o *driver.Opening, u *types.BlockdevOptionsPreallocate) (graph.Driver, error) {
-	d := &filter{Passthrough: graph.Passthrough{Node: o.Node}, dataEnd: -1, fileEnd: -1}
+	d := &filter{Passthrough: graph.Through(o.Node), dataEnd: -1, fileEnd: -1}
 	s, err := d.read(u)
 	if err != nil {
 		return nil, err

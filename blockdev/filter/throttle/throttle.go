@@ -44,7 +44,7 @@ func open(o *driver.Opening, u *types.BlockdevOptionsThrottle) (graph.Driver, er
 	if err != nil {
 		return nil, err
 	}
-	d := &filter{Passthrough: graph.Passthrough{Node: o.Node}, objects: o.Objects}
+	d := &filter{Passthrough: graph.Through(o.Node), objects: o.Objects}
 	d.m.Store(m)
 	return d, nil
 }
