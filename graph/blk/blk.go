@@ -85,6 +85,20 @@ type Extent struct {
 	Depth int
 }
 
+// Whole makes x, found at off, where a block of align bytes, a power of two, begins, end with a block
+// or at end: blocks are copied as a whole. One that is zero in part only is data.
+func (x Extent) Whole(off, end, align int64) Extent {
+	if off+x.N >= end {
+		x.N = end - off
+		return x
+	}
+	if n := AlignDown(off+x.N, align) - off; x.Zero && n > 0 {
+		x.N = n
+		return x
+	}
+	return Extent{N: min(AlignUp(off+x.N, align), end) - off, Data: true}
+}
+
 // Limits of a driver, in bytes; 0 means none (or 1 for alignments). All alignments are powers of
 // two.
 type Limits struct {

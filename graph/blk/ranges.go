@@ -15,6 +15,22 @@ func AlignDown(x, align int64) int64 { return x &^ (align - 1) }
 // AlignUp is the smallest multiple of align, a power of two, that is at least x. x is not negative.
 func AlignUp(x, align int64) int64 { return (x + align - 1) &^ (align - 1) }
 
+// Inner are the blocks of align bytes, a power of two, that lie in [off, end) in full, of a node of
+// size bytes: its last block may be shorter. If there are none, lo is hi.
+func Inner(off, end, align, size int64) (lo, hi int64) {
+	lo, hi = AlignUp(off, align), AlignDown(end, align)
+	if end >= size {
+		hi = size
+	}
+	return lo, max(lo, hi)
+}
+
+// Outer are the blocks of align bytes, a power of two, that [off, end) touches, of a node of size
+// bytes.
+func Outer(off, end, align, size int64) (lo, hi int64) {
+	return AlignDown(off, align), min(AlignUp(end, align), size)
+}
+
 // IsAligned tells whether off and n are multiples of align, a power of two.
 func IsAligned(off, n, align int64) bool { return (off|n)&(align-1) == 0 }
 

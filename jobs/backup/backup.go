@@ -193,11 +193,7 @@ func (j *job) skipUnallocated(ctx context.Context, h *jobs.Handle) error {
 			from = off
 			continue
 		}
-		lo, hi := blk.AlignUp(from, c), blk.AlignDown(off, c)
-		if off == size {
-			hi = size
-		}
-		if lo < hi {
+		if lo, hi := blk.Inner(from, off, c, size); lo < hi {
 			j.driver.Skip(lo, hi-lo)
 			from = hi
 			j.driver.Remaining(h.SetRemaining)

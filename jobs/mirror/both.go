@@ -83,7 +83,7 @@ func (j *Job) toBoth(r *blk.Req, off, n int64, source, target func() error) erro
 	}
 	lo, hi := off, off+n
 	if c := j.hidden; c > 0 {
-		lo, hi = blk.AlignDown(lo, c), min(blk.AlignUp(hi, c), j.source.Size())
+		lo, hi = blk.Outer(lo, hi, c, j.source.Size())
 	}
 	s, err := j.ranges.take(r.Ctx, lo, hi-lo)
 	if err != nil {

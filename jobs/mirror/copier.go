@@ -72,8 +72,9 @@ func (c *copier) look(r *blk.Req, off, chunk int64) (copy.Extent, error) {
 // copy copies what is dirty of [off, off+n), which is whole granules. What fails is dirty again.
 func (c *copier) copy(r *blk.Req, off, n int64) error {
 	end := off + n
-	if n := c.allCluster; n > 0 {
-		return c.copyClean(r, blk.AlignDown(off, n), min(blk.AlignUp(end, n), c.source.Size()))
+	if c.allCluster > 0 {
+		lo, hi := blk.Outer(off, end, c.allCluster, c.source.Size())
+		return c.copyClean(r, lo, hi)
 	}
 	for off < end {
 		at, k, ok := c.bits.NextDirty(off, end)
@@ -138,7 +139,7 @@ func (c *copier) copyExtent(r *blk.Req, off, end int64) (blk.Extent, error) {
 	if err != nil || x.N == 0 {
 		x = blk.Extent{N: end - off, Data: true} // reading tells
 	}
-	if x = c.wholeGranules(x, off, end); x.Zero {
+	if x = x.Whole(off, end, min(c.granularity, maxCopy)); x.Zero {
 		x.N, err = c.zero(r, dst, off, x.N)
 		return x, err
 	}
@@ -152,21 +153,6 @@ func (c *copier) maxCopy() int64 {
 		return shortCopy
 	}
 	return maxCopy
-}
-
-// wholeGranules makes an extent end with a granule, or with what is copied at once of a long one,
-// as data where it is zeroes in part only.
-func (c *copier) wholeGranules(x blk.Extent, off, end int64) blk.Extent {
-	g := min(c.granularity, maxCopy)
-	if off+x.N >= end {
-		x.N = end - off
-		return x
-	}
-	if n := blk.AlignDown(off+x.N, g) - off; x.Zero && n > 0 {
-		x.N = n
-		return x
-	}
-	return blk.Extent{N: min(blk.AlignUp(off+x.N, g), end) - off, Data: true}
 }
 
 // zero makes the beginning of [off, off+n), whole granules, read as zeroes in the target and
@@ -254,11 +240,7 @@ func (c *copier) follow(r *blk.Req, off, end int64) error {
 
 // cleanCovered makes those granules clean that lie in [off, end) in full.
 func (c *copier) cleanCovered(off, end int64) {
-	g := c.bits.Granularity()
-	lo, hi := blk.AlignUp(off, g), blk.AlignDown(end, g)
-	if end >= c.source.Size() {
-		hi = end
-	}
+	lo, hi := blk.Inner(off, end, c.bits.Granularity(), c.source.Size())
 	if lo < hi {
 		c.bits.Clear(lo, hi-lo)
 	}

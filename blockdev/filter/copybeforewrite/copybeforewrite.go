@@ -168,8 +168,7 @@ func (s *State) CopyCounting(r *blk.Req, off, n int64) (copied int64, err error)
 }
 
 func (s *State) copyAll(r *blk.Req, off, n int64, copied func(n int64)) error {
-	lo := blk.AlignDown(off, s.cluster)
-	end := min(blk.AlignUp(off+n, s.cluster), s.pending.Size())
+	lo, end := blk.Outer(off, off+n, s.cluster, s.pending.Size())
 	for lo < end {
 		if s.clean(lo, end-lo) {
 			return nil
@@ -366,7 +365,7 @@ func (s *State) copy(r *blk.Req, c *running) error {
 			x = blk.Extent{N: end - off, Data: true} // reading tells
 		}
 		if s.compressed {
-			x = s.wholeClusters(x, off, end)
+			x = x.Whole(off, end, s.cluster)
 		}
 		if x.Zero {
 			if err = dst.Zero(r, off, x.N, s.flags|blk.MayUnmap); err != nil {
@@ -385,17 +384,4 @@ func (s *State) copy(r *blk.Req, c *running) error {
 		off += x.N
 	}
 	return nil
-}
-
-// wholeClusters makes an extent at off, where a cluster begins, cover whole clusters: they are
-// compressed as a whole. One that is zero in part only is data.
-func (s *State) wholeClusters(x blk.Extent, off, end int64) blk.Extent {
-	if off+x.N >= end {
-		return x
-	}
-	if n := blk.AlignDown(off+x.N, s.cluster) - off; x.Zero && n > 0 {
-		x.N = n
-		return x
-	}
-	return blk.Extent{N: min(blk.AlignUp(off+x.N, s.cluster), end) - off, Data: true}
 }

@@ -95,12 +95,8 @@ func (d *Driver) SnapshotStatus(r *blk.Req, off, n int64) (x blk.Extent, err err
 // DiscardSnapshot implements graph.SnapshotReader: the whole clusters of the range are given up. Of
 // the point in time of a backup nothing is given up, as the job's copy is to be whole.
 func (d *Driver) DiscardSnapshot(r *blk.Req, off, n int64) error {
-	size := d.pending.Size()
-	lo, hi := blk.AlignUp(off, d.cluster), blk.AlignDown(off+n, d.cluster)
-	if off+n >= size {
-		hi = size
-	}
-	if lo >= hi || d.copied != nil {
+	lo, hi := blk.Inner(off, off+n, d.cluster, d.pending.Size())
+	if lo == hi || d.copied != nil {
 		return nil
 	}
 	if r.NoWait {
