@@ -16,17 +16,14 @@ const (
 	sizeStuck    = 64                    // workers of all queries; more would only get stuck on the same storage
 )
 
-// sizeWorkers counts the goroutines that ask for allocated sizes.
-type sizeWorkers struct{ running atomic.Int32 }
-
 // primeActual asks for the allocated size of a node that was just opened. It blocks as long as the
 // storage does, but no longer than ctx.
-func (m *Manager) primeActual(ctx context.Context, n *graph.Node) error {
+func (q *queries) primeActual(ctx context.Context, n *graph.Node) error {
 	s, ok := n.Driver().(graph.Sizer)
 	if !ok {
 		return nil
 	}
-	r := m.record(n)
+	r := q.record(n)
 	_, err := await(ctx, func() bool { r.ask(s); return true })
 	return err
 }
@@ -41,7 +38,7 @@ func (r *record) ask(s graph.Sizer) {
 
 // refreshActual lets workers ask for the allocated sizes of the nodes and waits for them, but
 // not for long: what has not answered by then keeps its last known size.
-func (m *Manager) refreshActual(vs []view) {
+func (q *queries) refreshActual(vs []view) {
 	type job struct {
 		r *record
 		s graph.Sizer
@@ -59,12 +56,12 @@ func (m *Manager) refreshActual(vs []view) {
 	var late atomic.Bool
 	var wg panics.Group
 	for range min(sizeParallel, len(jobs)) {
-		if m.sizes.running.Add(1) > sizeStuck {
-			m.sizes.running.Add(-1)
+		if q.asking.Add(1) > sizeStuck {
+			q.asking.Add(-1)
 			break
 		}
 		wg.Go("allocated sizes", func() {
-			defer m.sizes.running.Add(-1)
+			defer q.asking.Add(-1)
 			for !late.Load() {
 				i := int(next.Add(1)) - 1
 				if i >= len(jobs) {
@@ -90,13 +87,13 @@ func (m *Manager) refreshActual(vs []view) {
 
 // actualSize is the allocated size of n, whose record is r, as last heard: its own, that of what it
 // filters, or the sum of the children with its data; unknownSize if it is not known.
-func (m *Manager) actualSize(n *graph.Node, r *record) int64 {
+func (q *queries) actualSize(n *graph.Node, r *record) int64 {
 	if _, ok := n.Driver().(graph.Sizer); ok {
 		if size := r.actual.Load(); size >= 0 {
 			return size
 		}
 	}
-	if m.isProtocol(n) {
+	if q.isProtocol(n) {
 		return unknownSize
 	}
 	var sum int64
@@ -104,7 +101,7 @@ func (m *Manager) actualSize(n *graph.Node, r *record) int64 {
 		if e.Role()&(perm.Data|perm.Metadata|perm.Filtered) == 0 {
 			continue
 		}
-		size := m.actualSize(e.Node(), m.record(e.Node()))
+		size := q.actualSize(e.Node(), q.record(e.Node()))
 		if size < 0 {
 			return unknownSize
 		}

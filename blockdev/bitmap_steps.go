@@ -6,6 +6,7 @@ import (
 	"encoding/hex"
 	"errors"
 	"fmt"
+	"log/slog"
 
 	"qblockd/graph"
 	"qblockd/graph/bitmap"
@@ -17,6 +18,12 @@ import (
 // The bodies of the block-dirty-bitmap- commands, as steps of a transaction. They change bitmaps in
 // Prepare, so that later steps find them as these leave them, and take that back in Abort, so that
 // no write that happened meanwhile is missing.
+
+// bitmaps makes these steps.
+type bitmaps struct {
+	finder
+	log *slog.Logger
+}
 
 // BitmapStep is one of these steps.
 type BitmapStep struct {
@@ -78,13 +85,13 @@ func (s *BitmapStep) Abort() {
 }
 
 // BitmapAdd makes the step block-dirty-bitmap-add.
-func (m *Manager) BitmapAdd(a *types.BlockDirtyBitmapAdd) *BitmapStep {
+func (bs bitmaps) BitmapAdd(a *types.BlockDirtyBitmapAdd) *BitmapStep {
 	persistent := a.Persistent != nil && *a.Persistent
-	return &BitmapStep{g: m.g, node: a.Node, quiet: persistent, prepare: func(ctx context.Context, tx *graph.Tx, s *BitmapStep) error {
+	return &BitmapStep{g: bs.g, node: a.Node, quiet: persistent, prepare: func(ctx context.Context, tx *graph.Tx, s *BitmapStep) error {
 		if a.Name == "" {
 			return errors.New("Bitmap name cannot be empty")
 		}
-		n, err := m.LookupIn(tx, a.Node)
+		n, err := bs.LookupIn(tx, a.Node)
 		if err != nil {
 			return err
 		}
@@ -109,7 +116,7 @@ func (m *Manager) BitmapAdd(a *types.BlockDirtyBitmapAdd) *BitmapStep {
 		if !persistent {
 			return nil
 		}
-		s.undo = func() { m.forget(d) }
+		s.undo = func() { bs.forget(d) }
 		return hold(ctx, d)
 	}}
 }
@@ -128,7 +135,7 @@ func hold(ctx context.Context, d *graph.DirtyBitmap) error {
 }
 
 // forget removes a bitmap, from the image, too.
-func (m *Manager) forget(d *graph.DirtyBitmap) {
+func (bs bitmaps) forget(d *graph.DirtyBitmap) {
 	d.Remove()
 	store, ok := d.Node().Driver().(graph.BitmapStore)
 	if !ok || !d.Persistent() {
@@ -136,7 +143,7 @@ func (m *Manager) forget(d *graph.DirtyBitmap) {
 	}
 	d.Node().MustHold()
 	if err := d.Node().Guarded(func() error { return store.RemoveBitmap(&blk.Req{Ctx: context.Background()}, d.Name()) }); err != nil {
-		m.log.Warn("a bitmap stays in its image for the time being", "node", d.Node().Name(), "bitmap", d.Name(), "error", err)
+		bs.log.Warn("a bitmap stays in its image for the time being", "node", d.Node().Name(), "bitmap", d.Name(), "error", err)
 	}
 }
 
@@ -166,8 +173,8 @@ func canStore(n *graph.Node, spec *graph.DirtyBitmapSpec) error {
 }
 
 // onBitmap makes a step that does something with a bitmap that can be used that way.
-func (m *Manager) onBitmap(a *types.BlockDirtyBitmap, use graph.BitmapUse, do func(ctx context.Context, s *BitmapStep, d *graph.DirtyBitmap) error) *BitmapStep {
-	return &BitmapStep{g: m.g, node: a.Node, prepare: func(ctx context.Context, tx *graph.Tx, s *BitmapStep) error {
+func (bs bitmaps) onBitmap(a *types.BlockDirtyBitmap, use graph.BitmapUse, do func(ctx context.Context, s *BitmapStep, d *graph.DirtyBitmap) error) *BitmapStep {
+	return &BitmapStep{g: bs.g, node: a.Node, prepare: func(ctx context.Context, tx *graph.Tx, s *BitmapStep) error {
 		d, err := tx.FindDirtyBitmap(a.Node, a.Name)
 		if err == nil {
 			err = d.Check(use)
@@ -182,15 +189,15 @@ func (m *Manager) onBitmap(a *types.BlockDirtyBitmap, use graph.BitmapUse, do fu
 // BitmapRemove makes the step block-dirty-bitmap-remove. The bitmap goes on recording until Commit,
 // so that it has missed nothing if it stays. One in the image goes from there, too; if that fails
 // it stays there as one that cannot be trusted, until the image is closed.
-func (m *Manager) BitmapRemove(a *types.BlockDirtyBitmap) *BitmapStep {
-	s := m.onBitmap(a, graph.BitmapRemove, func(ctx context.Context, s *BitmapStep, d *graph.DirtyBitmap) error {
+func (bs bitmaps) BitmapRemove(a *types.BlockDirtyBitmap) *BitmapStep {
+	s := bs.onBitmap(a, graph.BitmapRemove, func(ctx context.Context, s *BitmapStep, d *graph.DirtyBitmap) error {
 		d.SetBusy(true)
 		d.SetPending(graph.PendingRemove)
 		s.undo = func() {
 			d.SetPending(graph.PendingNone)
 			d.SetBusy(false)
 		}
-		s.finish = func() { m.forget(d) }
+		s.finish = func() { bs.forget(d) }
 		return nil
 	})
 	s.quiet = true // as the image is written to
@@ -198,8 +205,8 @@ func (m *Manager) BitmapRemove(a *types.BlockDirtyBitmap) *BitmapStep {
 }
 
 // BitmapClear makes the step block-dirty-bitmap-clear.
-func (m *Manager) BitmapClear(a *types.BlockDirtyBitmap) *BitmapStep {
-	return m.onBitmap(a, graph.BitmapChange, func(ctx context.Context, s *BitmapStep, d *graph.DirtyBitmap) error {
+func (bs bitmaps) BitmapClear(a *types.BlockDirtyBitmap) *BitmapStep {
+	return bs.onBitmap(a, graph.BitmapChange, func(ctx context.Context, s *BitmapStep, d *graph.DirtyBitmap) error {
 		old := d.Take()
 		s.undo = func() { d.Bits().Merge(old) }
 		return nil
@@ -209,8 +216,8 @@ func (m *Manager) BitmapClear(a *types.BlockDirtyBitmap) *BitmapStep {
 // BitmapEnable makes the step block-dirty-bitmap-enable or -disable. One that is disabled goes on
 // recording until Commit, so that it has missed nothing if it stays enabled. The node is quiet
 // while one is enabled: what the image has of it must be more than what writes under way add.
-func (m *Manager) BitmapEnable(a *types.BlockDirtyBitmap, enable bool) *BitmapStep {
-	s := m.onBitmap(a, graph.BitmapRead, func(ctx context.Context, s *BitmapStep, d *graph.DirtyBitmap) error {
+func (bs bitmaps) BitmapEnable(a *types.BlockDirtyBitmap, enable bool) *BitmapStep {
+	s := bs.onBitmap(a, graph.BitmapRead, func(ctx context.Context, s *BitmapStep, d *graph.DirtyBitmap) error {
 		switch {
 		case d.Enabled() == enable:
 		case enable:
@@ -224,7 +231,7 @@ func (m *Manager) BitmapEnable(a *types.BlockDirtyBitmap, enable bool) *BitmapSt
 				d.Disable()
 				d.SetPending(graph.PendingNone)
 				if err := hold(context.WithoutCancel(ctx), d); err != nil {
-					m.log.Warn("a bitmap will record again if the program is killed", "node", d.Node().Name(), "bitmap", d.Name(), "error", err)
+					bs.log.Warn("a bitmap will record again if the program is killed", "node", d.Node().Name(), "bitmap", d.Name(), "error", err)
 				}
 			}
 		}
@@ -236,19 +243,19 @@ func (m *Manager) BitmapEnable(a *types.BlockDirtyBitmap, enable bool) *BitmapSt
 
 // BitmapMerge makes the step block-dirty-bitmap-merge. The node is quiet, as the image has to have
 // what is merged before a write finds it dirty already.
-func (m *Manager) BitmapMerge(a *types.BlockDirtyBitmapMerge) *BitmapStep {
+func (bs bitmaps) BitmapMerge(a *types.BlockDirtyBitmapMerge) *BitmapStep {
 	var others []string
 	for _, b := range a.Bitmaps {
 		if b.External != nil {
 			others = append(others, b.External.Node)
 		}
 	}
-	return &BitmapStep{g: m.g, node: a.Node, quiet: true, others: others, prepare: func(ctx context.Context, tx *graph.Tx, s *BitmapStep) error {
+	return &BitmapStep{g: bs.g, node: a.Node, quiet: true, others: others, prepare: func(ctx context.Context, tx *graph.Tx, s *BitmapStep) error {
 		d, err := tx.FindDirtyBitmap(a.Node, a.Target)
 		if err != nil {
 			return err
 		}
-		sum, err := m.sum(tx, d, a.Bitmaps)
+		sum, err := sumBitmaps(tx, d, a.Bitmaps)
 		if err == nil {
 			err = d.Check(graph.BitmapChange)
 		}
@@ -261,9 +268,9 @@ func (m *Manager) BitmapMerge(a *types.BlockDirtyBitmapMerge) *BitmapStep {
 	}}
 }
 
-// sum merges bitmaps in the granularity of d, which stays as it is. It may be one of them, and is
-// not to be changed.
-func (m *Manager) sum(tx *graph.Tx, d *graph.DirtyBitmap, from []*types.BlockDirtyBitmapOrStr) (*bitmap.Bitmap, error) {
+// sumBitmaps merges bitmaps in the granularity of d, which stays as it is. It may be one of them,
+// and is not to be changed.
+func sumBitmaps(tx *graph.Tx, d *graph.DirtyBitmap, from []*types.BlockDirtyBitmapOrStr) (*bitmap.Bitmap, error) {
 	size := d.Bits().Size()
 	sum := bitmap.New(size, d.Bits().Granularity())
 	for _, b := range from {
@@ -297,10 +304,10 @@ const maxDigest = 1 << 30
 
 // BitmapSHA256 is the digest of a bitmap: of its words of 64 bits in the order of memory, in
 // hexadecimal digits. Errors: no such bitmap, it is too large, the cause of the end of ctx.
-func (m *Manager) BitmapSHA256(ctx context.Context, node, name string) (string, error) {
+func (bs bitmaps) BitmapSHA256(ctx context.Context, node, name string) (string, error) {
 	var d *graph.DirtyBitmap
-	hold, err := m.g.Hold(ctx, func() (_ []*graph.Node, err error) {
-		if d, err = m.g.FindDirtyBitmap(node, name); err != nil {
+	hold, err := bs.g.Hold(ctx, func() (_ []*graph.Node, err error) {
+		if d, err = bs.g.FindDirtyBitmap(node, name); err != nil {
 			return nil, err
 		}
 		return []*graph.Node{d.Node()}, nil

@@ -59,8 +59,8 @@ func (m *Manager) inFile(ctx context.Context, file *types.BlockdevRef, use func(
 }
 
 // canName refuses drivers that are there but that headers of images cannot name.
-func (m *Manager) canName(name types.BlockdevDriver) error {
-	if d := m.drivers[name]; d != nil && d.ForImages == nil {
+func (c *catalog) canName(name types.BlockdevDriver) error {
+	if d := c.drivers[name]; d != nil && d.ForImages == nil {
 		return errNotNamed(string(name))
 	}
 	return nil

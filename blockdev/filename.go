@@ -64,15 +64,22 @@ func (t *optionTree) append(b []byte, limit int) []byte {
 	return append(b, '}')
 }
 
+// names tells how nodes are named in queries and in the headers of images, and keeps that in their
+// records.
+type names struct {
+	*catalog
+	recs *records
+}
+
 // namer names nodes.
 type namer struct {
-	m *Manager
+	m *names
 	graph.View
 	bare bool                      // filters are left out
 	made map[*graph.Node]*nodeName // nil: names are kept in the records
 }
 
-func (m *Manager) namer() namer { return namer{m: m, View: graph.Now} }
+func (t *names) namer() namer { return namer{m: t, View: graph.Now} }
 
 // Target is the node below e that counts.
 func (v namer) Target(e *graph.Edge) *graph.Node {
@@ -84,17 +91,17 @@ func (v namer) Target(e *graph.Edge) *graph.Node {
 }
 
 // Filename is the name of n as queries show it. No I/O, no waiting.
-func (m *Manager) Filename(n *graph.Node) string { return m.name(n).filename }
+func (t *names) Filename(n *graph.Node) string { return t.name(n).filename }
 
 // HeaderName is how the header of an image names n as its backing file, and the format. Filters
 // change nothing of what is read: they are left out, wherever they are, so that whoever opens the
 // image needs the files and nothing else. Errors: images cannot name what n is.
-func (m *Manager) HeaderName(look graph.View, n *graph.Node) (name, format string, err error) {
-	v := namer{m, look, true, map[*graph.Node]*nodeName{}}
-	gen, r := n.TreeGeneration(), m.record(n)
+func (t *names) HeaderName(look graph.View, n *graph.Node) (name, format string, err error) {
+	v := namer{t, look, true, map[*graph.Node]*nodeName{}}
+	gen, r := n.TreeGeneration(), t.record(n)
 	n = v.SkipFilters(n)
 	for x := n; ; {
-		if d := m.driverOf(x); d == nil || d.ForImages == nil {
+		if d := t.driverOf(x); d == nil || d.ForImages == nil {
 			return "", "", errNotNamed(x.DriverName())
 		}
 		e := v.File(x)
@@ -114,22 +121,22 @@ func errNotNamed(driver string) error {
 }
 
 // isHeaderName tells whether an image's header was made to call n by that name.
-func (m *Manager) isHeaderName(n *graph.Node, name string) bool {
-	r := m.record(n).header.Load()
+func (t *names) isHeaderName(n *graph.Node, name string) bool {
+	r := t.record(n).header.Load()
 	if r == nil {
 		return false
 	}
 	if n.TreeGeneration() == r.gen {
 		return r.name == name
 	}
-	now, _, err := m.HeaderName(graph.Now, n)
+	now, _, err := t.HeaderName(graph.Now, n)
 	return err == nil && now == name
 }
 
 // BackingOverridden tells whether opening n's image anew, without options, would give another
 // backing file, or may do so.
-func (m *Manager) BackingOverridden(n *graph.Node) bool {
-	return m.namer().overridden(autoName(n, m.record(n)), n.Backing())
+func (t *names) BackingOverridden(n *graph.Node) bool {
+	return t.namer().overridden(autoName(n, t.record(n)), n.Backing())
 }
 
 func (v namer) overridden(auto string, backing *graph.Edge) bool {
@@ -141,15 +148,15 @@ func (v namer) overridden(auto string, backing *graph.Edge) bool {
 }
 
 // name is the name of n, made anew if something below changed since it was made.
-func (m *Manager) name(n *graph.Node) *nodeName { return m.nameOf(n, m.record(n)) }
+func (t *names) name(n *graph.Node) *nodeName { return t.nameOf(n, t.record(n)) }
 
-func (m *Manager) nameOf(n *graph.Node, r *record) *nodeName {
+func (t *names) nameOf(n *graph.Node, r *record) *nodeName {
 	gen := n.TreeGeneration() // before what it stands for
 	auto := autoName(n, r)
 	if old := r.name.Load(); old != nil && old.gen == gen && old.auto == auto {
 		return old
 	}
-	fresh := m.namer().make(n, auto)
+	fresh := t.namer().make(n, auto)
 	fresh.gen, fresh.auto = gen, auto
 	r.name.Store(fresh)
 	return fresh
@@ -235,8 +242,8 @@ func (v namer) plain(n *graph.Node, d *driver.Any, u any, needJSON bool) string 
 }
 
 // isProtocol tells whether a plain file name can open a node of n's driver.
-func (m *Manager) isProtocol(n *graph.Node) bool {
-	d := m.driverOf(n)
+func (c *catalog) isProtocol(n *graph.Node) bool {
+	d := c.driverOf(n)
 	return n.Kind() == graph.Protocol || d != nil && d.LikeProtocol
 }
 
@@ -250,7 +257,7 @@ func (t *optionTree) filename() string {
 }
 
 // absolute makes a file name that n's image names independent of where n's image lies.
-func (m *Manager) absolute(n *graph.Node, name string) (string, error) {
+func (t *names) absolute(n *graph.Node, name string) (string, error) {
 	if name == "" || name[0] == '/' || driver.HasProtocol(name) {
 		return name, nil
 	}
@@ -258,7 +265,7 @@ func (m *Manager) absolute(n *graph.Node, name string) (string, error) {
 	for e := at.File(); e != nil; e = at.File() {
 		at = e.Node()
 	}
-	base := m.name(at).plain
+	base := t.name(at).plain
 	if base == "" {
 		return "", fmt.Errorf("Cannot generate a base directory for %s nodes", at.DriverName())
 	}
@@ -276,7 +283,7 @@ func folder(name string) string {
 
 // BackingFilename is the backing file that n's image names, as it stands there and in full, and its
 // format; all empty if there is none. full is empty if it cannot be told.
-func (m *Manager) BackingFilename(n *graph.Node) (name, full, format string) {
+func (t *names) BackingFilename(n *graph.Node) (name, full, format string) {
 	image, ok := n.Driver().(graph.Backed)
 	if !ok {
 		return "", "", ""
@@ -284,20 +291,20 @@ func (m *Manager) BackingFilename(n *graph.Node) (name, full, format string) {
 	if name, format = image.BackingFile(); name == "" {
 		return "", "", ""
 	}
-	full, _ = m.absolute(n, name)
+	full, _ = t.absolute(n, name)
 	return name, full, format
 }
 
 // FindBacking is the node of top's backing chain whose image has that file name, or nil: the name
 // as the overlay's header or a query shows it, or another path to the same file. It looks at the
 // file system and so may block.
-func (m *Manager) FindBacking(top *graph.Node, file string) *graph.Node {
+func (t *names) FindBacking(top *graph.Node, file string) *graph.Node {
 	for cur := top.SkipFilters(); cur.Backing() != nil; {
 		below := cur.Backing().Node().SkipFilters()
-		name, full, _ := m.BackingFilename(cur)
+		name, full, _ := t.BackingFilename(cur)
 		switch {
-		case m.BackingOverridden(cur):
-			if file == m.Filename(below) {
+		case t.BackingOverridden(cur):
+			if file == t.Filename(below) {
 				return below
 			}
 		case driver.HasProtocol(file) || driver.HasProtocol(name):
@@ -305,7 +312,7 @@ func (m *Manager) FindBacking(top *graph.Node, file string) *graph.Node {
 				return below
 			}
 		default:
-			if abs, err := m.absolute(cur, file); err == nil && samePath(abs, full) {
+			if abs, err := t.absolute(cur, file); err == nil && samePath(abs, full) {
 				return below
 			}
 		}

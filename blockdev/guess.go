@@ -49,10 +49,10 @@ func (o *opener) probe(p *plan, file *graph.Node) error {
 }
 
 // guess is the driver of what begins with head, in a file of that name.
-func (m *Manager) guess(head []byte, name string) (*driver.Any, error) {
+func (c *catalog) guess(head []byte, name string) (*driver.Any, error) {
 	var found, verbatim *driver.Any
 	best := 0
-	for _, d := range m.order {
+	for _, d := range c.order {
 		if d.Verbatim {
 			verbatim = d
 		}
@@ -76,8 +76,8 @@ func (m *Manager) guess(head []byte, name string) (*driver.Any, error) {
 }
 
 // isVerbatim tells whether a file that begins with head is taken for no other format.
-func (m *Manager) isVerbatim(head []byte) bool {
-	d, err := m.guess(head, "")
+func (c *catalog) isVerbatim(head []byte) bool {
+	d, err := c.guess(head, "")
 	return err == nil && d.Verbatim
 }
 

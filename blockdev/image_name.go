@@ -126,7 +126,7 @@ func (l *link) endless(file *graph.Node) error {
 
 // planNamed makes the plan of a backing file that the header of an image names, in a format it
 // names or, if that is empty, to be guessed. l led to the image; nil if its user named it.
-func (m *Manager) planNamed(ctx context.Context, name, format string, image *graph.Node, l *link) (*plan, error) {
+func (pl *planner) planNamed(ctx context.Context, name, format string, image *graph.Node, l *link) (*plan, error) {
 	up := image.Options()
 	l = &link{name: name, up: l, names: new(int)}
 	if l.up != nil {
@@ -136,7 +136,7 @@ func (m *Manager) planNamed(ctx context.Context, name, format string, image *gra
 	if e := image.File(); e != nil {
 		l.from = placeOf(e.Node())
 	}
-	limit := m.policy.MaxChain
+	limit := pl.policy.MaxChain
 	if limit == 0 {
 		limit = defaultMaxChain
 	}
@@ -146,21 +146,21 @@ func (m *Manager) planNamed(ctx context.Context, name, format string, image *gra
 	case *l.names > limit:
 		return nil, fmt.Errorf("The chain of backing files is longer than %d images", limit)
 	}
-	opts, file, err := m.namedOptions(ctx, name, format, true)
+	opts, file, err := pl.namedOptions(ctx, name, format, true)
 	if err != nil {
 		return nil, err
 	}
 	if opts != nil {
-		if opts, err = m.admit(opts); err != nil {
+		if opts, err = pl.admit(opts); err != nil {
 			return nil, err
 		}
-		return m.plan(opts, up, perm.COW, l)
+		return pl.plan(opts, up, perm.COW, l)
 	}
-	if err := m.admitRef(file); err != nil {
+	if err := pl.admitRef(file); err != nil {
 		return nil, err
 	}
 	p := &plan{gen: inherit(&types.BlockdevOptions{}, up, perm.COW), link: l}
-	k, err := m.planRef(file, p.gen, perm.Image, l)
+	k, err := pl.planRef(file, p.gen, perm.Image, l)
 	if err != nil {
 		return nil, err
 	}
@@ -175,7 +175,7 @@ var genericHints = []string{"discard", "cache", "read-only", "auto-read-only", "
 // dropHints takes the options that do not count out of those that an image gives, and of the
 // children in them. Where the driver is not given, and will be guessed, those of all that it can be
 // go. Of nodes with a driver the generic ones are left to admit: they are checked first.
-func (m *Manager) dropHints(o *value.Dict) {
+func (c *catalog) dropHints(o *value.Dict) {
 	drop := func(names []string) {
 		for _, name := range names {
 			o.Del(name)
@@ -183,13 +183,13 @@ func (m *Manager) dropHints(o *value.Dict) {
 	}
 	if name, given := o.Get("driver"); given {
 		if s, ok := name.(string); ok {
-			if d := m.drivers[types.BlockdevDriver(s)]; d != nil && d.ForImages != nil {
+			if d := c.drivers[types.BlockdevDriver(s)]; d != nil && d.ForImages != nil {
 				drop(d.ForImages.Hints)
 			}
 		}
 	} else {
 		drop(genericHints)
-		for _, d := range m.order {
+		for _, d := range c.order {
 			if d.FromFile != nil && d.ForImages != nil {
 				drop(d.ForImages.Hints)
 			}
@@ -198,7 +198,7 @@ func (m *Manager) dropHints(o *value.Dict) {
 	for _, child := range []string{"file", "backing"} {
 		if sub, ok := o.Get(child); ok {
 			if sub, ok := sub.(*value.Dict); ok {
-				m.dropHints(sub)
+				c.dropHints(sub)
 			}
 		}
 	}
@@ -206,16 +206,16 @@ func (m *Manager) dropHints(o *value.Dict) {
 
 // admit decides about the node that o describes, and everything below. It returns what of o an
 // image may say.
-func (m *Manager) admit(o *types.BlockdevOptions) (*types.BlockdevOptions, error) {
-	d := m.drivers[o.Driver]
+func (pl *planner) admit(o *types.BlockdevOptions) (*types.BlockdevOptions, error) {
+	d := pl.drivers[o.Driver]
 	switch {
 	case d == nil:
 		return nil, fmt.Errorf("Unknown driver '%s'", o.Driver)
 	case d.ForImages == nil:
 		return nil, fmt.Errorf("An image may not name a node of the driver '%s'", o.Driver)
-	case d.ForImages.Devices && !m.policy.Devices:
+	case d.ForImages.Devices && !pl.policy.Devices:
 		return nil, errNoDevices
-	case d.ForImages.Object != "" && !m.policy.References:
+	case d.ForImages.Object != "" && !pl.policy.References:
 		return nil, fmt.Errorf("An image may not name a %s", d.ForImages.Object)
 	case o.NodeName != nil:
 		return nil, fmt.Errorf("An image may not give a node the name '%s'", *o.NodeName)
@@ -225,7 +225,7 @@ func (m *Manager) admit(o *types.BlockdevOptions) (*types.BlockdevOptions, error
 	if d.Children != nil {
 		for _, c := range d.Children(o.U) {
 			children = append(children, c.Name)
-			if err := m.admitRef(c.Ref); err != nil {
+			if err := pl.admitRef(c.Ref); err != nil {
 				return nil, err
 			}
 		}
@@ -234,7 +234,7 @@ func (m *Manager) admit(o *types.BlockdevOptions) (*types.BlockdevOptions, error
 		children = append(children, "backing")
 		if b := d.Backing(o.U); b != nil && !b.Null && (b.Reference == nil || *b.Reference != "") {
 			r := &types.BlockdevRef{Definition: b.Definition, Reference: b.Reference}
-			if err := m.admitRef(r); err != nil {
+			if err := pl.admitRef(r); err != nil {
 				return nil, err
 			}
 			b.Definition = r.Definition
@@ -249,12 +249,12 @@ func (m *Manager) admit(o *types.BlockdevOptions) (*types.BlockdevOptions, error
 }
 
 // admitRef decides about a child, and replaces its options by what of them an image may say.
-func (m *Manager) admitRef(r *types.BlockdevRef) (err error) {
+func (pl *planner) admitRef(r *types.BlockdevRef) (err error) {
 	if r.Definition != nil {
-		r.Definition, err = m.admit(r.Definition)
+		r.Definition, err = pl.admit(r.Definition)
 		return err
 	}
-	if !m.policy.References {
+	if !pl.policy.References {
 		return fmt.Errorf("An image may not name the node '%s'", *r.Reference)
 	}
 	return nil
@@ -263,18 +263,18 @@ func (m *Manager) admitRef(r *types.BlockdevRef) (err error) {
 var errNoDevices = errors.New("The image policy allows no devices")
 
 // admitFile decides about a file of the host that an image names.
-func (m *Manager) admitFile(f *driver.FoundFile) error {
+func (pl *planner) admitFile(f *driver.FoundFile) error {
 	switch {
-	case f.Device && !m.policy.Devices:
+	case f.Device && !pl.policy.Devices:
 		return fmt.Errorf("%w: '%s'", errNoDevices, f.Name)
 	case !f.Device && !f.Regular:
 		return fmt.Errorf("An image may only name regular files and block devices: '%s' is neither", f.Name)
 	case f.Kernel:
 		return fmt.Errorf("An image may not name a file that the kernel makes up: '%s'", f.Name)
-	case len(m.policy.Roots) == 0:
+	case len(pl.policy.Roots) == 0:
 		return nil
 	}
-	for _, root := range m.policy.Roots {
+	for _, root := range pl.policy.Roots {
 		if strings.HasPrefix(f.Path, strings.TrimSuffix(root, "/")+"/") {
 			return nil
 		}

@@ -40,17 +40,17 @@ type infoKey struct {
 }
 
 // info is the encoding of n, whose record is r, made anew if n changed since it was made.
-func (m *Manager) info(n *graph.Node, r *record) *nodeInfo {
+func (q *queries) info(n *graph.Node, r *record) *nodeInfo {
 	key := infoKey{
 		gen:       generation(n), // before the others
 		size:      n.Size(),
 		readOnly:  n.ReadOnly(),
 		threshold: n.WriteThreshold(),
-		name:      m.nameOf(n, r),
+		name:      q.nameOf(n, r),
 		bitmaps:   n.BitmapStates(),
 	}
 	if e := n.Backing(); e != nil {
-		key.backing = m.name(e.Node())
+		key.backing = q.name(e.Node())
 	}
 	if b, ok := n.Driver().(graph.Backed); ok {
 		key.header, _ = b.BackingFile()
@@ -58,7 +58,7 @@ func (m *Manager) info(n *graph.Node, r *record) *nodeInfo {
 	if old := r.info.Load(); old != nil && old.key.same(&key) {
 		return old
 	}
-	fresh := m.encode(n, key)
+	fresh := q.encode(n, key)
 	r.info.Store(fresh)
 	return fresh
 }
@@ -86,7 +86,7 @@ func (a *nodeName) same(b *nodeName) bool {
 	return a == b || a != nil && b != nil && a.filename == b.filename
 }
 
-func (m *Manager) encode(n *graph.Node, key infoKey) *nodeInfo {
+func (q *queries) encode(n *graph.Node, key infoKey) *nodeInfo {
 	o := n.Options()
 	name := n.Name()
 	dev := types.BlockDeviceInfo{
@@ -117,7 +117,7 @@ func (m *Manager) encode(n *graph.Node, key infoKey) *nodeInfo {
 	middle, after := cut(rest, `"backing_file_depth": 0`, 1)
 	info := &nodeInfo{key: key, dev: [3][]byte{before, middle, after}}
 
-	info.image[0], info.image[1] = m.encodeImage(n, key)
+	info.image[0], info.image[1] = q.encodeImage(n, key)
 	return info
 }
 
@@ -146,7 +146,7 @@ func cut(enc []byte, mark string, n int) (before, after []byte) {
 	return enc[: i-n : i-n], enc[i:]
 }
 
-func (m *Manager) encodeImage(n *graph.Node, key infoKey) (before, after []byte) {
+func (q *queries) encodeImage(n *graph.Node, key infoKey) (before, after []byte) {
 	const gap = -1
 	actual := int64(gap)
 	img := types.ImageInfo{
@@ -155,7 +155,7 @@ func (m *Manager) encodeImage(n *graph.Node, key infoKey) (before, after []byte)
 		VirtualSize: blk.AlignUp(key.size, blk.SectorSize),
 		ActualSize:  &actual,
 	}
-	if name, full, format := m.BackingFilename(n); name != "" {
+	if name, full, format := q.BackingFilename(n); name != "" {
 		img.BackingFilename = &name
 		if full != "" {
 			img.FullBackingFilename = &full

@@ -19,8 +19,8 @@ var started = time.Now()
 
 // LookupRoot finds a node by the name of a device or its own that nothing but devices and exports
 // uses.
-func (m *Manager) LookupRoot(name string) (*graph.Node, error) {
-	n, err := m.Lookup(&name, &name)
+func (f finder) LookupRoot(name string) (*graph.Node, error) {
+	n, err := f.Lookup(&name, &name)
 	if err != nil {
 		return nil, err
 	}

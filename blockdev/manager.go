@@ -33,38 +33,32 @@ type Config struct {
 // Manager opens, finds, describes and removes the nodes of one graph. All methods may be called
 // from any goroutine.
 type Manager struct {
-	g       *graph.Graph
+	finder
+	*catalog
+	*names
+	*planner
+	*queries
+	bitmaps
 	log     *slog.Logger
-	policy  Policy
 	probed  func(n *graph.Node)
 	objects driver.Objects
-	order   []*driver.Any
-	drivers map[types.BlockdevDriver]*driver.Any
 
 	creating sync.Map // graph.FileID of a file that a command makes an image in: its *creation
-
-	recs  *records
-	sizes sizeWorkers
 }
 
 // New makes a Manager for g.
 func New(g *graph.Graph, c Config) *Manager {
-	m := &Manager{
-		g: g, log: c.Log, policy: c.Policy, probed: c.Probed, objects: c.Objects, order: c.Drivers,
-		drivers: map[types.BlockdevDriver]*driver.Any{}, recs: &records{},
+	log := c.Log
+	if log == nil {
+		log = slog.Default()
 	}
-	if m.log == nil {
-		m.log = slog.Default()
+	f, drivers := finder{g}, newCatalog(c.Drivers)
+	n := &names{catalog: drivers, recs: &records{}}
+	return &Manager{
+		finder: f, catalog: drivers, names: n, planner: &planner{drivers, c.Policy},
+		queries: &queries{finder: f, names: n}, bitmaps: bitmaps{f, log},
+		log: log, probed: c.Probed, objects: c.Objects,
 	}
-	for _, d := range c.Drivers {
-		m.drivers[d.Name] = d
-	}
-	return m
-}
-
-// driverOf is the driver of n; nil for filters that only jobs make.
-func (m *Manager) driverOf(n *graph.Node) *driver.Any {
-	return m.drivers[types.BlockdevDriver(n.DriverName())]
 }
 
 // Graph is the graph whose nodes m manages.
@@ -146,48 +140,6 @@ func (m *Manager) Del(ctx context.Context, name string) error {
 		return err
 	}
 	return tx.Commit()
-}
-
-// LookupIn is Lookup of a node by a device or node name as it is once tx is committed; of one that
-// is held (graph.Tx.Held).
-func (m *Manager) LookupIn(tx *graph.Tx, name string) (*graph.Node, error) {
-	if n := tx.Held(name); n != nil {
-		return n, nil
-	}
-	return nil, notFound(name, name)
-}
-
-func notFound(device, node string) error {
-	return fmt.Errorf("Cannot find device='%s' nor node-name='%s'", device, node)
-}
-
-// Lookup finds a node by the halves of a generic reference; nil stands for one that was not given.
-func (m *Manager) Lookup(device, node *string) (*graph.Node, error) {
-	var d, n string
-	set(&d, device)
-	set(&n, node)
-	if node != nil {
-		if found := m.g.Node(n); found != nil {
-			return found, nil
-		}
-	}
-	return nil, notFound(d, n)
-}
-
-// Find finds a node for commands on nodes that were added (blockdev-del, blockdev-reopen).
-func (m *Manager) Find(name string) (*graph.Node, error) {
-	if n := m.g.Node(name); n != nil {
-		return n, nil
-	}
-	return nil, fmt.Errorf("Failed to find node with node-name='%s'", name)
-}
-
-// FindDevice finds a node for the block job commands, whose error has the class DeviceNotFound.
-func (m *Manager) FindDevice(name string) (*graph.Node, error) {
-	if n := m.g.Node(name); n != nil {
-		return n, nil
-	}
-	return nil, blk.WithClass(fmt.Errorf("Device '%s' not found", name), "DeviceNotFound")
 }
 
 // Resize changes the size of a node (block_resize). Requests on the node wait meanwhile.

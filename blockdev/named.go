@@ -20,17 +20,17 @@ import (
 // namedOptions turns a file name into options, or, where the format has to be guessed, into the
 // file alone. Of options in it that a user has not given but an image, those are left out that do
 // not count.
-func (m *Manager) namedOptions(
+func (c *catalog) namedOptions(
 	ctx context.Context, name, format string, byImage bool,
 ) (*types.BlockdevOptions, *types.BlockdevRef, error) {
 	if text, ok := strings.CutPrefix(name, "json:"); ok {
-		return m.jsonOptions(ctx, text, format, byImage)
+		return c.jsonOptions(ctx, text, format, byImage)
 	}
 	if format == "" {
-		o, err := m.protocolOptions(ctx, name)
+		o, err := c.protocolOptions(ctx, name)
 		return nil, &types.BlockdevRef{Definition: o}, err
 	}
-	d := m.drivers[types.BlockdevDriver(format)]
+	d := c.drivers[types.BlockdevDriver(format)]
 	if d == nil {
 		return nil, nil, fmt.Errorf("Unknown driver '%s'", format)
 	}
@@ -38,7 +38,7 @@ func (m *Manager) namedOptions(
 		u, err := d.FromName(name)
 		return &types.BlockdevOptions{Driver: d.Name, U: u}, nil, err
 	}
-	o, err := m.protocolOptions(ctx, name)
+	o, err := c.protocolOptions(ctx, name)
 	if err != nil {
 		return nil, nil, err
 	}
@@ -53,18 +53,18 @@ func (m *Manager) namedOptions(
 }
 
 // protocolOptions chooses the protocol for a file name, which may start with "PROTOCOL:".
-func (m *Manager) protocolOptions(ctx context.Context, name string) (*types.BlockdevOptions, error) {
-	d, device, err := m.pathDriver(ctx, name)
+func (c *catalog) protocolOptions(ctx context.Context, name string) (*types.BlockdevOptions, error) {
+	d, device, err := c.pathDriver(ctx, name)
 	if err != nil {
 		return nil, err
 	}
 	if d == nil || !device && driver.HasProtocol(name) {
 		prefix, _, _ := strings.Cut(name, ":")
-		i := slices.IndexFunc(m.order, func(d *driver.Any) bool { return d.Prefix == prefix && prefix != "" })
+		i := slices.IndexFunc(c.order, func(d *driver.Any) bool { return d.Prefix == prefix && prefix != "" })
 		if i < 0 {
 			return nil, fmt.Errorf("Unknown protocol '%s'", prefix)
 		}
-		d = m.order[i]
+		d = c.order[i]
 	}
 	u, err := d.FromName(name)
 	if err != nil {
@@ -75,7 +75,7 @@ func (m *Manager) protocolOptions(ctx context.Context, name string) (*types.Bloc
 
 // pathDriver is the driver for a path, nil if there is none, and tells whether it leads to a
 // device. It blocks as long as the storage does, but no longer than ctx.
-func (m *Manager) pathDriver(ctx context.Context, name string) (d *driver.Any, device bool, err error) {
+func (c *catalog) pathDriver(ctx context.Context, name string) (d *driver.Any, device bool, err error) {
 	mode, err := await(ctx, func() fs.FileMode {
 		st, err := os.Stat(name)
 		if err != nil {
@@ -83,9 +83,9 @@ func (m *Manager) pathDriver(ctx context.Context, name string) (d *driver.Any, d
 		}
 		return st.Mode()
 	})
-	i := slices.IndexFunc(m.order, func(d *driver.Any) bool { return d.TakesPath != nil && d.TakesPath(mode) })
+	i := slices.IndexFunc(c.order, func(d *driver.Any) bool { return d.TakesPath != nil && d.TakesPath(mode) })
 	if i >= 0 {
-		d = m.order[i]
+		d = c.order[i]
 	}
 	return d, mode&fs.ModeDevice != 0, err
 }
@@ -106,7 +106,7 @@ func await[T any](ctx context.Context, f func() T) (got T, err error) {
 
 // jsonOptions reads what follows "json:" in a file name. A format that was given beside it wins
 // over the driver in it.
-func (m *Manager) jsonOptions(
+func (c *catalog) jsonOptions(
 	ctx context.Context, text, format string, byImage bool,
 ) (*types.BlockdevOptions, *types.BlockdevRef, error) {
 	if len(text) > maxNameText {
@@ -127,14 +127,14 @@ func (m *Manager) jsonOptions(
 	if format != "" {
 		d.Set("driver", format)
 	}
-	if err := m.chooseProtocols(ctx, d); err != nil {
+	if err := c.chooseProtocols(ctx, d); err != nil {
 		return nil, nil, err
 	}
 	if byImage {
-		m.dropHints(d)
+		c.dropHints(d)
 	}
 	if _, ok := d.Get("driver"); ok {
-		if s, _ := d.Get("driver"); m.drivers[types.BlockdevDriver(fmt.Sprint(s))] == nil {
+		if s, _ := d.Get("driver"); c.drivers[types.BlockdevDriver(fmt.Sprint(s))] == nil {
 			return nil, nil, fmt.Errorf("Unknown driver '%v'", s)
 		}
 		o, err := types.DecodeBlockdevOptions(d, types.ModeKeyval)
@@ -226,7 +226,7 @@ func keyvalScalar(v value.Value) value.Value {
 }
 
 // chooseProtocols fills in the driver of files that are given by their name alone.
-func (m *Manager) chooseProtocols(ctx context.Context, d *value.Dict) error {
+func (c *catalog) chooseProtocols(ctx context.Context, d *value.Dict) error {
 	for _, mem := range d.Members() {
 		sub, ok := mem.Value.(*value.Dict)
 		if !ok {
@@ -235,7 +235,7 @@ func (m *Manager) chooseProtocols(ctx context.Context, d *value.Dict) error {
 		name, named := sub.Get("filename")
 		_, chosen := sub.Get("driver")
 		if s, ok := name.(string); ok && named && !chosen && mem.Name == "file" {
-			d, _, err := m.pathDriver(ctx, s)
+			d, _, err := c.pathDriver(ctx, s)
 			if err != nil {
 				return err
 			}
@@ -243,7 +243,7 @@ func (m *Manager) chooseProtocols(ctx context.Context, d *value.Dict) error {
 				sub.Set("driver", string(d.Name))
 			}
 		}
-		if err := m.chooseProtocols(ctx, sub); err != nil {
+		if err := c.chooseProtocols(ctx, sub); err != nil {
 			return err
 		}
 	}

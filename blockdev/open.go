@@ -34,7 +34,7 @@ func (o *opener) commit(tx *graph.Tx, made []*graph.Node, attached ...*graph.Nod
 	for _, n := range made {
 		o.nodes = append(o.nodes, n)
 		o.tops[n] = struct{}{}
-		o.m.newRecord(n)
+		o.m.recs.add(n, &record{})
 	}
 	for _, n := range attached {
 		delete(o.tops, n)

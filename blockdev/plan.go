@@ -36,10 +36,16 @@ type planChild struct {
 	plan *plan
 }
 
+// planner makes plans of options and of what images name, as far as the policy allows that.
+type planner struct {
+	*catalog
+	policy Policy
+}
+
 // plan makes the plan of options o: of the parent with the generic options up, or alone if up is
 // nil. Errors of a backing file say so.
-func (m *Manager) plan(o *types.BlockdevOptions, up *graph.Options, role perm.Role, l *link) (*plan, error) {
-	d := m.drivers[o.Driver]
+func (pl *planner) plan(o *types.BlockdevOptions, up *graph.Options, role perm.Role, l *link) (*plan, error) {
+	d := pl.drivers[o.Driver]
 	if d == nil {
 		return nil, fmt.Errorf("Unknown driver '%s'", o.Driver)
 	}
@@ -47,7 +53,7 @@ func (m *Manager) plan(o *types.BlockdevOptions, up *graph.Options, role perm.Ro
 	p.gen.Kind, p.gen.Reopens = d.Kind, d.Reopen != nil
 	if d.Children != nil {
 		for _, c := range d.Children(o.U) {
-			k, err := m.planRef(c.Ref, p.gen, c.Role, l)
+			k, err := pl.planRef(c.Ref, p.gen, c.Role, l)
 			if err != nil {
 				return nil, err
 			}
@@ -69,7 +75,7 @@ func (m *Manager) plan(o *types.BlockdevOptions, up *graph.Options, role perm.Ro
 	default:
 		var err error
 		r := &types.BlockdevRef{Definition: b.Definition, Reference: b.Reference}
-		p.backing, err = m.planRef(r, p.gen, perm.COW, l)
+		p.backing, err = pl.planRef(r, p.gen, perm.COW, l)
 		if err != nil {
 			return nil, backingError(err)
 		}
@@ -77,11 +83,11 @@ func (m *Manager) plan(o *types.BlockdevOptions, up *graph.Options, role perm.Ro
 	return p, nil
 }
 
-func (m *Manager) planRef(r *types.BlockdevRef, up *graph.Options, role perm.Role, l *link) (*plan, error) {
+func (pl *planner) planRef(r *types.BlockdevRef, up *graph.Options, role perm.Role, l *link) (*plan, error) {
 	if r.Reference != nil {
 		return &plan{ref: r.Reference}, nil
 	}
-	return m.plan(r.Definition, up, role, l)
+	return pl.plan(r.Definition, up, role, l)
 }
 
 // backingError says that err befell a backing file.

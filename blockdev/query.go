@@ -3,11 +3,19 @@ package blockdev
 import (
 	"slices"
 	"strconv"
+	"sync/atomic"
 
 	"qblockd/graph"
 	"qblockd/graph/perm"
 	"qblockd/schema/types"
 )
+
+// queries answers what clients ask about nodes.
+type queries struct {
+	finder
+	*names
+	asking atomic.Int32 // goroutines that ask for allocated sizes
+}
 
 // view is a node within one query.
 type view struct {
@@ -21,35 +29,35 @@ type view struct {
 }
 
 // views prepares a query over the nodes: at the end each has its info, and its chain if deep.
-func (m *Manager) views(nodes []*graph.Node, deep bool) []view {
+func (q *queries) views(nodes []*graph.Node, deep bool) []view {
 	vs := make([]view, len(nodes))
 	var at map[*graph.Node]*view
 	if deep {
 		at = make(map[*graph.Node]*view, len(nodes))
 	}
 	for i, n := range nodes {
-		vs[i] = m.view(n)
+		vs[i] = q.view(n)
 		if deep {
 			at[n] = &vs[i]
 		}
 	}
 	if deep {
 		for i := range vs {
-			m.linkBelow(&vs[i], at)
+			q.linkBelow(&vs[i], at)
 		}
 	}
 	return vs
 }
 
-func (m *Manager) view(n *graph.Node) view {
-	r := m.record(n)
-	info := m.info(n, r)
+func (q *queries) view(n *graph.Node) view {
+	r := q.record(n)
+	info := q.info(n, r)
 	const extra = 64 // {, "backing-image": , and the allocated size
 	return view{node: n, rec: r, info: info, size: len(info.image[0]) + len(info.image[1]) + extra}
 }
 
 // linkBelow fills in what v, and the chain under it, know of what is below them.
-func (m *Manager) linkBelow(v *view, at map[*graph.Node]*view) {
+func (q *queries) linkBelow(v *view, at map[*graph.Node]*view) {
 	var chain []*view
 	for v.below == nil {
 		e := v.node.FilterOrCOWChild()
@@ -58,8 +66,8 @@ func (m *Manager) linkBelow(v *view, at map[*graph.Node]*view) {
 		}
 		next := at[e.Node()]
 		if next == nil { // published since the list was taken
-			late := m.view(e.Node())
-			late.actual = m.actualSize(late.node, late.rec)
+			late := q.view(e.Node())
+			late.actual = q.actualSize(late.node, late.rec)
 			next, at[e.Node()] = &late, &late
 		}
 		v.below = next
@@ -96,22 +104,22 @@ func (v *view) append(b []byte) []byte {
 // AppendNamedNodes appends the answer to query-named-block-nodes: all nodes, newest first; unless
 // flat with the images below each. It waits at most 20 ms for allocated sizes; otherwise its cost
 // is the size of the answer.
-func (m *Manager) AppendNamedNodes(b []byte, flat bool) []byte {
-	b, _ = m.appendNamedNodes(b, flat, func(int64) error { return nil })
+func (q *queries) AppendNamedNodes(b []byte, flat bool) []byte {
+	b, _ = q.appendNamedNodes(b, flat, func(int64) error { return nil })
 	return b
 }
 
 // NamedNodes is AppendNamedNodes to nothing, once room has agreed to about that many bytes.
-func (m *Manager) NamedNodes(flat bool, room func(n int64) error) ([]byte, error) {
-	return m.appendNamedNodes(nil, flat, room)
+func (q *queries) NamedNodes(flat bool, room func(n int64) error) ([]byte, error) {
+	return q.appendNamedNodes(nil, flat, room)
 }
 
-func (m *Manager) appendNamedNodes(b []byte, flat bool, room func(n int64) error) ([]byte, error) {
-	vs := m.views(m.g.Nodes(), !flat)
-	m.refreshActual(vs)
+func (q *queries) appendNamedNodes(b []byte, flat bool, room func(n int64) error) ([]byte, error) {
+	vs := q.views(q.g.Nodes(), !flat)
+	q.refreshActual(vs)
 	size := 2
 	for i := range vs {
-		vs[i].actual = m.actualSize(vs[i].node, vs[i].rec)
+		vs[i].actual = q.actualSize(vs[i].node, vs[i].rec)
 		size += vs[i].size + vs[i].info.devSize() + 32
 	}
 	if err := room(int64(size)); err != nil {
@@ -133,8 +141,8 @@ func (m *Manager) appendNamedNodes(b []byte, flat bool, room func(n int64) error
 }
 
 // AppendNodeStats appends the answer to query-blockstats with query-nodes: all nodes, oldest first.
-func (m *Manager) AppendNodeStats(b []byte) []byte {
-	nodes := m.g.Nodes()
+func (q *queries) AppendNodeStats(b []byte) []byte {
+	nodes := q.g.Nodes()
 	b = append(b, '[')
 	for i := len(nodes) - 1; i >= 0; i-- {
 		if i < len(nodes)-1 {

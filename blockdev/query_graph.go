@@ -12,9 +12,9 @@ import (
 // between them, numbered in the order in which a walk meets them: backends, jobs, nodes from the
 // oldest, each with the edges below it. The lists are the wrong way round, as QEMU's are.
 // ids are the block jobs that there are, newest first, also those that use nothing any more.
-func (m *Manager) DebugGraph(ids ...string) *types.XDbgBlockGraph {
+func (q *queries) DebugGraph(ids ...string) *types.XDbgBlockGraph {
 	w := &graphWalk{ids: map[any]uint64{}, below: map[any][]graph.EdgeInfo{}}
-	t := m.g.Topology()
+	t := q.g.Topology()
 	var backends, jobs []*graph.Root // newest first
 	jobOf := map[string]*graph.Root{}
 	for _, r := range t.Roots {

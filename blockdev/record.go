@@ -63,18 +63,13 @@ type headerName struct {
 	name string
 }
 
-// newRecord starts the record of a node that is being opened.
-func (m *Manager) newRecord(n *graph.Node) {
-	m.recs.add(n, &record{})
-}
-
 // record is the record of n; nodes that others opened (filters of jobs) get one when first asked
 // for.
-func (m *Manager) record(n *graph.Node) *record {
-	if r := m.recs.get(n); r != nil {
+func (t *names) record(n *graph.Node) *record {
+	if r := t.recs.get(n); r != nil {
 		return r
 	}
-	return m.recs.add(n, &record{})
+	return t.recs.add(n, &record{})
 }
 
 // autoName is the name that opening n, whose record is r, anew, without options for its backing

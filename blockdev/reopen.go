@@ -239,8 +239,8 @@ func (e *reopening) ref(name string) *types.BlockdevRef {
 
 // childOptions are the children that options name. A backing file that is to be none is neither a
 // reference nor a definition.
-func (m *Manager) childOptions(o *types.BlockdevOptions) []driver.Child {
-	d := m.drivers[o.Driver]
+func (c *catalog) childOptions(o *types.BlockdevOptions) []driver.Child {
+	d := c.drivers[o.Driver]
 	if d == nil {
 		return nil
 	}
@@ -284,7 +284,7 @@ func (e *reopening) prepare(m *Manager, tx *graph.Tx) error {
 		return err
 	}
 	d := m.driverOf(n)
-	if err := e.resettable(m, d); err != nil {
+	if err := e.resettable(m.catalog, d); err != nil {
 		return err
 	}
 	if string(e.opts.Driver) == n.DriverName() {
@@ -311,7 +311,7 @@ func (e *reopening) prepare(m *Manager, tx *graph.Tx) error {
 			return err
 		}
 	}
-	if err := e.unchanged(m, d); err != nil {
+	if err := e.unchanged(m.catalog, d); err != nil {
 		return err
 	}
 	if e.gen.ForceShare && !e.gen.ReadOnly {

@@ -82,10 +82,10 @@ func flatten(d *value.Dict, name string, v value.Value) {
 
 // ownOptions are the options of a node, flat, without those that follow a reopen and without its
 // children. A node has force-share from its parent, too.
-func (m *Manager) ownOptions(o *types.BlockdevOptions, g *graph.Options) *value.Dict {
+func (c *catalog) ownOptions(o *types.BlockdevOptions, g *graph.Options) *value.Dict {
 	child := map[string]bool{}
-	for _, c := range m.childOptions(o) {
-		child[c.Name] = true
+	for _, k := range c.childOptions(o) {
+		child[k.Name] = true
 	}
 	d := &value.Dict{}
 	for _, mem := range optionDict(o).Members() {
@@ -107,12 +107,12 @@ func change(d *driver.Any, option string) (may, reset bool) {
 }
 
 // resettable tells which option the node has that cannot be left out, if it is.
-func (e *reopening) resettable(m *Manager, d *driver.Any) (err error) {
+func (e *reopening) resettable(drivers *catalog, d *driver.Any) (err error) {
 	if e.kept {
 		return nil
 	}
-	is := m.ownOptions(e.opts, e.gen)
-	m.ownOptions(e.was.Canonical, e.was).EachHashed(func(name string, _ value.Value) bool {
+	is := drivers.ownOptions(e.opts, e.gen)
+	drivers.ownOptions(e.was.Canonical, e.was).EachHashed(func(name string, _ value.Value) bool {
 		if _, given := is.Get(name); given {
 			return true
 		}
@@ -126,11 +126,11 @@ func (e *reopening) resettable(m *Manager, d *driver.Any) (err error) {
 }
 
 // unchanged tells which option cannot be changed, if one is.
-func (e *reopening) unchanged(m *Manager, d *driver.Any) (err error) {
+func (e *reopening) unchanged(drivers *catalog, d *driver.Any) (err error) {
 	if e.kept {
 		return nil
 	}
-	is, was := m.ownOptions(e.opts, e.gen), m.ownOptions(e.was.Canonical, e.was)
+	is, was := drivers.ownOptions(e.opts, e.gen), drivers.ownOptions(e.was.Canonical, e.was)
 	if name := e.opts.NodeName; name != nil && *name != e.node.Name() {
 		is.Set("node-name", *name)
 	}
