@@ -76,7 +76,7 @@ func openNow(s settings) (*disk, error) {
 	h := newHandle(fd, writable)
 	d := &disk{
 		settings:  s,
-		busy:      make(chan struct{}, maxBusy),
+		opened:    opened{busy: make(chan struct{}, maxBusy)},
 		permSlot:  make(chan struct{}, 1),
 		fdatasync: unix.Fdatasync,
 		writeBack: startWriteBack,
@@ -154,6 +154,7 @@ func (d *disk) setup(h *handle) error {
 	if err != nil {
 		return blk.Errnof(err, "Could not refresh total sector count")
 	}
+	d.fixed = d.device
 	d.setEnd(end)
 	d.setNoWait(h.fd)
 	for _, a := range []*atomic.Bool{&d.dsync, &d.canZero, &d.canPunch, &d.canAllocate} {

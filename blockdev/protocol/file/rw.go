@@ -58,10 +58,11 @@ func iocall(trap uintptr, fd int, iov *unix.Iovec, k int, off int64, flags uintp
 	return int64(n), nil
 }
 
-// readSome reads into a part of v from byte done on: by the engine, if there is one.
-func (d *disk) readSome(r *blk.Req, fd int, v blk.Vec, done, off int64) (int64, error) {
-	if d.engine != nil {
-		n, err := d.engine.do(r, opRead, fd, v, done, off+done, 0)
+// readSome reads into a part of v from byte done on: by the engine, or without one by a blocking
+// call.
+func (e *engine) readSome(r *blk.Req, fd int, v blk.Vec, done, off int64) (int64, error) {
+	if e != nil {
+		n, err := e.do(r, opRead, fd, v, done, off+done, 0)
 		if err != unix.ECANCELED || cancelled(r) {
 			return n, err
 		}
@@ -75,9 +76,9 @@ func (d *disk) readSome(r *blk.Req, fd int, v blk.Vec, done, off int64) (int64, 
 }
 
 // writeSome is the same for writes.
-func (d *disk) writeSome(r *blk.Req, fd int, v blk.Vec, done, off int64, flags uintptr) (int64, error) {
-	if d.engine != nil {
-		n, err := d.engine.do(r, opWrite, fd, v, done, off+done, uint32(flags))
+func (e *engine) writeSome(r *blk.Req, fd int, v blk.Vec, done, off int64, flags uintptr) (int64, error) {
+	if e != nil {
+		n, err := e.do(r, opWrite, fd, v, done, off+done, uint32(flags))
 		if err != unix.ECANCELED || cancelled(r) {
 			return n, err
 		}
@@ -99,7 +100,7 @@ func cancelled(r *blk.Req) bool { return r.Ctx != nil && r.Ctx.Err() != nil }
 func (d *disk) readFull(r *blk.Req, fd int, v blk.Vec, off int64) error {
 	want := v.Len()
 	for done := int64(0); done < want; {
-		n, err := d.readSome(r, fd, v, done, off)
+		n, err := d.engine.readSome(r, fd, v, done, off)
 		switch {
 		case err == unix.EINTR, err == unix.EAGAIN:
 			continue
@@ -130,7 +131,7 @@ func zeroFrom(v blk.Vec, skip int64) {
 func (d *disk) writeFull(r *blk.Req, fd int, v blk.Vec, off int64, flags uintptr) error {
 	want := v.Len()
 	for done := int64(0); done < want; {
-		n, err := d.writeSome(r, fd, v, done, off, flags)
+		n, err := d.engine.writeSome(r, fd, v, done, off, flags)
 		n, err = wrote(done, n, err)
 		if err != nil {
 			if done > 0 {

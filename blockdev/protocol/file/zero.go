@@ -2,6 +2,7 @@ package file
 
 import (
 	"errors"
+	"sync/atomic"
 	"unsafe"
 
 	"golang.org/x/sys/unix"
@@ -38,18 +39,6 @@ func (d *disk) zeroOrUnmap(h *handle, off, n int64, f blk.Flags) error {
 	err := d.zeroFile(h, off, n)
 	if err == nil {
 		d.grow(off + n)
-	}
-	return err
-}
-
-// punch makes a range a hole, which does not move the end of the file.
-func (d *disk) punch(h *handle, off, n int64) error {
-	if !d.canPunch.Load() {
-		return blk.ErrNotSupported
-	}
-	err := fallocate(h.fd, unix.FALLOC_FL_PUNCH_HOLE|unix.FALLOC_FL_KEEP_SIZE, off, n)
-	if errors.Is(err, blk.ErrNotSupported) {
-		d.canPunch.Store(false)
 	}
 	return err
 }
@@ -99,15 +88,6 @@ func (d *disk) zeroFile(h *handle, off, n int64) error {
 		return d.allocate(h, off, n) // new blocks are zero
 	}
 	return blk.ErrNotSupported
-}
-
-// allocate reserves blocks for a range that reads as zeroes.
-func (d *disk) allocate(h *handle, off, n int64) error {
-	err := fallocate(h.fd, 0, off, n)
-	if errors.Is(err, blk.ErrNotSupported) {
-		d.canAllocate.Store(false)
-	}
-	return err
 }
 
 // zeroDevice zeroes a range of a block device.
@@ -174,6 +154,33 @@ func (d *disk) discard(h *handle, off, n int64) error {
 	err := blockIoctl(h.fd, unix.BLKDISCARD, start, end-start)
 	if errors.Is(err, blk.ErrNotSupported) {
 		d.canPunch.Store(false)
+	}
+	return err
+}
+
+// abilities are what the file system was found to take; each is cleared at the first refusal.
+type abilities struct {
+	nowaitRead, nowaitWrite, dsync atomic.Bool
+	canZero, canPunch, canAllocate atomic.Bool
+}
+
+// punch makes a range a hole, which does not move the end of the file.
+func (a *abilities) punch(h *handle, off, n int64) error {
+	if !a.canPunch.Load() {
+		return blk.ErrNotSupported
+	}
+	err := fallocate(h.fd, unix.FALLOC_FL_PUNCH_HOLE|unix.FALLOC_FL_KEEP_SIZE, off, n)
+	if errors.Is(err, blk.ErrNotSupported) {
+		a.canPunch.Store(false)
+	}
+	return err
+}
+
+// allocate reserves blocks for a range that reads as zeroes.
+func (a *abilities) allocate(h *handle, off, n int64) error {
+	err := fallocate(h.fd, 0, off, n)
+	if errors.Is(err, blk.ErrNotSupported) {
+		a.canAllocate.Store(false)
 	}
 	return err
 }
