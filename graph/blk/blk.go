@@ -85,8 +85,8 @@ type Extent struct {
 	Depth int
 }
 
-// Whole makes x, found at off, where a block of align bytes, a power of two, begins, end with a block
-// or at end: blocks are copied as a whole. One that is zero in part only is data.
+// Whole makes x, found at off, where a block of align bytes, a power of two, begins, end with a
+// block or at end: blocks are copied as a whole. One that is zero in part only is data.
 func (x Extent) Whole(off, end, align int64) Extent {
 	if off+x.N >= end {
 		x.N = end - off
