@@ -156,7 +156,7 @@ func (d *disk) setup(h *handle) error {
 	}
 	d.fixed = d.device
 	d.setEnd(end)
-	d.setNoWait(h.fd)
+	d.setNoWait(h.fd, d.direct)
 	for _, a := range []*atomic.Bool{&d.dsync, &d.canZero, &d.canPunch, &d.canAllocate} {
 		a.Store(true)
 	}
@@ -181,10 +181,10 @@ func (d *disk) alignments(fd int, direct bool, l *blk.Limits) (bool, error) {
 	return true, nil
 }
 
-// setNoWait notes what may be asked not to wait.
-func (d *disk) setNoWait(fd int) {
-	d.nowaitRead.Store(!d.direct && takesNoWait(fd))
-	d.nowaitWrite.Store(!d.direct)
+// setNoWait notes what may be asked not to wait, of a file that is open with O_DIRECT or not.
+func (a *abilities) setNoWait(fd int, direct bool) {
+	a.nowaitRead.Store(!direct && takesNoWait(fd))
+	a.nowaitWrite.Store(!direct)
 }
 
 // openAgain opens the file behind cur with another access mode: that file, wherever it was

@@ -91,7 +91,7 @@ func (d *disk) prepare(cur *handle, held lockSet, p *pending, flags int) error {
 	}
 	if !p.want.minus(held).empty() {
 		if err := takeLocks(cur.fd, held, p.want, d.name); err != nil {
-			d.closePending(p)
+			p.close()
 			return err
 		}
 	}
@@ -109,10 +109,10 @@ func (d *disk) undo(cur *handle, held lockSet, p *pending) {
 	if d.locks {
 		warnUnlock(unlockBytes(cur.fd, p.want.minus(held)))
 	}
-	d.closePending(p)
+	p.close()
 }
 
-func (d *disk) closePending(p *pending) {
+func (p *pending) close() {
 	if p.h != nil {
 		p.h.drop()
 		p.h = nil
@@ -133,7 +133,7 @@ func (d *disk) PermCommit() {
 		if d.direct != p.direct {
 			// A reopen: no request is here.
 			d.direct, d.limits = p.direct, p.limits
-			d.setNoWait(p.h.fd)
+			d.setNoWait(p.h.fd, d.direct)
 		}
 	} else {
 		drop = d.held.minus(p.want)
@@ -170,7 +170,7 @@ func (d *disk) reopen(cur *handle, p *pending, flags int) error {
 	}
 	p.h, p.limits = h, d.limits
 	if p.direct, err = d.alignments(h.fd, flags&unix.O_DIRECT != 0, &p.limits); err != nil {
-		d.closePending(p)
+		p.close()
 	}
 	return err
 }

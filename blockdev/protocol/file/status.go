@@ -21,7 +21,7 @@ func (d *disk) Status(r *blk.Req, off, n int64) (blk.Extent, error) {
 		return e, nil
 	}
 	if x := d.extent.Load(); x != nil && x.start <= off && off < x.end {
-		return d.dataTo(e, off, n, x.end), nil
+		return dataTo(e, off, n, x.end, d.limits.RequestAlign), nil
 	}
 	h, err := d.begin(r)
 	if err != nil {
@@ -33,7 +33,7 @@ func (d *disk) Status(r *blk.Req, off, n int64) (blk.Extent, error) {
 		d.seeking.Lock()
 		defer d.seeking.Unlock()
 		if x := d.extent.Load(); x != nil && x.start <= off && off < x.end {
-			return d.dataTo(e, off, n, x.end), nil
+			return dataTo(e, off, n, x.end, d.limits.RequestAlign), nil
 		}
 	}
 	data, hole, err := findExtent(h.fd, off)
@@ -48,15 +48,15 @@ func (d *disk) Status(r *blk.Req, off, n int64) (blk.Extent, error) {
 		}
 	default:
 		d.extent.Store(&extent{off, hole})
-		e = d.dataTo(e, off, n, hole)
+		e = dataTo(e, off, n, hole, d.limits.RequestAlign)
 	}
 	return e, nil
 }
 
-// dataTo cuts a data extent at end. An end that is no multiple of the request alignment is
+// dataTo cuts a data extent at end. An end that is no multiple of align, the request alignment, is
 // the end of the file, and the rest of its last block belongs to it.
-func (d *disk) dataTo(e blk.Extent, off, n, end int64) blk.Extent {
-	if l := blk.AlignUp(end-off, d.limits.RequestAlign); l < n {
+func dataTo(e blk.Extent, off, n, end, align int64) blk.Extent {
+	if l := blk.AlignUp(end-off, align); l < n {
 		e.N, e.EOF = l, false
 	}
 	return e
