@@ -8,6 +8,7 @@ import (
 	"syscall"
 
 	"qblockd/graph/blk"
+	"qblockd/qmp/chardev/sockets"
 	"qblockd/schema/types"
 )
 
@@ -61,7 +62,7 @@ func openUDP(ctx context.Context, o *types.ChardevUdp, f *front) (device, error)
 	if peer.Port == "" {
 		return nil, errors.New("remote port not specified")
 	}
-	ips, port, err := resolve(ctx, &peer, false)
+	ips, port, err := sockets.Resolve(ctx, &peer, false)
 	if err != nil {
 		return nil, err
 	}
@@ -72,7 +73,7 @@ func openUDP(ctx context.Context, o *types.ChardevUdp, f *front) (device, error)
 		if !ok {
 			return nil, errors.New("socket type unsupported for datagram")
 		}
-		ips, port, err := resolve(ctx, &local.Data, true)
+		ips, port, err := sockets.Resolve(ctx, &local.Data, true)
 		if err != nil {
 			return nil, err
 		}

@@ -11,7 +11,7 @@ var leaves = map[string][]string{
 	"events/trace":                 {"events/panics"},
 	"events/clock":                 {"events/panics"},
 	"events/panics":                nil,
-	"qmp/chardev/sockets":          {"graph/blk"},    // texts of errno
+	"qmp/chardev/sockets":          {"graph/blk", "schema/types"}, // texts of errno; addresses
 	"graph/blk":                    {"graph/bitmap"}, // a request may name one that does not record it
 	"graph/perm":                   nil,
 	"graph/bitmap":                 nil,
@@ -60,6 +60,7 @@ var rules = []rule{
 	{"blockdev/export", []string{"graph", "graph/*"}}, // no type of exports: those are told to it
 	{"blockdev/export/nbd", []string{"blockdev/export", "blockdev/nbdwire", "qmp/chardev/sockets", "graph", "graph/*"}},
 	{"blockdev/export/*", []string{"blockdev/export", "graph", "graph/*"}},
+	{"blockdev/protocol/nbd", []string{"blockdev/driver", "blockdev/nbdwire", "qmp/chardev/sockets", "graph", "graph/*"}},
 	{"blockdev/protocol/*", []string{"blockdev/driver", "graph", "graph/*"}}, // never one another
 	{"blockdev/format/*", []string{"blockdev/driver", "graph", "graph/*"}},
 	{"blockdev/filter/*", []string{"blockdev/driver", "graph", "graph/*"}},
