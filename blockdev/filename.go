@@ -265,6 +265,9 @@ func (t *names) absolute(n *graph.Node, name string) (string, error) {
 	for e := at.File(); e != nil; e = at.File() {
 		at = e.Node()
 	}
+	if d := t.driverOf(at); d != nil && d.NoFolder != "" {
+		return "", fmt.Errorf("Cannot generate a base directory for %s nodes", d.NoFolder)
+	}
 	base := t.name(at).plain
 	if base == "" {
 		return "", fmt.Errorf("Cannot generate a base directory for %s nodes", at.DriverName())

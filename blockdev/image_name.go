@@ -42,6 +42,8 @@ type Policy struct {
 	References bool
 	// Devices: block devices may be named.
 	Devices bool
+	// Sockets: servers may be named, of this host and others.
+	Sockets bool
 	// Roots are the folders below which files must be; none: anywhere. They are absolute and free
 	// of symbolic links (SetRoots).
 	Roots []string
@@ -215,6 +217,8 @@ func (pl *planner) admit(o *types.BlockdevOptions) (*types.BlockdevOptions, erro
 		return nil, fmt.Errorf("An image may not name a node of the driver '%s'", o.Driver)
 	case d.ForImages.Devices && !pl.policy.Devices:
 		return nil, errNoDevices
+	case d.ForImages.Sockets && !pl.policy.Sockets:
+		return nil, fmt.Errorf("The image policy allows no sockets: an image may not name a node of the driver '%s'", o.Driver)
 	case d.ForImages.Object != "" && !pl.policy.References:
 		return nil, fmt.Errorf("An image may not name a %s", d.ForImages.Object)
 	case o.NodeName != nil:
@@ -267,7 +271,7 @@ func (pl *planner) admitFile(f *driver.FoundFile) error {
 	switch {
 	case f.Device && !pl.policy.Devices:
 		return fmt.Errorf("%w: '%s'", errNoDevices, f.Name)
-	case !f.Device && !f.Regular:
+	case !f.Device && !f.Regular && !f.Socket:
 		return fmt.Errorf("An image may only name regular files and block devices: '%s' is neither", f.Name)
 	case f.Kernel:
 		return fmt.Errorf("An image may not name a file that the kernel makes up: '%s'", f.Name)

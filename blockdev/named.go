@@ -60,7 +60,9 @@ func (c *catalog) protocolOptions(ctx context.Context, name string) (*types.Bloc
 	}
 	if d == nil || !device && driver.HasProtocol(name) {
 		prefix, _, _ := strings.Cut(name, ":")
-		i := slices.IndexFunc(c.order, func(d *driver.Any) bool { return d.Prefix == prefix && prefix != "" })
+		i := slices.IndexFunc(c.order, func(d *driver.Any) bool {
+			return prefix != "" && (d.Prefix == prefix || slices.Contains(d.MorePrefixes, prefix))
+		})
 		if i < 0 {
 			return nil, fmt.Errorf("Unknown protocol '%s'", prefix)
 		}

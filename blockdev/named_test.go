@@ -46,7 +46,7 @@ func TestBackingNames(t *testing.T) {
 		{"missing", "", "error: Could not open 'DIR/missing': No such file or directory"},
 		{"raw", "qcow2", "error: Image is not in qcow2 format"},
 		{"base", "bogus", "error: Unknown driver 'bogus'"},
-		{"nbd:localhost:1", "raw", "error: Unknown protocol 'nbd'"},
+		{"nbd:localhost:1", "raw", "error: The image policy allows no sockets: an image may not name a node of the driver 'nbd'"},
 		{"foo:bar", "", "error: Unknown protocol 'foo'"},
 		{":bar", "", "error: Unknown protocol ''"},
 		{"a:b", "", "error: Unknown protocol 'a'"},

@@ -39,6 +39,8 @@ type Def[O any] struct {
 
 	// Prefix selects the driver in file names "PREFIX:...".
 	Prefix string
+	// MorePrefixes do the same.
+	MorePrefixes []string
 	// TakesPath tells whether file names without a prefix are for the driver that lead to a file of
 	// that mode, 0 if there is none.
 	TakesPath func(mode fs.FileMode) bool
@@ -49,6 +51,9 @@ type Def[O any] struct {
 	// make. By default a node above a protocol has the name of its file, if no option of it is
 	// strong.
 	Filename func(u O, child func(name string) Names) string
+	// NoFolder: file names do not lie in a folder, so that nothing is relative to them; it is what
+	// the error calls the nodes.
+	NoFolder string
 	// LikeProtocol is a filter that counts as a protocol, as it does in QEMU: plain file names can
 	// open it, also below a format, and its allocated size is not known.
 	LikeProtocol bool
@@ -91,8 +96,8 @@ type Any = Def[any]
 func Of[O any](d Def[O]) *Any {
 	a := &Any{
 		Name: d.Name, Kind: d.Kind, Changeable: d.Changeable, ChangeOnly: d.ChangeOnly, Prefix: d.Prefix,
-		LikeProtocol: d.LikeProtocol,
-		TakesPath:    d.TakesPath, Probe: d.Probe, Verbatim: d.Verbatim, ForImages: d.ForImages, Create: d.Create,
+		MorePrefixes: d.MorePrefixes, NoFolder: d.NoFolder, LikeProtocol: d.LikeProtocol,
+		TakesPath: d.TakesPath, Probe: d.Probe, Verbatim: d.Verbatim, ForImages: d.ForImages, Create: d.Create,
 		Preexisting:    d.Preexisting,
 		MaxBackingName: d.MaxBackingName, MaxBackingFormat: d.MaxBackingFormat, Amend: d.Amend,
 

@@ -28,14 +28,24 @@ type Opening struct {
 	Guessed *Guess
 }
 
+type atStart struct{}
+
+// AtStart marks the context of what the command line names: it may name descriptors that the
+// process has inherited.
+func AtStart(ctx context.Context) context.Context { return context.WithValue(ctx, atStart{}, true) }
+
+// IsAtStart tells whether AtStart marked the context.
+func IsAtStart(ctx context.Context) bool { return ctx.Value(atStart{}) != nil }
+
 // OpenFunc opens a driver on a node.
 type OpenFunc func(x *Opening) (graph.Driver, error)
 
 // FoundFile is a file of the host that a name has led to, and that is not open yet.
 type FoundFile struct {
-	Name            string // as it was given
-	Path            string // without links; "" if that cannot be told
-	Regular, Device bool   // a regular file, a block device; neither: something else
+	Name string // as it was given
+	Path string // without links; "" if that cannot be told
+	// A regular file, a block device, a unix socket; none of them: something else.
+	Regular, Device, Socket bool
 	// Kernel: lies in a file system whose files the kernel makes up; to read one tells of the host
 	// or does something.
 	Kernel bool
@@ -93,10 +103,10 @@ type ForImages struct {
 	// Options count, besides children: they say what is read. Hints may be given, but say only how,
 	// which is not for an image to decide.
 	Options, Hints []string
-	// Devices: only if the image policy allows devices. Object is the kind of object that the
-	// options name; only if the policy allows references.
-	Devices bool
-	Object  string
+	// Devices, Sockets: only if the image policy allows devices, or sockets. Object is the kind of
+	// object that the options name; only if the policy allows references.
+	Devices, Sockets bool
+	Object           string
 }
 
 // NoChange is the Reopen of drivers that can be reopened and have nothing that could change.

@@ -15,6 +15,7 @@ import (
 	"qblockd/blockdev/format/qcow2"
 	"qblockd/blockdev/format/raw"
 	"qblockd/blockdev/protocol/file"
+	"qblockd/blockdev/protocol/nbd"
 	"qblockd/blockdev/protocol/null"
 )
 
@@ -28,6 +29,7 @@ var All = []*driver.Any{
 	copyonread.Def,
 	file.Def,
 	file.HostDevice,
+	nbd.Def,
 	null.Aio,
 	null.Co,
 	preallocate.Def,

@@ -43,6 +43,23 @@ func ParseGreeting(b []byte) (flags uint16, err error) {
 	return be.Uint16(b[16:]), nil
 }
 
+// ParseExportNameReply decodes the first ExportNameReply bytes of the answer to OptExportName.
+func ParseExportNameReply(b []byte) (size uint64, flags uint16, err error) {
+	if len(b) < ExportNameReply {
+		return 0, 0, ErrShort
+	}
+	return be.Uint64(b), be.Uint16(b[8:]), nil
+}
+
+// ParseOldStyle decodes the OldStyleSize bytes in which a server without options describes its
+// export.
+func ParseOldStyle(b []byte) (size uint64, flags uint32, err error) {
+	if len(b) < OldStyleSize {
+		return 0, 0, ErrShort
+	}
+	return be.Uint64(b), be.Uint32(b[8:]), nil
+}
+
 // Option is the head of an option; Len bytes of data follow.
 type Option struct{ Opt, Len uint32 }
 

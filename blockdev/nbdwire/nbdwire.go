@@ -10,6 +10,7 @@ package nbdwire
 const (
 	MagicInit       uint64 = 0x4e42444d41474943 // "NBDMAGIC", first bytes of every server
 	MagicOption     uint64 = 0x49484156454f5054 // "IHAVEOPT", second bytes, and before each option
+	MagicOldStyle   uint64 = 0x0000420281861253 // second bytes of a server without options
 	MagicOptReply   uint64 = 0x0003e889045565a9
 	MagicRequest    uint32 = 0x25609513
 	MagicSimple     uint32 = 0x67446698
@@ -35,6 +36,7 @@ const (
 	ExtentSize        = 8              // one BLOCK_STATUS extent
 	ExportNameReply   = 8 + 2          // reply to OPT_EXPORT_NAME
 	ExportNamePadding = 124            // and the zeroes after it, unless NO_ZEROES
+	OldStyleSize      = 8 + 4 + 124    // what follows MagicOldStyle
 	maxErrorMessage   = MaxString      // bytes of text in an error chunk
 )
 
@@ -171,6 +173,37 @@ func OptName(opt uint32) string {
 		return "list meta context"
 	case OptSetMetaContext:
 		return "set meta context"
+	}
+	return "<unknown>"
+}
+
+// RepName is the name of a reply to an option in error texts.
+func RepName(rep uint32) string {
+	switch rep {
+	case RepAck:
+		return "ack"
+	case RepServer:
+		return "server"
+	case RepInfo:
+		return "info"
+	case RepMetaContext:
+		return "meta context"
+	case RepErrUnsup:
+		return "unsupported"
+	case RepErrPolicy:
+		return "denied by policy"
+	case RepErrInvalid:
+		return "invalid"
+	case RepErrPlatform:
+		return "platform lacks support"
+	case RepErrTLSReqd:
+		return "TLS required"
+	case RepErrUnknown:
+		return "export unknown"
+	case RepErrShutdown:
+		return "server shutting down"
+	case RepErrBlockSizeReqd:
+		return "block size required"
 	}
 	return "<unknown>"
 }

@@ -202,6 +202,8 @@ func FuzzParse(f *testing.F) {
 	f.Fuzz(func(t *testing.T, b []byte) {
 		ParseGreeting(b)
 		ParseOption(b)
+		ParseExportNameReply(b)
+		ParseOldStyle(b)
 		ParseOptReply(b)
 		ParseInfo(b)
 		ParseServer(b)

@@ -10,6 +10,7 @@ import (
 	"strconv"
 	"strings"
 
+	"qblockd/blockdev/driver"
 	"qblockd/cmd/qblockd/cmdline"
 	"qblockd/events/trace"
 	"qblockd/schema/types"
@@ -159,7 +160,7 @@ func structured[T any](implied string, decode func(value.Value, types.Mode) (*T,
 }
 
 func (d *daemon) addNode(ctx context.Context, o *types.BlockdevOptions) error {
-	return d.nodes.Add(ctx, o)
+	return d.nodes.Add(driver.AtStart(ctx), o)
 }
 
 func (d *daemon) startNBD(ctx context.Context, o *types.NbdServerOptions) error {

@@ -18,6 +18,7 @@ var policyKeys = []struct {
 }{
 	{"roots", cmdline.OptString, "/", "folders, absolute and separated by colons, that a file must be in, directly or deeper, when all symbolic links are followed"},
 	{"devices", cmdline.OptBool, "off", "whether block devices may be named"},
+	{"sockets", cmdline.OptBool, "off", "whether NBD servers may be named, of this host and others"},
 	{"references", cmdline.OptBool, "off", "whether nodes and throttle groups of the daemon may be named"},
 	{"max-chain", cmdline.OptNumber, "1000", "how many images a chain of backing files may have that headers name; 0: they may name nothing"},
 }
@@ -51,6 +52,7 @@ func setPolicy(p *blockdev.Policy, arg string) error {
 		}
 	}
 	next.Devices, next.References = o.Bool("devices", p.Devices), o.Bool("references", p.References)
+	next.Sockets = o.Bool("sockets", p.Sockets)
 	*p = next
 	return nil
 }

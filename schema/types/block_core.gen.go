@@ -572,6 +572,7 @@ const (
 	BlockdevDriverFile BlockdevDriver = "file"
 	// A block device of the host.
 	BlockdevDriverHostDevice BlockdevDriver = "host_device"
+	BlockdevDriverNbd        BlockdevDriver = "nbd"
 	// Nothing at all; requests are answered by another thread.
 	BlockdevDriverNullAio BlockdevDriver = "null-aio"
 	// Nothing at all.
@@ -598,6 +599,7 @@ var BlockdevDriverValues = []BlockdevDriver{
 	BlockdevDriverCopyOnRead,
 	BlockdevDriverFile,
 	BlockdevDriverHostDevice,
+	BlockdevDriverNbd,
 	BlockdevDriverNullAio,
 	BlockdevDriverNullCo,
 	BlockdevDriverPreallocate,
@@ -623,6 +625,22 @@ type BlockdevOptionsFile struct {
 	DropCache *bool
 	// Refuse to open the file if pages remain cached (default off).
 	XCheckCacheDropped *bool
+}
+
+// BlockdevOptionsNbd: options of the driver nbd: a disk on an NBD server.
+type BlockdevOptionsNbd struct {
+	// Where the server is.
+	Server SocketAddress
+	// Name of the export (default: the empty name, which servers take for their default export).
+	Export *string
+	// Metadata context whose extents are shown as block status in place of those of base:allocation, for
+	// instance qemu:dirty-bitmap:NAME.
+	XDirtyBitmap *string
+	// For how many seconds requests wait for the server to come back when the connection was lost, to be
+	// sent again then; after that they fail until it is back (default 0).
+	ReconnectDelay *uint32
+	// For how many seconds opening tries to connect (default 0: it tries once).
+	OpenTimeout *uint32
 }
 
 // BlockdevOptionsNull: options of the drivers null-aio and null-co.
@@ -1188,10 +1206,10 @@ type BlockdevOptions struct {
 	// *BlockdevOptionsBlkdebug for blkdebug, *BlockdevOptionsBlklogwrites for blklogwrites,
 	// *BlockdevOptionsBlkverify for blkverify, *BlockdevOptionsGenericFormat for compress,
 	// *BlockdevOptionsCbw for copy-before-write, *BlockdevOptionsCor for copy-on-read,
-	// *BlockdevOptionsFile for file, *BlockdevOptionsFile for host_device, *BlockdevOptionsNull for
-	// null-aio, *BlockdevOptionsNull for null-co, *BlockdevOptionsPreallocate for preallocate,
-	// *BlockdevOptionsQcow2 for qcow2, *BlockdevOptionsRaw for raw, *BlockdevOptionsGenericFormat for
-	// snapshot-access, *BlockdevOptionsThrottle for throttle.
+	// *BlockdevOptionsFile for file, *BlockdevOptionsFile for host_device, *BlockdevOptionsNbd for nbd,
+	// *BlockdevOptionsNull for null-aio, *BlockdevOptionsNull for null-co, *BlockdevOptionsPreallocate for
+	// preallocate, *BlockdevOptionsQcow2 for qcow2, *BlockdevOptionsRaw for raw,
+	// *BlockdevOptionsGenericFormat for snapshot-access, *BlockdevOptionsThrottle for throttle.
 	U any
 }
 

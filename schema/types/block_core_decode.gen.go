@@ -60,6 +60,23 @@ func membersBlockdevOptionsFile(d *decoder, x *BlockdevOptionsFile) bool {
 		opt(d, "x-check-cache-dropped", &x.XCheckCacheDropped, visitBool)
 }
 
+// DecodeBlockdevOptionsNbd decodes v; faults are worded as QEMU does (*ArgError).
+func DecodeBlockdevOptionsNbd(v value.Value, m Mode) (*BlockdevOptionsNbd, error) {
+	return decode(v, m, visitBlockdevOptionsNbd)
+}
+
+func visitBlockdevOptionsNbd(d *decoder, name string, x *BlockdevOptionsNbd) bool {
+	return object(d, name, x, membersBlockdevOptionsNbd)
+}
+
+func membersBlockdevOptionsNbd(d *decoder, x *BlockdevOptionsNbd) bool {
+	return visitSocketAddress(d, "server", &x.Server) &&
+		opt(d, "export", &x.Export, visitStr) &&
+		opt(d, "x-dirty-bitmap", &x.XDirtyBitmap, visitStr) &&
+		opt(d, "reconnect-delay", &x.ReconnectDelay, visitUint32) &&
+		opt(d, "open-timeout", &x.OpenTimeout, visitUint32)
+}
+
 // DecodeBlockdevOptionsNull decodes v; faults are worded as QEMU does (*ArgError).
 func DecodeBlockdevOptionsNull(v value.Value, m Mode) (*BlockdevOptionsNull, error) {
 	return decode(v, m, visitBlockdevOptionsNull)
@@ -448,6 +465,10 @@ func membersBlockdevOptions(d *decoder, x *BlockdevOptions) bool {
 		u := new(BlockdevOptionsGenericFormat)
 		x.U = u
 		return membersBlockdevOptionsGenericFormat(d, u)
+	case BlockdevDriverNbd:
+		u := new(BlockdevOptionsNbd)
+		x.U = u
+		return membersBlockdevOptionsNbd(d, u)
 	case BlockdevDriverNullAio, BlockdevDriverNullCo:
 		u := new(BlockdevOptionsNull)
 		x.U = u

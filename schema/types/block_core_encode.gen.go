@@ -515,6 +515,30 @@ func (x *BlockdevOptionsFile) AppendJSON(b []byte) []byte {
 }
 
 // AppendJSON appends x in QEMU's form, members in hash order.
+func (x *BlockdevOptionsNbd) AppendJSON(b []byte) []byte {
+	b = append(b, '{')
+	if x.Export != nil {
+		b = appendKey(b, "export")
+		b = value.AppendString(b, *x.Export)
+	}
+	if x.ReconnectDelay != nil {
+		b = appendKey(b, "reconnect-delay")
+		b = appendUint(b, *x.ReconnectDelay)
+	}
+	b = appendKey(b, "server")
+	b = x.Server.AppendJSON(b)
+	if x.XDirtyBitmap != nil {
+		b = append(b, `, "x-dirty-bitmap": `...)
+		b = value.AppendString(b, *x.XDirtyBitmap)
+	}
+	if x.OpenTimeout != nil {
+		b = append(b, `, "open-timeout": `...)
+		b = appendUint(b, *x.OpenTimeout)
+	}
+	return append(b, '}')
+}
+
+// AppendJSON appends x in QEMU's form, members in hash order.
 func (x *BlockdevOptionsNull) AppendJSON(b []byte) []byte {
 	b = append(b, '{')
 	if x.ReadZeroes != nil {
@@ -1374,6 +1398,57 @@ func (x *BlockdevOptions) AppendJSON(b []byte) []byte {
 		if u.DropCache != nil {
 			b = append(b, `, "drop-cache": `...)
 			b = appendBool(b, *u.DropCache)
+		}
+		if x.ForceShare != nil {
+			b = append(b, `, "force-share": `...)
+			b = appendBool(b, *x.ForceShare)
+		}
+		return append(b, '}')
+	case *BlockdevOptionsNbd:
+		b = append(b, '{')
+		if x.DetectZeroes != nil {
+			b = appendKey(b, "detect-zeroes")
+			b = appendEnum(b, *x.DetectZeroes)
+		}
+		if x.NodeName != nil {
+			b = appendKey(b, "node-name")
+			b = value.AppendString(b, *x.NodeName)
+		}
+		b = appendKey(b, "driver")
+		b = appendEnum(b, x.Driver)
+		if u.Export != nil {
+			b = append(b, `, "export": `...)
+			b = value.AppendString(b, *u.Export)
+		}
+		if x.AutoReadOnly != nil {
+			b = append(b, `, "auto-read-only": `...)
+			b = appendBool(b, *x.AutoReadOnly)
+		}
+		if u.ReconnectDelay != nil {
+			b = append(b, `, "reconnect-delay": `...)
+			b = appendUint(b, *u.ReconnectDelay)
+		}
+		b = append(b, `, "server": `...)
+		b = u.Server.AppendJSON(b)
+		if x.ReadOnly != nil {
+			b = append(b, `, "read-only": `...)
+			b = appendBool(b, *x.ReadOnly)
+		}
+		if u.XDirtyBitmap != nil {
+			b = append(b, `, "x-dirty-bitmap": `...)
+			b = value.AppendString(b, *u.XDirtyBitmap)
+		}
+		if u.OpenTimeout != nil {
+			b = append(b, `, "open-timeout": `...)
+			b = appendUint(b, *u.OpenTimeout)
+		}
+		if x.Cache != nil {
+			b = append(b, `, "cache": `...)
+			b = x.Cache.AppendJSON(b)
+		}
+		if x.Discard != nil {
+			b = append(b, `, "discard": `...)
+			b = appendEnum(b, *x.Discard)
 		}
 		if x.ForceShare != nil {
 			b = append(b, `, "force-share": `...)

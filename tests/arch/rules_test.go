@@ -12,7 +12,7 @@ var leaves = map[string][]string{
 	"events/clock":                 {"events/panics"},
 	"events/panics":                nil,
 	"qmp/chardev/sockets":          {"graph/blk", "schema/types"}, // texts of errno; addresses
-	"graph/blk":                    {"graph/bitmap"}, // a request may name one that does not record it
+	"graph/blk":                    {"graph/bitmap"},              // a request may name one that does not record it
 	"graph/perm":                   nil,
 	"graph/bitmap":                 nil,
 	"jobs/machine":                 nil,

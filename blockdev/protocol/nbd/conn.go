@@ -1,0 +1,368 @@
+package nbd
+
+import (
+	"bufio"
+	"errors"
+	"net"
+	"slices"
+	"sync"
+	"sync/atomic"
+	"syscall"
+	"time"
+
+	"qblockd/blockdev/nbdwire"
+	"qblockd/events/clock"
+	"qblockd/graph/blk"
+)
+
+const (
+	// maxInFlight is how many requests are under way on a connection.
+	maxInFlight = 64
+	// readBuffer holds replies that have come with one system call, in bytes.
+	readBuffer = 64 << 10
+	// sendPiece is how much is given to the kernel at once, so that it shows when a server takes
+	// it.
+	sendPiece = 256 << 10
+	// silence is how long a server may not move a byte while somebody wants to be rid of its
+	// requests.
+	silence = 5 * time.Second
+)
+
+var (
+	errSilent = errors.New("the server does not answer")
+	errClosed = errors.New("the node is closed")
+)
+
+// conn is a connection in transmission.
+//
+// A request takes a slot, is queued, sent by whoever is sending, answered by the reader and done
+// when it is both sent and answered: until then its buffers are in use.
+type conn struct {
+	nc    net.Conn
+	e     *export
+	clock clock.Clock
+	free  chan *slot
+	gone  chan struct{} // closed when the connection has ended and all its requests are done
+	slots [maxInFlight]slot
+	moved atomic.Uint64 // raised when bytes come or go
+
+	// The reader's.
+	in    *bufio.Reader
+	parts [][]byte
+
+	// The sender's.
+	batch []*slot
+	bufs  [][]byte
+	out   net.Buffers
+
+	mu    sync.Mutex
+	idle  sync.Cond
+	queue []*slot // +checklocks:mu
+	// somebody sends, or was asked to
+	sending bool // +checklocks:mu
+	// slots that are busy
+	busy int // +checklocks:mu
+	// why the connection has ended
+	dead error // +checklocks:mu
+	// those who want to be rid of the requests under way
+	hurries int // +checklocks:mu
+	// moved when the watch began
+	seen  uint64      // +checklocks:mu
+	watch clock.Timer // +checklocks:mu
+}
+
+// slot is a request under way.
+type slot struct {
+	cookie uint64 // of the request that has the slot
+	req    nbdwire.Request
+	head   [nbdwire.RequestSize]byte
+	out    blk.Vec // what a write sends
+	in     blk.Vec // what a read fills
+	done   chan signal
+
+	// Guarded by conn.mu.
+	busy, sent, answered bool
+	lost                 bool // the connection ended first
+
+	// The reader's, then those of who waits.
+	err       error
+	filled    int64 // bytes of in that are there
+	scattered bool  // not from the front on; what was not there has been zeroed
+	extents   int
+	extent    nbdwire.Extent // the first
+}
+
+// signal is what who waits for a slot is told.
+type signal bool
+
+const (
+	finished signal = false
+	yourTurn signal = true // to send what is queued
+)
+
+func newConn(nc net.Conn, e *export, clk clock.Clock) *conn {
+	c := &conn{nc: nc, e: e, clock: clk, free: make(chan *slot, maxInFlight), gone: make(chan struct{})}
+	c.in = bufio.NewReaderSize(meter{c}, readBuffer)
+	c.idle.L = &c.mu
+	for i := range c.slots {
+		s := &c.slots[i]
+		s.cookie, s.done = uint64(i), make(chan signal, 2)
+		c.free <- s
+	}
+	return c
+}
+
+// meter reads from the connection and notes that something has come.
+type meter struct{ c *conn }
+
+func (m meter) Read(b []byte) (int, error) {
+	n, err := m.c.nc.Read(b)
+	m.c.moved.Add(1)
+	return n, err
+}
+
+// do has a request executed. lost: the connection ended before the answer, so the request may have
+// been executed or not.
+func (c *conn) do(r *blk.Req, q nbdwire.Request, out, in blk.Vec) (x nbdwire.Extent, lost bool, err error) {
+	s, err := c.take(r)
+	if s == nil {
+		return x, err == nil, err
+	}
+	s.cookie += maxInFlight // so that none is used twice
+	q.Cookie = s.cookie
+	s.req, s.out, s.in = q, out, in
+	q.Append(s.head[:0])
+	s.sent, s.answered, s.lost, s.err = false, false, false, nil
+	s.filled, s.scattered, s.extents = 0, false, 0
+	if c.send(s) {
+		c.wait(r, s)
+	} else {
+		s.lost = true
+	}
+	x, lost, err = s.extent, s.lost, s.err
+	s.out, s.in = blk.Vec{}, blk.Vec{}
+	c.free <- s
+	return x, lost, err
+}
+
+// take waits for a free slot; it is nil with an error, or without if the connection has ended.
+func (c *conn) take(r *blk.Req) (*slot, error) {
+	select {
+	case s := <-c.free:
+		return s, nil
+	default:
+	}
+	var stop <-chan struct{}
+	if r.Ctx != nil {
+		stop = r.Ctx.Done()
+	}
+	select {
+	case s := <-c.free:
+		return s, nil
+	case <-c.gone:
+		return nil, nil
+	case <-stop:
+		return nil, syscall.ECANCELED
+	}
+}
+
+// send queues a request, and sends what is queued unless somebody else does. It is false if the
+// connection has ended.
+func (c *conn) send(s *slot) bool {
+	c.mu.Lock()
+	if c.dead != nil {
+		c.mu.Unlock()
+		return false
+	}
+	s.busy = true
+	c.busy++
+	c.queue = append(c.queue, s)
+	mine := !c.sending
+	c.sending = true
+	c.mu.Unlock()
+	if mine {
+		c.sendQueued(s)
+	}
+	return true
+}
+
+// sendQueued sends until nothing is queued, or until own is done: then it is another's turn.
+func (c *conn) sendQueued(own *slot) {
+	c.mu.Lock()
+	defer c.mu.Unlock()
+	for c.dead == nil && len(c.queue) > 0 {
+		if !own.busy {
+			c.queue[0].done <- yourTurn
+			return
+		}
+		c.batch, c.queue = c.queue, c.batch[:0]
+		c.mu.Unlock()
+		err := c.write()
+		c.mu.Lock()
+		if err != nil {
+			c.killLocked(err)
+			break
+		}
+		for i, s := range c.batch {
+			if s.sent = true; s.answered {
+				c.finishLocked(s)
+			}
+			c.batch[i] = nil
+		}
+	}
+	c.sending = false
+	c.idle.Signal()
+}
+
+// write sends the batch.
+func (c *conn) write() error {
+	c.bufs = c.bufs[:0]
+	for _, s := range c.batch {
+		head := len(c.bufs)
+		c.bufs = s.out.AppendTo(append(c.bufs, s.head[:]))
+		for i := head + 1; i < len(c.bufs); i++ {
+			if b := c.bufs[i]; len(b) > sendPiece {
+				c.bufs = slices.Insert(c.bufs, i+1, b[sendPiece:])
+				c.bufs[i] = b[:sendPiece]
+			}
+		}
+	}
+	defer clear(c.bufs)
+	for i := 0; i < len(c.bufs); {
+		first := i
+		for n := 0; i < len(c.bufs) && n < sendPiece; i++ {
+			n += len(c.bufs[i])
+		}
+		c.out = c.bufs[first:i]
+		if _, err := c.out.WriteTo(c.nc); err != nil {
+			return err
+		}
+		c.moved.Add(1)
+	}
+	return nil
+}
+
+// wait waits until a request is done.
+func (c *conn) wait(r *blk.Req, s *slot) {
+	var stop <-chan struct{}
+	if r.Ctx != nil {
+		stop = r.Ctx.Done()
+	}
+	for {
+		select {
+		case what := <-s.done:
+			if what == finished {
+				return
+			}
+			c.sendQueued(s)
+		case <-stop:
+			stop = nil
+			c.hurry()
+			defer c.relax()
+		}
+	}
+}
+
+// finishLocked tells who waits for a request that it is done.
+// +checklocks:c.mu
+func (c *conn) finishLocked(s *slot) {
+	s.busy = false
+	c.busy--
+	s.done <- finished
+}
+
+// kill ends the connection.
+func (c *conn) kill(err error) {
+	c.mu.Lock()
+	defer c.mu.Unlock()
+	c.killLocked(err)
+}
+
+// +checklocks:c.mu
+func (c *conn) killLocked(err error) {
+	if c.dead == nil {
+		c.dead = err
+		_ = c.nc.Close() // wakes who reads and who sends
+	}
+}
+
+// run reads replies until the connection ends, and tells ended why before the requests that are
+// left are done.
+func (c *conn) run(ended func(error)) {
+	defer func() {
+		c.kill(errors.New("internal error")) // in a panic; else the error is known
+		c.mu.Lock()
+		for c.sending {
+			c.idle.Wait()
+		}
+		err := c.dead
+		c.mu.Unlock()
+		ended(err)
+		c.mu.Lock()
+		for i := range c.slots {
+			if s := &c.slots[i]; s.busy {
+				s.lost = true
+				c.finishLocked(s)
+			}
+		}
+		c.mu.Unlock()
+		close(c.gone)
+	}()
+	for {
+		if err := c.readReply(); err != nil {
+			c.kill(err)
+			return
+		}
+	}
+}
+
+// bye tells the server that nothing more will come, if that can be told at once.
+func (c *conn) bye() {
+	c.mu.Lock()
+	defer c.mu.Unlock()
+	if c.sending || c.dead != nil {
+		return
+	}
+	q := nbdwire.Request{Cmd: nbdwire.CmdDisc}
+	_ = c.nc.SetWriteDeadline(time.Now().Add(10 * time.Millisecond))
+	_, _ = c.nc.Write(q.Append(nil)) // it would see the end in any case
+}
+
+// hurry says that somebody wants to be rid of the requests under way: a server that moves nothing
+// meanwhile is given up. relax takes that back.
+func (c *conn) hurry() {
+	c.mu.Lock()
+	defer c.mu.Unlock()
+	if c.hurries++; c.hurries > 1 || c.dead != nil {
+		return
+	}
+	c.seen = c.moved.Load()
+	if c.watch == nil {
+		c.watch = c.clock.AfterFunc("the watch over an NBD server", silence, c.look)
+	} else {
+		c.watch.Reset(silence)
+	}
+}
+
+func (c *conn) relax() {
+	c.mu.Lock()
+	defer c.mu.Unlock()
+	if c.hurries--; c.hurries == 0 && c.watch != nil {
+		c.watch.Stop()
+	}
+}
+
+func (c *conn) look() {
+	c.mu.Lock()
+	defer c.mu.Unlock()
+	if c.hurries == 0 || c.dead != nil {
+		return
+	}
+	now := c.moved.Load()
+	if now == c.seen && c.busy > 0 {
+		c.killLocked(errSilent)
+		return
+	}
+	c.seen = now
+	c.watch.Reset(silence)
+}

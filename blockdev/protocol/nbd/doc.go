@@ -1,0 +1,37 @@
+// Package nbd is the driver nbd: a disk on an NBD server.
+//
+//	dial.go       the connection to the server
+//	handshake.go  what comes before the first request: options, what the export is like
+//	conn.go       a connection: requests under way, who sends, who waits
+//	reply.go      what the server answers
+//	disk.go       the driver: opening, properties, the end
+//	io.go         requests of the graph as requests of the protocol
+//	link.go       which connection is in use, and what happens when it is lost
+//	names.go      file names
+//
+// # Connections
+//
+// Up to 64 requests are under way on a connection, matched by their cookies. Who issues a request
+// sends it, and with it those that others have queued meanwhile, in one system call; one goroutine
+// reads the replies, data straight into the buffers of the requests.
+//
+//	connected --(connection lost)--> waiting --(reconnect-delay)--> offline
+//	    ^                               |                              |
+//	    +-------------------------------+------(connected again)-------+
+//
+// Requests of a connection that is lost are sent again by the next one while the driver is waiting:
+// up to reconnect-delay. Offline, or without a reconnect-delay, they fail with EIO, and each tries
+// to bring the server back without waiting for that. A server that breaks the protocol is given up
+// for good (state broken): what it says next could be taken for the answer to another request. So
+// is one that comes back with another size, or with less than it could do before, but that is asked
+// again.
+//
+// # What a bad server costs
+//
+// The handshake has 10 s. No reply may be longer than what was asked for, and text no longer than
+// the protocol allows: memory is bounded. Where a server answers nothing at all for 5 s while a
+// request is waited for by a drain, by the end of the node or by a root that is torn down, the
+// connection is given up. While nodes are drained no request waits for a server to come back.
+//
+// Lock order: disk.mu > conn.mu.
+package nbd

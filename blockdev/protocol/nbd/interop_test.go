@@ -1,0 +1,238 @@
+package nbd_test
+
+import (
+	"bytes"
+	"context"
+	"errors"
+	"math/rand/v2"
+	"os"
+	"os/exec"
+	"path/filepath"
+	"syscall"
+	"testing"
+	"time"
+
+	"qblockd/blockdev/drivertest"
+	"qblockd/blockdev/protocol/nbd"
+	"qblockd/graph"
+	"qblockd/graph/blk"
+	"qblockd/schema/types"
+)
+
+// outside starts a server of another make and is where it listens; where it is missing the test is
+// skipped.
+func outside(t *testing.T, args ...string) (path string) {
+	t.Helper()
+	exe, err := exec.LookPath(args[0])
+	if err != nil {
+		t.Skipf("SKIPPED: %s is not installed", args[0])
+	}
+	path = filepath.Join(t.TempDir(), "s")
+	for i, a := range args {
+		if a == "SOCKET" {
+			args[i] = path
+		}
+	}
+	cmd := exec.Command(exe, args[1:]...)
+	cmd.Stderr = os.Stderr
+	if err := cmd.Start(); err != nil {
+		t.Fatal(err)
+	}
+	t.Cleanup(func() {
+		_ = cmd.Process.Kill()
+		_ = cmd.Wait()
+	})
+	for end := time.Now().Add(20 * time.Second); ; {
+		if _, err := os.Stat(path); err == nil {
+			return path
+		}
+		if time.Now().After(end) {
+			t.Fatalf("%v does not start", args)
+		}
+		time.Sleep(5 * time.Millisecond)
+	}
+}
+
+func connect(t *testing.T, g *graph.Graph, path, export string, context *string) *graph.Node {
+	t.Helper()
+	timeout := uint32(20)
+	return drivertest.MustBuild(t, g, drivertest.Spec{
+		Options: graph.Options{Name: "nbd", Kind: graph.Protocol, DriverName: "nbd"},
+		Open: nbd.Def.With(&types.BlockdevOptionsNbd{
+			Export: &export, XDirtyBitmap: context, OpenTimeout: &timeout,
+			Server: types.SocketAddress{Type: "unix", U: &types.UnixSocketAddress{Path: path}},
+		}),
+	})
+}
+
+// TestPeers does random requests on servers of other makes, with all that they refuse, and compares
+// with a byte slice.
+func TestPeers(t *testing.T) {
+	file := filepath.Join(t.TempDir(), "file")
+	for _, c := range []struct {
+		name, export string
+		args         []string
+	}{
+		{"qemu-nbd", "x", []string{"qemu-nbd", "-t", "-f", "raw", "-x", "x", "-k", "SOCKET", "--discard=unmap", file}},
+		{"memory", "", []string{"nbdkit", "-f", "-U", "SOCKET", "memory", "4M"}},
+		{"file", "any", []string{"nbdkit", "-f", "-U", "SOCKET", "file", file}},
+		{"simple replies", "", []string{"nbdkit", "-f", "--no-sr", "-U", "SOCKET", "memory", "4M"}},
+		{"blocks", "", []string{"nbdkit", "-f", "-U", "SOCKET", "--filter=blocksize-policy", "memory", "4M",
+			"blocksize-minimum=4096", "blocksize-preferred=64k", "blocksize-maximum=128k", "blocksize-error-policy=error"}},
+		{"delay", "", []string{"nbdkit", "-f", "-U", "SOCKET", "--filter=delay", "memory", "4M", "rdelay=1ms", "wdelay=1ms"}},
+		{"no zero", "", []string{"nbdkit", "-f", "-U", "SOCKET", "--filter=nozero", "memory", "4M"}},
+		{"no extents", "", []string{"nbdkit", "-f", "-U", "SOCKET", "--filter=noextents", "memory", "4M"}},
+		{"FUA", "", []string{"nbdkit", "-f", "-U", "SOCKET", "--filter=fua", "memory", "4M", "fuamode=emulate"}},
+	} {
+		t.Run(c.name, func(t *testing.T) {
+			if err := os.WriteFile(file, make([]byte, 4<<20), 0o600); err != nil {
+				t.Fatal(err)
+			}
+			path := outside(t, c.args...)
+			g := drivertest.NewGraph(t)
+			compare(t, drivertest.AddRoot(t, g, connect(t, g, path, c.export, nil), drivertest.Writer))
+		})
+	}
+}
+
+func compare(t *testing.T, root *graph.Root) {
+	r, err := root.Begin(context.Background())
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer root.End(r)
+	seed := rand.Uint64()
+	t.Logf("seed %d", seed)
+	rng := rand.New(rand.NewPCG(seed, 0))
+	model := make([]byte, root.Size())
+	for i := range 150 {
+		off := rng.Int64N(int64(len(model)) - 1)
+		n := 1 + rng.Int64N(min(int64(len(model))-off, 300<<10))
+		switch rng.IntN(5) {
+		case 0:
+			b := bytes.Repeat([]byte{byte(i + 1)}, int(n))
+			err = root.WriteAt(r, blk.Buf(b), off, blk.FUA*blk.Flags(rng.IntN(2)))
+			copy(model[off:], b)
+		case 1:
+			err = root.Zero(r, off, n, blk.MayUnmap*blk.Flags(rng.IntN(2)))
+			clear(model[off : off+n])
+		case 2:
+			err = root.Flush(r)
+		case 3:
+			var x blk.Extent
+			if x, err = root.Status(r, off, n); err == nil && x.Zero && !blk.IsZero(model[off:off+x.N]) {
+				t.Fatalf("[%d, +%d): zeroes where there are data", off, x.N)
+			}
+		default:
+			b := make([]byte, n)
+			if err = root.ReadAt(r, blk.Buf(b), off, 0); err == nil && !bytes.Equal(b, model[off:off+n]) {
+				t.Fatalf("[%d, +%d): wrong data", off, n)
+			}
+		}
+		if err != nil {
+			t.Fatalf("step %d at [%d, +%d): %v", i, off, n, err)
+		}
+	}
+}
+
+// Errors of a server come through, and the connection goes on.
+func TestPeerErrors(t *testing.T) {
+	path := outside(t, "nbdkit", "-f", "-U", "SOCKET", "--filter=error", "memory", "4M",
+		"error-pread=ENOMEM", "error-pwrite=ENOSPC", "error-pread-rate=100%", "error-pwrite-rate=100%")
+	g := drivertest.NewGraph(t)
+	root := drivertest.AddRoot(t, g, connect(t, g, path, "", nil), drivertest.Writer)
+	r, err := root.Begin(context.Background())
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer root.End(r)
+	v := blk.Buf(make([]byte, 4096))
+	for range 3 {
+		if err := root.ReadAt(r, v, 0, 0); !errors.Is(err, syscall.ENOMEM) {
+			t.Error(err)
+		}
+		if err := root.WriteAt(r, v, 0, 0); !errors.Is(err, syscall.ENOSPC) {
+			t.Error(err)
+		}
+	}
+	if err := root.Flush(r); err != nil {
+		t.Error(err)
+	}
+}
+
+// A server without options has one export. What nbdkit says that it can do in this style it cannot.
+func TestOldStylePeer(t *testing.T) {
+	path := outside(t, "nbdkit", "-f", "-o", "-r", "-U", "SOCKET", "pattern", "4M")
+	n := drivertest.MustBuild(t, drivertest.NewGraph(t), drivertest.Spec{
+		Options: graph.Options{Name: "nbd", Kind: graph.Protocol, ReadOnly: true},
+		Open: nbd.Def.With(&types.BlockdevOptionsNbd{
+			Server: types.SocketAddress{Type: "unix", U: &types.UnixSocketAddress{Path: path}},
+		}),
+	})
+	b := make([]byte, 16)
+	err := n.Driver().ReadAt(&blk.Req{}, blk.Buf(b), 4096, 0)
+	if err != nil || n.Size() != 4<<20 || b[14] != 16 || b[15] != 8 {
+		t.Errorf("%v, size %d, %x", err, n.Size(), b)
+	}
+}
+
+// A size that is no multiple of sectors is shown rounded up, and reads as zeroes there.
+func TestOddSize(t *testing.T) {
+	path := outside(t, "nbdkit", "-f", "-U", "SOCKET", "memory", "1000")
+	g := drivertest.NewGraph(t)
+	root := drivertest.AddRoot(t, g, connect(t, g, path, "", nil), drivertest.Writer)
+	r, err := root.Begin(context.Background())
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer root.End(r)
+	b := bytes.Repeat([]byte{1}, 1000)
+	if err := root.WriteAt(r, blk.Buf(b), 0, 0); err != nil || root.Size() != 1024 {
+		t.Errorf("%v, size %d", err, root.Size())
+	}
+	got := bytes.Repeat([]byte{9}, 1024)
+	if err := root.ReadAt(r, blk.Buf(got), 0, 0); err != nil || !bytes.Equal(got, append(b, make([]byte, 24)...)) {
+		t.Errorf("%v, %x", err, got[990:])
+	}
+	if err := root.WriteAt(r, blk.Buf(b[:512]), 512, 0); !errors.Is(err, syscall.ENOSPC) {
+		t.Error(err)
+	}
+	if err := root.Zero(r, 512, 512, 0); err != nil {
+		t.Error(err)
+	}
+}
+
+// The dirty bitmap of an image on qemu-nbd is shown as block status: what is dirty is no data.
+func TestDirtyBitmap(t *testing.T) {
+	img, err := exec.LookPath("qemu-img")
+	if err != nil {
+		t.Skip("SKIPPED: qemu-img is not installed")
+	}
+	file := filepath.Join(t.TempDir(), "q")
+	for _, args := range [][]string{
+		{"create", "-q", "-f", "qcow2", file, "4M"}, {"bitmap", "--add", file, "b"},
+	} {
+		if out, err := exec.Command(img, args...).CombinedOutput(); err != nil {
+			t.Fatalf("%s", out)
+		}
+	}
+	if out, err := exec.Command("qemu-io", "-f", "qcow2", "-c", "write 1M 64k", file).CombinedOutput(); err != nil {
+		t.Skipf("SKIPPED: qemu-io: %s", out)
+	}
+	path := outside(t, "qemu-nbd", "-t", "-r", "-f", "qcow2", "-B", "b", "-k", "SOCKET", file)
+	context := "qemu:dirty-bitmap:b"
+	g := drivertest.NewGraph(t)
+	n := drivertest.MustBuild(t, g, drivertest.Spec{
+		Options: graph.Options{Name: "nbd", Kind: graph.Protocol, ReadOnly: true},
+		Open: nbd.Def.With(&types.BlockdevOptionsNbd{
+			XDirtyBitmap: &context, Server: types.SocketAddress{Type: "unix", U: &types.UnixSocketAddress{Path: path}},
+		}),
+	})
+	x, err := n.StatusLayer(&blk.Req{}, 1<<20, 1<<20)
+	if err != nil || x.Data || x.N != 64<<10 {
+		t.Errorf("%+v, %v", x, err)
+	}
+	if x, err = n.StatusLayer(&blk.Req{}, 0, 4<<20); err != nil || !x.Data || x.N != 1<<20 {
+		t.Errorf("%+v, %v", x, err)
+	}
+}

@@ -1,0 +1,274 @@
+package nbd
+
+import (
+	"context"
+	"errors"
+	"log/slog"
+	"net"
+	"sync"
+	"syscall"
+	"time"
+
+	"qblockd/blockdev/nbdwire"
+	"qblockd/events/clock"
+	"qblockd/events/panics"
+	"qblockd/graph/blk"
+)
+
+// Pauses between attempts to connect again; each is twice as long as the one before.
+const firstPause, lastPause = time.Second, 16 * time.Second
+
+// link is the way to a server: the connection in use, and what there is to come back to it.
+type link struct {
+	node  string // for the log
+	dial  func(ctx context.Context) (net.Conn, *export, error)
+	clock clock.Clock
+	delay time.Duration        // reconnect-delay
+	fits  func(e *export) bool // whether the server that has come back is the one that was lost
+
+	ctx    context.Context // of attempts to connect
+	cancel context.CancelFunc
+	work   panics.Group // the reader and the attempt
+
+	mu    sync.Mutex
+	state state // +checklocks:mu
+	// if connected
+	c *conn // +checklocks:mu
+	// closed when state changes
+	changed chan struct{} // +checklocks:mu
+	// an attempt to connect is under way
+	trying bool // +checklocks:mu
+	// those who must not wait for a server: drains, the end of the node
+	holds int // +checklocks:mu
+	// requests that wait for a server
+	waiting int // +checklocks:mu
+	// of delay
+	timer clock.Timer // +checklocks:mu
+}
+
+// state is that of a link; see the package comment.
+type state uint8
+
+const (
+	connected state = iota
+	waiting
+	offline
+	broken // the server has broken the protocol
+	closed
+)
+
+// start takes the first connection into use.
+func (l *link) start(nc net.Conn, e *export) {
+	l.ctx, l.cancel = context.WithCancel(context.Background())
+	l.mu.Lock()
+	l.changed = make(chan struct{})
+	defer l.mu.Unlock()
+	l.useLocked(nc, e)
+}
+
+// +checklocks:l.mu
+func (l *link) useLocked(nc net.Conn, e *export) {
+	c := newConn(nc, e, l.clock)
+	l.c = c
+	for range l.holds {
+		c.hurry()
+	}
+	l.becomeLocked(connected)
+	if l.timer != nil {
+		l.timer.Stop()
+	}
+	l.work.Go("an NBD client", func() { c.run(func(err error) { l.lost(c, err) }) })
+}
+
+// +checklocks:l.mu
+func (l *link) becomeLocked(s state) {
+	l.state = s
+	close(l.changed)
+	l.changed = make(chan struct{})
+}
+
+// do has a request executed by whatever connection there is.
+func (l *link) do(r *blk.Req, q nbdwire.Request, out, in blk.Vec) (nbdwire.Extent, error) {
+	if r.NoWait {
+		return nbdwire.Extent{}, blk.ErrWouldBlock
+	}
+	for again := false; ; again = true {
+		c, err := l.get(r, again)
+		if err != nil {
+			return nbdwire.Extent{}, err
+		}
+		if x, lost, err := c.do(r, q, out, in); !lost {
+			return x, err
+		}
+		if l.delay == 0 {
+			return nbdwire.Extent{}, syscall.EIO
+		}
+	}
+}
+
+// get is the connection in use, or the next one if requests may wait for it. Without one, a request
+// that was not sent yet asks for the next.
+func (l *link) get(r *blk.Req, again bool) (*conn, error) {
+	l.mu.Lock()
+	defer l.mu.Unlock()
+	for l.state == waiting && l.holds == 0 {
+		changed := l.changed
+		l.waiting++
+		l.mu.Unlock()
+		var stop <-chan struct{}
+		if r.Ctx != nil {
+			stop = r.Ctx.Done()
+		}
+		var err error
+		select {
+		case <-changed:
+		case <-stop:
+			err = syscall.ECANCELED
+		}
+		l.mu.Lock()
+		if l.waiting--; err != nil {
+			return nil, err
+		}
+	}
+	if l.state == connected {
+		return l.c, nil
+	}
+	if l.state == offline && !again {
+		l.tryLocked()
+	}
+	return nil, syscall.EIO
+}
+
+// lost is told that a connection has ended.
+func (l *link) lost(c *conn, err error) {
+	l.mu.Lock()
+	defer l.mu.Unlock()
+	if l.state == closed {
+		return
+	}
+	l.c = nil
+	var breach protocolError
+	if errors.As(err, &breach) {
+		slog.Error("an NBD server has broken the protocol", "node", l.node, "error", err)
+		l.becomeLocked(broken)
+		return
+	}
+	slog.Warn("the connection to an NBD server is lost", "node", l.node, "error", err)
+	if l.delay == 0 {
+		l.becomeLocked(offline)
+		return
+	}
+	l.becomeLocked(waiting)
+	if l.timer == nil {
+		l.timer = l.clock.AfterFunc("the reconnect-delay of an NBD client", l.delay, l.tooLate)
+	} else {
+		l.timer.Reset(l.delay)
+	}
+	l.tryLocked()
+}
+
+// tooLate lets the requests fail that wait for a server.
+func (l *link) tooLate() {
+	l.mu.Lock()
+	defer l.mu.Unlock()
+	if l.state == waiting {
+		l.becomeLocked(offline)
+	}
+}
+
+// tryLocked connects again, in the background.
+// +checklocks:l.mu
+func (l *link) tryLocked() {
+	if !l.trying {
+		l.trying = true
+		l.work.Go("an attempt to reach an NBD server", l.try)
+	}
+}
+
+// try connects again: once, or with a reconnect-delay until the server is there.
+func (l *link) try() {
+	for pause := firstPause; ; pause = min(2*pause, lastPause) {
+		if l.tryOnce() {
+			return
+		}
+		over := make(chan struct{})
+		t := l.clock.AfterFunc("a pause of an NBD client", pause, func() { close(over) })
+		select {
+		case <-over:
+		case <-l.ctx.Done():
+			t.Stop()
+		}
+	}
+}
+
+// tryOnce tells whether that was the last attempt.
+func (l *link) tryOnce() bool {
+	nc, e, err := l.dial(l.ctx)
+	l.mu.Lock()
+	defer l.mu.Unlock()
+	switch {
+	case err == nil && l.state != closed && l.fits(e):
+		slog.Info("connected to an NBD server again", "node", l.node)
+		l.useLocked(nc, e)
+		l.trying = false
+		return true
+	case err == nil:
+		_ = nc.Close()
+		if l.state != closed {
+			slog.Warn("an NBD server has come back with another export", "node", l.node)
+		}
+	}
+	if l.state == closed || l.delay == 0 {
+		l.trying = false
+		return true
+	}
+	return false
+}
+
+// hold lets no request wait for a server any more, be it for its answer when it is silent, or for
+// its return. release takes that back.
+func (l *link) hold() {
+	l.mu.Lock()
+	defer l.mu.Unlock()
+	l.holds++
+	if l.c != nil {
+		l.c.hurry()
+	}
+	if l.state == waiting {
+		l.becomeLocked(waiting) // wakes them
+	}
+}
+
+func (l *link) release() {
+	l.mu.Lock()
+	defer l.mu.Unlock()
+	l.holds--
+	if l.c != nil {
+		l.c.relax()
+	}
+}
+
+// quiet tells that no request waits for a server to come back.
+func (l *link) quiet() bool {
+	l.mu.Lock()
+	defer l.mu.Unlock()
+	return l.waiting == 0
+}
+
+// close ends the connection. No request runs.
+func (l *link) close() {
+	l.mu.Lock()
+	c := l.c
+	l.c = nil
+	l.becomeLocked(closed)
+	if l.timer != nil {
+		l.timer.Stop()
+	}
+	l.mu.Unlock()
+	l.cancel()
+	if c != nil {
+		c.bye()
+		c.kill(errClosed)
+	}
+	l.work.Wait()
+}

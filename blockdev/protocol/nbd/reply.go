@@ -1,0 +1,263 @@
+package nbd
+
+import (
+	"fmt"
+	"io"
+
+	"qblockd/blockdev/nbdwire"
+	"qblockd/graph/blk"
+)
+
+// maxStatus is how long a chunk with extents may be, in bytes; one extent was asked for.
+const maxStatus = 1000
+
+// protocolError is what a server has done that it must not: nothing it says can be relied on.
+type protocolError string
+
+func (e protocolError) Error() string { return "Protocol error: " + string(e) }
+
+func breach(format string, a ...any) error { return protocolError(fmt.Sprintf(format, a...)) }
+
+// readReply takes in a simple reply or one chunk of a structured one.
+func (c *conn) readReply() error {
+	b, err := c.in.Peek(nbdwire.SimpleSize)
+	if err != nil {
+		return err
+	}
+	var p nbdwire.Reply
+	n, err := p.ParseReply(b)
+	if n == 0 && err == nil {
+		if b, err = c.in.Peek(nbdwire.ChunkSize); err != nil {
+			return err
+		}
+		n, err = p.ParseReply(b)
+	}
+	if err != nil {
+		return breach("invalid magic")
+	}
+	_, _ = c.in.Discard(n) // it is buffered
+	s := c.find(p.Cookie)
+	switch {
+	case s == nil:
+		return breach("reply to a request that is not under way")
+	case p.Structured:
+		err = c.chunk(s, &p)
+	default:
+		err = c.simple(s, &p)
+	}
+	if err != nil || !p.Done() {
+		return err
+	}
+	if err := s.complete(); err != nil {
+		return err
+	}
+	c.mu.Lock()
+	if s.answered = true; s.sent {
+		c.finishLocked(s)
+	}
+	c.mu.Unlock()
+	return nil
+}
+
+// find is the slot of the request with a cookie, nil if it is not under way.
+func (c *conn) find(cookie uint64) *slot {
+	s := &c.slots[cookie%maxInFlight]
+	c.mu.Lock()
+	defer c.mu.Unlock()
+	if !s.busy || s.answered || s.req.Cookie != cookie {
+		return nil
+	}
+	return s
+}
+
+// complete checks that an answer that has no error has all that was asked for.
+func (s *slot) complete() error {
+	switch {
+	case s.err != nil:
+	case s.req.Cmd == nbdwire.CmdRead && s.filled != int64(s.req.Len):
+		return breach("%d bytes in reply to a read of %d", s.filled, s.req.Len)
+	case s.req.Cmd == nbdwire.CmdBlockStatus && s.extents == 0:
+		return breach("Server did not reply with any status extents")
+	}
+	return nil
+}
+
+// simple takes in a simple reply.
+func (c *conn) simple(s *slot, p *nbdwire.Reply) error {
+	read := s.req.Cmd == nbdwire.CmdRead
+	if c.e.structured && (read || s.req.Cmd == nbdwire.CmdBlockStatus) {
+		return breach("simple reply when structured reply chunk was expected")
+	}
+	if p.Errno != 0 {
+		s.err = nbdwire.FromErrno(p.Errno)
+		return nil
+	}
+	if !read {
+		return nil
+	}
+	s.filled = int64(s.req.Len)
+	return c.readInto(s.in, 0, int64(s.req.Len))
+}
+
+// chunk takes in a chunk of a structured reply.
+func (c *conn) chunk(s *slot, p *nbdwire.Reply) error {
+	if !c.e.structured {
+		return breach("structured reply when simple reply was expected")
+	}
+	read := s.req.Cmd == nbdwire.CmdRead
+	switch {
+	case p.Type == nbdwire.ChunkNone:
+		if !p.Done() {
+			return breach("NBD_REPLY_TYPE_NONE chunk without NBD_REPLY_FLAG_DONE flag set")
+		}
+		if p.Len != 0 {
+			return breach("NBD_REPLY_TYPE_NONE chunk with nonzero length")
+		}
+		return nil
+	case p.Type == nbdwire.ChunkOffsetData && read:
+		return c.dataChunk(s, p.Len)
+	case p.Type == nbdwire.ChunkOffsetHole && read:
+		return c.holeChunk(s, p.Len)
+	case p.Type == nbdwire.ChunkBlockStatus && s.req.Cmd == nbdwire.CmdBlockStatus:
+		return c.statusChunk(s, p.Len)
+	case p.Type&nbdwire.ChunkErrBit != 0:
+		return c.errorChunk(s, p)
+	}
+	return breach("Unexpected reply type: %d for %s", p.Type, nbdwire.CmdName(s.req.Cmd))
+}
+
+// payload reads a small payload; it holds until the next call.
+func (c *conn) payload(n uint32) ([]byte, error) {
+	b, err := c.in.Peek(int(n))
+	if err == nil {
+		_, _ = c.in.Discard(int(n)) // it is buffered
+	}
+	return b, err
+}
+
+func (c *conn) dataChunk(s *slot, n uint32) error {
+	if n <= 8 {
+		return breach("invalid payload for NBD_REPLY_TYPE_OFFSET_DATA")
+	}
+	if n-8 > s.req.Len {
+		return breach("server sent chunk exceeding requested region")
+	}
+	b, err := c.payload(8)
+	if err != nil {
+		return err
+	}
+	at, err := s.part(be64(b), n-8)
+	if err != nil {
+		return err
+	}
+	return c.readInto(s.in, at, int64(n-8))
+}
+
+func (c *conn) holeChunk(s *slot, n uint32) error {
+	if n != 12 {
+		return breach("invalid payload for NBD_REPLY_TYPE_OFFSET_HOLE")
+	}
+	b, err := c.payload(n)
+	if err != nil {
+		return err
+	}
+	off, k, err := nbdwire.ParseHole(b)
+	if err != nil || k == 0 {
+		return breach("invalid payload for NBD_REPLY_TYPE_OFFSET_HOLE")
+	}
+	at, err := s.part(off, k)
+	if err == nil {
+		s.in.Slice(at, int64(k)).Zero()
+	}
+	return err
+}
+
+// part is where in a read's buffer a chunk of n bytes from off on belongs. Bytes that no chunk
+// fills must not show what was in the buffer before, so where chunks come out of order all that is
+// not there yet is zeroed.
+func (s *slot) part(off uint64, n uint32) (at int64, err error) {
+	begin, size := s.req.Off, uint64(s.req.Len)
+	if off < begin || off-begin > size || uint64(n) > size-(off-begin) || s.filled+int64(n) > int64(size) {
+		return 0, breach("server sent chunk exceeding requested region")
+	}
+	at = int64(off - begin)
+	if at != s.filled && !s.scattered {
+		s.scattered = true
+		s.in.Slice(s.filled, int64(size)-s.filled).Zero()
+	}
+	s.filled += int64(n)
+	return at, nil
+}
+
+func (c *conn) statusChunk(s *slot, n uint32) error {
+	if n > maxStatus {
+		return breach("Payload too large")
+	}
+	b, err := c.payload(n)
+	if err != nil {
+		return err
+	}
+	var few [1]nbdwire.Extent
+	if len(b) > 4+nbdwire.ExtentSize && (len(b)-4)%nbdwire.ExtentSize == 0 {
+		b = b[:4+nbdwire.ExtentSize] // more than was asked for
+	}
+	id, xs, err := nbdwire.ParseBlockStatus(b, few[:0])
+	switch {
+	case err != nil:
+		return breach("invalid payload for NBD_REPLY_TYPE_BLOCK_STATUS")
+	case id != c.e.context:
+		return breach("unexpected context id %d for NBD_REPLY_TYPE_BLOCK_STATUS, when negotiated context id is %d",
+			id, c.e.context)
+	case xs[0].N == 0:
+		return breach("server sent status chunk with zero length")
+	case s.extents > 0:
+		return breach("Several BLOCK_STATUS chunks in reply")
+	}
+	s.extent, s.extents = xs[0], 1
+	return nil
+}
+
+func (c *conn) errorChunk(s *slot, p *nbdwire.Reply) error {
+	if p.Len < 6 || p.Len > 6+nbdwire.MaxString+8 {
+		return breach("invalid payload for structured error")
+	}
+	b, err := c.payload(p.Len)
+	if err != nil {
+		return err
+	}
+	typ := p.Type
+	if typ != nbdwire.ChunkErrorOffset {
+		typ = nbdwire.ChunkError // others are to be taken for it
+	}
+	no, _, _, err := nbdwire.ParseError(typ, b)
+	switch {
+	case err != nil:
+		return breach("server sent structured error chunk with incorrect message size")
+	case no == 0:
+		return breach("server sent structured error chunk with error = 0")
+	}
+	if s.err == nil {
+		s.err = nbdwire.FromErrno(no)
+	}
+	return nil
+}
+
+// readInto fills [at, at+n) of v.
+func (c *conn) readInto(v blk.Vec, at, n int64) error {
+	c.parts = v.AppendTo(c.parts[:0])
+	defer clear(c.parts)
+	for _, b := range c.parts {
+		if at >= int64(len(b)) {
+			at -= int64(len(b))
+			continue
+		}
+		b = b[at:min(at+n, int64(len(b)))]
+		if _, err := io.ReadFull(c.in, b); err != nil {
+			return err
+		}
+		if at, n = 0, n-int64(len(b)); n == 0 {
+			break
+		}
+	}
+	return nil
+}
