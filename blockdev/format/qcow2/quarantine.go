@@ -186,6 +186,12 @@ func (s *allocator) reap(r *blk.Req, all bool) {
 	}
 }
 
+// clusters are the numbers of the first cluster that f touches, and of the one behind the last. An
+// image may say that f ends where offsets do.
+func (f freed) clusters(cb uint) (first, behind int64) {
+	return f.off >> cb, (f.off+f.n-1)>>cb + 1
+}
+
 // maxBatch is how many clusters are given back before others get the lock: those of a large bitmap
 // or snapshot are a million.
 const maxBatch = 4096
@@ -194,7 +200,7 @@ const maxBatch = 4096
 func batch(l []freed, cb uint) (now, rest []freed) {
 	room := int64(maxBatch)
 	for i, f := range l {
-		first, end := f.off>>cb, (f.off+f.n+1<<cb-1)>>cb
+		first, end := f.clusters(cb)
 		if room == 0 {
 			return now, l[i:]
 		}
@@ -219,7 +225,7 @@ func (s *allocator) punch(r *blk.Req, fs []freed) {
 			continue
 		}
 		s.step(r, blk.EvClusterFree)
-		for c := f.off >> s.cb; c<<s.cb < f.off+f.n; c++ {
+		for c, end := f.clusters(s.cb); c < end; c++ {
 			if n, err := s.refcount(r, c); err != nil || n != 1 || s.wrong.at(c) {
 				continue
 			}
@@ -248,7 +254,7 @@ func (s *allocator) punch(r *blk.Req, fs []freed) {
 func (s *allocator) unref(r *blk.Req, f freed) {
 	r = patient(r)
 	s.step(r, blk.EvClusterFree)
-	for c := f.off >> s.cb; c<<s.cb < f.off+f.n; c++ {
+	for c, end := f.clusters(s.cb); c < end; c++ {
 		if s.wrong.at(c) {
 			continue // others refer to it
 		}
