@@ -2,7 +2,6 @@ package blockdev
 
 import (
 	"context"
-	"sync/atomic"
 	"time"
 
 	"qblockd/events/panics"
@@ -24,8 +23,7 @@ func (q *queries) primeActual(ctx context.Context, n *graph.Node) error {
 		return nil
 	}
 	r := q.record(n)
-	_, err := await(ctx, func() bool { r.ask(s); return true })
-	return err
+	return panics.Await(ctx, "a look at a file", func() { r.ask(s) })
 }
 
 func (r *record) ask(s graph.Sizer) {
@@ -43,17 +41,18 @@ func (q *queries) refreshActual(vs []view) {
 		r *record
 		s graph.Sizer
 	}
-	var jobs []job
+	jobs := make(chan job, len(vs))
 	for i := range vs {
 		if s, ok := vs[i].node.Driver().(graph.Sizer); ok && !vs[i].rec.asking.Load() {
-			jobs = append(jobs, job{vs[i].rec, s})
+			jobs <- job{vs[i].rec, s}
 		}
 	}
+	close(jobs)
 	if len(jobs) == 0 {
 		return
 	}
-	var next atomic.Int64
-	var late atomic.Bool
+	ctx, late := context.WithTimeout(context.Background(), sizePatience)
+	defer late()
 	var wg panics.Group
 	for range min(sizeParallel, len(jobs)) {
 		if q.asking.Add(1) > sizeStuck {
@@ -62,27 +61,15 @@ func (q *queries) refreshActual(vs []view) {
 		}
 		wg.Go("allocated sizes", func() {
 			defer q.asking.Add(-1)
-			for !late.Load() {
-				i := int(next.Add(1)) - 1
-				if i >= len(jobs) {
-					return
-				}
-				if j := jobs[i]; j.r.asking.CompareAndSwap(false, true) {
+			for j := range jobs {
+				if ctx.Err() == nil && j.r.asking.CompareAndSwap(false, true) {
 					j.r.ask(j.s)
 					j.r.asking.Store(false)
 				}
 			}
 		})
 	}
-	done := make(chan struct{})
-	panics.Go("a wait for allocated sizes", func() { wg.Wait(); close(done) }, nil)
-	timer := time.NewTimer(sizePatience)
-	defer timer.Stop()
-	select {
-	case <-done:
-	case <-timer.C:
-		late.Store(true)
-	}
+	_ = panics.Await(ctx, "a wait for allocated sizes", wg.Wait)
 }
 
 // actualSize is the allocated size of n, whose record is r, as last heard: its own, that of what it

@@ -78,32 +78,20 @@ func (c *catalog) protocolOptions(ctx context.Context, name string) (*types.Bloc
 // pathDriver is the driver for a path, nil if there is none, and tells whether it leads to a
 // device. It blocks as long as the storage does, but no longer than ctx.
 func (c *catalog) pathDriver(ctx context.Context, name string) (d *driver.Any, device bool, err error) {
-	mode, err := await(ctx, func() fs.FileMode {
-		st, err := os.Stat(name)
-		if err != nil {
-			return 0
+	var mode fs.FileMode
+	err = panics.Await(ctx, "a look at a file", func() { // which may get stuck in the kernel
+		if st, err := os.Stat(name); err == nil {
+			mode = st.Mode()
 		}
-		return st.Mode()
 	})
+	if err != nil {
+		return nil, false, err
+	}
 	i := slices.IndexFunc(c.order, func(d *driver.Any) bool { return d.TakesPath != nil && d.TakesPath(mode) })
 	if i >= 0 {
 		d = c.order[i]
 	}
-	return d, mode&fs.ModeDevice != 0, err
-}
-
-// await calls f, which may get stuck in the kernel, and waits for its result no longer than ctx.
-func await[T any](ctx context.Context, f func() T) (got T, err error) {
-	done, failed := make(chan T, 1), make(chan error, 1)
-	panics.Go("a look at a file", func() { done <- f() }, func(err error) { failed <- err })
-	select {
-	case got = <-done:
-		return got, nil
-	case err := <-failed:
-		return got, err
-	case <-ctx.Done():
-		return got, ctx.Err()
-	}
+	return d, mode&fs.ModeDevice != 0, nil
 }
 
 // jsonOptions reads what follows "json:" in a file name. A format that was given beside it wins

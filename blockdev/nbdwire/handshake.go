@@ -1,6 +1,8 @@
 package nbdwire
 
 import (
+	"bytes"
+	"cmp"
 	"encoding/binary"
 	"errors"
 	"fmt"
@@ -30,17 +32,6 @@ func AppendGreeting(b []byte, flags uint16) []byte {
 	b = be.AppendUint64(b, MagicInit)
 	b = be.AppendUint64(b, MagicOption)
 	return be.AppendUint16(b, flags)
-}
-
-// ParseGreeting decodes GreetingSize bytes. The old style (no options) gives ErrMagic.
-func ParseGreeting(b []byte) (flags uint16, err error) {
-	if len(b) < GreetingSize {
-		return 0, ErrShort
-	}
-	if be.Uint64(b) != MagicInit || be.Uint64(b[8:]) != MagicOption {
-		return 0, ErrMagic
-	}
-	return be.Uint16(b[16:]), nil
 }
 
 // ParseExportNameReply decodes the first ExportNameReply bytes of the answer to OptExportName.
@@ -109,50 +100,53 @@ func ParseOptReply(b []byte) (OptReply, error) {
 	return OptReply{Opt: be.Uint32(b[8:]), Type: be.Uint32(b[12:]), Len: be.Uint32(b[16:])}, nil
 }
 
-// reader takes members off an option's data.
-type reader struct{ b []byte }
-
-func (r *reader) uint32() (uint32, error) {
-	if len(r.b) < 4 {
-		return 0, ErrLengths
-	}
-	v := be.Uint32(r.b)
-	r.b = r.b[4:]
-	return v, nil
+// reader takes members off an option's data. After an error, which stays, there is nothing left.
+type reader struct {
+	b   []byte
+	err error
 }
 
-func (r *reader) uint16() (uint16, error) {
-	if len(r.b) < 2 {
-		return 0, ErrLengths
+func (r *reader) fail(err error) { r.b, r.err = nil, cmp.Or(r.err, err) }
+
+// take takes n bytes, nil if there are fewer.
+func (r *reader) take(n uint32) (b []byte) {
+	if uint64(len(r.b)) < uint64(n) {
+		r.fail(ErrLengths)
+		return nil
 	}
-	v := be.Uint16(r.b)
-	r.b = r.b[2:]
-	return v, nil
+	b, r.b = r.b[:n], r.b[n:]
+	return b
+}
+
+func (r *reader) uint32() uint32 {
+	if b := r.take(4); b != nil {
+		return be.Uint32(b)
+	}
+	return 0
+}
+
+func (r *reader) uint16() uint16 {
+	if b := r.take(2); b != nil {
+		return be.Uint16(b)
+	}
+	return 0
 }
 
 // text takes n bytes without a NUL.
-func (r *reader) text(n uint32) (string, error) {
-	if uint64(len(r.b)) < uint64(n) {
-		return "", ErrLengths
+func (r *reader) text(n uint32) string {
+	s := r.take(n)
+	if bytes.IndexByte(s, 0) >= 0 {
+		r.fail(ErrNUL)
+		return ""
 	}
-	s := r.b[:n]
-	r.b = r.b[n:]
-	for _, c := range s {
-		if c == 0 {
-			return "", ErrNUL
-		}
-	}
-	return string(s), nil
+	return string(s)
 }
 
 // name takes a length and that many bytes, at most MaxString.
-func (r *reader) name() (string, error) {
-	n, err := r.uint32()
-	if err != nil {
-		return "", err
-	}
+func (r *reader) name() string {
+	n := r.uint32()
 	if n > MaxString {
-		return "", NameLengthError(n)
+		r.fail(NameLengthError(n))
 	}
 	return r.text(n)
 }
@@ -177,25 +171,15 @@ func (q *InfoRequest) Append(b []byte) []byte {
 // ParseInfoRequest decodes the data of OptInfo or OptGo. Errors: ErrLengths, ErrNUL, ErrTrailing,
 // NameLengthError.
 func ParseInfoRequest(data []byte) (q InfoRequest, err error) {
-	r := reader{data}
-	if q.Name, err = r.name(); err != nil {
-		return q, err
-	}
-	n, err := r.uint16()
-	if err != nil {
-		return q, err
-	}
-	for range n {
-		i, err := r.uint16()
-		if err != nil {
-			return q, err
-		}
-		q.Infos = append(q.Infos, i)
+	r := reader{b: data}
+	q.Name = r.name()
+	for n := r.uint16(); n > 0 && r.err == nil; n-- {
+		q.Infos = append(q.Infos, r.uint16())
 	}
 	if len(r.b) > 0 {
-		return q, ErrTrailing
+		r.fail(ErrTrailing)
 	}
-	return q, nil
+	return q, r.err
 }
 
 // Info is one item of the answer to OptInfo and OptGo. Which members count depends on Type.
@@ -264,22 +248,6 @@ func AppendServer(b []byte, name, description string) []byte {
 	return append(b, description...)
 }
 
-// ParseServer decodes the data of a RepServer reply.
-func ParseServer(data []byte) (name, description string, err error) {
-	r := reader{data}
-	n, err := r.uint32()
-	if err != nil {
-		return "", "", err
-	}
-	if n > MaxString {
-		return "", "", NameLengthError(n)
-	}
-	if uint64(n) > uint64(len(r.b)) {
-		return "", "", ErrLengths
-	}
-	return string(r.b[:n]), string(r.b[n:]), nil
-}
-
 // MetaQueries is the data of OptListMetaContext and OptSetMetaContext, read step by step
 // because the export's name decides whether the rest matters.
 type MetaQueries struct {
@@ -290,32 +258,26 @@ type MetaQueries struct {
 // ParseMetaQueries decodes the export's name.
 func ParseMetaQueries(data []byte) (q MetaQueries, err error) {
 	q.r.b = data
-	q.Name, err = q.r.name()
-	return q, err
+	q.Name = q.r.name()
+	return q, q.r.err
 }
 
 // Count decodes the number of queries that follow.
-func (q *MetaQueries) Count() (uint32, error) { return q.r.uint32() }
+func (q *MetaQueries) Count() (uint32, error) {
+	n := q.r.uint32()
+	return n, q.r.err
+}
 
 // Next decodes one query; ok is false for one longer than MaxString, which matches nothing.
 func (q *MetaQueries) Next() (query string, ok bool, err error) {
-	n, err := q.r.uint32()
-	if err != nil {
-		return "", false, err
-	}
+	n := q.r.uint32()
 	if n > MaxString {
-		if uint64(n) > uint64(len(q.r.b)) {
-			return "", false, ErrLengths
-		}
-		q.r.b = q.r.b[n:]
-		return "", false, nil
+		q.r.take(n)
+		return "", false, q.r.err
 	}
-	query, err = q.r.text(n)
-	return query, err == nil, err
+	query = q.r.text(n)
+	return query, q.r.err == nil, q.r.err
 }
-
-// Rest is the number of bytes not decoded yet.
-func (q *MetaQueries) Rest() int { return len(q.r.b) }
 
 // AppendMetaQueries appends the data of OptListMetaContext or OptSetMetaContext.
 func AppendMetaQueries(b []byte, name string, queries ...string) []byte {

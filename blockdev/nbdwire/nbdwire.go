@@ -6,6 +6,8 @@
 // alone can tell (magic, lengths) and never look beyond the slice they are given.
 package nbdwire
 
+import "cmp"
+
 // Magic numbers.
 const (
 	MagicInit       uint64 = 0x4e42444d41474943 // "NBDMAGIC", first bytes of every server
@@ -152,81 +154,28 @@ const (
 	StateZero  uint32 = 1 << 1
 )
 
+var optNames = map[uint32]string{
+	OptExportName: "export name", OptAbort: "abort", OptList: "list", OptStartTLS: "starttls", OptInfo: "info", OptGo: "go",
+	OptStructuredReply: "structured reply", OptListMetaContext: "list meta context", OptSetMetaContext: "set meta context",
+}
+
 // OptName is the name of an option in error texts.
-func OptName(opt uint32) string {
-	switch opt {
-	case OptExportName:
-		return "export name"
-	case OptAbort:
-		return "abort"
-	case OptList:
-		return "list"
-	case OptStartTLS:
-		return "starttls"
-	case OptInfo:
-		return "info"
-	case OptGo:
-		return "go"
-	case OptStructuredReply:
-		return "structured reply"
-	case OptListMetaContext:
-		return "list meta context"
-	case OptSetMetaContext:
-		return "set meta context"
-	}
-	return "<unknown>"
+func OptName(opt uint32) string { return cmp.Or(optNames[opt], "<unknown>") }
+
+var repNames = map[uint32]string{
+	RepAck: "ack", RepServer: "server", RepInfo: "info", RepMetaContext: "meta context",
+	RepErrUnsup: "unsupported", RepErrPolicy: "denied by policy", RepErrInvalid: "invalid",
+	RepErrPlatform: "platform lacks support", RepErrTLSReqd: "TLS required", RepErrUnknown: "export unknown",
+	RepErrShutdown: "server shutting down", RepErrBlockSizeReqd: "block size required",
 }
 
 // RepName is the name of a reply to an option in error texts.
-func RepName(rep uint32) string {
-	switch rep {
-	case RepAck:
-		return "ack"
-	case RepServer:
-		return "server"
-	case RepInfo:
-		return "info"
-	case RepMetaContext:
-		return "meta context"
-	case RepErrUnsup:
-		return "unsupported"
-	case RepErrPolicy:
-		return "denied by policy"
-	case RepErrInvalid:
-		return "invalid"
-	case RepErrPlatform:
-		return "platform lacks support"
-	case RepErrTLSReqd:
-		return "TLS required"
-	case RepErrUnknown:
-		return "export unknown"
-	case RepErrShutdown:
-		return "server shutting down"
-	case RepErrBlockSizeReqd:
-		return "block size required"
-	}
-	return "<unknown>"
+func RepName(rep uint32) string { return cmp.Or(repNames[rep], "<unknown>") }
+
+var cmdNames = map[uint16]string{
+	CmdRead: "read", CmdWrite: "write", CmdDisc: "disconnect", CmdFlush: "flush", CmdTrim: "trim", CmdCache: "cache",
+	CmdWriteZeroes: "write zeroes", CmdBlockStatus: "block status",
 }
 
 // CmdName is the name of a command in error texts.
-func CmdName(cmd uint16) string {
-	switch cmd {
-	case CmdRead:
-		return "read"
-	case CmdWrite:
-		return "write"
-	case CmdDisc:
-		return "disconnect"
-	case CmdFlush:
-		return "flush"
-	case CmdTrim:
-		return "trim"
-	case CmdCache:
-		return "cache"
-	case CmdWriteZeroes:
-		return "write zeroes"
-	case CmdBlockStatus:
-		return "block status"
-	}
-	return "<unknown>"
-}
+func CmdName(cmd uint16) string { return cmp.Or(cmdNames[cmd], "<unknown>") }

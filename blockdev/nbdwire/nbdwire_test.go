@@ -13,11 +13,8 @@ import (
 )
 
 func TestHandshakeRoundTrips(t *testing.T) {
-	if f, err := ParseGreeting(AppendGreeting(nil, FixedNewstyle|NoZeroes)); f != 3 || err != nil {
-		t.Errorf("greeting: %v %v", f, err)
-	}
-	if _, err := ParseGreeting([]byte("NBDMAGIC\x00\x00\x42\x02\x81\x86\x12\x53\x00\x00")); err != ErrMagic {
-		t.Errorf("old style greeting: %v", err)
+	if b := AppendGreeting(nil, FixedNewstyle|NoZeroes); string(b) != "NBDMAGICIHAVEOPT\x00\x03" {
+		t.Errorf("greeting: %q", b)
 	}
 	o, err := ParseOption(AppendOption(nil, OptGo, []byte("abc")))
 	if o != (Option{OptGo, 3}) || err != nil {
@@ -42,9 +39,8 @@ func TestHandshakeRoundTrips(t *testing.T) {
 			t.Errorf("info: %v, want %v; %v", got, i, err)
 		}
 	}
-	name, desc, err := ParseServer(AppendServer(nil, "x", "the x")[OptReplySize:])
-	if name != "x" || desc != "the x" || err != nil {
-		t.Errorf("server: %q %q %v", name, desc, err)
+	if b := AppendServer(nil, "x", "the x")[OptReplySize:]; string(b) != "\x00\x00\x00\x01xthe x" {
+		t.Errorf("server: %q", b)
 	}
 	id, ctx, err := ParseMetaContext(AppendMetaContext(nil, OptSetMetaContext, 7, ContextDepth)[OptReplySize:])
 	if id != 7 || ctx != ContextDepth || err != nil {
@@ -87,7 +83,7 @@ func TestMetaQueries(t *testing.T) {
 			t.Errorf("%d: %q %v %v", i, s, ok, err)
 		}
 	}
-	if _, _, err := q.Next(); err != ErrLengths || q.Rest() != 0 {
+	if _, _, err := q.Next(); err != ErrLengths {
 		t.Errorf("beyond the end: %v", err)
 	}
 }
@@ -118,8 +114,8 @@ func TestTransmissionRoundTrips(t *testing.T) {
 	if n, err := p.ParseReply(b); n != ChunkSize || err != nil || p.Done() || p.Len != 10 || p.Type != ChunkOffsetData {
 		t.Errorf("data chunk: %v %v %v", n, p, err)
 	}
-	if off, err := ParseData(append(b, 1, 2)[ChunkSize:]); off != 4096 || err != nil {
-		t.Errorf("data: %v %v", off, err)
+	if off := be.Uint64(b[ChunkSize:]); off != 4096 {
+		t.Errorf("data at %d", off)
 	}
 	if n, err := p.ParseReply(b[:17]); n != 0 || err != nil {
 		t.Errorf("incomplete chunk: %v %v", n, err)
@@ -200,15 +196,12 @@ func FuzzParse(f *testing.F) {
 	f.Add(AppendErrorOffset(nil, 1, EIO, 2, "m")[ChunkSize:])
 	f.Add(AppendBlockStatus(nil, 0, 1, 2, []Extent{{3, 4}})[ChunkSize:])
 	f.Fuzz(func(t *testing.T, b []byte) {
-		ParseGreeting(b)
 		ParseOption(b)
 		ParseExportNameReply(b)
 		ParseOldStyle(b)
 		ParseOptReply(b)
 		ParseInfo(b)
-		ParseServer(b)
 		ParseMetaContext(b)
-		ParseData(b)
 		ParseHole(b)
 		ParseError(ChunkError, b)
 		ParseError(ChunkErrorOffset, b)

@@ -30,7 +30,6 @@ func (q *Request) Parse(b []byte) error {
 	if len(b) < RequestSize {
 		return ErrShort
 	}
-	_ = b[RequestSize-1]
 	q.Flags = be.Uint16(b[4:])
 	q.Cmd = be.Uint16(b[6:])
 	q.Cookie = be.Uint64(b[8:])
@@ -143,14 +142,6 @@ func (p *Reply) ParseReply(b []byte) (size int, err error) {
 	return 0, ErrMagic
 }
 
-// ParseData decodes the offset in front of the data of a ChunkOffsetData.
-func ParseData(payload []byte) (off uint64, err error) {
-	if len(payload) < 9 {
-		return 0, ErrShort
-	}
-	return be.Uint64(payload), nil
-}
-
 // ParseHole decodes the payload of a ChunkOffsetHole.
 func ParseHole(payload []byte) (off uint64, n uint32, err error) {
 	if len(payload) != 12 {
@@ -191,7 +182,7 @@ func ParseBlockStatus(payload []byte, es []Extent) (context uint32, _ []Extent, 
 	return context, es, nil
 }
 
-// Error numbers of the wire; they are Linux' whatever the host.
+// Error numbers of the wire; they are those of Linux.
 const (
 	EPERM     uint32 = 1
 	EIO       uint32 = 5
@@ -203,26 +194,17 @@ const (
 	ESHUTDOWN uint32 = 108
 )
 
+var errnos = map[syscall.Errno]uint32{
+	0: 0, syscall.EPERM: EPERM, syscall.EROFS: EPERM, syscall.EIO: EIO, syscall.ENOMEM: ENOMEM,
+	syscall.EDQUOT: ENOSPC, syscall.EFBIG: ENOSPC, syscall.ENOSPC: ENOSPC,
+	syscall.EOVERFLOW: EOVERFLOW, syscall.ENOTSUP: ENOTSUP, syscall.ESHUTDOWN: ESHUTDOWN,
+}
+
 // Errno is the error number that tells err to a client; 0 for nil. It follows blk.Errno;
 // numbers the protocol does not have become EINVAL.
 func Errno(err error) uint32 {
-	switch blk.Errno(err) {
-	case 0:
-		return 0
-	case syscall.EPERM, syscall.EROFS:
-		return EPERM
-	case syscall.EIO:
-		return EIO
-	case syscall.ENOMEM:
-		return ENOMEM
-	case syscall.EDQUOT, syscall.EFBIG, syscall.ENOSPC:
-		return ENOSPC
-	case syscall.EOVERFLOW:
-		return EOVERFLOW
-	case syscall.ENOTSUP:
-		return ENOTSUP
-	case syscall.ESHUTDOWN:
-		return ESHUTDOWN
+	if no, ok := errnos[blk.Errno(err)]; ok {
+		return no
 	}
 	if errors.Is(err, blk.ErrClosed) {
 		return ESHUTDOWN
@@ -235,20 +217,8 @@ func FromErrno(no uint32) error {
 	switch no {
 	case 0:
 		return nil
-	case EPERM:
-		return syscall.EPERM
-	case EIO:
-		return syscall.EIO
-	case ENOMEM:
-		return syscall.ENOMEM
-	case ENOSPC:
-		return syscall.ENOSPC
-	case EOVERFLOW:
-		return syscall.EOVERFLOW
-	case ENOTSUP:
-		return syscall.ENOTSUP
-	case ESHUTDOWN:
-		return syscall.ESHUTDOWN
+	case EPERM, EIO, ENOMEM, ENOSPC, EOVERFLOW, ENOTSUP, ESHUTDOWN:
+		return syscall.Errno(no)
 	}
 	return syscall.EINVAL
 }

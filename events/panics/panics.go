@@ -22,6 +22,7 @@
 package panics
 
 import (
+	"context"
 	"fmt"
 	"log/slog"
 	"os"
@@ -78,6 +79,19 @@ func (g *Group) Go(what string, f func()) {
 		defer Catch(what, nil)
 		f()
 	}()
+}
+
+// Await calls f in a goroutine and waits for it no longer than ctx, whose end is the error then: f
+// goes on, and what it writes is not to be looked at. Other errors: f has panicked.
+func Await(ctx context.Context, what string, f func()) error {
+	done := make(chan error, 1)
+	Go(what, func() { f(); done <- nil }, func(err error) { done <- err })
+	select {
+	case err := <-done:
+		return err
+	case <-ctx.Done():
+		return ctx.Err()
+	}
 }
 
 // AfterFunc is time.AfterFunc with a function that is contained.

@@ -1,6 +1,7 @@
 package panics
 
 import (
+	"context"
 	"errors"
 	"log/slog"
 	"strings"
@@ -61,6 +62,25 @@ func TestContained(t *testing.T) {
 	AfterFunc("a timer", time.Nanosecond, func() { panic("late") })
 	if log := b.until("panic=late"); !strings.Contains(log, "panic=oh") || !strings.Contains(log, "index out of range") || !strings.Contains(log, "panics_test.go") {
 		t.Errorf("log: %s", log)
+	}
+}
+
+func TestAwait(t *testing.T) {
+	logged(t)
+	defer Contain()()
+	done, stuck := false, make(chan struct{})
+	defer close(stuck)
+	if err := Await(t.Context(), "a look", func() { done = true }); err != nil || !done {
+		t.Errorf("%v, done: %v", err, done)
+	}
+	ctx, cancel := context.WithCancel(t.Context())
+	cancel()
+	if err := Await(ctx, "a look", func() { <-stuck }); err != context.Canceled {
+		t.Errorf("not over: %v", err)
+	}
+	var p *Error
+	if err := Await(t.Context(), "a look", func() { panic("oh") }); !errors.As(err, &p) || p.What != "a look" {
+		t.Errorf("after a panic: %v", err)
 	}
 }
 

@@ -18,7 +18,7 @@ func TestBlocks(t *testing.T) {
 				}
 			}
 			check := func(what string, lo, hi int64, want []int64) {
-				if len(want) == 0 && lo < hi || len(want) > 0 && (lo != want[0] || hi != want[len(want)-1]) {
+				if len(want) == 0 && lo != hi || len(want) > 0 && (lo != want[0] || hi != want[len(want)-1]) {
 					t.Errorf("%s of [%d, %d): [%d, %d), want %v", what, off, end, lo, hi, want)
 				}
 			}

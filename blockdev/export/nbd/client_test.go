@@ -2,6 +2,8 @@ package nbd
 
 import (
 	"bufio"
+	"bytes"
+	"encoding/binary"
 	"io"
 	"net"
 	"path/filepath"
@@ -93,8 +95,8 @@ func (c *client) eof() {
 
 func (c *client) greet(flags uint32) {
 	c.t.Helper()
-	if _, err := nbdwire.ParseGreeting(c.take(nbdwire.GreetingSize)); err != nil {
-		c.t.Fatal(err)
+	if b := c.take(nbdwire.GreetingSize); !bytes.HasPrefix(b, []byte("NBDMAGICIHAVEOPT")) {
+		c.t.Fatalf("greeting %q", b)
 	}
 	c.put([]byte{byte(flags >> 24), byte(flags >> 16), byte(flags >> 8), byte(flags)})
 }
@@ -198,9 +200,9 @@ func (c *client) chunk(a *answer, p *nbdwire.Reply, q nbdwire.Request) {
 	switch p.Type {
 	case nbdwire.ChunkNone:
 	case nbdwire.ChunkOffsetData:
-		off, err := nbdwire.ParseData(b)
-		if err != nil || off < q.Off || off-q.Off+uint64(len(b)-8) > uint64(q.Len) {
-			c.t.Fatalf("data chunk at %d, %d bytes: %v", off, len(b), err)
+		off := binary.BigEndian.Uint64(b)
+		if len(b) < 9 || off < q.Off || off-q.Off+uint64(len(b)-8) > uint64(q.Len) {
+			c.t.Fatalf("data chunk at %d, %d bytes", off, len(b))
 		}
 		copy(a.data[off-q.Off:], b[8:])
 	case nbdwire.ChunkOffsetHole:

@@ -54,10 +54,9 @@ func newConn(s *Server, nc net.Conn) (*conn, error) {
 // kill makes the connection end: its socket is shut down now, whoever waits for the gate gives
 // up. Requests in the device end in their own time. Callable from anywhere, any number of times.
 func (c *conn) kill() {
-	if c.killed.Swap(true) {
-		return
+	if !c.killed.Swap(true) {
+		c.stop()
 	}
-	c.stop()
 }
 
 // stop ends the transmission in both directions.

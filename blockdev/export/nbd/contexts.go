@@ -1,10 +1,20 @@
 package nbd
 
 import (
+	"math"
 	"strings"
 
 	"qblockd/blockdev/nbdwire"
+	"qblockd/graph/blk"
 )
+
+// metaContext is a metadata context that an export offers.
+type metaContext struct {
+	id   uint32 // as told to clients
+	name string
+	// extent describes the first k bytes of a range by flags.
+	extent func(s *session, r *blk.Req, off, n int64) (k int64, flags uint32, err error)
+}
 
 // Metadata context ids, as told to clients.
 const (
@@ -13,69 +23,76 @@ const (
 	idBitmap     = 2 // of the first bitmap; the others follow
 )
 
-// contexts are metadata contexts of one export, as a client has listed or chosen them.
-type contexts struct {
-	exp               *Export
-	allocation, depth bool
-	bitmaps           []bool // of Spec.Bitmaps; nil: none
+// contexts are those that an export offers, by their ids.
+func contexts(spec *Spec) []metaContext {
+	l := []metaContext{{idAllocation, nbdwire.ContextAllocation, allocation}}
+	if spec.AllocationDepth {
+		l = append(l, metaContext{idDepth, nbdwire.ContextDepth, depth})
+	}
+	for i, b := range spec.Bitmaps {
+		l = append(l, metaContext{idBitmap + uint32(i), nbdwire.ContextBitmap + b.Name, b.extent})
+	}
+	return l
 }
 
-// count is how many are chosen.
-func (x *contexts) count() int {
-	n := 0
-	for _, chosen := range [...]bool{x.allocation, x.depth} {
-		if chosen {
-			n++
-		}
+func allocation(s *session, r *blk.Req, off, n int64) (int64, uint32, error) {
+	x, err := s.status(r, off, n)
+	var f uint32
+	if !x.Data {
+		f |= nbdwire.StateHole
 	}
-	for _, chosen := range x.bitmaps {
-		if chosen {
-			n++
-		}
+	if x.Zero {
+		f |= nbdwire.StateZero
 	}
-	return n
+	return x.N, f, err
 }
 
-// queried are those contexts of exp that the queries ask for. To list is to ask with wildcards,
-// too: a namespace stands for all that is in it, and no query at all for everything.
-func queried(exp *Export, q *nbdwire.MetaQueries, list bool) (x contexts, err error) {
+func depth(s *session, r *blk.Req, off, n int64) (int64, uint32, error) {
+	x, err := s.status(r, off, n)
+	return x.N, uint32(x.Depth), err
+}
+
+func (b Bitmap) extent(_ *session, _ *blk.Req, off, n int64) (int64, uint32, error) {
+	switch at, k, ok := b.Bits.NextDirty(off, off+n); {
+	case !ok:
+		return n, 0, nil
+	case at > off:
+		return at - off, 0, nil
+	default:
+		return k, nbdwire.StateDirty, nil
+	}
+}
+
+// matches tells whether a query asks for x. To list is to ask with wildcards, too: a namespace
+// stands for all that is in it.
+func (x *metaContext) matches(query string, list bool) bool {
+	wildcard := query == "base:" || query == "qemu:" || query == nbdwire.ContextBitmap
+	return query == x.name || list && wildcard && strings.HasPrefix(x.name, query)
+}
+
+// queried are those contexts of exp that the queries ask for. To list without any query is to ask
+// for everything.
+func queried(exp *Export, q *nbdwire.MetaQueries, list bool) (chosen []*metaContext, err error) {
 	n, err := q.Count()
 	if err != nil {
-		return x, err
+		return nil, err
 	}
-	x = contexts{exp: exp, bitmaps: make([]bool, len(exp.spec.Bitmaps))}
-	if list && n == 0 {
-		x.choose("base:", true)
-		x.choose("qemu:", true)
-	}
+	asked := make([]bool, len(exp.contexts))
 	for range n {
 		query, ok, err := q.Next()
 		if err != nil {
-			return x, err
+			return nil, err
 		}
-		if ok {
-			x.choose(query, list)
-		}
-	}
-	return x, nil
-}
-
-// choose adds what one query asks for.
-func (x *contexts) choose(query string, list bool) {
-	all := list && query == "qemu:"
-	if query == nbdwire.ContextAllocation || list && query == "base:" {
-		x.allocation = true
-	}
-	if query == nbdwire.ContextDepth || all {
-		x.depth = x.exp.spec.AllocationDepth
-	}
-	name, ok := strings.CutPrefix(query, nbdwire.ContextBitmap)
-	all = all || list && ok && name == ""
-	for i, b := range x.exp.spec.Bitmaps {
-		if all || ok && name != "" && b.Name == name {
-			x.bitmaps[i] = true
+		for i := range asked {
+			asked[i] = asked[i] || ok && exp.contexts[i].matches(query, list)
 		}
 	}
+	for i := range asked {
+		if asked[i] || list && n == 0 {
+			chosen = append(chosen, &exp.contexts[i])
+		}
+	}
+	return chosen, nil
 }
 
 // metaContext handles OptListMetaContext and OptSetMetaContext.
@@ -87,7 +104,7 @@ func (h *negotiation) metaContext(o nbdwire.Option, data []byte) {
 				nbdwire.OptName(o.Opt))
 			return
 		}
-		h.ctxs = contexts{} // also if it fails
+		h.ctxs = nil // also if it fails
 	}
 	q, err := nbdwire.ParseMetaQueries(data)
 	if err != nil {
@@ -99,36 +116,70 @@ func (h *negotiation) metaContext(o nbdwire.Option, data []byte) {
 		h.refuseName(o.Opt, q.Name)
 		return
 	}
-	x, err := queried(exp, &q, list)
+	chosen, err := queried(exp, &q, list)
 	if err != nil {
 		h.refuseData(o.Opt, err)
 		return
 	}
-	h.tell(o.Opt, &x)
+	for _, x := range chosen {
+		id := x.id
+		if list {
+			id = 0 // told of what is chosen only
+		}
+		h.out = nbdwire.AppendMetaContext(h.out, o.Opt, id, x.name)
+	}
+	h.reply(o.Opt, nbdwire.RepAck)
 	if !list {
-		h.ctxs = x
+		h.ctxs, h.ctxsOf = chosen, exp
 	}
 }
 
-// tell answers with the contexts x; ids are told of those that are chosen, not of those that are
-// listed.
-func (h *negotiation) tell(opt uint32, x *contexts) {
-	item := func(id int, name string) {
-		if opt == nbdwire.OptListMetaContext {
-			id = 0
+// maxExtents bounds the extents of one context in a reply: 1 MiB of them.
+const maxExtents = 1 << 20 / nbdwire.ExtentSize
+
+// serveStatus answers a block-status request for the contexts that the client chose.
+func (s *session) serveStatus(r *blk.Req, q *nbdwire.Request) *reply {
+	limit := maxExtents
+	if q.Flags&nbdwire.CmdFlagReqOne != 0 {
+		limit = 1
+	}
+	p := newReply()
+	p.head = make([]byte, 0, 64)
+	for i, x := range s.ctxs {
+		es, err := extents(int64(q.Off), int64(q.Len), limit, func(off, n int64) (int64, uint32, error) {
+			return x.extent(s, r, off, n)
+		})
+		if err != nil {
+			p.head = nbdwire.AppendError(p.head, q.Cookie, nbdwire.Errno(err), msgStatus)
+			break
 		}
-		h.out = nbdwire.AppendMetaContext(h.out, opt, uint32(id), name)
-	}
-	if x.allocation {
-		item(idAllocation, nbdwire.ContextAllocation)
-	}
-	if x.depth {
-		item(idDepth, nbdwire.ContextDepth)
-	}
-	for i, chosen := range x.bitmaps {
-		if chosen {
-			item(idBitmap+i, nbdwire.ContextBitmap+x.exp.spec.Bitmaps[i].Name)
+		var flags uint16
+		if i == len(s.ctxs)-1 {
+			flags = nbdwire.ChunkDone
 		}
+		p.head = nbdwire.AppendBlockStatus(p.head, flags, q.Cookie, x.id, es)
 	}
-	h.reply(opt, nbdwire.RepAck)
+	return p
+}
+
+// extents asks about the range piece by piece, joining pieces with equal flags, until it is
+// covered or more than limit extents would be needed.
+func extents(off, n int64, limit int, ask func(off, n int64) (int64, uint32, error)) ([]nbdwire.Extent, error) {
+	var es []nbdwire.Extent
+	for n > 0 {
+		k, f, err := ask(off, n)
+		if err != nil {
+			return nil, err
+		}
+		if l := len(es) - 1; l >= 0 && es[l].Flags == f && int64(es[l].N)+k <= math.MaxUint32 {
+			es[l].N += uint32(k)
+		} else {
+			if len(es) == limit {
+				break
+			}
+			es = append(es, nbdwire.Extent{N: uint32(k), Flags: f})
+		}
+		off, n = off+k, n-k
+	}
+	return es, nil
 }

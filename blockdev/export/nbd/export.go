@@ -2,7 +2,6 @@ package nbd
 
 import (
 	"context"
-	"errors"
 	"fmt"
 	"sync"
 
@@ -41,8 +40,9 @@ type Bitmap struct {
 
 // Export is a device that clients can ask for by name.
 type Export struct {
-	spec  Spec
-	flags uint16 // transmission flags but FlagDF
+	spec     Spec
+	flags    uint16 // transmission flags but FlagDF
+	contexts []metaContext
 
 	srv *Server
 
@@ -78,18 +78,14 @@ func transmissionFlags(s *Spec, multiConn bool) uint16 {
 	return f | nbdwire.FlagTrim | nbdwire.FlagWriteZeroes | nbdwire.FlagFastZero
 }
 
-// errClosing: the export is being removed.
-var errClosing = errors.New("export is shutting down")
-
-// attach makes c a client.
-func (e *Export) attach(c *conn) error {
+// attach makes c a client, unless the export is being removed.
+func (e *Export) attach(c *conn) bool {
 	e.mu.Lock()
 	defer e.mu.Unlock()
-	if e.closing {
-		return errClosing
+	if !e.closing {
+		e.clients[c] = struct{}{}
 	}
-	e.clients[c] = struct{}{}
-	return nil
+	return !e.closing
 }
 
 // detach ends that, when c has no request left.

@@ -1,10 +1,12 @@
 package nbd
 
 import (
+	"cmp"
 	"encoding/binary"
 	"errors"
 	"fmt"
 	"io"
+	"slices"
 	"time"
 
 	"qblockd/blockdev/nbdwire"
@@ -46,7 +48,8 @@ func (c *conn) handshake() error {
 type negotiation struct {
 	*conn
 	fixed, noZeroes bool
-	out             []byte // replies to the current option
+	out             []byte  // replies to the current option
+	ctxsOf          *Export // that ctxs are of
 }
 
 // read fills b from the client.
@@ -61,8 +64,8 @@ func (h *negotiation) send(b []byte) error {
 }
 
 // maxOptionData is what an option's data may take: an export's name and 64 Ki queries or
-// information requests of ordinary length. The protocol allows any length; QEMU
-// takes 32 MiB piece by piece, we answer more than this with an error.
+// information requests of ordinary length. The protocol allows any length; QEMU takes 32 MiB piece
+// by piece, we answer more than this with an error.
 const maxOptionData = 1 << 20
 
 // option handles one option; over tells that transmission begins.
@@ -90,21 +93,20 @@ func (h *negotiation) option() (over bool, err error) {
 		if err := h.read(data); err != nil {
 			return false, err
 		}
-		over, err = h.withData(o, data)
+		if o.Opt == nbdwire.OptInfo || o.Opt == nbdwire.OptGo {
+			over = h.info(o, data)
+		} else {
+			h.metaContext(o, data)
+		}
 	} else {
 		if _, err := io.CopyN(io.Discard, h.nc, int64(o.Len)); err != nil {
 			return false, err
 		}
-		err = h.withoutData(o)
+		h.withoutData(o)
 	}
-	if errors.Is(err, errAbort) {
-		h.send(h.out) // a client need not wait for it
-		return false, err
-	}
-	if err == nil || len(h.out) > 0 {
-		if e := h.send(h.out); e != nil {
-			err = e
-		}
+	err = h.send(h.out)
+	if o.Opt == nbdwire.OptAbort {
+		err = errAbort // a client need not wait for the answer
 	}
 	return over, err
 }
@@ -124,18 +126,17 @@ func (h *negotiation) refuse(opt, typ uint32, format string, a ...any) {
 }
 
 // withoutData handles options without data, and all that are refused.
-func (h *negotiation) withoutData(o nbdwire.Option) error {
+func (h *negotiation) withoutData(o nbdwire.Option) {
 	switch o.Opt {
 	case nbdwire.OptList, nbdwire.OptStartTLS, nbdwire.OptStructuredReply:
 		if o.Len > 0 {
 			h.refuse(o.Opt, nbdwire.RepErrInvalid, "option '%s' has unexpected length", nbdwire.OptName(o.Opt))
-			return nil
+			return
 		}
 	}
 	switch o.Opt {
 	case nbdwire.OptAbort:
 		h.reply(o.Opt, nbdwire.RepAck)
-		return errAbort
 	case nbdwire.OptList:
 		for _, e := range h.srv.exports() {
 			h.out = nbdwire.AppendServer(h.out, e.spec.Name, e.spec.Description)
@@ -154,18 +155,6 @@ func (h *negotiation) withoutData(o nbdwire.Option) error {
 		h.refuse(o.Opt, nbdwire.RepErrTooBig, "data of option %s is too long", nbdwire.OptName(o.Opt))
 	default:
 		h.refuse(o.Opt, nbdwire.RepErrUnsup, "Unsupported option %d (%s)", o.Opt, nbdwire.OptName(o.Opt))
-	}
-	return nil
-}
-
-// withData handles options whose data matter.
-func (h *negotiation) withData(o nbdwire.Option, data []byte) (over bool, err error) {
-	switch o.Opt {
-	case nbdwire.OptInfo, nbdwire.OptGo:
-		return h.info(o, data)
-	default:
-		h.metaContext(o, data)
-		return false, nil
 	}
 }
 
@@ -192,25 +181,21 @@ func (h *negotiation) refuseName(opt uint32, name string) {
 	h.refuse(opt, nbdwire.RepErrUnknown, "export '%s' not present", name)
 }
 
-// info handles OptInfo and OptGo.
-func (h *negotiation) info(o nbdwire.Option, data []byte) (over bool, err error) {
+// info handles OptInfo and OptGo; over tells that transmission begins.
+func (h *negotiation) info(o nbdwire.Option, data []byte) (over bool) {
 	q, err := nbdwire.ParseInfoRequest(data)
 	if err != nil {
 		h.refuseData(o.Opt, err)
-		return false, nil
+		return false
 	}
 	exp := h.srv.find(q.Name)
 	if exp == nil {
 		h.refuseName(o.Opt, q.Name)
-		return false, nil
+		return false
 	}
-	sendName, blockSize := false, false
-	for _, i := range q.Infos {
-		sendName = sendName || i == nbdwire.InfoName
-		blockSize = blockSize || i == nbdwire.InfoBlockSize
-	}
+	blockSize := slices.Contains(q.Infos, nbdwire.InfoBlockSize)
 	item := func(i nbdwire.Info) { h.out = i.AppendReply(h.out, o.Opt) }
-	if sendName {
+	if slices.Contains(q.Infos, nbdwire.InfoName) {
 		item(nbdwire.Info{Type: nbdwire.InfoName, Text: q.Name})
 	}
 	if exp.spec.HasDescription {
@@ -223,38 +208,38 @@ func (h *negotiation) info(o nbdwire.Option, data []byte) (over bool, err error)
 	if o.Opt == nbdwire.OptInfo || blockSize {
 		least = align
 	}
-	most := uint32(nbdwire.MaxPayload)
-	if lim.MaxTransfer > 0 && lim.MaxTransfer < nbdwire.MaxPayload {
-		most = uint32(lim.MaxTransfer)
-	}
+	most := uint32(min(cmp.Or(lim.MaxTransfer, nbdwire.MaxPayload), nbdwire.MaxPayload))
 	item(nbdwire.Info{Type: nbdwire.InfoBlockSize, Min: least, Preferred: max(4096, least), Max: most})
 	item(nbdwire.Info{Type: nbdwire.InfoExport, Size: uint64(exp.spec.Size), Flags: h.exportFlags(exp)})
 	if o.Opt == nbdwire.OptInfo {
 		if !blockSize && align > 1 {
 			h.refuse(o.Opt, nbdwire.RepErrBlockSizeReqd, "request NBD_INFO_BLOCK_SIZE to use this export")
-			return false, nil
+			return false
 		}
 		h.reply(o.Opt, nbdwire.RepAck)
-		return false, nil
+		return false
 	}
-	// A client of the export from before the acknowledgement is sent: who has read it
-	// counts for a safe removal.
-	if exp.attach(h.conn) != nil {
+	// A client of the export from before the acknowledgement is sent: who has read it counts for a
+	// safe removal.
+	if !h.join(exp) {
 		h.out = h.out[:0]
 		h.refuseName(o.Opt, q.Name)
-		return false, nil
+		return false
 	}
-	h.use(exp)
 	h.reply(o.Opt, nbdwire.RepAck)
-	return true, nil
+	return true
 }
 
-// use makes exp, to which the connection is attached, the one of the transmission.
-func (h *negotiation) use(exp *Export) {
-	h.exp, h.dev = exp, exp.spec.Device
-	if h.ctxs.exp != exp {
-		h.ctxs = contexts{}
+// join makes the connection a client of exp, unless that is being removed.
+func (h *negotiation) join(exp *Export) bool {
+	if !exp.attach(h.conn) {
+		return false
 	}
+	h.exp, h.dev = exp, exp.spec.Device
+	if h.ctxsOf != exp {
+		h.ctxs = nil
+	}
+	return true
 }
 
 func (h *negotiation) exportFlags(e *Export) uint16 {
@@ -274,10 +259,9 @@ func (h *negotiation) exportName(o nbdwire.Option) error {
 		return err
 	}
 	exp := h.srv.find(string(name))
-	if exp == nil || exp.attach(h.conn) != nil {
+	if exp == nil || !h.join(exp) {
 		return errors.New("export not found")
 	}
-	h.use(exp)
 	b := binary.BigEndian.AppendUint64(nil, uint64(exp.spec.Size))
 	b = binary.BigEndian.AppendUint16(b, h.exportFlags(exp))
 	if !h.noZeroes {

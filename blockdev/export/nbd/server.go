@@ -1,6 +1,7 @@
 package nbd
 
 import (
+	"cmp"
 	"context"
 	"errors"
 	"fmt"
@@ -84,22 +85,15 @@ type Server struct {
 
 // Serve accepts connections from l until Close; l belongs to the server.
 func Serve(l net.Listener, o Options) *Server {
-	if o.Handshake == 0 {
-		o.Handshake = DefaultHandshake
+	o.Handshake = cmp.Or(o.Handshake, DefaultHandshake)
+	o.Inflight = cmp.Or(o.Inflight, DefaultInflight)
+	o.InflightBytes = cmp.Or(o.InflightBytes, DefaultInflightBytes)
+	s := &Server{
+		opts: o, log: cmp.Or(o.Log, slog.New(slog.DiscardHandler)), l: l,
+		conns: map[*conn]struct{}{}, byName: map[string]*Export{}, overlap: overlapMin,
 	}
-	if o.Inflight == 0 {
-		o.Inflight = DefaultInflight
-	}
-	if o.InflightBytes == 0 {
-		o.InflightBytes = DefaultInflightBytes
-	}
-	s := &Server{opts: o, log: o.Log, l: l, conns: map[*conn]struct{}{}, byName: map[string]*Export{},
-		overlap: overlapMin}
 	if runtime.GOMAXPROCS(0) <= 2 {
 		s.overlap = nbdwire.MaxPayload + 1
-	}
-	if s.log == nil {
-		s.log = slog.New(slog.DiscardHandler)
 	}
 	if o.MaxConns > 0 {
 		s.sem = make(chan struct{}, o.MaxConns)
@@ -116,7 +110,7 @@ func (s *Server) Add(spec Spec) (*Export, error) {
 		return nil, err
 	}
 	e := &Export{spec: spec, srv: s, clients: map[*conn]struct{}{}, done: make(chan struct{}),
-		flags: transmissionFlags(&spec, s.opts.MaxConns != 1)}
+		flags: transmissionFlags(&spec, s.opts.MaxConns != 1), contexts: contexts(&spec)}
 	s.mu.Lock()
 	defer s.mu.Unlock()
 	if s.closed {
@@ -258,8 +252,8 @@ func (s *Server) buffer(n int) *blk.Buffer {
 	return blk.GetBuf(n, 0)
 }
 
-// Close ends the server: no more connections are accepted, exports and clients go. It
-// does not wait; Wait does.
+// Close ends the server: no more connections are accepted, exports and clients go. It does not
+// wait; Wait does.
 func (s *Server) Close() {
 	s.mu.Lock()
 	if s.closed {
@@ -281,15 +275,5 @@ func (s *Server) Close() {
 
 // Wait waits until all connections of a closed server are gone, or for ctx.
 func (s *Server) Wait(ctx context.Context) error {
-	gone := make(chan struct{})
-	panics.Go("a wait for NBD clients", func() {
-		s.wg.Wait()
-		close(gone)
-	}, nil)
-	select {
-	case <-gone:
-		return nil
-	case <-ctx.Done():
-		return ctx.Err()
-	}
+	return panics.Await(ctx, "a wait for NBD clients", s.wg.Wait)
 }

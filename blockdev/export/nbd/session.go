@@ -14,7 +14,7 @@ type session struct {
 	exp        *Export // nil until the handshake is over
 	dev        Device  // of exp
 	structured bool
-	ctxs       contexts
+	ctxs       []*metaContext // of exp that the client has chosen
 }
 
 // What is said about requests that were refused by the device.
@@ -69,7 +69,7 @@ func (s *session) check(q *nbdwire.Request) error {
 	switch {
 	case !known:
 		return fmt.Errorf("invalid request type (%d) received", q.Cmd)
-	case q.Cmd == nbdwire.CmdBlockStatus && s.ctxs.count() == 0:
+	case q.Cmd == nbdwire.CmdBlockStatus && len(s.ctxs) == 0:
 		return errNoContext
 	case q.Cmd == nbdwire.CmdBlockStatus && q.Len == 0:
 		return errZeroLength
@@ -100,7 +100,7 @@ func (s *session) cost(q *nbdwire.Request) int64 {
 	case nbdwire.CmdRead, nbdwire.CmdWrite:
 		return int64(q.Len)
 	case nbdwire.CmdBlockStatus:
-		return int64(s.ctxs.count()) * maxExtents * nbdwire.ExtentSize
+		return int64(len(s.ctxs)) * maxExtents * nbdwire.ExtentSize
 	}
 	return 0
 }

@@ -1,6 +1,7 @@
 package nbd
 
 import (
+	"cmp"
 	"context"
 	"errors"
 	"sync"
@@ -28,9 +29,7 @@ var _ export.Type = (*Type)(nil)
 // NewType makes the type known to t. Options.MaxConns (0: DefaultMaxConns) holds where Start is not
 // told another number.
 func NewType(t *export.Table, o Options) *Type {
-	if o.MaxConns == 0 {
-		o.MaxConns = DefaultMaxConns
-	}
+	o.MaxConns = cmp.Or(o.MaxConns, DefaultMaxConns)
 	typ := &Type{table: t, opts: o}
 	t.Register(types.BlockExportTypeNbd, typ)
 	return typ
@@ -39,8 +38,8 @@ func NewType(t *export.Table, o Options) *Type {
 // ErrNotRunning: there is no server to serve an export.
 var ErrNotRunning = errors.New("NBD server not running")
 
-// Start starts the server on addr. maxConns nil leaves that to the options, 0 means no
-// bound. It blocks while names are looked up. Source: QAPI, nbd-server-start.
+// Start starts the server on addr. maxConns nil leaves that to the options, 0 means no bound. It
+// blocks while names are looked up. Source: QAPI, nbd-server-start.
 func (t *Type) Start(ctx context.Context, addr *types.SocketAddress, maxConns *uint32) error {
 	if err := t.begin(); err != nil {
 		return err
