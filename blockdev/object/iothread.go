@@ -4,20 +4,30 @@ import (
 	"container/list"
 	"context"
 	"errors"
+	"fmt"
+	"maps"
+	"math"
 	"sync"
 
 	"qblockd/schema/types"
 	"qblockd/schema/value"
 )
 
-// defaultMax is how many workers a group has unless told otherwise.
-const defaultMax = 64
+// loopProperties and pollProperties are the properties of an iothread, in QEMU's order, with what
+// they are unless told otherwise. Only the bound of workers has an effect.
+var (
+	loopProperties = []string{"thread-pool-min", "aio-max-batch", "thread-pool-max"}
+	pollProperties = []string{"poll-max-ns", "poll-grow", "poll-shrink"}
+	defaults       = map[string]int64{"thread-pool-max": 64, "poll-max-ns": 32768}
+)
 
 // Iothread is a named, bounded group of workers: it bounds how many requests its users have at work
 // at the same time. Requests that need no wait are served without it.
 type Iothread struct {
 	mu sync.Mutex
-	// at least 1
+	// by name
+	properties map[string]int64 // +checklocks:mu
+	// what thread-pool-max says, at least 1
 	max  int64 // +checklocks:mu
 	busy int64 // +checklocks:mu
 	// of chan struct{}, closed when a worker was given; first come, first served
@@ -25,27 +35,74 @@ type Iothread struct {
 }
 
 func newIothread(p *types.IothreadProperties) (*Iothread, error) {
-	t := &Iothread{max: defaultMax, waiting: list.New()}
-	if p != nil && p.ThreadPoolMax != nil {
-		if err := checkMax(*p.ThreadPoolMax); err != nil {
+	t := &Iothread{properties: maps.Clone(defaults), waiting: list.New()}
+	if p == nil {
+		return t, nil
+	}
+	t.mu.Lock()
+	defer t.mu.Unlock()
+	for _, o := range []struct {
+		name string
+		v    *int64
+	}{
+		{"aio-max-batch", p.AioMaxBatch}, {"thread-pool-min", p.ThreadPoolMin}, {"thread-pool-max", p.ThreadPoolMax},
+		{"poll-max-ns", p.PollMaxNs}, {"poll-grow", p.PollGrow}, {"poll-shrink", p.PollShrink},
+	} {
+		if o.v == nil {
+			continue
+		}
+		if err := inRange(o.name, *o.v); err != nil {
 			return nil, err
 		}
-		t.max = *p.ThreadPoolMax
+		t.properties[o.name] = *o.v
 	}
-	return t, nil
+	return t, t.bindLocked()
 }
 
 func (t *Iothread) typ() string { return "iothread" }
 
-const threadPoolMax = "thread-pool-max"
-
-func (t *Iothread) get(string) (value.Value, error) { return t.Max(), nil }
+func (t *Iothread) get(property string) (value.Value, error) {
+	t.mu.Lock()
+	defer t.mu.Unlock()
+	return t.properties[property], nil
+}
 
 func (t *Iothread) set(property string, v value.Value) error {
-	if property == threadPoolMax {
-		return t.setMax(v)
+	n, ok := v.(int64)
+	if !ok {
+		return fmt.Errorf("Invalid parameter type for '%s', expected: integer", property)
 	}
-	return errReadOnly
+	if err := inRange(property, n); err != nil {
+		return err
+	}
+	t.mu.Lock()
+	defer t.mu.Unlock()
+	before := t.properties[property]
+	t.properties[property] = n
+	if err := t.bindLocked(); err != nil {
+		t.properties[property] = before
+		return err
+	}
+	t.giveLocked()
+	return nil
+}
+
+func inRange(property string, n int64) error {
+	if n < 0 {
+		return fmt.Errorf("%s value must be in range [0, 9223372036854775807]", property)
+	}
+	return nil
+}
+
+// bindLocked makes the properties count, or says what is wrong with them.
+// +checklocks:t.mu
+func (t *Iothread) bindLocked() error {
+	least, most := t.properties["thread-pool-min"], t.properties["thread-pool-max"]
+	if most == 0 || least > most || most > math.MaxInt32 {
+		return errors.New("bad thread-pool-min/thread-pool-max values")
+	}
+	t.max = most
+	return nil
 }
 
 // retire: a group that something still uses goes on working for it.
@@ -95,36 +152,4 @@ func (t *Iothread) giveLocked() {
 		t.busy++
 		close(t.waiting.Remove(first).(chan struct{}))
 	}
-}
-
-// Max is the bound.
-func (t *Iothread) Max() int64 {
-	t.mu.Lock()
-	defer t.mu.Unlock()
-	return t.max
-}
-
-func checkMax(n int64) error {
-	if n < 0 {
-		return errors.New("thread-pool-max value must be in range [0, 9223372036854775807]")
-	}
-	if n == 0 {
-		return errors.New("bad thread-pool-min/thread-pool-max values")
-	}
-	return nil
-}
-
-func (t *Iothread) setMax(v value.Value) error {
-	n, ok := v.(int64)
-	if !ok {
-		return errors.New("Invalid parameter type for 'thread-pool-max', expected: integer")
-	}
-	if err := checkMax(n); err != nil {
-		return err
-	}
-	t.mu.Lock()
-	defer t.mu.Unlock()
-	t.max = n
-	t.giveLocked()
-	return nil
 }

@@ -28,6 +28,10 @@ func TestRegistry(t *testing.T) {
 		{add(r, "1", 1), "Parameter 'id' expects an identifier"},
 		{add(r, "b", 0), "bad thread-pool-min/thread-pool-max values"},
 		{add(r, "b", -1), "thread-pool-max value must be in range [0, 9223372036854775807]"},
+		{r.Set("a", "thread-pool-min", int64(4)), "bad thread-pool-min/thread-pool-max values"},
+		{r.Set("a", "thread-pool-max", int64(1)<<31), "bad thread-pool-min/thread-pool-max values"},
+		{r.Set("a", "poll-max-ns", int64(-1)), "poll-max-ns value must be in range [0, 9223372036854775807]"},
+		{r.Set("a", "aio-max-batch", "x"), "Invalid parameter type for 'aio-max-batch', expected: integer"},
 		{r.Del("b"), "object 'b' not found"},
 		{r.Set("/objects/a", "type", "x"), "Property 'iothread.type' is not writable"},
 		{r.Set("/objects/a", "nope", "x"), "Property 'iothread.nope' not found"},
@@ -43,6 +47,11 @@ func TestRegistry(t *testing.T) {
 	}
 	if v, err := r.Get("/objects/a", "thread-pool-max"); err != nil || v != int64(5) {
 		t.Errorf("get: %v %v", v, err)
+	}
+	for property, want := range map[string]int64{"poll-max-ns": 32768, "poll-grow": 0, "thread-pool-min": 0} {
+		if v, err := r.Get("a", property); err != nil || v != want {
+			t.Errorf("%s: %v %v, want %d", property, v, err, want)
+		}
 	}
 	if v, err := r.Get("chardevs/m", "type"); err != nil || v != "chardev-stdio" {
 		t.Errorf("get: %v %v", v, err)

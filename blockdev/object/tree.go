@@ -2,6 +2,7 @@ package object
 
 import (
 	"fmt"
+	"slices"
 	"strings"
 
 	"qblockd/graph/blk"
@@ -88,9 +89,10 @@ func (n *node) each(f func(*node)) {
 
 // typeProperties are the properties of each type, beyond "type", in QEMU's order.
 var typeProperties = map[string][]*types.ObjectPropertyInfo{
-	"iothread":      {{Name: threadPoolMax, Type: "int"}},
-	"secret_common": secretCommon,
-	"secret":        append(secretCommon[:len(secretCommon):len(secretCommon)], infos("string", "file", "data")...),
+	"event-loop-base": infos("int", loopProperties...),
+	"iothread":        infos("int", slices.Concat(loopProperties, pollProperties)...),
+	"secret_common":   secretCommon,
+	"secret":          append(secretCommon[:len(secretCommon):len(secretCommon)], infos("string", "file", "data")...),
 	"throttle-group": infos("int", "x-bps-write-max-length", "x-iops-total-max-length", "x-iops-size", "limits:ThrottleLimits",
 		"x-bps-total", "x-iops-read-max-length", "x-bps-write", "x-iops-write-max-length", "x-bps-read-max", "x-iops-read-max",
 		"x-bps-total-max", "x-bps-read-max-length", "x-iops-read", "x-bps-read", "x-bps-write-max", "x-iops-total-max",

@@ -26,10 +26,31 @@ type ObjectTypeInfo struct {
 	Parent *string
 }
 
-// IothreadProperties: a named group of workers that serves the exports and nodes put into it.
-type IothreadProperties struct {
+// EventLoopBaseProperties: what groups of workers have in common.
+type EventLoopBaseProperties struct {
+	// Taken and shown, without effect: requests are not batched (default 0).
+	AioMaxBatch *int64
+	// Taken and shown, without effect: workers cost nothing while idle (default 0).
+	ThreadPoolMin *int64
 	// Workers at most (default 64).
 	ThreadPoolMax *int64
+}
+
+// IothreadProperties: a named group of workers that serves the exports and nodes put into it. Nothing
+// here polls: the options of polling are taken and shown, without effect.
+type IothreadProperties struct {
+	// Taken and shown, without effect: requests are not batched (default 0).
+	AioMaxBatch *int64
+	// Taken and shown, without effect: workers cost nothing while idle (default 0).
+	ThreadPoolMin *int64
+	// Workers at most (default 64).
+	ThreadPoolMax *int64
+	// How long an event loop of QEMU polls (default 32768).
+	PollMaxNs *int64
+	// The factor by which it then polls longer, 0 for its own choice (default 0).
+	PollGrow *int64
+	// The divisor by which it then polls shorter, 0 for its own choice (default 0).
+	PollShrink *int64
 }
 
 // QCryptoSecretFormat: how the data of a secret are written.

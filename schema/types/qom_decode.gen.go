@@ -14,7 +14,12 @@ func visitIothreadProperties(d *decoder, name string, x *IothreadProperties) boo
 }
 
 func membersIothreadProperties(d *decoder, x *IothreadProperties) bool {
-	return opt(d, "thread-pool-max", &x.ThreadPoolMax, visitInt64)
+	return opt(d, "aio-max-batch", &x.AioMaxBatch, visitInt64) &&
+		opt(d, "thread-pool-min", &x.ThreadPoolMin, visitInt64) &&
+		opt(d, "thread-pool-max", &x.ThreadPoolMax, visitInt64) &&
+		opt(d, "poll-max-ns", &x.PollMaxNs, visitInt64) &&
+		opt(d, "poll-grow", &x.PollGrow, visitInt64) &&
+		opt(d, "poll-shrink", &x.PollShrink, visitInt64)
 }
 
 func visitQCryptoSecretFormat(d *decoder, name string, x *QCryptoSecretFormat) bool {

@@ -39,11 +39,49 @@ func (x *ObjectTypeInfo) AppendJSON(b []byte) []byte {
 }
 
 // AppendJSON appends x in QEMU's form, members in hash order.
-func (x *IothreadProperties) AppendJSON(b []byte) []byte {
+func (x *EventLoopBaseProperties) AppendJSON(b []byte) []byte {
 	b = append(b, '{')
+	if x.AioMaxBatch != nil {
+		b = appendKey(b, "aio-max-batch")
+		b = appendInt(b, *x.AioMaxBatch)
+	}
 	if x.ThreadPoolMax != nil {
 		b = appendKey(b, "thread-pool-max")
 		b = appendInt(b, *x.ThreadPoolMax)
+	}
+	if x.ThreadPoolMin != nil {
+		b = appendKey(b, "thread-pool-min")
+		b = appendInt(b, *x.ThreadPoolMin)
+	}
+	return append(b, '}')
+}
+
+// AppendJSON appends x in QEMU's form, members in hash order.
+func (x *IothreadProperties) AppendJSON(b []byte) []byte {
+	b = append(b, '{')
+	if x.PollShrink != nil {
+		b = appendKey(b, "poll-shrink")
+		b = appendInt(b, *x.PollShrink)
+	}
+	if x.AioMaxBatch != nil {
+		b = appendKey(b, "aio-max-batch")
+		b = appendInt(b, *x.AioMaxBatch)
+	}
+	if x.PollGrow != nil {
+		b = appendKey(b, "poll-grow")
+		b = appendInt(b, *x.PollGrow)
+	}
+	if x.ThreadPoolMax != nil {
+		b = appendKey(b, "thread-pool-max")
+		b = appendInt(b, *x.ThreadPoolMax)
+	}
+	if x.ThreadPoolMin != nil {
+		b = appendKey(b, "thread-pool-min")
+		b = appendInt(b, *x.ThreadPoolMin)
+	}
+	if x.PollMaxNs != nil {
+		b = appendKey(b, "poll-max-ns")
+		b = appendInt(b, *x.PollMaxNs)
 	}
 	return append(b, '}')
 }
@@ -78,11 +116,32 @@ func (x *SecretProperties) AppendJSON(b []byte) []byte {
 func (x *ObjectOptions) AppendJSON(b []byte) []byte {
 	switch u := x.U.(type) {
 	case *IothreadProperties:
-		b = append(b, `{"qom-type": `...)
+		b = append(b, '{')
+		if u.PollShrink != nil {
+			b = appendKey(b, "poll-shrink")
+			b = appendInt(b, *u.PollShrink)
+		}
+		b = appendKey(b, "qom-type")
 		b = appendEnum(b, x.QomType)
+		if u.AioMaxBatch != nil {
+			b = append(b, `, "aio-max-batch": `...)
+			b = appendInt(b, *u.AioMaxBatch)
+		}
+		if u.PollGrow != nil {
+			b = append(b, `, "poll-grow": `...)
+			b = appendInt(b, *u.PollGrow)
+		}
 		if u.ThreadPoolMax != nil {
 			b = append(b, `, "thread-pool-max": `...)
 			b = appendInt(b, *u.ThreadPoolMax)
+		}
+		if u.ThreadPoolMin != nil {
+			b = append(b, `, "thread-pool-min": `...)
+			b = appendInt(b, *u.ThreadPoolMin)
+		}
+		if u.PollMaxNs != nil {
+			b = append(b, `, "poll-max-ns": `...)
+			b = appendInt(b, *u.PollMaxNs)
 		}
 		b = append(b, `, "id": `...)
 		b = value.AppendString(b, x.ID)
