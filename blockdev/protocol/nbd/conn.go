@@ -2,6 +2,7 @@ package nbd
 
 import (
 	"bufio"
+	"context"
 	"errors"
 	"net"
 	"slices"
@@ -23,9 +24,11 @@ const (
 	// sendPiece is how much is given to the kernel at once, so that it shows when a server takes
 	// it.
 	sendPiece = 256 << 10
-	// silence is how long a server may not move a byte while somebody wants to be rid of its
-	// requests.
-	silence = 5 * time.Second
+	// silence is how long a server may answer nothing and move less than progress while somebody
+	// wants to be rid of its requests. That is looked at each lookTime.
+	silence, lookTime = 5 * time.Second, time.Second
+	// progress, in bytes, is more than what a server gives away that answers byte by byte.
+	progress = 64 << 10
 )
 
 var (
@@ -41,14 +44,17 @@ type conn struct {
 	nc    net.Conn
 	e     *export
 	clock clock.Clock
+	born  time.Time
 	free  chan *slot
 	gone  chan struct{} // closed when the connection has ended and all its requests are done
 	slots [maxInFlight]slot
-	moved atomic.Uint64 // raised when bytes come or go
+	moved atomic.Int64 // bytes that came or went, and progress for each answer
 
 	// The reader's.
-	in    *bufio.Reader
-	parts [][]byte
+	in       *bufio.Reader
+	parts    [][]byte
+	answered bool // something was
+	asked    bool // something was, and got no answer
 
 	// The sender's.
 	batch []*slot
@@ -60,15 +66,20 @@ type conn struct {
 	queue []*slot // +checklocks:mu
 	// somebody sends, or was asked to
 	sending bool // +checklocks:mu
+	// of who sends
+	sender context.Context // +checklocks:mu
 	// slots that are busy
 	busy int // +checklocks:mu
 	// why the connection has ended
 	dead error // +checklocks:mu
 	// those who want to be rid of the requests under way
 	hurries int // +checklocks:mu
-	// moved when the watch began
-	seen  uint64      // +checklocks:mu
-	watch clock.Timer // +checklocks:mu
+	// moved, and the time, when the server has moved enough or nobody was in a hurry
+	seen  int64     // +checklocks:mu
+	since time.Time // +checklocks:mu
+	// calls look, if watched
+	watch   clock.Timer // +checklocks:mu
+	watched bool        // +checklocks:mu
 }
 
 // slot is a request under way.
@@ -85,12 +96,15 @@ type slot struct {
 	lost                 bool // the connection ended first
 
 	// The reader's, then those of who waits.
-	err       error
-	filled    int64 // bytes of in that are there
-	scattered bool  // not from the front on; what was not there has been zeroed
-	extents   int
-	extent    nbdwire.Extent // the first
+	err     error
+	errs    int    // chunks that told of one
+	filled  []span // what of in is there, in order and with gaps between
+	extents int
+	extent  nbdwire.Extent // the first
 }
+
+// span is [from, to), in bytes.
+type span struct{ from, to int64 }
 
 // signal is what who waits for a slot is told.
 type signal bool
@@ -101,7 +115,9 @@ const (
 )
 
 func newConn(nc net.Conn, e *export, clk clock.Clock) *conn {
-	c := &conn{nc: nc, e: e, clock: clk, free: make(chan *slot, maxInFlight), gone: make(chan struct{})}
+	c := &conn{
+		nc: nc, e: e, clock: clk, born: clk.Now(), free: make(chan *slot, maxInFlight), gone: make(chan struct{}),
+	}
 	c.in = bufio.NewReaderSize(meter{c}, readBuffer)
 	c.idle.L = &c.mu
 	for i := range c.slots {
@@ -117,7 +133,7 @@ type meter struct{ c *conn }
 
 func (m meter) Read(b []byte) (int, error) {
 	n, err := m.c.nc.Read(b)
-	m.c.moved.Add(1)
+	m.c.moved.Add(int64(n))
 	return n, err
 }
 
@@ -133,10 +149,11 @@ func (c *conn) do(r *blk.Req, q nbdwire.Request, out, in blk.Vec) (x nbdwire.Ext
 	s.req, s.out, s.in = q, out, in
 	q.Append(s.head[:0])
 	s.sent, s.answered, s.lost, s.err = false, false, false, nil
-	s.filled, s.scattered, s.extents = 0, false, 0
-	if c.send(s) {
+	s.errs, s.filled, s.extents = 0, s.filled[:0], 0
+	if c.send(r, s) {
 		c.wait(r, s)
 	} else {
+		<-c.gone // who is told of it must not come back to this connection
 		s.lost = true
 	}
 	x, lost, err = s.extent, s.lost, s.err
@@ -152,23 +169,19 @@ func (c *conn) take(r *blk.Req) (*slot, error) {
 		return s, nil
 	default:
 	}
-	var stop <-chan struct{}
-	if r.Ctx != nil {
-		stop = r.Ctx.Done()
-	}
 	select {
 	case s := <-c.free:
 		return s, nil
 	case <-c.gone:
 		return nil, nil
-	case <-stop:
+	case <-stop(r):
 		return nil, syscall.ECANCELED
 	}
 }
 
 // send queues a request, and sends what is queued unless somebody else does. It is false if the
 // connection has ended.
-func (c *conn) send(s *slot) bool {
+func (c *conn) send(r *blk.Req, s *slot) bool {
 	c.mu.Lock()
 	if c.dead != nil {
 		c.mu.Unlock()
@@ -179,17 +192,21 @@ func (c *conn) send(s *slot) bool {
 	c.queue = append(c.queue, s)
 	mine := !c.sending
 	c.sending = true
+	c.watchLocked()
 	c.mu.Unlock()
 	if mine {
-		c.sendQueued(s)
+		c.sendQueued(r, s)
 	}
 	return true
 }
 
-// sendQueued sends until nothing is queued, or until own is done: then it is another's turn.
-func (c *conn) sendQueued(own *slot) {
+// sendQueued sends until nothing is queued, or until own, the slot of r, is done: then it is
+// another's turn.
+func (c *conn) sendQueued(r *blk.Req, own *slot) {
 	c.mu.Lock()
 	defer c.mu.Unlock()
+	c.sender = r.Ctx
+	defer func() { c.sender = nil }()
 	for c.dead == nil && len(c.queue) > 0 {
 		if !own.busy {
 			c.queue[0].done <- yourTurn
@@ -234,27 +251,24 @@ func (c *conn) write() error {
 			n += len(c.bufs[i])
 		}
 		c.out = c.bufs[first:i]
-		if _, err := c.out.WriteTo(c.nc); err != nil {
+		n, err := c.out.WriteTo(c.nc)
+		if c.moved.Add(n); err != nil {
 			return err
 		}
-		c.moved.Add(1)
 	}
 	return nil
 }
 
 // wait waits until a request is done.
 func (c *conn) wait(r *blk.Req, s *slot) {
-	var stop <-chan struct{}
-	if r.Ctx != nil {
-		stop = r.Ctx.Done()
-	}
+	stop := stop(r)
 	for {
 		select {
 		case what := <-s.done:
 			if what == finished {
 				return
 			}
-			c.sendQueued(s)
+			c.sendQueued(r, s)
 		case <-stop:
 			stop = nil
 			c.hurry()
@@ -296,6 +310,7 @@ func (c *conn) run(ended func(error)) {
 			c.idle.Wait()
 		}
 		err := c.dead
+		c.asked = c.busy > 0
 		c.mu.Unlock()
 		ended(err)
 		c.mu.Lock()
@@ -333,36 +348,53 @@ func (c *conn) bye() {
 func (c *conn) hurry() {
 	c.mu.Lock()
 	defer c.mu.Unlock()
-	if c.hurries++; c.hurries > 1 || c.dead != nil {
-		return
-	}
-	c.seen = c.moved.Load()
-	if c.watch == nil {
-		c.watch = c.clock.AfterFunc("the watch over an NBD server", silence, c.look)
-	} else {
-		c.watch.Reset(silence)
+	if c.hurries++; c.hurries == 1 {
+		c.seen, c.since = c.moved.Load(), c.clock.Now()
 	}
 }
 
 func (c *conn) relax() {
 	c.mu.Lock()
 	defer c.mu.Unlock()
-	if c.hurries--; c.hurries == 0 && c.watch != nil {
-		c.watch.Stop()
+	c.hurries--
+}
+
+// watchLocked has look called for as long as requests are under way.
+// +checklocks:c.mu
+func (c *conn) watchLocked() {
+	switch {
+	case c.watched:
+		return
+	case c.watch == nil:
+		c.watch = c.clock.AfterFunc("the watch over an NBD server", lookTime, c.look)
+	default:
+		c.watch.Reset(lookTime)
 	}
+	c.watched = true
 }
 
 func (c *conn) look() {
 	c.mu.Lock()
 	defer c.mu.Unlock()
-	if c.hurries == 0 || c.dead != nil {
+	if c.watched = false; c.dead != nil || c.busy == 0 {
 		return
 	}
-	now := c.moved.Load()
-	if now == c.seen && c.busy > 0 {
+	// Who sends cannot look at its own context meanwhile.
+	hurry := c.hurries > 0 || c.sender != nil && c.sender.Err() != nil
+	moved, now := c.moved.Load(), c.clock.Now()
+	if !hurry || moved-c.seen >= progress {
+		c.seen, c.since = moved, now
+	} else if now.Sub(c.since) >= silence {
 		c.killLocked(errSilent)
 		return
 	}
-	c.seen = now
-	c.watch.Reset(silence)
+	c.watchLocked()
+}
+
+// stop is closed when r is to end, if that can be.
+func stop(r *blk.Req) <-chan struct{} {
+	if r.Ctx == nil {
+		return nil
+	}
+	return r.Ctx.Done()
 }

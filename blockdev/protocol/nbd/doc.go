@@ -26,12 +26,23 @@
 // is one that comes back with another size, or with less than it could do before, but that is asked
 // again.
 //
+// What was acknowledged on a connection that is lost, but not flushed, is as safe as the server
+// makes it: one that was restarted may have forgotten it, and the next flush succeeds all the same.
+// QEMU does likewise; the log says whether there was something unflushed. A request that is sent
+// again may be executed twice. A server that goes on with the requests of a connection that has
+// ended may execute it once more after a later write of the same range.
+//
 // # What a bad server costs
 //
-// The handshake has 10 s. No reply may be longer than what was asked for, and text no longer than
-// the protocol allows: memory is bounded. Where a server answers nothing at all for 5 s while a
+// The handshake has 10 s. No reply may be longer than what was asked for, text no longer than the
+// protocol allows, and chunks that overlap, or errors without end, break the protocol: memory and
+// time are bounded. Where a server answers nothing and moves less than 64 KiB in 5 s while a
 // request is waited for by a drain, by the end of the node or by a root that is torn down, the
 // connection is given up. While nodes are drained no request waits for a server to come back.
+//
+// A server that comes back, answers nothing and is lost again is as one that has not come back:
+// the time that requests wait goes on, and pauses between attempts grow. A request that ten
+// connections did not survive fails with EIO: it may be what kills the server.
 //
 // Lock order: disk.mu > conn.mu.
 package nbd

@@ -3,12 +3,13 @@ package nbd
 import (
 	"bytes"
 	"errors"
-
+	"slices"
 	"strings"
 	"testing"
 	"time"
 
 	"qblockd/blockdev/nbdwire"
+	"qblockd/events/clock"
 )
 
 // reply is an option's reply on the wire.
@@ -148,16 +149,18 @@ func FuzzHandshake(f *testing.F) {
 	})
 }
 
-// FuzzReplies: whatever a server answers, requests end, and what they fill was sent or is zeroes.
+// FuzzReplies: whatever a server answers, requests end, and what they fill was sent.
 func FuzzReplies(f *testing.F) {
 	q := nbdwire.Request{Cmd: nbdwire.CmdRead, Cookie: maxInFlight, Off: 4096, Len: 64}
 	f.Add(data(q, 0))
 	f.Add(append(nbdwire.AppendDataHead(nil, 0, q.Cookie, 4128, 32), make([]byte, 32)...))
+	f.Add(slices.Concat(piece(q, 32, 32, 1), piece(q, 0, 32, 2), done(q)))
+	f.Add(slices.Concat(piece(q, 32, 32, 1), piece(q, 16, 32, 2), done(q)))
 	f.Add(nbdwire.AppendError(nil, q.Cookie, nbdwire.EIO, "text"))
 	f.Add(nbdwire.AppendBlockStatus(nil, 1, q.Cookie+1, 7, []nbdwire.Extent{{N: 3, Flags: 1}}))
 	f.Fuzz(func(t *testing.T, b []byte) {
 		e := all
-		c := newConn(script(t, string(bytes.ReplaceAll(b, []byte{0xEE}, nil))), &e, nil)
+		c := newConn(script(t, string(bytes.ReplaceAll(b, []byte{0xEE}, nil))), &e, clock.Real)
 		buf := bytes.Repeat([]byte{0xEE}, 64)
 		for i := range 2 {
 			s := &c.slots[i]

@@ -6,6 +6,7 @@ import (
 	"log/slog"
 	"net"
 	"sync"
+	"sync/atomic"
 	"syscall"
 	"time"
 
@@ -17,6 +18,10 @@ import (
 
 // Pauses between attempts to connect again; each is twice as long as the one before.
 const firstPause, lastPause = time.Second, 16 * time.Second
+
+// maxSends is how often a request is sent: one that each of so many servers did not survive may be
+// the reason.
+const maxSends = 10
 
 // link is the way to a server: the connection in use, and what there is to come back to it.
 type link struct {
@@ -30,6 +35,10 @@ type link struct {
 	cancel context.CancelFunc
 	work   panics.Group // the reader and the attempt
 
+	// how many writes were acknowledged, and how many of those are known to be on stable storage
+	written atomic.Uint64
+	flushed atomic.Uint64
+
 	mu    sync.Mutex
 	state state // +checklocks:mu
 	// if connected
@@ -42,7 +51,10 @@ type link struct {
 	holds int // +checklocks:mu
 	// requests that wait for a server
 	waiting int // +checklocks:mu
-	// of delay
+	// before the next attempt, with a reconnect-delay
+	pause time.Duration // +checklocks:mu
+	// when requests stop waiting, if waiting
+	until time.Time   // +checklocks:mu
 	timer clock.Timer // +checklocks:mu
 }
 
@@ -92,18 +104,27 @@ func (l *link) do(r *blk.Req, q nbdwire.Request, out, in blk.Vec) (nbdwire.Exten
 	if r.NoWait {
 		return nbdwire.Extent{}, blk.ErrWouldBlock
 	}
-	for again := false; ; again = true {
-		c, err := l.get(r, again)
+	before := l.written.Load()
+	for sends := range maxSends {
+		c, err := l.get(r, sends > 0)
 		if err != nil {
 			return nbdwire.Extent{}, err
 		}
 		if x, lost, err := c.do(r, q, out, in); !lost {
+			switch {
+			case err != nil:
+			case q.Cmd == nbdwire.CmdFlush:
+				l.flushed.Store(before)
+			case q.Cmd != nbdwire.CmdRead && q.Cmd != nbdwire.CmdBlockStatus && q.Flags&nbdwire.CmdFlagFUA == 0:
+				l.written.Add(1)
+			}
 			return x, err
 		}
 		if l.delay == 0 {
-			return nbdwire.Extent{}, syscall.EIO
+			break
 		}
 	}
+	return nbdwire.Extent{}, syscall.EIO
 }
 
 // get is the connection in use, or the next one if requests may wait for it. Without one, a request
@@ -115,14 +136,10 @@ func (l *link) get(r *blk.Req, again bool) (*conn, error) {
 		changed := l.changed
 		l.waiting++
 		l.mu.Unlock()
-		var stop <-chan struct{}
-		if r.Ctx != nil {
-			stop = r.Ctx.Done()
-		}
 		var err error
 		select {
 		case <-changed:
-		case <-stop:
+		case <-stop(r):
 			err = syscall.ECANCELED
 		}
 		l.mu.Lock()
@@ -153,16 +170,26 @@ func (l *link) lost(c *conn, err error) {
 		l.becomeLocked(broken)
 		return
 	}
-	slog.Warn("the connection to an NBD server is lost", "node", l.node, "error", err)
+	slog.Warn("the connection to an NBD server is lost", "node", l.node, "error", err,
+		"unflushed", l.written.Load() != l.flushed.Load())
 	if l.delay == 0 {
 		l.becomeLocked(offline)
 		return
 	}
+	now := l.clock.Now()
+	lasted := c.answered || now.Sub(c.born) >= lastPause // else it is as if the server had not come back
+	if lasted {
+		l.pause = 0
+	}
+	if lasted || !c.asked || l.until.IsZero() {
+		l.until = now.Add(l.delay)
+	}
 	l.becomeLocked(waiting)
+	left := max(l.until.Sub(now), 0)
 	if l.timer == nil {
-		l.timer = l.clock.AfterFunc("the reconnect-delay of an NBD client", l.delay, l.tooLate)
+		l.timer = l.clock.AfterFunc("the reconnect-delay of an NBD client", left, l.tooLate)
 	} else {
-		l.timer.Reset(l.delay)
+		l.timer.Reset(left)
 	}
 	l.tryLocked()
 }
@@ -171,7 +198,7 @@ func (l *link) lost(c *conn, err error) {
 func (l *link) tooLate() {
 	l.mu.Lock()
 	defer l.mu.Unlock()
-	if l.state == waiting {
+	if l.state == waiting && !l.clock.Now().Before(l.until) { // not that of another wait
 		l.becomeLocked(offline)
 	}
 }
@@ -187,17 +214,31 @@ func (l *link) tryLocked() {
 
 // try connects again: once, or with a reconnect-delay until the server is there.
 func (l *link) try() {
-	for pause := firstPause; ; pause = min(2*pause, lastPause) {
+	for {
+		if l.delay > 0 {
+			l.rest()
+		}
 		if l.tryOnce() {
 			return
 		}
-		over := make(chan struct{})
-		t := l.clock.AfterFunc("a pause of an NBD client", pause, func() { close(over) })
-		select {
-		case <-over:
-		case <-l.ctx.Done():
-			t.Stop()
-		}
+	}
+}
+
+// rest makes the pause before an attempt.
+func (l *link) rest() {
+	l.mu.Lock()
+	pause := l.pause
+	l.pause = min(max(2*pause, firstPause), lastPause)
+	l.mu.Unlock()
+	if pause == 0 {
+		return
+	}
+	over := make(chan struct{})
+	t := l.clock.AfterFunc("a pause of an NBD client", pause, func() { close(over) })
+	select {
+	case <-over:
+	case <-l.ctx.Done():
+		t.Stop()
 	}
 }
 

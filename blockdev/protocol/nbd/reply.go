@@ -1,15 +1,22 @@
 package nbd
 
 import (
+	"cmp"
 	"fmt"
 	"io"
+	"slices"
 
 	"qblockd/blockdev/nbdwire"
 	"qblockd/graph/blk"
 )
 
-// maxStatus is how long a chunk with extents may be, in bytes; one extent was asked for.
-const maxStatus = 1000
+const (
+	// maxStatus is how long a chunk with extents may be, in bytes; one extent was asked for.
+	maxStatus = 1000
+	// maxErrors is how many chunks with errors, maxGaps how many separate parts of the data an
+	// answer may have.
+	maxErrors, maxGaps = 1000, 1000
+)
 
 // protocolError is what a server has done that it must not: nothing it says can be relied on.
 type protocolError string
@@ -51,6 +58,8 @@ func (c *conn) readReply() error {
 	if err := s.complete(); err != nil {
 		return err
 	}
+	c.answered = true
+	c.moved.Add(progress)
 	c.mu.Lock()
 	if s.answered = true; s.sent {
 		c.finishLocked(s)
@@ -72,10 +81,11 @@ func (c *conn) find(cookie uint64) *slot {
 
 // complete checks that an answer that has no error has all that was asked for.
 func (s *slot) complete() error {
+	whole := span{0, int64(s.req.Len)}
 	switch {
 	case s.err != nil:
-	case s.req.Cmd == nbdwire.CmdRead && s.filled != int64(s.req.Len):
-		return breach("%d bytes in reply to a read of %d", s.filled, s.req.Len)
+	case s.req.Cmd == nbdwire.CmdRead && (len(s.filled) != 1 || s.filled[0] != whole):
+		return breach("the reply to a read of %d bytes does not have all of them", s.req.Len)
 	case s.req.Cmd == nbdwire.CmdBlockStatus && s.extents == 0:
 		return breach("Server did not reply with any status extents")
 	}
@@ -95,8 +105,9 @@ func (c *conn) simple(s *slot, p *nbdwire.Reply) error {
 	if !read {
 		return nil
 	}
-	s.filled = int64(s.req.Len)
-	return c.readInto(s.in, 0, int64(s.req.Len))
+	n := int64(s.req.Len)
+	s.filled = append(s.filled, span{0, n})
+	return c.readInto(s.in, 0, n)
 }
 
 // chunk takes in a chunk of a structured reply.
@@ -172,20 +183,31 @@ func (c *conn) holeChunk(s *slot, n uint32) error {
 	return err
 }
 
-// part is where in a read's buffer a chunk of n bytes from off on belongs. Bytes that no chunk
-// fills must not show what was in the buffer before, so where chunks come out of order all that is
-// not there yet is zeroed.
+// part is where in a read's buffer a chunk of n bytes from off on belongs. Chunks come in any
+// order, but none has what another had.
 func (s *slot) part(off uint64, n uint32) (at int64, err error) {
 	begin, size := s.req.Off, uint64(s.req.Len)
-	if off < begin || off-begin > size || uint64(n) > size-(off-begin) || s.filled+int64(n) > int64(size) {
+	if off < begin || off-begin > size || uint64(n) > size-(off-begin) {
 		return 0, breach("server sent chunk exceeding requested region")
 	}
-	at = int64(off - begin)
-	if at != s.filled && !s.scattered {
-		s.scattered = true
-		s.in.Slice(s.filled, int64(size)-s.filled).Zero()
+	x := span{int64(off - begin), int64(off-begin) + int64(n)}
+	at = x.from
+	i, _ := slices.BinarySearchFunc(s.filled, at, func(f span, at int64) int { return cmp.Compare(f.to, at) })
+	j := i // those from i up to j become one with x
+	if i < len(s.filled) && s.filled[i].to == at {
+		x.from, j = s.filled[i].from, i+1
 	}
-	s.filled += int64(n)
+	if j < len(s.filled) {
+		switch f := s.filled[j]; {
+		case f.from < x.to:
+			return 0, breach("server sent some data twice")
+		case f.from == x.to:
+			x.to, j = f.to, j+1
+		}
+	}
+	if s.filled = slices.Replace(s.filled, i, j, x); len(s.filled) > maxGaps {
+		return 0, breach("server sent data in too many pieces")
+	}
 	return at, nil
 }
 
@@ -230,7 +252,9 @@ func (c *conn) errorChunk(s *slot, p *nbdwire.Reply) error {
 		typ = nbdwire.ChunkError // others are to be taken for it
 	}
 	no, _, _, err := nbdwire.ParseError(typ, b)
-	switch {
+	switch s.errs++; {
+	case s.errs > maxErrors:
+		return breach("server sent too many errors")
 	case err != nil:
 		return breach("server sent structured error chunk with incorrect message size")
 	case no == 0:

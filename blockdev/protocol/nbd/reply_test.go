@@ -89,28 +89,25 @@ func TestErrors(t *testing.T) {
 	w.becomes(connected)
 }
 
-// Chunks may come in any order, and what none of them fills does not show what was in the buffer.
+// Chunks may come in any order, holes too.
 func TestScattered(t *testing.T) {
 	w := newWorld(t, 0)
 	b := bytes.Repeat([]byte{0xEE}, 4096)
 	c := make(chan error, 1)
 	go func() { c <- w.ReadAt(bg, blk.Bufs([][]byte{b[:1000], b[1000:1001], b[1001:]}), 4096, 0) }()
 	q, _ := w.peer.next()
-	piece := func(at, n int, v byte) {
-		head := nbdwire.AppendDataHead(nil, 0, q.Cookie, q.Off+uint64(at), n)
-		w.peer.send(append(head, bytes.Repeat([]byte{v}, n)...))
-	}
-	piece(0, 512, 1)
-	piece(2048, 1024, 2)
+	w.peer.send(piece(q, 0, 512, 1))
+	w.peer.send(piece(q, 2048, 1024, 2))
 	w.peer.send(nbdwire.AppendHole(nil, 0, q.Cookie, q.Off+3072, 1024))
-	piece(2048, 1024, 3)
-	piece(512, 512, 4)
+	w.peer.send(piece(q, 1000, 48, 3))
+	w.peer.send(piece(q, 512, 488, 4))
+	w.peer.send(piece(q, 1048, 1000, 5))
 	w.peer.send(done(q))
 	if err := within(t, "an answer", c); err != nil {
 		t.Fatal(err)
 	}
-	want := slices.Concat(bytes.Repeat([]byte{1}, 512), bytes.Repeat([]byte{4}, 512), make([]byte, 1024),
-		bytes.Repeat([]byte{3}, 1024), make([]byte, 1024))
+	want := slices.Concat(bytes.Repeat([]byte{1}, 512), bytes.Repeat([]byte{4}, 488), bytes.Repeat([]byte{3}, 48),
+		bytes.Repeat([]byte{5}, 1000), bytes.Repeat([]byte{2}, 1024), make([]byte, 1024))
 	if !bytes.Equal(b, want) {
 		t.Error("wrong data")
 	}

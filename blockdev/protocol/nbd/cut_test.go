@@ -1,0 +1,139 @@
+package nbd_test
+
+import (
+	"bytes"
+	"context"
+	"errors"
+	"io"
+	"log/slog"
+	"math/rand/v2"
+	"net"
+	"path/filepath"
+	"sync"
+	"sync/atomic"
+	"syscall"
+	"testing"
+
+	"qblockd/blockdev/drivertest"
+	"qblockd/blockdev/protocol/nbd"
+	"qblockd/graph"
+	"qblockd/graph/blk"
+	"qblockd/schema/types"
+)
+
+// cutter passes connections on to a server and cuts each after some bytes.
+type cutter struct {
+	l    net.Listener
+	path string // of the server
+	cuts atomic.Int64
+	work sync.WaitGroup
+}
+
+func newCutter(t *testing.T, server string) *cutter {
+	l, err := net.Listen("unix", filepath.Join(t.TempDir(), "cut"))
+	if err != nil {
+		t.Fatal(err)
+	}
+	c := &cutter{l: l, path: server}
+	c.work.Go(func() {
+		for {
+			client, err := l.Accept()
+			if err != nil {
+				return
+			}
+			c.work.Go(func() { c.pass(client) })
+		}
+	})
+	t.Cleanup(func() {
+		l.Close()
+		c.work.Wait()
+	})
+	return c
+}
+
+func (c *cutter) pass(client net.Conn) {
+	defer client.Close()
+	server, err := net.Dial("unix", c.path)
+	if err != nil {
+		return
+	}
+	var both sync.WaitGroup
+	both.Go(func() {
+		_, _ = io.CopyN(server, client, 100_000+rand.Int64N(300_000))
+		client.Close()
+		server.Close()
+		c.cuts.Add(1)
+	})
+	_, _ = io.Copy(client, server)
+	client.Close()
+	both.Wait()
+}
+
+// TestCut: with connections that are lost again and again and drains in between, each write that
+// was acknowledged is there, and none fails but for a drain.
+func TestCut(t *testing.T) {
+	old := slog.Default()
+	slog.SetDefault(slog.New(slog.NewTextHandler(t.Output(), nil)))
+	t.Cleanup(func() { slog.SetDefault(old) })
+	const writers, each, block = 8, 60, 8192
+	c := newCutter(t, serve(t, writers*each*block, false))
+	g := drivertest.NewGraph(t)
+	n := drivertest.MustBuild(t, g, drivertest.Spec{
+		Options: graph.Options{Name: "nbd", Kind: graph.Protocol, DriverName: "nbd"},
+		Open: nbd.Def.With(&types.BlockdevOptionsNbd{
+			Export: new("x"), ReconnectDelay: new(uint32(60)),
+			Server: types.SocketAddress{Type: "unix", U: &types.UnixSocketAddress{Path: c.l.Addr().String()}},
+		}),
+	})
+	root := drivertest.AddRoot(t, g, n, drivertest.Writer)
+	content := func(i int) []byte { return bytes.Repeat([]byte{byte(i%255 + 1)}, block) }
+	var drains atomic.Int64
+	d := n.Driver().(graph.Drainer)
+	var all sync.WaitGroup
+	for w := range writers {
+		all.Go(func() {
+			for i := w; i < writers*each; i += writers {
+				if i%100 == 50 {
+					drains.Add(1)
+					d.DrainBegin()
+					d.DrainEnd()
+				}
+				for {
+					before := drains.Load()
+					err := write(root, content(i), int64(i)*block)
+					if err == nil {
+						break
+					}
+					if !errors.Is(err, syscall.EIO) || before == 0 && drains.Load() == 0 {
+						t.Errorf("write %d: %v", i, err)
+						return
+					}
+				}
+			}
+		})
+	}
+	all.Wait()
+	r, err := root.Begin(context.Background())
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer root.End(r)
+	b := make([]byte, block)
+	for i := range writers * each {
+		if err := root.ReadAt(r, blk.Buf(b), int64(i)*block, 0); err != nil || !bytes.Equal(b, content(i)) {
+			t.Fatalf("block %d: %v, %d", i, err, b[0])
+		}
+	}
+	if n := c.cuts.Load(); n < 5 {
+		t.Errorf("the connection was cut %d times only", n)
+	}
+}
+
+func write(root *graph.Root, b []byte, off int64) error {
+	r, err := root.Begin(context.Background())
+	if err != nil {
+		return err
+	}
+	defer root.End(r)
+	return root.WriteAt(r, blk.Buf(b), off, 0)
+}
