@@ -15,20 +15,17 @@ import (
 	"qblockd/schema/types"
 )
 
-func isTrue(b *bool) bool  { return b != nil && *b }
-func isFalse(b *bool) bool { return b != nil && !*b }
-
 // unixAddr is a as package sockets wants it.
 func unixAddr(a *types.UnixSocketAddress, mode os.FileMode) sockets.UnixAddr {
-	return sockets.UnixAddr{Path: a.Path, Abstract: isTrue(a.Abstract), Padded: isFalse(a.Tight), Mode: mode}
+	return sockets.UnixAddr{Path: a.Path, Abstract: types.Or(a.Abstract, false), Padded: !types.Or(a.Tight, true), Mode: mode}
 }
 
 // unixSuffix is what a file name shows behind the path.
 func unixSuffix(a *types.UnixSocketAddress) string {
 	switch {
-	case !isTrue(a.Abstract):
+	case !types.Or(a.Abstract, false):
 		return ""
-	case isFalse(a.Tight):
+	case !types.Or(a.Tight, true):
 		return ",abstract=on"
 	}
 	return ",abstract=on,tight=on"
@@ -49,8 +46,8 @@ func listenInet(ctx context.Context, a *types.InetSocketAddress) ([]net.Listener
 		return nil, errors.New("Failed to create a socket")
 	}
 	var lc net.ListenConfig
-	lc.SetMultipathTCP(isTrue(a.Mptcp))
-	if !isTrue(a.KeepAlive) {
+	lc.SetMultipathTCP(types.Or(a.Mptcp, false))
+	if !types.Or(a.KeepAlive, false) {
 		lc.KeepAlive = -1
 	}
 	var all []net.Listener

@@ -7,7 +7,8 @@ import (
 	"os"
 	"sync"
 	"syscall"
-	"unsafe"
+
+	"golang.org/x/sys/unix"
 
 	"qblockd/graph/blk"
 	"qblockd/schema/types"
@@ -46,19 +47,10 @@ func (s *fdStream) Close() error {
 	return nil
 }
 
-// files is a device that has its one client from the start.
-type files struct {
-	*front
-	name string // what filename shows
-}
-
-func (d *files) filename() string { return d.name }
-func (d *files) close()           { d.end() }
-
-func newFiles(f *front, name string, s *fdStream) device {
-	d := &files{front: f, name: name}
+// newStream makes a device that has its one client, s, from the start.
+func newStream(f *front, name string, s io.ReadWriteCloser) device {
 	f.spawn(func() { f.serve(s) })
-	return d
+	return &plain{f, name}
 }
 
 // openHost opens a file of the host for a device, non-blocking so that a goroutine that
@@ -71,14 +63,16 @@ func openHost(path string, flags int) (*os.File, error) {
 	return f, nil
 }
 
-func openFile(o *types.ChardevFile, f *front) (device, error) {
-	flags := os.O_WRONLY | os.O_CREATE
-	if o.Append != nil && *o.Append {
-		flags |= os.O_APPEND
-	} else {
-		flags |= os.O_TRUNC
+// outputFlags opens a file to be written from its end on, or anew.
+func outputFlags(appendTo *bool) int {
+	if types.Or(appendTo, false) {
+		return os.O_WRONLY | os.O_CREATE | os.O_APPEND
 	}
-	out, err := openHost(o.Out, flags)
+	return os.O_WRONLY | os.O_CREATE | os.O_TRUNC
+}
+
+func openFile(o *types.ChardevFile, f *front) (device, error) {
+	out, err := openHost(o.Out, outputFlags(o.Append))
 	if err != nil {
 		return nil, err
 	}
@@ -89,7 +83,7 @@ func openFile(o *types.ChardevFile, f *front) (device, error) {
 			return nil, err
 		}
 	}
-	return newFiles(f, "file", s), nil
+	return newStream(f, "file", s), nil
 }
 
 // openPipe opens PATH.in and PATH.out, or PATH for both directions.
@@ -109,7 +103,7 @@ func openPipe(o *types.ChardevHostdev, f *front) (device, error) {
 		}
 		in, out = both, both
 	}
-	return newFiles(f, "pipe", &fdStream{in: in, out: out}), nil
+	return newStream(f, "pipe", &fdStream{in: in, out: out}), nil
 }
 
 // stdioUsed says that a device has standard input and output.
@@ -137,9 +131,9 @@ func (t *Table) openStdio(o *types.ChardevStdio, f *front) (device, error) {
 		in.Close()
 		return nil, fmt.Errorf("Failed to set FD nonblocking: %s", blk.ErrnoText(err))
 	}
-	undoTerminal := rawTerminal(0, o.Signal == nil || *o.Signal)
+	undoTerminal := rawTerminal(0, types.Or(o.Signal, true))
 	stdioUsed.taken = true
-	return newFiles(f, "stdio", &fdStream{in: in, out: out, restore: func() {
+	return newStream(f, "stdio", &fdStream{in: in, out: out, restore: func() {
 		undoTerminal()
 		undoIn()
 		undoOut()
@@ -165,12 +159,12 @@ func reopen(fd, flags int) (f *os.File, undo func(), err error) {
 			return f, undo, nil
 		}
 	}
-	dup, err := dupCloexec(fd)
+	dup, err := unix.FcntlInt(uintptr(fd), unix.F_DUPFD_CLOEXEC, 3)
 	if err != nil {
 		return nil, nil, err
 	}
 	if kind != syscall.S_IFREG {
-		old, err := fcntl(fd, syscall.F_GETFL, 0)
+		old, err := unix.FcntlInt(uintptr(fd), unix.F_GETFL, 0)
 		if err == nil && old&syscall.O_NONBLOCK == 0 {
 			err = syscall.SetNonblock(fd, true)
 			undo = func() { _ = syscall.SetNonblock(fd, false) }
@@ -183,46 +177,40 @@ func reopen(fd, flags int) (f *os.File, undo func(), err error) {
 	return os.NewFile(uintptr(dup), path), undo, nil
 }
 
-func fcntl(fd, cmd, arg int) (int, error) {
-	r, _, e := syscall.Syscall(syscall.SYS_FCNTL, uintptr(fd), uintptr(cmd), uintptr(arg))
-	if e != 0 {
-		return 0, e
+// onFD calls do with the descriptor of f.
+func onFD(f *os.File, do func(fd int) error) error {
+	raw, err := f.SyscallConn()
+	if err != nil {
+		return err
 	}
-	return int(r), nil
-}
-
-func dupCloexec(fd int) (int, error) { return fcntl(fd, syscall.F_DUPFD_CLOEXEC, 3) }
-
-func ioctl(fd int, req uint, arg unsafe.Pointer) error {
-	if _, _, e := syscall.Syscall(syscall.SYS_IOCTL, uintptr(fd), uintptr(req), uintptr(arg)); e != 0 {
-		return e
+	if cerr := raw.Control(func(fd uintptr) { err = do(int(fd)) }); err == nil {
+		err = cerr
 	}
-	return nil
+	return err
 }
 
 // makeRaw takes line editing, echo and conversions of input off a terminal's settings.
-func makeRaw(t *syscall.Termios, signals bool) {
-	t.Iflag &^= syscall.IGNBRK | syscall.BRKINT | syscall.PARMRK | syscall.ISTRIP |
-		syscall.INLCR | syscall.IGNCR | syscall.ICRNL | syscall.IXON
-	t.Lflag &^= syscall.ECHO | syscall.ECHONL | syscall.ICANON | syscall.IEXTEN
+func makeRaw(t *unix.Termios, signals bool) {
+	t.Iflag &^= unix.IGNBRK | unix.BRKINT | unix.PARMRK | unix.ISTRIP | unix.INLCR | unix.IGNCR | unix.ICRNL | unix.IXON
+	t.Lflag &^= unix.ECHO | unix.ECHONL | unix.ICANON | unix.IEXTEN
 	if !signals {
-		t.Lflag &^= syscall.ISIG
+		t.Lflag &^= unix.ISIG
 	}
-	t.Cflag = t.Cflag&^(syscall.CSIZE|syscall.PARENB) | syscall.CS8
-	t.Cc[syscall.VMIN], t.Cc[syscall.VTIME] = 1, 0
+	t.Cflag = t.Cflag&^(unix.CSIZE|unix.PARENB) | unix.CS8
+	t.Cc[unix.VMIN], t.Cc[unix.VTIME] = 1, 0
 }
 
 // rawTerminal prepares the terminal fd for a monitor whose input comes key by key. If it is
 // one, it is as before after undo. A monitor echoes, so what is typed stays visible.
 func rawTerminal(fd int, signals bool) (undo func()) {
-	var old syscall.Termios
-	if ioctl(fd, syscall.TCGETS, unsafe.Pointer(&old)) != nil {
+	old, err := unix.IoctlGetTermios(fd, unix.TCGETS)
+	if err != nil {
 		return func() {}
 	}
-	now := old
+	now := *old
 	if !signals {
-		now.Lflag &^= syscall.ISIG
+		now.Lflag &^= unix.ISIG
 	}
-	_ = ioctl(fd, syscall.TCSETS, unsafe.Pointer(&now))
-	return func() { _ = ioctl(fd, syscall.TCSETS, unsafe.Pointer(&old)) }
+	_ = unix.IoctlSetTermios(fd, unix.TCSETS, &now)
+	return func() { _ = unix.IoctlSetTermios(fd, unix.TCSETS, old) }
 }

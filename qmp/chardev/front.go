@@ -126,8 +126,11 @@ func (s *loggedStream) Lingers() bool {
 	return ok && l.Lingers()
 }
 
-// null is the device that swallows everything.
-type null struct{ *front }
+// plain is a device without a state of its own.
+type plain struct {
+	*front
+	name string // what filename shows
+}
 
-func (*null) filename() string { return "null" }
-func (d *null) close()         { d.end() }
+func (d *plain) filename() string { return d.name }
+func (d *plain) close()           { d.end() }

@@ -4,7 +4,8 @@ import (
 	"fmt"
 	"os"
 	"syscall"
-	"unsafe"
+
+	"golang.org/x/sys/unix"
 
 	"qblockd/graph/blk"
 	"qblockd/schema/types"
@@ -17,33 +18,22 @@ func openSerial(o *types.ChardevHostdev, f *front) (device, error) {
 	if err != nil {
 		return nil, err
 	}
-	raw, err := tty.SyscallConn()
-	if err == nil {
-		err = raw.Control(func(fd uintptr) {
-			var t syscall.Termios
-			if ioctl(int(fd), syscall.TCGETS, unsafe.Pointer(&t)) != nil {
-				return
-			}
-			makeRaw(&t, true)
-			t.Oflag |= syscall.OPOST
-			t.Cflag &^= syscall.CSTOPB | crtscts | cbaud
-			t.Cflag |= syscall.CLOCAL | syscall.CREAD | syscall.B115200
-			t.Ispeed, t.Ospeed = syscall.B115200, syscall.B115200
-			_ = ioctl(int(fd), syscall.TCSETS, unsafe.Pointer(&t))
-		})
-	}
-	if err != nil {
+	if err := onFD(tty, func(fd int) error {
+		if t, err := unix.IoctlGetTermios(fd, unix.TCGETS); err == nil {
+			makeRaw(t, true)
+			t.Oflag |= unix.OPOST
+			t.Cflag &^= unix.CSTOPB | unix.CRTSCTS | unix.CBAUD
+			t.Cflag |= unix.CLOCAL | unix.CREAD | unix.B115200
+			t.Ispeed, t.Ospeed = unix.B115200, unix.B115200
+			_ = unix.IoctlSetTermios(fd, unix.TCSETS, t)
+		}
+		return nil
+	}); err != nil {
 		tty.Close()
 		return nil, fmt.Errorf("Could not open '%s': %s", o.Device, blk.ErrnoText(err))
 	}
-	return newFiles(f, "serial", &fdStream{in: tty, out: tty}), nil
+	return newStream(f, "serial", &fdStream{in: tty, out: tty}), nil
 }
-
-// The parts of c_cflag that package syscall does not name: the speed, flow control by wire.
-const (
-	cbaud   = 0o10017
-	crtscts = 0x80000000
-)
 
 // parallel is a claimed parallel port. It is driven by requests that no user here makes, and
 // carries no stream.
@@ -63,7 +53,7 @@ func openParallel(o *types.ChardevHostdev, f *front) (device, error) {
 	if err != nil {
 		return nil, fmt.Errorf("Could not open '%s': %s", o.Device, blk.ErrnoText(err))
 	}
-	if err := ioctl(fd, ppClaim, nil); err != nil {
+	if err := unix.IoctlSetInt(fd, ppClaim, 0); err != nil {
 		syscall.Close(fd)
 		return nil, fmt.Errorf("not a parallel port: %s", blk.ErrnoText(err))
 	}
@@ -73,7 +63,7 @@ func openParallel(o *types.ChardevHostdev, f *front) (device, error) {
 func (*parallel) filename() string { return "parallel" }
 
 func (d *parallel) close() {
-	_ = ioctl(int(d.port.Fd()), ppRelease, nil)
+	_ = unix.IoctlSetInt(int(d.port.Fd()), ppRelease, 0)
 	d.port.Close()
 	d.end()
 }

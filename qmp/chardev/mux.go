@@ -6,6 +6,7 @@ import (
 	"os"
 	"slices"
 	"sync"
+	"syscall"
 
 	"qblockd/schema/types"
 )
@@ -53,7 +54,7 @@ func (s *muxStream) Write(b []byte) (int, error) {
 func (t *Table) openMux(o *types.ChardevMux, f *front) (device, error) {
 	t.mu.Lock()
 	defer t.mu.Unlock()
-	d := &mux{front: f, interrupt: func() { _ = signalSelf() }}
+	d := &mux{front: f, interrupt: func() { _ = syscall.Kill(os.Getpid(), syscall.SIGINT) }}
 	base := t.devices[o.Chardev]
 	if base == nil {
 		return nil, fmt.Errorf("mux: base chardev %s not found", o.Chardev)
@@ -63,14 +64,6 @@ func (t *Table) openMux(o *types.ChardevMux, f *front) (device, error) {
 	}
 	base.attach(d.serveClient)
 	return d, nil
-}
-
-func signalSelf() error {
-	p, err := os.FindProcess(os.Getpid())
-	if err != nil {
-		return err
-	}
-	return p.Signal(os.Interrupt)
 }
 
 func (*mux) filename() string { return "mux" }

@@ -8,7 +8,8 @@ import (
 	"strconv"
 	"syscall"
 	"time"
-	"unsafe"
+
+	"golang.org/x/sys/unix"
 
 	"qblockd/graph/blk"
 )
@@ -40,33 +41,25 @@ func openPty(f *front) (device, error) {
 
 // unlock makes the other end usable: raw, so that nothing is echoed or converted.
 func (d *pty) unlock() error {
-	raw, err := d.master.SyscallConn()
-	if err != nil {
+	if err := onFD(d.master, func(fd int) error {
+		if err := unix.IoctlSetPointerInt(fd, unix.TIOCSPTLCK, 0); err != nil {
+			return err
+		}
+		n, err := unix.IoctlGetInt(fd, unix.TIOCGPTN)
+		if err != nil {
+			return err
+		}
+		d.path = "/dev/pts/" + strconv.Itoa(n)
+		t, err := unix.IoctlGetTermios(fd, unix.TCGETS)
+		if err != nil {
+			return err
+		}
+		makeRaw(t, false)
+		t.Oflag &^= unix.OPOST
+		return unix.IoctlSetTermios(fd, unix.TCSETS, t)
+	}); err != nil {
 		return err
 	}
-	var n, zero int32
-	cerr := raw.Control(func(fd uintptr) {
-		if err = ioctl(int(fd), syscall.TIOCSPTLCK, unsafe.Pointer(&zero)); err != nil {
-			return
-		}
-		if err = ioctl(int(fd), syscall.TIOCGPTN, unsafe.Pointer(&n)); err != nil {
-			return
-		}
-		var t syscall.Termios
-		if err = ioctl(int(fd), syscall.TCGETS, unsafe.Pointer(&t)); err != nil {
-			return
-		}
-		makeRaw(&t, false)
-		t.Oflag &^= syscall.OPOST
-		err = ioctl(int(fd), syscall.TCSETS, unsafe.Pointer(&t))
-	})
-	if err == nil {
-		err = cerr
-	}
-	if err != nil {
-		return err
-	}
-	d.path = "/dev/pts/" + strconv.Itoa(int(n))
 	// The master reports a hangup only after the other end was open once.
 	other, err := os.OpenFile(d.path, os.O_RDWR|syscall.O_NOCTTY, 0)
 	if err != nil {
@@ -101,24 +94,13 @@ func (d *pty) run() {
 
 // open tells whether somebody has the other end open.
 func (d *pty) open() bool {
-	raw, err := d.master.SyscallConn()
-	if err != nil {
-		return false
-	}
-	const pollHup = 0x10
-	p := struct {
-		fd              int32
-		events, revents int16
-	}{events: 4} // POLLOUT
-	open := false
-	_ = raw.Control(func(fd uintptr) {
-		p.fd = int32(fd)
-		var now syscall.Timespec
-		n, _, e := syscall.Syscall6(syscall.SYS_PPOLL, uintptr(unsafe.Pointer(&p)), 1,
-			uintptr(unsafe.Pointer(&now)), 0, 0, 0)
-		open = e == 0 && (n == 0 || p.revents&pollHup == 0)
+	p := []unix.PollFd{{Events: unix.POLLOUT}}
+	err := onFD(d.master, func(fd int) error {
+		p[0].Fd = int32(fd)
+		_, err := unix.Poll(p, 0)
+		return err
 	})
-	return open
+	return err == nil && p[0].Revents&unix.POLLHUP == 0
 }
 
 // ptyStream is one client of a pty. Closing it leaves the terminal as it is.

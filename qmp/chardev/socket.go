@@ -7,6 +7,7 @@ import (
 	"io"
 	"log/slog"
 	"net"
+	"slices"
 	"sync"
 	"time"
 
@@ -40,7 +41,7 @@ func (s *socket) filename() string {
 }
 
 func (s *socket) protocol() string {
-	if isTrue(s.conf.Telnet) {
+	if types.Or(s.conf.Telnet, false) {
 		return "telnet"
 	}
 	return "tcp"
@@ -77,18 +78,14 @@ func (s *socket) run(c net.Conn) {
 	defer func() {
 		s.mu.Lock()
 		defer s.mu.Unlock()
-		for i := range s.names {
-			if s.names[i] == name {
-				s.names = append(s.names[:i], s.names[i+1:]...)
-				return
-			}
-		}
+		i := slices.Index(s.names, name)
+		s.names = slices.Delete(s.names, i, i+1)
 	}()
 	if t, ok := c.(*net.TCPConn); ok {
-		_ = t.SetNoDelay(isTrue(s.conf.Nodelay))
+		_ = t.SetNoDelay(types.Or(s.conf.Nodelay, false))
 	}
 	var stream io.ReadWriteCloser = c
-	if isTrue(s.conf.Telnet) {
+	if types.Or(s.conf.Telnet, false) {
 		if s.server {
 			if _, err := c.Write(telnetHello); err != nil {
 				c.Close()
@@ -118,7 +115,7 @@ func checkSocket(o *types.ChardevSocket, server bool) error {
 func (t *Table) openSocket(
 	ctx context.Context, id string, o *types.ChardevSocket, from Origin, f *front,
 ) (device, error) {
-	server := !isFalse(o.Server)
+	server := types.Or(o.Server, true)
 	if err := checkSocket(o, server); err != nil {
 		return nil, err
 	}
@@ -179,7 +176,7 @@ func (t *Table) openServer(ctx context.Context, s *socket, from Origin) (device,
 	for _, l := range d.listeners {
 		s.spawn(func() { d.accept(l) })
 	}
-	if isTrue(s.conf.Wait) {
+	if types.Or(s.conf.Wait, false) {
 		s.log.Info("waiting for connection on: " + s.filename())
 		select {
 		case <-d.first:
@@ -275,8 +272,8 @@ func openClient(ctx context.Context, s *socket, from Origin) (device, error) {
 			return c, nil
 		}
 	}
-	if s.conf.Reconnect != nil && *s.conf.Reconnect > 0 {
-		s.spawn(func() { d.keepConnected(time.Duration(*s.conf.Reconnect) * time.Second) })
+	if pause := types.Or(s.conf.Reconnect, 0); pause > 0 {
+		s.spawn(func() { d.keepConnected(time.Duration(pause) * time.Second) })
 		return d, nil
 	}
 	c, err := d.dial(ctx)

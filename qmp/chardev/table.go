@@ -7,6 +7,7 @@ import (
 	"io"
 	"log/slog"
 	"os"
+	"slices"
 	"sync"
 	"sync/atomic"
 
@@ -131,9 +132,6 @@ func (t *Table) duplicate(id string, b *types.ChardevBackend) error {
 
 // Add is Open for a client: chardev-add. Its errors name the device.
 func (t *Table) Add(ctx context.Context, id string, b *types.ChardevBackend) (*types.ChardevReturn, error) {
-	if err := t.exists(id); err != nil {
-		return nil, err
-	}
 	ret, err := t.Open(ctx, id, b, Monitor)
 	if err != nil && !errors.Is(err, errExists) {
 		err = fmt.Errorf("Failed to add chardev '%s': %w", id, err)
@@ -144,41 +142,49 @@ func (t *Table) Add(ctx context.Context, id string, b *types.ChardevBackend) (*t
 // Change replaces the device called id by a new one: chardev-change. The old one must have no
 // user; it is gone also if the new one cannot be made.
 func (t *Table) Change(ctx context.Context, id string, b *types.ChardevBackend) (*types.ChardevReturn, error) {
-	t.mu.Lock()
-	d := t.devices[id]
-	switch {
-	case d == nil:
-		t.mu.Unlock()
-		return nil, fmt.Errorf("Chardev '%s' does not exist", id)
-	case isMux(d):
-		t.mu.Unlock()
-		return nil, errors.New("Mux device hotswap not supported yet")
-	case d.attached():
-		t.mu.Unlock()
-		return nil, errors.New("Chardev user does not support chardev hotswap")
+	if err := t.end(id, func(d device) error {
+		switch {
+		case d == nil:
+			return fmt.Errorf("Chardev '%s' does not exist", id)
+		case isMux(d):
+			return errors.New("Mux device hotswap not supported yet")
+		case d.attached():
+			return errors.New("Chardev user does not support chardev hotswap")
+		}
+		return nil
+	}); err != nil {
+		return nil, err
 	}
-	t.dropLocked(id)
-	t.mu.Unlock()
-	d.close()
 	return t.Add(ctx, id, b)
 }
 
 // Remove removes the device called id, which must have no user: chardev-remove.
 func (t *Table) Remove(id string) error {
+	return t.end(id, func(d device) error {
+		switch {
+		case d == nil:
+			return notFound(id)
+		case d.attached():
+			return fmt.Errorf("Chardev '%s' is busy", id)
+		}
+		return nil
+	})
+}
+
+// end takes the device called id out of the table and closes it, unless check, which is given nil
+// where there is none, refuses.
+func (t *Table) end(id string, check func(device) error) error {
 	t.mu.Lock()
 	d := t.devices[id]
-	switch {
-	case d == nil:
-		t.mu.Unlock()
-		return notFound(id)
-	case d.attached():
-		t.mu.Unlock()
-		return fmt.Errorf("Chardev '%s' is busy", id)
+	err := check(d)
+	if err == nil {
+		t.dropLocked(id)
 	}
-	t.dropLocked(id)
 	t.mu.Unlock()
-	d.close()
-	return nil
+	if err == nil {
+		d.close()
+	}
+	return err
 }
 
 // SendBreak sends a break signal: chardev-send-break. No user of a device here knows what to do
@@ -215,10 +221,10 @@ func (t *Table) Query() []*types.ChardevInfo {
 	t.mu.Lock()
 	defer t.mu.Unlock()
 	list := make([]*types.ChardevInfo, 0, len(t.order))
-	for i := len(t.order) - 1; i >= 0; i-- {
-		if d := t.devices[t.order[i]]; d != nil {
+	for _, id := range slices.Backward(t.order) {
+		if d := t.devices[id]; d != nil {
 			open := d.attached() && !isMux(d) // a mux never says so, like QEMU's
-			list = append(list, &types.ChardevInfo{Label: t.order[i], Filename: d.filename(), FrontendOpen: open})
+			list = append(list, &types.ChardevInfo{Label: id, Filename: d.filename(), FrontendOpen: open})
 		}
 	}
 	return list
@@ -257,26 +263,12 @@ func (t *Table) find(id string) device {
 
 var errExists = errors.New("exists")
 
-// existsError is the error for a label that is taken.
-func existsError(id string) error {
-	return blk.Text("Chardev with id '"+id+"' already exists", errExists)
-}
-
-func (t *Table) exists(id string) error {
-	t.mu.Lock()
-	defer t.mu.Unlock()
-	if _, ok := t.devices[id]; ok {
-		return existsError(id)
-	}
-	return nil
-}
-
 // reserve takes the label id for a device that is being opened.
 func (t *Table) reserve(id string) error {
 	t.mu.Lock()
 	defer t.mu.Unlock()
 	if _, ok := t.devices[id]; ok {
-		return existsError(id)
+		return blk.Text("Chardev with id '"+id+"' already exists", errExists)
 	}
 	t.devices[id] = nil
 	t.order = append(t.order, id)
@@ -286,40 +278,29 @@ func (t *Table) reserve(id string) error {
 // +checklocks:t.mu
 func (t *Table) dropLocked(id string) {
 	delete(t.devices, id)
-	for i := range t.order {
-		if t.order[i] == id {
-			t.order = append(t.order[:i], t.order[i+1:]...)
-			return
-		}
-	}
+	t.order = slices.DeleteFunc(t.order, func(s string) bool { return s == id })
 }
 
 // open makes the device that b describes.
 func (t *Table) open(ctx context.Context, id string, b *types.ChardevBackend, from Origin) (device, error) {
 	switch u := b.U.(type) {
 	case *types.ChardevSocketWrapper:
-		s := &u.Data
-		return t.withLog(s.Logfile, s.Logappend, func(f *front) (device, error) {
-			return t.openSocket(ctx, id, s, from, f)
+		return t.withLog(u.Data.Logfile, u.Data.Logappend, func(f *front) (device, error) {
+			return t.openSocket(ctx, id, &u.Data, from, f)
 		})
 	case *types.ChardevFileWrapper:
-		return t.withLog(u.Data.Logfile, u.Data.Logappend, func(f *front) (device, error) {
-			return openFile(&u.Data, f)
-		})
+		return t.withLog(u.Data.Logfile, u.Data.Logappend, with(openFile, &u.Data))
 	case *types.ChardevHostdevWrapper:
-		return t.withLog(u.Data.Logfile, u.Data.Logappend, func(f *front) (device, error) {
-			switch b.Type {
-			case types.ChardevBackendKindSerial:
-				return openSerial(&u.Data, f)
-			case types.ChardevBackendKindParallel:
-				return openParallel(&u.Data, f)
-			}
-			return openPipe(&u.Data, f)
-		})
+		open := openPipe
+		switch b.Type {
+		case types.ChardevBackendKindSerial:
+			open = openSerial
+		case types.ChardevBackendKindParallel:
+			open = openParallel
+		}
+		return t.withLog(u.Data.Logfile, u.Data.Logappend, with(open, &u.Data))
 	case *types.ChardevStdioWrapper:
-		return t.withLog(u.Data.Logfile, u.Data.Logappend, func(f *front) (device, error) {
-			return t.openStdio(&u.Data, f)
-		})
+		return t.withLog(u.Data.Logfile, u.Data.Logappend, with(t.openStdio, &u.Data))
 	case *types.ChardevRingbufWrapper:
 		return t.withLog(u.Data.Logfile, u.Data.Logappend, func(f *front) (device, error) {
 			return newRingbuf(&u.Data, string(b.Type), f, &t.rings)
@@ -329,31 +310,28 @@ func (t *Table) open(ctx context.Context, id string, b *types.ChardevBackend, fr
 			return openUDP(ctx, &u.Data, f)
 		})
 	case *types.ChardevMuxWrapper:
-		return t.withLog(u.Data.Logfile, u.Data.Logappend, func(f *front) (device, error) {
-			return t.openMux(&u.Data, f)
-		})
+		return t.withLog(u.Data.Logfile, u.Data.Logappend, with(t.openMux, &u.Data))
 	case *types.ChardevCommonWrapper:
 		return t.withLog(u.Data.Logfile, u.Data.Logappend, func(f *front) (device, error) {
 			if b.Type == types.ChardevBackendKindPty {
 				return openPty(f)
 			}
-			return &null{front: f}, nil
+			return &plain{f, "null"}, nil
 		})
 	}
 	panic(fmt.Sprintf("chardev: backend %q with %T", b.Type, b.U))
+}
+
+// with is open with its options.
+func with[T any](open func(*T, *front) (device, error), options *T) func(*front) (device, error) {
+	return func(f *front) (device, error) { return open(options, f) }
 }
 
 // withLog opens the log file of a device, if it is to have one, and then the device.
 func (t *Table) withLog(path *string, appendTo *bool, open func(*front) (device, error)) (device, error) {
 	f := newFront()
 	if path != nil {
-		flags := os.O_WRONLY | os.O_CREATE
-		if appendTo != nil && *appendTo {
-			flags |= os.O_APPEND
-		} else {
-			flags |= os.O_TRUNC
-		}
-		log, err := os.OpenFile(*path, flags, 0o666)
+		log, err := os.OpenFile(*path, outputFlags(appendTo), 0o666)
 		if err != nil {
 			return nil, fmt.Errorf("Could not create '%s': %s", *path, blk.ErrnoText(err))
 		}
@@ -371,10 +349,5 @@ func isMux(d device) bool {
 	return ok
 }
 
-func inUse(id string) error {
-	return fmt.Errorf("Device '%s' is in use", id)
-}
-
-func notFound(id string) error {
-	return fmt.Errorf("Chardev '%s' not found", id)
-}
+func inUse(id string) error    { return fmt.Errorf("Device '%s' is in use", id) }
+func notFound(id string) error { return fmt.Errorf("Chardev '%s' not found", id) }

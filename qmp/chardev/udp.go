@@ -4,6 +4,7 @@ import (
 	"context"
 	"errors"
 	"fmt"
+	"io"
 	"net"
 	"syscall"
 
@@ -38,22 +39,20 @@ func (c udpConn) Write(b []byte) (int, error) {
 	return len(b), nil
 }
 
-// udpStream hides that a udpConn is a socket, on which short writes would be tried.
-type udpStream struct{ c udpConn }
+var errNoDatagram = errors.New("socket type unsupported for datagram")
 
-func (s udpStream) Read(b []byte) (int, error)  { return s.c.Read(b) }
-func (s udpStream) Write(b []byte) (int, error) { return s.c.Write(b) }
-func (s udpStream) Close() error                { return s.c.Close() }
-
-type udp struct{ *front }
-
-func (*udp) filename() string { return "udp" }
-func (d *udp) close()         { d.end() }
+func resolveUDP(ctx context.Context, a *types.InetSocketAddress, passive bool) (*net.UDPAddr, error) {
+	ips, port, err := sockets.Resolve(ctx, a, passive)
+	if err != nil {
+		return nil, err
+	}
+	return &net.UDPAddr{IP: ips[0].AsSlice(), Port: port, Zone: ips[0].Zone()}, nil
+}
 
 func openUDP(ctx context.Context, o *types.ChardevUdp, f *front) (device, error) {
 	remote, ok := o.Remote.U.(*types.InetSocketAddressWrapper)
 	if !ok {
-		return nil, errors.New("socket type unsupported for datagram")
+		return nil, errNoDatagram
 	}
 	peer := remote.Data
 	if peer.Host == "" {
@@ -62,28 +61,24 @@ func openUDP(ctx context.Context, o *types.ChardevUdp, f *front) (device, error)
 	if peer.Port == "" {
 		return nil, errors.New("remote port not specified")
 	}
-	ips, port, err := sockets.Resolve(ctx, &peer, false)
+	to, err := resolveUDP(ctx, &peer, false)
 	if err != nil {
 		return nil, err
 	}
-	to := &net.UDPAddr{IP: ips[0].AsSlice(), Port: port, Zone: ips[0].Zone()}
 	var from *net.UDPAddr
 	if o.Local != nil {
 		local, ok := o.Local.U.(*types.InetSocketAddressWrapper)
 		if !ok {
-			return nil, errors.New("socket type unsupported for datagram")
+			return nil, errNoDatagram
 		}
-		ips, port, err := sockets.Resolve(ctx, &local.Data, true)
-		if err != nil {
+		if from, err = resolveUDP(ctx, &local.Data, true); err != nil {
 			return nil, err
 		}
-		from = &net.UDPAddr{IP: ips[0].AsSlice(), Port: port, Zone: ips[0].Zone()}
 	}
 	c, err := net.DialUDP("udp", from, to)
 	if err != nil {
 		return nil, fmt.Errorf("Failed to bind socket: %s", blk.ErrnoText(err))
 	}
-	d := &udp{f}
-	f.spawn(func() { f.serve(udpStream{udpConn{c}}) })
-	return d, nil
+	// It is not seen that this is a socket: short writes would be tried on one.
+	return newStream(f, "udp", struct{ io.ReadWriteCloser }{udpConn{c}}), nil
 }

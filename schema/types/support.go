@@ -32,3 +32,11 @@ func WellFormedID(id string) bool {
 	}
 	return id != ""
 }
+
+// Or is what p points to; def where the member was left out.
+func Or[T any](p *T, def T) T {
+	if p == nil {
+		return def
+	}
+	return *p
+}

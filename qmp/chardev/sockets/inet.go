@@ -13,9 +13,6 @@ import (
 	"qblockd/schema/types"
 )
 
-func isTrue(b *bool) bool  { return b != nil && *b }
-func isFalse(b *bool) bool { return b != nil && !*b }
-
 // DialText words why a connection failed.
 func DialText(ctx context.Context, err error) string {
 	if ctx.Err() != nil {
@@ -34,18 +31,18 @@ func Resolve(ctx context.Context, a *types.InetSocketAddress, passive bool) ([]n
 	}
 	network := "ip"
 	switch {
-	case isFalse(a.Ipv4) && isFalse(a.Ipv6):
+	case !types.Or(a.Ipv4, true) && !types.Or(a.Ipv6, true):
 		return nil, 0, errors.New("Cannot disable IPv4 and IPv6 at same time")
-	case isTrue(a.Ipv4) && isTrue(a.Ipv6):
-	case isTrue(a.Ipv6), isFalse(a.Ipv4):
+	case types.Or(a.Ipv4, false) && types.Or(a.Ipv6, false):
+	case types.Or(a.Ipv6, false), !types.Or(a.Ipv4, true):
 		network = "ip6"
-	case isTrue(a.Ipv4), isFalse(a.Ipv6):
+	case types.Or(a.Ipv4, false), !types.Or(a.Ipv6, true):
 		network = "ip4"
 	}
 	port := 0
 	if a.Port != "" {
 		n, err := strconv.ParseUint(a.Port, 10, 16)
-		if err != nil && !isTrue(a.Numeric) {
+		if err != nil && !types.Or(a.Numeric, false) {
 			var p int
 			p, err = net.DefaultResolver.LookupPort(ctx, "tcp", a.Port)
 			n = uint64(p)
@@ -74,7 +71,7 @@ func Resolve(ctx context.Context, a *types.InetSocketAddress, passive bool) ([]n
 		}
 		return []netip.Addr{ip}, port, nil
 	}
-	if isTrue(a.Numeric) {
+	if types.Or(a.Numeric, false) {
 		return nil, 0, fail("Name or service not known")
 	}
 	ips, err := net.DefaultResolver.LookupNetIP(ctx, network, a.Host)
@@ -98,8 +95,8 @@ func DialInet(ctx context.Context, a *types.InetSocketAddress) (net.Conn, error)
 		return nil, err
 	}
 	var d net.Dialer
-	d.SetMultipathTCP(isTrue(a.Mptcp))
-	if !isTrue(a.KeepAlive) {
+	d.SetMultipathTCP(types.Or(a.Mptcp, false))
+	if !types.Or(a.KeepAlive, false) {
 		d.KeepAlive = -1
 	}
 	for _, ip := range ips {

@@ -41,7 +41,8 @@ func (a UnixAddr) Check() error {
 		most-- // the zero byte in front
 	}
 	if len(a.Path) > most {
-		return blk.WithHint(fmt.Errorf("UNIX socket path '%s' is too long", a.Path), fmt.Sprintf("Path must be less than %d bytes", most))
+		return blk.WithHint(fmt.Errorf("UNIX socket path '%s' is too long", a.Path),
+			fmt.Sprintf("Path must be less than %d bytes", most))
 	}
 	return nil
 }
