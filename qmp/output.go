@@ -66,7 +66,7 @@ func (s *Session) send(line []byte, reply bool) {
 	}
 	switch {
 	case s.mon.pretty:
-		o.pending = value.IndentEOL(o.pending, line, "\r\n")
+		o.pending = value.Indent(o.pending, line, "\r\n")
 	case reply && len(line) > keepOut && len(o.pending) == 0:
 		o.pending = line // the caller has no more use for it
 	default:

@@ -5,6 +5,7 @@ import (
 	"math"
 	"slices"
 	"strconv"
+	"strings"
 )
 
 // Append appends v as JSON in the form of the wire: separators ", " and ": ", members of
@@ -105,20 +106,15 @@ func AppendString(b []byte, s string) []byte {
 	return append(b, '"')
 }
 
+// escaped are the characters that a letter stands for behind a backslash, escapeLetters the letters.
+const escaped, escapeLetters = "\b\f\n\r\t", "bfnrt"
+
 func appendEscape(b []byte, cp int) []byte {
 	switch cp {
 	case '"', '\\':
 		return append(b, '\\', byte(cp))
-	case '\b':
-		return append(b, `\b`...)
-	case '\f':
-		return append(b, `\f`...)
-	case '\n':
-		return append(b, `\n`...)
-	case '\r':
-		return append(b, `\r`...)
-	case '\t':
-		return append(b, `\t`...)
+	case '\b', '\f', '\n', '\r', '\t':
+		return append(b, '\\', escapeLetters[strings.IndexByte(escaped, byte(cp))])
 	case invalidRune:
 		cp = 0xFFFD
 	}
@@ -149,20 +145,10 @@ func AppendDouble(b []byte, f float64) []byte {
 	return strconv.AppendFloat(b, f, 'g', 17, 64)
 }
 
-// AppendPretty appends v like Append, laid out as by Indent.
-func AppendPretty(b []byte, v Value) []byte {
-	return Indent(b, Append(nil, v))
-}
-
 // Indent appends src, one value encoded by this package, in the layout of pretty=on: four
 // spaces a level, a line break after each '{', '[' and ',' and before each '}' and ']', so that
-// empty objects and arrays take two lines.
-func Indent(dst, src []byte) []byte {
-	return IndentEOL(dst, src, "\n")
-}
-
-// IndentEOL is Indent with the given line ends; the wire uses "\r\n".
-func IndentEOL(dst, src []byte, eol string) []byte {
+// empty objects and arrays take two lines. eol is what a line ends in; the wire uses "\r\n".
+func Indent(dst, src []byte, eol string) []byte {
 	depth := 0
 	for i := 0; i < len(src); i++ {
 		switch c := src[i]; c {

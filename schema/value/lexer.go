@@ -1,6 +1,9 @@
 package value
 
-import "errors"
+import (
+	"errors"
+	"strings"
+)
 
 // Limits bounds what one message may make a Parser hold.
 type Limits struct {
@@ -22,8 +25,7 @@ var (
 type kind uint8
 
 const (
-	kindError kind = iota
-	kindString
+	kindString kind = iota
 	kindInteger
 	kindFloat
 	kindKeyword
@@ -179,72 +181,50 @@ func (p *Parser) stringRun() (Value, error, bool) {
 	}
 }
 
+// numberBytes are the classes of bytes in numbers, by their place in a row of numberStates.
+const numberBytes = "0123456789.eE-+"
+
+// numberStates tell for what was read last of a number what comes after each of numberBytes; inStart
+// is for a byte that breaks it.
+var numberStates = func() (t [inExpDigits + 1][len(numberBytes)]lexState) {
+	for _, r := range []struct {
+		last  lexState
+		bytes string
+		next  lexState
+	}{
+		{inSign, "0", inZero}, {inSign, "123456789", inDigits},
+		{inZero, ".", inPoint},
+		{inDigits, "0123456789", inDigits}, {inDigits, ".", inPoint}, {inDigits, "eE", inE},
+		{inPoint, "0123456789", inFraction},
+		{inFraction, "0123456789", inFraction}, {inFraction, "eE", inE},
+		{inE, "-+", inExpSign}, {inE, "0123456789", inExpDigits},
+		{inExpSign, "0123456789", inExpDigits},
+		{inExpDigits, "0123456789", inExpDigits},
+	} {
+		for _, c := range []byte(r.bytes) {
+			t[r.last][strings.IndexByte(numberBytes, c)] = r.next
+		}
+	}
+	return t
+}()
+
 // number goes on with a number; a byte that cannot belong to it ends or breaks it.
 func (p *Parser) number(c byte) (Value, error, bool) {
-	digit := c >= '0' && c <= '9'
-	exp := c == 'e' || c == 'E'
 	next := inStart
-	switch p.state {
-	case inSign:
-		switch {
-		case c == '0':
-			next = inZero
-		case digit:
-			next = inDigits
-		}
-	case inZero:
-		switch {
-		case c == '.':
-			next = inPoint
-		case !digit:
-			return p.finish(kindInteger)
-		}
-	case inDigits:
-		switch {
-		case digit:
-			next = inDigits
-		case c == '.':
-			next = inPoint
-		case exp:
-			next = inE
-		default:
-			return p.finish(kindInteger)
-		}
-	case inPoint:
-		if digit {
-			next = inFraction
-		}
-	case inFraction:
-		switch {
-		case digit:
-			next = inFraction
-		case exp:
-			next = inE
-		default:
-			return p.finish(kindFloat)
-		}
-	case inE:
-		switch {
-		case digit:
-			next = inExpDigits
-		case c == '-', c == '+':
-			next = inExpSign
-		}
-	case inExpSign:
-		if digit {
-			next = inExpDigits
-		}
-	case inExpDigits:
-		if !digit {
-			return p.finish(kindFloat)
-		}
-		next = inExpDigits
+	if i := strings.IndexByte(numberBytes, c); i >= 0 {
+		next = numberStates[p.state][i]
 	}
-	if next == inStart {
-		return p.stray(c)
+	digit := c >= '0' && c <= '9'
+	switch {
+	case next != inStart:
+		p.state = next
+		return p.take(1)
+	case p.state == inDigits, p.state == inZero && !digit:
+		return p.finish(kindInteger)
+	case p.state == inFraction, p.state == inExpDigits:
+		return p.finish(kindFloat)
 	}
-	p.state = next
-	return p.take(1)
+	return p.stray(c)
 }
 
 // tokenStart is where the text of the current token begins.

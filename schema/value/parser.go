@@ -1,8 +1,10 @@
 package value
 
 import (
+	"cmp"
 	"errors"
 	"strconv"
+	"strings"
 	"unsafe"
 )
 
@@ -31,16 +33,11 @@ type Parser struct {
 
 // NewParser returns a parser with the given limits; fields that are 0 take DefaultLimits.
 func NewParser(lim Limits) *Parser {
-	if lim.TokenBytes == 0 {
-		lim.TokenBytes = DefaultLimits.TokenBytes
-	}
-	if lim.Tokens == 0 {
-		lim.Tokens = DefaultLimits.Tokens
-	}
-	if lim.Depth == 0 {
-		lim.Depth = DefaultLimits.Depth
-	}
-	return &Parser{lim: lim}
+	return &Parser{lim: Limits{
+		TokenBytes: cmp.Or(lim.TokenBytes, DefaultLimits.TokenBytes),
+		Tokens:     cmp.Or(lim.Tokens, DefaultLimits.Tokens),
+		Depth:      cmp.Or(lim.Depth, DefaultLimits.Depth),
+	}}
 }
 
 // Feed gives the parser its next input. The previous input must be used up (Next returned false).
@@ -59,11 +56,6 @@ func (p *Parser) Next() (v Value, err error, ok bool) {
 		p.in = nil
 	}
 	return v, err, ok
-}
-
-// Idle tells whether no part of a message is waiting for its end.
-func (p *Parser) Idle() bool {
-	return len(p.toks) == 0 && (p.state == inStart || p.state == inRecovery)
 }
 
 // Held is how many bytes of memory the message takes that is being gathered, buffers included.
@@ -208,18 +200,22 @@ func (r *reader) object() (Value, error) {
 		if err := r.member(d); err != nil {
 			return nil, err
 		}
-		k, text, ok := r.pop()
-		switch {
-		case !ok:
-			return nil, errPremature
-		case k != kindPunct:
-			return nil, errObjectSep
-		case text[0] == '}':
-			return d, nil
-		case text[0] != ',':
-			return nil, errObjectSep
+		if over, err := r.separator('}', errObjectSep); over || err != nil {
+			return d, err
 		}
 	}
+}
+
+// separator consumes a comma, or the bracket that is the end: then over is true.
+func (r *reader) separator(end byte, fault error) (over bool, err error) {
+	k, text, ok := r.pop()
+	switch {
+	case !ok:
+		return false, errPremature
+	case k != kindPunct || text[0] != end && text[0] != ',':
+		return false, fault
+	}
+	return text[0] == end, nil
 }
 
 func (r *reader) member(d *Dict) error {
@@ -270,16 +266,8 @@ func (r *reader) list() (Value, error) {
 			return nil, err
 		}
 		l = append(l, v)
-		k, text, ok := r.pop()
-		switch {
-		case !ok:
-			return nil, errPremature
-		case k != kindPunct:
-			return nil, errListSep
-		case text[0] == ']':
-			return l, nil
-		case text[0] != ',':
-			return nil, errListSep
+		if over, err := r.separator(']', errListSep); over || err != nil {
+			return l, err
 		}
 	}
 }
@@ -386,16 +374,8 @@ func unescape(out, s []byte) ([]byte, int, error) {
 	switch s[1] {
 	case '"', '\'', '\\', '/':
 		return append(out, s[1]), 2, nil
-	case 'b':
-		return append(out, '\b'), 2, nil
-	case 'f':
-		return append(out, '\f'), 2, nil
-	case 'n':
-		return append(out, '\n'), 2, nil
-	case 'r':
-		return append(out, '\r'), 2, nil
-	case 't':
-		return append(out, '\t'), 2, nil
+	case 'b', 'f', 'n', 'r', 't':
+		return append(out, escaped[strings.IndexByte(escapeLetters, s[1])]), 2, nil
 	case 'u':
 	default:
 		return nil, 0, errEscape
@@ -419,19 +399,9 @@ func hex4(s []byte) int {
 	if len(s) < 4 {
 		return invalidRune
 	}
-	cp := 0
-	for _, c := range s[:4] {
-		cp <<= 4
-		switch {
-		case c >= '0' && c <= '9':
-			cp |= int(c - '0')
-		case c >= 'a' && c <= 'f':
-			cp |= int(c-'a') + 10
-		case c >= 'A' && c <= 'F':
-			cp |= int(c-'A') + 10
-		default:
-			return invalidRune
-		}
+	cp, err := strconv.ParseUint(string(s[:4]), 16, 16)
+	if err != nil {
+		return invalidRune
 	}
-	return cp
+	return int(cp)
 }

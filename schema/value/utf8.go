@@ -1,5 +1,7 @@
 package value
 
+import "math/bits"
+
 // Strings of the wire are modified UTF-8, as in QEMU: UTF-8 in which U+0000 is
 // the two bytes C0 80. A Go string that came from a parser therefore never holds a zero
 // byte, and a name with a NUL in it can never be cut short by the kernel.
@@ -11,15 +13,8 @@ var minRune = [...]int{0x80, 0x800, 0x10000, 0x200000, 0x4000000}
 
 // validRune tells whether cp is a Unicode character: no surrogate, no noncharacter.
 func validRune(cp int) bool {
-	switch {
-	case cp > 0x10FFFF:
-		return false
-	case cp >= 0xFDD0 && cp <= 0xFDEF, cp&0xFFFE == 0xFFFE:
-		return false
-	case cp >= 0xD800 && cp <= 0xDFFF:
-		return false
-	}
-	return true
+	nonCharacter := cp >= 0xFDD0 && cp <= 0xFDEF || cp&0xFFFE == 0xFFFE
+	return cp <= 0x10FFFF && !nonCharacter && !(cp >= 0xD800 && cp <= 0xDFFF)
 }
 
 // decodeRune reads the sequence at the start of s (not empty). It returns the code point, or
@@ -34,13 +29,8 @@ func decodeRune[T string | []byte](s T) (cp, n int) {
 	case c >= 0xFE, c&0x40 == 0:
 		return invalidRune, 1
 	}
-	length := 0
-	mask := byte(0x80)
-	for c&mask != 0 {
-		length++
-		mask >>= 1
-	}
-	cp = int(c & (mask - 1))
+	length := bits.LeadingZeros8(^c)
+	cp = int(c & (0x7F >> length))
 	for n = 1; n < length; n++ {
 		if n >= len(s) || s[n]&0xC0 != 0x80 {
 			return invalidRune, n

@@ -101,7 +101,7 @@ func TestAppendOrder(t *testing.T) {
 	const pretty = "{\n    \"a\": [\n        1,\n        {\n        },\n        [\n        ],\n        \"{,\\\"}\"\n    ]\n}"
 	p := &Dict{}
 	p.Set("a", List{int64(1), &Dict{}, List{}, `{,"}`})
-	if got := string(AppendPretty(nil, p)); got != pretty {
+	if got := string(Indent(nil, Append(nil, p), "\n")); got != pretty {
 		t.Errorf("%s\nwant %s", got, pretty)
 	}
 }
@@ -246,9 +246,9 @@ func FuzzParser(f *testing.F) {
 			if again := Append(nil, back); string(again) != string(text) && !strings.Contains(string(text), "-0") {
 				t.Fatalf("%s comes back as %s", text, again)
 			}
-			Indent(nil, text)
+			Indent(nil, text, "\n")
 		}
-		if !p.Idle() || len(p.text) != 0 || cap(p.text) > 4096 {
+		if len(p.toks) != 0 || p.state != inStart && p.state != inRecovery || len(p.text) != 0 || cap(p.text) > 4096 {
 			t.Fatalf("kept: state %d, %d tokens, %d bytes", p.state, len(p.toks), cap(p.text))
 		}
 	})
