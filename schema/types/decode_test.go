@@ -102,12 +102,12 @@ func TestKeyvalValues(t *testing.T) {
 		"0x10": 16, "0x1b": 27, "08": 8, " 7": 7, "+5": 5, "16383P": 16383 << 50, "7e": 7 << 60, "1.0": 1,
 		"0.0005k": 1, "0.0004k": 0,
 	} {
-		if got, ok := strtosz(s); !ok || got != want {
+		if got, ok := ParseSize(s); !ok || got != want {
 			t.Errorf("size %q: got %d, %v, want %d", s, got, ok, want)
 		}
 	}
 	for _, s := range []string{"", "k", ".", "-1", "1.5", "0x10M", "0x", "1e3", "1kk", "1 ", "16E", "18446744073709551616", "inf", "1_0", "1.2.3"} {
-		if got, ok := strtosz(s); ok {
+		if got, ok := ParseSize(s); ok {
 			t.Errorf("size %q was accepted as %d", s, got)
 		}
 	}

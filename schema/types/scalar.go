@@ -26,86 +26,78 @@ func (d *decoder) keyval(name string) (string, bool) {
 	return "", d.fail("Internal error: parameter " + d.path(name) + " invalid")
 }
 
+// typed visits a value whose type JSON has.
+func typed[T any](d *decoder, name string, p *T, expected string) bool {
+	v, ok := d.take(name)
+	if !ok {
+		return false
+	}
+	if *p, ok = v.(T); !ok {
+		return d.badType(name, expected)
+	}
+	return true
+}
+
+// parsed visits a scalar of a KEY=VALUE list that parse understands.
+func parsed[T any](d *decoder, name string, p *T, parse func(string) (T, bool), expected string) bool {
+	s, ok := d.keyval(name)
+	if !ok {
+		return false
+	}
+	if *p, ok = parse(s); !ok {
+		return d.badValue(name, expected)
+	}
+	return true
+}
+
 func visitStr(d *decoder, name string, p *string) bool {
 	if d.mode == ModeKeyval {
 		s, ok := d.keyval(name)
 		*p = s
 		return ok
 	}
-	v, ok := d.take(name)
-	if !ok {
-		return false
-	}
-	if *p, ok = v.(string); !ok {
-		return d.badType(name, "string")
-	}
-	return true
+	return typed(d, name, p, "string")
 }
 
 func visitBool(d *decoder, name string, p *bool) bool {
 	if d.mode == ModeKeyval {
-		s, ok := d.keyval(name)
-		if !ok {
-			return false
-		}
-		switch s {
-		case "on", "yes", "true", "y":
-			*p = true
-		case "off", "no", "false", "n":
-			*p = false
-		default:
-			return d.badValue(name, "'on' or 'off'")
-		}
-		return true
+		return parsed(d, name, p, ParseBool, "'on' or 'off'")
 	}
-	v, ok := d.take(name)
-	if !ok {
-		return false
+	return typed(d, name, p, "boolean")
+}
+
+// ParseBool reads a boolean of the command line.
+func ParseBool(s string) (val, ok bool) {
+	switch s {
+	case "on", "yes", "true", "y":
+		return true, true
+	case "off", "no", "false", "n":
+		return false, true
 	}
-	if *p, ok = v.(bool); !ok {
-		return d.badType(name, "boolean")
-	}
-	return true
+	return false, false
 }
 
 func visitInt64(d *decoder, name string, p *int64) bool {
 	if d.mode == ModeKeyval {
-		s, ok := d.keyval(name)
-		if !ok {
-			return false
-		}
-		n, ok := strtol(s)
-		if !ok || !n.IsInt64() {
-			return d.badValue(name, "integer")
-		}
-		*p = n.Int64()
-		return true
+		return parsed(d, name, p, func(s string) (int64, bool) {
+			n, ok := strtol(s)
+			return n.Int64(), ok && n.IsInt64()
+		}, "integer")
 	}
-	v, ok := d.take(name)
-	if !ok {
-		return false
-	}
-	if *p, ok = v.(int64); !ok {
-		return d.badType(name, "integer")
-	}
-	return true
+	return typed(d, name, p, "integer")
 }
 
 // visitUint64 accepts negative numbers too and lets them wrap, as QEMU does.
 func visitUint64(d *decoder, name string, p *uint64) bool {
 	if d.mode == ModeKeyval {
-		s, ok := d.keyval(name)
-		if !ok {
-			return false
-		}
-		n, ok := strtol(s)
-		if !ok || !new(big.Int).Abs(n).IsUint64() {
-			return d.badValue(name, "integer")
-		}
-		if *p = new(big.Int).Abs(n).Uint64(); n.Sign() < 0 {
-			*p = -*p
-		}
-		return true
+		return parsed(d, name, p, func(s string) (uint64, bool) {
+			n, ok := strtol(s)
+			abs := new(big.Int).Abs(n)
+			if n.Sign() < 0 {
+				return -abs.Uint64(), ok && abs.IsUint64()
+			}
+			return abs.Uint64(), ok && abs.IsUint64()
+		}, "integer")
 	}
 	v, ok := d.take(name)
 	if !ok {
@@ -155,17 +147,10 @@ func visitUint32(d *decoder, name string, p *uint32) bool { return uintN(d, name
 
 // visitSize takes suffixes on the command line.
 func visitSize(d *decoder, name string, p *uint64) bool {
-	if d.mode != ModeKeyval {
-		return visitUint64(d, name, p)
+	if d.mode == ModeKeyval {
+		return parsed(d, name, p, ParseSize, "size")
 	}
-	s, ok := d.keyval(name)
-	if !ok {
-		return false
-	}
-	if *p, ok = strtosz(s); !ok {
-		return d.badValue(name, "size")
-	}
-	return true
+	return visitUint64(d, name, p)
 }
 
 func visitNumber(d *decoder, name string, p *float64) bool {
@@ -206,21 +191,15 @@ func visitAny(d *decoder, name string, p *value.Value) bool {
 
 // visitNull visits the null of an alternate.
 func visitNull(d *decoder, name string, p *bool) bool {
-	v, ok := d.take(name)
-	if !ok {
-		return false
-	}
-	if _, *p = v.(value.Null); !*p {
-		return d.badType(name, "null")
-	}
-	return true
+	*p = typed(d, name, new(value.Null), "null")
+	return *p
 }
 
 // cSpace is what C's isspace accepts in front of numbers.
 const cSpace = " \t\n\v\f\r"
 
 // strtol reads an integer as C's strtol does with base 0 (decimal, 0x hexadecimal, 0
-// octal), in full length, and insists on using all of s.
+// octal), in full length, and insists on using all of s; 0 where it is none.
 func strtol(s string) (*big.Int, bool) {
 	s = strings.TrimLeft(s, cSpace)
 	neg := strings.HasPrefix(s, "-")
@@ -235,18 +214,21 @@ func strtol(s string) (*big.Int, bool) {
 		s, base = s[1:], 8
 	}
 	if s == "" || s[0] == '-' || s[0] == '+' || strings.Contains(s, "_") {
-		return nil, false
+		return new(big.Int), false
 	}
 	n, ok := new(big.Int).SetString(s, base)
-	if ok && neg {
+	switch {
+	case !ok:
+		return new(big.Int), false
+	case neg:
 		n.Neg(n)
 	}
-	return n, ok
+	return n, true
 }
 
-// strtosz reads a size: a decimal number, possibly with a fraction, and an optional
-// suffix B K M G T P E (powers of 1024, either case); or a hexadecimal number.
-func strtosz(s string) (uint64, bool) {
+// ParseSize reads a size of the command line in bytes: a decimal number, possibly with a fraction,
+// and an optional suffix B K M G T P E (powers of 1024, either case); or a hexadecimal number.
+func ParseSize(s string) (uint64, bool) {
 	s = strings.TrimLeft(s, cSpace)
 	s = strings.TrimPrefix(s, "+")
 	if rest, ok := strings.CutPrefix(strings.ToLower(s), "0x"); ok {

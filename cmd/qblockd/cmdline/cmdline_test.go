@@ -141,12 +141,14 @@ func boolText(b bool) string {
 	return "false"
 }
 
-func TestParseSize(t *testing.T) {
+// TestSizes: those of the older options are read as those of the others.
+func TestSizes(t *testing.T) {
 	for in, want := range map[string]int64{"512": 512, "1k": 1024, "1.5K": 1536, "2M": 2 << 20, "0x10": 16, "7b": 7,
-		"": -1, "x": -1, "-1": -1, "1.5": -1, "16E": -1, "1e3k": -1} {
-		got, ok := parseSize(in)
-		if ok != (want >= 0) || ok && got != uint64(want) {
-			t.Errorf("%q: %d %v, want %d", in, got, ok, want)
+		"010": 10, " 64": 64, "+64": 64, "64.0": 64, ".5k": 512, "0x40E": 0x40e,
+		"": -1, "x": -1, "-1": -1, "1.5": -1, "16E": -1, "1e3k": -1, "0x40k": -1, "0b1000": -1, "1_000": -1} {
+		o, err := ParseOpts("size="+in, "", map[string]OptType{"size": OptSize})
+		if got := o.Number("size"); (err == nil) != (want >= 0) || err == nil && got != uint64(want) {
+			t.Errorf("%q: %d, %v, want %d", in, got, err, want)
 		}
 	}
 }

@@ -3,7 +3,6 @@ package cmdline
 import (
 	"errors"
 	"fmt"
-	"math"
 	"strconv"
 	"strings"
 
@@ -30,7 +29,8 @@ type Opts struct {
 	// Help: "help" or "?" was among the flags.
 	Help bool
 
-	values map[string]string
+	values  map[string]string
+	numbers map[string]uint64 // of numbers and sizes
 }
 
 // Get returns the text given for name.
@@ -42,30 +42,20 @@ func (o *Opts) Get(name string) (string, bool) {
 // Bool returns a boolean option, or def if it was not given.
 func (o *Opts) Bool(name string, def bool) bool {
 	if v, ok := o.values[name]; ok {
-		b, _ := parseBool(v)
+		b, _ := types.ParseBool(v)
 		return b
 	}
 	return def
 }
 
 // Number returns a number or size option in its unit, or 0 if it was not given.
-func (o *Opts) Number(name string) uint64 {
-	v, ok := o.values[name]
-	if !ok {
-		return 0
-	}
-	if n, err := strconv.ParseUint(v, 0, 64); err == nil {
-		return n
-	}
-	n, _ := parseSize(v)
-	return n
-}
+func (o *Opts) Number(name string) uint64 { return o.numbers[name] }
 
 // ParseOpts parses name=value,... in the older option syntax: implied names the first value, a flag
 // without value is a boolean (with a warning) and "no" before it negates it, ",," is a comma within
 // a value. known lists the allowed names. id must be an identifier where given.
 func ParseOpts(params, implied string, known map[string]OptType) (*Opts, error) {
-	o := &Opts{values: map[string]string{}}
+	o := &Opts{values: map[string]string{}, numbers: map[string]uint64{}}
 	if err := o.takeID(params); err != nil {
 		return o, err
 	}
@@ -87,10 +77,9 @@ func ParseOpts(params, implied string, known map[string]OptType) (*Opts, error) 
 		if !ok {
 			return o, fmt.Errorf("Invalid parameter '%s'", p.name)
 		}
-		if err := checkOpt(p.name, p.value, typ); err != nil {
+		if err := o.set(p.name, p.value, typ); err != nil {
 			return o, err
 		}
-		o.values[p.name] = p.value
 	}
 	return o, nil
 }
@@ -155,58 +144,27 @@ func nextOpt(params, implied string) (optPair, string) {
 	return p, rest
 }
 
-func checkOpt(name, val string, typ OptType) error {
+// set checks and keeps the value of an option.
+func (o *Opts) set(name, val string, typ OptType) error {
 	switch typ {
 	case OptBool:
-		if _, ok := parseBool(val); !ok {
+		if _, ok := types.ParseBool(val); !ok {
 			return fmt.Errorf("Parameter '%s' expects 'on' or 'off'", name)
 		}
 	case OptNumber:
-		if _, err := strconv.ParseUint(val, 0, 64); err != nil {
+		n, err := strconv.ParseUint(val, 0, 64)
+		if err != nil {
 			return fmt.Errorf("Parameter '%s' expects a number", name)
 		}
+		o.numbers[name] = n
 	case OptSize:
-		if _, ok := parseSize(val); !ok {
+		n, ok := types.ParseSize(val)
+		if !ok {
 			return blk.WithHint(fmt.Errorf("Parameter '%s' expects a non-negative number below 2^64", name),
 				"Optional suffix k, M, G, T, P or E means kilo-, mega-, giga-, tera-, peta-\nand exabytes, respectively.")
 		}
+		o.numbers[name] = n
 	}
+	o.values[name] = val
 	return nil
-}
-
-func parseBool(s string) (val, ok bool) {
-	switch s {
-	case "on", "yes", "true", "y":
-		return true, true
-	case "off", "no", "false", "n":
-		return false, true
-	}
-	return false, false
-}
-
-// parseSize reads a number of bytes with an optional binary unit suffix; a fraction is allowed with
-// one.
-func parseSize(s string) (uint64, bool) {
-	num, shift := s, 0
-	if s != "" {
-		if i := strings.IndexByte("BKMGTPE", s[len(s)-1]&^0x20); i >= 0 && isLetter(s[len(s)-1]) &&
-			!strings.HasPrefix(s, "0x") {
-			num, shift = s[:len(s)-1], i*10
-		}
-	}
-	if n, err := strconv.ParseUint(num, 0, 64); err == nil {
-		if n > math.MaxUint64>>shift {
-			return 0, false
-		}
-		return n << shift, true
-	}
-	f, err := strconv.ParseFloat(num, 64)
-	if err != nil || shift == 0 || f < 0 || strings.ContainsAny(num, "eExX+-nN") {
-		return 0, false
-	}
-	f *= float64(uint64(1) << shift)
-	if f >= math.MaxUint64 {
-		return 0, false
-	}
-	return uint64(f), true
 }
