@@ -1,19 +1,16 @@
-// Package schema is the QMP interface as data: the QAPI files it is defined by, the
-// replies to query-qmp-schema and query-commands, and a JSON Schema for the arguments
-// of each command. All of it was made by cmd/qapigen and is embedded as it is sent:
-// nothing is parsed, compiled or built when the program starts.
+// Package schema is the QMP interface as data: the QAPI files it is defined by, and what
+// cmd/qapigen makes of them, embedded as it is sent: the replies to query-qmp-schema and
+// query-commands, and a JSON Schema for the arguments of each command.
 //
 // The parts of the schema's machinery:
 //
 //	schema/qapi     the definitions, in QAPI syntax
 //	schema/types    generated: Go types, decoders, encoders, handler interfaces
 //	schema/model    parses, resolves, checks; used when generating
-//	schema/check    validates arguments against the JSON Schemas (jsonschema/v5)
+//	schema/check    validates arguments against the JSON Schemas; used by tests
 //	schema/value    JSON values
 //
-// The daemon's own validators are the decoders in schema/types, which alone word
-// errors. Package check is apart because importing jsonschema costs milliseconds at
-// start; qblockctl uses it, and tests hold it and the decoders against each other.
+// What clients send is validated by the decoders in schema/types, which alone word errors.
 package schema
 
 import (
@@ -73,6 +70,6 @@ func Commands() []string {
 	for i, e := range entries {
 		names[i] = e.Name()[:len(e.Name())-len(".json")]
 	}
-	slices.Sort(names)
+	slices.Sort(names) // the files are, but by names with an extension
 	return names
 }

@@ -2,10 +2,11 @@ package main
 
 import (
 	"bytes"
+	"cmp"
 	"fmt"
 	"go/format"
 	"io/fs"
-	"sort"
+	"slices"
 	"strings"
 
 	"qblockd/schema/model"
@@ -46,12 +47,13 @@ type generator struct {
 
 // checkNames fails if two definitions, fields or values would get the same Go name.
 func checkNames(s *model.Schema) error {
-	n := names{}
-	var errs []error
-	add := func(n names, goName, qapiName string) {
-		if err := n.add(goName, qapiName); err != nil {
-			errs = append(errs, err)
+	n := map[string]string{}
+	var err error
+	add := func(n map[string]string, goName, qapiName string) {
+		if old, ok := n[goName]; ok && old != qapiName && err == nil {
+			err = fmt.Errorf("'%s' and '%s' would both be called %s in Go", old, qapiName, goName)
 		}
+		n[goName] = qapiName
 	}
 	for _, t := range s.Types {
 		add(n, typeName(t), t.Name)
@@ -62,15 +64,11 @@ func checkNames(s *model.Schema) error {
 			}
 			continue
 		}
-		fields := names{}
+		fields := map[string]string{}
 		if t.Tag != nil {
 			add(fields, "U", "(the branch)")
 		}
-		ms := t.Local
-		if t.Kind == model.Object {
-			ms = t.Members()
-		}
-		for _, m := range ms {
+		for _, m := range t.Members() {
 			add(fields, camel(m.Name), m.Name)
 		}
 	}
@@ -80,18 +78,15 @@ func checkNames(s *model.Schema) error {
 	for _, e := range s.Events {
 		add(n, eventName(e.Name), "q_obj_"+e.Name+"-arg")
 	}
-	methods := map[string]names{}
+	methods := map[string]map[string]string{}
 	for _, c := range s.Commands {
 		m := handlerModule(c)
 		if methods[m] == nil {
-			methods[m] = names{}
+			methods[m] = map[string]string{}
 		}
 		add(methods[m], camel(c.Name), c.Name)
 	}
-	if len(errs) > 0 {
-		return errs[0]
-	}
-	return nil
+	return err
 }
 
 // decoded finds the types that come in: arguments, command line options, and all they refer to.
@@ -104,11 +99,7 @@ func decoded(s *model.Schema) map[*model.Type]bool {
 		}
 		in[t] = true
 		walk(t.Elem)
-		ms := t.Local
-		if t.Kind == model.Object {
-			ms = t.Members()
-		}
-		for _, m := range ms {
+		for _, m := range t.Members() {
 			walk(m.Type)
 		}
 		for _, v := range t.Variants {
@@ -220,10 +211,10 @@ func (t *text) comment(indent, s string) {
 // hashOrder sorts members as QEMU prints them: by bucket, within a bucket
 // the later member first.
 func hashOrder(ms []*model.Member) []*model.Member {
-	out := make([]*model.Member, len(ms))
-	for i, m := range ms {
-		out[len(ms)-1-i] = m
-	}
-	sort.SliceStable(out, func(i, j int) bool { return value.Bucket(out[i].Name) < value.Bucket(out[j].Name) })
+	out := slices.Clone(ms)
+	slices.Reverse(out)
+	slices.SortStableFunc(out, func(a, b *model.Member) int {
+		return cmp.Compare(value.Bucket(a.Name), value.Bucket(b.Name))
+	})
 	return out
 }

@@ -2,7 +2,8 @@ package main
 
 import (
 	"fmt"
-	"sort"
+	"maps"
+	"slices"
 	"strings"
 
 	"qblockd/schema/model"
@@ -61,11 +62,7 @@ func (g *generator) encodeUnion(w *text, t *model.Type) {
 
 // encodeMembers writes the members of an object; those of the branch are in u.
 func (g *generator) encodeMembers(w *text, ms, branch []*model.Member) {
-	inBranch := map[*model.Member]bool{}
-	for _, m := range branch {
-		inBranch[m] = true
-	}
-	all := append(append([]*model.Member(nil), ms...), branch...)
+	all := slices.Concat(ms, branch)
 	if len(all) == 0 {
 		w.p("return append(b, \"{}\"...)")
 		return
@@ -75,7 +72,7 @@ func (g *generator) encodeMembers(w *text, ms, branch []*model.Member) {
 	sure := false
 	for _, m := range hashOrder(all) {
 		f := "x." + camel(m.Name)
-		if inBranch[m] {
+		if slices.Contains(branch, m) {
 			f = "u." + camel(m.Name)
 		}
 		key := fmt.Sprintf("appendKey(b, %q)", m.Name)
@@ -210,12 +207,7 @@ func (g *generator) decodeBranches(w *text, t *model.Type) {
 			byType[n] = append(byType[n], typeName(t.Tag.Type)+camel(v.Case))
 		}
 	}
-	order := make([]string, 0, len(byType))
-	for n := range byType {
-		order = append(order, n)
-	}
-	sort.Strings(order)
-	for _, n := range order {
+	for _, n := range slices.Sorted(maps.Keys(byType)) {
 		w.p("case %s:", strings.Join(byType[n], ", "))
 		w.p("u := new(%s)\nx.U = u\nreturn members%s(d, u)", n, n)
 	}

@@ -47,12 +47,7 @@ func (g *generator) typeDecl(w *text, t *model.Type) {
 
 func (g *generator) structBody(w *text, t *model.Type) {
 	w.p("type %s struct {", typeName(t))
-	for _, m := range t.Members() {
-		if m.Doc != "" {
-			w.comment("\t", sentence(m.Doc))
-		}
-		w.p("\t%s %s", camel(m.Name), fieldType(m))
-	}
+	w.fields(t.Members())
 	if t.Tag != nil {
 		w.comment("\t", "U holds the members of the branch that "+camel(t.Tag.Name)+" selects; nil where the branch has none.")
 		var lines []string
@@ -63,6 +58,15 @@ func (g *generator) structBody(w *text, t *model.Type) {
 		w.p("\tU any")
 	}
 	w.p("}\n")
+}
+
+func (w *text) fields(ms []*model.Member) {
+	for _, m := range ms {
+		if m.Doc != "" {
+			w.comment("\t", sentence(m.Doc))
+		}
+		w.p("\t%s %s", camel(m.Name), fieldType(m))
+	}
 }
 
 // describe is the text of a type's comment.
@@ -103,12 +107,7 @@ func (g *generator) event(types, enc *text, e *model.Event) {
 		types.p("type %s struct{}\n", name)
 	} else {
 		types.p("type %s struct {", name)
-		for _, m := range e.Arg.Members() {
-			if m.Doc != "" {
-				types.comment("\t", sentence(m.Doc))
-			}
-			types.p("\t%s %s", camel(m.Name), fieldType(m))
-		}
+		types.fields(e.Arg.Members())
 		types.p("}\n")
 	}
 	types.p("// EventName returns %q.", e.Name)

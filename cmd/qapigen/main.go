@@ -16,9 +16,10 @@ package main
 import (
 	"flag"
 	"fmt"
+	"maps"
 	"os"
 	"path/filepath"
-	"sort"
+	"slices"
 	"strings"
 )
 
@@ -48,12 +49,7 @@ func run(dir string) error {
 			}
 		}
 	}
-	names := make([]string, 0, len(out))
-	for name := range out {
-		names = append(names, name)
-	}
-	sort.Strings(names)
-	for _, name := range names {
+	for _, name := range slices.Sorted(maps.Keys(out)) {
 		path := filepath.Join(dir, name)
 		if string(old[name]) == string(out[name]) {
 			continue

@@ -1,7 +1,6 @@
 package main
 
 import (
-	"fmt"
 	"strings"
 
 	"qblockd/schema/model"
@@ -78,17 +77,6 @@ func visitor(t *model.Type) string {
 		return scalars[t.Name].visit
 	}
 	return "visit" + typeName(t)
-}
-
-// names makes sure that no two things get the same Go name.
-type names map[string]string
-
-func (n names) add(goName, qapiName string) error {
-	if old, ok := n[goName]; ok && old != qapiName {
-		return fmt.Errorf("'%s' and '%s' would both be called %s in Go", old, qapiName, goName)
-	}
-	n[goName] = qapiName
-	return nil
 }
 
 // module is the QAPI module a schema file holds.

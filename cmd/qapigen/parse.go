@@ -1,10 +1,11 @@
 package main
 
 import (
+	"cmp"
 	"fmt"
 	"io/fs"
 	"reflect"
-	"sort"
+	"slices"
 	"strings"
 
 	qapi "github.com/digitalocean/go-qemu/qapi-schema"
@@ -73,19 +74,11 @@ func parse(file, text string) ([]model.Expr, error) {
 // keyOrder sorts the keys of an expression; the parser does not keep their order.
 var keyOrder = strings.Fields("include enum struct union alternate command event name type base discriminator data returns boxed allow-oob features")
 
-func rank(key string) int {
-	for i, k := range keyOrder {
-		if k == key {
-			return i
-		}
-	}
-	return len(keyOrder)
-}
-
+// sorted sorts d; keys that are not listed come first.
 func sorted(d model.Dict) model.Dict {
-	sort.SliceStable(d, func(i, j int) bool {
-		ri, rj := rank(d[i].Key), rank(d[j].Key)
-		return ri < rj || ri == rj && d[i].Key < d[j].Key
+	rank := func(p model.Pair) int { return slices.Index(keyOrder, p.Key) }
+	slices.SortStableFunc(d, func(a, b model.Pair) int {
+		return cmp.Or(cmp.Compare(rank(a), rank(b)), cmp.Compare(a.Key, b.Key))
 	})
 	return d
 }

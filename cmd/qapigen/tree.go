@@ -17,36 +17,23 @@ func fromTree(t *qapi.Tree) (model.Dict, error) {
 	case qapi.Include:
 		d = model.Dict{{Key: "include", Val: string(n)}}
 	case *qapi.Enum:
-		c.noCond(n.If)
-		d = model.Dict{{Key: "enum", Val: n.Name}, {Key: "data", Val: c.values(n.Values)}}
-		if n.Prefix != "" {
-			d = append(d, model.Pair{Key: "prefix", Val: n.Prefix})
-		}
-		d = c.features(d, n.Features)
+		d = c.definition("enum", n.Name, n.If, n.Features, pair("data", c.values(n.Values)), pair("prefix", n.Prefix))
 	case *qapi.Struct:
-		c.noCond(n.If)
-		d = model.Dict{{Key: "struct", Val: n.Name}, {Key: "data", Val: c.members(n.Members)}}
-		if n.Base != "" {
-			d = append(d, model.Pair{Key: "base", Val: n.Base})
-		}
-		d = c.features(d, n.Features)
+		d = c.definition("struct", n.Name, n.If, n.Features, pair("data", c.members(n.Members)), pair("base", n.Base))
 	case *qapi.Union:
-		c.noCond(n.If)
-		d = model.Dict{{Key: "union", Val: n.Name}, {Key: "discriminator", Val: n.Discriminator}, {Key: "data", Val: c.branches(n.Branches)}}
-		if n.Base.Name != "" {
-			d = append(d, model.Pair{Key: "base", Val: n.Base.Name})
-		} else {
-			d = append(d, model.Pair{Key: "base", Val: c.members(n.Base.Members)})
+		base := pair("base", n.Base.Name)
+		if n.Base.Name == "" {
+			base = pair("base", c.members(n.Base.Members))
 		}
-		d = c.features(d, n.Features)
+		d = c.definition("union", n.Name, n.If, n.Features,
+			pair("discriminator", n.Discriminator), pair("data", c.branches(n.Branches)), base)
 	case *qapi.Alternate:
-		c.noCond(n.If)
 		alts := model.Dict{}
 		for _, a := range n.Data {
 			c.noCond(a.If)
-			alts = append(alts, model.Pair{Key: a.Name, Val: ref(a.Type)})
+			alts = append(alts, pair(a.Name, ref(a.Type)))
 		}
-		d = c.features(model.Dict{{Key: "alternate", Val: n.Name}, {Key: "data", Val: alts}}, n.Features)
+		d = c.definition("alternate", n.Name, n.If, n.Features, pair("data", alts))
 	case *qapi.Command:
 		d = c.command(n)
 	case *qapi.Event:
@@ -65,45 +52,59 @@ func (c *converter) noCond(cond *qapi.Cond) {
 	}
 }
 
+func pair(key string, val any) model.Pair { return model.Pair{Key: key, Val: val} }
+
+// definition is a definition with those of rest that have a value.
+func (c *converter) definition(
+	meta, name string, cond *qapi.Cond, features []qapi.Feature, rest ...model.Pair,
+) model.Dict {
+	c.noCond(cond)
+	d := model.Dict{pair(meta, name)}
+	for _, p := range rest {
+		if p.Val != nil && p.Val != "" {
+			d = append(d, p)
+		}
+	}
+	return c.features(d, features)
+}
+
 func (c *converter) command(n *qapi.Command) model.Dict {
-	c.noCond(n.If)
-	d := model.Dict{{Key: "command", Val: n.Name}}
+	var rest []model.Pair
 	switch {
 	case n.Data.Embed != nil:
-		d = append(d, model.Pair{Key: "data", Val: c.members(n.Data.Embed.Members)})
+		rest = append(rest, pair("data", c.members(n.Data.Embed.Members)))
 	case n.Data.Ref != nil:
-		d = append(d, model.Pair{Key: "data", Val: string(*n.Data.Ref)})
+		rest = append(rest, pair("data", string(*n.Data.Ref)))
 	}
 	if n.Returns != nil {
-		d = append(d, model.Pair{Key: "returns", Val: ref(*n.Returns)})
+		rest = append(rest, pair("returns", ref(*n.Returns)))
 	}
 	for key, flag := range map[string]*bool{
 		"boxed": n.Boxed, "allow-oob": n.AllowOOB, "coroutine": n.Coroutine, "gen": n.Gen,
 		"success-response": n.SuccessResponse, "allow-preconfig": n.AllowPreconfig,
 	} {
 		if flag != nil {
-			d = append(d, model.Pair{Key: key, Val: *flag})
+			rest = append(rest, pair(key, *flag))
 		}
 	}
-	return c.features(d, n.Features)
+	return c.definition("command", n.Name, n.If, n.Features, rest...)
 }
 
 func (c *converter) event(n *qapi.Event) model.Dict {
-	c.noCond(n.If)
-	d := model.Dict{{Key: "event", Val: n.Name}}
+	var rest []model.Pair
 	sel := n.Data.Selector
 	switch {
 	case sel.Ref != "":
-		d = append(d, model.Pair{Key: "data", Val: sel.Ref})
+		rest = append(rest, pair("data", sel.Ref))
 	case sel.Embed != nil && sel.Embed.Type != "":
-		d = append(d, model.Pair{Key: "data", Val: sel.Embed.Type})
+		rest = append(rest, pair("data", sel.Embed.Type))
 	case sel.Embed != nil:
-		d = append(d, model.Pair{Key: "data", Val: c.members(sel.Embed.Members)})
+		rest = append(rest, pair("data", c.members(sel.Embed.Members)))
 	}
 	if n.Data.Boxed {
-		d = append(d, model.Pair{Key: "boxed", Val: true})
+		rest = append(rest, pair("boxed", true))
 	}
-	return c.features(d, n.Features)
+	return c.definition("event", n.Name, n.If, n.Features, rest...)
 }
 
 func (c *converter) members(ms []qapi.Member) model.Dict {
@@ -118,7 +119,7 @@ func (c *converter) members(ms []qapi.Member) model.Dict {
 		if len(m.Features) > 0 {
 			val = sorted(c.features(model.Dict{{Key: "type", Val: val}}, m.Features))
 		}
-		d = append(d, model.Pair{Key: key, Val: val})
+		d = append(d, pair(key, val))
 	}
 	return d
 }
@@ -127,7 +128,7 @@ func (c *converter) branches(bs []qapi.Branch) model.Dict {
 	d := model.Dict{}
 	for _, b := range bs {
 		c.noCond(b.If)
-		d = append(d, model.Pair{Key: b.Name, Val: ref(b.Type)})
+		d = append(d, pair(b.Name, ref(b.Type)))
 	}
 	return d
 }
@@ -156,7 +157,7 @@ func (c *converter) features(d model.Dict, fs []qapi.Feature) model.Dict {
 		}
 		l = append(l, f.Name)
 	}
-	return append(d, model.Pair{Key: "features", Val: l})
+	return append(d, pair("features", l))
 }
 
 func ref(t qapi.TypeRef) any {

@@ -17,7 +17,9 @@ import (
 
 // unixAddr is a as package sockets wants it.
 func unixAddr(a *types.UnixSocketAddress, mode os.FileMode) sockets.UnixAddr {
-	return sockets.UnixAddr{Path: a.Path, Abstract: types.Or(a.Abstract, false), Padded: !types.Or(a.Tight, true), Mode: mode}
+	return sockets.UnixAddr{
+		Path: a.Path, Abstract: types.Or(a.Abstract, false), Padded: !types.Or(a.Tight, true), Mode: mode,
+	}
 }
 
 // unixSuffix is what a file name shows behind the path.

@@ -2,6 +2,7 @@ package model
 
 import (
 	"fmt"
+	"slices"
 	"strings"
 )
 
@@ -20,15 +21,7 @@ func Build(main string, read func(file string) ([]Expr, error)) (s *Schema, err 
 		names:  map[string]string{},
 		exprs:  map[string]Dict{},
 	}
-	defer func() {
-		if p := recover(); p != nil {
-			e, ok := p.(scanError)
-			if !ok {
-				panic(p)
-			}
-			s, err = nil, e.error
-		}
-	}()
+	defer catch(&err)
 	for name := range jsonTypes {
 		b.types[name] = &Type{Name: name, Kind: Builtin}
 	}
@@ -161,9 +154,10 @@ func (b *builder) define(file string, e Expr) {
 	}
 	features := b.features(e.Dict.Get("features"))
 	data := e.Dict.Get("data")
+	head := Entity{Name: name, File: file, Line: e.Line, Doc: doc, Features: features}
 	switch meta {
 	case "command":
-		c := &Command{Name: name, File: file, Line: e.Line, Doc: doc, Features: features}
+		c := &Command{Entity: head}
 		c.Boxed, c.AllowOOB = b.flag(e.Dict, "boxed"), b.flag(e.Dict, "allow-oob")
 		c.Arg = b.args(c.Name, data, doc)
 		if c.Boxed && (c.Arg == nil || c.Arg.Implicit) {
@@ -179,7 +173,7 @@ func (b *builder) define(file string, e Expr) {
 		b.checkFeatureDocs(name, features, c.Arg, doc)
 		return
 	case "event":
-		ev := &Event{Name: name, File: file, Line: e.Line, Doc: doc, Features: features}
+		ev := &Event{head}
 		ev.Arg = b.args(ev.Name, data, doc)
 		b.Events, b.Entities = append(b.Events, ev), append(b.Entities, ev)
 		return
@@ -189,14 +183,12 @@ func (b *builder) define(file string, e Expr) {
 	switch meta {
 	case "enum":
 		b.enum(t, data)
-	case "struct":
+	case "union":
+		b.union(t, e.Dict)
+	case "struct", "alternate":
 		if base := e.Dict.Get("base"); base != nil {
 			t.Base = b.ref(base)
 		}
-		t.Local = b.members(data, doc)
-	case "union":
-		b.union(t, e.Dict)
-	case "alternate":
 		t.Local = b.members(data, doc)
 	}
 	b.checkFeatureDocs(name, features, t, doc)
@@ -239,11 +231,10 @@ func (b *builder) union(t *Type, d Dict) {
 	if !ok {
 		b.fail("the discriminator is not a string")
 	}
-	switch base := d.Get("base").(type) {
-	case Dict:
+	if base, ok := d.Get("base").(Dict); ok {
 		t.Local = b.members(base, t.Doc)
-	default:
-		t.Base = b.ref(base)
+	} else {
+		t.Base = b.ref(d.Get("base"))
 	}
 	branches, ok := d.Get("data").(Dict)
 	if !ok {
@@ -316,12 +307,10 @@ func (b *builder) ref(v any) *Type {
 		}
 		elem := b.ref(v[0])
 		name := elem.Name + "List"
-		t := b.types[name]
-		if t == nil {
-			t = &Type{Name: name, Kind: Array, Elem: elem}
-			b.types[name] = t
+		if b.types[name] == nil {
+			b.types[name] = &Type{Name: name, Kind: Array, Elem: elem}
 		}
-		return t
+		return b.types[name]
 	}
 	b.fail("bad reference to a type")
 	return nil
@@ -341,10 +330,8 @@ func (b *builder) features(v any) []string {
 		if !ok {
 			b.fail("a feature is not a string")
 		}
-		for _, o := range fs {
-			if o == s {
-				b.fail("feature '%s' twice", s)
-			}
+		if slices.Contains(fs, s) {
+			b.fail("feature '%s' twice", s)
 		}
 		fs = append(fs, s)
 	}

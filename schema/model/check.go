@@ -2,6 +2,7 @@ package model
 
 import (
 	"fmt"
+	"slices"
 	"strings"
 )
 
@@ -71,16 +72,21 @@ func (b *builder) checkEnum(t *Type) {
 			b.fail("enum '%s' has the value '%s' twice", t.Name, v.Name)
 		}
 		seen[v.Name] = true
-		if !isMember(v.Name) && !oddMembers[t.Name] {
+		if !isLower(v.Name) && !oddMembers[t.Name] {
 			b.fail("the value '%s' of '%s' is not in lower case with hyphens", v.Name, t.Name)
 		}
 	}
 	if len(t.Values) == 0 {
 		b.fail("enum '%s' has no values", t.Name)
 	}
-	for k := range t.Doc.Members {
-		if !seen[k] {
-			b.fail("the comment above '%s' describes '%s', which is not there", t.Name, k)
+	b.describesNoMore(t.Name, "", t.Doc.Members, seen)
+}
+
+// describesNoMore makes sure that a comment describes only what is there.
+func (b *builder) describesNoMore(name, kind string, described map[string]string, there map[string]bool) {
+	for k := range described {
+		if !there[k] {
+			b.fail("the comment above '%s' describes %s'%s', which is not there", name, kind, k)
 		}
 	}
 }
@@ -106,7 +112,7 @@ func (b *builder) checkMembers(t *Type, ms []*Member) {
 			b.fail("'%s' has the member '%s' twice", t.Name, m.Name)
 		}
 		seen[m.Name] = true
-		if !isMember(m.Name) && !oddMembers[t.Name] {
+		if !isLower(m.Name) && !oddMembers[t.Name] {
 			b.fail("the member '%s' of '%s' is not in lower case with hyphens", m.Name, t.Name)
 		}
 	}
@@ -129,12 +135,8 @@ func (b *builder) checkUnion(t *Type) {
 	case len(t.Variants) == 0:
 		b.fail("'%s' has no branches", t.Name)
 	}
-	known := map[string]bool{}
-	for _, v := range t.Tag.Type.Values {
-		known[v.Name] = true
-	}
 	for _, v := range t.Variants {
-		if !known[v.Case] {
+		if !slices.ContainsFunc(t.Tag.Type.Values, func(k Value) bool { return k.Name == v.Case }) {
 			b.fail("branch '%s' of '%s' is not a value of '%s'", v.Case, t.Name, t.Tag.Type.Name)
 		}
 		if v.Type.Kind != Object || v.Type.Tag != nil {
@@ -163,8 +165,7 @@ func (b *builder) checkAlternate(t *Type) {
 	b.checkDocs(t.Name, t.Doc, t)
 }
 
-// checkDocs makes sure that a comment describes only what exists, and all of it
-// save where a whole group explains itself (JSONType, wrappers have no body).
+// checkDocs makes sure that a comment describes only what exists, and all of that.
 func (b *builder) checkDocs(name string, doc Doc, t *Type) {
 	own := map[string]bool{}
 	if t != nil {
@@ -179,11 +180,7 @@ func (b *builder) checkDocs(name string, doc Doc, t *Type) {
 			}
 		}
 	}
-	for k := range doc.Members {
-		if !own[k] {
-			b.fail("the comment above '%s' describes '%s', which is not there", name, k)
-		}
-	}
+	b.describesNoMore(name, "", doc.Members, own)
 }
 
 // checkFeatureDocs makes sure that each feature of a definition or its members is described.
@@ -204,11 +201,7 @@ func (b *builder) checkFeatureDocs(name string, features []string, t *Type, doc 
 			b.fail("the comment above '%s' does not describe the feature '%s'", name, f)
 		}
 	}
-	for f := range doc.Features {
-		if !have[f] {
-			b.fail("the comment above '%s' describes the feature '%s', which is not there", name, f)
-		}
-	}
+	b.describesNoMore(name, "the feature ", doc.Features, have)
 }
 
 func isCamel(s string) bool {
@@ -223,5 +216,3 @@ func isLower(s string) bool {
 	}
 	return s != "" && s[0] != '-'
 }
-
-func isMember(s string) bool { return isLower(s) }

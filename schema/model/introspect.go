@@ -1,8 +1,8 @@
 package model
 
 import (
+	"cmp"
 	"slices"
-	"sort"
 	"strconv"
 
 	"qblockd/schema/value"
@@ -42,9 +42,11 @@ func (s *Schema) CommandList() []byte {
 // empty is the type of absent arguments, replies and branches.
 var empty = &Type{Name: "q_empty", Kind: Object, Implicit: true}
 
-var integer = &Type{Name: "int", Kind: Builtin}
-
-var integers = &Type{Name: "intList", Kind: Array, Elem: integer}
+// What integers of all sizes are called, and lists of them.
+var (
+	integer  = &Type{Name: "int", Kind: Builtin}
+	integers = &Type{Name: "intList", Kind: Array, Elem: integer}
+)
 
 func orEmpty(t *Type) *Type {
 	if t == nil {
@@ -67,7 +69,7 @@ type entry struct {
 
 // dict makes an object; members are inserted in the order of their names.
 func dict(es ...entry) *value.Dict {
-	sort.Slice(es, func(i, j int) bool { return es[i].key < es[j].key })
+	slices.SortFunc(es, func(a, b entry) int { return cmp.Compare(a.key, b.key) })
 	d := &value.Dict{}
 	for _, e := range es {
 		d.Set(e.key, e.val)

@@ -1,5 +1,7 @@
 package model
 
+import "slices"
+
 // Kind tells what sort of type a Type is.
 type Kind uint8
 
@@ -57,7 +59,7 @@ func (t *Type) Members() []*Member {
 	if t.Base == nil {
 		return t.Local
 	}
-	return append(append([]*Member(nil), t.Base.Members()...), t.Local...)
+	return slices.Concat(t.Base.Members(), t.Local)
 }
 
 // Variant returns the type of a branch, or nil if that branch adds nothing.
@@ -70,28 +72,26 @@ func (t *Type) Variant(value string) *Type {
 	return nil
 }
 
-// Command is a QMP command.
-type Command struct {
+// Entity is what commands and events have in common.
+type Entity struct {
 	Name     string
 	File     string
 	Line     int
 	Doc      Doc
 	Features []string
-	Arg      *Type // an Object, or nil if it takes no arguments
+	Arg      *Type // an Object, or nil if it takes no arguments or has no data
+}
+
+// Command is a QMP command.
+type Command struct {
+	Entity
 	Ret      *Type // nil if it returns nothing
 	Boxed    bool
 	AllowOOB bool
 }
 
 // Event is a QMP event.
-type Event struct {
-	Name     string
-	File     string
-	Line     int
-	Doc      Doc
-	Features []string
-	Arg      *Type // an Object, or nil if it has no data
-}
+type Event struct{ Entity }
 
 // Schema is a checked schema.
 type Schema struct {

@@ -185,7 +185,8 @@ func TestJSONSchema(t *testing.T) {
 		t.Errorf("branches: %v", doc.AllOf)
 	}
 	a, b := doc.Defs["U.a"], doc.Defs["U.b"]
-	if a.Properties["e"]["const"] != "a" || len(a.Properties) != 3 || len(a.Required) != 2 || a.AdditionalProperties == nil || *a.AdditionalProperties {
+	if a.Properties["e"]["const"] != "a" || len(a.Properties) != 3 || len(a.Required) != 2 ||
+		a.AdditionalProperties == nil || *a.AdditionalProperties {
 		t.Errorf("branch a: %+v", a)
 	}
 	if len(b.Properties) != 1 {

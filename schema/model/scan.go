@@ -39,15 +39,7 @@ type Expr struct {
 // comment or white space, or Scan fails, naming file and line.
 func Scan(file, text string) (exprs []Expr, err error) {
 	s := &scanner{file: file, text: text, line: 1}
-	defer func() {
-		if p := recover(); p != nil {
-			e, ok := p.(scanError)
-			if !ok {
-				panic(p)
-			}
-			exprs, err = nil, e.error
-		}
-	}()
+	defer catch(&err)
 	if text != "" && !strings.HasSuffix(text, "\n") {
 		s.line = 1 + strings.Count(text, "\n")
 		s.fail("no newline at the end of the file")
@@ -65,7 +57,19 @@ func Scan(file, text string) (exprs []Expr, err error) {
 	}
 }
 
+// scanError is what the functions that read a schema panic with.
 type scanError struct{ error }
+
+// catch, deferred, makes an error of one.
+func catch(err *error) {
+	if p := recover(); p != nil {
+		e, ok := p.(scanError)
+		if !ok {
+			panic(p)
+		}
+		*err = e.error
+	}
+}
 
 type scanner struct {
 	file, text string

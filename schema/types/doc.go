@@ -1,7 +1,6 @@
 // Package types holds the Go types of the QMP interface: structs, enums, unions,
 // events, decoders, encoders and handler interfaces, generated from schema/qapi.
-// The files *.gen.go are written by
-// cmd/qapigen (go generate ./schema/...), the others by hand.
+// The files *.gen.go are written by cmd/qapigen (go generate ./schema/...), the others by hand.
 //
 // Names: BlockdevOptionsQcow2 stays; node-name becomes NodeName, job-id JobID,
 // query-jobs QueryJobs, BLOCK_JOB_READY BlockJobReadyEvent, the arguments of

@@ -2,11 +2,10 @@ package types
 
 import "qblockd/schema/value"
 
-// unexpected names the member to complain about when some were not visited. The
-// reference keeps the names of an object in a GLib hash table, takes out those it
-// visits, and complains about the first that is left in the table's order; clients
-// that send several wrong members at once can see that order, so the table is played
-// through here. f.order is needed: the table may shrink on the way.
+// unexpected names the member to complain about when some were not visited. QEMU keeps the
+// names of an object in a GLib hash table, takes out those it visits, and complains about the first
+// that is left in the table's order. Clients that send several wrong members at once can see that
+// order, so the table is played through here. f.order is needed: the table may shrink on the way.
 func (f *frame) unexpected() string {
 	t := newTable(3)
 	f.dict.EachHashed(func(name string, _ value.Value) bool {

@@ -106,7 +106,7 @@ func AppendString(b []byte, s string) []byte {
 	return append(b, '"')
 }
 
-// escaped are the characters that a letter stands for behind a backslash, escapeLetters the letters.
+// escaped are the characters that are written as a backslash and one of escapeLetters.
 const escaped, escapeLetters = "\b\f\n\r\t", "bfnrt"
 
 func appendEscape(b []byte, cp int) []byte {

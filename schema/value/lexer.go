@@ -181,11 +181,11 @@ func (p *Parser) stringRun() (Value, error, bool) {
 	}
 }
 
-// numberBytes are the classes of bytes in numbers, by their place in a row of numberStates.
+// numberBytes are the bytes of numbers, by their place in a row of numberStates.
 const numberBytes = "0123456789.eE-+"
 
-// numberStates tell for what was read last of a number what comes after each of numberBytes; inStart
-// is for a byte that breaks it.
+// numberStates tell what a number is inside of after each of numberBytes, by what it was inside of
+// before. inStart: the byte does not belong to it.
 var numberStates = func() (t [inExpDigits + 1][len(numberBytes)]lexState) {
 	for _, r := range []struct {
 		last  lexState

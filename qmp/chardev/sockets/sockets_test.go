@@ -87,7 +87,8 @@ func TestLengths(t *testing.T) {
 	at := func(n int) string { return dir + "/" + strings.Repeat("s", n-len(dir)-1) }
 	for _, a := range []UnixAddr{
 		{Path: at(107)}, {Path: at(108)}, {Path: ""}, {Path: "@/../" + at(90)},
-		{Path: strings.Repeat("n", 106), Abstract: true}, {Path: strings.Repeat("n", 107), Abstract: true}, {Path: strings.Repeat("m", 50), Abstract: true, Padded: true},
+		{Path: strings.Repeat("n", 106), Abstract: true}, {Path: strings.Repeat("n", 107), Abstract: true},
+		{Path: strings.Repeat("m", 50), Abstract: true, Padded: true},
 	} {
 		if a.Path != "" && a.Path[0] == '@' {
 			t.Chdir(dir)
