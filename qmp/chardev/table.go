@@ -221,12 +221,13 @@ func (t *Table) Query() []*types.ChardevInfo {
 	t.mu.Lock()
 	defer t.mu.Unlock()
 	list := make([]*types.ChardevInfo, 0, len(t.order))
-	for _, id := range slices.Backward(t.order) {
+	for _, id := range t.order {
 		if d := t.devices[id]; d != nil {
 			open := d.attached() && !isMux(d) // a mux never says so, like QEMU's
 			list = append(list, &types.ChardevInfo{Label: id, Filename: d.filename(), FrontendOpen: open})
 		}
 	}
+	slices.Reverse(list)
 	return list
 }
 
