@@ -27,6 +27,7 @@ type allocator struct {
 }
 
 // took tells a repair that clusters [first, first+n) were taken for refcounts.
+// +checklocks:s.mu
 func (s *allocator) took(first, n int64) {
 	for c := first; s.mending != nil && c < first+n; c++ {
 		s.mending.t.add(c, 1, true)
@@ -35,6 +36,7 @@ func (s *allocator) took(first, n int64) {
 
 // addRef changes the refcount of cluster c by d, which is 1 or -1. There must be a refcount block,
 // see coverRun.
+// +checklocks:s.mu
 func (s *allocator) addRef(r *blk.Req, c int64, d int) error {
 	bits := s.geo.RefblockBits()
 	t, err := s.refblock(r, c>>bits)
@@ -75,6 +77,7 @@ var mostSearched int64 = 1 << 24
 // findFree returns the first run of free clusters from from on: at least need clusters, at most
 // want. next is where the next search is to begin. If much has to be looked at, what is free in the
 // file may be passed over: the next search goes on there.
+// +checklocks:s.mu
 func (s *allocator) findFree(r *blk.Req, from, need, want int64) (first, n, next int64, err error) {
 	bits := s.geo.RefblockBits()
 	limit := int64(1) << (layout.MaxHostBits - s.cb)
@@ -119,6 +122,7 @@ search:
 
 // allocate takes a run of at least need and at most want free clusters and gives each refcount 1.
 // It returns the first cluster; what is for the error.
+// +checklocks:s.mu
 func (s *allocator) allocate(r *blk.Req, need, want int64, what string) (first, n int64, err error) {
 	if err := s.setDirtyBit(r); err != nil {
 		return 0, 0, err
@@ -159,6 +163,7 @@ func (s *allocator) allocate(r *blk.Req, need, want int64, what string) (first, 
 }
 
 // allocateAt takes n clusters from first, which must all be free.
+// +checklocks:s.mu
 func (s *allocator) allocateAt(r *blk.Req, first, n int64) error {
 	if err := s.setDirtyBit(r); err != nil {
 		return err
@@ -180,6 +185,7 @@ func (s *allocator) allocateAt(r *blk.Req, first, n int64) error {
 }
 
 // cover makes all refcount blocks for clusters [first, first+n).
+// +checklocks:s.mu
 func (s *allocator) cover(r *blk.Req, first, n int64) error {
 	for {
 		if again, err := s.coverRun(r, first, n); err != nil || !again {
@@ -190,6 +196,7 @@ func (s *allocator) cover(r *blk.Req, first, n int64) error {
 
 // coverRun makes a refcount block for clusters [first, first+n) if one is missing; again tells that
 // it did, which may have taken clusters of the run.
+// +checklocks:s.mu
 func (s *allocator) coverRun(r *blk.Req, first, n int64) (again bool, err error) {
 	bits := s.geo.RefblockBits()
 	last := (first + n - 1) >> bits
@@ -206,6 +213,7 @@ func (s *allocator) coverRun(r *blk.Req, first, n int64) (again bool, err error)
 
 // newBlock makes refcount block b, or one that it needs for its own cluster. The caller tries again
 // until all are there.
+// +checklocks:s.mu
 func (s *allocator) newBlock(r *blk.Req, b int64) error {
 	s.step(r, blk.EvRefblockAlloc)
 	bits := s.geo.RefblockBits()
@@ -256,6 +264,7 @@ func (s *allocator) newBlock(r *blk.Req, b int64) error {
 }
 
 // lowest is the first cluster that could be given out.
+// +checklocks:s.mu
 func (s *allocator) lowest() int64 {
 	if s.survey != nil {
 		return max(s.freeIdx, s.survey.hint)
@@ -264,6 +273,7 @@ func (s *allocator) lowest() int64 {
 }
 
 // setLowest tells that no cluster from lowest on is free below c.
+// +checklocks:s.mu
 func (s *allocator) setLowest(c int64) {
 	if s.survey != nil {
 		s.survey.hint = max(s.survey.hint, c)
@@ -273,6 +283,7 @@ func (s *allocator) setLowest(c int64) {
 }
 
 // freeAgain tells that cluster c is free now.
+// +checklocks:s.mu
 func (s *allocator) freeAgain(c int64) {
 	s.freeIdx = min(s.freeIdx, c)
 	if v := s.survey; v != nil && c >= v.found {
@@ -282,6 +293,7 @@ func (s *allocator) freeAgain(c int64) {
 
 // allocBytes takes n bytes, fewer than a cluster: behind the compressed data written last if they
 // fit there.
+// +checklocks:s.mu
 func (s *allocator) allocBytes(r *blk.Req, n int64) (int64, error) {
 	s.step(r, blk.EvClusterAllocBytes)
 	off := s.freeByte
@@ -326,6 +338,7 @@ func (s *allocator) allocBytes(r *blk.Req, n int64) (int64, error) {
 }
 
 // allocateEnd takes up to k clusters behind everything that was ever written.
+// +checklocks:s.mu
 func (s *allocator) allocateEnd(r *blk.Req, k int64) (host, n int64, err error) {
 	for {
 		first := s.geo.Clusters(s.end())
@@ -349,6 +362,7 @@ func (s *allocator) allocateEnd(r *blk.Req, k int64) (host, n int64, err error) 
 }
 
 // extendFile makes the file at least end bytes long: clusters that are in use must lie in it.
+// +checklocks:s.mu
 func (s *allocator) extendFile(r *blk.Req, end int64, m blk.Prealloc) error {
 	if end <= s.file.Size() {
 		return nil
@@ -368,6 +382,7 @@ func (s *allocator) extendFile(r *blk.Req, end int64, m blk.Prealloc) error {
 const padding = 4 << 10
 
 // writeNew writes b to new clusters and returns where.
+// +checklocks:s.mu
 func (s *allocator) writeNew(r *blk.Req, b []byte, what string) (int64, error) {
 	n := blk.AlignUp(int64(len(b)), s.cs) >> s.cb
 	first, _, err := s.allocate(r, n, n, what)
@@ -385,6 +400,7 @@ func (s *allocator) writeNew(r *blk.Req, b []byte, what string) (int64, error) {
 }
 
 // giveBack frees what was written to new clusters for nothing: the image does not refer to it.
+// +checklocks:s.mu
 func (s *allocator) giveBack(r *blk.Req) {
 	for _, c := range s.fresh {
 		s.unref(r, freed{off: c << s.cb, n: s.cs})
@@ -393,6 +409,7 @@ func (s *allocator) giveBack(r *blk.Req) {
 }
 
 // taken tells that cluster k must not be given out, although its refcount may be 0.
+// +checklocks:s.mu
 func (s *allocator) taken(k int64) bool {
 	if s.wrong.n == 0 && s.counted == nil && s.mending == nil {
 		return false

@@ -14,6 +14,7 @@ import (
 // loadBitmaps reads the persistent bitmaps. A broken directory is reported and counts as none: the
 // guest's data do not depend on it. A broken bitmap counts as one that has missed writes. What the
 // bitmaps take in memory is bounded by what the file has of them: none of it is loaded twice.
+// +checklocks:s.mu
 func (s *bitmaps) loadBitmaps(r *blk.Req) error {
 	b := s.ext.Bitmaps
 	if b == nil {
@@ -34,15 +35,15 @@ func (s *bitmaps) loadBitmaps(r *blk.Req) error {
 	if err != nil {
 		return wrap("Could not read bitmap directory", err)
 	}
-	l := bitmapLoader{s: s, r: r, ones: maxOnes, room: maxDirectories,
+	l := bitmapLoader{r: r, ones: maxOnes, room: maxDirectories,
 		none: map[int64]*bitmap.Bitmap{}, data: map[int64]struct{}{}, marks: map[uint64]struct{}{}}
 	for _, at := range s.ext.Marks {
 		l.marks[at] = struct{}{}
 	}
-	l.findOverlaps(list)
+	s.findOverlaps(&l, list)
 	all := make([]persisted, 0, len(list))
 	for _, m := range list {
-		p, err := l.load(m)
+		p, err := s.loadBitmap(&l, m)
 		if err != nil {
 			return err
 		}
@@ -55,9 +56,8 @@ func (s *bitmaps) loadBitmaps(r *blk.Req) error {
 	return s.keeper.loaded(all, s.readOnly)
 }
 
-// bitmapLoader loads the bitmaps of an image.
+// bitmapLoader is what loading the bitmaps of an image takes.
 type bitmapLoader struct {
-	s      *bitmaps
 	r      *blk.Req
 	ones   int64                    // what is left of maxOnes
 	room   int64                    // what is left of maxDirectories
@@ -69,8 +69,8 @@ type bitmapLoader struct {
 
 // findOverlaps marks as broken the bitmaps whose entry makes no sense, or whose table lies over
 // that of another or over other metadata.
-func (l *bitmapLoader) findOverlaps(list []*stored) {
-	s := l.s
+// +checklocks:s.mu
+func (s *imageFile) findOverlaps(l *bitmapLoader, list []*stored) {
 	for _, m := range list {
 		off, n := int64(m.TableOffset), m.TableBytes()
 		m.broken = !m.Fits(s.cs) || off+n > s.file.Size() || s.overlaps(off, n, olAll) != 0
@@ -92,9 +92,9 @@ func (l *bitmapLoader) findOverlaps(list []*stored) {
 	l.tables = slices.DeleteFunc(l.tables, func(m *stored) bool { return m.broken })
 }
 
-// taken tells whether a cluster of data lies where something else does, and takes it.
-func (l *bitmapLoader) taken(off int64) bool {
-	s := l.s
+// overOthers tells whether a cluster of data lies where something else does, and takes it.
+// +checklocks:s.mu
+func (s *imageFile) overOthers(l *bitmapLoader, off int64) bool {
 	if _, ok := l.data[off>>s.cb]; ok || off >= s.file.Size() || s.overlaps(off, s.cs, olAll) != 0 {
 		return true
 	}
@@ -108,9 +108,9 @@ func (l *bitmapLoader) taken(off int64) bool {
 	return false
 }
 
-// load reads a bitmap; one that is broken is inconsistent.
-func (l *bitmapLoader) load(m *stored) (persisted, error) {
-	s := l.s
+// loadBitmap reads a bitmap; one that is broken is inconsistent.
+// +checklocks:s.mu
+func (s *bitmaps) loadBitmap(l *bitmapLoader, m *stored) (persisted, error) {
 	_, marked := l.marks[m.TableOffset]
 	holds := m.Flags&layout.BitmapInUse == 0 || marked
 	p := persisted{name: m.Name, enabled: m.Flags&layout.BitmapAuto != 0, inconsistent: !holds}
@@ -121,7 +121,7 @@ func (l *bitmapLoader) load(m *stored) (persisted, error) {
 		p.inconsistent = true
 	}
 	if !p.inconsistent {
-		bits, err := l.read(m)
+		bits, err := s.readBitmap(l, m)
 		if err != nil {
 			return p, wrap(fmt.Sprintf("Could not read bitmap '%s'", m.Name), err)
 		}
@@ -140,9 +140,9 @@ func (l *bitmapLoader) load(m *stored) (persisted, error) {
 	return p, nil
 }
 
-// read reads the data of a bitmap; nil if they make no sense.
-func (l *bitmapLoader) read(m *stored) (*bitmap.Bitmap, error) {
-	s := l.s
+// readBitmap reads the data of a bitmap; nil if they make no sense.
+// +checklocks:s.mu
+func (s *bitmaps) readBitmap(l *bitmapLoader, m *stored) (*bitmap.Bitmap, error) {
 	table, err := s.readTable(l.r, int64(m.TableOffset), int64(m.TableSize))
 	if err != nil {
 		return nil, err
@@ -153,7 +153,7 @@ func (l *bitmapLoader) read(m *stored) (*bitmap.Bitmap, error) {
 	}
 	buf := blk.GetBuf(int(s.cs), 0)
 	defer blk.PutBuf(buf)
-	for i, e := range table.all() {
+	for i, e := table.next(0); e != 0; i, e = table.next(i + 1) {
 		first := i * s.cs * 8
 		off := int64(e & layout.OffsetMask)
 		switch {
@@ -165,7 +165,7 @@ func (l *bitmapLoader) read(m *stored) (*bitmap.Bitmap, error) {
 				return nil, nil
 			}
 			b.Set(first*m.Granularity, n*m.Granularity)
-		case l.taken(off):
+		case s.overOthers(l, off):
 			return nil, nil
 		default:
 			if err := ended(l.r); err != nil {

@@ -119,6 +119,7 @@ func (s *bitmaps) bitmapClusters(granularity int64) int64 {
 }
 
 // publishBitmaps makes the stored bitmaps known to queries.
+// +checklocks:s.mu
 func (s *bitmaps) publishBitmaps() {
 	var l []*types.Qcow2BitmapInfo
 	for _, m := range s.stored {
@@ -141,6 +142,7 @@ func (s *bitmaps) publishBitmaps() {
 
 // claimBitmaps says in the image that its bitmaps are in use, before anything else is written to
 // it, and makes those live that can be.
+// +checklocks:s.mu
 func (s *bitmaps) claimBitmaps(r *blk.Req) error {
 	if s.keeper == nil {
 		return s.claimInPlace(r)
@@ -149,7 +151,10 @@ func (s *bitmaps) claimBitmaps(r *blk.Req) error {
 	if len(s.stored) == 0 {
 		return s.distrust(r)
 	}
-	err := s.orGiveOut(r, func() error { return s.claimLive(r) })
+	err := s.claimLive(r)
+	if s.giveOut(r, err) {
+		err = s.claimLive(r)
+	}
 	if err == nil {
 		return nil
 	}
@@ -159,6 +164,7 @@ func (s *bitmaps) claimBitmaps(r *blk.Req) error {
 
 // claimInPlace changes the flags where they are, unless something else may lie there, so that it
 // takes no space. If power fails half-way, nothing else was written before.
+// +checklocks:s.mu
 func (s *bitmaps) claimInPlace(r *blk.Req) error {
 	if err := s.distrust(r); err != nil {
 		return err
@@ -178,6 +184,7 @@ func (s *bitmaps) claimInPlace(r *blk.Req) error {
 
 // storeBitmaps writes the bitmaps of the node into the image. The caller flushes afterwards. After
 // an error the image says what it said before.
+// +checklocks:s.mu
 func (s *bitmaps) storeBitmaps(r *blk.Req) error {
 	if s.keeper == nil {
 		return nil
@@ -190,27 +197,13 @@ func (s *bitmaps) storeBitmaps(r *blk.Req) error {
 	if len(want) == 0 && len(s.stored) == 0 {
 		return nil
 	}
-	var list, old []*stored
-	taken, named := map[string]bool{}, byName(want)
-	bornAs := map[string]*stored{}
-	var err error
-	add := func(p persisted, from *stored) {
-		if err != nil {
-			return
-		}
-		taken[p.name] = true
-		if p.inconsistent && from != nil {
-			list = append(list, from) // as it is
-			return
-		}
-		var m *stored
-		if m, err = s.writeBitmap(r, p); err == nil {
-			list = append(list, m)
-			if from != nil {
-				old = append(old, from)
-			}
-		}
+	type pair struct {
+		now  *persisted
+		from *stored // nil: it is new
 	}
+	var todo []pair
+	var list, old []*stored
+	placed, named, bornAs := map[string]bool{}, byName(want), map[string]*stored{}
 	for _, m := range s.stored {
 		switch p := named[m.Name]; {
 		case p == nil:
@@ -218,27 +211,41 @@ func (s *bitmaps) storeBitmaps(r *blk.Req) error {
 		case m.born:
 			bornAs[m.Name] = m // as in QEMU they come last, the newest first
 		default:
-			add(*p, m)
+			todo = append(todo, pair{p, m})
+			placed[m.Name] = true
 		}
 	}
-	for _, p := range want {
-		if !taken[p.name] {
-			add(p, bornAs[p.name])
+	for i := range want {
+		if p := &want[i]; !placed[p.name] {
+			todo = append(todo, pair{p, bornAs[p.name]})
 		}
 	}
-	if err == nil {
-		s.storing = true
-		err = s.switchDirectory(r, list, old)
+	defer s.giveBack(r)
+	for _, x := range todo {
+		if x.now.inconsistent && x.from != nil {
+			list = append(list, x.from) // as it is
+			continue
+		}
+		m, err := s.writeBitmap(r, *x.now)
+		if err != nil {
+			return err
+		}
+		list = append(list, m)
+		if x.from != nil {
+			old = append(old, x.from)
+		}
 	}
-	if err == nil {
-		s.marks.Store(nil)
+	s.storing = true
+	if err := s.switchDirectory(r, list, old); err != nil {
+		return err
 	}
-	s.giveBack(r)
-	return err
+	s.marks.Store(nil)
+	return nil
 }
 
 // tellLost reports persistent bitmaps that were added while the image was read-only, which it ends:
 // they are nowhere in it.
+// +checklocks:s.mu
 func (s *bitmaps) tellLost() {
 	if s.keeper == nil {
 		return
@@ -268,6 +275,7 @@ func byName(l []persisted) map[string]*persisted {
 }
 
 // writeBitmap writes data and table of a bitmap to new clusters.
+// +checklocks:s.mu
 func (s *bitmaps) writeBitmap(r *blk.Req, p persisted) (*stored, error) {
 	m := &stored{BitmapEntry: layout.NewBitmap(p.name, p.bits.Granularity(), 0)}
 	if p.enabled {
@@ -297,7 +305,8 @@ func (s *bitmaps) writeBitmap(r *blk.Req, p persisted) (*stored, error) {
 }
 
 // writeTable writes the table of a bitmap to new clusters.
-func (s *bitmaps) writeTable(r *blk.Req, m *stored, at func(i int64) uint64) error {
+// +checklocks:s.mu
+func (s *allocator) writeTable(r *blk.Req, m *stored, at func(i int64) uint64) error {
 	tab := make([]byte, m.TableBytes())
 	for i := range int64(m.TableSize) {
 		be.PutUint64(tab[i*8:], at(i))
@@ -308,6 +317,7 @@ func (s *bitmaps) writeTable(r *blk.Req, m *stored, at func(i int64) uint64) err
 }
 
 // freeBitmap frees what a bitmap takes to which the image does not refer any more.
+// +checklocks:s.mu
 func (s *bitmaps) freeBitmap(r *blk.Req, m *stored) {
 	if m.broken {
 		return
@@ -316,7 +326,7 @@ func (s *bitmaps) freeBitmap(r *blk.Req, m *stored) {
 	if err != nil {
 		s.warnf("Leaking the clusters of bitmap '%s': %s", m.Name, blk.ErrnoText(err))
 	}
-	for _, e := range table.all() {
+	for i, e := table.next(0); e != 0; i, e = table.next(i + 1) {
 		// Metadata are not a bitmap's, whatever it says.
 		if off := int64(e & layout.OffsetMask); off != 0 && off&(s.cs-1) == 0 && s.overlaps(off, s.cs, olAll) == 0 {
 			s.free(off, s.cs, discardOther)
@@ -331,7 +341,7 @@ func (s *bitmaps) CanStoreBitmap(name string, granularity int64, others int) err
 	defer s.mu.Unlock()
 	e := layout.NewBitmap(name, granularity, 0)
 	dir, names := e.Size(), len(name)
-	if s.keeper != nil && s.hdr.Version >= 3 {
+	if s.keeper != nil && s.version >= 3 {
 		s.keeper.names(func(name string) {
 			e := layout.NewBitmap(name, granularity, 0)
 			dir += e.Size()
@@ -339,7 +349,7 @@ func (s *bitmaps) CanStoreBitmap(name string, granularity int64, others int) err
 		})
 	}
 	switch n := s.bitmapBytes(granularity); {
-	case s.hdr.Version < 3:
+	case s.version < 3:
 		return fmt.Errorf("Cannot store dirty bitmaps in qcow2 v2 files")
 	case others >= maxBitmapCount:
 		return fmt.Errorf("Maximum number of persistent bitmaps is already reached")
@@ -357,9 +367,14 @@ func (s *bitmaps) RemoveBitmap(r *blk.Req, name string) error {
 	defer s.marking.Unlock()
 	s.mu.Lock()
 	defer s.mu.Unlock()
-	return s.orGiveOut(r, func() error { return s.removeBitmap(r, name) })
+	err := s.removeBitmap(r, name)
+	if s.giveOut(r, err) {
+		err = s.removeBitmap(r, name)
+	}
+	return err
 }
 
+// +checklocks:s.mu
 func (s *bitmaps) removeBitmap(r *blk.Req, name string) error {
 	i := slices.IndexFunc(s.stored, func(m *stored) bool { return m.Name == name })
 	if i < 0 || s.readOnly {
@@ -373,6 +388,7 @@ func (s *bitmaps) removeBitmap(r *blk.Req, name string) error {
 
 // countBitmaps counts directory, tables and data of bitmaps. Nothing of broken ones is ever
 // touched.
+// +checklocks:s.mu
 func (s *bitmaps) countBitmaps(c *counter) error {
 	b := s.ext.Bitmaps
 	if b == nil {
@@ -395,17 +411,19 @@ func (s *bitmaps) countBitmaps(c *counter) error {
 }
 
 // countBitmap counts the table of a bitmap and its data.
+// +checklocks:s.mu
 func (s *bitmaps) countBitmap(c *counter, m *stored) error {
 	ok, err := c.fixed(int64(m.TableOffset), m.TableBytes(), "bitmap table")
 	if !ok {
 		return err
 	}
-	return s.eachTableEntry(c.r, int64(m.TableOffset), int64(m.TableSize), func(e uint64) error {
+	table, err := s.readTable(c.r, int64(m.TableOffset), int64(m.TableSize))
+	for i, e := table.next(0); err == nil && e != 0; i, e = table.next(i + 1) {
 		if o := int64(e & layout.OffsetMask); o != 0 && o&(s.cs-1) == 0 && s.overlaps(o, s.cs, olAll) == 0 {
 			if c.ref(o, s.cs, 1, true, "bitmap data"); c.crowded() {
-				return errTooBig
+				err = errTooBig
 			}
 		}
-		return nil
-	})
+	}
+	return err
 }

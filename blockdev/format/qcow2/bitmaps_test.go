@@ -304,7 +304,7 @@ func TestSharedBitmapDirectory(t *testing.T) {
 		}
 		mustClose(t, s)
 		s = mustOpen(t, mem{f}, config{readOnly: true})
-		dir, last := int64(s.ext.Bitmaps.DirectoryOffset), int64(s.l1.at(3)&layout.OffsetMask)
+		dir, last := int64(peek(s).ext.Bitmaps.DirectoryOffset), int64(peek(s).l1.at(3)&layout.OffsetMask)
 		mustClose(t, s)
 		f.Poke(last+8, be.AppendUint64(nil, uint64(dir)))
 		f.Poke(0x20000+2*(dir>>16), []byte{0, c.count})
@@ -316,11 +316,14 @@ func TestSharedBitmapDirectory(t *testing.T) {
 			t.Fatalf("%s: %v", c.name, err)
 		}
 		if c.set != nil {
+			s.mu.Lock()
 			s.survey, s.counted, s.wrong = c.set, nil, wrong{}
 			for _, m := range s.stored {
 				m.Flags &^= layout.BitmapInUse
 			}
-			if err := s.claimInPlace(req()); err != nil {
+			err := s.claimInPlace(req())
+			s.mu.Unlock()
+			if err != nil {
 				t.Fatal(err)
 			}
 		}
@@ -330,8 +333,8 @@ func TestSharedBitmapDirectory(t *testing.T) {
 		}
 		mustClose(t, s)
 		s = mustOpen(t, mem{f}, config{readOnly: true})
-		if len(s.stored) != 1 || s.stored[0].Flags&layout.BitmapInUse == 0 {
-			t.Errorf("%s: bitmaps afterwards: %v", c.name, s.stored)
+		if len(peek(s).stored) != 1 || peek(s).stored[0].Flags&layout.BitmapInUse == 0 {
+			t.Errorf("%s: bitmaps afterwards: %v", c.name, peek(s).stored)
 		}
 		if err := s.ReadAt(req(), blk.Buf(b), 3*(512<<20)+64<<10, 0); err != nil || !bytes.Equal(b, want) {
 			t.Errorf("%s: what the guest has there has changed after closing: %v", c.name, err)
@@ -374,7 +377,7 @@ func TestManyLongNames(t *testing.T) {
 		t.Helper()
 		seen := &memKeeper{}
 		v := mustOpen(t, f.mem, config{keeper: seen, readOnly: true})
-		if len(seen.list) != want || v.badBitmaps {
+		if len(seen.list) != want || peek(v).badBitmaps {
 			t.Errorf("the image has %d bitmaps, want %d", len(seen.list), want)
 		}
 		for i, p := range seen.list {

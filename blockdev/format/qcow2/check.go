@@ -37,22 +37,15 @@ func (d *Driver) Check(r *blk.Req) (*CheckResult, error) {
 	return d.check(r, false)
 }
 
-// checker compares references with refcounts and flags, and puts them right.
-type checker struct {
-	*counter
-	s      *flusher
-	behind int64 // copied flags are looked at before this L1 entry; 0: all are
-	at     int64 // they were looked at before this one
-}
-
 // check counts all references and compares them with the refcounts. With fix, refcounts and copied
 // flags are put right, what refers to places beyond the end of the file is dropped and, if nothing
 // else is wrong, the dirty bit is cleared. An image whose header or tables lie over anything is
 // left as it is (Errors). No requests may run. It ends with the context of r.
+// +checklocks:s.mu
 func (s *flusher) check(r *blk.Req, fix bool) (*CheckResult, error) {
 	res := &CheckResult{}
-	c := checker{counter: s.newCounter(r, res), s: s}
-	if err := c.meta(); err != nil {
+	c := s.newCounter(r, res)
+	if err := s.countMeta(c); err != nil {
 		return res, err
 	}
 	for done := false; !done; {
@@ -62,23 +55,23 @@ func (s *flusher) check(r *blk.Req, fix bool) (*CheckResult, error) {
 		}
 	}
 	if fix {
-		drop := c.badBlocks()
-		if c.cannotRepair(); res.Errors > 0 {
+		drop := s.badBlocks(c)
+		if s.cannotRepair(c); res.Errors > 0 {
 			return res, nil
 		}
-		if err := c.makeBlocks(drop); err != nil {
+		if err := s.makeBlocks(c, drop); err != nil {
 			return res, err
 		}
 	} else {
-		c.reportBlocks()
+		s.reportBlocks(c)
 	}
-	if err := c.compare(fix); err != nil {
+	if err := s.compare(c, fix); err != nil {
 		return res, err
 	}
-	if err := c.dropStray(fix); err != nil {
+	if err := s.dropStray(c, fix); err != nil {
 		return res, err
 	}
-	if err := c.copiedFlags(fix); err != nil {
+	if _, err := s.copiedFlags(c, fix, 0); err != nil {
 		return res, err
 	}
 	if !fix {
@@ -94,9 +87,10 @@ func (s *flusher) check(r *blk.Req, fix bool) (*CheckResult, error) {
 	return res, s.markClean(r)
 }
 
-func (c *checker) reportBlocks() {
-	for _, e := range c.s.reft {
-		if off := int64(e & layout.ReftMask); off != 0 && (c.badBlock(off) || c.t.get(off>>c.s.cb) > 1) {
+// +checklocks:s.mu
+func (s *flusher) reportBlocks(c *counter) {
+	for _, e := range s.reft {
+		if off := int64(e & layout.ReftMask); off != 0 && (s.badBlock(c, off) || c.t.get(off>>s.cb) > 1) {
 			c.res.Corruptions++
 			c.res.say("impossible refcount block at", uint64(off))
 		}
@@ -105,23 +99,14 @@ func (c *checker) reportBlocks() {
 
 // cannotRepair notes what a repair could not write without writing over something else, or not
 // drop.
-func (c *checker) cannotRepair() {
-	s := c.s
-	alone := func(off, size int64, what string) {
-		for k := off >> s.cb; size > 0 && k <= (off+size-1)>>s.cb; k++ {
-			if c.t.get(k) != 1 {
-				c.res.Errors++
-				c.res.say(what+" lies over something else, or beyond the end of the file, at", uint64(k<<s.cb))
-				return
-			}
-		}
-	}
-	alone(0, s.cs, "header")
-	alone(int64(s.hdr.L1TableOffset), int64(s.hdr.L1Size)*8, "L1 table")
-	alone(s.reftOffset(), s.reftSize*8, "refcount table")
+// +checklocks:s.mu
+func (s *flusher) cannotRepair(c *counter) {
+	c.alone(0, s.cs, "header")
+	c.alone(int64(s.hdr.L1TableOffset), int64(s.hdr.L1Size)*8, "L1 table")
+	c.alone(s.reftOffset(), s.reftSize*8, "refcount table")
 	if s.hdr.NbSnapshots > 0 {
 		off := int64(s.hdr.SnapshotsOffset)
-		alone(off, s.snapEnd-off, "snapshot table")
+		c.alone(off, s.snapEnd-off, "snapshot table")
 	}
 	for k, x := range c.l2 {
 		_, stray := c.stray[k]
@@ -136,23 +121,35 @@ func (c *checker) cannotRepair() {
 	}
 }
 
+// alone notes a table that lies over something else: a repair could not write to it.
+func (c *counter) alone(off, size int64, what string) {
+	for k := off >> c.s.cb; size > 0 && k <= (off+size-1)>>c.s.cb; k++ {
+		if c.t.get(k) != 1 {
+			c.res.Errors++
+			c.res.say(what+" lies over something else, or beyond the end of the file, at", uint64(k<<c.s.cb))
+			return
+		}
+	}
+}
+
 // badBlocks lists the entries of the refcount table whose blocks are impossible or lie over
 // something else, and takes them out of the count.
-func (c *checker) badBlocks() (drop []int64) {
-	for i, e := range c.s.reft {
+// +checklocks:s.mu
+func (s *flusher) badBlocks(c *counter) (drop []int64) {
+	for i, e := range s.reft {
 		off := int64(e & layout.ReftMask)
 		if off == 0 {
 			continue
 		}
-		bad := c.badBlock(off)
-		if !bad && c.t.get(off>>c.s.cb) == 1 {
+		bad := s.badBlock(c, off)
+		if !bad && c.t.get(off>>s.cb) == 1 {
 			continue
 		}
 		c.res.Corruptions++
 		c.res.say("impossible refcount block at", uint64(off))
 		drop = append(drop, int64(i))
 		if !bad {
-			c.t.take(off >> c.s.cb)
+			c.t.take(off >> s.cb)
 		}
 	}
 	return drop
@@ -160,8 +157,8 @@ func (c *checker) badBlocks() (drop []int64) {
 
 // makeBlocks drops refcount blocks and makes those that are missing, in clusters that nothing
 // refers to.
-func (c *checker) makeBlocks(drop []int64) error {
-	s := c.s
+// +checklocks:s.mu
+func (s *flusher) makeBlocks(c *counter, drop []int64) error {
 	for _, i := range drop {
 		off := int64(s.reftAt(i) & layout.ReftMask)
 		c.res.Fixed++
@@ -169,7 +166,7 @@ func (c *checker) makeBlocks(drop []int64) error {
 		s.rb.dropRange(s.geo.RoundDown(off), s.cs)
 		s.setReft(i, 0)
 	}
-	s.freeIdx, s.mending = 0, c.counter
+	s.freeIdx, s.mending = 0, c
 	defer func() { s.mending = nil }()
 	bits := s.geo.RefblockBits()
 	last := int64(-1)
@@ -191,21 +188,21 @@ func (c *checker) makeBlocks(drop []int64) error {
 }
 
 // compare compares refcounts with references.
-func (c *checker) compare(fix bool) error {
-	s := c.s
+// +checklocks:s.mu
+func (s *flusher) compare(c *counter, fix bool) error {
 	bits := s.geo.RefblockBits()
 	for b := int64(0); b < int64(len(s.reft)); b++ {
 		if err := ended(c.r); err != nil {
 			return err
 		}
-		if off := int64(s.reftAt(b) & layout.ReftMask); off == 0 || c.badBlock(off) || !fix && c.t.get(off>>s.cb) > 1 {
+		if off := int64(s.reftAt(b) & layout.ReftMask); off == 0 || s.badBlock(c, off) || !fix && c.t.get(off>>s.cb) > 1 {
 			continue
 		}
 		t, err := s.refblock(c.r, b)
 		if err != nil {
 			return err
 		}
-		if err := c.compareBlock(t, b<<bits, 1<<bits, fix); err != nil {
+		if err := s.compareBlock(c, t, b<<bits, 1<<bits, fix); err != nil {
 			return err
 		}
 	}
@@ -215,7 +212,7 @@ func (c *checker) compare(fix bool) error {
 	for _, p := range c.t.order() {
 		for k := p << tallyBits; k < (p+1)<<tallyBits; k++ {
 			off := int64(s.reftAt(k>>bits) & layout.ReftMask)
-			if c.t.get(k) > 0 && (off == 0 || c.badBlock(off)) {
+			if c.t.get(k) > 0 && (off == 0 || s.badBlock(c, off)) {
 				c.res.Corruptions++
 				c.res.say("no refcount block for cluster", uint64(k))
 			}
@@ -225,8 +222,8 @@ func (c *checker) compare(fix bool) error {
 }
 
 // compareBlock compares what refcount block t says of n clusters from first.
-func (c *checker) compareBlock(t *table, first, n int64, fix bool) error {
-	s := c.s
+// +checklocks:s.mu
+func (s *flusher) compareBlock(c *counter, t *table, first, n int64, fix bool) error {
 	for i := range n {
 		have, want := s.geo.Refcount(t.data, i), c.t.get(first+i)
 		if have == want {
@@ -256,18 +253,17 @@ func (c *checker) compareBlock(t *table, first, n int64, fix bool) error {
 
 // dropStray drops what points beyond the end of the file: there is nothing, and what is allocated
 // there later belongs to others.
-func (c *checker) dropStray(fix bool) error {
+// +checklocks:s.mu
+func (s *flusher) dropStray(c *counter, fix bool) error {
 	if !fix {
 		return nil
 	}
-	s := c.s
-	beyond := func(off, n int64) bool { return off+n-c.end >= s.cs }
-	for li, e := range s.l1.all() {
+	for li, e := s.l1.next(0); e != 0; li, e = s.l1.next(li + 1) {
 		tab := int64(e & layout.OffsetMask)
 		if tab == 0 || tab&(s.cs-1) != 0 {
 			continue
 		}
-		if beyond(tab, s.cs) {
+		if c.beyond(tab, s.cs) {
 			s.setL1(li, 0)
 			s.own(tab, ownL2, -1)
 			c.res.Fixed++
@@ -281,7 +277,7 @@ func (c *checker) dropStray(fix bool) error {
 			if err != nil {
 				return err
 			}
-			if beyond(s.geo.HostRange(entry(t, s.l2Index(gc)))) {
+			if c.beyond(s.geo.HostRange(entry(t, s.l2Index(gc)))) {
 				s.setEntry(t, s.l2Index(gc), layout.ZeroFlag) // only images of version 3 are dirty
 				c.res.Fixed++
 			}
@@ -291,6 +287,7 @@ func (c *checker) dropStray(fix bool) error {
 }
 
 // sliceIn is loadSlice for going through an L2 table that there is: it makes room first.
+// +checklocks:s.mu
 func (s *flusher) sliceIn(r *blk.Req, gc int64) (*table, error) {
 	if err := ended(r); err != nil {
 		return nil, err
@@ -303,13 +300,15 @@ func (s *flusher) sliceIn(r *blk.Req, gc int64) (*table, error) {
 	return s.loadSlice(r, gc)
 }
 
-// copiedFlags compares the copied flags of the active tables with the refcounts.
-func (c *checker) copiedFlags(fix bool) error {
-	s := c.s
+// copiedFlags compares the copied flags of the active tables with the refcounts: those of the L1
+// entries before behind (0: of all), and of what they refer to. at is the entry behind the last one
+// that it looked at.
+// +checklocks:s.mu
+func (s *flusher) copiedFlags(c *counter, fix bool, behind int64) (at int64, _ error) {
 	buf := make([]byte, s.cs)
 	seen := map[int64]struct{}{}
-	for li, e := range s.l1.all() {
-		if c.behind > 0 && li >= c.behind {
+	for li, e := s.l1.next(0); e != 0; li, e = s.l1.next(li + 1) {
+		if behind > 0 && li >= behind {
 			break
 		}
 		tab := int64(e & layout.OffsetMask)
@@ -317,12 +316,12 @@ func (c *checker) copiedFlags(fix bool) error {
 			continue
 		}
 		if err := ended(c.r); err != nil {
-			return err
+			return at, err
 		}
-		c.at = li + 1
-		ok, err := c.copiedRight(e, tab)
+		at = li + 1
+		ok, err := s.copiedRight(c, e, tab)
 		if err != nil {
-			return err
+			return at, err
 		}
 		if !ok {
 			c.flagFault(fix, "L1 entry's copied flag is wrong", e)
@@ -335,12 +334,12 @@ func (c *checker) copiedFlags(fix bool) error {
 		}
 		seen[tab] = struct{}{}
 		if err := s.readL2(c.r, tab, buf); err != nil {
-			return err
+			return at, err
 		}
 		for i := int64(0); i < s.cs/8; i++ {
 			if i%lookEvery == lookEvery-1 {
 				if err := ended(c.r); err != nil {
-					return err
+					return at, err
 				}
 			}
 			x := be.Uint64(buf[8*i:])
@@ -349,9 +348,9 @@ func (c *checker) copiedFlags(fix bool) error {
 			if k != layout.Normal && k != layout.ZeroAlloc || off&(s.cs-1) != 0 {
 				continue
 			}
-			ok, err := c.copiedRight(x, off)
+			ok, err := s.copiedRight(c, x, off)
 			if err != nil {
-				return err
+				return at, err
 			}
 			if ok {
 				continue
@@ -359,21 +358,21 @@ func (c *checker) copiedFlags(fix bool) error {
 			c.flagFault(fix, "L2 entry's copied flag is wrong", x)
 			if fix {
 				if err := s.room(c.r); err != nil {
-					return err
+					return at, err
 				}
 				gc := li<<s.geo.L2Bits() + i
 				t, err := s.loadSlice(c.r, gc)
 				if err != nil {
-					return err
+					return at, err
 				}
 				s.setEntry(t, s.l2Index(gc), x^layout.Copied)
 			}
 		}
 	}
-	return nil
+	return at, nil
 }
 
-func (c *checker) flagFault(fix bool, text string, e uint64) {
+func (c *counter) flagFault(fix bool, text string, e uint64) {
 	c.res.Corruptions++
 	if fix {
 		c.res.Fixed++
@@ -381,12 +380,14 @@ func (c *checker) flagFault(fix bool, text string, e uint64) {
 	c.res.say(text, e)
 }
 
-func (c *checker) copiedRight(e uint64, off int64) (bool, error) {
-	n, err := c.s.refcount(c.r, off>>c.s.cb)
+// +checklocks:s.mu
+func (s *flusher) copiedRight(c *counter, e uint64, off int64) (bool, error) {
+	n, err := s.refcount(c.r, off>>s.cb)
 	return (n == 1) == (e&layout.Copied != 0), err
 }
 
 // repair puts a dirty image right, and says in the log what that came to.
+// +checklocks:s.mu
 func (s *flusher) repair(r *blk.Req) (*CheckResult, error) {
 	res, err := s.check(r, true)
 	what := fmt.Sprintf("%d clusters were leaked, %d faults found, %d of them mended",

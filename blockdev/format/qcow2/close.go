@@ -7,6 +7,7 @@ func (s *image) Flush(r *blk.Req) error {
 	if !s.lock(r) {
 		return blk.ErrWouldBlock
 	}
+	s.locked()
 	defer s.mu.Unlock()
 	if s.readOnly {
 		return nil
@@ -31,7 +32,10 @@ func (s *image) Inactivate(r *blk.Req) error {
 	}
 	// The guest's data come first: if bitmaps cannot be stored, the image says already that they
 	// have missed writes.
-	bitmaps := s.orGiveOut(r, func() error { return s.storeBitmaps(r) })
+	bitmaps := s.storeBitmaps(r)
+	if s.giveOut(r, bitmaps) {
+		bitmaps = s.storeBitmaps(r)
+	}
 	if err := s.flush(r); err != nil {
 		return err
 	}
@@ -57,6 +61,7 @@ func (s *image) Inactivate(r *blk.Req) error {
 
 // fillEnd makes the file end with its last cluster: programs differ in what they make of a part of
 // one.
+// +checklocks:s.mu
 func (s *image) fillEnd(r *blk.Req) {
 	if s.file.Size() >= s.dataEnd {
 		return

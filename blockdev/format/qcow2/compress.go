@@ -24,6 +24,7 @@ func (s *requests) readCompressed(r *blk.Req, v blk.Vec, e uint64, in int64) err
 	if !s.lock(r) {
 		return blk.ErrWouldBlock
 	}
+	s.locked()
 	u := s.unz
 	s.mu.Unlock()
 	if u.entry != e {
@@ -55,12 +56,12 @@ func (s *requests) readCompressed(r *blk.Req, v blk.Vec, e uint64, in int64) err
 
 // decode is decompress as far as there is memory for it.
 func (s *requests) decode(r *blk.Req, dst, src []byte) error {
-	need := int64(decoderSize[s.hdr.CompressionType])
+	need := int64(decoderSize[s.compression])
 	if err := s.decoding.Take(r, need); err != nil {
 		return err
 	}
 	defer s.decoding.Give(need)
-	if decompress(s.hdr.CompressionType, dst, src) != nil {
+	if decompress(s.compression, dst, src) != nil {
 		return errIO
 	}
 	return nil
@@ -170,7 +171,7 @@ func (s *requests) writeCompressed(r *blk.Req, v blk.Vec, off int64, f blk.Flags
 	if r.NoWait {
 		return blk.ErrWouldBlock
 	}
-	need := 2*s.cs + int64(encoderSize[s.hdr.CompressionType])
+	need := 2*s.cs + int64(encoderSize[s.compression])
 	if err := s.zipping.Take(r, need); err != nil {
 		return err
 	}
@@ -179,7 +180,7 @@ func (s *requests) writeCompressed(r *blk.Req, v blk.Vec, off int64, f blk.Flags
 	for done := int64(0); done < n; done += s.cs {
 		part := v.Slice(done, min(s.cs, n-done))
 		clear(buf[part.CopyOut(buf):])
-		z, err := compress(s.hdr.CompressionType, buf)
+		z, err := compress(s.compression, buf)
 		switch {
 		case err != nil:
 			return errIO

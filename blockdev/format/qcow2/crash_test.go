@@ -152,7 +152,7 @@ func crashShape(t *testing.T, sh shape, seed uint64) {
 	f := drivertest.CrashFileOf(img)
 	l := newLedger(sectors)
 	s := mustOpen(t, mem{f}, config{unmap: true, options: smallCaches})
-	s.l2.max, s.rb.max = 4, 4 // evictions
+	setCaches(s, 4, 4) // evictions
 	crashes := 0
 	f.After(func(i int) {
 		if rnd.IntN(every) != 0 || t.Failed() {

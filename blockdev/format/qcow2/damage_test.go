@@ -287,9 +287,9 @@ func smallClusters(t *testing.T, n int64) *drivertest.MemFile {
 	}
 	mustClose(t, s)
 	poked(t, f, dirtyBit)
-	for i, e := range s.reft {
+	for i, e := range peek(s).reft {
 		if e != 0 && i > 0 {
-			f.Poke(s.reftOffset()+int64(i)*8, make([]byte, 8))
+			f.Poke(int64(peek(s).hdr.RefcountTableOffset)+int64(i)*8, make([]byte, 8))
 		}
 	}
 	return f

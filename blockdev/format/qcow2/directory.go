@@ -48,6 +48,7 @@ func (s *bitmaps) readDirectory(r *blk.Req, off, size int64, n uint32) ([]*store
 
 // switchDirectory makes the image refer to the bitmaps in list, and frees what those in old, and
 // the old directory, take.
+// +checklocks:s.mu
 func (s *bitmaps) switchDirectory(r *blk.Req, list, old []*stored) error {
 	was, wasMarks, wasBits := s.ext.Bitmaps, s.ext.Marks, s.hdr.AutoclearFeatures
 	var now *layout.Bitmaps
@@ -106,8 +107,9 @@ func (s *bitmaps) switchDirectory(r *blk.Req, list, old []*stored) error {
 }
 
 // newDirectory writes a directory to new clusters.
+// +checklocks:s.mu
 func (s *bitmaps) newDirectory(r *blk.Req, list []*stored) (*layout.Bitmaps, error) {
-	dir := s.encodeDirectory(list)
+	dir := encodeDirectory(list)
 	if len(dir) > layout.MaxBitmapDirectory {
 		return nil, errNoSpace
 	}
@@ -124,6 +126,7 @@ func (s *bitmaps) newDirectory(r *blk.Req, list []*stored) (*layout.Bitmaps, err
 // or to add there what the last cluster has room for: both the old header and the next one refer to
 // a whole directory then. So adding one bitmap after the other, and undoing that, does not write
 // all names each time. It returns nil if the directory has to move.
+// +checklocks:s.mu
 func (s *bitmaps) sameDirectory(r *blk.Req, list []*stored) (*layout.Bitmaps, error) {
 	was, n := s.ext.Bitmaps, min(len(list), len(s.stored))
 	if was == nil || s.dirUnsure || s.badBitmaps || int(was.NbBitmaps) != len(s.stored) {
@@ -140,7 +143,7 @@ func (s *bitmaps) sameDirectory(r *blk.Req, list []*stored) (*layout.Bitmaps, er
 	for _, m := range s.stored[n:] {
 		now.DirectorySize -= uint64(m.Size())
 	}
-	more := s.encodeDirectory(list[n:])
+	more := encodeDirectory(list[n:])
 	end := int64(was.DirectorySize) + int64(len(more))
 	if len(more) == 0 {
 		return &now, nil
@@ -154,6 +157,7 @@ func (s *bitmaps) sameDirectory(r *blk.Req, list []*stored) (*layout.Bitmaps, er
 
 // ownsDirectory tells whether it is known that nothing else lies in the clusters of the directory,
 // so that it can be written where it is.
+// +checklocks:s.mu
 func (s *bitmaps) ownsDirectory(r *blk.Req) (bool, error) {
 	if s.surveying() {
 		return false, nil
@@ -170,6 +174,7 @@ func (s *bitmaps) ownsDirectory(r *blk.Req) (bool, error) {
 
 // rewriteDirectory writes the directory after entries of it have changed: where it is or, if
 // something else may lie there, anew.
+// +checklocks:s.mu
 func (s *bitmaps) rewriteDirectory(r *blk.Req) error {
 	owns, err := s.ownsDirectory(r)
 	if err != nil {
@@ -188,14 +193,14 @@ func (s *bitmaps) rewriteDirectory(r *blk.Req) error {
 			return cmp.Or(e, err)
 		}
 	}
-	dir, off := s.encodeDirectory(s.stored), int64(s.ext.Bitmaps.DirectoryOffset)
+	dir, off := encodeDirectory(s.stored), int64(s.ext.Bitmaps.DirectoryOffset)
 	if err := s.writeMeta(r, dir, off, olBitmapDirectory); err != nil {
 		return err
 	}
 	return s.barrier(r)
 }
 
-func (s *bitmaps) encodeDirectory(l []*stored) []byte {
+func encodeDirectory(l []*stored) []byte {
 	entries := make([]layout.BitmapEntry, len(l))
 	for i, m := range l {
 		entries[i] = m.BitmapEntry
@@ -205,6 +210,7 @@ func (s *bitmaps) encodeDirectory(l []*stored) []byte {
 
 // updateHeader writes header, extensions and backing file name. If they do not all fit, the marks
 // go: bitmaps are in use then, as others have them.
+// +checklocks:s.mu
 func (s *bitmaps) updateHeader(r *blk.Req) error {
 	hdr, ext := *s.hdr, *s.ext
 	b, err := hdr.Marshal(&ext, s.backName)

@@ -213,14 +213,14 @@ func (d *Driver) ImageInfo(i *types.ImageInfo) {
 		RefcountBits:    1 << d.geo.RefcountOrder,
 		CompressionType: types.Qcow2CompressionTypeZlib,
 	}
-	if d.hdr.CompressionType == layout.CompressionZstd {
+	if d.compression == layout.CompressionZstd {
 		q.CompressionType = types.Qcow2CompressionTypeZstd
 	}
 	if l := d.shownBitmaps.Load(); l != nil {
 		q.Bitmaps = *l
 	}
-	if d.hdr.Version >= 3 {
-		lazy, ext := d.hdr.CompatibleFeatures&layout.CompatLazyRefcounts != 0, false
+	if d.version >= 3 {
+		lazy, ext := d.compat&layout.CompatLazyRefcounts != 0, false
 		corrupt := bits&layout.IncompatCorrupt != 0
 		q.Compat, q.LazyRefcounts, q.Corrupt, q.ExtendedL2 = "1.1", &lazy, &corrupt, &ext
 	}

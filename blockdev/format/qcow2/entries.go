@@ -2,7 +2,6 @@ package qcow2
 
 import (
 	"context"
-	"iter"
 
 	"qblockd/graph/blk"
 )
@@ -41,34 +40,30 @@ func (t *entries) set(i int64, v uint64) {
 	t.pages[p][i&(pageEntries-1)] = v
 }
 
-// all are the entries that are not zero, in order. The table may change meanwhile.
-func (t *entries) all() iter.Seq2[int64, uint64] { return t.from(0) }
-
-// from is all from entry first on.
-func (t *entries) from(first int64) iter.Seq2[int64, uint64] {
-	return func(yield func(int64, uint64) bool) {
-		for p := first >> pageBits; p < int64(len(t.pages)); p++ {
-			if t.pages[p] == nil {
-				continue
-			}
-			for i := max(first, p<<pageBits); i < (p+1)<<pageBits; i++ {
-				if v := t.pages[p][i&(pageEntries-1)]; v != 0 && !yield(i, v) {
-					return
-				}
+// next is the first entry from i on that is not zero, and where; a value of 0: there is none. A
+// table may change while somebody goes through it:
+//
+//	for i, e := t.next(0); e != 0; i, e = t.next(i + 1) {
+func (t *entries) next(i int64) (int64, uint64) {
+	for p := i >> pageBits; p < int64(len(t.pages)); p++ {
+		if t.pages[p] == nil {
+			continue
+		}
+		for i = max(i, p<<pageBits); i < (p+1)<<pageBits; i++ {
+			if v := t.pages[p][i&(pageEntries-1)]; v != 0 {
+				return i, v
 			}
 		}
 	}
+	return i, 0
 }
 
 // dense is the table up to its last entry that is not zero, for tables that are small.
 func (t *entries) dense() []uint64 {
-	n := int64(0)
-	for i := range t.all() {
-		n = i + 1
-	}
-	out := make([]uint64, n)
-	for i, v := range t.all() {
-		out[i] = v
+	out := make([]uint64, 0, len(t.pages)*pageEntries)
+	for i, e := t.next(0); e != 0; i, e = t.next(i + 1) {
+		out = out[:i+1]
+		out[i] = e
 	}
 	return out
 }
@@ -131,18 +126,4 @@ func ended(r *blk.Req) error {
 		return nil
 	}
 	return context.Cause(r.Ctx)
-}
-
-// eachTableEntry calls f for the entries of a table that are not zero.
-func (s *imageFile) eachTableEntry(r *blk.Req, off, n int64, f func(e uint64) error) error {
-	t, err := s.readTable(r, off, n)
-	if err != nil {
-		return err
-	}
-	for _, e := range t.all() {
-		if err := f(e); err != nil {
-			return err
-		}
-	}
-	return nil
 }

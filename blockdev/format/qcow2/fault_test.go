@@ -85,7 +85,7 @@ func failOnce(t *testing.T, sh shape, i int) (failed bool) {
 	img := mustCreate(t, sh.options(uint64(size)))
 	f := drivertest.NewFault(img)
 	s := mustOpen(t, mem{f}, config{unmap: true})
-	s.l2.max, s.rb.max = 4, 4
+	setCaches(s, 4, 4)
 	disk, bad := make([]byte, size), make([]bool, size/512)
 	f.FailAt(i, syscall.EIO)
 	err := scenario(s, disk, bad)

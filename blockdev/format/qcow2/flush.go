@@ -21,6 +21,7 @@ type flusher struct {
 
 // flushDead is flush of an image that was given up. What was acknowledged is there if nothing was
 // to be written but guest data.
+// +checklocks:s.mu
 func (s *flusher) flushDead(r *blk.Req) error {
 	lost := s.midFlush || s.l2.ndirty > 0 || len(s.l1Dirty) > 0 || len(s.reftDirty) > 0 ||
 		!s.lazy() && s.rb.ndirty > 0
@@ -35,6 +36,7 @@ func (s *flusher) flushDead(r *blk.Req) error {
 
 // flush is Flush with mu held; it is dropped in between. Callers that come while a flush runs share
 // the next one.
+// +checklocks:s.mu
 func (s *flusher) flush(r *blk.Req) error {
 	want := s.started + 1
 	for s.flushing {
@@ -66,6 +68,7 @@ func (s *flusher) flush(r *blk.Req) error {
 	return err
 }
 
+// +checklocks:s.mu
 func (s *flusher) endFlush() {
 	s.flushing = false
 	s.done.Broadcast()
@@ -73,6 +76,7 @@ func (s *flusher) endFlush() {
 
 // claimFlush waits until no flush runs and keeps others from starting: L1 table and header hold
 // still then. mu is dropped while waiting. release undoes it.
+// +checklocks:s.mu
 func (s *flusher) claimFlush() (release func()) {
 	for s.flushing {
 		s.done.Wait()
@@ -91,6 +95,7 @@ type copied struct {
 }
 
 // flushOnce writes everything in the order of the package doc; flushing is set.
+// +checklocks:s.mu
 func (s *flusher) flushOnce(r *blk.Req) error {
 	if !s.lazy() {
 		if err := s.writeRefcounts(r); err != nil {
@@ -128,6 +133,7 @@ func (s *flusher) flushOnce(r *blk.Req) error {
 // room makes a flush when it is due: too much waits to be freed, or the L2 cache holds hardly
 // anything but changes and will have to give something up. It is called before anything was looked
 // up, as it drops mu. It fails if the image was given up meanwhile.
+// +checklocks:s.mu
 func (s *flusher) room(r *blk.Req) error {
 	full := s.l2.full() && s.l2.ndirty >= s.l2.max-s.l2.max/4 && !s.allFits()
 	if full || s.quarantine.pendBytes >= maxPending {
@@ -157,6 +163,7 @@ func (s *flusher) room(r *blk.Req) error {
 }
 
 // markClean writes accurate refcounts and clears the dirty bit. All else is flushed.
+// +checklocks:s.mu
 func (s *flusher) markClean(r *blk.Req) error {
 	if err := s.writeRefcounts(r); err != nil {
 		return err
@@ -202,6 +209,7 @@ func (s *flusher) giveSpace(r *blk.Req, err error) bool {
 }
 
 // giveOut is giveSpace with mu held; it is dropped in between.
+// +checklocks:s.mu
 func (s *flusher) giveOut(r *blk.Req, err error) bool {
 	if !errors.Is(err, errNoSpace) || s.usable() != nil {
 		return false
@@ -229,6 +237,7 @@ func (s *flusher) giveOut(r *blk.Req, err error) bool {
 }
 
 // growL1 moves the L1 table to a place where it can have n entries.
+// +checklocks:s.mu
 func (s *flusher) growL1(r *blk.Req, n int64) error {
 	if n <= int64(s.hdr.L1Size) {
 		return nil
@@ -251,39 +260,38 @@ func (s *flusher) growL1(r *blk.Req, n int64) error {
 	if err != nil {
 		return err
 	}
-	off := c << s.cb
-	fail := func(err error) error {
-		s.unref(r, freed{off: off, n: need << s.cb})
-		return err
+	if err = s.moveL1(r, c<<s.cb, n); err != nil && !s.dead.Load() {
+		s.unref(r, freed{off: c << s.cb, n: need << s.cb})
 	}
+	return err
+}
+
+// moveL1 writes the L1 table with n entries at off and makes the header refer to it.
+// +checklocks:s.mu
+func (s *flusher) moveL1(r *blk.Req, off, n int64) error {
 	if err := s.writeRefcounts(r); err != nil {
-		return fail(err)
+		return err
 	}
 	s.step(r, blk.EvL1GrowWriteTable)
 	const piece = 1 << 20 / 8 // entries
 	b := make([]byte, 0, min(n, piece)*8)
 	for first := int64(0); first < n; first += piece {
 		if err := ended(r); err != nil {
-			return fail(err)
+			return err
 		}
 		b = s.l1.append(b[:0], first, min(first+piece, n))
 		if err := s.writeMeta(r, b, off+8*first, 0); err != nil {
-			return fail(err)
+			return err
 		}
 	}
 	if err := s.barrier(r); err != nil {
-		return fail(err)
+		return err
 	}
 	s.step(r, blk.EvL1GrowActivateTable)
-	field := func(n uint32, off uint64) []byte {
-		return be.AppendUint64(be.AppendUint32(nil, n), off)
-	}
-	was := field(s.hdr.L1Size, s.hdr.L1TableOffset)
-	if err := s.swap(r, field(uint32(n), uint64(off)), was, layout.OffL1Size); err != nil {
-		if s.dead.Load() {
-			return err
-		}
-		return fail(err)
+	was := be.AppendUint64(be.AppendUint32(nil, s.hdr.L1Size), s.hdr.L1TableOffset)
+	now := be.AppendUint64(be.AppendUint32(nil, uint32(n)), uint64(off))
+	if err := s.swap(r, now, was, layout.OffL1Size); err != nil {
+		return err
 	}
 	oldOff, oldN := int64(s.hdr.L1TableOffset), int64(s.hdr.L1Size)
 	s.hdr.L1TableOffset, s.hdr.L1Size = uint64(off), uint32(n)
@@ -291,14 +299,4 @@ func (s *flusher) growL1(r *blk.Req, n int64) error {
 		s.quarantine.retire(oldOff, s.geo.RoundUp(oldN*8))
 	}
 	return nil
-}
-
-// orGiveOut does f, and once more if there was no space until some was given out. No flush may be
-// claimed.
-func (s *flusher) orGiveOut(r *blk.Req, f func() error) error {
-	err := f()
-	if err != nil && s.giveOut(r, err) {
-		err = f()
-	}
-	return err
 }

@@ -20,6 +20,7 @@ func patient(r *blk.Req) *blk.Req {
 
 // enter writes to the header and waits until that is on stable storage. It does not end with the
 // context of r: nobody would know then whether the image has the old or the new.
+// +checklocks:s.mu
 func (s *imageFile) enter(r *blk.Req, b []byte, off int64) error {
 	r = patient(r)
 	if err := s.writeMeta(r, b, off, olMainHeader); err != nil {
@@ -29,6 +30,7 @@ func (s *imageFile) enter(r *blk.Req, b []byte, off int64) error {
 }
 
 // enter64 is enter for a field of 8 bytes.
+// +checklocks:s.mu
 func (s *imageFile) enter64(r *blk.Req, v uint64, off int64) error {
 	return s.enter(r, be.AppendUint64(nil, v), off)
 }
@@ -36,6 +38,7 @@ func (s *imageFile) enter64(r *blk.Req, v uint64, off int64) error {
 // swap is enter for the place of a table that is written to from then on. After an error the header
 // has the old value, was. An image whose header may have either is given up: what was written to
 // one table would be lost with the other.
+// +checklocks:s.mu
 func (s *imageFile) swap(r *blk.Req, now, was []byte, off int64) error {
 	err := s.enter(r, now, off)
 	if err != nil && s.enter(r, was, off) != nil {
@@ -45,6 +48,7 @@ func (s *imageFile) swap(r *blk.Req, now, was []byte, off int64) error {
 }
 
 // readHeader reads the header, and returns the first cluster.
+// +checklocks:s.mu
 func (s *imageFile) readHeader(r *blk.Req) (first []byte, err error) {
 	first = make([]byte, layout.HeaderSize)
 	if err := s.readFile(r, blk.Buf(first), 0); err != nil {
@@ -65,6 +69,7 @@ func (s *imageFile) readHeader(r *blk.Req) (first []byte, err error) {
 	for s.hdrUsed = cs; s.hdrUsed > 0 && first[s.hdrUsed-1] == 0; {
 		s.hdrUsed--
 	}
+	s.version, s.compression, s.compat = s.hdr.Version, s.hdr.CompressionType, s.hdr.CompatibleFeatures
 	s.geo = s.hdr.Geometry()
 	s.cb, s.cs = s.geo.ClusterBits, s.geo.ClusterSize()
 	s.size.Store(int64(s.hdr.Size) &^ (blk.SectorSize - 1))
@@ -72,11 +77,13 @@ func (s *imageFile) readHeader(r *blk.Req) (first []byte, err error) {
 }
 
 // lazy tells whether refcounts need not be kept accurate on disk.
+// +checklocks:s.mu
 func (s *imageFile) lazy() bool {
 	return s.set.lazy && s.hdr.IncompatibleFeatures&layout.IncompatDirty != 0
 }
 
 // writeIncompat changes the incompatible feature bits on disk and then in memory.
+// +checklocks:s.mu
 func (s *imageFile) writeIncompat(r *blk.Req, v uint64) error {
 	if err := s.enter64(r, v, layout.OffIncompatFeatures); err != nil {
 		return err
@@ -87,6 +94,7 @@ func (s *imageFile) writeIncompat(r *blk.Req, v uint64) error {
 }
 
 // writeAutoclear changes the autoclear feature bits on disk and then in memory.
+// +checklocks:s.mu
 func (s *imageFile) writeAutoclear(r *blk.Req, v uint64) error {
 	if err := s.enter64(r, v, layout.OffAutoclearFeatures); err != nil {
 		return err
@@ -96,6 +104,7 @@ func (s *imageFile) writeAutoclear(r *blk.Req, v uint64) error {
 }
 
 // setDirtyBit sets the dirty bit before the first change under lazy refcounts.
+// +checklocks:s.mu
 func (s *imageFile) setDirtyBit(r *blk.Req) error {
 	if !s.set.lazy || s.hdr.IncompatibleFeatures&layout.IncompatDirty != 0 {
 		return nil

@@ -9,6 +9,7 @@ import (
 	"testing"
 
 	"qblockd/blockdev/drivertest"
+	"qblockd/blockdev/format/qcow2/layout"
 	"qblockd/graph/blk"
 	"qblockd/schema/types"
 )
@@ -175,3 +176,67 @@ func fill(r *rand.Rand, b []byte) {
 }
 
 func desc(v any) string { return fmt.Sprintf("%+v", v) }
+
+// parts are what an image has in memory, for tests to look at.
+type parts struct {
+	hdr        *layout.Header
+	ext        *layout.Extensions
+	l1         *entries
+	reft       []uint64
+	snaps      []layout.Snapshot
+	stored     []*stored
+	survey     *survey
+	limbo      []freed
+	slice      int64
+	flagsDue   bool
+	badBitmaps bool
+}
+
+func peek(s *image) parts {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	return parts{
+		s.hdr, s.ext, &s.l1, s.reft, s.snaps, s.stored, s.survey, s.quarantine.limbo, s.slice, s.flagsDue, s.badBitmaps,
+	}
+}
+
+// count counts all but what L2 tables refer to, within most bytes.
+func count(s *image, most int64, all bool) (*counter, error) {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	c := s.newCounter(req(), &CheckResult{})
+	c.all, c.most = all, most
+	return c, s.countMeta(c)
+}
+
+// surveyTooLarge makes s be as an image that is too large for a survey.
+func surveyTooLarge(s *image, found int64) {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	s.endSurvey()
+	s.survey = &survey{endless: true, found: found}
+}
+
+// atSnapshot is the image of s with the contents of snapshot sn.
+func atSnapshot(t testing.TB, s *image, sn *layout.Snapshot) *image {
+	t.Helper()
+	c := s.config
+	c.readOnly, c.keeper = true, nil
+	view, err := openImage(req(), c)
+	if err != nil {
+		t.Fatal(err)
+	}
+	view.mu.Lock()
+	defer view.mu.Unlock()
+	if view.l1, err = view.readTable(req(), int64(sn.L1TableOffset), int64(sn.L1Size)); err != nil {
+		t.Fatal(err)
+	}
+	return view
+}
+
+// setCaches makes the caches of s hold so many tables, so that some are evicted.
+func setCaches(s *image, l2, rb int) {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	s.l2.max, s.rb.max = l2, rb
+}

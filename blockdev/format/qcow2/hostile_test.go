@@ -151,8 +151,8 @@ func TestReadOnlyTouchesNothing(t *testing.T) {
 		t.Fatal("a read-only image was written to")
 	}
 	s = mustOpen(t, mem{f}, config{})
-	if s.hdr.AutoclearFeatures != 0 || s.hdr.IncompatibleFeatures != 0 {
-		t.Fatalf("features %x %x after opening for writing", s.hdr.AutoclearFeatures, s.hdr.IncompatibleFeatures)
+	if peek(s).hdr.AutoclearFeatures != 0 || peek(s).hdr.IncompatibleFeatures != 0 {
+		t.Fatalf("features %x %x after opening for writing", peek(s).hdr.AutoclearFeatures, peek(s).hdr.IncompatibleFeatures)
 	}
 	mustClose(t, s)
 	if b := f.Bytes(); be.Uint64(b[88:]) != 0 || be.Uint64(b[72:]) != 0 {

@@ -65,6 +65,10 @@ type imageFile struct {
 	cs  int64 // cluster size
 	cb  uint  // its log2
 	set settings
+	// What a header says for good, readable without mu.
+	version     uint32
+	compression uint8
+	compat      uint64 // compatible features
 
 	size  atomic.Int64 // of the guest disk, bytes, a multiple of 512
 	dead  atomic.Bool  // unusable after fatal corruption
@@ -113,7 +117,8 @@ var (
 	errInval   = syscall.EINVAL
 )
 
-// lock takes mu as far as r may wait.
+// lock takes mu as far as r may wait. Who has got it says so by locked.
+// +checklocksignore: a lock that may not be taken is nothing that checklocks knows.
 func (s *imageFile) lock(r *blk.Req) bool {
 	if r.NoWait {
 		return s.mu.TryLock()
@@ -122,7 +127,13 @@ func (s *imageFile) lock(r *blk.Req) bool {
 	return true
 }
 
+// locked tells checklocks that lock has taken mu.
+// +checklocksacquire:s.mu
+// +checklocksignore
+func (s *imageFile) locked() {}
+
 // unlocked calls f with mu dropped, which is held before and afterwards, also after a panic.
+// +checklocks:s.mu
 func (s *imageFile) unlocked(f func()) {
 	s.mu.Unlock()
 	defer s.mu.Lock()
@@ -145,6 +156,7 @@ func (s *imageFile) readFile(r *blk.Req, v blk.Vec, off int64) error {
 }
 
 // writeMeta writes metadata of the kinds own, and remembers that a barrier is due.
+// +checklocks:s.mu
 func (s *imageFile) writeMeta(r *blk.Req, b []byte, off int64, own overlap) error {
 	if err := s.mayWrite(r, off, int64(len(b)), own); err != nil {
 		return err
@@ -162,6 +174,7 @@ func (s *imageFile) step(r *blk.Req, e blk.DebugEvent) {
 }
 
 // barrier flushes the file with mu held.
+// +checklocks:s.mu
 func (s *imageFile) barrier(r *blk.Req) error {
 	if s.wrote == s.synced {
 		return nil
@@ -173,9 +186,11 @@ func (s *imageFile) barrier(r *blk.Req) error {
 	return nil
 }
 
+// +checklocks:s.mu
 func (s *imageFile) noteEnd(end int64) { s.fileEnd = max(s.fileEnd, end) }
 
 // end is the end of the file: clusters may be allocated but not written yet.
+// +checklocks:s.mu
 func (s *imageFile) end() int64 { return max(s.file.Size(), s.fileEnd) }
 
 // usable returns the error of an image that has been given up.
@@ -210,6 +225,7 @@ func (s *imageFile) backSize() int64 {
 
 // backLater tells whether the image names a backing file that is not opened. Once it is, it shows
 // where there are no clusters.
+// +checklocks:s.mu
 func (s *imageFile) backLater() bool { return s.backName != "" && s.back() == nil }
 
 func isNotSupported(err error) bool {
@@ -217,6 +233,7 @@ func isNotSupported(err error) bool {
 }
 
 // publish makes what queries show of the header known to them; mu is held.
+// +checklocks:s.mu
 func (s *imageFile) publish() {
 	s.shown.incompat.Store(s.hdr.IncompatibleFeatures)
 	format := ""
@@ -240,4 +257,5 @@ func (s *imageFile) warnf(format string, args ...any) {
 	}
 }
 
+// +checklocks:s.mu
 func (s *imageFile) reftOffset() int64 { return int64(s.hdr.RefcountTableOffset) }

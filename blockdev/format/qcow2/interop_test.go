@@ -186,8 +186,8 @@ func TestQemuSnapshots(t *testing.T) {
 			run(t, "qemu-io", "-f", "qcow2", "-c", "write -P 2 0 64k", name)
 			run(t, "qemu-img", "snapshot", "-c", "two", name)
 			s := mustOpen(t, openOS(t, name), config{options: checks("all")})
-			if len(s.snaps) != 2 || s.snaps[0].Name != "one" || s.snaps[1].ID != "2" {
-				t.Fatalf("snapshots: %+v", s.snaps)
+			if len(peek(s).snaps) != 2 || peek(s).snaps[0].Name != "one" || peek(s).snaps[1].ID != "2" {
+				t.Fatalf("snapshots: %+v", peek(s).snaps)
 			}
 			sound(t, s, false)
 			if err := s.WriteAt(req(), blk.Buf(bytes.Repeat([]byte{3}, 200<<10)), 30<<10, 0); err != nil {

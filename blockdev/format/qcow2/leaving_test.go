@@ -162,7 +162,7 @@ func leaveOnce(t *testing.T, sh shape, i int, after bool) bool {
 		disk: make([]byte, size), ids: map[string]string{}, at: "nobody has left",
 	}
 	d.s = mustOpen(t, d.f, config{keeper: d.k})
-	d.s.l2.max, d.s.rb.max = 4, 4
+	setCaches(d.s, 4, 4)
 	d.f.n, d.f.at, d.f.after = 0, i, after
 
 	for gc := range int64(20) {
@@ -179,8 +179,8 @@ func leaveOnce(t *testing.T, sh shape, i int, after bool) bool {
 	if sh.v == "v3" {
 		d.bitmaps()
 	}
-	for sh.v == "v2" && len(d.s.snaps) > 0 { // it cannot be resized while it has one
-		if err := d.s.DeleteSnapshot(req(), d.s.snaps[0].ID, d.s.snaps[0].Name); err != nil {
+	for sh.v == "v2" && len(peek(d.s).snaps) > 0 { // it cannot be resized while it has one
+		if err := d.s.DeleteSnapshot(req(), peek(d.s).snaps[0].ID, peek(d.s).snaps[0].Name); err != nil {
 			t.Fatalf("%s: %v", d.at, err)
 		}
 	}
@@ -202,14 +202,14 @@ func (d *visit) verify(img *drivertest.MemFile) {
 	if err := s.ReadAt(req(), blk.Buf(got), 0, 0); err != nil {
 		d.t.Fatalf("%s: %v", d.at, err)
 	}
-	live, snaps := s.size.Load(), len(s.snaps)
+	live, snaps := s.size.Load(), len(peek(s).snaps)
 	if live == size && !bytes.Equal(got, d.disk) {
 		d.t.Fatalf("%s: what is there is not what was written", d.at)
 	}
 	mustClose(d.t, s)
 	s = mustOpen(d.t, mem{img}, config{keeper: &memKeeper{}, readOnly: true})
-	if n := s.size.Load(); n != live || len(s.snaps) != snaps {
-		d.t.Fatalf("%s: size %d and %d snapshots, and %d and %d once the image is opened again", d.at, live, snaps, n, len(s.snaps))
+	if n := s.size.Load(); n != live || len(peek(s).snaps) != snaps {
+		d.t.Fatalf("%s: size %d and %d snapshots, and %d and %d once the image is opened again", d.at, live, snaps, n, len(peek(s).snaps))
 	}
 	s.mu.Lock()
 	defer s.mu.Unlock()

@@ -10,8 +10,9 @@ import (
 
 // nextL1 is the first guest cluster, from that of L1 entry i on, for which there is an L2 table, or
 // one beyond all.
+// +checklocks:s.mu
 func (s *tables) nextL1(i int64) int64 {
-	for k, e := range s.l1.from(i) {
+	for k, e := s.l1.next(i); e != 0; k, e = s.l1.next(k + 1) {
 		if e&layout.OffsetMask != 0 { // not only flags
 			return k << s.geo.L2Bits()
 		}
@@ -19,23 +20,29 @@ func (s *tables) nextL1(i int64) int64 {
 	return math.MaxInt64 >> s.cb
 }
 
+// +checklocks:s.mu
 func (s *tables) setL1(i int64, v uint64) {
 	s.l1.set(i, v)
 	s.l1Dirty[i>>6] = struct{}{}
 }
 
 // l2Offset is the file offset of the L2 slice that maps guest cluster gc, given its table's.
+// +checklocks:s.mu
 func (s *tables) l2Offset(table, gc int64) int64 {
 	idx := gc & (1<<s.geo.L2Bits() - 1)
 	return table + idx*8&^(s.slice-1)
 }
 
 // l2Index is the index of gc's entry in its slice, sliceLeft the number of entries from there on.
-func (s *tables) l2Index(gc int64) int64   { return gc & (s.slice/8 - 1) }
+// +checklocks:s.mu
+func (s *tables) l2Index(gc int64) int64 { return gc & (s.slice/8 - 1) }
+
+// +checklocks:s.mu
 func (s *tables) sliceLeft(gc int64) int64 { return s.slice/8 - s.l2Index(gc) }
 
 // loadSlice returns the L2 slice that maps guest cluster gc, nil if there is no L2 table. A request
 // that must not wait gets ErrWouldBlock if the slice is not cached.
+// +checklocks:s.mu
 func (s *tables) loadSlice(r *blk.Req, gc int64) (*table, error) {
 	li := gc >> s.geo.L2Bits()
 	tab := int64(s.l1.at(li) & layout.OffsetMask)
@@ -65,6 +72,7 @@ func (s *tables) loadSlice(r *blk.Req, gc int64) (*table, error) {
 // warm loads the L2 slice that maps guest cluster gc with mu dropped, so that requests whose slices
 // are cached go on meanwhile. It tells whether mu was dropped. It may fail: the caller's loadSlice
 // then does it with mu held and reports what is wrong.
+// +checklocks:s.mu
 func (s *tables) warm(r *blk.Req, gc int64) (dropped bool) {
 	tab := int64(s.l1.at(gc>>s.geo.L2Bits()) & layout.OffsetMask)
 	off := s.l2Offset(tab, gc)
@@ -86,6 +94,7 @@ func (s *tables) warm(r *blk.Req, gc int64) (dropped bool) {
 }
 
 // evict makes room in the L2 cache if something clean can go.
+// +checklocks:s.mu
 func (s *tables) evict() {
 	if s.l2.full() {
 		if t := s.l2.victim(func(t *table) bool { return !t.dirty }); t != nil {
@@ -96,6 +105,7 @@ func (s *tables) evict() {
 
 // sliceForWrite is loadSlice for changing entries: the L2 table is made if there is none, and
 // copied if a snapshot shares it.
+// +checklocks:s.mu
 func (s *tables) sliceForWrite(r *blk.Req, gc int64) (*table, error) {
 	li := gc >> s.geo.L2Bits()
 	e := s.l1.at(li)
@@ -132,6 +142,7 @@ func (s *tables) sliceForWrite(r *blk.Req, gc int64) (*table, error) {
 }
 
 // newL2Table gives L1 entry li an L2 table of its own: a copy of the one at old, unless that is 0.
+// +checklocks:s.mu
 func (s *tables) newL2Table(r *blk.Req, li, old int64) error {
 	c, _, err := s.allocate(r, 1, 1, "L2 table")
 	if err != nil {
@@ -168,6 +179,7 @@ func (s *tables) newL2Table(r *blk.Req, li, old int64) error {
 // entry reads entry i of an L2 slice.
 func entry(t *table, i int64) uint64 { return be.Uint64(t.data[8*i:]) }
 
+// +checklocks:s.mu
 func (s *tables) setEntry(t *table, i int64, v uint64) {
 	if s.survey != nil {
 		s.linked(t.off, entry(t, i), v)
@@ -187,6 +199,7 @@ type mapping struct {
 // lookup tells what is behind off: a run of at most n bytes, within one L2 slice or, where there
 // are no L2 tables, up to the next one. Runs with host clusters are contiguous in the file; a
 // compressed run is one cluster.
+// +checklocks:s.mu
 func (s *tables) lookup(r *blk.Req, off, n int64) (mapping, error) {
 	gc := off >> s.cb
 	in := off & (s.cs - 1)
@@ -225,12 +238,13 @@ func (s *tables) lookup(r *blk.Req, off, n int64) (mapping, error) {
 }
 
 // checkEntry reports entries that no sound image has.
+// +checklocks:s.mu
 func (s *tables) checkEntry(r *blk.Req, k layout.Kind, e uint64, gc int64) error {
 	switch k {
 	case layout.Unallocated, layout.CompressedKind:
 		return nil
 	case layout.ZeroPlain, layout.ZeroAlloc:
-		if s.hdr.Version < 3 {
+		if s.version < 3 {
 			return s.corrupt(r, -1, -1, "Zero cluster entry found in pre-v3 image %s", s.entryPlace(gc))
 		}
 	}
@@ -240,6 +254,7 @@ func (s *tables) checkEntry(r *blk.Req, k layout.Kind, e uint64, gc int64) error
 	return nil
 }
 
+// +checklocks:s.mu
 func (s *tables) entryPlace(gc int64) string {
 	tab := s.l1.at(gc>>s.geo.L2Bits()) & layout.OffsetMask
 	return fmt.Sprintf("(L2 offset: %s, L2 index: %s)", hex(tab), hex(s.l2Index(gc)))

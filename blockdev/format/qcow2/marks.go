@@ -66,12 +66,7 @@ func (m *marks) set(s span) {
 func (m *marks) spans() (l []span) {
 	for i := range m.marked {
 		for w := m.marked[i].Load(); w != 0; w &= w - 1 {
-			g := int64(i)<<6 + int64(bits.TrailingZeros64(w))
-			if k := len(l) - 1; k >= 0 && l[k].last == g-1 {
-				l[k].last = g
-			} else {
-				l = append(l, span{g, g})
-			}
+			l = withNext(l, int64(i)<<6+int64(bits.TrailingZeros64(w)))
 		}
 	}
 	return l
@@ -79,6 +74,15 @@ func (m *marks) spans() (l []span) {
 
 // span are regions, or clusters, from first to last.
 type span struct{ first, last int64 }
+
+// withNext is l with k, which goes into the last span if it follows that.
+func withNext(l []span, k int64) []span {
+	if i := len(l) - 1; i >= 0 && l[i].last == k-1 {
+		l[i].last = k
+		return l
+	}
+	return append(l, span{k, k})
+}
 
 // markQueue has what is to be marked by whoever comes next: those who wait for each other's flushes
 // share them.
@@ -135,7 +139,7 @@ func (s *bitmaps) markNow(r *blk.Req, off, n int64) error {
 			all = append(all, d)
 		}
 	}
-	for _, b := range s.stored {
+	for _, b := range s.stored { // +checklocksignore: marking is held, without which it does not change
 		if !b.live || !s.keeper.records(b.Name) {
 			continue
 		}
@@ -185,6 +189,7 @@ func (s *bitmaps) writeOnes(r *blk.Req, b *stored, lo, hi int64) error {
 
 // claimLive makes all bitmaps live, in a new directory, that hold and are not too large. Regions
 // that are marked stay so.
+// +checklocks:s.mu
 func (s *bitmaps) claimLive(r *blk.Req) error {
 	defer s.giveBack(r)
 	want := s.keeper.persisted()
@@ -222,6 +227,7 @@ func (s *bitmaps) claimLive(r *blk.Req) error {
 // write is under way, or those that are have their regions marked in all of them. What was written
 // before has been flushed, so a bitmap that has forgotten it since, because a backup has it, needs
 // no mark.
+// +checklocks:s.mu
 func (s *bitmaps) startMarks() {
 	if slices.ContainsFunc(s.stored, func(b *stored) bool { return b.live }) {
 		s.marks.Store(newMarks(s.bitmapSize()))
@@ -231,6 +237,7 @@ func (s *bitmaps) startMarks() {
 }
 
 // writeLive writes a bitmap with all its clusters, and the marks that there are.
+// +checklocks:s.mu
 func (s *bitmaps) writeLive(r *blk.Req, p persisted) (*stored, error) {
 	b := &stored{BitmapEntry: layout.NewBitmap(p.name, p.bits.Granularity(), layout.BitmapInUse), live: true}
 	if p.enabled {
@@ -290,9 +297,14 @@ func (s *bitmaps) HoldBitmap(r *blk.Req, name string) error {
 			return err
 		}
 	}
-	return s.orGiveOut(r, func() error { return s.holdBitmap(r, name) })
+	err := s.holdBitmap(r, name)
+	if s.giveOut(r, err) {
+		err = s.holdBitmap(r, name)
+	}
+	return err
 }
 
+// +checklocks:s.mu
 func (s *bitmaps) holdBitmap(r *blk.Req, name string) error {
 	if err := s.usable(); err != nil {
 		return err
@@ -337,6 +349,7 @@ func (s *bitmaps) holdBitmap(r *blk.Req, name string) error {
 }
 
 // setEnabled changes whether a bitmap records when it is loaded.
+// +checklocks:s.mu
 func (s *bitmaps) setEnabled(r *blk.Req, b *stored, enabled bool) error {
 	was := b.Flags
 	if b.Flags &^= layout.BitmapAuto; enabled {
@@ -354,6 +367,7 @@ func (s *bitmaps) setEnabled(r *blk.Req, b *stored, enabled bool) error {
 }
 
 // addBits adds what a bitmap has in memory to what it has in the image.
+// +checklocks:s.mu
 func (s *bitmaps) addBits(r *blk.Req, b *stored, p persisted) error {
 	old, buf := make([]byte, s.cs), make([]byte, 0, s.cs)
 	for i, e := range b.table {
@@ -377,6 +391,7 @@ func (s *bitmaps) addBits(r *blk.Req, b *stored, p persisted) error {
 }
 
 // forgetMarks makes no bitmap live. The marks extension goes with the next change of the header.
+// +checklocks:s.mu
 func (s *bitmaps) forgetMarks() {
 	s.marks.Store(nil)
 	for _, b := range s.stored {
@@ -387,6 +402,7 @@ func (s *bitmaps) forgetMarks() {
 
 // distrust makes the header say that bitmaps in use do not hold: the extension has no meaning
 // without the bit.
+// +checklocks:s.mu
 func (s *bitmaps) distrust(r *blk.Req) error {
 	s.forgetMarks()
 	if s.hdr.AutoclearFeatures&layout.AutoclearMarks == 0 {
@@ -395,19 +411,18 @@ func (s *bitmaps) distrust(r *blk.Req) error {
 	return s.writeAutoclear(r, s.hdr.AutoclearFeatures&^layout.AutoclearMarks)
 }
 
-// resizeLive calls change, which changes the size of the disk. Meanwhile no bitmap is live.
-// Afterwards they are again, with what is marked.
-func (s *bitmaps) resizeLive(r *blk.Req, change func() error) error {
-	if s.marks.Load() == nil {
-		return change()
-	}
+// pauseMarks comes before a change of the size of the disk: until resumeMarks no bitmap is live.
+// +checklocks:s.mu
+func (s *bitmaps) pauseMarks(r *blk.Req) error {
 	if err := s.flush(r); err != nil {
 		return err
 	}
-	if err := s.writeAutoclear(r, s.hdr.AutoclearFeatures&^layout.AutoclearMarks); err != nil {
-		return err
-	}
-	err := change()
+	return s.writeAutoclear(r, s.hdr.AutoclearFeatures&^layout.AutoclearMarks)
+}
+
+// resumeMarks makes bitmaps live again, with what is marked.
+// +checklocks:s.mu
+func (s *bitmaps) resumeMarks(r *blk.Req) {
 	// What was written meanwhile lies in regions that were marked before; all else waits.
 	defer s.claimFlush()()
 	r = patient(r)
@@ -415,5 +430,4 @@ func (s *bitmaps) resizeLive(r *blk.Req, change func() error) error {
 		_ = s.distrust(r) // the header says so already
 		s.warnf("Persistent bitmaps will count as inconsistent if they are not stored in the end: %s", blk.ErrnoText(e))
 	}
-	return err
 }

@@ -39,7 +39,7 @@ func (d *marked) crash(i int) {
 		d.crashes++
 		k := &memKeeper{}
 		s := mustOpen(d.t, mem{d.f.CrashLocked(seed)}, config{keeper: k, readOnly: true})
-		if s.hdr.IncompatibleFeatures&layout.IncompatDirty == 0 {
+		if peek(s).hdr.IncompatibleFeatures&layout.IncompatDirty == 0 {
 			sound(d.t, s, true)
 		}
 		for _, p := range k.list {

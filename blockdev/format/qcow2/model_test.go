@@ -291,8 +291,8 @@ func testShape(t *testing.T, sh shape, seed uint64) {
 		mustClose(t, m.s)
 		s := mustOpen(t, mem{f}, config{readOnly: true, backing: c.backing})
 		sound(t, s, false)
-		if round == 0 && s.hdr.IncompatibleFeatures != 0 && sh.comp != "zstd" {
-			t.Fatalf("features %x after close", s.hdr.IncompatibleFeatures)
+		if round == 0 && peek(s).hdr.IncompatibleFeatures != 0 && sh.comp != "zstd" {
+			t.Fatalf("features %x after close", peek(s).hdr.IncompatibleFeatures)
 		}
 		if err := s.Close(); err != nil {
 			t.Fatal(err)

@@ -61,6 +61,7 @@ func openImage(r *blk.Req, c config) (*image, error) {
 }
 
 // loadTables reads L1 and refcount tables, resolves the options and makes the caches.
+// +checklocks:s.mu
 func (s *image) loadTables(r *blk.Req) (err error) {
 	if s.l1, err = s.readTable(r, int64(s.hdr.L1TableOffset), int64(s.hdr.L1Size)); err != nil {
 		return wrap("Could not read L1 table", err)
@@ -78,11 +79,11 @@ func (s *image) loadTables(r *blk.Req) (err error) {
 	s.reft = reft.dense()
 	// Of its size from the beginning: a map that grows leaves as much garbage again.
 	n := len(s.reft)
-	for range s.l1.all() {
+	for i, e := s.l1.next(0); e != 0; i, e = s.l1.next(i + 1) {
 		n++
 	}
 	s.owners = make(map[int64]owner, n)
-	for _, e := range s.l1.all() {
+	for i, e := s.l1.next(0); e != 0; i, e = s.l1.next(i + 1) {
 		if off := int64(e & layout.OffsetMask); off != 0 {
 			s.own(off, ownL2, 1)
 		}
@@ -96,6 +97,7 @@ func (s *image) loadTables(r *blk.Req) (err error) {
 }
 
 // becomeWriter does what the format asks of a program that opens an image for writing.
+// +checklocks:s.mu
 func (s *image) becomeWriter(r *blk.Req) error {
 	if !s.bare {
 		s.startSurvey()
@@ -142,6 +144,7 @@ func (s *image) becomeWriter(r *blk.Req) error {
 }
 
 // startCleaning gives unused cache entries back every now and then.
+// +checklocks:s.mu
 func (s *image) startCleaning() {
 	if s.set.cleanInterval == 0 {
 		return

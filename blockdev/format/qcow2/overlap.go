@@ -43,6 +43,7 @@ const (
 )
 
 // own notes that the cluster at off becomes (d = 1) or stops being (d = -1) metadata.
+// +checklocks:s.mu
 func (s *imageFile) own(off int64, k ownKind, d int32) {
 	c := off >> s.cb
 	o := s.owners[c]
@@ -60,6 +61,7 @@ func (s *imageFile) own(off int64, k ownKind, d int32) {
 
 // checkOverlap fails if a write of n bytes at off touches metadata of a kind that the options name
 // and that is not in own. The image is given up then.
+// +checklocks:s.mu
 func (s *imageFile) checkOverlap(r *blk.Req, off, n int64, own overlap) error {
 	hit := s.overlaps(off, n, s.set.overlap&^own)
 	if hit == 0 {
@@ -71,6 +73,7 @@ func (s *imageFile) checkOverlap(r *blk.Req, off, n int64, own overlap) error {
 
 // checkOwner fails if others refer to clusters in [off, off+n) as far as is known, or if no
 // refcount counts them. The image is given up then.
+// +checklocks:s.mu
 func (s *imageFile) checkOwner(r *blk.Req, off, n int64) error {
 	if s.wrong.n == 0 && s.counted == nil || n <= 0 {
 		return nil
@@ -85,6 +88,7 @@ func (s *imageFile) checkOwner(r *blk.Req, off, n int64) error {
 }
 
 // mayWrite is called before anything is written in place: see checkOverlap and checkOwner.
+// +checklocks:s.mu
 func (s *imageFile) mayWrite(r *blk.Req, off, n int64, own overlap) error {
 	if err := s.checkOverlap(r, off, n, own); err != nil {
 		return err
@@ -92,7 +96,11 @@ func (s *imageFile) mayWrite(r *blk.Req, off, n int64, own overlap) error {
 	return s.checkOwner(r, off, n)
 }
 
+// meets tells whether n bytes at at share one with [off, end).
+func meets(off, end, at, n int64) bool { return n > 0 && at < end && off < at+n }
+
 // overlaps tells what metadata of the kinds check lie in clusters that [off, off+n) touches.
+// +checklocks:s.mu
 func (s *imageFile) overlaps(off, n int64, check overlap) overlap {
 	if check == 0 || n == 0 {
 		return 0
@@ -102,16 +110,15 @@ func (s *imageFile) overlaps(off, n int64, check overlap) overlap {
 	}
 	end := s.geo.RoundUp(off + n)
 	off = s.geo.RoundDown(off)
-	in := func(o, l int64) bool { return l > 0 && o < end && off < o+l }
 	snapshots := int64(s.hdr.SnapshotsOffset)
-	if check&olActiveL1 != 0 && in(int64(s.hdr.L1TableOffset), int64(s.hdr.L1Size)*8) {
+	if check&olActiveL1 != 0 && meets(off, end, int64(s.hdr.L1TableOffset), int64(s.hdr.L1Size)*8) {
 		return olActiveL1
 	}
-	if check&olRefcountTable != 0 && in(s.reftOffset(), s.reftSize*8) {
+	if check&olRefcountTable != 0 && meets(off, end, s.reftOffset(), s.reftSize*8) {
 		return olRefcountTable
 	}
 	if s.hdr.NbSnapshots > 0 {
-		if check&olSnapshotTable != 0 && in(snapshots, s.snapEnd-snapshots) {
+		if check&olSnapshotTable != 0 && meets(off, end, snapshots, s.snapEnd-snapshots) {
 			return olSnapshotTable
 		}
 		if check&olInactiveL1 != 0 && s.snapL1.touch(off, end) {
@@ -131,13 +138,14 @@ func (s *imageFile) overlaps(off, n int64, check overlap) overlap {
 		}
 	}
 	if b := s.ext.Bitmaps; check&olBitmapDirectory != 0 && b != nil {
-		if in(int64(b.DirectoryOffset), int64(b.DirectorySize)) {
+		if meets(off, end, int64(b.DirectoryOffset), int64(b.DirectorySize)) {
 			return olBitmapDirectory
 		}
 	}
 	return 0
 }
 
+// +checklocks:s.mu
 func (s *imageFile) overlapsOwned(off, end int64, check overlap) overlap {
 	for c := off >> s.cb; c < end>>s.cb; c++ {
 		o, ok := s.owners[c]
@@ -157,6 +165,7 @@ func (s *imageFile) overlapsOwned(off, end int64, check overlap) overlap {
 // corrupt reports fatal corruption found at run time, and returns the error for the request that
 // met it. A writable image is marked corrupt on disk, and its use ends. off and n are -1 if
 // unknown.
+// +checklocks:s.mu
 func (s *imageFile) corrupt(r *blk.Req, off, n int64, format string, args ...any) error {
 	if s.readOnly {
 		s.suspect(off, n, format, args...)
@@ -173,7 +182,7 @@ func (s *imageFile) corrupt(r *blk.Req, off, n int64, format string, args ...any
 	s.warnf("Marking image as corrupt: %s; further corruption events will be suppressed", msg)
 	s.dead.Store(true)
 	s.wake.Broadcast()
-	if s.hdr.Version >= 3 {
+	if s.version >= 3 {
 		s.hdr.IncompatibleFeatures |= layout.IncompatCorrupt
 		s.publish()
 		b := be.AppendUint64(nil, s.hdr.IncompatibleFeatures)
@@ -186,6 +195,7 @@ func (s *imageFile) corrupt(r *blk.Req, off, n int64, format string, args ...any
 }
 
 // suspect reports corruption that ends nothing, if none was reported before.
+// +checklocks:s.mu
 func (s *imageFile) suspect(off, n int64, format string, args ...any) {
 	if s.signaled {
 		return

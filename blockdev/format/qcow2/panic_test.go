@@ -113,7 +113,9 @@ func TestFailingMeanwhile(t *testing.T) {
 		if err := s.WriteAt(req(), blk.Buf(make([]byte, 512)), 0, 0); (err == nil) != (i == 0) {
 			t.Error(i, err)
 		}
+		s.mu.Lock()
 		s.quarantine.pendBytes = maxPending // a flush is due
+		s.mu.Unlock()
 		s.debug = func(_ *blk.Req, e blk.DebugEvent) {
 			if e == blk.EvL2Update {
 				s.dead.Store(true)

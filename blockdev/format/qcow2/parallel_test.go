@@ -28,7 +28,7 @@ func parallel(t *testing.T, sh shape) {
 	stripe := int(sh.cs)*6 + 1536
 	f := mustCreate(t, sh.options(uint64(workers*stripe)))
 	s := mustOpen(t, mem{f}, config{unmap: true, options: smallCaches})
-	s.l2.max, s.rb.max = 3, 2
+	setCaches(s, 3, 2)
 	var wg, fl sync.WaitGroup
 	stop := make(chan struct{})
 	fl.Add(1)

@@ -132,9 +132,11 @@ type freed struct {
 const maxPending = 64 << 20
 
 // free takes back one reference on each cluster that [off, off+n) touches, after the next flush.
+// +checklocks:s.mu
 func (s *allocator) free(off, n int64, kind discardKind) { s.quarantine.add(off, n, kind, s.cs) }
 
 // freeEntry frees what L2 entry e refers to.
+// +checklocks:s.mu
 func (s *allocator) freeEntry(r *blk.Req, e uint64, kind discardKind) {
 	off, n := s.geo.HostRange(e)
 	switch {
@@ -150,6 +152,7 @@ func (s *allocator) freeEntry(r *blk.Req, e uint64, kind discardKind) {
 // punched as the options say, then its refcounts go down. mu is dropped while punching and between
 // batches. While a survey is under way this makes its next step, and nothing is given back but on
 // closing, then without being punched.
+// +checklocks:s.mu
 func (s *allocator) reap(r *blk.Req, all bool) {
 	q := &s.quarantine
 	if s.surveying() && len(q.limbo) > 0 {
@@ -218,6 +221,7 @@ func batch(l []freed, cb uint) (now, rest []freed) {
 }
 
 // punch discards ranges that lose their last reference.
+// +checklocks:s.mu
 func (s *allocator) punch(r *blk.Req, fs []freed) {
 	var runs []freed
 	for _, f := range fs {
@@ -251,6 +255,7 @@ func (s *allocator) punch(r *blk.Req, fs []freed) {
 
 // unref lowers the refcounts of the clusters that f touches, also when the context of r has ended.
 // A cluster whose refcount block cannot be read is leaked.
+// +checklocks:s.mu
 func (s *allocator) unref(r *blk.Req, f freed) {
 	r = patient(r)
 	s.step(r, blk.EvClusterFree)

@@ -49,6 +49,7 @@ func (s *requests) findRun(r *blk.Req, off, n int64) (m mapping, e *epoch, err e
 	if !s.lock(r) {
 		return m, nil, blk.ErrWouldBlock
 	}
+	s.locked()
 	defer s.mu.Unlock()
 	if err := s.usable(); err != nil {
 		return m, nil, err

@@ -22,6 +22,7 @@ type refcounts struct {
 }
 
 // refblock returns refcount block b, nil if there is none.
+// +checklocks:s.mu
 func (s *refcounts) refblock(r *blk.Req, b int64) (*table, error) {
 	off := int64(s.reftAt(b) & layout.ReftMask)
 	if off == 0 {
@@ -51,6 +52,7 @@ func (s *refcounts) refblock(r *blk.Req, b int64) (*table, error) {
 
 // roomForBlock evicts a refcount block if the cache is full. Refcounts on disk may be newer
 // than the rest at any time (package doc), so this needs no barrier.
+// +checklocks:s.mu
 func (s *refcounts) roomForBlock(r *blk.Req) error {
 	if !s.rb.full() {
 		return nil
@@ -69,6 +71,7 @@ func (s *refcounts) roomForBlock(r *blk.Req) error {
 }
 
 // refcount returns the refcount of cluster c.
+// +checklocks:s.mu
 func (s *refcounts) refcount(r *blk.Req, c int64) (uint64, error) {
 	bits := s.geo.RefblockBits()
 	t, err := s.refblock(r, c>>bits)
@@ -79,6 +82,7 @@ func (s *refcounts) refcount(r *blk.Req, c int64) (uint64, error) {
 }
 
 // writeBlocks writes all dirty refcount blocks, lowest first.
+// +checklocks:s.mu
 func (s *refcounts) writeBlocks(r *blk.Req) error {
 	if s.rb.ndirty == 0 {
 		return nil
@@ -102,12 +106,14 @@ func (s *refcounts) writeBlocks(r *blk.Req) error {
 
 // countedBlocks is the number of refcount blocks that count clusters in the file. What is said of
 // clusters beyond its end has no meaning, and there may be 2^50 of them.
+// +checklocks:s.mu
 func (s *refcounts) countedBlocks() int64 {
 	bits := s.geo.RefblockBits()
 	return (s.geo.Clusters(s.end()) + 1<<bits - 1) >> bits
 }
 
 // lastCluster is the last one in the file that is counted, -1 if there is none.
+// +checklocks:s.mu
 func (s *refcounts) lastCluster(r *blk.Req) (int64, error) {
 	bits := s.geo.RefblockBits()
 	for b := min(int64(len(s.reft)), s.countedBlocks()) - 1; b >= 0; b-- {
@@ -133,6 +139,7 @@ const maxDetect = 64 << 20
 
 // detectPrealloc finds out whether the file has many clusters that are counted but take no
 // space, which means that data extents may be holes below.
+// +checklocks:s.mu
 func (s *refcounts) detectPrealloc(r *blk.Req) {
 	s.prealloc = 1
 	if s.allocated == nil {

@@ -8,6 +8,7 @@ import (
 // newReftArea tells how large a refcount table with block need is, in clusters, and how many
 // refcount blocks it takes to count the area that both of them lie in: it begins behind what the
 // table covers now.
+// +checklocks:s.mu
 func (s *allocator) newReftArea(need int64) (blocks, clusters int64, err error) {
 	bits := s.geo.RefblockBits()
 	for {
@@ -28,6 +29,7 @@ func (s *allocator) newReftArea(need int64) (blocks, clusters int64, err error) 
 
 // growReftable makes the refcount table large enough for block need. The area behind what the old
 // table covers takes the refcount blocks that count the area, and then the new table.
+// +checklocks:s.mu
 func (s *allocator) growReftable(r *blk.Req, need int64) error {
 	s.step(r, blk.EvReftableGrow)
 	blocks, clusters, err := s.newReftArea(need)
@@ -55,28 +57,12 @@ func (s *allocator) growReftable(r *blk.Req, need int64) error {
 	oldSize, oldOff := s.reftSize, s.reftOffset()
 	reft := make([]uint64, first+blocks, first+blocks+64)
 	copy(reft, s.reft)
-	undo := func() {
-		for i := range blocks {
-			s.rb.dropRange((start+i)<<s.cb, s.cs)
-		}
+	err = s.newReftBlocks(r, reft[first:], start, blocks+clusters)
+	if err == nil {
+		err = s.switchReftable(r, reft, (start+blocks)<<s.cb, clusters)
 	}
-	for i := range blocks {
-		if err := s.roomForBlock(r); err != nil {
-			undo()
-			return err
-		}
-		t := s.rb.alloc((start + i) << s.cb)
-		clear(t.data)
-		for k := int64(0); k < 1<<bits && i<<bits+k < blocks+clusters; k++ {
-			s.geo.SetRefcount(t.data, k, 1)
-		}
-		s.rb.dropRange(t.off, s.cs)
-		s.rb.insert(t)
-		s.rb.markDirty(t)
-		reft[first+i] = uint64(t.off)
-	}
-	if err := s.switchReftable(r, reft, (start+blocks)<<s.cb, clusters); err != nil {
-		undo()
+	if err != nil {
+		s.rb.dropRange(start<<s.cb, blocks<<s.cb)
 		return err
 	}
 	for i := range blocks {
@@ -89,7 +75,30 @@ func (s *allocator) growReftable(r *blk.Req, need int64) error {
 	return nil
 }
 
+// newReftBlocks makes refcount blocks that count n clusters from start, in the first of them, and
+// enters them into reft.
+// +checklocks:s.mu
+func (s *allocator) newReftBlocks(r *blk.Req, reft []uint64, start, n int64) error {
+	bits := s.geo.RefblockBits()
+	for i := range reft {
+		if err := s.roomForBlock(r); err != nil {
+			return err
+		}
+		t := s.rb.alloc((start + int64(i)) << s.cb)
+		clear(t.data)
+		for k := range min(n-int64(i)<<bits, 1<<bits) {
+			s.geo.SetRefcount(t.data, k, 1)
+		}
+		s.rb.dropRange(t.off, s.cs)
+		s.rb.insert(t)
+		s.rb.markDirty(t)
+		reft[i] = uint64(t.off)
+	}
+	return nil
+}
+
 // switchReftable writes a new refcount table and then the header's pointer to it.
+// +checklocks:s.mu
 func (s *allocator) switchReftable(r *blk.Req, reft []uint64, off, clusters int64) error {
 	s.step(r, blk.EvRefblockAllocWriteBlocks)
 	if err := s.writeBlocks(r); err != nil {
@@ -107,11 +116,9 @@ func (s *allocator) switchReftable(r *blk.Req, reft []uint64, off, clusters int6
 		return err
 	}
 	s.step(r, blk.EvRefblockAllocSwitchTable)
-	field := func(off uint64, clusters uint32) []byte {
-		return be.AppendUint32(be.AppendUint64(nil, off), clusters)
-	}
-	was := field(s.hdr.RefcountTableOffset, s.hdr.RefcountTableClusters)
-	if err := s.swap(r, field(uint64(off), uint32(clusters)), was, layout.OffReftable); err != nil {
+	was := be.AppendUint32(be.AppendUint64(nil, s.hdr.RefcountTableOffset), s.hdr.RefcountTableClusters)
+	now := be.AppendUint32(be.AppendUint64(nil, uint64(off)), uint32(clusters))
+	if err := s.swap(r, now, was, layout.OffReftable); err != nil {
 		return err
 	}
 	s.hdr.RefcountTableOffset, s.hdr.RefcountTableClusters = uint64(off), uint32(clusters)
@@ -119,6 +126,7 @@ func (s *allocator) switchReftable(r *blk.Req, reft []uint64, off, clusters int6
 }
 
 // reftAt is entry b of the refcount table; zero where the table ends.
+// +checklocks:s.mu
 func (s *refcounts) reftAt(b int64) uint64 {
 	if b < int64(len(s.reft)) {
 		return s.reft[b]
@@ -126,6 +134,7 @@ func (s *refcounts) reftAt(b int64) uint64 {
 	return 0
 }
 
+// +checklocks:s.mu
 func (s *refcounts) setReft(b int64, v uint64) {
 	for int64(len(s.reft)) <= b {
 		s.reft = append(s.reft, 0)
@@ -146,6 +155,7 @@ func encodeEntries(at func(i int64) uint64, k, limit int64) []byte {
 
 // writeRefcounts writes refcount blocks and the refcount table's changes, with a barrier between
 // them but none behind.
+// +checklocks:s.mu
 func (s *refcounts) writeRefcounts(r *blk.Req) error {
 	if err := s.writeBlocks(r); err != nil {
 		return err

@@ -39,7 +39,7 @@ func TestRepair(t *testing.T) {
 			t.Fatalf("seed %d: content after repair: %v", seed, err)
 		}
 		sound(t, s, true)
-		if s.hdr.IncompatibleFeatures != 0 {
+		if peek(s).hdr.IncompatibleFeatures != 0 {
 			t.Fatalf("seed %d: still dirty", seed)
 		}
 		if err := s.WriteAt(req(), blk.Buf(got[:5*cs]), 7*int64(cs), 0); err != nil {
@@ -65,8 +65,8 @@ func TestRepair(t *testing.T) {
 
 // damage writes garbage into refcount blocks and the refcount table.
 func damage(rnd *rand.Rand, s *image, poke func(int64, []byte)) {
-	entries := []uint64{0, 0x123, 1 << 40, uint64(s.hdr.L1TableOffset), s.reft[0]}
-	for i, e := range s.reft {
+	entries := []uint64{0, 0x123, 1 << 40, uint64(peek(s).hdr.L1TableOffset), peek(s).reft[0]}
+	for i, e := range peek(s).reft {
 		if e == 0 {
 			continue
 		}
@@ -78,7 +78,7 @@ func damage(rnd *rand.Rand, s *image, poke func(int64, []byte)) {
 			}
 			poke(int64(e), b)
 		case 1:
-			poke(s.reftOffset()+int64(i)*8, be.AppendUint64(nil, entries[rnd.IntN(len(entries))]))
+			poke(int64(peek(s).hdr.RefcountTableOffset)+int64(i)*8, be.AppendUint64(nil, entries[rnd.IntN(len(entries))]))
 		}
 	}
 }

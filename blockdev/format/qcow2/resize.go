@@ -41,7 +41,7 @@ func (s *image) resize(r *blk.Req, size int64, m blk.Prealloc) error {
 	if err := s.vetAll(r); err != nil {
 		return err
 	}
-	if len(s.snaps) > 0 && s.hdr.Version < 3 {
+	if len(s.snaps) > 0 && s.version < 3 {
 		return errors.New("Can't resize a v2 image which has snapshots")
 	}
 	old := s.size.Load()
@@ -53,14 +53,25 @@ func (s *image) resize(r *blk.Req, size int64, m blk.Prealloc) error {
 	if size < old && m != blk.PreallocOff && m != "" {
 		return errors.New("Preallocation can't be used for shrinking an image")
 	}
-	return s.resizeLive(r, func() error {
-		if size < old {
-			return s.shrink(r, old, size)
+	marked := s.marks.Load() != nil
+	if marked {
+		if err := s.pauseMarks(r); err != nil {
+			return err
 		}
-		return s.grow(r, old, size, m)
-	})
+	}
+	var err error
+	if size < old {
+		err = s.shrink(r, old, size)
+	} else {
+		err = s.grow(r, old, size, m)
+	}
+	if marked {
+		s.resumeMarks(r)
+	}
+	return err
 }
 
+// +checklocks:s.mu
 func (s *image) grow(r *blk.Req, old, size int64, m blk.Prealloc) error {
 	if err := s.growL1(r, int64(s.geo.L1Entries(uint64(size)))); err != nil {
 		return wrap("Failed to grow the L1 table", err)
@@ -78,22 +89,15 @@ func (s *image) grow(r *blk.Req, old, size int64, m blk.Prealloc) error {
 		}
 	} else if s.backSize() > old && from < to {
 		// The backing file must not show through behind the old end.
-		if s.hdr.Version < 3 {
+		if s.version < 3 {
 			return wrap("Failed to zero out new clusters", blk.ErrNotSupported)
 		}
 		end := min(to, s.geo.Clusters(s.backSize()))
-		err := s.eachSlice(r, from, end, true, func(t *table, gc, k int64) error {
-			for j := range k {
-				if err := s.zeroEntry(r, t, s.l2Index(gc)+j, false); err != nil {
-					return err
-				}
-			}
-			return nil
-		})
-		if err != nil {
-			return wrap("Failed to zero out new clusters", err)
+		err := s.zeroClusters(r, &sliceWalk{gc: from, to: end, create: true}, false)
+		if err == nil {
+			err = s.flush(r)
 		}
-		if err := s.flush(r); err != nil {
+		if err != nil {
 			return wrap("Failed to zero out new clusters", err)
 		}
 	}
@@ -102,6 +106,7 @@ func (s *image) grow(r *blk.Req, old, size int64, m blk.Prealloc) error {
 
 // zeroTail clears what lies between the old end and the end of its cluster. mu is dropped for
 // writing.
+// +checklocks:s.mu
 func (s *image) zeroTail(r *blk.Req, old, size int64) error {
 	end := min(size, s.geo.RoundUp(old))
 	if old >= end {
@@ -127,6 +132,7 @@ func (s *image) zeroTail(r *blk.Req, old, size int64) error {
 
 // setSize enters the size into the header. If that fails it has the old one again, unless even that
 // cannot be written.
+// +checklocks:s.mu
 func (s *image) setSize(r *blk.Req, size int64) error {
 	err := s.barrier(r)
 	if err == nil {
@@ -151,13 +157,14 @@ func (s *image) setSize(r *blk.Req, size int64) error {
 }
 
 // shrink frees everything beyond size and gives the file's tail back.
+// +checklocks:s.mu
 func (s *image) shrink(r *blk.Req, old, size int64) error {
 	if err := s.discard(r, s.geo.Clusters(size), s.geo.Clusters(old), false, true, discardAlways); err != nil {
 		return wrap("Failed to discard cropped clusters", err)
 	}
 	keep := int64(s.geo.L1Entries(uint64(size)))
 	told := false
-	for i, e := range s.l1.from(keep) {
+	for i, e := s.l1.next(keep); e != 0; i, e = s.l1.next(i + 1) {
 		if !told {
 			told = true
 			s.step(r, blk.EvL1ShrinkWriteTable)
@@ -184,6 +191,7 @@ func (s *image) shrink(r *blk.Req, old, size int64) error {
 }
 
 // cutFile truncates the file behind the last cluster that may be in use.
+// +checklocks:s.mu
 func (s *image) cutFile(r *blk.Req) error {
 	if err := s.writeRefcounts(r); err != nil {
 		return wrap("Failed to discard unused refblocks", err)
@@ -225,6 +233,7 @@ func ctxOf(r *blk.Req) context.Context {
 
 // preallocate gives guest clusters [from, to) host clusters. They lie behind everything that was
 // ever written, so that they read as zeroes.
+// +checklocks:s.mu
 func (s *image) preallocate(r *blk.Req, from, to int64, m blk.Prealloc) error {
 	for gc := from; gc < to; {
 		if err := s.room(r); err != nil {

@@ -26,11 +26,17 @@ func labelled(t *testing.T, labels [][2]string) *drivertest.MemFile {
 			t.Fatal(err)
 		}
 	}
-	list := slices.Clone(s.snaps)
+	list := slices.Clone(peek(s).snaps)
 	for i, l := range labels {
 		list[i].ID, list[i].Name = l[0], l[1]
 	}
-	if err := s.quietly(req(), func() error { return s.writeSnapshots(req(), list) }); err != nil {
+	s.mu.Lock()
+	err := s.beginChange(req())
+	if err == nil {
+		err = s.endChange(req(), s.writeSnapshots(req(), list))
+	}
+	s.mu.Unlock()
+	if err != nil {
 		t.Fatal(err)
 	}
 	mustClose(t, s)
@@ -40,16 +46,8 @@ func labelled(t *testing.T, labels [][2]string) *drivertest.MemFile {
 // firsts are the first bytes of the disk in all snapshots, in order.
 func firsts(t *testing.T, s *image) (l []byte) {
 	t.Helper()
-	for i := range s.snaps {
-		c := s.config
-		c.readOnly, c.keeper = true, nil
-		view, err := openImage(req(), c)
-		if err != nil {
-			t.Fatal(err)
-		}
-		if view.l1, err = view.readTable(req(), int64(s.snaps[i].L1TableOffset), int64(s.snaps[i].L1Size)); err != nil {
-			t.Fatal(err)
-		}
+	for i := range peek(s).snaps {
+		view := atSnapshot(t, s, &peek(s).snaps[i])
 		b := make([]byte, 1)
 		if err := view.ReadAt(req(), blk.Buf(b), 0, 0); err != nil {
 			t.Fatal(err)

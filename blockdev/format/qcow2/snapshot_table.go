@@ -8,6 +8,7 @@ import (
 	"qblockd/graph/blk"
 )
 
+// +checklocks:s.mu
 func (s *snapshots) readSnapshots(r *blk.Req) error {
 	start := int64(s.hdr.SnapshotsOffset)
 	if s.snapEnd = start; s.hdr.NbSnapshots == 0 {
@@ -70,6 +71,7 @@ func (s *snapshots) checkL1(sn *layout.Snapshot) error {
 
 // findInactive finds the L2 tables of snapshots for overlap-check=all. L1 tables that lie over each
 // other are read once.
+// +checklocks:s.mu
 func (s *snapshots) findInactive(r *blk.Req) (map[int64]struct{}, error) {
 	for i := range s.snaps {
 		if err := s.checkL1(&s.snaps[i]); err != nil {
@@ -82,7 +84,7 @@ func (s *snapshots) findInactive(r *blk.Req) (map[int64]struct{}, error) {
 		if err != nil {
 			return nil, wrap("Could not read L1 table", err)
 		}
-		for _, e := range l1.all() {
+		for i, e := l1.next(0); e != 0; i, e = l1.next(i + 1) {
 			if e&layout.OffsetMask != 0 {
 				inactive[int64(e&layout.OffsetMask)>>s.cb] = struct{}{}
 			}
@@ -92,6 +94,7 @@ func (s *snapshots) findInactive(r *blk.Req) (map[int64]struct{}, error) {
 }
 
 // writeSnapshots makes list the table of snapshots.
+// +checklocks:s.mu
 func (s *snapshots) writeSnapshots(r *blk.Req, list []layout.Snapshot) error {
 	var b []byte
 	names := 0
@@ -136,6 +139,7 @@ func (s *snapshots) writeSnapshots(r *blk.Req, list []layout.Snapshot) error {
 }
 
 // countSnapshots counts the table of snapshots, their L1 tables and what those refer to.
+// +checklocks:s.mu
 func (s *snapshots) countSnapshots(c *counter) error {
 	if len(s.snaps) == 0 {
 		return nil
@@ -152,26 +156,28 @@ func (s *snapshots) countSnapshots(c *counter) error {
 			continue
 		}
 		off, n := int64(sn.L1TableOffset), int64(sn.L1Size)
+		var l1 entries
 		ok, err := c.fixed(off, n*8, "snapshot's L1 table")
-		if err == nil && ok {
-			err = s.eachTableEntry(c.r, off, n, func(e uint64) error {
-				if c.l1Entry(e, int32(i)+1); c.crowded() {
-					return errTooBig
-				}
-				return nil
-			})
+		if ok {
+			l1, err = s.readTable(c.r, off, n)
 		}
 		if err != nil {
 			return err
+		}
+		for k, e := l1.next(0); e != 0; k, e = l1.next(k + 1) {
+			if c.l1Entry(e, int32(i)+1); c.crowded() {
+				return errTooBig
+			}
 		}
 	}
 	return nil
 }
 
 // addSnapshot writes the L1 copy and a new table of snapshots, and makes the header refer to that.
+// +checklocks:s.mu
 func (s *snapshots) addSnapshot(r *blk.Req, sn *layout.Snapshot) error {
 	l1 := make([]byte, int64(sn.L1Size)*8)
-	for i, e := range s.l1.all() {
+	for i, e := s.l1.next(0); e != 0; i, e = s.l1.next(i + 1) {
 		be.PutUint64(l1[8*i:], e&^layout.Copied)
 	}
 	defer s.giveBack(r)

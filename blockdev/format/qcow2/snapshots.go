@@ -45,10 +45,9 @@ type undoneError struct{ error }
 
 func (e undoneError) Unwrap() error { return e.error }
 
-// quietly does f with nothing in flight and everything flushed before and after.
-func (s *snapshots) quietly(r *blk.Req, f func() error) error {
-	s.mu.Lock()
-	defer s.mu.Unlock()
+// beginChange comes before a change of snapshots: nothing is in flight and everything is flushed.
+// +checklocks:s.mu
+func (s *snapshots) beginChange(r *blk.Req) error {
 	if err := s.usable(); err != nil {
 		return err
 	}
@@ -58,12 +57,17 @@ func (s *snapshots) quietly(r *blk.Req, f func() error) error {
 	if err := s.flush(r); err != nil {
 		return err
 	}
-	if s.hdr.Version >= 3 && s.hdr.IncompatibleFeatures&layout.IncompatDirty == 0 {
+	if s.version >= 3 && s.hdr.IncompatibleFeatures&layout.IncompatDirty == 0 {
 		if err := s.writeIncompat(r, s.hdr.IncompatibleFeatures|layout.IncompatDirty); err != nil {
 			return err
 		}
 	}
-	err := f()
+	return nil
+}
+
+// endChange comes after beginChange and a change that has ended with err: everything is flushed.
+// +checklocks:s.mu
+func (s *snapshots) endChange(r *blk.Req, err error) error {
 	var undone undoneError
 	whole := err == nil || errors.As(err, &undone)
 	r = patient(r)
@@ -84,6 +88,7 @@ func (s *snapshots) quietly(r *blk.Req, f func() error) error {
 }
 
 // sureOfAll is called before what is shared changes as a whole: all refcounts must be right.
+// +checklocks:s.mu
 func (s *snapshots) sureOfAll(r *blk.Req) error {
 	if err := s.vetAll(r); err != nil || s.wrong.n == 0 {
 		return err
@@ -94,39 +99,16 @@ func (s *snapshots) sureOfAll(r *blk.Req) error {
 
 // CreateSnapshot implements graph.InternalSnapshotter.
 func (s *snapshots) CreateSnapshot(r *blk.Req, name string, at time.Time, clock time.Duration) (id string, _ error) {
-	if len(s.snaps) >= layout.MaxSnapshots {
-		return "", errTooBig
-	}
 	sn := layout.Snapshot{
-		ID: s.newID(), Name: name, L1Size: s.hdr.L1Size,
-		DateSec: uint32(at.Unix()), DateNsec: uint32(at.Nanosecond()), VMClockNsec: uint64(clock),
-		DiskSize: uint64(s.size.Load()), Icount: ^uint64(0),
-	}
-	do := func() error {
-		if err := s.share(r, 1); err != nil {
-			return err
-		}
-		r := patient(r) // what is left takes less than undoing it would
-		if err := s.addSnapshot(r, &sn); err != nil {
-			var unsure unsureError
-			if errors.As(err, &unsure) {
-				return err // its clusters may be leaked, but not given away
-			}
-			if e := s.share(r, -1); e != nil {
-				s.warnf("Leaking the clusters of a snapshot that could not be made: %s", blk.ErrnoText(e))
-				return err
-			}
-			return undoneError{err}
-		}
-		return nil
+		Name: name, DateSec: uint32(at.Unix()), DateNsec: uint32(at.Nanosecond()), VMClockNsec: uint64(clock),
+		Icount: ^uint64(0),
 	}
 	kept := s.keepsBack()
-	err := s.quietly(r, do)
-	if err != nil && kept && !s.hasID(sn.ID) && s.giveSpace(r, err) {
-		err = s.quietly(r, do)
+	made, err := s.createSnapshot(r, &sn)
+	if err != nil && kept && !made && s.giveSpace(r, err) {
+		made, err = s.createSnapshot(r, &sn)
 	}
-	if err != nil && s.hasID(sn.ID) {
-		// It was made, but not all that goes with it.
+	if err != nil && made {
 		if e := s.DeleteSnapshot(patient(r), sn.ID, name); e != nil {
 			s.warnf("Snapshot '%s' stays, although making it has failed: %s", name, blk.ErrnoText(e))
 		}
@@ -134,13 +116,45 @@ func (s *snapshots) CreateSnapshot(r *blk.Req, name string, at time.Time, clock 
 	return sn.ID, err
 }
 
-func (s *snapshots) hasID(id string) bool {
-	return slices.ContainsFunc(s.snaps, func(x layout.Snapshot) bool { return x.ID == id })
+// createSnapshot makes sn, which has its name and times. made tells that the image has it then,
+// also if something that goes with it has failed.
+func (s *snapshots) createSnapshot(r *blk.Req, sn *layout.Snapshot) (made bool, err error) {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	if len(s.snaps) >= layout.MaxSnapshots {
+		return false, errTooBig
+	}
+	sn.ID, sn.L1Size, sn.DiskSize = s.newID(), s.hdr.L1Size, uint64(s.size.Load())
+	if err := s.beginChange(r); err != nil {
+		return false, err
+	}
+	err = s.endChange(r, s.shareAll(r, sn))
+	return slices.ContainsFunc(s.snaps, func(x layout.Snapshot) bool { return x.ID == sn.ID }), err
+}
+
+// shareAll makes sn refer to all that the active L1 table refers to.
+// +checklocks:s.mu
+func (s *snapshots) shareAll(r *blk.Req, sn *layout.Snapshot) error {
+	if err := s.share(r, 1); err != nil {
+		return err
+	}
+	r = patient(r) // what is left takes less than undoing it would
+	err := s.addSnapshot(r, sn)
+	var unsure unsureError
+	if err == nil || errors.As(err, &unsure) {
+		return err // if nobody knows, its clusters may be leaked, but not given away
+	}
+	if e := s.share(r, -1); e != nil {
+		s.warnf("Leaking the clusters of a snapshot that could not be made: %s", blk.ErrnoText(e))
+		return err
+	}
+	return undoneError{err}
 }
 
 // newID is one more than the largest number that an ID begins with or, if that is the largest there
 // is, the lowest number that is no ID. IDs are whatever the image says; of two that have the same,
 // only the first can be named.
+// +checklocks:s.mu
 func (s *snapshots) newID() string {
 	most := uint64(0)
 	for i := range s.snaps {
@@ -167,18 +181,13 @@ func (s *snapshots) newID() string {
 // share changes the refcounts of all that the active L1 table refers to by d, and puts the copied
 // flags right. If it fails, nothing has changed but flags that were wrong. It ends with the context
 // of r; undoing takes no longer than what was done.
+// +checklocks:s.mu
 func (s *snapshots) share(r *blk.Req, d int) error {
 	if err := s.vetL1(r, &s.l1); err != nil {
 		return err
 	}
-	done, flags := 0, int64(0)
-	err := s.eachCluster(r, &s.l1, func(c int64) error {
-		err := s.addRef(r, c, d)
-		if err == nil {
-			done++
-		}
-		return err
-	})
+	flags := int64(0)
+	done, err := s.addRefs(r, d, math.MaxInt)
 	if err == nil {
 		flags, err = s.fixFlags(r, 0)
 	}
@@ -189,15 +198,9 @@ func (s *snapshots) share(r *blk.Req, d int) error {
 		return nil
 	}
 	q, whole := patient(r), true
-	undone := s.eachCluster(q, &s.l1, func(c int64) error {
-		if done--; done < 0 {
-			return errEnough
-		}
-		return s.addRef(q, c, -d)
-	})
-	if undone != nil && undone != errEnough {
+	if _, e := s.addRefs(q, -d, done); e != nil {
 		whole = false
-		s.warnf("Leaking clusters: %s", blk.ErrnoText(undone))
+		s.warnf("Leaking clusters: %s", blk.ErrnoText(e))
 	}
 	if flags > 0 {
 		if _, e := s.fixFlags(q, flags); e != nil {
@@ -211,14 +214,36 @@ func (s *snapshots) share(r *blk.Req, d int) error {
 	return undoneError{err}
 }
 
-var errEnough = errors.New("enough")
+// addRefs changes the refcounts of the first most clusters that the active L1 table refers to by d.
+// It tells how many it has changed, and ends with the context of r.
+// +checklocks:s.mu
+func (s *snapshots) addRefs(r *blk.Req, d, most int) (done int, err error) {
+	var list []int64
+	for i, e := s.l1.next(0); e != 0 && done < most; i, e = s.l1.next(i + 1) {
+		if list, err = s.clustersOf(r, e, list[:0]); err != nil {
+			return done, err
+		}
+		for _, c := range list[:min(len(list), most-done)] {
+			if done%lookEvery == 0 {
+				err = ended(r)
+			}
+			if err == nil {
+				err = s.addRef(r, c, d)
+			}
+			if err != nil {
+				return done, err
+			}
+			done++
+		}
+	}
+	return done, nil
+}
 
 // fixFlags puts the copied flags right, of the L1 entries before behind (0: of all) and of what
 // they refer to. It returns the entry behind the last one that it looked at.
+// +checklocks:s.mu
 func (s *flusher) fixFlags(r *blk.Req, behind int64) (int64, error) {
-	c := &checker{counter: s.newCounter(r, &CheckResult{}), s: s, behind: behind}
-	err := c.copiedFlags(true)
-	return c.at, err
+	return s.copiedFlags(s.newCounter(r, &CheckResult{}), true, behind)
 }
 
 // lookEvery is after how many entries of a table the context of a request is looked at.
@@ -231,14 +256,19 @@ func (e unsureError) Unwrap() error { return e.error }
 
 // DeleteSnapshot implements graph.InternalSnapshotter.
 func (s *snapshots) DeleteSnapshot(r *blk.Req, id, name string) error {
-	for i := range s.snaps {
-		if s.snaps[i].ID == id && s.snaps[i].Name == name {
-			return s.quietly(r, func() error { return s.dropSnapshot(r, i) })
-		}
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	i := slices.IndexFunc(s.snaps, func(x layout.Snapshot) bool { return x.ID == id && x.Name == name })
+	if i < 0 {
+		return errNoSnapshot
 	}
-	return errNoSnapshot
+	if err := s.beginChange(r); err != nil {
+		return err
+	}
+	return s.endChange(r, s.dropSnapshot(r, i))
 }
 
+// +checklocks:s.mu
 func (s *snapshots) dropSnapshot(r *blk.Req, i int) error {
 	sn := s.snaps[i]
 	if err := s.checkL1(&sn); err != nil {
@@ -252,17 +282,15 @@ func (s *snapshots) dropSnapshot(r *blk.Req, i int) error {
 	if err := s.vetL1(r, &l1); err != nil {
 		return err
 	}
+	var list []int64
 	var gone []span // of clusters
-	err = s.eachCluster(r, &l1, func(c int64) error {
-		if k := len(gone) - 1; k >= 0 && gone[k].last+1 == c {
-			gone[k].last = c
-		} else {
-			gone = append(gone, span{c, c})
+	for i, e := l1.next(0); e != 0; i, e = l1.next(i + 1) {
+		if list, err = s.clustersOf(r, e, list[:0]); err != nil {
+			return undoneError{err}
 		}
-		return nil
-	})
-	if err != nil {
-		return undoneError{err}
+		for _, c := range list {
+			gone = withNext(gone, c)
+		}
 	}
 	q := patient(r)
 	defer s.giveBack(q)
@@ -290,6 +318,7 @@ func (s *snapshots) dropSnapshot(r *blk.Req, i int) error {
 // dropRefs takes back one reference on each cluster of g, to which the image on disk does not refer
 // any more. What others refer to as well stays where it is, so those who read it are not waited
 // for: that may take long, and until the refcounts are right the copied flags are wrong.
+// +checklocks:s.mu
 func (s *snapshots) dropRefs(r *blk.Req, g span) {
 	for c := g.first; c <= g.last; c++ {
 		n, err := s.refcount(r, c)
@@ -300,6 +329,7 @@ func (s *snapshots) dropRefs(r *blk.Req, g span) {
 }
 
 // publishSnapshots makes the internal snapshots known to queries.
+// +checklocks:s.mu
 func (s *snapshots) publishSnapshots() {
 	var out []*types.SnapshotInfo
 	for i := range s.snaps {

@@ -60,21 +60,12 @@ func (d *disk) content(id string) []byte {
 	d.t.Helper()
 	view := &image{}
 	view.config = d.s.config
-	for i := range d.s.snaps {
-		sn := &d.s.snaps[i]
+	for i := range peek(d.s).snaps {
+		sn := &peek(d.s).snaps[i]
 		if sn.ID != id {
 			continue
 		}
-		c := d.s.config
-		c.readOnly, c.keeper = true, nil
-		v, err := openImage(req(), c)
-		if err != nil {
-			d.t.Fatal(err)
-		}
-		view = v
-		if view.l1, err = view.readTable(req(), int64(sn.L1TableOffset), int64(sn.L1Size)); err != nil {
-			d.t.Fatal(err)
-		}
+		view = atSnapshot(d.t, d.s, sn)
 	}
 	b := make([]byte, len(d.now))
 	if err := view.ReadAt(req(), blk.Buf(b), 0, 0); err != nil {
@@ -93,8 +84,8 @@ func (d *disk) check() {
 	if err := d.s.Flush(req()); err != nil {
 		d.t.Fatal(err)
 	}
-	if len(d.s.snaps) != len(d.snaps) {
-		d.t.Fatalf("%d snapshots, want %d", len(d.s.snaps), len(d.snaps))
+	if len(peek(d.s).snaps) != len(d.snaps) {
+		d.t.Fatalf("%d snapshots, want %d", len(peek(d.s).snaps), len(d.snaps))
 	}
 	for id, want := range d.snaps {
 		if !bytes.Equal(d.content(id), want) {
@@ -188,17 +179,17 @@ func afterwards(t *testing.T, f *drivertest.MemFile) {
 	s := mustOpen(t, mem{f}, config{})
 	sound(t, s, true)
 	d := &disk{t: t, s: s, now: make([]byte, 64<<10)}
-	for i := range s.snaps {
-		b := d.content(s.snaps[i].ID)
-		if name := s.snaps[i].Name; b[0] != 1 || name == "a" && b[6143] != 1 || name == "b" && (b[2048] != 2 || b[8191] != 2) {
+	for _, sn := range peek(s).snaps {
+		b := d.content(sn.ID)
+		if name := sn.Name; b[0] != 1 || name == "a" && b[6143] != 1 || name == "b" && (b[2048] != 2 || b[8191] != 2) {
 			t.Fatalf("snapshot %s shows %d %d %d", name, b[0], b[2048], b[6143])
 		}
 	}
 	if err := s.WriteAt(req(), blk.Buf(bytes.Repeat([]byte{9}, 32<<10)), 0, 0); err != nil {
 		t.Fatal(err)
 	}
-	for i := range s.snaps {
-		if b := d.content(s.snaps[i].ID); b[0] != 1 {
+	for i := range peek(s).snaps {
+		if b := d.content(peek(s).snaps[i].ID); b[0] != 1 {
 			t.Fatal("a write went through to a snapshot")
 		}
 	}
@@ -249,7 +240,7 @@ func TestSnapshotsWithFaults(t *testing.T) {
 
 // nameOf is the name of the first snapshot with that ID.
 func (s *image) nameOf(id string) string {
-	return s.snaps[slices.IndexFunc(s.snaps, func(x layout.Snapshot) bool { return x.ID == id })].Name
+	return peek(s).snaps[slices.IndexFunc(peek(s).snaps, func(x layout.Snapshot) bool { return x.ID == id })].Name
 }
 
 // looks is a context that counts how often it is looked at, and has ended after some times.
@@ -298,12 +289,12 @@ func TestSnapshotsEndWithTheirClients(t *testing.T) {
 			} else {
 				_, err = s.CreateSnapshot(r, "s", time.Unix(1, 0), 0)
 			}
-			if there := len(s.snaps) == 1; there == (deletes == (err == nil)) {
-				t.Fatalf("%d looks: %v, but %d snapshots", i, err, len(s.snaps))
+			if there := len(peek(s).snaps) == 1; there == (deletes == (err == nil)) {
+				t.Fatalf("%d looks: %v, but %d snapshots", i, err, len(peek(s).snaps))
 			}
 			if err != nil {
-				if gaveUp++; s.flagsDue || s.hdr.IncompatibleFeatures != 0 {
-					t.Fatalf("%d looks: flags due %v, bits %x", i, s.flagsDue, s.hdr.IncompatibleFeatures)
+				if gaveUp++; peek(s).flagsDue || peek(s).hdr.IncompatibleFeatures != 0 {
+					t.Fatalf("%d looks: flags due %v, bits %x", i, peek(s).flagsDue, peek(s).hdr.IncompatibleFeatures)
 				}
 				sound(t, s, false)
 			}
@@ -329,8 +320,18 @@ func TestSnapshotWalkLooks(t *testing.T) {
 		t.Fatal(err)
 	}
 	for _, walk := range []func(r *blk.Req) error{
-		func(r *blk.Req) error { return s.eachCluster(r, &s.l1, func(int64) error { return nil }) },
-		func(r *blk.Req) error { _, err := s.fixFlags(r, 0); return err },
+		func(r *blk.Req) error {
+			s.mu.Lock()
+			defer s.mu.Unlock()
+			_, err := s.clustersOf(r, s.l1.at(0), nil)
+			return err
+		},
+		func(r *blk.Req) error {
+			s.mu.Lock()
+			defer s.mu.Unlock()
+			_, err := s.fixFlags(r, 0)
+			return err
+		},
 	} {
 		ctx := &looks{Context: context.Background(), most: 1 << 30}
 		if err := walk(&blk.Req{Ctx: ctx}); err != nil {
@@ -366,12 +367,12 @@ func TestTablesNamedTwice(t *testing.T) {
 			if err := s.WriteAt(req(), blk.Buf(make([]byte, 1<<20)), 0, 0); err != nil {
 				t.Fatal(err)
 			}
-			at := int64(s.hdr.L1TableOffset)
+			at := int64(peek(s).hdr.L1TableOffset)
 			if deletes {
 				if _, err := s.CreateSnapshot(req(), "s", time.Unix(1, 0), 0); err != nil {
 					t.Fatal(err)
 				}
-				at = int64(s.snaps[0].L1TableOffset)
+				at = int64(peek(s).snaps[0].L1TableOffset)
 			}
 			mustClose(t, s)
 			l1 := make([]uint64, 1<<12)
@@ -384,8 +385,7 @@ func TestTablesNamedTwice(t *testing.T) {
 			f.Poke(at, b)
 			var told corruptions
 			s = mustOpen(t, mem{f}, config{corrupted: told.corrupted})
-			s.endSurvey()
-			s.survey = &survey{endless: true}
+			surveyTooLarge(s, 0)
 			before := bytes.Clone(f.Bytes()[s.cs:])
 			var err error
 			if deletes {
@@ -427,13 +427,13 @@ func TestSnapshotIsDeletedBesideReaders(t *testing.T) {
 		if err := s.DeleteSnapshot(req(), "1", "s"); err != nil {
 			t.Fatal(err)
 		}
-		if s.flagsDue || s.hdr.IncompatibleFeatures != 0 {
-			t.Errorf("%s: flags due %v, bits %x", v, s.flagsDue, s.hdr.IncompatibleFeatures)
+		if peek(s).flagsDue || peek(s).hdr.IncompatibleFeatures != 0 {
+			t.Errorf("%s: flags due %v, bits %x", v, peek(s).flagsDue, peek(s).hdr.IncompatibleFeatures)
 		}
 		crashed := mustOpen(t, mem{drivertest.MemFileOf(bytes.Clone(f.Bytes()))}, config{readOnly: true})
 		sound(t, crashed, true)
 		_ = crashed.Close()
-		if len(s.quarantine.limbo) == 0 {
+		if len(peek(s).limbo) == 0 {
 			t.Errorf("%s: nothing is kept for the reader", v)
 		}
 		reader.Release()

@@ -13,6 +13,7 @@ func (s *requests) Status(r *blk.Req, off, n int64) (blk.Extent, error) {
 	if !s.lock(r) {
 		return blk.Extent{}, blk.ErrWouldBlock
 	}
+	s.locked()
 	defer s.mu.Unlock()
 	if err := s.usable(); err != nil {
 		return blk.Extent{}, err
@@ -93,6 +94,7 @@ func (s *requests) findMapped(r *blk.Req, off, n int64, m *blk.Mapping) (x mappi
 	if !s.lock(r) {
 		return x, blk.ErrWouldBlock
 	}
+	s.locked()
 	defer s.mu.Unlock()
 	if err := s.usable(); err != nil {
 		return x, err

@@ -33,7 +33,7 @@ func TestStatusOfHugeDisks(t *testing.T) {
 		}
 		off += x.N
 	}
-	if calls > 4+int(s.cs/s.slice) || allocated != 1<<21 {
+	if calls > 4+int(s.cs/peek(s).slice) || allocated != 1<<21 {
 		t.Errorf("%d calls for one cluster, %d bytes allocated", calls, allocated)
 	}
 	if err := s.Discard(req(), 0, size); err != nil {
@@ -54,16 +54,16 @@ func TestStatusOfOneTableForAll(t *testing.T) {
 	if err := s.Zero(req(), 0, 1<<39, 0); err != nil {
 		t.Fatal(err)
 	}
-	e := s.l1.at(0)
-	for i := range int64(s.hdr.L1Size) {
-		s.l1.set(i, e&^layout.Copied)
+	e := peek(s).l1.at(0)
+	for i := range int64(peek(s).hdr.L1Size) {
+		peek(s).l1.set(i, e&^layout.Copied)
 	}
 	x, err := s.Status(req(), 0, size)
-	if want := (maxJoined + 1) * s.slice / 8 << s.cb; err != nil || x.N != want || !x.Zero {
+	if want := (maxJoined + 1) * peek(s).slice / 8 << s.cb; err != nil || x.N != want || !x.Zero {
 		t.Errorf("%+v, %v, want %d bytes of zeroes", x, err, want)
 	}
-	for i := range int64(s.hdr.L1Size) {
-		s.l1.set(i, 0)
+	for i := range int64(peek(s).hdr.L1Size) {
+		peek(s).l1.set(i, 0)
 	}
-	s.l1.set(0, e)
+	peek(s).l1.set(0, e)
 }

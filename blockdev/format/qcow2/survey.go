@@ -82,17 +82,21 @@ type references interface {
 }
 
 // startSurvey makes a survey due: the image has become writable.
+// +checklocks:s.mu
 func (s *surveyor) startSurvey() {
 	s.endSurvey()
 	s.wrong, s.survey = wrong{}, &survey{}
 }
 
+// +checklocks:s.mu
 func (s *surveyor) endSurvey() { s.survey, s.counted = nil, nil }
 
 // surveying tells whether a survey is due or under way.
+// +checklocks:s.mu
 func (s *surveyor) surveying() bool { return s.survey != nil && !s.survey.endless }
 
 // vet makes the next step of the survey, if one is due. It is called before the metadata change.
+// +checklocks:s.mu
 func (s *surveyor) vet(r *blk.Req) error {
 	if !s.surveying() {
 		return nil
@@ -107,6 +111,7 @@ func (s *surveyor) vet(r *blk.Req) error {
 }
 
 // vetAll makes the whole survey; mu is dropped between steps.
+// +checklocks:s.mu
 func (s *surveyor) vetAll(r *blk.Req) error {
 	for s.surveying() {
 		if err := s.vet(r); err != nil {
@@ -122,11 +127,12 @@ func (s *surveyor) vetAll(r *blk.Req) error {
 }
 
 // beginSurvey counts what header, L1 tables, refcount table and bitmaps refer to, and makes a step.
+// +checklocks:s.mu
 func (s *surveyor) beginSurvey(r *blk.Req) error {
 	v := s.survey
 	c := s.newCounter(r, &CheckResult{})
 	c.all, c.most = true, maxSurvey
-	err := c.meta()
+	err := s.countMeta(c)
 	v.found = s.geo.Clusters(s.end())
 	v.hint = v.found
 	if err != nil {
@@ -138,6 +144,7 @@ func (s *surveyor) beginSurvey(r *blk.Req) error {
 
 // surveyFailed says what it means for the request that a survey cannot go on. Errors of I/O mean
 // nothing: what could not be read is mostly nothing that the request needs.
+// +checklocks:s.mu
 func (s *surveyor) surveyFailed(r *blk.Req, err error) error {
 	switch {
 	case ended(r) != nil:
@@ -155,6 +162,7 @@ func (s *surveyor) surveyFailed(r *blk.Req, err error) error {
 }
 
 // stepSurvey goes on for about n bytes of tables or counts.
+// +checklocks:s.mu
 func (s *surveyor) stepSurvey(r *blk.Req, n int64) error {
 	v := s.survey
 	v.c.r = r
@@ -191,6 +199,7 @@ func (s *surveyor) stepSurvey(r *blk.Req, n int64) error {
 }
 
 // comparePage compares the counts of a page of the tally with the refcounts.
+// +checklocks:s.mu
 func (s *surveyor) comparePage(r *blk.Req, page int64) error {
 	if err := ended(r); err != nil {
 		return err
@@ -206,10 +215,11 @@ func (s *surveyor) comparePage(r *blk.Req, page int64) error {
 }
 
 // compareWithBlock compares the counts of clusters [first, behind), which refcount block b counts.
+// +checklocks:s.mu
 func (s *surveyor) compareWithBlock(r *blk.Req, b, first, behind int64) error {
 	c := s.survey.c
 	off := int64(s.reftAt(b) & layout.ReftMask)
-	bad := off == 0 || c.badBlock(off) || c.t.get(off>>s.cb) > 1
+	bad := off == 0 || s.badBlock(c, off) || c.t.get(off>>s.cb) > 1
 	var t *table
 	for k := first; k < behind; k++ {
 		n := c.t.get(k)
@@ -260,6 +270,7 @@ func (w *wrong) at(k int64) bool { return w.n > 0 && w.t.get(k) > 0 }
 
 // vetTable makes the next step of the survey, and walks the L2 table at off: it is to be changed,
 // or what it refers to.
+// +checklocks:s.mu
 func (s *surveyor) vetTable(r *blk.Req, off int64) error {
 	if err := s.vet(r); err != nil {
 		return err
@@ -285,6 +296,7 @@ type unwalkedError struct{ error }
 func (e unwalkedError) Unwrap() error { return e.error }
 
 // linked counts what an L2 entry has come to refer to, if its table was walked already.
+// +checklocks:s.mu
 func (s *surveyor) linked(table int64, old, e uint64) {
 	v := s.survey
 	if v == nil || v.c == nil || (old^e)&(layout.OffsetMask|layout.Compressed) == 0 {
@@ -296,6 +308,7 @@ func (s *surveyor) linked(table int64, old, e uint64) {
 }
 
 // copiesTable counts the L2 table in cluster c, which is a new copy of one that was walked.
+// +checklocks:s.mu
 func (s *surveyor) copiesTable(c int64) {
 	if v := s.survey; v != nil && v.c != nil {
 		v.c.l2[c] = l2ref{n: 1, active: true, walked: true}
@@ -305,6 +318,7 @@ func (s *surveyor) copiesTable(c int64) {
 
 // canFree is called before L2 entry e is dropped. It fails if what e refers to is counted less
 // often than it is referred to, as far as is known; the image is given up then.
+// +checklocks:s.mu
 func (s *surveyor) canFree(r *blk.Req, e uint64) error {
 	off, n := s.geo.HostRange(e)
 	if e&layout.Compressed == 0 && off&(s.cs-1) != 0 {
@@ -313,6 +327,7 @@ func (s *surveyor) canFree(r *blk.Req, e uint64) error {
 	return s.canFreeRange(r, off, n)
 }
 
+// +checklocks:s.mu
 func (s *surveyor) canFreeRange(r *blk.Req, off, n int64) error {
 	for c := off >> s.cb; c<<s.cb < off+n; c++ {
 		v, err := s.refcount(r, c)

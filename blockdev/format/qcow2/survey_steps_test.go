@@ -35,16 +35,21 @@ func TestOverwritingWhileTheSurveyGoesOn(t *testing.T) {
 	o := CreateOptions{ClusterSize: ptr(uint64(cs))}
 	sound := sample(t, o)
 	s := mustOpen(t, mem{sound}, config{readOnly: true})
-	entry := int64(s.l1.at(victim/64)&layout.OffsetMask) + victim%64*8
-	old, err := s.readTable(req(), int64(s.snaps[0].L1TableOffset), 1)
+	entry := int64(peek(s).l1.at(victim/64)&layout.OffsetMask) + victim%64*8
+	old, err := s.readTable(req(), int64(peek(s).snaps[0].L1TableOffset), 1)
 	if err != nil {
 		t.Fatal(err)
 	}
+	s.mu.Lock()
 	m, err := s.lookup(req(), 2*cs, cs)
+	s.mu.Unlock()
 	if err != nil {
 		t.Fatal(err)
 	}
-	places := map[string]uint64{"data": uint64(m.host), "L2 table of a snapshot": old.at(0) & layout.OffsetMask, "L1 table of a snapshot": s.snaps[0].L1TableOffset}
+	places := map[string]uint64{
+		"data": uint64(m.host), "L2 table of a snapshot": old.at(0) & layout.OffsetMask,
+		"L1 table of a snapshot": peek(s).snaps[0].L1TableOffset,
+	}
 	mustClose(t, s)
 	for what, off := range places {
 		img := drivertest.MemFileOf(sound.Bytes())
@@ -67,7 +72,7 @@ func TestOverwritingEndsTheSurvey(t *testing.T) {
 	const cs = 512
 	img := sample(t, CreateOptions{ClusterSize: ptr(uint64(cs))})
 	s := mustOpen(t, mem{img}, config{vetSteps: [2]int64{1, 1}})
-	for n := 0; s.survey != nil; n++ {
+	for n := 0; peek(s).survey != nil; n++ {
 		if n > 64 {
 			t.Fatal("it goes on and on")
 		}
@@ -97,8 +102,8 @@ func TestSurveyOfManySmallTables(t *testing.T) {
 	if err := s.WriteAt(req(), blk.Buf(make([]byte, 512)), 0, 0); err != nil {
 		t.Fatal(err)
 	}
-	if s.survey != nil {
-		t.Errorf("the survey is not over: %+v", s.survey)
+	if peek(s).survey != nil {
+		t.Errorf("the survey is not over: %+v", peek(s).survey)
 	}
 	mustClose(t, s)
 }
@@ -114,7 +119,7 @@ func TestOverwritingBesideBadSectors(t *testing.T) {
 			t.Fatal(err)
 		}
 	}
-	bad := int64(s.l1.at(2)&layout.OffsetMask) + 32<<10
+	bad := int64(peek(s).l1.at(2)&layout.OffsetMask) + 32<<10
 	mustClose(t, s)
 	left := 1 << 30
 	options := Options{L2CacheEntrySize: ptr(int64(4096))}
@@ -137,8 +142,8 @@ func TestSurveyMeetsBadSectors(t *testing.T) {
 	img := sample(t, CreateOptions{ClusterSize: ptr(uint64(cs))})
 	s := mustOpen(t, mem{img}, config{readOnly: true})
 	places := map[string]int64{
-		"L2 table":               int64(s.l1.at(1) & layout.OffsetMask),
-		"L1 table of a snapshot": int64(s.snaps[0].L1TableOffset),
+		"L2 table":               int64(peek(s).l1.at(1) & layout.OffsetMask),
+		"L1 table of a snapshot": int64(peek(s).snaps[0].L1TableOffset),
 	}
 	mustClose(t, s)
 	for what, off := range places {

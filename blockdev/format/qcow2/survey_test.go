@@ -79,11 +79,11 @@ func shown(img []byte, snapshot bool) [][]byte {
 	img = bytes.Clone(img)
 	if snapshot {
 		s, err := openImage(req(), config{file: mem{drivertest.MemFileOf(img)}, readOnly: true, options: quiet})
-		if err != nil || len(s.snaps) == 0 {
+		if err != nil || len(peek(s).snaps) == 0 {
 			return nil
 		}
-		be.PutUint32(img[layout.OffL1Size:], s.snaps[0].L1Size)
-		be.PutUint64(img[layout.OffL1Size+4:], s.snaps[0].L1TableOffset)
+		be.PutUint32(img[layout.OffL1Size:], peek(s).snaps[0].L1Size)
+		be.PutUint64(img[layout.OffL1Size+4:], peek(s).snaps[0].L1TableOffset)
 		s.Close()
 	}
 	s, err := openImage(req(), config{file: mem{drivertest.MemFileOf(img)}, readOnly: true, options: quiet})
@@ -108,15 +108,15 @@ func harm(rnd *rand.Rand, img []byte, counts bool) ([]byte, string) {
 		return img, ""
 	}
 	defer s.Close()
-	n := int64(len(img)) / s.cs
-	end := int64(len(img)) &^ (s.cs - 1)
-	places := []int64{0, s.reftOffset(), int64(s.hdr.L1TableOffset), int64(s.hdr.SnapshotsOffset),
+	p, n, end := peek(s), int64(len(img))/s.cs, int64(len(img))&^(s.cs-1)
+	reft := int64(p.hdr.RefcountTableOffset)
+	places := []int64{0, reft, int64(p.hdr.L1TableOffset), int64(p.hdr.SnapshotsOffset),
 		end, end + 64*s.cs, 1 << 55, 8, rnd.Int64N(n) << s.cb}
-	for _, e := range s.reft {
+	for _, e := range p.reft {
 		places = append(places, int64(e))
 	}
 	var entries []int64 // where L2 entries are
-	for _, e := range s.l1.all() {
+	for i, e := p.l1.next(0); e != 0; i, e = p.l1.next(i + 1) {
 		if tab := int64(e & layout.OffsetMask); tab > 0 && tab+s.cs <= int64(len(img)) {
 			places = append(places, tab)
 			for i := int64(0); i < s.cs; i += 8 {
@@ -136,8 +136,8 @@ func harm(rnd *rand.Rand, img []byte, counts bool) ([]byte, string) {
 	}
 	switch kind {
 	case 0, 1: // a refcount
-		b := rnd.Int64N(max(int64(len(s.reft)), 1))
-		if off := int64(s.reftAt(b) & layout.ReftMask); off > 0 && off+s.cs <= int64(len(img)) {
+		b := rnd.Int64N(max(int64(len(p.reft)), 1))
+		if off := int64(append(p.reft, 0)[b] & layout.ReftMask); off > 0 && off+s.cs <= int64(len(img)) {
 			i := rnd.Int64N(min(n, 1<<s.geo.RefblockBits()))
 			c := []uint64{0, 0, 1, 2, s.geo.RefcountMax()}[rnd.IntN(5)]
 			s.geo.SetRefcount(img[off:off+s.cs], i, min(c, s.geo.RefcountMax()))
@@ -145,9 +145,9 @@ func harm(rnd *rand.Rand, img []byte, counts bool) ([]byte, string) {
 		}
 		return img, ""
 	case 2:
-		at, what = s.reftOffset()+8*rnd.Int64N(3), "refcount table"
+		at, what = reft+8*rnd.Int64N(3), "refcount table"
 	case 3:
-		at, what = int64(s.hdr.L1TableOffset)+8*rnd.Int64N(max(int64(s.hdr.L1Size), 1)), "L1"
+		at, what = int64(p.hdr.L1TableOffset)+8*rnd.Int64N(max(int64(p.hdr.L1Size), 1)), "L1"
 		v |= flags & (1<<63 | 1<<61 | 0x1fe)
 	case 4, 5:
 		if len(entries) == 0 {
@@ -158,10 +158,10 @@ func harm(rnd *rand.Rand, img []byte, counts bool) ([]byte, string) {
 	case 6:
 		at, what = []int64{40, 48, 64}[rnd.IntN(3)], "header"
 	case 7:
-		if len(s.snaps) == 0 {
+		if len(p.snaps) == 0 {
 			return img, ""
 		}
-		at, what = int64(s.hdr.SnapshotsOffset), "snapshot"
+		at, what = int64(p.hdr.SnapshotsOffset), "snapshot"
 	case 8:
 		k := rnd.Int64N(max(n-3, 1)) + min(n, 3)
 		return img[:k<<s.cb], fmt.Sprintf("cut to %d clusters", k)
@@ -411,7 +411,7 @@ func TestSurveyOnDevice(t *testing.T) {
 				if err := s.Flush(req()); err != nil {
 					t.Errorf("flush: %v", err)
 				}
-				for _, b := range s.stored {
+				for _, b := range peek(s).stored {
 					if !b.live {
 						t.Errorf("bitmap %s would not outlive a kill", b.Name)
 					}

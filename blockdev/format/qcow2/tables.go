@@ -22,11 +22,12 @@ type tables struct {
 }
 
 // countL1 counts the L1 table and the L2 tables that it refers to.
+// +checklocks:s.mu
 func (s *tables) countL1(c *counter) error {
 	if err := c.active(int64(s.hdr.L1TableOffset), int64(s.hdr.L1Size)*8, "L1 table"); err != nil {
 		return err
 	}
-	for _, e := range s.l1.all() {
+	for i, e := s.l1.next(0); e != 0; i, e = s.l1.next(i + 1) {
 		if c.l1Entry(e, 0); c.crowded() {
 			return errTooBig
 		}
@@ -35,6 +36,7 @@ func (s *tables) countL1(c *counter) error {
 }
 
 // readL2 is that of references.
+// +checklocks:s.mu
 func (s *tables) readL2(r *blk.Req, tab int64, buf []byte) error {
 	if err := s.readFile(r, blk.Buf(buf), tab); err != nil {
 		return err
@@ -48,6 +50,7 @@ func (s *tables) readL2(r *blk.Req, tab int64, buf []byte) error {
 }
 
 // takeL2 copies the dirty L2 slices and pins them.
+// +checklocks:s.mu
 func (s *tables) takeL2() []copied {
 	if s.l2.ndirty == 0 {
 		return nil
@@ -67,6 +70,7 @@ func (s *tables) takeL2() []copied {
 }
 
 // takeL1 copies the dirty groups of L1 entries.
+// +checklocks:s.mu
 func (s *tables) takeL1() []copied {
 	var out []copied
 	for k := range s.l1Dirty {
@@ -80,6 +84,7 @@ func (s *tables) takeL1() []copied {
 	return out
 }
 
+// +checklocks:s.mu
 func (s *tables) checkCopies(r *blk.Req, l2, l1 []copied) error {
 	for _, c := range l2 {
 		if err := s.mayWrite(r, c.off, int64(len(c.data)), olActiveL2); err != nil {
@@ -129,46 +134,41 @@ func (s *tables) writeCopies(r *blk.Req, l2, l1 []copied, due bool) error {
 	return s.file.Flush(r)
 }
 
-// eachCluster calls f for every cluster that an L1 table refers to, L2 tables and what their
-// entries refer to, until f fails or the context of r ends.
-func (s *tables) eachCluster(r *blk.Req, l1 *entries, f func(c int64) error) error {
-	buf := make([]byte, s.cs)
-	for _, e := range l1.all() {
-		tab := int64(e & layout.OffsetMask)
-		if tab == 0 {
-			continue
-		}
-		if err := s.readL2(r, tab, buf); err != nil {
-			return err
-		}
-		for k := 0; k < len(buf); k += 8 {
-			x := be.Uint64(buf[k:])
-			if k%(8*lookEvery) == 0 {
-				if err := ended(r); err != nil {
-					return err
-				}
-			}
-			off, n := s.geo.HostRange(x)
-			for c := off >> s.cb; c<<s.cb < off+n; c++ {
-				if err := f(c); err != nil {
-					return err
-				}
+// clustersOf appends to list the clusters that entry e of an L1 table refers to: what the entries
+// of its L2 table refer to, and then the table. It ends with the context of r.
+// +checklocks:s.mu
+func (s *tables) clustersOf(r *blk.Req, e uint64, list []int64) ([]int64, error) {
+	tab := int64(e & layout.OffsetMask)
+	if tab == 0 {
+		return list, nil
+	}
+	buf := blk.GetBuf(int(s.cs), 0)
+	defer blk.PutBuf(buf)
+	if err := s.readL2(r, tab, buf.B); err != nil {
+		return list, err
+	}
+	for k := int64(0); k < s.cs; k += 8 {
+		if k%(8*lookEvery) == 0 {
+			if err := ended(r); err != nil {
+				return list, err
 			}
 		}
-		if err := f(tab >> s.cb); err != nil {
-			return err
+		off, n := s.geo.HostRange(be.Uint64(buf.B[k:]))
+		for c := off >> s.cb; c<<s.cb < off+n; c++ {
+			list = append(list, c)
 		}
 	}
-	return nil
+	return append(list, tab>>s.cb), nil
 }
 
 // vetL1 is called before all that an L1 table refers to is walked: each L2 table must lie in the
 // file, and be referred to once. A survey finds others, but some images are too large for one, and
 // a table to which 4 million entries refer would be walked for weeks.
+// +checklocks:s.mu
 func (s *tables) vetL1(r *blk.Req, l1 *entries) error {
 	end := s.end()
 	var tabs []int64
-	for _, e := range l1.all() {
+	for i, e := l1.next(0); e != 0; i, e = l1.next(i + 1) {
 		tab := int64(e & layout.OffsetMask)
 		switch {
 		case tab == 0:
@@ -192,11 +192,13 @@ func (s *tables) vetL1(r *blk.Req, l1 *entries) error {
 // allFits tells whether the L2 cache has place for the slices of the whole disk, as it does by
 // default up to 256 GiB with clusters of 64 KiB: nothing has to be evicted then, however much is
 // changed.
+// +checklocks:s.mu
 func (s *tables) allFits() bool {
 	const entrySize = 8
 	return int64(s.l2.max)*s.slice/entrySize >= s.geo.Clusters(s.size.Load())
 }
 
+// +checklocks:s.mu
 func (s *tables) makeCaches() {
 	s.slice = s.set.slice
 	s.l2 = newCache(int(s.slice), s.set.l2Tables)

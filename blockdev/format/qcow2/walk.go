@@ -2,6 +2,7 @@ package qcow2
 
 import (
 	"fmt"
+	"maps"
 	"slices"
 
 	"qblockd/blockdev/format/qcow2/layout"
@@ -20,7 +21,7 @@ type counter struct {
 	all bool  // references beyond the end count, too
 
 	l2   map[int64]l2ref // by cluster
-	tabs []int64         // the keys, in order; made by meta
+	tabs []int64         // the keys, in order; made by countMeta
 	pos  int             // so many of them are walked
 	left int64           // clusters that tables may still take: they cannot lie over each other
 	most int64           // bytes that contiguous tables may take, and the tally
@@ -46,6 +47,7 @@ type l2ref struct {
 	walked bool
 }
 
+// +checklocks:s.mu
 func (s *surveyor) newCounter(r *blk.Req, res *CheckResult) *counter {
 	c := &counter{s: s, r: r, res: res, t: newTally(), l2: map[int64]l2ref{}, stray: map[int64]struct{}{}}
 	c.end = s.end()
@@ -60,7 +62,7 @@ func (c *counter) ref(off, size int64, n uint64, sole bool, what string) bool {
 		return true
 	}
 	ok := true
-	if off < 0 || size < 0 || off+size-c.end >= c.s.cs {
+	if off < 0 || size < 0 || c.beyond(off, size) {
 		c.res.Corruptions++
 		c.res.say(what+" beyond the end of the file at", uint64(off))
 		if !c.all {
@@ -73,6 +75,9 @@ func (c *counter) ref(off, size int64, n uint64, sole bool, what string) bool {
 	}
 	return ok
 }
+
+// beyond tells whether a cluster or more of [off, off+n) lies beyond the end of the file.
+func (c *counter) beyond(off, n int64) bool { return off+n-c.end >= c.s.cs }
 
 // fixed counts a contiguous table, which nothing else may lie in. One that lies beyond the end does
 // not count: ok is false then.
@@ -109,9 +114,9 @@ func (c *counter) active(off, size int64, what string) error {
 	return err
 }
 
-// meta counts all but what L2 tables refer to.
-func (c *counter) meta() error {
-	s := c.s
+// countMeta counts all but what L2 tables refer to.
+// +checklocks:s.mu
+func (s *surveyor) countMeta(c *counter) error {
 	if err := c.active(0, s.cs, "header"); err != nil {
 		return err
 	}
@@ -122,7 +127,7 @@ func (c *counter) meta() error {
 		return err
 	}
 	for _, e := range s.reft {
-		if off := int64(e & layout.ReftMask); off != 0 && !c.badBlock(off) {
+		if off := int64(e & layout.ReftMask); off != 0 && !s.badBlock(c, off) {
 			if c.t.add(off>>s.cb, 1, true); c.crowded() {
 				return errTooBig
 			}
@@ -134,17 +139,14 @@ func (c *counter) meta() error {
 	if err := s.above.countBitmaps(c); err != nil {
 		return err
 	}
-	c.tabs = make([]int64, 0, len(c.l2))
-	for k := range c.l2 {
-		c.tabs = append(c.tabs, k)
-	}
-	slices.Sort(c.tabs)
+	c.tabs = slices.Sorted(maps.Keys(c.l2))
 	return nil
 }
 
 // badBlock tells that there cannot be a refcount block at off.
-func (c *counter) badBlock(off int64) bool {
-	return off&(c.s.cs-1) != 0 || off < 0 || off >= max(c.end, c.s.fileEnd)
+// +checklocks:s.mu
+func (s *surveyor) badBlock(c *counter, off int64) bool {
+	return off&(s.cs-1) != 0 || off < 0 || off >= max(c.end, s.fileEnd)
 }
 
 // crowded tells whether what is known of references takes more memory than it may.

@@ -101,6 +101,7 @@ func (s *requests) planWrite(r *blk.Req, off, n int64) (plan, error) {
 	if !s.lock(r) {
 		return plan{}, blk.ErrWouldBlock
 	}
+	s.locked()
 	defer s.mu.Unlock()
 	gc := off >> s.cb
 	in := off & (s.cs - 1)
@@ -143,6 +144,7 @@ func (s *requests) planWrite(r *blk.Req, off, n int64) (plan, error) {
 
 // planInPlace is for overwriting a run of up to k clusters that lie side by side and are not
 // shared.
+// +checklocks:s.mu
 func (s *requests) planInPlace(r *blk.Req, t *table, i, k, in, n int64) (plan, error) {
 	e := entry(t, i)
 	host := int64(e & layout.OffsetMask)
@@ -170,6 +172,7 @@ func (s *requests) planInPlace(r *blk.Req, t *table, i, k, in, n int64) (plan, e
 }
 
 // planAlloc allocates for a run of up to k clusters from gc that cannot be written in place.
+// +checklocks:s.mu
 func (s *requests) planAlloc(r *blk.Req, gc, k, in, n int64) (plan, error) {
 	if err := s.setDirtyBit(r); err != nil {
 		return plan{}, err
@@ -238,6 +241,7 @@ func oldState(e uint64) mapping {
 
 // waitInflight waits until no allocation is in flight within k clusters from gc, or the image has
 // been given up. waited tells that mu was dropped.
+// +checklocks:s.mu
 func (s *requests) waitInflight(gc, k int64) (waited bool) {
 	for (s.inflight.at(gc) != nil || s.inflight.until(gc, k) != k) && s.usable() == nil {
 		waited = true
@@ -247,6 +251,7 @@ func (s *requests) waitInflight(gc, k int64) (waited bool) {
 }
 
 // endAlloc removes a from the allocations in flight.
+// +checklocks:s.mu
 func (s *requests) endAlloc(a *alloc) {
 	for i, x := range s.inflight {
 		if x == a {
@@ -260,6 +265,7 @@ func (s *requests) endAlloc(a *alloc) {
 }
 
 // abort gives back what a took; nothing refers to it.
+// +checklocks:s.mu
 func (s *requests) abort(r *blk.Req, a *alloc) {
 	if !a.reuse && !s.dead.Load() {
 		s.unref(r, freed{off: a.host, n: a.n << s.cb})
@@ -284,6 +290,7 @@ func (s *requests) finish(r *blk.Req, a *alloc, err error) error {
 }
 
 // link makes the L2 entries of a refer to its clusters.
+// +checklocks:s.mu
 func (s *requests) link(r *blk.Req, a *alloc) error {
 	if err := s.usable(); err != nil {
 		return err

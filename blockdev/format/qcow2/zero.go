@@ -25,7 +25,7 @@ func (s *requests) zero(r *blk.Req, off, n int64, f blk.Flags) error {
 	if err := s.usable(); err != nil {
 		return err
 	}
-	v2 := s.hdr.Version < 3
+	v2 := s.version < 3
 	if v2 && (s.back() != nil || s.backLater()) {
 		// Also beyond the end of the backing file, which may be replaced by a longer one.
 		return blk.ErrNotSupported
@@ -51,24 +51,42 @@ func (s *requests) zero(r *blk.Req, off, n int64, f blk.Flags) error {
 	if v2 && !partial {
 		return s.discard(r, off>>s.cb, end>>s.cb, false, false, discardRequest)
 	}
-	return s.eachSlice(r, off>>s.cb, end>>s.cb, !v2, func(t *table, gc, k int64) error {
-		i := s.l2Index(gc)
-		if partial && !s.readsZero(layout.KindOf(entry(t, i)), gc) {
-			return blk.ErrNotSupported // written since it was looked at
+	w := sliceWalk{gc: off >> s.cb, to: end >> s.cb, create: !v2}
+	if !partial {
+		return s.zeroClusters(r, &w, f&blk.MayUnmap != 0)
+	}
+	t, err := s.nextSlice(r, &w)
+	if t == nil || err != nil {
+		return err
+	}
+	i := s.l2Index(w.gc)
+	if !s.readsZero(layout.KindOf(entry(t, i)), w.gc) {
+		return blk.ErrNotSupported // written since it was looked at
+	}
+	if v2 {
+		return nil // it has no cluster, and needs none
+	}
+	return s.zeroEntry(r, t, i, f&blk.MayUnmap != 0)
+}
+
+// zeroClusters makes the clusters that w goes over read as zeroes.
+// +checklocks:s.mu
+func (s *requests) zeroClusters(r *blk.Req, w *sliceWalk, unmap bool) error {
+	for {
+		t, err := s.nextSlice(r, w)
+		if t == nil || err != nil {
+			return err
 		}
-		if v2 {
-			return nil // it has no cluster, and needs none
-		}
-		for j := range k {
-			if err := s.zeroEntry(r, t, i+j, f&blk.MayUnmap != 0); err != nil {
+		for j := range w.k {
+			if err := s.zeroEntry(r, t, s.l2Index(w.gc)+j, unmap); err != nil {
 				return err
 			}
 		}
-		return nil
-	})
+	}
 }
 
 // zeroEntry makes one cluster read as zeroes, keeping its host cluster unless it may go.
+// +checklocks:s.mu
 func (s *requests) zeroEntry(r *blk.Req, t *table, i int64, unmap bool) error {
 	old := entry(t, i)
 	unmap = unmap && !s.set.noUnref
@@ -93,6 +111,7 @@ func (s *requests) zeroEntry(r *blk.Req, t *table, i int64, unmap bool) error {
 }
 
 // restIsZero tells whether the cluster around [off, end) reads as zeroes outside of it.
+// +checklocks:s.mu
 func (s *requests) restIsZero(r *blk.Req, off, end int64) (bool, error) {
 	gc := off >> s.cb
 	if s.waitInflight(gc, 1) {
@@ -113,7 +132,7 @@ func (s *requests) readsZero(k layout.Kind, gc int64) bool {
 }
 
 const (
-	// turnEntries is how many entries eachSlice does before it lets others have the lock; a slice
+	// turnEntries is how many entries nextSlice does before it lets others have the lock; a slice
 	// counts as sliceCost of them.
 	turnEntries = 16 << 10
 	sliceCost   = 256
@@ -121,56 +140,66 @@ const (
 	maxDirty = 4096
 )
 
-// eachSlice calls f for the parts of guest clusters [from, to) that one L2 slice maps, with no
-// allocation in flight there, and the slice ready to be changed. With create false, parts without
-// an L2 table are skipped. It drops mu in between, and ends when the client has gone.
-func (s *requests) eachSlice(r *blk.Req, from, to int64, create bool, f func(t *table, gc, k int64) error) error {
-	for gc, did := from, int64(0); gc < to; {
-		if did >= turnEntries {
-			did = 0
-			if err := ended(r); err != nil {
-				return err
-			}
-			if s.l2.ndirty >= maxDirty {
-				// A flush copies and checks what is dirty with mu held.
-				if err := s.flush(r); err != nil {
-					return err
-				}
-			}
-			s.mu.Unlock() // who has waited for a while gets it
-			s.mu.Lock()
-			if err := s.usable(); err != nil {
-				return err
+// sliceWalk goes over guest clusters in parts that one L2 slice maps.
+type sliceWalk struct {
+	gc, to int64 // what is left, the current part included
+	create bool  // parts without an L2 table get one; otherwise they are skipped
+	k      int64 // clusters of the current part
+	did    int64 // how much was done since others had the lock
+}
+
+// nextSlice returns the slice of the next part, ready to be changed and with no allocation in
+// flight there, or nil behind the last one. It drops mu in between, and ends when the client has
+// gone.
+// +checklocks:s.mu
+func (s *requests) nextSlice(r *blk.Req, w *sliceWalk) (*table, error) {
+	if w.k > 0 {
+		w.gc, w.did = w.gc+w.k, w.did+w.k+sliceCost
+	}
+	for w.gc < w.to {
+		if w.did >= turnEntries {
+			w.did = 0
+			if err := s.letOthers(r); err != nil {
+				return nil, err
 			}
 		}
 		if err := s.room(r); err != nil {
-			return err
+			return nil, err
 		}
-		k := min(to-gc, s.sliceLeft(gc))
-		if s.waitInflight(gc, k) {
+		w.k = min(w.to-w.gc, s.sliceLeft(w.gc))
+		if s.waitInflight(w.gc, w.k) {
 			if err := s.usable(); err != nil {
-				return err
+				return nil, err
 			}
 			continue
 		}
-		if !create && s.l1.at(gc>>s.geo.L2Bits())&layout.OffsetMask == 0 {
-			gc = s.nextL1(gc>>s.geo.L2Bits() + 1) // the entry itself may have flags
+		if li := w.gc >> s.geo.L2Bits(); !w.create && s.l1.at(li)&layout.OffsetMask == 0 {
+			w.gc = s.nextL1(li + 1) // the entry itself may have flags
 			continue
 		}
 		if err := s.setDirtyBit(r); err != nil {
-			return err
+			return nil, err
 		}
-		t, err := s.sliceForWrite(r, gc)
-		if err != nil {
-			return err
-		}
-		if err := f(t, gc, k); err != nil {
-			return err
-		}
-		gc += k
-		did += k + sliceCost
+		return s.sliceForWrite(r, w.gc)
 	}
-	return nil
+	return nil, nil
+}
+
+// letOthers lets others have mu in the middle of something long.
+// +checklocks:s.mu
+func (s *flusher) letOthers(r *blk.Req) error {
+	if err := ended(r); err != nil {
+		return err
+	}
+	if s.l2.ndirty >= maxDirty {
+		// A flush copies and checks what is dirty with mu held.
+		if err := s.flush(r); err != nil {
+			return err
+		}
+	}
+	s.mu.Unlock() // who has waited for a while gets it
+	s.mu.Lock()
+	return s.usable()
 }
 
 // Discard frees the clusters within [off, off+n). They read as zeroes afterwards or, in images of
@@ -192,7 +221,7 @@ func (s *requests) discardAt(r *blk.Req, off, n int64) error {
 		return err
 	}
 	hasBacking := s.back() != nil || s.backLater()
-	if s.hdr.Version < 3 && hasBacking {
+	if s.version < 3 && hasBacking {
 		return blk.ErrNotSupported
 	}
 	end := off + n
@@ -207,51 +236,65 @@ func (s *requests) discardAt(r *blk.Req, off, n int64) error {
 }
 
 // discard frees guest clusters [from, to); full leaves them unallocated.
+// +checklocks:s.mu
 func (s *requests) discard(r *blk.Req, from, to int64, hasBacking, full bool, kind discardKind) error {
-	keep := s.set.noUnref && !full && kind == discardRequest
-	return s.eachSlice(r, from, to, hasBacking && !full, func(t *table, gc, k int64) error {
-		i := s.l2Index(gc)
-		var kept []freed
-		defer func() {
-			// With mu held: the clusters keep their places, and a write would use them otherwise.
-			for _, f := range kept {
-				_ = s.file.Discard(r, f.off, f.n)
-			}
-		}()
-		for j := range k {
-			old := entry(t, i+j)
-			v := old
-			switch {
-			case full:
-				v = 0
-			case keep && (layout.KindOf(old) == layout.Normal || layout.KindOf(old) == layout.ZeroAlloc):
-				if v |= layout.ZeroFlag; v != old {
-					s.setEntry(t, i+j, v)
-					kept = s.keep(r, kept, old, kind)
-				}
-				continue
-			case hasBacking || layout.KindOf(old).HasHost():
-				v = 0
-				if s.hdr.Version >= 3 {
-					v = layout.ZeroFlag
-				}
-			}
-			if v == old {
-				continue
-			}
-			if err := s.canFree(r, old); err != nil {
-				return err
-			}
-			s.setEntry(t, i+j, v)
-			s.freeEntry(r, old, kind)
+	w := sliceWalk{gc: from, to: to, create: hasBacking && !full}
+	for {
+		t, err := s.nextSlice(r, &w)
+		if t == nil || err != nil {
+			return err
 		}
-		return nil
-	})
+		if err := s.discardSlice(r, t, &w, hasBacking, full, kind); err != nil {
+			return err
+		}
+	}
+}
+
+// discardSlice is discard for the current part of w.
+// +checklocks:s.mu
+func (s *requests) discardSlice(r *blk.Req, t *table, w *sliceWalk, hasBacking, full bool, kind discardKind) error {
+	keep := s.set.noUnref && !full && kind == discardRequest
+	var kept []freed
+	defer func() {
+		// With mu held: the clusters keep their places, and a write would use them otherwise.
+		for _, f := range kept {
+			_ = s.file.Discard(r, f.off, f.n)
+		}
+	}()
+	for i := s.l2Index(w.gc); i < s.l2Index(w.gc)+w.k; i++ {
+		old := entry(t, i)
+		v := old
+		switch {
+		case full:
+			v = 0
+		case keep && (layout.KindOf(old) == layout.Normal || layout.KindOf(old) == layout.ZeroAlloc):
+			if v |= layout.ZeroFlag; v != old {
+				s.setEntry(t, i, v)
+				kept = s.keep(r, kept, old, kind)
+			}
+			continue
+		case hasBacking || layout.KindOf(old).HasHost():
+			v = 0
+			if s.version >= 3 {
+				v = layout.ZeroFlag
+			}
+		}
+		if v == old {
+			continue
+		}
+		if err := s.canFree(r, old); err != nil {
+			return err
+		}
+		s.setEntry(t, i, v)
+		s.freeEntry(r, old, kind)
+	}
+	return nil
 }
 
 // keep adds the host cluster of e, which keeps its place (discard-no-unref), to what is to be
 // punched, unless a snapshot shares it.
-func (s *requests) keep(r *blk.Req, list []freed, e uint64, kind discardKind) []freed {
+// +checklocks:s.mu
+func (s *surveyor) keep(r *blk.Req, list []freed, e uint64, kind discardKind) []freed {
 	off := int64(e & layout.OffsetMask)
 	if !s.set.discard[kind] || off&(s.cs-1) != 0 || off+s.cs > s.file.Size() || e&layout.Copied == 0 {
 		return list
