@@ -1,10 +1,7 @@
 package budget
 
 import (
-	"fmt"
 	"os"
-	"regexp"
-	"strconv"
 	"sync"
 	"syscall"
 	"testing"
@@ -219,25 +216,15 @@ var shapes = []struct {
 	}, ""},
 }
 
-var peakLine = regexp.MustCompile(`(?m)^(VmHWM|VmSize):\s+(\d+) kB`)
-
 // memory is what the daemon has used at most, and has mapped now, in bytes.
 func memory(t testing.TB, d *daemon.Daemon) (peak, mapped int64) {
 	t.Helper()
-	b, err := os.ReadFile(fmt.Sprintf("/proc/%d/status", d.Cmd.Process.Pid))
+	peak, err := d.Memory("VmHWM")
+	if err == nil {
+		mapped, err = d.Memory("VmSize")
+	}
 	if err != nil {
 		t.Fatalf("the daemon is gone: %v", err)
-	}
-	for _, m := range peakLine.FindAllSubmatch(b, -1) {
-		n, err := strconv.ParseInt(string(m[2]), 10, 64)
-		if err != nil {
-			t.Fatal(err)
-		}
-		if string(m[1]) == "VmHWM" {
-			peak = n << 10
-		} else {
-			mapped = n << 10
-		}
 	}
 	return peak, mapped
 }

@@ -6,7 +6,7 @@ import (
 	"bytes"
 	"encoding/json"
 	"fmt"
-	"net"
+	"maps"
 	"os"
 	"os/exec"
 	"path/filepath"
@@ -40,10 +40,9 @@ func Binary(t testing.TB) string {
 
 // Daemon is a running qblockd with a monitor.
 type Daemon struct {
-	Dir    string // its working directory; sockets are here
-	Cmd    *exec.Cmd
+	*Process
+	Dir    string       // its working directory; sockets are here
 	Stderr bytes.Buffer // to be read after the end
-	done   chan struct{}
 }
 
 // Start runs qblockd in dir with a monitor and an NBD server besides args, and returns when it is
@@ -56,43 +55,28 @@ func Start(t testing.TB, dir string, args ...string) *Daemon {
 // StartBinary is Start of another daemon than that of the tree under test.
 func StartBinary(t testing.TB, bin, dir string, args ...string) *Daemon {
 	t.Helper()
-	d := &Daemon{Dir: dir, done: make(chan struct{})}
+	d := &Daemon{Dir: dir}
 	all := append([]string{
 		"--pidfile", d.Pidfile(), "--nbd-server", "addr.type=unix,addr.path=" + d.NBDSocket(),
 		"--chardev", "socket,id=mon,server=on,wait=off,path=" + d.QMPSocket(), "--monitor", "mon",
 	}, args...)
-	d.Cmd = exec.Command(bin, all...)
-	d.Cmd.Dir = dir
-	d.Cmd.Stderr = &d.Stderr
-	if err := d.Cmd.Start(); err != nil {
+	cmd := exec.Command(bin, all...)
+	cmd.Dir, cmd.Stderr = dir, &d.Stderr
+	var err error
+	if d.Process, err = Launch(cmd); err != nil {
 		t.Fatal(err)
 	}
-	go func() { _ = d.Cmd.Wait(); close(d.done) }()
 	t.Cleanup(func() {
-		select {
-		case <-d.done:
-		default:
-			_ = d.Cmd.Process.Kill()
-			<-d.done
-		}
+		d.Kill()
 		if t.Failed() && d.Stderr.Len() > 0 {
 			t.Logf("qblockd said:\n%s", d.Stderr.String())
 		}
 	})
 	// The pid file is written when everything is up.
-	for end := time.Now().Add(20 * time.Second); ; time.Sleep(2 * time.Millisecond) {
-		if _, err := os.Stat(d.Pidfile()); err == nil {
-			return d
-		}
-		select {
-		case <-d.done:
-			t.Fatalf("qblockd ended: %v\n%s", d.Cmd.ProcessState, d.Stderr.String())
-		default:
-		}
-		if time.Now().After(end) {
-			t.Fatal("qblockd does not come up")
-		}
+	if err := d.WaitFor(d.Pidfile(), 20*time.Second); err != nil {
+		t.Fatal(err)
 	}
+	return d
 }
 
 // QMPSocket, NBDSocket and Pidfile are the files of the daemon.
@@ -103,16 +87,6 @@ func (d *Daemon) Pidfile() string   { return filepath.Join(d.Dir, "pid") }
 // URI is the address of an export.
 func (d *Daemon) URI(export string) string {
 	return "nbd+unix:///" + export + "?socket=" + d.NBDSocket()
-}
-
-// Ended waits for the end of the process for at most limit and tells whether it came.
-func (d *Daemon) Ended(limit time.Duration) bool {
-	select {
-	case <-d.done:
-		return true
-	case <-time.After(limit):
-		return false
-	}
 }
 
 // Stop ends the daemon by SIGTERM and requires exit status 0.
@@ -130,15 +104,11 @@ func (d *Daemon) Stop(t testing.TB) {
 // RSS is the daemon's resident memory in bytes.
 func (d *Daemon) RSS(t testing.TB) int64 {
 	t.Helper()
-	b, err := os.ReadFile(fmt.Sprintf("/proc/%d/statm", d.Cmd.Process.Pid))
+	n, err := d.Memory("VmRSS")
 	if err != nil {
 		t.Fatal(err)
 	}
-	var all, resident int64
-	if _, err := fmt.Sscan(string(b), &all, &resident); err != nil {
-		t.Fatal(err)
-	}
-	return resident * int64(os.Getpagesize())
+	return n
 }
 
 // FDs is the number of files the daemon has open.
@@ -167,7 +137,7 @@ func (d *Daemon) LeavesNothing(t testing.TB, f func()) {
 
 // QMP is one client of the monitor. It is used by one goroutine.
 type QMP struct {
-	c      net.Conn
+	conn
 	r      *bufio.Reader
 	Events []Event // received and not yet waited for
 }
@@ -207,31 +177,26 @@ func (d *Daemon) Dial(t testing.TB) *QMP {
 // DialQMP connects to the monitor at a unix socket and negotiates. The deadline is that of
 // SetDeadline.
 func DialQMP(socket string, deadline time.Time) (*QMP, error) {
-	c, err := net.Dial("unix", socket)
+	q := &QMP{}
+	err := q.dial(socket, deadline, func() error {
+		q.r = bufio.NewReaderSize(q.c, 1<<20)
+		m, err := q.next()
+		if err == nil && m.QMP == nil {
+			err = fmt.Errorf("greeting: %+v", m)
+		}
+		if err == nil {
+			_, err = q.Do("qmp_capabilities", nil)
+		}
+		return err
+	})
 	if err != nil {
-		return nil, err
-	}
-	q := &QMP{c: c, r: bufio.NewReaderSize(c, 1<<20)}
-	q.SetDeadline(deadline)
-	m, err := q.next()
-	if err == nil && m.QMP == nil {
-		err = fmt.Errorf("greeting: %+v", m)
-	}
-	if err == nil {
-		_, err = q.Do("qmp_capabilities", nil)
-	}
-	if err != nil {
-		q.Close()
 		return nil, err
 	}
 	return q, nil
 }
 
-// SetDeadline is until when everything that waits for the daemon waits; the zero time is for ever.
-func (q *QMP) SetDeadline(t time.Time) { _ = q.c.SetDeadline(t) }
-
 // Close leaves without a word.
-func (q *QMP) Close() { q.c.Close() }
+func (q *QMP) Close() { q.Drop() }
 
 // Next returns the next event, of those kept or as it comes.
 func (q *QMP) Next() (Event, error) {
@@ -259,10 +224,11 @@ func (q *QMP) next() (m message, err error) {
 
 // Send writes a command and does not wait for its reply.
 func (q *QMP) Send(command string, args any) error {
-	b, err := json.Marshal(map[string]any{"execute": command, "arguments": args})
-	if args == nil {
-		b, err = json.Marshal(map[string]any{"execute": command})
+	o := map[string]any{"execute": command}
+	if args != nil {
+		o["arguments"] = args
 	}
+	b, err := json.Marshal(o)
 	if err == nil {
 		_, err = q.c.Write(append(b, '\n'))
 	}
@@ -342,9 +308,7 @@ func (q *QMP) Wait(t testing.TB, name string, want map[string]any) Event {
 // Blockdev makes the arguments of blockdev-add from a driver, a node name and further members.
 func Blockdev(driver, node string, more map[string]any) map[string]any {
 	o := map[string]any{"driver": driver, "node-name": node}
-	for k, v := range more {
-		o[k] = v
-	}
+	maps.Copy(o, more)
 	return o
 }
 

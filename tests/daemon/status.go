@@ -4,7 +4,6 @@ import (
 	"encoding/binary"
 	"fmt"
 	"io"
-	"net"
 	"syscall"
 	"time"
 
@@ -14,36 +13,21 @@ import (
 // Status is a client of an export that asks for nothing but block status. It is used by one
 // goroutine.
 type Status struct {
-	c        net.Conn
+	conn
 	cookie   uint64
 	Size     int64
 	Contexts map[uint32]string
 }
 
-// Extent is one descriptor of a block status reply.
-type Extent struct{ Length, Flags uint32 }
-
 // DialStatus connects to an export and asks for the meta contexts; which of them there are stands
 // in Contexts.
 func DialStatus(socket, export string, deadline time.Time, contexts ...string) (*Status, error) {
-	c, err := net.Dial("unix", socket)
-	if err != nil {
-		return nil, err
-	}
-	s := &Status{c: c, Contexts: map[uint32]string{}}
-	s.SetDeadline(deadline)
-	if err := s.handshake(export, contexts); err != nil {
-		c.Close()
+	s := &Status{Contexts: map[uint32]string{}}
+	if err := s.dial(socket, deadline, func() error { return s.handshake(export, contexts) }); err != nil {
 		return nil, err
 	}
 	return s, nil
 }
-
-// SetDeadline is until when requests wait for the daemon; the zero time is for ever.
-func (s *Status) SetDeadline(t time.Time) { _ = s.c.SetDeadline(t) }
-
-// Drop leaves without a word.
-func (s *Status) Drop() { s.c.Close() }
 
 func (s *Status) handshake(export string, contexts []string) error {
 	var hello [nbdwire.GreetingSize]byte
@@ -86,42 +70,38 @@ func (s *Status) handshake(export string, contexts []string) error {
 }
 
 // Ask returns the extents from off on, by context.
-func (s *Status) Ask(off, n int64) (map[string][]Extent, error) {
+func (s *Status) Ask(off, n int64) (map[string][]nbdwire.Extent, error) {
 	s.cookie++
-	b := binary.BigEndian.AppendUint32(nil, nbdRequestMagic)
-	b = binary.BigEndian.AppendUint16(b, 0)
-	b = binary.BigEndian.AppendUint16(b, 7) // NBD_CMD_BLOCK_STATUS
-	b = binary.BigEndian.AppendUint64(b, s.cookie)
-	b = binary.BigEndian.AppendUint64(b, uint64(off))
-	b = binary.BigEndian.AppendUint32(b, uint32(n))
-	if _, err := s.c.Write(b); err != nil {
+	q := nbdwire.Request{Cmd: nbdwire.CmdBlockStatus, Cookie: s.cookie, Off: uint64(off), Len: uint32(n)}
+	if _, err := s.c.Write(q.Append(nil)); err != nil {
 		return nil, err
 	}
-	out := map[string][]Extent{}
+	out := map[string][]nbdwire.Extent{}
 	var failed error
 	for {
-		var h [20]byte
+		var h [nbdwire.ChunkSize]byte
 		if _, err := io.ReadFull(s.c, h[:]); err != nil {
 			return nil, err
 		}
-		flags, kind, length := binary.BigEndian.Uint16(h[4:]), binary.BigEndian.Uint16(h[6:]), binary.BigEndian.Uint32(h[16:])
-		if binary.BigEndian.Uint32(h[:]) != 0x668e33ef || length > 1<<26 {
+		var r nbdwire.Reply
+		if _, err := r.ParseReply(h[:]); err != nil || !r.Structured || r.Len > 1<<26 {
 			return nil, fmt.Errorf("reply %x", h)
 		}
-		data := make([]byte, length)
+		data := make([]byte, r.Len)
 		if _, err := io.ReadFull(s.c, data); err != nil {
 			return nil, err
 		}
 		switch {
-		case kind>>15 != 0 && length >= 4:
+		case r.Type>>15 != 0 && r.Len >= 4:
 			failed = syscall.Errno(binary.BigEndian.Uint32(data))
-		case kind == 5 && length >= 4: // NBD_REPLY_TYPE_BLOCK_STATUS
-			name := s.Contexts[binary.BigEndian.Uint32(data)]
-			for data = data[4:]; len(data) >= 8; data = data[8:] {
-				out[name] = append(out[name], Extent{binary.BigEndian.Uint32(data), binary.BigEndian.Uint32(data[4:])})
+		case r.Type == nbdwire.ChunkBlockStatus:
+			id, extents, err := nbdwire.ParseBlockStatus(data, nil)
+			if err != nil {
+				return nil, err
 			}
+			out[s.Contexts[id]] = append(out[s.Contexts[id]], extents...)
 		}
-		if flags&1 != 0 {
+		if r.Done() {
 			return out, failed
 		}
 	}

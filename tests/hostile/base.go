@@ -3,6 +3,7 @@ package hostile
 import (
 	"encoding/binary"
 	"fmt"
+	"maps"
 	"os"
 	"slices"
 
@@ -52,7 +53,8 @@ var Specs = []Spec{
 	{Name: "width-1-2m", Version: 3, ClusterBits: 21, Order: 0, Size: 1 << 30},
 	{Name: "lazy", Version: 3, ClusterBits: 16, Order: 4, Size: 2 << 20, Lazy: true, Bitmaps: true},
 	{Name: "dirty", Version: 3, ClusterBits: 16, Order: 4, Size: 2 << 20, Lazy: true, Dirty: true, Snapshots: true},
-	{Name: "dirty-512", Version: 3, ClusterBits: 9, Order: 4, Size: 64 << 10, Lazy: true, Dirty: true, Snapshots: true, Bitmaps: true},
+	{Name: "dirty-512", Version: 3, ClusterBits: 9, Order: 4, Size: 64 << 10, Lazy: true, Dirty: true,
+		Snapshots: true, Bitmaps: true},
 	{Name: "over-raw", Version: 3, ClusterBits: 16, Order: 4, Size: 2 << 20, Backing: "back.raw", BackingFormat: "raw", Snapshots: true},
 	{Name: "over-guessed", Version: 3, ClusterBits: 12, Order: 4, Size: 2 << 20, Backing: "back.raw"},
 	{Name: "over-qcow2", Version: 3, ClusterBits: 12, Order: 4, Size: 2 << 20, Backing: "back.qcow2", BackingFormat: "qcow2", Bitmaps: true},
@@ -174,6 +176,13 @@ func (b *Base) field(name string, off int64, width int, c Class) {
 	b.Fields = append(b.Fields, Field{Name: name, Off: off, Width: width, Class: c})
 }
 
+// fields lists those of the structure at off, with a name before theirs.
+func (b *Base) fields(name string, off int64, l []Field) {
+	for _, f := range l {
+		b.field(name+f.Name, off+f.Off, f.Width, f.Class)
+	}
+}
+
 // data fills a cluster with something that tells where it belongs.
 func (b *Base) data(off int64, seed byte) {
 	p := make([]byte, min(b.cs(), 64<<10))
@@ -197,8 +206,9 @@ func NewBase(s Spec) *Base {
 	if s.Size > 0 {
 		b.guest(l1, l1n)
 	}
-	h := &layout.Header{Version: s.Version, ClusterBits: uint32(s.ClusterBits), Size: uint64(s.Size), L1Size: uint32(l1n),
-		L1TableOffset: uint64(l1), RefcountTableOffset: uint64(reft), RefcountTableClusters: 1, RefcountOrder: uint32(s.Order)}
+	h := &layout.Header{Version: s.Version, ClusterBits: uint32(s.ClusterBits), Size: uint64(s.Size),
+		L1Size: uint32(l1n), L1TableOffset: uint64(l1), RefcountTableOffset: uint64(reft),
+		RefcountTableClusters: 1, RefcountOrder: uint32(s.Order)}
 	x := &layout.Extensions{BackingFormat: s.BackingFormat}
 	if s.Snapshots {
 		h.NbSnapshots = 2
@@ -208,16 +218,17 @@ func NewBase(s Spec) *Base {
 		h.AutoclearFeatures |= layout.AutoclearBitmaps
 		x.Bitmaps = b.bitmaps()
 	}
-	flags := []struct {
+	for _, f := range []struct {
 		on   bool
 		bits *uint64
 		bit  uint64
 	}{
-		{s.Lazy, &h.CompatibleFeatures, layout.CompatLazyRefcounts}, {s.Dirty, &h.IncompatibleFeatures, layout.IncompatDirty},
-		{s.Corrupt, &h.IncompatibleFeatures, layout.IncompatCorrupt}, {s.Zstd, &h.IncompatibleFeatures, layout.IncompatCompression},
+		{s.Lazy, &h.CompatibleFeatures, layout.CompatLazyRefcounts},
+		{s.Dirty, &h.IncompatibleFeatures, layout.IncompatDirty},
+		{s.Corrupt, &h.IncompatibleFeatures, layout.IncompatCorrupt},
+		{s.Zstd, &h.IncompatibleFeatures, layout.IncompatCompression},
 		{s.Extras, &h.AutoclearFeatures, 1 << 40}, {s.Extras, &h.CompatibleFeatures, 1 << 41},
-	}
-	for _, f := range flags {
+	} {
 		if f.on {
 			*f.bits |= f.bit
 		}
@@ -263,61 +274,67 @@ func (b *Base) refcounts(reft int64) {
 		b.put(off, p)
 		b.put64(reft+int64(i)*8, uint64(off))
 	}
-	b.field("reftable[0]", reft, 8, Pointer)
-	b.field("reftable[1]", reft+8, 8, Pointer)
-	b.field("reftable[2]", reft+16, 8, Pointer)
-	b.field("reftable[7]", reft+56, 8, Pointer)
+	for _, i := range []int64{0, 1, 2, 7} {
+		b.field(fmt.Sprintf("reftable[%d]", i), reft+i*8, 8, Pointer)
+	}
 	for _, p := range append(slices.Clone(b.Places), Place{"after", b.next << b.ClusterBits, b.cs()}) {
 		c := p.Off >> b.ClusterBits
 		if c/per < int64(len(blocks)) {
-			b.Fields = append(b.Fields, Field{Name: "refcount." + p.Name, Off: blocks[c/per], Class: Refcount, Index: c % per})
+			f := Field{Name: "refcount." + p.Name, Off: blocks[c/per], Class: Refcount, Index: c % per}
+			b.Fields = append(b.Fields, f)
 		}
 	}
 }
 
 // header lists the fields of the header and its extensions, which enc is.
 func (b *Base) header(enc []byte, h *layout.Header) {
-	fields := []Field{
-		{"magic", 0, 4, Dull, 0}, {"version", 4, 4, Count, 0}, {"backing_file_offset", 8, 8, Pointer, 0}, {"backing_file_size", 16, 4, Count, 0},
-		{"cluster_bits", 20, 4, Count, 0}, {"size", 24, 8, Count, 0}, {"crypt_method", 32, 4, Count, 0}, {"l1_size", 36, 4, Count, 0},
-		{"l1_table_offset", 40, 8, Pointer, 0}, {"refcount_table_offset", 48, 8, Pointer, 0}, {"refcount_table_clusters", 56, 4, Count, 0},
-		{"nb_snapshots", 60, 4, Count, 0}, {"snapshots_offset", 64, 8, Pointer, 0},
-	}
+	own := b.Fields
+	b.Fields = nil
+	b.fields("", 0, headerFields)
 	if b.Version >= 3 {
-		fields = append(fields, Field{"incompatible_features", 72, 8, Bits, 0}, Field{"compatible_features", 80, 8, Bits, 0},
-			Field{"autoclear_features", 88, 8, Bits, 0}, Field{"refcount_order", 96, 4, Count, 0}, Field{"header_length", 100, 4, Count, 0},
-			Field{"compression_type", 104, 1, Count, 0}, Field{"reserved", 105, 7, Bits, 0})
+		b.fields("", 0, headerFields3)
 	}
 	for off := int64(h.HeaderLength); off+8 <= int64(len(enc)); {
 		magic, n := be.Uint32(enc[off:]), int64(be.Uint32(enc[off+4:]))
 		name := fmt.Sprintf("ext[%#x].", magic)
-		fields = append(fields, Field{name + "type", off, 4, Count, 0}, Field{name + "length", off + 4, 4, Count, 0})
+		b.fields(name, off, []Field{{"type", 0, 4, Count, 0}, {"length", 4, 4, Count, 0}})
 		if magic == 0 {
 			break
 		}
 		switch magic {
 		case 0x23852875:
-			fields = append(fields, Field{name + "nb_bitmaps", off + 8, 4, Count, 0}, Field{name + "reserved", off + 12, 4, Count, 0},
-				Field{name + "bitmap_directory_size", off + 16, 8, Count, 0}, Field{name + "bitmap_directory_offset", off + 24, 8, Pointer, 0})
+			b.fields(name, off, []Field{{"nb_bitmaps", 8, 4, Count, 0}, {"reserved", 12, 4, Count, 0},
+				{"bitmap_directory_size", 16, 8, Count, 0}, {"bitmap_directory_offset", 24, 8, Pointer, 0}})
 		case 0xe2792aca:
-			fields = append(fields, Field{"backing_format", off + 8, int(n), Format, 0})
+			b.field("backing_format", off+8, int(n), Format)
 		}
 		off += 8 + (n+7)&^7
 	}
 	if b.Backing != "" {
-		fields = append(fields, Field{"backing_name", int64(h.BackingFileOffset), len(b.Backing), Name, 0})
+		b.field("backing_name", int64(h.BackingFileOffset), len(b.Backing), Name)
 	}
-	b.Fields = append(fields, b.Fields...)
+	b.Fields = append(b.Fields, own...)
 }
+
+// headerFields are those of all headers, headerFields3 those that version 3 has besides.
+var (
+	headerFields = []Field{
+		{"magic", 0, 4, Dull, 0}, {"version", 4, 4, Count, 0}, {"backing_file_offset", 8, 8, Pointer, 0},
+		{"backing_file_size", 16, 4, Count, 0}, {"cluster_bits", 20, 4, Count, 0}, {"size", 24, 8, Count, 0},
+		{"crypt_method", 32, 4, Count, 0}, {"l1_size", 36, 4, Count, 0}, {"l1_table_offset", 40, 8, Pointer, 0},
+		{"refcount_table_offset", 48, 8, Pointer, 0}, {"refcount_table_clusters", 56, 4, Count, 0},
+		{"nb_snapshots", 60, 4, Count, 0}, {"snapshots_offset", 64, 8, Pointer, 0},
+	}
+	headerFields3 = []Field{
+		{"incompatible_features", 72, 8, Bits, 0}, {"compatible_features", 80, 8, Bits, 0},
+		{"autoclear_features", 88, 8, Bits, 0}, {"refcount_order", 96, 4, Count, 0},
+		{"header_length", 100, 4, Count, 0}, {"compression_type", 104, 1, Count, 0}, {"reserved", 105, 7, Bits, 0},
+	}
+)
 
 // finish makes runs of the pages and chooses what to read.
 func (b *Base) finish() {
-	var at []int64
-	for off := range b.pages {
-		at = append(at, off)
-	}
-	slices.Sort(at)
-	for _, off := range at {
+	for _, off := range slices.Sorted(maps.Keys(b.pages)) {
 		p := b.pages[off][:min(pageSize, max(0, b.Length-off))]
 		if n := len(b.Runs); n > 0 && b.Runs[n-1].Off+int64(len(b.Runs[n-1].B)) == off {
 			b.Runs[n-1].B = append(b.Runs[n-1].B, p...)

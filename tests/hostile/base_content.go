@@ -81,21 +81,26 @@ func (b *Base) compressed(l2 int64, entry func(table, i int64, name string, c Cl
 	}
 }
 
+// deflated is p compressed as well as that goes.
+func deflated(p []byte) []byte {
+	var out bytes.Buffer
+	w, err := flate.NewWriter(&out, flate.BestCompression)
+	if err == nil {
+		_, err = w.Write(p)
+	}
+	if err == nil {
+		err = w.Close()
+	}
+	if err != nil {
+		panic(err)
+	}
+	return out.Bytes()
+}
+
 // pack compresses a cluster. A zstd frame of one byte over and over needs no library.
 func (b *Base) pack(plain []byte) []byte {
 	if !b.Zstd {
-		var out bytes.Buffer
-		w, err := flate.NewWriter(&out, flate.BestCompression)
-		if err != nil {
-			panic(err)
-		}
-		if _, err := w.Write(plain); err != nil {
-			panic(err)
-		}
-		if err := w.Close(); err != nil {
-			panic(err)
-		}
-		return out.Bytes()
+		return deflated(plain)
 	}
 	le := binary.LittleEndian
 	f := le.AppendUint32(nil, 0xfd2fb528)
@@ -145,7 +150,7 @@ func (b *Base) snapshots(l1, l1n int64) int64 {
 		b.field(name+"l1[0]", sl1, 8, Pointer)
 		b.field(name+"l2.data", sl2, 8, Pointer)
 		b.field(name+"l2.shared", sl2+13*8, 8, Pointer)
-		b.snapshotFields(name, table+int64(len(entries)))
+		b.fields(name, table+int64(len(entries)), snapshotFields)
 		entries = be.AppendUint64(entries, uint64(sl1))
 		entries = be.AppendUint32(entries, uint32(l1n))
 		entries = append(entries, 0, 1, 0, 5)              // lengths of ID and name
@@ -163,17 +168,11 @@ func (b *Base) snapshots(l1, l1n int64) int64 {
 	return table
 }
 
-func (b *Base) snapshotFields(name string, at int64) {
-	b.field(name+"l1_table_offset", at, 8, Pointer)
-	for _, f := range []struct {
-		name       string
-		off, width int
-		class      Class
-	}{{"l1_size", 8, 4, Count}, {"id_str_size", 12, 2, Count}, {"name_size", 14, 2, Count}, {"date_sec", 16, 4, Dull}, {"vm_clock_nsec", 24, 8, Dull},
-		{"vm_state_size", 32, 4, Count}, {"extra_data_size", 36, 4, Count}, {"extra.vm_state_size", 40, 8, Count}, {"extra.disk_size", 48, 8, Count},
-		{"id_str", 64, 1, Dull}, {"name", 65, 2, Dull}} {
-		b.field(name+f.name, at+int64(f.off), f.width, f.class)
-	}
+var snapshotFields = []Field{
+	{"l1_table_offset", 0, 8, Pointer, 0}, {"l1_size", 8, 4, Count, 0}, {"id_str_size", 12, 2, Count, 0},
+	{"name_size", 14, 2, Count, 0}, {"date_sec", 16, 4, Dull, 0}, {"vm_clock_nsec", 24, 8, Dull, 0},
+	{"vm_state_size", 32, 4, Count, 0}, {"extra_data_size", 36, 4, Count, 0}, {"extra.vm_state_size", 40, 8, Count, 0},
+	{"extra.disk_size", 48, 8, Count, 0}, {"id_str", 64, 1, Dull, 0}, {"name", 65, 2, Dull, 0},
 }
 
 // Flags of bitmaps, and the fixed part of an entry of their directory and of one of the snapshot
@@ -210,16 +209,10 @@ func (b *Base) bitmaps() *layout.Bitmaps {
 	at := b.alloc("bitmaps", b.geometry().Clusters(int64(len(dir))))
 	b.put(at, dir)
 	for i := range 3 {
-		name, e := fmt.Sprintf("b%d.", i), at+int64(i*len(dir)/3)
-		b.field(name+"bitmap_table_offset", e, 8, Pointer)
-		b.field(name+"bitmap_table_size", e+8, 4, Count)
-		b.field(name+"flags", e+12, 4, Bits)
-		for j, f := range []string{"type", "granularity_bits"} {
-			b.field(name+f, e+16+int64(j), 1, Count)
-		}
-		b.field(name+"name_size", e+18, 2, Count)
-		b.field(name+"extra_data_size", e+20, 4, Count)
-		b.field(name+"name", e+24, 2, Dull)
+		b.fields(fmt.Sprintf("b%d.", i), at+int64(i*len(dir)/3), []Field{
+			{"bitmap_table_offset", 0, 8, Pointer, 0}, {"bitmap_table_size", 8, 4, Count, 0}, {"flags", 12, 4, Bits, 0},
+			{"type", 16, 1, Count, 0}, {"granularity_bits", 17, 1, Count, 0}, {"name_size", 18, 2, Count, 0},
+			{"extra_data_size", 20, 4, Count, 0}, {"name", 24, 2, Dull, 0}})
 	}
 	return &layout.Bitmaps{NbBitmaps: 3, DirectorySize: uint64(len(dir)), DirectoryOffset: uint64(at)}
 }

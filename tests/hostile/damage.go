@@ -2,7 +2,6 @@ package hostile
 
 import (
 	"bytes"
-	"compress/flate"
 	"fmt"
 	"math/rand/v2"
 	"slices"
@@ -84,13 +83,14 @@ func (b *Base) damagesOf(f *Field, names []string) (out []*Damage) {
 			set(v.name, p[8-f.Width:])
 		}
 	}
+	number := func() uint64 { return be.Uint64(append(make([]byte, 8-f.Width), b.get(f.Off, f.Width)...)) }
 	switch f.Class {
 	case Pointer:
-		integer(b.pointers(f, be.Uint64(b.get(f.Off, 8))))
+		integer(b.pointers(f, number()))
 	case Dull:
-		integer([]value{{"0", 0}, {"one more", be.Uint64(append(make([]byte, 8-f.Width), b.get(f.Off, f.Width)...)) + 1}, {"all ones", ^uint64(0)}})
+		integer([]value{{"0", 0}, {"one more", number() + 1}, {"all ones", ^uint64(0)}})
 	case Count:
-		integer(counts(f.Width, be.Uint64(append(make([]byte, 8-f.Width), b.get(f.Off, f.Width)...))))
+		integer(counts(f.Width, number()))
 	case Bits:
 		old := b.get(f.Off, f.Width)
 		set("all zero", make([]byte, f.Width))
@@ -105,7 +105,7 @@ func (b *Base) damagesOf(f *Field, names []string) (out []*Damage) {
 	case Refcount:
 		return b.refcountDamages(f)
 	case Packed:
-		integer(b.packed(be.Uint64(b.get(f.Off, 8))))
+		integer(b.packed(number()))
 	case Stream:
 		for _, v := range streams(b.get(f.Off, f.Width)) {
 			set(v.name, v.b)
@@ -115,7 +115,7 @@ func (b *Base) damagesOf(f *Field, names []string) (out []*Damage) {
 	case Format:
 		for _, v := range formats {
 			p := append([]byte(v), make([]byte, max(0, 8-len(v)))...)
-			d := &Damage{Field: f.Name, Value: fmt.Sprintf("%q", v), Patches: []Piece{{f.Off, p}, {f.Off - 4, be.AppendUint32(nil, uint32(len(v)))}}}
+			d := &Damage{Field: f.Name, Value: fmt.Sprintf("%q", v), Patches: []Piece{{f.Off, p}, u32(f.Off-4, uint32(len(v)))}}
 			if len(p) <= (f.Width+7)&^7 {
 				out = append(out, d)
 			}
@@ -141,11 +141,12 @@ func (b *Base) pointers(f *Field, old uint64) []value {
 		}
 	}
 	off := old & layout.OffsetMask
-	l = append(l, value{"the end of the file", flags | end}, value{"just beyond the end", flags | (end + cs)}, value{"the last cluster", flags | (end - cs)},
-		value{"2^40", flags | 1<<40}, value{"2^55", flags | 1<<55}, value{"the last below 2^56", flags | (1<<56 - cs)}, value{"2^56", flags | 1<<56},
-		value{"2^62", 1 << 62}, value{"2^63", 1 << 63}, value{"2^63 less a cluster", 1<<63 - cs}, value{"all ones", ^uint64(0)},
-		value{"one more", old + 1}, value{"512 more", old + 512}, value{"half a cluster more", old + cs/2}, value{"the next cluster", flags | (off + cs)},
-		value{"copied and the end", layout.Copied | end}, value{"copied and data", layout.Copied | uint64(b.place("data"))})
+	l = append(l, []value{{"the end of the file", flags | end}, {"just beyond the end", flags | (end + cs)},
+		{"the last cluster", flags | (end - cs)}, {"2^40", flags | 1<<40}, {"2^55", flags | 1<<55},
+		{"the last below 2^56", flags | (1<<56 - cs)}, {"2^56", flags | 1<<56}, {"2^62", 1 << 62}, {"2^63", 1 << 63},
+		{"2^63 less a cluster", 1<<63 - cs}, {"all ones", ^uint64(0)}, {"one more", old + 1}, {"512 more", old + 512},
+		{"half a cluster more", old + cs/2}, {"the next cluster", flags | (off + cs)},
+		{"copied and the end", layout.Copied | end}, {"copied and data", layout.Copied | uint64(b.place("data"))}}...)
 	for _, bit := range []int{0, 1, 8, 56, 61, 62, 63} {
 		l = append(l, value{fmt.Sprintf("with bit %d flipped", bit), old ^ 1<<bit})
 	}
@@ -159,10 +160,8 @@ func second(name string) bool {
 
 // place is where a structure is, 0 if the base has none of that name.
 func (b *Base) place(name string) int64 {
-	for _, p := range b.Places {
-		if p.Name == name {
-			return p.Off
-		}
+	if i := slices.IndexFunc(b.Places, func(p Place) bool { return p.Name == name }); i >= 0 {
+		return b.Places[i].Off
 	}
 	return 0
 }
@@ -170,8 +169,9 @@ func (b *Base) place(name string) int64 {
 // counts are what a number of width bytes may be.
 func counts(width int, old uint64) []value {
 	top := uint(width*8 - 1)
-	l := []value{{"0", 0}, {"1", 1}, {"one more", old + 1}, {"one less", old - 1}, {"8 more", old + 8}, {"twice", old * 2}, {"half", old / 2},
-		{"the sign bit", 1 << top}, {"below the sign bit", 1<<top - 1}, {"all ones", ^uint64(0)}, {"all but one", ^uint64(1)}}
+	l := []value{{"0", 0}, {"1", 1}, {"one more", old + 1}, {"one less", old - 1}, {"8 more", old + 8},
+		{"twice", old * 2}, {"half", old / 2}, {"the sign bit", 1 << top}, {"below the sign bit", 1<<top - 1},
+		{"all ones", ^uint64(0)}, {"all but one", ^uint64(1)}}
 	for _, bit := range []uint{4, 9, 16, 20, 28, 31, 40, 52, 56, 61} {
 		if bit < top {
 			l = append(l, value{fmt.Sprintf("2^%d", bit), 1 << bit})
@@ -190,8 +190,10 @@ func (b *Base) refcountDamages(f *Field) (out []*Damage) {
 	old := b.get(at, n)
 	was := g.Refcount(old, i)
 	seen := map[uint64]bool{was: true}
-	for _, v := range []value{{"0", 0}, {"1", 1}, {"2", 2}, {"one more", was + 1}, {"one less", was - 1}, {"the most", g.RefcountMax()}, {"half of the most", g.RefcountMax() / 2}} {
-		if v.v > g.RefcountMax() || seen[v.v] {
+	most := g.RefcountMax()
+	for _, v := range []value{{"0", 0}, {"1", 1}, {"2", 2}, {"one more", was + 1}, {"one less", was - 1},
+		{"the most", most}, {"half of the most", most / 2}} {
+		if v.v > most || seen[v.v] {
 			continue
 		}
 		seen[v.v] = true
@@ -217,12 +219,13 @@ func (b *Base) packed(old uint64) []value {
 		}
 		l = append(l, value{p.Name, g.CompressedEntry(p.Off, min(n, cs))}, value{"plain at " + p.Name, uint64(p.Off) | layout.Copied})
 	}
-	l = append(l, value{"0", 0}, value{"compressed at 0", layout.Compressed}, value{"most sectors", old | most}, value{"one sector", old &^ most},
-		value{"the end", g.CompressedEntry(end, n)}, value{"up to the end", g.CompressedEntry(end-512, n)}, value{"beyond the end", g.CompressedEntry(end+cs, n)},
-		value{"one byte on", g.CompressedEntry(off+1, n)}, value{"one sector on", g.CompressedEntry(off+512, n)}, value{"a cluster on", g.CompressedEntry(off+cs, n)},
-		value{"far", layout.Compressed | 1<<(shift-1)}, value{"all ones", ^uint64(0)}, value{"all ones but copied", 1<<63 - 1},
-		value{"copied", old | layout.Copied}, value{"zero", old | 1})
-	return l
+	return append(l, []value{{"0", 0}, {"compressed at 0", layout.Compressed}, {"most sectors", old | most},
+		{"one sector", old &^ most}, {"the end", g.CompressedEntry(end, n)},
+		{"up to the end", g.CompressedEntry(end-512, n)}, {"beyond the end", g.CompressedEntry(end+cs, n)},
+		{"one byte on", g.CompressedEntry(off+1, n)}, {"one sector on", g.CompressedEntry(off+512, n)},
+		{"a cluster on", g.CompressedEntry(off+cs, n)}, {"far", layout.Compressed | 1<<(shift-1)},
+		{"all ones", ^uint64(0)}, {"all ones but copied", 1<<63 - 1}, {"copied", old | layout.Copied},
+		{"zero", old | 1}}...)
 }
 
 type stream struct {
@@ -239,18 +242,8 @@ func streams(s []byte) []stream {
 	for i := 4; i < min(10, len(s)); i++ {
 		l = append(l, stream{fmt.Sprintf("byte %d all ones", i), edit(func(p []byte) { p[i] = 0xff })})
 	}
-	var bomb bytes.Buffer
-	w, err := flate.NewWriter(&bomb, 9)
-	if err == nil {
-		_, err = w.Write(make([]byte, 1<<20))
-	}
-	if err == nil {
-		err = w.Close()
-	}
-	if err != nil {
-		panic(err)
-	}
-	return append(l, stream{"a mebibyte", edit(func(p []byte) { copy(p, bomb.Bytes()) })})
+	bomb := deflated(make([]byte, 1<<20))
+	return append(l, stream{"a mebibyte", edit(func(p []byte) { copy(p, bomb) })})
 }
 
 // formats are what a header may say its backing file is.
@@ -268,7 +261,8 @@ func (b *Base) nameDamages(f *Field, names []string) (out []*Damage) {
 			shown = shown[:100] + "..."
 		}
 		// The length stands in the header.
-		out = append(out, &Damage{Field: f.Name, Value: fmt.Sprintf("%q", shown), Patches: []Piece{{f.Off, []byte(v)}, {16, be.AppendUint32(nil, uint32(len(v)))}}})
+		patches := []Piece{{f.Off, []byte(v)}, u32(16, uint32(len(v)))}
+		out = append(out, &Damage{Field: f.Name, Value: fmt.Sprintf("%q", shown), Patches: patches})
 	}
 	return out
 }
@@ -277,7 +271,7 @@ func (b *Base) nameDamages(f *Field, names []string) (out []*Damage) {
 // the image's own folder lies beside, and self is the image's name.
 func Names(self string) []string {
 	file := func(name string) string { return `{"driver":"file","filename":"../canary/` + name + `"}` }
-	l := []string{"", "\x00", "\xff\xfe\xfd", self, "./" + self, ".", "..", "../canary", "back.raw/", "/dev/zero", "/dev/fd/3", "/dev/stdin", "/proc/self/mem", "/proc/self/environ",
+	return []string{"", "\x00", "\xff\xfe\xfd", self, "./" + self, ".", "..", "../canary", "back.raw/", "/dev/zero", "/dev/fd/3", "/dev/stdin", "/proc/self/mem", "/proc/self/environ",
 		"../canary/fifo", "../canary/socket", "../canary/secret", "file:../canary/secret", "nbd:unix:../nbd.sock:exportname=healthy", "nbd+unix:///healthy?socket=../nbd.sock",
 		"fat:rw:../canary", "http://127.0.0.1:1/", "ssh://127.0.0.1/x", "host_device:/dev/null", "json:", "json:{", "json:{}", "json:[]", "json:null", `json:{"driver":"healthy"}`,
 		`json:{"file":"healthy"}`, `json:{"driver":"qcow2","file":"healthy"}`, `json:{"driver":"raw","file":"healthyfile"}`, `json:{"driver":"null-co"}`,
@@ -292,7 +286,6 @@ func Names(self string) []string {
 		`json:{"driver":"file","filename":"../canary/secret","pr-manager":"x"}`, `json:{"driver":"file","filename":"../canary/disk.qcow2","aio":"native","cache":{"direct":true}}`,
 		"json:" + strings.Repeat("[", 900), "json:" + strings.Repeat(`{"a":`, 180), "json:{" + `"file` + strings.Repeat(".file", 150) + `.driver":"raw"}`, strings.Repeat("x", 1023),
 		strings.Repeat("../", 300) + "etc/passwd", "json:{" + `"` + strings.Repeat("a.", 400) + `b":1}`}
-	return l
 }
 
 // CasesOf makes the numbered cases of a seed: every single damage once, then pairs.
@@ -350,19 +343,22 @@ func NewCases(seed uint64, names []string) *CasesOf {
 
 // own tells whether d damages what the base is there for.
 func (b *Base) own(d *Damage) bool {
+	about := func(prefixes ...string) bool {
+		return slices.ContainsFunc(prefixes, func(p string) bool { return strings.HasPrefix(d.Field, p) })
+	}
 	switch {
 	case b.Backing != "":
-		return strings.HasPrefix(d.Field, "backing")
+		return about("backing")
 	case b.Zstd:
-		return strings.HasPrefix(d.Field, "stream") || strings.HasPrefix(d.Field, "l2.packed")
+		return about("stream", "l2.packed")
 	case b.Order != 4:
-		return strings.HasPrefix(d.Field, "ref")
+		return about("ref")
 	case b.Dirty:
-		return strings.HasPrefix(d.Field, "ref") || strings.HasPrefix(d.Field, "l2") || d.Field == "length"
+		return about("ref", "l2", "length")
 	case b.Extras:
-		return strings.HasPrefix(d.Field, "ext")
+		return about("ext")
 	case b.Tail > 0:
-		return d.Field == "length"
+		return about("length")
 	}
 	return b.Size == 0
 }

@@ -69,7 +69,8 @@ const (
 
 // Inspect looks at an image.
 func Inspect(f io.ReaderAt, length int64) *Report {
-	r := &Report{f: f, length: length, refs: map[int64]int{}, uses: map[int64]use{}, disk: map[int64]Health{}, blocks: map[int64][]byte{}}
+	r := &Report{f: f, length: length, refs: map[int64]int{}, uses: map[int64]use{}, disk: map[int64]Health{},
+		blocks: map[int64][]byte{}}
 	head := r.read(0, layout.HeaderSize)
 	cs, err := layout.Peek(head)
 	if err != nil {

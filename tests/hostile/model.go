@@ -19,7 +19,8 @@ type model struct {
 }
 
 func newModel() *model {
-	m := &model{seed: maphash.MakeSeed(), may: map[int64][]uint64{}, written: map[int64]bool{}, touched: map[int64]bool{}, lost: map[int64]bool{}}
+	m := &model{seed: maphash.MakeSeed(), may: map[int64][]uint64{}, written: map[int64]bool{},
+		touched: map[int64]bool{}, lost: map[int64]bool{}}
 	m.zero = m.hash(make([]byte, sector))
 	return m
 }
@@ -35,9 +36,9 @@ func (m *model) learn(off int64, b []byte) {
 
 // wrote notes an acknowledged write.
 func (m *model) wrote(off int64, b []byte) {
-	for ; len(b) >= sector; off, b = off+sector, b[sector:] {
-		m.may[off/sector] = []uint64{m.hash(b[:sector])}
-		m.written[off/sector], m.touched[off/sector] = true, true
+	m.learn(off, b)
+	for s := off / sector; s < (off+int64(len(b)))/sector; s++ {
+		m.written[s], m.touched[s] = true, true
 	}
 }
 

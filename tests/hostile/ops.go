@@ -1,287 +1,109 @@
 package hostile
 
 import (
-	"encoding/json"
 	"fmt"
-	"maps"
 	"os"
 	"sync"
 	"time"
 
+	"qblockd/blockdev/nbdwire"
 	"qblockd/tests/daemon"
+	"qblockd/tests/trial"
 )
 
-type args = map[string]any
-
-// event waits for an event about an export or job.
-func (r *run) event(name, id string) error {
-	r.q.SetDeadline(time.Now().Add(r.s.limits.Deadline))
-	for {
-		e, err := r.q.Next()
-		if err != nil {
-			return &Failure{"no event " + name, err.Error(), true}
-		}
-		var d struct{ ID string }
-		if json.Unmarshal(e.Data, &d) == nil && e.Name == name && d.ID == id {
-			return nil
-		}
-	}
+// op is something that a case does at random.
+type op struct {
+	weight int
+	do     func(*run)
 }
 
-// empty: nothing of the case is left in the daemon.
-func (r *run) empty() error {
-	ret, _, err := r.do("query-named-block-nodes", args{"flat": true})
-	if err != nil {
-		return err
-	}
-	var nodes []struct {
-		Name string `json:"node-name"`
-	}
-	if err := json.Unmarshal(ret, &nodes); err != nil {
-		return err
-	}
-	for _, n := range nodes {
-		if n.Name != "healthy" && n.Name != "healthyfile" {
-			return &Failure{"a node stays", n.Name, true}
-		}
-	}
-	return nil
+var ops = []op{
+	{20, (*run).write}, {8, (*run).zero}, {10, (*run).trim}, {6, (*run).read}, {5, (*run).flush},
+	{2, (*run).status}, {6, (*run).resize}, {6, (*run).snapshot}, {6, (*run).deleteSnapshot}, {10, (*run).bitmap},
+	{3, (*run).stream}, {3, (*run).backup}, {4, (*run).changeBacking}, {3, (*run).amend}, {4, (*run).reopen},
+	{3, (*run).overlay}, {3, (*run).commit}, {2, (*run).mirror}, {5, (*run).burst},
 }
 
-// mostAnswer is the longest answer to a query: 65535 snapshots of a node, of its overlay and in the
-// chain of that are long.
-const mostAnswer = 64 << 20
-
-// query asks for everything there is to know.
-func (r *run) query() error {
-	for _, c := range []struct {
-		name string
-		args any
-	}{{"query-named-block-nodes", nil}, {"query-block", nil}, {"x-debug-query-block-graph", nil}, {"query-blockstats", args{"query-nodes": true}}} {
-		ret, refused, err := r.do(c.name, c.args)
-		if err != nil {
-			return err
+// covered is how many bytes all extents of a status tell of.
+func covered(m map[string][]nbdwire.Extent) (n int64) {
+	for _, l := range m {
+		sum := int64(0)
+		for _, e := range l {
+			sum += int64(e.N)
 		}
-		if refused != nil {
-			return &Failure{"a query fails", c.name + ": " + refused.Desc, false}
-		}
-		if len(ret) > mostAnswer {
-			return &Failure{"a long answer", fmt.Sprintf("%s: %d bytes", c.name, len(ret)), false}
+		if n == 0 || sum < n {
+			n = sum
 		}
 	}
-	return nil
-}
-
-// mostStatus bounds how often one status of a disk is asked for, whatever its size.
-const mostStatus = 40
-
-// status asks for the status of the whole disk, as far as that goes.
-func (r *run) status() error {
-	s, err := daemon.DialStatus(r.s.nbd(), "x", time.Now().Add(r.s.limits.Deadline), "base:allocation", "qemu:allocation-depth",
-		"qemu:dirty-bitmap:b0", "qemu:dirty-bitmap:b1", "qemu:dirty-bitmap:b2")
-	if err != nil {
-		r.note("status: %v", err)
-		if os.IsTimeout(err) {
-			return &Failure{"no answer to connect", err.Error(), true}
-		}
-		return nil
-	}
-	defer s.Drop()
-	off := int64(0)
-	for i := 0; i < mostStatus && off < s.Size; i++ {
-		n := min(s.Size-off, 1<<31)
-		s.SetDeadline(time.Now().Add(r.s.limits.Deadline))
-		m, err := s.Ask(off, n)
-		switch {
-		case os.IsTimeout(err):
-			return &Failure{"no answer to status", fmt.Sprintf("at %d", off), true}
-		case err != nil:
-			r.note("status at %d: %v", off, err)
-			off += n
-			continue
-		}
-		step := int64(0)
-		for _, l := range m {
-			var sum int64
-			for _, e := range l {
-				sum += int64(e.Length)
-			}
-			if step == 0 || sum < step {
-				step = sum
-			}
-		}
-		if step == 0 {
-			return &Failure{"an empty status", fmt.Sprintf("at %d", off), false}
-		}
-		off += step
-	}
-	r.note("status: %d of %d bytes", off, s.Size)
-	return nil
+	return n
 }
 
 // ignore tells whether nothing can be expected of a sector: the entry that leads to it cannot be
 // followed.
 func (r *run) ignore(off int64) bool { return r.rep.At(off) >= Unusable }
 
-// readAll reads the probes. With learn what is read is taken as right, else it is compared. With
-// later the disk was closed in between.
-func (r *run) readAll(learn, later bool) error {
-	if ok, err := r.request("read all", func(n *daemon.NBD) error { r.size = n.Size; return nil }); !ok {
-		return err
-	}
-	var failed, read int
-	for _, p := range r.c.Base.Probes {
-		n := min(int64(len(p.B)), r.size-p.Off)
-		if n <= 0 {
-			continue
-		}
-		parts := []int64{n}
-		for i := 0; i < len(parts); i++ {
-			off, n := p.Off, n
-			if i > 0 {
-				off, n = p.Off+parts[i], min(max(pageSize, r.c.Base.cs()), n-parts[i])
-			}
-			buf := make([]byte, n)
-			ok, err := r.request(fmt.Sprintf("read %d+%d", off, n), func(c *daemon.NBD) error { return c.ReadAt(buf, off) })
-			if err != nil {
-				return err
-			}
-			if ok || i > 0 {
-				r.trace = r.trace[:len(r.trace)-1] // of no interest
-			}
-			if ok {
-				read++
-				if learn {
-					r.m.learn(off, buf)
-				} else if at := r.m.wrong(off, buf, r.ignore); at >= 0 {
-					return r.lost(at, later)
-				}
-				continue
-			}
-			failed++
-			for at := int64(0); i == 0 && at < n; at += max(pageSize, r.c.Base.cs()) {
-				parts = append(parts, at) // in smaller parts
-			}
-		}
-	}
-	r.note("read all: %d parts, %d failed", read, failed)
-	return nil
+// readAt reads a range.
+func (r *run) readAt(off, n int64) (b []byte, ok bool) {
+	b = make([]byte, n)
+	ok = r.request(fmt.Sprintf("read %d+%d", off, n), func(c *daemon.NBD) error { return c.ReadAt(b, off) })
+	return b, ok
 }
 
-// lost is the failure of a sector that shows what it must not.
-func (r *run) lost(off int64, later bool) error {
+// compare ends the case where what was read is not what the disk may show.
+func (r *run) compare(off int64, b []byte, when string) {
+	at := r.m.wrong(off, b, r.ignore)
+	if at < 0 {
+		return
+	}
 	kind := "data not written to have changed"
-	if r.m.touched[off/sector] {
+	if r.m.touched[at/sector] {
 		kind = "acknowledged data are lost"
 	}
-	if r.rep.At(off) == Uncounted {
+	if r.rep.At(at) == Uncounted {
 		kind += " (uncounted cluster)"
+	}
+	fail(false, kind, "at %d (cluster %d of the disk)%s", at, at>>r.c.Base.ClusterBits, when)
+}
+
+// readAll reads the probes, in smaller parts where that fails. With learn what is read is taken as
+// right, else it is compared. With later the disk was closed in between.
+func (r *run) readAll(learn, later bool) {
+	if !r.request("read all", func(n *daemon.NBD) error { r.size = n.Size; return nil }) {
+		return
 	}
 	when := ""
 	if later {
 		when = " after closing and opening"
 	}
-	return &Failure{kind, fmt.Sprintf("at %d (cluster %d of the disk)%s", off, off>>r.c.Base.ClusterBits, when), false}
-}
-
-// steps is how many random steps a case has.
-const steps = 10
-
-// readWrite opens the image for writing, or an overlay of it, and does this and that.
-func (r *run) readWrite() error {
-	r.over = r.r.IntN(4) == 0
-	ok, err := r.open()
-	if !ok || err != nil {
-		return err
-	}
-	if err := r.export(true); err != nil {
-		return err
-	}
-	if err := r.query(); err != nil {
-		return err
-	}
-	if !r.over {
-		if err := r.readAll(false, true); err != nil {
-			return err
+	failed, read := 0, 0
+	part := func(off, n int64, small bool) bool {
+		b, ok := r.readAt(off, n)
+		if ok || small {
+			r.trace = r.trace[:len(r.trace)-1] // of no interest
 		}
-	} else if err := r.readAll(true, true); err != nil {
-		return err
+		switch {
+		case !ok:
+			failed++
+			return false
+		case learn:
+			r.m.learn(off, b)
+		default:
+			r.compare(off, b, when)
+		}
+		read++
+		return true
 	}
-	for range steps {
-		if err := r.step(); err != nil {
-			return err
+	step := max(pageSize, r.c.Base.cs())
+	for _, p := range r.c.Base.Probes {
+		n := min(int64(len(p.B)), r.size-p.Off)
+		if n <= 0 || part(p.Off, n, false) {
+			continue
+		}
+		for at := int64(0); at < n; at += step {
+			part(p.Off+at, min(step, n-at), true)
 		}
 	}
-	if err := r.readAll(false, false); err != nil {
-		return err
-	}
-	if err := r.flush(); err != nil {
-		return err
-	}
-	if err := r.status(); err != nil {
-		return err
-	}
-	if err := r.query(); err != nil {
-		return err
-	}
-	if err := r.close(); err != nil {
-		return err
-	}
-	r.m.unflushed()
-	switch {
-	case r.over:
-		r.m.may = map[int64][]uint64{} // the overlay is gone
-	case r.below != nil:
-		r.m.may = r.below
-	}
-	if r.renamed {
-		maps.DeleteFunc(r.m.may, func(s int64, _ []uint64) bool { return !r.m.touched[s] })
-	}
-	return nil
-}
-
-func file(name string) args { return args{"driver": "file", "filename": name, "discard": "unmap"} }
-
-// open opens for writing.
-func (r *run) open() (bool, error) {
-	r.now, r.image = "", "d"
-	o := r.options("d")
-	if !r.over {
-		ok, err := r.try("blockdev-add", o)
-		if ok {
-			r.nodes = []string{"d"}
-		}
-		return ok, err
-	}
-	b := NewBase(Spec{Version: 3, ClusterBits: 16, Order: 4, Size: max(512, min(r.c.Base.Size, 1<<30)), Backing: imageName, BackingFormat: "qcow2"})
-	if err := b.WriteEmpty(r.path("over.qcow2")); err != nil {
-		return false, err
-	}
-	o = args{"driver": "qcow2", "node-name": "d", "discard": "unmap", "file": file("over.qcow2")}
-	r.image = ""
-	if r.r.IntN(2) == 0 {
-		r.image = "base"
-		o["backing"] = args{"driver": "qcow2", "node-name": "base", "read-only": true, "file": args{"driver": "file", "filename": imageName, "read-only": true}}
-	}
-	ok, err := r.try("blockdev-add", o)
-	if ok {
-		r.nodes = []string{"d"}
-	}
-	return ok, err
-}
-
-// options of the image, some of them not the default's.
-func (r *run) options(node string) args {
-	o := args{"driver": "qcow2", "node-name": node, "discard": "unmap", "file": file(imageName)}
-	for _, x := range []struct {
-		name string
-		v    any
-	}{{"lazy-refcounts", true}, {"l2-cache-entry-size", 512}, {"overlap-check", "all"}, {"detect-zeroes", "unmap"}, {"discard-no-unref", true}, {"cache-size", 1 << 20}} {
-		if r.r.IntN(8) == 0 && (r.c.Base.Version >= 3 || x.name != "lazy-refcounts" && x.name != "discard-no-unref") {
-			o[x.name] = x.v
-		}
-	}
-	return o
+	r.note("read all: %d parts, %d failed", read, failed)
 }
 
 // where chooses a range of the disk.
@@ -292,7 +114,7 @@ func (r *run) where() (off, n int64) {
 	}
 	cs := r.c.Base.cs()
 	if r.c.Base.ClusterBits == 21 || r.r.IntN(3) == 0 {
-		p := probes[r.r.IntN(len(probes))]
+		p := trial.Pick(r.r, probes...)
 		off, n = p.Off, int64(len(p.B))
 		if r.r.IntN(4) == 0 {
 			off, n = off&^(cs-1), cs
@@ -310,95 +132,69 @@ func (r *run) where() (off, n int64) {
 	return off, max(0, min(n, r.size-off, 128<<10)) &^ (sector - 1)
 }
 
-// step does something at random.
-func (r *run) step() error {
-	ops := []struct {
-		weight int
-		f      func() error
-	}{{20, r.write}, {8, r.zero}, {10, r.trim}, {6, r.read}, {5, r.flush}, {2, r.status}, {6, r.resize}, {6, r.snapshot}, {6, r.deleteSnapshot},
-		{10, r.bitmap}, {3, r.stream}, {3, r.backup}, {4, r.changeBacking}, {3, r.amend}, {4, r.reopen}, {3, r.overlay}, {3, r.commit}, {2, r.mirror}, {5, r.burst}}
-	sum := 0
-	for _, o := range ops {
-		sum += o.weight
+// change makes a request that changes a range, which is unknown if that fails.
+func (r *run) change(what string, off, n int64, f func(c *daemon.NBD) error) (ok bool) {
+	if ok = r.request(fmt.Sprintf("%s %d+%d", what, off, n), f); !ok {
+		r.m.forget(off, n)
 	}
-	i := r.r.IntN(sum)
-	for _, o := range ops {
-		if i -= o.weight; i < 0 {
-			return o.f()
-		}
-	}
-	return nil
+	return ok
 }
 
-func (r *run) write() error {
+func (r *run) write() {
 	off, n := r.where()
 	if n == 0 {
-		return nil
+		return
 	}
 	b := make([]byte, n)
 	for i := range b {
 		b[i] = byte(r.r.Uint32())
 	}
-	ok, err := r.request(fmt.Sprintf("write %d+%d", off, n), func(c *daemon.NBD) error { return c.WriteAt(b, off) })
-	if ok {
+	if r.change("write", off, n, func(c *daemon.NBD) error { return c.WriteAt(b, off) }) {
 		r.m.wrote(off, b)
-	} else {
-		r.m.forget(off, n)
 	}
-	return err
 }
 
-func (r *run) zero() error {
+func (r *run) zero() {
 	off, n := r.where()
-	ok, err := r.request(fmt.Sprintf("zero %d+%d", off, n), func(c *daemon.NBD) error { return c.Zero(off, int(n)) })
-	if ok {
+	if r.change("zero", off, n, func(c *daemon.NBD) error { return c.Zero(off, int(n)) }) {
 		r.m.zeroed(off, n, false)
-	} else {
-		r.m.forget(off, n)
 	}
-	return err
 }
 
-func (r *run) trim() error {
+func (r *run) trim() {
 	off, n := r.where()
-	ok, err := r.request(fmt.Sprintf("trim %d+%d", off, n), func(c *daemon.NBD) error { return c.Trim(off, int(n)) })
-	if ok && !r.over && r.below == nil && r.c.Base.Backing == "" {
-		r.m.zeroed(off, n, true)
-	} else {
-		r.m.forget(off, n)
+	if !r.change("trim", off, n, func(c *daemon.NBD) error { return c.Trim(off, int(n)) }) {
+		return
 	}
-	return err
+	if r.over || r.below != nil || r.c.Base.Backing != "" {
+		r.m.forget(off, n) // what lies below may show
+	} else {
+		r.m.zeroed(off, n, true)
+	}
 }
 
-func (r *run) read() error {
+func (r *run) read() {
 	off, n := r.where()
 	if n == 0 {
-		return nil
+		return
 	}
-	b := make([]byte, n)
-	ok, err := r.request(fmt.Sprintf("read %d+%d", off, n), func(c *daemon.NBD) error { return c.ReadAt(b, off) })
-	if ok {
-		if at := r.m.wrong(off, b, r.ignore); at >= 0 {
-			return r.lost(at, false)
-		}
+	if b, ok := r.readAt(off, n); ok {
+		r.compare(off, b, "")
 	}
-	return err
 }
 
-func (r *run) flush() error {
-	ok, err := r.request("flush", func(c *daemon.NBD) error { return c.Flush() })
-	if ok {
+func (r *run) flush() {
+	if r.request("flush", (*daemon.NBD).Flush) {
 		r.m.flushed()
 	}
-	return err
 }
 
 // burst has several clients write at the same time, each to sectors of its own, some of them in
 // clusters of others.
-func (r *run) burst() error {
+func (r *run) burst() {
 	const clients, writes = 3, 8
 	if r.size < clients*writes*sector {
-		return nil
+		return
 	}
 	type done struct {
 		off int64
@@ -436,7 +232,7 @@ func (r *run) burst() error {
 		for _, d := range l {
 			switch {
 			case os.IsTimeout(d.err):
-				return &Failure{"no answer to write", fmt.Sprintf("one of several at %d", d.off), true}
+				fail(true, "no answer to write", "one of several at %d", d.off)
 			case d.err != nil:
 				failed++
 				r.m.forget(d.off, sector)
@@ -446,5 +242,4 @@ func (r *run) burst() error {
 		}
 	}
 	r.note("a burst of writes from sector %d on: %d failed", first, failed)
-	return nil
 }

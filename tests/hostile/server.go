@@ -10,7 +10,6 @@ import (
 	"os/exec"
 	"path/filepath"
 	"regexp"
-	"strconv"
 	"strings"
 	"sync"
 	"sync/atomic"
@@ -32,10 +31,9 @@ type Limits struct {
 
 // server is a daemon with a healthy disk that somebody works on all the time.
 type server struct {
+	*daemon.Process
 	limits Limits
 	dir    string // of the sockets, the healthy disk and folder canary
-	cmd    *exec.Cmd
-	done   chan struct{}
 	log    *os.File
 	logged int64 // of the log has been looked at
 
@@ -55,73 +53,45 @@ func (s *server) work() string { return filepath.Join(s.dir, "case") }
 // newServer prepares dir and starts the daemon bin in it.
 func newServer(bin, dir string, limits Limits) (*server, error) {
 	s := &server{limits: limits, dir: dir}
+	pid := filepath.Join(dir, "pid")
 	for _, d := range []string{s.work(), filepath.Join(dir, "canary")} {
 		if err := os.MkdirAll(d, 0o700); err != nil {
 			return nil, err
 		}
 	}
-	if err := NewBase(Spec{Version: 3, ClusterBits: 16, Order: 4, Size: 1 << 20}).WriteTo(filepath.Join(dir, "healthy.qcow2")); err != nil {
+	healthy := NewBase(Spec{Version: 3, ClusterBits: 16, Order: 4, Size: 1 << 20})
+	err := errors.Join(healthy.WriteTo(filepath.Join(dir, "healthy.qcow2")), layCanaries(filepath.Join(dir, "canary")))
+	if err != nil {
 		return nil, err
 	}
-	if err := layCanaries(filepath.Join(dir, "canary")); err != nil {
-		return nil, err
-	}
-	for _, f := range []string{s.nbd(), s.qmp(), filepath.Join(dir, "pid")} {
+	for _, f := range []string{s.nbd(), s.qmp(), pid} {
 		_ = os.Remove(f)
 	}
-	var err error
 	if s.log, err = os.Create(filepath.Join(dir, "log")); err != nil {
 		return nil, err
 	}
-	s.cmd = exec.Command("sh", "-c", fmt.Sprintf(`ulimit -v %d; ulimit -c 0; exec "$0" "$@"`, limits.Space>>10), bin,
+	cmd := exec.Command("sh", "-c", fmt.Sprintf(`ulimit -v %d; ulimit -c 0; exec "$0" "$@"`, limits.Space>>10), bin,
 		"--pidfile", "../pid", "--nbd-server", "addr.type=unix,addr.path="+s.nbd(),
 		"--chardev", "socket,id=mon,server=on,wait=off,path="+s.qmp(), "--monitor", "mon",
 		"--blockdev", "file,node-name=healthyfile,filename=../healthy.qcow2", "--blockdev", "qcow2,node-name=healthy,file=healthyfile",
 		"--export", "nbd,id=healthy,node-name=healthy,writable=on")
-	s.cmd.Dir = s.work()
-	s.cmd.Stderr = s.log
-	s.done = make(chan struct{})
-	if err := s.cmd.Start(); err != nil {
+	cmd.Dir, cmd.Stderr = s.work(), s.log
+	if s.Process, err = daemon.Launch(cmd); err != nil {
 		return nil, err
 	}
-	go func() { _ = s.cmd.Wait(); close(s.done) }()
-	for end := time.Now().Add(s.limits.Deadline); ; time.Sleep(2 * time.Millisecond) {
-		if _, err := os.Stat(filepath.Join(dir, "pid")); err == nil {
-			break
-		}
-		if s.dead() || time.Now().After(end) {
-			s.kill()
-			return nil, fmt.Errorf("the daemon does not come up: %s", s.said())
-		}
+	if err := s.WaitFor(pid, limits.Deadline); err != nil {
+		s.Kill()
+		err = fmt.Errorf("%w: %s", err, s.said())
+		s.kill()
+		return nil, err
 	}
 	s.wait.Go(s.guest)
 	return s, nil
 }
 
-// dead tells whether the process has ended.
-func (s *server) dead() bool {
-	select {
-	case <-s.done:
-		return true
-	default:
-		return false
-	}
-}
-
-// ends waits a moment for the end of a process that does not answer any more.
-func (s *server) ends(limit time.Duration) bool {
-	select {
-	case <-s.done:
-		return true
-	case <-time.After(limit):
-		return false
-	}
-}
-
 func (s *server) kill() {
 	s.stop.Store(true)
-	_ = s.cmd.Process.Kill()
-	<-s.done
+	s.Kill()
 	s.wait.Wait()
 	s.log.Close()
 }
@@ -130,10 +100,10 @@ func (s *server) kill() {
 func (s *server) quit() bool {
 	s.stop.Store(true)
 	s.wait.Wait()
-	_ = s.cmd.Process.Signal(syscall.SIGTERM)
-	ok := s.ends(s.limits.Deadline)
+	_ = s.Cmd.Process.Signal(syscall.SIGTERM)
+	ok := s.Ended(s.limits.Deadline)
 	s.kill()
-	return ok && s.cmd.ProcessState.ExitCode() == 0
+	return ok && s.Cmd.ProcessState.ExitCode() == 0
 }
 
 // guest works on the healthy disk.
@@ -141,7 +111,7 @@ func (s *server) guest() {
 	report := func(format string, args ...any) {
 		s.mu.Lock()
 		defer s.mu.Unlock()
-		if s.trouble == "" && !s.dead() {
+		if s.trouble == "" && !s.Ended(0) {
 			s.trouble = fmt.Sprintf(format, args...)
 		}
 	}
@@ -182,7 +152,7 @@ func (s *server) guest() {
 		}
 		if err != nil && !s.stop.Load() {
 			// A daemon that is going down takes a moment.
-			if !s.ends(time.Second) {
+			if !s.Ended(time.Second) {
 				report("after %v: %v", time.Since(began).Round(time.Millisecond), err)
 			}
 			return
@@ -198,25 +168,15 @@ func (s *server) troubled() string {
 	return s.trouble
 }
 
-var peakLine = regexp.MustCompile(`(?m)^VmHWM:\s+(\d+) kB`)
-
-// peak is the most memory that was resident since calm, in bytes.
+// peak is the most memory that was resident since calm, in bytes; 0 of one that has ended.
 func (s *server) peak() int64 {
-	b, err := os.ReadFile(fmt.Sprintf("/proc/%d/status", s.cmd.Process.Pid))
-	if err != nil {
-		return 0
-	}
-	m := peakLine.FindSubmatch(b)
-	if m == nil {
-		return 0
-	}
-	n, _ := strconv.ParseInt(string(m[1]), 10, 64)
-	return n << 10
+	n, _ := s.Memory("VmHWM")
+	return n
 }
 
 // calm makes peak count from now on.
 func (s *server) calm() {
-	_ = os.WriteFile(fmt.Sprintf("/proc/%d/clear_refs", s.cmd.Process.Pid), []byte("5"), 0o600)
+	_ = os.WriteFile(fmt.Sprintf("/proc/%d/clear_refs", s.Cmd.Process.Pid), []byte("5"), 0o600)
 }
 
 // said returns what the daemon has logged since the last time.
@@ -231,26 +191,26 @@ func (s *server) said() string {
 
 var (
 	// cause is the line that says why the process ended, or that a panic was caught.
-	cause = regexp.MustCompile(`(?m)^(panic: |fatal error: |runtime: |SIG|unexpected fault).*$`)
+	cause   = regexp.MustCompile(`(?m)^(panic: |fatal error: |runtime: |SIG|unexpected fault).*$`)
+	numbers = regexp.MustCompile(`0x[0-9a-f]+|\d+`)
 	// frame is a function of ours on a stack.
 	frame = regexp.MustCompile(`(?m)^qblockd/([^\s(]*(?:\(\*?\w+\))?[^\s(]*)\(`)
 )
 
 // diagnosis makes one line of a log that tells of a panic; "" if it does not.
 func diagnosis(log string) string {
-	i := strings.Index(log, "panic: ")
+	i := strings.Index(log, "panic")
 	if m := cause.FindStringIndex(log); m != nil {
 		i = m[0]
-	} else if i < 0 {
-		if i = strings.Index(log, "panic"); i < 0 {
-			return ""
-		}
+	} else if k := strings.Index(log, "panic: "); k >= 0 {
+		i = k
+	}
+	if i < 0 {
+		return ""
 	}
 	line, rest, _ := strings.Cut(log[i:], "\n")
-	line = regexp.MustCompile(`0x[0-9a-f]+|\d+`).ReplaceAllString(strings.TrimSuffix(line, " [recovered, repanicked]"), "N")
-	if len(line) > 160 {
-		line = line[:160]
-	}
+	line = numbers.ReplaceAllString(strings.TrimSuffix(line, " [recovered, repanicked]"), "N")
+	line = line[:min(len(line), 160)]
 	if m := frame.FindStringSubmatch(rest); m != nil {
 		line += " in " + m[1]
 	}
