@@ -1,7 +1,6 @@
 package meta
 
 import (
-	"math/rand/v2"
 	"sync"
 	"sync/atomic"
 	"syscall"
@@ -9,6 +8,7 @@ import (
 	"qblockd/blockdev/drivertest"
 	"qblockd/graph"
 	"qblockd/schema/types"
+	"qblockd/tests/trial"
 )
 
 // faults are the files that can be made to fail, by name.
@@ -59,25 +59,26 @@ func (f *faults) of(m *image) *drivertest.Fault {
 }
 
 // makeFile makes m's file.
-func (w *world) makeFile(m *image, size int64, r *rand.Rand, align int) error {
-	w.faults.may(m.file(), w.x.Store != nil && r.IntN(2) == 0)
-	return w.x.MakeFile(m.file(), size, memOptions(r, align))
+func (o *op) makeFile(m *image, size int64, align int) {
+	o.faults.may(m.file(), o.x.Store != nil && o.r.IntN(2) == 0)
+	trial.Must(o.x.MakeFile(m.file(), size, memOptions(o.r, align)))
 }
 
 // arm lets one of the next things that j does to the file of t fail, if it can, and chooses what
 // the job is to make of that. Nobody else may change t.
-func (w *world) arm(j *job, t *image, ops drivertest.Op, r *rand.Rand) *types.BlockdevOnError {
-	f := w.faults.of(t)
-	if f == nil || r.IntN(2) == 0 {
+func (o *op) arm(j *job, t *image, ops drivertest.Op) *types.BlockdevOnError {
+	f := o.faults.of(t)
+	if f == nil || o.r.IntN(2) == 0 {
 		return nil
 	}
-	err := pick(r, syscall.EIO, syscall.ENOSPC)
-	skip := r.IntN(4 << r.IntN(6))
+	err := trial.Pick(o.r, syscall.EIO, syscall.ENOSPC)
+	skip := o.r.IntN(4 << o.r.IntN(6))
 	j.fault, j.failed, j.keep = f, f.Failed(), true
 	t.leaky = true
 	f.Inject(drivertest.Rule{Ops: ops, Skip: skip, Count: 1, Err: err})
-	p := pick(r, types.BlockdevOnErrorReport, types.BlockdevOnErrorStop, types.BlockdevOnErrorEnospc, types.BlockdevOnErrorIgnore)
-	w.did("I/O %d to %s will fail with %v; on-error %s", skip, t.name(), err, p)
+	p := trial.Pick(o.r, types.BlockdevOnErrorReport, types.BlockdevOnErrorStop,
+		types.BlockdevOnErrorEnospc, types.BlockdevOnErrorIgnore)
+	o.did("I/O %d to %s will fail with %v; on-error %s", skip, t.name(), err, p)
 	return &p
 }
 
@@ -91,10 +92,10 @@ func (j *job) disarm() bool {
 }
 
 // refused is what becomes of a job that did not begin, and of its target.
-func (w *world) refused(j *job, t *image, err error) error {
+func (w *world) refused(j *job, t *image, err error) {
 	if j.disarm() {
 		t.unknown = true
-		return nil
+		return
 	}
-	return err
+	trial.Must(err)
 }

@@ -2,16 +2,15 @@ package meta
 
 import (
 	"errors"
-	"fmt"
 	"path/filepath"
 	"syscall"
 
-	"qblockd/blockdev/drivertest"
 	"qblockd/graph"
 	"qblockd/graph/blk"
 	"qblockd/schema/types"
 	"qblockd/tests/daemon"
 	"qblockd/tests/rig"
+	"qblockd/tests/trial"
 )
 
 // guest uses an image. Its I/O methods are for one goroutine; another makes itself another by
@@ -26,8 +25,6 @@ type guest interface {
 	// close ends this use; the last one ends the guest.
 	close() error
 }
-
-var readClaim = drivertest.Reader
 
 // rootGuest is a backend.
 type rootGuest struct {
@@ -45,6 +42,11 @@ func (g *rootGuest) do(f func(r *blk.Req) error) error {
 	return f(r)
 }
 
+// try is do for what changes the disk.
+func (g *rootGuest) try(f func(r *blk.Req) error) error {
+	return g.w.faults.try(func() error { return g.do(f) })
+}
+
 func (g *rootGuest) read(p []byte, off int64) error {
 	return g.do(func(r *blk.Req) error { return g.root.ReadAt(r, blk.Buf(p), off, 0) })
 }
@@ -54,9 +56,7 @@ func (g *rootGuest) write(p []byte, off int64, fua bool) error {
 	if fua {
 		f = blk.FUA
 	}
-	return g.w.faults.try(func() error {
-		return g.do(func(r *blk.Req) error { return g.root.WriteAt(r, blk.Buf(p), off, f) })
-	})
+	return g.try(func(r *blk.Req) error { return g.root.WriteAt(r, blk.Buf(p), off, f) })
 }
 
 func (g *rootGuest) compressed(p []byte, off int64) error {
@@ -68,15 +68,11 @@ func (g *rootGuest) zero(off int64, n int, unmap bool) error {
 	if unmap {
 		f = blk.MayUnmap
 	}
-	return g.w.faults.try(func() error {
-		return g.do(func(r *blk.Req) error { return g.root.Zero(r, off, int64(n), f) })
-	})
+	return g.try(func(r *blk.Req) error { return g.root.Zero(r, off, int64(n), f) })
 }
 
 func (g *rootGuest) discard(off int64, n int) error {
-	return g.w.faults.try(func() error {
-		return g.do(func(r *blk.Req) error { return g.root.Discard(r, off, int64(n)) })
-	})
+	return g.try(func(r *blk.Req) error { return g.root.Discard(r, off, int64(n)) })
 }
 
 func (g *rootGuest) flush() error { return g.do(g.root.Flush) }
@@ -127,10 +123,7 @@ func (g *nbdGuest) flush() error { return g.c.Flush() }
 
 func (g *nbdGuest) another() (guest, error) {
 	c, err := daemon.DialNBD(g.w.socket(), g.id)
-	if err != nil {
-		return nil, err
-	}
-	return &nbdGuest{w: g.w, id: g.id, c: c, shared: true}, nil
+	return &nbdGuest{w: g.w, id: g.id, c: c, shared: true}, err
 }
 
 func (g *nbdGuest) close() error {
@@ -143,80 +136,77 @@ func (g *nbdGuest) close() error {
 
 func (w *world) socket() string { return filepath.Join(w.dir, "nbd.sock") }
 
-func (w *world) startServer() error {
-	return w.x.NBD.Start(w.ctx, &types.SocketAddress{
-		Type: types.SocketAddressTypeUnix, U: &types.UnixSocketAddress{Path: w.socket()}}, nil)
-}
-
 // attach gives an image a guest, or tries a second one.
-func (w *world) attach(m *image, o Op) error {
+func (o *op) attach(m *image) {
 	if m.closed {
-		return nil
+		return
 	}
-	n := w.node(m)
-	if n == nil {
-		return fmt.Errorf("%s has no node", m.name())
-	}
+	n := o.mustNode(m)
 	write := o.A%4 != 0
-	if m.guest != nil || m.ro && write && w.busy(m) {
-		return nil // a job may have made it writable
+	if m.guest != nil || m.ro && write && o.busy(m) {
+		return // a job may have made it writable
 	}
 	fails := ""
 	if m.ro && write {
 		fails = "it is read-only"
 	}
-	var g guest
-	var err error
-	kind := "backend"
-	if o.B%2 == 0 {
-		var root *graph.Root
-		if root, err = w.x.AttachRoot(w.ctx, n, !write); err == nil {
-			g = &rootGuest{root: root, w: w}
-		}
-	} else {
-		kind = "export"
-		g, err = w.export(n, write, o)
+	kind, guestOf := "backend", o.backend
+	if o.B%2 != 0 {
+		kind, guestOf = "export", o.export
 	}
-	w.did("attach %s to %s, writable %v: %s %v", kind, n.Name(), write, fails, err)
-	if err != nil && w.busyFrom(m) {
-		return nil // the job does not let it
+	g, err := guestOf(n, write)
+	o.did("attach %s to %s, writable %v: %s %v", kind, n.Name(), write, fails, err)
+	if err != nil && o.busyFrom(m) {
+		return // the job does not let it
 	}
-	if err := expect(err, fails); err != nil || fails != "" {
-		return err
+	if expect(err, fails) {
+		return
 	}
 	m.guest, m.canSet = g, write
-	return nil
 }
 
-func (w *world) export(n *graph.Node, write bool, o Op) (guest, error) {
-	w.count++
-	id := fmt.Sprintf("e%d", w.count)
-	err := w.x.Exports.Add(w.ctx, &types.BlockExportOptions{
+// backend is a guest in this process.
+func (w *world) backend(n *graph.Node, write bool) (guest, error) {
+	root, err := w.x.AttachRoot(w.ctx, n, !write)
+	return &rootGuest{root: root, w: w}, err
+}
+
+// reading has f look at n as a guest.
+func (w *world) reading(n *graph.Node, f func(guest)) {
+	g := trial.Get(w.backend(n, false))
+	f(g)
+	trial.Must(g.close())
+}
+
+func (o *op) export(n *graph.Node, write bool) (guest, error) {
+	id := o.unique("e")
+	err := o.x.Exports.Add(o.ctx, &types.BlockExportOptions{
 		Type: types.BlockExportTypeNbd, ID: id, NodeName: n.Name(), Writable: &write, Writethrough: rig.Ptr(o.C%4 == 0),
 		U: &types.BlockExportOptionsNbd{Name: &id},
 	})
 	if err != nil {
 		return nil, err
 	}
-	c, err := daemon.DialNBD(w.socket(), id)
-	if err != nil {
-		return nil, err
-	}
-	return &nbdGuest{w: w, id: id, c: c}, nil
+	c, err := daemon.DialNBD(o.socket(), id)
+	return &nbdGuest{w: o.world, id: id, c: c}, err
 }
 
 // detach takes an image's guest away.
-func (w *world) detach(m *image, o Op) error {
+func (w *world) detach(m *image) {
 	if m.guest == nil {
-		return nil
+		return
 	}
-	if err := w.joined(m); err != nil {
-		return err
-	}
+	w.joined(m)
 	w.did("detach from %s", m.name())
 	g := m.guest
 	m.guest, m.canSet = nil, false
-	return g.close()
+	trial.Must(g.close())
+}
+
+// passGuest gives the guest of m to another image.
+func (m *image) passGuest(to *image) {
+	to.guest, to.canSet = m.guest, m.canSet
+	m.guest, m.canSet = nil, false
 }
 
 // writable tells whether m's guest may write to it now.

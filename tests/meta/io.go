@@ -3,24 +3,26 @@ package meta
 import (
 	"bytes"
 	"encoding/binary"
+	"errors"
 	"fmt"
 	"math/rand/v2"
 	"sync"
 
 	"qblockd/graph/blk"
 	"qblockd/schema/types"
+	"qblockd/tests/trial"
 )
 
 // span is where an operation works: away from a background's part.
 func (m *image) span(r *rand.Rand) (off, n int) {
 	size := len(m.data)
 	off = r.IntN(size)
-	n = 1 + r.IntN(min(size, pick(r, 512, 4096, 4*m.shape.cs, 256<<10)))
+	n = 1 + r.IntN(min(size, trial.Pick(r, 512, 4096, 4*m.shape.cs, 256<<10)))
 	if r.IntN(3) != 0 { // most guests know sectors
 		off, n = off/512*512, (n+511)/512*512
 	}
 	n = min(n, size-off)
-	if b := m.bg; b != nil && blk.Overlap(int64(off), int64(n), int64(b.lo), int64(b.hi-b.lo)) {
+	if b := m.bg; b.overlaps(off, n) {
 		off %= b.lo
 		n = min(n, b.lo-off)
 	}
@@ -51,46 +53,38 @@ func fill(r *rand.Rand, p []byte) {
 	}
 }
 
-func (w *world) write(m *image, o Op) error {
-	if !w.writable(m) {
-		return nil
+func (o *op) write(m *image) {
+	if !o.writable(m) {
+		return
 	}
-	r := rnd(o)
-	off, n := m.span(r)
+	off, n := m.span(o.r)
 	p := make([]byte, n)
-	fill(r, p)
-	fua := r.IntN(6) == 0
-	w.did("write %s %d+%d fua %v", m.name(), off, n, fua)
-	if err := m.guest.write(p, int64(off), fua); err != nil {
-		return err
-	}
+	fill(o.r, p)
+	fua := o.r.IntN(6) == 0
+	o.did("write %s %d+%d fua %v", m.name(), off, n, fua)
+	trial.Must(m.guest.write(p, int64(off), fua))
 	copy(m.data[off:], p)
-	return nil
 }
 
-func (w *world) zero(m *image, o Op) error {
-	if !w.writable(m) {
-		return nil
+func (o *op) zero(m *image) {
+	if !o.writable(m) {
+		return
 	}
-	r := rnd(o)
-	off, n := m.span(r)
-	unmap := r.IntN(2) == 0
-	w.did("zero %s %d+%d unmap %v", m.name(), off, n, unmap)
-	if err := m.guest.zero(int64(off), n, unmap); err != nil {
-		return err
-	}
+	off, n := m.span(o.r)
+	unmap := o.r.IntN(2) == 0
+	o.did("zero %s %d+%d unmap %v", m.name(), off, n, unmap)
+	trial.Must(m.guest.zero(int64(off), n, unmap))
 	clear(m.data[off : off+n])
-	return nil
 }
 
 // discard leaves each byte as it was or zero.
-func (w *world) discard(m *image, o Op) error {
-	if !w.writable(m) {
-		return nil
+func (o *op) discard(m *image) {
+	if !o.writable(m) {
+		return
 	}
-	off, n := m.span(rnd(o))
-	w.did("discard %s %d+%d", m.name(), off, n)
-	return discard(m.guest, m.data[off:off+n], int64(off))
+	off, n := m.span(o.r)
+	o.did("discard %s %d+%d", m.name(), off, n)
+	trial.Must(discard(m.guest, m.data[off:off+n], int64(off)))
 }
 
 // discard discards the range of data and takes over what became of it.
@@ -111,139 +105,116 @@ func discard(g guest, data []byte, off int64) error {
 	return nil
 }
 
-func (w *world) read(m *image, o Op) error {
+func (o *op) read(m *image) {
 	if m.guest == nil {
-		return nil
+		return
 	}
-	off, n := m.span(rnd(o))
-	w.did("read %s %d+%d", m.name(), off, n)
+	off, n := m.span(o.r)
+	o.did("read %s %d+%d", m.name(), off, n)
 	p := bytes.Repeat([]byte{0xa5}, n)
-	if err := m.guest.read(p, int64(off)); err != nil {
-		return err
-	}
-	return same(p, m.data[off:off+n], off)
+	trial.Must(m.guest.read(p, int64(off)))
+	trial.Must(trial.Same(p, m.data[off:off+n], off))
 }
 
-func (w *world) flush(m *image, o Op) error {
+func (w *world) flush(m *image) {
 	if m.guest == nil {
-		return nil
+		return
 	}
 	w.did("flush %s", m.name())
-	return m.guest.flush()
+	trial.Must(m.guest.flush())
 }
 
 // compress writes a whole cluster compressed, as a backup tool does.
-func (w *world) compress(m *image, o Op) error {
+func (o *op) compress(m *image) {
 	g, ok := m.guest.(*rootGuest)
-	if !ok || !w.writable(m) || m.format != types.BlockdevDriverQcow2 {
-		return nil
+	if !ok || !o.writable(m) || m.format != types.BlockdevDriverQcow2 {
+		return
 	}
-	r := rnd(o)
-	off, _ := m.span(r)
+	off, _ := m.span(o.r)
 	off = off / m.shape.cs * m.shape.cs
 	n := min(m.shape.cs, len(m.data)-off)
-	if b := m.bg; b != nil && blk.Overlap(int64(off), int64(n), int64(b.lo), int64(b.hi-b.lo)) {
-		return nil
+	if m.bg.overlaps(off, n) {
+		return
 	}
-	p := bytes.Repeat([]byte{byte(r.Uint32()), byte(r.Uint32())}, (n+1)/2)[:n]
-	fill(r, p[:1+r.IntN(n)])
+	p := bytes.Repeat([]byte{byte(o.r.Uint32()), byte(o.r.Uint32())}, (n+1)/2)[:n]
+	fill(o.r, p[:1+o.r.IntN(n)])
 	err := g.compressed(p, int64(off))
-	w.did("compress %s %d+%d: %v", m.name(), off, n, err)
+	o.did("compress %s %d+%d: %v", m.name(), off, n, err)
 	if err == nil {
 		copy(m.data[off:], p)
-		return nil
+		return
 	}
 	if !isIO(err) {
-		return err
+		trial.Must(err)
 	}
 	// It has data of its own; they are unchanged.
-	if err := g.read(p, int64(off)); err != nil {
-		return err
-	}
-	return same(p, m.data[off:off+n], off)
+	trial.Must(g.read(p, int64(off)))
+	trial.Must(trial.Same(p, m.data[off:off+n], off))
 }
 
-func (w *world) status(m *image, o Op) error {
+func (o *op) status(m *image) {
 	g, ok := m.guest.(*rootGuest)
 	if !ok {
-		return nil
+		return
 	}
-	off, n := m.span(rnd(o))
+	off, n := m.span(o.r)
 	var x blk.Extent
 	err := g.do(func(r *blk.Req) (err error) {
 		x, err = g.root.StatusAbove(r, nil, false, int64(off), int64(n))
 		return err
 	})
-	w.did("status %s %d+%d: %+v", m.name(), off, n, x)
-	if err != nil {
-		return err
-	}
+	o.did("status %s %d+%d: %+v", m.name(), off, n, x)
+	trial.Must(err)
 	if x.N < 1 || x.N > int64(n) {
-		return fmt.Errorf("%d bytes", x.N)
+		trial.Fail("%d bytes", x.N)
 	}
 	if x.Zero && !blk.IsZero(m.data[off:off+int(x.N)]) {
-		return fmt.Errorf("claims zeroes: %+v", x)
+		trial.Fail("claims zeroes: %+v", x)
 	}
-	return nil
 }
 
 // verify compares all of an image.
-func (w *world) verify(m *image, o Op) error {
+func (w *world) verify(m *image) {
 	if m.closed {
-		return nil
+		return
 	}
-	if err := w.joined(m); err != nil {
-		return err
-	}
-	g := m.guest
-	if g == nil {
-		root, err := w.x.AttachRoot(w.ctx, w.node(m), true)
-		if err != nil {
-			return err
-		}
-		rg := &rootGuest{root: root, w: w}
-		defer rg.close()
-		g = rg
-	}
+	w.joined(m)
 	w.did("verify %s", m.name())
-	p := make([]byte, len(m.data))
-	if err := g.read(p, 0); err != nil {
-		return err
+	look := func(g guest) {
+		p := make([]byte, len(m.data))
+		trial.Must(g.read(p, 0))
+		trial.Must(trial.Same(p, m.data, 0))
 	}
-	return same(p, m.data, 0)
+	if m.guest != nil {
+		look(m.guest)
+	} else {
+		w.reading(w.node(m), look)
+	}
 }
 
 // burst lets several goroutines work on parts of an image that share blocks and clusters at their
 // ends.
-func (w *world) burst(m *image, o Op) error {
-	if !w.writable(m) {
-		return nil
+func (o *op) burst(m *image) {
+	if !o.writable(m) {
+		return
 	}
-	if err := w.joined(m); err != nil {
-		return err
-	}
-	r := rnd(o)
+	o.joined(m)
 	const workers = 4
-	w.did("burst %s", m.name())
+	o.did("burst %s", m.name())
 	var cuts [workers + 1]int
 	for i := 1; i < workers; i++ {
-		cuts[i] = len(m.data)*i/workers + r.IntN(600)
+		cuts[i] = len(m.data)*i/workers + o.r.IntN(600)
 	}
 	cuts[workers] = len(m.data)
 	var wg sync.WaitGroup
 	errs := make([]error, workers)
 	for i := range workers {
 		p := m.data[cuts[i]:cuts[i+1]]
-		seed := r.Uint64()
+		seed := o.r.Uint64()
 		wg.Go(func() { errs[i] = play(m.guest, p, cuts[i], 8, m.shape.cs, seed) })
 	}
 	wg.Wait()
-	for _, err := range errs {
-		if err != nil {
-			return err
-		}
-	}
-	return nil
+	trial.Must(errors.Join(errs...))
 }
 
 // play does random I/O on the bytes at lo that data mirrors, which nobody else writes to.
@@ -256,7 +227,7 @@ func play(of guest, data []byte, lo, steps, cs int, seed uint64) error {
 	r := rand.New(rand.NewPCG(seed, 1))
 	for range steps {
 		off := r.IntN(len(data))
-		n := min(1+r.IntN(pick(r, 512, 8192, 2*cs)), len(data)-off)
+		n := min(1+r.IntN(trial.Pick(r, 512, 8192, 2*cs)), len(data)-off)
 		part := data[off : off+n]
 		at := int64(lo + off)
 		var err error
@@ -276,7 +247,7 @@ func play(of guest, data []byte, lo, steps, cs int, seed uint64) error {
 		default:
 			p := make([]byte, n)
 			if err = g.read(p, at); err == nil {
-				err = same(p, part, lo+off)
+				err = trial.Same(p, part, lo+off)
 			}
 		}
 		if err != nil {
@@ -293,31 +264,33 @@ type background struct {
 	done   chan error
 }
 
-func (w *world) start(m *image, o Op) error {
-	if !w.writable(m) || m.bg != nil {
-		return nil
+// overlaps tells whether a range has some of what b works on; nil does not.
+func (b *background) overlaps(off, n int) bool {
+	return b != nil && blk.Overlap(int64(off), int64(n), int64(b.lo), int64(b.hi-b.lo))
+}
+
+func (o *op) start(m *image) {
+	if !o.writable(m) || m.bg != nil {
+		return
 	}
 	size := len(m.data)
 	b := &background{lo: size/4 + int(o.B%512), hi: size * 3 / 4, done: make(chan error, 1)}
 	b.data = bytes.Clone(m.data[b.lo:b.hi])
 	m.bg = b
-	w.did("start background on %s %d+%d", m.name(), b.lo, len(b.data))
+	o.did("start background on %s %d+%d", m.name(), b.lo, len(b.data))
 	g, seed := m.guest, uint64(o.A)
 	go func() { b.done <- play(g, b.data, b.lo, 20+int(o.C%200), m.shape.cs, seed) }()
-	return nil
 }
 
-func (w *world) join(m *image, o Op) error { return w.joined(m) }
-
 // joined waits for the background of m to end.
-func (w *world) joined(m *image) error {
+func (w *world) joined(m *image) {
 	b := m.bg
 	if b == nil {
-		return nil
+		return
 	}
 	m.bg = nil
 	w.did("join background of %s", m.name())
 	err := <-b.done
 	copy(m.data[b.lo:b.hi], b.data)
-	return err
+	trial.Must(err)
 }

@@ -1,8 +1,6 @@
 package meta
 
 import (
-	"fmt"
-	"math/rand/v2"
 	"slices"
 	"time"
 
@@ -10,6 +8,7 @@ import (
 	"qblockd/jobs"
 	"qblockd/schema/types"
 	"qblockd/tests/rig"
+	"qblockd/tests/trial"
 )
 
 // job is a job beside what it is to do.
@@ -28,103 +27,105 @@ type job struct {
 	fault  *drivertest.Fault
 	failed int64
 	// done takes over what the job has done, or not done if it was cancelled.
-	done func(j *job, cancelled bool) error
+	done func(j *job, cancelled bool)
+}
+
+// underway are the jobs that are not known to be over.
+type underway struct{ jobs []*job }
+
+// speedLimit is one for a job, one in so many times.
+func (o *op) speedLimit(n int) *int64 {
+	if !trial.One(o.r, n) {
+		return nil
+	}
+	return rig.Ptr(int64(1 + o.r.IntN(4<<20)))
 }
 
 // newJob makes one, of which the name and how it ends are random.
-func (w *world) newJob(r *rand.Rand, chain ...*image) *job {
-	w.count++
-	return &job{id: fmt.Sprintf("j%d", w.count), chain: chain, manual: r.IntN(2) == 0, keep: r.IntN(3) == 0}
+func (o *op) newJob(chain ...*image) *job {
+	return &job{id: o.unique("j"), chain: chain, manual: o.r.IntN(2) == 0, keep: o.r.IntN(3) == 0}
 }
 
 // begun takes over a job that was started.
-func (w *world) begun(j *job) error {
+func (w *world) begun(j *job) {
 	j.job = w.x.Jobs.Get(j.id)
 	if j.job == nil && (j.manual || j.keep || j.pivots) {
-		return fmt.Errorf("job %s has gone by itself", j.id)
+		trial.Fail("job %s has gone by itself", j.id)
 	}
 	w.jobs = append(w.jobs, j)
 	if j.job == nil {
-		return w.ended(j, nil)
+		w.ended(j, nil)
 	}
-	return nil
 }
 
 // steady tells whether m can be the backing file of a new image.
-func (w *world) steady(m *image) bool {
-	j := w.jobOn(m)
-	return !m.unknown && (j == nil || indexOf(j.touched, m) < 0 && indexOf(j.drops, m) < 0)
+func (l *underway) steady(m *image) bool {
+	j := l.jobOn(m)
+	return !m.unknown && (j == nil || !slices.Contains(j.touched, m) && !slices.Contains(j.drops, m))
 }
 
 // undefined tells whether a job is changing the content of m.
-func (w *world) undefined(m *image) bool {
-	j := w.jobOn(m)
-	return j != nil && indexOf(j.touched, m) >= 0
+func (l *underway) undefined(m *image) bool {
+	j := l.jobOn(m)
+	return j != nil && slices.Contains(j.touched, m)
 }
 
 // busy tells whether a job has to do with m. It may be over already.
-func (w *world) busy(m *image) bool { return w.jobOn(m) != nil }
+func (l *underway) busy(m *image) bool { return l.jobOn(m) != nil }
 
 // busyFrom is busy for m and the open images that back on it.
 func (w *world) busyFrom(m *image) bool {
 	return w.busy(m) || slices.ContainsFunc(w.dependents(m, true), w.busyFrom)
 }
 
-func (w *world) jobOn(m *image) *job {
-	for _, j := range w.jobs {
-		for _, x := range j.chain {
-			if x == m {
-				return j
-			}
+func (l *underway) jobOn(m *image) *job {
+	for _, j := range l.jobs {
+		if slices.Contains(j.chain, m) {
+			return j
 		}
 	}
 	return nil
 }
 
 // stream starts a stream job.
-func (w *world) stream(m *image, o Op) error {
+func (o *op) stream(m *image) {
 	if m.closed || !m.own || m.format != types.BlockdevDriverQcow2 {
-		return nil
+		return
 	}
-	r := rnd(o)
 	var chain []*image
 	busy := false
 	for x := m; x != nil; x = x.backing {
 		chain = append(chain, x)
-		busy = busy || w.busy(x)
+		busy = busy || o.busy(x)
 	}
 	if busy {
-		return nil
+		return
 	}
-	j := w.newJob(r, chain...)
+	j := o.newJob(chain...)
 	var base *image // nil: nothing stays
-	a := &types.BlockStreamArgs{JobID: &j.id, Device: m.name(), AutoFinalize: rig.Ptr(!j.manual), AutoDismiss: rig.Ptr(!j.keep)}
+	a := &types.BlockStreamArgs{JobID: &j.id, Device: m.name(),
+		AutoFinalize: rig.Ptr(!j.manual), AutoDismiss: rig.Ptr(!j.keep)}
 	how := ""
 	if len(chain) > 1 {
-		if k := 1 + r.IntN(len(chain)); k < len(chain) {
+		if k := 1 + o.r.IntN(len(chain)); k < len(chain) {
 			base = chain[k]
 		}
 	}
 	if base != nil {
-		n := w.node(base)
-		if n == nil {
-			return fmt.Errorf("%s has no node", base.name())
-		}
-		switch r.IntN(3) {
+		n := o.mustNode(base)
+		switch o.r.IntN(3) {
 		case 0:
-			last := w.node(chain[indexOf(chain, base)-1])
+			last := o.node(chain[slices.Index(chain, base)-1])
 			a.Bottom, how = rig.Ptr(last.Name()), " bottom "+last.Name()
 		default:
 			a.BaseNode, how = rig.Ptr(n.Name()), " base "+n.Name()
 		}
-		if a.Bottom == nil && r.IntN(4) == 0 {
-			a.BackingFile = rig.Ptr(w.x.Path(base.file()))
+		if a.Bottom == nil && o.r.IntN(4) == 0 {
+			a.BackingFile = rig.Ptr(o.x.Path(base.file()))
 		}
 	}
-	if r.IntN(2) == 0 {
-		a.Speed = rig.Ptr(int64(1 + r.IntN(4<<20)))
-	}
-	if r.IntN(3) == 0 {
+	a.Speed = o.speedLimit(2)
+	if o.r.IntN(3) == 0 {
 		a.FilterNodeName = rig.Ptr("filter-" + j.id)
 	}
 	fails := ""
@@ -138,126 +139,104 @@ func (w *world) stream(m *image, o Op) error {
 	} else if len(chain) == 2 && base == nil && chain[1].canSet {
 		fails = chain[1].name() + " has a guest that may write"
 	}
-	err := w.x.BlockJob.BlockStream(w.ctx, a)
-	w.did("stream %s as %s%s, speed %v, manual %v: %s %v", m.name(), j.id, how, a.Speed != nil, j.manual, fails, err)
-	if err := expect(err, fails); err != nil || fails != "" {
-		return err
+	err := o.x.BlockJob.BlockStream(o.ctx, a)
+	o.did("stream %s as %s%s, speed %v, manual %v: %s %v", m.name(), j.id, how, a.Speed != nil, j.manual, fails, err)
+	if expect(err, fails) {
+		return
 	}
-	j.done = func(_ *job, cancelled bool) error {
+	j.done = func(_ *job, cancelled bool) {
 		if !cancelled {
 			m.backing = base
-			w.prune()
+			o.prune()
 		}
-		return w.linked(m)
+		o.linked(m)
 	}
-	return w.begun(j)
-}
-
-func indexOf(l []*image, m *image) int {
-	for i, x := range l {
-		if x == m {
-			return i
-		}
-	}
-	return -1
+	o.begun(j)
 }
 
 // some is one of the jobs there are, those of slot o.Slot first.
-func (w *world) some(m *image) *job {
-	if j := w.jobOn(m); j != nil {
+func (l *underway) some(m *image) *job {
+	if j := l.jobOn(m); j != nil {
 		return j
 	}
-	if len(w.jobs) > 0 {
-		return w.jobs[0]
+	if len(l.jobs) > 0 {
+		return l.jobs[0]
 	}
 	return nil
 }
 
-func (w *world) tick(m *image, o Op) error {
+func (o *op) tick(m *image) {
 	d := time.Duration(o.A%2000) * time.Millisecond
-	w.did("tick %v", d)
-	w.x.Clock.Advance(d)
-	return nil
+	o.did("tick %v", d)
+	o.x.Clock.Advance(d)
 }
 
 // verb applies one that is refused only if the job is in the wrong state.
-func (w *world) verb(m *image, name string, f func(*jobs.Job) error) error {
-	if j := w.some(m); j != nil {
-		w.did("%s %s: %v", name, j.id, f(j.job))
+func verb(name string, f func(*op, *jobs.Job) error) func(*op, *image) {
+	return func(o *op, m *image) {
+		if j := o.some(m); j != nil {
+			o.did("%s %s: %v", name, j.id, f(o, j.job))
+		}
 	}
-	return nil
 }
 
-func (w *world) pause(m *image, o Op) error  { return w.verb(m, "pause", (*jobs.Job).Pause) }
-func (w *world) resume(m *image, o Op) error { return w.verb(m, "resume", (*jobs.Job).Resume) }
-
-func (w *world) speed(m *image, o Op) error {
-	return w.verb(m, "speed", func(j *jobs.Job) error { return j.SetSpeed(int64(o.A % (8 << 20))) })
-}
+var (
+	pause  = verb("pause", func(_ *op, j *jobs.Job) error { return j.Pause() })
+	resume = verb("resume", func(_ *op, j *jobs.Job) error { return j.Resume() })
+	speed  = verb("speed", func(o *op, j *jobs.Job) error { return j.SetSpeed(int64(o.A % (8 << 20))) })
+)
 
 // cancel cancels a job, which then has done nothing, or was over.
-func (w *world) cancel(m *image, o Op) error {
-	j := w.some(m)
+func (o *op) cancel(m *image) {
+	j := o.some(m)
 	if j == nil {
-		return nil
+		return
 	}
 	force := true
 	if j.pivots && o.B%2 == 0 {
 		force = false // without a pivot, once it is ready
-		if err := w.joined(j.chain[0]); err != nil {
-			return err
-		}
+		o.joined(j.chain[0])
 	}
 	err := j.job.Cancel(force)
-	w.did("cancel %s, force %v: %v", j.id, force, err)
-	return w.bring(j, err != nil)
+	o.did("cancel %s, force %v: %v", j.id, force, err)
+	o.bring(j, err != nil)
 }
 
-func (w *world) finish(m *image, o Op) error {
-	if j := w.some(m); j != nil {
-		return w.finishJob(j)
+func (o *op) finish(m *image) {
+	if j := o.some(m); j != nil {
+		o.bring(j, true)
 	}
-	return nil
 }
 
 // settle waits for the end of the job that has to do with m.
-func (w *world) settle(m *image) error {
+func (w *world) settle(m *image) {
 	for j := w.jobOn(m); j != nil; j = w.jobOn(m) {
-		if err := w.finishJob(j); err != nil {
-			return err
-		}
+		w.bring(j, true)
 	}
-	return nil
 }
 
 // jobsOver settles jobs that end by themselves, at any time: with what they do to m's chain done,
 // or not begun.
-func (w *world) jobsOver(m *image) error {
+func (w *world) jobsOver(m *image) {
 	for j := w.jobOn(m); j != nil && !j.manual; j = w.jobOn(m) {
-		if err := w.finishJob(j); err != nil {
-			return err
-		}
+		w.bring(j, true)
 	}
-	return nil
 }
 
-// finishJob brings a job to its end and takes over what it has done to the chain.
-func (w *world) finishJob(j *job) error { return w.bring(j, true) }
-
-// bring is finishJob; complete: a job that pivots is to do so.
-func (w *world) bring(j *job, complete bool) error {
+// bring brings a job to its end and takes over what it has done to the chain. complete: one that
+// pivots is to do so.
+func (w *world) bring(j *job, complete bool) {
 	if j.pivots {
-		if err := w.joined(j.chain[0]); err != nil { // its guest moves
-			return err
-		}
+		w.joined(j.chain[0]) // its guest moves
 	}
 	w.did("finish %s", j.id)
 	for {
 		select {
 		case <-j.job.Finished():
-			return w.ended(j, j.job.Err())
+			w.ended(j, j.job.Err())
+			return
 		case <-w.ctx.Done():
-			return fmt.Errorf("job %s does not end: %w", j.id, w.ctx.Err())
+			trial.Fail("job %s does not end: %w", j.id, w.ctx.Err())
 		case <-time.After(time.Millisecond):
 		}
 		// Each is refused in states where it is not needed.
@@ -274,36 +253,28 @@ func (w *world) bring(j *job, complete bool) error {
 }
 
 // ended changes the model as the job has changed the graph.
-func (w *world) ended(j *job, failure error) error {
-	for i, x := range w.jobs {
-		if x == j {
-			w.jobs = append(w.jobs[:i], w.jobs[i+1:]...)
-			break
-		}
-	}
+func (w *world) ended(j *job, failure error) {
+	w.jobs = slices.DeleteFunc(w.jobs, func(x *job) bool { return x == j })
 	w.did("%s ended: %v", j.id, failure)
 	if j.keep {
-		if err := j.job.Dismiss(); err != nil {
-			return err
-		}
+		trial.Must(j.job.Dismiss())
 	}
 	if failed := j.disarm(); failure != nil && failure.Error() != jobs.ErrCancelled.Error() && !failed {
-		return failure
+		trial.Must(failure)
 	}
-	return j.done(j, failure != nil)
+	j.done(j, failure != nil)
 }
 
 // linked checks the backing link of an open image, and whether it is read-only.
-func (w *world) linked(m *image) error {
+func (w *world) linked(m *image) {
 	n := w.node(m)
 	switch e := n.Backing(); {
 	case m.backing == nil && e != nil:
-		return fmt.Errorf("%s still backs on %s", m.name(), e.Node().Name())
+		trial.Fail("%s still backs on %s", m.name(), e.Node().Name())
 	case m.backing != nil && (e == nil || e.Node().SkipFilters() != w.node(m.backing)):
-		return fmt.Errorf("%s does not back on %s", m.name(), m.backing.name())
+		trial.Fail("%s does not back on %s", m.name(), m.backing.name())
 	}
 	if n.ReadOnly() != m.ro {
-		return fmt.Errorf("%s: read-only %v after the job", m.name(), n.ReadOnly())
+		trial.Fail("%s: read-only %v after the job", m.name(), n.ReadOnly())
 	}
-	return nil
 }

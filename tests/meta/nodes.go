@@ -1,113 +1,116 @@
 package meta
 
 import (
+	"bytes"
 	"errors"
 	"fmt"
-	"math/rand/v2"
 	"os"
 	"os/exec"
 	"path/filepath"
 	"slices"
 
+	"qblockd/blockdev/drivertest"
 	"qblockd/graph"
 	"qblockd/schema/types"
 	"qblockd/tests/rig"
+	"qblockd/tests/trial"
 )
 
 // options are those of blockdev-add for m's node, its backing file apart.
-func (w *world) options(m *image, r *rand.Rand) *types.BlockdevOptions {
-	o := &types.BlockdevOptions{Driver: m.format, NodeName: rig.Ptr(m.name()), ReadOnly: rig.Ptr(m.ro)}
-	switch r.IntN(5) {
+func (o *op) options(m *image) *types.BlockdevOptions {
+	opt := &types.BlockdevOptions{Driver: m.format, NodeName: rig.Ptr(m.name()), ReadOnly: rig.Ptr(m.ro), U: o.onFile(m)}
+	switch o.r.IntN(5) {
 	case 0:
 	case 1:
-		o.Discard = rig.Ptr(types.BlockdevDiscardOptionsIgnore)
+		opt.Discard = rig.Ptr(types.BlockdevDiscardOptionsIgnore)
 	default:
-		o.Discard = rig.Ptr(types.BlockdevDiscardOptionsUnmap)
-		if r.IntN(4) == 0 {
-			o.DetectZeroes = rig.Ptr(types.BlockdevDetectZeroesOptionsUnmap)
+		opt.Discard = rig.Ptr(types.BlockdevDiscardOptionsUnmap)
+		if o.r.IntN(4) == 0 {
+			opt.DetectZeroes = rig.Ptr(types.BlockdevDetectZeroesOptionsUnmap)
 		}
 	}
-	if o.DetectZeroes == nil && r.IntN(4) == 0 {
-		o.DetectZeroes = rig.Ptr(types.BlockdevDetectZeroesOptionsOn)
+	if opt.DetectZeroes == nil && o.r.IntN(4) == 0 {
+		opt.DetectZeroes = rig.Ptr(types.BlockdevDetectZeroesOptionsOn)
 	}
-	if r.IntN(4) == 0 {
-		o.Cache = &types.BlockdevCacheOptions{NoFlush: rig.Ptr(true)}
+	if o.r.IntN(4) == 0 {
+		opt.Cache = &types.BlockdevCacheOptions{NoFlush: rig.Ptr(true)}
 	}
-	switch m.format {
-	case types.BlockdevDriverFile:
-		o.U = w.x.File(m.file()).Definition.U
-		return o
-	case types.BlockdevDriverRaw:
-		o.U = &types.BlockdevOptionsRaw{File: w.x.File(m.file())}
-		return o
+	q, ok := opt.U.(*types.BlockdevOptionsQcow2)
+	if !ok {
+		return opt
 	}
-	q := &types.BlockdevOptionsQcow2{File: w.x.File(m.file())}
-	if r.IntN(2) == 0 {
+	if o.r.IntN(2) == 0 {
 		q.L2CacheSize, q.RefcountCacheSize = rig.Ptr(int64(1)), rig.Ptr(int64(1))
-		q.L2CacheEntrySize = rig.Ptr(min(int64(m.shape.cs), pick[int64](r, 512, 4096)))
+		q.L2CacheEntrySize = rig.Ptr(min(int64(m.shape.cs), trial.Pick[int64](o.r, 512, 4096)))
 	}
-	if r.IntN(4) == 0 && !m.shape.v2 {
-		q.LazyRefcounts = rig.Ptr(r.IntN(2) == 0)
+	if o.r.IntN(4) == 0 && !m.shape.v2 {
+		q.LazyRefcounts = rig.Ptr(o.r.IntN(2) == 0)
 	}
-	if r.IntN(8) == 0 {
+	if o.r.IntN(8) == 0 {
 		q.DiscardNoUnref = rig.Ptr(!m.shape.v2)
 	}
-	if r.IntN(4) == 0 {
+	if o.r.IntN(4) == 0 {
 		q.PassDiscardOther = rig.Ptr(true)
 	}
-	if r.IntN(3) == 0 {
-		q.OverlapCheck = &types.Qcow2OverlapChecks{Mode: rig.Ptr(pick(r, types.Qcow2OverlapCheckModeNone,
+	if o.r.IntN(3) == 0 {
+		q.OverlapCheck = &types.Qcow2OverlapChecks{Mode: rig.Ptr(trial.Pick(o.r, types.Qcow2OverlapCheckModeNone,
 			types.Qcow2OverlapCheckModeConstant, types.Qcow2OverlapCheckModeCached, types.Qcow2OverlapCheckModeAll))}
 	}
-	o.U = q
-	return o
+	return opt
+}
+
+// onFile are the options of m's format on its file.
+func (w *world) onFile(m *image) any {
+	file := w.x.File(m.file())
+	switch m.format {
+	case types.BlockdevDriverFile:
+		return file.Definition.U
+	case types.BlockdevDriverRaw:
+		return &types.BlockdevOptionsRaw{File: file}
+	}
+	return &types.BlockdevOptionsQcow2{File: file}
 }
 
 // add opens an image and what it backs on: by name what has a node, else by the headers.
-func (w *world) add(m *image, o Op) error {
+func (o *op) add(m *image) {
 	if !m.closed {
 		// The name is taken, or another node has it open; only the former is an error.
 		if !m.own {
-			return nil
+			return
 		}
-		w.did("add %s again", m.name())
+		o.did("add %s again", m.name())
 		m2 := *m
-		return expect(w.x.Nodes.Add(w.ctx, w.options(&m2, rnd(o))), "the name is taken")
+		expect(o.x.Nodes.Add(o.ctx, o.options(&m2)), "the name is taken")
+		return
 	}
-	r := rnd(o)
-	m.ro = r.IntN(6) == 0
-	opt := w.options(m, r)
+	m.ro = o.r.IntN(6) == 0
+	opt := o.options(m)
 	how := ""
 	if b := m.backing; b != nil {
-		if b.closed && r.IntN(3) == 0 {
-			if err := w.add(b, Op{"add", b.slot, o.B, o.C, o.D, o.A}); err != nil {
-				return err
-			}
+		if b.closed && o.r.IntN(3) == 0 {
+			o.at(Op{"add", b.slot, o.B, o.C, o.D, o.A}).add(b)
 		}
-		if j := w.jobOn(b); j != nil && j.pivots && j.chain[0] == b {
-			return nil // it would move with the guests
+		if j := o.jobOn(b); j != nil && j.pivots && j.chain[0] == b {
+			return // it would move with the guests
 		}
 		if !b.closed {
-			n := w.node(b)
-			opt.U.(*types.BlockdevOptionsQcow2).Backing = &types.BlockdevRefOrNull{Reference: rig.Ptr(n.Name())}
+			n := o.node(b)
+			opt.U.(*types.BlockdevOptionsQcow2).Backing = backing(n)
 			how = " with backing " + n.Name()
-		} else if !w.closedBelow(b) {
-			return nil // its chain is open in part: two nodes would have one file
+		} else if !b.closedBelow() {
+			return // its chain is open in part: two nodes would have one file
 		}
 	}
-	w.did("add %s%s, read-only %v, %s", m.name(), how, m.ro, describe(opt))
-	err := w.x.Nodes.Add(w.ctx, opt)
-	if m.backing != nil && !m.backing.closed && w.busy(m.backing) && err != nil {
-		return nil // a job has it
+	o.did("add %s%s, read-only %v, %s", m.name(), how, m.ro, describe(opt))
+	err := o.x.Nodes.Add(o.ctx, opt)
+	if m.backing != nil && !m.backing.closed && o.busy(m.backing) && err != nil {
+		return // a job has it
 	}
-	if err != nil {
-		return err
-	}
+	trial.Must(err)
 	m.closed, m.own = false, true
 	for b := m.backing; b != nil && b.closed; b = b.backing {
 		b.closed, b.own, b.ro = false, false, true
 	}
-	return nil
 }
 
 func describe(o *types.BlockdevOptions) string {
@@ -124,27 +127,16 @@ func describe(o *types.BlockdevOptions) string {
 	return s
 }
 
-func (w *world) closedBelow(m *image) bool {
-	for ; m != nil; m = m.backing {
-		if !m.closed {
-			return false
-		}
-	}
-	return true
-}
+// closedBelow tells whether m and all that it backs on have no nodes.
+func (m *image) closedBelow() bool { return m == nil || m.closed && m.backing.closedBelow() }
 
 // del deletes a node, or tries.
-func (w *world) del(m *image, o Op) error {
+func (w *world) del(m *image) {
 	if m.closed {
-		return nil
+		return
 	}
-	if err := w.joined(m); err != nil {
-		return err
-	}
-	n := w.node(m)
-	if n == nil {
-		return fmt.Errorf("%s has no node", m.name())
-	}
+	w.joined(m)
+	n := w.mustNode(m)
 	fails := ""
 	switch {
 	case !m.own:
@@ -155,123 +147,90 @@ func (w *world) del(m *image, o Op) error {
 		fails = "another node backs on it"
 	case w.busy(m):
 		// The job may be over by the time it is asked.
-		if err := w.settle(m); err != nil {
-			return err
-		}
+		w.settle(m)
 		if m.closed {
-			return nil // a commit that has ended drops what it made superfluous
+			return // a commit that has ended drops what it made superfluous
 		}
 		if len(w.dependents(m, true)) > 0 {
 			fails = "another node backs on it"
 		}
 	}
 	w.did("del %s (%s): %s", m.name(), n.Name(), fails)
-	if err := expect(w.x.Nodes.Del(w.ctx, n.Name()), fails); err != nil || fails != "" {
-		return err
+	if expect(w.x.Nodes.Del(w.ctx, n.Name()), fails) {
+		return
 	}
 	m.closed, m.own = true, false
 	m.bitmaps = slices.DeleteFunc(m.bitmaps, func(b *dirty) bool { return !b.persistent })
 	w.prune()
-	return nil
 }
 
 // rm removes an image that nobody needs, after a check.
-func (w *world) rm(m *image, o Op) error {
+func (w *world) rm(m *image) {
 	if !m.closed || len(w.dependents(m, false)) > 0 {
-		return nil
+		return
 	}
 	w.did("rm %s", m.name())
-	if err := w.checkImage(m); err != nil {
-		return err
-	}
+	w.checkImage(m)
 	w.images[m.slot] = nil
-	return w.x.RemoveFile(m.file())
+	trial.Must(w.x.RemoveFile(m.file()))
 }
 
 // snapshot puts a new overlay above a node, under its guests.
-func (w *world) snapshot(m *image, o Op) error {
-	if m.closed || !m.own || w.busy(m) || len(w.dependents(m, false)) > 0 || len(m.data) == 0 {
-		return nil
+func (o *op) snapshot(m *image) {
+	if m.closed || !m.own || o.busy(m) || len(o.dependents(m, false)) > 0 || len(m.data) == 0 {
+		return
 	}
-	r := rnd(o)
-	top := &image{slot: -1, format: types.BlockdevDriverQcow2, shape: randomShape(r), backing: m, closed: true}
-	for i, x := range w.images {
-		if x == nil {
-			top.slot = i
-			break
-		}
-	}
+	top := &image{slot: o.free(), format: types.BlockdevDriverQcow2, shape: randomShape(o.r), backing: m, closed: true}
 	if top.slot < 0 {
-		return nil
+		return
 	}
 	if m.bg == nil {
 		// With a background the content is copied when that has ended; see joined.
-		top.data = append([]byte(nil), m.data...)
+		top.data = bytes.Clone(m.data)
 	} else {
 		top.data = make([]byte, len(m.data))
 	}
-	if err := w.createQcow2(top, r); err != nil {
-		return err
-	}
-	opt := w.options(top, r)
+	o.createQcow2(top)
+	opt := o.options(top)
 	opt.U.(*types.BlockdevOptionsQcow2).Backing = &types.BlockdevRefOrNull{Null: true}
-	if err := w.x.Nodes.Add(w.ctx, opt); err != nil {
-		return err
-	}
-	w.did("snapshot %s above %s, %s", top.name(), m.name(), describe(opt))
-	base, over := w.node(m), w.x.Graph.Node(top.name())
-	tx := w.x.Graph.Begin(w.ctx)
+	trial.Must(o.x.Nodes.Add(o.ctx, opt))
+	o.did("snapshot %s above %s, %s", top.name(), m.name(), describe(opt))
+	base, over := o.node(m), o.x.Graph.Node(top.name())
+	tx := o.x.Graph.Begin(o.ctx)
 	defer tx.Abort()
-	if _, err := tx.InsertFilter(over, "backing", base); err != nil {
-		return err
-	}
-	if err := tx.Commit(); err != nil {
-		return err
-	}
+	trial.Get(tx.InsertFilter(over, "backing", base))
+	trial.Must(tx.Commit())
 	top.closed, top.own = false, true
-	top.guest, top.canSet, top.bg = m.guest, m.canSet, m.bg
-	m.guest, m.canSet, m.bg = nil, false, nil
-	if top.bg != nil {
+	m.passGuest(top)
+	if top.bg, m.bg = m.bg, nil; top.bg != nil {
 		// Part of what it wrote went to m, part to top: m's own content in its range is not known.
-		return w.adopt(m, top)
+		o.adopt(m, top)
 	}
-	return nil
 }
 
 // adopt ends the background that a snapshot has passed under and reads what it left in the image
 // below.
-func (w *world) adopt(m, top *image) error {
+func (w *world) adopt(m, top *image) {
 	bg := top.bg
 	copy(top.data, m.data)
-	if err := w.joined(top); err != nil {
-		return err
-	}
-	root, err := w.x.AttachRoot(w.ctx, w.node(m), true)
-	if err != nil {
-		return err
-	}
-	g := &rootGuest{root: root, w: w}
-	defer g.close()
-	return g.read(m.data[bg.lo:bg.hi], int64(bg.lo))
+	w.joined(top)
+	w.reading(w.node(m), func(g guest) { trial.Must(g.read(m.data[bg.lo:bg.hi], int64(bg.lo))) })
 }
 
 // resize changes a size, under guests that allow it.
-func (w *world) resize(m *image, o Op) error {
-	if m.closed || !m.own || w.busy(m) || len(w.dependents(m, false)) > 0 {
-		return nil
+func (o *op) resize(m *image) {
+	if m.closed || !m.own || o.busy(m) || len(o.dependents(m, false)) > 0 {
+		return
 	}
-	if err := w.joined(m); err != nil {
-		return err
-	}
-	r := rnd(o)
+	o.joined(m)
 	size := len(m.data)
-	switch r.IntN(3) {
+	switch o.r.IntN(3) {
 	case 0:
-		size += 512 * (1 + r.IntN(m.shape.cs/512+1))
+		size += 512 * (1 + o.r.IntN(m.shape.cs/512+1))
 	case 1:
-		size += r.IntN(4*m.shape.cs/512+1) * 512
+		size += o.r.IntN(4*m.shape.cs/512+1) * 512
 	default:
-		size -= min(size-8192, r.IntN(min(4*m.shape.cs, size)/512)*512)
+		size -= min(size-8192, o.r.IntN(min(4*m.shape.cs, size)/512)*512)
 	}
 	size = max(8192, min(size, 6<<20)) / m.shape.align * m.shape.align
 	fails := ""
@@ -280,175 +239,131 @@ func (w *world) resize(m *image, o Op) error {
 	} else if m.ro {
 		fails = "it is read-only"
 	}
-	w.did("resize %s from %d to %d: %s", m.name(), len(m.data), size, fails)
-	err := w.x.Nodes.Resize(w.ctx, nil, rig.Ptr(m.name()), int64(size))
+	o.did("resize %s from %d to %d: %s", m.name(), len(m.data), size, fails)
+	err := o.x.Nodes.Resize(o.ctx, nil, rig.Ptr(m.name()), int64(size))
 	if err != nil && m.shape.v2 && m.backing != nil && size > len(m.data) {
-		return w.verify(m, o) // nothing hides the backing file
+		o.verify(m) // nothing hides the backing file
+		return
 	}
-	if err := expect(err, fails); err != nil || fails != "" {
-		return err
+	if expect(err, fails) {
+		return
 	}
-	if n := w.node(m).Size(); n != int64(size) {
-		return fmt.Errorf("the size is %d", n)
+	if n := o.node(m).Size(); n != int64(size) {
+		trial.Fail("the size is %d", n)
 	}
-	m.data = resized(m.data, size)
+	m.data = trial.Resized(m.data, size)
 	m.grown()
-	return nil
-}
-
-// resized is data of another size; nil stays nil.
-func resized(data []byte, size int) []byte {
-	switch {
-	case data == nil:
-		return nil
-	case size <= len(data):
-		return data[:size:size]
-	}
-	return append(data[:len(data):len(data)], make([]byte, size-len(data))...)
 }
 
 // query asks what a client might ask.
-func (w *world) query(m *image, o Op) error {
-	if b := w.x.Nodes.AppendNamedNodes(nil, o.A%2 == 0); len(b) == 0 {
-		return errors.New("no answer")
+func (o *op) query(m *image) {
+	if b := o.x.Nodes.AppendNamedNodes(nil, o.A%2 == 0); len(b) == 0 {
+		trial.Fail("no answer")
 	}
-	w.x.Nodes.AppendNodeStats(nil)
-	w.x.Nodes.DebugGraph()
-	w.x.Jobs.Query()
-	w.x.Exports.Query()
-	return nil
+	o.x.Nodes.AppendNodeStats(nil)
+	o.x.Nodes.DebugGraph()
+	o.x.Jobs.Query()
+	o.x.Exports.Query()
 }
 
 // end takes everything back, checks that nothing is left, and looks at all images.
-func (w *world) end() error {
+func (w *world) end() {
 	w.did("end")
 	for len(w.jobs) > 0 {
-		if err := w.finishJob(w.jobs[0]); err != nil {
-			return err
-		}
+		w.bring(w.jobs[0], true)
 	}
 	for _, m := range w.images {
 		if m == nil || m.closed {
 			continue
 		}
 		if m.unknown {
-			if err := w.learn(m); err != nil {
-				return err
-			}
+			w.learn(m)
 		}
-		if err := errors.Join(w.joined(m), w.verify(m, Op{}), w.detach(m, Op{})); err != nil {
-			return fmt.Errorf("end, %s: %w", m.name(), err)
-		}
+		trial.In("end, "+m.name(), func() {
+			w.joined(m)
+			w.verify(m)
+			w.detach(m)
+		})
 	}
 	for again := true; again; {
 		again = false
 		for _, m := range w.images {
 			if m != nil && m.own && len(w.dependents(m, true)) == 0 {
-				if err := w.del(m, Op{}); err != nil {
-					return err
-				}
+				w.del(m)
 				again = true
 			}
 		}
 	}
-	if err := w.x.Left(); err != nil {
-		return err
-	}
+	trial.Must(w.x.Left())
 	for _, m := range w.images {
 		if m != nil {
-			if err := w.checkImage(m); err != nil {
-				return fmt.Errorf("end, %s: %w", m.name(), err)
-			}
+			trial.In("end, "+m.name(), func() { w.checkImage(m) })
 		}
 	}
-	return w.outside()
+	w.outside()
 }
 
 // checkImage opens an image with all that its header names and compares; a qcow2 image is checked.
-func (w *world) checkImage(m *image) error {
+func (w *world) checkImage(m *image) {
 	if m.format == types.BlockdevDriverQcow2 {
-		res, err := w.x.Check(w.ctx, m.file())
-		if err != nil {
-			return err
-		}
+		res := trial.Get(w.x.Check(w.ctx, m.file()))
 		if m.leaky {
 			res.Leaks = 0
 		}
 		if res.Corruptions+res.Leaks+res.Errors > 0 {
-			return fmt.Errorf("check: %+v", *res)
+			trial.Fail("check: %+v", *res)
 		}
 	}
-	if m.backing != nil && !w.closedBelow(m.backing) {
-		return nil
+	if !m.backing.closedBelow() {
+		return
 	}
-	o := &types.BlockdevOptions{Driver: m.format, ReadOnly: rig.Ptr(true)}
-	switch m.format {
-	case types.BlockdevDriverFile:
-		o.U = w.x.File(m.file()).Definition.U
-	case types.BlockdevDriverRaw:
-		o.U = &types.BlockdevOptionsRaw{File: w.x.File(m.file())}
-	default:
-		o.U = &types.BlockdevOptionsQcow2{File: w.x.File(m.file())}
-	}
-	root, err := w.x.Nodes.OpenRoot(w.ctx, &types.BlockdevRef{Definition: o}, graph.RootSpec{EdgeName: "root", Claim: readClaim})
-	if err != nil {
-		return err
-	}
-	if n := root.Size(); n != int64(len(m.data)) {
-		return fmt.Errorf("the size is %d instead of %d", n, len(m.data))
-	}
+	o := &types.BlockdevOptions{Driver: m.format, ReadOnly: rig.Ptr(true), U: w.onFile(m)}
+	root := trial.Get(w.x.Nodes.OpenRoot(w.ctx, &types.BlockdevRef{Definition: o},
+		graph.RootSpec{EdgeName: "root", Claim: drivertest.Reader}))
 	g := &rootGuest{root: root, w: w}
-	got := make([]byte, len(m.data))
-	err = g.read(got, 0)
-	if err == nil && !m.unknown {
-		err = same(got, m.data, 0)
+	got := make([]byte, root.Size())
+	trial.Must(errors.Join(g.read(got, 0), g.close()))
+	if len(got) != len(m.data) {
+		trial.Fail("the size is %d instead of %d", len(got), len(m.data))
 	}
-	return errors.Join(err, g.close())
+	if !m.unknown {
+		trial.Must(trial.Same(got, m.data, 0))
+	}
 }
 
 // outside has qemu-img look at the images, and read those that no other one backs on.
-func (w *world) outside() error {
+func (w *world) outside() {
 	if !w.qemuImg {
-		return nil
+		return
+	}
+	qemuImg := func(args ...string) ([]byte, error) {
+		cmd := exec.CommandContext(w.ctx, "qemu-img", args...)
+		cmd.Dir = w.dir
+		return cmd.CombinedOutput()
 	}
 	for _, m := range w.images {
 		if m != nil && w.x.Dir == "" {
-			if err := w.x.Save(m.file(), filepath.Join(w.dir, m.file())); err != nil {
-				return err
-			}
+			trial.Must(w.x.Save(m.file(), filepath.Join(w.dir, m.file())))
 		}
 	}
 	for _, m := range w.images {
 		if m == nil || m.format != types.BlockdevDriverQcow2 {
 			continue
 		}
-		if out, err := w.qemu("check", "-q", m.file()); err != nil && !(m.leaky && onlyLeaks(err)) {
-			return fmt.Errorf("qemu-img check of %s: %w\n%s", m.name(), err, out)
+		if out, err := qemuImg("check", "-q", m.file()); err != nil && !(m.leaky && onlyLeaks(err)) {
+			trial.Fail("qemu-img check of %s: %w\n%s", m.name(), err, out)
 		}
 		if len(w.dependents(m, false)) > 0 || m.unknown {
 			continue
 		}
-		if out, err := w.qemu("convert", "-O", "raw", m.file(), "raw"); err != nil {
-			return fmt.Errorf("qemu-img convert of %s: %w\n%s", m.name(), err, out)
+		if out, err := qemuImg("convert", "-O", "raw", m.file(), "raw"); err != nil {
+			trial.Fail("qemu-img convert of %s: %w\n%s", m.name(), err, out)
 		}
-		got, err := os.ReadFile(filepath.Join(w.dir, "raw"))
-		if err != nil {
-			return err
-		}
-		if len(got) != len(m.data) {
-			return fmt.Errorf("qemu-img finds %d bytes in %s instead of %d", len(got), m.name(), len(m.data))
-		}
-		if err := same(got, m.data, 0); err != nil {
-			return fmt.Errorf("qemu-img, %s: %w", m.name(), err)
+		got := trial.Get(os.ReadFile(filepath.Join(w.dir, "raw")))
+		if err := trial.Same(got, m.data, 0); err != nil {
+			trial.Fail("qemu-img, %s: %w", m.name(), err)
 		}
 	}
-	return nil
-}
-
-func (w *world) qemu(args ...string) ([]byte, error) {
-	cmd := exec.CommandContext(w.ctx, "qemu-img", args...)
-	cmd.Dir = w.dir
-	return cmd.CombinedOutput()
 }
 
 // onlyLeaks tells whether qemu-img check has found nothing else.

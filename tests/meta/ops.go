@@ -3,7 +3,10 @@ package meta
 import (
 	"fmt"
 	"math/rand/v2"
+	"slices"
 	"strings"
+
+	"qblockd/tests/trial"
 )
 
 // slots is the number of images that a history can have.
@@ -24,7 +27,7 @@ func (o Op) String() string {
 // Parse reads operations, one a line; lines that begin with # are left out.
 func Parse(text string) ([]Op, error) {
 	var ops []Op
-	for _, l := range strings.Split(text, "\n") {
+	for l := range strings.Lines(text) {
 		if l = strings.TrimSpace(l); l == "" || l[0] == '#' {
 			continue
 		}
@@ -32,7 +35,7 @@ func Parse(text string) ([]Op, error) {
 		if _, err := fmt.Sscan(l, &o.Kind, &o.Slot, &o.A, &o.B, &o.C, &o.D); err != nil {
 			return nil, fmt.Errorf("operation %q: %w", l, err)
 		}
-		if _, ok := actions[o.Kind]; !ok || o.Slot < 0 || o.Slot >= slots {
+		if kindOf(o.Kind).do == nil || o.Slot < 0 || o.Slot >= slots {
 			return nil, fmt.Errorf("operation %q is not known", l)
 		}
 		ops = append(ops, o)
@@ -49,26 +52,47 @@ func Format(ops []Op) string {
 	return b.String()
 }
 
-// weights tell how often each kind comes.
-var weights = []struct {
-	kind string
-	n    int
-}{
-	{"create", 10}, {"add", 14}, {"del", 6}, {"rm", 2}, {"attach", 14}, {"detach", 4},
-	{"write", 60}, {"zero", 16}, {"discard", 16}, {"read", 20}, {"flush", 8}, {"compress", 8}, {"status", 6},
-	{"burst", 8}, {"start", 8}, {"join", 4}, {"verify", 4}, {"query", 2},
-	{"snapshot", 8}, {"resize", 8},
-	{"backup", 10}, {"mirror", 10}, {"commit", 10}, {"bitmap", 16}, {"reopen", 8},
-	{"stream", 16}, {"tick", 10}, {"pause", 3}, {"resume", 3}, {"speed", 3}, {"cancel", 3}, {"finish", 6},
+// What an operation needs of its image.
+const (
+	settled = iota // its content is defined
+	nodes          // and the nodes of its chain stay as they are: jobs that close some at their end are over
+	nothing
+	noImage // the slot is empty
+)
+
+// kind is a kind of operation.
+type kind struct {
+	name   string
+	weight int // how often it comes
+	do     func(*op, *image)
+	needs  int
+}
+
+var kinds = []kind{
+	{"create", 10, (*op).create, noImage}, {"add", 14, (*op).add, nodes}, {"del", 6, (*op).del, nodes},
+	{"rm", 2, (*op).rm, nodes}, {"attach", 14, (*op).attach, nodes}, {"detach", 4, (*op).detach, settled},
+	{"write", 60, (*op).write, settled}, {"zero", 16, (*op).zero, settled}, {"discard", 16, (*op).discard, settled},
+	{"read", 20, (*op).read, settled}, {"flush", 8, (*op).flush, settled}, {"compress", 8, (*op).compress, settled},
+	{"status", 6, (*op).status, settled}, {"burst", 8, (*op).burst, settled}, {"start", 8, (*op).start, settled},
+	{"join", 4, (*op).joined, settled}, {"verify", 4, (*op).verify, nodes}, {"query", 2, (*op).query, nothing},
+	{"snapshot", 8, (*op).snapshot, nodes}, {"resize", 8, (*op).resize, nodes}, {"backup", 10, (*op).backup, nodes},
+	{"mirror", 10, (*op).mirror, nodes}, {"commit", 10, (*op).commit, nodes}, {"bitmap", 16, (*op).bitmap, nodes},
+	{"reopen", 8, (*op).reopen, nodes}, {"stream", 16, (*op).stream, nodes}, {"tick", 10, (*op).tick, nothing},
+	{"pause", 3, pause, nothing}, {"resume", 3, resume, nothing}, {"speed", 3, speed, nothing},
+	{"cancel", 3, (*op).cancel, nothing}, {"finish", 6, (*op).finish, nothing},
+}
+
+// kindOf is the kind of that name; one that is not known has nothing to do.
+func kindOf(name string) (k kind) {
+	if i := slices.IndexFunc(kinds, func(k kind) bool { return k.name == name }); i >= 0 {
+		k = kinds[i]
+	}
+	return k
 }
 
 // Generate makes the n operations of a seed.
 func Generate(seed uint64, n int) []Op {
 	rnd := rand.New(rand.NewPCG(seed, 0x6d657461))
-	total := 0
-	for _, w := range weights {
-		total += w.n
-	}
 	ops := make([]Op, 0, n)
 	add := func(kind string, slot int) {
 		ops = append(ops, Op{kind, slot, rnd.Uint32(), rnd.Uint32(), rnd.Uint32(), rnd.Uint32()})
@@ -89,13 +113,7 @@ func Generate(seed uint64, n int) []Op {
 		if rnd.IntN(3) == 0 {
 			slot = rnd.IntN(slots)
 		}
-		k := rnd.IntN(total)
-		for _, w := range weights {
-			if k -= w.n; k < 0 {
-				add(w.kind, slot)
-				break
-			}
-		}
+		add(trial.Weighted(rnd, kinds, func(k kind) int { return k.weight }).name, slot)
 	}
 	return ops[:n]
 }
@@ -106,7 +124,7 @@ func Reduce(ops []Op, tries int, fails func([]Op) bool) []Op {
 	for size := len(ops) / 2; size > 0 && tries > 0; {
 		shrunk := false
 		for at := 0; at < len(ops) && tries > 0; {
-			less := append(append([]Op(nil), ops[:at]...), ops[min(at+size, len(ops)):]...)
+			less := slices.Concat(ops[:at], ops[min(at+size, len(ops)):])
 			tries--
 			if len(less) > 0 && fails(less) {
 				ops, shrunk = less, true

@@ -8,6 +8,7 @@ import (
 	"qblockd/graph/blk"
 	"qblockd/schema/types"
 	"qblockd/tests/rig"
+	"qblockd/tests/trial"
 )
 
 // shape is how an image is laid out.
@@ -28,15 +29,13 @@ func (s shape) String() string {
 	return fmt.Sprintf("%s, clusters of %d, %d bit refcounts, %s, lazy %v", v, s.cs, s.bits, s.comp, s.lazy)
 }
 
-func pick[T any](r *rand.Rand, l ...T) T { return l[r.IntN(len(l))] }
-
 func randomShape(r *rand.Rand) shape {
 	s := shape{
-		cs: pick(r, 512, 512, 1024, 2048, 4096, 4096, 16384, 65536, 65536, 65536, 1<<20, 2<<20), v2: r.IntN(4) == 0, bits: 16,
+		cs: trial.Pick(r, 512, 512, 1024, 2048, 4096, 4096, 16384, 65536, 65536, 65536, 1<<20, 2<<20), v2: r.IntN(4) == 0, bits: 16,
 		comp: types.Qcow2CompressionTypeZlib, align: 512,
 	}
 	if !s.v2 {
-		s.bits = pick[int64](r, 1, 2, 4, 8, 16, 16, 32, 64)
+		s.bits = trial.Pick[int64](r, 1, 2, 4, 8, 16, 16, 32, 64)
 		s.lazy = r.IntN(4) == 0
 		if r.IntN(3) == 0 {
 			s.comp = types.Qcow2CompressionTypeZstd
@@ -84,63 +83,59 @@ func memOptions(r *rand.Rand, align int) *drivertest.MemOptions {
 }
 
 // create makes an image, on top of another one if there is one.
-func (w *world) create(o Op) error {
-	r := rnd(o)
-	m := &image{slot: o.Slot, closed: true, format: types.BlockdevDriverQcow2, shape: randomShape(r)}
-	if k := r.IntN(10); k == 0 {
+func (o *op) create(*image) {
+	m := &image{slot: o.Slot, closed: true, format: types.BlockdevDriverQcow2, shape: randomShape(o.r)}
+	if k := o.r.IntN(10); k == 0 {
 		m.format = types.BlockdevDriverFile
 	} else if k == 1 {
 		m.format = types.BlockdevDriverRaw
 	}
 	align := 512
 	if m.format != types.BlockdevDriverQcow2 {
-		align = pick(r, 512, 4096)
+		align = trial.Pick(o.r, 512, 4096)
 		m.shape = shape{cs: 512, align: align}
 	}
-	size := m.shape.size(r)
+	size := m.shape.size(o.r)
 	m.data = make([]byte, size)
 	if m.format != types.BlockdevDriverQcow2 {
-		w.images[m.slot] = m
-		w.did("create %s: %s of %d bytes", m.name(), m.format, size)
-		return w.makeFile(m, int64(size), r, align)
+		o.images[m.slot] = m
+		o.did("create %s: %s of %d bytes", m.name(), m.format, size)
+		o.makeFile(m, int64(size), align)
+		return
 	}
-	if b := w.images[r.IntN(slots)]; b != nil && r.IntN(4) != 0 && w.steady(b) {
-		if err := w.joined(b); err != nil {
-			return err
-		}
+	if b := o.images[o.r.IntN(slots)]; b != nil && o.r.IntN(4) != 0 && o.steady(b) {
+		o.joined(b)
 		m.backing = b
-		if r.IntN(2) == 0 {
+		if o.r.IntN(2) == 0 {
 			m.data = make([]byte, len(b.data))
 		}
 		copy(m.data, b.data)
 	}
-	return w.createQcow2(m, r)
+	o.createQcow2(m)
 }
 
-func (w *world) createQcow2(m *image, r *rand.Rand) error {
-	o := types.BlockdevCreateOptionsQcow2{
+func (o *op) createQcow2(m *image) {
+	c := types.BlockdevCreateOptionsQcow2{
 		Size: uint64(len(m.data)), ClusterSize: rig.Ptr(uint64(m.shape.cs)), LazyRefcounts: &m.shape.lazy,
 	}
 	if m.shape.v2 {
-		o.Version = rig.Ptr(types.BlockdevQcow2VersionV2)
+		c.Version = rig.Ptr(types.BlockdevQcow2VersionV2)
 	} else {
-		o.RefcountBits, o.CompressionType = &m.shape.bits, &m.shape.comp
+		c.RefcountBits, c.CompressionType = &m.shape.bits, &m.shape.comp
 	}
 	under := ""
 	if b := m.backing; b != nil {
-		o.BackingFile, o.BackingFmt = rig.Ptr(w.x.Path(b.file())), &b.format
+		c.BackingFile, c.BackingFmt = rig.Ptr(o.x.Path(b.file())), &b.format
 		under = " on " + b.name()
-	} else if r.IntN(5) == 0 {
-		o.Preallocation = rig.Ptr(types.PreallocModeMetadata)
+	} else if o.r.IntN(5) == 0 {
+		c.Preallocation = rig.Ptr(types.PreallocModeMetadata)
 	}
-	w.did("create %s: qcow2 of %d bytes%s: %v", m.name(), len(m.data), under, m.shape)
+	o.did("create %s: qcow2 of %d bytes%s: %v", m.name(), len(m.data), under, m.shape)
 	align := 512
 	if m.shape.cs >= 4096 {
-		align = pick(r, 512, 4096)
+		align = trial.Pick(o.r, 512, 4096)
 	}
-	if err := w.makeFile(m, 0, r, align); err != nil {
-		return err
-	}
-	w.images[m.slot] = m
-	return w.x.CreateQcow2(w.ctx, m.file(), o)
+	o.makeFile(m, 0, align)
+	o.images[m.slot] = m
+	trial.Must(o.x.CreateQcow2(o.ctx, m.file(), c))
 }

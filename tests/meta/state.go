@@ -12,6 +12,7 @@ import (
 	"qblockd/graph"
 	"qblockd/schema/types"
 	"qblockd/tests/rig"
+	"qblockd/tests/trial"
 )
 
 // state is what was recorded, by its keys: a model of the graph that nothing but changes makes.
@@ -39,7 +40,7 @@ func (s *state) record(l []graph.Change) error {
 
 // recorded compares what was recorded with what is there. A change shows a moment after it was
 // recorded, and jobs make some at any time: what differs has to be the same soon.
-func (w *world) recorded() error {
+func (w *world) recorded() {
 	for end := time.Now().Add(10 * time.Second); ; time.Sleep(time.Millisecond) {
 		told := w.state.replayed()
 		is := w.queried()
@@ -47,9 +48,9 @@ func (w *world) recorded() error {
 		diff := differences(told, is)
 		switch {
 		case diff == "":
-			return nil
+			return
 		case time.Now().After(end):
-			return fmt.Errorf("what is recorded is not what is there:%s", diff)
+			trial.Fail("what is recorded is not what is there:%s", diff)
 		}
 	}
 }

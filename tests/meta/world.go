@@ -1,19 +1,18 @@
 package meta
 
 import (
-	"bytes"
 	"context"
 	"errors"
 	"fmt"
 	"math/rand/v2"
-	"runtime/debug"
-	"strings"
+	"slices"
 	"time"
 
 	"qblockd/blockdev/drivertest"
 	"qblockd/graph"
 	"qblockd/schema/types"
 	"qblockd/tests/rig"
+	"qblockd/tests/trial"
 )
 
 // world is the graph of one run beside what it has to show.
@@ -22,12 +21,12 @@ type world struct {
 	ctx     context.Context
 	dir     string // for sockets and images that outside tools look at
 	qemuImg bool
-	images  [slots]*image
-	jobs    []*job
-	faults  faults
-	state   state
-	count   int // for unique names
-	trace   []string
+	images
+	underway
+	faults faults
+	state  state
+	count  int // for unique names
+	trace  []string
 }
 
 // image is a file and what a guest sees of it.
@@ -65,17 +64,6 @@ type Config struct {
 	Limit time.Duration
 }
 
-var actions = map[string]func(w *world, m *image, o Op) error{
-	"add": (*world).add, "del": (*world).del, "rm": (*world).rm, "attach": (*world).attach, "detach": (*world).detach,
-	"write": (*world).write, "zero": (*world).zero, "discard": (*world).discard, "read": (*world).read, "flush": (*world).flush,
-	"compress": (*world).compress, "status": (*world).status, "burst": (*world).burst, "start": (*world).start, "join": (*world).join,
-	"verify": (*world).verify, "query": (*world).query, "snapshot": (*world).snapshot, "resize": (*world).resize,
-	"stream": (*world).stream, "tick": (*world).tick, "pause": (*world).pause, "resume": (*world).resume, "speed": (*world).speed,
-	"cancel": (*world).cancel, "finish": (*world).finish,
-	"backup": (*world).backup, "mirror": (*world).mirror, "commit": (*world).commit, "bitmap": (*world).bitmap, "reopen": (*world).reopen,
-	"create": nil, // the only one that needs no image
-}
-
 // Run executes operations and tells what was not as it should be, with the trace of what was done.
 func Run(ops []Op, c Config) (trace []string, err error) {
 	ctx, cancel := context.WithTimeout(context.Background(), c.Limit)
@@ -90,89 +78,90 @@ func Run(ops []Op, c Config) (trace []string, err error) {
 	w.state.of = map[graph.Key]any{} // +checklocksignore: nobody else knows it yet
 	w.x.Graph.SetRecorder(w.state.record)
 	done := make(chan error, 1)
-	go func() { done <- w.run(ops) }()
+	go func() { done <- trial.Run(func() { w.run(ops) }) }()
 	select {
 	case err = <-done:
+		return w.trace, errors.Join(err, w.x.Close())
 	case <-time.After(c.Limit + 10*time.Second):
 		// The goroutines stay behind; the trace is read while they may still write to it, in a
 		// process that has failed.
 		return w.trace, fmt.Errorf("hangs: no end after %v", c.Limit)
 	}
-	if err != nil {
-		return w.trace, errors.Join(err, w.x.Close())
-	}
-	return w.trace, w.x.Close()
 }
 
-func (w *world) run(ops []Op) (err error) {
-	defer func() {
-		if p := recover(); p != nil {
-			err = fmt.Errorf("panic: %v\n%s", p, debug.Stack())
-		}
-	}()
-	if err := w.startServer(); err != nil {
-		return err
-	}
+func (w *world) run(ops []Op) {
+	trial.Must(w.x.NBD.Start(w.ctx, &types.SocketAddress{
+		Type: types.SocketAddressTypeUnix, U: &types.UnixSocketAddress{Path: w.socket()}}, nil))
 	for i, o := range ops {
-		if err := w.step(o); err != nil {
-			return fmt.Errorf("operation %d, %s: %w", i, o, err)
-		}
-		if err := w.recorded(); err != nil {
-			return fmt.Errorf("operation %d, %s: %w", i, o, err)
-		}
+		trial.In(fmt.Sprintf("operation %d, %s", i, o), func() {
+			w.step(o)
+			w.recorded()
+		})
 	}
-	return errors.Join(w.end(), w.recorded())
+	w.end()
+	w.recorded()
 }
 
-func (w *world) step(o Op) error {
-	m := w.images[o.Slot]
-	if o.Kind == "create" {
-		if m != nil {
-			return nil
+// op is an operation under way, with a source of chance of its own.
+type op struct {
+	*world
+	Op
+	r *rand.Rand
+}
+
+func (w *world) at(o Op) *op {
+	return &op{w, o, rand.New(rand.NewPCG(uint64(o.A)<<32|uint64(o.B), uint64(o.C)<<32|uint64(o.D)))}
+}
+
+func (w *world) step(o Op) {
+	m, k := w.images[o.Slot], kindOf(o.Kind)
+	if (m == nil) != (k.needs == noImage) {
+		return
+	}
+	if k.needs == noImage {
+		k.do(w.at(o), nil)
+		return
+	}
+	if w.undefined(m) && k.needs != nothing {
+		if o.D%4 != 0 {
+			return
 		}
-		return w.create(o)
-	}
-	if m == nil {
-		return nil
-	}
-	if w.undefined(m) {
-		switch o.Kind {
-		case "tick", "pause", "resume", "speed", "cancel", "finish", "query":
-		default:
-			if o.D%4 != 0 {
-				return nil
-			}
-			if err := w.settle(m); err != nil {
-				return err
-			}
-			if w.images[o.Slot] != m {
-				return nil
-			}
+		if w.settle(m); w.images[o.Slot] != m {
+			return
 		}
 	}
 	if m.unknown && !m.closed {
-		if err := w.learn(m); err != nil {
-			return err
-		}
+		w.learn(m)
 	}
-	switch o.Kind {
-	case "backup", "mirror", "commit", "reopen", "bitmap", "add", "del", "rm", "attach", "verify", "snapshot", "resize", "stream":
-		// These look at nodes, which a job may close at its end.
+	if k.needs == nodes {
 		for x := m; x != nil; x = x.backing {
-			if err := w.jobsOver(x); err != nil {
-				return err
-			}
+			w.jobsOver(x)
 		}
 		if w.images[o.Slot] != m {
-			return nil // a job has made it superfluous
+			return // a job has made it superfluous
 		}
 	}
-	return actions[o.Kind](w, m, o)
+	k.do(w.at(o), m)
 }
 
 // did notes what an operation has come to.
 func (w *world) did(format string, args ...any) {
 	w.trace = append(w.trace, fmt.Sprintf(format, args...))
+}
+
+// unique makes a name.
+func (w *world) unique(prefix string) string {
+	w.count++
+	return fmt.Sprint(prefix, w.count)
+}
+
+// mustNode is node of an image that has one.
+func (w *world) mustNode(m *image) *graph.Node {
+	n := w.node(m)
+	if n == nil {
+		trial.Fail("%s has no node", m.name())
+	}
+	return n
 }
 
 // node finds the node of an open image.
@@ -190,59 +179,41 @@ func (w *world) node(m *image) *graph.Node {
 	return nil
 }
 
+// images are those that are there, by slot.
+type images [slots]*image
+
+// free is a slot without an image, or -1.
+func (l *images) free() int { return slices.Index(l[:], nil) }
+
 // dependents are the images that back on m; open ones only if so asked.
-func (w *world) dependents(m *image, open bool) (l []*image) {
-	for _, up := range w.images {
+func (l *images) dependents(m *image, open bool) (on []*image) {
+	for _, up := range l {
 		if up != nil && up.backing == m && (!open || !up.closed) {
-			l = append(l, up)
+			on = append(on, up)
 		}
 	}
-	return l
+	return on
 }
 
 // prune closes what was open only for images above that are so no longer.
-func (w *world) prune() {
+func (l *images) prune() {
 	for again := true; again; {
 		again = false
-		for _, m := range w.images {
-			if m != nil && !m.closed && !m.own && len(w.dependents(m, true)) == 0 {
+		for _, m := range l {
+			if m != nil && !m.closed && !m.own && len(l.dependents(m, true)) == 0 {
 				m.closed, again = true, true
 			}
 		}
 	}
 }
 
-// rnd is a source of random numbers for one operation.
-func rnd(o Op) *rand.Rand {
-	return rand.New(rand.NewPCG(uint64(o.A)<<32|uint64(o.B), uint64(o.C)<<32|uint64(o.D)))
-}
-
-// expect checks the outcome of something that has to fail if fails is not "".
-func expect(err error, fails string) error {
-	switch {
-	case fails != "" && err == nil:
-		return fmt.Errorf("succeeded although %s", fails)
-	case fails == "" && err != nil:
-		return err
+// expect checks the outcome of something that has to fail if fails is not "", and tells whether it
+// has.
+func expect(err error, fails string) (failed bool) {
+	if fails == "" {
+		trial.Must(err)
+	} else if err == nil {
+		trial.Fail("succeeded although %s", fails)
 	}
-	return nil
-}
-
-// same compares what was read at off with what should be there.
-func same(got, want []byte, off int) error {
-	if bytes.Equal(got, want) {
-		return nil
-	}
-	var b strings.Builder
-	bad, first := 0, -1
-	for i := range want {
-		if got[i] != want[i] {
-			if first < 0 {
-				first = i
-			}
-			bad++
-		}
-	}
-	fmt.Fprintf(&b, "read %d+%d: %d bytes differ, the first at %d: %#x instead of %#x", off, len(want), bad, off+first, got[first], want[first])
-	return errors.New(b.String())
+	return fails != ""
 }

@@ -32,6 +32,13 @@ func Run(f func()) (err error) {
 	return nil
 }
 
+// In is f in this trial; what ends it is told to be about what.
+func In(what string, f func()) {
+	if err := Run(f); err != nil {
+		Fail("%s: %w", what, err)
+	}
+}
+
 // Must ends the trial unless err is nil.
 func Must(err error) {
 	if err != nil {

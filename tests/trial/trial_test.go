@@ -26,6 +26,9 @@ func TestRun(t *testing.T) {
 		!strings.Contains(err.Error(), "TestRun") {
 		t.Errorf("a panic is %v", err)
 	}
+	if err := Run(func() { In("here", func() { Must(why) }) }); !errors.Is(err, why) || err.Error() != "here: why" {
+		t.Errorf("in a part: %v", err)
+	}
 	inner := error(nil)
 	if err := Run(func() { inner = Run(func() { Must(why) }) }); err != nil || inner != why {
 		t.Errorf("a trial in a trial: %v, %v", err, inner)
