@@ -66,6 +66,7 @@
 //	drainerState.mu > g.mu > jobs.mu > node locks of the data plane
 //	                               > driver locks (their own package docs) > events.mu, session.outMu
 //	               g.mu > Root.wait
+//	Record.mu > g.mu
 //
 //	g.resv.mu, g.holds.mu, g.genMu, Root.wait  leaves: code under them takes no further lock
 //	trackShard.mu (in index order),
@@ -75,8 +76,8 @@
 // Exceptions: drainerState.mu is held while a Drainer is called, which may take driver and job
 // locks, but never enters this package's Drain or Commit. Under g.mu drivers are asked only Caps,
 // Size and EdgeClaim, which take at most a leaf lock of theirs. No lock of this package is held
-// across I/O, PermTaker, Participant or Recorder calls. Reservations are not locks: they are waited
-// for with no lock and no unit of work held.
+// across I/O, PermTaker, Participant or Recorder calls, but for Record.mu, across those of the
+// Recorder. Reservations are not locks: they are waited for with no lock and no unit of work held.
 //
 // Built with -tags invariants, each install checks the nodes it touched.
 package graph

@@ -180,7 +180,7 @@ func TestPrepareFailureUndoes(t *testing.T) {
 
 	// The recorder is the last that may fail.
 	tx = g.Begin(context.Background())
-	job := Change{Key{Kind: StateJob, Name: "j"}, "its arguments"}
+	job := NewRecord(Key{Kind: StateJob, Name: "j"}, "its arguments")
 	if _, err := tx.AttachRoot(RootSpec{EdgeName: "root", Claim: claim, StayAtNode: true, Of: job}, nb); err != nil {
 		t.Fatal(err)
 	}

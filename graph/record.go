@@ -3,6 +3,7 @@ package graph
 import (
 	"log/slog"
 	"slices"
+	"sync"
 
 	"qblockd/graph/perm"
 	"qblockd/schema/types"
@@ -16,7 +17,7 @@ import (
 //	bitmap n1.b1    *types.BlockDirtyBitmapAdd
 //	export e1       *types.BlockExportOptions
 //	export e1.root  EdgeState: the node that it shows now
-//	job j1          the arguments of the command that started it
+//	job j1          jobs.State: the arguments of the command that started it, and what changed since
 //
 // Hidden and closing nodes are no part of it, nor are roots that belong to nothing or stay at their
 // nodes, nor what follows from the rest: claims, freezes, who uses a bitmap.
@@ -64,6 +65,63 @@ type EdgeState struct {
 	Role  perm.Role
 }
 
+// Record is state that is neither a node nor an edge: what an export or a job is made of. It is
+// there as long as the root is that has it (RootSpec.Of), or between Graph.Enter and Graph.Leave.
+type Record struct {
+	key   Key
+	mu    sync.Mutex // held while the recorder is told; g.mu may be taken under it
+	value any
+	in    *Graph // nil: it is not there
+}
+
+// NewRecord makes a record, which is nowhere yet. The value is immutable.
+func NewRecord(k Key, value any) *Record { return &Record{key: k, value: value} }
+
+// Key is what the value is recorded under.
+func (r *Record) Key() Key { return r.key }
+
+// Value is what is recorded, or will be when it comes to be there.
+func (r *Record) Value() any {
+	r.mu.Lock()
+	defer r.mu.Unlock()
+	return r.value
+}
+
+// Set changes the value. It may block, and fails if the recorder refuses; then nothing has changed.
+func (r *Record) Set(value any) error {
+	r.mu.Lock()
+	defer r.mu.Unlock()
+	if r.in != nil && value != r.value {
+		if err := r.in.tell([]Change{{r.key, value}}); err != nil {
+			return err
+		}
+	}
+	r.value = value
+	return nil
+}
+
+// Enter lets r, which no root has, be there from now on. It may block, and fails if the recorder
+// refuses.
+func (g *Graph) Enter(r *Record) error {
+	r.mu.Lock()
+	defer r.mu.Unlock()
+	err := g.tell([]Change{{r.key, r.value}})
+	if err == nil {
+		r.in = g
+	}
+	return err
+}
+
+// Leave ends that. It may block.
+func (g *Graph) Leave(r *Record) {
+	r.mu.Lock()
+	defer r.mu.Unlock()
+	r.in = nil
+	if err := g.tell([]Change{{Key: r.key}}); err != nil {
+		slog.Error("the end of something could not be recorded", "what", r.key, "error", err)
+	}
+}
+
 // Recorder is told of changes before they show. Once it has returned nil they happen, all of them;
 // after an error they are undone, but for those of a Tx that is Ending. It may block. It is called
 // with no lock held, for different keys also at the same time, and must not change the graph.
@@ -82,28 +140,56 @@ func (g *Graph) SetRecorder(r Recorder) {
 // but cannot refuse it.
 func (tx *Tx) Ending() { tx.ending = true }
 
+func (g *Graph) tell(l []Change) error {
+	if r := g.recorder.Load(); r != nil && len(l) > 0 {
+		return (*r)(l)
+	}
+	return nil
+}
+
 // record reports what the commit changes. Nothing that follows can fail.
 func (c *commit) record() error {
-	r := c.g.recorder.Load()
-	if r == nil {
-		return nil
+	records := c.records()
+	for r := range records {
+		r.mu.Lock()
+		defer r.mu.Unlock()
 	}
 	d := &delta{draft: c.draft, told: map[*Node]bitmapStates{}}
-	d.collect(c)
-	changes := append(d.gone, d.is...)
-	if len(changes) == 0 {
-		return nil
+	if c.g.recorder.Load() != nil {
+		d.collect(c)
 	}
-	if err := (*r)(changes); err != nil {
+	if err := c.g.tell(append(d.gone, d.is...)); err != nil {
 		if !c.tx.ending {
 			return err
 		}
 		slog.Error("a change of the graph could not be recorded", "error", err)
 	}
+	for r, in := range records {
+		r.in = in
+	}
 	for n, l := range d.told {
 		n.io.dirty.tell(l)
 	}
 	return nil
+}
+
+// records are those that come or go with their roots, and where they are then. No other commit has
+// one of them: it would have its node, too.
+func (c *commit) records() map[*Record]*Graph {
+	c.g.mu.RLock()
+	defer c.g.mu.RUnlock()
+	l := map[*Record]*Graph{}
+	for _, e := range c.draft.edges {
+		gone := c.draft.Gone(e)
+		switch {
+		case e.root == nil || e.root.spec.Of == nil || e.attached != gone:
+		case gone:
+			l[e.root.spec.Of] = nil
+		default:
+			l[e.root.spec.Of] = c.g
+		}
+	}
+	return l
 }
 
 // delta is what a commit changes of the state.
@@ -159,11 +245,12 @@ func (d *delta) addEdgeLocked(e *Edge) {
 	k := Key{Kind: StateNode, Part: e.name}
 	if e.root != nil {
 		of := e.root.spec.Of
-		if k.Kind, k.Name = of.Key.Kind, of.Key.Name; k.Kind == "" {
+		if of == nil {
 			return
 		}
-		if of.Value != nil {
-			d.add(of.Key, valueIf(was, of.Value), valueIf(is, of.Value))
+		k.Kind, k.Name = of.key.Kind, of.key.Name
+		if was != is { // and so it is locked
+			d.add(of.key, valueIf(was, of.value), valueIf(is, of.value))
 		}
 		if e.root.spec.StayAtNode {
 			return

@@ -70,7 +70,7 @@ func TestRecord(t *testing.T) {
 
 	var root *Root
 	do(func(tx *Tx) (err error) {
-		root, err = tx.AttachRoot(RootSpec{EdgeName: "root", Claim: readAll, Of: Change{Key{Kind: StateExport, Name: "e"}, "its options"}}, disk)
+		root, err = tx.AttachRoot(RootSpec{EdgeName: "root", Claim: readAll, Of: NewRecord(Key{Kind: StateExport, Name: "e"}, "its options")}, disk)
 		return err
 	})
 	r.expect(t, "export e: its options", "export e.root: disk")
@@ -105,12 +105,21 @@ func TestRecord(t *testing.T) {
 	}
 	r.expect(t, "node overlay.backing: gone", "node overlay.backing: file")
 	var job *Root
+	of := NewRecord(Key{Kind: StateJob, Name: "j"}, "no arguments yet")
+	if err := of.Set("its arguments"); err != nil {
+		t.Error(err)
+	}
 	do(func(tx *Tx) (err error) {
-		of := Change{Key{Kind: StateJob, Name: "j"}, "its arguments"}
 		job, err = tx.AttachRoot(RootSpec{StayAtNode: true, Claim: readAll, Of: of}, overlay)
 		return err
 	})
 	r.expect(t, "job j: its arguments")
+	for _, value := range []string{"others", "others"} { // the second time nothing changes
+		if err := of.Set(value); err != nil {
+			t.Error(err)
+		}
+	}
+	r.expect(t, "job j: others")
 	for _, x := range []*Root{root, nobody, job} {
 		if err := g.CloseRoot(context.Background(), x); err != nil {
 			t.Error(err)
@@ -119,6 +128,36 @@ func TestRecord(t *testing.T) {
 	r.expect(t, "export e: gone", "export e.root: gone", "job j: gone")
 	do(func(tx *Tx) error { return tx.Delete("overlay") })
 	r.expect(t, "node overlay: gone", "node overlay.file: gone", "node overlay.backing: gone")
+	if err := of.Set("what nobody needs any more"); err != nil {
+		t.Error(err)
+	}
+	r.expect(t)
+}
+
+// TestRecordWithoutRoot: what no root has is there for as long as its owner says.
+func TestRecordWithoutRoot(t *testing.T) {
+	g, r := newTestGraph(t), &told{}
+	g.SetRecorder(r.record)
+	x := NewRecord(Key{Kind: StateJob, Name: "j"}, "its arguments")
+	r.fails = errors.New("no room")
+	if err := g.Enter(x); !errors.Is(err, r.fails) {
+		t.Error(err)
+	}
+	r.fails = nil
+	if err := errors.Join(x.Set("others"), g.Enter(x)); err != nil {
+		t.Error(err)
+	}
+	r.expect(t, "job j: others")
+	r.fails = errors.New("no room")
+	if err := x.Set("refused"); !errors.Is(err, r.fails) || x.Value() != "others" {
+		t.Errorf("%v, now %v", err, x.Value())
+	}
+	g.Leave(x) // cannot fail
+	r.fails = nil
+	if err := x.Set("afterwards"); err != nil {
+		t.Error(err)
+	}
+	r.expect(t)
 }
 
 // TestRecordFails: what can be refused is undone, and what cannot goes on.

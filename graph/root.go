@@ -29,9 +29,8 @@ type RootSpec struct {
 	StayAtNode bool
 	// Job marks the requests of background work.
 	Job bool
-	// Of is the state that the root belongs to (see Recorder); none: the root is not recorded. If
-	// it has a Value, that comes and goes with the root.
-	Of Change
+	// Of comes and goes with the root (see Recorder); nil: the root is not recorded.
+	Of *Record
 	// Ctx is the context of its requests; nil means context.Background().
 	Ctx context.Context
 }

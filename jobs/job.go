@@ -57,9 +57,12 @@ type Job struct {
 	id     string
 	typ    types.JobType
 	runner Runner
-	args   any         // as in Spec
 	block  *blockState // nil: no block job (create, amend)
 	txn    *Txn
+
+	// record holds a State. altering is held by whoever changes it, m.mu is taken under it.
+	record   *graph.Record
+	altering sync.Mutex
 
 	ctx    context.Context
 	cancel context.CancelFunc
@@ -116,11 +119,22 @@ func (j *Job) ID() string { return j.id }
 // Type is the job's type.
 func (j *Job) Type() types.JobType { return j.typ }
 
-// State is what is recorded of the job: its arguments, from when it enters the graph until it
-// leaves it.
-func (j *Job) State() graph.Change {
-	return graph.Change{Key: graph.Key{Kind: graph.StateJob, Name: j.id}, Value: j.args}
+// State is what makes a job again: it is what is recorded of it.
+type State struct {
+	// Args are the arguments of its command in canonical form, a pointer to a type of the schema.
+	// They do not change any more.
+	Args any
+	// Speed is the limit in bytes per second that it has now; 0: none.
+	Speed int64
+	// Paused: its user has paused it; that an error policy did so is not recorded.
+	Paused bool
+	// CopyMode is what a mirror was told since it started; "": nothing.
+	CopyMode types.MirrorCopyMode
 }
+
+// Record is what is recorded of the job, a State. Whoever starts it says when that comes to be there:
+// of block jobs with the graph that they work in.
+func (j *Job) Record() *graph.Record { return j.record }
 
 // Describe names the job as a user of nodes, in permission conflicts (graph.Parent).
 func (j *Job) Describe() string { return string(j.typ) + " job '" + j.id + "'" }

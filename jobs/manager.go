@@ -57,9 +57,7 @@ type Spec struct {
 	Speed int64
 	// Nodes are those that the job works on.
 	Nodes []*graph.Node
-	// Args make the job again: the arguments of its command in canonical form, a pointer to a type
-	// of the schema. They do not change any more.
-	Args any
+	Args  any // as in State
 }
 
 // Create makes a job and announces it. It fails on an illegal id, one in use, or a negative speed
@@ -70,7 +68,8 @@ func (m *Manager) Create(s Spec) (*Job, error) {
 		return nil, fmt.Errorf("Invalid job ID '%s'", s.ID)
 	}
 	j := &Job{
-		m: m, id: s.ID, typ: s.Type, nodes: s.Nodes, runner: s.Runner, args: s.Args, txn: s.Txn,
+		m: m, id: s.ID, typ: s.Type, nodes: s.Nodes, runner: s.Runner, txn: s.Txn,
+		record:  graph.NewRecord(graph.Key{Kind: graph.StateJob, Name: s.ID}, State{Args: s.Args, Speed: s.Speed}),
 		instant: s.Instant, seenAs: cmp.Or(s.SeenAs, visible.Job(s.Type)),
 		ended: make(chan struct{}), finished: make(chan struct{}),
 		yielded: latch{c: make(chan struct{})}, released: latch{c: make(chan struct{})},

@@ -24,17 +24,56 @@ func (j *Job) applyLocked(v machine.Verb) error {
 	return fmt.Errorf("Job '%s' in state '%s' cannot accept command verb '%s'", j.id, j.st.Status, v)
 }
 
-// Pause stops the job at its next pause point. A second user pause is refused.
-func (j *Job) Pause() error {
-	j.m.mu.Lock()
-	defer j.m.mu.Unlock()
-	if err := j.applyLocked(machine.Pause); err != nil {
+// alter applies a verb that changes what is recorded of the job: that is told first, and may be
+// refused. check tells whether the verb can be applied, also after that has taken its time. Both it
+// and apply are called with m.mu held.
+func (j *Job) alter(check func() error, change func(s *State), apply func()) error {
+	locked := func(f func() error) error {
+		j.m.mu.Lock()
+		defer j.m.mu.Unlock()
+		return f()
+	}
+	j.altering.Lock()
+	defer j.altering.Unlock()
+	if err := locked(check); err != nil {
 		return err
 	}
-	if j.st.UserPaused {
-		return errors.New("Job is already paused")
+	was := j.record.Value().(State)
+	is := was
+	change(&is)
+	if err := j.record.Set(is); err != nil {
+		return err
 	}
-	j.stepLocked(machine.UserPause)
+	err := locked(func() error {
+		err := check()
+		if err == nil {
+			apply()
+		}
+		return err
+	})
+	if err != nil {
+		err = errors.Join(err, j.record.Set(was))
+	}
+	return err
+}
+
+// Pause stops the job at its next pause point. A second user pause is refused. Like all that is
+// recorded of a job it may block, and fail, with the recorder.
+func (j *Job) Pause() error {
+	err := j.alter(func() error {
+		if err := j.applyLocked(machine.Pause); err != nil {
+			return err
+		}
+		if j.st.UserPaused {
+			return errors.New("Job is already paused")
+		}
+		return nil
+	}, func(s *State) { s.Paused = true }, func() { j.stepLocked(machine.UserPause) })
+	if err != nil {
+		return err
+	}
+	j.m.mu.Lock()
+	defer j.m.mu.Unlock()
 	for j.asleep && j.st.ShouldPause() {
 		// It was woken and stops without doing anything else: what the client is told next is that
 		// it is paused.
@@ -45,16 +84,20 @@ func (j *Job) Pause() error {
 
 // Resume ends a user pause or an error policy's stop.
 func (j *Job) Resume() error {
-	j.m.mu.Lock()
-	defer j.m.mu.Unlock()
-	if !j.st.UserPaused {
-		return errors.New("Can't resume a job that was not paused")
-	}
-	if err := j.applyLocked(machine.Resume); err != nil {
+	err := j.alter(func() error {
+		if !j.st.UserPaused {
+			return errors.New("Can't resume a job that was not paused")
+		}
+		return j.applyLocked(machine.Resume)
+	}, func(s *State) { s.Paused = false }, func() {
+		j.block.resetIOStatus()
+		j.stepLocked(machine.UserResume)
+	})
+	if err != nil {
 		return err
 	}
-	j.block.resetIOStatus()
-	j.stepLocked(machine.UserResume)
+	j.m.mu.Lock()
+	defer j.m.mu.Unlock()
 	j.awaitWakingLocked()
 	return nil
 }
@@ -196,21 +239,18 @@ func (j *Job) Complete(ctx context.Context) error {
 
 // ChangeCopyMode changes when a mirror copies what is written (block-job-change).
 func (j *Job) ChangeCopyMode(to types.MirrorCopyMode) error {
-	j.m.mu.Lock()
-	err := j.applyLocked(machine.Alter)
-	j.m.mu.Unlock()
-	if err != nil {
-		return err
-	}
 	c, ok := j.runner.(interface {
-		ChangeCopyMode(to types.MirrorCopyMode)
+		ChangeCopyMode(to types.MirrorCopyMode) // does not block
 	})
-	if !ok {
+	return j.alter(func() error {
+		if err := j.applyLocked(machine.Alter); err != nil || ok {
+			return err
+		}
 		return errors.New("Job type does not support change")
-	}
-	c.ChangeCopyMode(to)
-	j.Kick()
-	return nil
+	}, func(s *State) { s.CopyMode = to }, func() {
+		c.ChangeCopyMode(to)
+		j.kickLocked()
+	})
 }
 
 // Finalize ends the transaction of a pending job.
@@ -239,18 +279,16 @@ func (j *Job) Dismiss() error {
 
 // SetSpeed limits a block job to bps bytes per second; 0: no limit.
 func (j *Job) SetSpeed(bps int64) error {
-	j.m.mu.Lock()
-	defer j.m.mu.Unlock()
-	if err := j.applyLocked(machine.SetSpeed); err != nil {
-		return err
-	}
-	if bps < 0 {
+	return j.alter(func() error {
+		if err := j.applyLocked(machine.SetSpeed); err != nil || bps >= 0 {
+			return err
+		}
 		return errNegativeSpeed
-	}
-	j.block.speed = bps
-	j.block.limit.setSpeed(bps)
-	j.kickLocked()
-	return nil
+	}, func(s *State) { s.Speed = bps }, func() {
+		j.block.speed = bps
+		j.block.limit.setSpeed(bps)
+		j.kickLocked()
+	})
 }
 
 // UserPaused tells whether the user, or an error policy, has paused the job.

@@ -194,7 +194,7 @@ func (t *Table) attach(ctx context.Context, x *Export, n *graph.Node) error {
 		EdgeName: "root",
 		Kind:     graph.KindBackend,
 		Claim:    perm.Claim{Need: need, Share: perm.All},
-		Of:       graph.Change{Key: graph.Key{Kind: graph.StateExport, Name: x.Options.ID}, Value: x.Options},
+		Of:       graph.NewRecord(graph.Key{Kind: graph.StateExport, Name: x.Options.ID}, x.Options),
 		Ctx:      rctx,
 	}, n)
 	if err == nil {

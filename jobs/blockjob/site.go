@@ -129,7 +129,7 @@ func (s *Site) Keep(tx *graph.Tx, uses ...Use) error {
 			spec = graph.RootSpec{EdgeName: "root", Kind: graph.KindBackend, Claim: u.Claim, StayAtNode: true, Job: true}
 		}
 		if len(s.roots) == 0 {
-			spec.Of = s.Job.State()
+			spec.Of = s.Job.Record()
 		}
 		r, err := tx.AttachRoot(spec, u.Node)
 		if err != nil {

@@ -5,29 +5,46 @@ package create
 import (
 	"context"
 
+	"qblockd/graph"
 	"qblockd/jobs"
 	"qblockd/schema/types"
 )
 
-// Func makes or changes an image. It calls started once its options are checked and before its
-// first I/O on the image; all it refuses before that is known when the command returns.
-type Func func(ctx context.Context, started func()) error
+// Job is a job that is about to start, of type create or amend.
+type Job struct {
+	Type types.JobType
+	ID   string
+	Args any // as in jobs.State
+	// Do makes or changes an image. It calls started once its options are checked and before its
+	// first I/O on the image; all it refuses before that is known when the command returns.
+	Do func(ctx context.Context, started func()) error
+}
 
-// Start starts the job, of type create or amend; see jobs.Manager.Start for release. The job stays
-// until it is dismissed. Whatever f reports is the job's error, not the command's.
-func Start(m *jobs.Manager, typ types.JobType, id string, f Func) (release func(), err error) {
-	j, err := m.Create(jobs.Spec{ID: id, Type: typ, Runner: runner(f), ManualDismiss: true})
+// Start starts the job; see jobs.Manager.Start for release. The job stays until it is dismissed; it
+// is recorded until its work is over. Whatever Do reports is the job's error, not the command's.
+func Start(g *graph.Graph, m *jobs.Manager, j Job) (release func(), err error) {
+	mj, err := m.Create(jobs.Spec{ID: j.ID, Type: j.Type, Runner: runner{j, g}, Args: j.Args, ManualDismiss: true})
 	if err != nil {
 		return nil, err
 	}
-	return m.Start(j), nil
+	if err := g.Enter(mj.Record()); err != nil {
+		m.Discard(mj)
+		return nil, err
+	}
+	return m.Start(mj), nil
 }
 
-type runner Func
+type runner struct {
+	Job
+	g *graph.Graph
+}
 
-// Run implements jobs.Runner. The work is one step, done when f returns, whatever came of it.
-func (f runner) Run(ctx context.Context, h *jobs.Handle) error {
+// Run implements jobs.Runner. The work is one step, done when Do returns, whatever came of it.
+func (r runner) Run(ctx context.Context, h *jobs.Handle) error {
 	h.SetRemaining(1)
 	defer h.Done(1)
-	return f(ctx, h.Yield)
+	return r.Do(ctx, h.Yield)
 }
+
+// Clean implements jobs.Cleaner.
+func (r runner) Clean(h *jobs.Handle) { r.g.Leave(h.Job().Record()) }

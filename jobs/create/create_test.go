@@ -3,11 +3,14 @@ package create
 import (
 	"context"
 	"errors"
+	"fmt"
 	"strings"
 	"sync"
 	"testing"
 
+	"qblockd/blockdev/drivertest"
 	"qblockd/events"
+	"qblockd/graph"
 	"qblockd/jobs"
 	"qblockd/schema/types"
 )
@@ -16,6 +19,7 @@ import (
 type log struct {
 	mu     sync.Mutex
 	states []string
+	fails  error
 }
 
 func (l *log) Emit(e events.Event) {
@@ -28,6 +32,38 @@ func (l *log) Emit(e events.Event) {
 	}
 }
 
+// newGraph is an empty graph, and what is recorded of it.
+func newGraph(t *testing.T) (*graph.Graph, *log) {
+	g, _ := drivertest.NewGraphSink(t)
+	l := &log{}
+	g.SetRecorder(func(changes []graph.Change) error {
+		l.mu.Lock()
+		defer l.mu.Unlock()
+		if l.fails != nil {
+			return l.fails
+		}
+		for _, c := range changes {
+			l.states = append(l.states, fmt.Sprintf("%s: %v", c.Key, c.Value))
+		}
+		return nil
+	})
+	return g, l
+}
+
+// A job that cannot be recorded is none.
+func TestNotRecorded(t *testing.T) {
+	l := &log{}
+	m := jobs.NewManager(l, nil)
+	g, recorded := newGraph(t)
+	recorded.fails = errors.New("no room")
+	if _, err := Start(g, m, Job{Type: types.JobTypeCreate, ID: "j"}); !errors.Is(err, recorded.fails) {
+		t.Error(err)
+	}
+	if len(m.Query()) > 0 || l.String() != "created null" {
+		t.Errorf("%v, %s", m.Query(), l)
+	}
+}
+
 func (l *log) String() string {
 	l.mu.Lock()
 	defer l.mu.Unlock()
@@ -37,7 +73,7 @@ func (l *log) String() string {
 func TestCreate(t *testing.T) {
 	bad := errors.New("Cluster size must be a power of two between 512 and 2048k")
 	for name, c := range map[string]struct {
-		f             Func
+		f             func(ctx context.Context, started func()) error
 		before, after string // what has happened when the command is answered, and in the end
 		err           error
 	}{
@@ -57,7 +93,9 @@ func TestCreate(t *testing.T) {
 		t.Run(name, func(t *testing.T) {
 			l := &log{}
 			m := jobs.NewManager(l, nil)
-			release, err := Start(m, types.JobTypeCreate, "j", c.f)
+			g, recorded := newGraph(t)
+			args := &types.BlockdevCreateArgs{JobID: "j"}
+			release, err := Start(g, m, Job{types.JobTypeCreate, "j", args, c.f})
 			if err != nil {
 				t.Fatal(err)
 			}
@@ -67,6 +105,9 @@ func TestCreate(t *testing.T) {
 			j := m.Get("j")
 			release()
 			<-j.Finished()
+			if want := fmt.Sprint("job j: ", jobs.State{Args: args}, " job j: <nil>"); recorded.String() != want {
+				t.Errorf("recorded %q, want %q", recorded, want)
+			}
 			if got := l.String(); got != c.after {
 				t.Errorf("in the end: %q, want %q", got, c.after)
 			}
@@ -87,16 +128,26 @@ func TestCreate(t *testing.T) {
 func TestCancel(t *testing.T) {
 	l := &log{}
 	m := jobs.NewManager(l, nil)
-	release, err := Start(m, types.JobTypeCreate, "j", func(ctx context.Context, started func()) error {
+	g, recorded := newGraph(t)
+	args := &types.XBlockdevAmendArgs{JobID: "j"}
+	release, err := Start(g, m, Job{types.JobTypeAmend, "j", args, func(ctx context.Context, started func()) error {
 		started()
 		<-ctx.Done()
 		return ctx.Err()
-	})
+	}})
 	if err != nil {
 		t.Fatal(err)
 	}
 	release()
 	j := m.Get("j")
+	if err := errors.Join(j.Pause(), j.Resume()); err != nil {
+		t.Error(err)
+	}
+	at := func(s jobs.State) string { return fmt.Sprint("job j: ", s) }
+	want := at(jobs.State{Args: args}) + " " + at(jobs.State{Args: args, Paused: true}) + " " + at(jobs.State{Args: args})
+	if recorded.String() != want {
+		t.Errorf("recorded %q, want %q", recorded, want)
+	}
 	if err := j.Cancel(true); err != nil {
 		t.Fatal(err)
 	}

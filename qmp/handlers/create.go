@@ -25,7 +25,7 @@ func (h BlockCreate) BlockdevCreate(ctx context.Context, a *types.BlockdevCreate
 	if f == nil {
 		return errors.New("Driver does not support blockdev-create")
 	}
-	return h.start(ctx, types.JobTypeCreate, a.JobID, create.Func(f))
+	return h.start(ctx, create.Job{Type: types.JobTypeCreate, ID: a.JobID, Args: a, Do: f})
 }
 
 // XBlockdevAmend implements types.BlockCreateHandler.
@@ -34,11 +34,11 @@ func (h BlockCreate) XBlockdevAmend(ctx context.Context, a *types.XBlockdevAmend
 	if err != nil {
 		return err
 	}
-	return h.start(ctx, types.JobTypeAmend, a.JobID, create.Func(f))
+	return h.start(ctx, create.Job{Type: types.JobTypeAmend, ID: a.JobID, Args: a, Do: f})
 }
 
-func (h BlockCreate) start(ctx context.Context, typ types.JobType, id string, f create.Func) error {
-	release, err := create.Start(h.Jobs, typ, id, f)
+func (h BlockCreate) start(ctx context.Context, j create.Job) error {
+	release, err := create.Start(h.Nodes.Graph(), h.Jobs, j)
 	if err != nil {
 		return err
 	}

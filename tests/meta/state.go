@@ -10,6 +10,7 @@ import (
 	"time"
 
 	"qblockd/graph"
+	"qblockd/jobs"
 	"qblockd/schema/types"
 	"qblockd/tests/rig"
 	"qblockd/tests/trial"
@@ -104,7 +105,9 @@ func (w *world) queried() map[graph.Key]any {
 		var k graph.Key
 		if n := e.Edge.ParentNode(); n != nil {
 			k = graph.Key{Kind: graph.StateNode, Name: n.Name()}
-		} else if k = e.Edge.ParentRoot().Spec().Of.Key; k.Kind != graph.StateExport {
+		} else if of := e.Edge.ParentRoot().Spec().Of; of != nil && of.Key().Kind == graph.StateExport {
+			k = of.Key()
+		} else {
 			continue
 		}
 		k.Part = e.Edge.ChildName()
@@ -129,7 +132,10 @@ func (w *world) addJobs(recorded, is map[graph.Key]any) {
 			}
 		default:
 			if j != nil {
-				is[k] = j.State().Value
+				// What it was told since it started is compared with what queries show.
+				s := j.Record().Value().(jobs.State)
+				s.Speed, s.Paused = i.Speed, s.Paused && j.UserPaused()
+				is[k] = s
 			}
 		}
 	}
