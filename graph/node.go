@@ -29,7 +29,8 @@ type Node struct {
 	// Guarded by g.mu from here.
 	state      nodeState
 	inactive   bool
-	owned      bool // by the monitor
+	noWriters  error // as in perm.Node
+	owned      bool  // by the monitor
 	pins       int32
 	quiesce    int32 // drains of this node + child edges whose node is quiesced
 	cowParents int32

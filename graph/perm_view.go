@@ -14,7 +14,8 @@ var _ perm.View[*Node, *Edge] = baseView{}
 
 func (baseView) Node(n *Node) perm.Node {
 	o := n.opts.Load()
-	s := perm.Node{Name: n.name, ReadOnly: n.readOnly.Load(), Inactive: n.inactive, ForceShare: o.ForceShare}
+	s := perm.Node{Name: n.name, ReadOnly: n.readOnly.Load(), Inactive: n.inactive, NoWriters: n.noWriters,
+		ForceShare: o.ForceShare}
 	if n.drv != nil && !s.ReadOnly {
 		a := n.io.align
 		s.Unaligned = a > blk.SectorSize && blk.AlignUp(n.drv.Size(), blk.SectorSize)%a != 0

@@ -243,13 +243,25 @@ func (tx *Tx) SetClaim(e *Edge, c perm.Claim) error {
 func (tx *Tx) SetReadOnly(n *Node, ro bool) error {
 	return tx.do(func(d *txDraft) error {
 		st := d.Node(n)
-		st.ReadOnly = ro
+		st.ReadOnly, st.NoWriters = ro, nil
 		d.SetNode(n, st)
 		d.drains = append(d.drains, n)
 		own := *d.options(n)
 		own.ReadOnly, own.Inherited.ReadOnly = ro, &ro
-		d.prims = append(d.prims, func(in *installer) { n.readOnly.Store(ro) })
+		d.prims = append(d.prims, func(in *installer) { n.readOnly.Store(ro); n.noWriters = nil })
 		d.setOptions(n, &own) // last, as it tells of both
+		return nil
+	})
+}
+
+// BarWriters lets nobody write to n any more, which is writable, until SetReadOnly: why is the error
+// that they get. Whoever writes already makes Commit fail.
+func (tx *Tx) BarWriters(n *Node, why error) error {
+	return tx.do(func(d *txDraft) error {
+		st := d.Node(n)
+		st.NoWriters = why
+		d.SetNode(n, st)
+		d.prims = append(d.prims, func(in *installer) { n.noWriters = why })
 		return nil
 	})
 }

@@ -71,6 +71,38 @@ func TestClaims(t *testing.T) {
 	detachAll(t, g)
 }
 
+// TestBarWriters: who may write stays, nobody else comes, and readers are not concerned.
+func TestBarWriters(t *testing.T) {
+	g := newTestGraph(t)
+	writeAll := perm.Claim{Need: perm.ConsistentRead | perm.Write, Share: perm.All}
+	n := addMem(t, g, "n")
+	over := addFormat(t, g, "over", n, nil)
+	writer := addRoot(t, g, over, writeAll)
+	why := errors.New("it was to be read-only")
+	try := func(f func(tx *Tx) error) error {
+		tx := g.Begin(context.Background())
+		defer tx.Abort()
+		return errors.Join(f(tx), tx.Commit())
+	}
+	bar := func(tx *Tx) error { return tx.BarWriters(over, why) }
+	wantErr(t, try(bar), why.Error())
+	if err := errors.Join(g.CloseRoot(context.Background(), writer), try(bar)); err != nil {
+		t.Fatal(err)
+	}
+	if over.ReadOnly() || n.Claim().Need&perm.Write == 0 {
+		t.Error("what it has in memory cannot be written")
+	}
+	addRoot(t, g, over, readAll)
+	_, err := tryRoot(g, over, writeAll)
+	wantErr(t, err, why.Error())
+	for _, ro := range []bool{true, false} {
+		if err := try(func(tx *Tx) error { return tx.SetReadOnly(over, ro) }); err != nil {
+			t.Error(err)
+		}
+	}
+	addRoot(t, g, over, writeAll)
+}
+
 // TestSnapshotGroup: two overlays of one chain in one Tx; the second sees the first.
 func TestSnapshotGroup(t *testing.T) {
 	g := newTestGraph(t)

@@ -12,6 +12,8 @@ type Node struct {
 	ReadOnly bool
 	// Inactive nodes neither write nor hold locks; their images may be written by others.
 	Inactive bool
+	// NoWriters is why nobody may write to it although it is not read-only; nil: they may.
+	NoWriters error
 	// ForceShare: whoever uses this node shares everything on it.
 	ForceShare bool
 	// Unaligned: the size is no multiple of the request alignment, so that writing takes Resize

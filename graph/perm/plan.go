@@ -62,8 +62,8 @@ func Plan[N, E comparable](base View[N, E], changes ...Change[N, E]) (*Delta[N, 
 }
 
 // Plan settles the claims of all edges that the changes reach and checks every node touched,
-// parents first; the first fault is returned (*Conflict, *ReadOnlyError, or that of an unaligned
-// size). It costs what it touches. The Draft then shows the settled claims.
+// parents first; the first fault is returned (*Conflict, *ReadOnlyError, Node.NoWriters, or that of
+// an unaligned size). It costs what it touches. The Draft then shows the settled claims.
 func (d *Draft[N, E]) Plan() (*Delta[N, E], error) {
 	d.settle()
 	order := d.order()
@@ -154,6 +154,9 @@ func (d *Draft[N, E]) check(n N) error {
 	}
 	if s.state.ReadOnly || s.state.Inactive {
 		return &ReadOnlyError{s.state.Name, !s.wasReadOnly && !s.state.Inactive}
+	}
+	if s.state.NoWriters != nil {
+		return s.state.NoWriters
 	}
 	if s.state.Unaligned && c.Need&Resize == 0 {
 		return errUnaligned

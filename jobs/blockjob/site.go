@@ -55,11 +55,23 @@ func MakeWritable(ctx context.Context, n *graph.Node) (restore func(), err error
 	return func() { makeReadOnly(nodes) }, nil
 }
 
-// makeReadOnly ends MakeWritable. A node that cannot follow stays writable, which harms nobody.
+// makeReadOnly ends MakeWritable. A node that cannot follow stays as it is, so that it can still
+// store what it has in memory, but nobody gets the right to write to it; unless others have come
+// meanwhile who do.
 func makeReadOnly(nodes []*graph.Node) {
-	if err := nodes[0].Graph().SwitchReadOnly(context.Background(), true, nodes...); err != nil {
-		slog.Warn("a node stays writable after a job", "node", nodes[0].Name(), "error", err)
+	n, ctx := nodes[0], context.Background()
+	err := n.Graph().SwitchReadOnly(ctx, true, nodes...)
+	if err == nil || errors.Is(err, blk.ErrClosed) {
+		return
 	}
+	tx := n.Graph().Begin(ctx)
+	defer tx.Abort()
+	why := fmt.Errorf("Node '%s' could not be made read-only again after a job: %w", n.Name(), err)
+	if barred := errors.Join(tx.BarWriters(n, why), tx.Commit()); barred != nil {
+		slog.Warn("a node stays writable after a job: others write to it", "node", n.Name(), "error", err)
+		return
+	}
+	slog.Error("a node takes no writes any more, but is not read-only after a job", "node", n.Name(), "error", err)
 }
 
 // EndReadOnly makes the nodes read-only when the job ends, if there are any, in place of what
