@@ -56,12 +56,12 @@ type job struct {
 	lost    bool // the target could not be flushed: nobody knows what of it is on stable storage
 }
 
-func (j *job) perf() types.BackupPerf { return blockjob.Or(j.args.XPerf, types.BackupPerf{}) }
+func (j *job) perf() types.BackupPerf { return types.Or(j.args.XPerf, types.BackupPerf{}) }
 
 func (j *job) policies() copy.Policies {
 	return copy.Policies{
-		Read:  blockjob.Or(j.args.OnSourceError, types.BlockdevOnErrorReport),
-		Write: blockjob.Or(j.args.OnTargetError, types.BlockdevOnErrorReport),
+		Read:  types.Or(j.args.OnSourceError, types.BlockdevOnErrorReport),
+		Write: types.Or(j.args.OnTargetError, types.BlockdevOnErrorReport),
 	}
 }
 
@@ -88,7 +88,7 @@ func (j *job) Run(ctx context.Context, h *jobs.Handle) error {
 		Side: j.policies().Side, Uncounted: true, RetryIgnored: true,
 	}
 	p := j.perf()
-	if most := blockjob.Or(p.MaxChunk, 0); most > 0 {
+	if most := types.Or(p.MaxChunk, 0); most > 0 {
 		t.Chunk = min(t.Chunk, blk.AlignDown(most, j.driver.Cluster()))
 	}
 	t.Chunk = max(t.Chunk, j.driver.Cluster())

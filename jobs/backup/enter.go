@@ -30,7 +30,7 @@ func (j *job) enter(tx *graph.Tx, m *jobs.Manager, txn *jobs.Txn) error {
 	if err := j.overlaid(tx); err != nil {
 		return err
 	}
-	a, most := &j.args, blockjob.Or(j.perf().MaxChunk, 0)
+	a, most := &j.args, types.Or(j.perf().MaxChunk, 0)
 	if c := j.driver.Cluster(); most > 0 && most < c {
 		return fmt.Errorf("Required max-chunk (%d) is less than backup cluster size (%d)", most, c)
 	}
@@ -94,9 +94,9 @@ func (j *job) makeFilter(tx *graph.Tx) error {
 	if err != nil {
 		return err
 	}
-	compress := blockjob.Or(j.args.Compress, false)
+	compress := types.Or(j.args.Compress, false)
 	j.driver = copybeforewrite.New(filter, j.source.Size(), copybeforewrite.ClusterSize(j.target), compress)
-	if !blockjob.Or(j.perf().UseCopyRange, true) {
+	if !types.Or(j.perf().UseCopyRange, true) {
 		j.driver.CopyThroughMemory()
 	}
 	filter.SetDriver(j.driver)

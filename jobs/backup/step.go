@@ -11,7 +11,6 @@ import (
 	"qblockd/graph/perm"
 	"qblockd/graph/transaction"
 	"qblockd/jobs"
-	"qblockd/jobs/blockjob"
 	"qblockd/schema/types"
 )
 
@@ -19,7 +18,7 @@ import (
 // lets go on once its command is answered.
 type Step struct {
 	m     *jobs.Manager
-	nodes blockjob.Nodes
+	nodes *blockdev.Manager
 	txn   *jobs.Txn // nil: the job stands alone
 	args  types.BlockdevBackup
 	drive *types.DriveBackup // nil: blockdev-backup
@@ -43,12 +42,12 @@ var _ interface {
 } = (*Step)(nil)
 
 // FromArgs makes the step of blockdev-backup.
-func FromArgs(nodes blockjob.Nodes, m *jobs.Manager, a *types.BlockdevBackup) *Step {
+func FromArgs(nodes *blockdev.Manager, m *jobs.Manager, a *types.BlockdevBackup) *Step {
 	return &Step{m: m, nodes: nodes, args: *a}
 }
 
 // FromDriveArgs makes the step of drive-backup, whose target is a file.
-func FromDriveArgs(nodes blockjob.Nodes, m *jobs.Manager, a *types.DriveBackup) *Step {
+func FromDriveArgs(nodes *blockdev.Manager, m *jobs.Manager, a *types.DriveBackup) *Step {
 	return &Step{m: m, nodes: nodes, drive: a, closes: true, args: types.BlockdevBackup{
 		JobID: a.JobID, Device: a.Device, Sync: a.Sync, Speed: a.Speed, Bitmap: a.Bitmap, BitmapMode: a.BitmapMode,
 		Compress: a.Compress, OnSourceError: a.OnSourceError, OnTargetError: a.OnTargetError,
@@ -194,7 +193,7 @@ func (j *job) check() error {
 	switch {
 	case j.source == j.target:
 		return errors.New("Source and target cannot be the same")
-	case blockjob.Or(j.args.Compress, false) && !takesCompressed(j.target):
+	case types.Or(j.args.Compress, false) && !takesCompressed(j.target):
 		return errors.New("Compression is not supported for this drive ") // where QEMU names a device
 	}
 	if err := j.source.Blocked(graph.OpBackupSource); err != nil {
@@ -207,7 +206,7 @@ func (j *job) check() error {
 	switch {
 	case p.MaxWorkers != nil && (*p.MaxWorkers < 1 || *p.MaxWorkers > math.MaxInt32):
 		return fmt.Errorf("max-workers must be between 1 and %d", math.MaxInt32)
-	case blockjob.Or(p.MaxChunk, 0) < 0:
+	case types.Or(p.MaxChunk, 0) < 0:
 		return errors.New("max-chunk must be zero (which means no limit) or positive")
 	case j.bitmap != nil && j.bitmapMode != types.BitmapSyncModeNever:
 		if err := j.bitmap.Check(graph.BitmapChange); err != nil {

@@ -5,6 +5,7 @@ import (
 	"errors"
 	"fmt"
 
+	"qblockd/blockdev"
 	"qblockd/graph"
 	"qblockd/graph/perm"
 	"qblockd/jobs"
@@ -16,7 +17,7 @@ import (
 // Job is a job of block-commit, before its start and as it runs.
 type Job struct {
 	args  types.BlockCommitArgs
-	nodes blockjob.Nodes
+	nodes *blockdev.Manager
 	site  blockjob.Site
 
 	device     *graph.Node // the top of the chain that top and base were found in
@@ -29,7 +30,7 @@ type Job struct {
 }
 
 // FromArgs makes a job that blockjob.Start starts.
-func FromArgs(nodes blockjob.Nodes, a *types.BlockCommitArgs) *Job {
+func FromArgs(nodes *blockdev.Manager, a *types.BlockCommitArgs) *Job {
 	return &Job{args: *a, nodes: nodes}
 }
 
@@ -132,5 +133,5 @@ func (j *Job) Enter(ctx context.Context, m *jobs.Manager) (_ *jobs.Job, err erro
 }
 
 func (j *Job) onError() types.BlockdevOnError {
-	return blockjob.Or(j.args.OnError, types.BlockdevOnErrorReport)
+	return types.Or(j.args.OnError, types.BlockdevOnErrorReport)
 }

@@ -22,6 +22,7 @@ import (
 	"context"
 	"errors"
 
+	"qblockd/blockdev"
 	"qblockd/graph"
 	"qblockd/graph/blk"
 	"qblockd/graph/perm"
@@ -206,13 +207,13 @@ func (j *Job) pivot(tx *graph.Tx) error {
 	if err := tx.ReplaceNode(filter, j.base); err != nil {
 		return err
 	}
-	name, format, err := blockjob.HeaderNames(j.nodes, j.base, j.args.BackingFile, j.args.BackingMaskProtocol)
+	name, format, err := j.nodes.HeaderNames(j.base, j.args.BackingFile, j.args.BackingMaskProtocol)
 	if err != nil {
 		return err
 	}
 	for _, n := range overlays {
 		tx.Drain(n)
-		tx.Join(&blockjob.HeaderChange{Node: n, Base: j.base, Name: name, Format: format})
+		tx.Join(&blockdev.HeaderChange{Node: n, Base: j.base, Name: name, Format: format})
 	}
 	return nil
 }

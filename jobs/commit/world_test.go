@@ -241,15 +241,8 @@ func (w *world) args() types.BlockCommitArgs {
 	return types.BlockCommitArgs{JobID: new("j"), Device: "active", TopNode: new("top"), BaseNode: new("base"), AutoDismiss: new(false)}
 }
 
-// nodes lets headers name nodes by their names.
-type nodes struct{ *blockdev.Manager }
-
-func (nodes) HeaderName(_ graph.View, n *graph.Node) (name, format string, err error) {
-	return n.Name(), n.DriverName(), nil
-}
-
 func (w *world) begin(a types.BlockCommitArgs) (release func(), err error) {
-	return blockjob.Start(context.Background(), w.g, w.m, commit.FromArgs(nodes{blockdev.New(w.g, blockdev.Config{Drivers: drivers.All})}, &a))
+	return blockjob.Start(context.Background(), w.g, w.m, commit.FromArgs(blockdev.New(w.g, blockdev.Config{Drivers: drivers.All}), &a))
 }
 
 func (w *world) start(a types.BlockCommitArgs) *jobs.Job {
@@ -287,7 +280,11 @@ func (w *world) committed(j *jobs.Job) {
 		w.t.Fatal(err)
 	}
 	active, base := w.nodes["active"], w.nodes["base"]
-	if name, format := active.Driver().(graph.Backed).BackingFile(); name != "base" || format != "qcow2" || active.Backing().Node() != base {
+	want, _, err := blockdev.New(w.g, blockdev.Config{Drivers: drivers.All}).HeaderName(graph.Now, base)
+	if err != nil {
+		w.t.Error(err)
+	}
+	if name, format := active.Driver().(graph.Backed).BackingFile(); name != want || format != "qcow2" || active.Backing().Node() != base {
 		w.t.Errorf("the overlay is over %s (%s)", name, format)
 	}
 	if !bytes.Equal(w.read(), w.want) {

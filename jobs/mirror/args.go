@@ -9,7 +9,6 @@ import (
 	"qblockd/graph"
 	"qblockd/graph/blk"
 	"qblockd/jobs"
-	"qblockd/jobs/blockjob"
 	"qblockd/jobs/copy"
 	"qblockd/schema/types"
 )
@@ -20,7 +19,7 @@ type plan struct {
 	args   types.BlockdevMirrorArgs // canonical: nodes by their own names
 	drive  *types.DriveMirror       // nil: not drive-mirror
 	commit *types.BlockCommitArgs   // nil: not block-commit
-	nodes  blockjob.Nodes
+	nodes  *blockdev.Manager
 
 	source, target *graph.Node
 	below          bool // the target is in the source's backing chain
@@ -39,18 +38,18 @@ type plan struct {
 func newJob(p plan) *Job { return &Job{copier: copier{plan: p}} }
 
 // FromArgs makes a job of blockdev-mirror that blockjob.Start starts.
-func FromArgs(nodes blockjob.Nodes, a *types.BlockdevMirrorArgs) *Job {
+func FromArgs(nodes *blockdev.Manager, a *types.BlockdevMirrorArgs) *Job {
 	return newJob(plan{typ: types.JobTypeMirror, args: *a, nodes: nodes, unmap: blk.MayUnmap})
 }
 
 // FromDriveArgs makes a job of drive-mirror that blockjob.Start starts.
-func FromDriveArgs(nodes blockjob.Nodes, a *types.DriveMirror) *Job {
+func FromDriveArgs(nodes *blockdev.Manager, a *types.DriveMirror) *Job {
 	p := plan{typ: types.JobTypeMirror, drive: a, nodes: nodes, args: types.BlockdevMirrorArgs{
 		JobID: a.JobID, Device: a.Device, Replaces: a.Replaces, Sync: a.Sync, Speed: a.Speed, Granularity: a.Granularity,
 		BufSize: a.BufSize, OnSourceError: a.OnSourceError, OnTargetError: a.OnTargetError, CopyMode: a.CopyMode,
 		AutoFinalize: a.AutoFinalize, AutoDismiss: a.AutoDismiss,
 	}}
-	if blockjob.Or(a.Unmap, true) {
+	if types.Or(a.Unmap, true) {
 		p.unmap = blk.MayUnmap
 	}
 	return newJob(p)
@@ -94,13 +93,13 @@ func (j *Job) Enter(ctx context.Context, m *jobs.Manager) (mj *jobs.Job, err err
 }
 
 func (p *plan) existing() bool {
-	return blockjob.Or(p.drive.Mode, types.NewImageModeAbsolutePaths) == types.NewImageModeExisting
+	return types.Or(p.drive.Mode, types.NewImageModeAbsolutePaths) == types.NewImageModeExisting
 }
 
 func (p *plan) policies() copy.Policies {
 	return copy.Policies{
-		Read:  blockjob.Or(p.args.OnSourceError, types.BlockdevOnErrorReport),
-		Write: blockjob.Or(p.args.OnTargetError, types.BlockdevOnErrorReport),
+		Read:  types.Or(p.args.OnSourceError, types.BlockdevOnErrorReport),
+		Write: types.Or(p.args.OnTargetError, types.BlockdevOnErrorReport),
 	}
 }
 
@@ -110,7 +109,7 @@ func (p *plan) Find() (nodes []*graph.Node, err error) {
 	if p.source, err = p.nodes.LookupRoot(a.Device); err != nil {
 		return nil, err
 	}
-	if n := p.source.Graph().Node(blockjob.Or(a.Replaces, "")); n != nil {
+	if n := p.source.Graph().Node(types.Or(a.Replaces, "")); n != nil {
 		nodes = append(nodes, n)
 	}
 	if p.drive != nil {
@@ -126,7 +125,7 @@ func (p *plan) checkNames() error {
 	if _, err := graph.GivenName(p.args.FilterNodeName); err != nil {
 		return err
 	}
-	if blockjob.Or(p.args.Replaces, "none") == "" {
+	if types.Or(p.args.Replaces, "none") == "" {
 		return errors.New("Failed to find node with node-name=''")
 	}
 	return nil
@@ -165,7 +164,7 @@ func (p *plan) openTarget(ctx context.Context) error {
 
 // check refuses what cannot be mirrored, in QEMU's order.
 func (p *plan) check() error {
-	switch g := blockjob.Or(p.args.Granularity, 0); {
+	switch g := types.Or(p.args.Granularity, 0); {
 	case g != 0 && (g < graph.MinGranularity || g > 64<<20):
 		return errors.New("Parameter 'granularity' expects a value in range [512B, 64MB]")
 	case g&(g-1) != 0:
@@ -177,10 +176,10 @@ func (p *plan) check() error {
 	if err := p.target.Blocked(graph.OpMirrorTarget); err != nil {
 		return err
 	}
-	if n := p.source.SkipImplicitFilters(); blockjob.Or(p.args.Replaces, "") == "" && n != p.source {
+	if n := p.source.SkipImplicitFilters(); types.Or(p.args.Replaces, "") == "" && n != p.source {
 		p.args.Replaces = new(n.Name())
 	}
-	if name := blockjob.Or(p.args.Replaces, ""); name != "" {
+	if name := types.Or(p.args.Replaces, ""); name != "" {
 		if err := checkReplaces(p.source, name); err != nil {
 			return err
 		}
@@ -198,10 +197,10 @@ func (p *plan) check() error {
 
 // setSizes takes the sizes that the arguments give, or good ones.
 func (p *plan) setSizes() error {
-	if p.granularity = int64(blockjob.Or(p.args.Granularity, 0)); p.granularity == 0 {
+	if p.granularity = int64(types.Or(p.args.Granularity, 0)); p.granularity == 0 {
 		p.granularity = p.target.DefaultGranularity()
 	}
-	if p.bufSize = blockjob.Or(p.args.BufSize, 0); p.bufSize == 0 {
+	if p.bufSize = types.Or(p.args.BufSize, 0); p.bufSize == 0 {
 		p.bufSize = maxInFlight * maxCopy
 	}
 	if p.bufSize < 0 {

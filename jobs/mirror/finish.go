@@ -7,7 +7,6 @@ import (
 	"qblockd/graph"
 	"qblockd/graph/blk"
 	"qblockd/jobs"
-	"qblockd/jobs/blockjob"
 	"qblockd/schema/types"
 )
 
@@ -27,7 +26,7 @@ func (j *Job) tryEnd(ctx context.Context, h *jobs.Handle, most int64) (ended boo
 	}
 	if err == nil && undrain != nil {
 		if err = j.writes.Edge().Flush(&blk.Req{Ctx: ctx}); err == nil {
-			if !blockjob.Or(j.args.AutoFinalize, true) {
+			if !types.Or(j.args.AutoFinalize, true) {
 				undrain()
 			} else {
 				j.undrain, j.held, hold = undrain, hold, nil

@@ -70,7 +70,7 @@ func (j *Job) enter(ctx context.Context, m *jobs.Manager) (*jobs.Job, error) {
 	if j.source.SkipFilters() == j.target.SkipFilters() {
 		return nil, errors.New("Can't mirror node into itself")
 	}
-	j.life.setMode(blockjob.Or(j.args.CopyMode, types.MirrorCopyModeBackground))
+	j.life.setMode(types.Or(j.args.CopyMode, types.MirrorCopyModeBackground))
 	j.below = graph.Now.InChain(j.source, j.target)
 	if j.typ == types.JobTypeCommit {
 		if err := j.site.MakeWritable(ctx, j.target); err != nil {
@@ -188,7 +188,7 @@ func (j *Job) Cancel(force bool) bool { return force || j.life.get().phase == co
 func (j *Job) Complete(context.Context) error {
 	j.mu.Lock()
 	defer j.mu.Unlock()
-	if name := blockjob.Or(j.args.Replaces, ""); name != "" && j.replace == nil && j.life.get().phase <= ready {
+	if name := types.Or(j.args.Replaces, ""); name != "" && j.replace == nil && j.life.get().phase <= ready {
 		n := j.source.Graph().Node(name)
 		if n == nil {
 			return fmt.Errorf("Node name '%s' not found", name)

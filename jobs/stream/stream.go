@@ -22,6 +22,7 @@ import (
 	"context"
 	"fmt"
 
+	"qblockd/blockdev"
 	"qblockd/graph"
 	"qblockd/graph/perm"
 	"qblockd/jobs"
@@ -42,7 +43,7 @@ const (
 // Job is a job of block-stream, before its start and as it runs.
 type Job struct {
 	args  types.BlockStreamArgs
-	nodes blockjob.Nodes
+	nodes *blockdev.Manager
 	site  blockjob.Site
 
 	chain      []*graph.Node // from the top to the node directly above what stays
@@ -53,7 +54,7 @@ type Job struct {
 }
 
 // FromArgs makes a job that blockjob.Start starts.
-func FromArgs(nodes blockjob.Nodes, a *types.BlockStreamArgs) (*Job, error) {
+func FromArgs(nodes *blockdev.Manager, a *types.BlockStreamArgs) (*Job, error) {
 	for _, p := range []struct {
 		nameA, nameB string
 		a, b         *string
@@ -224,7 +225,7 @@ func (j *Job) Run(ctx context.Context, h *jobs.Handle) error {
 	return copy.Run(h, copy.Task{
 		Gate: copy.RootGate(ctx, j.root), Size: size, Chunk: chunk, Workers: workers,
 		Guests: &j.driver.guests, Look: c.look, Copy: c.copy,
-		Operation: types.IoOperationTypeRead, Policy: blockjob.Or(j.args.OnError, types.BlockdevOnErrorReport),
+		Operation: types.IoOperationTypeRead, Policy: types.Or(j.args.OnError, types.BlockdevOnErrorReport),
 	})
 }
 
@@ -262,12 +263,12 @@ func (j *Job) Prepare(ctx context.Context, h *jobs.Handle) error {
 
 // skipCopied lets tx make the backing link of the top lead to what stays.
 func (j *Job) skipCopied(tx *graph.Tx, cow *graph.Edge) (err error) {
-	header := &blockjob.HeaderChange{Node: cow.ParentNode()}
+	header := &blockdev.HeaderChange{Node: cow.ParentNode()}
 	if base := graph.Now.Below(j.above()); base == nil {
 		err = tx.Detach(cow)
 	} else {
 		a := &j.args
-		header.Name, header.Format, err = blockjob.HeaderNames(j.nodes, base, a.BackingFile, a.BackingMaskProtocol)
+		header.Name, header.Format, err = j.nodes.HeaderNames(base, a.BackingFile, a.BackingMaskProtocol)
 		if err == nil && cow.Node() != base {
 			err = tx.Replace(cow, base)
 		}

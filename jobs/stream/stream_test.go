@@ -163,17 +163,10 @@ func TestRawOverAChain(t *testing.T) {
 	}
 }
 
-// nodes lets headers name nodes by their names.
-type nodes struct{ *blockdev.Manager }
-
-func (nodes) HeaderName(_ graph.View, n *graph.Node) (name, format string, err error) {
-	return n.Name(), n.DriverName(), nil
-}
-
 // start starts a job that streams from base, or everything, to the node top.
 func start(g *graph.Graph, m *jobs.Manager, base *string) (release func(), err error) {
 	a := types.BlockStreamArgs{JobID: new("j"), Device: "top", BaseNode: base, AutoDismiss: new(false)}
-	j, err := stream.FromArgs(nodes{blockdev.New(g, blockdev.Config{Drivers: drivers.All})}, &a)
+	j, err := stream.FromArgs(blockdev.New(g, blockdev.Config{Drivers: drivers.All}), &a)
 	if err != nil {
 		return nil, err
 	}

@@ -5,10 +5,10 @@ import (
 	"errors"
 	"fmt"
 
+	"qblockd/blockdev"
 	"qblockd/graph"
 	"qblockd/graph/blk"
 	"qblockd/jobs"
-	"qblockd/jobs/blockjob"
 	"qblockd/jobs/machine"
 	"qblockd/qmp"
 	"qblockd/schema/types"
@@ -100,7 +100,7 @@ func (h Job) JobDismiss(_ context.Context, a *types.JobDismissArgs) error {
 type BlockJob struct {
 	Graph *graph.Graph
 	Jobs  *jobs.Manager
-	Nodes blockjob.Nodes
+	Nodes *blockdev.Manager
 }
 
 var _ types.BlockJobHandler = BlockJob{}

@@ -1,4 +1,4 @@
-package blockjob
+package blockdev
 
 import (
 	"errors"
