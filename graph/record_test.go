@@ -104,33 +104,45 @@ func TestRecord(t *testing.T) {
 		t.Errorf("out of order: %q", r.lines)
 	}
 	r.expect(t, "node overlay.backing: gone", "node overlay.backing: file")
-	var job *Root
-	of := NewRecord(Key{Kind: StateJob, Name: "j"}, "no arguments yet")
-	if err := of.Set("its arguments"); err != nil {
-		t.Error(err)
-	}
-	do(func(tx *Tx) (err error) {
-		job, err = tx.AttachRoot(RootSpec{StayAtNode: true, Claim: readAll, Of: of}, overlay)
-		return err
-	})
-	r.expect(t, "job j: its arguments")
-	for _, value := range []string{"others", "others"} { // the second time nothing changes
-		if err := of.Set(value); err != nil {
-			t.Error(err)
-		}
-	}
-	r.expect(t, "job j: others")
-	for _, x := range []*Root{root, nobody, job} {
+	for _, x := range []*Root{root, nobody} {
 		if err := g.CloseRoot(context.Background(), x); err != nil {
 			t.Error(err)
 		}
 	}
-	r.expect(t, "export e: gone", "export e.root: gone", "job j: gone")
+	r.expect(t, "export e: gone", "export e.root: gone")
 	do(func(tx *Tx) error { return tx.Delete("overlay") })
 	r.expect(t, "node overlay: gone", "node overlay.file: gone", "node overlay.backing: gone")
-	if err := of.Set("what nobody needs any more"); err != nil {
+}
+
+// TestRecordOfRoot: what a root has comes and goes with it, and changes meanwhile.
+func TestRecordOfRoot(t *testing.T) {
+	g, r := newTestGraph(t), &told{}
+	n := addMem(t, g, "n")
+	g.SetRecorder(r.record)
+	of := NewRecord(Key{Kind: StateJob, Name: "j"}, "no arguments yet")
+	set := func(values ...string) {
+		t.Helper()
+		for _, v := range values {
+			if err := of.Set(v); err != nil {
+				t.Error(err)
+			}
+		}
+	}
+	set("its arguments")
+	tx := g.Begin(context.Background())
+	defer tx.Abort()
+	job, err := tx.AttachRoot(RootSpec{StayAtNode: true, Claim: readAll, Of: of}, n)
+	if err := errors.Join(err, tx.Commit()); err != nil {
+		t.Fatal(err)
+	}
+	r.expect(t, "job j: its arguments")
+	set("others", "others") // the second time nothing changes
+	r.expect(t, "job j: others")
+	if err := g.CloseRoot(context.Background(), job); err != nil {
 		t.Error(err)
 	}
+	r.expect(t, "job j: gone")
+	set("what nobody needs any more")
 	r.expect(t)
 }
 

@@ -254,8 +254,8 @@ func (tx *Tx) SetReadOnly(n *Node, ro bool) error {
 	})
 }
 
-// BarWriters lets nobody write to n any more, which is writable, until SetReadOnly: why is the error
-// that they get. Whoever writes already makes Commit fail.
+// BarWriters lets nobody write to n any more, which is writable, until SetReadOnly: why is the
+// error that they get. Whoever writes already makes Commit fail.
 func (tx *Tx) BarWriters(n *Node, why error) error {
 	return tx.do(func(d *txDraft) error {
 		st := d.Node(n)

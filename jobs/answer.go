@@ -23,7 +23,7 @@ func (j *Job) Settle() {
 		j.wake.Broadcast()
 	})
 	defer limit.Stop()
-	for !over && !j.asleep && !j.idleLocked() && !j.gone && j.st.Status != machine.Concluded &&
+	for !over && !j.asleep && !j.st.Status.IsIdle() && !j.gone && j.st.Status != machine.Concluded &&
 		(j.st.Status != machine.Pending || j.st.AutoFinalize) {
 		j.wake.Wait()
 	}

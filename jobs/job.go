@@ -132,8 +132,8 @@ type State struct {
 	CopyMode types.MirrorCopyMode
 }
 
-// Record is what is recorded of the job, a State. Whoever starts it says when that comes to be there:
-// of block jobs with the graph that they work in.
+// Record is what is recorded of the job, a State. Whoever starts it lets it be there: of block jobs
+// it comes with a root.
 func (j *Job) Record() *graph.Record { return j.record }
 
 // Describe names the job as a user of nodes, in permission conflicts (graph.Parent).

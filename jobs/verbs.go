@@ -104,7 +104,7 @@ func (j *Job) Resume() error {
 
 // awaitWakingLocked waits until a job that is not to be paused any more goes on.
 func (j *Job) awaitWakingLocked() {
-	for j.idleLocked() && !j.st.ShouldPause() {
+	for j.st.Status.IsIdle() && !j.st.ShouldPause() {
 		j.wake.Wait()
 	}
 }
@@ -128,17 +128,12 @@ func (j *Job) Unquiesce() {
 // Count counts n bytes as done: for what is done in place of the job's runner.
 func (j *Job) Count(n int64) { j.current.Add(n) }
 
-// idleLocked tells whether the job stands at a pause point.
-func (j *Job) idleLocked() bool {
-	return j.st.Status == machine.Paused || j.st.Status == machine.Standby
-}
-
 // Cancel ends the job early; force makes a ready job a failure too. If the job was doing nothing,
 // its last events come before Cancel returns.
 func (j *Job) Cancel(force bool) error {
 	j.m.mu.Lock()
 	err := j.applyLocked(machine.Cancel)
-	idle := j.asleep || j.idleLocked()
+	idle := j.asleep || j.st.Status.IsIdle()
 	j.m.mu.Unlock()
 	if err != nil {
 		return err

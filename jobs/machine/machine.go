@@ -103,6 +103,9 @@ func Allowed(v Verb, s Status) bool { return allowed[v]&(1<<s) != 0 }
 // Completed: the job's work is over, whatever became of it.
 func (s Status) Completed() bool { return s >= Waiting }
 
+// IsIdle: the job stands at a pause point.
+func (s Status) IsIdle() bool { return s == Paused || s == Standby }
+
 // IsReady: the job waits for the verb complete.
 func (s Status) IsReady() bool { return s == Ready || s == Standby }
 
