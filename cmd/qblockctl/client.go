@@ -112,7 +112,8 @@ func (c *client) execute(ctx context.Context, command string, arguments any) (js
 	if err != nil {
 		return nil, err
 	}
-	if _, err := c.conn.Write(append(b, '\n')); err != nil && !errors.Is(err, net.ErrClosed) && !errors.Is(err, syscall.EPIPE) {
+	_, err = c.conn.Write(append(b, '\n'))
+	if err != nil && !errors.Is(err, net.ErrClosed) && !errors.Is(err, syscall.EPIPE) {
 		return nil, err
 	}
 	id := strconv.FormatInt(c.next, 10)

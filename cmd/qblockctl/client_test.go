@@ -11,6 +11,8 @@ import (
 	"path/filepath"
 	"strings"
 	"testing"
+
+	"qblockd/cmd/version"
 )
 
 func TestParseArguments(t *testing.T) {
@@ -110,7 +112,8 @@ func TestCommand(t *testing.T) {
 	if err := run(t.Context(), []string{"-s", sock + "-not", "do"}, "", &out); err == nil {
 		t.Error("connected to nothing")
 	}
-	for _, bad := range [][]string{nil, {"-x"}, {"do", "word"}, {"-s", sock, "events", "-x"}, {"graph", "word"}, {"graph", "-f", "png"},
+	for _, bad := range [][]string{nil, {"-x"}, {"do", "word"}, {"-s", sock, "events", "-x"}, {"graph", "word"},
+		{"graph", "-f", "png"}, {"graph", "-o", "x.png"},
 		{"jobs", "word"}, {"completion"}, {"completion", "ksh"}, {"events", "-n", "-1"}} {
 		if err := run(t.Context(), bad, sock, &out); !errors.Is(err, errUsage) {
 			t.Errorf("%q: %v, want a usage error", bad, err)
@@ -167,6 +170,23 @@ func TestHelp(t *testing.T) {
 	}
 }
 
+func TestVersion(t *testing.T) {
+	for _, flag := range []string{"--version", "-V"} {
+		var out bytes.Buffer
+		if err := run(t.Context(), []string{flag}, "", &out); err != nil || !strings.HasPrefix(out.String(), "qblockctl version "+version.Version) {
+			t.Errorf("%s: %v, %q", flag, err, out.String())
+		}
+	}
+}
+
+// TestNoSuchEvent: an event that the daemon does not have is not waited for.
+func TestNoSuchEvent(t *testing.T) {
+	err := run(t.Context(), []string{"events", "BLOCK_JOB_COMPLETED", "BLOCK_JOB_DONE"}, monitor(t), io.Discard)
+	if err == nil || !strings.Contains(err.Error(), "the daemon has no event 'BLOCK_JOB_DONE'; it has\n  BLOCK_EXPORT_DELETED ") {
+		t.Error(err)
+	}
+}
+
 func TestHint(t *testing.T) {
 	if h := hint(&replyError{"GenericError", "Invalid parameter type for 'file.filename', expected: string"}); !strings.Contains(h, `'file.filename="12"'`) {
 		t.Errorf("hint %q", h)
@@ -195,7 +215,7 @@ func TestEvents(t *testing.T) {
 			fmt.Fprint(conn, `{"QMP": {}}`)
 			in.ReadString('\n') // the client's only line
 			fmt.Fprint(conn, `{"event": "EARLY", "timestamp": {"seconds": 1, "microseconds": 2}}`, `{"return": {}, "id": 1}`,
-				`{"event": "LATE", "data": {"id": "x"}, "timestamp": {"seconds": 1, "microseconds": 3}}`)
+				`{"event": "JOB_STATUS_CHANGE", "data": {"id": "x"}, "timestamp": {"seconds": 1, "microseconds": 3}}`)
 			conn.Close()
 		}
 	}()
@@ -203,14 +223,14 @@ func TestEvents(t *testing.T) {
 	if err := run(t.Context(), []string{"events"}, path, &out); err != nil {
 		t.Fatal(err)
 	}
-	if s := out.String(); !strings.Contains(s, ".000002 EARLY\n") || !strings.Contains(s, ".000003 LATE id=x\n") {
+	if s := out.String(); !strings.Contains(s, ".000002 EARLY\n") || !strings.Contains(s, ".000003 JOB_STATUS_CHANGE id=x\n") {
 		t.Errorf("printed %s", s)
 	}
 	out.Reset()
-	if err := run(t.Context(), []string{"events", "--json", "LATE"}, path, &out); err != nil {
+	if err := run(t.Context(), []string{"events", "--json", "JOB_STATUS_CHANGE"}, path, &out); err != nil {
 		t.Fatal(err)
 	}
-	if s := out.String(); !strings.HasPrefix(s, `{"event": "LATE"`) || strings.Contains(s, "EARLY") {
+	if s := out.String(); !strings.HasPrefix(s, `{"event": "JOB_STATUS_CHANGE"`) || strings.Contains(s, "EARLY") {
 		t.Errorf("printed %s", s)
 	}
 	<-done

@@ -1,6 +1,7 @@
 package main
 
 import (
+	"cmp"
 	"os"
 	"path/filepath"
 	"slices"
@@ -106,7 +107,9 @@ func (c *completer) value(command, key, value string, given arguments) []string 
 }
 
 // nodeMembers are the names of arguments that hold the name of a node that is there.
-var nodeMembers = []string{"node-name", "device", "node", "base-node", "top-node", "bottom", "target", "overlay", "nodes", "replaces"}
+var nodeMembers = []string{
+	"node-name", "device", "node", "base-node", "top-node", "bottom", "target", "overlay", "nodes", "replaces",
+}
 
 // kindOf tells what an argument names; the schema itself only says that it is a string.
 func (c *completer) kindOf(command, key string, m introspect.Member) kind {
@@ -162,25 +165,14 @@ func (a arguments) below(key string) bool {
 	return false
 }
 
-func begins(l []string, word string) (out []string) {
-	for _, s := range l {
-		if strings.HasPrefix(s, word) {
-			out = append(out, s)
-		}
-	}
-	return out
+func begins(l []string, word string) []string {
+	return slices.DeleteFunc(slices.Clone(l), func(s string) bool { return !strings.HasPrefix(s, word) })
 }
 
 // files are the names of files that begin with prefix, folders with their slash.
 func files(prefix string) []string {
 	dir, _ := filepath.Split(prefix)
-	entries, err := os.ReadDir(filepath.Clean("./" + dir))
-	if filepath.IsAbs(dir) {
-		entries, err = os.ReadDir(dir)
-	}
-	if err != nil {
-		return nil
-	}
+	entries, _ := os.ReadDir(cmp.Or(dir, ".")) // what cannot be read is not offered
 	var l []string
 	for _, e := range entries {
 		name := dir + e.Name()

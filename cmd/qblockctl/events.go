@@ -4,6 +4,8 @@ import (
 	"context"
 	"errors"
 	"fmt"
+	"slices"
+	"strings"
 
 	"github.com/spf13/cobra"
 )
@@ -34,23 +36,35 @@ func (a *app) eventsCommand() *cobra.Command {
 	return cmd
 }
 
+// checkEvents refuses names of events that the daemon does not have: they would never come.
+func checkEvents(names, there []string) error {
+	for _, n := range names {
+		if !slices.Contains(there, n) {
+			return fmt.Errorf("the daemon has no event '%s'; it has\n%s", n,
+				strings.TrimSuffix(wrap(strings.Join(there, " "), "  ", 100), "\n"))
+		}
+	}
+	return nil
+}
+
 // events prints events until the daemon ends the connection, ctx ends, or count of them were
 // printed.
 func (a *app) events(ctx context.Context, asJSON bool, count int, only []string) error {
-	names := map[string]bool{}
-	for _, n := range only {
-		names[n] = true
-	}
 	q := newEventQueue()
 	c, err := dial(ctx, a.socket, q.put)
 	if err != nil {
 		return err
 	}
 	defer c.close()
+	if len(only) > 0 {
+		if err := checkEvents(only, liveSchema(ctx, c).Events()); err != nil {
+			return err
+		}
+	}
 	printed := 0
 	show := func() error {
 		for _, m := range q.take() {
-			if len(names) > 0 && !names[m.Event] || count > 0 && printed == count {
+			if len(only) > 0 && !slices.Contains(only, m.Event) || count > 0 && printed == count {
 				continue
 			}
 			line := a.style.event(m)

@@ -4,6 +4,7 @@ import (
 	"bytes"
 	"context"
 	"fmt"
+	"io"
 	"os"
 	"path/filepath"
 	"slices"
@@ -24,15 +25,14 @@ func (a *app) graphCommand() *cobra.Command {
 			"Graphviz, or as an SVG picture: 'qblockctl graph -o graph.svg'.",
 		Args: usageArgs(cobra.NoArgs),
 		RunE: func(cmd *cobra.Command, _ []string) error {
-			c, err := dial(cmd.Context(), a.socket, nil)
+			draw, err := drawer(format, output)
 			if err != nil {
 				return err
 			}
-			defer c.close()
-			return a.graph(cmd.Context(), c, format, output)
+			return a.graph(cmd.Context(), draw, output)
 		},
 	}
-	cmd.Flags().StringVarP(&format, "format", "f", "", "`FORMAT` of the picture: text, dot or svg; by default what --output ends in, else text")
+	cmd.Flags().StringVarP(&format, "format", "f", "", "`FORMAT` of the picture: text, dot or svg; by default what --output ends in (.txt, .dot, .svg), else text")
 	cmd.Flags().StringVarP(&output, "output", "o", "", "write it to `FILE`")
 	_ = cmd.RegisterFlagCompletionFunc("format", // fails for flags that do not exist
 		func(_ *cobra.Command, _ []string, word string) ([]string, cobra.ShellCompDirective) {
@@ -42,39 +42,41 @@ func (a *app) graphCommand() *cobra.Command {
 }
 
 // graph draws the daemon's graph, to a file if output names one.
-func (a *app) graph(ctx context.Context, c *client, format, output string) error {
-	if format == "" {
-		format = strings.TrimPrefix(filepath.Ext(output), ".")
-		if format != "svg" && format != "dot" {
-			format = "text"
-		}
+func (a *app) graph(ctx context.Context, draw func(io.Writer, *picture.Graph) error, output string) error {
+	c, err := dial(ctx, a.socket, nil)
+	if err != nil {
+		return err
 	}
-	draw := picture.Text
-	switch format {
-	case "text":
-	case "dot":
-		draw = picture.Dot
-	case "svg":
-		draw = picture.SVG
-	default:
-		return fmt.Errorf("graph: '%s' is not text, dot or svg; %w", format, errUsage)
-	}
+	defer c.close()
 	g, err := fetchGraph(ctx, c)
 	if err != nil {
 		return err
 	}
-	if output != "" {
-		var b bytes.Buffer
-		if err := draw(&b, g); err != nil {
-			return err
-		}
-		return os.WriteFile(output, b.Bytes(), 0o666)
+	if output == "" {
+		return draw(a.out, g)
 	}
-	if len(g.Nodes) == 0 && format == "text" {
-		_, err := fmt.Fprintln(a.out, "no block nodes")
+	var b bytes.Buffer
+	if err := draw(&b, g); err != nil {
 		return err
 	}
-	return draw(a.out, g)
+	return os.WriteFile(output, b.Bytes(), 0o666)
+}
+
+// drawer is what draws in a format; without one, in that which the name of the file output ends in.
+func drawer(format, output string) (func(io.Writer, *picture.Graph) error, error) {
+	extension := filepath.Ext(output)
+	switch {
+	case format == "text", format == "" && (extension == "" || extension == ".txt"):
+		return picture.Text, nil
+	case format == "dot", format == "" && extension == ".dot":
+		return picture.Dot, nil
+	case format == "svg", format == "" && extension == ".svg":
+		return picture.SVG, nil
+	case format == "":
+		return nil, fmt.Errorf("graph: '%s' is not a name in .svg, .dot or .txt; --format says what it is to be; %w",
+			output, errUsage)
+	}
+	return nil, fmt.Errorf("graph: '%s' is not text, dot or svg; %w", format, errUsage)
 }
 
 // What the daemon says about its graph; only what is drawn.

@@ -4,7 +4,6 @@ import (
 	"context"
 	"fmt"
 	"io"
-	"strings"
 	"text/tabwriter"
 	"time"
 
@@ -185,6 +184,3 @@ func clock(d time.Duration) string {
 	}
 	return fmt.Sprintf("%d:%02d", s/60, s%60)
 }
-
-// pad fills a text up to n characters.
-func pad(s string, n int) string { return s + strings.Repeat(" ", max(0, n-len([]rune(s)))) }

@@ -89,7 +89,9 @@ func TestShown(t *testing.T) {
 		}
 	}
 	var out bytes.Buffer
-	if err := printJobs(&out, []jobInfo{{ID: "j", Type: "stream", Status: "running", Current: 1 << 20, Total: 4 << 20, Limit: 1 << 20, IOStatus: "nospace"}}); err != nil ||
+	j := jobInfo{ID: "j", Type: "stream", Status: "running", Current: 1 << 20, Total: 4 << 20, Limit: 1 << 20}
+	j.IOStatus = "nospace"
+	if err := printJobs(&out, []jobInfo{j}); err != nil ||
 		!strings.Contains(out.String(), "j   stream  25%       1 MiB of 4 MiB  1 MiB/s  running, I/O nospace\n") {
 		t.Errorf("%v %s", err, out.String())
 	}

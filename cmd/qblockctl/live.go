@@ -39,6 +39,14 @@ func liveNames(ctx context.Context, c *client, k kind, prefix string) (l []strin
 			}
 		}
 	}
+	children := func(path, before string) {
+		ask("qom-list", map[string]any{"path": path}, func(n named) string {
+			if !strings.HasPrefix(n.Type, "child<") {
+				return ""
+			}
+			return before + n.Name
+		})
+	}
 	switch k {
 	case kindNode:
 		ask("query-named-block-nodes", map[string]any{"flat": true}, func(n named) string { return n.Node })
@@ -49,20 +57,10 @@ func liveNames(ctx context.Context, c *client, k kind, prefix string) (l []strin
 	case kindChardev:
 		ask("query-chardev", nil, func(n named) string { return n.Label })
 	case kindObject:
-		ask("qom-list", map[string]any{"path": "/objects"}, func(n named) string {
-			if !strings.HasPrefix(n.Type, "child<") {
-				return ""
-			}
-			return n.Name
-		})
+		children("/objects", "")
 	case kindPath:
 		dir := "/" + strings.TrimPrefix(prefix[:strings.LastIndexByte(prefix, '/')+1], "/")
-		ask("qom-list", map[string]any{"path": dir}, func(n named) string {
-			if !strings.HasPrefix(n.Type, "child<") {
-				return ""
-			}
-			return dir + n.Name
-		})
+		children(dir, dir)
 	case kindFile:
 		l = files(prefix)
 	}

@@ -21,6 +21,7 @@ import (
 	"io"
 	"os"
 	"os/signal"
+	"slices"
 	"strings"
 	"syscall"
 	"time"
@@ -28,6 +29,7 @@ import (
 	"github.com/spf13/cobra"
 
 	"qblockd/cmd/qblockctl/introspect"
+	"qblockd/cmd/version"
 	"qblockd/schema"
 )
 
@@ -91,9 +93,10 @@ func (a *app) commands() *cobra.Command {
 		a.socket = defaultSocket
 	}
 	root := &cobra.Command{
-		Use:   "qblockctl [-s SOCKET] COMMAND [KEY=VALUE...]",
-		Short: "talk to a running qblockd",
-		Long:  rootLong,
+		Use:     "qblockctl [-s SOCKET] COMMAND [KEY=VALUE...]",
+		Short:   "talk to a running qblockd",
+		Long:    rootLong,
+		Version: version.Version,
 		Example: "  qblockctl query-named-block-nodes flat=true\n" +
 			"  qblockctl blockdev-add driver=qcow2 node-name=disk file.driver=file file.filename=disk.qcow2\n" +
 			"  qblockctl -s tcp:localhost:4444 block-export-del '{\"id\": \"disk\"}'",
@@ -111,8 +114,11 @@ func (a *app) commands() *cobra.Command {
 	root.PersistentFlags().StringVarP(&a.socket, "socket", "s", a.socket,
 		"the daemon's QMP `SOCKET`: a path, or tcp:HOST:PORT; $QBLOCKD_SOCK is taken if set")
 	root.PersistentFlags().BoolP("help", "h", false, "show help and exit")
+	root.Flags().BoolP("version", "V", false, "show the version and exit")
+	root.SetVersionTemplate(version.Line("qblockctl"))
 	root.SetFlagErrorFunc(func(_ *cobra.Command, err error) error { return fmt.Errorf("%w; %w", err, errUsage) })
-	root.AddCommand(a.shellCommand(), a.graphCommand(), a.jobsCommand(), a.eventsCommand(), a.schemaCommand(), a.completionCommand())
+	root.AddCommand(a.shellCommand(), a.graphCommand(), a.jobsCommand(), a.eventsCommand(), a.schemaCommand(),
+		a.completionCommand())
 	root.SetHelpCommand(a.helpCommand())
 	root.CompletionOptions.DisableDefaultCmd = true
 	return root
@@ -160,10 +166,8 @@ func (a *app) completeCommand(cmd *cobra.Command, args []string, word string) ([
 		return c.commands(word), cobra.ShellCompDirectiveNoFileComp
 	}
 	l := c.argument(args[0], args[1:], word)
-	for _, s := range l {
-		if goesOn(s) {
-			return l, cobra.ShellCompDirectiveNoFileComp | cobra.ShellCompDirectiveNoSpace
-		}
+	if slices.ContainsFunc(l, goesOn) {
+		return l, cobra.ShellCompDirectiveNoFileComp | cobra.ShellCompDirectiveNoSpace
 	}
 	return l, cobra.ShellCompDirectiveNoFileComp
 }
@@ -180,8 +184,8 @@ func (a *app) completer(ctx context.Context) (c *completer, stop func()) {
 		cancel()
 		return &completer{schema: builtin()}, func() {}
 	}
-	return &completer{schema: liveSchema(ctx, conn), names: func(k kind, prefix string) []string { return liveNames(ctx, conn, k, prefix) }},
-		func() { conn.close(); cancel() }
+	names := func(k kind, prefix string) []string { return liveNames(ctx, conn, k, prefix) }
+	return &completer{schema: liveSchema(ctx, conn), names: names}, func() { conn.close(); cancel() }
 }
 
 // builtin is the schema of the qblockd that this program was built with.

@@ -41,11 +41,13 @@ func page(root *cobra.Command) *man.Page {
 		examples.Paras = append(examples.Paras, man.Para{Text: strings.TrimSpace(l), Literal: true})
 	}
 	options := man.Section{Heading: "Options", Items: flags(root.PersistentFlags())}
+	options.Items = append(options.Items, flags(root.LocalNonPersistentFlags())...)
 	p.Sections = []man.Section{about, options, {Heading: "Commands of qblockctl itself"}}
 	root.InitDefaultHelpCmd()
 	for _, c := range root.Commands() {
-		s := man.Section{Heading: root.Name() + " " + c.Use, Sub: true, Paras: paras(c.Long), Items: flags(c.LocalNonPersistentFlags())}
-		p.Sections = append(p.Sections, s)
+		p.Sections = append(p.Sections, man.Section{
+			Heading: root.Name() + " " + c.Use, Sub: true, Paras: paras(c.Long), Items: flags(c.LocalNonPersistentFlags()),
+		})
 		p.Synopsis = append(p.Synopsis, root.Name()+" [-s SOCKET] "+c.Use)
 	}
 	p.Sections = append(p.Sections, examples, man.Section{Heading: "See also", Paras: []man.Para{{Text: "qblockd(1)"}}})

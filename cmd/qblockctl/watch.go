@@ -6,6 +6,7 @@ import (
 	"errors"
 	"fmt"
 	"io"
+	"slices"
 	"strings"
 	"sync"
 	"time"
@@ -116,12 +117,7 @@ func (t *tracker) event(m *message) {
 
 // busy tells whether a job has something left to do.
 func (t *tracker) busy() bool {
-	for _, j := range t.order {
-		if !j.over {
-			return true
-		}
-	}
-	return false
+	return slices.ContainsFunc(t.order, func(j *tracked) bool { return !j.over })
 }
 
 // failure is an error that names the jobs that failed; nil if none did.
@@ -248,7 +244,8 @@ func (b *bar) text(of *string) func(decor.Statistics) string {
 }
 
 func newBars(out io.Writer) *bars {
-	return &bars{mpb.New(mpb.WithOutput(out), mpb.WithWidth(64), mpb.WithRefreshRate(watchInterval/2)), map[*tracked]*bar{}}
+	p := mpb.New(mpb.WithOutput(out), mpb.WithWidth(64), mpb.WithRefreshRate(watchInterval/2))
+	return &bars{p, map[*tracked]*bar{}}
 }
 
 func (s *bars) show(t *tracker) {
@@ -281,7 +278,7 @@ func (s *bars) show(t *tracker) {
 func (b *bar) set(j *tracked) {
 	b.mu.Lock()
 	defer b.mu.Unlock()
-	b.head, b.tail = pad(j.ID+" "+j.Type, 14)+" ", " "+j.tail()
+	b.head, b.tail = fmt.Sprintf("%-14s ", j.ID+" "+j.Type), " "+j.tail()
 }
 
 // end draws the last state and gives the terminal back.

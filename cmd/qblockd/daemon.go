@@ -16,6 +16,7 @@ import (
 	"qblockd/blockdev/export"
 	"qblockd/blockdev/export/nbd"
 	"qblockd/blockdev/object"
+	"qblockd/cmd/version"
 	"qblockd/events"
 	"qblockd/events/panics"
 	"qblockd/events/trace"
@@ -92,7 +93,7 @@ func newDaemon(p processWide) *daemon {
 	d.nbd = nbd.NewType(d.exports, o)
 	d.chardevs = chardev.NewTable(chardev.Options{SocketMode: p.socketMode, MaxClients: p.limits.clients, Detached: p.daemonize})
 	d.dispatch = qmp.NewDispatcher(qmp.Version{
-		Major: qemuMajor, Minor: qemuMinor, Micro: qemuMicro, Package: "qblockd " + version,
+		Major: qemuMajor, Minor: qemuMinor, Micro: qemuMicro, Package: "qblockd " + version.Version,
 	})
 	d.dispatch.LimitUnsent(p.limits.allUnsent)
 	d.dispatch.LimitUnfinished(p.limits.allUnfinished)

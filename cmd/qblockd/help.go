@@ -2,8 +2,9 @@ package main
 
 import (
 	"fmt"
-	"runtime/debug"
 	"strings"
+
+	"qblockd/cmd/version"
 )
 
 // aboutText is what the program is, in the words that stand above the options.
@@ -17,16 +18,8 @@ const endText = "SIGTERM, SIGINT, SIGHUP and the QMP command quit end it in orde
 	"The exit status is then 0; it is 1 if an option cannot be done."
 
 func versionText(prog string) string {
-	rev := ""
-	if info, ok := debug.ReadBuildInfo(); ok {
-		for _, s := range info.Settings {
-			if s.Key == "vcs.revision" && len(s.Value) >= 12 {
-				rev = " (" + s.Value[:12] + ")"
-			}
-		}
-	}
-	return fmt.Sprintf("%s version %s%s\nA drop-in for the QEMU %d.%d storage daemon. Apache License 2.0.\n",
-		prog, version, rev, qemuMajor, qemuMinor)
+	return fmt.Sprintf("%sA drop-in for the QEMU %d.%d storage daemon. Apache License 2.0.\n",
+		version.Line(prog), qemuMajor, qemuMinor)
 }
 
 // helpColumn is where the explanations of --help begin, helpWidth where they end at the latest.

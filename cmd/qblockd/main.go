@@ -28,9 +28,6 @@ import (
 	"qblockd/events/panics"
 )
 
-// version is ours; it is reported as the package of the greeting.
-const version = "0.1.0"
-
 func main() {
 	setupLog(slog.LevelInfo)
 	if !panics.Loud {

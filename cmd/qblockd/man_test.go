@@ -27,7 +27,10 @@ func TestManPage(t *testing.T) {
 	page := man.Page{
 		Name: "qblockd", Section: 1, Title: "QEMU's block layer as a service of its own, spoken to over QMP",
 		Synopsis: []string{"qblockd [options]"},
-		Sections: []man.Section{about, opts, {Heading: "Ending", Paras: []man.Para{{Text: endText}}}, {Heading: "See also", Paras: []man.Para{{Text: "qblockctl(1), qemu-storage-daemon(1), qemu-img(1)"}}}},
+		Sections: []man.Section{
+			about, opts, {Heading: "Ending", Paras: []man.Para{{Text: endText}}},
+			{Heading: "See also", Paras: []man.Para{{Text: "qblockctl(1), qemu-storage-daemon(1), qemu-img(1)"}}},
+		},
 	}
 	err := man.Sync(*docsDir, map[string][]byte{
 		"man/qblockd.1":           page.Roff(),

@@ -34,11 +34,12 @@ type rule struct {
 var rules = []rule{
 	{"cmd/qapigen", []string{"schema/model"}},
 	{"cmd/man", nil},
+	{"cmd/version", nil},
 	// cmd/man: their tests write the manual pages with it; neither links it, see notLinked.
-	{"cmd/qblockctl", []string{"cmd/qblockctl/*", "cmd/man", "schema", "schema/check"}},
+	{"cmd/qblockctl", []string{"cmd/qblockctl/*", "cmd/man", "cmd/version", "schema"}},
 	{"cmd/qblockctl/*", nil},
 	{"cmd/qblockd/cmdline", nil},
-	{"cmd/qblockd", []string{"cmd/qblockd/cmdline", "cmd/man", "schema", "qmp/...", "jobs/...", "blockdev", "blockdev/*",
+	{"cmd/qblockd", []string{"cmd/qblockd/cmdline", "cmd/man", "cmd/version", "schema", "qmp/...", "jobs/...", "blockdev", "blockdev/*",
 		"blockdev/export/*", "graph/..."}},
 
 	{"qmp/handlers", []string{"qmp", "qmp/chardev", "jobs", "jobs/*", "blockdev", "blockdev/export", "blockdev/export/nbd",

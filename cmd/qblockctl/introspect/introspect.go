@@ -8,6 +8,7 @@ package introspect
 import (
 	"encoding/json"
 	"fmt"
+	"maps"
 	"slices"
 	"strconv"
 	"strings"
@@ -66,7 +67,8 @@ func Parse(reply []byte) (*Schema, error) {
 			s.events = append(s.events, e.Name)
 			continue
 		}
-		t := &Type{Meta: e.Meta, JSON: e.JSON, Values: e.Values, Element: e.ElementType, Tag: e.Tag, Variants: map[string]string{}}
+		t := &Type{Meta: e.Meta, JSON: e.JSON, Values: e.Values, Element: e.ElementType, Tag: e.Tag}
+		t.Variants = map[string]string{}
 		for _, v := range e.Variants {
 			t.Variants[v.Case] = v.Type
 		}
@@ -84,11 +86,7 @@ func Parse(reply []byte) (*Schema, error) {
 // member takes one element of "members": objects, alternates and newer daemons' enums have
 // different ones.
 func (t *Type) member(raw json.RawMessage) error {
-	var m struct {
-		Name    string
-		Type    string
-		Default *json.RawMessage
-	}
+	var m struct{ Name, Type string }
 	if err := json.Unmarshal(raw, &m); err != nil {
 		return err
 	}
@@ -105,12 +103,7 @@ func (t *Type) member(raw json.RawMessage) error {
 
 // Commands returns the names of all commands, sorted.
 func (s *Schema) Commands() []string {
-	names := make([]string, 0, len(s.commands))
-	for n := range s.commands {
-		names = append(names, n)
-	}
-	slices.Sort(names)
-	return names
+	return slices.Sorted(maps.Keys(s.commands))
 }
 
 // Events returns the names of all events, sorted.
@@ -161,7 +154,7 @@ func (s *Schema) at(command, prefix string, given func(key string) string) (*Typ
 	at := ""
 	for prefix != "" {
 		part, rest, _ := strings.Cut(prefix, ".")
-		m, ok := s.find(t, at, part, given)
+		m, ok := named(s.all(t, at, given), part)
 		if !ok {
 			return nil, false
 		}
@@ -199,16 +192,11 @@ func (s *Schema) Find(command, key string, given func(key string) string) (Membe
 		}
 		return Member{}, false
 	}
-	for _, m := range s.Members(command, prefix, given) {
-		if m.Name == last {
-			return m, true
-		}
-	}
-	return Member{}, false
+	return named(s.Members(command, prefix, given), last)
 }
 
-func (s *Schema) find(t *Type, at, name string, given func(string) string) (Member, bool) {
-	for _, m := range s.all(t, at, given) {
+func named(l []Member, name string) (Member, bool) {
+	for _, m := range l {
 		if m.Name == name {
 			return m, true
 		}
@@ -248,15 +236,8 @@ func (s *Schema) object(name string) (*Type, bool) {
 // Object tells whether a value of the type may be an object, whose members are given by dotted
 // keys, and whether it may be something else.
 func (s *Schema) Object(name string) (object, other bool) {
-	t := s.Type(name)
-	switch t.Meta {
-	case "object":
-		return true, false
-	case "alternate":
-		_, object = s.object(name)
-		return object, true
-	}
-	return false, true
+	_, object = s.object(name)
+	return object, s.Type(name).Meta != "object"
 }
 
 // Values are the words that may stand for a value of the type, as far as the schema knows: those of
@@ -283,11 +264,13 @@ func (s *Schema) Values(name string) []string {
 // NodeRef tells whether a value of the type names a node or defines one.
 func (s *Schema) NodeRef(name string) bool {
 	t := s.Type(name)
-	if t.Meta != "alternate" || !slices.ContainsFunc(t.Choices, func(c string) bool { return s.Type(c).JSON == "string" }) {
-		return false
-	}
 	o, ok := s.object(name)
-	return ok && o.Tag == "driver"
+	return t.Meta == "alternate" && s.offers(t, "string") && ok && o.Tag == "driver"
+}
+
+// offers tells whether a choice of an alternate is that builtin.
+func (s *Schema) offers(t *Type, json string) bool {
+	return slices.ContainsFunc(t.Choices, func(c string) bool { return s.Type(c).JSON == json })
 }
 
 // Describe says in a few words what a value of the type is.
@@ -305,7 +288,7 @@ func (s *Schema) Describe(name string) string {
 		return "list of " + s.Describe(t.Element)
 	case "alternate":
 		if s.NodeRef(name) {
-			if slices.ContainsFunc(t.Choices, func(c string) bool { return s.Type(c).JSON == "null" }) {
+			if s.offers(t, "null") {
 				return "node name, null or definition"
 			}
 			return "node name or definition"

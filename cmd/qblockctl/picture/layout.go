@@ -1,6 +1,8 @@
 package picture
 
 import (
+	"cmp"
+	"iter"
 	"math"
 	"slices"
 	"unicode/utf8"
@@ -57,15 +59,21 @@ type link struct {
 	weight   float64
 }
 
+// neighbour is what a link leads to.
+type neighbour struct {
+	cell   int
+	weight float64
+}
+
 // plan is one connected part on its way to being laid out.
 type plan struct {
 	g     *Graph
 	cells []cell
 	links []link
-	rows  [][]int // cells by rank and order
-	up    [][]int // links by lower cell
-	down  [][]int // links by upper cell
-	chain [][]int // cells of each edge of edges, from user to child
+	rows  [][]int       // cells by rank and order
+	up    [][]neighbour // of each cell, in the row above
+	down  [][]neighbour // in the row below
+	chain [][]int       // cells of each edge of edges, from user to child
 	edges []Edge
 }
 
@@ -158,10 +166,10 @@ func newPlan(g *Graph, part []int, out [][]Edge) *plan {
 		}
 		p.chain = append(p.chain, way)
 	}
-	p.up, p.down = make([][]int, len(p.cells)), make([][]int, len(p.cells))
-	for i, k := range p.links {
-		p.down[k.from] = append(p.down[k.from], i)
-		p.up[k.to] = append(p.up[k.to], i)
+	p.up, p.down = make([][]neighbour, len(p.cells)), make([][]neighbour, len(p.cells))
+	for _, k := range p.links {
+		p.down[k.from] = append(p.down[k.from], neighbour{k.to, k.weight})
+		p.up[k.to] = append(p.up[k.to], neighbour{k.from, k.weight})
 	}
 	return p
 }
@@ -215,7 +223,7 @@ func (p *plan) arrange() {
 		}
 	}
 	p.rows = bestRows
-	p.number()
+	p.number(p.rows...)
 	p.place()
 }
 
@@ -237,8 +245,8 @@ func (p *plan) firstOrder() {
 		// What carries the line of the chain goes left, files right.
 		for _, heavy := range []bool{true, false} {
 			for _, k := range p.down[c] {
-				if (p.links[k].weight > 1) == heavy {
-					visit(p.links[k].to)
+				if (k.weight > 1) == heavy {
+					visit(k.cell)
 				}
 			}
 		}
@@ -248,11 +256,11 @@ func (p *plan) firstOrder() {
 			visit(c)
 		}
 	}
-	p.number()
+	p.number(p.rows...)
 }
 
-func (p *plan) number() {
-	for _, row := range p.rows {
+func (p *plan) number(rows ...[]int) {
+	for _, row := range rows {
 		for i, c := range row {
 			p.cells[c].order = i
 		}
@@ -269,54 +277,39 @@ func (p *plan) copyRows() [][]int {
 
 // sweep sorts each row by where its neighbours above (or below) are on average.
 func (p *plan) sweep(down bool) {
-	for i := range p.rows {
-		r := i
-		if !down {
-			r = len(p.rows) - 1 - i
-		}
+	near := p.down
+	if down {
+		near = p.up
+	}
+	for row := range p.inTurn(down) {
 		mean := map[int]float64{}
-		for _, c := range p.rows[r] {
-			sum, n := 0.0, 0.0
-			for _, o := range p.neighbours(c, down) {
+		for _, c := range row {
+			sum := 0.0
+			for _, o := range near[c] {
 				sum += float64(p.cells[o.cell].order)
-				n++
 			}
 			mean[c] = float64(p.cells[c].order)
-			if n > 0 {
-				mean[c] = sum / n
+			if len(near[c]) > 0 {
+				mean[c] = sum / float64(len(near[c]))
 			}
 		}
-		slices.SortStableFunc(p.rows[r], func(a, b int) int {
-			switch {
-			case mean[a] < mean[b]:
-				return -1
-			case mean[a] > mean[b]:
-				return 1
-			}
-			return 0
-		})
-		for i, c := range p.rows[r] {
-			p.cells[c].order = i
-		}
+		slices.SortStableFunc(row, func(a, b int) int { return cmp.Compare(mean[a], mean[b]) })
+		p.number(row)
 	}
 }
 
-type neighbour struct {
-	cell   int
-	weight float64
-}
-
-func (p *plan) neighbours(c int, above bool) (l []neighbour) {
-	if above {
-		for _, k := range p.up[c] {
-			l = append(l, neighbour{p.links[k].from, p.links[k].weight})
+// inTurn are the rows from top to bottom, or from the bottom up.
+func (p *plan) inTurn(down bool) iter.Seq[[]int] {
+	return func(yield func([]int) bool) {
+		for i := range p.rows {
+			if !down {
+				i = len(p.rows) - 1 - i
+			}
+			if !yield(p.rows[i]) {
+				return
+			}
 		}
-		return l
 	}
-	for _, k := range p.down[c] {
-		l = append(l, neighbour{p.links[k].to, p.links[k].weight})
-	}
-	return l
 }
 
 // crossings counts the pairs of links that cross.

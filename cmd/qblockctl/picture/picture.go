@@ -10,10 +10,6 @@
 // Everything is pure: the same graph gives the same bytes.
 package picture
 
-import (
-	"slices"
-)
-
 // Kind is what a box stands for; it gives the colour.
 type Kind string
 
@@ -82,21 +78,12 @@ func (g *Graph) acyclic() []Edge {
 // from groups the sound edges by their user, files first.
 func (g *Graph) from() [][]Edge {
 	out := make([][]Edge, len(g.Nodes))
-	for _, e := range g.Edges {
-		if e.From >= 0 && e.From < len(g.Nodes) && e.To >= 0 && e.To < len(g.Nodes) {
-			out[e.From] = append(out[e.From], e)
-		}
-	}
-	for _, l := range out {
-		slices.SortStableFunc(l, func(a, b Edge) int {
-			switch {
-			case !a.main() && b.main():
-				return -1
-			case a.main() && !b.main():
-				return 1
+	for _, isMain := range []bool{false, true} {
+		for _, e := range g.Edges {
+			if e.main() == isMain && e.From >= 0 && e.From < len(g.Nodes) && e.To >= 0 && e.To < len(g.Nodes) {
+				out[e.From] = append(out[e.From], e)
 			}
-			return 0
-		})
+		}
 	}
 	return out
 }

@@ -116,7 +116,9 @@ func TestEdgesAreDrawn(t *testing.T) {
 	if l := Lay(g); len(l.Routes) != len(g.Edges) {
 		t.Errorf("%d of %d edges", len(l.Routes), len(g.Edges))
 	}
-	cycle := &Graph{Nodes: make([]Node, 3), Edges: []Edge{{From: 0, To: 1}, {From: 1, To: 2}, {From: 2, To: 0}, {From: 1, To: 1}, {From: 0, To: 9}}}
+	cycle := &Graph{Nodes: make([]Node, 3), Edges: []Edge{
+		{From: 0, To: 1}, {From: 1, To: 2}, {From: 2, To: 0}, {From: 1, To: 1}, {From: 0, To: 9},
+	}}
 	if l := Lay(cycle); len(l.Routes) != 2 {
 		t.Errorf("%d edges of a cycle", len(l.Routes))
 	}
@@ -204,7 +206,10 @@ func TestText(t *testing.T) {
 		}
 	}
 	small := &Graph{
-		Nodes: []Node{{Label: "export", Name: "e", Traits: []string{"nbd"}}, {Name: "top", Traits: []string{"qcow2"}}, {Name: "f", File: "a.img"}, {Name: "base"}, {Label: "job stream", Name: "j"}},
+		Nodes: []Node{
+			{Label: "export", Name: "e", Traits: []string{"nbd"}}, {Name: "top", Traits: []string{"qcow2"}},
+			{Name: "f", File: "a.img"}, {Name: "base"}, {Label: "job stream", Name: "j"},
+		},
 		Edges: []Edge{{From: 0, To: 1, Name: "root"}, {From: 1, To: 3, Name: "backing"}, {From: 1, To: 2, Name: "file"}, {From: 4, To: 3, Name: "main node"}},
 	}
 	want := `export e (nbd)

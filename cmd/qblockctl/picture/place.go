@@ -1,6 +1,7 @@
 package picture
 
 import (
+	"cmp"
 	"math"
 	"slices"
 )
@@ -19,12 +20,8 @@ func (p *plan) place() {
 		}
 	}
 	for pass := range 24 {
-		for i := range p.rows {
-			r := i
-			if pass%2 == 1 {
-				r = len(p.rows) - 1 - i
-			}
-			p.placeRow(p.rows[r])
+		for row := range p.inTurn(pass%2 == 0) {
+			p.placeRow(row)
 		}
 	}
 	left := math.Inf(1)
@@ -55,11 +52,9 @@ func (p *plan) placeRow(row []int) {
 		}
 		wish, weight := p.cells[c].x, 0.1
 		sum, total := 0.0, 0.0
-		for _, above := range []bool{true, false} {
-			for _, n := range p.neighbours(c, above) {
-				sum += n.weight * p.cells[n.cell].x
-				total += n.weight
-			}
+		for _, n := range slices.Concat(p.up[c], p.down[c]) {
+			sum += n.weight * p.cells[n.cell].x
+			total += n.weight
 		}
 		if total > 0 {
 			wish, weight = sum/total, total
@@ -125,7 +120,7 @@ func (p *plan) emit(l *Layout, x, y float64) {
 		end := Point{round(x + p.port(i, way[len(way)-1], false)), round(top[to.rank])}
 		pts = append(pts, end)
 		// Names of edges that end beside each other go to different heights.
-		stagger := float64(p.turn(i, way[len(way)-1]) % 3 * 11)
+		stagger := float64(slices.Index(p.ends(way[len(way)-1], false), i) % 3 * 11)
 		l.Routes = append(l.Routes, Route{p.edges[i], pts, Point{end.X + 5, end.Y - 8 - stagger}})
 	}
 }
@@ -143,9 +138,6 @@ func (p *plan) port(i, c int, leaving bool) float64 {
 	return p.cells[c].x + (float64(k)-float64(len(ends)-1)/2)*step
 }
 
-// turn is the number of edge i among those that reach box c.
-func (p *plan) turn(i, c int) int { return slices.Index(p.ends(c, false), i) }
-
 // ends are the edges that leave or reach a box, by the place of their next cell.
 func (p *plan) ends(c int, leaving bool) (l []int) {
 	next := func(e int) float64 {
@@ -160,14 +152,6 @@ func (p *plan) ends(c int, leaving bool) (l []int) {
 			l = append(l, e)
 		}
 	}
-	slices.SortStableFunc(l, func(a, b int) int {
-		switch d := next(a) - next(b); {
-		case d < 0:
-			return -1
-		case d > 0:
-			return 1
-		}
-		return 0
-	})
+	slices.SortStableFunc(l, func(a, b int) int { return cmp.Compare(next(a), next(b)) })
 	return l
 }

@@ -3,6 +3,7 @@ package picture
 import (
 	"fmt"
 	"io"
+	"slices"
 	"strings"
 	"unicode"
 )
@@ -12,6 +13,9 @@ import (
 // so that long chains stay readable.
 func Text(w io.Writer, g *Graph) error {
 	t := &tree{g: g, shown: make([]bool, len(g.Nodes))}
+	if len(g.Nodes) == 0 {
+		t.line("", "no block nodes")
+	}
 	edges := g.acyclic()
 	t.out = (&Graph{Nodes: g.Nodes, Edges: edges}).from()
 	for _, n := range tops(len(g.Nodes), edges) {
@@ -36,11 +40,9 @@ func (t *tree) below(prefix string, n int) {
 	t.shown[n] = true
 	for {
 		next := -1
-		var down string
 		for i, e := range t.out[n] {
 			last := i == len(t.out[n])-1
 			if last && e.Name == "backing" {
-				down = "▼ backing: "
 				next = e.To
 				break
 			}
@@ -58,7 +60,7 @@ func (t *tree) below(prefix string, n int) {
 			return
 		}
 		again := t.shown[next]
-		t.line(prefix+down, t.ref(next))
+		t.line(prefix+"▼ backing: ", t.ref(next))
 		if again {
 			return
 		}
@@ -77,20 +79,12 @@ func (t *tree) ref(n int) string {
 
 func (t *tree) name(n int) string {
 	nd := &t.g.Nodes[n]
-	var l []string
-	if nd.Label != "" {
-		l = append(l, nd.Label)
-	}
-	if nd.Name != "" {
-		l = append(l, nd.Name)
-	}
+	traits := ""
 	if len(nd.Traits) > 0 {
-		l = append(l, "("+strings.Join(nd.Traits, ", ")+")")
+		traits = "(" + strings.Join(nd.Traits, ", ") + ")"
 	}
-	if nd.File != "" {
-		l = append(l, shorten(nd.File, 60))
-	}
-	return printable(strings.Join(l, " "))
+	l := []string{nd.Label, nd.Name, traits, shorten(nd.File, 60)}
+	return printable(strings.Join(slices.DeleteFunc(l, func(s string) bool { return s == "" }), " "))
 }
 
 // printable replaces what a terminal would take for more than text.
