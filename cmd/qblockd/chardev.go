@@ -1,17 +1,18 @@
 package main
 
 import (
+	"cmp"
 	"context"
 	"errors"
 	"fmt"
 	"slices"
+	"strings"
 
 	"qblockd/cmd/qblockd/cmdline"
 	"qblockd/qmp/chardev"
 	"qblockd/schema/types"
+	"qblockd/schema/value"
 )
-
-var errOnlyQMP = errors.New("Only QMP is supported")
 
 // chardevOptions are the names that --chardev knows.
 var chardevOptions = map[string]cmdline.OptType{
@@ -63,147 +64,144 @@ func (d *daemon) addChardev(ctx context.Context, it cmdline.Item) error {
 
 // chardevBackend translates the older option syntax into the schema's description.
 func chardevBackend(kind types.ChardevBackendKind, o *cmdline.Opts) (*types.ChardevBackend, error) {
-	log, appendLog := text(o, "logfile"), boolean(o, "logappend")
-	b := &types.ChardevBackend{Type: kind}
-	switch kind {
+	data := &value.Dict{}
+	take(o, data, "logfile", "logappend")
+	var err error
+	switch _, hasPath := o.Get("path"); kind {
 	case types.ChardevBackendKindSocket:
-		s, err := chardevSocket(o)
-		if err != nil {
-			return nil, err
-		}
-		s.Logfile, s.Logappend = log, appendLog
-		b.U = &types.ChardevSocketWrapper{Data: *s}
-	case types.ChardevBackendKindFile:
-		path, ok := o.Get("path")
-		if !ok {
-			return nil, errors.New("chardev: file: no filename given")
-		}
-		b.U = &types.ChardevFileWrapper{Data: types.ChardevFile{
-			Out: path, In: text(o, "input-path"), Append: boolean(o, "append"), Logfile: log, Logappend: appendLog}}
-	case types.ChardevBackendKindPipe, types.ChardevBackendKindSerial, types.ChardevBackendKindParallel:
-		path, ok := o.Get("path")
-		if !ok && kind == types.ChardevBackendKindSerial {
-			return nil, errors.New("chardev: serial/tty: no device path given")
-		}
-		if !ok {
-			return nil, fmt.Errorf("chardev: %s: no device path given", kind)
-		}
-		b.U = &types.ChardevHostdevWrapper{Data: types.ChardevHostdev{Device: path, Logfile: log, Logappend: appendLog}}
-	case types.ChardevBackendKindStdio:
-		b.U = &types.ChardevStdioWrapper{Data: types.ChardevStdio{
-			Signal: boolean(o, "signal"), Logfile: log, Logappend: appendLog}}
+		err = chardevSocket(o, data)
 	case types.ChardevBackendKindUdp:
-		u, err := chardevUDP(o)
-		if err != nil {
-			return nil, err
+		err = chardevUDP(o, data)
+	case types.ChardevBackendKindFile:
+		if !hasPath {
+			err = errors.New("chardev: file: no filename given")
 		}
-		u.Logfile, u.Logappend = log, appendLog
-		b.U = &types.ChardevUdpWrapper{Data: *u}
+		take(o, data, "out=path", "in=input-path", "append")
+	case types.ChardevBackendKindPipe, types.ChardevBackendKindSerial, types.ChardevBackendKindParallel:
+		name := string(kind)
+		if kind == types.ChardevBackendKindSerial {
+			name = "serial/tty"
+		}
+		if !hasPath {
+			err = fmt.Errorf("chardev: %s: no device path given", name)
+		}
+		take(o, data, "device=path")
+	case types.ChardevBackendKindStdio:
+		take(o, data, "signal")
 	case types.ChardevBackendKindMux:
-		base, ok := o.Get("chardev")
-		if !ok {
-			return nil, errors.New("chardev: mux: no chardev given")
+		if _, ok := o.Get("chardev"); !ok {
+			err = errors.New("chardev: mux: no chardev given")
 		}
-		b.U = &types.ChardevMuxWrapper{Data: types.ChardevMux{Chardev: base, Logfile: log, Logappend: appendLog}}
+		take(o, data, "chardev")
 	case types.ChardevBackendKindRingbuf, types.ChardevBackendKindMemory:
-		r := types.ChardevRingbuf{Logfile: log, Logappend: appendLog}
 		if n := int64(o.Number("size")); n != 0 { // 0 is as if it were not given
-			r.Size = &n
+			data.Set("size", fmt.Sprint(n))
 		}
-		b.U = &types.ChardevRingbufWrapper{Data: r}
-	default:
-		b.U = &types.ChardevCommonWrapper{Data: types.ChardevCommon{Logfile: log, Logappend: appendLog}}
 	}
-	return b, nil
+	if err != nil {
+		return nil, err
+	}
+	b := &value.Dict{}
+	b.Set("type", string(kind))
+	b.Set("data", data)
+	return types.DecodeChardevBackend(b, types.ModeKeyval)
+}
+
+// take sets members of data to what was given for options: "name", or "member=option" where the
+// schema has another name.
+func take(o *cmdline.Opts, data *value.Dict, names ...string) {
+	for _, name := range names {
+		member, option, renamed := strings.Cut(name, "=")
+		if !renamed {
+			option = member
+		}
+		if v, ok := o.Get(option); ok {
+			data.Set(member, v)
+		}
+	}
+}
+
+// socketAddress is a SocketAddressLegacy of which that much is known.
+func socketAddress(kind types.SocketAddressType, data *value.Dict) *value.Dict {
+	a := &value.Dict{}
+	a.Set("type", string(kind))
+	a.Set("data", data)
+	return a
 }
 
 // chardevSocket reads the options of a socket. Unlike in the schema, server is off and wait is on
 // by default.
-func chardevSocket(o *cmdline.Opts) (*types.ChardevSocket, error) {
-	path, unix := o.Get("path")
+func chardevSocket(o *cmdline.Opts, data *value.Dict) error {
+	_, unix := o.Get("path")
 	fd, inherited := o.Get("fd")
-	host, inet := o.Get("host")
-	port, hasPort := o.Get("port")
+	_, inet := o.Get("host")
 	if unix && inherited || unix && inet || inherited && inet {
-		return nil, errors.New("None or one of 'path', 'fd' or 'host' option required.")
+		return errors.New("None or one of 'path', 'fd' or 'host' option required.")
 	}
-	if inet && !hasPort {
-		return nil, errors.New("chardev: socket: no port given")
+	if _, hasPort := o.Get("port"); inet && !hasPort {
+		return errors.New("chardev: socket: no port given")
 	}
 	_, delay := o.Get("delay")
 	_, nodelay := o.Get("nodelay")
 	if delay && nodelay {
-		return nil, errors.New("'delay' and 'nodelay' are mutually exclusive")
+		return errors.New("'delay' and 'nodelay' are mutually exclusive")
 	}
 	server := o.Bool("server", false)
-	s := &types.ChardevSocket{Server: &server, Telnet: boolean(o, "telnet")}
-	if _, given := o.Get("wait"); given || server {
-		wait := o.Bool("wait", true)
-		s.Wait = &wait
+	data.Set("server", onOff(server))
+	take(o, data, "telnet", "wait", "nodelay")
+	if _, given := o.Get("wait"); !given && server {
+		data.Set("wait", "on")
 	}
-	if delay || nodelay {
-		now := !o.Bool("delay", true) || o.Bool("nodelay", false)
-		s.Nodelay = &now
+	if delay {
+		data.Set("nodelay", onOff(!o.Bool("delay", true)))
 	}
 	if _, given := o.Get("reconnect"); given {
-		n := int64(o.Number("reconnect"))
-		s.Reconnect = &n
+		data.Set("reconnect", fmt.Sprint(int64(o.Number("reconnect"))))
 	}
+	addr, kind := &value.Dict{}, types.SocketAddressTypeFd
 	switch {
 	case unix:
-		s.Addr = types.SocketAddressLegacy{Type: types.SocketAddressTypeUnix, U: &types.UnixSocketAddressWrapper{
-			Data: types.UnixSocketAddress{Path: path, Abstract: boolean(o, "abstract"), Tight: boolean(o, "tight")}}}
+		kind = types.SocketAddressTypeUnix
+		take(o, addr, "path", "abstract", "tight")
 	case inet:
-		a := types.InetSocketAddress{Host: host, Port: port, Ipv4: boolean(o, "ipv4"), Ipv6: boolean(o, "ipv6")}
+		kind = types.SocketAddressTypeInet
+		take(o, addr, "host", "port", "ipv4", "ipv6")
 		if _, given := o.Get("to"); given {
-			to := uint16(o.Number("to"))
-			a.To = &to
+			addr.Set("to", fmt.Sprint(uint16(o.Number("to"))))
 		}
-		s.Addr = types.SocketAddressLegacy{Type: types.SocketAddressTypeInet, U: &types.InetSocketAddressWrapper{Data: a}}
 	default:
-		s.Addr = types.SocketAddressLegacy{Type: types.SocketAddressTypeFd, U: &types.StringWrapper{Data: types.String{Str: fd}}}
+		addr.Set("str", fd)
 	}
-	return s, nil
-}
-
-// chardevUDP takes host, port, localaddr and localport; all but port have defaults.
-func chardevUDP(o *cmdline.Opts) (*types.ChardevUdp, error) {
-	inet := func(host, port string) types.SocketAddressLegacy {
-		return types.SocketAddressLegacy{Type: types.SocketAddressTypeInet, U: &types.InetSocketAddressWrapper{
-			Data: types.InetSocketAddress{Host: host, Port: port, Ipv4: boolean(o, "ipv4"), Ipv6: boolean(o, "ipv6")}}}
-	}
-	host, _ := o.Get("host")
-	if host == "" {
-		host = "localhost"
-	}
-	port, _ := o.Get("port")
-	if port == "" {
-		return nil, errors.New("chardev: udp: remote port not specified")
-	}
-	u := &types.ChardevUdp{Remote: inet(host, port)}
-	localAddr, hasAddr := o.Get("localaddr")
-	localPort, hasPort := o.Get("localport")
-	if hasAddr || hasPort {
-		if localPort == "" {
-			localPort = "0"
-		}
-		local := inet(localAddr, localPort)
-		u.Local = &local
-	}
-	return u, nil
-}
-
-func text(o *cmdline.Opts, name string) *string {
-	if v, ok := o.Get(name); ok {
-		return &v
-	}
+	data.Set("addr", socketAddress(kind, addr))
 	return nil
 }
 
-func boolean(o *cmdline.Opts, name string) *bool {
-	if _, ok := o.Get(name); !ok {
-		return nil
+func onOff(b bool) string {
+	if b {
+		return "on"
 	}
-	v := o.Bool(name, false)
-	return &v
+	return "off"
+}
+
+// chardevUDP takes host, port, localaddr and localport; all but port have defaults.
+func chardevUDP(o *cmdline.Opts, data *value.Dict) error {
+	inet := func(member, host, port string) {
+		a := &value.Dict{}
+		a.Set("host", host)
+		a.Set("port", port)
+		take(o, a, "ipv4", "ipv6")
+		data.Set(member, socketAddress(types.SocketAddressTypeInet, a))
+	}
+	host, _ := o.Get("host")
+	port, _ := o.Get("port")
+	if port == "" {
+		return errors.New("chardev: udp: remote port not specified")
+	}
+	inet("remote", cmp.Or(host, "localhost"), port)
+	localAddr, hasAddr := o.Get("localaddr")
+	localPort, hasPort := o.Get("localport")
+	if hasAddr || hasPort {
+		inet("local", localAddr, cmp.Or(localPort, "0"))
+	}
+	return nil
 }

@@ -2,6 +2,7 @@ package main
 
 import (
 	"context"
+	"errors"
 	"io"
 	"log/slog"
 	"os"
@@ -91,7 +92,9 @@ func newDaemon(p processWide) *daemon {
 	o := p.limits.nbdServer()
 	o.SocketMode, o.Idle, o.Log = p.socketMode, d.memory.giveBack, slog.Default()
 	d.nbd = nbd.NewType(d.exports, o)
-	d.chardevs = chardev.NewTable(chardev.Options{SocketMode: p.socketMode, MaxClients: p.limits.clients, Detached: p.daemonize})
+	d.chardevs = chardev.NewTable(chardev.Options{
+		SocketMode: p.socketMode, MaxClients: p.limits.clients, Detached: p.daemonize,
+	})
 	d.dispatch = qmp.NewDispatcher(qmp.Version{
 		Major: qemuMajor, Minor: qemuMinor, Micro: qemuMicro, Package: "qblockd " + version.Version,
 	})
@@ -112,21 +115,22 @@ func (d *daemon) register() {
 	types.RegisterQom(d.dispatch, handlers.Qom{Objects: d.objects})
 	types.RegisterBlockCore(d.dispatch, handlers.BlockCore{Nodes: d.nodes, Exports: d.exports, Jobs: d.jobs})
 	types.RegisterBlockCreate(d.dispatch, handlers.BlockCreate{Jobs: d.jobs, Nodes: d.nodes})
-	types.RegisterBlockJob(d.dispatch, handlers.BlockJob{Graph: d.graph, Jobs: d.jobs, Nodes: d.nodes})
+	blockJob := handlers.BlockJob{Graph: d.graph, Jobs: d.jobs, Nodes: d.nodes}
+	types.RegisterBlockJob(d.dispatch, blockJob)
 	types.RegisterJob(d.dispatch, handlers.Job{Jobs: d.jobs})
-	types.RegisterTransaction(d.dispatch, handlers.Transaction{
-		Nodes: d.nodes, Jobs: handlers.BlockJob{Graph: d.graph, Jobs: d.jobs, Nodes: d.nodes},
-	})
+	types.RegisterTransaction(d.dispatch, handlers.Transaction{Nodes: d.nodes, Jobs: blockJob})
 	types.RegisterBlockExport(d.dispatch, handlers.BlockExport{Graph: d.graph, Exports: d.exports, NBD: d.nbd})
 }
 
 // addMonitor makes QMP available on a character device. Its clients are served once the daemon is
 // up.
 func (d *daemon) addMonitor(_ context.Context, o *types.MonitorOptions) error {
-	if o.Mode != nil && *o.Mode != types.MonitorModeControl {
-		return errOnlyQMP
+	if types.Or(o.Mode, types.MonitorModeControl) != types.MonitorModeControl {
+		return errors.New("Only QMP is supported")
 	}
-	m := qmp.NewMonitor(d.dispatch, d.bus, qmp.Options{Pretty: o.Pretty != nil && *o.Pretty, Limits: d.limits.qmp, Idle: d.memory.giveBack})
+	m := qmp.NewMonitor(d.dispatch, d.bus, qmp.Options{
+		Pretty: types.Or(o.Pretty, false), Limits: d.limits.qmp, Idle: d.memory.giveBack,
+	})
 	err := d.chardevs.Attach(o.Chardev, func(c io.ReadWriteCloser) {
 		select {
 		case <-d.up:
@@ -152,8 +156,9 @@ func (d *daemon) serve() { close(d.up) }
 func (d *daemon) catchSignals() (context.Context, <-chan os.Signal) {
 	signal.Ignore(syscall.SIGPIPE)
 	c := make(chan os.Signal, 2)
-	signal.Notify(c, syscall.SIGTERM, syscall.SIGINT, syscall.SIGHUP)
-	ctx, _ := signal.NotifyContext(context.Background(), syscall.SIGTERM, syscall.SIGINT, syscall.SIGHUP) // for the life of the process
+	ending := []os.Signal{syscall.SIGTERM, syscall.SIGINT, syscall.SIGHUP}
+	signal.Notify(c, ending...)
+	ctx, _ := signal.NotifyContext(context.Background(), ending...) // for the life of the process
 	return ctx, c
 }
 
@@ -237,16 +242,11 @@ func (d *daemon) iothread(id string) export.Workers {
 func (d *daemon) chardevObjects() (out []object.Chardev) {
 	for _, c := range d.chardevs.Query() {
 		kind, _, _ := strings.Cut(strings.TrimPrefix(c.Filename, "disconnected:"), ":")
-		out = append(out, object.Chardev{Label: c.Label, Kind: chardevKind(kind)})
+		switch kind {
+		case "unix", "tcp", "telnet", "fd":
+			kind = "socket"
+		}
+		out = append(out, object.Chardev{Label: c.Label, Kind: kind})
 	}
 	return out
-}
-
-// chardevKind is the type of a device that is shown as "PREFIX:...".
-func chardevKind(prefix string) string {
-	switch prefix {
-	case "unix", "tcp", "telnet", "fd":
-		return "socket"
-	}
-	return prefix
 }

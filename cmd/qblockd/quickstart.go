@@ -7,6 +7,9 @@ import (
 	"io/fs"
 	"os"
 	"path/filepath"
+	"text/tabwriter"
+
+	"golang.org/x/sys/unix"
 
 	"qblockd/cmd/qblockd/cmdline"
 	"qblockd/schema/types"
@@ -23,6 +26,15 @@ func (d *daemon) quickstart(ctx context.Context, it cmdline.Item) error {
 		return err
 	}
 	path := func(name string) string { return filepath.Join(dir, name) }
+	// Locked for the life of the process: a socket does not tell whether somebody listens on it, and
+	// would be taken over.
+	if fd, err := unix.Open(dir, unix.O_RDONLY|unix.O_DIRECTORY|unix.O_CLOEXEC, 0); err != nil {
+		return &fs.PathError{Op: "open", Path: dir, Err: err}
+	} else if err := unix.Flock(fd, unix.LOCK_EX|unix.LOCK_NB); err == unix.EWOULDBLOCK {
+		unix.Close(fd)
+		return fmt.Errorf("a quickstart runs in '%s' already: use it (its monitor is %s), or end it, or take another folder",
+			dir, path("qmp.sock"))
+	}
 	if err := d.sampleDisk(ctx, path("disk.qcow2")); err != nil {
 		return err
 	}
@@ -38,22 +50,24 @@ func (d *daemon) quickstart(ctx context.Context, it cmdline.Item) error {
 			return err
 		}
 	}
-	fmt.Printf(quickstartText, path("disk.qcow2"), path("qmp.sock"), path("nbd.sock"))
-	return nil
+	w := tabwriter.NewWriter(os.Stdout, 0, 0, 3, ' ', 0)
+	fmt.Fprintf(w, quickstartText, path("disk.qcow2"), path("qmp.sock"), path("nbd.sock"))
+	return w.Flush()
 }
 
+// quickstartText is in columns that tabs end.
 const quickstartText = `qblockd is up.
 
-  disk      %[1]s   (1 GiB, qcow2, node "disk")
-  QMP       %[2]s
-  NBD       %[3]s   (export "disk", writable)
+  disk	%[1]s	(1 GiB, qcow2, node "disk")
+  QMP	%[2]s
+  NBD	%[3]s	(export "disk", writable)
 
 Try, in another terminal:
 
   bin/qblockctl -s %[2]s graph
-  bin/qblockctl -s %[2]s shell          TAB completes, help explains
-  socat -,icanon=0 %[2]s          then type  {"execute": "qmp_capabilities"}
-                                        and  {"execute": "query-block-exports"}
+  bin/qblockctl -s %[2]s shell	TAB completes, help explains
+  socat -,icanon=0 %[2]s	then type  {"execute": "qmp_capabilities"}
+	and  {"execute": "query-block-exports"}
   nbdinfo 'nbd+unix:///disk?socket=%[3]s'
   qemu-io -f raw -c 'write -P 7 0 1M' 'nbd+unix:///disk?socket=%[3]s'
 

@@ -6,8 +6,8 @@ import "runtime/debug"
 // Version is that of both programs, and of the package in a monitor's greeting.
 const Version = "0.1.0"
 
-// Line is the first line of a program's --version: its name, the version, and the commit that it was
-// built from where that is known.
+// Line is the first line of a program's --version: its name, the version, and the commit that it
+// was built from where that is known.
 func Line(prog string) string {
 	line := prog + " version " + Version
 	if info, ok := debug.ReadBuildInfo(); ok {
