@@ -22,7 +22,7 @@ func (m *Manager) Creator(o *types.BlockdevCreateOptions) Creator {
 		return nil
 	}
 	return func(ctx context.Context, started func()) error {
-		c := m.beginCreation()
+		c := &creation{m: m}
 		defer c.end()
 		return d.Create(ctx, c.given(started), o.U)
 	}
@@ -37,8 +37,6 @@ type creation struct {
 	over bool         // +checklocks:mu
 	made *driver.Made // +checklocks:mu
 }
-
-func (m *Manager) beginCreation() *creation { return &creation{m: m} }
 
 // given is what the driver gets of it. started may be nil.
 func (c *creation) given(started func()) *driver.Creation {

@@ -68,7 +68,7 @@ func (t *optionTree) append(b []byte, limit int) []byte {
 // records.
 type names struct {
 	*catalog
-	recs *records
+	*records
 }
 
 // namer names nodes.
@@ -284,18 +284,13 @@ func folder(name string) string {
 	return name[:max(protocol, strings.LastIndexByte(name, '/')+1)]
 }
 
-// BackingFilename is the backing file that n's image names, as it stands there and in full, and its
-// format; all empty if there is none. full is empty if it cannot be told.
-func (t *names) BackingFilename(n *graph.Node) (name, full, format string) {
-	image, ok := n.Driver().(graph.Backed)
-	if !ok {
-		return "", "", ""
+// backingFile is the backing file that n's image names, and its format; both empty if there is
+// none.
+func backingFile(n *graph.Node) (name, format string) {
+	if image, ok := n.Driver().(graph.Backed); ok {
+		return image.BackingFile()
 	}
-	if name, format = image.BackingFile(); name == "" {
-		return "", "", ""
-	}
-	full, _ = t.absolute(n, name)
-	return name, full, format
+	return "", ""
 }
 
 // FindBacking is the node of top's backing chain whose image has that file name, or nil: the name
@@ -304,7 +299,8 @@ func (t *names) BackingFilename(n *graph.Node) (name, full, format string) {
 func (t *names) FindBacking(top *graph.Node, file string) *graph.Node {
 	for cur := top.SkipFilters(); cur.Backing() != nil; {
 		below := cur.Backing().Node().SkipFilters()
-		name, full, _ := t.BackingFilename(cur)
+		name, _ := backingFile(cur)
+		full, _ := t.absolute(cur, name)
 		switch {
 		case t.BackingOverridden(cur):
 			if file == t.Filename(below) {

@@ -11,7 +11,6 @@ import (
 	"qblockd/blockdev/driver"
 	"qblockd/graph"
 	"qblockd/graph/blk"
-	"qblockd/graph/perm"
 	"qblockd/schema/types"
 )
 
@@ -100,7 +99,7 @@ func foreignFormat(head []byte, name string) string {
 		return "vhdx"
 	case at(0, "conectix"):
 		return "vpc"
-	case (at(0, "WithoutFreeSpace") || at(0, "WithouFreSpacExt")) && len(head) >= 20 && binary.LittleEndian.Uint32(head[16:]) == 2:
+	case (at(0, "WithoutFreeSpace") || at(0, "WithouFreSpacExt")) && at(16, "\x02\x00\x00\x00"):
 		return "parallels"
 	case at(0, "LUKS\xba\xbe"):
 		return "luks"
@@ -144,21 +143,15 @@ func isBochs(b []byte) bool {
 	return v == 0x10000 || v == 0x20000
 }
 
-// readHead reads the first bytes of a node, zeroes beyond its end. It claims nothing: a header
-// tells the format even while others write.
+// readHead reads the first bytes of a node, zeroes beyond its end.
 func (o *opener) readHead(n *graph.Node) ([]byte, error) {
 	head := make([]byte, probeBytes)
 	size := min(n.Size(), probeBytes)
 	if size == 0 {
 		return head, nil
 	}
-	tx := o.m.g.Begin(o.ctx)
-	defer tx.Abort()
-	root, err := tx.AttachRoot(graph.RootSpec{EdgeName: "root", Claim: perm.Claim{Share: perm.All}, Ctx: o.ctx}, n)
+	root, err := o.m.g.AddRoot(o.ctx, reading(o.ctx), n)
 	if err != nil {
-		return nil, err
-	}
-	if err := tx.Commit(); err != nil {
 		return nil, err
 	}
 	defer func() {

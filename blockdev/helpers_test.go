@@ -127,15 +127,15 @@ func clean(t testing.TB, m *Manager, fds int) {
 	for _, r := range m.Graph().Roots() {
 		t.Errorf("a root on %s is left", r.Node().Name())
 	}
-	m.recs.mu.RLock()
-	for key := range m.recs.of {
+	m.records.mu.RLock()
+	for key := range m.records.of {
 		if n := key.Value(); n != nil && m.Graph().ReserveName(n.Name(), "test") != nil {
 			t.Errorf("a record of %s is left", n.Name())
 		} else if n != nil {
 			m.Graph().ReleaseName(n.Name())
 		}
 	}
-	m.recs.mu.RUnlock()
+	m.records.mu.RUnlock()
 	if fds < 0 {
 		return
 	}
@@ -146,6 +146,12 @@ func clean(t testing.TB, m *Manager, fds int) {
 			return
 		}
 	}
+}
+
+// namedNodes is the answer to query-named-block-nodes.
+func namedNodes(m *Manager, flat bool) []byte {
+	b, _ := m.NamedNodes(flat, func(int64) error { return nil })
+	return b
 }
 
 func openFDs(t testing.TB) int {

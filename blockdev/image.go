@@ -29,7 +29,8 @@ func (m *Manager) createImage(ctx context.Context, c *creation, filename, format
 			return errors.New("Error: Trying to create an image with the same filename as the backing file")
 		}
 		if len(i.Backing) > d.MaxBackingName || len(i.BackingFormat) > d.MaxBackingFormat {
-			return fmt.Errorf("Could not assign backing file '%s' with format '%s': Invalid argument", i.Backing, i.BackingFormat)
+			return fmt.Errorf("Could not assign backing file '%s' with format '%s': Invalid argument",
+				i.Backing, i.BackingFormat)
 		}
 	}
 	o, err := m.protocolOptions(ctx, filename)
@@ -135,17 +136,18 @@ func (m *Manager) OpenImage(ctx context.Context, i OpenImage) (*Opened, error) {
 }
 
 func (m *Manager) makeImage(ctx context.Context, i OpenImage, made *driver.Image) (*Opened, error) {
-	c := m.beginCreation()
+	c := &creation{m: m}
 	err := m.createImage(ctx, c, i.Filename, *i.Format, made)
+	var x *Opened
 	if err == nil {
-		var x *Opened
-		if x, err = m.openImage(ctx, i); err == nil {
-			x.made = c
-			return x, nil
-		}
+		x, err = m.openImage(ctx, i)
 	}
-	c.end()
-	return nil, err
+	if err != nil {
+		c.end()
+		return nil, err
+	}
+	x.made = c
+	return x, nil
 }
 
 func (m *Manager) openImage(ctx context.Context, i OpenImage) (*Opened, error) {
@@ -178,12 +180,7 @@ func (m *Manager) openImage(ctx context.Context, i OpenImage) (*Opened, error) {
 		generic.Driver, generic.U = opts.Driver, opts.U
 		p, err = m.plan(&generic, nil, 0, nil)
 	} else {
-		p = &plan{gen: inherit(&generic, nil, 0)}
-		var k *plan
-		if k, err = m.planRef(fileRef, p.gen, perm.Image, nil); err == nil {
-			p.opts = &types.BlockdevOptions{U: fileRef}
-			p.kids = []planChild{{"file", perm.Image, k}}
-		}
+		p, err = m.planGuessed(fileRef, inherit(&generic, nil, 0), nil)
 	}
 	if err != nil {
 		return nil, err
@@ -226,11 +223,7 @@ func (m *Manager) OpenBacking(ctx context.Context, tx *graph.Tx, n *graph.Node) 
 }
 
 func (m *Manager) openBacking(ctx context.Context, n *graph.Node) (*Opened, error) {
-	image, ok := n.Driver().(graph.Backed)
-	if !ok {
-		return nil, nil
-	}
-	name, format := image.BackingFile()
+	name, format := backingFile(n)
 	if name == "" {
 		return nil, nil
 	}
@@ -259,9 +252,7 @@ func (x *Opened) Publish(tx *graph.Tx) error {
 }
 
 // Done is called when tx has been committed.
-func (x *Opened) Done() { x.letGo() }
-
-func (x *Opened) letGo() {
+func (x *Opened) Done() {
 	if x.made != nil {
 		x.made.end()
 	}
@@ -282,5 +273,5 @@ func (x *Opened) Finish(outcome error) {
 // Discard closes the tree. It waits for nothing but the drivers' Close.
 func (x *Opened) Discard() {
 	x.o.discard()
-	x.letGo()
+	x.Done()
 }

@@ -161,14 +161,7 @@ func (pl *planner) planNamed(ctx context.Context, name, format string, image *gr
 	if err := pl.admitRef(file); err != nil {
 		return nil, err
 	}
-	p := &plan{gen: inherit(&types.BlockdevOptions{}, up, perm.COW), link: l}
-	k, err := pl.planRef(file, p.gen, perm.Image, l)
-	if err != nil {
-		return nil, err
-	}
-	p.opts = &types.BlockdevOptions{U: file}
-	p.kids = []planChild{{"file", perm.Image, k}}
-	return p, nil
+	return pl.planGuessed(file, inherit(&types.BlockdevOptions{}, up, perm.COW), l)
 }
 
 // genericHints are the options of all drivers that may be given and do not count.

@@ -200,7 +200,7 @@ func TestCreateNamesFormats(t *testing.T) {
 // A creation that was given up before its file was there takes none later: nobody would remove it.
 func TestCreationGivenUpTakesNoFile(t *testing.T) {
 	m := newManager(t, Config{})
-	c := m.beginCreation()
+	c := &creation{m: m}
 	c.undo()
 	id := graph.FileID{Dev: 1, Ino: 2}
 	if err := c.take(driver.Made{ID: id}); err == nil {

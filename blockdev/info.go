@@ -52,9 +52,7 @@ func (q *queries) info(n *graph.Node, r *record) *nodeInfo {
 	if e := n.Backing(); e != nil {
 		key.backing = q.name(e.Node())
 	}
-	if b, ok := n.Driver().(graph.Backed); ok {
-		key.header, _ = b.BackingFile()
-	}
+	key.header, _ = backingFile(n)
 	if old := r.info.Load(); old != nil && old.key.same(&key) {
 		return old
 	}
@@ -155,9 +153,9 @@ func (q *queries) encodeImage(n *graph.Node, key infoKey) (before, after []byte)
 		VirtualSize: blk.AlignUp(key.size, blk.SectorSize),
 		ActualSize:  &actual,
 	}
-	if name, full, format := q.BackingFilename(n); name != "" {
+	if name, format := backingFile(n); name != "" {
 		img.BackingFilename = &name
-		if full != "" {
+		if full, err := q.absolute(n, name); err == nil {
 			img.FullBackingFilename = &full
 		}
 		if format != "" {

@@ -1,11 +1,13 @@
 package blockdev
 
 import (
+	"cmp"
 	"context"
 	"errors"
 	"fmt"
 	"log/slog"
 	"sync"
+	"weak"
 
 	"qblockd/blockdev/driver"
 	"qblockd/graph"
@@ -48,12 +50,9 @@ type Manager struct {
 
 // New makes a Manager for g.
 func New(g *graph.Graph, c Config) *Manager {
-	log := c.Log
-	if log == nil {
-		log = slog.Default()
-	}
+	log := cmp.Or(c.Log, slog.Default())
 	f, drivers := finder{g}, newCatalog(c.Drivers)
-	n := &names{catalog: drivers, recs: &records{}}
+	n := &names{drivers, &records{of: map[weak.Pointer[graph.Node]]*record{}}}
 	return &Manager{
 		finder: f, catalog: drivers, names: n, planner: &planner{drivers, c.Policy},
 		queries: &queries{finder: f, names: n}, bitmaps: bitmaps{f, log},
@@ -104,8 +103,8 @@ func (m *Manager) OpenRoot(ctx context.Context, ref *types.BlockdevRef, spec gra
 }
 
 // OpenForCreate is OpenRoot with what a driver needs that is about to write an image to a node:
-// writing and resizing, which nobody else may do meanwhile, least of all another creation. The
-// reference asks for that only when the header is written.
+// writing and resizing, which nobody else may do meanwhile, least of all another creation. QEMU
+// asks for that only when the header is written.
 func (m *Manager) OpenForCreate(ctx context.Context, ref *types.BlockdevRef) (*graph.Root, error) {
 	return m.OpenRoot(ctx, ref, graph.RootSpec{
 		EdgeName: "root",
@@ -134,12 +133,7 @@ func (m *Manager) Del(ctx context.Context, name string) error {
 		return err
 	}
 	defer hold.Release() // which closes it
-	tx := m.g.Begin(ctx)
-	defer tx.Abort()
-	if err := tx.Delete(name); err != nil {
-		return err
-	}
-	return tx.Commit()
+	return m.g.Do(ctx, func(tx *graph.Tx) error { return tx.Delete(name) })
 }
 
 // Resize changes the size of a node (block_resize). Requests on the node wait meanwhile.
@@ -161,18 +155,13 @@ func (m *Manager) Resize(ctx context.Context, device, node *string, size int64) 
 		return err
 	}
 	defer hold.Release()
-	tx := m.g.Begin(ctx)
-	defer tx.Abort()
-	root, err := tx.AttachRoot(graph.RootSpec{
+	root, err := m.g.AddRoot(ctx, graph.RootSpec{
 		EdgeName: "root",
 		Claim:    perm.Claim{Need: perm.Resize, Share: perm.All},
 		Kind:     graph.KindBackend,
 		Ctx:      ctx,
 	}, n)
 	if err != nil {
-		return err
-	}
-	if err := tx.Commit(); err != nil {
 		return err
 	}
 	err = m.resizeDrained(ctx, root, size)

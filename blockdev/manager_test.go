@@ -232,7 +232,7 @@ func TestResize(t *testing.T) {
 	if st, _ := os.Stat(dir + "/f"); st.Size() != 1000 {
 		t.Errorf("the file has %d bytes", st.Size())
 	}
-	if got := string(m.AppendNamedNodes(nil, true)); !strings.Contains(got, `"virtual-size": 1024`) {
+	if got := string(namedNodes(m, true)); !strings.Contains(got, `"virtual-size": 1024`) {
 		t.Errorf("sizes are rounded up: %s", got)
 	}
 	if len(m.Graph().Roots()) > 0 {
@@ -406,7 +406,7 @@ func TestConcurrent(t *testing.T) {
 		})
 		wg.Go(func() {
 			for range rounds {
-				m.AppendNamedNodes(nil, i%2 == 0)
+				namedNodes(m, i%2 == 0)
 				m.AppendNodeStats(nil)
 				m.DebugGraph().AppendJSON(nil)
 			}

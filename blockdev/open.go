@@ -4,6 +4,7 @@ import (
 	"context"
 	"errors"
 	"log/slog"
+	"weak"
 
 	"qblockd/blockdev/driver"
 	"qblockd/graph"
@@ -15,8 +16,7 @@ import (
 type opener struct {
 	m     *Manager
 	ctx   context.Context
-	nodes []*graph.Node            // all hidden nodes
-	tops  map[*graph.Node]struct{} // those that no other hidden node is above
+	tops  map[*graph.Node]struct{} // hidden nodes that no other hidden node is above
 	roots []*graph.Root            // for reading headers
 }
 
@@ -26,15 +26,20 @@ func (m *Manager) newOpener(ctx context.Context) *opener {
 
 func (o *opener) warn(msg string) { o.m.log.Log(o.ctx, slog.LevelWarn, msg) }
 
-// commit commits tx and takes over the nodes that it made and the children that it attached.
-func (o *opener) commit(tx *graph.Tx, made []*graph.Node, attached ...*graph.Node) error {
-	if err := tx.Commit(); err != nil {
+// do makes changes to the graph, and takes over the nodes that are made and the children that are
+// attached.
+func (o *opener) do(
+	change func(tx *graph.Tx, made func(*graph.Node)) error, attached ...*graph.Node,
+) error {
+	var fresh []*graph.Node
+	err := o.m.g.Do(o.ctx, func(tx *graph.Tx) error {
+		return change(tx, func(n *graph.Node) { fresh = append(fresh, n) })
+	})
+	if err != nil {
 		return err
 	}
-	for _, n := range made {
-		o.nodes = append(o.nodes, n)
+	for _, n := range fresh {
 		o.tops[n] = struct{}{}
-		o.m.recs.add(n, &record{})
 	}
 	for _, n := range attached {
 		delete(o.tops, n)
@@ -44,34 +49,20 @@ func (o *opener) commit(tx *graph.Tx, made []*graph.Node, attached ...*graph.Nod
 
 // openTop opens a plan of the user and publishes it. finish adds to the Tx that publishes it.
 func (o *opener) openTop(p *plan, finish func(tx *graph.Tx, n *graph.Node) error) error {
-	err := o.tryOpen(p, finish)
-	if err != nil {
-		o.discard()
-	}
-	return err
-}
-
-func (o *opener) tryOpen(p *plan, finish func(tx *graph.Tx, n *graph.Node) error) error {
-	n, err := o.openAll(p)
+	x, err := o.openHidden(p)
 	if err != nil {
 		return err
 	}
-	tx := o.m.g.Begin(o.ctx)
-	defer tx.Abort()
-	x := &Opened{o: o, node: n}
-	if p.ref == nil {
-		if err := x.Publish(tx); err != nil {
-			return err
+	err = o.m.g.Do(o.ctx, func(tx *graph.Tx) error {
+		if p.ref == nil {
+			if err := x.Publish(tx); err != nil {
+				return err
+			}
 		}
-	}
-	if err := finish(tx, n); err != nil {
-		return err
-	}
-	if err := tx.Commit(); err != nil {
-		return err
-	}
-	x.Done()
-	return nil
+		return finish(tx, x.node)
+	})
+	x.Finish(err)
+	return err
 }
 
 // openHidden opens a plan and leaves it to the caller to publish it.
@@ -87,18 +78,16 @@ func (o *opener) openHidden(p *plan) (*Opened, error) {
 // openAll reserves the names in the plan and opens it.
 func (o *opener) openAll(p *plan) (*graph.Node, error) {
 	if p.ref == nil {
-		var made []*graph.Node
-		tx := o.m.g.Begin(o.ctx)
-		defer tx.Abort()
-		if err := p.reserve(tx, func(n *graph.Node) { made = append(made, n) }); err != nil {
-			if p.fileFirst() && p.kids[0].plan.ref != nil {
+		err := o.do(func(tx *graph.Tx, made func(*graph.Node)) error {
+			err := p.reserve(tx, made)
+			if err != nil && p.fileFirst() && p.kids[0].plan.ref != nil {
 				if n, err := o.open(p.kids[0].plan); err == nil {
 					o.m.tellProbed(n) // by QEMU, before it sees that a name is taken
 				}
 			}
-			return nil, err
-		}
-		if err := o.commit(tx, made); err != nil {
+			return err
+		})
+		if err != nil {
 			return nil, err
 		}
 	}
@@ -107,21 +96,18 @@ func (o *opener) openAll(p *plan) (*graph.Node, error) {
 
 // discard undoes everything. It waits for nothing but the drivers' Close.
 func (o *opener) discard() {
-	ctx := context.WithoutCancel(o.ctx)
-	tx := o.m.g.Begin(ctx)
-	defer tx.Abort()
-	var errs []error
-	for _, r := range o.roots {
-		errs = append(errs, tx.DetachRoot(r))
-	}
-	for n := range o.tops {
-		errs = append(errs, tx.Discard(n))
-	}
-	errs = append(errs, tx.Commit())
-	if err := errors.Join(errs...); err != nil {
+	err := o.m.g.Do(context.WithoutCancel(o.ctx), func(tx *graph.Tx) (err error) {
+		for _, r := range o.roots {
+			err = errors.Join(err, tx.DetachRoot(r))
+		}
+		for n := range o.tops {
+			err = errors.Join(err, tx.Discard(n))
+		}
+		return err
+	})
+	if err != nil {
 		o.m.log.Error("cannot undo the opening of nodes", "error", err)
 	}
-	o.m.recs.remove(o.nodes...)
 }
 
 // open opens a plan bottom up and returns its node.
@@ -201,41 +187,39 @@ func (o *opener) attach(p *plan, kids []*graph.Node) (*graph.Root, error) {
 	if p.node != nil && len(kids) == 0 {
 		return nil, nil
 	}
-	var made []*graph.Node
-	tx := o.m.g.Begin(o.ctx)
-	defer tx.Abort()
-	if p.node == nil {
-		if err := p.makeNode(tx, func(n *graph.Node) { made = append(made, n) }); err != nil {
-			return nil, err
-		}
-	}
-	for i, n := range kids {
-		if _, err := tx.Attach(p.node, p.kids[i].name, p.kids[i].role, n); err != nil {
-			return nil, err
-		}
-	}
 	var root *graph.Root
-	if len(kids) > 0 {
-		r, err := tx.AttachRoot(graph.RootSpec{
-			EdgeName: "root", Claim: perm.Claim{Share: perm.All}, Ctx: o.ctx,
-		}, p.node)
-		if err != nil {
-			return nil, err
+	err := o.do(func(tx *graph.Tx, made func(*graph.Node)) (err error) {
+		if p.node == nil {
+			err = p.makeNode(tx, made)
 		}
-		root = r
-	}
-	if err := o.commit(tx, made, kids...); err != nil {
+		for i, n := range kids {
+			if err == nil {
+				_, err = tx.Attach(p.node, p.kids[i].name, p.kids[i].role, n)
+			}
+		}
+		if err == nil && len(kids) > 0 {
+			root, err = tx.AttachRoot(reading(o.ctx), p.node)
+		}
+		return err
+	}, kids...)
+	if err != nil {
 		return nil, err
 	}
 	for i, n := range kids {
 		if p.kids[i].plan.ref == nil {
-			o.m.record(n).definer.set(p.node)
+			o.m.record(n).definer.Store(weak.Make(p.node))
 		}
 	}
 	if root != nil {
 		o.roots = append(o.roots, root)
 	}
 	return root, nil
+}
+
+// reading is a root that reads a header: it claims nothing, as that tells the format even while
+// others write.
+func reading(ctx context.Context) graph.RootSpec {
+	return graph.RootSpec{EdgeName: "root", Claim: perm.Claim{Share: perm.All}, Ctx: ctx}
 }
 
 // openDriver opens the driver on its node. Nothing is locked meanwhile.
@@ -276,12 +260,8 @@ func (o *opener) openBacking(p *plan) error {
 	b := p.backing
 	header := ""
 	if b == nil {
-		image, ok := p.node.Driver().(graph.Backed)
-		if !ok || p.drv.Backing == nil {
-			return nil
-		}
-		name, format := image.BackingFile()
-		if name == "" {
+		name, format := backingFile(p.node)
+		if name == "" || p.drv.Backing == nil {
 			return nil
 		}
 		full, err := o.m.absolute(p.node, name)
@@ -304,13 +284,11 @@ func (o *opener) openBacking(p *plan) error {
 		r := o.m.record(p.node)
 		r.auto.Store(&autoBacking{header: header, opened: o.m.name(n).filename})
 	}
-	tx := o.m.g.Begin(o.ctx)
-	defer tx.Abort()
-	if _, err := tx.Attach(p.node, "backing", perm.COW, n); err != nil {
-		return err
-	}
 	if b.ref == nil {
-		o.m.record(n).definer.set(p.node)
+		o.m.record(n).definer.Store(weak.Make(p.node))
 	}
-	return o.commit(tx, nil, n)
+	return o.do(func(tx *graph.Tx, _ func(*graph.Node)) error {
+		_, err := tx.Attach(p.node, "backing", perm.COW, n)
+		return err
+	}, n)
 }

@@ -90,6 +90,17 @@ func (pl *planner) planRef(r *types.BlockdevRef, up *graph.Options, role perm.Ro
 	return pl.plan(r.Definition, up, role, l)
 }
 
+// planGuessed makes the plan of a node with the generic options gen whose format is to be found out
+// from its file.
+func (pl *planner) planGuessed(file *types.BlockdevRef, gen *graph.Options, l *link) (*plan, error) {
+	k, err := pl.planRef(file, gen, perm.Image, l)
+	if err != nil {
+		return nil, err
+	}
+	opts := &types.BlockdevOptions{U: file}
+	return &plan{opts: opts, gen: gen, kids: []planChild{{"file", perm.Image, k}}, link: l}, nil
+}
+
 // backingError says that err befell a backing file.
 func backingError(err error) error { return fmt.Errorf("Could not open backing file: %w", err) }
 

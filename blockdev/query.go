@@ -101,20 +101,10 @@ func (v *view) append(b []byte) []byte {
 	return append(b, v.info.dev[2]...)
 }
 
-// AppendNamedNodes appends the answer to query-named-block-nodes: all nodes, newest first; unless
-// flat with the images below each. It waits at most 20 ms for allocated sizes; otherwise its cost
-// is the size of the answer.
-func (q *queries) AppendNamedNodes(b []byte, flat bool) []byte {
-	b, _ = q.appendNamedNodes(b, flat, func(int64) error { return nil })
-	return b
-}
-
-// NamedNodes is AppendNamedNodes to nothing, once room has agreed to about that many bytes.
+// NamedNodes is the answer to query-named-block-nodes: all nodes, newest first; unless flat with the
+// images below each. room has to agree to about that many bytes first. It waits at most 20 ms for
+// allocated sizes; otherwise its cost is the size of the answer.
 func (q *queries) NamedNodes(flat bool, room func(n int64) error) ([]byte, error) {
-	return q.appendNamedNodes(nil, flat, room)
-}
-
-func (q *queries) appendNamedNodes(b []byte, flat bool, room func(n int64) error) ([]byte, error) {
 	vs := q.views(q.g.Nodes(), !flat)
 	q.refreshActual(vs)
 	size := 2
@@ -123,14 +113,9 @@ func (q *queries) appendNamedNodes(b []byte, flat bool, room func(n int64) error
 		size += vs[i].size + vs[i].info.devSize() + 32
 	}
 	if err := room(int64(size)); err != nil {
-		return b, err
+		return nil, err
 	}
-	if cap(b)-len(b) < size {
-		// slices.Grow would clear what may be tens of megabytes, although they come cleared from
-		// the system.
-		b = append(make([]byte, 0, len(b)+size), b...)
-	}
-	b = append(b, '[')
+	b := append(make([]byte, 0, size), '[')
 	for i := range vs {
 		if i > 0 {
 			b = append(b, ", "...)
@@ -144,11 +129,11 @@ func (q *queries) appendNamedNodes(b []byte, flat bool, room func(n int64) error
 func (q *queries) AppendNodeStats(b []byte) []byte {
 	nodes := q.g.Nodes()
 	b = append(b, '[')
-	for i := len(nodes) - 1; i >= 0; i-- {
+	for i, n := range slices.Backward(nodes) {
 		if i < len(nodes)-1 {
 			b = append(b, ", "...)
 		}
-		b = nodeStats(nodes[i]).AppendJSON(b)
+		b = nodeStats(n).AppendJSON(b)
 	}
 	return append(b, ']')
 }

@@ -61,7 +61,7 @@ func TestAnswersAreWellFormed(t *testing.T) {
 	m := newManager(t, Config{})
 	mustAdd(t, m, `{'driver': 'qcow2', 'node-name': 't', 'file': {'driver': 'file', 'filename': '`+dir+`/top "x", "actual-size": -1'}}`)
 	for _, flat := range []bool{false, true} {
-		enc := m.AppendNamedNodes(nil, flat)
+		enc := namedNodes(m, flat)
 		v := parse(t, enc)
 		if !ordered(t, enc) {
 			t.Errorf("flat %v: %s", flat, enc)
@@ -80,7 +80,7 @@ func TestAnswersAreWellFormed(t *testing.T) {
 		}
 	}
 	empty := newManager(t, Config{})
-	if got := string(empty.AppendNamedNodes(nil, false)) + string(empty.AppendNodeStats(nil)); got != "[][]" {
+	if got := string(namedNodes(empty, false)) + string(empty.AppendNodeStats(nil)); got != "[][]" {
 		t.Errorf("no nodes: %s", got)
 	}
 }
@@ -111,14 +111,14 @@ func TestEncodedOnce(t *testing.T) {
 	const n = 200
 	m := chained(t, "")
 	chain(t, m, n)
-	query := func() { m.AppendNamedNodes(nil, false) }
+	query := func() { namedNodes(m, false) }
 	if got := encodings(m, query); got != n+1 {
 		t.Errorf("first query: %d of %d encoded", got, n+1)
 	}
 	if got := encodings(m, query); got != 0 {
 		t.Errorf("second query: %d encoded", got)
 	}
-	if got := encodings(m, func() { m.AppendNamedNodes(nil, true) }); got != 0 {
+	if got := encodings(m, func() { namedNodes(m, true) }); got != 0 {
 		t.Errorf("flat query: %d encoded", got)
 	}
 	if err := m.SetWriteThreshold(context.Background(), "n100", 5); err != nil {
@@ -127,7 +127,7 @@ func TestEncodedOnce(t *testing.T) {
 	if got := encodings(m, query); got != 1 {
 		t.Errorf("after a change of one: %d encoded", got)
 	}
-	if !strings.Contains(string(m.AppendNamedNodes(nil, true)), `"write_threshold": 5`) {
+	if !strings.Contains(string(namedNodes(m, true)), `"write_threshold": 5`) {
 		t.Error("the change does not show")
 	}
 	mustAdd(t, m, `{'driver': 'null-co', 'node-name': 'new'}`)
@@ -211,13 +211,13 @@ func TestStuckActualSize(t *testing.T) {
 	mustAdd(t, m, `{'driver': 'null-aio', 'node-name': 'stuck'}`)
 	mustAdd(t, m, `{'driver': 'null-co', 'node-name': 'free'}`)
 	for range 3 { // only the first of them asks
-		got := string(m.AppendNamedNodes(nil, true))
+		got := string(namedNodes(m, true))
 		if !strings.Contains(got, `"actual-size": 1,`) && !strings.Contains(got, `"actual-size": 1}`) {
 			t.Errorf("the last known size is not shown: %s", got)
 		}
 	}
 	close(d.stuck)
-	for !strings.Contains(string(m.AppendNamedNodes(nil, true)), `"actual-size": 2`) {
+	for !strings.Contains(string(namedNodes(m, true)), `"actual-size": 2`) {
 		time.Sleep(time.Millisecond)
 	}
 }
@@ -260,7 +260,7 @@ func BenchmarkFlatQuery10000(b *testing.B) {
 	}
 	var out []byte
 	for b.Loop() {
-		out = m.AppendNamedNodes(out[:0], true)
+		out = namedNodes(m, true)
 	}
 	b.SetBytes(int64(len(out)))
 }
@@ -273,7 +273,7 @@ func BenchmarkChain200(b *testing.B) {
 			chain(b, m, 200)
 			var out []byte
 			for b.Loop() {
-				out = m.AppendNamedNodes(nil, false)
+				out = namedNodes(m, false)
 			}
 			b.SetBytes(int64(len(out)))
 		})

@@ -12,8 +12,10 @@ import (
 // record is what the manager keeps of a node beside the graph. All fields are replaced as
 // wholes; who finds one outdated makes it anew, and several may do so at once.
 type record struct {
-	auto    atomic.Pointer[autoBacking] // set by the opener, before the node is published
-	definer definer
+	auto atomic.Pointer[autoBacking] // set by the opener, before the node is published
+	// definer is the parent whose options or image defined the node, a weak.Pointer[graph.Node], as
+	// long as it is one: it hands options down.
+	definer atomic.Value
 	name    atomic.Pointer[nodeName]
 	header  atomic.Pointer[headerName] // nil if nobody has asked for it
 	info    atomic.Pointer[nodeInfo]
@@ -22,34 +24,6 @@ type record struct {
 }
 
 const unknownSize = -1
-
-// definer is the parent whose options or image defined the node, as long as it is one: it hands
-// options down. Records keep no node alive.
-type definer struct {
-	mu sync.Mutex
-	of weak.Pointer[graph.Node] // +checklocks:mu
-}
-
-func (d *definer) set(n *graph.Node) {
-	d.mu.Lock()
-	defer d.mu.Unlock()
-	d.of = weak.Make(n)
-}
-
-// drop makes the node one that nobody defines if n did so far.
-func (d *definer) drop(n *graph.Node) {
-	d.mu.Lock()
-	defer d.mu.Unlock()
-	if d.of == weak.Make(n) {
-		d.of = weak.Pointer[graph.Node]{}
-	}
-}
-
-func (d *definer) is(n *graph.Node) bool {
-	d.mu.Lock()
-	defer d.mu.Unlock()
-	return d.of == weak.Make(n)
-}
 
 // autoBacking remembers the backing file that was opened because the image's header said so.
 type autoBacking struct {
@@ -63,23 +37,10 @@ type headerName struct {
 	name string
 }
 
-// record is the record of n; nodes that others opened (filters of jobs) get one when first asked
-// for.
-func (t *names) record(n *graph.Node) *record {
-	if r := t.recs.get(n); r != nil {
-		return r
-	}
-	return t.recs.add(n, &record{})
-}
-
 // autoName is the name that opening n, whose record is r, anew, without options for its backing
 // file, would give to that file; "" if none would be opened.
 func autoName(n *graph.Node, r *record) string {
-	image, ok := n.Driver().(graph.Backed)
-	if !ok {
-		return ""
-	}
-	header, _ := image.BackingFile()
+	header, _ := backingFile(n)
 	if a := r.auto.Load(); a != nil && a.header == header {
 		return a.opened
 	}
@@ -93,33 +54,24 @@ type records struct {
 	of map[weak.Pointer[graph.Node]]*record // +checklocks:mu
 }
 
-func (t *records) get(n *graph.Node) *record {
-	t.mu.RLock()
-	defer t.mu.RUnlock()
-	return t.of[weak.Make(n)]
-}
-
-// add enters r unless n has a record already, and returns the one that n has.
-func (t *records) add(n *graph.Node, r *record) *record {
-	r.actual.Store(unknownSize)
+// record is the record of n, made when first asked for.
+func (t *records) record(n *graph.Node) *record {
 	key := weak.Make(n)
+	t.mu.RLock()
+	r := t.of[key]
+	t.mu.RUnlock()
+	if r != nil {
+		return r
+	}
 	t.mu.Lock()
 	defer t.mu.Unlock()
-	if old := t.of[key]; old != nil {
-		return old
+	if r = t.of[key]; r == nil {
+		r = &record{}
+		r.actual.Store(unknownSize)
+		t.of[key] = r
+		runtime.AddCleanup(n, t.forget, key)
 	}
-	if t.of == nil {
-		t.of = map[weak.Pointer[graph.Node]]*record{}
-	}
-	t.of[key] = r
-	runtime.AddCleanup(n, t.forget, key)
 	return r
-}
-
-func (t *records) remove(nodes ...*graph.Node) {
-	for _, n := range nodes {
-		t.forget(weak.Make(n))
-	}
 }
 
 func (t *records) forget(key weak.Pointer[graph.Node]) {

@@ -17,7 +17,7 @@ func TestRecordsGoWithNodes(t *testing.T) {
 	gone := make(chan struct{}, 2)
 	func() {
 		mustAdd(t, m, `{'driver': 'raw', 'node-name': 'n', 'file': {'driver': 'null-co', 'size': 65536}}`)
-		m.AppendNamedNodes(nil, false)
+		namedNodes(m, false)
 		for _, n := range m.Graph().Nodes() {
 			runtime.AddCleanup(n, func(c chan struct{}) { c <- struct{}{} }, gone)
 		}
@@ -32,9 +32,9 @@ func TestRecordsGoWithNodes(t *testing.T) {
 			left--
 		case <-time.After(time.Millisecond):
 		}
-		m.recs.mu.RLock()
-		n := len(m.recs.of)
-		m.recs.mu.RUnlock()
+		m.records.mu.RLock()
+		n := len(m.records.of)
+		m.records.mu.RUnlock()
 		switch {
 		case left == 0 && n == 0:
 			return
@@ -52,7 +52,7 @@ func TestManagersGo(t *testing.T) {
 		g := graph.New(&drivertest.Sink{})
 		m := New(g, Config{Drivers: drivers.All})
 		mustAdd(t, m, `{'driver': 'raw', 'node-name': 'n', 'file': {'driver': 'null-co', 'size': 65536}}`)
-		m.AppendNamedNodes(nil, false)
+		namedNodes(m, false)
 		runtime.AddCleanup(g.Node("n"), func(c chan struct{}) { c <- struct{}{} }, gone)
 		if err := g.Close(t.Context()); err != nil {
 			t.Fatal(err)

@@ -5,6 +5,7 @@ import (
 	"errors"
 	"fmt"
 	"slices"
+	"weak"
 
 	"qblockd/blockdev/driver"
 	"qblockd/graph"
@@ -95,7 +96,7 @@ func (r *Reopen) try(ctx context.Context) error {
 	for _, e := range q.list {
 		for _, c := range e.changes {
 			if c.was != nil {
-				r.m.record(c.was).definer.drop(e.node)
+				r.m.record(c.was).definer.CompareAndSwap(weak.Make(e.node), weak.Pointer[graph.Node]{})
 			}
 		}
 	}
@@ -207,7 +208,7 @@ func (q *reopenQueue) add(n *graph.Node, given *types.BlockdevOptions, up *reope
 	for _, edge := range n.Children() {
 		c := edge.Node()
 		e.below = append(e.below, c)
-		if !q.m.record(c).definer.is(n) {
+		if q.m.record(c).definer.Load() != weak.Make(n) {
 			continue
 		}
 		ref := e.ref(edge.ChildName())
@@ -297,12 +298,7 @@ func (e *reopening) prepare(m *Manager, tx *graph.Tx) error {
 		}
 	}
 	if e.noBacking && d.Backing != nil {
-		image, _ := n.Driver().(graph.Backed)
-		name := ""
-		if image != nil {
-			name, _ = image.BackingFile()
-		}
-		if n.Backing() != nil || name != "" {
+		if name, _ := backingFile(n); n.Backing() != nil || name != "" {
 			return fmt.Errorf("backing is missing for '%s'", n.Name())
 		}
 	}

@@ -151,13 +151,13 @@ func TestReopenUndone(t *testing.T) {
 	mustAdd(t, m, fmt.Sprintf(`{'driver': 'qcow2', 'node-name': 'q', 'read-only': true, 'l2-cache-size': 65536,
 		'file': {'driver': 'blkdebug', 'node-name': 'd', 'inject-error': [{'event': 'none', 'iotype': 'write'}], 'image': {'driver': 'file', 'filename': '%s', 'node-name': 'f'}},
 		'backing': {'driver': 'qcow2', 'node-name': 'b', 'file': {'driver': 'file', 'filename': '%s'}}}`, a, b))
-	before := m.AppendNamedNodes(nil, true)
+	before := namedNodes(m, true)
 	for range 3 {
 		err = reopen(t, m, `{'driver': 'qcow2', 'node-name': 'q', 'file': 'd', 'read-only': false, 'backing': 'c', 'cache': {'no-flush': true}, 'detect-zeroes': 'on'}`)
 		if err == nil || !strings.Contains(err.Error(), "Could not update qcow2 header") {
 			t.Fatalf("%v", err)
 		}
-		if after := m.AppendNamedNodes(nil, true); !bytes.Equal(before, after) {
+		if after := namedNodes(m, true); !bytes.Equal(before, after) {
 			t.Fatalf("before: %s\nafter:  %s", before, after)
 		}
 	}
@@ -188,7 +188,7 @@ func TestReopenFailsAnywhere(t *testing.T) {
 	mustAdd(t, m, fmt.Sprintf(`{'driver': 'file', 'node-name': 'f', 'filename': '%s'}`, file))
 	mustAdd(t, m, `{'driver': 'raw', 'node-name': 'r', 'file': 'f'}`)
 	drivertest.AddRoot(t, m.Graph(), m.Graph().Node("r"), drivertest.Writer)
-	before := m.AppendNamedNodes(nil, true)
+	before := namedNodes(m, true)
 	first := `{'driver': 'null-co', 'node-name': 'n', 'size': 65536, 'read-only': true, 'detect-zeroes': 'on'}`
 	for _, c := range []struct{ second, want string }{
 		{`{'driver': 'raw', 'node-name': 'x', 'file': 'f'}`, "Failed to find node with node-name='x'"},
@@ -203,7 +203,7 @@ func TestReopenFailsAnywhere(t *testing.T) {
 		if err := reopen(t, m, first, c.second); err == nil || err.Error() != c.want {
 			t.Errorf("%s: %v", c.second, err)
 		}
-		if after := m.AppendNamedNodes(nil, true); !bytes.Equal(before, after) {
+		if after := namedNodes(m, true); !bytes.Equal(before, after) {
 			t.Fatalf("%s\nbefore: %s\nafter:  %s", c.second, before, after)
 		}
 	}

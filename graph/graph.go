@@ -182,15 +182,34 @@ func (g *Graph) Topology() Topology {
 	return t
 }
 
-// CloseRoot detaches r in a Tx of its own: it waits until the root's units of work are over.
-func (g *Graph) CloseRoot(ctx context.Context, r *Root) error {
+// Do makes the changes of f in a Tx of its own: all, or none with an error of f or of Commit.
+func (g *Graph) Do(ctx context.Context, f func(tx *Tx) error) error {
 	tx := g.Begin(ctx)
-	tx.Ending()
 	defer tx.Abort()
-	if err := tx.DetachRoot(r); err != nil {
+	if err := f(tx); err != nil {
 		return err
 	}
 	return tx.Commit()
+}
+
+// AddRoot is Tx.AttachRoot in a Tx of its own.
+func (g *Graph) AddRoot(ctx context.Context, s RootSpec, n *Node) (r *Root, err error) {
+	err = g.Do(ctx, func(tx *Tx) error {
+		r, err = tx.AttachRoot(s, n)
+		return err
+	})
+	if err != nil {
+		return nil, err
+	}
+	return r, nil
+}
+
+// CloseRoot detaches r in a Tx of its own: it waits until the root's units of work are over.
+func (g *Graph) CloseRoot(ctx context.Context, r *Root) error {
+	return g.Do(ctx, func(tx *Tx) error {
+		tx.Ending()
+		return tx.DetachRoot(r)
+	})
 }
 
 // Discard undoes the opening of hidden nodes; see Tx.Discard. It waits for nobody but for
@@ -206,12 +225,11 @@ func (g *Graph) Discard(nodes ...*Node) {
 
 // FreezeChain is Tx.FreezeChain in a Tx of its own.
 func (g *Graph) FreezeChain(top, base *Node) (unfreeze func(), err error) {
-	tx := g.Begin(context.Background())
-	defer tx.Abort()
-	if unfreeze, err = tx.FreezeChain(top, base); err != nil {
-		return nil, err
-	}
-	if err := tx.Commit(); err != nil {
+	err = g.Do(context.Background(), func(tx *Tx) error {
+		unfreeze, err = tx.FreezeChain(top, base)
+		return err
+	})
+	if err != nil {
 		return nil, err
 	}
 	return unfreeze, nil

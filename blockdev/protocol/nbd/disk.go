@@ -126,12 +126,7 @@ func usable(x *driver.Opening, o *types.BlockdevOptionsNbd, e *export) error {
 	if !g.AutoReadOnly {
 		return blk.Text("Could not open image: Permission denied", syscall.EACCES)
 	}
-	tx := x.Node.Graph().Begin(x.Ctx)
-	defer tx.Abort()
-	if err := tx.SetReadOnly(x.Node, true); err != nil {
-		return err
-	}
-	return tx.Commit()
+	return x.Node.Graph().Do(x.Ctx, func(tx *graph.Tx) error { return tx.SetReadOnly(x.Node, true) })
 }
 
 // fits tells whether a server that has come back can do what the nodes above rely on.
