@@ -32,7 +32,7 @@ type BitmapStep struct {
 	quiet   bool     // the node is held quiet
 	others  []string // nodes whose bitmaps it reads
 	g       *graph.Graph
-	prepare func(ctx context.Context, tx *graph.Tx, s *BitmapStep) error
+	prepare func(ctx context.Context, tx *graph.Tx) error
 	undo    func() // what Abort does; nil: nothing was done
 	finish  func() // what Commit does
 }
@@ -67,7 +67,7 @@ func (*BitmapStep) Quiesces() []*graph.Node { return nil }
 // Prepare implements transaction.Action.
 func (s *BitmapStep) Prepare(ctx context.Context, tx *graph.Tx) error {
 	s.undo, s.finish = nil, nil
-	return s.prepare(ctx, tx, s)
+	return s.prepare(ctx, tx)
 }
 
 // Commit implements transaction.Action.
@@ -86,8 +86,9 @@ func (s *BitmapStep) Abort() {
 
 // BitmapAdd makes the step block-dirty-bitmap-add.
 func (bs bitmaps) BitmapAdd(a *types.BlockDirtyBitmapAdd) *BitmapStep {
-	persistent := a.Persistent != nil && *a.Persistent
-	return &BitmapStep{g: bs.g, node: a.Node, quiet: persistent, prepare: func(ctx context.Context, tx *graph.Tx, s *BitmapStep) error {
+	persistent := types.Or(a.Persistent, false)
+	s := &BitmapStep{g: bs.g, node: a.Node, quiet: persistent}
+	s.prepare = func(ctx context.Context, tx *graph.Tx) error {
 		if a.Name == "" {
 			return errors.New("Bitmap name cannot be empty")
 		}
@@ -95,7 +96,7 @@ func (bs bitmaps) BitmapAdd(a *types.BlockDirtyBitmapAdd) *BitmapStep {
 		if err != nil {
 			return err
 		}
-		spec := graph.DirtyBitmapSpec{Name: a.Name, Disabled: a.Disabled != nil && *a.Disabled}
+		spec := graph.DirtyBitmapSpec{Name: a.Name, Disabled: types.Or(a.Disabled, false), Persistent: persistent}
 		if g := a.Granularity; g != nil {
 			if *g < graph.MinGranularity || *g&(*g-1) != 0 {
 				return errors.New("Granularity must be power of 2 and at least 512")
@@ -103,7 +104,6 @@ func (bs bitmaps) BitmapAdd(a *types.BlockDirtyBitmapAdd) *BitmapStep {
 			spec.Granularity = int64(*g)
 		}
 		if persistent {
-			spec.Persistent = true
 			if err := canStore(n, &spec); err != nil {
 				return err
 			}
@@ -118,17 +118,24 @@ func (bs bitmaps) BitmapAdd(a *types.BlockDirtyBitmapAdd) *BitmapStep {
 		}
 		s.undo = func() { bs.forget(d) }
 		return hold(ctx, d)
-	}}
+	}
+	return s
 }
 
-// hold makes the image hold a persistent bitmap, whatever happens to the program.
-func hold(ctx context.Context, d *graph.DirtyBitmap) error {
+// inImage does something to a persistent bitmap in the image that keeps it.
+func inImage(d *graph.DirtyBitmap, do func(store graph.BitmapStore) error) error {
 	store, ok := d.Node().Driver().(graph.BitmapStore)
 	if !ok || !d.Persistent() {
 		return nil
 	}
 	d.Node().MustHold()
-	if err := d.Node().Guarded(func() error { return store.HoldBitmap(&blk.Req{Ctx: ctx}, d.Name()) }); err != nil {
+	return d.Node().Guarded(func() error { return do(store) })
+}
+
+// hold makes the image hold a persistent bitmap, whatever happens to the program.
+func hold(ctx context.Context, d *graph.DirtyBitmap) error {
+	err := inImage(d, func(s graph.BitmapStore) error { return s.HoldBitmap(&blk.Req{Ctx: ctx}, d.Name()) })
+	if err != nil {
 		return fmt.Errorf("Can't store bitmap '%s' in '%s': %w", d.Name(), d.Node().Name(), err)
 	}
 	return nil
@@ -137,14 +144,14 @@ func hold(ctx context.Context, d *graph.DirtyBitmap) error {
 // forget removes a bitmap, from the image, too.
 func (bs bitmaps) forget(d *graph.DirtyBitmap) {
 	d.Remove()
-	store, ok := d.Node().Driver().(graph.BitmapStore)
-	if !ok || !d.Persistent() {
-		return
+	r := &blk.Req{Ctx: context.Background()}
+	if err := inImage(d, func(s graph.BitmapStore) error { return s.RemoveBitmap(r, d.Name()) }); err != nil {
+		bs.warn("a bitmap stays in its image for the time being", d, err)
 	}
-	d.Node().MustHold()
-	if err := d.Node().Guarded(func() error { return store.RemoveBitmap(&blk.Req{Ctx: context.Background()}, d.Name()) }); err != nil {
-		bs.log.Warn("a bitmap stays in its image for the time being", "node", d.Node().Name(), "bitmap", d.Name(), "error", err)
-	}
+}
+
+func (bs bitmaps) warn(what string, d *graph.DirtyBitmap, err error) {
+	bs.log.Warn(what, "node", d.Node().Name(), "bitmap", d.Name(), "error", err)
 }
 
 // canStore tells why n cannot keep a persistent bitmap, in QEMU's words.
@@ -173,8 +180,12 @@ func canStore(n *graph.Node, spec *graph.DirtyBitmapSpec) error {
 }
 
 // onBitmap makes a step that does something with a bitmap that can be used that way.
-func (bs bitmaps) onBitmap(a *types.BlockDirtyBitmap, use graph.BitmapUse, do func(ctx context.Context, s *BitmapStep, d *graph.DirtyBitmap) error) *BitmapStep {
-	return &BitmapStep{g: bs.g, node: a.Node, prepare: func(ctx context.Context, tx *graph.Tx, s *BitmapStep) error {
+func (bs bitmaps) onBitmap(
+	a *types.BlockDirtyBitmap, use graph.BitmapUse,
+	do func(ctx context.Context, s *BitmapStep, d *graph.DirtyBitmap) error,
+) *BitmapStep {
+	s := &BitmapStep{g: bs.g, node: a.Node}
+	s.prepare = func(ctx context.Context, tx *graph.Tx) error {
 		d, err := tx.FindDirtyBitmap(a.Node, a.Name)
 		if err == nil {
 			err = d.Check(use)
@@ -183,7 +194,8 @@ func (bs bitmaps) onBitmap(a *types.BlockDirtyBitmap, use graph.BitmapUse, do fu
 			return err
 		}
 		return do(ctx, s, d)
-	}}
+	}
+	return s
 }
 
 // BitmapRemove makes the step block-dirty-bitmap-remove. The bitmap goes on recording until Commit,
@@ -231,7 +243,7 @@ func (bs bitmaps) BitmapEnable(a *types.BlockDirtyBitmap, enable bool) *BitmapSt
 				d.Disable()
 				d.SetPending(graph.PendingNone)
 				if err := hold(context.WithoutCancel(ctx), d); err != nil {
-					bs.log.Warn("a bitmap will record again if the program is killed", "node", d.Node().Name(), "bitmap", d.Name(), "error", err)
+					bs.warn("a bitmap will record again if the program is killed", d, err)
 				}
 			}
 		}
@@ -250,7 +262,8 @@ func (bs bitmaps) BitmapMerge(a *types.BlockDirtyBitmapMerge) *BitmapStep {
 			others = append(others, b.External.Node)
 		}
 	}
-	return &BitmapStep{g: bs.g, node: a.Node, quiet: true, others: others, prepare: func(ctx context.Context, tx *graph.Tx, s *BitmapStep) error {
+	s := &BitmapStep{g: bs.g, node: a.Node, quiet: true, others: others}
+	s.prepare = func(ctx context.Context, tx *graph.Tx) error {
 		d, err := tx.FindDirtyBitmap(a.Node, a.Target)
 		if err != nil {
 			return err
@@ -262,10 +275,10 @@ func (bs bitmaps) BitmapMerge(a *types.BlockDirtyBitmapMerge) *BitmapStep {
 		if err != nil {
 			return err
 		}
-		unmerge, merged := d.Merge(sum)
-		s.undo, s.finish = unmerge, merged
+		s.undo, s.finish = d.Merge(sum)
 		return hold(ctx, d)
-	}}
+	}
+	return s
 }
 
 // sumBitmaps merges bitmaps in the granularity of d, which stays as it is. It may be one of them,

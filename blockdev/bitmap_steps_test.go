@@ -34,7 +34,9 @@ func TestBitmapsUnderLoad(t *testing.T) {
 	yes := true
 	add := func(name string, disabled bool, g uint32) {
 		t.Helper()
-		run(m.BitmapAdd(&types.BlockDirtyBitmapAdd{Node: "q", Name: name, Persistent: &yes, Disabled: &disabled, Granularity: &g}))
+		run(m.BitmapAdd(&types.BlockDirtyBitmapAdd{
+			Node: "q", Name: name, Persistent: &yes, Disabled: &disabled, Granularity: &g,
+		}))
 	}
 	add("first", false, 512)
 	root := drivertest.AddRoot(t, m.Graph(), n, drivertest.Writer)
@@ -43,13 +45,13 @@ func TestBitmapsUnderLoad(t *testing.T) {
 	for i := range 4 {
 		wg.Go(func() { writer(t, n, root, &stop, byte(i)) })
 	}
-	first := "first"
+	first := []*types.BlockDirtyBitmapOrStr{{Local: new("first")}}
 	for i := range 15 {
 		name := fmt.Sprint("b", i)
 		b := &types.BlockDirtyBitmap{Node: "q", Name: name}
 		add(name, i%2 == 0, 4096)
 		run(m.BitmapEnable(b, true))
-		run(m.BitmapMerge(&types.BlockDirtyBitmapMerge{Node: "q", Target: name, Bitmaps: []*types.BlockDirtyBitmapOrStr{{Local: &first}}}))
+		run(m.BitmapMerge(&types.BlockDirtyBitmapMerge{Node: "q", Target: name, Bitmaps: first}))
 		run(m.BitmapEnable(b, i%3 == 0))
 		run(m.BitmapClear(b))
 		if i%4 != 0 {

@@ -44,11 +44,19 @@ func TestErrorsAtEvents(t *testing.T) {
 func TestErrorsWhileGrowing(t *testing.T) {
 	// The events of tables that are replaced; whether a write follows.
 	for ev, writes := range map[types.BlkdebugEvent]bool{
-		types.BlkdebugEventL1GrowAllocTable: true, types.BlkdebugEventL1GrowWriteTable: true, types.BlkdebugEventL1GrowActivateTable: true,
-		types.BlkdebugEventL1ShrinkWriteTable: true, types.BlkdebugEventL1ShrinkFreeL2Clusters: false,
-		types.BlkdebugEventRefblockAlloc: false, types.BlkdebugEventRefblockAllocHookup: true, types.BlkdebugEventReftableGrow: false,
-		types.BlkdebugEventRefblockAllocWriteBlocks: true, types.BlkdebugEventRefblockAllocWriteTable: true,
-		types.BlkdebugEventRefblockAllocSwitchTable: true, types.BlkdebugEventRefblockUpdatePart: true, types.BlkdebugEventClusterFree: false,
+		types.BlkdebugEventL1GrowAllocTable:         true,
+		types.BlkdebugEventL1GrowWriteTable:         true,
+		types.BlkdebugEventL1GrowActivateTable:      true,
+		types.BlkdebugEventL1ShrinkWriteTable:       true,
+		types.BlkdebugEventL1ShrinkFreeL2Clusters:   false,
+		types.BlkdebugEventRefblockAlloc:            false,
+		types.BlkdebugEventRefblockAllocHookup:      true,
+		types.BlkdebugEventReftableGrow:             false,
+		types.BlkdebugEventRefblockAllocWriteBlocks: true,
+		types.BlkdebugEventRefblockAllocWriteTable:  true,
+		types.BlkdebugEventRefblockAllocSwitchTable: true,
+		types.BlkdebugEventRefblockUpdatePart:       true,
+		types.BlkdebugEventClusterFree:              false,
 	} {
 		for _, kind := range []string{"write", "flush"} {
 			x := &eventImage{T: t, event: string(ev), kind: kind, size: 4 << 20, cluster: 512}
@@ -196,7 +204,8 @@ func (x *eventImage) use() {
 		x.clear(128, 16, func(r *blk.Req, off, n int64) error { return x.root.Edge().Zero(r, off, n, 0) })
 		for b := 0; b < x.size/eventBlock; b += 16 {
 			p := make([]byte, 16*eventBlock)
-			_ = x.do(0, 0, func(r *blk.Req) error { return x.root.Edge().ReadAt(r, blk.Buf(p), int64(b*eventBlock), 0) }, func() {})
+			read := func(r *blk.Req) error { return x.root.Edge().ReadAt(r, blk.Buf(p), int64(b*eventBlock), 0) }
+			_ = x.do(0, 0, read, func() {})
 		}
 		x.flush()
 	}

@@ -5,6 +5,7 @@ import (
 
 	"qblockd/graph"
 	"qblockd/graph/blk"
+	"qblockd/schema/types"
 )
 
 // finder finds the nodes that clients name.
@@ -25,15 +26,12 @@ func notFound(device, node string) error {
 
 // Lookup finds a node by the halves of a generic reference; nil stands for one that was not given.
 func (f finder) Lookup(device, node *string) (*graph.Node, error) {
-	var d, n string
-	set(&d, device)
-	set(&n, node)
 	if node != nil {
-		if found := f.g.Node(n); found != nil {
-			return found, nil
+		if n := f.g.Node(*node); n != nil {
+			return n, nil
 		}
 	}
-	return nil, notFound(d, n)
+	return nil, notFound(types.Or(device, ""), types.Or(node, ""))
 }
 
 // Find finds a node for commands on nodes that were added (blockdev-del, blockdev-reopen).

@@ -76,7 +76,8 @@ func openGuessed(t *testing.T, m *Manager, name string) *graph.Root {
 	}
 	tx := m.Graph().Begin(context.Background())
 	defer tx.Abort()
-	root, err := tx.AttachRoot(graph.RootSpec{EdgeName: "root", Claim: perm.Claim{Need: perm.ConsistentRead | perm.Write | perm.Resize, Share: perm.All}, Kind: graph.KindBackend}, x.Node())
+	claim := perm.Claim{Need: perm.ConsistentRead | perm.Write | perm.Resize, Share: perm.All}
+	root, err := tx.AttachRoot(graph.RootSpec{EdgeName: "root", Claim: claim, Kind: graph.KindBackend}, x.Node())
 	if err == nil {
 		err = x.Publish(tx)
 	}

@@ -34,7 +34,9 @@ func newManager(t testing.TB, c Config) *Manager {
 
 // overridden are all drivers, but those of that name, or all if it is empty, open by the given
 // function, which gets what they would be opened by.
-func overridden(name types.BlockdevDriver, open func(was driver.OpenFunc, x *driver.Opening) (graph.Driver, error)) []*driver.Any {
+func overridden(
+	name types.BlockdevDriver, open func(was driver.OpenFunc, x *driver.Opening) (graph.Driver, error),
+) []*driver.Any {
 	list := slices.Clone(drivers.All)
 	for i, d := range list {
 		if name == "" || d.Name == name {

@@ -151,9 +151,7 @@ func (m *Manager) makeImage(ctx context.Context, i OpenImage, made *driver.Image
 }
 
 func (m *Manager) openImage(ctx context.Context, i OpenImage) (*Opened, error) {
-	format := "" // guessed
-	set(&format, i.Format)
-	opts, fileRef, err := m.namedOptions(ctx, i.Filename, format, false)
+	opts, fileRef, err := m.namedOptions(ctx, i.Filename, types.Or(i.Format, ""), false)
 	if err != nil {
 		return nil, err
 	}

@@ -35,30 +35,37 @@ func wantRefused(t *testing.T, what string, err error, want string) {
 	}
 }
 
-// What an image may name is for the kind of file to decide that its name leads to.
-func TestImageNamesFilesOfEveryKind(t *testing.T) {
-	dir := t.TempDir()
+// filesOfEveryKind makes a folder with a regular file, which is open as fd, a fifo, a socket, and
+// links to them and elsewhere.
+func filesOfEveryKind(t *testing.T) (dir, fd string) {
+	t.Helper()
+	dir = t.TempDir()
 	writeFile(t, dir+"/regular", strings.Repeat("x", 1024))
-	fifo, socket := dir+"/fifo", dir+"/socket"
-	if err := syscall.Mkfifo(fifo, 0o600); err != nil {
+	if err := syscall.Mkfifo(dir+"/fifo", 0o600); err != nil {
 		t.Fatal(err)
 	}
-	l, err := net.Listen("unix", socket)
+	l, err := net.Listen("unix", dir+"/socket")
 	if err != nil {
 		t.Fatal(err)
 	}
-	defer l.Close()
+	t.Cleanup(func() { l.Close() })
 	open, err := os.Open(dir + "/regular")
 	if err != nil {
 		t.Fatal(err)
 	}
-	defer open.Close()
-	fd := fmt.Sprint(open.Fd())
+	t.Cleanup(func() { open.Close() })
+	fd = fmt.Sprint(open.Fd())
 	for link, to := range map[string]string{"to-fifo": "fifo", "to-proc": "/proc/self/status", "to-fd": "/proc/self/fd/" + fd, "to-dev": "/dev/zero", "to-regular": "regular"} {
 		if err := os.Symlink(to, filepath.Join(dir, link)); err != nil {
 			t.Fatal(err)
 		}
 	}
+	return dir, fd
+}
+
+// What an image may name is for the kind of file to decide that its name leads to.
+func TestImageNamesFilesOfEveryKind(t *testing.T) {
+	dir, fd := filesOfEveryKind(t)
 	kind := "An image may only name regular files and block devices: '%s' is neither"
 	proc := "An image may not name a file that the kernel makes up: '%s'"
 	magic := "Could not open '%s': Too many levels of symbolic links"
@@ -196,7 +203,8 @@ func TestImageNamesDriversAndOptions(t *testing.T) {
 		}
 		for _, n := range m.Graph().Node("t").Backing().Node().NodesBelow() {
 			o := n.Options()
-			if !n.ReadOnly() || o.ForceShare || o.NoFlush || o.Inherited.ReadOnly == nil || !*o.Inherited.ReadOnly || o.AutoReadOnly {
+			readOnly := n.ReadOnly() && types.Or(o.Inherited.ReadOnly, false) && !o.AutoReadOnly
+			if !readOnly || o.ForceShare || o.NoFlush {
 				t.Errorf("%s: %s has the options %+v", c.name, n.DriverName(), o)
 			}
 		}
@@ -288,7 +296,9 @@ func TestImageNamesFormats(t *testing.T) {
 	// The same where a client says so.
 	for _, f := range formats {
 		m := newManager(t, Config{})
-		o, err := m.OpenImage(context.Background(), OpenImage{Filename: dir + "/base", Format: &f, Mode: new(types.NewImageModeExisting)})
+		o, err := m.OpenImage(context.Background(), OpenImage{
+			Filename: dir + "/base", Format: &f, Mode: new(types.NewImageModeExisting),
+		})
 		if err == nil {
 			o.Discard()
 		} else if f == "qcow2" || f == "raw" || f == "file" {
@@ -387,7 +397,10 @@ func TestImageNamesThatFork(t *testing.T) {
 	ctx := context.Background()
 	const steps, most = 9, 20
 	opened := 0
-	counting := overridden("qcow2", func(open driver.OpenFunc, x *driver.Opening) (graph.Driver, error) { opened++; return open(x) })
+	counting := overridden("qcow2", func(open driver.OpenFunc, x *driver.Opening) (graph.Driver, error) {
+		opened++
+		return open(x)
+	})
 	m := newManager(t, Config{Drivers: counting, Policy: Policy{MaxChain: most}})
 	for i := range steps + 1 {
 		file, name := fmt.Sprintf("%s/%d", dir, i), ""

@@ -136,7 +136,8 @@ func TestRemoveOnlyWhatWasMade(t *testing.T) {
 	mk := func() {
 		t.Helper()
 		_ = os.Remove(path)
-		if err := file.Create(ctx, &types.BlockdevCreateOptionsFile{Filename: path, Size: 1 << 20}, func(f driver.Made) error { made = f; return nil }); err != nil {
+		o := &types.BlockdevCreateOptionsFile{Filename: path, Size: 1 << 20}
+		if err := file.Create(ctx, o, func(f driver.Made) error { made = f; return nil }); err != nil {
 			t.Fatal(err)
 		}
 	}
@@ -168,7 +169,8 @@ func TestRemoveOnlyWhatWasMade(t *testing.T) {
 	}
 	no := errors.New("no")
 	for _, there := range []bool{true, false} {
-		if err := file.Create(ctx, &types.BlockdevCreateOptionsFile{Filename: path}, func(driver.Made) error { return no }); err != no {
+		o := &types.BlockdevCreateOptionsFile{Filename: path}
+		if err := file.Create(ctx, o, func(driver.Made) error { return no }); err != no {
 			t.Errorf("refused: %v", err)
 		}
 		if st, err := os.Stat(path); there != (err == nil) || there && st.Size() != 1<<20 {

@@ -1,6 +1,7 @@
 package blockdev
 
 import (
+	"cmp"
 	"errors"
 
 	"qblockd/blockdev/driver"
@@ -15,12 +16,11 @@ import (
 // that a parent lets through are passed on.
 func inherit(o *types.BlockdevOptions, up *graph.Options, role perm.Role) *graph.Options {
 	g := &graph.Options{
+		Name:         types.Or(o.NodeName, ""),
 		DriverName:   string(o.Driver),
-		DetectZeroes: types.BlockdevDetectZeroesOptionsOff,
+		DetectZeroes: types.Or(o.DetectZeroes, types.BlockdevDetectZeroesOptionsOff),
 		Canonical:    o,
 	}
-	set(&g.Name, o.NodeName)
-	set(&g.DetectZeroes, o.DetectZeroes)
 	if o.Discard != nil {
 		g.Discard = *o.Discard == types.BlockdevDiscardOptionsUnmap
 	} else {
@@ -45,31 +45,17 @@ var yes, no = true, false
 
 // fill takes over what i does not say.
 func fill(i *graph.Inheritable, from graph.Inheritable) {
-	for _, x := range []struct {
-		to   **bool
-		from *bool
-	}{
-		{&i.Direct, from.Direct}, {&i.NoFlush, from.NoFlush}, {&i.ForceShare, from.ForceShare},
-		{&i.ReadOnly, from.ReadOnly}, {&i.AutoReadOnly, from.AutoReadOnly},
-	} {
-		if *x.to == nil {
-			*x.to = x.from
-		}
-	}
+	i.Direct, i.NoFlush = cmp.Or(i.Direct, from.Direct), cmp.Or(i.NoFlush, from.NoFlush)
+	i.ReadOnly, i.AutoReadOnly = cmp.Or(i.ReadOnly, from.ReadOnly), cmp.Or(i.AutoReadOnly, from.AutoReadOnly)
+	i.ForceShare = cmp.Or(i.ForceShare, from.ForceShare)
 }
 
 // settle makes what is effective from what was said; the default of each is off.
 func settle(g *graph.Options) {
-	on := func(p *bool) bool { return p != nil && *p }
+	on := func(p *bool) bool { return types.Or(p, false) }
 	i := &g.Inherited
 	g.Direct, g.NoFlush, g.ForceShare = on(i.Direct), on(i.NoFlush), on(i.ForceShare)
 	g.ReadOnly, g.AutoReadOnly = on(i.ReadOnly), on(i.AutoReadOnly)
-}
-
-func set[T any](to *T, from *T) {
-	if from != nil {
-		*to = *from
-	}
 }
 
 var (

@@ -157,7 +157,8 @@ func (s *InternalSnapshot) Abort() {
 		return
 	}
 	if err := deleteSnapshot(context.Background(), s.keeper, s.store, s.id, s.name); err != nil {
-		s.m.log.Error("an internal snapshot of a transaction that failed stays", "node", s.args.Device, "snapshot", s.args.Name, "error", err)
+		s.m.log.Error("an internal snapshot of a transaction that failed stays",
+			"node", s.args.Device, "snapshot", s.args.Name, "error", err)
 	}
 }
 
@@ -179,7 +180,9 @@ func findSnapshot(s graph.InternalSnapshotter, id, name *string) *types.Snapshot
 
 // DeleteInternalSnapshot is the body of blockdev-snapshot-delete-internal-sync. Requests on the
 // node wait meanwhile.
-func (m *Manager) DeleteInternalSnapshot(ctx context.Context, a *types.BlockdevSnapshotDeleteInternalSyncArgs) (*types.SnapshotInfo, error) {
+func (m *Manager) DeleteInternalSnapshot(
+	ctx context.Context, a *types.BlockdevSnapshotDeleteInternalSyncArgs,
+) (*types.SnapshotInfo, error) {
 	var n, keeper *graph.Node
 	var store graph.InternalSnapshotter
 	hold, err := m.g.Hold(ctx, func() (_ []*graph.Node, err error) {
@@ -209,13 +212,8 @@ func (m *Manager) DeleteInternalSnapshot(ctx context.Context, a *types.BlockdevS
 	defer undrain()
 	x := findSnapshot(store, a.ID, a.Name)
 	if x == nil {
-		text := func(s *string) string {
-			if s == nil {
-				return "null"
-			}
-			return *s
-		}
-		return nil, fmt.Errorf("Snapshot with id '%s' and name '%s' does not exist on device '%s'", text(a.ID), text(a.Name), a.Device)
+		return nil, fmt.Errorf("Snapshot with id '%s' and name '%s' does not exist on device '%s'",
+			types.Or(a.ID, "null"), types.Or(a.Name, "null"), a.Device)
 	}
 	if n.ReadOnly() || keeper.ReadOnly() {
 		return nil, fmt.Errorf("Device '%s' is read only", a.Device)

@@ -80,7 +80,8 @@ t qcow2 DIR/top
 			t.Errorf("%s: read-only %v", n.Name(), n.ReadOnly())
 		}
 	}
-	if err := m.Del(context.Background(), m.Graph().Node("t").Backing().Node().Name()); err == nil || !strings.HasSuffix(err.Error(), "is busy: node is used as backing hd of 't'") {
+	err := m.Del(context.Background(), m.Graph().Node("t").Backing().Node().Name())
+	if err == nil || !strings.HasSuffix(err.Error(), "is busy: node is used as backing hd of 't'") {
 		t.Errorf("deleting a backing file: %v", err)
 	}
 	mustDel(t, m, "t")
@@ -160,7 +161,8 @@ func TestDel(t *testing.T) {
 	mustAdd(t, m, `{'driver': 'raw', 'node-name': 'top', 'file': 'base'}`)
 	mustAdd(t, m, `{'driver': 'raw', 'node-name': 'other', 'file': {'driver': 'null-co', 'node-name': 'child'}}`)
 	name := "top"
-	root, err := m.OpenRoot(ctx, &types.BlockdevRef{Reference: &name}, graph.RootSpec{EdgeName: "root", Kind: graph.KindBackend, Claim: perm.Unused})
+	spec := graph.RootSpec{EdgeName: "root", Kind: graph.KindBackend, Claim: perm.Unused}
+	root, err := m.OpenRoot(ctx, &types.BlockdevRef{Reference: &name}, spec)
 	if err != nil {
 		t.Fatal(err)
 	}

@@ -141,12 +141,8 @@ func TestOwnDriver(t *testing.T) {
 
 func mustReadPattern(t *testing.T, g *graph.Graph, n *graph.Node) {
 	t.Helper()
-	tx := g.Begin(t.Context())
-	defer tx.Abort()
-	root, err := tx.AttachRoot(graph.RootSpec{EdgeName: "root", Claim: perm.Claim{Need: perm.ConsistentRead, Share: perm.All}}, n)
-	if err == nil {
-		err = tx.Commit()
-	}
+	claim := perm.Claim{Need: perm.ConsistentRead, Share: perm.All}
+	root, err := g.AddRoot(t.Context(), graph.RootSpec{EdgeName: "root", Claim: claim}, n)
 	if err != nil {
 		t.Fatal(err)
 	}

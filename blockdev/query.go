@@ -101,9 +101,9 @@ func (v *view) append(b []byte) []byte {
 	return append(b, v.info.dev[2]...)
 }
 
-// NamedNodes is the answer to query-named-block-nodes: all nodes, newest first; unless flat with the
-// images below each. room has to agree to about that many bytes first. It waits at most 20 ms for
-// allocated sizes; otherwise its cost is the size of the answer.
+// NamedNodes is the answer to query-named-block-nodes: all nodes, newest first; unless flat with
+// the images below each. room has to agree to about that many bytes first. It waits at most 20 ms
+// for allocated sizes; otherwise its cost is the size of the answer.
 func (q *queries) NamedNodes(flat bool, room func(n int64) error) ([]byte, error) {
 	vs := q.views(q.g.Nodes(), !flat)
 	q.refreshActual(vs)

@@ -121,7 +121,8 @@ func TestReopenConcurrently(t *testing.T) {
 	wg.Wait()
 	r, f := m.Graph().Node("r"), m.Graph().Node("f")
 	i := (1<<16 - r.Size()) / 512
-	if ro := i%2 == 0; r.ReadOnly() != ro || f.ReadOnly() != ro || r.Options().NoFlush != (i < 2) || f.Options().NoFlush != (i < 2) {
+	ro, noFlush := i%2 == 0, i < 2
+	if r.ReadOnly() != ro || f.ReadOnly() != ro || r.Options().NoFlush != noFlush || f.Options().NoFlush != noFlush {
 		t.Fatalf("a mixture: %d %v %v %v %v", i, r.ReadOnly(), f.ReadOnly(), r.Options().NoFlush, f.Options().NoFlush)
 	}
 	mustDel(t, m, "r")
@@ -231,7 +232,8 @@ func TestReopenKeepsLocks(t *testing.T) {
 		if err != nil {
 			t.Fatal(err)
 		}
-		if b, err := os.ReadFile(file); err != nil || b[99] != 'x' || b[100] != byte(i) || b[799] != byte(i) || b[800] != 'x' {
+		b, err := os.ReadFile(file)
+		if err != nil || b[99] != 'x' || b[100] != byte(i) || b[799] != byte(i) || b[800] != 'x' {
 			t.Fatalf("round %d: %v", i, err)
 		}
 	}

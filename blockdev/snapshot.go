@@ -51,10 +51,7 @@ func (s *Snapshot) check(tx *graph.Tx) (err error) {
 		s.old = tx.Held(*s.node)
 	}
 	if s.old == nil {
-		var device, node string
-		set(&device, s.device)
-		set(&node, s.node)
-		return notFound(device, node)
+		return notFound(types.Or(s.device, ""), types.Or(s.node, ""))
 	}
 	return tx.Blocked(s.old, graph.OpExternalSnapshot)
 }
@@ -86,8 +83,7 @@ func (s *Snapshot) makeOverlay(ctx context.Context, sketch *graph.Tx) error {
 	if name != "" && sketch.Node(name) != nil {
 		return errors.New("New overlay node-name already in use")
 	}
-	format := string(types.BlockdevDriverQcow2)
-	set(&format, a.Format)
+	format := types.Or(a.Format, string(types.BlockdevDriverQcow2))
 	s.opened, err = s.m.OpenImage(ctx, OpenImage{
 		Filename: a.SnapshotFile, Mode: a.Mode, Format: &format, Name: name,
 		ReadOnly: s.old.ReadOnly(), For: s.old, Below: s.old, View: sketch.View,

@@ -150,12 +150,7 @@ var Reader = perm.Claim{Need: perm.ConsistentRead, Share: perm.All}
 func AddRoot(t testing.TB, g *graph.Graph, n *graph.Node, c perm.Claim) *graph.Root {
 	t.Helper()
 	ctx := context.Background()
-	tx := g.Begin(ctx)
-	defer tx.Abort()
-	r, err := tx.AttachRoot(graph.RootSpec{EdgeName: "root", Claim: c}, n)
-	if err == nil {
-		err = tx.Commit()
-	}
+	r, err := g.AddRoot(ctx, graph.RootSpec{EdgeName: "root", Claim: c}, n)
 	if err != nil {
 		t.Fatalf("root on %q: %v", n.Name(), err)
 	}

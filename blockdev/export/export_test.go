@@ -136,9 +136,10 @@ func TestAddErrors(t *testing.T) {
 	f := newFixture(t)
 	f.node("n")
 	f.node("m")
-	ro := drivertest.MustBuild(t, f.g, drivertest.Spec{Options: graph.Options{Name: "ro", Kind: graph.Protocol, ReadOnly: true},
-		Open: drivertest.Opened(drivertest.NewHostFile(t, 4096))})
-	_ = ro
+	drivertest.MustBuild(t, f.g, drivertest.Spec{
+		Options: graph.Options{Name: "ro", Kind: graph.Protocol, ReadOnly: true},
+		Open:    drivertest.Opened(drivertest.NewHostFile(t, 4096)),
+	})
 	f.is(f.add("e", "n"), "NBD server not running")
 	f.is(f.nbd.Stop(t.Context()), "NBD server not running")
 	f.start()

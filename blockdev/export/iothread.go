@@ -86,7 +86,7 @@ func (t *Table) assign(n *graph.Node, w Workers) error {
 	t.mu.Lock()
 	defer t.mu.Unlock()
 	for _, x := range t.list {
-		if isSet(x.Options.FixedIothread) && !x.closing && all[x.Root.Node()] {
+		if types.Or(x.Options.FixedIothread, false) && !x.closing && all[x.Root.Node()] {
 			return errFixed
 		}
 	}
@@ -154,7 +154,7 @@ func (t *Table) place(x *Export, w Workers) (undo func(), err error) {
 	n := x.Root.Node()
 	before := t.iothreads.find(n)
 	if w != nil {
-		if err := t.assign(n, w); err != nil && isSet(x.Options.FixedIothread) {
+		if err := t.assign(n, w); err != nil && types.Or(x.Options.FixedIothread, false) {
 			return nil, err
 		}
 	}

@@ -80,9 +80,7 @@ func (b *bench) set(node, iothread string, force bool) error {
 // served checks who serves an export.
 func (b *bench) served(export, want string) {
 	b.Helper()
-	b.x.mu.Lock()
-	e, _ := b.x.findLocked(export)
-	b.x.mu.Unlock()
+	e, _ := b.x.find(export, false)
 	got := ""
 	if w := e.Workers(); w != nil {
 		got = w.(fakeGroup).id

@@ -15,6 +15,7 @@
 package export
 
 import (
+	"cmp"
 	"context"
 	"errors"
 	"fmt"
@@ -65,9 +66,7 @@ type Table struct {
 
 // New makes an empty table for the nodes of g.
 func New(g *graph.Graph, o Options) *Table {
-	if o.Log == nil {
-		o.Log = slog.New(slog.DiscardHandler)
-	}
+	o.Log = cmp.Or(o.Log, slog.New(slog.DiscardHandler))
 	return &Table{g: g, opts: o, types: map[types.BlockExportType]Type{}, ids: map[string]*Export{}}
 }
 
@@ -152,7 +151,7 @@ func (t *Table) check(o *types.BlockExportOptions) (*graph.Node, Workers, error)
 	if n == nil {
 		return nil, nil, fmt.Errorf("Cannot find device='' nor node-name='%s'", o.NodeName)
 	}
-	if isSet(o.Writable) && n.ReadOnly() {
+	if types.Or(o.Writable, false) && n.ReadOnly() {
 		return nil, nil, errors.New("Cannot export read-only node as writable")
 	}
 	w, err := t.asked(o)
@@ -188,28 +187,20 @@ func (t *Table) attach(ctx context.Context, x *Export, n *graph.Node) error {
 		need |= perm.Write
 	}
 	rctx, cancel := context.WithCancel(context.Background())
-	tx := t.g.Begin(ctx)
-	defer tx.Abort()
-	root, err := tx.AttachRoot(graph.RootSpec{
+	root, err := t.g.AddRoot(ctx, graph.RootSpec{
 		EdgeName: "root",
 		Kind:     graph.KindBackend,
 		Claim:    perm.Claim{Need: need, Share: perm.All},
 		Of:       graph.NewRecord(graph.Key{Kind: graph.StateExport, Name: x.Options.ID}, x.Options),
 		Ctx:      rctx,
 	}, n)
-	if err == nil {
-		err = tx.Commit()
-	}
 	if err != nil {
 		cancel()
 		return err
 	}
-	tx2 := t.g.Begin(ctx)
-	defer tx2.Abort()
-	err = tx2.SetClaim(root.Edge(), perm.Claim{Need: need, Share: perm.All &^ perm.Resize})
-	if err == nil {
-		err = tx2.Commit()
-	}
+	err = t.g.Do(ctx, func(tx *graph.Tx) error {
+		return tx.SetClaim(root.Edge(), perm.Claim{Need: need, Share: perm.All &^ perm.Resize})
+	})
 	if err != nil {
 		cancel()
 		t.g.CloseRoot(context.Background(), root)
@@ -246,22 +237,18 @@ func (t *Table) finish(x *Export) {
 	close(x.gone)
 }
 
-// Del asks for the export to be removed. It waits for dropped clients no longer than
-// Grace; BLOCK_EXPORT_DELETED tells the end. Source: QAPI, block-export-del.
+// Del asks for the export to be removed. It waits for dropped clients no longer than Grace;
+// BLOCK_EXPORT_DELETED tells the end. Source: QAPI, block-export-del.
 func (t *Table) Del(ctx context.Context, id string, mode types.BlockExportRemoveMode) error {
 	if mode != types.BlockExportRemoveModeHard {
 		if err := t.shutdownIfIdle(ctx, id); err != nil {
 			return err
 		}
 	}
-	t.mu.Lock()
-	x, err := t.findLocked(id)
+	x, err := t.find(id, true)
 	if err != nil {
-		t.mu.Unlock()
 		return err
 	}
-	x.closing = true
-	t.mu.Unlock()
 	x.shutdown()
 	panics.Go("the end of an export", func() { t.finish(x) }, nil)
 	ctx, cancel := context.WithTimeout(ctx, Grace)
@@ -272,9 +259,7 @@ func (t *Table) Del(ctx context.Context, id string, mode types.BlockExportRemove
 
 // shutdownIfIdle shuts the export down, or says why a safe removal does not.
 func (t *Table) shutdownIfIdle(ctx context.Context, id string) error {
-	t.mu.Lock()
-	x, err := t.findLocked(id)
-	t.mu.Unlock()
+	x, err := t.find(id, false)
 	if err != nil {
 		return err
 	}
@@ -286,24 +271,35 @@ func (t *Table) shutdownIfIdle(ctx context.Context, id string) error {
 	return nil
 }
 
-// findLocked finds an export that is served; one that is shutting down is an error.
-// +checklocks:t.mu
-func (t *Table) findLocked(id string) (*Export, error) {
-	switch x := t.ids[id]; {
-	case x == nil || x.server == nil:
+// find finds an export that is served, and is not shutting down but, if closing, from now on.
+func (t *Table) find(id string, closing bool) (*Export, error) {
+	t.mu.Lock()
+	defer t.mu.Unlock()
+	x := t.servedLocked(id)
+	switch {
+	case x == nil:
 		return nil, fmt.Errorf("Export '%s' is not found", id)
 	case x.closing:
 		return nil, fmt.Errorf("Export '%s' is already shutting down", id)
-	default:
-		return x, nil
 	}
+	x.closing = closing
+	return x, nil
+}
+
+// servedLocked is the export of that id, nil if there is none or it is being made.
+// +checklocks:t.mu
+func (t *Table) servedLocked(id string) *Export {
+	if x := t.ids[id]; x != nil && x.server != nil {
+		return x
+	}
+	return nil
 }
 
 // Type is the type of the export of that id; ok is false if there is none.
 func (t *Table) Type(id string) (typ types.BlockExportType, ok bool) {
 	t.mu.Lock()
 	defer t.mu.Unlock()
-	if x := t.ids[id]; x != nil && x.server != nil {
+	if x := t.servedLocked(id); x != nil {
 		return x.Options.Type, true
 	}
 	return "", false
@@ -345,7 +341,7 @@ func (t *Table) Query() []*types.BlockExportInfo {
 func (t *Table) Stats(id string) *types.BlockDeviceStats {
 	t.mu.Lock()
 	defer t.mu.Unlock()
-	if x := t.ids[id]; x != nil && x.server != nil {
+	if x := t.servedLocked(id); x != nil {
 		return x.account.Stats(x.Root.Node())
 	}
 	return nil

@@ -63,7 +63,7 @@ type Export struct {
 }
 
 // Writable tells whether clients may write.
-func (x *Export) Writable() bool { return isSet(x.Options.Writable) }
+func (x *Export) Writable() bool { return types.Or(x.Options.Writable, false) }
 
 // Size is that of the node at this time, in bytes.
 func (x *Export) Size() int64 { return blk.AlignDown(x.Root.Size(), blk.SectorSize) }
@@ -81,19 +81,10 @@ func (x *Export) shutdown() {
 	x.cancel()
 }
 
-// wait waits for x to be gone, no longer than ctx, and tells whether it is.
-func (x *Export) wait(ctx context.Context) bool {
+// wait waits for x to be gone, no longer than ctx.
+func (x *Export) wait(ctx context.Context) {
 	select {
 	case <-x.gone:
-		return true
 	case <-ctx.Done():
 	}
-	select {
-	case <-x.gone:
-		return true
-	default:
-		return false
-	}
 }
-
-func isSet(b *bool) bool { return b != nil && *b }

@@ -15,7 +15,8 @@ import (
 // of it. The first bytes are sent as they are; if they do not lead into transmission, the rest is
 // option data, else requests.
 func FuzzServer(f *testing.F) {
-	start := cat([]byte{0, 0, 0, 3}, opt(nbdwire.OptStructuredReply), opt(nbdwire.OptSetMetaContext, nbdwire.AppendMetaQueries(nil, "x", "base:allocation", "qemu:allocation-depth")...))
+	queries := nbdwire.AppendMetaQueries(nil, "x", "base:allocation", "qemu:allocation-depth")
+	start := cat([]byte{0, 0, 0, 3}, opt(nbdwire.OptStructuredReply), opt(nbdwire.OptSetMetaContext, queries...))
 	f.Add([]byte{})
 	f.Add(cat([]byte{0, 0, 0, 3}, opt(nbdwire.OptList), opt(nbdwire.OptInfo, name("x", 1, 2, 3)...), opt(nbdwire.OptAbort)))
 	all := cat(start, opt(nbdwire.OptGo, name("x")...))

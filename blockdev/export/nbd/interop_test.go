@@ -30,7 +30,9 @@ func uri(path, export string) string { return "nbd+unix:///" + export + "?socket
 func TestInteropNbdinfo(t *testing.T) {
 	d := newFileDevice(t, 1<<20)
 	s, _, path := server(t, d, Options{})
-	if _, err := s.Add(Spec{Name: "ro", Description: "a text", HasDescription: true, Size: 65536, ReadOnly: true, Device: newFileDevice(t, 65536)}); err != nil {
+	ro := newFileDevice(t, 65536)
+	spec := Spec{Name: "ro", Description: "a text", HasDescription: true, Size: 65536, ReadOnly: true, Device: ro}
+	if _, err := s.Add(spec); err != nil {
 		t.Fatal(err)
 	}
 	c := open(t, path, true)

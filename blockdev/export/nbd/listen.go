@@ -39,8 +39,8 @@ func listen(ctx context.Context, addr *types.SocketAddress, mode os.FileMode) (n
 	case *types.UnixSocketAddress:
 		l, _, err := sockets.ListenUnix(sockets.UnixAddr{
 			Path:     a.Path,
-			Abstract: isSet(a.Abstract),
-			Padded:   a.Tight != nil && !*a.Tight,
+			Abstract: types.Or(a.Abstract, false),
+			Padded:   !types.Or(a.Tight, true),
 			Mode:     mode,
 		})
 		return l, err
@@ -58,15 +58,16 @@ func listen(ctx context.Context, addr *types.SocketAddress, mode os.FileMode) (n
 
 // network gives the address family for package net, as QEMU derives it.
 func network(a *types.InetSocketAddress) (string, error) {
-	not := func(b *bool) bool { return b != nil && !*b }
+	on := func(b *bool) bool { return types.Or(b, false) }
+	not := func(b *bool) bool { return !types.Or(b, true) }
 	switch {
 	case not(a.Ipv4) && not(a.Ipv6):
 		return "", errors.New("Cannot disable IPv4 and IPv6 at same time")
-	case isSet(a.Ipv4) && isSet(a.Ipv6):
+	case on(a.Ipv4) && on(a.Ipv6):
 		return "tcp", nil
-	case isSet(a.Ipv6) || not(a.Ipv4):
+	case on(a.Ipv6) || not(a.Ipv4):
 		return "tcp6", nil
-	case isSet(a.Ipv4) || not(a.Ipv6):
+	case on(a.Ipv4) || not(a.Ipv6):
 		return "tcp4", nil
 	}
 	return "tcp", nil
@@ -85,7 +86,7 @@ func listenInet(ctx context.Context, a *types.InetSocketAddress) (net.Listener, 
 	}
 	first := 0
 	if a.Port != "" {
-		if first, err = strconv.Atoi(a.Port); err != nil && !isSet(a.Numeric) {
+		if first, err = strconv.Atoi(a.Port); err != nil && !types.Or(a.Numeric, false) {
 			first, err = net.DefaultResolver.LookupPort(ctx, network, a.Port)
 		}
 		if err != nil || first < 0 || first > 65535 {
@@ -120,7 +121,7 @@ func lookUp(ctx context.Context, network string, a *types.InetSocketAddress) ([]
 	if a.Host == "" {
 		return []string{""}, nil
 	}
-	if ip, err := netip.ParseAddr(a.Host); err == nil || isSet(a.Numeric) {
+	if ip, err := netip.ParseAddr(a.Host); err == nil || types.Or(a.Numeric, false) {
 		return []string{ip.String()}, err
 	}
 	ips, err := net.DefaultResolver.LookupNetIP(ctx, "ip"+network[len("tcp"):], a.Host)
@@ -138,12 +139,9 @@ func lookUp(ctx context.Context, network string, a *types.InetSocketAddress) ([]
 func listenPorts(
 	ctx context.Context, network, host string, first int, a *types.InetSocketAddress,
 ) (net.Listener, error) {
-	last := first
-	if a.To != nil {
-		last = int(*a.To)
-	}
+	last := int(types.Or(a.To, uint16(first)))
 	var lc net.ListenConfig
-	lc.SetMultipathTCP(isSet(a.Mptcp))
+	lc.SetMultipathTCP(types.Or(a.Mptcp, false))
 	var err error = syscall.EADDRINUSE
 	for port := first; port <= last; port++ {
 		var l net.Listener

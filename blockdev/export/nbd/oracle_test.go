@@ -58,7 +58,10 @@ func reference(t *testing.T, image string) string {
 	d.f = f
 	s, _, path := server(t, d, Options{MaxConns: 100})
 	ro := newFileDevice(t, 65536)
-	if _, err := s.Add(Spec{Name: "ro", Description: "the read-only one", HasDescription: true, Size: 65536, ReadOnly: true, Device: ro}); err != nil {
+	spec := Spec{
+		Name: "ro", Description: "the read-only one", HasDescription: true, Size: 65536, ReadOnly: true, Device: ro,
+	}
+	if _, err := s.Add(spec); err != nil {
 		t.Fatal(err)
 	}
 	return path
@@ -100,26 +103,27 @@ func TestHandshakeEqualsReference(t *testing.T) {
 	const list, set = nbdwire.OptListMetaContext, nbdwire.OptSetMetaContext
 	long := strings.Repeat("n", 4097)
 	for what, in := range map[string][]byte{
-		"nothing":                 nil,
-		"flags only":              flags(3),
-		"unknown flags":           flags(7),
-		"abort":                   cat(flags(3), opt(nbdwire.OptAbort)),
-		"abort with data":         cat(flags(3), opt(nbdwire.OptAbort, 1, 2)),
-		"list":                    cat(flags(3), opt(nbdwire.OptList)),
-		"list with data":          cat(flags(3), opt(nbdwire.OptList, 1), opt(nbdwire.OptList)),
-		"unknown option":          cat(flags(3), opt(99, 1, 2, 3), opt(nbdwire.OptList)),
-		"peek":                    cat(flags(3), opt(4)),
-		"starttls":                cat(flags(3), opt(nbdwire.OptStartTLS)),
-		"starttls with data":      cat(flags(3), opt(nbdwire.OptStartTLS, 1)),
-		"structured":              cat(flags(3), structured, structured),
-		"structured with data":    cat(flags(3), opt(nbdwire.OptStructuredReply, 1), structured),
-		"extended headers":        cat(flags(3), opt(nbdwire.OptExtendedHeaders)),
-		"info":                    cat(flags(3), opt(nbdwire.OptInfo, name("x")...)),
-		"info structured":         cat(flags(3), structured, opt(nbdwire.OptInfo, name("x", 3, 0, 1, 2, 99)...)),
-		"info read-only":          cat(flags(1), opt(nbdwire.OptInfo, name("ro", 1, 3)...)),
-		"info missing":            cat(flags(3), opt(nbdwire.OptInfo, name("none")...), opt(nbdwire.OptInfo, name(long[:100])...)),
-		"info long":               cat(flags(3), opt(nbdwire.OptInfo, name(long)...)),
-		"info lengths":            cat(flags(3), opt(nbdwire.OptInfo, 0, 0, 0, 9, 'x'), opt(nbdwire.OptInfo), opt(nbdwire.OptInfo, 0, 0, 0, 1, 'x', 0, 2, 0, 3)),
+		"nothing":              nil,
+		"flags only":           flags(3),
+		"unknown flags":        flags(7),
+		"abort":                cat(flags(3), opt(nbdwire.OptAbort)),
+		"abort with data":      cat(flags(3), opt(nbdwire.OptAbort, 1, 2)),
+		"list":                 cat(flags(3), opt(nbdwire.OptList)),
+		"list with data":       cat(flags(3), opt(nbdwire.OptList, 1), opt(nbdwire.OptList)),
+		"unknown option":       cat(flags(3), opt(99, 1, 2, 3), opt(nbdwire.OptList)),
+		"peek":                 cat(flags(3), opt(4)),
+		"starttls":             cat(flags(3), opt(nbdwire.OptStartTLS)),
+		"starttls with data":   cat(flags(3), opt(nbdwire.OptStartTLS, 1)),
+		"structured":           cat(flags(3), structured, structured),
+		"structured with data": cat(flags(3), opt(nbdwire.OptStructuredReply, 1), structured),
+		"extended headers":     cat(flags(3), opt(nbdwire.OptExtendedHeaders)),
+		"info":                 cat(flags(3), opt(nbdwire.OptInfo, name("x")...)),
+		"info structured":      cat(flags(3), structured, opt(nbdwire.OptInfo, name("x", 3, 0, 1, 2, 99)...)),
+		"info read-only":       cat(flags(1), opt(nbdwire.OptInfo, name("ro", 1, 3)...)),
+		"info missing":         cat(flags(3), opt(nbdwire.OptInfo, name("none")...), opt(nbdwire.OptInfo, name(long[:100])...)),
+		"info long":            cat(flags(3), opt(nbdwire.OptInfo, name(long)...)),
+		"info lengths": cat(flags(3), opt(nbdwire.OptInfo, 0, 0, 0, 9, 'x'), opt(nbdwire.OptInfo),
+			opt(nbdwire.OptInfo, 0, 0, 0, 1, 'x', 0, 2, 0, 3)),
 		"info NUL":                cat(flags(3), opt(nbdwire.OptInfo, 0, 0, 0, 1, 0, 0, 0)),
 		"info trailing":           cat(flags(3), opt(nbdwire.OptInfo, 0, 0, 0, 1, 'x', 0, 0, 7)),
 		"go":                      cat(flags(3), opt(nbdwire.OptGo, name("x")...)),
@@ -140,9 +144,10 @@ func TestHandshakeEqualsReference(t *testing.T) {
 		"meta list missing": cat(flags(3), structured, meta(list, "none", "base:allocation")),
 		"meta set": cat(flags(3), structured, meta(set, "x", "base:allocation"), meta(set, "x", "base:allocation", "qemu:allocation-depth"),
 			meta(set, "x", "base:", "qemu:"), meta(set, "ro", "qemu:allocation-depth"), meta(set, "x")),
-		"meta lengths": cat(flags(3), structured, opt(set), opt(set, 0, 0, 0, 1, 'x'), opt(set, 0, 0, 0, 1, 'x', 0, 0, 0, 1, 0, 0, 0, 9), opt(list)),
-		"meta NUL":     cat(flags(3), structured, meta(set, "x", "a\x00b"), meta(set, "a\x00")),
-		"meta long":    cat(flags(3), structured, meta(list, "x", long, "base:allocation"), meta(list, long)),
+		"meta lengths": cat(flags(3), structured, opt(set), opt(set, 0, 0, 0, 1, 'x'),
+			opt(set, 0, 0, 0, 1, 'x', 0, 0, 0, 1, 0, 0, 0, 9), opt(list)),
+		"meta NUL":  cat(flags(3), structured, meta(set, "x", "a\x00b"), meta(set, "a\x00")),
+		"meta long": cat(flags(3), structured, meta(list, "x", long, "base:allocation"), meta(list, long)),
 	} {
 		a, b := converse(t, theirs, in), converse(t, ours, in)
 		if !bytes.Equal(a, b) {
@@ -173,11 +178,12 @@ func TestRequestsEqualReference(t *testing.T) {
 	image := newImage(t)
 	theirs, ours := oracle(t, image), reference(t, image)
 	var qs []nbdwire.Request
+	flags := []uint16{0, nbdwire.CmdFlagFUA, nbdwire.CmdFlagNoHole, nbdwire.CmdFlagDF, nbdwire.CmdFlagReqOne, 1 << 15}
 	for _, cmd := range []uint16{nbdwire.CmdRead, nbdwire.CmdWrite, nbdwire.CmdFlush, nbdwire.CmdTrim, nbdwire.CmdCache,
 		nbdwire.CmdWriteZeroes, nbdwire.CmdBlockStatus, 8, 77} {
 		for _, r := range [][2]uint64{{0, 0}, {0, 512}, {4096, 70000}, {500 << 10, 100 << 10}, {1 << 20, 0},
 			{1<<20 - 512, 1024}, {1<<20 + 1, 0}, {1 << 63, 1}, {0, 1 << 20}} {
-			for _, f := range []uint16{0, nbdwire.CmdFlagFUA, nbdwire.CmdFlagNoHole, nbdwire.CmdFlagDF, nbdwire.CmdFlagReqOne, 1 << 15} {
+			for _, f := range flags {
 				qs = append(qs, nbdwire.Request{Cmd: cmd, Off: r[0], Len: uint32(r[1]), Flags: f})
 			}
 		}

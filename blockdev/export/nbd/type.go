@@ -138,9 +138,9 @@ func spec(o *types.BlockExportOptions) *Spec {
 	b := o.U.(*types.BlockExportOptionsNbd)
 	s := &Spec{
 		Name:            *b.Name,
-		ReadOnly:        !isSet(o.Writable),
-		Writethrough:    isSet(o.Writethrough),
-		AllocationDepth: isSet(b.AllocationDepth),
+		ReadOnly:        !types.Or(o.Writable, false),
+		Writethrough:    types.Or(o.Writethrough, false),
+		AllocationDepth: types.Or(b.AllocationDepth, false),
 	}
 	if b.Description != nil {
 		s.Description, s.HasDescription = *b.Description, true
@@ -202,5 +202,3 @@ func (d device) Status(r *blk.Req, off, n int64) (blk.Extent, error) {
 
 // Limits implements Device.
 func (d device) Limits() blk.Limits { return d.Root.Edge().Caps().Limits }
-
-func isSet(b *bool) bool { return b != nil && *b }
