@@ -3,12 +3,14 @@ package geometry
 import (
 	"errors"
 	"fmt"
+	"iter"
 	"syscall"
 
 	"qblockd/graph/bitmap"
 	"qblockd/graph/blk"
 	"qblockd/jobs"
 	"qblockd/schema/types"
+	"qblockd/tests/trial"
 )
 
 // ended is a job that is over, beside what it has to have done.
@@ -18,60 +20,54 @@ type ended struct {
 	start     []byte         // what the source showed when it began
 	bitmap    *bitmap.Bitmap // what the backup's bitmap held then; nil: none
 	allocated *bitmap.Bitmap // what the top of the source held itself
-	guests    []*guest
-	graph     string
+	guests    guests
 }
 
 // check looks at everything that the sample says something about.
-func (e *ended) check() error {
+func (e *ended) check() {
 	w, failure := e.w, e.j.Err()
 	cancelled := failure != nil && failure.Error() == jobs.ErrCancelled.Error()
 	misfit := w.Kind == "mirror" && blk.AlignUp(w.Target.Size, 512) != blk.AlignUp(w.Layers[0].Size, 512)
+	v2 := w.Kind != "mirror" && w.Kind != "backup" && w.Layers[w.To%len(w.Layers)].V2
 	switch {
-	case failure != nil && w.Kind != "mirror" && w.Kind != "backup" && w.Layers[w.To%len(w.Layers)].V2 && errors.Is(failure, syscall.ENOTSUP):
+	case v2 && errors.Is(failure, syscall.ENOTSUP):
 		// Version 2 cannot say that what a longer image shows is zeroes.
 	case failure != nil && !(cancelled && w.End == "cancel") && !w.struck && !misfit:
-		return fmt.Errorf("the job fails: %w", failure)
+		trial.Fail("the job fails: %w", failure)
 	case failure == nil && misfit:
-		return errors.New("a target of another size is accepted")
+		trial.Fail("a target of another size is accepted")
 	}
 	done := failure == nil
-	if q := w.x.Jobs.Query(); done && w.Sync != types.MirrorSyncModeNone && len(q) == 1 && q[0].CurrentProgress != q[0].TotalProgress {
-		return fmt.Errorf("it ends at %d of %d", q[0].CurrentProgress, q[0].TotalProgress)
-	}
-	if err := e.j.Dismiss(); err != nil {
-		return err
-	}
-	if err := w.leave(e.guests); err != nil {
-		return err
-	}
-	if w.Drive.Mode != "" {
-		if err := w.openTarget(); err != nil {
-			return err
+	if q := w.x.Jobs.Query(); done && w.Sync != types.MirrorSyncModeNone && len(q) == 1 {
+		if is, total := q[0].CurrentProgress, q[0].TotalProgress; is != total {
+			trial.Fail("it ends at %d of %d", is, total)
 		}
 	}
+	trial.Must(e.j.Dismiss())
+	trial.Must(e.guests.leave())
+	if w.Drive.Mode != "" {
+		w.openTarget()
+	}
 	top := e.top(done)
-	if top == "t" && w.Under == "header" {
-		w.reopen = top
-	} else if err := w.shows(top, w.data); err != nil {
-		return fmt.Errorf("what guests see: %w", err)
-	} else if w.reopen = top; top == "t" && w.Under == "chain" && w.Sync != types.MirrorSyncModeTop {
-		w.reopen = ""
+	w.reopen = top
+	if top != "t" || w.Under != "header" {
+		trial.In("what guests see", func() { w.shows(top, w.data) })
+		if top == "t" && w.Under == "chain" && w.Sync != types.MirrorSyncModeTop {
+			w.reopen = ""
+		}
 	}
-	if err := e.bitmaps(done); err != nil {
-		return err
-	}
+	e.bitmaps(done)
 	switch {
 	case w.Kind == "backup":
-		return e.backup(done)
+		e.backup(done)
 	case !done:
-		return nil
 	case w.Kind == "mirror":
-		return e.mirror()
+		e.mirror()
 	case w.Kind == "stream":
-		return e.stream()
+		e.stream()
+	default:
+		e.commit()
 	}
-	return e.commit()
 }
 
 // top is the node that guests use in the end.
@@ -80,7 +76,7 @@ func (e *ended) top(done bool) string {
 	case done && e.w.End == "success" && e.w.Kind == "mirror":
 		return "t"
 	case done && e.w.End == "success" && e.w.Kind == "active":
-		return fmt.Sprintf("l%d", e.w.To)
+		return layer(e.w.To)
 	}
 	return "l0"
 }
@@ -102,37 +98,42 @@ func (e *ended) spans(granularity int64) (must, may *bitmap.Bitmap) {
 	return must, may
 }
 
-// within tells whether a has all of least and nothing beyond most; all of one size.
-func within(what string, least, a, most *bitmap.Bitmap) error {
+// within checks that a has all of least and nothing beyond most; all of one size.
+func within(what string, least, a, most *bitmap.Bitmap) {
 	for _, c := range []struct {
 		is, among *bitmap.Bitmap
 		text      string
 	}{{least, a, "dirty"}, {a, most, "clean"}} {
-		for off, n, ok := c.is.NextDirty(0, a.Size()); ok; off, n, ok = c.is.NextDirty(off+n, a.Size()) {
+		for off, n := range dirty(c.is) {
 			if at, ok := c.among.NextClean(off, off+n); ok {
-				return fmt.Errorf("%s: byte %d should be %s", what, at, c.text)
+				trial.Fail("%s: byte %d should be %s", what, at, c.text)
 			}
 		}
 	}
-	return nil
+}
+
+// dirty are the dirty ranges of a bitmap.
+func dirty(b *bitmap.Bitmap) iter.Seq2[int64, int64] {
+	return func(yield func(off, n int64) bool) {
+		for off, n, ok := b.NextDirty(0, b.Size()); ok && yield(off, n); off, n, ok = b.NextDirty(off+n, b.Size()) {
+		}
+	}
 }
 
 // bitmaps compares those of the source.
-func (e *ended) bitmaps(done bool) error {
+func (e *ended) bitmaps(done bool) {
 	w := e.w
 	n := w.x.Graph.Node("l0")
-	if d := n.DirtyBitmap("watch"); d != nil && !(w.Kind == "mirror" && e.top(done) == "t" || w.Kind == "active" && e.top(done) != "l0") {
+	if d := n.DirtyBitmap("watch"); d != nil && e.top(done) == "l0" {
 		must, may := e.spans(w.Watch)
-		if err := within("a bitmap that only records", must, d.Bits(), may); err != nil {
-			return err
-		}
+		within("a bitmap that only records", must, d.Bits(), may)
 	}
 	if e.bitmap == nil {
-		return nil
+		return
 	}
 	d := n.DirtyBitmap("b")
 	if d.Busy() {
-		return errors.New("the backup's bitmap is still busy")
+		trial.Fail("the backup's bitmap is still busy")
 	}
 	least, most := e.spans(w.Bitmap)
 	switch {
@@ -149,11 +150,7 @@ func (e *ended) bitmaps(done bool) error {
 		if w.Real {
 			break
 		}
-		lost, err := e.lost()
-		if err != nil {
-			return err
-		}
-		for off, n, ok := lost.NextDirty(0, lost.Size()); ok; off, n, ok = lost.NextDirty(off, lost.Size()) {
+		for off, n := range dirty(e.lost()) {
 			for end := off + n; off < end; off += 512 {
 				if e.bitmap.Get(off) || w.Sync != types.MirrorSyncModeBitmap {
 					least.Set(off, 512)
@@ -161,35 +158,32 @@ func (e *ended) bitmaps(done bool) error {
 			}
 		}
 	}
-	return within("the backup's bitmap", least, d.Bits(), most)
+	within("the backup's bitmap", least, d.Bits(), most)
 }
 
 // lost is what a power failure takes from the target: what it does not hold then as the source held
 // it at the beginning.
-func (e *ended) lost() (*bitmap.Bitmap, error) {
+func (e *ended) lost() *bitmap.Bitmap {
 	w := e.w
 	v := newWorld(w.ctx, w.Sample, "")
 	for name, c := range w.medium {
 		v.x.Store.Put(name, c.Durable())
 	}
 	lost := bitmap.New(blk.AlignUp(w.Layers[0].Size, 512), 512)
-	err := v.x.Nodes.Add(v.ctx, v.options("t", w.Target, nil))
 	var got []byte
-	if err == nil {
-		got, err = v.read("t")
-	}
-	if e := v.x.Close(); err == nil {
-		err = e
-	}
-	if err != nil {
-		return nil, fmt.Errorf("the target after a power failure: %w", err)
+	err := trial.Run(func() {
+		trial.Must(v.x.Nodes.Add(v.ctx, v.options("t", w.Target, nil)))
+		got = v.read("t")
+	})
+	if err := errors.Join(err, v.x.Close()); err != nil {
+		trial.Fail("the target after a power failure: %w", err)
 	}
 	for i := range e.start {
 		if got[i] != e.start[i] {
 			lost.Set(w.space.disk(int64(i)), 1)
 		}
 	}
-	return lost, nil
+	return lost
 }
 
 // unit is what a copy to the target covers at once.
@@ -207,165 +201,123 @@ func (e *ended) unit() int64 {
 
 // untouched checks that the target holds nothing itself where the top of the source had nothing,
 // and guests did nothing.
-func (e *ended) untouched() error {
+func (e *ended) untouched() {
 	w := e.w
 	_, may := e.spans(max(512, int64(w.Layers[0].Cluster))) // whose clusters it then has as a whole
 	may.Merge(e.allocated)
 	most := bitmap.New(may.Size(), e.unit())
 	most.Merge(may)
-	root, err := w.attach("t", true)
-	if err != nil {
-		return err
-	}
-	err = w.unit(root, func(r *blk.Req) error {
-		for off, size := int64(0), root.Size(); off < size; {
-			x, err := root.Edge().Status(r, off, size-off)
-			if err != nil || x.N == 0 {
-				return err
-			}
-			if at, ok := most.NextClean(off, off+x.N); x.Allocated && ok {
-				return fmt.Errorf("the target holds byte %d, which the source has from below", at)
-			}
-			off += x.N
+	w.extents("t", func(off int64, x blk.Extent) {
+		if at, ok := most.NextClean(off, off+x.N); x.Allocated && ok {
+			trial.Fail("the target holds byte %d, which the source has from below", at)
 		}
-		return nil
 	})
-	return errors.Join(err, w.x.Graph.CloseRoot(w.ctx, root))
 }
 
-func (e *ended) backup(done bool) error {
+func (e *ended) backup(done bool) {
 	w := e.w
-	got, err := w.read("t")
-	if err != nil {
-		return err
-	}
+	got := w.read("t")
 	switch {
 	case w.Sync == types.MirrorSyncModeNone:
 		// What guests changed is there as it was.
-		return e.touched(got, e.start)
+		e.touched(got, e.start)
 	case !done:
-		return nil
 	case w.Sync == types.MirrorSyncModeBitmap, w.Sync == types.MirrorSyncModeIncremental:
-		if err := e.equal(got, e.bitmap); err != nil {
-			return err
-		}
+		e.equal(got, e.bitmap)
 		// The rest is what it was.
 		whole := bitmap.New(blk.AlignUp(w.Layers[0].Size, 512), e.unit())
 		whole.Merge(e.bitmap)
 		for i := range got {
 			if !whole.Get(w.space.disk(int64(i))) && got[i] != w.target[i] {
-				return fmt.Errorf("byte %d of the target was not to be copied", i)
+				trial.Fail("byte %d of the target was not to be copied", i)
 			}
 		}
-		return nil
+	default:
+		same("the target", got[:len(e.start)], e.start)
+		if w.Sync == types.MirrorSyncModeTop {
+			e.untouched()
+		}
 	}
-	if err := same("the target", got[:len(e.start)], e.start); err != nil {
-		return err
-	}
-	if w.Sync == types.MirrorSyncModeTop {
-		return e.untouched()
-	}
-	return nil
 }
 
 // equal compares what a bitmap says with what was there at the beginning.
-func (e *ended) equal(got []byte, b *bitmap.Bitmap) error {
-	for at, n, ok := b.NextDirty(0, b.Size()); ok; at, n, ok = b.NextDirty(at+n, b.Size()) {
+func (e *ended) equal(got []byte, b *bitmap.Bitmap) {
+	for at, n := range dirty(b) {
 		for _, s := range e.w.space.of(at, n) {
-			n := min(s.n, int64(len(e.start))-s.off)
-			if err := same(fmt.Sprintf("the target at %d", e.w.space.disk(s.off)), got[s.off:s.off+n], e.start[s.off:s.off+n]); err != nil {
-				return err
-			}
+			end := min(s.off+s.n, int64(len(e.start)))
+			same(fmt.Sprintf("the target at %d", e.w.space.disk(s.off)), got[s.off:end], e.start[s.off:end])
 		}
 	}
-	return nil
 }
 
 // touched compares what guests changed for certain.
-func (e *ended) touched(got, want []byte) error {
+func (e *ended) touched(got, want []byte) {
 	for _, g := range e.guests {
 		for _, s := range g.must {
-			if err := same(fmt.Sprintf("the target at %d", s.off), got[s.off:s.off+s.n], want[s.off:s.off+s.n]); err != nil {
-				return err
-			}
+			same(fmt.Sprintf("the target at %d", s.off), got[s.off:s.off+s.n], want[s.off:s.off+s.n])
 		}
 	}
-	return nil
 }
 
-func (e *ended) mirror() error {
+func (e *ended) mirror() {
 	w := e.w
 	if w.Sync == types.MirrorSyncModeNone {
-		got, err := w.read("t")
-		if err != nil {
-			return err
-		}
-		return e.touched(got, w.data)
+		e.touched(w.read("t"), w.data)
+		return
 	}
 	if w.Under == "header" {
 		w.reopen = "t" // what it has not itself it shows when its backing file is opened
-	} else if err := w.shows("t", w.data); err != nil {
-		return err
+	} else {
+		w.shows("t", w.data)
 	}
 	if w.Sync == types.MirrorSyncModeTop {
-		return e.untouched()
+		e.untouched()
 	}
-	return nil
 }
 
-func (e *ended) stream() error {
+func (e *ended) stream() {
 	w := e.w
 	b := w.x.Graph.Node("l0").Backing()
 	switch {
 	case w.To == len(w.Layers) && b != nil:
-		return errors.New("there is still something below")
-	case w.To < len(w.Layers) && (b == nil || b.Node().Name() != fmt.Sprintf("l%d", w.To)):
-		return errors.New("something else lies below than what was to stay")
+		trial.Fail("there is still something below")
+	case w.To < len(w.Layers) && (b == nil || b.Node().Name() != layer(w.To)):
+		trial.Fail("something else lies below than what was to stay")
 	}
-	return e.below(w.To)
+	e.below(w.To)
 }
 
 // below compares layers that the job had nothing to do with.
-func (e *ended) below(i int) error {
+func (e *ended) below(i int) {
 	for ; i < len(e.w.Layers); i++ {
-		if err := e.w.shows(fmt.Sprintf("l%d", i), e.w.layers[i]); err != nil {
-			return err
-		}
+		e.w.shows(layer(i), e.w.layers[i])
 	}
-	return nil
 }
 
-func (e *ended) commit() error {
+func (e *ended) commit() {
 	w := e.w
-	base := fmt.Sprintf("l%d", w.To)
-	if err := e.below(w.To + 1); err != nil {
-		return err
-	}
+	base := layer(w.To)
+	e.below(w.To + 1)
 	want := w.data
 	if w.Kind == "commit" {
 		want = w.layers[w.From]
-	} else if e.top(true) == "l0" {
-		want = w.data // left alone, and equal at the end
 	}
-	got, err := w.read(base)
-	if err != nil {
-		return err
-	}
+	got := w.read(base)
 	if len(got) < len(want) {
-		return fmt.Errorf("the base has %d bytes instead of %d", len(got), len(want))
+		trial.Fail("the base has %d bytes instead of %d", len(got), len(want))
 	}
-	return same("the base", got[:len(want)], want)
+	same("the base", got[:len(want)], want)
 }
 
 // finish closes everything, checks the images, and opens what guests used last by its header alone.
-func (w *world) finish() error {
+func (w *world) finish() {
 	for i := range 20 {
 		left := false
 		for _, n := range w.x.Graph.Topology().Nodes {
 			if n.MonitorOwned() {
 				left = true
-				if err := w.x.Nodes.Del(w.ctx, n.Name()); err != nil && i == 19 {
-					return err
+				if err := w.x.Nodes.Del(w.ctx, n.Name()); i == 19 {
+					trial.Must(err)
 				}
 			}
 		}
@@ -373,18 +325,11 @@ func (w *world) finish() error {
 			break
 		}
 	}
-	if err := w.x.Left(); err != nil {
-		return err
+	trial.Must(w.x.Left())
+	if w.sound(w.struck || w.Kill > 0); w.reopen == "" {
+		return
 	}
-	if err := w.sound(w.struck || w.Kill > 0); err != nil || w.reopen == "" {
-		return err
-	}
-	l := w.Target
-	if w.reopen[0] == 'l' {
-		l = w.Layers[w.reopen[1]-'0']
-	}
-	if err := w.x.Nodes.Add(w.ctx, w.options(w.reopen, l, nil)); err != nil {
-		return err
-	}
-	return errors.Join(w.shows(w.reopen, w.data), w.x.Nodes.Del(w.ctx, w.reopen))
+	trial.Must(w.x.Nodes.Add(w.ctx, w.options(w.reopen, w.layer(w.reopen), nil)))
+	w.shows(w.reopen, w.data)
+	trial.Must(w.x.Nodes.Del(w.ctx, w.reopen))
 }

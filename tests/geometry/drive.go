@@ -1,13 +1,13 @@
 package geometry
 
 import (
-	"errors"
 	"fmt"
 	"math/rand/v2"
 
 	"qblockd/graph/blk"
 	"qblockd/schema/types"
 	"qblockd/tests/rig"
+	"qblockd/tests/trial"
 )
 
 // drive is how drive-mirror and drive-backup come to their target: by the name of a file.
@@ -25,13 +25,14 @@ func (d drive) String() string {
 
 // drawDrive lets the job open its target by name, or make it.
 func (s *Sample) drawDrive(r *rand.Rand) {
-	s.Drive = drive{Mode: pick(r, types.NewImageModeExisting, types.NewImageModeAbsolutePaths), Guess: one(r, 2), Named: one(r, 2), NoUnmap: one(r, 3)}
-	s.Drive.Replaces = s.Drive.Named && one(r, 2)
+	s.Drive = drive{Mode: trial.Pick(r, types.NewImageModeExisting, types.NewImageModeAbsolutePaths),
+		Guess: trial.One(r, 2), Named: trial.One(r, 2), NoUnmap: trial.One(r, 3)}
+	s.Drive.Replaces = s.Drive.Named && trial.One(r, 2)
 	if s.Under == "header" {
 		s.Under = "chain" // the job opens it
 	}
 	if s.Drive.Mode == types.NewImageModeExisting {
-		s.Skip += pick(r, 0, 8, 24) // beyond what opens the file
+		s.Skip += trial.Pick(r, 0, 8, 24) // beyond what opens the file
 		return
 	}
 	s.Real, s.Fault, s.Kill = true, "", 0 // it makes files of the host only
@@ -44,7 +45,7 @@ func (s *Sample) drawDrive(r *rand.Rand) {
 		s.Target.Cluster, s.Target.Bits = 65536, 16
 	}
 	s.Compress = s.Compress && !raw
-	if s.Kind == "mirror" && !raw && one(r, 6) {
+	if s.Kind == "mirror" && !raw && trial.One(r, 6) {
 		s.Sync = types.MirrorSyncModeNone
 		if s.End == "success" {
 			s.End = "leave"
@@ -59,31 +60,27 @@ func (s *Sample) drawDrive(r *rand.Rand) {
 }
 
 // namedOnly leaves of all nodes only the source, with what lies below it as its header says.
-func (w *world) namedOnly() error {
+func (w *world) namedOnly() {
 	for _, name := range []string{"t", "u", "l0", "l1", "l2"} {
-		if w.x.Graph.Node(name) == nil {
-			continue
-		}
-		if err := w.x.Nodes.Del(w.ctx, name); err != nil {
-			return err
+		if w.x.Graph.Node(name) != nil {
+			trial.Must(w.x.Nodes.Del(w.ctx, name))
 		}
 	}
-	return w.x.Nodes.Add(w.ctx, w.options("l0", w.Layers[0], nil))
+	trial.Must(w.x.Nodes.Add(w.ctx, w.options("l0", w.Layers[0], nil)))
 }
 
 // openTarget opens the target of a job that is over, whose node went with the last that used it.
-func (w *world) openTarget() error {
+func (w *world) openTarget() {
 	if n := w.x.Graph.Node("t"); n != nil {
-		return errors.New("the target's node is still there")
+		trial.Fail("the target's node is still there")
 	}
 	var below *types.BlockdevRefOrNull
 	if w.Under == "source" { // which is open for writing
 		below = &types.BlockdevRefOrNull{Reference: rig.Ptr("l0")}
 	}
 	if err := w.x.Nodes.Add(w.ctx, w.options("t", w.Target, below)); err != nil {
-		return fmt.Errorf("the target is to be opened again: %w", err)
+		trial.Fail("the target is to be opened again: %w", err)
 	}
-	return nil
 }
 
 // format is what the command says of the target's.
@@ -96,8 +93,9 @@ func (d drive) format(w *world) *string {
 
 func (w *world) driveMirror() error {
 	d := w.Drive
-	a := &types.DriveMirror{JobID: rig.Ptr(id), Device: "l0", Target: w.x.Path("t"), Format: d.format(w), Mode: &d.Mode, Sync: w.Sync,
-		Speed: &w.Speed, BufSize: &w.BufSize, OnSourceError: &w.OnError, OnTargetError: &w.OnError, CopyMode: &w.Mode,
+	a := &types.DriveMirror{JobID: rig.Ptr(id), Device: "l0", Target: w.x.Path("t"), Format: d.format(w),
+		Mode: &d.Mode, Sync: w.Sync, Speed: &w.Speed, BufSize: &w.BufSize,
+		OnSourceError: &w.OnError, OnTargetError: &w.OnError, CopyMode: &w.Mode,
 		Unmap: rig.Ptr(!d.NoUnmap), AutoFinalize: rig.Ptr(!w.Manual), AutoDismiss: rig.Ptr(false)}
 	if w.Granularity > 0 {
 		a.Granularity = rig.Ptr(uint32(w.Granularity))
@@ -114,7 +112,8 @@ func (w *world) driveMirror() error {
 // driveBackup is like a, but for the target.
 func (w *world) driveBackup(a *types.BlockdevBackup) error {
 	d := w.Drive
-	return w.x.BlockJob.DriveBackup(w.ctx, &types.DriveBackup{JobID: a.JobID, Device: a.Device, Target: w.x.Path("t"), Format: d.format(w),
-		Mode: &d.Mode, Sync: a.Sync, Speed: a.Speed, Bitmap: a.Bitmap, BitmapMode: a.BitmapMode, Compress: a.Compress,
-		OnSourceError: a.OnSourceError, OnTargetError: a.OnTargetError, AutoFinalize: a.AutoFinalize, AutoDismiss: a.AutoDismiss, XPerf: a.XPerf})
+	return w.x.BlockJob.DriveBackup(w.ctx, &types.DriveBackup{JobID: a.JobID, Device: a.Device, Target: w.x.Path("t"),
+		Format: d.format(w), Mode: &d.Mode, Sync: a.Sync, Speed: a.Speed, Bitmap: a.Bitmap, BitmapMode: a.BitmapMode,
+		Compress: a.Compress, OnSourceError: a.OnSourceError, OnTargetError: a.OnTargetError,
+		AutoFinalize: a.AutoFinalize, AutoDismiss: a.AutoDismiss, XPerf: a.XPerf})
 }

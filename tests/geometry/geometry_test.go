@@ -10,6 +10,8 @@ import (
 	"time"
 
 	"go.uber.org/goleak"
+
+	"qblockd/schema/types"
 )
 
 var (
@@ -23,14 +25,20 @@ var (
 
 func TestMain(m *testing.M) { goleak.VerifyTestMain(m) }
 
-// TestHugeSteps: a mirror of a huge disk to an image with something below has no small buffer.
+// TestHugeSteps: what fills a huge disk with zeroes, as there is something below, does so in large
+// steps.
 func TestHugeSteps(t *testing.T) {
-	s := Draw(407624)
-	if !s.Huge || s.Kind != "mirror" || s.Under != "own" || s.BufSize != 64<<20 {
+	if s := Draw(407624); !s.Huge || s.Kind != "mirror" || s.Under != "own" || s.BufSize != 64<<20 {
+		t.Errorf("%v", s)
+	}
+	if s := Draw(600914); !s.Huge || s.Kind != "backup" || s.Under != "own" || s.Chunk != 64<<20 {
 		t.Errorf("%v", s)
 	}
 	for seed := range uint64(20000) {
-		if s := Draw(seed); s.Huge && s.Under != "" && 0 < s.BufSize && s.BufSize < 16<<20 {
+		s := Draw(seed)
+		small := 0 < s.BufSize && s.BufSize < 16<<20 ||
+			s.Sync == types.MirrorSyncModeFull && 0 < s.Chunk && s.Chunk < 16<<20
+		if s.Huge && s.Under != "" && small {
 			t.Fatalf("%v", s)
 		}
 	}

@@ -5,7 +5,6 @@ import (
 	"errors"
 	"fmt"
 	"os"
-	"runtime/debug"
 	"slices"
 	"strings"
 	"time"
@@ -17,6 +16,7 @@ import (
 	"qblockd/jobs"
 	"qblockd/schema/types"
 	"qblockd/tests/rig"
+	"qblockd/tests/trial"
 )
 
 // Outcome is what became of a sample.
@@ -58,27 +58,22 @@ func Run(s Sample, limit time.Duration) (Outcome, error) {
 }
 
 func (w *world) play() (o Outcome, err error) {
-	defer func() {
-		if p := recover(); p != nil {
-			err = fmt.Errorf("panic: %v\n%s", p, debug.Stack())
-		}
-	}()
-	err = w.scenario(&o)
+	err = trial.Run(func() { w.scenario(&o) })
 	w.clear()
-	if errors.Is(err, blk.ErrNoMedium) && w.struck && w.givenUp() {
+	if errors.Is(err, blk.ErrNoMedium) && w.struck && givenUp(w.x.Graph) {
 		o.Failed = "an image was given up"
 		return o, w.x.Close()
 	}
 	if err == nil {
-		err = w.finish()
+		err = trial.Run(w.finish)
 	}
 	return o, errors.Join(err, w.x.Close())
 }
 
 // givenUp tells whether an image is used no more as nobody knows what is in its file: a change of
 // its header failed, and so did taking that back.
-func (w *world) givenUp() bool {
-	return slices.ContainsFunc(w.x.Graph.Nodes(), func(n *graph.Node) bool {
+func givenUp(g *graph.Graph) bool {
+	return slices.ContainsFunc(g.Nodes(), func(n *graph.Node) bool {
 		x, ok := n.Driver().(graph.Ejecter)
 		return ok && x.Ejected()
 	})
@@ -87,72 +82,50 @@ func (w *world) givenUp() bool {
 const id = "j"
 
 // scenario runs the job and looks at what it has made.
-func (w *world) scenario(o *Outcome) error {
-	if err := w.build(); err != nil {
-		return fmt.Errorf("before the job: %w", err)
-	}
-	b, err := w.prepare()
-	if err != nil {
-		return err
-	}
-	c, err := w.allocation()
-	if err != nil {
-		return err
-	}
-	guests, err := w.guests()
-	if err != nil {
-		return err
-	}
-	start := append([]byte(nil), w.data...)
-	before := w.dump()
+func (w *world) scenario(o *Outcome) {
+	trial.In("before the job", w.build)
+	e := &ended{w: w, bitmap: w.prepare(), allocated: w.allocation(), guests: w.guests(), start: slices.Clone(w.data)}
 	w.arm()
 	if err := w.begin(); err != nil {
 		o.Refused = err.Error()
 		if w.Drive.Mode == types.NewImageModeAbsolutePaths {
 			w.target = nil // there is no such file
 		}
-		return errors.Join(w.stop(guests), w.leave(guests), w.expected(err))
+		trial.Must(errors.Join(e.guests.stop(), e.guests.leave(), w.expected(err)))
+		return
 	}
-	j := w.x.Jobs.Get(id)
-	if w.Guests == 2 && len(guests) == 1 {
+	e.j = w.x.Jobs.Get(id)
+	if w.Guests == 2 && len(e.guests) == 1 {
 		g, err := w.start("l0", int64(len(w.data))/2/512*512, int64(len(w.data)), 4)
 		if err == nil {
-			guests = append(guests, g)
+			e.guests = append(e.guests, g)
 		} else if w.Kind != "active" { // which needs a consistent chain
-			return err
+			trial.Must(err)
 		}
 	}
-	for _, g := range guests {
+	for _, g := range e.guests {
 		g.faulty = w.Fault != ""
 		g.run()
 	}
-	if err := w.drive(j, guests); err != nil {
-		return errors.Join(err, w.stop(guests))
-	}
-	if err := w.stop(guests); err != nil {
-		return err
-	}
-	w.disarm()
-	if e := j.Err(); e != nil {
+	err := trial.Run(func() { w.drive(e.j, e.guests) })
+	trial.Must(errors.Join(err, e.guests.stop()))
+	w.clear()
+	if e := e.j.Err(); e != nil {
 		o.Failed = e.Error()
 	}
 	o.Struck = w.struck
-	e := &ended{w: w, j: j, start: start, bitmap: b, allocated: c, guests: guests, graph: before}
 	if w.power != nil && w.power.files != nil {
 		o.Killed = true
-		if err := w.afterKill(start); err != nil {
-			return err
-		}
+		w.afterKill(e.start)
 	}
-	return e.check()
+	e.check()
 }
 
 // prepare makes the bitmaps and writes what the backup's has recorded.
-func (w *world) prepare() (was *bitmap.Bitmap, err error) {
+func (w *world) prepare() (was *bitmap.Bitmap) {
 	add := func(name string, granularity int64) *graph.DirtyBitmap {
-		d, e := w.x.Graph.Node("l0").NewDirtyBitmap(graph.DirtyBitmapSpec{Name: name, Granularity: granularity})
-		err = errors.Join(err, e)
-		return d
+		spec := graph.DirtyBitmapSpec{Name: name, Granularity: granularity}
+		return trial.Get(w.x.Graph.Node("l0").NewDirtyBitmap(spec))
 	}
 	if w.Watch > 0 {
 		add("watch", w.Watch)
@@ -160,91 +133,76 @@ func (w *world) prepare() (was *bitmap.Bitmap, err error) {
 	if w.Bitmap > 0 {
 		d := add("b", w.Bitmap)
 		for _, s := range w.filled {
-			if one(w.r, 2) {
+			if trial.One(w.r, 2) {
 				w.space.setTo(d.Bits(), s.off, s.n)
 			}
 		}
 		was = d.Bits().Clone()
 	}
-	return was, err
+	return was
 }
 
 // allocation tells what the top of the source holds itself.
-func (w *world) allocation() (*bitmap.Bitmap, error) {
+func (w *world) allocation() *bitmap.Bitmap {
 	b := bitmap.New(blk.AlignUp(w.Layers[0].Size, 512), 512)
-	root, err := w.attach("l0", true)
-	if err != nil {
-		return nil, err
-	}
-	err = w.unit(root, func(r *blk.Req) error {
-		for off, size := int64(0), root.Size(); off < size; {
-			x, err := root.Edge().Status(r, off, size-off)
-			if err != nil || x.N == 0 {
-				return err
-			}
-			if x.Allocated {
-				b.Set(off, x.N)
-			}
-			off += x.N
+	w.extents("l0", func(off int64, x blk.Extent) {
+		if x.Allocated {
+			b.Set(off, x.N)
 		}
-		return nil
 	})
-	return b, errors.Join(err, w.x.Graph.CloseRoot(w.ctx, root))
+	return b
+}
+
+// extents calls f for all of what a node holds itself, or does not.
+func (w *world) extents(name string, f func(off int64, x blk.Extent)) {
+	w.with(name, true, func(root *graph.Root) {
+		trial.Must(w.unit(root, func(r *blk.Req) error {
+			for off, size := int64(0), root.Size(); off < size; {
+				x, err := root.Edge().Status(r, off, size-off)
+				if err != nil || x.N == 0 {
+					return err
+				}
+				f(off, x)
+				off += x.N
+			}
+			return nil
+		}))
+	})
 }
 
 // guests attaches those that come through the filter.
-func (w *world) guests() (l []*guest, err error) {
+func (w *world) guests() (l guests) {
 	if w.Sample.Guests == 0 || len(w.data) == 0 {
 		w.Sample.Guests = 0
-		return nil, nil
+		return nil
 	}
 	size, n := int64(len(w.data)), int64(w.Sample.Guests)
 	for i := range n {
 		if n == 2 && i == 1 {
 			break // it comes later, and past the filter
 		}
-		g, err := w.start("l0", size*i/n/512*512, size*(i+1)/n/512*512, 3+uint64(i))
-		if err != nil {
-			return l, err
-		}
-		l = append(l, g)
+		l = append(l, trial.Get(w.start("l0", size*i/n/512*512, size*(i+1)/n/512*512, 3+uint64(i))))
 	}
-	return l, nil
-}
-
-func (w *world) stop(l []*guest) (err error) {
-	for _, g := range l {
-		err = errors.Join(err, g.stop())
-	}
-	return err
-}
-
-// leave detaches guests.
-func (w *world) leave(l []*guest) (err error) {
-	for _, g := range l {
-		err = errors.Join(err, w.x.Graph.CloseRoot(w.ctx, g.root))
-	}
-	return err
+	return l
 }
 
 // begin starts the job.
 func (w *world) begin() error {
-	speed, keep := &w.Speed, rig.Ptr(false)
-	auto := rig.Ptr(!w.Manual)
+	speed, keep, auto := &w.Speed, rig.Ptr(false), rig.Ptr(!w.Manual)
 	switch w.Kind {
 	case "mirror":
 		if w.Drive.Mode != "" {
 			return w.driveMirror()
 		}
-		a := &types.BlockdevMirrorArgs{JobID: rig.Ptr(id), Device: "l0", Target: "t", Sync: w.Sync, Speed: speed, BufSize: &w.BufSize,
-			OnSourceError: &w.OnError, OnTargetError: &w.OnError, CopyMode: &w.Mode, AutoFinalize: auto, AutoDismiss: keep}
+		a := &types.BlockdevMirrorArgs{JobID: rig.Ptr(id), Device: "l0", Target: "t", Sync: w.Sync, Speed: speed,
+			BufSize: &w.BufSize, OnSourceError: &w.OnError, OnTargetError: &w.OnError, CopyMode: &w.Mode, AutoFinalize: auto, AutoDismiss: keep}
 		if w.Granularity > 0 {
 			a.Granularity = rig.Ptr(uint32(w.Granularity))
 		}
 		return w.x.BlockJob.BlockdevMirror(w.ctx, a)
 	case "backup":
-		a := &types.BlockdevBackup{JobID: rig.Ptr(id), Device: "l0", Target: "t", Sync: w.Sync, Speed: speed, Compress: &w.Compress,
-			OnSourceError: &w.OnError, OnTargetError: &w.OnError, AutoFinalize: auto, AutoDismiss: keep,
+		a := &types.BlockdevBackup{JobID: rig.Ptr(id), Device: "l0", Target: "t", Sync: w.Sync, Speed: speed,
+			Compress: &w.Compress, OnSourceError: &w.OnError, OnTargetError: &w.OnError, AutoFinalize: auto, AutoDismiss: keep,
 			XPerf: &types.BackupPerf{UseCopyRange: rig.Ptr(!w.Memory), MaxChunk: &w.Chunk}}
 		if w.Workers > 0 {
 			a.XPerf.MaxWorkers = &w.Workers
@@ -260,34 +218,34 @@ func (w *world) begin() error {
 		}
 		return w.x.BlockJob.BlockdevBackup(w.ctx, a)
 	case "stream":
-		a := &types.BlockStreamArgs{JobID: rig.Ptr(id), Device: "l0", Speed: speed, OnError: &w.OnError, AutoFinalize: auto, AutoDismiss: keep}
+		a := &types.BlockStreamArgs{JobID: rig.Ptr(id), Device: "l0", Speed: speed, OnError: &w.OnError,
+			AutoFinalize: auto, AutoDismiss: keep}
 		if w.To < len(w.Layers) {
 			if w.r.IntN(2) == 0 {
-				a.BaseNode = rig.Ptr(fmt.Sprintf("l%d", w.To))
+				a.BaseNode = rig.Ptr(layer(w.To))
 			} else {
-				a.Bottom = rig.Ptr(fmt.Sprintf("l%d", w.To-1))
+				a.Bottom = rig.Ptr(layer(w.To - 1))
 			}
 		}
 		return w.x.BlockJob.BlockStream(w.ctx, a)
 	default:
-		a := &types.BlockCommitArgs{JobID: rig.Ptr(id), Device: "l0", BaseNode: rig.Ptr(fmt.Sprintf("l%d", w.To)), Speed: speed,
+		a := &types.BlockCommitArgs{JobID: rig.Ptr(id), Device: "l0", BaseNode: rig.Ptr(layer(w.To)), Speed: speed,
 			OnError: &w.OnError, AutoFinalize: auto, AutoDismiss: keep}
 		if w.From > 0 {
-			a.TopNode = rig.Ptr(fmt.Sprintf("l%d", w.From))
+			a.TopNode = rig.Ptr(layer(w.From))
 		}
 		return w.x.BlockJob.BlockCommit(w.ctx, a)
 	}
 }
 
-// expected tells whether a refusal is one of those that a sample may meet.
+// expected is nil if a refusal is one of those that a sample may meet.
 func (w *world) expected(err error) error {
-	for _, text := range []string{"Source and target image have different sizes", "Bottom node", "is not in a backing chain"} {
-		if strings.Contains(err.Error(), text) {
-			return nil
-		}
+	texts := []string{"Source and target image have different sizes", "Bottom node", "is not in a backing chain"}
+	if w.Drive.Mode != "" && w.Sync == types.MirrorSyncModeNone && w.Target.Raw {
+		// It cannot have the source as its backing file.
+		texts = append(texts, "Backing file not supported", "does not support backing files")
 	}
-	raw := w.Drive.Mode != "" && w.Sync == types.MirrorSyncModeNone && w.Target.Raw // it cannot have the source as its backing file
-	if w.Fault != "" || raw && (strings.Contains(err.Error(), "Backing file not supported") || strings.Contains(err.Error(), "does not support backing files")) {
+	if w.Fault != "" || slices.ContainsFunc(texts, func(s string) bool { return strings.Contains(err.Error(), s) }) {
 		return nil
 	}
 	return fmt.Errorf("refused: %w", err)
@@ -295,19 +253,17 @@ func (w *world) expected(err error) error {
 
 // drive brings the job to its end. After some time it is left in peace, and has to end before too
 // much more has happened.
-func (w *world) drive(j *jobs.Job, guests []*guest) error {
+func (w *world) drive(j *jobs.Job, guests guests) {
 	r, most := w.r, int64(0)
 	for i := 0; ; i++ {
 		select {
 		case <-j.Finished():
-			return nil
+			return
 		case <-w.ctx.Done():
-			return fmt.Errorf("the job does not end: %w: %s", context.Cause(w.ctx), w.query())
-		case <-time.After(pick(r, 20*time.Microsecond, 200*time.Microsecond)):
+			trial.Fail("the job does not end: %w: %s", context.Cause(w.ctx), query(w.x.Jobs))
+		case <-time.After(trial.Pick(r, 20*time.Microsecond, 200*time.Microsecond)):
 		}
-		if err := w.steer(j, guests, i); err != nil {
-			return err
-		}
+		w.steer(j, guests, i)
 		switch {
 		case i < quietAfter:
 			w.disturb(j)
@@ -316,17 +272,17 @@ func (w *world) drive(j *jobs.Job, guests []*guest) error {
 			_ = j.SetSpeed(0)
 			most = w.moves() + mostMoves
 		case w.moves() > most:
-			return fmt.Errorf("the job does not end: %s", w.query())
+			trial.Fail("the job does not end: %s", query(w.x.Jobs))
 		}
-		if j.UserPaused() && (i > quietAfter || one(r, 2)) {
+		if j.UserPaused() && (i > quietAfter || trial.One(r, 2)) {
 			_ = j.Resume()
 		}
-		w.x.Clock.Advance(pick(r, 50*time.Millisecond, time.Second))
+		w.x.Clock.Advance(trial.Pick(r, 50*time.Millisecond, time.Second))
 	}
 }
 
 // steer tells the job what is to become of it.
-func (w *world) steer(j *jobs.Job, guests []*guest, i int) error {
+func (w *world) steer(j *jobs.Job, guests guests, i int) {
 	status := types.JobStatus("")
 	for _, q := range w.x.Jobs.Query() {
 		status = q.Status
@@ -334,18 +290,14 @@ func (w *world) steer(j *jobs.Job, guests []*guest, i int) error {
 	switch {
 	case w.End == "cancel" && i >= w.After:
 		if w.Sync == types.MirrorSyncModeNone { // what is written afterwards is nobody's
-			if err := w.stop(guests); err != nil {
-				return err
-			}
+			trial.Must(guests.stop())
 		}
 		_ = j.Cancel(true)
 	case status == types.JobStatusReady && w.End != "cancel":
 		// Also of a target whose backing file nobody has opened: it does not show yet what guests
 		// have to see.
-		if w.Sample.Guests > 0 && (w.End == "leave" || w.Busy || w.Under == "header") {
-			if err := w.stop(guests); err != nil {
-				return err
-			}
+		if w.End == "leave" || w.Busy || w.Under == "header" {
+			trial.Must(guests.stop())
 		}
 		if w.End == "leave" {
 			_ = j.Cancel(false)
@@ -355,25 +307,24 @@ func (w *world) steer(j *jobs.Job, guests []*guest, i int) error {
 	case status == types.JobStatusPending:
 		_ = j.Finalize()
 	}
-	return nil
 }
 
 // disturb does what users do to a job meanwhile.
 func (w *world) disturb(j *jobs.Job) {
 	switch r := w.r; {
-	case one(r, 20):
+	case trial.One(r, 20):
 		_ = j.Pause()
-	case one(r, 20) && w.space == nil: // zeroes count, too
+	case trial.One(r, 20) && w.space == nil: // zeroes count, too
 		_ = j.SetSpeed(r.Int64N(8 << 20))
 	}
-	if w.Switch && one(w.r, 3) {
-		_ = j.ChangeCopyMode(pick(w.r, types.MirrorCopyModeBackground, types.MirrorCopyModeWriteBlocking))
+	if w.Switch && trial.One(w.r, 3) {
+		_ = j.ChangeCopyMode(trial.Pick(w.r, types.MirrorCopyModeBackground, types.MirrorCopyModeWriteBlocking))
 	}
 }
 
-func (w *world) query() string {
+func query(m *jobs.Manager) string {
 	s := ""
-	for _, q := range w.x.Jobs.Query() {
+	for _, q := range m.Query() {
 		s += fmt.Sprintf("%+v ", *q)
 	}
 	return s
@@ -415,5 +366,3 @@ func (w *world) clear() {
 		f.Clear()
 	}
 }
-
-func (w *world) disarm() { w.clear() }

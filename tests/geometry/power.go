@@ -1,11 +1,11 @@
 package geometry
 
 import (
-	"fmt"
+	"errors"
 	"sync"
 
 	"qblockd/blockdev/drivertest"
-	"qblockd/schema/types"
+	"qblockd/tests/trial"
 )
 
 // power takes a copy of all files at the at-th change of one: as a killed process leaves them, or
@@ -43,51 +43,40 @@ func (p *power) hook(op drivertest.Op, _, _ int64) {
 
 // afterKill opens the copies: the images are sound, and the source shows what it showed when the
 // job began.
-func (w *world) afterKill(want []byte) error {
+func (w *world) afterKill(want []byte) {
 	v := newWorld(w.ctx, w.Sample, "")
 	for name, m := range w.power.files {
 		v.x.Store.Put(name, m)
 	}
 	v.target = w.target
-	err := v.sound(true)
-	if err == nil {
-		if err = v.x.Nodes.Add(v.ctx, v.options("l0", w.Layers[0], nil)); err == nil {
-			err = v.shows("l0", want)
-		}
+	err := trial.Run(func() {
+		v.sound(true)
+		trial.Must(v.x.Nodes.Add(v.ctx, v.options("l0", w.Layers[0], nil)))
+		v.shows("l0", want)
+	})
+	if err := errors.Join(err, v.x.Close()); err != nil {
+		trial.Fail("killed at write %d: %w", w.Kill, err)
 	}
-	if e := v.x.Close(); err == nil {
-		err = e
-	}
-	if err != nil {
-		return fmt.Errorf("killed at write %d: %w", w.Kill, err)
-	}
-	return nil
-}
-
-// names are those of the files.
-func (w *world) names() (l []string) {
-	for i := range w.Layers {
-		l = append(l, fmt.Sprintf("l%d", i))
-	}
-	if w.target != nil {
-		l = append(l, "t")
-	}
-	return l
 }
 
 // sound checks all images.
-func (w *world) sound(leaky bool) error {
-	for _, name := range w.names() {
-		if w.format(name) == types.BlockdevDriverRaw {
+func (w *world) sound(leaky bool) {
+	var names []string
+	for i := range w.Layers {
+		names = append(names, layer(i))
+	}
+	if w.target != nil {
+		names = append(names, "t")
+	}
+	for _, name := range names {
+		if w.layer(name).Raw {
 			continue
 		}
-		res, err := w.x.Check(w.ctx, name)
-		if err != nil {
-			return fmt.Errorf("%s: %w", name, err)
-		}
-		if res.Corruptions+res.Errors > 0 || res.Leaks > 0 && !leaky {
-			return fmt.Errorf("%s: %+v", name, *res)
-		}
+		trial.In(name, func() {
+			res := trial.Get(w.x.Check(w.ctx, name))
+			if res.Corruptions+res.Errors > 0 || res.Leaks > 0 && !leaky {
+				trial.Fail("%+v", *res)
+			}
+		})
 	}
-	return nil
 }

@@ -9,6 +9,7 @@ import (
 
 	"qblockd/graph/blk"
 	"qblockd/schema/types"
+	"qblockd/tests/trial"
 )
 
 // Sample is one combination.
@@ -20,9 +21,11 @@ type Sample struct {
 	Sync   types.MirrorSyncMode
 	// Under is what lies below the target: "" nothing, "own" another image, "chain" what lies below
 	// the source, "header" the same, which is not opened.
-	Under    string
-	Drive    drive // how drive-mirror and drive-backup come to their target
-	From, To int   // layers that a commit copies from and to, or a stream to (and the one that stays, which may be len(Layers))
+	Under string
+	Drive drive // how drive-mirror and drive-backup come to their target
+	// From and To are the layers that a commit copies from and to, or a stream to (and the one that
+	// stays, which may be len(Layers)).
+	From, To int
 
 	Mode             types.MirrorCopyMode
 	Switch           bool // to and fro between the modes
@@ -114,11 +117,6 @@ func (s Sample) String() string {
 	return b.String()
 }
 
-func pick[T any](r *rand.Rand, l ...T) T { return l[r.IntN(len(l))] }
-
-// one is true once in n times.
-func one(r *rand.Rand, n int) bool { return r.IntN(n) == 0 }
-
 const (
 	most     = 6 << 20 // bytes of a disk
 	busySize = 8 << 20 // of one that many guests write to
@@ -127,8 +125,8 @@ const (
 // Draw makes the sample of a seed.
 func Draw(seed uint64) Sample {
 	r := rand.New(rand.NewPCG(seed, 0x6765))
-	s := Sample{Seed: seed, Kind: pick(r, "mirror", "mirror", "mirror", "backup", "backup", "backup", "stream", "commit", "active", "active")}
-	s.Real = one(r, 10)
+	s := Sample{Seed: seed, Kind: trial.Pick(r, "mirror", "mirror", "mirror", "backup", "backup", "backup", "stream", "commit", "active", "active")}
+	s.Real = trial.One(r, 10)
 	depth := 1 + r.IntN(3)
 	switch s.Kind {
 	case "commit":
@@ -136,10 +134,10 @@ func Draw(seed uint64) Sample {
 	case "active", "stream":
 		depth = 2 + r.IntN(2)
 	}
-	s.Granularity = pick[int64](r, 0, 0, 512, 1024, 4096, 65536, 1<<20, 2<<20, 8<<20, 64<<20)
+	s.Granularity = trial.Pick[int64](r, 0, 0, 512, 1024, 4096, 65536, 1<<20, 2<<20, 8<<20, 64<<20)
 	size := drawSize(r, s.Granularity)
 	for i := range depth {
-		s.Layers = append(s.Layers, s.drawLayer(r, size, i == depth-1 && (depth == 1 || one(r, 4))))
+		s.Layers = append(s.Layers, s.drawLayer(r, size, i == depth-1 && (depth == 1 || trial.One(r, 4))))
 		switch below := &size; r.IntN(4) {
 		case 0:
 			*below = r.Int64N(size+1) / 512 * 512
@@ -147,26 +145,26 @@ func Draw(seed uint64) Sample {
 			*below = min(size+512*r.Int64N(1+size/512), most)
 		}
 	}
-	s.Speed = 0
-	if one(r, 3) {
+	if trial.One(r, 3) {
 		s.Speed = 1 + r.Int64N(4<<20)
 	}
-	s.OnError = pick(r, types.BlockdevOnErrorReport, types.BlockdevOnErrorReport, types.BlockdevOnErrorStop, types.BlockdevOnErrorIgnore, types.BlockdevOnErrorEnospc)
-	s.Manual = one(r, 4)
-	if one(r, 2) && !s.Layers[0].Raw {
+	s.OnError = trial.Pick(r, types.BlockdevOnErrorReport, types.BlockdevOnErrorReport, types.BlockdevOnErrorStop,
+		types.BlockdevOnErrorIgnore, types.BlockdevOnErrorEnospc)
+	s.Manual = trial.One(r, 4)
+	if trial.One(r, 2) && !s.Layers[0].Raw {
 		s.Watch = 512 << r.IntN(15)
 	}
-	s.Guests = pick(r, 0, 1, 1, 1)
+	s.Guests = trial.Pick(r, 0, 1, 1, 1)
 	s.End = "success"
-	if one(r, 6) {
+	if trial.One(r, 6) {
 		s.End, s.After = "cancel", r.IntN(20)
 	}
 	s.drawKind(r)
 	s.drawFault(r)
-	if h := rand.New(rand.NewPCG(seed, 0x68756765)); !s.Busy && one(h, 8) {
+	if h := rand.New(rand.NewPCG(seed, 0x68756765)); !s.Busy && trial.One(h, 8) {
 		s.makeHuge(h)
 	}
-	if d := rand.New(rand.NewPCG(seed, 0x6472697665)); (s.Kind == "mirror" || s.Kind == "backup") && one(d, 6) {
+	if d := rand.New(rand.NewPCG(seed, 0x6472697665)); (s.Kind == "mirror" || s.Kind == "backup") && trial.One(d, 6) {
 		s.drawDrive(d)
 	}
 	if s.Huge {
@@ -191,13 +189,13 @@ func (s *Sample) drawKind(r *rand.Rand) {
 		s.From, s.To = 0, 1+r.IntN(len(s.Layers))
 	}
 	if s.Kind == "mirror" || s.Kind == "active" {
-		if one(r, 4) && s.Guests == 1 {
+		if trial.One(r, 4) && s.Guests == 1 {
 			s.Guests = 2
 		}
-		if s.End == "success" && one(r, 4) {
+		if s.End == "success" && trial.One(r, 4) {
 			s.End = "leave" // ready, and not completed
 		}
-		if one(r, 12) && s.Guests == 1 && s.End == "success" {
+		if trial.One(r, 12) && s.Guests == 1 && s.End == "success" {
 			s.Busy, s.Guests = true, 4
 			s.Layers[0].Size, s.Target.Size = busySize, busySize
 			s.Speed, s.Manual = 0, false
@@ -209,7 +207,7 @@ func (s *Sample) drawKind(r *rand.Rand) {
 }
 
 func drawSize(r *rand.Rand, granularity int64) int64 {
-	unit := pick(r, 512, 4096, 65536, 256<<10, max(granularity, 512))
+	unit := trial.Pick(r, 512, 4096, 65536, 256<<10, max(granularity, 512))
 	n := unit * int64(r.IntN(12))
 	switch r.IntN(6) {
 	case 0:
@@ -225,75 +223,75 @@ func drawSize(r *rand.Rand, granularity int64) int64 {
 
 func (s *Sample) drawLayer(r *rand.Rand, size int64, raw bool) Layer {
 	l := Layer{Size: size, Fill: r.IntN(12), Discard: r.IntN(3) != 0}
-	if l.Detect = pick(r, "off", "off", "off", "on", "unmap"); l.Detect == "unmap" {
+	if l.Detect = trial.Pick(r, "off", "off", "off", "on", "unmap"); l.Detect == "unmap" {
 		l.Discard = true
 	}
 	if raw {
 		l.Raw = true
-		if s.Real && one(r, 2) {
+		if s.Real && trial.One(r, 2) {
 			l.Size += r.Int64N(512)
 		}
 		return l
 	}
-	l.Cluster = pick(r, 512, 512, 1024, 4096, 4096, 16384, 65536, 65536, 65536, 1<<20, 2<<20)
-	l.V2, l.Bits = one(r, 4), 16
+	l.Cluster = trial.Pick(r, 512, 512, 1024, 4096, 4096, 16384, 65536, 65536, 65536, 1<<20, 2<<20)
+	l.V2, l.Bits = trial.One(r, 4), 16
 	if !l.V2 {
-		l.Bits = pick[int64](r, 1, 4, 16, 16, 64)
-		l.Zstd = one(r, 4)
+		l.Bits = trial.Pick[int64](r, 1, 4, 16, 16, 64)
+		l.Zstd = trial.One(r, 4)
 	}
-	l.Prealloc = one(r, 10)
+	l.Prealloc = trial.One(r, 10)
 	return l
 }
 
 // drawTarget makes a target that fits.
 func (s *Sample) drawTarget(r *rand.Rand) {
 	top := s.Layers[0]
-	s.Target = s.drawLayer(r, top.Size, one(r, 4))
+	s.Target = s.drawLayer(r, top.Size, trial.One(r, 4))
 	s.Target.Size = top.Size
 	if top.Size%512 != 0 && !s.Target.Raw {
 		s.Target.Raw = true
 	}
-	if one(r, 2) {
+	if trial.One(r, 2) {
 		s.Target.Fill = 0
 	}
-	if one(r, 40) {
+	if trial.One(r, 40) {
 		s.Target.Size += 512 * (1 + r.Int64N(100)) // it does not fit
 		s.Sync, s.Under = types.MirrorSyncModeFull, ""
 		return
 	}
 	s.Sync = types.MirrorSyncModeFull
 	switch {
-	case !s.Target.Raw && len(s.Layers) > 1 && one(r, 3):
+	case !s.Target.Raw && len(s.Layers) > 1 && trial.One(r, 3):
 		s.Sync, s.Under, s.Target.Fill, s.Target.Prealloc = types.MirrorSyncModeTop, "chain", 0, false
-	case !s.Target.Raw && one(r, 4):
+	case !s.Target.Raw && trial.One(r, 4):
 		s.Under = "own"
 	}
 }
 
 func (s *Sample) drawMirror(r *rand.Rand) {
 	s.drawTarget(r)
-	if s.Under == "chain" && one(r, 2) {
+	if s.Under == "chain" && trial.One(r, 2) {
 		s.Under = "header"
 	}
-	if s.Under == "" && one(r, 10) {
+	if s.Under == "" && trial.One(r, 10) {
 		s.Sync, s.Target.Size = types.MirrorSyncModeNone, s.Layers[0].Size
 	}
-	s.Mode = pick(r, types.MirrorCopyModeBackground, types.MirrorCopyModeBackground, types.MirrorCopyModeWriteBlocking)
-	s.Switch = one(r, 5)
-	s.BufSize = pick[int64](r, 0, 0, 512, 65536, 1<<20, 64<<20)
+	s.Mode = trial.Pick(r, types.MirrorCopyModeBackground, types.MirrorCopyModeBackground, types.MirrorCopyModeWriteBlocking)
+	s.Switch = trial.One(r, 5)
+	s.BufSize = trial.Pick[int64](r, 0, 0, 512, 65536, 1<<20, 64<<20)
 }
 
 func (s *Sample) drawBackup(r *rand.Rand) {
 	s.drawTarget(r)
-	if s.Layers[0].Size%512 != 0 && one(r, 2) {
+	if s.Layers[0].Size%512 != 0 && trial.One(r, 2) {
 		s.Target.Size = (s.Layers[0].Size + 511) / 512 * 512 // fits, too
 	}
-	if s.Compress = !s.Target.Raw && s.Under != "own" && one(r, 4); s.Compress {
+	if s.Compress = !s.Target.Raw && s.Under != "own" && trial.One(r, 4); s.Compress {
 		s.Target.Fill, s.Target.Prealloc = 0, false // what is there already cannot be compressed
 	}
-	s.Memory = one(r, 3)
-	s.Workers = pick[int64](r, 0, 0, 1, 2, 7, 100)
-	s.Chunk = pick[int64](r, 0, 0, 65536, 100000, 1<<20, 4<<20, 64<<20)
+	s.Memory = trial.One(r, 3)
+	s.Workers = trial.Pick[int64](r, 0, 0, 1, 2, 7, 100)
+	s.Chunk = trial.Pick[int64](r, 0, 0, 65536, 100000, 1<<20, 4<<20, 64<<20)
 	if s.Chunk > 0 {
 		s.Chunk = max(s.Chunk, int64(s.Target.Cluster))
 	}
@@ -303,10 +301,11 @@ func (s *Sample) drawBackup(r *rand.Rand) {
 	switch r.IntN(8) {
 	case 0, 1, 2, 3:
 		s.Bitmap = 512 << r.IntN(23) // 512 B to 2 GiB
-		s.BitmapMode = pick(r, types.BitmapSyncModeNever, types.BitmapSyncModeOnSuccess, types.BitmapSyncModeAlways, types.BitmapSyncModeAlways)
-		if s.BitmapMode == types.BitmapSyncModeNever || one(r, 2) {
+		s.BitmapMode = trial.Pick(r, types.BitmapSyncModeNever, types.BitmapSyncModeOnSuccess,
+			types.BitmapSyncModeAlways, types.BitmapSyncModeAlways)
+		if s.BitmapMode == types.BitmapSyncModeNever || trial.One(r, 2) {
 			s.Sync = types.MirrorSyncModeBitmap
-		} else if s.BitmapMode == types.BitmapSyncModeOnSuccess && one(r, 2) {
+		} else if s.BitmapMode == types.BitmapSyncModeOnSuccess && trial.One(r, 2) {
 			s.Sync = types.MirrorSyncModeIncremental
 		}
 	case 4:
@@ -318,16 +317,16 @@ func (s *Sample) drawBackup(r *rand.Rand) {
 func (s *Sample) drawFault(r *rand.Rand) {
 	switch {
 	case s.Busy, s.Real:
-	case one(r, 4):
-		s.Fault = pick(r, "l0", "t", "t")
+	case trial.One(r, 4):
+		s.Fault = trial.Pick(r, "l0", "t", "t")
 		if s.Target.Cluster == 0 && !s.Target.Raw {
-			s.Fault = pick(r, "l0", fmt.Sprintf("l%d", len(s.Layers)-1))
+			s.Fault = trial.Pick(r, "l0", fmt.Sprintf("l%d", len(s.Layers)-1))
 		}
-		s.Skip, s.Count, s.Err = r.IntN(4<<r.IntN(6)), 1+r.IntN(2), pick(r, syscall.EIO, syscall.ENOSPC)
-		if s.OnError == types.BlockdevOnErrorReport && one(r, 2) {
+		s.Skip, s.Count, s.Err = r.IntN(4<<r.IntN(6)), 1+r.IntN(2), trial.Pick(r, syscall.EIO, syscall.ENOSPC)
+		if s.OnError == types.BlockdevOnErrorReport && trial.One(r, 2) {
 			s.Count = 0
 		}
-	case one(r, 8) && s.Sync != types.MirrorSyncModeNone:
+	case trial.One(r, 8) && s.Sync != types.MirrorSyncModeNone:
 		s.Kill, s.Guests = 1+r.IntN(4<<r.IntN(7)), 0
 		s.End, s.OnError = "success", types.BlockdevOnErrorReport
 	}
@@ -349,7 +348,7 @@ func (s *Sample) makeHuge(r *rand.Rand) {
 			l.Cluster, l.Prealloc = max(l.Cluster, 65536), false
 		}
 		if sizes[l.Size] == 0 {
-			n := pick(r, edges...) + 512*(r.Int64N(257)-128)
+			n := trial.Pick(r, edges...) + 512*(r.Int64N(257)-128)
 			if r.IntN(3) == 0 {
 				n = hugest - 512*r.Int64N(1<<20)
 			}
@@ -372,14 +371,14 @@ func (s *Sample) makeHuge(r *rand.Rand) {
 	}
 	s.Places = append(s.Places, 0)
 	for range 1 + r.IntN(4) {
-		s.Places = append(s.Places, pick(r, edges...))
+		s.Places = append(s.Places, trial.Pick(r, edges...))
 	}
 }
 
 // modernize spares a huge disk what takes as many steps as it has clusters or granules. Where there
 // is something below an image, all of it may be zeroed: images of version 2 would have to write
 // data for that, and a mirror with a small buffer would do it in pieces of a granule (seed 407624:
-// 16 million of them).
+// 16 million of them), a full backup with a small max-chunk in pieces of that (seed 600914).
 func (s *Sample) modernize() {
 	for i := range s.Layers[:len(s.Layers)-1] {
 		s.Layers[i].V2 = false
@@ -387,6 +386,9 @@ func (s *Sample) modernize() {
 	s.Target.V2 = s.Target.V2 && s.Under == ""
 	if s.Under != "" && s.BufSize > 0 {
 		s.BufSize = 64 << 20
+	}
+	if s.Under != "" && s.Sync == types.MirrorSyncModeFull && s.Chunk > 0 {
+		s.Chunk = 64 << 20
 	}
 }
 

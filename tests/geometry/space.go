@@ -1,12 +1,15 @@
 package geometry
 
 import (
+	"cmp"
 	"fmt"
+	"math/rand/v2"
 	"slices"
 
 	"qblockd/graph"
 	"qblockd/graph/bitmap"
 	"qblockd/graph/blk"
+	"qblockd/tests/trial"
 )
 
 // space is where a disk may hold data: in windows, in order and apart from each other. The model
@@ -56,18 +59,23 @@ func (s space) find(at int64) window {
 		return window{n: 1 << 62}
 	}
 	i, ok := slices.BinarySearchFunc(s, at, func(w window, at int64) int {
-		switch {
-		case w.at+w.n <= at:
-			return -1
-		case w.at > at:
-			return 1
+		if at >= w.at && at < w.at+w.n {
+			return 0
 		}
-		return 0
+		return cmp.Compare(w.at, at)
 	})
 	if !ok {
 		panic(fmt.Sprintf("geometry: byte %d of a model of %v", at, s))
 	}
 	return s[i]
+}
+
+// place is a part of [lo, lo+size) of the model that lies in one window.
+func (s space) place(r *rand.Rand, lo, size int64) (off, n int64) {
+	if off, n = place(r, size); n > 0 {
+		n = s.within(lo+off, n)
+	}
+	return off, n
 }
 
 // disk is where a byte of the model is on the disk.
@@ -98,7 +106,7 @@ func (s space) of(off, n int64) (l []span) {
 
 // zeroBetween checks that a disk reads as zeroes where the model has nothing. What its node calls
 // zeroes is believed, but for some bytes on both sides of each window.
-func (w *world) zeroBetween(root *graph.Root) error {
+func (w *world) zeroBetween(root *graph.Root) {
 	const edge = 4096
 	lo, size := int64(0), root.Size()
 	for _, v := range append(slices.Clone(w.space), window{off: size}) {
@@ -109,20 +117,16 @@ func (w *world) zeroBetween(root *graph.Root) error {
 			if believe {
 				n = hi - off - edge
 			}
-			n, err := w.zeroes(root, off, n, believe)
-			if err != nil {
-				return err
-			}
-			off += n
+			off += w.zeroes(root, off, n, believe)
 		}
 		lo = v.off + v.n
 	}
-	return nil
 }
 
 // zeroes checks a part of [off, off+n), and tells how long it was.
-func (w *world) zeroes(root *graph.Root, off, n int64, believe bool) (int64, error) {
-	err := w.unit(root, func(r *blk.Req) error {
+func (w *world) zeroes(root *graph.Root, off, n int64, believe bool) int64 {
+	name := root.Node().Name()
+	trial.Must(w.unit(root, func(r *blk.Req) error {
 		if believe {
 			x, err := root.Edge().StatusAbove(r, nil, false, off, n)
 			if n = x.N; err != nil || x.Zero {
@@ -135,14 +139,14 @@ func (w *world) zeroes(root *graph.Root, off, n int64, believe bool) (int64, err
 			return err
 		}
 		if !blk.IsZero(p) {
-			return fmt.Errorf("%s has data in [%d, +%d), where nobody wrote", root.Node().Name(), off, n)
+			return fmt.Errorf("%s has data in [%d, +%d), where nobody wrote", name, off, n)
 		}
 		return nil
-	})
-	if err == nil && n == 0 {
-		err = fmt.Errorf("%s says nothing of byte %d", root.Node().Name(), off)
+	}))
+	if n == 0 {
+		trial.Fail("%s says nothing of byte %d", name, off)
 	}
-	return n, err
+	return n
 }
 
 // setTo makes the bytes of the model in [at, at+n) dirty in a bitmap of the disk.

@@ -1,14 +1,11 @@
 package geometry
 
 import (
-	"bytes"
 	"context"
 	"errors"
 	"fmt"
 	"math/rand/v2"
 	"slices"
-	"sort"
-	"strings"
 	"sync"
 	"sync/atomic"
 
@@ -17,6 +14,7 @@ import (
 	"qblockd/graph/blk"
 	"qblockd/schema/types"
 	"qblockd/tests/rig"
+	"qblockd/tests/trial"
 )
 
 // world is a sample's graph beside what it has to show.
@@ -65,27 +63,21 @@ func newWorld(ctx context.Context, s Sample, dir string) *world {
 }
 
 // build makes all images and opens them.
-func (w *world) build() error {
+func (w *world) build() {
 	w.layers = make([][]byte, len(w.Layers))
 	var below []byte
 	for i := len(w.Layers) - 1; i >= 0; i-- {
-		name, under := fmt.Sprintf("l%d", i), ""
+		name, under := layer(i), ""
 		if i+1 < len(w.Layers) {
-			under = fmt.Sprintf("l%d", i+1)
+			under = layer(i + 1)
 		}
-		shown := resized(below, w.model(w.Layers[i]))
-		spans, err := w.image(name, w.Layers[i], under, under, shown)
-		if err != nil {
-			return fmt.Errorf("%s: %w", name, err)
-		}
-		if i == 0 {
-			w.filled = spans
-		}
+		shown := trial.Resized(below, w.model(w.Layers[i]))
+		trial.In(name, func() { w.filled = w.image(name, w.Layers[i], under, under, shown) }) // of the top in the end
 		w.layers[i], below = shown, shown
 	}
 	w.data = slices.Clone(below)
 	if w.Kind != "mirror" && w.Kind != "backup" {
-		return nil
+		return
 	}
 	size := w.model(w.Target)
 	w.target = make([]byte, size)
@@ -95,11 +87,9 @@ func (w *world) build() error {
 		l := w.Layers[0]
 		l.Size = w.Target.Size / 3 / 512 * 512
 		w.under = make([]byte, w.model(l))
-		if _, err := w.image("u", l, "", "", w.under); err != nil {
-			return err
-		}
+		w.image("u", l, "", "", w.under)
 		header, open = "u", "u"
-		w.target = resized(w.under, size)
+		w.target = trial.Resized(w.under, size)
 	case w.Under == "source":
 		w.target = slices.Clone(w.data)
 	case w.Under != "":
@@ -107,38 +97,35 @@ func (w *world) build() error {
 		if w.Under == "chain" {
 			open = "l1"
 		}
-		w.target = resized(w.layers[1], size)
+		w.target = trial.Resized(w.layers[1], size)
 	}
 	if w.Drive.Mode != types.NewImageModeAbsolutePaths {
-		if _, err := w.image("t", w.Target, header, open, w.target); err != nil {
-			return err
-		}
+		w.image("t", w.Target, header, open, w.target)
 	}
 	if w.Drive.Mode != "" {
-		return w.namedOnly()
+		w.namedOnly()
 	}
-	return nil
 }
 
 // model is how many bytes the model has of an image.
-func (w *world) model(l Layer) int64 { return w.space.model(blk.AlignUp(l.Size, 512)) }
+func (w *world) model(l Layer) int { return int(w.space.model(blk.AlignUp(l.Size, 512))) }
 
-// resized is a copy of another length.
-func resized(p []byte, size int64) []byte {
-	q := make([]byte, size)
-	copy(q, p)
-	return q
+// layer is the name of one.
+func layer(i int) string { return fmt.Sprint("l", i) }
+
+// layer is the image of that name.
+func (w *world) layer(name string) Layer {
+	switch {
+	case name == "u":
+		return w.Layers[0]
+	case name[0] == 'l':
+		return w.Layers[name[1]-'0']
+	}
+	return w.Target
 }
 
 func (w *world) format(name string) types.BlockdevDriver {
-	l := w.Target
-	switch {
-	case name == "u":
-		l = w.Layers[0]
-	case name[0] == 'l':
-		l = w.Layers[name[1]-'0']
-	}
-	if l.Raw {
+	if w.layer(name).Raw {
 		return types.BlockdevDriverRaw
 	}
 	return types.BlockdevDriverQcow2
@@ -146,14 +133,12 @@ func (w *world) format(name string) types.BlockdevDriver {
 
 // image makes an image on top of the file called header, opens it on the node called open, and
 // writes to it what a seed says: shown is brought up to date.
-func (w *world) image(name string, l Layer, header, open string, shown []byte) ([]span, error) {
+func (w *world) image(name string, l Layer, header, open string, shown []byte) (done []span) {
 	size := int64(0)
 	if l.Raw {
 		size = l.Size
 	}
-	if err := w.file(name, size); err != nil {
-		return nil, err
-	}
+	w.file(name, size)
 	if !l.Raw {
 		c := types.BlockdevCreateOptionsQcow2{Size: uint64(l.Size), ClusterSize: rig.Ptr(uint64(l.Cluster))}
 		if l.V2 {
@@ -169,31 +154,29 @@ func (w *world) image(name string, l Layer, header, open string, shown []byte) (
 		} else if l.Prealloc {
 			c.Preallocation = rig.Ptr(types.PreallocModeMetadata)
 		}
-		if err := w.x.CreateQcow2(w.ctx, name, c); err != nil {
-			return nil, err
-		}
+		trial.Must(w.x.CreateQcow2(w.ctx, name, c))
 	}
 	b := &types.BlockdevRefOrNull{Null: true}
 	if open != "" {
 		b = &types.BlockdevRefOrNull{Reference: &open}
 	}
-	if err := w.x.Nodes.Add(w.ctx, w.options(name, l, b)); err != nil {
-		return nil, err
+	trial.Must(w.x.Nodes.Add(w.ctx, w.options(name, l, b)))
+	if l.Fill > 0 {
+		w.with(name, false, func(root *graph.Root) { done = w.fill(root, l, shown) })
 	}
-	if l.Fill == 0 {
-		return nil, nil
-	}
-	return w.fill(name, l, shown)
+	return done
 }
 
 // file makes a file, of any of the kinds there are.
-func (w *world) file(name string, size int64) error {
+func (w *world) file(name string, size int64) {
 	if w.x.Store == nil {
-		return w.x.MakeFile(name, size, nil)
+		trial.Must(w.x.MakeFile(name, size, nil))
+		return
 	}
 	o := drivertest.MemOptions{}
-	if one(w.r, 2) || w.space != nil {
-		o.WriteFlags, o.ZeroFlags = blk.FUA|blk.WriteUnchanged, blk.FUA|blk.WriteUnchanged|blk.MayUnmap|blk.NoFallback
+	if trial.One(w.r, 2) || w.space != nil {
+		o.WriteFlags = blk.FUA | blk.WriteUnchanged
+		o.ZeroFlags = blk.FUA | blk.WriteUnchanged | blk.MayUnmap | blk.NoFallback
 	}
 	switch k := w.r.IntN(8); {
 	case k == 2:
@@ -209,7 +192,6 @@ func (w *world) file(name string, size int64) error {
 	m := drivertest.CrashFileOf(drivertest.NewMemFileOptions(size, o))
 	w.medium[name] = m
 	w.x.Store.Put(name, m.MemFile)
-	return nil
 }
 
 // options are those of an image's node; the backing file nil: as its header says.
@@ -250,15 +232,18 @@ func (w *world) attach(name string, readOnly bool) (*graph.Root, error) {
 	return w.x.AttachRoot(w.ctx, n, readOnly)
 }
 
+// with calls f with a root on a node.
+func (w *world) with(name string, readOnly bool, f func(root *graph.Root)) {
+	root := trial.Get(w.attach(name, readOnly))
+	err := trial.Run(func() { f(root) })
+	trial.Must(errors.Join(err, w.x.Graph.CloseRoot(w.ctx, root)))
+}
+
 // fill writes data, zeroes and compressed clusters.
-func (w *world) fill(name string, l Layer, shown []byte) (done []span, err error) {
-	root, err := w.attach(name, false)
-	if err != nil {
-		return nil, err
-	}
-	defer func() { err = errors.Join(err, w.x.Graph.CloseRoot(w.ctx, root)) }()
+func (w *world) fill(root *graph.Root, l Layer, shown []byte) (done []span) {
+	do := func(f func(r *blk.Req) error) { trial.Must(w.unit(root, f)) }
 	for range l.Fill {
-		off, n := w.place(w.r, 0, int64(len(shown)))
+		off, n := w.space.place(w.r, 0, int64(len(shown)))
 		if n == 0 {
 			break
 		}
@@ -266,7 +251,7 @@ func (w *world) fill(name string, l Layer, shown []byte) (done []span, err error
 		switch k := w.r.IntN(8); {
 		case k == 0:
 			clear(p)
-			err = w.unit(root, func(r *blk.Req) error { return root.Zero(r, at, n, pick(w.r, 0, blk.MayUnmap)) })
+			do(func(r *blk.Req) error { return root.Zero(r, at, n, trial.Pick(w.r, 0, blk.MayUnmap)) })
 		case k == 1 && !l.Raw && w.space == nil:
 			c := int64(l.Cluster)
 			off = off / c * c
@@ -274,27 +259,18 @@ func (w *world) fill(name string, l Layer, shown []byte) (done []span, err error
 			was := slices.Clone(q)
 			write(w.r, q)
 			done = append(done, span{off, int64(len(q))})
-			if err := w.unit(root, func(r *blk.Req) error { return root.WriteAt(r, blk.Buf(q), off, blk.Compressed) }); err != nil {
+			compressed := func(r *blk.Req) error { return root.WriteAt(r, blk.Buf(q), off, blk.Compressed) }
+			if w.unit(root, compressed) != nil {
 				copy(q, was) // it has data of its own
 			}
 		default:
 			write(w.r, p)
-			err = w.unit(root, func(r *blk.Req) error { return root.WriteAt(r, blk.Buf(p), at, 0) })
-		}
-		if err != nil {
-			return nil, err
+			do(func(r *blk.Req) error { return root.WriteAt(r, blk.Buf(p), at, 0) })
 		}
 		done = append(done, span{off, n})
 	}
-	return done, w.unit(root, root.Flush)
-}
-
-// place is a part of [lo, lo+size) of the model that lies in one window.
-func (w *world) place(r *rand.Rand, lo, size int64) (off, n int64) {
-	if off, n = place(r, size); n > 0 {
-		n = w.space.within(lo+off, n)
-	}
-	return off, n
+	do(root.Flush)
+	return done
 }
 
 // place is a part of a disk: short or long, mostly of whole sectors.
@@ -303,7 +279,7 @@ func place(r *rand.Rand, size int64) (off, n int64) {
 		return 0, 0
 	}
 	off = r.Int64N(size)
-	n = 1 + r.Int64N(min(size, pick[int64](r, 512, 4096, 65536, 256<<10, 2<<20)))
+	n = 1 + r.Int64N(min(size, trial.Pick[int64](r, 512, 4096, 65536, 256<<10, 2<<20)))
 	if r.IntN(4) != 0 {
 		off, n = off/512*512, (n+511)/512*512
 	}
@@ -317,70 +293,35 @@ func write(r *rand.Rand, p []byte) {
 		p[i] = k
 		k += 7 | 1
 	}
-	if one(r, 4) && len(p) > 0 {
+	if trial.One(r, 4) && len(p) > 0 {
 		a := r.IntN(len(p))
 		clear(p[a:min(len(p), a+8192)])
 	}
 }
 
 // read is what a node shows, as the model has it.
-func (w *world) read(name string) ([]byte, error) {
-	root, err := w.attach(name, true)
-	if err != nil {
-		return nil, err
-	}
-	p := make([]byte, w.space.model(root.Size()))
-	for off := int64(0); off < int64(len(p)) && err == nil; {
-		n := w.space.within(off, min(1<<20, int64(len(p))-off))
-		err = w.unit(root, func(r *blk.Req) error { return root.ReadAt(r, blk.Buf(p[off:off+n]), w.space.disk(off), 0) })
-		off += n
-	}
-	if err == nil && w.space != nil {
-		err = w.zeroBetween(root)
-	}
-	return p, errors.Join(err, w.x.Graph.CloseRoot(w.ctx, root))
+func (w *world) read(name string) (p []byte) {
+	w.with(name, true, func(root *graph.Root) {
+		p = make([]byte, w.space.model(root.Size()))
+		for off := int64(0); off < int64(len(p)); {
+			n := w.space.within(off, min(1<<20, int64(len(p))-off))
+			trial.Must(w.unit(root, func(r *blk.Req) error {
+				return root.ReadAt(r, blk.Buf(p[off:off+n]), w.space.disk(off), 0)
+			}))
+			off += n
+		}
+		if w.space != nil {
+			w.zeroBetween(root)
+		}
+	})
+	return p
 }
 
 // shows compares what a node shows with want.
-func (w *world) shows(name string, want []byte) error {
-	got, err := w.read(name)
-	if err != nil {
-		return fmt.Errorf("%s: %w", name, err)
-	}
-	return same(name, got, want)
+func (w *world) shows(name string, want []byte) {
+	trial.In(name, func() { trial.Must(trial.Same(w.read(name), want, 0)) })
 }
 
-func same(name string, got, want []byte) error {
-	if bytes.Equal(got, want) {
-		return nil
-	}
-	if len(got) != len(want) {
-		return fmt.Errorf("%s has %d bytes instead of %d", name, len(got), len(want))
-	}
-	for i := range got {
-		if got[i] != want[i] {
-			n := 0
-			for k := i; k < len(got); k++ {
-				if got[k] != want[k] {
-					n++
-				}
-			}
-			return fmt.Errorf("%s differs from byte %d on, in %d of %d bytes: %#x instead of %#x", name, i, n, len(got), got[i], want[i])
-		}
-	}
-	return nil
-}
-
-// dump is the graph as text.
-func (w *world) dump() string {
-	var l []string
-	t := w.x.Graph.Topology()
-	for _, n := range t.Nodes {
-		l = append(l, fmt.Sprintf("%s %s ro %v blocked %v bitmaps %d", n.Name(), n.DriverName(), n.ReadOnly(), n.Blocked(graph.OpStream), len(n.DirtyBitmaps())))
-	}
-	for _, e := range t.Edges {
-		l = append(l, fmt.Sprintf("%s -%s-> %s %v %v", e.Edge.Parent().Describe(), e.Edge.ChildName(), e.Node.Name(), e.Claim, e.Edge.Frozen()))
-	}
-	sort.Strings(l)
-	return strings.Join(l, "\n")
+func same(name string, got, want []byte) {
+	trial.In(name, func() { trial.Must(trial.Same(got, want, 0)) })
 }
