@@ -53,23 +53,6 @@ type IothreadProperties struct {
 	PollShrink *int64
 }
 
-// QCryptoSecretFormat: how the data of a secret are written.
-type QCryptoSecretFormat string
-
-// The values of QCryptoSecretFormat.
-const (
-	// As they are.
-	QCryptoSecretFormatRaw QCryptoSecretFormat = "raw"
-	// In base64.
-	QCryptoSecretFormatBase64 QCryptoSecretFormat = "base64"
-)
-
-// QCryptoSecretFormatValues lists the values of QCryptoSecretFormat in the order of the schema.
-var QCryptoSecretFormatValues = []QCryptoSecretFormat{
-	QCryptoSecretFormatRaw,
-	QCryptoSecretFormatBase64,
-}
-
 // SecretProperties: a secret, given in @data or in @file, in one of the two. With @keyid it is
 // encrypted with AES-256-CBC and padded as in PKCS#7.
 type SecretProperties struct {

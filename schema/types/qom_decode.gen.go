@@ -22,10 +22,6 @@ func membersIothreadProperties(d *decoder, x *IothreadProperties) bool {
 		opt(d, "poll-shrink", &x.PollShrink, visitInt64)
 }
 
-func visitQCryptoSecretFormat(d *decoder, name string, x *QCryptoSecretFormat) bool {
-	return enum(d, name, x, QCryptoSecretFormatValues)
-}
-
 // DecodeSecretProperties decodes v; faults are worded as QEMU does (*ArgError).
 func DecodeSecretProperties(v value.Value, m Mode) (*SecretProperties, error) {
 	return decode(v, m, visitSecretProperties)
