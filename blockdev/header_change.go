@@ -30,9 +30,7 @@ func (c *HeaderChange) Prepare(ctx context.Context) error {
 	if !ok {
 		return fmt.Errorf("Driver '%s' cannot store a backing file: %w", c.Node.DriverName(), blk.ErrNotSupported)
 	}
-	if b, ok := c.Node.Driver().(graph.Backed); ok {
-		c.oldName, c.oldFormat = b.BackingFile()
-	}
+	c.oldName, c.oldFormat = backingFile(c.Node)
 	if c.Base != nil {
 		if err := c.Base.Flush(ctx); err != nil {
 			return err

@@ -1,6 +1,7 @@
 package blockdev
 
 import (
+	"cmp"
 	"context"
 	"errors"
 	"fmt"
@@ -138,11 +139,7 @@ func (pl *planner) planNamed(ctx context.Context, name, format string, image *gr
 	if e := image.File(); e != nil {
 		l.from = placeOf(e.Node())
 	}
-	limit := pl.policy.MaxChain
-	if limit == 0 {
-		limit = defaultMaxChain
-	}
-	switch {
+	switch limit := cmp.Or(pl.policy.MaxChain, defaultMaxChain); {
 	case limit < 0:
 		return nil, errors.New("The image policy allows no backing files")
 	case *l.names > limit:
@@ -176,25 +173,19 @@ func (c *catalog) dropHints(o *value.Dict) {
 			o.Del(name)
 		}
 	}
-	if name, given := o.Get("driver"); given {
-		if s, ok := name.(string); ok {
-			if d := c.drivers[types.BlockdevDriver(s)]; d != nil && d.ForImages != nil {
-				drop(d.ForImages.Hints)
-			}
-		}
-	} else {
+	name, given := o.Get("driver")
+	if !given {
 		drop(genericHints)
-		for _, d := range c.order {
-			if d.FromFile != nil && d.ForImages != nil {
-				drop(d.ForImages.Hints)
-			}
+	}
+	for _, d := range c.order {
+		if d.ForImages != nil && (name == string(d.Name) || !given && d.FromFile != nil) {
+			drop(d.ForImages.Hints)
 		}
 	}
 	for _, child := range []string{"file", "backing"} {
-		if sub, ok := o.Get(child); ok {
-			if sub, ok := sub.(*value.Dict); ok {
-				c.dropHints(sub)
-			}
+		sub, _ := o.Get(child)
+		if sub, ok := sub.(*value.Dict); ok {
+			c.dropHints(sub)
 		}
 	}
 }

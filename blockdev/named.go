@@ -123,8 +123,8 @@ func (c *catalog) jsonOptions(
 	if byImage {
 		c.dropHints(d)
 	}
-	if _, ok := d.Get("driver"); ok {
-		if s, _ := d.Get("driver"); c.drivers[types.BlockdevDriver(fmt.Sprint(s))] == nil {
+	if s, ok := d.Get("driver"); ok {
+		if c.drivers[types.BlockdevDriver(fmt.Sprint(s))] == nil {
 			return nil, nil, fmt.Errorf("Unknown driver '%v'", s)
 		}
 		o, err := types.DecodeBlockdevOptions(d, types.ModeKeyval)

@@ -216,8 +216,7 @@ func (o *opener) attach(p *plan, kids []*graph.Node) (*graph.Root, error) {
 	return root, nil
 }
 
-// reading is a root that reads a header: it claims nothing, as that tells the format even while
-// others write.
+// reading is a root that claims nothing: a header tells the format even while others write.
 func reading(ctx context.Context) graph.RootSpec {
 	return graph.RootSpec{EdgeName: "root", Claim: perm.Claim{Share: perm.All}, Ctx: ctx}
 }

@@ -13,7 +13,7 @@ import (
 // oldest, each with the edges below it. The lists are the wrong way round, as QEMU's are.
 // ids are the block jobs that there are, newest first, also those that use nothing any more.
 func (q *queries) DebugGraph(ids ...string) *types.XDbgBlockGraph {
-	w := &graphWalk{ids: map[any]uint64{}, below: map[any][]graph.EdgeInfo{}}
+	w := &graphWalk{ids: map[graph.Parent]uint64{}, below: map[graph.Parent][]graph.EdgeInfo{}}
 	t := q.g.Topology()
 	var backends, jobs []*graph.Root // newest first
 	jobOf := map[string]*graph.Root{}
@@ -29,7 +29,7 @@ func (q *queries) DebugGraph(ids ...string) *types.XDbgBlockGraph {
 		}
 	}
 	for _, e := range t.Edges {
-		var parent any = e.Edge.ParentNode()
+		var parent graph.Parent = e.Edge.ParentNode()
 		if r := e.Edge.ParentRoot(); r != nil {
 			parent = r
 			if r.Spec().Kind == graph.KindJob {
@@ -39,21 +39,21 @@ func (q *queries) DebugGraph(ids ...string) *types.XDbgBlockGraph {
 		w.below[parent] = append(w.below[parent], e)
 	}
 	for _, r := range slices.Backward(backends) {
-		w.vertex(r, r)
+		w.vertex(r)
 	}
 	for _, id := range ids {
 		if r := jobOf[id]; r != nil {
-			w.vertex(r, r)
+			w.vertex(r)
 			jobs = slices.DeleteFunc(jobs, func(x *graph.Root) bool { return x == r })
 		} else {
-			w.vertex(endedJob(id), endedJob(id))
+			w.vertex(endedJob(id))
 		}
 	}
 	for _, r := range jobs {
-		w.vertex(r, r)
+		w.vertex(r)
 	}
 	for _, n := range slices.Backward(t.Nodes) {
-		w.vertex(n, n)
+		w.vertex(n)
 	}
 	slices.Reverse(w.out.Nodes)
 	slices.Reverse(w.out.Edges)
@@ -70,12 +70,12 @@ func (j endedJob) Describe() string { return "job '" + string(j) + "'" }
 func (j endedJob) GraphNode() (types.XDbgBlockGraphNodeType, string) { return graph.KindJob, string(j) }
 
 type graphWalk struct {
-	ids   map[any]uint64
-	below map[any][]graph.EdgeInfo
+	ids   map[graph.Parent]uint64
+	below map[graph.Parent][]graph.EdgeInfo
 	out   types.XDbgBlockGraph
 }
 
-func (w *graphWalk) id(v any) uint64 {
+func (w *graphWalk) id(v graph.Parent) uint64 {
 	id, ok := w.ids[v]
 	if !ok {
 		id = uint64(len(w.ids) + 1)
@@ -84,8 +84,8 @@ func (w *graphWalk) id(v any) uint64 {
 	return id
 }
 
-func (w *graphWalk) vertex(v any, p graph.Parent) {
-	kind, name := p.GraphNode()
+func (w *graphWalk) vertex(v graph.Parent) {
+	kind, name := v.GraphNode()
 	w.out.Nodes = append(w.out.Nodes, &types.XDbgBlockGraphNode{ID: w.id(v), Type: kind, Name: name})
 	for _, e := range w.below[v] {
 		w.out.Edges = append(w.out.Edges, &types.XDbgBlockGraphEdge{

@@ -263,12 +263,8 @@ func (c *catalog) childOptions(o *types.BlockdevOptions) []driver.Child {
 func (q *reopenQueue) current() error {
 	for _, e := range q.list {
 		kids := e.node.Children()
-		same := q.m.g.Node(e.node.Name()) == e.node && e.node.Options() == e.was && e.node.ReadOnly() == e.readOnly &&
-			len(kids) == len(e.below)
-		for i := 0; same && i < len(kids); i++ {
-			same = kids[i].Node() == e.below[i]
-		}
-		if !same {
+		if q.m.g.Node(e.node.Name()) != e.node || e.node.Options() != e.was || e.node.ReadOnly() != e.readOnly ||
+			!slices.EqualFunc(kids, e.below, func(k *graph.Edge, n *graph.Node) bool { return k.Node() == n }) {
 			return errOutdated
 		}
 	}
@@ -289,12 +285,8 @@ func (e *reopening) prepare(m *Manager, tx *graph.Tx) error {
 		return err
 	}
 	if string(e.opts.Driver) == n.DriverName() {
-		p, err := d.Reopen(n.Driver(), e.opts.U, e.gen)
-		if err != nil {
+		if err := e.setDriver(tx, d, e.opts.U, e.gen); err != nil {
 			return err
-		}
-		if p != nil {
-			tx.JoinFirst(p)
 		}
 	}
 	if e.noBacking && d.Backing != nil {
@@ -314,6 +306,15 @@ func (e *reopening) prepare(m *Manager, tx *graph.Tx) error {
 		return errForceShare
 	}
 	return e.apply(tx, e.gen, e.gen.ReadOnly)
+}
+
+// setDriver changes the driver of the node in tx.
+func (e *reopening) setDriver(tx *graph.Tx, d *driver.Any, u any, gen *graph.Options) error {
+	p, err := d.Reopen(e.node.Driver(), u, gen)
+	if err == nil && p != nil {
+		tx.JoinFirst(p)
+	}
+	return err
 }
 
 // apply gives a node its options in tx.
@@ -401,7 +402,7 @@ func (q *reopenQueue) keepChildren(tx *graph.Tx) (release func(), err error) {
 			if c.was == nil || e.gen.ReadOnly {
 				continue
 			}
-			r, err := tx.AttachRoot(graph.RootSpec{EdgeName: "root", Claim: perm.Claim{Share: perm.All}}, c.was)
+			r, err := tx.AttachRoot(reading(context.Background()), c.was)
 			if err != nil {
 				return nil, err
 			}
@@ -413,9 +414,7 @@ func (q *reopenQueue) keepChildren(tx *graph.Tx) (release func(), err error) {
 
 // undo takes a committed reopen back, because a driver could not follow.
 func (q *reopenQueue) undo() {
-	err := func() error {
-		tx := q.m.g.Begin(context.Background())
-		defer tx.Abort()
+	err := q.m.g.Do(context.Background(), func(tx *graph.Tx) error {
 		for _, e := range slices.Backward(q.list) {
 			for _, c := range slices.Backward(e.changes) {
 				if err := e.setChild(tx, c.name, c.was); err != nil {
@@ -423,20 +422,16 @@ func (q *reopenQueue) undo() {
 				}
 			}
 			if e.was.Canonical != nil {
-				p, err := q.m.driverOf(e.node).Reopen(e.node.Driver(), e.was.Canonical.U, e.was)
-				if err != nil {
+				if err := e.setDriver(tx, q.m.driverOf(e.node), e.was.Canonical.U, e.was); err != nil {
 					return err
-				}
-				if p != nil {
-					tx.JoinFirst(p)
 				}
 			}
 			if err := e.apply(tx, e.was, e.readOnly); err != nil {
 				return err
 			}
 		}
-		return tx.Commit()
-	}()
+		return nil
+	})
 	if err != nil {
 		q.m.log.Error("a reopen that failed cannot be undone", "node", q.list[0].node.Name(), "error", err)
 	}

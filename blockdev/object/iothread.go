@@ -1,6 +1,7 @@
 package object
 
 import (
+	"cmp"
 	"container/list"
 	"context"
 	"errors"
@@ -36,9 +37,7 @@ type Iothread struct {
 
 func newIothread(p *types.IothreadProperties) (*Iothread, error) {
 	t := &Iothread{properties: maps.Clone(defaults), waiting: list.New()}
-	if p == nil {
-		return t, nil
-	}
+	p = cmp.Or(p, &types.IothreadProperties{})
 	t.mu.Lock()
 	defer t.mu.Unlock()
 	for _, o := range []struct {

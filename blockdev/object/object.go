@@ -112,16 +112,15 @@ func (r *Registry) make(o *types.ObjectOptions) (object, error) {
 func (r *Registry) Del(id string) error {
 	r.mu.Lock()
 	defer r.mu.Unlock()
-	for i, x := range r.objects {
-		if x.id == id {
-			if !x.retire() {
-				return fmt.Errorf("object '%s' is in use, can not be deleted", id)
-			}
-			r.objects = slices.Delete(r.objects, i, i+1)
-			return nil
-		}
+	i := slices.IndexFunc(r.objects, func(x named) bool { return x.id == id })
+	switch {
+	case i < 0:
+		return fmt.Errorf("object '%s' not found", id)
+	case !r.objects[i].retire():
+		return fmt.Errorf("object '%s' is in use, can not be deleted", id)
 	}
-	return fmt.Errorf("object '%s' not found", id)
+	r.objects = slices.Delete(r.objects, i, i+1)
+	return nil
 }
 
 // find returns the object called id, nil if there is none.

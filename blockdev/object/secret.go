@@ -27,10 +27,10 @@ func (s *secret) complete(r *Registry) error {
 	if err != nil {
 		return err
 	}
-	if s.p.Format != nil && *s.p.Format == types.QCryptoSecretFormatBase64 && (s.p.Keyid == nil) {
-		data, err = value.Base64(string(data))
-	} else if s.p.Keyid != nil {
+	if s.p.Keyid != nil {
 		data, err = s.decrypt(r, data)
+	} else if types.Or(s.p.Format, "") == types.QCryptoSecretFormatBase64 {
+		data, err = value.Base64(string(data))
 	}
 	s.data = data
 	return err
@@ -75,7 +75,7 @@ func (s *secret) decrypt(r *Registry, data []byte) ([]byte, error) {
 	if len(iv) != aes.BlockSize {
 		return nil, fmt.Errorf("IV should be 16 bytes in length not %d", len(iv))
 	}
-	if s.p.Format != nil && *s.p.Format == types.QCryptoSecretFormatBase64 {
+	if types.Or(s.p.Format, "") == types.QCryptoSecretFormatBase64 {
 		if data, err = value.Base64(string(data)); err != nil {
 			return nil, err
 		}
@@ -111,26 +111,17 @@ func (r *Registry) secretData(id string) ([]byte, error) {
 
 // get gives back everything but the secret itself.
 func (s *secret) get(property string) (value.Value, error) {
-	text := func(p *string) (value.Value, error) {
-		if p == nil {
-			return "", nil
-		}
-		return *p, nil
-	}
 	switch property {
 	case "loaded":
 		return true, nil
 	case "format":
-		if s.p.Format == nil {
-			return string(types.QCryptoSecretFormatRaw), nil
-		}
-		return string(*s.p.Format), nil
+		return string(types.Or(s.p.Format, types.QCryptoSecretFormatRaw)), nil
 	case "keyid":
-		return text(s.p.Keyid)
+		return types.Or(s.p.Keyid, ""), nil
 	case "iv":
-		return text(s.p.Iv)
+		return types.Or(s.p.Iv, ""), nil
 	case "file":
-		return text(s.p.File)
+		return types.Or(s.p.File, ""), nil
 	}
 	return nil, errNotReadable
 }

@@ -67,15 +67,11 @@ func (r *Registry) resolve(path string) (*node, error) {
 
 func (n *node) below(parts []string) *node {
 	for _, p := range parts {
-		var next *node
-		for _, k := range n.kids {
-			if k.name == p {
-				next = k.n
-			}
-		}
-		if n = next; n == nil {
+		i := slices.IndexFunc(n.kids, func(k child) bool { return k.name == p })
+		if i < 0 {
 			return nil
 		}
+		n = n.kids[i].n
 	}
 	return n
 }
@@ -119,12 +115,7 @@ func properties(typ string) []*types.ObjectPropertyInfo {
 
 // has tells whether objects of a type have a property, beyond "type".
 func has(typ, property string) bool {
-	for _, p := range typeProperties[typ] {
-		if p.Name == property {
-			return true
-		}
-	}
-	return false
+	return slices.ContainsFunc(typeProperties[typ], func(p *types.ObjectPropertyInfo) bool { return p.Name == property })
 }
 
 // List describes the properties and children of an object (qom-list).
