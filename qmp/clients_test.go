@@ -150,9 +150,16 @@ func TestNeverReading(t *testing.T) {
 			t.Fatalf("event %d: %.100s", i, l)
 		}
 	}
-	eventually(t, "the client to be disconnected", func() bool { return m.Overflows() == 1 && m.Sessions() == 1 })
+	eventually(t, "the client to be disconnected", func() bool { return m.overflows.Load() == 1 && connected(m) == 1 })
 	good.send(`{"execute":"query-jobs"}`)
 	good.expect(`{"return": []}`)
+}
+
+// connected is the number of m's clients.
+func connected(m *Monitor) int {
+	m.mu.Lock()
+	defer m.mu.Unlock()
+	return len(m.sessions)
 }
 
 // While a client does not read its replies nothing more is read from it or executed.

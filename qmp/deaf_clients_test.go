@@ -39,7 +39,7 @@ func TestManyDeafClients(t *testing.T) {
 		c.negotiate()
 		c.send(strings.Repeat(`{"execute":"big"}`, 3))
 	}
-	eventually(t, "deaf clients to be disconnected", func() bool { return m.Overflows() >= 5 })
+	eventually(t, "deaf clients to be disconnected", func() bool { return m.overflows.Load() >= 5 })
 	good := serve(t, m)
 	good.negotiate()
 	for range 3 {
@@ -95,7 +95,7 @@ func TestReplyExceedsAll(t *testing.T) {
 		}
 		eventually(t, "all to be sent", func() bool { return d.unsent.bytes.Load() == 0 })
 	}
-	if n := m.Overflows(); n != 0 {
+	if n := m.overflows.Load(); n != 0 {
 		t.Errorf("%d clients were disconnected", n)
 	}
 }
@@ -129,7 +129,7 @@ func TestDeafClientAsksForMore(t *testing.T) {
 	if l := good.line(); len(l) < size {
 		t.Fatalf("%.100s", l)
 	}
-	eventually(t, "the client that does not read to be disconnected", func() bool { return m.Overflows() == 1 })
+	eventually(t, "the client that does not read to be disconnected", func() bool { return m.overflows.Load() == 1 })
 }
 
 // What is counted as unsent is gone when the clients are.
@@ -144,7 +144,7 @@ func TestUnsentIsCounted(t *testing.T) {
 	c.send(`{"execute":"big"}`)
 	eventually(t, "the reply to be queued", func() bool { return d.unsent.bytes.Load() > 2<<20 })
 	c.conn.Close()
-	eventually(t, "the session to end", func() bool { return m.Sessions() == 0 })
+	eventually(t, "the session to end", func() bool { return connected(m) == 0 })
 	if n := d.unsent.bytes.Load(); n != 0 {
 		t.Errorf("%d bytes are unsent of nobody", n)
 	}

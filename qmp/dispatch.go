@@ -2,9 +2,8 @@ package qmp
 
 import (
 	"context"
+	"fmt"
 	"log/slog"
-	"slices"
-	"strconv"
 	"sync"
 	"sync/atomic"
 
@@ -22,13 +21,7 @@ type Version struct {
 
 // AppendJSON appends the VersionInfo object.
 func (v Version) AppendJSON(b []byte) []byte {
-	b = append(b, `{"qemu": {"micro": `...)
-	b = strconv.AppendInt(b, int64(v.Micro), 10)
-	b = append(b, `, "minor": `...)
-	b = strconv.AppendInt(b, int64(v.Minor), 10)
-	b = append(b, `, "major": `...)
-	b = strconv.AppendInt(b, int64(v.Major), 10)
-	b = append(b, `}, "package": `...)
+	b = fmt.Appendf(b, `{"qemu": {"micro": %d, "minor": %d, "major": %d}, "package": `, v.Micro, v.Minor, v.Major)
 	b = value.AppendString(b, v.Package)
 	return append(b, '}')
 }
@@ -87,16 +80,6 @@ func (d *Dispatcher) add(name string, c command) {
 		panic("qmp: second handler for " + name)
 	}
 	d.commands[name] = c
-}
-
-// Commands returns the names of all commands in alphabetical order.
-func (d *Dispatcher) Commands() []string {
-	names := make([]string, 0, len(d.commands))
-	for name := range d.commands {
-		names = append(names, name)
-	}
-	slices.Sort(names)
-	return names
 }
 
 // Stop makes all sessions execute nothing more: what they have not begun is ignored, without
@@ -193,10 +176,11 @@ func (d *Dispatcher) execute(ctx context.Context, neg *negotiation, obj *value.D
 	if req.oob && !c.oob {
 		return out, noOOB(req.command)
 	}
-	if p := &trace.CommandInBand; p.On() && !req.oob {
-		p.Log(slog.String("command", req.command), slog.Int("arguments", req.args.Len()))
+	p := &trace.CommandInBand
+	if req.oob {
+		p = &trace.CommandOutOfBand
 	}
-	if p := &trace.CommandOutOfBand; p.On() && req.oob {
+	if p.On() {
 		p.Log(slog.String("command", req.command), slog.Int("arguments", req.args.Len()))
 	}
 	return d.run(ctx, req, c, out)

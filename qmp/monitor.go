@@ -1,6 +1,7 @@
 package qmp
 
 import (
+	"cmp"
 	"io"
 	"sync"
 	"sync/atomic"
@@ -22,14 +23,12 @@ type Options struct {
 // Monitor is a place where clients talk QMP: any number of them at once, each with its own
 // Session.
 type Monitor struct {
-	d      *Dispatcher
-	bus    *events.Bus // may be nil
-	pretty bool
-	limits Limits
-	idleFn func()
+	d    *Dispatcher
+	bus  *events.Bus // may be nil
+	opts Options
 
-	garbage   atomic.Int64 // bytes that sessions which have ended took, since Idle was called
-	overflows atomic.Uint64
+	garbage   atomic.Int64  // bytes that sessions which have ended took, since Idle was called
+	overflows atomic.Uint64 // clients disconnected because they did not read
 
 	mu       sync.Mutex
 	sessions map[*Session]struct{} // +checklocks:mu
@@ -39,13 +38,9 @@ type Monitor struct {
 
 // NewMonitor returns a monitor whose clients execute d's commands and hear bus's events.
 func NewMonitor(d *Dispatcher, bus *events.Bus, o Options) *Monitor {
-	if o.Limits.HoldInput == 0 {
-		o.Limits.HoldInput = DefaultHoldInput
-	}
-	if o.Limits.Unsent == 0 {
-		o.Limits.Unsent = DefaultUnsent
-	}
-	return &Monitor{d: d, bus: bus, pretty: o.Pretty, limits: o.Limits, idleFn: o.Idle, sessions: make(map[*Session]struct{})}
+	o.Limits.HoldInput = cmp.Or(o.Limits.HoldInput, DefaultHoldInput)
+	o.Limits.Unsent = cmp.Or(o.Limits.Unsent, DefaultUnsent)
+	return &Monitor{d: d, bus: bus, opts: o, sessions: make(map[*Session]struct{})}
 }
 
 // Serve talks to one client, beginning with the greeting, until it leaves or the monitor is
@@ -83,26 +78,16 @@ const (
 
 // ended counts what s leaves behind.
 func (m *Monitor) ended(s *Session) {
-	if m.idleFn == nil {
+	if m.opts.Idle == nil {
 		return
 	}
 	s.out.mu.Lock()
 	n := int64(s.out.most)
 	s.out.mu.Unlock()
 	if m.garbage.Add(n+sessionSize) >= muchGarbage && m.garbage.Swap(0) >= muchGarbage {
-		panics.Go("giving back memory", m.idleFn, nil)
+		panics.Go("giving back memory", m.opts.Idle, nil)
 	}
 }
-
-// Sessions is the number of clients connected.
-func (m *Monitor) Sessions() int {
-	m.mu.Lock()
-	defer m.mu.Unlock()
-	return len(m.sessions)
-}
-
-// Overflows is how many clients were disconnected because they did not read.
-func (m *Monitor) Overflows() uint64 { return m.overflows.Load() }
 
 // Close ends all sessions: each client is given until grace has passed to take what is queued
 // for it, then its commands are cancelled and its connection is closed. Close returns when all

@@ -53,7 +53,7 @@ func (s *Session) send(line []byte, reply bool) {
 	}
 	if reply {
 		o.large = max(o.large, len(line))
-	} else if o.unsentLocked()+len(line) > s.mon.limits.Unsent+o.large {
+	} else if o.unsentLocked()+len(line) > s.mon.opts.Limits.Unsent+o.large {
 		o.closed = true
 		n := s.mon.overflows.Add(1)
 		s.d.log().Warn("monitor client does not read, disconnecting it", "unsent", o.unsentLocked(), "so far", n)
@@ -65,7 +65,7 @@ func (s *Session) send(line []byte, reply bool) {
 		o.moved = time.Now()
 	}
 	switch {
-	case s.mon.pretty:
+	case s.mon.opts.Pretty:
 		o.pending = value.Indent(o.pending, line, "\r\n")
 	case reply && len(line) > keepOut && len(o.pending) == 0:
 		o.pending = line // the caller has no more use for it
@@ -210,7 +210,7 @@ func (s *Session) awaitRoom() bool {
 		switch {
 		case o.closed, s.base.Err() != nil, s.d.Stopped():
 			return false
-		case o.unsentLocked() <= s.mon.limits.HoldInput:
+		case o.unsentLocked() <= s.mon.opts.Limits.HoldInput:
 			return true
 		}
 		if buf := o.takeLocked(); buf != nil {

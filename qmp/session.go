@@ -145,7 +145,7 @@ func appendGreeting(b []byte, v Version) []byte {
 // read is the session's main loop: it reads, cuts and executes until the client ends, the
 // daemon stops, or the connection fails.
 func (s *Session) read() {
-	p := value.NewParser(s.mon.limits.Input)
+	p := value.NewParser(s.mon.opts.Limits.Input)
 	buf := make([]byte, minRead)
 	defer s.gathered(0)
 	for s.awaitRoom() {

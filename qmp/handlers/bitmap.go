@@ -44,12 +44,11 @@ func (b BlockCore) BlockDirtyBitmapMerge(ctx context.Context, a *types.BlockDirt
 }
 
 // XDebugBlockDirtyBitmapSha256 tells the digest of one.
-func (b BlockCore) XDebugBlockDirtyBitmapSha256(ctx context.Context, a *types.BlockDirtyBitmap) (*types.BlockDirtyBitmapSha256, error) {
+func (b BlockCore) XDebugBlockDirtyBitmapSha256(
+	ctx context.Context, a *types.BlockDirtyBitmap,
+) (*types.BlockDirtyBitmapSha256, error) {
 	sum, err := b.Nodes.BitmapSHA256(ctx, a.Node, a.Name)
-	if err != nil {
-		return nil, err
-	}
-	return &types.BlockDirtyBitmapSha256{Sha256: sum}, nil
+	return &types.BlockDirtyBitmapSha256{Sha256: sum}, err
 }
 
 // BlockdevSnapshot puts an overlay on a node.
@@ -68,6 +67,8 @@ func (b BlockCore) BlockdevSnapshotInternalSync(ctx context.Context, a *types.Bl
 }
 
 // BlockdevSnapshotDeleteInternalSync deletes one.
-func (b BlockCore) BlockdevSnapshotDeleteInternalSync(ctx context.Context, a *types.BlockdevSnapshotDeleteInternalSyncArgs) (*types.SnapshotInfo, error) {
+func (b BlockCore) BlockdevSnapshotDeleteInternalSync(
+	ctx context.Context, a *types.BlockdevSnapshotDeleteInternalSyncArgs,
+) (*types.SnapshotInfo, error) {
 	return b.Nodes.DeleteInternalSnapshot(ctx, a)
 }

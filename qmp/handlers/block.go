@@ -19,8 +19,6 @@ type BlockCore struct {
 	Jobs    *jobs.Manager // those that snapshots pause
 }
 
-var _ types.BlockCoreHandler = BlockCore{}
-
 // none is the answer about devices for guests: there are none.
 var none = types.Raw("[]")
 
@@ -29,7 +27,7 @@ func (b BlockCore) QueryBlock(context.Context) (types.Raw, error) { return none,
 
 // QueryBlockstats shows the counters of the devices or of the nodes.
 func (b BlockCore) QueryBlockstats(_ context.Context, a *types.QueryBlockstatsArgs) (types.Raw, error) {
-	if a.QueryNodes == nil || !*a.QueryNodes {
+	if !types.Or(a.QueryNodes, false) {
 		return none, nil
 	}
 	return b.Nodes.AppendNodeStats(nil), nil
@@ -42,7 +40,7 @@ func (b BlockCore) BlockResize(ctx context.Context, a *types.BlockResizeArgs) er
 
 // QueryNamedBlockNodes lists the nodes.
 func (b BlockCore) QueryNamedBlockNodes(ctx context.Context, a *types.QueryNamedBlockNodesArgs) (types.Raw, error) {
-	return b.Nodes.NamedNodes(a.Flat != nil && *a.Flat, func(n int64) error { return qmp.LargeReply(ctx, n) })
+	return b.Nodes.NamedNodes(types.Or(a.Flat, false), func(n int64) error { return qmp.LargeReply(ctx, n) })
 }
 
 // XDebugQueryBlockGraph shows the graph.
@@ -87,5 +85,5 @@ func (b BlockCore) XBlockdevSetIothread(ctx context.Context, a *types.XBlockdevS
 		return err
 	}
 	defer hold.Release()
-	return b.Exports.SetIothread(n, a.Iothread.S, a.Force != nil && *a.Force)
+	return b.Exports.SetIothread(n, a.Iothread.S, types.Or(a.Force, false))
 }

@@ -41,7 +41,8 @@ func (c commands) say(t *testing.T, name, args string) string {
 // Each command: a success and its own errors.
 func TestBlockCore(t *testing.T) {
 	c := commands{}
-	types.RegisterBlockCore(c, BlockCore{Nodes: blockdev.New(drivertest.NewGraph(t), blockdev.Config{Drivers: drivers.All}), Jobs: jobs.NewManager(&drivertest.Sink{}, nil)})
+	nodes := blockdev.New(drivertest.NewGraph(t), blockdev.Config{Drivers: drivers.All})
+	types.RegisterBlockCore(c, BlockCore{Nodes: nodes, Jobs: jobs.NewManager(&drivertest.Sink{}, nil)})
 	for _, s := range []struct{ command, args, want string }{
 		{"query-block", `{}`, `[]`},
 		{"query-blockstats", `{}`, `[]`},

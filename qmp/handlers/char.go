@@ -54,9 +54,3 @@ func (c Char) ChardevRemove(_ context.Context, a *types.ChardevRemoveArgs) error
 func (c Char) ChardevSendBreak(_ context.Context, a *types.ChardevSendBreakArgs) error {
 	return c.Devices.SendBreak(a.ID)
 }
-
-var (
-	_ types.CharHandler       = Char{}
-	_ types.ControlHandler    = Control{}
-	_ types.IntrospectHandler = Introspect{}
-)

@@ -2,6 +2,7 @@ package handlers
 
 import (
 	"context"
+	"slices"
 
 	"qblockd/qmp"
 	"qblockd/schema"
@@ -22,11 +23,7 @@ type Control struct {
 
 // QmpCapabilities ends the negotiation of the client's session.
 func (Control) QmpCapabilities(ctx context.Context, a *types.QmpCapabilitiesArgs) error {
-	oob := false
-	for _, c := range a.Enable {
-		oob = oob || c == types.QMPCapabilityOob
-	}
-	return qmp.Negotiate(ctx, oob)
+	return qmp.Negotiate(ctx, slices.Contains(a.Enable, types.QMPCapabilityOob))
 }
 
 // QueryVersion tells the version.

@@ -17,8 +17,6 @@ type BlockCreate struct {
 	Nodes *blockdev.Manager
 }
 
-var _ types.BlockCreateHandler = BlockCreate{}
-
 // BlockdevCreate implements types.BlockCreateHandler.
 func (h BlockCreate) BlockdevCreate(ctx context.Context, a *types.BlockdevCreateArgs) error {
 	f := h.Nodes.Creator(&a.Options)

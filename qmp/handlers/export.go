@@ -18,8 +18,6 @@ type BlockExport struct {
 	NBD     *nbd.Type
 }
 
-var _ types.BlockExportHandler = BlockExport{}
-
 // NbdServerStart implements types.BlockExportHandler. Descriptors are for the command line: a
 // client cannot know which ones are free.
 func (h BlockExport) NbdServerStart(ctx context.Context, a *types.NbdServerStartArgs) error {
@@ -39,10 +37,7 @@ func (h BlockExport) NbdServerAdd(ctx context.Context, a *types.NbdServerAddOpti
 	if n == nil {
 		return fmt.Errorf("Cannot find device='%s' nor node-name='%s'", a.Device, a.Device)
 	}
-	name := a.Device
-	if a.Name != nil {
-		name = *a.Name
-	}
+	name := types.Or(a.Name, a.Device)
 	o := &types.BlockExportOptions{
 		Type:     types.BlockExportTypeNbd,
 		ID:       name,
@@ -64,7 +59,7 @@ func (h BlockExport) NbdServerRemove(ctx context.Context, a *types.NbdServerRemo
 	if t, ok := h.Exports.Type(a.Name); ok && t != types.BlockExportTypeNbd {
 		return fmt.Errorf("Block export '%s' is not an NBD export", a.Name)
 	}
-	return h.Exports.Del(ctx, a.Name, mode(a.Mode))
+	return h.Exports.Del(ctx, a.Name, types.Or(a.Mode, types.BlockExportRemoveModeSafe))
 }
 
 // BlockExportAdd implements types.BlockExportHandler.
@@ -74,18 +69,10 @@ func (h BlockExport) BlockExportAdd(ctx context.Context, a *types.BlockExportOpt
 
 // BlockExportDel implements types.BlockExportHandler.
 func (h BlockExport) BlockExportDel(ctx context.Context, a *types.BlockExportDelArgs) error {
-	return h.Exports.Del(ctx, a.ID, mode(a.Mode))
+	return h.Exports.Del(ctx, a.ID, types.Or(a.Mode, types.BlockExportRemoveModeSafe))
 }
 
 // QueryBlockExports implements types.BlockExportHandler.
 func (h BlockExport) QueryBlockExports(context.Context) ([]*types.BlockExportInfo, error) {
 	return h.Exports.Query(), nil
-}
-
-// mode is the mode of a removal; safe if none was given.
-func mode(m *types.BlockExportRemoveMode) types.BlockExportRemoveMode {
-	if m == nil {
-		return types.BlockExportRemoveModeSafe
-	}
-	return *m
 }

@@ -29,22 +29,10 @@ func TestTopThroughFilters(t *testing.T) {
 	if err := os.WriteFile(path("base"), make([]byte, 1<<20), 0o600); err != nil {
 		t.Fatal(err)
 	}
-	image := func(n string) {
-		if err := os.WriteFile(path(n), nil, 0o600); err != nil {
-			t.Fatal(err)
-		}
-		err := w.nodes.Creator(&types.BlockdevCreateOptions{Driver: types.BlockdevDriverQcow2, U: &types.BlockdevCreateOptionsQcow2{
-			Size: 1 << 20,
-			File: types.BlockdevRef{Definition: &types.BlockdevOptions{Driver: types.BlockdevDriverFile, U: &types.BlockdevOptionsFile{Filename: path(n)}}},
-		}})(context.Background(), func() {})
-		if err != nil {
-			t.Fatal(err)
-		}
-	}
 	add := func(n, backing string) {
 		w.ok("blockdev-add", fmt.Sprintf(`{'driver': 'qcow2', 'node-name': '%s', 'backing': %s, 'file': {'driver': 'file', 'filename': '%s'}}`, n, backing, path(n)))
 	}
-	image("over")
+	w.image(path("over"))
 	w.ok("blockdev-add", `{'driver': 'raw', 'node-name': 'base', 'file': {'driver': 'file', 'filename': '`+path("base")+`'}}`)
 	w.ok("blockdev-add", `{'driver': 'copy-on-read', 'node-name': 'below', 'file': 'base'}`)
 	add("over", "'below'")
@@ -57,7 +45,7 @@ func TestTopThroughFilters(t *testing.T) {
 		}
 	}
 
-	image("copy")
+	w.image(path("copy"))
 	add("copy", "null")
 	w.ok("blockdev-mirror", `{'job-id': 'j', 'device': 'outer', 'target': 'copy', 'sync': 'top', 'granularity': 65536}`)
 	<-ready
@@ -98,7 +86,8 @@ func write(t *testing.T, g *graph.Graph, node string, off, n int64) {
 	t.Helper()
 	tx := g.Begin(context.Background())
 	defer tx.Abort()
-	root, err := tx.AttachRoot(graph.RootSpec{EdgeName: "root", Claim: perm.Claim{Need: perm.Write, Share: perm.All}}, g.Node(node))
+	spec := graph.RootSpec{EdgeName: "root", Claim: perm.Claim{Need: perm.Write, Share: perm.All}}
+	root, err := tx.AttachRoot(spec, g.Node(node))
 	if err == nil {
 		err = tx.Commit()
 	}

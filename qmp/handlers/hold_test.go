@@ -36,7 +36,8 @@ func newWorld(t *testing.T) *world { return newWorldSink(t, &drivertest.Sink{}) 
 // newWorldSink is newWorld with a sink for the events of jobs.
 func newWorldSink(t *testing.T, s events.Sink) *world {
 	g := drivertest.NewGraph(t)
-	w := &world{commands: commands{}, t: t, g: g, jobs: jobs.NewManager(s, nil), nodes: blockdev.New(g, blockdev.Config{Drivers: drivers.All})}
+	w := &world{commands: commands{}, t: t, g: g, jobs: jobs.NewManager(s, nil)}
+	w.nodes = blockdev.New(g, blockdev.Config{Drivers: drivers.All})
 	exports := export.New(g, export.Options{})
 	server := nbd.NewType(exports, nbd.Options{})
 	job := BlockJob{Graph: g, Jobs: w.jobs, Nodes: w.nodes}
@@ -59,6 +60,20 @@ func (w *world) ok(name, args string) {
 	}
 }
 
+// image makes a file an empty qcow2 image of 1 MiB.
+func (w *world) image(file string) {
+	w.t.Helper()
+	if err := os.WriteFile(file, nil, 0o600); err != nil {
+		w.t.Fatal(err)
+	}
+	protocol := types.BlockdevOptions{Driver: types.BlockdevDriverFile, U: &types.BlockdevOptionsFile{Filename: file}}
+	format := types.BlockdevCreateOptionsQcow2{Size: 1 << 20, File: types.BlockdevRef{Definition: &protocol}}
+	create := w.nodes.Creator(&types.BlockdevCreateOptions{Driver: types.BlockdevDriverQcow2, U: &format})
+	if err := create(context.Background(), func() {}); err != nil {
+		w.t.Fatal(err)
+	}
+}
+
 // try executes a command and returns its error.
 func (w *world) try(ctx context.Context, name, args string) error {
 	v, err := value.Parse(args)
@@ -69,25 +84,14 @@ func (w *world) try(ctx context.Context, name, args string) error {
 	return err
 }
 
-// Every command that looks at the metadata of a node, or changes them, waits for who holds the
-// node, as long as its client does; then it has changed nothing. Those that only show or steer do
-// not wait.
-func TestCommandsWaitForHeldNodes(t *testing.T) {
+// held is a world with a chain of two images in dir, base and over, which has a snapshot and a
+// bitmap, and with nodes besides.
+func held(t *testing.T, dir string) *world {
 	w := newWorld(t)
-	dir := t.TempDir()
 	w.ok("nbd-server-start", fmt.Sprintf(`{'addr': {'type': 'unix', 'data': {'path': '%s/s'}}}`, dir))
 	for _, n := range []string{"base", "t", "over"} {
 		file := filepath.Join(dir, n)
-		if err := os.WriteFile(file, nil, 0o600); err != nil {
-			t.Fatal(err)
-		}
-		err := w.nodes.Creator(&types.BlockdevCreateOptions{Driver: types.BlockdevDriverQcow2, U: &types.BlockdevCreateOptionsQcow2{
-			Size: 1 << 20,
-			File: types.BlockdevRef{Definition: &types.BlockdevOptions{Driver: types.BlockdevDriverFile, U: &types.BlockdevOptionsFile{Filename: file}}},
-		}})(context.Background(), func() {})
-		if err != nil {
-			t.Fatal(err)
-		}
+		w.image(file)
 		backing := "null"
 		if n == "over" {
 			backing = "'base'"
@@ -99,15 +103,15 @@ func TestCommandsWaitForHeldNodes(t *testing.T) {
 	w.ok("block-dirty-bitmap-add", `{'node': 'over', 'name': 'b'}`)
 	w.ok("block-dirty-bitmap-add", `{'node': 'idle', 'name': 'b'}`)
 	w.ok("blockdev-snapshot-internal-sync", `{'device': 'over', 'name': 's'}`)
-	over := filepath.Join(dir, "new")
-	hold, err := w.g.HoldNodes(context.Background(), w.g.Node("over"))
-	if err != nil {
-		t.Fatal(err)
-	}
-	gone := errors.New("the client has gone")
-	ctx, cancel := context.WithCancelCause(context.Background())
-	cancel(gone)
-	waiting := []struct{ name, args string }{
+	return w
+}
+
+type command struct{ name, args string }
+
+// commandsOnOver are those that look at the metadata of the node over, or change them.
+func commandsOnOver(dir string) []command {
+	file := filepath.Join(dir, "new")
+	return []command{
 		{"block_resize", `{'node-name': 'over', 'size': 2097152}`},
 		{"blockdev-del", `{'node-name': 'over'}`},
 		{"blockdev-reopen", `{'options': [{'driver': 'qcow2', 'node-name': 'over', 'file': 'over-file', 'backing': 'base', 'cache-size': 1048576}]}`},
@@ -125,16 +129,16 @@ func TestCommandsWaitForHeldNodes(t *testing.T) {
 		{"x-debug-block-dirty-bitmap-sha256", `{'node': 'over', 'name': 'b'}`},
 		{"blockdev-snapshot-internal-sync", `{'device': 'over', 'name': 't'}`},
 		{"blockdev-snapshot-delete-internal-sync", `{'device': 'over', 'name': 's'}`},
-		{"blockdev-snapshot-sync", `{'node-name': 'over', 'snapshot-node-name': 'new', 'snapshot-file': '` + over + `'}`},
+		{"blockdev-snapshot-sync", `{'node-name': 'over', 'snapshot-node-name': 'new', 'snapshot-file': '` + file + `'}`},
 		{"blockdev-snapshot", `{'node': 'over', 'overlay': 't'}`},
 		{"blockdev-snapshot", `{'node': 't', 'overlay': 'over'}`},
 		{"transaction", `{'actions': [{'type': 'block-dirty-bitmap-clear', 'data': {'node': 'idle', 'name': 'b'}}, {'type': 'block-dirty-bitmap-clear', 'data': {'node': 'over', 'name': 'b'}}]}`},
 		{"blockdev-backup", `{'device': 'over', 'target': 'copy', 'sync': 'full', 'job-id': 'j'}`},
 		{"blockdev-backup", `{'device': 'idle', 'target': 'over', 'sync': 'full', 'job-id': 'j'}`},
-		{"drive-backup", `{'device': 'over', 'target': '` + over + `', 'format': 'raw', 'sync': 'full', 'job-id': 'j'}`},
+		{"drive-backup", `{'device': 'over', 'target': '` + file + `', 'format': 'raw', 'sync': 'full', 'job-id': 'j'}`},
 		{"blockdev-mirror", `{'device': 'over', 'target': 'copy', 'sync': 'full', 'job-id': 'j'}`},
 		{"blockdev-mirror", `{'device': 'idle', 'target': 'over', 'sync': 'full', 'job-id': 'j'}`},
-		{"drive-mirror", `{'device': 'over', 'target': '` + over + `', 'format': 'raw', 'sync': 'full', 'job-id': 'j'}`},
+		{"drive-mirror", `{'device': 'over', 'target': '` + file + `', 'format': 'raw', 'sync': 'full', 'job-id': 'j'}`},
 		{"block-stream", `{'device': 'over', 'job-id': 'j'}`},
 		{"block-commit", `{'device': 'over', 'job-id': 'j'}`},
 		{"change-backing-file", `{'device': 'over', 'image-node-name': 'over', 'backing-file': 'x'}`},
@@ -142,6 +146,22 @@ func TestCommandsWaitForHeldNodes(t *testing.T) {
 		{"block-export-add", `{'type': 'nbd', 'id': 'e', 'node-name': 'idle', 'bitmaps': [{'node': 'over', 'name': 'b'}]}`},
 		{"nbd-server-add", `{'device': 'over'}`},
 	}
+}
+
+// Every command that looks at the metadata of a node, or changes them, waits for who holds the
+// node, as long as its client does; then it has changed nothing. Those that only show or steer do
+// not wait.
+func TestCommandsWaitForHeldNodes(t *testing.T) {
+	dir := t.TempDir()
+	w := held(t, dir)
+	hold, err := w.g.HoldNodes(context.Background(), w.g.Node("over"))
+	if err != nil {
+		t.Fatal(err)
+	}
+	gone := errors.New("the client has gone")
+	ctx, cancel := context.WithCancelCause(context.Background())
+	cancel(gone)
+	waiting := commandsOnOver(dir)
 	see := func() string {
 		return w.say(t, "query-named-block-nodes", `{}`) + w.say(t, "x-debug-query-block-graph", `{}`) + w.say(t, "query-block-exports", `{}`)
 	}
@@ -155,7 +175,7 @@ func TestCommandsWaitForHeldNodes(t *testing.T) {
 		t.Errorf("it was\n%s\nand is\n%s", before, after)
 	}
 	// What does not name the node does not wait.
-	for _, c := range []struct{ name, args string }{
+	for _, c := range []command{
 		{"query-jobs", `{}`}, {"query-block-jobs", `{}`}, {"query-blockstats", `{'query-nodes': true}`},
 		{"block-dirty-bitmap-clear", `{'node': 'idle', 'name': 'b'}`}, {"block-dirty-bitmap-add", `{'node': 'base', 'name': 'b'}`},
 		{"blockdev-backup", `{'device': 'idle', 'target': 'copy', 'sync': 'none', 'job-id': 'j'}`},

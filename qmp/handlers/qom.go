@@ -11,8 +11,6 @@ import (
 // Qom executes the commands for objects.
 type Qom struct{ Objects *object.Registry }
 
-var _ types.QomHandler = Qom{}
-
 // QomList implements types.QomHandler.
 func (h Qom) QomList(_ context.Context, a *types.QomListArgs) ([]*types.ObjectPropertyInfo, error) {
 	return h.Objects.List(a.Path)
@@ -30,7 +28,7 @@ func (h Qom) QomSet(_ context.Context, a *types.QomSetArgs) error {
 
 // QomListTypes implements types.QomHandler.
 func (h Qom) QomListTypes(_ context.Context, a *types.QomListTypesArgs) ([]*types.ObjectTypeInfo, error) {
-	return h.Objects.Types(deref(a.Implements), deref(a.Abstract)), nil
+	return h.Objects.Types(types.Or(a.Implements, ""), types.Or(a.Abstract, false)), nil
 }
 
 // QomListProperties implements types.QomHandler.
@@ -43,10 +41,3 @@ func (h Qom) ObjectAdd(_ context.Context, a *types.ObjectOptions) error { return
 
 // ObjectDel implements types.QomHandler.
 func (h Qom) ObjectDel(_ context.Context, a *types.ObjectDelArgs) error { return h.Objects.Del(a.ID) }
-
-func deref[T any](p *T) (v T) {
-	if p != nil {
-		v = *p
-	}
-	return v
-}

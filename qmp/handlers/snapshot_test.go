@@ -2,7 +2,6 @@ package handlers
 
 import (
 	"bytes"
-	"context"
 	"encoding/binary"
 	"fmt"
 	"os"
@@ -10,8 +9,6 @@ import (
 	"regexp"
 	"strings"
 	"testing"
-
-	"qblockd/schema/types"
 )
 
 // alike is a node "n" with four snapshots, (1, a) (1, b) (2, a) (2, b), as an image may say them to
@@ -19,16 +16,7 @@ import (
 func alike(t *testing.T) *world {
 	w := newWorld(t)
 	file := filepath.Join(t.TempDir(), "n")
-	if err := os.WriteFile(file, nil, 0o600); err != nil {
-		t.Fatal(err)
-	}
-	err := w.nodes.Creator(&types.BlockdevCreateOptions{Driver: types.BlockdevDriverQcow2, U: &types.BlockdevCreateOptionsQcow2{
-		Size: 1 << 20,
-		File: types.BlockdevRef{Definition: &types.BlockdevOptions{Driver: types.BlockdevDriverFile, U: &types.BlockdevOptionsFile{Filename: file}}},
-	}})(context.Background(), func() {})
-	if err != nil {
-		t.Fatal(err)
-	}
+	w.image(file)
 	w.ok("blockdev-add", `{'driver': 'qcow2', 'node-name': 'n', 'file': {'driver': 'file', 'filename': '`+file+`'}}`)
 	for i := range 4 {
 		w.ok("blockdev-snapshot-internal-sync", fmt.Sprintf(`{'device': 'n', 'name': 'name%d'}`, i))

@@ -20,14 +20,10 @@ type Transaction struct {
 	Jobs  BlockJob // what starts the jobs
 }
 
-var _ types.TransactionHandler = Transaction{}
-
 // Transaction implements types.TransactionHandler.
 func (h Transaction) Transaction(ctx context.Context, a *types.TransactionArgs) error {
-	mode := types.ActionCompletionModeIndividual
-	if p := a.Properties; p != nil && p.CompletionMode != nil {
-		mode = *p.CompletionMode
-	}
+	properties := types.Or(a.Properties, types.TransactionProperties{})
+	mode := types.Or(properties.CompletionMode, types.ActionCompletionModeIndividual)
 	var l []transaction.Action
 	var started []*backup.Step
 	var txn *jobs.Txn // nil: each job stands alone
@@ -40,7 +36,8 @@ func (h Transaction) Transaction(ctx context.Context, a *types.TransactionArgs) 
 			b.Join(txn)
 			started = append(started, b)
 		} else if txn != nil && step.Type != types.TransactionActionKindAbort {
-			act = refused{err: fmt.Errorf("Action '%s' does not support Transaction property completion-mode = %s", step.Type, mode)}
+			act = refused{err: fmt.Errorf("Action '%s' does not support Transaction property completion-mode = %s",
+				step.Type, mode)}
 		}
 		l = append(l, act)
 	}

@@ -13,6 +13,35 @@ import (
 	"qblockd/schema/types"
 )
 
+// goodSteps are such as succeed together on the nodes of TestTransactionUndo; images are below dir.
+func goodSteps(dir string) []string {
+	return []string{
+		`{'type': 'block-dirty-bitmap-add', 'data': {'node': 'a', 'name': 'new'}}`,
+		`{'type': 'block-dirty-bitmap-merge', 'data': {'node': 'a', 'target': 'old', 'bitmaps': ['off', {'node': 'b', 'name': 'off'}]}}`,
+		`{'type': 'block-dirty-bitmap-clear', 'data': {'node': 'a', 'name': 'off'}}`,
+		`{'type': 'block-dirty-bitmap-enable', 'data': {'node': 'a', 'name': 'off'}}`,
+		`{'type': 'block-dirty-bitmap-disable', 'data': {'node': 'a', 'name': 'old'}}`,
+		`{'type': 'block-dirty-bitmap-remove', 'data': {'node': 'b', 'name': 'old'}}`,
+		`{'type': 'blockdev-snapshot-sync', 'data': {'node-name': 'a', 'snapshot-node-name': 'over', 'snapshot-file': '` + filepath.Join(dir, "over") + `'}}`,
+		`{'type': 'blockdev-snapshot', 'data': {'node': 'b', 'overlay': 'q'}}`,
+		`{'type': 'blockdev-snapshot-sync', 'data': {'node-name': 'over', 'snapshot-node-name': 'over2', 'snapshot-file': '` + filepath.Join(dir, "over2") + `'}}`,
+		`{'type': 'block-dirty-bitmap-add', 'data': {'node': 'over2', 'name': 'new', 'persistent': true}}`,
+		`{'type': 'blockdev-snapshot-internal-sync', 'data': {'device': 'over2', 'name': 'inside'}}`,
+		`{'type': 'blockdev-snapshot', 'data': {'node': 'over2', 'overlay': 'r'}}`,
+	}
+}
+
+// badSteps are such as fail there, and how.
+var badSteps = []struct{ step, want string }{
+	{`{'type': 'abort', 'data': {}}`, "Transaction aborted using Abort action"},
+	{`{'type': 'block-dirty-bitmap-add', 'data': {'node': 'b', 'name': 'off'}}`, "Bitmap already exists: off"},
+	{`{'type': 'block-dirty-bitmap-clear', 'data': {'node': 'a', 'name': 'none'}}`, "Dirty bitmap 'none' not found"},
+	{`{'type': 'block-dirty-bitmap-merge', 'data': {'node': 'b', 'target': 'off', 'bitmaps': ['off', 'none']}}`, "Dirty bitmap 'none' not found"},
+	{`{'type': 'blockdev-snapshot', 'data': {'node': 'c', 'overlay': 'none'}}`, "Cannot find device='none' nor node-name='none'"},
+	{`{'type': 'blockdev-snapshot-sync', 'data': {'node-name': 'c', 'snapshot-node-name': 'x', 'snapshot-file': '/nonexistent/x'}}`,
+		"Could not create '/nonexistent/x': No such file or directory"},
+}
+
 // A step that fails, at any place among others that would not, leaves no trace of any of them.
 func TestTransactionUndo(t *testing.T) {
 	g := drivertest.NewGraph(t)
@@ -36,29 +65,7 @@ func TestTransactionUndo(t *testing.T) {
 		g.Node(n).DirtyBitmap("off").Bits().Set(1<<19, 1<<20)
 	}
 	ok("blockdev-add", `{'driver': 'null-co', 'node-name': 'c'}`)
-	steps := []string{
-		`{'type': 'block-dirty-bitmap-add', 'data': {'node': 'a', 'name': 'new'}}`,
-		`{'type': 'block-dirty-bitmap-merge', 'data': {'node': 'a', 'target': 'old', 'bitmaps': ['off', {'node': 'b', 'name': 'off'}]}}`,
-		`{'type': 'block-dirty-bitmap-clear', 'data': {'node': 'a', 'name': 'off'}}`,
-		`{'type': 'block-dirty-bitmap-enable', 'data': {'node': 'a', 'name': 'off'}}`,
-		`{'type': 'block-dirty-bitmap-disable', 'data': {'node': 'a', 'name': 'old'}}`,
-		`{'type': 'block-dirty-bitmap-remove', 'data': {'node': 'b', 'name': 'old'}}`,
-		`{'type': 'blockdev-snapshot-sync', 'data': {'node-name': 'a', 'snapshot-node-name': 'over', 'snapshot-file': '` + filepath.Join(dir, "over") + `'}}`,
-		`{'type': 'blockdev-snapshot', 'data': {'node': 'b', 'overlay': 'q'}}`,
-		`{'type': 'blockdev-snapshot-sync', 'data': {'node-name': 'over', 'snapshot-node-name': 'over2', 'snapshot-file': '` + filepath.Join(dir, "over2") + `'}}`,
-		`{'type': 'block-dirty-bitmap-add', 'data': {'node': 'over2', 'name': 'new', 'persistent': true}}`,
-		`{'type': 'blockdev-snapshot-internal-sync', 'data': {'device': 'over2', 'name': 'inside'}}`,
-		`{'type': 'blockdev-snapshot', 'data': {'node': 'over2', 'overlay': 'r'}}`,
-	}
-	failures := []struct{ step, want string }{
-		{`{'type': 'abort', 'data': {}}`, "Transaction aborted using Abort action"},
-		{`{'type': 'block-dirty-bitmap-add', 'data': {'node': 'b', 'name': 'off'}}`, "Bitmap already exists: off"},
-		{`{'type': 'block-dirty-bitmap-clear', 'data': {'node': 'a', 'name': 'none'}}`, "Dirty bitmap 'none' not found"},
-		{`{'type': 'block-dirty-bitmap-merge', 'data': {'node': 'b', 'target': 'off', 'bitmaps': ['off', 'none']}}`, "Dirty bitmap 'none' not found"},
-		{`{'type': 'blockdev-snapshot', 'data': {'node': 'c', 'overlay': 'none'}}`, "Cannot find device='none' nor node-name='none'"},
-		{`{'type': 'blockdev-snapshot-sync', 'data': {'node-name': 'c', 'snapshot-node-name': 'x', 'snapshot-file': '/nonexistent/x'}}`,
-			"Could not create '/nonexistent/x': No such file or directory"},
-	}
+	steps := goodSteps(dir)
 	for _, n := range []string{"q", "r"} {
 		ok("blockdev-snapshot-sync", `{'node-name': 'b', 'snapshot-node-name': '`+n+`', 'snapshot-file': '`+filepath.Join(dir, n)+`'}`)
 		ok("blockdev-add", `{'driver': 'qcow2', 'node-name': '`+n+`', 'backing': null, 'file': {'driver': 'file', 'filename': '`+filepath.Join(dir, n)+`'}}`)
@@ -73,7 +80,7 @@ func TestTransactionUndo(t *testing.T) {
 		return s
 	}
 	before := see()
-	for _, f := range failures {
+	for _, f := range badSteps {
 		for i := range len(steps) + 1 {
 			l := append(append(append([]string{}, steps[:i]...), f.step), steps[i:]...)
 			got := c.say(t, "transaction", `{'actions': [`+strings.Join(l, ", ")+`]}`)
@@ -86,7 +93,8 @@ func TestTransactionUndo(t *testing.T) {
 		}
 	}
 	ok("transaction", `{'actions': [`+strings.Join(steps, ", ")+`]}`)
-	if see() == before || g.Node("r").Backing().Node().Backing().Node() != g.Node("over") || g.Node("a").DirtyBitmap("new") == nil || g.Node("b").DirtyBitmap("old") != nil {
+	if see() == before || g.Node("r").Backing().Node().Backing().Node() != g.Node("over") ||
+		g.Node("a").DirtyBitmap("new") == nil || g.Node("b").DirtyBitmap("old") != nil {
 		t.Error("without a failing step nothing happens")
 	}
 }
