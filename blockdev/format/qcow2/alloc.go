@@ -1,7 +1,6 @@
 package qcow2
 
 import (
-	"cmp"
 	"fmt"
 
 	"qblockd/blockdev/format/qcow2/layout"
@@ -133,28 +132,15 @@ func (s *allocator) allocate(r *blk.Req, need, want int64, what string) (first, 
 		}
 	}
 	s.step(r, blk.EvClusterAlloc)
-	var next int64
-	for {
-		first, n, next, err = s.findFree(r, s.lowest(), need, want)
-		if err != nil {
-			return 0, 0, err
-		}
-		again, err := s.coverRun(r, first, n)
-		if err != nil {
-			return 0, 0, err
-		}
-		if !again {
-			break
-		}
+	first, n, next, err := s.findCovered(r, false, need, want)
+	if err != nil {
+		return 0, 0, err
 	}
 	if first == 0 {
 		return 0, 0, s.corrupt(r, -1, -1, "Preventing invalid allocation of %s at offset 0", what)
 	}
-	for i := range n {
-		if err := s.addRef(r, first+i, 1); err != nil {
-			s.unref(r, freed{off: first << s.cb, n: i << s.cb})
-			return 0, 0, err
-		}
+	if err := s.take(r, first, n); err != nil {
+		return 0, 0, err
 	}
 	if need == 1 || first == s.lowest() {
 		s.setLowest(next)
@@ -162,20 +148,27 @@ func (s *allocator) allocate(r *blk.Req, need, want int64, what string) (first, 
 	return first, n, nil
 }
 
-// allocateAt takes n clusters from first, which must all be free.
+// findCovered is findFree where there are refcount blocks for all of the run: those that are
+// missing are made, which takes clusters, too. With behind it looks behind all that was ever
+// written.
 // +checklocks:s.mu
-func (s *allocator) allocateAt(r *blk.Req, first, n int64) error {
-	if err := s.setDirtyBit(r); err != nil {
-		return err
-	}
-	if err := s.cover(r, first, n); err != nil {
-		return err
-	}
-	for i := range n {
-		if v, err := s.refcount(r, first+i); err != nil || v != 0 {
-			s.unref(r, freed{off: first << s.cb, n: i << s.cb})
-			return cmp.Or[error](err, errInval)
+func (s *allocator) findCovered(r *blk.Req, behind bool, need, want int64) (first, n, next int64, err error) {
+	for again := true; again && err == nil; {
+		from := s.lowest()
+		if behind {
+			from = s.geo.Clusters(s.end())
 		}
+		if first, n, next, err = s.findFree(r, from, need, want); err == nil {
+			again, err = s.coverRun(r, first, n)
+		}
+	}
+	return first, n, next, err
+}
+
+// take gives clusters [first, first+n), which are free and covered, refcount 1.
+// +checklocks:s.mu
+func (s *allocator) take(r *blk.Req, first, n int64) error {
+	for i := range n {
 		if err := s.addRef(r, first+i, 1); err != nil {
 			s.unref(r, freed{off: first << s.cb, n: i << s.cb})
 			return err
@@ -340,25 +333,18 @@ func (s *allocator) allocBytes(r *blk.Req, n int64) (int64, error) {
 // allocateEnd takes up to k clusters behind everything that was ever written.
 // +checklocks:s.mu
 func (s *allocator) allocateEnd(r *blk.Req, k int64) (host, n int64, err error) {
-	for {
-		first := s.geo.Clusters(s.end())
-		first, n, _, err = s.findFree(r, first, 1, k)
-		if err != nil {
-			return 0, 0, err
-		}
-		again, err := s.coverRun(r, first, n)
-		if err != nil {
-			return 0, 0, err
-		}
-		if again {
-			continue
-		}
-		if err := s.allocateAt(r, first, n); err != nil {
-			return 0, 0, err
-		}
-		s.noteEnd((first + n) << s.cb)
-		return first << s.cb, n, nil
+	if err := s.setDirtyBit(r); err != nil {
+		return 0, 0, err
 	}
+	first, n, _, err := s.findCovered(r, true, 1, k)
+	if err == nil {
+		err = s.take(r, first, n)
+	}
+	if err != nil {
+		return 0, 0, err
+	}
+	s.noteEnd((first + n) << s.cb)
+	return first << s.cb, n, nil
 }
 
 // extendFile makes the file at least end bytes long: clusters that are in use must lie in it.

@@ -399,8 +399,7 @@ func (s *bitmaps) countBitmaps(c *counter) error {
 	}
 	for _, m := range s.stored {
 		if m.broken {
-			c.res.Corruptions++
-			c.res.say("broken bitmap with its table at", m.TableOffset)
+			c.res.fault("broken bitmap with its table at", m.TableOffset)
 			continue
 		}
 		if err := s.countBitmap(c, m); err != nil {

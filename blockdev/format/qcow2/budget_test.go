@@ -386,10 +386,10 @@ func TestRequestsUnderWay(t *testing.T) {
 func TestRanges(t *testing.T) {
 	rnd := rand.New(rand.NewPCG(3, 4))
 	for range 200 {
-		var l []fileRange
+		var l []span
 		for range rnd.IntN(20) {
 			off := rnd.Int64N(1000)
-			l = append(l, fileRange{off, off + rnd.Int64N(60)})
+			l = append(l, span{off, off + rnd.Int64N(60)})
 		}
 		all := makeRanges(slices.Clone(l))
 		for i := 1; i < len(all); i++ {
@@ -400,7 +400,7 @@ func TestRanges(t *testing.T) {
 		for range 50 {
 			off := rnd.Int64N(1100)
 			end := off + 1 + rnd.Int64N(30)
-			want := slices.ContainsFunc(l, func(r fileRange) bool { return r.off < r.end && r.off < end && off < r.end })
+			want := slices.ContainsFunc(l, func(r span) bool { return r.off < r.end && r.off < end && off < r.end })
 			if got := all.touch(off, end); got != want {
 				t.Fatalf("%v, [%d, %d): %v", all, off, end, got)
 			}

@@ -1,5 +1,10 @@
 package qcow2
 
+import (
+	"cmp"
+	"slices"
+)
+
 // table is a cached piece of metadata: an L2 slice or a refcount block, big-endian as on disk.
 type table struct {
 	off        int64 // in the file
@@ -121,6 +126,21 @@ func (c *cache) markClean(t *table) {
 		t.dirty = false
 		c.ndirty--
 	}
+}
+
+// dirty lists the tables that are dirty, by their places.
+func (c *cache) dirty() []*table {
+	if c.ndirty == 0 {
+		return nil
+	}
+	ts := make([]*table, 0, c.ndirty)
+	for t := c.lru.next; t != &c.lru; t = t.next {
+		if t.dirty {
+			ts = append(ts, t)
+		}
+	}
+	slices.SortFunc(ts, func(a, b *table) int { return cmp.Compare(a.off, b.off) })
+	return ts
 }
 
 // clean frees clean tables that were not used since the last call.

@@ -27,6 +27,17 @@ func (c *CheckResult) say(text string, v ...uint64) {
 	}
 }
 
+// fault notes a corruption, stuck one that cannot be repaired.
+func (c *CheckResult) fault(text string, v ...uint64) {
+	c.Corruptions++
+	c.say(text, v...)
+}
+
+func (c *CheckResult) stuck(text string, v ...uint64) {
+	c.Errors++
+	c.say(text, v...)
+}
+
 // Check looks the whole image over and changes nothing. On an image that is being written to,
 // clusters that wait for a flush to be freed count as leaks. Requests that need metadata wait
 // meanwhile; memory is bounded by the size of the file. Errors: what the file says where the check
@@ -54,22 +65,22 @@ func (s *flusher) check(r *blk.Req, fix bool) (*CheckResult, error) {
 			return res, err
 		}
 	}
+	drop := s.badBlocks(c, fix)
 	if fix {
-		drop := s.badBlocks(c)
 		if s.cannotRepair(c); res.Errors > 0 {
 			return res, nil
 		}
 		if err := s.makeBlocks(c, drop); err != nil {
 			return res, err
 		}
-	} else {
-		s.reportBlocks(c)
 	}
 	if err := s.compare(c, fix); err != nil {
 		return res, err
 	}
-	if err := s.dropStray(c, fix); err != nil {
-		return res, err
+	if fix {
+		if err := s.dropStray(c); err != nil {
+			return res, err
+		}
 	}
 	if _, err := s.copiedFlags(c, fix, 0); err != nil {
 		return res, err
@@ -87,16 +98,6 @@ func (s *flusher) check(r *blk.Req, fix bool) (*CheckResult, error) {
 	return res, s.markClean(r)
 }
 
-// +checklocks:s.mu
-func (s *flusher) reportBlocks(c *counter) {
-	for _, e := range s.reft {
-		if off := int64(e & layout.ReftMask); off != 0 && (s.badBlock(c, off) || c.t.get(off>>s.cb) > 1) {
-			c.res.Corruptions++
-			c.res.say("impossible refcount block at", uint64(off))
-		}
-	}
-}
-
 // cannotRepair notes what a repair could not write without writing over something else, or not
 // drop.
 // +checklocks:s.mu
@@ -112,11 +113,9 @@ func (s *flusher) cannotRepair(c *counter) {
 		_, stray := c.stray[k]
 		switch {
 		case c.t.get(k) > x.n:
-			c.res.Errors++
-			c.res.say("L2 table lies over something else at", uint64(k<<s.cb))
+			c.res.stuck("L2 table lies over something else at", uint64(k<<s.cb))
 		case stray && (!x.active || x.n > 1):
-			c.res.Errors++
-			c.res.say("a shared L2 table has entries that point beyond the end of the file:", uint64(k<<s.cb))
+			c.res.stuck("a shared L2 table has entries that point beyond the end of the file:", uint64(k<<s.cb))
 		}
 	}
 }
@@ -125,17 +124,16 @@ func (s *flusher) cannotRepair(c *counter) {
 func (c *counter) alone(off, size int64, what string) {
 	for k := off >> c.s.cb; size > 0 && k <= (off+size-1)>>c.s.cb; k++ {
 		if c.t.get(k) != 1 {
-			c.res.Errors++
-			c.res.say(what+" lies over something else, or beyond the end of the file, at", uint64(k<<c.s.cb))
+			c.res.stuck(what+" lies over something else, or beyond the end of the file, at", uint64(k<<c.s.cb))
 			return
 		}
 	}
 }
 
 // badBlocks lists the entries of the refcount table whose blocks are impossible or lie over
-// something else, and takes them out of the count.
+// something else; with fix it takes them out of the count.
 // +checklocks:s.mu
-func (s *flusher) badBlocks(c *counter) (drop []int64) {
+func (s *flusher) badBlocks(c *counter, fix bool) (drop []int64) {
 	for i, e := range s.reft {
 		off := int64(e & layout.ReftMask)
 		if off == 0 {
@@ -145,10 +143,9 @@ func (s *flusher) badBlocks(c *counter) (drop []int64) {
 		if !bad && c.t.get(off>>s.cb) == 1 {
 			continue
 		}
-		c.res.Corruptions++
-		c.res.say("impossible refcount block at", uint64(off))
+		c.res.fault("impossible refcount block at", uint64(off))
 		drop = append(drop, int64(i))
-		if !bad {
+		if fix && !bad {
 			c.t.take(off >> s.cb)
 		}
 	}
@@ -195,7 +192,8 @@ func (s *flusher) compare(c *counter, fix bool) error {
 		if err := ended(c.r); err != nil {
 			return err
 		}
-		if off := int64(s.reftAt(b) & layout.ReftMask); off == 0 || s.badBlock(c, off) || !fix && c.t.get(off>>s.cb) > 1 {
+		off := int64(s.reftAt(b) & layout.ReftMask)
+		if off == 0 || s.badBlock(c, off) || !fix && c.t.get(off>>s.cb) > 1 {
 			continue
 		}
 		t, err := s.refblock(c.r, b)
@@ -213,8 +211,7 @@ func (s *flusher) compare(c *counter, fix bool) error {
 		for k := p << tallyBits; k < (p+1)<<tallyBits; k++ {
 			off := int64(s.reftAt(k>>bits) & layout.ReftMask)
 			if c.t.get(k) > 0 && (off == 0 || s.badBlock(c, off)) {
-				c.res.Corruptions++
-				c.res.say("no refcount block for cluster", uint64(k))
+				c.res.fault("no refcount block for cluster", uint64(k))
 			}
 		}
 	}
@@ -232,21 +229,19 @@ func (s *flusher) compareBlock(c *counter, t *table, first, n int64, fix bool) e
 		if have > want {
 			c.res.Leaks++
 		} else {
-			c.res.Corruptions++
-			c.res.say("refcount too low: cluster, refcount, references", uint64(first+i), have, want)
+			c.res.fault("refcount too low: cluster, refcount, references", uint64(first+i), have, want)
 		}
-		if !fix {
+		switch {
+		case !fix:
 			continue
-		}
-		if want > s.geo.RefcountMax() {
+		case want > s.geo.RefcountMax():
 			c.res.Errors++
 			continue
+		case have < want:
+			c.res.Fixed++
 		}
 		s.geo.SetRefcount(t.data, i, want)
 		s.rb.markDirty(t)
-		if have < want {
-			c.res.Fixed++
-		}
 	}
 	return nil
 }
@@ -254,10 +249,7 @@ func (s *flusher) compareBlock(c *counter, t *table, first, n int64, fix bool) e
 // dropStray drops what points beyond the end of the file: there is nothing, and what is allocated
 // there later belongs to others.
 // +checklocks:s.mu
-func (s *flusher) dropStray(c *counter, fix bool) error {
-	if !fix {
-		return nil
-	}
+func (s *flusher) dropStray(c *counter) error {
 	for li, e := s.l1.next(0); e != 0; li, e = s.l1.next(li + 1) {
 		tab := int64(e & layout.OffsetMask)
 		if tab == 0 || tab&(s.cs-1) != 0 {
@@ -273,7 +265,14 @@ func (s *flusher) dropStray(c *counter, fix bool) error {
 			continue
 		}
 		for gc := li << s.geo.L2Bits(); gc < (li+1)<<s.geo.L2Bits(); gc++ {
-			t, err := s.sliceIn(c.r, gc)
+			err := ended(c.r)
+			if err == nil && s.l2Index(gc) == 0 {
+				err = s.room(c.r)
+			}
+			if err != nil {
+				return err
+			}
+			t, err := s.loadSlice(c.r, gc)
 			if err != nil {
 				return err
 			}
@@ -284,20 +283,6 @@ func (s *flusher) dropStray(c *counter, fix bool) error {
 		}
 	}
 	return nil
-}
-
-// sliceIn is loadSlice for going through an L2 table that there is: it makes room first.
-// +checklocks:s.mu
-func (s *flusher) sliceIn(r *blk.Req, gc int64) (*table, error) {
-	if err := ended(r); err != nil {
-		return nil, err
-	}
-	if s.l2Index(gc) == 0 {
-		if err := s.room(r); err != nil {
-			return nil, err
-		}
-	}
-	return s.loadSlice(r, gc)
 }
 
 // copiedFlags compares the copied flags of the active tables with the refcounts: those of the L1
@@ -319,15 +304,13 @@ func (s *flusher) copiedFlags(c *counter, fix bool, behind int64) (at int64, _ e
 			return at, err
 		}
 		at = li + 1
-		ok, err := s.copiedRight(c, e, tab)
+		wrong, err := s.wrongFlag(c, e, tab, "L1 entry's copied flag is wrong")
 		if err != nil {
 			return at, err
 		}
-		if !ok {
-			c.flagFault(fix, "L1 entry's copied flag is wrong", e)
-			if fix {
-				s.setL1(li, e^layout.Copied)
-			}
+		if wrong && fix {
+			s.setL1(li, e^layout.Copied)
+			c.res.Fixed++
 		}
 		if _, twice := seen[tab]; twice {
 			continue
@@ -336,54 +319,57 @@ func (s *flusher) copiedFlags(c *counter, fix bool, behind int64) (at int64, _ e
 		if err := s.readL2(c.r, tab, buf); err != nil {
 			return at, err
 		}
-		for i := int64(0); i < s.cs/8; i++ {
-			if i%lookEvery == lookEvery-1 {
-				if err := ended(c.r); err != nil {
-					return at, err
-				}
-			}
-			x := be.Uint64(buf[8*i:])
-			k := layout.KindOf(x)
-			off := int64(x & layout.OffsetMask)
-			if k != layout.Normal && k != layout.ZeroAlloc || off&(s.cs-1) != 0 {
-				continue
-			}
-			ok, err := s.copiedRight(c, x, off)
-			if err != nil {
-				return at, err
-			}
-			if ok {
-				continue
-			}
-			c.flagFault(fix, "L2 entry's copied flag is wrong", x)
-			if fix {
-				if err := s.room(c.r); err != nil {
-					return at, err
-				}
-				gc := li<<s.geo.L2Bits() + i
-				t, err := s.loadSlice(c.r, gc)
-				if err != nil {
-					return at, err
-				}
-				s.setEntry(t, s.l2Index(gc), x^layout.Copied)
-			}
+		if err := s.copiedFlagsOf(c, fix, buf, li<<s.geo.L2Bits()); err != nil {
+			return at, err
 		}
 	}
 	return at, nil
 }
 
-func (c *counter) flagFault(fix bool, text string, e uint64) {
-	c.res.Corruptions++
-	if fix {
+// copiedFlagsOf is copiedFlags for the L2 table in buf, which maps guest clusters from first on.
+// +checklocks:s.mu
+func (s *flusher) copiedFlagsOf(c *counter, fix bool, buf []byte, first int64) error {
+	for i := int64(0); i < s.cs/8; i++ {
+		if i%lookEvery == lookEvery-1 {
+			if err := ended(c.r); err != nil {
+				return err
+			}
+		}
+		x := be.Uint64(buf[8*i:])
+		k, off := layout.KindOf(x), int64(x&layout.OffsetMask)
+		if k != layout.Normal && k != layout.ZeroAlloc || off&(s.cs-1) != 0 {
+			continue
+		}
+		wrong, err := s.wrongFlag(c, x, off, "L2 entry's copied flag is wrong")
+		if err != nil {
+			return err
+		}
+		if !wrong || !fix {
+			continue
+		}
+		if err := s.room(c.r); err != nil {
+			return err
+		}
+		t, err := s.loadSlice(c.r, first+i)
+		if err != nil {
+			return err
+		}
+		s.setEntry(t, s.l2Index(first+i), x^layout.Copied)
 		c.res.Fixed++
 	}
-	c.res.say(text, e)
+	return nil
 }
 
+// wrongFlag tells, and notes, that the copied flag of entry e, which refers to the cluster at off,
+// is not as its refcount says.
 // +checklocks:s.mu
-func (s *flusher) copiedRight(c *counter, e uint64, off int64) (bool, error) {
+func (s *flusher) wrongFlag(c *counter, e uint64, off int64, text string) (bool, error) {
 	n, err := s.refcount(c.r, off>>s.cb)
-	return (n == 1) == (e&layout.Copied != 0), err
+	if err != nil || (n == 1) == (e&layout.Copied != 0) {
+		return false, err
+	}
+	c.res.fault(text, e)
+	return true, nil
 }
 
 // repair puts a dirty image right, and says in the log what that came to.

@@ -83,10 +83,7 @@ func (s *image) Close() error {
 		s.tellLost()
 	}
 	s.closed = true
-	if s.stopClean != nil {
-		s.stopClean()
-		s.stopClean = nil
-	}
+	s.stopClean()
 	s.l2, s.rb = newCache(int(s.slice), 1), newCache(int(s.cs), 1)
 	s.unz = unzipped{}
 	// Those who still know the node keep nothing of this.

@@ -33,22 +33,23 @@ func (s *requests) readCompressed(r *blk.Req, v blk.Vec, e uint64, in int64) err
 			return err
 		}
 		defer s.unzipping.Give(n + s.cs)
-		raw := getBuf(int(n))
-		defer putBuf(raw)
-		b := (*raw)[:n]
+		raw := blk.GetBuf(int(n), 0)
+		defer blk.PutBuf(raw)
 		s.step(r, blk.EvReadCompressed)
-		if err := s.readFile(r, blk.Buf(b), off); err != nil {
+		if err := s.readFile(r, blk.Buf(raw.B), off); err != nil {
 			return err
 		}
 		u = unzipped{e, make([]byte, s.cs)}
-		if err := s.decode(r, u.data, b); err != nil {
+		if err := s.decode(r, u.data, raw.B); err != nil {
 			return err
 		}
 		// Nobody can have reused the bytes while this request holds its epoch, and who does so
 		// later forgets what is kept here.
-		s.mu.Lock()
-		s.unz = u
-		s.mu.Unlock()
+		if s.lock(r) {
+			s.locked()
+			s.unz = u
+			s.mu.Unlock()
+		}
 	}
 	v.CopyIn(u.data[in : in+v.Len()])
 	return nil
@@ -85,20 +86,36 @@ var (
 	encoderSize = [...]int{layout.CompressionZlib: 1 << 20, layout.CompressionZstd: 8 << 20}
 )
 
-var inflaters, zstdDecoders sync.Pool
+// pool keeps what make makes for the next who needs one. make does not fail: its options are
+// constants.
+func pool[T any](make func() (T, error)) *sync.Pool {
+	return &sync.Pool{New: func() any {
+		v, err := make()
+		if err != nil {
+			panic(err)
+		}
+		return v
+	}}
+}
+
+var (
+	inflaters    = pool(func() (io.ReadCloser, error) { return flate.NewReader(bytes.NewReader(nil)), nil })
+	zstdDecoders = pool(func() (*zstd.Decoder, error) {
+		return zstd.NewReader(nil, zstd.WithDecoderConcurrency(1), zstd.WithDecoderLowmem(true),
+			zstd.WithDecoderMaxWindow(maxWindow), zstd.WithDecoderMaxMemory(2*maxWindow))
+	})
+	// The format's readers inflate with a window of 4 KiB.
+	deflaters    = pool(func() (*kflate.Writer, error) { return kflate.NewWriterWindow(io.Discard, 4096) })
+	zstdEncoders = pool(func() (*zstd.Encoder, error) {
+		return zstd.NewWriter(nil, zstd.WithEncoderConcurrency(1), zstd.WithLowerEncoderMem(true),
+			zstd.WithWindowSize(2<<20), zstd.WithEncoderCRC(false))
+	})
+)
 
 // decompress fills dst from src, which may be followed by garbage.
 func decompress(kind uint8, dst, src []byte) error {
 	if kind == layout.CompressionZstd {
-		d, _ := zstdDecoders.Get().(*zstd.Decoder)
-		if d == nil {
-			var err error
-			d, err = zstd.NewReader(nil, zstd.WithDecoderConcurrency(1), zstd.WithDecoderLowmem(true),
-				zstd.WithDecoderMaxWindow(maxWindow), zstd.WithDecoderMaxMemory(2*maxWindow))
-			if err != nil {
-				return err
-			}
-		}
+		d := zstdDecoders.Get().(*zstd.Decoder)
 		defer zstdDecoders.Put(d)
 		if err := d.Reset(bytes.NewReader(src)); err != nil {
 			return err
@@ -106,53 +123,33 @@ func decompress(kind uint8, dst, src []byte) error {
 		_, err := io.ReadFull(d, dst)
 		return err
 	}
-	z, _ := inflaters.Get().(io.ReadCloser)
-	if z == nil {
-		z = flate.NewReader(bytes.NewReader(src))
-	} else if err := z.(flate.Resetter).Reset(bytes.NewReader(src), nil); err != nil {
+	z := inflaters.Get().(io.ReadCloser)
+	defer inflaters.Put(z)
+	if err := z.(flate.Resetter).Reset(bytes.NewReader(src), nil); err != nil {
 		return err
 	}
-	defer inflaters.Put(z)
 	_, err := io.ReadFull(z, dst)
 	return err
 }
-
-var deflaters, zstdEncoders sync.Pool
 
 // compress returns src compressed, or nil if that does not make it shorter than src.
 func compress(kind uint8, src []byte) ([]byte, error) {
 	var out []byte
 	if kind == layout.CompressionZstd {
-		e, _ := zstdEncoders.Get().(*zstd.Encoder)
-		if e == nil {
-			var err error
-			e, err = zstd.NewWriter(nil, zstd.WithEncoderConcurrency(1), zstd.WithLowerEncoderMem(true),
-				zstd.WithWindowSize(2<<20), zstd.WithEncoderCRC(false))
-			if err != nil {
-				return nil, err
-			}
-		}
+		e := zstdEncoders.Get().(*zstd.Encoder)
+		defer zstdEncoders.Put(e)
 		out = e.EncodeAll(src, nil)
-		zstdEncoders.Put(e)
 	} else {
 		var b bytes.Buffer
-		z, _ := deflaters.Get().(*kflate.Writer)
-		if z == nil {
-			// The format's readers inflate with a window of 4 KiB.
-			var err error
-			if z, err = kflate.NewWriterWindow(&b, 4096); err != nil {
-				return nil, err
-			}
-		} else {
-			z.Reset(&b)
-		}
+		z := deflaters.Get().(*kflate.Writer)
+		defer deflaters.Put(z)
+		z.Reset(&b)
 		if _, err := z.Write(src); err != nil {
 			return nil, err
 		}
 		if err := z.Close(); err != nil {
 			return nil, err
 		}
-		deflaters.Put(z)
 		out = b.Bytes()
 	}
 	if len(out) >= len(src) {

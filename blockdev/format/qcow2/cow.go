@@ -1,8 +1,8 @@
 package qcow2
 
 import (
-	"bytes"
-	"sync"
+	"errors"
+	"syscall"
 
 	"qblockd/blockdev/format/qcow2/layout"
 	"qblockd/graph/blk"
@@ -32,10 +32,10 @@ func (s *requests) writeAround(r *blk.Req, p *plan, w blk.Vec, off int64) error 
 		}
 		defer s.copying.Give(n)
 	}
-	buf := getBuf(int(head + tail))
-	defer putBuf(buf)
+	buf := blk.GetBuf(int(head+tail), 0)
+	defer blk.PutBuf(buf)
 	s.step(r, blk.EvCowRead)
-	hb, tb := (*buf)[:head], (*buf)[head:head+tail]
+	hb, tb := buf.B[:head], buf.B[head:]
 	if err := s.readOld(r, p.head, a.first, 0, hb); err != nil {
 		return err
 	}
@@ -45,7 +45,7 @@ func (s *requests) writeAround(r *blk.Req, p *plan, w blk.Vec, off int64) error 
 	}
 	s.step(r, blk.EvCowWrite)
 	s.step(r, blk.EvWriteAio)
-	if isZero(hb) && isZero(tb) {
+	if blk.IsZero(buf.B) {
 		if a.fresh {
 			return s.file.WriteAt(r, w, p.host, 0)
 		}
@@ -54,7 +54,7 @@ func (s *requests) writeAround(r *blk.Req, p *plan, w blk.Vec, off int64) error 
 			if err == nil {
 				return s.file.WriteAt(r, w, p.host, 0)
 			}
-			if !isNotSupported(err) {
+			if !errors.Is(err, blk.ErrNotSupported) && !errors.Is(err, syscall.ENOTSUP) {
 				return err
 			}
 		}
@@ -95,29 +95,3 @@ func (s *requests) readOld(r *blk.Req, m mapping, gc, in int64, b []byte) error 
 	clear(b)
 	return nil
 }
-
-var zeroes [4096]byte
-
-func isZero(b []byte) bool {
-	for len(b) > len(zeroes) {
-		if !bytes.Equal(b[:len(zeroes)], zeroes[:]) {
-			return false
-		}
-		b = b[len(zeroes):]
-	}
-	return bytes.Equal(b, zeroes[:len(b)])
-}
-
-var bufPool sync.Pool
-
-// getBuf returns a buffer of at least n bytes, content undefined.
-func getBuf(n int) *[]byte {
-	if p, _ := bufPool.Get().(*[]byte); p != nil && cap(*p) >= n {
-		*p = (*p)[:cap(*p)]
-		return p
-	}
-	b := make([]byte, max(n, 64<<10))
-	return &b
-}
-
-func putBuf(b *[]byte) { bufPool.Put(b) }

@@ -134,7 +134,10 @@ const maxLength = math.MaxInt64 &^ (1<<30 - 1)
 // populate turns the empty image into the one asked for.
 func (s *image) populate(r *blk.Req, o *types.BlockdevCreateOptionsQcow2) error {
 	s.mu.Lock()
-	err := s.allocateAt(r, 0, 3)
+	err := s.cover(r, 0, 3)
+	if err == nil {
+		err = s.take(r, 0, 3)
+	}
 	s.freeIdx = 3
 	s.mu.Unlock()
 	if err != nil {

@@ -70,10 +70,7 @@ func (s *bitmaps) switchDirectory(r *blk.Req, list, old []*stored) error {
 		}
 		bits |= layout.AutoclearBitmaps
 	}
-	if err := s.writeRefcounts(r); err != nil {
-		return err
-	}
-	if err := s.barrier(r); err != nil {
+	if err := s.syncRefcounts(r); err != nil {
 		return err
 	}
 	s.fresh = nil // from here on the image may refer to them, also after an error

@@ -137,15 +137,12 @@ func (d *Driver) corrupted(msg string, off, n int64, fatal bool) {
 
 // fileAllocated asks the driver below for the bytes that the file takes.
 func (d *Driver) fileAllocated() (int64, error) {
-	e := d.node.File()
-	if e == nil {
-		return 0, blk.ErrNotSupported
+	if e := d.node.File(); e != nil {
+		if z, ok := e.Node().Driver().(graph.Sizer); ok {
+			return z.ActualSize()
+		}
 	}
-	z, ok := e.Node().Driver().(graph.Sizer)
-	if !ok {
-		return 0, blk.ErrNotSupported
-	}
-	return z.ActualSize()
+	return 0, blk.ErrNotSupported
 }
 
 // Ejected tells whether fatal corruption ended the use of the image; the node then answers
@@ -165,7 +162,7 @@ func (s *image) NodeFailed() {
 
 // Caps implements graph.Driver.
 func (d *Driver) Caps() graph.Caps {
-	c := graph.Caps{
+	return graph.Caps{
 		Limits: blk.Limits{
 			RequestAlign: 1,
 			ZeroAlign:    d.cs,
@@ -177,7 +174,6 @@ func (d *Driver) Caps() graph.Caps {
 		Backing:    true,
 		ZeroInit:   true,
 	}
-	return c
 }
 
 // Size implements graph.Driver.

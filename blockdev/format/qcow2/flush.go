@@ -106,7 +106,10 @@ func (s *flusher) flushOnce(r *blk.Req) error {
 	frees := s.quarantine.take()
 	upTo := s.wrote
 	due := s.synced != upTo
-	err := s.checkCopies(r, l2, l1)
+	err := s.checkCopies(r, l2, olActiveL2)
+	if err == nil {
+		err = s.checkCopies(r, l1, olActiveL1)
+	}
 	if err == nil {
 		s.unlocked(func() { err = s.writeCopies(r, l2, l1, due) })
 	}
@@ -165,10 +168,7 @@ func (s *flusher) room(r *blk.Req) error {
 // markClean writes accurate refcounts and clears the dirty bit. All else is flushed.
 // +checklocks:s.mu
 func (s *flusher) markClean(r *blk.Req) error {
-	if err := s.writeRefcounts(r); err != nil {
-		return err
-	}
-	if err := s.barrier(r); err != nil {
+	if err := s.syncRefcounts(r); err != nil {
 		return err
 	}
 	if s.hdr.IncompatibleFeatures&layout.IncompatDirty == 0 {

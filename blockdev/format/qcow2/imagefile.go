@@ -3,7 +3,6 @@ package qcow2
 import (
 	"context"
 	"encoding/binary"
-	"errors"
 	"fmt"
 	"sync"
 	"sync/atomic"
@@ -142,17 +141,21 @@ func (s *imageFile) unlocked(f func()) {
 
 // readFile reads from the file; what lies beyond its end reads as zeroes.
 func (s *imageFile) readFile(r *blk.Req, v blk.Vec, off int64) error {
+	return readPadded(r, s.file, s.file.Size(), v, off)
+}
+
+// readPadded reads from f, which ends at end; beyond that are zeroes.
+func readPadded(r *blk.Req, f file, end int64, v blk.Vec, off int64) error {
 	n := v.Len()
-	end := s.file.Size()
 	if off+n <= end {
-		return s.file.ReadAt(r, v, off, 0)
+		return f.ReadAt(r, v, off, 0)
 	}
 	if off >= end {
 		v.Zero()
 		return nil
 	}
 	v.Slice(end-off, off+n-end).Zero()
-	return s.file.ReadAt(r, v.Slice(0, end-off), off, 0)
+	return f.ReadAt(r, v.Slice(0, end-off), off, 0)
 }
 
 // writeMeta writes metadata of the kinds own, and remembers that a barrier is due.
@@ -201,12 +204,6 @@ func (s *imageFile) usable() error {
 	return nil
 }
 
-// child is the file as the target of status answers.
-func (s *imageFile) child() blk.Child {
-	c, _ := s.file.(blk.Child)
-	return c
-}
-
 // back is the backing child, or nil.
 func (s *imageFile) back() file {
 	if s.backing == nil {
@@ -227,10 +224,6 @@ func (s *imageFile) backSize() int64 {
 // where there are no clusters.
 // +checklocks:s.mu
 func (s *imageFile) backLater() bool { return s.backName != "" && s.back() == nil }
-
-func isNotSupported(err error) bool {
-	return errors.Is(err, blk.ErrNotSupported) || errors.Is(err, syscall.ENOTSUP)
-}
 
 // publish makes what queries show of the header known to them; mu is held.
 // +checklocks:s.mu

@@ -1,6 +1,7 @@
 package qcow2
 
 import (
+	"bytes"
 	"math/bits"
 	"slices"
 	"sync"
@@ -45,6 +46,9 @@ func newMarks(size int64) *marks {
 	return m
 }
 
+// regions are those that a range touches.
+func (m *marks) regions(off, n int64) span { return span{off >> m.shift, (off+n-1)>>m.shift + 1} }
+
 // cover tells whether all of a range is marked. What lies beyond the size that m was made for is
 // not.
 func (m *marks) cover(off, n int64) bool {
@@ -57,7 +61,7 @@ func (m *marks) cover(off, n int64) bool {
 }
 
 func (m *marks) set(s span) {
-	for g := s.first; g <= s.last && g>>6 < int64(len(m.marked)); g++ {
+	for g := s.off; g < s.end && g>>6 < int64(len(m.marked)); g++ {
 		m.marked[g>>6].Or(1 << (g & 63))
 	}
 }
@@ -66,22 +70,11 @@ func (m *marks) set(s span) {
 func (m *marks) spans() (l []span) {
 	for i := range m.marked {
 		for w := m.marked[i].Load(); w != 0; w &= w - 1 {
-			l = withNext(l, int64(i)<<6+int64(bits.TrailingZeros64(w)))
+			g := int64(i)<<6 + int64(bits.TrailingZeros64(w))
+			l = with(l, span{g, g + 1})
 		}
 	}
 	return l
-}
-
-// span are regions, or clusters, from first to last.
-type span struct{ first, last int64 }
-
-// withNext is l with k, which goes into the last span if it follows that.
-func withNext(l []span, k int64) []span {
-	if i := len(l) - 1; i >= 0 && l[i].last == k-1 {
-		l[i].last = k
-		return l
-	}
-	return append(l, span{k, k})
 }
 
 // markQueue has what is to be marked by whoever comes next: those who wait for each other's flushes
@@ -120,7 +113,7 @@ func (s *bitmaps) mark(r *blk.Req, off, n int64, f blk.Flags) error {
 
 func (s *bitmaps) markNow(r *blk.Req, off, n int64) error {
 	if m := s.marks.Load(); m != nil {
-		s.toMark.add(span{off >> m.shift, (off + n - 1) >> m.shift})
+		s.toMark.add(m.regions(off, n))
 	}
 	s.marking.Lock()
 	defer s.marking.Unlock()
@@ -129,22 +122,13 @@ func (s *bitmaps) markNow(r *blk.Req, off, n int64) error {
 		return nil
 	}
 	// Those who came before may have taken ours and failed. Spans of an earlier size do no harm.
-	due := append(s.toMark.take(), span{off >> m.shift, (off + n - 1) >> m.shift})
-	slices.SortFunc(due, func(a, b span) int { return int(a.first - b.first) })
-	all := due[:1]
-	for _, d := range due[1:] {
-		if k := &all[len(all)-1]; d.first <= k.last+1 {
-			k.last = max(k.last, d.last)
-		} else {
-			all = append(all, d)
-		}
-	}
+	all := makeRanges(append(s.toMark.take(), m.regions(off, n)))
 	for _, b := range s.stored { // +checklocksignore: marking is held, without which it does not change
 		if !b.live || !s.keeper.records(b.Name) {
 			continue
 		}
 		for _, d := range all {
-			if err := s.writeOnes(r, b, d.first<<m.shift, (d.last+1)<<m.shift); err != nil {
+			if err := s.writeOnes(r, b, d.off<<m.shift, d.end<<m.shift); err != nil {
 				return err
 			}
 		}
@@ -158,12 +142,7 @@ func (s *bitmaps) markNow(r *blk.Req, off, n int64) error {
 	return nil
 }
 
-var ones = func() (b [4096]byte) {
-	for i := range b {
-		b[i] = 0xff
-	}
-	return b
-}()
+var ones = bytes.Repeat([]byte{0xff}, 4096)
 
 // writeOnes sets the bits for a part of the disk in the image, and maybe a few more at its ends. It
 // needs marking only.
@@ -247,7 +226,7 @@ func (s *bitmaps) writeLive(r *blk.Req, p persisted) (*stored, error) {
 	if m := s.marks.Load(); m != nil && p.enabled {
 		bits = bits.Clone()
 		for _, x := range m.spans() {
-			lo, hi := x.first<<m.shift, min((x.last+1)<<m.shift, bits.Size())
+			lo, hi := x.off<<m.shift, min(x.end<<m.shift, bits.Size())
 			if lo < hi {
 				bits.Set(lo, hi-lo)
 			}

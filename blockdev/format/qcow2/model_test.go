@@ -188,7 +188,7 @@ func (m *model) status(off, n int) {
 		m.fatalf("status of %d+%d: %+v", off, n, x)
 	}
 	part := m.disk[off : off+int(x.N)]
-	if x.Zero && !isZero(part) {
+	if x.Zero && !blk.IsZero(part) {
 		m.fatalf("status of %d+%d claims zeroes: %+v", off, n, x)
 	}
 	if x.OffValid && x.Data {

@@ -9,6 +9,16 @@ import (
 	"qblockd/graph/blk"
 )
 
+// image is an open image.
+type image struct {
+	requests
+
+	resizing sync.Mutex // one Resize at a time; taken before marking and mu
+
+	closed    bool   // +checklocks:mu
+	stopClean func() // +checklocks:mu
+}
+
 // openImage opens the image in c.file. Checks come in QEMU's order. A read-only image is not
 // touched; a writable one gets its autoclear bits cleared and, if it is dirty, is repaired.
 func openImage(r *blk.Req, c config) (*image, error) {
@@ -146,7 +156,7 @@ func (s *image) becomeWriter(r *blk.Req) error {
 // startCleaning gives unused cache entries back every now and then.
 // +checklocks:s.mu
 func (s *image) startCleaning() {
-	if s.set.cleanInterval == 0 {
+	if s.stopClean = func() {}; s.set.cleanInterval == 0 {
 		return
 	}
 	d := time.Duration(s.set.cleanInterval) * time.Second

@@ -135,7 +135,12 @@ func cacheSizes(o *types.BlockdevOptionsQcow2, h *layout.Header, s *settings) (l
 	return l2, rb, nil
 }
 
-func overlapChecks(o *types.Qcow2OverlapChecks) (c overlap, _ error) {
+var overlapModes = map[types.Qcow2OverlapCheckMode]overlap{
+	types.Qcow2OverlapCheckModeNone: 0, types.Qcow2OverlapCheckModeConstant: olConstant,
+	types.Qcow2OverlapCheckModeCached: olCached, types.Qcow2OverlapCheckModeAll: olAll,
+}
+
+func overlapChecks(o *types.Qcow2OverlapChecks) (overlap, error) {
 	mode, f := types.Qcow2OverlapCheckModeCached, types.Qcow2OverlapCheckFlags{}
 	switch {
 	case o == nil:
@@ -144,16 +149,10 @@ func overlapChecks(o *types.Qcow2OverlapChecks) (c overlap, _ error) {
 	case o.Flags != nil:
 		f, mode = *o.Flags, pick(o.Flags.Template, mode)
 	}
-	switch mode {
-	case types.Qcow2OverlapCheckModeNone:
-	case types.Qcow2OverlapCheckModeConstant:
-		c = olConstant
-	case types.Qcow2OverlapCheckModeCached:
-		c = olCached
-	case types.Qcow2OverlapCheckModeAll:
-		c = olAll
-	default:
-		return 0, fmt.Errorf("Unsupported value '%s' for qcow2 option 'overlap-check'. Allowed are any of the following: none, constant, cached, all", mode)
+	c, ok := overlapModes[mode]
+	if !ok {
+		return 0, fmt.Errorf("Unsupported value '%s' for qcow2 option 'overlap-check'. "+
+			"Allowed are any of the following: none, constant, cached, all", mode)
 	}
 	for i, on := range [...]*bool{
 		f.MainHeader, f.ActiveL1, f.ActiveL2, f.RefcountTable, f.RefcountBlock,

@@ -7,6 +7,7 @@ import (
 	"math/rand/v2"
 	"sync"
 	"testing"
+	"time"
 
 	"qblockd/blockdev/drivertest"
 	"qblockd/graph/blk"
@@ -151,4 +152,40 @@ func TestQuarantine(t *testing.T) {
 	mustClose(t, s)
 	s = mustOpen(t, mem{f}, config{readOnly: true})
 	sound(t, s, false)
+}
+
+// TestCompressedNoWait: a read that must not wait does not wait for mu with what it has read, which
+// others may hold for long.
+func TestCompressedNoWait(t *testing.T) {
+	s := mustOpen(t, mem{mustCreate(t, CreateOptions{Size: 1 << 20})}, config{})
+	want := bytes.Repeat([]byte{7}, 64<<10)
+	if err := s.WriteAt(req(), blk.Buf(want), 0, blk.Compressed); err != nil {
+		t.Fatal(err)
+	}
+	held, free, ended := make(chan struct{}), make(chan struct{}), make(chan error)
+	s.debug = func(_ *blk.Req, e blk.DebugEvent) {
+		if e == blk.EvReadCompressed {
+			go func() {
+				s.mu.Lock()
+				close(held)
+				<-free
+				s.mu.Unlock()
+			}()
+			<-held
+		}
+	}
+	got := make([]byte, len(want))
+	go func() { ended <- s.ReadAt(&blk.Req{NoWait: true}, blk.Buf(got), 0, 0) }()
+	select {
+	case err := <-ended:
+		if err != nil || !bytes.Equal(got, want) {
+			t.Errorf("read %x: %v", got[:8], err)
+		}
+		close(free)
+	case <-time.After(20 * time.Second):
+		t.Error("the read waits for mu")
+		close(free)
+		<-ended
+	}
+	mustClose(t, s)
 }

@@ -223,7 +223,7 @@ func batch(l []freed, cb uint) (now, rest []freed) {
 // punch discards ranges that lose their last reference.
 // +checklocks:s.mu
 func (s *allocator) punch(r *blk.Req, fs []freed) {
-	var runs []freed
+	var runs []span
 	for _, f := range fs {
 		if !s.set.discard[f.kind] {
 			continue
@@ -233,21 +233,17 @@ func (s *allocator) punch(r *blk.Req, fs []freed) {
 			if n, err := s.refcount(r, c); err != nil || n != 1 || s.wrong.at(c) {
 				continue
 			}
-			if k := len(runs) - 1; k >= 0 && runs[k].off+runs[k].n == c<<s.cb {
-				runs[k].n += s.cs
-			} else {
-				runs = append(runs, freed{off: c << s.cb, n: s.cs})
-			}
+			runs = with(runs, span{c << s.cb, (c + 1) << s.cb})
 		}
 	}
 	if len(runs) == 0 {
 		return
 	}
 	s.unlocked(func() {
-		for _, f := range runs {
-			if n := min(f.n, s.file.Size()-f.off); n > 0 {
+		for _, x := range runs {
+			if n := min(x.end, s.file.Size()) - x.off; n > 0 {
 				// Failing to give space back harms nobody.
-				_ = s.file.Discard(r, f.off, n)
+				_ = s.file.Discard(r, x.off, n)
 			}
 		}
 	})

@@ -5,6 +5,22 @@ import (
 	"qblockd/graph/blk"
 )
 
+// requests are those for the guest disk. The exported ones take mu, the others need it where they
+// do no I/O of data.
+type requests struct {
+	bitmaps
+
+	// Memory of requests under way, taken with no lock held. Who waits for one of these may hold
+	// parts of those before it.
+	zipping   blk.Budget
+	copying   blk.Budget
+	unzipping blk.Budget
+	decoding  blk.Budget
+
+	inflight inflight // +checklocks:mu
+	unz      unzipped // +checklocks:mu
+}
+
 // ReadAt fills v from off.
 func (s *requests) ReadAt(r *blk.Req, v blk.Vec, off int64, _ blk.Flags) error {
 	n := v.Len()
@@ -77,15 +93,9 @@ func (s *requests) readBacking(r *blk.Req, v blk.Vec, off int64) error {
 		v.Zero()
 		return nil
 	}
-	n, end := v.Len(), b.Size()
-	if off >= end {
-		v.Zero()
-		return nil
+	end := b.Size()
+	if off < end {
+		s.step(r, blk.EvReadBackingAio)
 	}
-	if off+n > end {
-		v.Slice(end-off, off+n-end).Zero()
-		v = v.Slice(0, end-off)
-	}
-	s.step(r, blk.EvReadBackingAio)
-	return b.ReadAt(r, v, off, 0)
+	return readPadded(r, b, end, v, off)
 }

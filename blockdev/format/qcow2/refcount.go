@@ -1,8 +1,6 @@
 package qcow2
 
 import (
-	"sort"
-
 	"qblockd/blockdev/format/qcow2/layout"
 	"qblockd/graph/blk"
 )
@@ -84,17 +82,7 @@ func (s *refcounts) refcount(r *blk.Req, c int64) (uint64, error) {
 // writeBlocks writes all dirty refcount blocks, lowest first.
 // +checklocks:s.mu
 func (s *refcounts) writeBlocks(r *blk.Req) error {
-	if s.rb.ndirty == 0 {
-		return nil
-	}
-	var ts []*table
-	for t := s.rb.lru.next; t != &s.rb.lru; t = t.next {
-		if t.dirty {
-			ts = append(ts, t)
-		}
-	}
-	sort.Slice(ts, func(i, j int) bool { return ts[i].off < ts[j].off })
-	for _, t := range ts {
+	for _, t := range s.rb.dirty() {
 		s.step(r, blk.EvRefblockUpdatePart)
 		if err := s.writeMeta(r, t.data, t.off, olRefcountBlock); err != nil {
 			return err

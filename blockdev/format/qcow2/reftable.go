@@ -153,6 +153,15 @@ func encodeEntries(at func(i int64) uint64, k, limit int64) []byte {
 	return b
 }
 
+// syncRefcounts is writeRefcounts with a barrier behind it, too.
+// +checklocks:s.mu
+func (s *refcounts) syncRefcounts(r *blk.Req) error {
+	if err := s.writeRefcounts(r); err != nil {
+		return err
+	}
+	return s.barrier(r)
+}
+
 // writeRefcounts writes refcount blocks and the refcount table's changes, with a barrier between
 // them but none behind.
 // +checklocks:s.mu

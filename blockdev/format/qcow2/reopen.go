@@ -62,10 +62,7 @@ func (c *reconfiguration) Commit() {
 	s := c.s
 	s.mu.Lock()
 	defer s.mu.Unlock()
-	if s.stopClean != nil {
-		s.stopClean()
-		s.stopClean = nil
-	}
+	s.stopClean()
 	old := s.set
 	s.options, s.unmap, s.set = *c.options, c.unmap, c.set
 	if s.dead.Load() {

@@ -54,10 +54,10 @@ func (s *snapshots) readSnapshots(r *blk.Req) error {
 
 // snapshotTables is where snapshots have their L1 tables.
 func snapshotTables(l []layout.Snapshot) ranges {
-	all := make([]fileRange, 0, len(l))
+	all := make([]span, 0, len(l))
 	for i := range l {
 		if off := int64(l[i].L1TableOffset); off >= 0 {
-			all = append(all, fileRange{off, off + min(int64(l[i].L1Size)*8, math.MaxInt64-off)})
+			all = append(all, span{off, off + min(int64(l[i].L1Size)*8, math.MaxInt64-off)})
 		}
 	}
 	return makeRanges(all)
@@ -112,10 +112,7 @@ func (s *snapshots) writeSnapshots(r *blk.Req, list []layout.Snapshot) error {
 			return err
 		}
 	}
-	if err := s.writeRefcounts(r); err != nil {
-		return err
-	}
-	if err := s.barrier(r); err != nil {
+	if err := s.syncRefcounts(r); err != nil {
 		return err
 	}
 	var h [12]byte
@@ -151,8 +148,7 @@ func (s *snapshots) countSnapshots(c *counter) error {
 	for i := range s.snaps {
 		sn := &s.snaps[i]
 		if s.checkL1(sn) != nil {
-			c.res.Corruptions++
-			c.res.say("snapshot's L1 table at", sn.L1TableOffset)
+			c.res.fault("snapshot's L1 table at", sn.L1TableOffset)
 			continue
 		}
 		off, n := int64(sn.L1TableOffset), int64(sn.L1Size)

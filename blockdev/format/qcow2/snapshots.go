@@ -289,7 +289,7 @@ func (s *snapshots) dropSnapshot(r *blk.Req, i int) error {
 			return undoneError{err}
 		}
 		for _, c := range list {
-			gone = withNext(gone, c)
+			gone = with(gone, span{c, c + 1})
 		}
 	}
 	q := patient(r)
@@ -320,7 +320,7 @@ func (s *snapshots) dropSnapshot(r *blk.Req, i int) error {
 // for: that may take long, and until the refcounts are right the copied flags are wrong.
 // +checklocks:s.mu
 func (s *snapshots) dropRefs(r *blk.Req, g span) {
-	for c := g.first; c <= g.last; c++ {
+	for c := g.off; c < g.end; c++ {
 		n, err := s.refcount(r, c)
 		if err != nil || n < 2 || s.wrong.at(c) || s.addRef(r, c, -1) != nil {
 			s.free(c<<s.cb, s.cs, discardSnapshot)

@@ -52,7 +52,8 @@ func (s *requests) Status(r *blk.Req, off, n int64) (blk.Extent, error) {
 		e.Recurse = s.prealloc == 2
 	}
 	if m.kind == layout.Normal || m.kind == layout.ZeroAlloc {
-		e.OffValid, e.MapOff, e.In = true, m.host, s.child()
+		e.OffValid, e.MapOff = true, m.host
+		e.In, _ = s.file.(blk.Child)
 	}
 	return e, nil
 }
@@ -106,15 +107,10 @@ func (s *requests) findMapped(r *blk.Req, off, n int64, m *blk.Mapping) (x mappi
 }
 
 func (s *requests) mapBacking(r *blk.Req, off, n int64, m *blk.Mapping) error {
-	b := s.back()
-	end := int64(0)
-	if b != nil {
-		end = b.Size()
-	}
-	if off < end {
+	if end := s.backSize(); off < end {
 		k := min(n, end-off)
 		before := m.N()
-		if err := b.Map(r, off, k, m); err != nil || m.N()-before != k {
+		if err := s.back().Map(r, off, k, m); err != nil || m.N()-before != k {
 			return err
 		}
 		n -= k

@@ -2,7 +2,6 @@ package qcow2
 
 import (
 	"slices"
-	"sort"
 
 	"qblockd/blockdev/format/qcow2/layout"
 	"qblockd/graph/blk"
@@ -52,20 +51,14 @@ func (s *tables) readL2(r *blk.Req, tab int64, buf []byte) error {
 // takeL2 copies the dirty L2 slices and pins them.
 // +checklocks:s.mu
 func (s *tables) takeL2() []copied {
-	if s.l2.ndirty == 0 {
-		return nil
-	}
 	out := make([]copied, 0, s.l2.ndirty)
 	all := make([]byte, 0, s.l2.ndirty*s.l2.size)
-	for t := s.l2.lru.next; t != &s.l2.lru; t = t.next {
-		if t.dirty {
-			t.pins++
-			n := len(all)
-			all = append(all, t.data...)
-			out = append(out, copied{off: t.off, data: all[n:len(all):len(all)], t: t, gen: t.gen})
-		}
+	for _, t := range s.l2.dirty() {
+		t.pins++
+		n := len(all)
+		all = append(all, t.data...)
+		out = append(out, copied{off: t.off, data: all[n:len(all):len(all)], t: t, gen: t.gen})
 	}
-	sort.Slice(out, func(i, j int) bool { return out[i].off < out[j].off })
 	return out
 }
 
@@ -85,17 +78,12 @@ func (s *tables) takeL1() []copied {
 }
 
 // +checklocks:s.mu
-func (s *tables) checkCopies(r *blk.Req, l2, l1 []copied) error {
-	for _, c := range l2 {
-		if err := s.mayWrite(r, c.off, int64(len(c.data)), olActiveL2); err != nil {
+func (s *tables) checkCopies(r *blk.Req, l []copied, own overlap) error {
+	for _, c := range l {
+		if err := s.mayWrite(r, c.off, int64(len(c.data)), own); err != nil {
 			return err
 		}
 		s.noteEnd(c.off + int64(len(c.data)))
-	}
-	for _, c := range l1 {
-		if err := s.mayWrite(r, c.off, int64(len(c.data)), olActiveL1); err != nil {
-			return err
-		}
 	}
 	return nil
 }

@@ -1,6 +1,9 @@
 package qcow2
 
-import "slices"
+import (
+	"maps"
+	"slices"
+)
 
 // tally counts references to clusters, and which of them suppose that they are the only one. Its
 // pages are small: what it takes is bounded by the number of references, wherever they point, and
@@ -93,14 +96,7 @@ func (t *tally) set(v *uint8, c int64, n uint64) {
 }
 
 // order lists the numbers of the pages there are, in order.
-func (t *tally) order() []int64 {
-	l := make([]int64, 0, len(t.pages))
-	for k := range t.pages {
-		l = append(l, k)
-	}
-	slices.Sort(l)
-	return l
-}
+func (t *tally) order() []int64 { return slices.Sorted(maps.Keys(t.pages)) }
 
 // bytes is about what the tally takes.
 func (t *tally) bytes() int64 { return int64(len(t.pages))*tallyPageBytes + int64(len(t.big))*48 }

@@ -63,8 +63,7 @@ func (c *counter) ref(off, size int64, n uint64, sole bool, what string) bool {
 	}
 	ok := true
 	if off < 0 || size < 0 || c.beyond(off, size) {
-		c.res.Corruptions++
-		c.res.say(what+" beyond the end of the file at", uint64(off))
+		c.res.fault(what+" beyond the end of the file at", uint64(off))
 		if !c.all {
 			return false
 		}
@@ -86,14 +85,12 @@ func (c *counter) fixed(off, size int64, what string) (ok bool, err error) {
 		return true, nil
 	}
 	if off < 0 || size < 0 || off > c.end || size > c.end-off+c.s.cs-1 {
-		c.res.Corruptions++
-		c.res.say(what+" beyond the end of the file at", uint64(off))
+		c.res.fault(what+" beyond the end of the file at", uint64(off))
 		return false, nil
 	}
 	first, last := off>>c.s.cb, (off+size-1)>>c.s.cb
 	if c.left -= last - first + 1; c.left < 0 {
-		c.res.Corruptions++
-		c.res.say("tables lie over each other, one of them at", uint64(off))
+		c.res.fault("tables lie over each other, one of them at", uint64(off))
 		return false, errTables
 	}
 	if c.tables += size; c.tables > c.most {
@@ -162,8 +159,7 @@ func (c *counter) l1Entry(e uint64, of int32) {
 		return
 	}
 	if tab&(c.s.cs-1) != 0 {
-		c.res.Corruptions++
-		c.res.say("unaligned L2 table at", uint64(tab))
+		c.res.fault("unaligned L2 table at", uint64(tab))
 		return
 	}
 	k := tab >> c.s.cb
@@ -232,13 +228,11 @@ func (c *counter) entry(e uint64, n uint64, active bool) bool {
 		return true
 	case e&layout.Compressed != 0:
 		if sole {
-			c.res.Corruptions++
-			c.res.say("compressed entry with the copied flag", e)
+			c.res.fault("compressed entry with the copied flag", e)
 		}
 		return c.ref(off, size, n, false, "compressed cluster")
 	case off&(c.s.cs-1) != 0:
-		c.res.Corruptions++
-		c.res.say("unaligned cluster at", uint64(off))
+		c.res.fault("unaligned cluster at", uint64(off))
 		return true
 	}
 	return c.ref(off, size, n, sole, "cluster")

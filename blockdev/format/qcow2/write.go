@@ -2,6 +2,7 @@ package qcow2
 
 import (
 	"errors"
+	"slices"
 
 	"qblockd/blockdev/format/qcow2/layout"
 	"qblockd/graph/blk"
@@ -253,14 +254,9 @@ func (s *requests) waitInflight(gc, k int64) (waited bool) {
 // endAlloc removes a from the allocations in flight.
 // +checklocks:s.mu
 func (s *requests) endAlloc(a *alloc) {
-	for i, x := range s.inflight {
-		if x == a {
-			last := len(s.inflight) - 1
-			s.inflight[i], s.inflight[last] = s.inflight[last], nil
-			s.inflight = s.inflight[:last]
-			s.wake.Broadcast()
-			return
-		}
+	if i := slices.Index(s.inflight, a); i >= 0 {
+		s.inflight = slices.Delete(s.inflight, i, i+1)
+		s.wake.Broadcast()
 	}
 }
 

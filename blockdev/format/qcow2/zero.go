@@ -254,11 +254,11 @@ func (s *requests) discard(r *blk.Req, from, to int64, hasBacking, full bool, ki
 // +checklocks:s.mu
 func (s *requests) discardSlice(r *blk.Req, t *table, w *sliceWalk, hasBacking, full bool, kind discardKind) error {
 	keep := s.set.noUnref && !full && kind == discardRequest
-	var kept []freed
+	var kept []span
 	defer func() {
 		// With mu held: the clusters keep their places, and a write would use them otherwise.
-		for _, f := range kept {
-			_ = s.file.Discard(r, f.off, f.n)
+		for _, x := range kept {
+			_ = s.file.Discard(r, x.off, x.end-x.off)
 		}
 	}()
 	for i := s.l2Index(w.gc); i < s.l2Index(w.gc)+w.k; i++ {
@@ -294,7 +294,7 @@ func (s *requests) discardSlice(r *blk.Req, t *table, w *sliceWalk, hasBacking, 
 // keep adds the host cluster of e, which keeps its place (discard-no-unref), to what is to be
 // punched, unless a snapshot shares it.
 // +checklocks:s.mu
-func (s *surveyor) keep(r *blk.Req, list []freed, e uint64, kind discardKind) []freed {
+func (s *surveyor) keep(r *blk.Req, list []span, e uint64, kind discardKind) []span {
 	off := int64(e & layout.OffsetMask)
 	if !s.set.discard[kind] || off&(s.cs-1) != 0 || off+s.cs > s.file.Size() || e&layout.Copied == 0 {
 		return list
@@ -302,9 +302,5 @@ func (s *surveyor) keep(r *blk.Req, list []freed, e uint64, kind discardKind) []
 	if n, err := s.refcount(r, off>>s.cb); err != nil || n != 1 || s.wrong.at(off>>s.cb) || s.surveying() {
 		return list
 	}
-	if k := len(list) - 1; k >= 0 && list[k].off+list[k].n == off {
-		list[k].n += s.cs
-		return list
-	}
-	return append(list, freed{off: off, n: s.cs})
+	return with(list, span{off, off + s.cs})
 }

@@ -40,8 +40,6 @@ type RawExtension struct {
 // anew.
 type Extensions struct {
 	BackingFormat string
-	// DataFile is a name without effect; images that use an external data file are refused.
-	DataFile string
 	// Bitmaps is nil without the extension, or if no program kept it up to date (autoclear
 	// bit 0 is clear); then BitmapsStale is set.
 	Bitmaps      *Bitmaps
@@ -86,11 +84,9 @@ func (h *Header) ParseExtensions(b []byte) (*Extensions, error) {
 				return fmt.Errorf("ERROR: ext_backing_format: len=%d too large (>=16)", len(data))
 			}
 			x.BackingFormat = cString(data)
-		case extFeatureTable:
+		case extFeatureTable, extDataFile: // a data file's name has no effect: images that use one are refused
 		case extCrypto:
 			return fmt.Errorf("CRYPTO header extension only expected with LUKS encryption method")
-		case extDataFile:
-			x.DataFile = cString(data)
 		case extBitmaps:
 			return x.parseBitmaps(h, data)
 		case extMarks:
@@ -140,9 +136,7 @@ func (x *Extensions) parseBitmaps(h *Header, data []byte) error {
 }
 
 func cString(b []byte) string {
-	if i := bytes.IndexByte(b, 0); i >= 0 {
-		b = b[:i]
-	}
+	b, _, _ = bytes.Cut(b, []byte{0})
 	return string(b)
 }
 
@@ -151,6 +145,13 @@ func appendExt(b []byte, magic uint32, data []byte) []byte {
 	b = binary.BigEndian.AppendUint32(b, uint32(len(data)))
 	b = append(b, data...)
 	return append(b, make([]byte, -len(data)&7)...)
+}
+
+func appendUint64s(b []byte, l []uint64) []byte {
+	for _, v := range l {
+		b = binary.BigEndian.AppendUint64(b, v)
+	}
+	return b
 }
 
 // appendTo serialises in QEMU's order. Images with clusters of up to 4 KiB get no feature name
@@ -170,19 +171,11 @@ func (x *Extensions) appendTo(b []byte, h *Header) []byte {
 		b = appendExt(b, extFeatureTable, t)
 	}
 	if m := x.Bitmaps; m != nil {
-		var d []byte
-		d = binary.BigEndian.AppendUint32(d, m.NbBitmaps)
-		d = binary.BigEndian.AppendUint32(d, 0)
-		d = binary.BigEndian.AppendUint64(d, m.DirectorySize)
-		d = binary.BigEndian.AppendUint64(d, m.DirectoryOffset)
-		b = appendExt(b, extBitmaps, d)
+		d := []uint64{uint64(m.NbBitmaps) << 32, m.DirectorySize, m.DirectoryOffset} // 4 bytes are reserved
+		b = appendExt(b, extBitmaps, appendUint64s(nil, d))
 	}
 	if len(x.Marks) > 0 {
-		var d []byte
-		for _, m := range x.Marks {
-			d = binary.BigEndian.AppendUint64(d, m)
-		}
-		b = appendExt(b, extMarks, d)
+		b = appendExt(b, extMarks, appendUint64s(nil, x.Marks))
 	}
 	for _, u := range x.Unknown {
 		b = appendExt(b, u.Magic, u.Data)

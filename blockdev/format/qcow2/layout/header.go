@@ -148,34 +148,32 @@ func Parse(b []byte, writable bool) (*Header, error) {
 	return h, nil
 }
 
+// fields are the header's fields behind magic in their order in the file: those of version 2, and
+// those that came with version 3.
+func (h *Header) fields() (v2, v3 []any) {
+	v2 = []any{&h.Version, &h.BackingFileOffset, &h.BackingFileSize, &h.ClusterBits, &h.Size, &h.CryptMethod,
+		&h.L1Size, &h.L1TableOffset, &h.RefcountTableOffset, &h.RefcountTableClusters,
+		&h.NbSnapshots, &h.SnapshotsOffset}
+	return v2, []any{&h.IncompatibleFeatures, &h.CompatibleFeatures, &h.AutoclearFeatures, &h.RefcountOrder,
+		&h.HeaderLength, &h.CompressionType}
+}
+
 func decode(b []byte) *Header {
-	be := binary.BigEndian
-	h := &Header{
-		Version:               be.Uint32(b[4:]),
-		BackingFileOffset:     be.Uint64(b[8:]),
-		BackingFileSize:       be.Uint32(b[16:]),
-		ClusterBits:           be.Uint32(b[20:]),
-		Size:                  be.Uint64(b[24:]),
-		CryptMethod:           be.Uint32(b[32:]),
-		L1Size:                be.Uint32(b[36:]),
-		L1TableOffset:         be.Uint64(b[40:]),
-		RefcountTableOffset:   be.Uint64(b[48:]),
-		RefcountTableClusters: be.Uint32(b[56:]),
-		NbSnapshots:           be.Uint32(b[60:]),
-		SnapshotsOffset:       be.Uint64(b[64:]),
-		RefcountOrder:         4,
-		HeaderLength:          HeaderSizeV2,
+	h := &Header{RefcountOrder: 4, HeaderLength: HeaderSizeV2}
+	read := func(at int, fields []any) {
+		for _, f := range fields {
+			n, _ := binary.Decode(b[at:], binary.BigEndian, f)
+			at += n
+		}
 	}
+	v2, v3 := h.fields()
+	read(4, v2)
 	if h.Version < 3 {
 		return h
 	}
-	h.IncompatibleFeatures = be.Uint64(b[72:])
-	h.CompatibleFeatures = be.Uint64(b[80:])
-	h.AutoclearFeatures = be.Uint64(b[88:])
-	h.RefcountOrder = be.Uint32(b[96:])
-	h.HeaderLength = be.Uint32(b[100:])
-	if h.HeaderLength > 104 {
-		h.CompressionType = b[104]
+	read(HeaderSizeV2, v3)
+	if h.HeaderLength <= 104 {
+		h.CompressionType = 0
 	}
 	return h
 }
@@ -275,14 +273,7 @@ func (h *Header) BackingName(b []byte) (string, error) {
 	if n > min(MaxBackingName, uint64(1)<<h.ClusterBits-h.BackingFileOffset) {
 		return "", fmt.Errorf("Backing file name too long")
 	}
-	name := b[h.BackingFileOffset : h.BackingFileOffset+n]
-	for i, c := range name {
-		if c == 0 {
-			name = name[:i]
-			break
-		}
-	}
-	return string(name), nil
+	return cString(b[h.BackingFileOffset : h.BackingFileOffset+n]), nil
 }
 
 // extEnd is where the header extensions end at the latest.
@@ -319,27 +310,13 @@ func (h *Header) Marshal(x *Extensions, backing string) ([]byte, error) {
 }
 
 func (h *Header) encode(b []byte) {
-	be := binary.BigEndian
-	be.PutUint32(b, Magic)
-	be.PutUint32(b[4:], h.Version)
-	be.PutUint64(b[8:], h.BackingFileOffset)
-	be.PutUint32(b[16:], h.BackingFileSize)
-	be.PutUint32(b[20:], h.ClusterBits)
-	be.PutUint64(b[24:], h.Size)
-	be.PutUint32(b[32:], h.CryptMethod)
-	be.PutUint32(b[36:], h.L1Size)
-	be.PutUint64(b[40:], h.L1TableOffset)
-	be.PutUint64(b[48:], h.RefcountTableOffset)
-	be.PutUint32(b[56:], h.RefcountTableClusters)
-	be.PutUint32(b[60:], h.NbSnapshots)
-	be.PutUint64(b[64:], h.SnapshotsOffset)
-	if h.Version < 3 {
-		return
+	fields, v3 := h.fields()
+	if h.Version >= 3 {
+		fields = append(fields, v3...)
 	}
-	be.PutUint64(b[72:], h.IncompatibleFeatures)
-	be.PutUint64(b[80:], h.CompatibleFeatures)
-	be.PutUint64(b[88:], h.AutoclearFeatures)
-	be.PutUint32(b[96:], h.RefcountOrder)
-	be.PutUint32(b[100:], h.HeaderLength)
-	b[104] = h.CompressionType
+	out := binary.BigEndian.AppendUint32(nil, Magic)
+	for _, f := range fields {
+		out, _ = binary.Append(out, binary.BigEndian, f)
+	}
+	copy(b, out)
 }
