@@ -50,14 +50,10 @@ func (s *allocator) addRef(r *blk.Req, c int64, d int) error {
 	}
 	i := c & (1<<bits - 1)
 	v := s.geo.Refcount(t.data, i)
-	switch {
-	case d < 0 && v == 0, d > 0 && v == s.geo.RefcountMax():
+	if d < 0 && v == 0 || d > 0 && v == s.geo.RefcountMax() {
 		return errInval
-	case d < 0:
-		v--
-	default:
-		v++
 	}
+	v += uint64(d) // modulo 2^64
 	s.geo.SetRefcount(t.data, i, v)
 	s.rb.markDirty(t)
 	if v == 0 {

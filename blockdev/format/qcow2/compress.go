@@ -195,79 +195,53 @@ func (s *requests) writeCompressed(r *blk.Req, v blk.Vec, off int64, f blk.Flags
 
 // storeCompressed makes z the compressed content of the cluster at off.
 func (s *requests) storeCompressed(r *blk.Req, z []byte, off int64) error {
-	gc := off >> s.cb
-	n := int64(len(z))
-	a := &alloc{first: gc, n: 1}
-	host, err := s.planCompressed(r, a, n)
-	if err != nil {
+	a := &alloc{first: off >> s.cb, n: 1, zipped: int64(len(z))}
+	if err := s.planCompressed(r, a); err != nil {
 		return err
 	}
 	s.step(r, blk.EvWriteCompressed)
-	err = s.file.WriteAt(r, blk.Buf(z), host, 0)
-	s.mu.Lock()
-	defer s.mu.Unlock()
-	if err == nil {
-		err = s.usable()
-	}
-	var t *table
-	if err == nil {
-		s.wrote++
-		t, err = s.sliceForWrite(r, gc)
-	}
-	if err != nil {
-		if !s.dead.Load() {
-			s.unref(r, freed{off: host, n: n})
-		}
-		s.endAlloc(a)
-		return err
-	}
-	s.step(r, blk.EvL2UpdateCompressed)
-	i := s.l2Index(gc)
-	old := entry(t, i)
-	s.setEntry(t, i, s.geo.CompressedEntry(host, n))
-	s.freeEntry(r, old, discardRequest)
-	s.endAlloc(a)
-	return nil
+	return s.finish(r, a, s.file.WriteAt(r, blk.Buf(z), a.host, 0))
 }
 
-func (s *requests) planCompressed(r *blk.Req, a *alloc, n int64) (host int64, err error) {
+// planCompressed finds a place for the compressed data of a.
+func (s *requests) planCompressed(r *blk.Req, a *alloc) error {
 	s.mu.Lock()
 	defer s.mu.Unlock()
 	for {
 		if err := s.usable(); err != nil {
-			return 0, err
+			return err
 		}
 		if err := s.room(r); err != nil {
-			return 0, err
+			return err
 		}
 		if !s.waitInflight(a.first, 1) {
 			break
 		}
 	}
 	if err := s.setDirtyBit(r); err != nil {
-		return 0, err
+		return err
 	}
 	t, err := s.sliceForWrite(r, a.first)
 	if err != nil {
-		return 0, err
+		return err
 	}
 	old := entry(t, s.l2Index(a.first))
 	if old&layout.Copied != 0 {
-		return 0, errIO
+		return errIO
 	}
 	if err := s.canFree(r, old); err != nil {
-		return 0, err
+		return err
 	}
 	t.pins++
-	host, err = s.allocBytes(r, n)
+	a.host, err = s.allocBytes(r, a.zipped)
 	t.pins--
 	if err != nil {
-		return 0, err
+		return err
 	}
 	s.unz = unzipped{}
-	if err := s.checkOverlap(r, host, n, 0); err != nil {
-		return 0, err
+	if err := s.checkOverlap(r, a.host, a.zipped, 0); err != nil {
+		return err
 	}
 	s.inflight = append(s.inflight, a)
-	return host, nil
+	return nil
 }

@@ -8,6 +8,7 @@ import (
 	"sync/atomic"
 
 	"qblockd/blockdev/format/qcow2/layout"
+	"qblockd/graph/bitmap"
 	"qblockd/graph/blk"
 )
 
@@ -243,14 +244,12 @@ func (s *bitmaps) writeLive(r *blk.Req, p persisted) (*stored, error) {
 		for c := first; c < first+n; c, i = c+1, i+1 {
 			s.fresh = append(s.fresh, c)
 			b.table[i] = uint64(c << s.cb)
-			at := int64(i) * s.cs * 8
-			lo := at * b.Granularity
-			if _, _, dirty := bits.NextDirty(lo, min(lo+s.cs*8*b.Granularity, bits.Size())); !dirty {
+			if !s.anyBit(bits, int64(i)) {
 				s.wrote++
 				s.noteEnd((c + 1) << s.cb)
 				err = s.file.Zero(r, c<<s.cb, s.cs, blk.MayUnmap)
 			} else {
-				buf = bits.AppendBytes(buf[:0], at, s.cs)
+				buf = bits.AppendBytes(buf[:0], int64(i)*s.cs*8, s.cs)
 				err = s.writeMeta(r, buf, c<<s.cb, 0)
 			}
 			if err != nil {
@@ -259,6 +258,13 @@ func (s *bitmaps) writeLive(r *blk.Req, p persisted) (*stored, error) {
 		}
 	}
 	return b, s.writeTable(r, b, func(i int64) uint64 { return b.table[i] })
+}
+
+// anyBit tells whether a bit is set in cluster i of a bitmap.
+func (s *imageFile) anyBit(b *bitmap.Bitmap, i int64) bool {
+	per := s.cs * 8 * b.Granularity()
+	_, _, dirty := b.NextDirty(i*per, min((i+1)*per, b.Size()))
+	return dirty
 }
 
 // HoldBitmap implements graph.BitmapStore. What was written before is flushed: the bitmap does not
@@ -350,15 +356,13 @@ func (s *bitmaps) setEnabled(r *blk.Req, b *stored, enabled bool) error {
 func (s *bitmaps) addBits(r *blk.Req, b *stored, p persisted) error {
 	old, buf := make([]byte, s.cs), make([]byte, 0, s.cs)
 	for i, e := range b.table {
-		at := int64(i) * s.cs * 8
-		lo := at * b.Granularity
-		if _, _, dirty := p.bits.NextDirty(lo, min(lo+s.cs*8*b.Granularity, p.bits.Size())); !dirty {
+		if !s.anyBit(p.bits, int64(i)) {
 			continue
 		}
 		if err := s.readFile(r, blk.Buf(old), int64(e)); err != nil {
 			return err
 		}
-		buf = p.bits.AppendBytes(buf[:0], at, s.cs)
+		buf = p.bits.AppendBytes(buf[:0], int64(i)*s.cs*8, s.cs)
 		for j := range buf {
 			buf[j] |= old[j]
 		}

@@ -41,12 +41,11 @@ func (s *snapshots) readSnapshots(r *blk.Req) error {
 			return errors.New("Snapshot table is too big")
 		}
 		s.snapEnd = q.off
-		if pad := int(-q.off & 7); pad > 0 {
-			if _, err := q.peek(pad); err != nil {
-				return wrap("Failed to read snapshot table", err)
-			}
-			q.skip(pad)
+		pad := int(-q.off & 7)
+		if _, err := q.peek(pad); err != nil {
+			return wrap("Failed to read snapshot table", err)
 		}
+		q.skip(pad)
 	}
 	s.snapL1 = snapshotTables(s.snaps)
 	return nil

@@ -1,6 +1,7 @@
 package qcow2
 
 import (
+	"cmp"
 	"errors"
 	"slices"
 
@@ -12,8 +13,9 @@ import (
 type alloc struct {
 	first, n int64 // guest clusters
 	host     int64
-	reuse    bool // the entry's own host cluster is written
-	fresh    bool // the host clusters were never written, so they read as zeroes
+	zipped   int64 // bytes of compressed data for the one cluster; 0: it is not compressed
+	reuse    bool  // the entry's own host cluster is written
+	fresh    bool  // the host clusters were never written, so they read as zeroes
 }
 
 // inflight are the allocations whose data are being written.
@@ -264,7 +266,7 @@ func (s *requests) endAlloc(a *alloc) {
 // +checklocks:s.mu
 func (s *requests) abort(r *blk.Req, a *alloc) {
 	if !a.reuse && !s.dead.Load() {
-		s.unref(r, freed{off: a.host, n: a.n << s.cb})
+		s.unref(r, freed{off: a.host, n: cmp.Or(a.zipped, a.n<<s.cb)})
 	}
 	s.endAlloc(a)
 }
@@ -297,6 +299,13 @@ func (s *requests) link(r *blk.Req, a *alloc) error {
 		return err
 	}
 	i := s.l2Index(a.first)
+	if a.zipped != 0 {
+		s.step(r, blk.EvL2UpdateCompressed)
+		old := entry(t, i)
+		s.setEntry(t, i, s.geo.CompressedEntry(a.host, a.zipped))
+		s.freeEntry(r, old, discardRequest)
+		return nil
+	}
 	for k := range a.n {
 		old := entry(t, i+k)
 		s.setEntry(t, i+k, uint64(a.host+k<<s.cb)|layout.Copied)
