@@ -5,22 +5,20 @@ import (
 	"context"
 	"encoding/binary"
 	"errors"
-	"fmt"
 	"math/rand/v2"
 	"runtime"
 	"sync"
 	"syscall"
 	"testing"
-	"time"
 
 	"qblockd/blockdev"
 	"qblockd/blockdev/drivertest"
 	"qblockd/events"
 	"qblockd/graph"
-	"qblockd/graph/blk"
 	"qblockd/graph/transaction"
 	"qblockd/jobs"
 	"qblockd/jobs/backup"
+	"qblockd/jobs/jobtest"
 	"qblockd/schema/types"
 )
 
@@ -81,41 +79,23 @@ func newWorld(t testing.TB) *world {
 // newWorldOf is newWorld with other files, the first with content.
 func newWorldOf(t testing.TB, from *drivertest.MemFile, to graph.Driver, content []byte) *world {
 	g, sink := drivertest.NewGraphSink(t)
-	w := &world{t: t, g: g, want: bytes.Clone(content), from: from, stops: make(chan struct{}, 100), states: make(chan struct{}, 1000)}
+	w := &world{
+		t: t, g: g, want: bytes.Clone(content), from: from,
+		stops: make(chan struct{}, 100), states: make(chan struct{}, 1000),
+	}
 	w.m = jobs.NewManager(stops{sink, w.stops, w.states}, nil)
 	w.to, _ = to.(*drivertest.MemFile)
 	w.fromF, w.toF = drivertest.NewFault(from), drivertest.NewFault(to)
 	w.source, w.target = drivertest.AddNode(t, g, "source", w.fromF), drivertest.AddNode(t, g, "target", w.toF)
 	w.guest = drivertest.AddRoot(t, g, w.source, drivertest.Writer)
-	w.shape = w.look()
+	w.shape = jobtest.Look(w.g)
 	return w
-}
-
-// look is the graph as a text: edges, claims, bitmaps.
-func (w *world) look() string {
-	s := ""
-	topology := w.g.Topology()
-	for _, e := range topology.Edges {
-		s += fmt.Sprintf("%s -%s-> %s %v\n", e.Edge.Parent().Describe(), e.Edge.ChildName(), e.Node.Name(), e.Claim)
-	}
-	for _, n := range topology.Nodes {
-		s += n.Name()
-		for _, b := range n.DirtyBitmaps() {
-			s += fmt.Sprintf(" %s busy %v enabled %v", b.Name(), b.Busy(), b.Enabled())
-		}
-		for op := graph.OpBackupSource; op <= graph.OpReplace; op++ {
-			if err := n.Blocked(op); err != nil {
-				s += " " + err.Error()
-			}
-		}
-		s += "\n"
-	}
-	return s
 }
 
 func (w *world) args() types.BlockdevBackup {
 	return types.BlockdevBackup{
-		JobID: new("j"), Device: w.source.Name(), Target: w.target.Name(), Sync: types.MirrorSyncModeFull, AutoDismiss: new(false), XPerf: &types.BackupPerf{},
+		JobID: new("j"), Device: w.source.Name(), Target: w.target.Name(), Sync: types.MirrorSyncModeFull,
+		AutoDismiss: new(false), XPerf: &types.BackupPerf{},
 	}
 }
 
@@ -140,30 +120,11 @@ func (w *world) run(s *backup.Step) *jobs.Job {
 // end waits for the job and requires that nothing of it is left.
 func (w *world) end(j *jobs.Job) error {
 	w.t.Helper()
-	select {
-	case <-j.Finished():
-	case <-time.After(time.Minute):
-		w.t.Fatal("the job hangs")
-	}
-	w.fromF.Clear()
-	w.toF.Clear()
-	err := j.Err()
-	if e := j.Dismiss(); e != nil {
-		w.t.Error(e)
-	}
-	if now := w.look(); now != w.shape {
+	err := jobtest.Finish(w.t, j, w.fromF, w.toF)
+	if now := jobtest.Look(w.g); now != w.shape {
 		w.t.Errorf("the graph is\n%s, it was\n%s", now, w.shape)
 	}
 	return err
-}
-
-func (w *world) write(root *graph.Root, off int64, p []byte) error {
-	r, err := root.Begin(context.Background())
-	if err != nil {
-		return err
-	}
-	defer root.End(r)
-	return root.WriteAt(r, blk.Buf(p), off, 0)
 }
 
 // scribble writes anywhere, in several goroutines, until stop is closed.
@@ -182,7 +143,7 @@ func (w *world) scribble(stop <-chan struct{}) (wg *sync.WaitGroup, first chan s
 				default:
 				}
 				n := 512 * (1 + r.Int64N(int64(len(p))/512))
-				if err := w.write(w.guest, r.Int64N((size-n)/512)*512, p[:n]); err != nil {
+				if err := jobtest.Write(w.guest, r.Int64N((size-n)/512)*512, p[:n]); err != nil {
 					w.t.Error(err)
 					return
 				}
@@ -246,7 +207,7 @@ func TestFailingCopiesUnderLoad(t *testing.T) {
 						return
 					default:
 					}
-					if err := w.write(w.guest, r.Int64N(size/4096)*4096, p); err != nil && !errors.Is(err, syscall.EIO) {
+					if err := jobtest.Write(w.guest, r.Int64N(size/4096)*4096, p); err != nil && !errors.Is(err, syscall.EIO) {
 						t.Error(err)
 						return
 					}
@@ -271,7 +232,7 @@ func TestConsistentCut(t *testing.T) {
 		b = &world{t: t, g: a.g, m: a.m, from: drivertest.NewMemFile(size), to: drivertest.NewMemFile(size)}
 		b.source, b.target = drivertest.AddNode(t, a.g, "source2", b.from), drivertest.AddNode(t, a.g, "target2", b.to)
 		b.guest = drivertest.AddRoot(t, a.g, b.source, drivertest.Writer)
-		a.shape = a.look()
+		a.shape = jobtest.Look(a.g)
 		var wg sync.WaitGroup
 		stop, running := make(chan struct{}), make(chan struct{})
 		wg.Go(func() {
@@ -279,7 +240,7 @@ func TestConsistentCut(t *testing.T) {
 			for i := uint64(0); ; i++ {
 				binary.LittleEndian.PutUint64(n[:], i)
 				for _, w := range []*world{a, b} {
-					if err := w.write(w.guest, 5*cluster+512, n[:]); err != nil {
+					if err := jobtest.Write(w.guest, 5*cluster+512, n[:]); err != nil {
 						t.Error(err)
 						return
 					}
@@ -323,7 +284,11 @@ func TestClosedTargetIsFlushed(t *testing.T) {
 		closes bool
 		policy types.BlockdevOnError
 		err    error
-	}{{true, types.BlockdevOnErrorReport, syscall.EIO}, {true, types.BlockdevOnErrorIgnore, nil}, {false, types.BlockdevOnErrorReport, nil}} {
+	}{
+		{true, types.BlockdevOnErrorReport, syscall.EIO},
+		{true, types.BlockdevOnErrorIgnore, nil},
+		{false, types.BlockdevOnErrorReport, nil},
+	} {
 		w := newWorld(t)
 		w.toF.Inject(drivertest.Rule{Ops: drivertest.OpFlush})
 		a := w.args()
@@ -372,7 +337,7 @@ func TestEnds(t *testing.T) {
 				t.Fatal(err)
 			}
 			b.Bits().Set(8*cluster, 4*cluster)
-			w.shape = w.look()
+			w.shape = jobtest.Look(w.g)
 			a := w.args()
 			a.Sync, a.Bitmap, a.BitmapMode = types.MirrorSyncModeBitmap, new(b.Name()), &c.mode
 			s := w.step(a)
@@ -382,7 +347,7 @@ func TestEnds(t *testing.T) {
 			if err := b.Check(graph.BitmapRead); err == nil {
 				t.Error("the bitmap of a running job can be used")
 			}
-			if err := w.write(w.guest, 30*cluster, []byte("guest")); err != nil {
+			if err := jobtest.Write(w.guest, 30*cluster, []byte("guest")); err != nil {
 				t.Fatal(err)
 			}
 			copy(w.want[30*cluster:], "guest")
@@ -437,7 +402,8 @@ func TestFaults(t *testing.T) {
 				}
 				err := w.end(j)
 				failed := f.Failed() > 0
-				if policy == types.BlockdevOnErrorReport && failed && !errors.Is(err, syscall.EIO) || (!failed || policy == types.BlockdevOnErrorStop) && err != nil {
+				reported := policy == types.BlockdevOnErrorReport && failed
+				if reported && !errors.Is(err, syscall.EIO) || (!failed || policy == types.BlockdevOnErrorStop) && err != nil {
 					t.Fatalf("I/O %d fails: %v", i, err)
 				}
 				if err == nil && !bytes.Equal(w.to.Bytes(), w.want) {

@@ -12,6 +12,7 @@ import (
 	"qblockd/graph"
 	"qblockd/graph/transaction"
 	"qblockd/jobs/backup"
+	"qblockd/jobs/jobtest"
 	"qblockd/schema/types"
 )
 
@@ -48,7 +49,7 @@ func guestFirst(t *testing.T, rule drivertest.Rule, busy bool, want error) {
 		t.Fatal(err)
 	}
 	b.Bits().SetAll()
-	w.shape = w.look()
+	w.shape = jobtest.Look(w.g)
 	a := w.args()
 	a.XPerf.UseCopyRange = new(false)
 	a.Sync, a.Bitmap, a.BitmapMode = types.MirrorSyncModeBitmap, new("b"), new(types.BitmapSyncModeAlways)
@@ -68,7 +69,7 @@ func guestFirst(t *testing.T, rule drivertest.Rule, busy bool, want error) {
 			}
 		})
 	}
-	go func() { written <- w.write(w.guest, 0, []byte("guest")) }()
+	go func() { written <- jobtest.Write(w.guest, 0, []byte("guest")) }()
 	if busy {
 		<-copying
 	} else if err := <-written; err != nil {
@@ -99,7 +100,8 @@ func guestFirst(t *testing.T, rule drivertest.Rule, busy bool, want error) {
 		}
 		return
 	}
-	if _, _, dirty := b.Bits().NextDirty(512, int64(len(content))); dirty || !bytes.Equal(medium.Durable().Bytes(), content) {
+	_, _, dirty := b.Bits().NextDirty(512, int64(len(content)))
+	if dirty || !bytes.Equal(medium.Durable().Bytes(), content) {
 		t.Errorf("dirty: %v, or the target differs", dirty)
 	}
 }

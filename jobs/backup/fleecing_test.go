@@ -4,6 +4,7 @@ import (
 	"bytes"
 	"context"
 	"errors"
+	"qblockd/jobs/jobtest"
 	"testing"
 
 	"qblockd/blockdev/driver"
@@ -45,14 +46,7 @@ func TestReadersOfTarget(t *testing.T) {
 		}
 	})
 	got, read := make([]byte, cluster), make(chan error)
-	go func() {
-		r, err := reader.Begin(context.Background())
-		if err == nil {
-			err = reader.ReadAt(r, blk.Buf(got), 0, 0)
-			reader.End(r)
-		}
-		read <- err
-	}()
+	go func() { read <- jobtest.Read(reader, 0, got) }()
 	<-begun
 	w.fromF.Hook(nil)
 	r, err := w.guest.Begin(context.Background())

@@ -10,6 +10,7 @@ import (
 	"qblockd/graph"
 	"qblockd/graph/transaction"
 	"qblockd/jobs"
+	"qblockd/jobs/jobtest"
 	"qblockd/schema/types"
 )
 
@@ -25,7 +26,7 @@ func hugeWorld(t *testing.T, size int64) *world {
 	w.fromF, w.toF = drivertest.NewFault(w.from), drivertest.NewFault(w.to)
 	w.source, w.target = drivertest.AddNode(t, w.g, "hsource", w.fromF), drivertest.AddNode(t, w.g, "htarget", w.toF)
 	w.guest = drivertest.AddRoot(t, w.g, w.source, drivertest.Writer)
-	w.shape = w.look()
+	w.shape = jobtest.Look(w.g)
 	return w
 }
 
@@ -38,7 +39,8 @@ func TestHugeDisks(t *testing.T) {
 	for _, size := range []int64{64 << 40, 1 << 61} {
 		for _, sync := range []types.MirrorSyncMode{types.MirrorSyncModeFull, types.MirrorSyncModeBitmap} {
 			for _, granularity := range []int64{512, 64 << 10, 2 << 20} {
-				t.Run(fmt.Sprintf("%d %s %d", size, sync, granularity), func(t *testing.T) { hugeBackup(t, size, sync, granularity) })
+				name := fmt.Sprintf("%d %s %d", size, sync, granularity)
+				t.Run(name, func(t *testing.T) { hugeBackup(t, size, sync, granularity) })
 			}
 		}
 	}
@@ -54,7 +56,7 @@ func hugeBackup(t *testing.T, size int64, sync types.MirrorSyncMode, granularity
 		b.Bits().Set(place(size, i), cluster)
 	}
 	b.Bits().Set(size-5000, 5000)
-	w.shape = w.look()
+	w.shape = jobtest.Look(w.g)
 	want := w.from.Clone()
 	a := w.args()
 	a.Sync = sync
@@ -69,7 +71,7 @@ func hugeBackup(t *testing.T, size int64, sync types.MirrorSyncMode, granularity
 	written := make(chan error, 1)
 	write := func(from, to int64) {
 		for i := from; i < to; i++ {
-			if err := w.write(w.guest, place(size, i)+100, bytes.Repeat([]byte{byte(i)}, 5000)); err != nil {
+			if err := jobtest.Write(w.guest, place(size, i)+100, bytes.Repeat([]byte{byte(i)}, 5000)); err != nil {
 				written <- err
 				return
 			}

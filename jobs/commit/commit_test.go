@@ -12,6 +12,7 @@ import (
 
 	"qblockd/blockdev/drivertest"
 	"qblockd/jobs"
+	"qblockd/jobs/jobtest"
 	"qblockd/schema/types"
 )
 
@@ -48,9 +49,9 @@ func TestEnds(t *testing.T) {
 			if err := j.Pause(); err != nil {
 				w.t.Error(err)
 			}
-			w.await(types.JobStatusPaused)
+			w.Await(jobtest.InState(types.JobStatusPaused))
 		}},
-		"pending": {func(a *types.BlockCommitArgs) { a.AutoFinalize = new(false) }, func(w *world, j *jobs.Job) { w.await(types.JobStatusPending) }},
+		"pending": {func(a *types.BlockCommitArgs) { a.AutoFinalize = new(false) }, untilPending},
 	}
 	fail := func(name string, ops drivertest.Op) func(w *world, j *jobs.Job) {
 		return func(w *world, j *jobs.Job) {
@@ -61,7 +62,7 @@ func TestEnds(t *testing.T) {
 					w.t.Error(err)
 				}
 			}
-			if w.await(types.JobStatusPending) {
+			if w.Await(jobtest.InState(types.JobStatusPending)) {
 				j.Finalize()
 			}
 		}
@@ -97,7 +98,7 @@ func TestEnds(t *testing.T) {
 				for _, f := range w.files {
 					f.Clear()
 				}
-				if now := w.look(); now != w.shape {
+				if now := jobtest.Look(w.g); now != w.shape {
 					t.Errorf("the graph is\n%s, it was\n%s", now, w.shape)
 				}
 				if !bytes.Equal(w.read(), w.want) {
@@ -130,7 +131,7 @@ func faultAt(t *testing.T, policy types.BlockdevOnError, file string, i int) boo
 	resumed := make(chan struct{})
 	go func() {
 		defer close(resumed)
-		if w.await(types.JobStatusPaused) {
+		if w.Await(jobtest.InState(types.JobStatusPaused)) {
 			j.Resume()
 		}
 	}()
@@ -147,7 +148,7 @@ func faultAt(t *testing.T, policy types.BlockdevOnError, file string, i int) boo
 	if !bytes.Equal(w.read(), w.want) {
 		t.Fatalf("%s, %s: I/O %d fails: what a guest reads has changed", policy, file, i)
 	}
-	if now := w.look(); now != w.shape {
+	if now := jobtest.Look(w.g); now != w.shape {
 		t.Fatalf("%s, %s: I/O %d fails: the graph is\n%s, it was\n%s", policy, file, i, now, w.shape)
 	}
 	return failed
@@ -182,7 +183,7 @@ func TestActiveCommitUnderLoad(t *testing.T) {
 		}
 		release()
 		j := w.m.Get("j")
-		if !w.await(types.JobStatusReady) {
+		if !w.Await(jobtest.InState(types.JobStatusReady)) {
 			t.Fatal(j.Err())
 		}
 		if complete {
@@ -202,7 +203,7 @@ func TestActiveCommitUnderLoad(t *testing.T) {
 		if n := w.guest.Node().Name(); complete != (n == "base") {
 			t.Errorf("the guest is at %s", n)
 		}
-		if now := w.look(); !complete && now != w.shape {
+		if now := jobtest.Look(w.g); !complete && now != w.shape {
 			t.Errorf("the graph is\n%s, it was\n%s", now, w.shape)
 		}
 	}
@@ -216,7 +217,7 @@ func TestTwoAtOnce(t *testing.T) {
 		if err := w.g.SwitchReadOnly(context.Background(), true, w.nodes["base"]); err != nil {
 			t.Fatal(err)
 		}
-		w.shape = w.look()
+		w.shape = jobtest.Look(w.g)
 		var wg sync.WaitGroup
 		var errs [2]error
 		for i := range errs {
@@ -241,7 +242,7 @@ func TestTwoAtOnce(t *testing.T) {
 		if err := w.finished(j); err != nil && !errors.Is(err, syscall.ECANCELED) {
 			t.Fatal(err)
 		}
-		if now := w.look(); now != w.shape {
+		if now := jobtest.Look(w.g); now != w.shape {
 			t.Fatalf("the graph is\n%s, it was\n%s", now, w.shape)
 		}
 	}
@@ -257,3 +258,5 @@ func TestHugeBase(t *testing.T) {
 		t.Errorf("the overlay has grown by %d bytes", grown)
 	}
 }
+
+func untilPending(w *world, _ *jobs.Job) { w.Await(jobtest.InState(types.JobStatusPending)) }

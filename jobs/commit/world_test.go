@@ -3,22 +3,19 @@ package commit_test
 import (
 	"bytes"
 	"context"
-	"fmt"
+	"maps"
+	"slices"
 	"sync"
 	"testing"
-	"time"
 
 	"qblockd/blockdev"
 	"qblockd/blockdev/drivers"
 	"qblockd/blockdev/drivertest"
-	"qblockd/blockdev/format/qcow2"
-	"qblockd/events"
 	"qblockd/graph"
-	"qblockd/graph/blk"
 	"qblockd/jobs"
 	"qblockd/jobs/blockjob"
 	"qblockd/jobs/commit"
-
+	"qblockd/jobs/jobtest"
 	"qblockd/schema/types"
 )
 
@@ -36,37 +33,7 @@ type world struct {
 	shape string
 	// base and active are the clusters of the lowest and the topmost layer.
 	base, active int
-
-	mu     sync.Mutex
-	events []events.Event
-	more   *sync.Cond
-}
-
-// Emit implements events.Sink.
-func (w *world) Emit(e events.Event) {
-	w.mu.Lock()
-	defer w.mu.Unlock()
-	w.events = append(w.events, e)
-	w.more.Broadcast()
-}
-
-// await waits until the job has come to a state, or to its end; it tells which.
-func (w *world) await(s types.JobStatus) bool {
-	w.mu.Lock()
-	defer w.mu.Unlock()
-	for i := 0; ; i++ {
-		for i >= len(w.events) {
-			w.more.Wait()
-		}
-		if e, ok := w.events[i].(types.JobStatusChangeEvent); ok {
-			if e.Status == s {
-				return true
-			}
-			if e.Status == types.JobStatusConcluded {
-				return false
-			}
-		}
-	}
+	*jobtest.Events
 }
 
 var chain = []struct {
@@ -89,54 +56,34 @@ const seen = 40
 // newWorldOf makes base and active layer of that many clusters.
 func newWorldOf(t testing.TB, base, active int) *world {
 	g, _ := drivertest.NewGraphSink(t)
-	w := &world{t: t, g: g, base: base, active: active, nodes: map[string]*graph.Node{}, files: map[string]*drivertest.Fault{}}
-	w.more = sync.NewCond(&w.mu)
+	w := &world{
+		t: t, g: g, base: base, active: active, Events: jobtest.NewEvents(),
+		nodes: map[string]*graph.Node{}, files: map[string]*drivertest.Fault{},
+	}
 	w.m = jobs.NewManager(w, nil)
 	for i, l := range chain {
 		w.layer(i)
-		root := w.root(w.nodes[l.name])
-		for _, c := range l.written {
-			w.write(root, int64(c)*cluster+512, bytes.Repeat([]byte{byte(16*i + c)}, cluster-512))
-		}
-		if l.name == "base" {
-			for c := 10; c < min(base, seen); c++ {
-				w.write(root, int64(c)*cluster, bytes.Repeat([]byte{0xba}, cluster))
+		jobtest.Visit(t, w.nodes[l.name], func(root *graph.Root) error {
+			for _, c := range l.written {
+				w.write(root, int64(c)*cluster+512, bytes.Repeat([]byte{byte(16*i + c)}, cluster-512))
 			}
-		}
-		r, err := root.Begin(context.Background())
-		if err != nil {
-			t.Fatal(err)
-		}
-		for _, c := range l.zeroed {
-			if err := root.Zero(r, int64(c)*cluster, cluster, 0); err != nil {
-				t.Fatal(err)
+			if l.name == "base" {
+				for c := 10; c < min(base, seen); c++ {
+					w.write(root, int64(c)*cluster, bytes.Repeat([]byte{0xba}, cluster))
+				}
 			}
-		}
-		root.End(r)
-		if l.name != "active" {
-			if err := g.CloseRoot(context.Background(), root); err != nil {
-				t.Fatal(err)
+			for _, c := range l.zeroed {
+				if err := jobtest.Zero(root, int64(c)*cluster, cluster); err != nil {
+					return err
+				}
 			}
-		} else {
-			w.guest = root
-		}
+			return nil
+		})
 	}
+	w.guest = drivertest.AddRoot(t, g, w.nodes["active"], drivertest.Writer)
 	w.want = w.read()
-	w.shape = w.look()
+	w.shape = jobtest.Look(w.g)
 	return w
-}
-
-func (w *world) root(n *graph.Node) *graph.Root {
-	tx := w.g.Begin(context.Background())
-	defer tx.Abort()
-	root, err := tx.AttachRoot(graph.RootSpec{EdgeName: "root", Claim: drivertest.Writer}, n)
-	if err == nil {
-		err = tx.Commit()
-	}
-	if err != nil {
-		w.t.Fatal(err)
-	}
-	return root
 }
 
 // layer makes the i-th image over the one before.
@@ -149,70 +96,27 @@ func (w *world) layer(i int) {
 		l.clusters = w.active
 	}
 	w.files[l.name] = drivertest.NewFault(drivertest.NewMemFile(0))
-	file := drivertest.AddNode(w.t, w.g, l.name+"-file", w.files[l.name])
-	ref := file.Name()
-	o := types.BlockdevCreateOptionsQcow2{File: types.BlockdevRef{Reference: &ref}, Size: uint64(l.clusters * cluster)}
-	kids := []drivertest.Child{drivertest.File(file)}
+	var below *graph.Node
 	if i > 0 {
-		below, format := chain[i-1].name, types.BlockdevDriverQcow2
-		o.BackingFile, o.BackingFmt = &below, &format
-		kids = append(kids, drivertest.Backing(w.nodes[below]))
+		below = w.nodes[chain[i-1].name]
 	}
-	m := blockdev.New(w.g, blockdev.Config{Drivers: drivers.All})
-	if err := m.Creator(&types.BlockdevCreateOptions{Driver: types.BlockdevDriverQcow2, U: &o})(context.Background(), nil); err != nil {
-		w.t.Fatal(err)
-	}
-	w.nodes[l.name] = drivertest.MustBuild(w.t, w.g, drivertest.Spec{
-		Options: graph.Options{Name: l.name, DriverName: "qcow2", Kind: graph.Format}, Children: kids, Open: qcow2.Def.With(&types.BlockdevOptionsQcow2{})})
+	w.nodes[l.name] = jobtest.Layer(w.t, w.g, l.name, w.files[l.name], int64(l.clusters)*cluster, below)
 }
 
 func (w *world) write(root *graph.Root, off int64, p []byte) {
 	w.t.Helper()
-	r, err := root.Begin(context.Background())
-	if err != nil {
-		w.t.Fatal(err)
-	}
-	defer root.End(r)
-	if err := root.WriteAt(r, blk.Buf(p), off, 0); err != nil {
+	if err := jobtest.Write(root, off, p); err != nil {
 		w.t.Error(err)
 	}
 }
 
 func (w *world) read() []byte {
 	w.t.Helper()
-	r, err := w.guest.Begin(context.Background())
-	if err != nil {
-		w.t.Fatal(err)
-	}
-	defer w.guest.End(r)
 	p := make([]byte, max(min(w.active, seen), 16)*cluster)
-	if err := w.guest.ReadAt(r, blk.Buf(p[:min(w.guest.Node().Size(), int64(len(p)))]), 0, 0); err != nil {
+	if err := jobtest.Read(w.guest, 0, p[:min(w.guest.Node().Size(), int64(len(p)))]); err != nil {
 		w.t.Error(err)
 	}
 	return p
-}
-
-// look is the graph as a text: edges, claims, what headers name, blocked operations.
-func (w *world) look() string {
-	s := ""
-	topology := w.g.Topology()
-	for _, e := range topology.Edges {
-		s += fmt.Sprintf("%s -%s-> %s %v frozen %v\n", e.Edge.Parent().Describe(), e.Edge.ChildName(), e.Node.Name(), e.Claim, e.Edge.Frozen())
-	}
-	for _, n := range topology.Nodes {
-		s += fmt.Sprintf("%s ro %v bitmaps %d", n.Name(), n.ReadOnly(), len(n.DirtyBitmaps()))
-		if b, ok := n.Driver().(graph.Backed); ok {
-			name, format := b.BackingFile()
-			s += " over " + name + " " + format
-		}
-		for op := graph.OpBackupSource; op <= graph.OpReplace; op++ {
-			if err := n.Blocked(op); err != nil {
-				s += " " + err.Error()
-			}
-		}
-		s += "\n"
-	}
-	return s
 }
 
 // readers read all of the disk, over and over, until stop is called: it never changes.
@@ -238,11 +142,17 @@ func (w *world) readers() (stop func()) {
 }
 
 func (w *world) args() types.BlockCommitArgs {
-	return types.BlockCommitArgs{JobID: new("j"), Device: "active", TopNode: new("top"), BaseNode: new("base"), AutoDismiss: new(false)}
+	return types.BlockCommitArgs{
+		JobID: new("j"), Device: "active", TopNode: new("top"), BaseNode: new("base"), AutoDismiss: new(false),
+	}
+}
+
+func (w *world) manager() *blockdev.Manager {
+	return blockdev.New(w.g, blockdev.Config{Drivers: drivers.All})
 }
 
 func (w *world) begin(a types.BlockCommitArgs) (release func(), err error) {
-	return blockjob.Start(context.Background(), w.g, w.m, commit.FromArgs(blockdev.New(w.g, blockdev.Config{Drivers: drivers.All}), &a))
+	return blockjob.Start(context.Background(), w.g, w.m, commit.FromArgs(w.manager(), &a))
 }
 
 func (w *world) start(a types.BlockCommitArgs) *jobs.Job {
@@ -258,19 +168,7 @@ func (w *world) start(a types.BlockCommitArgs) *jobs.Job {
 // finished waits for the job and returns its outcome.
 func (w *world) finished(j *jobs.Job) error {
 	w.t.Helper()
-	select {
-	case <-j.Finished():
-	case <-time.After(time.Minute):
-		w.t.Fatal("the job hangs")
-	}
-	for _, f := range w.files {
-		f.Clear()
-	}
-	err := j.Err()
-	if e := j.Dismiss(); e != nil {
-		w.t.Error(e)
-	}
-	return err
+	return jobtest.Finish(w.t, j, slices.Collect(maps.Values(w.files))...)
 }
 
 // committed requires that the job has done what it should, and that nothing else of it is left.
@@ -280,11 +178,12 @@ func (w *world) committed(j *jobs.Job) {
 		w.t.Fatal(err)
 	}
 	active, base := w.nodes["active"], w.nodes["base"]
-	want, _, err := blockdev.New(w.g, blockdev.Config{Drivers: drivers.All}).HeaderName(graph.Now, base)
+	want, _, err := w.manager().HeaderName(graph.Now, base)
 	if err != nil {
 		w.t.Error(err)
 	}
-	if name, format := active.Driver().(graph.Backed).BackingFile(); name != want || format != "qcow2" || active.Backing().Node() != base {
+	name, format := active.Driver().(graph.Backed).BackingFile()
+	if name != want || format != "qcow2" || active.Backing().Node() != base {
 		w.t.Errorf("the overlay is over %s (%s)", name, format)
 	}
 	if !bytes.Equal(w.read(), w.want) {
@@ -293,7 +192,8 @@ func (w *world) committed(j *jobs.Job) {
 	if base.Size() != int64(max(w.base, 12))*cluster {
 		w.t.Errorf("the base has %d bytes", base.Size())
 	}
-	if l := base.Parents(); len(l) != 2 || l[0].ParentNode() != active && l[1].ParentNode() != active { // the other layer is the user's, and stays over it
+	l := base.Parents() // the other layer is the user's, and stays over it
+	if len(l) != 2 || l[0].ParentNode() != active && l[1].ParentNode() != active {
 		w.t.Errorf("the base has %d parents", len(l))
 	}
 	for _, n := range []*graph.Node{active, base} {

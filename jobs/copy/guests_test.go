@@ -72,10 +72,12 @@ func TestEmptyPartsArePassedInFewSteps(t *testing.T) {
 			q.cond = sync.NewCond(&q.mu)
 			m := jobs.NewManager(q, nil)
 			failing := 2
-			j, err := m.Create(jobs.Spec{ID: "j", Type: types.JobTypeStream, Block: true, ManualDismiss: true, Runner: runner(func(h *jobs.Handle) error {
+			spec := jobs.Spec{ID: "j", Type: types.JobTypeStream, Block: true, ManualDismiss: true}
+			spec.Runner = runner(func(h *jobs.Handle) error {
 				h.SetRemaining(size)
 				b := newBench(Data)
-				return Run(h, Task{Gate: b, Size: size, Chunk: chunk, LongZeroes: long, Workers: 1, Operation: types.IoOperationTypeRead, Policy: types.BlockdevOnErrorIgnore,
+				return Run(h, Task{Gate: b, Size: size, Chunk: chunk, LongZeroes: long, Workers: 1,
+					Operation: types.IoOperationTypeRead, Policy: types.BlockdevOnErrorIgnore,
 					RetryIgnored: true,
 					Look: func(_ *blk.Req, off, n int64) (Extent, error) {
 						looks++
@@ -85,11 +87,7 @@ func TestEmptyPartsArePassedInFewSteps(t *testing.T) {
 							}
 							return Extent{}, syscall.EIO
 						}
-						// 10 MiB of data at 4 PiB, 1 GiB of zeroes behind them, and nothing else.
-						for _, x := range []struct {
-							at, end int64
-							a       Action
-						}{{0, 4 << 50, Skip}, {4 << 50, 4<<50 + 10<<20, Data}, {4<<50 + 10<<20, 4<<50 + 1<<30, Zero}, {4<<50 + 1<<30, size, Skip}} {
+						for _, x := range mostlyEmpty(size) {
 							if long && x.a == Zero && off >= x.at && off < x.end {
 								n = x.end - off // as far as it knows
 							}
@@ -104,7 +102,8 @@ func TestEmptyPartsArePassedInFewSteps(t *testing.T) {
 						most[e.Action] = max(most[e.Action], e.N)
 						return nil
 					})})
-			})})
+			})
+			j, err := m.Create(spec)
 			if err != nil {
 				t.Fatal(err)
 			}
@@ -161,4 +160,15 @@ func TestPiecesBesideGuests(t *testing.T) {
 			t.Errorf("%s: %v, copied at %v, want %v", name, err, at, c.want)
 		}
 	}
+}
+
+type part struct {
+	at, end int64
+	a       Action
+}
+
+// mostlyEmpty has 10 MiB of data at 4 PiB, 1 GiB of zeroes behind them, and nothing else.
+func mostlyEmpty(size int64) []part {
+	const data, zeroes, rest = 4 << 50, 4<<50 + 10<<20, 4<<50 + 1<<30
+	return []part{{0, data, Skip}, {data, zeroes, Data}, {zeroes, rest, Zero}, {rest, size, Skip}}
 }

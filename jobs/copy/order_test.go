@@ -36,7 +36,8 @@ func TestProgressAtAFailingByte(t *testing.T) {
 			j, err := m.Create(jobs.Spec{ID: "j", Type: types.JobTypeStream, Block: true, ManualDismiss: true,
 				Runner: runner(func(h *jobs.Handle) error {
 					h.SetRemaining(size)
-					return Run(h, Task{Gate: b, Size: size, Chunk: chunk, Workers: 4, Policy: policy, Operation: types.IoOperationTypeRead,
+					return Run(h, Task{
+						Gate: b, Size: size, Chunk: chunk, Workers: 4, Policy: policy, Operation: types.IoOperationTypeRead,
 						Look: func(_ *blk.Req, off, n int64) (Extent, error) {
 							if off%6 == 0 && off != first && off != second {
 								return Extent{N: chunk}, nil

@@ -9,6 +9,7 @@ import (
 	"time"
 
 	"qblockd/graph/blk"
+	"qblockd/jobs/jobtest"
 	"qblockd/schema/types"
 )
 
@@ -38,14 +39,14 @@ func TestCopyModeToAndFro(t *testing.T) {
 				for i := range 300 {
 					n := 512 * (1 + r.Int64N(64))
 					p := bytes.Repeat([]byte{byte(i), byte(g)}, int(n/2))
-					if err := w.write(w.guest, 512*r.Int64N(4*granule/512), p); err != nil {
+					if err := jobtest.Write(w.guest, 512*r.Int64N(4*granule/512), p); err != nil {
 						t.Error(err)
 					}
 				}
 			})
 		}
 		guests.Wait()
-		if !w.await(ready) {
+		if !w.Await(ready) {
 			t.Fatal(j.Err())
 		}
 		close(over)
@@ -65,14 +66,14 @@ func TestCopyModeToAndFro(t *testing.T) {
 func TestCopyModeChanges(t *testing.T) {
 	w := newWorld(t)
 	j := w.start(w.args(types.MirrorCopyModeWriteBlocking))
-	if !w.await(ready) {
+	if !w.Await(ready) {
 		t.Fatal(j.Err())
 	}
 	n := byte(0)
 	inStep := func() bool {
 		n++
 		p, got := bytes.Repeat([]byte{n}, 4096), make([]byte, 4096)
-		if err := w.write(w.guest, granule, p); err != nil {
+		if err := jobtest.Write(w.guest, granule, p); err != nil {
 			t.Fatal(err)
 		}
 		if err := w.to.ReadAt(&blk.Req{Ctx: context.Background()}, blk.Buf(got), granule, 0); err != nil {

@@ -12,6 +12,7 @@ import (
 	"qblockd/blockdev/drivertest"
 	"qblockd/events"
 	"qblockd/jobs"
+	"qblockd/jobs/jobtest"
 	"qblockd/schema/types"
 )
 
@@ -22,7 +23,7 @@ func TestGentleCancel(t *testing.T) {
 		w := newWorld(t)
 		stop := w.guests(w.guest)
 		j := w.start(w.args(mode))
-		if !w.await(ready) {
+		if !w.Await(ready) {
 			t.Fatal(j.Err())
 		}
 		stop()
@@ -49,22 +50,22 @@ var times = []struct {
 		if err := j.Pause(); err != nil {
 			w.t.Error(err)
 		}
-		w.await(until(types.JobStatusPaused))
+		w.Await(until(types.JobStatusPaused))
 	}},
-	{"ready", func(*world, *types.BlockdevMirrorArgs) {}, func(w *world, j *jobs.Job) { w.await(ready) }},
+	{"ready", func(*world, *types.BlockdevMirrorArgs) {}, func(w *world, j *jobs.Job) { w.Await(ready) }},
 	{"standby", func(*world, *types.BlockdevMirrorArgs) {}, func(w *world, j *jobs.Job) {
-		w.await(ready)
+		w.Await(ready)
 		if err := j.Pause(); err != nil {
 			w.t.Error(err)
 		}
-		w.await(until(types.JobStatusStandby))
+		w.Await(until(types.JobStatusStandby))
 	}},
 	{"pending", func(_ *world, a *types.BlockdevMirrorArgs) { a.AutoFinalize = new(false) }, func(w *world, j *jobs.Job) {
-		w.await(ready)
+		w.Await(ready)
 		if err := j.Complete(context.Background()); err != nil {
 			w.t.Error(err)
 		}
-		w.await(until(types.JobStatusPending))
+		w.Await(until(types.JobStatusPending))
 	}},
 }
 
@@ -106,7 +107,8 @@ func TestEnds(t *testing.T) {
 	for _, mode := range modes {
 		for _, p := range times {
 			for _, e := range ends {
-				if e.name == "source fails" && mode == types.MirrorCopyModeWriteBlocking && p.name != "running" && p.name != "paused" {
+				over := p.name != "running" && p.name != "paused"
+				if e.name == "source fails" && mode == types.MirrorCopyModeWriteBlocking && over {
 					continue // nothing is read any more
 				}
 				t.Run(fmt.Sprintf("%s/%s/%s", mode, p.name, e.name), func(t *testing.T) {
@@ -131,7 +133,7 @@ func (w *world) mustEnd(j *jobs.Job, quit bool, want error) {
 		if err := j.Err(); !errors.Is(err, want) {
 			t.Errorf("outcome: %v", err)
 		}
-		if now := w.look(); now != w.shape {
+		if now := jobtest.Look(w.g); now != w.shape {
 			t.Errorf("the graph is\n%s, want\n%s", now, w.shape)
 		}
 	} else if err := w.end(j, "source"); !errors.Is(err, want) {
@@ -145,7 +147,7 @@ func (w *world) mustEnd(j *jobs.Job, quit bool, want error) {
 // again lets the job do all it has to do, with something written first: it fails on its way.
 func (w *world) again(j *jobs.Job) {
 	p := bytes.Repeat([]byte("again"), 2000)
-	if err := w.write(w.guest, 5*granule, p); err != nil {
+	if err := jobtest.Write(w.guest, 5*granule, p); err != nil {
 		w.t.Error(err)
 	}
 	copy(w.want[5*granule:], p)
@@ -163,13 +165,13 @@ func (w *world) again(j *jobs.Job) {
 func TestCompleteInStandby(t *testing.T) {
 	w := newWorld(t)
 	j := w.start(w.args(types.MirrorCopyModeBackground))
-	if !w.await(ready) {
+	if !w.Await(ready) {
 		t.Fatal(j.Err())
 	}
 	if err := j.Pause(); err != nil {
 		t.Fatal(err)
 	}
-	w.await(func(e events.Event) bool {
+	w.Await(func(e events.Event) bool {
 		x, ok := e.(types.JobStatusChangeEvent)
 		return ok && x.Status == types.JobStatusStandby
 	})

@@ -12,6 +12,7 @@ import (
 	"qblockd/blockdev/drivertest"
 	"qblockd/events"
 	"qblockd/jobs"
+	"qblockd/jobs/jobtest"
 	"qblockd/schema/types"
 )
 
@@ -26,12 +27,12 @@ func TestLastPassHasNoLimit(t *testing.T) {
 			a.Sync, a.Speed = types.MirrorSyncModeNone, new(int64(1)) // what is dirty takes months
 			a.AutoFinalize = new(how != "finalize")
 			j := w.start(a)
-			if !w.await(ready) {
+			if !w.Await(ready) {
 				t.Fatal(j.Err())
 			}
 			p := bytes.Repeat([]byte("x"), size)
 			write := func() {
-				if err := w.write(w.guest, 0, p); err != nil {
+				if err := jobtest.Write(w.guest, 0, p); err != nil {
 					t.Fatal(err)
 				}
 				copy(w.want, p)
@@ -47,7 +48,7 @@ func TestLastPassHasNoLimit(t *testing.T) {
 				t.Fatal(err)
 			}
 			if how == "finalize" {
-				w.await(func(e events.Event) bool { _, ok := e.(types.BlockJobPendingEvent); return ok })
+				w.Await(func(e events.Event) bool { _, ok := e.(types.BlockJobPendingEvent); return ok })
 				write()
 				if err := j.Finalize(); err != nil {
 					t.Fatal(err)
@@ -71,19 +72,19 @@ func TestCancelWhileFinalizing(t *testing.T) {
 		a := w.args(mode)
 		a.AutoFinalize = new(false)
 		j := w.start(a)
-		if !w.await(ready) {
+		if !w.Await(ready) {
 			t.Fatal(j.Err())
 		}
 		if err := j.Complete(context.Background()); err != nil {
 			t.Fatal(err)
 		}
-		w.await(func(e events.Event) bool { _, ok := e.(types.BlockJobPendingEvent); return ok })
+		w.Await(func(e events.Event) bool { _, ok := e.(types.BlockJobPendingEvent); return ok })
 		undrain, err := w.g.Drain(context.Background(), w.target)
 		if err != nil {
 			t.Fatal(err)
 		}
 		p := bytes.Repeat([]byte("x"), size)
-		if err := w.write(w.guest, 0, p); err != nil {
+		if err := jobtest.Write(w.guest, 0, p); err != nil {
 			t.Fatal(err)
 		}
 		copy(w.want, p)
@@ -104,21 +105,23 @@ func TestCancelWhileFinalizing(t *testing.T) {
 // again for ever while somebody waits for the answer.
 func TestFaultsWhileFinalizing(t *testing.T) {
 	for _, mode := range modes {
-		for _, policy := range []types.BlockdevOnError{types.BlockdevOnErrorStop, types.BlockdevOnErrorEnospc, types.BlockdevOnErrorIgnore} {
+		for _, policy := range []types.BlockdevOnError{
+			types.BlockdevOnErrorStop, types.BlockdevOnErrorEnospc, types.BlockdevOnErrorIgnore,
+		} {
 			const size = 8 << 20 // more than is copied with the source held quiet
 			w := newWorldOf(t, size)
 			a := w.args(mode)
 			a.AutoFinalize, a.OnTargetError = new(false), &policy
 			j := w.start(a)
-			if !w.await(ready) {
+			if !w.Await(ready) {
 				t.Fatal(j.Err())
 			}
 			if err := j.Complete(context.Background()); err != nil {
 				t.Fatal(err)
 			}
-			w.await(func(e events.Event) bool { _, ok := e.(types.BlockJobPendingEvent); return ok })
+			w.Await(func(e events.Event) bool { _, ok := e.(types.BlockJobPendingEvent); return ok })
 			w.toF.Inject(drivertest.Rule{Ops: drivertest.OpModify, Err: syscall.ENOSPC})
-			if err := w.write(w.guest, 0, bytes.Repeat([]byte("x"), size)); err != nil {
+			if err := jobtest.Write(w.guest, 0, bytes.Repeat([]byte("x"), size)); err != nil {
 				t.Fatal(err)
 			}
 			if err := j.Finalize(); err != nil {
@@ -139,7 +142,7 @@ func TestFaultWhileHoldingQuiet(t *testing.T) {
 		a := w.args(types.MirrorCopyModeWriteBlocking)
 		a.OnTargetError = &policy
 		j := w.start(a)
-		if !w.await(ready) {
+		if !w.Await(ready) {
 			t.Fatal(j.Err())
 		}
 		entered, leave := make(chan struct{}), make(chan struct{})
@@ -148,7 +151,7 @@ func TestFaultWhileHoldingQuiet(t *testing.T) {
 		p := bytes.Repeat([]byte("y"), granule)
 		copy(w.want, p)
 		written := make(chan error)
-		go func() { written <- w.write(w.guest, 0, p) }()
+		go func() { written <- jobtest.Write(w.guest, 0, p) }()
 		<-entered
 		if err := j.Complete(context.Background()); err != nil {
 			t.Fatal(err)
@@ -163,7 +166,7 @@ func TestFaultWhileHoldingQuiet(t *testing.T) {
 		}
 		guestAt, want := "source", error(syscall.EIO)
 		if policy == types.BlockdevOnErrorStop {
-			if !w.await(standby) {
+			if !w.Await(jobtest.InState(types.JobStatusStandby)) {
 				t.Fatalf("it has not paused: %v", j.Err())
 			}
 			if err := j.Resume(); err != nil {
@@ -175,7 +178,7 @@ func TestFaultWhileHoldingQuiet(t *testing.T) {
 			t.Errorf("%s: outcome: %v", policy, err)
 		}
 		told := 0
-		for _, e := range w.events {
+		for _, e := range w.All() {
 			if _, ok := e.(types.BlockJobErrorEvent); ok {
 				told++
 			}
@@ -187,11 +190,6 @@ func TestFaultWhileHoldingQuiet(t *testing.T) {
 			t.Error("the target is not equal")
 		}
 	}
-}
-
-func standby(e events.Event) bool {
-	s, ok := e.(types.JobStatusChangeEvent)
-	return ok && s.Status == types.JobStatusStandby
 }
 
 // holdFirst makes a hook that holds the first call up: it closes entered and waits for leave.
@@ -213,7 +211,7 @@ func TestFaultBesideOneThatIsIgnored(t *testing.T) {
 	a.OnSourceError = new(types.BlockdevOnErrorIgnore)
 	w.fromF.Inject(drivertest.Rule{Ops: drivertest.OpRead, N: 512})
 	j := w.start(a)
-	w.await(func(e events.Event) bool {
+	w.Await(func(e events.Event) bool {
 		b, ok := e.(types.BlockJobErrorEvent)
 		return ok && b.Action == types.BlockErrorActionIgnore
 	})
@@ -221,7 +219,7 @@ func TestFaultBesideOneThatIsIgnored(t *testing.T) {
 	w.toF.Inject(drivertest.Rule{Ops: drivertest.OpModify, Off: at, N: granule, Err: syscall.ENOSPC})
 	p := bytes.Repeat([]byte("y"), granule)
 	copy(w.want[at:], p)
-	if err := w.write(w.guest, at, p); err != nil {
+	if err := jobtest.Write(w.guest, at, p); err != nil {
 		t.Fatal(err)
 	}
 	if err := w.end(j, "source"); !errors.Is(err, syscall.ENOSPC) {

@@ -13,6 +13,7 @@ import (
 	"qblockd/events"
 	"qblockd/graph/blk"
 	"qblockd/jobs"
+	"qblockd/jobs/jobtest"
 	"qblockd/jobs/mirror"
 	"qblockd/schema/types"
 )
@@ -20,8 +21,7 @@ import (
 // newWorldOf is newWorld with a disk of another size, which takes discards.
 func newWorldOf(t testing.TB, size int) *world {
 	g, _ := drivertest.NewGraphSink(t)
-	w := &world{t: t, g: g}
-	w.more = sync.NewCond(&w.mu)
+	w := &world{t: t, g: g, Events: jobtest.NewEvents()}
 	w.m = jobs.NewManager(w, nil)
 	content := make([]byte, size)
 	r := rand.New(rand.NewPCG(5, 5))
@@ -32,7 +32,7 @@ func newWorldOf(t testing.TB, size int) *world {
 	w.fromF, w.toF = drivertest.NewFault(w.from), drivertest.NewFault(w.to)
 	w.source, w.target = drivertest.AddNode(t, w.g, "source", w.fromF), drivertest.AddNode(t, w.g, "target", w.toF)
 	w.guest = drivertest.AddRoot(t, w.g, w.source, drivertest.Writer)
-	w.shape = w.look()
+	w.shape = jobtest.Look(w.g)
 	return w
 }
 
@@ -44,11 +44,11 @@ func TestGranularities(t *testing.T) {
 			a := w.args(mode)
 			a.Granularity = new(uint32(granularity))
 			j := w.start(a)
-			if !w.await(ready) {
+			if !w.Await(ready) {
 				t.Fatal(j.Err())
 			}
 			for _, off := range []int64{0, 1<<20 + 512, 2<<20 - 512, 5 << 19} {
-				if err := w.write(w.guest, off, bytes.Repeat([]byte{0xee}, 1024)); err != nil {
+				if err := jobtest.Write(w.guest, off, bytes.Repeat([]byte{0xee}, 1024)); err != nil {
 					t.Fatal(err)
 				}
 				copy(w.want[off:], bytes.Repeat([]byte{0xee}, 1024))
@@ -123,7 +123,7 @@ func TestReadyInBoundedPasses(t *testing.T) {
 				a := w.args(mode)
 				a.Granularity = new(uint32(granularity))
 				j := w.start(a)
-				if !w.await(ready) {
+				if !w.Await(ready) {
 					t.Fatal(j.Err())
 				}
 				most := mirror.MostPasses
@@ -137,13 +137,13 @@ func TestReadyInBoundedPasses(t *testing.T) {
 				clear(p.n)
 				p.most = 0
 				p.mu.Unlock()
-				if err := w.write(w.guest, 0, what); err != nil {
+				if err := jobtest.Write(w.guest, 0, what); err != nil {
 					t.Fatal(err)
 				}
 				if err := j.Complete(context.Background()); err != nil {
 					t.Fatal(err)
 				}
-				w.await(func(e events.Event) bool { _, ok := e.(types.BlockJobCompletedEvent); return ok })
+				w.Await(func(e events.Event) bool { _, ok := e.(types.BlockJobCompletedEvent); return ok })
 				if p.most > most {
 					t.Errorf("%s, granules of %d bytes: over after %d passes", mode, granularity, p.most)
 				}
@@ -174,14 +174,15 @@ func TestWholeClustersOfLongRanges(t *testing.T) {
 		image := named{drivertest.NewMemFileOptions(size, drivertest.MemOptions{Limits: blk.Limits{ClusterSize: cluster}})}
 		w.target = drivertest.AddNode(t, w.g, "image", image)
 		a := w.args(mode)
-		a.Sync, a.Granularity, a.Speed = types.MirrorSyncModeNone, new(uint32(4096)), new(int64(1)) // slow until it is told to end
+		// Slow until it is told to end.
+		a.Sync, a.Granularity, a.Speed = types.MirrorSyncModeNone, new(uint32(4096)), new(int64(1))
 		j := w.start(a)
-		if !w.await(ready) {
+		if !w.Await(ready) {
 			t.Fatal(j.Err())
 		}
 		p := bytes.Repeat([]byte("x"), size-off)
 		copy(w.want[off:], p)
-		if err := w.write(w.guest, off, p); err != nil {
+		if err := jobtest.Write(w.guest, off, p); err != nil {
 			t.Fatal(err)
 		}
 		j.Cancel(false)

@@ -11,6 +11,7 @@ import (
 	"qblockd/graph"
 	"qblockd/graph/blk"
 	"qblockd/jobs"
+	"qblockd/jobs/jobtest"
 	"qblockd/schema/types"
 )
 
@@ -19,7 +20,7 @@ import (
 func hugeWorld(t *testing.T, size int64, old, unmap bool) *world {
 	g, _ := drivertest.NewGraphSink(t)
 	w := &world{t: t, g: g, want: make([]byte, 64*granule)}
-	w.more = sync.NewCond(&w.mu)
+	w.Events = jobtest.NewEvents()
 	w.m = jobs.NewManager(w, nil)
 	data, other := bytes.Repeat([]byte("data"), granule/4), bytes.Repeat([]byte("old "), granule/4)
 	w.from, w.to = drivertest.NewMemFile(size), drivertest.NewMemFile(size)
@@ -37,7 +38,7 @@ func hugeWorld(t *testing.T, size int64, old, unmap bool) *world {
 	}
 	w.source, w.target = add("hsource", w.fromF, true), add("htarget", w.toF, unmap)
 	w.guest = drivertest.AddRoot(t, w.g, w.source, drivertest.Writer)
-	w.shape = w.look()
+	w.shape = jobtest.Look(w.g)
 	return w
 }
 
@@ -126,7 +127,7 @@ func TestHugeDisksAndClusters(t *testing.T) {
 	to := &clustered{MemFile: w.to, data: map[int64]bool{}}
 	w.target = drivertest.AddNode(t, w.g, "clusters", to)
 	j := w.start(w.args(types.MirrorCopyModeBackground))
-	if !w.await(ready) {
+	if !w.Await(ready) {
 		t.Fatal(j.Err())
 	}
 	j.Cancel(false)
@@ -144,14 +145,14 @@ func hugeMirror(t *testing.T, size int64, old, unmap bool, mode types.MirrorCopy
 	a := w.args(mode)
 	a.BufSize = &bufSize
 	j := w.start(a)
-	if !w.await(ready) {
+	if !w.Await(ready) {
 		t.Fatal(j.Err())
 	}
 	if info := w.m.QueryBlock()[0]; info.Offset != info.Len || info.Len != size {
 		t.Errorf("progress %d of %d", info.Offset, info.Len)
 	}
 	for i := range int64(20) {
-		if err := w.write(w.guest, place(size, i)+granule*3, bytes.Repeat([]byte{byte(i)}, 5000)); err != nil {
+		if err := jobtest.Write(w.guest, place(size, i)+granule*3, bytes.Repeat([]byte{byte(i)}, 5000)); err != nil {
 			t.Fatal(err)
 		}
 	}
@@ -184,7 +185,7 @@ func TestGuestsInLongZeroes(t *testing.T) {
 		a := w.args(modes[round%2])
 		stop := w.guests(w.guest)
 		j := w.start(a)
-		if !w.await(ready) {
+		if !w.Await(ready) {
 			t.Fatal(j.Err())
 		}
 		stop()

@@ -15,6 +15,7 @@ import (
 	"qblockd/blockdev/drivertest"
 	"qblockd/events"
 	"qblockd/graph"
+	"qblockd/jobs/jobtest"
 	"qblockd/schema/types"
 )
 
@@ -25,7 +26,7 @@ func TestPivotUnderLoad(t *testing.T) {
 			w := newWorld(t)
 			stop := w.guests(w.guest)
 			j := w.start(w.args(mode))
-			if !w.await(ready) {
+			if !w.Await(ready) {
 				t.Fatal(j.Err())
 			}
 			if err := j.Complete(context.Background()); err != nil {
@@ -60,14 +61,14 @@ func TestOverlappingWrites(t *testing.T) {
 					for i := range 300 {
 						n := 512 * (1 + r.Int64N(64))
 						p := bytes.Repeat([]byte{byte(i), byte(g)}, int(n/2))
-						if err := w.write(root, 512*r.Int64N(4*granule/512), p); err != nil {
+						if err := jobtest.Write(root, 512*r.Int64N(4*granule/512), p); err != nil {
 							t.Error(err)
 						}
 					}
 				})
 			}
 			wg.Wait()
-			if !w.await(ready) {
+			if !w.Await(ready) {
 				t.Fatal(j.Err())
 			}
 			line, _, _ := strings.Cut(w.shape, "\n")
@@ -100,7 +101,7 @@ func TestWriteBlockingConverges(t *testing.T) {
 	})
 	stop := w.guests(w.guest)
 	j := w.start(w.args(types.MirrorCopyModeWriteBlocking))
-	if !w.await(ready) {
+	if !w.Await(ready) {
 		t.Fatal(j.Err())
 	}
 	mu.Lock()
@@ -125,15 +126,15 @@ func TestWriteWhilePending(t *testing.T) {
 		a := w.args(mode)
 		a.AutoFinalize = new(false)
 		j := w.start(a)
-		if !w.await(ready) {
+		if !w.Await(ready) {
 			t.Fatal(j.Err())
 		}
 		if err := j.Complete(context.Background()); err != nil {
 			t.Fatal(err)
 		}
-		w.await(func(e events.Event) bool { _, ok := e.(types.BlockJobPendingEvent); return ok })
+		w.Await(func(e events.Event) bool { _, ok := e.(types.BlockJobPendingEvent); return ok })
 		p := bytes.Repeat([]byte("written while pending "), 400000)[:8<<20>>1]
-		if err := w.write(w.guest, 0, p[:size]); err != nil {
+		if err := jobtest.Write(w.guest, 0, p[:size]); err != nil {
 			t.Fatal(err)
 		}
 		copy(w.want, p)
@@ -182,7 +183,7 @@ func faultAt(
 		defer close(done)
 		for n := 0; ; n++ {
 			seen := 0
-			if !w.await(func(e events.Event) bool {
+			if !w.Await(func(e events.Event) bool {
 				x, ok := e.(types.JobStatusChangeEvent)
 				if ok && x.Status == types.JobStatusPaused || ok && x.Status == types.JobStatusStandby {
 					seen++
@@ -202,9 +203,9 @@ func faultAt(
 		}
 	}()
 	at := "source"
-	if w.await(ready) {
+	if w.Await(ready) {
 		p := bytes.Repeat([]byte("late"), 4096)
-		err := w.write(w.guest, 10*granule+512, p)
+		err := jobtest.Write(w.guest, 10*granule+512, p)
 		if err == nil {
 			copy(w.want[10*granule+512:], p)
 		} else if side(w) == w.toF {
@@ -233,7 +234,7 @@ func TestTwoAtOnce(t *testing.T) {
 	for range 20 {
 		w := newWorld(t)
 		targets := []*graph.Node{w.target, drivertest.AddNode(t, w.g, "other", drivertest.MemFileOf(noise(3)))}
-		w.shape = w.look()
+		w.shape = jobtest.Look(w.g)
 		var wg sync.WaitGroup
 		var errs [2]error
 		for i := range errs {

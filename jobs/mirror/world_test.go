@@ -3,20 +3,18 @@ package mirror_test
 import (
 	"bytes"
 	"context"
-	"fmt"
 	"math/rand/v2"
 	"strings"
 	"sync"
 	"testing"
-	"time"
 
 	"qblockd/blockdev"
 	"qblockd/blockdev/drivertest"
 	"qblockd/events"
 	"qblockd/graph"
-	"qblockd/graph/blk"
 	"qblockd/jobs"
 	"qblockd/jobs/blockjob"
+	"qblockd/jobs/jobtest"
 	"qblockd/jobs/mirror"
 	"qblockd/schema/types"
 )
@@ -50,69 +48,21 @@ type world struct {
 	guest          *graph.Root
 	want           []byte // what the guest must read
 	shape          string
-
-	mu     sync.Mutex
-	events []events.Event
-	more   *sync.Cond
-}
-
-// Emit implements events.Sink.
-func (w *world) Emit(e events.Event) {
-	w.mu.Lock()
-	defer w.mu.Unlock()
-	w.events = append(w.events, e)
-	w.more.Broadcast()
-}
-
-// await waits for an event that satisfies is, or for the end of the job; it tells which.
-func (w *world) await(is func(e events.Event) bool) bool {
-	w.mu.Lock()
-	defer w.mu.Unlock()
-	for i := 0; ; i++ {
-		for i >= len(w.events) {
-			w.more.Wait()
-		}
-		if is(w.events[i]) {
-			return true
-		}
-		if e, ok := w.events[i].(types.JobStatusChangeEvent); ok && e.Status == types.JobStatusConcluded {
-			return false
-		}
-	}
+	*jobtest.Events
 }
 
 func ready(e events.Event) bool { _, ok := e.(types.BlockJobReadyEvent); return ok }
 
 func newWorld(t testing.TB) *world {
 	g, _ := drivertest.NewGraphSink(t)
-	w := &world{t: t, g: g, want: noise(1)}
-	w.more = sync.NewCond(&w.mu)
+	w := &world{t: t, g: g, want: noise(1), Events: jobtest.NewEvents()}
 	w.m = jobs.NewManager(w, nil)
 	w.from, w.to = drivertest.MemFileOf(bytes.Clone(w.want)), drivertest.MemFileOf(noise(2))
 	w.fromF, w.toF = drivertest.NewFault(w.from), drivertest.NewFault(w.to)
 	w.source, w.target = drivertest.AddNode(t, g, "source", w.fromF), drivertest.AddNode(t, g, "target", w.toF)
 	w.guest = drivertest.AddRoot(t, g, w.source, drivertest.Writer)
-	w.shape = w.look()
+	w.shape = jobtest.Look(w.g)
 	return w
-}
-
-// look is the graph as a text: edges, claims, bitmaps, blocked operations.
-func (w *world) look() string {
-	s := ""
-	topology := w.g.Topology()
-	for _, e := range topology.Edges {
-		s += fmt.Sprintf("%s -%s-> %s %v frozen %v\n", e.Edge.Parent().Describe(), e.Edge.ChildName(), e.Node.Name(), e.Claim, e.Edge.Frozen())
-	}
-	for _, n := range topology.Nodes {
-		s += fmt.Sprintf("%s ro %v bitmaps %d", n.Name(), n.ReadOnly(), len(n.DirtyBitmaps()))
-		for op := graph.OpBackupSource; op <= graph.OpReplace; op++ {
-			if err := n.Blocked(op); err != nil {
-				s += " " + err.Error()
-			}
-		}
-		s += "\n"
-	}
-	return s
 }
 
 func (w *world) args(mode types.MirrorCopyMode) types.BlockdevMirrorArgs {
@@ -141,34 +91,15 @@ func (w *world) start(a types.BlockdevMirrorArgs) *jobs.Job {
 // of that name.
 func (w *world) end(j *jobs.Job, guestAt string) error {
 	w.t.Helper()
-	select {
-	case <-j.Finished():
-	case <-time.After(time.Minute):
-		w.t.Fatal("the job hangs")
-	}
-	w.fromF.Clear()
-	w.toF.Clear()
-	err := j.Err()
-	if e := j.Dismiss(); e != nil {
-		w.t.Error(e)
-	}
+	err := jobtest.Finish(w.t, j, w.fromF, w.toF)
 	want := w.shape
 	if guestAt == "target" {
 		want = strings.Replace(want, "-root-> source", "-root-> target", 1)
 	}
-	if now := w.look(); now != want {
+	if now := jobtest.Look(w.g); now != want {
 		w.t.Errorf("the graph is\n%s, want\n%s", now, want)
 	}
 	return err
-}
-
-func (w *world) write(root *graph.Root, off int64, p []byte) error {
-	r, err := root.Begin(context.Background())
-	if err != nil {
-		return err
-	}
-	defer root.End(r)
-	return root.WriteAt(r, blk.Buf(p), off, 0)
 }
 
 // guests write until stop is called: four of them, each to places of its own in every granule, so
@@ -192,11 +123,11 @@ func (w *world) guests(root *graph.Root) (stop func()) {
 				var err error
 				if i%5 == 0 {
 					clear(w.want[at : at+n])
-					err = w.zero(root, at, n)
+					err = jobtest.Zero(root, at, n)
 				} else {
 					p := bytes.Repeat([]byte{byte(i), byte(g)}, int(n/2))
 					copy(w.want[at:], p)
-					err = w.write(root, at, p)
+					err = jobtest.Write(root, at, p)
 				}
 				if err != nil {
 					w.t.Errorf("a guest's write fails: %v", err)
@@ -206,13 +137,4 @@ func (w *world) guests(root *graph.Root) (stop func()) {
 		})
 	}
 	return func() { close(over); wg.Wait() }
-}
-
-func (w *world) zero(root *graph.Root, off, n int64) error {
-	r, err := root.Begin(context.Background())
-	if err != nil {
-		return err
-	}
-	defer root.End(r)
-	return root.Zero(r, off, n, 0)
 }

@@ -8,13 +8,12 @@ import (
 	"qblockd/blockdev"
 	"qblockd/blockdev/drivers"
 	"qblockd/blockdev/drivertest"
-	"qblockd/blockdev/format/qcow2"
 	"qblockd/blockdev/format/raw"
 	"qblockd/graph"
-	"qblockd/graph/blk"
 	"qblockd/graph/perm"
 	"qblockd/jobs"
 	"qblockd/jobs/blockjob"
+	"qblockd/jobs/jobtest"
 	"qblockd/jobs/stream"
 	"qblockd/schema/types"
 )
@@ -24,49 +23,17 @@ const cluster = 64 << 10
 // layer makes a qcow2 node of that many clusters over backing.
 func layer(t *testing.T, g *graph.Graph, name string, clusters int, backing *graph.Node) *graph.Node {
 	t.Helper()
-	ctx := context.Background()
-	file := drivertest.AddNode(t, g, name+"-file", drivertest.NewMemFile(0))
-	m := blockdev.New(g, blockdev.Config{Drivers: drivers.All})
-	ref := file.Name()
-	o := types.BlockdevCreateOptionsQcow2{File: types.BlockdevRef{Reference: &ref}, Size: uint64(clusters * cluster)}
-	if err := m.Creator(&types.BlockdevCreateOptions{Driver: types.BlockdevDriverQcow2, U: &o})(ctx, nil); err != nil {
-		t.Fatal(err)
-	}
-	kids := []drivertest.Child{drivertest.File(file)}
-	if backing != nil {
-		kids = append(kids, drivertest.Backing(backing))
-	}
-	return drivertest.MustBuild(t, g, drivertest.Spec{
-		Options: graph.Options{Name: name, DriverName: "qcow2", Kind: graph.Format}, Children: kids, Open: qcow2.Def.With(&types.BlockdevOptionsQcow2{})})
+	return jobtest.Layer(t, g, name, drivertest.NewMemFile(0), int64(clusters)*cluster, backing)
 }
 
-func write(t *testing.T, g *graph.Graph, n *graph.Node, content byte) {
+func write(t *testing.T, n *graph.Node, content byte) {
 	t.Helper()
-	writeAt(t, g, n, 0, bytes.Repeat([]byte{content}, int(n.Size())))
+	writeAt(t, n, 0, bytes.Repeat([]byte{content}, int(n.Size())))
 }
 
-func writeAt(t *testing.T, g *graph.Graph, n *graph.Node, off int64, p []byte) {
+func writeAt(t *testing.T, n *graph.Node, off int64, p []byte) {
 	t.Helper()
-	tx := g.Begin(context.Background())
-	defer tx.Abort()
-	root, err := tx.AttachRoot(graph.RootSpec{EdgeName: "root", Claim: drivertest.Writer}, n)
-	if err == nil {
-		err = tx.Commit()
-	}
-	if err != nil {
-		t.Fatal(err)
-	}
-	r, err := root.Begin(context.Background())
-	if err != nil {
-		t.Fatal(err)
-	}
-	if err := root.WriteAt(r, blk.Buf(p), off, 0); err != nil {
-		t.Fatal(err)
-	}
-	root.End(r)
-	if err := g.CloseRoot(context.Background(), root); err != nil {
-		t.Fatal(err)
-	}
+	jobtest.Visit(t, n, func(guest *graph.Root) error { return jobtest.Write(guest, off, p) })
 }
 
 // TestShortLayers streams over layers that are shorter than what is above and below them: a guest
@@ -85,18 +52,13 @@ func TestShortLayers(t *testing.T) {
 		t.Run(c.name, func(t *testing.T) {
 			g, sink := drivertest.NewGraphSink(t)
 			base := layer(t, g, "base", c.base, nil)
-			write(t, g, base, 1)
+			write(t, base, 1)
 			mid := layer(t, g, "mid", c.mid, base)
 			top := layer(t, g, "top", c.top, mid)
 			root := drivertest.AddRoot(t, g, top, perm.Claim{Need: perm.ConsistentRead, Share: perm.All})
 			read := func() []byte {
-				r, err := root.Begin(context.Background())
-				if err != nil {
-					t.Fatal(err)
-				}
-				defer root.End(r)
 				p := make([]byte, c.top*cluster)
-				if err := root.ReadAt(r, blk.Buf(p), 0, 0); err != nil {
+				if err := jobtest.Read(root, 0, p); err != nil {
 					t.Fatal(err)
 				}
 				return p
@@ -132,9 +94,10 @@ func TestShortLayers(t *testing.T) {
 func TestRawOverAChain(t *testing.T) {
 	g, sink := drivertest.NewGraphSink(t)
 	deep := layer(t, g, "deep", 4, nil)
-	write(t, g, deep, 7)
+	write(t, deep, 7)
 	file := layer(t, g, "file", 4, deep)
-	below := drivertest.MustBuild(t, g, drivertest.Spec{Options: graph.Options{Name: "below", Kind: graph.Format, DriverName: "raw"},
+	below := drivertest.MustBuild(t, g, drivertest.Spec{
+		Options:  graph.Options{Name: "below", Kind: graph.Format, DriverName: "raw"},
 		Children: []drivertest.Child{drivertest.FilteredFile(file)}, Open: raw.Def.With(&types.BlockdevOptionsRaw{})})
 	top := layer(t, g, "top", 4, below)
 	root := drivertest.AddRoot(t, g, top, perm.Claim{Need: perm.ConsistentRead, Share: perm.All})
@@ -149,13 +112,8 @@ func TestRawOverAChain(t *testing.T) {
 	if j.Err() != nil || top.Backing() != nil {
 		t.Fatal(j.Err())
 	}
-	r, err := root.Begin(context.Background())
-	if err != nil {
-		t.Fatal(err)
-	}
-	defer root.End(r)
 	p := make([]byte, 4*cluster)
-	if err := root.ReadAt(r, blk.Buf(p), 0, 0); err != nil || !bytes.Equal(p, bytes.Repeat([]byte{7}, len(p))) {
+	if err := jobtest.Read(root, 0, p); err != nil || !bytes.Equal(p, bytes.Repeat([]byte{7}, len(p))) {
 		t.Errorf("%v, or what lay deepest is lost", err)
 	}
 	if err := j.Dismiss(); err != nil {
@@ -181,7 +139,7 @@ func TestHugeLayers(t *testing.T) {
 		g, sink := drivertest.NewGraphSink(t)
 		base := layer(t, g, "base", clusters, nil)
 		put := func(n *graph.Node, at int64, content byte) {
-			writeAt(t, g, n, at*cluster, bytes.Repeat([]byte{content}, cluster))
+			writeAt(t, n, at*cluster, bytes.Repeat([]byte{content}, cluster))
 		}
 		places := []int64{0, 5, 1000, 1 << 25, clusters - 1}
 		for _, at := range places {
@@ -207,17 +165,14 @@ func TestHugeLayers(t *testing.T) {
 			t.Fatal(j.Err())
 		}
 		root := drivertest.AddRoot(t, g, top, drivertest.Reader)
-		r, err := root.Begin(context.Background())
-		if err != nil {
-			t.Fatal(err)
-		}
-		for at, want := range map[int64]byte{0: 1, 5: 2, 1000: 1, 1<<20 - 1: 2, 1 << 20: 0, 1 << 25: 0, 1<<25 + 1: 0, clusters - 1: 0} {
+		for at, want := range map[int64]byte{
+			0: 1, 5: 2, 1000: 1, 1<<20 - 1: 2, 1 << 20: 0, 1 << 25: 0, 1<<25 + 1: 0, clusters - 1: 0,
+		} {
 			p := make([]byte, cluster)
-			if err := root.ReadAt(r, blk.Buf(p), at*cluster, 0); err != nil || !bytes.Equal(p, bytes.Repeat([]byte{want}, cluster)) {
+			if err := jobtest.Read(root, at*cluster, p); err != nil || !bytes.Equal(p, bytes.Repeat([]byte{want}, cluster)) {
 				t.Errorf("cluster %d: %v, %d, want %d", at, err, p[0], want)
 			}
 		}
-		root.End(r)
 		if n, err := g.Node("top-file").Driver().(*drivertest.MemFile).ActualSize(); err != nil || n > 8<<20 {
 			t.Errorf("the top takes %d bytes", n)
 		}

@@ -4,6 +4,7 @@ import (
 	"bytes"
 	"context"
 	"errors"
+	"qblockd/jobs/jobtest"
 	"runtime"
 	"syscall"
 	"testing"
@@ -29,12 +30,14 @@ func TestLargeClusters(t *testing.T) {
 	ref, cs := file.Name(), uint64(clusterSize)
 	o := types.BlockdevCreateOptionsQcow2{File: types.BlockdevRef{Reference: &ref}, Size: size, ClusterSize: &cs}
 	m := blockdev.New(g, blockdev.Config{Drivers: drivers.All})
-	if err := m.Creator(&types.BlockdevCreateOptions{Driver: types.BlockdevDriverQcow2, U: &o})(context.Background(), nil); err != nil {
+	create := m.Creator(&types.BlockdevCreateOptions{Driver: types.BlockdevDriverQcow2, U: &o})
+	if err := create(context.Background(), nil); err != nil {
 		t.Fatal(err)
 	}
 	top := drivertest.MustBuild(t, g, drivertest.Spec{
 		Options:  graph.Options{Name: "top", DriverName: "qcow2", Kind: graph.Format},
-		Children: []drivertest.Child{drivertest.File(file), drivertest.Backing(below)}, Open: qcow2.Def.With(&types.BlockdevOptionsQcow2{})})
+		Children: []drivertest.Child{drivertest.File(file), drivertest.Backing(below)},
+		Open:     qcow2.Def.With(&types.BlockdevOptionsQcow2{})})
 	top.SetWriteThreshold(1)
 	jm := jobs.NewManager(sink, nil)
 	release, err := start(g, jm, nil)
@@ -52,13 +55,8 @@ func TestLargeClusters(t *testing.T) {
 		t.Fatal(j.Err())
 	}
 	root := drivertest.AddRoot(t, g, top, perm.Claim{Need: perm.ConsistentRead, Share: perm.All})
-	r, err := root.Begin(context.Background())
-	if err != nil {
-		t.Fatal(err)
-	}
-	defer root.End(r)
 	p := make([]byte, size)
-	if err := root.ReadAt(r, blk.Buf(p), 0, 0); err != nil || !bytes.Equal(p, bytes.Repeat([]byte{7}, size)) {
+	if err := jobtest.Read(root, 0, p); err != nil || !bytes.Equal(p, bytes.Repeat([]byte{7}, size)) {
 		t.Errorf("the content has changed (%v)", err)
 	}
 	// What a job copies is no write of a client.

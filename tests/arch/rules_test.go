@@ -53,6 +53,7 @@ var rules = []rule{
 	{"jobs/blockjob", []string{"jobs", "jobs/visible", "blockdev", "graph", "graph/*"}},
 	// A commit of what is written to is a mirror.
 	{"jobs/commit", []string{"jobs", "jobs/copy", "jobs/visible", "jobs/blockjob", "jobs/mirror", "blockdev", "graph", "graph/*"}},
+	{"jobs/jobtest", []string{"jobs", "blockdev", "blockdev/drivers", "blockdev/drivertest", "blockdev/format/qcow2", "graph", "graph/*"}},
 	{"jobs/*", []string{"jobs", "jobs/copy", "jobs/visible", "jobs/blockjob", "blockdev", "blockdev/filter/copybeforewrite", "graph", "graph/*"}},
 	{"jobs", []string{"jobs/machine", "jobs/visible", "graph", "graph/transaction"}},
 
@@ -83,7 +84,7 @@ var rules = []rule{
 }
 
 // testOnly packages are imported by tests alone.
-var testOnly = []string{"blockdev/drivertest", "tests/..."}
+var testOnly = []string{"blockdev/drivertest", "jobs/jobtest", "tests/..."}
 
 // thirdParty: module prefix -> where it may be imported, in the code and in tests.
 var thirdParty = []struct {
