@@ -1,7 +1,9 @@
 package events
 
 import (
+	"cmp"
 	"log/slog"
+	"slices"
 	"strconv"
 	"sync"
 	"time"
@@ -20,20 +22,15 @@ type Limit struct {
 	Key string
 }
 
-// DefaultLimits are QEMU's, for the events that a block daemon emits.
-func DefaultLimits() map[string]Limit {
-	return map[string]Limit{
-		"QUORUM_REPORT_BAD": {Interval: time.Second, Key: "node-name"},
-		"QUORUM_FAILURE":    {Interval: time.Second},
-	}
+// limits are QEMU's, by event name, for the events that a block daemon emits.
+var limits = map[string]Limit{
+	"QUORUM_REPORT_BAD": {Interval: time.Second, Key: "node-name"},
+	"QUORUM_FAILURE":    {Interval: time.Second},
 }
 
 // Options of a Bus; the zero value gives the defaults.
 type Options struct {
-	Clock     clock.Clock      // default: clock.Real
-	Limits    map[string]Limit // by event name; default: DefaultLimits
-	KeepCount int              // how many delivered events Replay can give at most; default 1024, negative: none
-	KeepBytes int              // and how many bytes of them; default 1 MiB
+	Clock clock.Clock // default: clock.Real
 }
 
 // Message is an event as it was delivered.
@@ -50,8 +47,7 @@ type Message struct {
 // Lock order: Bus.mu is a leaf but for what subscribers lock themselves (the output queue of a
 // session); see Subscribe.
 type Bus struct {
-	clock  clock.Clock
-	limits map[string]Limit
+	clock clock.Clock
 
 	mu  sync.Mutex
 	seq uint64 // +checklocks:mu
@@ -63,6 +59,7 @@ type Bus struct {
 	kept []Message // +checklocks:mu
 	// = sum of len(Line) over kept
 	keptBytes int // +checklocks:mu
+	// how many events are kept, and how many bytes of them
 	keepCount int
 	keepBytes int
 	closed    bool // +checklocks:mu
@@ -84,21 +81,7 @@ type Subscription struct {
 
 // NewBus returns a bus without subscribers.
 func NewBus(o Options) *Bus {
-	b := &Bus{clock: o.Clock, limits: o.Limits, held: make(map[limitKey]*holdback),
-		keepCount: o.KeepCount, keepBytes: o.KeepBytes}
-	if b.clock == nil {
-		b.clock = clock.Real
-	}
-	if b.limits == nil {
-		b.limits = DefaultLimits()
-	}
-	if b.keepCount == 0 {
-		b.keepCount = 1024
-	}
-	if b.keepBytes == 0 {
-		b.keepBytes = 1 << 20
-	}
-	return b
+	return &Bus{clock: cmp.Or(o.Clock, clock.Real), held: map[limitKey]*holdback{}, keepCount: 1024, keepBytes: 1 << 20}
 }
 
 // Subscribe has f called for each event delivered from now on, until Unsubscribe. f runs with
@@ -117,14 +100,7 @@ func (b *Bus) Subscribe(f func(Message)) *Subscription {
 func (b *Bus) Unsubscribe(s *Subscription) {
 	b.mu.Lock()
 	defer b.mu.Unlock()
-	for i := range b.subs {
-		if b.subs[i] == s {
-			// A new slice: deliverLocked of this bus may not be running, but the
-			// order of the others must stay.
-			b.subs = append(b.subs[:i:i], b.subs[i+1:]...)
-			return
-		}
-	}
+	b.subs = slices.DeleteFunc(b.subs, func(x *Subscription) bool { return x == s })
 }
 
 // Emit delivers e to all subscribers before it returns, unless a Limit holds it back. It
@@ -158,7 +134,7 @@ func (b *Bus) EmitAll(l ...Event) {
 // +checklocks:b.mu
 func (b *Bus) limitLocked(e Event) []byte {
 	name := e.EventName()
-	limit, limited := b.limits[name]
+	limit, limited := limits[name]
 	// Stamped under the lock: stamps never run backwards against the numbers.
 	line := appendEvent(nil, e, name, b.clock.Now())
 	if limited {
@@ -196,14 +172,12 @@ func (b *Bus) release(key limitKey, h *holdback, interval time.Duration) {
 func (b *Bus) deliverLocked(name string, line []byte, more bool) {
 	b.seq++
 	m := Message{b.seq, name, line, more}
-	if b.keepCount > 0 {
-		b.kept = append(b.kept, m)
-		b.keptBytes += len(line)
-		for len(b.kept) > b.keepCount || b.keptBytes > b.keepBytes {
-			b.keptBytes -= len(b.kept[0].Line)
-			b.kept[0] = Message{}
-			b.kept = b.kept[1:]
-		}
+	b.kept = append(b.kept, m)
+	b.keptBytes += len(line)
+	for len(b.kept) > b.keepCount || b.keptBytes > b.keepBytes {
+		b.keptBytes -= len(b.kept[0].Line)
+		b.kept[0] = Message{}
+		b.kept = b.kept[1:]
 	}
 	for _, s := range b.subs {
 		s.f(m)
@@ -214,12 +188,7 @@ func (b *Bus) deliverLocked(name string, line []byte, more bool) {
 func (b *Bus) Replay(seq uint64) []Message {
 	b.mu.Lock()
 	defer b.mu.Unlock()
-	for i := range b.kept {
-		if b.kept[i].Seq > seq {
-			return append([]Message(nil), b.kept[i:]...)
-		}
-	}
-	return nil
+	return slices.Clone(b.kept[len(b.kept)-min(len(b.kept), int(b.seq-min(seq, b.seq))):])
 }
 
 // Close drops what is held back and stops the timers; later events are ignored.

@@ -41,16 +41,11 @@ func (j *Job) Kick() {
 }
 
 func decide(policy types.BlockdevOnError, err error) ErrorAction {
-	nospace := errors.Is(err, syscall.ENOSPC)
-	switch policy {
-	case types.BlockdevOnErrorEnospc, types.BlockdevOnErrorAuto:
-		if nospace {
-			return types.BlockErrorActionStop
-		}
-		return types.BlockErrorActionReport
-	case types.BlockdevOnErrorStop:
+	onNoSpace := policy == types.BlockdevOnErrorEnospc || policy == types.BlockdevOnErrorAuto
+	switch {
+	case policy == types.BlockdevOnErrorStop, onNoSpace && errors.Is(err, syscall.ENOSPC):
 		return types.BlockErrorActionStop
-	case types.BlockdevOnErrorIgnore:
+	case policy == types.BlockdevOnErrorIgnore:
 		return types.BlockErrorActionIgnore
 	}
 	return types.BlockErrorActionReport

@@ -99,18 +99,11 @@ func (h *Handle) Done(n int64) { h.j.current.Add(n) }
 // Throttle counts n bytes against the job's speed and sleeps as long as that demands, at a pause
 // point. It returns what Checkpoint does. It is called holding no gate pass and no conflict lock.
 func (h *Handle) Throttle(n int64) error {
-	j := h.j
-	j.m.mu.Lock()
-	wait := h.tollLocked(n)
-	j.m.mu.Unlock()
-	for wait > 0 {
-		j.yielded.open()
+	for wait := h.toll(n); wait > 0; wait = h.toll(0) {
+		h.j.yielded.open()
 		if err := h.Sleep(wait); err != nil {
 			return err
 		}
-		j.m.mu.Lock()
-		wait = h.tollLocked(0)
-		j.m.mu.Unlock()
 	}
 	return h.Checkpoint()
 }
@@ -118,14 +111,11 @@ func (h *Handle) Throttle(n int64) error {
 // Linger waits as long as the job's speed demands after what was counted, or until something
 // happens to the job; then it is a pause point.
 func (h *Handle) Linger() error {
-	j := h.j
-	j.m.mu.Lock()
-	wait := h.tollLocked(0)
-	j.m.mu.Unlock()
+	wait := h.toll(0)
 	if wait <= 0 {
 		return h.Checkpoint()
 	}
-	j.yielded.open()
+	h.j.yielded.open()
 	return h.Sleep(wait)
 }
 
@@ -223,22 +213,20 @@ func (h *Handle) Context() context.Context { return h.j.ctx }
 // MustWait tells whether the next Throttle will wait, for a pause or for the job's speed. A runner
 // with work in flight waits for that first.
 func (h *Handle) MustWait() bool {
-	j := h.j
-	j.m.mu.Lock()
-	defer j.m.mu.Unlock()
-	return j.st.ShouldPause() || h.tollLocked(0) > 0
+	h.j.m.mu.Lock()
+	pause := h.j.st.ShouldPause()
+	h.j.m.mu.Unlock()
+	return pause || h.toll(0) > 0
 }
 
 // Count counts n bytes against the job's speed without waiting; the next Throttle does.
-func (h *Handle) Count(n int64) {
+func (h *Handle) Count(n int64) { h.toll(n) }
+
+// toll counts n bytes against the job's speed and returns how long to wait before more may pass. A
+// job that was told to come to its end waits for nothing: somebody waits for it.
+func (h *Handle) toll(n int64) time.Duration {
 	h.j.m.mu.Lock()
 	defer h.j.m.mu.Unlock()
-	h.tollLocked(n)
-}
-
-// tollLocked counts n bytes against the job's speed and returns how long to wait before more may
-// pass. A job that was told to come to its end waits for nothing: somebody waits for it.
-func (h *Handle) tollLocked(n int64) time.Duration {
 	if h.j.block.lastPass || h.j.st.Ended {
 		return 0
 	}

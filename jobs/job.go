@@ -194,9 +194,9 @@ func (j *Job) emitBlockLocked(e machine.Effect) {
 	case machine.EmitCancelled:
 		j.m.emitLocked(types.BlockJobCancelledEvent{Type: j.typ, Device: j.id, Len: length, Offset: offset, Speed: speed})
 	case machine.EmitCompleted:
-		ev := types.BlockJobCompletedEvent{Type: j.typ, Device: j.id, Len: length, Offset: offset, Speed: speed}
-		ev.Error = j.errorTextLocked()
-		j.m.emitLocked(ev)
+		j.m.emitLocked(types.BlockJobCompletedEvent{
+			Type: j.typ, Device: j.id, Len: length, Offset: offset, Speed: speed, Error: j.errorTextLocked(),
+		})
 	}
 }
 

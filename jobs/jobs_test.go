@@ -410,7 +410,7 @@ func TestShutdownWhileAJobIsMade(t *testing.T) {
 	}
 	var ends sync.WaitGroup
 	ends.Go(func() { shutdown(t, m) })
-	for !m.Quitting() {
+	for !quitting(m) {
 		runtime.Gosched()
 	}
 	m.Discard(j)
@@ -451,4 +451,10 @@ func TestVerbsOnAnIdleJob(t *testing.T) {
 	if got, want := r.String(), said+" j:aborting j:CANCELLED j:concluded j:null"; got != want {
 		t.Errorf("events: %s, want %s", got, want)
 	}
+}
+
+func quitting(m *Manager) bool {
+	m.mu.Lock()
+	defer m.mu.Unlock()
+	return m.quitting
 }

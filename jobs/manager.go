@@ -117,16 +117,14 @@ func (m *Manager) Discard(j *Job) {
 func (m *Manager) Abandon(j *Job) {
 	m.mu.Lock()
 	defer m.mu.Unlock()
-	i := slices.Index(j.txn.jobs, j)
-	j.txn.jobs = slices.Delete(j.txn.jobs, i, i+1)
+	j.txn.jobs = without(j.txn.jobs, j)
 	j.cancel()
 	j.failLocked(ErrCancelled)
 	j.stepLocked(machine.Finish)
 }
 
 func (j *Job) discardLocked() {
-	i := slices.Index(j.txn.jobs, j)
-	j.txn.jobs = slices.Delete(j.txn.jobs, i, i+1)
+	j.txn.jobs = without(j.txn.jobs, j)
 	j.cancel()
 	j.stepLocked(machine.Drop)
 	close(j.finished)
@@ -148,10 +146,9 @@ func (m *Manager) Start(j *Job) (release func()) {
 	m.mu.Unlock()
 	if j.instant {
 		j.released.open()
-		panics.Go("job '"+j.id+"'", j.main, nil)
-		j.Settle()
-	} else {
-		panics.Go("job '"+j.id+"'", j.main, nil)
+	}
+	panics.Go("job '"+j.id+"'", j.main, nil)
+	if j.Settle(); !j.instant {
 		<-j.yielded.c
 	}
 	return j.released.open
@@ -161,8 +158,11 @@ func (m *Manager) Start(j *Job) (release func()) {
 func (m *Manager) forgetLocked(j *Job) {
 	j.gone = true
 	delete(m.byID, j.id)
-	i := slices.Index(m.jobs, j)
-	m.jobs = slices.Delete(m.jobs, i, i+1)
+	m.jobs = without(m.jobs, j)
+}
+
+func without(l []*Job, j *Job) []*Job {
+	return slices.DeleteFunc(l, func(o *Job) bool { return o == j })
 }
 
 // Get returns the job called id, or nil.
@@ -170,13 +170,6 @@ func (m *Manager) Get(id string) *Job {
 	m.mu.Lock()
 	defer m.mu.Unlock()
 	return m.byID[id]
-}
-
-// Quitting tells whether Shutdown has begun.
-func (m *Manager) Quitting() bool {
-	m.mu.Lock()
-	defer m.mu.Unlock()
-	return m.quitting
 }
 
 // Shutdown cancels all jobs by force, newest first, dismisses concluded ones, and waits for their
@@ -187,9 +180,7 @@ func (m *Manager) Shutdown(ctx context.Context) error {
 	m.mu.Unlock()
 	all := m.concerned(visible.DaemonEnds, nil)
 	goingOn := m.quiesce(all)
-	done := make(chan struct{})
-	panics.Go("the end of all jobs", func() {
-		defer close(done)
+	return panics.Await(ctx, "the end of all jobs", func() {
 		for _, j := range all {
 			m.mu.Lock()
 			for _, e := range goingOn[j] {
@@ -200,13 +191,7 @@ func (m *Manager) Shutdown(ctx context.Context) error {
 			m.end(j)
 		}
 		m.running.Wait()
-	}, nil)
-	select {
-	case <-done:
-		return nil
-	case <-ctx.Done():
-		return ctx.Err()
-	}
+	})
 }
 
 // quiesce is pauseInPassing for the end of the daemon: it returns what clients are to hear of the

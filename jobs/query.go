@@ -16,9 +16,8 @@ func (m *Manager) Query() []*types.JobInfo {
 	for _, j := range m.jobs {
 		info := &types.JobInfo{
 			ID: j.id, Type: j.typ, Status: types.JobStatus(j.st.Status.String()),
-			CurrentProgress: j.current.Load(), TotalProgress: j.total.Load(),
+			CurrentProgress: j.current.Load(), TotalProgress: j.total.Load(), Error: j.errorTextLocked(),
 		}
-		info.Error = j.errorTextLocked()
 		out = append(out, info)
 	}
 	return out
@@ -39,9 +38,8 @@ func (m *Manager) QueryBlock() []*types.BlockJobInfo {
 			Paused:   j.st.PauseCount > 0 || visible.ShownPaused(j.seenAs, j.st.Status),
 			IoStatus: j.block.ioStatus, Ready: j.st.Status.IsReady(),
 			Status:       types.JobStatus(j.st.Status.String()),
-			AutoFinalize: j.st.AutoFinalize, AutoDismiss: j.st.AutoDismiss,
+			AutoFinalize: j.st.AutoFinalize, AutoDismiss: j.st.AutoDismiss, Error: j.errorTextLocked(),
 		}
-		info.Error = j.errorTextLocked()
 		out = append(out, info)
 	}
 	return out

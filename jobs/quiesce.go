@@ -65,7 +65,7 @@ func appendNew(l, more []*Job) []*Job {
 // concerned are the jobs that a moment concerns.
 func (m *Manager) concerned(at visible.Moment, nodes []*graph.Node) []*Job {
 	var near map[string]bool
-	all := visible.At(at).Whom == visible.All
+	all := at.All()
 	if !all {
 		if len(nodes) == 0 {
 			return nil
@@ -89,7 +89,7 @@ func (m *Manager) pauseInPassing(at visible.Moment, l []*Job) {
 		return
 	}
 	spans := spansOf(l)
-	for range visible.At(at).Pairs {
+	for range at.Pairs() {
 		m.mu.Lock()
 		for _, j := range m.pauseLocked(l, spans) {
 			j.stepLocked(machine.LeavePause)

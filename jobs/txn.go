@@ -166,8 +166,7 @@ func (j *Job) finishLocked() {
 		h.certain(c.Clean)
 	}
 	j.m.mu.Lock()
-	i := slices.Index(j.txn.jobs, j)
-	j.txn.jobs = slices.Delete(j.txn.jobs, i, i+1)
+	j.txn.jobs = without(j.txn.jobs, j)
 	j.stepLocked(machine.Finish)
 	j.cancel()
 }

@@ -185,13 +185,12 @@ func (j *Job) userCancel(force bool) {
 	if !over {
 		return
 	}
-	done := make(chan struct{})
-	panics.Go("the cancel of job '"+j.id+"'", func() {
+	ctx, cancel := context.WithTimeout(context.Background(), visible.OverLimit)
+	defer cancel()
+	_ = panics.Await(ctx, "the cancel of job '"+j.id+"'", func() { // if it takes longer it goes on
 		defer m.running.Done()
-		defer close(done)
 		j.cancelOver(force)
-	}, nil)
-	await(done, visible.OverLimit)
+	})
 }
 
 // cancelOver cancels a job whose work is over, and with it its transaction.

@@ -101,14 +101,9 @@ func (c *Manual) Pending() int {
 func (c *Manual) Advance(d time.Duration) {
 	c.mu.Lock()
 	c.now = c.now.Add(d)
-	var due []*manualTimer
-	c.timers = slices.DeleteFunc(c.timers, func(t *manualTimer) bool {
-		over := !t.at.After(c.now)
-		if over {
-			due = append(due, t)
-		}
-		return over
-	})
+	later := func(t *manualTimer) bool { return t.at.After(c.now) }
+	due := slices.DeleteFunc(slices.Clone(c.timers), later)
+	c.timers = slices.DeleteFunc(c.timers, func(t *manualTimer) bool { return !later(t) })
 	c.mu.Unlock()
 	for _, t := range due {
 		t.f()

@@ -73,12 +73,10 @@ type Group struct{ sync.WaitGroup }
 
 // Go is the function Go for a goroutine that Wait waits for.
 func (g *Group) Go(what string, f func()) {
-	g.Add(1)
-	go func() {
-		defer g.Done()
+	g.WaitGroup.Go(func() {
 		defer Catch(what, nil)
 		f()
-	}()
+	})
 }
 
 // Await calls f in a goroutine and waits for it no longer than ctx, whose end is the error then: f

@@ -59,10 +59,7 @@ type job struct {
 func (j *job) perf() types.BackupPerf { return types.Or(j.args.XPerf, types.BackupPerf{}) }
 
 func (j *job) policies() copy.Policies {
-	return copy.Policies{
-		Read:  types.Or(j.args.OnSourceError, types.BlockdevOnErrorReport),
-		Write: types.Or(j.args.OnTargetError, types.BlockdevOnErrorReport),
-	}
+	return copy.PoliciesOf(j.args.OnSourceError, j.args.OnTargetError)
 }
 
 // Run implements jobs.Runner.
@@ -171,35 +168,16 @@ func (j *job) copy(r *blk.Req, off int64, e copy.Extent) (int64, error) {
 // skipUnallocated takes off the list what the source itself does not hold.
 func (j *job) skipUnallocated(ctx context.Context, h *jobs.Handle) error {
 	c, top := j.driver.Cluster(), j.source.SkipFilters()
-	from := int64(0) // what the source does not hold goes from here to off
-	for off, size := int64(0), j.source.Size(); off < size; {
-		if err := h.Checkpoint(); err != nil {
-			return err
-		}
-		r, err := j.root.Begin(ctx)
-		if err != nil {
-			return err
-		}
-		x, err := j.site.Filter.FilteredChild().StatusAbove(r, top, true, off, size-off)
-		j.root.End(r)
-		if err != nil {
-			return err
-		}
-		if x.N == 0 {
-			break
-		}
-		if off += x.N; x.Allocated {
-			off = min(blk.AlignUp(off, c), size)
-			from = off
-			continue
-		}
-		if lo, hi := blk.Inner(from, off, c, size); lo < hi {
+	from := int64(0) // what the source does not hold goes from here on
+	return blockjob.Walk(ctx, h, j.root, j.site.Filter.FilteredChild(), top, func(off int64, x blk.Extent) {
+		if end := off + x.N; x.Allocated {
+			from = blk.AlignUp(end, c)
+		} else if lo, hi := blk.Inner(from, end, c, j.source.Size()); lo < hi {
 			j.driver.Skip(lo, hi-lo)
 			from = hi
 			j.driver.Remaining(h.SetRemaining)
 		}
-	}
-	return nil
+	})
 }
 
 // Commit implements jobs.Committer.
@@ -210,9 +188,8 @@ func (j *job) Clean(h *jobs.Handle) {
 	if !j.ok {
 		j.settle(h)
 	}
-	if hold, err := j.source.Graph().HoldNodes(context.Background(), j.source); err == nil {
-		defer hold.Release()
-	}
+	hold, _ := j.source.Graph().HoldNodes(context.Background(), j.source) // none if the graph is closed
+	defer hold.Release()
 	undrain, err := j.source.Graph().Drain(context.Background(), j.source)
 	if err == nil {
 		defer undrain()

@@ -80,9 +80,6 @@ func (j *job) overlaid(tx *graph.Tx) error {
 	return nil
 }
 
-// sectors is the size of n as QEMU counts it.
-func sectors(n *graph.Node) int64 { return blk.AlignUp(n.Size(), blk.SectorSize) / blk.SectorSize }
-
 // makeFilter makes the filter above the target.
 func (j *job) makeFilter(tx *graph.Tx) error {
 	name, err := graph.GivenName(j.args.FilterNodeName)

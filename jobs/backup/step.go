@@ -8,6 +8,7 @@ import (
 
 	"qblockd/blockdev"
 	"qblockd/graph"
+	"qblockd/graph/blk"
 	"qblockd/graph/perm"
 	"qblockd/graph/transaction"
 	"qblockd/jobs"
@@ -213,7 +214,7 @@ func (j *job) check() error {
 			return err
 		}
 	}
-	if sectors(j.source) != sectors(j.target) {
+	if blk.AlignUp(j.source.Size(), blk.SectorSize) != blk.AlignUp(j.target.Size(), blk.SectorSize) {
 		return errors.New("Source and target image have different sizes")
 	}
 	return nil

@@ -131,7 +131,3 @@ func (j *Job) Enter(ctx context.Context, m *jobs.Manager) (_ *jobs.Job, err erro
 	}
 	return j.enter(ctx, m)
 }
-
-func (j *Job) onError() types.BlockdevOnError {
-	return types.Or(j.args.OnError, types.BlockdevOnErrorReport)
-}

@@ -119,7 +119,7 @@ func (j *Job) Run(ctx context.Context, h *jobs.Handle) error {
 			}
 			return j.look(r, off, n)
 		},
-		Copy: j.copy, Side: copy.Policies{Read: j.onError(), Write: j.onError()}.Side, RetryIgnored: true,
+		Copy: j.copy, Side: copy.PoliciesOf(j.args.OnError, j.args.OnError).Side, RetryIgnored: true,
 	})
 }
 
@@ -152,7 +152,7 @@ func (j *Job) copy(r *blk.Req, off int64, e copy.Extent) (int64, error) {
 func (j *Job) Prepare(ctx context.Context, h *jobs.Handle) error {
 	g, filter := j.top.Graph(), j.site.Filter
 	hold, err := g.Hold(ctx, func() ([]*graph.Node, error) {
-		return append(graph.Now.Chain(filter, graph.Now.Below(j.base)), overlaysOf(filter)...), nil
+		return append(graph.Now.Chain(filter, graph.Now.Below(j.base)), overlaysOf(filter, true)...), nil
 	})
 	if err != nil {
 		return err
@@ -161,7 +161,7 @@ func (j *Job) Prepare(ctx context.Context, h *jobs.Handle) error {
 	ctx = context.WithoutCancel(ctx)
 	// A filter in between keeps an overlay from being told of its new backing file, but not from
 	// reading it.
-	all := overlaysOf(filter)
+	all := overlaysOf(filter, true)
 	for _, n := range all {
 		restore, err := blockjob.MakeWritable(ctx, n)
 		if err != nil {
@@ -192,12 +192,7 @@ func (j *Job) Prepare(ctx context.Context, h *jobs.Handle) error {
 // the overlays.
 func (j *Job) pivot(tx *graph.Tx) error {
 	filter := j.site.Filter
-	var overlays []*graph.Node
-	for _, e := range filter.Parents() {
-		if n := e.ParentNode(); n != nil && e.Role()&perm.COW != 0 {
-			overlays = append(overlays, n)
-		}
-	}
+	overlays := overlaysOf(filter, false)
 	if err := j.site.Leave(tx); err != nil {
 		return err
 	}
@@ -220,8 +215,7 @@ func (j *Job) pivot(tx *graph.Tx) error {
 
 // Clean implements jobs.Cleaner.
 func (j *Job) Clean(*jobs.Handle) {
-	if hold, err := j.top.Graph().HoldNodes(context.Background(), j.top, j.base); err == nil {
-		defer hold.Release()
-	}
+	hold, _ := j.top.Graph().HoldNodes(context.Background(), j.top, j.base) // none if the graph is closed
+	defer hold.Release()
 	j.site.Release()
 }

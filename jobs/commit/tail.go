@@ -11,15 +11,15 @@ import (
 // tailChunk is how much of an overlay is looked at in one unit of work, in bytes.
 const tailChunk = 64 << 20
 
-// overlaysOf are the nodes that have n, or a filter on n, as their backing file.
-func overlaysOf(n *graph.Node) (l []*graph.Node) {
+// overlaysOf are the nodes that have n, or with filters one on n, as their backing file.
+func overlaysOf(n *graph.Node, filters bool) (l []*graph.Node) {
 	for _, e := range n.Parents() {
 		switch p := e.ParentNode(); {
 		case p == nil:
 		case e.Role()&perm.COW != 0:
 			l = append(l, p)
-		case p.Kind() == graph.Filter && p.FilteredChild() == e:
-			l = append(l, overlaysOf(p)...)
+		case filters && p.Kind() == graph.Filter && p.FilteredChild() == e:
+			l = append(l, overlaysOf(p, true)...)
 		}
 	}
 	return l

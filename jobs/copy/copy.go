@@ -106,6 +106,11 @@ type Task struct {
 // Policies are what becomes of errors of reading and of writing.
 type Policies struct{ Read, Write types.BlockdevOnError }
 
+// PoliciesOf are those that arguments of a job give.
+func PoliciesOf(read, write *types.BlockdevOnError) Policies {
+	return Policies{types.Or(read, types.BlockdevOnErrorReport), types.Or(write, types.BlockdevOnErrorReport)}
+}
+
 // Side is a Task.Side for errors of graph.Copy.
 func (p Policies) Side(err error) (types.IoOperationType, types.BlockdevOnError) {
 	var c *graph.CopyError

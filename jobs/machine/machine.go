@@ -236,18 +236,12 @@ func Step(s State, in Input) (State, []Change) {
 }
 
 func (p *stepper) pause(in Input) {
-	switch in {
-	case PauseBegin:
+	if in == PauseBegin || in == UserPause {
 		p.s.PauseCount++
-	case UserPause:
-		p.s.PauseCount++
-		p.s.UserPaused = true
-	case UserResume:
-		p.s.UserPaused = false
-		p.s.PauseCount--
-	case PauseEnd:
+	} else {
 		p.s.PauseCount--
 	}
+	p.s.UserPaused = in == UserPause || p.s.UserPaused && in != UserResume
 	if p.s.PauseCount < 0 {
 		panic("job: resumed more often than paused")
 	}

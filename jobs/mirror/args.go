@@ -97,10 +97,7 @@ func (p *plan) existing() bool {
 }
 
 func (p *plan) policies() copy.Policies {
-	return copy.Policies{
-		Read:  types.Or(p.args.OnSourceError, types.BlockdevOnErrorReport),
-		Write: types.Or(p.args.OnTargetError, types.BlockdevOnErrorReport),
-	}
+	return copy.PoliciesOf(p.args.OnSourceError, p.args.OnTargetError)
 }
 
 // Find implements blockjob.Job.

@@ -103,7 +103,9 @@ func (j *Job) toBoth(r *blk.Req, off, n int64, source, target func() error) erro
 			j.bits.Set(lo, hi-lo)
 		}
 	}()
-	j.cleanCovered(off, off+n)
+	if a, b := blk.Inner(off, off+n, j.bits.Granularity(), j.source.Size()); a < b {
+		j.bits.Clear(a, b-a) // granules that are covered in full
+	}
 	if err := j.unrecorded(r, source); err != nil {
 		return err
 	}

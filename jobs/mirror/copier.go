@@ -55,9 +55,7 @@ func (c *copier) look(r *blk.Req, off, chunk int64) (copy.Extent, error) {
 	end := c.source.Size()
 	at, k, ok := c.bits.NextDirty(off, end)
 	switch {
-	case c.life.failure() != nil:
-		return copy.Extent{N: end - off}, nil // the job is about to end
-	case !ok:
+	case !ok || c.life.failure() != nil: // then the job is about to end
 		return copy.Extent{N: end - off}, nil
 	case at > off:
 		return copy.Extent{N: at - off}, nil
@@ -158,7 +156,7 @@ func (c *copier) maxCopy() int64 {
 // zero makes the beginning of [off, off+n), whole granules, read as zeroes in the target and
 // returns how much that was.
 func (c *copier) zero(r *blk.Req, dst *graph.Edge, off, n int64) (int64, error) {
-	already := c.zeroAlready(r, dst, off, n)
+	already, _ := c.zeroesThere(r, dst, off, n)
 	if already == n {
 		return n, nil
 	}
@@ -172,15 +170,10 @@ func (c *copier) zero(r *blk.Req, dst *graph.Edge, off, n int64) (int64, error) 
 	return n, nil
 }
 
-// zeroAlready is how much of [off, off+n) reads as zeroes in the target for good. Of an image that
-// can have a backing file that is what it says itself, unless the copy is to stand alone: one that
-// is attached later, as for a shallow copy, must not show through.
-func (c *copier) zeroAlready(r *blk.Req, dst *graph.Edge, off, n int64) int64 {
-	k, _ := c.zeroesThere(r, dst, off, n)
-	return k
-}
-
-// zeroesThere is zeroAlready that tells as well for how long it is so, or is not so.
+// zeroesThere is how much of [off, off+n) reads as zeroes in the target for good, and for how long
+// it is known that it does, or does not. Of an image that can have a backing file it is what it
+// says itself, unless the copy is to stand alone: one that is attached later, as for a shallow
+// copy, must not show through.
 func (c *copier) zeroesThere(r *blk.Req, dst *graph.Edge, off, n int64) (zero, known int64) {
 	if c.allCluster > 0 {
 		return 0, n
@@ -236,12 +229,4 @@ func (c *copier) follow(r *blk.Req, off, end int64) error {
 		off += x.N
 	}
 	return nil
-}
-
-// cleanCovered makes those granules clean that lie in [off, end) in full.
-func (c *copier) cleanCovered(off, end int64) {
-	lo, hi := blk.Inner(off, end, c.bits.Granularity(), c.source.Size())
-	if lo < hi {
-		c.bits.Clear(lo, hi-lo)
-	}
 }

@@ -2,6 +2,7 @@ package mirror
 
 import (
 	"context"
+	"slices"
 	"sync"
 
 	"qblockd/graph/blk"
@@ -12,16 +13,14 @@ import (
 // a circle.
 type ranges struct {
 	mu   sync.Mutex
-	head *span // oldest; guarded by mu
-	tail *span
+	all  []*span // oldest first; guarded by mu
 	pool sync.Pool
 }
 
 // span is a range that somebody has taken.
 type span struct {
-	off, n     int64
-	prev, next *span
-	over       chan struct{} // made by the first who waits
+	off, n int64
+	over   chan struct{} // made by the first who waits
 }
 
 // take takes [off, off+n) and waits until nobody else has any of it. Error: the cause of the end of
@@ -33,17 +32,9 @@ func (t *ranges) take(ctx context.Context, off, n int64) (*span, error) {
 	}
 	s.off, s.n = off, n
 	t.mu.Lock()
-	if s.prev = t.tail; s.prev != nil {
-		s.prev.next = s
-	} else {
-		t.head = s
-	}
-	t.tail = s
+	t.all = append(t.all, s)
 	for {
-		c := t.head
-		for c != s && !blk.Overlap(c.off, c.n, off, n) {
-			c = c.next
-		}
+		c := t.all[slices.IndexFunc(t.all, func(c *span) bool { return c == s || blk.Overlap(c.off, c.n, off, n) })]
 		if c == s {
 			t.mu.Unlock()
 			return s, nil
@@ -66,18 +57,10 @@ func (t *ranges) take(ctx context.Context, off, n int64) (*span, error) {
 // give gives a range back.
 func (t *ranges) give(s *span) {
 	t.mu.Lock()
-	if s.prev != nil {
-		s.prev.next = s.next
-	} else {
-		t.head = s.next
-	}
-	if s.next != nil {
-		s.next.prev = s.prev
-	} else {
-		t.tail = s.prev
-	}
+	i := slices.Index(t.all, s)
+	t.all = slices.Delete(t.all, i, i+1)
 	over := s.over
-	s.prev, s.next, s.over = nil, nil, nil
+	s.over = nil
 	t.mu.Unlock()
 	if over != nil {
 		close(over)

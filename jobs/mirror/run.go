@@ -14,11 +14,9 @@ import (
 	"qblockd/schema/types"
 )
 
-const (
-	// idle is how long a job that is ready waits before it looks for what was written; completing
-	// it does not wait.
-	idle = 100 * time.Millisecond
-)
+// idle is how long a job that is ready waits before it looks for what was written; completing it
+// does not wait.
+const idle = 100 * time.Millisecond
 
 // Run implements jobs.Runner.
 func (j *Job) Run(ctx context.Context, h *jobs.Handle) error {
@@ -71,27 +69,11 @@ func (j *Job) findDirty(ctx context.Context, h *jobs.Handle) error {
 		}
 	}
 	last := graph.Now.Overlay(j.source, j.base) // the last one to be copied
-	for off, size := int64(0), j.source.Size(); off < size; {
-		if err := h.Checkpoint(); err != nil {
-			return err
-		}
-		r, err := j.reads.Begin(ctx)
-		if err != nil {
-			return err
-		}
-		x, err := j.driver.Below().StatusAbove(r, last, true, off, size-off)
-		j.reads.End(r)
-		switch {
-		case err != nil:
-			return err
-		case x.N == 0:
-			return nil
-		case x.Allocated:
+	return blockjob.Walk(ctx, h, j.reads, j.driver.Below(), last, func(off int64, x blk.Extent) {
+		if x.Allocated {
 			j.bits.Set(off, x.N)
 		}
-		off += x.N
-	}
-	return nil
+	})
 }
 
 // zeroTarget zeroes all of the target.
@@ -103,7 +85,7 @@ func (j *Job) zeroTarget(ctx context.Context, h *jobs.Handle) error {
 		}
 		n := min(piece, size-off)
 		err := j.onTarget(ctx, func(r *blk.Req, e *graph.Edge) error {
-			if k := j.zeroAlready(r, e, off, size-off); k > n {
+			if k, _ := j.zeroesThere(r, e, off, size-off); k > n {
 				n = k
 				return nil
 			}

@@ -283,9 +283,8 @@ func (j *Job) skipCopied(tx *graph.Tx, cow *graph.Edge) (err error) {
 
 // Clean implements jobs.Cleaner.
 func (j *Job) Clean(h *jobs.Handle) {
-	if hold, err := j.top().Graph().HoldNodes(context.Background(), j.top()); err == nil {
-		defer hold.Release()
-	}
+	hold, _ := j.top().Graph().HoldNodes(context.Background(), j.top()) // none if the graph is closed
+	defer hold.Release()
 	if j.site.TakeOut(nil) {
 		h.Show(visible.StreamFailed, j.top())
 	}

@@ -12,8 +12,7 @@ import (
 func TestPauses(t *testing.T) {
 	got := ""
 	for m := range moments {
-		p := At(m)
-		got += fmt.Sprint(map[Whom]string{All: "all ", Near: "near "}[p.Whom], p.Pairs, "\n")
+		got += fmt.Sprint(map[bool]string{true: "all ", false: "near "}[m.All()], m.Pairs(), "\n")
 	}
 	const want = "all 1\nnear 1\n" + // transactions
 		"near 1\nnear 1\nnear 2\nnear 2\n" + // nodes
