@@ -43,7 +43,9 @@ func (c *creation) given(started func()) *driver.Creation {
 	if started == nil {
 		started = func() {}
 	}
-	return &driver.Creation{Started: started, Take: c.take, InFile: c.m.inFile, CanName: c.m.canName}
+	return &driver.Creation{
+		Objects: c.m.objects, Started: started, Take: c.take, InFile: c.m.inFile, CanName: c.m.canName,
+	}
 }
 
 // inFile opens a node to make an image in it.

@@ -105,6 +105,8 @@ func (q *queries) encode(n *graph.Node, key infoKey) *nodeInfo {
 	for i := range key.bitmaps {
 		dev.DirtyBitmaps = append(dev.DirtyBitmaps, bitmapInfo(&key.bitmaps[i]))
 	}
+	info := &nodeInfo{key: key}
+	info.image[0], info.image[1], dev.Encrypted = q.encodeImage(n, key)
 	// An empty image marks where the real one goes.
 	gap := dev.Image.AppendJSON(nil)
 	var s sizer
@@ -113,9 +115,7 @@ func (q *queries) encode(n *graph.Node, key infoKey) *nodeInfo {
 	}
 	before, rest := cut(dev.AppendJSON(s.buffer()), `"image": `+string(gap), len(gap))
 	middle, after := cut(rest, `"backing_file_depth": 0`, 1)
-	info := &nodeInfo{key: key, dev: [3][]byte{before, middle, after}}
-
-	info.image[0], info.image[1] = q.encodeImage(n, key)
+	info.dev = [3][]byte{before, middle, after}
 	return info
 }
 
@@ -144,7 +144,7 @@ func cut(enc []byte, mark string, n int) (before, after []byte) {
 	return enc[: i-n : i-n], enc[i:]
 }
 
-func (q *queries) encodeImage(n *graph.Node, key infoKey) (before, after []byte) {
+func (q *queries) encodeImage(n *graph.Node, key infoKey) (before, after []byte, encrypted bool) {
 	const gap = -1
 	actual := int64(gap)
 	img := types.ImageInfo{
@@ -180,7 +180,7 @@ func (q *queries) encodeImage(n *graph.Node, key infoKey) (before, after []byte)
 		}
 	}
 	before, after = cut(img.AppendJSON(s.buffer()), mark, len(mark))
-	return before[1:], after // without the brace
+	return before[1:], after, img.Encrypted != nil && *img.Encrypted // without the brace
 }
 
 // sizer counts what lists take when they are encoded, whose length an image decides: a buffer that

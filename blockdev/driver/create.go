@@ -31,6 +31,8 @@ func Amends[A any](f func(ctx context.Context, n *graph.Node, o A) error) AmendF
 
 // Creation is what Create gets beside the options.
 type Creation struct {
+	// Objects are those of object-add.
+	Objects Objects
 	// Started is called once the options are checked, before the first write.
 	Started func()
 	// Take makes a file of the host the command's, before its content is touched. Error: it is

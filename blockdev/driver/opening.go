@@ -1,7 +1,10 @@
 package driver
 
 import (
+	"bytes"
 	"context"
+	"fmt"
+	"unicode/utf8"
 
 	"qblockd/graph"
 	"qblockd/graph/blk"
@@ -71,6 +74,24 @@ func Object[T any](o Objects, id string) (x T, ok bool) {
 		x, ok = o.Object(id).(T)
 	}
 	return x, ok
+}
+
+// Password is the text of the object secret called id, which the caller does not change.
+func Password(o Objects, id string) ([]byte, error) {
+	var found any
+	if o != nil {
+		found = o.Object(id)
+	}
+	s, ok := found.(interface{ Secret() []byte })
+	switch {
+	case found == nil:
+		return nil, fmt.Errorf("No secret with id '%s'", id)
+	case !ok:
+		return nil, fmt.Errorf("Object with id '%s' is not a secret", id)
+	case !utf8.Valid(s.Secret()), bytes.IndexByte(s.Secret(), 0) >= 0:
+		return nil, fmt.Errorf("Data from secret %s is not valid UTF-8", id)
+	}
+	return s.Secret(), nil
 }
 
 // Child is a child that options name.

@@ -12,6 +12,7 @@ import (
 	"qblockd/blockdev/filter/preallocate"
 	"qblockd/blockdev/filter/snapshotaccess"
 	"qblockd/blockdev/filter/throttle"
+	"qblockd/blockdev/format/luks"
 	"qblockd/blockdev/format/qcow2"
 	"qblockd/blockdev/format/raw"
 	"qblockd/blockdev/protocol/file"
@@ -29,6 +30,7 @@ var All = []*driver.Any{
 	copyonread.Def,
 	file.Def,
 	file.HostDevice,
+	luks.Def,
 	nbd.Def,
 	null.Aio,
 	null.Co,

@@ -26,6 +26,8 @@ type Config struct {
 	Layers []Layer
 	// NoContent: what is written is not kept; contents are not compared.
 	NoContent bool
+	// Noise: what a resize adds is not zeroes.
+	Noise bool
 	// Fixed: the size cannot be changed.
 	Fixed bool
 	// Check is called after each test with the graph still open and nothing in flight, to check the

@@ -146,11 +146,14 @@ func (r *Registry) Iothread(id string) *Iothread {
 	return g
 }
 
-// Object is what drivers get of an object (driver.Objects); nil if there is none of that name, or
-// one that is not for drivers.
+// Object is what drivers get of an object (driver.Objects); nil if there is none of that name.
 func (r *Registry) Object(id string) any {
-	if l, ok := r.find(id).(*limits); ok {
-		return l.g
+	switch x := r.find(id).(type) {
+	case nil:
+		return nil
+	case *limits:
+		return x.g
+	default:
+		return x
 	}
-	return nil
 }

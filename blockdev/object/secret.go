@@ -98,6 +98,9 @@ func (s *secret) decrypt(r *Registry, data []byte) ([]byte, error) {
 	return data[:len(data)-pad], nil
 }
 
+// Secret is for drivers: see driver.Password.
+func (s *secret) Secret() []byte { return s.data }
+
 // secretData are the bytes of the secret called id.
 func (r *Registry) secretData(id string) ([]byte, error) {
 	switch x := r.find(id).(type) {

@@ -19,7 +19,7 @@ var policyKeys = []struct {
 	{"roots", cmdline.OptString, "/", "folders, absolute and separated by colons, that a file must be in, directly or deeper, when all symbolic links are followed"},
 	{"devices", cmdline.OptBool, "off", "whether block devices may be named"},
 	{"sockets", cmdline.OptBool, "off", "whether NBD servers may be named, of this host and others"},
-	{"references", cmdline.OptBool, "off", "whether nodes and throttle groups of the daemon may be named"},
+	{"references", cmdline.OptBool, "off", "whether nodes, throttle groups and secrets of the daemon may be named"},
 	{"max-chain", cmdline.OptNumber, "1000", "how many images a chain of backing files may have that headers name; 0: they may name nothing"},
 }
 

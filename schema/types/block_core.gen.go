@@ -47,11 +47,14 @@ type ImageInfoSpecificKind string
 const (
 	// Qcow2.
 	ImageInfoSpecificKindQcow2 ImageInfoSpecificKind = "qcow2"
+	// LUKS.
+	ImageInfoSpecificKindLuks ImageInfoSpecificKind = "luks"
 )
 
 // ImageInfoSpecificKindValues lists the values of ImageInfoSpecificKind in the order of the schema.
 var ImageInfoSpecificKindValues = []ImageInfoSpecificKind{
 	ImageInfoSpecificKindQcow2,
+	ImageInfoSpecificKindLuks,
 }
 
 // ImageInfoSpecificQCow2Wrapper: part of the schema's structure.
@@ -60,12 +63,18 @@ type ImageInfoSpecificQCow2Wrapper struct {
 	Data ImageInfoSpecificQCow2
 }
 
+// ImageInfoSpecificLUKSWrapper: part of the schema's structure.
+type ImageInfoSpecificLUKSWrapper struct {
+	// The particulars.
+	Data QCryptoBlockInfoLUKS
+}
+
 // ImageInfoSpecific: what only images of one format have.
 type ImageInfoSpecific struct {
 	// The format.
 	Type ImageInfoSpecificKind
 	// U holds the members of the branch that Type selects; nil where the branch has none.
-	// *ImageInfoSpecificQCow2Wrapper for qcow2.
+	// *ImageInfoSpecificQCow2Wrapper for qcow2, *ImageInfoSpecificLUKSWrapper for luks.
 	U any
 }
 
@@ -83,6 +92,8 @@ type ImageInfo struct {
 	VirtualSize int64
 	// Unit of allocation in bytes.
 	ClusterSize *int64
+	// Its data are encrypted.
+	Encrypted *bool
 	// The backing file, as the image names it.
 	BackingFilename *string
 	// The same, resolved against the image's folder.
@@ -572,7 +583,9 @@ const (
 	BlockdevDriverFile BlockdevDriver = "file"
 	// A block device of the host.
 	BlockdevDriverHostDevice BlockdevDriver = "host_device"
-	BlockdevDriverNbd        BlockdevDriver = "nbd"
+	// An encrypted disk, LUKS version 1.
+	BlockdevDriverLuks BlockdevDriver = "luks"
+	BlockdevDriverNbd  BlockdevDriver = "nbd"
 	// Nothing at all; requests are answered by another thread.
 	BlockdevDriverNullAio BlockdevDriver = "null-aio"
 	// Nothing at all.
@@ -599,6 +612,7 @@ var BlockdevDriverValues = []BlockdevDriver{
 	BlockdevDriverCopyOnRead,
 	BlockdevDriverFile,
 	BlockdevDriverHostDevice,
+	BlockdevDriverLuks,
 	BlockdevDriverNbd,
 	BlockdevDriverNullAio,
 	BlockdevDriverNullCo,
@@ -657,6 +671,14 @@ type BlockdevOptionsNull struct {
 type BlockdevOptionsGenericFormat struct {
 	// The node that holds the image.
 	File BlockdevRef
+}
+
+// BlockdevOptionsLUKS: options of the driver luks.
+type BlockdevOptionsLUKS struct {
+	// The node that holds the image.
+	File BlockdevRef
+	// The secret with a password of the disk; it has to be given.
+	KeySecret *string
 }
 
 // BlockdevOptionsGenericCOWFormat: options of formats with a backing file.
@@ -1206,10 +1228,10 @@ type BlockdevOptions struct {
 	// *BlockdevOptionsBlkdebug for blkdebug, *BlockdevOptionsBlklogwrites for blklogwrites,
 	// *BlockdevOptionsBlkverify for blkverify, *BlockdevOptionsGenericFormat for compress,
 	// *BlockdevOptionsCbw for copy-before-write, *BlockdevOptionsCor for copy-on-read,
-	// *BlockdevOptionsFile for file, *BlockdevOptionsFile for host_device, *BlockdevOptionsNbd for nbd,
-	// *BlockdevOptionsNull for null-aio, *BlockdevOptionsNull for null-co, *BlockdevOptionsPreallocate for
-	// preallocate, *BlockdevOptionsQcow2 for qcow2, *BlockdevOptionsRaw for raw,
-	// *BlockdevOptionsGenericFormat for snapshot-access, *BlockdevOptionsThrottle for throttle.
+	// *BlockdevOptionsFile for file, *BlockdevOptionsFile for host_device, *BlockdevOptionsLUKS for luks,
+	// *BlockdevOptionsNbd for nbd, *BlockdevOptionsNull for null-aio, *BlockdevOptionsNull for null-co,
+	// *BlockdevOptionsPreallocate for preallocate, *BlockdevOptionsQcow2 for qcow2, *BlockdevOptionsRaw
+	// for raw, *BlockdevOptionsGenericFormat for snapshot-access, *BlockdevOptionsThrottle for throttle.
 	U any
 }
 
@@ -1303,12 +1325,37 @@ type BlockdevCreateOptionsQcow2 struct {
 	CompressionType *Qcow2CompressionType
 }
 
+// BlockdevCreateOptionsLUKS: a LUKS image to be made.
+type BlockdevCreateOptionsLUKS struct {
+	// The secret with a password of the disk; it has to be given.
+	KeySecret *string
+	// The block cipher (default aes-256).
+	CipherAlg *QCryptoCipherAlgorithm
+	// How it is used (default xts).
+	CipherMode *QCryptoCipherMode
+	// What initialization vectors are made of (default plain64).
+	IvgenAlg *QCryptoIVGenAlgorithm
+	// Hash of essiv (default sha256).
+	IvgenHashAlg *QCryptoHashAlgorithm
+	// Hash that keys are made of passwords with (default sha256).
+	HashAlg *QCryptoHashAlgorithm
+	// How long this host is to take for that, in milliseconds (default 2000).
+	IterTime *int64
+	// The node to write it to.
+	File BlockdevRef
+	// Size it shows, in bytes.
+	Size uint64
+	// How much is allocated at once (default off).
+	Preallocation *PreallocMode
+}
+
 // BlockdevCreateOptions: an image to be made.
 type BlockdevCreateOptions struct {
 	// The driver that makes it.
 	Driver BlockdevDriver
 	// U holds the members of the branch that Driver selects; nil where the branch has none.
-	// *BlockdevCreateOptionsFile for file, *BlockdevCreateOptionsQcow2 for qcow2.
+	// *BlockdevCreateOptionsFile for file, *BlockdevCreateOptionsLUKS for luks,
+	// *BlockdevCreateOptionsQcow2 for qcow2.
 	U any
 }
 

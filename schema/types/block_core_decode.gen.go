@@ -105,6 +105,20 @@ func membersBlockdevOptionsGenericFormat(d *decoder, x *BlockdevOptionsGenericFo
 	return visitBlockdevRef(d, "file", &x.File)
 }
 
+// DecodeBlockdevOptionsLUKS decodes v; faults are worded as QEMU does (*ArgError).
+func DecodeBlockdevOptionsLUKS(v value.Value, m Mode) (*BlockdevOptionsLUKS, error) {
+	return decode(v, m, visitBlockdevOptionsLUKS)
+}
+
+func visitBlockdevOptionsLUKS(d *decoder, name string, x *BlockdevOptionsLUKS) bool {
+	return object(d, name, x, membersBlockdevOptionsLUKS)
+}
+
+func membersBlockdevOptionsLUKS(d *decoder, x *BlockdevOptionsLUKS) bool {
+	return visitBlockdevRef(d, "file", &x.File) &&
+		opt(d, "key-secret", &x.KeySecret, visitStr)
+}
+
 func visitQcow2OverlapCheckMode(d *decoder, name string, x *Qcow2OverlapCheckMode) bool {
 	return enum(d, name, x, Qcow2OverlapCheckModeValues)
 }
@@ -465,6 +479,10 @@ func membersBlockdevOptions(d *decoder, x *BlockdevOptions) bool {
 		u := new(BlockdevOptionsGenericFormat)
 		x.U = u
 		return membersBlockdevOptionsGenericFormat(d, u)
+	case BlockdevDriverLuks:
+		u := new(BlockdevOptionsLUKS)
+		x.U = u
+		return membersBlockdevOptionsLUKS(d, u)
 	case BlockdevDriverNbd:
 		u := new(BlockdevOptionsNbd)
 		x.U = u
@@ -584,6 +602,28 @@ func membersBlockdevCreateOptionsQcow2(d *decoder, x *BlockdevCreateOptionsQcow2
 		opt(d, "compression-type", &x.CompressionType, visitQcow2CompressionType)
 }
 
+// DecodeBlockdevCreateOptionsLUKS decodes v; faults are worded as QEMU does (*ArgError).
+func DecodeBlockdevCreateOptionsLUKS(v value.Value, m Mode) (*BlockdevCreateOptionsLUKS, error) {
+	return decode(v, m, visitBlockdevCreateOptionsLUKS)
+}
+
+func visitBlockdevCreateOptionsLUKS(d *decoder, name string, x *BlockdevCreateOptionsLUKS) bool {
+	return object(d, name, x, membersBlockdevCreateOptionsLUKS)
+}
+
+func membersBlockdevCreateOptionsLUKS(d *decoder, x *BlockdevCreateOptionsLUKS) bool {
+	return opt(d, "key-secret", &x.KeySecret, visitStr) &&
+		opt(d, "cipher-alg", &x.CipherAlg, visitQCryptoCipherAlgorithm) &&
+		opt(d, "cipher-mode", &x.CipherMode, visitQCryptoCipherMode) &&
+		opt(d, "ivgen-alg", &x.IvgenAlg, visitQCryptoIVGenAlgorithm) &&
+		opt(d, "ivgen-hash-alg", &x.IvgenHashAlg, visitQCryptoHashAlgorithm) &&
+		opt(d, "hash-alg", &x.HashAlg, visitQCryptoHashAlgorithm) &&
+		opt(d, "iter-time", &x.IterTime, visitInt64) &&
+		visitBlockdevRef(d, "file", &x.File) &&
+		visitSize(d, "size", &x.Size) &&
+		opt(d, "preallocation", &x.Preallocation, visitPreallocMode)
+}
+
 // DecodeBlockdevCreateOptions decodes v; faults are worded as QEMU does (*ArgError).
 func DecodeBlockdevCreateOptions(v value.Value, m Mode) (*BlockdevCreateOptions, error) {
 	return decode(v, m, visitBlockdevCreateOptions)
@@ -602,6 +642,10 @@ func membersBlockdevCreateOptions(d *decoder, x *BlockdevCreateOptions) bool {
 		u := new(BlockdevCreateOptionsFile)
 		x.U = u
 		return membersBlockdevCreateOptionsFile(d, u)
+	case BlockdevDriverLuks:
+		u := new(BlockdevCreateOptionsLUKS)
+		x.U = u
+		return membersBlockdevCreateOptionsLUKS(d, u)
 	case BlockdevDriverQcow2:
 		u := new(BlockdevCreateOptionsQcow2)
 		x.U = u

@@ -63,9 +63,22 @@ func (x *ImageInfoSpecificQCow2Wrapper) AppendJSON(b []byte) []byte {
 }
 
 // AppendJSON appends x in QEMU's form, members in hash order.
+func (x *ImageInfoSpecificLUKSWrapper) AppendJSON(b []byte) []byte {
+	b = append(b, `{"data": `...)
+	b = x.Data.AppendJSON(b)
+	return append(b, '}')
+}
+
+// AppendJSON appends x in QEMU's form, members in hash order.
 func (x *ImageInfoSpecific) AppendJSON(b []byte) []byte {
 	switch u := x.U.(type) {
 	case *ImageInfoSpecificQCow2Wrapper:
+		b = append(b, `{"type": `...)
+		b = appendEnum(b, x.Type)
+		b = append(b, `, "data": `...)
+		b = u.Data.AppendJSON(b)
+		return append(b, '}')
+	case *ImageInfoSpecificLUKSWrapper:
 		b = append(b, `{"type": `...)
 		b = appendEnum(b, x.Type)
 		b = append(b, `, "data": `...)
@@ -115,6 +128,10 @@ func (x *ImageInfo) AppendJSON(b []byte) []byte {
 	if x.FullBackingFilename != nil {
 		b = append(b, `, "full-backing-filename": `...)
 		b = value.AppendString(b, *x.FullBackingFilename)
+	}
+	if x.Encrypted != nil {
+		b = append(b, `, "encrypted": `...)
+		b = appendBool(b, *x.Encrypted)
 	}
 	if x.BackingFilename != nil {
 		b = append(b, `, "backing-filename": `...)
@@ -560,6 +577,17 @@ func (x *BlockdevOptionsNull) AppendJSON(b []byte) []byte {
 func (x *BlockdevOptionsGenericFormat) AppendJSON(b []byte) []byte {
 	b = append(b, `{"file": `...)
 	b = x.File.AppendJSON(b)
+	return append(b, '}')
+}
+
+// AppendJSON appends x in QEMU's form, members in hash order.
+func (x *BlockdevOptionsLUKS) AppendJSON(b []byte) []byte {
+	b = append(b, `{"file": `...)
+	b = x.File.AppendJSON(b)
+	if x.KeySecret != nil {
+		b = append(b, `, "key-secret": `...)
+		b = value.AppendString(b, *x.KeySecret)
+	}
 	return append(b, '}')
 }
 
@@ -1404,6 +1432,45 @@ func (x *BlockdevOptions) AppendJSON(b []byte) []byte {
 			b = appendBool(b, *x.ForceShare)
 		}
 		return append(b, '}')
+	case *BlockdevOptionsLUKS:
+		b = append(b, '{')
+		if x.DetectZeroes != nil {
+			b = appendKey(b, "detect-zeroes")
+			b = appendEnum(b, *x.DetectZeroes)
+		}
+		if x.NodeName != nil {
+			b = appendKey(b, "node-name")
+			b = value.AppendString(b, *x.NodeName)
+		}
+		b = appendKey(b, "driver")
+		b = appendEnum(b, x.Driver)
+		if x.AutoReadOnly != nil {
+			b = append(b, `, "auto-read-only": `...)
+			b = appendBool(b, *x.AutoReadOnly)
+		}
+		if x.ReadOnly != nil {
+			b = append(b, `, "read-only": `...)
+			b = appendBool(b, *x.ReadOnly)
+		}
+		if x.Cache != nil {
+			b = append(b, `, "cache": `...)
+			b = x.Cache.AppendJSON(b)
+		}
+		if x.Discard != nil {
+			b = append(b, `, "discard": `...)
+			b = appendEnum(b, *x.Discard)
+		}
+		if x.ForceShare != nil {
+			b = append(b, `, "force-share": `...)
+			b = appendBool(b, *x.ForceShare)
+		}
+		b = append(b, `, "file": `...)
+		b = u.File.AppendJSON(b)
+		if u.KeySecret != nil {
+			b = append(b, `, "key-secret": `...)
+			b = value.AppendString(b, *u.KeySecret)
+		}
+		return append(b, '}')
 	case *BlockdevOptionsNbd:
 		b = append(b, '{')
 		if x.DetectZeroes != nil {
@@ -1832,6 +1899,48 @@ func (x *BlockdevCreateOptionsQcow2) AppendJSON(b []byte) []byte {
 }
 
 // AppendJSON appends x in QEMU's form, members in hash order.
+func (x *BlockdevCreateOptionsLUKS) AppendJSON(b []byte) []byte {
+	b = append(b, '{')
+	if x.IvgenAlg != nil {
+		b = appendKey(b, "ivgen-alg")
+		b = appendEnum(b, *x.IvgenAlg)
+	}
+	if x.HashAlg != nil {
+		b = appendKey(b, "hash-alg")
+		b = appendEnum(b, *x.HashAlg)
+	}
+	if x.CipherAlg != nil {
+		b = appendKey(b, "cipher-alg")
+		b = appendEnum(b, *x.CipherAlg)
+	}
+	if x.IterTime != nil {
+		b = appendKey(b, "iter-time")
+		b = appendInt(b, *x.IterTime)
+	}
+	if x.IvgenHashAlg != nil {
+		b = appendKey(b, "ivgen-hash-alg")
+		b = appendEnum(b, *x.IvgenHashAlg)
+	}
+	if x.Preallocation != nil {
+		b = appendKey(b, "preallocation")
+		b = appendEnum(b, *x.Preallocation)
+	}
+	b = appendKey(b, "size")
+	b = appendUint(b, x.Size)
+	if x.CipherMode != nil {
+		b = append(b, `, "cipher-mode": `...)
+		b = appendEnum(b, *x.CipherMode)
+	}
+	b = append(b, `, "file": `...)
+	b = x.File.AppendJSON(b)
+	if x.KeySecret != nil {
+		b = append(b, `, "key-secret": `...)
+		b = value.AppendString(b, *x.KeySecret)
+	}
+	return append(b, '}')
+}
+
+// AppendJSON appends x in QEMU's form, members in hash order.
 func (x *BlockdevCreateOptions) AppendJSON(b []byte) []byte {
 	switch u := x.U.(type) {
 	case *BlockdevCreateOptionsFile:
@@ -1853,6 +1962,47 @@ func (x *BlockdevCreateOptions) AppendJSON(b []byte) []byte {
 		if u.Nocow != nil {
 			b = append(b, `, "nocow": `...)
 			b = appendBool(b, *u.Nocow)
+		}
+		return append(b, '}')
+	case *BlockdevCreateOptionsLUKS:
+		b = append(b, '{')
+		if u.IvgenAlg != nil {
+			b = appendKey(b, "ivgen-alg")
+			b = appendEnum(b, *u.IvgenAlg)
+		}
+		if u.HashAlg != nil {
+			b = appendKey(b, "hash-alg")
+			b = appendEnum(b, *u.HashAlg)
+		}
+		if u.CipherAlg != nil {
+			b = appendKey(b, "cipher-alg")
+			b = appendEnum(b, *u.CipherAlg)
+		}
+		if u.IterTime != nil {
+			b = appendKey(b, "iter-time")
+			b = appendInt(b, *u.IterTime)
+		}
+		if u.IvgenHashAlg != nil {
+			b = appendKey(b, "ivgen-hash-alg")
+			b = appendEnum(b, *u.IvgenHashAlg)
+		}
+		b = appendKey(b, "driver")
+		b = appendEnum(b, x.Driver)
+		if u.Preallocation != nil {
+			b = append(b, `, "preallocation": `...)
+			b = appendEnum(b, *u.Preallocation)
+		}
+		b = append(b, `, "size": `...)
+		b = appendUint(b, u.Size)
+		if u.CipherMode != nil {
+			b = append(b, `, "cipher-mode": `...)
+			b = appendEnum(b, *u.CipherMode)
+		}
+		b = append(b, `, "file": `...)
+		b = u.File.AppendJSON(b)
+		if u.KeySecret != nil {
+			b = append(b, `, "key-secret": `...)
+			b = value.AppendString(b, *u.KeySecret)
 		}
 		return append(b, '}')
 	case *BlockdevCreateOptionsQcow2:

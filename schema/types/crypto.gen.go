@@ -135,3 +135,61 @@ var QCryptoIVGenAlgorithmValues = []QCryptoIVGenAlgorithm{
 	QCryptoIVGenAlgorithmPlain64,
 	QCryptoIVGenAlgorithmEssiv,
 }
+
+// QCryptoBlockOptionsLUKS: how an encrypted disk is opened.
+type QCryptoBlockOptionsLUKS struct {
+	// The secret with a password of the disk; it has to be given.
+	KeySecret *string
+}
+
+// QCryptoBlockCreateOptionsLUKS: how an encrypted disk is made.
+type QCryptoBlockCreateOptionsLUKS struct {
+	// The secret with a password of the disk; it has to be given.
+	KeySecret *string
+	// The block cipher (default aes-256).
+	CipherAlg *QCryptoCipherAlgorithm
+	// How it is used (default xts).
+	CipherMode *QCryptoCipherMode
+	// What initialization vectors are made of (default plain64).
+	IvgenAlg *QCryptoIVGenAlgorithm
+	// Hash of essiv (default sha256).
+	IvgenHashAlg *QCryptoHashAlgorithm
+	// Hash that keys are made of passwords with (default sha256).
+	HashAlg *QCryptoHashAlgorithm
+	// How long this host is to take for that, in milliseconds (default 2000).
+	IterTime *int64
+}
+
+// QCryptoBlockInfoLUKSSlot: a place for a key of an encrypted disk.
+type QCryptoBlockInfoLUKSSlot struct {
+	// It opens the disk, with a password.
+	Active bool
+	// How often the password is hashed.
+	Iters *int64
+	// How many times as long as the key its material is.
+	Stripes *int64
+	// Where its material begins, in bytes.
+	KeyOffset int64
+}
+
+// QCryptoBlockInfoLUKS: an encrypted disk.
+type QCryptoBlockInfoLUKS struct {
+	// The block cipher.
+	CipherAlg QCryptoCipherAlgorithm
+	// How it is used.
+	CipherMode QCryptoCipherMode
+	// What initialization vectors are made of.
+	IvgenAlg QCryptoIVGenAlgorithm
+	// Hash of essiv.
+	IvgenHashAlg *QCryptoHashAlgorithm
+	// Hash that keys are made of passwords with.
+	HashAlg QCryptoHashAlgorithm
+	// Where the disk begins, in bytes.
+	PayloadOffset int64
+	// How often the key is hashed to check it.
+	MasterKeyIters int64
+	// Name of the disk.
+	Uuid string
+	// Places for its keys.
+	Slots []*QCryptoBlockInfoLUKSSlot
+}

@@ -5,3 +5,19 @@ package types
 func visitQCryptoSecretFormat(d *decoder, name string, x *QCryptoSecretFormat) bool {
 	return enum(d, name, x, QCryptoSecretFormatValues)
 }
+
+func visitQCryptoHashAlgorithm(d *decoder, name string, x *QCryptoHashAlgorithm) bool {
+	return enum(d, name, x, QCryptoHashAlgorithmValues)
+}
+
+func visitQCryptoCipherAlgorithm(d *decoder, name string, x *QCryptoCipherAlgorithm) bool {
+	return enum(d, name, x, QCryptoCipherAlgorithmValues)
+}
+
+func visitQCryptoCipherMode(d *decoder, name string, x *QCryptoCipherMode) bool {
+	return enum(d, name, x, QCryptoCipherModeValues)
+}
+
+func visitQCryptoIVGenAlgorithm(d *decoder, name string, x *QCryptoIVGenAlgorithm) bool {
+	return enum(d, name, x, QCryptoIVGenAlgorithmValues)
+}

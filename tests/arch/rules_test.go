@@ -60,6 +60,7 @@ var rules = []rule{
 	{"blockdev/driver", []string{"graph", "graph/*"}},
 	{"blockdev/drivers", []string{"blockdev/driver", "blockdev/protocol/*", "blockdev/format/*", "blockdev/filter/*"}},
 	{"blockdev/drivertest", []string{"blockdev/driver", "graph", "graph/*"}},
+	{"blockdev/format/luks", []string{"blockdev/driver", "blockdev/crypto", "blockdev/crypto/luks", "graph", "graph/*"}},
 	{"blockdev/format/qcow2", []string{"blockdev/driver", "blockdev/format/qcow2/layout", "graph", "graph/*"}},
 	{"blockdev/export", []string{"graph", "graph/*"}}, // no type of exports: those are told to it
 	{"blockdev/export/nbd", []string{"blockdev/export", "blockdev/nbdwire", "qmp/chardev/sockets", "graph", "graph/*"}},

@@ -1,0 +1,83 @@
+package luks
+
+import (
+	"context"
+	"errors"
+	"syscall"
+
+	"qblockd/blockdev/crypto"
+	"qblockd/blockdev/crypto/luks"
+	"qblockd/blockdev/driver"
+	"qblockd/graph"
+	"qblockd/graph/blk"
+	"qblockd/schema/types"
+)
+
+func pick[T any](p *T, def T) T {
+	if p != nil {
+		return *p
+	}
+	return def
+}
+
+// spec is what the options say of the cipher.
+func spec(o *types.BlockdevCreateOptionsLUKS) crypto.Spec {
+	s := crypto.Spec{
+		Alg:    pick(o.CipherAlg, types.QCryptoCipherAlgorithmAes256),
+		Mode:   pick(o.CipherMode, types.QCryptoCipherModeXts),
+		IV:     pick(o.IvgenAlg, types.QCryptoIVGenAlgorithmPlain64),
+		IVHash: pick(o.IvgenHashAlg, ""),
+	}
+	if s.IV == types.QCryptoIVGenAlgorithmEssiv && s.IVHash == "" {
+		s.IVHash = types.QCryptoHashAlgorithmSha256
+	}
+	return s
+}
+
+// create makes an image in the node below root. Its header is written last: until then there is
+// none.
+func create(ctx context.Context, c *driver.Creation, root *graph.Root, o *types.BlockdevCreateOptionsLUKS) error {
+	c.Started() // QEMU answers before it looks at the options
+	word, err := password(c.Objects, o.KeySecret)
+	if err != nil {
+		return err
+	}
+	proto := luks.Header{Spec: spec(o), Hash: pick(o.HashAlg, types.QCryptoHashAlgorithmSha256)}
+	if err := proto.Check(); err != nil {
+		return err
+	}
+	millis := pick(o.IterTime, luks.DefaultMillis)
+	h, master, err := luks.New(ctx, proto, millis)
+	if err != nil {
+		return err
+	}
+	defer master.Close()
+	if err := resize(ctx, root, h.PayloadOffset(), o); err != nil {
+		return err
+	}
+	r, err := root.Begin(ctx)
+	if err != nil {
+		return err
+	}
+	defer root.End(r)
+	return h.SetKey(ctx, store{r, root.Edge()}, 0, master, word, millis)
+}
+
+var errTooLarge = blk.Text("The requested file size is too large", syscall.EFBIG)
+
+// resize gives the file the length of the image.
+func resize(ctx context.Context, root *graph.Root, payload int64, o *types.BlockdevCreateOptionsLUKS) error {
+	const most = 1<<63 - 1
+	if o.Size > uint64(most-payload) {
+		return errTooLarge
+	}
+	m := blk.Prealloc(pick(o.Preallocation, types.PreallocModeOff))
+	if m == blk.PreallocMetadata { // there are none to allocate
+		m = blk.PreallocOff
+	}
+	err := root.Resize(ctx, int64(o.Size)+payload, true, m)
+	if errors.Is(err, syscall.EFBIG) && int64(o.Size)+payload <= blk.MaxSize {
+		return errTooLarge
+	}
+	return err
+}

@@ -1,0 +1,36 @@
+package luks
+
+import (
+	"context"
+
+	"qblockd/blockdev/crypto/luks"
+	"qblockd/blockdev/driver"
+	"qblockd/graph"
+	"qblockd/graph/perm"
+	"qblockd/schema/types"
+	"qblockd/schema/value"
+)
+
+// Def describes the driver.
+var Def = driver.Of(driver.Def[*types.BlockdevOptionsLUKS]{
+	Name: types.BlockdevDriverLuks, Kind: graph.Format,
+	Open:   open,
+	Reopen: driver.NoChange[*types.BlockdevOptionsLUKS],
+	Children: func(u *types.BlockdevOptionsLUKS) []driver.Child {
+		return []driver.Child{{Name: "file", Role: perm.Image, Ref: &u.File}}
+	},
+	Strong: func(u *types.BlockdevOptionsLUKS, add func(name string, v value.Value)) {
+		driver.AddGiven(add, "key-secret", u.KeySecret)
+	},
+	FromFile: func(f types.BlockdevRef) *types.BlockdevOptionsLUKS { return &types.BlockdevOptionsLUKS{File: f} },
+	Probe: func(head []byte) int {
+		if luks.IsHeader(head) {
+			return 100
+		}
+		return 0
+	},
+	ForImages: &driver.ForImages{Options: []string{"key-secret"}, Object: "secret"},
+	Create: driver.Creates(func(ctx context.Context, c *driver.Creation, o *types.BlockdevCreateOptionsLUKS) error {
+		return c.InFile(ctx, &o.File, func(root *graph.Root) error { return create(ctx, c, root, o) })
+	}),
+})
