@@ -10,6 +10,7 @@ import (
 
 	"qblockd/blockdev/driver"
 	"qblockd/blockdev/drivers"
+	"qblockd/blockdev/drivertest"
 	"qblockd/graph"
 	"qblockd/graph/blk"
 	"qblockd/graph/perm"
@@ -85,6 +86,21 @@ func (c *counted) Size() int64      { return c.file.Size() }
 func (c *counted) Close() error     { return nil }
 func (c *counted) ReadAt(r *blk.Req, v blk.Vec, off int64, f blk.Flags) error {
 	return c.file.ReadAt(r, v, off, f)
+}
+
+// What such a driver shows keeps the contract of package graph.
+func TestOwnDriverSuite(t *testing.T) {
+	drivertest.Run(t, drivertest.Config{
+		ReadOnly: true, Fixed: true,
+		Content: func(b []byte, off int64) { (&patterned{}).ReadAt(nil, blk.Buf(b), off, 0) },
+		Layers:  []drivertest.Layer{{Name: "counting", Def: counting, Options: &types.BlockdevOptionsGenericFormat{}}},
+		Open: func(t *testing.T, g *graph.Graph, size int64, readOnly bool) *graph.Node {
+			return drivertest.MustBuild(t, g, drivertest.Spec{
+				Options: graph.Options{Name: "pattern", Kind: graph.Protocol, ReadOnly: readOnly},
+				Open:    pattern.With(&types.BlockdevOptionsNull{Size: &size}),
+			})
+		},
+	})
 }
 
 // A driver is opened, named, found by a name, probed and reopened by what it says of itself.

@@ -17,9 +17,15 @@ import (
 
 // Config says how Run gets at the driver under test.
 type Config struct {
-	// Open builds a fresh node of the driver, of at least size zero bytes, in g. readOnly: the node
-	// is to be read-only.
+	// Open builds a fresh node of the driver, of at least size bytes, in g. readOnly: the node is to
+	// be read-only.
 	Open func(t *testing.T, g *graph.Graph, size int64, readOnly bool) *graph.Node
+	// ReadOnly: the driver does not write. All nodes are opened read-only, and what writes is left
+	// out of the tests.
+	ReadOnly bool
+	// Content fills b with what a fresh node has from off on, in bytes; nil: zeroes. Layers show the
+	// same.
+	Content func(b []byte, off int64)
 	// Size of the nodes; default 1 MiB + 512 bytes.
 	Size int64
 	// Layers are passed-through formats (raw) that the driver is tested under as well, each alone.
@@ -72,26 +78,15 @@ func Run(t *testing.T, c Config) {
 			name = layer.Name
 		}
 		t.Run(name, func(t *testing.T) {
-			for _, test := range []struct {
-				name string
-				f    func(*testing.T, *rig)
-			}{
-				{"model", testModel},
-				{"disjoint", testDisjoint},
-				{"overlapping", testOverlapping},
-				{"status", testStatus},
-				{"bounds", testBounds},
-				{"resize", testResize},
-				{"nowait", testNoWait},
-				{"map", testMap},
-			} {
+			for _, test := range tests {
+				if c.ReadOnly && test.writes {
+					continue
+				}
 				t.Run(test.name, func(t *testing.T) {
-					x := newRig(t, &c, layer, false)
+					x := newRig(t, &c, layer, c.ReadOnly)
 					test.f(t, x)
 					if c.Check != nil && !t.Failed() {
-						if err := x.root.Flush(x.req); err != nil {
-							t.Errorf("flush: %v", err)
-						}
+						x.must(t, "flush", x.root.Flush(x.req))
 						c.Check(t, x.node)
 					}
 				})
@@ -99,6 +94,22 @@ func Run(t *testing.T, c Config) {
 			t.Run("readonly", func(t *testing.T) { testReadOnly(t, newRig(t, &c, layer, true)) })
 		})
 	}
+}
+
+var tests = []struct {
+	name   string
+	writes bool // always
+	f      func(*testing.T, *rig)
+}{
+	{"model", false, testModel},
+	{"disjoint", true, testDisjoint},
+	{"overlapping", false, testOverlapping},
+	{"status", false, testStatus},
+	{"bounds", false, testBounds},
+	{"resize", true, testResize},
+	{"nowait", false, testNoWait},
+	{"map", false, testMap},
+	{"copy", true, testCopy},
 }
 
 func newRig(t *testing.T, c *Config, layer *Layer, readOnly bool) *rig {
@@ -110,7 +121,9 @@ func newRig(t *testing.T, c *Config, layer *Layer, readOnly bool) *rig {
 			Options: graph.Options{
 				Name: "layer", Kind: layer.Def.Kind, DriverName: string(layer.Def.Name), ReadOnly: readOnly,
 			},
-			Children: []Child{{"file", layer.Def.Children(layer.Options)[0].Role, n}}, Open: layer.Def.With(layer.Options)})
+			Children: []Child{{"file", layer.Def.Children(layer.Options)[0].Role, n}},
+			Open:     layer.Def.With(layer.Options),
+		})
 	}
 	claim := perm.Claim{Need: perm.ConsistentRead | perm.Write | perm.Resize, Share: perm.All}
 	if readOnly {
@@ -133,6 +146,25 @@ func (x *rig) read(t *testing.T, off, n int64) []byte {
 		t.Fatalf("read [%d, +%d): %v", off, n, err)
 	}
 	return b
+}
+
+// fresh is what [0, n) has at first.
+func (x *rig) fresh(n int64) []byte {
+	b := make([]byte, n)
+	if x.c.Content != nil {
+		x.c.Content(b, 0)
+	}
+	return b
+}
+
+// fill writes b at off unless the driver only reads, when what is there is read into b.
+func (x *rig) fill(t *testing.T, b []byte, off int64) {
+	t.Helper()
+	if x.c.ReadOnly {
+		copy(b, x.read(t, off, int64(len(b))))
+		return
+	}
+	x.must(t, "write", x.root.WriteAt(x.req, blk.Buf(b), off, 0))
 }
 
 func (x *rig) must(t *testing.T, what string, err error) {
@@ -186,11 +218,15 @@ func testModel(t *testing.T, x *rig) {
 	t.Logf("seed %d", seed)
 	rng := rand.New(rand.NewPCG(seed, 0))
 	size := x.root.Size()
-	model := make([]byte, size)
+	model := x.fresh(size)
 	for i := range x.c.Steps {
 		off, n := randomRange(rng, size)
 		at := fmt.Sprintf("step %d at [%d, +%d)", i, off, n)
-		switch op := rng.IntN(12); op {
+		op := rng.IntN(12)
+		if x.c.ReadOnly {
+			op = 8 + op%4
+		}
+		switch op {
 		case 0, 1, 2, 3, 4:
 			b := bytes.Repeat([]byte{byte(rng.IntN(256))}, int(n))
 			f := blk.Flags(0)
@@ -283,12 +319,13 @@ func testDisjoint(t *testing.T, x *rig) {
 }
 
 // testOverlapping lets writers fight for the same blocks: each byte is from one of them, and
-// nothing else suffers.
+// nothing else suffers. Of a driver that only reads many read, and read what is there.
 func testOverlapping(t *testing.T, x *rig) {
 	const writers, rounds = 6, 20
 	size := min(x.root.Size(), 256<<10)
+	fresh := x.fresh(size)
 	guard := bytes.Repeat([]byte{0xAA}, 4096)
-	x.must(t, "guard", x.root.WriteAt(x.req, blk.Buf(guard), 0, 0))
+	x.fill(t, guard, 0)
 	x.parallel(t, writers, func(i int, r *blk.Req) error {
 		rng := rand.New(rand.NewPCG(uint64(i), 1))
 		b := make([]byte, 32<<10)
@@ -296,10 +333,15 @@ func testOverlapping(t *testing.T, x *rig) {
 			off := 4096 + rng.Int64N(size-4096)
 			n := 1 + rng.Int64N(min(int64(len(b)), size-off))
 			var err error
-			switch rng.IntN(4) {
-			case 0:
+			switch op := rng.IntN(4); {
+			case x.c.ReadOnly:
+				err = x.root.ReadAt(r, blk.Buf(b[:n]), off, 0)
+				if err == nil && !x.c.NoContent && !bytes.Equal(b[:n], fresh[off:off+n]) {
+					err = fmt.Errorf("wrong data in [%d, +%d)", off, n)
+				}
+			case op == 0:
 				err = x.root.Zero(r, off, n, blk.MayUnmap)
-			case 1:
+			case op == 1:
 				err = x.root.ReadAt(r, blk.Buf(b[:n]), off, 0)
 			default:
 				for j := range n {
@@ -313,13 +355,13 @@ func testOverlapping(t *testing.T, x *rig) {
 		}
 		return nil
 	})
-	if x.c.NoContent {
+	if x.c.NoContent || x.c.ReadOnly {
 		return
 	}
 	got := x.read(t, 0, size)
 	x.same(t, "guard", 0, got[:4096], guard)
 	for i, c := range got[4096:] {
-		if c > writers {
+		if c > writers && c != fresh[4096+i] {
 			t.Fatalf("byte %d is %#x, which nobody wrote", i+4096, c)
 		}
 	}
@@ -328,8 +370,10 @@ func testOverlapping(t *testing.T, x *rig) {
 // testStatus walks the whole node: extents cover it, and zero means zeroes.
 func testStatus(t *testing.T, x *rig) {
 	size := x.root.Size()
-	x.must(t, "write", x.root.WriteAt(x.req, blk.Buf(bytes.Repeat([]byte{1}, 70000)), 100000, 0))
-	x.must(t, "zero", x.root.Zero(x.req, 120000, 30000, blk.MayUnmap))
+	if !x.c.ReadOnly {
+		x.must(t, "write", x.root.WriteAt(x.req, blk.Buf(bytes.Repeat([]byte{1}, 70000)), 100000, 0))
+		x.must(t, "zero", x.root.Zero(x.req, 120000, 30000, blk.MayUnmap))
+	}
 	for _, ask := range []func(off, n int64) (blk.Extent, error){
 		func(off, n int64) (blk.Extent, error) { return x.root.Status(x.req, off, n) },
 		func(off, n int64) (blk.Extent, error) { return x.root.StatusAbove(x.req, nil, false, off, n) },
