@@ -48,13 +48,9 @@ func (s *flushState) begin(r *blk.Req) (gen uint64, needed bool, err error) {
 		}
 		over := s.over
 		s.mu.Unlock()
-		var stop <-chan struct{}
-		if r.Ctx != nil {
-			stop = r.Ctx.Done()
-		}
 		select {
 		case <-over:
-		case <-stop:
+		case <-r.Done():
 			err = context.Cause(r.Ctx)
 		}
 		s.mu.Lock()

@@ -77,10 +77,7 @@ func (n *Node) driverMap(r *blk.Req, off, size int64, m *blk.Mapping) error {
 func (e *Edge) CopyFrom(r *blk.Req, off int64, src []blk.HostRange, f blk.Flags) error {
 	n := e.node.Load()
 	s := &n.io
-	var size int64
-	for i := range src {
-		size += src[i].N
-	}
+	size := blk.Total(src)
 	if err := e.writable(n, off, size, f); err != nil || size == 0 {
 		return err
 	}

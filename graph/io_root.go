@@ -102,11 +102,7 @@ func (r *Root) CopyFrom(q *blk.Req, off int64, src []blk.HostRange, f blk.Flags)
 	t := a.start()
 	err := r.edge.CopyFrom(q, off, src, f)
 	if err == nil || !isNotSupported(err) {
-		var n int64
-		for i := range src {
-			n += src[i].N
-		}
-		a.done(acctWrite, t, n, err)
+		a.done(acctWrite, t, blk.Total(src), err)
 	}
 	return err
 }

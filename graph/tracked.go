@@ -110,10 +110,6 @@ func (t *tracker) beginSlow(r *blk.Req, sh *trackShard, off, n int64, serial boo
 	if serial {
 		t.serial.Add(1)
 	}
-	var stop <-chan struct{}
-	if r.Ctx != nil {
-		stop = r.Ctx.Done()
-	}
 	for c != nil {
 		if c.done == nil {
 			c.done = make(chan struct{})
@@ -122,7 +118,7 @@ func (t *tracker) beginSlow(r *blk.Req, sh *trackShard, off, n int64, serial boo
 		t.unlockAll()
 		select {
 		case <-over:
-		case <-stop:
+		case <-r.Done():
 			t.end(k)
 			return nil, context.Cause(r.Ctx)
 		}

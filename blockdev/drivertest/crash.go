@@ -47,7 +47,9 @@ func NewCrashFile(size int64) *CrashFile { return CrashFileOf(NewMemFile(size)) 
 func CrashFileOf(m *MemFile) *CrashFile {
 	m.mu.Lock()
 	defer m.mu.Unlock()
-	m.rec = &recorder{pending: map[int64][]version{}, durable: map[int64]*[crashSector]byte{}, size: m.size.Load(), high: m.size.Load()}
+	m.rec = &recorder{
+		pending: map[int64][]version{}, durable: map[int64]*[crashSector]byte{}, size: m.size.Load(), high: m.size.Load(),
+	}
 	return &CrashFile{m}
 }
 
@@ -122,12 +124,7 @@ func (c *CrashFile) Kill() *MemFile { return c.Clone() }
 // rng any of its versions.
 func (c *CrashFile) survivors(lives func(seq int) bool, rng *rand.Rand) *MemFile {
 	r := c.rec
-	m := NewMemFileOptions(0, c.opts)
-	for i, p := range c.pages {
-		q := *p
-		m.pages[i] = &q
-	}
-	m.size.Store(c.size.Load())
+	m := c.cloneLocked()
 	size := r.size
 	if rng != nil {
 		if k := rng.IntN(len(r.sizes) + 1); k > 0 {

@@ -231,11 +231,7 @@ func (f *Fault) CopyFrom(r *blk.Req, off int64, src []blk.HostRange, fl blk.Flag
 	if !ok {
 		return blk.ErrNotSupported
 	}
-	var n int64
-	for i := range src {
-		n += src[i].N
-	}
-	return f.do(OpCopy, off, n, func() error { return c.CopyFrom(r, off, src, fl) })
+	return f.do(OpCopy, off, blk.Total(src), func() error { return c.CopyFrom(r, off, src, fl) })
 }
 
 // Resize implements graph.Resizer.

@@ -1,7 +1,6 @@
 package drivertest
 
 import (
-	"bytes"
 	"context"
 	"fmt"
 	"sync"
@@ -18,8 +17,9 @@ type page [pageSize]byte
 // MemOptions make a MemFile behave like more difficult storage. The zero value is the
 // most obliging kind: byte-granular, growing, everything native.
 type MemOptions struct {
-	Limits                blk.Limits
-	WriteFlags, ZeroFlags blk.Flags // native flags; NewMemFile's default is FUA for both and MayUnmap | NoFallback for zeroes
+	Limits blk.Limits
+	// WriteFlags and ZeroFlags are native; NewMemFile has all.
+	WriteFlags, ZeroFlags blk.Flags
 	// Fixed: writes beyond the end fail with ENOSPC and Resize is not supported.
 	Fixed bool
 	// NoZero, NoDiscard: these are not supported.
@@ -47,8 +47,10 @@ type MemFile struct {
 
 // NewMemFile is a file of size zero bytes.
 func NewMemFile(size int64) *MemFile {
-	return NewMemFileOptions(size, MemOptions{WriteFlags: blk.FUA | blk.WriteUnchanged,
-		ZeroFlags: blk.FUA | blk.WriteUnchanged | blk.MayUnmap | blk.NoFallback})
+	return NewMemFileOptions(size, MemOptions{
+		WriteFlags: blk.FUA | blk.WriteUnchanged,
+		ZeroFlags:  blk.FUA | blk.WriteUnchanged | blk.MayUnmap | blk.NoFallback,
+	})
 }
 
 // NewMemFileOptions is a file of size zero bytes with the given peculiarities.
@@ -77,34 +79,31 @@ func (m *MemFile) Bytes() []byte {
 
 // Same tells whether two files of any size have the same content.
 func (m *MemFile) Same(o *MemFile) bool {
-	if m.Size() != o.Size() {
-		return false
-	}
-	for _, pair := range [][2]*MemFile{{m, o}, {o, m}} {
-		a, b := pair[0], pair[1]
-		for i := range a.Clone().pages {
-			p, q := make([]byte, pageSize), make([]byte, pageSize)
-			for k, f := range []*MemFile{a, b} {
-				f.mu.RLock()
-				f.get(i*pageSize, [][]byte{p, q}[k])
-				f.mu.RUnlock()
-			}
-			if !bytes.Equal(p, q) {
-				return false
-			}
+	a, b := m.Clone(), o.Clone()
+	for i := range b.pages {
+		if a.pages[i] == nil {
+			a.pages[i] = &page{}
 		}
 	}
-	return true
+	for i, p := range a.pages {
+		if q := b.pages[i]; q == nil && *p != (page{}) || q != nil && *p != *q {
+			return false
+		}
+	}
+	return a.Size() == b.Size()
 }
 
 // Clone is an independent file of the same content and options.
 func (m *MemFile) Clone() *MemFile {
 	m.mu.RLock()
 	defer m.mu.RUnlock()
+	return m.cloneLocked()
+}
+
+func (m *MemFile) cloneLocked() *MemFile {
 	c := NewMemFileOptions(m.size.Load(), m.opts)
 	for i, p := range m.pages {
-		q := *p
-		c.pages[i] = &q
+		c.pages[i] = new(*p)
 	}
 	return c
 }
@@ -221,11 +220,7 @@ func (m *MemFile) ReadAt(r *blk.Req, v blk.Vec, off int64, f blk.Flags) error {
 	}
 	m.Reads.Add(1)
 	m.mu.RLock()
-	if b, ok := v.Single(); ok {
-		m.get(off, b)
-	} else {
-		v.Each(func(b []byte) { m.get(off, b); off += int64(len(b)) })
-	}
+	v.Each(func(b []byte) { m.get(off, b); off += int64(len(b)) })
 	m.mu.RUnlock()
 	return nil
 }
@@ -267,11 +262,7 @@ func (m *MemFile) WriteAt(r *blk.Req, v blk.Vec, off int64, f blk.Flags) error {
 	}
 	m.rec.before(m, off, n)
 	at := off
-	if b, ok := v.Single(); ok {
-		m.put(at, b)
-	} else {
-		v.Each(func(b []byte) { m.put(at, b); at += int64(len(b)) })
-	}
+	v.Each(func(b []byte) { m.put(at, b); at += int64(len(b)) })
 	m.rec.wrote(m, off, n, true, f&blk.FUA != 0)
 	return nil
 }

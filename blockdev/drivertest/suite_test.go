@@ -56,7 +56,9 @@ func TestSuiteHostFile(t *testing.T) {
 					t.Errorf("%d leases left", n)
 				}
 			})
-			return MustBuild(t, g, Spec{Options: graph.Options{Name: "host", Kind: graph.Protocol, ReadOnly: ro}, Open: Opened(h)})
+			return MustBuild(t, g, Spec{
+				Options: graph.Options{Name: "host", Kind: graph.Protocol, ReadOnly: ro}, Open: Opened(h),
+			})
 		},
 		Layers: layers(),
 	})

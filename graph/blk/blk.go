@@ -56,6 +56,14 @@ type Req struct {
 	Pass any
 }
 
+// Done is closed when the root is being torn down hard; nil if there is no Ctx to tell.
+func (r *Req) Done() <-chan struct{} {
+	if r.Ctx == nil {
+		return nil
+	}
+	return r.Ctx.Done()
+}
+
 // Child identifies the edge an extent's offset refers to; *graph.Edge is one.
 type Child interface{ ChildName() string }
 

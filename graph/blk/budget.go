@@ -40,14 +40,10 @@ func (b *Budget) Take(r *Req, n int64) error {
 	w := &waiter{n, make(chan struct{})}
 	b.queue = append(b.queue, w)
 	b.mu.Unlock()
-	var done <-chan struct{}
-	if r.Ctx != nil {
-		done = r.Ctx.Done()
-	}
 	select {
 	case <-w.ready:
 		return nil
-	case <-done:
+	case <-r.Done():
 	}
 	b.mu.Lock()
 	defer b.mu.Unlock()

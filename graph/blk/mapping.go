@@ -18,10 +18,12 @@ type Mapping struct {
 }
 
 // N is the number of bytes mapped, counted from the offset asked.
-func (m *Mapping) N() int64 {
-	var n int64
-	for i := range m.Ranges {
-		n += m.Ranges[i].N
+func (m *Mapping) N() int64 { return Total(m.Ranges) }
+
+// Total is the number of bytes of rs.
+func Total(rs []HostRange) (n int64) {
+	for i := range rs {
+		n += rs[i].N
 	}
 	return n
 }

@@ -103,12 +103,15 @@ func (d *Driver) DebugEvent(r *blk.Req, e blk.DebugEvent) {
 	}
 }
 
-// fail is the error of a request of that kind, or nil.
-func (d *Driver) fail(r *blk.Req, kind uint32, off, n int64) error {
+// unless does something with [off, off+n) unless a rule lets that kind of request fail.
+func (d *Driver) unless(r *blk.Req, kind uint32, off, n int64, do func() error) error {
 	if r.NoWait && d.rules.eventful.Load() {
 		return blk.ErrWouldBlock
 	}
-	return d.rules.fail(r, kind, off, n)
+	if err := d.rules.fail(r, kind, off, n); err != nil {
+		return err
+	}
+	return do()
 }
 
 // Break makes the next request that announces the event wait, under that name, until Resume.
@@ -136,50 +139,36 @@ func (d *Driver) Caps() graph.Caps {
 
 // ReadAt implements graph.Driver.
 func (d *Driver) ReadAt(r *blk.Req, v blk.Vec, off int64, f blk.Flags) error {
-	if err := d.fail(r, kindRead, off, v.Len()); err != nil {
-		return err
-	}
-	return d.Below().ReadAt(r, v, off, f)
+	return d.unless(r, kindRead, off, v.Len(), func() error { return d.Below().ReadAt(r, v, off, f) })
 }
 
 // WriteAt implements graph.Writer.
 func (d *Driver) WriteAt(r *blk.Req, v blk.Vec, off int64, f blk.Flags) error {
-	if err := d.fail(r, kindWrite, off, v.Len()); err != nil {
-		return err
-	}
-	return d.Below().WriteAt(r, v, off, f)
+	return d.unless(r, kindWrite, off, v.Len(), func() error { return d.Below().WriteAt(r, v, off, f) })
 }
 
 // Zero implements graph.Zeroer.
 func (d *Driver) Zero(r *blk.Req, off, n int64, f blk.Flags) error {
-	if err := d.fail(r, kindZero, off, n); err != nil {
-		return err
-	}
-	return d.Below().Zero(r, off, n, f)
+	return d.unless(r, kindZero, off, n, func() error { return d.Below().Zero(r, off, n, f) })
 }
 
 // Discard implements graph.Discarder.
 func (d *Driver) Discard(r *blk.Req, off, n int64) error {
-	if err := d.fail(r, kindDiscard, off, n); err != nil {
-		return err
-	}
-	return d.Below().Discard(r, off, n)
+	return d.unless(r, kindDiscard, off, n, func() error { return d.Below().Discard(r, off, n) })
 }
 
 // Flush implements graph.Flusher.
 func (d *Driver) Flush(r *blk.Req) error {
-	if err := d.fail(r, kindFlush, 0, 0); err != nil {
-		return err
-	}
-	return d.Below().Flush(r)
+	return d.unless(r, kindFlush, 0, 0, func() error { return d.Below().Flush(r) })
 }
 
 // Status implements graph.BlockStatuser.
-func (d *Driver) Status(r *blk.Req, off, n int64) (blk.Extent, error) {
-	if err := d.fail(r, kindStatus, off, n); err != nil {
-		return blk.Extent{}, err
-	}
-	return d.Passthrough.Status(r, off, n)
+func (d *Driver) Status(r *blk.Req, off, n int64) (x blk.Extent, err error) {
+	err = d.unless(r, kindStatus, off, n, func() (err error) {
+		x, err = d.Passthrough.Status(r, off, n)
+		return err
+	})
+	return x, err
 }
 
 // Resize implements graph.Resizer.

@@ -90,9 +90,18 @@ func TestLimits(t *testing.T) {
 func TestStates(t *testing.T) {
 	_, root, r := begin(t, types.BlockdevOptionsBlkdebug{
 		InjectError: []*types.BlkdebugInjectErrorOptions{
-			{Event: types.BlkdebugEventPwritev, State: ptr(int64(2)), Iotype: ptr(types.BlkdebugIOTypeRead), Errno: ptr(int64(28)), Immediately: ptr(true)},
-			{Event: types.BlkdebugEventPwritev, State: ptr(int64(2)), Iotype: ptr(types.BlkdebugIOTypeRead), Immediately: ptr(true)},
-			{Event: types.BlkdebugEventPwritevZero, Iotype: ptr(types.BlkdebugIOTypeFlush), Immediately: ptr(true), Once: ptr(true)},
+			{
+				Event: types.BlkdebugEventPwritev, State: ptr(int64(2)), Iotype: ptr(types.BlkdebugIOTypeRead),
+				Errno: ptr(int64(28)), Immediately: ptr(true),
+			},
+			{
+				Event: types.BlkdebugEventPwritev, State: ptr(int64(2)), Iotype: ptr(types.BlkdebugIOTypeRead),
+				Immediately: ptr(true),
+			},
+			{
+				Event: types.BlkdebugEventPwritevZero, Iotype: ptr(types.BlkdebugIOTypeFlush),
+				Immediately: ptr(true), Once: ptr(true),
+			},
 		},
 		SetState: []*types.BlkdebugSetStateOptions{
 			{Event: types.BlkdebugEventPwritev, State: ptr(int64(1)), NewState: 2},

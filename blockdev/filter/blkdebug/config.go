@@ -14,7 +14,9 @@ import (
 
 // readConfig reads a file with rules: groups of KEY = "VALUE", each under [inject-error] or
 // [set-state]. Errors have QEMU's words.
-func readConfig(name string) (inject []*types.BlkdebugInjectErrorOptions, set []*types.BlkdebugSetStateOptions, err error) {
+func readConfig(name string) (
+	inject []*types.BlkdebugInjectErrorOptions, set []*types.BlkdebugSetStateOptions, err error,
+) {
 	text, err := os.ReadFile(name)
 	if err != nil {
 		return nil, nil, fmt.Errorf("Could not read blkdebug config file: %s", blk.ErrnoText(err))
@@ -62,8 +64,10 @@ type group struct {
 
 // members are those of each kind of group: s for words, n for numbers, b for on and off.
 var members = map[string]map[string]byte{
-	"inject-error": {"event": 's', "state": 'n', "iotype": 's', "errno": 'n', "sector": 'n', "once": 'b', "immediately": 'b'},
-	"set-state":    {"event": 's', "state": 'n', "new_state": 'n'},
+	"inject-error": {
+		"event": 's', "state": 'n', "iotype": 's', "errno": 'n', "sector": 'n', "once": 'b', "immediately": 'b',
+	},
+	"set-state": {"event": 's', "state": 'n', "new_state": 'n'},
 }
 
 func parseConfig(text string) (groups []*group, err error) {

@@ -32,11 +32,7 @@ func filename(u *types.BlockdevOptionsBlkdebug, child func(name string) driver.N
 	}); image == "" || !reflect.DeepEqual(*u, plain) {
 		return ""
 	}
-	config := ""
-	if u.Config != nil {
-		config = *u.Config
-	}
-	return "blkdebug:" + config + ":" + image
+	return "blkdebug:" + types.Or(u.Config, "") + ":" + image
 }
 
 // strong are all options but the permissions, the members of rules one by one.

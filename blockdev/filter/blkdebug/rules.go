@@ -28,8 +28,12 @@ const (
 
 // kinds of requests, as rules name them.
 var kinds = map[types.BlkdebugIOType]uint32{
-	types.BlkdebugIOTypeRead: kindRead, types.BlkdebugIOTypeWrite: kindWrite, types.BlkdebugIOTypeWriteZeroes: kindZero,
-	types.BlkdebugIOTypeDiscard: kindDiscard, types.BlkdebugIOTypeFlush: kindFlush, types.BlkdebugIOTypeBlockStatus: kindStatus,
+	types.BlkdebugIOTypeRead:        kindRead,
+	types.BlkdebugIOTypeWrite:       kindWrite,
+	types.BlkdebugIOTypeWriteZeroes: kindZero,
+	types.BlkdebugIOTypeDiscard:     kindDiscard,
+	types.BlkdebugIOTypeFlush:       kindFlush,
+	types.BlkdebugIOTypeBlockStatus: kindStatus,
 }
 
 // events are the numbers of events by their names.
@@ -74,33 +78,26 @@ type rules struct {
 	arrived chan struct{} // +checklocks:mu
 }
 
-func or[T any](p *T, def T) T {
-	if p != nil {
-		return *p
-	}
-	return def
-}
-
 // init takes the rules over and begins.
 func (l *rules) init(inject []*types.BlkdebugInjectErrorOptions, set []*types.BlkdebugSetStateOptions) {
 	l.mu.Lock()
 	defer l.mu.Unlock()
 	for _, o := range inject {
 		x := &rule{
-			event: events[o.Event], state: or(o.State, 0), errors: true, kinds: usual, off: -1,
-			errno: syscall.Errno(or(o.Errno, int64(syscall.EIO))),
-			once:  or(o.Once, false), immediately: or(o.Immediately, false),
+			event: events[o.Event], state: types.Or(o.State, 0), errors: true, kinds: usual, off: -1,
+			errno: syscall.Errno(types.Or(o.Errno, int64(syscall.EIO))),
+			once:  types.Or(o.Once, false), immediately: types.Or(o.Immediately, false),
 		}
 		if o.Iotype != nil {
 			x.kinds = kinds[*o.Iotype]
 		}
-		if s := or(o.Sector, -1); s >= 0 {
+		if s := types.Or(o.Sector, -1); s >= 0 {
 			x.off = s * blk.SectorSize
 		}
 		l.addLocked(x)
 	}
 	for _, o := range set {
-		l.addLocked(&rule{event: events[o.Event], state: or(o.State, 0), newState: o.NewState})
+		l.addLocked(&rule{event: events[o.Event], state: types.Or(o.State, 0), newState: o.NewState})
 	}
 	l.state = 1
 	l.eventLocked(blk.EvNone)
@@ -120,13 +117,9 @@ func (l *rules) event(r *blk.Req, e blk.DebugEvent) {
 	waits := l.eventLocked(e)
 	l.mu.Unlock()
 	for _, c := range waits {
-		if r.Ctx == nil {
-			<-c
-			continue
-		}
 		select {
 		case <-c:
-		case <-r.Ctx.Done():
+		case <-r.Done():
 		}
 	}
 }
@@ -137,9 +130,7 @@ func (l *rules) event(r *blk.Req, e blk.DebugEvent) {
 // +checklocks:l.mu
 func (l *rules) eventLocked(e blk.DebugEvent) (waits []chan struct{}) {
 	next, fresh := l.state, false
-	all := slices.Clone(l.all)
-	slices.Reverse(all)
-	for _, x := range all {
+	for _, x := range slices.Backward(slices.Clone(l.all)) {
 		switch {
 		case x.event != e || x.state != 0 && x.state != l.state:
 		case x.errors:
@@ -199,13 +190,9 @@ func (l *rules) fail(r *blk.Req, kind uint32, off, n int64) error {
 func pause(r *blk.Req) {
 	t := time.NewTimer(moment)
 	defer t.Stop()
-	if r.Ctx == nil {
-		<-t.C
-		return
-	}
 	select {
 	case <-t.C:
-	case <-r.Ctx.Done():
+	case <-r.Done():
 	}
 }
 

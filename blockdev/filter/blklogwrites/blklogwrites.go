@@ -56,25 +56,20 @@ type filter struct {
 func open(o *driver.Opening, u *types.BlockdevOptionsBlklogwrites) (graph.Driver, error) {
 	d := &filter{
 		Passthrough: graph.Through(o.Node),
-		sector:      defaultSector, interval: defaultInterval, next: 1, flushed: true,
+		sector:      int64(types.Or(u.LogSectorSize, defaultSector)),
+		interval:    types.Or(u.LogSuperUpdateInterval, defaultInterval),
+		next:        1, flushed: true,
 	}
-	appends := u.LogAppend != nil && *u.LogAppend
-	if u.LogSectorSize != nil {
-		if appends {
+	if types.Or(u.LogAppend, false) {
+		if u.LogSectorSize != nil {
 			return nil, errors.New("log-append and log-sector-size are mutually exclusive")
 		}
-		d.sector = int64(*u.LogSectorSize)
-	}
-	if appends {
 		if err := d.resume(o.Req); err != nil {
 			return nil, err
 		}
 	}
 	if !sectorValid(d.sector) {
 		return nil, fmt.Errorf("Invalid log sector size %d", d.sector)
-	}
-	if u.LogSuperUpdateInterval != nil {
-		d.interval = *u.LogSuperUpdateInterval
 	}
 	if d.interval == 0 {
 		return nil, errors.New("Invalid log superblock update interval 0")
@@ -141,29 +136,27 @@ func (d *filter) Caps() graph.Caps {
 	return c
 }
 
-// record appends an entry with n bytes of data: those of v, or zeroes. It is there when record
-// returns.
-func (d *filter) record(r *blk.Req, off, n int64, flags uint64, v blk.Vec, zeroes bool) error {
+// record appends an entry, which is there when record returns.
+func (d *filter) record(r *blk.Req, e entry) error {
 	head := make([]byte, d.sector)
-	le.PutUint64(head, uint64(off/d.sector))
-	le.PutUint64(head[8:], uint64(n/d.sector))
-	le.PutUint64(head[16:], flags)
+	le.PutUint64(head, uint64(e.off/d.sector))
+	le.PutUint64(head[8:], uint64(e.n/d.sector))
+	le.PutUint64(head[16:], e.flags)
 	size := d.sector
-	if flags&flagDiscard == 0 {
-		size += n
+	if e.flags&flagDiscard == 0 {
+		size += e.n
 	}
 	d.mu.Lock()
 	at := d.next * d.sector
 	d.next += size / d.sector
 	d.entries++
-	d.flushed = flags&flagFlush != 0
-	due := flags&flagFlush != 0 || d.entries%d.interval == 0
+	d.flushed = e.flags&flagFlush != 0
+	due := d.flushed || d.entries%d.interval == 0
 	d.mu.Unlock()
 
-	bufs := v.AppendTo([][]byte{head})
-	err := d.log().WriteAt(r, blk.Bufs(bufs), at, 0)
-	if err == nil && zeroes {
-		err = d.log().Zero(r, at+d.sector, n, 0)
+	err := d.log().WriteAt(r, blk.Bufs(e.data.AppendTo([][]byte{head})), at, 0)
+	if err == nil && e.zeroes {
+		err = d.log().Zero(r, at+d.sector, e.n, 0)
 	}
 	if err == nil && due {
 		err = d.writeSuper(r)
@@ -188,13 +181,21 @@ func (d *filter) writeSuper(r *blk.Req) error {
 	return d.log().Flush(r)
 }
 
+// entry is what is logged of a request.
+type entry struct {
+	off, n int64
+	flags  uint64
+	data   blk.Vec
+	zeroes bool // n zeroes are the data
+}
+
 // logged does something and logs it, as in QEMU also if it fails.
-func (d *filter) logged(r *blk.Req, do func() error, record func() error) error {
+func (d *filter) logged(r *blk.Req, e entry, do func() error) error {
 	if r.NoWait {
 		return blk.ErrWouldBlock
 	}
 	err := do()
-	if e := record(); e != nil {
+	if e := d.record(r, e); e != nil {
 		return e
 	}
 	return err
@@ -202,20 +203,20 @@ func (d *filter) logged(r *blk.Req, do func() error, record func() error) error 
 
 // WriteAt implements graph.Writer.
 func (d *filter) WriteAt(r *blk.Req, v blk.Vec, off int64, f blk.Flags) error {
-	return d.logged(r, func() error { return d.Below().WriteAt(r, v, off, f) },
-		func() error { return d.record(r, off, v.Len(), 0, v, false) })
+	e := entry{off: off, n: v.Len(), data: v}
+	return d.logged(r, e, func() error { return d.Below().WriteAt(r, v, off, f) })
 }
 
 // Zero implements graph.Zeroer.
 func (d *filter) Zero(r *blk.Req, off, n int64, f blk.Flags) error {
-	return d.logged(r, func() error { return d.Below().Zero(r, off, n, f) },
-		func() error { return d.record(r, off, n, 0, blk.Vec{}, true) })
+	e := entry{off: off, n: n, zeroes: true}
+	return d.logged(r, e, func() error { return d.Below().Zero(r, off, n, f) })
 }
 
 // Discard implements graph.Discarder.
 func (d *filter) Discard(r *blk.Req, off, n int64) error {
-	return d.logged(r, func() error { return d.Below().Discard(r, off, n) },
-		func() error { return d.record(r, off, n, flagDiscard, blk.Vec{}, false) })
+	e := entry{off: off, n: n, flags: flagDiscard}
+	return d.logged(r, e, func() error { return d.Below().Discard(r, off, n) })
 }
 
 // Flush implements graph.Flusher. Where there is nothing to flush nothing is logged.
@@ -226,8 +227,7 @@ func (d *filter) Flush(r *blk.Req) error {
 	if flushed {
 		return d.Below().Flush(r)
 	}
-	return d.logged(r, func() error { return d.Below().Flush(r) },
-		func() error { return d.record(r, 0, 0, flagFlush, blk.Vec{}, false) })
+	return d.logged(r, entry{flags: flagFlush}, func() error { return d.Below().Flush(r) })
 }
 
 // CopyFrom implements graph.CopyRanger: what is not seen cannot be logged.

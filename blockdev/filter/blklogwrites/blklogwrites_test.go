@@ -17,7 +17,10 @@ import (
 )
 
 func TestSuite(t *testing.T) {
-	for name, o := range map[string]*types.BlockdevOptionsBlklogwrites{"512": {}, "4096": {LogSectorSize: new(uint32(4096)), LogSuperUpdateInterval: new(uint64(1))}} {
+	for name, o := range map[string]*types.BlockdevOptionsBlklogwrites{
+		"512":  {},
+		"4096": {LogSectorSize: new(uint32(4096)), LogSuperUpdateInterval: new(uint64(1))},
+	} {
 		t.Run(name, func(t *testing.T) {
 			drivertest.Run(t, drivertest.Config{
 				Layers: []drivertest.Layer{{Name: "raw", Def: raw.Def, Options: &types.BlockdevOptionsRaw{}}},
@@ -35,15 +38,19 @@ func TestSuite(t *testing.T) {
 }
 
 // logged puts the filter on file, with a log.
-func logged(t *testing.T, g *graph.Graph, file, log *drivertest.MemFile, o *types.BlockdevOptionsBlklogwrites, ro bool) (*graph.Node, error) {
+func logged(
+	t *testing.T, g *graph.Graph, file, log *drivertest.MemFile, o *types.BlockdevOptionsBlklogwrites, ro bool,
+) (*graph.Node, error) {
 	mem := func(name string, f *drivertest.MemFile) *graph.Node {
 		return drivertest.MustBuild(t, g, drivertest.Spec{
 			Options: graph.Options{Name: name, Kind: graph.Protocol, ReadOnly: ro}, Open: drivertest.Opened(f)})
 	}
 	return drivertest.Build(g, drivertest.Spec{
-		Options:  graph.Options{Name: "l", DriverName: "blklogwrites", Kind: graph.Filter, ReadOnly: ro},
-		Children: []drivertest.Child{drivertest.FilteredFile(mem("file", file)), {Name: "log", Role: perm.Metadata, Node: mem("log", log)}},
-		Open:     Def.With(o),
+		Options: graph.Options{Name: "l", DriverName: "blklogwrites", Kind: graph.Filter, ReadOnly: ro},
+		Children: []drivertest.Child{
+			drivertest.FilteredFile(mem("file", file)), {Name: "log", Role: perm.Metadata, Node: mem("log", log)},
+		},
+		Open: Def.With(o),
 	})
 }
 
@@ -93,7 +100,9 @@ func TestReplay(t *testing.T) {
 }
 
 // round does a hundred requests, and returns the number of entries that are in the log then.
-func round(t *testing.T, rnd *rand.Rand, file, log *drivertest.MemFile, o *types.BlockdevOptionsBlklogwrites, before int) int {
+func round(
+	t *testing.T, rnd *rand.Rand, file, log *drivertest.MemFile, o *types.BlockdevOptionsBlklogwrites, before int,
+) int {
 	g := drivertest.NewGraph(t)
 	n, err := logged(t, g, file, log, o, false)
 	if err != nil {

@@ -26,7 +26,9 @@ func TestSuite(t *testing.T) {
 }
 
 // verified puts the filter on two files of memory.
-func verified(t *testing.T, g *graph.Graph, size int64, ro bool) (*graph.Node, *drivertest.MemFile, *drivertest.MemFile) {
+func verified(
+	t *testing.T, g *graph.Graph, size int64, ro bool,
+) (*graph.Node, *drivertest.MemFile, *drivertest.MemFile) {
 	rawFile, testFile := drivertest.NewMemFile(size), drivertest.NewMemFile(size)
 	mem := func(name string, f *drivertest.MemFile) *graph.Node {
 		return drivertest.MustBuild(t, g, drivertest.Spec{

@@ -35,7 +35,9 @@ func newPacking(t *testing.T, size int64) *packing {
 
 func build(t *testing.T, g *graph.Graph, d graph.Driver, ro bool) *graph.Node {
 	file := drivertest.MustBuild(t, g, drivertest.Spec{
-		Options: graph.Options{Name: "mem", DriverName: "packing", Kind: graph.Protocol, ReadOnly: ro}, Open: drivertest.Opened(d)})
+		Options: graph.Options{Name: "mem", DriverName: "packing", Kind: graph.Protocol, ReadOnly: ro},
+		Open:    drivertest.Opened(d),
+	})
 	return drivertest.MustBuild(t, g, drivertest.Spec{
 		Options:  graph.Options{Name: "c", DriverName: "compress", Kind: graph.Filter, ReadOnly: ro},
 		Children: []drivertest.Child{drivertest.FilteredFile(file)}, Open: Def.With(&types.BlockdevOptionsGenericFormat{}),
@@ -58,14 +60,16 @@ func TestRefused(t *testing.T) {
 	g := drivertest.NewGraph(t)
 	n := build(t, g, newPacking(t, 1<<20), false)
 	r := &blk.Req{Ctx: t.Context()}
-	if err := n.Driver().(graph.CopyRanger).CopyFrom(r, 0, []blk.HostRange{{FD: -1, N: cluster}}, 0); !errors.Is(err, blk.ErrNotSupported) {
+	err := n.Driver().(graph.CopyRanger).CopyFrom(r, 0, []blk.HostRange{{FD: -1, N: cluster}}, 0)
+	if !errors.Is(err, blk.ErrNotSupported) {
 		t.Error(err)
 	}
 	above := drivertest.Spec{
 		Options:  graph.Options{Name: "d", DriverName: "compress", Kind: graph.Filter},
 		Children: []drivertest.Child{drivertest.FilteredFile(n)}, Open: Def.With(&types.BlockdevOptionsGenericFormat{}),
 	}
-	if _, err := drivertest.Build(g, above); err == nil || err.Error() != "Compression is not supported for underlying format: compress" {
+	const refused = "Compression is not supported for underlying format: compress"
+	if _, err := drivertest.Build(g, above); err == nil || err.Error() != refused {
 		t.Error(err)
 	}
 }

@@ -74,7 +74,8 @@ func TestReadersOfTarget(t *testing.T) {
 	if err := <-read; err != nil || !bytes.Equal(got, was[:512]) {
 		t.Errorf("the reader has %d: %v", got[0], err)
 	}
-	if err := write(context.Background(), cluster); err != nil || !bytes.Equal(mem.Bytes()[cluster:2*cluster], was[:cluster]) {
+	err := write(context.Background(), cluster)
+	if err != nil || !bytes.Equal(mem.Bytes()[cluster:2*cluster], was[:cluster]) {
 		t.Errorf("a write afterwards: %v", err)
 	}
 }

@@ -56,7 +56,8 @@ func TestTimeout(t *testing.T) {
 			})
 			sa := drivertest.MustBuild(t, g, drivertest.Spec{
 				Options:  graph.Options{Name: "sa", DriverName: "snapshot-access", Kind: graph.Format},
-				Children: []drivertest.Child{{Name: "file", Role: perm.Data | perm.Primary, Node: cbw}}, Open: snapshotaccess.Def.With(&types.BlockdevOptionsGenericFormat{}),
+				Children: []drivertest.Child{{Name: "file", Role: perm.Data | perm.Primary, Node: cbw}},
+				Open:     snapshotaccess.Def.With(&types.BlockdevOptionsGenericFormat{}),
 			})
 			guest := drivertest.AddRoot(t, g, cbw, drivertest.Writer)
 			reader := drivertest.AddRoot(t, g, sa, perm.Claim{Need: perm.ConsistentRead, Share: perm.All})
@@ -123,11 +124,14 @@ func TestPart(t *testing.T) {
 	cbw := drivertest.MustBuild(t, g, drivertest.Spec{
 		Options:  graph.Options{Name: "cbw", DriverName: copybeforewrite.DriverName, Kind: graph.Filter},
 		Children: []drivertest.Child{drivertest.FilteredFile(disk), {Name: "target", Role: perm.Data, Node: target}},
-		Open:     copybeforewrite.Def.With(&types.BlockdevOptionsCbw{Bitmap: &types.BlockDirtyBitmap{Node: "disk", Name: "b"}}),
+		Open: copybeforewrite.Def.With(&types.BlockdevOptionsCbw{
+			Bitmap: &types.BlockDirtyBitmap{Node: "disk", Name: "b"},
+		}),
 	})
 	sa := drivertest.MustBuild(t, g, drivertest.Spec{
 		Options:  graph.Options{Name: "sa", DriverName: "snapshot-access", Kind: graph.Format},
-		Children: []drivertest.Child{{Name: "file", Role: perm.Data | perm.Primary, Node: cbw}}, Open: snapshotaccess.Def.With(&types.BlockdevOptionsGenericFormat{}),
+		Children: []drivertest.Child{{Name: "file", Role: perm.Data | perm.Primary, Node: cbw}},
+		Open:     snapshotaccess.Def.With(&types.BlockdevOptionsGenericFormat{}),
 	})
 	d.Bits().SetAll() // later changes of the bitmap are none of the point in time
 	guest := drivertest.AddRoot(t, g, cbw, drivertest.Writer)

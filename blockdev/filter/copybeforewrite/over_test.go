@@ -9,7 +9,10 @@ import (
 
 // What is being copied is not over: it may fail, and is to do again then.
 func TestOver(t *testing.T) {
-	s := State{cluster: minCluster, pending: bitmap.New(minCluster, minCluster), done: bitmap.New(minCluster, minCluster), copies: map[*running]struct{}{}}
+	s := State{
+		cluster: minCluster, pending: bitmap.New(minCluster, minCluster), done: bitmap.New(minCluster, minCluster),
+		copies: map[*running]struct{}{},
+	}
 	if !s.Over() {
 		t.Error("there is nothing to do")
 	}

@@ -23,18 +23,14 @@ func open(o *driver.Opening, u *types.BlockdevOptionsCbw) (graph.Driver, error) 
 		return nil, err
 	}
 	d := New(o.Node, file.Size(), ClusterSize(target.Node()), false)
-	if e := u.OnCbwError; e != nil {
-		d.breakSnapshot = *e == types.OnCbwErrorBreakSnapshot
-	}
-	if u.CbwTimeout != nil {
-		d.timeout = time.Duration(*u.CbwTimeout) * time.Second
-	}
-	if part == nil {
-		d.pending.SetAll()
-		d.access.SetAll()
-	} else {
-		d.pending.Merge(part)
-		d.access.Merge(part)
+	d.breakSnapshot = types.Or(u.OnCbwError, "") == types.OnCbwErrorBreakSnapshot
+	d.timeout = time.Duration(types.Or(u.CbwTimeout, 0)) * time.Second
+	for _, b := range []*bitmap.Bitmap{d.pending, d.access} {
+		if part == nil {
+			b.SetAll()
+		} else {
+			b.Merge(part)
+		}
 	}
 	d.TrackReaders(file.Node(), target.Node())
 	// Clients see on the source what is still to be copied.
@@ -52,11 +48,12 @@ func bitmapPart(g *graph.Graph, b *types.BlockDirtyBitmap, size int64) (*bitmap.
 	if err != nil {
 		return nil, err
 	}
-	if err := d.Check(graph.BitmapRead); err != nil {
-		return nil, fmt.Errorf("Cannot create block-copy-state: Failed to merge bitmap '%s' to internal copy-bitmap: %w", b.Name, err)
+	err = d.Check(graph.BitmapRead)
+	if have := d.Bits().Size(); err == nil && have != size {
+		err = fmt.Errorf("Bitmaps are of different sizes (destination size is %d, source size is %d) and can't be merged", size, have)
 	}
-	if have := d.Bits().Size(); have != size {
-		return nil, fmt.Errorf("Cannot create block-copy-state: Failed to merge bitmap '%s' to internal copy-bitmap: Bitmaps are of different sizes (destination size is %d, source size is %d) and can't be merged", b.Name, size, have)
+	if err != nil {
+		return nil, fmt.Errorf("Cannot create block-copy-state: Failed to merge bitmap '%s' to internal copy-bitmap: %w", b.Name, err)
 	}
 	return d.Recorded(), nil
 }

@@ -50,7 +50,8 @@ func newFleece(t *testing.T, o types.BlockdevOptionsCbw) *fleece {
 	})
 	sa := drivertest.MustBuild(t, g, drivertest.Spec{
 		Options:  graph.Options{Name: "sa", DriverName: "snapshot-access", Kind: graph.Format, Discard: true},
-		Children: []drivertest.Child{{Name: "file", Role: perm.Data | perm.Primary, Node: cbw}}, Open: snapshotaccess.Def.With(&types.BlockdevOptionsGenericFormat{}),
+		Children: []drivertest.Child{{Name: "file", Role: perm.Data | perm.Primary, Node: cbw}},
+		Open:     snapshotaccess.Def.With(&types.BlockdevOptionsGenericFormat{}),
 	})
 	f.guest = drivertest.AddRoot(t, g, cbw, drivertest.Writer)
 	f.reader = drivertest.AddRoot(t, g, sa, perm.Claim{Need: perm.ConsistentRead | perm.Write, Share: perm.All})

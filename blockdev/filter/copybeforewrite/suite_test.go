@@ -17,7 +17,9 @@ func TestSuite(t *testing.T) {
 		Layers: []drivertest.Layer{{Name: "raw", Def: raw.Def, Options: &types.BlockdevOptionsRaw{}}},
 		Open: func(t *testing.T, g *graph.Graph, size int64, ro bool) *graph.Node {
 			disk := drivertest.MustBuild(t, g, drivertest.Spec{
-				Options: graph.Options{Name: "disk", Kind: graph.Protocol, ReadOnly: ro}, Open: drivertest.Opened(drivertest.NewMemFile(size))})
+				Options: graph.Options{Name: "disk", Kind: graph.Protocol, ReadOnly: ro},
+				Open:    drivertest.Opened(drivertest.NewMemFile(size)),
+			})
 			target := drivertest.AddNode(t, g, "target", drivertest.NewMemFile(size))
 			return drivertest.MustBuild(t, g, drivertest.Spec{
 				Options:  graph.Options{Name: "cbw", DriverName: copybeforewrite.DriverName, Kind: graph.Filter, ReadOnly: ro},

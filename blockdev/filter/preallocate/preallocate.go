@@ -58,13 +58,7 @@ func open(o *driver.Opening, u *types.BlockdevOptionsPreallocate) (graph.Driver,
 }
 
 func (d *filter) read(u *types.BlockdevOptionsPreallocate) (*steps, error) {
-	s := &steps{defaultAlign, defaultSize}
-	if u.PreallocAlign != nil {
-		s.align = *u.PreallocAlign
-	}
-	if u.PreallocSize != nil {
-		s.size = *u.PreallocSize
-	}
+	s := &steps{types.Or(u.PreallocAlign, defaultAlign), types.Or(u.PreallocSize, defaultSize)}
 	below := max(d.Below().Caps().Limits.RequestAlign, 1)
 	negative := func(name string) error {
 		return fmt.Errorf("Parameter '%s' expects a non-negative number below 2^64", name)
@@ -103,26 +97,28 @@ func (d *filter) Size() int64 {
 	return d.Passthrough.Size()
 }
 
-// reaches notes that data go up to end, and makes the file longer if it ends before.
-func (d *filter) reaches(r *blk.Req, end int64) error {
+// extending does something that writes up to end; before, it makes the file longer if it ends there
+// or earlier.
+func (d *filter) extending(r *blk.Req, end int64, do func() error) error {
 	d.mu.Lock()
-	if !d.active {
-		d.mu.Unlock()
-		return nil
-	}
-	if d.dataEnd < 0 {
-		d.dataEnd = d.Passthrough.Size()
-	}
-	if end <= d.dataEnd {
-		d.mu.Unlock()
-		return nil
-	}
-	if r.NoWait {
-		d.mu.Unlock()
-		return blk.ErrWouldBlock
+	longer := false
+	if d.active {
+		if d.dataEnd < 0 {
+			d.dataEnd = d.Passthrough.Size()
+		}
+		longer = end > d.dataEnd
 	}
 	d.mu.Unlock()
-	d.grow(r, end)
+	if longer {
+		if r.NoWait {
+			return blk.ErrWouldBlock
+		}
+		d.grow(r, end)
+	}
+	if err := do(); err != nil {
+		return err
+	}
+	d.wrote(end)
 	return nil
 }
 
@@ -175,43 +171,17 @@ func (d *filter) wrote(end int64) {
 
 // WriteAt implements graph.Writer.
 func (d *filter) WriteAt(r *blk.Req, v blk.Vec, off int64, f blk.Flags) error {
-	end := off + v.Len()
-	if err := d.reaches(r, end); err != nil {
-		return err
-	}
-	err := d.Below().WriteAt(r, v, off, f)
-	if err == nil {
-		d.wrote(end)
-	}
-	return err
+	return d.extending(r, off+v.Len(), func() error { return d.Below().WriteAt(r, v, off, f) })
 }
 
 // Zero implements graph.Zeroer.
 func (d *filter) Zero(r *blk.Req, off, n int64, f blk.Flags) error {
-	if err := d.reaches(r, off+n); err != nil {
-		return err
-	}
-	err := d.Below().Zero(r, off, n, f)
-	if err == nil {
-		d.wrote(off + n)
-	}
-	return err
+	return d.extending(r, off+n, func() error { return d.Below().Zero(r, off, n, f) })
 }
 
 // CopyFrom implements graph.CopyRanger.
 func (d *filter) CopyFrom(r *blk.Req, off int64, src []blk.HostRange, f blk.Flags) error {
-	end := off
-	for i := range src {
-		end += src[i].N
-	}
-	if err := d.reaches(r, end); err != nil {
-		return err
-	}
-	err := d.Below().CopyFrom(r, off, src, f)
-	if err == nil {
-		d.wrote(end)
-	}
-	return err
+	return d.extending(r, off+blk.Total(src), func() error { return d.Below().CopyFrom(r, off, src, f) })
 }
 
 // Resize implements graph.Resizer.

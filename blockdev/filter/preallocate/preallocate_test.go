@@ -19,7 +19,9 @@ import (
 
 func TestSuite(t *testing.T) {
 	for name, o := range map[string]*types.BlockdevOptionsPreallocate{
-		"default": {}, "small": {PreallocAlign: new(int64(512)), PreallocSize: new(int64(0))}, "none": {PreallocAlign: new(int64(0)), PreallocSize: new(int64(1000))},
+		"default": {},
+		"small":   {PreallocAlign: new(int64(512)), PreallocSize: new(int64(0))},
+		"none":    {PreallocAlign: new(int64(0)), PreallocSize: new(int64(1000))},
 	} {
 		t.Run(name, func(t *testing.T) {
 			drivertest.Run(t, drivertest.Config{
@@ -32,7 +34,9 @@ func TestSuite(t *testing.T) {
 	}
 }
 
-func preallocated(t *testing.T, g *graph.Graph, f graph.Driver, o *types.BlockdevOptionsPreallocate, ro bool) *graph.Node {
+func preallocated(
+	t *testing.T, g *graph.Graph, f graph.Driver, o *types.BlockdevOptionsPreallocate, ro bool,
+) *graph.Node {
 	file := drivertest.MustBuild(t, g, drivertest.Spec{
 		Options: graph.Options{Name: "mem", Kind: graph.Protocol, ReadOnly: ro}, Open: drivertest.Opened(f)})
 	return drivertest.MustBuild(t, g, drivertest.Spec{
@@ -51,7 +55,8 @@ func TestGrowth(t *testing.T) {
 	n := preallocated(t, g, f, &types.BlockdevOptionsPreallocate{PreallocSize: new(int64(4 * mib))}, false)
 	tx := g.Begin(ctx)
 	defer tx.Abort()
-	root, err := tx.AttachRoot(graph.RootSpec{EdgeName: "root", Claim: perm.Claim{Need: perm.ConsistentRead | perm.Write | perm.Resize, Share: perm.All}}, n)
+	claim := perm.Claim{Need: perm.ConsistentRead | perm.Write | perm.Resize, Share: perm.All}
+	root, err := tx.AttachRoot(graph.RootSpec{EdgeName: "root", Claim: claim}, n)
 	if err = errors.Join(err, tx.Commit()); err != nil {
 		t.Fatal(err)
 	}
@@ -136,7 +141,9 @@ func TestParallelGrowth(t *testing.T) {
 	const writers, each, block = 8, 64, 4096
 	g := drivertest.NewGraph(t)
 	f := &stingy{MemFile: drivertest.NewMemFile(0)}
-	n := preallocated(t, g, f, &types.BlockdevOptionsPreallocate{PreallocSize: new(int64(3 * block)), PreallocAlign: new(int64(block))}, false)
+	n := preallocated(t, g, f, &types.BlockdevOptionsPreallocate{
+		PreallocSize: new(int64(3 * block)), PreallocAlign: new(int64(block)),
+	}, false)
 	t.Cleanup(func() { // all roots are gone
 		b := f.Bytes()
 		if len(b) != writers*each*block {

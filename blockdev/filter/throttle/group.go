@@ -224,16 +224,12 @@ func (m *Member) queueUp(r *blk.Req, dir direction, n int64) (pass, error) {
 	g.waiting[dir]++
 	g.armLocked()
 	g.mu.Unlock()
-	var gone <-chan struct{}
-	if r.Ctx != nil {
-		gone = r.Ctx.Done()
-	}
 	select {
 	case <-w.wake:
 		p := pass{w.round}
 		waiters.Put(w)
 		return p, nil
-	case <-gone:
+	case <-r.Done():
 	}
 	g.mu.Lock()
 	if w.granted { // just now
@@ -251,30 +247,19 @@ func (m *Member) queueUp(r *blk.Req, dir direction, n int64) (pass, error) {
 	return pass{}, context.Cause(r.Ctx)
 }
 
-// refund takes back the count of n bytes that were not moved after all.
-func (m *Member) refund(p pass, dir direction, n int64) {
-	if p.round == 0 {
-		return
-	}
-	g := m.g
-	g.mu.Lock()
-	defer g.mu.Unlock()
-	if p.round == g.round {
-		g.b.add(dir, n, -1)
-		if g.waiting != [2]int{} {
-			g.serveLocked()
-		}
-	}
-}
-
-// adjust makes a count of n bytes one of got.
+// adjust makes a count of n bytes one of got, which is none if got is 0.
 func (m *Member) adjust(p pass, dir direction, n, got int64) {
 	g := m.g
+	if p.round == 0 || n == got && got > 0 {
+		return
+	}
 	g.mu.Lock()
 	defer g.mu.Unlock()
 	if p.round == g.round {
 		g.b.add(dir, n, -1)
-		g.b.add(dir, got, 1)
+		if got > 0 {
+			g.b.add(dir, got, 1)
+		}
 		if g.waiting != [2]int{} {
 			g.serveLocked()
 		}

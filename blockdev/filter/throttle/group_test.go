@@ -59,8 +59,14 @@ func TestRates(t *testing.T) {
 		{"bytes", limit(bpsWrite, rate{avg: 10240}), writing, 512, 3, []int{20, 20}},
 		{"other direction", limit(bpsWrite, rate{avg: 1}), reading, 512, 1e6 + 1, nil},
 		{"burst", limit(iopsRead, rate{avg: 10, max: 100}), reading, 512, 101, []int{10, 10}},
-		{"long burst", limit(iopsRead, rate{avg: 10, max: 100, length: 3}), reading, 512, 11, []int{100, 100, 100, 30, 10, 10}},
-		{"size", func() Limits { l := limit(iopsWrite, rate{avg: 100}); l.size = 1024; return l }(), writing, 4096, 3, []int{25, 25}},
+		{
+			"long burst", limit(iopsRead, rate{avg: 10, max: 100, length: 3}), reading, 512, 11,
+			[]int{100, 100, 100, 30, 10, 10},
+		},
+		{
+			"size", func() Limits { l := limit(iopsWrite, rate{avg: 100}); l.size = 1024; return l }(), writing, 4096, 3,
+			[]int{25, 25},
+		},
 	} {
 		t.Run(c.name, func(t *testing.T) {
 			now := newClock()
@@ -100,7 +106,7 @@ func TestRefund(t *testing.T) {
 		if err != nil {
 			t.Fatal(err)
 		}
-		m.refund(p, writing, 1e6)
+		m.adjust(p, writing, 1e6, 0)
 	}
 	p, err := m.enter(&blk.Req{NoWait: true}, writing, 1e6)
 	if err != nil {
@@ -110,7 +116,7 @@ func TestRefund(t *testing.T) {
 	if _, err := m.enter(&blk.Req{NoWait: true}, writing, 300); err != nil {
 		t.Fatal(err)
 	}
-	m.refund(p, writing, 1e6)
+	m.adjust(p, writing, 1e6, 0)
 	if _, err := m.enter(&blk.Req{NoWait: true}, writing, 1); !errors.Is(err, blk.ErrWouldBlock) {
 		t.Errorf("a request of before the change was given back: %v", err)
 	}

@@ -187,10 +187,11 @@ func FromOptions(o *types.ThrottleGroupProperties) (Limits, error) {
 // Check says what is wrong with the limits, in QEMU's words and order.
 func (l *Limits) Check() error {
 	r := &l.rates
-	both := func(total, read, write uint64) bool { return total != 0 && (read != 0 || write != 0) }
-	if both(r[bpsTotal].avg, r[bpsRead].avg, r[bpsWrite].avg) || both(r[iopsTotal].avg, r[iopsRead].avg, r[iopsWrite].avg) ||
-		both(r[bpsTotal].max, r[bpsRead].max, r[bpsWrite].max) || both(r[iopsTotal].max, r[iopsRead].max, r[iopsWrite].max) {
-		return errors.New("bps/iops/max total values and read/write values cannot be used at the same time")
+	for _, total := range []int{bpsTotal, iopsTotal} { // those of reads and writes follow
+		t, read, write := r[total], r[total+1], r[total+2]
+		if t.avg != 0 && read.avg|write.avg != 0 || t.max != 0 && read.max|write.max != 0 {
+			return errors.New("bps/iops/max total values and read/write values cannot be used at the same time")
+		}
 	}
 	if l.size != 0 && r[iopsTotal].avg == 0 && r[iopsRead].avg == 0 && r[iopsWrite].avg == 0 {
 		return errors.New("iops size requires an iops value to be set")

@@ -25,7 +25,9 @@ func TestSuite(t *testing.T) {
 				Layers: []drivertest.Layer{{Name: "raw", Def: raw.Def, Options: &types.BlockdevOptionsRaw{}}},
 				Open: func(t *testing.T, g *graph.Graph, size int64, ro bool) *graph.Node {
 					file := drivertest.MustBuild(t, g, drivertest.Spec{
-						Options: graph.Options{Name: "mem", Kind: graph.Protocol, ReadOnly: ro}, Open: drivertest.Opened(drivertest.NewMemFile(size))})
+						Options: graph.Options{Name: "mem", Kind: graph.Protocol, ReadOnly: ro},
+						Open:    drivertest.Opened(drivertest.NewMemFile(size)),
+					})
 					return throttled(t, g, file, NewGroup("g", l, nil), ro)
 				},
 			})

@@ -102,8 +102,6 @@ func (t *move) Abort() {
 	}
 }
 
-func (d *filter) file() *graph.Edge { return d.Below() }
-
 // Caps implements graph.Driver. The filter is transparent, as it counts what is mapped and copied
 // itself.
 func (d *filter) Caps() graph.Caps {
@@ -119,97 +117,65 @@ func (d *filter) Close() error {
 	return nil
 }
 
-// leave ends what enter began; a request that would have blocked below was none.
-func (d *filter) leave(p pass, dir direction, n int64, err error) {
-	if err != nil && p.round != 0 && errors.Is(err, blk.ErrWouldBlock) {
-		d.m.Load().refund(p, dir, n)
+// limited does something that moves n bytes when the limits allow it. What was not done after all,
+// as it would have blocked, is not counted, nor is what undone says.
+func (d *filter) limited(
+	r *blk.Req, dir direction, n int64, do func() error, undone func(error) bool,
+) error {
+	m := d.m.Load()
+	p, err := m.enter(r, dir, n)
+	if err != nil {
+		return err
 	}
+	if err = do(); err != nil && (errors.Is(err, blk.ErrWouldBlock) || undone != nil && undone(err)) {
+		m.adjust(p, dir, n, 0)
+	}
+	return err
 }
 
 // ReadAt implements graph.Driver.
 func (d *filter) ReadAt(r *blk.Req, v blk.Vec, off int64, f blk.Flags) error {
-	n := v.Len()
-	p, err := d.m.Load().enter(r, reading, n)
-	if err != nil {
-		return err
-	}
-	err = d.file().ReadAt(r, v, off, f)
-	d.leave(p, reading, n, err)
-	return err
+	return d.limited(r, reading, v.Len(), func() error { return d.Below().ReadAt(r, v, off, f) }, nil)
 }
 
 // WriteAt implements graph.Writer.
 func (d *filter) WriteAt(r *blk.Req, v blk.Vec, off int64, f blk.Flags) error {
-	n := v.Len()
-	p, err := d.m.Load().enter(r, writing, n)
-	if err != nil {
-		return err
-	}
-	err = d.file().WriteAt(r, v, off, f)
-	d.leave(p, writing, n, err)
-	return err
+	return d.limited(r, writing, v.Len(), func() error { return d.Below().WriteAt(r, v, off, f) }, nil)
 }
 
 // Zero implements graph.Zeroer. Zeroes count like data.
 func (d *filter) Zero(r *blk.Req, off, n int64, f blk.Flags) error {
-	p, err := d.m.Load().enter(r, writing, n)
-	if err != nil {
-		return err
-	}
-	err = d.file().Zero(r, off, n, f)
-	if f&blk.NoFallback != 0 && errors.Is(err, blk.ErrNotSupported) {
-		d.m.Load().refund(p, writing, n) // the caller will write
-		return err
-	}
-	d.leave(p, writing, n, err)
-	return err
+	return d.limited(r, writing, n, func() error { return d.Below().Zero(r, off, n, f) }, func(err error) bool {
+		return f&blk.NoFallback != 0 && errors.Is(err, blk.ErrNotSupported) // the caller will write
+	})
 }
 
 // Discard implements graph.Discarder. What is discarded counts as written.
 func (d *filter) Discard(r *blk.Req, off, n int64) error {
-	p, err := d.m.Load().enter(r, writing, n)
-	if err != nil {
-		return err
-	}
-	err = d.file().Discard(r, off, n)
-	d.leave(p, writing, n, err)
-	return err
+	return d.limited(r, writing, n, func() error { return d.Below().Discard(r, off, n) }, nil)
 }
 
 // Map implements graph.Mapper. What is mapped counts as read; what is not is read otherwise.
 func (d *filter) Map(r *blk.Req, off, n int64, m *blk.Mapping) error {
-	p, err := d.m.Load().enter(r, reading, n)
+	member := d.m.Load()
+	p, err := member.enter(r, reading, n)
 	if err != nil {
 		return err
 	}
 	before := m.N()
-	err = d.file().Map(r, off, n, m)
-	if p.round == 0 {
-		return err
+	err = d.Below().Map(r, off, n, m)
+	got := m.N() - before
+	if err != nil {
+		got = 0
 	}
-	switch got := m.N() - before; {
-	case err != nil || got == 0:
-		d.m.Load().refund(p, reading, n)
-	case got < n:
-		d.m.Load().adjust(p, reading, n, got)
-	}
+	member.adjust(p, reading, n, got)
 	return err
 }
 
 // CopyFrom implements graph.CopyRanger. What is copied counts as written.
 func (d *filter) CopyFrom(r *blk.Req, off int64, src []blk.HostRange, f blk.Flags) error {
-	var n int64
-	for i := range src {
-		n += src[i].N
-	}
-	p, err := d.m.Load().enter(r, writing, n)
-	if err != nil {
-		return err
-	}
-	if err = d.file().CopyFrom(r, off, src, f); err != nil {
-		d.m.Load().refund(p, writing, n) // most failures are followed by a write
-	}
-	return err
+	return d.limited(r, writing, blk.Total(src), func() error { return d.Below().CopyFrom(r, off, src, f) },
+		func(error) bool { return true }) // most failures are followed by a write
 }
 
 // DrainBegin implements graph.Drainer.

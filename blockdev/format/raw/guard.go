@@ -23,6 +23,16 @@ func (d *image) limits(below blk.Limits) blk.Limits {
 // guards tells whether a change at that place of the file has to be looked at.
 func (d *image) guards(at int64) bool { return at < guarded && d.guess != nil }
 
+// changes is the place in the file of a request that writes v, or zeroes if it is empty; an error
+// refuses it.
+func (d *image) changes(r *blk.Req, v blk.Vec, off, n int64) (int64, error) {
+	at, err := d.within(off, n, syscall.ENOSPC)
+	if err == nil && d.guards(at) {
+		err = d.keepsRaw(r, v, at, n)
+	}
+	return at, err
+}
+
 // keepsRaw refuses a change that would make the file, which was guessed to be raw, look like an
 // image of another format the next time: the first n bytes of v, or zeroes if it is empty, at a
 // place in the first sector. For a window that begins within that sector it reads the rest.
@@ -50,8 +60,7 @@ func (d *image) keepsRaw(r *blk.Req, v blk.Vec, at, n int64) error {
 // warnGuess says once that the node is writable although its format is a guess.
 func (d *image) warnGuess() {
 	if d.guess != nil && d.warned.CompareAndSwap(false, true) {
-		d.warn(fmt.Sprintf("The format of '%s' was not given and is guessed to be raw; writes to its first sector that look like another format will fail. "+
-			"Give the format 'raw' to lift that.", d.guess.File))
+		d.warn(fmt.Sprintf("The format of '%s' was not given and is guessed to be raw; writes to its first sector that look like another format will fail. Give the format 'raw' to lift that.", d.guess.File))
 	}
 }
 

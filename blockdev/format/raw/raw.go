@@ -37,7 +37,7 @@ type window struct {
 
 // role is the role of raw's file child: without a window raw behaves like a filter.
 func role(opts *types.BlockdevOptionsRaw) perm.Role {
-	if opts.Offset != nil && *opts.Offset != 0 || opts.Size != nil {
+	if types.Or(opts.Offset, 0) != 0 || opts.Size != nil {
 		return perm.Data | perm.Primary
 	}
 	return perm.Filtered | perm.Primary
@@ -62,13 +62,10 @@ func open(o *driver.Opening, u *types.BlockdevOptionsRaw) (graph.Driver, error) 
 
 // newWindow checks the options against the size of the file.
 func newWindow(opts *types.BlockdevOptionsRaw, below int64) (*window, error) {
-	w := &window{}
-	offset, size := opts.Offset, opts.Size
-	if offset != nil {
-		if *offset < 0 {
-			return nil, errors.New("Parameter 'offset' expects a non-negative number below 2^64")
-		}
-		w.offset = *offset
+	w := &window{offset: types.Or(opts.Offset, 0)}
+	size := opts.Size
+	if w.offset < 0 {
+		return nil, errors.New("Parameter 'offset' expects a non-negative number below 2^64")
 	}
 	if size != nil && *size < 0 {
 		return nil, errors.New("Parameter 'size' expects a non-negative number below 2^64")
@@ -80,8 +77,7 @@ func newWindow(opts *types.BlockdevOptionsRaw, below int64) (*window, error) {
 		return w, nil
 	}
 	if below-w.offset < *size {
-		return nil, fmt.Errorf("The sum of offset (%d) and size (%d) has to be smaller or equal to the  actual size of the containing file (%d)",
-			w.offset, *size, below)
+		return nil, fmt.Errorf("The sum of offset (%d) and size (%d) has to be smaller or equal to the  actual size of the containing file (%d)", w.offset, *size, below)
 	}
 	if *size%blk.SectorSize != 0 {
 		return nil, errors.New("Specified size is not multiple of 512")
@@ -159,14 +155,9 @@ func (d *image) ReadAt(r *blk.Req, v blk.Vec, off int64, f blk.Flags) error {
 
 // WriteAt implements graph.Writer.
 func (d *image) WriteAt(r *blk.Req, v blk.Vec, off int64, f blk.Flags) error {
-	at, err := d.within(off, v.Len(), syscall.ENOSPC)
+	at, err := d.changes(r, v, off, v.Len())
 	if err != nil {
 		return err
-	}
-	if d.guards(at) {
-		if err := d.keepsRaw(r, v, at, v.Len()); err != nil {
-			return err
-		}
 	}
 	d.file.DebugEvent(r, blk.EvWriteAio)
 	return d.file.WriteAt(r, v, at, f)
@@ -174,28 +165,18 @@ func (d *image) WriteAt(r *blk.Req, v blk.Vec, off int64, f blk.Flags) error {
 
 // Zero implements graph.Zeroer.
 func (d *image) Zero(r *blk.Req, off, n int64, f blk.Flags) error {
-	at, err := d.within(off, n, syscall.ENOSPC)
+	at, err := d.changes(r, blk.Vec{}, off, n)
 	if err != nil {
 		return err
-	}
-	if d.guards(at) {
-		if err := d.keepsRaw(r, blk.Vec{}, at, n); err != nil {
-			return err
-		}
 	}
 	return d.file.Zero(r, at, n, f)
 }
 
 // Discard implements graph.Discarder.
 func (d *image) Discard(r *blk.Req, off, n int64) error {
-	at, err := d.within(off, n, syscall.ENOSPC)
+	at, err := d.changes(r, blk.Vec{}, off, n)
 	if err != nil {
 		return err
-	}
-	if d.guards(at) {
-		if err := d.keepsRaw(r, blk.Vec{}, at, n); err != nil {
-			return err
-		}
 	}
 	return d.file.Discard(r, at, n)
 }
@@ -216,11 +197,7 @@ func (d *image) Map(r *blk.Req, off, n int64, m *blk.Mapping) error {
 
 // CopyFrom implements graph.CopyRanger.
 func (d *image) CopyFrom(r *blk.Req, off int64, src []blk.HostRange, f blk.Flags) error {
-	var n int64
-	for i := range src {
-		n += src[i].N
-	}
-	at, err := d.within(off, n, syscall.ENOSPC)
+	at, err := d.within(off, blk.Total(src), syscall.ENOSPC)
 	if err != nil {
 		return err
 	}

@@ -14,7 +14,10 @@ func BenchmarkRequests(b *testing.B) {
 		name   string
 		direct bool
 		aio    types.BlockdevAioOptions
-	}{{"threads", false, "threads"}, {"threads-direct", true, "threads"}, {"uring-direct", true, "io_uring"}, {"native-direct", true, "native"}} {
+	}{
+		{"threads", false, "threads"}, {"threads-direct", true, "threads"},
+		{"uring-direct", true, "io_uring"}, {"native-direct", true, "native"},
+	} {
 		name := dir + "/" + w.name
 		d, err := openDisk(bg.Ctx, settings{name: mustFile(b, dir, w.name, 1<<20), driver: "file", direct: w.direct})
 		if err == nil {

@@ -18,11 +18,8 @@ var errCached = errors.New("page cache still in use!")
 // setCache takes drop-cache and x-check-cache-dropped over. To check means to drop, unless that is
 // switched off.
 func (s *settings) setCache(o *types.BlockdevOptionsFile) {
-	s.check = o.XCheckCacheDropped != nil && *o.XCheckCacheDropped
-	s.drop = s.check
-	if o.DropCache != nil {
-		s.drop = *o.DropCache
-	}
+	s.check = types.Or(o.XCheckCacheDropped, false)
+	s.drop = types.Or(o.DropCache, s.check)
 }
 
 // takeOver makes sure that what is read is not what this host remembers from a time when another
@@ -59,7 +56,8 @@ func checkDropped(fd int) error {
 		if err != nil {
 			return blk.Errnof(err, "failed to map the file")
 		}
-		_, _, e := unix.Syscall(unix.SYS_MINCORE, uintptr(unsafe.Pointer(unsafe.SliceData(m))), uintptr(n), uintptr(unsafe.Pointer(unsafe.SliceData(in))))
+		_, _, e := unix.Syscall(unix.SYS_MINCORE, uintptr(unsafe.Pointer(unsafe.SliceData(m))), uintptr(n),
+			uintptr(unsafe.Pointer(unsafe.SliceData(in))))
 		_ = unix.Munmap(m)
 		if e != 0 {
 			return blk.Errnof(e, "failed to look at the page cache")

@@ -9,7 +9,6 @@ import (
 	"golang.org/x/sys/unix"
 
 	"qblockd/blockdev/driver"
-	"qblockd/events/panics"
 	"qblockd/graph"
 	"qblockd/graph/blk"
 	"qblockd/graph/perm"
@@ -22,22 +21,18 @@ import (
 // Create has returned because ctx has ended. With an error of it nothing is touched, and nothing
 // new stays. What is there when Create fails later stays there; see driver.Made.
 func Create(ctx context.Context, o *types.BlockdevCreateOptionsFile, begin func(driver.Made) error) error {
-	hint := uint64(1 << 20)
-	if o.ExtentSizeHint != nil {
-		hint = *o.ExtentSizeHint
-	}
+	hint := types.Or(o.ExtentSizeHint, 1<<20)
 	if hint > math.MaxUint32 {
 		return blk.Text("Extent size hint is too large", unix.EINVAL)
 	}
-	late, err := await(ctx, func() error { return create(ctx, o, uint32(hint), begin) }, func(error) {})
-	if late {
-		panics.Go("waking a FIFO", func() { wakeFIFO(o.Filename) }, nil)
-	}
+	_, err := await(ctx, o.Filename, func() error { return create(ctx, o, uint32(hint), begin) }, func(error) {})
 	return err
 }
 
 // create does the work of Create.
-func create(ctx context.Context, o *types.BlockdevCreateOptionsFile, hint uint32, begin func(driver.Made) error) (err error) {
+func create(
+	ctx context.Context, o *types.BlockdevCreateOptionsFile, hint uint32, begin func(driver.Made) error,
+) (err error) {
 	var m driver.Made
 	fd, err := openFile(o.Filename, o.Filename, unix.O_RDWR|unix.O_CREAT|unix.O_EXCL, 0o644)
 	isNew := err == nil
@@ -76,17 +71,13 @@ func create(ctx context.Context, o *types.BlockdevCreateOptionsFile, hint uint32
 	if err := truncate(ctx, fd, 0, blk.PreallocOff); err != nil {
 		return err
 	}
-	if o.Nocow != nil && *o.Nocow {
+	if types.Or(o.Nocow, false) {
 		setNoCOW(fd)
 	}
 	if err := setExtentHint(fd, hint); err != nil && o.ExtentSizeHint != nil && hint != 0 {
 		slog.WarnContext(ctx, "Failed to set extent size hint: "+blk.ErrnoText(err), "file", o.Filename)
 	}
-	p := blk.PreallocOff
-	if o.Preallocation != nil {
-		p = blk.Prealloc(*o.Preallocation)
-	}
-	return truncate(ctx, fd, int64(o.Size), p)
+	return truncate(ctx, fd, int64(o.Size), blk.Prealloc(types.Or(o.Preallocation, types.PreallocModeOff)))
 }
 
 // remove removes a file from path, unless path leads to another one by now or somebody has begun to
@@ -149,13 +140,10 @@ const (
 // setExtentHint sets the size of extents that the file system should aim at.
 func setExtentHint(fd int, size uint32) error {
 	var a fsxattr
-	if _, _, e := unix.Syscall(unix.SYS_IOCTL, uintptr(fd), fsIocFSGetXattr, uintptr(unsafe.Pointer(&a))); e != 0 {
-		return e
+	if err := ioctl(fd, fsIocFSGetXattr, unsafe.Pointer(&a)); err != nil {
+		return err
 	}
 	a.xflags |= fsXflagExtSize
 	a.extsize = size
-	if _, _, e := unix.Syscall(unix.SYS_IOCTL, uintptr(fd), fsIocFSSetXattr, uintptr(unsafe.Pointer(&a))); e != 0 {
-		return e
-	}
-	return nil
+	return ioctl(fd, fsIocFSSetXattr, unsafe.Pointer(&a))
 }

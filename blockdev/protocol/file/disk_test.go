@@ -48,7 +48,8 @@ func eachPlace(t *testing.T, f func(t *testing.T, open func(name string, size in
 			t.Run(kind+"/"+w.name, func(t *testing.T) {
 				f(t, func(name string, size int64) *disk {
 					t.Helper()
-					d, err := openDisk(context.Background(), settings{name: mustFile(t, dir, name, size), driver: "file", direct: w.direct})
+					s := settings{name: mustFile(t, dir, name, size), driver: "file", direct: w.direct}
+					d, err := openDisk(context.Background(), s)
 					if err == nil {
 						t.Cleanup(func() { d.Close() })
 						err = d.setAio(&types.BlockdevOptionsFile{Aio: &w.aio})

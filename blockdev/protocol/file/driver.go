@@ -18,7 +18,7 @@ func open(o *driver.Opening, opts *types.BlockdevOptionsFile, device bool) (grap
 		ro:     n.ReadOnly,
 		auto:   n.AutoReadOnly,
 		direct: n.Direct, noFlush: n.NoFlush,
-		locks: opts.Locking == nil || *opts.Locking != types.OnOffAutoOff,
+		locks: types.Or(opts.Locking, types.OnOffAutoAuto) != types.OnOffAutoOff,
 		admit: o.Admit,
 	}
 	s.setCache(opts)
@@ -35,29 +35,21 @@ func open(o *driver.Opening, opts *types.BlockdevOptionsFile, device bool) (grap
 
 // setAio chooses how requests reach the kernel. Memory file systems need none of it.
 func (d *disk) setAio(opts *types.BlockdevOptionsFile) (err error) {
-	if opts.Aio == nil {
+	queue, failed := newUring, "Unable to use io_uring: failed to init linux io_uring ring"
+	switch types.Or(opts.Aio, types.BlockdevAioOptionsThreads) {
+	case types.BlockdevAioOptionsThreads:
 		return nil
-	}
-	var batch int64
-	if opts.AioMaxBatch != nil {
-		batch = *opts.AioMaxBatch
-	}
-	switch *opts.Aio {
 	case types.BlockdevAioOptionsNative:
 		if !d.settings.direct {
 			return blk.Text("aio=native was specified, but it requires cache.direct=on, which was not specified.", unix.EINVAL)
 		}
-		if !d.memory {
-			if d.engine, err = newEngine(batch, newLinuxAIO); err != nil {
-				return blk.Errnof(err, "Unable to use native AIO: failed to create linux AIO context")
-			}
-		}
-	case types.BlockdevAioOptionsIoUring:
-		if !d.memory {
-			if d.engine, err = newEngine(batch, newUring); err != nil {
-				return blk.Errnof(err, "Unable to use io_uring: failed to init linux io_uring ring")
-			}
-		}
+		queue, failed = newLinuxAIO, "Unable to use native AIO: failed to create linux AIO context"
+	}
+	if d.memory {
+		return nil
+	}
+	if d.engine, err = newEngine(types.Or(opts.AioMaxBatch, 0), queue); err != nil {
+		return blk.Errnof(err, "%s", failed)
 	}
 	return nil
 }

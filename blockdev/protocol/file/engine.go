@@ -183,13 +183,10 @@ func (e *engine) slot(r *blk.Req) (*slot, error) {
 		return s, nil
 	default:
 	}
-	if r.Ctx == nil {
-		return <-e.free, nil
-	}
 	select {
 	case s := <-e.free:
 		return s, nil
-	case <-r.Ctx.Done():
+	case <-r.Done():
 		return nil, unix.ECANCELED
 	}
 }

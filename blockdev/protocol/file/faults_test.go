@@ -79,8 +79,10 @@ func TestFullDisk(t *testing.T) {
 		t.Errorf("write: %v", err)
 	}
 	for range 2 {
-		if b, err := os.ReadFile(d.name); err != nil || d.Size() != int64(len(b)) || !bytes.Equal(mustRead(t, d, 0, int(d.Size())), b) {
-			t.Errorf("after a write of which a part or nothing is there: the size is %d, the file has %d bytes: %v", d.Size(), len(b), err)
+		b, err := os.ReadFile(d.name)
+		if err != nil || d.Size() != int64(len(b)) || !bytes.Equal(mustRead(t, d, 0, int(d.Size())), b) {
+			t.Errorf("after a write of which a part or nothing is there: the size is %d, the file has %d bytes: %v",
+				d.Size(), len(b), err)
 		}
 		if err := d.WriteAt(bg, blk.Buf(pattern(4096, 1)), 8<<20, 0); !errors.Is(err, unix.ENOSPC) {
 			t.Errorf("write: %v", err)
@@ -113,7 +115,9 @@ func TestZeroesOnFullDisk(t *testing.T) {
 	if err := os.WriteFile(img, nil, 0o600); err != nil {
 		t.Fatal(err)
 	}
-	for _, c := range [][]string{{"truncate", "-s", "8M", img}, {"mkfs.ext4", "-q", img}, {"mount", "-o", "loop", img, dir}} {
+	for _, c := range [][]string{
+		{"truncate", "-s", "8M", img}, {"mkfs.ext4", "-q", img}, {"mount", "-o", "loop", img, dir},
+	} {
 		if out, err := exec.Command(c[0], c[1:]...).CombinedOutput(); err != nil {
 			t.Skipf("SKIPPED: cannot mount: %v: %s", err, out)
 		}

@@ -22,7 +22,9 @@ func node(t *testing.T, g *graph.Graph, name, path string, change func(*graph.Op
 	if change != nil {
 		change(&o)
 	}
-	return drivertest.MustBuild(t, g, drivertest.Spec{Options: o, Open: file.Def.With(&types.BlockdevOptionsFile{Filename: path})})
+	return drivertest.MustBuild(t, g, drivertest.Spec{
+		Options: o, Open: file.Def.With(&types.BlockdevOptionsFile{Filename: path}),
+	})
 }
 
 // attach attaches a root for as long as the returned function is not called.
@@ -37,49 +39,50 @@ func attach(g *graph.Graph, n *graph.Node, c perm.Claim) (*graph.Root, func() er
 	return r, func() error { return g.CloseRoot(ctx, r) }, err
 }
 
+// alone is the claim of a writer who shares reading only.
+var alone = perm.Claim{Need: perm.ConsistentRead | perm.Write | perm.Resize, Share: perm.ConsistentRead}
+
+// mustAttach is attach that ends the test on error.
+func mustAttach(t *testing.T, g *graph.Graph, n *graph.Node, c perm.Claim) (*graph.Root, func() error) {
+	t.Helper()
+	r, closeRoot, err := attach(g, n, c)
+	if err != nil {
+		t.Fatal(err)
+	}
+	return r, closeRoot
+}
+
+// mustRefuse: another writer is refused.
+func mustRefuse(t *testing.T, g *graph.Graph, n *graph.Node) {
+	t.Helper()
+	_, _, err := attach(g, n, drivertest.Writer)
+	if err == nil || err.Error() != `Failed to get "write" lock` {
+		t.Errorf("another writer: %v", err)
+	}
+}
+
+// Two nodes of one file: the one who writes alone keeps the other from writing, not from reading,
+// and hands that over when it is gone.
 func TestInTheGraph(t *testing.T) {
+	ctx := context.Background()
 	path := filepath.Join(t.TempDir(), "image")
-	if err := file.Create(context.Background(), &types.BlockdevCreateOptionsFile{Filename: path, Size: 1 << 20}, nil); err != nil {
+	o := &types.BlockdevCreateOptionsFile{Filename: path, Size: 1 << 20}
+	if err := file.Create(ctx, o, nil); err != nil {
 		t.Fatal(err)
 	}
 	g := drivertest.NewGraph(t)
 	a := node(t, g, "a", path, nil)
 	b := node(t, g, "b", path, func(o *graph.Options) { o.AutoReadOnly = true })
-	alone := perm.Claim{Need: perm.ConsistentRead | perm.Write | perm.Resize, Share: perm.ConsistentRead}
 
-	r, closeA, err := attach(g, a, alone)
-	if err != nil {
-		t.Fatal(err)
-	}
-	if _, _, err := attach(g, b, drivertest.Writer); err == nil || err.Error() != `Failed to get "write" lock` {
-		t.Errorf("second writer: %v", err)
-	}
-	if _, closeB, err := attach(g, b, perm.Claim{Need: perm.ConsistentRead, Share: perm.All}); err != nil {
+	r, closeA := mustAttach(t, g, a, alone)
+	mustRefuse(t, g, b)
+	if _, closeB, err := attach(g, b, drivertest.Reader); err != nil {
 		t.Errorf("reader: %v", err)
 	} else if err := closeB(); err != nil {
 		t.Error(err)
 	}
-
-	ctx := context.Background()
-	q, err := r.Begin(ctx)
-	if err != nil {
-		t.Fatal(err)
-	}
 	want := bytes.Repeat([]byte{7}, 3000)
-	if err := r.WriteAt(q, blk.Buf(want), 1001, blk.FUA); err != nil {
-		t.Error(err)
-	}
-	got := make([]byte, 3000)
-	if err := r.ReadAt(q, blk.Buf(got), 1001, 0); err != nil || !bytes.Equal(got, want) {
-		t.Errorf("read back: %v", err)
-	}
-	if err := r.Zero(q, 2000, 100, blk.MayUnmap); err != nil {
-		t.Error(err)
-	}
-	if e, err := r.Status(q, 512<<10, 512<<10); err != nil || !e.Zero {
-		t.Errorf("status: %+v, %v", e, err)
-	}
-	r.End(q)
+	useAll(t, r, want)
 	if err := r.Resize(ctx, 2<<20, true, blk.PreallocOff); err != nil || a.Size() != 2<<20 {
 		t.Errorf("resize: %v", err)
 	}
@@ -88,14 +91,9 @@ func TestInTheGraph(t *testing.T) {
 	}
 
 	// The locks went with the root: the other node may write now, and only now opens for it.
-	w, closeB, err := attach(g, b, alone)
-	if err != nil {
-		t.Fatal(err)
-	}
-	if _, _, err := attach(g, a, drivertest.Writer); err == nil || err.Error() != `Failed to get "write" lock` {
-		t.Errorf("the first one again: %v", err)
-	}
-	q, err = w.Begin(ctx)
+	w, closeB := mustAttach(t, g, b, alone)
+	mustRefuse(t, g, a)
+	q, err := w.Begin(ctx)
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -109,6 +107,29 @@ func TestInTheGraph(t *testing.T) {
 	raw, err := os.ReadFile(path)
 	if err != nil || !bytes.Equal(raw[:2000], want[:2000]) || raw[2050] != 7 || raw[3500] != 7 || raw[4001] != 0 {
 		t.Errorf("the file is wrong: %v", err)
+	}
+}
+
+// useAll writes p to 1001, reads it, zeroes a part of it and asks for the status.
+func useAll(t *testing.T, r *graph.Root, p []byte) {
+	t.Helper()
+	q, err := r.Begin(context.Background())
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer r.End(q)
+	if err := r.WriteAt(q, blk.Buf(p), 1001, blk.FUA); err != nil {
+		t.Error(err)
+	}
+	got := make([]byte, len(p))
+	if err := r.ReadAt(q, blk.Buf(got), 1001, 0); err != nil || !bytes.Equal(got, p) {
+		t.Errorf("read back: %v", err)
+	}
+	if err := r.Zero(q, 2000, 100, blk.MayUnmap); err != nil {
+		t.Error(err)
+	}
+	if e, err := r.Status(q, 512<<10, 512<<10); err != nil || !e.Zero {
+		t.Errorf("status: %+v, %v", e, err)
 	}
 }
 

@@ -17,7 +17,8 @@ func TestMapLikeQEMU(t *testing.T) {
 	dir := t.TempDir()
 	ours, theirs := filepath.Join(dir, "ours"), filepath.Join(dir, "theirs")
 	for _, m := range []types.PreallocMode{"off", "falloc", "full"} {
-		if err := Create(context.Background(), &types.BlockdevCreateOptionsFile{Filename: ours, Size: 3 << 20, Preallocation: &m}, nil); err != nil {
+		o := &types.BlockdevCreateOptionsFile{Filename: ours, Size: 3 << 20, Preallocation: &m}
+		if err := Create(context.Background(), o, nil); err != nil {
 			t.Fatal(err)
 		}
 		if out, err := run(qemuImg, "create", "-f", "raw", "-o", "preallocation="+string(m), theirs, "3M"); err != nil {
@@ -49,7 +50,8 @@ func TestMapLikeQEMU(t *testing.T) {
 			}
 			for _, w := range want {
 				e, err := d.Status(bg, w.Start, d.Size()-w.Start)
-				if err != nil || e.N != w.Length || e.Data != w.Data || e.Zero != w.Zero || e.MapOff != w.Offset || e.Allocated != w.Present {
+				if err != nil || e.N != w.Length || e.Data != w.Data || e.Zero != w.Zero ||
+					e.MapOff != w.Offset || e.Allocated != w.Present {
 					t.Errorf("%s of %s: qemu-img %+v, we %+v (%v)", m, filepath.Base(name), w, e, err)
 				}
 			}

@@ -44,46 +44,27 @@ func (a lockSet) minus(b lockSet) lockSet {
 }
 func (a lockSet) empty() bool { return a == lockSet{} }
 
-// bytes calls f with the offset of each lock byte in the set, used ones first, until it fails.
-func (a lockSet) bytes(f func(off int64) error) error {
+// lockByte is one of a lockSet.
+type lockByte struct {
+	off      int64
+	opposite int64  // locked by who does not allow this one
+	msg      string // if somebody has that
+}
+
+// bytes are the lock bytes in the set, used ones first.
+func (a lockSet) bytes() (l []lockByte) {
 	for i, b := range lockBits {
 		if a.used&b.p != 0 {
-			if err := f(usedBase + int64(i)); err != nil {
-				return err
-			}
+			l = append(l, lockByte{usedBase + int64(i), unsharedBase + int64(i), `Failed to get "` + b.name + `" lock`})
 		}
 	}
 	for i, b := range lockBits {
 		if a.unshared&b.p != 0 {
-			if err := f(unsharedBase + int64(i)); err != nil {
-				return err
-			}
+			msg := `Failed to get shared "` + b.name + `" lock`
+			l = append(l, lockByte{unsharedBase + int64(i), usedBase + int64(i), msg})
 		}
 	}
-	return nil
-}
-
-// probe is a byte that must not be locked by anybody else, and the message if it is.
-type probe struct {
-	off int64
-	msg string
-}
-
-// probes are the questions to ask after the set's own bytes are locked: does somebody
-// refuse to share what we use, does somebody use what we do not share.
-func (a lockSet) probes() []probe {
-	var ps []probe
-	for i, b := range lockBits {
-		if a.used&b.p != 0 {
-			ps = append(ps, probe{unsharedBase + int64(i), `Failed to get "` + b.name + `" lock`})
-		}
-	}
-	for i, b := range lockBits {
-		if a.unshared&b.p != 0 {
-			ps = append(ps, probe{usedBase + int64(i), `Failed to get shared "` + b.name + `" lock`})
-		}
-	}
-	return ps
+	return l
 }
 
 // lockError words a failed lock call; that somebody else has the byte goes without saying why.
@@ -96,32 +77,31 @@ func lockError(err error, msg string) error {
 
 // lockBytes takes shared locks on the bytes of s.
 func lockBytes(fd int, s lockSet) error {
-	return s.bytes(func(off int64) error {
-		if err := setLock(fd, unix.F_RDLCK, off, 1); err != nil {
-			return lockError(err, fmt.Sprintf("Failed to lock byte %d", off))
+	for _, b := range s.bytes() {
+		if err := setLock(fd, unix.F_RDLCK, b.off, 1); err != nil {
+			return lockError(err, fmt.Sprintf("Failed to lock byte %d", b.off))
 		}
-		return nil
-	})
+	}
+	return nil
 }
 
 // unlockBytes gives the bytes of s back. All are tried; the first error is returned, which
 // only a broken network file system can cause.
-func unlockBytes(fd int, s lockSet) error {
-	var first error
-	_ = s.bytes(func(off int64) error {
-		if err := setLock(fd, unix.F_UNLCK, off, 1); err != nil && first == nil {
-			first = blk.Errnof(err, "Failed to unlock byte %d", off)
+func unlockBytes(fd int, s lockSet) (first error) {
+	for _, b := range s.bytes() {
+		if err := setLock(fd, unix.F_UNLCK, b.off, 1); err != nil && first == nil {
+			first = blk.Errnof(err, "Failed to unlock byte %d", b.off)
 		}
-		return nil
-	})
+	}
 	return first
 }
 
-// probeBytes fails if another open file description has a lock that contradicts s.
+// probeBytes fails if another open file description has a lock that contradicts s, whose own bytes
+// are locked: it does not share what s uses, or uses what s does not share.
 func probeBytes(fd int, s lockSet) error {
-	for _, p := range s.probes() {
-		if err := testLock(fd, p.off); err != nil {
-			return lockError(err, p.msg)
+	for _, b := range s.bytes() {
+		if err := testLock(fd, b.opposite); err != nil {
+			return lockError(err, b.msg)
 		}
 	}
 	return nil
@@ -145,27 +125,15 @@ func takeLocks(fd int, held, want lockSet, name string) error {
 // setLock sets or clears an open file description lock.
 func setLock(fd int, typ int16, off, n int64) error {
 	fl := unix.Flock_t{Type: typ, Whence: io.SeekStart, Start: off, Len: n}
-	for {
-		err := unix.FcntlFlock(uintptr(fd), unix.F_OFD_SETLK, &fl)
-		if err != unix.EINTR {
-			return err
-		}
-	}
+	return again(func() error { return unix.FcntlFlock(uintptr(fd), unix.F_OFD_SETLK, &fl) })
 }
 
 // testLock is EAGAIN if an exclusive lock on the byte could not be had.
 func testLock(fd int, off int64) error {
 	fl := unix.Flock_t{Type: unix.F_WRLCK, Whence: io.SeekStart, Start: off, Len: 1}
-	for {
-		err := unix.FcntlFlock(uintptr(fd), unix.F_OFD_GETLK, &fl)
-		switch {
-		case err == unix.EINTR:
-			continue
-		case err != nil:
-			return err
-		case fl.Type != unix.F_UNLCK:
-			return unix.EAGAIN
-		}
-		return nil
+	err := again(func() error { return unix.FcntlFlock(uintptr(fd), unix.F_OFD_GETLK, &fl) })
+	if err == nil && fl.Type != unix.F_UNLCK {
+		err = unix.EAGAIN
 	}
+	return err
 }

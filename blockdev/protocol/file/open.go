@@ -37,7 +37,7 @@ func openDisk(ctx context.Context, s settings) (*disk, error) {
 		return nil, blk.Errnof(unix.ENOSYS, "Could not dup FD for %s flags %x", s.name, s.flags(s.startWritable()))
 	}
 	var d *disk
-	late, err := await(ctx, func() (err error) {
+	late, err := await(ctx, s.name, func() (err error) {
 		d, err = openNow(s)
 		return err
 	}, func(err error) {
@@ -46,7 +46,6 @@ func openDisk(ctx context.Context, s settings) (*disk, error) {
 		}
 	})
 	if late {
-		panics.Go("waking a FIFO", func() { wakeFIFO(s.name) }, nil) // looking at it may hang as well
 		return nil, err
 	}
 	return d, err
@@ -131,11 +130,15 @@ func (d *disk) setup(h *handle) error {
 			return blk.Errnof(err, "The device is not writable")
 		}
 	}
-	if !d.device && kind != unix.S_IFREG {
-		return blk.Text("'"+d.driver+"' driver requires '"+d.name+"' to be a regular file", unix.EINVAL)
+	wrong := ""
+	switch {
+	case !d.device && kind != unix.S_IFREG:
+		wrong = "a regular file"
+	case d.device && kind != unix.S_IFBLK && kind != unix.S_IFCHR:
+		wrong = "either a character or block device"
 	}
-	if d.device && kind != unix.S_IFBLK && kind != unix.S_IFCHR {
-		return blk.Text("'"+d.driver+"' driver requires '"+d.name+"' to be either a character or block device", unix.EINVAL)
+	if wrong != "" {
+		return blk.Text("'"+d.driver+"' driver requires '"+d.name+"' to be "+wrong, unix.EINVAL)
 	}
 
 	d.memory, d.local = storageOf(h.fd)
@@ -219,26 +222,25 @@ func openSame(at int, name string, flags int) (int, error) {
 
 // openFile is open(2) of path with errors in QEMU's words, which speak of name.
 func openFile(path, name string, flags int, mode uint32) (int, error) {
-	for {
-		fd, err := unix.Open(path, flags|unix.O_CLOEXEC, mode)
-		if err == nil {
-			return fd, nil
-		}
-		if err == unix.EINTR {
-			continue
-		}
-		verb := "open"
-		if flags&unix.O_CREAT != 0 {
-			verb = "create"
-		}
-		if err == unix.EINVAL && flags&unix.O_DIRECT != 0 {
-			if fd, e := unix.Open(path, flags&^unix.O_DIRECT|unix.O_CLOEXEC, mode); e == nil {
-				_ = unix.Close(fd)
-				return -1, blk.Text("Could not "+verb+" '"+name+"': filesystem does not support O_DIRECT", err)
-			}
-		}
-		return -1, blk.Errnof(err, "Could not %s '%s'", verb, name)
+	fd := -1
+	err := again(func() (err error) {
+		fd, err = unix.Open(path, flags|unix.O_CLOEXEC, mode)
+		return err
+	})
+	if err == nil {
+		return fd, nil
 	}
+	verb := "open"
+	if flags&unix.O_CREAT != 0 {
+		verb = "create"
+	}
+	if err == unix.EINVAL && flags&unix.O_DIRECT != 0 {
+		if fd, e := unix.Open(path, flags&^unix.O_DIRECT|unix.O_CLOEXEC, mode); e == nil {
+			_ = unix.Close(fd)
+			return -1, blk.Text("Could not "+verb+" '"+name+"': filesystem does not support O_DIRECT", err)
+		}
+	}
+	return -1, blk.Errnof(err, "Could not %s '%s'", verb, name)
 }
 
 // sameFile tells whether two descriptors are of one file.
@@ -259,8 +261,9 @@ func wakeFIFO(name string) {
 }
 
 // await runs work and returns its error. If ctx ends first it returns ctx's error and true;
-// work goes on, and cleanup is called with its result.
-func await(ctx context.Context, work func() error, cleanup func(error)) (late bool, err error) {
+// work goes on, and cleanup is called with its result. If work opens fifo, "" for none, and that is
+// one, it is woken then.
+func await(ctx context.Context, fifo string, work func() error, cleanup func(error)) (late bool, err error) {
 	const running, finished, abandoned = 0, 1, 2
 	var state atomic.Int32
 	done := make(chan error, 1)
@@ -281,6 +284,9 @@ func await(ctx context.Context, work func() error, cleanup func(error)) (late bo
 		return false, err
 	case <-ctx.Done():
 		if state.CompareAndSwap(running, abandoned) {
+			if fifo != "" {
+				panics.Go("waking a FIFO", func() { wakeFIFO(fifo) }, nil) // looking at it may hang as well
+			}
 			return true, ctx.Err()
 		}
 		return false, <-done

@@ -34,8 +34,14 @@ func TestOpenErrors(t *testing.T) {
 		{settings{name: dir, auto: true}, "'file' driver requires '" + dir + "' to be a regular file"},
 		{settings{name: "/dev/null"}, "'file' driver requires '/dev/null' to be a regular file"},
 		{settings{name: "/dev/fdset/3"}, "Could not dup FD for /dev/fdset/3 flags 2: Function not implemented"},
-		{settings{name: file, driver: "host_device", device: true}, "'host_device' driver requires '" + file + "' to be either a character or block device"},
-		{settings{name: "/proc/self/status", direct: true, ro: true}, "Could not open '/proc/self/status': filesystem does not support O_DIRECT"},
+		{
+			settings{name: file, driver: "host_device", device: true},
+			"'host_device' driver requires '" + file + "' to be either a character or block device",
+		},
+		{
+			settings{name: "/proc/self/status", direct: true, ro: true},
+			"Could not open '/proc/self/status': filesystem does not support O_DIRECT",
+		},
 	} {
 		if c.s.driver == "" {
 			c.s.driver = "file"
@@ -49,7 +55,8 @@ func TestOpenErrors(t *testing.T) {
 	}
 	d := mustOpen(t, settings{name: file})
 	native := types.BlockdevAioOptionsNative
-	if err := d.setAio(&types.BlockdevOptionsFile{Aio: &native}); err == nil || err.Error() != "aio=native was specified, but it requires cache.direct=on, which was not specified." {
+	const refused = "aio=native was specified, but it requires cache.direct=on, which was not specified."
+	if err := d.setAio(&types.BlockdevOptionsFile{Aio: &native}); err == nil || err.Error() != refused {
 		t.Error(err)
 	}
 }
@@ -76,10 +83,12 @@ func TestCharacterDevice(t *testing.T) {
 	if err := d.Flush(bg); err != nil {
 		t.Error(err)
 	}
-	if err := d.Resize(context.Background(), 4096, blk.PreallocOff); err == nil || err.Error() != "Cannot grow device files" {
+	err := d.Resize(context.Background(), 4096, blk.PreallocOff)
+	if err == nil || err.Error() != "Cannot grow device files" {
 		t.Error(err)
 	}
-	if err := d.Resize(context.Background(), 0, blk.PreallocFull); err == nil || err.Error() != "Preallocation mode 'full' unsupported for this non-regular file" {
+	err = d.Resize(context.Background(), 0, blk.PreallocFull)
+	if err == nil || err.Error() != "Preallocation mode 'full' unsupported for this non-regular file" {
 		t.Error(err)
 	}
 	if e, err := d.Status(bg, 0, 512); err != nil || !e.Data {
@@ -138,7 +147,9 @@ func TestCreate(t *testing.T) {
 		name := filepath.Join(dir, "new")
 		for _, m := range []types.PreallocMode{"off", "falloc", "full", "off"} {
 			yes, hint := true, uint64(65536)
-			o := &types.BlockdevCreateOptionsFile{Filename: name, Size: 300000, Preallocation: &m, Nocow: &yes, ExtentSizeHint: &hint}
+			o := &types.BlockdevCreateOptionsFile{
+				Filename: name, Size: 300000, Preallocation: &m, Nocow: &yes, ExtentSizeHint: &hint,
+			}
 			if err := Create(ctx, o, nil); err != nil {
 				t.Fatalf("%s: %v", m, err)
 			}
@@ -176,7 +187,8 @@ func TestCreate(t *testing.T) {
 	if err := change(t, d, formatWriter); err != nil {
 		t.Fatal(err)
 	}
-	if err := Create(ctx, &types.BlockdevCreateOptionsFile{Filename: name}, nil); err == nil || err.Error() != `Failed to get "write" lock` {
+	err := Create(ctx, &types.BlockdevCreateOptionsFile{Filename: name}, nil)
+	if err == nil || err.Error() != `Failed to get "write" lock` {
 		t.Error(err)
 	}
 }

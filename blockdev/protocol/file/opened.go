@@ -37,14 +37,10 @@ func (o *opened) enter(r *blk.Req) error {
 	if r.NoWait {
 		return blk.ErrWouldBlock
 	}
-	if r.Ctx == nil {
-		o.busy <- struct{}{}
-		return nil
-	}
 	select {
 	case o.busy <- struct{}{}:
 		return nil
-	case <-r.Ctx.Done():
+	case <-r.Done():
 		return unix.ECANCELED
 	}
 }

@@ -61,7 +61,7 @@ func (d *disk) PermPrepare(ctx context.Context, c perm.Claim) error {
 	if reopen {
 		flags = s.flags(writable)
 	}
-	late, err := await(ctx, func() error { return d.prepare(cur, held, p, flags) }, func(err error) {
+	late, err := await(ctx, "", func() error { return d.prepare(cur, held, p, flags) }, func(err error) {
 		if err == nil {
 			d.undo(cur, held, p)
 		}

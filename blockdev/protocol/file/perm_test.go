@@ -21,7 +21,9 @@ import (
 
 // claims of common users.
 var (
-	formatWriter = perm.Claim{Need: perm.ConsistentRead | perm.Write | perm.Resize, Share: perm.ConsistentRead | perm.WriteUnchanged}
+	formatWriter = perm.Claim{
+		Need: perm.ConsistentRead | perm.Write | perm.Resize, Share: perm.ConsistentRead | perm.WriteUnchanged,
+	}
 	formatReader = perm.Claim{Need: perm.ConsistentRead, Share: perm.All}
 	bareWriter   = perm.Claim{Need: perm.Write, Share: perm.All}
 	exportWriter = perm.Claim{Need: perm.ConsistentRead | perm.Write, Share: perm.All &^ perm.Resize}
@@ -39,10 +41,12 @@ func TestLockBytesSayWhatClaimsSay(t *testing.T) {
 		a := perm.Claim{Need: perm.Perm(n1) & perm.All, Share: perm.Perm(s1) & perm.All}
 		b := perm.Claim{Need: perm.Perm(n2) & perm.All, Share: perm.Perm(s2) & perm.All}
 		taken := map[int64]bool{}
-		_ = locksFor(a).bytes(func(off int64) error { taken[off] = true; return nil })
+		for _, l := range locksFor(a).bytes() {
+			taken[l.off] = true
+		}
 		met := false
-		for _, p := range locksFor(b).probes() {
-			met = met || taken[p.off]
+		for _, l := range locksFor(b).bytes() {
+			met = met || taken[l.opposite]
 		}
 		return met == conflict(a, b)
 	}, nil)
@@ -53,7 +57,9 @@ func TestLockBytesSayWhatClaimsSay(t *testing.T) {
 
 func TestLockSets(t *testing.T) {
 	var got []int64
-	_ = locksFor(formatWriter).bytes(func(off int64) error { got = append(got, off); return nil })
+	for _, l := range locksFor(formatWriter).bytes() {
+		got = append(got, l.off)
+	}
 	if s := fmt.Sprint(got); s != "[100 101 103 201 203]" {
 		t.Errorf("bytes %s", s)
 	}
@@ -118,7 +124,10 @@ func TestLockTexts(t *testing.T) {
 		{exportWriter, formatWriter, `Failed to get "resize" lock`},
 		{formatWriter, exportReader, `Failed to get shared "resize" lock`},
 		{formatWriter, exportWriter, `Failed to get "write" lock`},
-		{formatWriter, perm.Claim{Need: perm.ConsistentRead, Share: perm.All &^ (perm.Write | perm.Resize)}, `Failed to get shared "write" lock`},
+		{
+			formatWriter, perm.Claim{Need: perm.ConsistentRead, Share: perm.All &^ (perm.Write | perm.Resize)},
+			`Failed to get shared "write" lock`,
+		},
 		{perm.Claim{}, formatReader, `Failed to get "consistent read" lock`},
 		{formatReader, perm.Claim{}, `Failed to get shared "consistent read" lock`},
 	} {
@@ -285,7 +294,8 @@ func TestQEMUMeetsOurLocks(t *testing.T) {
 		t.Fatal(err)
 	}
 	out, err := run(qemuIO, "-f", "qcow2", "-c", "write 0 4k", name)
-	if err == nil || !strings.Contains(out, `Failed to get "write" lock`) || !strings.Contains(out, "Is another process using the image ["+name+"]?") {
+	if err == nil || !strings.Contains(out, `Failed to get "write" lock`) ||
+		!strings.Contains(out, "Is another process using the image ["+name+"]?") {
 		t.Errorf("writer: %v %s", err, out)
 	}
 	out, err = run(qemuImg, "info", name)

@@ -25,8 +25,9 @@ func storageOf(fd int) (memory, local bool) {
 	switch uint32(st.Type) {
 	case unix.TMPFS_MAGIC, unix.RAMFS_MAGIC, unix.HUGETLBFS_MAGIC:
 		return true, true
-	case unix.FUSE_SUPER_MAGIC, unix.NFS_SUPER_MAGIC, unix.CIFS_SUPER_MAGIC, unix.SMB2_SUPER_MAGIC, unix.SMB_SUPER_MAGIC,
-		unix.CEPH_SUPER_MAGIC, unix.AFS_SUPER_MAGIC, unix.CODA_SUPER_MAGIC, unix.V9FS_MAGIC, unix.OCFS2_SUPER_MAGIC:
+	case unix.FUSE_SUPER_MAGIC, unix.NFS_SUPER_MAGIC, unix.CIFS_SUPER_MAGIC, unix.SMB2_SUPER_MAGIC,
+		unix.SMB_SUPER_MAGIC, unix.CEPH_SUPER_MAGIC, unix.AFS_SUPER_MAGIC, unix.CODA_SUPER_MAGIC, unix.V9FS_MAGIC,
+		unix.OCFS2_SUPER_MAGIC:
 		return false, false
 	}
 	return false, true
@@ -86,12 +87,7 @@ func tryAlignments(ok func(a int) bool) int64 {
 // readable tells whether the kernel takes that length and address; other errors than
 // EINVAL are the medium's and say nothing against the alignment.
 func readable(fd int, b []byte) bool {
-	for {
-		_, err := unix.Pread(fd, b, 0)
-		if err != unix.EINTR {
-			return err != unix.EINVAL
-		}
-	}
+	return again(func() error { _, err := unix.Pread(fd, b, 0); return err }) != unix.EINVAL
 }
 
 // notWritable is EACCES for a block device that is set read-only: opening it for writing
@@ -101,11 +97,9 @@ func notWritable(fd int, block bool) error {
 		return nil
 	}
 	var ro int32
-	if _, _, e := unix.Syscall(unix.SYS_IOCTL, uintptr(fd), unix.BLKROGET, uintptr(unsafe.Pointer(&ro))); e != 0 {
-		return e
+	err := ioctl(fd, unix.BLKROGET, unsafe.Pointer(&ro))
+	if err == nil && ro != 0 {
+		err = unix.EACCES
 	}
-	if ro != 0 {
-		return unix.EACCES
-	}
-	return nil
+	return err
 }

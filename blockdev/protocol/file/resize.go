@@ -145,8 +145,13 @@ func allocateFirst(fd int, size int64) {
 }
 
 func ftruncate(fd int, size int64) error {
+	return again(func() error { return unix.Ftruncate(fd, size) })
+}
+
+// again makes a system call until no signal interrupts it.
+func again(call func() error) error {
 	for {
-		if err := unix.Ftruncate(fd, size); err != unix.EINTR {
+		if err := call(); err != unix.EINTR {
 			return err
 		}
 	}

@@ -132,7 +132,7 @@ func (d *disk) CopyFrom(r *blk.Req, off int64, src []blk.HostRange, f blk.Flags)
 	defer d.end(h)
 	for _, s := range src {
 		for s.N > 0 {
-			if r.Ctx != nil && r.Ctx.Err() != nil {
+			if cancelled(r) {
 				return unix.ECANCELED
 			}
 			from, to := s.Off, off

@@ -35,21 +35,25 @@ func TestSuite(t *testing.T) {
 				if kind == "memory" && w.aio != types.BlockdevAioOptionsThreads {
 					t.Skip("the same as threads")
 				}
-				drivertest.Run(t, drivertest.Config{Steps: 150, Open: func(t *testing.T, g *graph.Graph, size int64, readOnly bool) *graph.Node {
+				open := func(t *testing.T, g *graph.Graph, size int64, readOnly bool) *graph.Node {
 					t.Helper()
 					path := filepath.Join(dir, "image")
-					if err := file.Create(context.Background(), &types.BlockdevCreateOptionsFile{Filename: path, Size: uint64(size)}, nil); err != nil {
+					o := &types.BlockdevCreateOptionsFile{Filename: path, Size: uint64(size)}
+					if err := file.Create(context.Background(), o, nil); err != nil {
 						t.Fatal(err)
 					}
 					n, err := drivertest.Build(g, drivertest.Spec{
-						Options: graph.Options{Name: "f", DriverName: "file", Kind: graph.Protocol, ReadOnly: readOnly, Direct: w.direct},
-						Open:    file.Def.With(&types.BlockdevOptionsFile{Filename: path, Aio: &w.aio}),
+						Options: graph.Options{
+							Name: "f", DriverName: "file", Kind: graph.Protocol, ReadOnly: readOnly, Direct: w.direct,
+						},
+						Open: file.Def.With(&types.BlockdevOptionsFile{Filename: path, Aio: &w.aio}),
 					})
 					if err != nil {
 						t.Skipf("SKIPPED: not to be had here: %v", err)
 					}
 					return n
-				}})
+				}
+				drivertest.Run(t, drivertest.Config{Steps: 150, Open: open})
 			})
 		}
 	}
@@ -63,17 +67,21 @@ func TestSuiteHostDevice(t *testing.T) {
 			name = "direct"
 		}
 		t.Run(name, func(t *testing.T) {
-			drivertest.Run(t, drivertest.Config{Steps: 80, Fixed: true, Open: func(t *testing.T, g *graph.Graph, size int64, readOnly bool) *graph.Node {
+			open := func(t *testing.T, g *graph.Graph, size int64, readOnly bool) *graph.Node {
 				t.Helper()
 				path := filepath.Join(t.TempDir(), "image")
-				if err := file.Create(context.Background(), &types.BlockdevCreateOptionsFile{Filename: path, Size: uint64(size)}, nil); err != nil {
+				o := &types.BlockdevCreateOptionsFile{Filename: path, Size: uint64(size)}
+				if err := file.Create(context.Background(), o, nil); err != nil {
 					t.Fatal(err)
 				}
 				return drivertest.MustBuild(t, g, drivertest.Spec{
-					Options: graph.Options{Name: "d", DriverName: "host_device", Kind: graph.Protocol, ReadOnly: readOnly, Direct: direct},
-					Open:    file.HostDevice.With(&types.BlockdevOptionsFile{Filename: file.MustLoop(t, path)}),
+					Options: graph.Options{
+						Name: "d", DriverName: "host_device", Kind: graph.Protocol, ReadOnly: readOnly, Direct: direct,
+					},
+					Open: file.HostDevice.With(&types.BlockdevOptionsFile{Filename: file.MustLoop(t, path)}),
 				})
-			}})
+			}
+			drivertest.Run(t, drivertest.Config{Steps: 80, Fixed: true, Open: open})
 		})
 	}
 }

@@ -76,7 +76,8 @@ func newUring(efd int) (queue, error) {
 		return nil, err
 	}
 	arg := int32(efd)
-	if _, _, e := unix.Syscall6(unix.SYS_IO_URING_REGISTER, fd, uringRegEventfd, uintptr(unsafe.Pointer(&arg)), 1, 0, 0); e != 0 {
+	_, _, e = unix.Syscall6(unix.SYS_IO_URING_REGISTER, fd, uringRegEventfd, uintptr(unsafe.Pointer(&arg)), 1, 0, 0)
+	if e != 0 {
 		u.close()
 		return nil, e
 	}
@@ -93,7 +94,8 @@ func (u *uring) mmap(p *uringParams) (err error) {
 	if u.ring, err = unix.Mmap(u.fd, 0, int(n), prot, how); err != nil {
 		return err
 	}
-	if u.sqes, err = unix.Mmap(u.fd, uringOffSQEs, int(p.sqEntries)*int(unsafe.Sizeof(uringSQE{})), prot, how); err != nil {
+	n = p.sqEntries * uint32(unsafe.Sizeof(uringSQE{}))
+	if u.sqes, err = unix.Mmap(u.fd, uringOffSQEs, int(n), prot, how); err != nil {
 		return err
 	}
 	at := func(off uint32) *uint32 { return (*uint32)(unsafe.Pointer(&u.ring[off])) }

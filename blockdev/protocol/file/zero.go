@@ -56,7 +56,7 @@ func (d *disk) unmap(h *handle, off, n int64) error {
 		// A hole does not move the end. Writing the last block does, and unlike ftruncate it
 		// cannot cut off what a neighbour appends meanwhile.
 		tail := min(n, d.limits.RequestAlign)
-		if err := pwriteFull(h.fd, blk.Buf(zeroes(tail, d.limits.MemAlign)), end-tail); err != nil {
+		if err := pwriteFull(h.fd, blk.Buf(alignedBuf(int(tail), d.limits.MemAlign)), end-tail); err != nil {
 			return err
 		}
 		d.grow(end)
@@ -187,26 +187,21 @@ func (a *abilities) allocate(h *handle, off, n int64) error {
 
 // fallocate is fallocate(2); that the file system cannot do it is blk.ErrNotSupported.
 func fallocate(fd int, mode uint32, off, n int64) error {
-	for {
-		err := unix.Fallocate(fd, mode, off, n)
-		if err != unix.EINTR {
-			return unsupported(err)
-		}
-	}
+	return unsupported(again(func() error { return unix.Fallocate(fd, mode, off, n) }))
 }
 
 // blockIoctl is one of the ioctls that take a start and a length.
 func blockIoctl(fd int, req uintptr, off, n int64) error {
 	arg := [2]uint64{uint64(off), uint64(n)}
-	for {
-		_, _, e := unix.Syscall(unix.SYS_IOCTL, uintptr(fd), req, uintptr(unsafe.Pointer(&arg)))
-		if e == 0 {
-			return nil
-		}
-		if e != unix.EINTR {
-			return unsupported(e)
-		}
+	return unsupported(again(func() error { return ioctl(fd, req, unsafe.Pointer(&arg)) }))
+}
+
+// ioctl is ioctl(2) with a pointer.
+func ioctl(fd int, req uintptr, arg unsafe.Pointer) error {
+	if _, _, e := unix.Syscall(unix.SYS_IOCTL, uintptr(fd), req, uintptr(arg)); e != 0 {
+		return e
 	}
+	return nil
 }
 
 // unsupported turns the several ways to say "I do not have that call" into one.
@@ -217,9 +212,6 @@ func unsupported(err error) error {
 	}
 	return err
 }
-
-// zeroes is a zeroed buffer of n bytes at an address that O_DIRECT takes.
-func zeroes(n int64, align int) []byte { return alignedBuf(int(n), align) }
 
 // alignedBuf is a zeroed buffer whose address is a multiple of align, a power of two.
 func alignedBuf(n, align int) []byte {

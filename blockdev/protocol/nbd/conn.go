@@ -174,7 +174,7 @@ func (c *conn) take(r *blk.Req) (*slot, error) {
 		return s, nil
 	case <-c.gone:
 		return nil, nil
-	case <-stop(r):
+	case <-r.Done():
 		return nil, syscall.ECANCELED
 	}
 }
@@ -261,7 +261,7 @@ func (c *conn) write() error {
 
 // wait waits until a request is done.
 func (c *conn) wait(r *blk.Req, s *slot) {
-	stop := stop(r)
+	stop := r.Done()
 	for {
 		select {
 		case what := <-s.done:
@@ -389,12 +389,4 @@ func (c *conn) look() {
 		return
 	}
 	c.watchLocked()
-}
-
-// stop is closed when r is to end, if that can be.
-func stop(r *blk.Req) <-chan struct{} {
-	if r.Ctx == nil {
-		return nil
-	}
-	return r.Ctx.Done()
 }

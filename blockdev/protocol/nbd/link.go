@@ -139,7 +139,7 @@ func (l *link) get(r *blk.Req, again bool) (*conn, error) {
 		var err error
 		select {
 		case <-changed:
-		case <-stop(r):
+		case <-r.Done():
 			err = syscall.ECANCELED
 		}
 		l.mu.Lock()

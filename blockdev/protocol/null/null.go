@@ -24,33 +24,25 @@ type disk struct {
 	zeroes  bool          // reads give zeroes; else they leave the buffer alone
 }
 
-// open opens a node of null-co or null-aio. The
-// size (default 1 GiB) is rounded up to sectors. It never blocks.
+// open opens a node of null-co or null-aio. The size (default 1 GiB) is rounded up to sectors. It
+// never blocks.
 func open(o *driver.Opening, opts *types.BlockdevOptionsNull) (graph.Driver, error) {
-	d := &disk{size: defaultSize}
-	if opts.Size != nil {
-		switch size := *opts.Size; {
-		case size < 0:
-			return nil, errors.New("Parameter 'size' expects a non-negative number below 2^64")
-		case size > blk.MaxSize:
-			return nil, errors.New("Could not refresh total sector count: File too large")
-		default:
-			d.size = blk.AlignUp(size, blk.SectorSize)
-		}
+	size, latency := types.Or(opts.Size, defaultSize), types.Or(opts.LatencyNs, 0)
+	switch {
+	case size < 0:
+		return nil, errors.New("Parameter 'size' expects a non-negative number below 2^64")
+	case size > blk.MaxSize:
+		return nil, errors.New("Could not refresh total sector count: File too large")
+	case latency > math.MaxInt64:
+		return nil, errors.New("latency-ns is invalid")
 	}
-	if opts.LatencyNs != nil {
-		if *opts.LatencyNs > math.MaxInt64 {
-			return nil, errors.New("latency-ns is invalid")
-		}
-		d.latency = time.Duration(*opts.LatencyNs)
-	}
-	d.zeroes = opts.ReadZeroes != nil && *opts.ReadZeroes
-	if o.Admit != nil {
+	return &disk{
+		size:    blk.AlignUp(size, blk.SectorSize),
+		latency: time.Duration(latency),
 		// What an image names must not show what was in the reader's buffer before: memory of the
 		// daemon, data of other disks.
-		d.zeroes = true
-	}
-	return d, nil
+		zeroes: types.Or(opts.ReadZeroes, false) || o.Admit != nil,
+	}, nil
 }
 
 var timers = sync.Pool{New: func() any { return time.NewTimer(time.Hour) }}
@@ -69,14 +61,10 @@ func (d *disk) pause(r *blk.Req) error {
 		t.Stop()
 		timers.Put(t)
 	}()
-	var stop <-chan struct{}
-	if r.Ctx != nil {
-		stop = r.Ctx.Done()
-	}
 	select {
 	case <-t.C:
 		return nil
-	case <-stop:
+	case <-r.Done():
 		return context.Cause(r.Ctx)
 	}
 }
