@@ -99,7 +99,7 @@ func perms(l []types.BlockPermission) (p perm.Perm) {
 // again.
 func (d *Driver) DebugEvent(r *blk.Req, e blk.DebugEvent) {
 	if d.rules.eventful.Load() && !r.NoWait {
-		d.rules.event(r, e)
+		d.rules.event(e)
 	}
 }
 
@@ -113,20 +113,6 @@ func (d *Driver) unless(r *blk.Req, kind uint32, off, n int64, do func() error) 
 	}
 	return do()
 }
-
-// Break makes the next request that announces the event wait, under that name, until Resume.
-func (d *Driver) Break(e types.BlkdebugEvent, tag string) { d.rules.breakAt(e, tag) }
-
-// WaitSuspended waits until a request waits under that name, or for the end of ctx.
-func (d *Driver) WaitSuspended(ctx context.Context, tag string) error {
-	return d.rules.waitSuspended(ctx, tag)
-}
-
-// Resume lets one request go on that waits under that name, and tells whether there was one.
-func (d *Driver) Resume(tag string) bool { return d.rules.resume(tag) }
-
-// Unbreak removes breakpoints of that name, and lets all requests go on that wait under it.
-func (d *Driver) Unbreak(tag string) { d.rules.unbreak(tag) }
 
 // Caps implements graph.Driver. No request passes the rules unseen.
 func (d *Driver) Caps() graph.Caps {

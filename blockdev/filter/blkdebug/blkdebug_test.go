@@ -131,56 +131,6 @@ func TestStates(t *testing.T) {
 	}
 }
 
-// TestBreakpoints: a request waits at its event until it is told to go on; those that must not wait
-// come back as ones that may.
-func TestBreakpoints(t *testing.T) {
-	mem, root, _ := begin(t, types.BlockdevOptionsBlkdebug{})
-	d := root.Node().Driver().(*Driver)
-	ctx := context.Background()
-	d.Break(types.BlkdebugEventPwritev, "A")
-	r, err := root.Begin(ctx)
-	if err != nil {
-		t.Fatal(err)
-	}
-	r.NoWait = true
-	if err := root.WriteAt(r, blk.Buf([]byte("now")), 0, 0); !errors.Is(err, blk.ErrWouldBlock) {
-		t.Fatal(err)
-	}
-	r.NoWait = false
-	done := make(chan error)
-	go func() { done <- root.WriteAt(r, blk.Buf([]byte("now")), 0, 0) }()
-	if err := d.WaitSuspended(ctx, "A"); err != nil {
-		t.Fatal(err)
-	}
-	if b := mem.Bytes()[:3]; string(b) == "now" {
-		t.Error("written before the request was resumed")
-	}
-	other, err := root.Begin(ctx)
-	if err != nil {
-		t.Fatal(err)
-	}
-	if err := root.WriteAt(other, blk.Buf([]byte("other")), 1024, 0); err != nil { // the breakpoint was for one
-		t.Fatal(err)
-	}
-	root.End(other)
-	if d.Resume("B") || !d.Resume("A") || d.Resume("A") {
-		t.Error("not just the one that waits was resumed")
-	}
-	if err := <-done; err != nil || string(mem.Bytes()[:3]) != "now" {
-		t.Error(err)
-	}
-	d.Break(types.BlkdebugEventPwritevDone, "A")
-	go func() { done <- root.WriteAt(r, blk.Buf([]byte("end")), 0, 0) }()
-	if err := d.WaitSuspended(ctx, "A"); err != nil || string(mem.Bytes()[:3]) != "end" {
-		t.Fatal(err)
-	}
-	d.Unbreak("A")
-	if err := <-done; err != nil {
-		t.Fatal(err)
-	}
-	root.End(r)
-}
-
 // FuzzConfig reads anything as a file of rules.
 func FuzzConfig(f *testing.F) {
 	f.Add("[inject-error]\nevent = \"none\"\nonce = \"on\"\n# no\n[set-state]\nevent = \"pwritev\"\nnew_state = \"0x2\"\n")

@@ -1,7 +1,6 @@
 package blkdebug
 
 import (
-	"context"
 	"slices"
 	"sync"
 	"sync/atomic"
@@ -46,14 +45,13 @@ var events = func() map[types.BlkdebugEvent]blk.DebugEvent {
 }()
 
 // rule does something when its event comes in its state: it becomes active and makes requests fail,
-// or changes the state, or makes the request wait whose event it is.
+// or changes the state.
 type rule struct {
 	event blk.DebugEvent
 	state int64 // 0: any
 
-	newState int64  // of a change of the state, unless errors or tag is set
-	tag      string // of a breakpoint
-	errors   bool   // it makes requests fail:
+	newState int64 // of a change of the state, unless errors is set
+	errors   bool  // it makes requests fail:
 
 	kinds       uint32 // 1 << kind of request
 	off         int64  // only requests that touch this byte; negative: all
@@ -72,10 +70,6 @@ type rules struct {
 	// as they were given
 	all    []*rule // +checklocks:mu
 	active []*rule // +checklocks:mu
-	// closed to let a request go on
-	suspended map[string][]chan struct{} // +checklocks:mu
-	// closed when the next request is suspended; nil: nobody waits for that
-	arrived chan struct{} // +checklocks:mu
 }
 
 // init takes the rules over and begins.
@@ -111,48 +105,31 @@ func (l *rules) addLocked(x *rule) {
 	}
 }
 
-// event does what rules say, and waits if one says so.
-func (l *rules) event(r *blk.Req, e blk.DebugEvent) {
+// event does what rules say.
+func (l *rules) event(e blk.DebugEvent) {
 	l.mu.Lock()
-	waits := l.eventLocked(e)
-	l.mu.Unlock()
-	for _, c := range waits {
-		select {
-		case <-c:
-		case <-r.Done():
-		}
-	}
+	defer l.mu.Unlock()
+	l.eventLocked(e)
 }
 
-// eventLocked returns what the request whose event it is has to wait for. All rules see the same
-// state; if several change it the first one does. If there are any that make requests fail, they
-// take the place of those that were active.
+// eventLocked does what rules say. All see the same state; if several change it the first one does.
+// If there are any that make requests fail, they take the place of those that were active.
 // +checklocks:l.mu
-func (l *rules) eventLocked(e blk.DebugEvent) (waits []chan struct{}) {
+func (l *rules) eventLocked(e blk.DebugEvent) {
 	next, fresh := l.state, false
-	for _, x := range slices.Backward(slices.Clone(l.all)) {
-		switch {
+	for i := len(l.all) - 1; i >= 0; i-- {
+		switch x := l.all[i]; {
 		case x.event != e || x.state != 0 && x.state != l.state:
 		case x.errors:
 			if !fresh {
 				l.active, fresh = nil, true
 			}
 			l.active = slices.Insert(l.active, 0, x)
-		case x.tag != "":
-			l.removeLocked(x)
-			c := make(chan struct{})
-			waits = append(waits, c)
-			l.suspended[x.tag] = append(l.suspended[x.tag], c)
-			if l.arrived != nil {
-				close(l.arrived)
-				l.arrived = nil
-			}
 		default:
 			next = x.newState
 		}
 	}
 	l.state = next
-	return waits
 }
 
 // +checklocks:l.mu
@@ -193,58 +170,5 @@ func pause(r *blk.Req) {
 	select {
 	case <-t.C:
 	case <-r.Done():
-	}
-}
-
-func (l *rules) breakAt(e types.BlkdebugEvent, tag string) {
-	n, ok := events[e]
-	if !ok || tag == "" {
-		panic("blkdebug: a breakpoint needs an event and a name")
-	}
-	l.mu.Lock()
-	defer l.mu.Unlock()
-	if l.suspended == nil {
-		l.suspended = map[string][]chan struct{}{}
-	}
-	l.addLocked(&rule{event: n, tag: tag})
-}
-
-func (l *rules) waitSuspended(ctx context.Context, tag string) error {
-	for {
-		l.mu.Lock()
-		if len(l.suspended[tag]) > 0 {
-			l.mu.Unlock()
-			return nil
-		}
-		if l.arrived == nil {
-			l.arrived = make(chan struct{})
-		}
-		c := l.arrived
-		l.mu.Unlock()
-		select {
-		case <-c:
-		case <-ctx.Done():
-			return context.Cause(ctx)
-		}
-	}
-}
-
-func (l *rules) resume(tag string) bool {
-	l.mu.Lock()
-	defer l.mu.Unlock()
-	w := l.suspended[tag]
-	if len(w) == 0 {
-		return false
-	}
-	close(w[len(w)-1]) // the newest, as in QEMU
-	l.suspended[tag] = w[:len(w)-1]
-	return true
-}
-
-func (l *rules) unbreak(tag string) {
-	l.mu.Lock()
-	l.all = slices.DeleteFunc(l.all, func(x *rule) bool { return x.tag == tag })
-	l.mu.Unlock()
-	for l.resume(tag) {
 	}
 }
