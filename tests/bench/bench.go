@@ -57,6 +57,27 @@ type load struct {
 	sides   []string                             // instead of the group's
 }
 
+// single is a load with one metric of its own name.
+func single(name, unit string, less bool, run func(side string) (float64, error)) load {
+	return load{name: name, metrics: []metric{{name, unit, less}}, run: func(side string) ([]float64, error) {
+		v, err := run(side)
+		return []float64{v}, err
+	}}
+}
+
+// known is a load of which the value was found when its group was set up.
+func known(name, unit string, values map[string]float64) load {
+	l := single(name, unit, true, func(side string) (float64, error) { return values[side], nil })
+	l.pairs = 1
+	return l
+}
+
+// most is l in so many pairs at most.
+func (l load) most(pairs int) load {
+	l.pairs = pairs
+	return l
+}
+
 // group is loads that share what they run on.
 type group struct {
 	name  string

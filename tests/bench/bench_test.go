@@ -24,7 +24,8 @@ func TestTurn(t *testing.T) {
 // Ratios are of values of one round, and tell how many times better we are in either unit.
 func TestFinish(t *testing.T) {
 	for _, less := range []bool{false, true} {
-		f := &figure{Name: "qmp/10k pipelined", Less: less, sides: []string{us, qsd}, Values: map[string][]float64{}, rounds: map[string]map[int]float64{}}
+		f := &figure{Name: "qmp/10k pipelined", Less: less, sides: []string{us, qsd},
+			Values: map[string][]float64{}, rounds: map[string]map[int]float64{}}
 		x, y := 60.0, 3.0
 		if less {
 			x, y = y, x

@@ -1,6 +1,7 @@
 package main
 
 import (
+	"bytes"
 	"encoding/binary"
 	"fmt"
 	"os"
@@ -83,7 +84,7 @@ func (b *bench) newQcow2(path string, size int64) error {
 // is used.
 func withBacking(image []byte, name string) []byte {
 	const at = 4096
-	b := append([]byte(nil), image...)
+	b := bytes.Clone(image)
 	binary.BigEndian.PutUint64(b[8:], at)
 	binary.BigEndian.PutUint32(b[16:], uint32(len(name)))
 	copy(b[at:], name)

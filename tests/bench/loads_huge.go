@@ -1,11 +1,14 @@
 package main
 
 import (
+	"errors"
 	"fmt"
 	"os"
 	"path/filepath"
 	"sync/atomic"
 	"time"
+
+	"qblockd/blockdev/nbdwire"
 )
 
 const tib = int64(1) << 40
@@ -18,12 +21,12 @@ func touch(path string, offs ...int64) error {
 	}
 	defer c.close()
 	for _, off := range offs {
-		c.out = append(appendRequest(c.out, nbdWrite, 0, off, markPage), pattern(markPage)...)
+		c.out = append(appendRequest(c.out, nbdwire.CmdWrite, 0, off, markPage), pattern(markPage)...)
 		if _, err := c.reply(&workload{write: true, bs: markPage}, []int64{off}); err != nil {
 			return err
 		}
 	}
-	c.out = appendRequest(c.out, nbdDisc, 0, 0, 0)
+	c.out = appendRequest(c.out, nbdwire.CmdDisc, 0, 0, 0)
 	return c.flush()
 }
 
@@ -58,30 +61,20 @@ func bitmapLoads(b *bench) *group {
 		grown[side] = (after - before) / 1024
 		return err
 	}
-	timed := func(side, command string, args object) ([]float64, error) {
+	timed := func(side, command string, args object) (float64, error) {
 		begin := time.Now()
 		_, err := up[side].q.do(command, args)
-		return []float64{time.Since(begin).Seconds() * 1e3}, err
+		return time.Since(begin).Seconds() * 1e3, err
 	}
-	target := object{"node": "n", "name": "b"}
-	merge := func(side string) ([]float64, error) {
-		return timed(side, "block-dirty-bitmap-merge", object{"node": "n", "target": "b", "bitmaps": []string{"a"}})
-	}
+	merge := object{"node": "n", "target": "b", "bitmaps": []string{"a"}}
 	g.loads = []load{
-		{name: "RSS", pairs: 1, metrics: []metric{{"RSS", "MiB", true}}, run: func(side string) ([]float64, error) { return []float64{grown[side]}, nil }},
+		known("RSS", "MiB", grown),
 		{name: "merge", metrics: []metric{{"merge into an empty one", "ms", true}, {"merge again", "ms", true}, {"clear", "ms", true}},
-			run: func(side string) (v []float64, err error) {
-				for _, f := range []func() ([]float64, error){
-					func() ([]float64, error) { return merge(side) }, func() ([]float64, error) { return merge(side) },
-					func() ([]float64, error) { return timed(side, "block-dirty-bitmap-clear", target) },
-				} {
-					x, err := f()
-					if err != nil {
-						return nil, err
-					}
-					v = append(v, x...)
-				}
-				return v, nil
+			run: func(side string) ([]float64, error) {
+				first, err1 := timed(side, "block-dirty-bitmap-merge", merge)
+				again, err2 := timed(side, "block-dirty-bitmap-merge", merge)
+				clear, err3 := timed(side, "block-dirty-bitmap-clear", object{"node": "n", "name": "b"})
+				return []float64{first, again, clear}, errors.Join(err1, err2, err3)
 			}},
 	}
 	return g
@@ -108,9 +101,11 @@ func hugeLoads(b *bench, cluster string) *group {
 		}
 	}
 	var rounds atomic.Int64
-	g.loads = []load{{name: "bitmap backup", pairs: 3, metrics: []metric{{"bitmap backup of two clusters", "ms", true}, {"RSS at its end", "MiB", true}},
+	metrics := []metric{{"bitmap backup of two clusters", "ms", true}, {"RSS at its end", "MiB", true}}
+	g.loads = []load{{name: "bitmap backup", pairs: 3, metrics: metrics,
 		run: func(side string) ([]float64, error) {
-			args := append(qcow2Node(images["n"]), "--blockdev", "driver=file,node-name=tf,filename="+images["t"], "--blockdev", "driver=qcow2,node-name=t,file=tf")
+			args := append(qcow2Node(images["n"]), "--blockdev", "driver=file,node-name=tf,filename="+images["t"],
+				"--blockdev", "driver=qcow2,node-name=t,file=tf")
 			p, err := b.daemon(side, 0, append(args, export...)...)
 			if err != nil {
 				return nil, err

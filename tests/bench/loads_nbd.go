@@ -1,9 +1,9 @@
 package main
 
 import (
-	"fmt"
 	"os"
 	"path/filepath"
+	"slices"
 )
 
 var allSides = []string{us, qsd, nbdkit, qemuNBD}
@@ -26,19 +26,24 @@ var nbdLoads = []nbdLoad{
 	{"randwrite 4 KiB qd16", workload{bs: 4096, qd: 16, conns: 1, random: true, write: true}},
 }
 
-// metrics of a workload: bandwidth of large requests, number of small ones.
-func (l *nbdLoad) metrics() []metric {
-	if l.bs >= 64<<10 {
-		return []metric{{name: l.name, unit: "MB/s"}}
+// load measures bandwidth of large requests, and the number of small ones.
+func (l nbdLoad) load(run func(side string) (iops float64, err error)) load {
+	if l.bs < 64<<10 {
+		return single(l.name, "IOPS", false, run)
 	}
-	return []metric{{name: l.name, unit: "IOPS"}}
+	return single(l.name, "MB/s", false, func(side string) (float64, error) {
+		iops, err := run(side)
+		return iops * float64(l.bs) / 1e6, err
+	})
 }
 
-func (l *nbdLoad) value(iops float64) []float64 {
-	if l.bs >= 64<<10 {
-		return []float64{iops * float64(l.bs) / 1e6}
+// nbdLoadsOn are all workloads on servers that run; data read are compared.
+func nbdLoadsOn(b *bench, up map[string]*proc) (loads []load) {
+	for _, l := range nbdLoads {
+		l.verify = !l.write
+		loads = append(loads, l.load(func(side string) (float64, error) { return drive(up[side].nbd, l.workload, b.secs) }))
 	}
-	return []float64{iops}
+	return loads
 }
 
 // export is the options for the export of node n.
@@ -66,13 +71,7 @@ func rawLoads(b *bench, where string) *group {
 		return err
 	}
 	g.down = func() { os.Remove(path) }
-	for _, l := range nbdLoads {
-		l.verify = !l.write
-		g.loads = append(g.loads, load{name: l.name, metrics: l.metrics(), run: func(side string) ([]float64, error) {
-			n, err := drive(up[side].nbd, l.workload, b.secs)
-			return l.value(n), err
-		}})
-	}
+	g.loads = nbdLoadsOn(b, up)
 	return g
 }
 
@@ -100,13 +99,7 @@ func qcow2Loads(b *bench) *group {
 		}
 		os.Remove(raw())
 	}
-	for _, l := range nbdLoads {
-		l.verify = !l.write
-		g.loads = append(g.loads, load{name: l.name, metrics: l.metrics(), run: func(side string) ([]float64, error) {
-			n, err := drive(up[side].nbd, l.workload, b.secs)
-			return l.value(n), err
-		}})
-	}
+	g.loads = nbdLoadsOn(b, up)
 	return g
 }
 
@@ -115,27 +108,27 @@ func qcow2Node(path string) []string {
 }
 
 // fresh runs l on side with a new and empty qcow2 image, on top of more.
-func (b *bench) fresh(side string, l *nbdLoad, size int64, more ...string) ([]float64, error) {
+func (b *bench) fresh(side string, l *nbdLoad, size int64, more ...string) (float64, error) {
 	path := filepath.Join(b.shm, "fresh.qcow2")
 	defer os.Remove(path)
 	if err := b.newQcow2(path, size); err != nil {
-		return nil, err
+		return 0, err
 	}
 	node := qcow2Node(path)
 	if len(more) > 0 {
 		node[3] += ",backing=base"
 	}
-	args := append(append(append([]string(nil), more...), node...), export...)
+	args := slices.Concat(more, node, export)
 	p, err := b.daemon(side, 0, args...)
 	if err != nil {
-		return nil, err
+		return 0, err
 	}
 	n, err := drive(p.nbd, l.workload, b.secs)
 	b.stop(p)
 	if err == nil {
 		err = b.qemuImg("check", "-q", path)
 	}
-	return l.value(n), err
+	return n, err
 }
 
 // allocatingLoads: every write meets clusters that are not there yet, or were not a moment ago.
@@ -145,9 +138,7 @@ func allocatingLoads(b *bench) *group {
 		{"write 1 MiB qd8", workload{bs: mib, qd: 8, conns: 1, write: true}},
 		{"randwrite 4 KiB qd16", workload{bs: 4096, qd: 16, conns: 1, random: true, write: true}},
 	} {
-		g.loads = append(g.loads, load{name: l.name, metrics: l.metrics(), run: func(side string) ([]float64, error) {
-			return b.fresh(side, &l, 4*b.size)
-		}})
+		g.loads = append(g.loads, l.load(func(side string) (float64, error) { return b.fresh(side, &l, 4*b.size) }))
 	}
 	return g
 }
@@ -161,9 +152,9 @@ func copyOnWriteLoads(b *bench) *group {
 	l := nbdLoad{"randwrite 4 KiB qd16 copying", workload{bs: 4096, qd: 16, conns: 1, random: true, write: true, stride: 64 << 10}}
 	r := nbdLoad{"randread 4 KiB qd16 of backing", workload{bs: 4096, qd: 16, conns: 1, random: true, verify: true}}
 	for _, l := range []nbdLoad{r, l} {
-		g.loads = append(g.loads, load{name: l.name, metrics: l.metrics(), run: func(side string) ([]float64, error) {
+		g.loads = append(g.loads, l.load(func(side string) (float64, error) {
 			return b.fresh(side, &l, b.size, "--blockdev", "driver=file,node-name=base,read-only=on,filename="+base())
-		}})
+		}))
 	}
 	return g
 }
@@ -185,16 +176,16 @@ func streamLoads(b *bench, where string) *group {
 		os.Remove(top)
 	}
 	checked := map[string]bool{}
-	g.loads = []load{{name: "block-stream", metrics: []metric{{name: "block-stream", unit: "MB/s"}}, run: func(side string) ([]float64, error) {
+	g.loads = []load{single("block-stream", "MB/s", false, func(side string) (float64, error) {
 		if err := b.newQcow2(top, b.size); err != nil {
-			return nil, err
+			return 0, err
 		}
 		args := append(qcow2Node(top), "--blockdev", "driver=file,node-name=base,read-only=on,filename="+base)
 		args[3] += ",backing=base"
 		args = append(args[4:], args[:4]...)
 		p, err := b.daemon(side, 0, args...)
 		if err != nil {
-			return nil, err
+			return 0, err
 		}
 		took, err := p.job("block-stream", object{"device": "n"})
 		b.stop(p)
@@ -204,18 +195,10 @@ func streamLoads(b *bench, where string) *group {
 				err = b.qemuImg("check", "-q", top)
 			}
 		}
-		return []float64{float64(b.size) / 1e6 / took.Seconds()}, err
-	}}}
+		return float64(b.size) / 1e6 / took.Seconds(), err
+	})}
 	if b.quick {
 		g.loads[0].pairs = 3
 	}
 	return g
-}
-
-// hasError finds the error of a job in query-jobs' reply.
-func jobError(reply []byte) error {
-	if i := indexOf(reply, `"error":`); i >= 0 {
-		return fmt.Errorf("job failed: %s", reply[i:])
-	}
-	return nil
 }

@@ -10,6 +10,7 @@ import (
 	"os/exec"
 	"path/filepath"
 	"sync"
+	"sync/atomic"
 	"syscall"
 	"time"
 )
@@ -21,26 +22,26 @@ func (b *bench) duration() time.Duration { return time.Duration(b.secs * 1e9) }
 // startLoads: from exec to the greeting, and what a daemon takes that does nothing.
 func startLoads(b *bench) *group {
 	return &group{name: "start", sides: daemons, loads: []load{
-		{name: "start to greeting", metrics: []metric{{"start to greeting", "ms", true}}, run: func(side string) ([]float64, error) {
+		single("start to greeting", "ms", true, func(side string) (float64, error) {
 			var all []float64
 			for range 3 {
 				ms, err := b.greeting(side)
 				if err != nil {
-					return nil, err
+					return 0, err
 				}
 				all = append(all, ms)
 			}
-			return []float64{median(all)}, nil
-		}},
-		{name: "RSS idle", pairs: 3, metrics: []metric{{"RSS idle", "MiB", true}}, run: func(side string) ([]float64, error) {
+			return median(all), nil
+		}),
+		single("RSS idle", "MiB", true, func(side string) (float64, error) {
 			p, err := b.daemon(side, 1)
 			if err != nil {
-				return nil, err
+				return 0, err
 			}
 			defer b.stop(p)
 			kib, err := p.settled()
-			return []float64{kib / 1024}, err
-		}},
+			return kib / 1024, err
+		}).most(3),
 	}}
 }
 
@@ -120,27 +121,24 @@ func monitorLoads(b *bench) *group {
 			}
 			return []float64{t[len(t)/2], t[len(t)*99/100]}, nil
 		}},
-		{name: "10k pipelined", pairs: 5, metrics: []metric{{name: "10k pipelined", unit: "cmd/s"}}, run: func(side string) ([]float64, error) {
-			v, err := ms[side][0].pipelined(version, 10000)
-			return []float64{v}, err
-		}},
-		{name: "8 monitors", metrics: []metric{{name: "8 monitors", unit: "cmd/s"}}, run: func(side string) ([]float64, error) {
+		single("10k pipelined", "cmd/s", false, func(side string) (float64, error) {
+			return ms[side][0].pipelined(version, 10000)
+		}).most(5),
+		single("8 monitors", "cmd/s", false, func(side string) (float64, error) {
 			var wg sync.WaitGroup
-			n, errs := make([]int, 8), make([]error, 8)
+			var total atomic.Int64
+			errs := make([]error, 8)
 			begin := time.Now()
 			for i, m := range ms[side] {
 				wg.Go(func() {
 					t, err := m.roundTrips(version, b.duration())
-					n[i], errs[i] = len(t), err
+					total.Add(int64(len(t)))
+					errs[i] = err
 				})
 			}
 			wg.Wait()
-			total := 0
-			for _, k := range n {
-				total += k
-			}
-			return []float64{float64(total) / time.Since(begin).Seconds()}, errors.Join(errs...)
-		}},
+			return float64(total.Load()) / time.Since(begin).Seconds(), errors.Join(errs...)
+		}),
 	}
 	return g
 }
@@ -200,9 +198,7 @@ func graphLoads(b *bench) *group {
 		return us, err
 	}
 	g.loads = []load{
-		{name: "RSS a node", pairs: 1, metrics: []metric{{"RSS a node", "KiB", true}}, run: func(side string) ([]float64, error) {
-			return []float64{perNode[side]}, nil
-		}},
+		known("RSS a node", "KiB", perNode),
 		{name: "blockdev-add", metrics: []metric{{"blockdev-add with 10 nodes", "us", true}, {"blockdev-add with 10,000 nodes", "us", true},
 			{"10,000 nodes against 10", "x", true}}, run: func(side string) ([]float64, error) {
 			f, err := add(few[side])
@@ -212,18 +208,16 @@ func graphLoads(b *bench) *group {
 			m, err := add(many[side])
 			return []float64{f, m, m / f}, err
 		}},
-		{name: "flat query of 10,000 nodes", metrics: []metric{{"flat query of 10,000 nodes", "ms", true}}, run: func(side string) ([]float64, error) {
-			return many[side].query(true)
-		}},
+		single("flat query of 10,000 nodes", "ms", true, func(side string) (float64, error) { return many[side].query(true) }),
 	}
 	return g
 }
 
 // query is how long query-named-block-nodes takes, in milliseconds.
-func (p *proc) query(flat bool) ([]float64, error) {
+func (p *proc) query(flat bool) (float64, error) {
 	begin := time.Now()
 	_, err := p.q.do("query-named-block-nodes", object{"flat": flat})
-	return []float64{time.Since(begin).Seconds() * 1e3}, err
+	return time.Since(begin).Seconds() * 1e3, err
 }
 
 // chainLoads: 200 layers of qcow2. With override the headers name no backing file: the options do,
@@ -273,17 +267,15 @@ func chainLoads(b *bench, headers bool) *group {
 		enough = 6 * time.Second
 	}
 	g.loads = []load{
-		{name: "RSS a layer", pairs: 1, metrics: []metric{{"RSS a layer", "KiB", true}}, run: func(side string) ([]float64, error) {
-			return []float64{perLayer[side]}, nil
-		}},
-		{name: "full query", pairs: 3, metrics: []metric{{"full query", "ms", true}}, run: func(side string) ([]float64, error) {
+		known("RSS a layer", "KiB", perLayer),
+		single("full query", "ms", true, func(side string) (float64, error) {
 			v, err := b.fullQuery(up[side], limit)
 			if side == us && err == nil {
 				// Longer than this decides nothing.
-				limit = max(enough, time.Duration(1.1*least*v[0]*float64(time.Millisecond)))
+				limit = max(enough, time.Duration(1.1*least*v*float64(time.Millisecond)))
 			}
 			return v, err
-		}},
+		}).most(3),
 	}
 	return g
 }
@@ -312,21 +304,18 @@ func (b *bench) newChain(file func(int) string, depth int, headers bool) error {
 
 // fullQuery is query with whole chains. Who takes longer than limit is taken to need just that, and
 // is killed.
-func (b *bench) fullQuery(p *proc, limit time.Duration) ([]float64, error) {
-	select {
-	case <-p.done:
-		return []float64{limit.Seconds() * 1e3}, nil
-	default:
+func (b *bench) fullQuery(p *proc, limit time.Duration) (float64, error) {
+	if p.Ended(0) {
+		return limit.Seconds() * 1e3, nil
 	}
 	if err := p.q.fd.timeout(limit); err != nil {
-		return nil, err
+		return 0, err
 	}
 	v, err := p.query(false)
 	if errors.Is(err, syscall.EAGAIN) {
 		fmt.Printf("    %s needs more than %v and counts as that\n", p.side, limit)
-		_ = p.cmd.Process.Kill()
-		<-p.done
-		return []float64{limit.Seconds() * 1e3}, nil
+		p.Kill()
+		return limit.Seconds() * 1e3, nil
 	}
 	return v, err
 }
@@ -343,11 +332,13 @@ func (p *proc) job(command string, args object) (time.Duration, error) {
 		if err != nil {
 			return 0, err
 		}
-		if indexOf(b, `"concluded"`) >= 0 {
-			return time.Since(begin), jobError(b)
+		if bytes.Contains(b, []byte(`"concluded"`)) {
+			took := time.Since(begin)
+			if i := bytes.Index(b, []byte(`"error":`)); i >= 0 {
+				return took, fmt.Errorf("job failed: %s", b[i:])
+			}
+			return took, nil
 		}
 		time.Sleep(time.Millisecond)
 	}
 }
-
-func indexOf(b []byte, s string) int { return bytes.Index(b, []byte(s)) }

@@ -10,20 +10,8 @@ import (
 	"syscall"
 	"time"
 	"unsafe"
-)
 
-// The NBD protocol (NBD proto.md), as much as the loads need.
-const (
-	nbdRead, nbdWrite, nbdDisc = 0, 1, 2
-
-	nbdRequestMagic    = 0x25609513
-	nbdSimpleMagic     = 0x67446698
-	nbdStructuredMagic = 0x668e33ef
-	nbdOptionMagic     = 0x49484156454f5054
-
-	optGo, optStructured = 7, 8
-	repAck, repInfo      = 1, 3
-	chunkData, chunkHole = 1, 2
+	"qblockd/blockdev/nbdwire"
 )
 
 const exportName = "x"
@@ -31,13 +19,12 @@ const exportName = "x"
 // nbdConn is one connection, used by one goroutine. What is to be sent is gathered in out and
 // leaves before the connection would wait for replies.
 type nbdConn struct {
-	fd         fd
-	size       int64
-	structured bool
-	in         []byte // [r:w) is received and not used
-	r, w       int
-	out        []byte
-	payload    []byte // of a large read
+	fd      fd
+	size    int64
+	in      []byte // [r:w) is received and not used
+	r, w    int
+	out     []byte
+	payload []byte // of a large read
 }
 
 // small is up to which length payloads go through the buffers; longer ones are moved without a copy
@@ -66,36 +53,32 @@ func (c *nbdConn) handshake() error {
 	if _, err := c.take(18); err != nil {
 		return err
 	}
-	be := binary.BigEndian
-	option := func(b []byte, opt uint32, data []byte) []byte {
-		b = be.AppendUint64(b, nbdOptionMagic)
-		b = be.AppendUint32(b, opt)
-		b = be.AppendUint32(b, uint32(len(data)))
-		return append(b, data...)
-	}
-	info := be.AppendUint32(nil, uint32(len(exportName)))
-	info = append(append(info, exportName...), 0, 0)
-	c.out = be.AppendUint32(c.out, 3) // fixed newstyle, no zeroes
-	c.out = option(c.out, optStructured, nil)
-	c.out = option(c.out, optGo, info)
+	c.out = binary.BigEndian.AppendUint32(c.out, 3) // fixed newstyle, no zeroes
+	c.out = nbdwire.AppendOption(c.out, nbdwire.OptStructuredReply, nil)
+	c.out = nbdwire.AppendOption(c.out, nbdwire.OptGo, (&nbdwire.InfoRequest{Name: exportName}).Append(nil))
 	for {
-		h, err := c.take(20)
+		h, err := c.take(nbdwire.OptReplySize)
 		if err != nil {
 			return err
 		}
-		opt, typ, n := be.Uint32(h[8:]), be.Uint32(h[12:]), int(be.Uint32(h[16:]))
-		d, err := c.take(n)
+		r, err := nbdwire.ParseOptReply(h)
+		if err != nil {
+			return err
+		}
+		d, err := c.take(int(r.Len))
 		switch {
 		case err != nil:
 			return err
-		case opt == optStructured:
-			c.structured = typ == repAck
-		case typ == repInfo && n >= 12 && be.Uint16(d) == 0:
-			c.size = int64(be.Uint64(d[2:]))
-		case typ == repAck:
+		case r.Opt == nbdwire.OptStructuredReply:
+			// With or without: each reply says what it is.
+		case r.Type == nbdwire.RepInfo:
+			if i, err := nbdwire.ParseInfo(d); err == nil && i.Type == nbdwire.InfoExport {
+				c.size = int64(i.Size)
+			}
+		case r.Type == nbdwire.RepAck:
 			return nil
-		case typ>>31 != 0:
-			return fmt.Errorf("export refused: %#x %s", typ, d)
+		case r.Type>>31 != 0:
+			return fmt.Errorf("export refused: %#x %s", r.Type, d)
 		}
 	}
 }
@@ -236,20 +219,15 @@ func (c *nbdConn) run(w workload, id int, stop *atomic.Bool) (done int64, err er
 			next = 0
 		}
 		offs[slot] = off
-		cmd := uint16(nbdRead)
+		cmd := nbdwire.CmdRead
 		if w.write {
-			cmd = nbdWrite
+			cmd = nbdwire.CmdWrite
 		}
 		c.out = appendRequest(c.out, cmd, uint64(slot), off, w.bs)
-		switch {
-		case !w.write:
-		case w.bs <= small:
-			mark(data, off)
-			c.out = append(c.out, data...)
-		default:
-			mark(data, off)
+		if mark(data, off); w.bs > small && w.write {
 			return c.sendLarge(data)
 		}
+		c.out = append(c.out, data...)
 		return nil
 	}
 	for s := range w.qd {
@@ -271,17 +249,12 @@ func (c *nbdConn) run(w workload, id int, stop *atomic.Bool) (done int64, err er
 			return done, err
 		}
 	}
-	c.out = appendRequest(c.out, nbdDisc, 0, 0, 0)
+	c.out = appendRequest(c.out, nbdwire.CmdDisc, 0, 0, 0)
 	return done, c.flush()
 }
 
 func appendRequest(b []byte, cmd uint16, cookie uint64, off int64, n int) []byte {
-	be := binary.BigEndian
-	b = be.AppendUint32(b, nbdRequestMagic)
-	b = be.AppendUint32(b, uint32(cmd)) // flags 0, command
-	b = be.AppendUint64(b, cookie)
-	b = be.AppendUint64(b, uint64(off))
-	return be.AppendUint32(b, uint32(n))
+	return (&nbdwire.Request{Cmd: cmd, Cookie: cookie, Off: uint64(off), Len: uint32(n)}).Append(b)
 }
 
 // reply receives replies until a request is answered in full, and returns its slot.
@@ -298,7 +271,7 @@ func (c *nbdConn) reply(w *workload, offs []int64) (int, error) {
 		}
 		slot := int(cookie)
 		switch magic {
-		case nbdSimpleMagic:
+		case nbdwire.MagicSimple:
 			if mid != 0 {
 				return 0, fmt.Errorf("error %d at %d", mid, offs[slot])
 			}
@@ -306,7 +279,7 @@ func (c *nbdConn) reply(w *workload, offs []int64) (int, error) {
 				err = c.data(w, offs[slot], w.bs)
 			}
 			return slot, err
-		case nbdStructuredMagic:
+		case nbdwire.MagicStructured:
 			if err := c.chunk(w, uint16(mid)); err != nil {
 				return 0, fmt.Errorf("read at %d: %w", offs[slot], err)
 			}
@@ -328,12 +301,12 @@ func (c *nbdConn) chunk(w *workload, typ uint16) error {
 	}
 	n := int(be.Uint32(h))
 	switch {
-	case typ == chunkData && n >= 8 && n-8 <= w.bs:
+	case typ == nbdwire.ChunkOffsetData && n >= 8 && n-8 <= w.bs:
 		if h, err = c.take(8); err != nil {
 			return err
 		}
 		return c.data(w, int64(be.Uint64(h)), n-8)
-	case typ == chunkHole && w.verify:
+	case typ == nbdwire.ChunkOffsetHole && w.verify:
 		return errors.New("a hole where data are")
 	case typ>>15 != 0:
 		return fmt.Errorf("error chunk %#x", typ)

@@ -2,14 +2,17 @@ package main
 
 import (
 	"bytes"
+	"errors"
 	"fmt"
 	"os"
 	"os/exec"
 	"path/filepath"
+	"slices"
 	"strconv"
-	"strings"
 	"syscall"
 	"time"
+
+	"qblockd/tests/daemon"
 )
 
 // tmpfsMagic is the f_type of memory file systems (statfs(2)).
@@ -68,25 +71,35 @@ func (b *bench) folder(where string) (string, error) {
 
 // proc is a server that runs.
 type proc struct {
+	*daemon.Process
 	side   string
-	cmd    *exec.Cmd
 	dir    string // its sockets
 	stderr bytes.Buffer
-	done   chan struct{}
 	mon    []string // monitor sockets; the last is for us
 	nbd    string   // NBD socket
 	q      *monitor
 }
 
-func (b *bench) launch(side string, argv []string) (*proc, error) {
-	p := &proc{side: side, done: make(chan struct{})}
-	p.cmd = exec.Command(argv[0], argv[1:]...)
-	p.cmd.Stderr = &p.stderr
-	if err := p.cmd.Start(); err != nil {
+// launch starts a server with a folder for its sockets, of which argv is told, and waits for a file
+// there that shows that it is up.
+func (b *bench) launch(side, up string, argv func(p *proc) []string) (*proc, error) {
+	p := &proc{side: side}
+	var err error
+	if p.dir, err = os.MkdirTemp(b.shm, "d"); err != nil {
 		return nil, err
 	}
-	go func() { _ = p.cmd.Wait(); close(p.done) }()
+	p.nbd = filepath.Join(p.dir, "nbd")
+	args := argv(p)
+	cmd := exec.Command(args[0], args[1:]...)
+	cmd.Stderr = &p.stderr
+	if p.Process, err = daemon.Launch(cmd); err != nil {
+		return nil, errors.Join(err, os.RemoveAll(p.dir))
+	}
 	b.procs = append(b.procs, p)
+	if err := p.WaitFor(filepath.Join(p.dir, up), 20*time.Second); err != nil {
+		b.stop(p)
+		return nil, fmt.Errorf("%w\n%s", err, p.stderr.Bytes())
+	}
 	return p, nil
 }
 
@@ -101,30 +114,22 @@ func (b *bench) program(side string) string {
 // daemon starts qblockd or qemu-storage-daemon with monitors for loads, one for us and an NBD
 // server, besides args.
 func (b *bench) daemon(side string, monitors int, args ...string) (*proc, error) {
-	dir, err := os.MkdirTemp(b.shm, "d")
+	p, err := b.launch(side, "pid", func(p *proc) []string {
+		argv := []string{b.program(side)}
+		for i := range monitors + 1 {
+			p.mon = append(p.mon, filepath.Join(p.dir, "m"+strconv.Itoa(i)))
+			argv = append(argv, "--chardev", fmt.Sprintf("socket,id=c%d,path=%s,server=on,wait=off", i, p.mon[i]),
+				"--monitor", fmt.Sprintf("chardev=c%d", i))
+		}
+		argv = append(argv, "--nbd-server", "addr.type=unix,addr.path="+p.nbd)
+		return append(append(argv, args...), "--pidfile", filepath.Join(p.dir, "pid"))
+	})
 	if err != nil {
-		return nil, err
-	}
-	argv := []string{b.program(side)}
-	var mon []string
-	for i := range monitors + 1 {
-		mon = append(mon, filepath.Join(dir, "m"+strconv.Itoa(i)))
-		argv = append(argv, "--chardev", fmt.Sprintf("socket,id=c%d,path=%s,server=on,wait=off", i, mon[i]), "--monitor", fmt.Sprintf("chardev=c%d", i))
-	}
-	nbd, pid := filepath.Join(dir, "nbd"), filepath.Join(dir, "pid")
-	argv = append(argv, "--nbd-server", "addr.type=unix,addr.path="+nbd)
-	p, err := b.launch(side, append(append(argv, args...), "--pidfile", pid))
-	if err != nil {
-		return nil, err
-	}
-	p.dir, p.mon, p.nbd = dir, mon, nbd
-	if err := b.wait(p, pid); err != nil {
-		b.stop(p)
 		return nil, err
 	}
 	// QEMU may mishandle a client that comes while it starts.
 	for try := 0; ; try++ {
-		if p.q, err = dialMonitor(mon[monitors]); err == nil {
+		if p.q, err = dialMonitor(p.mon[monitors]); err == nil {
 			return p, nil
 		}
 		if try == 20 {
@@ -137,45 +142,13 @@ func (b *bench) daemon(side string, monitors int, args ...string) (*proc, error)
 
 // server starts nbdkit or qemu-nbd with the raw image at path.
 func (b *bench) server(side, path string) (*proc, error) {
-	dir, err := os.MkdirTemp(b.shm, "d")
-	if err != nil {
-		return nil, err
-	}
-	nbd := filepath.Join(dir, "nbd")
-	argv := []string{nbdkit, "-f", "-U", nbd, "file", path}
-	if side == qemuNBD {
-		argv = []string{qemuNBD, "-t", "-e", "16", "-x", exportName, "-k", nbd, "--image-opts",
-			"driver=raw,file.driver=file,file.locking=off,file.filename=" + path}
-	}
-	p, err := b.launch(side, argv)
-	if err != nil {
-		return nil, err
-	}
-	p.dir, p.nbd = dir, nbd
-	if err := b.wait(p, nbd); err != nil {
-		b.stop(p)
-		return nil, err
-	}
-	return p, nil
-}
-
-// wait waits for a file that shows that p is up.
-func (b *bench) wait(p *proc, file string) error {
-	for end := time.Now().Add(20 * time.Second); ; time.Sleep(time.Millisecond) {
-		if _, err := os.Stat(file); err == nil {
-			return nil
+	return b.launch(side, "nbd", func(p *proc) []string {
+		if side == qemuNBD {
+			return []string{qemuNBD, "-t", "-e", "16", "-x", exportName, "-k", p.nbd, "--image-opts",
+				"driver=raw,file.driver=file,file.locking=off,file.filename=" + path}
 		}
-		select {
-		case <-p.done:
-			return fmt.Errorf("%s ended: %v\n%s", p.side, p.cmd.ProcessState, p.stderr.Bytes())
-		case <-b.ctx.Done():
-			return b.ctx.Err()
-		default:
-		}
-		if time.Now().After(end) {
-			return fmt.Errorf("%s does not come up", p.side)
-		}
-	}
+		return []string{nbdkit, "-f", "-U", p.nbd, "file", path}
+	})
 }
 
 // stop ends p; killing it if it does not want to.
@@ -183,22 +156,12 @@ func (b *bench) stop(p *proc) {
 	if p.q != nil {
 		p.q.close()
 	}
-	_ = p.cmd.Process.Signal(syscall.SIGTERM)
-	select {
-	case <-p.done:
-	case <-time.After(5 * time.Second):
-		_ = p.cmd.Process.Kill()
-		<-p.done
+	_ = p.Cmd.Process.Signal(syscall.SIGTERM)
+	if !p.Ended(5 * time.Second) {
+		p.Kill()
 	}
-	if p.dir != "" {
-		os.RemoveAll(p.dir)
-	}
-	for i, x := range b.procs {
-		if x == p {
-			b.procs = append(b.procs[:i], b.procs[i+1:]...)
-			return
-		}
-	}
+	os.RemoveAll(p.dir)
+	b.procs = slices.DeleteFunc(b.procs, func(x *proc) bool { return x == p })
 }
 
 func (b *bench) stopAll() {
@@ -209,14 +172,6 @@ func (b *bench) stopAll() {
 
 // rss is the resident memory of p, KiB.
 func (p *proc) rss() (float64, error) {
-	text, err := os.ReadFile(fmt.Sprintf("/proc/%d/status", p.cmd.Process.Pid))
-	if err != nil {
-		return 0, err
-	}
-	_, rest, _ := strings.Cut(string(text), "VmRSS:")
-	f := strings.Fields(rest)
-	if len(f) == 0 {
-		return 0, fmt.Errorf("%s has no VmRSS", p.side)
-	}
-	return strconv.ParseFloat(f[0], 64)
+	n, err := p.Memory("VmRSS")
+	return float64(n) / 1024, err
 }

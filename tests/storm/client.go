@@ -9,7 +9,6 @@ import (
 	"errors"
 	"fmt"
 	"math/rand/v2"
-	"regexp"
 	"slices"
 	"sync"
 	"time"
@@ -31,18 +30,16 @@ type client struct {
 	refused map[string]int
 }
 
-func newClient(id int, socket, dir string, seed uint64, limit time.Duration, h *history, log *commandLog, only *regexp.Regexp) *client {
-	c := &client{id: id, socket: socket, limit: limit, h: h, log: log, done: map[string]int{}, refused: map[string]int{}}
-	c.g = gen{r: rand.New(rand.NewPCG(seed, uint64(id))), dir: dir}
+func (w *world) newClient(id int) *client {
+	c := &client{id: id, socket: w.d.QMPSocket(), limit: w.c.limit, h: w.h, log: w.log,
+		done: map[string]int{}, refused: map[string]int{}}
+	c.g = gen{r: rand.New(rand.NewPCG(w.c.seed, uint64(id))), dir: w.dir}
 	if id == 0 {
 		c.g.larger = diskSize
 	}
 	for name := range generators {
-		if !only.MatchString(name) {
-			continue
-		}
-		for range max(weights[name], 1) {
-			c.names = append(c.names, name)
+		if w.c.only.MatchString(name) {
+			c.names = append(c.names, slices.Repeat([]string{name}, max(weights[name], 1))...)
 		}
 	}
 	slices.Sort(c.names)
@@ -79,14 +76,22 @@ func (c *client) run(stop <-chan struct{}) error {
 			c.q.Close()
 		}
 	}()
+	if err := until(stop, c.step); err != nil {
+		return fmt.Errorf("client %d: %w", c.id, err)
+	}
+	return nil
+}
+
+// until does steps until stop is closed, or one fails.
+func until(stop <-chan struct{}, step func() error) error {
 	for {
 		select {
 		case <-stop:
 			return nil
 		default:
 		}
-		if err := c.step(); err != nil {
-			return fmt.Errorf("client %d: %w", c.id, err)
+		if err := step(); err != nil {
+			return err
 		}
 	}
 }

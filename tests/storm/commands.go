@@ -2,8 +2,12 @@ package storm
 
 import (
 	"fmt"
+	"maps"
 	"math/rand/v2"
 	"path/filepath"
+	"slices"
+
+	"qblockd/tests/trial"
 )
 
 // M is a JSON object.
@@ -23,11 +27,11 @@ type made struct {
 	args  M
 	steps map[string]step // by object; of a command that succeeds
 	// If it fails with a text that ends like this, that says something, too.
-	texts map[string]map[string]step
+	texts texts
 }
 
-func (g *gen) pick(l ...string) string { return l[g.r.IntN(len(l))] }
-func (g *gen) one(n int) bool          { return g.r.IntN(n) == 0 }
+func (g *gen) pick(l ...string) string { return trial.Pick(g.r, l...) }
+func (g *gen) one(n int) bool          { return trial.One(g.r, n) }
 func (g *gen) file(name string) string { return filepath.Join(g.dir, name) }
 
 // Names, few of them.
@@ -54,6 +58,22 @@ func (g *gen) qcow2(node, file string) M {
 	return M{"driver": "qcow2", "node-name": node, "backing": nil, "file": M{"driver": "file", "filename": g.file(file)}}
 }
 
+// texts is what a refusal means that ends like this.
+type texts = map[string]map[string]step
+
+// onJob is a command that names a job, and nothing else.
+func onJob(argument string) func(g *gen) made {
+	return func(g *gen) made { return made{args: M{argument: g.job()}} }
+}
+
+// ask is a query without arguments.
+func ask(*gen) made { return made{} }
+
+// size makes a command that says how large a node is to be.
+func size(node string, n int64) made {
+	return made{args: M{"node-name": node, "size": n}, steps: map[string]step{"size " + node: {what: "size", n: n, ok: true}}}
+}
+
 // generators make the commands of the schema that change something.
 var generators = map[string]func(g *gen) made{
 	"blockdev-add": func(g *gen) made {
@@ -66,7 +86,7 @@ var generators = map[string]func(g *gen) made{
 		}
 		x := g.pick("x0", "x1", "x2")
 		return made{args: M{"driver": "null-co", "node-name": x, "size": diskSize}, steps: is("node "+x, "make"),
-			texts: map[string]map[string]step{"Duplicate nodes with node-name='" + x + "'": is("node "+x, "is there")}}
+			texts: texts{"Duplicate nodes with node-name='" + x + "'": is("node "+x, "is there")}}
 	},
 	"blockdev-del": func(g *gen) made {
 		if g.one(3) {
@@ -74,7 +94,7 @@ var generators = map[string]func(g *gen) made{
 		}
 		x := g.pick("x0", "x1", "x2")
 		return made{args: M{"node-name": x}, steps: is("node "+x, "drop"),
-			texts: map[string]map[string]step{"Failed to find node with node-name='" + x + "'": is("node "+x, "is not there")}}
+			texts: texts{"Failed to find node with node-name='" + x + "'": is("node "+x, "is not there")}}
 	},
 	"blockdev-reopen": func(g *gen) made {
 		var l []M
@@ -102,13 +122,13 @@ var generators = map[string]func(g *gen) made{
 		}
 		if g.larger > 0 && g.one(2) {
 			g.larger += granule
-			return made{args: M{"node-name": "d6top", "size": g.larger}, steps: map[string]step{"size d6top": {what: "size", n: g.larger, ok: true}}}
+			return size("d6top", g.larger)
 		}
 		n := int64(1+g.r.IntN(8)) << 20
 		if g.one(3) {
-			return made{args: M{"node-name": "d5top", "size": n}, steps: map[string]step{"size d5top": {what: "size", n: n, ok: true}}}
+			return size("d5top", n)
 		}
-		return made{args: M{"node-name": "d2", "size": n}, steps: map[string]step{"size d2": {what: "size", n: n, ok: true}}}
+		return size("d2", n)
 	},
 	"block-set-write-threshold": func(g *gen) made { return made{args: M{"node-name": g.any(), "write-threshold": g.r.IntN(diskSize)}} },
 	"x-blockdev-set-iothread": func(g *gen) made {
@@ -134,7 +154,7 @@ var generators = map[string]func(g *gen) made{
 		}
 		b := g.bitmap()
 		return made{args: M{"node": "d1", "name": b, "persistent": g.one(2), "granularity": granule, "disabled": g.one(2)}, steps: is(bitmapObject(b), "make"),
-			texts: map[string]map[string]step{"Bitmap already exists: " + b: is(bitmapObject(b), "is there")}}
+			texts: texts{"Bitmap already exists: " + b: is(bitmapObject(b), "is there")}}
 	},
 	"block-dirty-bitmap-remove":  func(g *gen) made { return g.onBitmap("drop") },
 	"block-dirty-bitmap-clear":   func(g *gen) made { return g.onBitmap("clear") },
@@ -163,13 +183,13 @@ var generators = map[string]func(g *gen) made{
 		m := made{args: M{"device": n, "name": s}}
 		if n == "d1" || n == "d2" {
 			m.steps = is(snapObject(n, s), "make")
-			m.texts = map[string]map[string]step{"Snapshot with name '" + s + "' already exists on device '" + n + "'": is(snapObject(n, s), "is there")}
+			m.texts = texts{"Snapshot with name '" + s + "' already exists on device '" + n + "'": is(snapObject(n, s), "is there")}
 		}
 		return m
 	},
 	"blockdev-snapshot-delete-internal-sync": func(g *gen) made {
 		n, s := g.pick("d1", "d1", "d2"), g.snap()
-		return made{args: M{"device": n, "name": s}, steps: is(snapObject(n, s), "drop"), texts: map[string]map[string]step{
+		return made{args: M{"device": n, "name": s}, steps: is(snapObject(n, s), "drop"), texts: texts{
 			"Snapshot with id 'null' and name '" + s + "' does not exist on device '" + n + "'": is(snapObject(n, s), "is not there")}}
 	},
 	"blockdev-snapshot-sync": func(g *gen) made {
@@ -245,18 +265,10 @@ var generators = map[string]func(g *gen) made{
 		return made{args: M{"device": g.chain(), "image-node-name": o, "backing-file": g.file(g.pick("d0", "o0", "o1"))}}
 	},
 
-	"job-pause":          func(g *gen) made { return made{args: M{"id": g.job()}} },
-	"job-resume":         func(g *gen) made { return made{args: M{"id": g.job()}} },
-	"job-cancel":         func(g *gen) made { return made{args: M{"id": g.job()}} },
-	"job-complete":       func(g *gen) made { return made{args: M{"id": g.job()}} },
-	"job-finalize":       func(g *gen) made { return made{args: M{"id": g.job()}} },
-	"job-dismiss":        func(g *gen) made { return made{args: M{"id": g.job()}} },
-	"block-job-pause":    func(g *gen) made { return made{args: M{"device": g.job()}} },
-	"block-job-resume":   func(g *gen) made { return made{args: M{"device": g.job()}} },
-	"block-job-cancel":   func(g *gen) made { return made{args: M{"device": g.job(), "force": g.one(2)}} },
-	"block-job-complete": func(g *gen) made { return made{args: M{"device": g.job()}} },
-	"block-job-finalize": func(g *gen) made { return made{args: M{"id": g.job()}} },
-	"block-job-dismiss":  func(g *gen) made { return made{args: M{"id": g.job()}} },
+	"block-job-cancel": func(g *gen) made { return made{args: M{"device": g.job(), "force": g.one(2)}} },
+	"job-pause":        onJob("id"), "job-resume": onJob("id"), "job-cancel": onJob("id"), "job-complete": onJob("id"),
+	"job-finalize": onJob("id"), "job-dismiss": onJob("id"), "block-job-finalize": onJob("id"), "block-job-dismiss": onJob("id"),
+	"block-job-pause": onJob("device"), "block-job-resume": onJob("device"), "block-job-complete": onJob("device"),
 	"block-job-set-speed": func(g *gen) made {
 		return made{args: M{"device": g.job(), "speed": g.r.IntN(2) * (1 << 20)}}
 	},
@@ -299,17 +311,13 @@ var generators = map[string]func(g *gen) made{
 
 	// Queries see what is half done, and must not mind.
 	"query-named-block-nodes": func(g *gen) made { return made{args: M{"flat": g.one(2)}} },
-	"query-block":             func(*gen) made { return made{} },
 	"query-blockstats":        func(*gen) made { return made{args: M{"query-nodes": true}} },
-	"query-jobs":              func(*gen) made { return made{} },
-	"query-block-jobs":        func(*gen) made { return made{} },
-	"query-block-exports":     func(*gen) made { return made{} },
-	"query-chardev":           func(*gen) made { return made{} },
 	"qom-list":                func(*gen) made { return made{args: M{"path": "/objects"}} },
 	"qom-get": func(g *gen) made {
 		return made{args: M{"path": "/objects/" + g.pick("ob0", "ob1"), "property": "type"}}
 	},
-	"x-debug-query-block-graph": func(*gen) made { return made{} },
+	"query-block": ask, "query-jobs": ask, "query-block-jobs": ask, "query-block-exports": ask, "query-chardev": ask,
+	"x-debug-query-block-graph": ask,
 }
 
 // generate makes a command.
@@ -375,7 +383,7 @@ func (g *gen) onBitmap(what string) made {
 	}
 	b := g.bitmap()
 	return made{args: M{"node": "d1", "name": b}, steps: is(bitmapObject(b), what),
-		texts: map[string]map[string]step{"Dirty bitmap '" + b + "' not found": is(bitmapObject(b), "is not there")}}
+		texts: texts{"Dirty bitmap '" + b + "' not found": is(bitmapObject(b), "is not there")}}
 }
 
 // steps of a transaction, by the name that they have there.
@@ -388,7 +396,7 @@ func (g *gen) transaction() made {
 	all := made{steps: map[string]step{}}
 	var l []M
 	for range 1 + g.r.IntN(4) {
-		name := transactionSteps[g.r.IntN(len(transactionSteps))]
+		name := g.pick(transactionSteps...)
 		m := generators[name](g)
 		same := false
 		for o := range m.steps {
@@ -398,14 +406,12 @@ func (g *gen) transaction() made {
 		if same {
 			continue // one step for an object: the model does not know their order
 		}
-		for o, s := range m.steps {
-			all.steps[o] = s
-		}
+		maps.Copy(all.steps, m.steps)
 		l = append(l, M{"type": name, "data": m.args})
 	}
 	if g.one(3) {
 		at := g.r.IntN(len(l) + 1)
-		l = append(l[:at:at], append([]M{{"type": "abort", "data": M{}}}, l[at:]...)...)
+		l = slices.Insert(l, at, M{"type": "abort", "data": M{}})
 		all.steps = nil
 	}
 	all.args = M{"actions": l}

@@ -28,12 +28,12 @@ type guest struct {
 	may            map[int64][]uint64 // block -> what it may hold; nothing: zeroes
 	touched        map[int64]bool     // granules that were, or may have been, written
 	certain        map[int64]bool     // granules that were written
-	writes         int
 }
 
-func newGuest(socket, export string, part, parts int64, seed uint64, limit time.Duration) *guest {
+func (w *world) newGuest(export string, part, parts int64) *guest {
 	return &guest{
-		socket: socket, export: export, part: part, parts: parts, r: rand.New(rand.NewPCG(seed, uint64(part))), limit: limit,
+		socket: w.d.NBDSocket(), export: export, part: part, parts: parts, limit: w.c.limit,
+		r:   rand.New(rand.NewPCG(w.c.seed, uint64(part))),
 		may: map[int64][]uint64{}, touched: map[int64]bool{}, certain: map[int64]bool{},
 	}
 }
@@ -46,16 +46,7 @@ func (g *guest) run(stop <-chan struct{}) error {
 		}
 		g.n = nil
 	}()
-	for {
-		select {
-		case <-stop:
-			return nil
-		default:
-		}
-		if err := g.step(); err != nil {
-			return err
-		}
-	}
+	return until(stop, g.step)
 }
 
 func (g *guest) connect() (err error) {
@@ -71,14 +62,10 @@ func (g *guest) connect() (err error) {
 // step is one request.
 func (g *guest) step() error {
 	if err := g.connect(); err != nil {
-		return fmt.Errorf("guest of %s: %w", g.export, err)
+		return g.lost(err)
 	}
-	at := (g.r.Int64N(diskSize/block/g.parts)*g.parts + g.part)
-	off, n := at*block, int64(1)
-	before := g.may[at]
-	if before == nil {
-		before = []uint64{0}
-	}
+	at := g.r.Int64N(diskSize/block/g.parts)*g.parts + g.part
+	off, before := at*block, g.holds(at)
 	var err error
 	var new []uint64
 	discard := false // which the node may ignore
@@ -95,22 +82,26 @@ func (g *guest) step() error {
 		new, discard = append(slices.Clone(before), 0), true
 		err = g.n.Trim(off, block)
 	case k < 13:
-		err = g.n.Flush()
-		return g.lost(err)
+		return g.lost(g.n.Flush())
 	default:
 		return g.look(at)
 	}
-	for i := at; i < at+n; i++ {
-		g.touched[i*block/granule] = true
-		g.may[i] = new
-		if err != nil {
-			g.may[i] = append(slices.Clone(before), new...)
-		} else if !discard {
-			g.certain[i*block/granule] = true
-		}
+	g.touched[off/granule] = true
+	g.may[at] = new
+	if err != nil {
+		g.may[at] = append(slices.Clone(before), new...)
+	} else if !discard {
+		g.certain[off/granule] = true
 	}
-	g.writes++
 	return g.lost(err)
+}
+
+// holds are what a block may hold.
+func (g *guest) holds(at int64) []uint64 {
+	if may := g.may[at]; may != nil {
+		return may
+	}
+	return []uint64{0}
 }
 
 func content(v uint64) []byte { return bytes.Repeat(binary.LittleEndian.AppendUint64(nil, v), block/8) }
@@ -129,11 +120,7 @@ func (g *guest) look(at int64) error {
 	if err := g.n.ReadAt(p, at*block); err != nil {
 		return g.lost(err)
 	}
-	v := binary.LittleEndian.Uint64(p)
-	may := g.may[at]
-	if may == nil {
-		may = []uint64{0}
-	}
+	v, may := binary.LittleEndian.Uint64(p), g.holds(at)
 	if !bytes.Equal(p, content(v)) || !slices.Contains(may, v) {
 		return fmt.Errorf("guest of %s: block %d reads %#x..., and should be one of %#x", g.export, at, p[:16], may)
 	}

@@ -1,6 +1,7 @@
 package storm
 
 import (
+	"cmp"
 	"fmt"
 	"slices"
 	"strings"
@@ -66,15 +67,10 @@ func eventsOf(ops []op) (l []event) {
 		}
 	}
 	slices.SortStableFunc(l, func(a, b event) int {
-		switch {
-		case a.at != b.at:
-			return int(min(max(a.at-b.at, -1), 1))
-		case a.answer == b.answer:
-			return 0
-		case a.answer:
-			return 1
+		if a.at == b.at && a.answer != b.answer { // a sending comes first
+			return map[bool]int{true: 1, false: -1}[a.answer]
 		}
-		return -1
+		return cmp.Compare(a.at, b.at)
 	})
 	return l
 }
@@ -205,7 +201,7 @@ func story(ops []op, last op) string {
 			l = append(l, o)
 		}
 	}
-	slices.SortFunc(l, func(a, b op) int { return int(min(max(a.from-b.from, -1), 1)) })
+	slices.SortFunc(l, func(a, b op) int { return cmp.Compare(a.from, b.from) })
 	var text strings.Builder
 	for _, o := range l[max(0, len(l)-60):] {
 		fmt.Fprintf(&text, "\t%v\n", o)

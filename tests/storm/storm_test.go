@@ -54,7 +54,8 @@ func TestStorm(t *testing.T) {
 	if *subject == "" {
 		binaries = []string{racing(t), daemon.Binary(t)}
 	}
-	c := config{seed: *seed, clients: *clients, time: oneStorm, limit: time.Minute, keep: *keep, only: regexp.MustCompile(*only)}
+	c := config{seed: *seed, clients: *clients, time: oneStorm, limit: time.Minute, keep: *keep,
+		only: regexp.MustCompile(*only)}
 	commands, storms := 0, 0
 	for begin := time.Now(); storms < 2 || time.Since(begin) < *length; storms++ {
 		c.binary = binaries[storms%len(binaries)]

@@ -3,6 +3,7 @@ package storm
 import (
 	"encoding/json"
 	"fmt"
+	"maps"
 	"os"
 	"os/exec"
 	"path/filepath"
@@ -79,13 +80,7 @@ func storm(t *testing.T, c config) (commands int) {
 			commands += n
 		}
 	}
-	var never []string
-	for name := range generators {
-		if done[name] == 0 {
-			never = append(never, name)
-		}
-	}
-	slices.Sort(never)
+	never := slices.DeleteFunc(slices.Sorted(maps.Keys(generators)), func(name string) bool { return done[name] > 0 })
 	t.Logf("done: %v; never: %v", done, never)
 	return commands
 }
@@ -95,7 +90,6 @@ func (w *world) must(name string, args M) json.RawMessage {
 	w.q.SetDeadline(time.Now().Add(w.c.limit))
 	r, err := w.q.Do(name, anyArgs(args))
 	if err != nil {
-		w.t.Helper()
 		w.dump()
 		w.t.Fatalf("%s %v: %v", name, args, err)
 	}
@@ -138,9 +132,6 @@ func (w *world) setUp() {
 	g := &gen{dir: w.dir}
 	for _, n := range append(slices.Clone(images), "t1", "y0") {
 		if err := os.WriteFile(g.file(n), nil, 0o600); err != nil {
-			w.t.Fatal(err)
-		}
-		if err := os.Truncate(g.file(n), 0); err != nil {
 			w.t.Fatal(err)
 		}
 	}
@@ -205,13 +196,13 @@ func (w *world) blow() (clients []*client, guests []*guest) {
 		})
 	}
 	for i := range w.c.clients {
-		c := newClient(i, w.d.QMPSocket(), w.dir, w.c.seed, w.c.limit, w.h, w.log, w.c.only)
+		c := w.newClient(i)
 		clients = append(clients, c)
 		run(c.run)
 	}
 	for _, e := range []string{"d0", "d3"} {
 		for i := range int64(2) {
-			g := newGuest(w.d.NBDSocket(), e, i, 2, w.c.seed, w.c.limit)
+			g := w.newGuest(e, i, 2)
 			guests = append(guests, g)
 			run(g.run)
 		}
@@ -233,31 +224,28 @@ func (w *world) calm() {
 		return len(l) == 0
 	})
 	w.wait(func() bool {
-		var l []struct {
-			ID string
-			G  bool `json:"shutting-down"`
+		type export struct {
+			Going bool `json:"shutting-down"`
 		}
+		var l []export
 		_ = json.Unmarshal(w.must("query-block-exports", nil), &l)
-		for _, e := range l {
-			if e.G {
-				return false
-			}
-		}
-		return true
+		return !slices.ContainsFunc(l, func(e export) bool { return e.Going })
 	})
+}
+
+type bitmapInfo struct {
+	Name  string
+	Count int64
+	Busy  bool
 }
 
 type nodeInfo struct {
 	Name    string `json:"node-name"`
 	Driver  string `json:"drv"`
 	File    string
-	Backing string `json:"backing_file"`
-	Bitmaps []struct {
-		Name  string
-		Count int64
-		Busy  bool
-	} `json:"dirty-bitmaps"`
-	Image struct {
+	Backing string       `json:"backing_file"`
+	Bitmaps []bitmapInfo `json:"dirty-bitmaps"`
+	Image   struct {
 		Size      int64 `json:"virtual-size"`
 		Snapshots []struct{ Name string }
 		Backing   *struct {
@@ -278,10 +266,8 @@ func (w *world) compare(guests []*guest) {
 		return slices.ContainsFunc(exports, func(x struct{ ID string }) bool { return x.ID == id })
 	}
 	find := func(name string) *nodeInfo {
-		for i := range nodes {
-			if nodes[i].Name == name {
-				return &nodes[i]
-			}
+		if i := slices.IndexFunc(nodes, func(n nodeInfo) bool { return n.Name == name }); i >= 0 {
+			return &nodes[i]
 		}
 		return nil
 	}
@@ -346,18 +332,14 @@ func (w *world) found(obj string, there bool) {
 // export may have one.
 func (w *world) findBitmaps(d1 *nodeInfo, used bool) {
 	for _, b := range []string{"b0", "b1", "b2"} {
-		there := false
-		for _, x := range d1.Bitmaps {
-			if x.Name == b {
-				there = true
-				w.last(bitmapObject(b), step{what: "is", n: x.Count / granule, ok: true})
-				if x.Busy && !used {
-					w.t.Errorf("bitmap %s is in use, by nobody", b)
-				}
-			}
-		}
-		if !there {
+		i := slices.IndexFunc(d1.Bitmaps, func(x bitmapInfo) bool { return x.Name == b })
+		if i < 0 {
 			w.found(bitmapObject(b), false)
+			continue
+		}
+		w.last(bitmapObject(b), step{what: "is", n: d1.Bitmaps[i].Count / granule, ok: true})
+		if d1.Bitmaps[i].Busy && !used {
+			w.t.Errorf("bitmap %s is in use, by nobody", b)
 		}
 	}
 }
@@ -372,12 +354,8 @@ func (w *world) compareGuests(guests []*guest, d3 *nodeInfo) {
 			g.n.Close()
 		}
 		if g.export == "d3" {
-			for n := range g.touched {
-				touched[n] = true
-			}
-			for n := range g.certain {
-				certain[n] = true
-			}
+			maps.Copy(touched, g.touched)
+			maps.Copy(certain, g.certain)
 		}
 	}
 	for _, b := range d3.Bitmaps {

@@ -4,11 +4,11 @@ import (
 	"bytes"
 	"encoding/json"
 	"fmt"
+	"maps"
 	"math"
 	"path/filepath"
 	"regexp"
 	"slices"
-	"sort"
 	"strconv"
 	"strings"
 	"unicode/utf16"
@@ -88,16 +88,12 @@ func (n *normaliser) value(v any, key string) any {
 	switch v := v.(type) {
 	case map[string]any:
 		out := make(map[string]any, len(v))
-		for _, k := range sortedKeys(v) {
+		for _, k := range slices.Sorted(maps.Keys(v)) {
 			out[n.text(k)] = n.value(v[k], k)
 		}
 		return out
 	case []any:
-		out := make([]any, len(v))
-		for i := range v {
-			out[i] = n.value(v[i], "")
-		}
-		return out
+		return mapList(v, func(x any) any { return n.value(x, "") })
 	case string:
 		return n.text(v)
 	case json.Number:
@@ -167,13 +163,9 @@ func keep(v any, names []string) any {
 	if !ok {
 		return v
 	}
-	out := map[string]any{}
-	for k, x := range d {
-		if slices.Contains(names, k) {
-			out[k] = x
-		}
-	}
-	return out
+	d = maps.Clone(d)
+	maps.DeleteFunc(d, func(k string, _ any) bool { return !slices.Contains(names, k) })
+	return d
 }
 
 func sorted(v any) any {
@@ -181,9 +173,7 @@ func sorted(v any) any {
 	if !ok {
 		return v
 	}
-	list = slices.Clone(list)
-	sort.SliceStable(list, func(i, j int) bool { return canon(list[i]) < canon(list[j]) })
-	return list
+	return slices.SortedStableFunc(slices.Values(list), func(a, b any) int { return strings.Compare(canon(a), canon(b)) })
 }
 
 // path is a dotted path: names, "[]" every element, "*" every key, "**" any depth.
@@ -228,7 +218,7 @@ func walk(v any, p path, f func(any) any) any {
 			return mapValues(x, func(y any) any { return walk(y, rest, f) })
 		}
 		if y, ok := x[head]; ok {
-			x = mapValues(x, func(y any) any { return y })
+			x = maps.Clone(x)
 			x[head] = walk(y, rest, f)
 			return x
 		}
@@ -250,15 +240,6 @@ func mapValues(in map[string]any, f func(any) any) map[string]any {
 		out[k] = f(v)
 	}
 	return out
-}
-
-func sortedKeys(m map[string]any) []string {
-	keys := make([]string, 0, len(m))
-	for k := range m {
-		keys = append(keys, k)
-	}
-	slices.Sort(keys)
-	return keys
 }
 
 func parse(b []byte) (any, error) {
@@ -285,7 +266,7 @@ func print(b *strings.Builder, v any) {
 	switch v := v.(type) {
 	case map[string]any:
 		b.WriteByte('{')
-		for i, k := range sortedKeys(v) {
+		for i, k := range slices.Sorted(maps.Keys(v)) {
 			if i > 0 {
 				b.WriteString(", ")
 			}
@@ -335,28 +316,17 @@ func number(n json.Number) string {
 	return s
 }
 
+var escapes = strings.NewReplacer(`"`, `\"`, `\`, `\\`, "\n", `\n`, "\r", `\r`, "\t", `\t`, "\b", `\b`, "\f", `\f`)
+
 func printString(b *strings.Builder, s string) {
 	b.WriteByte('"')
-	for _, r := range s {
+	for _, r := range escapes.Replace(s) {
 		switch {
-		case r == '"' || r == '\\':
-			b.WriteByte('\\')
-			b.WriteRune(r)
-		case r == '\n':
-			b.WriteString(`\n`)
-		case r == '\r':
-			b.WriteString(`\r`)
-		case r == '\t':
-			b.WriteString(`\t`)
-		case r == '\b':
-			b.WriteString(`\b`)
-		case r == '\f':
-			b.WriteString(`\f`)
-		case r < 0x20 || r > 0x7e && r < 0x10000:
-			fmt.Fprintf(b, `\u%04x`, r)
 		case r >= 0x10000:
 			hi, lo := utf16.EncodeRune(r)
 			fmt.Fprintf(b, `\u%04x\u%04x`, hi, lo)
+		case r < 0x20 || r > 0x7e:
+			fmt.Fprintf(b, `\u%04x`, r)
 		default:
 			b.WriteRune(r)
 		}

@@ -4,12 +4,13 @@
 package player
 
 import (
+	"cmp"
 	"fmt"
 	"net"
 	"os"
 	"path/filepath"
 	"reflect"
-	"sort"
+	"slices"
 	"strconv"
 	"strings"
 	"syscall"
@@ -80,7 +81,7 @@ func Play(server, file string) (Transcript, error) {
 	defer p.killServer()
 	for _, text := range steps {
 		if time.Now().After(p.limit) {
-			p.add("- out of time", "")
+			p.add("- out of time")
 			break
 		}
 		if err := p.one(text); err != nil {
@@ -126,7 +127,10 @@ func (p *play) step(text string) {
 	}
 }
 
-func (p *play) add(text, key string) {
+func (p *play) add(text string) { p.addKeyed(text, "") }
+
+// addKeyed adds what is sorted by key where the order does not matter.
+func (p *play) addKeyed(text, key string) {
 	if p.inRegion {
 		p.region = append(p.region, entry{key, text})
 		return
@@ -145,9 +149,9 @@ func (p *play) flushRegion() {
 	p.inRegion = false
 	got := p.region
 	p.region = nil
-	sort.SliceStable(got, func(i, j int) bool { return got[i].key < got[j].key })
+	slices.SortStableFunc(got, func(a, b entry) int { return strings.Compare(a.key, b.key) })
 	for _, e := range got {
-		p.add(e.text, "")
+		p.add(e.text)
 	}
 }
 
@@ -160,11 +164,7 @@ func (p *play) deadline() time.Time {
 	case p.slow > 0:
 		per = 3 * time.Second
 	}
-	d := time.Now().Add(per)
-	if d.After(p.limit) {
-		d = p.limit
-	}
-	return d
+	return time.Now().Add(min(per, time.Until(p.limit)))
 }
 
 // record writes a message down and tells whether it was a reply.
@@ -185,10 +185,10 @@ func (p *play) record(c *conn, m any) (reply bool) {
 				break
 			}
 		}
-		p.add(tag+"* "+text, "1"+tag+key)
+		p.addKeyed(tag+"* "+text, "1"+tag+key)
 		return false
 	}
-	p.add(tag+"< "+text, "0"+tag)
+	p.addKeyed(tag+"< "+text, "0"+tag)
 	return true
 }
 
@@ -203,11 +203,11 @@ func (p *play) exchange(name, body string) {
 	c := p.conn(name)
 	switch {
 	case c == nil:
-		p.add("- not connected", "")
+		p.add("- not connected")
 	case c.send([]byte(p.subst(body)+"\n")) || len(c.pending) > 0 || !c.eof:
 		p.receive(c, 1)
 	default:
-		p.add("- connection closed", "")
+		p.add("- connection closed")
 	}
 }
 
@@ -227,18 +227,23 @@ func (p *play) next(c *conn, deadline time.Time) (m any, ok bool) {
 	return m, true
 }
 
+// missed writes down that something has not come: with the connection, or in time.
+func (p *play) missed(c *conn, late string) {
+	if !c.eof {
+		p.add(late)
+		return
+	}
+	p.add("- connection closed")
+	p.waitProc(500 * time.Millisecond)
+	p.noteDeath()
+}
+
 // receive reads until n more replies have come.
 func (p *play) receive(c *conn, n int) {
 	for n > 0 {
 		m, ok := p.next(c, p.deadline())
 		if !ok {
-			if c.eof {
-				p.waitProc(500 * time.Millisecond)
-				p.add("- connection closed", "")
-				p.noteDeath()
-			} else {
-				p.add("- no reply", "")
-			}
+			p.missed(c, "- no reply")
 			return
 		}
 		if p.record(c, m) {
@@ -252,12 +257,10 @@ func (p *play) talk(word, rest string) bool {
 	name, body := connArg(rest)
 	switch word {
 	case "connect", "connect-raw", "connect-silent":
-		p.connectWord(word, strings.Fields(rest))
+		name, path, _ := strings.Cut(strings.TrimSpace(rest), " ")
+		p.connect(name, p.subst(strings.TrimSpace(path)), word == "connect", word == "connect-silent")
 	case "disconnect":
-		name := strings.TrimSpace(rest)
-		if name == "" {
-			name = "main"
-		}
+		name := orMain(rest)
 		if c := p.conns[name]; c != nil {
 			c.close()
 			delete(p.conns, name)
@@ -291,84 +294,67 @@ func (p *play) talk(word, rest string) bool {
 		if c := p.conn(name); c != nil {
 			p.receive(c, n)
 		} else {
-			p.add("- not connected", "")
+			p.add("- not connected")
 		}
 	case "quiet":
 		ms, _ := strconv.ParseFloat(strings.TrimSpace(body), 64)
 		p.quiet(p.conn(name), time.Now().Add(time.Duration(ms*float64(time.Millisecond))))
 	case "closed":
-		p.expectClosed(strings.TrimSpace(rest))
+		p.expectClosed(orMain(rest))
 	case "framing":
-		name := strings.TrimSpace(rest)
-		if name == "" {
-			name = "main"
-		}
 		ends := ""
-		if c := p.conn(name); c != nil {
-			sort.Strings(c.eols)
+		if c := p.conn(orMain(rest)); c != nil {
+			slices.Sort(c.eols)
 			ends = strings.Join(c.eols, " ")
 		}
-		p.add("- line ends: "+ends, "")
+		p.add("- line ends: " + ends)
 	default:
 		return false
 	}
 	return true
 }
 
+// orMain is the connection that is named, or the one that is always there.
+func orMain(rest string) string { return cmp.Or(strings.TrimSpace(rest), "main") }
+
 func (p *play) sendOn(name string, b []byte) {
 	if c := p.conn(name); c == nil || !c.send(b) {
-		p.add("- cannot send", "")
+		p.add("- cannot send")
 	}
-}
-
-func (p *play) connectWord(word string, args []string) {
-	path := ""
-	if len(args) > 1 {
-		path = p.subst(args[1])
-	}
-	p.connect(args[0], path, word == "connect", word == "connect-silent")
 }
 
 func (p *play) quiet(c *conn, end time.Time) {
 	for c != nil && time.Now().Before(end) && (!c.eof || len(c.pending) > 0) {
 		c.pump(end)
-		for len(c.pending) > 0 {
-			m := c.pending[0]
-			c.pending = c.pending[1:]
+		for _, m := range c.pending {
 			p.record(c, m)
 		}
+		c.pending = nil
 	}
 }
 
 func (p *play) expectClosed(name string) {
-	if name == "" {
-		name = "main"
-	}
 	c := p.conns[name]
 	if c != nil {
 		p.drain(c, p.deadline())
 	}
 	if c == nil || c.eof {
-		p.add("- closed", "")
+		p.add("- closed")
 	} else {
-		p.add("- still open", "")
+		p.add("- still open")
 	}
 }
 
 // drain records everything until the connection ends.
 func (p *play) drain(c *conn, deadline time.Time) {
-	for {
-		m, ok := p.next(c, deadline)
-		if !ok {
-			return
-		}
+	for m, ok := p.next(c, deadline); ok; m, ok = p.next(c, deadline) {
 		p.record(c, m)
 	}
 }
 
 func (p *play) waitEvent(c *conn, name string, want map[string]any) {
 	if c == nil {
-		p.add("- not connected", "")
+		p.add("- not connected")
 		return
 	}
 	deadline := p.deadline()
@@ -387,13 +373,7 @@ func (p *play) waitEvent(c *conn, name string, want map[string]any) {
 		}
 		m, ok := p.next(c, deadline)
 		if !ok {
-			if c.eof {
-				p.add("- connection closed", "")
-				p.waitProc(500 * time.Millisecond)
-				p.noteDeath()
-			} else {
-				p.add("- event did not come", "")
-			}
+			p.missed(c, "- event did not come")
 			return
 		}
 		p.record(c, m)
@@ -431,7 +411,7 @@ func (p *play) connect(name, path string, negotiate, silent bool) {
 		}
 		dead := p.dead()
 		if dead || time.Now().After(deadline) {
-			p.add("- cannot connect", "")
+			p.add("- cannot connect")
 			if dead {
 				p.noteDeath()
 			} else {
@@ -451,7 +431,7 @@ func (p *play) connect(name, path string, negotiate, silent bool) {
 	}
 	m, ok := p.next(c, p.deadline())
 	if !ok {
-		p.add("- no greeting", "")
+		p.add("- no greeting")
 		return
 	}
 	d, _ := m.(map[string]any)
@@ -464,7 +444,7 @@ func (p *play) connect(name, path string, negotiate, silent bool) {
 	c.send([]byte(`{"execute":"qmp_capabilities"}` + "\n"))
 	m, _ = p.next(c, p.deadline())
 	if got := canon(m); got != `{"return": {}}` {
-		p.add("- negotiation failed: "+got, "")
+		p.add("- negotiation failed: " + got)
 	}
 }
 
@@ -473,14 +453,14 @@ func (p *play) pid() int {
 	case p.daemonPid != 0:
 		return p.daemonPid
 	case p.proc != nil:
-		return p.proc.cmd.Process.Pid
+		return p.proc.Cmd.Process.Pid
 	}
 	return 0
 }
 
 func (p *play) signal(name string) {
 	sigs := map[string]syscall.Signal{"TERM": syscall.SIGTERM, "INT": syscall.SIGINT, "HUP": syscall.SIGHUP, "KILL": syscall.SIGKILL}
-	if pid := p.pid(); pid != 0 && (p.daemonPid != 0 || !p.proc.over()) {
+	if pid := p.pid(); pid != 0 && (p.daemonPid != 0 || !p.proc.Ended(0)) {
 		_ = syscall.Kill(pid, sigs[strings.TrimSpace(name)])
 	}
 }

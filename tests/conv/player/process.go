@@ -12,6 +12,8 @@ import (
 	"strings"
 	"syscall"
 	"time"
+
+	"qblockd/tests/daemon"
 )
 
 // prelude is given to every shell command: map_of prints qemu-img's map with neighbouring extents
@@ -24,18 +26,8 @@ for l in sys.stdin: print(json.dumps(json.loads(l)))'; }
 
 // process is a running server.
 type process struct {
-	cmd      *exec.Cmd
+	*daemon.Process
 	out, err *os.File
-	done     chan struct{}
-}
-
-func (q *process) over() bool {
-	select {
-	case <-q.done:
-		return true
-	default:
-		return false
-	}
 }
 
 func (p *play) env() []string {
@@ -50,19 +42,18 @@ func (p *play) spawn(args []string) {
 	out, err1 := os.Create(filepath.Join(p.root, ".stdout"))
 	errf, err2 := os.Create(filepath.Join(p.root, ".stderr"))
 	if err1 != nil || err2 != nil {
-		p.add(fmt.Sprintf("- cannot run the server: %v %v", err1, err2), "")
+		p.add(fmt.Sprintf("- cannot run the server: %v %v", err1, err2))
 		return
 	}
 	cmd := exec.Command(p.server, args...)
 	cmd.Stdout, cmd.Stderr, cmd.Dir, cmd.Env = out, errf, p.root, p.env()
 	cmd.SysProcAttr = &syscall.SysProcAttr{Setsid: true}
-	q := &process{cmd: cmd, out: out, err: errf, done: make(chan struct{})}
-	if err := cmd.Start(); err != nil {
-		p.add("- cannot run the server: "+err.Error(), "")
+	started, err := daemon.Launch(cmd)
+	if err != nil {
+		p.add("- cannot run the server: " + err.Error())
 		return
 	}
-	go func() { _ = cmd.Wait(); close(q.done) }()
-	p.proc = q
+	p.proc = &process{started, out, errf}
 }
 
 func (p *play) start(rest string, connect, negotiate, daemon bool) {
@@ -79,13 +70,13 @@ func (p *play) start(rest string, connect, negotiate, daemon bool) {
 	}
 	if daemon {
 		if p.waitProc(10 * time.Second) {
-			p.add(fmt.Sprintf("- parent exit %d", p.proc.cmd.ProcessState.ExitCode()), "")
+			p.add(fmt.Sprintf("- parent exit %d", p.proc.Cmd.ProcessState.ExitCode()))
 		} else {
-			p.add("- parent still there", "")
+			p.add("- parent still there")
 		}
 		text, err := os.ReadFile(p.root + "/server.pid")
 		if p.daemonPid, _ = strconv.Atoi(strings.TrimSpace(string(text))); err != nil || p.daemonPid == 0 {
-			p.add("- no pidfile", "")
+			p.add("- no pidfile")
 		}
 	}
 	if connect {
@@ -138,7 +129,7 @@ func (p *play) shell(cmd string, capture bool) {
 	err := c.Run()
 	if ctx.Err() != nil {
 		p.slow++
-		p.add("- command ran too long", "")
+		p.add("- command ran too long")
 	}
 	code := 0
 	if err != nil {
@@ -147,41 +138,33 @@ func (p *play) shell(cmd string, capture bool) {
 	text := p.norm.console(strings.ToValidUTF8(out.String(), "\uFFFD"))
 	if !capture {
 		if code != 0 {
-			p.add(fmt.Sprintf("- sh failed [exit %d] %.300s", code, strings.TrimSpace(text)), "")
+			p.add(fmt.Sprintf("- sh failed [exit %d] %.300s", code, strings.TrimSpace(text)))
 		}
 		return
 	}
 	for _, ln := range strings.Split(text, "\n") {
 		if ln = strings.TrimRight(ln, " \t\r"); ln != "" {
-			p.add("| "+ln, "")
+			p.add("| " + ln)
 		}
 	}
 	if code != 0 {
-		p.add(fmt.Sprintf("| [exit %d]", code), "")
+		p.add(fmt.Sprintf("| [exit %d]", code))
 	}
 }
 
 // waitProc waits for the server's process for d; true if it has ended.
 func (p *play) waitProc(d time.Duration) bool {
-	if p.proc == nil {
-		return false
-	}
-	select {
-	case <-p.proc.done:
-		return true
-	case <-time.After(max(0, min(d, time.Until(p.limit)))):
-		return false
-	}
+	return p.proc != nil && p.proc.Ended(max(0, min(d, time.Until(p.limit))))
 }
 
-func (p *play) dead() bool { return p.proc == nil || p.proc.over() && p.daemonPid == 0 }
+func (p *play) dead() bool { return p.proc == nil || p.proc.Ended(0) && p.daemonPid == 0 }
 
 func (p *play) noteDeath() {
-	if p.proc == nil || !p.proc.over() {
+	if p.proc == nil || !p.proc.Ended(0) {
 		return
 	}
-	if ws := p.proc.cmd.ProcessState.Sys().(syscall.WaitStatus); ws.Signaled() {
-		p.add(fmt.Sprintf("- server killed by signal %d", ws.Signal()), "")
+	if ws := p.proc.Cmd.ProcessState.Sys().(syscall.WaitStatus); ws.Signaled() {
+		p.add(fmt.Sprintf("- server killed by signal %d", ws.Signal()))
 	}
 }
 
@@ -190,7 +173,7 @@ func (p *play) expectExit() {
 		if c := p.conns[name]; c != nil {
 			p.drain(c, p.deadline())
 			if !c.eof {
-				p.add("- "+name+" still open", "")
+				p.add("- " + name + " still open")
 			}
 		}
 	}
@@ -208,7 +191,7 @@ func (p *play) expectExit() {
 		text, _ := os.ReadFile(f.f.Name())
 		first, _, _ := strings.Cut(p.norm.console(strings.ToValidUTF8(string(text), "\uFFFD")), "\n")
 		if len(text) > 0 {
-			p.add(f.tag+": "+strings.TrimRight(first, " \t\r"), "")
+			p.add(f.tag + ": " + strings.TrimRight(first, " \t\r"))
 		}
 	}
 }
@@ -220,7 +203,7 @@ func (p *play) reap() (code string) {
 	case p.daemonPid != 0:
 		for p.daemonAlive() {
 			if time.Now().After(deadline) {
-				p.add("- server still running", "")
+				p.add("- server still running")
 				return ""
 			}
 			time.Sleep(10 * time.Millisecond) // not our child: nothing to wait for
@@ -230,16 +213,16 @@ func (p *play) reap() (code string) {
 	case p.proc == nil:
 		code = "none"
 	case !p.waitProc(time.Until(deadline)):
-		p.add("- server still running", "")
+		p.add("- server still running")
 		return ""
 	default:
-		if ws := p.proc.cmd.ProcessState.Sys().(syscall.WaitStatus); ws.Signaled() {
+		if ws := p.proc.Cmd.ProcessState.Sys().(syscall.WaitStatus); ws.Signaled() {
 			p.noteDeath()
 			return ""
 		}
-		code = strconv.Itoa(p.proc.cmd.ProcessState.ExitCode())
+		code = strconv.Itoa(p.proc.Cmd.ProcessState.ExitCode())
 	}
-	p.add("- exit "+code, "")
+	p.add("- exit " + code)
 	return code
 }
 
@@ -267,13 +250,10 @@ func (p *play) killServer() {
 	if p.proc == nil {
 		return
 	}
-	if !p.proc.over() {
-		_ = p.proc.cmd.Process.Signal(syscall.SIGTERM)
-		select {
-		case <-p.proc.done:
-		case <-time.After(time.Second):
-			_ = p.proc.cmd.Process.Kill()
-			<-p.proc.done
+	if !p.proc.Ended(0) {
+		_ = p.proc.Cmd.Process.Signal(syscall.SIGTERM)
+		if !p.proc.Ended(time.Second) {
+			p.proc.Kill()
 		}
 	}
 	p.proc.out.Close()

@@ -76,29 +76,18 @@ func unescape(s string) []byte {
 			continue
 		}
 		i++
-		switch s[i] {
-		case 'n':
-			out = append(out, '\n')
-		case 'r':
-			out = append(out, '\r')
-		case 't':
-			out = append(out, '\t')
-		case '0':
-			out = append(out, 0)
-		case 'e':
-			out = append(out, 0x1b)
-		case 'x':
-			if i+2 < len(s) {
-				if n, err := strconv.ParseUint(s[i+1:i+3], 16, 8); err == nil {
-					out = append(out, byte(n))
-					i += 2
-					continue
-				}
+		if s[i] == 'x' && i+2 < len(s) {
+			if n, err := strconv.ParseUint(s[i+1:i+3], 16, 8); err == nil {
+				out = append(out, byte(n))
+				i += 2
+				continue
 			}
-			out = append(out, 'x')
-		default:
-			out = append(out, s[i])
 		}
+		c := s[i]
+		if k := strings.IndexByte("nrt0e", c); k >= 0 {
+			c = "\n\r\t\x00\x1b"[k]
+		}
+		out = append(out, c)
 	}
 	return out
 }
