@@ -173,7 +173,8 @@ var shapes = []struct {
 	}, "bitmaps_ext: Image has 1073741824 bitmaps, exceeding the QEMU supported maximum of 65535"},
 	{"a directory of bitmaps in a hole", func(t testing.TB) *image {
 		i := newImage(t, 3, 16, 1<<20)
-		i.x.Bitmaps = &layout.Bitmaps{NbBitmaps: 65535, DirectorySize: 1024 * 65535, DirectoryOffset: uint64(i.place(64 << 20))}
+		i.x.Bitmaps = &layout.Bitmaps{NbBitmaps: 65535, DirectorySize: 1024 * 65535,
+			DirectoryOffset: uint64(i.place(64 << 20))}
 		i.h.AutoclearFeatures = layout.AutoclearBitmaps
 		return i
 	}, ""},
@@ -240,7 +241,8 @@ func limited(t testing.TB) (d *daemon.Daemon, before int64) {
 	d = daemon.Start(t, dir)
 	before, mapped := memory(t, d)
 	limit := syscall.Rlimit{Cur: uint64(mapped + room), Max: uint64(mapped + room)}
-	if _, _, e := syscall.RawSyscall6(syscall.SYS_PRLIMIT64, uintptr(d.Cmd.Process.Pid), syscall.RLIMIT_AS, uintptr(unsafe.Pointer(&limit)), 0, 0, 0); e != 0 {
+	if _, _, e := syscall.RawSyscall6(syscall.SYS_PRLIMIT64, uintptr(d.Cmd.Process.Pid), syscall.RLIMIT_AS,
+		uintptr(unsafe.Pointer(&limit)), 0, 0, 0); e != 0 {
 		t.Fatal(e)
 	}
 	return d, before

@@ -112,7 +112,8 @@ func (r *killRound) make() {
 		r.fill(x, name, k, values)
 	}
 	if r.hasTarget() {
-		err := errors.Join(x.MakeFile("target", 0, nil), x.CreateQcow2(ctx, "target", types.BlockdevCreateOptionsQcow2{Size: diskSize, ClusterSize: &cs, LazyRefcounts: &r.lazy}))
+		o := types.BlockdevCreateOptionsQcow2{Size: diskSize, ClusterSize: &cs, LazyRefcounts: &r.lazy}
+		err := errors.Join(x.MakeFile("target", 0, nil), x.CreateQcow2(ctx, "target", o))
 		if err != nil {
 			r.t.Fatal(err)
 		}
@@ -121,11 +122,13 @@ func (r *killRound) make() {
 	if r.work != "bitmaps" {
 		return
 	}
-	o := &types.BlockdevOptions{Driver: types.BlockdevDriverQcow2, NodeName: rig.Ptr("top"), U: &types.BlockdevOptionsQcow2{File: x.File("top")}}
+	o := &types.BlockdevOptions{Driver: types.BlockdevDriverQcow2, NodeName: rig.Ptr("top"),
+		U: &types.BlockdevOptionsQcow2{File: x.File("top")}}
 	if err := x.Nodes.Add(ctx, o); err != nil {
 		r.t.Fatal(err)
 	}
-	add := x.Nodes.BitmapAdd(&types.BlockDirtyBitmapAdd{Node: "top", Name: "all", Persistent: rig.Ptr(true), Granularity: rig.Ptr(uint32(512) << r.rnd.IntN(9))})
+	add := x.Nodes.BitmapAdd(&types.BlockDirtyBitmapAdd{Node: "top", Name: "all", Persistent: rig.Ptr(true),
+		Granularity: rig.Ptr(uint32(512) << r.rnd.IntN(9))})
 	if err := errors.Join(transaction.Run(ctx, x.Graph, add), x.Nodes.Del(ctx, "top")); err != nil {
 		r.t.Fatal(err)
 	}
@@ -139,7 +142,8 @@ func (r *killRound) hasTarget() bool {
 // fill writes to a layer.
 func (r *killRound) fill(x *rig.Rig, name string, k int, values []uint64) {
 	ctx := context.Background()
-	o := &types.BlockdevOptions{Driver: types.BlockdevDriverQcow2, NodeName: &name, U: &types.BlockdevOptionsQcow2{File: x.File(name)}}
+	o := &types.BlockdevOptions{Driver: types.BlockdevDriverQcow2, NodeName: &name,
+		U: &types.BlockdevOptionsQcow2{File: x.File(name)}}
 	if err := x.Nodes.Add(ctx, o); err != nil {
 		r.t.Fatal(err)
 	}
@@ -199,7 +203,8 @@ func (r *killRound) play() (leaks int, running bool, acked int) {
 		wg.Go(func() { counts[i] = r.client(c, i, rand.New(rand.NewPCG(seed, 2))) })
 	}
 	r.begin(q)
-	for end := time.Now().Add(time.Duration(5+r.rnd.IntN(300)) * time.Millisecond); time.Now().Before(end); { // the moment of the kill is what is random here
+	// The moment of the kill is what is random here.
+	for end := time.Now().Add(time.Duration(5+r.rnd.IntN(300)) * time.Millisecond); time.Now().Before(end); {
 		if r.work == "bitmaps" {
 			r.bitmapCommand(q)
 			continue
@@ -298,7 +303,8 @@ func (r *killRound) checkBitmaps() {
 	ctx := context.Background()
 	x := rig.New(r.dir)
 	defer x.Close()
-	o := &types.BlockdevOptions{Driver: types.BlockdevDriverQcow2, NodeName: rig.Ptr("top"), ReadOnly: rig.Ptr(true), U: &types.BlockdevOptionsQcow2{File: x.File("top")}}
+	o := &types.BlockdevOptions{Driver: types.BlockdevDriverQcow2, NodeName: rig.Ptr("top"), ReadOnly: rig.Ptr(true),
+		U: &types.BlockdevOptionsQcow2{File: x.File("top")}}
 	if err := x.Nodes.Add(ctx, o); err != nil {
 		r.t.Fatal(err)
 	}

@@ -122,7 +122,8 @@ func power(t *testing.T, c powerCase, seed uint64) {
 func openTop(ctx context.Context, x *rig.Rig, readOnly bool) (*graph.Root, error) {
 	o := &types.BlockdevOptions{Driver: types.BlockdevDriverQcow2, NodeName: rig.Ptr("top"), ReadOnly: &readOnly,
 		Discard: rig.Ptr(types.BlockdevDiscardOptionsUnmap),
-		U:       &types.BlockdevOptionsQcow2{File: x.File("top"), L2CacheSize: rig.Ptr(int64(1)), L2CacheEntrySize: rig.Ptr(int64(512))}}
+		U: &types.BlockdevOptionsQcow2{File: x.File("top"),
+			L2CacheSize: rig.Ptr(int64(1)), L2CacheEntrySize: rig.Ptr(int64(512))}}
 	if err := x.Nodes.Add(ctx, o); err != nil {
 		return nil, err
 	}

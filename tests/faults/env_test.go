@@ -57,7 +57,9 @@ type env struct {
 }
 
 func newEnv(ctx context.Context, cs int) *env {
-	e := &env{Rig: rig.New(""), ctx: ctx, cs: cs, socket: fmt.Sprintf("qblockd-faults-%d-%d", os.Getpid(), sockets.Add(1)), opened: map[string][]*drivertest.Fault{}, from: map[*drivertest.Fault]int64{}}
+	socket := fmt.Sprintf("qblockd-faults-%d-%d", os.Getpid(), sockets.Add(1))
+	e := &env{Rig: rig.New(""), ctx: ctx, cs: cs, socket: socket,
+		opened: map[string][]*drivertest.Fault{}, from: map[*drivertest.Fault]int64{}}
 	e.Store.Wrap(func(name string, d graph.Driver) graph.Driver {
 		f := drivertest.NewFault(d)
 		e.mu.Lock()
@@ -154,7 +156,8 @@ func (e *env) flush() error { return e.unit(e.root.Flush) }
 
 // makeImage makes a qcow2 image of so many clusters.
 func (e *env) makeImage(name string, clusters int, backing string, lazy bool) error {
-	o := types.BlockdevCreateOptionsQcow2{Size: uint64(clusters * e.cs), ClusterSize: rig.Ptr(uint64(e.cs)), LazyRefcounts: &lazy}
+	o := types.BlockdevCreateOptionsQcow2{Size: uint64(clusters * e.cs), ClusterSize: rig.Ptr(uint64(e.cs)),
+		LazyRefcounts: &lazy}
 	if backing != "" {
 		o.BackingFile, o.BackingFmt = &backing, rig.Ptr(types.BlockdevDriverQcow2)
 	}
@@ -170,7 +173,8 @@ func (e *env) options(name string, backing *types.BlockdevRefOrNull) *types.Bloc
 	file := e.File(name)
 	file.Definition.Discard = unmap
 	return &types.BlockdevOptions{Driver: types.BlockdevDriverQcow2, NodeName: &name, Discard: unmap,
-		U: &types.BlockdevOptionsQcow2{File: file, Backing: backing, L2CacheSize: rig.Ptr(int64(1)), L2CacheEntrySize: rig.Ptr(int64(512))}}
+		U: &types.BlockdevOptionsQcow2{File: file, Backing: backing,
+			L2CacheSize: rig.Ptr(int64(1)), L2CacheEntrySize: rig.Ptr(int64(512))}}
 }
 
 const clusters = 40

@@ -67,12 +67,12 @@ func (e *env) stream(base *string) error {
 var both = []string{"top", "base"}
 
 func scenarios() []scenario {
-	same := func(e *env, p []byte) []byte { return p }
 	closed := func(e *env) error { return e.chain() }
 	return []scenario{
 		{name: "open", setup: closed, act: func(e *env) error { return e.add("top", nil) }, undo: del("top"), files: both},
 		{name: "open chain", setup: closed, files: both, act: func(e *env) error {
-			return e.Nodes.Add(e.ctx, e.options("top", &types.BlockdevRefOrNull{Definition: e.options("base", &types.BlockdevRefOrNull{Null: true})}))
+			base := e.options("base", &types.BlockdevRefOrNull{Null: true})
+			return e.Nodes.Add(e.ctx, e.options("top", &types.BlockdevRefOrNull{Definition: base}))
 		}, undo: func(e *env) error { return e.Nodes.Del(e.ctx, "top") }},
 		{name: "open and repair", setup: (*env).dirty, act: func(e *env) error { return e.add("top", nil) }, undo: del("top"), files: []string{"top"}},
 		{name: "overlay of an open node", setup: func(e *env) error {
@@ -93,20 +93,23 @@ func scenarios() []scenario {
 			return errors.Join(writing(75, 30, 0)(e), e.flush())
 		}},
 		{name: "compressed write", setup: (*env).guest, act: writing(80, 8, blk.Compressed), want: patch(80, 8, 7), files: both},
-		{name: "zero", setup: (*env).guest, want: patch(20, 41, 0), files: both, but: drivertest.OpDiscard, act: func(e *env) error {
-			zero := func(r *blk.Req) error { return e.root.Zero(r, int64(20*e.cs/8), int64(41*e.cs/8), blk.MayUnmap) }
-			return errors.Join(e.unit(zero), e.flush())
-		}},
-		{name: "discard", setup: (*env).guest, want: patch(24, 48, 0), files: both, but: drivertest.OpDiscard | drivertest.OpRead, act: func(e *env) error {
-			discard := func(r *blk.Req) error { return e.root.Discard(r, int64(3*e.cs), int64(6*e.cs)) }
-			return errors.Join(e.unit(discard), e.flush())
-		}},
+		{name: "zero", setup: (*env).guest, want: patch(20, 41, 0), files: both, but: drivertest.OpDiscard,
+			act: func(e *env) error {
+				zero := func(r *blk.Req) error { return e.root.Zero(r, int64(20*e.cs/8), int64(41*e.cs/8), blk.MayUnmap) }
+				return errors.Join(e.unit(zero), e.flush())
+			}},
+		{name: "discard", setup: (*env).guest, want: patch(24, 48, 0), files: both,
+			but: drivertest.OpDiscard | drivertest.OpRead, act: func(e *env) error {
+				discard := func(r *blk.Req) error { return e.root.Discard(r, int64(3*e.cs), int64(6*e.cs)) }
+				return errors.Join(e.unit(discard), e.flush())
+			}},
 		{name: "grow", setup: (*env).guest, files: both, act: func(e *env) error {
 			return e.Nodes.Resize(e.ctx, nil, rig.Ptr("top"), int64(3000*e.cs))
 		}, want: func(e *env, p []byte) []byte { return append(p, make([]byte, 3000*e.cs-len(p))...) }},
-		{name: "shrink", setup: (*env).guest, files: both, but: drivertest.OpDiscard | drivertest.OpResize | drivertest.OpRead, act: func(e *env) error {
-			return e.Nodes.Resize(e.ctx, nil, rig.Ptr("top"), int64(4*e.cs))
-		}, want: func(e *env, p []byte) []byte { return p[:4*e.cs] }},
+		{name: "shrink", setup: (*env).guest, files: both,
+			but: drivertest.OpDiscard | drivertest.OpResize | drivertest.OpRead, act: func(e *env) error {
+				return e.Nodes.Resize(e.ctx, nil, rig.Ptr("top"), int64(4*e.cs))
+			}, want: func(e *env, p []byte) []byte { return p[:4*e.cs] }},
 		{name: "stream", setup: (*env).guest, act: func(e *env) error { return e.stream(nil) }, want: same, files: both},
 		{name: "stream from an intermediate", setup: (*env).three, act: func(e *env) error { return e.stream(e.node("base")) }, want: same,
 			files: []string{"top", "mid", "base"}},

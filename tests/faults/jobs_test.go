@@ -4,6 +4,7 @@ import (
 	"bytes"
 	"errors"
 	"fmt"
+	"slices"
 	"time"
 
 	"qblockd/blockdev/drivertest"
@@ -111,23 +112,28 @@ func (e *env) bitmaps(name string, there bool) error {
 const unseen = drivertest.OpDiscard | drivertest.OpResize
 
 func jobScenarios() []scenario {
-	same := func(e *env, p []byte) []byte { return p }
+	return slices.Concat(copyScenarios(), bitmapScenarios(), nodeScenarios())
+}
+
+// written leaves an image that a guest has written to, with a bitmap.
+func written(e *env) error { return errors.Join(e.withBitmap(), writing(75, 30, 0)(e), e.detach()) }
+
+// same is what a disk shows that is to be as it was.
+func same(_ *env, p []byte) []byte { return p }
+
+// copyScenarios are jobs.
+func copyScenarios() []scenario {
 	files := []string{"top", "base", "copy"}
 	delCopy := func(e *env) error { return e.Nodes.Del(e.ctx, "copy") }
-	reopen := func(e *env) *types.BlockdevOptions {
-		o := e.options("top", &types.BlockdevRefOrNull{Reference: e.node("base")})
-		q := o.U.(*types.BlockdevOptionsQcow2)
-		q.File = types.BlockdevRef{Reference: rig.Ptr(e.Graph.Node("top").File().Node().Name())}
-		q.L2CacheEntrySize, o.DetectZeroes = nil, rig.Ptr(types.BlockdevDetectZeroesOptionsOn)
-		return o
-	}
 	return []scenario{
-		{name: "backup", setup: (*env).withCopy, files: files, but: unseen, hidden: true, want: same, undo: delCopy, act: func(e *env) error {
-			return errors.Join(e.backup(types.MirrorSyncModeFull, nil), e.sameCopy())
-		}},
-		{name: "mirror", setup: (*env).withCopy, files: files, but: unseen, hidden: true, want: same, undo: delCopy, act: func(e *env) error {
-			return errors.Join(e.mirror(types.MirrorCopyModeBackground, false), e.sameCopy())
-		}},
+		{name: "backup", setup: (*env).withCopy, files: files, but: unseen, hidden: true, want: same, undo: delCopy,
+			act: func(e *env) error {
+				return errors.Join(e.backup(types.MirrorSyncModeFull, nil), e.sameCopy())
+			}},
+		{name: "mirror", setup: (*env).withCopy, files: files, but: unseen, hidden: true, want: same, undo: delCopy,
+			act: func(e *env) error {
+				return errors.Join(e.mirror(types.MirrorCopyModeBackground, false), e.sameCopy())
+			}},
 		{name: "mirror and pivot", setup: (*env).withCopy, files: files, but: unseen, hidden: true, want: same, act: func(e *env) error {
 			return e.mirror(types.MirrorCopyModeWriteBlocking, true)
 		}},
@@ -138,11 +144,17 @@ func jobScenarios() []scenario {
 			return e.commit(nil, e.node("base"), false)
 		}},
 		{name: "incremental backup", setup: func(e *env) error {
-			return errors.Join(e.withCopy(), e.backup(types.MirrorSyncModeFull, nil), e.act(e.addBitmap("b")), writing(75, 30, 0)(e))
+			return errors.Join(e.withCopy(), e.backup(types.MirrorSyncModeFull, nil), e.act(e.addBitmap("b")),
+				writing(75, 30, 0)(e))
 		}, files: files, but: unseen, hidden: true, undo: delCopy, want: patch(75, 30, 7), act: func(e *env) error {
 			patch(75, 30, 7)(e, e.old)
 			return errors.Join(e.backup(types.MirrorSyncModeIncremental, rig.Ptr("b")), e.sameCopy())
 		}},
+	}
+}
+
+func bitmapScenarios() []scenario {
+	return []scenario{
 		{name: "add a bitmap", setup: (*env).guest, files: []string{"top"}, but: unseen, hidden: true, want: same, act: func(e *env) error {
 			if err := e.act(e.addBitmap("b")); err != nil {
 				return errors.Join(err, e.bitmaps("b", false))
@@ -165,8 +177,20 @@ func jobScenarios() []scenario {
 		{name: "grow under a bitmap", setup: (*env).withBitmap, files: []string{"top"}, hidden: true, but: unseen, act: func(e *env) error {
 			return e.Nodes.Resize(e.ctx, nil, rig.Ptr("top"), int64(3000*e.cs))
 		}, want: func(e *env, p []byte) []byte { return append(p, make([]byte, 3000*e.cs-len(p))...) }},
-		{name: "close with a bitmap", setup: func(e *env) error { return errors.Join(e.withBitmap(), writing(75, 30, 0)(e), e.detach()) }, act: del("top"),
-			files: []string{"top"}, ends: true, hidden: true},
+		{name: "close with a bitmap", setup: written, act: del("top"), files: []string{"top"}, ends: true, hidden: true},
+	}
+}
+
+// nodeScenarios change a node, or what is in its image beside data.
+func nodeScenarios() []scenario {
+	reopen := func(e *env) *types.BlockdevOptions {
+		o := e.options("top", &types.BlockdevRefOrNull{Reference: e.node("base")})
+		q := o.U.(*types.BlockdevOptionsQcow2)
+		q.File = types.BlockdevRef{Reference: rig.Ptr(e.Graph.Node("top").File().Node().Name())}
+		q.L2CacheEntrySize, o.DetectZeroes = nil, rig.Ptr(types.BlockdevDetectZeroesOptionsOn)
+		return o
+	}
+	return []scenario{
 		{name: "internal snapshot", setup: (*env).guest, files: []string{"top"}, but: unseen, hidden: true, want: same, act: func(e *env) error {
 			return e.act(e.Nodes.InternalSnapshot(&types.BlockdevSnapshotInternal{Device: "top", Name: "s"}))
 		}},
@@ -184,7 +208,7 @@ func jobScenarios() []scenario {
 		{name: "reopen", setup: (*env).withBitmap, files: []string{"top"}, but: unseen, hidden: true, want: same, act: func(e *env) error {
 			return e.Nodes.Reopen([]*types.BlockdevOptions{reopen(e)}).Run(e.ctx)
 		}},
-		{name: "reopen for reading and for writing", setup: func(e *env) error { return errors.Join(e.withBitmap(), writing(75, 30, 0)(e), e.detach()) },
+		{name: "reopen for reading and for writing", setup: written,
 			files: []string{"top"}, but: unseen, hidden: true, ends: true, act: func(e *env) error {
 				ro, rw := reopen(e), reopen(e)
 				ro.ReadOnly, rw.ReadOnly = rig.Ptr(true), rig.Ptr(false)

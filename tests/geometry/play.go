@@ -195,7 +195,8 @@ func (w *world) begin() error {
 			return w.driveMirror()
 		}
 		a := &types.BlockdevMirrorArgs{JobID: rig.Ptr(id), Device: "l0", Target: "t", Sync: w.Sync, Speed: speed,
-			BufSize: &w.BufSize, OnSourceError: &w.OnError, OnTargetError: &w.OnError, CopyMode: &w.Mode, AutoFinalize: auto, AutoDismiss: keep}
+			BufSize: &w.BufSize, OnSourceError: &w.OnError, OnTargetError: &w.OnError, CopyMode: &w.Mode,
+			AutoFinalize: auto, AutoDismiss: keep}
 		if w.Granularity > 0 {
 			a.Granularity = rig.Ptr(uint32(w.Granularity))
 		}

@@ -276,7 +276,8 @@ func (s *Sample) drawMirror(r *rand.Rand) {
 	if s.Under == "" && trial.One(r, 10) {
 		s.Sync, s.Target.Size = types.MirrorSyncModeNone, s.Layers[0].Size
 	}
-	s.Mode = trial.Pick(r, types.MirrorCopyModeBackground, types.MirrorCopyModeBackground, types.MirrorCopyModeWriteBlocking)
+	s.Mode = trial.Pick(r, types.MirrorCopyModeBackground, types.MirrorCopyModeBackground,
+		types.MirrorCopyModeWriteBlocking)
 	s.Switch = trial.One(r, 5)
 	s.BufSize = trial.Pick[int64](r, 0, 0, 512, 65536, 1<<20, 64<<20)
 }

@@ -196,7 +196,8 @@ func (w *world) file(name string, size int64) {
 
 // options are those of an image's node; the backing file nil: as its header says.
 func (w *world) options(name string, l Layer, b *types.BlockdevRefOrNull) *types.BlockdevOptions {
-	o := &types.BlockdevOptions{Driver: types.BlockdevDriverQcow2, NodeName: &name, Discard: rig.Ptr(types.BlockdevDiscardOptionsIgnore)}
+	o := &types.BlockdevOptions{Driver: types.BlockdevDriverQcow2, NodeName: &name,
+		Discard: rig.Ptr(types.BlockdevDiscardOptionsIgnore)}
 	if l.Discard {
 		o.Discard = rig.Ptr(types.BlockdevDiscardOptionsUnmap)
 	}

@@ -16,8 +16,8 @@ func (r *run) top() string {
 }
 
 // hides tells whether the image may have data behind the end of its disk.
-func (r *run) hides() bool {
-	return slices.ContainsFunc(r.c.Damages, func(d *Damage) bool { return d.Field == "size" })
+func (c *Case) hides() bool {
+	return slices.ContainsFunc(c.Damages, func(d *Damage) bool { return d.Field == "size" })
 }
 
 func (r *run) resize() {
@@ -37,7 +37,7 @@ func (r *run) resize() {
 	if !ok {
 		return
 	}
-	for s := r.size / sector; !r.hides() && to > r.size && s < min(to/sector, r.size/sector+4096); s++ {
+	for s := r.size / sector; !r.c.hides() && to > r.size && s < min(to/sector, r.size/sector+4096); s++ {
 		r.m.may[s] = []uint64{r.m.zero}
 		r.m.written[s], r.m.touched[s] = true, true
 	}

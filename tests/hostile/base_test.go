@@ -17,8 +17,11 @@ func TestBases(t *testing.T) {
 	for _, s := range Specs {
 		dir := t.TempDir()
 		name := filepath.Join(dir, imageName)
-		for n, b := range map[string]*Base{name: NewBase(s), filepath.Join(dir, "back.qcow2"): NewBase(Spec{Version: 3, ClusterBits: 12, Order: 4, Size: 1 << 20}),
-			filepath.Join(dir, "back.raw"): NewBase(Spec{Version: 3, ClusterBits: 9, Order: 4})} {
+		for n, b := range map[string]*Base{
+			name:                             NewBase(s),
+			filepath.Join(dir, "back.qcow2"): NewBase(Spec{Version: 3, ClusterBits: 12, Order: 4, Size: 1 << 20}),
+			filepath.Join(dir, "back.raw"):   NewBase(Spec{Version: 3, ClusterBits: 9, Order: 4}),
+		} {
 			if err := b.WriteTo(n); err != nil {
 				t.Fatal(err)
 			}

@@ -161,7 +161,8 @@ func (w *worker) one(c *Case) bool {
 	var f *Failure
 	for try := range 2 {
 		if w.s == nil {
-			s, err := newServer(w.bin, w.dir, Limits{*flagMemory << 20, *flagSpace << 20, *flagDeadline, *flagPatience, *flagReference})
+			l := Limits{*flagMemory << 20, *flagSpace << 20, *flagDeadline, *flagPatience, *flagReference}
+			s, err := newServer(w.bin, w.dir, l)
 			if err != nil {
 				w.h.t.Error(err)
 				return false

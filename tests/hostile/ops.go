@@ -38,10 +38,6 @@ func covered(m map[string][]nbdwire.Extent) (n int64) {
 	return n
 }
 
-// ignore tells whether nothing can be expected of a sector: the entry that leads to it cannot be
-// followed.
-func (r *run) ignore(off int64) bool { return r.rep.At(off) >= Unusable }
-
 // readAt reads a range.
 func (r *run) readAt(off, n int64) (b []byte, ok bool) {
 	b = make([]byte, n)
@@ -51,7 +47,8 @@ func (r *run) readAt(off, n int64) (b []byte, ok bool) {
 
 // compare ends the case where what was read is not what the disk may show.
 func (r *run) compare(off int64, b []byte, when string) {
-	at := r.m.wrong(off, b, r.ignore)
+	// Nothing can be expected of a sector if the entry that leads to it cannot be followed.
+	at := r.m.wrong(off, b, func(off int64) bool { return r.rep.At(off) >= Unusable })
 	if at < 0 {
 		return
 	}

@@ -145,7 +145,8 @@ func (s *server) guest() {
 		case 4:
 			_, err = q.Do("query-block-exports", nil)
 		default:
-			if err = n.ReadAt(buf, int64(at)*4096*3); err == nil && have[at] != 0 && bytes.Count(buf, have[at:at+1]) != len(buf) {
+			err = n.ReadAt(buf, int64(at)*4096*3)
+			if err == nil && have[at] != 0 && bytes.Count(buf, have[at:at+1]) != len(buf) {
 				report("reads something else than was written")
 				return
 			}

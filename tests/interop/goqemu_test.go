@@ -46,7 +46,8 @@ func TestGoQEMU(t *testing.T) {
 			Node string `json:"node-name"`
 		} `json:"return"`
 	}
-	if err := json.Unmarshal(raw, &reply); err != nil || len(reply.Return) != 1 || reply.Return[0].ID != "e" || reply.Return[0].Node != "n" {
+	if err := json.Unmarshal(raw, &reply); err != nil || len(reply.Return) != 1 ||
+		reply.Return[0].ID != "e" || reply.Return[0].Node != "n" {
 		t.Errorf("exports: %s (%v)", raw, err)
 	}
 	if _, err := m.Run([]byte(`{"execute": "block-export-del", "arguments": {"id": "e"}}`)); err != nil {

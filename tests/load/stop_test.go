@@ -28,10 +28,11 @@ func phases() []string {
 	info := func(s string) string { return option(6, uint32(len(name(s))), name(s)) }
 	request := "\x25\x60\x95\x13\x00\x00\x00\x00" + strings.Repeat("\x00", 18) + "\x00\x01"
 	return append([]string{
-		flags + option(3, 0, ""),                                                      // list, and no reading
-		flags + strings.Repeat(option(3, 0, ""), 200),                                 // that many times
-		flags + info("e"),                                                             // what is there
-		flags + info(long),                                                            // CVE-2020-10761: a name of 4096 bytes that is not there
+		flags + option(3, 0, ""),                      // list, and no reading
+		flags + strings.Repeat(option(3, 0, ""), 200), // that many times
+		flags + info("e"),                             // what is there
+		// CVE-2020-10761: a name of 4096 bytes that is not there
+		flags + info(long),
 		flags + info(long+"x"),                                                        // longer than names may be
 		flags + option(6, 6, "\xff\xff\xff\xff\x00\x00"),                              // a name longer than its option
 		flags + option(7, 1<<31, "much"),                                              // an option of 2 GiB
@@ -89,7 +90,8 @@ func TestCVE_2024_7409(t *testing.T) {
 		addr := map[string]any{"type": "unix", "data": map[string]any{"path": d.NBDSocket()}}
 		q.Must(t, "nbd-server-start", map[string]any{"addr": addr, "max-connections": []int{0, 2, 100}[i%3]})
 		q.Must(t, "block-export-add", map[string]any{"type": "nbd", "id": "e", "node-name": "n", "name": "e"})
-		for end, now := time.Now().Add(10*time.Second), began.Load(); began.Load() < now+2*clients; time.Sleep(time.Millisecond) {
+		end, now := time.Now().Add(10*time.Second), began.Load()
+		for ; began.Load() < now+2*clients; time.Sleep(time.Millisecond) {
 			if time.Now().After(end) {
 				t.Fatal("nobody connects any more")
 			}

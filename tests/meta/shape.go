@@ -31,8 +31,8 @@ func (s shape) String() string {
 
 func randomShape(r *rand.Rand) shape {
 	s := shape{
-		cs: trial.Pick(r, 512, 512, 1024, 2048, 4096, 4096, 16384, 65536, 65536, 65536, 1<<20, 2<<20), v2: r.IntN(4) == 0, bits: 16,
-		comp: types.Qcow2CompressionTypeZlib, align: 512,
+		cs: trial.Pick(r, 512, 512, 1024, 2048, 4096, 4096, 16384, 65536, 65536, 65536, 1<<20, 2<<20),
+		v2: r.IntN(4) == 0, bits: 16, comp: types.Qcow2CompressionTypeZlib, align: 512,
 	}
 	if !s.v2 {
 		s.bits = trial.Pick[int64](r, 1, 2, 4, 8, 16, 16, 32, 64)
