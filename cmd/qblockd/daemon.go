@@ -148,9 +148,6 @@ func (d *daemon) addMonitor(_ context.Context, o *types.MonitorOptions) error {
 	return nil
 }
 
-// serve lets the clients in.
-func (d *daemon) serve() { close(d.up) }
-
 // catchSignals makes the ending signals known. The context ends with the first, for what may take
 // long before anybody waits for them. SIGPIPE becomes an error of the write that met it.
 func (d *daemon) catchSignals() (context.Context, <-chan os.Signal) {

@@ -1,7 +1,6 @@
 package main
 
 import (
-	"context"
 	"fmt"
 	"io"
 	"log/slog"
@@ -25,39 +24,21 @@ func isTerminal(f *os.File) bool {
 	return err == nil
 }
 
+// newLogHandler makes the handler of records. On a terminal each record is one line, and names in
+// it, which come from clients, images and peers, cannot make the terminal do anything.
 func newLogHandler(w io.Writer, terminal bool, level slog.Level) slog.Handler {
-	if terminal {
-		return terminalHandler{tint.NewTextHandler(w, &tint.Options{Level: level, TimeFormat: time.TimeOnly})}
+	if !terminal {
+		return slog.NewJSONHandler(w, &slog.HandlerOptions{Level: level})
 	}
-	return slog.NewJSONHandler(w, &slog.HandlerOptions{Level: level})
-}
-
-// terminalHandler is a handler for terminals: names in records, which come from clients, images and
-// peers, cannot make it do anything. Each record is one line.
-type terminalHandler struct{ slog.Handler }
-
-// Handle implements slog.Handler.
-func (h terminalHandler) Handle(ctx context.Context, r slog.Record) error {
-	own := slog.NewRecord(r.Time, r.Level, printable(r.Message), r.PC)
-	r.Attrs(func(a slog.Attr) bool {
-		own.AddAttrs(printableAttr(a))
-		return true
+	return tint.NewTextHandler(w, &tint.Options{
+		Level: level, TimeFormat: time.TimeOnly,
+		ReplaceAttr: func(_ []string, a slog.Attr) slog.Attr {
+			if _, isLevel := a.Value.Any().(slog.Level); isLevel {
+				return a // it has a colour
+			}
+			return printableAttr(a)
+		},
 	})
-	return h.Handler.Handle(ctx, own)
-}
-
-// WithAttrs implements slog.Handler.
-func (h terminalHandler) WithAttrs(attrs []slog.Attr) slog.Handler {
-	own := make([]slog.Attr, len(attrs))
-	for i, a := range attrs {
-		own[i] = printableAttr(a)
-	}
-	return terminalHandler{h.Handler.WithAttrs(own)}
-}
-
-// WithGroup implements slog.Handler.
-func (h terminalHandler) WithGroup(name string) slog.Handler {
-	return terminalHandler{h.Handler.WithGroup(printable(name))}
 }
 
 func printableAttr(a slog.Attr) slog.Attr {

@@ -67,7 +67,7 @@ func main() {
 		d.pidfile = p
 	}
 	ready()
-	d.serve()
+	close(d.up)
 	d.waitForEnd(signals)
 }
 

@@ -32,7 +32,7 @@ func TestSecondQuickstart(t *testing.T) {
 	if _, err := start(); err == nil || !strings.HasPrefix(err.Error(), "a quickstart runs in '"+dir+"' already: ") {
 		t.Fatal(err)
 	}
-	first.serve()
+	close(first.up)
 	c, err := net.Dial("unix", filepath.Join(dir, "qmp.sock"))
 	if err != nil {
 		t.Fatal(err)

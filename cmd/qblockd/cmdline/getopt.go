@@ -4,6 +4,7 @@
 package cmdline
 
 import (
+	"errors"
 	"fmt"
 	"strings"
 )
@@ -97,12 +98,11 @@ func (s *scanner) find(name string) (*Option, error) {
 	case 1:
 		return hits[0], nil
 	}
-	var b strings.Builder
-	fmt.Fprintf(&b, "option '--%s' is ambiguous; possibilities:", name)
+	text := "option '--" + name + "' is ambiguous; possibilities:"
 	for _, o := range hits {
-		fmt.Fprintf(&b, " '--%s'", o.Long)
+		text += " '--" + o.Long + "'"
 	}
-	return nil, fmt.Errorf("%s", b.String())
+	return nil, errors.New(text)
 }
 
 func (s *scanner) short(w string) error {

@@ -1,6 +1,7 @@
 package cmdline
 
 import (
+	"errors"
 	"fmt"
 	"math"
 	"strconv"
@@ -139,14 +140,8 @@ func keyvalText(s string) (val, rest string) {
 
 // fragment is the length of the index (unless first) or QAPI name that s starts with; 0: neither.
 func fragment(s string, index bool) int {
-	n := 0
-	if index {
-		for n < len(s) && isDigit(s[n]) {
-			n++
-		}
-		if n > 0 {
-			return n
-		}
+	if n := len(s) - len(strings.TrimLeft(s, "0123456789")); index && n > 0 {
+		return n
 	}
 	return qapiName(s)
 }
@@ -176,7 +171,7 @@ func isLetter(c byte) bool { return c >= 'a' && c <= 'z' || c >= 'A' && c <= 'Z'
 
 // index reads a key that is wholly a list index, capped at MaxInt32; -1 if it is none.
 func index(key string) int {
-	if qapiDigits := strings.TrimLeft(key, "0123456789"); qapiDigits != "" || key == "" {
+	if key == "" || strings.Trim(key, "0123456789") != "" {
 		return -1
 	}
 	n, err := strconv.ParseUint(key, 10, 31)
@@ -238,7 +233,7 @@ func Structured(arg, implied string) (d *value.Dict, fromText bool, err error) {
 	}
 	d, help, err := Keyval(arg, implied)
 	if err == nil && help {
-		err = fmt.Errorf("Help is not available for this option")
+		err = errors.New("Help is not available for this option")
 	}
 	return d, true, err
 }
