@@ -72,7 +72,7 @@ func TestFormatters(t *testing.T) {
 
 func TestCompletion(t *testing.T) {
 	options := []Option{{"help", 'h', false, "it's [help]: all"}, {"file", 0, true, "a file"}}
-	for _, shell := range Shells {
+	for _, shell := range []string{"bash", "fish", "zsh"} {
 		text := Completion(shell, "tool", options)
 		if !bytes.Contains(text, []byte("help")) || !bytes.HasSuffix(text, []byte("\n")) {
 			t.Errorf("%s:\n%s", shell, text)

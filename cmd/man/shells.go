@@ -13,10 +13,7 @@ type Option struct {
 	Text  string
 }
 
-// Shells are the names that Completion takes.
-var Shells = []string{"bash", "fish", "zsh"}
-
-// Completion returns a script that makes a shell complete the options of a command.
+// Completion returns a script that makes a shell (bash, fish, zsh) complete the options of a command.
 func Completion(shell, command string, options []Option) []byte {
 	var b strings.Builder
 	head := "# Completion of " + command + "'s options. Made of the command's own help by 'make man'. Do not edit.\n"

@@ -146,12 +146,8 @@ func drawn(raw debugGraph, nodes []nodeInfo, exports []exportInfo, jobs []jobInf
 		info[nodes[i].Name] = &nodes[i]
 	}
 	hasChild := map[int64]bool{}
-	names := map[int64]string{}
 	for _, e := range raw.Edges {
 		hasChild[e.Parent] = true
-	}
-	for _, n := range raw.Nodes {
-		names[n.ID] = n.Name
 	}
 	// Users first, then nodes; the daemon lists what is newest first.
 	raw.Nodes = slices.Clone(raw.Nodes)
@@ -175,7 +171,7 @@ func drawn(raw debugGraph, nodes []nodeInfo, exports []exportInfo, jobs []jobInf
 		g.Edges = append(g.Edges, picture.Edge{From: from, To: to, Name: e.Name,
 			Tip: "needs: " + words(e.Perm) + "\nshares: " + words(e.Shared)})
 		if p := &g.Nodes[from]; p.Kind == picture.Root && p.Name == "" {
-			i := slices.IndexFunc(exports, func(x exportInfo) bool { return x.Node == names[e.Child] })
+			i := slices.IndexFunc(exports, func(x exportInfo) bool { return x.Node == g.Nodes[to].Name })
 			if i >= 0 {
 				p.Kind, p.Label, p.Name, p.Traits = picture.Export, "export", exports[i].ID, []string{exports[i].Type}
 				if slices.Contains(e.Perm, "write") {

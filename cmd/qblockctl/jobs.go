@@ -96,22 +96,18 @@ func (a *app) jobsCommand() *cobra.Command {
 				return err
 			}
 			defer c.close()
-			return a.jobs(cmd.Context(), c)
+			jobs, err := fetchJobs(cmd.Context(), c)
+			if err != nil {
+				return err
+			}
+			return printJobs(a.out, jobs)
 		},
 	}
 	cmd.Flags().BoolVarP(&watch, "watch", "w", false, "show progress until no job has anything left to do")
 	return cmd
 }
 
-// jobs prints a table of the jobs.
-func (a *app) jobs(ctx context.Context, c *client) error {
-	jobs, err := fetchJobs(ctx, c)
-	if err != nil {
-		return err
-	}
-	return printJobs(a.out, jobs)
-}
-
+// printJobs prints a table of the jobs.
 func printJobs(out io.Writer, jobs []jobInfo) error {
 	if len(jobs) == 0 {
 		_, err := fmt.Fprintln(out, "no jobs")
