@@ -13,7 +13,8 @@ type Option struct {
 	Text  string
 }
 
-// Completion returns a script that makes a shell (bash, fish, zsh) complete the options of a command.
+// Completion returns a script that makes a shell complete the options of a command: bash, fish or
+// zsh.
 func Completion(shell, command string, options []Option) []byte {
 	var b strings.Builder
 	head := "# Completion of " + command + "'s options. Made of the command's own help by 'make man'. Do not edit.\n"
