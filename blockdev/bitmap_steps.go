@@ -108,7 +108,7 @@ func (bs bitmaps) BitmapAdd(a *types.BlockDirtyBitmapAdd) *BitmapStep {
 				return err
 			}
 		}
-		d, err := n.NewDirtyBitmap(spec)
+		d, err := n.Bitmaps().New(spec)
 		if err != nil {
 			return err
 		}
@@ -161,16 +161,16 @@ func canStore(n *graph.Node, spec *graph.DirtyBitmapSpec) error {
 		return fmt.Errorf("Can't store persistent bitmaps to %s: Operation not supported", n.Name())
 	}
 	others := 0
-	for _, d := range n.DirtyBitmaps() {
+	for _, d := range n.Bitmaps().All() {
 		if d.Persistent() {
 			others++
 		}
 	}
 	g := spec.Granularity
 	if g == 0 {
-		g = n.DefaultGranularity()
+		g = n.Bitmaps().DefaultGranularity()
 	}
-	if n.DirtyBitmap(spec.Name) != nil {
+	if n.Bitmaps().Find(spec.Name) != nil {
 		return nil // which is told next
 	}
 	if err := store.CanStoreBitmap(spec.Name, g, others); err != nil {

@@ -67,12 +67,12 @@ func TestBitmapsUnderLoad(t *testing.T) {
 	writeFile(t, left, string(raw))
 	other := newManager(t, Config{})
 	mustAdd(t, other, fmt.Sprintf(`{'driver': 'qcow2', 'node-name': 'q', 'read-only': true, 'file': {'driver': 'file', 'filename': '%s'}}`, left))
-	was, is := n.DirtyBitmaps(), other.Graph().Node("q")
-	if len(was) != len(is.DirtyBitmaps()) {
-		t.Fatalf("%d bitmaps of %d are left", len(is.DirtyBitmaps()), len(was))
+	was, is := n.Bitmaps().All(), other.Graph().Node("q")
+	if len(was) != len(is.Bitmaps().All()) {
+		t.Fatalf("%d bitmaps of %d are left", len(is.Bitmaps().All()), len(was))
 	}
 	for _, b := range was {
-		d := is.DirtyBitmap(b.Name())
+		d := is.Bitmaps().Find(b.Name())
 		if d == nil || d.Inconsistent() || d.Enabled() != b.Enabled() {
 			t.Fatalf("bitmap %s: %+v", b.Name(), d)
 		}
@@ -111,16 +111,16 @@ func TestBitmapsOfHugeDisks(t *testing.T) {
 		}
 	}
 	root.End(r)
-	n.DirtyBitmap("usual").Bits().Set(1<<40, 1<<60)
+	n.Bitmaps().Find("usual").Bits().Set(1<<40, 1<<60)
 	names := []*types.BlockDirtyBitmapOrStr{{Local: ptr("fine")}, {Local: ptr("usual")}, {Local: ptr("coarse")}}
 	for _, name := range names {
 		run(m.BitmapMerge(&types.BlockDirtyBitmapMerge{Node: "n", Target: *name.Local, Bitmaps: names}))
 	}
-	for _, b := range n.BitmapStates() {
+	for _, b := range n.Bitmaps().States() {
 		if want := int64(1<<60) + 12<<31; b.Count < want-1<<33 || b.Count > want+1<<33 {
 			t.Errorf("%s has %d bytes, want %d", b.Name, b.Count, want)
 		}
-		if used := n.DirtyBitmap(b.Name).Bits().Memory(); used > 1<<20 {
+		if used := n.Bitmaps().Find(b.Name).Bits().Memory(); used > 1<<20 {
 			t.Errorf("%s takes %d bytes", b.Name, used)
 		}
 		_, err := m.BitmapSHA256(context.Background(), "n", b.Name)

@@ -176,7 +176,7 @@ func (v namer) name(n *graph.Node) *nodeName {
 
 func (v namer) make(n *graph.Node, auto string) *nodeName {
 	kids := v.Children(n)
-	if n.Implicit() && len(kids) == 1 {
+	if n.Options().Implicit && len(kids) == 1 {
 		below := *v.name(v.Target(kids[0]))
 		return &below
 	}

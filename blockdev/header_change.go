@@ -32,11 +32,11 @@ func (c *HeaderChange) Prepare(ctx context.Context) error {
 	}
 	c.oldName, c.oldFormat = backingFile(c.Node)
 	if c.Base != nil {
-		if err := c.Base.Flush(ctx); err != nil {
+		if err := c.Base.IO().Flush(ctx); err != nil {
 			return err
 		}
 	}
-	if err := c.Node.Flush(ctx); err != nil {
+	if err := c.Node.IO().Flush(ctx); err != nil {
 		return err
 	}
 	c.Node.MustHold()
@@ -44,7 +44,7 @@ func (c *HeaderChange) Prepare(ctx context.Context) error {
 	if err := c.change(ctx, d, c.Name, c.Format); err != nil {
 		return err
 	}
-	return c.Node.Flush(ctx)
+	return c.Node.IO().Flush(ctx)
 }
 
 func (c *HeaderChange) change(ctx context.Context, d graph.BackingChanger, name, format string) error {
@@ -89,7 +89,7 @@ func (m *Manager) ChangeBackingFile(
 	}
 	defer hold.Release()
 	if n.ReadOnly() {
-		nodes := n.WithFiles()
+		nodes := graph.Now.WithFiles(n)
 		reopen := func(ctx context.Context, readOnly bool) error {
 			return around(n, func() error { return m.g.SwitchReadOnly(ctx, readOnly, nodes...) })
 		}

@@ -10,6 +10,7 @@ import (
 	"testing"
 	"time"
 
+	"qblockd/graph"
 	"qblockd/graph/blk"
 	"qblockd/schema/types"
 )
@@ -180,7 +181,7 @@ func TestImageNamesStayReadOnly(t *testing.T) {
 		mustReopen(t, m, `{'driver': 'qcow2', 'node-name': 't', 'file': {'driver': 'file', 'filename': '`+dir+`/overlay'}`+more+`}`)
 		wantReadOnly("reopened"+more, true)
 	}
-	if err := m.Graph().SwitchReadOnly(ctx, false, base.WithFiles()...); err != nil {
+	if err := m.Graph().SwitchReadOnly(ctx, false, graph.Now.WithFiles(base)...); err != nil {
 		t.Fatal(err)
 	}
 	wantReadOnly("switched", false)

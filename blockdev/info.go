@@ -45,9 +45,9 @@ func (q *queries) info(n *graph.Node, r *record) *nodeInfo {
 		gen:       generation(n), // before the others
 		size:      n.Size(),
 		readOnly:  n.ReadOnly(),
-		threshold: n.WriteThreshold(),
+		threshold: n.IO().WriteThreshold(),
 		name:      q.nameOf(n, r),
-		bitmaps:   n.BitmapStates(),
+		bitmaps:   n.Bitmaps().States(),
 	}
 	if e := n.Backing(); e != nil {
 		key.backing = q.name(e.Node())

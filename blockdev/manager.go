@@ -190,6 +190,6 @@ func (m *Manager) SetWriteThreshold(ctx context.Context, name string, t uint64) 
 		return err
 	}
 	defer hold.Release()
-	n.SetWriteThreshold(t)
+	n.IO().SetWriteThreshold(t)
 	return nil
 }

@@ -60,7 +60,7 @@ func (q *queries) view(n *graph.Node) view {
 func (q *queries) linkBelow(v *view, at map[*graph.Node]*view) {
 	var chain []*view
 	for v.below == nil {
-		e := v.node.FilterOrCOWChild()
+		e := graph.Now.FilterOrCOWChild(v.node)
 		if e == nil {
 			break
 		}
@@ -141,7 +141,7 @@ func (q *queries) AppendNodeStats(b []byte) []byte {
 // nodeStats are the counters of n and, nested, of the child that holds its data.
 func nodeStats(n *graph.Node) *types.BlockStats {
 	name := n.Name()
-	s := &types.BlockStats{NodeName: &name, Stats: *n.Stats()}
+	s := &types.BlockStats{NodeName: &name, Stats: *n.IO().Stats()}
 	if d, ok := n.Driver().(graph.StatsReporter); ok {
 		s.DriverSpecific = d.DriverStats()
 	}

@@ -67,7 +67,7 @@ func (r *Reopen) try(ctx context.Context) error {
 	}
 	defer undrain()
 	for _, e := range q.list {
-		if err := e.node.Flush(ctx); err != nil {
+		if err := e.node.IO().Flush(ctx); err != nil {
 			return fmt.Errorf("Error flushing drive: %s", blk.ErrnoText(err))
 		}
 	}
@@ -277,7 +277,7 @@ func (e *reopening) prepare(m *Manager, tx *graph.Tx) error {
 	if e.gen.DetectZeroes == types.BlockdevDetectZeroesOptionsUnmap && !e.gen.Discard {
 		return errUnmap
 	}
-	if err := n.CanReopen(); err != nil {
+	if err := n.Options().CanReopen(); err != nil {
 		return err
 	}
 	d := m.driverOf(n)
@@ -353,10 +353,10 @@ func (e *reopening) replaceChild(m *Manager, tx *graph.Tx, name string) error {
 		return nil
 	}
 	if was != nil {
-		if was.SkipImplicitFilters() == to {
+		if graph.Now.SkipImplicitFilters(was) == to {
 			return nil
 		}
-		if was.Implicit() {
+		if was.Options().Implicit {
 			return fmt.Errorf("Cannot replace implicit %s child of %s", name, n.Name())
 		}
 	}

@@ -129,7 +129,7 @@ func (s *Snapshot) Prepare(ctx context.Context, tx *graph.Tx) error {
 	if err := s.check(tx); err != nil {
 		return err
 	}
-	if err := s.old.Flush(ctx); err != nil {
+	if err := s.old.IO().Flush(ctx); err != nil {
 		return errors.New("An IO error has occurred")
 	}
 	return s.place(tx)
@@ -183,7 +183,7 @@ func (s *Snapshot) Commit() {
 		return
 	}
 	// Nobody writes to it from now on. That it cannot be told so is no reason to undo anything.
-	if err := s.m.g.SwitchReadOnly(context.Background(), true, s.old.WithFiles()...); err != nil {
+	if err := s.m.g.SwitchReadOnly(context.Background(), true, graph.Now.WithFiles(s.old)...); err != nil {
 		s.m.log.Warn("a node stays writable below its overlay", "node", s.old.Name(), "error", err)
 	}
 }

@@ -127,6 +127,14 @@ func (v View) SkipFilters(n *Node) *Node {
 	return n
 }
 
+// SkipImplicitFilters is the first node from n downwards that is no implicit filter.
+func (v View) SkipImplicitFilters(n *Node) *Node {
+	for n.Options().Implicit && v.FilteredChild(n) != nil {
+		n = v.below(v.FilteredChild(n))
+	}
+	return n
+}
+
 // Below is the node below n in its chain of filters and backing files, or nil; nil for nil.
 func (v View) Below(n *Node) *Node {
 	if n == nil {
@@ -172,6 +180,33 @@ func (v View) Overlay(top, n *Node) *Node {
 	return nil
 }
 
+// WithFiles are n and the files below it that have their read-only-ness from it: those that nobody
+// named for themselves.
+func (v View) WithFiles(n *Node) []*Node {
+	l := v.storage(n)
+	for i, f := range l[1:] {
+		if f.ReadOnly() != n.ReadOnly() || f.MonitorOwned() {
+			return l[:i+1]
+		}
+	}
+	return l
+}
+
+// storage are n and the nodes that its own data and metadata lie in.
+func (v View) storage(n *Node) (l []*Node) {
+	for ; n != nil; n = v.below(v.File(n)) {
+		l = append(l, n)
+	}
+	return l
+}
+
+// Instant tells whether n only leads to nodes whose requests never wait for anything.
+func (v View) Instant(n *Node) bool {
+	return !slices.ContainsFunc(v.nodesBelow(n), func(k *Node) bool {
+		return len(v.Children(k)) == 0 && !k.Caps().Instant
+	})
+}
+
 // nodesBelow are n and all nodes below it, each once.
 func (v View) nodesBelow(n *Node) []*Node {
 	l, seen := []*Node{n}, map[*Node]bool{n: true}
@@ -208,26 +243,5 @@ func (n *Node) Backing() *Edge { return n.kids.Load().backing }
 // FilteredChild is the child whose data a filter presents as its own, or nil.
 func (n *Node) FilteredChild() *Edge { return n.kids.Load().filtered }
 
-// FilterOrCOWChild is FilteredChild or Backing; see View.
-func (n *Node) FilterOrCOWChild() *Edge { return n.kids.Load().chain() }
-
 // SkipFilters is the first node from n downwards that is no filter.
 func (n *Node) SkipFilters() *Node { return Now.SkipFilters(n) }
-
-// SkipImplicitFilters is the first node from n downwards that is no implicit filter.
-func (n *Node) SkipImplicitFilters() *Node {
-	for n.Implicit() && n.FilteredChild() != nil {
-		n = n.FilteredChild().Node()
-	}
-	return n
-}
-
-// withStorage are n and the nodes that its own data and metadata lie in.
-func (n *Node) withStorage() []*Node {
-	l := []*Node{n}
-	for e := n.File(); e != nil; e = n.File() {
-		n = e.Node()
-		l = append(l, n)
-	}
-	return l
-}

@@ -13,14 +13,14 @@ import (
 	"qblockd/graph/blk"
 )
 
-// close ends a node in state closing, to which nothing leads any more: it stores and
+// closeNode ends a node in state closing, to which nothing leads any more: it stores and
 // flushes, closes the driver, lets go of the children (and closes those that nothing refers to
 // then), and gives the name free. It blocks as long as the storage does.
-func (n *Node) close() {
-	if err := n.shutdown(context.Background()); err != nil {
+func (g *Graph) closeNode(n *Node) {
+	if err := g.shutdown(context.Background(), n); err != nil {
 		slog.Warn("closing a node", "node", n.name, "error", err)
 	}
-	tx := n.g.Begin(context.Background())
+	tx := g.Begin(context.Background())
 	tx.Ending()
 	ignoreClosing(tx.do(func(d *txDraft) error {
 		for _, e := range d.Children(n) {
@@ -29,47 +29,42 @@ func (n *Node) close() {
 		return nil
 	}))
 	ignoreClosing(tx.Commit())
-	n.g.mu.Lock()
+	g.mu.Lock()
 	n.state = nodeClosed
-	delete(n.g.names, n.name)
-	n.g.mu.Unlock()
+	delete(g.names, n.name)
+	g.mu.Unlock()
 }
 
 // shutdown stores what must be stored and closes the driver, once: whoever comes second
 // waits for the first. The node must be quiet.
-func (n *Node) shutdown(ctx context.Context) error {
-	n.g.mu.Lock()
+func (g *Graph) shutdown(ctx context.Context, n *Node) error {
+	g.mu.Lock()
 	drv := n.drv
 	if drv == nil {
-		n.g.mu.Unlock()
+		g.mu.Unlock()
 		return nil
 	}
-	if r := n.rareLocked(); r.shut != nil {
-		n.g.mu.Unlock()
-		select {
-		case <-r.shut:
-			return nil
-		case <-ctx.Done():
-			return context.Cause(ctx)
-		}
+	if r := n.rareLocked(); r.shut != nil { // +checklocksignore: of the same graph
+		g.mu.Unlock()
+		return await(ctx, r.shut)
 	}
 	shut := make(chan struct{})
 	n.rare.shut = shut
-	n.g.mu.Unlock()
+	g.mu.Unlock()
 	defer close(shut)
 	r := &blk.Req{Ctx: ctx}
 	var errs []error
 	if i, ok := drv.(Inactivator); ok && !n.ReadOnly() && !n.Failed() {
-		errs = append(errs, n.careful(func() error { return i.Inactivate(r) }))
+		errs = append(errs, n.guard.careful(func() error { return i.Inactivate(r) }))
 	}
-	errs = append(errs, n.flushNode(r))
-	errs = append(errs, n.careful(drv.Close))
-	n.g.shutdowns.Add(1)
+	errs = append(errs, n.io.flushNode(r))
+	errs = append(errs, n.guard.careful(drv.Close))
+	g.shutdowns.Add(1)
 	if p := &trace.NodeClose; p.On() {
 		p.Log(slog.String("node", n.name))
 	}
 	if _, ok := drv.(Drainer); ok {
-		n.g.drainers.Add(-1)
+		g.drainers.Add(-1)
 	}
 	return errors.Join(errs...)
 }
@@ -240,9 +235,9 @@ func (c *closer) runLocked(n *Node) {
 		switch {
 		case !s.open: // its opener is still at it
 		case flushOnly:
-			err = n.flushNode(&blk.Req{Ctx: c.ctx})
+			err = n.io.flushNode(&blk.Req{Ctx: c.ctx})
 		default:
-			err = n.shutdown(c.ctx)
+			err = c.g.shutdown(c.ctx, n)
 		}
 		c.mu.Lock()
 		defer c.mu.Unlock()
@@ -272,7 +267,7 @@ func (c *closer) result() error {
 	res := &CloseError{Errs: c.errs}
 	c.g.mu.Lock()
 	defer c.g.mu.Unlock()
-	for r := c.g.roots; r != nil; r = r.next {
+	for r := range c.g.roots.all() {
 		r.shut()
 	}
 	for _, n := range c.nodes {
@@ -284,7 +279,7 @@ func (c *closer) result() error {
 		n.state = nodeClosed
 		delete(c.g.names, n.name)
 	}
-	c.g.head, c.g.published, c.g.mhead, c.g.mtail = nil, 0, nil, nil
+	c.g.published, c.g.owned = list[Node]{}, list[Node]{}
 	c.g.version++
 	if len(res.Stuck) == 0 && len(res.Errs) == 0 {
 		return nil

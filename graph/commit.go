@@ -95,10 +95,8 @@ func (c *commit) reserve() error {
 		g.resv.release(c.res)
 		c.res, want = nil, grown
 		if wait != nil {
-			select {
-			case <-wait:
-			case <-tx.ctx.Done():
-				return context.Cause(tx.ctx)
+			if err := await(tx.ctx, wait); err != nil {
+				return err
 			}
 		}
 	}
@@ -168,7 +166,7 @@ func (g *Graph) addLinksLocked(c *commit) <-chan struct{} {
 	var links []link
 	for _, l := range c.draft.links {
 		// What has no parents is below nothing.
-		if l.parent.parents.head != nil || l.parent.state == nodePublished {
+		if !l.parent.parents.empty() || l.parent.state == nodePublished {
 			links = append(links, l)
 		}
 	}
@@ -279,7 +277,7 @@ func (c *commit) prepare(ctx context.Context) error {
 		if !ok || n.state >= nodeClosing || up == n.applied && !c.draft.again[n] {
 			continue
 		}
-		if err := n.careful(func() error { return t.PermPrepare(ctx, up) }); err != nil {
+		if err := n.guard.careful(func() error { return t.PermPrepare(ctx, up) }); err != nil {
 			if ctx.Err() == nil && up.Loosens(n.applied) {
 				// Giving up rights cannot be refused; the old ones stay taken. (Who has gone gets
 				// nothing: all is undone.)
@@ -310,7 +308,7 @@ func (c *commit) undo() {
 		c.certain(p.Abort)
 	}
 	for _, n := range slices.Backward(c.taken) {
-		n.careful(func() error { n.drv.(PermTaker).PermAbort(); return nil })
+		n.guard.careful(func() error { n.drv.(PermTaker).PermAbort(); return nil })
 	}
 	for _, p := range slices.Backward(c.joined[:nFirst]) {
 		c.certain(p.Abort)
@@ -387,11 +385,11 @@ func (c *commit) install() {
 // +checklocks:c.g.mu
 func (c *commit) retire(nodes []*Node) {
 	for _, n := range nodes {
-		if n.owned || n.pins > 0 || n.parents.head != nil || n.state >= nodeClosing {
+		if n.owned || n.pins > 0 || !n.parents.empty() || n.state >= nodeClosing {
 			continue
 		}
 		if n.state == nodePublished {
-			c.g.removePublishedLocked(n)
+			c.g.published.remove(&n.listed)
 		}
 		n.state = nodeClosing
 		c.dying = append(c.dying, n)
@@ -405,7 +403,7 @@ func (c *commit) finish() {
 		c.certain(p.Commit)
 	}
 	for _, n := range c.taken {
-		n.careful(func() error { n.drv.(PermTaker).PermCommit(); return nil })
+		n.guard.careful(func() error { n.drv.(PermTaker).PermCommit(); return nil })
 	}
 	for _, p := range c.joined[nFirst:] {
 		c.certain(p.Commit)
@@ -413,13 +411,13 @@ func (c *commit) finish() {
 	if len(c.in.reopened) > 0 {
 		c.g.mu.Lock()
 		for _, n := range c.in.reopened {
-			n.io.refreshed(n)
+			n.io.refreshed()
 		}
 		c.g.mu.Unlock()
 	}
 	c.drain.end()
 	c.g.resv.release(c.res)
 	for _, n := range c.dying {
-		n.closeUnlessHeld()
+		c.g.closeUnlessHeld(n)
 	}
 }

@@ -13,7 +13,7 @@ import (
 
 func newBitmap(t testing.TB, n *graph.Node, s graph.DirtyBitmapSpec) *graph.DirtyBitmap {
 	t.Helper()
-	d, err := n.NewDirtyBitmap(s)
+	d, err := n.Bitmaps().New(s)
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -68,11 +68,11 @@ func TestDirtyBitmaps(t *testing.T) {
 		t.Fatal(err)
 	}
 	want("grown", 12, 7)
-	if _, err := n.NewDirtyBitmap(graph.DirtyBitmapSpec{Name: "a"}); err == nil {
+	if _, err := n.Bitmaps().New(graph.DirtyBitmapSpec{Name: "a"}); err == nil {
 		t.Error("a second bitmap of the same name")
 	}
 	a.Remove()
-	if n.DirtyBitmap("a") != nil || n.DirtyBitmap("b") != b || len(n.BitmapStates()) != 1 {
+	if n.Bitmaps().Find("a") != nil || n.Bitmaps().Find("b") != b || len(n.Bitmaps().States()) != 1 {
 		t.Error("removed, or not")
 	}
 	ops(0)

@@ -70,7 +70,7 @@
 //
 //	g.resv.mu, g.holds.mu, g.genMu, Root.wait  leaves: code under them takes no further lock
 //	trackShard.mu (in index order),
-//	flushState.mu, dirtySet.mu                 likewise, per node; requests hold them but for moments
+//	flushState.mu, Bitmaps.mu                  likewise, per node; requests hold them but for moments
 //	events.mu, session.outMu                   leaves: code under them calls nothing of ours
 //
 // Exceptions: drainerState.mu is held while a Drainer is called, which may take driver and job

@@ -2,6 +2,7 @@ package graph
 
 import (
 	"context"
+	"slices"
 	"sync"
 	"time"
 
@@ -57,10 +58,10 @@ func (g *Graph) beginDrainLocked(nodes []*Node, roots []*Root) *drain {
 // +checklocks:d.g.mu
 func (d *drain) quiesceLocked(by int32) {
 	for _, n := range d.nodes {
-		n.quiesceLocked(by) // +checklocksignore: of the same graph
+		d.g.quiesceLocked(n, by)
 	}
 	for _, r := range d.roots {
-		r.quiesceLocked(by) // +checklocksignore: of the same graph
+		r.quiesceLocked(by)
 	}
 }
 
@@ -86,7 +87,7 @@ func (d *drain) collectLocked() map[*Node]bool {
 			continue
 		}
 		seen[n] = true
-		for e := n.parents.head; e != nil; e = e.next {
+		for e := range n.parents.all() {
 			if e.root != nil {
 				root(e.root)
 			} else {
@@ -118,7 +119,7 @@ func (d *drain) addDrainersLocked(seen map[*Node]bool) {
 		seen[n] = true
 		if _, ok := n.drv.(Drainer); ok {
 			d.drainers = append(d.drainers, n)
-			n.rareLocked().drains++ // +checklocksignore: of the same graph
+			n.rareLocked().drainer.drains++ // +checklocksignore: of the same graph
 		}
 		for _, e := range n.kids.Load().all {
 			stack = append(stack, e.Node())
@@ -126,43 +127,49 @@ func (d *drain) addDrainersLocked(seen map[*Node]bool) {
 	}
 }
 
-// quiesceLocked adds by (1 or -1) reasons for n to be quiet and passes the change on to its
-// parents.
-// +checklocks:n.g.mu
-func (n *Node) quiesceLocked(by int32) {
-	was := n.quiesce > 0
-	n.quiesce += by
-	if n.quiesce < 0 {
-		panic("graph: node " + n.name + " undrained too often")
+// quiescence counts the reasons for a node or root to be quiet. Guarded by Graph.mu.
+type quiescence int32
+
+func (q quiescence) quiet() bool { return q > 0 }
+
+// add adds by (1 or -1) reasons for p to be quiet, and tells whether there are some now and were
+// none before, or the other way round.
+func (q *quiescence) add(p Parent, by int32) (changed bool) {
+	was := q.quiet()
+	if *q += quiescence(by); *q < 0 {
+		panic("graph: " + p.Describe() + " undrained too often")
 	}
-	if was == (n.quiesce > 0) {
-		return
-	}
-	for e := n.parents.head; e != nil; e = e.next {
-		e.quiesceParentLocked(by)
+	return was != q.quiet()
+}
+
+// quiesceLocked adds by reasons for n to be quiet and passes a change on to its parents.
+// +checklocks:g.mu
+func (g *Graph) quiesceLocked(n *Node, by int32) {
+	if n.quiesce.add(n, by) {
+		for e := range n.parents.all() {
+			g.quiesceParentLocked(e, by) // +checklocksignore: g.mu is held
+		}
 	}
 }
 
-// quiesceParentLocked passes a change of the node below on to the edge's parent. Graph.mu is held.
-func (e *Edge) quiesceParentLocked(by int32) {
+// quiesceParentLocked passes a change of the node below on to the edge's parent: a root's gate is
+// closed while there is a reason.
+// +checklocks:g.mu
+func (g *Graph) quiesceParentLocked(e *Edge, by int32) {
 	if e.root != nil {
-		e.root.quiesceLocked(by) // +checklocksignore: of the same graph
+		e.root.quiesceLocked(by)
 	} else {
-		e.pnode.quiesceLocked(by) // +checklocksignore: of the same graph
+		g.quiesceLocked(e.pnode, by)
 	}
 }
 
-// quiesceLocked is the same for a root: its gate is closed while there is a reason.
-// +checklocks:r.g.mu
+// quiesceLocked is that of a root. Graph.mu is held.
 func (r *Root) quiesceLocked(by int32) {
-	was := r.quiesce > 0
-	r.quiesce += by
-	if r.quiesce < 0 {
-		panic("graph: root undrained too often")
-	}
-	if is := r.quiesce > 0; is && !was {
+	switch {
+	case !r.quiesce.add(r, by):
+	case r.quiesce.quiet():
 		r.closeGate()
-	} else if was && !is {
+	default:
 		r.openGate()
 	}
 }
@@ -170,56 +177,47 @@ func (r *Root) quiesceLocked(by int32) {
 // wait returns when everything is quiet.
 func (d *drain) wait(ctx context.Context) error {
 	for _, n := range d.drainers {
-		n.syncDrainer()
+		n.rare.drainer.sync(n)
 	}
 	for _, r := range d.gates {
-		for {
-			idle := r.waitIdle()
-			if idle == nil {
-				break
-			}
-			select {
-			case <-idle:
-			case <-ctx.Done():
-				return context.Cause(ctx)
+		for idle := r.waitIdle(); idle != nil; idle = r.waitIdle() {
+			if err := await(ctx, idle); err != nil {
+				return err
 			}
 		}
 	}
-	return d.waitDrainers(ctx)
-}
-
-func (d *drain) waitDrainers(ctx context.Context) error {
 	if d.drainersQuiet() {
 		return nil
 	}
 	tick := time.NewTicker(quietPoll)
 	defer tick.Stop()
-	for {
-		select {
-		case <-tick.C:
-		case <-ctx.Done():
-			return context.Cause(ctx)
+	for !d.drainersQuiet() {
+		if err := await(ctx, tick.C); err != nil {
+			return err
 		}
-		if d.drainersQuiet() {
-			return nil
-		}
+	}
+	return nil
+}
+
+// await waits for c to be closed, or to give something. Error: the cause of the end of ctx.
+func await[T any](ctx context.Context, c <-chan T) error {
+	select {
+	case <-c:
+		return nil
+	case <-ctx.Done():
+		return context.Cause(ctx)
 	}
 }
 
 func (d *drain) drainersQuiet() bool {
-	for _, n := range d.drainers {
-		if !n.drv.(Drainer).Quiet() {
-			return false
-		}
-	}
-	return true
+	return !slices.ContainsFunc(d.drainers, func(n *Node) bool { return !n.drv.(Drainer).Quiet() })
 }
 
 // end lets everything go on.
 func (d *drain) end() {
 	d.release()
 	for _, n := range d.drainers {
-		n.syncDrainer()
+		n.rare.drainer.sync(n)
 	}
 }
 
@@ -229,30 +227,30 @@ func (d *drain) release() {
 	defer d.g.mu.Unlock()
 	d.quiesceLocked(-1)
 	for _, n := range d.drainers {
-		n.rare.drains--
+		n.rare.drainer.drains--
 	}
 }
 
 // drainerState serialises the calls of a node's Drainer: they alternate and end in the state that
 // the graph is in.
 type drainerState struct {
+	drains int32 // that told the Drainer to let go; guarded by Graph.mu
+
 	mu     sync.Mutex
 	called bool // DrainBegin was the last call
 }
 
-// syncDrainer brings the driver's Drainer to the state that the graph is in. Calls alternate,
-// whoever makes them.
-func (n *Node) syncDrainer() {
-	h := &n.rare.drainer
-	h.mu.Lock()
-	defer h.mu.Unlock()
+// sync brings the Drainer of n to the state that the graph is in, whoever calls it.
+func (s *drainerState) sync(n *Node) {
+	s.mu.Lock()
+	defer s.mu.Unlock()
 	n.g.mu.RLock()
-	want := n.rare.drains > 0
+	want := s.drains > 0
 	n.g.mu.RUnlock()
-	if want == h.called {
+	if want == s.called {
 		return
 	}
-	h.called = want
+	s.called = want
 	if want {
 		n.drv.(Drainer).DrainBegin()
 	} else {

@@ -34,32 +34,9 @@ type Edge struct {
 	claim atomic.Uint32 // Need | Share<<8
 
 	// Guarded by g.mu.
-	frozen     *freeze // who forbids changes, or nil
-	attached   bool
-	prev, next *Edge // node's parents
-}
-
-// edgeList is a list of edges through prev and next.
-type edgeList struct{ head *Edge }
-
-func (l *edgeList) push(e *Edge) {
-	e.prev, e.next = nil, l.head
-	if l.head != nil {
-		l.head.prev = e
-	}
-	l.head = e
-}
-
-func (l *edgeList) remove(e *Edge) {
-	if e.prev != nil {
-		e.prev.next = e.next
-	} else {
-		l.head = e.next
-	}
-	if e.next != nil {
-		e.next.prev = e.prev
-	}
-	e.prev, e.next = nil, nil
+	frozen   *freeze // who forbids changes, or nil
+	attached bool
+	above    item[Edge] // of node's parents
 }
 
 func packClaim(c perm.Claim) uint32 { return uint32(c.Need) | uint32(c.Share)<<8 }

@@ -20,10 +20,8 @@ func (r *Root) Begin(ctx context.Context) (*blk.Req, error) {
 		if err != nil {
 			return nil, err
 		}
-		select {
-		case <-open:
-		case <-ctx.Done():
-			return nil, context.Cause(ctx)
+		if err := await(ctx, open); err != nil {
+			return nil, err
 		}
 	}
 }

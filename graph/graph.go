@@ -20,11 +20,9 @@ type Graph struct {
 	mu        sync.RWMutex
 	version   uint64            // counts changes of what drafts are made from
 	names     map[string]holder // every taken name
-	head      *Node             // published nodes, newest first
-	published int               // their number
-	mhead     *Node             // monitor-owned nodes, oldest first
-	mtail     *Node
-	roots     *Root // newest first
+	published list[Node]        // newest first
+	owned     list[Node]        // by the monitor, oldest first
+	roots     list[Root]        // newest first
 	nodeSeq   uint64
 	autoID    uint64             // number in the next generated name
 	pending   map[*commit][]link // edges between nodes in use that commits under way will make
@@ -40,7 +38,7 @@ type Graph struct {
 
 	gen   atomic.Uint64 // last InfoGeneration given out
 	epoch atomic.Uint64 // changes after every Bump
-	genMu sync.Mutex    // guards treeGen and treeEpoch of nodes
+	genMu sync.Mutex    // guards tree and epoch of generations
 }
 
 // holder is who holds a name.
@@ -73,33 +71,21 @@ func (g *Graph) Node(name string) *Node {
 func (g *Graph) Nodes() []*Node {
 	g.mu.RLock()
 	defer g.mu.RUnlock()
-	l := make([]*Node, 0, g.published)
-	for n := g.head; n != nil; n = n.next {
-		l = append(l, n)
-	}
-	return l
+	return slices.Collect(g.published.all())
 }
 
 // MonitorOwned are the nodes that blockdev-add made, oldest first.
 func (g *Graph) MonitorOwned() []*Node {
 	g.mu.RLock()
 	defer g.mu.RUnlock()
-	var l []*Node
-	for n := g.mhead; n != nil; n = n.mnext {
-		l = append(l, n)
-	}
-	return l
+	return slices.Collect(g.owned.all())
 }
 
 // Roots are the attached roots, newest first.
 func (g *Graph) Roots() []*Root {
 	g.mu.RLock()
 	defer g.mu.RUnlock()
-	var l []*Root
-	for r := g.roots; r != nil; r = r.next {
-		l = append(l, r)
-	}
-	return l
+	return slices.Collect(g.roots.all())
 }
 
 // RootsAbove are the roots that reach one of the nodes.
@@ -139,16 +125,6 @@ func CreationSpan(nodes ...*Node) (first, last uint64) {
 	return first, last
 }
 
-// Instant tells whether n only leads to nodes whose requests never wait for anything.
-func (n *Node) Instant() bool {
-	for _, k := range n.NodesBelow() {
-		if len(k.kids.Load().all) == 0 && !k.Caps().Instant {
-			return false
-		}
-	}
-	return true
-}
-
 // EdgeInfo is an edge at one moment.
 type EdgeInfo struct {
 	Edge  *Edge
@@ -169,11 +145,11 @@ func (g *Graph) Topology() Topology {
 	defer g.mu.RUnlock()
 	var t Topology
 	add := func(e *Edge) { t.Edges = append(t.Edges, EdgeInfo{e, e.Node(), e.Claim()}) }
-	for r := g.roots; r != nil; r = r.next {
+	for r := range g.roots.all() {
 		t.Roots = append(t.Roots, r)
 		add(r.edge)
 	}
-	for n := g.head; n != nil; n = n.next {
+	for n := range g.published.all() {
 		t.Nodes = append(t.Nodes, n)
 		for _, e := range n.kids.Load().all {
 			add(e)

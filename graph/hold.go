@@ -48,7 +48,7 @@ func (g *Graph) hold(ctx context.Context, nodes []*Node) (*Hold, error) {
 	h := &Hold{g: g, nodes: map[*Node]bool{}}
 	var all []*Node
 	for _, n := range nodes {
-		for _, s := range n.withStorage() {
+		for _, s := range Now.storage(n) {
 			if !h.nodes[s] {
 				h.nodes[s] = true
 				all = append(all, s)
@@ -73,7 +73,7 @@ func (g *Graph) hold(ctx context.Context, nodes []*Node) (*Hold, error) {
 
 func (h *Hold) covers(nodes []*Node) bool {
 	for _, n := range nodes {
-		for _, s := range n.withStorage() {
+		for _, s := range Now.storage(n) {
 			if !h.Has(s) {
 				return false
 			}
@@ -113,7 +113,7 @@ func (h *Hold) Release() {
 		}
 		h.g.mu.Unlock()
 		for _, n := range dying {
-			n.close()
+			h.g.closeNode(n)
 		}
 		h.g.holds.release(h.res)
 	})
@@ -121,15 +121,16 @@ func (h *Hold) Release() {
 
 // closeUnlessHeld closes a node in state closing, or leaves that to the end of the Hold that
 // somebody has of it.
-func (n *Node) closeUnlessHeld() {
-	n.g.mu.Lock()
-	if n.rare != nil && n.rare.held {
+func (g *Graph) closeUnlessHeld(n *Node) {
+	g.mu.Lock()
+	held := n.rare != nil && n.rare.held
+	if held {
 		n.rare.closes = true
-		n.g.mu.Unlock()
-		return
 	}
-	n.g.mu.Unlock()
-	n.close()
+	g.mu.Unlock()
+	if !held {
+		g.closeNode(n)
+	}
 }
 
 // MustHold is called where metadata are changed. Built with -tags invariants it panics if nobody

@@ -2,6 +2,7 @@ package graph
 
 import (
 	"log/slog"
+	"slices"
 
 	"qblockd/events/trace"
 	"qblockd/graph/perm"
@@ -13,7 +14,7 @@ import (
 func (n *Node) SetDriver(d Driver) {
 	n.g.mu.Lock()
 	n.drv = d
-	n.io.opened(n)
+	n.io.opened()
 	n.g.version++ // drafts have asked the node without driver
 	n.g.mu.Unlock()
 	if _, ok := d.(Drainer); ok {
@@ -29,11 +30,7 @@ func (n *Node) SetDriver(d Driver) {
 func (n *Node) Parents() []*Edge {
 	n.g.mu.RLock()
 	defer n.g.mu.RUnlock()
-	var l []*Edge
-	for e := n.parents.head; e != nil; e = e.next {
-		l = append(l, e)
-	}
-	return l
+	return slices.Collect(n.parents.all())
 }
 
 // Claim is the cumulative claim of the parents.
@@ -102,47 +99,7 @@ func (e *Edge) graph() *Graph {
 func (r *Root) Drained() bool {
 	r.g.mu.RLock()
 	defer r.g.mu.RUnlock()
-	return r.quiesce > 0
-}
-
-// Bump notes that something changed that queries show of n: call it after the change.
-// Takes no lock: may be called in requests.
-func (n *Node) Bump() {
-	for {
-		gen, old := n.g.gen.Add(1), n.infoGen.Load()
-		// A number taken earlier than one that is in place already might have been seen together
-		// with the old state.
-		if gen > old && n.infoGen.CompareAndSwap(old, gen) {
-			break
-		}
-	}
-	n.g.epoch.Add(1)
-}
-
-// InfoGeneration grows whenever something changes that queries show of n itself, its edges
-// downwards included. Read it before what it stands for.
-func (n *Node) InfoGeneration() uint64 { return n.infoGen.Load() }
-
-// TreeGeneration grows whenever InfoGeneration of n or of a node below does. While nothing changes
-// anywhere it costs a comparison; after a change, asking all nodes costs one walk of the graph.
-func (n *Node) TreeGeneration() uint64 {
-	epoch := n.g.epoch.Load() + 1 // 0 means never asked
-	n.g.genMu.Lock()
-	defer n.g.genMu.Unlock()
-	return n.treeGenLocked(epoch)
-}
-
-// +checklocks:n.g.genMu
-func (n *Node) treeGenLocked(epoch uint64) uint64 {
-	if n.treeEpoch == epoch {
-		return n.treeGen
-	}
-	gen := n.infoGen.Load()
-	for _, e := range n.kids.Load().all {
-		gen = max(gen, e.Node().treeGenLocked(epoch)) // +checklocksignore: of the same graph
-	}
-	n.treeGen, n.treeEpoch = gen, epoch
-	return gen
+	return r.quiesce.quiet()
 }
 
 // ShowImage fills in what the node below shows of clusters and of being dirty: for filters, which
@@ -163,7 +120,7 @@ func (e *Edge) ShowImage(info *types.ImageInfo) {
 // the graph's lock for reading, which nobody holds for long: allowed in requests, but not with node
 // or driver locks held. The usual case, a file that grows below a format, takes no lock.
 func (n *Node) Resized() {
-	n.resizeBitmaps()
+	n.bitmaps.resize()
 	if n.sizeSeen.Load() == 0 {
 		n.Bump()
 		return
@@ -176,8 +133,8 @@ func (n *Node) Resized() {
 		x := stack[len(stack)-1]
 		stack = stack[:len(stack)-1]
 		x.Bump()
-		x.resizeBitmaps()
-		for e := x.parents.head; e != nil; e = e.next {
+		x.bitmaps.resize()
+		for e := range x.parents.all() {
 			if e.pnode != nil && e.showsSize() && !seen[e.pnode] {
 				seen[e.pnode] = true
 				stack = append(stack, e.pnode)

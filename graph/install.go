@@ -1,6 +1,8 @@
 package graph
 
 import (
+	"slices"
+
 	"qblockd/graph/perm"
 )
 
@@ -15,11 +17,9 @@ type installer struct {
 func (in *installer) link(e *Edge, child *Node) {
 	e.node.Store(child)
 	e.attached = true
-	if e.pnode != nil {
-		k := e.pnode.kids.Load()
-		all := make([]*Edge, 0, len(k.all)+1)
-		e.pnode.setKids(append(append(all, e), k.all...))
-		e.pnode.Bump()
+	if p := e.pnode; p != nil {
+		p.kids.Store(makeKids(slices.Concat([]*Edge{e}, p.Children())))
+		p.Bump()
 	}
 	in.above(e, child)
 }
@@ -29,16 +29,10 @@ func (in *installer) link(e *Edge, child *Node) {
 func (in *installer) unlink(e *Edge) {
 	in.off(e)
 	e.attached = false
-	if e.pnode != nil {
-		k := e.pnode.kids.Load()
-		all := make([]*Edge, 0, len(k.all))
-		for _, x := range k.all {
-			if x != e {
-				all = append(all, x)
-			}
-		}
-		e.pnode.setKids(all)
-		e.pnode.Bump()
+	if p := e.pnode; p != nil {
+		i := slices.Index(p.Children(), e)
+		p.kids.Store(makeKids(slices.Delete(slices.Clone(p.Children()), i, i+1)))
+		p.Bump()
 	}
 }
 
@@ -53,33 +47,30 @@ func (in *installer) retarget(e *Edge, n *Node) {
 	}
 }
 
-// above puts e on top of n's parents; if n is quiet, so becomes e's parent.
+// above puts e on top of n's parents.
+// +checklocks:in.g.mu
 func (in *installer) above(e *Edge, n *Node) {
-	n.parents.push(e)
-	n.counts.Add(e.Claim(), 1)
-	if e.role&perm.COW != 0 {
-		n.cowParents++
-	}
-	if e.showsSize() {
-		n.sizeSeen.Add(1)
-	}
-	if n.quiesce > 0 {
-		e.quiesceParentLocked(1)
-	}
+	n.parents.insert(&e.above, e, n.parents.first)
+	in.count(e, n, 1)
 }
 
+// off takes e away from there.
+// +checklocks:in.g.mu
 func (in *installer) off(e *Edge) {
 	n := e.node.Load()
-	n.parents.remove(e)
-	n.counts.Add(e.Claim(), -1)
-	if e.role&perm.COW != 0 {
-		n.cowParents--
-	}
+	n.parents.remove(&e.above)
+	in.count(e, n, -1)
+}
+
+// count adds by (1 or -1) to what n counts of its parents; if n is quiet, so is e's parent.
+// +checklocks:in.g.mu
+func (in *installer) count(e *Edge, n *Node, by int32) {
+	n.counts.Add(e.Claim(), by)
 	if e.showsSize() {
-		n.sizeSeen.Add(-1)
+		n.sizeSeen.Add(by)
 	}
-	if n.quiesce > 0 {
-		e.quiesceParentLocked(-1)
+	if n.quiesce.quiet() {
+		in.g.quiesceParentLocked(e, by)
 	}
 }
 
@@ -100,12 +91,8 @@ func (in *installer) setClaim(e *Edge, c perm.Claim) {
 // +checklocks:in.g.mu
 func (in *installer) addRoot(r *Root) {
 	r.attached = true
-	r.next = in.g.roots
-	if r.next != nil {
-		r.next.prev = r
-	}
-	in.g.roots = r
-	if r.quiesce == 0 {
+	in.g.roots.insert(&r.listed, r, in.g.roots.first)
+	if !r.quiesce.quiet() {
 		r.openGate()
 	}
 }
@@ -114,53 +101,18 @@ func (in *installer) addRoot(r *Root) {
 // +checklocks:in.g.mu
 func (in *installer) removeRoot(r *Root) {
 	r.attached = false
-	if r.prev != nil {
-		r.prev.next = r.next
-	} else {
-		in.g.roots = r.next
-	}
-	if r.next != nil {
-		r.next.prev = r.prev
-	}
-	r.prev, r.next = nil, nil
+	in.g.roots.remove(&r.listed)
 	r.shut()
 }
 
-// setKids installs the children, newest first.
-func (n *Node) setKids(all []*Edge) { n.kids.Store(makeKids(all)) }
-
-// insertPublished puts n where its age belongs; usually at the head or close to it.
+// insertPublishedLocked puts n where its age belongs; usually at the head or close to it.
 // +checklocks:g.mu
 func (g *Graph) insertPublishedLocked(n *Node) {
-	var prev *Node
-	next := g.head
-	for next != nil && next.seq > n.seq {
-		prev, next = next, next.next
+	at := g.published.first
+	for at != nil && at.of.seq > n.seq {
+		at = at.next
 	}
-	n.prev, n.next = prev, next
-	if prev != nil {
-		prev.next = n
-	} else {
-		g.head = n
-	}
-	if next != nil {
-		next.prev = n
-	}
-	g.published++
-}
-
-// +checklocks:g.mu
-func (g *Graph) removePublishedLocked(n *Node) {
-	if n.prev != nil {
-		n.prev.next = n.next
-	} else {
-		g.head = n.next
-	}
-	if n.next != nil {
-		n.next.prev = n.prev
-	}
-	n.prev, n.next = nil, nil
-	g.published--
+	g.published.insert(&n.listed, n, at)
 }
 
 // +checklocks:g.mu
@@ -168,26 +120,9 @@ func (g *Graph) setOwnedLocked(n *Node, owned bool) {
 	if n.owned == owned {
 		return
 	}
-	n.owned = owned
-	if owned {
-		n.mprev, n.mnext = g.mtail, nil
-		if g.mtail != nil {
-			g.mtail.mnext = n
-		} else {
-			g.mhead = n
-		}
-		g.mtail = n
-		return
-	}
-	if n.mprev != nil {
-		n.mprev.mnext = n.mnext
+	if n.owned = owned; owned {
+		g.owned.insert(&n.byMonitor, n, nil)
 	} else {
-		g.mhead = n.mnext
+		g.owned.remove(&n.byMonitor)
 	}
-	if n.mnext != nil {
-		n.mnext.mprev = n.mprev
-	} else {
-		g.mtail = n.mprev
-	}
-	n.mprev, n.mnext = nil, nil
 }

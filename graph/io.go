@@ -1,9 +1,7 @@
 package graph
 
 import (
-	"context"
 	"errors"
-	"math"
 	"sync/atomic"
 	"syscall"
 
@@ -26,81 +24,38 @@ import (
 // blk.ErrWouldBlock before anything is changed; an answer of that kind from the driver is passed
 // on and nothing is counted.
 
-// ioState is the data plane's part of a node.
-type ioState struct {
-	// Set by opened.
-	drv     Driver
-	writer  Writer
-	zeroer  Zeroer
-	flusher Flusher
-	discard Discarder
-	status  BlockStatuser
-	mapper  Mapper
-	copier  CopyRanger
-	resizer Resizer
-	debug   Debugger
-	// Set by opened and refreshed, constant while requests run.
-	caps     *Caps
-	align    int64 // Caps.Limits.RequestAlign, at least 1
-	maxIO    int64 // Caps.Limits.MaxTransfer, a multiple of align, never 0
-	memAlign int   // Caps.Limits.MemAlign, at least 1
+// IO is the I/O path of a node; its fields are where requests find everything.
+type IO struct {
+	n   *Node
+	drv access
 
-	shown atomic.Pointer[Caps] // caps for those who are no requests
-
-	copying blk.Budget // of what copy-on-read has in memory
 	track   tracker
 	flush   flushState
+	copying blk.Budget // of what copy-on-read has in memory
 
 	threshold  atomic.Uint64 // see threshold.go
 	wrHighest  atomic.Int64  // end of the farthest write
 	statusData dataCache     // see io_status.go
-	dirty      dirtySet      // see dirty.go
 }
 
+// IO is what can be asked of, and done to, the node's I/O path.
+func (n *Node) IO() *IO { return &n.io }
+
 // opened is called once, by SetDriver, on the still hidden node.
-func (s *ioState) opened(n *Node) {
+func (s *IO) opened() {
 	s.copying.Limit = copyingMax
-	s.guard(n)
-	s.debug, _ = n.drv.(Debugger)
-	s.refreshed(n)
+	s.drv.opened(s.n)
 }
 
 // refreshed asks the driver's properties again, after a reopen, while the node is drained.
-func (s *ioState) refreshed(n *Node) {
-	if c := s.drv.Caps(); s.caps == nil || c != *s.caps {
-		s.caps = &c
-		s.shown.Store(&c)
-	}
-	l := &s.caps.Limits
-	s.align = max(l.RequestAlign, 1)
-	s.memAlign = max(l.MemAlign, 1)
-	s.maxIO = math.MaxInt64
-	if l.MaxTransfer > 0 {
-		s.maxIO = max(blk.AlignDown(l.MaxTransfer, s.align), s.align)
-	}
+func (s *IO) refreshed() {
+	s.drv.refreshed()
 	s.statusData.drop()
-	if invariantsOn {
-		s.checkCaps(n)
-	}
-}
-
-// checkCaps panics where the driver claims what it cannot do or limits make no sense.
-func (s *ioState) checkCaps(n *Node) {
-	l := &s.caps.Limits
-	pow2 := func(x int64) bool { return x >= 0 && x&(x-1) == 0 }
-	switch {
-	case s.caps.WriteFlags != 0 && s.writer == nil, s.caps.ZeroFlags != 0 && s.zeroer == nil:
-		panic("graph: driver " + n.DriverName() + " claims flags without the interface behind them")
-	case !pow2(l.RequestAlign), !pow2(int64(l.MemAlign)), !pow2(l.ZeroAlign), !pow2(l.DiscardAlign), !pow2(l.ClusterSize):
-		panic("graph: driver " + n.DriverName() + " states an alignment that is no power of two")
-	case l.MaxTransfer < 0, l.MaxZero < 0, l.MaxDiscard < 0:
-		panic("graph: driver " + n.DriverName() + " states a negative limit")
-	}
 }
 
 // Caps are the properties of n's driver, as cached by the node.
 func (n *Node) Caps() Caps {
-	if c := n.io.shown.Load(); c != nil {
+	if c := n.io.drv.shown.Load(); c != nil {
 		return *c
 	}
 	return Caps{}
@@ -132,21 +87,21 @@ func (e *Edge) checkClaim(f blk.Flags) {
 }
 
 // writable is what every writer checks first: the range, and that the node takes writes.
-func (e *Edge) writable(n *Node, off, size int64, f blk.Flags) error {
-	return e.changeable(n, off, size, f, n.io.writer != nil)
+func (e *Edge) writable(s *IO, off, size int64, f blk.Flags) error {
+	return e.changeable(s, off, size, f, s.drv.writer != nil)
 }
 
 // discardable is writable for discards: what gives up data need not be able to take new ones.
-func (e *Edge) discardable(n *Node, off, size int64) error {
-	return e.changeable(n, off, size, 0, n.io.writer != nil || n.io.discard != nil)
+func (e *Edge) discardable(s *IO, off, size int64) error {
+	return e.changeable(s, off, size, 0, s.drv.writer != nil || s.drv.discard != nil)
 }
 
-func (e *Edge) changeable(n *Node, off, size int64, f blk.Flags, can bool) error {
+func (e *Edge) changeable(s *IO, off, size int64, f blk.Flags, can bool) error {
 	if !blk.ValidRange(off, size) {
 		return blk.ErrOutOfRange
 	}
-	if n.readOnly.Load() || !can {
-		if n.io.drv == nil {
+	if s.n.readOnly.Load() || !can {
+		if s.drv.Driver == nil {
 			return blk.ErrClosed
 		}
 		return errReadOnly
@@ -157,21 +112,13 @@ func (e *Edge) changeable(n *Node, off, size int64, f blk.Flags, can bool) error
 	return nil
 }
 
-// stopped is the reason why a request of several parts should not go on to the next one, or nil.
-func stopped(r *blk.Req) error {
-	if r.Ctx == nil || r.Ctx.Err() == nil {
-		return nil
-	}
-	return context.Cause(r.Ctx)
-}
-
 // detectZeroes tells whether writes of zeroes are to become Zero requests, and whether these may
 // deallocate.
-func (n *Node) detectZeroes() (detect, unmap bool) {
-	if n.io.zeroer == nil {
+func (s *IO) detectZeroes() (detect, unmap bool) {
+	if s.drv.zeroer == nil {
 		return false, false
 	}
-	switch n.opts.Load().DetectZeroes {
+	switch s.n.opts.Load().DetectZeroes {
 	case types.BlockdevDetectZeroesOptionsOn:
 		return true, false
 	case types.BlockdevDetectZeroesOptionsUnmap:

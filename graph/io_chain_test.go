@@ -180,8 +180,8 @@ func TestCopyOnRead(t *testing.T) {
 	if !d.has[5] || !d.has[7] || d.has[4] || !bytes.Equal(got, append(data, make([]byte, 2*cluster)...)) {
 		t.Error("prefetch")
 	}
-	if top.WrHighestOffset() != 2*cluster {
-		t.Errorf("copies count as writes: %d", top.WrHighestOffset())
+	if top.IO().WrHighestOffset() != 2*cluster {
+		t.Errorf("copies count as writes: %d", top.IO().WrHighestOffset())
 	}
 }
 
@@ -255,8 +255,8 @@ func TestSerialising(t *testing.T) {
 	if !bytes.Equal(b, bytes.Repeat([]byte{3}, 4096)) {
 		t.Error("the later write was lost")
 	}
-	if n.InFlight() != 0 {
-		t.Errorf("%d requests in flight", n.InFlight())
+	if n.IO().InFlight() != 0 {
+		t.Errorf("%d requests in flight", n.IO().InFlight())
 	}
 }
 
@@ -294,7 +294,7 @@ func TestTrackReads(t *testing.T) {
 	h := hold(drivertest.NewMemFile(1 << 20))
 	n := node(t, g, h, nil)
 	root := drivertest.AddRoot(t, g, n, everything)
-	release := n.TrackReads()
+	release := n.IO().TrackReads()
 	h.stop(drivertest.OpRead)
 	done := make(chan error, 1)
 	q := begin(t, root)

@@ -43,8 +43,8 @@ func TestEveryCallFails(t *testing.T) {
 					r := begin(t, root)
 					f.Inject(drivertest.Rule{Skip: i, Count: 1, Err: syscall.ENOSPC, AfterEffect: after})
 					err := op.f(root, r)
-					if n.InFlight() != 0 {
-						t.Fatalf("call %d: %d in flight", i, n.InFlight())
+					if n.IO().InFlight() != 0 {
+						t.Fatalf("call %d: %d in flight", i, n.IO().InFlight())
 					}
 					if f.Failed() == 0 {
 						f.Clear()

@@ -85,25 +85,24 @@ func (s *flushState) clean(gen uint64) bool { return s.flushed.Load() >= gen }
 
 // Flush puts all writes that have ended on stable storage, as far as the node's options
 // (cache.no-flush) let it. Errors: blk.ErrWouldBlock, those of the driver.
-func (e *Edge) Flush(r *blk.Req) error { return e.node.Load().flushNode(r) }
+func (e *Edge) Flush(r *blk.Req) error { return e.node.Load().io.flushNode(r) }
 
 // flushNode flushes n and what is below. A node without children asks its driver only if something
 // was written since the last flush that succeeded; a node with children always asks (its driver may
 // hold metadata back), and its children decide for themselves. A node that has failed can tell of
 // nothing that it is on the medium.
-func (n *Node) flushNode(r *blk.Req) error {
-	s := &n.io
-	if s.drv == nil {
+func (s *IO) flushNode(r *blk.Req) error {
+	if s.drv.Driver == nil {
 		return blk.ErrClosed
 	}
-	if n.readOnly.Load() {
+	if s.n.readOnly.Load() {
 		return nil
 	}
-	if n.failed.Load() {
+	if s.n.guard.failed.Load() {
 		return errFailed
 	}
-	kids := n.kids.Load().all
-	if s.flusher == nil && len(kids) == 0 {
+	kids := s.n.kids.Load().all
+	if s.drv.flusher == nil && len(kids) == 0 {
 		return nil
 	}
 	sh := s.track.shard(r)
@@ -115,23 +114,23 @@ func (n *Node) flushNode(r *blk.Req) error {
 			c.DebugEvent(r, blk.EvFlushToDisk)
 		}
 	}
-	if s.flusher == nil {
-		return n.flushChildren(r, kids)
+	if s.drv.flusher == nil {
+		return s.flushChildren(r, kids)
 	}
-	if len(kids) == 0 && (n.opts.Load().NoFlush || s.flush.clean(s.flush.written.Load())) {
+	if len(kids) == 0 && (s.n.opts.Load().NoFlush || s.flush.clean(s.flush.written.Load())) {
 		return nil
 	}
 	gen, needed, err := s.flush.begin(r)
 	if err != nil || !needed {
 		return err
 	}
-	err = s.flusher.Flush(r)
+	err = s.drv.Flush(r)
 	s.flush.end(gen, err == nil)
 	return err
 }
 
 // flushChildren flushes the children that n may write to, all of them also if one fails.
-func (n *Node) flushChildren(r *blk.Req, kids []*Edge) (err error) {
+func (s *IO) flushChildren(r *blk.Req, kids []*Edge) (err error) {
 	for _, c := range kids {
 		if perm.Perm(c.claim.Load())&(perm.Write|perm.WriteUnchanged) == 0 {
 			continue
@@ -144,4 +143,4 @@ func (n *Node) flushChildren(r *blk.Req, kids []*Edge) (err error) {
 }
 
 // Flush is Edge.Flush for those who hold n quiet and have no edge to it.
-func (n *Node) Flush(ctx context.Context) error { return n.flushNode(&blk.Req{Ctx: ctx}) }
+func (s *IO) Flush(ctx context.Context) error { return s.flushNode(&blk.Req{Ctx: ctx}) }

@@ -10,12 +10,11 @@ import (
 // Errors: blk.ErrOutOfRange (roots only; elsewhere zeroes are mapped beyond the end),
 // blk.ErrWouldBlock, those of the driver.
 func (e *Edge) Map(r *blk.Req, off, size int64, m *blk.Mapping) error {
-	n := e.node.Load()
-	s := &n.io
+	s := &e.node.Load().io
 	if !blk.ValidRange(off, size) {
 		return blk.ErrOutOfRange
 	}
-	if s.drv == nil {
+	if s.drv.Driver == nil {
 		return blk.ErrClosed
 	}
 	in := size
@@ -25,20 +24,20 @@ func (e *Edge) Map(r *blk.Req, off, size int64, m *blk.Mapping) error {
 		}
 		in = max(end-off, 0)
 	}
-	if s.track.reads.Load() != 0 || off&(s.align-1) != 0 {
+	if s.track.reads.Load() != 0 || off&(s.drv.align-1) != 0 {
 		return nil
 	}
 	if in == size {
 		// A descriptor that wants whole blocks (O_DIRECT) wants them from whoever reads the
 		// mapping, too.
-		size = blk.AlignDown(size, s.align)
+		size = blk.AlignDown(size, s.drv.align)
 		in = size
 	}
 	before := m.N()
 	if in > 0 {
 		sh := s.track.shard(r)
 		sh.inFlight.Add(1)
-		err := n.driverMap(r, off, in, m)
+		err := s.driverMap(r, off, in, m)
 		sh.inFlight.Add(-1)
 		if err != nil {
 			return err
@@ -46,27 +45,26 @@ func (e *Edge) Map(r *blk.Req, off, size int64, m *blk.Mapping) error {
 	}
 	switch got := m.N() - before; {
 	case got > in:
-		panic("graph: driver " + n.DriverName() + " maps more than was asked for")
+		panic("graph: driver " + s.n.DriverName() + " maps more than was asked for")
 	case got == in && size > in:
 		m.Add(blk.HostRange{FD: -1, N: size - in})
 	}
 	return nil
 }
 
-func (n *Node) driverMap(r *blk.Req, off, size int64, m *blk.Mapping) error {
-	s := &n.io
-	if n.Kind() == Filter {
-		if !s.caps.Transparent {
+func (s *IO) driverMap(r *blk.Req, off, size int64, m *blk.Mapping) error {
+	if s.n.Kind() == Filter {
+		if !s.drv.caps.Transparent {
 			return nil
 		}
-		if c := n.FilteredChild(); s.mapper == nil && c != nil {
+		if c := s.n.FilteredChild(); s.drv.mapper == nil && c != nil {
 			return c.Map(r, off, size, m)
 		}
 	}
-	if s.mapper == nil {
+	if s.drv.mapper == nil {
 		return nil
 	}
-	return s.mapper.Map(r, off, size, m)
+	return s.drv.Map(r, off, size, m)
 }
 
 // CopyFrom writes the host ranges src, one after the other, to off without passing them through
@@ -75,37 +73,35 @@ func (n *Node) driverMap(r *blk.Req, off, size int64, m *blk.Mapping) error {
 // somebody needs to see the bytes: filters that are not transparent, detect-zeroes, blocks covered
 // in part.
 func (e *Edge) CopyFrom(r *blk.Req, off int64, src []blk.HostRange, f blk.Flags) error {
-	n := e.node.Load()
-	s := &n.io
+	s := &e.node.Load().io
 	size := blk.Total(src)
-	if err := e.writable(n, off, size, f); err != nil || size == 0 {
+	if err := e.writable(s, off, size, f); err != nil || size == 0 {
 		return err
 	}
-	detect, _ := n.detectZeroes()
-	forward := n.Kind() == Filter && s.copier == nil && n.FilteredChild() != nil
-	if detect || f&blk.Compressed != 0 || n.Kind() == Filter && !s.caps.Transparent || s.copier == nil && !forward ||
-		!blk.IsAligned(off, size, s.align) {
+	detect, _ := s.detectZeroes()
+	forward := s.n.Kind() == Filter && s.drv.copier == nil && s.n.FilteredChild() != nil
+	if detect || f&blk.Compressed != 0 || s.n.Kind() == Filter && !s.drv.caps.Transparent || s.drv.copier == nil && !forward ||
+		!blk.IsAligned(off, size, s.drv.align) {
 		return blk.ErrNotSupported
 	}
 	if r.NoWait && len(src) > 1 {
 		return blk.ErrWouldBlock
 	}
-	w, err := n.beginWrite(e, r, off, size, f)
+	w, err := s.beginWrite(e, r, off, size, f)
 	if err != nil {
 		return err
 	}
 	if forward {
 		w.flush = false
-		err = n.FilteredChild().CopyFrom(r, off, src, f)
+		err = s.n.FilteredChild().CopyFrom(r, off, src, f)
 	} else {
-		err = n.driverCopy(r, off, src, f)
+		err = s.driverCopy(r, off, src, f)
 	}
-	return n.endWrite(r, &w, off, size, f, err)
+	return s.endWrite(r, &w, off, size, f, err)
 }
 
 // driverCopy carries out runs of data by the driver's copy and runs of zeroes by zeroing.
-func (n *Node) driverCopy(r *blk.Req, off int64, src []blk.HostRange, f blk.Flags) error {
-	s := &n.io
+func (s *IO) driverCopy(r *blk.Req, off int64, src []blk.HostRange, f blk.Flags) error {
 	for len(src) > 0 {
 		k, size := 0, int64(0)
 		zero := src[0].FD < 0
@@ -115,12 +111,12 @@ func (n *Node) driverCopy(r *blk.Req, off int64, src []blk.HostRange, f blk.Flag
 		}
 		var err error
 		switch {
-		case !blk.IsAligned(off, size, s.align):
+		case !blk.IsAligned(off, size, s.drv.align):
 			err = blk.ErrNotSupported
 		case zero:
-			err = n.driverZero(r, off, size, f)
+			err = s.driverZero(r, off, size, f)
 		default:
-			err = s.copier.CopyFrom(r, off, src[:k], f&s.caps.WriteFlags)
+			err = s.drv.CopyFrom(r, off, src[:k], f&s.drv.caps.WriteFlags)
 		}
 		if err != nil {
 			return err

@@ -21,68 +21,66 @@ var (
 // waits for writes in the area that comes or goes and blocks as long as the driver does. Errors end
 // in a QMP reply as they are; after one the size is what it was, as far as the driver could undo.
 func (e *Edge) Resize(ctx context.Context, size int64, exact bool, m blk.Prealloc) error {
-	n := e.node.Load()
-	s := &n.io
+	s := &e.node.Load().io
 	switch {
-	case s.drv == nil:
+	case s.drv.Driver == nil:
 		return blk.ErrClosed
 	case size < 0:
 		return errNegativeSize
 	case size > blk.MaxSize:
 		return blk.Text(fmt.Sprintf("offset(%d) exceeds maximum(%d)", size, blk.MaxSize), errors.Join(blk.ErrOutOfRange, syscall.EFBIG))
-	case n.readOnly.Load():
+	case s.n.readOnly.Load():
 		return errImageRO
 	}
 	if m == "" {
 		m = blk.PreallocOff
 	}
 	r := &blk.Req{Ctx: ctx}
-	k, old, err := n.beginResize(r, size)
+	k, old, err := s.beginResize(r, size)
 	if err != nil {
 		return err
 	}
-	err = n.driverResize(ctx, r, old, size, exact, m)
+	err = s.driverResize(ctx, r, old, size, exact, m)
 	s.statusData.drop()
 	s.flush.written.Add(1)
 	changed := s.drv.Size() != old
 	s.track.end(k)
 	if changed || err == nil {
-		n.Resized()
+		s.n.Resized()
 	}
 	return err
 }
 
 // beginResize registers everything from the smaller of the two sizes on.
-func (n *Node) beginResize(r *blk.Req, size int64) (*tracked, int64, error) {
+func (s *IO) beginResize(r *blk.Req, size int64) (*tracked, int64, error) {
 	for {
-		old := n.io.drv.Size()
+		old := s.drv.Size()
 		lo := min(old, size)
-		k, err := n.io.track.begin(r, lo, blk.MaxSize-lo, true)
+		k, err := s.track.begin(r, lo, blk.MaxSize-lo, true)
 		if err != nil {
 			return nil, 0, err
 		}
-		if now := n.io.drv.Size(); min(now, size) >= lo {
+		if now := s.drv.Size(); min(now, size) >= lo {
 			return k, now, nil
 		}
-		n.io.track.end(k)
+		s.track.end(k)
 	}
 }
 
-func (n *Node) driverResize(ctx context.Context, r *blk.Req, old, size int64, exact bool, m blk.Prealloc) error {
-	s := &n.io
-	if s.resizer == nil {
-		if c := n.FilteredChild(); n.Kind() == Filter && c != nil {
+func (s *IO) driverResize(ctx context.Context, r *blk.Req, old, size int64, exact bool, m blk.Prealloc) error {
+	if s.drv.resizer == nil {
+		if c := s.n.FilteredChild(); s.n.Kind() == Filter && c != nil {
 			return c.Resize(ctx, size, exact, m)
 		}
 		return errNoResize
 	}
-	if err := s.resizer.Resize(ctx, size, m); err != nil {
+	if err := s.drv.Resize(ctx, size, m); err != nil {
 		if err == blk.ErrNotSupported {
 			return errNoResize
 		}
 		return err
 	}
-	b := n.Backing()
+	b := s.n.Backing()
 	if b == nil || size <= old {
 		return nil
 	}
@@ -91,13 +89,13 @@ func (n *Node) driverResize(ctx context.Context, r *blk.Req, old, size int64, ex
 		return nil
 	}
 	var err error
-	if blk.IsAligned(old, hi, s.align) {
-		err = n.driverZero(r, old, hi-old, 0)
+	if blk.IsAligned(old, hi, s.drv.align) {
+		err = s.driverZero(r, old, hi-old, 0)
 	} else {
-		err = n.zeroPadded(r, old, hi-old, 0)
+		err = s.zeroPadded(r, old, hi-old, 0)
 	}
 	if err != nil {
-		return errors.Join(err, s.resizer.Resize(ctx, old, blk.PreallocOff))
+		return errors.Join(err, s.drv.Resize(ctx, old, blk.PreallocOff))
 	}
 	return nil
 }

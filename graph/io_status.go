@@ -47,21 +47,20 @@ func (e *Edge) Status(r *blk.Req, off, size int64) (blk.Extent, error) {
 	if !blk.ValidRange(off, size) {
 		return blk.Extent{}, blk.ErrOutOfRange
 	}
-	return e.node.Load().statusOf(r, off, size)
+	return e.node.Load().io.statusOf(r, off, size)
 }
 
-// StatusLayer is Edge.Status for those who have only the node: a driver or job inside a request
+// Status is Edge.Status for those who have only the node: a driver or job inside a request
 // that entered through it.
-func (n *Node) StatusLayer(r *blk.Req, off, size int64) (blk.Extent, error) {
+func (s *IO) Status(r *blk.Req, off, size int64) (blk.Extent, error) {
 	if !blk.ValidRange(off, size) {
 		return blk.Extent{}, blk.ErrOutOfRange
 	}
-	return n.statusOf(r, off, size)
+	return s.statusOf(r, off, size)
 }
 
-func (n *Node) statusOf(r *blk.Req, off, size int64) (blk.Extent, error) {
-	s := &n.io
-	if s.drv == nil {
+func (s *IO) statusOf(r *blk.Req, off, size int64) (blk.Extent, error) {
+	if s.drv.Driver == nil {
 		return blk.Extent{}, blk.ErrClosed
 	}
 	total := s.drv.Size()
@@ -73,7 +72,7 @@ func (n *Node) statusOf(r *blk.Req, off, size int64) (blk.Extent, error) {
 	}
 	sh := s.track.shard(r)
 	sh.inFlight.Add(1)
-	x, err := n.driverStatus(r, off, size)
+	x, err := s.driverStatus(r, off, size)
 	sh.inFlight.Add(-1)
 	if err != nil {
 		return blk.Extent{}, err
@@ -84,14 +83,13 @@ func (n *Node) statusOf(r *blk.Req, off, size int64) (blk.Extent, error) {
 
 // driverStatus asks the driver about whole blocks, cuts the answer to what was asked and completes
 // it.
-func (n *Node) driverStatus(r *blk.Req, off, size int64) (blk.Extent, error) {
-	s := &n.io
-	k := n.kids.Load()
-	if s.status == nil {
-		if n.Kind() == Filter && k.filtered != nil {
-			return n.statusBelow(r, k.filtered, off, size)
+func (s *IO) driverStatus(r *blk.Req, off, size int64) (blk.Extent, error) {
+	k := s.n.kids.Load()
+	if s.drv.status == nil {
+		if s.n.Kind() == Filter && k.filtered != nil {
+			return s.statusBelow(r, k.filtered, off, size)
 		}
-		return blk.Extent{N: size, Data: true, Allocated: true, OffValid: n.Kind() == Protocol, MapOff: off}, nil
+		return blk.Extent{N: size, Data: true, Allocated: true, OffValid: s.n.Kind() == Protocol, MapOff: off}, nil
 	}
 	leaf := len(k.all) == 0
 	if leaf {
@@ -99,14 +97,14 @@ func (n *Node) driverStatus(r *blk.Req, off, size int64) (blk.Extent, error) {
 			return blk.Extent{N: min(size, d), Data: true, Allocated: true, OffValid: true, MapOff: off}, nil
 		}
 	}
-	lo := blk.AlignDown(off, s.align)
-	asked := blk.AlignUp(off+size, s.align) - lo
-	x, err := s.status.Status(r, lo, asked)
+	lo := blk.AlignDown(off, s.drv.align)
+	asked := blk.AlignUp(off+size, s.drv.align) - lo
+	x, err := s.drv.Status(r, lo, asked)
 	if err != nil {
 		return x, err
 	}
 	if skip := off - lo; x.N <= skip || x.N > asked || invariantsOn && x.Recurse && (!x.Data || !x.OffValid || x.Zero) {
-		panic("graph: status of driver " + n.DriverName() + " breaks the rules")
+		panic("graph: status of driver " + s.n.DriverName() + " breaks the rules")
 	} else {
 		x.N = min(x.N-skip, size)
 		if x.OffValid {
@@ -117,15 +115,15 @@ func (n *Node) driverStatus(r *blk.Req, off, size int64) (blk.Extent, error) {
 		s.statusData.fill(off, x.N)
 	}
 	if c, ok := x.In.(*Edge); ok && c != nil && x.Raw {
-		return n.statusBelow(r, c, x.MapOff, x.N)
+		return s.statusBelow(r, c, x.MapOff, x.N)
 	}
-	n.completeStatus(r, k, &x, off)
+	s.completeStatus(r, k, &x, off)
 	return x, nil
 }
 
 // statusBelow is the child's answer as one's own.
-func (n *Node) statusBelow(r *blk.Req, c *Edge, off, size int64) (blk.Extent, error) {
-	x, err := c.node.Load().statusOf(r, off, size)
+func (s *IO) statusBelow(r *blk.Req, c *Edge, off, size int64) (blk.Extent, error) {
+	x, err := c.node.Load().io.statusOf(r, off, size)
 	if err != nil {
 		return x, err
 	}
@@ -136,7 +134,7 @@ func (n *Node) statusBelow(r *blk.Req, c *Edge, off, size int64) (blk.Extent, er
 	if x.In == nil && x.OffValid {
 		x.In = c
 	}
-	if !x.Allocated && !x.Zero && n.Kind() != Filter {
+	if !x.Allocated && !x.Zero && s.n.Kind() != Filter {
 		// What the child reads from its own backing chain is content of n, which ends the chain
 		// that n is in.
 		x.Allocated, x.Data, x.OffValid, x.MapOff, x.In = true, true, false, 0, nil
@@ -146,11 +144,11 @@ func (n *Node) statusBelow(r *blk.Req, c *Edge, off, size int64) (blk.Extent, er
 
 // completeStatus adds what the driver cannot know: zeroes where nothing lies below, and zeroes
 // within the data that the child knows of.
-func (n *Node) completeStatus(r *blk.Req, k *kids, x *blk.Extent, off int64) {
+func (s *IO) completeStatus(r *blk.Req, k *kids, x *blk.Extent, off int64) {
 	switch {
 	case x.Data || x.Zero:
 		x.Allocated = true
-	case n.io.caps.Backing:
+	case s.drv.caps.Backing:
 		if k.backing == nil || off >= k.backing.node.Load().Size() {
 			x.Zero = true
 		}
@@ -160,7 +158,7 @@ func (n *Node) completeStatus(r *blk.Req, k *kids, x *blk.Extent, off int64) {
 		return
 	}
 	x.Recurse = false
-	below, err := c.node.Load().statusOf(r, x.MapOff, x.N)
+	below, err := c.node.Load().io.statusOf(r, x.MapOff, x.N)
 	switch {
 	case err != nil:
 		// Only additional knowledge was asked for.
@@ -185,7 +183,7 @@ func (e *Edge) StatusAbove(r *blk.Req, base *Node, includeBase bool, off, size i
 	if top == base && !includeBase {
 		return blk.Extent{N: size}, nil
 	}
-	x, err := top.statusOf(r, off, size)
+	x, err := top.io.statusOf(r, off, size)
 	if err != nil || x.N == 0 {
 		return x, err
 	}
@@ -196,13 +194,13 @@ func (e *Edge) StatusAbove(r *blk.Req, base *Node, includeBase bool, off, size i
 	}
 	size = x.N
 	for p := top; !x.Allocated && p != base; {
-		c := p.FilterOrCOWChild()
+		c := Now.FilterOrCOWChild(p)
 		if c == nil || c.node.Load() == base && !includeBase {
 			break
 		}
 		p = c.node.Load()
 		depth := x.Depth + 1
-		if x, err = p.statusOf(r, off, size); err != nil {
+		if x, err = p.io.statusOf(r, off, size); err != nil {
 			return x, err
 		}
 		if x.N == 0 {

@@ -149,7 +149,7 @@ func TestWriteThreshold(t *testing.T) {
 	n := node(t, g, drivertest.NewMemFile(1<<20), nil)
 	root := drivertest.AddRoot(t, g, n, everything)
 	r := begin(t, root)
-	n.SetWriteThreshold(8192)
+	n.IO().SetWriteThreshold(8192)
 	ok(t, root.WriteAt(r, fill(1, 4096), 4096, 0))
 	if len(sink.Events()) != 0 {
 		t.Fatal("an event below the threshold")
@@ -157,15 +157,15 @@ func TestWriteThreshold(t *testing.T) {
 	ok(t, root.WriteAt(r, fill(1, 4096), 8000, 0))
 	ok(t, root.WriteAt(r, fill(1, 4096), 16384, 0))
 	ev := sink.Events()
-	if len(ev) != 1 || n.WriteThreshold() != 0 {
-		t.Fatalf("%d events, threshold %d", len(ev), n.WriteThreshold())
+	if len(ev) != 1 || n.IO().WriteThreshold() != 0 {
+		t.Fatalf("%d events, threshold %d", len(ev), n.IO().WriteThreshold())
 	}
 	e := ev[0].(*types.BlockWriteThresholdEvent)
 	if e.NodeName != "n" || e.AmountExceeded != 3904 || e.WriteThreshold != 8192 {
 		t.Errorf("%+v", *e)
 	}
-	if n.Stats().WrHighestOffset != 20480 {
-		t.Errorf("highest %d", n.Stats().WrHighestOffset)
+	if n.IO().Stats().WrHighestOffset != 20480 {
+		t.Errorf("highest %d", n.IO().Stats().WrHighestOffset)
 	}
 }
 

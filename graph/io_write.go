@@ -10,28 +10,27 @@ import (
 // blk.ErrOutOfRange, blk.ErrReadOnly, blk.ErrWouldBlock, blk.ErrNotSupported (compressed), those of
 // the driver; then any part may have been written.
 func (e *Edge) WriteAt(r *blk.Req, v blk.Vec, off int64, f blk.Flags) error {
-	n := e.node.Load()
-	s := &n.io
+	s := &e.node.Load().io
 	size := v.Len()
-	if err := e.writable(n, off, size, f); err != nil || size == 0 {
+	if err := e.writable(s, off, size, f); err != nil || size == 0 {
 		return err
 	}
-	if f&blk.Compressed != 0 && s.caps.WriteFlags&blk.Compressed == 0 {
+	if f&blk.Compressed != 0 && s.drv.caps.WriteFlags&blk.Compressed == 0 {
 		return blk.ErrNotSupported
 	}
-	if r.NoWait && (size > s.maxIO || size > bounceMax && !v.Aligned(s.memAlign, s.align)) {
+	if r.NoWait && (size > s.drv.maxIO || size > bounceMax && !v.Aligned(s.drv.memAlign, s.drv.align)) {
 		return blk.ErrWouldBlock
 	}
-	w, err := n.beginWrite(e, r, off, size, f)
+	w, err := s.beginWrite(e, r, off, size, f)
 	if err != nil {
 		return err
 	}
 	if w.padded {
-		err = n.writePadded(r, v, off, size, f)
+		err = s.writePadded(r, v, off, size, f)
 	} else {
-		err = n.writeAligned(r, v, off, size, f)
+		err = s.writeAligned(r, v, off, size, f)
 	}
-	return n.endWrite(r, &w, off, size, f, err)
+	return s.endWrite(r, &w, off, size, f, err)
 }
 
 // writing is a write, zero, discard or copy that has begun: what endWrite needs to know.
@@ -45,17 +44,16 @@ type writing struct {
 
 // beginWrite registers the request and makes the checks that need it registered. After success
 // endWrite must follow.
-func (n *Node) beginWrite(e *Edge, r *blk.Req, off, size int64, f blk.Flags) (writing, error) {
-	s := &n.io
-	w := writing{padded: (off|size)&(s.align-1) != 0, flush: f&blk.FUA != 0 && s.caps.WriteFlags&blk.FUA == 0}
+func (s *IO) beginWrite(e *Edge, r *blk.Req, off, size int64, f blk.Flags) (writing, error) {
+	w := writing{padded: (off|size)&(s.drv.align-1) != 0, flush: f&blk.FUA != 0 && s.drv.caps.WriteFlags&blk.FUA == 0}
 	if r.NoWait && (w.padded || w.flush) {
 		return w, blk.ErrWouldBlock
 	}
 	lo, ln, serial := off, size, false
 	if w.padded || f&blk.Serialising != 0 {
-		a := s.align
+		a := s.drv.align
 		if f&blk.Serialising != 0 {
-			a = max(a, s.caps.Limits.ClusterSize)
+			a = max(a, s.drv.caps.Limits.ClusterSize)
 		}
 		p := blk.Pad(off, size, a)
 		lo, ln, serial = p.Off, p.N, true
@@ -77,18 +75,17 @@ func (n *Node) beginWrite(e *Edge, r *blk.Req, off, size int64, f blk.Flags) (wr
 
 // endWrite keeps the books of a write that ended with err, flushes if FUA has to be
 // emulated, and ends the request. Requests that would have blocked leave no trace.
-func (n *Node) endWrite(r *blk.Req, w *writing, off, size int64, f blk.Flags, err error) error {
-	s := &n.io
+func (s *IO) endWrite(r *blk.Req, w *writing, off, size int64, f blk.Flags, err error) error {
 	if err == nil || !errors.Is(err, blk.ErrWouldBlock) {
 		s.flush.written.Add(1)
 		// A copy of what lies below is none of the writes that clients ask about, as in
 		// QEMU; what it makes of the node's file is.
 		end := off + size
-		if f&blk.WriteUnchanged != 0 && s.caps.Backing {
+		if f&blk.WriteUnchanged != 0 && s.drv.caps.Backing {
 			end = 0
-		} else if g := s.dirty.recording.Load(); g != nil && (end > w.size || !g.Has(off, size)) {
+		} else if g := s.n.bitmaps.recording.Load(); g != nil && (end > w.size || !g.Has(off, size)) {
 			if end > w.size {
-				n.resizeBitmaps()
+				s.n.bitmaps.resize()
 			}
 			g.Set(off, size, r.Unrecorded)
 		}
@@ -96,150 +93,105 @@ func (n *Node) endWrite(r *blk.Req, w *writing, off, size int64, f blk.Flags, er
 			h = s.wrHighest.Load()
 		}
 		if t := s.threshold.Load(); t != 0 && uint64(end) > t {
-			n.thresholdExceeded(uint64(end))
+			s.thresholdExceeded(uint64(end))
 		}
 	}
 	if err == nil && w.flush {
-		err = n.flushNode(r)
+		err = s.flushNode(r)
 	}
 	// Whole blocks are written: what ends within the last, incomplete one of a node may make it
 	// complete.
-	grown := blk.AlignUp(off+size, s.align) > w.size && s.drv.Size() != w.size
+	grown := blk.AlignUp(off+size, s.drv.align) > w.size && s.drv.Size() != w.size
 	s.track.end(w.k)
 	w.sh.inFlight.Add(-1)
 	if grown {
-		n.Resized()
+		s.n.Resized()
 	}
 	return err
 }
 
 // writeAligned writes whole blocks, as zeroes where they are and that was asked for.
-func (n *Node) writeAligned(r *blk.Req, v blk.Vec, off, size int64, f blk.Flags) error {
-	if n.io.zeroer != nil {
-		if detect, unmap := n.detectZeroes(); detect && v.IsZero() {
+func (s *IO) writeAligned(r *blk.Req, v blk.Vec, off, size int64, f blk.Flags) error {
+	if s.drv.zeroer != nil {
+		if detect, unmap := s.detectZeroes(); detect && v.IsZero() {
 			zf := f &^ blk.Compressed
 			if unmap {
 				zf |= blk.MayUnmap
 			}
-			if r.NoWait && n.zeroSteps(off, size, zf) {
+			if r.NoWait && s.drv.zeroSteps(off, size, zf) {
 				return blk.ErrWouldBlock
 			}
-			return n.driverZero(r, off, size, zf)
+			return s.driverZero(r, off, size, zf)
 		}
 	}
-	return n.driverWrite(r, v, off, size, f)
-}
-
-// driverWrite writes whole blocks in one go if the driver can take them so.
-func (n *Node) driverWrite(r *blk.Req, v blk.Vec, off, size int64, f blk.Flags) error {
-	s := &n.io
-	f &= s.caps.WriteFlags
-	if s.debug != nil {
-		s.debug.DebugEvent(r, blk.EvPwritev)
-		defer s.debug.DebugEvent(r, blk.EvPwritevDone)
-	}
-	if size <= s.maxIO && (s.memAlign == 1 || v.Aligned(s.memAlign, s.align)) {
-		return s.writer.WriteAt(r, v, off, f)
-	}
-	return n.writePieces(r, v, off, size, f)
-}
-
-// writePieces writes whole blocks in parts, through bounce buffers where the memory is badly
-// placed.
-func (n *Node) writePieces(r *blk.Req, v blk.Vec, off, size int64, f blk.Flags) error {
-	s := &n.io
-	for done := int64(0); done < size; {
-		k := min(size-done, s.maxIO)
-		p := v
-		if k < size {
-			p = v.Slice(done, k)
-		}
-		var b *blk.Buffer
-		if !p.Aligned(s.memAlign, s.align) {
-			k = min(k, max(blk.AlignDown(bounceMax, s.align), s.align))
-			b = blk.GetBuf(int(k), s.memAlign)
-			v.Slice(done, k).CopyOut(b.B)
-			p = blk.Buf(b.B)
-		}
-		err := s.writer.WriteAt(r, p, off+done, f)
-		blk.PutBuf(b)
-		if err != nil {
-			return err
-		}
-		if done += k; done < size {
-			if err := stopped(r); err != nil {
-				return err
-			}
-		}
-	}
-	return nil
+	return s.drv.write(r, v, off, size, f)
 }
 
 // writePadded writes what does not cover whole blocks by reading the blocks at its ends
 // first. The range, widened to blocks, is registered as serialising.
-func (n *Node) writePadded(r *blk.Req, v blk.Vec, off, size int64, f blk.Flags) error {
-	a := n.io.align
+func (s *IO) writePadded(r *blk.Req, v blk.Vec, off, size int64, f blk.Flags) error {
+	a := s.drv.align
 	p := blk.Pad(off, size, a)
 	if p.N <= max(bounceAll, a) {
-		return n.modify(r, v, off, size, f)
+		return s.modify(r, v, off, size, f)
 	}
 	head := (a - p.Head) & (a - 1)
 	tail := (a - p.Tail) & (a - 1)
 	if head > 0 {
-		if err := n.modify(r, v.Slice(0, head), off, head, f); err != nil {
+		if err := s.modify(r, v.Slice(0, head), off, head, f); err != nil {
 			return err
 		}
 	}
 	mid := size - head - tail
-	if err := n.writeAligned(r, v.Slice(head, mid), off+head, mid, f); err != nil {
+	if err := s.writeAligned(r, v.Slice(head, mid), off+head, mid, f); err != nil {
 		return err
 	}
 	if tail > 0 {
-		return n.modify(r, v.Slice(head+mid, tail), off+head+mid, tail, f)
+		return s.modify(r, v.Slice(head+mid, tail), off+head+mid, tail, f)
 	}
 	return nil
 }
 
 // modifySteps announces what happens with the first and the last block of a write where both are
 // read at once.
-func (n *Node) modifySteps(r *blk.Req, p blk.Padding, head, tail blk.DebugEvent) {
+func (s *IO) modifySteps(r *blk.Req, p blk.Padding, head, tail blk.DebugEvent) {
 	if p.Head > 0 {
-		n.io.step(r, head)
+		s.drv.step(r, head)
 	}
 	if p.Tail > 0 {
-		n.io.step(r, tail)
+		s.drv.step(r, tail)
 	}
 }
 
 // modify reads the blocks around [off, off+size), puts v (all zeroes if it is empty) into them and
 // writes them.
-func (n *Node) modify(r *blk.Req, v blk.Vec, off, size int64, f blk.Flags) error {
-	a := n.io.align
+func (s *IO) modify(r *blk.Req, v blk.Vec, off, size int64, f blk.Flags) error {
+	a := s.drv.align
 	p := blk.Pad(off, size, a)
-	buf := blk.GetBuf(int(p.N), n.io.memAlign)
+	buf := blk.GetBuf(int(p.N), s.drv.memAlign)
 	defer blk.PutBuf(buf)
 	b := buf.B
 	switch {
 	case p.N <= 2*a && p.Head > 0 && p.Tail > 0, p.N == a:
-		n.modifySteps(r, p, blk.EvPwritevRmwHead, blk.EvPwritevRmwTail)
-		if err := n.readBlock(r, b, p.Off); err != nil {
+		s.modifySteps(r, p, blk.EvPwritevRmwHead, blk.EvPwritevRmwTail)
+		if err := s.drv.readBlock(r, b, p.Off); err != nil {
 			return err
 		}
-		n.modifySteps(r, p, blk.EvPwritevRmwAfterHead, blk.EvPwritevRmwAfterTail)
+		s.modifySteps(r, p, blk.EvPwritevRmwAfterHead, blk.EvPwritevRmwAfterTail)
 	default:
 		if p.Head > 0 {
-			n.io.step(r, blk.EvPwritevRmwHead)
-			if err := n.readBlock(r, b[:a], p.Off); err != nil {
+			s.drv.step(r, blk.EvPwritevRmwHead)
+			if err := s.drv.readBlock(r, b[:a], p.Off); err != nil {
 				return err
 			}
-			n.io.step(r, blk.EvPwritevRmwAfterHead)
+			s.drv.step(r, blk.EvPwritevRmwAfterHead)
 		}
 		if p.Tail > 0 {
-			n.io.step(r, blk.EvPwritevRmwTail)
-			if err := n.readBlock(r, b[p.N-a:], p.Off+p.N-a); err != nil {
+			s.drv.step(r, blk.EvPwritevRmwTail)
+			if err := s.drv.readBlock(r, b[p.N-a:], p.Off+p.N-a); err != nil {
 				return err
 			}
-			n.io.step(r, blk.EvPwritevRmwAfterTail)
+			s.drv.step(r, blk.EvPwritevRmwAfterTail)
 		}
 	}
 	if mid := b[p.Head : p.Head+size]; v.Len() == 0 {
@@ -247,5 +199,5 @@ func (n *Node) modify(r *blk.Req, v blk.Vec, off, size int64, f blk.Flags) error
 	} else {
 		v.CopyOut(mid)
 	}
-	return n.writeAligned(r, blk.Buf(b), p.Off, p.N, f)
+	return s.writeAligned(r, blk.Buf(b), p.Off, p.N, f)
 }

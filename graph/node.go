@@ -17,32 +17,29 @@ type Node struct {
 	opts     atomic.Pointer[Options]
 	drv      Driver // set by SetDriver while hidden, never changed after
 	readOnly atomic.Bool
-	failed   atomic.Bool          // see Fail
 	kids     atomic.Pointer[kids] // replaced under g.mu, read anywhere; changes only while the node is drained
 
-	infoGen atomic.Uint64 // see InfoGeneration
+	info generation
 
 	sizeSeen atomic.Int32 // parent edges with Edge.showsSize; written under g.mu
 
-	io ioState // the data plane's part
+	guard   guard
+	io      IO
+	bitmaps Bitmaps
 
 	// Guarded by g.mu from here.
-	state      nodeState
-	inactive   bool
-	noWriters  error // as in perm.Node
-	owned      bool  // by the monitor
-	pins       int32
-	quiesce    int32 // drains of this node + child edges whose node is quiesced
-	cowParents int32
-	counts     perm.Counts // over all parent edges
-	applied    perm.Claim  // what the driver was last told (PermCommit)
-	parents    edgeList    // newest first
-	prev, next *Node       // g's list of published nodes, newest first
-	mprev      *Node       // g's list of monitor-owned nodes
-	mnext      *Node
-	rare       *nodeRare // allocated when first needed, then kept
-
-	treeGen, treeEpoch uint64 // memo of TreeGeneration, guarded by g.genMu
+	state     nodeState
+	inactive  bool
+	noWriters error // as in perm.Node
+	owned     bool  // by the monitor
+	pins      int32
+	quiesce   quiescence  // drains of this node + child edges whose node is quiesced
+	counts    perm.Counts // over all parent edges
+	applied   perm.Claim  // what the driver was last told (PermCommit)
+	parents   list[Edge]  // newest first
+	listed    item[Node]  // of Graph.published
+	byMonitor item[Node]  // of Graph.owned
+	rare      *nodeRare   // allocated when first needed, then kept
 }
 
 // nodeState is where a node is in its life: hidden -> published -> closing -> closed, or
@@ -58,9 +55,8 @@ const (
 
 // nodeRare is what few nodes have.
 type nodeRare struct {
-	blockers []*opBlocker  // newest last
-	drains   int32         // drains that told the driver's Drainer to let go
-	drainer  drainerState  // calls of the driver's Drainer
+	blockers []*opBlocker // newest last
+	drainer  drainerState
 	held     bool          // somebody has a Hold
 	closes   bool          // to be closed when that ends
 	shut     chan struct{} // made when the driver begins to be closed, closed when that is done
@@ -87,9 +83,6 @@ func (n *Node) Kind() Kind { return n.opts.Load().Kind }
 // ReadOnly tells whether the node refuses writes now; it may differ from Options().ReadOnly under
 // auto-read-only.
 func (n *Node) ReadOnly() bool { return n.readOnly.Load() }
-
-// Implicit nodes were inserted by a job, not asked for by the user.
-func (n *Node) Implicit() bool { return n.opts.Load().Implicit }
 
 // Size is the driver's size in bytes; 0 before SetDriver.
 func (n *Node) Size() int64 {

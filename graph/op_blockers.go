@@ -1,18 +1,19 @@
 package graph
 
 import (
+	"cmp"
 	"fmt"
-	"sync"
+	"slices"
 
 	"qblockd/graph/perm"
 )
 
-// Op is an operation that a node can be blocked for.
-type Op uint8
+// Op is an operation that a node can be blocked for; a set of them.
+type Op uint32
 
 // The operations, as blockers distinguish them.
 const (
-	OpBackupSource Op = iota
+	OpBackupSource Op = 1 << iota
 	OpBackupTarget
 	OpChange
 	OpCommitSource
@@ -29,50 +30,35 @@ const (
 	OpStream
 	OpReplace
 	OpOverlay // become the overlay of an external snapshot
-	opCount
-)
 
-// backingAllows are the operations that a node may take part in while it is somebody's backing
-// file.
-const backingAllows = 1<<OpCommitTarget | 1<<OpStream | 1<<OpBackupSource | 1<<OpBackupTarget | 1<<OpOverlay
+	// AllOps are all of them.
+	AllOps = 1<<iota - 1
+
+	// backingAllows are those that a node may take part in while it is somebody's backing file.
+	backingAllows = OpCommitTarget | OpStream | OpBackupSource | OpBackupTarget | OpOverlay
+)
 
 // opBlocker is one reason against some operations.
 type opBlocker struct {
-	ops    uint32
+	ops    Op
 	reason error
 }
 
 // Busy is the error of an operation on a node that is blocked for that reason.
 func Busy(node string, reason error) error { return fmt.Errorf("Node '%s' is busy: %w", node, reason) }
 
-// Block refuses op on n with that reason until unblock is called.
-func (n *Node) Block(op Op, reason error) (unblock func()) { return n.block(1<<op, reason) }
-
-// BlockAll refuses all operations but those given.
-func (n *Node) BlockAll(reason error, but ...Op) (unblock func()) {
-	ops := uint32(1<<opCount - 1)
-	for _, op := range but {
-		ops &^= 1 << op
-	}
-	return n.block(ops, reason)
-}
-
-func (n *Node) block(ops uint32, reason error) func() {
-	b := &opBlocker{ops, reason}
+// Block refuses the ops on n with that reason until unblock is called.
+func (n *Node) Block(ops Op, reason error) (unblock func()) {
+	x := &opBlocker{ops, reason}
 	n.g.mu.Lock()
 	defer n.g.mu.Unlock()
 	r := n.rareLocked()
-	r.blockers = append(r.blockers, b)
-	return sync.OnceFunc(func() {
+	r.blockers = append(r.blockers, x)
+	return func() {
 		n.g.mu.Lock()
 		defer n.g.mu.Unlock()
-		for i := range r.blockers {
-			if r.blockers[i] == b {
-				r.blockers = append(r.blockers[:i:i], r.blockers[i+1:]...)
-				return
-			}
-		}
-	})
+		r.blockers = slices.DeleteFunc(r.blockers, func(y *opBlocker) bool { return x == y })
+	}
 }
 
 // Blocked is nil, or an error "Node 'N' is busy: REASON". The latest reason wins. A
@@ -86,54 +72,41 @@ func (n *Node) Blocked(op Op) error {
 // Blocked is Node.Blocked once the Tx is committed.
 func (tx *Tx) Blocked(n *Node, op Op) error {
 	n.g.mu.RLock()
-	err := n.blockerLocked(op)
+	err := n.rare.blocked(n, op)
 	n.g.mu.RUnlock()
-	if err != nil || backingAllows>>op&1 != 0 {
-		return err
-	}
 	for _, e := range tx.Parents(n) {
-		if err := n.backs(e); err != nil {
-			return err
-		}
+		err = cmp.Or(err, e.blocks(n, op))
 	}
-	return nil
+	return err
 }
 
 // +checklocksread:n.g.mu
 func (n *Node) blockedLocked(op Op) error {
-	if err := n.blockerLocked(op); err != nil {
-		return err
+	err := n.rare.blocked(n, op)
+	for e := range n.parents.all() {
+		err = cmp.Or(err, e.blocks(n, op))
 	}
-	if n.cowParents > 0 && backingAllows>>op&1 == 0 {
-		for e := n.parents.head; e != nil; e = e.next {
-			if err := n.backs(e); err != nil {
-				return err
-			}
-		}
-	}
-	return nil
+	return err
 }
 
-// backs is the error of an operation that n is refused because e makes it a backing file; nil: e
-// does not.
-func (n *Node) backs(e *Edge) error {
-	if e.role&perm.COW != 0 && e.pnode != nil {
-		return Busy(n.name, fmt.Errorf("node is used as backing hd of '%s'", e.pnode.name))
-	}
-	return nil
-}
-
-// blockerLocked is the latest blocker of op as an error.
-// +checklocksread:n.g.mu
-func (n *Node) blockerLocked(op Op) error {
-	if n.rare != nil {
-		for i := len(n.rare.blockers) - 1; i >= 0; i-- {
-			if b := n.rare.blockers[i]; b.ops>>op&1 != 0 {
+// blocked is the error of the latest reason against op at n. Graph.mu is held.
+func (r *nodeRare) blocked(n *Node, op Op) error {
+	if r != nil {
+		for _, b := range slices.Backward(r.blockers) {
+			if b.ops&op != 0 {
 				return Busy(n.name, b.reason)
 			}
 		}
 	}
 	return nil
+}
+
+// blocks is the error of op at n, to which e leads, if e makes that a backing file.
+func (e *Edge) blocks(n *Node, op Op) error {
+	if op&backingAllows != 0 || e.role&perm.COW == 0 || e.pnode == nil {
+		return nil
+	}
+	return Busy(n.name, fmt.Errorf("node is used as backing hd of '%s'", e.pnode.name))
 }
 
 // rareLocked is n.rare, made if need be.

@@ -1,6 +1,10 @@
 package graph
 
-import "qblockd/schema/types"
+import (
+	"fmt"
+
+	"qblockd/schema/types"
+)
 
 // FileID tells files of the host apart, whatever their names: a regular file by its file system and
 // inode; a device, whose inode counts as 0, by its number.
@@ -27,6 +31,14 @@ type Options struct {
 	// Inherited are the generic options that the node has from Canonical or from the parent that
 	// defined it.
 	Inherited Inheritable
+}
+
+// CanReopen tells why the node cannot be reopened, nil if it can.
+func (o *Options) CanReopen() error {
+	if o.Reopens {
+		return nil
+	}
+	return fmt.Errorf("Block format '%s' used by node '%s' does not support reopening files", o.DriverName, o.Name)
 }
 
 // Inheritable are the generic options that a node hands down to the children that it defines; nil:

@@ -90,7 +90,7 @@ func (g *Graph) movement() (m movement, bound bool) {
 			}
 		}
 	}
-	for r := g.roots; r != nil; r = r.next {
+	for r := range g.roots.all() {
 		m.inFlight += r.InFlight()
 	}
 	g.mu.RUnlock()

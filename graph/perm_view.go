@@ -17,7 +17,7 @@ func (baseView) Node(n *Node) perm.Node {
 	s := perm.Node{Name: n.name, ReadOnly: n.readOnly.Load(), Inactive: n.inactive, NoWriters: n.noWriters,
 		ForceShare: o.ForceShare}
 	if n.drv != nil && !s.ReadOnly {
-		a := n.io.align
+		a := n.io.drv.align
 		s.Unaligned = a > blk.SectorSize && blk.AlignUp(n.drv.Size(), blk.SectorSize)%a != 0
 	}
 	return s
@@ -29,15 +29,7 @@ func (baseView) Edge(e *Edge) perm.Edge[*Node] {
 
 func (baseView) Children(n *Node) []*Edge { return n.kids.Load().all }
 
-func (baseView) Parents(n *Node) iter.Seq[*Edge] {
-	return func(yield func(*Edge) bool) {
-		for e := n.parents.head; e != nil; e = e.next {
-			if !yield(e) {
-				return
-			}
-		}
-	}
-}
+func (baseView) Parents(n *Node) iter.Seq[*Edge] { return n.parents.all() }
 
 func (baseView) Counts(n *Node) perm.Counts { return n.counts }
 

@@ -8,24 +8,6 @@ import (
 	"qblockd/graph/blk"
 )
 
-// WithFiles are n and the files below it that have their read-only-ness from it: those that nobody
-// named for themselves.
-func (n *Node) WithFiles() []*Node {
-	nodes := []*Node{n}
-	for e := n.File(); e != nil && e.Node().ReadOnly() == n.ReadOnly() && !e.Node().MonitorOwned(); e = e.Node().File() {
-		nodes = append(nodes, e.Node())
-	}
-	return nodes
-}
-
-// CanReopen tells why n cannot be reopened, nil if it can.
-func (n *Node) CanReopen() error {
-	if n.Options().Reopens {
-		return nil
-	}
-	return fmt.Errorf("Block format '%s' used by node '%s' does not support reopening files", n.DriverName(), n.Name())
-}
-
 // SwitchReadOnly makes all nodes read-only or writable, or none. Requests on them wait meanwhile;
 // it blocks as long as those and the storage do. Errors: those of permissions and of the drivers.
 func (g *Graph) SwitchReadOnly(ctx context.Context, readOnly bool, nodes ...*Node) error {
@@ -55,7 +37,7 @@ func (g *Graph) SwitchReadOnly(ctx context.Context, readOnly bool, nodes ...*Nod
 // SwitchReadOnly is SetReadOnly that tells the driver, too, which must be one that reopens. After
 // Commit, outcome is the error of a driver that could not follow and has stayed as it was.
 func (tx *Tx) SwitchReadOnly(n *Node, readOnly bool) (outcome func() error, err error) {
-	if err := n.CanReopen(); err != nil {
+	if err := n.Options().CanReopen(); err != nil {
 		return nil, err
 	}
 	if err := tx.SetReadOnly(n, readOnly); err != nil {

@@ -168,7 +168,7 @@ func (c *commit) record() error {
 		r.in = in
 	}
 	for n, l := range d.told {
-		n.io.dirty.tell(l)
+		n.bitmaps.tell(l)
 	}
 	return nil
 }
@@ -205,7 +205,11 @@ func (d *delta) collect(c *commit) {
 	defer c.g.mu.RUnlock()
 	edges := slices.Clone(d.draft.edges)
 	for _, n := range union(c.delta.Order, d.draft.refd) {
-		was, is := n.stateLocked(), d.draft.stateLocked(n)
+		is := d.draft.stateLocked(n)
+		var was any
+		if n.state == nodePublished {
+			was = NodeState{n.opts.Load(), n.readOnly.Load(), n.inactive, n.owned}
+		}
 		d.add(Key{Kind: StateNode, Name: n.name}, was, is)
 		if (was == nil) != (is == nil) {
 			edges = append(edges, d.draft.Children(n)...)
@@ -270,15 +274,8 @@ func valueIf(there bool, v any) any {
 	return nil
 }
 
-// stateLocked is the NodeState of n, or nil if it has none to record. The caller holds g.mu.
-func (n *Node) stateLocked() any {
-	if n.state != nodePublished {
-		return nil
-	}
-	return NodeState{n.opts.Load(), n.readOnly.Load(), n.inactive, n.owned}
-}
-
-// stateLocked is that of n as the Tx would leave it.
+// stateLocked is the NodeState of n as the Tx would leave it; nil: it has none to record. Graph.mu
+// is held.
 func (d *txDraft) stateLocked(n *Node) any {
 	r := d.refs[n]
 	if r == nil {
@@ -313,7 +310,7 @@ type (
 // with it.
 func (d *delta) addBitmaps(n *Node, there bool) {
 	var is bitmapStates
-	was, now := n.io.dirty.states()
+	was, now := n.bitmaps.states()
 	if there {
 		is = now
 	}
@@ -336,7 +333,7 @@ func (d *delta) addBitmaps(n *Node, there bool) {
 
 // states are what was told last of the bitmaps, and what they are about to be: what is foretold of
 // them counts as done.
-func (s *dirtySet) states() (told, is bitmapStates) {
+func (s *Bitmaps) states() (told, is bitmapStates) {
 	s.mu.Lock()
 	defer s.mu.Unlock()
 	for _, d := range s.all {
@@ -351,7 +348,7 @@ func (s *dirtySet) states() (told, is bitmapStates) {
 	return s.told, is
 }
 
-func (s *dirtySet) tell(l bitmapStates) {
+func (s *Bitmaps) tell(l bitmapStates) {
 	s.mu.Lock()
 	defer s.mu.Unlock()
 	s.told = l

@@ -224,7 +224,7 @@ func TestRecordBitmaps(t *testing.T) {
 		return tx.Commit()
 	}
 	mk := func(s DirtyBitmapSpec) *DirtyBitmap {
-		d, err := n.NewDirtyBitmap(s)
+		d, err := n.Bitmaps().New(s)
 		if err != nil {
 			t.Fatal(err)
 		}
@@ -264,7 +264,7 @@ func TestRecordBitmaps(t *testing.T) {
 		t.Error(err)
 	}
 	r.expect(t, "node n: gone", "bitmap n.a: gone")
-	if told, _ := n.io.dirty.states(); len(told) > 0 {
+	if told, _ := n.bitmaps.states(); len(told) > 0 {
 		t.Error("a node that is gone has bitmaps told")
 	}
 }

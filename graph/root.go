@@ -54,9 +54,9 @@ type Root struct {
 	gone   bool          // detached: Begin fails
 
 	// Guarded by g.mu.
-	quiesce    int32
-	attached   bool
-	prev, next *Root
+	quiesce  quiescence
+	attached bool
+	listed   item[Root] // of Graph.roots
 }
 
 // Edge is the root's edge to its node.

@@ -11,12 +11,12 @@ import (
 
 // Stats are the counters that query-blockstats shows of a node. As in QEMU a node knows only where
 // its farthest write ended; requests are counted per root, by an Account.
-func (n *Node) Stats() *types.BlockDeviceStats {
-	return &types.BlockDeviceStats{WrHighestOffset: n.io.wrHighest.Load(), TimedStats: []*types.BlockDeviceTimedStats{}}
+func (s *IO) Stats() *types.BlockDeviceStats {
+	return &types.BlockDeviceStats{WrHighestOffset: s.wrHighest.Load(), TimedStats: []*types.BlockDeviceTimedStats{}}
 }
 
 // WrHighestOffset is the end of the farthest write, in bytes.
-func (n *Node) WrHighestOffset() int64 { return n.io.wrHighest.Load() }
+func (s *IO) WrHighestOffset() int64 { return s.wrHighest.Load() }
 
 // Account counts the requests that enter through a root: what export.Table.Stats tells of an
 // export, and what query-blockstats is to show of a named backend. The zero value counts nothing

@@ -246,7 +246,7 @@ func (e *Edge) LockRange(r *blk.Req, off, size int64) (RangeLock, error) {
 	if !blk.ValidRange(off, size) || size == 0 {
 		return RangeLock{}, blk.ErrOutOfRange
 	}
-	p := blk.Pad(off, size, max(s.align, s.caps.Limits.ClusterSize))
+	p := blk.Pad(off, size, max(s.drv.align, s.drv.caps.Limits.ClusterSize))
 	k, err := s.track.begin(r, p.Off, p.N, true)
 	return RangeLock{&s.track, k}, err
 }
@@ -257,10 +257,10 @@ func (l RangeLock) Unlock() { l.t.end(l.k) }
 // TrackReads makes reads of n wait for overlapping serialising requests and the other way round
 // until release is called (once). Reads that are under way escape, unless n is drained meanwhile;
 // it can be released at any time.
-func (n *Node) TrackReads() (release func()) {
-	n.io.track.reads.Add(1)
-	return sync.OnceFunc(func() { n.io.track.reads.Add(-1) })
+func (s *IO) TrackReads() (release func()) {
+	s.track.reads.Add(1)
+	return sync.OnceFunc(func() { s.track.reads.Add(-1) })
 }
 
 // InFlight is the number of requests under way inside n.
-func (n *Node) InFlight() int64 { return n.io.track.inFlight() }
+func (s *IO) InFlight() int64 { return s.track.inFlight() }

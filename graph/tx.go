@@ -77,6 +77,7 @@ func (tx *Tx) NewNode(o *Options) (*Node, error) {
 		return nil, err
 	}
 	n := &Node{g: tx.g, pins: 1, applied: perm.Unused}
+	n.guard.n, n.io.n, n.bitmaps.n = n, n, n
 	n.kids.Store(&noKids)
 	n.readOnly.Store(o.ReadOnly)
 	tx.g.mu.Lock()

@@ -242,10 +242,10 @@ func TestStress(t *testing.T) {
 		}
 	})
 	for _, n := range all {
-		if n.pins != 0 || n.quiesce != 0 || n.state != nodePublished || !n.owned && n.parents.head == nil {
+		if n.pins != 0 || n.quiesce != 0 || n.state != nodePublished || !n.owned && n.parents.empty() {
 			t.Errorf("%s: pins %d, quiesce %d, state %d", n.name, n.pins, n.quiesce, n.state)
 		}
-		if n.rare != nil && n.rare.drains != 0 {
+		if n.rare != nil && n.rare.drainer.drains != 0 {
 			t.Errorf("%s is still held", n.name)
 		}
 	}

@@ -84,7 +84,7 @@ func testNoWait(t *testing.T, x *rig) {
 	size := x.root.Size()
 	want := bytes.Repeat([]byte{3}, int(size))
 	x.fill(t, want, 0)
-	gen := x.node.WrHighestOffset()
+	gen := x.node.IO().WrHighestOffset()
 	x.req.NoWait = true
 	rng := rand.New(rand.NewPCG(3, 4))
 	done, blocked := 0, 0
@@ -128,8 +128,8 @@ func testNoWait(t *testing.T, x *rig) {
 	x.req.NoWait = false
 	t.Logf("%d done, %d would have blocked", done, blocked)
 	x.same(t, "content", 0, x.read(t, 0, size), want)
-	if x.node.WrHighestOffset() != gen {
-		t.Errorf("farthest write %d, was %d", x.node.WrHighestOffset(), gen)
+	if x.node.IO().WrHighestOffset() != gen {
+		t.Errorf("farthest write %d, was %d", x.node.IO().WrHighestOffset(), gen)
 	}
 }
 

@@ -60,7 +60,7 @@ func findBitmap(n *graph.Node, name *types.BlockDirtyBitmapOrStr) (*graph.DirtyB
 		return n.Graph().FindDirtyBitmap(x.Node, x.Name)
 	}
 	for _, x := range graph.Now.Chain(n, nil) {
-		if d := x.DirtyBitmap(*name.Local); d != nil {
+		if d := x.Bitmaps().Find(*name.Local); d != nil {
 			return d, nil
 		}
 	}

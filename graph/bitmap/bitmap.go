@@ -197,9 +197,12 @@ func (b *Bitmap) Take() *Bitmap {
 	return old
 }
 
+// Like is an empty bitmap of the same size and granularity.
+func (b *Bitmap) Like() *Bitmap { return New(b.Size(), b.Granularity()) }
+
 // Clone is a copy of b, with its limit.
 func (b *Bitmap) Clone() *Bitmap {
-	c := New(b.Size(), b.Granularity())
+	c := b.Like()
 	c.limit.Store(b.limit.Load())
 	c.Merge(b)
 	return c

@@ -64,6 +64,24 @@ func (r *Req) Done() <-chan struct{} {
 	return r.Ctx.Done()
 }
 
+// Stopped is the reason why a request of several parts should not go on to the next one, or nil.
+func (r *Req) Stopped() error {
+	if r.Ctx == nil || r.Ctx.Err() == nil {
+		return nil
+	}
+	return context.Cause(r.Ctx)
+}
+
+// Await waits until c is closed. Error: the cause of the end of r's context, which came first.
+func (r *Req) Await(c <-chan struct{}) error {
+	select {
+	case <-c:
+		return nil
+	case <-r.Done():
+		return context.Cause(r.Ctx)
+	}
+}
+
 // Child identifies the edge an extent's offset refers to; *graph.Edge is one.
 type Child interface{ ChildName() string }
 

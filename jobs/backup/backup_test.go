@@ -306,7 +306,7 @@ func TestClosedTargetIsFlushed(t *testing.T) {
 // However the job ends, nothing of it is left, the guest's data are untouched, and the bitmap holds
 // what the next backup needs.
 func TestEnds(t *testing.T) {
-	dirty := func(w *world) int64 { return w.source.DirtyBitmap("b").Bits().Count() }
+	dirty := func(w *world) int64 { return w.source.Bitmaps().Find("b").Bits().Count() }
 	for _, c := range []struct {
 		name  string
 		mode  types.BitmapSyncMode
@@ -332,7 +332,7 @@ func TestEnds(t *testing.T) {
 	} {
 		t.Run(c.name, func(t *testing.T) {
 			w := newWorld(t)
-			b, err := w.source.NewDirtyBitmap(graph.DirtyBitmapSpec{Name: "b", Granularity: cluster})
+			b, err := w.source.Bitmaps().New(graph.DirtyBitmapSpec{Name: "b", Granularity: cluster})
 			if err != nil {
 				t.Fatal(err)
 			}

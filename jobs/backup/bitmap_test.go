@@ -100,7 +100,7 @@ func bitsAreKept(t *testing.T, mode types.BitmapSyncMode, sync types.MirrorSyncM
 	const size = 12 * cluster
 	medium, content := drivertest.NewCrashFile(size), bytes.Repeat([]byte{0xaa}, size)
 	w := newWorldOf(t, drivertest.MemFileOf(content), medium, content)
-	b, err := w.source.NewDirtyBitmap(graph.DirtyBitmapSpec{Name: "b", Granularity: granularity})
+	b, err := w.source.Bitmaps().New(graph.DirtyBitmapSpec{Name: "b", Granularity: granularity})
 	if err != nil {
 		t.Fatal(err)
 	}

@@ -37,7 +37,7 @@ func (j *job) enter(tx *graph.Tx, m *jobs.Manager, txn *jobs.Txn) error {
 	spec := blockjob.Spec(types.JobTypeBackup, j, a.JobID, a.Speed, a.AutoFinalize, a.AutoDismiss)
 	spec.Txn, spec.Nodes = txn, []*graph.Node{j.site.Filter}
 	spec.Instant = visible.StartFirst(visible.Backup, visible.Disks{
-		AtOnce: j.source.Instant() && j.target.Instant(), Size: j.source.Size(),
+		AtOnce: graph.Now.Instant(j.source) && graph.Now.Instant(j.target), Size: j.source.Size(),
 	})
 	spec.Args = a
 	if err := j.site.Create(m, spec); err != nil {
@@ -129,7 +129,7 @@ func (j *job) attach(tx *graph.Tx) (err error) {
 		j.bitmap.Freeze()
 		j.frozen = true
 	}
-	if j.listed, err = j.source.NewDirtyBitmap(graph.DirtyBitmapSpec{Bits: pending, Disabled: true}); err != nil {
+	if j.listed, err = j.source.Bitmaps().New(graph.DirtyBitmapSpec{Bits: pending, Disabled: true}); err != nil {
 		return err
 	}
 	if j.args.Sync == types.MirrorSyncModeBitmap {

@@ -44,7 +44,7 @@ func guestFirst(t *testing.T, rule drivertest.Rule, busy bool, want error) {
 	content := bytes.Repeat([]byte{0xaa}, cluster/2)
 	medium := drivertest.NewCrashFile(int64(len(content)))
 	w := newWorldOf(t, drivertest.MemFileOf(content), medium, content)
-	b, err := w.source.NewDirtyBitmap(graph.DirtyBitmapSpec{Name: "b", Granularity: 512})
+	b, err := w.source.Bitmaps().New(graph.DirtyBitmapSpec{Name: "b", Granularity: 512})
 	if err != nil {
 		t.Fatal(err)
 	}

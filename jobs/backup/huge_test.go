@@ -48,7 +48,7 @@ func TestHugeDisks(t *testing.T) {
 
 func hugeBackup(t *testing.T, size int64, sync types.MirrorSyncMode, granularity int64) {
 	w := hugeWorld(t, size)
-	b, err := w.source.NewDirtyBitmap(graph.DirtyBitmapSpec{Name: "b", Granularity: granularity})
+	b, err := w.source.Bitmaps().New(graph.DirtyBitmapSpec{Name: "b", Granularity: granularity})
 	if err != nil {
 		t.Fatal(err)
 	}

@@ -169,7 +169,7 @@ func (j *job) findBitmap() error {
 		}
 		return nil
 	}
-	if j.bitmap = j.source.DirtyBitmap(*a.Bitmap); j.bitmap == nil {
+	if j.bitmap = j.source.Bitmaps().Find(*a.Bitmap); j.bitmap == nil {
 		return fmt.Errorf("Bitmap '%s' could not be found", *a.Bitmap)
 	}
 	if a.BitmapMode == nil {

@@ -48,7 +48,7 @@ func MakeWritable(ctx context.Context, n *graph.Node) (restore func(), err error
 	if !n.ReadOnly() {
 		return func() {}, nil
 	}
-	nodes := n.WithFiles()
+	nodes := graph.Now.WithFiles(n)
 	if err := n.Graph().SwitchReadOnly(ctx, false, nodes...); err != nil {
 		return func() {}, err
 	}
@@ -177,7 +177,7 @@ func (s *Site) frozen(unfreeze func(), err error, thaw func(tx *graph.Tx) error)
 func (s *Site) Block(nodes ...*graph.Node) {
 	reason := fmt.Errorf("block device is in use by block job: %s", s.Job.Type())
 	for _, n := range nodes {
-		s.unblock = append(s.unblock, n.BlockAll(reason, graph.OpDataplane))
+		s.unblock = append(s.unblock, n.Block(graph.AllOps&^graph.OpDataplane, reason))
 	}
 }
 

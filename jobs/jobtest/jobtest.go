@@ -106,7 +106,7 @@ func Look(g *graph.Graph) string {
 	}
 	for _, n := range topology.Nodes {
 		fmt.Fprintf(&s, "%s ro %v", n.Name(), n.ReadOnly())
-		for _, b := range n.DirtyBitmaps() {
+		for _, b := range n.Bitmaps().All() {
 			fmt.Fprintf(&s, " bitmap '%s' busy %v enabled %v", b.Name(), b.Busy(), b.Enabled())
 		}
 		if b, ok := n.Driver().(graph.Backed); ok {

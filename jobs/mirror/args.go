@@ -173,7 +173,7 @@ func (p *plan) check() error {
 	if err := p.target.Blocked(graph.OpMirrorTarget); err != nil {
 		return err
 	}
-	if n := p.source.SkipImplicitFilters(); types.Or(p.args.Replaces, "") == "" && n != p.source {
+	if n := graph.Now.SkipImplicitFilters(p.source); types.Or(p.args.Replaces, "") == "" && n != p.source {
 		p.args.Replaces = new(n.Name())
 	}
 	if name := types.Or(p.args.Replaces, ""); name != "" {
@@ -195,7 +195,7 @@ func (p *plan) check() error {
 // setSizes takes the sizes that the arguments give, or good ones.
 func (p *plan) setSizes() error {
 	if p.granularity = int64(types.Or(p.args.Granularity, 0)); p.granularity == 0 {
-		p.granularity = p.target.DefaultGranularity()
+		p.granularity = p.target.Bitmaps().DefaultGranularity()
 	}
 	if p.bufSize = types.Or(p.args.BufSize, 0); p.bufSize == 0 {
 		p.bufSize = maxInFlight * maxCopy

@@ -215,7 +215,7 @@ func (j *Job) pivot(tx *graph.Tx) (readOnly []*graph.Node, _ error) {
 		}
 	}
 	if old.ReadOnly() && !j.target.ReadOnly() {
-		readOnly = j.target.WithFiles()
+		readOnly = graph.Now.WithFiles(j.target)
 	}
 	return readOnly, tx.ReplaceNode(old, j.target)
 }

@@ -156,7 +156,7 @@ func hugeMirror(t *testing.T, size int64, old, unmap bool, mode types.MirrorCopy
 			t.Fatal(err)
 		}
 	}
-	if used := w.source.DirtyBitmaps()[0].Bits().Memory(); used > 1<<20 {
+	if used := w.source.Bitmaps().All()[0].Bits().Memory(); used > 1<<20 {
 		t.Errorf("the bitmap takes %d bytes", used)
 	}
 	if err := j.Complete(context.Background()); err != nil {

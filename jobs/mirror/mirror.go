@@ -108,7 +108,7 @@ func (j *Job) fill(tx *graph.Tx, m *jobs.Manager) error {
 	}
 	spec.Nodes = []*graph.Node{filter, j.target}
 	spec.Instant = !j.misfit() && visible.StartFirst(spec.SeenAs, visible.Disks{
-		AtOnce: j.source.Instant() && j.target.Instant(), Size: j.source.Size(), Nothing: j.none,
+		AtOnce: graph.Now.Instant(j.source) && graph.Now.Instant(j.target), Size: j.source.Size(), Nothing: j.none,
 	})
 	if err := j.site.Create(m, spec); err != nil {
 		return err
@@ -137,7 +137,7 @@ func (j *Job) blocked() error {
 type starting struct{ *Job }
 
 func (s starting) Prepare(context.Context) (err error) {
-	s.dirty, err = s.source.NewDirtyBitmap(graph.DirtyBitmapSpec{Granularity: s.granularity})
+	s.dirty, err = s.source.Bitmaps().New(graph.DirtyBitmapSpec{Granularity: s.granularity})
 	return err
 }
 
@@ -194,7 +194,7 @@ func (j *Job) Complete(context.Context) error {
 			return fmt.Errorf("Node name '%s' not found", name)
 		}
 		j.replace = n
-		j.unblock = n.BlockAll(errors.New("block device is in use by block-job-complete"))
+		j.unblock = n.Block(graph.AllOps, errors.New("block device is in use by block-job-complete"))
 	}
 	j.life.complete()
 	return nil

@@ -16,7 +16,7 @@ type copier struct {
 // look implements copy.Task.Look: only what the top does not have and a layer down to last has is
 // copied.
 func (c *copier) look(r *blk.Req, off, n int64) (copy.Extent, error) {
-	top, err := c.below.ParentNode().StatusLayer(r, off, n)
+	top, err := c.below.ParentNode().IO().Status(r, off, n)
 	if err != nil {
 		return copy.Extent{}, err
 	}
@@ -31,7 +31,7 @@ func (c *copier) look(r *blk.Req, off, n int64) (copy.Extent, error) {
 		// Beyond the end of the layer below, so it reads as zeroes, and has to when a longer base
 		// comes to lie directly below.
 		x := copy.Extent{N: top.N}
-		if e := c.last.FilterOrCOWChild(); e != nil && off < e.Size() {
+		if e := graph.Now.FilterOrCOWChild(c.last); e != nil && off < e.Size() {
 			x.Action = copy.Zero
 			if base, err := e.StatusAbove(r, nil, false, off, top.N); err == nil && base.Zero && base.N > 0 {
 				x = copy.Extent{N: base.N} // it does so in any case
@@ -59,7 +59,7 @@ func (c *copier) copyAll(r *blk.Req, off int64, e copy.Extent) error {
 	}
 	defer lock.Unlock()
 	for end := off + e.N; off < end; {
-		top, err := c.below.ParentNode().StatusLayer(r, off, end-off)
+		top, err := c.below.ParentNode().IO().Status(r, off, end-off)
 		if err != nil {
 			return err
 		}

@@ -38,7 +38,7 @@ func TestLargeClusters(t *testing.T) {
 		Options:  graph.Options{Name: "top", DriverName: "qcow2", Kind: graph.Format},
 		Children: []drivertest.Child{drivertest.File(file), drivertest.Backing(below)},
 		Open:     qcow2.Def.With(&types.BlockdevOptionsQcow2{})})
-	top.SetWriteThreshold(1)
+	top.IO().SetWriteThreshold(1)
 	jm := jobs.NewManager(sink, nil)
 	release, err := start(g, jm, nil)
 	if err != nil {
@@ -60,8 +60,8 @@ func TestLargeClusters(t *testing.T) {
 		t.Errorf("the content has changed (%v)", err)
 	}
 	// What a job copies is no write of a client.
-	if top.WrHighestOffset() != 0 || top.WriteThreshold() != 1 || file.WrHighestOffset() == 0 {
-		t.Errorf("highest offsets %d, %d, threshold %d", top.WrHighestOffset(), file.WrHighestOffset(), top.WriteThreshold())
+	if top.IO().WrHighestOffset() != 0 || top.IO().WriteThreshold() != 1 || file.IO().WrHighestOffset() == 0 {
+		t.Errorf("highest offsets %d, %d, threshold %d", top.IO().WrHighestOffset(), file.IO().WrHighestOffset(), top.IO().WriteThreshold())
 	}
 }
 

@@ -225,7 +225,7 @@ func TestOneBackupOfABitmap(t *testing.T) {
 	}
 	w.ok("block-dirty-bitmap-add", `{'node': 'n', 'name': 'x'}`)
 	for range 300 {
-		w.g.Node("n").DirtyBitmap("x").Bits().Set(0, 1)
+		w.g.Node("n").Bitmaps().Find("x").Bits().Set(0, 1)
 		var wg sync.WaitGroup
 		var errs [2]error
 		for i := range errs {
@@ -243,7 +243,7 @@ func TestOneBackupOfABitmap(t *testing.T) {
 				<-j.Finished()
 			}
 		}
-		if d := w.g.Node("n").DirtyBitmap("x"); d.Busy() {
+		if d := w.g.Node("n").Bitmaps().Find("x"); d.Busy() {
 			t.Fatal("the bitmap is in use after both jobs have ended")
 		}
 	}
@@ -258,8 +258,8 @@ func TestUndoBesideOthers(t *testing.T) {
 		w.ok("block-dirty-bitmap-add", `{'node': 'n', 'name': '`+b+`', 'disabled': true, 'granularity': 65536}`)
 	}
 	n := w.g.Node("n")
-	n.DirtyBitmap("y").Bits().Set(0, 1)
-	n.DirtyBitmap("z").Bits().Set(1<<19, 1)
+	n.Bitmaps().Find("y").Bits().Set(0, 1)
+	n.Bitmaps().Find("z").Bits().Set(1<<19, 1)
 	stop, done := make(chan struct{}), make(chan struct{})
 	go func() {
 		defer close(done)
@@ -297,7 +297,7 @@ func TestUndoBesideOthers(t *testing.T) {
 			if err != nil {
 				t.Fatal(err)
 			}
-			if got := n.DirtyBitmap("x").Bits().Count(); got != c.want {
+			if got := n.Bitmaps().Find("x").Bits().Count(); got != c.want {
 				t.Fatalf("after %s: %d bytes are dirty, want %d", c.name, got, c.want)
 			}
 			hold.Release()

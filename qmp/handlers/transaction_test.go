@@ -61,8 +61,8 @@ func TestTransactionUndo(t *testing.T) {
 		ok("blockdev-add", `{'driver': 'null-co', 'node-name': '`+n+`'}`)
 		ok("block-dirty-bitmap-add", `{'node': '`+n+`', 'name': 'old'}`)
 		ok("block-dirty-bitmap-add", `{'node': '`+n+`', 'name': 'off', 'disabled': true}`)
-		g.Node(n).DirtyBitmap("old").Bits().Set(0, 1<<20)
-		g.Node(n).DirtyBitmap("off").Bits().Set(1<<19, 1<<20)
+		g.Node(n).Bitmaps().Find("old").Bits().Set(0, 1<<20)
+		g.Node(n).Bitmaps().Find("off").Bits().Set(1<<19, 1<<20)
 	}
 	ok("blockdev-add", `{'driver': 'null-co', 'node-name': 'c'}`)
 	steps := goodSteps(dir)
@@ -94,7 +94,7 @@ func TestTransactionUndo(t *testing.T) {
 	}
 	ok("transaction", `{'actions': [`+strings.Join(steps, ", ")+`]}`)
 	if see() == before || g.Node("r").Backing().Node().Backing().Node() != g.Node("over") ||
-		g.Node("a").DirtyBitmap("new") == nil || g.Node("b").DirtyBitmap("old") != nil {
+		g.Node("a").Bitmaps().Find("new") == nil || g.Node("b").Bitmaps().Find("old") != nil {
 		t.Error("without a failing step nothing happens")
 	}
 }

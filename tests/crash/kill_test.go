@@ -309,12 +309,12 @@ func (r *killRound) checkBitmaps() {
 		r.t.Fatal(err)
 	}
 	n := x.Graph.Node("top")
-	for _, b := range n.BitmapStates() {
+	for _, b := range n.Bitmaps().States() {
 		if b.Inconsistent {
 			r.t.Fatalf("bitmap %s does not hold", b.Name)
 		}
 	}
-	all := n.DirtyBitmap("all")
+	all := n.Bitmaps().Find("all")
 	if all == nil {
 		r.t.Fatal("the bitmap is gone")
 	}

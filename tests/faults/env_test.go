@@ -119,7 +119,7 @@ func (e *env) dump() string {
 	t := e.Graph.Topology()
 	for _, n := range t.Nodes {
 		fmt.Fprintf(&b, "%s %s ro=%v owned=%v size=%d inflight=%d blocked=%v\n", n.Name(), n.DriverName(), n.ReadOnly(), n.MonitorOwned(),
-			sizeOf(n), n.InFlight(), n.Blocked(graph.OpStream))
+			sizeOf(n), n.IO().InFlight(), n.Blocked(graph.OpStream))
 	}
 	for _, x := range t.Edges {
 		fmt.Fprintf(&b, "%s -%s-> %s %v frozen=%v\n", x.Edge.Parent().Describe(), x.Edge.ChildName(), x.Node.Name(), x.Claim, x.Edge.Frozen())

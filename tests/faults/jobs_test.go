@@ -101,7 +101,7 @@ func (e *env) withBitmap() error { return errors.Join(e.guest(), e.act(e.addBitm
 
 // bitmaps checks that a bitmap is there, or not.
 func (e *env) bitmaps(name string, there bool) error {
-	if d := e.Graph.Node("top").DirtyBitmap(name); (d != nil) != there || d != nil && d.Inconsistent() {
+	if d := e.Graph.Node("top").Bitmaps().Find(name); (d != nil) != there || d != nil && d.Inconsistent() {
 		return fmt.Errorf("bitmap %s: %+v", name, d)
 	}
 	return nil
@@ -169,7 +169,7 @@ func bitmapScenarios() []scenario {
 			if err := errors.Join(writing(75, 30, 0)(e), e.flush()); err != nil {
 				return err
 			}
-			if !e.Graph.Node("top").DirtyBitmap("b").Bits().Get(int64(75 * e.cs / 8)) {
+			if !e.Graph.Node("top").Bitmaps().Find("b").Bits().Get(int64(75 * e.cs / 8)) {
 				return errors.New("not recorded")
 			}
 			return nil

@@ -124,14 +124,14 @@ func dirty(b *bitmap.Bitmap) iter.Seq2[int64, int64] {
 func (e *ended) bitmaps(done bool) {
 	w := e.w
 	n := w.x.Graph.Node("l0")
-	if d := n.DirtyBitmap("watch"); d != nil && e.top(done) == "l0" {
+	if d := n.Bitmaps().Find("watch"); d != nil && e.top(done) == "l0" {
 		must, may := e.spans(w.Watch)
 		within("a bitmap that only records", must, d.Bits(), may)
 	}
 	if e.bitmap == nil {
 		return
 	}
-	d := n.DirtyBitmap("b")
+	d := n.Bitmaps().Find("b")
 	if d.Busy() {
 		trial.Fail("the backup's bitmap is still busy")
 	}

@@ -125,7 +125,7 @@ func (w *world) scenario(o *Outcome) {
 func (w *world) prepare() (was *bitmap.Bitmap) {
 	add := func(name string, granularity int64) *graph.DirtyBitmap {
 		spec := graph.DirtyBitmapSpec{Name: name, Granularity: granularity}
-		return trial.Get(w.x.Graph.Node("l0").NewDirtyBitmap(spec))
+		return trial.Get(w.x.Graph.Node("l0").Bitmaps().New(spec))
 	}
 	if w.Watch > 0 {
 		add("watch", w.Watch)

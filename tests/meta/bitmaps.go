@@ -125,7 +125,7 @@ func (o *op) undoneBitmaps(m *image, b *dirty, a *types.BlockDirtyBitmap) {
 	if err == nil {
 		trial.Fail("the transaction succeeded")
 	}
-	if o.node(m).DirtyBitmap("never") != nil {
+	if o.node(m).Bitmaps().Find("never") != nil {
 		trial.Fail("a bitmap is left of a transaction that failed")
 	}
 	o.checkBitmaps(m)
@@ -140,7 +140,7 @@ func (w *world) checkBitmaps(m *image) {
 		return
 	}
 	for _, b := range m.bitmaps {
-		d := n.DirtyBitmap(b.name)
+		d := n.Bitmaps().Find(b.name)
 		switch {
 		case d == nil:
 			trial.Fail("bitmap %s of %s is gone", b.name, m.name())

@@ -93,7 +93,7 @@ func (w *world) queried() map[graph.Key]any {
 	for _, n := range t.Nodes {
 		is[graph.Key{Kind: graph.StateNode, Name: n.Name()}] = graph.NodeState{
 			Options: n.Options(), ReadOnly: n.ReadOnly(), Inactive: n.Inactive(), Owned: n.MonitorOwned()}
-		for _, b := range n.BitmapStates() {
+		for _, b := range n.Bitmaps().States() {
 			if b.Name != "" {
 				is[graph.Key{Kind: graph.StateBitmap, Name: n.Name(), Part: b.Name}] = &types.BlockDirtyBitmapAdd{
 					Node: n.Name(), Name: b.Name, Granularity: rig.Ptr(uint32(b.Granularity)),

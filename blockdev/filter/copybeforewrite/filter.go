@@ -29,7 +29,7 @@ func New(node *graph.Node, size, cluster int64, compressed bool) *Driver {
 	}}
 	for _, b := range []*bitmap.Bitmap{d.done, d.access} {
 		// Clients see them, without a name.
-		if _, err := node.NewDirtyBitmap(graph.DirtyBitmapSpec{Bits: b, Disabled: true}); err != nil {
+		if _, err := node.Bitmaps().New(graph.DirtyBitmapSpec{Bits: b, Disabled: true}); err != nil {
 			panic("copybeforewrite: " + err.Error())
 		}
 	}

@@ -16,6 +16,6 @@ func (s *State) TrackReaders(source, target *graph.Node) {
 	if !slices.Contains(target.NodesBelow(), source.SkipFilters()) {
 		return
 	}
-	s.readersOver = target.TrackReads()
+	s.readersOver = target.IO().TrackReads()
 	s.flags |= blk.Serialising
 }

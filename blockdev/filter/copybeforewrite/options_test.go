@@ -114,7 +114,7 @@ func TestTimeout(t *testing.T) {
 func TestPart(t *testing.T) {
 	g := drivertest.NewGraph(t)
 	disk := drivertest.AddNode(t, g, "disk", drivertest.MemFileOf(bytes.Repeat([]byte{1}, 8*cluster)))
-	d, err := disk.NewDirtyBitmap(graph.DirtyBitmapSpec{Name: "b", Granularity: cluster, Disabled: true})
+	d, err := disk.Bitmaps().New(graph.DirtyBitmapSpec{Name: "b", Granularity: cluster, Disabled: true})
 	if err != nil {
 		t.Fatal(err)
 	}

@@ -34,7 +34,7 @@ func open(o *driver.Opening, u *types.BlockdevOptionsCbw) (graph.Driver, error) 
 	}
 	d.TrackReaders(file.Node(), target.Node())
 	// Clients see on the source what is still to be copied.
-	d.listed, err = file.Node().NewDirtyBitmap(graph.DirtyBitmapSpec{Bits: d.pending, Disabled: true})
+	d.listed, err = file.Node().Bitmaps().New(graph.DirtyBitmapSpec{Bits: d.pending, Disabled: true})
 	return d, err
 }
 

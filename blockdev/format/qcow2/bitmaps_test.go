@@ -424,7 +424,7 @@ func readOnlyFails(t *testing.T, times int, before bool) {
 		f := drivertest.NewFault(img)
 		o := &types.BlockdevCreateOptionsQcow2{Size: 1 << 20, ClusterSize: ptr(uint64(4096))}
 		n := addQcow2(t, g, "q", created(t, g, f, o), false, nil)
-		if _, err := n.NewDirtyBitmap(graph.DirtyBitmapSpec{Name: "a", Persistent: true}); err != nil {
+		if _, err := n.Bitmaps().New(graph.DirtyBitmapSpec{Name: "a", Persistent: true}); err != nil {
 			t.Fatal(err)
 		}
 		if err := n.Driver().(graph.BitmapStore).HoldBitmap(req(), "a"); err != nil {

@@ -77,16 +77,16 @@ func (n nodeBitmaps) loaded(l []persisted, readOnly bool) error {
 			Persistent: true, Inconsistent: p.inconsistent, ReadOnly: readOnly,
 		}
 	}
-	_, err := n.NewDirtyBitmaps(specs)
+	_, err := n.Bitmaps().NewAll(specs)
 	return err
 }
 
 func (n nodeBitmaps) records(name string) bool {
-	d := n.DirtyBitmap(name)
+	d := n.Bitmaps().Find(name)
 	return d != nil && d.Persistent() && d.Enabled() && !d.Inconsistent()
 }
 
-func (n nodeBitmaps) readOnly(ro bool) { n.SetBitmapsReadOnly(ro) }
+func (n nodeBitmaps) readOnly(ro bool) { n.Bitmaps().SetReadOnly(ro) }
 
 func (n nodeBitmaps) persisted() (l []persisted) {
 	n.each(func(d *graph.DirtyBitmap) { l = append(l, persistedOf(d)) })
@@ -94,7 +94,7 @@ func (n nodeBitmaps) persisted() (l []persisted) {
 }
 
 func (n nodeBitmaps) find(name string) *persisted {
-	d := n.DirtyBitmap(name)
+	d := n.Bitmaps().Find(name)
 	if d == nil || !kept(d) {
 		return nil
 	}
@@ -108,7 +108,7 @@ func (n nodeBitmaps) names(f func(name string)) {
 
 // each calls f for the bitmaps that are to be stored.
 func (n nodeBitmaps) each(f func(d *graph.DirtyBitmap)) {
-	for _, d := range n.DirtyBitmaps() {
+	for _, d := range n.Bitmaps().All() {
 		if kept(d) {
 			f(d)
 		}
@@ -181,7 +181,7 @@ func (d *Driver) Size() int64 { return d.size.Load() }
 
 // Resize implements graph.Resizer. Persistent bitmaps must be such that they can follow.
 func (d *Driver) Resize(ctx context.Context, size int64, m blk.Prealloc) error {
-	for _, b := range d.node.DirtyBitmaps() {
+	for _, b := range d.node.Bitmaps().All() {
 		if b.Persistent() {
 			if err := b.Check(graph.BitmapChange); err != nil {
 				return err

@@ -228,11 +228,11 @@ func TestDirtyBitmap(t *testing.T) {
 			XDirtyBitmap: &context, Server: types.SocketAddress{Type: "unix", U: &types.UnixSocketAddress{Path: path}},
 		}),
 	})
-	x, err := n.StatusLayer(&blk.Req{}, 1<<20, 1<<20)
+	x, err := n.IO().Status(&blk.Req{}, 1<<20, 1<<20)
 	if err != nil || x.Data || x.N != 64<<10 {
 		t.Errorf("%+v, %v", x, err)
 	}
-	if x, err = n.StatusLayer(&blk.Req{}, 0, 4<<20); err != nil || !x.Data || x.N != 1<<20 {
+	if x, err = n.IO().Status(&blk.Req{}, 0, 4<<20); err != nil || !x.Data || x.N != 1<<20 {
 		t.Errorf("%+v, %v", x, err)
 	}
 }
