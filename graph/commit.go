@@ -61,7 +61,7 @@ func (c *commit) run() (err error) {
 			return err
 		}
 	}
-	c.drain = c.g.beginDrain(c.draft.drainSet())
+	c.drain = c.g.beginDrain(unique(c.draft.drains), unique(c.draft.roots))
 	if err := c.drain.wait(c.tx.ctx); err != nil {
 		return err
 	}
@@ -81,7 +81,7 @@ func (c *commit) reserve() error {
 		if err != nil {
 			return err
 		}
-		want = union(want, c.draft.closure(c.delta))
+		want = unique(want, c.delta.Order, c.draft.refd, c.draft.reserve)
 		if c.res, err = g.resv.acquire(tx.ctx, want, nil); err != nil {
 			return err
 		}
@@ -123,7 +123,7 @@ func (c *commit) settle(want []*Node) (grown []*Node, wait <-chan struct{}, err 
 			return nil, nil, err
 		}
 	}
-	if grown = union(want, c.draft.closure(c.delta)); len(grown) == len(want) {
+	if grown = unique(want, c.delta.Order, c.draft.refd, c.draft.reserve); len(grown) == len(want) {
 		wait = g.addLinksLocked(c)
 	}
 	return grown, wait, nil
@@ -139,24 +139,6 @@ func (c *commit) planLocked() (err error) {
 	c.version = c.g.version
 	c.delta, err = c.draft.Plan()
 	return err
-}
-
-// union is a with what is in b only appended.
-func union(a, b []*Node) []*Node {
-	if len(a) == 0 {
-		return b
-	}
-	in := make(map[*Node]bool, len(a))
-	for _, n := range a {
-		in[n] = true
-	}
-	out := a
-	for _, n := range b {
-		if !in[n] {
-			out = append(out[:len(out):len(out)], n)
-		}
-	}
-	return out
 }
 
 // addLinksLocked makes the edges to come known, so that two transactions on disjoint nodes cannot
@@ -175,11 +157,8 @@ func (g *Graph) addLinksLocked(c *commit) <-chan struct{} {
 	}
 	if len(g.pending) > 0 {
 		for _, l := range links {
-			if g.reachesPendingLocked(c.draft, l.child, l.parent) {
-				if g.pendingCh == nil {
-					g.pendingCh = make(chan struct{})
-				}
-				return g.pendingCh
+			if c.draft.reachesPending(g.pending, l.child, l.parent) {
+				return g.pendingLess.wait()
 			}
 		}
 	}
@@ -188,11 +167,10 @@ func (g *Graph) addLinksLocked(c *commit) <-chan struct{} {
 	return nil
 }
 
-// reachesPending is Draft.Reaches with the edges that other commits are about to make.
-// +checklocks:g.mu
-func (g *Graph) reachesPendingLocked(d *txDraft, from, to *Node) bool {
+// reachesPending is Reaches with the edges that other commits are about to make.
+func (d *txDraft) reachesPending(pending map[*commit][]link, from, to *Node) bool {
 	others := map[*Node][]*Node{}
-	for _, links := range g.pending {
+	for _, links := range pending {
 		for _, l := range links {
 			others[l.parent] = append(others[l.parent], l.child)
 		}
@@ -228,31 +206,7 @@ func (c *commit) dropLinksLocked() {
 	}
 	c.links = false
 	delete(c.g.pending, c)
-	if c.g.pendingCh != nil {
-		close(c.g.pendingCh)
-		c.g.pendingCh = nil
-	}
-}
-
-// drainSet are the nodes and roots to drain, each once.
-func (d *txDraft) drainSet() ([]*Node, []*Root) {
-	var nodes []*Node
-	seen := map[*Node]bool{}
-	for _, n := range d.drains {
-		if !seen[n] {
-			seen[n] = true
-			nodes = append(nodes, n)
-		}
-	}
-	var roots []*Root
-	seenRoot := map[*Root]bool{}
-	for _, r := range d.roots {
-		if !seenRoot[r] {
-			seenRoot[r] = true
-			roots = append(roots, r)
-		}
-	}
-	return nodes, roots
+	c.g.pendingLess.send()
 }
 
 // prepare does all that may fail or block.
@@ -418,6 +372,6 @@ func (c *commit) finish() {
 	c.drain.end()
 	c.g.resv.release(c.res)
 	for _, n := range c.dying {
-		c.g.closeUnlessHeld(n)
+		c.closeUnlessHeld(n)
 	}
 }

@@ -208,24 +208,16 @@ func (e *Edge) keepsChild() bool {
 	return ok
 }
 
-// closure are the nodes to reserve, each once.
-func (d *txDraft) closure(delta *perm.Delta[*Node, *Edge]) []*Node {
-	seen := make(map[*Node]bool, len(delta.Order))
-	var l []*Node
-	add := func(n *Node) {
-		if !seen[n] {
-			seen[n] = true
-			l = append(l, n)
-		}
+// unique are all of the lists, in order, each once.
+func unique[T comparable](lists ...[]T) []T {
+	l := slices.Concat(lists...)
+	if len(l) < 2 {
+		return l
 	}
-	for _, n := range delta.Order {
-		add(n)
-	}
-	for _, n := range d.refd {
-		add(n)
-	}
-	for _, n := range d.reserve {
-		add(n)
-	}
-	return l
+	seen := make(map[T]bool, len(l))
+	return slices.DeleteFunc(l, func(x T) bool {
+		again := seen[x]
+		seen[x] = true
+		return again
+	})
 }

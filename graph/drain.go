@@ -147,19 +147,18 @@ func (q *quiescence) add(p Parent, by int32) (changed bool) {
 func (g *Graph) quiesceLocked(n *Node, by int32) {
 	if n.quiesce.add(n, by) {
 		for e := range n.parents.all() {
-			g.quiesceParentLocked(e, by) // +checklocksignore: g.mu is held
+			e.quiesceParentLocked(by)
 		}
 	}
 }
 
 // quiesceParentLocked passes a change of the node below on to the edge's parent: a root's gate is
-// closed while there is a reason.
-// +checklocks:g.mu
-func (g *Graph) quiesceParentLocked(e *Edge, by int32) {
+// closed while there is a reason. Graph.mu is held.
+func (e *Edge) quiesceParentLocked(by int32) {
 	if e.root != nil {
 		e.root.quiesceLocked(by)
 	} else {
-		g.quiesceLocked(e.pnode, by)
+		e.pnode.g.quiesceLocked(e.pnode, by) // +checklocksignore: of the same graph
 	}
 }
 

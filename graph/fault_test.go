@@ -81,38 +81,7 @@ func TestIthFailure(t *testing.T) {
 	for at := 1; ; at++ {
 		f = &faults{at: at}
 		p1, p2 := &faultyParticipant{f: f, name: "first"}, &faultyParticipant{f: f, name: "last"}
-		err := func() error {
-			tx := g.Begin(context.Background())
-			defer tx.Abort()
-			n, err := tx.NewNode(&Options{Name: "new", Kind: Filter})
-			if err != nil {
-				return err
-			}
-			n.SetDriver(over(n))
-			if _, err := tx.Attach(n, "file", perm.Filtered|perm.Primary, c); err != nil {
-				return err
-			}
-			if _, err := tx.InsertFilter(ov, "backing", fa); err != nil {
-				return err
-			}
-			w := perm.Claim{Need: perm.ConsistentRead | perm.Write, Share: perm.ConsistentRead}
-			if err := tx.SetClaim(r.Edge(), w); err != nil {
-				return err
-			}
-			if _, err := tx.AttachRoot(RootSpec{EdgeName: "root", Claim: w}, n); err != nil {
-				return err
-			}
-			if err := errors.Join(tx.Publish(n), tx.Own(n), tx.SetReadOnly(fa, true)); err != nil {
-				return err
-			}
-			if _, err := tx.FreezeChain(ov, nil); err != nil {
-				return err
-			}
-			tx.Check(func() error { return f.next("check") })
-			tx.JoinFirst(p1)
-			tx.Join(p2)
-			return tx.Commit()
-		}()
+		err := manyChanges(g, f, r, ov, fa, c, p1, p2)
 		if err == nil {
 			if f.seen < 6 {
 				t.Errorf("only %d steps can fail", f.seen)
@@ -137,6 +106,40 @@ func TestIthFailure(t *testing.T) {
 		t.Errorf("not installed:\n%s", dump(g))
 	}
 	detachAll(t, g)
+}
+
+// manyChanges is a transaction that changes a bit of everything: above c, between ov and fa, at r.
+func manyChanges(g *Graph, f *faults, r *Root, ov, fa, c *Node, p1, p2 Participant) error {
+	tx := g.Begin(context.Background())
+	defer tx.Abort()
+	n, err := tx.NewNode(&Options{Name: "new", Kind: Filter})
+	if err != nil {
+		return err
+	}
+	n.SetDriver(over(n))
+	if _, err := tx.Attach(n, "file", perm.Filtered|perm.Primary, c); err != nil {
+		return err
+	}
+	if _, err := tx.InsertFilter(ov, "backing", fa); err != nil {
+		return err
+	}
+	w := perm.Claim{Need: perm.ConsistentRead | perm.Write, Share: perm.ConsistentRead}
+	if err := tx.SetClaim(r.Edge(), w); err != nil {
+		return err
+	}
+	if _, err := tx.AttachRoot(RootSpec{EdgeName: "root", Claim: w}, n); err != nil {
+		return err
+	}
+	if err := errors.Join(tx.Publish(n), tx.Own(n), tx.SetReadOnly(fa, true)); err != nil {
+		return err
+	}
+	if _, err := tx.FreezeChain(ov, nil); err != nil {
+		return err
+	}
+	tx.Check(func() error { return f.next("check") })
+	tx.JoinFirst(p1)
+	tx.Join(p2)
+	return tx.Commit()
 }
 
 // TestCloseOrder: parents are closed before their children; a node that hangs in Close is reported

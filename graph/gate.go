@@ -73,9 +73,8 @@ func (r *Root) leave() {
 		return
 	}
 	r.wait.Lock()
-	if r.idleCh != nil && r.gate.Load() == gateClosed {
-		close(r.idleCh)
-		r.idleCh = nil
+	if r.gate.Load() == gateClosed {
+		r.idle.send()
 	}
 	r.wait.Unlock()
 }
@@ -90,10 +89,7 @@ func (r *Root) waitOpen() (<-chan struct{}, error) {
 	if r.gate.Load()&gateClosed == 0 {
 		return closedCh, nil
 	}
-	if r.openCh == nil {
-		r.openCh = make(chan struct{})
-	}
-	return r.openCh, nil
+	return r.open.wait(), nil
 }
 
 // waitIdle is closed when no unit is in flight or the gate opens; nil if one is so already.
@@ -105,10 +101,7 @@ func (r *Root) waitIdle() <-chan struct{} {
 	if s := r.gate.Load(); s == gateClosed || s&gateClosed == 0 {
 		return nil
 	}
-	if r.idleCh == nil {
-		r.idleCh = make(chan struct{})
-	}
-	return r.idleCh
+	return r.idle.wait()
 }
 
 // closeGate refuses new units. It does not wait for those in flight.
@@ -119,15 +112,9 @@ func (r *Root) openGate() {
 	r.wait.Lock()
 	if !r.gone {
 		r.gate.And(^gateClosed)
-		if r.idleCh != nil {
-			close(r.idleCh)
-			r.idleCh = nil
-		}
+		r.idle.send()
 	}
-	if r.openCh != nil {
-		close(r.openCh)
-		r.openCh = nil
-	}
+	r.open.send()
 	r.wait.Unlock()
 }
 
@@ -136,10 +123,7 @@ func (r *Root) shut() {
 	r.wait.Lock()
 	r.gone = true
 	r.gate.Or(gateClosed)
-	if r.openCh != nil {
-		close(r.openCh)
-		r.openCh = nil
-	}
+	r.open.send()
 	r.wait.Unlock()
 }
 

@@ -33,18 +33,20 @@ func (n *Node) TreeGeneration() uint64 {
 	epoch := n.g.epoch.Load() + 1 // 0 means never asked
 	n.g.genMu.Lock()
 	defer n.g.genMu.Unlock()
-	return n.g.treeGenLocked(n, epoch)
+	return n.info.treeLocked(n, epoch) // +checklocksignore: of the same graph
 }
 
-// +checklocks:g.genMu
-func (g *Graph) treeGenLocked(n *Node, epoch uint64) uint64 {
-	if n.info.epoch == epoch {
-		return n.info.tree
+// treeLocked is TreeGeneration of n, whose generation x is.
+// +checklocks:n.g.genMu
+func (x *generation) treeLocked(n *Node, epoch uint64) uint64 {
+	if x.epoch == epoch {
+		return x.tree
 	}
-	gen := n.info.own.Load()
+	gen := x.own.Load()
 	for _, e := range n.Children() {
-		gen = max(gen, g.treeGenLocked(e.Node(), epoch))
+		k := e.Node()
+		gen = max(gen, k.info.treeLocked(k, epoch)) // +checklocksignore: of the same graph
 	}
-	n.info.tree, n.info.epoch = gen, epoch
+	x.tree, x.epoch = gen, epoch
 	return gen
 }

@@ -17,18 +17,18 @@ type Graph struct {
 	sink     events.Sink
 	recorder atomic.Pointer[Recorder]
 
-	mu        sync.RWMutex
-	version   uint64            // counts changes of what drafts are made from
-	names     map[string]holder // every taken name
-	published list[Node]        // newest first
-	owned     list[Node]        // by the monitor, oldest first
-	roots     list[Root]        // newest first
-	nodeSeq   uint64
-	autoID    uint64             // number in the next generated name
-	pending   map[*commit][]link // edges between nodes in use that commits under way will make
-	pendingCh chan struct{}
-	closed    bool          // Close has begun: no more transactions
-	stop      chan struct{} // closed with closed
+	mu          sync.RWMutex
+	version     uint64            // counts changes of what drafts are made from
+	names       map[string]holder // every taken name
+	published   list[Node]        // newest first
+	owned       list[Node]        // by the monitor, oldest first
+	roots       list[Root]        // newest first
+	nodeSeq     uint64
+	autoID      uint64             // number in the next generated name
+	pending     map[*commit][]link // edges between nodes in use that commits under way will make
+	pendingLess signal
+	closed      bool          // Close has begun: no more transactions
+	stop        chan struct{} // closed with closed
 
 	resv  reservations // of transactions
 	holds reservations // of commands: see Hold

@@ -373,7 +373,7 @@ func TestCycleTogether(t *testing.T) {
 	}()
 	for {
 		g.mu.RLock()
-		waits := g.pendingCh != nil
+		waits := g.pendingLess.c != nil
 		g.mu.RUnlock()
 		if waits {
 			break

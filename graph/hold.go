@@ -2,6 +2,7 @@ package graph
 
 import (
 	"context"
+	"slices"
 	"sync"
 )
 
@@ -46,14 +47,9 @@ func (g *Graph) HoldNodes(ctx context.Context, nodes ...*Node) (*Hold, error) {
 
 func (g *Graph) hold(ctx context.Context, nodes []*Node) (*Hold, error) {
 	h := &Hold{g: g, nodes: map[*Node]bool{}}
-	var all []*Node
-	for _, n := range nodes {
-		for _, s := range Now.storage(n) {
-			if !h.nodes[s] {
-				h.nodes[s] = true
-				all = append(all, s)
-			}
-		}
+	all := withStorage(nodes)
+	for _, n := range all {
+		h.nodes[n] = true
 	}
 	var err error
 	if h.res, err = g.holds.acquire(ctx, all, g.stop); err != nil {
@@ -72,14 +68,15 @@ func (g *Graph) hold(ctx context.Context, nodes []*Node) (*Hold, error) {
 }
 
 func (h *Hold) covers(nodes []*Node) bool {
+	return !slices.ContainsFunc(withStorage(nodes), func(n *Node) bool { return !h.Has(n) })
+}
+
+// withStorage are the nodes and those that their data lie in, each once.
+func withStorage(nodes []*Node) (l []*Node) {
 	for _, n := range nodes {
-		for _, s := range Now.storage(n) {
-			if !h.Has(s) {
-				return false
-			}
-		}
+		l = append(l, Now.storage(n)...)
 	}
-	return true
+	return unique(l)
 }
 
 // Has tells whether n is one of the nodes.
@@ -121,15 +118,15 @@ func (h *Hold) Release() {
 
 // closeUnlessHeld closes a node in state closing, or leaves that to the end of the Hold that
 // somebody has of it.
-func (g *Graph) closeUnlessHeld(n *Node) {
-	g.mu.Lock()
+func (c *commit) closeUnlessHeld(n *Node) {
+	c.g.mu.Lock()
 	held := n.rare != nil && n.rare.held
 	if held {
 		n.rare.closes = true
 	}
-	g.mu.Unlock()
+	c.g.mu.Unlock()
 	if !held {
-		g.closeNode(n)
+		c.g.closeNode(n)
 	}
 }
 

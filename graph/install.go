@@ -70,7 +70,7 @@ func (in *installer) count(e *Edge, n *Node, by int32) {
 		n.sizeSeen.Add(by)
 	}
 	if n.quiesce.quiet() {
-		in.g.quiesceParentLocked(e, by)
+		e.quiesceParentLocked(by)
 	}
 }
 

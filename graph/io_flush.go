@@ -21,8 +21,8 @@ type flushState struct {
 	flushed atomic.Uint64 // generation that is on the medium; written under mu
 	// active: a flush is running.
 	active bool // +checklocks:mu
-	// over is made by the first who waits for it and closed at its end.
-	over chan struct{} // +checklocks:mu
+	// over: the running flush has ended.
+	over signal // +checklocks:mu
 }
 
 // begin waits until no flush is running and makes the caller's the running one; gen is what it will
@@ -43,16 +43,9 @@ func (s *flushState) begin(r *blk.Req) (gen uint64, needed bool, err error) {
 		if r.NoWait {
 			return 0, false, blk.ErrWouldBlock
 		}
-		if s.over == nil {
-			s.over = make(chan struct{})
-		}
-		over := s.over
+		over := s.over.wait()
 		s.mu.Unlock()
-		select {
-		case <-over:
-		case <-r.Done():
-			err = context.Cause(r.Ctx)
-		}
+		err = r.Await(over)
 		s.mu.Lock()
 		if err != nil {
 			return 0, false, err
@@ -73,10 +66,7 @@ func (s *flushState) end(gen uint64, ok bool) {
 	if ok {
 		s.flushed.Store(max(s.flushed.Load(), gen))
 	}
-	if s.over != nil {
-		close(s.over)
-		s.over = nil
-	}
+	s.over.send()
 	s.mu.Unlock()
 }
 

@@ -2,20 +2,16 @@ package graph
 
 import (
 	"context"
-	"sync/atomic"
 	"time"
 
 	"qblockd/graph/blk"
 )
 
-// rootIO is the data plane's part of a root.
-type rootIO struct{ acct atomic.Pointer[Account] }
-
 // SetAccount lets a count the requests through r from now on; nil: none are counted.
-func (r *Root) SetAccount(a *Account) { r.io.acct.Store(a) }
+func (r *Root) SetAccount(a *Account) { r.acct.Store(a) }
 
 // Account is what SetAccount set.
-func (r *Root) Account() *Account { return r.io.acct.Load() }
+func (r *Root) Account() *Account { return r.acct.Load() }
 
 // The requests of Edge, through the root, counted by its Account.
 
@@ -24,10 +20,7 @@ func (r *Root) Size() int64 { return r.edge.Size() }
 
 // ReadAt is Edge.ReadAt.
 func (r *Root) ReadAt(q *blk.Req, v blk.Vec, off int64, f blk.Flags) error {
-	a := r.io.acct.Load()
-	if a == nil {
-		return r.edge.ReadAt(q, v, off, f)
-	}
+	a := r.Account()
 	t := a.start()
 	err := r.edge.ReadAt(q, v, off, f)
 	a.done(acctRead, t, v.Len(), err)
@@ -36,10 +29,7 @@ func (r *Root) ReadAt(q *blk.Req, v blk.Vec, off int64, f blk.Flags) error {
 
 // WriteAt is Edge.WriteAt.
 func (r *Root) WriteAt(q *blk.Req, v blk.Vec, off int64, f blk.Flags) error {
-	a := r.io.acct.Load()
-	if a == nil {
-		return r.edge.WriteAt(q, v, off, f)
-	}
+	a := r.Account()
 	t := a.start()
 	err := r.edge.WriteAt(q, v, off, f)
 	a.done(acctWrite, t, v.Len(), err)
@@ -48,10 +38,7 @@ func (r *Root) WriteAt(q *blk.Req, v blk.Vec, off int64, f blk.Flags) error {
 
 // Zero is Edge.Zero; it counts as a write.
 func (r *Root) Zero(q *blk.Req, off, n int64, f blk.Flags) error {
-	a := r.io.acct.Load()
-	if a == nil {
-		return r.edge.Zero(q, off, n, f)
-	}
+	a := r.Account()
 	t := a.start()
 	err := r.edge.Zero(q, off, n, f)
 	a.done(acctWrite, t, n, err)
@@ -60,10 +47,7 @@ func (r *Root) Zero(q *blk.Req, off, n int64, f blk.Flags) error {
 
 // Discard is Edge.Discard.
 func (r *Root) Discard(q *blk.Req, off, n int64) error {
-	a := r.io.acct.Load()
-	if a == nil {
-		return r.edge.Discard(q, off, n)
-	}
+	a := r.Account()
 	t := a.start()
 	err := r.edge.Discard(q, off, n)
 	a.done(acctUnmap, t, n, err)
@@ -72,10 +56,7 @@ func (r *Root) Discard(q *blk.Req, off, n int64) error {
 
 // Flush is Edge.Flush.
 func (r *Root) Flush(q *blk.Req) error {
-	a := r.io.acct.Load()
-	if a == nil {
-		return r.edge.Flush(q)
-	}
+	a := r.Account()
 	t := a.start()
 	err := r.edge.Flush(q)
 	a.done(acctFlush, t, 0, err)
@@ -88,17 +69,13 @@ func (r *Root) Map(q *blk.Req, off, n int64, m *blk.Mapping) error { return r.ed
 
 // Mapped counts a read of n bytes that was served from mapped ranges, and took that long.
 func (r *Root) Mapped(n int64, took time.Duration) {
-	if a := r.io.acct.Load(); a != nil {
-		a.done(acctRead, a.start()-took, n, nil)
-	}
+	a := r.Account()
+	a.done(acctRead, a.start()-took, n, nil)
 }
 
 // CopyFrom is Edge.CopyFrom; it counts as a write unless it has to be made by hand.
 func (r *Root) CopyFrom(q *blk.Req, off int64, src []blk.HostRange, f blk.Flags) error {
-	a := r.io.acct.Load()
-	if a == nil {
-		return r.edge.CopyFrom(q, off, src, f)
-	}
+	a := r.Account()
 	t := a.start()
 	err := r.edge.CopyFrom(q, off, src, f)
 	if err == nil || !isNotSupported(err) {

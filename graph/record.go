@@ -204,7 +204,7 @@ func (d *delta) collect(c *commit) {
 	c.g.mu.RLock()
 	defer c.g.mu.RUnlock()
 	edges := slices.Clone(d.draft.edges)
-	for _, n := range union(c.delta.Order, d.draft.refd) {
+	for _, n := range unique(c.delta.Order, d.draft.refd) {
 		is := d.draft.stateLocked(n)
 		var was any
 		if n.state == nodePublished {
@@ -223,12 +223,8 @@ func (d *delta) collect(c *commit) {
 			}
 		}
 	}
-	seen := make(map[*Edge]bool, len(edges))
-	for _, e := range edges {
-		if !seen[e] {
-			seen[e] = true
-			d.addEdgeLocked(e)
-		}
+	for _, e := range unique(edges) {
+		d.addEdgeLocked(e)
 	}
 }
 
@@ -282,19 +278,11 @@ func (d *txDraft) stateLocked(n *Node) any {
 		r = &refs{owned: n.owned}
 	}
 	shown := n.state == nodePublished || n.state == nodeHidden && r.publish
-	if !shown || !r.owned && n.pins+r.pins <= 0 && d.orphan(n) {
+	if !shown || !r.owned && n.pins+r.pins <= 0 && d.Orphan(n) {
 		return nil
 	}
 	st := d.Node(n)
 	return NodeState{d.options(n), st.ReadOnly, st.Inactive, r.owned}
-}
-
-// orphan tells whether n has no parents.
-func (d *txDraft) orphan(n *Node) bool {
-	for range d.Parents(n) {
-		return false
-	}
-	return true
 }
 
 // bitmapState is what is told of a bitmap, and bitmapStates of all that have names.

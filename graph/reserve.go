@@ -2,6 +2,7 @@ package graph
 
 import (
 	"context"
+	"slices"
 	"sync"
 )
 
@@ -77,12 +78,8 @@ func (r *reservations) release(q *reservation) {
 	for _, n := range q.nodes {
 		l := r.queues[n]
 		if l[0] != q {
-			for i := range l {
-				if l[i] == q {
-					r.queues[n] = append(l[:i:i], l[i+1:]...)
-					break
-				}
-			}
+			i := slices.Index(l, q)
+			r.queues[n] = slices.Concat(l[:i], l[i+1:])
 			continue
 		}
 		if len(l) == 1 {

@@ -46,12 +46,12 @@ type Root struct {
 
 	gate atomic.Int64 // units in flight | gateClosed
 	pool sync.Pool    // of *blk.Req
-	io   rootIO       // the data plane's part
+	acct atomic.Pointer[Account]
 
-	wait   sync.Mutex    // guards the channels below
-	openCh chan struct{} // closed when the gate opens; nil if nobody waits
-	idleCh chan struct{} // closed when the last unit ends; nil if nobody waits
-	gone   bool          // detached: Begin fails
+	wait sync.Mutex // guards the signals below
+	open signal     // the gate opens
+	idle signal     // the last unit ends
+	gone bool       // detached: Begin fails
 
 	// Guarded by g.mu.
 	quiesce  quiescence

@@ -46,12 +46,23 @@ type acctKind struct {
 
 var acctEpoch = time.Now()
 
-// start is the moment a request begins.
-func (a *Account) start() time.Duration { return time.Since(acctEpoch) }
+// start is the moment a request begins. A nil Account counts nothing.
+func (a *Account) start() time.Duration {
+	if a == nil {
+		return 0
+	}
+	return time.Since(acctEpoch)
+}
 
 // done counts a request of n bytes that began at start and ended with err. What would have blocked
 // was not there.
 func (a *Account) done(op acctOp, start time.Duration, n int64, err error) {
+	if a != nil {
+		a.count(op, start, n, err)
+	}
+}
+
+func (a *Account) count(op acctOp, start time.Duration, n int64, err error) {
 	if err != nil && errors.Is(err, blk.ErrWouldBlock) {
 		return
 	}

@@ -1,7 +1,6 @@
 package graph
 
 import (
-	"context"
 	"sync"
 	"sync/atomic"
 	"unsafe"
@@ -60,8 +59,8 @@ type tracked struct {
 	serial     bool
 	unit       *blk.Req // the unit of work; one does not wait for itself
 	shard      *trackShard
-	prev, next *tracked      // guarded by shard.mu
-	done       chan struct{} // made by the first who waits; guarded by shard.mu; closed at the end
+	prev, next *tracked // guarded by shard.mu
+	done       signal   // the end; guarded by shard.mu
 }
 
 // shard picks the shard of a unit of work; units running at the same time mostly differ.
@@ -111,16 +110,11 @@ func (t *tracker) beginSlow(r *blk.Req, sh *trackShard, off, n int64, serial boo
 		t.serial.Add(1)
 	}
 	for c != nil {
-		if c.done == nil {
-			c.done = make(chan struct{})
-		}
-		over := c.done
+		over := c.done.wait()
 		t.unlockAll()
-		select {
-		case <-over:
-		case <-r.Done():
+		if err := r.Await(over); err != nil {
 			t.end(k)
-			return nil, context.Cause(r.Ctx)
+			return nil, err
 		}
 		t.lockAll(false)
 		c = t.conflict(k)
@@ -147,9 +141,7 @@ func (t *tracker) end(k *tracked) {
 	if serial {
 		t.serial.Add(-1)
 	}
-	if done != nil {
-		close(done)
-	}
+	done.send()
 }
 
 // take gives an unused entry.
@@ -165,7 +157,7 @@ func (sh *trackShard) take() *tracked {
 
 // drop takes back an entry that is not in the list; sh.mu is held.
 func (sh *trackShard) drop(k *tracked) {
-	k.prev, k.next, k.done, k.unit = nil, sh.free, nil, nil
+	k.prev, k.next, k.done, k.unit = nil, sh.free, signal{}, nil
 	sh.free = k
 }
 

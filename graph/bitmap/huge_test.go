@@ -342,18 +342,9 @@ func TestClearLosesNothing(t *testing.T) {
 			clear(lo, lo+span)
 		}
 	})
-	others.Go(func() { // readers find what makes sense
-		for !done.Load() {
-			b.Clone().Merge(b)
-			last := int64(0)
-			for x, n, ok := b.NextDirty(0, size); ok; x, n, ok = b.NextDirty(x+n, size) {
-				if x < last || n <= 0 {
-					t.Errorf("a run of %d at %d after %d", n, x, last)
-					return
-				}
-				last = x + n
-			}
-			b.Count()
+	others.Go(func() {
+		for !done.Load() && !t.Failed() {
+			readAll(t, b)
 		}
 	})
 	writers.Wait()
@@ -367,6 +358,20 @@ func TestClearLosesNothing(t *testing.T) {
 			t.Fatalf("place %d: copy %d of %d was the last", i, copied[i], disk[i].Load())
 		}
 	}
+}
+
+// readAll reads b in all ways while others change it: what is found must make sense.
+func readAll(t *testing.T, b *Bitmap) {
+	b.Clone().Merge(b)
+	last := int64(0)
+	for x, n, ok := b.NextDirty(0, b.Size()); ok; x, n, ok = b.NextDirty(x+n, b.Size()) {
+		if x < last || n <= 0 {
+			t.Errorf("a run of %d at %d after %d", n, x, last)
+			return
+		}
+		last = x + n
+	}
+	b.Count()
 }
 
 // TestTakeLosesNothing: what is set while a bitmap is taken is in one of the two.

@@ -1,7 +1,7 @@
 package blk
 
 import (
-	"context"
+	"slices"
 	"sync"
 )
 
@@ -40,21 +40,19 @@ func (b *Budget) Take(r *Req, n int64) error {
 	w := &waiter{n, make(chan struct{})}
 	b.queue = append(b.queue, w)
 	b.mu.Unlock()
-	select {
-	case <-w.ready:
+	err := r.Await(w.ready)
+	if err == nil {
 		return nil
-	case <-r.Done():
 	}
 	b.mu.Lock()
 	defer b.mu.Unlock()
-	for i, x := range b.queue {
-		if x == w {
-			b.queue = append(b.queue[:i], b.queue[i+1:]...)
-			b.nextLocked() // it may have stood in the way of smaller ones
-			return context.Cause(r.Ctx)
-		}
+	i := slices.Index(b.queue, w)
+	if i < 0 {
+		return nil // it came just now
 	}
-	return nil // it came just now
+	b.queue = slices.Delete(b.queue, i, i+1)
+	b.nextLocked() // it may have stood in the way of smaller ones
+	return err
 }
 
 // Give gives back n bytes.

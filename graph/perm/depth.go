@@ -13,9 +13,12 @@ func (e *DepthError) Error() string {
 	return fmt.Sprintf("Making '%s' a %s child of '%s' would make a chain of more than %d nodes", e.Child, e.Role, e.Parent, MaxDepth)
 }
 
-// checkDepth tells whether an edge from parent to n may be made. It costs as much as there are
-// nodes above and below.
-func (d *Draft[N, E]) checkDepth(parent N, role string, n N) error {
+// checkLink tells whether an edge from parent to n may be made: *CycleError, *DepthError. It costs
+// as much as there are nodes above and below.
+func (d *Draft[N, E]) checkLink(parent N, role string, n N) error {
+	if d.Reaches(n, parent) {
+		return &CycleError{d.Node(n).Name, role, d.Node(parent).Name}
+	}
 	if d.Few {
 		return nil
 	}

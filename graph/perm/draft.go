@@ -116,10 +116,7 @@ func (d *Draft[N, E]) Touch(n N) {
 func (d *Draft[N, E]) Attach(e E, v Edge[N]) error {
 	var zero N
 	if v.Parent != zero {
-		if d.Reaches(v.Node, v.Parent) {
-			return &CycleError{d.Node(v.Node).Name, v.Name, d.Node(v.Parent).Name}
-		}
-		if err := d.checkDepth(v.Parent, v.Name, v.Node); err != nil {
+		if err := d.checkLink(v.Parent, v.Name, v.Node); err != nil {
 			return err
 		}
 		p := d.node(v.Parent)
@@ -178,10 +175,7 @@ func (d *Draft[N, E]) Retarget(e E, n N) error {
 		return nil
 	}
 	if s.Parent != zero {
-		if d.Reaches(n, s.Parent) {
-			return &CycleError{d.Node(n).Name, s.Name, d.Node(s.Parent).Name}
-		}
-		if err := d.checkDepth(s.Parent, s.Name, n); err != nil {
+		if err := d.checkLink(s.Parent, s.Name, n); err != nil {
 			return err
 		}
 	}
@@ -219,14 +213,8 @@ func (d *Draft[N, E]) Reaches(from, to N) bool {
 	if from == to {
 		return true
 	}
-	// A node without parents is below nothing: the usual case costs nothing.
-	orphan := true
-	for range d.Parents(to) {
-		orphan = false
-		break
-	}
-	if orphan {
-		return false
+	if d.Orphan(to) {
+		return false // it is below nothing: the usual case costs nothing
 	}
 	seen := map[N]bool{from: true}
 	stack := []N{from}
@@ -245,6 +233,14 @@ func (d *Draft[N, E]) Reaches(from, to N) bool {
 		}
 	}
 	return false
+}
+
+// Orphan tells whether n has no parents.
+func (d *Draft[N, E]) Orphan(n N) bool {
+	for range d.Parents(n) {
+		return false
+	}
+	return true
 }
 
 // Target is the node below e.

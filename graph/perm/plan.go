@@ -3,6 +3,7 @@ package perm
 import (
 	"errors"
 	"fmt"
+	"slices"
 )
 
 // Conflict: one user of a node needs what another does not share.
@@ -47,20 +48,6 @@ type Delta[N, E comparable] struct {
 	Claims map[E]Claim
 }
 
-// Change is one change of a Draft.
-type Change[N, E comparable] func(d *Draft[N, E]) error
-
-// Plan makes the changes on a Draft of base and plans it.
-func Plan[N, E comparable](base View[N, E], changes ...Change[N, E]) (*Delta[N, E], error) {
-	d := NewDraft(base)
-	for _, c := range changes {
-		if err := c(d); err != nil {
-			return nil, err
-		}
-	}
-	return d.Plan()
-}
-
 // Plan settles the claims of all edges that the changes reach and checks every node touched,
 // parents first; the first fault is returned (*Conflict, *ReadOnlyError, Node.NoWriters, or that of
 // an unaligned size). It costs what it touches. The Draft then shows the settled claims.
@@ -86,7 +73,7 @@ func (d *Draft[N, E]) Plan() (*Delta[N, E], error) {
 // settle runs the claims down from the dirty nodes. The graph has no cycles, so the
 // result does not depend on the order and the queue runs empty.
 func (d *Draft[N, E]) settle() {
-	queue := append([]N(nil), d.dirty...)
+	queue := slices.Clone(d.dirty)
 	queued := make(map[N]bool, len(queue))
 	for _, n := range queue {
 		queued[n] = true
@@ -136,9 +123,7 @@ func (d *Draft[N, E]) order() []N {
 			visit(n)
 		}
 	}
-	for i, j := 0, len(rev)-1; i < j; i, j = i+1, j-1 {
-		rev[i], rev[j] = rev[j], rev[i]
-	}
+	slices.Reverse(rev)
 	return rev
 }
 
