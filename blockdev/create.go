@@ -106,9 +106,18 @@ func (c *creation) undo() {
 	}
 }
 
+// Amendment changes the format's options in the image of a node.
+type Amendment struct {
+	// Begin takes what the change needs; Do makes it; End, if Begin has succeeded, gives it back.
+	Begin func(ctx context.Context) error
+	Do    Creator
+	End   func()
+}
+
 // Amender returns what changes the format's options in the image of a node.
-func (m *Manager) Amender(node string, o *types.BlockdevAmendOptions) (Creator, error) {
-	n, err := m.Lookup(nil, &node)
+func (m *Manager) Amender(a *types.XBlockdevAmendArgs) (*Amendment, error) {
+	o := &a.Options
+	n, err := m.Lookup(nil, &a.NodeName)
 	switch {
 	case err != nil:
 		return nil, err
@@ -119,5 +128,22 @@ func (m *Manager) Amender(node string, o *types.BlockdevAmendOptions) (Creator, 
 	if d == nil || d.Amend == nil {
 		return nil, errors.New("Driver does not support x-blockdev-amend")
 	}
-	return func(ctx context.Context, _ func()) error { return d.Amend(ctx, n, o.U) }, nil
+	var begun *driver.Amending
+	return &Amendment{
+		Begin: func(ctx context.Context) (err error) {
+			begun, err = d.Amend(ctx, &driver.Amendment{
+				Graph: m.g, Node: n, Force: types.Or(a.Force, false), Objects: m.objects,
+			}, o.U)
+			return err
+		},
+		Do: func(ctx context.Context, started func()) error {
+			hold, err := m.g.HoldNodes(ctx, n)
+			if err != nil {
+				return err
+			}
+			defer hold.Release()
+			return n.Guarded(func() error { return begun.Do(ctx, started) })
+		},
+		End: func() { begun.End() },
+	}, nil
 }

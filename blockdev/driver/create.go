@@ -16,17 +16,38 @@ func Creates[C any](f func(ctx context.Context, c *Creation, o C) error) CreateF
 	return func(ctx context.Context, c *Creation, o any) error { return f(ctx, c, o.(C)) }
 }
 
-// AmendFunc changes the format's options in the image of a node, to the driver's branch of
-// BlockdevAmendOptions.
-type AmendFunc func(ctx context.Context, n *graph.Node, o any) error
+// AmendFunc begins to change the format's options in the image of a node, to the driver's branch of
+// BlockdevAmendOptions. It does what has to be done before the job starts; its errors are those of
+// the command.
+type AmendFunc func(ctx context.Context, a *Amendment, o any) (*Amending, error)
 
-// Amends makes an AmendFunc of a function of the branch's type. It gets nil for a branch that has
-// no members.
+// Amends makes an AmendFunc of a function of the branch's type that is all there is to do. It gets
+// nil for a branch that has no members.
 func Amends[A any](f func(ctx context.Context, n *graph.Node, o A) error) AmendFunc {
-	return func(ctx context.Context, n *graph.Node, o any) error {
-		a, _ := o.(A)
-		return f(ctx, n, a)
+	return func(_ context.Context, a *Amendment, o any) (*Amending, error) {
+		u, _ := o.(A)
+		return &Amending{
+			Do:  func(ctx context.Context, _ func()) error { return f(ctx, a.Node, u) },
+			End: func() {},
+		}, nil
 	}
+}
+
+// Amendment is what Amend gets beside the options.
+type Amendment struct {
+	Graph *graph.Graph
+	Node  *graph.Node
+	// Force: also do what may lose data.
+	Force bool
+	// Objects are those of object-add.
+	Objects Objects
+}
+
+// Amending is a change that has begun: Do makes it, holding the node (graph.Hold), and calls
+// started before its first I/O; End, which is called in any case, gives back what it has taken.
+type Amending struct {
+	Do  func(ctx context.Context, started func()) error
+	End func()
 }
 
 // Creation is what Create gets beside the options.

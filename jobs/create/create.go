@@ -18,6 +18,10 @@ type Job struct {
 	// Do makes or changes an image. It calls started once its options are checked and before its
 	// first I/O on the image; all it refuses before that is known when the command returns.
 	Do func(ctx context.Context, started func()) error
+	// Begin, if set, comes before the job starts; its errors are the command's. End follows when
+	// the work is over, or has not begun after all.
+	Begin func() error
+	End   func()
 }
 
 // Start starts the job; see jobs.Manager.Start for release. The job stays until it is dismissed; it
@@ -27,7 +31,14 @@ func Start(g *graph.Graph, m *jobs.Manager, j Job) (release func(), err error) {
 	if err != nil {
 		return nil, err
 	}
+	if j.Begin != nil {
+		if err := j.Begin(); err != nil {
+			m.Discard(mj)
+			return nil, err
+		}
+	}
 	if err := g.Enter(mj.Record()); err != nil {
+		j.end()
 		m.Discard(mj)
 		return nil, err
 	}
@@ -47,4 +58,13 @@ func (r runner) Run(ctx context.Context, h *jobs.Handle) error {
 }
 
 // Clean implements jobs.Cleaner.
-func (r runner) Clean(h *jobs.Handle) { r.g.Leave(h.Job().Record()) }
+func (r runner) Clean(h *jobs.Handle) {
+	r.end()
+	r.g.Leave(h.Job().Record())
+}
+
+func (j *Job) end() {
+	if j.End != nil {
+		j.End()
+	}
+}

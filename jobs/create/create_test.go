@@ -95,7 +95,7 @@ func TestCreate(t *testing.T) {
 			m := jobs.NewManager(l, nil)
 			g, recorded := newGraph(t)
 			args := &types.BlockdevCreateArgs{JobID: "j"}
-			release, err := Start(g, m, Job{types.JobTypeCreate, "j", args, c.f})
+			release, err := Start(g, m, Job{Type: types.JobTypeCreate, ID: "j", Args: args, Do: c.f})
 			if err != nil {
 				t.Fatal(err)
 			}
@@ -130,11 +130,12 @@ func TestCancel(t *testing.T) {
 	m := jobs.NewManager(l, nil)
 	g, recorded := newGraph(t)
 	args := &types.XBlockdevAmendArgs{JobID: "j"}
-	release, err := Start(g, m, Job{types.JobTypeAmend, "j", args, func(ctx context.Context, started func()) error {
+	do := func(ctx context.Context, started func()) error {
 		started()
 		<-ctx.Done()
 		return ctx.Err()
-	}})
+	}
+	release, err := Start(g, m, Job{Type: types.JobTypeAmend, ID: "j", Args: args, Do: do})
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -154,5 +155,36 @@ func TestCancel(t *testing.T) {
 	<-j.Finished()
 	if !errors.Is(j.Err(), jobs.ErrCancelled) {
 		t.Errorf("outcome: %v", j.Err())
+	}
+}
+
+// What a job needs is taken before it starts, and given back when it has ended; when that is
+// refused there is no job.
+func TestBegin(t *testing.T) {
+	l := &log{}
+	m := jobs.NewManager(l, nil)
+	g, _ := newGraph(t)
+	ended := 0
+	j := Job{
+		Type: types.JobTypeAmend, ID: "j", Args: &types.XBlockdevAmendArgs{JobID: "j"},
+		Do:    func(context.Context, func()) error { return nil },
+		Begin: func() error { return errors.New("Block node is read-only") },
+		End:   func() { ended++ },
+	}
+	if _, err := Start(g, m, j); err == nil || err.Error() != "Block node is read-only" {
+		t.Errorf("%v", err)
+	}
+	if m.Get("j") != nil || ended != 0 || l.String() != "created null" {
+		t.Errorf("a job that was refused: %v, %d times ended, %s", m.Get("j"), ended, l)
+	}
+	j.Begin = func() error { return nil }
+	release, err := Start(g, m, j)
+	if err != nil {
+		t.Fatal(err)
+	}
+	release()
+	<-m.Get("j").Finished()
+	if ended != 1 {
+		t.Errorf("ended %d times", ended)
 	}
 }

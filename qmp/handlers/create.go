@@ -28,11 +28,14 @@ func (h BlockCreate) BlockdevCreate(ctx context.Context, a *types.BlockdevCreate
 
 // XBlockdevAmend implements types.BlockCreateHandler.
 func (h BlockCreate) XBlockdevAmend(ctx context.Context, a *types.XBlockdevAmendArgs) error {
-	f, err := h.Nodes.Amender(a.NodeName, &a.Options)
+	x, err := h.Nodes.Amender(a)
 	if err != nil {
 		return err
 	}
-	return h.start(ctx, create.Job{Type: types.JobTypeAmend, ID: a.JobID, Args: a, Do: f})
+	return h.start(ctx, create.Job{
+		Type: types.JobTypeAmend, ID: a.JobID, Args: a, Do: x.Do, End: x.End,
+		Begin: func() error { return x.Begin(ctx) },
+	})
 }
 
 func (h BlockCreate) start(ctx context.Context, j create.Job) error {

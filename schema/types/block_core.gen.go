@@ -1359,6 +1359,24 @@ type BlockdevCreateOptions struct {
 	U any
 }
 
+// BlockdevAmendOptionsLUKS: what can be changed in a LUKS image: its keys.
+type BlockdevAmendOptionsLUKS struct {
+	// What is to become of them.
+	State QCryptoBlockLUKSKeyslotState
+	// With active, the secret with the password that is to open the disk.
+	NewSecret *string
+	// With inactive, the secret with the password of the keys that are to go.
+	OldSecret *string
+	// The place: with active, one that is free unless something is given.
+	Keyslot *int64
+	// With active, how long this host is to take to make a key of the password, in milliseconds (default
+	// 2000).
+	IterTime *int64
+	// With active, the secret with a password that opens the disk now (default: the one that it was opened
+	// with).
+	Secret *string
+}
+
 // BlockdevAmendOptionsQcow2: what can be changed in a qcow2 image without a copy of it. So far nothing:
 // only keys of encrypted images can, which are not supported.
 type BlockdevAmendOptionsQcow2 struct {
@@ -1369,7 +1387,7 @@ type BlockdevAmendOptions struct {
 	// The driver of the image.
 	Driver BlockdevDriver
 	// U holds the members of the branch that Driver selects; nil where the branch has none.
-	// *BlockdevAmendOptionsQcow2 for qcow2.
+	// *BlockdevAmendOptionsLUKS for luks, *BlockdevAmendOptionsQcow2 for qcow2.
 	U any
 }
 
@@ -1866,8 +1884,8 @@ type XBlockdevAmendArgs struct {
 	NodeName string
 	// The changes.
 	Options BlockdevAmendOptions
-	// Also make changes after which data may be lost (default false; no change that is possible so far is
-	// of that kind).
+	// Also make changes after which data may be lost: erase the last key of an encrypted disk, or
+	// overwrite one (default false).
 	Force *bool
 }
 

@@ -654,6 +654,24 @@ func membersBlockdevCreateOptions(d *decoder, x *BlockdevCreateOptions) bool {
 	return true
 }
 
+// DecodeBlockdevAmendOptionsLUKS decodes v; faults are worded as QEMU does (*ArgError).
+func DecodeBlockdevAmendOptionsLUKS(v value.Value, m Mode) (*BlockdevAmendOptionsLUKS, error) {
+	return decode(v, m, visitBlockdevAmendOptionsLUKS)
+}
+
+func visitBlockdevAmendOptionsLUKS(d *decoder, name string, x *BlockdevAmendOptionsLUKS) bool {
+	return object(d, name, x, membersBlockdevAmendOptionsLUKS)
+}
+
+func membersBlockdevAmendOptionsLUKS(d *decoder, x *BlockdevAmendOptionsLUKS) bool {
+	return visitQCryptoBlockLUKSKeyslotState(d, "state", &x.State) &&
+		opt(d, "new-secret", &x.NewSecret, visitStr) &&
+		opt(d, "old-secret", &x.OldSecret, visitStr) &&
+		opt(d, "keyslot", &x.Keyslot, visitInt64) &&
+		opt(d, "iter-time", &x.IterTime, visitInt64) &&
+		opt(d, "secret", &x.Secret, visitStr)
+}
+
 // DecodeBlockdevAmendOptionsQcow2 decodes v; faults are worded as QEMU does (*ArgError).
 func DecodeBlockdevAmendOptionsQcow2(v value.Value, m Mode) (*BlockdevAmendOptionsQcow2, error) {
 	return decode(v, m, visitBlockdevAmendOptionsQcow2)
@@ -681,6 +699,10 @@ func membersBlockdevAmendOptions(d *decoder, x *BlockdevAmendOptions) bool {
 		return false
 	}
 	switch x.Driver {
+	case BlockdevDriverLuks:
+		u := new(BlockdevAmendOptionsLUKS)
+		x.U = u
+		return membersBlockdevAmendOptionsLUKS(d, u)
 	}
 	return true
 }

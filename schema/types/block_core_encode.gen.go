@@ -2055,13 +2055,66 @@ func (x *BlockdevCreateOptions) AppendJSON(b []byte) []byte {
 }
 
 // AppendJSON appends x in QEMU's form, members in hash order.
+func (x *BlockdevAmendOptionsLUKS) AppendJSON(b []byte) []byte {
+	b = append(b, `{"state": `...)
+	b = appendEnum(b, x.State)
+	if x.Keyslot != nil {
+		b = append(b, `, "keyslot": `...)
+		b = appendInt(b, *x.Keyslot)
+	}
+	if x.IterTime != nil {
+		b = append(b, `, "iter-time": `...)
+		b = appendInt(b, *x.IterTime)
+	}
+	if x.Secret != nil {
+		b = append(b, `, "secret": `...)
+		b = value.AppendString(b, *x.Secret)
+	}
+	if x.NewSecret != nil {
+		b = append(b, `, "new-secret": `...)
+		b = value.AppendString(b, *x.NewSecret)
+	}
+	if x.OldSecret != nil {
+		b = append(b, `, "old-secret": `...)
+		b = value.AppendString(b, *x.OldSecret)
+	}
+	return append(b, '}')
+}
+
+// AppendJSON appends x in QEMU's form, members in hash order.
 func (x *BlockdevAmendOptionsQcow2) AppendJSON(b []byte) []byte {
 	return append(b, "{}"...)
 }
 
 // AppendJSON appends x in QEMU's form, members in hash order.
 func (x *BlockdevAmendOptions) AppendJSON(b []byte) []byte {
-	switch x.U.(type) {
+	switch u := x.U.(type) {
+	case *BlockdevAmendOptionsLUKS:
+		b = append(b, `{"state": `...)
+		b = appendEnum(b, u.State)
+		if u.Keyslot != nil {
+			b = append(b, `, "keyslot": `...)
+			b = appendInt(b, *u.Keyslot)
+		}
+		if u.IterTime != nil {
+			b = append(b, `, "iter-time": `...)
+			b = appendInt(b, *u.IterTime)
+		}
+		b = append(b, `, "driver": `...)
+		b = appendEnum(b, x.Driver)
+		if u.Secret != nil {
+			b = append(b, `, "secret": `...)
+			b = value.AppendString(b, *u.Secret)
+		}
+		if u.NewSecret != nil {
+			b = append(b, `, "new-secret": `...)
+			b = value.AppendString(b, *u.NewSecret)
+		}
+		if u.OldSecret != nil {
+			b = append(b, `, "old-secret": `...)
+			b = value.AppendString(b, *u.OldSecret)
+		}
+		return append(b, '}')
 	case nil:
 		b = append(b, `{"driver": `...)
 		b = appendEnum(b, x.Driver)

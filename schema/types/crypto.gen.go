@@ -160,6 +160,41 @@ type QCryptoBlockCreateOptionsLUKS struct {
 	IterTime *int64
 }
 
+// QCryptoBlockLUKSKeyslotState: what is to become of places for keys of an encrypted disk.
+type QCryptoBlockLUKSKeyslotState string
+
+// The values of QCryptoBlockLUKSKeyslotState.
+const (
+	// A password opens the disk.
+	QCryptoBlockLUKSKeyslotStateActive QCryptoBlockLUKSKeyslotState = "active"
+	// None does, and the key material is overwritten.
+	QCryptoBlockLUKSKeyslotStateInactive QCryptoBlockLUKSKeyslotState = "inactive"
+)
+
+// QCryptoBlockLUKSKeyslotStateValues lists the values of QCryptoBlockLUKSKeyslotState in the order of the schema.
+var QCryptoBlockLUKSKeyslotStateValues = []QCryptoBlockLUKSKeyslotState{
+	QCryptoBlockLUKSKeyslotStateActive,
+	QCryptoBlockLUKSKeyslotStateInactive,
+}
+
+// QCryptoBlockAmendOptionsLUKS: a change to the keys of an encrypted disk.
+type QCryptoBlockAmendOptionsLUKS struct {
+	// What is to become of them.
+	State QCryptoBlockLUKSKeyslotState
+	// With active, the secret with the password that is to open the disk.
+	NewSecret *string
+	// With inactive, the secret with the password of the keys that are to go.
+	OldSecret *string
+	// The place: with active, one that is free unless something is given.
+	Keyslot *int64
+	// With active, how long this host is to take to make a key of the password, in milliseconds (default
+	// 2000).
+	IterTime *int64
+	// With active, the secret with a password that opens the disk now (default: the one that it was opened
+	// with).
+	Secret *string
+}
+
 // QCryptoBlockInfoLUKSSlot: a place for a key of an encrypted disk.
 type QCryptoBlockInfoLUKSSlot struct {
 	// It opens the disk, with a password.

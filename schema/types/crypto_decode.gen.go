@@ -21,3 +21,7 @@ func visitQCryptoCipherMode(d *decoder, name string, x *QCryptoCipherMode) bool 
 func visitQCryptoIVGenAlgorithm(d *decoder, name string, x *QCryptoIVGenAlgorithm) bool {
 	return enum(d, name, x, QCryptoIVGenAlgorithmValues)
 }
+
+func visitQCryptoBlockLUKSKeyslotState(d *decoder, name string, x *QCryptoBlockLUKSKeyslotState) bool {
+	return enum(d, name, x, QCryptoBlockLUKSKeyslotStateValues)
+}

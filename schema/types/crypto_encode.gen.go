@@ -49,6 +49,33 @@ func (x *QCryptoBlockCreateOptionsLUKS) AppendJSON(b []byte) []byte {
 }
 
 // AppendJSON appends x in QEMU's form, members in hash order.
+func (x *QCryptoBlockAmendOptionsLUKS) AppendJSON(b []byte) []byte {
+	b = append(b, `{"state": `...)
+	b = appendEnum(b, x.State)
+	if x.Keyslot != nil {
+		b = append(b, `, "keyslot": `...)
+		b = appendInt(b, *x.Keyslot)
+	}
+	if x.IterTime != nil {
+		b = append(b, `, "iter-time": `...)
+		b = appendInt(b, *x.IterTime)
+	}
+	if x.Secret != nil {
+		b = append(b, `, "secret": `...)
+		b = value.AppendString(b, *x.Secret)
+	}
+	if x.NewSecret != nil {
+		b = append(b, `, "new-secret": `...)
+		b = value.AppendString(b, *x.NewSecret)
+	}
+	if x.OldSecret != nil {
+		b = append(b, `, "old-secret": `...)
+		b = value.AppendString(b, *x.OldSecret)
+	}
+	return append(b, '}')
+}
+
+// AppendJSON appends x in QEMU's form, members in hash order.
 func (x *QCryptoBlockInfoLUKSSlot) AppendJSON(b []byte) []byte {
 	b = append(b, `{"active": `...)
 	b = appendBool(b, x.Active)

@@ -11,13 +11,16 @@ import (
 	"qblockd/schema/value"
 )
 
+// role is that of the file: its size is the disk's, too, and nothing but requests changes it.
+const role = perm.Data | perm.Primary
+
 // Def describes the driver.
 var Def = driver.Of(driver.Def[*types.BlockdevOptionsLUKS]{
 	Name: types.BlockdevDriverLuks, Kind: graph.Format,
 	Open:   open,
 	Reopen: driver.NoChange[*types.BlockdevOptionsLUKS],
 	Children: func(u *types.BlockdevOptionsLUKS) []driver.Child {
-		return []driver.Child{{Name: "file", Role: perm.Image, Ref: &u.File}}
+		return []driver.Child{{Name: "file", Role: role, Ref: &u.File}}
 	},
 	Strong: func(u *types.BlockdevOptionsLUKS, add func(name string, v value.Value)) {
 		driver.AddGiven(add, "key-secret", u.KeySecret)
@@ -33,4 +36,7 @@ var Def = driver.Of(driver.Def[*types.BlockdevOptionsLUKS]{
 	Create: driver.Creates(func(ctx context.Context, c *driver.Creation, o *types.BlockdevCreateOptionsLUKS) error {
 		return c.InFile(ctx, &o.File, func(root *graph.Root) error { return create(ctx, c, root, o) })
 	}),
+	Amend: func(ctx context.Context, a *driver.Amendment, o any) (*driver.Amending, error) {
+		return amend(ctx, a, o.(*types.BlockdevAmendOptionsLUKS))
+	},
 })

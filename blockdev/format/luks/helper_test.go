@@ -72,7 +72,7 @@ func openIn(t testing.TB, g *graph.Graph, file graph.Driver, key *string, readOn
 	u := &types.BlockdevOptionsLUKS{KeySecret: key}
 	return drivertest.Build(g, drivertest.Spec{
 		Options:  graph.Options{Name: "disk", DriverName: "luks", Kind: graph.Format, ReadOnly: readOnly},
-		Children: []drivertest.Child{drivertest.File(f)},
+		Children: []drivertest.Child{{Name: "file", Role: role, Node: f}},
 		Open: func(x *driver.Opening) (graph.Driver, error) {
 			x.Objects = known
 			return Def.Open(x, u)

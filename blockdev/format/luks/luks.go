@@ -4,6 +4,7 @@ import (
 	"context"
 	"errors"
 	"math"
+	"sync/atomic"
 	"syscall"
 
 	"qblockd/blockdev/crypto"
@@ -20,7 +21,10 @@ type disk struct {
 	file    *graph.Edge
 	payload int64 // where the disk begins in the file
 	cipher  *crypto.Cipher
-	header  *luks.Header
+	header  atomic.Pointer[luks.Header]
+	secret  string // that the disk was opened with
+	// changing counts the changes of keys that have begun.
+	changing atomic.Int32
 }
 
 // errNoKey: a disk without a password is of no use.
@@ -39,16 +43,18 @@ func open(x *driver.Opening, u *types.BlockdevOptionsLUKS) (graph.Driver, error)
 	if err != nil {
 		return nil, err
 	}
-	d := &disk{file: x.Node.File()}
+	d := &disk{file: x.Node.File(), secret: *u.KeySecret}
 	if d.file == nil {
 		return nil, errors.New("luks has no file")
 	}
 	st := store{x.Req, d.file}
-	if d.header, err = luks.Read(st, false); err != nil {
+	h, err := luks.Read(st, false)
+	if err != nil {
 		return nil, err
 	}
-	d.payload = d.header.PayloadOffset()
-	master, err := d.header.Unlock(x.Ctx, st, word)
+	d.header.Store(h)
+	d.payload = h.PayloadOffset()
+	master, err := h.Unlock(x.Ctx, st, word)
 	if err != nil {
 		return nil, err
 	}
@@ -56,7 +62,7 @@ func open(x *driver.Opening, u *types.BlockdevOptionsLUKS) (graph.Driver, error)
 	if d.payload > d.file.Size() {
 		return nil, blk.Errnof(syscall.EIO, "Could not refresh total sector count")
 	}
-	d.cipher, err = crypto.New(d.header.Spec, master.Bytes())
+	d.cipher, err = crypto.New(h.Spec, master.Bytes())
 	if err != nil {
 		return nil, err
 	}
@@ -97,9 +103,15 @@ func (d *disk) Close() error {
 
 // EdgeClaim implements graph.Permer: nothing but requests changes the file, so it is claimed as
 // parents claim the node, and others may write to it if the parents can live with that. The header
-// is read, so whatever the parents do, what is there has to be the image.
+// is read, so whatever the parents do, what is there has to be the image. While keys change nobody
+// else has anything to do with it: two who change them at once would undo what the other did.
 func (d *disk) EdgeClaim(_ string, _ perm.Role, up perm.Claim, _ bool) perm.Claim {
-	return perm.Claim{Need: up.Need&perm.All | perm.ConsistentRead, Share: up.Share & perm.All}
+	c := perm.Claim{Need: up.Need&perm.All | perm.ConsistentRead, Share: up.Share & perm.All}
+	if d.changing.Load() > 0 {
+		c.Need |= perm.Write
+		c.Share &^= perm.Write | perm.ConsistentRead
+	}
+	return c
 }
 
 // Resize implements graph.Resizer.
@@ -115,7 +127,7 @@ func (d *disk) ImageInfo(info *types.ImageInfo) {
 	d.file.ShowImage(info)
 	encrypted := true
 	info.Encrypted = &encrypted
-	h := d.header
+	h := d.header.Load()
 	data := types.QCryptoBlockInfoLUKS{
 		CipherAlg: h.Alg, CipherMode: h.Mode, IvgenAlg: h.IV, HashAlg: h.Hash,
 		PayloadOffset: h.PayloadOffset(), MasterKeyIters: int64(h.Iterations), Uuid: h.UUID,
