@@ -4,6 +4,7 @@ import (
 	"os"
 	"path/filepath"
 	"slices"
+	"strings"
 )
 
 var allSides = []string{us, qsd, nbdkit, qemuNBD}
@@ -95,6 +96,41 @@ func qcow2Loads(b *bench) *group {
 			if err := b.qemuImg("check", "-q", image(side)); err != nil {
 				b.fail(g.name+": "+side, err)
 			}
+			os.Remove(image(side))
+		}
+		os.Remove(raw())
+	}
+	g.loads = nbdLoadsOn(b, up)
+	return g
+}
+
+// luksLoads: an encrypted image, AES-256-XTS, for each daemon.
+func luksLoads(b *bench) *group {
+	raw := func() string { return filepath.Join(b.shm, "raw") }
+	image := func(side string) string { return filepath.Join(b.shm, side+".luks") }
+	const secret = "secret,id=k,data=bench"
+	up := map[string]*proc{}
+	g := &group{name: "nbd luks", sides: []string{us, qsd}}
+	g.ready = func() error { return fillRaw(raw(), b.size) }
+	g.setUp = func(side string) (err error) {
+		for range 20 { // QEMU's measure of processor time is too coarse for it now and then
+			err = b.qemuImg("convert", "--object", secret, "-f", "raw", "-O", "luks",
+				"-o", "key-secret=k,iter-time=10", raw(), image(side))
+			if err == nil || !strings.Contains(err.Error(), "accurate CPU usage") {
+				break
+			}
+		}
+		if err != nil {
+			return err
+		}
+		up[side], err = b.daemon(side, 0, append([]string{
+			"--object", secret, "--blockdev", "driver=file,node-name=f,filename=" + image(side),
+			"--blockdev", "driver=luks,node-name=n,file=f,key-secret=k",
+		}, export...)...)
+		return err
+	}
+	g.down = func() {
+		for side := range up {
 			os.Remove(image(side))
 		}
 		os.Remove(raw())

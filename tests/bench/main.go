@@ -103,7 +103,7 @@ func run(ctx context.Context) error {
 func (b *bench) groups() []*group {
 	return []*group{
 		startLoads(b), monitorLoads(b), graphLoads(b), chainLoads(b, true), chainLoads(b, false),
-		rawLoads(b, "tmpfs"), rawLoads(b, "disk"), qcow2Loads(b), allocatingLoads(b), copyOnWriteLoads(b),
+		rawLoads(b, "tmpfs"), rawLoads(b, "disk"), qcow2Loads(b), luksLoads(b), allocatingLoads(b), copyOnWriteLoads(b),
 		streamLoads(b, "tmpfs"), streamLoads(b, "disk"), bitmapLoads(b), hugeLoads(b, "64 KiB"), hugeLoads(b, "2 MiB"),
 	}
 }

@@ -25,6 +25,7 @@ var targets = []target{
 	{"chain( override)?/full query", qsd, 50},
 	{"chain( override)?/RSS a layer", qsd, 3},
 
+	{"nbd luks/.*", qsd, 1},
 	{"nbd .*/read 1 MiB qd8", qsd, 2.5},
 	{"nbd .*/read 1 MiB qd8 x4", qsd, 4},
 	{"nbd .*/write 1 MiB qd8", qsd, 1.5},
