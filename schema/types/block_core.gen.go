@@ -679,6 +679,8 @@ type BlockdevOptionsLUKS struct {
 	File BlockdevRef
 	// The secret with a password of the disk; it has to be given.
 	KeySecret *string
+	// The node with the header, if that is not at the beginning of @file (since 9.0).
+	Header *BlockdevRef
 }
 
 // BlockdevOptionsGenericCOWFormat: options of formats with a backing file.
@@ -1341,8 +1343,10 @@ type BlockdevCreateOptionsLUKS struct {
 	HashAlg *QCryptoHashAlgorithm
 	// How long this host is to take for that, in milliseconds (default 2000).
 	IterTime *int64
-	// The node to write it to.
-	File BlockdevRef
+	// The node to write it to; it may be left out with @header.
+	File *BlockdevRef
+	// The node to write the header to, if that is not to be at the beginning of @file (since 9.0).
+	Header *BlockdevRef
 	// Size it shows, in bytes.
 	Size uint64
 	// How much is allocated at once (default off).

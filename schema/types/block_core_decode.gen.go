@@ -116,7 +116,8 @@ func visitBlockdevOptionsLUKS(d *decoder, name string, x *BlockdevOptionsLUKS) b
 
 func membersBlockdevOptionsLUKS(d *decoder, x *BlockdevOptionsLUKS) bool {
 	return visitBlockdevRef(d, "file", &x.File) &&
-		opt(d, "key-secret", &x.KeySecret, visitStr)
+		opt(d, "key-secret", &x.KeySecret, visitStr) &&
+		opt(d, "header", &x.Header, visitBlockdevRef)
 }
 
 func visitQcow2OverlapCheckMode(d *decoder, name string, x *Qcow2OverlapCheckMode) bool {
@@ -619,7 +620,8 @@ func membersBlockdevCreateOptionsLUKS(d *decoder, x *BlockdevCreateOptionsLUKS) 
 		opt(d, "ivgen-hash-alg", &x.IvgenHashAlg, visitQCryptoHashAlgorithm) &&
 		opt(d, "hash-alg", &x.HashAlg, visitQCryptoHashAlgorithm) &&
 		opt(d, "iter-time", &x.IterTime, visitInt64) &&
-		visitBlockdevRef(d, "file", &x.File) &&
+		opt(d, "file", &x.File, visitBlockdevRef) &&
+		opt(d, "header", &x.Header, visitBlockdevRef) &&
 		visitSize(d, "size", &x.Size) &&
 		opt(d, "preallocation", &x.Preallocation, visitPreallocMode)
 }

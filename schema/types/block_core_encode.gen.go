@@ -582,7 +582,12 @@ func (x *BlockdevOptionsGenericFormat) AppendJSON(b []byte) []byte {
 
 // AppendJSON appends x in QEMU's form, members in hash order.
 func (x *BlockdevOptionsLUKS) AppendJSON(b []byte) []byte {
-	b = append(b, `{"file": `...)
+	b = append(b, '{')
+	if x.Header != nil {
+		b = appendKey(b, "header")
+		b = x.Header.AppendJSON(b)
+	}
+	b = appendKey(b, "file")
 	b = x.File.AppendJSON(b)
 	if x.KeySecret != nil {
 		b = append(b, `, "key-secret": `...)
@@ -1438,6 +1443,10 @@ func (x *BlockdevOptions) AppendJSON(b []byte) []byte {
 			b = appendKey(b, "detect-zeroes")
 			b = appendEnum(b, *x.DetectZeroes)
 		}
+		if u.Header != nil {
+			b = appendKey(b, "header")
+			b = u.Header.AppendJSON(b)
+		}
 		if x.NodeName != nil {
 			b = appendKey(b, "node-name")
 			b = value.AppendString(b, *x.NodeName)
@@ -1917,6 +1926,10 @@ func (x *BlockdevCreateOptionsLUKS) AppendJSON(b []byte) []byte {
 		b = appendKey(b, "iter-time")
 		b = appendInt(b, *x.IterTime)
 	}
+	if x.Header != nil {
+		b = appendKey(b, "header")
+		b = x.Header.AppendJSON(b)
+	}
 	if x.IvgenHashAlg != nil {
 		b = appendKey(b, "ivgen-hash-alg")
 		b = appendEnum(b, *x.IvgenHashAlg)
@@ -1931,8 +1944,10 @@ func (x *BlockdevCreateOptionsLUKS) AppendJSON(b []byte) []byte {
 		b = append(b, `, "cipher-mode": `...)
 		b = appendEnum(b, *x.CipherMode)
 	}
-	b = append(b, `, "file": `...)
-	b = x.File.AppendJSON(b)
+	if x.File != nil {
+		b = append(b, `, "file": `...)
+		b = x.File.AppendJSON(b)
+	}
 	if x.KeySecret != nil {
 		b = append(b, `, "key-secret": `...)
 		b = value.AppendString(b, *x.KeySecret)
@@ -1982,6 +1997,10 @@ func (x *BlockdevCreateOptions) AppendJSON(b []byte) []byte {
 			b = appendKey(b, "iter-time")
 			b = appendInt(b, *u.IterTime)
 		}
+		if u.Header != nil {
+			b = appendKey(b, "header")
+			b = u.Header.AppendJSON(b)
+		}
 		if u.IvgenHashAlg != nil {
 			b = appendKey(b, "ivgen-hash-alg")
 			b = appendEnum(b, *u.IvgenHashAlg)
@@ -1998,8 +2017,10 @@ func (x *BlockdevCreateOptions) AppendJSON(b []byte) []byte {
 			b = append(b, `, "cipher-mode": `...)
 			b = appendEnum(b, *u.CipherMode)
 		}
-		b = append(b, `, "file": `...)
-		b = u.File.AppendJSON(b)
+		if u.File != nil {
+			b = append(b, `, "file": `...)
+			b = u.File.AppendJSON(b)
+		}
 		if u.KeySecret != nil {
 			b = append(b, `, "key-secret": `...)
 			b = value.AppendString(b, *u.KeySecret)

@@ -217,6 +217,8 @@ type QCryptoBlockInfoLUKS struct {
 	IvgenAlg QCryptoIVGenAlgorithm
 	// Hash of essiv.
 	IvgenHashAlg *QCryptoHashAlgorithm
+	// The header lies elsewhere (only if so; since 9.0).
+	DetachedHeader *bool
 	// Hash that keys are made of passwords with.
 	HashAlg QCryptoHashAlgorithm
 	// Where the disk begins, in bytes.

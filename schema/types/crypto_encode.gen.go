@@ -96,6 +96,10 @@ func (x *QCryptoBlockInfoLUKSSlot) AppendJSON(b []byte) []byte {
 func (x *QCryptoBlockInfoLUKS) AppendJSON(b []byte) []byte {
 	b = append(b, `{"ivgen-alg": `...)
 	b = appendEnum(b, x.IvgenAlg)
+	if x.DetachedHeader != nil {
+		b = append(b, `, "detached-header": `...)
+		b = appendBool(b, *x.DetachedHeader)
+	}
 	b = append(b, `, "hash-alg": `...)
 	b = appendEnum(b, x.HashAlg)
 	b = append(b, `, "cipher-alg": `...)

@@ -22,10 +22,10 @@ type change struct {
 	root *graph.Root
 }
 
-// amend begins to change keys: nobody else may read or write the file until it ends.
+// amend begins to change keys: nobody else may read or write the header's file until it ends.
 func amend(ctx context.Context, a *driver.Amendment, o *types.BlockdevAmendOptionsLUKS) (*driver.Amending, error) {
 	d := a.Node.Driver().(*disk)
-	if a.Node.ReadOnly() || d.file.Node().ReadOnly() {
+	if a.Node.ReadOnly() || d.meta.Node().ReadOnly() {
 		return nil, errors.New("Block node is read-only")
 	}
 	c := &change{Amendment: a, d: d, o: o}
@@ -97,7 +97,7 @@ func (c *change) do(ctx context.Context, started func()) error {
 		c.d.header.Store(&h) // also what was done before something failed
 		c.Node.Bump()
 	}()
-	st := gated{ctx, c.root, c.d.file, started}
+	st := gated{ctx, c.root, c.d.meta, started}
 	if c.o.State == types.QCryptoBlockLUKSKeyslotStateActive {
 		return c.add(ctx, &h, st)
 	}

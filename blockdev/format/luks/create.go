@@ -34,9 +34,32 @@ func spec(o *types.BlockdevCreateOptionsLUKS) crypto.Spec {
 	return s
 }
 
-// create makes an image in the node below root. Its header is written last: until then there is
-// none.
-func create(ctx context.Context, c *driver.Creation, root *graph.Root, o *types.BlockdevCreateOptionsLUKS) error {
+var errNowhere = errors.New("Either the parameter 'header' or 'file' must be specified")
+
+// inFiles opens what an image is made in. header is the same as data if it is at its beginning;
+// data is nil if the header alone is to be made.
+func inFiles(
+	ctx context.Context, c *driver.Creation, o *types.BlockdevCreateOptionsLUKS, use func(header, data *graph.Root) error,
+) error {
+	switch {
+	case o.Header == nil && o.File == nil:
+		c.Started()
+		return errNowhere
+	case o.Header == nil:
+		return c.InFile(ctx, o.File, func(data *graph.Root) error { return use(data, data) })
+	case o.File == nil:
+		return c.InFile(ctx, o.Header, func(header *graph.Root) error { return use(header, nil) })
+	}
+	return c.InFile(ctx, o.File, func(data *graph.Root) error {
+		return c.InFile(ctx, o.Header, func(header *graph.Root) error { return use(header, data) })
+	})
+}
+
+// create makes an image in the nodes below two roots. Its header is written last: until then there
+// is none.
+func create(
+	ctx context.Context, c *driver.Creation, header, data *graph.Root, o *types.BlockdevCreateOptionsLUKS,
+) error {
 	c.Started() // QEMU answers before it looks at the options
 	word, err := password(c.Objects, o.KeySecret)
 	if err != nil {
@@ -52,15 +75,23 @@ func create(ctx context.Context, c *driver.Creation, root *graph.Root, o *types.
 		return err
 	}
 	defer master.Close()
-	if err := resize(ctx, root, h.PayloadOffset(), o); err != nil {
-		return err
+	if header != data {
+		if err := header.Resize(ctx, h.PayloadOffset(), true, blk.PreallocOff); err != nil {
+			return err
+		}
+		h.Payload = 0
 	}
-	r, err := root.Begin(ctx)
+	if data != nil {
+		if err := resize(ctx, data, h.PayloadOffset(), o); err != nil {
+			return err
+		}
+	}
+	r, err := header.Begin(ctx)
 	if err != nil {
 		return err
 	}
-	defer root.End(r)
-	return h.SetKey(ctx, store{r, root.Edge()}, 0, master, word, millis)
+	defer header.End(r)
+	return h.SetKey(ctx, store{r, header.Edge()}, 0, master, word, millis)
 }
 
 var errTooLarge = blk.Text("The requested file size is too large", syscall.EFBIG)

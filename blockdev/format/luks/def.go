@@ -14,13 +14,23 @@ import (
 // role is that of the file: its size is the disk's, too, and nothing but requests changes it.
 const role = perm.Data | perm.Primary
 
+// A header of its own is a second child, which is written to only while keys change.
+const (
+	headerName = "header"
+	headerRole = perm.Data
+)
+
 // Def describes the driver.
 var Def = driver.Of(driver.Def[*types.BlockdevOptionsLUKS]{
 	Name: types.BlockdevDriverLuks, Kind: graph.Format,
 	Open:   open,
 	Reopen: driver.NoChange[*types.BlockdevOptionsLUKS],
 	Children: func(u *types.BlockdevOptionsLUKS) []driver.Child {
-		return []driver.Child{{Name: "file", Role: role, Ref: &u.File}}
+		l := []driver.Child{{Name: "file", Role: role, Ref: &u.File}}
+		if u.Header != nil {
+			l = append(l, driver.Child{Name: headerName, Role: headerRole, Ref: u.Header})
+		}
+		return l
 	},
 	Strong: func(u *types.BlockdevOptionsLUKS, add func(name string, v value.Value)) {
 		driver.AddGiven(add, "key-secret", u.KeySecret)
@@ -34,7 +44,7 @@ var Def = driver.Of(driver.Def[*types.BlockdevOptionsLUKS]{
 	},
 	ForImages: &driver.ForImages{Options: []string{"key-secret"}, Object: "secret"},
 	Create: driver.Creates(func(ctx context.Context, c *driver.Creation, o *types.BlockdevCreateOptionsLUKS) error {
-		return c.InFile(ctx, &o.File, func(root *graph.Root) error { return create(ctx, c, root, o) })
+		return inFiles(ctx, c, o, func(header, data *graph.Root) error { return create(ctx, c, header, data, o) })
 	}),
 	Amend: func(ctx context.Context, a *driver.Amendment, o any) (*driver.Amending, error) {
 		return amend(ctx, a, o.(*types.BlockdevAmendOptionsLUKS))

@@ -51,7 +51,7 @@ func makeIn(t testing.TB, file graph.Driver, o *types.BlockdevCreateOptionsLUKS)
 		t.Fatal(err)
 	}
 	defer g.CloseRoot(context.Background(), root)
-	return create(context.Background(), &driver.Creation{Objects: known, Started: func() {}}, root, o)
+	return create(context.Background(), &driver.Creation{Objects: known, Started: func() {}}, root, root, o)
 }
 
 // newImage makes an image in memory.

@@ -19,7 +19,8 @@ import (
 // disk is the driver of a node.
 type disk struct {
 	file    *graph.Edge
-	payload int64 // where the disk begins in the file
+	meta    *graph.Edge // where the header is: file, or a child of its own
+	payload int64       // where the disk begins in the file
 	cipher  *crypto.Cipher
 	header  atomic.Pointer[luks.Header]
 	secret  string // that the disk was opened with
@@ -43,12 +44,15 @@ func open(x *driver.Opening, u *types.BlockdevOptionsLUKS) (graph.Driver, error)
 	if err != nil {
 		return nil, err
 	}
-	d := &disk{file: x.Node.File(), secret: *u.KeySecret}
+	d := &disk{file: x.Node.File(), meta: x.Node.Child(headerName), secret: *u.KeySecret}
 	if d.file == nil {
 		return nil, errors.New("luks has no file")
 	}
-	st := store{x.Req, d.file}
-	h, err := luks.Read(st, false)
+	if d.meta == nil {
+		d.meta = d.file
+	}
+	st := store{x.Req, d.meta}
+	h, err := luks.Read(st, d.detached())
 	if err != nil {
 		return nil, err
 	}
@@ -68,6 +72,9 @@ func open(x *driver.Opening, u *types.BlockdevOptionsLUKS) (graph.Driver, error)
 	}
 	return d, nil
 }
+
+// detached tells whether the header is not in the file.
+func (d *disk) detached() bool { return d.meta != d.file }
 
 // store is the header within its file.
 type store struct {
@@ -105,9 +112,12 @@ func (d *disk) Close() error {
 // parents claim the node, and others may write to it if the parents can live with that. The header
 // is read, so whatever the parents do, what is there has to be the image. While keys change nobody
 // else has anything to do with it: two who change them at once would undo what the other did.
-func (d *disk) EdgeClaim(_ string, _ perm.Role, up perm.Claim, _ bool) perm.Claim {
+func (d *disk) EdgeClaim(child string, _ perm.Role, up perm.Claim, _ bool) perm.Claim {
 	c := perm.Claim{Need: up.Need&perm.All | perm.ConsistentRead, Share: up.Share & perm.All}
-	if d.changing.Load() > 0 {
+	if child == headerName {
+		c = perm.Claim{Need: perm.ConsistentRead, Share: perm.All}
+	}
+	if child == d.meta.ChildName() && d.changing.Load() > 0 {
 		c.Need |= perm.Write
 		c.Share &^= perm.Write | perm.ConsistentRead
 	}
@@ -134,6 +144,9 @@ func (d *disk) ImageInfo(info *types.ImageInfo) {
 	}
 	if h.IV == types.QCryptoIVGenAlgorithmEssiv {
 		data.IvgenHashAlg = &h.IVHash
+	}
+	if detached := d.detached(); detached {
+		data.DetachedHeader = &detached
 	}
 	for i := range h.Slots {
 		s := &h.Slots[i]
