@@ -23,9 +23,12 @@ type DirtyBitmap struct {
 
 	// Guarded by of.mu.
 	disabled, busy, persistent, inconsistent, readOnly bool
-	pending                                            BitmapPending    // see SetPending
-	successor                                          *DirtyBitmap     // on the list too, without a name
-	since                                              []*bitmap.Bitmap // record what is written while a Merge may be undone
+	// see SetPending
+	pending BitmapPending
+	// on the list too, without a name
+	successor *DirtyBitmap
+	// record what is written while a Merge may be undone
+	since []*bitmap.Bitmap
 }
 
 // BitmapPending is what a transaction under way is about to do with a bitmap.

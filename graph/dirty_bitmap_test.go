@@ -150,7 +150,8 @@ func TestDiscardIsRecorded(t *testing.T) {
 		if err := tx.Commit(); err != nil {
 			t.Fatal(err)
 		}
-		a, b := newBitmap(t, n, graph.DirtyBitmapSpec{Granularity: 4096}), newBitmap(t, n, graph.DirtyBitmapSpec{Granularity: 4096})
+		spec := graph.DirtyBitmapSpec{Granularity: 4096}
+		a, b := newBitmap(t, n, spec), newBitmap(t, n, spec)
 		r, err := root.Begin(context.Background())
 		if err != nil {
 			t.Fatal(err)

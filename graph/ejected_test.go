@@ -16,7 +16,8 @@ func (ejected) Ejected() bool { return true }
 // A discard that would do nothing anyway still tells that there is no medium any more.
 func TestDiscardOfEjected(t *testing.T) {
 	g := drivertest.NewGraph(t)
-	root := attach(t, g, drivertest.AddNode(t, g, "n", ejected{drivertest.NewMemFileOptions(1<<20, drivertest.MemOptions{Limits: blk.Limits{RequestAlign: 512}})}))
+	file := drivertest.NewMemFileOptions(1<<20, drivertest.MemOptions{Limits: blk.Limits{RequestAlign: 512}})
+	root := attach(t, g, drivertest.AddNode(t, g, "n", ejected{file}))
 	r, err := root.Begin(within(t))
 	if err != nil {
 		t.Fatal(err)

@@ -21,7 +21,8 @@ func dump(g *Graph) string {
 		n.g.mu.RUnlock()
 	}
 	for _, e := range t.Edges {
-		fmt.Fprintf(&b, "%s -%s-> %s %v frozen=%v\n", e.Edge.Parent().Describe(), e.Edge.ChildName(), e.Node.name, e.Claim, e.Edge.Frozen())
+		fmt.Fprintf(&b, "%s -%s-> %s %v frozen=%v\n",
+			e.Edge.Parent().Describe(), e.Edge.ChildName(), e.Node.name, e.Claim, e.Edge.Frozen())
 	}
 	g.mu.RLock()
 	fmt.Fprintf(&b, "%d names, %d pending, %d reserved\n", len(g.names), len(g.pending), len(g.resv.queues))

@@ -140,7 +140,8 @@ func TestConflictLeavesGraphUntouched(t *testing.T) {
 	_, err = tryRoot(g, f, perm.Claim{Need: perm.Write, Share: perm.All})
 	wantErr(t, err, "Permission conflict on node 'f': permissions 'write' are both required by an unnamed block device (uses node 'f' as 'root' child) and unshared by node 'q1' (uses node 'f' as 'file' child).")
 	after := g.Topology()
-	if len(after.Nodes) != len(before.Nodes) || len(after.Edges) != len(before.Edges) || len(after.Roots) != 0 || len(d.perms) != perms {
+	if len(after.Nodes) != len(before.Nodes) || len(after.Edges) != len(before.Edges) ||
+		len(after.Roots) != 0 || len(d.perms) != perms {
 		t.Errorf("the graph changed: %v -> %v", before, after)
 	}
 	if g.Node("q2") != nil || len(g.names) != 2 {

@@ -89,7 +89,8 @@ func (d *overDriver) below() *Edge {
 	if e := d.n.Backing(); e != nil {
 		return e
 	}
-	panic(fmt.Sprintf("a request in node %s (state %d, quiesce %d, owned %v) without children", d.n.name, d.n.state, d.n.quiesce, d.n.owned))
+	panic(fmt.Sprintf("a request in node %s (state %d, quiesce %d, owned %v) without children",
+		d.n.name, d.n.state, d.n.quiesce, d.n.owned))
 }
 func (d *overDriver) Caps() Caps  { return Caps{Backing: true} }
 func (d *overDriver) Size() int64 { return d.below().Node().Size() }

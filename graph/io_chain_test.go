@@ -85,7 +85,8 @@ func (o *overlay) Status(r *blk.Req, off, n int64) (blk.Extent, error) {
 }
 
 func addOverlay(t testing.TB, g *graph.Graph, name string, size int64, below *graph.Node) *graph.Node {
-	s := drivertest.Spec{Options: graph.Options{Name: name, Kind: graph.Format, DriverName: "qcow2"}, Open: openOverlay(size)}
+	s := drivertest.Spec{
+		Options: graph.Options{Name: name, Kind: graph.Format, DriverName: "qcow2"}, Open: openOverlay(size)}
 	if below != nil {
 		s.Children = []drivertest.Child{drivertest.Backing(below)}
 	}
@@ -340,7 +341,8 @@ func TestMapPastFilters(t *testing.T) {
 			t.Errorf("transparent %v: copy: %v", transparent, err)
 		}
 		m.Release()
-		if x, err := root.Status(r, 0, 4096); err != nil || !x.Data || !x.OffValid || x.In == nil || x.In.ChildName() != "file" {
+		x, err := root.Status(r, 0, 4096)
+		if err != nil || !x.Data || !x.OffValid || x.In == nil || x.In.ChildName() != "file" {
 			t.Errorf("status: %+v, %v", x, err)
 		}
 	}

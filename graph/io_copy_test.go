@@ -34,7 +34,8 @@ func TestCopyThroughMemory(t *testing.T) {
 		var roots []*Root
 		tx := g.Begin(context.Background())
 		for _, n := range []*Node{from, to} {
-			r, err := tx.AttachRoot(RootSpec{EdgeName: "root", Claim: perm.Claim{Need: perm.ConsistentRead | perm.Write, Share: perm.All}}, n)
+			claim := perm.Claim{Need: perm.ConsistentRead | perm.Write, Share: perm.All}
+			r, err := tx.AttachRoot(RootSpec{EdgeName: "root", Claim: claim}, n)
 			if err != nil {
 				t.Fatal(err)
 			}
@@ -49,7 +50,8 @@ func TestCopyThroughMemory(t *testing.T) {
 		}
 		err = c.copy(r, roots[0].Edge(), roots[1].Edge(), 512, 1024, 0)
 		roots[0].End(r)
-		if err != nil || src.asked != c.asked || !bytes.Equal(dst.data[512:1536], src.data[:1024]) || dst.data[511]|dst.data[1536] != 0 {
+		if err != nil || src.asked != c.asked || !bytes.Equal(dst.data[512:1536], src.data[:1024]) ||
+			dst.data[511]|dst.data[1536] != 0 {
 			t.Errorf("%s: %v; the kernel was asked %d times, want %d", name, err, src.asked, c.asked)
 		}
 		detachAll(t, g)

@@ -14,7 +14,8 @@ import (
 // Each call of the driver fails once, before or after its effect: the error surfaces with its
 // errno, nothing stays registered or in flight, and the next attempt succeeds.
 func TestEveryCallFails(t *testing.T) {
-	limits := blk.Limits{RequestAlign: 512, MemAlign: 512, MaxTransfer: 4096, ZeroAlign: 1024, MaxZero: 8192, DiscardAlign: 4096, MaxDiscard: 8192}
+	limits := blk.Limits{RequestAlign: 512, MemAlign: 512, MaxTransfer: 4096,
+		ZeroAlign: 1024, MaxZero: 8192, DiscardAlign: 4096, MaxDiscard: 8192}
 	for _, op := range []struct {
 		name string
 		f    func(root *graph.Root, r *blk.Req) error
@@ -25,9 +26,13 @@ func TestEveryCallFails(t *testing.T) {
 		{"growing write", func(root *graph.Root, r *blk.Req) error {
 			return root.WriteAt(r, fill(1, 9000), 1<<20-100, blk.Grow)
 		}},
-		{"unaligned zero", func(root *graph.Root, r *blk.Req) error { return root.Zero(r, 100, 40000, blk.FUA|blk.MayUnmap) }},
+		{"unaligned zero", func(root *graph.Root, r *blk.Req) error {
+			return root.Zero(r, 100, 40000, blk.FUA|blk.MayUnmap)
+		}},
 		{"discard", func(root *graph.Root, r *blk.Req) error { return root.Discard(r, 100, 60000) }},
-		{"copy on read", func(root *graph.Root, r *blk.Req) error { return root.ReadAt(r, fill(0, 3000), 100, blk.CopyOnRead) }},
+		{"copy on read", func(root *graph.Root, r *blk.Req) error {
+			return root.ReadAt(r, fill(0, 3000), 100, blk.CopyOnRead)
+		}},
 		{"resize", func(root *graph.Root, r *blk.Req) error { return root.Resize(r.Ctx, 1<<19, true, "") }},
 		{"copy", func(root *graph.Root, r *blk.Req) error {
 			return root.CopyFrom(r, 0, []blk.HostRange{{FD: -1, N: 20480}}, 0)
@@ -37,7 +42,8 @@ func TestEveryCallFails(t *testing.T) {
 			t.Run(fmt.Sprintf("%s after=%v", op.name, after), func(t *testing.T) {
 				for i := 0; ; i++ {
 					g := drivertest.NewGraph(t)
-					f := drivertest.NewFault(drivertest.NewMemFileOptions(1<<20, drivertest.MemOptions{Limits: limits, ZeroFlags: blk.MayUnmap}))
+					options := drivertest.MemOptions{Limits: limits, ZeroFlags: blk.MayUnmap}
+					f := drivertest.NewFault(drivertest.NewMemFileOptions(1<<20, options))
 					n := node(t, g, f, nil)
 					root := drivertest.AddRoot(t, g, n, everything)
 					r := begin(t, root)

@@ -80,7 +80,8 @@ func (e *Edge) CopyFrom(r *blk.Req, off int64, src []blk.HostRange, f blk.Flags)
 	}
 	detect, _ := s.detectZeroes()
 	forward := s.n.Kind() == Filter && s.drv.copier == nil && s.n.FilteredChild() != nil
-	if detect || f&blk.Compressed != 0 || s.n.Kind() == Filter && !s.drv.caps.Transparent || s.drv.copier == nil && !forward ||
+	if detect || f&blk.Compressed != 0 || s.n.Kind() == Filter && !s.drv.caps.Transparent ||
+		s.drv.copier == nil && !forward ||
 		!blk.IsAligned(off, size, s.drv.align) {
 		return blk.ErrNotSupported
 	}

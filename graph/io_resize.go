@@ -13,7 +13,8 @@ import (
 var (
 	errNegativeSize = blk.Text("Image size cannot be negative", errors.Join(blk.ErrOutOfRange, syscall.EINVAL))
 	errImageRO      = blk.Text("Image is read-only", errors.Join(blk.ErrReadOnly, syscall.EACCES))
-	errNoResize     = blk.Text("Image format driver does not support resize", errors.Join(blk.ErrNotSupported, syscall.ENOTSUP))
+	errNoResize     = blk.Text("Image format driver does not support resize",
+		errors.Join(blk.ErrNotSupported, syscall.ENOTSUP))
 )
 
 // Resize gives the node below the size size. exact false: it may be longer. What is added reads as
@@ -28,7 +29,8 @@ func (e *Edge) Resize(ctx context.Context, size int64, exact bool, m blk.Preallo
 	case size < 0:
 		return errNegativeSize
 	case size > blk.MaxSize:
-		return blk.Text(fmt.Sprintf("offset(%d) exceeds maximum(%d)", size, blk.MaxSize), errors.Join(blk.ErrOutOfRange, syscall.EFBIG))
+		return blk.Text(fmt.Sprintf("offset(%d) exceeds maximum(%d)", size, blk.MaxSize),
+			errors.Join(blk.ErrOutOfRange, syscall.EFBIG))
 	case s.n.readOnly.Load():
 		return errImageRO
 	}

@@ -55,7 +55,8 @@ func TestDetectZeroes(t *testing.T) {
 	} {
 		g := drivertest.NewGraph(t)
 		m := drivertest.NewMemFile(1 << 20)
-		root := drivertest.AddRoot(t, g, node(t, g, m, func(s *drivertest.Spec) { s.Options.DetectZeroes = c.mode }), everything)
+		n := node(t, g, m, func(s *drivertest.Spec) { s.Options.DetectZeroes = c.mode })
+		root := drivertest.AddRoot(t, g, n, everything)
 		r := begin(t, root)
 		ok(t, root.WriteAt(r, fill(0, 4096), 0, 0))
 		ok(t, root.WriteAt(r, blk.Bufs([][]byte{make([]byte, 100), make([]byte, 3996)}), 0, 0))

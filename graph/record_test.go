@@ -70,7 +70,8 @@ func TestRecord(t *testing.T) {
 
 	var root *Root
 	do(func(tx *Tx) (err error) {
-		root, err = tx.AttachRoot(RootSpec{EdgeName: "root", Claim: readAll, Of: NewRecord(Key{Kind: StateExport, Name: "e"}, "its options")}, disk)
+		of := NewRecord(Key{Kind: StateExport, Name: "e"}, "its options")
+		root, err = tx.AttachRoot(RootSpec{EdgeName: "root", Claim: readAll, Of: of}, disk)
 		return err
 	})
 	r.expect(t, "export e: its options", "export e.root: disk")
@@ -240,7 +241,8 @@ func TestRecordBitmaps(t *testing.T) {
 		},
 			[]string{"bitmap n.a: 65536 persistent=false disabled=false", "bitmap n.b: 512 persistent=false disabled=true"}},
 		{func() { mk(DirtyBitmapSpec{}); a.SetBusy(true); a.Freeze() }, nil},
-		{func() { b.Enable(); b.change(func() { b.persistent = true }) }, []string{"bitmap n.b: 512 persistent=true disabled=false"}},
+		{func() { b.Enable(); b.change(func() { b.persistent = true }) },
+			[]string{"bitmap n.b: 512 persistent=true disabled=false"}},
 		{func() { a.Reclaim(); a.SetPending(PendingDisable); b.SetPending(PendingRemove) },
 			[]string{"bitmap n.a: 65536 persistent=false disabled=true", "bitmap n.b: gone"}},
 		{func() { a.Disable(); b.Remove() }, nil},

@@ -101,8 +101,10 @@ func (a *Account) Stats(n *Node) *types.BlockDeviceStats {
 	rd, wr, fl, un := &a.kinds[acctRead], &a.kinds[acctWrite], &a.kinds[acctFlush], &a.kinds[acctUnmap]
 	s := &types.BlockDeviceStats{
 		RdBytes: rd.bytes.Load(), WrBytes: wr.bytes.Load(), UnmapBytes: un.bytes.Load(),
-		RdOperations: rd.ops.Load(), WrOperations: wr.ops.Load(), FlushOperations: fl.ops.Load(), UnmapOperations: un.ops.Load(),
-		RdTotalTimeNs: rd.ns.Load(), WrTotalTimeNs: wr.ns.Load(), FlushTotalTimeNs: fl.ns.Load(), UnmapTotalTimeNs: un.ns.Load(),
+		RdOperations: rd.ops.Load(), WrOperations: wr.ops.Load(),
+		FlushOperations: fl.ops.Load(), UnmapOperations: un.ops.Load(),
+		RdTotalTimeNs: rd.ns.Load(), WrTotalTimeNs: wr.ns.Load(),
+		FlushTotalTimeNs: fl.ns.Load(), UnmapTotalTimeNs: un.ns.Load(),
 		RdMerged: rd.merged.Load(), WrMerged: wr.merged.Load(), UnmapMerged: un.merged.Load(),
 		FailedRdOperations: rd.failed.Load(), FailedWrOperations: wr.failed.Load(),
 		FailedFlushOperations: fl.failed.Load(), FailedUnmapOperations: un.failed.Load(),

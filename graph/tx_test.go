@@ -52,7 +52,8 @@ func TestClaims(t *testing.T) {
 	}
 	tx = g.Begin(context.Background())
 	defer tx.Abort()
-	if err := errors.Join(tx.SetClaim(r.Edge(), perm.Claim{Need: cr, Share: cr}), tx.SetReadOnly(top, true), tx.Commit()); err != nil {
+	reads := perm.Claim{Need: cr, Share: cr}
+	if err := errors.Join(tx.SetClaim(r.Edge(), reads), tx.SetReadOnly(top, true), tx.Commit()); err != nil {
 		t.Fatal(err)
 	}
 	check(top.File(), cr, cr)
@@ -127,7 +128,8 @@ func TestSnapshotGroup(t *testing.T) {
 	if err := tx.Commit(); err != nil {
 		t.Fatal(err)
 	}
-	if r.Node() != o2 || Now.BackingChainNext(o2) != o1 || Now.BackingChainNext(o1) != base || Now.BackingChainNext(base) != nil {
+	if r.Node() != o2 || Now.BackingChainNext(o2) != o1 || Now.BackingChainNext(o1) != base ||
+		Now.BackingChainNext(base) != nil {
 		t.Error("wrong chain")
 	}
 	detachAll(t, g)
