@@ -323,10 +323,14 @@ func (e *reopening) apply(tx *graph.Tx, gen *graph.Options, readOnly bool) (err 
 		return err
 	}
 	e.outcome = func() error { return nil }
-	if readOnly != e.node.ReadOnly() {
-		if e.outcome, err = tx.SwitchReadOnly(e.node, readOnly); err != nil {
-			return err
-		}
+	switch {
+	case readOnly != e.node.ReadOnly():
+		e.outcome, err = tx.SwitchReadOnly(e.node, readOnly)
+	case graph.WritersBarred(e.node): // by a job; its user wants it writable
+		err = tx.BarWriters(e.node, nil)
+	}
+	if err != nil {
+		return err
 	}
 	return tx.Refresh(e.node)
 }

@@ -61,6 +61,24 @@ func writer(t testing.TB, n *graph.Node, root *graph.Root, stop *atomic.Bool, se
 	}
 }
 
+// TestReopenEndsBar: a node that a job has left without writers gets them again when its user
+// reopens it as writable, which it is already.
+func TestReopenEndsBar(t *testing.T) {
+	m := newManager(t, Config{})
+	mustAdd(t, m, `{'driver': 'null-co', 'node-name': 'file'}`)
+	mustAdd(t, m, `{'driver': 'raw', 'node-name': 'n', 'file': 'file'}`)
+	n, why := m.Graph().Node("n"), errors.New("it was to be read-only")
+	if err := m.Graph().Do(t.Context(), func(tx *graph.Tx) error { return tx.BarWriters(n, why) }); err != nil {
+		t.Fatal(err)
+	}
+	spec := graph.RootSpec{EdgeName: "root", Claim: drivertest.Writer}
+	if _, err := m.Graph().AddRoot(t.Context(), spec, n); !errors.Is(err, why) {
+		t.Errorf("a writer comes: %v", err)
+	}
+	mustReopen(t, m, `{'driver': 'raw', 'node-name': 'n', 'file': 'file'}`)
+	drivertest.AddRoot(t, m.Graph(), n, drivertest.Writer)
+}
+
 // TestReopenUnderLoad changes everything that can be changed again and again while clients write
 // and read.
 func TestReopenUnderLoad(t *testing.T) {

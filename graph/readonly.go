@@ -8,6 +8,13 @@ import (
 	"qblockd/graph/blk"
 )
 
+// WritersBarred tells whether nobody may write to n although it is not read-only (Tx.BarWriters).
+func WritersBarred(n *Node) bool {
+	n.g.mu.RLock()
+	defer n.g.mu.RUnlock()
+	return n.noWriters != nil
+}
+
 // SwitchReadOnly makes all nodes read-only or writable, or none. Requests on them wait meanwhile;
 // it blocks as long as those and the storage do. Errors: those of permissions and of the drivers.
 func (g *Graph) SwitchReadOnly(ctx context.Context, readOnly bool, nodes ...*Node) error {

@@ -256,7 +256,7 @@ func (tx *Tx) SetReadOnly(n *Node, ro bool) error {
 }
 
 // BarWriters lets nobody write to n any more, which is writable, until SetReadOnly: why is the
-// error that they get. Whoever writes already makes Commit fail.
+// error that they get. Whoever writes already makes Commit fail. nil ends that.
 func (tx *Tx) BarWriters(n *Node, why error) error {
 	return tx.do(func(d *txDraft) error {
 		st := d.Node(n)

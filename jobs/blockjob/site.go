@@ -43,21 +43,26 @@ func (s *Site) MakeWritable(ctx context.Context, n *graph.Node) (err error) {
 }
 
 // MakeWritable makes n writable until restore is called, if it is read-only, with the children that
-// have that from it.
+// have that from it; also if it is one that a job before could not make read-only again.
 func MakeWritable(ctx context.Context, n *graph.Node) (restore func(), err error) {
-	if !n.ReadOnly() {
+	nodes := graph.Now.WithFiles(n)
+	switch {
+	case n.ReadOnly():
+		err = n.Graph().SwitchReadOnly(ctx, false, nodes...)
+	case graph.WritersBarred(n):
+		err = n.Graph().Do(ctx, func(tx *graph.Tx) error { return tx.BarWriters(n, nil) })
+	default:
 		return func() {}, nil
 	}
-	nodes := graph.Now.WithFiles(n)
-	if err := n.Graph().SwitchReadOnly(ctx, false, nodes...); err != nil {
+	if err != nil {
 		return func() {}, err
 	}
 	return func() { makeReadOnly(nodes) }, nil
 }
 
 // makeReadOnly ends MakeWritable. A node that cannot follow stays as it is, so that it can still
-// store what it has in memory, but nobody gets the right to write to it; unless others have come
-// meanwhile who do.
+// store what it has in memory, but nobody gets the right to write to it, until the next job or
+// blockdev-reopen; unless others have come meanwhile who do.
 func makeReadOnly(nodes []*graph.Node) {
 	n, ctx := nodes[0], context.Background()
 	err := n.Graph().SwitchReadOnly(ctx, true, nodes...)
@@ -66,7 +71,7 @@ func makeReadOnly(nodes []*graph.Node) {
 	}
 	tx := n.Graph().Begin(ctx)
 	defer tx.Abort()
-	why := fmt.Errorf("Node '%s' could not be made read-only again after a job: %w", n.Name(), err)
+	why := blk.Errnof(err, "Node '%s' could not be made read-only again after a job", n.Name())
 	if barred := errors.Join(tx.BarWriters(n, why), tx.Commit()); barred != nil {
 		slog.Warn("a node stays writable after a job: others write to it", "node", n.Name(), "error", err)
 		return
