@@ -42,13 +42,15 @@ func newFixture(t *testing.T) *fixture {
 
 func (f *fixture) start() {
 	f.t.Helper()
-	if err := f.nbd.Start(f.t.Context(), unixAddr(f.path), nil); err != nil {
+	if err := f.nbd.Start(f.t.Context(), unixServer(f.path)); err != nil {
 		f.t.Fatal(err)
 	}
 }
 
-func unixAddr(path string) *types.SocketAddress {
-	return &types.SocketAddress{Type: types.SocketAddressTypeUnix, U: &types.UnixSocketAddress{Path: path}}
+func unixServer(path string) *types.NbdServerOptions {
+	return &types.NbdServerOptions{
+		Addr: types.SocketAddress{Type: types.SocketAddressTypeUnix, U: &types.UnixSocketAddress{Path: path}},
+	}
 }
 
 func (f *fixture) node(name string) (*graph.Node, *drivertest.Fault) {
@@ -143,7 +145,7 @@ func TestAddErrors(t *testing.T) {
 	f.is(f.add("e", "n"), "NBD server not running")
 	f.is(f.nbd.Stop(t.Context()), "NBD server not running")
 	f.start()
-	f.is(f.nbd.Start(t.Context(), unixAddr(f.path+"2"), nil), "NBD server already running")
+	f.is(f.nbd.Start(t.Context(), unixServer(f.path+"2")), "NBD server already running")
 	f.is(f.add("e", "none"), "Cannot find device='' nor node-name='none'")
 	for _, id := range []string{"", "1e", "e/", "#e", "é"} {
 		f.is(f.add(id, "n"), "Invalid block export id")
@@ -363,7 +365,7 @@ func TestStopOrder(t *testing.T) {
 		t.Error(d)
 	}
 	f.is(f.add("a", "n"), "NBD server not running")
-	f.is(f.nbd.Start(t.Context(), unixAddr(f.path), nil), "The daemon is shutting down")
+	f.is(f.nbd.Start(t.Context(), unixServer(f.path)), "The daemon is shutting down")
 }
 
 // Adding and stopping at the same time leaves no export without a server.

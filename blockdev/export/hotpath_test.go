@@ -50,8 +50,7 @@ func newStack(t testing.TB) *stack {
 		m: blockdev.New(g, blockdev.Config{Drivers: drivers.All, Log: slog.New(slog.DiscardHandler)})}
 	server := nbd.NewType(s.table, nbd.Options{})
 	t.Cleanup(func() { s.table.Close(context.Background()) })
-	addr := &types.SocketAddress{Type: types.SocketAddressTypeUnix, U: &types.UnixSocketAddress{Path: s.sock}}
-	s.must(server.Start(context.Background(), addr, nil))
+	s.must(server.Start(context.Background(), unixServer(s.sock)))
 	return s
 }
 

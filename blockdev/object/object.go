@@ -1,6 +1,7 @@
 // Package object holds the objects that clients make by object-add and see as a tree through the
 // qom- commands: iothread, a named and bounded group of workers; secret, which gives nothing away;
-// and throttle-group, limits for throttle filters.
+// throttle-group, limits for throttle filters; tls-creds-x509, certificates for TLS; authz-list,
+// authz-listfile and authz-simple, which say who may connect.
 //
 //	/            container
 //	/objects     container    what object-add made
@@ -104,6 +105,14 @@ func (r *Registry) make(o *types.ObjectOptions) (object, error) {
 		return newIothread(u)
 	case *types.SecretProperties:
 		return &secret{p: *u}, nil
+	case *types.TlsCredsX509Properties:
+		return &certificates{p: *u}, nil
+	case *types.AuthZSimpleProperties:
+		return &authzSimple{identity: u.Identity}, nil
+	case *types.AuthZListProperties:
+		return &authzList{p: *u}, nil
+	case *types.AuthZListFileProperties:
+		return &authzFile{p: *u}, nil
 	}
 	return nil, fmt.Errorf("invalid object type: %s", o.QomType)
 }

@@ -85,6 +85,9 @@ func (n *node) each(f func(*node)) {
 
 // typeProperties are the properties of each type, beyond "type", in QEMU's order.
 var typeProperties = map[string][]*types.ObjectPropertyInfo{
+	"authz-list":      infos("string", "policy:QAuthZListPolicy", "rules:QAuthZListRule"),
+	"authz-list-file": infos("string", "filename", "refresh:bool"),
+	"authz-simple":    infos("string", "identity"),
 	"event-loop-base": infos("int", loopProperties...),
 	"iothread":        infos("int", slices.Concat(loopProperties, pollProperties)...),
 	"secret_common":   secretCommon,
@@ -93,7 +96,11 @@ var typeProperties = map[string][]*types.ObjectPropertyInfo{
 		"x-bps-total", "x-iops-read-max-length", "x-bps-write", "x-iops-write-max-length", "x-bps-read-max", "x-iops-read-max",
 		"x-bps-total-max", "x-bps-read-max-length", "x-iops-read", "x-bps-read", "x-bps-write-max", "x-iops-total-max",
 		"x-iops-total", "x-iops-write", "x-bps-total-max-length", "x-iops-write-max"),
+	"tls-creds":      tlsCommon,
+	"tls-creds-x509": append(tlsCommon[:len(tlsCommon):len(tlsCommon)], infos("bool", "sanity-check", "passwordid:string", "loaded")...),
 }
+
+var tlsCommon = infos("string", "endpoint:QCryptoTLSCredsEndpoint", "dir", "verify-peer:bool", "priority")
 
 var secretCommon = infos("string", "iv", "keyid", "loaded:bool", "format:QCryptoSecretFormat")
 
@@ -184,6 +191,10 @@ type typeInfo struct {
 // objectTypes lists the types, in QEMU's order.
 var objectTypes = []typeInfo{
 	{name: "object", abstract: true},
+	{name: "authz", parent: "object", abstract: true},
+	{name: "authz-list", parent: "authz", creatable: true},
+	{name: "authz-list-file", parent: "authz", creatable: true},
+	{name: "authz-simple", parent: "authz", creatable: true},
 	{name: "event-loop-base", parent: "object", abstract: true},
 	{name: "chardev", parent: "object", abstract: true},
 	{name: "chardev-fd", parent: "chardev", abstract: true},
@@ -199,6 +210,8 @@ var objectTypes = []typeInfo{
 	{name: "chardev-file", parent: "chardev-fd"},
 	{name: "chardev-pty", parent: "chardev"},
 	{name: "throttle-group", parent: "object", creatable: true},
+	{name: "tls-creds", parent: "object", abstract: true},
+	{name: "tls-creds-x509", parent: "tls-creds", creatable: true},
 }
 
 func findType(name string) *typeInfo {

@@ -90,7 +90,7 @@ func newDaemon(p processWide) *daemon {
 		Iothread: d.iothread, Leaving: func(n *graph.Node) { d.jobs.Show(visible.ExportLeft, n) }, Log: slog.Default(),
 	})
 	o := p.limits.nbdServer()
-	o.SocketMode, o.Idle, o.Log = p.socketMode, d.memory.giveBack, slog.Default()
+	o.SocketMode, o.Idle, o.Log, o.Objects = p.socketMode, d.memory.giveBack, slog.Default(), d.objects
 	d.nbd = nbd.NewType(d.exports, o)
 	d.chardevs = chardev.NewTable(chardev.Options{
 		SocketMode: p.socketMode, MaxClients: p.limits.clients, Detached: p.daemonize,

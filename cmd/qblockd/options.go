@@ -55,8 +55,8 @@ func optionGroups() [][]option {
 		{long: "nbd-server", apply: structured("", types.DecodeNbdServerOptions, (*daemon).startNBD),
 			args: []string{
 				"addr.type=unix,addr.path=<path>[,max-connections=<n>]",
-				"addr.type=inet,addr.host=<host>,addr.port=<port>[,max-connections=<n>]"},
-			text: "start the NBD server"},
+				"addr.type=inet,addr.host=<host>,addr.port=<port>[,tls-creds=<id>]"},
+			text: "start the NBD server; tls-creds and tls-authz name objects that say what clients must prove"},
 		{long: "export", apply: structured("type", types.DecodeBlockExportOptions, (*daemon).addExport),
 			args: []string{"[type=]nbd,id=<id>,node-name=<node>[,name=<name>][,writable=on|off]"},
 			text: "export a node over NBD; needs --nbd-server before it"},
@@ -164,7 +164,7 @@ func (d *daemon) addNode(ctx context.Context, o *types.BlockdevOptions) error {
 }
 
 func (d *daemon) startNBD(ctx context.Context, o *types.NbdServerOptions) error {
-	return d.nbd.Start(ctx, &o.Addr, o.MaxConnections)
+	return d.nbd.Start(ctx, o)
 }
 
 func (d *daemon) addExport(ctx context.Context, o *types.BlockExportOptions) error {

@@ -24,7 +24,9 @@ func (h BlockExport) NbdServerStart(ctx context.Context, a *types.NbdServerStart
 	if a.Addr.Type == types.SocketAddressTypeFd {
 		return errors.New("only QEMU supports file descriptor passing")
 	}
-	return h.NBD.Start(ctx, nbd.Flatten(&a.Addr), a.MaxConnections)
+	return h.NBD.Start(ctx, &types.NbdServerOptions{
+		Addr: *nbd.Flatten(&a.Addr), TlsCreds: a.TlsCreds, TlsAuthz: a.TlsAuthz, MaxConnections: a.MaxConnections,
+	})
 }
 
 // NbdServerStop implements types.BlockExportHandler.

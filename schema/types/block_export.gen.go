@@ -6,6 +6,10 @@ package types
 type NbdServerOptions struct {
 	// Address to listen on.
 	Addr SocketAddress
+	// The object with the credentials for TLS; without TLS, clients are then told that they need it.
+	TlsCreds *string
+	// The object that says who may connect; looked up when somebody does.
+	TlsAuthz *string
 	// Clients served at once; 0 for no limit (default 100).
 	MaxConnections *uint32
 }
@@ -114,6 +118,10 @@ type BlockExportInfo struct {
 type NbdServerStartArgs struct {
 	// Address to listen on.
 	Addr SocketAddressLegacy
+	// The object with the credentials for TLS; without TLS, clients are then told that they need it.
+	TlsCreds *string
+	// The object that says who may connect; looked up when somebody does.
+	TlsAuthz *string
 	// Clients served at once; 0 for no limit (default 100).
 	MaxConnections *uint32
 }

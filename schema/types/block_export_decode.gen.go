@@ -15,6 +15,8 @@ func visitNbdServerOptions(d *decoder, name string, x *NbdServerOptions) bool {
 
 func membersNbdServerOptions(d *decoder, x *NbdServerOptions) bool {
 	return visitSocketAddress(d, "addr", &x.Addr) &&
+		opt(d, "tls-creds", &x.TlsCreds, visitStr) &&
+		opt(d, "tls-authz", &x.TlsAuthz, visitStr) &&
 		opt(d, "max-connections", &x.MaxConnections, visitUint32)
 }
 
@@ -98,6 +100,8 @@ func visitNbdServerStartArgs(d *decoder, name string, x *NbdServerStartArgs) boo
 
 func membersNbdServerStartArgs(d *decoder, x *NbdServerStartArgs) bool {
 	return visitSocketAddressLegacy(d, "addr", &x.Addr) &&
+		opt(d, "tls-creds", &x.TlsCreds, visitStr) &&
+		opt(d, "tls-authz", &x.TlsAuthz, visitStr) &&
 		opt(d, "max-connections", &x.MaxConnections, visitUint32)
 }
 

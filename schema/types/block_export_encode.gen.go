@@ -13,6 +13,14 @@ func (x *NbdServerOptions) AppendJSON(b []byte) []byte {
 	}
 	b = appendKey(b, "addr")
 	b = x.Addr.AppendJSON(b)
+	if x.TlsAuthz != nil {
+		b = append(b, `, "tls-authz": `...)
+		b = value.AppendString(b, *x.TlsAuthz)
+	}
+	if x.TlsCreds != nil {
+		b = append(b, `, "tls-creds": `...)
+		b = value.AppendString(b, *x.TlsCreds)
+	}
 	return append(b, '}')
 }
 
@@ -171,6 +179,14 @@ func (x *NbdServerStartArgs) AppendJSON(b []byte) []byte {
 	}
 	b = appendKey(b, "addr")
 	b = x.Addr.AppendJSON(b)
+	if x.TlsAuthz != nil {
+		b = append(b, `, "tls-authz": `...)
+		b = value.AppendString(b, *x.TlsAuthz)
+	}
+	if x.TlsCreds != nil {
+		b = append(b, `, "tls-creds": `...)
+		b = value.AppendString(b, *x.TlsCreds)
+	}
 	return append(b, '}')
 }
 

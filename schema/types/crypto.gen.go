@@ -230,3 +230,64 @@ type QCryptoBlockInfoLUKS struct {
 	// Places for its keys.
 	Slots []*QCryptoBlockInfoLUKSSlot
 }
+
+// QCryptoTLSCredsEndpoint: an end of a TLS connection.
+type QCryptoTLSCredsEndpoint string
+
+// The values of QCryptoTLSCredsEndpoint.
+const (
+	// Who connects.
+	QCryptoTLSCredsEndpointClient QCryptoTLSCredsEndpoint = "client"
+	// Who is connected to.
+	QCryptoTLSCredsEndpointServer QCryptoTLSCredsEndpoint = "server"
+)
+
+// QCryptoTLSCredsEndpointValues lists the values of QCryptoTLSCredsEndpoint in the order of the schema.
+var QCryptoTLSCredsEndpointValues = []QCryptoTLSCredsEndpoint{
+	QCryptoTLSCredsEndpointClient,
+	QCryptoTLSCredsEndpointServer,
+}
+
+// QAuthZListPolicy: whether somebody may connect.
+type QAuthZListPolicy string
+
+// The values of QAuthZListPolicy.
+const (
+	// No.
+	QAuthZListPolicyDeny QAuthZListPolicy = "deny"
+	// Yes.
+	QAuthZListPolicyAllow QAuthZListPolicy = "allow"
+)
+
+// QAuthZListPolicyValues lists the values of QAuthZListPolicy in the order of the schema.
+var QAuthZListPolicyValues = []QAuthZListPolicy{
+	QAuthZListPolicyDeny,
+	QAuthZListPolicyAllow,
+}
+
+// QAuthZListFormat: how a rule is compared with a name.
+type QAuthZListFormat string
+
+// The values of QAuthZListFormat.
+const (
+	// It is that name.
+	QAuthZListFormatExact QAuthZListFormat = "exact"
+	// * stands for any text, ? for any character.
+	QAuthZListFormatGlob QAuthZListFormat = "glob"
+)
+
+// QAuthZListFormatValues lists the values of QAuthZListFormat in the order of the schema.
+var QAuthZListFormatValues = []QAuthZListFormat{
+	QAuthZListFormatExact,
+	QAuthZListFormatGlob,
+}
+
+// QAuthZListRule: a rule on who may connect.
+type QAuthZListRule struct {
+	// Whom it is about.
+	Match string
+	// Whether they may.
+	Policy QAuthZListPolicy
+	// How @match is compared (default exact).
+	Format *QAuthZListFormat
+}

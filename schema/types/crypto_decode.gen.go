@@ -2,6 +2,8 @@
 
 package types
 
+import "qblockd/schema/value"
+
 func visitQCryptoSecretFormat(d *decoder, name string, x *QCryptoSecretFormat) bool {
 	return enum(d, name, x, QCryptoSecretFormatValues)
 }
@@ -24,4 +26,31 @@ func visitQCryptoIVGenAlgorithm(d *decoder, name string, x *QCryptoIVGenAlgorith
 
 func visitQCryptoBlockLUKSKeyslotState(d *decoder, name string, x *QCryptoBlockLUKSKeyslotState) bool {
 	return enum(d, name, x, QCryptoBlockLUKSKeyslotStateValues)
+}
+
+func visitQCryptoTLSCredsEndpoint(d *decoder, name string, x *QCryptoTLSCredsEndpoint) bool {
+	return enum(d, name, x, QCryptoTLSCredsEndpointValues)
+}
+
+func visitQAuthZListPolicy(d *decoder, name string, x *QAuthZListPolicy) bool {
+	return enum(d, name, x, QAuthZListPolicyValues)
+}
+
+func visitQAuthZListFormat(d *decoder, name string, x *QAuthZListFormat) bool {
+	return enum(d, name, x, QAuthZListFormatValues)
+}
+
+// DecodeQAuthZListRule decodes v; faults are worded as QEMU does (*ArgError).
+func DecodeQAuthZListRule(v value.Value, m Mode) (*QAuthZListRule, error) {
+	return decode(v, m, visitQAuthZListRule)
+}
+
+func visitQAuthZListRule(d *decoder, name string, x *QAuthZListRule) bool {
+	return object(d, name, x, membersQAuthZListRule)
+}
+
+func membersQAuthZListRule(d *decoder, x *QAuthZListRule) bool {
+	return visitStr(d, "match", &x.Match) &&
+		visitQAuthZListPolicy(d, "policy", &x.Policy) &&
+		opt(d, "format", &x.Format, visitQAuthZListFormat)
 }

@@ -120,3 +120,17 @@ func (x *QCryptoBlockInfoLUKS) AppendJSON(b []byte) []byte {
 	b = appendInt(b, x.MasterKeyIters)
 	return append(b, '}')
 }
+
+// AppendJSON appends x in QEMU's form, members in hash order.
+func (x *QAuthZListRule) AppendJSON(b []byte) []byte {
+	b = append(b, '{')
+	if x.Format != nil {
+		b = appendKey(b, "format")
+		b = appendEnum(b, *x.Format)
+	}
+	b = appendKey(b, "policy")
+	b = appendEnum(b, x.Policy)
+	b = append(b, `, "match": `...)
+	b = value.AppendString(b, x.Match)
+	return append(b, '}')
+}

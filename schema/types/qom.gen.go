@@ -68,24 +68,92 @@ type SecretProperties struct {
 	File *string
 }
 
+// AuthZListProperties: who may connect: the first rule that matches a name decides, or the policy where
+// none does.
+type AuthZListProperties struct {
+	// What happens to whom no rule matches (default deny).
+	Policy *QAuthZListPolicy
+	// The rules (default none).
+	Rules []*QAuthZListRule
+}
+
+// AuthZListFileProperties: who may connect, by a file with the members of AuthZListProperties in JSON.
+// Nobody may while it cannot be read.
+type AuthZListFileProperties struct {
+	// Its path.
+	Filename string
+	// Whether the file counts as it is when somebody connects, or as it was when the object was made
+	// (default true).
+	Refresh *bool
+}
+
+// AuthZSimpleProperties: the only one who may connect.
+type AuthZSimpleProperties struct {
+	// The name, for TLS that in the certificate.
+	Identity string
+}
+
+// TlsCredsProperties: what TLS credentials have in common.
+type TlsCredsProperties struct {
+	// Whether the other end must prove who it is (default true).
+	VerifyPeer *bool
+	// The folder with the files.
+	Dir *string
+	// Which end of a connection they are for (default client).
+	Endpoint *QCryptoTLSCredsEndpoint
+	// What may be negotiated, in the notation of GnuTLS.
+	Priority *string
+}
+
+// TlsCredsX509Properties: TLS credentials that are certificates: in @dir, the files ca-cert.pem,
+// ca-crl.pem, and, for a server, server-cert.pem and server-key.pem, or, for a client, client-cert.pem
+// and client-key.pem.
+type TlsCredsX509Properties struct {
+	// Whether the other end must prove who it is (default true).
+	VerifyPeer *bool
+	// The folder with the files.
+	Dir *string
+	// Which end of a connection they are for (default client).
+	Endpoint *QCryptoTLSCredsEndpoint
+	// What may be negotiated, in the notation of GnuTLS.
+	Priority *string
+	// Whether certificates that cannot work are refused when the object is made, rather than when somebody
+	// connects (default true).
+	SanityCheck *bool
+	// The secret that decrypts the key.
+	Passwordid *string
+}
+
 // ObjectType: types of objects that a client can make.
 type ObjectType string
 
 // The values of ObjectType.
 const (
+	// Rules on who may connect.
+	ObjectTypeAuthzList ObjectType = "authz-list"
+	// Such rules in a file.
+	ObjectTypeAuthzListfile ObjectType = "authz-listfile"
+	// The one who may connect.
+	ObjectTypeAuthzSimple ObjectType = "authz-simple"
 	// A group of workers.
 	ObjectTypeIothread ObjectType = "iothread"
 	// Something that only its users may know.
 	ObjectTypeSecret ObjectType = "secret"
 	// Limits shared by throttle filters.
 	ObjectTypeThrottleGroup ObjectType = "throttle-group"
+	// Certificates for TLS.
+	ObjectTypeTlsCredsX509 ObjectType = "tls-creds-x509"
 )
 
 // ObjectTypeValues lists the values of ObjectType in the order of the schema.
 var ObjectTypeValues = []ObjectType{
+	ObjectTypeAuthzList,
+	ObjectTypeAuthzListfile,
+	ObjectTypeAuthzSimple,
 	ObjectTypeIothread,
 	ObjectTypeSecret,
 	ObjectTypeThrottleGroup,
+	ObjectTypeTlsCredsX509,
 }
 
 // ObjectOptions: an object to be made.
@@ -95,8 +163,9 @@ type ObjectOptions struct {
 	// Its name.
 	ID string
 	// U holds the members of the branch that QomType selects; nil where the branch has none.
-	// *IothreadProperties for iothread, *SecretProperties for secret, *ThrottleGroupProperties for
-	// throttle-group.
+	// *AuthZListProperties for authz-list, *AuthZListFileProperties for authz-listfile,
+	// *AuthZSimpleProperties for authz-simple, *IothreadProperties for iothread, *SecretProperties for
+	// secret, *ThrottleGroupProperties for throttle-group, *TlsCredsX509Properties for tls-creds-x509.
 	U any
 }
 

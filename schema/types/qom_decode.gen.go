@@ -39,6 +39,65 @@ func membersSecretProperties(d *decoder, x *SecretProperties) bool {
 		opt(d, "file", &x.File, visitStr)
 }
 
+// DecodeAuthZListProperties decodes v; faults are worded as QEMU does (*ArgError).
+func DecodeAuthZListProperties(v value.Value, m Mode) (*AuthZListProperties, error) {
+	return decode(v, m, visitAuthZListProperties)
+}
+
+func visitAuthZListProperties(d *decoder, name string, x *AuthZListProperties) bool {
+	return object(d, name, x, membersAuthZListProperties)
+}
+
+func membersAuthZListProperties(d *decoder, x *AuthZListProperties) bool {
+	return opt(d, "policy", &x.Policy, visitQAuthZListPolicy) &&
+		optListPtr(d, "rules", &x.Rules, visitQAuthZListRule)
+}
+
+// DecodeAuthZListFileProperties decodes v; faults are worded as QEMU does (*ArgError).
+func DecodeAuthZListFileProperties(v value.Value, m Mode) (*AuthZListFileProperties, error) {
+	return decode(v, m, visitAuthZListFileProperties)
+}
+
+func visitAuthZListFileProperties(d *decoder, name string, x *AuthZListFileProperties) bool {
+	return object(d, name, x, membersAuthZListFileProperties)
+}
+
+func membersAuthZListFileProperties(d *decoder, x *AuthZListFileProperties) bool {
+	return visitStr(d, "filename", &x.Filename) &&
+		opt(d, "refresh", &x.Refresh, visitBool)
+}
+
+// DecodeAuthZSimpleProperties decodes v; faults are worded as QEMU does (*ArgError).
+func DecodeAuthZSimpleProperties(v value.Value, m Mode) (*AuthZSimpleProperties, error) {
+	return decode(v, m, visitAuthZSimpleProperties)
+}
+
+func visitAuthZSimpleProperties(d *decoder, name string, x *AuthZSimpleProperties) bool {
+	return object(d, name, x, membersAuthZSimpleProperties)
+}
+
+func membersAuthZSimpleProperties(d *decoder, x *AuthZSimpleProperties) bool {
+	return visitStr(d, "identity", &x.Identity)
+}
+
+// DecodeTlsCredsX509Properties decodes v; faults are worded as QEMU does (*ArgError).
+func DecodeTlsCredsX509Properties(v value.Value, m Mode) (*TlsCredsX509Properties, error) {
+	return decode(v, m, visitTlsCredsX509Properties)
+}
+
+func visitTlsCredsX509Properties(d *decoder, name string, x *TlsCredsX509Properties) bool {
+	return object(d, name, x, membersTlsCredsX509Properties)
+}
+
+func membersTlsCredsX509Properties(d *decoder, x *TlsCredsX509Properties) bool {
+	return opt(d, "verify-peer", &x.VerifyPeer, visitBool) &&
+		opt(d, "dir", &x.Dir, visitStr) &&
+		opt(d, "endpoint", &x.Endpoint, visitQCryptoTLSCredsEndpoint) &&
+		opt(d, "priority", &x.Priority, visitStr) &&
+		opt(d, "sanity-check", &x.SanityCheck, visitBool) &&
+		opt(d, "passwordid", &x.Passwordid, visitStr)
+}
+
 func visitObjectType(d *decoder, name string, x *ObjectType) bool {
 	return enum(d, name, x, ObjectTypeValues)
 }
@@ -58,6 +117,18 @@ func membersObjectOptions(d *decoder, x *ObjectOptions) bool {
 		return false
 	}
 	switch x.QomType {
+	case ObjectTypeAuthzListfile:
+		u := new(AuthZListFileProperties)
+		x.U = u
+		return membersAuthZListFileProperties(d, u)
+	case ObjectTypeAuthzList:
+		u := new(AuthZListProperties)
+		x.U = u
+		return membersAuthZListProperties(d, u)
+	case ObjectTypeAuthzSimple:
+		u := new(AuthZSimpleProperties)
+		x.U = u
+		return membersAuthZSimpleProperties(d, u)
 	case ObjectTypeIothread:
 		u := new(IothreadProperties)
 		x.U = u
@@ -70,6 +141,10 @@ func membersObjectOptions(d *decoder, x *ObjectOptions) bool {
 		u := new(ThrottleGroupProperties)
 		x.U = u
 		return membersThrottleGroupProperties(d, u)
+	case ObjectTypeTlsCredsX509:
+		u := new(TlsCredsX509Properties)
+		x.U = u
+		return membersTlsCredsX509Properties(d, u)
 	}
 	return true
 }

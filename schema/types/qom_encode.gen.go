@@ -113,8 +113,126 @@ func (x *SecretProperties) AppendJSON(b []byte) []byte {
 }
 
 // AppendJSON appends x in QEMU's form, members in hash order.
+func (x *AuthZListProperties) AppendJSON(b []byte) []byte {
+	b = append(b, '{')
+	if x.Rules != nil {
+		b = appendKey(b, "rules")
+		b = appendList(b, x.Rules, func(b []byte, v *QAuthZListRule) []byte { return v.AppendJSON(b) })
+	}
+	if x.Policy != nil {
+		b = appendKey(b, "policy")
+		b = appendEnum(b, *x.Policy)
+	}
+	return append(b, '}')
+}
+
+// AppendJSON appends x in QEMU's form, members in hash order.
+func (x *AuthZListFileProperties) AppendJSON(b []byte) []byte {
+	b = append(b, `{"filename": `...)
+	b = value.AppendString(b, x.Filename)
+	if x.Refresh != nil {
+		b = append(b, `, "refresh": `...)
+		b = appendBool(b, *x.Refresh)
+	}
+	return append(b, '}')
+}
+
+// AppendJSON appends x in QEMU's form, members in hash order.
+func (x *AuthZSimpleProperties) AppendJSON(b []byte) []byte {
+	b = append(b, `{"identity": `...)
+	b = value.AppendString(b, x.Identity)
+	return append(b, '}')
+}
+
+// AppendJSON appends x in QEMU's form, members in hash order.
+func (x *TlsCredsProperties) AppendJSON(b []byte) []byte {
+	b = append(b, '{')
+	if x.Dir != nil {
+		b = appendKey(b, "dir")
+		b = value.AppendString(b, *x.Dir)
+	}
+	if x.Endpoint != nil {
+		b = appendKey(b, "endpoint")
+		b = appendEnum(b, *x.Endpoint)
+	}
+	if x.VerifyPeer != nil {
+		b = appendKey(b, "verify-peer")
+		b = appendBool(b, *x.VerifyPeer)
+	}
+	if x.Priority != nil {
+		b = appendKey(b, "priority")
+		b = value.AppendString(b, *x.Priority)
+	}
+	return append(b, '}')
+}
+
+// AppendJSON appends x in QEMU's form, members in hash order.
+func (x *TlsCredsX509Properties) AppendJSON(b []byte) []byte {
+	b = append(b, '{')
+	if x.Passwordid != nil {
+		b = appendKey(b, "passwordid")
+		b = value.AppendString(b, *x.Passwordid)
+	}
+	if x.SanityCheck != nil {
+		b = appendKey(b, "sanity-check")
+		b = appendBool(b, *x.SanityCheck)
+	}
+	if x.Dir != nil {
+		b = appendKey(b, "dir")
+		b = value.AppendString(b, *x.Dir)
+	}
+	if x.Endpoint != nil {
+		b = appendKey(b, "endpoint")
+		b = appendEnum(b, *x.Endpoint)
+	}
+	if x.VerifyPeer != nil {
+		b = appendKey(b, "verify-peer")
+		b = appendBool(b, *x.VerifyPeer)
+	}
+	if x.Priority != nil {
+		b = appendKey(b, "priority")
+		b = value.AppendString(b, *x.Priority)
+	}
+	return append(b, '}')
+}
+
+// AppendJSON appends x in QEMU's form, members in hash order.
 func (x *ObjectOptions) AppendJSON(b []byte) []byte {
 	switch u := x.U.(type) {
+	case *AuthZListProperties:
+		b = append(b, `{"qom-type": `...)
+		b = appendEnum(b, x.QomType)
+		if u.Rules != nil {
+			b = append(b, `, "rules": `...)
+			b = appendList(b, u.Rules, func(b []byte, v *QAuthZListRule) []byte { return v.AppendJSON(b) })
+		}
+		if u.Policy != nil {
+			b = append(b, `, "policy": `...)
+			b = appendEnum(b, *u.Policy)
+		}
+		b = append(b, `, "id": `...)
+		b = value.AppendString(b, x.ID)
+		return append(b, '}')
+	case *AuthZListFileProperties:
+		b = append(b, `{"qom-type": `...)
+		b = appendEnum(b, x.QomType)
+		b = append(b, `, "filename": `...)
+		b = value.AppendString(b, u.Filename)
+		if u.Refresh != nil {
+			b = append(b, `, "refresh": `...)
+			b = appendBool(b, *u.Refresh)
+		}
+		b = append(b, `, "id": `...)
+		b = value.AppendString(b, x.ID)
+		return append(b, '}')
+	case *AuthZSimpleProperties:
+		b = append(b, `{"qom-type": `...)
+		b = appendEnum(b, x.QomType)
+		b = append(b, `, "identity": `...)
+		b = value.AppendString(b, u.Identity)
+		b = append(b, `, "id": `...)
+		b = value.AppendString(b, x.ID)
+		return append(b, '}')
 	case *IothreadProperties:
 		b = append(b, '{')
 		if u.PollShrink != nil {
@@ -258,6 +376,37 @@ func (x *ObjectOptions) AppendJSON(b []byte) []byte {
 			b = append(b, `, "x-iops-write-max-length": `...)
 			b = appendInt(b, *u.XIopsWriteMaxLength)
 		}
+		return append(b, '}')
+	case *TlsCredsX509Properties:
+		b = append(b, '{')
+		if u.Passwordid != nil {
+			b = appendKey(b, "passwordid")
+			b = value.AppendString(b, *u.Passwordid)
+		}
+		if u.SanityCheck != nil {
+			b = appendKey(b, "sanity-check")
+			b = appendBool(b, *u.SanityCheck)
+		}
+		b = appendKey(b, "qom-type")
+		b = appendEnum(b, x.QomType)
+		if u.Dir != nil {
+			b = append(b, `, "dir": `...)
+			b = value.AppendString(b, *u.Dir)
+		}
+		if u.Endpoint != nil {
+			b = append(b, `, "endpoint": `...)
+			b = appendEnum(b, *u.Endpoint)
+		}
+		if u.VerifyPeer != nil {
+			b = append(b, `, "verify-peer": `...)
+			b = appendBool(b, *u.VerifyPeer)
+		}
+		if u.Priority != nil {
+			b = append(b, `, "priority": `...)
+			b = value.AppendString(b, *u.Priority)
+		}
+		b = append(b, `, "id": `...)
+		b = value.AppendString(b, x.ID)
 		return append(b, '}')
 	case nil:
 		b = append(b, `{"qom-type": `...)

@@ -20,6 +20,7 @@ var leaves = map[string][]string{
 	"blockdev/format/qcow2/layout": nil,
 	"blockdev/crypto":              {"schema/types"},                                 // names of ciphers and hashes
 	"blockdev/crypto/luks":         {"blockdev/crypto", "graph/blk", "schema/types"}, // texts of errno
+	"blockdev/tlscreds":            {"graph/blk", "schema/types"},                    // texts of errno; options
 	"blockdev/nbdwire":             {"graph/blk"},                                    // extents and errno of the protocol are those of the data plane
 }
 
@@ -63,13 +64,15 @@ var rules = []rule{
 	{"blockdev/format/luks", []string{"blockdev/driver", "blockdev/crypto", "blockdev/crypto/luks", "graph", "graph/*"}},
 	{"blockdev/format/qcow2", []string{"blockdev/driver", "blockdev/format/qcow2/layout", "graph", "graph/*"}},
 	{"blockdev/export", []string{"graph", "graph/*"}}, // no type of exports: those are told to it
-	{"blockdev/export/nbd", []string{"blockdev/export", "blockdev/nbdwire", "qmp/chardev/sockets", "graph", "graph/*"}},
+	{"blockdev/export/nbd", []string{"blockdev/export", "blockdev/nbdwire", "blockdev/tlscreds", "qmp/chardev/sockets", "graph", "graph/*"}},
 	{"blockdev/export/*", []string{"blockdev/export", "graph", "graph/*"}},
-	{"blockdev/protocol/nbd", []string{"blockdev/driver", "blockdev/nbdwire", "qmp/chardev/sockets", "graph", "graph/*"}},
+	{"blockdev/protocol/nbd", []string{"blockdev/driver", "blockdev/nbdwire", "blockdev/tlscreds", "qmp/chardev/sockets", "graph", "graph/*"}},
 	{"blockdev/protocol/*", []string{"blockdev/driver", "graph", "graph/*"}}, // never one another
 	{"blockdev/format/*", []string{"blockdev/driver", "graph", "graph/*"}},
 	{"blockdev/filter/*", []string{"blockdev/driver", "graph", "graph/*"}},
-	{"blockdev/object", []string{"blockdev/filter/throttle"}}, // an object is what its filters share
+	// An object is what the filters share, and what connections are encrypted by.
+	{"blockdev/object", []string{"blockdev/filter/throttle", "blockdev/tlscreds"}},
+	{"blockdev/tlscreds/certs", nil},
 	{"blockdev/*", []string{"graph", "graph/*"}},
 	{"blockdev", []string{"blockdev/driver", "graph", "graph/*"}}, // no driver: those are told to it
 
@@ -85,7 +88,7 @@ var rules = []rule{
 }
 
 // testOnly packages are imported by tests alone.
-var testOnly = []string{"blockdev/drivertest", "jobs/jobtest", "tests/..."}
+var testOnly = []string{"blockdev/drivertest", "blockdev/tlscreds/certs", "jobs/jobtest", "tests/..."}
 
 // thirdParty: module prefix -> where it may be imported, in the code and in tests.
 var thirdParty = []struct {
@@ -101,7 +104,7 @@ var thirdParty = []struct {
 	{"github.com/lmittmann/tint", []string{"cmd/qblockd"}, nil},
 	// Its ciphers of long ago, and what tests compare ours with.
 	{"golang.org/x/crypto", []string{"blockdev/crypto"}, []string{"blockdev/crypto"}},
-	{"golang.org/x/sys", []string{"blockdev/crypto", "blockdev/protocol/file", "blockdev/export/...", "qmp", "qmp/chardev", "qmp/chardev/sockets", "cmd/*"}, []string{"..."}},
+	{"golang.org/x/sys", []string{"blockdev/crypto", "blockdev/tlscreds", "blockdev/protocol/file", "blockdev/export/...", "qmp", "qmp/chardev", "qmp/chardev/sockets", "cmd/*"}, []string{"..."}},
 	{"github.com/spf13/cobra", []string{"cmd/qblockctl"}, nil},
 	{"github.com/spf13/pflag", nil, []string{"cmd/qblockctl"}}, // the options of cobra's commands, for the manual page
 	{"github.com/peterh/liner", []string{"cmd/qblockctl"}, nil},

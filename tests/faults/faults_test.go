@@ -162,8 +162,8 @@ func (e *env) dirty() error {
 }
 
 func (e *env) exportable() error {
-	return errors.Join(e.guest(), e.NBD.Start(e.ctx, &types.SocketAddress{
-		Type: types.SocketAddressTypeUnix, U: &types.UnixSocketAddress{Path: e.socket, Abstract: rig.Ptr(true)}}, nil))
+	return errors.Join(e.guest(), e.NBD.Start(e.ctx, &types.NbdServerOptions{Addr: types.SocketAddress{
+		Type: types.SocketAddressTypeUnix, U: &types.UnixSocketAddress{Path: e.socket, Abstract: rig.Ptr(true)}}}))
 }
 
 // useExport is the life of an export with a client that writes.

@@ -90,8 +90,8 @@ func Run(ops []Op, c Config) (trace []string, err error) {
 }
 
 func (w *world) run(ops []Op) {
-	trial.Must(w.x.NBD.Start(w.ctx, &types.SocketAddress{
-		Type: types.SocketAddressTypeUnix, U: &types.UnixSocketAddress{Path: w.socket()}}, nil))
+	trial.Must(w.x.NBD.Start(w.ctx, &types.NbdServerOptions{Addr: types.SocketAddress{
+		Type: types.SocketAddressTypeUnix, U: &types.UnixSocketAddress{Path: w.socket()}}}))
 	for i, o := range ops {
 		trial.In(fmt.Sprintf("operation %d, %s", i, o), func() {
 			w.step(o)

@@ -128,6 +128,13 @@ func open(t testing.TB, path string, structured bool, contexts ...string) *clien
 	t.Helper()
 	c := dial(t, path)
 	c.greet(3)
+	return c.choose(structured, contexts...)
+}
+
+// choose goes on with the export "x".
+func (c *client) choose(structured bool, contexts ...string) *client {
+	t := c.t
+	t.Helper()
 	if structured {
 		if r := c.option(nbdwire.OptStructuredReply, nil); r[0].Type != nbdwire.RepAck {
 			t.Fatal(r)

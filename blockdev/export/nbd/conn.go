@@ -19,9 +19,10 @@ import (
 // package comment).
 type conn struct {
 	srv  *Server
-	nc   net.Conn
+	nc   net.Conn // what clients are talked to through
 	raw  syscall.RawConn
-	unix bool // a unix socket: mapped reads
+	unix bool // a unix socket
+	tls  bool // nc is under TLS
 
 	session
 
@@ -70,6 +71,16 @@ func (c *conn) shutSocket() {
 	c.raw.Control(func(fd uintptr) { unix.Shutdown(int(fd), unix.SHUT_RDWR) })
 }
 
+// startTLS goes on under TLS. The deadline of the handshake holds for that of TLS too.
+func (c *conn) startTLS() error {
+	nc, err := c.srv.opts.TLS.Accept(c.nc)
+	if err != nil {
+		return err
+	}
+	c.nc, c.tls = nc, true
+	return nil
+}
+
 // run is the life of the connection.
 func (c *conn) run() {
 	defer c.cancel()
@@ -102,7 +113,7 @@ func talk(f func() error) (err error) {
 // data of files are still in the socket's queue.
 func (c *conn) transmission() (err error, linger bool) {
 	if p := &trace.NBDNegotiate; p.On() {
-		p.Log(slog.String("export", c.exp.spec.Name), slog.Bool("structured", c.structured))
+		p.Log(slog.String("export", c.exp.spec.Name), slog.Bool("structured", c.structured), slog.Bool("tls", c.tls))
 	}
 	if c.unix {
 		// TCP finds its own size.

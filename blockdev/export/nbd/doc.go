@@ -34,6 +34,12 @@
 // on an error the data is filled up with zeroes and an error chunk with its offset ends the
 // reply. Without structured replies the connection is dropped instead.
 //
+// # TLS
+//
+// A server with credentials does nothing for a client but tell it to ask for TLS, until that has
+// begun and the client has proved who it is: no name of an export and no byte of data go in the
+// clear. Then all but mapped reads is as without.
+//
 // # Limits
 //
 // Per connection: one request at most 32 MiB; Options.Inflight requests and InflightBytes of their

@@ -81,6 +81,9 @@ func (h *negotiation) option() (over bool, err error) {
 	if o.Len > nbdwire.MaxPayload {
 		return false, fmt.Errorf("len (%d) is larger than max len (%d)", o.Len, nbdwire.MaxPayload)
 	}
+	if h.srv.opts.TLS != nil && !h.tls {
+		return false, h.beforeTLS(o)
+	}
 	if o.Opt == nbdwire.OptExportName {
 		return true, h.exportName(o)
 	}
@@ -109,6 +112,38 @@ func (h *negotiation) option() (over bool, err error) {
 		err = errAbort // a client need not wait for the answer
 	}
 	return over, err
+}
+
+// beforeTLS handles an option of a client that has to ask for TLS first.
+func (h *negotiation) beforeTLS(o nbdwire.Option) error {
+	switch {
+	case !h.fixed:
+		return fmt.Errorf("Unsupported option 0x%x", o.Opt)
+	case o.Opt == nbdwire.OptExportName:
+		return fmt.Errorf("Option 0x%x not permitted before TLS", o.Opt)
+	}
+	if _, err := io.CopyN(io.Discard, h.nc, int64(o.Len)); err != nil {
+		return err
+	}
+	h.out = h.out[:0]
+	switch {
+	case o.Opt == nbdwire.OptStartTLS && o.Len == 0:
+		h.reply(o.Opt, nbdwire.RepAck)
+	case o.Opt == nbdwire.OptStartTLS:
+		h.withoutData(o)
+	default:
+		h.refuse(o.Opt, nbdwire.RepErrTLSReqd, "Option 0x%x not permitted before TLS", o.Opt)
+	}
+	err := h.send(h.out)
+	switch {
+	case o.Opt == nbdwire.OptAbort:
+		return errAbort
+	case o.Opt != nbdwire.OptStartTLS || err != nil:
+		return err
+	case o.Len > 0:
+		return errors.New("option 'starttls' has unexpected length")
+	}
+	return h.startTLS()
 }
 
 func needsData(opt uint32) bool {
@@ -143,6 +178,10 @@ func (h *negotiation) withoutData(o nbdwire.Option) {
 		}
 		h.reply(o.Opt, nbdwire.RepAck)
 	case nbdwire.OptStartTLS:
+		if h.tls {
+			h.refuse(o.Opt, nbdwire.RepErrInvalid, "TLS already enabled")
+			break
+		}
 		h.refuse(o.Opt, nbdwire.RepErrPolicy, "TLS not configured")
 	case nbdwire.OptStructuredReply:
 		if h.structured {

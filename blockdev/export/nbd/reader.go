@@ -231,7 +231,7 @@ func (r *reader) read(q *nbdwire.Request) error {
 		return r.dispatch(q, nil)
 	}
 	if n >= mapMin {
-		if r.unix && r.readMapped(q) {
+		if r.unix && !r.tls && r.readMapped(q) {
 			return nil
 		}
 		return r.dispatch(q, nil)

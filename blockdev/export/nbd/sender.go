@@ -5,6 +5,7 @@ import (
 	"sync"
 	"time"
 
+	"qblockd/blockdev/tlscreds"
 	"qblockd/events/panics"
 	"qblockd/graph/blk"
 )
@@ -190,8 +191,8 @@ func (s *sender) drainLocked() {
 		}
 	}
 	if s.failed == nil {
-		s.vec = vec // WriteTo consumes a slice that must live in the heap
-		n, err := s.vec.WriteTo(s.nc)
+		s.vec = vec // what consumes it needs a slice that lives in the heap
+		n, err := tlscreds.WriteVec(s.nc, &s.vec)
 		s.sent += uint64(n)
 		if err != nil {
 			s.breakLocked(err)

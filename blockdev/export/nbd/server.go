@@ -16,6 +16,7 @@ import (
 	"time"
 
 	"qblockd/blockdev/nbdwire"
+	"qblockd/blockdev/tlscreds"
 	"qblockd/events/panics"
 	"qblockd/graph/blk"
 	"qblockd/qmp/chardev/sockets"
@@ -27,6 +28,8 @@ type Options struct {
 	SocketMode os.FileMode
 	// MaxConns bounds the connections served at once, handshakes included; 0: no bound.
 	MaxConns uint32
+	// TLS is what clients need to use exports; nil: TLS is not to be had.
+	TLS *tlscreds.Server
 	// Handshake bounds the time of a handshake; 0: DefaultHandshake, negative: no bound.
 	Handshake time.Duration
 	// Inflight bounds the requests of a connection that have been read and not been answered;
@@ -34,6 +37,8 @@ type Options struct {
 	// the connection is not read. 0: DefaultInflight, DefaultInflightBytes.
 	Inflight      int
 	InflightBytes int64
+	// Objects finds the credentials that Type.Start is told of.
+	Objects tlscreds.Objects
 	// Idle is called when the last connection has ended after large requests were served, and when
 	// many connections have ended: memory that only they needed can be given back. Called from a
 	// goroutine of its own; nil: not called.

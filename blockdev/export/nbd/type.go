@@ -4,9 +4,11 @@ import (
 	"cmp"
 	"context"
 	"errors"
+	"net"
 	"sync"
 
 	"qblockd/blockdev/export"
+	"qblockd/blockdev/tlscreds"
 	"qblockd/graph"
 	"qblockd/graph/blk"
 	"qblockd/schema/types"
@@ -38,13 +40,17 @@ func NewType(t *export.Table, o Options) *Type {
 // ErrNotRunning: there is no server to serve an export.
 var ErrNotRunning = errors.New("NBD server not running")
 
-// Start starts the server on addr. maxConns nil leaves that to the options, 0 means no bound. It
+// Start starts the server. MaxConnections nil leaves that to the options, 0 means no bound. It
 // blocks while names are looked up. Source: QAPI, nbd-server-start.
-func (t *Type) Start(ctx context.Context, addr *types.SocketAddress, maxConns *uint32) error {
+func (t *Type) Start(ctx context.Context, start *types.NbdServerOptions) error {
 	if err := t.begin(); err != nil {
 		return err
 	}
-	l, err := listen(ctx, addr, t.opts.SocketMode)
+	tls, err := tlscreds.NewServer(t.opts.Objects, start.TlsCreds, start.TlsAuthz)
+	var l net.Listener
+	if err == nil {
+		l, err = listen(ctx, &start.Addr, t.opts.SocketMode)
+	}
 	t.mu.Lock()
 	defer t.mu.Unlock()
 	t.starting = false
@@ -56,8 +62,9 @@ func (t *Type) Start(ctx context.Context, addr *types.SocketAddress, maxConns *u
 		return errShutdown
 	}
 	o := t.opts
-	if maxConns != nil {
-		o.MaxConns = *maxConns
+	o.TLS = tls
+	if start.MaxConnections != nil {
+		o.MaxConns = *start.MaxConnections
 	}
 	t.server = Serve(l, o)
 	return nil

@@ -1,0 +1,49 @@
+package object
+
+import (
+	"qblockd/blockdev/tlscreds"
+	"qblockd/schema/types"
+	"qblockd/schema/value"
+)
+
+// certificates is a tls-creds-x509.
+type certificates struct {
+	p types.TlsCredsX509Properties
+	*tlscreds.X509
+}
+
+func (c *certificates) typ() string { return "tls-creds-x509" }
+
+// complete reads the files. It blocks as long as they do.
+func (c *certificates) complete(r *Registry) (err error) {
+	var password func() ([]byte, error)
+	if c.p.Passwordid != nil {
+		password = func() ([]byte, error) { return r.secretData(*c.p.Passwordid) }
+	}
+	c.X509, err = tlscreds.NewX509(&c.p, password)
+	return err
+}
+
+func (c *certificates) get(property string) (value.Value, error) {
+	switch property {
+	case "endpoint":
+		return string(types.Or(c.p.Endpoint, types.QCryptoTLSCredsEndpointClient)), nil
+	case "dir":
+		return types.Or(c.p.Dir, ""), nil
+	case "verify-peer":
+		return types.Or(c.p.VerifyPeer, true), nil
+	case "priority":
+		return types.Or(c.p.Priority, ""), nil
+	case "sanity-check":
+		return types.Or(c.p.SanityCheck, true), nil
+	case "passwordid":
+		return types.Or(c.p.Passwordid, ""), nil
+	}
+	return true, nil // loaded
+}
+
+// set changes nothing: the files have been read by then.
+func (c *certificates) set(string, value.Value) error { return errReadOnly }
+
+// retire: those who use the credentials go on with them.
+func (c *certificates) retire() bool { return true }

@@ -1,0 +1,5 @@
+//go:build !race
+
+package tlscreds
+
+const raceEnabled = false
