@@ -21,7 +21,8 @@ var leaves = map[string][]string{
 	"blockdev/crypto":              {"schema/types"},                                 // names of ciphers and hashes
 	"blockdev/crypto/luks":         {"blockdev/crypto", "graph/blk", "schema/types"}, // texts of errno
 	"blockdev/tlscreds":            {"graph/blk", "schema/types"},                    // texts of errno; options
-	"blockdev/nbdwire":             {"graph/blk"},                                    // extents and errno of the protocol are those of the data plane
+	"blockdev/tlspsk":              nil,
+	"blockdev/nbdwire":             {"graph/blk"}, // extents and errno of the protocol are those of the data plane
 }
 
 // anyone but the leaves may import these.
@@ -103,7 +104,7 @@ var thirdParty = []struct {
 	{"github.com/klauspost/compress", []string{"blockdev/format/qcow2"}, []string{"blockdev/format/qcow2"}},
 	{"github.com/lmittmann/tint", []string{"cmd/qblockd"}, nil},
 	// Its ciphers of long ago, and what tests compare ours with.
-	{"golang.org/x/crypto", []string{"blockdev/crypto"}, []string{"blockdev/crypto"}},
+	{"golang.org/x/crypto", []string{"blockdev/crypto", "blockdev/tlspsk"}, []string{"blockdev/crypto", "blockdev/tlspsk"}},
 	{"golang.org/x/sys", []string{"blockdev/crypto", "blockdev/tlscreds", "blockdev/protocol/file", "blockdev/export/...", "qmp", "qmp/chardev", "qmp/chardev/sockets", "cmd/*"}, []string{"..."}},
 	{"github.com/spf13/cobra", []string{"cmd/qblockctl"}, nil},
 	{"github.com/spf13/pflag", nil, []string{"cmd/qblockctl"}}, // the options of cobra's commands, for the manual page
