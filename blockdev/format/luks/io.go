@@ -65,6 +65,9 @@ func (d *disk) WriteAt(r *blk.Req, v blk.Vec, off int64, f blk.Flags) error {
 	if err := d.within(off, size); err != nil {
 		return err
 	}
+	if r.NoWait && size > maxBounce {
+		return blk.ErrWouldBlock // the second piece might have to, with the first one written
+	}
 	d.file.DebugEvent(r, blk.EvWriteAio)
 	bounce := blk.GetBuf(int(min(size, maxBounce)), 0)
 	defer blk.PutBuf(bounce)

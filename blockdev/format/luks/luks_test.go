@@ -282,3 +282,19 @@ func TestInfo(t *testing.T) {
 		t.Errorf("%+v", got)
 	}
 }
+
+// A write that must not wait does all of its work or none, also one that takes several pieces.
+func TestNoWait(t *testing.T) {
+	m := newImage(t, options(4<<20))
+	root, r := rooted(t, m)
+	before := bytes.Clone(m.Bytes())
+	r.NoWait = true
+	defer func() { r.NoWait = false }()
+	err := root.WriteAt(r, blk.Buf(make([]byte, 2<<20)), 0, 0)
+	if !errors.Is(err, blk.ErrWouldBlock) || !bytes.Equal(before, m.Bytes()) {
+		t.Errorf("a write of two pieces: %v", err)
+	}
+	if err := root.WriteAt(r, blk.Buf(make([]byte, 1<<20)), 0, 0); err != nil {
+		t.Errorf("a write of one piece: %v", err)
+	}
+}
