@@ -91,7 +91,12 @@ func (m *Manager) ChangeBackingFile(
 	if n.ReadOnly() {
 		nodes := graph.Now.WithFiles(n)
 		reopen := func(ctx context.Context, readOnly bool) error {
-			return around(n, func() error { return m.g.SwitchReadOnly(ctx, readOnly, nodes...) })
+			return around(n, func() error {
+				if !readOnly {
+					return graph.LendWritable(ctx, nodes...)
+				}
+				return m.g.SwitchReadOnly(ctx, true, nodes...)
+			})
 		}
 		if err := reopen(ctx, false); err != nil {
 			return err

@@ -183,9 +183,7 @@ func (s *Snapshot) Commit() {
 		return
 	}
 	// Nobody writes to it from now on. That it cannot be told so is no reason to undo anything.
-	if err := s.m.g.SwitchReadOnly(context.Background(), true, graph.Now.WithFiles(s.old)...); err != nil {
-		s.m.log.Warn("a node stays writable below its overlay", "node", s.old.Name(), "error", err)
-	}
+	graph.EndWriting("below its overlay", graph.Now.WithFiles(s.old)...)
 }
 
 // Clean implements transaction.Action.

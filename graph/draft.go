@@ -16,6 +16,7 @@ type txDraft struct {
 	again   map[*Node]bool     // tell the driver its claim in any case
 	frozen  map[*Edge]*freeze  // in place of Edge.frozen
 	opts    map[*Node]*Options // in place of Node.opts
+	lent    map[*Node]*Options // in place of Node.lent
 	edges   []*Edge            // attached, detached, retargeted
 	drains  []*Node            // quiet during the commit
 	roots   []*Root            // the same
@@ -38,6 +39,7 @@ func newTxDraft() *txDraft {
 		again:  map[*Node]bool{},
 		frozen: map[*Edge]*freeze{},
 		opts:   map[*Node]*Options{},
+		lent:   map[*Node]*Options{},
 	}
 	d.Draft = perm.NewDraft[*Node, *Edge](draftView{d: d})
 	return d
@@ -162,6 +164,31 @@ func (d *txDraft) options(n *Node) *Options {
 func (d *txDraft) setOptions(n *Node, o *Options) {
 	d.opts[n] = o
 	d.prims = append(d.prims, func(*installer) { n.opts.Store(o); n.Bump() })
+	if d.lentOf(n) != nil {
+		d.setLent(n, true)
+	}
+}
+
+// lentOf is Node.lent of n.
+func (d *txDraft) lentOf(n *Node) *Options {
+	if o, set := d.lent[n]; set {
+		return o
+	}
+	return n.lent
+}
+
+// setLent makes n, as it is to be, lent or no longer.
+func (d *txDraft) setLent(n *Node, lent bool) {
+	var o *Options
+	if lent {
+		own := *d.options(n)
+		own.ReadOnly, own.Inherited.ReadOnly = true, new(true)
+		o = &own
+	}
+	if o != d.lentOf(n) {
+		d.lent[n] = o
+		d.prims = append(d.prims, func(*installer) { n.lent = o })
+	}
 }
 
 // drainEnd has the upper end of e drained: requests that use the edge come from there. A

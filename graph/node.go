@@ -30,8 +30,9 @@ type Node struct {
 	// Guarded by g.mu from here.
 	state     nodeState
 	inactive  bool
-	noWriters error // as in perm.Node
-	owned     bool  // by the monitor
+	noWriters error    // as in perm.Node
+	lent      *Options // as in NodeState: it is writable for a time only; nil: it is not lent
+	owned     bool     // by the monitor
 	pins      int32
 	quiesce   quiescence  // drains of this node + child edges whose node is quiesced
 	counts    perm.Counts // over all parent edges

@@ -2,6 +2,7 @@ package graph
 
 import (
 	"context"
+	"errors"
 	"fmt"
 	"log/slog"
 
@@ -18,11 +19,25 @@ func WritersBarred(n *Node) bool {
 // SwitchReadOnly makes all nodes read-only or writable, or none. Requests on them wait meanwhile;
 // it blocks as long as those and the storage do. Errors: those of permissions and of the drivers.
 func (g *Graph) SwitchReadOnly(ctx context.Context, readOnly bool, nodes ...*Node) error {
+	return switchReadOnly(ctx, readOnly, false, nodes)
+}
+
+// LendWritable makes read-only nodes writable for a time, as SwitchReadOnly does, which also ends
+// it. What is recorded of them stays read-only.
+func LendWritable(ctx context.Context, nodes ...*Node) error {
+	return switchReadOnly(ctx, false, true, nodes)
+}
+
+func switchReadOnly(ctx context.Context, readOnly, lent bool, nodes []*Node) error {
+	g := nodes[0].g
 	tx := g.Begin(ctx)
 	defer tx.Abort()
 	var outcomes []func() error
 	for _, n := range nodes {
 		outcome, err := tx.SwitchReadOnly(n, readOnly)
+		if err == nil {
+			err = SetLent(tx, n, lent)
+		}
 		if err != nil {
 			return err
 		}
@@ -56,6 +71,38 @@ func (tx *Tx) SwitchReadOnly(n *Node, readOnly bool) (outcome func() error, err 
 		tx.Join(c)
 	}
 	return func() error { return c.err }, nil
+}
+
+// EndWriting makes nodes read-only where nobody takes an error any more; when says after what, in
+// texts. If that fails the nodes stay as they are, so that they can still store what they have in
+// memory, but are lent for good (SetLent), and nobody gets the right to write to the first,
+// unless others came meanwhile who do.
+// Those whose drivers cannot be told stay writable.
+func EndWriting(when string, nodes ...*Node) {
+	n, ctx := nodes[0], context.Background()
+	g := n.g
+	err := g.SwitchReadOnly(ctx, true, nodes...)
+	if err == nil || errors.Is(err, blk.ErrClosed) {
+		return
+	}
+	for _, x := range nodes {
+		if x.Options().CanReopen() != nil {
+			slog.Warn("a node stays writable "+when, "node", n.Name(), "error", err)
+			return
+		}
+	}
+	why := blk.Errnof(err, "Node '%s' could not be made read-only %s", n.Name(), when)
+	barred := g.Do(ctx, func(tx *Tx) error {
+		for _, x := range nodes {
+			ignoreClosing(SetLent(tx, x, true))
+		}
+		return tx.BarWriters(n, why)
+	})
+	if barred != nil {
+		slog.Warn("a node stays writable "+when+": others write to it", "node", n.Name(), "error", err)
+		return
+	}
+	slog.Error("a node takes no writes any more, but is not read-only "+when, "node", n.Name(), "error", err)
 }
 
 func (g *Graph) switchBack(readOnly bool, nodes []*Node) {

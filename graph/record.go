@@ -55,7 +55,8 @@ type Change struct {
 // NodeState is what makes a published node again.
 type NodeState struct {
 	Options *Options
-	// ReadOnly is Node.ReadOnly, which Options may not ask for; Owned is Node.MonitorOwned.
+	// ReadOnly is Node.ReadOnly, which Options may not ask for, or what that is to be again if the
+	// node is lent (SetLent); so are Options then. Owned is Node.MonitorOwned.
 	ReadOnly, Inactive, Owned bool
 }
 
@@ -206,10 +207,7 @@ func (d *delta) collect(c *commit) {
 	edges := slices.Clone(d.draft.edges)
 	for _, n := range unique(c.delta.Order, d.draft.refd) {
 		is := d.draft.stateLocked(n)
-		var was any
-		if n.state == nodePublished {
-			was = NodeState{n.opts.Load(), n.readOnly.Load(), n.inactive, n.owned}
-		}
+		was := stateLocked(n)
 		d.add(Key{Kind: StateNode, Name: n.name}, was, is)
 		if (was == nil) != (is == nil) {
 			edges = append(edges, d.draft.Children(n)...)
@@ -270,8 +268,26 @@ func valueIf(there bool, v any) any {
 	return nil
 }
 
-// stateLocked is the NodeState of n as the Tx would leave it; nil: it has none to record. Graph.mu
-// is held.
+// stateLocked is the NodeState of n, or nil if it has none to record. The caller holds g.mu.
+func stateLocked(n *Node) any {
+	if n.state != nodePublished {
+		return nil
+	}
+	if o := n.lent; o != nil {
+		return NodeState{o, true, n.inactive, n.owned}
+	}
+	return NodeState{n.opts.Load(), n.readOnly.Load(), n.inactive, n.owned}
+}
+
+// StateOf is what is recorded of n, which is published.
+func StateOf(n *Node) NodeState {
+	n.g.mu.RLock()
+	defer n.g.mu.RUnlock()
+	s, _ := stateLocked(n).(NodeState)
+	return s
+}
+
+// stateLocked is that of n as the Tx would leave it.
 func (d *txDraft) stateLocked(n *Node) any {
 	r := d.refs[n]
 	if r == nil {
@@ -282,6 +298,9 @@ func (d *txDraft) stateLocked(n *Node) any {
 		return nil
 	}
 	st := d.Node(n)
+	if o := d.lentOf(n); o != nil {
+		return NodeState{o, true, st.Inactive, r.owned}
+	}
 	return NodeState{d.options(n), st.ReadOnly, st.Inactive, r.owned}
 }
 

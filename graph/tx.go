@@ -250,7 +250,18 @@ func (tx *Tx) SetReadOnly(n *Node, ro bool) error {
 		own := *d.options(n)
 		own.ReadOnly, own.Inherited.ReadOnly = ro, &ro
 		d.prims = append(d.prims, func(in *installer) { n.readOnly.Store(ro); n.noWriters = nil })
+		d.setLent(n, false)
 		d.setOptions(n, &own) // last, as it tells of both
+		return nil
+	})
+}
+
+// SetLent tells whether n, which is writable, is so for a time only: what is recorded of it then is
+// that it is read-only. SetReadOnly ends that.
+func SetLent(tx *Tx, n *Node, lent bool) error {
+	return tx.do(func(d *txDraft) error {
+		d.Touch(n)
+		d.setLent(n, lent)
 		return nil
 	})
 }

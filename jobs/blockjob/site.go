@@ -48,7 +48,7 @@ func MakeWritable(ctx context.Context, n *graph.Node) (restore func(), err error
 	nodes := graph.Now.WithFiles(n)
 	switch {
 	case n.ReadOnly():
-		err = n.Graph().SwitchReadOnly(ctx, false, nodes...)
+		err = graph.LendWritable(ctx, nodes...)
 	case graph.WritersBarred(n):
 		err = n.Graph().Do(ctx, func(tx *graph.Tx) error { return tx.BarWriters(n, nil) })
 	default:
@@ -60,24 +60,9 @@ func MakeWritable(ctx context.Context, n *graph.Node) (restore func(), err error
 	return func() { makeReadOnly(nodes) }, nil
 }
 
-// makeReadOnly ends MakeWritable. A node that cannot follow stays as it is, so that it can still
-// store what it has in memory, but nobody gets the right to write to it, until the next job or
-// blockdev-reopen; unless others have come meanwhile who do.
-func makeReadOnly(nodes []*graph.Node) {
-	n, ctx := nodes[0], context.Background()
-	err := n.Graph().SwitchReadOnly(ctx, true, nodes...)
-	if err == nil || errors.Is(err, blk.ErrClosed) {
-		return
-	}
-	tx := n.Graph().Begin(ctx)
-	defer tx.Abort()
-	why := blk.Errnof(err, "Node '%s' could not be made read-only again after a job", n.Name())
-	if barred := errors.Join(tx.BarWriters(n, why), tx.Commit()); barred != nil {
-		slog.Warn("a node stays writable after a job: others write to it", "node", n.Name(), "error", err)
-		return
-	}
-	slog.Error("a node takes no writes any more, but is not read-only after a job", "node", n.Name(), "error", err)
-}
+// makeReadOnly ends MakeWritable. A node that cannot follow takes no writers until the next job or
+// blockdev-reopen.
+func makeReadOnly(nodes []*graph.Node) { graph.EndWriting("again after a job", nodes...) }
 
 // EndReadOnly makes the nodes read-only when the job ends, if there are any, in place of what
 // MakeWritable was to undo.

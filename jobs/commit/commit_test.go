@@ -6,11 +6,13 @@ import (
 	"errors"
 	"fmt"
 	"sync"
+	"sync/atomic"
 	"syscall"
 	"testing"
 	"time"
 
 	"qblockd/blockdev/drivertest"
+	"qblockd/graph"
 	"qblockd/jobs"
 	"qblockd/jobs/jobtest"
 	"qblockd/schema/types"
@@ -245,6 +247,69 @@ func TestTwoAtOnce(t *testing.T) {
 		if now := jobtest.Look(w.g); now != w.shape {
 			t.Fatalf("the graph is\n%s, it was\n%s", now, w.shape)
 		}
+	}
+}
+
+// TestRecordOfReadOnlyBase: a base that is writable for the time of the job is recorded as what it
+// will be: read-only, unless it takes the place of the layer that guests write to.
+func TestRecordOfReadOnlyBase(t *testing.T) {
+	for _, c := range []struct {
+		name             string
+		active, complete bool
+		after            bool // read-only
+	}{
+		{"top", false, true, true},
+		{"active, cancelled", true, false, true},
+		{"active", true, true, false},
+	} {
+		w := newWorld(t)
+		base := w.nodes["base"]
+		if err := w.g.SwitchReadOnly(t.Context(), true, base); err != nil {
+			t.Fatal(err)
+		}
+		var recorded atomic.Pointer[graph.NodeState]
+		w.g.SetRecorder(func(l []graph.Change) error {
+			for _, x := range l {
+				if s, ok := x.Value.(graph.NodeState); ok && x.Key.Name == "base" {
+					recorded.Store(&s)
+				}
+			}
+			return nil
+		})
+		expect := func(when string, readOnly, recordedSo bool) {
+			t.Helper()
+			s := recorded.Load()
+			if base.ReadOnly() != readOnly || s == nil || s.ReadOnly != recordedSo || s.Options.ReadOnly != recordedSo ||
+				graph.StateOf(base) != *s {
+				t.Errorf("%s, %s: read-only is %v, recorded is %+v", c.name, when, base.ReadOnly(), s)
+			}
+		}
+		a := w.args()
+		a.AutoFinalize = new(c.active)
+		if c.active {
+			a.TopNode = nil
+		}
+		j, ready := w.start(a), jobtest.InState(types.JobStatusReady)
+		if !c.active {
+			ready = jobtest.InState(types.JobStatusPending)
+		}
+		if !w.Await(ready) {
+			t.Fatal(j.Err())
+		}
+		expect("at work", false, true)
+		var err error
+		switch {
+		case !c.active:
+			err = j.Finalize()
+		case c.complete:
+			err = j.Complete(t.Context())
+		default:
+			err = j.Cancel(false)
+		}
+		if err := errors.Join(err, w.finished(j)); err != nil {
+			t.Fatal(err)
+		}
+		expect("afterwards", c.after, c.after)
 	}
 }
 

@@ -214,8 +214,16 @@ func (j *Job) pivot(tx *graph.Tx) (readOnly []*graph.Node, _ error) {
 				old.Name(), j.target.Name())
 		}
 	}
-	if old.ReadOnly() && !j.target.ReadOnly() {
-		readOnly = graph.Now.WithFiles(j.target)
+	for _, n := range graph.Now.WithFiles(j.target) {
+		switch {
+		case j.target.ReadOnly():
+		case old.ReadOnly():
+			readOnly = append(readOnly, n)
+		default: // an active commit may have made it writable for its time, which becomes for good
+			if err := graph.SetLent(tx, n, false); err != nil {
+				return nil, err
+			}
+		}
 	}
 	return readOnly, tx.ReplaceNode(old, j.target)
 }

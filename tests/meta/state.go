@@ -91,8 +91,7 @@ func (w *world) queried() map[graph.Key]any {
 	is := map[graph.Key]any{}
 	t := w.x.Graph.Topology()
 	for _, n := range t.Nodes {
-		is[graph.Key{Kind: graph.StateNode, Name: n.Name()}] = graph.NodeState{
-			Options: n.Options(), ReadOnly: n.ReadOnly(), Inactive: n.Inactive(), Owned: n.MonitorOwned()}
+		is[graph.Key{Kind: graph.StateNode, Name: n.Name()}] = graph.StateOf(n)
 		for _, b := range n.Bitmaps().States() {
 			if b.Name != "" {
 				is[graph.Key{Kind: graph.StateBitmap, Name: n.Name(), Part: b.Name}] = &types.BlockDirtyBitmapAdd{
