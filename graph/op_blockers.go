@@ -1,7 +1,6 @@
 package graph
 
 import (
-	"cmp"
 	"fmt"
 	"slices"
 
@@ -74,19 +73,28 @@ func (tx *Tx) Blocked(n *Node, op Op) error {
 	n.g.mu.RLock()
 	err := n.rare.blocked(n, op)
 	n.g.mu.RUnlock()
-	for _, e := range tx.Parents(n) {
-		err = cmp.Or(err, e.blocks(n, op))
+	if err != nil {
+		return err
 	}
-	return err
+	for _, e := range tx.Parents(n) {
+		if err := e.blocks(n, op); err != nil {
+			return err
+		}
+	}
+	return nil
 }
 
 // +checklocksread:n.g.mu
 func (n *Node) blockedLocked(op Op) error {
-	err := n.rare.blocked(n, op)
-	for e := range n.parents.all() {
-		err = cmp.Or(err, e.blocks(n, op))
+	if err := n.rare.blocked(n, op); err != nil {
+		return err
 	}
-	return err
+	for e := range n.parents.all() {
+		if err := e.blocks(n, op); err != nil {
+			return err
+		}
+	}
+	return nil
 }
 
 // blocked is the error of the latest reason against op at n. Graph.mu is held.
