@@ -647,6 +647,10 @@ type BlockdevOptionsNbd struct {
 	Server SocketAddress
 	// Name of the export (default: the empty name, which servers take for their default export).
 	Export *string
+	// The object with the credentials for TLS (default: no TLS).
+	TlsCreds *string
+	// The host that the server's certificate must be for (default: the one in @server; since 7.0).
+	TlsHostname *string
 	// Metadata context whose extents are shown as block status in place of those of base:allocation, for
 	// instance qemu:dirty-bitmap:NAME.
 	XDirtyBitmap *string

@@ -72,6 +72,8 @@ func visitBlockdevOptionsNbd(d *decoder, name string, x *BlockdevOptionsNbd) boo
 func membersBlockdevOptionsNbd(d *decoder, x *BlockdevOptionsNbd) bool {
 	return visitSocketAddress(d, "server", &x.Server) &&
 		opt(d, "export", &x.Export, visitStr) &&
+		opt(d, "tls-creds", &x.TlsCreds, visitStr) &&
+		opt(d, "tls-hostname", &x.TlsHostname, visitStr) &&
 		opt(d, "x-dirty-bitmap", &x.XDirtyBitmap, visitStr) &&
 		opt(d, "reconnect-delay", &x.ReconnectDelay, visitUint32) &&
 		opt(d, "open-timeout", &x.OpenTimeout, visitUint32)

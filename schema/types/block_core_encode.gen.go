@@ -548,9 +548,17 @@ func (x *BlockdevOptionsNbd) AppendJSON(b []byte) []byte {
 		b = append(b, `, "x-dirty-bitmap": `...)
 		b = value.AppendString(b, *x.XDirtyBitmap)
 	}
+	if x.TlsCreds != nil {
+		b = append(b, `, "tls-creds": `...)
+		b = value.AppendString(b, *x.TlsCreds)
+	}
 	if x.OpenTimeout != nil {
 		b = append(b, `, "open-timeout": `...)
 		b = appendUint(b, *x.OpenTimeout)
+	}
+	if x.TlsHostname != nil {
+		b = append(b, `, "tls-hostname": `...)
+		b = value.AppendString(b, *x.TlsHostname)
 	}
 	return append(b, '}')
 }
@@ -1514,6 +1522,10 @@ func (x *BlockdevOptions) AppendJSON(b []byte) []byte {
 			b = append(b, `, "x-dirty-bitmap": `...)
 			b = value.AppendString(b, *u.XDirtyBitmap)
 		}
+		if u.TlsCreds != nil {
+			b = append(b, `, "tls-creds": `...)
+			b = value.AppendString(b, *u.TlsCreds)
+		}
 		if u.OpenTimeout != nil {
 			b = append(b, `, "open-timeout": `...)
 			b = appendUint(b, *u.OpenTimeout)
@@ -1525,6 +1537,10 @@ func (x *BlockdevOptions) AppendJSON(b []byte) []byte {
 		if x.Discard != nil {
 			b = append(b, `, "discard": `...)
 			b = appendEnum(b, *x.Discard)
+		}
+		if u.TlsHostname != nil {
+			b = append(b, `, "tls-hostname": `...)
+			b = value.AppendString(b, *u.TlsHostname)
 		}
 		if x.ForceShare != nil {
 			b = append(b, `, "force-share": `...)

@@ -12,6 +12,7 @@ import (
 	"time"
 
 	"qblockd/blockdev/nbdwire"
+	"qblockd/blockdev/tlscreds"
 	"qblockd/events/clock"
 	"qblockd/graph/blk"
 )
@@ -251,7 +252,7 @@ func (c *conn) write() error {
 			n += len(c.bufs[i])
 		}
 		c.out = c.bufs[first:i]
-		n, err := c.out.WriteTo(c.nc)
+		n, err := tlscreds.WriteVec(c.nc, &c.out)
 		if c.moved.Add(n); err != nil {
 			return err
 		}

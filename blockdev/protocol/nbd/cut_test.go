@@ -14,8 +14,11 @@ import (
 	"syscall"
 	"testing"
 
+	"qblockd/blockdev/driver"
 	"qblockd/blockdev/drivertest"
+	server "qblockd/blockdev/export/nbd"
 	"qblockd/blockdev/protocol/nbd"
+	"qblockd/blockdev/tlscreds"
 	"qblockd/graph"
 	"qblockd/graph/blk"
 	"qblockd/schema/types"
@@ -72,18 +75,32 @@ func (c *cutter) pass(client net.Conn) {
 // TestCut: with connections that are lost again and again and drains in between, each write that
 // was acknowledged is there, and none fails but for a drain.
 func TestCut(t *testing.T) {
+	t.Run("plain", func(t *testing.T) { testCut(t, nil, nil, types.BlockdevOptionsNbd{}) })
+	t.Run("TLS", func(t *testing.T) { // each connection has its own handshake
+		_, o := withTLS(t)
+		tls, err := tlscreds.NewServer(o, new("server"), nil)
+		if err != nil {
+			t.Fatal(err)
+		}
+		testCut(t, o, tls, types.BlockdevOptionsNbd{TlsCreds: new("client"), TlsHostname: new("localhost")})
+	})
+}
+
+func testCut(t *testing.T, o objects, tls *tlscreds.Server, opts types.BlockdevOptionsNbd) {
 	old := slog.Default()
 	slog.SetDefault(slog.New(slog.NewTextHandler(t.Output(), nil)))
 	t.Cleanup(func() { slog.SetDefault(old) })
 	const writers, each, block = 8, 60, 8192
-	c := newCutter(t, serve(t, writers*each*block, false))
+	c := newCutter(t, serveBy(t, writers*each*block, false, server.Options{TLS: tls}))
 	g := drivertest.NewGraph(t)
+	opts.Export, opts.ReconnectDelay = new("x"), new(uint32(60))
+	opts.Server = types.SocketAddress{Type: "unix", U: &types.UnixSocketAddress{Path: c.l.Addr().String()}}
 	n := drivertest.MustBuild(t, g, drivertest.Spec{
 		Options: graph.Options{Name: "nbd", Kind: graph.Protocol, DriverName: "nbd"},
-		Open: nbd.Def.With(&types.BlockdevOptionsNbd{
-			Export: new("x"), ReconnectDelay: new(uint32(60)),
-			Server: types.SocketAddress{Type: "unix", U: &types.UnixSocketAddress{Path: c.l.Addr().String()}},
-		}),
+		Open: func(x *driver.Opening) (graph.Driver, error) {
+			x.Objects = o
+			return nbd.Def.Open(x, &opts)
+		},
 	})
 	root := drivertest.AddRoot(t, g, n, drivertest.Writer)
 	content := func(i int) []byte { return bytes.Repeat([]byte{byte(i%255 + 1)}, block) }

@@ -12,6 +12,7 @@ import (
 	"time"
 
 	"qblockd/blockdev/driver"
+	"qblockd/blockdev/tlscreds"
 	"qblockd/events/panics"
 	"qblockd/graph/blk"
 	"qblockd/qmp/chardev/sockets"
@@ -29,7 +30,8 @@ type server struct {
 	addr    *types.SocketAddress
 	export  string
 	context string
-	fd      net.Conn // of an address that is a descriptor: the connection, until it is used
+	tls     *tlscreds.Client // nil: in the clear
+	fd      net.Conn         // of an address that is a descriptor: the connection, until it is used
 }
 
 // newServer checks the options and what an image may name.
@@ -37,6 +39,12 @@ func newServer(x *driver.Opening, o *types.BlockdevOptionsNbd) (*server, error) 
 	s := &server{addr: &o.Server, context: contextOf(o)}
 	if o.Export != nil {
 		s.export = *o.Export
+	}
+	if o.TlsCreds != nil {
+		var err error
+		if s.tls, err = tlscreds.NewClient(x.Objects, *o.TlsCreds, serverHost(o)); err != nil {
+			return nil, err
+		}
 	}
 	switch a := o.Server.U.(type) {
 	case *types.UnixSocketAddress:
@@ -66,6 +74,17 @@ func newServer(x *driver.Opening, o *types.BlockdevOptionsNbd) (*server, error) 
 		return s, err
 	}
 	return s, nil
+}
+
+// serverHost is whom the server's certificate must be for, "" if that is not known.
+func serverHost(o *types.BlockdevOptionsNbd) string {
+	if o.TlsHostname != nil {
+		return *o.TlsHostname
+	}
+	if a, ok := o.Server.U.(*types.InetSocketAddress); ok {
+		return a.Host
+	}
+	return ""
 }
 
 // inherited is the connection that the process has inherited as a descriptor of that number.
@@ -131,7 +150,8 @@ func (s *server) connect(ctx context.Context) (net.Conn, *export, error) {
 		case <-over:
 		}
 	}, nil)
-	e, err := handshake(nc, s.export, s.context)
+	plain := nc
+	nc, e, err := handshake(plain, s)
 	close(over)
 	<-ended
 	if ctx.Err() != nil {
@@ -141,7 +161,7 @@ func (s *server) connect(ctx context.Context) (net.Conn, *export, error) {
 		err = nc.SetDeadline(time.Time{})
 	}
 	if err != nil {
-		_ = nc.Close()
+		_ = plain.Close()
 		return nil, nil, err
 	}
 	return nc, e, nil

@@ -32,6 +32,12 @@
 // again may be executed twice. A server that goes on with the requests of a connection that has
 // ended may execute it once more after a later write of the same range.
 //
+// # TLS
+//
+// With tls-creds nothing but the request for TLS goes in the clear, also when the driver connects
+// again: a server that does not do it is not used. Its certificate must be for tls-hostname, or the
+// host that was connected to.
+//
 // # What a bad server costs
 //
 // The handshake has 10 s. No reply may be longer than what was asked for, text no longer than the

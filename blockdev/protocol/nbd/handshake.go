@@ -10,6 +10,7 @@ import (
 	"syscall"
 
 	"qblockd/blockdev/nbdwire"
+	"qblockd/blockdev/tlscreds"
 	"qblockd/graph/blk"
 )
 
@@ -33,23 +34,25 @@ func (e *export) has(flag uint16) bool { return e.flags&flag != 0 }
 // hello is a handshake.
 type hello struct {
 	nc      net.Conn
-	name    string // of the export
-	context string // of the block status
-	zeroes  bool   // the server pads its answer to OptExportName
+	tls     *tlscreds.Client // nil: in the clear
+	name    string           // of the export
+	context string           // of the block status
+	zeroes  bool             // the server pads its answer to OptExportName
 	e       export
 	buf     [2 + 12 + nbdwire.OptReplySize]byte
 }
 
-// handshake asks the server for an export. How long it may take is the connection's deadline.
-func handshake(nc net.Conn, name, context string) (*export, error) {
-	h := &hello{nc: nc, name: name, context: context}
+// handshake asks the server for an export, and returns the connection to go on with. How long it
+// may take is the connection's deadline.
+func handshake(nc net.Conn, s *server) (net.Conn, *export, error) {
+	h := &hello{nc: nc, tls: s.tls, name: s.export, context: s.context}
 	if err := h.run(); err != nil {
-		return nil, err
+		return nil, nil, err
 	}
 	if h.e.size < 0 || h.e.size > blk.MaxSize {
-		return nil, blk.Text("Could not refresh total sector count: File too large", syscall.EFBIG)
+		return nil, nil, blk.Text("Could not refresh total sector count: File too large", syscall.EFBIG)
 	}
-	return &h.e, nil
+	return h.nc, &h.e, nil
 }
 
 // run greets and negotiates.
@@ -76,6 +79,9 @@ func (h *hello) run() error {
 
 // oldStyle takes the one export of a server without options.
 func (h *hello) oldStyle() error {
+	if h.tls != nil {
+		return errNoTLS
+	}
 	if h.name != "" {
 		return invalid("Server does not support non-empty export names")
 	}
@@ -103,10 +109,19 @@ func (h *hello) newStyle() error {
 	if _, err := h.nc.Write([]byte{0, 0, byte(reply >> 8), byte(reply)}); err != nil {
 		return sending("clientflags field", err)
 	}
-	if given&nbdwire.FixedNewstyle == 0 {
+	fixed := given&nbdwire.FixedNewstyle != 0
+	if h.tls != nil {
+		if !fixed {
+			return errNoTLS
+		}
+		if err := h.startTLS(); err != nil {
+			return err
+		}
+	}
+	if !fixed {
 		return h.exportName()
 	}
-	if h.e.structured, err = h.simpleOption(nbdwire.OptStructuredReply); err != nil {
+	if h.e.structured, err = h.simpleOption(nbdwire.OptStructuredReply, false); err != nil {
 		return err
 	}
 	if h.e.structured {
@@ -120,8 +135,28 @@ func (h *hello) newStyle() error {
 	return h.exportName()
 }
 
-// simpleOption sends an option without data and tells whether the server agrees.
-func (h *hello) simpleOption(opt uint32) (bool, error) {
+var errNoTLS = invalid("Server does not support STARTTLS")
+
+// startTLS goes on under TLS.
+func (h *hello) startTLS() error {
+	ok, err := h.simpleOption(nbdwire.OptStartTLS, true)
+	switch {
+	case err != nil:
+		return err
+	case !ok:
+		return invalid("Server don't support STARTTLS option")
+	}
+	nc, err := h.tls.Connect(h.nc)
+	if err != nil {
+		return blk.Text(err.Error(), syscall.EINVAL)
+	}
+	h.nc = nc
+	return nil
+}
+
+// simpleOption sends an option without data and tells whether the server agrees. It may refuse for
+// whatever reason, unless strict.
+func (h *hello) simpleOption(opt uint32, strict bool) (bool, error) {
 	if err := h.send(opt, nil); err != nil {
 		return false, err
 	}
@@ -130,7 +165,7 @@ func (h *hello) simpleOption(opt uint32) (bool, error) {
 		return false, err
 	}
 	if r.Type&nbdwire.ErrBit != 0 {
-		return false, h.refusal(r, false)
+		return false, h.refusal(r, strict)
 	}
 	if r.Type != nbdwire.RepAck {
 		return false, invalid("Server answered option %d (%s) with unexpected reply %d (%s)",
@@ -324,6 +359,7 @@ func (h *hello) refusal(r nbdwire.OptReply, strict bool) error {
 	if r.Type == nbdwire.RepErrUnsup || !strict {
 		return nil
 	}
+	advice := ""
 	format := "Unknown error code when asking for option %d (%s)"
 	switch r.Type {
 	case nbdwire.RepErrPolicy:
@@ -334,22 +370,26 @@ func (h *hello) refusal(r nbdwire.OptReply, strict bool) error {
 		format = "Server lacks support for option %d (%s)"
 	case nbdwire.RepErrTLSReqd:
 		format = "TLS negotiation required before option %d (%s)"
+		advice = "Did you forget a valid tls-creds?\n"
 	case nbdwire.RepErrUnknown:
-		return h.reported(invalid("Requested export not available"), text)
+		return h.reported(invalid("Requested export not available"), text, "")
 	case nbdwire.RepErrShutdown:
 		format = "Server shutting down before option %d (%s)"
 	case nbdwire.RepErrBlockSizeReqd:
 		format = "Server requires INFO_BLOCK_SIZE for option %d (%s)"
 	}
-	return h.reported(invalid(format, r.Opt, nbdwire.OptName(r.Opt)), text)
+	return h.reported(invalid(format, r.Opt, nbdwire.OptName(r.Opt)), text, advice)
 }
 
-// reported is err with the server's own words, if it had any.
-func (h *hello) reported(err error, text []byte) error {
-	if len(text) == 0 {
+// reported is err with advice, and with the server's own words, if it had any.
+func (h *hello) reported(err error, text []byte, advice string) error {
+	if len(text) > 0 {
+		advice += "server reported: " + string(bytes.ToValidUTF8(text, []byte("?")))
+	}
+	if advice == "" {
 		return err
 	}
-	return blk.WithHint(err, "server reported: "+string(bytes.ToValidUTF8(text, []byte("?"))))
+	return blk.WithHint(err, advice)
 }
 
 // read reads n bytes, at most as many as the longest fixed structure has. They hold until the next

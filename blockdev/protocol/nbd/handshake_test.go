@@ -3,12 +3,14 @@ package nbd
 import (
 	"bytes"
 	"errors"
+	"net"
 	"slices"
 	"strings"
 	"testing"
 	"time"
 
 	"qblockd/blockdev/nbdwire"
+	"qblockd/blockdev/tlscreds"
 	"qblockd/events/clock"
 )
 
@@ -83,9 +85,34 @@ func dialogues() []dialogue {
 	}
 }
 
+// shake is a handshake in the clear.
+func shake(nc net.Conn, name, context string) (*export, error) {
+	_, e, err := handshake(nc, &server{export: name, context: context})
+	return e, err
+}
+
+// TestNoTLS: a server that does not do TLS is not used without.
+func TestNoTLS(t *testing.T) {
+	hi := string(nbdwire.AppendGreeting(nil, nbdwire.FixedNewstyle|nbdwire.NoZeroes))
+	const opt = nbdwire.OptStartTLS
+	for _, c := range []dialogue{
+		{"NBDMAGIC" + string(put64(nbdwire.MagicOldStyle)) + string(make([]byte, 152)), "Server does not support STARTTLS"},
+		{"NBDMAGICIHAVEOPT\x00\x00", "Server does not support STARTTLS"},
+		{hi + reply(opt, nbdwire.RepErrPolicy, 'x'), "Denied by server for option 5 (starttls)"},
+		{hi + reply(opt, nbdwire.RepErrUnsup), "Server don't support STARTTLS option"},
+		{hi + reply(opt, nbdwire.RepAck, 'x'), "Option 5 ('starttls') response length is 1 (it should be zero)"},
+	} {
+		nc := script(t, c.server)
+		_, _, err := handshake(nc, &server{tls: &tlscreds.Client{}})
+		if err == nil || err.Error() != c.want {
+			t.Errorf("%q:\n%v, want\n%s", c.server, err, c.want)
+		}
+	}
+}
+
 func TestHandshake(t *testing.T) {
 	for _, c := range dialogues() {
-		e, err := handshake(script(t, c.server), "x", nbdwire.ContextAllocation)
+		e, err := shake(script(t, c.server), "x", nbdwire.ContextAllocation)
 		switch {
 		case c.want != "" && (err == nil || err.Error() != c.want):
 			t.Errorf("%q:\n%v, want\n%s", c.server, err, c.want)
@@ -98,10 +125,10 @@ func TestHandshake(t *testing.T) {
 func TestOldStyle(t *testing.T) {
 	old := "NBDMAGIC" + string(put64(nbdwire.MagicOldStyle)) + string(put64(4096)) +
 		"\x00\x00\x00\x01" + string(make([]byte, 124))
-	if e, err := handshake(script(t, old), "", ""); err != nil || e.size != 4096 || e.flags != 1 {
+	if e, err := shake(script(t, old), "", ""); err != nil || e.size != 4096 || e.flags != 1 {
 		t.Errorf("old style: %+v, %v", e, err)
 	}
-	if _, err := handshake(script(t, old), "x", ""); err == nil || err.Error() != "Server does not support non-empty export names" {
+	if _, err := shake(script(t, old), "x", ""); err == nil || err.Error() != "Server does not support non-empty export names" {
 		t.Errorf("old style: %v", err)
 	}
 }
@@ -111,8 +138,13 @@ func TestHint(t *testing.T) {
 	hi := string(nbdwire.AppendGreeting(nil, nbdwire.FixedNewstyle|nbdwire.NoZeroes))
 	var hint interface{ Hint() string }
 	answers := hi + reply(8, nbdwire.RepErrUnsup) + reply(nbdwire.OptGo, nbdwire.RepErrPolicy, 'n', 'o', 0xff)
-	_, err := handshake(script(t, answers), "", "")
+	_, err := shake(script(t, answers), "", "")
 	if !errors.As(err, &hint) || hint.Hint() != "server reported: no?" {
+		t.Errorf("no hint in %v", err)
+	}
+	answers = hi + reply(8, nbdwire.RepErrUnsup) + reply(nbdwire.OptGo, nbdwire.RepErrTLSReqd, 'n', 'o')
+	_, err = shake(script(t, answers), "", "")
+	if !errors.As(err, &hint) || hint.Hint() != "Did you forget a valid tls-creds?\nserver reported: no" {
 		t.Errorf("no hint in %v", err)
 	}
 }
@@ -126,7 +158,7 @@ func script(t testing.TB, says string) *scripted {
 func TestSilentHandshake(t *testing.T) {
 	nc, _ := pair(t)
 	_ = nc.SetDeadline(time.Now().Add(10 * time.Millisecond))
-	_, err := handshake(nc, "", "")
+	_, err := shake(nc, "", "")
 	if err == nil || err.Error() != "Failed to read initial magic: Unable to read from socket: Connection timed out" {
 		t.Error(err)
 	}
@@ -138,7 +170,7 @@ func FuzzHandshake(f *testing.F) {
 		string(nbdwire.AppendMetaContext(nil, 10, 7, nbdwire.ContextAllocation)) +
 		reply(10, 1) + item(nbdwire.Info{Size: 512}) + reply(7, 1)))
 	f.Fuzz(func(t *testing.T, b []byte) {
-		e, err := handshake(script(t, string(b)), "x", nbdwire.ContextAllocation)
+		e, err := shake(script(t, string(b)), "x", nbdwire.ContextAllocation)
 		if err == nil {
 			l := e.limits()
 			if e.size < 0 || l.RequestAlign > maxMinBlock ||

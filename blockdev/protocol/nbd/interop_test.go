@@ -225,7 +225,8 @@ func TestDirtyBitmap(t *testing.T) {
 	n := drivertest.MustBuild(t, g, drivertest.Spec{
 		Options: graph.Options{Name: "nbd", Kind: graph.Protocol, ReadOnly: true},
 		Open: nbd.Def.With(&types.BlockdevOptionsNbd{
-			XDirtyBitmap: &context, Server: types.SocketAddress{Type: "unix", U: &types.UnixSocketAddress{Path: path}},
+			XDirtyBitmap: &context, OpenTimeout: new(uint32(20)),
+			Server: types.SocketAddress{Type: "unix", U: &types.UnixSocketAddress{Path: path}},
 		}),
 	})
 	x, err := n.IO().Status(&blk.Req{}, 1<<20, 1<<20)

@@ -8,6 +8,7 @@ import (
 	"strconv"
 	"strings"
 
+	"qblockd/blockdev/driver"
 	"qblockd/schema/types"
 	"qblockd/schema/value"
 )
@@ -143,6 +144,8 @@ func strong(o *types.BlockdevOptionsNbd, add func(name string, v value.Value)) {
 	if o.Export != nil {
 		add("export", *o.Export)
 	}
+	driver.AddGiven(add, "tls-creds", o.TlsCreds)
+	driver.AddGiven(add, "tls-hostname", o.TlsHostname)
 	v, err := value.Parse(string(o.Server.AppendJSON(nil)))
 	if err != nil {
 		panic("nbd: " + err.Error())

@@ -43,6 +43,11 @@ func open(t *testing.T, g *graph.Graph, path string, ro bool) *graph.Node {
 // serve serves a file in memory as the export "x" until the test ends.
 func serve(t *testing.T, size int64, ro bool) (path string) {
 	t.Helper()
+	return serveBy(t, size, ro, server.Options{})
+}
+
+func serveBy(t *testing.T, size int64, ro bool, o server.Options) (path string) {
+	t.Helper()
 	g := drivertest.NewGraph(t)
 	n := drivertest.AddNode(t, g, "file", drivertest.NewMemFile(size))
 	claim := drivertest.Writer
@@ -55,7 +60,7 @@ func serve(t *testing.T, size int64, ro bool) (path string) {
 	if err != nil {
 		t.Fatal(err)
 	}
-	s := server.Serve(l, server.Options{})
+	s := server.Serve(l, o)
 	t.Cleanup(func() {
 		s.Close()
 		ctx, cancel := context.WithTimeout(context.Background(), time.Minute)
