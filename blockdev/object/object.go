@@ -1,7 +1,7 @@
 // Package object holds the objects that clients make by object-add and see as a tree through the
 // qom- commands: iothread, a named and bounded group of workers; secret, which gives nothing away;
-// throttle-group, limits for throttle filters; tls-creds-x509, certificates for TLS; authz-list,
-// authz-listfile and authz-simple, which say who may connect.
+// throttle-group, limits for throttle filters; tls-creds-x509 and tls-creds-psk, certificates and
+// keys for TLS; authz-list, authz-listfile and authz-simple, which say who may connect.
 //
 //	/            container
 //	/objects     container    what object-add made
@@ -105,6 +105,8 @@ func (r *Registry) make(o *types.ObjectOptions) (object, error) {
 		return newIothread(u)
 	case *types.SecretProperties:
 		return &secret{p: *u}, nil
+	case *types.TlsCredsPskProperties:
+		return &presharedKeys{p: *u}, nil
 	case *types.TlsCredsX509Properties:
 		return &certificates{p: *u}, nil
 	case *types.AuthZSimpleProperties:

@@ -59,7 +59,7 @@ func TestRegistry(t *testing.T) {
 	if l, err := r.List("/"); err != nil || len(l) != 3 || l[1].Type != "child<container>" {
 		t.Errorf("list: %v %v", l, err)
 	}
-	if l := r.Types("user-creatable", false); len(l) != 7 || l[0].Name != "authz-list" || l[6].Name != "tls-creds-x509" {
+	if l := r.Types("user-creatable", false); len(l) != 8 || l[0].Name != "authz-list" || l[7].Name != "tls-creds-x509" {
 		t.Errorf("types: %v", l)
 	}
 	if l := r.Types("chardev", true); len(l) != 9 {

@@ -42,6 +42,42 @@ func (c *certificates) get(property string) (value.Value, error) {
 	return true, nil // loaded
 }
 
+// presharedKeys is a tls-creds-psk.
+type presharedKeys struct {
+	p types.TlsCredsPskProperties
+	*tlscreds.PSK
+}
+
+func (k *presharedKeys) typ() string { return "tls-creds-psk" }
+
+// complete reads the file. It blocks as long as that does.
+func (k *presharedKeys) complete(*Registry) (err error) {
+	k.PSK, err = tlscreds.NewPSK(&k.p)
+	return err
+}
+
+func (k *presharedKeys) get(property string) (value.Value, error) {
+	switch property {
+	case "endpoint":
+		return string(types.Or(k.p.Endpoint, types.QCryptoTLSCredsEndpointClient)), nil
+	case "dir":
+		return types.Or(k.p.Dir, ""), nil
+	case "verify-peer":
+		return types.Or(k.p.VerifyPeer, true), nil
+	case "priority":
+		return types.Or(k.p.Priority, ""), nil
+	case "username":
+		return types.Or(k.p.Username, ""), nil
+	}
+	return true, nil // loaded
+}
+
+// set changes nothing: the keys are what they are.
+func (k *presharedKeys) set(string, value.Value) error { return errReadOnly }
+
+// retire: those who use the credentials go on with them.
+func (k *presharedKeys) retire() bool { return true }
+
 // set changes nothing: the files have been read by then.
 func (c *certificates) set(string, value.Value) error { return errReadOnly }
 

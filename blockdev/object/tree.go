@@ -97,6 +97,7 @@ var typeProperties = map[string][]*types.ObjectPropertyInfo{
 		"x-bps-total-max", "x-bps-read-max-length", "x-iops-read", "x-bps-read", "x-bps-write-max", "x-iops-total-max",
 		"x-iops-total", "x-iops-write", "x-bps-total-max-length", "x-iops-write-max"),
 	"tls-creds":      tlsCommon,
+	"tls-creds-psk":  append(tlsCommon[:len(tlsCommon):len(tlsCommon)], infos("string", "username", "loaded:bool")...),
 	"tls-creds-x509": append(tlsCommon[:len(tlsCommon):len(tlsCommon)], infos("bool", "sanity-check", "passwordid:string", "loaded")...),
 }
 
@@ -211,6 +212,7 @@ var objectTypes = []typeInfo{
 	{name: "chardev-pty", parent: "chardev"},
 	{name: "throttle-group", parent: "object", creatable: true},
 	{name: "tls-creds", parent: "object", abstract: true},
+	{name: "tls-creds-psk", parent: "tls-creds", creatable: true},
 	{name: "tls-creds-x509", parent: "tls-creds", creatable: true},
 }
 

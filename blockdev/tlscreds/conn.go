@@ -15,6 +15,8 @@ type Conn struct {
 	wire *wire
 	peer string
 
+	batches batcher // tls, if it is one
+
 	writing sync.Mutex
 	// what small pieces become a record in
 	part [maxRecord]byte // +checklocks:writing
@@ -28,6 +30,11 @@ type Layer interface {
 	Handshake() error
 }
 
+// batcher is a Layer that needs no help to read ahead, and to put many records into one write.
+type batcher interface {
+	WriteVec(v net.Buffers) (int64, error)
+}
+
 // NewConn makes a connection one under TLS, whose records under makes. peer is the name of the
 // peer, which the handshake has told. After an error nc is for the caller to close.
 func NewConn[L Layer](nc net.Conn, under func(wire net.Conn) L, peer func(l L) string) (*Conn, error) {
@@ -36,8 +43,11 @@ func NewConn[L Layer](nc net.Conn, under func(wire net.Conn) L, peer func(l L) s
 	if err := l.Handshake(); err != nil {
 		return nil, err
 	}
-	w.ahead = make([]byte, aheadSize)
-	return &Conn{tls: l, wire: w, peer: peer(l)}, nil
+	c := &Conn{tls: l, wire: w, peer: peer(l)}
+	if c.batches, _ = net.Conn(l).(batcher); c.batches == nil {
+		w.ahead = make([]byte, aheadSize)
+	}
+	return c, nil
 }
 
 // Peer is the name that the peer has proved to have; "" if it was not asked for one.
@@ -48,6 +58,9 @@ func (c *Conn) Read(b []byte) (int, error) { return c.tls.Read(b) }
 
 // Write implements net.Conn. Records of one write go to the kernel together.
 func (c *Conn) Write(b []byte) (int, error) {
+	if c.batches != nil {
+		return c.tls.Write(b)
+	}
 	c.writing.Lock()
 	defer c.writing.Unlock()
 	if len(b) <= maxRecord {
@@ -64,6 +77,11 @@ func (c *Conn) Write(b []byte) (int, error) {
 // WriteVec writes what v has, in as few records and system calls as that takes, and consumes v.
 // After an error it is not known what of it was sent.
 func (c *Conn) WriteVec(v net.Buffers) (n int64, err error) {
+	if c.batches != nil {
+		n, err = c.batches.WriteVec(v)
+		clear(v)
+		return n, err
+	}
 	c.writing.Lock()
 	defer c.writing.Unlock()
 	total := 0

@@ -5,6 +5,7 @@
 //	conn.go      a connection under TLS
 //	wire.go      what lies below: records of one write in one system call
 //	x509.go      credentials that are certificates
+//	psk.go       credentials that are keys
 //	load.go      their files, and what is wrong with certificates of our own
 //	key.go       keys, also such as a password protects
 //	verify.go    what is wrong with certificates of others

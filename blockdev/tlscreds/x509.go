@@ -13,6 +13,7 @@ import (
 	"syscall"
 	"time"
 
+	"qblockd/blockdev/tlspsk"
 	"qblockd/graph/blk"
 	"qblockd/schema/types"
 )
@@ -148,7 +149,10 @@ func (c *X509) shake(nc net.Conn, under func(wire net.Conn) *tls.Conn) (*Conn, e
 // shakeText words why a handshake failed.
 func shakeText(err error) string {
 	var op *net.OpError
+	var told tlspsk.RemoteError
 	switch {
+	case errors.As(err, &told):
+		return "A TLS fatal alert has been received: " + tlspsk.Alert(told).String()
 	case errors.As(err, new(tls.RecordHeaderError)):
 		return "An unexpected TLS packet was received."
 	case errors.Is(err, io.EOF), errors.Is(err, io.ErrUnexpectedEOF):

@@ -105,6 +105,21 @@ type TlsCredsProperties struct {
 	Priority *string
 }
 
+// TlsCredsPskProperties: TLS credentials that are keys which both ends have: lines NAME:KEY, with KEY
+// in hexadecimal, of the file keys.psk in @dir.
+type TlsCredsPskProperties struct {
+	// Whether the other end must prove who it is (default true).
+	VerifyPeer *bool
+	// The folder with the files.
+	Dir *string
+	// Which end of a connection they are for (default client).
+	Endpoint *QCryptoTLSCredsEndpoint
+	// What may be negotiated, in the notation of GnuTLS.
+	Priority *string
+	// The name of a client's key (default qemu).
+	Username *string
+}
+
 // TlsCredsX509Properties: TLS credentials that are certificates: in @dir, the files ca-cert.pem,
 // ca-crl.pem, and, for a server, server-cert.pem and server-key.pem, or, for a client, client-cert.pem
 // and client-key.pem.
@@ -141,6 +156,8 @@ const (
 	ObjectTypeSecret ObjectType = "secret"
 	// Limits shared by throttle filters.
 	ObjectTypeThrottleGroup ObjectType = "throttle-group"
+	// Keys for TLS.
+	ObjectTypeTlsCredsPsk ObjectType = "tls-creds-psk"
 	// Certificates for TLS.
 	ObjectTypeTlsCredsX509 ObjectType = "tls-creds-x509"
 )
@@ -153,6 +170,7 @@ var ObjectTypeValues = []ObjectType{
 	ObjectTypeIothread,
 	ObjectTypeSecret,
 	ObjectTypeThrottleGroup,
+	ObjectTypeTlsCredsPsk,
 	ObjectTypeTlsCredsX509,
 }
 
@@ -165,7 +183,8 @@ type ObjectOptions struct {
 	// U holds the members of the branch that QomType selects; nil where the branch has none.
 	// *AuthZListProperties for authz-list, *AuthZListFileProperties for authz-listfile,
 	// *AuthZSimpleProperties for authz-simple, *IothreadProperties for iothread, *SecretProperties for
-	// secret, *ThrottleGroupProperties for throttle-group, *TlsCredsX509Properties for tls-creds-x509.
+	// secret, *ThrottleGroupProperties for throttle-group, *TlsCredsPskProperties for tls-creds-psk,
+	// *TlsCredsX509Properties for tls-creds-x509.
 	U any
 }
 

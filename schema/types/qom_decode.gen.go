@@ -80,6 +80,23 @@ func membersAuthZSimpleProperties(d *decoder, x *AuthZSimpleProperties) bool {
 	return visitStr(d, "identity", &x.Identity)
 }
 
+// DecodeTlsCredsPskProperties decodes v; faults are worded as QEMU does (*ArgError).
+func DecodeTlsCredsPskProperties(v value.Value, m Mode) (*TlsCredsPskProperties, error) {
+	return decode(v, m, visitTlsCredsPskProperties)
+}
+
+func visitTlsCredsPskProperties(d *decoder, name string, x *TlsCredsPskProperties) bool {
+	return object(d, name, x, membersTlsCredsPskProperties)
+}
+
+func membersTlsCredsPskProperties(d *decoder, x *TlsCredsPskProperties) bool {
+	return opt(d, "verify-peer", &x.VerifyPeer, visitBool) &&
+		opt(d, "dir", &x.Dir, visitStr) &&
+		opt(d, "endpoint", &x.Endpoint, visitQCryptoTLSCredsEndpoint) &&
+		opt(d, "priority", &x.Priority, visitStr) &&
+		opt(d, "username", &x.Username, visitStr)
+}
+
 // DecodeTlsCredsX509Properties decodes v; faults are worded as QEMU does (*ArgError).
 func DecodeTlsCredsX509Properties(v value.Value, m Mode) (*TlsCredsX509Properties, error) {
 	return decode(v, m, visitTlsCredsX509Properties)
@@ -141,6 +158,10 @@ func membersObjectOptions(d *decoder, x *ObjectOptions) bool {
 		u := new(ThrottleGroupProperties)
 		x.U = u
 		return membersThrottleGroupProperties(d, u)
+	case ObjectTypeTlsCredsPsk:
+		u := new(TlsCredsPskProperties)
+		x.U = u
+		return membersTlsCredsPskProperties(d, u)
 	case ObjectTypeTlsCredsX509:
 		u := new(TlsCredsX509Properties)
 		x.U = u

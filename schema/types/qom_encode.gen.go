@@ -167,6 +167,32 @@ func (x *TlsCredsProperties) AppendJSON(b []byte) []byte {
 }
 
 // AppendJSON appends x in QEMU's form, members in hash order.
+func (x *TlsCredsPskProperties) AppendJSON(b []byte) []byte {
+	b = append(b, '{')
+	if x.Dir != nil {
+		b = appendKey(b, "dir")
+		b = value.AppendString(b, *x.Dir)
+	}
+	if x.Endpoint != nil {
+		b = appendKey(b, "endpoint")
+		b = appendEnum(b, *x.Endpoint)
+	}
+	if x.Username != nil {
+		b = appendKey(b, "username")
+		b = value.AppendString(b, *x.Username)
+	}
+	if x.VerifyPeer != nil {
+		b = appendKey(b, "verify-peer")
+		b = appendBool(b, *x.VerifyPeer)
+	}
+	if x.Priority != nil {
+		b = appendKey(b, "priority")
+		b = value.AppendString(b, *x.Priority)
+	}
+	return append(b, '}')
+}
+
+// AppendJSON appends x in QEMU's form, members in hash order.
 func (x *TlsCredsX509Properties) AppendJSON(b []byte) []byte {
 	b = append(b, '{')
 	if x.Passwordid != nil {
@@ -376,6 +402,32 @@ func (x *ObjectOptions) AppendJSON(b []byte) []byte {
 			b = append(b, `, "x-iops-write-max-length": `...)
 			b = appendInt(b, *u.XIopsWriteMaxLength)
 		}
+		return append(b, '}')
+	case *TlsCredsPskProperties:
+		b = append(b, `{"qom-type": `...)
+		b = appendEnum(b, x.QomType)
+		if u.Dir != nil {
+			b = append(b, `, "dir": `...)
+			b = value.AppendString(b, *u.Dir)
+		}
+		if u.Endpoint != nil {
+			b = append(b, `, "endpoint": `...)
+			b = appendEnum(b, *u.Endpoint)
+		}
+		if u.Username != nil {
+			b = append(b, `, "username": `...)
+			b = value.AppendString(b, *u.Username)
+		}
+		if u.VerifyPeer != nil {
+			b = append(b, `, "verify-peer": `...)
+			b = appendBool(b, *u.VerifyPeer)
+		}
+		if u.Priority != nil {
+			b = append(b, `, "priority": `...)
+			b = value.AppendString(b, *u.Priority)
+		}
+		b = append(b, `, "id": `...)
+		b = value.AppendString(b, x.ID)
 		return append(b, '}')
 	case *TlsCredsX509Properties:
 		b = append(b, '{')

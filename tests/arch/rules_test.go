@@ -20,7 +20,7 @@ var leaves = map[string][]string{
 	"blockdev/format/qcow2/layout": nil,
 	"blockdev/crypto":              {"schema/types"},                                 // names of ciphers and hashes
 	"blockdev/crypto/luks":         {"blockdev/crypto", "graph/blk", "schema/types"}, // texts of errno
-	"blockdev/tlscreds":            {"graph/blk", "schema/types"},                    // texts of errno; options
+	"blockdev/tlscreds":            {"blockdev/tlspsk", "graph/blk", "schema/types"}, // texts of errno; options
 	"blockdev/tlspsk":              nil,
 	"blockdev/nbdwire":             {"graph/blk"}, // extents and errno of the protocol are those of the data plane
 }
