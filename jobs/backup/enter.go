@@ -92,8 +92,13 @@ func (j *job) makeFilter(tx *graph.Tx) error {
 		return err
 	}
 	compress := types.Or(j.args.Compress, false)
-	j.driver = copybeforewrite.New(filter, j.source.Size(), copybeforewrite.ClusterSize(j.target), compress)
-	if !types.Or(j.perf().UseCopyRange, true) {
+	p := j.perf()
+	cluster, err := copybeforewrite.ClusterSize(j.target, types.Or(p.MinClusterSize, 0))
+	if err != nil {
+		return err
+	}
+	j.driver = copybeforewrite.New(filter, j.source.Size(), cluster, compress)
+	if !types.Or(p.UseCopyRange, true) {
 		j.driver.CopyThroughMemory()
 	}
 	filter.SetDriver(j.driver)

@@ -207,6 +207,8 @@ func (j *job) check() error {
 	switch {
 	case p.MaxWorkers != nil && (*p.MaxWorkers < 1 || *p.MaxWorkers > math.MaxInt32):
 		return fmt.Errorf("max-workers must be between 1 and %d", math.MaxInt32)
+	case types.Or(p.MinClusterSize, 0) > math.MaxInt64:
+		return fmt.Errorf("min-cluster-size too large: %d > %d", *p.MinClusterSize, math.MaxInt64)
 	case types.Or(p.MaxChunk, 0) < 0:
 		return errors.New("max-chunk must be zero (which means no limit) or positive")
 	case j.bitmap != nil && j.bitmapMode != types.BitmapSyncModeNever:

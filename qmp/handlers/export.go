@@ -25,7 +25,8 @@ func (h BlockExport) NbdServerStart(ctx context.Context, a *types.NbdServerStart
 		return errors.New("only QEMU supports file descriptor passing")
 	}
 	return h.NBD.Start(ctx, &types.NbdServerOptions{
-		Addr: *nbd.Flatten(&a.Addr), TlsCreds: a.TlsCreds, TlsAuthz: a.TlsAuthz, MaxConnections: a.MaxConnections,
+		Addr: *nbd.Flatten(&a.Addr), TlsCreds: a.TlsCreds, TlsAuthz: a.TlsAuthz,
+		MaxConnections: a.MaxConnections, HandshakeMaxSeconds: a.HandshakeMaxSeconds,
 	})
 }
 

@@ -991,6 +991,8 @@ type BlkdebugInjectErrorOptions struct {
 	Once *bool
 	// At once, not a moment later as a medium would (default: false).
 	Immediately *bool
+	// Nanoseconds that each of them takes before; with an @errno of 0 it succeeds then (default: 0).
+	DelayNs *int64
 }
 
 // BlkdebugSetStateOptions: a change of the state of blkdebug, which is 1 at first.
@@ -1065,6 +1067,9 @@ type BlockdevOptionsCbw struct {
 	// Seconds that a write waits for copying before that counts as failed; 0: as long as it takes
 	// (default).
 	CbwTimeout *uint32
+	// The least that is copied at once, in bytes, a power of two; no less than 64 KiB and what the target
+	// allocates in any case (since 9.2).
+	MinClusterSize *uint64
 }
 
 // BlockdevOptionsBlkverify: the filter blkverify, for tests: everything is done on two nodes, and what
@@ -1585,6 +1590,9 @@ type BackupPerf struct {
 	MaxWorkers *int64
 	// Bytes that are copied at once at most; 0 is no limit.
 	MaxChunk *int64
+	// The least that is copied at once, in bytes, a power of two; no less than 64 KiB and what the target
+	// allocates in any case (since 9.2).
+	MinClusterSize *uint64
 }
 
 // BackupCommon: what backups have in common.

@@ -233,7 +233,8 @@ func membersBlkdebugInjectErrorOptions(d *decoder, x *BlkdebugInjectErrorOptions
 		opt(d, "errno", &x.Errno, visitInt64) &&
 		opt(d, "sector", &x.Sector, visitInt64) &&
 		opt(d, "once", &x.Once, visitBool) &&
-		opt(d, "immediately", &x.Immediately, visitBool)
+		opt(d, "immediately", &x.Immediately, visitBool) &&
+		opt(d, "delay-ns", &x.DelayNs, visitInt64)
 }
 
 // DecodeBlkdebugSetStateOptions decodes v; faults are worded as QEMU does (*ArgError).
@@ -293,7 +294,8 @@ func membersBlockdevOptionsCbw(d *decoder, x *BlockdevOptionsCbw) bool {
 		visitBlockdevRef(d, "target", &x.Target) &&
 		opt(d, "bitmap", &x.Bitmap, visitBlockDirtyBitmap) &&
 		opt(d, "on-cbw-error", &x.OnCbwError, visitOnCbwError) &&
-		opt(d, "cbw-timeout", &x.CbwTimeout, visitUint32)
+		opt(d, "cbw-timeout", &x.CbwTimeout, visitUint32) &&
+		opt(d, "min-cluster-size", &x.MinClusterSize, visitSize)
 }
 
 // DecodeBlockdevOptionsBlkverify decodes v; faults are worded as QEMU does (*ArgError).
@@ -838,7 +840,8 @@ func visitBackupPerf(d *decoder, name string, x *BackupPerf) bool {
 func membersBackupPerf(d *decoder, x *BackupPerf) bool {
 	return opt(d, "use-copy-range", &x.UseCopyRange, visitBool) &&
 		opt(d, "max-workers", &x.MaxWorkers, visitInt64) &&
-		opt(d, "max-chunk", &x.MaxChunk, visitInt64)
+		opt(d, "max-chunk", &x.MaxChunk, visitInt64) &&
+		opt(d, "min-cluster-size", &x.MinClusterSize, visitSize)
 }
 
 // DecodeBlockdevBackup decodes v; faults are worded as QEMU does (*ArgError).

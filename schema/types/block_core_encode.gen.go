@@ -752,6 +752,10 @@ func (x *BlkdebugInjectErrorOptions) AppendJSON(b []byte) []byte {
 		b = appendKey(b, "iotype")
 		b = appendEnum(b, *x.Iotype)
 	}
+	if x.DelayNs != nil {
+		b = appendKey(b, "delay-ns")
+		b = appendInt(b, *x.DelayNs)
+	}
 	if x.Immediately != nil {
 		b = appendKey(b, "immediately")
 		b = appendBool(b, *x.Immediately)
@@ -848,6 +852,10 @@ func (x *BlockdevOptionsCbw) AppendJSON(b []byte) []byte {
 	if x.Bitmap != nil {
 		b = appendKey(b, "bitmap")
 		b = x.Bitmap.AppendJSON(b)
+	}
+	if x.MinClusterSize != nil {
+		b = appendKey(b, "min-cluster-size")
+		b = appendUint(b, *x.MinClusterSize)
 	}
 	if x.CbwTimeout != nil {
 		b = appendKey(b, "cbw-timeout")
@@ -1307,6 +1315,10 @@ func (x *BlockdevOptions) AppendJSON(b []byte) []byte {
 		if u.Bitmap != nil {
 			b = appendKey(b, "bitmap")
 			b = u.Bitmap.AppendJSON(b)
+		}
+		if u.MinClusterSize != nil {
+			b = appendKey(b, "min-cluster-size")
+			b = appendUint(b, *u.MinClusterSize)
 		}
 		if x.DetectZeroes != nil {
 			b = appendKey(b, "detect-zeroes")
@@ -2259,6 +2271,10 @@ func (x *BlockdevSnapshot) AppendJSON(b []byte) []byte {
 // AppendJSON appends x in QEMU's form, members in hash order.
 func (x *BackupPerf) AppendJSON(b []byte) []byte {
 	b = append(b, '{')
+	if x.MinClusterSize != nil {
+		b = appendKey(b, "min-cluster-size")
+		b = appendUint(b, *x.MinClusterSize)
+	}
 	if x.MaxChunk != nil {
 		b = appendKey(b, "max-chunk")
 		b = appendInt(b, *x.MaxChunk)

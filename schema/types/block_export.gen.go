@@ -6,6 +6,8 @@ package types
 type NbdServerOptions struct {
 	// Address to listen on.
 	Addr SocketAddress
+	// Time that a client has for its handshake; 0 for no limit (default 10).
+	HandshakeMaxSeconds *uint32
 	// The object with the credentials for TLS; without TLS, clients are then told that they need it.
 	TlsCreds *string
 	// The object that says who may connect; looked up when somebody does.
@@ -118,6 +120,8 @@ type BlockExportInfo struct {
 type NbdServerStartArgs struct {
 	// Address to listen on.
 	Addr SocketAddressLegacy
+	// Time that a client has for its handshake; 0 for no limit (default 10).
+	HandshakeMaxSeconds *uint32
 	// The object with the credentials for TLS; without TLS, clients are then told that they need it.
 	TlsCreds *string
 	// The object that says who may connect; looked up when somebody does.

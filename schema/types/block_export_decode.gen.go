@@ -15,6 +15,7 @@ func visitNbdServerOptions(d *decoder, name string, x *NbdServerOptions) bool {
 
 func membersNbdServerOptions(d *decoder, x *NbdServerOptions) bool {
 	return visitSocketAddress(d, "addr", &x.Addr) &&
+		opt(d, "handshake-max-seconds", &x.HandshakeMaxSeconds, visitUint32) &&
 		opt(d, "tls-creds", &x.TlsCreds, visitStr) &&
 		opt(d, "tls-authz", &x.TlsAuthz, visitStr) &&
 		opt(d, "max-connections", &x.MaxConnections, visitUint32)
@@ -100,6 +101,7 @@ func visitNbdServerStartArgs(d *decoder, name string, x *NbdServerStartArgs) boo
 
 func membersNbdServerStartArgs(d *decoder, x *NbdServerStartArgs) bool {
 	return visitSocketAddressLegacy(d, "addr", &x.Addr) &&
+		opt(d, "handshake-max-seconds", &x.HandshakeMaxSeconds, visitUint32) &&
 		opt(d, "tls-creds", &x.TlsCreds, visitStr) &&
 		opt(d, "tls-authz", &x.TlsAuthz, visitStr) &&
 		opt(d, "max-connections", &x.MaxConnections, visitUint32)

@@ -13,6 +13,10 @@ func (x *NbdServerOptions) AppendJSON(b []byte) []byte {
 	}
 	b = appendKey(b, "addr")
 	b = x.Addr.AppendJSON(b)
+	if x.HandshakeMaxSeconds != nil {
+		b = append(b, `, "handshake-max-seconds": `...)
+		b = appendUint(b, *x.HandshakeMaxSeconds)
+	}
 	if x.TlsAuthz != nil {
 		b = append(b, `, "tls-authz": `...)
 		b = value.AppendString(b, *x.TlsAuthz)
@@ -179,6 +183,10 @@ func (x *NbdServerStartArgs) AppendJSON(b []byte) []byte {
 	}
 	b = appendKey(b, "addr")
 	b = x.Addr.AppendJSON(b)
+	if x.HandshakeMaxSeconds != nil {
+		b = append(b, `, "handshake-max-seconds": `...)
+		b = appendUint(b, *x.HandshakeMaxSeconds)
+	}
 	if x.TlsAuthz != nil {
 		b = append(b, `, "tls-authz": `...)
 		b = value.AppendString(b, *x.TlsAuthz)

@@ -6,6 +6,7 @@ import (
 	"errors"
 	"net"
 	"sync"
+	"time"
 
 	"qblockd/blockdev/export"
 	"qblockd/blockdev/tlscreds"
@@ -40,7 +41,7 @@ func NewType(t *export.Table, o Options) *Type {
 // ErrNotRunning: there is no server to serve an export.
 var ErrNotRunning = errors.New("NBD server not running")
 
-// Start starts the server. MaxConnections nil leaves that to the options, 0 means no bound. It
+// Start starts the server. What start does not say is left to the options; 0 means no bound. It
 // blocks while names are looked up. Source: QAPI, nbd-server-start.
 func (t *Type) Start(ctx context.Context, start *types.NbdServerOptions) error {
 	if err := t.begin(); err != nil {
@@ -65,6 +66,11 @@ func (t *Type) Start(ctx context.Context, start *types.NbdServerOptions) error {
 	o.TLS = tls
 	if start.MaxConnections != nil {
 		o.MaxConns = *start.MaxConnections
+	}
+	if s := start.HandshakeMaxSeconds; s != nil {
+		if o.Handshake = time.Duration(*s) * time.Second; *s == 0 {
+			o.Handshake = -1 // 0 means the default there
+		}
 	}
 	t.server = Serve(l, o)
 	return nil

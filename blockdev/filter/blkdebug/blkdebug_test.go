@@ -3,10 +3,12 @@ package blkdebug
 import (
 	"context"
 	"errors"
+	"math"
 	"os"
 	"path/filepath"
 	"syscall"
 	"testing"
+	"time"
 
 	"qblockd/blockdev/drivertest"
 	"qblockd/graph"
@@ -68,6 +70,45 @@ func TestRules(t *testing.T) {
 		if !errors.Is(c.got, c.want) {
 			t.Errorf("request %d: %v, want %v", i, c.got, c.want)
 		}
+	}
+}
+
+// TestDelay: what is delayed may not be asked for without waiting, and ends early with who asks. An
+// errno of 0 makes it slow, not fail; a negative delay is none.
+func TestDelay(t *testing.T) {
+	const delay = 20 * time.Millisecond
+	_, root, r := begin(t, types.BlockdevOptionsBlkdebug{InjectError: []*types.BlkdebugInjectErrorOptions{
+		{Iotype: ptr(types.BlkdebugIOTypeRead), Errno: ptr(int64(0)), DelayNs: ptr(int64(delay))},
+		{Iotype: ptr(types.BlkdebugIOTypeWrite), Immediately: ptr(true), Once: ptr(true), DelayNs: ptr(int64(delay))},
+		{Iotype: ptr(types.BlkdebugIOTypeFlush), Immediately: ptr(true), Once: ptr(true), DelayNs: ptr(int64(-1))},
+		{Iotype: ptr(types.BlkdebugIOTypeDiscard), DelayNs: ptr(int64(math.MaxInt64))},
+	}})
+	v := blk.Buf(make([]byte, 4096))
+	for i, c := range []struct {
+		do    func() error
+		want  error
+		delay time.Duration
+	}{
+		{func() error { return root.ReadAt(r, v, 0, 0) }, nil, delay},
+		{func() error { return root.WriteAt(r, v, 0, 0) }, syscall.EIO, delay},
+		{func() error { return root.WriteAt(r, v, 0, 0) }, nil, 0},
+		{func() error { return root.Flush(r) }, syscall.EIO, 0},
+	} {
+		began := time.Now()
+		if err := c.do(); !errors.Is(err, c.want) || time.Since(began) < c.delay {
+			t.Errorf("request %d: %v after %v", i, err, time.Since(began))
+		}
+	}
+	r.NoWait = true
+	if err := root.ReadAt(r, v, 0, 0); err != blk.ErrWouldBlock {
+		t.Error(err)
+	}
+	r.NoWait = false
+	ctx, cancel := context.WithCancel(context.Background())
+	cancel()
+	r.Ctx = ctx
+	if err := root.Discard(r, 0, 4096); !errors.Is(err, syscall.EIO) {
+		t.Error(err)
 	}
 }
 

@@ -58,6 +58,7 @@ type rule struct {
 	errno       syscall.Errno
 	once        bool
 	immediately bool
+	delay       time.Duration
 }
 
 // rules are those of a node, with its state. Of those that are active the first that matches a
@@ -81,6 +82,7 @@ func (l *rules) init(inject []*types.BlkdebugInjectErrorOptions, set []*types.Bl
 			event: events[o.Event], state: types.Or(o.State, 0), errors: true, kinds: usual, off: -1,
 			errno: syscall.Errno(types.Or(o.Errno, int64(syscall.EIO))),
 			once:  types.Or(o.Once, false), immediately: types.Or(o.Immediately, false),
+			delay: time.Duration(max(types.Or(o.DelayNs, 0), 0)),
 		}
 		if o.Iotype != nil {
 			x.kinds = kinds[*o.Iotype]
@@ -144,12 +146,16 @@ func (l *rules) fail(r *blk.Req, kind uint32, off, n int64) error {
 	i := slices.IndexFunc(l.active, func(x *rule) bool {
 		return x.kinds&kind != 0 && (x.off < 0 || n > 0 && x.off >= off && x.off < off+n)
 	})
-	if i < 0 || l.active[i].errno == 0 {
+	if i < 0 || l.active[i].errno == 0 && l.active[i].delay == 0 {
 		l.mu.Unlock()
 		return nil
 	}
 	x := l.active[i]
-	if r.NoWait && !x.immediately {
+	wait := x.delay
+	if !x.immediately {
+		wait += moment
+	}
+	if r.NoWait && wait > 0 {
 		l.mu.Unlock()
 		return blk.ErrWouldBlock
 	}
@@ -157,15 +163,18 @@ func (l *rules) fail(r *blk.Req, kind uint32, off, n int64) error {
 		l.removeLocked(x)
 	}
 	l.mu.Unlock()
-	if !x.immediately {
-		pause(r)
+	if wait > 0 {
+		pause(r, wait)
+	}
+	if x.errno == 0 {
+		return nil
 	}
 	return x.errno
 }
 
-// pause lets a moment pass.
-func pause(r *blk.Req) {
-	t := time.NewTimer(moment)
+// pause lets time pass, as long as somebody waits for the request.
+func pause(r *blk.Req, d time.Duration) {
+	t := time.NewTimer(d)
 	defer t.Stop()
 	select {
 	case <-t.C:

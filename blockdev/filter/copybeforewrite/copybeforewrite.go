@@ -22,6 +22,8 @@ package copybeforewrite
 import (
 	"context"
 	"errors"
+	"fmt"
+	"math"
 	"sync"
 	"sync/atomic"
 	"syscall"
@@ -38,6 +40,8 @@ const DriverName = "copy-before-write"
 const (
 	// minCluster is the least that is copied at once, in bytes.
 	minCluster = 64 << 10
+	// maxLeast is the most that a user can make of that: a copy takes as much memory.
+	maxLeast = 64 << 20
 	// MaxCopy is the most that one copy takes, in bytes: who waits for a cluster that somebody else
 	// copies waits no longer than that takes.
 	MaxCopy = 1 << 20
@@ -85,9 +89,21 @@ type running struct {
 }
 
 // ClusterSize is the unit of copies to target, in bytes: at least 64 KiB, and no less than what the
-// target allocates.
-func ClusterSize(target *graph.Node) int64 {
-	return max(minCluster, target.Caps().Limits.ClusterSize)
+// target allocates, nor than least, which is 0 or a power of two.
+func ClusterSize(target *graph.Node, least uint64) (int64, error) {
+	err := error(nil)
+	switch {
+	case least > math.MaxInt64:
+		err = fmt.Errorf("min-cluster-size too large: %d > %d", least, math.MaxInt64)
+	case least&(least-1) != 0:
+		err = errors.New("min-cluster-size needs to be a power of 2")
+	case least > maxLeast:
+		err = fmt.Errorf("min-cluster-size too large: %d > %d", least, maxLeast)
+	}
+	if err != nil {
+		return 0, fmt.Errorf("Cannot create block-copy-state: %w", err)
+	}
+	return max(minCluster, target.Caps().Limits.ClusterSize, int64(least)), nil
 }
 
 // Pending are the clusters that are to be copied. Before the filter is in use its owner sets them.

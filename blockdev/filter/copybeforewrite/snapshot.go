@@ -22,7 +22,11 @@ func open(o *driver.Opening, u *types.BlockdevOptionsCbw) (graph.Driver, error) 
 	if err != nil {
 		return nil, err
 	}
-	d := New(o.Node, file.Size(), ClusterSize(target.Node()), false)
+	cluster, err := ClusterSize(target.Node(), types.Or(u.MinClusterSize, 0))
+	if err != nil {
+		return nil, err
+	}
+	d := New(o.Node, file.Size(), cluster, false)
 	d.breakSnapshot = types.Or(u.OnCbwError, "") == types.OnCbwErrorBreakSnapshot
 	d.timeout = time.Duration(types.Or(u.CbwTimeout, 0)) * time.Second
 	for _, b := range []*bitmap.Bitmap{d.pending, d.access} {
