@@ -56,7 +56,8 @@ func optionGroups() [][]option {
 			args: []string{
 				"addr.type=unix,addr.path=<path>[,max-connections=<n>]",
 				"addr.type=inet,addr.host=<host>,addr.port=<port>[,tls-creds=<id>]"},
-			text: "start the NBD server; tls-creds and tls-authz name objects that say what clients must prove"},
+			text: "start the NBD server; tls-creds and tls-authz name objects that say what clients must prove, " +
+				"handshake-max-seconds is how long they may take for it"},
 		{long: "export", apply: structured("type", types.DecodeBlockExportOptions, (*daemon).addExport),
 			args: []string{"[type=]nbd,id=<id>,node-name=<node>[,name=<name>][,writable=on|off]"},
 			text: "export a node over NBD; needs --nbd-server before it"},
