@@ -45,6 +45,7 @@ func (c *creation) given(started func()) *driver.Creation {
 	}
 	return &driver.Creation{
 		Objects: c.m.objects, Started: started, Take: c.take, InFile: c.m.inFile, CanName: c.m.canName,
+		Filename: c.m.Filename,
 	}
 }
 

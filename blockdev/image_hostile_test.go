@@ -7,6 +7,7 @@ import (
 	"os"
 	"path/filepath"
 	"strings"
+	"syscall"
 	"testing"
 	"time"
 
@@ -68,34 +69,116 @@ func TestCVE_2024_4467(t *testing.T) {
 	}
 }
 
-// The same for the file that an image says that its data are in: there is no driver for that.
+// nameData makes an image whose header says that its data are in the file name.
+func nameData(t *testing.T, image, name string) {
+	t.Helper()
+	_ = os.Remove(image)
+	create(t, image, "", "")
+	b, err := os.ReadFile(image)
+	if err != nil {
+		t.Fatal(err)
+	}
+	b[79] |= 4 // incompatible feature: external data file
+	ext := append([]byte{'D', 'A', 'T', 'A', 0, 0, 0, byte(len(name))}, name...)
+	copy(b[112:], append(ext, make([]byte, 16-len(ext)%8)...))
+	writeFile(t, image, string(b))
+}
+
+// The same for the file that an image says that its data are in, which is opened for writing: only
+// a regular file beside the image, as whose name nothing but a path counts.
 func TestCVE_2024_4467_DataFile(t *testing.T) {
-	dir := t.TempDir()
+	dir, other := t.TempDir(), t.TempDir()
 	secret := strings.Repeat("secret\n", 1000)
-	writeFile(t, dir+"/secret", secret)
-	for _, name := range []string{dir + "/secret", `json:{"driver": "file", "filename": "` + dir + `/secret"}`} {
-		top := dir + "/top"
-		_ = os.Remove(top)
-		create(t, top, "", "")
-		b, err := os.ReadFile(top)
-		if err != nil {
+	writeFile(t, other+"/secret", secret)
+	writeFile(t, dir+"/beside", secret)
+	if err := os.Mkdir(dir+"/below", 0o700); err != nil {
+		t.Fatal(err)
+	}
+	writeFile(t, dir+"/below/secret", secret)
+	for link, to := range map[string]string{"link": other + "/secret", "null": "/dev/null"} {
+		if err := os.Symlink(to, dir+"/"+link); err != nil {
 			t.Fatal(err)
 		}
-		b[79] |= 4 // incompatible feature: external data file
-		ext := append([]byte{'D', 'A', 'T', 'A', 0, 0, 0, byte(len(name))}, name...)
-		copy(b[112:], append(ext, make([]byte, 16-len(ext)%8)...))
-		writeFile(t, top, string(b))
+	}
+	if err := syscall.Mkfifo(dir+"/fifo", 0o600); err != nil {
+		t.Fatal(err)
+	}
+	for _, name := range []string{
+		other + "/secret", dir + "/../" + filepath.Base(other) + "/secret", dir + "/link", dir + "/below/secret", dir + "/null", dir + "/fifo", "/proc/self/mem",
+		`json:{"driver": "file", "filename": "` + dir + `/beside"}`, "file:" + dir + "/beside", "nbd:unix:" + dir + "/x", "null-co://", dir, dir + "/top",
+	} {
+		nameData(t, dir+"/top", name)
 		for _, more := range []string{``, `, 'backing': null`, `, 'read-only': true`} {
 			m := newManager(t, Config{})
 			fds := openFDs(t)
-			if err := add(t, m, `{'driver': 'qcow2', 'node-name': 't', 'file': {'driver': 'file', 'filename': '`+top+`'}`+more+`}`); err == nil {
-				t.Errorf("%s: is opened", name)
+			err := add(t, m, `{'driver': 'qcow2', 'node-name': 't', 'file': {'driver': 'file', 'filename': '`+dir+`/top'}`+more+`}`)
+			switch own := strings.HasSuffix(name, "/top") && strings.Contains(more, "read-only"); {
+			case own && err == nil: // it reads what it is in
+				mustDel(t, m, "t")
+			case err == nil:
+				t.Fatalf("%s: is opened", name)
 			}
 			clean(t, m, fds)
 		}
-		if b, err := os.ReadFile(dir + "/secret"); err != nil || string(b) != secret {
-			t.Errorf("%s: the file has changed", name)
+		for _, file := range []string{other + "/secret", dir + "/beside", dir + "/below/secret"} {
+			if b, err := os.ReadFile(file); err != nil || string(b) != secret {
+				t.Errorf("%s: the file has changed", name)
+			}
 		}
+	}
+}
+
+// TestDataFilePolicy: what the policy says of data files, and which they are.
+func TestDataFilePolicy(t *testing.T) {
+	dir, other := t.TempDir(), t.TempDir()
+	writeFile(t, dir+"/beside", strings.Repeat("x", 1<<20))
+	writeFile(t, other+"/elsewhere", strings.Repeat("x", 1<<20))
+	if err := os.Symlink(dir, other+"/link"); err != nil {
+		t.Fatal(err)
+	}
+	for _, c := range []struct {
+		policy       Policy
+		folder, name string
+		want         string // the error; "": none
+	}{
+		{Policy{}, dir, dir + "/beside", ""},
+		{Policy{}, other + "/link", dir + "/beside", ""},
+		{Policy{}, dir, other + "/link/beside", ""},
+		{Policy{}, dir, other + "/elsewhere", "The image policy allows data files beside the image only: '" + other + "/elsewhere'"},
+		{Policy{DataFiles: DataAnywhere}, dir, other + "/elsewhere", ""},
+		{Policy{DataFiles: DataAnywhere, Roots: []string{dir}}, dir, other + "/elsewhere",
+			"The image policy does not allow files in the folder of '" + other + "/elsewhere'"},
+		{Policy{DataFiles: DataNowhere}, dir, dir + "/beside", "The image policy allows no data files: '" + dir + "/beside'"},
+		{Policy{MaxChain: -1}, dir, dir + "/beside", "The image policy allows no backing files"},
+		{Policy{}, dir, dir + "/none", "Could not open '" + dir + "/none': No such file or directory"},
+	} {
+		nameData(t, dir+"/top", c.name)
+		m := newManager(t, Config{Policy: c.policy})
+		err := add(t, m, `{'driver': 'qcow2', 'node-name': 't', 'file': {'driver': 'file', 'filename': '`+c.folder+`/top'}}`)
+		if got := fmt.Sprint(err); err == nil && c.want != "" || err != nil && got != c.want {
+			t.Errorf("%+v, %s: %v", c.policy, c.name, err)
+		}
+		if err != nil {
+			continue
+		}
+		data := m.Graph().Node("t").Child("data-file").Node()
+		if data.ReadOnly() {
+			t.Errorf("%s: read-only", c.name)
+		}
+		ctx := context.Background()
+		for _, ro := range []bool{true, false} {
+			if err := m.Graph().SwitchReadOnly(ctx, ro, graph.Now.WithFiles(m.Graph().Node("t"))...); err != nil {
+				t.Fatal(err)
+			}
+			if data.ReadOnly() != ro {
+				t.Errorf("%s: read-only is %v after a switch to %v", c.name, data.ReadOnly(), ro)
+			}
+		}
+		mustReopen(t, m, `{'driver': 'qcow2', 'node-name': 't', 'file': {'driver': 'file', 'filename': '`+c.folder+`/top'}, 'read-only': true}`)
+		if !data.ReadOnly() {
+			t.Errorf("%s: writable after a reopen", c.name)
+		}
+		mustDel(t, m, "t")
 	}
 }
 

@@ -11,6 +11,7 @@ import (
 	"strings"
 
 	"qblockd/blockdev/driver"
+	"qblockd/events/panics"
 	"qblockd/graph"
 	"qblockd/graph/perm"
 	"qblockd/schema/types"
@@ -45,6 +46,8 @@ type Policy struct {
 	Devices bool
 	// Sockets: servers may be named, of this host and others.
 	Sockets bool
+	// DataFiles are those that may be named for the image's own data.
+	DataFiles DataFiles
 	// Roots are the folders below which files must be; none: anywhere. They are absolute and free
 	// of symbolic links (SetRoots).
 	Roots []string
@@ -78,6 +81,8 @@ type link struct {
 	name string
 	up   *link
 	from imagePlace // of the image that has the name in its header
+	// beside, if set, is the folder that a file must be in: it is to be written to.
+	beside string
 	// names counts those that were followed since the image that its user named, all of them: one
 	// name can lead to several images with names of their own (an image within an image), so that a
 	// bound on the length of each way would not be one on the work.
@@ -131,19 +136,9 @@ func (l *link) endless(file *graph.Node) error {
 // names or, if that is empty, to be guessed. l led to the image; nil if its user named it.
 func (pl *planner) planNamed(ctx context.Context, name, format string, image *graph.Node, l *link) (*plan, error) {
 	up := image.Options()
-	l = &link{name: name, up: l, names: new(int)}
-	if l.up != nil {
-		l.names = l.up.names
-	}
-	*l.names++
-	if e := image.File(); e != nil {
-		l.from = placeOf(e.Node())
-	}
-	switch limit := cmp.Or(pl.policy.MaxChain, defaultMaxChain); {
-	case limit < 0:
-		return nil, errors.New("The image policy allows no backing files")
-	case *l.names > limit:
-		return nil, fmt.Errorf("The chain of backing files is longer than %d images", limit)
+	l, err := pl.follow(name, image, l)
+	if err != nil {
+		return nil, err
 	}
 	opts, file, err := pl.namedOptions(ctx, name, format, true)
 	if err != nil {
@@ -159,6 +154,83 @@ func (pl *planner) planNamed(ctx context.Context, name, format string, image *gr
 		return nil, err
 	}
 	return pl.planGuessed(file, inherit(&types.BlockdevOptions{}, up, perm.COW), l)
+}
+
+// follow is the step from an image to what name in its header leads to.
+func (pl *planner) follow(name string, image *graph.Node, l *link) (*link, error) {
+	l = &link{name: name, up: l, names: new(int)}
+	if l.up != nil {
+		l.names = l.up.names
+	}
+	*l.names++
+	if e := image.File(); e != nil {
+		l.from = placeOf(e.Node())
+	}
+	switch limit := cmp.Or(pl.policy.MaxChain, defaultMaxChain); {
+	case limit < 0:
+		return nil, errors.New("The image policy allows no backing files")
+	case *l.names > limit:
+		return nil, fmt.Errorf("The chain of backing files is longer than %d images", limit)
+	}
+	return l, nil
+}
+
+// DataFiles says which files an image may name that its data are in. They are written to.
+type DataFiles uint8
+
+const (
+	// DataBeside: those in the folder that the image is in, whose users have that one, too.
+	DataBeside DataFiles = iota
+	DataNowhere
+	DataAnywhere
+)
+
+// planData makes the plan of the file that the header of an image says its data are in. Its name is
+// a path on this host, whatever it looks like.
+func (m *Manager) planData(ctx context.Context, image *graph.Node, c *driver.ChildNeeded, l *link) (*plan, error) {
+	if m.policy.DataFiles == DataNowhere {
+		return nil, fmt.Errorf("The image policy allows no data files: '%s'", c.File)
+	}
+	l, err := m.follow(c.File, image, l)
+	if err != nil {
+		return nil, err
+	}
+	if m.policy.DataFiles == DataBeside {
+		if l.beside, err = m.folderOf(ctx, image); err != nil {
+			return nil, err
+		}
+	}
+	name := c.File
+	if driver.HasProtocol(name) {
+		name = "./" + name
+	}
+	opts, err := m.protocolOptions(ctx, name)
+	if err != nil {
+		return nil, err
+	}
+	if opts, err = m.admit(opts); err != nil {
+		return nil, err
+	}
+	return m.plan(opts, image.Options(), c.Role, l)
+}
+
+// folderOf is the folder, without links, of the file that an image is in; "" if it is in none of
+// this host.
+func (m *Manager) folderOf(ctx context.Context, image *graph.Node) (dir string, err error) {
+	n := image
+	for e := n.File(); e != nil; e = n.File() {
+		n = e.Node()
+	}
+	name := driver.StripPrefix(m.name(n).plain, "file:")
+	err = panics.Await(ctx, "a look at a file", func() {
+		if path, e := canonical(name); e == nil {
+			dir = filepath.Dir(path)
+		}
+	})
+	if err == nil && dir == "" {
+		err = fmt.Errorf("The image policy allows data files beside the image only, and it is in no folder: '%s'", image.DriverName())
+	}
+	return dir, err
 }
 
 // genericHints are the options of all drivers that may be given and do not count.
@@ -182,7 +254,7 @@ func (c *catalog) dropHints(o *value.Dict) {
 			drop(d.ForImages.Hints)
 		}
 	}
-	for _, child := range []string{"file", "backing"} {
+	for _, child := range []string{"file", "data-file", "backing"} {
 		sub, _ := o.Get(child)
 		if sub, ok := sub.(*value.Dict); ok {
 			c.dropHints(sub)
@@ -250,13 +322,15 @@ func (pl *planner) admitRef(r *types.BlockdevRef) (err error) {
 
 var errNoDevices = errors.New("The image policy allows no devices")
 
-// admitFile decides about a file of the host that an image names.
-func (pl *planner) admitFile(f *driver.FoundFile) error {
+// admitFile decides about a file of the host that an image names, by way of l.
+func (pl *planner) admitFile(f *driver.FoundFile, l *link) error {
 	switch {
 	case f.Device && !pl.policy.Devices:
 		return fmt.Errorf("%w: '%s'", errNoDevices, f.Name)
 	case !f.Device && !f.Regular && !f.Socket:
 		return fmt.Errorf("An image may only name regular files and block devices: '%s' is neither", f.Name)
+	case l.beside != "" && (!f.Regular || filepath.Dir(f.Path) != l.beside):
+		return fmt.Errorf("The image policy allows data files beside the image only: '%s'", f.Name)
 	case f.Kernel:
 		return fmt.Errorf("An image may not name a file that the kernel makes up: '%s'", f.Name)
 	case len(pl.policy.Roots) == 0:

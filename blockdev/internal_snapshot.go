@@ -60,6 +60,14 @@ func snapshotter(n *graph.Node, writable bool) (*graph.Node, graph.InternalSnaps
 	return nil, nil
 }
 
+var errNoList = errors.New("Failed to get a snapshot list: Operation not supported")
+
+// listless tells whether an image cannot have internal snapshots although others of its format can.
+func listless(s graph.InternalSnapshotter) bool {
+	x, ok := s.(interface{ Listless() bool })
+	return ok && x.Listless()
+}
+
 // InternalSnapshot is the body of blockdev-snapshot-internal-sync, as a step of a transaction. The
 // snapshot is made in Prepare and deleted again in Abort.
 type InternalSnapshot struct {
@@ -132,6 +140,8 @@ func (s *InternalSnapshot) Prepare(ctx context.Context, tx *graph.Tx) error {
 		return fmt.Errorf("Block format '%s' used by device '%s' does not support internal snapshots", n.DriverName(), device)
 	case name == "":
 		return errors.New("Name is empty")
+	case listless(store):
+		return errNoList
 	case findSnapshot(store, nil, &name) != nil:
 		return fmt.Errorf("Snapshot with name '%s' already exists on device '%s'", name, device)
 	}
@@ -196,8 +206,8 @@ func (m *Manager) DeleteInternalSnapshot(
 		if err := n.Blocked(graph.OpInternalSnapshotDelete); err != nil {
 			return nil, err
 		}
-		if keeper, store = snapshotter(n, false); store == nil {
-			return nil, errors.New("Failed to get a snapshot list: Operation not supported")
+		if keeper, store = snapshotter(n, false); store == nil || listless(store) {
+			return nil, errNoList
 		}
 		return []*graph.Node{n, keeper}, nil
 	})

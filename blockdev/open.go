@@ -156,7 +156,14 @@ func (o *opener) open(p *plan) (*graph.Node, error) {
 	if err != nil {
 		return nil, err
 	}
-	if err := o.openDriver(p, root); err != nil {
+	err = o.openDriver(p, root)
+	var needs *driver.ChildNeeded
+	if errors.As(err, &needs) && p.node.Child(needs.Name) == nil {
+		if err = o.openNeeded(p, needs); err == nil {
+			err = o.openDriver(p, root)
+		}
+	}
+	if err != nil {
 		return nil, err
 	}
 	return p.node, o.openBacking(p)
@@ -234,7 +241,7 @@ func (o *opener) openDriver(p *plan, root *graph.Root) error {
 	}
 	x := &driver.Opening{Ctx: o.ctx, Node: p.node, Req: req, Warn: o.warn, Objects: o.m.objects, Guessed: p.guessed}
 	if p.link != nil {
-		x.Admit = o.m.admitFile
+		x.Admit = func(f *driver.FoundFile) error { return o.m.admitFile(f, p.link) }
 	}
 	d, err := p.drv.Open(x, p.opts.U)
 	if err != nil {
@@ -245,6 +252,23 @@ func (o *opener) openDriver(p *plan, root *graph.Root) error {
 		return context.Cause(o.ctx) // whether what follows has to wait is a matter of luck
 	}
 	return o.m.primeActual(o.ctx, p.node)
+}
+
+// openNeeded opens a child that the image of p's node names, and attaches it.
+func (o *opener) openNeeded(p *plan, c *driver.ChildNeeded) error {
+	k, err := o.m.planData(o.ctx, p.node, c, p.link)
+	if err != nil {
+		return err
+	}
+	n, err := o.open(k)
+	if err != nil {
+		return err
+	}
+	o.m.record(n).definer.Store(weak.Make(p.node))
+	return o.do(func(tx *graph.Tx, _ func(*graph.Node)) error {
+		_, err := tx.Attach(p.node, c.Name, c.Role, n)
+		return err
+	}, n)
 }
 
 // openBacking opens the backing file that the options or else the image's header name, and attaches

@@ -213,7 +213,7 @@ func (q *reopenQueue) add(n *graph.Node, given *types.BlockdevOptions, up *reope
 		}
 		ref := e.ref(edge.ChildName())
 		switch {
-		case ref == nil && !keep:
+		case ref == nil && !keep && edge.Role()&perm.COW != 0:
 			// A backing file that is not mentioned: an error of n, unless n is named again and
 			// something is said of it then.
 		case ref == nil:

@@ -183,19 +183,24 @@ func (v View) Overlay(top, n *Node) *Node {
 // WithFiles are n and the files below it that have their read-only-ness from it: those that nobody
 // named for themselves.
 func (v View) WithFiles(n *Node) []*Node {
-	l := v.storage(n)
-	for i, f := range l[1:] {
-		if f.ReadOnly() != n.ReadOnly() || f.MonitorOwned() {
-			return l[:i+1]
-		}
-	}
-	return l
+	return v.storage(n, func(f *Node) bool { return f.ReadOnly() == n.ReadOnly() && !f.MonitorOwned() })
 }
 
-// storage are n and the nodes that its own data and metadata lie in.
-func (v View) storage(n *Node) (l []*Node) {
-	for ; n != nil; n = v.below(v.File(n)) {
-		l = append(l, n)
+// storage are n and the nodes that its own data and metadata lie in, down to those that count.
+func (v View) storage(n *Node, counts func(*Node) bool) []*Node {
+	const stored = perm.Data | perm.Metadata
+	l := []*Node{n}
+	for i := 0; i < len(l); i++ {
+		k := v.kidsOf(l[i])
+		for _, e := range k.all {
+			// What else a filter has is not its own.
+			if e != k.file && (l[i].Kind() != Format || e.role&stored == 0) {
+				continue
+			}
+			if f := v.Target(e); counts(f) {
+				l = append(l, f)
+			}
+		}
 	}
 	return l
 }

@@ -74,7 +74,7 @@ func (h *Hold) covers(nodes []*Node) bool {
 // withStorage are the nodes and those that their data lie in, each once.
 func withStorage(nodes []*Node) (l []*Node) {
 	for _, n := range nodes {
-		l = append(l, Now.storage(n)...)
+		l = append(l, Now.storage(n, func(*Node) bool { return true })...)
 	}
 	return unique(l)
 }

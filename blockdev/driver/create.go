@@ -62,6 +62,8 @@ type Creation struct {
 	// InFile opens the node that a reference names, for writing and resizing, which nobody else may
 	// do meanwhile.
 	InFile func(ctx context.Context, file *types.BlockdevRef, use func(root *graph.Root) error) error
+	// Filename is how a header names a node.
+	Filename func(n *graph.Node) string
 	// CanName refuses drivers that headers of images cannot name as the format of a backing file.
 	CanName func(d types.BlockdevDriver) error
 }

@@ -40,6 +40,16 @@ func AtStart(ctx context.Context) context.Context { return context.WithValue(ctx
 // IsAtStart tells whether AtStart marked the context.
 func IsAtStart(ctx context.Context) bool { return ctx.Value(atStart{}) != nil }
 
+// ChildNeeded is the error of an Open whose image names a child that is not there. The child is
+// opened and attached, and Open called again.
+type ChildNeeded struct {
+	Name string // of the edge
+	Role perm.Role
+	File string // a plain file name
+}
+
+func (e *ChildNeeded) Error() string { return fmt.Sprintf("'%s' is required for this image", e.Name) }
+
 // OpenFunc opens a driver on a node.
 type OpenFunc func(x *Opening) (graph.Driver, error)
 

@@ -1,6 +1,7 @@
 package main
 
 import (
+	"errors"
 	"fmt"
 	"strings"
 
@@ -20,7 +21,12 @@ var policyKeys = []struct {
 	{"devices", cmdline.OptBool, "off", "whether block devices may be named"},
 	{"sockets", cmdline.OptBool, "off", "whether NBD servers may be named, of this host and others"},
 	{"references", cmdline.OptBool, "off", "whether nodes, throttle groups and secrets of the daemon may be named"},
+	{"data-files", cmdline.OptString, "beside", "files that an image may name for its own data, which are written to: beside (those in the image's folder), on, off"},
 	{"max-chain", cmdline.OptNumber, "1000", "how many images a chain of backing files may have that headers name; 0: they may name nothing"},
+}
+
+var dataFiles = map[string]blockdev.DataFiles{
+	"beside": blockdev.DataBeside, "on": blockdev.DataAnywhere, "off": blockdev.DataNowhere,
 }
 
 // maxMaxChain is the longest chain that can be allowed: opening one takes stack.
@@ -49,6 +55,12 @@ func setPolicy(p *blockdev.Policy, arg string) error {
 	if roots, given := o.Get("roots"); given {
 		if err := next.SetRoots(strings.Split(roots, ":")...); err != nil {
 			return fmt.Errorf("Parameter 'roots' expects folders: %w", err)
+		}
+	}
+	if which, given := o.Get("data-files"); given {
+		var ok bool
+		if next.DataFiles, ok = dataFiles[which]; !ok {
+			return errors.New("Parameter 'data-files' expects 'beside', 'on' or 'off'")
 		}
 	}
 	next.Devices, next.References = o.Bool("devices", p.Devices), o.Bool("references", p.References)

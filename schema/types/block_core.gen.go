@@ -26,6 +26,10 @@ type SnapshotInfo struct {
 type ImageInfoSpecificQCow2 struct {
 	// "0.10" for version 2, "1.1" for version 3.
 	Compat string
+	// The file that has the guest data, as the image names it.
+	DataFile *string
+	// That file shows the disk by itself, too (since: 4.0).
+	DataFileRaw *bool
 	// Clusters are divided into subclusters (version 3).
 	ExtendedL2 *bool
 	// Reference counts may be behind after a crash (version 3).
@@ -778,6 +782,8 @@ type BlockdevOptionsQcow2 struct {
 	RefcountCacheSize *int64
 	// Seconds after which unused entries are dropped; 0 never (default 600).
 	CacheCleanInterval *int64
+	// What has the guest data of an image that keeps them in another file (default: what the image names).
+	DataFile *BlockdevRef
 }
 
 // BlockdevOptionsRaw: options of the driver raw.
@@ -1316,6 +1322,10 @@ var Qcow2CompressionTypeValues = []Qcow2CompressionType{
 type BlockdevCreateOptionsQcow2 struct {
 	// The node to write it to.
 	File BlockdevRef
+	// The node that is to have the guest data (default: that of the image).
+	DataFile *BlockdevRef
+	// It shows the disk to those who know nothing of the image, too (default off).
+	DataFileRaw *bool
 	// Size it shows, in bytes.
 	Size uint64
 	// Version of the format (default v3).

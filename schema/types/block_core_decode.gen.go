@@ -191,7 +191,8 @@ func membersBlockdevOptionsQcow2(d *decoder, x *BlockdevOptionsQcow2) bool {
 		opt(d, "l2-cache-size", &x.L2CacheSize, visitInt64) &&
 		opt(d, "l2-cache-entry-size", &x.L2CacheEntrySize, visitInt64) &&
 		opt(d, "refcount-cache-size", &x.RefcountCacheSize, visitInt64) &&
-		opt(d, "cache-clean-interval", &x.CacheCleanInterval, visitInt64)
+		opt(d, "cache-clean-interval", &x.CacheCleanInterval, visitInt64) &&
+		opt(d, "data-file", &x.DataFile, visitBlockdevRef)
 }
 
 // DecodeBlockdevOptionsRaw decodes v; faults are worded as QEMU does (*ArgError).
@@ -596,6 +597,8 @@ func visitBlockdevCreateOptionsQcow2(d *decoder, name string, x *BlockdevCreateO
 
 func membersBlockdevCreateOptionsQcow2(d *decoder, x *BlockdevCreateOptionsQcow2) bool {
 	return visitBlockdevRef(d, "file", &x.File) &&
+		opt(d, "data-file", &x.DataFile, visitBlockdevRef) &&
+		opt(d, "data-file-raw", &x.DataFileRaw, visitBool) &&
 		visitSize(d, "size", &x.Size) &&
 		opt(d, "version", &x.Version, visitBlockdevQcow2Version) &&
 		opt(d, "backing-file", &x.BackingFile, visitStr) &&

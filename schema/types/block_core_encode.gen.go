@@ -44,6 +44,14 @@ func (x *ImageInfoSpecificQCow2) AppendJSON(b []byte) []byte {
 	}
 	b = append(b, `, "refcount-bits": `...)
 	b = appendInt(b, x.RefcountBits)
+	if x.DataFile != nil {
+		b = append(b, `, "data-file": `...)
+		b = value.AppendString(b, *x.DataFile)
+	}
+	if x.DataFileRaw != nil {
+		b = append(b, `, "data-file-raw": `...)
+		b = appendBool(b, *x.DataFileRaw)
+	}
 	if x.Corrupt != nil {
 		b = append(b, `, "corrupt": `...)
 		b = appendBool(b, *x.Corrupt)
@@ -695,6 +703,10 @@ func (x *BlockdevOptionsQcow2) AppendJSON(b []byte) []byte {
 	if x.PassDiscardOther != nil {
 		b = appendKey(b, "pass-discard-other")
 		b = appendBool(b, *x.PassDiscardOther)
+	}
+	if x.DataFile != nil {
+		b = appendKey(b, "data-file")
+		b = x.DataFile.AppendJSON(b)
 	}
 	if x.Backing != nil {
 		b = appendKey(b, "backing")
@@ -1673,6 +1685,10 @@ func (x *BlockdevOptions) AppendJSON(b []byte) []byte {
 			b = appendKey(b, "pass-discard-other")
 			b = appendBool(b, *u.PassDiscardOther)
 		}
+		if u.DataFile != nil {
+			b = appendKey(b, "data-file")
+			b = u.DataFile.AppendJSON(b)
+		}
 		if u.Backing != nil {
 			b = appendKey(b, "backing")
 			b = u.Backing.AppendJSON(b)
@@ -1908,6 +1924,10 @@ func (x *BlockdevCreateOptionsQcow2) AppendJSON(b []byte) []byte {
 		b = appendKey(b, "refcount-bits")
 		b = appendInt(b, *x.RefcountBits)
 	}
+	if x.DataFile != nil {
+		b = appendKey(b, "data-file")
+		b = x.DataFile.AppendJSON(b)
+	}
 	if x.Version != nil {
 		b = appendKey(b, "version")
 		b = appendEnum(b, *x.Version)
@@ -1925,6 +1945,10 @@ func (x *BlockdevCreateOptionsQcow2) AppendJSON(b []byte) []byte {
 	if x.BackingFmt != nil {
 		b = append(b, `, "backing-fmt": `...)
 		b = appendEnum(b, *x.BackingFmt)
+	}
+	if x.DataFileRaw != nil {
+		b = append(b, `, "data-file-raw": `...)
+		b = appendBool(b, *x.DataFileRaw)
 	}
 	if x.BackingFile != nil {
 		b = append(b, `, "backing-file": `...)
@@ -2068,6 +2092,10 @@ func (x *BlockdevCreateOptions) AppendJSON(b []byte) []byte {
 			b = appendKey(b, "refcount-bits")
 			b = appendInt(b, *u.RefcountBits)
 		}
+		if u.DataFile != nil {
+			b = appendKey(b, "data-file")
+			b = u.DataFile.AppendJSON(b)
+		}
 		if u.Version != nil {
 			b = appendKey(b, "version")
 			b = appendEnum(b, *u.Version)
@@ -2087,6 +2115,10 @@ func (x *BlockdevCreateOptions) AppendJSON(b []byte) []byte {
 		if u.BackingFmt != nil {
 			b = append(b, `, "backing-fmt": `...)
 			b = appendEnum(b, *u.BackingFmt)
+		}
+		if u.DataFileRaw != nil {
+			b = append(b, `, "data-file-raw": `...)
+			b = appendBool(b, *u.DataFileRaw)
 		}
 		if u.BackingFile != nil {
 			b = append(b, `, "backing-file": `...)

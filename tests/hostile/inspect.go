@@ -189,7 +189,7 @@ func (r *Report) l1(off, n int64, u1, u2, ud use) {
 			if r.lost {
 				return
 			}
-			switch k := layout.KindOf(e); k {
+			switch k := r.g.KindOf(e); k {
 			case layout.CompressedKind:
 				at, n := r.g.CompressedRange(e)
 				r.add(at, n, ud)
@@ -358,7 +358,7 @@ func (r *Report) judge() {
 // entry judges an L2 entry.
 func (r *Report) entry(e uint64) Health {
 	copied := e&layout.Copied != 0
-	switch layout.KindOf(e) {
+	switch r.g.KindOf(e) {
 	case layout.Normal, layout.ZeroAlloc:
 		off := e & layout.OffsetMask
 		if !r.aligned(off) {

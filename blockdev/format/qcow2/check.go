@@ -336,8 +336,8 @@ func (s *flusher) copiedFlagsOf(c *counter, fix bool, buf []byte, first int64) e
 			}
 		}
 		x := be.Uint64(buf[8*i:])
-		k, off := layout.KindOf(x), int64(x&layout.OffsetMask)
-		if k != layout.Normal && k != layout.ZeroAlloc || off&(s.cs-1) != 0 {
+		k, off := s.geo.KindOf(x), int64(x&layout.OffsetMask)
+		if k != layout.Normal && k != layout.ZeroAlloc || off&(s.cs-1) != 0 || s.geo.External {
 			continue
 		}
 		wrong, err := s.wrongFlag(c, x, off, "L2 entry's copied flag is wrong")

@@ -159,8 +159,12 @@ func compress(kind uint8, src []byte) ([]byte, error) {
 }
 
 // writeCompressed stores whole clusters compressed; clusters that do not shrink are written as they
-// are. It fails with EIO for a cluster that has data of its own already.
+// are. It fails with EIO for a cluster that has data of its own already, and with ErrNotSupported
+// where data are in another file.
 func (s *requests) writeCompressed(r *blk.Req, v blk.Vec, off int64, f blk.Flags) error {
+	if s.external != nil {
+		return blk.ErrNotSupported
+	}
 	n := v.Len()
 	if off&(s.cs-1) != 0 || n&(s.cs-1) != 0 && off+n != s.size.Load() {
 		return errInval

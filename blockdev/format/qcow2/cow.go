@@ -15,16 +15,16 @@ const bigZeroes = 64 << 10
 // smallCopy is how much around a write is copied without asking whether there is memory for it.
 const smallCopy = 64 << 10
 
-// writeAround writes w into the clusters of p, together with the old content of what w leaves out
-// of the first and the last one. It runs without mu.
+// writeAround writes w at off to the clusters of p, together with the old content of what w leaves
+// out of what is to be written. It runs without mu.
 func (s *requests) writeAround(r *blk.Req, p *plan, w blk.Vec, off int64) error {
 	a := p.alloc
-	head := off - a.first<<s.cb
 	end := off + p.n
-	tail := (a.first+a.n)<<s.cb - end
+	head, tail := off-p.from, p.to-end
+	start := p.host - head
 	if head == 0 && tail == 0 {
 		s.step(r, blk.EvWriteAio)
-		return s.file.WriteAt(r, w, p.host, 0)
+		return s.data().WriteAt(r, w, p.host, 0)
 	}
 	if n := head + tail; n > smallCopy {
 		if err := s.copying.Take(r, n); err != nil {
@@ -36,7 +36,7 @@ func (s *requests) writeAround(r *blk.Req, p *plan, w blk.Vec, off int64) error 
 	defer blk.PutBuf(buf)
 	s.step(r, blk.EvCowRead)
 	hb, tb := buf.B[:head], buf.B[head:]
-	if err := s.readOld(r, p.head, a.first, 0, hb); err != nil {
+	if err := s.readOld(r, p.head, a.first, p.from-a.first<<s.cb, hb); err != nil {
 		return err
 	}
 	last := a.first + a.n - 1
@@ -47,14 +47,14 @@ func (s *requests) writeAround(r *blk.Req, p *plan, w blk.Vec, off int64) error 
 	s.step(r, blk.EvWriteAio)
 	if blk.IsZero(buf.B) {
 		if a.fresh {
-			return s.file.WriteAt(r, w, p.host, 0)
+			return s.data().WriteAt(r, w, p.host, 0)
 		}
 		if head+tail >= bigZeroes {
-			err := s.file.Zero(r, a.host, a.n<<s.cb, blk.NoFallback)
+			err := s.data().Zero(r, start, p.to-p.from, blk.NoFallback)
 			if err == nil {
-				return s.file.WriteAt(r, w, p.host, 0)
+				return s.data().WriteAt(r, w, p.host, 0)
 			}
-			if !errors.Is(err, blk.ErrNotSupported) && !errors.Is(err, syscall.ENOTSUP) {
+			if !unsupported(err) {
 				return err
 			}
 		}
@@ -67,7 +67,12 @@ func (s *requests) writeAround(r *blk.Req, p *plan, w blk.Vec, off int64) error 
 	if tail > 0 {
 		bufs = append(bufs, tb)
 	}
-	return s.file.WriteAt(r, blk.Bufs(bufs), a.host, 0)
+	return s.data().WriteAt(r, blk.Bufs(bufs), start, 0)
+}
+
+// unsupported tells whether err says that a file cannot do that.
+func unsupported(err error) bool {
+	return errors.Is(err, blk.ErrNotSupported) || errors.Is(err, syscall.ENOTSUP)
 }
 
 // readOld fills b with the old content of guest cluster gc from its byte in on; beyond the end of
@@ -86,7 +91,7 @@ func (s *requests) readOld(r *blk.Req, m mapping, gc, in int64, b []byte) error 
 	}
 	switch m.kind {
 	case layout.Normal:
-		return s.readFile(r, blk.Buf(b), m.host+in)
+		return s.readData(r, blk.Buf(b), m.host+in)
 	case layout.CompressedKind:
 		return s.readCompressed(r, blk.Buf(b), m.entry, in)
 	case layout.Unallocated:

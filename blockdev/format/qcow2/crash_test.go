@@ -80,8 +80,11 @@ func (l *ledger) verify(s *image) error {
 }
 
 // afterCrash opens what a crash left and tells what is wrong with it.
-func afterCrash(f *drivertest.MemFile, l *ledger, lazy bool) error {
+func afterCrash(f, data *drivertest.MemFile, l *ledger, lazy bool) error {
 	c := config{file: mem{f}, options: quiet}
+	if data != nil {
+		c.external = mem{data}
+	}
 	if !lazy {
 		c.readOnly = true
 		s, err := openImage(req(), c)
@@ -130,6 +133,7 @@ func TestCrash(t *testing.T) {
 		{cs: 512, bits: 16, v: "v3"}, {cs: 512, bits: 64, v: "v3"}, {cs: 512, bits: 1, v: "v3"}, {cs: 1024, bits: 16, v: "v2"},
 		{cs: 4096, bits: 16, v: "v3"}, {cs: 512, bits: 16, v: "v3", lazy: true}, {cs: 65536, bits: 16, v: "v3"},
 		{cs: 512, bits: 64, v: "v3", comp: "grow"},
+		{cs: 512, bits: 16, v: "v3", data: "data"}, {cs: 4096, bits: 16, v: "v3", data: "raw"}, {cs: 65536, bits: 16, v: "v3", data: "data", lazy: true},
 	} {
 		t.Run(fmt.Sprintf("%+v", sh), func(t *testing.T) {
 			t.Parallel()
@@ -148,24 +152,51 @@ func crashShape(t *testing.T, sh shape, seed uint64) {
 	if sh.comp == "grow" { // more refcount blocks than fit into the table
 		sectors, span, every = 5000, 200, 100
 	}
-	img := mustCreate(t, sh.options(uint64(sectors)*512))
+	o := sh.options(uint64(sectors) * 512)
+	img := mustCreate(t, o)
 	f := drivertest.CrashFileOf(img)
 	l := newLedger(sectors)
-	s := mustOpen(t, mem{f}, config{unmap: true, options: smallCaches})
+	c := config{unmap: true, options: smallCaches}
+	var data *drivertest.CrashFile
+	if o.Data != nil {
+		data = drivertest.CrashFileOf(o.Data)
+		c.external = mem{data}
+	}
+	s := mustOpen(t, mem{f}, c)
 	setCaches(s, 4, 4) // evictions
 	crashes := 0
-	f.After(func(i int) {
+	crash := func(i int, image, data func(seed uint64) *drivertest.MemFile) {
 		if rnd.IntN(every) != 0 || t.Failed() {
 			return
 		}
 		for range 3 {
 			crashes++
 			cs := rnd.Uint64()
-			if err := afterCrash(f.CrashLocked(cs), l, sh.lazy); err != nil {
+			if err := afterCrash(image(cs), data(cs+1), l, sh.lazy); err != nil {
 				t.Errorf("after operation %d, crash %d: %v", i, cs, err)
 			}
 		}
-	})
+	}
+	if data == nil {
+		f.After(func(i int) { crash(i, f.CrashLocked, func(uint64) *drivertest.MemFile { return nil }) })
+	} else {
+		f.After(func(i int) { crash(i, f.CrashLocked, data.Crash) })
+		data.After(func(i int) { crash(i, f.Crash, data.CrashLocked) })
+	}
+	work(t, s, l, rnd, span)
+	if crashes < 12 {
+		t.Fatalf("only %d crashes", crashes)
+	}
+	mustClose(t, s)
+	f.After(nil)
+	if data != nil {
+		data.After(nil)
+	}
+}
+
+// work does random operations on s, of up to span sectors, and keeps l up to date.
+func work(t *testing.T, s *image, l *ledger, rnd *rand.Rand, span int) {
+	sectors, per := len(l.cur), int(s.cs/512)
 	steps := 250
 	if testing.Short() {
 		steps = 120
@@ -184,7 +215,6 @@ func crashShape(t *testing.T, sh shape, seed uint64) {
 				err = s.WriteAt(req(), blk.Buf(make([]byte, size)), off, 0)
 			}
 		case k < 10:
-			per := int(sh.cs / 512)
 			from, to := (first+per-1)/per*per, (first+n)/per*per
 			if first+n == sectors {
 				to = sectors
@@ -202,9 +232,4 @@ func crashShape(t *testing.T, sh shape, seed uint64) {
 			t.Fatal(err)
 		}
 	}
-	if crashes < 12 {
-		t.Fatalf("only %d crashes", crashes)
-	}
-	mustClose(t, s)
-	f.After(nil)
 }

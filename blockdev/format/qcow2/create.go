@@ -7,28 +7,39 @@ import (
 	"math"
 	"math/bits"
 
+	"qblockd/blockdev/driver"
 	"qblockd/blockdev/format/qcow2/layout"
 	"qblockd/graph"
 	"qblockd/graph/blk"
 	"qblockd/schema/types"
 )
 
-// Create makes an image as o says in the node below root, whose file reference is not looked at.
-// Its texts are those that end a create job. started, if not nil, is called once the options are
-// checked and before anything is written. It blocks as long as the storage does.
-func Create(ctx context.Context, root *graph.Root, o *types.BlockdevCreateOptionsQcow2, started func()) error {
+// Create makes an image as o says in the node below root, with its data in that below data unless
+// that is nil; the references are not looked at. Its texts are those that end a create job. It
+// blocks as long as the storage does.
+func Create(
+	ctx context.Context, root, data *graph.Root, o *types.BlockdevCreateOptionsQcow2, c *driver.Creation,
+) error {
 	if _, err := newHeader(o); err != nil {
 		return err
 	}
-	if started != nil {
-		started()
+	if c.Started != nil {
+		c.Started()
 	}
 	r, err := root.Begin(ctx)
 	if err != nil {
 		return err
 	}
 	defer root.End(r)
-	return create(r, grower{root.Edge()}, o)
+	if data == nil {
+		return create(r, grower{root.Edge()}, o)
+	}
+	rd, err := data.Begin(ctx) // a request of the data file's node has a pass of its own
+	if err != nil {
+		return err
+	}
+	defer data.End(rd)
+	return createWith(r, grower{root.Edge()}, grower{data.Edge()}, c.Filename(data.Edge().Node()), o)
 }
 
 // grower is a root's edge through which writes may make the node longer.
@@ -63,6 +74,21 @@ func newHeader(o *types.BlockdevCreateOptionsQcow2) (*layout.Header, error) {
 	if o.BackingFile != nil && pick(o.Preallocation, types.PreallocModeOff) != types.PreallocModeOff {
 		return nil, errors.New("Backing file and preallocation can only be used at the same time if extended_l2 is on")
 	}
+	if o.DataFile != nil {
+		if h.Version < 3 {
+			return nil, errors.New("External data files are only supported with compatibility level 1.1 and above (use version=v3 or greater)")
+		}
+		h.IncompatibleFeatures |= layout.IncompatDataFile
+	}
+	if pick(o.DataFileRaw, false) {
+		if o.DataFile == nil {
+			return nil, errors.New("data-file-raw requires data-file")
+		}
+		if o.BackingFile != nil {
+			return nil, errors.New("Backing file and data-file-raw cannot be used at the same time")
+		}
+		h.AutoclearFeatures |= layout.AutoclearDataFileRaw
+	}
 	if o.BackingFmt != nil && o.BackingFile == nil {
 		return nil, errors.New("Backing format cannot be used without backing file")
 	}
@@ -91,16 +117,22 @@ func newHeader(o *types.BlockdevCreateOptionsQcow2) (*layout.Header, error) {
 	return h, nil
 }
 
-// create makes an image in f: a header and an empty refcount table, then everything else by opening
-// and resizing it.
+// create makes an image in f.
 func create(r *blk.Req, f file, o *types.BlockdevCreateOptionsQcow2) error {
+	return createWith(r, f, nil, "", o)
+}
+
+// createWith makes an image in f: a header and an empty refcount table, then everything else by
+// opening and resizing it. data, if not nil, has the data of the disk, and the header calls it
+// dataName.
+func createWith(r *blk.Req, f, data file, dataName string, o *types.BlockdevCreateOptionsQcow2) error {
 	h, err := newHeader(o)
 	if err != nil {
 		return err
 	}
 	cs := int64(1) << h.ClusterBits
 	b := make([]byte, cs)
-	enc, err := h.Marshal(&layout.Extensions{}, "")
+	enc, err := h.Marshal(&layout.Extensions{DataFile: dataName}, "")
 	if err != nil {
 		return err
 	}
@@ -115,7 +147,7 @@ func create(r *blk.Req, f file, o *types.BlockdevCreateOptionsQcow2) error {
 	}
 	off := false
 	options := types.BlockdevOptionsQcow2{LazyRefcounts: &off, CacheCleanInterval: new(int64)}
-	s, err := openImage(r, config{file: f, bare: true, options: options})
+	s, err := openImage(r, config{file: f, external: data, bare: true, options: options})
 	if err != nil {
 		return err
 	}
@@ -152,7 +184,12 @@ func (s *image) populate(r *blk.Req, o *types.BlockdevCreateOptionsQcow2) error 
 	case o.Size > maxLength:
 		return fmt.Errorf("Could not resize image: offset(%d) exceeds maximum(%d)", o.Size, maxLength)
 	}
-	if err := s.Resize(r, int64(o.Size), blk.Prealloc(pick(o.Preallocation, types.PreallocModeOff))); err != nil {
+	m := blk.Prealloc(pick(o.Preallocation, types.PreallocModeOff))
+	if s.raw && m == blk.PreallocOff {
+		// What the data file shows by itself is also what the tables, which count, make of it.
+		m = blk.PreallocMetadata
+	}
+	if err := s.Resize(r, int64(o.Size), m); err != nil {
 		return fmt.Errorf("Could not resize image: %w", err)
 	}
 	if o.BackingFile == nil {

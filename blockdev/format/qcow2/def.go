@@ -17,7 +17,11 @@ var Def = driver.Of(driver.Def[*types.BlockdevOptionsQcow2]{
 	Reopen:     reopen,
 	Changeable: runtimeNames,
 	Children: func(u *types.BlockdevOptionsQcow2) []driver.Child {
-		return []driver.Child{{Name: "file", Role: perm.Image, Ref: &u.File}}
+		l := []driver.Child{{Name: "file", Role: perm.Image, Ref: &u.File}}
+		if u.DataFile != nil {
+			l = append(l, driver.Child{Name: dataFile, Role: perm.Data, Ref: u.DataFile})
+		}
+		return l
 	},
 	Backing:  func(u *types.BlockdevOptionsQcow2) *types.BlockdevRefOrNull { return u.Backing },
 	FromFile: func(f types.BlockdevRef) *types.BlockdevOptionsQcow2 { return &types.BlockdevOptionsQcow2{File: f} },
@@ -34,7 +38,15 @@ var Def = driver.Of(driver.Def[*types.BlockdevOptionsQcow2]{
 				return err
 			}
 		}
-		return c.InFile(ctx, &o.File, func(root *graph.Root) error { return Create(ctx, root, o, c.Started) })
+		return c.InFile(ctx, &o.File, func(root *graph.Root) error {
+			if o.DataFile == nil {
+				return Create(ctx, root, nil, o, c)
+			}
+			if _, err := newHeader(o); err != nil {
+				return err
+			}
+			return c.InFile(ctx, o.DataFile, func(data *graph.Root) error { return Create(ctx, root, data, o, c) })
+		})
 	}),
 	NewImage: func(u *types.BlockdevOptionsQcow2, i *driver.Image) any {
 		o := &types.BlockdevCreateOptionsQcow2{File: u.File, Size: uint64(i.Size)}

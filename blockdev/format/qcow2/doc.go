@@ -7,7 +7,8 @@
 //
 //	Driver      connects an image to the graph
 //	image       opening, closing, reopening, resizing, creating
-//	requests    reads, writes, zeroes, discards, status, mapping, copying of the guest disk
+//	requests    reads, writes, status, mapping, copying of the guest disk
+//	discarder   zeroes and discards of the guest disk
 //	bitmaps     persistent bitmaps: their directory, their marks
 //	snapshots   internal snapshots (bitmaps do not use them: their order is arbitrary)
 //	flusher     writes what has changed; check and repair
@@ -51,6 +52,14 @@
 // Requests and leases hold the epoch in which they looked up their clusters; a free waits for all
 // epochs up to its own. Who finds no space makes a flush and tries again, if something is only kept
 // back.
+//
+// # Data in another file
+//
+// Where the header says so, guest data lie in a file of their own, each cluster where it is on the
+// disk. They have no refcounts there: nothing is allocated but metadata, nothing of them is in
+// quarantine, and what is discarded is punched at once. That file is flushed before L2 slices are
+// written. If it shows the disk by itself (data-file-raw), zeroes and discards are made in it and
+// the tables stay as they are.
 //
 // # Images that others made
 //

@@ -59,6 +59,9 @@ func open(o *driver.Opening, opt *types.BlockdevOptionsQcow2) (graph.Driver, err
 		keeper:    nodeBitmaps{n},
 		debug:     n.File().DebugEvent,
 	}
+	if e := n.Child(dataFile); e != nil {
+		c.external = e
+	}
 	var err error
 	if d.image, err = openImage(o.Req, c); err != nil {
 		return nil, err
@@ -211,6 +214,12 @@ func (d *Driver) ImageInfo(i *types.ImageInfo) {
 	}
 	if d.compression == layout.CompressionZstd {
 		q.CompressionType = types.Qcow2CompressionTypeZstd
+	}
+	if d.dataName != "" {
+		q.DataFile = &d.dataName
+	}
+	if d.geo.External {
+		q.DataFileRaw = &d.raw
 	}
 	if l := d.shownBitmaps.Load(); l != nil {
 		q.Bitmaps = *l

@@ -8,6 +8,7 @@ import (
 	"syscall"
 	"testing"
 
+	"qblockd/blockdev/driver"
 	"qblockd/blockdev/drivertest"
 	"qblockd/blockdev/format/qcow2/layout"
 	"qblockd/graph"
@@ -44,7 +45,7 @@ func created(t testing.TB, g *graph.Graph, d graph.Driver, o *types.BlockdevCrea
 		err = tx.Commit()
 	}
 	if err == nil {
-		err = Create(context.Background(), r, o, nil)
+		err = Create(context.Background(), r, nil, o, &driver.Creation{})
 	}
 	if err == nil {
 		err = g.CloseRoot(context.Background(), r)

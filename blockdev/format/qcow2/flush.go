@@ -25,7 +25,7 @@ type flusher struct {
 func (s *flusher) flushDead(r *blk.Req) error {
 	lost := s.midFlush || s.l2.ndirty > 0 || len(s.l1Dirty) > 0 || len(s.reftDirty) > 0 ||
 		!s.lazy() && s.rb.ndirty > 0
-	if err := s.file.Flush(r); err != nil {
+	if err := s.flushFiles(r); err != nil {
 		return err
 	}
 	if lost {

@@ -70,12 +70,25 @@ type CreateOptions struct {
 	LazyRefcounts   bool
 	RefcountBits    *int64
 	CompressionType string // "zlib", "zstd"
+	// Data is to have the data, called "data" by the header; Raw: it shows the disk by itself.
+	Data *drivertest.MemFile
+	Raw  bool
+}
+
+func (o CreateOptions) dataName() string {
+	if o.Data != nil {
+		return "data"
+	}
+	return ""
 }
 
 func (o CreateOptions) schema() *types.BlockdevCreateOptionsQcow2 {
 	x := &types.BlockdevCreateOptionsQcow2{
 		Size: o.Size, BackingFile: o.BackingFile, ClusterSize: o.ClusterSize, RefcountBits: o.RefcountBits,
 		BackingFmt: (*types.BlockdevDriver)(o.BackingFormat), LazyRefcounts: &o.LazyRefcounts,
+	}
+	if o.Data != nil {
+		x.DataFile, x.DataFileRaw = &types.BlockdevRef{Reference: ptr("data")}, &o.Raw
 	}
 	if o.Version != "" {
 		x.Version = ptr(types.BlockdevQcow2Version(o.Version))
@@ -101,7 +114,11 @@ func ptr[T any](v T) *T { return &v }
 func mustCreate(t testing.TB, o CreateOptions) *drivertest.MemFile {
 	t.Helper()
 	f := drivertest.NewMemFile(0)
-	if err := create(req(), mem{f}, o.schema()); err != nil {
+	var data file
+	if o.Data != nil {
+		data = mem{o.Data}
+	}
+	if err := createWith(req(), mem{f}, data, o.dataName(), o.schema()); err != nil {
 		t.Fatalf("create: %v", err)
 	}
 	return f

@@ -122,7 +122,7 @@ func TestRefused(t *testing.T) {
 		want  string
 	}{
 		{[]poke{u64(72, 1<<4)}, "Unsupported qcow2 feature(s): extended L2 entries"},
-		{[]poke{u64(72, 1<<2)}, "Unsupported qcow2 feature(s): external data file"},
+		{[]poke{u64(72, 1<<2)}, "'data-file' is required for this image"},
 		{[]poke{u32(32, 1)}, "Unsupported qcow2 feature(s): AES encryption"},
 		{[]poke{u32(32, 2)}, "Unsupported qcow2 feature(s): LUKS encryption"},
 	} {

@@ -30,6 +30,8 @@ type file interface {
 // config is what an image is opened with.
 type config struct {
 	file file
+	// external has the guest data of an image that says so, nil for others.
+	external file
 	// backing returns the backing child of the moment, nil if there is none.
 	backing  func() file
 	readOnly bool
@@ -68,6 +70,8 @@ type imageFile struct {
 	version     uint32
 	compression uint8
 	compat      uint64 // compatible features
+	dataName    string // of external, as the header has it
+	raw         bool   // external shows the disk to those who know nothing of the image
 
 	size  atomic.Int64 // of the guest disk, bytes, a multiple of 512
 	dead  atomic.Bool  // unusable after fatal corruption
@@ -144,6 +148,36 @@ func (s *imageFile) readFile(r *blk.Req, v blk.Vec, off int64) error {
 	return readPadded(r, s.file, s.file.Size(), v, off)
 }
 
+// data is the file that has the guest data.
+func (s *config) data() file {
+	if s.external != nil {
+		return s.external
+	}
+	return s.file
+}
+
+// readData reads guest data.
+func (s *config) readData(r *blk.Req, v blk.Vec, off int64) error {
+	f := s.data()
+	return readPadded(r, f, f.Size(), v, off)
+}
+
+// flushFiles flushes all that the image is written to: first the data, to which the rest refers.
+func (s *config) flushFiles(r *blk.Req) error {
+	if err := s.flushData(r); err != nil {
+		return err
+	}
+	return s.file.Flush(r)
+}
+
+// flushData flushes the guest data if they are in another file.
+func (s *config) flushData(r *blk.Req) error {
+	if s.external == nil {
+		return nil
+	}
+	return s.external.Flush(r)
+}
+
 // readPadded reads from f, which ends at end; beyond that are zeroes.
 func readPadded(r *blk.Req, f file, end int64, v blk.Vec, off int64) error {
 	n := v.Len()
@@ -176,13 +210,13 @@ func (s *imageFile) step(r *blk.Req, e blk.DebugEvent) {
 	}
 }
 
-// barrier flushes the file with mu held.
+// barrier flushes the files with mu held.
 // +checklocks:s.mu
 func (s *imageFile) barrier(r *blk.Req) error {
 	if s.wrote == s.synced {
 		return nil
 	}
-	if err := s.file.Flush(r); err != nil {
+	if err := s.flushFiles(r); err != nil {
 		return err
 	}
 	s.synced = s.wrote

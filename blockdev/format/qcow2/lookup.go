@@ -213,7 +213,7 @@ func (s *tables) lookup(r *blk.Req, off, n int64) (mapping, error) {
 	n = min(n, s.sliceLeft(gc)<<s.cb-in)
 	i := s.l2Index(gc)
 	e := entry(t, i)
-	m := mapping{kind: layout.KindOf(e), entry: e}
+	m := mapping{kind: s.geo.KindOf(e), entry: e}
 	if err := s.checkEntry(r, m.kind, e, gc); err != nil {
 		return mapping{}, err
 	}
@@ -229,7 +229,7 @@ func (s *tables) lookup(r *blk.Req, off, n int64) (mapping, error) {
 	k := int64(1)
 	for ; k < left; k++ {
 		x := entry(t, i+k)
-		if layout.KindOf(x) != m.kind || m.kind.HasHost() && int64(x&layout.OffsetMask) != host+k<<s.cb {
+		if s.geo.KindOf(x) != m.kind || m.kind.HasHost() && int64(x&layout.OffsetMask) != host+k<<s.cb {
 			break
 		}
 	}
@@ -241,15 +241,28 @@ func (s *tables) lookup(r *blk.Req, off, n int64) (mapping, error) {
 // +checklocks:s.mu
 func (s *tables) checkEntry(r *blk.Req, k layout.Kind, e uint64, gc int64) error {
 	switch k {
-	case layout.Unallocated, layout.CompressedKind:
+	case layout.Unallocated:
+		return nil
+	case layout.CompressedKind:
+		if s.geo.External {
+			return s.corrupt(r, -1, -1, "Compressed cluster entry found in image with external data file %s", s.entryPlace(gc))
+		}
 		return nil
 	case layout.ZeroPlain, layout.ZeroAlloc:
 		if s.version < 3 {
 			return s.corrupt(r, -1, -1, "Zero cluster entry found in pre-v3 image %s", s.entryPlace(gc))
 		}
 	}
-	if k != layout.ZeroPlain && int64(e&layout.OffsetMask)&(s.cs-1) != 0 {
-		return s.corrupt(r, -1, -1, "Cluster allocation offset %s unaligned %s", hex(e&layout.OffsetMask), s.entryPlace(gc))
+	if k == layout.ZeroPlain {
+		return nil
+	}
+	host := int64(e & layout.OffsetMask)
+	if host&(s.cs-1) != 0 {
+		return s.corrupt(r, -1, -1, "Cluster allocation offset %s unaligned %s", hex(host), s.entryPlace(gc))
+	}
+	if s.geo.External && host != gc<<s.cb {
+		return s.corrupt(r, -1, -1, "External data file host cluster offset %s does not match guest cluster offset: %s, L2 index: %s)",
+			hex(host), hex(gc<<s.cb), hex(s.l2Index(gc)))
 	}
 	return nil
 }

@@ -8,10 +8,12 @@ import (
 	"os"
 	"os/exec"
 	"path/filepath"
+	"slices"
 	"strconv"
 	"testing"
 
 	"qblockd/blockdev/drivertest"
+	"qblockd/blockdev/format/qcow2/layout"
 	"qblockd/graph/blk"
 )
 
@@ -170,7 +172,7 @@ func (m *model) compressed(off int) {
 	b := bytes.Repeat([]byte{byte(m.rnd.Uint32()), byte(m.rnd.Uint32())}, n/2)
 	fill(m.rnd, b[:m.rnd.IntN(n)])
 	err := m.s.WriteAt(req(), blk.Buf(b), int64(off), blk.Compressed)
-	if errors.Is(err, errIO) {
+	if errors.Is(err, errIO) || m.s.external != nil && errors.Is(err, blk.ErrNotSupported) {
 		return // has data of its own
 	}
 	if err != nil {
@@ -193,7 +195,7 @@ func (m *model) status(off, n int) {
 	}
 	if x.OffValid && x.Data {
 		b := make([]byte, x.N)
-		if err := m.s.readFile(req(), blk.Buf(b), x.MapOff); err != nil || !bytes.Equal(b, part) {
+		if err := m.s.readData(req(), blk.Buf(b), x.MapOff); err != nil || !bytes.Equal(b, part) {
 			m.fatalf("status of %d+%d: wrong place: %+v", off, n, x)
 		}
 	}
@@ -206,14 +208,19 @@ type shape struct {
 	back bool
 	comp string
 	lazy bool
+	data string // "", "data", "raw": a data file
 }
 
 // options are those for an image of size bytes.
 func (sh *shape) options(size uint64) CreateOptions {
-	return CreateOptions{
+	o := CreateOptions{
 		Size: size, ClusterSize: &sh.cs, RefcountBits: &sh.bits, Version: sh.v,
 		LazyRefcounts: sh.lazy, CompressionType: sh.comp,
 	}
+	if sh.data != "" {
+		o.Data, o.Raw = drivertest.NewMemFile(0), sh.data == "raw"
+	}
+	return o
 }
 
 func shapes() []shape {
@@ -224,9 +231,11 @@ func shapes() []shape {
 				continue // slow ones
 			}
 			comp := []string{"zlib", "zstd"}[(i+j)%2]
-			out = append(out, shape{cs, bits, "v3", (i+j)%3 == 0, comp, (i+j)%4 == 1})
+			out = append(out, shape{cs: cs, bits: bits, v: "v3", back: (i+j)%3 == 0, comp: comp, lazy: (i+j)%4 == 1})
 		}
-		out = append(out, shape{cs, 16, "v2", i%2 == 0, "zlib", false}, shape{cs, 16, "v2", i%2 == 1, "zlib", false})
+		out = append(out,
+			shape{cs: cs, bits: 16, v: "v2", back: i%2 == 0, comp: "zlib"},
+			shape{cs: cs, bits: 16, v: "v2", back: i%2 == 1, comp: "zlib"})
 	}
 	return out
 }
@@ -256,6 +265,9 @@ func testShape(t *testing.T, sh shape, seed uint64) {
 	o := sh.options(uint64(size))
 	m := &model{t: t, disk: make([]byte, size), rnd: rnd, v2: sh.v == "v2"}
 	c := config{unmap: rnd.IntN(2) == 0}
+	if o.Data != nil {
+		c.external = mem{o.Data}
+	}
 	if sh.back {
 		m.back = make([]byte, size*2/3/512*512)
 		fill(rnd, m.back)
@@ -289,22 +301,34 @@ func testShape(t *testing.T, sh shape, seed uint64) {
 		}
 		m.verify(0, len(m.disk))
 		mustClose(t, m.s)
-		s := mustOpen(t, mem{f}, config{readOnly: true, backing: c.backing})
+		s := mustOpen(t, mem{f}, config{readOnly: true, backing: c.backing, external: c.external})
 		sound(t, s, false)
-		if round == 0 && peek(s).hdr.IncompatibleFeatures != 0 && sh.comp != "zstd" {
+		if round == 0 && peek(s).hdr.IncompatibleFeatures&^layout.IncompatDataFile != 0 && sh.comp != "zstd" {
 			t.Fatalf("features %x after close", peek(s).hdr.IncompatibleFeatures)
 		}
 		if err := s.Close(); err != nil {
 			t.Fatal(err)
 		}
 	}
-	qemuChecks(t, f.Bytes(), m.back)
+	var data []byte
+	if o.Data != nil {
+		data = o.Data.Bytes()
+		if len(data) != len(m.disk) || o.Raw && !bytes.Equal(data, m.disk) {
+			t.Fatalf("the data file, of %d bytes, is not as the disk, of %d", len(data), len(m.disk))
+		}
+	}
+	qemuChecks(t, f.Bytes(), m.back, data, m.disk)
 }
 
-// qemuChecks lets qemu-img check an image, if it is installed; back is its backing file.
-func qemuChecks(t *testing.T, img, back []byte) {
+// qemuChecks lets all qemu-img that are installed check an image and, if disk is given, compare
+// what they read with that; back is its backing file, data that with its data, or nil.
+func qemuChecks(t *testing.T, img, back, data, disk []byte) {
 	t.Helper()
-	if _, err := exec.LookPath("qemu-img"); err != nil {
+	tools := slices.DeleteFunc([]string{"qemu-img", "qemu-img10"}, func(name string) bool {
+		_, err := exec.LookPath(name)
+		return err != nil
+	})
+	if len(tools) == 0 {
 		t.Log("SKIPPED: qemu-img is not installed and did not check the image")
 		return
 	}
@@ -315,8 +339,26 @@ func qemuChecks(t *testing.T, img, back []byte) {
 	if err := os.WriteFile(filepath.Join(filepath.Dir(name), "back"), back, 0o600); err != nil {
 		t.Fatal(err)
 	}
-	out, err := exec.Command("qemu-img", "check", "-q", name).CombinedOutput()
-	if err != nil {
-		t.Fatalf("qemu-img check: %v\n%s", err, out)
+	for file, content := range map[string][]byte{"data": data, "disk": disk} {
+		if err := os.WriteFile(filepath.Join(filepath.Dir(name), file), content, 0o600); err != nil {
+			t.Fatal(err)
+		}
+	}
+	qemu := func(tool string, args ...string) {
+		t.Helper()
+		c := exec.Command(tool, args...)
+		c.Dir = filepath.Dir(name) // where the header looks for the data
+		if out, err := c.CombinedOutput(); err != nil {
+			t.Fatalf("%s %v: %v\n%s", tool, args, err, out)
+		}
+	}
+	if back != nil {
+		qemu(tools[0], "rebase", "-q", "-u", "-b", "back", "-F", "raw", name)
+	}
+	for _, tool := range tools {
+		qemu(tool, "check", "-q", name)
+		if disk != nil {
+			qemu(tool, "compare", "-q", "-f", "qcow2", "-F", "raw", name, "disk")
+		}
 	}
 }

@@ -1,12 +1,15 @@
 package qcow2
 
 import (
+	"errors"
 	"sync"
 	"time"
 
+	"qblockd/blockdev/driver"
 	"qblockd/blockdev/format/qcow2/layout"
 	"qblockd/events/panics"
 	"qblockd/graph/blk"
+	"qblockd/graph/perm"
 )
 
 // image is an open image.
@@ -43,6 +46,9 @@ func openImage(r *blk.Req, c config) (*image, error) {
 	if s.ext, err = s.hdr.ParseExtensions(first); err != nil {
 		return nil, err
 	}
+	if err := s.findData(); err != nil {
+		return nil, err
+	}
 	if s.backName, err = s.hdr.BackingName(first); err != nil {
 		return nil, err
 	}
@@ -69,6 +75,29 @@ func openImage(r *blk.Req, c config) (*image, error) {
 	s.startCleaning()
 	return s, nil
 }
+
+// findData refuses an image that has its guest data in another file, if that is not there, and
+// others that are given one.
+// +checklocks:s.mu
+func (s *image) findData() error {
+	switch {
+	case s.external != nil && !s.geo.External:
+		return errors.New("'data-file' can only be set for images with an external data file")
+	case !s.geo.External:
+		return nil
+	}
+	s.dataName = s.ext.DataFile
+	switch {
+	case s.external != nil:
+		return nil
+	case s.dataName == "":
+		return errors.New("'data-file' is required for this image")
+	}
+	return &driver.ChildNeeded{Name: dataFile, Role: perm.Data, File: s.dataName}
+}
+
+// dataFile is the child that has the guest data, if not file.
+const dataFile = "data-file"
 
 // loadTables reads L1 and refcount tables, resolves the options and makes the caches.
 // +checklocks:s.mu
@@ -113,8 +142,11 @@ func (s *image) becomeWriter(r *blk.Req) error {
 		s.startSurvey()
 	}
 	known := uint64(0)
+	if s.geo.External {
+		known = layout.AutoclearDataFileRaw
+	}
 	if s.ext.Bitmaps != nil && !s.badBitmaps {
-		known = layout.AutoclearBitmaps | layout.AutoclearMarks
+		known |= layout.AutoclearBitmaps | layout.AutoclearMarks
 	}
 	if s.hdr.AutoclearFeatures&^known != 0 || s.ext.BitmapsStale || s.badBitmaps {
 		autoclear, ext, bad := s.hdr.AutoclearFeatures, *s.ext, s.badBitmaps

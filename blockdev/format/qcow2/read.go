@@ -8,7 +8,7 @@ import (
 // requests are those for the guest disk. The exported ones take mu, the others need it where they
 // do no I/O of data.
 type requests struct {
-	bitmaps
+	discarder
 
 	// Memory of requests under way, taken with no lock held. Who waits for one of these may hold
 	// parts of those before it.
@@ -17,8 +17,7 @@ type requests struct {
 	unzipping blk.Budget
 	decoding  blk.Budget
 
-	inflight inflight // +checklocks:mu
-	unz      unzipped // +checklocks:mu
+	unz unzipped // +checklocks:mu
 }
 
 // ReadAt fills v from off.
@@ -46,7 +45,7 @@ func (s *requests) readRun(r *blk.Req, v blk.Vec, off, at, n int64) (int64, erro
 	switch m.kind {
 	case layout.Normal:
 		s.step(r, blk.EvReadAio)
-		err = s.readFile(r, v, m.host)
+		err = s.readData(r, v, m.host)
 	case layout.CompressedKind:
 		err = s.readCompressed(r, v, m.entry, off&(s.cs-1))
 	case layout.Unallocated:

@@ -80,6 +80,11 @@ func (s *image) grow(r *blk.Req, old, size int64, m blk.Prealloc) error {
 		return wrap("Failed to zero out the new area", err)
 	}
 	from, to := s.geo.Clusters(old), s.geo.Clusters(size)
+	if s.geo.External {
+		if err := s.growData(r, old, size, m); err != nil {
+			return err
+		}
+	}
 	if m != blk.PreallocOff && m != "" && from < to {
 		if err := s.preallocate(r, from, to, m); err != nil {
 			return err
@@ -127,6 +132,7 @@ func (s *image) zeroTail(r *blk.Req, old, size int64) error {
 	s.size.Store(end)
 	s.unlocked(func() { err = s.writeAt(r, blk.Buf(b), old, 0) })
 	s.size.Store(old)
+	s.wrote++
 	return err
 }
 
@@ -186,6 +192,11 @@ func (s *image) shrink(r *blk.Req, old, size int64) error {
 	if err := s.cutFile(r); err != nil {
 		return err
 	}
+	if s.geo.External && s.external.Size() > size {
+		if err := s.external.Resize(ctxOf(r), size, false, blk.PreallocOff); err != nil {
+			return err
+		}
+	}
 	// Last, so that a failure leaves the size as it was.
 	return s.setSize(r, size)
 }
@@ -231,8 +242,28 @@ func ctxOf(r *blk.Req) context.Context {
 	return context.Background()
 }
 
+// growData makes the data file as long as the disk is to be. What it has there already becomes
+// zeroes if it is going to be seen, but not that of a file which somebody makes an image for.
+// +checklocks:s.mu
+func (s *image) growData(r *blk.Req, old, size int64, m blk.Prealloc) error {
+	have := min(s.external.Size(), size)
+	if m == blk.PreallocMetadata || m == "" {
+		m = blk.PreallocOff
+	}
+	s.wrote++
+	if s.external.Size() != size {
+		if err := s.external.Resize(ctxOf(r), size, false, m); err != nil {
+			return err
+		}
+	}
+	if s.bare || have <= old {
+		return nil
+	}
+	return s.external.Zero(r, old, have-old, 0)
+}
+
 // preallocate gives guest clusters [from, to) host clusters. They lie behind everything that was
-// ever written, so that they read as zeroes.
+// ever written, so that they read as zeroes; in another file, where they have to.
 // +checklocks:s.mu
 func (s *image) preallocate(r *blk.Req, from, to int64, m blk.Prealloc) error {
 	for gc := from; gc < to; {
@@ -243,6 +274,13 @@ func (s *image) preallocate(r *blk.Req, from, to int64, m blk.Prealloc) error {
 		t, err := s.sliceForWrite(r, gc)
 		if err != nil {
 			return wrap("Allocating clusters failed", err)
+		}
+		if s.geo.External {
+			for j := range k {
+				s.setEntry(t, s.l2Index(gc)+j, uint64((gc+j)<<s.cb)|layout.Copied)
+			}
+			gc += k
+			continue
 		}
 		t.pins++
 		host, k, err := s.allocateEnd(r, k)

@@ -356,4 +356,7 @@ func (s *snapshots) publishSnapshots() {
 // Snapshots implements graph.InternalSnapshotter.
 func (d *Driver) Snapshots() []*types.SnapshotInfo { return *d.shownSnapshots.Load() }
 
+// Listless tells that there can be no snapshots: they would have to share clusters of another file.
+func (d *Driver) Listless() bool { return d.geo.External }
+
 var _ graph.InternalSnapshotter = (*Driver)(nil)

@@ -49,11 +49,11 @@ func (s *requests) Status(r *blk.Req, off, n int64) (blk.Extent, error) {
 		e.Allocated, e.Data, e.Compressed = true, true, true
 	default:
 		e.Allocated, e.Data = true, true
-		e.Recurse = s.prealloc == 2
+		e.Recurse = s.prealloc == 2 || s.geo.External
 	}
 	if m.kind == layout.Normal || m.kind == layout.ZeroAlloc {
 		e.OffValid, e.MapOff = true, m.host
-		e.In, _ = s.file.(blk.Child)
+		e.In, _ = s.data().(blk.Child)
 	}
 	return e, nil
 }
@@ -71,8 +71,8 @@ func (s *requests) Map(r *blk.Req, off, n int64, m *blk.Mapping) error {
 		case layout.CompressedKind:
 			return nil
 		case layout.Normal:
-			if k := min(x.n, s.file.Size()-x.host); k > 0 {
-				err = s.file.Map(r, x.host, k, m)
+			if k := min(x.n, s.data().Size()-x.host); k > 0 {
+				err = s.data().Map(r, x.host, k, m)
 			}
 		case layout.Unallocated:
 			err = s.mapBacking(r, off, x.n, m)
@@ -141,7 +141,6 @@ func (s *requests) copyFrom(r *blk.Req, off int64, src []blk.HostRange, f blk.Fl
 	if err := s.mark(r, off, n, f); err != nil {
 		return err
 	}
-	whole := func(o int64) bool { return o&(s.cs-1) == 0 || o == s.size.Load() }
 	for n > 0 {
 		p, err := s.planWrite(r, off, n)
 		if err != nil {
@@ -151,12 +150,12 @@ func (s *requests) copyFrom(r *blk.Req, off int64, src []blk.HostRange, f blk.Fl
 		part, src = cut(src, p.n)
 		switch {
 		case p.alloc == nil:
-			err = s.file.CopyFrom(r, p.host, part, f)
+			err = s.data().CopyFrom(r, p.host, part, f)
 			p.epoch.Release()
-		case !whole(off) || !whole(off+p.n):
+		case off != p.from || off+p.n != min(p.to, s.size.Load()):
 			return s.finish(r, p.alloc, blk.ErrNotSupported)
 		default:
-			err = s.copyAlloc(r, &p, part, f)
+			err = s.copyAlloc(r, &p, off+p.n, part, f)
 		}
 		if err != nil {
 			return err
@@ -166,11 +165,12 @@ func (s *requests) copyFrom(r *blk.Req, off int64, src []blk.HostRange, f blk.Fl
 	return nil
 }
 
-func (s *requests) copyAlloc(r *blk.Req, p *plan, src []blk.HostRange, f blk.Flags) error {
+// copyAlloc copies src to the clusters of p; end is where on the disk that ends.
+func (s *requests) copyAlloc(r *blk.Req, p *plan, end int64, src []blk.HostRange, f blk.Flags) error {
 	a := p.alloc
-	err := s.file.CopyFrom(r, p.host, src, f)
-	if rest := a.n<<s.cb - p.n; err == nil && rest > 0 && !a.fresh {
-		err = s.file.Zero(r, p.host+p.n, rest, 0) // beyond the end of the disk
+	err := s.data().CopyFrom(r, p.host, src, f)
+	if rest := p.to - end; err == nil && rest > 0 && !a.fresh {
+		err = s.data().Zero(r, p.host+p.n, rest, 0) // beyond the end of the disk
 	}
 	return s.finish(r, a, err)
 }

@@ -91,6 +91,9 @@ func (s *tables) checkCopies(r *blk.Req, l []copied, own overlap) error {
 // writeCopies writes them in the order of the package doc; due tells that a barrier is due before.
 // It runs without mu.
 func (s *tables) writeCopies(r *blk.Req, l2, l1 []copied, due bool) error {
+	if err := s.flushData(r); err != nil {
+		return err
+	}
 	if due && len(l2)+len(l1) > 0 {
 		if err := s.file.Flush(r); err != nil {
 			return err

@@ -224,6 +224,9 @@ func (c *counter) entry(e uint64, n uint64, active bool) bool {
 	sole := active && e&layout.Copied != 0
 	off, size := c.s.geo.HostRange(e)
 	switch {
+	case c.s.geo.External && e&layout.Compressed != 0:
+		c.res.fault("compressed entry where data are in another file:", e)
+		return true
 	case size == 0:
 		return true
 	case e&layout.Compressed != 0:

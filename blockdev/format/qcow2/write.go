@@ -14,7 +14,7 @@ type alloc struct {
 	first, n int64 // guest clusters
 	host     int64
 	zipped   int64 // bytes of compressed data for the one cluster; 0: it is not compressed
-	reuse    bool  // the entry's own host cluster is written
+	reuse    bool  // the place that the entry has, or has to have, is written
 	fresh    bool  // the host clusters were never written, so they read as zeroes
 }
 
@@ -74,7 +74,7 @@ func (s *requests) writeAt(r *blk.Req, v blk.Vec, off int64, f blk.Flags) error 
 		}
 		if p.alloc == nil {
 			s.step(r, blk.EvWriteAio)
-			err = s.file.WriteAt(r, w, p.host, 0)
+			err = s.data().WriteAt(r, w, p.host, 0)
 			p.epoch.Release()
 		} else {
 			err = s.finish(r, p.alloc, s.writeAround(r, &p, w, off+done))
@@ -93,6 +93,8 @@ type plan struct {
 	host  int64  // file offset of the first byte
 	epoch *epoch // the writer is in it while it writes in place
 	alloc *alloc // nil: in place
+	// [from, to) of the disk is what an allocation writes, clusters as a whole.
+	from, to int64
 	// head and tail are the old state of the first and last cluster of an allocation, for copying
 	// what is not written.
 	head, tail mapping
@@ -135,8 +137,8 @@ func (s *requests) planWrite(r *blk.Req, off, n int64) (plan, error) {
 	if t != nil {
 		i := s.l2Index(gc)
 		e := entry(t, i)
-		if e&layout.Copied != 0 && layout.KindOf(e) == layout.Normal {
-			return s.planInPlace(r, t, i, k, in, n)
+		if e&layout.Copied != 0 && s.geo.KindOf(e) == layout.Normal {
+			return s.planInPlace(r, t, gc, k, in, n)
 		}
 	}
 	if r.NoWait {
@@ -148,7 +150,8 @@ func (s *requests) planWrite(r *blk.Req, off, n int64) (plan, error) {
 // planInPlace is for overwriting a run of up to k clusters that lie side by side and are not
 // shared.
 // +checklocks:s.mu
-func (s *requests) planInPlace(r *blk.Req, t *table, i, k, in, n int64) (plan, error) {
+func (s *requests) planInPlace(r *blk.Req, t *table, gc, k, in, n int64) (plan, error) {
+	i := s.l2Index(gc)
 	e := entry(t, i)
 	host := int64(e & layout.OffsetMask)
 	if host&(s.cs-1) != 0 {
@@ -168,7 +171,11 @@ func (s *requests) planInPlace(r *blk.Req, t *table, i, k, in, n int64) (plan, e
 			return plan{}, err
 		}
 	}
-	if err := s.mayWrite(r, host+in, m, 0); err != nil {
+	if s.geo.External {
+		if err := s.checkEntry(r, layout.Normal, e, gc); err != nil {
+			return plan{}, err
+		}
+	} else if err := s.mayWrite(r, host+in, m, 0); err != nil {
 		return plan{}, err
 	}
 	return plan{n: m, host: host + in, epoch: s.quarantine.hold()}, nil
@@ -187,10 +194,12 @@ func (s *requests) planAlloc(r *blk.Req, gc, k, in, n int64) (plan, error) {
 	i := s.l2Index(gc)
 	a := &alloc{first: gc}
 	first := entry(t, i)
-	if err := s.checkEntry(r, layout.KindOf(first), first, gc); err != nil {
+	if err := s.checkEntry(r, s.geo.KindOf(first), first, gc); err != nil {
 		return plan{}, err
 	}
-	if reusable(first) {
+	if s.geo.External {
+		s.planExternal(t, a, k)
+	} else if s.reusable(first) {
 		a.reuse, a.host, a.n = true, int64(first&layout.OffsetMask), 1
 		for a.n < k && entry(t, i+a.n) == first+uint64(a.n<<s.cb) {
 			a.n++
@@ -202,7 +211,7 @@ func (s *requests) planAlloc(r *blk.Req, gc, k, in, n int64) (plan, error) {
 		run := int64(0)
 		for run < k {
 			e := entry(t, i+run)
-			if run > 0 && (e&layout.Copied != 0 && layout.KindOf(e) == layout.Normal || reusable(e)) {
+			if run > 0 && (e&layout.Copied != 0 && s.geo.KindOf(e) == layout.Normal || s.reusable(e)) {
 				break
 			}
 			if err := s.canFree(r, e); err != nil {
@@ -222,10 +231,12 @@ func (s *requests) planAlloc(r *blk.Req, gc, k, in, n int64) (plan, error) {
 		s.noteEnd(a.host + got<<s.cb)
 		s.dataEnd = max(s.dataEnd, a.host+got<<s.cb)
 	}
-	p := plan{n: min(n, a.n<<s.cb-in), host: a.host + in, alloc: a}
-	p.head = oldState(first)
-	p.tail = oldState(entry(t, i+a.n-1))
-	if err := s.checkOverlap(r, a.host, a.n<<s.cb, 0); err != nil {
+	p := plan{n: min(n, a.n<<s.cb-in), host: a.host + in, alloc: a, from: gc << s.cb, to: (gc + a.n) << s.cb}
+	p.head = s.oldState(first)
+	p.tail = s.oldState(entry(t, i+a.n-1))
+	if s.geo.External {
+		p.to = min(p.to, s.size.Load()) // the file shall not become longer than the disk
+	} else if err := s.checkOverlap(r, a.host, a.n<<s.cb, 0); err != nil {
 		s.abort(r, a)
 		return plan{}, err
 	}
@@ -233,19 +244,32 @@ func (s *requests) planAlloc(r *blk.Req, gc, k, in, n int64) (plan, error) {
 	return p, nil
 }
 
-// reusable tells whether e is a zero cluster whose host cluster can take data.
-func reusable(e uint64) bool {
-	return e&layout.Copied != 0 && layout.KindOf(e) == layout.ZeroAlloc
+// planExternal places a, of up to k clusters, in the other file: there is only one place.
+// +checklocks:s.mu
+func (s *requests) planExternal(t *table, a *alloc, k int64) {
+	a.reuse, a.host = true, a.first<<s.cb
+	a.fresh = a.host >= s.data().Size()
+	for i := s.l2Index(a.first); a.n < k; a.n++ {
+		if e := entry(t, i+a.n); a.n > 0 && e&layout.Copied != 0 && s.geo.KindOf(e) == layout.Normal {
+			break
+		}
+	}
 }
 
-func oldState(e uint64) mapping {
-	return mapping{kind: layout.KindOf(e), entry: e, host: int64(e & layout.OffsetMask)}
+// reusable tells whether e is a zero cluster whose host cluster can take data.
+// +checklocks:s.mu
+func (s *tables) reusable(e uint64) bool {
+	return e&layout.Copied != 0 && s.geo.KindOf(e) == layout.ZeroAlloc
+}
+
+func (s *tables) oldState(e uint64) mapping {
+	return mapping{kind: s.geo.KindOf(e), entry: e, host: int64(e & layout.OffsetMask)}
 }
 
 // waitInflight waits until no allocation is in flight within k clusters from gc, or the image has
 // been given up. waited tells that mu was dropped.
 // +checklocks:s.mu
-func (s *requests) waitInflight(gc, k int64) (waited bool) {
+func (s *discarder) waitInflight(gc, k int64) (waited bool) {
 	for (s.inflight.at(gc) != nil || s.inflight.until(gc, k) != k) && s.usable() == nil {
 		waited = true
 		s.wake.Wait()
@@ -255,7 +279,7 @@ func (s *requests) waitInflight(gc, k int64) (waited bool) {
 
 // endAlloc removes a from the allocations in flight.
 // +checklocks:s.mu
-func (s *requests) endAlloc(a *alloc) {
+func (s *discarder) endAlloc(a *alloc) {
 	if i := slices.Index(s.inflight, a); i >= 0 {
 		s.inflight = slices.Delete(s.inflight, i, i+1)
 		s.wake.Broadcast()

@@ -5,15 +5,23 @@ import (
 	"qblockd/graph/blk"
 )
 
+// discarder does zeroes and discards of the guest disk. Its exported methods take mu, the others
+// need it.
+type discarder struct {
+	bitmaps
+
+	inflight inflight // +checklocks:mu
+}
+
 // Zero makes [off, off+n) read as zeroes by changing L2 entries. It fails with ErrNotSupported, and
 // the caller has to write, for a part of a cluster whose rest does not read as zeroes, and in
 // images of version 2, which can only have no cluster there, if anything lies below or may do so
 // later.
-func (s *requests) Zero(r *blk.Req, off, n int64, f blk.Flags) error {
+func (s *discarder) Zero(r *blk.Req, off, n int64, f blk.Flags) error {
 	return s.retry(r, func() error { return s.zero(r, off, n, f) })
 }
 
-func (s *requests) zero(r *blk.Req, off, n int64, f blk.Flags) error {
+func (s *discarder) zero(r *blk.Req, off, n int64, f blk.Flags) error {
 	if r.NoWait {
 		return blk.ErrWouldBlock
 	}
@@ -24,6 +32,9 @@ func (s *requests) zero(r *blk.Req, off, n int64, f blk.Flags) error {
 	defer s.mu.Unlock()
 	if err := s.usable(); err != nil {
 		return err
+	}
+	if s.raw {
+		return s.zeroRaw(r, off, n, f)
 	}
 	v2 := s.version < 3
 	if v2 && (s.back() != nil || s.backLater()) {
@@ -60,7 +71,7 @@ func (s *requests) zero(r *blk.Req, off, n int64, f blk.Flags) error {
 		return err
 	}
 	i := s.l2Index(w.gc)
-	if !s.readsZero(layout.KindOf(entry(t, i)), w.gc) {
+	if !s.readsZero(s.geo.KindOf(entry(t, i)), w.gc) {
 		return blk.ErrNotSupported // written since it was looked at
 	}
 	if v2 {
@@ -69,28 +80,46 @@ func (s *requests) zero(r *blk.Req, off, n int64, f blk.Flags) error {
 	return s.zeroEntry(r, t, i, f&blk.MayUnmap != 0)
 }
 
+// zeroRaw is Zero where the data file shows the disk by itself: it gets the zeroes, and the entries
+// stay as they are. All clusters are in it, or read as zeroes, unless there is a backing file,
+// which such an image should not have.
+// +checklocks:s.mu
+func (s *discarder) zeroRaw(r *blk.Req, off, n int64, f blk.Flags) (err error) {
+	if s.back() != nil || s.backLater() {
+		return blk.ErrNotSupported
+	}
+	s.unlocked(func() { err = s.external.Zero(r, off, n, f) })
+	return err
+}
+
 // zeroClusters makes the clusters that w goes over read as zeroes.
 // +checklocks:s.mu
-func (s *requests) zeroClusters(r *blk.Req, w *sliceWalk, unmap bool) error {
+func (s *discarder) zeroClusters(r *blk.Req, w *sliceWalk, unmap bool) error {
 	for {
 		t, err := s.nextSlice(r, w)
 		if t == nil || err != nil {
 			return err
 		}
+		var gone []span
 		for j := range w.k {
+			old := entry(t, s.l2Index(w.gc)+j)
 			if err := s.zeroEntry(r, t, s.l2Index(w.gc)+j, unmap); err != nil {
 				return err
 			}
+			if unmap && !s.set.noUnref {
+				gone = s.gone(gone, w.gc+j, old, discardRequest)
+			}
 		}
+		s.punchNow(r, gone)
 	}
 }
 
 // zeroEntry makes one cluster read as zeroes, keeping its host cluster unless it may go.
 // +checklocks:s.mu
-func (s *requests) zeroEntry(r *blk.Req, t *table, i int64, unmap bool) error {
+func (s *discarder) zeroEntry(r *blk.Req, t *table, i int64, unmap bool) error {
 	old := entry(t, i)
 	unmap = unmap && !s.set.noUnref
-	drop := unmap && layout.KindOf(old).HasHost() || layout.KindOf(old) == layout.CompressedKind
+	drop := unmap && s.geo.KindOf(old).HasHost() || s.geo.KindOf(old) == layout.CompressedKind
 	v := uint64(layout.ZeroFlag)
 	if !drop {
 		v |= old
@@ -112,7 +141,7 @@ func (s *requests) zeroEntry(r *blk.Req, t *table, i int64, unmap bool) error {
 
 // restIsZero tells whether the cluster around [off, end) reads as zeroes outside of it.
 // +checklocks:s.mu
-func (s *requests) restIsZero(r *blk.Req, off, end int64) (bool, error) {
+func (s *discarder) restIsZero(r *blk.Req, off, end int64) (bool, error) {
 	gc := off >> s.cb
 	if s.waitInflight(gc, 1) {
 		if err := s.usable(); err != nil {
@@ -127,7 +156,7 @@ func (s *requests) restIsZero(r *blk.Req, off, end int64) (bool, error) {
 }
 
 // readsZero tells whether guest cluster gc, whose L2 entry is of kind k, surely reads as zeroes.
-func (s *requests) readsZero(k layout.Kind, gc int64) bool {
+func (s *discarder) readsZero(k layout.Kind, gc int64) bool {
 	return k == layout.ZeroPlain || k == layout.ZeroAlloc || k == layout.Unallocated && s.backSize() <= gc<<s.cb
 }
 
@@ -152,7 +181,7 @@ type sliceWalk struct {
 // flight there, or nil behind the last one. It drops mu in between, and ends when the client has
 // gone.
 // +checklocks:s.mu
-func (s *requests) nextSlice(r *blk.Req, w *sliceWalk) (*table, error) {
+func (s *discarder) nextSlice(r *blk.Req, w *sliceWalk) (*table, error) {
 	if w.k > 0 {
 		w.gc, w.did = w.gc+w.k, w.did+w.k+sliceCost
 	}
@@ -204,11 +233,11 @@ func (s *flusher) letOthers(r *blk.Req) error {
 
 // Discard frees the clusters within [off, off+n). They read as zeroes afterwards or, in images of
 // version 2, which must not have or name a backing file, become unallocated.
-func (s *requests) Discard(r *blk.Req, off, n int64) error {
+func (s *discarder) Discard(r *blk.Req, off, n int64) error {
 	return s.retry(r, func() error { return s.discardAt(r, off, n) })
 }
 
-func (s *requests) discardAt(r *blk.Req, off, n int64) error {
+func (s *discarder) discardAt(r *blk.Req, off, n int64) error {
 	if r.NoWait {
 		return blk.ErrWouldBlock
 	}
@@ -232,12 +261,29 @@ func (s *requests) discardAt(r *blk.Req, off, n int64) error {
 	if from >= to {
 		return nil
 	}
+	if s.raw {
+		return s.discardRaw(r, from<<s.cb, min(to<<s.cb, s.size.Load()))
+	}
 	return s.discard(r, from, to, hasBacking, false, discardRequest)
+}
+
+// discardRaw is Discard where the data file shows the disk by itself. What was discarded reads the
+// same in either way, so it is made zeroes, if that takes no writing.
+// +checklocks:s.mu
+func (s *discarder) discardRaw(r *blk.Req, off, end int64) (err error) {
+	f := blk.NoFallback
+	if s.set.discard[discardRequest] {
+		f |= blk.MayUnmap
+	}
+	if err = s.zeroRaw(r, off, end-off, f); unsupported(err) {
+		return nil
+	}
+	return err
 }
 
 // discard frees guest clusters [from, to); full leaves them unallocated.
 // +checklocks:s.mu
-func (s *requests) discard(r *blk.Req, from, to int64, hasBacking, full bool, kind discardKind) error {
+func (s *discarder) discard(r *blk.Req, from, to int64, hasBacking, full bool, kind discardKind) error {
 	w := sliceWalk{gc: from, to: to, create: hasBacking && !full}
 	for {
 		t, err := s.nextSlice(r, &w)
@@ -252,28 +298,23 @@ func (s *requests) discard(r *blk.Req, from, to int64, hasBacking, full bool, ki
 
 // discardSlice is discard for the current part of w.
 // +checklocks:s.mu
-func (s *requests) discardSlice(r *blk.Req, t *table, w *sliceWalk, hasBacking, full bool, kind discardKind) error {
+func (s *discarder) discardSlice(r *blk.Req, t *table, w *sliceWalk, hasBacking, full bool, kind discardKind) error {
 	keep := s.set.noUnref && !full && kind == discardRequest
 	var kept []span
-	defer func() {
-		// With mu held: the clusters keep their places, and a write would use them otherwise.
-		for _, x := range kept {
-			_ = s.file.Discard(r, x.off, x.end-x.off)
-		}
-	}()
+	defer func() { s.punchNow(r, kept) }()
 	for i := s.l2Index(w.gc); i < s.l2Index(w.gc)+w.k; i++ {
 		old := entry(t, i)
 		v := old
 		switch {
 		case full:
 			v = 0
-		case keep && (layout.KindOf(old) == layout.Normal || layout.KindOf(old) == layout.ZeroAlloc):
+		case keep && (s.geo.KindOf(old) == layout.Normal || s.geo.KindOf(old) == layout.ZeroAlloc):
 			if v |= layout.ZeroFlag; v != old {
 				s.setEntry(t, i, v)
 				kept = s.keep(r, kept, old, kind)
 			}
 			continue
-		case hasBacking || layout.KindOf(old).HasHost():
+		case hasBacking || s.geo.KindOf(old).HasHost():
 			v = 0
 			if s.version >= 3 {
 				v = layout.ZeroFlag
@@ -287,8 +328,29 @@ func (s *requests) discardSlice(r *blk.Req, t *table, w *sliceWalk, hasBacking, 
 		}
 		s.setEntry(t, i, v)
 		s.freeEntry(r, old, kind)
+		kept = s.gone(kept, w.gc+i-s.l2Index(w.gc), old, kind)
 	}
 	return nil
+}
+
+// punchNow punches clusters of the disk's data with mu held: they keep their places, and a write
+// would use them otherwise.
+// +checklocks:s.mu
+func (s *surveyor) punchNow(r *blk.Req, l []span) {
+	for _, x := range l {
+		if end := min(x.end, s.data().Size()); x.off < end {
+			_ = s.data().Discard(r, x.off, end-x.off)
+		}
+	}
+}
+
+// gone adds guest cluster gc, to which e referred, to what is to be punched in another file.
+// +checklocks:s.mu
+func (s *surveyor) gone(list []span, gc int64, e uint64, kind discardKind) []span {
+	if !s.geo.External || !s.set.discard[kind] || !s.geo.KindOf(e).HasHost() {
+		return list
+	}
+	return with(list, span{gc << s.cb, (gc + 1) << s.cb})
 }
 
 // keep adds the host cluster of e, which keeps its place (discard-no-unref), to what is to be
@@ -296,8 +358,11 @@ func (s *requests) discardSlice(r *blk.Req, t *table, w *sliceWalk, hasBacking, 
 // +checklocks:s.mu
 func (s *surveyor) keep(r *blk.Req, list []span, e uint64, kind discardKind) []span {
 	off := int64(e & layout.OffsetMask)
-	if !s.set.discard[kind] || off&(s.cs-1) != 0 || off+s.cs > s.file.Size() || e&layout.Copied == 0 {
+	if !s.set.discard[kind] || off&(s.cs-1) != 0 || off+s.cs > s.data().Size() || e&layout.Copied == 0 {
 		return list
+	}
+	if s.geo.External {
+		return with(list, span{off, off + s.cs})
 	}
 	if n, err := s.refcount(r, off>>s.cb); err != nil || n != 1 || s.wrong.at(off>>s.cb) || s.surveying() {
 		return list

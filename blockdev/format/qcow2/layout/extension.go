@@ -40,6 +40,8 @@ type RawExtension struct {
 // anew.
 type Extensions struct {
 	BackingFormat string
+	// DataFile is the name of the file that has the guest data; it counts if the header says so.
+	DataFile string
 	// Bitmaps is nil without the extension, or if no program kept it up to date (autoclear
 	// bit 0 is clear); then BitmapsStale is set.
 	Bitmaps      *Bitmaps
@@ -84,7 +86,9 @@ func (h *Header) ParseExtensions(b []byte) (*Extensions, error) {
 				return fmt.Errorf("ERROR: ext_backing_format: len=%d too large (>=16)", len(data))
 			}
 			x.BackingFormat = cString(data)
-		case extFeatureTable, extDataFile: // a data file's name has no effect: images that use one are refused
+		case extFeatureTable:
+		case extDataFile:
+			x.DataFile = cString(data)
 		case extCrypto:
 			return fmt.Errorf("CRYPTO header extension only expected with LUKS encryption method")
 		case extBitmaps:
@@ -159,6 +163,9 @@ func appendUint64s(b []byte, l []uint64) []byte {
 func (x *Extensions) appendTo(b []byte, h *Header) []byte {
 	if x.BackingFormat != "" {
 		b = appendExt(b, extBackingFormat, []byte(x.BackingFormat))
+	}
+	if x.DataFile != "" {
+		b = appendExt(b, extDataFile, []byte(x.DataFile))
 	}
 	if h.Version >= 3 && h.ClusterBits > 12 {
 		var t []byte

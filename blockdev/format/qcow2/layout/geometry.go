@@ -17,11 +17,14 @@ const (
 type Geometry struct {
 	ClusterBits   uint
 	RefcountOrder uint
+	// External: data are in another file, each cluster where it is on the disk. They have no
+	// refcounts there.
+	External bool
 }
 
 // Geometry of the image with header h.
 func (h *Header) Geometry() Geometry {
-	return Geometry{uint(h.ClusterBits), uint(h.RefcountOrder)}
+	return Geometry{ClusterBits: uint(h.ClusterBits), RefcountOrder: uint(h.RefcountOrder), External: h.External()}
 }
 
 // ClusterSize in bytes.
@@ -71,8 +74,9 @@ const (
 	CompressedKind      // compressed data
 )
 
-// KindOf classifies L2 entry e.
-func KindOf(e uint64) Kind {
+// KindOf classifies L2 entry e. In another file 0 is a place like others, if it has the copied
+// flag.
+func (g Geometry) KindOf(e uint64) Kind {
 	switch {
 	case e&Compressed != 0:
 		return CompressedKind
@@ -81,7 +85,7 @@ func KindOf(e uint64) Kind {
 			return ZeroAlloc
 		}
 		return ZeroPlain
-	case e&OffsetMask == 0:
+	case e&OffsetMask == 0 && (!g.External || e&Copied == 0):
 		return Unallocated
 	}
 	return Normal
@@ -99,9 +103,11 @@ func (g Geometry) CompressedRange(e uint64) (off, n int64) {
 	return off, sectors*sector - off&(sector-1)
 }
 
-// HostRange is the part of the file that L2 entry e refers to; n is 0 if there is none.
+// HostRange is the part of the file that L2 entry e refers to; n is 0 if there is none, as where
+// data are in another file.
 func (g Geometry) HostRange(e uint64) (off, n int64) {
-	switch k := KindOf(e); {
+	switch k := g.KindOf(e); {
+	case g.External:
 	case k == CompressedKind:
 		return g.CompressedRange(e)
 	case k.HasHost():

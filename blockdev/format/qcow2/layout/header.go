@@ -47,7 +47,7 @@ const (
 	IncompatCompression = 1 << 3
 	IncompatExtL2       = 1 << 4
 	// incompatKnown are the bits that the driver can work with.
-	incompatKnown = IncompatDirty | IncompatCorrupt | IncompatCompression
+	incompatKnown = IncompatDirty | IncompatCorrupt | IncompatDataFile | IncompatCompression
 )
 
 // Compatible and autoclear feature bits.
@@ -202,11 +202,17 @@ func (h *Header) checkFeatures(cluster []byte, writable bool) error {
 	default:
 		return fmt.Errorf("Unsupported encryption method %d", h.CryptMethod)
 	}
-	if h.AutoclearFeatures&AutoclearDataFileRaw != 0 {
+	if h.AutoclearFeatures&AutoclearDataFileRaw != 0 && !h.External() {
 		return fmt.Errorf("data-file-raw requires a data file")
 	}
 	return nil
 }
+
+// External tells whether guest data are in another file.
+func (h *Header) External() bool { return h.IncompatibleFeatures&IncompatDataFile != 0 }
+
+// Raw tells whether that file shows the disk to those who know nothing of the image.
+func (h *Header) Raw() bool { return h.External() && h.AutoclearFeatures&AutoclearDataFileRaw != 0 }
 
 func (h *Header) checkCompression() error {
 	bit := h.IncompatibleFeatures&IncompatCompression != 0

@@ -11,7 +11,7 @@ import (
 // TestRefcounts compares all widths with a dumb array.
 func TestRefcounts(t *testing.T) {
 	for order := uint(0); order <= 6; order++ {
-		g := Geometry{9, order}
+		g := Geometry{ClusterBits: 9, RefcountOrder: order}
 		n := int64(1) << g.RefblockBits()
 		if n != 512*8>>order {
 			t.Fatalf("order %d: %d entries", order, n)
@@ -39,8 +39,8 @@ func TestRefcounts(t *testing.T) {
 // TestBitOrder: entries narrower than a byte start at the least significant bit (qcow2.txt).
 func TestBitOrder(t *testing.T) {
 	b := make([]byte, 512)
-	Geometry{9, 0}.SetRefcount(b, 1, 1)
-	Geometry{9, 2}.SetRefcount(b, 3, 0xa)
+	Geometry{ClusterBits: 9, RefcountOrder: 0}.SetRefcount(b, 1, 1)
+	Geometry{ClusterBits: 9, RefcountOrder: 2}.SetRefcount(b, 3, 0xa)
 	if b[0] != 2 || b[1] != 0xa0 {
 		t.Fatalf("%x", b[:2])
 	}
@@ -48,12 +48,12 @@ func TestBitOrder(t *testing.T) {
 
 func TestCompressedEntries(t *testing.T) {
 	for bits := uint(MinClusterBits); bits <= MaxClusterBits; bits++ {
-		g := Geometry{bits, 4}
+		g := Geometry{ClusterBits: bits, RefcountOrder: 4}
 		for _, off := range []int64{512, 513, 1<<20 + 7, g.MaxCompressedOffset() - g.ClusterSize()} {
 			for _, n := range []int64{1, 511, 512, g.ClusterSize() - 1} {
 				e := g.CompressedEntry(off, n)
-				if KindOf(e) != CompressedKind {
-					t.Fatalf("bits %d: kind %d", bits, KindOf(e))
+				if g.KindOf(e) != CompressedKind {
+					t.Fatalf("bits %d: kind %d", bits, g.KindOf(e))
 				}
 				o, l := g.CompressedRange(e)
 				if o != off || l < n || l >= n+512 || (o+l)%512 != 0 {
@@ -69,14 +69,14 @@ func TestKinds(t *testing.T) {
 		0: Unallocated, Copied: Unallocated, 1: ZeroPlain, 1 | 0x10000: ZeroAlloc, Copied | 0x10000: Normal, 0x10000: Normal,
 		Compressed | 1: CompressedKind, Compressed: CompressedKind,
 	} {
-		if KindOf(e) != k {
-			t.Errorf("%#x is of kind %d, not %d", e, KindOf(e), k)
+		if got := (Geometry{ClusterBits: 16}).KindOf(e); got != k {
+			t.Errorf("%#x is of kind %d, not %d", e, got, k)
 		}
 	}
 }
 
 func TestL1Entries(t *testing.T) {
-	g := Geometry{16, 4}
+	g := Geometry{ClusterBits: 16, RefcountOrder: 4}
 	for size, n := range map[uint64]uint64{
 		0: 0, 1: 1, 512 << 20: 1, 512<<20 + 1: 2, 1 << 63: 1 << 34, 1<<64 - 1: 1 << 35,
 	} {
