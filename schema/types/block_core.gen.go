@@ -1326,6 +1326,8 @@ type BlockdevCreateOptionsQcow2 struct {
 	DataFile *BlockdevRef
 	// It shows the disk to those who know nothing of the image, too (default off).
 	DataFileRaw *bool
+	// Clusters are divided into subclusters (default off).
+	ExtendedL2 *bool
 	// Size it shows, in bytes.
 	Size uint64
 	// Version of the format (default v3).

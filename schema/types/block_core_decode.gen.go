@@ -599,6 +599,7 @@ func membersBlockdevCreateOptionsQcow2(d *decoder, x *BlockdevCreateOptionsQcow2
 	return visitBlockdevRef(d, "file", &x.File) &&
 		opt(d, "data-file", &x.DataFile, visitBlockdevRef) &&
 		opt(d, "data-file-raw", &x.DataFileRaw, visitBool) &&
+		opt(d, "extended-l2", &x.ExtendedL2, visitBool) &&
 		visitSize(d, "size", &x.Size) &&
 		opt(d, "version", &x.Version, visitBlockdevQcow2Version) &&
 		opt(d, "backing-file", &x.BackingFile, visitStr) &&

@@ -1956,6 +1956,10 @@ func (x *BlockdevCreateOptionsQcow2) AppendJSON(b []byte) []byte {
 	}
 	b = append(b, `, "file": `...)
 	b = x.File.AppendJSON(b)
+	if x.ExtendedL2 != nil {
+		b = append(b, `, "extended-l2": `...)
+		b = appendBool(b, *x.ExtendedL2)
+	}
 	return append(b, '}')
 }
 
@@ -2126,6 +2130,10 @@ func (x *BlockdevCreateOptions) AppendJSON(b []byte) []byte {
 		}
 		b = append(b, `, "file": `...)
 		b = u.File.AppendJSON(b)
+		if u.ExtendedL2 != nil {
+			b = append(b, `, "extended-l2": `...)
+			b = appendBool(b, *u.ExtendedL2)
+		}
 		return append(b, '}')
 	case nil:
 		b = append(b, `{"driver": `...)

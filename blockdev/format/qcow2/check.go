@@ -276,8 +276,8 @@ func (s *flusher) dropStray(c *counter) error {
 			if err != nil {
 				return err
 			}
-			if c.beyond(s.geo.HostRange(entry(t, s.l2Index(gc)))) {
-				s.setEntry(t, s.l2Index(gc), layout.ZeroFlag) // only images of version 3 are dirty
+			if c.beyond(s.geo.HostRange(s.entry(t, s.l2Index(gc)))) {
+				s.setCell(t, s.l2Index(gc), s.zeroed(0)) // only images of version 3 are dirty
 				c.res.Fixed++
 			}
 		}
@@ -329,13 +329,13 @@ func (s *flusher) copiedFlags(c *counter, fix bool, behind int64) (at int64, _ e
 // copiedFlagsOf is copiedFlags for the L2 table in buf, which maps guest clusters from first on.
 // +checklocks:s.mu
 func (s *flusher) copiedFlagsOf(c *counter, fix bool, buf []byte, first int64) error {
-	for i := int64(0); i < s.cs/8; i++ {
+	for i := int64(0); i < s.cs>>s.eb; i++ {
 		if i%lookEvery == lookEvery-1 {
 			if err := ended(c.r); err != nil {
 				return err
 			}
 		}
-		x := be.Uint64(buf[8*i:])
+		x := be.Uint64(buf[i<<s.eb:])
 		k, off := s.geo.KindOf(x), int64(x&layout.OffsetMask)
 		if k != layout.Normal && k != layout.ZeroAlloc || off&(s.cs-1) != 0 || s.geo.External {
 			continue

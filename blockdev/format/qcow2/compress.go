@@ -229,7 +229,7 @@ func (s *requests) planCompressed(r *blk.Req, a *alloc) error {
 	if err != nil {
 		return err
 	}
-	old := entry(t, s.l2Index(a.first))
+	old := s.entry(t, s.l2Index(a.first))
 	if old&layout.Copied != 0 {
 		return errIO
 	}

@@ -89,6 +89,14 @@ func (s *requests) readOld(r *blk.Req, m mapping, gc, in int64, b []byte) error 
 			return nil
 		}
 	}
+	if s.geo.Extended {
+		return s.readOldSubs(r, m, gc, in, b)
+	}
+	return s.readOldRun(r, m, off, in, b)
+}
+
+// readOldRun fills b with what lies at off of the disk, which is at in of the cluster m.
+func (s *requests) readOldRun(r *blk.Req, m mapping, off, in int64, b []byte) error {
 	switch m.kind {
 	case layout.Normal:
 		return s.readData(r, blk.Buf(b), m.host+in)

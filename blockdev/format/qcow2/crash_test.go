@@ -134,6 +134,8 @@ func TestCrash(t *testing.T) {
 		{cs: 4096, bits: 16, v: "v3"}, {cs: 512, bits: 16, v: "v3", lazy: true}, {cs: 65536, bits: 16, v: "v3"},
 		{cs: 512, bits: 64, v: "v3", comp: "grow"},
 		{cs: 512, bits: 16, v: "v3", data: "data"}, {cs: 4096, bits: 16, v: "v3", data: "raw"}, {cs: 65536, bits: 16, v: "v3", data: "data", lazy: true},
+		{cs: 16384, bits: 16, v: "v3", ext: true}, {cs: 65536, bits: 64, v: "v3", ext: true, lazy: true},
+		{cs: 16384, bits: 16, v: "v3", ext: true, data: "data"},
 	} {
 		t.Run(fmt.Sprintf("%+v", sh), func(t *testing.T) {
 			t.Parallel()

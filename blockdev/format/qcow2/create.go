@@ -70,8 +70,18 @@ func newHeader(o *types.BlockdevCreateOptionsQcow2) (*layout.Header, error) {
 			1<<layout.MinClusterBits, 1<<(layout.MaxClusterBits-10))
 	}
 	h.ClusterBits = uint32(bits.TrailingZeros64(cs))
+	extended := pick(o.ExtendedL2, false)
+	if extended {
+		if h.Version < 3 {
+			return nil, errors.New("Extended L2 entries are only supported with compatibility level 1.1 and above (use version=v3 or greater)")
+		}
+		if h.ClusterBits < layout.MinExtendedBits {
+			return nil, fmt.Errorf("Extended L2 entries are only supported with cluster sizes of at least %d bytes", 1<<layout.MinExtendedBits)
+		}
+		h.IncompatibleFeatures |= layout.IncompatExtL2
+	}
 	h.RefcountTableOffset = cs
-	if o.BackingFile != nil && pick(o.Preallocation, types.PreallocModeOff) != types.PreallocModeOff {
+	if o.BackingFile != nil && !extended && pick(o.Preallocation, types.PreallocModeOff) != types.PreallocModeOff {
 		return nil, errors.New("Backing file and preallocation can only be used at the same time if extended_l2 is on")
 	}
 	if o.DataFile != nil {

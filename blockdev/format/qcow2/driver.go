@@ -168,7 +168,7 @@ func (d *Driver) Caps() graph.Caps {
 	return graph.Caps{
 		Limits: blk.Limits{
 			RequestAlign: 1,
-			ZeroAlign:    d.cs,
+			ZeroAlign:    1 << d.sb,
 			DiscardAlign: d.cs,
 			ClusterSize:  d.cs,
 		},
@@ -225,7 +225,7 @@ func (d *Driver) ImageInfo(i *types.ImageInfo) {
 		q.Bitmaps = *l
 	}
 	if d.version >= 3 {
-		lazy, ext := d.compat&layout.CompatLazyRefcounts != 0, false
+		lazy, ext := d.compat&layout.CompatLazyRefcounts != 0, d.geo.Extended
 		corrupt := bits&layout.IncompatCorrupt != 0
 		q.Compat, q.LazyRefcounts, q.Corrupt, q.ExtendedL2 = "1.1", &lazy, &corrupt, &ext
 	}

@@ -71,6 +71,8 @@ func TestSuite(t *testing.T) {
 		}, types.BlockdevCreateOptionsQcow2{ClusterSize: ptr(uint64(512)), RefcountBits: ptr(int64(64))}},
 		{"v2", func(t testing.TB) graph.Driver { return drivertest.NewHostFile(t, 0) },
 			types.BlockdevCreateOptionsQcow2{ClusterSize: ptr(uint64(4096)), Version: ptr(types.BlockdevQcow2VersionV2)}},
+		{"extended", func(t testing.TB) graph.Driver { return drivertest.NewHostFile(t, 0) },
+			types.BlockdevCreateOptionsQcow2{ClusterSize: ptr(uint64(16384)), ExtendedL2: ptr(true)}},
 		{"slow", func(testing.TB) graph.Driver {
 			return drivertest.NewMemFileOptions(0, drivertest.MemOptions{Slow: true, NoZero: true, NoDiscard: true})
 		}, types.BlockdevCreateOptionsQcow2{ClusterSize: ptr(uint64(65536))}},

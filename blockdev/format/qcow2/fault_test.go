@@ -65,6 +65,7 @@ func scenario(s *image, disk []byte, bad []bool) error {
 func TestEachFailure(t *testing.T) {
 	for _, sh := range []shape{
 		{cs: 1024, bits: 64, v: "v3"}, {cs: 4096, bits: 16, v: "v3"}, {cs: 1024, bits: 16, v: "v3", lazy: true},
+		{cs: 16384, bits: 16, v: "v3", ext: true},
 	} {
 		t.Run(fmt.Sprintf("%+v", sh), func(t *testing.T) {
 			for i := 0; ; i++ {

@@ -1,7 +1,9 @@
 package qcow2
 
 import (
+	"bytes"
 	"encoding/binary"
+	"math/bits"
 	"runtime"
 	"testing"
 
@@ -18,6 +20,7 @@ func seedImages(t testing.TB) [][]byte {
 		{ClusterSize: ptr(uint64(512)), RefcountBits: ptr(int64(1))},
 		{ClusterSize: ptr(uint64(1024)), RefcountBits: ptr(int64(64)), LazyRefcounts: true, CompressionType: "zstd"},
 		{ClusterSize: ptr(uint64(1024)), Version: "v2"},
+		{ClusterSize: ptr(uint64(16384)), Extended: true},
 	} {
 		o.Size = 64 << 10
 		f := mustCreate(t, o)
@@ -31,7 +34,8 @@ func seedImages(t testing.TB) [][]byte {
 				t.Fatal(err)
 			}
 		}
-		if err := s.WriteAt(req(), blk.Buf(b), 16384, blk.Compressed); err != nil {
+		zipped := bytes.Repeat(b, int(max(s.cs/2048, 1)))
+		if err := s.WriteAt(req(), blk.Buf(zipped), 16384, blk.Compressed); err != nil {
 			t.Fatal(err)
 		}
 		_ = s.Zero(req(), 20<<10, 2048, blk.MayUnmap)
@@ -48,10 +52,11 @@ func seedImages(t testing.TB) [][]byte {
 func FuzzOps(f *testing.F) {
 	seeds := seedImages(f)
 	f.Add([]byte{0, 0xff, 1, 2, 3, 4, 5, 6})
-	f.Add([]byte{1, 0, 79, 1, 0, 0xff, 0, 1, 2, 3, 4, 5, 6, 7, 8})      // dirty
-	f.Add([]byte{2, 0, 24, 0x7f, 0, 0, 36, 0xff, 0, 0xff, 0, 9, 18})    // huge
-	f.Add([]byte{0, 0, 40, 0, 1, 0, 48, 0, 1, 0xff, 0, 5, 10, 15, 20})  // tables in each other
-	f.Add([]byte{3, 2, 0, 0x80, 2, 4, 0, 0xff, 3, 0xff, 9, 8, 7, 6, 5}) // refcounts
+	f.Add([]byte{1, 0, 79, 1, 0, 0xff, 0, 1, 2, 3, 4, 5, 6, 7, 8})               // dirty
+	f.Add([]byte{2, 0, 24, 0x7f, 0, 0, 36, 0xff, 0, 0xff, 0, 9, 18})             // huge
+	f.Add([]byte{0, 0, 40, 0, 1, 0, 48, 0, 1, 0xff, 0, 5, 10, 15, 20})           // tables in each other
+	f.Add([]byte{4, 0x40, 2, 0xff, 0, 0x40, 3, 1, 0, 0xff, 0, 1, 2, 3, 4, 5, 6}) // bitmaps of subclusters
+	f.Add([]byte{3, 2, 0, 0x80, 2, 4, 0, 0xff, 3, 0xff, 9, 8, 7, 6, 5})          // refcounts
 	f.Fuzz(func(t *testing.T, in []byte) {
 		if len(in) == 0 {
 			return
@@ -59,7 +64,7 @@ func FuzzOps(f *testing.F) {
 		img := append([]byte(nil), seeds[int(in[0])%len(seeds)]...)
 		in = in[1:]
 		for len(in) >= 4 && in[0] != 0xff {
-			at := (int(in[0])<<8 | int(in[1])) % len(img)
+			at := (int(in[0])<<8 | int(in[1])) << bits.Len(uint(len(img)>>16)) % len(img)
 			switch in[3] & 3 {
 			case 0:
 				img[at] = in[2]

@@ -72,6 +72,7 @@ func (s *imageFile) readHeader(r *blk.Req) (first []byte, err error) {
 	s.version, s.compression, s.compat = s.hdr.Version, s.hdr.CompressionType, s.hdr.CompatibleFeatures
 	s.geo, s.raw = s.hdr.Geometry(), s.hdr.Raw()
 	s.cb, s.cs = s.geo.ClusterBits, s.geo.ClusterSize()
+	s.sb, s.eb = s.geo.SubBits(), s.geo.EntryBits()
 	s.size.Store(int64(s.hdr.Size) &^ (blk.SectorSize - 1))
 	return first, nil
 }

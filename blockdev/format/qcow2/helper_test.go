@@ -73,6 +73,8 @@ type CreateOptions struct {
 	// Data is to have the data, called "data" by the header; Raw: it shows the disk by itself.
 	Data *drivertest.MemFile
 	Raw  bool
+	// Extended: with subclusters.
+	Extended bool
 }
 
 func (o CreateOptions) dataName() string {
@@ -89,6 +91,9 @@ func (o CreateOptions) schema() *types.BlockdevCreateOptionsQcow2 {
 	}
 	if o.Data != nil {
 		x.DataFile, x.DataFileRaw = &types.BlockdevRef{Reference: ptr("data")}, &o.Raw
+	}
+	if o.Extended {
+		x.ExtendedL2 = &o.Extended
 	}
 	if o.Version != "" {
 		x.Version = ptr(types.BlockdevQcow2Version(o.Version))

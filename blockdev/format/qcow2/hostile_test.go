@@ -121,7 +121,8 @@ func TestRefused(t *testing.T) {
 		pokes []poke
 		want  string
 	}{
-		{[]poke{u64(72, 1<<4)}, "Unsupported qcow2 feature(s): extended L2 entries"},
+		{[]poke{u64(72, 1<<4), u32(20, 13)}, "Unsupported subcluster size: 256"},
+		{[]poke{u64(72, 1<<5)}, "Unsupported qcow2 feature(s): Unknown incompatible feature: 20"},
 		{[]poke{u64(72, 1<<2)}, "'data-file' is required for this image"},
 		{[]poke{u32(32, 1)}, "Unsupported qcow2 feature(s): AES encryption"},
 		{[]poke{u32(32, 2)}, "Unsupported qcow2 feature(s): LUKS encryption"},

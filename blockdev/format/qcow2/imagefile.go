@@ -65,6 +65,8 @@ type imageFile struct {
 	geo layout.Geometry
 	cs  int64 // cluster size
 	cb  uint  // its log2
+	sb  uint  // log2 of a subcluster, which is a whole cluster if L2 entries are plain
+	eb  uint  // log2 of an L2 entry
 	set settings
 	// What a header says for good, readable without mu.
 	version     uint32

@@ -89,6 +89,8 @@ func TestQemuImages(t *testing.T) {
 		"compat=0.10", "compat=1.1", "cluster_size=512", "cluster_size=4k,refcount_bits=1",
 		"cluster_size=2M", "refcount_bits=64,cluster_size=512", "lazy_refcounts=on", "compression_type=zstd",
 		"preallocation=metadata", "preallocation=falloc", "preallocation=full", "refcount_bits=2,cluster_size=1k",
+		"extended_l2=on", "extended_l2=on,cluster_size=16k,refcount_bits=64", "extended_l2=on,cluster_size=2M",
+		"extended_l2=on,preallocation=metadata", "extended_l2=on,preallocation=full,cluster_size=32k",
 	}
 	for _, o := range opts {
 		t.Run(o, func(t *testing.T) {
@@ -177,7 +179,7 @@ func TestQemuCompressed(t *testing.T) {
 func TestQemuSnapshots(t *testing.T) {
 	tool(t, "qemu-img")
 	tool(t, "qemu-io")
-	for _, o := range []string{"cluster_size=64k", "cluster_size=512", "compat=0.10,cluster_size=4k"} {
+	for _, o := range []string{"cluster_size=64k", "cluster_size=512", "compat=0.10,cluster_size=4k", "extended_l2=on,cluster_size=16k", "extended_l2=on,cluster_size=128k"} {
 		t.Run(o, func(t *testing.T) {
 			name := filepath.Join(t.TempDir(), "a.qcow2")
 			run(t, "qemu-img", "create", "-q", "-f", "qcow2", "-o", o, name, "1M")
@@ -222,6 +224,9 @@ func TestCreateLikeQemu(t *testing.T) {
 		{"cluster_size=512", CreateOptions{Size: 64 << 20, ClusterSize: ptr(uint64(512))}},
 		{"cluster_size=2M,refcount_bits=1", CreateOptions{Size: 64 << 30, ClusterSize: ptr(uint64(2 << 20)), RefcountBits: ptr(int64(1))}},
 		{"refcount_bits=64,lazy_refcounts=on", CreateOptions{Size: 0, RefcountBits: ptr(int64(64)), LazyRefcounts: true}},
+		{"extended_l2=on", CreateOptions{Size: 1 << 30, Extended: true}},
+		{"extended_l2=on,cluster_size=16k", CreateOptions{Size: 64 << 20, Extended: true, ClusterSize: ptr(uint64(16384))}},
+		{"extended_l2=on,preallocation=metadata", CreateOptions{Size: 32 << 20, Extended: true, Preallocation: blk.PreallocMetadata}},
 		{"compression_type=zstd", CreateOptions{Size: 512, CompressionType: "zstd"}},
 		{"preallocation=metadata", CreateOptions{Size: 32 << 20, Preallocation: blk.PreallocMetadata}},
 		{"preallocation=falloc,cluster_size=1k", CreateOptions{Size: 4 << 20, Preallocation: blk.PreallocFalloc, ClusterSize: ptr(uint64(1024))}},

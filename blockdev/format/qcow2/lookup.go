@@ -30,15 +30,15 @@ func (s *tables) setL1(i int64, v uint64) {
 // +checklocks:s.mu
 func (s *tables) l2Offset(table, gc int64) int64 {
 	idx := gc & (1<<s.geo.L2Bits() - 1)
-	return table + idx*8&^(s.slice-1)
+	return table + idx<<s.eb&^(s.slice-1)
 }
 
 // l2Index is the index of gc's entry in its slice, sliceLeft the number of entries from there on.
 // +checklocks:s.mu
-func (s *tables) l2Index(gc int64) int64 { return gc & (s.slice/8 - 1) }
+func (s *tables) l2Index(gc int64) int64 { return gc & (s.slice>>s.eb - 1) }
 
 // +checklocks:s.mu
-func (s *tables) sliceLeft(gc int64) int64 { return s.slice/8 - s.l2Index(gc) }
+func (s *tables) sliceLeft(gc int64) int64 { return s.slice>>s.eb - s.l2Index(gc) }
 
 // loadSlice returns the L2 slice that maps guest cluster gc, nil if there is no L2 table. A request
 // that must not wait gets ErrWouldBlock if the slice is not cached.
@@ -177,14 +177,14 @@ func (s *tables) newL2Table(r *blk.Req, li, old int64) error {
 }
 
 // entry reads entry i of an L2 slice.
-func entry(t *table, i int64) uint64 { return be.Uint64(t.data[8*i:]) }
+func (s *tables) entry(t *table, i int64) uint64 { return be.Uint64(t.data[i<<s.eb:]) }
 
 // +checklocks:s.mu
 func (s *tables) setEntry(t *table, i int64, v uint64) {
 	if s.survey != nil {
-		s.linked(t.off, entry(t, i), v)
+		s.linked(t.off, s.entry(t, i), v)
 	}
-	be.PutUint64(t.data[8*i:], v)
+	be.PutUint64(t.data[i<<s.eb:], v)
 	s.l2.markDirty(t)
 }
 
@@ -194,6 +194,7 @@ type mapping struct {
 	entry uint64 // L2 entry of the first cluster
 	host  int64  // file offset of the first byte; 0 for kinds without a host cluster, and compressed
 	n     int64  // bytes
+	bits  uint64 // of the subclusters, for what is copied
 }
 
 // lookup tells what is behind off: a run of at most n bytes, within one L2 slice or, where there
@@ -211,8 +212,11 @@ func (s *tables) lookup(r *blk.Req, off, n int64) (mapping, error) {
 		return mapping{kind: layout.Unallocated, n: min(n, s.nextL1(gc>>s.geo.L2Bits()+1)<<s.cb-off)}, nil
 	}
 	n = min(n, s.sliceLeft(gc)<<s.cb-in)
+	if s.geo.Extended {
+		return s.lookupSubs(r, t, gc, in, n)
+	}
 	i := s.l2Index(gc)
-	e := entry(t, i)
+	e := s.entry(t, i)
 	m := mapping{kind: s.geo.KindOf(e), entry: e}
 	if err := s.checkEntry(r, m.kind, e, gc); err != nil {
 		return mapping{}, err
@@ -228,7 +232,7 @@ func (s *tables) lookup(r *blk.Req, off, n int64) (mapping, error) {
 	left := s.geo.Clusters(in + n)
 	k := int64(1)
 	for ; k < left; k++ {
-		x := entry(t, i+k)
+		x := s.entry(t, i+k)
 		if s.geo.KindOf(x) != m.kind || m.kind.HasHost() && int64(x&layout.OffsetMask) != host+k<<s.cb {
 			break
 		}
@@ -243,6 +247,8 @@ func (s *tables) checkEntry(r *blk.Req, k layout.Kind, e uint64, gc int64) error
 	switch k {
 	case layout.Unallocated:
 		return nil
+	case layout.Invalid:
+		return s.corrupt(r, -1, -1, "Invalid cluster entry found  %s", s.entryPlace(gc))
 	case layout.CompressedKind:
 		if s.geo.External {
 			return s.corrupt(r, -1, -1, "Compressed cluster entry found in image with external data file %s", s.entryPlace(gc))

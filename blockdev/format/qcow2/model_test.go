@@ -208,6 +208,7 @@ type shape struct {
 	back bool
 	comp string
 	lazy bool
+	ext  bool   // extended L2 entries
 	data string // "", "data", "raw": a data file
 }
 
@@ -215,7 +216,7 @@ type shape struct {
 func (sh *shape) options(size uint64) CreateOptions {
 	o := CreateOptions{
 		Size: size, ClusterSize: &sh.cs, RefcountBits: &sh.bits, Version: sh.v,
-		LazyRefcounts: sh.lazy, CompressionType: sh.comp,
+		LazyRefcounts: sh.lazy, CompressionType: sh.comp, Extended: sh.ext,
 	}
 	if sh.data != "" {
 		o.Data, o.Raw = drivertest.NewMemFile(0), sh.data == "raw"
@@ -303,7 +304,8 @@ func testShape(t *testing.T, sh shape, seed uint64) {
 		mustClose(t, m.s)
 		s := mustOpen(t, mem{f}, config{readOnly: true, backing: c.backing, external: c.external})
 		sound(t, s, false)
-		if round == 0 && peek(s).hdr.IncompatibleFeatures&^layout.IncompatDataFile != 0 && sh.comp != "zstd" {
+		const lasting = layout.IncompatDataFile | layout.IncompatExtL2
+		if round == 0 && peek(s).hdr.IncompatibleFeatures&^lasting != 0 && sh.comp != "zstd" {
 			t.Fatalf("features %x after close", peek(s).hdr.IncompatibleFeatures)
 		}
 		if err := s.Close(); err != nil {

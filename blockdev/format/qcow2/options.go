@@ -95,7 +95,7 @@ func cacheSizes(o *types.BlockdevOptionsQcow2, h *layout.Header, s *settings) (l
 	g := h.Geometry()
 	cs := uint64(g.ClusterSize())
 	entries := (h.Size + cs - 1) / cs
-	maxL2 := (entries*8 + cs - 1) &^ (cs - 1)
+	maxL2 := (entries<<g.EntryBits() + cs - 1) &^ (cs - 1)
 	minRB := minRefcountTables * cs
 	l2Max := uint64(pick(o.L2CacheSize, defaultL2CacheMax))
 	rb = uint64(pick(o.RefcountCacheSize, 0))

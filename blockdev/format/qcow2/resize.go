@@ -117,16 +117,21 @@ func (s *image) zeroTail(r *blk.Req, old, size int64) error {
 	if old >= end {
 		return nil
 	}
-	m, err := s.lookup(r, old, end-old)
-	if err != nil {
-		return err
+	at := old
+	for at < end {
+		m, err := s.lookup(r, at, end-at)
+		if err != nil {
+			return err
+		}
+		if m.kind != layout.ZeroPlain && m.kind != layout.ZeroAlloc && (m.kind != layout.Unallocated || s.backSize() > at) {
+			break
+		}
+		at += m.n
 	}
-	switch {
-	case m.kind == layout.ZeroPlain || m.kind == layout.ZeroAlloc:
-		return nil
-	case m.kind == layout.Unallocated && s.backSize() <= old:
+	if at >= end {
 		return nil
 	}
+	var err error
 	b := make([]byte, end-old)
 	// What is copied around the write ends with the disk, which has to have the new size already.
 	s.size.Store(end)
@@ -277,7 +282,7 @@ func (s *image) preallocate(r *blk.Req, from, to int64, m blk.Prealloc) error {
 		}
 		if s.geo.External {
 			for j := range k {
-				s.setEntry(t, s.l2Index(gc)+j, uint64((gc+j)<<s.cb)|layout.Copied)
+				s.setCell(t, s.l2Index(gc)+j, cell{word: uint64((gc+j)<<s.cb) | layout.Copied})
 			}
 			gc += k
 			continue
@@ -293,7 +298,7 @@ func (s *image) preallocate(r *blk.Req, from, to int64, m blk.Prealloc) error {
 			return err
 		}
 		for j := range k {
-			s.setEntry(t, s.l2Index(gc)+j, uint64(host+j<<s.cb)|layout.Copied)
+			s.setCell(t, s.l2Index(gc)+j, cell{word: uint64(host+j<<s.cb) | layout.Copied})
 		}
 		gc += k
 	}

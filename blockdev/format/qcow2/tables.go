@@ -138,7 +138,7 @@ func (s *tables) clustersOf(r *blk.Req, e uint64, list []int64) ([]int64, error)
 	if err := s.readL2(r, tab, buf.B); err != nil {
 		return list, err
 	}
-	for k := int64(0); k < s.cs; k += 8 {
+	for k := int64(0); k < s.cs; k += 1 << s.eb {
 		if k%(8*lookEvery) == 0 {
 			if err := ended(r); err != nil {
 				return list, err
@@ -185,8 +185,7 @@ func (s *tables) vetL1(r *blk.Req, l1 *entries) error {
 // changed.
 // +checklocks:s.mu
 func (s *tables) allFits() bool {
-	const entrySize = 8
-	return int64(s.l2.max)*s.slice/entrySize >= s.geo.Clusters(s.size.Load())
+	return int64(s.l2.max)*s.slice>>s.eb >= s.geo.Clusters(s.size.Load())
 }
 
 // +checklocks:s.mu

@@ -210,9 +210,13 @@ func (c *counter) walkTable(k int64) error {
 	}
 	x.walked = true
 	c.l2[k] = x
-	for i := 0; i < len(c.buf); i += 8 {
-		if e := be.Uint64(c.buf[i:]); e != 0 && !c.entry(e, x.n, x.active) {
+	for i := 0; i < len(c.buf); i += 1 << c.s.eb {
+		e := be.Uint64(c.buf[i:])
+		if e != 0 && !c.entry(e, x.n, x.active) {
 			c.stray[k] = struct{}{}
+		}
+		if c.s.geo.Extended && !c.s.geo.Possible(e, be.Uint64(c.buf[i+8:])) {
+			c.res.fault("impossible bitmap of subclusters, entry", e)
 		}
 	}
 	return nil

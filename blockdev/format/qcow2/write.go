@@ -15,6 +15,7 @@ type alloc struct {
 	host     int64
 	zipped   int64 // bytes of compressed data for the one cluster; 0: it is not compressed
 	reuse    bool  // the place that the entry has, or has to have, is written
+	from, to int64 // of the disk, which is written
 	fresh    bool  // the host clusters were never written, so they read as zeroes
 }
 
@@ -134,9 +135,12 @@ func (s *requests) planWrite(r *blk.Req, off, n int64) (plan, error) {
 	if err != nil {
 		return plan{}, err
 	}
+	if s.geo.Extended {
+		return s.planSubs(r, t, gc, k, in, n)
+	}
 	if t != nil {
 		i := s.l2Index(gc)
-		e := entry(t, i)
+		e := s.entry(t, i)
 		if e&layout.Copied != 0 && s.geo.KindOf(e) == layout.Normal {
 			return s.planInPlace(r, t, gc, k, in, n)
 		}
@@ -152,13 +156,13 @@ func (s *requests) planWrite(r *blk.Req, off, n int64) (plan, error) {
 // +checklocks:s.mu
 func (s *requests) planInPlace(r *blk.Req, t *table, gc, k, in, n int64) (plan, error) {
 	i := s.l2Index(gc)
-	e := entry(t, i)
+	e := s.entry(t, i)
 	host := int64(e & layout.OffsetMask)
 	if host&(s.cs-1) != 0 {
 		return plan{}, s.corrupt(r, -1, -1, "Data cluster offset %s unaligned (guest offset: %s)", hex(host), hex(in))
 	}
 	run := int64(1)
-	for run < k && entry(t, i+run) == e+uint64(run<<s.cb) {
+	for run < k && s.entry(t, i+run) == e+uint64(run<<s.cb) {
 		run++
 	}
 	m := min(n, run<<s.cb-in)
@@ -193,7 +197,7 @@ func (s *requests) planAlloc(r *blk.Req, gc, k, in, n int64) (plan, error) {
 	}
 	i := s.l2Index(gc)
 	a := &alloc{first: gc}
-	first := entry(t, i)
+	first := s.entry(t, i)
 	if err := s.checkEntry(r, s.geo.KindOf(first), first, gc); err != nil {
 		return plan{}, err
 	}
@@ -201,7 +205,7 @@ func (s *requests) planAlloc(r *blk.Req, gc, k, in, n int64) (plan, error) {
 		s.planExternal(t, a, k)
 	} else if s.reusable(first) {
 		a.reuse, a.host, a.n = true, int64(first&layout.OffsetMask), 1
-		for a.n < k && entry(t, i+a.n) == first+uint64(a.n<<s.cb) {
+		for a.n < k && s.entry(t, i+a.n) == first+uint64(a.n<<s.cb) {
 			a.n++
 		}
 		if err := s.checkOwner(r, a.host, a.n<<s.cb); err != nil {
@@ -210,7 +214,7 @@ func (s *requests) planAlloc(r *blk.Req, gc, k, in, n int64) (plan, error) {
 	} else {
 		run := int64(0)
 		for run < k {
-			e := entry(t, i+run)
+			e := s.entry(t, i+run)
 			if run > 0 && (e&layout.Copied != 0 && s.geo.KindOf(e) == layout.Normal || s.reusable(e)) {
 				break
 			}
@@ -233,7 +237,7 @@ func (s *requests) planAlloc(r *blk.Req, gc, k, in, n int64) (plan, error) {
 	}
 	p := plan{n: min(n, a.n<<s.cb-in), host: a.host + in, alloc: a, from: gc << s.cb, to: (gc + a.n) << s.cb}
 	p.head = s.oldState(first)
-	p.tail = s.oldState(entry(t, i+a.n-1))
+	p.tail = s.oldState(s.entry(t, i+a.n-1))
 	if s.geo.External {
 		p.to = min(p.to, s.size.Load()) // the file shall not become longer than the disk
 	} else if err := s.checkOverlap(r, a.host, a.n<<s.cb, 0); err != nil {
@@ -250,7 +254,7 @@ func (s *requests) planExternal(t *table, a *alloc, k int64) {
 	a.reuse, a.host = true, a.first<<s.cb
 	a.fresh = a.host >= s.data().Size()
 	for i := s.l2Index(a.first); a.n < k; a.n++ {
-		if e := entry(t, i+a.n); a.n > 0 && e&layout.Copied != 0 && s.geo.KindOf(e) == layout.Normal {
+		if e := s.entry(t, i+a.n); a.n > 0 && e&layout.Copied != 0 && s.geo.KindOf(e) == layout.Normal {
 			break
 		}
 	}
@@ -325,13 +329,17 @@ func (s *requests) link(r *blk.Req, a *alloc) error {
 	i := s.l2Index(a.first)
 	if a.zipped != 0 {
 		s.step(r, blk.EvL2UpdateCompressed)
-		old := entry(t, i)
-		s.setEntry(t, i, s.geo.CompressedEntry(a.host, a.zipped))
+		old := s.entry(t, i)
+		s.setCell(t, i, cell{word: s.geo.CompressedEntry(a.host, a.zipped)})
 		s.freeEntry(r, old, discardRequest)
 		return nil
 	}
+	if s.geo.Extended {
+		s.linkSubs(r, t, i, a)
+		return nil
+	}
 	for k := range a.n {
-		old := entry(t, i+k)
+		old := s.entry(t, i+k)
 		s.setEntry(t, i+k, uint64(a.host+k<<s.cb)|layout.Copied)
 		if !a.reuse {
 			s.freeEntry(r, old, discardNever)

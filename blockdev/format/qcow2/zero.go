@@ -45,6 +45,9 @@ func (s *discarder) zero(r *blk.Req, off, n int64, f blk.Flags) error {
 	if end == s.size.Load() {
 		end = s.geo.RoundUp(end)
 	}
+	if s.geo.Extended {
+		return s.zeroSubs(r, off, end, f&blk.MayUnmap != 0)
+	}
 	partial := off&(s.cs-1) != 0 || end&(s.cs-1) != 0
 	if partial {
 		if off>>s.cb != (end-1)>>s.cb {
@@ -71,7 +74,7 @@ func (s *discarder) zero(r *blk.Req, off, n int64, f blk.Flags) error {
 		return err
 	}
 	i := s.l2Index(w.gc)
-	if !s.readsZero(s.geo.KindOf(entry(t, i)), w.gc) {
+	if !s.readsZero(s.geo.KindOf(s.entry(t, i)), w.gc) {
 		return blk.ErrNotSupported // written since it was looked at
 	}
 	if v2 {
@@ -102,7 +105,7 @@ func (s *discarder) zeroClusters(r *blk.Req, w *sliceWalk, unmap bool) error {
 		}
 		var gone []span
 		for j := range w.k {
-			old := entry(t, s.l2Index(w.gc)+j)
+			old := s.entry(t, s.l2Index(w.gc)+j)
 			if err := s.zeroEntry(r, t, s.l2Index(w.gc)+j, unmap); err != nil {
 				return err
 			}
@@ -117,24 +120,24 @@ func (s *discarder) zeroClusters(r *blk.Req, w *sliceWalk, unmap bool) error {
 // zeroEntry makes one cluster read as zeroes, keeping its host cluster unless it may go.
 // +checklocks:s.mu
 func (s *discarder) zeroEntry(r *blk.Req, t *table, i int64, unmap bool) error {
-	old := entry(t, i)
+	old := s.cell(t, i)
 	unmap = unmap && !s.set.noUnref
-	drop := unmap && s.geo.KindOf(old).HasHost() || s.geo.KindOf(old) == layout.CompressedKind
-	v := uint64(layout.ZeroFlag)
+	drop := unmap && s.geo.KindOf(old.word).HasHost() || s.geo.KindOf(old.word) == layout.CompressedKind
+	v := s.zeroed(0)
 	if !drop {
-		v |= old
+		v = s.zeroed(old.word)
 	}
 	if v == old {
 		return nil
 	}
 	if drop {
-		if err := s.canFree(r, old); err != nil {
+		if err := s.canFree(r, old.word); err != nil {
 			return err
 		}
 	}
-	s.setEntry(t, i, v)
+	s.setCell(t, i, v)
 	if drop {
-		s.freeEntry(r, old, discardRequest)
+		s.freeEntry(r, old.word, discardRequest)
 	}
 	return nil
 }
@@ -303,30 +306,30 @@ func (s *discarder) discardSlice(r *blk.Req, t *table, w *sliceWalk, hasBacking,
 	var kept []span
 	defer func() { s.punchNow(r, kept) }()
 	for i := s.l2Index(w.gc); i < s.l2Index(w.gc)+w.k; i++ {
-		old := entry(t, i)
-		v := old
+		was := s.cell(t, i)
+		old, v := was.word, was
 		switch {
 		case full:
-			v = 0
+			v = cell{}
 		case keep && (s.geo.KindOf(old) == layout.Normal || s.geo.KindOf(old) == layout.ZeroAlloc):
-			if v |= layout.ZeroFlag; v != old {
-				s.setEntry(t, i, v)
+			if v = s.zeroed(old); v != was {
+				s.setCell(t, i, v)
 				kept = s.keep(r, kept, old, kind)
 			}
 			continue
 		case hasBacking || s.geo.KindOf(old).HasHost():
-			v = 0
+			v = cell{}
 			if s.version >= 3 {
-				v = layout.ZeroFlag
+				v = s.zeroed(0)
 			}
 		}
-		if v == old {
+		if v == was {
 			continue
 		}
 		if err := s.canFree(r, old); err != nil {
 			return err
 		}
-		s.setEntry(t, i, v)
+		s.setCell(t, i, v)
 		s.freeEntry(r, old, kind)
 		kept = s.gone(kept, w.gc+i-s.l2Index(w.gc), old, kind)
 	}

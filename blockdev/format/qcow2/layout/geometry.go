@@ -20,18 +20,21 @@ type Geometry struct {
 	// External: data are in another file, each cluster where it is on the disk. They have no
 	// refcounts there.
 	External bool
+	// Extended: L2 entries have a bitmap of subclusters.
+	Extended bool
 }
 
 // Geometry of the image with header h.
 func (h *Header) Geometry() Geometry {
-	return Geometry{ClusterBits: uint(h.ClusterBits), RefcountOrder: uint(h.RefcountOrder), External: h.External()}
+	return Geometry{ClusterBits: uint(h.ClusterBits), RefcountOrder: uint(h.RefcountOrder), External: h.External(),
+		Extended: h.IncompatibleFeatures&IncompatExtL2 != 0}
 }
 
 // ClusterSize in bytes.
 func (g Geometry) ClusterSize() int64 { return 1 << g.ClusterBits }
 
 // L2Bits is log2 of the number of entries in an L2 table.
-func (g Geometry) L2Bits() uint { return g.ClusterBits - 3 }
+func (g Geometry) L2Bits() uint { return g.ClusterBits - g.EntryBits() }
 
 // RefblockBits is log2 of the number of clusters that one refcount block counts.
 func (g Geometry) RefblockBits() uint { return g.ClusterBits + 3 - g.RefcountOrder }
@@ -72,15 +75,18 @@ const (
 	ZeroAlloc           // reads as zeroes, host cluster kept
 	Normal              // data in a host cluster
 	CompressedKind      // compressed data
+	Invalid             // no sound image has it
 )
 
 // KindOf classifies L2 entry e. In another file 0 is a place like others, if it has the copied
-// flag.
+// flag. Of an extended entry it says whether it has a host cluster; SubKind says more.
 func (g Geometry) KindOf(e uint64) Kind {
 	switch {
 	case e&Compressed != 0:
 		return CompressedKind
-	case e&ZeroFlag != 0:
+	case g.Extended && e&OffsetMask != 0:
+		return Normal
+	case e&ZeroFlag != 0 && !g.Extended:
 		if e&OffsetMask != 0 {
 			return ZeroAlloc
 		}

@@ -13,6 +13,8 @@ const Magic = 0x514649fb
 const (
 	MinClusterBits = 9
 	MaxClusterBits = 21
+	// MinExtendedBits is that of images with extended L2 entries.
+	MinExtendedBits = 14
 	// MaxL1Bytes and MaxReftableBytes bound the tables that are held in memory.
 	MaxL1Bytes       = 32 << 20
 	MaxReftableBytes = 8 << 20
@@ -47,7 +49,8 @@ const (
 	IncompatCompression = 1 << 3
 	IncompatExtL2       = 1 << 4
 	// incompatKnown are the bits that the driver can work with.
-	incompatKnown = IncompatDirty | IncompatCorrupt | IncompatDataFile | IncompatCompression
+	incompatKnown = IncompatDirty | IncompatCorrupt | IncompatDataFile | IncompatCompression |
+		IncompatExtL2
 )
 
 // Compatible and autoclear feature bits.
@@ -135,6 +138,9 @@ func Parse(b []byte, writable bool) (*Header, error) {
 	}
 	if h.HeaderLength > HeaderSize {
 		h.Unknown = append([]byte(nil), b[HeaderSize:h.HeaderLength]...)
+	}
+	if h.IncompatibleFeatures&IncompatExtL2 != 0 && h.ClusterBits < MinExtendedBits {
+		return nil, fmt.Errorf("Unsupported subcluster size: %d", cs/Subclusters)
 	}
 	if h.BackingFileOffset > uint64(cs) {
 		return nil, fmt.Errorf("Invalid backing file offset")
