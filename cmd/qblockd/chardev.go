@@ -20,7 +20,8 @@ var chardevOptions = map[string]cmdline.OptType{
 	"host": cmdline.OptString, "port": cmdline.OptString, "fd": cmdline.OptString,
 	"to": cmdline.OptNumber, "ipv4": cmdline.OptBool, "ipv6": cmdline.OptBool,
 	"server": cmdline.OptBool, "wait": cmdline.OptBool, "delay": cmdline.OptBool, "nodelay": cmdline.OptBool,
-	"reconnect": cmdline.OptNumber, "telnet": cmdline.OptBool, "tight": cmdline.OptBool, "abstract": cmdline.OptBool,
+	"reconnect": cmdline.OptNumber, "telnet": cmdline.OptBool, "tls-creds": cmdline.OptString, "tls-authz": cmdline.OptString,
+	"tight": cmdline.OptBool, "abstract": cmdline.OptBool,
 	"logfile": cmdline.OptString, "logappend": cmdline.OptBool,
 	"localaddr": cmdline.OptString, "localport": cmdline.OptString, "chardev": cmdline.OptString,
 	"signal": cmdline.OptBool, "append": cmdline.OptBool, "size": cmdline.OptSize,
@@ -148,7 +149,7 @@ func chardevSocket(o *cmdline.Opts, data *value.Dict) error {
 	}
 	server := o.Bool("server", false)
 	data.Set("server", onOff(server))
-	take(o, data, "telnet", "wait", "nodelay")
+	take(o, data, "telnet", "wait", "nodelay", "tls-creds", "tls-authz")
 	if _, given := o.Get("wait"); !given && server {
 		data.Set("wait", "on")
 	}

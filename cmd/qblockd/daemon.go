@@ -93,7 +93,7 @@ func newDaemon(p processWide) *daemon {
 	o.SocketMode, o.Idle, o.Log, o.Objects = p.socketMode, d.memory.giveBack, slog.Default(), d.objects
 	d.nbd = nbd.NewType(d.exports, o)
 	d.chardevs = chardev.NewTable(chardev.Options{
-		SocketMode: p.socketMode, MaxClients: p.limits.clients, Detached: p.daemonize,
+		SocketMode: p.socketMode, MaxClients: p.limits.clients, Detached: p.daemonize, Objects: d.objects,
 	})
 	d.dispatch = qmp.NewDispatcher(qmp.Version{
 		Major: qemuMajor, Minor: qemuMinor, Micro: qemuMicro, Package: "qblockd " + version.Version,

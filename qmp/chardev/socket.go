@@ -11,6 +11,8 @@ import (
 	"sync"
 	"time"
 
+	"qblockd/blockdev/tlscreds"
+	"qblockd/events/panics"
 	"qblockd/graph/blk"
 	"qblockd/qmp/chardev/sockets"
 	"qblockd/schema/types"
@@ -24,6 +26,9 @@ type socket struct {
 	server  bool
 	address string // where it listens or connects to, without "disconnected:"
 	log     *slog.Logger
+	// What a server asks of its clients, and how a client connects; nil: no TLS.
+	tls   *tlscreds.Server
+	tlsTo *tlscreds.Client
 
 	mu sync.Mutex
 	// of the connections, the oldest first
@@ -81,8 +86,21 @@ func (s *socket) run(c net.Conn) {
 		i := slices.Index(s.names, name)
 		s.names = slices.Delete(s.names, i, i+1)
 	}()
-	if t, ok := c.(*net.TCPConn); ok {
+	below := c
+	if u, ok := c.(*tlscreds.Conn); ok {
+		below = u.Below()
+	}
+	if t, ok := below.(*net.TCPConn); ok {
 		_ = t.SetNoDelay(types.Or(s.conf.Nodelay, false))
+	}
+	if s.tls != nil {
+		under, err := s.handshake(c, s.tls.Accept)
+		if err != nil {
+			s.log.Info("character device "+s.id+": a client is not wanted", "error", err)
+			c.Close()
+			return
+		}
+		c = under
 	}
 	var stream io.ReadWriteCloser = c
 	if types.Or(s.conf.Telnet, false) {
@@ -97,12 +115,62 @@ func (s *socket) run(c net.Conn) {
 	s.serve(stream)
 }
 
+// handshakeTime is how long the handshake of TLS may take.
+const handshakeTime = 10 * time.Second
+
+// handshake goes on under TLS, unless that takes too long or the device ends.
+func (s *socket) handshake(c net.Conn, f func(net.Conn) (*tlscreds.Conn, error)) (net.Conn, error) {
+	_ = c.SetDeadline(time.Now().Add(handshakeTime))
+	over, ended := make(chan struct{}), make(chan struct{})
+	panics.Go("the watch over a handshake", func() {
+		defer close(ended)
+		select {
+		case <-s.ending:
+			_ = c.SetDeadline(time.Unix(1, 0))
+		case <-over:
+		}
+	}, nil)
+	under, err := f(c)
+	close(over)
+	<-ended
+	if err != nil {
+		return nil, err
+	}
+	return under, c.SetDeadline(time.Time{})
+}
+
+// findTLS looks the credentials up that the options name.
+func (s *socket) findTLS(objects tlscreds.Objects) (err error) {
+	o := s.conf
+	switch {
+	case o.TlsCreds == nil && o.TlsAuthz == nil:
+		return nil
+	case o.TlsCreds == nil:
+		return errors.New("'tls_authz' option requires 'tls_creds' option")
+	case s.server:
+		s.tls, err = tlscreds.NewServer(objects, o.TlsCreds, o.TlsAuthz)
+		return err
+	case o.TlsAuthz != nil:
+		return errors.New("'tls_authz' option is incompatible with socket in client connect mode")
+	}
+	host := ""
+	if a, ok := o.Addr.U.(*types.InetSocketAddressWrapper); ok {
+		host = a.Data.Host
+	}
+	s.tlsTo, err = tlscreds.NewClient(objects, *o.TlsCreds, host)
+	return err
+}
+
 // checkSocket refuses options that do not go together.
 func checkSocket(o *types.ChardevSocket, server bool) error {
 	if o.Addr.Type == types.SocketAddressTypeFd && o.Reconnect != nil {
 		return errors.New("'reconnect' option is incompatible with 'fd' address type")
 	}
 	switch {
+	case o.TlsCreds != nil && o.Addr.Type == types.SocketAddressTypeUnix:
+		return errors.New("'tls_creds' option is incompatible with 'unix' address type")
+	case o.TlsCreds != nil && o.Addr.Type == types.SocketAddressTypeFd && !server:
+		return errors.New("'tls_creds' option is incompatible with 'fd' address type as client")
 	case server && o.Reconnect != nil:
 		return errors.New("'reconnect' option is incompatible with socket in server listen mode")
 	case !server && o.Wait != nil:
@@ -116,10 +184,13 @@ func (t *Table) openSocket(
 	ctx context.Context, id string, o *types.ChardevSocket, from Origin, f *front,
 ) (device, error) {
 	server := types.Or(o.Server, true)
+	s := &socket{front: f, id: id, conf: o, server: server, log: t.opts.Log}
+	if err := s.findTLS(t.opts.Objects); err != nil {
+		return nil, err
+	}
 	if err := checkSocket(o, server); err != nil {
 		return nil, err
 	}
-	s := &socket{front: f, id: id, conf: o, server: server, log: t.opts.Log}
 	if server {
 		return t.openServer(ctx, s, from)
 	}
@@ -270,6 +341,21 @@ func openClient(ctx context.Context, s *socket, from Origin) (device, error) {
 			}
 			f.Close()
 			return c, nil
+		}
+	}
+	if s.tlsTo != nil {
+		plain := d.dial
+		d.dial = func(ctx context.Context) (net.Conn, error) {
+			c, err := plain(ctx)
+			if err != nil {
+				return nil, err
+			}
+			under, err := s.handshake(c, s.tlsTo.Connect)
+			if err != nil {
+				c.Close()
+				return nil, err
+			}
+			return under, nil
 		}
 	}
 	if pause := types.Or(s.conf.Reconnect, 0); pause > 0 {

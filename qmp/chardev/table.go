@@ -11,6 +11,7 @@ import (
 	"sync"
 	"sync/atomic"
 
+	"qblockd/blockdev/tlscreds"
 	"qblockd/events/panics"
 	"qblockd/graph/blk"
 	"qblockd/schema/types"
@@ -22,6 +23,8 @@ type Options struct {
 	MaxClients int          // per listening socket; further ones wait; default DefaultMaxClients
 	Detached   bool         // the daemon has no terminal: stdio is refused
 	Log        *slog.Logger // default: slog's
+	// Objects finds credentials for TLS; nil: there are none.
+	Objects tlscreds.Objects
 }
 
 // DefaultMaxClients is how many clients a listening socket has at most if its table was not told

@@ -75,6 +75,10 @@ type ChardevSocket struct {
 	Logappend *bool
 	// Address to listen on or to connect to.
 	Addr SocketAddressLegacy
+	// The object with the credentials for TLS, over TCP (default: no TLS).
+	TlsCreds *string
+	// The object that says who may connect to a server; looked up when somebody does.
+	TlsAuthz *string
 	// Listen (default true).
 	Server *bool
 	// A server waits for its first client before it goes on (default false).

@@ -67,6 +67,8 @@ func membersChardevSocket(d *decoder, x *ChardevSocket) bool {
 	return opt(d, "logfile", &x.Logfile, visitStr) &&
 		opt(d, "logappend", &x.Logappend, visitBool) &&
 		visitSocketAddressLegacy(d, "addr", &x.Addr) &&
+		opt(d, "tls-creds", &x.TlsCreds, visitStr) &&
+		opt(d, "tls-authz", &x.TlsAuthz, visitStr) &&
 		opt(d, "server", &x.Server, visitBool) &&
 		opt(d, "wait", &x.Wait, visitBool) &&
 		opt(d, "nodelay", &x.Nodelay, visitBool) &&

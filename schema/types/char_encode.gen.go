@@ -88,6 +88,10 @@ func (x *ChardevSocket) AppendJSON(b []byte) []byte {
 		b = append(b, `, "logfile": `...)
 		b = value.AppendString(b, *x.Logfile)
 	}
+	if x.TlsAuthz != nil {
+		b = append(b, `, "tls-authz": `...)
+		b = value.AppendString(b, *x.TlsAuthz)
+	}
 	if x.Server != nil {
 		b = append(b, `, "server": `...)
 		b = appendBool(b, *x.Server)
@@ -95,6 +99,10 @@ func (x *ChardevSocket) AppendJSON(b []byte) []byte {
 	if x.Telnet != nil {
 		b = append(b, `, "telnet": `...)
 		b = appendBool(b, *x.Telnet)
+	}
+	if x.TlsCreds != nil {
+		b = append(b, `, "tls-creds": `...)
+		b = value.AppendString(b, *x.TlsCreds)
 	}
 	if x.Nodelay != nil {
 		b = append(b, `, "nodelay": `...)

@@ -48,7 +48,7 @@ var rules = []rule{
 
 	{"qmp/handlers", []string{"qmp", "qmp/chardev", "jobs", "jobs/*", "blockdev", "blockdev/export", "blockdev/export/nbd",
 		"blockdev/object", "graph", "graph/perm", "graph/transaction", "schema"}}, // schema: query-qmp-schema and query-commands answer its bytes
-	{"qmp/chardev", []string{"qmp/chardev/sockets"}},
+	{"qmp/chardev", []string{"qmp/chardev/sockets", "blockdev/tlscreds"}},
 	{"qmp", []string{"schema"}},
 
 	{"jobs/copy", []string{"jobs", "graph", "graph/*"}},
