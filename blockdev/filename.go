@@ -8,6 +8,7 @@ import (
 
 	"qblockd/blockdev/driver"
 	"qblockd/graph"
+	"qblockd/graph/perm"
 	"qblockd/schema/value"
 )
 
@@ -29,8 +30,9 @@ type optionTree struct{ members []optionMember }
 
 type optionMember struct {
 	name    string
-	encoded []byte      // or
-	sub     *optionTree // an object
+	encoded []byte        // or
+	sub     *optionTree   // an object, or
+	list    []*optionTree // objects
 }
 
 // add puts a member where QEMU's hash table would have it.
@@ -55,13 +57,30 @@ func (t *optionTree) append(b []byte, limit int) []byte {
 		}
 		m := &t.members[i]
 		b = append(value.AppendString(b, m.name), ": "...)
-		if m.sub != nil {
+		switch {
+		case m.sub != nil:
 			b = m.sub.append(b, limit)
-		} else {
+		case m.list != nil:
+			b = appendList(b, m.list, limit)
+		default:
 			b = append(b, m.encoded...)
 		}
 	}
 	return append(b, '}')
+}
+
+func appendList(b []byte, l []*optionTree, limit int) []byte {
+	b = append(b, '[')
+	for i, t := range l {
+		if len(b) > limit {
+			return b
+		}
+		if i > 0 {
+			b = append(b, ", "...)
+		}
+		b = t.append(b, limit)
+	}
+	return append(b, ']')
 }
 
 // names tells how nodes are named in queries and in the headers of images, and keeps that in their
@@ -100,19 +119,28 @@ func (t *names) HeaderName(look graph.View, n *graph.Node) (name, format string,
 	v := namer{t, look, true, map[*graph.Node]*nodeName{}}
 	gen, r := n.TreeGeneration(), t.record(n)
 	n = v.SkipFilters(n)
-	for x := n; ; {
-		if d := t.driverOf(x); d == nil || d.ForImages == nil {
-			return "", "", errNotNamed(x.DriverName())
-		}
-		e := v.File(x)
-		if e == nil {
-			break
-		}
-		x = v.Target(e)
+	if err := v.canName(n); err != nil {
+		return "", "", err
 	}
 	name = v.name(n).filename
 	r.header.Store(&headerName{gen, name})
 	return name, n.DriverName(), nil
+}
+
+// canName tells why the header of an image cannot name n and what its data lie in.
+func (v namer) canName(n *graph.Node) error {
+	if d := v.m.driverOf(n); d == nil || d.ForImages == nil {
+		return errNotNamed(n.DriverName())
+	}
+	for _, e := range v.Children(n) {
+		if e.Role()&perm.COW != 0 {
+			continue
+		}
+		if err := v.canName(v.Target(e)); err != nil {
+			return err
+		}
+	}
+	return nil
 }
 
 // errNotNamed is the error of a header that would name a driver that headers cannot name.
@@ -196,11 +224,7 @@ func (v namer) make(n *graph.Node, auto string) *nodeName {
 	}
 	backing := v.Backing(n)
 	over := v.overridden(auto, backing)
-	for _, e := range kids {
-		if e != backing || over {
-			t.add(optionMember{name: e.ChildName(), sub: v.name(v.Target(e)).options})
-		}
-	}
+	v.addChildren(t, d, kids, func(e *graph.Edge) bool { return e != backing || over })
 	if over && backing == nil {
 		t.add(optionMember{name: "backing", encoded: []byte("null")})
 	}
@@ -211,6 +235,27 @@ func (v namer) make(n *graph.Node, auto string) *nodeName {
 		name.filename = t.filename()
 	}
 	return name
+}
+
+// addChildren adds the options of those children that count. Those that are elements of a list are
+// one after the other in it, also where numbers in between are gone.
+func (v namer) addChildren(t *optionTree, d *driver.Any, kids []*graph.Edge, counts func(*graph.Edge) bool) {
+	var list []*optionTree
+	for _, e := range kids { // newest first
+		if !counts(e) {
+			continue
+		}
+		o := v.name(v.Target(e)).options
+		if d != nil && d.Listed(e.ChildName()) {
+			list = append(list, o)
+		} else {
+			t.add(optionMember{name: e.ChildName(), sub: o})
+		}
+	}
+	if list != nil {
+		slices.Reverse(list)
+		t.add(optionMember{name: d.List, list: list})
+	}
 }
 
 // plain is the plain name of a node, "" if it has none.

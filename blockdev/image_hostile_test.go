@@ -200,6 +200,7 @@ func TestNamesAreBounded(t *testing.T) {
 		"nesting":        nest(maxNameLevels + 1),
 		"dots in nests":  `{"a": {"` + strings.Repeat("b.", maxNameLevels) + `c": 1}}`,
 		"members":        many(maxNameParts),
+		"lists":          `{"a": ` + strings.Repeat("[", maxNameLevels+1) + strings.Repeat("]", maxNameLevels+1) + `}`,
 		"dotted members": `{"x.` + strings.Repeat("a.", 100) + `a": 1, ` + strings.ReplaceAll(many(100)[1:], `"m`, `"`+strings.Repeat("a.", 100)+`m`),
 	} {
 		began := time.Now()

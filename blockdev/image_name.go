@@ -250,8 +250,16 @@ func (c *catalog) dropHints(o *value.Dict) {
 		drop(genericHints)
 	}
 	for _, d := range c.order {
-		if d.ForImages != nil && (name == string(d.Name) || !given && d.FromFile != nil) {
-			drop(d.ForImages.Hints)
+		if d.ForImages == nil || name != string(d.Name) && (given || d.FromFile == nil) {
+			continue
+		}
+		drop(d.ForImages.Hints)
+		listed, _ := o.Get(d.List)
+		l, _ := listed.(value.List)
+		for _, elem := range l {
+			if sub, ok := elem.(*value.Dict); ok {
+				c.dropHints(sub)
+			}
 		}
 	}
 	for _, child := range []string{"file", "data-file", "backing"} {
@@ -281,7 +289,7 @@ func (pl *planner) admit(o *types.BlockdevOptions) (*types.BlockdevOptions, erro
 		return nil, fmt.Errorf("An image may not give a node the name '%s'", *o.NodeName)
 	}
 	o = &types.BlockdevOptions{Driver: o.Driver, U: o.U}
-	var children []string
+	children := []string{d.List}
 	if d.Children != nil {
 		for _, c := range d.Children(o.U) {
 			children = append(children, c.Name)

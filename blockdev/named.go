@@ -150,13 +150,76 @@ var (
 // unflatten turns dotted names into nested objects and scalars into the strings of the command
 // line: names in images are written in either way.
 func unflatten(in *value.Dict) (*value.Dict, error) {
-	out, n := &value.Dict{}, 0
+	n := 0
+	out, err := unflattenAt(in, 1, &n)
+	if err != nil {
+		return nil, err
+	}
+	out, ok := listify(out).(*value.Dict)
+	if !ok {
+		return nil, errors.New("Must specify either driver or file")
+	}
+	return out, nil
+}
+
+// unflattenAt is unflatten of what is at that level.
+func unflattenAt(in *value.Dict, level int, n *int) (*value.Dict, error) {
+	out := &value.Dict{}
 	for _, mem := range in.Members() {
-		if err := addPart(out, mem.Name, mem.Value, 1, &n); err != nil {
+		if err := addPart(out, mem.Name, mem.Value, level, n); err != nil {
 			return nil, err
 		}
 	}
 	return out, nil
+}
+
+// listPart makes the same of a list.
+func listPart(in value.List, level int, n *int) (_ value.Value, err error) {
+	out := make(value.List, len(in))
+	for i, v := range in {
+		if *n++; *n > maxNameParts || level > maxNameLevels {
+			return nil, errNameTooLarge
+		}
+		switch x := v.(type) {
+		case *value.Dict:
+			out[i], err = unflattenAt(x, level+1, n)
+		case value.List:
+			out[i], err = listPart(x, level+1, n)
+		default:
+			out[i] = keyvalScalar(v)
+		}
+		if err != nil {
+			return nil, err
+		}
+	}
+	return out, nil
+}
+
+// listify makes lists of what has the numbers from 0 on for names.
+func listify(v value.Value) value.Value {
+	switch x := v.(type) {
+	case value.List:
+		for i := range x {
+			x[i] = listify(x[i])
+		}
+	case *value.Dict:
+		list := make(value.List, x.Len())
+		for i := range list {
+			elem, ok := x.Get(strconv.Itoa(i))
+			if !ok {
+				list = nil
+				break
+			}
+			list[i] = listify(elem)
+		}
+		if len(list) > 0 {
+			return list
+		}
+		for _, mem := range x.Members() {
+			x.Set(mem.Name, listify(mem.Value))
+		}
+	}
+	return v
 }
 
 // addPart adds v, under a dotted name, to at, which is at that level. n counts the parts of the
@@ -172,6 +235,12 @@ func addPart(at *value.Dict, name string, v value.Value, level int, n *int) erro
 		if !more && !nests {
 			if taken {
 				return errNameMixed
+			}
+			if l, ok := v.(value.List); ok {
+				var err error
+				if v, err = listPart(l, level+1, n); err != nil {
+					return err
+				}
 			}
 			at.Set(step, keyvalScalar(v))
 			return nil
@@ -218,6 +287,14 @@ func keyvalScalar(v value.Value) value.Value {
 // chooseProtocols fills in the driver of files that are given by their name alone.
 func (c *catalog) chooseProtocols(ctx context.Context, d *value.Dict) error {
 	for _, mem := range d.Members() {
+		l, _ := mem.Value.(value.List)
+		for _, elem := range l {
+			if sub, ok := elem.(*value.Dict); ok {
+				if err := c.chooseProtocols(ctx, sub); err != nil {
+					return err
+				}
+			}
+		}
 		sub, ok := mem.Value.(*value.Dict)
 		if !ok {
 			continue

@@ -46,6 +46,8 @@ type Caps struct {
 	Transparent bool
 	// ZeroInit: a freshly created image reads as zeroes.
 	ZeroInit bool
+	// Ordered: requests that overlap run one after the other, but reads side by side.
+	Ordered bool
 	// Instant: no request ever waits for anything.
 	Instant bool
 }

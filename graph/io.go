@@ -45,6 +45,9 @@ func (n *Node) IO() *IO { return &n.io }
 func (s *IO) opened() {
 	s.copying.Limit = copyingMax
 	s.drv.opened(s.n)
+	if s.drv.caps.Ordered {
+		s.track.reads.Add(1) // for good
+	}
 }
 
 // refreshed asks the driver's properties again, after a reopen, while the node is drained.

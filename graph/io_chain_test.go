@@ -362,3 +362,48 @@ func (p *pass) ReadAt(r *blk.Req, v blk.Vec, off int64, f blk.Flags) error {
 func (p *pass) WriteAt(r *blk.Req, v blk.Vec, off int64, f blk.Flags) error {
 	return p.file.WriteAt(r, v, off, f)
 }
+
+// ordered is a driver that wants requests in order.
+type ordered struct{ *held }
+
+func (d ordered) Caps() graph.Caps {
+	c := d.held.Caps()
+	c.Ordered = true
+	return c
+}
+
+// TestOrdered: of requests on a driver that wants them in order no two run at the same time that
+// overlap, but reads do. Others are not held up.
+func TestOrdered(t *testing.T) {
+	g := drivertest.NewGraph(t)
+	h := hold(drivertest.NewMemFile(1 << 20))
+	root := drivertest.AddRoot(t, g, node(t, g, ordered{h}, nil), everything)
+	q, r := begin(t, root), begin(t, root)
+	r.NoWait = true
+	read := func(r *blk.Req, off int64) error { return root.ReadAt(r, fill(0, 512), off, 0) }
+	write := func(r *blk.Req, off int64) error { return root.WriteAt(r, fill(1, 512), off, 0) }
+	for _, c := range []struct {
+		op                    drivertest.Op
+		held                  func(*blk.Req, int64) error
+		readBeside, writeOver error
+	}{
+		{drivertest.OpRead, read, nil, blk.ErrWouldBlock},
+		{drivertest.OpWrite, write, blk.ErrWouldBlock, blk.ErrWouldBlock},
+	} {
+		h.stop(c.op)
+		done := make(chan error, 1)
+		go func() { done <- c.held(q, 512) }()
+		<-h.in
+		h.Hook(nil)
+		if got := read(r, 600); !errors.Is(got, c.readBeside) {
+			t.Errorf("a read beside op %d: %v", c.op, got)
+		}
+		if got := write(r, 400); !errors.Is(got, c.writeOver) {
+			t.Errorf("a write over op %d: %v", c.op, got)
+		}
+		ok(t, errors.Join(read(r, 0), write(r, 0), read(r, 1024), write(r, 1024)))
+		h.resume <- struct{}{}
+		ok(t, <-done)
+		ok(t, errors.Join(read(r, 600), write(r, 400)))
+	}
+}

@@ -50,7 +50,7 @@ func (s *IO) beginWrite(e *Edge, r *blk.Req, off, size int64, f blk.Flags) (writ
 		return w, blk.ErrWouldBlock
 	}
 	lo, ln, serial := off, size, false
-	if w.padded || f&blk.Serialising != 0 {
+	if w.padded || f&blk.Serialising != 0 || s.drv.caps.Ordered {
 		a := s.drv.align
 		if f&blk.Serialising != 0 {
 			a = max(a, s.drv.caps.Limits.ClusterSize)

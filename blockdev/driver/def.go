@@ -2,6 +2,7 @@ package driver
 
 import (
 	"io/fs"
+	"strings"
 
 	"qblockd/graph"
 	"qblockd/schema/types"
@@ -23,6 +24,8 @@ type Def[O any] struct {
 	// Children are the children that the options name, but the backing file. The references point
 	// into u.
 	Children func(u O) []Child
+	// List is the option that lists children: those named "LIST.NUMBER" are its elements.
+	List string
 	// Backing is the option of that name, nil if it is not given.
 	Backing func(u O) *types.BlockdevRefOrNull
 
@@ -89,6 +92,11 @@ type Def[O any] struct {
 	Amend AmendFunc
 }
 
+// Listed tells whether a child of that name is an element of the option List.
+func (d *Def[O]) Listed(child string) bool {
+	return d.List != "" && strings.HasPrefix(child, d.List+".")
+}
+
 // Any is a Def whose functions take options of the one type that they were made for.
 type Any = Def[any]
 
@@ -96,7 +104,7 @@ type Any = Def[any]
 func Of[O any](d Def[O]) *Any {
 	a := &Any{
 		Name: d.Name, Kind: d.Kind, Changeable: d.Changeable, ChangeOnly: d.ChangeOnly, Prefix: d.Prefix,
-		MorePrefixes: d.MorePrefixes, NoFolder: d.NoFolder, LikeProtocol: d.LikeProtocol,
+		MorePrefixes: d.MorePrefixes, List: d.List, NoFolder: d.NoFolder, LikeProtocol: d.LikeProtocol,
 		TakesPath: d.TakesPath, Probe: d.Probe, Verbatim: d.Verbatim, ForImages: d.ForImages, Create: d.Create,
 		Preexisting:    d.Preexisting,
 		MaxBackingName: d.MaxBackingName, MaxBackingFormat: d.MaxBackingFormat, Amend: d.Amend,

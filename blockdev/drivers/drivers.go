@@ -10,6 +10,7 @@ import (
 	"qblockd/blockdev/filter/copybeforewrite"
 	"qblockd/blockdev/filter/copyonread"
 	"qblockd/blockdev/filter/preallocate"
+	"qblockd/blockdev/filter/quorum"
 	"qblockd/blockdev/filter/snapshotaccess"
 	"qblockd/blockdev/filter/throttle"
 	"qblockd/blockdev/format/luks"
@@ -36,6 +37,7 @@ var All = []*driver.Any{
 	null.Co,
 	preallocate.Def,
 	qcow2.Def,
+	quorum.Def,
 	raw.Def,
 	snapshotaccess.Def,
 	throttle.Def,

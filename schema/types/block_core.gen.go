@@ -598,6 +598,8 @@ const (
 	BlockdevDriverPreallocate BlockdevDriver = "preallocate"
 	// QEMU's image format.
 	BlockdevDriverQcow2 BlockdevDriver = "qcow2"
+	// Several copies of a disk, which vote.
+	BlockdevDriverQuorum BlockdevDriver = "quorum"
 	// A window onto another node, or all of it.
 	BlockdevDriverRaw BlockdevDriver = "raw"
 	// Shows the point in time that copy-before-write keeps.
@@ -622,6 +624,7 @@ var BlockdevDriverValues = []BlockdevDriver{
 	BlockdevDriverNullCo,
 	BlockdevDriverPreallocate,
 	BlockdevDriverQcow2,
+	BlockdevDriverQuorum,
 	BlockdevDriverRaw,
 	BlockdevDriverSnapshotAccess,
 	BlockdevDriverThrottle,
@@ -1102,6 +1105,38 @@ type BlockdevOptionsBlklogwrites struct {
 	LogSuperUpdateInterval *uint64
 }
 
+// QuorumReadPattern: which copies a quorum reads.
+type QuorumReadPattern string
+
+// The values of QuorumReadPattern.
+const (
+	// All of them, and they vote.
+	QuorumReadPatternQuorum QuorumReadPattern = "quorum"
+	// The first one that can be read.
+	QuorumReadPatternFifo QuorumReadPattern = "fifo"
+)
+
+// QuorumReadPatternValues lists the values of QuorumReadPattern in the order of the schema.
+var QuorumReadPatternValues = []QuorumReadPattern{
+	QuorumReadPatternQuorum,
+	QuorumReadPatternFifo,
+}
+
+// BlockdevOptionsQuorum: several copies of a disk. Writes go to all of them; what is read is what
+// enough of them agree about.
+type BlockdevOptionsQuorum struct {
+	// A difference between two copies is the end: for tests (default: false).
+	Blkverify *bool
+	// The copies, which have one size.
+	Children []*BlockdevRef
+	// How many copies have to agree when all are read, and how many writes have to succeed.
+	VoteThreshold int64
+	// Write what the vote says to the copies that differ (default: false).
+	RewriteCorrupted *bool
+	// Which copies are read (default: quorum).
+	ReadPattern *QuorumReadPattern
+}
+
 // BlockdevOptionsPreallocate: the filter preallocate: a file that becomes longer does so in large
 // steps.
 type BlockdevOptionsPreallocate struct {
@@ -1247,8 +1282,9 @@ type BlockdevOptions struct {
 	// *BlockdevOptionsCbw for copy-before-write, *BlockdevOptionsCor for copy-on-read,
 	// *BlockdevOptionsFile for file, *BlockdevOptionsFile for host_device, *BlockdevOptionsLUKS for luks,
 	// *BlockdevOptionsNbd for nbd, *BlockdevOptionsNull for null-aio, *BlockdevOptionsNull for null-co,
-	// *BlockdevOptionsPreallocate for preallocate, *BlockdevOptionsQcow2 for qcow2, *BlockdevOptionsRaw
-	// for raw, *BlockdevOptionsGenericFormat for snapshot-access, *BlockdevOptionsThrottle for throttle.
+	// *BlockdevOptionsPreallocate for preallocate, *BlockdevOptionsQcow2 for qcow2, *BlockdevOptionsQuorum
+	// for quorum, *BlockdevOptionsRaw for raw, *BlockdevOptionsGenericFormat for snapshot-access,
+	// *BlockdevOptionsThrottle for throttle.
 	U any
 }
 
@@ -1434,6 +1470,26 @@ var BlockErrorActionValues = []BlockErrorAction{
 	BlockErrorActionIgnore,
 	BlockErrorActionReport,
 	BlockErrorActionStop,
+}
+
+// QuorumOpType: what a copy of a quorum failed at.
+type QuorumOpType string
+
+// The values of QuorumOpType.
+const (
+	// Reading.
+	QuorumOpTypeRead QuorumOpType = "read"
+	// Writing.
+	QuorumOpTypeWrite QuorumOpType = "write"
+	// Flushing.
+	QuorumOpTypeFlush QuorumOpType = "flush"
+)
+
+// QuorumOpTypeValues lists the values of QuorumOpType in the order of the schema.
+var QuorumOpTypeValues = []QuorumOpType{
+	QuorumOpTypeRead,
+	QuorumOpTypeWrite,
+	QuorumOpTypeFlush,
 }
 
 // PreallocMode: how much of an image is allocated ahead of its use.
@@ -2037,6 +2093,38 @@ type BlockImageCorruptedEvent struct {
 
 // EventName returns "BLOCK_IMAGE_CORRUPTED".
 func (BlockImageCorruptedEvent) EventName() string { return "BLOCK_IMAGE_CORRUPTED" }
+
+// QuorumFailureEvent is the event QUORUM_FAILURE: so few copies of a quorum agree, or could be read or
+// written, that the request fails. At most one a second is told.
+type QuorumFailureEvent struct {
+	// The quorum.
+	Reference string
+	// Where the request begins, in sectors of 512 bytes.
+	SectorNum int64
+	// Its length, in sectors.
+	SectorsCount int64
+}
+
+// EventName returns "QUORUM_FAILURE".
+func (QuorumFailureEvent) EventName() string { return "QUORUM_FAILURE" }
+
+// QuorumReportBadEvent is the event QUORUM_REPORT_BAD: a copy of a quorum failed at something, or
+// differs from what the vote says. At most one a second is told of each copy.
+type QuorumReportBadEvent struct {
+	// What was done.
+	Type QuorumOpType
+	// Why it failed; left out if it differs.
+	Error *string
+	// The copy.
+	NodeName string
+	// Where the request begins, in sectors of 512 bytes.
+	SectorNum int64
+	// Its length, in sectors.
+	SectorsCount int64
+}
+
+// EventName returns "QUORUM_REPORT_BAD".
+func (QuorumReportBadEvent) EventName() string { return "QUORUM_REPORT_BAD" }
 
 // BlockJobCompletedEvent is the event BLOCK_JOB_COMPLETED: a job has ended, well or not.
 type BlockJobCompletedEvent struct {

@@ -330,6 +330,27 @@ func membersBlockdevOptionsBlklogwrites(d *decoder, x *BlockdevOptionsBlklogwrit
 		opt(d, "log-super-update-interval", &x.LogSuperUpdateInterval, visitUint64)
 }
 
+func visitQuorumReadPattern(d *decoder, name string, x *QuorumReadPattern) bool {
+	return enum(d, name, x, QuorumReadPatternValues)
+}
+
+// DecodeBlockdevOptionsQuorum decodes v; faults are worded as QEMU does (*ArgError).
+func DecodeBlockdevOptionsQuorum(v value.Value, m Mode) (*BlockdevOptionsQuorum, error) {
+	return decode(v, m, visitBlockdevOptionsQuorum)
+}
+
+func visitBlockdevOptionsQuorum(d *decoder, name string, x *BlockdevOptionsQuorum) bool {
+	return object(d, name, x, membersBlockdevOptionsQuorum)
+}
+
+func membersBlockdevOptionsQuorum(d *decoder, x *BlockdevOptionsQuorum) bool {
+	return opt(d, "blkverify", &x.Blkverify, visitBool) &&
+		listPtr(d, "children", &x.Children, visitBlockdevRef) &&
+		visitInt64(d, "vote-threshold", &x.VoteThreshold) &&
+		opt(d, "rewrite-corrupted", &x.RewriteCorrupted, visitBool) &&
+		opt(d, "read-pattern", &x.ReadPattern, visitQuorumReadPattern)
+}
+
 // DecodeBlockdevOptionsPreallocate decodes v; faults are worded as QEMU does (*ArgError).
 func DecodeBlockdevOptionsPreallocate(v value.Value, m Mode) (*BlockdevOptionsPreallocate, error) {
 	return decode(v, m, visitBlockdevOptionsPreallocate)
@@ -505,6 +526,10 @@ func membersBlockdevOptions(d *decoder, x *BlockdevOptions) bool {
 		u := new(BlockdevOptionsQcow2)
 		x.U = u
 		return membersBlockdevOptionsQcow2(d, u)
+	case BlockdevDriverQuorum:
+		u := new(BlockdevOptionsQuorum)
+		x.U = u
+		return membersBlockdevOptionsQuorum(d, u)
 	case BlockdevDriverRaw:
 		u := new(BlockdevOptionsRaw)
 		x.U = u

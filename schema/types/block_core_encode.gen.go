@@ -916,6 +916,28 @@ func (x *BlockdevOptionsBlklogwrites) AppendJSON(b []byte) []byte {
 }
 
 // AppendJSON appends x in QEMU's form, members in hash order.
+func (x *BlockdevOptionsQuorum) AppendJSON(b []byte) []byte {
+	b = append(b, '{')
+	if x.ReadPattern != nil {
+		b = appendKey(b, "read-pattern")
+		b = appendEnum(b, *x.ReadPattern)
+	}
+	b = appendKey(b, "children")
+	b = appendList(b, x.Children, func(b []byte, v *BlockdevRef) []byte { return v.AppendJSON(b) })
+	if x.Blkverify != nil {
+		b = append(b, `, "blkverify": `...)
+		b = appendBool(b, *x.Blkverify)
+	}
+	if x.RewriteCorrupted != nil {
+		b = append(b, `, "rewrite-corrupted": `...)
+		b = appendBool(b, *x.RewriteCorrupted)
+	}
+	b = append(b, `, "vote-threshold": `...)
+	b = appendInt(b, x.VoteThreshold)
+	return append(b, '}')
+}
+
+// AppendJSON appends x in QEMU's form, members in hash order.
 func (x *BlockdevOptionsPreallocate) AppendJSON(b []byte) []byte {
 	b = append(b, '{')
 	if x.PreallocAlign != nil {
@@ -1745,6 +1767,55 @@ func (x *BlockdevOptions) AppendJSON(b []byte) []byte {
 		}
 		b = append(b, `, "file": `...)
 		b = u.File.AppendJSON(b)
+		return append(b, '}')
+	case *BlockdevOptionsQuorum:
+		b = append(b, '{')
+		if u.ReadPattern != nil {
+			b = appendKey(b, "read-pattern")
+			b = appendEnum(b, *u.ReadPattern)
+		}
+		if x.DetectZeroes != nil {
+			b = appendKey(b, "detect-zeroes")
+			b = appendEnum(b, *x.DetectZeroes)
+		}
+		b = appendKey(b, "children")
+		b = appendList(b, u.Children, func(b []byte, v *BlockdevRef) []byte { return v.AppendJSON(b) })
+		if x.NodeName != nil {
+			b = append(b, `, "node-name": `...)
+			b = value.AppendString(b, *x.NodeName)
+		}
+		b = append(b, `, "driver": `...)
+		b = appendEnum(b, x.Driver)
+		if u.Blkverify != nil {
+			b = append(b, `, "blkverify": `...)
+			b = appendBool(b, *u.Blkverify)
+		}
+		if u.RewriteCorrupted != nil {
+			b = append(b, `, "rewrite-corrupted": `...)
+			b = appendBool(b, *u.RewriteCorrupted)
+		}
+		if x.AutoReadOnly != nil {
+			b = append(b, `, "auto-read-only": `...)
+			b = appendBool(b, *x.AutoReadOnly)
+		}
+		if x.ReadOnly != nil {
+			b = append(b, `, "read-only": `...)
+			b = appendBool(b, *x.ReadOnly)
+		}
+		b = append(b, `, "vote-threshold": `...)
+		b = appendInt(b, u.VoteThreshold)
+		if x.Cache != nil {
+			b = append(b, `, "cache": `...)
+			b = x.Cache.AppendJSON(b)
+		}
+		if x.Discard != nil {
+			b = append(b, `, "discard": `...)
+			b = appendEnum(b, *x.Discard)
+		}
+		if x.ForceShare != nil {
+			b = append(b, `, "force-share": `...)
+			b = appendBool(b, *x.ForceShare)
+		}
 		return append(b, '}')
 	case *BlockdevOptionsRaw:
 		b = append(b, '{')
@@ -2972,6 +3043,34 @@ func (x BlockImageCorruptedEvent) AppendJSON(b []byte) []byte {
 	if x.Size != nil {
 		b = append(b, `, "size": `...)
 		b = appendInt(b, *x.Size)
+	}
+	return append(b, '}')
+}
+
+// AppendJSON appends the data of the event in QEMU's form.
+func (x QuorumFailureEvent) AppendJSON(b []byte) []byte {
+	b = append(b, `{"reference": `...)
+	b = value.AppendString(b, x.Reference)
+	b = append(b, `, "sectors-count": `...)
+	b = appendInt(b, x.SectorsCount)
+	b = append(b, `, "sector-num": `...)
+	b = appendInt(b, x.SectorNum)
+	return append(b, '}')
+}
+
+// AppendJSON appends the data of the event in QEMU's form.
+func (x QuorumReportBadEvent) AppendJSON(b []byte) []byte {
+	b = append(b, `{"node-name": `...)
+	b = value.AppendString(b, x.NodeName)
+	b = append(b, `, "sectors-count": `...)
+	b = appendInt(b, x.SectorsCount)
+	b = append(b, `, "sector-num": `...)
+	b = appendInt(b, x.SectorNum)
+	b = append(b, `, "type": `...)
+	b = appendEnum(b, x.Type)
+	if x.Error != nil {
+		b = append(b, `, "error": `...)
+		b = value.AppendString(b, *x.Error)
 	}
 	return append(b, '}')
 }
