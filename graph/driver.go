@@ -115,6 +115,17 @@ type (
 	ChildKeeper interface {
 		KeepsChild()
 	}
+	// ChildChanger drivers get children and lose them while they are open, as tx makes it so. Their
+	// node is held; the child's parents and names are seen to. They do not block.
+	ChildChanger interface {
+		AddChild(tx *Tx, child *Node) error
+		RemoveChild(tx *Tx, e *Edge) error
+	}
+	// ChildReplacer drivers show what several children have. CanReplace tells whether the place of a
+	// node below can be taken by one that has what the driver shows.
+	ChildReplacer interface {
+		CanReplace(below *Node) bool
+	}
 	// ModeSwitcher has something to do when its node becomes writable or read-only (qcow2: repairs
 	// and header bits). Both are called while the node is drained: Prepare before the change, it
 	// may refuse; Commit after it. When a node that was to become read-only stays writable after

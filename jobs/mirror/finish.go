@@ -2,7 +2,8 @@ package mirror
 
 import (
 	"context"
-	"fmt"
+	"log/slog"
+	"syscall"
 
 	"qblockd/graph"
 	"qblockd/graph/blk"
@@ -209,9 +210,9 @@ func (j *Job) pivot(tx *graph.Tx) (readOnly []*graph.Node, _ error) {
 	old := j.source
 	if j.replace != nil {
 		if old = j.replace; !canReplace(j.source, old) {
-			return nil, fmt.Errorf("Can no longer replace '%s' by '%s', because it can no longer be guaranteed that doing so"+
-				" would not lead to an abrupt change of visible data",
-				old.Name(), j.target.Name())
+			slog.Error("the target of a mirror cannot take the place of a node any more: what that shows would change",
+				"target", j.target.Name(), "node", old.Name())
+			return nil, blk.Text("Operation not permitted", syscall.EPERM)
 		}
 	}
 	for _, n := range graph.Now.WithFiles(j.target) {
@@ -229,9 +230,12 @@ func (j *Job) pivot(tx *graph.Tx) (readOnly []*graph.Node, _ error) {
 }
 
 // canReplace tells whether a mirror of source may take the place of n: n shows the same data as
-// source, in every use.
+// source, in every use, or what uses it copes with others.
 func canReplace(source, n *graph.Node) bool {
 	for source != n {
+		if d, ok := source.Driver().(graph.ChildReplacer); ok {
+			return d.CanReplace(n)
+		}
 		e := source.FilteredChild()
 		if e == nil {
 			return false

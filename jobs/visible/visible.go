@@ -19,6 +19,7 @@ const (
 	TransactionBegins Moment = iota // also of a command that could be a step of one
 	TransactionEnds                 // well or not; the nodes of the steps that had their turn
 	NodeReopened                    // or not; what is below the nodes of blockdev-reopen, before and after
+	ChildrenChanged                 // the node that got a child or lost one
 	HeaderSwitched                  // what is below an image, writable for its header
 	NodeProbed                      // the node under a new one: once with its request queue, once with the node
 	ExportLeft                      // its node; as NodeProbed
@@ -37,6 +38,7 @@ var pairs = [moments]int{
 	TransactionBegins: 1,
 	TransactionEnds:   1,
 	NodeReopened:      1,
+	ChildrenChanged:   1,
 	HeaderSwitched:    1,
 	NodeProbed:        2,
 	ExportLeft:        2,

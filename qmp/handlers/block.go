@@ -69,6 +69,15 @@ func (b BlockCore) BlockdevDel(ctx context.Context, a *types.BlockdevDelArgs) er
 	return b.Nodes.Del(ctx, a.NodeName)
 }
 
+// XBlockdevChange gives a node one more child, or takes one from it.
+func (b BlockCore) XBlockdevChange(ctx context.Context, a *types.XBlockdevChangeArgs) error {
+	n, err := b.Nodes.ChangeChild(ctx, a)
+	if err == nil {
+		b.Jobs.Show(visible.ChildrenChanged, n)
+	}
+	return err
+}
+
 // BlockSetWriteThreshold sets the offset that raises an event when it is written.
 func (b BlockCore) BlockSetWriteThreshold(ctx context.Context, a *types.BlockSetWriteThresholdArgs) error {
 	return b.Nodes.SetWriteThreshold(ctx, a.NodeName, a.WriteThreshold)

@@ -1981,6 +1981,16 @@ type BlockSetWriteThresholdArgs struct {
 	WriteThreshold uint64
 }
 
+// XBlockdevChangeArgs: the arguments of x-blockdev-change.
+type XBlockdevChangeArgs struct {
+	// The node.
+	Parent string
+	// The name of its child that goes.
+	Child *string
+	// A node without parents that becomes a child.
+	Node *string
+}
+
 // XBlockdevSetIothreadArgs: the arguments of x-blockdev-set-iothread.
 type XBlockdevSetIothreadArgs struct {
 	// The node.

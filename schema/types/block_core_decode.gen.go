@@ -1238,6 +1238,21 @@ func membersBlockSetWriteThresholdArgs(d *decoder, x *BlockSetWriteThresholdArgs
 		visitUint64(d, "write-threshold", &x.WriteThreshold)
 }
 
+// DecodeXBlockdevChangeArgs decodes the arguments in v, nil for none; faults are worded as QEMU does (*ArgError).
+func DecodeXBlockdevChangeArgs(v *value.Dict) (*XBlockdevChangeArgs, error) {
+	return args(v, visitXBlockdevChangeArgs)
+}
+
+func visitXBlockdevChangeArgs(d *decoder, name string, x *XBlockdevChangeArgs) bool {
+	return object(d, name, x, membersXBlockdevChangeArgs)
+}
+
+func membersXBlockdevChangeArgs(d *decoder, x *XBlockdevChangeArgs) bool {
+	return visitStr(d, "parent", &x.Parent) &&
+		opt(d, "child", &x.Child, visitStr) &&
+		opt(d, "node", &x.Node, visitStr)
+}
+
 // DecodeXBlockdevSetIothreadArgs decodes the arguments in v, nil for none; faults are worded as QEMU does (*ArgError).
 func DecodeXBlockdevSetIothreadArgs(v *value.Dict) (*XBlockdevSetIothreadArgs, error) {
 	return args(v, visitXBlockdevSetIothreadArgs)

@@ -2872,6 +2872,21 @@ func (x *BlockSetWriteThresholdArgs) AppendJSON(b []byte) []byte {
 }
 
 // AppendJSON appends x in QEMU's form, members in hash order.
+func (x *XBlockdevChangeArgs) AppendJSON(b []byte) []byte {
+	b = append(b, `{"parent": `...)
+	b = value.AppendString(b, x.Parent)
+	if x.Child != nil {
+		b = append(b, `, "child": `...)
+		b = value.AppendString(b, *x.Child)
+	}
+	if x.Node != nil {
+		b = append(b, `, "node": `...)
+		b = value.AppendString(b, *x.Node)
+	}
+	return append(b, '}')
+}
+
+// AppendJSON appends x in QEMU's form, members in hash order.
 func (x *XBlockdevSetIothreadArgs) AppendJSON(b []byte) []byte {
 	b = append(b, '{')
 	if x.Force != nil {

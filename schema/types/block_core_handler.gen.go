@@ -39,6 +39,9 @@ type BlockCoreHandler interface {
 	// BlockSetWriteThreshold executes block-set-write-threshold: set the offset whose writing raises
 	// `BLOCK_WRITE_THRESHOLD`, once.
 	BlockSetWriteThreshold(ctx context.Context, a *BlockSetWriteThresholdArgs) error
+	// XBlockdevChange executes x-blockdev-change: give a node one more child, or take one from it. It is
+	// for quorums. The node goes on being used; what was read and written before has ended then.
+	XBlockdevChange(ctx context.Context, a *XBlockdevChangeArgs) error
 	// XBlockdevSetIothread executes x-blockdev-set-iothread: move a node, with all nodes it is connected
 	// to and their exports, into an iothread or out of all of them. Exports with a fixed iothread forbid
 	// it.
@@ -166,6 +169,16 @@ func RegisterBlockCore(r Registrar, h BlockCoreHandler) {
 			return nil, err
 		}
 		if err := h.BlockSetWriteThreshold(ctx, a); err != nil {
+			return nil, err
+		}
+		return append(out, "{}"...), nil
+	})
+	r.Handle("x-blockdev-change", func(ctx context.Context, args *value.Dict, out []byte) ([]byte, error) {
+		a, err := DecodeXBlockdevChangeArgs(args)
+		if err != nil {
+			return nil, err
+		}
+		if err := h.XBlockdevChange(ctx, a); err != nil {
 			return nil, err
 		}
 		return append(out, "{}"...), nil
