@@ -112,12 +112,13 @@ func (h *Header) check(keySize uint32, states [Slots]uint32, detached bool) erro
 		return errors.New("LUKS key iteration count is zero")
 	}
 	n := (uint64(keySize)*stripes + sector - 1) / sector
+	n = (n + align - 1) / align * align // QEMU opens no disk whose places are not whole
 	for i := range h.Slots {
 		s := &h.Slots[i]
 		from := uint64(s.Offset)
 		switch {
 		case s.Stripes != stripes:
-			return fmt.Errorf("Keyslot %d is corrupted (stripes %d != %d)", i, s.Stripes, stripes)
+			return fmt.Errorf("Keyslot %d is corrupted (stripes %d != %d)", i, int32(s.Stripes), stripes)
 		case from < align:
 			return fmt.Errorf("Keyslot %d is overlapping with the LUKS header", i)
 		case !s.Active && states[i] != slotEmpty:
@@ -153,6 +154,9 @@ func (h *Header) spec(words [3]string, keySize uint32) error {
 	}
 	size := keySize
 	if h.Mode == types.QCryptoCipherModeXts {
+		if keySize%2 != 0 {
+			return errors.New("XTS cipher key length should be a multiple of 2")
+		}
 		size /= 2
 	}
 	if h.Alg, ok = crypto.OfFamily(words[0], int(size)); !ok || uint64(h.KeySize()) != uint64(keySize) {

@@ -190,6 +190,7 @@ func TestFailures(t *testing.T) {
 func TestHostile(t *testing.T) {
 	m, _, _ := create(t, crypto.Spec{Alg: "aes-256", Mode: "cbc", IV: "essiv", IVHash: "sha256"}, "sha256", "sesame")
 	u32 := func(v uint32) string { return string([]byte{byte(v >> 24), byte(v >> 16), byte(v >> 8), byte(v)}) }
+	xts, sha256 := "xts-plain64"+strings.Repeat("\x00", 21), "sha256"+strings.Repeat("\x00", 26)
 	for _, c := range []struct {
 		at         int
 		data, want string
@@ -207,18 +208,22 @@ func TestHostile(t *testing.T) {
 		{40, "cbc-essiv\x00", "Missing IV generator hash specification"},
 		{40, "cbc-essiv:sha1\x00", "No AES cipher with key size 20 available"},
 		{40, "cbc-plain:\x00", "Hash algorithm '' not supported"},
+		{40, xts + sha256 + u32(2056) + u32(31), "XTS cipher key length should be a multiple of 2"},
 		{72, "foo\x00", "Hash algorithm 'foo' not supported"},
 		{104, u32(7), "LUKS payload is overlapping with the header"},
 		{104, u32(8), "Keyslot 0 is overlapping with the encrypted payload"},
 		{108, u32(0), "Algorithm 'aes' with key size 0 bytes not supported"},
 		{108, u32(33), "Keyslots 0 and 1 are overlapping in the header"},
 		{108, u32(1<<32 - 1), "Keyslot 0 is overlapping with the encrypted payload"},
+		{104, u32(2055), "Keyslot 7 is overlapping with the encrypted payload"}, // it ends before, its place does not
 		{164, u32(0), "LUKS key iteration count is zero"},
 		{208, u32(5), "Keyslot 0 state (active/disable) is corrupted"},
 		{256, u32(slotEnabled), "Keyslot 1 iteration count is zero"},
 		{248, u32(7), "Keyslot 0 is overlapping with the LUKS header"},
 		{248, u32(264), "Keyslots 0 and 1 are overlapping in the header"},
+		{248, u32(9), "Keyslots 0 and 1 are overlapping in the header"}, // the same
 		{252, u32(1), "Keyslot 0 is corrupted (stripes 1 != 4000)"},
+		{252, u32(1<<32 - 1), "Keyslot 0 is corrupted (stripes -1 != 4000)"},
 		{208 + 7*48 + 40, u32(1<<32 - 1), "Keyslot 7 is overlapping with the encrypted payload"},
 	} {
 		b := bytes.Clone(m.data[:HeaderSize])
