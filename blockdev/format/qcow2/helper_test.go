@@ -10,6 +10,7 @@ import (
 
 	"qblockd/blockdev/drivertest"
 	"qblockd/blockdev/format/qcow2/layout"
+	"qblockd/graph"
 	"qblockd/graph/blk"
 	"qblockd/schema/types"
 )
@@ -17,6 +18,7 @@ import (
 // mem is a drivertest driver as the file of an image, without a graph in between.
 type mem struct {
 	drv interface {
+		Caps() graph.Caps
 		Size() int64
 		ReadAt(*blk.Req, blk.Vec, int64, blk.Flags) error
 		WriteAt(*blk.Req, blk.Vec, int64, blk.Flags) error
@@ -29,6 +31,8 @@ type mem struct {
 }
 
 func (m mem) Size() int64 { return m.drv.Size() }
+
+func (m mem) Caps() graph.Caps { return m.drv.Caps() }
 func (m mem) ReadAt(r *blk.Req, v blk.Vec, off int64, f blk.Flags) error {
 	return m.drv.ReadAt(r, v, off, f)
 }

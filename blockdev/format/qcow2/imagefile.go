@@ -9,12 +9,14 @@ import (
 	"syscall"
 
 	"qblockd/blockdev/format/qcow2/layout"
+	"qblockd/graph"
 	"qblockd/graph/blk"
 	"qblockd/schema/types"
 )
 
 // file is what an image needs of its children; *graph.Edge is one.
 type file interface {
+	Caps() graph.Caps
 	Size() int64
 	ReadAt(r *blk.Req, v blk.Vec, off int64, f blk.Flags) error
 	WriteAt(r *blk.Req, v blk.Vec, off int64, f blk.Flags) error
@@ -157,6 +159,10 @@ func (s *config) data() file {
 	}
 	return s.file
 }
+
+// unwritten tells whether host offset off of the file with the guest data, where it was written up to
+// end, reads as zeroes whatever will be written behind. An encrypted file grows by noise.
+func (s *config) unwritten(off, end int64) bool { return off >= end && s.data().Caps().ZeroInit }
 
 // readData reads guest data.
 func (s *config) readData(r *blk.Req, v blk.Vec, off int64) error {

@@ -11,6 +11,7 @@ import (
 	"strings"
 	"testing"
 
+	"qblockd/graph"
 	"qblockd/graph/blk"
 )
 
@@ -26,6 +27,8 @@ func openOS(t testing.TB, name string) osFile {
 	t.Cleanup(func() { f.Close() })
 	return osFile{f}
 }
+
+func (f osFile) Caps() graph.Caps { return graph.Caps{ZeroInit: true} }
 
 func (f osFile) Size() int64 {
 	st, err := f.Stat()

@@ -167,7 +167,7 @@ func (s *requests) placeSubs(r *blk.Req, t *table, a *alloc, k int64) error {
 	switch {
 	case s.geo.External:
 		a.reuse, a.host, a.n = true, a.first<<s.cb, run
-		a.fresh = a.host >= s.data().Size()
+		a.fresh = s.unwritten(a.host, s.data().Size())
 		return nil
 	case s.owned(first):
 		a.reuse, a.host, a.n = true, int64(first&layout.OffsetMask), run
@@ -192,7 +192,7 @@ func (s *requests) newHost(r *blk.Req, t *table, a *alloc, n int64) error {
 		return err
 	}
 	a.host, a.n = c<<s.cb, got
-	a.fresh = a.host >= end
+	a.fresh = s.unwritten(a.host, end)
 	s.noteEnd(a.host + got<<s.cb)
 	s.dataEnd = max(s.dataEnd, a.host+got<<s.cb)
 	return nil

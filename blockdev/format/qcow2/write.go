@@ -16,7 +16,7 @@ type alloc struct {
 	zipped   int64 // bytes of compressed data for the one cluster; 0: it is not compressed
 	reuse    bool  // the place that the entry has, or has to have, is written
 	from, to int64 // of the disk, which is written
-	fresh    bool  // the host clusters were never written, so they read as zeroes
+	fresh    bool  // the host clusters were never written and read as zeroes
 }
 
 // inflight are the allocations whose data are being written.
@@ -231,7 +231,7 @@ func (s *requests) planAlloc(r *blk.Req, gc, k, in, n int64) (plan, error) {
 			return plan{}, err
 		}
 		a.host, a.n = c<<s.cb, got
-		a.fresh = a.host >= end
+		a.fresh = s.unwritten(a.host, end)
 		s.noteEnd(a.host + got<<s.cb)
 		s.dataEnd = max(s.dataEnd, a.host+got<<s.cb)
 	}
@@ -252,7 +252,7 @@ func (s *requests) planAlloc(r *blk.Req, gc, k, in, n int64) (plan, error) {
 // +checklocks:s.mu
 func (s *requests) planExternal(t *table, a *alloc, k int64) {
 	a.reuse, a.host = true, a.first<<s.cb
-	a.fresh = a.host >= s.data().Size()
+	a.fresh = s.unwritten(a.host, s.data().Size())
 	for i := s.l2Index(a.first); a.n < k; a.n++ {
 		if e := s.entry(t, i+a.n); a.n > 0 && e&layout.Copied != 0 && s.geo.KindOf(e) == layout.Normal {
 			break
