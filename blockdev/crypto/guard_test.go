@@ -5,8 +5,6 @@ import (
 	"math/rand/v2"
 	"syscall"
 	"testing"
-
-	"qblockd/schema/types"
 )
 
 // guarded is memory of n bytes that ends, or begins, where a page begins or ends that must not be
@@ -15,7 +13,8 @@ func guarded(t *testing.T, n int, atEnd bool) []byte {
 	t.Helper()
 	page := syscall.Getpagesize()
 	size := (n + page - 1) / page * page
-	mem, err := syscall.Mmap(-1, 0, size+2*page, syscall.PROT_READ|syscall.PROT_WRITE, syscall.MAP_PRIVATE|syscall.MAP_ANON)
+	const prot, flags = syscall.PROT_READ | syscall.PROT_WRITE, syscall.MAP_PRIVATE | syscall.MAP_ANON
+	mem, err := syscall.Mmap(-1, 0, size+2*page, prot, flags)
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -40,11 +39,11 @@ func guarded(t *testing.T, n int, atEnd bool) []byte {
 func TestBounds(t *testing.T) {
 	r := rand.New(rand.NewPCG(1, 2))
 	for _, s := range []Spec{
-		{Alg: types.QCryptoCipherAlgorithmAes128, Mode: types.QCryptoCipherModeXts, IV: types.QCryptoIVGenAlgorithmPlain64},
-		{Alg: types.QCryptoCipherAlgorithmAes192, Mode: types.QCryptoCipherModeXts, IV: types.QCryptoIVGenAlgorithmPlain},
-		{Alg: types.QCryptoCipherAlgorithmAes256, Mode: types.QCryptoCipherModeXts, IV: types.QCryptoIVGenAlgorithmPlain64},
-		{Alg: types.QCryptoCipherAlgorithmAes256, Mode: types.QCryptoCipherModeCbc, IV: types.QCryptoIVGenAlgorithmPlain64},
-		{Alg: types.QCryptoCipherAlgorithmSerpent256, Mode: types.QCryptoCipherModeXts, IV: types.QCryptoIVGenAlgorithmPlain64},
+		{Alg: "aes-128", Mode: "xts", IV: "plain64"},
+		{Alg: "aes-192", Mode: "xts", IV: "plain"},
+		{Alg: "aes-256", Mode: "xts", IV: "plain64"},
+		{Alg: "aes-256", Mode: "cbc", IV: "plain64"},
+		{Alg: "serpent-256", Mode: "xts", IV: "plain64"},
 	} {
 		c := mustNew(t, s, seeded(s.KeySize(), 5))
 		for sectors := range 20 {

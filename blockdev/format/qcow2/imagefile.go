@@ -160,8 +160,8 @@ func (s *config) data() file {
 	return s.file
 }
 
-// unwritten tells whether host offset off of the file with the guest data, where it was written up to
-// end, reads as zeroes whatever will be written behind. An encrypted file grows by noise.
+// unwritten tells whether host offset off of the file with the guest data, which was written up to
+// end, reads as zeroes whatever is written behind it. An encrypted file grows by noise.
 func (s *config) unwritten(off, end int64) bool { return off >= end && s.data().Caps().ZeroInit }
 
 // readData reads guest data.
