@@ -42,7 +42,7 @@ func TestComplete(t *testing.T) {
 	for _, tt := range []struct{ line, want string }{
 		{"blockdev-a", "blockdev-add"},
 		{"blockdev-add dri", "driver="},
-		{"blockdev-add driver=q", "driver=qcow2"},
+		{"blockdev-add driver=q", "driver=qcow2|driver=quorum"},
 		{"blockdev-add driver=qcow2 driv", ""},
 		{"blockdev-add driver=qcow2 lazy", "lazy-refcounts="},
 		{"blockdev-add driver=qcow2 lazy-refcounts=", "lazy-refcounts=false|lazy-refcounts=true"},

@@ -77,7 +77,7 @@ func unsupported(err error) bool {
 
 // readOld fills b with the old content of guest cluster gc from its byte in on; beyond the end of
 // the disk that is zeroes.
-func (s *requests) readOld(r *blk.Req, m mapping, gc, in int64, b []byte) error {
+func (s *requests) readOld(r *blk.Req, c cell, gc, in int64, b []byte) error {
 	if len(b) == 0 {
 		return nil
 	}
@@ -90,18 +90,19 @@ func (s *requests) readOld(r *blk.Req, m mapping, gc, in int64, b []byte) error 
 		}
 	}
 	if s.geo.Extended {
-		return s.readOldSubs(r, m, gc, in, b)
+		return s.readOldSubs(r, c, gc, in, b)
 	}
-	return s.readOldRun(r, m, off, in, b)
+	return s.readOldRun(r, s.geo.KindOf(c.word), c.word, off, in, b)
 }
 
-// readOldRun fills b with what lies at off of the disk, which is at in of the cluster m.
-func (s *requests) readOldRun(r *blk.Req, m mapping, off, in int64, b []byte) error {
-	switch m.kind {
+// readOldRun fills b with what lies at off of the disk, of one kind, which is at in of the cluster
+// with L2 entry e.
+func (s *requests) readOldRun(r *blk.Req, kind layout.Kind, e uint64, off, in int64, b []byte) error {
+	switch kind {
 	case layout.Normal:
-		return s.readData(r, blk.Buf(b), m.host+in)
+		return s.readData(r, blk.Buf(b), int64(e&layout.OffsetMask)+in)
 	case layout.CompressedKind:
-		return s.readCompressed(r, blk.Buf(b), m.entry, in)
+		return s.readCompressed(r, blk.Buf(b), e, in)
 	case layout.Unallocated:
 		return s.readBacking(r, blk.Buf(b), off)
 	}

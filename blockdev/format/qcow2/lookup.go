@@ -194,7 +194,6 @@ type mapping struct {
 	entry uint64 // L2 entry of the first cluster
 	host  int64  // file offset of the first byte; 0 for kinds without a host cluster, and compressed
 	n     int64  // bytes
-	bits  uint64 // of the subclusters, for what is copied
 }
 
 // lookup tells what is behind off: a run of at most n bytes, within one L2 slice or, where there

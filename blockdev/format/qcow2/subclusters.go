@@ -43,7 +43,7 @@ func (s *tables) zeroed(e uint64) cell {
 func (s *tables) lookupSubs(r *blk.Req, t *table, gc, in, n int64) (mapping, error) {
 	i := s.l2Index(gc)
 	c := s.cell(t, i)
-	m := mapping{kind: s.geo.SubKind(c.word, c.bits, in>>s.sb), entry: c.word, bits: c.bits}
+	m := mapping{kind: s.geo.SubKind(c.word, c.bits, in>>s.sb), entry: c.word}
 	if err := s.checkEntry(r, m.kind, c.word, gc); err != nil {
 		return mapping{}, err
 	}
@@ -102,7 +102,7 @@ func (s *requests) planSubs(r *blk.Req, t *table, gc, k, in, n int64) (plan, err
 	off := gc<<s.cb + in
 	p := plan{n: min(n, a.n<<s.cb-in), host: a.host + in, alloc: a}
 	first, last := s.cell(t, i), s.cell(t, i+a.n-1)
-	p.head, p.tail = s.stateOf(first), s.stateOf(last)
+	p.head, p.tail = first, last
 	p.from = gc<<s.cb + s.copyStart(first, in, a.reuse)
 	end, at := off+p.n, (gc+a.n-1)<<s.cb
 	p.to = at + s.copyEnd(last, end-at, a.reuse)
@@ -198,10 +198,6 @@ func (s *requests) newHost(r *blk.Req, t *table, a *alloc, n int64) error {
 	return nil
 }
 
-func (s *tables) stateOf(c cell) mapping {
-	return mapping{kind: s.geo.KindOf(c.word), entry: c.word, host: int64(c.word & layout.OffsetMask), bits: c.bits}
-}
-
 // copyStart is where in a cluster that is written from in on writing has to begin. Who stays in the
 // host cluster leaves what is there alone, as others may be writing to it.
 func (s *tables) copyStart(c cell, in int64, stays bool) int64 {
@@ -254,16 +250,15 @@ func (s *requests) linkSubs(r *blk.Req, t *table, i int64, a *alloc) {
 }
 
 // readOldSubs is readOld where subclusters may differ.
-func (s *requests) readOldSubs(r *blk.Req, m mapping, gc, in int64, b []byte) error {
+func (s *requests) readOldSubs(r *blk.Req, c cell, gc, in int64, b []byte) error {
 	for len(b) > 0 {
-		run := m
-		run.kind = s.geo.SubKind(m.entry, m.bits, in>>s.sb)
+		kind := s.geo.SubKind(c.word, c.bits, in>>s.sb)
 		end := (in>>s.sb + 1) << s.sb
-		for end < in+int64(len(b)) && s.geo.SubKind(m.entry, m.bits, end>>s.sb) == run.kind {
+		for end < in+int64(len(b)) && s.geo.SubKind(c.word, c.bits, end>>s.sb) == kind {
 			end += 1 << s.sb
 		}
 		n := min(int64(len(b)), end-in)
-		if err := s.readOldRun(r, run, gc<<s.cb+in, in, b[:n]); err != nil {
+		if err := s.readOldRun(r, kind, c.word, gc<<s.cb+in, in, b[:n]); err != nil {
 			return err
 		}
 		b, in = b[n:], in+n

@@ -98,7 +98,7 @@ type plan struct {
 	from, to int64
 	// head and tail are the old state of the first and last cluster of an allocation, for copying
 	// what is not written.
-	head, tail mapping
+	head, tail cell
 }
 
 // planWrite decides how the bytes from off, at most n, are written, and allocates for them. It
@@ -236,8 +236,7 @@ func (s *requests) planAlloc(r *blk.Req, gc, k, in, n int64) (plan, error) {
 		s.dataEnd = max(s.dataEnd, a.host+got<<s.cb)
 	}
 	p := plan{n: min(n, a.n<<s.cb-in), host: a.host + in, alloc: a, from: gc << s.cb, to: (gc + a.n) << s.cb}
-	p.head = s.oldState(first)
-	p.tail = s.oldState(s.entry(t, i+a.n-1))
+	p.head, p.tail = cell{word: first}, cell{word: s.entry(t, i+a.n-1)}
 	if s.geo.External {
 		p.to = min(p.to, s.size.Load()) // the file shall not become longer than the disk
 	} else if err := s.checkOverlap(r, a.host, a.n<<s.cb, 0); err != nil {
@@ -264,10 +263,6 @@ func (s *requests) planExternal(t *table, a *alloc, k int64) {
 // +checklocks:s.mu
 func (s *tables) reusable(e uint64) bool {
 	return e&layout.Copied != 0 && s.geo.KindOf(e) == layout.ZeroAlloc
-}
-
-func (s *tables) oldState(e uint64) mapping {
-	return mapping{kind: s.geo.KindOf(e), entry: e, host: int64(e & layout.OffsetMask)}
 }
 
 // waitInflight waits until no allocation is in flight within k clusters from gc, or the image has
