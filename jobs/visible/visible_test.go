@@ -15,7 +15,7 @@ func TestPauses(t *testing.T) {
 		got += fmt.Sprint(map[bool]string{true: "all ", false: "near "}[m.All()], m.Pairs(), "\n")
 	}
 	const want = "all 1\nnear 1\n" + // transactions
-		"near 1\nnear 1\nnear 2\nnear 2\n" + // nodes
+		"near 1\nnear 1\nnear 1\nnear 2\nnear 2\n" + // nodes
 		"near 1\nnear 1\nnear 2\nnear 2\nnear 3\n" + // stream
 		"near 1\nnear 1\nall 1\n"
 	if got != want {
