@@ -77,10 +77,13 @@ func size(node string, n int64) made {
 // generators make the commands of the schema that change something.
 var generators = map[string]func(g *gen) made{
 	"blockdev-add": func(g *gen) made {
-		switch g.r.IntN(4) {
+		switch g.r.IntN(5) {
 		case 0:
 			v := g.pick("v0", "v1")
 			return made{args: g.qcow2(v, v)}
+		case 4:
+			copy := M{"driver": "null-co", "size": diskSize, "read-zeroes": true}
+			return made{args: M{"driver": "quorum", "node-name": "vote", "vote-threshold": 1, "children": []M{copy, copy}}}
 		case 1:
 			return made{args: M{"driver": "raw", "node-name": g.pick("x0", "x1", "x2") + "r", "file": g.free()}}
 		}
@@ -90,11 +93,20 @@ var generators = map[string]func(g *gen) made{
 	},
 	"blockdev-del": func(g *gen) made {
 		if g.one(3) {
-			return made{args: M{"node-name": g.pick("v0", "v1", "x0r", "x1r", "x2r", "o0", "o1", "m0", "m1", g.grown(), g.grown())}}
+			return made{args: M{"node-name": g.pick("vote", "v0", "v1", "x0r", "x1r", "x2r", "o0", "o1", "m0", "m1", g.grown(), g.grown())}}
 		}
 		x := g.pick("x0", "x1", "x2")
 		return made{args: M{"node-name": x}, steps: is("node "+x, "drop"),
 			texts: texts{"Failed to find node with node-name='" + x + "'": is("node "+x, "is not there")}}
+	},
+	"x-blockdev-change": func(g *gen) made {
+		a := M{"parent": g.pick("vote", "vote", "vote", g.any())}
+		if g.one(2) {
+			a["node"] = g.pick("x0", "x1", "x2", g.any())
+		} else {
+			a["child"] = g.pick("children.0", "children.1", "children.2", "children.3")
+		}
+		return made{args: a}
 	},
 	"blockdev-reopen": func(g *gen) made {
 		var l []M
@@ -346,7 +358,7 @@ var leftOut = map[string]string{
 var weights = map[string]int{
 	"block-dirty-bitmap-add": 6, "block-dirty-bitmap-remove": 4, "block-dirty-bitmap-clear": 4, "block-dirty-bitmap-merge": 8, "x-debug-block-dirty-bitmap-sha256": 6,
 	"blockdev-snapshot-internal-sync": 8, "blockdev-snapshot-delete-internal-sync": 8, "block_resize": 8, "blockdev-reopen": 8, "transaction": 12,
-	"blockdev-add": 6, "blockdev-del": 6, "block-export-add": 4, "block-export-del": 4, "blockdev-backup": 10, "blockdev-mirror": 6, "block-stream": 4, "block-commit": 8,
+	"blockdev-add": 6, "blockdev-del": 6, "x-blockdev-change": 6, "block-export-add": 4, "block-export-del": 4, "blockdev-backup": 10, "blockdev-mirror": 6, "block-stream": 4, "block-commit": 8,
 	"blockdev-snapshot-sync": 8, "job-complete": 4, "block-job-complete": 4, "job-finalize": 4, "job-dismiss": 6, "job-cancel": 4, "block-job-cancel": 4, "query-named-block-nodes": 4,
 }
 
