@@ -34,6 +34,10 @@ func (c clinging) WriteAt(r *blk.Req, v blk.Vec, off int64, f blk.Flags) error {
 	return c.Driver.(graph.Writer).WriteAt(r, v, off, f)
 }
 
+func (c clinging) Zero(r *blk.Req, off, n int64, f blk.Flags) error {
+	return c.Driver.(graph.Zeroer).Zero(r, off, n, f)
+}
+
 // TestSnapshotOfClinging: a node that cannot be made read-only below its overlay takes no writers
 // any more, and is recorded as read-only. One whose driver never can is as it was.
 func TestSnapshotOfClinging(t *testing.T) {
