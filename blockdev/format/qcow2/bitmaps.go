@@ -201,7 +201,7 @@ func (s *bitmaps) storeBitmaps(r *blk.Req) error {
 		now  *persisted
 		from *stored // nil: it is new
 	}
-	var todo []pair
+	var inOrder []pair
 	var list, old []*stored
 	placed, named, bornAs := map[string]bool{}, byName(want), map[string]*stored{}
 	for _, m := range s.stored {
@@ -211,17 +211,17 @@ func (s *bitmaps) storeBitmaps(r *blk.Req) error {
 		case m.born:
 			bornAs[m.Name] = m // as in QEMU they come last, the newest first
 		default:
-			todo = append(todo, pair{p, m})
+			inOrder = append(inOrder, pair{p, m})
 			placed[m.Name] = true
 		}
 	}
 	for i := range want {
 		if p := &want[i]; !placed[p.name] {
-			todo = append(todo, pair{p, bornAs[p.name]})
+			inOrder = append(inOrder, pair{p, bornAs[p.name]})
 		}
 	}
 	defer s.giveBack(r)
-	for _, x := range todo {
+	for _, x := range inOrder {
 		if x.now.inconsistent && x.from != nil {
 			list = append(list, x.from) // as it is
 			continue
