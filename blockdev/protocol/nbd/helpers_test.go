@@ -9,6 +9,7 @@ import (
 	"net"
 	"os"
 	"path/filepath"
+	"runtime"
 	"testing"
 	"time"
 
@@ -159,6 +160,25 @@ func (w *world) comeBack() *peer {
 		w.t.Fatal("the attempt has gone")
 	}
 	return &peer{w.t, s}
+}
+
+// rests waits until the link makes its pause before the next attempt to connect, and tells whether
+// it does: else the attempt is under way, or requests wait no longer.
+func (w *world) rests() bool {
+	w.t.Helper()
+	const timers = 2 // of the reconnect-delay, of the pause
+	for end := time.Now().Add(patience); w.clock.Pending() < timers; runtime.Gosched() {
+		w.link.mu.Lock()
+		over := w.link.state == offline
+		w.link.mu.Unlock()
+		if over || len(w.tries) > 0 {
+			return false
+		}
+		if time.Now().After(end) {
+			w.t.Fatal("no attempt to connect, and no pause before one")
+		}
+	}
+	return true
 }
 
 // refuse lets the attempt that is under way fail.
