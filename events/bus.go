@@ -22,10 +22,12 @@ type Limit struct {
 	Key string
 }
 
-// limits are QEMU's, by event name, for the events that a block daemon emits.
+// limits are QEMU's, by event name, for the events that a block daemon emits. That of
+// BLOCK_IO_ERROR is of version 10.0, by qom-path there.
 var limits = map[string]Limit{
 	"QUORUM_REPORT_BAD": {Interval: time.Second, Key: "node-name"},
 	"QUORUM_FAILURE":    {Interval: time.Second},
+	"BLOCK_IO_ERROR":    {Interval: time.Second, Key: "device"},
 }
 
 // Options of a Bus; the zero value gives the defaults.

@@ -84,6 +84,7 @@ func (t *Table) Add(ctx context.Context, o *types.BlockExportOptions) error {
 		return errors.New("No driver found for the requested export type")
 	}
 	x := &Export{Options: o, gone: make(chan struct{})}
+	x.Errors = NewErrors(o.OnReadError, o.OnWriteError, x.tellError)
 	if err := t.reserve(x); err != nil {
 		return err
 	}
@@ -295,6 +296,15 @@ func (t *Table) servedLocked(id string) *Export {
 	return nil
 }
 
+// Resume lets an export go on that an error has stopped. Source: QAPI, block-export-resume.
+func (t *Table) Resume(id string) error {
+	x, err := t.find(id, false)
+	if err == nil && !x.Errors.Resume() {
+		err = fmt.Errorf("Export '%s' is not stopped", id)
+	}
+	return err
+}
+
 // Type is the type of the export of that id; ok is false if there is none.
 func (t *Table) Type(id string) (typ types.BlockExportType, ok bool) {
 	t.mu.Lock()
@@ -326,7 +336,8 @@ func (t *Table) Query() []*types.BlockExportInfo {
 	defer t.mu.Unlock()
 	l := make([]*types.BlockExportInfo, 0, len(t.list))
 	for _, x := range slices.Backward(t.list) {
-		info := &types.BlockExportInfo{ID: x.Options.ID, Type: x.Options.Type, ShuttingDown: x.closing}
+		info := &types.BlockExportInfo{ID: x.Options.ID, Type: x.Options.Type, ShuttingDown: x.closing,
+			IoStatus: x.Errors.Status()}
 		if n := x.Root.Node(); n != nil {
 			info.NodeName = n.Name()
 		}

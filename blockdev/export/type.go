@@ -2,7 +2,9 @@ package export
 
 import (
 	"context"
+	"errors"
 	"sync/atomic"
+	"syscall"
 
 	"qblockd/graph"
 	"qblockd/graph/blk"
@@ -49,6 +51,8 @@ type Export struct {
 	Options *types.BlockExportOptions
 	// Root is where requests enter. It counts them.
 	Root *graph.Root
+	// Errors is what to do about errors of the node; nil: they are passed on.
+	Errors *Errors
 
 	account graph.Account      // of Root
 	cancel  context.CancelFunc // of the root's context: requests that wait for others give up
@@ -74,6 +78,19 @@ func (x *Export) Workers() Workers { return *x.workers.Load() }
 
 // setWorkers makes w serve x from the next request on.
 func (x *Export) setWorkers(w Workers) { x.workers.Store(&w) }
+
+// tellError tells clients of QMP what was done about an error. An export has no path among QEMU's
+// devices.
+func (x *Export) tellError(op types.IoOperationType, a types.BlockErrorAction, err error) {
+	e := types.BlockIoErrorEvent{
+		Device: x.Options.ID, Operation: op, Action: a,
+		Nospace: new(errors.Is(err, syscall.ENOSPC)), Reason: blk.ErrnoText(err),
+	}
+	if n := x.Root.Node(); n != nil {
+		e.NodeName = new(n.Name())
+	}
+	x.Root.Graph().Sink().Emit(e)
+}
 
 // shutdown drops the clients of x; it does not wait.
 func (x *Export) shutdown() {

@@ -112,6 +112,7 @@ type (
 		ID, Type     string
 		Node         string `json:"node-name"`
 		ShuttingDown bool   `json:"shutting-down"`
+		IoStatus     string `json:"io-status"` // empty where there is no option about errors
 	}
 )
 
@@ -179,6 +180,9 @@ func drawn(raw debugGraph, nodes []nodeInfo, exports []exportInfo, jobs []jobInf
 				}
 				if exports[i].ShuttingDown {
 					p.Traits = append(p.Traits, "shutting down")
+				}
+				if s := exports[i].IoStatus; s != "" && s != "ok" {
+					p.Traits = append(p.Traits, "stopped: "+s)
 				}
 				exports = slices.Delete(exports, i, i+1)
 			}

@@ -75,6 +75,11 @@ func (h BlockExport) BlockExportDel(ctx context.Context, a *types.BlockExportDel
 	return h.Exports.Del(ctx, a.ID, types.Or(a.Mode, types.BlockExportRemoveModeSafe))
 }
 
+// BlockExportResume implements types.BlockExportHandler.
+func (h BlockExport) BlockExportResume(_ context.Context, a *types.BlockExportResumeArgs) error {
+	return h.Exports.Resume(a.ID)
+}
+
 // QueryBlockExports implements types.BlockExportHandler.
 func (h BlockExport) QueryBlockExports(context.Context) ([]*types.BlockExportInfo, error) {
 	return h.Exports.Query(), nil

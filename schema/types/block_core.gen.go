@@ -370,7 +370,7 @@ type BlockStats struct {
 	Backing *BlockStats
 }
 
-// BlockdevOnError: what a job does about an I/O error.
+// BlockdevOnError: what a job or an export does about an I/O error.
 type BlockdevOnError string
 
 // The values of BlockdevOnError.
@@ -383,7 +383,7 @@ const (
 	BlockdevOnErrorEnospc BlockdevOnError = "enospc"
 	// Pause until a client resumes it.
 	BlockdevOnErrorStop BlockdevOnError = "stop"
-	// Leave it to the kind of job.
+	// Leave it to the kind of job or export.
 	BlockdevOnErrorAuto BlockdevOnError = "auto"
 )
 
@@ -1461,7 +1461,7 @@ const (
 	BlockErrorActionIgnore BlockErrorAction = "ignore"
 	// It was passed on, or failed the job.
 	BlockErrorActionReport BlockErrorAction = "report"
-	// The job was paused.
+	// The job was paused, or the export stopped.
 	BlockErrorActionStop BlockErrorAction = "stop"
 )
 

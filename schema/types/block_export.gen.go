@@ -99,6 +99,12 @@ type BlockExportOptions struct {
 	Writable *bool
 	// Each write is on stable storage before it is acknowledged (default false).
 	Writethrough *bool
+	// What to do about errors of reading; without it clients of the export get them, and nobody else hears
+	// of it. With ignore they read zeroes; auto is report.
+	OnReadError *BlockdevOnError
+	// What to do about errors of everything else that clients ask for: writing, zeroing, discarding,
+	// flushing; auto is enospc.
+	OnWriteError *BlockdevOnError
 	// U holds the members of the branch that Type selects; nil where the branch has none.
 	// *BlockExportOptionsNbd for nbd.
 	U any
@@ -114,6 +120,8 @@ type BlockExportInfo struct {
 	NodeName string
 	// It is being removed.
 	ShuttingDown bool
+	// What stopped it, if it is not ok; left out for exports without options about errors.
+	IoStatus *BlockDeviceIoStatus
 }
 
 // NbdServerStartArgs: the arguments of nbd-server-start.
@@ -145,6 +153,34 @@ type BlockExportDelArgs struct {
 	// What to do about clients (default safe).
 	Mode *BlockExportRemoveMode
 }
+
+// BlockExportResumeArgs: the arguments of block-export-resume.
+type BlockExportResumeArgs struct {
+	// The export.
+	ID string
+}
+
+// BlockIoErrorEvent is the event BLOCK_IO_ERROR: something failed in an export with options about
+// errors. At most one a second is told of each export, and none while it is stopped.
+type BlockIoErrorEvent struct {
+	// Empty: exports have no QOM path.
+	QomPath string
+	// The export.
+	Device string
+	// Its node.
+	NodeName *string
+	// What failed.
+	Operation IoOperationType
+	// What was done about it; after stop, `block-export-resume` goes on.
+	Action BlockErrorAction
+	// Space ran out.
+	Nospace *bool
+	// The error, for people.
+	Reason string
+}
+
+// EventName returns "BLOCK_IO_ERROR".
+func (BlockIoErrorEvent) EventName() string { return "BLOCK_IO_ERROR" }
 
 // BlockExportDeletedEvent is the event BLOCK_EXPORT_DELETED: an export is gone and its id may be used
 // again.

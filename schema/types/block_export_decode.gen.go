@@ -78,7 +78,9 @@ func membersBlockExportOptions(d *decoder, x *BlockExportOptions) bool {
 		opt(d, "iothread", &x.Iothread, visitStr) &&
 		visitStr(d, "node-name", &x.NodeName) &&
 		opt(d, "writable", &x.Writable, visitBool) &&
-		opt(d, "writethrough", &x.Writethrough, visitBool)) {
+		opt(d, "writethrough", &x.Writethrough, visitBool) &&
+		opt(d, "on-read-error", &x.OnReadError, visitBlockdevOnError) &&
+		opt(d, "on-write-error", &x.OnWriteError, visitBlockdevOnError)) {
 		return false
 	}
 	switch x.Type {
@@ -133,4 +135,17 @@ func visitBlockExportDelArgs(d *decoder, name string, x *BlockExportDelArgs) boo
 func membersBlockExportDelArgs(d *decoder, x *BlockExportDelArgs) bool {
 	return visitStr(d, "id", &x.ID) &&
 		opt(d, "mode", &x.Mode, visitBlockExportRemoveMode)
+}
+
+// DecodeBlockExportResumeArgs decodes the arguments in v, nil for none; faults are worded as QEMU does (*ArgError).
+func DecodeBlockExportResumeArgs(v *value.Dict) (*BlockExportResumeArgs, error) {
+	return args(v, visitBlockExportResumeArgs)
+}
+
+func visitBlockExportResumeArgs(d *decoder, name string, x *BlockExportResumeArgs) bool {
+	return object(d, name, x, membersBlockExportResumeArgs)
+}
+
+func membersBlockExportResumeArgs(d *decoder, x *BlockExportResumeArgs) bool {
+	return visitStr(d, "id", &x.ID)
 }

@@ -101,6 +101,10 @@ func (x *BlockExportOptions) AppendJSON(b []byte) []byte {
 			b = appendKey(b, "description")
 			b = value.AppendString(b, *u.Description)
 		}
+		if x.OnWriteError != nil {
+			b = appendKey(b, "on-write-error")
+			b = appendEnum(b, *x.OnWriteError)
+		}
 		if u.Bitmaps != nil {
 			b = appendKey(b, "bitmaps")
 			b = appendList(b, u.Bitmaps, func(b []byte, v *BlockDirtyBitmapOrStr) []byte { return v.AppendJSON(b) })
@@ -115,6 +119,10 @@ func (x *BlockExportOptions) AppendJSON(b []byte) []byte {
 		}
 		b = appendKey(b, "node-name")
 		b = value.AppendString(b, x.NodeName)
+		if x.OnReadError != nil {
+			b = append(b, `, "on-read-error": `...)
+			b = appendEnum(b, *x.OnReadError)
+		}
 		if x.Iothread != nil {
 			b = append(b, `, "iothread": `...)
 			b = value.AppendString(b, *x.Iothread)
@@ -134,12 +142,20 @@ func (x *BlockExportOptions) AppendJSON(b []byte) []byte {
 		return append(b, '}')
 	case nil:
 		b = append(b, '{')
+		if x.OnWriteError != nil {
+			b = appendKey(b, "on-write-error")
+			b = appendEnum(b, *x.OnWriteError)
+		}
 		if x.Writable != nil {
 			b = appendKey(b, "writable")
 			b = appendBool(b, *x.Writable)
 		}
 		b = appendKey(b, "node-name")
 		b = value.AppendString(b, x.NodeName)
+		if x.OnReadError != nil {
+			b = append(b, `, "on-read-error": `...)
+			b = appendEnum(b, *x.OnReadError)
+		}
 		if x.Iothread != nil {
 			b = append(b, `, "iothread": `...)
 			b = value.AppendString(b, *x.Iothread)
@@ -163,7 +179,12 @@ func (x *BlockExportOptions) AppendJSON(b []byte) []byte {
 
 // AppendJSON appends x in QEMU's form, members in hash order.
 func (x *BlockExportInfo) AppendJSON(b []byte) []byte {
-	b = append(b, `{"node-name": `...)
+	b = append(b, '{')
+	if x.IoStatus != nil {
+		b = appendKey(b, "io-status")
+		b = appendEnum(b, *x.IoStatus)
+	}
+	b = appendKey(b, "node-name")
 	b = value.AppendString(b, x.NodeName)
 	b = append(b, `, "shutting-down": `...)
 	b = appendBool(b, x.ShuttingDown)
@@ -218,6 +239,36 @@ func (x *BlockExportDelArgs) AppendJSON(b []byte) []byte {
 	}
 	b = appendKey(b, "id")
 	b = value.AppendString(b, x.ID)
+	return append(b, '}')
+}
+
+// AppendJSON appends x in QEMU's form, members in hash order.
+func (x *BlockExportResumeArgs) AppendJSON(b []byte) []byte {
+	b = append(b, `{"id": `...)
+	b = value.AppendString(b, x.ID)
+	return append(b, '}')
+}
+
+// AppendJSON appends the data of the event in QEMU's form.
+func (x BlockIoErrorEvent) AppendJSON(b []byte) []byte {
+	b = append(b, `{"device": `...)
+	b = value.AppendString(b, x.Device)
+	if x.Nospace != nil {
+		b = append(b, `, "nospace": `...)
+		b = appendBool(b, *x.Nospace)
+	}
+	if x.NodeName != nil {
+		b = append(b, `, "node-name": `...)
+		b = value.AppendString(b, *x.NodeName)
+	}
+	b = append(b, `, "qom-path": `...)
+	b = value.AppendString(b, x.QomPath)
+	b = append(b, `, "reason": `...)
+	b = value.AppendString(b, x.Reason)
+	b = append(b, `, "operation": `...)
+	b = appendEnum(b, x.Operation)
+	b = append(b, `, "action": `...)
+	b = appendEnum(b, x.Action)
 	return append(b, '}')
 }
 

@@ -27,6 +27,8 @@ type Spec struct {
 	// Workers is the group that serves requests which have to wait, asked for each of them; nil, as
 	// its result, means that there is no bound but that of each connection.
 	Workers func() export.Workers
+	// Errors is what to do about errors of the device; nil: clients get them.
+	Errors *export.Errors
 }
 
 // Bitmap is a dirty bitmap that clients can read.

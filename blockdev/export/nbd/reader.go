@@ -130,6 +130,9 @@ func (r *reader) skip(n int64) error {
 // enter passes the gate for a request that is served in line, or returns nil where that would have
 // to wait. The request must not wait from then on.
 func (r *reader) enter() *blk.Req {
+	if r.exp.spec.Errors.Stopped() != nil {
+		return nil
+	}
 	if r.inside = r.dev.TryBegin(); r.inside != nil {
 		r.inside.NoWait = true
 	}

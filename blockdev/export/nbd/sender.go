@@ -17,14 +17,24 @@ type reply struct {
 	buf  *blk.Buffer // memory behind data
 	next *reply      // sent right behind it
 	cost int64       // of the job this is the last of; -1: not the last
+	// fault is the error of the device that it tells, if any; of several replies the first has it.
+	fault error
 }
 
 var replyPool = sync.Pool{New: func() any { return &reply{head: make([]byte, 0, 64)} }}
 
 func newReply() *reply {
 	p := replyPool.Get().(*reply)
-	p.head, p.data, p.buf, p.next, p.cost = p.head[:0], nil, nil, nil, -1
+	p.head, p.data, p.buf, p.next, p.cost, p.fault = p.head[:0], nil, nil, nil, -1, nil
 	return p
+}
+
+// drop gives back what replies hold that are not to be sent.
+func drop(p *reply) {
+	for ; p != nil; p = p.next {
+		blk.PutBuf(p.buf)
+		p.buf, p.data = nil, nil
+	}
 }
 
 // sender puts replies into a connection's socket: those that the reader has gathered, those of

@@ -114,6 +114,9 @@ func (s *Server) Add(spec Spec) (*Export, error) {
 	if err := checkSpec(&spec); err != nil {
 		return nil, err
 	}
+	if spec.Errors != nil {
+		spec.Device = careful{spec.Device, spec.Errors}
+	}
 	e := &Export{spec: spec, srv: s, clients: map[*conn]struct{}{}, done: make(chan struct{}),
 		flags: transmissionFlags(&spec, s.opts.MaxConns != 1), contexts: contexts(&spec)}
 	s.mu.Lock()

@@ -132,6 +132,28 @@ func (s *session) failure(q *nbdwire.Request, errno uint32, msg string) *reply {
 	return p
 }
 
+// fault makes the reply to a request that the device has failed.
+func (s *session) fault(q *nbdwire.Request, err error, msg string) *reply {
+	p := s.failure(q, nbdwire.Errno(err), msg)
+	p.fault = err
+	return p
+}
+
+// success makes the reply to a request whose failure is to be ignored: reads get zeroes.
+func (s *session) success(q *nbdwire.Request) *reply {
+	p := newReply()
+	if q.Cmd != nbdwire.CmdRead {
+		p.head = nbdwire.AppendSimple(p.head, q.Cookie, 0)
+		return p
+	}
+	n := int(q.Len)
+	p.head = s.appendReadHead(p.head, q, n)
+	p.buf = s.exp.srv.buffer(n)
+	p.data = p.buf.B
+	clear(p.data)
+	return p
+}
+
 // perform does what j asks for in the unit of work u, and makes its reply.
 func (s *session) perform(u *blk.Req, j *job) *reply {
 	q := &j.q
@@ -145,12 +167,14 @@ func (s *session) perform(u *blk.Req, j *job) *reply {
 	case nbdwire.CmdWrite:
 		err = s.dev.WriteAt(u, blk.Buf(j.buf.B), int64(q.Off), s.flags(q))
 	case nbdwire.CmdCache:
-		err, msg = s.dev.Prefetch(u, int64(q.Off), int64(q.Len)), msgCache
+		if err := s.dev.Prefetch(u, int64(q.Off), int64(q.Len)); err != nil {
+			return s.failure(q, nbdwire.Errno(err), msgCache)
+		}
 	default:
 		msg, err = s.doControl(u, q)
 	}
 	if err != nil {
-		return s.failure(q, nbdwire.Errno(err), msg)
+		return s.fault(q, err, msg)
 	}
 	p := newReply()
 	p.head = nbdwire.AppendSimple(p.head, q.Cookie, 0)
@@ -180,7 +204,7 @@ func (s *session) serveRead(r *blk.Req, q *nbdwire.Request) *reply {
 	n := int(q.Len)
 	if q.Flags&nbdwire.CmdFlagFUA != 0 {
 		if err := s.dev.Flush(r); err != nil {
-			return s.failure(q, nbdwire.Errno(err), msgFlush)
+			return s.fault(q, err, msgFlush)
 		}
 	}
 	if s.structured && q.Flags&nbdwire.CmdFlagDF == 0 && n >= mapMin {
@@ -196,6 +220,7 @@ func (s *session) serveRead(r *blk.Req, q *nbdwire.Request) *reply {
 		blk.PutBuf(p.buf)
 		p.buf = nil
 		p.head = s.appendFailure(p.head[:0], q.Cookie, nbdwire.Errno(err), msgRead)
+		p.fault = err
 		return p
 	}
 	p.data = p.buf.B
@@ -209,6 +234,7 @@ func (s *session) serveSparse(r *blk.Req, q *nbdwire.Request) *reply {
 	off, end := int64(q.Off), int64(q.Off)+int64(q.Len)
 	fail := func(err error, msg string) *reply {
 		last.head = nbdwire.AppendErrorOffset(last.head, q.Cookie, nbdwire.Errno(err), uint64(off), msg)
+		first.fault = err
 		return first
 	}
 	x, err := s.status(r, off, end-off)

@@ -172,7 +172,7 @@ func (t *Type) Serve(x *export.Export, held *graph.Hold) (export.Server, error) 
 		return nil, err
 	}
 	s := spec(x.Options)
-	s.Device, s.Size, s.Workers = device{x.Root, x.Writable()}, x.Size(), x.Workers
+	s.Device, s.Size, s.Workers, s.Errors = device{x.Root, x.Writable()}, x.Size(), x.Workers, x.Errors
 	for _, d := range bitmaps {
 		s.Bitmaps = append(s.Bitmaps, Bitmap{Name: d.Name(), Bits: d.Bits()})
 	}

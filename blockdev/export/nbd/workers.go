@@ -3,11 +3,14 @@ package nbd
 import (
 	"slices"
 	"sync"
+	"sync/atomic"
+	"time"
 
 	"qblockd/blockdev/export"
 	"qblockd/blockdev/nbdwire"
 	"qblockd/events/panics"
 	"qblockd/graph/blk"
+	"qblockd/schema/types"
 )
 
 // job is a request on its way through a worker.
@@ -29,6 +32,8 @@ const maxWorkers = 16
 type workers struct {
 	*conn
 	worker func() // work; made once
+	// parked: some worker looks after the client while the export is stopped.
+	parked atomic.Bool
 
 	mu   sync.Mutex
 	room sync.Cond // inflight or bytes went down, with mu
@@ -147,8 +152,68 @@ func (w *workers) serveSafely(j *job) (p *reply) {
 	return w.serve(j)
 }
 
-// serve performs j in one unit of work and makes its reply.
+// serve performs j and makes its reply. Errors of the device are what the export says; where one
+// stops it, j is performed again when it goes on.
 func (w *workers) serve(j *job) *reply {
+	errs := w.exp.spec.Errors
+	for {
+		if over := errs.Stopped(); over != nil {
+			w.park(over)
+		}
+		p := w.attempt(j)
+		if p.fault == nil {
+			return p
+		}
+		switch errs.Decide(operation(&j.q), p.fault) {
+		case types.BlockErrorActionReport:
+			return p
+		case types.BlockErrorActionIgnore:
+			drop(p)
+			return w.success(&j.q)
+		}
+		drop(p)
+	}
+}
+
+// operation is what q counts as among errors.
+func operation(q *nbdwire.Request) types.IoOperationType {
+	if q.Cmd == nbdwire.CmdRead {
+		return types.IoOperationTypeRead
+	}
+	return types.IoOperationTypeWrite
+}
+
+// goneAfter is how often a stopped connection is looked at.
+const goneAfter = 100 * time.Millisecond
+
+// park waits while the export is stopped, with no pass and no worker of a group, until the
+// connection ends. It may be that nothing is read from the socket meanwhile, so it looks itself
+// whether the client has gone: then nobody waits for replies, and the connection ends.
+func (w *workers) park(over <-chan struct{}) {
+	var look <-chan time.Time
+	if w.parked.CompareAndSwap(false, true) {
+		defer w.parked.Store(false)
+		t := time.NewTicker(goneAfter)
+		defer t.Stop()
+		look = t.C
+	}
+	for {
+		select {
+		case <-over:
+			return
+		case <-w.ctx.Done():
+			return
+		case <-look:
+			if w.hungUp() {
+				w.srv.log.Info("NBD client gone while an error has its export stopped", "export", w.exp.spec.Name)
+				w.kill()
+			}
+		}
+	}
+}
+
+// attempt performs j in one unit of work.
+func (w *workers) attempt(j *job) *reply {
 	if w.dead.Load() {
 		return w.failure(&j.q, nbdwire.ESHUTDOWN, "connection is closed")
 	}
