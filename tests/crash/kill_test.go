@@ -45,7 +45,9 @@ type killRound struct {
 	dir  string
 	rnd  *rand.Rand
 	lazy bool
-	l    *ledger
+	// extended: L2 entries with subclusters; external: data in files of their own.
+	extended, external bool
+	l                  *ledger
 	// before is what the disk showed when the bitmap "all" was made.
 	before []uint64
 	d      *daemon.Daemon
@@ -96,27 +98,23 @@ func (r *killRound) make() {
 		r.work = works[r.rnd.IntN(len(works))]
 	}
 	r.repair = r.lazy || r.work == "snapshots"
-	r.how = fmt.Sprintf("%s, clusters of %d, lazy %v", r.work, cs, r.lazy)
+	r.extended = cs >= 16<<10 && r.rnd.IntN(2) == 0
+	r.external = r.work != "snapshots" && r.rnd.IntN(3) == 0 // they have none
+	r.how = fmt.Sprintf("%s, clusters of %d, lazy %v, extended %v, data files %v", r.work, cs, r.lazy, r.extended, r.external)
 	values := make([]uint64, diskSize/sector)
 	for k, name := range layers {
-		o := types.BlockdevCreateOptionsQcow2{Size: diskSize, ClusterSize: &cs, LazyRefcounts: &r.lazy}
+		o := types.BlockdevCreateOptionsQcow2{ClusterSize: &cs}
 		if k > 0 {
 			o.BackingFile, o.BackingFmt = &layers[k-1], rig.Ptr(types.BlockdevDriverQcow2)
 		}
-		if err := errors.Join(x.MakeFile(name, 0, nil), x.CreateQcow2(ctx, name, o)); err != nil {
-			r.t.Fatal(err)
-		}
+		r.makeImage(x, name, o)
 		if name == "top" {
 			break
 		}
 		r.fill(x, name, k, values)
 	}
 	if r.hasTarget() {
-		o := types.BlockdevCreateOptionsQcow2{Size: diskSize, ClusterSize: &cs, LazyRefcounts: &r.lazy}
-		err := errors.Join(x.MakeFile("target", 0, nil), x.CreateQcow2(ctx, "target", o))
-		if err != nil {
-			r.t.Fatal(err)
-		}
+		r.makeImage(x, "target", types.BlockdevCreateOptionsQcow2{ClusterSize: &cs})
 	}
 	r.l, r.before = newLedger(len(values), func(i int) uint64 { return values[i] }), values
 	if r.work != "bitmaps" {
@@ -130,6 +128,21 @@ func (r *killRound) make() {
 	add := x.Nodes.BitmapAdd(&types.BlockDirtyBitmapAdd{Node: "top", Name: "all", Persistent: rig.Ptr(true),
 		Granularity: rig.Ptr(uint32(512) << r.rnd.IntN(9))})
 	if err := errors.Join(transaction.Run(ctx, x.Graph, add), x.Nodes.Del(ctx, "top")); err != nil {
+		r.t.Fatal(err)
+	}
+}
+
+// makeImage creates an image of the round's kind.
+func (r *killRound) makeImage(x *rig.Rig, name string, o types.BlockdevCreateOptionsQcow2) {
+	r.t.Helper()
+	o.Size, o.LazyRefcounts, o.ExtendedL2 = diskSize, &r.lazy, &r.extended
+	if r.external {
+		if err := x.MakeFile(name+".data", 0, nil); err != nil {
+			r.t.Fatal(err)
+		}
+		o.DataFile = rig.Ptr(x.File(name + ".data"))
+	}
+	if err := errors.Join(x.MakeFile(name, 0, nil), x.CreateQcow2(context.Background(), name, o)); err != nil {
 		r.t.Fatal(err)
 	}
 }

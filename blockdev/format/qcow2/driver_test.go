@@ -13,6 +13,7 @@ import (
 	"qblockd/blockdev/format/qcow2/layout"
 	"qblockd/graph"
 	"qblockd/graph/blk"
+	"qblockd/graph/perm"
 	"qblockd/schema/types"
 )
 
@@ -35,35 +36,62 @@ func addQcow2(
 // created makes an image of the given options in a node on d and returns the node.
 func created(t testing.TB, g *graph.Graph, d graph.Driver, o *types.BlockdevCreateOptionsQcow2) *graph.Node {
 	t.Helper()
-	n := drivertest.AddNode(t, g, "file", d)
-	c := drivertest.Writer
-	c.Need |= 8 // resize
-	tx := g.Begin(context.Background())
-	defer tx.Abort()
-	r, err := tx.AttachRoot(graph.RootSpec{EdgeName: "root", Claim: c}, n)
-	if err == nil {
-		err = tx.Commit()
+	n, _ := createdWith(t, g, d, nil, o)
+	return n
+}
+
+// createdWith is created with a node on ext for the data, unless that is nil.
+func createdWith(
+	t testing.TB, g *graph.Graph, d, ext graph.Driver, o *types.BlockdevCreateOptionsQcow2,
+) (n, data *graph.Node) {
+	t.Helper()
+	ctx := context.Background()
+	var roots []*graph.Root
+	add := func(name string, d graph.Driver) *graph.Node {
+		c := drivertest.Writer
+		c.Need |= 8 // resize
+		n := drivertest.AddNode(t, g, name, d)
+		r, err := g.AddRoot(ctx, graph.RootSpec{EdgeName: "root", Claim: c}, n)
+		if err != nil {
+			t.Fatal(err)
+		}
+		roots = append(roots, r)
+		return n
 	}
-	if err == nil {
-		err = Create(context.Background(), r, nil, o, &driver.Creation{})
+	n = add("file", d)
+	below := (*graph.Root)(nil)
+	if ext != nil {
+		data = add("data", ext)
+		below = roots[1]
 	}
-	if err == nil {
-		err = g.CloseRoot(context.Background(), r)
+	err := Create(ctx, roots[0], below, o, &driver.Creation{Filename: (*graph.Node).Name})
+	for _, r := range roots {
+		err = errors.Join(err, g.CloseRoot(ctx, r))
 	}
 	if err != nil {
 		t.Fatal(err)
 	}
-	return n
+	return n, data
 }
 
 // TestSuite runs the conformance suite over files of several kinds.
 func TestSuite(t *testing.T) {
+	data := &types.BlockdevRef{Reference: ptr("data")}
 	for _, c := range []struct {
 		name string
 		file func(t testing.TB) graph.Driver
 		o    types.BlockdevCreateOptionsQcow2
 	}{
 		{"mem", func(testing.TB) graph.Driver { return drivertest.NewMemFile(0) }, types.BlockdevCreateOptionsQcow2{}},
+		{"data", func(t testing.TB) graph.Driver { return drivertest.NewHostFile(t, 0) },
+			types.BlockdevCreateOptionsQcow2{DataFile: data, ClusterSize: ptr(uint64(4096))}},
+		{"raw data", func(t testing.TB) graph.Driver { return drivertest.NewHostFile(t, 0) },
+			types.BlockdevCreateOptionsQcow2{DataFile: data, DataFileRaw: ptr(true)}},
+		{"extended data", func(testing.TB) graph.Driver { return drivertest.NewMemFile(0) },
+			types.BlockdevCreateOptionsQcow2{DataFile: data, ClusterSize: ptr(uint64(16384)), ExtendedL2: ptr(true)}},
+		{"data in a slow file", func(testing.TB) graph.Driver {
+			return drivertest.NewMemFileOptions(0, drivertest.MemOptions{Slow: true, NoZero: true, NoDiscard: true})
+		}, types.BlockdevCreateOptionsQcow2{DataFile: data, DataFileRaw: ptr(true)}},
 		{"host", func(t testing.TB) graph.Driver { return drivertest.NewHostFile(t, 0) }, types.BlockdevCreateOptionsQcow2{}},
 		{"small", func(testing.TB) graph.Driver {
 			limits := blk.Limits{RequestAlign: 512, MemAlign: 512, MaxTransfer: 8192}
@@ -83,7 +111,11 @@ func TestSuite(t *testing.T) {
 				Open: func(t *testing.T, g *graph.Graph, size int64, ro bool) *graph.Node {
 					o := c.o
 					o.Size = uint64(size)
-					return addQcow2(t, g, "q", created(t, g, c.file(t), &o), ro, nil)
+					if o.DataFile == nil {
+						return addQcow2(t, g, "q", created(t, g, c.file(t), &o), ro, nil)
+					}
+					file, data := createdWith(t, g, c.file(t), c.file(t), &o)
+					return addQcow2(t, g, "q", file, ro, nil, drivertest.Child{Name: dataFile, Role: perm.Data, Node: data})
 				},
 				Check: func(t *testing.T, n *graph.Node) { sound(t, n.Driver().(*Driver).image, true) },
 			})

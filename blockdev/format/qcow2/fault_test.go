@@ -44,17 +44,23 @@ func scenario(s *image, disk []byte, bad []bool) error {
 	for i := range 40 {
 		write((8+3*i)*cs, cs+cs/2, byte(10+i), 0)
 	}
-	write(4*cs, cs, 5, blk.Compressed)
-	write(5*cs, cs, 6, blk.Compressed)
+	how := blk.Compressed
+	if s.geo.External {
+		how = 0 // nothing is compressed there, nor shared
+	}
+	write(4*cs, cs, 5, how)
+	write(5*cs, cs, 6, how)
 	errs = append(errs, s.Flush(req()))
 	write(4*cs+cs/2, cs/2, 7, 0)
 	if err := s.Resize(req(), int64(len(disk))*2, blk.PreallocOff); err != nil {
 		errs = append(errs, err)
 	}
 	errs = append(errs, s.Flush(req()))
-	// What is shared moves: the L1 table that the header refers to has to hear of it.
-	_, err := s.CreateSnapshot(req(), "s", time.Unix(0, 0), 0)
-	errs = append(errs, err)
+	if !s.geo.External {
+		// What is shared moves: the L1 table that the header refers to has to hear of it.
+		_, err := s.CreateSnapshot(req(), "s", time.Unix(0, 0), 0)
+		errs = append(errs, err)
+	}
 	write(0, cs, 8, 0)
 	errs = append(errs, s.Flush(req()))
 	return errors.Join(errs...)
@@ -66,26 +72,43 @@ func TestEachFailure(t *testing.T) {
 	for _, sh := range []shape{
 		{cs: 1024, bits: 64, v: "v3"}, {cs: 4096, bits: 16, v: "v3"}, {cs: 1024, bits: 16, v: "v3", lazy: true},
 		{cs: 16384, bits: 16, v: "v3", ext: true},
+		{cs: 1024, bits: 16, v: "v3", data: "data"}, {cs: 4096, bits: 1, v: "v3", data: "raw"},
+		{cs: 16384, bits: 16, v: "v3", ext: true, data: "data"},
 	} {
-		t.Run(fmt.Sprintf("%+v", sh), func(t *testing.T) {
-			for i := 0; ; i++ {
-				if !failOnce(t, sh, i) {
-					t.Logf("%d calls", i)
-					break
-				}
-				if testing.Short() {
-					i += 6
-				}
+		for _, external := range []bool{false, true} {
+			if external && sh.data == "" {
+				continue
 			}
-		})
+			t.Run(fmt.Sprintf("%+v,external=%v", sh, external), func(t *testing.T) {
+				for i := 0; ; i++ {
+					if !failOnce(t, sh, external, i) {
+						t.Logf("%d calls", i)
+						break
+					}
+					if testing.Short() {
+						i += 6
+					}
+				}
+			})
+		}
 	}
 }
 
-func failOnce(t *testing.T, sh shape, i int) (failed bool) {
+// failOnce lets call i of the file fail or, with external, of the one that has the data.
+func failOnce(t *testing.T, sh shape, external bool, i int) (failed bool) {
 	size := int(sh.cs) * 150
-	img := mustCreate(t, sh.options(uint64(size)))
+	o := sh.options(uint64(size))
+	img := mustCreate(t, o)
 	f := drivertest.NewFault(img)
-	s := mustOpen(t, mem{f}, config{unmap: true})
+	whole, c := config{}, config{file: mem{f}, unmap: true}
+	if o.Data != nil {
+		whole.external, c.external = mem{o.Data}, mem{o.Data}
+	}
+	if external {
+		f = drivertest.NewFault(o.Data)
+		c.file, c.external = mem{img}, mem{f}
+	}
+	s := mustOpen(t, c.file, c)
 	setCaches(s, 4, 4)
 	disk, bad := make([]byte, size), make([]bool, size/512)
 	f.FailAt(i, syscall.EIO)
@@ -118,7 +141,7 @@ func failOnce(t *testing.T, sh shape, i int) (failed bool) {
 	look()
 	live := s.size.Load()
 	mustClose(t, s)
-	s = mustOpen(t, mem{img}, config{})
+	s = mustOpen(t, mem{img}, whole)
 	if n := s.size.Load(); n != live {
 		t.Fatalf("call %d: the size is %d, and %d once the image is opened again", i, live, n)
 	}

@@ -21,10 +21,16 @@ func seedImages(t testing.TB) [][]byte {
 		{ClusterSize: ptr(uint64(1024)), RefcountBits: ptr(int64(64)), LazyRefcounts: true, CompressionType: "zstd"},
 		{ClusterSize: ptr(uint64(1024)), Version: "v2"},
 		{ClusterSize: ptr(uint64(16384)), Extended: true},
+		{ClusterSize: ptr(uint64(512)), Data: drivertest.NewMemFile(0)},
+		{ClusterSize: ptr(uint64(16384)), Extended: true, Data: drivertest.NewMemFile(0), Raw: true},
 	} {
 		o.Size = 64 << 10
 		f := mustCreate(t, o)
-		s := mustOpen(t, mem{f}, config{})
+		c := config{}
+		if o.Data != nil {
+			c.external = mem{o.Data}
+		}
+		s := mustOpen(t, mem{f}, c)
 		b := make([]byte, 2048)
 		for i := range b {
 			b[i] = byte(i / 64)
@@ -35,7 +41,7 @@ func seedImages(t testing.TB) [][]byte {
 			}
 		}
 		zipped := bytes.Repeat(b, int(max(s.cs/2048, 1)))
-		if err := s.WriteAt(req(), blk.Buf(zipped), 16384, blk.Compressed); err != nil {
+		if err := s.WriteAt(req(), blk.Buf(zipped), 16384, blk.Compressed); err != nil && o.Data == nil {
 			t.Fatal(err)
 		}
 		_ = s.Zero(req(), 20<<10, 2048, blk.MayUnmap)
@@ -57,6 +63,8 @@ func FuzzOps(f *testing.F) {
 	f.Add([]byte{0, 0, 40, 0, 1, 0, 48, 0, 1, 0xff, 0, 5, 10, 15, 20})           // tables in each other
 	f.Add([]byte{4, 0x40, 2, 0xff, 0, 0x40, 3, 1, 0, 0xff, 0, 1, 2, 3, 4, 5, 6}) // bitmaps of subclusters
 	f.Add([]byte{3, 2, 0, 0x80, 2, 4, 0, 0xff, 3, 0xff, 9, 8, 7, 6, 5})          // refcounts
+	f.Add([]byte{5, 8, 3, 9, 1, 0xff, 0, 1, 2, 3, 4, 5, 6, 7, 8, 71, 135})       // data in another file
+	f.Add([]byte{6, 0x40, 2, 0xff, 0, 0xff, 0, 1, 2, 3, 4, 5, 6, 7, 71, 135})    // both
 	f.Fuzz(func(t *testing.T, in []byte) {
 		if len(in) == 0 {
 			return
@@ -84,10 +92,19 @@ func FuzzOps(f *testing.F) {
 	})
 }
 
+// fuzzConfig is what img is opened with.
+func fuzzConfig(img []byte) config {
+	c := config{file: mem{drivertest.MemFileOf(img)}, unmap: true, options: quiet}
+	if be.Uint64(img[72:])&layout.IncompatDataFile != 0 {
+		c.external = mem{drivertest.NewMemFile(48 << 10)} // it may be shorter than the disk
+	}
+	return c
+}
+
 func fuzzImage(t *testing.T, img, ops []byte) {
 	var before, after runtime.MemStats
 	runtime.ReadMemStats(&before)
-	s, err := openImage(req(), config{file: mem{drivertest.MemFileOf(img)}, unmap: true, options: quiet})
+	s, err := openImage(req(), fuzzConfig(img))
 	runtime.ReadMemStats(&after)
 	// The L1 and refcount tables are held to what lies in the file; the rest is a number of
 	// clusters, counted here with those given back meanwhile.
