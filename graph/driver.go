@@ -187,6 +187,17 @@ type (
 		DeleteSnapshot(r *blk.Req, id, name string) error
 		Snapshots() []*types.SnapshotInfo
 	}
+	// Checker drivers look their images over for faults, and repair them.
+	Checker interface {
+		// CheckImage tells what it has found and, after a repair, what is left. The node is held, and
+		// quiet. told hears how many bytes of metadata were looked at, and of how many.
+		CheckImage(r *blk.Req, repair types.QblockdCheckRepair, told func(done, all int64)) (*types.ImageCheck, error)
+		// Repairing tells that a repair is about to begin, or is over. In between the driver writes to
+		// its file also below a read-only node: whoever calls refreshes the claims of the node.
+		Repairing(on bool)
+		// Repairs tells whether that is so.
+		Repairs() bool
+	}
 	// SnapshotReader is a driver that keeps a point in time besides what its node shows now
 	// (copy-before-write). Its methods need a unit of work that reaches its node. DiscardSnapshot
 	// tells that a range of the point in time is not needed any more.

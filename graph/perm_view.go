@@ -37,7 +37,11 @@ func (baseView) EdgeClaim(e *Edge, v perm.Edge[*Node], parent perm.Node, up perm
 	if p, ok := v.Parent.drv.(Permer); ok {
 		return p.EdgeClaim(e.name, e.role, up, parent.ReadOnly || parent.Inactive)
 	}
-	return perm.Default(e.role, up, !parent.ReadOnly && !parent.Inactive, parent.Inactive)
+	readOnly := parent.ReadOnly
+	if c, ok := v.Parent.drv.(Checker); ok && c.Repairs() {
+		readOnly = false
+	}
+	return perm.Default(e.role, up, !readOnly && !parent.Inactive, parent.Inactive)
 }
 
 func (baseView) Describe(e *Edge, _ perm.Edge[*Node]) string { return e.Parent().Describe() }

@@ -96,6 +96,15 @@ func (h *Handle) AddRemaining(n int64) { h.j.total.Add(n) }
 // Done counts n as done.
 func (h *Handle) Done(n int64) { h.j.current.Add(n) }
 
+// SetProgress says how much is done, and of how much, in a unit of the job's own.
+func (h *Handle) SetProgress(done, all int64) {
+	h.j.current.Store(done)
+	h.j.total.Store(all)
+}
+
+// SetCheck says what the check of an image has found.
+func (h *Handle) SetCheck(c *types.ImageCheck) { h.j.check.Store(c) }
+
 // Throttle counts n bytes against the job's speed and sleeps as long as that demands, at a pause
 // point. It returns what Checkpoint does. It is called holding no gate pass and no conflict lock.
 func (h *Handle) Throttle(n int64) error {

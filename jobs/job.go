@@ -91,6 +91,7 @@ type Job struct {
 
 	current atomic.Int64
 	total   atomic.Int64
+	check   atomic.Pointer[types.ImageCheck] // what it has found, if that is what it is for
 }
 
 // latch is a channel that is closed once, however many do it.

@@ -17,6 +17,7 @@ func (m *Manager) Query() []*types.JobInfo {
 		info := &types.JobInfo{
 			ID: j.id, Type: j.typ, Status: types.JobStatus(j.st.Status.String()),
 			CurrentProgress: j.current.Load(), TotalProgress: j.total.Load(), Error: j.errorTextLocked(),
+			XQblockdCheck: j.check.Load(),
 		}
 		out = append(out, info)
 	}

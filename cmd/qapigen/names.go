@@ -89,7 +89,7 @@ func handlerModule(c *model.Command) string {
 	case "block-stream", "blockdev-backup", "drive-backup", "blockdev-mirror", "drive-mirror",
 		"block-commit", "change-backing-file", "query-block-jobs":
 		return "block-job"
-	case "blockdev-create", "x-blockdev-amend":
+	case "blockdev-create", "x-blockdev-amend", "x-qblockd-check":
 		return "block-create"
 	}
 	if strings.HasPrefix(c.Name, "block-job-") {

@@ -65,9 +65,15 @@ func dial(ctx context.Context, addr string, onEvent func(*message)) (*client, er
 	if err != nil {
 		return nil, fmt.Errorf("is qblockd running? %w", err)
 	}
+	return negotiate(ctx, conn, addr, onEvent)
+}
+
+// negotiate is dial on a connection that is there, which it takes over.
+func negotiate(ctx context.Context, conn net.Conn, addr string, onEvent func(*message)) (*client, error) {
 	c := &client{conn: conn, onEvent: onEvent, replies: make(chan *message), ended: make(chan struct{})}
 	greeted := make(chan json.RawMessage, 1)
 	go c.readAll(greeted)
+	var err error
 	select {
 	case greeting := <-greeted:
 		var m message

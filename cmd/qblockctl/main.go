@@ -7,7 +7,8 @@
 //	help.go      help on QMP commands
 //	shell.go     the interactive shell
 //	completion.go  scripts that make other shells complete
-//	events.go jobs.go watch.go graph.go schema.go  the commands of those names
+//	events.go jobs.go watch.go graph.go schema.go check.go  the commands of those names
+//	own.go       a daemon of its own, for commands that work on image files
 //	introspect/  what query-qmp-schema says;  picture/  graphs as text, dot and SVG
 //
 // It exits with 0 if all went well, 1 if the daemon refused the command or could not be reached, 2
@@ -43,12 +44,18 @@ func main() {
 	ctx, stop := signal.NotifyContext(context.Background(), os.Interrupt, syscall.SIGTERM)
 	defer stop()
 	err := run(ctx, os.Args[1:], os.Getenv("QBLOCKD_SOCK"), os.Stdout)
+	var status *statusError
 	switch {
 	case err == nil:
 		return
 	case errors.Is(err, errUsage):
 		fmt.Fprintln(os.Stderr, "qblockctl:", err)
 		os.Exit(2)
+	case errors.As(err, &status):
+		if status.err != nil {
+			fmt.Fprintln(os.Stderr, "qblockctl:", status.err)
+		}
+		os.Exit(status.code)
 	case errors.Is(err, context.Canceled):
 		os.Exit(130) // Ctrl-C, as a shell says it
 	default:
@@ -59,6 +66,22 @@ func main() {
 		os.Exit(1)
 	}
 }
+
+// statusError is an exit status that says more than that something went wrong; err may be nil.
+type statusError struct {
+	code int
+	err  error
+}
+
+func (e *statusError) Error() string {
+	if e.err == nil {
+		return fmt.Sprintf("exit status %d", e.code)
+	}
+	return e.err.Error()
+}
+
+// Unwrap lets others see what it is about.
+func (e *statusError) Unwrap() error { return e.err }
 
 // run does what the words in args say; socket is the daemon's unless -s names another.
 func run(ctx context.Context, args []string, socket string, out io.Writer) error {
@@ -118,7 +141,7 @@ func (a *app) commands() *cobra.Command {
 	root.SetVersionTemplate(version.Line("qblockctl"))
 	root.SetFlagErrorFunc(func(_ *cobra.Command, err error) error { return fmt.Errorf("%w; %w", err, errUsage) })
 	root.AddCommand(a.shellCommand(), a.graphCommand(), a.jobsCommand(), a.eventsCommand(), a.schemaCommand(),
-		a.completionCommand())
+		a.checkCommand(), a.completionCommand())
 	root.SetHelpCommand(a.helpCommand())
 	root.CompletionOptions.DisableDefaultCmd = true
 	return root

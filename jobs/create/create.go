@@ -1,5 +1,6 @@
 // Package create is the job behind blockdev-create, which makes an image on a protocol node or a
-// host file, and behind x-blockdev-amend, which changes one.
+// host file, behind x-blockdev-amend, which changes one, and behind x-qblockd-check, which looks
+// one over and repairs it.
 package create
 
 import (
@@ -10,7 +11,7 @@ import (
 	"qblockd/schema/types"
 )
 
-// Job is a job that is about to start, of type create or amend.
+// Job is a job that is about to start, of type create, amend or x-qblockd-check.
 type Job struct {
 	Type types.JobType
 	ID   string
@@ -18,6 +19,8 @@ type Job struct {
 	// Do makes or changes an image. It calls started once its options are checked and before its
 	// first I/O on the image; all it refuses before that is known when the command returns.
 	Do func(ctx context.Context, started func()) error
+	// Check, instead of Do, tells how far it is, and what it has found.
+	Check func(ctx context.Context, started func(), told func(done, all int64)) (*types.ImageCheck, error)
 	// Begin, if set, comes before the job starts; its errors are the command's. End follows when
 	// the work is over, or has not begun after all.
 	Begin func() error
@@ -50,8 +53,14 @@ type runner struct {
 	g *graph.Graph
 }
 
-// Run implements jobs.Runner. The work is one step, done when Do returns, whatever came of it.
+// Run implements jobs.Runner. The work of Do is one step, done when Do returns, whatever came of
+// it.
 func (r runner) Run(ctx context.Context, h *jobs.Handle) error {
+	if r.Check != nil {
+		found, err := r.Check(ctx, h.Yield, h.SetProgress)
+		h.SetCheck(found)
+		return err
+	}
 	h.SetRemaining(1)
 	defer h.Done(1)
 	return r.Do(ctx, h.Yield)

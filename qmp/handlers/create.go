@@ -11,7 +11,7 @@ import (
 	"qblockd/schema/types"
 )
 
-// BlockCreate executes blockdev-create and x-blockdev-amend.
+// BlockCreate executes blockdev-create, x-blockdev-amend and x-qblockd-check.
 type BlockCreate struct {
 	Jobs  *jobs.Manager
 	Nodes *blockdev.Manager
@@ -34,6 +34,18 @@ func (h BlockCreate) XBlockdevAmend(ctx context.Context, a *types.XBlockdevAmend
 	}
 	return h.start(ctx, create.Job{
 		Type: types.JobTypeAmend, ID: a.JobID, Args: a, Do: x.Do, End: x.End,
+		Begin: func() error { return x.Begin(ctx) },
+	})
+}
+
+// XQblockdCheck implements types.BlockCreateHandler.
+func (h BlockCreate) XQblockdCheck(ctx context.Context, a *types.XQblockdCheckArgs) error {
+	x, err := h.Nodes.Checker(a)
+	if err != nil {
+		return err
+	}
+	return h.start(ctx, create.Job{
+		Type: types.JobTypeXQblockdCheck, ID: a.JobID, Args: a, Check: x.Do, End: x.End,
 		Begin: func() error { return x.Begin(ctx) },
 	})
 }

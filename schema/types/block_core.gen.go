@@ -1452,6 +1452,26 @@ type BlockdevAmendOptions struct {
 	U any
 }
 
+// QblockdCheckRepair: what a check of an image repairs.
+type QblockdCheckRepair string
+
+// The values of QblockdCheckRepair.
+const (
+	// Nothing.
+	QblockdCheckRepairNone QblockdCheckRepair = "none"
+	// Clusters that are used by nothing are given back.
+	QblockdCheckRepairLeaks QblockdCheckRepair = "leaks"
+	// Everything that can be repaired.
+	QblockdCheckRepairAll QblockdCheckRepair = "all"
+)
+
+// QblockdCheckRepairValues lists the values of QblockdCheckRepair in the order of the schema.
+var QblockdCheckRepairValues = []QblockdCheckRepair{
+	QblockdCheckRepairNone,
+	QblockdCheckRepairLeaks,
+	QblockdCheckRepairAll,
+}
+
 // BlockErrorAction: what was done about an I/O error.
 type BlockErrorAction string
 
@@ -1971,6 +1991,16 @@ type XBlockdevAmendArgs struct {
 	// Also make changes after which data may be lost: erase the last key of an encrypted disk, or
 	// overwrite one (default false).
 	Force *bool
+}
+
+// XQblockdCheckArgs: the arguments of x-qblockd-check.
+type XQblockdCheckArgs struct {
+	// Name of the job.
+	JobID string
+	// The image.
+	NodeName string
+	// What is repaired (default none).
+	Repair *QblockdCheckRepair
 }
 
 // BlockSetWriteThresholdArgs: the arguments of block-set-write-threshold.

@@ -742,6 +742,10 @@ func membersBlockdevAmendOptions(d *decoder, x *BlockdevAmendOptions) bool {
 	return true
 }
 
+func visitQblockdCheckRepair(d *decoder, name string, x *QblockdCheckRepair) bool {
+	return enum(d, name, x, QblockdCheckRepairValues)
+}
+
 func visitPreallocMode(d *decoder, name string, x *PreallocMode) bool {
 	return enum(d, name, x, PreallocModeValues)
 }
@@ -1222,6 +1226,21 @@ func membersXBlockdevAmendArgs(d *decoder, x *XBlockdevAmendArgs) bool {
 		visitStr(d, "node-name", &x.NodeName) &&
 		visitBlockdevAmendOptions(d, "options", &x.Options) &&
 		opt(d, "force", &x.Force, visitBool)
+}
+
+// DecodeXQblockdCheckArgs decodes the arguments in v, nil for none; faults are worded as QEMU does (*ArgError).
+func DecodeXQblockdCheckArgs(v *value.Dict) (*XQblockdCheckArgs, error) {
+	return args(v, visitXQblockdCheckArgs)
+}
+
+func visitXQblockdCheckArgs(d *decoder, name string, x *XQblockdCheckArgs) bool {
+	return object(d, name, x, membersXQblockdCheckArgs)
+}
+
+func membersXQblockdCheckArgs(d *decoder, x *XQblockdCheckArgs) bool {
+	return visitStr(d, "job-id", &x.JobID) &&
+		visitStr(d, "node-name", &x.NodeName) &&
+		opt(d, "repair", &x.Repair, visitQblockdCheckRepair)
 }
 
 // DecodeBlockSetWriteThresholdArgs decodes the arguments in v, nil for none; faults are worded as QEMU does (*ArgError).

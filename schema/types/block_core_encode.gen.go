@@ -2863,6 +2863,19 @@ func (x *XBlockdevAmendArgs) AppendJSON(b []byte) []byte {
 }
 
 // AppendJSON appends x in QEMU's form, members in hash order.
+func (x *XQblockdCheckArgs) AppendJSON(b []byte) []byte {
+	b = append(b, `{"node-name": `...)
+	b = value.AppendString(b, x.NodeName)
+	if x.Repair != nil {
+		b = append(b, `, "repair": `...)
+		b = appendEnum(b, *x.Repair)
+	}
+	b = append(b, `, "job-id": `...)
+	b = value.AppendString(b, x.JobID)
+	return append(b, '}')
+}
+
+// AppendJSON appends x in QEMU's form, members in hash order.
 func (x *BlockSetWriteThresholdArgs) AppendJSON(b []byte) []byte {
 	b = append(b, `{"node-name": `...)
 	b = value.AppendString(b, x.NodeName)

@@ -17,6 +17,11 @@ type BlockCreateHandler interface {
 	// XBlockdevAmend executes x-blockdev-amend: start a job that changes the format-specific options of an
 	// image. The job stays until it is dismissed.
 	XBlockdevAmend(ctx context.Context, a *XBlockdevAmendArgs) error
+	// XQblockdCheck executes x-qblockd-check: start a job that looks an image over for faults and, if
+	// asked to, repairs it: what 'qemu-img check' does. Requests to the node wait meanwhile. A read-only
+	// node can be repaired, if its file may be written to. What was found is shown by 'query-jobs'. The
+	// job stays until it is dismissed. An extension of qblockd.
+	XQblockdCheck(ctx context.Context, a *XQblockdCheckArgs) error
 }
 
 // RegisterBlockCreate registers all commands of the module with r.
@@ -37,6 +42,16 @@ func RegisterBlockCreate(r Registrar, h BlockCreateHandler) {
 			return nil, err
 		}
 		if err := h.XBlockdevAmend(ctx, a); err != nil {
+			return nil, err
+		}
+		return append(out, "{}"...), nil
+	})
+	r.Handle("x-qblockd-check", func(ctx context.Context, args *value.Dict, out []byte) ([]byte, error) {
+		a, err := DecodeXQblockdCheckArgs(args)
+		if err != nil {
+			return nil, err
+		}
+		if err := h.XQblockdCheck(ctx, a); err != nil {
 			return nil, err
 		}
 		return append(out, "{}"...), nil

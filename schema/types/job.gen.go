@@ -19,6 +19,8 @@ const (
 	JobTypeCreate JobType = "create"
 	// Changes options of an image.
 	JobTypeAmend JobType = "amend"
+	// Looks an image over for faults, and may repair it (an extension of qblockd).
+	JobTypeXQblockdCheck JobType = "x-qblockd-check"
 )
 
 // JobTypeValues lists the values of JobType in the order of the schema.
@@ -29,6 +31,7 @@ var JobTypeValues = []JobType{
 	JobTypeBackup,
 	JobTypeCreate,
 	JobTypeAmend,
+	JobTypeXQblockdCheck,
 }
 
 // JobStatus: states of a job's life.
@@ -124,6 +127,38 @@ type JobInfo struct {
 	TotalProgress int64
 	// Why a concluded job failed.
 	Error *string
+	// What a job of that type has found, once it has (an extension of qblockd).
+	XQblockdCheck *ImageCheck
+}
+
+// ImageCheck: what a check of an image has found, and what is left after a repair.
+type ImageCheck struct {
+	// Name of the image.
+	Filename string
+	// Its format.
+	Format string
+	// Places that could not be looked at.
+	CheckErrors int64
+	// Where the last cluster in use ends, in bytes.
+	ImageEndOffset *int64
+	// Faults that can cost data.
+	Corruptions *int64
+	// Clusters that are taken but used by nothing.
+	Leaks *int64
+	// Corruptions that have been repaired.
+	CorruptionsFixed *int64
+	// Leaked clusters that have been given back.
+	LeaksFixed *int64
+	// Clusters that the disk has.
+	TotalClusters *int64
+	// Those that are allocated.
+	AllocatedClusters *int64
+	// Those that do not lie behind the one before.
+	FragmentedClusters *int64
+	// Those that are compressed.
+	CompressedClusters *int64
+	// The first faults, in words (an extension of qblockd).
+	XQblockdFaults []string
 }
 
 // JobPauseArgs: the arguments of job-pause.

@@ -10,6 +10,10 @@ func (x *JobInfo) AppendJSON(b []byte) []byte {
 	b = appendInt(b, x.CurrentProgress)
 	b = append(b, `, "status": `...)
 	b = appendEnum(b, x.Status)
+	if x.XQblockdCheck != nil {
+		b = append(b, `, "x-qblockd-check": `...)
+		b = x.XQblockdCheck.AppendJSON(b)
+	}
 	b = append(b, `, "total-progress": `...)
 	b = appendInt(b, x.TotalProgress)
 	b = append(b, `, "type": `...)
@@ -19,6 +23,58 @@ func (x *JobInfo) AppendJSON(b []byte) []byte {
 	if x.Error != nil {
 		b = append(b, `, "error": `...)
 		b = value.AppendString(b, *x.Error)
+	}
+	return append(b, '}')
+}
+
+// AppendJSON appends x in QEMU's form, members in hash order.
+func (x *ImageCheck) AppendJSON(b []byte) []byte {
+	b = append(b, '{')
+	if x.ImageEndOffset != nil {
+		b = appendKey(b, "image-end-offset")
+		b = appendInt(b, *x.ImageEndOffset)
+	}
+	if x.XQblockdFaults != nil {
+		b = appendKey(b, "x-qblockd-faults")
+		b = appendList(b, x.XQblockdFaults, value.AppendString)
+	}
+	if x.CompressedClusters != nil {
+		b = appendKey(b, "compressed-clusters")
+		b = appendInt(b, *x.CompressedClusters)
+	}
+	if x.TotalClusters != nil {
+		b = appendKey(b, "total-clusters")
+		b = appendInt(b, *x.TotalClusters)
+	}
+	if x.Corruptions != nil {
+		b = appendKey(b, "corruptions")
+		b = appendInt(b, *x.Corruptions)
+	}
+	if x.CorruptionsFixed != nil {
+		b = appendKey(b, "corruptions-fixed")
+		b = appendInt(b, *x.CorruptionsFixed)
+	}
+	b = appendKey(b, "check-errors")
+	b = appendInt(b, x.CheckErrors)
+	if x.Leaks != nil {
+		b = append(b, `, "leaks": `...)
+		b = appendInt(b, *x.Leaks)
+	}
+	if x.LeaksFixed != nil {
+		b = append(b, `, "leaks-fixed": `...)
+		b = appendInt(b, *x.LeaksFixed)
+	}
+	if x.AllocatedClusters != nil {
+		b = append(b, `, "allocated-clusters": `...)
+		b = appendInt(b, *x.AllocatedClusters)
+	}
+	b = append(b, `, "filename": `...)
+	b = value.AppendString(b, x.Filename)
+	b = append(b, `, "format": `...)
+	b = value.AppendString(b, x.Format)
+	if x.FragmentedClusters != nil {
+		b = append(b, `, "fragmented-clusters": `...)
+		b = appendInt(b, *x.FragmentedClusters)
 	}
 	return append(b, '}')
 }

@@ -159,6 +159,9 @@ var generators = map[string]func(g *gen) made{
 	"x-blockdev-amend": func(g *gen) made {
 		return made{args: M{"job-id": g.job(), "node-name": g.any(), "options": M{"driver": "qcow2"}}}
 	},
+	"x-qblockd-check": func(g *gen) made {
+		return made{args: M{"job-id": g.job(), "node-name": g.any(), "repair": g.pick("none", "leaks", "all")}}
+	},
 
 	"block-dirty-bitmap-add": func(g *gen) made {
 		if g.one(3) {

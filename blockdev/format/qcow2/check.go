@@ -11,11 +11,26 @@ import (
 type CheckResult struct {
 	Corruptions int // references without a refcount, wrong flags, impossible entries
 	Leaks       int // clusters that are counted but not referenced
-	Fixed       int // of the corruptions; leaks that were given back do not count
+	Fixed       int // of the corruptions
+	LeaksFixed  int // of the leaks
 	Errors      int // places that could not be repaired
 	// Messages describe the first faults, for tests and logs.
 	Messages []string
+	// End is where the last cluster ends that is counted or referred to.
+	End int64
+	// Of the clusters of the disk: those that are allocated, do not lie behind the one before, and
+	// are compressed.
+	Allocated, Fragmented, Compressed int64
 }
+
+// mend is what a check repairs.
+type mend uint8
+
+const (
+	mendNothing mend = iota
+	mendLeaks        // refcounts that are too high
+	mendAll
+)
 
 func (c *CheckResult) say(text string, v ...uint64) {
 	if len(c.Messages) < 16 {
@@ -54,17 +69,24 @@ func (d *Driver) Check(r *blk.Req) (*CheckResult, error) {
 // left as it is (Errors). No requests may run. It ends with the context of r.
 // +checklocks:s.mu
 func (s *flusher) check(r *blk.Req, fix bool) (*CheckResult, error) {
+	m := mendNothing
+	if fix {
+		m = mendAll
+	}
+	return s.checkAndMend(r, m, nil)
+}
+
+// checkAndMend is check that mends what m says; told, if not nil, hears how many bytes of tables
+// were looked at, and of how many. Refcounts that are too high go down even if there is more that
+// is wrong: nothing that can be found refers to those clusters so often.
+// +checklocks:s.mu
+func (s *flusher) checkAndMend(r *blk.Req, m mend, told func(done, all int64)) (*CheckResult, error) {
 	res := &CheckResult{}
 	c := s.newCounter(r, res)
-	if err := s.countMeta(c); err != nil {
+	if err := s.countAll(c, told); err != nil {
 		return res, err
 	}
-	for done := false; !done; {
-		var err error
-		if done, err = c.step(16); err != nil {
-			return res, err
-		}
-	}
+	fix := m == mendAll
 	drop := s.badBlocks(c, fix)
 	if fix {
 		if s.cannotRepair(c); res.Errors > 0 {
@@ -74,7 +96,7 @@ func (s *flusher) check(r *blk.Req, fix bool) (*CheckResult, error) {
 			return res, err
 		}
 	}
-	if err := s.compare(c, fix); err != nil {
+	if err := s.compare(c, m); err != nil {
 		return res, err
 	}
 	if fix {
@@ -82,10 +104,12 @@ func (s *flusher) check(r *blk.Req, fix bool) (*CheckResult, error) {
 			return res, err
 		}
 	}
-	if _, err := s.copiedFlags(c, fix, 0); err != nil {
+	// Where leaks were all that was wrong, flags that have become wrong with them are put right, too.
+	flags := fix || m == mendLeaks && res.Corruptions+res.Errors == 0
+	if _, err := s.copiedFlags(c, flags, 0); err != nil {
 		return res, err
 	}
-	if !fix {
+	if m == mendNothing {
 		return res, nil
 	}
 	s.freeIdx = 0
@@ -95,7 +119,45 @@ func (s *flusher) check(r *blk.Req, fix bool) (*CheckResult, error) {
 	if res.Errors > 0 || res.Corruptions > res.Fixed {
 		return res, nil
 	}
-	return res, s.markClean(r)
+	return res, s.markSound(r)
+}
+
+// countAll counts all that the image refers to.
+// +checklocks:s.mu
+func (s *flusher) countAll(c *counter, told func(done, all int64)) error {
+	if err := s.countMeta(c); err != nil {
+		return err
+	}
+	// What waits to be freed is still counted.
+	for _, f := range s.quarantine.limbo {
+		for k, end := f.clusters(s.cb); k < end; k++ {
+			c.t.add(k, 1, false)
+		}
+	}
+	for done := false; !done; {
+		if told != nil {
+			told(int64(c.pos)<<s.cb, int64(len(c.tabs))<<s.cb)
+		}
+		var err error
+		if done, err = c.step(16); err != nil {
+			return err
+		}
+	}
+	return nil
+}
+
+// markSound writes accurate refcounts and clears the bits that say that something is, or may be,
+// wrong with the image. All else is flushed.
+// +checklocks:s.mu
+func (s *flusher) markSound(r *blk.Req) error {
+	if err := s.syncRefcounts(r); err != nil {
+		return err
+	}
+	const wrong = layout.IncompatDirty | layout.IncompatCorrupt
+	if s.hdr.IncompatibleFeatures&wrong == 0 {
+		return nil
+	}
+	return s.writeIncompat(r, s.hdr.IncompatibleFeatures&^wrong)
 }
 
 // cannotRepair notes what a repair could not write without writing over something else, or not
@@ -186,7 +248,8 @@ func (s *flusher) makeBlocks(c *counter, drop []int64) error {
 
 // compare compares refcounts with references.
 // +checklocks:s.mu
-func (s *flusher) compare(c *counter, fix bool) error {
+func (s *flusher) compare(c *counter, m mend) error {
+	fix := m == mendAll
 	bits := s.geo.RefblockBits()
 	for b := int64(0); b < int64(len(s.reft)); b++ {
 		if err := ended(c.r); err != nil {
@@ -200,7 +263,7 @@ func (s *flusher) compare(c *counter, fix bool) error {
 		if err != nil {
 			return err
 		}
-		if err := s.compareBlock(c, t, b<<bits, 1<<bits, fix); err != nil {
+		if err := s.compareBlock(c, t, b<<bits, 1<<bits, m); err != nil {
 			return err
 		}
 	}
@@ -212,6 +275,7 @@ func (s *flusher) compare(c *counter, fix bool) error {
 			off := int64(s.reftAt(k>>bits) & layout.ReftMask)
 			if c.t.get(k) > 0 && (off == 0 || s.badBlock(c, off)) {
 				c.res.fault("no refcount block for cluster", uint64(k))
+				c.sees(k)
 			}
 		}
 	}
@@ -220,30 +284,43 @@ func (s *flusher) compare(c *counter, fix bool) error {
 
 // compareBlock compares what refcount block t says of n clusters from first.
 // +checklocks:s.mu
-func (s *flusher) compareBlock(c *counter, t *table, first, n int64, fix bool) error {
+func (s *flusher) compareBlock(c *counter, t *table, first, n int64, m mend) error {
 	for i := range n {
 		have, want := s.geo.Refcount(t.data, i), c.t.get(first+i)
+		if have|want != 0 {
+			c.sees(first + i)
+		}
 		if have == want {
 			continue
 		}
 		if have > want {
 			c.res.Leaks++
+			c.res.say("leaked cluster, refcount, references", uint64(first+i), have, want)
 		} else {
 			c.res.fault("refcount too low: cluster, refcount, references", uint64(first+i), have, want)
 		}
 		switch {
-		case !fix:
+		case m == mendNothing || m == mendLeaks && have < want:
 			continue
 		case want > s.geo.RefcountMax():
 			c.res.Errors++
 			continue
 		case have < want:
 			c.res.Fixed++
+		default:
+			c.res.LeaksFixed++
 		}
 		s.geo.SetRefcount(t.data, i, want)
 		s.rb.markDirty(t)
 	}
 	return nil
+}
+
+// sees notes that cluster k, if it lies in the file, is counted or referred to.
+func (c *counter) sees(k int64) {
+	if k<<c.s.cb < c.end {
+		c.res.End = max(c.res.End, (k+1)<<c.s.cb)
+	}
 }
 
 // dropStray drops what points beyond the end of the file: there is nothing, and what is allocated

@@ -3,6 +3,7 @@ package qcow2
 import (
 	"context"
 	"fmt"
+	"sync/atomic"
 
 	"qblockd/blockdev/driver"
 	"qblockd/blockdev/format/qcow2/layout"
@@ -28,13 +29,15 @@ var (
 	_ graph.Inactivator    = (*Driver)(nil)
 	_ graph.BitmapStore    = (*Driver)(nil)
 	_ graph.Ejecter        = (*Driver)(nil)
+	_ graph.Checker        = (*Driver)(nil)
 	_ file                 = (*graph.Edge)(nil)
 )
 
 // Driver is an open qcow2 node.
 type Driver struct {
 	*image
-	node *graph.Node
+	node      *graph.Node
+	repairing atomic.Int32 // repairs that are about to be made, or under way
 }
 
 // open opens an image. A writable one is repaired if it is dirty.

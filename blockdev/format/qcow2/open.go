@@ -141,24 +141,8 @@ func (s *image) becomeWriter(r *blk.Req) error {
 	if !s.bare {
 		s.startSurvey()
 	}
-	known := uint64(0)
-	if s.geo.External {
-		known = layout.AutoclearDataFileRaw
-	}
-	if s.ext.Bitmaps != nil && !s.badBitmaps {
-		known |= layout.AutoclearBitmaps | layout.AutoclearMarks
-	}
-	if s.hdr.AutoclearFeatures&^known != 0 || s.ext.BitmapsStale || s.badBitmaps {
-		autoclear, ext, bad := s.hdr.AutoclearFeatures, *s.ext, s.badBitmaps
-		if s.ext.BitmapsStale || s.badBitmaps {
-			s.warnf("The persistent bitmaps of the image were not kept up to date and are dropped; some clusters may be leaked")
-			s.ext.Bitmaps, s.ext.BitmapsStale, s.badBitmaps = nil, false, false
-		}
-		s.hdr.AutoclearFeatures &= known
-		if err := s.updateHeader(r); err != nil {
-			s.hdr.AutoclearFeatures, *s.ext, s.badBitmaps = autoclear, ext, bad // it is still to be done
-			return wrap("Could not update qcow2 header", err)
-		}
+	if err := s.dropStale(r); err != nil {
+		return err
 	}
 	// Before the bitmaps get clusters: which ones are free is known afterwards only.
 	if s.hdr.IncompatibleFeatures&layout.IncompatDirty != 0 && !s.bare {
@@ -181,6 +165,32 @@ func (s *image) becomeWriter(r *blk.Req) error {
 	}
 	if err := s.claimBitmaps(r); err != nil {
 		return wrap("Could not update bitmap directory", err)
+	}
+	return nil
+}
+
+// dropStale clears the autoclear bits that nobody keeps up to date any more once the image is
+// written to, with what they stand for.
+// +checklocks:s.mu
+func (s *image) dropStale(r *blk.Req) error {
+	known := uint64(0)
+	if s.geo.External {
+		known = layout.AutoclearDataFileRaw
+	}
+	if s.ext.Bitmaps != nil && !s.badBitmaps {
+		known |= layout.AutoclearBitmaps | layout.AutoclearMarks
+	}
+	if s.hdr.AutoclearFeatures&^known != 0 || s.ext.BitmapsStale || s.badBitmaps {
+		autoclear, ext, bad := s.hdr.AutoclearFeatures, *s.ext, s.badBitmaps
+		if s.ext.BitmapsStale || s.badBitmaps {
+			s.warnf("The persistent bitmaps of the image were not kept up to date and are dropped; some clusters may be leaked")
+			s.ext.Bitmaps, s.ext.BitmapsStale, s.badBitmaps = nil, false, false
+		}
+		s.hdr.AutoclearFeatures &= known
+		if err := s.updateHeader(r); err != nil {
+			s.hdr.AutoclearFeatures, *s.ext, s.badBitmaps = autoclear, ext, bad // it is still to be done
+			return wrap("Could not update qcow2 header", err)
+		}
 	}
 	return nil
 }

@@ -210,16 +210,40 @@ func (c *counter) walkTable(k int64) error {
 	}
 	x.walked = true
 	c.l2[k] = x
+	next := int64(0)
 	for i := 0; i < len(c.buf); i += 1 << c.s.eb {
 		e := be.Uint64(c.buf[i:])
 		if e != 0 && !c.entry(e, x.n, x.active) {
 			c.stray[k] = struct{}{}
+		}
+		if x.active {
+			next = c.layOut(e, next)
 		}
 		if c.s.geo.Extended && !c.s.geo.Possible(e, be.Uint64(c.buf[i+8:])) {
 			c.res.fault("impossible bitmap of subclusters, entry", e)
 		}
 	}
 	return nil
+}
+
+// layOut notes, of entry e of the active disk, where its cluster lies: behind next, where the one
+// before it in the table ends, or not. It returns where its own ends.
+func (c *counter) layOut(e uint64, next int64) int64 {
+	off := int64(e & layout.OffsetMask)
+	switch k := c.s.geo.KindOf(e); {
+	case k == layout.CompressedKind: // in pieces by nature
+		c.res.Allocated++
+		c.res.Compressed++
+		c.res.Fragmented++
+		return next
+	case !k.HasHost():
+		return next
+	}
+	c.res.Allocated++
+	if next != 0 && off != next {
+		c.res.Fragmented++
+	}
+	return off + c.s.cs
 }
 
 // entry counts n times what an L2 entry refers to. It returns false if that is beyond the end of
