@@ -69,9 +69,8 @@ func NewPSK(p *types.TlsCredsPskProperties) (*PSK, error) {
 	return c, nil
 }
 
-// findKey is what stands behind a name in a file of lines NAME:KEY. With coded, names that begin
-// with
-// # are in hexadecimal, which servers with GnuTLS take.
+// findKey is what stands behind a name in a file of lines NAME:KEY. With coded, a name behind a #
+// is in hexadecimal, which servers with GnuTLS take.
 func findKey(file []byte, name string, coded bool) (key []byte, ok bool) {
 	for line := range bytes.SplitSeq(file, []byte("\n")) {
 		n, key, ok := bytes.Cut(line, []byte(":"))

@@ -29,6 +29,9 @@ type Conn struct {
 	owed   atomic.Bool
 	asking atomic.Bool
 
+	// lost is what ends both directions, found by who reads; nil: nothing does
+	lost atomic.Pointer[error]
+
 	closed atomic.Bool
 
 	// What else there is to choose from; tests choose.
@@ -129,6 +132,7 @@ func (c *Conn) Close() error {
 		return net.ErrClosed
 	}
 	if c.shook.Load() && c.out.TryLock() {
+		c.loseLocked()
 		if c.out.err == nil && !c.out.over {
 			_ = c.nc.SetWriteDeadline(time.Now().Add(lastWords))
 			_ = c.alertLocked(CloseNotify)

@@ -323,7 +323,7 @@ func (h *serverHello) extension(typ uint16, data cryptobyte.String, _ bool) (err
 	case typ == extSupportedVersions:
 		ok = data.ReadUint16(&h.version)
 	case typ == extKeyShare && h.retry():
-		ok = data.ReadUint16(&h.share.group)
+		ok = data.ReadUint16(&h.share.group) && h.share.group != 0 // which would say that there is none
 	case typ == extKeyShare:
 		if h.share, err = readShare(&data); err != nil {
 			return err

@@ -15,7 +15,7 @@ const (
 	allInput   = 64 << 10
 	// maxUseless is how many records in a row may come that have no data.
 	maxUseless = 32
-	// maxEarly is how much early data is passed over, in bytes.
+	// maxEarly is how much early data is passed over, in bytes of its records.
 	maxEarly = 64 << 10
 	// updateRequested in a KeyUpdate asks for one in return.
 	updateRequested = 1
@@ -241,25 +241,25 @@ func (c *Conn) recordLocked() (typ byte, b []byte, err error) {
 		b = rec[headerLen:]
 		switch {
 		case typ == recordChangeCipherSpec && !c.shook.Load():
-			if n != 1 || b[0] != 1 || !c.begun() {
+			if n != 1 || b[0] != 1 || !c.begun() || len(in.hand) > 0 {
 				return 0, nil, fail(UnexpectedMessage, "a record comes at the wrong time")
 			}
 			if in.useless++; in.useless > maxUseless {
 				return 0, nil, fail(UnexpectedMessage, "too many records without data")
 			}
 			continue
-		case in.aead == nil && typ == recordData && n <= in.early: // after another ClientHello was asked for
-			in.early -= n
+		case in.clear() && typ == recordData && headerLen+n <= in.early: // after another ClientHello was asked for
+			in.early -= headerLen + n
 			continue
-		case in.aead == nil, typ == recordAlert && n == 2 && !c.shook.Load():
+		case in.clear(), typ == recordAlert && n == 2 && !c.shook.Load():
 			// An end that could not find out the keys complains in the clear.
 			return typ, b, nil
 		case typ != recordData:
 			return 0, nil, fail(UnexpectedMessage, "a record is not protected")
 		}
 		typ, b, err = in.open(rec)
-		if err != nil && n <= in.early {
-			in.early -= n
+		if err != nil && headerLen+n <= in.early {
+			in.early -= headerLen + n
 			continue
 		}
 		in.early = 0
@@ -276,7 +276,7 @@ func (i *input) checkHeader(typ, major byte, n int) error {
 		return fail(UnexpectedMessage, "this is not TLS")
 	}
 	most := maxPlain
-	if i.aead != nil && typ == recordData {
+	if !i.clear() && typ == recordData {
 		most = maxSealed
 	}
 	if i.early > 0 {

@@ -33,13 +33,17 @@ const maxRecords = 1 << 24
 
 // half is one direction of a connection.
 type half struct {
-	suite  *suite
-	aead   cipher.AEAD // nil: in the clear
+	suite  *suite      // nil: in the clear
+	aead   cipher.AEAD // nil: in the clear, or wiped
 	secret []byte      // what the key was made of, and the next will be
 	iv     [12]byte
 	nonce  [12]byte // here, since what is passed to an interface is in the heap
 	seq    uint64
 }
+
+// clear tells whether records are not protected yet. One whose key was wiped does not go back to
+// that: it can do no more.
+func (h *half) clear() bool { return h.suite == nil }
 
 // set begins to use a key. secret is from now on the half's.
 func (h *half) set(s *suite, secret []byte) {
@@ -81,7 +85,7 @@ func (h *half) wipe() {
 // for what is added.
 func (h *half) seal(typ byte, rec []byte) []byte {
 	n := len(rec) - headerLen
-	if h.aead == nil {
+	if h.clear() {
 		putHeader(rec, typ, n)
 		return rec
 	}

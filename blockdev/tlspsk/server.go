@@ -114,7 +114,7 @@ func (s *shake) pickGroup(h *clientHello) (group, []byte, error) {
 
 // bound picks the first key that we have too, and checks that the client has it. Whether there was
 // none or the client does not have it, takes the same work and comes to the same: names of keys
-// cannot be guessed.
+// cannot be guessed by who has none.
 func (s *shake) bound(raw []byte, h *clientHello) (at int, err error) {
 	var key []byte
 	found := false

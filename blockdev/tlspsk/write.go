@@ -119,20 +119,32 @@ func (c *Conn) alertLocked(a Alert) error {
 // complainLocked tells the peer why this end gives up.
 func (c *Conn) complainLocked(err error) {
 	var l *LocalError
-	if errors.As(err, &l) && c.out.err == nil {
+	if errors.As(err, &l) && c.out.err == nil && !c.out.over {
 		_ = c.alertLocked(l.Alert)
 	}
 }
 
-// complain is for who reads. That the peer says no more does not keep us from it.
+// complain is for who reads. That the peer says no more does not keep us from it. Who writes is not
+// waited for: it finds that it is over with its next records.
 func (c *Conn) complain(err error) {
 	var l *LocalError
 	var r RemoteError
-	if (errors.As(err, &l) || errors.As(err, &r)) && c.out.TryLock() { // who writes is not waited for
+	if !errors.As(err, &l) && !errors.As(err, &r) {
+		return
+	}
+	c.lost.Store(&err)
+	if c.out.TryLock() {
 		_ = c.nc.SetWriteDeadline(time.Now().Add(lastWords))
-		c.complainLocked(err)
-		c.out.end(err)
+		c.loseLocked()
 		c.out.Unlock() // +checklocksforce: TryLock
+	}
+}
+
+// loseLocked ends the direction to the peer if who reads has found that it is over.
+func (c *Conn) loseLocked() {
+	if err := c.lost.Load(); err != nil && c.out.err == nil {
+		c.complainLocked(*err)
+		c.out.end(*err)
 	}
 }
 
@@ -165,6 +177,7 @@ func (c *Conn) WriteVec(v net.Buffers) (n int64, err error) {
 
 func (c *Conn) writeLocked(v [][]byte) (n int64, err error) {
 	o := &c.out
+	c.loseLocked()
 	switch {
 	case o.err != nil:
 		return 0, o.err
@@ -199,6 +212,9 @@ func (c *Conn) writeLocked(v [][]byte) (n int64, err error) {
 				return n, err
 			}
 			n, held = n+int64(held), 0
+			if c.loseLocked(); o.err != nil {
+				return n, o.err
+			}
 		}
 	}
 	return n, nil
