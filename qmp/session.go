@@ -147,6 +147,7 @@ func appendGreeting(b []byte, v Version) []byte {
 func (s *Session) read() {
 	p := value.NewParser(s.mon.opts.Limits.Input)
 	buf := make([]byte, minRead)
+	defer func() { clear(buf) }()
 	defer s.gathered(0)
 	for s.awaitRoom() {
 		n, err := s.conn.Read(buf)
@@ -160,6 +161,7 @@ func (s *Session) read() {
 				return
 			}
 		}
+		clear(buf[:n]) // it may have been a secret
 		s.gathered(p.Held())
 		if !s.queue.running() {
 			s.flush()

@@ -6,6 +6,7 @@ import (
 	"fmt"
 	"unicode/utf8"
 
+	"qblockd/blockdev/crypto"
 	"qblockd/graph"
 	"qblockd/graph/blk"
 	"qblockd/graph/perm"
@@ -86,22 +87,38 @@ func Object[T any](o Objects, id string) (x T, ok bool) {
 	return x, ok
 }
 
-// Password is the text of the object secret called id, which the caller does not change.
-func Password(o Objects, id string) ([]byte, error) {
+// Secret is an object that is one. What it returns is for the caller to close; ok is false if the
+// object was deleted.
+type Secret interface {
+	Secret() (key *crypto.Key, ok bool, err error)
+}
+
+// Password is a copy of the text of the object secret called id, which the caller closes.
+func Password(o Objects, id string) (*crypto.Key, error) {
 	var found any
 	if o != nil {
 		found = o.Object(id)
 	}
-	s, ok := found.(interface{ Secret() []byte })
-	switch {
-	case found == nil:
-		return nil, fmt.Errorf("No secret with id '%s'", id)
-	case !ok:
+	s, is := found.(Secret)
+	if found != nil && !is {
 		return nil, fmt.Errorf("Object with id '%s' is not a secret", id)
-	case !utf8.Valid(s.Secret()), bytes.IndexByte(s.Secret(), 0) >= 0:
+	}
+	var key *crypto.Key
+	ok := false
+	var err error
+	if is {
+		key, ok, err = s.Secret()
+	}
+	switch {
+	case err != nil:
+		return nil, err
+	case !ok:
+		return nil, fmt.Errorf("No secret with id '%s'", id)
+	case !utf8.Valid(key.Bytes()), bytes.IndexByte(key.Bytes(), 0) >= 0:
+		key.Close()
 		return nil, fmt.Errorf("Data from secret %s is not valid UTF-8", id)
 	}
-	return s.Secret(), nil
+	return key, nil
 }
 
 // Child is a child that options name.

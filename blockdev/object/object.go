@@ -1,7 +1,8 @@
 // Package object holds the objects that clients make by object-add and see as a tree through the
-// qom- commands: iothread, a named and bounded group of workers; secret, which gives nothing away;
-// throttle-group, limits for throttle filters; tls-creds-x509 and tls-creds-psk, certificates and
-// keys for TLS; authz-list, authz-listfile and authz-simple, which say who may connect.
+// qom- commands: iothread, a named and bounded group of workers; secret, which gives nothing away,
+// and secret_keyring, which has it of the kernel; throttle-group, limits for throttle filters;
+// tls-creds-x509 and tls-creds-psk, certificates and keys for TLS; authz-list, authz-listfile and
+// authz-simple, which say who may connect.
 //
 //	/            container
 //	/objects     container    what object-add made
@@ -11,9 +12,12 @@ package object
 import (
 	"errors"
 	"fmt"
+	"runtime"
 	"slices"
 	"sync"
+	"sync/atomic"
 
+	"qblockd/events/panics"
 	"qblockd/graph/blk"
 	"qblockd/schema/types"
 	"qblockd/schema/value"
@@ -47,6 +51,8 @@ var (
 // a secret that is in a file.
 type Registry struct {
 	chardevs func() []Chardev
+
+	collecting atomic.Bool // see collect
 
 	mu sync.Mutex
 	// oldest first
@@ -91,6 +97,7 @@ func (r *Registry) Add(o *types.ObjectOptions) error {
 	r.mu.Lock()
 	defer r.mu.Unlock()
 	if r.findLocked(o.ID) != nil {
+		x.retire()
 		return duplicate
 	}
 	r.objects = append(r.objects, named{o.ID, x})
@@ -104,7 +111,9 @@ func (r *Registry) make(o *types.ObjectOptions) (object, error) {
 	case *types.IothreadProperties:
 		return newIothread(u)
 	case *types.SecretProperties:
-		return &secret{p: *u}, nil
+		return newSecret(u), nil
+	case *types.SecretKeyringProperties:
+		return newKeyringSecret(u)
 	case *types.TlsCredsPskProperties:
 		return &presharedKeys{p: *u}, nil
 	case *types.TlsCredsX509Properties:
@@ -130,8 +139,23 @@ func (r *Registry) Del(id string) error {
 	case !r.objects[i].retire():
 		return fmt.Errorf("object '%s' is in use, can not be deleted", id)
 	}
+	switch r.objects[i].object.(type) {
+	case *certificates, *presharedKeys:
+		r.collect()
+	}
 	r.objects = slices.Delete(r.objects, i, i+1)
 	return nil
+}
+
+// collect has garbage collected soon: the keys of credentials are overwritten with them, which go
+// with their last user.
+func (r *Registry) collect() {
+	if r.collecting.CompareAndSwap(false, true) {
+		panics.Go("the end of credentials", func() {
+			r.collecting.Store(false)
+			runtime.GC()
+		}, nil)
+	}
 }
 
 // find returns the object called id, nil if there is none.

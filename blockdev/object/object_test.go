@@ -59,7 +59,7 @@ func TestRegistry(t *testing.T) {
 	if l, err := r.List("/"); err != nil || len(l) != 3 || l[1].Type != "child<container>" {
 		t.Errorf("list: %v %v", l, err)
 	}
-	if l := r.Types("user-creatable", false); len(l) != 8 || l[0].Name != "authz-list" || l[7].Name != "tls-creds-x509" {
+	if l := r.Types("user-creatable", false); len(l) != 9 || l[0].Name != "authz-list" || l[8].Name != "tls-creds-x509" {
 		t.Errorf("types: %v", l)
 	}
 	if l := r.Types("chardev", true); len(l) != 9 {
@@ -94,9 +94,11 @@ func TestSecret(t *testing.T) {
 		if err := r.Add(&types.ObjectOptions{QomType: types.ObjectTypeSecret, ID: c.id, U: &c.p}); err != nil {
 			t.Fatal(c.id, err)
 		}
-		if got, err := r.secretData(c.id); err != nil || string(got) != c.want {
-			t.Errorf("%s: %q %v", c.id, got, err)
+		got, err := r.secretData(c.id)
+		if err != nil || string(got.Bytes()) != c.want {
+			t.Errorf("%s: %q %v", c.id, got.Bytes(), err)
 		}
+		got.Close()
 		if v, err := r.Get("/objects/"+c.id, "data"); err == nil || err.Error() != "Property 'secret.data' is not readable" {
 			t.Errorf("%s: %v %v", c.id, v, err)
 		}

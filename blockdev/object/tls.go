@@ -1,6 +1,7 @@
 package object
 
 import (
+	"qblockd/blockdev/crypto"
 	"qblockd/blockdev/tlscreds"
 	"qblockd/schema/types"
 	"qblockd/schema/value"
@@ -16,9 +17,9 @@ func (c *certificates) typ() string { return "tls-creds-x509" }
 
 // complete reads the files. It blocks as long as they do.
 func (c *certificates) complete(r *Registry) (err error) {
-	var password func() ([]byte, error)
+	var password func() (*crypto.Key, error)
 	if c.p.Passwordid != nil {
-		password = func() ([]byte, error) { return r.secretData(*c.p.Passwordid) }
+		password = func() (*crypto.Key, error) { return r.secretData(*c.p.Passwordid) }
 	}
 	c.X509, err = tlscreds.NewX509(&c.p, password)
 	return err

@@ -17,13 +17,15 @@ import (
 	"strings"
 	"time"
 
+	qcrypto "qblockd/blockdev/crypto"
 	"qblockd/graph/blk"
 	"qblockd/schema/types"
 )
 
-// NewX509 reads the certificates and keys that p names. password gives that of the key; nil: there
-// is none. Source of the names of files and of what is checked: QEMU's documentation of TLS.
-func NewX509(p *types.TlsCredsX509Properties, password func() ([]byte, error)) (*X509, error) {
+// NewX509 reads the certificates and keys that p names. password gives a copy of that of the key;
+// nil: there is none. Source of the names of files and of what is checked: QEMU's documentation of
+// TLS.
+func NewX509(p *types.TlsCredsX509Properties, password func() (*qcrypto.Key, error)) (*X509, error) {
 	low, high, err := ParsePriority(cmp.Or(types.Or(p.Priority, ""), "NORMAL"))
 	if err != nil {
 		return nil, err
@@ -46,7 +48,7 @@ func NewX509(p *types.TlsCredsX509Properties, password func() ([]byte, error)) (
 type loader struct {
 	dir      string
 	end      types.QCryptoTLSCredsEndpoint
-	password func() ([]byte, error)
+	password func() (*qcrypto.Key, error)
 	ca       authorities
 }
 
@@ -173,15 +175,15 @@ func (l *loader) revocations(file []byte) (all []*x509.RevocationList, err error
 func (l *loader) own(
 	certs []*x509.Certificate, certPath string, keyFile []byte, keyPath string,
 ) (*tls.Certificate, error) {
-	var password []byte
+	var password *qcrypto.Key
 	var err error
 	if l.password != nil {
 		if password, err = l.password(); err != nil {
 			return nil, err
 		}
-		defer clear(password)
+		defer password.Close()
 	}
-	der, err := parseKey(keyFile, password)
+	der, err := parseKey(keyFile, password.Bytes())
 	var key crypto.Signer
 	if err == nil {
 		key, err = signer(der)

@@ -12,6 +12,7 @@ import (
 	"testing"
 	"time"
 
+	qcrypto "qblockd/blockdev/crypto"
 	"qblockd/blockdev/tlscreds/certs"
 	"qblockd/schema/types"
 )
@@ -173,22 +174,26 @@ func TestNoSanity(t *testing.T) {
 	}
 }
 
+func given(password string) func() (*qcrypto.Key, error) {
+	return func() (*qcrypto.Key, error) { return qcrypto.CopyKey([]byte(password)) }
+}
+
 // TestPassword: keys that a password protects, as openssl makes them.
 func TestPassword(t *testing.T) {
 	dir := "testdata/encrypted"
 	for name, c := range map[string]struct {
 		key      string
-		password func() ([]byte, error)
+		password func() (*qcrypto.Key, error)
 		want     string
 	}{
-		"AES":            {"aes.pem", func() ([]byte, error) { return []byte("123456"), nil }, ""},
-		"AES-128, SHA-1": {"aes128sha1.pem", func() ([]byte, error) { return []byte("123456"), nil }, ""},
-		"3DES":           {"des3.pem", func() ([]byte, error) { return []byte("123456"), nil }, ""},
-		"old":            {"old.pem", func() ([]byte, error) { return []byte("123456"), nil }, ""},
-		"wrong":          {"aes.pem", func() ([]byte, error) { return []byte("123457"), nil }, "Decryption has failed."},
-		"old, wrong":     {"old.pem", func() ([]byte, error) { return []byte("123457"), nil }, "Decryption has failed."},
+		"AES":            {"aes.pem", given("123456"), ""},
+		"AES-128, SHA-1": {"aes128sha1.pem", given("123456"), ""},
+		"3DES":           {"des3.pem", given("123456"), ""},
+		"old":            {"old.pem", given("123456"), ""},
+		"wrong":          {"aes.pem", given("123457"), "Decryption has failed."},
+		"old, wrong":     {"old.pem", given("123457"), "Decryption has failed."},
 		"none":           {"aes.pem", nil, "Decryption has failed."},
-		"secret missing": {"aes.pem", func() ([]byte, error) { return nil, errors.New("No secret with id 's'") },
+		"secret missing": {"aes.pem", func() (*qcrypto.Key, error) { return nil, errors.New("No secret with id 's'") },
 			"No secret with id 's'"},
 	} {
 		t.Run(name, func(t *testing.T) {

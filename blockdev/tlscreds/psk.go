@@ -11,6 +11,7 @@ import (
 	"runtime"
 	"strings"
 
+	"qblockd/blockdev/crypto"
 	"qblockd/blockdev/tlspsk"
 	"qblockd/schema/types"
 )
@@ -21,7 +22,7 @@ type PSK struct {
 	dir string // of the file with the keys
 	// A client's. The key goes with the last who uses the credentials.
 	username string
-	key      []byte
+	key      *crypto.Key
 }
 
 var _ Creds = (*PSK)(nil)
@@ -62,10 +63,15 @@ func NewPSK(p *types.TlsCredsPskProperties) (*PSK, error) {
 	if !ok || c.username == "" {
 		return nil, fmt.Errorf("Username %s not found in PSK file %s", c.username, path)
 	}
-	if c.key, ok = parsePSK(text); !ok {
+	key, ok := parsePSK(text)
+	defer clear(key)
+	if !ok {
 		return nil, errors.New("Cannot set PSK client credentials: Error in parsing.")
 	}
-	runtime.AddCleanup(c, func(key []byte) { clear(key) }, c.key)
+	if c.key, err = crypto.CopyKey(key); err != nil {
+		return nil, err
+	}
+	runtime.AddCleanup(c, (*crypto.Key).Close, c.key)
 	return c, nil
 }
 
@@ -130,7 +136,7 @@ func (c *PSK) Server(nc net.Conn) (*Conn, error) {
 // Client implements Creds. A host has no name in keys.
 func (c *PSK) Client(nc net.Conn, _ string) (*Conn, error) {
 	return c.shake(nc, func(wire net.Conn) *tlspsk.Conn {
-		return tlspsk.Client(wire, tlspsk.Config{Identity: c.username, Key: c.key})
+		return tlspsk.Client(wire, tlspsk.Config{Identity: c.username, Key: c.key.Bytes()})
 	})
 }
 

@@ -31,10 +31,10 @@
 //
 // # What a key does not say
 //
-// Who has a key is taken for who it names, at either end: a key that several share, or that one uses
-// as a client and as a server, lets each of them stand for the other (RFC 9257, 4.1). Without a key
-// nobody finds out which names there are; who has one can, by naming it behind another, since a
-// server takes the first that it knows (RFC 8446, 4.2.11).
+// Who has a key is taken for who it names, at either end: a key that several share, or that one
+// uses as a client and as a server, lets each of them stand for the other (RFC 9257, 4.1). Without
+// a key nobody finds out which names there are; who has one can, by naming it behind another, since
+// a server takes the first that it knows (RFC 8446, 4.2.11).
 //
 // # What is wiped
 //

@@ -36,8 +36,13 @@ func (h Qom) QomListProperties(_ context.Context, a *types.QomListPropertiesArgs
 	return h.Objects.TypeProperties(a.Typename)
 }
 
-// ObjectAdd implements types.QomHandler.
-func (h Qom) ObjectAdd(_ context.Context, a *types.ObjectOptions) error { return h.Objects.Add(a) }
+// ObjectAdd implements types.QomHandler. A secret in the command is overwritten.
+func (h Qom) ObjectAdd(_ context.Context, a *types.ObjectOptions) error {
+	if p, ok := a.U.(*types.SecretProperties); ok && p.Data != nil {
+		defer value.Wipe(*p.Data)
+	}
+	return h.Objects.Add(a)
+}
 
 // ObjectDel implements types.QomHandler.
 func (h Qom) ObjectDel(_ context.Context, a *types.ObjectDelArgs) error { return h.Objects.Del(a.ID) }

@@ -15,6 +15,7 @@ var (
 	oddMembers  = map[string]bool{
 		"BlockDeviceInfo": true, "BlockDeviceStats": true, "BlockDeviceTimedStats": true, "BlockInfo": true,
 		"BlockdevAioOptions": true, "BlockdevDriver": true, "BlkdebugEvent": true, "BlkdebugSetStateOptions": true,
+		"ObjectType": true,
 	}
 )
 

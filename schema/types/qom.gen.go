@@ -68,6 +68,19 @@ type SecretProperties struct {
 	File *string
 }
 
+// SecretKeyringProperties: a secret that the kernel keeps as a key of type user, or of another that can
+// be read.
+type SecretKeyringProperties struct {
+	// How it is written (default raw).
+	Format *QCryptoSecretFormat
+	// The secret with the key, of 32 bytes.
+	Keyid *string
+	// The initialization vector, 16 bytes in base64; needed with @keyid.
+	Iv *string
+	// The key's serial number.
+	Serial int32
+}
+
 // AuthZListProperties: who may connect: the first rule that matches a name decides, or the policy where
 // none does.
 type AuthZListProperties struct {
@@ -154,6 +167,8 @@ const (
 	ObjectTypeIothread ObjectType = "iothread"
 	// Something that only its users may know.
 	ObjectTypeSecret ObjectType = "secret"
+	// The same, kept by the kernel.
+	ObjectTypeSecretKeyring ObjectType = "secret_keyring"
 	// Limits shared by throttle filters.
 	ObjectTypeThrottleGroup ObjectType = "throttle-group"
 	// Keys for TLS.
@@ -169,6 +184,7 @@ var ObjectTypeValues = []ObjectType{
 	ObjectTypeAuthzSimple,
 	ObjectTypeIothread,
 	ObjectTypeSecret,
+	ObjectTypeSecretKeyring,
 	ObjectTypeThrottleGroup,
 	ObjectTypeTlsCredsPsk,
 	ObjectTypeTlsCredsX509,
@@ -183,8 +199,8 @@ type ObjectOptions struct {
 	// U holds the members of the branch that QomType selects; nil where the branch has none.
 	// *AuthZListProperties for authz-list, *AuthZListFileProperties for authz-listfile,
 	// *AuthZSimpleProperties for authz-simple, *IothreadProperties for iothread, *SecretProperties for
-	// secret, *ThrottleGroupProperties for throttle-group, *TlsCredsPskProperties for tls-creds-psk,
-	// *TlsCredsX509Properties for tls-creds-x509.
+	// secret, *SecretKeyringProperties for secret_keyring, *ThrottleGroupProperties for throttle-group,
+	// *TlsCredsPskProperties for tls-creds-psk, *TlsCredsX509Properties for tls-creds-x509.
 	U any
 }
 

@@ -39,6 +39,22 @@ func membersSecretProperties(d *decoder, x *SecretProperties) bool {
 		opt(d, "file", &x.File, visitStr)
 }
 
+// DecodeSecretKeyringProperties decodes v; faults are worded as QEMU does (*ArgError).
+func DecodeSecretKeyringProperties(v value.Value, m Mode) (*SecretKeyringProperties, error) {
+	return decode(v, m, visitSecretKeyringProperties)
+}
+
+func visitSecretKeyringProperties(d *decoder, name string, x *SecretKeyringProperties) bool {
+	return object(d, name, x, membersSecretKeyringProperties)
+}
+
+func membersSecretKeyringProperties(d *decoder, x *SecretKeyringProperties) bool {
+	return opt(d, "format", &x.Format, visitQCryptoSecretFormat) &&
+		opt(d, "keyid", &x.Keyid, visitStr) &&
+		opt(d, "iv", &x.Iv, visitStr) &&
+		visitInt32(d, "serial", &x.Serial)
+}
+
 // DecodeAuthZListProperties decodes v; faults are worded as QEMU does (*ArgError).
 func DecodeAuthZListProperties(v value.Value, m Mode) (*AuthZListProperties, error) {
 	return decode(v, m, visitAuthZListProperties)
@@ -150,6 +166,10 @@ func membersObjectOptions(d *decoder, x *ObjectOptions) bool {
 		u := new(IothreadProperties)
 		x.U = u
 		return membersIothreadProperties(d, u)
+	case ObjectTypeSecretKeyring:
+		u := new(SecretKeyringProperties)
+		x.U = u
+		return membersSecretKeyringProperties(d, u)
 	case ObjectTypeSecret:
 		u := new(SecretProperties)
 		x.U = u

@@ -113,6 +113,25 @@ func (x *SecretProperties) AppendJSON(b []byte) []byte {
 }
 
 // AppendJSON appends x in QEMU's form, members in hash order.
+func (x *SecretKeyringProperties) AppendJSON(b []byte) []byte {
+	b = append(b, `{"serial": `...)
+	b = appendInt(b, x.Serial)
+	if x.Keyid != nil {
+		b = append(b, `, "keyid": `...)
+		b = value.AppendString(b, *x.Keyid)
+	}
+	if x.Iv != nil {
+		b = append(b, `, "iv": `...)
+		b = value.AppendString(b, *x.Iv)
+	}
+	if x.Format != nil {
+		b = append(b, `, "format": `...)
+		b = appendEnum(b, *x.Format)
+	}
+	return append(b, '}')
+}
+
+// AppendJSON appends x in QEMU's form, members in hash order.
 func (x *AuthZListProperties) AppendJSON(b []byte) []byte {
 	b = append(b, '{')
 	if x.Rules != nil {
@@ -315,6 +334,26 @@ func (x *ObjectOptions) AppendJSON(b []byte) []byte {
 			b = append(b, `, "data": `...)
 			b = value.AppendString(b, *u.Data)
 		}
+		return append(b, '}')
+	case *SecretKeyringProperties:
+		b = append(b, `{"serial": `...)
+		b = appendInt(b, u.Serial)
+		b = append(b, `, "qom-type": `...)
+		b = appendEnum(b, x.QomType)
+		if u.Keyid != nil {
+			b = append(b, `, "keyid": `...)
+			b = value.AppendString(b, *u.Keyid)
+		}
+		if u.Iv != nil {
+			b = append(b, `, "iv": `...)
+			b = value.AppendString(b, *u.Iv)
+		}
+		if u.Format != nil {
+			b = append(b, `, "format": `...)
+			b = appendEnum(b, *u.Format)
+		}
+		b = append(b, `, "id": `...)
+		b = value.AppendString(b, x.ID)
 		return append(b, '}')
 	case *ThrottleGroupProperties:
 		b = append(b, '{')

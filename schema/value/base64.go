@@ -10,12 +10,15 @@ const base64Digits = "ABCDEFGHIJKLMNOPQRSTUVWXYZabcdefghijklmnopqrstuvwxyz012345
 // Base64 decodes base64 as leniently as QEMU: padding counts as zero bits wherever it stands, and
 // shortens its group only by its last characters; line feeds are skipped; an incomplete last group
 // is dropped.
-func Base64(s string) ([]byte, error) {
-	var out []byte
+func Base64(s string) ([]byte, error) { return Base64InPlace([]byte(s)) }
+
+// Base64InPlace is Base64 of b, whose memory it returns the beginning of.
+func Base64InPlace(b []byte) ([]byte, error) {
+	out := b[:0] // never longer than what has been read
 	var group uint32
 	var last [2]byte // the two characters before
 	n := 0
-	for _, c := range []byte(s) {
+	for _, c := range b {
 		digit := max(strings.IndexByte(base64Digits, c), 0)
 		switch {
 		case c == '\n':

@@ -57,8 +57,10 @@ type token struct {
 	kind kind
 }
 
-// keepText and keepTokens bound the buffers that a Parser keeps between messages.
+// keepText and keepTokens bound the buffers that a Parser keeps between messages; firstText is what
+// the first takes.
 const (
+	firstText  = 256
 	keepText   = 64 << 10
 	keepTokens = 4 << 10
 )
@@ -138,7 +140,7 @@ func (p *Parser) start(c byte) (Value, error, bool) {
 		p.in = p.in[1:]
 		return nil, nil, false
 	case c == '{', c == '}', c == '[', c == ']', c == ':', c == ',':
-		p.text = append(p.text, c)
+		p.add(c)
 		p.in = p.in[1:]
 		return p.finish(kindPunct)
 	case c == '"', c == '\'':
@@ -168,7 +170,7 @@ func (p *Parser) stringRun() (Value, error, bool) {
 	}
 	switch c := p.in[0]; c {
 	case p.quote:
-		p.text = append(p.text, c)
+		p.add(c)
 		p.in = p.in[1:]
 		return p.finish(kindString)
 	case '\\':
@@ -243,9 +245,19 @@ func (p *Parser) take(n int) (Value, error, bool) {
 		p.in = p.in[room+1:]
 		return p.fail(errTokenBytes, inStart)
 	}
-	p.text = append(p.text, p.in[:n]...)
+	p.add(p.in[:n]...)
 	p.in = p.in[n:]
 	return nil, nil, false
+}
+
+// add adds to the text. What it held may be secret: no copy of it is left behind.
+func (p *Parser) add(b ...byte) {
+	if n := len(p.text) + len(b); n > cap(p.text) {
+		old := p.text
+		p.text = append(make([]byte, 0, n+max(n/4, firstText)), old...)
+		clear(old)
+	}
+	p.text = append(p.text, b...)
 }
 
 // stray reports the current token, broken by c, and starts skipping.
@@ -268,6 +280,7 @@ func (p *Parser) fail(err error, next lexState) (Value, error, bool) {
 // clear forgets the message being gathered.
 func (p *Parser) clear() {
 	p.open, p.openSquare = 0, 0
+	clear(p.text)
 	if cap(p.text) > keepText {
 		p.text = nil
 	}

@@ -136,6 +136,14 @@ func (p *Parser) message() (Value, error, bool) {
 	return v, err, true
 }
 
+// Wipe overwrites a string that a Parser has made and that nobody else uses. Others cannot be
+// written to, or are not for one user alone.
+func Wipe(s string) {
+	if len(s) > 1 { // the short ones are shared by all
+		clear(unsafe.Slice(unsafe.StringData(s), len(s)))
+	}
+}
+
 // reader walks over the tokens of a message.
 type reader struct {
 	p    *Parser

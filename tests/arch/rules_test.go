@@ -18,9 +18,9 @@ var leaves = map[string][]string{
 	"jobs/machine":                 nil,
 	"jobs/visible":                 {"jobs/machine"}, // its verbs and states
 	"blockdev/format/qcow2/layout": nil,
-	"blockdev/crypto":              {"schema/types"},                                 // names of ciphers and hashes
-	"blockdev/crypto/luks":         {"blockdev/crypto", "graph/blk", "schema/types"}, // texts of errno
-	"blockdev/tlscreds":            {"blockdev/tlspsk", "graph/blk", "schema/types"}, // texts of errno; options
+	"blockdev/crypto":              {"schema/types"},                                                    // names of ciphers and hashes
+	"blockdev/crypto/luks":         {"blockdev/crypto", "graph/blk", "schema/types"},                    // texts of errno
+	"blockdev/tlscreds":            {"blockdev/tlspsk", "blockdev/crypto", "graph/blk", "schema/types"}, // memory for keys; texts of errno; options
 	"blockdev/tlspsk":              nil,
 	"blockdev/nbdwire":             {"graph/blk"}, // extents and errno of the protocol are those of the data plane
 }
@@ -59,7 +59,7 @@ var rules = []rule{
 	{"jobs/*", []string{"jobs", "jobs/copy", "jobs/visible", "jobs/blockjob", "blockdev", "blockdev/filter/copybeforewrite", "graph", "graph/*"}},
 	{"jobs", []string{"jobs/machine", "jobs/visible", "graph", "graph/transaction"}},
 
-	{"blockdev/driver", []string{"graph", "graph/*"}},
+	{"blockdev/driver", []string{"blockdev/crypto", "graph", "graph/*"}}, // memory for secrets
 	{"blockdev/drivers", []string{"blockdev/driver", "blockdev/protocol/*", "blockdev/format/*", "blockdev/filter/*"}},
 	{"blockdev/drivertest", []string{"blockdev/driver", "graph", "graph/*"}},
 	{"blockdev/format/luks", []string{"blockdev/driver", "blockdev/crypto", "blockdev/crypto/luks", "graph", "graph/*"}},
@@ -72,7 +72,7 @@ var rules = []rule{
 	{"blockdev/format/*", []string{"blockdev/driver", "graph", "graph/*"}},
 	{"blockdev/filter/*", []string{"blockdev/driver", "graph", "graph/*"}},
 	// An object is what the filters share, and what connections are encrypted by.
-	{"blockdev/object", []string{"blockdev/filter/throttle", "blockdev/tlscreds"}},
+	{"blockdev/object", []string{"blockdev/filter/throttle", "blockdev/tlscreds", "blockdev/crypto"}},
 	{"blockdev/tlscreds/certs", nil},
 	{"blockdev/*", []string{"graph", "graph/*"}},
 	{"blockdev", []string{"blockdev/driver", "graph", "graph/*"}}, // no driver: those are told to it
@@ -105,7 +105,7 @@ var thirdParty = []struct {
 	{"github.com/lmittmann/tint", []string{"cmd/qblockd"}, nil},
 	// Its ciphers of long ago, and what tests compare ours with.
 	{"golang.org/x/crypto", []string{"blockdev/crypto", "blockdev/tlspsk"}, []string{"blockdev/crypto", "blockdev/tlspsk"}},
-	{"golang.org/x/sys", []string{"blockdev/crypto", "blockdev/tlscreds", "blockdev/protocol/file", "blockdev/export/...", "qmp", "qmp/chardev", "qmp/chardev/sockets", "cmd/*"}, []string{"..."}},
+	{"golang.org/x/sys", []string{"blockdev/crypto", "blockdev/object", "blockdev/tlscreds", "blockdev/protocol/file", "blockdev/export/...", "qmp", "qmp/chardev", "qmp/chardev/sockets", "cmd/*"}, []string{"..."}},
 	{"github.com/spf13/cobra", []string{"cmd/qblockctl"}, nil},
 	{"github.com/spf13/pflag", nil, []string{"cmd/qblockctl"}}, // the options of cobra's commands, for the manual page
 	{"github.com/peterh/liner", []string{"cmd/qblockctl"}, nil},

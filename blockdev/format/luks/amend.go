@@ -141,7 +141,8 @@ func (c *change) add(ctx context.Context, h *luks.Header, st luks.Store) error {
 	if err != nil {
 		return err
 	}
-	master, err := h.Unlock(ctx, st, old)
+	defer old.Close()
+	master, err := h.Unlock(ctx, st, old.Bytes())
 	if err != nil {
 		return err
 	}
@@ -150,7 +151,8 @@ func (c *change) add(ctx context.Context, h *luks.Header, st luks.Store) error {
 	if err != nil {
 		return err
 	}
-	if err := h.SetKey(ctx, st, slot, master, word, pick(c.o.IterTime, luks.DefaultMillis)); err != nil {
+	defer word.Close()
+	if err := h.SetKey(ctx, st, slot, master, word.Bytes(), pick(c.o.IterTime, luks.DefaultMillis)); err != nil {
 		return told(err, fmt.Sprintf("Failed to write to keyslot %d", slot))
 	}
 	return nil
@@ -252,7 +254,8 @@ func (c *change) opens(ctx context.Context, h *luks.Header, st luks.Store, slot 
 	if err != nil {
 		return false, err
 	}
-	key, err := h.UnlockSlot(ctx, st, slot, word)
+	defer word.Close()
+	key, err := h.UnlockSlot(ctx, st, slot, word.Bytes())
 	key.Close()
 	return key != nil, err
 }

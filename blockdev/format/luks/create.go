@@ -65,6 +65,7 @@ func create(
 	if err != nil {
 		return err
 	}
+	defer word.Close()
 	proto := luks.Header{Spec: spec(o), Hash: pick(o.HashAlg, types.QCryptoHashAlgorithmSha256)}
 	if err := proto.Check(); err != nil {
 		return err
@@ -91,7 +92,7 @@ func create(
 		return err
 	}
 	defer header.End(r)
-	return h.SetKey(ctx, store{r, header.Edge()}, 0, master, word, millis)
+	return h.SetKey(ctx, store{r, header.Edge()}, 0, master, word.Bytes(), millis)
 }
 
 var errTooLarge = blk.Text("The requested file size is too large", syscall.EFBIG)

@@ -4,6 +4,7 @@ import (
 	"context"
 	"testing"
 
+	"qblockd/blockdev/crypto"
 	"qblockd/blockdev/driver"
 	"qblockd/blockdev/drivertest"
 	"qblockd/graph"
@@ -15,7 +16,10 @@ import (
 // secret is an object secret.
 type secret string
 
-func (s secret) Secret() []byte { return []byte(s) }
+func (s secret) Secret() (*crypto.Key, bool, error) {
+	k, err := crypto.CopyKey([]byte(s))
+	return k, true, err
+}
 
 // objects are those of a test: secrets, and what is none.
 type objects map[string]any

@@ -32,7 +32,7 @@ type disk struct {
 var errNoKey = errors.New("Parameter 'key-secret' is required for cipher")
 
 // password is what the secret of that name says.
-func password(objects driver.Objects, secret *string) ([]byte, error) {
+func password(objects driver.Objects, secret *string) (*crypto.Key, error) {
 	if secret == nil {
 		return nil, errNoKey
 	}
@@ -44,6 +44,7 @@ func open(x *driver.Opening, u *types.BlockdevOptionsLUKS) (graph.Driver, error)
 	if err != nil {
 		return nil, err
 	}
+	defer word.Close()
 	d := &disk{file: x.Node.File(), meta: x.Node.Child(headerName), secret: *u.KeySecret}
 	if d.file == nil {
 		return nil, errors.New("luks has no file")
@@ -58,7 +59,7 @@ func open(x *driver.Opening, u *types.BlockdevOptionsLUKS) (graph.Driver, error)
 	}
 	d.header.Store(h)
 	d.payload = h.PayloadOffset()
-	master, err := h.Unlock(x.Ctx, st, word)
+	master, err := h.Unlock(x.Ctx, st, word.Bytes())
 	if err != nil {
 		return nil, err
 	}
