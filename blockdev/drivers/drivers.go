@@ -31,6 +31,7 @@ var All = []*driver.Any{
 	copyonread.Def,
 	file.Def,
 	file.HostDevice,
+	file.HostCdrom,
 	luks.Def,
 	nbd.Def,
 	null.Aio,

@@ -585,6 +585,8 @@ const (
 	BlockdevDriverCopyOnRead BlockdevDriver = "copy-on-read"
 	// A regular file.
 	BlockdevDriverFile BlockdevDriver = "file"
+	// A drive of the host.
+	BlockdevDriverHostCdrom BlockdevDriver = "host_cdrom"
 	// A block device of the host.
 	BlockdevDriverHostDevice BlockdevDriver = "host_device"
 	// An encrypted disk, LUKS version 1.
@@ -617,6 +619,7 @@ var BlockdevDriverValues = []BlockdevDriver{
 	BlockdevDriverCopyBeforeWrite,
 	BlockdevDriverCopyOnRead,
 	BlockdevDriverFile,
+	BlockdevDriverHostCdrom,
 	BlockdevDriverHostDevice,
 	BlockdevDriverLuks,
 	BlockdevDriverNbd,
@@ -630,7 +633,7 @@ var BlockdevDriverValues = []BlockdevDriver{
 	BlockdevDriverThrottle,
 }
 
-// BlockdevOptionsFile: options of the drivers file and host_device.
+// BlockdevOptionsFile: options of the drivers file, host_cdrom and host_device.
 type BlockdevOptionsFile struct {
 	// Path.
 	Filename string
@@ -1280,11 +1283,11 @@ type BlockdevOptions struct {
 	// *BlockdevOptionsBlkdebug for blkdebug, *BlockdevOptionsBlklogwrites for blklogwrites,
 	// *BlockdevOptionsBlkverify for blkverify, *BlockdevOptionsGenericFormat for compress,
 	// *BlockdevOptionsCbw for copy-before-write, *BlockdevOptionsCor for copy-on-read,
-	// *BlockdevOptionsFile for file, *BlockdevOptionsFile for host_device, *BlockdevOptionsLUKS for luks,
-	// *BlockdevOptionsNbd for nbd, *BlockdevOptionsNull for null-aio, *BlockdevOptionsNull for null-co,
-	// *BlockdevOptionsPreallocate for preallocate, *BlockdevOptionsQcow2 for qcow2, *BlockdevOptionsQuorum
-	// for quorum, *BlockdevOptionsRaw for raw, *BlockdevOptionsGenericFormat for snapshot-access,
-	// *BlockdevOptionsThrottle for throttle.
+	// *BlockdevOptionsFile for file, *BlockdevOptionsFile for host_cdrom, *BlockdevOptionsFile for
+	// host_device, *BlockdevOptionsLUKS for luks, *BlockdevOptionsNbd for nbd, *BlockdevOptionsNull for
+	// null-aio, *BlockdevOptionsNull for null-co, *BlockdevOptionsPreallocate for preallocate,
+	// *BlockdevOptionsQcow2 for qcow2, *BlockdevOptionsQuorum for quorum, *BlockdevOptionsRaw for raw,
+	// *BlockdevOptionsGenericFormat for snapshot-access, *BlockdevOptionsThrottle for throttle.
 	U any
 }
 

@@ -498,7 +498,7 @@ func membersBlockdevOptions(d *decoder, x *BlockdevOptions) bool {
 		u := new(BlockdevOptionsCor)
 		x.U = u
 		return membersBlockdevOptionsCor(d, u)
-	case BlockdevDriverFile, BlockdevDriverHostDevice:
+	case BlockdevDriverFile, BlockdevDriverHostCdrom, BlockdevDriverHostDevice:
 		u := new(BlockdevOptionsFile)
 		x.U = u
 		return membersBlockdevOptionsFile(d, u)

@@ -39,6 +39,9 @@ func TestConversations(t *testing.T) {
 			name := strings.TrimSuffix(file, ".qmp")
 			t.Run(name, func(t *testing.T) {
 				t.Parallel()
+				if strings.HasPrefix(name, "own/device/") && exec.Command("losetup", "-f").Run() != nil {
+					t.Skip("SKIPPED: there are no loop devices")
+				}
 				check(t, server, file, expected[strings.TrimPrefix(name, "corpus/")])
 			})
 		}

@@ -37,7 +37,16 @@ var HostDevice = func() *driver.Any {
 	return driver.Of(d)
 }()
 
-// define is what both have in common. The file name is all that matters for the data; the rest is
+// HostCdrom describes the driver host_cdrom: drives. No path leads to it by itself, and no header
+// of an image.
+var HostCdrom = func() *driver.Any {
+	d := define(types.BlockdevDriverHostCdrom, true)
+	d.Preexisting = true
+	d.Open, d.TakesPath, d.ForImages = openCdrom, nil, nil
+	return driver.Of(d)
+}()
+
+// define is what they have in common. The file name is all that matters for the data; the rest is
 // about the host.
 func define(name types.BlockdevDriver, device bool) driver.Def[*types.BlockdevOptionsFile] {
 	return driver.Def[*types.BlockdevOptionsFile]{

@@ -15,6 +15,7 @@ func open(o *driver.Opening, opts *types.BlockdevOptionsFile, device bool) (grap
 		name:   opts.Filename,
 		driver: n.DriverName,
 		device: device,
+		drive:  n.DriverName == string(types.BlockdevDriverHostCdrom),
 		ro:     n.ReadOnly,
 		auto:   n.AutoReadOnly,
 		direct: n.Direct, noFlush: n.NoFlush,

@@ -25,9 +25,11 @@ type settings struct {
 	// noFlush: cache.no-flush; what is written need never reach the medium.
 	noFlush bool
 	locks   bool
-	drop    bool                            // forget cached pages when opening
-	check   bool                            // look whether that worked
-	admit   func(f *driver.FoundFile) error // asked before the file is opened; nil: it may be
+	// drive: host_cdrom, which can be opened without a disk.
+	drive bool
+	drop  bool                            // forget cached pages when opening
+	check bool                            // look whether that worked
+	admit func(f *driver.FoundFile) error // asked before the file is opened; nil: it may be
 }
 
 // openDisk opens and probes a file. It blocks as long as the storage does, but no longer
@@ -61,6 +63,9 @@ func (s *settings) flags(writable bool) int {
 	}
 	if s.direct {
 		f |= unix.O_DIRECT
+	}
+	if s.drive {
+		f |= unix.O_NONBLOCK
 	}
 	return f
 }

@@ -177,7 +177,11 @@ func (d *disk) reopen(cur *handle, p *pending, flags int) error {
 
 // reopen changes how the file is opened, which follows when permissions are prepared.
 func reopen(open graph.Driver, u *types.BlockdevOptionsFile, g *graph.Options) (graph.Participant, error) {
-	return &resetting{d: open.(*disk), u: u, g: g}, nil
+	d, ok := open.(*disk)
+	if !ok {
+		d = open.(*cdrom).d
+	}
+	return &resetting{d: d, u: u, g: g}, nil
 }
 
 // resetting changes settings within a transaction.

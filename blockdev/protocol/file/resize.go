@@ -10,8 +10,9 @@ import (
 	"qblockd/graph/blk"
 )
 
-// Resize implements graph.Resizer. A regular file gets exactly that size; a device must be
-// at least as long and stays as it is. The file keeps its length when it fails.
+// Resize implements graph.Resizer. A regular file gets exactly that size; a device must be at least
+// as long and stays as it is, but if others have changed its length, that is noticed. The file
+// keeps its length when it fails.
 func (d *disk) Resize(ctx context.Context, size int64, m blk.Prealloc) error {
 	h := d.hold()
 	if h == nil {
@@ -29,8 +30,16 @@ func (d *disk) Resize(ctx context.Context, size int64, m blk.Prealloc) error {
 	if m != blk.PreallocOff && m != "" {
 		return blk.Text("Preallocation mode '"+string(m)+"' unsupported for this non-regular file", blk.ErrNotSupported)
 	}
-	if size > d.Size() {
+	now, err := seekEnd(h.fd)
+	switch {
+	case err != nil:
+		return blk.Errnof(err, "Could not get the length of the device")
+	case size > now:
 		return blk.Text("Cannot grow device files", unix.EINVAL)
+	}
+	if d.eof.Load() != now {
+		d.extent.Store(nil)
+		d.setEnd(now)
 	}
 	return nil
 }
