@@ -309,6 +309,12 @@ func (pl *planner) admit(o *types.BlockdevOptions) (*types.BlockdevOptions, erro
 		}
 	}
 	for _, mem := range optionDict(o).Members() {
+		if slices.Contains(d.ForImages.Naming, mem.Name) {
+			if !pl.policy.References {
+				return nil, fmt.Errorf("An image may not name a secret")
+			}
+			continue
+		}
 		if mem.Name != "driver" && !slices.Contains(children, mem.Name) && !slices.Contains(d.ForImages.Options, mem.Name) {
 			return nil, fmt.Errorf("An image may not give the option '%s' of the driver '%s'", mem.Name, o.Driver)
 		}

@@ -123,6 +123,7 @@ func (c *catalog) jsonOptions(
 	if byImage {
 		c.dropHints(d)
 	}
+	c.complete(d)
 	if s, ok := d.Get("driver"); ok {
 		if c.drivers[types.BlockdevDriver(fmt.Sprint(s))] == nil {
 			return nil, nil, fmt.Errorf("Unknown driver '%v'", s)
@@ -136,6 +137,24 @@ func (c *catalog) jsonOptions(
 	}
 	file, err := types.DecodeBlockdevRef(f, types.ModeKeyval)
 	return nil, file, err
+}
+
+// complete adds what nodes in a "json:" file name leave out.
+func (c *catalog) complete(v value.Value) {
+	switch v := v.(type) {
+	case value.List:
+		for _, x := range v {
+			c.complete(x)
+		}
+	case *value.Dict:
+		name, _ := v.Get("driver")
+		if d := c.drivers[types.BlockdevDriver(fmt.Sprint(name))]; d != nil && d.Complete != nil {
+			d.Complete(v)
+		}
+		for _, mem := range v.Members() {
+			c.complete(mem.Value)
+		}
+	}
 }
 
 // Names in images and of clients are no longer than maxNameText bytes, nest no deeper than

@@ -64,6 +64,9 @@ type Def[O any] struct {
 	// read and written: they go into "json:" file names.
 	Strong func(u O, add func(name string, v value.Value))
 
+	// Complete adds to options of a "json:" file name what QEMU, which writes such names into
+	// images, leaves out.
+	Complete func(o *value.Dict)
 	// FromFile makes the options of a format that is told nothing but its file.
 	FromFile func(file types.BlockdevRef) O
 	// Probe rates how well the first bytes of a file, up to 512, fit: 0 to 100.
@@ -107,6 +110,7 @@ func Of[O any](d Def[O]) *Any {
 		MorePrefixes: d.MorePrefixes, List: d.List, NoFolder: d.NoFolder, LikeProtocol: d.LikeProtocol,
 		TakesPath: d.TakesPath, Probe: d.Probe, Verbatim: d.Verbatim, ForImages: d.ForImages, Create: d.Create,
 		Preexisting:    d.Preexisting,
+		Complete:       d.Complete,
 		MaxBackingName: d.MaxBackingName, MaxBackingFormat: d.MaxBackingFormat, Amend: d.Amend,
 
 		Open:  func(x *Opening, u any) (graph.Driver, error) { return d.Open(x, u.(O)) },

@@ -152,9 +152,11 @@ type ForImages struct {
 	// which is not for an image to decide.
 	Options, Hints []string
 	// Devices, Sockets: only if the image policy allows devices, or sockets. Object is the kind of
-	// object that the options name; only if the policy allows references.
+	// object that the options name; only if the policy allows references. Naming are options that
+	// name objects; they count, and may be given only if it does.
 	Devices, Sockets bool
 	Object           string
+	Naming           []string
 }
 
 // NoChange is the Reopen of drivers that can be reopened and have nothing that could change.

@@ -22,6 +22,21 @@ type SnapshotInfo struct {
 	Icount *int64
 }
 
+// ImageInfoSpecificQCow2EncryptionBase: part of the schema's structure.
+type ImageInfoSpecificQCow2EncryptionBase struct {
+	// How the data of the disk are encrypted.
+	Format BlockdevQcow2EncryptionFormat
+}
+
+// ImageInfoSpecificQCow2Encryption: how the data of a qcow2 image are encrypted.
+type ImageInfoSpecificQCow2Encryption struct {
+	// How the data of the disk are encrypted.
+	Format BlockdevQcow2EncryptionFormat
+	// U holds the members of the branch that Format selects; nil where the branch has none.
+	// *QCryptoBlockInfoLUKS for luks.
+	U any
+}
+
 // ImageInfoSpecificQCow2: what is special about a qcow2 image.
 type ImageInfoSpecificQCow2 struct {
 	// "0.10" for version 2, "1.1" for version 3.
@@ -38,6 +53,8 @@ type ImageInfoSpecificQCow2 struct {
 	Corrupt *bool
 	// Width of a reference count.
 	RefcountBits int64
+	// How its data are encrypted (only if they are; since: 2.10).
+	Encrypt *ImageInfoSpecificQCow2Encryption
 	// The dirty bitmaps kept in the image.
 	Bitmaps []*Qcow2BitmapInfo
 	// How compressed clusters are packed.
@@ -760,6 +777,32 @@ type Qcow2OverlapChecks struct {
 	Mode *Qcow2OverlapCheckMode
 }
 
+// BlockdevQcow2EncryptionFormat: how the data of a qcow2 image are encrypted.
+type BlockdevQcow2EncryptionFormat string
+
+// The values of BlockdevQcow2EncryptionFormat.
+const (
+	// AES-128-CBC with the password for the key; broken, not for new things.
+	BlockdevQcow2EncryptionFormatAes BlockdevQcow2EncryptionFormat = "aes"
+	// As LUKS, version 1, has it, with the keys in the image.
+	BlockdevQcow2EncryptionFormatLuks BlockdevQcow2EncryptionFormat = "luks"
+)
+
+// BlockdevQcow2EncryptionFormatValues lists the values of BlockdevQcow2EncryptionFormat in the order of the schema.
+var BlockdevQcow2EncryptionFormatValues = []BlockdevQcow2EncryptionFormat{
+	BlockdevQcow2EncryptionFormatAes,
+	BlockdevQcow2EncryptionFormatLuks,
+}
+
+// BlockdevQcow2Encryption: how an encrypted qcow2 image is opened.
+type BlockdevQcow2Encryption struct {
+	// How its data are encrypted; the image has to say the same.
+	Format BlockdevQcow2EncryptionFormat
+	// U holds the members of the branch that Format selects; nil where the branch has none.
+	// *QCryptoBlockOptionsQCow for aes, *QCryptoBlockOptionsLUKS for luks.
+	U any
+}
+
 // BlockdevOptionsQcow2: options of the driver qcow2.
 type BlockdevOptionsQcow2 struct {
 	// The node that holds the image.
@@ -788,6 +831,8 @@ type BlockdevOptionsQcow2 struct {
 	RefcountCacheSize *int64
 	// Seconds after which unused entries are dropped; 0 never (default 600).
 	CacheCleanInterval *int64
+	// How an encrypted image is opened; it may be left out only for images that are not.
+	Encrypt *BlockdevQcow2Encryption
 	// What has the guest data of an image that keeps them in another file (default: what the image names).
 	DataFile *BlockdevRef
 }
@@ -1375,6 +1420,8 @@ type BlockdevCreateOptionsQcow2 struct {
 	BackingFile *string
 	// Format of the backing file.
 	BackingFmt *BlockdevDriver
+	// How the data are encrypted (default: not at all).
+	Encrypt *QCryptoBlockCreateOptions
 	// Unit of allocation in bytes (default 65536).
 	ClusterSize *uint64
 	// How much is allocated at once (default off).
@@ -1441,9 +1488,11 @@ type BlockdevAmendOptionsLUKS struct {
 	Secret *string
 }
 
-// BlockdevAmendOptionsQcow2: what can be changed in a qcow2 image without a copy of it. So far nothing:
-// only keys of encrypted images can, which are not supported.
+// BlockdevAmendOptionsQcow2: what can be changed in a qcow2 image without a copy of it: the keys of an
+// encrypted one.
 type BlockdevAmendOptionsQcow2 struct {
+	// The change of keys.
+	Encrypt *QCryptoBlockAmendOptions
 }
 
 // BlockdevAmendOptions: changes to an image.

@@ -169,6 +169,36 @@ func visitQcow2OverlapChecks(d *decoder, name string, x *Qcow2OverlapChecks) boo
 	return d.fail("Invalid parameter type for '" + last(name) + "', expected: Qcow2OverlapChecks")
 }
 
+func visitBlockdevQcow2EncryptionFormat(d *decoder, name string, x *BlockdevQcow2EncryptionFormat) bool {
+	return enum(d, name, x, BlockdevQcow2EncryptionFormatValues)
+}
+
+// DecodeBlockdevQcow2Encryption decodes v; faults are worded as QEMU does (*ArgError).
+func DecodeBlockdevQcow2Encryption(v value.Value, m Mode) (*BlockdevQcow2Encryption, error) {
+	return decode(v, m, visitBlockdevQcow2Encryption)
+}
+
+func visitBlockdevQcow2Encryption(d *decoder, name string, x *BlockdevQcow2Encryption) bool {
+	return object(d, name, x, membersBlockdevQcow2Encryption)
+}
+
+func membersBlockdevQcow2Encryption(d *decoder, x *BlockdevQcow2Encryption) bool {
+	if !(visitBlockdevQcow2EncryptionFormat(d, "format", &x.Format)) {
+		return false
+	}
+	switch x.Format {
+	case BlockdevQcow2EncryptionFormatLuks:
+		u := new(QCryptoBlockOptionsLUKS)
+		x.U = u
+		return membersQCryptoBlockOptionsLUKS(d, u)
+	case BlockdevQcow2EncryptionFormatAes:
+		u := new(QCryptoBlockOptionsQCow)
+		x.U = u
+		return membersQCryptoBlockOptionsQCow(d, u)
+	}
+	return true
+}
+
 // DecodeBlockdevOptionsQcow2 decodes v; faults are worded as QEMU does (*ArgError).
 func DecodeBlockdevOptionsQcow2(v value.Value, m Mode) (*BlockdevOptionsQcow2, error) {
 	return decode(v, m, visitBlockdevOptionsQcow2)
@@ -192,6 +222,7 @@ func membersBlockdevOptionsQcow2(d *decoder, x *BlockdevOptionsQcow2) bool {
 		opt(d, "l2-cache-entry-size", &x.L2CacheEntrySize, visitInt64) &&
 		opt(d, "refcount-cache-size", &x.RefcountCacheSize, visitInt64) &&
 		opt(d, "cache-clean-interval", &x.CacheCleanInterval, visitInt64) &&
+		opt(d, "encrypt", &x.Encrypt, visitBlockdevQcow2Encryption) &&
 		opt(d, "data-file", &x.DataFile, visitBlockdevRef)
 }
 
@@ -629,6 +660,7 @@ func membersBlockdevCreateOptionsQcow2(d *decoder, x *BlockdevCreateOptionsQcow2
 		opt(d, "version", &x.Version, visitBlockdevQcow2Version) &&
 		opt(d, "backing-file", &x.BackingFile, visitStr) &&
 		opt(d, "backing-fmt", &x.BackingFmt, visitBlockdevDriver) &&
+		opt(d, "encrypt", &x.Encrypt, visitQCryptoBlockCreateOptions) &&
 		opt(d, "cluster-size", &x.ClusterSize, visitSize) &&
 		opt(d, "preallocation", &x.Preallocation, visitPreallocMode) &&
 		opt(d, "lazy-refcounts", &x.LazyRefcounts, visitBool) &&
@@ -717,7 +749,7 @@ func visitBlockdevAmendOptionsQcow2(d *decoder, name string, x *BlockdevAmendOpt
 }
 
 func membersBlockdevAmendOptionsQcow2(d *decoder, x *BlockdevAmendOptionsQcow2) bool {
-	return true
+	return opt(d, "encrypt", &x.Encrypt, visitQCryptoBlockAmendOptions)
 }
 
 // DecodeBlockdevAmendOptions decodes v; faults are worded as QEMU does (*ArgError).
@@ -738,6 +770,10 @@ func membersBlockdevAmendOptions(d *decoder, x *BlockdevAmendOptions) bool {
 		u := new(BlockdevAmendOptionsLUKS)
 		x.U = u
 		return membersBlockdevAmendOptionsLUKS(d, u)
+	case BlockdevDriverQcow2:
+		u := new(BlockdevAmendOptionsQcow2)
+		x.U = u
+		return membersBlockdevAmendOptionsQcow2(d, u)
 	}
 	return true
 }

@@ -29,6 +29,52 @@ func (x *SnapshotInfo) AppendJSON(b []byte) []byte {
 }
 
 // AppendJSON appends x in QEMU's form, members in hash order.
+func (x *ImageInfoSpecificQCow2EncryptionBase) AppendJSON(b []byte) []byte {
+	b = append(b, `{"format": `...)
+	b = appendEnum(b, x.Format)
+	return append(b, '}')
+}
+
+// AppendJSON appends x in QEMU's form, members in hash order.
+func (x *ImageInfoSpecificQCow2Encryption) AppendJSON(b []byte) []byte {
+	switch u := x.U.(type) {
+	case *QCryptoBlockInfoLUKS:
+		b = append(b, `{"ivgen-alg": `...)
+		b = appendEnum(b, u.IvgenAlg)
+		if u.DetachedHeader != nil {
+			b = append(b, `, "detached-header": `...)
+			b = appendBool(b, *u.DetachedHeader)
+		}
+		b = append(b, `, "hash-alg": `...)
+		b = appendEnum(b, u.HashAlg)
+		b = append(b, `, "cipher-alg": `...)
+		b = appendEnum(b, u.CipherAlg)
+		b = append(b, `, "uuid": `...)
+		b = value.AppendString(b, u.Uuid)
+		if u.IvgenHashAlg != nil {
+			b = append(b, `, "ivgen-hash-alg": `...)
+			b = appendEnum(b, *u.IvgenHashAlg)
+		}
+		b = append(b, `, "format": `...)
+		b = appendEnum(b, x.Format)
+		b = append(b, `, "cipher-mode": `...)
+		b = appendEnum(b, u.CipherMode)
+		b = append(b, `, "slots": `...)
+		b = appendList(b, u.Slots, func(b []byte, v *QCryptoBlockInfoLUKSSlot) []byte { return v.AppendJSON(b) })
+		b = append(b, `, "payload-offset": `...)
+		b = appendInt(b, u.PayloadOffset)
+		b = append(b, `, "master-key-iters": `...)
+		b = appendInt(b, u.MasterKeyIters)
+		return append(b, '}')
+	case nil:
+		b = append(b, `{"format": `...)
+		b = appendEnum(b, x.Format)
+		return append(b, '}')
+	}
+	panic("ImageInfoSpecificQCow2Encryption with a branch of another type")
+}
+
+// AppendJSON appends x in QEMU's form, members in hash order.
 func (x *ImageInfoSpecificQCow2) AppendJSON(b []byte) []byte {
 	b = append(b, `{"compat": `...)
 	b = value.AppendString(b, x.Compat)
@@ -47,6 +93,10 @@ func (x *ImageInfoSpecificQCow2) AppendJSON(b []byte) []byte {
 	if x.DataFile != nil {
 		b = append(b, `, "data-file": `...)
 		b = value.AppendString(b, *x.DataFile)
+	}
+	if x.Encrypt != nil {
+		b = append(b, `, "encrypt": `...)
+		b = x.Encrypt.AppendJSON(b)
 	}
 	if x.DataFileRaw != nil {
 		b = append(b, `, "data-file-raw": `...)
@@ -682,6 +732,33 @@ func (x *Qcow2OverlapChecks) AppendJSON(b []byte) []byte {
 }
 
 // AppendJSON appends x in QEMU's form, members in hash order.
+func (x *BlockdevQcow2Encryption) AppendJSON(b []byte) []byte {
+	switch u := x.U.(type) {
+	case *QCryptoBlockOptionsQCow:
+		b = append(b, `{"format": `...)
+		b = appendEnum(b, x.Format)
+		if u.KeySecret != nil {
+			b = append(b, `, "key-secret": `...)
+			b = value.AppendString(b, *u.KeySecret)
+		}
+		return append(b, '}')
+	case *QCryptoBlockOptionsLUKS:
+		b = append(b, `{"format": `...)
+		b = appendEnum(b, x.Format)
+		if u.KeySecret != nil {
+			b = append(b, `, "key-secret": `...)
+			b = value.AppendString(b, *u.KeySecret)
+		}
+		return append(b, '}')
+	case nil:
+		b = append(b, `{"format": `...)
+		b = appendEnum(b, x.Format)
+		return append(b, '}')
+	}
+	panic("BlockdevQcow2Encryption with a branch of another type")
+}
+
+// AppendJSON appends x in QEMU's form, members in hash order.
 func (x *BlockdevOptionsQcow2) AppendJSON(b []byte) []byte {
 	b = append(b, '{')
 	if x.RefcountCacheSize != nil {
@@ -735,6 +812,10 @@ func (x *BlockdevOptionsQcow2) AppendJSON(b []byte) []byte {
 	if x.L2CacheSize != nil {
 		b = appendKey(b, "l2-cache-size")
 		b = appendInt(b, *x.L2CacheSize)
+	}
+	if x.Encrypt != nil {
+		b = appendKey(b, "encrypt")
+		b = x.Encrypt.AppendJSON(b)
 	}
 	b = appendKey(b, "file")
 	b = x.File.AppendJSON(b)
@@ -1749,6 +1830,10 @@ func (x *BlockdevOptions) AppendJSON(b []byte) []byte {
 			b = append(b, `, "l2-cache-size": `...)
 			b = appendInt(b, *u.L2CacheSize)
 		}
+		if u.Encrypt != nil {
+			b = append(b, `, "encrypt": `...)
+			b = u.Encrypt.AppendJSON(b)
+		}
 		if x.ReadOnly != nil {
 			b = append(b, `, "read-only": `...)
 			b = appendBool(b, *x.ReadOnly)
@@ -2017,6 +2102,10 @@ func (x *BlockdevCreateOptionsQcow2) AppendJSON(b []byte) []byte {
 		b = append(b, `, "backing-fmt": `...)
 		b = appendEnum(b, *x.BackingFmt)
 	}
+	if x.Encrypt != nil {
+		b = append(b, `, "encrypt": `...)
+		b = x.Encrypt.AppendJSON(b)
+	}
 	if x.DataFileRaw != nil {
 		b = append(b, `, "data-file-raw": `...)
 		b = appendBool(b, *x.DataFileRaw)
@@ -2191,6 +2280,10 @@ func (x *BlockdevCreateOptions) AppendJSON(b []byte) []byte {
 			b = append(b, `, "backing-fmt": `...)
 			b = appendEnum(b, *u.BackingFmt)
 		}
+		if u.Encrypt != nil {
+			b = append(b, `, "encrypt": `...)
+			b = u.Encrypt.AppendJSON(b)
+		}
 		if u.DataFileRaw != nil {
 			b = append(b, `, "data-file-raw": `...)
 			b = appendBool(b, *u.DataFileRaw)
@@ -2243,7 +2336,12 @@ func (x *BlockdevAmendOptionsLUKS) AppendJSON(b []byte) []byte {
 
 // AppendJSON appends x in QEMU's form, members in hash order.
 func (x *BlockdevAmendOptionsQcow2) AppendJSON(b []byte) []byte {
-	return append(b, "{}"...)
+	b = append(b, '{')
+	if x.Encrypt != nil {
+		b = appendKey(b, "encrypt")
+		b = x.Encrypt.AppendJSON(b)
+	}
+	return append(b, '}')
 }
 
 // AppendJSON appends x in QEMU's form, members in hash order.
@@ -2273,6 +2371,14 @@ func (x *BlockdevAmendOptions) AppendJSON(b []byte) []byte {
 		if u.OldSecret != nil {
 			b = append(b, `, "old-secret": `...)
 			b = value.AppendString(b, *u.OldSecret)
+		}
+		return append(b, '}')
+	case *BlockdevAmendOptionsQcow2:
+		b = append(b, `{"driver": `...)
+		b = appendEnum(b, x.Driver)
+		if u.Encrypt != nil {
+			b = append(b, `, "encrypt": `...)
+			b = u.Encrypt.AppendJSON(b)
 		}
 		return append(b, '}')
 	case nil:

@@ -136,6 +136,35 @@ var QCryptoIVGenAlgorithmValues = []QCryptoIVGenAlgorithm{
 	QCryptoIVGenAlgorithmEssiv,
 }
 
+// QCryptoBlockFormat: how the sectors of a disk are encrypted, and where the key is.
+type QCryptoBlockFormat string
+
+// The values of QCryptoBlockFormat.
+const (
+	// AES-128-CBC with the password for the key; broken, not for new things.
+	QCryptoBlockFormatQcow QCryptoBlockFormat = "qcow"
+	// As LUKS, version 1, has it.
+	QCryptoBlockFormatLuks QCryptoBlockFormat = "luks"
+)
+
+// QCryptoBlockFormatValues lists the values of QCryptoBlockFormat in the order of the schema.
+var QCryptoBlockFormatValues = []QCryptoBlockFormat{
+	QCryptoBlockFormatQcow,
+	QCryptoBlockFormatLuks,
+}
+
+// QCryptoBlockOptionsBase: part of the schema's structure.
+type QCryptoBlockOptionsBase struct {
+	// How it is encrypted.
+	Format QCryptoBlockFormat
+}
+
+// QCryptoBlockOptionsQCow: how a disk is opened whose key is its password.
+type QCryptoBlockOptionsQCow struct {
+	// The secret with the password; it has to be given.
+	KeySecret *string
+}
+
 // QCryptoBlockOptionsLUKS: how an encrypted disk is opened.
 type QCryptoBlockOptionsLUKS struct {
 	// The secret with a password of the disk; it has to be given.
@@ -193,6 +222,25 @@ type QCryptoBlockAmendOptionsLUKS struct {
 	// With active, the secret with a password that opens the disk now (default: the one that it was opened
 	// with).
 	Secret *string
+}
+
+// QCryptoBlockCreateOptions: how an encrypted disk within an image is made.
+type QCryptoBlockCreateOptions struct {
+	// How it is encrypted.
+	Format QCryptoBlockFormat
+	// U holds the members of the branch that Format selects; nil where the branch has none.
+	// *QCryptoBlockOptionsQCow for qcow, *QCryptoBlockCreateOptionsLUKS for luks.
+	U any
+}
+
+// QCryptoBlockAmendOptions: a change to the keys of an encrypted disk within an image; those of format
+// qcow cannot change.
+type QCryptoBlockAmendOptions struct {
+	// How it is encrypted.
+	Format QCryptoBlockFormat
+	// U holds the members of the branch that Format selects; nil where the branch has none.
+	// *QCryptoBlockAmendOptionsLUKS for luks.
+	U any
 }
 
 // QCryptoBlockInfoLUKSSlot: a place for a key of an encrypted disk.

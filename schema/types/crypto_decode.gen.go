@@ -24,8 +24,123 @@ func visitQCryptoIVGenAlgorithm(d *decoder, name string, x *QCryptoIVGenAlgorith
 	return enum(d, name, x, QCryptoIVGenAlgorithmValues)
 }
 
+func visitQCryptoBlockFormat(d *decoder, name string, x *QCryptoBlockFormat) bool {
+	return enum(d, name, x, QCryptoBlockFormatValues)
+}
+
+// DecodeQCryptoBlockOptionsQCow decodes v; faults are worded as QEMU does (*ArgError).
+func DecodeQCryptoBlockOptionsQCow(v value.Value, m Mode) (*QCryptoBlockOptionsQCow, error) {
+	return decode(v, m, visitQCryptoBlockOptionsQCow)
+}
+
+func visitQCryptoBlockOptionsQCow(d *decoder, name string, x *QCryptoBlockOptionsQCow) bool {
+	return object(d, name, x, membersQCryptoBlockOptionsQCow)
+}
+
+func membersQCryptoBlockOptionsQCow(d *decoder, x *QCryptoBlockOptionsQCow) bool {
+	return opt(d, "key-secret", &x.KeySecret, visitStr)
+}
+
+// DecodeQCryptoBlockOptionsLUKS decodes v; faults are worded as QEMU does (*ArgError).
+func DecodeQCryptoBlockOptionsLUKS(v value.Value, m Mode) (*QCryptoBlockOptionsLUKS, error) {
+	return decode(v, m, visitQCryptoBlockOptionsLUKS)
+}
+
+func visitQCryptoBlockOptionsLUKS(d *decoder, name string, x *QCryptoBlockOptionsLUKS) bool {
+	return object(d, name, x, membersQCryptoBlockOptionsLUKS)
+}
+
+func membersQCryptoBlockOptionsLUKS(d *decoder, x *QCryptoBlockOptionsLUKS) bool {
+	return opt(d, "key-secret", &x.KeySecret, visitStr)
+}
+
+// DecodeQCryptoBlockCreateOptionsLUKS decodes v; faults are worded as QEMU does (*ArgError).
+func DecodeQCryptoBlockCreateOptionsLUKS(v value.Value, m Mode) (*QCryptoBlockCreateOptionsLUKS, error) {
+	return decode(v, m, visitQCryptoBlockCreateOptionsLUKS)
+}
+
+func visitQCryptoBlockCreateOptionsLUKS(d *decoder, name string, x *QCryptoBlockCreateOptionsLUKS) bool {
+	return object(d, name, x, membersQCryptoBlockCreateOptionsLUKS)
+}
+
+func membersQCryptoBlockCreateOptionsLUKS(d *decoder, x *QCryptoBlockCreateOptionsLUKS) bool {
+	return opt(d, "key-secret", &x.KeySecret, visitStr) &&
+		opt(d, "cipher-alg", &x.CipherAlg, visitQCryptoCipherAlgorithm) &&
+		opt(d, "cipher-mode", &x.CipherMode, visitQCryptoCipherMode) &&
+		opt(d, "ivgen-alg", &x.IvgenAlg, visitQCryptoIVGenAlgorithm) &&
+		opt(d, "ivgen-hash-alg", &x.IvgenHashAlg, visitQCryptoHashAlgorithm) &&
+		opt(d, "hash-alg", &x.HashAlg, visitQCryptoHashAlgorithm) &&
+		opt(d, "iter-time", &x.IterTime, visitInt64)
+}
+
 func visitQCryptoBlockLUKSKeyslotState(d *decoder, name string, x *QCryptoBlockLUKSKeyslotState) bool {
 	return enum(d, name, x, QCryptoBlockLUKSKeyslotStateValues)
+}
+
+// DecodeQCryptoBlockAmendOptionsLUKS decodes v; faults are worded as QEMU does (*ArgError).
+func DecodeQCryptoBlockAmendOptionsLUKS(v value.Value, m Mode) (*QCryptoBlockAmendOptionsLUKS, error) {
+	return decode(v, m, visitQCryptoBlockAmendOptionsLUKS)
+}
+
+func visitQCryptoBlockAmendOptionsLUKS(d *decoder, name string, x *QCryptoBlockAmendOptionsLUKS) bool {
+	return object(d, name, x, membersQCryptoBlockAmendOptionsLUKS)
+}
+
+func membersQCryptoBlockAmendOptionsLUKS(d *decoder, x *QCryptoBlockAmendOptionsLUKS) bool {
+	return visitQCryptoBlockLUKSKeyslotState(d, "state", &x.State) &&
+		opt(d, "new-secret", &x.NewSecret, visitStr) &&
+		opt(d, "old-secret", &x.OldSecret, visitStr) &&
+		opt(d, "keyslot", &x.Keyslot, visitInt64) &&
+		opt(d, "iter-time", &x.IterTime, visitInt64) &&
+		opt(d, "secret", &x.Secret, visitStr)
+}
+
+// DecodeQCryptoBlockCreateOptions decodes v; faults are worded as QEMU does (*ArgError).
+func DecodeQCryptoBlockCreateOptions(v value.Value, m Mode) (*QCryptoBlockCreateOptions, error) {
+	return decode(v, m, visitQCryptoBlockCreateOptions)
+}
+
+func visitQCryptoBlockCreateOptions(d *decoder, name string, x *QCryptoBlockCreateOptions) bool {
+	return object(d, name, x, membersQCryptoBlockCreateOptions)
+}
+
+func membersQCryptoBlockCreateOptions(d *decoder, x *QCryptoBlockCreateOptions) bool {
+	if !(visitQCryptoBlockFormat(d, "format", &x.Format)) {
+		return false
+	}
+	switch x.Format {
+	case QCryptoBlockFormatLuks:
+		u := new(QCryptoBlockCreateOptionsLUKS)
+		x.U = u
+		return membersQCryptoBlockCreateOptionsLUKS(d, u)
+	case QCryptoBlockFormatQcow:
+		u := new(QCryptoBlockOptionsQCow)
+		x.U = u
+		return membersQCryptoBlockOptionsQCow(d, u)
+	}
+	return true
+}
+
+// DecodeQCryptoBlockAmendOptions decodes v; faults are worded as QEMU does (*ArgError).
+func DecodeQCryptoBlockAmendOptions(v value.Value, m Mode) (*QCryptoBlockAmendOptions, error) {
+	return decode(v, m, visitQCryptoBlockAmendOptions)
+}
+
+func visitQCryptoBlockAmendOptions(d *decoder, name string, x *QCryptoBlockAmendOptions) bool {
+	return object(d, name, x, membersQCryptoBlockAmendOptions)
+}
+
+func membersQCryptoBlockAmendOptions(d *decoder, x *QCryptoBlockAmendOptions) bool {
+	if !(visitQCryptoBlockFormat(d, "format", &x.Format)) {
+		return false
+	}
+	switch x.Format {
+	case QCryptoBlockFormatLuks:
+		u := new(QCryptoBlockAmendOptionsLUKS)
+		x.U = u
+		return membersQCryptoBlockAmendOptionsLUKS(d, u)
+	}
+	return true
 }
 
 func visitQCryptoTLSCredsEndpoint(d *decoder, name string, x *QCryptoTLSCredsEndpoint) bool {

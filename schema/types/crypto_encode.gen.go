@@ -5,6 +5,23 @@ package types
 import "qblockd/schema/value"
 
 // AppendJSON appends x in QEMU's form, members in hash order.
+func (x *QCryptoBlockOptionsBase) AppendJSON(b []byte) []byte {
+	b = append(b, `{"format": `...)
+	b = appendEnum(b, x.Format)
+	return append(b, '}')
+}
+
+// AppendJSON appends x in QEMU's form, members in hash order.
+func (x *QCryptoBlockOptionsQCow) AppendJSON(b []byte) []byte {
+	b = append(b, '{')
+	if x.KeySecret != nil {
+		b = appendKey(b, "key-secret")
+		b = value.AppendString(b, *x.KeySecret)
+	}
+	return append(b, '}')
+}
+
+// AppendJSON appends x in QEMU's form, members in hash order.
 func (x *QCryptoBlockOptionsLUKS) AppendJSON(b []byte) []byte {
 	b = append(b, '{')
 	if x.KeySecret != nil {
@@ -73,6 +90,95 @@ func (x *QCryptoBlockAmendOptionsLUKS) AppendJSON(b []byte) []byte {
 		b = value.AppendString(b, *x.OldSecret)
 	}
 	return append(b, '}')
+}
+
+// AppendJSON appends x in QEMU's form, members in hash order.
+func (x *QCryptoBlockCreateOptions) AppendJSON(b []byte) []byte {
+	switch u := x.U.(type) {
+	case *QCryptoBlockOptionsQCow:
+		b = append(b, `{"format": `...)
+		b = appendEnum(b, x.Format)
+		if u.KeySecret != nil {
+			b = append(b, `, "key-secret": `...)
+			b = value.AppendString(b, *u.KeySecret)
+		}
+		return append(b, '}')
+	case *QCryptoBlockCreateOptionsLUKS:
+		b = append(b, '{')
+		if u.IvgenAlg != nil {
+			b = appendKey(b, "ivgen-alg")
+			b = appendEnum(b, *u.IvgenAlg)
+		}
+		if u.HashAlg != nil {
+			b = appendKey(b, "hash-alg")
+			b = appendEnum(b, *u.HashAlg)
+		}
+		if u.CipherAlg != nil {
+			b = appendKey(b, "cipher-alg")
+			b = appendEnum(b, *u.CipherAlg)
+		}
+		if u.IterTime != nil {
+			b = appendKey(b, "iter-time")
+			b = appendInt(b, *u.IterTime)
+		}
+		if u.IvgenHashAlg != nil {
+			b = appendKey(b, "ivgen-hash-alg")
+			b = appendEnum(b, *u.IvgenHashAlg)
+		}
+		b = appendKey(b, "format")
+		b = appendEnum(b, x.Format)
+		if u.CipherMode != nil {
+			b = append(b, `, "cipher-mode": `...)
+			b = appendEnum(b, *u.CipherMode)
+		}
+		if u.KeySecret != nil {
+			b = append(b, `, "key-secret": `...)
+			b = value.AppendString(b, *u.KeySecret)
+		}
+		return append(b, '}')
+	case nil:
+		b = append(b, `{"format": `...)
+		b = appendEnum(b, x.Format)
+		return append(b, '}')
+	}
+	panic("QCryptoBlockCreateOptions with a branch of another type")
+}
+
+// AppendJSON appends x in QEMU's form, members in hash order.
+func (x *QCryptoBlockAmendOptions) AppendJSON(b []byte) []byte {
+	switch u := x.U.(type) {
+	case *QCryptoBlockAmendOptionsLUKS:
+		b = append(b, `{"state": `...)
+		b = appendEnum(b, u.State)
+		if u.Keyslot != nil {
+			b = append(b, `, "keyslot": `...)
+			b = appendInt(b, *u.Keyslot)
+		}
+		if u.IterTime != nil {
+			b = append(b, `, "iter-time": `...)
+			b = appendInt(b, *u.IterTime)
+		}
+		if u.Secret != nil {
+			b = append(b, `, "secret": `...)
+			b = value.AppendString(b, *u.Secret)
+		}
+		if u.NewSecret != nil {
+			b = append(b, `, "new-secret": `...)
+			b = value.AppendString(b, *u.NewSecret)
+		}
+		if u.OldSecret != nil {
+			b = append(b, `, "old-secret": `...)
+			b = value.AppendString(b, *u.OldSecret)
+		}
+		b = append(b, `, "format": `...)
+		b = appendEnum(b, x.Format)
+		return append(b, '}')
+	case nil:
+		b = append(b, `{"format": `...)
+		b = appendEnum(b, x.Format)
+		return append(b, '}')
+	}
+	panic("QCryptoBlockAmendOptions with a branch of another type")
 }
 
 // AppendJSON appends x in QEMU's form, members in hash order.

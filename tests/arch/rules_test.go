@@ -18,7 +18,7 @@ var leaves = map[string][]string{
 	"jobs/machine":                 nil,
 	"jobs/visible":                 {"jobs/machine"}, // its verbs and states
 	"blockdev/format/qcow2/layout": nil,
-	"blockdev/crypto":              {"schema/types"},                                                    // names of ciphers and hashes
+	"blockdev/crypto":              {"graph/blk", "schema/types"},                                       // memory of requests; names of ciphers and hashes
 	"blockdev/crypto/luks":         {"blockdev/crypto", "graph/blk", "schema/types"},                    // texts of errno
 	"blockdev/tlscreds":            {"blockdev/tlspsk", "blockdev/crypto", "graph/blk", "schema/types"}, // memory for keys; texts of errno; options
 	"blockdev/tlspsk":              nil,
@@ -63,7 +63,7 @@ var rules = []rule{
 	{"blockdev/drivers", []string{"blockdev/driver", "blockdev/protocol/*", "blockdev/format/*", "blockdev/filter/*"}},
 	{"blockdev/drivertest", []string{"blockdev/driver", "graph", "graph/*"}},
 	{"blockdev/format/luks", []string{"blockdev/driver", "blockdev/crypto", "blockdev/crypto/luks", "graph", "graph/*"}},
-	{"blockdev/format/qcow2", []string{"blockdev/driver", "blockdev/format/qcow2/layout", "graph", "graph/*"}},
+	{"blockdev/format/qcow2", []string{"blockdev/driver", "blockdev/format/qcow2/layout", "blockdev/crypto", "blockdev/crypto/luks", "graph", "graph/*"}},
 	{"blockdev/export", []string{"graph", "graph/*"}}, // no type of exports: those are told to it
 	{"blockdev/export/nbd", []string{"blockdev/export", "blockdev/nbdwire", "blockdev/tlscreds", "qmp/chardev/sockets", "graph", "graph/*"}},
 	{"blockdev/export/*", []string{"blockdev/export", "graph", "graph/*"}},

@@ -28,7 +28,7 @@ var ErrPassword = errors.New("Invalid password, cannot unlock any keyslot")
 func Read(st Store, detached bool) (*Header, error) {
 	b := make([]byte, HeaderSize)
 	if err := st.ReadAt(b, 0); err != nil {
-		return nil, blk.Errnof(err, "Unable to read LUKS header")
+		return nil, told(err, "Unable to read LUKS header")
 	}
 	return Parse(b, detached)
 }
@@ -62,7 +62,7 @@ func (h *Header) UnlockSlot(ctx context.Context, st Store, slot int, password []
 	defer material.Close()
 	b := material.Bytes()
 	if err := st.ReadAt(b, int64(s.Offset)*sector); err != nil {
-		return nil, blk.Errnof(err, "Failed to read key material")
+		return nil, told(err, "Failed to read key material")
 	}
 	c.Decrypt(b, b, 0)
 	key, err := crypto.NewKey(h.KeySize())

@@ -5,34 +5,12 @@ import (
 	"errors"
 	"syscall"
 
-	"qblockd/blockdev/crypto"
 	"qblockd/blockdev/crypto/luks"
 	"qblockd/blockdev/driver"
 	"qblockd/graph"
 	"qblockd/graph/blk"
 	"qblockd/schema/types"
 )
-
-func pick[T any](p *T, def T) T {
-	if p != nil {
-		return *p
-	}
-	return def
-}
-
-// spec is what the options say of the cipher.
-func spec(o *types.BlockdevCreateOptionsLUKS) crypto.Spec {
-	s := crypto.Spec{
-		Alg:    pick(o.CipherAlg, types.QCryptoCipherAlgorithmAes256),
-		Mode:   pick(o.CipherMode, types.QCryptoCipherModeXts),
-		IV:     pick(o.IvgenAlg, types.QCryptoIVGenAlgorithmPlain64),
-		IVHash: pick(o.IvgenHashAlg, ""),
-	}
-	if s.IV == types.QCryptoIVGenAlgorithmEssiv && s.IVHash == "" {
-		s.IVHash = types.QCryptoHashAlgorithmSha256
-	}
-	return s
-}
 
 var errNowhere = errors.New("Either the parameter 'header' or 'file' must be specified")
 
@@ -66,12 +44,10 @@ func create(
 		return err
 	}
 	defer word.Close()
-	proto := luks.Header{Spec: spec(o), Hash: pick(o.HashAlg, types.QCryptoHashAlgorithmSha256)}
-	if err := proto.Check(); err != nil {
-		return err
-	}
-	millis := pick(o.IterTime, luks.DefaultMillis)
-	h, master, err := luks.New(ctx, proto, millis)
+	h, master, millis, err := luks.NewAs(ctx, &types.QCryptoBlockCreateOptionsLUKS{
+		CipherAlg: o.CipherAlg, CipherMode: o.CipherMode, IvgenAlg: o.IvgenAlg, IvgenHashAlg: o.IvgenHashAlg,
+		HashAlg: o.HashAlg, IterTime: o.IterTime,
+	})
 	if err != nil {
 		return err
 	}
@@ -103,9 +79,9 @@ func resize(ctx context.Context, root *graph.Root, payload int64, o *types.Block
 	if o.Size > uint64(most-payload) {
 		return errTooLarge
 	}
-	m := blk.Prealloc(pick(o.Preallocation, types.PreallocModeOff))
-	if m == blk.PreallocMetadata { // there are none to allocate
-		m = blk.PreallocOff
+	m := blk.PreallocOff
+	if o.Preallocation != nil && *o.Preallocation != types.PreallocModeMetadata { // there are none to allocate
+		m = blk.Prealloc(*o.Preallocation)
 	}
 	err := root.Resize(ctx, int64(o.Size)+payload, true, m)
 	if errors.Is(err, syscall.EFBIG) && int64(o.Size)+payload <= blk.MaxSize {

@@ -8,9 +8,6 @@ import (
 	"qblockd/graph/blk"
 )
 
-// maxBounce is the most that a request has in a buffer of ours.
-const maxBounce = 1 << 20
-
 // within refuses what no offset of the file says.
 func (d *disk) within(off, n int64) error {
 	if off > math.MaxInt64-d.payload-n {
@@ -25,66 +22,24 @@ func (d *disk) ReadAt(r *blk.Req, v blk.Vec, off int64, f blk.Flags) error {
 		return err
 	}
 	d.file.DebugEvent(r, blk.EvReadAio)
-	if !v.Aligned(0, crypto.SectorSize) {
-		return d.readBounced(r, v, off, f)
-	}
-	if err := d.file.ReadAt(r, v, off+d.payload, f); err != nil {
-		return err
-	}
-	if b, ok := v.Single(); ok {
-		d.cipher.Decrypt(b, b, sector(off))
-		return nil
-	}
-	v.Each(func(b []byte) {
-		d.cipher.Decrypt(b, b, sector(off))
-		off += int64(len(b))
+	return d.cipher.Read(v, sector(off), func(part blk.Vec, at int64) error {
+		return d.file.ReadAt(r, part, off+at+d.payload, f)
 	})
-	return nil
 }
 
-// readBounced reads where a buffer ends within a sector.
-func (d *disk) readBounced(r *blk.Req, v blk.Vec, off int64, f blk.Flags) error {
-	size := v.Len()
-	bounce := blk.GetBuf(int(min(size, maxBounce)), 0)
-	defer blk.PutBuf(bounce)
-	for done := int64(0); done < size; {
-		b := bounce.B[:min(size-done, maxBounce)]
-		if err := d.file.ReadAt(r, blk.Buf(b), off+done+d.payload, f); err != nil {
-			return err
-		}
-		d.cipher.Decrypt(b, b, sector(off+done))
-		v.Slice(done, int64(len(b))).CopyIn(b)
-		done += int64(len(b))
-	}
-	return nil
-}
-
-// WriteAt implements graph.Writer. What is written stays as it is for others who have it.
+// WriteAt implements graph.Writer.
 func (d *disk) WriteAt(r *blk.Req, v blk.Vec, off int64, f blk.Flags) error {
 	size := v.Len()
 	if err := d.within(off, size); err != nil {
 		return err
 	}
-	if r.NoWait && size > maxBounce {
-		return blk.ErrWouldBlock // the second piece might have to, with the first one written
+	if r.NoWait && size > crypto.MaxBounce {
+		return blk.ErrWouldBlock // the second part might have to, with the first one written
 	}
 	d.file.DebugEvent(r, blk.EvWriteAio)
-	bounce := blk.GetBuf(int(min(size, maxBounce)), 0)
-	defer blk.PutBuf(bounce)
-	for done := int64(0); done < size; {
-		b := bounce.B[:min(size-done, maxBounce)]
-		if src, ok := v.Single(); ok {
-			d.cipher.Encrypt(b, src[done:][:len(b)], sector(off+done))
-		} else {
-			v.Slice(done, int64(len(b))).CopyOut(b)
-			d.cipher.Encrypt(b, b, sector(off+done))
-		}
-		if err := d.file.WriteAt(r, blk.Buf(b), off+done+d.payload, f); err != nil {
-			return err
-		}
-		done += int64(len(b))
-	}
-	return nil
+	return d.cipher.Write(v, sector(off), func(part blk.Vec, at int64) error {
+		return d.file.WriteAt(r, part, off+at+d.payload, f)
+	})
 }
 
 // sector is the number of a sector, which counts from the beginning of the disk.

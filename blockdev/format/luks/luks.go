@@ -139,24 +139,9 @@ func (d *disk) ImageInfo(info *types.ImageInfo) {
 	encrypted := true
 	info.Encrypted = &encrypted
 	h := d.header.Load()
-	data := types.QCryptoBlockInfoLUKS{
-		CipherAlg: h.Alg, CipherMode: h.Mode, IvgenAlg: h.IV, HashAlg: h.Hash,
-		PayloadOffset: h.PayloadOffset(), MasterKeyIters: int64(h.Iterations), Uuid: h.UUID,
-	}
-	if h.IV == types.QCryptoIVGenAlgorithmEssiv {
-		data.IvgenHashAlg = &h.IVHash
-	}
+	data := h.Info()
 	if detached := d.detached(); detached {
 		data.DetachedHeader = &detached
-	}
-	for i := range h.Slots {
-		s := &h.Slots[i]
-		out := &types.QCryptoBlockInfoLUKSSlot{Active: s.Active, KeyOffset: int64(s.Offset) * crypto.SectorSize}
-		if s.Active {
-			iters, stripes := int64(s.Iterations), int64(s.Stripes)
-			out.Iters, out.Stripes = &iters, &stripes
-		}
-		data.Slots = append(data.Slots, out)
 	}
 	info.FormatSpecific = &types.ImageInfoSpecific{
 		Type: types.ImageInfoSpecificKindLuks, U: &types.ImageInfoSpecificLUKSWrapper{Data: data},

@@ -86,6 +86,7 @@ func (s *image) Close() error {
 	s.stopClean()
 	s.l2, s.rb = newCache(int(s.slice), 1), newCache(int(s.cs), 1)
 	s.unz = unzipped{}
+	s.forget()
 	// Those who still know the node keep nothing of this.
 	s.l1, s.owners, s.inactive = entries{}, map[int64]owner{}, nil
 	return nil

@@ -162,7 +162,7 @@ func compress(kind uint8, src []byte) ([]byte, error) {
 // are. It fails with EIO for a cluster that has data of its own already, and with ErrNotSupported
 // where data are in another file.
 func (s *requests) writeCompressed(r *blk.Req, v blk.Vec, off int64, f blk.Flags) error {
-	if s.external != nil {
+	if s.external != nil || s.seal != nil { // compressed data are not encrypted
 		return blk.ErrNotSupported
 	}
 	n := v.Len()

@@ -24,7 +24,7 @@ func (s *requests) writeAround(r *blk.Req, p *plan, w blk.Vec, off int64) error 
 	start := p.host - head
 	if head == 0 && tail == 0 {
 		s.step(r, blk.EvWriteAio)
-		return s.data().WriteAt(r, w, p.host, 0)
+		return s.writeData(r, w, p.host, off)
 	}
 	if n := head + tail; n > smallCopy {
 		if err := s.copying.Take(r, n); err != nil {
@@ -47,12 +47,12 @@ func (s *requests) writeAround(r *blk.Req, p *plan, w blk.Vec, off int64) error 
 	s.step(r, blk.EvWriteAio)
 	if blk.IsZero(buf.B) {
 		if a.fresh {
-			return s.data().WriteAt(r, w, p.host, 0)
+			return s.writeData(r, w, p.host, off)
 		}
-		if head+tail >= bigZeroes {
+		if head+tail >= bigZeroes && s.seal == nil {
 			err := s.data().Zero(r, start, p.to-p.from, blk.NoFallback)
 			if err == nil {
-				return s.data().WriteAt(r, w, p.host, 0)
+				return s.writeData(r, w, p.host, off)
 			}
 			if !unsupported(err) {
 				return err
@@ -67,7 +67,7 @@ func (s *requests) writeAround(r *blk.Req, p *plan, w blk.Vec, off int64) error 
 	if tail > 0 {
 		bufs = append(bufs, tb)
 	}
-	return s.data().WriteAt(r, blk.Bufs(bufs), start, 0)
+	return s.writeData(r, blk.Bufs(bufs), start, p.from)
 }
 
 // unsupported tells whether err says that a file cannot do that.
@@ -100,7 +100,7 @@ func (s *requests) readOld(r *blk.Req, c cell, gc, in int64, b []byte) error {
 func (s *requests) readOldRun(r *blk.Req, kind layout.Kind, e uint64, off, in int64, b []byte) error {
 	switch kind {
 	case layout.Normal:
-		return s.readData(r, blk.Buf(b), int64(e&layout.OffsetMask)+in)
+		return s.readData(r, blk.Buf(b), int64(e&layout.OffsetMask)+in, off)
 	case layout.CompressedKind:
 		return s.readCompressed(r, blk.Buf(b), e, in)
 	case layout.Unallocated:

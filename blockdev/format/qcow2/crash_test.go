@@ -85,6 +85,7 @@ func afterCrash(f, data *drivertest.MemFile, l *ledger, lazy bool) error {
 	if data != nil {
 		c.external = mem{data}
 	}
+	c = keyed(c)
 	if !lazy {
 		c.readOnly = true
 		s, err := openImage(req(), c)
@@ -136,6 +137,8 @@ func TestCrash(t *testing.T) {
 		{cs: 512, bits: 16, v: "v3", data: "data"}, {cs: 4096, bits: 16, v: "v3", data: "raw"}, {cs: 65536, bits: 16, v: "v3", data: "data", lazy: true},
 		{cs: 16384, bits: 16, v: "v3", ext: true}, {cs: 65536, bits: 64, v: "v3", ext: true, lazy: true},
 		{cs: 16384, bits: 16, v: "v3", ext: true, data: "data"},
+		{cs: 4096, bits: 16, v: "v3", crypt: "luks"}, {cs: 4096, bits: 16, v: "v2", crypt: "aes"},
+		{cs: 16384, bits: 16, v: "v3", ext: true, data: "raw", crypt: "luks"},
 	} {
 		t.Run(fmt.Sprintf("%+v", sh), func(t *testing.T) {
 			t.Parallel()

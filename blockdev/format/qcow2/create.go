@@ -7,6 +7,7 @@ import (
 	"math"
 	"math/bits"
 
+	"qblockd/blockdev/crypto"
 	"qblockd/blockdev/driver"
 	"qblockd/blockdev/format/qcow2/layout"
 	"qblockd/graph"
@@ -31,15 +32,16 @@ func Create(
 		return err
 	}
 	defer root.End(r)
+	words := func(secret string) (*crypto.Key, error) { return driver.Password(c.Objects, secret) }
 	if data == nil {
-		return create(r, grower{root.Edge()}, o)
+		return createWith(r, grower{root.Edge()}, nil, "", o, words)
 	}
 	rd, err := data.Begin(ctx) // a request of the data file's node has a pass of its own
 	if err != nil {
 		return err
 	}
 	defer data.End(rd)
-	return createWith(r, grower{root.Edge()}, grower{data.Edge()}, c.Filename(data.Edge().Node()), o)
+	return createWith(r, grower{root.Edge()}, grower{data.Edge()}, c.Filename(data.Edge().Node()), o, words)
 }
 
 // grower is a root's edge through which writes may make the node longer.
@@ -129,13 +131,15 @@ func newHeader(o *types.BlockdevCreateOptionsQcow2) (*layout.Header, error) {
 
 // create makes an image in f.
 func create(r *blk.Req, f file, o *types.BlockdevCreateOptionsQcow2) error {
-	return createWith(r, f, nil, "", o)
+	return createWith(r, f, nil, "", o, nil)
 }
 
 // createWith makes an image in f: a header and an empty refcount table, then everything else by
 // opening and resizing it. data, if not nil, has the data of the disk, and the header calls it
 // dataName.
-func createWith(r *blk.Req, f, data file, dataName string, o *types.BlockdevCreateOptionsQcow2) error {
+func createWith(
+	r *blk.Req, f, data file, dataName string, o *types.BlockdevCreateOptionsQcow2, words passwords,
+) error {
 	h, err := newHeader(o)
 	if err != nil {
 		return err
@@ -157,7 +161,9 @@ func createWith(r *blk.Req, f, data file, dataName string, o *types.BlockdevCrea
 	}
 	off := false
 	options := types.BlockdevOptionsQcow2{LazyRefcounts: &off, CacheCleanInterval: new(int64)}
-	s, err := openImage(r, config{file: f, external: data, bare: true, options: options})
+	s, err := openImage(r, config{
+		file: f, external: data, bare: true, options: options, sealing: o.Encrypt != nil, password: words,
+	})
 	if err != nil {
 		return err
 	}
@@ -202,6 +208,14 @@ func (s *image) populate(r *blk.Req, o *types.BlockdevCreateOptionsQcow2) error 
 	if err := s.Resize(r, int64(o.Size), m); err != nil {
 		return fmt.Errorf("Could not resize image: %w", err)
 	}
+	if err := s.assignBacking(r, o); err != nil || o.Encrypt == nil {
+		return err
+	}
+	return s.encrypt(r, o.Encrypt)
+}
+
+// assignBacking enters the backing file into the header.
+func (s *image) assignBacking(r *blk.Req, o *types.BlockdevCreateOptionsQcow2) error {
 	if o.BackingFile == nil {
 		return nil
 	}

@@ -8,6 +8,7 @@ import (
 	"qblockd/graph"
 	"qblockd/graph/perm"
 	"qblockd/schema/types"
+	"qblockd/schema/value"
 )
 
 // Def describes the driver.
@@ -16,6 +17,7 @@ var Def = driver.Of(driver.Def[*types.BlockdevOptionsQcow2]{
 	Open:       open,
 	Reopen:     reopen,
 	Changeable: runtimeNames,
+	ChangeOnly: []string{"encrypt"},
 	Children: func(u *types.BlockdevOptionsQcow2) []driver.Child {
 		l := []driver.Child{{Name: "file", Role: perm.Image, Ref: &u.File}}
 		if u.DataFile != nil {
@@ -25,13 +27,26 @@ var Def = driver.Of(driver.Def[*types.BlockdevOptionsQcow2]{
 	},
 	Backing:  func(u *types.BlockdevOptionsQcow2) *types.BlockdevRefOrNull { return u.Backing },
 	FromFile: func(f types.BlockdevRef) *types.BlockdevOptionsQcow2 { return &types.BlockdevOptionsQcow2{File: f} },
+	Strong: func(u *types.BlockdevOptionsQcow2, add func(name string, v value.Value)) {
+		_, secret := secretOf(u.Encrypt)
+		driver.AddGiven(add, "encrypt.key-secret", secret)
+	},
+	Complete: func(o *value.Dict) {
+		// The image knows its format. That its key is its password (aes) has to be said.
+		e, _ := o.Get("encrypt")
+		if e, ok := e.(*value.Dict); ok {
+			if _, ok := e.Get("format"); !ok {
+				e.Set("format", string(types.BlockdevQcow2EncryptionFormatLuks))
+			}
+		}
+	},
 	Probe: func(head []byte) int {
 		if layout.Probe(head) {
 			return 100
 		}
 		return 0
 	},
-	ForImages: &driver.ForImages{Hints: runtimeNames},
+	ForImages: &driver.ForImages{Hints: runtimeNames, Naming: []string{"encrypt"}},
 	Create: driver.Creates(func(ctx context.Context, c *driver.Creation, o *types.BlockdevCreateOptionsQcow2) error {
 		if o.BackingFmt != nil {
 			if err := c.CanName(*o.BackingFmt); err != nil {
@@ -56,8 +71,10 @@ var Def = driver.Of(driver.Def[*types.BlockdevOptionsQcow2]{
 		return o
 	},
 	MaxBackingName: layout.MaxBackingName, MaxBackingFormat: layout.MaxBackingFormat,
-	// Without encryption, which is absent, there is nothing that could be changed.
-	Amend: driver.Amends(func(context.Context, *graph.Node, *types.BlockdevAmendOptionsQcow2) error { return nil }),
+	Amend: func(ctx context.Context, a *driver.Amendment, o any) (*driver.Amending, error) {
+		u, _ := o.(*types.BlockdevAmendOptionsQcow2)
+		return amend(ctx, a, u)
+	},
 })
 
 // runtimeNames are the options that say how an image is used: a reopen may change them, and an

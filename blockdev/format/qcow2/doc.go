@@ -61,6 +61,16 @@
 // written. If it shows the disk by itself (data-file-raw), zeroes and discards are made in it and
 // the tables stay as they are.
 //
+// # Encrypted images
+//
+// Guest data are encrypted sector by sector on their way to the file and back (crypt.go): in images
+// of the method LUKS with the number of a sector in the file, in those of AES with that on the
+// disk. Metadata and compressed clusters are not, so nothing is compressed. Whatever was never
+// written, or was punched, reads as noise: what is preallocated gets the zero flag, nothing relies
+// on a file that reads as zeroes, and what is discarded in another file, or keeps its place, is not
+// punched. Keys are in memory of their own from opening to closing. The header with the keys
+// (package crypto/luks) is metadata like others for whoever counts.
+//
 // # Images that others made
 //
 // Refcounts, flags and tables may say anything. Before the first write a survey begins to count all

@@ -5,6 +5,7 @@ import (
 	"fmt"
 	"sync/atomic"
 
+	"qblockd/blockdev/crypto"
 	"qblockd/blockdev/driver"
 	"qblockd/blockdev/format/qcow2/layout"
 	"qblockd/events/panics"
@@ -61,6 +62,7 @@ func open(o *driver.Opening, opt *types.BlockdevOptionsQcow2) (graph.Driver, err
 		changed:   n.Bump,
 		keeper:    nodeBitmaps{n},
 		debug:     n.File().DebugEvent,
+		password:  func(secret string) (*crypto.Key, error) { return driver.Password(o.Objects, secret) },
 	}
 	if e := n.Child(dataFile); e != nil {
 		c.external = e
@@ -168,14 +170,18 @@ func (s *image) NodeFailed() {
 
 // Caps implements graph.Driver.
 func (d *Driver) Caps() graph.Caps {
+	align, flags := int64(1), blk.Compressed
+	if d.seal != nil {
+		align, flags = crypto.SectorSize, 0
+	}
 	return graph.Caps{
 		Limits: blk.Limits{
-			RequestAlign: 1,
+			RequestAlign: align,
 			ZeroAlign:    1 << d.sb,
 			DiscardAlign: d.cs,
 			ClusterSize:  d.cs,
 		},
-		WriteFlags: blk.Compressed | blk.WriteUnchanged | blk.Serialising,
+		WriteFlags: flags | blk.WriteUnchanged | blk.Serialising,
 		ZeroFlags:  blk.WriteUnchanged | blk.Serialising | blk.MayUnmap | blk.NoFallback,
 		Backing:    true,
 		ZeroInit:   true,
@@ -222,7 +228,11 @@ func (d *Driver) ImageInfo(i *types.ImageInfo) {
 		q.DataFile = &d.dataName
 	}
 	if d.geo.External {
-		q.DataFileRaw = &d.raw
+		q.DataFileRaw = &d.rawBit
+	}
+	if d.seal != nil {
+		encrypted := true
+		i.Encrypted, q.Encrypt = &encrypted, d.seal.info()
 	}
 	if l := d.shownBitmaps.Load(); l != nil {
 		q.Bitmaps = *l

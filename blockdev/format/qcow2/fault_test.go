@@ -45,8 +45,8 @@ func scenario(s *image, disk []byte, bad []bool) error {
 		write((8+3*i)*cs, cs+cs/2, byte(10+i), 0)
 	}
 	how := blk.Compressed
-	if s.geo.External {
-		how = 0 // nothing is compressed there, nor shared
+	if s.geo.External || s.seal != nil {
+		how = 0 // nothing is compressed there
 	}
 	write(4*cs, cs, 5, how)
 	write(5*cs, cs, 6, how)
@@ -74,6 +74,7 @@ func TestEachFailure(t *testing.T) {
 		{cs: 16384, bits: 16, v: "v3", ext: true},
 		{cs: 1024, bits: 16, v: "v3", data: "data"}, {cs: 4096, bits: 1, v: "v3", data: "raw"},
 		{cs: 16384, bits: 16, v: "v3", ext: true, data: "data"},
+		{cs: 4096, bits: 16, v: "v3", crypt: "luks"}, {cs: 4096, bits: 16, v: "v3", data: "raw", crypt: "aes"},
 	} {
 		for _, external := range []bool{false, true} {
 			if external && sh.data == "" {

@@ -70,7 +70,9 @@ func (s *imageFile) readHeader(r *blk.Req) (first []byte, err error) {
 		s.hdrUsed--
 	}
 	s.version, s.compression, s.compat = s.hdr.Version, s.hdr.CompressionType, s.hdr.CompatibleFeatures
-	s.geo, s.raw = s.hdr.Geometry(), s.hdr.Raw()
+	s.geo = s.hdr.Geometry()
+	s.rawBit = s.hdr.Raw()
+	s.raw = s.rawBit && s.hdr.CryptMethod == layout.CryptNone && !s.sealing
 	s.cb, s.cs = s.geo.ClusterBits, s.geo.ClusterSize()
 	s.sb, s.eb = s.geo.SubBits(), s.geo.EntryBits()
 	s.size.Store(int64(s.hdr.Size) &^ (blk.SectorSize - 1))

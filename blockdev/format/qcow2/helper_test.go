@@ -79,6 +79,8 @@ type CreateOptions struct {
 	Raw  bool
 	// Extended: with subclusters.
 	Extended bool
+	// Crypt is "luks", "aes", or ""; the password is "key".
+	Crypt string
 }
 
 func (o CreateOptions) dataName() string {
@@ -99,6 +101,7 @@ func (o CreateOptions) schema() *types.BlockdevCreateOptionsQcow2 {
 	if o.Extended {
 		x.ExtendedL2 = &o.Extended
 	}
+	x.Encrypt = newKeys(o.Crypt)
 	if o.Version != "" {
 		x.Version = ptr(types.BlockdevQcow2Version(o.Version))
 	}
@@ -127,7 +130,7 @@ func mustCreate(t testing.TB, o CreateOptions) *drivertest.MemFile {
 	if o.Data != nil {
 		data = mem{o.Data}
 	}
-	if err := createWith(req(), mem{f}, data, o.dataName(), o.schema()); err != nil {
+	if err := createWith(req(), mem{f}, data, o.dataName(), o.schema(), words); err != nil {
 		t.Fatalf("create: %v", err)
 	}
 	return f
@@ -139,7 +142,7 @@ func mustOpen(t testing.TB, f file, c config) *image {
 	if c.options.CacheCleanInterval == nil {
 		c.options.CacheCleanInterval = ptr(int64(0))
 	}
-	s, err := openImage(req(), c)
+	s, err := openImage(req(), keyed(c))
 	if err != nil {
 		t.Fatalf("open: %v", err)
 	}

@@ -39,6 +39,8 @@ type config struct {
 	readOnly bool
 	unmap    bool // discard=unmap was given for the node
 	options  types.BlockdevOptionsQcow2
+	// password is the text of a secret.
+	password passwords
 	// keeper has the persistent bitmaps in memory; nil: nobody, in the image they stay in use.
 	keeper bitmapKeeper
 
@@ -57,13 +59,15 @@ type config struct {
 	// vetSteps are what the first and each further step of a survey read of L2 tables, in bytes;
 	// 0 is firstStep and nextStep.
 	vetSteps [2]int64
-	// bare opens an image that is being created: nothing is refused or repaired.
+	// bare opens an image that is being created: nothing is refused, unlocked or repaired.
 	bare bool
+	// sealing: an image that is being created is going to be encrypted.
+	sealing bool
 }
 
 // imageFile is the file of an open image: its header, its geometry, and where metadata lie in it.
 type imageFile struct {
-	config
+	guestData
 	geo layout.Geometry
 	cs  int64 // cluster size
 	cb  uint  // its log2
@@ -76,6 +80,7 @@ type imageFile struct {
 	compat      uint64 // compatible features
 	dataName    string // of external, as the header has it
 	raw         bool   // external shows the disk to those who know nothing of the image
+	rawBit      bool   // the header says that it does
 
 	size  atomic.Int64 // of the guest disk, bytes, a multiple of 512
 	dead  atomic.Bool  // unusable after fatal corruption
@@ -158,16 +163,6 @@ func (s *config) data() file {
 		return s.external
 	}
 	return s.file
-}
-
-// unwritten tells whether host offset off of the file with the guest data, which was written up to
-// end, reads as zeroes whatever is written behind it. An encrypted file grows by noise.
-func (s *config) unwritten(off, end int64) bool { return off >= end && s.data().Caps().ZeroInit }
-
-// readData reads guest data.
-func (s *config) readData(r *blk.Req, v blk.Vec, off int64) error {
-	f := s.data()
-	return readPadded(r, f, f.Size(), v, off)
 }
 
 // flushFiles flushes all that the image is written to: first the data, to which the rest refers.

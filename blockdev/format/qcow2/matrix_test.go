@@ -222,7 +222,7 @@ func (oursParty) create(t *testing.T, dir string, x exchange) {
 	if x.data != "" {
 		s.DataFile, s.DataFileRaw = &types.BlockdevRef{Reference: &name}, ptr(x.data == "raw")
 	}
-	if err := createWith(req(), openOS(t, filepath.Join(dir, exchanged)), data, name, s); err != nil {
+	if err := createWith(req(), openOS(t, filepath.Join(dir, exchanged)), data, name, s, words); err != nil {
 		t.Fatal(err)
 	}
 }

@@ -114,7 +114,7 @@ func (m *model) resize() {
 		size -= m.rnd.IntN(min(4*cs, size)/512) * 512
 	}
 	mode := blk.PreallocOff
-	if size > len(m.disk) {
+	if size > len(m.disk) && (m.s.seal == nil || !m.v2) { // there is no zero flag in version 2
 		mode = []blk.Prealloc{blk.PreallocOff, blk.PreallocMetadata, blk.PreallocFalloc, blk.PreallocFull}[m.rnd.IntN(4)]
 	}
 	m.log = append(m.log, fmt.Sprintf("resize %d to %d %s", len(m.disk), size, mode))
@@ -172,7 +172,7 @@ func (m *model) compressed(off int) {
 	b := bytes.Repeat([]byte{byte(m.rnd.Uint32()), byte(m.rnd.Uint32())}, n/2)
 	fill(m.rnd, b[:m.rnd.IntN(n)])
 	err := m.s.WriteAt(req(), blk.Buf(b), int64(off), blk.Compressed)
-	if errors.Is(err, errIO) || m.s.external != nil && errors.Is(err, blk.ErrNotSupported) {
+	if errors.Is(err, errIO) || (m.s.external != nil || m.s.seal != nil) && errors.Is(err, blk.ErrNotSupported) {
 		return // has data of its own
 	}
 	if err != nil {
@@ -195,28 +195,29 @@ func (m *model) status(off, n int) {
 	}
 	if x.OffValid && x.Data {
 		b := make([]byte, x.N)
-		if err := m.s.readData(req(), blk.Buf(b), x.MapOff); err != nil || !bytes.Equal(b, part) {
+		if err := m.s.readData(req(), blk.Buf(b), x.MapOff, int64(off)); err != nil || !bytes.Equal(b, part) {
 			m.fatalf("status of %d+%d: wrong place: %+v", off, n, x)
 		}
 	}
 }
 
 type shape struct {
-	cs   uint64
-	bits int64
-	v    string
-	back bool
-	comp string
-	lazy bool
-	ext  bool   // extended L2 entries
-	data string // "", "data", "raw": a data file
+	cs    uint64
+	bits  int64
+	v     string
+	back  bool
+	comp  string
+	lazy  bool
+	ext   bool   // extended L2 entries
+	data  string // "", "data", "raw": a data file
+	crypt string
 }
 
 // options are those for an image of size bytes.
 func (sh *shape) options(size uint64) CreateOptions {
 	o := CreateOptions{
 		Size: size, ClusterSize: &sh.cs, RefcountBits: &sh.bits, Version: sh.v,
-		LazyRefcounts: sh.lazy, CompressionType: sh.comp, Extended: sh.ext,
+		LazyRefcounts: sh.lazy, CompressionType: sh.comp, Extended: sh.ext, Crypt: sh.crypt,
 	}
 	if sh.data != "" {
 		o.Data, o.Raw = drivertest.NewMemFile(0), sh.data == "raw"
@@ -315,16 +316,16 @@ func testShape(t *testing.T, sh shape, seed uint64) {
 	var data []byte
 	if o.Data != nil {
 		data = o.Data.Bytes()
-		if len(data) != len(m.disk) || o.Raw && !bytes.Equal(data, m.disk) {
+		if len(data) != len(m.disk) || o.Raw && sh.crypt == "" && !bytes.Equal(data, m.disk) {
 			t.Fatalf("the data file, of %d bytes, is not as the disk, of %d", len(data), len(m.disk))
 		}
 	}
-	qemuChecks(t, f.Bytes(), m.back, data, m.disk)
+	qemuChecks(t, sh.crypt, f.Bytes(), m.back, data, m.disk)
 }
 
 // qemuChecks lets all qemu-img that are installed check an image and, if disk is given, compare
 // what they read with that; back is its backing file, data that with its data, or nil.
-func qemuChecks(t *testing.T, img, back, data, disk []byte) {
+func qemuChecks(t *testing.T, crypt string, img, back, data, disk []byte) {
 	t.Helper()
 	tools := slices.DeleteFunc([]string{"qemu-img", "qemu-img10"}, func(name string) bool {
 		_, err := exec.LookPath(name)
@@ -354,10 +355,19 @@ func qemuChecks(t *testing.T, img, back, data, disk []byte) {
 			t.Fatalf("%s %v: %v\n%s", tool, args, err, out)
 		}
 	}
-	if back != nil {
+	if back != nil && crypt == "" {
 		qemu(tools[0], "rebase", "-q", "-u", "-b", "back", "-F", "raw", name)
 	}
 	for _, tool := range tools {
+		if crypt != "" {
+			image := "driver=qcow2,encrypt.key-secret=k,file.driver=file,file.filename=" + name
+			if back != nil {
+				image += ",backing.driver=raw,backing.file.driver=file,backing.file.filename=back"
+			}
+			qemu(tool, "check", "-q", "--object", "secret,id=k,data=key", "--image-opts", image)
+			qemu(tool, "compare", "-q", "--object", "secret,id=k,data=key", "--image-opts", image, "driver=raw,file.driver=file,file.filename=disk")
+			continue
+		}
 		qemu(tool, "check", "-q", name)
 		if disk != nil {
 			qemu(tool, "compare", "-q", "-f", "qcow2", "-F", "raw", name, "disk")

@@ -32,48 +32,60 @@ func openImage(r *blk.Req, c config) (*image, error) {
 	s.zipping.Limit, s.copying.Limit = budgetZip, budgetCopy
 	s.unzipping.Limit, s.decoding.Limit = budgetUnzip, budgetDecode
 	s.wake, s.done = sync.NewCond(&s.mu), sync.NewCond(&s.mu)
+	if err := s.load(r); err != nil {
+		s.forget()
+		return nil, err
+	}
+	return s, nil
+}
+
+// load reads what openImage needs.
+func (s *image) load(r *blk.Req) error {
 	s.marking.Lock()
 	defer s.marking.Unlock()
 	s.mu.Lock()
 	defer s.mu.Unlock()
 	first, err := s.readHeader(r)
 	if err != nil {
-		return nil, err
+		return err
 	}
 	if err := s.loadTables(r); err != nil {
-		return nil, err
+		return err
 	}
 	if s.ext, err = s.hdr.ParseExtensions(first); err != nil {
-		return nil, err
+		return err
 	}
 	if err := s.findData(); err != nil {
-		return nil, err
+		return err
+	}
+	if err := s.unlock(r); err != nil {
+		return err
 	}
 	if s.backName, err = s.hdr.BackingName(first); err != nil {
-		return nil, err
+		return err
 	}
 	if err := s.readSnapshots(r); err != nil {
-		return nil, err
+		return err
 	}
 	if err := s.loadBitmaps(r); err != nil {
-		return nil, err
+		return err
 	}
 	s.fileEnd = s.file.Size()
 	if s.set.overlap&olInactiveL2 != 0 {
 		if s.inactive, err = s.findInactive(r); err != nil {
-			return nil, err
+			return err
 		}
 	}
 	if !s.readOnly {
 		if err := s.becomeWriter(r); err != nil {
-			return nil, err
+			return err
 		}
 	}
 	s.publish()
 	s.publishBitmaps()
 	s.publishSnapshots()
 	s.startCleaning()
-	return s, nil
+	return nil
 }
 
 // findData refuses an image that has its guest data in another file, if that is not there, and

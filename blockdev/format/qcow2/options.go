@@ -87,7 +87,7 @@ func resolve(o *types.BlockdevOptionsQcow2, h *layout.Header, unmap bool) (setti
 	if s.noUnref && h.Version < 3 {
 		return s, fmt.Errorf("discard-no-unref is only supported since qcow2 version 3")
 	}
-	return s, nil
+	return s, checkEncrypt(o, h)
 }
 
 // cacheSizes shares the memory between the two caches as QEMU does.

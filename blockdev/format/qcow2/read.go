@@ -45,7 +45,7 @@ func (s *requests) readRun(r *blk.Req, v blk.Vec, off, at, n int64) (int64, erro
 	switch m.kind {
 	case layout.Normal:
 		s.step(r, blk.EvReadAio)
-		err = s.readData(r, v, m.host)
+		err = s.readData(r, v, m.host, off)
 	case layout.CompressedKind:
 		err = s.readCompressed(r, v, m.entry, off&(s.cs-1))
 	case layout.Unallocated:

@@ -261,7 +261,7 @@ func (s *image) growData(r *blk.Req, old, size int64, m blk.Prealloc) error {
 			return err
 		}
 	}
-	if s.bare || have <= old {
+	if s.bare || have <= old || s.seal != nil { // zeroes there would not read as such
 		return nil
 	}
 	return s.external.Zero(r, old, have-old, 0)
@@ -282,7 +282,7 @@ func (s *image) preallocate(r *blk.Req, from, to int64, m blk.Prealloc) error {
 		}
 		if s.geo.External {
 			for j := range k {
-				s.setCell(t, s.l2Index(gc)+j, cell{word: uint64((gc+j)<<s.cb) | layout.Copied})
+				s.setCell(t, s.l2Index(gc)+j, s.placed((gc+j)<<s.cb))
 			}
 			gc += k
 			continue
@@ -298,9 +298,20 @@ func (s *image) preallocate(r *blk.Req, from, to int64, m blk.Prealloc) error {
 			return err
 		}
 		for j := range k {
-			s.setCell(t, s.l2Index(gc)+j, cell{word: uint64(host+j<<s.cb) | layout.Copied})
+			s.setCell(t, s.l2Index(gc)+j, s.placed(host+j<<s.cb))
 		}
 		gc += k
 	}
 	return nil
+}
+
+// placed is the entry of a preallocated cluster. Where what was never written reads as noise it has
+// the zero flag, in images of version 3; if entries are extended, nothing of it is said to be
+// there.
+func (s *image) placed(off int64) cell {
+	e := uint64(off) | layout.Copied
+	if s.zeroInit() || s.version < 3 || s.geo.Extended {
+		return cell{word: e}
+	}
+	return s.zeroed(e)
 }

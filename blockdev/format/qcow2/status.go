@@ -49,9 +49,9 @@ func (s *requests) Status(r *blk.Req, off, n int64) (blk.Extent, error) {
 		e.Allocated, e.Data, e.Compressed = true, true, true
 	default:
 		e.Allocated, e.Data = true, true
-		e.Recurse = s.prealloc == 2 || s.geo.External
+		e.Recurse = (s.prealloc == 2 || s.geo.External) && s.seal == nil
 	}
-	if m.kind == layout.Normal || m.kind == layout.ZeroAlloc {
+	if (m.kind == layout.Normal || m.kind == layout.ZeroAlloc) && s.seal == nil {
 		e.OffValid, e.MapOff = true, m.host
 		e.In, _ = s.data().(blk.Child)
 	}
@@ -71,6 +71,9 @@ func (s *requests) Map(r *blk.Req, off, n int64, m *blk.Mapping) error {
 		case layout.CompressedKind:
 			return nil
 		case layout.Normal:
+			if s.seal != nil {
+				return nil // what is there is not what the disk has
+			}
 			if k := min(x.n, s.data().Size()-x.host); k > 0 {
 				err = s.data().Map(r, x.host, k, m)
 			}
@@ -128,6 +131,9 @@ func (s *requests) CopyFrom(r *blk.Req, off int64, src []blk.HostRange, f blk.Fl
 }
 
 func (s *requests) copyFrom(r *blk.Req, off int64, src []blk.HostRange, f blk.Flags) error {
+	if s.seal != nil {
+		return blk.ErrNotSupported
+	}
 	if r.NoWait {
 		return blk.ErrWouldBlock
 	}

@@ -130,6 +130,11 @@ func (s *surveyor) countMeta(c *counter) error {
 			}
 		}
 	}
+	if k := s.ext.Crypto; k != nil {
+		if err := c.active(int64(k.Offset), int64(k.Length), "encryption header"); err != nil {
+			return err
+		}
+	}
 	if err := s.above.countSnapshots(c); err != nil {
 		return err
 	}

@@ -64,6 +64,9 @@ func (s *requests) writeAt(r *blk.Req, v blk.Vec, off int64, f blk.Flags) error 
 		return s.writeCompressed(r, v, off, f)
 	}
 	n := v.Len()
+	if r.NoWait && s.splits(n) {
+		return blk.ErrWouldBlock // the second part might have to, with the first one written
+	}
 	for done := int64(0); done < n; {
 		p, err := s.planWrite(r, off+done, n-done)
 		if err != nil {
@@ -75,7 +78,7 @@ func (s *requests) writeAt(r *blk.Req, v blk.Vec, off int64, f blk.Flags) error 
 		}
 		if p.alloc == nil {
 			s.step(r, blk.EvWriteAio)
-			err = s.data().WriteAt(r, w, p.host, 0)
+			err = s.writeData(r, w, p.host, off+done)
 			p.epoch.Release()
 		} else {
 			err = s.finish(r, p.alloc, s.writeAround(r, &p, w, off+done))

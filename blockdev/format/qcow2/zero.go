@@ -347,21 +347,22 @@ func (s *surveyor) punchNow(r *blk.Req, l []span) {
 	}
 }
 
-// gone adds guest cluster gc, to which e referred, to what is to be punched in another file.
+// gone adds guest cluster gc, to which e referred, to what is to be punched in another file. Those
+// that are encrypted are not: until the entry is on disk they have to read as before, or as zeroes.
 // +checklocks:s.mu
 func (s *surveyor) gone(list []span, gc int64, e uint64, kind discardKind) []span {
-	if !s.geo.External || !s.set.discard[kind] || !s.geo.KindOf(e).HasHost() {
+	if !s.geo.External || s.seal != nil || !s.set.discard[kind] || !s.geo.KindOf(e).HasHost() {
 		return list
 	}
 	return with(list, span{gc << s.cb, (gc + 1) << s.cb})
 }
 
 // keep adds the host cluster of e, which keeps its place (discard-no-unref), to what is to be
-// punched, unless a snapshot shares it.
+// punched, unless a snapshot shares it, or it is encrypted.
 // +checklocks:s.mu
 func (s *surveyor) keep(r *blk.Req, list []span, e uint64, kind discardKind) []span {
 	off := int64(e & layout.OffsetMask)
-	if !s.set.discard[kind] || off&(s.cs-1) != 0 || off+s.cs > s.data().Size() || e&layout.Copied == 0 {
+	if !s.set.discard[kind] || s.seal != nil || off&(s.cs-1) != 0 || off+s.cs > s.data().Size() || e&layout.Copied == 0 {
 		return list
 	}
 	if s.geo.External {

@@ -30,6 +30,9 @@ type Bitmaps struct {
 	DirectoryOffset uint64
 }
 
+// Crypto is the full disk encryption header pointer: where the header with the keys lies, in bytes.
+type Crypto struct{ Offset, Length uint64 }
+
 // RawExtension is one we know nothing about, kept as it was.
 type RawExtension struct {
 	Magic uint32
@@ -42,6 +45,8 @@ type Extensions struct {
 	BackingFormat string
 	// DataFile is the name of the file that has the guest data; it counts if the header says so.
 	DataFile string
+	// Crypto is nil unless the image is encrypted as by LUKS.
+	Crypto *Crypto
 	// Bitmaps is nil without the extension, or if no program kept it up to date (autoclear
 	// bit 0 is clear); then BitmapsStale is set.
 	Bitmaps      *Bitmaps
@@ -90,7 +95,7 @@ func (h *Header) ParseExtensions(b []byte) (*Extensions, error) {
 		case extDataFile:
 			x.DataFile = cString(data)
 		case extCrypto:
-			return fmt.Errorf("CRYPTO header extension only expected with LUKS encryption method")
+			return x.parseCrypto(h, data)
 		case extBitmaps:
 			return x.parseBitmaps(h, data)
 		case extMarks:
@@ -107,6 +112,22 @@ func (h *Header) ParseExtensions(b []byte) (*Extensions, error) {
 		return nil, err
 	}
 	return x, nil
+}
+
+func (x *Extensions) parseCrypto(h *Header, data []byte) error {
+	const size = 16
+	if h.CryptMethod != CryptLUKS {
+		return fmt.Errorf("CRYPTO header extension only expected with LUKS encryption method")
+	}
+	if len(data) != size {
+		return fmt.Errorf("CRYPTO header extension size %d, but expected size %d", len(data), size)
+	}
+	c := &Crypto{binary.BigEndian.Uint64(data), binary.BigEndian.Uint64(data[8:])}
+	if cs := uint64(1) << h.ClusterBits; c.Offset%cs != 0 {
+		return fmt.Errorf("Encryption header offset '%d' is not a multiple of cluster size '%d'", c.Offset, cs)
+	}
+	x.Crypto = c
+	return nil
 }
 
 func (x *Extensions) parseBitmaps(h *Header, data []byte) error {
@@ -166,6 +187,9 @@ func (x *Extensions) appendTo(b []byte, h *Header) []byte {
 	}
 	if x.DataFile != "" {
 		b = appendExt(b, extDataFile, []byte(x.DataFile))
+	}
+	if c := x.Crypto; c != nil {
+		b = appendExt(b, extCrypto, appendUint64s(nil, []uint64{c.Offset, c.Length}))
 	}
 	if h.Version >= 3 && h.ClusterBits > 12 {
 		var t []byte

@@ -70,6 +70,13 @@ const (
 	CompressionZstd = 1
 )
 
+// Encryption methods.
+const (
+	CryptNone = 0
+	CryptAES  = 1
+	CryptLUKS = 2
+)
+
 // Header is the image header; fields carry the names of qcow2.txt. Version 2 headers are
 // given the values that version 3 fields have by default.
 type Header struct {
@@ -198,15 +205,6 @@ func (h *Header) checkFeatures(cluster []byte, writable bool) error {
 	}
 	if h.RefcountOrder > 6 {
 		return fmt.Errorf("Reference count entry width too large; may not exceed 64 bits")
-	}
-	switch h.CryptMethod {
-	case 0:
-	case 1:
-		return fmt.Errorf("Unsupported qcow2 feature(s): AES encryption")
-	case 2:
-		return fmt.Errorf("Unsupported qcow2 feature(s): LUKS encryption")
-	default:
-		return fmt.Errorf("Unsupported encryption method %d", h.CryptMethod)
 	}
 	if h.AutoclearFeatures&AutoclearDataFileRaw != 0 && !h.External() {
 		return fmt.Errorf("data-file-raw requires a data file")
