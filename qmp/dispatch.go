@@ -117,8 +117,9 @@ func (d *Dispatcher) log() *slog.Logger {
 
 // negotiation is the part of a session's state that requests depend on.
 type negotiation struct {
-	done bool // commands other than qmp_capabilities are allowed
-	oob  bool // the capability was enabled
+	done     bool // commands other than qmp_capabilities are allowed
+	oob      bool // the capability was enabled
+	readOnly bool // commands that change something are not allowed
 }
 
 // reply executes one request and appends the whole reply, without line end, to out.
@@ -172,6 +173,9 @@ func (d *Dispatcher) execute(ctx context.Context, neg *negotiation, obj *value.D
 	c, ok := d.commands[req.command]
 	if !ok {
 		return out, notFound("The command " + req.command + " has not been found")
+	}
+	if neg.readOnly && !readOnly[req.command] {
+		return out, fmt.Errorf("The command %s is not allowed on a read-only monitor", req.command)
 	}
 	if req.oob && !c.oob {
 		return out, noOOB(req.command)

@@ -13,8 +13,9 @@ import (
 
 // Options of a Monitor.
 type Options struct {
-	Pretty bool   // indent what is sent
-	Limits Limits // per client
+	Pretty   bool   // indent what is sent
+	ReadOnly bool   // take only commands that change nothing
+	Limits   Limits // per client
 	// Idle is called when clients have gone that needed much memory together, which can be given
 	// back now. Called from a goroutine of its own; nil: not called.
 	Idle func()

@@ -100,7 +100,7 @@ type Session struct {
 
 // newSession prepares a session of m over c.
 func newSession(m *Monitor, c Conn) *Session {
-	s := &Session{mon: m, d: m.d, conn: c}
+	s := &Session{mon: m, d: m.d, conn: c, neg: negotiation{readOnly: m.opts.ReadOnly}}
 	s.try, _ = c.(TryWriter)
 	s.hang, _ = c.(HangupWaiter)
 	s.base, s.cancel = context.WithCancelCause(context.Background())
@@ -232,7 +232,7 @@ func (s *Session) executeOOB(v value.Value) bool {
 	if !s.awaitRoom() {
 		return false
 	}
-	neg := negotiation{done: true, oob: true}
+	neg := negotiation{done: true, oob: true, readOnly: s.mon.opts.ReadOnly}
 	out := s.d.reply(s.base, &neg, v, nil)
 	traceReply(out)
 	s.send(out, true)
@@ -298,6 +298,6 @@ func Negotiate(ctx context.Context, oob bool) error {
 	if !ok || s.neg.done {
 		return errNegotiated
 	}
-	s.neg = negotiation{done: true, oob: oob}
+	s.neg.done, s.neg.oob = true, oob
 	return nil
 }

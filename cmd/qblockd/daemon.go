@@ -129,9 +129,14 @@ func (d *daemon) addMonitor(_ context.Context, o *types.MonitorOptions) error {
 		return errors.New("Only QMP is supported")
 	}
 	m := qmp.NewMonitor(d.dispatch, d.bus, qmp.Options{
-		Pretty: types.Or(o.Pretty, false), Limits: d.limits.qmp, Idle: d.memory.giveBack,
+		Pretty: types.Or(o.Pretty, false), ReadOnly: types.Or(o.ReadOnly, false),
+		Limits: d.limits.qmp, Idle: d.memory.giveBack,
 	})
-	err := d.chardevs.Attach(o.Chardev, func(c io.ReadWriteCloser) {
+	attach := d.chardevs.Attach
+	if o.AllowUid != nil {
+		attach = func(id string, h chardev.Handler) error { return d.chardevs.AttachFor(id, o.AllowUid, h) }
+	}
+	err := attach(o.Chardev, func(c io.ReadWriteCloser) {
 		select {
 		case <-d.up:
 			m.Serve(c)

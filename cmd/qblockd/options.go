@@ -50,8 +50,9 @@ func optionGroups() [][]option {
 			text: "make a character device, for instance socket,id=m,path=qmp.sock,server=on,wait=off; " +
 				"'help' lists the backends"},
 		{long: "monitor", apply: structured("chardev", types.DecodeMonitorOptions, (*daemon).addMonitor),
-			args: []string{"[chardev=]<id>[,mode=control][,pretty=on|off]"},
-			text: "speak QMP on a character device, to any number of clients at once"},
+			args: []string{"[chardev=]<id>[,mode=control][,pretty=on|off][,read-only=on|off][,allow-uid.0=<uid>...]"},
+			text: "speak QMP on a character device, to any number of clients at once; read-only takes only commands that " +
+				"change nothing, allow-uid.0, .1, ... are the users whose processes may connect to a unix socket"},
 		{long: "nbd-server", apply: structured("", types.DecodeNbdServerOptions, (*daemon).startNBD),
 			args: []string{
 				"addr.type=unix,addr.path=<path>[,max-connections=<n>]",

@@ -204,6 +204,11 @@ func (t *Table) SendBreak(id string) error {
 func (t *Table) Attach(id string, h Handler) error {
 	t.mu.Lock()
 	defer t.mu.Unlock()
+	return t.attachLocked(id, h)
+}
+
+// +checklocks:t.mu
+func (t *Table) attachLocked(id string, h Handler) error {
 	d := t.devices[id]
 	switch {
 	case d == nil:
@@ -217,6 +222,31 @@ func (t *Table) Attach(id string, h Handler) error {
 	}
 	d.attach(h)
 	return nil
+}
+
+// AttachFor is Attach for processes of those users alone: clients of others are sent away. Only who
+// listens on a unix socket can tell them apart.
+func (t *Table) AttachFor(id string, uids []uint32, h Handler) error {
+	t.mu.Lock()
+	defer t.mu.Unlock()
+	if d := t.devices[id]; d != nil {
+		if s, ok := d.(*server); !ok || !s.local() {
+			return fmt.Errorf("'allow-uid' needs a character device that listens on a unix socket, which '%s' does not", id)
+		}
+	}
+	return t.attachLocked(id, func(c io.ReadWriteCloser) {
+		uid, err := peerUID(c)
+		switch {
+		case err != nil:
+			t.opts.Log.Warn("character device "+id+": a client is not known", "error", err)
+			c.Close()
+		case !slices.Contains(uids, uid):
+			t.opts.Log.Info("character device "+id+": a client is not wanted", "uid", uid)
+			c.Close()
+		default:
+			h(c)
+		}
+	})
 }
 
 // Query describes all devices, the newest first: query-chardev.

@@ -67,6 +67,11 @@ type MonitorOptions struct {
 	Pretty *bool
 	// The character device it speaks over.
 	Chardev string
+	// Take only commands that change nothing (default false; an option of ours).
+	ReadOnly *bool
+	// The users whose processes may connect, by number; the device has to listen on a unix socket
+	// (default: whoever can open the socket; an option of ours).
+	AllowUid []uint32
 }
 
 // QmpCapabilitiesArgs: the arguments of qmp_capabilities.

@@ -25,7 +25,9 @@ func membersMonitorOptions(d *decoder, x *MonitorOptions) bool {
 	return opt(d, "id", &x.ID, visitStr) &&
 		opt(d, "mode", &x.Mode, visitMonitorMode) &&
 		opt(d, "pretty", &x.Pretty, visitBool) &&
-		visitStr(d, "chardev", &x.Chardev)
+		visitStr(d, "chardev", &x.Chardev) &&
+		opt(d, "read-only", &x.ReadOnly, visitBool) &&
+		optList(d, "allow-uid", &x.AllowUid, visitUint32)
 }
 
 // DecodeQmpCapabilitiesArgs decodes the arguments in v, nil for none; faults are worded as QEMU does (*ArgError).

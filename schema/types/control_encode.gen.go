@@ -39,6 +39,10 @@ func (x *MonitorOptions) AppendJSON(b []byte) []byte {
 		b = append(b, `, "mode": `...)
 		b = appendEnum(b, *x.Mode)
 	}
+	if x.ReadOnly != nil {
+		b = append(b, `, "read-only": `...)
+		b = appendBool(b, *x.ReadOnly)
+	}
 	if x.Pretty != nil {
 		b = append(b, `, "pretty": `...)
 		b = appendBool(b, *x.Pretty)
@@ -46,6 +50,10 @@ func (x *MonitorOptions) AppendJSON(b []byte) []byte {
 	if x.ID != nil {
 		b = append(b, `, "id": `...)
 		b = value.AppendString(b, *x.ID)
+	}
+	if x.AllowUid != nil {
+		b = append(b, `, "allow-uid": `...)
+		b = appendList(b, x.AllowUid, appendUint)
 	}
 	return append(b, '}')
 }
