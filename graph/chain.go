@@ -212,6 +212,11 @@ func (v View) Instant(n *Node) bool {
 	})
 }
 
+// Remote tells whether requests of n can lead over a network.
+func (v View) Remote(n *Node) bool {
+	return slices.ContainsFunc(v.nodesBelow(n), func(k *Node) bool { return k.Caps().Remote })
+}
+
 // nodesBelow are n and all nodes below it, each once.
 func (v View) nodesBelow(n *Node) []*Node {
 	l, seen := []*Node{n}, map[*Node]bool{n: true}

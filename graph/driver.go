@@ -50,6 +50,8 @@ type Caps struct {
 	Ordered bool
 	// Instant: no request ever waits for anything.
 	Instant bool
+	// Remote: requests wait for a network rather than for processors here.
+	Remote bool
 }
 
 // The optional abilities of drivers follow, by what they are about.

@@ -80,7 +80,7 @@ func (j *job) Run(ctx context.Context, h *jobs.Handle) error {
 	// Only of a full copy it is known that nothing will be put below it.
 	j.alone = j.args.Sync == types.MirrorSyncModeFull && blockjob.StandsAlone(j.target)
 	t := copy.Task{
-		Gate: copy.RootGate(ctx, j.root), Size: j.source.Size(), Chunk: copybeforewrite.MaxCopy, Workers: workers,
+		Gate: copy.RootGate(ctx, j.root), Size: j.source.Size(), Chunk: copybeforewrite.MaxCopy,
 		Copy: j.copy, LongZeroes: true, Guests: j.driver.Guests(),
 		Side: j.policies().Side, Uncounted: true, RetryIgnored: true,
 	}
@@ -90,7 +90,7 @@ func (j *job) Run(ctx context.Context, h *jobs.Handle) error {
 	}
 	t.Chunk = max(t.Chunk, j.driver.Cluster())
 	t.Piece = blk.AlignUp(besideGuests, j.driver.Cluster())
-	if p.MaxWorkers != nil {
+	if t.SetWorkers(workers, j.source, j.target); p.MaxWorkers != nil {
 		t.Workers = int(min(mostWorkers, *p.MaxWorkers))
 	}
 	t.Look = func(r *blk.Req, off, _ int64) (copy.Extent, error) { return j.look(h, r, off, t.Chunk) }

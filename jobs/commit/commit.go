@@ -109,10 +109,10 @@ func (j *Job) Run(ctx context.Context, h *jobs.Handle) error {
 	if err := blockjob.Grow(ctx, j.writes, size); err != nil {
 		return err
 	}
-	return copy.Run(h, copy.Task{
+	t := copy.Task{
 		// The base is below the top: whoever waits for the base to be quiet waits for those who
 		// came in at the top.
-		Gate: copy.RootGate(ctx, j.reads), Size: size, Chunk: chunk, Workers: workers,
+		Gate: copy.RootGate(ctx, j.reads), Size: size, Chunk: chunk,
 		Look: func(r *blk.Req, off, n int64) (copy.Extent, error) {
 			if h.Limited() {
 				n = min(n, limitedChunk)
@@ -120,7 +120,9 @@ func (j *Job) Run(ctx context.Context, h *jobs.Handle) error {
 			return j.look(r, off, n)
 		},
 		Copy: j.copy, Side: copy.PoliciesOf(j.args.OnError, j.args.OnError).Side, RetryIgnored: true,
-	})
+	}
+	t.SetWorkers(workers, j.top)
+	return copy.Run(h, t)
 }
 
 // look tells the copy engine what the layers above the base hold.

@@ -103,6 +103,20 @@ type Task struct {
 	Uncounted bool
 }
 
+// remoteWorkers is how many extents are copied at the same time over a network: as many as QEMU's
+// mirror has under way.
+const remoteWorkers = 16
+
+// SetWorkers has as many extents copied at the same time as a copy between nodes needs: few, or,
+// where the answer to one takes its way over a network, many, also beside guests: they do little
+// but wait.
+func (t *Task) SetWorkers(few int, nodes ...*graph.Node) {
+	t.Workers = few
+	if slices.ContainsFunc(nodes, graph.Now.Remote) {
+		t.Workers, t.Guests = max(few, remoteWorkers), nil
+	}
+}
+
 // Policies are what becomes of errors of reading and of writing.
 type Policies struct{ Read, Write types.BlockdevOnError }
 

@@ -37,8 +37,8 @@ import (
 )
 
 const (
-	// workers copy extents at the same time. A second one makes nothing faster where the kernel
-	// copies, and takes a processor from guests.
+	// workers copy extents at the same time on this machine. A second one makes nothing faster where
+	// the kernel copies, and takes a processor from guests.
 	workers = 1
 	// maxCopy is the most that one copy takes, in bytes, and shortCopy that while guests may have
 	// to wait for it.

@@ -189,9 +189,9 @@ func (j *Job) copyDirty(ctx context.Context, h *jobs.Handle) error {
 	chunk := min(max(j.bufSize/maxInFlight, j.granularity), j.maxCopy())
 	chunk = max(blk.AlignDown(chunk, j.granularity), j.granularity)
 	j.asked = 0
-	return copy.Run(h, copy.Task{
+	t := copy.Task{
 		Gate: &gates{Job: j, ctx: ctx, with: map[*blk.Req]*blk.Req{}}, Size: j.source.Size(),
-		Workers: workers, Chunk: chunk, LongZeroes: true,
+		Chunk: chunk, LongZeroes: true,
 		Look: func(r *blk.Req, off, _ int64) (copy.Extent, error) { return j.look(r, off, chunk) },
 		// It counts by itself, as it may have to do what is done once more.
 		Copy: func(r *blk.Req, off int64, e copy.Extent) (int64, error) {
@@ -201,7 +201,10 @@ func (j *Job) copyDirty(ctx context.Context, h *jobs.Handle) error {
 			return 0, j.copy(r, off, e.N)
 		},
 		Side: j.side, Uncounted: true, RetryIgnored: true,
-	})
+	}
+	t.SetWorkers(workers, j.source, j.target)
+	t.Workers = int(max(min(int64(t.Workers), j.bufSize/chunk), 1))
+	return copy.Run(h, t)
 }
 
 // side tells reading errors from writing errors, and what becomes of them.

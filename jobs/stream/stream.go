@@ -222,11 +222,13 @@ func (j *Job) Run(ctx context.Context, h *jobs.Handle) error {
 	size := j.top().Size()
 	h.SetRemaining(size)
 	c := copier{target: j.site.Filter.FilteredChild(), below: top.Backing(), last: j.last}
-	return copy.Run(h, copy.Task{
-		Gate: copy.RootGate(ctx, j.root), Size: size, Chunk: chunk, Workers: workers,
+	t := copy.Task{
+		Gate: copy.RootGate(ctx, j.root), Size: size, Chunk: chunk,
 		Guests: &j.driver.guests, Look: c.look, Copy: c.copy,
 		Operation: types.IoOperationTypeRead, Policy: types.Or(j.args.OnError, types.BlockdevOnErrorReport),
-	})
+	}
+	t.SetWorkers(workers, j.top())
+	return copy.Run(h, t)
 }
 
 // Prepare implements jobs.Preparer: it removes the filter, makes the backing link of the top skip

@@ -38,6 +38,7 @@ var targets = []target{
 	{"nbd raw .*/.*", qemuNBD, 1},
 
 	{"stream .*/block-stream", qsd, 1.3},
+	{"mirror to NBD/.*", qsd, 1.5},
 	{"64 TiB .*/bitmap backup .*", qsd, 1},
 	{"64 TiB in clusters of 64 KiB/RSS at its end", qsd, 1},
 	{"bitmap .*/merge again", qsd, 0.8},

@@ -169,7 +169,7 @@ func (e *export) limits() blk.Limits {
 
 // Caps implements graph.Driver.
 func (d *disk) Caps() graph.Caps {
-	c := graph.Caps{Limits: d.e.limits(), ZeroFlags: blk.MayUnmap}
+	c := graph.Caps{Limits: d.e.limits(), ZeroFlags: blk.MayUnmap, Remote: true}
 	if d.e.has(nbdwire.FlagFUA) {
 		c.WriteFlags |= blk.FUA
 		c.ZeroFlags |= blk.FUA
