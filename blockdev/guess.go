@@ -37,7 +37,7 @@ func (o *opener) probe(p *plan, file *graph.Node) error {
 	if p.drv.Verbatim {
 		p.guessed = &driver.Guess{File: name, Verbatim: o.m.isVerbatim}
 	}
-	p.opts = &types.BlockdevOptions{Driver: p.drv.Name, U: p.drv.FromFile(*p.opts.U.(*types.BlockdevRef))}
+	*p.opts = types.BlockdevOptions{Driver: p.drv.Name, U: p.drv.FromFile(*p.opts.U.(*types.BlockdevRef))}
 	p.kids[0].role = p.drv.Children(p.opts.U)[0].Role
 	p.gen.DriverName, p.gen.Kind, p.gen.Canonical = string(p.drv.Name), p.drv.Kind, p.opts
 	p.gen.Reopens = p.drv.Reopen != nil

@@ -184,6 +184,8 @@ func TestImageNamesDriversAndOptions(t *testing.T) {
 		{`json:{"driver": "quorum", "vote-threshold": 1, "children": ["node"]}`, "", "An image may not name the node 'node'"},
 		{`json:{"driver": "quorum", "vote-threshold": 1, "children": [[[]]]}`, "", "Invalid parameter type for 'null', expected: BlockdevRef"},
 		{`json:{"driver": "quorum", "vote-threshold": 1, "children.1.driver": "null-co"}`, "", "Invalid parameter type for 'children', expected: array"},
+		{"blkdebug:/etc/shadow:DIR/base", "raw", not("blkdebug")},
+		{"blkverify:DIR/base:DIR/base", "raw", not("blkverify")},
 		{`json:{"driver": "blkdebug", "config": "/etc/shadow", "image": ` + file("base") + `}`, "", not("blkdebug")},
 		{`json:{"driver": "raw", "file": {"driver": "blkdebug", "config": "/etc/shadow", "image": ` + file("base") + `}}`, "", not("blkdebug")},
 		{`json:{"driver": "qcow2", "file": ` + file("base") + `, "backing": {"driver": "preallocate", "file": ` + file("victim") + `}}`, "", not("preallocate")},
@@ -453,5 +455,17 @@ func TestImagePolicyReferences(t *testing.T) {
 	if err := overlay(t, newManager(t, Config{Policy: Policy{References: true}}), dir, `json:{"driver": "throttle", "throttle-group": "g", "file": {"driver": "null-co"}}`, ""); err == nil ||
 		!strings.Contains(err.Error(), "'g'") {
 		t.Errorf("a throttle group that is not there: %v", err)
+	}
+}
+
+// TestNamesInNames: names have an end, however many others are in them.
+func TestNamesInNames(t *testing.T) {
+	m := newManager(t, Config{})
+	name := strings.Repeat("blkdebug::", maxNameLevels-1) + "blkverify:a:b"
+	if _, err := m.protocolOptions(t.Context(), strings.TrimPrefix(name, "blkdebug::")); err != nil {
+		t.Error(err)
+	}
+	if _, err := m.protocolOptions(t.Context(), name); err != errNameTooLarge {
+		t.Error(err)
 	}
 }

@@ -54,6 +54,11 @@ func (c *catalog) namedOptions(
 
 // protocolOptions chooses the protocol for a file name, which may start with "PROTOCOL:".
 func (c *catalog) protocolOptions(ctx context.Context, name string) (*types.BlockdevOptions, error) {
+	return c.protocolAt(ctx, name, 1)
+}
+
+// protocolAt is protocolOptions of a name at that level within others.
+func (c *catalog) protocolAt(ctx context.Context, name string, level int) (*types.BlockdevOptions, error) {
 	d, device, err := c.pathDriver(ctx, name)
 	if err != nil {
 		return nil, err
@@ -68,7 +73,21 @@ func (c *catalog) protocolOptions(ctx context.Context, name string) (*types.Bloc
 		}
 		d = c.order[i]
 	}
-	u, err := d.FromName(name)
+	var u any
+	switch {
+	case level > maxNameLevels:
+		err = errNameTooLarge
+	case d.FromNames != nil:
+		u, err = d.FromNames(name, func(name string, image bool) (types.BlockdevRef, error) {
+			o, err := c.protocolAt(ctx, name, level+1)
+			if image {
+				o = toBeGuessed(&types.BlockdevRef{Definition: o})
+			}
+			return types.BlockdevRef{Definition: o}, err
+		})
+	default:
+		u, err = d.FromName(name)
+	}
 	if err != nil {
 		return nil, err
 	}

@@ -125,7 +125,9 @@ func (o *opener) open(p *plan) (*graph.Node, error) {
 	}
 	for i := range p.kids {
 		if i == at {
-			p.moveUp()
+			if err := o.show(p, at); err != nil {
+				return nil, err
+			}
 		}
 		if i >= at && p.isNamed(p.kids[i].plan.ref) {
 			return nil, p.circle(p.kids[i].name)
@@ -174,11 +176,21 @@ func (o *opener) open(p *plan) (*graph.Node, error) {
 func (p *plan) fileFirst() bool { return len(p.kids) > 0 && p.kids[0].name == "file" }
 
 // isNamed tells whether ref is the name of the node that is being opened itself.
-func (p *plan) isNamed(ref *string) bool { return ref != nil && p.node != nil && *ref == p.gen.Name }
+func (p *plan) isNamed(ref *string) bool { return ref != nil && *ref != "" && *ref == p.gen.Name }
 
 // circle is the error of a node that names itself as its child.
 func (p *plan) circle(child string) error {
 	return &perm.CycleError{Child: p.gen.Name, Role: child, Parent: p.gen.Name}
+}
+
+// show makes the node show up as the newest. One without a name is made here, if its children are
+// to show up as newer.
+func (o *opener) show(p *plan, at int) error {
+	if p.node == nil && at == 0 {
+		return o.do(func(tx *graph.Tx, made func(*graph.Node)) error { return p.makeNode(tx, made) })
+	}
+	p.moveUp()
+	return nil
 }
 
 // moveUp makes the node show up as the newest, if it has its name already.

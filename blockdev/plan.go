@@ -45,6 +45,9 @@ type planner struct {
 // plan makes the plan of options o: of the parent with the generic options up, or alone if up is
 // nil. Errors of a backing file say so.
 func (pl *planner) plan(o *types.BlockdevOptions, up *graph.Options, role perm.Role, l *link) (*plan, error) {
+	if file, ok := o.U.(*types.BlockdevRef); ok && o.Driver == "" {
+		return pl.guessed(o, file, inherit(o, up, role), l)
+	}
 	d := pl.drivers[o.Driver]
 	if d == nil {
 		return nil, fmt.Errorf("Unknown driver '%s'", o.Driver)
@@ -93,12 +96,23 @@ func (pl *planner) planRef(r *types.BlockdevRef, up *graph.Options, role perm.Ro
 // planGuessed makes the plan of a node with the generic options gen whose format is to be found out
 // from its file.
 func (pl *planner) planGuessed(file *types.BlockdevRef, gen *graph.Options, l *link) (*plan, error) {
+	return pl.guessed(toBeGuessed(file), file, gen, l)
+}
+
+// toBeGuessed are the options of an image in file until its format is known.
+func toBeGuessed(file *types.BlockdevRef) *types.BlockdevOptions {
+	return &types.BlockdevOptions{U: file}
+}
+
+// guessed is planGuessed of the options o, which are to become those of the format.
+func (pl *planner) guessed(
+	o *types.BlockdevOptions, file *types.BlockdevRef, gen *graph.Options, l *link,
+) (*plan, error) {
 	k, err := pl.planRef(file, gen, perm.Image, l)
 	if err != nil {
 		return nil, err
 	}
-	opts := &types.BlockdevOptions{U: file}
-	return &plan{opts: opts, gen: gen, kids: []planChild{{"file", perm.Image, k}}, link: l}, nil
+	return &plan{opts: o, gen: gen, kids: []planChild{{"file", perm.Image, k}}, link: l}, nil
 }
 
 // backingError says that err befell a backing file.

@@ -49,6 +49,9 @@ type Def[O any] struct {
 	TakesPath func(mode fs.FileMode) bool
 	// FromName makes options of a file name, which may have the prefix. Protocols have it.
 	FromName func(name string) (O, error)
+	// FromNames is FromName of a driver whose names have those of children in them. named makes the
+	// child of one: a protocol, or an image whose format is guessed.
+	FromNames func(name string, named func(name string, image bool) (types.BlockdevRef, error)) (O, error)
 	// Filename is the plain file name that opens an equal node, "" if there is none. child gives
 	// the names of a child, empty ones if there is no such child. u is nil for nodes that jobs
 	// make. By default a node above a protocol has the name of its file, if no option of it is
@@ -123,6 +126,11 @@ func Of[O any](d Def[O]) *Any {
 	}
 	if d.FromName != nil {
 		a.FromName = func(name string) (any, error) { return d.FromName(name) }
+	}
+	if d.FromNames != nil {
+		a.FromNames = func(name string, named func(string, bool) (types.BlockdevRef, error)) (any, error) {
+			return d.FromNames(name, named)
+		}
 	}
 	if d.Filename != nil {
 		a.Filename = func(u any, child func(string) Names) string {

@@ -273,7 +273,7 @@ func Names(self string) []string {
 	file := func(name string) string { return `{"driver":"file","filename":"../canary/` + name + `"}` }
 	return []string{"", "\x00", "\xff\xfe\xfd", self, "./" + self, ".", "..", "../canary", "back.raw/", "/dev/zero", "/dev/fd/3", "/dev/stdin", "/proc/self/mem", "/proc/self/environ",
 		"../canary/fifo", "../canary/socket", "../canary/secret", "file:../canary/secret", "nbd:unix:../nbd.sock:exportname=healthy", "nbd+unix:///healthy?socket=../nbd.sock",
-		"fat:rw:../canary", "http://127.0.0.1:1/", "ssh://127.0.0.1/x", "host_device:/dev/null", "json:", "json:{", "json:{}", "json:[]", "json:null", `json:{"driver":"healthy"}`,
+		"fat:rw:../canary", "http://127.0.0.1:1/", "ssh://127.0.0.1/x", "host_device:/dev/null", "blkdebug::../canary", "blkverify:../canary:../canary", "json:", "json:{", "json:{}", "json:[]", "json:null", `json:{"driver":"healthy"}`,
 		`json:{"file":"healthy"}`, `json:{"driver":"qcow2","file":"healthy"}`, `json:{"driver":"raw","file":"healthyfile"}`, `json:{"driver":"null-co"}`,
 		`json:{"driver":"null-co","size":9223372036854775807}`, `json:{"driver":"null-co","size":9223372036854775807,"latency-ns":9223372036854775807}`,
 		`json:{"driver":"qcow2","file":` + file("disk.qcow2") + `,"read-only":false}`, `json:{"driver":"qcow2","file":` + file("dirty.qcow2") + `,"read-only":false}`,

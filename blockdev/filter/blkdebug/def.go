@@ -1,9 +1,11 @@
 package blkdebug
 
 import (
+	"errors"
 	"fmt"
 	"reflect"
 	"slices"
+	"strings"
 
 	"qblockd/blockdev/driver"
 	"qblockd/graph"
@@ -19,6 +21,22 @@ var Def = driver.Of(driver.Def[*types.BlockdevOptionsBlkdebug]{
 	Reopen: driver.NoChange[*types.BlockdevOptionsBlkdebug],
 	Children: func(u *types.BlockdevOptionsBlkdebug) []driver.Child {
 		return []driver.Child{{Name: "image", Role: perm.Filtered | perm.Primary, Ref: &u.Image}}
+	},
+	Prefix: "blkdebug",
+	FromNames: func(
+		name string, named func(string, bool) (types.BlockdevRef, error),
+	) (*types.BlockdevOptionsBlkdebug, error) {
+		config, image, ok := strings.Cut(strings.TrimPrefix(name, "blkdebug:"), ":")
+		if !ok {
+			return nil, errors.New("blkdebug requires both config file and image path")
+		}
+		u := &types.BlockdevOptionsBlkdebug{}
+		if config != "" {
+			u.Config = &config
+		}
+		var err error
+		u.Image, err = named(image, false)
+		return u, err
 	},
 	Filename: filename,
 	Strong:   strong,
