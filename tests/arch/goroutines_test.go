@@ -12,7 +12,7 @@ import (
 // uncontained are the goroutines of the daemon that are not started by package panics, with the
 // reason.
 var uncontained = map[string]string{
-	"blockdev/export/nbd/workers.go: go w.worker()": "a go statement with arguments would allocate; work begins with a deferred Catch",
+	"blockdev/export/nbd/workers.go: go w.work()": "a go statement with arguments would allocate; work begins with a deferred Catch",
 }
 
 // A goroutine in which a panic ends the daemon takes all disks along: in the code of the daemon

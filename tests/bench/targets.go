@@ -26,6 +26,8 @@ var targets = []target{
 	{"chain( override)?/RSS a layer", qsd, 3},
 
 	{"nbd luks/.*", qsd, 1},
+	{"nbd client of .*/rand.* qd1", qsd, 1},
+	{"nbd client of .*/.*", qsd, 2},
 	{"nbd .*/read 1 MiB qd8", qsd, 2.5},
 	{"nbd .*/read 1 MiB qd8 x4", qsd, 4},
 	{"nbd .*/write 1 MiB qd8", qsd, 1.5},

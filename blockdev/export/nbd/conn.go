@@ -13,6 +13,7 @@ import (
 
 	"qblockd/events/panics"
 	"qblockd/events/trace"
+	"qblockd/qmp/chardev/sockets"
 )
 
 // conn is one connection: the socket, what was negotiated, and the parts that serve it (see the
@@ -46,6 +47,7 @@ func newConn(s *Server, nc net.Conn) (*conn, error) {
 	if err != nil {
 		return nil, err
 	}
+	sockets.GrowQueue(nc)
 	c := &conn{srv: s, nc: nc, raw: raw}
 	_, c.unix = nc.(*net.UnixConn)
 	c.ctx, c.cancel = context.WithCancel(s.ctx)
@@ -115,28 +117,14 @@ func (c *conn) transmission() (err error, linger bool) {
 	if p := &trace.NBDNegotiate; p.On() {
 		p.Log(slog.String("export", c.exp.spec.Name), slog.Bool("structured", c.structured), slog.Bool("tls", c.tls))
 	}
-	if c.unix {
-		// TCP finds its own size.
-		c.raw.Control(growQueue)
-	}
 	c.sender.start(c)
 	c.workers.start(c)
 	r := newReader(c)
-	err = talk(r.run)
+	r.serve()
+	err = <-r.alone.done
 	r.end()
 	c.workers.wait()
 	return err, c.sender.end()
-}
-
-// sndBuf is the size that is asked of a socket's send queue, in bytes; the kernel may give less.
-const sndBuf = 4 << 20
-
-// growQueue makes replies of a whole queue go in one go; without privilege the system's limit
-// holds.
-func growQueue(fd uintptr) {
-	if unix.SetsockoptInt(int(fd), unix.SOL_SOCKET, unix.SO_SNDBUFFORCE, sndBuf) != nil {
-		unix.SetsockoptInt(int(fd), unix.SOL_SOCKET, unix.SO_SNDBUF, sndBuf)
-	}
 }
 
 // hungUp tells whether the peer will send nothing any more, which it may have done without our

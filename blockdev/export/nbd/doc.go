@@ -14,13 +14,18 @@
 //	conn      the socket and its life; what all parts share
 //	session   what was negotiated: constant, no lock     (negotiation makes it)
 //	reader    requests from the socket; serves in line what needs no waiting (blk.Req.NoWait)
+//	inline    clients with one request at a time: the reader serves what waits, too
 //	workers   goroutines for requests that wait; the bounds on what is under way
 //	sender    replies to the socket; mapped reads and their leases
 //
 // The reader takes many requests with one system call. Replies that it makes are gathered and sent
-// with one system call before it waits for more requests. A request passes the device's gate once,
-// and never holds that pass while it waits for the client: data is read first, then the pass ends,
-// then it is sent. So a client that reads nothing holds up no drain.
+// with one system call before it waits for more requests. So are those of workers that can go on at
+// the same time. A request passes the device's gate once, and never holds that pass while it waits
+// for the client: data is read first, then the pass ends, then it is sent. So a client that reads
+// nothing holds up no drain.
+//
+// A read of a device that would have to wait to tell where holes are (another server would be
+// asked) is read as a whole, and looked at for zeroes.
 //
 // # Mapped reads
 //

@@ -16,7 +16,7 @@ import (
 
 // reader takes a connection's requests from the socket, many with one system call, and serves those
 // that need no waiting; the others it hands to the workers, waiting while too much is under way. It
-// lives in the goroutine of conn.run, to which all its fields belong: it has no lock.
+// lives in one goroutine at a time, to which all its fields belong: it has no lock.
 type reader struct {
 	*conn
 	buf  *blk.Buffer
@@ -28,6 +28,7 @@ type reader struct {
 	// inside is the unit of work of the request that is served in line.
 	inside *blk.Req
 	probe  probe
+	alone  alone
 }
 
 // inSize is the size of the buffer for requests and payloads of small writes, in bytes.
@@ -36,6 +37,7 @@ const inSize = 256 << 10
 func newReader(c *conn) *reader {
 	r := &reader{conn: c, buf: blk.GetBuf(inSize, 0)}
 	r.in = r.buf.B
+	r.alone.init(r)
 	return r
 }
 
@@ -174,6 +176,9 @@ func (r *reader) answer(q *nbdwire.Request, buf *blk.Buffer, err error, msg stri
 // dispatch hands q to a worker, waiting while too much is under way. buf becomes the worker's.
 func (r *reader) dispatch(q *nbdwire.Request, buf *blk.Buffer) error {
 	cost := r.cost(q)
+	if r.isAlone(cost) {
+		return r.serveAlone(q, buf, cost)
+	}
 	if err := r.waitRoom(cost); err != nil {
 		blk.PutBuf(buf)
 		return err

@@ -2,6 +2,7 @@ package nbd
 
 import (
 	"net"
+	"runtime"
 	"sync"
 	"time"
 
@@ -126,11 +127,20 @@ func (s *sender) reserveLocked(n int) {
 	}
 }
 
-// put sends the reply of a worker, or leaves it to who is sending.
+// put sends the reply of a worker, or leaves it to who is sending or is about to. Where others are
+// under way, those that can go on now do so first, so that what they reply goes with it.
 func (s *sender) put(p *reply) {
+	small := len(p.data) < mapMin
 	s.queueMu.Lock()
+	first := len(s.queue) == 0
 	s.queue = append(s.queue, p)
 	s.queueMu.Unlock()
+	if !first {
+		return
+	}
+	if small && s.workers.several() {
+		runtime.Gosched()
+	}
 	s.kick()
 }
 

@@ -229,49 +229,53 @@ func (s *session) serveRead(r *blk.Req, q *nbdwire.Request) *reply {
 
 // serveSparse answers a read in chunks of data and holes.
 func (s *session) serveSparse(r *blk.Req, q *nbdwire.Request) *reply {
-	first := newReply()
-	last := first
-	off, end := int64(q.Off), int64(q.Off)+int64(q.Len)
-	fail := func(err error, msg string) *reply {
-		last.head = nbdwire.AppendErrorOffset(last.head, q.Cookie, nbdwire.Errno(err), uint64(off), msg)
-		first.fault = err
-		return first
-	}
-	x, err := s.status(r, off, end-off)
-	for off < end {
+	c := chunks{q: q, off: int64(q.Off), end: int64(q.Off) + int64(q.Len), first: newReply()}
+	c.last = c.first
+	for c.off < c.end {
+		zero, known, n, err := s.run(r, c.off, c.end)
 		if err != nil {
-			return fail(err, "unable to check for holes: "+blk.ErrnoText(err))
-		}
-		zero, n := x.Zero, x.N
-		// Status answers in the units of each layer: join what belongs together.
-		for off+n < end {
-			if x, err = s.status(r, off+n, end-off-n); err != nil || x.Zero != zero {
-				break
-			}
-			n += x.N
-		}
-		var flags uint16
-		if off+n == end {
-			flags = nbdwire.ChunkDone
+			return c.fail(err, "unable to check for holes: "+blk.ErrnoText(err))
 		}
 		if zero {
-			last.head = nbdwire.AppendHole(last.head, flags, q.Cookie, uint64(off), uint32(n))
-			off += n
+			c.hole(n)
 			continue
 		}
 		buf := s.exp.srv.buffer(int(n))
-		if err := s.dev.ReadAt(r, blk.Buf(buf.B), off, 0); err != nil {
+		if err := s.dev.ReadAt(r, blk.Buf(buf.B), c.off, 0); err != nil {
 			blk.PutBuf(buf)
-			return fail(err, msgRead)
+			return c.fail(err, msgRead)
 		}
-		last.head = nbdwire.AppendDataHead(last.head, flags, q.Cookie, uint64(off), int(n))
-		last.buf, last.data = buf, buf.B
-		if off += n; off < end {
-			last.next = newReply()
-			last = last.next
+		if known {
+			c.data(buf.B)
+		} else {
+			c.content(buf.B)
 		}
+		c.last.buf = buf
 	}
-	return first
+	return c.first
+}
+
+// run is the n bytes from off on, at most up to end, that are known to be zeroes or are not. To
+// find that out must not take another request to where the disk lies: then known is false.
+func (s *session) run(r *blk.Req, off, end int64) (zero, known bool, n int64, err error) {
+	r.NoWait = true
+	defer func() { r.NoWait = false }()
+	x, err := s.status(r, off, end-off)
+	if errors.Is(err, blk.ErrWouldBlock) {
+		return false, false, end - off, nil
+	}
+	if err != nil {
+		return false, false, 0, err
+	}
+	zero, n = x.Zero, x.N
+	// Status answers in the units of each layer: join what belongs together.
+	for off+n < end {
+		if x, err = s.status(r, off+n, end-off-n); err != nil || x.Zero != zero {
+			break // an error shows again
+		}
+		n += x.N
+	}
+	return zero, true, n, nil
 }
 
 // status is Device.Status where the end of a device that became shorter is an error.

@@ -186,8 +186,10 @@ func TestDeviceErrors(t *testing.T) {
 			check(c.do(req(nbdwire.CmdTrim, 0, 512, nil)), nbdwire.ENOTSUP, "discard failed")
 			if structured {
 				check(c.do(req(nbdwire.CmdBlockStatus, 0, 512, nil)), nbdwire.ENOMEM, "can't get block status")
+			}
+			if structured && !workers {
 				check(c.do(rd(0, 65536)), nbdwire.ENOMEM, "unable to check for holes: Cannot allocate memory")
-			} else {
+			} else { // with workers it would have to wait for the status
 				check(c.do(rd(0, 65536)), nbdwire.EIO, "reading from file failed")
 			}
 		}

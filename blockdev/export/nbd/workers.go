@@ -26,12 +26,15 @@ var jobPool = sync.Pool{New: func() any { return new(job) }}
 // comment.
 const maxWorkers = 16
 
-// workers serve those requests of a connection that have to wait, in goroutines that live while
-// there is something to do, and bound what is under way: a request counts from put until its reply
-// is sent.
+// idleTime is after what time without work a worker ends, give or take as much again.
+const idleTime = time.Second
+
+// workers serve those requests of a connection that have to wait, in goroutines that stay for a
+// while when there is nothing to do: new ones would have to grow their stacks each time. They bound
+// what is under way: a request counts from put until its reply is sent.
 type workers struct {
 	*conn
-	worker func() // work; made once
+	timer *time.Timer // calls retire
 	// parked: some worker looks after the client while the export is stopped.
 	parked atomic.Bool
 
@@ -45,30 +48,78 @@ type workers struct {
 	running int // +checklocks:mu
 	// for the goroutines
 	queue []*job // +checklocks:mu
+	// those without work; the last one has worked last
+	idle []*worker // +checklocks:mu
+	// how few of them there were since retire was called
+	spare int // +checklocks:mu
+	// no more requests come
+	over bool // +checklocks:mu
+}
+
+// worker is a goroutine of workers.
+type worker struct {
+	wake chan *job // nil: it is to end
 }
 
 // start prepares for the transmission of w.
 func (w *workers) start(c *conn) {
 	w.conn = c
 	w.room.L = &w.mu
-	w.worker = w.work
+	w.timer = panics.AfterFunc("the idle workers of an NBD connection", idleTime, w.retire)
+	w.timer.Stop()
+}
+
+func newJob(q *nbdwire.Request, buf *blk.Buffer, cost int64) *job {
+	j := jobPool.Get().(*job)
+	j.q, j.buf, j.cost = *q, buf, cost
+	return j
+}
+
+// take is put for who serves q without a worker, by answer.
+func (w *workers) take(q *nbdwire.Request, buf *blk.Buffer, cost int64) *job {
+	w.mu.Lock()
+	defer w.mu.Unlock()
+	w.inflight++
+	w.bytes += cost
+	return newJob(q, buf, cost)
 }
 
 // put hands q to a worker. buf, the payload of a write, becomes the worker's.
 func (w *workers) put(q *nbdwire.Request, buf *blk.Buffer, cost int64) {
-	j := jobPool.Get().(*job)
-	j.q, j.buf, j.cost = *q, buf, cost
+	j := newJob(q, buf, cost)
 	w.mu.Lock()
+	defer w.mu.Unlock()
 	w.inflight++
 	w.bytes += cost
-	w.queue = append(w.queue, j)
-	more := w.running < maxWorkers
-	if more {
-		w.running++
+	if n := len(w.idle); n > 0 {
+		k := w.idle[n-1]
+		w.idle = w.idle[:n-1]
+		w.spare = min(w.spare, n-1)
+		k.wake <- j // it has room
+		return
 	}
-	w.mu.Unlock()
-	if more {
-		go w.worker() // a go statement with arguments would allocate
+	w.queue = append(w.queue, j)
+	if w.running < maxWorkers {
+		if w.running++; w.running == 1 {
+			w.timer.Reset(idleTime)
+		}
+		k := &worker{wake: make(chan *job, 1)}
+		go w.work(k)
+	}
+}
+
+// retire ends the workers that had nothing to do since it was called before.
+func (w *workers) retire() {
+	w.mu.Lock()
+	defer w.mu.Unlock()
+	for _, k := range w.idle[:w.spare] {
+		k.wake <- nil
+	}
+	w.running -= w.spare
+	w.idle = slices.Delete(w.idle, 0, w.spare)
+	w.spare = len(w.idle)
+	if w.running > 0 && !w.over {
+		w.timer.Reset(idleTime)
 	}
 }
 
@@ -84,6 +135,20 @@ func (w *workers) fitsLocked(n int64) bool {
 	return w.inflight == 0 || w.inflight < w.srv.opts.Inflight && w.bytes+n <= w.srv.opts.InflightBytes
 }
 
+// none tells whether no request is under way.
+func (w *workers) none() bool {
+	w.mu.Lock()
+	defer w.mu.Unlock()
+	return w.inflight == 0
+}
+
+// several tells whether more than one request is under way.
+func (w *workers) several() bool {
+	w.mu.Lock()
+	defer w.mu.Unlock()
+	return w.inflight > 1
+}
+
 // waitFor waits until n more bytes may be under way.
 func (w *workers) waitFor(n int64) {
 	w.mu.Lock()
@@ -93,13 +158,19 @@ func (w *workers) waitFor(n int64) {
 	}
 }
 
-// wait waits until all requests are answered.
+// wait waits until all requests are answered, and ends the workers.
 func (w *workers) wait() {
+	w.timer.Stop()
 	w.mu.Lock()
 	defer w.mu.Unlock()
 	for w.inflight > 0 {
 		w.room.Wait()
 	}
+	w.over = true
+	for _, k := range w.idle {
+		k.wake <- nil
+	}
+	w.idle, w.spare = nil, 0
 }
 
 // answered tells that replies were sent to that many requests with that much data.
@@ -111,35 +182,45 @@ func (w *workers) answered(count int, bytes int64) {
 	w.room.Broadcast()
 }
 
-// next takes a request from the queue; for nil the goroutine ends.
-func (w *workers) next() *job {
+// next waits for a request for k; for nil the goroutine ends.
+func (w *workers) next(k *worker) *job {
 	w.mu.Lock()
-	defer w.mu.Unlock()
-	if len(w.queue) == 0 {
-		w.running--
+	if len(w.queue) > 0 {
+		j := w.queue[0]
+		w.queue = slices.Delete(w.queue, 0, 1)
+		w.mu.Unlock()
+		return j
+	}
+	if w.over {
+		w.mu.Unlock()
 		return nil
 	}
-	j := w.queue[0]
-	w.queue = slices.Delete(w.queue, 0, 1)
-	return j
+	w.idle = append(w.idle, k)
+	w.mu.Unlock()
+	return <-k.wake
 }
 
-// work serves what is queued.
-func (w *workers) work() {
+// work serves requests.
+func (w *workers) work(k *worker) {
 	defer panics.Catch("an NBD worker", func(error) { w.kill() })
-	for j := w.next(); j != nil; j = w.next() {
-		p := w.serveSafely(j)
-		// The last reply carries the cost, so that memory counts until it is sent.
-		last := p
-		for last.next != nil {
-			last = last.next
-		}
-		last.cost = j.cost
-		blk.PutBuf(j.buf)
-		j.buf = nil
-		jobPool.Put(j)
-		w.sender.put(p)
+	for j := w.next(k); j != nil; j = w.next(k) {
+		w.sender.put(w.answer(j))
 	}
+}
+
+// answer serves j, which is used up, and makes the reply to be sent.
+func (w *workers) answer(j *job) *reply {
+	p := w.serveSafely(j)
+	// The last reply carries the cost, so that memory counts until it is sent.
+	last := p
+	for last.next != nil {
+		last = last.next
+	}
+	last.cost = j.cost
+	blk.PutBuf(j.buf)
+	j.buf = nil
+	jobPool.Put(j)
+	return p
 }
 
 // serveSafely is serve; after a panic the request fails, and the connection is dropped.

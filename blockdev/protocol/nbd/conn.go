@@ -5,6 +5,7 @@ import (
 	"context"
 	"errors"
 	"net"
+	"runtime"
 	"slices"
 	"sync"
 	"sync/atomic"
@@ -35,6 +36,8 @@ const (
 var (
 	errSilent = errors.New("the server does not answer")
 	errClosed = errors.New("the node is closed")
+
+	errInternal = errors.New("internal error")
 )
 
 // conn is a connection in transmission.
@@ -51,11 +54,12 @@ type conn struct {
 	slots [maxInFlight]slot
 	moved atomic.Int64 // bytes that came or went, and progress for each answer
 
-	// The reader's.
+	// Whose turn it is to read.
 	in       *bufio.Reader
 	parts    [][]byte
 	answered bool // something was
 	asked    bool // something was, and got no answer
+	alone    int  // how many answers in a row left nothing under way
 
 	// The sender's.
 	batch []*slot
@@ -69,8 +73,15 @@ type conn struct {
 	sending bool // +checklocks:mu
 	// of who sends
 	sender context.Context // +checklocks:mu
+	// of the request that reads
+	leader context.Context // +checklocks:mu
+	told   sync.Cond       // run is to look at turn, with mu
+	// whose turn it is to read replies
+	turn turn // +checklocks:mu
 	// slots that are busy
 	busy int // +checklocks:mu
+	// those of them that have no answer yet
+	open int // +checklocks:mu
 	// why the connection has ended
 	dead error // +checklocks:mu
 	// those who want to be rid of the requests under way
@@ -120,7 +131,7 @@ func newConn(nc net.Conn, e *export, clk clock.Clock) *conn {
 		nc: nc, e: e, clock: clk, born: clk.Now(), free: make(chan *slot, maxInFlight), gone: make(chan struct{}),
 	}
 	c.in = bufio.NewReaderSize(meter{c}, readBuffer)
-	c.idle.L = &c.mu
+	c.idle.L, c.told.L = &c.mu, &c.mu
 	for i := range c.slots {
 		s := &c.slots[i]
 		s.cookie, s.done = uint64(i), make(chan signal, 2)
@@ -190,12 +201,20 @@ func (c *conn) send(r *blk.Req, s *slot) bool {
 	}
 	s.busy = true
 	c.busy++
+	c.open++
 	c.queue = append(c.queue, s)
 	mine := !c.sending
 	c.sending = true
+	several := c.open > 1
+	if several && c.turn == nobodys {
+		c.turnLocked(runs)
+	}
 	c.watchLocked()
 	c.mu.Unlock()
 	if mine {
+		if several {
+			runtime.Gosched() // others that are about to send do so with this one
+		}
 		c.sendQueued(r, s)
 	}
 	return true
@@ -262,6 +281,7 @@ func (c *conn) write() error {
 
 // wait waits until a request is done.
 func (c *conn) wait(r *blk.Req, s *slot) {
+	c.lead(r, s)
 	stop := r.Done()
 	for {
 		select {
@@ -298,6 +318,7 @@ func (c *conn) killLocked(err error) {
 	if c.dead == nil {
 		c.dead = err
 		_ = c.nc.Close() // wakes who reads and who sends
+		c.told.Signal()
 	}
 }
 
@@ -305,7 +326,7 @@ func (c *conn) killLocked(err error) {
 // left are done.
 func (c *conn) run(ended func(error)) {
 	defer func() {
-		c.kill(errors.New("internal error")) // in a panic; else the error is known
+		c.kill(errInternal) // in a panic; else the error is known
 		c.mu.Lock()
 		for c.sending {
 			c.idle.Wait()
@@ -324,7 +345,7 @@ func (c *conn) run(ended func(error)) {
 		c.mu.Unlock()
 		close(c.gone)
 	}()
-	for {
+	for c.mayRead() {
 		if err := c.readReply(); err != nil {
 			c.kill(err)
 			return
@@ -377,11 +398,15 @@ func (c *conn) watchLocked() {
 func (c *conn) look() {
 	c.mu.Lock()
 	defer c.mu.Unlock()
-	if c.watched = false; c.dead != nil || c.busy == 0 {
+	c.watched = false
+	if c.open == 0 && c.turn == nobodys {
+		c.turnLocked(runs) // the end of the connection is to be noticed
+	}
+	if c.dead != nil || c.busy == 0 {
 		return
 	}
-	// Who sends cannot look at its own context meanwhile.
-	hurry := c.hurries > 0 || c.sender != nil && c.sender.Err() != nil
+	// Who sends or reads cannot look at its own context meanwhile.
+	hurry := c.hurries > 0 || c.sender != nil && c.sender.Err() != nil || c.leader != nil && c.leader.Err() != nil
 	moved, now := c.moved.Load(), c.clock.Now()
 	if !hurry || moved-c.seen >= progress {
 		c.seen, c.since = moved, now

@@ -114,9 +114,13 @@ func (s *server) dial(ctx context.Context) (net.Conn, error) {
 	defer cancel()
 	switch a := s.addr.U.(type) {
 	case *types.UnixSocketAddress:
-		return sockets.DialUnix(sockets.UnixAddr{
+		nc, err := sockets.DialUnix(sockets.UnixAddr{
 			Path: a.Path, Abstract: isSet(a.Abstract), Padded: a.Tight != nil && !*a.Tight,
 		})
+		if err == nil {
+			sockets.GrowQueue(nc)
+		}
+		return nc, err
 	case *types.InetSocketAddress:
 		if a.Host == "" {
 			return nil, fmt.Errorf("address resolution failed for :%s: Name or service not known", a.Port)

@@ -3,6 +3,7 @@
 //	dial.go       the connection to the server
 //	handshake.go  what comes before the first request: options, what the export is like
 //	conn.go       a connection: requests under way, who sends, who waits
+//	turn.go       who reads the replies
 //	reply.go      what the server answers
 //	disk.go       the driver: opening, properties, the end
 //	io.go         requests of the graph as requests of the protocol
@@ -12,8 +13,12 @@
 // # Connections
 //
 // Up to 64 requests are under way on a connection, matched by their cookies. Who issues a request
-// sends it, and with it those that others have queued meanwhile, in one system call; one goroutine
-// reads the replies, data straight into the buffers of the requests.
+// sends it, and with it those that others have queued meanwhile, in one system call; where others
+// are under way it lets those that can run queue theirs first. One goroutine reads the replies,
+// data straight into the buffers of the requests. When many requests were alone on the connection
+// the next one that is reads its reply itself, since to be woken takes longer than to read; between
+// such requests nobody reads, so the end of the connection is noticed at the next request, or
+// within a second.
 //
 //	connected --(connection lost)--> waiting --(reconnect-delay)--> offline
 //	    ^                               |                              |

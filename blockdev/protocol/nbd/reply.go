@@ -61,8 +61,12 @@ func (c *conn) readReply() error {
 	c.answered = true
 	c.moved.Add(progress)
 	c.mu.Lock()
+	c.open--
 	if s.answered = true; s.sent {
 		c.finishLocked(s)
+	}
+	if c.alone++; c.open > 0 {
+		c.alone = 0
 	}
 	c.mu.Unlock()
 	return nil

@@ -213,3 +213,24 @@ func DialUnix(a UnixAddr) (net.Conn, error) {
 	}
 	return c, nil
 }
+
+// queueSize is the size that is asked of a socket's send queue, in bytes; the kernel may give less.
+const queueSize = 4 << 20
+
+// GrowQueue makes messages of some MiB go in one go through a unix socket; without privilege the
+// system's limit holds. TCP finds its own size.
+func GrowQueue(nc net.Conn) {
+	u, ok := nc.(*net.UnixConn)
+	if !ok {
+		return
+	}
+	raw, err := u.SyscallConn()
+	if err != nil {
+		return
+	}
+	_ = raw.Control(func(fd uintptr) { // the size is not needed
+		if unix.SetsockoptInt(int(fd), unix.SOL_SOCKET, unix.SO_SNDBUFFORCE, queueSize) != nil {
+			_ = unix.SetsockoptInt(int(fd), unix.SOL_SOCKET, unix.SO_SNDBUF, queueSize)
+		}
+	})
+}
