@@ -24,6 +24,8 @@ type Errors struct {
 	tell func(op types.IoOperationType, action types.BlockErrorAction, err error)
 	// stop is nil while it runs.
 	stop atomic.Pointer[stop]
+	// resumes counts the calls of Resume.
+	resumes atomic.Uint64
 }
 
 // stop is the time from an error to Resume.
@@ -67,10 +69,20 @@ func (e *Errors) Stopped() <-chan struct{} {
 	return nil
 }
 
-// Decide says what to do about an error that a request has ended with. For stop the request is to
-// be carried out again when Stopped allows it. Clients of QMP hear of errors until one stops the
-// export; those of others that were under way then add nothing.
-func (e *Errors) Decide(op types.IoOperationType, err error) types.BlockErrorAction {
+// Resumes is what Decide wants to know of the time before the request: how often the export was
+// resumed.
+func (e *Errors) Resumes() uint64 {
+	if e == nil {
+		return 0
+	}
+	return e.resumes.Load()
+}
+
+// Decide says what to do about an error that a request has ended with, which began after so many
+// resumes. For stop the request is to be carried out again when Stopped allows it: an error from
+// before the last Resume does not stop the export once more. Clients of QMP hear of errors until
+// one stops the export; those of others that were under way then add nothing.
+func (e *Errors) Decide(op types.IoOperationType, err error, resumes uint64) types.BlockErrorAction {
 	if !e.Covers(op, err) {
 		return types.BlockErrorActionReport
 	}
@@ -82,6 +94,11 @@ func (e *Errors) Decide(op types.IoOperationType, err error) types.BlockErrorAct
 			s.status = types.BlockDeviceIoStatusNospace
 		}
 		first = e.stop.CompareAndSwap(nil, s)
+		if first && e.resumes.Load() != resumes {
+			if first = false; e.stop.CompareAndSwap(s, nil) {
+				close(s.over)
+			}
+		}
 	}
 	if first {
 		e.tell(op, action, err)
@@ -120,6 +137,7 @@ func (e *Errors) Resume() bool {
 	if e == nil {
 		return false
 	}
+	e.resumes.Add(1)
 	s := e.stop.Swap(nil)
 	if s != nil {
 		close(s.over)

@@ -233,10 +233,35 @@ func TestErrorsOfNoPolicy(t *testing.T) {
 		t.Error("there are some")
 	}
 	var none *export.Errors
-	if a := none.Decide(types.IoOperationTypeRead, errors.New("x")); a != types.BlockErrorActionReport {
+	if a := none.Decide(types.IoOperationTypeRead, errors.New("x"), 0); a != types.BlockErrorActionReport {
 		t.Error(a)
 	}
 	if none.Resume() || none.Status() != nil || none.Stopped() != nil {
 		t.Error("it was stopped")
+	}
+}
+
+// TestErrorFromBefore: a request that failed before the export was resumed is carried out again,
+// and does not stop it once more.
+func TestErrorFromBefore(t *testing.T) {
+	p := types.BlockdevOnErrorStop
+	l := &told{}
+	errs := export.NewErrors(&p, &p, l.tell)
+	before := errs.Resumes()
+	decide := func(resumes uint64) {
+		t.Helper()
+		if a := errs.Decide(types.IoOperationTypeWrite, syscall.EIO, resumes); a != types.BlockErrorActionStop {
+			t.Errorf("%s", a)
+		}
+	}
+	decide(before)
+	errs.Resume()
+	decide(before)
+	if errs.Stopped() != nil {
+		t.Error("it is stopped once more")
+	}
+	decide(errs.Resumes())
+	if log := l.take(); errs.Stopped() == nil || len(log) != 2 {
+		t.Errorf("it is not stopped, or %q was told", log)
 	}
 }

@@ -241,11 +241,12 @@ func (w *workers) serve(j *job) *reply {
 		if over := errs.Stopped(); over != nil {
 			w.park(over)
 		}
+		resumes := errs.Resumes()
 		p := w.attempt(j)
 		if p.fault == nil {
 			return p
 		}
-		switch errs.Decide(operation(&j.q), p.fault) {
+		switch errs.Decide(operation(&j.q), p.fault, resumes) {
 		case types.BlockErrorActionReport:
 			return p
 		case types.BlockErrorActionIgnore:
