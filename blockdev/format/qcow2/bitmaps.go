@@ -400,6 +400,7 @@ func (s *bitmaps) countBitmaps(c *counter) error {
 	for _, m := range s.stored {
 		if m.broken {
 			c.res.fault("broken bitmap with its table at", m.TableOffset)
+			c.badBitmaps[m] = true
 			continue
 		}
 		if err := s.countBitmap(c, m); err != nil {
@@ -414,14 +415,24 @@ func (s *bitmaps) countBitmaps(c *counter) error {
 func (s *bitmaps) countBitmap(c *counter, m *stored) error {
 	ok, err := c.fixed(int64(m.TableOffset), m.TableBytes(), "bitmap table")
 	if !ok {
+		c.badBitmaps[m] = true
 		return err
 	}
 	table, err := s.readTable(c.r, int64(m.TableOffset), int64(m.TableSize))
 	for i, e := table.next(0); err == nil && e != 0; i, e = table.next(i + 1) {
-		if o := int64(e & layout.OffsetMask); o != 0 && o&(s.cs-1) == 0 && s.overlaps(o, s.cs, olAll) == 0 {
-			if c.ref(o, s.cs, 1, true, "bitmap data"); c.crowded() {
-				err = errTooBig
-			}
+		o := int64(e & layout.OffsetMask)
+		switch {
+		case o == 0:
+			continue
+		case o&(s.cs-1) != 0 || s.overlaps(o, s.cs, olAll) != 0:
+			c.res.fault("bitmap data where they cannot be:", e)
+			c.badBitmaps[m] = true
+			continue
+		case !c.ref(o, s.cs, 1, true, "bitmap data"):
+			c.badBitmaps[m] = true
+		}
+		if c.crowded() {
+			err = errTooBig
 		}
 	}
 	return err

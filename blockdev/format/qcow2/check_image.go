@@ -69,18 +69,51 @@ func (s *image) repairImage(r *blk.Req, m mend, told func(done, all int64)) (*Ch
 	return res, err
 }
 
+// mendAndLook mends, and looks again if that has changed something.
 // +checklocks:s.mu
 func (s *image) mendAndLook(r *blk.Req, m mend, told func(done, all int64)) (*CheckResult, error) {
 	if err := s.dropStale(r); err != nil {
 		return &CheckResult{}, err
 	}
-	done, err := s.checkAndMend(r, m, told)
-	if err != nil || done.Fixed+done.LeaksFixed == 0 {
-		return done, err
+	sum := &CheckResult{}
+	c := s.newCounter(r, &CheckResult{})
+	if m == mendAll {
+		err := s.countAll(c, told)
+		if err == nil {
+			sum.Messages = c.res.Messages
+			sum.Fixed, err = s.scrub(c)
+		}
+		if err != nil {
+			return sum, err
+		}
 	}
-	res, err := s.checkAndMend(r, mendNothing, told)
-	res.Fixed, res.LeaksFixed, res.Messages = done.Fixed, done.LeaksFixed, append(done.Messages, res.Messages...)
-	return res, err
+	// What snapshots refer to that lead nowhere does not count.
+	s.lostSnaps = c.badSnaps
+	err := s.mendMore(r, m, sum, told)
+	s.lostSnaps = nil
+	if lost := len(c.badSnaps) + len(c.badBitmaps); err == nil && lost > 0 && sum.Errors == 0 {
+		if err = s.dropLost(c); err == nil {
+			sum.Fixed += lost
+			err = s.mendMore(r, m, sum, told)
+		}
+	}
+	if err != nil || sum.Fixed+sum.LeaksFixed == 0 {
+		return sum, err
+	}
+	return sum, s.mendMore(r, mendNothing, sum, told)
+}
+
+// mendMore adds to sum what another check has mended; what it has found takes the place of what was
+// found before.
+// +checklocks:s.mu
+func (s *image) mendMore(r *blk.Req, m mend, sum *CheckResult, told func(done, all int64)) error {
+	res, err := s.checkAndMend(r, m, told)
+	fixed, leaks, said := sum.Fixed+res.Fixed, sum.LeaksFixed+res.LeaksFixed, sum.Messages
+	if *sum = *res; len(said) == 0 {
+		said = res.Messages
+	}
+	sum.Fixed, sum.LeaksFixed, sum.Messages = fixed, leaks, said
+	return err
 }
 
 // shown is the result in the words of the schema; all is how many clusters the disk has.

@@ -99,8 +99,10 @@
 // them. Each such write makes the next step, too, so that it does not take many: about 140 for 1
 // TiB of data in clusters of the default size.
 //
-// A repair changes refcounts, copied flags and the refcount table, and drops what points beyond the
-// end of the file. It refuses images whose header, L1 table, refcount table, table of snapshots or
-// L2 tables lie over anything. It takes time in proportion to the tables there are, at most
-// maxTally in memory, ends with its client, and is logged.
+// A repair of an image that was not closed changes refcounts, copied flags and the refcount table,
+// and drops what points beyond the end of the file. It refuses images whose header, L1 table,
+// refcount table, table of snapshots or L2 tables lie over anything. It takes time in proportion to
+// the tables there are, at most maxTally in memory, ends with its client, and is logged. One that
+// somebody has asked for (the command x-qblockd-check) also puts right, before that, what the
+// tables refer to (scrub.go).
 package qcow2

@@ -2,7 +2,6 @@ package qcow2
 
 import (
 	"errors"
-	"math"
 
 	"qblockd/blockdev/format/qcow2/layout"
 	"qblockd/graph/blk"
@@ -47,16 +46,17 @@ func (s *snapshots) readSnapshots(r *blk.Req) error {
 		}
 		q.skip(pad)
 	}
-	s.snapL1 = snapshotTables(s.snaps)
+	s.snapL1 = s.snapshotTables(s.snaps)
 	return nil
 }
 
-// snapshotTables is where snapshots have their L1 tables.
-func snapshotTables(l []layout.Snapshot) ranges {
+// snapshotTables is where snapshots have their L1 tables. What cannot be one is never used.
+func (s *snapshots) snapshotTables(l []layout.Snapshot) ranges {
 	all := make([]span, 0, len(l))
 	for i := range l {
-		if off := int64(l[i].L1TableOffset); off >= 0 {
-			all = append(all, span{off, off + min(int64(l[i].L1Size)*8, math.MaxInt64-off)})
+		if s.checkL1(&l[i]) == nil {
+			off := int64(l[i].L1TableOffset)
+			all = append(all, span{off, off + int64(l[i].L1Size)*8})
 		}
 	}
 	return makeRanges(all)
@@ -123,7 +123,7 @@ func (s *snapshots) writeSnapshots(r *blk.Req, list []layout.Snapshot) error {
 	}
 	old, oldEnd := int64(s.hdr.SnapshotsOffset), s.snapEnd
 	s.hdr.NbSnapshots, s.hdr.SnapshotsOffset = uint32(len(list)), uint64(off)
-	s.snaps, s.snapEnd, s.snapL1 = list, off+int64(len(b)), snapshotTables(list)
+	s.snaps, s.snapEnd, s.snapL1 = list, off+int64(len(b)), s.snapshotTables(list)
 	if s.set.overlap&olInactiveL2 != 0 {
 		// Nil after an error: what was known would accuse the innocent.
 		s.inactive, _ = s.findInactive(r)
@@ -146,8 +146,12 @@ func (s *snapshots) countSnapshots(c *counter) error {
 	}
 	for i := range s.snaps {
 		sn := &s.snaps[i]
+		if s.lostSnaps[i] {
+			continue
+		}
 		if s.checkL1(sn) != nil {
 			c.res.fault("snapshot's L1 table at", sn.L1TableOffset)
+			c.badSnaps[i] = true
 			continue
 		}
 		off, n := int64(sn.L1TableOffset), int64(sn.L1Size)
@@ -155,6 +159,8 @@ func (s *snapshots) countSnapshots(c *counter) error {
 		ok, err := c.fixed(off, n*8, "snapshot's L1 table")
 		if ok {
 			l1, err = s.readTable(c.r, off, n)
+		} else {
+			c.badSnaps[i] = true
 		}
 		if err != nil {
 			return err

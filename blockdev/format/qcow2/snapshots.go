@@ -33,6 +33,8 @@ type snapshots struct {
 	flusher
 
 	snaps []layout.Snapshot // +checklocks:mu
+	// lostSnaps are snapshots, by index, that a repair is about to drop.
+	lostSnaps map[int]bool // +checklocks:mu
 	// flagsDue: copied flags are to be set when limbo has gone.
 	flagsDue       bool // +checklocks:mu
 	shownSnapshots atomic.Pointer[[]*types.SnapshotInfo]

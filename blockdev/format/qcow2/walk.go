@@ -28,6 +28,9 @@ type counter struct {
 	buf  []byte
 
 	tables int64 // bytes that contiguous tables take
+	// badSnaps and badBitmaps are snapshots, by index, and bitmaps that lead nowhere.
+	badSnaps   map[int]bool
+	badBitmaps map[*stored]bool
 	// stray are L2 tables with entries that point beyond the end, which a repair has to put right.
 	stray map[int64]struct{}
 }
@@ -50,6 +53,7 @@ type l2ref struct {
 // +checklocks:s.mu
 func (s *surveyor) newCounter(r *blk.Req, res *CheckResult) *counter {
 	c := &counter{s: s, r: r, res: res, t: newTally(), l2: map[int64]l2ref{}, stray: map[int64]struct{}{}}
+	c.badSnaps, c.badBitmaps = map[int]bool{}, map[*stored]bool{}
 	c.end = s.end()
 	c.left, c.most = s.geo.Clusters(c.end)+16, maxTally
 	return c
@@ -160,6 +164,9 @@ func (c *counter) crowded() bool {
 // l1Entry counts the L2 table that entry e of an L1 table refers to; of is as in l2ref.
 func (c *counter) l1Entry(e uint64, of int32) {
 	tab := int64(e & layout.OffsetMask)
+	if e&^(layout.OffsetMask|layout.Copied) != 0 || tab == 0 {
+		c.res.fault("impossible L1 entry", e)
+	}
 	if tab == 0 {
 		return
 	}
@@ -260,6 +267,10 @@ func (c *counter) entry(e uint64, n uint64, active bool) bool {
 	case c.s.geo.External && e&layout.Compressed != 0:
 		c.res.fault("compressed entry where data are in another file:", e)
 		return true
+	case e&layout.Compressed == 0 && e&c.s.geo.Reserved() != 0:
+		c.res.fault("entry with reserved bits", e)
+	}
+	switch {
 	case size == 0:
 		return true
 	case e&layout.Compressed != 0:

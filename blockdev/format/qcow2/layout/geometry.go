@@ -4,13 +4,15 @@ import "encoding/binary"
 
 // Masks and flags of table entries (qcow2.txt, Cluster mapping).
 const (
-	OffsetMask  = 0x00fffffffffffe00 // host offset in L1 and L2 entries
-	ReftMask    = 0xfffffffffffffe00 // host offset in refcount table entries
-	Copied      = 1 << 63            // refcount is exactly one
-	Compressed  = 1 << 62
-	ZeroFlag    = 1
-	MaxHostBits = 56  // host offsets are below 2^56
-	sector      = 512 // unit of compressed lengths
+	OffsetMask = 0x00fffffffffffe00 // host offset in L1 and L2 entries
+	ReftMask   = 0xfffffffffffffe00 // host offset in refcount table entries
+	Copied     = 1 << 63            // refcount is exactly one
+	Compressed = 1 << 62
+	ZeroFlag   = 1
+	// reservedBits are those of L2 entries that nothing uses.
+	reservedBits = ^uint64(OffsetMask | Copied | Compressed | ZeroFlag)
+	MaxHostBits  = 56  // host offsets are below 2^56
+	sector       = 512 // unit of compressed lengths
 )
 
 // Geometry is what follows from cluster size and refcount width.
@@ -95,6 +97,14 @@ func (g Geometry) KindOf(e uint64) Kind {
 		return Unallocated
 	}
 	return Normal
+}
+
+// Reserved are the bits that are zero in L2 entries that are not compressed.
+func (g Geometry) Reserved() uint64 {
+	if g.Extended {
+		return reservedBits | ZeroFlag
+	}
+	return reservedBits
 }
 
 // HasHost tells whether entries of kind k own host clusters.
