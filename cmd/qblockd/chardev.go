@@ -20,7 +20,7 @@ var chardevOptions = map[string]cmdline.OptType{
 	"host": cmdline.OptString, "port": cmdline.OptString, "fd": cmdline.OptString,
 	"to": cmdline.OptNumber, "ipv4": cmdline.OptBool, "ipv6": cmdline.OptBool,
 	"server": cmdline.OptBool, "wait": cmdline.OptBool, "delay": cmdline.OptBool, "nodelay": cmdline.OptBool,
-	"reconnect": cmdline.OptNumber, "telnet": cmdline.OptBool, "tls-creds": cmdline.OptString, "tls-authz": cmdline.OptString,
+	"reconnect": cmdline.OptNumber, "reconnect-ms": cmdline.OptNumber, "telnet": cmdline.OptBool, "tls-creds": cmdline.OptString, "tls-authz": cmdline.OptString,
 	"tight": cmdline.OptBool, "abstract": cmdline.OptBool,
 	"logfile": cmdline.OptString, "logappend": cmdline.OptBool,
 	"localaddr": cmdline.OptString, "localport": cmdline.OptString, "chardev": cmdline.OptString,
@@ -156,8 +156,10 @@ func chardevSocket(o *cmdline.Opts, data *value.Dict) error {
 	if delay {
 		data.Set("nodelay", onOff(!o.Bool("delay", true)))
 	}
-	if _, given := o.Get("reconnect"); given {
-		data.Set("reconnect", fmt.Sprint(int64(o.Number("reconnect"))))
+	for _, name := range []string{"reconnect", "reconnect-ms"} {
+		if _, given := o.Get(name); given {
+			data.Set(name, fmt.Sprint(int64(o.Number(name))))
+		}
 	}
 	addr, kind := &value.Dict{}, types.SocketAddressTypeFd
 	switch {

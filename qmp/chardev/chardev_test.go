@@ -233,9 +233,15 @@ func TestClient(t *testing.T) {
 }
 
 func TestReconnect(t *testing.T) {
+	for _, option := range []string{`"reconnect":1`, `"reconnect-ms":20`} {
+		t.Run(option, func(t *testing.T) { testReconnect(t, option) })
+	}
+}
+
+func testReconnect(t *testing.T, option string) {
 	path := filepath.Join(t.TempDir(), "s")
 	tab := newTestTable(t)
-	if _, err := tab.Add(context.Background(), "c", backend(t, `{"type":"socket","data":{"addr":{"type":"unix","data":{"path":%q}},"server":false,"reconnect":1}}`, path)); err != nil {
+	if _, err := tab.Add(context.Background(), "c", backend(t, `{"type":"socket","data":{"addr":{"type":"unix","data":{"path":%q}},"server":false,%s}}`, path, option)); err != nil {
 		t.Fatal(err)
 	}
 	if err := tab.Attach("c", echo); err != nil {
@@ -392,6 +398,9 @@ func TestErrors(t *testing.T) {
 		unix("", `,"server":false`):                                                              "Failed to connect to '': Connection refused",
 		unix("w", `,"server":false,"wait":true`):                                                 "'wait' option is incompatible with socket in client connect mode",
 		unix("w", `,"reconnect":1`):                                                              "'reconnect' option is incompatible with socket in server listen mode",
+		unix("w", `,"reconnect-ms":1`):                                                           "'reconnect-ms' option is incompatible with socket in server listen mode",
+		unix("w", `,"server":false,"reconnect":0,"reconnect-ms":0`):                              "'reconnect' and 'reconnect-ms' are mutually exclusive",
+		unix(dir+"/no", `,"server":false,"reconnect-ms":-5`):                                     "Failed to connect to '" + dir + "/no': No such file or directory",
 		inet(`"host":"127.0.0.1","port":"1"`, `,"server":false`):                                 "Failed to connect to '127.0.0.1:1': Connection refused",
 		inet(`"host":"127.0.0.1","port":"abc"`, ``):                                              "address resolution failed for 127.0.0.1:abc: Servname not supported for ai_socktype",
 		inet(`"host":"127.0.0.1","port":"0","ipv4":false,"ipv6":false`, ""):                      "Cannot disable IPv4 and IPv6 at same time",

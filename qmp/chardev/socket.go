@@ -6,6 +6,7 @@ import (
 	"fmt"
 	"io"
 	"log/slog"
+	"math"
 	"net"
 	"slices"
 	"sync"
@@ -163,16 +164,22 @@ func (s *socket) findTLS(objects tlscreds.Objects) (err error) {
 
 // checkSocket refuses options that do not go together.
 func checkSocket(o *types.ChardevSocket, server bool) error {
-	if o.Addr.Type == types.SocketAddressTypeFd && o.Reconnect != nil {
-		return errors.New("'reconnect' option is incompatible with 'fd' address type")
+	again := "reconnect"
+	if o.ReconnectMs != nil {
+		again = "reconnect-ms"
 	}
+	reconnects := o.Reconnect != nil || o.ReconnectMs != nil
 	switch {
+	case o.Reconnect != nil && o.ReconnectMs != nil:
+		return errors.New("'reconnect' and 'reconnect-ms' are mutually exclusive")
+	case o.Addr.Type == types.SocketAddressTypeFd && reconnects:
+		return errors.New("'" + again + "' option is incompatible with 'fd' address type")
 	case o.TlsCreds != nil && o.Addr.Type == types.SocketAddressTypeUnix:
 		return errors.New("'tls_creds' option is incompatible with 'unix' address type")
 	case o.TlsCreds != nil && o.Addr.Type == types.SocketAddressTypeFd && !server:
 		return errors.New("'tls_creds' option is incompatible with 'fd' address type as client")
-	case server && o.Reconnect != nil:
-		return errors.New("'reconnect' option is incompatible with socket in server listen mode")
+	case server && reconnects:
+		return errors.New("'" + again + "' option is incompatible with socket in server listen mode")
 	case !server && o.Wait != nil:
 		return errors.New("'wait' option is incompatible with socket in client connect mode")
 	}
@@ -309,7 +316,16 @@ func (d *server) close() {
 	d.end()
 }
 
-// client connects, and again after reconnect seconds whenever it has lost its peer.
+// pause is how long a client waits before it connects again; 0: it does not.
+func pause(o *types.ChardevSocket) time.Duration {
+	n, unit := types.Or(o.Reconnect, 0), time.Second
+	if o.ReconnectMs != nil {
+		n, unit = *o.ReconnectMs, time.Millisecond
+	}
+	return time.Duration(min(max(n, 0), math.MaxInt64/int64(unit))) * unit
+}
+
+// client connects, and again after a pause whenever it has lost its peer, if it is to.
 type client struct {
 	*socket
 	dial   func(context.Context) (net.Conn, error)
@@ -358,8 +374,8 @@ func openClient(ctx context.Context, s *socket, from Origin) (device, error) {
 			return under, nil
 		}
 	}
-	if pause := types.Or(s.conf.Reconnect, 0); pause > 0 {
-		s.spawn(func() { d.keepConnected(time.Duration(pause) * time.Second) })
+	if pause := pause(s.conf); pause > 0 {
+		s.spawn(func() { d.keepConnected(pause) })
 		return d, nil
 	}
 	c, err := d.dial(ctx)

@@ -89,6 +89,8 @@ type ChardevSocket struct {
 	Telnet *bool
 	// A client that lost its peer tries again after this many seconds; 0 never (default 0).
 	Reconnect *int64
+	// The same in milliseconds, in place of @reconnect (since 9.2).
+	ReconnectMs *int64
 }
 
 // ChardevStdio: the daemon's own standard input and output.

@@ -73,7 +73,8 @@ func membersChardevSocket(d *decoder, x *ChardevSocket) bool {
 		opt(d, "wait", &x.Wait, visitBool) &&
 		opt(d, "nodelay", &x.Nodelay, visitBool) &&
 		opt(d, "telnet", &x.Telnet, visitBool) &&
-		opt(d, "reconnect", &x.Reconnect, visitInt64)
+		opt(d, "reconnect", &x.Reconnect, visitInt64) &&
+		opt(d, "reconnect-ms", &x.ReconnectMs, visitInt64)
 }
 
 // DecodeChardevStdio decodes v; faults are worded as QEMU does (*ArgError).

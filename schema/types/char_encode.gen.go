@@ -84,6 +84,10 @@ func (x *ChardevSocket) AppendJSON(b []byte) []byte {
 	}
 	b = appendKey(b, "addr")
 	b = x.Addr.AppendJSON(b)
+	if x.ReconnectMs != nil {
+		b = append(b, `, "reconnect-ms": `...)
+		b = appendInt(b, *x.ReconnectMs)
+	}
 	if x.Logfile != nil {
 		b = append(b, `, "logfile": `...)
 		b = value.AppendString(b, *x.Logfile)
