@@ -84,7 +84,7 @@ func (t *Table) Add(ctx context.Context, o *types.BlockExportOptions) error {
 		return errors.New("No driver found for the requested export type")
 	}
 	x := &Export{Options: o, gone: make(chan struct{})}
-	x.Errors = NewErrors(o.OnReadError, o.OnWriteError, x.tellError)
+	x.Errors = NewErrors(o.XQblockdOnReadError, o.XQblockdOnWriteError, x.tellError)
 	if err := t.reserve(x); err != nil {
 		return err
 	}
@@ -296,7 +296,7 @@ func (t *Table) servedLocked(id string) *Export {
 	return nil
 }
 
-// Resume lets an export go on that an error has stopped. Source: QAPI, block-export-resume.
+// Resume lets an export go on that an error has stopped. Source: QAPI, x-qblockd-export-resume.
 func (t *Table) Resume(id string) error {
 	x, err := t.find(id, false)
 	if err == nil && !x.Errors.Resume() {
@@ -337,7 +337,7 @@ func (t *Table) Query() []*types.BlockExportInfo {
 	l := make([]*types.BlockExportInfo, 0, len(t.list))
 	for _, x := range slices.Backward(t.list) {
 		info := &types.BlockExportInfo{ID: x.Options.ID, Type: x.Options.Type, ShuttingDown: x.closing,
-			IoStatus: x.Errors.Status()}
+			XQblockdIoStatus: x.Errors.Status()}
 		if n := x.Root.Node(); n != nil {
 			info.NodeName = n.Name()
 		}

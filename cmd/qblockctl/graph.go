@@ -112,7 +112,7 @@ type (
 		ID, Type     string
 		Node         string `json:"node-name"`
 		ShuttingDown bool   `json:"shutting-down"`
-		IoStatus     string `json:"io-status"` // empty where there is no option about errors
+		IoStatus     string `json:"x-qblockd-io-status"` // empty where there is no option about errors
 	}
 )
 

@@ -75,8 +75,8 @@ func (h BlockExport) BlockExportDel(ctx context.Context, a *types.BlockExportDel
 	return h.Exports.Del(ctx, a.ID, types.Or(a.Mode, types.BlockExportRemoveModeSafe))
 }
 
-// BlockExportResume implements types.BlockExportHandler.
-func (h BlockExport) BlockExportResume(_ context.Context, a *types.BlockExportResumeArgs) error {
+// XQblockdExportResume implements types.BlockExportHandler.
+func (h BlockExport) XQblockdExportResume(_ context.Context, a *types.XQblockdExportResumeArgs) error {
 	return h.Exports.Resume(a.ID)
 }
 

@@ -100,11 +100,11 @@ type BlockExportOptions struct {
 	// Each write is on stable storage before it is acknowledged (default false).
 	Writethrough *bool
 	// What to do about errors of reading; without it clients of the export get them, and nobody else hears
-	// of it. With ignore they read zeroes; auto is report.
-	OnReadError *BlockdevOnError
+	// of it. With ignore they read zeroes; auto is report (an extension of qblockd).
+	XQblockdOnReadError *BlockdevOnError
 	// What to do about errors of everything else that clients ask for: writing, zeroing, discarding,
-	// flushing; auto is enospc.
-	OnWriteError *BlockdevOnError
+	// flushing; auto is enospc (an extension of qblockd).
+	XQblockdOnWriteError *BlockdevOnError
 	// U holds the members of the branch that Type selects; nil where the branch has none.
 	// *BlockExportOptionsNbd for nbd.
 	U any
@@ -120,8 +120,9 @@ type BlockExportInfo struct {
 	NodeName string
 	// It is being removed.
 	ShuttingDown bool
-	// What stopped it, if it is not ok; left out for exports without options about errors.
-	IoStatus *BlockDeviceIoStatus
+	// What stopped it, if it is not ok; left out for exports without options about errors (an extension of
+	// qblockd).
+	XQblockdIoStatus *BlockDeviceIoStatus
 }
 
 // NbdServerStartArgs: the arguments of nbd-server-start.
@@ -154,8 +155,8 @@ type BlockExportDelArgs struct {
 	Mode *BlockExportRemoveMode
 }
 
-// BlockExportResumeArgs: the arguments of block-export-resume.
-type BlockExportResumeArgs struct {
+// XQblockdExportResumeArgs: the arguments of x-qblockd-export-resume.
+type XQblockdExportResumeArgs struct {
 	// The export.
 	ID string
 }
@@ -171,7 +172,7 @@ type BlockIoErrorEvent struct {
 	NodeName *string
 	// What failed.
 	Operation IoOperationType
-	// What was done about it; after stop, `block-export-resume` goes on.
+	// What was done about it; after stop, `x-qblockd-export-resume` goes on.
 	Action BlockErrorAction
 	// Space ran out.
 	Nospace *bool

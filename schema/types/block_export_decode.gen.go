@@ -79,8 +79,8 @@ func membersBlockExportOptions(d *decoder, x *BlockExportOptions) bool {
 		visitStr(d, "node-name", &x.NodeName) &&
 		opt(d, "writable", &x.Writable, visitBool) &&
 		opt(d, "writethrough", &x.Writethrough, visitBool) &&
-		opt(d, "on-read-error", &x.OnReadError, visitBlockdevOnError) &&
-		opt(d, "on-write-error", &x.OnWriteError, visitBlockdevOnError)) {
+		opt(d, "x-qblockd-on-read-error", &x.XQblockdOnReadError, visitBlockdevOnError) &&
+		opt(d, "x-qblockd-on-write-error", &x.XQblockdOnWriteError, visitBlockdevOnError)) {
 		return false
 	}
 	switch x.Type {
@@ -137,15 +137,15 @@ func membersBlockExportDelArgs(d *decoder, x *BlockExportDelArgs) bool {
 		opt(d, "mode", &x.Mode, visitBlockExportRemoveMode)
 }
 
-// DecodeBlockExportResumeArgs decodes the arguments in v, nil for none; faults are worded as QEMU does (*ArgError).
-func DecodeBlockExportResumeArgs(v *value.Dict) (*BlockExportResumeArgs, error) {
-	return args(v, visitBlockExportResumeArgs)
+// DecodeXQblockdExportResumeArgs decodes the arguments in v, nil for none; faults are worded as QEMU does (*ArgError).
+func DecodeXQblockdExportResumeArgs(v *value.Dict) (*XQblockdExportResumeArgs, error) {
+	return args(v, visitXQblockdExportResumeArgs)
 }
 
-func visitBlockExportResumeArgs(d *decoder, name string, x *BlockExportResumeArgs) bool {
-	return object(d, name, x, membersBlockExportResumeArgs)
+func visitXQblockdExportResumeArgs(d *decoder, name string, x *XQblockdExportResumeArgs) bool {
+	return object(d, name, x, membersXQblockdExportResumeArgs)
 }
 
-func membersBlockExportResumeArgs(d *decoder, x *BlockExportResumeArgs) bool {
+func membersXQblockdExportResumeArgs(d *decoder, x *XQblockdExportResumeArgs) bool {
 	return visitStr(d, "id", &x.ID)
 }

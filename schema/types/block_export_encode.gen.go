@@ -101,10 +101,6 @@ func (x *BlockExportOptions) AppendJSON(b []byte) []byte {
 			b = appendKey(b, "description")
 			b = value.AppendString(b, *u.Description)
 		}
-		if x.OnWriteError != nil {
-			b = appendKey(b, "on-write-error")
-			b = appendEnum(b, *x.OnWriteError)
-		}
 		if u.Bitmaps != nil {
 			b = appendKey(b, "bitmaps")
 			b = appendList(b, u.Bitmaps, func(b []byte, v *BlockDirtyBitmapOrStr) []byte { return v.AppendJSON(b) })
@@ -117,12 +113,12 @@ func (x *BlockExportOptions) AppendJSON(b []byte) []byte {
 			b = appendKey(b, "writable")
 			b = appendBool(b, *x.Writable)
 		}
+		if x.XQblockdOnWriteError != nil {
+			b = appendKey(b, "x-qblockd-on-write-error")
+			b = appendEnum(b, *x.XQblockdOnWriteError)
+		}
 		b = appendKey(b, "node-name")
 		b = value.AppendString(b, x.NodeName)
-		if x.OnReadError != nil {
-			b = append(b, `, "on-read-error": `...)
-			b = appendEnum(b, *x.OnReadError)
-		}
 		if x.Iothread != nil {
 			b = append(b, `, "iothread": `...)
 			b = value.AppendString(b, *x.Iothread)
@@ -139,23 +135,23 @@ func (x *BlockExportOptions) AppendJSON(b []byte) []byte {
 		}
 		b = append(b, `, "id": `...)
 		b = value.AppendString(b, x.ID)
+		if x.XQblockdOnReadError != nil {
+			b = append(b, `, "x-qblockd-on-read-error": `...)
+			b = appendEnum(b, *x.XQblockdOnReadError)
+		}
 		return append(b, '}')
 	case nil:
 		b = append(b, '{')
-		if x.OnWriteError != nil {
-			b = appendKey(b, "on-write-error")
-			b = appendEnum(b, *x.OnWriteError)
-		}
 		if x.Writable != nil {
 			b = appendKey(b, "writable")
 			b = appendBool(b, *x.Writable)
 		}
+		if x.XQblockdOnWriteError != nil {
+			b = appendKey(b, "x-qblockd-on-write-error")
+			b = appendEnum(b, *x.XQblockdOnWriteError)
+		}
 		b = appendKey(b, "node-name")
 		b = value.AppendString(b, x.NodeName)
-		if x.OnReadError != nil {
-			b = append(b, `, "on-read-error": `...)
-			b = appendEnum(b, *x.OnReadError)
-		}
 		if x.Iothread != nil {
 			b = append(b, `, "iothread": `...)
 			b = value.AppendString(b, *x.Iothread)
@@ -172,6 +168,10 @@ func (x *BlockExportOptions) AppendJSON(b []byte) []byte {
 		}
 		b = append(b, `, "id": `...)
 		b = value.AppendString(b, x.ID)
+		if x.XQblockdOnReadError != nil {
+			b = append(b, `, "x-qblockd-on-read-error": `...)
+			b = appendEnum(b, *x.XQblockdOnReadError)
+		}
 		return append(b, '}')
 	}
 	panic("BlockExportOptions with a branch of another type")
@@ -180,9 +180,9 @@ func (x *BlockExportOptions) AppendJSON(b []byte) []byte {
 // AppendJSON appends x in QEMU's form, members in hash order.
 func (x *BlockExportInfo) AppendJSON(b []byte) []byte {
 	b = append(b, '{')
-	if x.IoStatus != nil {
-		b = appendKey(b, "io-status")
-		b = appendEnum(b, *x.IoStatus)
+	if x.XQblockdIoStatus != nil {
+		b = appendKey(b, "x-qblockd-io-status")
+		b = appendEnum(b, *x.XQblockdIoStatus)
 	}
 	b = appendKey(b, "node-name")
 	b = value.AppendString(b, x.NodeName)
@@ -243,7 +243,7 @@ func (x *BlockExportDelArgs) AppendJSON(b []byte) []byte {
 }
 
 // AppendJSON appends x in QEMU's form, members in hash order.
-func (x *BlockExportResumeArgs) AppendJSON(b []byte) []byte {
+func (x *XQblockdExportResumeArgs) AppendJSON(b []byte) []byte {
 	b = append(b, `{"id": `...)
 	b = value.AppendString(b, x.ID)
 	return append(b, '}')

@@ -25,10 +25,10 @@ type BlockExportHandler interface {
 	// BlockExportDel executes block-export-del: ask for an export to be removed. `BLOCK_EXPORT_DELETED`
 	// tells when it is gone.
 	BlockExportDel(ctx context.Context, a *BlockExportDelArgs) error
-	// BlockExportResume executes block-export-resume: let an export go on that an error has stopped, see
-	// its options on-read-error and on-write-error. The requests that wait are carried out, those that
-	// have failed once more.
-	BlockExportResume(ctx context.Context, a *BlockExportResumeArgs) error
+	// XQblockdExportResume executes x-qblockd-export-resume: let an export go on that an error has
+	// stopped, see its options x-qblockd-on-read-error and x-qblockd-on-write-error. The requests that
+	// wait are carried out, those that have failed once more. An extension of qblockd.
+	XQblockdExportResume(ctx context.Context, a *XQblockdExportResumeArgs) error
 	// QueryBlockExports executes query-block-exports: list the exports.
 	// It returns one entry for each export.
 	QueryBlockExports(ctx context.Context) ([]*BlockExportInfo, error)
@@ -95,12 +95,12 @@ func RegisterBlockExport(r Registrar, h BlockExportHandler) {
 		}
 		return append(out, "{}"...), nil
 	})
-	r.Handle("block-export-resume", func(ctx context.Context, args *value.Dict, out []byte) ([]byte, error) {
-		a, err := DecodeBlockExportResumeArgs(args)
+	r.Handle("x-qblockd-export-resume", func(ctx context.Context, args *value.Dict, out []byte) ([]byte, error) {
+		a, err := DecodeXQblockdExportResumeArgs(args)
 		if err != nil {
 			return nil, err
 		}
-		if err := h.BlockExportResume(ctx, a); err != nil {
+		if err := h.XQblockdExportResume(ctx, a); err != nil {
 			return nil, err
 		}
 		return append(out, "{}"...), nil

@@ -56,7 +56,7 @@ func smallExt4(t *testing.T) fullDisk {
 
 // stateOf is what query-block-exports shows of the only export.
 func stateOf(t *testing.T, q *daemon.QMP) (s struct {
-	IoStatus string `json:"io-status"`
+	IoStatus string `json:"x-qblockd-io-status"`
 	Node     string `json:"node-name"`
 }) {
 	t.Helper()
@@ -136,7 +136,7 @@ func fill(t *testing.T, fs fullDisk, format string) (*daemon.Daemon, *daemon.QMP
 	q := d.Dial(t)
 	q.Must(t, "blockdev-add", daemon.Blockdev(format, "disk", map[string]any{"file": daemon.File(image)}))
 	q.Must(t, "block-export-add", map[string]any{"type": "nbd", "id": "e", "node-name": "disk", "writable": true,
-		"on-write-error": "enospc", "on-read-error": "report"})
+		"x-qblockd-on-write-error": "enospc", "x-qblockd-on-read-error": "report"})
 	w := startWriters(d)
 	q.Wait(t, "BLOCK_IO_ERROR", map[string]any{"device": "e", "node-name": "disk", "operation": "write",
 		"action": "stop", "nospace": true, "reason": "No space left on device", "qom-path": ""})
@@ -165,15 +165,15 @@ func TestFullDisk(t *testing.T) {
 					t.Errorf("a drain took %v", took)
 				}
 				// In vain at first.
-				q.Must(t, "block-export-resume", map[string]any{"id": "e"})
+				q.Must(t, "x-qblockd-export-resume", map[string]any{"id": "e"})
 				q.Wait(t, "BLOCK_IO_ERROR", map[string]any{"action": "stop"})
 				fs.grow()
-				q.Must(t, "block-export-resume", map[string]any{"id": "e"})
+				q.Must(t, "x-qblockd-export-resume", map[string]any{"id": "e"})
 				w.done(t, d)
 				if s := stateOf(t, q); s.IoStatus != "ok" {
 					t.Errorf("the export is %q", s.IoStatus)
 				}
-				if _, err := q.Do("block-export-resume", map[string]any{"id": "e"}); err == nil ||
+				if _, err := q.Do("x-qblockd-export-resume", map[string]any{"id": "e"}); err == nil ||
 					err.Error() != "GenericError: Export 'e' is not stopped" {
 					t.Errorf("resuming what runs: %v", err)
 				}
@@ -194,7 +194,7 @@ func TestFullDiskLeft(t *testing.T) {
 	if s := stateOf(t, q); s.Node != "top" || s.IoStatus != "nospace" {
 		t.Errorf("the export is %+v", s)
 	}
-	q.Must(t, "block-export-resume", map[string]any{"id": "e"})
+	q.Must(t, "x-qblockd-export-resume", map[string]any{"id": "e"})
 	w.done(t, d)
 	d.Stop(t)
 }

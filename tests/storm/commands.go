@@ -303,7 +303,7 @@ var generators = map[string]func(g *gen) made{
 		e := g.pick("e8", "e9")
 		return made{args: M{"id": e, "mode": g.pick("hard", "safe")}, steps: map[string]step{"export " + e: {what: "drop"}}}
 	},
-	"block-export-resume": func(g *gen) made { return made{args: M{"id": g.pick("e8", "e9")}} },
+	"x-qblockd-export-resume": func(g *gen) made { return made{args: M{"id": g.pick("e8", "e9")}} },
 
 	"nbd-server-add":    func(g *gen) made { return made{args: M{"device": g.free()}} },
 	"nbd-server-remove": func(g *gen) made { return made{args: M{"name": g.free(), "mode": "hard"}} },
