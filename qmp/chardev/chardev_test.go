@@ -400,7 +400,6 @@ func TestErrors(t *testing.T) {
 		unix("w", `,"reconnect":1`):                                                              "'reconnect' option is incompatible with socket in server listen mode",
 		unix("w", `,"reconnect-ms":1`):                                                           "'reconnect-ms' option is incompatible with socket in server listen mode",
 		unix("w", `,"server":false,"reconnect":0,"reconnect-ms":0`):                              "'reconnect' and 'reconnect-ms' are mutually exclusive",
-		unix(dir+"/no", `,"server":false,"reconnect-ms":-5`):                                     "Failed to connect to '" + dir + "/no': No such file or directory",
 		inet(`"host":"127.0.0.1","port":"1"`, `,"server":false`):                                 "Failed to connect to '127.0.0.1:1': Connection refused",
 		inet(`"host":"127.0.0.1","port":"abc"`, ``):                                              "address resolution failed for 127.0.0.1:abc: Servname not supported for ai_socktype",
 		inet(`"host":"127.0.0.1","port":"0","ipv4":false,"ipv6":false`, ""):                      "Cannot disable IPv4 and IPv6 at same time",
