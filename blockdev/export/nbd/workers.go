@@ -24,7 +24,7 @@ var jobPool = sync.Pool{New: func() any { return new(job) }}
 
 // maxWorkers is how many goroutines a connection has for requests that wait; see the package
 // comment.
-const maxWorkers = 16
+const maxWorkers = 64
 
 // idleTime is after what time without work a worker ends, give or take as much again.
 const idleTime = time.Second
