@@ -46,6 +46,10 @@ var Def = driver.Of(driver.Def[*types.BlockdevOptionsLUKS]{
 	Create: driver.Creates(func(ctx context.Context, c *driver.Creation, o *types.BlockdevCreateOptionsLUKS) error {
 		return inFiles(ctx, c, o, func(header, data *graph.Root) error { return create(ctx, c, header, data, o) })
 	}),
+	// There is no way to name a secret there: making it fails, as QEMU says it does.
+	NewImage: func(u *types.BlockdevOptionsLUKS, i *driver.Image) any {
+		return &types.BlockdevCreateOptionsLUKS{File: &u.File, Size: uint64(i.Size)}
+	},
 	Amend: func(ctx context.Context, a *driver.Amendment, o any) (*driver.Amending, error) {
 		return amend(ctx, a, o.(*types.BlockdevAmendOptionsLUKS))
 	},
