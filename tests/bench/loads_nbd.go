@@ -104,18 +104,22 @@ func qcow2Loads(b *bench) *group {
 	return g
 }
 
-// luksLoads: an encrypted image, AES-256-XTS, for each daemon.
-func luksLoads(b *bench) *group {
+// luksLoads: an encrypted image, AES-256-XTS, for each daemon: luks, or qcow2 with the same inside.
+func luksLoads(b *bench, format string) *group {
 	raw := func() string { return filepath.Join(b.shm, "raw") }
-	image := func(side string) string { return filepath.Join(b.shm, side+".luks") }
+	image := func(side string) string { return filepath.Join(b.shm, side+"."+format) }
 	const secret = "secret,id=k,data=bench"
+	name, key, options := "nbd luks", "key-secret=k", "key-secret=k,iter-time=10"
+	if format == "qcow2" {
+		name, key = "nbd encrypted qcow2", "encrypt.format=luks,encrypt.key-secret=k"
+		options = key + ",encrypt.iter-time=10"
+	}
 	up := map[string]*proc{}
-	g := &group{name: "nbd luks", sides: []string{us, qsd}}
+	g := &group{name: name, sides: []string{us, qsd}}
 	g.ready = func() error { return fillRaw(raw(), b.size) }
 	g.setUp = func(side string) (err error) {
 		for range 20 { // QEMU's measure of processor time is too coarse for it now and then
-			err = b.qemuImg("convert", "--object", secret, "-f", "raw", "-O", "luks",
-				"-o", "key-secret=k,iter-time=10", raw(), image(side))
+			err = b.qemuImg("convert", "--object", secret, "-f", "raw", "-O", format, "-o", options, raw(), image(side))
 			if err == nil || !strings.Contains(err.Error(), "accurate CPU usage") {
 				break
 			}
@@ -125,7 +129,7 @@ func luksLoads(b *bench) *group {
 		}
 		up[side], err = b.daemon(side, 0, append([]string{
 			"--object", secret, "--blockdev", "driver=file,node-name=f,filename=" + image(side),
-			"--blockdev", "driver=luks,node-name=n,file=f,key-secret=k",
+			"--blockdev", "driver=" + format + ",node-name=n,file=f," + key,
 		}, export...)...)
 		return err
 	}

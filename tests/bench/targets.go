@@ -26,6 +26,7 @@ var targets = []target{
 	{"chain( override)?/RSS a layer", qsd, 3},
 
 	{"nbd luks/.*", qsd, 1},
+	{"nbd encrypted qcow2/.*", qsd, 1},
 	{"nbd client of .*/rand.* qd1", qsd, 1},
 	{"nbd client of .*/.*", qsd, 2},
 	{"nbd .*/read 1 MiB qd8", qsd, 2.5},

@@ -2,10 +2,12 @@ package qcow2
 
 import (
 	"bytes"
+	"context"
 	"encoding/binary"
 	"math/bits"
 	"runtime"
 	"testing"
+	"time"
 
 	"qblockd/blockdev/drivertest"
 	"qblockd/blockdev/format/qcow2/layout"
@@ -209,5 +211,58 @@ func FuzzHeader(f *testing.F) {
 		if err != nil || n2 != name || h2.Size != h.Size || h2.AutoclearFeatures != h.AutoclearFeatures {
 			t.Fatalf("written and read differ: %v %q %q", err, name, n2)
 		}
+	})
+}
+
+// FuzzEncrypted opens an encrypted image with damage to its header and to the header with its keys,
+// and works on it. Input: changes (place, place, value) up to a 0xff, then operations.
+func FuzzEncrypted(f *testing.F) {
+	o := CreateOptions{Size: 1 << 20, ClusterSize: ptr(uint64(4096))}.schema()
+	o.Encrypt = encrypting("luks/aes-128/cbc/essiv/sha256/sha1")
+	m := drivertest.NewMemFile(0)
+	if err := createWith(req(), mem{m}, nil, "", o, words); err != nil {
+		f.Fatal(err)
+	}
+	img := m.Bytes()
+	keys := int(binary.BigEndian.Uint64(img[layout.HeaderSize+8:]))
+	f.Add([]byte{0xff, 0, 1, 2, 3, 4})
+	f.Add([]byte{0, 35, 1, 0xff, 0, 1, 2, 3})                     // the other method
+	f.Add([]byte{0, 122, 9, 0, 126, 0x10, 0xff, 0, 1, 2, 3})      // the keys lie elsewhere
+	f.Add([]byte{0, 135, 0, 0, 134, 0x10, 0xff, 0, 1, 2, 3})      // there is less of them
+	f.Add([]byte{2, 104, 0, 2, 166, 0xff, 0xff, 0})               // iterations without end
+	f.Add([]byte{2, 109, 1, 3, 0, 0, 3, 10, 7, 0xff, 0, 1, 2, 3}) // longer keys, other places
+	f.Fuzz(func(t *testing.T, in []byte) {
+		b := bytes.Clone(img)
+		for len(in) >= 3 && in[0] != 0xff {
+			at := (int(in[0])<<8 | int(in[1])) % (512 + 592)
+			if at >= 512 {
+				at += keys - 512
+			}
+			b[at], in = in[2], in[3:]
+		}
+		if b[23] > 16 {
+			return // reading clusters that large is all that it would do
+		}
+		ctx, stop := context.WithTimeout(context.Background(), 100*time.Millisecond)
+		defer stop()
+		s, err := openImage(&blk.Req{Ctx: ctx}, keyed(config{file: mem{drivertest.MemFileOf(b)}, options: quiet}))
+		if err != nil {
+			return
+		}
+		data := make([]byte, 4096)
+		for _, op := range in[:min(len(in), 16)] {
+			off := min(int64(op>>2)*8192, s.size.Load()&^511)
+			part := blk.Buf(data[:min(4096, s.size.Load()&^511-off)])
+			switch op & 3 {
+			case 0, 1:
+				_ = s.WriteAt(req(), part, off, 0)
+			case 2:
+				_ = s.ReadAt(req(), part, off, 0)
+			case 3:
+				_ = s.Flush(req())
+			}
+		}
+		_ = s.Inactivate(req())
+		_ = s.Close()
 	})
 }

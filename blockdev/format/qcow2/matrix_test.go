@@ -26,10 +26,15 @@ type exchange struct {
 	back     bool
 	size     int
 	prealloc blk.Prealloc
+	crypt    string // as encryption has it, "" for none
 }
 
 func (x exchange) String() string {
-	return fmt.Sprintf("%d,%s,%d,ext=%v,data=%s,back=%v,%d,%s", x.cs, x.v, x.bits, x.ext, x.data, x.back, x.size, x.prealloc)
+	s := fmt.Sprintf("%d,%s,%d,ext=%v,data=%s,back=%v,%d,%s", x.cs, x.v, x.bits, x.ext, x.data, x.back, x.size, x.prealloc)
+	if x.crypt != "" {
+		s += "," + x.crypt
+	}
+	return s
 }
 
 // options are those of qemu-img for x in dir.
@@ -50,7 +55,19 @@ func (x exchange) options() string {
 	if x.prealloc != "" {
 		o += ",preallocation=" + string(x.prealloc)
 	}
+	if x.crypt != "" {
+		o += "," + encryption(x.crypt)
+	}
 	return o
+}
+
+// named is how QEMU's tools are told the image.
+func (x exchange) named() []string {
+	if x.crypt == "" {
+		return []string{"-f", "qcow2", exchanged}
+	}
+	return []string{"--object", "secret,id=k,data=key", "--image-opts",
+		"driver=qcow2,encrypt.key-secret=k,file.driver=file,file.filename=" + exchanged}
 }
 
 // exchanges are the shapes: each cluster size with each kind of table and place of the data, and
@@ -66,7 +83,7 @@ func exchanges() (l []exchange) {
 					if ext && cs < 16<<10 || data == "raw" && back {
 						continue
 					}
-					x := exchange{cs, "v3", widths[len(l)%len(widths)], ext, data, back, sizes[len(l)%len(sizes)], ""}
+					x := exchange{cs, "v3", widths[len(l)%len(widths)], ext, data, back, sizes[len(l)%len(sizes)], "", ""}
 					if !back || ext {
 						x.prealloc = modes[len(l)%len(modes)]
 					}
@@ -75,7 +92,7 @@ func exchanges() (l []exchange) {
 			}
 		}
 		for _, back := range []bool{false, true} {
-			l = append(l, exchange{cs, "v2", 16, false, "", back, sizes[len(l)%len(sizes)], ""})
+			l = append(l, exchange{cs, "v2", 16, false, "", back, sizes[len(l)%len(sizes)], "", ""})
 		}
 	}
 	return l
@@ -94,7 +111,9 @@ const exchanged = "a.qcow2"
 
 // TestExchange has images of all shapes made by one party, worked on and read by the others, in
 // turn, and checked by all after each of them.
-func TestExchange(t *testing.T) {
+func TestExchange(t *testing.T) { testExchanges(t, exchanges()) }
+
+func testExchanges(t *testing.T, shapes []exchange) {
 	tool(t, "qemu-img")
 	parties := map[string]party{"ours": oursParty{}, "qemu": qemuParty("")}
 	order := []string{"ours", "qemu"}
@@ -105,7 +124,7 @@ func TestExchange(t *testing.T) {
 		t.Log("SKIPPED: qemu-img10 is not installed, so nothing was exchanged with QEMU 10")
 	}
 	base, _ := strconv.Atoi(os.Getenv("SEED")) // other makers and histories on request
-	for i, x := range exchanges() {
+	for i, x := range shapes {
 		if testing.Short() && i%3 != 0 {
 			continue
 		}
@@ -171,7 +190,7 @@ func tasks(x exchange, ops string, rnd *rand.Rand, disk []byte) (l []task) {
 			if k.n = k.n / cs * cs; k.off+k.n > len(disk) || k.n == 0 || x.v == "v2" && x.back && k.op == 'd' {
 				continue
 			}
-			if k.op == 'c' && (x.data != "" || x.cs < 4096) {
+			if k.op == 'c' && (x.data != "" || x.crypt != "" || x.cs < 4096) {
 				continue
 			}
 		}
@@ -219,6 +238,9 @@ func (oursParty) create(t *testing.T, dir string, x exchange) {
 		o.BackingFile, o.BackingFormat = ptr("back.bin"), ptr("raw")
 	}
 	s := o.schema()
+	if x.crypt != "" {
+		s.Encrypt = encrypting(x.crypt)
+	}
 	if x.data != "" {
 		s.DataFile, s.DataFileRaw = &types.BlockdevRef{Reference: &name}, ptr(x.data == "raw")
 	}
@@ -283,18 +305,23 @@ func (p qemuParty) run(t *testing.T, dir, name string, args ...string) string {
 }
 
 func (p qemuParty) create(t *testing.T, dir string, x exchange) {
-	p.run(t, dir, "qemu-img", "create", "-q", "-f", "qcow2", "-o", x.options(), exchanged, fmt.Sprint(x.size))
+	args := []string{"create", "-q", "-f", "qcow2", "-o", x.options(), exchanged, fmt.Sprint(x.size)}
+	if x.crypt != "" {
+		p.createEncrypted(t, dir, args)
+		return
+	}
+	p.run(t, dir, "qemu-img", args...)
 }
 
 func (p qemuParty) work(t *testing.T, dir string, x exchange, rnd *rand.Rand, disk []byte) {
-	args := []string{"-d", "unmap", "-f", "qcow2"}
+	args := []string{"-d", "unmap"}
 	for _, k := range tasks(x, "wwwwzud", rnd, disk) { // it writes no compressed data over others
 		c := fmt.Sprintf("%s %d %d", map[byte]string{
 			'w': fmt.Sprintf("write -P %d", k.v), 'd': "discard", 'z': "write -z", 'u': "write -z -u",
 		}[k.op], k.off, k.n)
 		args = append(args, "-c", c)
 	}
-	if out := p.run(t, dir, "qemu-io", append(args, exchanged)...); strings.Contains(out, "failed") {
+	if out := p.run(t, dir, "qemu-io", append(args, x.named()...)...); strings.Contains(out, "failed") {
 		t.Fatal(out)
 	}
 }
@@ -303,6 +330,11 @@ func (p qemuParty) look(t *testing.T, dir string, x exchange, disk []byte) {
 	if err := os.WriteFile(filepath.Join(dir, "disk.bin"), disk, 0o600); err != nil {
 		t.Fatal(err)
 	}
-	p.run(t, dir, "qemu-img", "check", "-q", exchanged)
+	p.run(t, dir, "qemu-img", append([]string{"check", "-q"}, x.named()...)...)
+	if x.crypt != "" {
+		args := append([]string{"compare", "-q"}, x.named()...)
+		p.run(t, dir, "qemu-img", append(args, "driver=raw,file.driver=file,file.filename=disk.bin")...)
+		return
+	}
 	p.run(t, dir, "qemu-img", "compare", "-q", "-f", "qcow2", "-F", "raw", exchanged, "disk.bin")
 }
