@@ -49,6 +49,8 @@ type (
 	Completer interface {
 		Complete(ctx context.Context) error
 	} // default: refused
+	// Syncer is a mirror, which tells whether both sides are equal and stay so.
+	Syncer interface{ ActivelySynced() bool }
 )
 
 // Job is one job, from its creation until it is dismissed.

@@ -26,15 +26,25 @@ func (m *Manager) Query() []*types.JobInfo {
 
 // QueryBlock describes all block jobs, newest first (query-block-jobs).
 func (m *Manager) QueryBlock() []*types.BlockJobInfo {
+	out, mirrors := m.queryBlock()
+	for info, s := range mirrors {
+		info.U = &types.BlockJobInfoMirror{ActivelySynced: s.ActivelySynced()}
+	}
+	return out
+}
+
+// queryBlock describes all block jobs, and says whom to ask for the rest about mirrors.
+func (m *Manager) queryBlock() ([]*types.BlockJobInfo, map[*types.BlockJobInfo]Syncer) {
 	m.mu.Lock()
 	defer m.mu.Unlock()
 	out := make([]*types.BlockJobInfo, 0, len(m.jobs))
+	mirrors := map[*types.BlockJobInfo]Syncer{}
 	for _, j := range m.jobs {
 		if j.block == nil {
 			continue
 		}
 		info := &types.BlockJobInfo{
-			Type: string(j.typ), Device: j.id, Len: j.total.Load(), Offset: j.current.Load(),
+			Type: j.typ, Device: j.id, Len: j.total.Load(), Offset: j.current.Load(),
 			Busy: !j.waiting.Load(), Speed: j.block.speed,
 			Paused:   j.st.PauseCount > 0 || visible.ShownPaused(j.seenAs, j.st.Status),
 			IoStatus: j.block.ioStatus, Ready: j.st.Status.IsReady(),
@@ -42,8 +52,14 @@ func (m *Manager) QueryBlock() []*types.BlockJobInfo {
 			AutoFinalize: j.st.AutoFinalize, AutoDismiss: j.st.AutoDismiss, Error: j.errorTextLocked(),
 		}
 		out = append(out, info)
+		if j.typ == types.JobTypeMirror {
+			info.U = &types.BlockJobInfoMirror{}
+			if s, ok := j.runner.(Syncer); ok {
+				mirrors[info] = s
+			}
+		}
 	}
-	return out
+	return out, mirrors
 }
 
 func (j *Job) errorTextLocked() *string {

@@ -148,3 +148,9 @@ func (j *Job) bothFailed(err error) {
 		j.site.Job.Kick()
 	}
 }
+
+// ActivelySynced implements jobs.Syncer: the target is equal, and what guests write goes to both.
+func (j *Job) ActivelySynced() bool {
+	s := j.life.get()
+	return s.both && (s.phase == ready || s.phase == ending) && j.bits.Count() == 0
+}

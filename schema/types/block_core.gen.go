@@ -413,10 +413,16 @@ var BlockdevOnErrorValues = []BlockdevOnError{
 	BlockdevOnErrorAuto,
 }
 
+// BlockJobInfoMirror: what only a mirror shows.
+type BlockJobInfoMirror struct {
+	// Source and target have the same data, and what is written goes to both at the same time.
+	ActivelySynced bool
+}
+
 // BlockJobInfo: a block job as `query-block-jobs` shows it.
 type BlockJobInfo struct {
 	// What it does.
-	Type string
+	Type JobType
 	// Its id.
 	Device string
 	// Estimate of @offset at the end.
@@ -441,6 +447,9 @@ type BlockJobInfo struct {
 	AutoDismiss bool
 	// Why it failed.
 	Error *string
+	// U holds the members of the branch that Type selects; nil where the branch has none.
+	// *BlockJobInfoMirror for mirror.
+	U any
 }
 
 // XDbgBlockGraphNodeType: what a vertex of the graph stands for.

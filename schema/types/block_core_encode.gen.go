@@ -480,36 +480,79 @@ func (x *BlockStats) AppendJSON(b []byte) []byte {
 }
 
 // AppendJSON appends x in QEMU's form, members in hash order.
-func (x *BlockJobInfo) AppendJSON(b []byte) []byte {
-	b = append(b, `{"auto-finalize": `...)
-	b = appendBool(b, x.AutoFinalize)
-	b = append(b, `, "io-status": `...)
-	b = appendEnum(b, x.IoStatus)
-	b = append(b, `, "device": `...)
-	b = value.AppendString(b, x.Device)
-	b = append(b, `, "auto-dismiss": `...)
-	b = appendBool(b, x.AutoDismiss)
-	b = append(b, `, "busy": `...)
-	b = appendBool(b, x.Busy)
-	b = append(b, `, "len": `...)
-	b = appendInt(b, x.Len)
-	b = append(b, `, "offset": `...)
-	b = appendInt(b, x.Offset)
-	b = append(b, `, "status": `...)
-	b = appendEnum(b, x.Status)
-	b = append(b, `, "paused": `...)
-	b = appendBool(b, x.Paused)
-	b = append(b, `, "speed": `...)
-	b = appendInt(b, x.Speed)
-	b = append(b, `, "ready": `...)
-	b = appendBool(b, x.Ready)
-	b = append(b, `, "type": `...)
-	b = value.AppendString(b, x.Type)
-	if x.Error != nil {
-		b = append(b, `, "error": `...)
-		b = value.AppendString(b, *x.Error)
-	}
+func (x *BlockJobInfoMirror) AppendJSON(b []byte) []byte {
+	b = append(b, `{"actively-synced": `...)
+	b = appendBool(b, x.ActivelySynced)
 	return append(b, '}')
+}
+
+// AppendJSON appends x in QEMU's form, members in hash order.
+func (x *BlockJobInfo) AppendJSON(b []byte) []byte {
+	switch u := x.U.(type) {
+	case *BlockJobInfoMirror:
+		b = append(b, `{"auto-finalize": `...)
+		b = appendBool(b, x.AutoFinalize)
+		b = append(b, `, "io-status": `...)
+		b = appendEnum(b, x.IoStatus)
+		b = append(b, `, "device": `...)
+		b = value.AppendString(b, x.Device)
+		b = append(b, `, "auto-dismiss": `...)
+		b = appendBool(b, x.AutoDismiss)
+		b = append(b, `, "busy": `...)
+		b = appendBool(b, x.Busy)
+		b = append(b, `, "len": `...)
+		b = appendInt(b, x.Len)
+		b = append(b, `, "offset": `...)
+		b = appendInt(b, x.Offset)
+		b = append(b, `, "status": `...)
+		b = appendEnum(b, x.Status)
+		b = append(b, `, "paused": `...)
+		b = appendBool(b, x.Paused)
+		b = append(b, `, "speed": `...)
+		b = appendInt(b, x.Speed)
+		b = append(b, `, "ready": `...)
+		b = appendBool(b, x.Ready)
+		b = append(b, `, "type": `...)
+		b = appendEnum(b, x.Type)
+		b = append(b, `, "actively-synced": `...)
+		b = appendBool(b, u.ActivelySynced)
+		if x.Error != nil {
+			b = append(b, `, "error": `...)
+			b = value.AppendString(b, *x.Error)
+		}
+		return append(b, '}')
+	case nil:
+		b = append(b, `{"auto-finalize": `...)
+		b = appendBool(b, x.AutoFinalize)
+		b = append(b, `, "io-status": `...)
+		b = appendEnum(b, x.IoStatus)
+		b = append(b, `, "device": `...)
+		b = value.AppendString(b, x.Device)
+		b = append(b, `, "auto-dismiss": `...)
+		b = appendBool(b, x.AutoDismiss)
+		b = append(b, `, "busy": `...)
+		b = appendBool(b, x.Busy)
+		b = append(b, `, "len": `...)
+		b = appendInt(b, x.Len)
+		b = append(b, `, "offset": `...)
+		b = appendInt(b, x.Offset)
+		b = append(b, `, "status": `...)
+		b = appendEnum(b, x.Status)
+		b = append(b, `, "paused": `...)
+		b = appendBool(b, x.Paused)
+		b = append(b, `, "speed": `...)
+		b = appendInt(b, x.Speed)
+		b = append(b, `, "ready": `...)
+		b = appendBool(b, x.Ready)
+		b = append(b, `, "type": `...)
+		b = appendEnum(b, x.Type)
+		if x.Error != nil {
+			b = append(b, `, "error": `...)
+			b = value.AppendString(b, *x.Error)
+		}
+		return append(b, '}')
+	}
+	panic("BlockJobInfo with a branch of another type")
 }
 
 // AppendJSON appends x in QEMU's form, members in hash order.
