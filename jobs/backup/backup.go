@@ -44,16 +44,18 @@ type job struct {
 	bitmapMode     types.BitmapSyncMode
 	closesTarget   bool // the target's node goes with the job, and nobody else can flush it
 
-	site    blockjob.Site
-	driver  *copybeforewrite.Driver
-	root    *graph.Root        // of the job's requests
-	listed  *graph.DirtyBitmap // what is to do, as clients see it on the source
-	entered bool
-	frozen  bool // the bitmap is
-	alone   bool // what the target does not hold are zeroes for good
-	idle    bool // nothing was to do when the job was made
-	ok      bool
-	lost    bool // the target could not be flushed: nobody knows what of it is on stable storage
+	site   blockjob.Site
+	driver *copybeforewrite.Driver
+	root   *graph.Root // of the job's requests
+	// of those requests
+	patience blockjob.Patience
+	listed   *graph.DirtyBitmap // what is to do, as clients see it on the source
+	entered  bool
+	frozen   bool // the bitmap is
+	alone    bool // what the target does not hold are zeroes for good
+	idle     bool // nothing was to do when the job was made
+	ok       bool
+	lost     bool // the target could not be flushed: nobody knows what of it is on stable storage
 }
 
 func (j *job) perf() types.BackupPerf { return types.Or(j.args.XPerf, types.BackupPerf{}) }
@@ -64,6 +66,7 @@ func (j *job) policies() copy.Policies {
 
 // Run implements jobs.Runner.
 func (j *job) Run(ctx context.Context, h *jobs.Handle) error {
+	defer j.patience.EndsWith(ctx)()
 	j.driver.Remaining(h.SetRemaining)
 	if j.idle && j.args.Sync != types.MirrorSyncModeNone {
 		return nil // else guests may have copied already, or be copying, what there is
@@ -123,8 +126,11 @@ func (j *job) flush(ctx context.Context, h *jobs.Handle) error {
 		}
 		err = j.site.Filter.Child("target").Flush(r)
 		j.root.End(r)
-		if err == nil {
+		switch {
+		case err == nil:
 			return nil
+		case ctx.Err() != nil:
+			return jobs.ErrCancelled
 		}
 		switch h.OnError(types.IoOperationTypeWrite, j.policies().Write, err) {
 		case types.BlockErrorActionReport:

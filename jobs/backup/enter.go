@@ -124,7 +124,7 @@ func (j *job) insert(tx *graph.Tx) error {
 func (j *job) attach(tx *graph.Tx) (err error) {
 	all := perm.Claim{Share: perm.All}
 	err = j.site.Keep(tx,
-		blockjob.Use{Name: "main node", Node: j.site.Filter, Claim: all, Root: &j.root},
+		blockjob.Use{Name: "main node", Node: j.site.Filter, Claim: all, Root: &j.root, Ctx: j.patience.Ctx},
 		blockjob.Use{Name: "target", Node: j.target, Claim: all})
 	if err != nil {
 		return err

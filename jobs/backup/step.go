@@ -12,6 +12,7 @@ import (
 	"qblockd/graph/perm"
 	"qblockd/graph/transaction"
 	"qblockd/jobs"
+	"qblockd/jobs/blockjob"
 	"qblockd/schema/types"
 )
 
@@ -124,7 +125,9 @@ func (s *Step) Prepare(_ context.Context, tx *graph.Tx) error {
 		return err
 	}
 	s.found = true
-	s.job = &job{args: s.args, source: source, target: target, closesTarget: s.closes}
+	s.job = &job{
+		args: s.args, source: source, target: target, closesTarget: s.closes, patience: blockjob.NewPatience(),
+	}
 	s.job.args.Sync, s.job.args.Target = s.sync, target.Name()
 	if err := s.job.findBitmap(); err != nil {
 		return err

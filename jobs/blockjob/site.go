@@ -33,6 +33,24 @@ func (s *Site) Create(m *jobs.Manager, spec jobs.Spec) (err error) {
 	return err
 }
 
+// Patience is for jobs whose requests may wait for a target that does not answer: nobody waits any
+// more once such a job is cancelled by force.
+type Patience struct {
+	Ctx context.Context // of the job's requests
+	end context.CancelFunc
+}
+
+// NewPatience is one that has not ended.
+func NewPatience() (p Patience) {
+	p.Ctx, p.end = context.WithCancel(context.Background())
+	return p
+}
+
+// EndsWith has the patience end with ctx, that of the job at work, until stop is called.
+func (p *Patience) EndsWith(ctx context.Context) (stop func() bool) {
+	return context.AfterFunc(ctx, p.end)
+}
+
 // MakeWritable makes n writable for the time of the job, if it is read-only, with the children that
 // have that from it.
 func (s *Site) MakeWritable(ctx context.Context, n *graph.Node) (err error) {
@@ -117,6 +135,8 @@ type Use struct {
 	Node  *graph.Node
 	Claim perm.Claim
 	Root  **graph.Root // where the root goes to, for requests; or nil
+	// Ctx is the context of those requests; nil: they wait for their answers however long that is.
+	Ctx context.Context
 }
 
 // Keep attaches a root of the job to each of the nodes. What is recorded of the job comes and goes
@@ -130,6 +150,7 @@ func (s *Site) Keep(tx *graph.Tx, uses ...Use) error {
 		if u.Name == "" {
 			spec = graph.RootSpec{EdgeName: "root", Kind: graph.KindBackend, Claim: u.Claim, StayAtNode: true, Job: true}
 		}
+		spec.Ctx = u.Ctx
 		if len(s.roots) == 0 {
 			spec.Of = s.Job.Record()
 		}

@@ -9,6 +9,7 @@ import (
 	"qblockd/graph"
 	"qblockd/graph/blk"
 	"qblockd/jobs"
+	"qblockd/jobs/blockjob"
 	"qblockd/jobs/copy"
 	"qblockd/schema/types"
 )
@@ -35,7 +36,7 @@ type plan struct {
 	backing     *graph.Node      // that it gets at the end if it is new; nil: none
 }
 
-func newJob(p plan) *Job { return &Job{copier: copier{plan: p}} }
+func newJob(p plan) *Job { return &Job{copier: copier{plan: p}, patience: blockjob.NewPatience()} }
 
 // FromArgs makes a job of blockdev-mirror that blockjob.Start starts.
 func FromArgs(nodes *blockdev.Manager, a *types.BlockdevMirrorArgs) *Job {

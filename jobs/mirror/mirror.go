@@ -52,7 +52,10 @@ const (
 // before its start and as it runs.
 type Job struct {
 	copier
-	site  blockjob.Site
+	site blockjob.Site
+	// of the job's requests at both sides
+	patience blockjob.Patience
+
 	dirty *graph.DirtyBitmap
 	reads *graph.Root // the job's requests at the filter
 
@@ -161,8 +164,9 @@ func (j *Job) keep(tx *graph.Tx) error {
 		return errors.New("Cannot mirror to a filter on top of a node in the source's backing chain")
 	}
 	uses := []blockjob.Use{
-		{Name: "main node", Node: j.site.Filter, Claim: perm.Claim{Need: perm.ConsistentRead, Share: others}, Root: &j.reads},
-		{Node: j.target, Claim: target, Root: &j.writes},
+		{Name: "main node", Node: j.site.Filter, Claim: perm.Claim{Need: perm.ConsistentRead, Share: others},
+			Root: &j.reads, Ctx: j.patience.Ctx},
+		{Node: j.target, Claim: target, Root: &j.writes, Ctx: j.patience.Ctx},
 		{Name: "source", Node: j.source, Claim: perm.Claim{Share: others}},
 		{Name: "target", Node: j.target, Claim: perm.Claim{Share: perm.All}},
 	}

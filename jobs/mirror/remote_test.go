@@ -2,11 +2,14 @@ package mirror_test
 
 import (
 	"bytes"
+	"errors"
 	"sync"
+	"syscall"
 	"testing"
 
 	"qblockd/blockdev/drivertest"
 	"qblockd/graph"
+	"qblockd/graph/blk"
 	"qblockd/jobs/jobtest"
 	"qblockd/schema/types"
 )
@@ -64,6 +67,46 @@ func TestRemoteTarget(t *testing.T) {
 		j.Cancel(false)
 		if err := w.end(j, "source"); err != nil || most != c.want || !bytes.Equal(w.from.Bytes(), w.to.Bytes()) {
 			t.Errorf("%+v: %v; %d extents at the same time", c, err, most)
+		}
+	}
+}
+
+// deaf is a target that answers nothing, as a server that is away, until nobody waits any more.
+type deaf struct {
+	remote
+	came chan struct{} // gets each write
+}
+
+func (d deaf) WriteAt(r *blk.Req, _ blk.Vec, _ int64, _ blk.Flags) error {
+	select {
+	case d.came <- struct{}{}:
+	default:
+	}
+	<-r.Done()
+	return syscall.ECANCELED
+}
+
+func (d deaf) Zero(r *blk.Req, off, n int64, f blk.Flags) error {
+	return d.WriteAt(r, blk.Vec{}, off, f)
+}
+
+// A mirror that is cancelled by force does not wait for its target, and tells of no error.
+func TestDeafTarget(t *testing.T) {
+	for _, mode := range modes {
+		w := newWorld(t)
+		d := deaf{remote{w.toF}, make(chan struct{}, 1)}
+		w.target = drivertest.AddNode(t, w.g, "deaf", d)
+		w.shape = jobtest.Look(w.g)
+		j := w.start(w.args(mode))
+		<-d.came
+		j.Cancel(true)
+		if err := w.end(j, "source"); !errors.Is(err, syscall.ECANCELED) {
+			t.Error(err)
+		}
+		for _, e := range w.All() {
+			if _, ok := e.(types.BlockJobErrorEvent); ok {
+				t.Errorf("%+v", e)
+			}
 		}
 	}
 }

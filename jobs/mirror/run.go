@@ -21,6 +21,7 @@ const idle = 100 * time.Millisecond
 // Run implements jobs.Runner.
 func (j *Job) Run(ctx context.Context, h *jobs.Handle) error {
 	j.h = h
+	defer j.patience.EndsWith(ctx)()
 	if err := j.fit(ctx); err != nil {
 		h.Yield() // QEMU quiesces the source before it ends
 		return err
