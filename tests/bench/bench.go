@@ -16,6 +16,7 @@ import (
 const (
 	us      = "qblockd"
 	qsd     = "qemu-storage-daemon"
+	qsd10   = "qsd10" // one of version 10.0, under another name
 	nbdkit  = "nbdkit"
 	qemuNBD = "qemu-nbd"
 )

@@ -103,7 +103,8 @@ func run(ctx context.Context) error {
 func (b *bench) groups() []*group {
 	return []*group{
 		startLoads(b), monitorLoads(b), graphLoads(b), chainLoads(b, true), chainLoads(b, false),
-		rawLoads(b, "tmpfs"), rawLoads(b, "disk"), qcow2Loads(b), luksLoads(b, "luks"), luksLoads(b, "qcow2"),
+		rawLoads(b, "tmpfs"), rawLoads(b, "disk"), tlsLoads(b, "x509"), tlsLoads(b, "psk"),
+		qcow2Loads(b), luksLoads(b, "luks"), luksLoads(b, "qcow2"),
 		allocatingLoads(b), copyOnWriteLoads(b),
 		clientLoads(b, qemuNBD), clientLoads(b, nbdkit), clientLoads(b, us),
 		streamLoads(b, "tmpfs"), streamLoads(b, "disk"), mirrorLoads(b), bitmapLoads(b), hugeLoads(b, "64 KiB"), hugeLoads(b, "2 MiB"),

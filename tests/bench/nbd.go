@@ -4,6 +4,8 @@ import (
 	"encoding/binary"
 	"errors"
 	"fmt"
+	"io"
+	"net"
 	"runtime"
 	"sync"
 	"sync/atomic"
@@ -12,6 +14,7 @@ import (
 	"unsafe"
 
 	"qblockd/blockdev/nbdwire"
+	"qblockd/blockdev/tlscreds"
 )
 
 const exportName = "x"
@@ -19,7 +22,8 @@ const exportName = "x"
 // nbdConn is one connection, used by one goroutine. What is to be sent is gathered in out and
 // leaves before the connection would wait for replies.
 type nbdConn struct {
-	fd      fd
+	fd      fd             // unless under is set
+	under   *tlscreds.Conn // TLS
 	size    int64
 	in      []byte // [r:w) is received and not used
 	r, w    int
@@ -47,13 +51,24 @@ func dialNBD(path string) (*nbdConn, error) {
 	return c, nil
 }
 
-func (c *nbdConn) close() { syscall.Close(int(c.fd)) }
+func (c *nbdConn) close() {
+	if c.under != nil {
+		c.under.Close()
+		return
+	}
+	syscall.Close(int(c.fd))
+}
 
 func (c *nbdConn) handshake() error {
 	if _, err := c.take(18); err != nil {
 		return err
 	}
 	c.out = binary.BigEndian.AppendUint32(c.out, 3) // fixed newstyle, no zeroes
+	return c.choose()
+}
+
+// choose asks for the export.
+func (c *nbdConn) choose() error {
 	c.out = nbdwire.AppendOption(c.out, nbdwire.OptStructuredReply, nil)
 	c.out = nbdwire.AppendOption(c.out, nbdwire.OptGo, (&nbdwire.InfoRequest{Name: exportName}).Append(nil))
 	for {
@@ -88,9 +103,16 @@ func (c *nbdConn) flush() error {
 	if len(c.out) == 0 {
 		return nil
 	}
-	_, err := c.fd.Write(c.out)
+	_, err := c.stream().Write(c.out)
 	c.out = c.out[:0]
 	return err
+}
+
+func (c *nbdConn) stream() io.ReadWriter {
+	if c.under != nil {
+		return c.under
+	}
+	return c.fd
 }
 
 // take returns the next n bytes, to be used before the next call.
@@ -104,7 +126,7 @@ func (c *nbdConn) take(n int) ([]byte, error) {
 			c.r = 0
 		}
 		for c.w-c.r < n {
-			k, err := c.fd.Read(c.in[c.w:])
+			k, err := c.stream().Read(c.in[c.w:])
 			if err != nil {
 				return nil, err
 			}
@@ -131,6 +153,10 @@ func (c *nbdConn) takeLarge(n int) ([]byte, error) {
 	c.r, c.w = 0, 0
 	if err := c.flush(); err != nil {
 		return nil, err
+	}
+	if c.under != nil {
+		_, err := io.ReadFull(c.under, b[k:])
+		return b, err
 	}
 	for k < n {
 		m, err := c.vector(syscall.SYS_READV, b[k:], c.in[:4096])
@@ -164,6 +190,11 @@ func (c *nbdConn) vector(call uintptr, x, y []byte) (int, error) {
 
 // sendLarge sends what is gathered and then data.
 func (c *nbdConn) sendLarge(data []byte) error {
+	if c.under != nil {
+		_, err := c.under.WriteVec(net.Buffers{c.out, data})
+		c.out = c.out[:0]
+		return err
+	}
 	n, err := c.vector(syscall.SYS_WRITEV, c.out, data)
 	if err != nil {
 		return err
@@ -194,8 +225,10 @@ type workload struct {
 // run keeps w.qd requests under way until stop, and returns how many were answered. id is the
 // connection's number.
 func (c *nbdConn) run(w workload, id int, stop *atomic.Bool) (done int64, err error) {
-	runtime.LockOSThread()
-	defer runtime.UnlockOSThread()
+	if c.under == nil {
+		runtime.LockOSThread()
+		defer runtime.UnlockOSThread()
+	}
 	stride := max(w.stride, int64(w.bs))
 	base, region := int64(0), c.size/stride*stride
 	if !w.random {
@@ -332,9 +365,14 @@ func (c *nbdConn) data(w *workload, off int64, n int) error {
 
 // drive runs w against the server at path for secs and returns the requests a second.
 func drive(path string, w workload, secs float64) (float64, error) {
+	return driveBy(func() (*nbdConn, error) { return dialNBD(path) }, w, secs)
+}
+
+// driveBy is drive with connections that dial makes.
+func driveBy(dial func() (*nbdConn, error), w workload, secs float64) (float64, error) {
 	conns := make([]*nbdConn, w.conns)
 	for i := range conns {
-		c, err := dialNBD(path)
+		c, err := dial()
 		if err != nil {
 			return 0, err
 		}

@@ -21,7 +21,7 @@ const tmpfsMagic = 0x01021994
 // begin finds the programs and makes the folders.
 func (b *bench) begin() error {
 	b.started = time.Now()
-	for _, p := range []string{qsd, nbdkit, qemuNBD, "qemu-img"} {
+	for _, p := range []string{qsd, qsd10, nbdkit, qemuNBD, "qemu-img"} {
 		if _, err := exec.LookPath(p); err != nil {
 			b.absent = append(b.absent, p)
 			fmt.Printf("SKIPPED %s: not installed\n", p)

@@ -29,6 +29,8 @@ var targets = []target{
 	{"nbd encrypted qcow2/.*", qsd, 1},
 	{"nbd client of .*/rand.* qd1", qsd, 1},
 	{"nbd client of .*/.*", qsd, 2},
+	{"nbd tls .*", qsd, 1},
+	{"nbd tls .*", qsd10, 1},
 	{"nbd .*/read 1 MiB qd8", qsd, 2.5},
 	{"nbd .*/read 1 MiB qd8 x4", qsd, 4},
 	{"nbd .*/write 1 MiB qd8", qsd, 1.5},
