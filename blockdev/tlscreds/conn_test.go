@@ -34,7 +34,7 @@ func sockets(t *testing.T) (a, b net.Conn) {
 		t.Fatal(err)
 	}
 	for _, c := range []net.Conn{a, b} {
-		_ = c.SetDeadline(time.Now().Add(20 * time.Second))
+		_ = c.SetDeadline(time.Now().Add(2 * time.Minute))
 		t.Cleanup(func() { c.Close() })
 	}
 	return a, b
