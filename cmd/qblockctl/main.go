@@ -7,7 +7,7 @@
 //	help.go      help on QMP commands
 //	shell.go     the interactive shell
 //	completion.go  scripts that make other shells complete
-//	events.go jobs.go watch.go graph.go schema.go check.go  the commands of those names
+//	events.go jobs.go watch.go graph.go schema.go check.go amend.go  the commands of those names
 //	own.go       a daemon of its own, for commands that work on image files
 //	introspect/  what query-qmp-schema says;  picture/  graphs as text, dot and SVG
 //
@@ -141,7 +141,7 @@ func (a *app) commands() *cobra.Command {
 	root.SetVersionTemplate(version.Line("qblockctl"))
 	root.SetFlagErrorFunc(func(_ *cobra.Command, err error) error { return fmt.Errorf("%w; %w", err, errUsage) })
 	root.AddCommand(a.shellCommand(), a.graphCommand(), a.jobsCommand(), a.eventsCommand(), a.schemaCommand(),
-		a.checkCommand(), a.completionCommand())
+		a.checkCommand(), a.amendCommand(), a.completionCommand())
 	root.SetHelpCommand(a.helpCommand())
 	root.CompletionOptions.DisableDefaultCmd = true
 	return root

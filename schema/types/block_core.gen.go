@@ -1498,10 +1498,25 @@ type BlockdevAmendOptionsLUKS struct {
 }
 
 // BlockdevAmendOptionsQcow2: what can be changed in a qcow2 image without a copy of it: the keys of an
-// encrypted one.
+// encrypted one. All other members are an extension of qblockd; they do what 'qemu-img amend' does,
+// while requests to the node wait.
 type BlockdevAmendOptionsQcow2 struct {
 	// The change of keys.
 	Encrypt *QCryptoBlockAmendOptions
+	// Version of the format.
+	Version *BlockdevQcow2Version
+	// Width of a reference count.
+	RefcountBits *int64
+	// Whether reference counts may be behind after a crash.
+	LazyRefcounts *bool
+	// The name that the image has for its data file.
+	DataFile *string
+	// False: that file need not show the disk by itself any more.
+	DataFileRaw *bool
+	// Only what it is already.
+	BackingFile *string
+	// Format of the backing file, with @backing-file.
+	BackingFmt *BlockdevDriver
 }
 
 // BlockdevAmendOptions: changes to an image.

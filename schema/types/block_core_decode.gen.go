@@ -749,7 +749,14 @@ func visitBlockdevAmendOptionsQcow2(d *decoder, name string, x *BlockdevAmendOpt
 }
 
 func membersBlockdevAmendOptionsQcow2(d *decoder, x *BlockdevAmendOptionsQcow2) bool {
-	return opt(d, "encrypt", &x.Encrypt, visitQCryptoBlockAmendOptions)
+	return opt(d, "encrypt", &x.Encrypt, visitQCryptoBlockAmendOptions) &&
+		opt(d, "version", &x.Version, visitBlockdevQcow2Version) &&
+		opt(d, "refcount-bits", &x.RefcountBits, visitInt64) &&
+		opt(d, "lazy-refcounts", &x.LazyRefcounts, visitBool) &&
+		opt(d, "data-file", &x.DataFile, visitStr) &&
+		opt(d, "data-file-raw", &x.DataFileRaw, visitBool) &&
+		opt(d, "backing-file", &x.BackingFile, visitStr) &&
+		opt(d, "backing-fmt", &x.BackingFmt, visitBlockdevDriver)
 }
 
 // DecodeBlockdevAmendOptions decodes v; faults are worded as QEMU does (*ArgError).

@@ -2380,9 +2380,37 @@ func (x *BlockdevAmendOptionsLUKS) AppendJSON(b []byte) []byte {
 // AppendJSON appends x in QEMU's form, members in hash order.
 func (x *BlockdevAmendOptionsQcow2) AppendJSON(b []byte) []byte {
 	b = append(b, '{')
+	if x.LazyRefcounts != nil {
+		b = appendKey(b, "lazy-refcounts")
+		b = appendBool(b, *x.LazyRefcounts)
+	}
+	if x.RefcountBits != nil {
+		b = appendKey(b, "refcount-bits")
+		b = appendInt(b, *x.RefcountBits)
+	}
+	if x.DataFile != nil {
+		b = appendKey(b, "data-file")
+		b = value.AppendString(b, *x.DataFile)
+	}
+	if x.Version != nil {
+		b = appendKey(b, "version")
+		b = appendEnum(b, *x.Version)
+	}
+	if x.BackingFmt != nil {
+		b = appendKey(b, "backing-fmt")
+		b = appendEnum(b, *x.BackingFmt)
+	}
 	if x.Encrypt != nil {
 		b = appendKey(b, "encrypt")
 		b = x.Encrypt.AppendJSON(b)
+	}
+	if x.DataFileRaw != nil {
+		b = appendKey(b, "data-file-raw")
+		b = appendBool(b, *x.DataFileRaw)
+	}
+	if x.BackingFile != nil {
+		b = appendKey(b, "backing-file")
+		b = value.AppendString(b, *x.BackingFile)
 	}
 	return append(b, '}')
 }
@@ -2417,11 +2445,40 @@ func (x *BlockdevAmendOptions) AppendJSON(b []byte) []byte {
 		}
 		return append(b, '}')
 	case *BlockdevAmendOptionsQcow2:
-		b = append(b, `{"driver": `...)
+		b = append(b, '{')
+		if u.LazyRefcounts != nil {
+			b = appendKey(b, "lazy-refcounts")
+			b = appendBool(b, *u.LazyRefcounts)
+		}
+		if u.RefcountBits != nil {
+			b = appendKey(b, "refcount-bits")
+			b = appendInt(b, *u.RefcountBits)
+		}
+		if u.DataFile != nil {
+			b = appendKey(b, "data-file")
+			b = value.AppendString(b, *u.DataFile)
+		}
+		if u.Version != nil {
+			b = appendKey(b, "version")
+			b = appendEnum(b, *u.Version)
+		}
+		b = appendKey(b, "driver")
 		b = appendEnum(b, x.Driver)
+		if u.BackingFmt != nil {
+			b = append(b, `, "backing-fmt": `...)
+			b = appendEnum(b, *u.BackingFmt)
+		}
 		if u.Encrypt != nil {
 			b = append(b, `, "encrypt": `...)
 			b = u.Encrypt.AppendJSON(b)
+		}
+		if u.DataFileRaw != nil {
+			b = append(b, `, "data-file-raw": `...)
+			b = appendBool(b, *u.DataFileRaw)
+		}
+		if u.BackingFile != nil {
+			b = append(b, `, "backing-file": `...)
+			b = value.AppendString(b, *u.BackingFile)
 		}
 		return append(b, '}')
 	case nil:

@@ -73,8 +73,20 @@ func TestCheck(t *testing.T) {
 		{"check -r leaks " + image, 0, "repaired: 0 corruptions, 2 leaked clusters"},
 		{"check " + image, 0, "the image is sound"},
 	})
+	steps([]step{
+		{"amend -o refcount_bits=64,lazy_refcounts=on " + image, 0, ""},
+		{"amend -o compat=0.10 " + image, 1, "compat=0.10 requires refcount_bits=16"},
+		{"amend -o compat=0.9 " + image, 2, "Unknown compatibility level 0.9"},
+		{"amend -o refcount_bits=16,compat=0.10,lazy_refcounts=off " + image, 0, ""},
+		{"amend -o cluster_size=4096 " + image, 2, "'cluster_size' cannot be changed"},
+		{"check " + image, 0, "the image is sound"},
+	})
 	// It is not marked as corrupt any more.
 	q.Must(t, "blockdev-add", daemon.Blockdev("qcow2", "a", map[string]any{"file": daemon.File(image)}))
+	steps([]step{{"amend -o compat=1.1,refcount_bits=8 --node a", 0, ""}})
+	if out := must(t, d, "query-named-block-nodes", "flat=true"); !strings.Contains(out, `"refcount-bits": 8`) {
+		t.Errorf("the node does not show it: %s", out)
+	}
 	d.Stop(t)
 }
 

@@ -17,6 +17,9 @@ import (
 // the image is its node's alone, and who changes them holds the node.
 func amend(ctx context.Context, a *driver.Amendment, o *types.BlockdevAmendOptionsQcow2) (*driver.Amending, error) {
 	d := a.Node.Driver().(*Driver)
+	if o != nil && *o != (types.BlockdevAmendOptionsQcow2{Encrypt: o.Encrypt}) {
+		return d.amendImage(a, o)
+	}
 	if o == nil || o.Encrypt == nil {
 		return &driver.Amending{Do: func(context.Context, func()) error { return nil }, End: func() {}}, nil
 	}

@@ -212,23 +212,24 @@ func (d *Driver) BackingFile() (name, format string) {
 // ImageInfo implements graph.Informer.
 func (d *Driver) ImageInfo(i *types.ImageInfo) {
 	cs := d.cs
-	bits := d.shown.incompat.Load()
+	bits, h := d.shown.incompat.Load(), d.shown.header.Load()
 	dirty := bits&layout.IncompatDirty != 0
 	i.ClusterSize, i.DirtyFlag = &cs, &dirty
 	i.Snapshots = *d.shownSnapshots.Load()
 	q := types.ImageInfoSpecificQCow2{
 		Compat:          "0.10",
-		RefcountBits:    1 << d.geo.RefcountOrder,
+		RefcountBits:    1 << h.RefcountOrder,
 		CompressionType: types.Qcow2CompressionTypeZlib,
 	}
 	if d.compression == layout.CompressionZstd {
 		q.CompressionType = types.Qcow2CompressionTypeZstd
 	}
-	if d.dataName != "" {
-		q.DataFile = &d.dataName
+	if name := d.shown.dataName.Load(); *name != "" {
+		q.DataFile = name
 	}
 	if d.geo.External {
-		q.DataFileRaw = &d.rawBit
+		raw := h.Raw()
+		q.DataFileRaw = &raw
 	}
 	if d.seal != nil {
 		encrypted := true
@@ -237,8 +238,8 @@ func (d *Driver) ImageInfo(i *types.ImageInfo) {
 	if l := d.shownBitmaps.Load(); l != nil {
 		q.Bitmaps = *l
 	}
-	if d.version >= 3 {
-		lazy, ext := d.compat&layout.CompatLazyRefcounts != 0, d.geo.Extended
+	if h.Version >= 3 {
+		lazy, ext := h.CompatibleFeatures&layout.CompatLazyRefcounts != 0, d.geo.Extended
 		corrupt := bits&layout.IncompatCorrupt != 0
 		q.Compat, q.LazyRefcounts, q.Corrupt, q.ExtendedL2 = "1.1", &lazy, &corrupt, &ext
 	}

@@ -87,6 +87,8 @@ type imageFile struct {
 	shown struct {     // what queries show, readable without mu
 		incompat atomic.Uint64
 		backing  atomic.Pointer[[2]string] // name and format
+		header   atomic.Pointer[layout.Header]
+		dataName atomic.Pointer[string]
 	}
 
 	mu   sync.Mutex
@@ -266,6 +268,9 @@ func (s *imageFile) backLater() bool { return s.backName != "" && s.back() == ni
 // +checklocks:s.mu
 func (s *imageFile) publish() {
 	s.shown.incompat.Store(s.hdr.IncompatibleFeatures)
+	h, name := *s.hdr, s.dataName
+	s.shown.header.Store(&h)
+	s.shown.dataName.Store(&name)
 	format := ""
 	if s.ext != nil {
 		format = s.ext.BackingFormat

@@ -75,6 +75,9 @@ func (s *scrubber) named() ranges {
 			l = append(l, span{int64(sn.L1TableOffset), int64(sn.L1TableOffset) + int64(sn.L1Size)*8})
 		}
 	}
+	if k := s.ext.Crypto; k != nil {
+		l = append(l, span{int64(k.Offset), int64(k.Offset + k.Length)})
+	}
 	for i := range l {
 		l[i].end = s.geo.RoundUp(l[i].end)
 	}

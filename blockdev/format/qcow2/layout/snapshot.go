@@ -35,6 +35,7 @@ type Snapshot struct {
 	Icount        uint64 // all ones: none
 	raw           []byte // as it was parsed, without zeroes at the end
 	rawLen        int
+	extra         int // bytes of extra data, as it was parsed
 }
 
 // SnapshotNeed tells how many bytes it takes to parse the entry whose first SnapshotHeaderSize
@@ -75,6 +76,7 @@ func ParseSnapshot(b []byte, diskSize uint64) Snapshot {
 		s.Icount = be.Uint64(x[16:])
 	}
 	rest := b[SnapshotHeaderSize+extra:]
+	s.extra = extra
 	s.raw, s.rawLen = append([]byte(nil), bytes.TrimRight(b, "\x00")...), len(b)
 	id, name := rest[:idLen], rest[idLen:idLen+nameLen]
 	s.ID, s.Name = cString(id[:min(idLen, MaxSnapshotID)]), cString(name[:min(nameLen, MaxSnapshotName)])
