@@ -53,6 +53,15 @@ func StandsAlone(n *graph.Node) bool {
 	return true
 }
 
+// Noise is from where on the base of a commit does not read as zeroes where nothing is written to
+// it, once Grow has made it size bytes long: what an encrypted disk grows by is noise.
+func Noise(base *graph.Node, size int64) int64 {
+	if base.Size() >= size || base.Caps().ZeroInit {
+		return size
+	}
+	return base.Size()
+}
+
 // Grow makes the base of a commit, which is the node of root, size bytes long if it is shorter. The
 // error says no more than an errno does, as in QEMU.
 func Grow(ctx context.Context, root *graph.Root, size int64) error {

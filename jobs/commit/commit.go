@@ -106,6 +106,7 @@ func (j *Job) Run(ctx context.Context, h *jobs.Handle) error {
 	size := j.top.Size()
 	h.SetRemaining(size)
 	h.Yield()
+	j.noise = blockjob.Noise(j.base, size)
 	if err := blockjob.Grow(ctx, j.writes, size); err != nil {
 		return err
 	}
@@ -125,15 +126,16 @@ func (j *Job) Run(ctx context.Context, h *jobs.Handle) error {
 	return copy.Run(h, t)
 }
 
-// look tells the copy engine what the layers above the base hold.
+// look tells the copy engine what the layers above the base hold. Behind the end that the base had
+// they read as zeroes where they hold nothing.
 func (j *Job) look(r *blk.Req, off, n int64) (copy.Extent, error) {
 	x, err := j.reads.Edge().StatusAbove(r, j.last, true, off, n)
 	switch {
 	case err != nil:
 		return copy.Extent{}, err
-	case !x.Allocated:
-		return copy.Extent{N: x.N}, nil
-	case x.Zero:
+	case !x.Allocated && off < j.noise:
+		return copy.Extent{N: min(x.N, j.noise-off)}, nil
+	case !x.Allocated, x.Zero:
 		return copy.Extent{N: x.N, Action: copy.Zero}, nil
 	}
 	return copy.Extent{N: x.N, Action: copy.Data}, nil
