@@ -184,3 +184,26 @@ func TestAmendFailures(t *testing.T) {
 		}
 	}
 }
+
+// TestSuiteEncrypted runs the conformance suite over encrypted images.
+func TestSuiteEncrypted(t *testing.T) {
+	for _, crypt := range []string{"luks", "aes"} {
+		t.Run(crypt, func(t *testing.T) {
+			drivertest.Run(t, drivertest.Config{
+				Steps: 100,
+				Open: func(t *testing.T, g *graph.Graph, size int64, ro bool) *graph.Node {
+					m := mustCreate(t, CreateOptions{Size: uint64(size), Crypt: crypt, ClusterSize: ptr(uint64(4096))})
+					return drivertest.MustBuild(t, g, drivertest.Spec{
+						Options:  graph.Options{Name: "q", Kind: graph.Format, DriverName: "qcow2", ReadOnly: ro},
+						Children: []drivertest.Child{drivertest.File(drivertest.AddNode(t, g, "file", m))},
+						Open: func(x *driver.Opening) (graph.Driver, error) {
+							x.Objects = secretObjects{}
+							return Def.Open(x, &types.BlockdevOptionsQcow2{Encrypt: key(crypt, "key")})
+						},
+					})
+				},
+				Check: func(t *testing.T, n *graph.Node) { sound(t, n.Driver().(*Driver).image, true) },
+			})
+		})
+	}
+}
