@@ -49,7 +49,8 @@ func (c *Check) Begin(ctx context.Context) error {
 		c.driver.Repairing(true)
 	}
 	err := c.m.g.Do(ctx, func(tx *graph.Tx) (err error) {
-		spec := graph.RootSpec{EdgeName: "root", Kind: graph.KindBackend, Claim: perm.Claim{Share: perm.All}, StayAtNode: true}
+		spec := graph.RootSpec{EdgeName: "root", Kind: graph.KindBackend, Claim: perm.Claim{Share: perm.All},
+			StayAtNode: true, Job: true}
 		if c.root, err = tx.AttachRoot(spec, c.node); err != nil {
 			return err
 		}

@@ -6,6 +6,7 @@ import (
 	"errors"
 	"fmt"
 	"log/slog"
+	"syscall"
 
 	"qblockd/graph"
 	"qblockd/graph/blk"
@@ -29,6 +30,9 @@ func (c *HeaderChange) Prepare(ctx context.Context) error {
 	d, ok := c.Node.Driver().(graph.BackingChanger)
 	if !ok {
 		return fmt.Errorf("Driver '%s' cannot store a backing file: %w", c.Node.DriverName(), blk.ErrNotSupported)
+	}
+	if c.Node.Inactive() {
+		return blk.Text("Node '"+c.Node.Name()+"' is inactive", syscall.EPERM)
 	}
 	c.oldName, c.oldFormat = backingFile(c.Node)
 	if c.Base != nil {

@@ -96,6 +96,10 @@ func (q *queries) encode(n *graph.Node, key infoKey) *nodeInfo {
 		Cache:          types.BlockdevCacheInfo{Writeback: true, Direct: o.Direct, NoFlush: o.NoFlush},
 		WriteThreshold: int64(key.threshold),
 	}
+	if graph.WasInactive(n) {
+		active := !n.Inactive()
+		dev.Active = &active
+	}
 	if dev.DetectZeroes == "" {
 		dev.DetectZeroes = types.BlockdevDetectZeroesOptionsOff
 	}

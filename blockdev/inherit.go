@@ -30,6 +30,10 @@ func inherit(o *types.BlockdevOptions, up *graph.Options, role perm.Role) *graph
 	if o.Cache != nil {
 		g.Inherited.Direct, g.Inherited.NoFlush = o.Cache.Direct, o.Cache.NoFlush
 	}
+	// As in QEMU, what an inactive node defines is inactive, but for its file if only its own options
+	// say so.
+	g.InactiveFile = up != nil && up.Inactive && (up.InactiveFile || role&perm.Primary == 0)
+	g.Inactive = g.InactiveFile || !types.Or(o.Active, true)
 	if up != nil {
 		from := up.Inherited
 		if role&perm.COW != 0 {

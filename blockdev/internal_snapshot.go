@@ -38,11 +38,11 @@ func onlyRoots(n *graph.Node, parents []*graph.Edge) (*graph.Node, error) {
 }
 
 // snapshotter finds who keeps the internal snapshots of n: its driver or, where that keeps none and
-// takes all its data from one child, the child. Nil: nobody, or with writable somebody that is
-// read-only.
+// takes all its data from one child, the child. Nil: nobody, or with writable somebody that
+// takes no writes.
 func snapshotter(n *graph.Node, writable bool) (*graph.Node, graph.InternalSnapshotter) {
 	const holds = perm.Data | perm.Metadata | perm.Filtered
-	for !writable || !n.ReadOnly() {
+	for !writable || !n.ReadOnly() && !n.Inactive() {
 		if s, ok := n.Driver().(graph.InternalSnapshotter); ok {
 			return n, s
 		}

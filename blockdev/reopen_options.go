@@ -113,7 +113,7 @@ func (e *reopening) resettable(drivers *catalog, d *driver.Any) (err error) {
 	}
 	is := drivers.ownOptions(e.opts, e.gen)
 	drivers.ownOptions(e.was.Canonical, e.was).EachHashed(func(name string, _ value.Value) bool {
-		if _, given := is.Get(name); given {
+		if _, given := is.Get(name); given && name != activity {
 			return true
 		}
 		if _, reset := change(d, name); reset {
@@ -124,6 +124,10 @@ func (e *reopening) resettable(drivers *catalog, d *driver.Any) (err error) {
 	})
 	return err
 }
+
+// activity is the option that says whether a node is opened active. As in QEMU a reopen neither
+// looks at it nor is possible once it was given.
+const activity = "active"
 
 // unchanged tells which option cannot be changed, if one is.
 func (e *reopening) unchanged(drivers *catalog, d *driver.Any) (err error) {
@@ -146,6 +150,9 @@ func (e *reopening) unchanged(drivers *catalog, d *driver.Any) (err error) {
 		}
 	}
 	is.EachHashed(func(name string, v value.Value) bool {
+		if name == activity {
+			return true
+		}
 		if may, _ := change(d, name); may {
 			return true
 		}

@@ -311,7 +311,7 @@ func (c *commit) install() {
 	}
 	for _, n := range c.taken {
 		n.applied = c.delta.Up[n]
-		if n.inactive {
+		if n.inactive.Load() {
 			n.applied = perm.Unused
 		}
 	}

@@ -12,16 +12,17 @@ type txDraft struct {
 	*perm.Draft[*Node, *Edge]
 	prims   []func(*installer) // what install does, in order
 	refs    map[*Node]*refs
-	refd    []*Node            // the keys of refs in order
-	again   map[*Node]bool     // tell the driver its claim in any case
-	frozen  map[*Edge]*freeze  // in place of Edge.frozen
-	opts    map[*Node]*Options // in place of Node.opts
-	lent    map[*Node]*Options // in place of Node.lent
-	edges   []*Edge            // attached, detached, retargeted
-	drains  []*Node            // quiet during the commit
-	roots   []*Root            // the same
-	reserve []*Node            // further nodes to reserve
-	links   []link             // new edges between nodes
+	refd    []*Node              // the keys of refs in order
+	again   map[*Node]bool       // tell the driver its claim in any case
+	frozen  map[*Edge]*freeze    // in place of Edge.frozen
+	opts    map[*Node]*Options   // in place of Node.opts
+	lent    map[*Node]*Options   // in place of Node.lent
+	wants   map[*Edge]perm.Claim // in place of Root.want
+	edges   []*Edge              // attached, detached, retargeted
+	drains  []*Node              // quiet during the commit
+	roots   []*Root              // the same
+	reserve []*Node              // further nodes to reserve
+	links   []link               // new edges between nodes
 }
 
 // refs are changes of the references to a node other than parents.
@@ -40,6 +41,7 @@ func newTxDraft() *txDraft {
 		frozen: map[*Edge]*freeze{},
 		opts:   map[*Node]*Options{},
 		lent:   map[*Node]*Options{},
+		wants:  map[*Edge]perm.Claim{},
 	}
 	d.Draft = perm.NewDraft[*Node, *Edge](draftView{d: d})
 	return d
@@ -118,6 +120,9 @@ func (d *txDraft) isFrozen(e *Edge) bool {
 
 // attach adds an edge below a node, or a root's if parent is nil.
 func (d *txDraft) attach(e *Edge, parent, child *Node, c perm.Claim) error {
+	if err := d.bothActive(e, child); err != nil {
+		return err
+	}
 	err := d.Attach(e, perm.Edge[*Node]{Name: e.name, Role: e.role, Parent: parent, Node: child, Claim: c})
 	if err != nil {
 		return err
@@ -142,12 +147,17 @@ func (d *txDraft) retarget(e *Edge, n *Node) error {
 	if d.Target(e) == n {
 		return nil
 	}
+	if err := d.bothActive(e, n); err != nil {
+		return err
+	}
 	if err := d.Retarget(e, n); err != nil {
 		return err
 	}
 	d.drainEnd(e)
 	if e.pnode != nil {
 		d.links = append(d.links, link{e.pnode, n})
+	} else {
+		d.SetClaim(e, d.rootClaim(e, n))
 	}
 	d.edges = append(d.edges, e)
 	d.prims = append(d.prims, func(in *installer) { in.retarget(e, n) }) // +checklocksignore: install calls it

@@ -136,10 +136,22 @@ type (
 		PrepareReadOnly(r *blk.Req, readOnly bool) error
 		CommitReadOnly(r *blk.Req, readOnly bool) error
 	}
-	// Inactivator stores what must be on disk before the node is closed or handed over; called
+	// Inactivator stores what must be on disk before the node is closed or becomes read-only; called
 	// while drained.
 	Inactivator interface {
 		Inactivate(r *blk.Req) error
+	}
+	// Activator drivers remember what their image says, which others may change while the node is
+	// inactive. Activate is called before that ends, while the node is drained. It reads everything
+	// again and writes nothing: it may block and fail, and be called again. Then, if the node can be
+	// written to, it becomes so as a ModeSwitcher.
+	Activator interface {
+		Activate(r *blk.Req) error
+	}
+	// Deactivator drivers are told that their node is inactive now, by when everything is stored
+	// (ModeSwitcher), or stays so after Activate.
+	Deactivator interface {
+		Deactivated()
 	}
 	// Drainer drivers hold requests back (throttle, reconnecting clients) and let them go between
 	// DrainBegin and DrainEnd, which alternate. Quiet tells that nothing is held back; it is polled

@@ -73,13 +73,6 @@ func (n *Node) SetFormat(o *Options) {
 	n.g.version++ // drafts may have asked for the kind
 }
 
-// Inactive tells whether n is inactive.
-func (n *Node) Inactive() bool {
-	n.g.mu.RLock()
-	defer n.g.mu.RUnlock()
-	return n.inactive
-}
-
 // Frozen tells whether e may not be changed now.
 func (e *Edge) Frozen() bool {
 	g := e.graph()

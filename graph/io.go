@@ -73,6 +73,9 @@ func (e *Edge) Size() int64 { return e.node.Load().Size() }
 // errReadOnly is blk.ErrReadOnly in the words that users are shown.
 var errReadOnly = blk.Text("Block node is read-only", errors.Join(blk.ErrReadOnly, syscall.EPERM))
 
+// errInactive is for those who would change what is left to others.
+var errInactive = blk.Text("Operation not permitted", syscall.EPERM)
+
 // mayGrow tells whether a write through e with flags f may make the node longer.
 func (e *Edge) mayGrow(f blk.Flags) bool {
 	return (e.root == nil || f&blk.Grow != 0) && perm.Perm(e.claim.Load())&perm.Resize != 0
@@ -103,9 +106,12 @@ func (e *Edge) changeable(s *IO, off, size int64, f blk.Flags, can bool) error {
 	if !blk.ValidRange(off, size) {
 		return blk.ErrOutOfRange
 	}
-	if s.n.readOnly.Load() || !can {
-		if s.drv.Driver == nil {
+	if s.n.readOnly.Load() || s.n.inactive.Load() || !can {
+		switch {
+		case s.drv.Driver == nil:
 			return blk.ErrClosed
+		case s.n.inactive.Load():
+			return errInactive
 		}
 		return errReadOnly
 	}

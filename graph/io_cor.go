@@ -63,7 +63,7 @@ func (s *IO) copyUp(r *blk.Req, p blk.Padding, give func(at, k int64, content []
 		// but then status would be asked twice.
 		return blk.ErrWouldBlock
 	}
-	readOnly := s.n.readOnly.Load() || s.drv.writer == nil
+	readOnly := s.n.readOnly.Load() || s.n.inactive.Load() || s.drv.writer == nil
 	for at, end := p.Off, p.Off+p.N; at < end; {
 		k := end - at
 		allocated := readOnly

@@ -85,7 +85,7 @@ func (s *IO) flushNode(r *blk.Req) error {
 	if s.drv.Driver == nil {
 		return blk.ErrClosed
 	}
-	if s.n.readOnly.Load() {
+	if s.n.readOnly.Load() || s.n.inactive.Load() {
 		return nil
 	}
 	if s.n.guard.failed.Load() {

@@ -33,6 +33,8 @@ func (e *Edge) Resize(ctx context.Context, size int64, exact bool, m blk.Preallo
 			errors.Join(blk.ErrOutOfRange, syscall.EFBIG))
 	case s.n.readOnly.Load():
 		return errImageRO
+	case s.n.inactive.Load():
+		return errInactive
 	}
 	if m == "" {
 		m = blk.PreallocOff

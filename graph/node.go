@@ -17,6 +17,7 @@ type Node struct {
 	opts     atomic.Pointer[Options]
 	drv      Driver // set by SetDriver while hidden, never changed after
 	readOnly atomic.Bool
+	inactive atomic.Bool          // written under g.mu
 	kids     atomic.Pointer[kids] // replaced under g.mu, read anywhere; changes only while the node is drained
 
 	info generation
@@ -29,7 +30,7 @@ type Node struct {
 
 	// Guarded by g.mu from here.
 	state     nodeState
-	inactive  bool
+	away      bool     // it was inactive once
 	noWriters error    // as in perm.Node
 	lent      *Options // as in NodeState: it is writable for a time only; nil: it is not lent
 	owned     bool     // by the monitor

@@ -25,6 +25,9 @@ type Options struct {
 	Implicit     bool // inserted by a job, left out of chains that users see
 	NeverFreeze  bool // a job's filter, which must be free to go: no link to it can be frozen by FreezeChain
 	Discard      bool // discard=unmap
+	Inactive     bool // it was opened so
+	// InactiveFile: so is a file that it defines.
+	InactiveFile bool
 	DetectZeroes types.BlockdevDetectZeroesOptions
 	// Canonical holds the options as given, for reopen, json: names and recorded state.
 	Canonical *types.BlockdevOptions

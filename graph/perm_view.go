@@ -14,7 +14,7 @@ var _ perm.View[*Node, *Edge] = baseView{}
 
 func (baseView) Node(n *Node) perm.Node {
 	o := n.opts.Load()
-	s := perm.Node{Name: n.name, ReadOnly: n.readOnly.Load(), Inactive: n.inactive, NoWriters: n.noWriters,
+	s := perm.Node{Name: n.name, ReadOnly: n.readOnly.Load(), Inactive: n.inactive.Load(), NoWriters: n.noWriters,
 		ForceShare: o.ForceShare}
 	if n.drv != nil && !s.ReadOnly {
 		a := n.io.drv.align
@@ -35,7 +35,11 @@ func (baseView) Counts(n *Node) perm.Counts { return n.counts }
 
 func (baseView) EdgeClaim(e *Edge, v perm.Edge[*Node], parent perm.Node, up perm.Claim) perm.Claim {
 	if p, ok := v.Parent.drv.(Permer); ok {
-		return p.EdgeClaim(e.name, e.role, up, parent.ReadOnly || parent.Inactive)
+		c := p.EdgeClaim(e.name, e.role, up, parent.ReadOnly || parent.Inactive)
+		if parent.Inactive { // whatever it is for
+			c.Need, c.Share = c.Need&^perm.Changes, c.Share|perm.Changes
+		}
+		return c
 	}
 	readOnly := parent.ReadOnly
 	if c, ok := v.Parent.drv.(Checker); ok && c.Repairs() {

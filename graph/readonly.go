@@ -66,7 +66,7 @@ func (tx *Tx) SwitchReadOnly(n *Node, readOnly bool) (outcome func() error, err 
 		return nil, err
 	}
 	c := &modeChange{node: n, readOnly: readOnly}
-	if d, ok := n.drv.(ModeSwitcher); ok {
+	if d, ok := n.drv.(ModeSwitcher); ok && !n.Inactive() { // else it is told when that ends
 		c.driver = d
 		tx.Join(c)
 	}

@@ -274,9 +274,9 @@ func stateLocked(n *Node) any {
 		return nil
 	}
 	if o := n.lent; o != nil {
-		return NodeState{o, true, n.inactive, n.owned}
+		return NodeState{o, true, n.inactive.Load(), n.owned}
 	}
-	return NodeState{n.opts.Load(), n.readOnly.Load(), n.inactive, n.owned}
+	return NodeState{n.opts.Load(), n.readOnly.Load(), n.inactive.Load(), n.owned}
 }
 
 // StateOf is what is recorded of n, which is published.

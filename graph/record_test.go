@@ -88,9 +88,11 @@ func TestRecord(t *testing.T) {
 	do(func(tx *Tx) error {
 		o := *disk.Options()
 		o.DetectZeroes = types.BlockdevDetectZeroesOptionsOn
-		return errors.Join(tx.SetOptions(disk, &o), tx.SetInactive(file, true))
+		return errors.Join(tx.SetOptions(disk, &o), tx.SetInactive(overlay, true), tx.SetInactive(disk, true))
 	})
-	r.expect(t, "node disk: fmt ro=true inactive=false owned=true", "node file: mem ro=false inactive=true owned=true")
+	r.expect(t, "node disk: fmt ro=true inactive=true owned=true", "node overlay: fmt ro=false inactive=true owned=true")
+	do(func(tx *Tx) error { return errors.Join(tx.SetInactive(disk, false), tx.SetInactive(overlay, false)) })
+	r.expect(t, "node disk: fmt ro=true inactive=false owned=true", "node overlay: fmt ro=false inactive=false owned=true")
 
 	// Something else under the same name comes after what goes.
 	do(func(tx *Tx) error {

@@ -29,6 +29,9 @@ type RootSpec struct {
 	StayAtNode bool
 	// Job marks the requests of background work.
 	Job bool
+	// AllowInactive: the node may become inactive although the root writes; then its requests that
+	// change something fail with EPERM.
+	AllowInactive bool
 	// Of comes and goes with the root (see Recorder); nil: the root is not recorded.
 	Of *Record
 	// Ctx is the context of its requests; nil means context.Background().
@@ -56,6 +59,7 @@ type Root struct {
 	// Guarded by g.mu.
 	quiesce  quiescence
 	attached bool
+	want     perm.Claim // what it claims while its node is active
 	listed   item[Root] // of Graph.roots
 }
 

@@ -80,6 +80,8 @@ func (tx *Tx) NewNode(o *Options) (*Node, error) {
 	n.guard.n, n.io.n, n.bitmaps.n = n, n, n
 	n.kids.Store(&noKids)
 	n.readOnly.Store(o.ReadOnly)
+	n.inactive.Store(o.Inactive)
+	n.away = o.Inactive // +checklocksignore: nobody knows it yet
 	tx.g.mu.Lock()
 	err := tx.g.takeNameLocked(o.Name, n)
 	if err == nil {
@@ -127,13 +129,13 @@ func (tx *Tx) AttachRoot(spec RootSpec, n *Node) (*Root, error) {
 	e := &Edge{name: spec.EdgeName, role: spec.Role, root: r}
 	e.node.Store(n)
 	e.claim.Store(packClaim(spec.Claim))
-	r.edge = e
+	r.edge, r.want = e, spec.Claim // +checklocksignore: nobody knows it yet
 	err := tx.do(func(d *txDraft) error {
 		if err := usable(n); err != nil {
 			return err
 		}
 		d.prims = append(d.prims, func(in *installer) { in.addRoot(r) }) // +checklocksignore: install calls it
-		return d.attach(e, nil, n, spec.Claim)
+		return d.attach(e, nil, n, d.rootClaim(e, n))
 	})
 	if err != nil {
 		return nil, err
@@ -226,7 +228,7 @@ func (tx *Tx) RemoveFilter(top *Node) error {
 	})
 }
 
-// SetClaim changes what a root takes on its node.
+// SetClaim changes what a root takes on its node, or will take once that is active.
 func (tx *Tx) SetClaim(e *Edge, c perm.Claim) error {
 	if e.root == nil {
 		panic("graph: SetClaim: the claims of nodes follow from their parents")
@@ -235,7 +237,9 @@ func (tx *Tx) SetClaim(e *Edge, c perm.Claim) error {
 		if err := d.present(e); err != nil {
 			return err
 		}
-		d.SetClaim(e, c)
+		d.wants[e] = c
+		d.prims = append(d.prims, func(*installer) { e.root.want = c })
+		d.SetClaim(e, d.rootClaim(e, d.Target(e)))
 		return nil
 	})
 }
@@ -274,19 +278,6 @@ func (tx *Tx) BarWriters(n *Node, why error) error {
 		st.NoWriters = why
 		d.SetNode(n, st)
 		d.prims = append(d.prims, func(in *installer) { n.noWriters = why })
-		return nil
-	})
-}
-
-// SetInactive changes whether n is inactive: no writes, no claims, no locks. n is drained
-// meanwhile.
-func (tx *Tx) SetInactive(n *Node, inactive bool) error {
-	return tx.do(func(d *txDraft) error {
-		st := d.Node(n)
-		st.Inactive = inactive
-		d.SetNode(n, st)
-		d.drains = append(d.drains, n)
-		d.prims = append(d.prims, func(in *installer) { n.inactive = inactive; n.Bump() })
 		return nil
 	})
 }

@@ -127,12 +127,20 @@ func (t *Table) make(ctx context.Context, x *Export, typ Type) error {
 		if err == nil {
 			held, err = typ.Check(n, x.Options)
 		}
+		if err == nil && n.Inactive() {
+			held = append(held, n.NodesBelow()...)
+		}
 		return append(held, n), err
 	})
 	if err != nil {
 		return err
 	}
 	defer hold.Release()
+	if n.Inactive() && !types.Or(x.Options.AllowInactive, false) {
+		if err := graph.Activate(ctx, n); err != nil {
+			return err
+		}
+	}
 	if err := t.attach(ctx, x, n); err != nil {
 		return err
 	}
@@ -194,6 +202,8 @@ func (t *Table) attach(ctx context.Context, x *Export, n *graph.Node) error {
 		Claim:    perm.Claim{Need: need, Share: perm.All},
 		Of:       graph.NewRecord(graph.Key{Kind: graph.StateExport, Name: x.Options.ID}, x.Options),
 		Ctx:      rctx,
+
+		AllowInactive: types.Or(x.Options.AllowInactive, false),
 	}, n)
 	if err != nil {
 		cancel()

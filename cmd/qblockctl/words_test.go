@@ -52,7 +52,7 @@ func TestComplete(t *testing.T) {
 		{"blockdev-add driver=qcow2 backing=", "backing=null|backing=disk|backing=top"},
 		{"blockdev-add driver=qcow2 node-name=d", ""},
 		{"blockdev-add driver=qcow2 file.driver=file file.fi", "file.filename="},
-		{"blockdev-add driver=qcow2 file.driver=raw file.file.driver=file file.file.a", "file.file.auto-read-only=|file.file.aio=|file.file.aio-max-batch="},
+		{"blockdev-add driver=qcow2 file.driver=raw file.file.driver=file file.file.a", "file.file.auto-read-only=|file.file.active=|file.file.aio=|file.file.aio-max-batch="},
 		{"blockdev-create options.driver=qcow2 options.file=t", "options.file=top"},
 		{"blockdev-del node-name=", "node-name=disk|node-name=top"},
 		{"block-stream device=t", "device=top"},

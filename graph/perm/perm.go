@@ -29,6 +29,8 @@ const (
 
 	None Perm = 0
 	All       = ConsistentRead | Write | WriteUnchanged | Resize
+	// Changes are those to change an image.
+	Changes = All &^ ConsistentRead
 )
 
 // permCount is the number of different permissions.

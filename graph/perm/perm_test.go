@@ -100,7 +100,7 @@ func (g *ref) ok() bool {
 		}
 		c := g.cumulative(n)
 		writes := c.Need&(Write|WriteUnchanged) != 0
-		if writes && (st.ReadOnly || st.Inactive || st.Unaligned && c.Need&Resize == 0) {
+		if writes && (st.ReadOnly || st.Unaligned && c.Need&Resize == 0) || st.Inactive && c.Need&^ConsistentRead != 0 {
 			return false
 		}
 	}

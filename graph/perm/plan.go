@@ -34,6 +34,13 @@ func (e *ReadOnlyError) Error() string {
 	return "Block node is read-only"
 }
 
+// InactiveError: somebody needs to change a node whose image is left to others.
+type InactiveError struct{ Perms Perm }
+
+func (e *InactiveError) Error() string {
+	return fmt.Sprintf("Permission '%s' unavailable on inactive node", e.Perms)
+}
+
 // errUnaligned: somebody needs to write but not to resize, and the size does not allow that.
 var errUnaligned = errors.New("Cannot get 'write' permission without 'resize': Image size is not a multiple of request alignment")
 
@@ -49,8 +56,9 @@ type Delta[N, E comparable] struct {
 }
 
 // Plan settles the claims of all edges that the changes reach and checks every node touched,
-// parents first; the first fault is returned (*Conflict, *ReadOnlyError, Node.NoWriters, or that of
-// an unaligned size). It costs what it touches. The Draft then shows the settled claims.
+// parents first; the first fault is returned (*Conflict, *InactiveError, *ReadOnlyError,
+// Node.NoWriters, or that of an unaligned size). It costs what it touches. The Draft then shows the
+// settled claims.
 func (d *Draft[N, E]) Plan() (*Delta[N, E], error) {
 	d.settle()
 	order := d.order()
@@ -134,11 +142,14 @@ func (d *Draft[N, E]) check(n N) error {
 		return d.conflict(n)
 	}
 	c := s.counts.Claim()
+	if p := c.Need & Changes; p != 0 && s.state.Inactive {
+		return &InactiveError{p}
+	}
 	if c.Need&(Write|WriteUnchanged) == 0 {
 		return nil
 	}
-	if s.state.ReadOnly || s.state.Inactive {
-		return &ReadOnlyError{s.state.Name, !s.wasReadOnly && !s.state.Inactive}
+	if s.state.ReadOnly {
+		return &ReadOnlyError{s.state.Name, !s.wasReadOnly}
 	}
 	if s.state.NoWriters != nil {
 		return s.state.NoWriters

@@ -1,6 +1,7 @@
 package backup
 
 import (
+	"errors"
 	"fmt"
 	"slices"
 
@@ -24,6 +25,10 @@ func (j *job) enter(tx *graph.Tx, m *jobs.Manager, txn *jobs.Txn) error {
 		return fmt.Errorf("Could not create node: %w", err)
 	}
 	refused := j.insert(tx)
+	var away *graph.InactiveChildError
+	if errors.As(refused, &away) {
+		return fmt.Errorf("Could not create node: %w", refused)
+	}
 	if refused != nil && len(tx.Parents(j.site.Filter)) > 0 {
 		return fmt.Errorf("Could not replace node: %w", refused)
 	}

@@ -69,6 +69,11 @@ func (b BlockCore) BlockdevDel(ctx context.Context, a *types.BlockdevDelArgs) er
 	return b.Nodes.Del(ctx, a.NodeName)
 }
 
+// BlockdevSetActive leaves the image of a node to others, or takes it back.
+func (b BlockCore) BlockdevSetActive(ctx context.Context, a *types.BlockdevSetActiveArgs) error {
+	return b.Nodes.SetActive(ctx, a)
+}
+
 // XBlockdevChange gives a node one more child, or takes one from it.
 func (b BlockCore) XBlockdevChange(ctx context.Context, a *types.XBlockdevChangeArgs) error {
 	n, err := b.Nodes.ChangeChild(ctx, a)

@@ -163,6 +163,8 @@ type BlockDeviceInfo struct {
 	File string
 	// Its name.
 	NodeName *string
+	// Others have not been left its image; shown once they were.
+	Active *bool
 	// It cannot be written to.
 	Ro bool
 	// Its driver.
@@ -1333,6 +1335,9 @@ type BlockdevOptions struct {
 	ForceShare *bool
 	// What becomes of written zeroes (default off).
 	DetectZeroes *BlockdevDetectZeroesOptions
+	// False leaves the image to others for the time being: the node holds no lock and writes nothing
+	// (default true, but false for what an inactive node defines besides its file; since 10.0).
+	Active *bool
 	// U holds the members of the branch that Driver selects; nil where the branch has none.
 	// *BlockdevOptionsBlkdebug for blkdebug, *BlockdevOptionsBlklogwrites for blklogwrites,
 	// *BlockdevOptionsBlkverify for blkverify, *BlockdevOptionsGenericFormat for compress,
@@ -2085,6 +2090,14 @@ type BlockSetWriteThresholdArgs struct {
 	NodeName string
 	// The offset in bytes; 0 is none.
 	WriteThreshold uint64
+}
+
+// BlockdevSetActiveArgs: the arguments of blockdev-set-active.
+type BlockdevSetActiveArgs struct {
+	// The node (default: all nodes).
+	NodeName *string
+	// Whether it is to be active.
+	Active bool
 }
 
 // XBlockdevChangeArgs: the arguments of x-blockdev-change.

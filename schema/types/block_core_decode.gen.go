@@ -505,7 +505,8 @@ func membersBlockdevOptions(d *decoder, x *BlockdevOptions) bool {
 		opt(d, "read-only", &x.ReadOnly, visitBool) &&
 		opt(d, "auto-read-only", &x.AutoReadOnly, visitBool) &&
 		opt(d, "force-share", &x.ForceShare, visitBool) &&
-		opt(d, "detect-zeroes", &x.DetectZeroes, visitBlockdevDetectZeroesOptions)) {
+		opt(d, "detect-zeroes", &x.DetectZeroes, visitBlockdevDetectZeroesOptions) &&
+		opt(d, "active", &x.Active, visitBool)) {
 		return false
 	}
 	switch x.Driver {
@@ -1298,6 +1299,20 @@ func visitBlockSetWriteThresholdArgs(d *decoder, name string, x *BlockSetWriteTh
 func membersBlockSetWriteThresholdArgs(d *decoder, x *BlockSetWriteThresholdArgs) bool {
 	return visitStr(d, "node-name", &x.NodeName) &&
 		visitUint64(d, "write-threshold", &x.WriteThreshold)
+}
+
+// DecodeBlockdevSetActiveArgs decodes the arguments in v, nil for none; faults are worded as QEMU does (*ArgError).
+func DecodeBlockdevSetActiveArgs(v *value.Dict) (*BlockdevSetActiveArgs, error) {
+	return args(v, visitBlockdevSetActiveArgs)
+}
+
+func visitBlockdevSetActiveArgs(d *decoder, name string, x *BlockdevSetActiveArgs) bool {
+	return object(d, name, x, membersBlockdevSetActiveArgs)
+}
+
+func membersBlockdevSetActiveArgs(d *decoder, x *BlockdevSetActiveArgs) bool {
+	return opt(d, "node-name", &x.NodeName, visitStr) &&
+		visitBool(d, "active", &x.Active)
 }
 
 // DecodeXBlockdevChangeArgs decodes the arguments in v, nil for none; faults are worded as QEMU does (*ArgError).

@@ -243,6 +243,10 @@ func (x *BlockDeviceInfo) AppendJSON(b []byte) []byte {
 	b = appendInt(b, x.IopsRd)
 	b = append(b, `, "detect_zeroes": `...)
 	b = appendEnum(b, x.DetectZeroes)
+	if x.Active != nil {
+		b = append(b, `, "active": `...)
+		b = appendBool(b, *x.Active)
+	}
 	b = append(b, `, "image": `...)
 	b = x.Image.AppendJSON(b)
 	b = append(b, `, "iops_wr": `...)
@@ -1279,6 +1283,10 @@ func (x *BlockdevOptions) AppendJSON(b []byte) []byte {
 			b = appendKey(b, "set-state")
 			b = appendList(b, u.SetState, func(b []byte, v *BlkdebugSetStateOptions) []byte { return v.AppendJSON(b) })
 		}
+		if x.Active != nil {
+			b = appendKey(b, "active")
+			b = appendBool(b, *x.Active)
+		}
 		if u.InjectError != nil {
 			b = appendKey(b, "inject-error")
 			b = appendList(b, u.InjectError, func(b []byte, v *BlkdebugInjectErrorOptions) []byte { return v.AppendJSON(b) })
@@ -1350,6 +1358,10 @@ func (x *BlockdevOptions) AppendJSON(b []byte) []byte {
 		return append(b, '}')
 	case *BlockdevOptionsBlklogwrites:
 		b = append(b, '{')
+		if x.Active != nil {
+			b = appendKey(b, "active")
+			b = appendBool(b, *x.Active)
+		}
 		if u.LogSuperUpdateInterval != nil {
 			b = appendKey(b, "log-super-update-interval")
 			b = appendUint(b, *u.LogSuperUpdateInterval)
@@ -1400,6 +1412,10 @@ func (x *BlockdevOptions) AppendJSON(b []byte) []byte {
 	case *BlockdevOptionsBlkverify:
 		b = append(b, `{"test": `...)
 		b = u.Test.AppendJSON(b)
+		if x.Active != nil {
+			b = append(b, `, "active": `...)
+			b = appendBool(b, *x.Active)
+		}
 		if x.DetectZeroes != nil {
 			b = append(b, `, "detect-zeroes": `...)
 			b = appendEnum(b, *x.DetectZeroes)
@@ -1435,6 +1451,10 @@ func (x *BlockdevOptions) AppendJSON(b []byte) []byte {
 		return append(b, '}')
 	case *BlockdevOptionsGenericFormat:
 		b = append(b, '{')
+		if x.Active != nil {
+			b = appendKey(b, "active")
+			b = appendBool(b, *x.Active)
+		}
 		if x.DetectZeroes != nil {
 			b = appendKey(b, "detect-zeroes")
 			b = appendEnum(b, *x.DetectZeroes)
@@ -1473,6 +1493,10 @@ func (x *BlockdevOptions) AppendJSON(b []byte) []byte {
 		if u.Bitmap != nil {
 			b = appendKey(b, "bitmap")
 			b = u.Bitmap.AppendJSON(b)
+		}
+		if x.Active != nil {
+			b = appendKey(b, "active")
+			b = appendBool(b, *x.Active)
 		}
 		if u.MinClusterSize != nil {
 			b = appendKey(b, "min-cluster-size")
@@ -1523,6 +1547,10 @@ func (x *BlockdevOptions) AppendJSON(b []byte) []byte {
 		return append(b, '}')
 	case *BlockdevOptionsCor:
 		b = append(b, '{')
+		if x.Active != nil {
+			b = appendKey(b, "active")
+			b = appendBool(b, *x.Active)
+		}
 		if x.DetectZeroes != nil {
 			b = appendKey(b, "detect-zeroes")
 			b = appendEnum(b, *x.DetectZeroes)
@@ -1562,6 +1590,10 @@ func (x *BlockdevOptions) AppendJSON(b []byte) []byte {
 		return append(b, '}')
 	case *BlockdevOptionsFile:
 		b = append(b, '{')
+		if x.Active != nil {
+			b = appendKey(b, "active")
+			b = appendBool(b, *x.Active)
+		}
 		if u.Locking != nil {
 			b = appendKey(b, "locking")
 			b = appendEnum(b, *u.Locking)
@@ -1617,6 +1649,10 @@ func (x *BlockdevOptions) AppendJSON(b []byte) []byte {
 		return append(b, '}')
 	case *BlockdevOptionsLUKS:
 		b = append(b, '{')
+		if x.Active != nil {
+			b = appendKey(b, "active")
+			b = appendBool(b, *x.Active)
+		}
 		if x.DetectZeroes != nil {
 			b = appendKey(b, "detect-zeroes")
 			b = appendEnum(b, *x.DetectZeroes)
@@ -1660,6 +1696,10 @@ func (x *BlockdevOptions) AppendJSON(b []byte) []byte {
 		return append(b, '}')
 	case *BlockdevOptionsNbd:
 		b = append(b, '{')
+		if x.Active != nil {
+			b = appendKey(b, "active")
+			b = appendBool(b, *x.Active)
+		}
 		if x.DetectZeroes != nil {
 			b = appendKey(b, "detect-zeroes")
 			b = appendEnum(b, *x.DetectZeroes)
@@ -1719,6 +1759,10 @@ func (x *BlockdevOptions) AppendJSON(b []byte) []byte {
 		return append(b, '}')
 	case *BlockdevOptionsNull:
 		b = append(b, '{')
+		if x.Active != nil {
+			b = appendKey(b, "active")
+			b = appendBool(b, *x.Active)
+		}
 		if u.ReadZeroes != nil {
 			b = appendKey(b, "read-zeroes")
 			b = appendBool(b, *u.ReadZeroes)
@@ -1764,6 +1808,10 @@ func (x *BlockdevOptions) AppendJSON(b []byte) []byte {
 		return append(b, '}')
 	case *BlockdevOptionsPreallocate:
 		b = append(b, '{')
+		if x.Active != nil {
+			b = appendKey(b, "active")
+			b = appendBool(b, *x.Active)
+		}
 		if x.DetectZeroes != nil {
 			b = appendKey(b, "detect-zeroes")
 			b = appendEnum(b, *x.DetectZeroes)
@@ -1810,6 +1858,10 @@ func (x *BlockdevOptions) AppendJSON(b []byte) []byte {
 		if u.RefcountCacheSize != nil {
 			b = appendKey(b, "refcount-cache-size")
 			b = appendInt(b, *u.RefcountCacheSize)
+		}
+		if x.Active != nil {
+			b = appendKey(b, "active")
+			b = appendBool(b, *x.Active)
 		}
 		if u.CacheSize != nil {
 			b = appendKey(b, "cache-size")
@@ -1898,6 +1950,10 @@ func (x *BlockdevOptions) AppendJSON(b []byte) []byte {
 		return append(b, '}')
 	case *BlockdevOptionsQuorum:
 		b = append(b, '{')
+		if x.Active != nil {
+			b = appendKey(b, "active")
+			b = appendBool(b, *x.Active)
+		}
 		if u.ReadPattern != nil {
 			b = appendKey(b, "read-pattern")
 			b = appendEnum(b, *u.ReadPattern)
@@ -1947,6 +2003,10 @@ func (x *BlockdevOptions) AppendJSON(b []byte) []byte {
 		return append(b, '}')
 	case *BlockdevOptionsRaw:
 		b = append(b, '{')
+		if x.Active != nil {
+			b = appendKey(b, "active")
+			b = appendBool(b, *x.Active)
+		}
 		if x.DetectZeroes != nil {
 			b = appendKey(b, "detect-zeroes")
 			b = appendEnum(b, *x.DetectZeroes)
@@ -1990,6 +2050,10 @@ func (x *BlockdevOptions) AppendJSON(b []byte) []byte {
 		return append(b, '}')
 	case *BlockdevOptionsThrottle:
 		b = append(b, '{')
+		if x.Active != nil {
+			b = appendKey(b, "active")
+			b = appendBool(b, *x.Active)
+		}
 		if x.DetectZeroes != nil {
 			b = appendKey(b, "detect-zeroes")
 			b = appendEnum(b, *x.DetectZeroes)
@@ -2027,6 +2091,10 @@ func (x *BlockdevOptions) AppendJSON(b []byte) []byte {
 		return append(b, '}')
 	case nil:
 		b = append(b, '{')
+		if x.Active != nil {
+			b = appendKey(b, "active")
+			b = appendBool(b, *x.Active)
+		}
 		if x.DetectZeroes != nil {
 			b = appendKey(b, "detect-zeroes")
 			b = appendEnum(b, *x.DetectZeroes)
@@ -3087,6 +3155,17 @@ func (x *BlockSetWriteThresholdArgs) AppendJSON(b []byte) []byte {
 	b = value.AppendString(b, x.NodeName)
 	b = append(b, `, "write-threshold": `...)
 	b = appendUint(b, x.WriteThreshold)
+	return append(b, '}')
+}
+
+// AppendJSON appends x in QEMU's form, members in hash order.
+func (x *BlockdevSetActiveArgs) AppendJSON(b []byte) []byte {
+	b = append(b, `{"active": `...)
+	b = appendBool(b, x.Active)
+	if x.NodeName != nil {
+		b = append(b, `, "node-name": `...)
+		b = value.AppendString(b, *x.NodeName)
+	}
 	return append(b, '}')
 }
 

@@ -39,6 +39,11 @@ type BlockCoreHandler interface {
 	// BlockSetWriteThreshold executes block-set-write-threshold: set the offset whose writing raises
 	// `BLOCK_WRITE_THRESHOLD`, once.
 	BlockSetWriteThreshold(ctx context.Context, a *BlockSetWriteThresholdArgs) error
+	// BlockdevSetActive executes blockdev-set-active: leave the image of a node to others, or take it
+	// back: so it goes from one program to another. Parents become inactive before their children, which
+	// follow unless somebody else uses them; children become active before their parents. A node with
+	// writers stays active, but for exports with allow-inactive.
+	BlockdevSetActive(ctx context.Context, a *BlockdevSetActiveArgs) error
 	// XBlockdevChange executes x-blockdev-change: give a node one more child, or take one from it. It is
 	// for quorums. The node goes on being used; what was read and written before has ended then.
 	XBlockdevChange(ctx context.Context, a *XBlockdevChangeArgs) error
@@ -169,6 +174,16 @@ func RegisterBlockCore(r Registrar, h BlockCoreHandler) {
 			return nil, err
 		}
 		if err := h.BlockSetWriteThreshold(ctx, a); err != nil {
+			return nil, err
+		}
+		return append(out, "{}"...), nil
+	})
+	r.Handle("blockdev-set-active", func(ctx context.Context, args *value.Dict, out []byte) ([]byte, error) {
+		a, err := DecodeBlockdevSetActiveArgs(args)
+		if err != nil {
+			return nil, err
+		}
+		if err := h.BlockdevSetActive(ctx, a); err != nil {
 			return nil, err
 		}
 		return append(out, "{}"...), nil

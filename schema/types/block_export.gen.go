@@ -105,6 +105,9 @@ type BlockExportOptions struct {
 	// What to do about errors of everything else that clients ask for: writing, zeroing, discarding,
 	// flushing; auto is enospc (an extension of qblockd).
 	XQblockdOnWriteError *BlockdevOnError
+	// The node may be inactive: then clients can read, and what would change something fails. Otherwise it
+	// becomes active, and stays so if clients may write (default false; since 10.0).
+	AllowInactive *bool
 	// U holds the members of the branch that Type selects; nil where the branch has none.
 	// *BlockExportOptionsNbd for nbd.
 	U any

@@ -80,7 +80,8 @@ func membersBlockExportOptions(d *decoder, x *BlockExportOptions) bool {
 		opt(d, "writable", &x.Writable, visitBool) &&
 		opt(d, "writethrough", &x.Writethrough, visitBool) &&
 		opt(d, "x-qblockd-on-read-error", &x.XQblockdOnReadError, visitBlockdevOnError) &&
-		opt(d, "x-qblockd-on-write-error", &x.XQblockdOnWriteError, visitBlockdevOnError)) {
+		opt(d, "x-qblockd-on-write-error", &x.XQblockdOnWriteError, visitBlockdevOnError) &&
+		opt(d, "allow-inactive", &x.AllowInactive, visitBool)) {
 		return false
 	}
 	switch x.Type {

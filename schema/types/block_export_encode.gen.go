@@ -123,6 +123,10 @@ func (x *BlockExportOptions) AppendJSON(b []byte) []byte {
 			b = append(b, `, "iothread": `...)
 			b = value.AppendString(b, *x.Iothread)
 		}
+		if x.AllowInactive != nil {
+			b = append(b, `, "allow-inactive": `...)
+			b = appendBool(b, *x.AllowInactive)
+		}
 		if x.Writethrough != nil {
 			b = append(b, `, "writethrough": `...)
 			b = appendBool(b, *x.Writethrough)
@@ -155,6 +159,10 @@ func (x *BlockExportOptions) AppendJSON(b []byte) []byte {
 		if x.Iothread != nil {
 			b = append(b, `, "iothread": `...)
 			b = value.AppendString(b, *x.Iothread)
+		}
+		if x.AllowInactive != nil {
+			b = append(b, `, "allow-inactive": `...)
+			b = appendBool(b, *x.AllowInactive)
 		}
 		if x.Writethrough != nil {
 			b = append(b, `, "writethrough": `...)

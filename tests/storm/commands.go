@@ -108,6 +108,12 @@ var generators = map[string]func(g *gen) made{
 		}
 		return made{args: a}
 	},
+	"blockdev-set-active": func(g *gen) made {
+		if g.one(3) {
+			return made{args: M{"node-name": g.any(), "active": true}}
+		}
+		return made{args: M{"node-name": g.pick("v0", "v1", "x0", "x1", "x0r", "x1r", "vote"), "active": g.one(2)}}
+	},
 	"blockdev-reopen": func(g *gen) made {
 		var l []M
 		for range 1 + g.r.IntN(2) {

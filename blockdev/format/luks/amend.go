@@ -27,10 +27,14 @@ func amend(ctx context.Context, a *driver.Amendment, o *types.BlockdevAmendOptio
 	if a.Node.ReadOnly() || d.meta.Node().ReadOnly() {
 		return nil, errors.New("Block node is read-only")
 	}
+	if a.Node.Inactive() || d.meta.Node().Inactive() {
+		return nil, &perm.InactiveError{Perms: perm.Write}
+	}
 	c := &change{Amendment: a, d: d, o: o}
 	d.changing.Add(1)
 	err := a.Graph.Do(ctx, func(tx *graph.Tx) (err error) {
-		spec := graph.RootSpec{EdgeName: "root", Kind: graph.KindBackend, Claim: perm.Claim{Share: perm.All}, StayAtNode: true}
+		spec := graph.RootSpec{EdgeName: "root", Kind: graph.KindBackend, Claim: perm.Claim{Share: perm.All},
+			StayAtNode: true, Job: true}
 		if c.root, err = tx.AttachRoot(spec, a.Node); err != nil {
 			return err
 		}

@@ -205,7 +205,7 @@ func (s *amender) newHeader(r *blk.Req, change func(h *layout.Header, x *layout.
 		}
 		return err
 	}
-	s.version, s.compat = s.hdr.Version, s.hdr.CompatibleFeatures
+	s.version = s.hdr.Version
 	s.geo, s.rawBit = s.hdr.Geometry(), s.hdr.Raw()
 	if s.raw = s.raw && s.rawBit; s.geo.External {
 		s.dataName = s.ext.DataFile

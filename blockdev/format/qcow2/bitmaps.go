@@ -74,6 +74,8 @@ type persisted struct {
 type bitmapKeeper interface {
 	// loaded takes over the bitmaps of the image, the oldest first.
 	loaded(l []persisted, readOnly bool) error
+	// forget lets go of one of them: the image has it.
+	forget(name string)
 	// readOnly tells that the bitmaps must not, or may, change.
 	readOnly(ro bool)
 	// persisted are those to be stored, newest first.

@@ -87,6 +87,9 @@ func (k *memKeeper) names(f func(name string)) {
 		f(p.name)
 	}
 }
+func (k *memKeeper) forget(name string) {
+	k.list = slices.DeleteFunc(k.list, func(p persisted) bool { return p.name == name })
+}
 func (k *memKeeper) records(name string) bool {
 	p := k.find(name)
 	return p != nil && p.enabled && !p.inconsistent

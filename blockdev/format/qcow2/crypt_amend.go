@@ -26,9 +26,13 @@ func amend(ctx context.Context, a *driver.Amendment, o *types.BlockdevAmendOptio
 	if a.Node.ReadOnly() {
 		return nil, errors.New("Block node is read-only")
 	}
+	if a.Node.Inactive() {
+		return nil, &perm.InactiveError{Perms: perm.Write}
+	}
 	var root *graph.Root
 	err := a.Graph.Do(ctx, func(tx *graph.Tx) (err error) {
-		spec := graph.RootSpec{EdgeName: "root", Kind: graph.KindBackend, Claim: perm.Claim{Share: perm.All}, StayAtNode: true}
+		spec := graph.RootSpec{EdgeName: "root", Kind: graph.KindBackend, Claim: perm.Claim{Share: perm.All},
+			StayAtNode: true, Job: true}
 		root, err = tx.AttachRoot(spec, a.Node)
 		return err
 	})

@@ -28,6 +28,8 @@ var (
 	_ graph.BackingChanger = (*Driver)(nil)
 	_ graph.Informer       = (*Driver)(nil)
 	_ graph.Inactivator    = (*Driver)(nil)
+	_ graph.Activator      = (*Driver)(nil)
+	_ graph.Deactivator    = (*Driver)(nil)
 	_ graph.BitmapStore    = (*Driver)(nil)
 	_ graph.Ejecter        = (*Driver)(nil)
 	_ graph.Checker        = (*Driver)(nil)
@@ -53,7 +55,7 @@ func open(o *driver.Opening, opt *types.BlockdevOptionsQcow2) (graph.Driver, err
 			}
 			return nil
 		},
-		readOnly:  n.ReadOnly(),
+		readOnly:  n.ReadOnly() || n.Inactive(),
 		unmap:     n.Options().Discard,
 		options:   *opt,
 		corrupted: d.corrupted,
@@ -70,6 +72,9 @@ func open(o *driver.Opening, opt *types.BlockdevOptionsQcow2) (graph.Driver, err
 	var err error
 	if d.image, err = openImage(o.Req, c); err != nil {
 		return nil, err
+	}
+	if n.Inactive() {
+		d.Deactivated()
 	}
 	return d, nil
 }
@@ -95,6 +100,12 @@ func (n nodeBitmaps) records(name string) bool {
 }
 
 func (n nodeBitmaps) readOnly(ro bool) { n.Bitmaps().SetReadOnly(ro) }
+
+func (n nodeBitmaps) forget(name string) {
+	if d := n.Bitmaps().Find(name); d != nil && d.Persistent() {
+		d.Remove()
+	}
+}
 
 func (n nodeBitmaps) persisted() (l []persisted) {
 	n.each(func(d *graph.DirtyBitmap) { l = append(l, persistedOf(d)) })

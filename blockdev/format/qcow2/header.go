@@ -47,35 +47,50 @@ func (s *imageFile) swap(r *blk.Req, now, was []byte, off int64) error {
 	return err
 }
 
-// readHeader reads the header, and returns the first cluster.
+// peekHeader reads the header, and returns the first cluster.
 // +checklocks:s.mu
-func (s *imageFile) readHeader(r *blk.Req) (first []byte, err error) {
+func peekHeader(s *imageFile, r *blk.Req) (h *layout.Header, first []byte, err error) {
 	first = make([]byte, layout.HeaderSize)
 	if err := s.readFile(r, blk.Buf(first), 0); err != nil {
-		return nil, wrap("Could not read qcow2 header", err)
+		return nil, nil, wrap("Could not read qcow2 header", err)
 	}
 	cs, err := layout.Peek(first)
 	if err != nil {
-		return nil, err
+		return nil, nil, err
 	}
 	// Most headers are short; the rest of the first cluster is zeroes beyond the file's end.
 	first = make([]byte, cs)
 	if err := s.readFile(r, blk.Buf(first), 0); err != nil {
-		return nil, wrap("Could not read unknown qcow2 header fields", err)
+		return nil, nil, wrap("Could not read unknown qcow2 header fields", err)
 	}
-	if s.hdr, err = layout.Parse(first, !s.readOnly); err != nil {
-		return nil, err
-	}
-	for s.hdrUsed = cs; s.hdrUsed > 0 && first[s.hdrUsed-1] == 0; {
+	h, err = layout.Parse(first, !s.readOnly)
+	return h, first, err
+}
+
+// setHeader takes over a header that may change.
+// +checklocks:s.mu
+func (s *imageFile) setHeader(h *layout.Header, first []byte) {
+	s.hdr = h
+	for s.hdrUsed = len(first); s.hdrUsed > 0 && first[s.hdrUsed-1] == 0; {
 		s.hdrUsed--
 	}
-	s.version, s.compression, s.compat = s.hdr.Version, s.hdr.CompressionType, s.hdr.CompatibleFeatures
+	s.size.Store(int64(h.Size) &^ (blk.SectorSize - 1))
+}
+
+// readHeader reads the header, and returns the first cluster.
+// +checklocks:s.mu
+func (s *imageFile) readHeader(r *blk.Req) (first []byte, err error) {
+	h, first, err := peekHeader(s, r)
+	if err != nil {
+		return nil, err
+	}
+	s.setHeader(h, first)
+	s.version, s.compression = s.hdr.Version, s.hdr.CompressionType
 	s.geo = s.hdr.Geometry()
 	s.rawBit = s.hdr.Raw()
 	s.raw = s.rawBit && s.hdr.CryptMethod == layout.CryptNone && !s.sealing
 	s.cb, s.cs = s.geo.ClusterBits, s.geo.ClusterSize()
 	s.sb, s.eb = s.geo.SubBits(), s.geo.EntryBits()
-	s.size.Store(int64(s.hdr.Size) &^ (blk.SectorSize - 1))
 	return first, nil
 }
 

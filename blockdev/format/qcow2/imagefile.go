@@ -77,13 +77,13 @@ type imageFile struct {
 	// What a header says for good, readable without mu.
 	version     uint32
 	compression uint8
-	compat      uint64 // compatible features
 	dataName    string // of external, as the header has it
 	raw         bool   // external shows the disk to those who know nothing of the image
 	rawBit      bool   // the header says that it does
 
 	size  atomic.Int64 // of the guest disk, bytes, a multiple of 512
 	dead  atomic.Bool  // unusable after fatal corruption
+	stale atomic.Bool  // unusable until it is read again as a whole
 	shown struct {     // what queries show, readable without mu
 		incompat atomic.Uint64
 		backing  atomic.Pointer[[2]string] // name and format
@@ -118,6 +118,8 @@ type imageFile struct {
 	// wrote counts writes that a barrier must cover; those up to synced are on stable storage.
 	wrote  uint64 // +checklocks:mu
 	synced uint64 // +checklocks:mu
+	// passive: others may be changing the image.
+	passive bool // +checklocks:mu
 	// signaled: corruption was reported.
 	signaled bool // +checklocks:mu
 }
@@ -239,6 +241,9 @@ func (s *imageFile) end() int64 { return max(s.file.Size(), s.fileEnd) }
 func (s *imageFile) usable() error {
 	if s.dead.Load() {
 		return blk.ErrNoMedium
+	}
+	if s.stale.Load() {
+		return errIO
 	}
 	return nil
 }

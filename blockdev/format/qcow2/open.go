@@ -64,6 +64,22 @@ func (s *image) load(r *blk.Req) error {
 	if s.backName, err = s.hdr.BackingName(first); err != nil {
 		return err
 	}
+	if err := s.loadRest(r); err != nil {
+		return err
+	}
+	if !s.readOnly {
+		if err := s.becomeWriter(r); err != nil {
+			return err
+		}
+	}
+	publishAll(s)
+	s.startCleaning()
+	return nil
+}
+
+// loadRest reads snapshots and bitmaps.
+// +checklocks:s.mu
+func (s *image) loadRest(r *blk.Req) (err error) {
 	if err := s.readSnapshots(r); err != nil {
 		return err
 	}
@@ -72,20 +88,17 @@ func (s *image) load(r *blk.Req) error {
 	}
 	s.fileEnd = s.file.Size()
 	if s.set.overlap&olInactiveL2 != 0 {
-		if s.inactive, err = s.findInactive(r); err != nil {
-			return err
-		}
+		s.inactive, err = s.findInactive(r)
 	}
-	if !s.readOnly {
-		if err := s.becomeWriter(r); err != nil {
-			return err
-		}
-	}
+	return err
+}
+
+// publishAll makes what queries show known to them.
+// +checklocks:s.mu
+func publishAll(s *image) {
 	s.publish()
 	s.publishBitmaps()
 	s.publishSnapshots()
-	s.startCleaning()
-	return nil
 }
 
 // findData refuses an image that has its guest data in another file, if that is not there, and

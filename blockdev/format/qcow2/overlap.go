@@ -167,6 +167,9 @@ func (s *imageFile) overlapsOwned(off, end int64, check overlap) overlap {
 // unknown.
 // +checklocks:s.mu
 func (s *imageFile) corrupt(r *blk.Req, off, n int64, format string, args ...any) error {
+	if s.passive {
+		return errIO // as we remember it, it may make no sense
+	}
 	if s.readOnly {
 		s.suspect(off, n, format, args...)
 		return errIO

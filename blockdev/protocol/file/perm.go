@@ -82,7 +82,7 @@ func (d *disk) PermPrepare(ctx context.Context, c perm.Claim) error {
 // prepare does the blocking part; flags are those to open the file anew with, if not negative.
 func (d *disk) prepare(cur *handle, held lockSet, p *pending, flags int) error {
 	if flags >= 0 {
-		if err := d.reopen(cur, p, flags); err != nil {
+		if err := reopenAs(d, cur, p, flags); err != nil {
 			return err
 		}
 	}
@@ -156,8 +156,8 @@ func (d *disk) PermAbort() {
 	}
 }
 
-// reopen opens the same file in another way.
-func (d *disk) reopen(cur *handle, p *pending, flags int) error {
+// reopenAs opens the same file in another way.
+func reopenAs(d *disk, cur *handle, p *pending, flags int) error {
 	if cur.writable {
 		// A descriptor opened later may not be told of a failed write-back before.
 		if err := d.fdatasync(cur.fd); err != nil {
