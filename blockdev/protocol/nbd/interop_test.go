@@ -101,7 +101,8 @@ func TestOldStylePeer(t *testing.T) {
 	n := drivertest.MustBuild(t, drivertest.NewGraph(t), drivertest.Spec{
 		Options: graph.Options{Name: "nbd", Kind: graph.Protocol, ReadOnly: true},
 		Open: nbd.Def.With(&types.BlockdevOptionsNbd{
-			Server: types.SocketAddress{Type: "unix", U: &types.UnixSocketAddress{Path: path}},
+			OpenTimeout: new(uint32(20)), // it does not listen yet when its socket is there
+			Server:      types.SocketAddress{Type: "unix", U: &types.UnixSocketAddress{Path: path}},
 		}),
 	})
 	b := make([]byte, 16)

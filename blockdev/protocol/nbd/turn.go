@@ -65,8 +65,17 @@ func (c *conn) leave() {
 	if c.leader = nil; c.open > 0 || c.in.Buffered() > 0 || c.dead != nil {
 		c.turnLocked(runs)
 	} else {
-		c.turn = nobodys
+		c.restLocked()
 	}
+}
+
+// restLocked makes it nobody's turn. That the connection ends meanwhile is for look to find, whose
+// last call may have been a moment too early for that.
+//
+// +checklocks:c.mu
+func (c *conn) restLocked() {
+	c.turn = nobodys
+	c.watchLocked()
 }
 
 // +checklocks:c.mu
@@ -81,7 +90,7 @@ func (c *conn) mayRead() bool {
 	c.mu.Lock()
 	defer c.mu.Unlock()
 	if c.open == 0 && c.alone >= manyAlone && c.in.Buffered() == 0 && c.dead == nil {
-		c.turn = nobodys
+		c.restLocked()
 	}
 	for c.turn != runs {
 		if c.turn == nobodys && c.dead != nil {

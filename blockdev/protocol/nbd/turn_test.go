@@ -108,6 +108,37 @@ func TestLostWhileNobodyReads(t *testing.T) {
 	w.turns(nobodys) // and is closed at the end
 }
 
+// So is one that is lost when the watch had ended between the answer and the end of the turn.
+func TestLostAfterTheWatch(t *testing.T) {
+	for _, before := range []turn{leads, runs} {
+		w := newWorld(t, 0)
+		w.alone()
+		w.turns(nobodys)
+		if before == runs {
+			w.clock.Advance(lookTime)
+			w.turns(runs)
+		}
+		got := w.read(bg, make([]byte, 4096))
+		q, _ := w.peer.next()
+		w.turns(before)
+		w.link.mu.Lock()
+		c := w.link.c
+		w.link.mu.Unlock()
+		c.mu.Lock()
+		c.watch.Stop()
+		c.watched = false
+		c.mu.Unlock()
+		w.peer.send(data(q, 1))
+		if err := within(t, "an answer", got); err != nil {
+			t.Error(err)
+		}
+		w.turns(nobodys)
+		w.peer.nc.Close()
+		w.clock.Advance(lookTime)
+		w.becomes(offline)
+	}
+}
+
 // A server that does not answer a request that reads itself is given up when that is in the way.
 func TestSilentWhileItReads(t *testing.T) {
 	w := newWorld(t, 0)
