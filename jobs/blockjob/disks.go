@@ -53,18 +53,56 @@ func StandsAlone(n *graph.Node) bool {
 	return true
 }
 
-// Noise is from where on the base of a commit does not read as zeroes where nothing is written to
-// it, once Grow has made it size bytes long: what an encrypted disk grows by is noise.
-func Noise(base *graph.Node, size int64) int64 {
-	if base.Size() >= size || base.Caps().ZeroInit {
-		return size
+// growStep is how many bytes of zeroes a base grows by in one unit of work.
+const growStep = 1 << 20
+
+// Grow makes the base of a commit, which is the node of root, size bytes long if it is shorter. What
+// is added reads as zeroes from the moment it is there, also for who reads the chain meanwhile: what
+// an encrypted disk would grow by is noise, so it grows by zeroes that are written behind its end.
+// failed says what becomes of an error of that: nil is another attempt. Other errors say no more than
+// an errno does, as in QEMU.
+func Grow(ctx context.Context, h *jobs.Handle, root *graph.Root, size int64, failed func(error) error) error {
+	n := root.Node()
+	from := n.Size()
+	if from >= size || n.Caps().ZeroInit {
+		return resize(ctx, root, size, size)
 	}
-	return base.Size()
+	h.Yield()
+	for off := from; off < size; {
+		if err := h.Checkpoint(); err != nil {
+			return err
+		}
+		k := min(growStep, size-off)
+		err := writeZeroes(ctx, root, off, k)
+		switch {
+		case err == nil:
+			off += k
+			continue
+		case ctx.Err() == nil && n.Size() == from: // one that cannot be longer has an error of its own
+			if err := resize(ctx, root, size, from); err != nil {
+				return err
+			}
+		}
+		if err := failed(err); err != nil {
+			return err
+		}
+	}
+	return nil
 }
 
-// Grow makes the base of a commit, which is the node of root, size bytes long if it is shorter. The
-// error says no more than an errno does, as in QEMU.
-func Grow(ctx context.Context, root *graph.Root, size int64) error {
+// writeZeroes zeroes what lies behind the end of root's node, in one unit of work.
+func writeZeroes(ctx context.Context, root *graph.Root, off, n int64) error {
+	r, err := root.Begin(ctx)
+	if err != nil {
+		return err
+	}
+	defer root.End(r)
+	return root.Edge().Zero(r, off, n, blk.Grow)
+}
+
+// resize gives root's node, if it is shorter than size, that size and then another, with nobody
+// reading in between.
+func resize(ctx context.Context, root *graph.Root, size, then int64) error {
 	n := root.Node()
 	if n.Size() >= size {
 		return nil
@@ -80,6 +118,9 @@ func Grow(ctx context.Context, root *graph.Root, size int64) error {
 	}
 	defer undrain()
 	err = root.Edge().Resize(ctx, size, false, blk.PreallocOff)
+	if err == nil && then != size {
+		err = root.Edge().Resize(ctx, then, false, blk.PreallocOff)
+	}
 	if err == nil || ctx.Err() != nil {
 		return err
 	}

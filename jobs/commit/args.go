@@ -27,7 +27,6 @@ type Job struct {
 	filterName string
 
 	reads, writes *graph.Root // the job's requests, at the top and at the base
-	noise         int64       // from here on the base does not read as zeroes where nothing is written
 }
 
 // FromArgs makes a job that blockjob.Start starts.

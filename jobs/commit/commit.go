@@ -21,6 +21,7 @@ package commit
 import (
 	"context"
 	"errors"
+	"time"
 
 	"qblockd/blockdev"
 	"qblockd/graph"
@@ -106,8 +107,9 @@ func (j *Job) Run(ctx context.Context, h *jobs.Handle) error {
 	size := j.top.Size()
 	h.SetRemaining(size)
 	h.Yield()
-	j.noise = blockjob.Noise(j.base, size)
-	if err := blockjob.Grow(ctx, j.writes, size); err != nil {
+	policies := copy.PoliciesOf(j.args.OnError, j.args.OnError)
+	err := blockjob.Grow(ctx, h, j.writes, size, func(err error) error { return failed(h, policies, err) })
+	if err != nil {
 		return err
 	}
 	t := copy.Task{
@@ -120,22 +122,38 @@ func (j *Job) Run(ctx context.Context, h *jobs.Handle) error {
 			}
 			return j.look(r, off, n)
 		},
-		Copy: j.copy, Side: copy.PoliciesOf(j.args.OnError, j.args.OnError).Side, RetryIgnored: true,
+		Copy: j.copy, Side: policies.Side, RetryIgnored: true,
 	}
 	t.SetWorkers(workers, j.top)
 	return copy.Run(h, t)
 }
 
-// look tells the copy engine what the layers above the base hold. Behind the end that the base had
-// they read as zeroes where they hold nothing.
+// failed says what becomes of an error while the base grows.
+func failed(h *jobs.Handle, policies copy.Policies, err error) error {
+	if h.Context().Err() != nil {
+		return jobs.ErrCancelled
+	}
+	action, stopped := h.OnErrorIdle(types.IoOperationTypeWrite, policies.Write, err)
+	switch {
+	case stopped != nil:
+		return stopped
+	case action == types.BlockErrorActionReport:
+		return err
+	case action == types.BlockErrorActionIgnore:
+		return h.Sleep(100 * time.Millisecond) // it is tried again, but not as fast as it fails
+	}
+	return nil
+}
+
+// look tells the copy engine what the layers above the base hold.
 func (j *Job) look(r *blk.Req, off, n int64) (copy.Extent, error) {
 	x, err := j.reads.Edge().StatusAbove(r, j.last, true, off, n)
 	switch {
 	case err != nil:
 		return copy.Extent{}, err
-	case !x.Allocated && off < j.noise:
-		return copy.Extent{N: min(x.N, j.noise-off)}, nil
-	case !x.Allocated, x.Zero:
+	case !x.Allocated:
+		return copy.Extent{N: x.N}, nil
+	case x.Zero:
 		return copy.Extent{N: x.N, Action: copy.Zero}, nil
 	}
 	return copy.Extent{N: x.N, Action: copy.Data}, nil

@@ -49,13 +49,9 @@ func (j *Job) Run(ctx context.Context, h *jobs.Handle) error {
 func (j *Job) fit(ctx context.Context) error {
 	switch {
 	case j.base == j.target:
-		size := j.source.Size()
-		noise := blockjob.Noise(j.base, size)
-		err := blockjob.Grow(ctx, j.writes, size)
-		if err == nil {
-			err = j.zeroTarget(ctx, j.h, noise) // before anything is copied there
-		}
-		return err
+		return blockjob.Grow(ctx, j.h, j.writes, j.source.Size(), func(err error) error {
+			return j.failed(j.h, &graph.CopyError{Write: true, Err: err})
+		})
 	case j.misfit():
 		return errors.New("Source and target image have different sizes")
 	}
@@ -71,7 +67,7 @@ func (j *Job) findDirty(ctx context.Context, h *jobs.Handle) error {
 		if !j.zeroesUnmap() {
 			return nil
 		}
-		if err := j.zeroTarget(ctx, h, 0); err != nil {
+		if err := j.zeroTarget(ctx, h); err != nil {
 			return err
 		}
 	}
@@ -83,10 +79,10 @@ func (j *Job) findDirty(ctx context.Context, h *jobs.Handle) error {
 	})
 }
 
-// zeroTarget zeroes the target from off on.
-func (j *Job) zeroTarget(ctx context.Context, h *jobs.Handle, off int64) error {
+// zeroTarget zeroes all of the target.
+func (j *Job) zeroTarget(ctx context.Context, h *jobs.Handle) error {
 	const piece = 1 << 30
-	for size := j.source.Size(); off < size; {
+	for off, size := int64(0), j.source.Size(); off < size; {
 		if err := h.Checkpoint(); err != nil {
 			return err
 		}

@@ -106,7 +106,7 @@ func checkEncrypt(o *types.BlockdevOptionsQcow2, h *layout.Header) error {
 	names := map[uint32]string{layout.CryptAES: "aes", layout.CryptLUKS: "luks"}
 	switch name, ok := names[h.CryptMethod]; {
 	case !ok:
-		return fmt.Errorf("Unsupported encryption method %d", h.CryptMethod)
+		return fmt.Errorf("Unsupported encryption method %d", int32(h.CryptMethod)) // QEMU shows a signed number
 	case format != "" && format != name:
 		return fmt.Errorf("Header reported '%s' encryption format but options specify '%s'", name, format)
 	}
