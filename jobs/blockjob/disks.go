@@ -56,11 +56,11 @@ func StandsAlone(n *graph.Node) bool {
 // growStep is how many bytes of zeroes a base grows by in one unit of work.
 const growStep = 1 << 20
 
-// Grow makes the base of a commit, which is the node of root, size bytes long if it is shorter. What
-// is added reads as zeroes from the moment it is there, also for who reads the chain meanwhile: what
-// an encrypted disk would grow by is noise, so it grows by zeroes that are written behind its end.
-// failed says what becomes of an error of that: nil is another attempt. Other errors say no more than
-// an errno does, as in QEMU.
+// Grow makes the base of a commit, which is the node of root, size bytes long if it is shorter.
+// What is added reads as zeroes from the moment it is there, also for who reads the chain
+// meanwhile: what an encrypted disk would grow by is noise, so it grows by zeroes that are written
+// behind its end. failed says what becomes of an error of that: nil is another attempt. Other
+// errors say no more than an errno does, as in QEMU.
 func Grow(ctx context.Context, h *jobs.Handle, root *graph.Root, size int64, failed func(error) error) error {
 	n := root.Node()
 	from := n.Size()

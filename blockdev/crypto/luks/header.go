@@ -41,8 +41,9 @@ type Header struct {
 	Digest     [digestSize]byte
 	Salt       [saltSize]byte
 	Iterations uint32
-	UUID       string
-	Slots      [Slots]Slot
+	// UUID is a word for queries, any bytes, up to 40.
+	UUID  string
+	Slots [Slots]Slot
 }
 
 // Slot is a place for the key.
@@ -88,7 +89,7 @@ func Parse(b []byte, detached bool) (*Header, error) {
 	copy(h.Digest[:], b[112:])
 	copy(h.Salt[:], b[132:])
 	uuid, _, _ := bytes.Cut(b[168:208], []byte{0})
-	h.UUID = strings.ToValidUTF8(string(uuid), "\uFFFD")
+	h.UUID = string(uuid)
 	states := [Slots]uint32{}
 	for i := range h.Slots {
 		p, s := b[208+48*i:], &h.Slots[i]

@@ -240,6 +240,8 @@ func FuzzParse(f *testing.F) {
 	f.Add(m.data[:HeaderSize], false)
 	m, _, _ = create(f, crypto.Spec{Alg: "serpent-192", Mode: "cbc", IV: "essiv", IVHash: "sha256"}, "ripemd160", "sesame")
 	f.Add(m.data[:HeaderSize], true)
+	copy(m.data[168:208], strings.Repeat("\xef", 40)) // a UUID that is no text
+	f.Add(m.data[:HeaderSize], true)
 	f.Fuzz(func(t *testing.T, b []byte, detached bool) {
 		h, err := Parse(b, detached)
 		if err != nil {

@@ -2,6 +2,7 @@ package luks
 
 import (
 	"context"
+	"strings"
 
 	"qblockd/blockdev/crypto"
 	"qblockd/schema/types"
@@ -39,7 +40,7 @@ func NewAs(
 func (h *Header) Info() types.QCryptoBlockInfoLUKS {
 	data := types.QCryptoBlockInfoLUKS{
 		CipherAlg: h.Alg, CipherMode: h.Mode, IvgenAlg: h.IV, HashAlg: h.Hash,
-		PayloadOffset: h.PayloadOffset(), MasterKeyIters: int64(h.Iterations), Uuid: h.UUID,
+		PayloadOffset: h.PayloadOffset(), MasterKeyIters: int64(h.Iterations), Uuid: strings.ToValidUTF8(h.UUID, "\uFFFD"),
 	}
 	if h.IV == types.QCryptoIVGenAlgorithmEssiv {
 		data.IvgenHashAlg = &h.IVHash
