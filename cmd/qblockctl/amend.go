@@ -13,7 +13,7 @@ import (
 )
 
 func (a *app) amendCommand() *cobra.Command {
-	var options, node string
+	var options, node, password string
 	cmd := &cobra.Command{
 		Use:                   "amend -o OPTION=VALUE[,...] {FILE | --node NAME}",
 		DisableFlagsInUseLine: true,
@@ -24,20 +24,24 @@ func (a *app) amendCommand() *cobra.Command {
 			"the image has the old value or the new one.",
 		Args: usageArgs(cobra.MaximumNArgs(1)),
 		RunE: func(cmd *cobra.Command, args []string) error {
-			if (len(args) == 1) == (node != "") {
-				return fmt.Errorf("amend: a FILE, or --node; %w", errUsage)
+			if (len(args) == 1) == (node != "") || node != "" && password != "" {
+				return usage("amend", "a FILE, or --node")
+			}
+			if options == "" {
+				return usage("amend", "-o tells what to change")
 			}
 			members, err := amendOptions(options)
 			if err != nil {
-				return fmt.Errorf("amend: %w; %w", err, errUsage)
+				return usage("amend", "%v", err)
 			}
 			if node != "" {
 				return a.amendNode(cmd.Context(), node, members)
 			}
-			return amendFile(cmd.Context(), args[0], members)
+			return amendFile(cmd.Context(), args[0], password, members)
 		},
 	}
 	cmd.Flags().StringVarP(&options, "options", "o", "", "`OPTIONS` to change, with commas between them")
+	cmd.Flags().StringVar(&password, "password-file", "", passwordUsage)
 	cmd.Flags().StringVar(&node, "node", "", "change the image of this `NODE` of the running daemon")
 	return cmd
 }
@@ -91,7 +95,7 @@ func (a *app) amendNode(ctx context.Context, node string, members map[string]any
 	return runAmend(ctx, c, events, fmt.Sprintf("qblockctl-amend-%d", os.Getpid()), node, members)
 }
 
-func amendFile(ctx context.Context, file string, members map[string]any) error {
+func amendFile(ctx context.Context, file, password string, members map[string]any) error {
 	path, err := filepath.Abs(file)
 	if err != nil {
 		return err
@@ -109,6 +113,9 @@ func amendFile(ctx context.Context, file string, members map[string]any) error {
 	defer d.end()
 	node := map[string]any{
 		"driver": "qcow2", "node-name": "image", "backing": nil, "file": map[string]any{"driver": "file", "filename": path},
+	}
+	if err := d.unlock(ctx, node, password); err != nil {
+		return err
 	}
 	if _, err := d.execute(ctx, "blockdev-add", node); err != nil {
 		return fmt.Errorf("Could not open '%s': %w", file, err)

@@ -42,7 +42,7 @@ const (
 const noChecks = "This image format does not support checks"
 
 // checkOptions are those of the command.
-type checkOptions struct{ repair, format, output, node string }
+type checkOptions struct{ repair, format, output, node, password string }
 
 func (a *app) checkCommand() *cobra.Command {
 	var o checkOptions
@@ -58,12 +58,12 @@ func (a *app) checkCommand() *cobra.Command {
 		Args: usageArgs(cobra.MaximumNArgs(1)),
 		RunE: func(cmd *cobra.Command, args []string) error {
 			switch {
-			case (len(args) == 1) == (o.node != ""):
-				return fmt.Errorf("check: a FILE, or --node; %w", errUsage)
+			case (len(args) == 1) == (o.node != ""), o.node != "" && o.password != "":
+				return usage("check", "a FILE, or --node")
 			case o.repair != "none" && o.repair != "leaks" && o.repair != "all":
-				return fmt.Errorf("check: -r leaks or -r all; %w", errUsage)
+				return usage("check", "-r leaks or -r all")
 			case o.output != "human" && o.output != "json":
-				return fmt.Errorf("check: --output human or json; %w", errUsage)
+				return usage("check", "--output human or json")
 			}
 			return a.check(cmd.Context(), o, strings.Join(args, ""))
 		},
@@ -71,6 +71,7 @@ func (a *app) checkCommand() *cobra.Command {
 	cmd.Flags().StringVarP(&o.repair, "repair", "r", "none", "`WHAT` to repair: leaks, or all")
 	cmd.Flags().StringVarP(&o.format, "format", "f", "", "`FORMAT` of the image, if it is not to be guessed")
 	cmd.Flags().StringVar(&o.output, "output", "human", "`FORM` of the result: human, or json")
+	cmd.Flags().StringVar(&o.password, "password-file", "", passwordUsage)
 	cmd.Flags().StringVar(&o.node, "node", "", "check the image of this `NODE` of the running daemon")
 	return cmd
 }
@@ -139,6 +140,9 @@ func checkFile(ctx context.Context, o checkOptions, file string) (*imageCheck, e
 	}
 	if format == "qcow2" {
 		node["backing"] = nil
+	}
+	if err := d.unlock(ctx, node, o.password); err != nil {
+		return nil, err
 	}
 	if _, err := d.execute(ctx, "blockdev-add", node); err != nil {
 		return nil, fmt.Errorf("Could not open '%s': %w", file, err)

@@ -83,7 +83,7 @@ func negotiate(ctx context.Context, conn net.Conn, addr string, onEvent func(*me
 			_, err = c.execute(ctx, "qmp_capabilities", nil)
 		}
 	case <-c.ended:
-		err = fmt.Errorf("%s does not greet as a QMP monitor does: %w", addr, c.err)
+		err = fmt.Errorf("%s does not greet as a QMP monitor does, or not this user (allow-uid): %w", addr, c.err)
 	case <-ctx.Done():
 		err = fmt.Errorf("%s does not answer: %w", addr, ctx.Err())
 	}

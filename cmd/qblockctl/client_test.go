@@ -170,6 +170,33 @@ func TestHelp(t *testing.T) {
 	}
 }
 
+// TestHelpGoesOn: what help says shows more can be pasted, and does.
+func TestHelpGoesOn(t *testing.T) {
+	for _, c := range []struct{ words, says, shows string }{
+		{"help nbd-server-start", "'help nbd-server-start addr.' shows it", "addr.type: inet|unix|fd"},
+		{"help nbd-server-start addr.", "'help nbd-server-start addr.type=... addr.' shows it", ""},
+		{"help nbd-server-start addr.type=unix addr.", "'help nbd-server-start addr.type=unix addr.data.' shows it", "addr.data.path: string"},
+		{"help blockdev-create job-id=c options.", "'help blockdev-create job-id=c options.driver=... options.' shows it", ""},
+		{"help blockdev-create options.driver=luks options.", "", "options.size: integer"},
+		{"help blockdev-add", "'help blockdev-add driver=...' shows it", ""},
+	} {
+		var out bytes.Buffer
+		err := run(t.Context(), strings.Fields(c.words), filepath.Join(t.TempDir(), "not"), &out)
+		if err != nil || !strings.Contains(out.String(), c.says) {
+			t.Errorf("%s: %v, lacks %q: %s", c.words, err, c.says, out.String())
+		}
+		_, pasted, _ := strings.Cut(c.says, "'")
+		if pasted, _, _ = strings.Cut(pasted, "'"); pasted == "" || strings.Contains(pasted, "...") {
+			pasted = c.words
+		}
+		out.Reset()
+		err = run(t.Context(), strings.Fields(pasted), filepath.Join(t.TempDir(), "not"), &out)
+		if err != nil || !strings.Contains(out.String(), c.shows) {
+			t.Errorf("%s: %v, lacks %q: %s", pasted, err, c.shows, out.String())
+		}
+	}
+}
+
 func TestVersion(t *testing.T) {
 	for _, flag := range []string{"--version", "-V"} {
 		var out bytes.Buffer
@@ -190,6 +217,20 @@ func TestNoSuchEvent(t *testing.T) {
 func TestHint(t *testing.T) {
 	if h := hint(&replyError{"GenericError", "Invalid parameter type for 'file.filename', expected: string"}); !strings.Contains(h, `'file.filename="12"'`) {
 		t.Errorf("hint %q", h)
+	}
+	for desc, want := range map[string]string{
+		"Parameter 'options.size' expects uint64":               "bytes",
+		"Invalid parameter type for 'size', expected: integer":  "bytes",
+		`Failed to get shared "write" lock`:                     "in use",
+		"Could not open 'F': Failed to get \"write\" lock":      "in use",
+		"TLS negotiation required before option 7 (go)":         "tls-creds=NAME",
+		"Cannot find device='' nor node-name='n'":               "graph",
+		"Parameter 'encrypt.key-secret' is required for cipher": "object-add qom-type=secret",
+		"Parameter 'job-id' is missing":                         "qblockctl help",
+	} {
+		if h := hint(fmt.Errorf("wrapped: %w", &replyError{"GenericError", desc})); !strings.Contains(h, want) {
+			t.Errorf("%s: hint %q lacks %q", desc, h, want)
+		}
 	}
 	if h := hint(&replyError{"GenericError", "no"}); h != "" {
 		t.Errorf("hint %q", h)

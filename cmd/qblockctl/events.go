@@ -26,7 +26,7 @@ func (a *app) eventsCommand() *cobra.Command {
 		},
 		RunE: func(cmd *cobra.Command, args []string) error {
 			if count < 0 {
-				return fmt.Errorf("events: --count is %d; %w", count, errUsage)
+				return usage("events", "--count is %d", count)
 			}
 			return a.events(cmd.Context(), asJSON, count, args)
 		},

@@ -3,7 +3,6 @@ package main
 import (
 	"bytes"
 	"context"
-	"fmt"
 	"io"
 	"os"
 	"path/filepath"
@@ -73,10 +72,9 @@ func drawer(format, output string) (func(io.Writer, *picture.Graph) error, error
 	case format == "svg", format == "" && extension == ".svg":
 		return picture.SVG, nil
 	case format == "":
-		return nil, fmt.Errorf("graph: '%s' is not a name in .svg, .dot or .txt; --format says what it is to be; %w",
-			output, errUsage)
+		return nil, usage("graph", "'%s' is not a name in .svg, .dot or .txt; --format says what it is to be", output)
 	}
-	return nil, fmt.Errorf("graph: '%s' is not text, dot or svg; %w", format, errUsage)
+	return nil, usage("graph", "'%s' is not text, dot or svg", format)
 }
 
 // What the daemon says about its graph; only what is drawn.

@@ -71,12 +71,31 @@ func (s style) help(out io.Writer, sc *introspect.Schema, command string, words 
 			b.WriteString(wrap(text, "      ", 100))
 		}
 	}
-	if tag := sc.OpenTag(command, prefix, given.text); tag != "" {
-		fmt.Fprintf(&b, "\nMore depends on %s: 'help %s' shows it.\n", prefix+tag,
-			strings.Join(append(append([]string{command}, words...), prefix+tag+"=..."), " "))
-	}
+	b.WriteString(more(sc, command, prefix, words, members))
 	_, err := io.WriteString(out, b.String())
 	return err
+}
+
+// more tells how to see what help does not show yet: members that depend on the value of another
+// one, and those of objects.
+func more(sc *introspect.Schema, command, prefix string, words []string, members []introspect.Member) string {
+	said, place := "help "+command, ""
+	if prefix != "" {
+		words, place = words[:len(words)-1], " "+prefix
+	}
+	if len(words) > 0 {
+		said += " " + strings.Join(words, " ")
+	}
+	text := ""
+	if tag := sc.OpenTag(command, prefix, givenIn(words).text); tag != "" {
+		text = fmt.Sprintf("\nMore depends on %s: '%s %s=...%s' shows it.\n", prefix+tag, said, prefix+tag, place)
+	}
+	for _, m := range members {
+		if object, other := sc.Object(m.Type); object && !other {
+			text += fmt.Sprintf("\nWhat %s has: '%s %s.' shows it.\n", prefix+m.Name, said, prefix+m.Name)
+		}
+	}
+	return text
 }
 
 // shortList cuts a list of very many alternatives.

@@ -8,6 +8,7 @@
 //	shell.go     the interactive shell
 //	completion.go  scripts that make other shells complete
 //	events.go jobs.go watch.go graph.go schema.go check.go amend.go  the commands of those names
+//	hint.go      what to do about errors
 //	own.go       a daemon of its own, for commands that work on image files
 //	introspect/  what query-qmp-schema says;  picture/  graphs as text, dot and SVG
 //
@@ -53,17 +54,22 @@ func main() {
 		os.Exit(2)
 	case errors.As(err, &status):
 		if status.err != nil {
-			fmt.Fprintln(os.Stderr, "qblockctl:", status.err)
+			complain(status.err)
 		}
 		os.Exit(status.code)
 	case errors.Is(err, context.Canceled):
 		os.Exit(130) // Ctrl-C, as a shell says it
 	default:
-		fmt.Fprintln(os.Stderr, "qblockctl:", err)
-		if h := hint(err); h != "" {
-			fmt.Fprintln(os.Stderr, "  "+h)
-		}
+		complain(err)
 		os.Exit(1)
+	}
+}
+
+// complain says what went wrong, and what to do about it.
+func complain(err error) {
+	fmt.Fprintln(os.Stderr, "qblockctl:", err)
+	if h := hint(err); h != "" {
+		fmt.Fprintln(os.Stderr, "  "+h)
 	}
 }
 
@@ -139,7 +145,12 @@ func (a *app) commands() *cobra.Command {
 	root.PersistentFlags().BoolP("help", "h", false, "show help and exit")
 	root.Flags().BoolP("version", "V", false, "show the version and exit")
 	root.SetVersionTemplate(version.Line("qblockctl"))
-	root.SetFlagErrorFunc(func(_ *cobra.Command, err error) error { return fmt.Errorf("%w; %w", err, errUsage) })
+	root.SetFlagErrorFunc(func(cmd *cobra.Command, err error) error {
+		if cmd.HasParent() {
+			return usage(cmd.Name(), "%v", err)
+		}
+		return fmt.Errorf("%w; %w", err, errUsage)
+	})
 	root.AddCommand(a.shellCommand(), a.graphCommand(), a.jobsCommand(), a.eventsCommand(), a.schemaCommand(),
 		a.checkCommand(), a.amendCommand(), a.completionCommand())
 	root.SetHelpCommand(a.helpCommand())
@@ -163,22 +174,6 @@ func (a *app) command(ctx context.Context, command string, words []string) error
 		return err
 	}
 	return printJSON(a.out, result)
-}
-
-// hint says what to do about a refusal, where that is known; "" otherwise.
-func hint(err error) string {
-	var r *replyError
-	if !errors.As(err, &r) {
-		return ""
-	}
-	if r.Class == "CommandNotFound" {
-		return "'qblockctl query-commands' lists the commands of this daemon"
-	}
-	if rest, ok := strings.CutPrefix(r.Desc, "Invalid parameter type for '"); ok && strings.HasSuffix(rest, "expected: string") {
-		key, _, _ := strings.Cut(rest, "'")
-		return fmt.Sprintf(`a string that looks like another JSON value is quoted: '%s="12"'`, key)
-	}
-	return ""
 }
 
 // completeCommand completes the words of a QMP command for the shells.
@@ -224,7 +219,7 @@ func builtin() *introspect.Schema {
 func usageArgs(check cobra.PositionalArgs) cobra.PositionalArgs {
 	return func(cmd *cobra.Command, args []string) error {
 		if err := check(cmd, args); err != nil {
-			return fmt.Errorf("%s: %w; %w", cmd.Name(), err, errUsage)
+			return usage(cmd.Name(), "%v", err)
 		}
 		return nil
 	}

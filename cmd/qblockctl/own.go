@@ -165,3 +165,26 @@ type jobResult struct {
 	jobInfo
 	Check *imageCheck `json:"x-qblockd-check"`
 }
+
+const passwordUsage = "`FILE` with the password of an encrypted image; not for --node, which has it"
+
+// unlock has the definition of an encrypted image name a secret with what is in a file, unless that
+// is "".
+func (o *own) unlock(ctx context.Context, node map[string]any, password string) error {
+	if password == "" {
+		return nil
+	}
+	path, err := filepath.Abs(password)
+	if err != nil {
+		return err
+	}
+	if _, err := o.execute(ctx, "object-add", map[string]any{"qom-type": "secret", "id": "password", "file": path}); err != nil {
+		return err
+	}
+	if node["driver"] == "qcow2" {
+		node["encrypt"] = map[string]any{"format": "luks", "key-secret": "password"}
+	} else {
+		node["key-secret"] = "password"
+	}
+	return nil
+}

@@ -44,7 +44,7 @@ func optionGroups() [][]option {
 		{long: "blockdev", apply: structured("driver", types.DecodeBlockdevOptions, (*daemon).addNode),
 			args: []string{"[driver=]<driver>,node-name=<name>[,<option>=<value>...]"},
 			text: "open a block node, as QMP blockdev-add does; nested options are dotted (file.driver=file), " +
-				"or the whole may be JSON"},
+				"or the whole may be JSON; 'qblockctl help blockdev-add driver=<driver>' explains the options"},
 		{long: "chardev", apply: (*daemon).addChardev,
 			args: []string{"<backend>,id=<id>[,<option>=<value>...]"},
 			text: "make a character device, for instance socket,id=m,path=qmp.sock,server=on,wait=off; " +

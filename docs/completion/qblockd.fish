@@ -2,7 +2,7 @@
 complete -c qblockd -l help -s h -d 'show this text and exit'
 complete -c qblockd -l version -s V -d 'show the version and exit'
 complete -c qblockd -l trace -s T -r -d 'log the trace points that match; '\''help'\'' lists them'
-complete -c qblockd -l blockdev -r -d 'open a block node, as QMP blockdev-add does; nested options are dotted (file.driver=file), or the whole may be JSON'
+complete -c qblockd -l blockdev -r -d 'open a block node, as QMP blockdev-add does; nested options are dotted (file.driver=file), or the whole may be JSON; '\''qblockctl help blockdev-add driver=<driver>'\'' explains the options'
 complete -c qblockd -l chardev -r -d 'make a character device, for instance socket,id=m,path=qmp.sock,server=on,wait=off; '\''help'\'' lists the backends'
 complete -c qblockd -l monitor -r -d 'speak QMP on a character device, to any number of clients at once; read-only takes only commands that change nothing, allow-uid.0, .1, ... are the users whose processes may connect to a unix socket'
 complete -c qblockd -l nbd-server -r -d 'start the NBD server; tls-creds and tls-authz name objects that say what clients must prove, handshake-max-seconds is how long they may take for it'

@@ -1,6 +1,9 @@
 package arch
 
 import (
+	"context"
+	"fmt"
+	"net"
 	"os"
 	"os/exec"
 	"path"
@@ -122,17 +125,7 @@ func TestReadmeTables(t *testing.T) {
 
 // TestReadmeConversation pastes the README's conversation into a shell beside "make run".
 func TestReadmeConversation(t *testing.T) {
-	for _, tool := range []string{"sh", "qemu-io", "qemu-img", "socat"} {
-		if _, err := exec.LookPath(tool); err != nil {
-			t.Skipf("SKIPPED: the README's conversation needs %s, which is not installed", tool)
-		}
-	}
-	dir := t.TempDir()
-	build := exec.Command("go", "build", "-o", filepath.Join(dir, "bin")+"/", "./cmd/qblockd", "./cmd/qblockctl")
-	build.Dir = root
-	if out, err := build.CombinedOutput(); err != nil {
-		t.Fatalf("%v\n%s", err, out)
-	}
+	dir := built(t, "sh", "qemu-io", "qemu-img", "socat")
 	var log strings.Builder
 	daemon := exec.Command("bin/qblockd", "--quickstart", "run")
 	daemon.Dir, daemon.Stderr = dir, &log
@@ -153,18 +146,72 @@ func TestReadmeConversation(t *testing.T) {
 	if n, err := out.Read(make([]byte, 4096)); n == 0 {
 		t.Fatalf("make run would print nothing: %v\n%s", err, log.String())
 	}
-	for _, step := range conversation(read(t, "README.md")) {
-		sh := exec.Command("sh", "-c", step.command)
-		sh.Dir = dir
+	if err := play(t, dir, read(t, "README.md")); err != nil {
+		t.Fatalf("%v\ndaemon:\n%s", err, log.String())
+	}
+}
+
+// TestGuide pastes the guide into a shell, with ports that are free.
+func TestGuide(t *testing.T) {
+	dir := built(t, "sh", "qemu-io", "openssl")
+	text := read(t, "docs/guide.md")
+	for _, port := range []string{"10810", "10811"} {
+		l, err := net.Listen("tcp", "127.0.0.1:0")
+		if err != nil {
+			t.Fatal(err)
+		}
+		_, free, _ := net.SplitHostPort(l.Addr().String())
+		text = strings.ReplaceAll(text, port, free)
+		l.Close()
+	}
+	// Passwords are made slow to guess, which is slow to make.
+	text = strings.ReplaceAll(text, "options.encrypt.format=luks", "options.encrypt.format=luks options.encrypt.iter-time=10")
+	err := play(t, dir, text)
+	for _, sock := range []string{"run/there.sock", "run/qmp.sock"} {
+		quit := exec.Command("bin/qblockctl", "-s", sock, "quit") // fails where the guide has ended the daemon
+		quit.Dir = dir
+		_ = quit.Run()
+	}
+	if err != nil {
+		t.Fatal(err)
+	}
+}
+
+// built makes a folder with bin/qblockd and bin/qblockctl, unless one of the tools is missing.
+func built(t *testing.T, tools ...string) string {
+	t.Helper()
+	for _, tool := range tools {
+		if _, err := exec.LookPath(tool); err != nil {
+			t.Skipf("SKIPPED: the conversation needs %s, which is not installed", tool)
+		}
+	}
+	dir := t.TempDir()
+	build := exec.Command("go", "build", "-o", filepath.Join(dir, "bin")+"/", "./cmd/qblockd", "./cmd/qblockctl")
+	build.Dir = root
+	if out, err := build.CombinedOutput(); err != nil {
+		t.Fatalf("%v\n%s", err, out)
+	}
+	return dir
+}
+
+// play carries out the conversation of a document in a folder, up to the first difference.
+func play(t *testing.T, dir, text string) error {
+	t.Helper()
+	for _, step := range conversation(text) {
+		ctx, cancel := context.WithTimeout(t.Context(), time.Minute)
+		sh := exec.CommandContext(ctx, "sh", "-c", step.command)
+		sh.Dir, sh.WaitDelay = dir, time.Second
 		b, err := sh.CombinedOutput()
+		cancel()
 		printed := string(b)
 		if err != nil {
 			printed += err.Error() + "\n"
 		}
 		if !step.prints.MatchString(printed) {
-			t.Fatalf("$ %s\nprints\n%s\ndaemon:\n%s", step.command, printed, log.String())
+			return fmt.Errorf("$ %s\nprints\n%s", step.command, printed)
 		}
 	}
+	return nil
 }
 
 type step struct {
@@ -172,7 +219,7 @@ type step struct {
 	prints  *regexp.Regexp
 }
 
-// conversation takes the console blocks of the README apart: "$ COMMAND", then what it prints, with
+// conversation takes the console blocks of a document apart: "$ COMMAND", then what it prints, with
 // "..." for any lines.
 func conversation(text string) (steps []step) {
 	_, text, _ = strings.Cut(text, "<!-- conversation")
