@@ -226,6 +226,7 @@ func TestHint(t *testing.T) {
 		"TLS negotiation required before option 7 (go)":         "tls-creds=NAME",
 		"Cannot find device='' nor node-name='n'":               "graph",
 		"Parameter 'encrypt.key-secret' is required for cipher": "object-add qom-type=secret",
+		"NBD server not running":                                "nbd-server-start",
 		"Parameter 'job-id' is missing":                         "qblockctl help",
 	} {
 		if h := hint(fmt.Errorf("wrapped: %w", &replyError{"GenericError", desc})); !strings.Contains(h, want) {

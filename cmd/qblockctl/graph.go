@@ -96,6 +96,7 @@ type (
 		Drv       string
 		RO        bool
 		Encrypted bool
+		Active    *bool // where it has been inactive
 		File      string
 		Threshold int64 `json:"write_threshold"`
 		Bitmaps   []struct {
@@ -224,6 +225,9 @@ func drawnNode(kind, name string, info *nodeInfo, hasChild bool, jobs []jobInfo)
 	n.Traits = []string{info.Drv, size(info.Image.Size)}
 	if info.RO {
 		n.Traits = append(n.Traits, "read-only")
+	}
+	if info.Active != nil && !*info.Active {
+		n.Traits = append(n.Traits, "inactive")
 	}
 	if info.Encrypted {
 		n.Traits = append(n.Traits, "encrypted")

@@ -41,6 +41,8 @@ var hints = []struct{ begin, with, do string }{
 		"tls-creds=NAME names the credentials: 'qblockctl object-add qom-type=tls-creds-x509 id=NAME endpoint=client dir=FOLDER'"},
 	{"Expected TLS credentials for a client", "", "those that connect need an object with endpoint=client"},
 	{"Expected TLS credentials for a server", "", "those that are connected to need an object with endpoint=server"},
+	{"NBD server not running", "", "'qblockctl nbd-server-start addr.type=unix addr.data.path=PATH' starts it"},
+	{"x-blockdev-amend doesn't support changing the block driver", "", "options of qcow2 are those of nodes with that driver"},
 	{"", `Failed to get "`, "the image is in use, by another process or another node; of a running daemon: --node NAME"},
 	{"", `Failed to get shared "`, "the image is in use, by another process or another node; of a running daemon: --node NAME"},
 }
