@@ -57,6 +57,8 @@ func (d *Driver) amendImage(a *driver.Amendment, o *types.BlockdevAmendOptionsQc
 	}, nil
 }
 
+var errDamaged = errors.New("The image is damaged: check it first")
+
 // amender changes an image.
 type amender struct{ *image }
 
@@ -77,7 +79,7 @@ func (s *amender) amendTo(r *blk.Req, o *types.BlockdevAmendOptionsQcow2) error 
 		return err
 	}
 	if s.wrong.n > 0 {
-		return errors.New("The image is damaged: check it first")
+		return errDamaged
 	}
 	if err := s.flush(r); err != nil {
 		return err
@@ -290,6 +292,9 @@ func (s *amender) expandZeroes(r *blk.Req) error {
 
 // +checklocks:s.mu
 func (s *amender) expandZero(r *blk.Req, gc int64) error {
+	if err := ended(r); err != nil {
+		return err
+	}
 	if err := s.room(r); err != nil {
 		return err
 	}
@@ -301,7 +306,7 @@ func (s *amender) expandZero(r *blk.Req, gc int64) error {
 	if k := s.geo.KindOf(e); k != layout.ZeroPlain && k != layout.ZeroAlloc {
 		return nil
 	}
-	if s.backName != "" {
+	if s.backName != "" || s.back() != nil {
 		b := make([]byte, min(s.cs, s.size.Load()-gc<<s.cb))
 		s.unlocked(func() { err = s.WriteAt(r, blk.Buf(b), gc<<s.cb, 0) })
 		return err

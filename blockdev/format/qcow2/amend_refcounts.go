@@ -66,6 +66,9 @@ func (s *amender) changeRefcounts(r *blk.Req, order uint32) error {
 	return nil
 }
 
+// maxLost is how much longer a file becomes at most for what was cut off.
+const maxLost = 1 << 30
+
 // planCounts finds out which blocks there are to be, and refuses counts that do not fit.
 // +checklocks:s.mu
 func (s *amender) planCounts(r *blk.Req, n *newCounts) error {
@@ -77,12 +80,16 @@ func (s *amender) planCounts(r *blk.Req, n *newCounts) error {
 			n.old[off>>s.cb] = true
 		}
 	}
+	// What is counted behind the end of a file that was cut off may be referred to.
 	n.first = s.geo.Clusters(s.end())
 	have := map[int64]bool{}
-	for b := range min(int64(len(s.reft)), s.countedBlocks()) {
+	for b := range int64(len(s.reft)) {
 		if err := s.planBlock(r, n, b, have); err != nil {
 			return err
 		}
+	}
+	if n.first<<s.cb-s.end() > maxLost {
+		return errDamaged
 	}
 	shift := n.geo.RefblockBits()
 	for before := -1; before != len(have); {
@@ -106,6 +113,9 @@ func (s *amender) planBlock(r *blk.Req, n *newCounts, b int64, have map[int64]bo
 	if err := ended(r); err != nil {
 		return err
 	}
+	if off := int64(s.reftAt(b) & layout.ReftMask); off&(s.cs-1) != 0 || off < 0 || off >= s.end() {
+		return errDamaged
+	}
 	t, err := s.refblock(r, b)
 	if t == nil || err != nil {
 		return err
@@ -114,12 +124,13 @@ func (s *amender) planBlock(r *blk.Req, n *newCounts, b int64, have map[int64]bo
 	for i := range int64(1) << shift {
 		v := s.geo.Refcount(t.data, i)
 		switch c := b<<shift + i; {
-		case v == 0 || c >= n.first:
+		case v == 0:
 		case v > n.geo.RefcountMax():
 			return fmt.Errorf("Cannot decrease refcount entry width to %d bits: Cluster at offset %s has a refcount of %d",
 				1<<n.geo.RefcountOrder, hex(c<<s.cb), v)
 		default:
 			have[c>>n.geo.RefblockBits()] = true
+			n.first = max(n.first, c+1)
 		}
 	}
 	return nil

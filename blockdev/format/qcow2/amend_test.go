@@ -2,6 +2,7 @@ package qcow2
 
 import (
 	"bytes"
+	"context"
 	"fmt"
 	"math/rand/v2"
 	"syscall"
@@ -200,4 +201,55 @@ func TestAmendShared(t *testing.T) {
 		t.Error(err)
 	}
 	qemuFindsNothing(t, f.Bytes())
+}
+
+// TestAmendCutOff: what the tables of an image refer to behind the end of its file, which was cut
+// off, stays free of new counts.
+func TestAmendCutOff(t *testing.T) {
+	cs := int64(4096)
+	f, _ := amendable(t, CreateOptions{Size: uint64(50 * cs), ClusterSize: ptr(uint64(cs))})
+	if err := f.Resize(t.Context(), f.Size()-8*cs, blk.PreallocOff); err != nil {
+		t.Fatal(err)
+	}
+	disk := make([]byte, 50*cs)
+	s := mustOpen(t, mem{f}, config{})
+	if err := s.ReadAt(req(), blk.Buf(disk), 0, 0); err != nil {
+		t.Fatal(err)
+	}
+	if err := amendTo(s, ptr(toWidth(64))); err != nil {
+		t.Fatal(err)
+	}
+	sound(t, s, false)
+	mustClose(t, s)
+	if err := holds(mem{f}, disk, false); err != nil {
+		t.Error(err)
+	}
+	qemuFindsNothing(t, f.Bytes())
+}
+
+// TestDowngradeAboveBacking: zeroes stay zeroes above a backing file that the header does not name.
+func TestDowngradeAboveBacking(t *testing.T) {
+	cs := uint64(4096)
+	lower, _ := amendable(t, CreateOptions{Size: 50 * cs, ClusterSize: &cs})
+	back := mustOpen(t, mem{lower}, config{readOnly: true})
+	f, disk := amendable(t, CreateOptions{Size: 50 * cs, ClusterSize: &cs})
+	s := mustOpen(t, mem{f}, config{backing: func() file { return imageFileOf{back} }})
+	if err := s.Zero(req(), 0, int64(50*cs), blk.MayUnmap); err != nil {
+		t.Fatal(err)
+	}
+	clear(disk)
+	over, end := context.WithCancel(context.Background())
+	end()
+	if err := (&amender{s}).amendTo(&blk.Req{Ctx: over}, ptr(toVersion("v2"))); err == nil {
+		t.Error("it did not end with its context")
+	}
+	if err := amendTo(s, ptr(toVersion("v2"))); err != nil {
+		t.Fatal(err)
+	}
+	b := make([]byte, len(disk))
+	if err := s.ReadAt(req(), blk.Buf(b), 0, 0); err != nil || !bytes.Equal(b, disk) {
+		t.Errorf("zeroes are none any more: %v", err)
+	}
+	mustClose(t, s)
+	mustClose(t, back)
 }
