@@ -139,7 +139,7 @@ func checkFile(ctx context.Context, o checkOptions, file string) (*imageCheck, e
 		"file": map[string]any{"driver": "file", "filename": path, "read-only": o.repair == "none"},
 	}
 	if format == "qcow2" {
-		node["backing"] = nil
+		node["backing"], node["x-qblockd-for-check"] = nil, true
 	}
 	if err := d.unlock(ctx, node, o.password); err != nil {
 		return nil, err

@@ -846,6 +846,9 @@ type BlockdevOptionsQcow2 struct {
 	Encrypt *BlockdevQcow2Encryption
 	// What has the guest data of an image that keeps them in another file (default: what the image names).
 	DataFile *BlockdevRef
+	// Open an image whose table of snapshots cannot be read, too, so that x-qblockd-check can look at it;
+	// only for read-only nodes (default false; an extension of qblockd).
+	XQblockdForCheck *bool
 }
 
 // BlockdevOptionsRaw: options of the driver raw.

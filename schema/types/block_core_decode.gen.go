@@ -223,7 +223,8 @@ func membersBlockdevOptionsQcow2(d *decoder, x *BlockdevOptionsQcow2) bool {
 		opt(d, "refcount-cache-size", &x.RefcountCacheSize, visitInt64) &&
 		opt(d, "cache-clean-interval", &x.CacheCleanInterval, visitInt64) &&
 		opt(d, "encrypt", &x.Encrypt, visitBlockdevQcow2Encryption) &&
-		opt(d, "data-file", &x.DataFile, visitBlockdevRef)
+		opt(d, "data-file", &x.DataFile, visitBlockdevRef) &&
+		opt(d, "x-qblockd-for-check", &x.XQblockdForCheck, visitBool)
 }
 
 // DecodeBlockdevOptionsRaw decodes v; faults are worded as QEMU does (*ArgError).

@@ -866,6 +866,10 @@ func (x *BlockdevOptionsQcow2) AppendJSON(b []byte) []byte {
 	}
 	b = appendKey(b, "file")
 	b = x.File.AppendJSON(b)
+	if x.XQblockdForCheck != nil {
+		b = append(b, `, "x-qblockd-for-check": `...)
+		b = appendBool(b, *x.XQblockdForCheck)
+	}
 	return append(b, '}')
 }
 
@@ -1947,6 +1951,10 @@ func (x *BlockdevOptions) AppendJSON(b []byte) []byte {
 		}
 		b = append(b, `, "file": `...)
 		b = u.File.AppendJSON(b)
+		if u.XQblockdForCheck != nil {
+			b = append(b, `, "x-qblockd-for-check": `...)
+			b = appendBool(b, *u.XQblockdForCheck)
+		}
 		return append(b, '}')
 	case *BlockdevOptionsQuorum:
 		b = append(b, '{')

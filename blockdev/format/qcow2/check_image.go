@@ -45,8 +45,8 @@ func (s *image) checkImage(r *blk.Req, m mend, told func(done, all int64)) (*Che
 		}
 		s.reap(r, false)
 	}
-	if m == mendNothing {
-		return s.checkAndMend(r, m, told)
+	if m == mendNothing || m == mendLeaks && s.badTable != nil { // nobody knows what snapshots use
+		return s.checkAndMend(r, mendNothing, told)
 	}
 	return s.repairImage(r, m, told)
 }
@@ -91,7 +91,11 @@ func (s *image) mendAndLook(r *blk.Req, m mend, told func(done, all int64)) (*Ch
 	s.lostSnaps = c.badSnaps
 	err := s.mendMore(r, m, sum, told)
 	s.lostSnaps = nil
-	if lost := len(c.badSnaps) + len(c.badBitmaps); err == nil && lost > 0 && sum.Errors == 0 {
+	lost := len(c.badSnaps) + len(c.badBitmaps)
+	if s.badTable != nil {
+		lost++
+	}
+	if err == nil && lost > 0 && sum.Errors == 0 {
 		if err = s.dropLost(c); err == nil {
 			sum.Fixed += lost
 			err = s.mendMore(r, m, sum, told)

@@ -46,7 +46,7 @@ var Def = driver.Of(driver.Def[*types.BlockdevOptionsQcow2]{
 		}
 		return 0
 	},
-	ForImages: &driver.ForImages{Hints: runtimeNames, Naming: []string{"encrypt"}},
+	ForImages: &driver.ForImages{Hints: append(runtimeNames, "x-qblockd-for-check"), Naming: []string{"encrypt"}},
 	Create: driver.Creates(func(ctx context.Context, c *driver.Creation, o *types.BlockdevCreateOptionsQcow2) error {
 		if o.BackingFmt != nil {
 			if err := c.CanName(*o.BackingFmt); err != nil {

@@ -63,6 +63,9 @@ func peekHeader(s *imageFile, r *blk.Req) (h *layout.Header, first []byte, err e
 	if err := s.readFile(r, blk.Buf(first), 0); err != nil {
 		return nil, nil, wrap("Could not read unknown qcow2 header fields", err)
 	}
+	if openedForCheck(s) {
+		s.badTable = layout.ForgetSnapshots(first)
+	}
 	h, err = layout.Parse(first, !s.readOnly)
 	return h, first, err
 }
@@ -93,6 +96,9 @@ func (s *imageFile) readHeader(r *blk.Req) (first []byte, err error) {
 	s.sb, s.eb = s.geo.SubBits(), s.geo.EntryBits()
 	return first, nil
 }
+
+// openedForCheck tells whether the image is opened although its snapshots are lost.
+func openedForCheck(s *imageFile) bool { return s.readOnly && pick(s.options.XQblockdForCheck, false) }
 
 // lazy tells whether refcounts need not be kept accurate on disk.
 // +checklocks:s.mu

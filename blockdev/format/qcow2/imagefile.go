@@ -109,6 +109,9 @@ type imageFile struct {
 	// snapEnd is the end of the snapshot table, and snapL1 where the L1 tables of snapshots lie.
 	snapEnd int64  // +checklocks:mu
 	snapL1  ranges // +checklocks:mu
+	// badTable tells why the table of snapshots of an image that is opened for a check is not known
+	// as a whole. A repair drops what is not.
+	badTable error // +checklocks:mu
 	// wrong is what a survey found, counted what one under way has counted so far.
 	wrong   wrong  // +checklocks:mu
 	counted *tally // +checklocks:mu

@@ -41,6 +41,9 @@ func openImage(r *blk.Req, c config) (*image, error) {
 
 // load reads what openImage needs.
 func (s *image) load(r *blk.Req) error {
+	if pick(s.options.XQblockdForCheck, false) && !s.readOnly {
+		return errors.New("'x-qblockd-for-check' can only be set for read-only nodes")
+	}
 	s.marking.Lock()
 	defer s.marking.Unlock()
 	s.mu.Lock()
@@ -80,7 +83,7 @@ func (s *image) load(r *blk.Req) error {
 // loadRest reads snapshots and bitmaps.
 // +checklocks:s.mu
 func (s *image) loadRest(r *blk.Req) (err error) {
-	if err := s.readSnapshots(r); err != nil {
+	if err := s.knowSnapshots(r); err != nil {
 		return err
 	}
 	if err := s.loadBitmaps(r); err != nil {

@@ -19,6 +19,9 @@ func (s *image) PrepareReadOnly(r *blk.Req, readOnly bool) error {
 	if s.hdr.IncompatibleFeatures&layout.IncompatCorrupt != 0 {
 		return errors.New("qcow2: Image is corrupt; cannot be opened read/write")
 	}
+	if s.badTable != nil {
+		return s.badTable
+	}
 	return s.usable()
 }
 

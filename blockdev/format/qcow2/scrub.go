@@ -292,7 +292,7 @@ func (s *scrubber) onTable(off, n int64) bool {
 // dropLost drops snapshots and bitmaps that lead nowhere. Refcounts are right.
 // +checklocks:s.mu
 func (s *image) dropLost(c *counter) error {
-	if n := len(c.badSnaps); n > 0 {
+	if n := len(c.badSnaps); n > 0 || s.badTable != nil {
 		var list []layout.Snapshot
 		for i := range s.snaps {
 			if !c.badSnaps[i] {
@@ -302,6 +302,7 @@ func (s *image) dropLost(c *counter) error {
 		if err := s.writeSnapshots(c.r, list); err != nil {
 			return err
 		}
+		s.badTable = nil
 		s.publishSnapshots()
 	}
 	if len(c.badBitmaps) > 0 {

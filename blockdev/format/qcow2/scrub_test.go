@@ -80,6 +80,10 @@ var wrecks = []struct {
 	{"snapshot's L1 table unaligned", func(w *wreck) { w.change(int64(w.hdr.SnapshotsOffset), 512) }, 0},
 	{"snapshot's L1 table far away", func(w *wreck) { w.poke(int64(w.hdr.SnapshotsOffset), 1<<40) }, 0},
 	{"snapshot's L1 entry far away", func(w *wreck) { w.poke(int64(w.snaps[0].L1TableOffset), 1<<41) }, 0},
+	{"snapshot with too much beside", func(w *wreck) { w.poke(int64(w.hdr.SnapshotsOffset)+36, 1<<62) }, 0},
+	{"table of snapshots unaligned", func(w *wreck) { w.change(layout.OffSnapshots+4, 8) }, 0},
+	{"table of snapshots far away", func(w *wreck) { w.poke(layout.OffSnapshots+4, 1<<40) }, 0},
+	{"too many snapshots", func(w *wreck) { w.change(layout.OffSnapshots, 1<<52) }, 0},
 	{"marked", func(w *wreck) { w.poke(layout.OffIncompatFeatures, w.hdr.IncompatibleFeatures|3) }, 0},
 	{"bitmaps of subclusters", func(w *wreck) {
 		for c := int64(30); w.eb == 16 && c < 33; c++ {
@@ -133,9 +137,46 @@ func wrecked(t *testing.T, o CreateOptions, do func(w *wreck), seed uint64) (f *
 	return f, disk
 }
 
+// forCheck is quiet for images whose snapshots may be lost.
+var forCheck = func() Options { o := quiet; o.XQblockdForCheck = ptr(true); return o }()
+
+// TestUnknownSnapshots: an image whose table of snapshots cannot be read is opened for a check
+// alone, and what its snapshots may refer to is no leak.
+func TestUnknownSnapshots(t *testing.T) {
+	cs := uint64(4096)
+	damage := func(w *wreck) { w.poke(int64(w.hdr.SnapshotsOffset)+36, 1<<62) }
+	f, _ := wrecked(t, CreateOptions{Size: 100 * cs, ClusterSize: &cs}, damage, 1)
+	for _, c := range []config{{}, {readOnly: true}, {options: forCheck}} {
+		c.file = mem{f}
+		if _, err := openImage(req(), c); err == nil {
+			t.Errorf("%+v: opened", c)
+		}
+	}
+	was := f.Bytes()
+	s := mustOpen(t, mem{f}, config{readOnly: true, options: forCheck})
+	for _, m := range []mend{mendNothing, mendLeaks} {
+		res, err := s.checkImage(req(), m, nil)
+		if err != nil || res.Corruptions == 0 || res.LeaksFixed > 0 {
+			t.Errorf("%d: %v %+v", m, err, res)
+		}
+	}
+	if err := s.PrepareReadOnly(req(), false); err == nil {
+		t.Error("it becomes writable")
+	}
+	if !bytes.Equal(was, f.Bytes()) {
+		t.Error("the image has changed")
+	}
+	if _, err := s.checkImage(req(), mendAll, nil); err != nil {
+		t.Error(err)
+	}
+	if err := s.PrepareReadOnly(req(), false); err != nil {
+		t.Error(err)
+	}
+}
+
 // mended repairs what is in f, and returns the disk.
 func mended(f file, size uint64) ([]byte, error) {
-	s, err := openImage(req(), config{file: f, readOnly: true, options: quiet})
+	s, err := openImage(req(), config{file: f, readOnly: true, options: forCheck})
 	if err != nil {
 		return nil, err
 	}

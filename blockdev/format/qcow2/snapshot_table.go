@@ -7,6 +7,27 @@ import (
 	"qblockd/graph/blk"
 )
 
+// badTableError is what is wrong with a table that was read.
+type badTableError struct{ error }
+
+func (e badTableError) Unwrap() error { return e.error }
+
+// knowSnapshots reads the table of snapshots. Of one that makes no sense an image that is opened
+// for a check has what comes before.
+// +checklocks:s.mu
+func (s *snapshots) knowSnapshots(r *blk.Req) error {
+	err := s.readSnapshots(r)
+	var bad badTableError
+	if errors.As(err, &bad) {
+		err = bad.error
+		if openedForCheck(&s.imageFile) {
+			s.badTable, err = err, nil
+			s.snapL1 = s.snapshotTables(s.snaps)
+		}
+	}
+	return err
+}
+
 // +checklocks:s.mu
 func (s *snapshots) readSnapshots(r *blk.Req) error {
 	start := int64(s.hdr.SnapshotsOffset)
@@ -19,7 +40,7 @@ func (s *snapshots) readSnapshots(r *blk.Req) error {
 	for i := range int(s.hdr.NbSnapshots) {
 		if q.off >= q.end {
 			// Zeroes would count as entries: 65536 of them for a few bytes of header.
-			return wrap("Failed to read snapshot table", errInval)
+			return badTableError{wrap("Failed to read snapshot table", errInval)}
 		}
 		h, err := q.peek(layout.SnapshotHeaderSize)
 		if err != nil {
@@ -27,7 +48,7 @@ func (s *snapshots) readSnapshots(r *blk.Req) error {
 		}
 		n, err := layout.SnapshotNeed(h, i)
 		if err != nil {
-			return err
+			return badTableError{err}
 		}
 		b, err := q.peek(n)
 		if err != nil {
@@ -37,7 +58,7 @@ func (s *snapshots) readSnapshots(r *blk.Req) error {
 		s.snaps = append(s.snaps, sn)
 		names += len(sn.ID) + len(sn.Name)
 		if q.skip(n); layout.SnapshotTableTooBig(q.off-start) || names > layout.MaxNames {
-			return errors.New("Snapshot table is too big")
+			return badTableError{errors.New("Snapshot table is too big")}
 		}
 		s.snapEnd = q.off
 		pad := int(-q.off & 7)
@@ -137,6 +158,9 @@ func (s *snapshots) writeSnapshots(r *blk.Req, list []layout.Snapshot) error {
 // countSnapshots counts the table of snapshots, their L1 tables and what those refer to.
 // +checklocks:s.mu
 func (s *snapshots) countSnapshots(c *counter) error {
+	if s.badTable != nil && s.lostSnaps == nil {
+		c.res.fault("snapshot table: " + s.badTable.Error())
+	}
 	if len(s.snaps) == 0 {
 		return nil
 	}

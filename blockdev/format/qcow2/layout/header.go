@@ -244,9 +244,7 @@ func (h *Header) checkTables() error {
 	if err := CheckTable(h.RefcountTableOffset, n, cs, MaxReftableBytes, cs, "Reference count table"); err != nil {
 		return err
 	}
-	const each = SnapshotHeaderSize
-	n = uint64(h.NbSnapshots)
-	if err := CheckTable(h.SnapshotsOffset, n, each, each*MaxSnapshots, cs, "Snapshot table"); err != nil {
+	if err := h.checkSnapshots(); err != nil {
 		return err
 	}
 	if err := CheckTable(h.L1TableOffset, uint64(h.L1Size), 8, MaxL1Bytes, cs, "Active L1 table"); err != nil {
@@ -260,6 +258,23 @@ func (h *Header) checkTables() error {
 		return fmt.Errorf("L1 table is too small")
 	}
 	return nil
+}
+
+func (h *Header) checkSnapshots() error {
+	const each = SnapshotHeaderSize
+	cs := uint64(1) << h.ClusterBits
+	return CheckTable(h.SnapshotsOffset, uint64(h.NbSnapshots), each, each*MaxSnapshots, cs, "Snapshot table")
+}
+
+// ForgetSnapshots takes the table of snapshots out of the header in b, if it is where it cannot be,
+// and tells why.
+func ForgetSnapshots(b []byte) error {
+	h := decode(b)
+	err := h.checkSnapshots()
+	if err != nil {
+		clear(b[OffSnapshots : OffSnapshots+12])
+	}
+	return err
 }
 
 // CheckTable checks where a table is: entries of entryLen bytes, at most maxBytes, at a cluster
