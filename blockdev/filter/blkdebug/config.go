@@ -3,25 +3,45 @@ package blkdebug
 import (
 	"errors"
 	"fmt"
+	"io"
 	"os"
 	"slices"
 	"strconv"
 	"strings"
+	"syscall"
 
 	"qblockd/graph/blk"
 	"qblockd/schema/types"
 )
+
+// configMax is the longest file with rules, in bytes: who names /dev/zero gets an error, and does not
+// take all memory.
+const configMax = 1 << 20
+
+// readFile is the text of a file with rules.
+func readFile(name string) (string, error) {
+	f, err := os.Open(name)
+	if err != nil {
+		return "", err
+	}
+	defer f.Close() // nothing was written
+	text, err := io.ReadAll(io.LimitReader(f, configMax+1))
+	if err == nil && len(text) > configMax {
+		err = syscall.EFBIG
+	}
+	return string(text), err
+}
 
 // readConfig reads a file with rules: groups of KEY = "VALUE", each under [inject-error] or
 // [set-state]. Errors have QEMU's words.
 func readConfig(name string) (
 	inject []*types.BlkdebugInjectErrorOptions, set []*types.BlkdebugSetStateOptions, err error,
 ) {
-	text, err := os.ReadFile(name)
+	text, err := readFile(name)
 	if err != nil {
 		return nil, nil, fmt.Errorf("Could not read blkdebug config file: %s", blk.ErrnoText(err))
 	}
-	groups, err := parseConfig(string(text))
+	groups, err := parseConfig(text)
 	if err != nil {
 		return nil, nil, err
 	}
@@ -62,12 +82,19 @@ type group struct {
 	values map[string]string
 }
 
-// members are those of each kind of group: s for words, n for numbers, b for on and off.
+// members are those of each kind of group: s for words, n for numbers, b for on and off. The id
+// of a group, which may also stand behind its name, says nothing.
 var members = map[string]map[string]byte{
 	"inject-error": {
 		"event": 's', "state": 'n', "iotype": 's', "errno": 'n', "sector": 'n', "once": 'b', "immediately": 'b',
+		"id": 's',
 	},
-	"set-state": {"event": 's', "state": 'n', "new_state": 'n'},
+	"set-state": {"event": 's', "state": 'n', "new_state": 'n', "id": 's'},
+}
+
+// booleans are the words for on and off.
+var booleans = map[string]bool{
+	"on": true, "yes": true, "true": true, "y": true, "off": false, "no": false, "false": false, "n": false,
 }
 
 func parseConfig(text string) (groups []*group, err error) {
@@ -75,8 +102,9 @@ func parseConfig(text string) (groups []*group, err error) {
 		line = strings.TrimSpace(line)
 		switch {
 		case line == "" || line[0] == '#':
-		case line[0] == '[' && line[len(line)-1] == ']':
-			name, _, _ := strings.Cut(strings.TrimSpace(line[1:len(line)-1]), " ")
+		case line[0] == '[' && strings.Contains(line, "]"):
+			inside, _, _ := strings.Cut(line[1:], "]") // what follows counts for nothing, as behind values
+			name, _, _ := strings.Cut(strings.TrimSpace(inside), " ")
 			if members[name] == nil {
 				return nil, fmt.Errorf("There is no option group '%s'", name)
 			}
@@ -95,11 +123,12 @@ func parseConfig(text string) (groups []*group, err error) {
 // set takes over a line KEY = "VALUE".
 func (g *group) set(line string) error {
 	key, quoted, ok := strings.Cut(line, "=")
-	key, quoted = strings.TrimSpace(key), strings.TrimSpace(quoted)
-	if !ok || len(quoted) < 2 || quoted[0] != '"' || quoted[len(quoted)-1] != '"' {
+	key = strings.TrimSpace(key)
+	quoted, isQuoted := strings.CutPrefix(strings.TrimSpace(quoted), `"`)
+	v, _, ends := strings.Cut(quoted, `"`)
+	if !ok || !isQuoted || !ends {
 		return errors.New("parse error")
 	}
-	v := quoted[1 : len(quoted)-1]
 	switch members[g.name][key] {
 	case 0:
 		return fmt.Errorf("Invalid parameter '%s'", key)
@@ -108,7 +137,7 @@ func (g *group) set(line string) error {
 			return fmt.Errorf("Parameter '%s' expects a number", key)
 		}
 	case 'b':
-		if v != "on" && v != "off" {
+		if _, ok := booleans[v]; !ok {
 			return fmt.Errorf("Parameter '%s' expects 'on' or 'off'", key)
 		}
 	}
@@ -135,6 +164,6 @@ func (g *group) boolean(key string) *bool {
 	if !ok {
 		return nil
 	}
-	on := v == "on"
+	on := booleans[v]
 	return &on
 }
