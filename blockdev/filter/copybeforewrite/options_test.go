@@ -4,6 +4,7 @@ import (
 	"bytes"
 	"context"
 	"errors"
+	"fmt"
 	"syscall"
 	"testing"
 
@@ -172,5 +173,21 @@ func TestGuestFlush(t *testing.T) {
 	})
 	if err != nil || disk.Flushes.Load() != 1 || file.Writes.Load() == 0 {
 		t.Errorf("%v; the disk was flushed %d times", err, disk.Flushes.Load())
+	}
+}
+
+// TestShortTarget: a point in time that the target could not hold is none.
+func TestShortTarget(t *testing.T) {
+	g := drivertest.NewGraph(t)
+	disk := drivertest.AddNode(t, g, "disk", drivertest.NewMemFile(2*cluster))
+	target := drivertest.AddNode(t, g, "target", drivertest.NewMemFile(cluster))
+	_, err := drivertest.Build(g, drivertest.Spec{
+		Options:  graph.Options{Name: "cbw", DriverName: copybeforewrite.DriverName, Kind: graph.Filter},
+		Children: []drivertest.Child{drivertest.FilteredFile(disk), {Name: "target", Role: perm.Data, Node: target}},
+		Open:     copybeforewrite.Def.With(&types.BlockdevOptionsCbw{}),
+	})
+	want := fmt.Sprintf("Target 'target' of %d bytes is too small for 'disk' of %d bytes", cluster, 2*cluster)
+	if err == nil || err.Error() != want {
+		t.Errorf("%v, want %s", err, want)
 	}
 }

@@ -16,7 +16,8 @@ import (
 func open(o *driver.Opening, u *types.BlockdevOptionsCbw) (graph.Driver, error) {
 	file, target := o.Node.FilteredChild(), o.Node.Child("target")
 	if a, b := blk.AlignUp(file.Size(), blk.SectorSize), blk.AlignUp(target.Size(), blk.SectorSize); b < a {
-		return nil, fmt.Errorf("Target of %d bytes is too small for a source of %d bytes: %w", b, a, syscall.EINVAL)
+		return nil, fmt.Errorf("Target '%s' of %d bytes is too small for '%s' of %d bytes",
+			target.Node().Name(), b, file.Node().Name(), a)
 	}
 	part, err := bitmapPart(o.Node.Graph(), u.Bitmap, blk.AlignUp(file.Size(), blk.SectorSize))
 	if err != nil {
