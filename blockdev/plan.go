@@ -53,6 +53,9 @@ func (pl *planner) plan(o *types.BlockdevOptions, up *graph.Options, role perm.R
 		return nil, fmt.Errorf("Unknown driver '%s'", o.Driver)
 	}
 	p := &plan{opts: o, drv: d, gen: inherit(o, up, role), link: l}
+	if d.LikeProtocol { // the node comes before what it defines
+		p.gen.InactiveFile = p.gen.Inactive
+	}
 	p.gen.Kind, p.gen.Reopens = d.Kind, d.Reopen != nil
 	if d.Children != nil {
 		for _, c := range d.Children(o.U) {

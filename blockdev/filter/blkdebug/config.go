@@ -14,8 +14,8 @@ import (
 	"qblockd/schema/types"
 )
 
-// configMax is the longest file with rules, in bytes: who names /dev/zero gets an error, and does not
-// take all memory.
+// configMax is the longest file with rules, in bytes: who names /dev/zero gets an error, and does
+// not take all memory.
 const configMax = 1 << 20
 
 // readFile is the text of a file with rules.
