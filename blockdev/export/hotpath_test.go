@@ -140,7 +140,7 @@ func (s *stack) client(name string) *client {
 // once sends count requests for n bytes at offsets that next gives, and takes all replies.
 func (c *client) once(cmd uint16, n, count int, next func() int64) {
 	for i := range count {
-		q := nbdwire.Request{Cmd: cmd, Cookie: uint64(i), Off: uint64(next()), Len: uint32(n)}
+		q := nbdwire.Request{Cmd: cmd, Cookie: uint64(i), Off: uint64(next()), Len: uint64(n)}
 		c.out = q.Append(c.out)
 		if cmd == nbdwire.CmdWrite {
 			c.out = append(c.out, c.data[:n]...)

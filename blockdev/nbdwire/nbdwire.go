@@ -17,6 +17,9 @@ const (
 	MagicRequest    uint32 = 0x25609513
 	MagicSimple     uint32 = 0x67446698
 	MagicStructured uint32 = 0x668e33ef
+
+	MagicExtRequest uint32 = 0x21e41c71
+	MagicExtReply   uint32 = 0x6e8a278c
 )
 
 // Limits of a request and of a string (export name, description, context name), in bytes.
@@ -31,11 +34,14 @@ const (
 	OptionSize        = 16 // before the option's data
 	OptReplySize      = 20 // before the reply's data
 	RequestSize       = 28
+	ExtRequestSize    = 32 // with extended headers
 	SimpleSize        = 16
 	ChunkSize         = 20             // header of a structured reply chunk
 	DataHeadSize      = ChunkSize + 8  // with the offset of OFFSET_DATA
 	HoleSize          = ChunkSize + 12 // a whole OFFSET_HOLE chunk
+	ExtChunkSize      = 32             // the same with extended headers
 	ExtentSize        = 8              // one BLOCK_STATUS extent
+	Extent64Size      = 16             // one BLOCK_STATUS_EXT extent
 	ExportNameReply   = 8 + 2          // reply to OPT_EXPORT_NAME
 	ExportNamePadding = 124            // and the zeroes after it, unless NO_ZEROES
 	OldStyleSize      = 8 + 4 + 124    // what follows MagicOldStyle
@@ -95,6 +101,7 @@ const (
 	RepErrShutdown      uint32 = ErrBit | 7
 	RepErrBlockSizeReqd uint32 = ErrBit | 8
 	RepErrTooBig        uint32 = ErrBit | 9
+	RepErrExtHeaderReqd uint32 = ErrBit | 10
 )
 
 // Information items of OptInfo and OptGo.
@@ -124,19 +131,23 @@ const (
 	CmdFlagDF       uint16 = 1 << 2
 	CmdFlagReqOne   uint16 = 1 << 3
 	CmdFlagFastZero uint16 = 1 << 4
+	// CmdFlagPayload: the length is that of the payload that follows the request. With extended
+	// headers each write has it.
+	CmdFlagPayload uint16 = 1 << 5
 )
 
 // Structured reply chunks. Types with ChunkErrBit set are errors.
 const (
 	ChunkDone uint16 = 1 << 0 // flag: last chunk of the reply
 
-	ChunkNone        uint16 = 0
-	ChunkOffsetData  uint16 = 1
-	ChunkOffsetHole  uint16 = 2
-	ChunkBlockStatus uint16 = 5
-	ChunkErrBit      uint16 = 1 << 15
-	ChunkError       uint16 = ChunkErrBit | 1
-	ChunkErrorOffset uint16 = ChunkErrBit | 2
+	ChunkNone           uint16 = 0
+	ChunkOffsetData     uint16 = 1
+	ChunkOffsetHole     uint16 = 2
+	ChunkBlockStatus    uint16 = 5
+	ChunkBlockStatusExt uint16 = 6
+	ChunkErrBit         uint16 = 1 << 15
+	ChunkError          uint16 = ChunkErrBit | 1
+	ChunkErrorOffset    uint16 = ChunkErrBit | 2
 )
 
 // Metadata contexts and the flags of their extents. The extents of ContextDepth are
@@ -167,6 +178,7 @@ var repNames = map[uint32]string{
 	RepErrUnsup: "unsupported", RepErrPolicy: "denied by policy", RepErrInvalid: "invalid",
 	RepErrPlatform: "platform lacks support", RepErrTLSReqd: "TLS required", RepErrUnknown: "export unknown",
 	RepErrShutdown: "server shutting down", RepErrBlockSizeReqd: "block size required",
+	RepErrExtHeaderReqd: "extended headers required",
 }
 
 // RepName is the name of a reply to an option in error texts.

@@ -90,6 +90,7 @@ func TestMetaQueries(t *testing.T) {
 
 func TestTransmissionRoundTrips(t *testing.T) {
 	q := Request{CmdFlagFUA, CmdWrite, 0x0102030405060708, 1 << 40, 4096}
+	testExtRoundTrips(t, q)
 	b := q.Append(nil)
 	if len(b) != RequestSize {
 		t.Fatal(len(b))
@@ -138,6 +139,40 @@ func TestTransmissionRoundTrips(t *testing.T) {
 	}
 	if _, err := p.ParseReply(bytes.Repeat([]byte{1}, 20)); err != ErrMagic {
 		t.Errorf("bad reply: %v", err)
+	}
+}
+
+func testExtRoundTrips(t *testing.T, q Request) {
+	q.Len = 1 << 50
+	b := q.AppendExt(nil)
+	var got Request
+	if err := got.ParseExt(b); len(b) != ExtRequestSize || got != q || err != nil {
+		t.Errorf("extended request: %v %v", got, err)
+	}
+	if err := got.Parse(b); err != ErrMagic {
+		t.Errorf("extended request as a compact one: %v", err)
+	}
+	if err := got.ParseExt(b[:31]); err != ErrShort {
+		t.Errorf("short request: %v", err)
+	}
+	es := []Extent64{{1 << 50, 3}, {1, 1 << 40}}
+	b = AppendBlockStatusExt(nil, ChunkDone, 9, 77, 3, es)
+	var p Reply
+	want := Reply{
+		Structured: true, Extended: true, Flags: ChunkDone, Type: ChunkBlockStatusExt, Cookie: 9, Off: 77, Len: 40,
+	}
+	if n, err := p.ParseReply(b); n != ExtChunkSize || err != nil || p != want {
+		t.Errorf("extended chunk: %d %+v %v", n, p, err)
+	}
+	if n, err := ReplySize(b[:SimpleSize]); n != ExtChunkSize || err != nil {
+		t.Errorf("size of an extended chunk: %v %v", n, err)
+	}
+	if n, err := p.ParseReply(b[:31]); n != 0 || err != nil {
+		t.Errorf("incomplete chunk: %v %v", n, err)
+	}
+	id, ges, err := ParseBlockStatusExt(b[ExtChunkSize:], nil)
+	if id != 3 || !reflect.DeepEqual(es, ges) || err != nil {
+		t.Errorf("block status: %v %v %v", id, ges, err)
 	}
 }
 
@@ -206,6 +241,8 @@ func FuzzParse(f *testing.F) {
 		ParseError(ChunkError, b)
 		ParseError(ChunkErrorOffset, b)
 		ParseBlockStatus(b, nil)
+		ParseBlockStatusExt(b, nil)
+		ReplySize(b)
 		var p Reply
 		p.ParseReply(b)
 		if q, err := ParseInfoRequest(b); err == nil && !bytes.Equal(q.Append(nil), b) {
@@ -222,6 +259,9 @@ func FuzzParse(f *testing.F) {
 		}
 		var r Request
 		if r.Parse(b) == nil && !bytes.Equal(r.Append(nil), b[:RequestSize]) {
+			t.Errorf("%q is %v", b, r)
+		}
+		if r.ParseExt(b) == nil && !bytes.Equal(r.AppendExt(nil), b[:ExtRequestSize]) {
 			t.Errorf("%q is %v", b, r)
 		}
 	})

@@ -12,7 +12,7 @@ type Request struct {
 	Flags, Cmd uint16
 	Cookie     uint64
 	Off        uint64
-	Len        uint32
+	Len        uint64 // less than 4 GiB unless headers are extended
 }
 
 // Append appends the RequestSize bytes of q; a write's payload follows them.
@@ -22,7 +22,17 @@ func (q *Request) Append(b []byte) []byte {
 	b = be.AppendUint16(b, q.Cmd)
 	b = be.AppendUint64(b, q.Cookie)
 	b = be.AppendUint64(b, q.Off)
-	return be.AppendUint32(b, q.Len)
+	return be.AppendUint32(b, uint32(q.Len))
+}
+
+// AppendExt appends the ExtRequestSize bytes of q with an extended header.
+func (q *Request) AppendExt(b []byte) []byte {
+	b = be.AppendUint32(b, MagicExtRequest)
+	b = be.AppendUint16(b, q.Flags)
+	b = be.AppendUint16(b, q.Cmd)
+	b = be.AppendUint64(b, q.Cookie)
+	b = be.AppendUint64(b, q.Off)
+	return be.AppendUint64(b, q.Len)
 }
 
 // Parse decodes RequestSize bytes into q. With ErrMagic q is set all the same, for the error reply.
@@ -34,8 +44,21 @@ func (q *Request) Parse(b []byte) error {
 	q.Cmd = be.Uint16(b[6:])
 	q.Cookie = be.Uint64(b[8:])
 	q.Off = be.Uint64(b[16:])
-	q.Len = be.Uint32(b[24:])
+	q.Len = uint64(be.Uint32(b[24:]))
 	if be.Uint32(b) != MagicRequest {
+		return ErrMagic
+	}
+	return nil
+}
+
+// ParseExt decodes ExtRequestSize bytes into q, as Parse does those of a compact header.
+func (q *Request) ParseExt(b []byte) error {
+	if len(b) < ExtRequestSize {
+		return ErrShort
+	}
+	_ = q.Parse(b) // all but the magic number and the length are the same
+	q.Len = be.Uint64(b[24:])
+	if be.Uint32(b) != MagicExtRequest {
 		return ErrMagic
 	}
 	return nil
@@ -56,6 +79,17 @@ func AppendChunk(b []byte, flags, typ uint16, cookie uint64, n int) []byte {
 	b = be.AppendUint16(b, typ)
 	b = be.AppendUint64(b, cookie)
 	return be.AppendUint32(b, uint32(n))
+}
+
+// AppendExtChunk appends the head of a chunk with n bytes of payload, with an extended header; off
+// is that of the request.
+func AppendExtChunk(b []byte, flags, typ uint16, cookie, off uint64, n int) []byte {
+	b = be.AppendUint32(b, MagicExtReply)
+	b = be.AppendUint16(b, flags)
+	b = be.AppendUint16(b, typ)
+	b = be.AppendUint64(b, cookie)
+	b = be.AppendUint64(b, off)
+	return be.AppendUint64(b, uint64(n))
 }
 
 // AppendDataHead appends the DataHeadSize bytes before n bytes of data at off.
@@ -107,20 +141,22 @@ func AppendBlockStatus(b []byte, flags uint16, cookie uint64, context uint32, es
 	return b
 }
 
-// Reply is the head of a reply of either kind.
+// Reply is the head of a reply of any kind.
 type Reply struct {
-	Structured  bool
+	Structured  bool   // it is a chunk
+	Extended    bool   // and has an extended header
 	Flags, Type uint16 // structured
 	Errno       uint32 // simple
 	Cookie      uint64
-	Len         uint32 // structured: bytes of payload
+	Off         uint64 // extended: of the request
+	Len         uint64 // structured: bytes of payload
 }
 
 // Done tells whether the request is answered with this reply (and what belongs to it).
 func (p *Reply) Done() bool { return !p.Structured || p.Flags&ChunkDone != 0 }
 
-// ParseReply decodes the head of a reply and returns its size, SimpleSize or ChunkSize; 0
-// means that b is too short, the first SimpleSize bytes tell.
+// ParseReply decodes the head of a reply and returns its size; 0 means that b is
+// too short. ReplySize tells how long it has to be.
 func (p *Reply) ParseReply(b []byte) (size int, err error) {
 	if len(b) < SimpleSize {
 		return 0, nil
@@ -136,8 +172,33 @@ func (p *Reply) ParseReply(b []byte) (size int, err error) {
 		}
 		p.Structured = true
 		p.Flags, p.Type = be.Uint16(b[4:]), be.Uint16(b[6:])
-		p.Len = be.Uint32(b[16:])
+		p.Len = uint64(be.Uint32(b[16:]))
 		return ChunkSize, nil
+	case MagicExtReply:
+		if len(b) < ExtChunkSize {
+			return 0, nil
+		}
+		p.Structured, p.Extended = true, true
+		p.Flags, p.Type = be.Uint16(b[4:]), be.Uint16(b[6:])
+		p.Off, p.Len = be.Uint64(b[16:]), be.Uint64(b[24:])
+		return ExtChunkSize, nil
+	}
+	return 0, ErrMagic
+}
+
+// ReplySize is the size of the head of a reply of which b is the beginning, at least SimpleSize
+// bytes.
+func ReplySize(b []byte) (int, error) {
+	if len(b) < SimpleSize {
+		return 0, ErrShort
+	}
+	switch be.Uint32(b) {
+	case MagicSimple:
+		return SimpleSize, nil
+	case MagicStructured:
+		return ChunkSize, nil
+	case MagicExtReply:
+		return ExtChunkSize, nil
 	}
 	return 0, ErrMagic
 }
@@ -178,6 +239,34 @@ func ParseBlockStatus(payload []byte, es []Extent) (context uint32, _ []Extent, 
 	context = be.Uint32(payload)
 	for p := payload[4:]; len(p) > 0; p = p[ExtentSize:] {
 		es = append(es, Extent{be.Uint32(p), be.Uint32(p[4:])})
+	}
+	return context, es, nil
+}
+
+// Extent64 is an Extent of a ChunkBlockStatusExt.
+type Extent64 struct{ N, Flags uint64 }
+
+// AppendBlockStatusExt appends a chunk with the extents of one context; off is that of the request.
+func AppendBlockStatusExt(b []byte, flags uint16, cookie, off uint64, context uint32, es []Extent64) []byte {
+	b = AppendExtChunk(b, flags, ChunkBlockStatusExt, cookie, off, 8+len(es)*Extent64Size)
+	b = be.AppendUint32(b, context)
+	b = be.AppendUint32(b, uint32(len(es)))
+	for _, e := range es {
+		b = be.AppendUint64(b, e.N)
+		b = be.AppendUint64(b, e.Flags)
+	}
+	return b
+}
+
+// ParseBlockStatusExt decodes the payload of a ChunkBlockStatusExt, appending to es.
+func ParseBlockStatusExt(payload []byte, es []Extent64) (context uint32, _ []Extent64, err error) {
+	if len(payload) < 8+Extent64Size || (len(payload)-8)%Extent64Size != 0 ||
+		uint64(be.Uint32(payload[4:])) != uint64(len(payload)-8)/Extent64Size {
+		return 0, es, ErrLengths
+	}
+	context = be.Uint32(payload)
+	for p := payload[8:]; len(p) > 0; p = p[Extent64Size:] {
+		es = append(es, Extent64{be.Uint64(p), be.Uint64(p[8:])})
 	}
 	return context, es, nil
 }

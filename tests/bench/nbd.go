@@ -287,7 +287,7 @@ func (c *nbdConn) run(w workload, id int, stop *atomic.Bool) (done int64, err er
 }
 
 func appendRequest(b []byte, cmd uint16, cookie uint64, off int64, n int) []byte {
-	return (&nbdwire.Request{Cmd: cmd, Cookie: cookie, Off: uint64(off), Len: uint32(n)}).Append(b)
+	return (&nbdwire.Request{Cmd: cmd, Cookie: cookie, Off: uint64(off), Len: uint64(n)}).Append(b)
 }
 
 // reply receives replies until a request is answered in full, and returns its slot.

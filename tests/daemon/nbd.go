@@ -81,7 +81,7 @@ func (n *NBD) handshake(export string) error {
 // do sends a request and reads its reply; out is the payload of a write, in the buffer of a read.
 func (n *NBD) do(cmd, flags uint16, off int64, size int, out, in []byte) error {
 	n.handle++
-	q := nbdwire.Request{Flags: flags, Cmd: cmd, Cookie: n.handle, Off: uint64(off), Len: uint32(size)}
+	q := nbdwire.Request{Flags: flags, Cmd: cmd, Cookie: n.handle, Off: uint64(off), Len: uint64(size)}
 	bufs := net.Buffers{q.Append(nil), out}
 	if _, err := bufs.WriteTo(n.c); err != nil {
 		return err
@@ -129,7 +129,7 @@ func (n *NBD) Flush() error                   { return n.do(nbdwire.CmdFlush, 0,
 func (n *NBD) ReadAhead(count, size int) error {
 	var b []byte
 	for i := range count {
-		b = (&nbdwire.Request{Cmd: nbdwire.CmdRead, Cookie: uint64(i), Len: uint32(size)}).Append(b)
+		b = (&nbdwire.Request{Cmd: nbdwire.CmdRead, Cookie: uint64(i), Len: uint64(size)}).Append(b)
 	}
 	if _, err := n.c.Write(b); err != nil {
 		return err

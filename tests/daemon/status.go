@@ -72,7 +72,7 @@ func (s *Status) handshake(export string, contexts []string) error {
 // Ask returns the extents from off on, by context.
 func (s *Status) Ask(off, n int64) (map[string][]nbdwire.Extent, error) {
 	s.cookie++
-	q := nbdwire.Request{Cmd: nbdwire.CmdBlockStatus, Cookie: s.cookie, Off: uint64(off), Len: uint32(n)}
+	q := nbdwire.Request{Cmd: nbdwire.CmdBlockStatus, Cookie: s.cookie, Off: uint64(off), Len: uint64(n)}
 	if _, err := s.c.Write(q.Append(nil)); err != nil {
 		return nil, err
 	}

@@ -251,7 +251,7 @@ func wr(off uint64, n uint32, flags ...uint16) nbdwire.Request {
 }
 
 func req(cmd uint16, off uint64, n uint32, flags []uint16) nbdwire.Request {
-	q := nbdwire.Request{Cmd: cmd, Off: off, Len: n}
+	q := nbdwire.Request{Cmd: cmd, Off: off, Len: uint64(n)}
 	for _, f := range flags {
 		q.Flags |= f
 	}

@@ -184,7 +184,7 @@ func TestRequestsEqualReference(t *testing.T) {
 		for _, r := range [][2]uint64{{0, 0}, {0, 512}, {4096, 70000}, {500 << 10, 100 << 10}, {1 << 20, 0},
 			{1<<20 - 512, 1024}, {1<<20 + 1, 0}, {1 << 63, 1}, {0, 1 << 20}} {
 			for _, f := range flags {
-				qs = append(qs, nbdwire.Request{Cmd: cmd, Off: r[0], Len: uint32(r[1]), Flags: f})
+				qs = append(qs, nbdwire.Request{Cmd: cmd, Off: r[0], Len: uint64(r[1]), Flags: f})
 			}
 		}
 	}

@@ -98,7 +98,7 @@ type conn struct {
 type slot struct {
 	cookie uint64 // of the request that has the slot
 	req    nbdwire.Request
-	head   [nbdwire.RequestSize]byte
+	head   []byte  // as it is sent
 	out    blk.Vec // what a write sends
 	in     blk.Vec // what a read fills
 	done   chan signal
@@ -112,7 +112,7 @@ type slot struct {
 	errs    int    // chunks that told of one
 	filled  []span // what of in is there, in order and with gaps between
 	extents int
-	extent  nbdwire.Extent // the first
+	extent  nbdwire.Extent64 // the first
 }
 
 // span is [from, to), in bytes.
@@ -135,6 +135,7 @@ func newConn(nc net.Conn, e *export, clk clock.Clock) *conn {
 	for i := range c.slots {
 		s := &c.slots[i]
 		s.cookie, s.done = uint64(i), make(chan signal, 2)
+		s.head = make([]byte, 0, nbdwire.ExtRequestSize)
 		c.free <- s
 	}
 	return c
@@ -151,7 +152,7 @@ func (m meter) Read(b []byte) (int, error) {
 
 // do has a request executed. lost: the connection ended before the answer, so the request may have
 // been executed or not.
-func (c *conn) do(r *blk.Req, q nbdwire.Request, out, in blk.Vec) (x nbdwire.Extent, lost bool, err error) {
+func (c *conn) do(r *blk.Req, q nbdwire.Request, out, in blk.Vec) (x nbdwire.Extent64, lost bool, err error) {
 	s, err := c.take(r)
 	if s == nil {
 		return x, err == nil, err
@@ -159,7 +160,7 @@ func (c *conn) do(r *blk.Req, q nbdwire.Request, out, in blk.Vec) (x nbdwire.Ext
 	s.cookie += maxInFlight // so that none is used twice
 	q.Cookie = s.cookie
 	s.req, s.out, s.in = q, out, in
-	q.Append(s.head[:0])
+	s.head = c.header(s.head[:0], q)
 	s.sent, s.answered, s.lost, s.err = false, false, false, nil
 	s.errs, s.filled, s.extents = 0, s.filled[:0], 0
 	if c.send(r, s) {
@@ -172,6 +173,17 @@ func (c *conn) do(r *blk.Req, q nbdwire.Request, out, in blk.Vec) (x nbdwire.Ext
 	s.out, s.in = blk.Vec{}, blk.Vec{}
 	c.free <- s
 	return x, lost, err
+}
+
+// header is a request as the server takes it.
+func (c *conn) header(b []byte, q nbdwire.Request) []byte {
+	if !c.e.extended {
+		return q.Append(b)
+	}
+	if q.Cmd == nbdwire.CmdWrite {
+		q.Flags |= nbdwire.CmdFlagPayload
+	}
+	return q.AppendExt(b)
 }
 
 // take waits for a free slot; it is nil with an error, or without if the connection has ended.
@@ -256,7 +268,7 @@ func (c *conn) write() error {
 	c.bufs = c.bufs[:0]
 	for _, s := range c.batch {
 		head := len(c.bufs)
-		c.bufs = s.out.AppendTo(append(c.bufs, s.head[:]))
+		c.bufs = s.out.AppendTo(append(c.bufs, s.head))
 		for i := head + 1; i < len(c.bufs); i++ {
 			if b := c.bufs[i]; len(b) > sendPiece {
 				c.bufs = slices.Insert(c.bufs, i+1, b[sendPiece:])
@@ -319,6 +331,10 @@ func (c *conn) killLocked(err error) {
 		c.dead = err
 		_ = c.nc.Close() // wakes who reads and who sends
 		c.told.Signal()
+		if c.watched {
+			c.watch.Stop()
+			c.watched = false
+		}
 	}
 }
 
@@ -362,7 +378,7 @@ func (c *conn) bye() {
 	}
 	q := nbdwire.Request{Cmd: nbdwire.CmdDisc}
 	_ = c.nc.SetWriteDeadline(time.Now().Add(10 * time.Millisecond))
-	_, _ = c.nc.Write(q.Append(nil)) // it would see the end in any case
+	_, _ = c.nc.Write(c.header(nil, q)) // it would see the end in any case
 }
 
 // hurry says that somebody wants to be rid of the requests under way: a server that moves nothing

@@ -136,6 +136,8 @@ func (d *disk) fits(e *export) bool {
 	switch {
 	case e.size != d.e.size, d.e.flags&^e.flags&needed != 0, d.e.status && !e.status:
 		return false
+	case d.e.extended && !e.extended: // requests may be longer than it takes
+		return false
 	case e.has(nbdwire.FlagReadOnly) && !d.e.has(nbdwire.FlagReadOnly):
 		return false
 	}
@@ -157,9 +159,9 @@ func (e *export) limits() blk.Limits {
 	if e.maxBlock > 0 {
 		most = max(min(most, blk.AlignDown(int64(e.maxBlock), align)), align)
 	}
-	l := blk.Limits{
-		RequestAlign: align, MaxTransfer: most, MaxZero: most,
-		MaxDiscard: blk.AlignDown(math.MaxInt32, align),
+	l := blk.Limits{RequestAlign: align, MaxTransfer: most}
+	if !e.extended { // else what has no payload has no limit
+		l.MaxZero, l.MaxDiscard = most, blk.AlignDown(math.MaxInt32, align)
 	}
 	if int64(e.optBlock) > align && bits.OnesCount32(e.optBlock) == 1 && int64(e.optBlock) <= most {
 		l.OptTransfer = int64(e.optBlock)

@@ -37,6 +37,14 @@
 // again may be executed twice. A server that goes on with the requests of a connection that has
 // ended may execute it once more after a later write of the same range.
 //
+// Attempts to connect again begin at once, then after 100 ms, and pauses double up to 16 s.
+//
+// # Extended headers
+//
+// They are spoken with a server that has them. Then zeroing, discarding and questions about the
+// block status are one request however long the range is. A server that comes back without them is
+// not taken.
+//
 // # TLS
 //
 // With tls-creds nothing but the request for TLS goes in the clear, also when the driver connects

@@ -25,6 +25,7 @@ type export struct {
 	// Block sizes, 0 if the server does not say.
 	minBlock, optBlock, maxBlock uint32
 	structured                   bool
+	extended                     bool // headers, which implies structured replies
 	status                       bool // block status of the context asked for, which has the id context
 	context                      uint32
 }
@@ -121,8 +122,14 @@ func (h *hello) newStyle() error {
 	if !fixed {
 		return h.exportName()
 	}
-	if h.e.structured, err = h.simpleOption(nbdwire.OptStructuredReply, false); err != nil {
+	if h.e.extended, err = h.simpleOption(nbdwire.OptExtendedHeaders, false); err != nil {
 		return err
+	}
+	h.e.structured = h.e.extended
+	if !h.e.structured {
+		if h.e.structured, err = h.simpleOption(nbdwire.OptStructuredReply, false); err != nil {
+			return err
+		}
 	}
 	if h.e.structured {
 		if err := h.metaContext(); err != nil {
@@ -154,6 +161,14 @@ func (h *hello) startTLS() error {
 	return nil
 }
 
+// optName is the name of an option in error texts, also of one that our server does not have.
+func optName(opt uint32) string {
+	if opt == nbdwire.OptExtendedHeaders {
+		return "extended headers"
+	}
+	return nbdwire.OptName(opt)
+}
+
 // simpleOption sends an option without data and tells whether the server agrees. It may refuse for
 // whatever reason, unless strict.
 func (h *hello) simpleOption(opt uint32, strict bool) (bool, error) {
@@ -169,11 +184,11 @@ func (h *hello) simpleOption(opt uint32, strict bool) (bool, error) {
 	}
 	if r.Type != nbdwire.RepAck {
 		return false, invalid("Server answered option %d (%s) with unexpected reply %d (%s)",
-			opt, nbdwire.OptName(opt), r.Type, nbdwire.RepName(r.Type))
+			opt, optName(opt), r.Type, nbdwire.RepName(r.Type))
 	}
 	if r.Len != 0 {
 		return false, invalid("Option %d ('%s') response length is %d (it should be zero)",
-			opt, nbdwire.OptName(opt), r.Len)
+			opt, optName(opt), r.Len)
 	}
 	return true, nil
 }
@@ -337,7 +352,7 @@ func (h *hello) reply(opt uint32) (r nbdwire.OptReply, err error) {
 	}
 	if r.Opt != opt {
 		return r, invalid("Unexpected option type %d (%s), expected %d (%s)",
-			r.Opt, nbdwire.OptName(r.Opt), opt, nbdwire.OptName(opt))
+			r.Opt, optName(r.Opt), opt, optName(opt))
 	}
 	return r, nil
 }
@@ -378,7 +393,7 @@ func (h *hello) refusal(r nbdwire.OptReply, strict bool) error {
 	case nbdwire.RepErrBlockSizeReqd:
 		format = "Server requires INFO_BLOCK_SIZE for option %d (%s)"
 	}
-	return h.reported(invalid(format, r.Opt, nbdwire.OptName(r.Opt)), text, advice)
+	return h.reported(invalid(format, r.Opt, optName(r.Opt)), text, advice)
 }
 
 // reported is err with advice, and with the server's own words, if it had any.

@@ -27,8 +27,10 @@ type dialogue struct{ server, want string }
 func dialogues() []dialogue {
 	const opt, unsup = nbdwire.OptGo, nbdwire.RepErrUnsup
 	hi := string(nbdwire.AppendGreeting(nil, nbdwire.FixedNewstyle|nbdwire.NoZeroes))
-	plain := hi + reply(nbdwire.OptStructuredReply, unsup)
-	structured := hi + reply(nbdwire.OptStructuredReply, nbdwire.RepAck)
+	old := hi + reply(nbdwire.OptExtendedHeaders, unsup)
+	extended := hi + reply(nbdwire.OptExtendedHeaders, nbdwire.RepAck)
+	plain := old + reply(nbdwire.OptStructuredReply, unsup)
+	structured := old + reply(nbdwire.OptStructuredReply, nbdwire.RepAck)
 	context := string(nbdwire.AppendMetaContext(nil, nbdwire.OptSetMetaContext, 7, nbdwire.ContextAllocation))
 	ack := reply(opt, nbdwire.RepAck)
 	size := item(nbdwire.Info{Type: nbdwire.InfoExport, Size: 1 << 20, Flags: 0x6d})
@@ -45,10 +47,12 @@ func dialogues() []dialogue {
 		{"NBDMAGICIHAVEOPT\x00\x00", "Failed to read export length" + eof},
 		{hi, "Failed to read option reply" + eof},
 		{hi + strings.Repeat("z", 20), "Unexpected option reply magic"},
-		{hi + ack, "Unexpected option type 7 (go), expected 8 (structured reply)"},
-		{hi + reply(8, nbdwire.RepAck, 'x'), "Option 8 ('structured reply') response length is 1 (it should be zero)"},
-		{hi + reply(8, nbdwire.RepInfo, 'x'), "Server answered option 8 (structured reply) with unexpected reply 3 (info)"},
-		{hi + reply(8, nbdwire.RepErrPolicy, 'x') + reply(opt, nbdwire.RepErrPolicy), "Denied by server for option 7 (go)"},
+		{hi + ack, "Unexpected option type 7 (go), expected 11 (extended headers)"},
+		{hi + reply(11, nbdwire.RepAck, 'x'), "Option 11 ('extended headers') response length is 1 (it should be zero)"},
+		{old + ack, "Unexpected option type 7 (go), expected 8 (structured reply)"},
+		{old + reply(8, nbdwire.RepAck, 'x'), "Option 8 ('structured reply') response length is 1 (it should be zero)"},
+		{old + reply(8, nbdwire.RepInfo, 'x'), "Server answered option 8 (structured reply) with unexpected reply 3 (info)"},
+		{old + reply(8, nbdwire.RepErrPolicy, 'x') + reply(opt, nbdwire.RepErrPolicy), "Denied by server for option 7 (go)"},
 		{plain + reply(opt, nbdwire.RepErrTLSReqd, 'x'), "TLS negotiation required before option 7 (go)"},
 		{plain + reply(opt, nbdwire.RepErrInvalid), "Invalid parameters for option 7 (go)"},
 		{plain + reply(opt, nbdwire.RepErrPlatform), "Server lacks support for option 7 (go)"},
@@ -81,6 +85,8 @@ func dialogues() []dialogue {
 		{plain + reply(opt, nbdwire.RepInfo, 0, 99, 1) + blocks(512, 4096, 1<<20) + size + ack, ""},
 		{structured + context + reply(10, nbdwire.RepAck) + size + ack, ""},
 		{structured + reply(10, nbdwire.RepErrUnknown, 'x') + size + ack, ""},
+		{extended + context + reply(10, nbdwire.RepAck) + size + ack, ""}, // structured replies are not asked for
+		{hi + reply(11, nbdwire.RepErrPolicy, 'x') + reply(8, nbdwire.RepAck) + reply(10, nbdwire.RepAck) + size + ack, ""},
 		{plain + reply(opt, unsup) + string(put64(1<<20)) + "\x00\x6d", ""},
 	}
 }
@@ -137,12 +143,13 @@ func TestOldStyle(t *testing.T) {
 func TestHint(t *testing.T) {
 	hi := string(nbdwire.AppendGreeting(nil, nbdwire.FixedNewstyle|nbdwire.NoZeroes))
 	var hint interface{ Hint() string }
-	answers := hi + reply(8, nbdwire.RepErrUnsup) + reply(nbdwire.OptGo, nbdwire.RepErrPolicy, 'n', 'o', 0xff)
+	hi += reply(11, nbdwire.RepErrUnsup) + reply(8, nbdwire.RepErrUnsup)
+	answers := hi + reply(nbdwire.OptGo, nbdwire.RepErrPolicy, 'n', 'o', 0xff)
 	_, err := shake(script(t, answers), "", "")
 	if !errors.As(err, &hint) || hint.Hint() != "server reported: no?" {
 		t.Errorf("no hint in %v", err)
 	}
-	answers = hi + reply(8, nbdwire.RepErrUnsup) + reply(nbdwire.OptGo, nbdwire.RepErrTLSReqd, 'n', 'o')
+	answers = hi + reply(nbdwire.OptGo, nbdwire.RepErrTLSReqd, 'n', 'o')
 	_, err = shake(script(t, answers), "", "")
 	if !errors.As(err, &hint) || hint.Hint() != "Did you forget a valid tls-creds?\nserver reported: no" {
 		t.Errorf("no hint in %v", err)
@@ -166,7 +173,8 @@ func TestSilentHandshake(t *testing.T) {
 
 // FuzzHandshake: no server makes the client panic, or take much memory.
 func FuzzHandshake(f *testing.F) {
-	f.Add([]byte("NBDMAGICIHAVEOPT\x00\x03" + reply(8, 1) +
+	f.Add([]byte("NBDMAGICIHAVEOPT\x00\x03" + reply(11, 1) + item(nbdwire.Info{Size: 512}) + reply(7, 1)))
+	f.Add([]byte("NBDMAGICIHAVEOPT\x00\x03" + reply(11, nbdwire.RepErrUnsup) + reply(8, 1) +
 		string(nbdwire.AppendMetaContext(nil, 10, 7, nbdwire.ContextAllocation)) +
 		reply(10, 1) + item(nbdwire.Info{Size: 512}) + reply(7, 1)))
 	f.Fuzz(func(t *testing.T, b []byte) {
@@ -190,28 +198,36 @@ func FuzzReplies(f *testing.F) {
 	f.Add(slices.Concat(piece(q, 32, 32, 1), piece(q, 16, 32, 2), done(q)))
 	f.Add(nbdwire.AppendError(nil, q.Cookie, nbdwire.EIO, "text"))
 	f.Add(nbdwire.AppendBlockStatus(nil, 1, q.Cookie+1, 7, []nbdwire.Extent{{N: 3, Flags: 1}}))
+	f.Add(extData(q, 1))
+	f.Add(nbdwire.AppendBlockStatusExt(nil, 1, q.Cookie+1, q.Off, 7, []nbdwire.Extent64{{N: 1 << 40, Flags: 1}}))
 	f.Fuzz(func(t *testing.T, b []byte) {
-		e := all
-		c := newConn(script(t, string(bytes.ReplaceAll(b, []byte{0xEE}, nil))), &e, clock.Real)
-		buf := bytes.Repeat([]byte{0xEE}, 64)
-		for i := range 2 {
-			s := &c.slots[i]
-			q := nbdwire.Request{Cmd: nbdwire.CmdRead, Cookie: maxInFlight + uint64(i), Off: 4096, Len: 64}
-			if i == 1 {
-				q.Cmd = nbdwire.CmdBlockStatus
-			}
-			s.req, s.busy, s.sent = q, true, true
-			c.busy++ // +checklocksignore: nobody else has it yet
-		}
-		c.slots[0].setBuffer(buf)
-		c.run(func(error) {})
-		for i := range 2 {
-			if len(c.slots[i].done) != 1 {
-				t.Errorf("request %d: %d ends", i, len(c.slots[i].done))
-			}
-		}
-		if s := &c.slots[0]; !s.lost && s.err == nil && bytes.IndexByte(buf, 0xEE) >= 0 {
-			t.Errorf("the buffer is %x", buf)
-		}
+		fuzzReplies(t, b, false)
+		fuzzReplies(t, b, true)
 	})
+}
+
+func fuzzReplies(t *testing.T, b []byte, extended bool) {
+	e := all
+	e.extended = extended
+	c := newConn(script(t, string(bytes.ReplaceAll(b, []byte{0xEE}, nil))), &e, clock.Real)
+	buf := bytes.Repeat([]byte{0xEE}, 64)
+	for i := range 2 {
+		s := &c.slots[i]
+		q := nbdwire.Request{Cmd: nbdwire.CmdRead, Cookie: maxInFlight + uint64(i), Off: 4096, Len: 64}
+		if i == 1 {
+			q.Cmd = nbdwire.CmdBlockStatus
+		}
+		s.req, s.busy, s.sent = q, true, true
+		c.busy++ // +checklocksignore: nobody else has it yet
+	}
+	c.slots[0].setBuffer(buf)
+	c.run(func(error) {})
+	for i := range 2 {
+		if len(c.slots[i].done) != 1 {
+			t.Errorf("request %d: %d ends", i, len(c.slots[i].done))
+		}
+	}
+	if s := &c.slots[0]; !s.lost && s.err == nil && bytes.IndexByte(buf, 0xEE) >= 0 {
+		t.Errorf("the buffer is %x", buf)
+	}
 }

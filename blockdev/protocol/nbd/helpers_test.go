@@ -103,11 +103,18 @@ var all = export{
 
 func newWorld(t testing.TB, delay time.Duration) *world {
 	t.Helper()
+	return newWorldOf(t, delay, func(*export) {})
+}
+
+// newWorldOf is newWorld with another export.
+func newWorldOf(t testing.TB, delay time.Duration, change func(e *export)) *world {
+	t.Helper()
 	old := slog.Default()
 	slog.SetDefault(slog.New(slog.DiscardHandler))
-	w := &world{t: t, clock: clock.NewManual(time.Unix(0, 0)), back: all}
-	w.dialled, w.tries = make(chan net.Conn), make(chan struct{}, 100)
 	e := all
+	change(&e)
+	w := &world{t: t, clock: clock.NewManual(time.Unix(0, 0)), back: e}
+	w.dialled, w.tries = make(chan net.Conn), make(chan struct{}, 100)
 	w.disk = newDisk(&server{context: nbdwire.ContextAllocation}, &e, "node", delay, w.clock)
 	w.link.dial = func(ctx context.Context) (net.Conn, *export, error) {
 		w.tries <- struct{}{}

@@ -87,7 +87,7 @@ func TestPoison(t *testing.T) {
 		p.nc.Close()
 		w.becomes(waiting)
 		for w.rests() {
-			w.clock.Advance(time.Second / 2)
+			w.clock.Advance(firstPause)
 		}
 		if len(w.tries) == 0 { // nobody waits for the server any more
 			break
@@ -97,8 +97,10 @@ func TestPoison(t *testing.T) {
 	if err := within(t, "an error", got); err != syscall.EIO {
 		t.Error(err)
 	}
-	if len(starts) < 3 || len(starts) > 6 {
-		t.Errorf("servers came back after %v", starts)
+	const ms = time.Millisecond
+	want := []time.Duration{0, 100 * ms, 300 * ms, 700 * ms, 1500 * ms, 3100 * ms, 6300 * ms, 12700 * ms}
+	if !slices.Equal(starts, want) {
+		t.Errorf("servers came back after %v, want %v", starts, want)
 	}
 	w.becomes(offline)
 }

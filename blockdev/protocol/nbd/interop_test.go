@@ -173,3 +173,45 @@ func TestDirtyBitmap(t *testing.T) {
 		t.Errorf("%+v, %v", x, err)
 	}
 }
+
+// With extended headers QEMU 10 takes zeroing, discarding and questions about more than 4 GiB.
+func TestExtendedPeer(t *testing.T) {
+	const size = 64 << 30
+	file := filepath.Join(t.TempDir(), "f")
+	if err := os.WriteFile(file, bytes.Repeat([]byte{1}, 1<<20), 0o600); err != nil {
+		t.Fatal(err)
+	}
+	if err := os.Truncate(file, size); err != nil {
+		t.Fatal(err)
+	}
+	path := outside(t, "qemu-nbd10", "-t", "-f", "raw", "-x", "x", "-k", "SOCKET", "--discard=unmap", file)
+	g := drivertest.NewGraph(t)
+	n := connect(t, g, path, "x", nil)
+	if l := n.Driver().Caps().Limits; l.MaxZero != 0 || l.MaxDiscard != 0 {
+		t.Fatalf("no extended headers: %+v", l)
+	}
+	root := drivertest.AddRoot(t, g, n, drivertest.Writer)
+	r, err := root.Begin(context.Background())
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer root.End(r)
+	const hole = size - 1<<20
+	if x, err := n.IO().Status(r, 1<<20, hole); err != nil || x.Data || !x.Zero || x.N <= 4<<30 {
+		t.Errorf("the status is %+v, %v", x, err)
+	}
+	if err := root.Zero(r, 4096, size-4096, blk.MayUnmap); err != nil {
+		t.Error(err)
+	}
+	if err := root.Discard(r, 8192, size-8192); err != nil {
+		t.Error(err)
+	}
+	b := make([]byte, 8192)
+	if err := root.ReadAt(r, blk.Buf(b), 0, 0); err != nil ||
+		!bytes.Equal(b, append(bytes.Repeat([]byte{1}, 4096), make([]byte, 4096)...)) {
+		t.Errorf("%v, %x", err, b[4090:4100])
+	}
+	if err := root.WriteAt(r, blk.Buf(b), size-8192, blk.FUA); err != nil {
+		t.Error(err)
+	}
+}

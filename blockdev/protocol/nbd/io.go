@@ -2,6 +2,7 @@ package nbd
 
 import (
 	"context"
+	"math"
 	"syscall"
 
 	"qblockd/blockdev/nbdwire"
@@ -28,7 +29,7 @@ func (d *disk) ReadAt(r *blk.Req, v blk.Vec, off int64, f blk.Flags) error {
 		}
 		v, n = v.Slice(0, k), k
 	}
-	q := nbdwire.Request{Cmd: nbdwire.CmdRead, Off: uint64(off), Len: uint32(n)}
+	q := nbdwire.Request{Cmd: nbdwire.CmdRead, Off: uint64(off), Len: uint64(n)}
 	_, err := d.link.do(r, q, blk.Vec{}, v)
 	return err
 }
@@ -45,7 +46,7 @@ func (d *disk) WriteAt(r *blk.Req, v blk.Vec, off int64, f blk.Flags) error {
 		}
 		v, n = v.Slice(0, k), k
 	}
-	q := nbdwire.Request{Cmd: nbdwire.CmdWrite, Off: uint64(off), Len: uint32(n)}
+	q := nbdwire.Request{Cmd: nbdwire.CmdWrite, Off: uint64(off), Len: uint64(n)}
 	if f&blk.FUA != 0 && d.e.has(nbdwire.FlagFUA) {
 		q.Flags = nbdwire.CmdFlagFUA
 	}
@@ -61,7 +62,7 @@ func (d *disk) Zero(r *blk.Req, off, n int64, f blk.Flags) error {
 	if n = d.inside(off, n); n == 0 {
 		return nil
 	}
-	q := nbdwire.Request{Cmd: nbdwire.CmdWriteZeroes, Off: uint64(off), Len: uint32(n)}
+	q := nbdwire.Request{Cmd: nbdwire.CmdWriteZeroes, Off: uint64(off), Len: uint64(n)}
 	if f&blk.FUA != 0 && d.e.has(nbdwire.FlagFUA) {
 		q.Flags |= nbdwire.CmdFlagFUA
 	}
@@ -83,7 +84,7 @@ func (d *disk) Discard(r *blk.Req, off, n int64) error {
 	if n = d.inside(off, n); n == 0 {
 		return nil
 	}
-	q := nbdwire.Request{Cmd: nbdwire.CmdTrim, Off: uint64(off), Len: uint32(n)}
+	q := nbdwire.Request{Cmd: nbdwire.CmdTrim, Off: uint64(off), Len: uint64(n)}
 	_, err := d.link.do(r, q, blk.Vec{}, blk.Vec{})
 	return err
 }
@@ -107,9 +108,11 @@ func (d *disk) Status(r *blk.Req, off, n int64) (blk.Extent, error) {
 		return blk.Extent{N: n, Data: true, OffValid: true, MapOff: off}, nil
 	}
 	align := d.e.limits().RequestAlign
-	k = min(k, blk.AlignDown(nbdwire.MaxPayload<<6-1, align)) // what fits into 31 bits
+	if !d.e.extended {
+		k = min(k, blk.AlignDown(math.MaxInt32, align))
+	}
 	q := nbdwire.Request{
-		Cmd: nbdwire.CmdBlockStatus, Flags: nbdwire.CmdFlagReqOne, Off: uint64(off), Len: uint32(k),
+		Cmd: nbdwire.CmdBlockStatus, Flags: nbdwire.CmdFlagReqOne, Off: uint64(off), Len: uint64(k),
 	}
 	x, err := d.link.do(r, q, blk.Vec{}, blk.Vec{})
 	if err != nil {
@@ -119,8 +122,8 @@ func (d *disk) Status(r *blk.Req, off, n int64) (blk.Extent, error) {
 }
 
 // extent is what x, the answer to a question about [off, off+n), says of whole blocks.
-func (d *disk) extent(x nbdwire.Extent, off, n, align int64) blk.Extent {
-	got := min(int64(x.N), n)
+func (d *disk) extent(x nbdwire.Extent64, off, n, align int64) blk.Extent {
+	got := int64(min(x.N, uint64(n)))
 	if got < n && got%align != 0 {
 		if got < align { // the server tells of less than it reads
 			got, x.Flags = min(align, n), 0
@@ -132,7 +135,8 @@ func (d *disk) extent(x nbdwire.Extent, off, n, align int64) blk.Extent {
 		x.Flags = 2 // any depth is data of a layer below
 	}
 	return blk.Extent{
-		N: got, Data: x.Flags&nbdwire.StateHole == 0, Zero: x.Flags&nbdwire.StateZero != 0, OffValid: true, MapOff: off,
+		N: got, OffValid: true, MapOff: off,
+		Data: x.Flags&uint64(nbdwire.StateHole) == 0, Zero: x.Flags&uint64(nbdwire.StateZero) != 0,
 	}
 }
 

@@ -17,7 +17,7 @@ import (
 )
 
 // Pauses between attempts to connect again; each is twice as long as the one before.
-const firstPause, lastPause = time.Second, 16 * time.Second
+const firstPause, lastPause = 100 * time.Millisecond, 16 * time.Second
 
 // maxSends is how often a request is sent: one that each of so many servers did not survive may be
 // the reason.
@@ -100,15 +100,15 @@ func (l *link) becomeLocked(s state) {
 }
 
 // do has a request executed by whatever connection there is.
-func (l *link) do(r *blk.Req, q nbdwire.Request, out, in blk.Vec) (nbdwire.Extent, error) {
+func (l *link) do(r *blk.Req, q nbdwire.Request, out, in blk.Vec) (nbdwire.Extent64, error) {
 	if r.NoWait {
-		return nbdwire.Extent{}, blk.ErrWouldBlock
+		return nbdwire.Extent64{}, blk.ErrWouldBlock
 	}
 	before := l.written.Load()
 	for sends := range maxSends {
 		c, err := l.get(r, sends > 0)
 		if err != nil {
-			return nbdwire.Extent{}, err
+			return nbdwire.Extent64{}, err
 		}
 		if x, lost, err := c.do(r, q, out, in); !lost {
 			switch {
@@ -124,7 +124,7 @@ func (l *link) do(r *blk.Req, q nbdwire.Request, out, in blk.Vec) (nbdwire.Exten
 			break
 		}
 	}
-	return nbdwire.Extent{}, syscall.EIO
+	return nbdwire.Extent64{}, syscall.EIO
 }
 
 // get is the connection in use, or the next one if requests may wait for it. Without one, a request

@@ -27,26 +27,16 @@ func breach(format string, a ...any) error { return protocolError(fmt.Sprintf(fo
 
 // readReply takes in a simple reply or one chunk of a structured one.
 func (c *conn) readReply() error {
-	b, err := c.in.Peek(nbdwire.SimpleSize)
+	p, err := c.replyHead()
 	if err != nil {
 		return err
 	}
-	var p nbdwire.Reply
-	n, err := p.ParseReply(b)
-	if n == 0 && err == nil {
-		if b, err = c.in.Peek(nbdwire.ChunkSize); err != nil {
-			return err
-		}
-		n, err = p.ParseReply(b)
-	}
-	if err != nil {
-		return breach("invalid magic")
-	}
-	_, _ = c.in.Discard(n) // it is buffered
 	s := c.find(p.Cookie)
 	switch {
 	case s == nil:
 		return breach("reply to a request that is not under way")
+	case p.Extended && p.Off != s.req.Off:
+		return breach("reply to a request at %d instead of %d", p.Off, s.req.Off)
 	case p.Structured:
 		err = c.chunk(s, &p)
 	default:
@@ -70,6 +60,29 @@ func (c *conn) readReply() error {
 	}
 	c.mu.Unlock()
 	return nil
+}
+
+// replyHead reads the head of a reply.
+func (c *conn) replyHead() (p nbdwire.Reply, err error) {
+	b, err := c.in.Peek(nbdwire.SimpleSize)
+	if err != nil {
+		return p, err
+	}
+	n, err := nbdwire.ReplySize(b)
+	if err != nil {
+		return p, breach("invalid magic")
+	}
+	if c.e.extended != (n == nbdwire.ExtChunkSize) {
+		return p, breach("extended headers are used in some messages only")
+	}
+	if b, err = c.in.Peek(n); err != nil {
+		return p, err
+	}
+	if _, err = p.ParseReply(b); err != nil {
+		return p, breach("invalid magic")
+	}
+	_, err = c.in.Discard(n) // it is buffered
+	return p, err
 }
 
 // find is the slot of the request with a cookie, nil if it is not under way.
@@ -133,8 +146,9 @@ func (c *conn) chunk(s *slot, p *nbdwire.Reply) error {
 		return c.dataChunk(s, p.Len)
 	case p.Type == nbdwire.ChunkOffsetHole && read:
 		return c.holeChunk(s, p.Len)
-	case p.Type == nbdwire.ChunkBlockStatus && s.req.Cmd == nbdwire.CmdBlockStatus:
-		return c.statusChunk(s, p.Len)
+	case p.Type == nbdwire.ChunkBlockStatus && s.req.Cmd == nbdwire.CmdBlockStatus,
+		p.Type == nbdwire.ChunkBlockStatusExt && s.req.Cmd == nbdwire.CmdBlockStatus && c.e.extended:
+		return c.statusChunk(s, p)
 	case p.Type&nbdwire.ChunkErrBit != 0:
 		return c.errorChunk(s, p)
 	}
@@ -142,7 +156,7 @@ func (c *conn) chunk(s *slot, p *nbdwire.Reply) error {
 }
 
 // payload reads a small payload; it holds until the next call.
-func (c *conn) payload(n uint32) ([]byte, error) {
+func (c *conn) payload(n uint64) ([]byte, error) {
 	b, err := c.in.Peek(int(n))
 	if err == nil {
 		_, _ = c.in.Discard(int(n)) // it is buffered
@@ -150,7 +164,7 @@ func (c *conn) payload(n uint32) ([]byte, error) {
 	return b, err
 }
 
-func (c *conn) dataChunk(s *slot, n uint32) error {
+func (c *conn) dataChunk(s *slot, n uint64) error {
 	if n <= 8 {
 		return breach("invalid payload for NBD_REPLY_TYPE_OFFSET_DATA")
 	}
@@ -168,7 +182,7 @@ func (c *conn) dataChunk(s *slot, n uint32) error {
 	return c.readInto(s.in, at, int64(n-8))
 }
 
-func (c *conn) holeChunk(s *slot, n uint32) error {
+func (c *conn) holeChunk(s *slot, n uint64) error {
 	if n != 12 {
 		return breach("invalid payload for NBD_REPLY_TYPE_OFFSET_HOLE")
 	}
@@ -180,7 +194,7 @@ func (c *conn) holeChunk(s *slot, n uint32) error {
 	if err != nil || k == 0 {
 		return breach("invalid payload for NBD_REPLY_TYPE_OFFSET_HOLE")
 	}
-	at, err := s.part(off, k)
+	at, err := s.part(off, uint64(k))
 	if err == nil {
 		s.in.Slice(at, int64(k)).Zero()
 	}
@@ -189,9 +203,9 @@ func (c *conn) holeChunk(s *slot, n uint32) error {
 
 // part is where in a read's buffer a chunk of n bytes from off on belongs. Chunks come in any
 // order, but none has what another had.
-func (s *slot) part(off uint64, n uint32) (at int64, err error) {
-	begin, size := s.req.Off, uint64(s.req.Len)
-	if off < begin || off-begin > size || uint64(n) > size-(off-begin) {
+func (s *slot) part(off uint64, n uint64) (at int64, err error) {
+	begin, size := s.req.Off, s.req.Len
+	if off < begin || off-begin > size || n > size-(off-begin) {
 		return 0, breach("server sent chunk exceeding requested region")
 	}
 	x := span{int64(off - begin), int64(off-begin) + int64(n)}
@@ -215,32 +229,46 @@ func (s *slot) part(off uint64, n uint32) (at int64, err error) {
 	return at, nil
 }
 
-func (c *conn) statusChunk(s *slot, n uint32) error {
-	if n > maxStatus {
+func (c *conn) statusChunk(s *slot, p *nbdwire.Reply) error {
+	if p.Len > maxStatus {
 		return breach("Payload too large")
 	}
-	b, err := c.payload(n)
+	b, err := c.payload(p.Len)
 	if err != nil {
 		return err
 	}
-	var few [1]nbdwire.Extent
-	if len(b) > 4+nbdwire.ExtentSize && (len(b)-4)%nbdwire.ExtentSize == 0 {
-		b = b[:4+nbdwire.ExtentSize] // more than was asked for
-	}
-	id, xs, err := nbdwire.ParseBlockStatus(b, few[:0])
+	id, x, err := firstExtent(p.Type, b)
 	switch {
 	case err != nil:
 		return breach("invalid payload for NBD_REPLY_TYPE_BLOCK_STATUS")
 	case id != c.e.context:
 		return breach("unexpected context id %d for NBD_REPLY_TYPE_BLOCK_STATUS, when negotiated context id is %d",
 			id, c.e.context)
-	case xs[0].N == 0:
+	case x.N == 0:
 		return breach("server sent status chunk with zero length")
 	case s.extents > 0:
 		return breach("Several BLOCK_STATUS chunks in reply")
 	}
-	s.extent, s.extents = xs[0], 1
+	s.extent, s.extents = x, 1
 	return nil
+}
+
+// firstExtent is the first extent of a chunk; more were not asked for.
+func firstExtent(typ uint16, b []byte) (id uint32, x nbdwire.Extent64, err error) {
+	if typ == nbdwire.ChunkBlockStatusExt {
+		var few [maxStatus / nbdwire.Extent64Size]nbdwire.Extent64
+		id, xs, err := nbdwire.ParseBlockStatusExt(b, few[:0])
+		if err != nil {
+			return id, x, err
+		}
+		return id, xs[0], nil
+	}
+	var few [maxStatus / nbdwire.ExtentSize]nbdwire.Extent
+	id, xs, err := nbdwire.ParseBlockStatus(b, few[:0])
+	if err != nil {
+		return id, x, err
+	}
+	return id, nbdwire.Extent64{N: uint64(xs[0].N), Flags: uint64(xs[0].Flags)}, nil
 }
 
 func (c *conn) errorChunk(s *slot, p *nbdwire.Reply) error {
