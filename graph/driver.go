@@ -212,6 +212,14 @@ type (
 		// Repairs tells whether that is so.
 		Repairs() bool
 	}
+	// SnapshotApplier drivers can go back to a snapshot, which stays: the node is what it was when
+	// that was made, so large, too, and what it held since is gone. It is held quiet.
+	SnapshotApplier interface {
+		InternalSnapshotter
+		// ApplySnapshot goes back to the first one that has both. May block; changes nothing when
+		// it fails, or only what the next one who opens the image puts right.
+		ApplySnapshot(r *blk.Req, id, name string) error
+	}
 	// SnapshotReader is a driver that keeps a point in time besides what its node shows now
 	// (copy-before-write). Its methods need a unit of work that reaches its node. DiscardSnapshot
 	// tells that a range of the point in time is not needed any more.

@@ -96,6 +96,8 @@ type Def[O any] struct {
 	MaxBackingName, MaxBackingFormat int
 	// Amend executes x-blockdev-amend; see Amends.
 	Amend AmendFunc
+	// Measure executes x-qblockd-measure; see Measures.
+	Measure MeasureFunc
 }
 
 // Listed tells whether a child of that name is an element of the option List.
@@ -115,6 +117,7 @@ func Of[O any](d Def[O]) *Any {
 		Preexisting:    d.Preexisting,
 		Complete:       d.Complete,
 		MaxBackingName: d.MaxBackingName, MaxBackingFormat: d.MaxBackingFormat, Amend: d.Amend,
+		Measure: d.Measure,
 
 		Open:  func(x *Opening, u any) (graph.Driver, error) { return d.Open(x, u.(O)) },
 		Check: untyped(d.Check), Children: untyped(d.Children), Backing: untyped(d.Backing),

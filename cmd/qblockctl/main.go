@@ -7,7 +7,8 @@
 //	help.go      help on QMP commands
 //	shell.go     the interactive shell
 //	completion.go  scripts that make other shells complete
-//	events.go jobs.go watch.go graph.go schema.go check.go amend.go  the commands of those names
+//	events.go jobs.go watch.go graph.go schema.go check.go amend.go measure.go snapshot.go  the
+//	commands of those names
 //	hint.go      what to do about errors
 //	own.go       a daemon of its own, for commands that work on image files
 //	introspect/  what query-qmp-schema says;  picture/  graphs as text, dot and SVG
@@ -152,7 +153,7 @@ func (a *app) commands() *cobra.Command {
 		return fmt.Errorf("%w; %w", err, errUsage)
 	})
 	root.AddCommand(a.shellCommand(), a.graphCommand(), a.jobsCommand(), a.eventsCommand(), a.schemaCommand(),
-		a.checkCommand(), a.amendCommand(), a.completionCommand())
+		a.checkCommand(), a.amendCommand(), a.measureCommand(), a.snapshotCommand(), a.completionCommand())
 	root.SetHelpCommand(a.helpCommand())
 	root.CompletionOptions.DisableDefaultCmd = true
 	return root

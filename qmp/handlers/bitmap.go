@@ -66,6 +66,13 @@ func (b BlockCore) BlockdevSnapshotInternalSync(ctx context.Context, a *types.Bl
 	return b.Jobs.Transaction(ctx, b.Nodes.Graph(), b.Nodes.InternalSnapshot(a))
 }
 
+// XQblockdSnapshotApply goes back to one.
+func (b BlockCore) XQblockdSnapshotApply(
+	ctx context.Context, a *types.XQblockdSnapshotApplyArgs,
+) (*types.SnapshotInfo, error) {
+	return b.Nodes.ApplyInternalSnapshot(ctx, a)
+}
+
 // BlockdevSnapshotDeleteInternalSync deletes one.
 func (b BlockCore) BlockdevSnapshotDeleteInternalSync(
 	ctx context.Context, a *types.BlockdevSnapshotDeleteInternalSyncArgs,

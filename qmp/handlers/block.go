@@ -83,6 +83,13 @@ func (b BlockCore) XBlockdevChange(ctx context.Context, a *types.XBlockdevChange
 	return err
 }
 
+// XQblockdMeasure tells how large an image would be.
+func (b BlockCore) XQblockdMeasure(
+	ctx context.Context, a *types.QblockdMeasureOptions,
+) (*types.BlockMeasureInfo, error) {
+	return b.Nodes.Measure(ctx, a)
+}
+
 // BlockSetWriteThreshold sets the offset that raises an event when it is written.
 func (b BlockCore) BlockSetWriteThreshold(ctx context.Context, a *types.BlockSetWriteThresholdArgs) error {
 	return b.Nodes.SetWriteThreshold(ctx, a.NodeName, a.WriteThreshold)

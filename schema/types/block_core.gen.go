@@ -849,6 +849,9 @@ type BlockdevOptionsQcow2 struct {
 	// Open an image whose table of snapshots cannot be read, too, so that x-qblockd-check can look at it;
 	// only for read-only nodes (default false; an extension of qblockd).
 	XQblockdForCheck *bool
+	// Show what the disk was when the internal snapshot was made that has this ID or, if there is none,
+	// this name; the node has to be read-only. An option of qblockd's own (since 8.2).
+	XQblockdSnapshot *string
 }
 
 // BlockdevOptionsRaw: options of the driver raw.
@@ -1556,6 +1559,56 @@ var QblockdCheckRepairValues = []QblockdCheckRepair{
 	QblockdCheckRepairAll,
 }
 
+// BlockMeasureInfo: how large the file of an image is going to be.
+type BlockMeasureInfo struct {
+	// Bytes that it takes at most, as far as is known of what is to be written to it.
+	Required int64
+	// Bytes that it takes when all of its disk has been written.
+	FullyAllocated int64
+	// Bytes that the persistent bitmaps of the source take in it, if it can have any (since 5.1).
+	Bitmaps *int64
+}
+
+// QblockdMeasureLUKS: what counts of the options of an encrypted image.
+type QblockdMeasureLUKS struct {
+	// Algorithm (default aes-256).
+	CipherAlg *QCryptoCipherAlgorithm
+	// How it goes over a sector (default xts).
+	CipherMode *QCryptoCipherMode
+}
+
+// QblockdMeasureQcow2: what counts of the options of a qcow2 image.
+type QblockdMeasureQcow2 struct {
+	// Version of the format (default v3).
+	Version *BlockdevQcow2Version
+	// Clusters are divided into subclusters (default off).
+	ExtendedL2 *bool
+	// Unit of allocation in bytes (default 65536).
+	ClusterSize *uint64
+	// Width of a reference count (default 16).
+	RefcountBits *int64
+	// How much is allocated at once (default off).
+	Preallocation *PreallocMode
+	// The image has a backing file: every cluster may come to be allocated, whatever the source holds
+	// (default off).
+	BackingFile *bool
+	// The disk is encrypted as by LUKS.
+	Encrypt *QblockdMeasureLUKS
+}
+
+// QblockdMeasureOptions: an image that could be made.
+type QblockdMeasureOptions struct {
+	// Its driver.
+	Driver BlockdevDriver
+	// Size it shows, in bytes; either this or @node-name.
+	Size *uint64
+	// A node whose contents, those of its backing chain too, would be copied into it.
+	NodeName *string
+	// U holds the members of the branch that Driver selects; nil where the branch has none.
+	// *QblockdMeasureQcow2 for qcow2, *QblockdMeasureLUKS for luks.
+	U any
+}
+
 // BlockErrorAction: what was done about an I/O error.
 type BlockErrorAction string
 
@@ -2199,6 +2252,16 @@ type ChangeBackingFileArgs struct {
 
 // BlockdevSnapshotDeleteInternalSyncArgs: the arguments of blockdev-snapshot-delete-internal-sync.
 type BlockdevSnapshotDeleteInternalSyncArgs struct {
+	// The node.
+	Device string
+	// ID of the snapshot.
+	ID *string
+	// Name of the snapshot; with @id, both must be those of one snapshot.
+	Name *string
+}
+
+// XQblockdSnapshotApplyArgs: the arguments of x-qblockd-snapshot-apply.
+type XQblockdSnapshotApplyArgs struct {
 	// The node.
 	Device string
 	// ID of the snapshot.

@@ -224,7 +224,8 @@ func membersBlockdevOptionsQcow2(d *decoder, x *BlockdevOptionsQcow2) bool {
 		opt(d, "cache-clean-interval", &x.CacheCleanInterval, visitInt64) &&
 		opt(d, "encrypt", &x.Encrypt, visitBlockdevQcow2Encryption) &&
 		opt(d, "data-file", &x.DataFile, visitBlockdevRef) &&
-		opt(d, "x-qblockd-for-check", &x.XQblockdForCheck, visitBool)
+		opt(d, "x-qblockd-for-check", &x.XQblockdForCheck, visitBool) &&
+		opt(d, "x-qblockd-snapshot", &x.XQblockdSnapshot, visitStr)
 }
 
 // DecodeBlockdevOptionsRaw decodes v; faults are worded as QEMU does (*ArgError).
@@ -789,6 +790,67 @@ func membersBlockdevAmendOptions(d *decoder, x *BlockdevAmendOptions) bool {
 
 func visitQblockdCheckRepair(d *decoder, name string, x *QblockdCheckRepair) bool {
 	return enum(d, name, x, QblockdCheckRepairValues)
+}
+
+// DecodeQblockdMeasureLUKS decodes v; faults are worded as QEMU does (*ArgError).
+func DecodeQblockdMeasureLUKS(v value.Value, m Mode) (*QblockdMeasureLUKS, error) {
+	return decode(v, m, visitQblockdMeasureLUKS)
+}
+
+func visitQblockdMeasureLUKS(d *decoder, name string, x *QblockdMeasureLUKS) bool {
+	return object(d, name, x, membersQblockdMeasureLUKS)
+}
+
+func membersQblockdMeasureLUKS(d *decoder, x *QblockdMeasureLUKS) bool {
+	return opt(d, "cipher-alg", &x.CipherAlg, visitQCryptoCipherAlgorithm) &&
+		opt(d, "cipher-mode", &x.CipherMode, visitQCryptoCipherMode)
+}
+
+// DecodeQblockdMeasureQcow2 decodes v; faults are worded as QEMU does (*ArgError).
+func DecodeQblockdMeasureQcow2(v value.Value, m Mode) (*QblockdMeasureQcow2, error) {
+	return decode(v, m, visitQblockdMeasureQcow2)
+}
+
+func visitQblockdMeasureQcow2(d *decoder, name string, x *QblockdMeasureQcow2) bool {
+	return object(d, name, x, membersQblockdMeasureQcow2)
+}
+
+func membersQblockdMeasureQcow2(d *decoder, x *QblockdMeasureQcow2) bool {
+	return opt(d, "version", &x.Version, visitBlockdevQcow2Version) &&
+		opt(d, "extended-l2", &x.ExtendedL2, visitBool) &&
+		opt(d, "cluster-size", &x.ClusterSize, visitSize) &&
+		opt(d, "refcount-bits", &x.RefcountBits, visitInt64) &&
+		opt(d, "preallocation", &x.Preallocation, visitPreallocMode) &&
+		opt(d, "backing-file", &x.BackingFile, visitBool) &&
+		opt(d, "encrypt", &x.Encrypt, visitQblockdMeasureLUKS)
+}
+
+// DecodeQblockdMeasureOptions decodes v; faults are worded as QEMU does (*ArgError).
+func DecodeQblockdMeasureOptions(v value.Value, m Mode) (*QblockdMeasureOptions, error) {
+	return decode(v, m, visitQblockdMeasureOptions)
+}
+
+func visitQblockdMeasureOptions(d *decoder, name string, x *QblockdMeasureOptions) bool {
+	return object(d, name, x, membersQblockdMeasureOptions)
+}
+
+func membersQblockdMeasureOptions(d *decoder, x *QblockdMeasureOptions) bool {
+	if !(visitBlockdevDriver(d, "driver", &x.Driver) &&
+		opt(d, "size", &x.Size, visitSize) &&
+		opt(d, "node-name", &x.NodeName, visitStr)) {
+		return false
+	}
+	switch x.Driver {
+	case BlockdevDriverLuks:
+		u := new(QblockdMeasureLUKS)
+		x.U = u
+		return membersQblockdMeasureLUKS(d, u)
+	case BlockdevDriverQcow2:
+		u := new(QblockdMeasureQcow2)
+		x.U = u
+		return membersQblockdMeasureQcow2(d, u)
+	}
+	return true
 }
 
 func visitPreallocMode(d *decoder, name string, x *PreallocMode) bool {
@@ -1422,6 +1484,21 @@ func visitBlockdevSnapshotDeleteInternalSyncArgs(d *decoder, name string, x *Blo
 }
 
 func membersBlockdevSnapshotDeleteInternalSyncArgs(d *decoder, x *BlockdevSnapshotDeleteInternalSyncArgs) bool {
+	return visitStr(d, "device", &x.Device) &&
+		opt(d, "id", &x.ID, visitStr) &&
+		opt(d, "name", &x.Name, visitStr)
+}
+
+// DecodeXQblockdSnapshotApplyArgs decodes the arguments in v, nil for none; faults are worded as QEMU does (*ArgError).
+func DecodeXQblockdSnapshotApplyArgs(v *value.Dict) (*XQblockdSnapshotApplyArgs, error) {
+	return args(v, visitXQblockdSnapshotApplyArgs)
+}
+
+func visitXQblockdSnapshotApplyArgs(d *decoder, name string, x *XQblockdSnapshotApplyArgs) bool {
+	return object(d, name, x, membersXQblockdSnapshotApplyArgs)
+}
+
+func membersXQblockdSnapshotApplyArgs(d *decoder, x *XQblockdSnapshotApplyArgs) bool {
 	return visitStr(d, "device", &x.Device) &&
 		opt(d, "id", &x.ID, visitStr) &&
 		opt(d, "name", &x.Name, visitStr)

@@ -870,6 +870,10 @@ func (x *BlockdevOptionsQcow2) AppendJSON(b []byte) []byte {
 		b = append(b, `, "x-qblockd-for-check": `...)
 		b = appendBool(b, *x.XQblockdForCheck)
 	}
+	if x.XQblockdSnapshot != nil {
+		b = append(b, `, "x-qblockd-snapshot": `...)
+		b = value.AppendString(b, *x.XQblockdSnapshot)
+	}
 	return append(b, '}')
 }
 
@@ -1955,6 +1959,10 @@ func (x *BlockdevOptions) AppendJSON(b []byte) []byte {
 			b = append(b, `, "x-qblockd-for-check": `...)
 			b = appendBool(b, *u.XQblockdForCheck)
 		}
+		if u.XQblockdSnapshot != nil {
+			b = append(b, `, "x-qblockd-snapshot": `...)
+			b = value.AppendString(b, *u.XQblockdSnapshot)
+		}
 		return append(b, '}')
 	case *BlockdevOptionsQuorum:
 		b = append(b, '{')
@@ -2563,6 +2571,150 @@ func (x *BlockdevAmendOptions) AppendJSON(b []byte) []byte {
 		return append(b, '}')
 	}
 	panic("BlockdevAmendOptions with a branch of another type")
+}
+
+// AppendJSON appends x in QEMU's form, members in hash order.
+func (x *BlockMeasureInfo) AppendJSON(b []byte) []byte {
+	b = append(b, '{')
+	if x.Bitmaps != nil {
+		b = appendKey(b, "bitmaps")
+		b = appendInt(b, *x.Bitmaps)
+	}
+	b = appendKey(b, "required")
+	b = appendInt(b, x.Required)
+	b = append(b, `, "fully-allocated": `...)
+	b = appendInt(b, x.FullyAllocated)
+	return append(b, '}')
+}
+
+// AppendJSON appends x in QEMU's form, members in hash order.
+func (x *QblockdMeasureLUKS) AppendJSON(b []byte) []byte {
+	b = append(b, '{')
+	if x.CipherAlg != nil {
+		b = appendKey(b, "cipher-alg")
+		b = appendEnum(b, *x.CipherAlg)
+	}
+	if x.CipherMode != nil {
+		b = appendKey(b, "cipher-mode")
+		b = appendEnum(b, *x.CipherMode)
+	}
+	return append(b, '}')
+}
+
+// AppendJSON appends x in QEMU's form, members in hash order.
+func (x *QblockdMeasureQcow2) AppendJSON(b []byte) []byte {
+	b = append(b, '{')
+	if x.RefcountBits != nil {
+		b = appendKey(b, "refcount-bits")
+		b = appendInt(b, *x.RefcountBits)
+	}
+	if x.Version != nil {
+		b = appendKey(b, "version")
+		b = appendEnum(b, *x.Version)
+	}
+	if x.ClusterSize != nil {
+		b = appendKey(b, "cluster-size")
+		b = appendUint(b, *x.ClusterSize)
+	}
+	if x.Preallocation != nil {
+		b = appendKey(b, "preallocation")
+		b = appendEnum(b, *x.Preallocation)
+	}
+	if x.Encrypt != nil {
+		b = appendKey(b, "encrypt")
+		b = x.Encrypt.AppendJSON(b)
+	}
+	if x.BackingFile != nil {
+		b = appendKey(b, "backing-file")
+		b = appendBool(b, *x.BackingFile)
+	}
+	if x.ExtendedL2 != nil {
+		b = appendKey(b, "extended-l2")
+		b = appendBool(b, *x.ExtendedL2)
+	}
+	return append(b, '}')
+}
+
+// AppendJSON appends x in QEMU's form, members in hash order.
+func (x *QblockdMeasureOptions) AppendJSON(b []byte) []byte {
+	switch u := x.U.(type) {
+	case *QblockdMeasureQcow2:
+		b = append(b, '{')
+		if u.RefcountBits != nil {
+			b = appendKey(b, "refcount-bits")
+			b = appendInt(b, *u.RefcountBits)
+		}
+		if u.Version != nil {
+			b = appendKey(b, "version")
+			b = appendEnum(b, *u.Version)
+		}
+		if x.NodeName != nil {
+			b = appendKey(b, "node-name")
+			b = value.AppendString(b, *x.NodeName)
+		}
+		b = appendKey(b, "driver")
+		b = appendEnum(b, x.Driver)
+		if u.ClusterSize != nil {
+			b = append(b, `, "cluster-size": `...)
+			b = appendUint(b, *u.ClusterSize)
+		}
+		if u.Preallocation != nil {
+			b = append(b, `, "preallocation": `...)
+			b = appendEnum(b, *u.Preallocation)
+		}
+		if x.Size != nil {
+			b = append(b, `, "size": `...)
+			b = appendUint(b, *x.Size)
+		}
+		if u.Encrypt != nil {
+			b = append(b, `, "encrypt": `...)
+			b = u.Encrypt.AppendJSON(b)
+		}
+		if u.BackingFile != nil {
+			b = append(b, `, "backing-file": `...)
+			b = appendBool(b, *u.BackingFile)
+		}
+		if u.ExtendedL2 != nil {
+			b = append(b, `, "extended-l2": `...)
+			b = appendBool(b, *u.ExtendedL2)
+		}
+		return append(b, '}')
+	case *QblockdMeasureLUKS:
+		b = append(b, '{')
+		if u.CipherAlg != nil {
+			b = appendKey(b, "cipher-alg")
+			b = appendEnum(b, *u.CipherAlg)
+		}
+		if x.NodeName != nil {
+			b = appendKey(b, "node-name")
+			b = value.AppendString(b, *x.NodeName)
+		}
+		b = appendKey(b, "driver")
+		b = appendEnum(b, x.Driver)
+		if x.Size != nil {
+			b = append(b, `, "size": `...)
+			b = appendUint(b, *x.Size)
+		}
+		if u.CipherMode != nil {
+			b = append(b, `, "cipher-mode": `...)
+			b = appendEnum(b, *u.CipherMode)
+		}
+		return append(b, '}')
+	case nil:
+		b = append(b, '{')
+		if x.NodeName != nil {
+			b = appendKey(b, "node-name")
+			b = value.AppendString(b, *x.NodeName)
+		}
+		b = appendKey(b, "driver")
+		b = appendEnum(b, x.Driver)
+		if x.Size != nil {
+			b = append(b, `, "size": `...)
+			b = appendUint(b, *x.Size)
+		}
+		return append(b, '}')
+	}
+	panic("QblockdMeasureOptions with a branch of another type")
 }
 
 // AppendJSON appends x in QEMU's form, members in hash order.
@@ -3331,6 +3483,22 @@ func (x *ChangeBackingFileArgs) AppendJSON(b []byte) []byte {
 
 // AppendJSON appends x in QEMU's form, members in hash order.
 func (x *BlockdevSnapshotDeleteInternalSyncArgs) AppendJSON(b []byte) []byte {
+	b = append(b, '{')
+	if x.Name != nil {
+		b = appendKey(b, "name")
+		b = value.AppendString(b, *x.Name)
+	}
+	b = appendKey(b, "device")
+	b = value.AppendString(b, x.Device)
+	if x.ID != nil {
+		b = append(b, `, "id": `...)
+		b = value.AppendString(b, *x.ID)
+	}
+	return append(b, '}')
+}
+
+// AppendJSON appends x in QEMU's form, members in hash order.
+func (x *XQblockdSnapshotApplyArgs) AppendJSON(b []byte) []byte {
 	b = append(b, '{')
 	if x.Name != nil {
 		b = appendKey(b, "name")

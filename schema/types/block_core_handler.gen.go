@@ -36,6 +36,10 @@ type BlockCoreHandler interface {
 	// BlockdevDel executes blockdev-del: remove a node that was added by `blockdev-add` and that nobody
 	// uses.
 	BlockdevDel(ctx context.Context, a *BlockdevDelArgs) error
+	// XQblockdMeasure executes x-qblockd-measure: tell how large the file of an image would be. A command
+	// of qblockd's own; 'qemu-img measure' gives the same figures.
+	// It returns the figures.
+	XQblockdMeasure(ctx context.Context, a *QblockdMeasureOptions) (*BlockMeasureInfo, error)
 	// BlockSetWriteThreshold executes block-set-write-threshold: set the offset whose writing raises
 	// `BLOCK_WRITE_THRESHOLD`, once.
 	BlockSetWriteThreshold(ctx context.Context, a *BlockSetWriteThresholdArgs) error
@@ -82,6 +86,11 @@ type BlockCoreHandler interface {
 	// snapshot that lies inside a node's image.
 	// It returns the snapshot as it was.
 	BlockdevSnapshotDeleteInternalSync(ctx context.Context, a *BlockdevSnapshotDeleteInternalSyncArgs) (*SnapshotInfo, error)
+	// XQblockdSnapshotApply executes x-qblockd-snapshot-apply: make a node what it was when a snapshot
+	// inside its image was made. What it held since is gone, unless other snapshots have it. The snapshot
+	// stays. Nobody else may use the node. A command of qblockd's own, as 'qemu-img snapshot -a'.
+	// It returns the snapshot.
+	XQblockdSnapshotApply(ctx context.Context, a *XQblockdSnapshotApplyArgs) (*SnapshotInfo, error)
 }
 
 // RegisterBlockCore registers all commands of the module with r.
@@ -167,6 +176,17 @@ func RegisterBlockCore(r Registrar, h BlockCoreHandler) {
 			return nil, err
 		}
 		return append(out, "{}"...), nil
+	})
+	r.Handle("x-qblockd-measure", func(ctx context.Context, args *value.Dict, out []byte) ([]byte, error) {
+		a, err := DecodeQblockdMeasureOptions(args, ModeQObject)
+		if err != nil {
+			return nil, err
+		}
+		ret, err := h.XQblockdMeasure(ctx, a)
+		if err != nil {
+			return nil, err
+		}
+		return ret.AppendJSON(out), nil
 	})
 	r.Handle("block-set-write-threshold", func(ctx context.Context, args *value.Dict, out []byte) ([]byte, error) {
 		a, err := DecodeBlockSetWriteThresholdArgs(args)
@@ -315,6 +335,17 @@ func RegisterBlockCore(r Registrar, h BlockCoreHandler) {
 			return nil, err
 		}
 		ret, err := h.BlockdevSnapshotDeleteInternalSync(ctx, a)
+		if err != nil {
+			return nil, err
+		}
+		return ret.AppendJSON(out), nil
+	})
+	r.Handle("x-qblockd-snapshot-apply", func(ctx context.Context, args *value.Dict, out []byte) ([]byte, error) {
+		a, err := DecodeXQblockdSnapshotApplyArgs(args)
+		if err != nil {
+			return nil, err
+		}
+		ret, err := h.XQblockdSnapshotApply(ctx, a)
 		if err != nil {
 			return nil, err
 		}

@@ -213,6 +213,15 @@ var generators = map[string]func(g *gen) made{
 		return made{args: M{"device": n, "name": s}, steps: is(snapObject(n, s), "drop"), texts: texts{
 			"Snapshot with id 'null' and name '" + s + "' does not exist on device '" + n + "'": is(snapObject(n, s), "is not there")}}
 	},
+	"x-qblockd-snapshot-apply": func(g *gen) made {
+		return made{args: M{"device": g.pick("d1", "d2", g.any()), "name": "none"}} // the contents of the others are known
+	},
+	"x-qblockd-measure": func(g *gen) made {
+		if g.one(2) {
+			return made{args: M{"driver": "qcow2", "node-name": g.any()}}
+		}
+		return made{args: M{"driver": g.pick("raw", "qcow2", "luks", "file"), "size": 1 << 30}}
+	},
 	"blockdev-snapshot-sync": func(g *gen) made {
 		if g.one(3) {
 			q := g.grown()

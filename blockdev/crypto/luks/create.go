@@ -7,6 +7,7 @@ import (
 	"fmt"
 
 	"qblockd/blockdev/crypto"
+	"qblockd/schema/types"
 )
 
 // DefaultMillis is how long PBKDF2 is to take if nothing is said, in milliseconds.
@@ -25,7 +26,7 @@ func New(ctx context.Context, proto Header, millis int64) (*Header, *crypto.Key,
 	if len(h.Mode)+len(h.IV)+len(h.IVHash)+2 > 31 {
 		return nil, nil, errors.New("Cipher spec is too long for the header")
 	}
-	slot := uint32(materialSectors(h.KeySize())+align-1) / align * align
+	slot := slotSectors(h.Spec)
 	for i := range h.Slots {
 		h.Slots[i] = Slot{Offset: align + uint32(i)*slot, Stripes: stripes}
 	}
@@ -46,6 +47,25 @@ func New(ctx context.Context, proto Header, millis int64) (*Header, *crypto.Key,
 		return nil, nil, err
 	}
 	return h, master, nil
+}
+
+// slotSectors is how far apart slots lie.
+func slotSectors(s crypto.Spec) uint32 {
+	return uint32(materialSectors(s.KeySize())+align-1) / align * align
+}
+
+// Room is how many bytes lie before the disk in a new image.
+func Room(o *types.QblockdMeasureLUKS) (int64, error) {
+	s := crypto.Spec{
+		Alg: types.QCryptoCipherAlgorithmAes256, Mode: types.QCryptoCipherModeXts, IV: types.QCryptoIVGenAlgorithmPlain64,
+	}
+	if o.CipherAlg != nil {
+		s.Alg = *o.CipherAlg
+	}
+	if o.CipherMode != nil {
+		s.Mode = *o.CipherMode
+	}
+	return (align + Slots*int64(slotSectors(s))) * sector, s.Check()
 }
 
 // newUUID makes a random UUID.

@@ -50,6 +50,7 @@ var Def = driver.Of(driver.Def[*types.BlockdevOptionsLUKS]{
 	NewImage: func(u *types.BlockdevOptionsLUKS, i *driver.Image) any {
 		return &types.BlockdevCreateOptionsLUKS{File: &u.File, Size: uint64(i.Size)}
 	},
+	Measure: driver.Measures(measure),
 	Amend: func(ctx context.Context, a *driver.Amendment, o any) (*driver.Amending, error) {
 		return amend(ctx, a, o.(*types.BlockdevAmendOptionsLUKS))
 	},

@@ -38,6 +38,9 @@ func (s *image) checkImage(r *blk.Req, m mend, told func(done, all int64)) (*Che
 	if err := s.usable(); err != nil {
 		return &CheckResult{}, err
 	}
+	if s.options.XQblockdSnapshot != nil {
+		return &CheckResult{}, blk.ErrNotSupported // it shows what is not active
+	}
 	if !s.readOnly {
 		// What waits to be written, or to be given back, is no fault.
 		if err := s.flush(r); err != nil {

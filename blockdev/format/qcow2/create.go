@@ -67,18 +67,18 @@ func newHeader(o *types.BlockdevCreateOptionsQcow2) (*layout.Header, error) {
 		h.Version = 2
 	}
 	cs := pick(o.ClusterSize, layout.DefaultClusterSize)
-	if bits.OnesCount64(cs) != 1 || cs < 1<<layout.MinClusterBits || cs > 1<<layout.MaxClusterBits {
-		return nil, fmt.Errorf("Cluster size must be a power of two between %d and %dk",
-			1<<layout.MinClusterBits, 1<<(layout.MaxClusterBits-10))
+	cb, err := clusterBits(cs)
+	if err != nil {
+		return nil, err
 	}
-	h.ClusterBits = uint32(bits.TrailingZeros64(cs))
+	h.ClusterBits = uint32(cb)
 	extended := pick(o.ExtendedL2, false)
 	if extended {
 		if h.Version < 3 {
 			return nil, errors.New("Extended L2 entries are only supported with compatibility level 1.1 and above (use version=v3 or greater)")
 		}
 		if h.ClusterBits < layout.MinExtendedBits {
-			return nil, fmt.Errorf("Extended L2 entries are only supported with cluster sizes of at least %d bytes", 1<<layout.MinExtendedBits)
+			return nil, errSmallExtended
 		}
 		h.IncompatibleFeatures |= layout.IncompatExtL2
 	}
@@ -108,14 +108,11 @@ func newHeader(o *types.BlockdevCreateOptionsQcow2) (*layout.Header, error) {
 	if h.Version < 3 && lazy {
 		return nil, errors.New("Lazy refcounts only supported with compatibility level 1.1 and above (use version=v3 or greater)")
 	}
-	rb := pick(o.RefcountBits, 16)
-	if rb > 64 || rb < 1 || bits.OnesCount64(uint64(rb)) != 1 {
-		return nil, errors.New("Refcount width must be a power of two and may not exceed 64 bits")
+	order, err := refcountOrder(pick(o.RefcountBits, 16), h.Version < 3)
+	if err != nil {
+		return nil, err
 	}
-	if h.Version < 3 && rb != 16 {
-		return nil, errors.New("Different refcount widths than 16 bits require compatibility level 1.1 or above (use version=v3 or greater)")
-	}
-	h.RefcountOrder = uint32(bits.TrailingZeros64(uint64(rb)))
+	h.RefcountOrder = uint32(order)
 	if lazy {
 		h.CompatibleFeatures |= layout.CompatLazyRefcounts
 	}
@@ -128,6 +125,29 @@ func newHeader(o *types.BlockdevCreateOptionsQcow2) (*layout.Header, error) {
 	}
 	return h, nil
 }
+
+// clusterBits is log2 of a cluster size, if that is one.
+func clusterBits(cs uint64) (uint, error) {
+	if bits.OnesCount64(cs) != 1 || cs < 1<<layout.MinClusterBits || cs > 1<<layout.MaxClusterBits {
+		return 0, fmt.Errorf("Cluster size must be a power of two between %d and %dk",
+			1<<layout.MinClusterBits, 1<<(layout.MaxClusterBits-10))
+	}
+	return uint(bits.TrailingZeros64(cs)), nil
+}
+
+// refcountOrder is log2 of the width of a refcount, if an image of its version may have that.
+func refcountOrder(width int64, v2 bool) (uint, error) {
+	switch {
+	case width > 64 || width < 1 || bits.OnesCount64(uint64(width)) != 1:
+		return 0, errors.New("Refcount width must be a power of two and may not exceed 64 bits")
+	case v2 && width != 16:
+		return 0, errors.New("Different refcount widths than 16 bits require compatibility level 1.1 or above (use version=v3 or greater)")
+	}
+	return uint(bits.TrailingZeros64(uint64(width))), nil
+}
+
+var errSmallExtended = fmt.Errorf("Extended L2 entries are only supported with cluster sizes of at least %d bytes",
+	1<<layout.MinExtendedBits)
 
 // create makes an image in f.
 func create(r *blk.Req, f file, o *types.BlockdevCreateOptionsQcow2) error {

@@ -30,6 +30,7 @@ var Def = driver.Of(driver.Def[*types.BlockdevOptionsQcow2]{
 	Strong: func(u *types.BlockdevOptionsQcow2, add func(name string, v value.Value)) {
 		_, secret := secretOf(u.Encrypt)
 		driver.AddGiven(add, "encrypt.key-secret", secret)
+		driver.AddGiven(add, snapshotShown, u.XQblockdSnapshot)
 	},
 	Complete: func(o *value.Dict) {
 		// The image knows its format. That its key is its password (aes) has to be said.
@@ -46,7 +47,10 @@ var Def = driver.Of(driver.Def[*types.BlockdevOptionsQcow2]{
 		}
 		return 0
 	},
-	ForImages: &driver.ForImages{Hints: append(runtimeNames, "x-qblockd-for-check"), Naming: []string{"encrypt"}},
+	ForImages: &driver.ForImages{
+		Hints:   append(runtimeNames, "x-qblockd-for-check"),
+		Options: []string{snapshotShown}, Naming: []string{"encrypt"},
+	},
 	Create: driver.Creates(func(ctx context.Context, c *driver.Creation, o *types.BlockdevCreateOptionsQcow2) error {
 		if o.BackingFmt != nil {
 			if err := c.CanName(*o.BackingFmt); err != nil {
@@ -71,11 +75,15 @@ var Def = driver.Of(driver.Def[*types.BlockdevOptionsQcow2]{
 		return o
 	},
 	MaxBackingName: layout.MaxBackingName, MaxBackingFormat: layout.MaxBackingFormat,
+	Measure: driver.Measures(measure),
 	Amend: func(ctx context.Context, a *driver.Amendment, o any) (*driver.Amending, error) {
 		u, _ := o.(*types.BlockdevAmendOptionsQcow2)
 		return amend(ctx, a, u)
 	},
 })
+
+// snapshotShown is the option that makes a node show a snapshot.
+const snapshotShown = "x-qblockd-snapshot"
 
 // runtimeNames are the options that say how an image is used: a reopen may change them, and an
 // image may not choose them.

@@ -269,22 +269,7 @@ func (s *flusher) growL1(r *blk.Req, n int64) error {
 // moveL1 writes the L1 table with n entries at off and makes the header refer to it.
 // +checklocks:s.mu
 func (s *flusher) moveL1(r *blk.Req, off, n int64) error {
-	if err := s.writeRefcounts(r); err != nil {
-		return err
-	}
-	s.step(r, blk.EvL1GrowWriteTable)
-	const piece = 1 << 20 / 8 // entries
-	b := make([]byte, 0, min(n, piece)*8)
-	for first := int64(0); first < n; first += piece {
-		if err := ended(r); err != nil {
-			return err
-		}
-		b = s.l1.append(b[:0], first, min(first+piece, n))
-		if err := s.writeMeta(r, b, off+8*first, 0); err != nil {
-			return err
-		}
-	}
-	if err := s.barrier(r); err != nil {
+	if err := s.writeL1(r, &s.l1, off, n); err != nil {
 		return err
 	}
 	s.step(r, blk.EvL1GrowActivateTable)
@@ -299,4 +284,26 @@ func (s *flusher) moveL1(r *blk.Req, off, n int64) error {
 		s.quarantine.retire(oldOff, s.geo.RoundUp(oldN*8))
 	}
 	return nil
+}
+
+// writeL1 writes l1 with n entries at off, and waits until that and the refcounts are on stable
+// storage.
+// +checklocks:s.mu
+func (s *flusher) writeL1(r *blk.Req, l1 *entries, off, n int64) error {
+	if err := s.writeRefcounts(r); err != nil {
+		return err
+	}
+	s.step(r, blk.EvL1GrowWriteTable)
+	const piece = 1 << 20 / 8 // entries
+	b := make([]byte, 0, min(n, piece)*8)
+	for first := int64(0); first < n; first += piece {
+		if err := ended(r); err != nil {
+			return err
+		}
+		b = l1.append(b[:0], first, min(first+piece, n))
+		if err := s.writeMeta(r, b, off+8*first, 0); err != nil {
+			return err
+		}
+	}
+	return s.barrier(r)
 }

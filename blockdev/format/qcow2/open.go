@@ -86,7 +86,12 @@ func (s *image) loadRest(r *blk.Req) (err error) {
 	if err := s.knowSnapshots(r); err != nil {
 		return err
 	}
-	if err := s.loadBitmaps(r); err != nil {
+	if s.options.XQblockdSnapshot != nil {
+		err = s.showSnapshot(r, *s.options.XQblockdSnapshot) // the bitmaps are of another disk
+	} else {
+		err = s.loadBitmaps(r)
+	}
+	if err != nil {
 		return err
 	}
 	s.fileEnd = s.file.Size()

@@ -16,6 +16,9 @@ func (s *image) PrepareReadOnly(r *blk.Req, readOnly bool) error {
 	}
 	s.mu.Lock()
 	defer s.mu.Unlock()
+	if s.options.XQblockdSnapshot != nil {
+		return errSnapshotShown
+	}
 	if s.hdr.IncompatibleFeatures&layout.IncompatCorrupt != 0 {
 		return errors.New("qcow2: Image is corrupt; cannot be opened read/write")
 	}

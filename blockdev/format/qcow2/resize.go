@@ -80,6 +80,10 @@ func (s *image) grow(r *blk.Req, old, size int64, m blk.Prealloc) error {
 		return wrap("Failed to zero out the new area", err)
 	}
 	from, to := s.geo.Clusters(old), s.geo.Clusters(size)
+	// The state of a machine, or what somebody has left there, must not become part of the disk.
+	if err := s.discard(r, from, to, false, true, discardNever); err != nil {
+		return wrap("Failed to zero out the new area", err)
+	}
 	if s.geo.External {
 		if err := s.growData(r, old, size, m); err != nil {
 			return err

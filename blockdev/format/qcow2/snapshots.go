@@ -189,7 +189,7 @@ func (s *snapshots) share(r *blk.Req, d int) error {
 		return err
 	}
 	flags := int64(0)
-	done, err := s.addRefs(r, d, math.MaxInt)
+	done, err := s.addRefs(r, &s.l1, d, math.MaxInt)
 	if err == nil {
 		flags, err = s.fixFlags(r, 0)
 	}
@@ -200,7 +200,7 @@ func (s *snapshots) share(r *blk.Req, d int) error {
 		return nil
 	}
 	q, whole := patient(r), true
-	if _, e := s.addRefs(q, -d, done); e != nil {
+	if _, e := s.addRefs(q, &s.l1, -d, done); e != nil {
 		whole = false
 		s.warnf("Leaking clusters: %s", blk.ErrnoText(e))
 	}
@@ -216,12 +216,12 @@ func (s *snapshots) share(r *blk.Req, d int) error {
 	return undoneError{err}
 }
 
-// addRefs changes the refcounts of the first most clusters that the active L1 table refers to by d.
-// It tells how many it has changed, and ends with the context of r.
+// addRefs changes the refcounts of the first most clusters that l1 refers to by d. It tells how
+// many it has changed, and ends with the context of r.
 // +checklocks:s.mu
-func (s *snapshots) addRefs(r *blk.Req, d, most int) (done int, err error) {
+func (s *snapshots) addRefs(r *blk.Req, l1 *entries, d, most int) (done int, err error) {
 	var list []int64
-	for i, e := s.l1.next(0); e != 0 && done < most; i, e = s.l1.next(i + 1) {
+	for i, e := l1.next(0); e != 0 && done < most; i, e = l1.next(i + 1) {
 		if list, err = s.clustersOf(r, e, list[:0]); err != nil {
 			return done, err
 		}
@@ -284,15 +284,9 @@ func (s *snapshots) dropSnapshot(r *blk.Req, i int) error {
 	if err := s.vetL1(r, &l1); err != nil {
 		return err
 	}
-	var list []int64
-	var gone []span // of clusters
-	for i, e := l1.next(0); e != 0; i, e = l1.next(i + 1) {
-		if list, err = s.clustersOf(r, e, list[:0]); err != nil {
-			return undoneError{err}
-		}
-		for _, c := range list {
-			gone = with(gone, span{c, c + 1})
-		}
+	gone, err := s.allOf(r, &l1)
+	if err != nil {
+		return undoneError{err}
 	}
 	q := patient(r)
 	defer s.giveBack(q)
@@ -361,4 +355,4 @@ func (d *Driver) Snapshots() []*types.SnapshotInfo { return *d.shownSnapshots.Lo
 // Listless tells that there can be no snapshots: they would have to share clusters of another file.
 func (d *Driver) Listless() bool { return d.geo.External }
 
-var _ graph.InternalSnapshotter = (*Driver)(nil)
+var _ graph.SnapshotApplier = (*Driver)(nil)

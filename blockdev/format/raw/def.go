@@ -1,8 +1,11 @@
 package raw
 
 import (
+	"context"
+
 	"qblockd/blockdev/driver"
 	"qblockd/graph"
+	"qblockd/graph/blk"
 	"qblockd/schema/types"
 	"qblockd/schema/value"
 )
@@ -23,4 +26,8 @@ var Def = driver.Of(driver.Def[*types.BlockdevOptionsRaw]{
 	FromFile:  func(f types.BlockdevRef) *types.BlockdevOptionsRaw { return &types.BlockdevOptionsRaw{File: f} },
 	Verbatim:  true,
 	ForImages: &driver.ForImages{Options: []string{"offset", "size"}},
+	Measure: func(_ context.Context, m *driver.Measuring, _ any) (*types.BlockMeasureInfo, error) {
+		n := blk.AlignUp(m.Size, blk.SectorSize)
+		return &types.BlockMeasureInfo{Required: n, FullyAllocated: n}, nil
+	},
 })
