@@ -15,10 +15,11 @@ import (
 	"qblockd/schema/types"
 )
 
-// noisy is a disk that grows by noise, as encrypted ones do, or cannot grow.
+// noisy is a disk that grows by noise, as encrypted ones do, or cannot grow: it refuses writes behind
+// its end then, or ignores them, as null-co does.
 type noisy struct {
 	*drivertest.MemFile
-	fixed bool
+	fixed, ignores bool
 }
 
 func (d noisy) Caps() graph.Caps {
@@ -40,7 +41,11 @@ func (d noisy) Resize(ctx context.Context, size int64, m blk.Prealloc) error {
 }
 
 func (d noisy) WriteAt(r *blk.Req, v blk.Vec, off int64, f blk.Flags) error {
-	if d.fixed && off+v.Len() > d.Size() {
+	switch {
+	case !d.fixed || off+v.Len() <= d.Size():
+	case d.ignores:
+		return nil
+	default:
 		return syscall.ENOSPC
 	}
 	return d.MemFile.WriteAt(r, v, off, f)
@@ -49,12 +54,12 @@ func (d noisy) WriteAt(r *blk.Req, v blk.Vec, off int64, f blk.Flags) error {
 func (d noisy) Zero(*blk.Req, int64, int64, blk.Flags) error { return blk.ErrNotSupported }
 
 // noisyWorld is a disk of 4 clusters below two layers of 80, which hold little.
-func noisyWorld(t *testing.T, fixed bool) *world {
+func noisyWorld(t *testing.T, fixed, ignores bool) *world {
 	g, _ := drivertest.NewGraphSink(t)
 	w := &world{t: t, g: g, base: 80, active: 80, Events: jobtest.NewEvents(), nodes: map[string]*graph.Node{},
 		files: map[string]*drivertest.Fault{"base": drivertest.NewFault(drivertest.NewMemFile(0))}}
 	w.m = jobs.NewManager(w, nil)
-	base := drivertest.AddNode(t, g, "base", noisy{drivertest.MemFileOf(bytes.Repeat([]byte{0xba}, 4*cluster)), fixed})
+	base := drivertest.AddNode(t, g, "base", noisy{drivertest.MemFileOf(bytes.Repeat([]byte{0xba}, 4*cluster)), fixed, ignores})
 	w.nodes["base"] = base
 	below := base
 	for _, name := range []string{"top", "active"} {
@@ -74,7 +79,7 @@ func noisyWorld(t *testing.T, fixed bool) *world {
 // noise grows, and then.
 func TestNoisyBase(t *testing.T) {
 	for _, active := range []bool{false, true} {
-		w := noisyWorld(t, false)
+		w := noisyWorld(t, false, false)
 		a := w.args()
 		if active {
 			a.TopNode = nil
@@ -99,17 +104,18 @@ func TestNoisyBase(t *testing.T) {
 
 // A base that cannot grow says so itself.
 func TestBaseThatCannotGrow(t *testing.T) {
-	for _, active := range []bool{false, true} {
-		w := noisyWorld(t, true)
+	for i := range 4 {
+		active, ignores := i&1 != 0, i&2 != 0
+		w := noisyWorld(t, true, ignores)
 		a := w.args()
 		if active {
 			a.TopNode = nil
 		}
 		if err := w.finished(w.start(a)); err != syscall.EINVAL {
-			t.Errorf("active %v: %v", active, err)
+			t.Errorf("active %v, ignores %v: %v", active, ignores, err)
 		}
 		if n := w.nodes["base"].Size(); n != 4*cluster {
-			t.Errorf("active %v: the base has %d bytes", active, n)
+			t.Errorf("active %v, ignores %v: the base has %d bytes", active, ignores, n)
 		}
 	}
 }
