@@ -15,8 +15,8 @@ import (
 	"qblockd/schema/types"
 )
 
-// noisy is a disk that grows by noise, as encrypted ones do, or cannot grow: it refuses writes behind
-// its end then, or ignores them, as null-co does.
+// noisy is a disk that grows by noise, as encrypted ones do, or cannot grow: then it refuses writes
+// behind its end, or ignores them, as null-co does.
 type noisy struct {
 	*drivertest.MemFile
 	fixed, ignores bool
