@@ -200,7 +200,7 @@ func play(t *testing.T, dir, text string) error {
 	for _, step := range conversation(text) {
 		ctx, cancel := context.WithTimeout(t.Context(), time.Minute)
 		sh := exec.CommandContext(ctx, "sh", "-c", step.command)
-		sh.Dir, sh.WaitDelay = dir, time.Second
+		sh.Dir, sh.WaitDelay = dir, 10*time.Second
 		b, err := sh.CombinedOutput()
 		cancel()
 		printed := string(b)
