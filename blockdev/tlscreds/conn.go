@@ -53,11 +53,26 @@ func NewConn[L Layer](nc net.Conn, under func(wire net.Conn) L, peer func(l L) s
 // Peer is the name that the peer has proved to have; "" if it was not asked for one.
 func (c *Conn) Peer() string { return c.peer }
 
-// Read implements net.Conn.
-func (c *Conn) Read(b []byte) (int, error) { return c.tls.Read(b) }
+// Read implements net.Conn. It returns io.EOF when the peer has said that nothing more comes;
+// errors that have to do with neither deadlines nor Close are *ChannelError.
+func (c *Conn) Read(b []byte) (int, error) {
+	n, err := c.tls.Read(b)
+	if err != nil {
+		err = channelError("Cannot read from TLS channel", err, c.wire.ended)
+	}
+	return n, err
+}
 
-// Write implements net.Conn. Records of one write go to the kernel together.
+// Write implements net.Conn. Records of one write go to the kernel together. Errors are as those of
+// Read.
 func (c *Conn) Write(b []byte) (int, error) {
+	n, err := c.write(b)
+	return n, writeError(err)
+}
+
+func writeError(err error) error { return channelError("Cannot write to TLS channel", err, true) }
+
+func (c *Conn) write(b []byte) (int, error) {
 	if c.batches != nil {
 		return c.tls.Write(b)
 	}
@@ -80,7 +95,7 @@ func (c *Conn) WriteVec(v net.Buffers) (n int64, err error) {
 	if c.batches != nil {
 		n, err = c.batches.WriteVec(v)
 		clear(v)
-		return n, err
+		return n, writeError(err)
 	}
 	c.writing.Lock()
 	defer c.writing.Unlock()
@@ -106,7 +121,7 @@ func (c *Conn) WriteVec(v net.Buffers) (n int64, err error) {
 			err = e
 		}
 	}
-	return n, err
+	return n, writeError(err)
 }
 
 // addLocked writes b, but for the end of it, which waits for more.

@@ -9,6 +9,7 @@
 //	load.go      their files, and what is wrong with certificates of our own
 //	key.go       keys, also such as a password protects
 //	verify.go    what is wrong with certificates of others
+//	text.go      what failed, in the words of QEMU and GnuTLS
 //	name.go      the name in a certificate
 //	priority.go  GnuTLS' notation of what may be negotiated
 //

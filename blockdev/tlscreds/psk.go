@@ -144,7 +144,7 @@ func (c *PSK) shake(nc net.Conn, under func(wire net.Conn) *tlspsk.Conn) (*Conn,
 	conn, err := NewConn(nc, under, (*tlspsk.Conn).Peer)
 	runtime.KeepAlive(c) // its key is wiped after it
 	if err != nil {
-		return nil, fmt.Errorf("TLS handshake failed: %s", shakeText(err))
+		return nil, &shakeError{err}
 	}
 	return conn, nil
 }

@@ -1,6 +1,7 @@
 package tlscreds
 
 import (
+	"io"
 	"net"
 	"sync"
 	"sync/atomic"
@@ -29,6 +30,7 @@ type wire struct {
 	ahead []byte
 	r     int
 	w     int
+	ended bool // nothing more comes from the kernel
 
 	closing atomic.Bool
 
@@ -51,13 +53,13 @@ func newWire(nc net.Conn) *wire {
 // Read takes from the kernel what it has, not just a record.
 func (w *wire) Read(b []byte) (int, error) {
 	if w.ahead == nil {
-		return w.Conn.Read(b)
+		return w.take(b)
 	}
 	if w.r == w.w {
 		if len(b) >= len(w.ahead) {
-			return w.Conn.Read(b)
+			return w.take(b)
 		}
-		n, err := w.Conn.Read(w.ahead)
+		n, err := w.take(w.ahead)
 		if w.r, w.w = 0, n; n == 0 {
 			return 0, err
 		}
@@ -65,6 +67,12 @@ func (w *wire) Read(b []byte) (int, error) {
 	n := copy(b, w.ahead[w.r:w.w])
 	w.r += n
 	return n, nil
+}
+
+func (w *wire) take(b []byte) (int, error) {
+	n, err := w.Conn.Read(b)
+	w.ended = w.ended || err == io.EOF
+	return n, err
 }
 
 // Write sends records, or holds them back.

@@ -4,17 +4,11 @@ import (
 	"crypto/tls"
 	"crypto/x509"
 	"errors"
-	"fmt"
 	"io"
 	"net"
-	"os"
 	"slices"
-	"strings"
-	"syscall"
 	"time"
 
-	"qblockd/blockdev/tlspsk"
-	"qblockd/graph/blk"
 	"qblockd/schema/types"
 )
 
@@ -137,32 +131,11 @@ func (c *X509) shake(nc net.Conn, under func(wire net.Conn) *tls.Conn) (*Conn, e
 		return name
 	})
 	var r rejected
-	if err != nil && !errors.As(err, &r) {
-		return nil, fmt.Errorf("TLS handshake failed: %s", shakeText(err))
-	}
-	if err != nil {
+	if errors.As(err, &r) {
 		return nil, r
 	}
-	return conn, nil
-}
-
-// shakeText words why a handshake failed.
-func shakeText(err error) string {
-	var op *net.OpError
-	var told tlspsk.RemoteError
-	switch {
-	case errors.As(err, &told):
-		return "A TLS fatal alert has been received: " + tlspsk.Alert(told).String()
-	case errors.As(err, new(tls.RecordHeaderError)):
-		return "An unexpected TLS packet was received."
-	case errors.Is(err, io.EOF), errors.Is(err, io.ErrUnexpectedEOF):
-		return "The TLS connection was non-properly terminated."
-	case errors.As(err, &op) && op.Op == "remote error":
-		return "A TLS fatal alert has been received: " + strings.TrimPrefix(op.Err.Error(), "tls: ")
-	case errors.Is(err, os.ErrDeadlineExceeded):
-		return "The operation timed out"
-	case errors.As(err, new(syscall.Errno)):
-		return blk.ErrnoText(err)
+	if err != nil {
+		return nil, &shakeError{err}
 	}
-	return strings.TrimPrefix(err.Error(), "tls: ")
+	return conn, nil
 }

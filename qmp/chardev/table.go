@@ -14,6 +14,7 @@ import (
 	"qblockd/blockdev/tlscreds"
 	"qblockd/events/panics"
 	"qblockd/graph/blk"
+	"qblockd/qmp/chardev/sockets"
 	"qblockd/schema/types"
 )
 
@@ -234,14 +235,15 @@ func (t *Table) AttachFor(id string, uids []uint32, h Handler) error {
 			return fmt.Errorf("'allow-uid' needs a character device that listens on a unix socket, which '%s' does not", id)
 		}
 	}
+	var log sockets.Seldom // whoever reaches the socket may try as often as they like
 	return t.attachLocked(id, func(c io.ReadWriteCloser) {
 		uid, err := peerUID(c)
 		switch {
 		case err != nil:
-			t.opts.Log.Warn("character device "+id+": a client is not known", "error", err)
+			log.Log(t.opts.Log, slog.LevelWarn, "character device "+id+": a client is not known", "refused-before", "error", err)
 			c.Close()
 		case !slices.Contains(uids, uid):
-			t.opts.Log.Info("character device "+id+": a client is not wanted", "uid", uid)
+			log.Log(t.opts.Log, slog.LevelInfo, "character device "+id+": a client is not wanted", "refused-before", "uid", uid)
 			c.Close()
 		default:
 			h(c)

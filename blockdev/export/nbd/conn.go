@@ -11,6 +11,7 @@ import (
 
 	"golang.org/x/sys/unix"
 
+	"qblockd/blockdev/tlscreds"
 	"qblockd/events/panics"
 	"qblockd/events/trace"
 	"qblockd/qmp/chardev/sockets"
@@ -94,15 +95,26 @@ func (c *conn) run() {
 	if c.exp != nil {
 		c.exp.detach(c)
 	}
-	if err != nil && !errors.Is(err, io.EOF) && !errors.Is(err, errAbort) && !c.killed.Load() {
-		c.srv.log.Info("NBD client disconnected", "err", err)
-	}
+	c.logEnd(err)
 	if !linger {
 		c.nc.Close()
 		return
 	}
 	c.shutSocket()
 	panics.Go("the end of an NBD connection", c.sender.linger, nil)
+}
+
+// logEnd tells why a connection came to an end that its client did not announce.
+func (c *conn) logEnd(err error) {
+	under := errors.As(err, new(*tlscreds.ChannelError))
+	if err == nil || !under && errors.Is(err, io.EOF) || errors.Is(err, errAbort) || c.killed.Load() {
+		return
+	}
+	attrs := []any{"err", err}
+	if alert := tlscreds.Alert(err); alert != "" {
+		attrs = append(attrs, "alert", alert)
+	}
+	c.srv.log.Info("NBD client disconnected", attrs...)
 }
 
 // talk makes a panic an error of the connection.

@@ -155,7 +155,11 @@ func (h *hello) startTLS() error {
 	}
 	nc, err := h.tls.Connect(h.nc)
 	if err != nil {
-		return blk.Text(err.Error(), syscall.EINVAL)
+		told := blk.Text(err.Error(), syscall.EINVAL)
+		if alert := tlscreds.Alert(err); alert != "" {
+			told = blk.WithHint(told, "The server's reason: "+alert+"\n")
+		}
+		return told
 	}
 	h.nc = nc
 	return nil
@@ -427,9 +431,12 @@ func (h *hello) skip(n int64, what string) error {
 
 // reading words an error of reading from the server, nil of none.
 func reading(what string, err error) error {
+	var under *tlscreds.ChannelError
 	switch {
 	case err == nil:
 		return nil
+	case errors.As(err, &under):
+		return blk.Text("Failed to read "+what+": "+under.Error(), syscall.EIO)
 	case errors.Is(err, io.EOF), errors.Is(err, io.ErrUnexpectedEOF):
 		return blk.Text("Failed to read "+what+": Unexpected end-of-file before all data were read", syscall.EIO)
 	}
@@ -437,6 +444,9 @@ func reading(what string, err error) error {
 }
 
 func sending(what string, err error) error {
+	if under := (*tlscreds.ChannelError)(nil); errors.As(err, &under) {
+		return blk.Text("Failed to send "+what+": "+under.Error(), syscall.EIO)
+	}
 	return blk.Text("Failed to send "+what+": Unable to write to socket: "+ioText(err), syscall.EIO)
 }
 

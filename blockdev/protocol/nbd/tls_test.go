@@ -95,3 +95,30 @@ func TestTLSOptions(t *testing.T) {
 		}
 	}
 }
+
+// TestTLSRefused: a server that does not want the client says so once the client thinks that all
+// is well; the error is that of QEMU's clients, whose servers say nothing.
+func TestTLSRefused(t *testing.T) {
+	_, o := withTLS(t)
+	tls, err := tlscreds.NewServer(o, new("server"), nil)
+	if err != nil {
+		t.Fatal(err)
+	}
+	path := serveBy(t, 1<<20, false, server.Options{TLS: tls})
+	dir := certs.Dir(t, certs.CA(t), nil, certs.CA(t).Client(t))
+	end := types.QCryptoTLSCredsEndpointClient
+	o["foreign"], err = tlscreds.NewX509(&types.TlsCredsX509Properties{
+		Dir: &dir, Endpoint: &end, SanityCheck: new(false), VerifyPeer: new(false),
+	}, nil)
+	if err != nil {
+		t.Fatal(err)
+	}
+	_, err = build(t, drivertest.NewGraph(t), o, &types.BlockdevOptionsNbd{
+		Export: new("x"), TlsCreds: new("foreign"), TlsHostname: new("localhost"),
+		Server: types.SocketAddress{Type: "unix", U: &types.UnixSocketAddress{Path: path}},
+	})
+	const want = "Failed to read option reply: Cannot read from TLS channel: Input/output error"
+	if err == nil || err.Error() != want {
+		t.Errorf("%v, want %q", err, want)
+	}
+}

@@ -178,3 +178,29 @@ func TestTrouble(t *testing.T) {
 		t.Error("a new trouble begins with a long pause")
 	}
 }
+
+// TestSeldom: the first is told, the others are counted until the next may be told.
+func TestSeldom(t *testing.T) {
+	var out strings.Builder
+	log := slog.New(slog.NewTextHandler(&out, nil))
+	var s Seldom
+	for range 5 {
+		s.Log(log, slog.LevelInfo, "refused", "before", "uid", 7)
+	}
+	if n := strings.Count(out.String(), "refused"); n != 1 || strings.Contains(out.String(), "before") {
+		t.Errorf("%d lines: %s", n, out.String())
+	}
+	s.mu.Lock()
+	s.last = s.last.Add(-quietFor)
+	s.mu.Unlock()
+	if s.Log(log, slog.LevelInfo, "refused", "before"); !strings.Contains(out.String(), "before=4") {
+		t.Error(out.String())
+	}
+	s.mu.Lock()
+	s.last = s.last.Add(-quietFor)
+	s.mu.Unlock()
+	out.Reset()
+	if s.Log(log, slog.LevelInfo, "refused", "before"); strings.Contains(out.String(), "before") {
+		t.Error(out.String())
+	}
+}

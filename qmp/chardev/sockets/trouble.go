@@ -9,8 +9,6 @@ import (
 const (
 	firstPause = 50 * time.Millisecond
 	lastPause  = time.Second
-	// quietFor is how long nothing more is logged.
-	quietFor = 10 * time.Second
 )
 
 // Trouble keeps one who accepts connections, and cannot, from trying all the time and from filling
@@ -18,22 +16,13 @@ const (
 // goroutine uses it.
 type Trouble struct {
 	pause  time.Duration
-	last   time.Time // of the last line in the log
-	missed int       // failures since
+	seldom Seldom
 }
 
 // Failed logs an error of accepting, unless there was one a short while ago, and tells how long to
 // wait.
 func (t *Trouble) Failed(log *slog.Logger, text string, err error, attrs ...any) time.Duration {
-	if now := time.Now(); t.last.IsZero() || now.Sub(t.last) >= quietFor {
-		if t.missed > 0 {
-			attrs = append(attrs, "failures-before", t.missed)
-		}
-		log.Warn(text, append(attrs, "error", err)...)
-		t.last, t.missed = now, 0
-	} else {
-		t.missed++
-	}
+	t.seldom.Log(log, slog.LevelWarn, text, "failures-before", append(attrs, "error", err)...)
 	t.pause = min(max(2*t.pause, firstPause), lastPause)
 	return t.pause
 }
