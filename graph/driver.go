@@ -84,7 +84,8 @@ type (
 	}
 	CopyRanger interface {
 		// CopyFrom writes src (host ranges, no zero runs) to off; ErrNotSupported or EXDEV make the
-		// caller copy by hand.
+		// caller copy by hand. Caps.Remote: after another error src may still be read, by a server
+		// that was lost, and what it finds there be written.
 		CopyFrom(r *blk.Req, off int64, src []blk.HostRange, f blk.Flags) error
 	}
 	Resizer interface {

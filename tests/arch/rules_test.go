@@ -105,7 +105,7 @@ var thirdParty = []struct {
 	{"github.com/lmittmann/tint", []string{"cmd/qblockd"}, nil},
 	// Its ciphers of long ago, and what tests compare ours with.
 	{"golang.org/x/crypto", []string{"blockdev/crypto", "blockdev/tlspsk"}, []string{"blockdev/crypto", "blockdev/tlspsk"}},
-	{"golang.org/x/sys", []string{"blockdev/crypto", "blockdev/object", "blockdev/tlscreds", "blockdev/protocol/file", "blockdev/export/...", "qmp", "qmp/chardev", "qmp/chardev/sockets", "cmd/*"}, []string{"..."}},
+	{"golang.org/x/sys", []string{"blockdev/crypto", "blockdev/object", "blockdev/tlscreds", "blockdev/protocol/file", "blockdev/protocol/nbd", "blockdev/export/...", "qmp", "qmp/chardev", "qmp/chardev/sockets", "cmd/*"}, []string{"..."}},
 	{"github.com/spf13/cobra", []string{"cmd/qblockctl"}, nil},
 	{"github.com/spf13/pflag", nil, []string{"cmd/qblockctl"}}, // the options of cobra's commands, for the manual page
 	{"github.com/peterh/liner", []string{"cmd/qblockctl"}, nil},

@@ -44,6 +44,7 @@ type migration struct {
 	qs, qt *daemon.QMP
 	dirs   [2]string // of source and target
 	creds  string    // the object, without its endpoint
+	clear  bool      // it is not used, so that the kernel may send pages of the disk
 	failed int       // tries
 }
 
@@ -59,7 +60,7 @@ func TestMigration(t *testing.T) {
 		}
 		m.move(pivot, cuts)
 		m.goOn()
-		m.t.Logf("pivot %v, %v: %d requests, %d made again, %d tries failed", pivot, cuts,
+		m.t.Logf("in the clear %v, pivot %v, %v: %d requests, %d made again, %d tries failed", m.clear, pivot, cuts,
 			m.guests.done(), m.guests.again(), m.failed)
 	})
 }
@@ -83,6 +84,7 @@ func rounds(t *testing.T, n int, f func(m *migration, pivot bool)) {
 // newMigration starts both daemons and the wire, and fills the disk.
 func newMigration(t *testing.T, seed uint64) *migration {
 	m := &migration{t: t, r: rand.New(rand.NewPCG(seed, 3)), h: newHosts(t), dirs: [2]string{t.TempDir(), t.TempDir()}}
+	m.clear = m.r.IntN(2) == 0
 	for _, dir := range m.dirs {
 		x := rig.New(dir)
 		cs := uint64(4096) << m.r.IntN(5)
@@ -99,13 +101,20 @@ func newMigration(t *testing.T, seed uint64) *migration {
 	}
 	m.wire = newWire(t, m.h, port)
 	m.qt.Must(t, "nbd-server-stop", nil)
-	m.qt.Must(t, "nbd-server-start", map[string]any{"tls-creds": "tls", "addr": map[string]any{
-		"type": "inet", "data": map[string]any{"host": m.h.addr, "port": port}}})
+	m.qt.Must(t, "nbd-server-start", m.withTLS(map[string]any{"addr": map[string]any{
+		"type": "inet", "data": map[string]any{"host": m.h.addr, "port": port}}}))
 	m.export(m.qt)
 	m.guests = newParty(m.r)
 	m.must(m.guests.connect(m.source.NBDSocket(), "disk"))
 	m.must(m.guests.fill())
 	return m
+}
+
+func (m *migration) withTLS(o map[string]any) map[string]any {
+	if !m.clear {
+		o["tls-creds"] = "tls"
+	}
+	return o
 }
 
 func (m *migration) startSource() {
@@ -181,10 +190,10 @@ func (m *migration) try(pivot bool) bool {
 
 // mirror begins to copy.
 func (m *migration) mirror() {
-	m.qs.Must(m.t, "blockdev-add", daemon.Blockdev("nbd", "remote", map[string]any{
+	m.qs.Must(m.t, "blockdev-add", daemon.Blockdev("nbd", "remote", m.withTLS(map[string]any{
 		"server": map[string]any{"type": "inet", "host": "127.0.0.1", "port": m.wire.port()}, "export": "disk",
-		"tls-creds": "tls", "reconnect-delay": 30, "open-timeout": 30,
-	}))
+		"reconnect-delay": 30, "open-timeout": 30,
+	})))
 	m.qs.Events = nil
 	m.qs.Must(m.t, "blockdev-mirror", map[string]any{
 		"job-id": "move", "device": "disk", "target": "remote", "sync": "full", "copy-mode": "write-blocking"})

@@ -389,7 +389,9 @@ func (s *State) copy(r *blk.Req, c *running) error {
 			}
 		} else {
 			copy := graph.Copy
-			if s.buffered {
+			if s.buffered || graph.Now.Remote(dst.Node()) {
+				// Pages that the kernel was given for a server may be read by it after the connection
+				// is lost, and after the copy: with what the guest has written by then.
 				copy = graph.CopyThroughMemory
 			}
 			err = copy(r, src, dst, off, x.N, f)

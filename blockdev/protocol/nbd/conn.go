@@ -65,6 +65,7 @@ type conn struct {
 	batch []*slot
 	bufs  [][]byte
 	out   net.Buffers
+	files fileSender
 
 	mu    sync.Mutex
 	idle  sync.Cond
@@ -98,14 +99,16 @@ type conn struct {
 type slot struct {
 	cookie uint64 // of the request that has the slot
 	req    nbdwire.Request
-	head   []byte  // as it is sent
-	out    blk.Vec // what a write sends
-	in     blk.Vec // what a read fills
-	done   chan signal
+	head   []byte // as it is sent
+	body
+	done chan signal
 
 	// Guarded by conn.mu.
 	busy, sent, answered bool
 	lost                 bool // the connection ended first
+
+	// The sender's, then that of who waits: zeroes stand for something that the file does not have.
+	short bool
 
 	// The reader's, then those of who waits.
 	err     error
@@ -113,6 +116,13 @@ type slot struct {
 	filled  []span // what of in is there, in order and with gaps between
 	extents int
 	extent  nbdwire.Extent64 // the first
+}
+
+// body is what a request moves besides its head.
+type body struct {
+	out  blk.Vec       // what a write sends, or
+	file blk.HostRange // what it sends of a file
+	in   blk.Vec       // what a read fills
 }
 
 // span is [from, to), in bytes.
@@ -131,6 +141,7 @@ func newConn(nc net.Conn, e *export, clk clock.Clock) *conn {
 		nc: nc, e: e, clock: clk, born: clk.Now(), free: make(chan *slot, maxInFlight), gone: make(chan struct{}),
 	}
 	c.in = bufio.NewReaderSize(meter{c}, readBuffer)
+	c.files.init(nc, &c.moved)
 	c.idle.L, c.told.L = &c.mu, &c.mu
 	for i := range c.slots {
 		s := &c.slots[i]
@@ -151,17 +162,21 @@ func (m meter) Read(b []byte) (int, error) {
 }
 
 // do has a request executed. lost: the connection ended before the answer, so the request may have
-// been executed or not.
-func (c *conn) do(r *blk.Req, q nbdwire.Request, out, in blk.Vec) (x nbdwire.Extent64, lost bool, err error) {
+// been executed or not. blk.ErrNotSupported: the file that b names could not be sent, or not all of
+// it, and something may have been written instead.
+func (c *conn) do(r *blk.Req, q nbdwire.Request, b body) (x nbdwire.Extent64, lost bool, err error) {
+	if b.file.N > 0 && c.files.raw == nil {
+		return x, false, blk.ErrNotSupported
+	}
 	s, err := c.take(r)
 	if s == nil {
 		return x, err == nil, err
 	}
 	s.cookie += maxInFlight // so that none is used twice
 	q.Cookie = s.cookie
-	s.req, s.out, s.in = q, out, in
+	s.req, s.body = q, b
 	s.head = c.header(s.head[:0], q)
-	s.sent, s.answered, s.lost, s.err = false, false, false, nil
+	s.sent, s.answered, s.lost, s.short, s.err = false, false, false, false, nil
 	s.errs, s.filled, s.extents = 0, s.filled[:0], 0
 	if c.send(r, s) {
 		c.wait(r, s)
@@ -170,7 +185,10 @@ func (c *conn) do(r *blk.Req, q nbdwire.Request, out, in blk.Vec) (x nbdwire.Ext
 		s.lost = true
 	}
 	x, lost, err = s.extent, s.lost, s.err
-	s.out, s.in = blk.Vec{}, blk.Vec{}
+	if s.short && err == nil {
+		err = blk.ErrNotSupported
+	}
+	s.body = body{}
 	c.free <- s
 	return x, lost, err
 }
@@ -265,7 +283,6 @@ func (c *conn) sendQueued(r *blk.Req, own *slot) {
 
 // write sends the batch.
 func (c *conn) write() error {
-	c.bufs = c.bufs[:0]
 	for _, s := range c.batch {
 		head := len(c.bufs)
 		c.bufs = s.out.AppendTo(append(c.bufs, s.head))
@@ -275,8 +292,26 @@ func (c *conn) write() error {
 				c.bufs[i] = b[:sendPiece]
 			}
 		}
+		if s.file.N == 0 {
+			continue
+		}
+		err := c.writeBufs()
+		if err == nil {
+			s.short, err = c.files.send(c.nc, s.file)
+		}
+		if err != nil {
+			return err
+		}
 	}
-	defer clear(c.bufs)
+	return c.writeBufs()
+}
+
+// writeBufs sends what is gathered.
+func (c *conn) writeBufs() error {
+	defer func() {
+		clear(c.bufs)
+		c.bufs = c.bufs[:0]
+	}()
 	for i := 0; i < len(c.bufs); {
 		first := i
 		for n := 0; i < len(c.bufs) && n < sendPiece; i++ {

@@ -7,6 +7,7 @@
 //	reply.go      what the server answers
 //	disk.go       the driver: opening, properties, the end
 //	io.go         requests of the graph as requests of the protocol
+//	mapped.go     ranges of files that the kernel sends
 //	link.go       which connection is in use, and what happens when it is lost
 //	names.go      file names
 //
@@ -44,6 +45,15 @@
 // They are spoken with a server that has them. Then zeroing, discarding and questions about the
 // block status are one request however long the range is. A server that comes back without them is
 // not taken.
+//
+// # Pages of files
+//
+// What jobs copy from files on this machine to a server is sent by the kernel, from its cache,
+// where it is in full. Until the server has taken the bytes they are the file's: a guest's write in
+// between may be among them, or not, as with any copy that is under way at the time, and the
+// request ends with the server's answer. Of a server that is lost before its answer, and goes on
+// with what it was sent, that is true for longer: so a point in time is never copied in this way
+// (copy-before-write), and a mirror copies again what was written.
 //
 // # TLS
 //

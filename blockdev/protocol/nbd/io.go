@@ -30,7 +30,7 @@ func (d *disk) ReadAt(r *blk.Req, v blk.Vec, off int64, f blk.Flags) error {
 		v, n = v.Slice(0, k), k
 	}
 	q := nbdwire.Request{Cmd: nbdwire.CmdRead, Off: uint64(off), Len: uint64(n)}
-	_, err := d.link.do(r, q, blk.Vec{}, v)
+	_, err := d.link.do(r, q, body{in: v})
 	return err
 }
 
@@ -50,7 +50,7 @@ func (d *disk) WriteAt(r *blk.Req, v blk.Vec, off int64, f blk.Flags) error {
 	if f&blk.FUA != 0 && d.e.has(nbdwire.FlagFUA) {
 		q.Flags = nbdwire.CmdFlagFUA
 	}
-	_, err := d.link.do(r, q, v, blk.Vec{})
+	_, err := d.link.do(r, q, body{out: v})
 	return err
 }
 
@@ -72,7 +72,7 @@ func (d *disk) Zero(r *blk.Req, off, n int64, f blk.Flags) error {
 	if f&blk.NoFallback != 0 {
 		q.Flags |= nbdwire.CmdFlagFastZero
 	}
-	_, err := d.link.do(r, q, blk.Vec{}, blk.Vec{})
+	_, err := d.link.do(r, q, body{})
 	return err
 }
 
@@ -85,7 +85,7 @@ func (d *disk) Discard(r *blk.Req, off, n int64) error {
 		return nil
 	}
 	q := nbdwire.Request{Cmd: nbdwire.CmdTrim, Off: uint64(off), Len: uint64(n)}
-	_, err := d.link.do(r, q, blk.Vec{}, blk.Vec{})
+	_, err := d.link.do(r, q, body{})
 	return err
 }
 
@@ -94,7 +94,7 @@ func (d *disk) Flush(r *blk.Req) error {
 	if !d.e.has(nbdwire.FlagFlush) {
 		return nil
 	}
-	_, err := d.link.do(r, nbdwire.Request{Cmd: nbdwire.CmdFlush}, blk.Vec{}, blk.Vec{})
+	_, err := d.link.do(r, nbdwire.Request{Cmd: nbdwire.CmdFlush}, body{})
 	return err
 }
 
@@ -114,7 +114,7 @@ func (d *disk) Status(r *blk.Req, off, n int64) (blk.Extent, error) {
 	q := nbdwire.Request{
 		Cmd: nbdwire.CmdBlockStatus, Flags: nbdwire.CmdFlagReqOne, Off: uint64(off), Len: uint64(k),
 	}
-	x, err := d.link.do(r, q, blk.Vec{}, blk.Vec{})
+	x, err := d.link.do(r, q, body{})
 	if err != nil {
 		return blk.Extent{}, err
 	}

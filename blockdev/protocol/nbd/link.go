@@ -100,7 +100,7 @@ func (l *link) becomeLocked(s state) {
 }
 
 // do has a request executed by whatever connection there is.
-func (l *link) do(r *blk.Req, q nbdwire.Request, out, in blk.Vec) (nbdwire.Extent64, error) {
+func (l *link) do(r *blk.Req, q nbdwire.Request, b body) (nbdwire.Extent64, error) {
 	if r.NoWait {
 		return nbdwire.Extent64{}, blk.ErrWouldBlock
 	}
@@ -110,7 +110,7 @@ func (l *link) do(r *blk.Req, q nbdwire.Request, out, in blk.Vec) (nbdwire.Exten
 		if err != nil {
 			return nbdwire.Extent64{}, err
 		}
-		if x, lost, err := c.do(r, q, out, in); !lost {
+		if x, lost, err := c.do(r, q, b); !lost {
 			switch {
 			case err != nil:
 			case q.Cmd == nbdwire.CmdFlush:
