@@ -21,6 +21,23 @@ type Store interface {
 	Flush() error
 }
 
+// Gated is a Store each access to which is made inside of a call, which passes the header as it is
+// then to f.
+type Gated func(f func(st Store) error) error
+
+// ReadAt implements Store.
+func (g Gated) ReadAt(b []byte, off int64) error {
+	return g(func(st Store) error { return st.ReadAt(b, off) })
+}
+
+// WriteAt implements Store.
+func (g Gated) WriteAt(b []byte, off int64) error {
+	return g(func(st Store) error { return st.WriteAt(b, off) })
+}
+
+// Flush implements Store.
+func (g Gated) Flush() error { return g(Store.Flush) }
+
 // ErrPassword says that no slot opens with a password.
 var ErrPassword = errors.New("Invalid password, cannot unlock any keyslot")
 

@@ -3,13 +3,11 @@ package qcow2
 import (
 	"context"
 	"errors"
-	"log/slog"
 
 	"qblockd/blockdev/crypto"
 	"qblockd/blockdev/crypto/luks"
 	"qblockd/blockdev/driver"
-	"qblockd/graph"
-	"qblockd/graph/perm"
+	"qblockd/graph/blk"
 	"qblockd/schema/types"
 )
 
@@ -23,32 +21,17 @@ func amend(ctx context.Context, a *driver.Amendment, o *types.BlockdevAmendOptio
 	if o == nil || o.Encrypt == nil {
 		return &driver.Amending{Do: func(context.Context, func()) error { return nil }, End: func() {}}, nil
 	}
-	if a.Node.ReadOnly() {
-		return nil, errors.New("Block node is read-only")
-	}
-	if a.Node.Inactive() {
-		return nil, &perm.InactiveError{Perms: perm.Write}
-	}
-	var root *graph.Root
-	err := a.Graph.Do(ctx, func(tx *graph.Tx) (err error) {
-		spec := graph.RootSpec{EdgeName: "root", Kind: graph.KindBackend, Claim: perm.Claim{Share: perm.All},
-			StayAtNode: true, Job: true}
-		root, err = tx.AttachRoot(spec, a.Node)
-		return err
-	})
+	turns, err := a.Turns(ctx, nil, a.Node)
 	if err != nil {
 		return nil, err
 	}
 	return &driver.Amending{
 		Do: func(ctx context.Context, started func()) error {
-			return d.changeKeys(ctx, a, o.Encrypt, gatedArea{ctx, root, d.image, started})
+			return d.changeKeys(ctx, a, o.Encrypt, luks.Gated(func(f func(st luks.Store) error) error {
+				return turns.Take(ctx, started, func(r *blk.Req) error { return withKeys(d.image, r, f) })
+			}))
 		},
-		End: func() {
-			err := a.Graph.Do(context.Background(), func(tx *graph.Tx) error { return tx.DetachRoot(root) })
-			if err != nil {
-				slog.Error("the root of a change of keys could not be taken away", "node", a.Node.Name(), "err", err)
-			}
-		},
+		End: turns.End,
 	}, nil
 }
 
@@ -76,50 +59,27 @@ func (d *Driver) changeKeys(
 	return c.Make(ctx, &h, st)
 }
 
-// gatedArea is the header with the keys, each access a unit of work of its own: between them, while
-// keys are made of passwords, the node can be drained.
-type gatedArea struct {
-	ctx     context.Context
-	root    *graph.Root
-	s       *image
-	started func()
-}
-
-// do has mu while f runs, which checklocks cannot know.
-func (g gatedArea) do(f func(k keyArea) error) error {
-	g.started()
-	r, err := g.root.Begin(g.ctx)
-	if err != nil {
+// withKeys has mu while f uses the header with the keys.
+func withKeys(s *image, r *blk.Req, f func(st luks.Store) error) error {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	if err := s.usable(); err != nil {
 		return err
 	}
-	defer g.root.End(r)
-	g.s.mu.Lock()
-	defer g.s.mu.Unlock()
-	if err := g.s.usable(); err != nil {
-		return err
-	}
-	return f(keyArea{&g.s.imageFile, r})
+	return f(vettedArea{keyArea{&s.imageFile, r}, s})
 }
 
-// ReadAt implements luks.Store.
-// +checklocksignore
-func (g gatedArea) ReadAt(b []byte, off int64) error {
-	return g.do(func(k keyArea) error { return k.ReadAt(b, off) })
+// vettedArea is a keyArea that is not written to before it was looked at what lies over it.
+type vettedArea struct {
+	keyArea
+	whole *image
 }
 
 // WriteAt implements luks.Store.
-func (g gatedArea) WriteAt(b []byte, off int64) error {
-	return g.do(func(k keyArea) error { return vetted(k, g.s, b, off) })
-}
-
-// vetted writes to the header once it was looked at what that lies over.
 // +checklocksignore
-func vetted(k keyArea, s *image, b []byte, off int64) error {
-	if err := s.vet(k.r); err != nil {
+func (v vettedArea) WriteAt(b []byte, off int64) error {
+	if err := v.whole.vet(v.r); err != nil {
 		return err
 	}
-	return k.WriteAt(b, off)
+	return v.keyArea.WriteAt(b, off)
 }
-
-// Flush implements luks.Store.
-func (g gatedArea) Flush() error { return g.do(keyArea.Flush) }
