@@ -36,16 +36,15 @@ const (
 	RequestSize       = 28
 	ExtRequestSize    = 32 // with extended headers
 	SimpleSize        = 16
-	ChunkSize         = 20             // header of a structured reply chunk
-	DataHeadSize      = ChunkSize + 8  // with the offset of OFFSET_DATA
-	HoleSize          = ChunkSize + 12 // a whole OFFSET_HOLE chunk
-	ExtChunkSize      = 32             // the same with extended headers
-	ExtentSize        = 8              // one BLOCK_STATUS extent
-	Extent64Size      = 16             // one BLOCK_STATUS_EXT extent
-	ExportNameReply   = 8 + 2          // reply to OPT_EXPORT_NAME
-	ExportNamePadding = 124            // and the zeroes after it, unless NO_ZEROES
-	OldStyleSize      = 8 + 4 + 124    // what follows MagicOldStyle
-	maxErrorMessage   = MaxString      // bytes of text in an error chunk
+	ChunkSize         = 20            // header of a structured reply chunk
+	DataHeadSize      = ChunkSize + 8 // with the offset of OFFSET_DATA
+	ExtChunkSize      = 32            // the same with extended headers
+	ExtentSize        = 8             // one BLOCK_STATUS extent
+	Extent64Size      = 16            // one BLOCK_STATUS_EXT extent
+	ExportNameReply   = 8 + 2         // reply to OPT_EXPORT_NAME
+	ExportNamePadding = 124           // and the zeroes after it, unless NO_ZEROES
+	OldStyleSize      = 8 + 4 + 124   // what follows MagicOldStyle
+	maxErrorMessage   = MaxString     // bytes of text in an error chunk
 )
 
 // Handshake flags of the server, and of the client.
@@ -68,6 +67,8 @@ const (
 	FlagResize      uint16 = 1 << 9
 	FlagCache       uint16 = 1 << 10
 	FlagFastZero    uint16 = 1 << 11
+	// FlagStatusPayload: CmdBlockStatus takes CmdFlagPayload, to choose among the contexts.
+	FlagStatusPayload uint16 = 1 << 12
 )
 
 // Options of the handshake.
@@ -132,7 +133,7 @@ const (
 	CmdFlagReqOne   uint16 = 1 << 3
 	CmdFlagFastZero uint16 = 1 << 4
 	// CmdFlagPayload: the length is that of the payload that follows the request. With extended
-	// headers each write has it.
+	// headers each write has it; without there is no such flag.
 	CmdFlagPayload uint16 = 1 << 5
 )
 
@@ -159,15 +160,16 @@ const (
 	// bitmap follows.
 	ContextBitmap = "qemu:dirty-bitmap:"
 
-	StateHole uint32 = 1 << 0
+	StateHole uint64 = 1 << 0
 	// StateDirty is the flag of extents of ContextBitmap.
-	StateDirty uint32 = 1 << 0
-	StateZero  uint32 = 1 << 1
+	StateDirty uint64 = 1 << 0
+	StateZero  uint64 = 1 << 1
 )
 
 var optNames = map[uint32]string{
 	OptExportName: "export name", OptAbort: "abort", OptList: "list", OptStartTLS: "starttls", OptInfo: "info", OptGo: "go",
 	OptStructuredReply: "structured reply", OptListMetaContext: "list meta context", OptSetMetaContext: "set meta context",
+	OptExtendedHeaders: "extended headers",
 }
 
 // OptName is the name of an option in error texts.

@@ -5,6 +5,7 @@ import (
 	"errors"
 	"fmt"
 	"reflect"
+	"slices"
 	"strings"
 	"syscall"
 	"testing"
@@ -108,7 +109,8 @@ func TestTransmissionRoundTrips(t *testing.T) {
 		p != (Reply{Errno: ENOSPC, Cookie: 9}) {
 		t.Errorf("simple reply: %v %v %v", n, p, err)
 	}
-	b = AppendDataHead(nil, 0, 9, 4096, 2)
+	q = Request{Cookie: 9, Off: 77}
+	b = Structured.AppendDataHead(nil, 0, &q, 4096, 2)
 	if len(b) != DataHeadSize {
 		t.Error(len(b))
 	}
@@ -121,19 +123,21 @@ func TestTransmissionRoundTrips(t *testing.T) {
 	if n, err := p.ParseReply(b[:17]); n != 0 || err != nil {
 		t.Errorf("incomplete chunk: %v %v", n, err)
 	}
-	if off, n, err := ParseHole(AppendHole(nil, ChunkDone, 9, 5, 6)[ChunkSize:]); off != 5 || n != 6 || err != nil {
+	b = Structured.AppendHole(nil, ChunkDone, &q, 5, 6)
+	if off, n, err := ParseHole(b[ChunkSize:]); off != 5 || n != 6 || err != nil {
 		t.Errorf("hole: %v %v %v", off, n, err)
 	}
-	no, msg, off, err := ParseError(ChunkErrorOffset, AppendErrorOffset(nil, 9, EIO, 77, "bad")[ChunkSize:])
+	no, msg, off, err := ParseError(ChunkErrorOffset, Structured.AppendErrorOffset(nil, &q, EIO, 77, "bad")[ChunkSize:])
 	if no != EIO || msg != "bad" || off != 77 || err != nil {
 		t.Errorf("error: %v %v %v %v", no, msg, off, err)
 	}
-	no, msg, _, err = ParseError(ChunkError, AppendError(nil, 9, EIO, strings.Repeat("x", 9999))[ChunkSize:])
+	no, msg, _, err = ParseError(ChunkError, Structured.AppendError(nil, &q, EIO, strings.Repeat("x", 9999))[ChunkSize:])
 	if no != EIO || len(msg) != maxErrorMessage || err != nil {
 		t.Errorf("long error: %v %v %v", no, len(msg), err)
 	}
 	es := []Extent{{1, 0}, {1 << 31, StateHole | StateZero}}
-	id, ges, err := ParseBlockStatus(AppendBlockStatus(nil, ChunkDone, 9, 3, es)[ChunkSize:], nil)
+	b = Structured.AppendBlockStatus(nil, ChunkDone, &q, 3, es)
+	id, ges, err := ParseBlockStatus(ChunkBlockStatus, b[ChunkSize:], nil)
 	if id != 3 || !reflect.DeepEqual(es, ges) || err != nil {
 		t.Errorf("block status: %v %v %v", id, ges, err)
 	}
@@ -155,8 +159,9 @@ func testExtRoundTrips(t *testing.T, q Request) {
 	if err := got.ParseExt(b[:31]); err != ErrShort {
 		t.Errorf("short request: %v", err)
 	}
-	es := []Extent64{{1 << 50, 3}, {1, 1 << 40}}
-	b = AppendBlockStatusExt(nil, ChunkDone, 9, 77, 3, es)
+	es := []Extent{{1 << 50, 3}, {1, 1 << 40}}
+	q.Cookie, q.Off = 9, 77
+	b = Extended.AppendBlockStatus(nil, ChunkDone, &q, 3, es)
 	var p Reply
 	want := Reply{
 		Structured: true, Extended: true, Flags: ChunkDone, Type: ChunkBlockStatusExt, Cookie: 9, Off: 77, Len: 40,
@@ -170,9 +175,55 @@ func testExtRoundTrips(t *testing.T, q Request) {
 	if n, err := p.ParseReply(b[:31]); n != 0 || err != nil {
 		t.Errorf("incomplete chunk: %v %v", n, err)
 	}
-	id, ges, err := ParseBlockStatusExt(b[ExtChunkSize:], nil)
+	id, ges, err := ParseBlockStatus(ChunkBlockStatusExt, b[ExtChunkSize:], nil)
 	if id != 3 || !reflect.DeepEqual(es, ges) || err != nil {
 		t.Errorf("block status: %v %v %v", id, ges, err)
+	}
+	b = AppendStatusPayload(nil, 1<<40, 3, 1)
+	if n, ids, err := ParseStatusPayload(b, nil); len(b) != StatusPayloadSize(2) || n != 1<<40 ||
+		!slices.Equal(ids, []uint32{3, 1}) || err != nil {
+		t.Errorf("payload of a block status: %d %v %v", n, ids, err)
+	}
+	for _, n := range []int{0, 7, 11, 13} {
+		if _, _, err := ParseStatusPayload(make([]byte, n), nil); err != ErrLengths {
+			t.Errorf("payload of %d bytes: %v", n, err)
+		}
+	}
+}
+
+// What each form has instead of which others; sizes that are reserved are enough.
+func TestForms(t *testing.T) {
+	read, write := Request{Cmd: CmdRead, Cookie: 9, Off: 77}, Request{Cmd: CmdWrite, Cookie: 9, Off: 77}
+	for form, want := range map[Form][2]Reply{
+		Simple:     {{Cookie: 9}, {Cookie: 9}},
+		Structured: {{Structured: true, Flags: ChunkDone, Cookie: 9}, {Cookie: 9}},
+		Extended: {{Structured: true, Extended: true, Flags: ChunkDone, Cookie: 9, Off: 77},
+			{Structured: true, Extended: true, Flags: ChunkDone, Cookie: 9, Off: 77}},
+	} {
+		for i, q := range []*Request{&read, &write} {
+			var p Reply
+			if _, err := p.ParseReply(form.AppendSuccess(nil, q)); err != nil || p != want[i] {
+				t.Errorf("form %d: %+v %v, want %+v", form, p, err, want[i])
+			}
+		}
+		b := read.Append(nil)
+		if form == Extended {
+			b = read.AppendExt(nil)
+		}
+		var q Request
+		if err := form.ParseRequest(b, &q); err != nil || q != read || len(b) != form.RequestSize() {
+			t.Errorf("form %d: %+v, %d bytes, %v", form, q, len(b), err)
+		}
+		longest := len(form.AppendError(nil, &read, EIO, ""))
+		head := SimpleSize
+		if form != Simple {
+			head = len(form.AppendDataHead(nil, 0, &read, 0, 1))
+			hole, fault := form.AppendHole(nil, 0, &read, 0, 1), form.AppendErrorOffset(nil, &read, EIO, 0, "")
+			longest = max(longest, head, len(hole), len(fault))
+		}
+		if head != form.ReadHeadSize() || longest > MaxReplyHead {
+			t.Errorf("form %d: %d bytes before data, %d at most", form, head, longest)
+		}
 	}
 }
 
@@ -214,7 +265,7 @@ func TestNoAllocations(t *testing.T) {
 	if n := testing.AllocsPerRun(100, func() {
 		b = q.Append(b[:0])
 		q.Parse(b)
-		b = AppendDataHead(b, ChunkDone, q.Cookie, q.Off, 4096)
+		b = Extended.AppendDataHead(b, ChunkDone, &q, q.Off, 4096)
 		b = AppendSimple(b, q.Cookie, 0)
 		var p Reply
 		p.ParseReply(b[RequestSize:])
@@ -228,8 +279,11 @@ func FuzzParse(f *testing.F) {
 	f.Add(AppendGreeting(nil, 3))
 	f.Add(AppendMetaQueries(nil, "x", "base:allocation", ""))
 	f.Add((&InfoRequest{Name: "x", Infos: []uint16{3}}).Append(nil))
-	f.Add(AppendErrorOffset(nil, 1, EIO, 2, "m")[ChunkSize:])
-	f.Add(AppendBlockStatus(nil, 0, 1, 2, []Extent{{3, 4}})[ChunkSize:])
+	q := Request{Cookie: 1, Off: 2}
+	f.Add(Structured.AppendErrorOffset(nil, &q, EIO, 2, "m")[ChunkSize:])
+	f.Add(AppendStatusPayload(nil, 1<<40, 0, 1))
+	f.Add(Extended.AppendBlockStatus(nil, 0, &q, 2, []Extent{{3, 4}})[ExtChunkSize:])
+	f.Add(Structured.AppendBlockStatus(nil, 0, &q, 2, []Extent{{3, 4}})[ChunkSize:])
 	f.Fuzz(func(t *testing.T, b []byte) {
 		ParseOption(b)
 		ParseExportNameReply(b)
@@ -240,13 +294,16 @@ func FuzzParse(f *testing.F) {
 		ParseHole(b)
 		ParseError(ChunkError, b)
 		ParseError(ChunkErrorOffset, b)
-		ParseBlockStatus(b, nil)
-		ParseBlockStatusExt(b, nil)
+		ParseBlockStatus(ChunkBlockStatus, b, nil)
+		ParseBlockStatus(ChunkBlockStatusExt, b, nil)
 		ReplySize(b)
 		var p Reply
 		p.ParseReply(b)
 		if q, err := ParseInfoRequest(b); err == nil && !bytes.Equal(q.Append(nil), b) {
 			t.Errorf("%q is %v", b, q)
+		}
+		if n, ids, err := ParseStatusPayload(b, nil); err == nil && !bytes.Equal(AppendStatusPayload(nil, n, ids...), b) {
+			t.Errorf("%q is %d %v", b, n, ids)
 		}
 		if q, err := ParseMetaQueries(b); err == nil {
 			if n, err := q.Count(); err == nil {

@@ -64,83 +64,6 @@ func (q *Request) ParseExt(b []byte) error {
 	return nil
 }
 
-// AppendSimple appends a simple reply; errno is one of Errno's values, 0 for success. The
-// data of a read follow it.
-func AppendSimple(b []byte, cookie uint64, errno uint32) []byte {
-	b = be.AppendUint32(b, MagicSimple)
-	b = be.AppendUint32(b, errno)
-	return be.AppendUint64(b, cookie)
-}
-
-// AppendChunk appends the head of a structured reply chunk with n bytes of payload.
-func AppendChunk(b []byte, flags, typ uint16, cookie uint64, n int) []byte {
-	b = be.AppendUint32(b, MagicStructured)
-	b = be.AppendUint16(b, flags)
-	b = be.AppendUint16(b, typ)
-	b = be.AppendUint64(b, cookie)
-	return be.AppendUint32(b, uint32(n))
-}
-
-// AppendExtChunk appends the head of a chunk with n bytes of payload, with an extended header; off
-// is that of the request.
-func AppendExtChunk(b []byte, flags, typ uint16, cookie, off uint64, n int) []byte {
-	b = be.AppendUint32(b, MagicExtReply)
-	b = be.AppendUint16(b, flags)
-	b = be.AppendUint16(b, typ)
-	b = be.AppendUint64(b, cookie)
-	b = be.AppendUint64(b, off)
-	return be.AppendUint64(b, uint64(n))
-}
-
-// AppendDataHead appends the DataHeadSize bytes before n bytes of data at off.
-func AppendDataHead(b []byte, flags uint16, cookie, off uint64, n int) []byte {
-	b = AppendChunk(b, flags, ChunkOffsetData, cookie, 8+n)
-	return be.AppendUint64(b, off)
-}
-
-// AppendHole appends a chunk that tells n zero bytes at off.
-func AppendHole(b []byte, flags uint16, cookie, off uint64, n uint32) []byte {
-	b = AppendChunk(b, flags, ChunkOffsetHole, cookie, 12)
-	b = be.AppendUint64(b, off)
-	return be.AppendUint32(b, n)
-}
-
-// AppendError appends a final error chunk; msg is cut to what the protocol allows.
-func AppendError(b []byte, cookie uint64, errno uint32, msg string) []byte {
-	msg = msg[:min(len(msg), maxErrorMessage)]
-	b = AppendChunk(b, ChunkDone, ChunkError, cookie, 6+len(msg))
-	b = be.AppendUint32(b, errno)
-	b = be.AppendUint16(b, uint16(len(msg)))
-	return append(b, msg...)
-}
-
-// AppendErrorOffset appends a final error chunk that concerns the data at off.
-func AppendErrorOffset(b []byte, cookie uint64, errno uint32, off uint64, msg string) []byte {
-	msg = msg[:min(len(msg), maxErrorMessage)]
-	b = AppendChunk(b, ChunkDone, ChunkErrorOffset, cookie, 14+len(msg))
-	b = be.AppendUint32(b, errno)
-	b = be.AppendUint16(b, uint16(len(msg)))
-	b = append(b, msg...)
-	return be.AppendUint64(b, off)
-}
-
-// Extent is a run of N bytes with equal flags in one metadata context.
-type Extent struct {
-	N     uint32
-	Flags uint32
-}
-
-// AppendBlockStatus appends a chunk with the extents of one context.
-func AppendBlockStatus(b []byte, flags uint16, cookie uint64, context uint32, es []Extent) []byte {
-	b = AppendChunk(b, flags, ChunkBlockStatus, cookie, 4+len(es)*ExtentSize)
-	b = be.AppendUint32(b, context)
-	for _, e := range es {
-		b = be.AppendUint32(b, e.N)
-		b = be.AppendUint32(b, e.Flags)
-	}
-	return b
-}
-
 // Reply is the head of a reply of any kind.
 type Reply struct {
 	Structured  bool   // it is a chunk
@@ -231,44 +154,55 @@ func ParseError(typ uint16, payload []byte) (errno uint32, msg string, off uint6
 	return errno, msg, off, nil
 }
 
-// ParseBlockStatus decodes the payload of a ChunkBlockStatus, appending to es.
-func ParseBlockStatus(payload []byte, es []Extent) (context uint32, _ []Extent, err error) {
-	if len(payload) < 4+ExtentSize || (len(payload)-4)%ExtentSize != 0 {
+// Extent is a run of N bytes with equal flags in one metadata context.
+type Extent struct{ N, Flags uint64 }
+
+// ParseBlockStatus decodes the payload of a chunk of type typ, which is ChunkBlockStatus or
+// ChunkBlockStatusExt, appending to es.
+func ParseBlockStatus(typ uint16, payload []byte, es []Extent) (context uint32, _ []Extent, err error) {
+	head, size := 4, ExtentSize
+	if typ == ChunkBlockStatusExt {
+		head, size = 8, Extent64Size
+	}
+	if len(payload) < head+size || (len(payload)-head)%size != 0 {
+		return 0, es, ErrLengths
+	}
+	if head == 8 && uint64(be.Uint32(payload[4:])) != uint64((len(payload)-head)/size) {
 		return 0, es, ErrLengths
 	}
 	context = be.Uint32(payload)
-	for p := payload[4:]; len(p) > 0; p = p[ExtentSize:] {
-		es = append(es, Extent{be.Uint32(p), be.Uint32(p[4:])})
+	for p := payload[head:]; len(p) > 0; p = p[size:] {
+		x := Extent{uint64(be.Uint32(p)), uint64(be.Uint32(p[4:]))}
+		if typ == ChunkBlockStatusExt {
+			x = Extent{be.Uint64(p), be.Uint64(p[8:])}
+		}
+		es = append(es, x)
 	}
 	return context, es, nil
 }
 
-// Extent64 is an Extent of a ChunkBlockStatusExt.
-type Extent64 struct{ N, Flags uint64 }
-
-// AppendBlockStatusExt appends a chunk with the extents of one context; off is that of the request.
-func AppendBlockStatusExt(b []byte, flags uint16, cookie, off uint64, context uint32, es []Extent64) []byte {
-	b = AppendExtChunk(b, flags, ChunkBlockStatusExt, cookie, off, 8+len(es)*Extent64Size)
-	b = be.AppendUint32(b, context)
-	b = be.AppendUint32(b, uint32(len(es)))
-	for _, e := range es {
-		b = be.AppendUint64(b, e.N)
-		b = be.AppendUint64(b, e.Flags)
+// AppendStatusPayload appends the payload of a CmdBlockStatus with CmdFlagPayload: it asks about n
+// bytes in the contexts with these ids only.
+func AppendStatusPayload(b []byte, n uint64, ids ...uint32) []byte {
+	b = be.AppendUint64(b, n)
+	for _, id := range ids {
+		b = be.AppendUint32(b, id)
 	}
 	return b
 }
 
-// ParseBlockStatusExt decodes the payload of a ChunkBlockStatusExt, appending to es.
-func ParseBlockStatusExt(payload []byte, es []Extent64) (context uint32, _ []Extent64, err error) {
-	if len(payload) < 8+Extent64Size || (len(payload)-8)%Extent64Size != 0 ||
-		uint64(be.Uint32(payload[4:])) != uint64(len(payload)-8)/Extent64Size {
-		return 0, es, ErrLengths
+// StatusPayloadSize is the size of the payload that names so many contexts, in bytes.
+func StatusPayloadSize(ids int) int { return 8 + 4*ids }
+
+// ParseStatusPayload decodes the payload of a CmdBlockStatus, appending to ids.
+func ParseStatusPayload(payload []byte, ids []uint32) (n uint64, _ []uint32, err error) {
+	if len(payload) < 8 || len(payload)%4 != 0 {
+		return 0, ids, ErrLengths
 	}
-	context = be.Uint32(payload)
-	for p := payload[8:]; len(p) > 0; p = p[Extent64Size:] {
-		es = append(es, Extent64{be.Uint64(p), be.Uint64(p[8:])})
+	for p := payload[8:]; len(p) > 0; p = p[4:] {
+		ids = append(ids, be.Uint32(p))
 	}
-	return context, es, nil
+	return be.Uint64(payload), ids, nil
 }
 
 // Error numbers of the wire; they are those of Linux.

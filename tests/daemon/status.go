@@ -95,7 +95,7 @@ func (s *Status) Ask(off, n int64) (map[string][]nbdwire.Extent, error) {
 		case r.Type>>15 != 0 && r.Len >= 4:
 			failed = syscall.Errno(binary.BigEndian.Uint32(data))
 		case r.Type == nbdwire.ChunkBlockStatus:
-			id, extents, err := nbdwire.ParseBlockStatus(data, nil)
+			id, extents, err := nbdwire.ParseBlockStatus(r.Type, data, nil)
 			if err != nil {
 				return nil, err
 			}

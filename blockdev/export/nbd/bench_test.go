@@ -15,7 +15,7 @@ func BenchmarkServer(b *testing.B) {
 	d := newFileDevice(b, size)
 	d.dataEnd.Store(size)
 	_, _, path := server(b, d, Options{})
-	fill := open(b, path, true)
+	fill := open(b, path, nbdwire.Structured)
 	fill.do(wr(0, 32<<20), pattern(32<<20, 0)...)
 	fill.do(wr(32<<20, 32<<20), pattern(32<<20, 0)...)
 	for _, x := range []struct {
@@ -27,7 +27,7 @@ func BenchmarkServer(b *testing.B) {
 		{nbdwire.CmdWrite, 4096, 16}, {nbdwire.CmdWrite, 1 << 20, 8},
 	} {
 		b.Run(fmt.Sprintf("%s-%dk-qd%d", nbdwire.CmdName(x.cmd), x.n>>10, x.qd), func(b *testing.B) {
-			c := open(b, path, true)
+			c := open(b, path, nbdwire.Structured)
 			c.nc.SetDeadline(noDeadline)
 			b.SetBytes(int64(x.n))
 			b.ReportAllocs()

@@ -71,9 +71,9 @@ func TestErrorPolicies(t *testing.T) {
 		{types.BlockdevOnErrorIgnore, syscall.EIO, 0, "ignore"},
 	} {
 		d, fail, _, l, path := failing(t, c.policy)
-		for i := range 4 {
+		for i := range 6 {
 			d.wouldBlock.Store(i&1 != 0)
-			cl := open(t, path, i&2 != 0)
+			cl := open(t, path, nbdwire.Form(i>>1))
 			data := bytes.Repeat([]byte{0x5a}, 8192)
 			fail.Store(nil)
 			cl.do(wr(0, 8192), data...)
@@ -111,7 +111,7 @@ func TestErrorPolicies(t *testing.T) {
 // TestAnswersAreNoErrors: what cannot be done fast is told to the client whatever the policy.
 func TestAnswersAreNoErrors(t *testing.T) {
 	_, fail, _, l, path := failing(t, types.BlockdevOnErrorStop)
-	c := open(t, path, true)
+	c := open(t, path, nbdwire.Structured)
 	err := error(syscall.EOPNOTSUPP)
 	fail.Store(&err)
 	if a := c.do(req(nbdwire.CmdWriteZeroes, 0, 4096, []uint16{nbdwire.CmdFlagFastZero})); a.errno != nbdwire.ENOTSUP {
@@ -129,7 +129,7 @@ func TestStopAndResume(t *testing.T) {
 		types.BlockdevOnErrorStop, types.BlockdevOnErrorEnospc, types.BlockdevOnErrorAuto,
 	} {
 		d, fail, errs, l, path := failing(t, policy)
-		a, b := open(t, path, true), open(t, path, false)
+		a, b := open(t, path, nbdwire.Structured), open(t, path, nbdwire.Simple)
 		full := error(syscall.ENOSPC)
 		fail.Store(&full)
 		data := bytes.Repeat([]byte{7}, 4096)
@@ -188,13 +188,13 @@ func TestClientGoneWhileStopped(t *testing.T) {
 	p := types.BlockdevOnErrorStop
 	errs := export.NewErrors(&p, nil, (&told{}).tell)
 	s, _, path := server(t, d, Options{Inflight: 2}, func(s *Spec) { s.Errors = errs })
-	c := open(t, path, true)
+	c := open(t, path, nbdwire.Structured)
 	for range 20 {
 		q := rd(0, 4096)
 		c.put(q.Append(nil))
 	}
 	eventually(t, "it is stopped", func() bool { return errs.Stopped() != nil })
-	other := open(t, path, true)
+	other := open(t, path, nbdwire.Structured)
 	q := rd(0, 4096)
 	other.put(q.Append(nil))
 	c.nc.Close()
@@ -216,7 +216,7 @@ func TestStoppedRemoval(t *testing.T) {
 	p := types.BlockdevOnErrorStop
 	errs := export.NewErrors(&p, &p, (&told{}).tell)
 	_, e, path := server(t, d, Options{}, func(s *Spec) { s.Errors = errs })
-	c := open(t, path, true)
+	c := open(t, path, nbdwire.Structured)
 	q := rd(0, 4096)
 	c.put(q.Append(nil))
 	eventually(t, "it is stopped", func() bool { return errs.Stopped() != nil })

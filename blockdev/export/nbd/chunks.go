@@ -7,6 +7,7 @@ import (
 
 // chunks makes the reply to a read, from off on up to end.
 type chunks struct {
+	form        nbdwire.Form
 	q           *nbdwire.Request
 	off, end    int64
 	first, last *reply
@@ -23,7 +24,7 @@ func (c *chunks) flags(n int64) uint16 {
 // hole goes on with n bytes of zeroes.
 func (c *chunks) hole(n int64) {
 	c.room()
-	c.last.head = nbdwire.AppendHole(c.last.head, c.flags(n), c.q.Cookie, uint64(c.off), uint32(n))
+	c.last.head = c.form.AppendHole(c.last.head, c.flags(n), c.q, uint64(c.off), uint32(n))
 	c.off += n
 }
 
@@ -31,7 +32,7 @@ func (c *chunks) hole(n int64) {
 func (c *chunks) data(b []byte) {
 	c.room()
 	n := int64(len(b))
-	c.last.head = nbdwire.AppendDataHead(c.last.head, c.flags(n), c.q.Cookie, uint64(c.off), int(n))
+	c.last.head = c.form.AppendDataHead(c.last.head, c.flags(n), c.q, uint64(c.off), int(n))
 	c.last.data = b
 	c.off += n
 }
@@ -70,7 +71,7 @@ func (c *chunks) content(b []byte) {
 // fail ends the reply with an error.
 func (c *chunks) fail(err error, msg string) *reply {
 	c.room()
-	c.last.head = nbdwire.AppendErrorOffset(c.last.head, c.q.Cookie, nbdwire.Errno(err), uint64(c.off), msg)
+	c.last.head = c.form.AppendErrorOffset(c.last.head, c.q, nbdwire.Errno(err), uint64(c.off), msg)
 	c.first.fault = err
 	return c.first
 }

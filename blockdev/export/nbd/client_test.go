@@ -55,6 +55,7 @@ type client struct {
 	t    testing.TB
 	nc   net.Conn
 	r    *bufio.Reader
+	form nbdwire.Form
 	size uint64
 	flag uint16
 }
@@ -124,19 +125,22 @@ func (c *client) option(opt uint32, data []byte) []optReply {
 }
 
 // open negotiates the export "x".
-func open(t testing.TB, path string, structured bool, contexts ...string) *client {
+func open(t testing.TB, path string, form nbdwire.Form, contexts ...string) *client {
 	t.Helper()
 	c := dial(t, path)
 	c.greet(3)
-	return c.choose(structured, contexts...)
+	return c.choose(form, contexts...)
 }
 
 // choose goes on with the export "x".
-func (c *client) choose(structured bool, contexts ...string) *client {
+func (c *client) choose(form nbdwire.Form, contexts ...string) *client {
 	t := c.t
 	t.Helper()
-	if structured {
-		if r := c.option(nbdwire.OptStructuredReply, nil); r[0].Type != nbdwire.RepAck {
+	if c.form = form; form != nbdwire.Simple {
+		opt := map[nbdwire.Form]uint32{
+			nbdwire.Structured: nbdwire.OptStructuredReply, nbdwire.Extended: nbdwire.OptExtendedHeaders,
+		}[form]
+		if r := c.option(opt, nil); r[0].Type != nbdwire.RepAck {
 			t.Fatal(r)
 		}
 	}
@@ -175,17 +179,9 @@ func (c *client) reply(q nbdwire.Request) answer {
 		a.data = make([]byte, q.Len)
 	}
 	for {
-		h := c.take(nbdwire.SimpleSize)
-		var p nbdwire.Reply
-		n, err := p.ParseReply(h)
-		if err == nil && n == 0 {
-			n, err = p.ParseReply(append(h, c.take(nbdwire.ChunkSize-nbdwire.SimpleSize)...))
-		}
-		if err != nil || n == 0 {
-			c.t.Fatalf("reply %x: %v", h, err)
-		}
-		if p.Cookie != q.Cookie {
-			c.t.Fatalf("reply to %d instead of %d", p.Cookie, q.Cookie)
+		p := c.head()
+		if p.Cookie != q.Cookie || p.Extended && p.Off != q.Off {
+			c.t.Fatalf("reply %+v to %+v", p, q)
 		}
 		if !p.Structured {
 			a.errno = p.Errno
@@ -199,6 +195,21 @@ func (c *client) reply(q nbdwire.Request) answer {
 			return a
 		}
 	}
+}
+
+// head reads the head of a reply or a chunk.
+func (c *client) head() (p nbdwire.Reply) {
+	c.t.Helper()
+	h := c.take(nbdwire.SimpleSize)
+	n, err := nbdwire.ReplySize(h)
+	if err == nil {
+		h = append(h, c.take(n-nbdwire.SimpleSize)...)
+		_, err = p.ParseReply(h)
+	}
+	if err != nil || p.Extended != (c.form == nbdwire.Extended) || c.form == nbdwire.Simple && p.Structured {
+		c.t.Fatalf("reply %x: %v", h, err)
+	}
+	return p
 }
 
 func (c *client) chunk(a *answer, p *nbdwire.Reply, q nbdwire.Request) {
@@ -218,9 +229,9 @@ func (c *client) chunk(a *answer, p *nbdwire.Reply, q nbdwire.Request) {
 			c.t.Fatalf("hole at %d, %d bytes: %v", off, n, err)
 		}
 		a.holes += int64(n)
-	case nbdwire.ChunkBlockStatus:
-		id, es, err := nbdwire.ParseBlockStatus(b, nil)
-		if err != nil {
+	case nbdwire.ChunkBlockStatus, nbdwire.ChunkBlockStatusExt:
+		id, es, err := nbdwire.ParseBlockStatus(p.Type, b, nil)
+		if err != nil || p.Extended != (p.Type == nbdwire.ChunkBlockStatusExt) {
 			c.t.Fatal(err)
 		}
 		if a.extents == nil {
@@ -239,8 +250,21 @@ func (c *client) chunk(a *answer, p *nbdwire.Reply, q nbdwire.Request) {
 func (c *client) do(q nbdwire.Request, payload ...byte) answer {
 	c.t.Helper()
 	q.Cookie += 0x1122334455667700
-	c.put(append(q.Append(nil), payload...))
+	c.send(q, payload)
 	return c.reply(q)
+}
+
+// send sends q. With extended headers a payload is told of.
+func (c *client) send(q nbdwire.Request, payload []byte) {
+	c.t.Helper()
+	if c.form != nbdwire.Extended {
+		c.put(append(q.Append(nil), payload...))
+		return
+	}
+	if q.Cmd == nbdwire.CmdWrite || payload != nil {
+		q.Flags |= nbdwire.CmdFlagPayload
+	}
+	c.put(append(q.AppendExt(nil), payload...))
 }
 
 func rd(off uint64, n uint32, flags ...uint16) nbdwire.Request {

@@ -11,6 +11,7 @@ import (
 
 	"golang.org/x/sys/unix"
 
+	"qblockd/blockdev/nbdwire"
 	"qblockd/blockdev/tlscreds"
 	"qblockd/events/panics"
 	"qblockd/events/trace"
@@ -127,7 +128,8 @@ func talk(f func() error) (err error) {
 // data of files are still in the socket's queue.
 func (c *conn) transmission() (err error, linger bool) {
 	if p := &trace.NBDNegotiate; p.On() {
-		p.Log(slog.String("export", c.exp.spec.Name), slog.Bool("structured", c.structured), slog.Bool("tls", c.tls))
+		p.Log(slog.String("export", c.exp.spec.Name), slog.Bool("structured", c.form != nbdwire.Simple),
+			slog.Bool("extended", c.form == nbdwire.Extended), slog.Bool("tls", c.tls))
 	}
 	c.sender.start(c)
 	c.workers.start(c)

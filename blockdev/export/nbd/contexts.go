@@ -2,6 +2,7 @@ package nbd
 
 import (
 	"math"
+	"slices"
 	"strings"
 
 	"qblockd/blockdev/nbdwire"
@@ -13,7 +14,7 @@ type metaContext struct {
 	id   uint32 // as told to clients
 	name string
 	// extent describes the first k bytes of a range by flags.
-	extent func(s *session, r *blk.Req, off, n int64) (k int64, flags uint32, err error)
+	extent func(s *session, r *blk.Req, off, n int64) (k int64, flags uint64, err error)
 }
 
 // Metadata context ids, as told to clients.
@@ -35,9 +36,9 @@ func contexts(spec *Spec) []metaContext {
 	return l
 }
 
-func allocation(s *session, r *blk.Req, off, n int64) (int64, uint32, error) {
+func allocation(s *session, r *blk.Req, off, n int64) (int64, uint64, error) {
 	x, err := s.status(r, off, n)
-	var f uint32
+	var f uint64
 	if !x.Data {
 		f |= nbdwire.StateHole
 	}
@@ -47,12 +48,12 @@ func allocation(s *session, r *blk.Req, off, n int64) (int64, uint32, error) {
 	return x.N, f, err
 }
 
-func depth(s *session, r *blk.Req, off, n int64) (int64, uint32, error) {
+func depth(s *session, r *blk.Req, off, n int64) (int64, uint64, error) {
 	x, err := s.status(r, off, n)
-	return x.N, uint32(x.Depth), err
+	return x.N, uint64(x.Depth), err
 }
 
-func (b Bitmap) extent(_ *session, _ *blk.Req, off, n int64) (int64, uint32, error) {
+func (b Bitmap) extent(_ *session, _ *blk.Req, off, n int64) (int64, uint64, error) {
 	switch at, k, ok := b.Bits.NextDirty(off, off+n); {
 	case !ok:
 		return n, 0, nil
@@ -99,7 +100,7 @@ func queried(exp *Export, q *nbdwire.MetaQueries, list bool) (chosen []*metaCont
 func (h *negotiation) metaContext(o nbdwire.Option, data []byte) {
 	list := o.Opt == nbdwire.OptListMetaContext
 	if !list {
-		if !h.structured {
+		if h.form == nbdwire.Simple {
 			h.refuse(o.Opt, nbdwire.RepErrInvalid, "request option '%s' when structured reply is not negotiated",
 				nbdwire.OptName(o.Opt))
 			return
@@ -137,47 +138,71 @@ func (h *negotiation) metaContext(o nbdwire.Option, data []byte) {
 // maxExtents bounds the extents of one context in a reply: 1 MiB of them.
 const maxExtents = 1 << 20 / nbdwire.ExtentSize
 
-// serveStatus answers a block-status request for the contexts that the client chose.
-func (s *session) serveStatus(r *blk.Req, q *nbdwire.Request) *reply {
+// choose are those of the session's contexts that the payload of q names, and sets the range that q
+// is about.
+func (s *session) choose(q *nbdwire.Request, payload []byte) (chosen []*metaContext, ok bool) {
+	n, ids, err := nbdwire.ParseStatusPayload(payload, nil)
+	if err != nil || len(ids) == 0 {
+		return nil, false
+	}
+	slices.Sort(ids)
+	for _, x := range s.ctxs {
+		if len(chosen) < len(ids) && ids[len(chosen)] == x.id {
+			chosen = append(chosen, x)
+		}
+	}
+	// One is missing that was not negotiated, or that was named twice.
+	q.Len = n
+	return chosen, len(chosen) == len(ids)
+}
+
+// serveStatus answers a block-status request for these contexts.
+func (s *session) serveStatus(r *blk.Req, q *nbdwire.Request, ctxs []*metaContext) *reply {
 	limit := maxExtents
 	if q.Flags&nbdwire.CmdFlagReqOne != 0 {
 		limit = 1
 	}
 	p := newReply()
 	p.head = make([]byte, 0, 64)
-	for i, x := range s.ctxs {
-		es, err := extents(int64(q.Off), int64(q.Len), limit, func(off, n int64) (int64, uint32, error) {
+	longest := int64(math.MaxUint32)
+	if s.form == nbdwire.Extended {
+		longest = math.MaxInt64
+	}
+	for i, x := range ctxs {
+		es, err := extents(int64(q.Off), int64(q.Len), limit, longest, func(off, n int64) (int64, uint64, error) {
 			return x.extent(s, r, off, n)
 		})
 		if err != nil {
-			p.head = nbdwire.AppendError(p.head, q.Cookie, nbdwire.Errno(err), msgStatus)
+			p.head = s.form.AppendError(p.head, q, nbdwire.Errno(err), msgStatus)
 			break
 		}
 		var flags uint16
-		if i == len(s.ctxs)-1 {
+		if i == len(ctxs)-1 {
 			flags = nbdwire.ChunkDone
 		}
-		p.head = nbdwire.AppendBlockStatus(p.head, flags, q.Cookie, x.id, es)
+		p.head = s.form.AppendBlockStatus(p.head, flags, q, x.id, es)
 	}
 	return p
 }
 
-// extents asks about the range piece by piece, joining pieces with equal flags, until it is
-// covered or more than limit extents would be needed.
-func extents(off, n int64, limit int, ask func(off, n int64) (int64, uint32, error)) ([]nbdwire.Extent, error) {
+// extents asks about the range piece by piece, joining pieces with equal flags up to longest bytes,
+// until it is covered, more than limit extents would be needed, or it has asked so often that the
+// client had better ask again.
+func extents(off, n int64, limit int, longest int64,
+	ask func(off, n int64) (int64, uint64, error)) ([]nbdwire.Extent, error) {
 	var es []nbdwire.Extent
-	for n > 0 {
+	for asked := 0; n > 0 && asked < maxExtents; asked++ {
 		k, f, err := ask(off, n)
 		if err != nil {
 			return nil, err
 		}
-		if l := len(es) - 1; l >= 0 && es[l].Flags == f && int64(es[l].N)+k <= math.MaxUint32 {
-			es[l].N += uint32(k)
+		if l := len(es) - 1; l >= 0 && es[l].Flags == f && int64(es[l].N)+k <= longest {
+			es[l].N += uint64(k)
 		} else {
 			if len(es) == limit {
 				break
 			}
-			es = append(es, nbdwire.Extent{N: uint32(k), Flags: f})
+			es = append(es, nbdwire.Extent{N: uint64(k), Flags: f})
 		}
 		off, n = off+k, n-k
 	}

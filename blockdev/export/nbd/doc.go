@@ -1,5 +1,6 @@
 // Package nbd serves block devices over the NBD protocol: fixed newstyle handshake, simple
-// and structured replies, the metadata contexts base:allocation and qemu:allocation-depth.
+// and structured replies, extended headers, the metadata contexts base:allocation,
+// qemu:allocation-depth and qemu:dirty-bitmap.
 // Type is what the table of exports knows of it; the Server behind it knows no graph: an export's
 // data is a Device, which Type makes of a root.
 //
@@ -22,7 +23,8 @@
 // with one system call before it waits for more requests. So are those of workers that can go on at
 // the same time. A request passes the device's gate once, and never holds that pass while it waits
 // for the client: data is read first, then the pass ends, then it is sent. So a client that reads
-// nothing holds up no drain.
+// nothing holds up no drain. One without data that is about very much is done in pieces, each with
+// a pass of its own.
 //
 // A read of a device that would have to wait to tell where holes are (another server would be
 // asked) is read as a whole, and looked at for zeroes.

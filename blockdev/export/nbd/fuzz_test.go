@@ -19,14 +19,20 @@ func FuzzServer(f *testing.F) {
 	start := cat([]byte{0, 0, 0, 3}, opt(nbdwire.OptStructuredReply), opt(nbdwire.OptSetMetaContext, queries...))
 	f.Add([]byte{})
 	f.Add(cat([]byte{0, 0, 0, 3}, opt(nbdwire.OptList), opt(nbdwire.OptInfo, name("x", 1, 2, 3)...), opt(nbdwire.OptAbort)))
-	all := cat(start, opt(nbdwire.OptGo, name("x")...))
+	compact := cat(start, opt(nbdwire.OptGo, name("x")...))
+	extended := cat([]byte{0, 0, 0, 3}, opt(nbdwire.OptExtendedHeaders), opt(nbdwire.OptSetMetaContext, queries...),
+		opt(nbdwire.OptGo, name("x")...))
+	some := nbdwire.AppendStatusPayload(nil, 1<<20, 0, 1)
 	for cmd := range uint16(9) {
 		q := nbdwire.Request{Cmd: cmd, Cookie: uint64(cmd), Off: 4096, Len: 70000}
-		all = q.Append(all)
-		if cmd == nbdwire.CmdWrite {
-			all = append(all, make([]byte, q.Len)...)
+		data := make([]byte, q.Len)
+		if cmd != nbdwire.CmdWrite {
+			data = nil
 		}
-		f.Add(all)
+		f.Add(cat(compact, q.Append(nil), data))
+		x := nbdwire.Request{Cmd: cmd, Flags: nbdwire.CmdFlagPayload, Len: uint64(len(some))}
+		long := nbdwire.Request{Cmd: cmd, Len: 1 << 40}
+		f.Add(cat(extended, x.AppendExt(nil), some, q.AppendExt(nil), data, long.AppendExt(nil)))
 	}
 	d := newFileDevice(f, 1<<20)
 	path := filepath.Join(f.TempDir(), "s")

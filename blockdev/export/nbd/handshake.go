@@ -163,7 +163,7 @@ func (h *negotiation) refuse(opt, typ uint32, format string, a ...any) {
 // withoutData handles options without data, and all that are refused.
 func (h *negotiation) withoutData(o nbdwire.Option) {
 	switch o.Opt {
-	case nbdwire.OptList, nbdwire.OptStartTLS, nbdwire.OptStructuredReply:
+	case nbdwire.OptList, nbdwire.OptStartTLS, nbdwire.OptStructuredReply, nbdwire.OptExtendedHeaders:
 		if o.Len > 0 {
 			h.refuse(o.Opt, nbdwire.RepErrInvalid, "option '%s' has unexpected length", nbdwire.OptName(o.Opt))
 			return
@@ -183,17 +183,31 @@ func (h *negotiation) withoutData(o nbdwire.Option) {
 			break
 		}
 		h.refuse(o.Opt, nbdwire.RepErrPolicy, "TLS not configured")
-	case nbdwire.OptStructuredReply:
-		if h.structured {
-			h.refuse(o.Opt, nbdwire.RepErrInvalid, "structured reply already negotiated")
-			break
-		}
-		h.structured = true
-		h.reply(o.Opt, nbdwire.RepAck)
+	case nbdwire.OptStructuredReply, nbdwire.OptExtendedHeaders:
+		h.replyForm(o.Opt)
 	case nbdwire.OptInfo, nbdwire.OptGo, nbdwire.OptListMetaContext, nbdwire.OptSetMetaContext:
 		h.refuse(o.Opt, nbdwire.RepErrTooBig, "data of option %s is too long", nbdwire.OptName(o.Opt))
 	default:
 		h.refuse(o.Opt, nbdwire.RepErrUnsup, "Unsupported option %d (%s)", o.Opt, nbdwire.OptName(o.Opt))
+	}
+}
+
+// replyForm handles OptStructuredReply and OptExtendedHeaders.
+func (h *negotiation) replyForm(opt uint32) {
+	form := nbdwire.Structured
+	if opt == nbdwire.OptExtendedHeaders {
+		form = nbdwire.Extended
+	}
+	switch {
+	case h.form < form:
+		h.form = form
+		h.reply(opt, nbdwire.RepAck)
+	case form == nbdwire.Extended:
+		h.refuse(opt, nbdwire.RepErrInvalid, "extended headers already negotiated")
+	case h.form == nbdwire.Extended:
+		h.refuse(opt, nbdwire.RepErrExtHeaderReqd, "extended headers already negotiated")
+	default:
+		h.refuse(opt, nbdwire.RepErrInvalid, "structured reply already negotiated")
 	}
 }
 
@@ -249,7 +263,7 @@ func (h *negotiation) info(o nbdwire.Option, data []byte) (over bool) {
 	}
 	most := uint32(min(cmp.Or(lim.MaxTransfer, nbdwire.MaxPayload), nbdwire.MaxPayload))
 	item(nbdwire.Info{Type: nbdwire.InfoBlockSize, Min: least, Preferred: max(4096, least), Max: most})
-	item(nbdwire.Info{Type: nbdwire.InfoExport, Size: uint64(exp.spec.Size), Flags: h.exportFlags(exp)})
+	item(nbdwire.Info{Type: nbdwire.InfoExport, Size: uint64(exp.spec.Size), Flags: h.exportFlags(o.Opt, exp)})
 	if o.Opt == nbdwire.OptInfo {
 		if !blockSize && align > 1 {
 			h.refuse(o.Opt, nbdwire.RepErrBlockSizeReqd, "request NBD_INFO_BLOCK_SIZE to use this export")
@@ -281,17 +295,25 @@ func (h *negotiation) join(exp *Export) bool {
 	return true
 }
 
-func (h *negotiation) exportFlags(e *Export) uint16 {
-	if h.structured {
-		return e.flags | nbdwire.FlagDF
+// exportFlags are the transmission flags told in answer to opt.
+func (h *negotiation) exportFlags(opt uint32, e *Export) uint16 {
+	f := e.flags
+	if h.form != nbdwire.Simple {
+		f |= nbdwire.FlagDF
 	}
-	return e.flags
+	if chosen := h.ctxsOf == e && len(h.ctxs) > 0; h.form == nbdwire.Extended && (chosen || opt == nbdwire.OptInfo) {
+		f |= nbdwire.FlagStatusPayload
+	}
+	return f
 }
 
 // exportName handles OptExportName, whose only answer to an error is to hang up.
 func (h *negotiation) exportName(o nbdwire.Option) error {
 	if o.Len > nbdwire.MaxString {
 		return errors.New("Bad length received")
+	}
+	if h.form == nbdwire.Extended {
+		return errors.New("Extended headers already negotiated")
 	}
 	name := make([]byte, o.Len)
 	if err := h.read(name); err != nil {
@@ -302,7 +324,7 @@ func (h *negotiation) exportName(o nbdwire.Option) error {
 		return errors.New("export not found")
 	}
 	b := binary.BigEndian.AppendUint64(nil, uint64(exp.spec.Size))
-	b = binary.BigEndian.AppendUint16(b, h.exportFlags(exp))
+	b = binary.BigEndian.AppendUint16(b, h.exportFlags(o.Opt, exp))
 	if !h.noZeroes {
 		b = append(b, make([]byte, nbdwire.ExportNamePadding)...)
 	}

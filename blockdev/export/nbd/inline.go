@@ -7,9 +7,7 @@ import (
 
 	"golang.org/x/sys/unix"
 
-	"qblockd/blockdev/nbdwire"
 	"qblockd/events/panics"
-	"qblockd/graph/blk"
 )
 
 // A client that has one request under way at a time is answered sooner if no goroutine has to wake
@@ -82,7 +80,7 @@ func (r *reader) tick() {
 	a.timer.Reset(aloneTime)
 }
 
-// isAlone tells whether q, which is to be served next, is one of many that came alone.
+// isAlone tells whether a request, which is to be served next, is one of many that came alone.
 func (r *reader) isAlone(cost int64) bool {
 	a := &r.alone
 	if r.tls || r.r < r.w || cost >= mapMin || r.exp.spec.Workers != nil && r.exp.spec.Workers() != nil ||
@@ -94,17 +92,16 @@ func (r *reader) isAlone(cost int64) bool {
 	return a.count > manyAlone
 }
 
-// serveAlone serves q here. buf is the payload of a write. With errPassedOn somebody else is the
-// reader.
-func (r *reader) serveAlone(q *nbdwire.Request, buf *blk.Buffer, cost int64) error {
+// serveAlone serves j here. With errPassedOn somebody else is the reader.
+func (r *reader) serveAlone(j *job) error {
 	if err := r.sender.flush(); err != nil {
-		blk.PutBuf(buf)
+		j.free()
 		return err
 	}
 	a := &r.alone
 	a.last++
 	n := a.last
-	j := r.workers.take(q, buf, cost)
+	r.workers.take(j)
 	a.serving.Store(n)
 	if a.ticking.CompareAndSwap(false, true) {
 		a.timer.Reset(aloneTime)

@@ -27,7 +27,7 @@ func lonely(t *testing.T) (c *client, s *Server, release func()) {
 		return nil
 	}
 	s, _, path := server(t, d, Options{})
-	c = open(t, path, true)
+	c = open(t, path, nbdwire.Structured)
 	q := rd(0, 512)
 	q.Cookie = 1
 	for range 1000 { // a slow machine may have slow requests in between
@@ -70,7 +70,7 @@ func TestIdleWorkers(t *testing.T) {
 	d := newFileDevice(t, 1<<20)
 	d.wouldBlock.Store(true)
 	s, _, path := server(t, d, Options{})
-	c := open(t, path, true)
+	c := open(t, path, nbdwire.Structured)
 	var all []byte
 	const n = 8
 	for range n {
@@ -125,7 +125,7 @@ func TestHolesInData(t *testing.T) {
 		return nil
 	}
 	_, _, path := server(t, d, Options{})
-	c := open(t, path, true)
+	c := open(t, path, nbdwire.Structured)
 	want := make([]byte, 9*k+100)
 	if _, err := d.f.ReadAt(want, 0); err != nil {
 		t.Fatal(err)

@@ -8,6 +8,8 @@ import (
 	"path/filepath"
 	"strings"
 	"testing"
+
+	"qblockd/blockdev/nbdwire"
 )
 
 // run runs an outside client; where that is missing the test is skipped.
@@ -35,7 +37,7 @@ func TestInteropNbdinfo(t *testing.T) {
 	if _, err := s.Add(spec); err != nil {
 		t.Fatal(err)
 	}
-	c := open(t, path, true)
+	c := open(t, path, nbdwire.Structured)
 	c.do(wr(64<<10, 64<<10), pattern(64<<10, 1)...)
 	if got := run(t, "nbdinfo", "--size", uri(path, "x")); got != "1048576\n" {
 		t.Error(got)

@@ -133,15 +133,15 @@ func (s *session) mapRange(u *blk.Req, q *nbdwire.Request, m *blk.Mapping) bool 
 // sendMapped sends the reply to q from m, which becomes a lease. Errors of sending show at
 // the next flush.
 func (s *sender) sendMapped(q *nbdwire.Request, m *blk.Mapping) {
-	whole := !s.structured || q.Flags&nbdwire.CmdFlagDF != 0
+	whole := s.form == nbdwire.Simple || q.Flags&nbdwire.CmdFlagDF != 0
 	s.mu.Lock()
 	defer s.unlock()
 	if whole {
-		s.reserveLocked(nbdwire.DataHeadSize)
-		if s.structured {
-			s.batch = nbdwire.AppendDataHead(s.batch, 0, q.Cookie, q.Off, int(q.Len))
-		} else {
+		s.reserveLocked(nbdwire.MaxReplyHead)
+		if s.form == nbdwire.Simple {
 			s.batch = nbdwire.AppendSimple(s.batch, q.Cookie, 0)
+		} else {
+			s.batch = s.form.AppendDataHead(s.batch, 0, q, q.Off, int(q.Len))
 		}
 	}
 	off := int64(q.Off)
@@ -153,22 +153,22 @@ func (s *sender) sendMapped(q *nbdwire.Request, m *blk.Mapping) {
 		if e != nil && err == nil {
 			err = e
 			s.srv.log.Warn("NBD read failed after its reply had begun", "offset", bad, "err", e)
-			if !s.structured {
+			if s.form == nbdwire.Simple {
 				s.breakLocked(e)
 				break
 			}
 			if rest := int64(q.Off) + int64(q.Len) - off - h.N; whole {
 				s.zeroesLocked(rest)
 			}
-			s.reserveLocked(nbdwire.ChunkSize + 14 + len(msgRead))
-			s.batch = nbdwire.AppendErrorOffset(s.batch, q.Cookie, nbdwire.Errno(e), uint64(bad), msgRead)
+			s.reserveLocked(nbdwire.MaxReplyHead + len(msgRead))
+			s.batch = s.form.AppendErrorOffset(s.batch, q, nbdwire.Errno(e), uint64(bad), msgRead)
 			break
 		}
 		off += h.N
 	}
-	if err == nil && s.structured {
-		s.reserveLocked(nbdwire.ChunkSize)
-		s.batch = nbdwire.AppendChunk(s.batch, nbdwire.ChunkDone, nbdwire.ChunkNone, q.Cookie, 0)
+	if err == nil && s.form != nbdwire.Simple {
+		s.reserveLocked(nbdwire.MaxReplyHead)
+		s.batch = s.form.AppendChunk(s.batch, nbdwire.ChunkDone, nbdwire.ChunkNone, q, 0)
 	}
 	if !live {
 		m.Release()
@@ -188,14 +188,14 @@ func (s *sender) sendRangeLocked(q *nbdwire.Request, h blk.HostRange, off int64,
 		if whole {
 			s.zeroesLocked(h.N)
 		} else {
-			s.reserveLocked(nbdwire.HoleSize)
-			s.batch = nbdwire.AppendHole(s.batch, 0, q.Cookie, uint64(off), uint32(h.N))
+			s.reserveLocked(nbdwire.MaxReplyHead)
+			s.batch = s.form.AppendHole(s.batch, 0, q, uint64(off), uint32(h.N))
 		}
 		return 0, nil
 	}
 	if !whole {
-		s.reserveLocked(nbdwire.DataHeadSize)
-		s.batch = nbdwire.AppendDataHead(s.batch, 0, q.Cookie, uint64(off), int(h.N))
+		s.reserveLocked(nbdwire.MaxReplyHead)
+		s.batch = s.form.AppendDataHead(s.batch, 0, q, uint64(off), int(h.N))
 	}
 	s.flushLocked()
 	if s.failed != nil {
@@ -216,7 +216,7 @@ func (s *sender) sendRangeLocked(q *nbdwire.Request, h blk.HostRange, off int64,
 		return 0, nil
 	}
 	bad = off + h.N - f.left
-	if s.structured {
+	if s.form != nbdwire.Simple {
 		s.zeroesLocked(f.left)
 	}
 	return bad, f.err

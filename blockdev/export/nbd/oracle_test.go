@@ -4,12 +4,14 @@ import (
 	"bytes"
 	"encoding/hex"
 	"fmt"
+	"math"
 	"math/rand/v2"
 	"net"
 	"os"
 	"os/exec"
 	"path/filepath"
 	"reflect"
+	"regexp"
 	"strings"
 	"testing"
 	"time"
@@ -17,13 +19,13 @@ import (
 	"qblockd/blockdev/nbdwire"
 )
 
-// oracle starts qemu-storage-daemon with the exports that reference() has and returns its
+// oracle starts a qemu-storage-daemon with the exports that reference() has and returns its
 // socket.
-func oracle(t *testing.T, image string) string {
+func oracle(t *testing.T, name, image string) string {
 	t.Helper()
-	exe, err := exec.LookPath("qemu-storage-daemon")
+	exe, err := exec.LookPath(name)
 	if err != nil {
-		t.Skip("SKIPPED: qemu-storage-daemon is not installed, nothing to compare with")
+		t.Skipf("SKIPPED: %s is not installed, nothing to compare with", name)
 	}
 	path := filepath.Join(t.TempDir(), "o")
 	cmd := exec.Command(exe,
@@ -36,7 +38,7 @@ func oracle(t *testing.T, image string) string {
 		t.Fatal(err)
 	}
 	t.Cleanup(func() { cmd.Process.Kill(); cmd.Wait() })
-	eventually(t, "qemu-storage-daemon listens", func() bool {
+	eventually(t, "the reference listens", func() bool {
 		nc, err := net.Dial("unix", path)
 		if err == nil {
 			nc.Close()
@@ -93,8 +95,50 @@ func name(n string, infos ...uint16) []byte {
 
 // Handshakes are equal to qemu-storage-daemon's to the byte.
 func TestHandshakeEqualsReference(t *testing.T) {
+	handshakesEqual(t, "qemu-storage-daemon", handshakes())
+}
+
+// So are those about extended headers, which QEMU has from 8.2 on.
+func TestExtendedHandshakeEqualsReference(t *testing.T) {
+	extended, structured := opt(nbdwire.OptExtendedHeaders), opt(nbdwire.OptStructuredReply)
+	set := func(export string) []byte {
+		return opt(nbdwire.OptSetMetaContext, nbdwire.AppendMetaQueries(nil, export, "base:allocation", "qemu:allocation-depth")...)
+	}
+	start := cat([]byte{0, 0, 0, 3}, extended)
+	all := handshakes()
+	for what, in := range map[string][]byte{
+		"extended headers":          start,
+		"extended with data":        cat([]byte{0, 0, 0, 3}, opt(nbdwire.OptExtendedHeaders, 1), extended),
+		"extended twice":            cat(start, extended, structured, extended),
+		"extended after structured": cat([]byte{0, 0, 0, 3}, structured, extended, structured),
+		"extended info":             cat(start, opt(nbdwire.OptInfo, name("x", 3)...), opt(nbdwire.OptInfo, name("ro", 3)...)),
+		"extended go":               cat(start, opt(nbdwire.OptGo, name("x", 3)...)),
+		"extended status":           cat(start, set("x"), opt(nbdwire.OptInfo, name("x")...), opt(nbdwire.OptGo, name("x")...)),
+		"extended status elsewhere": cat(start, set("ro"), opt(nbdwire.OptGo, name("x")...)),
+		"extended status dropped":   cat(start, set("x"), set("none"), opt(nbdwire.OptGo, name("x")...)),
+		"extended export name":      cat(start, opt(nbdwire.OptExportName, 'x')),
+		"extended old style":        cat([]byte{0, 0, 0, 0}, extended),
+	} {
+		all[what] = in
+	}
+	handshakesEqual(t, "qsd10", all)
+}
+
+// handshakesEqual compares what comes back for what clients send.
+func handshakesEqual(t *testing.T, exe string, in map[string][]byte) {
+	t.Helper()
 	image := newImage(t)
-	theirs, ours := oracle(t, image), reference(t, image)
+	theirs, ours := oracle(t, exe, image), reference(t, image)
+	for what, in := range in {
+		a, b := converse(t, theirs, in), converse(t, ours, in)
+		if !bytes.Equal(a, b) {
+			t.Errorf("%s:\nreference\n%sours\n%s", what, hex.Dump(a), hex.Dump(b))
+		}
+	}
+}
+
+// handshakes are what clients send that want no extended headers.
+func handshakes() map[string][]byte {
 	flags := func(f byte) []byte { return []byte{0, 0, 0, f} }
 	structured := opt(nbdwire.OptStructuredReply)
 	meta := func(o uint32, n string, qs ...string) []byte {
@@ -102,7 +146,7 @@ func TestHandshakeEqualsReference(t *testing.T) {
 	}
 	const list, set = nbdwire.OptListMetaContext, nbdwire.OptSetMetaContext
 	long := strings.Repeat("n", 4097)
-	for what, in := range map[string][]byte{
+	return map[string][]byte{
 		"nothing":              nil,
 		"flags only":           flags(3),
 		"unknown flags":        flags(7),
@@ -116,7 +160,6 @@ func TestHandshakeEqualsReference(t *testing.T) {
 		"starttls with data":   cat(flags(3), opt(nbdwire.OptStartTLS, 1)),
 		"structured":           cat(flags(3), structured, structured),
 		"structured with data": cat(flags(3), opt(nbdwire.OptStructuredReply, 1), structured),
-		"extended headers":     cat(flags(3), opt(nbdwire.OptExtendedHeaders)),
 		"info":                 cat(flags(3), opt(nbdwire.OptInfo, name("x")...)),
 		"info structured":      cat(flags(3), structured, opt(nbdwire.OptInfo, name("x", 3, 0, 1, 2, 99)...)),
 		"info read-only":       cat(flags(1), opt(nbdwire.OptInfo, name("ro", 1, 3)...)),
@@ -148,11 +191,6 @@ func TestHandshakeEqualsReference(t *testing.T) {
 			opt(set, 0, 0, 0, 1, 'x', 0, 0, 0, 1, 0, 0, 0, 9), opt(list)),
 		"meta NUL":  cat(flags(3), structured, meta(set, "x", "a\x00b"), meta(set, "a\x00")),
 		"meta long": cat(flags(3), structured, meta(list, "x", long, "base:allocation"), meta(list, long)),
-	} {
-		a, b := converse(t, theirs, in), converse(t, ours, in)
-		if !bytes.Equal(a, b) {
-			t.Errorf("%s:\nreference\n%sours\n%s", what, hex.Dump(a), hex.Dump(b))
-		}
 	}
 }
 
@@ -175,9 +213,15 @@ func newImage(t *testing.T) string {
 // qemu-storage-daemon. How a
 // reply is divided into chunks may differ.
 func TestRequestsEqualReference(t *testing.T) {
-	image := newImage(t)
-	theirs, ours := oracle(t, image), reference(t, image)
-	var qs []nbdwire.Request
+	for form, exe := range map[nbdwire.Form]string{
+		nbdwire.Simple: "qemu-storage-daemon", nbdwire.Structured: "qemu-storage-daemon", nbdwire.Extended: "qsd10",
+	} {
+		t.Run(fmt.Sprintf("form=%d", form), func(t *testing.T) { requestsEqual(t, exe, form) })
+	}
+}
+
+// manyRequests are good and bad ones of each kind.
+func manyRequests() (qs []nbdwire.Request) {
 	flags := []uint16{0, nbdwire.CmdFlagFUA, nbdwire.CmdFlagNoHole, nbdwire.CmdFlagDF, nbdwire.CmdFlagReqOne, 1 << 15}
 	for _, cmd := range []uint16{nbdwire.CmdRead, nbdwire.CmdWrite, nbdwire.CmdFlush, nbdwire.CmdTrim, nbdwire.CmdCache,
 		nbdwire.CmdWriteZeroes, nbdwire.CmdBlockStatus, 8, 77} {
@@ -192,55 +236,138 @@ func TestRequestsEqualReference(t *testing.T) {
 		rand.Shuffle(len(qs), func(i, j int) { qs[i], qs[j] = qs[j], qs[i] })
 		qs = qs[:60]
 	}
-	qs = append(qs, nbdwire.Request{Cmd: nbdwire.CmdRead, Len: 32<<20 + 1},
-		nbdwire.Request{Cmd: nbdwire.CmdCache, Len: 32<<20 + 1})
-	for _, structured := range []bool{false, true} {
-		var contexts []string
-		if structured {
-			contexts = []string{nbdwire.ContextAllocation, nbdwire.ContextDepth}
+	return append(qs, nbdwire.Request{Cmd: nbdwire.CmdRead, Len: 32<<20 + 1},
+		nbdwire.Request{Cmd: nbdwire.CmdBlockStatus, Len: math.MaxUint32},
+		nbdwire.Request{Cmd: nbdwire.CmdTrim, Len: math.MaxUint32})
+}
+
+// requestsEqual compares the answers that clients of form get from the reference exe and from us.
+func requestsEqual(t *testing.T, exe string, form nbdwire.Form) {
+	image := newImage(t)
+	theirs, ours := oracle(t, exe, image), reference(t, image)
+	qs := manyRequests()
+	if form != nbdwire.Extended { // with extended headers there is no reason to refuse it
+		qs = append(qs, nbdwire.Request{Cmd: nbdwire.CmdCache, Len: 32<<20 + 1})
+	}
+	var contexts []string
+	if form != nbdwire.Simple {
+		contexts = []string{nbdwire.ContextAllocation, nbdwire.ContextDepth}
+	}
+	a, b := open(t, theirs, form, contexts...), open(t, ours, form, contexts...)
+	compare := func(q nbdwire.Request, payload []byte) {
+		t.Helper()
+		x, y := a.do(q, payload...).inOldWords(), b.do(q, payload...)
+		if form != nbdwire.Simple && q.Cmd == nbdwire.CmdRead && q.Len < mapMin {
+			x.holes, y.holes = 0, 0
 		}
-		a, b := open(t, theirs, structured, contexts...), open(t, ours, structured, contexts...)
-		for _, q := range qs {
-			var payload []byte
-			if q.Cmd == nbdwire.CmdWrite {
-				// What the file holds there already: both work on the same one.
-				payload = make([]byte, q.Len)
-				f, _ := os.Open(image)
-				f.ReadAt(payload, int64(min(q.Off, 1<<40)))
-				f.Close()
-			}
-			if q.Cmd == nbdwire.CmdTrim || q.Cmd == nbdwire.CmdWriteZeroes {
-				if q.Off < 600<<10 && q.Len > 0 {
-					q.Off += 600 << 10 // leaves the data alone
-				}
-			}
-			x, y := a.do(q, payload...), b.do(q, payload...)
-			if structured && q.Cmd == nbdwire.CmdRead && q.Len < mapMin {
-				x.holes, y.holes = 0, 0
-			}
-			if !reflect.DeepEqual(x, y) {
-				x.data, y.data = nil, nil
-				t.Errorf("structured=%v %+v:\nreference %+v\nours      %+v", structured, q, x, y)
-			}
+		if !reflect.DeepEqual(x, y) {
+			x.data, y.data = nil, nil
+			t.Errorf("%+v %x:\nreference %+v\nours      %+v", q, payload, x, y)
 		}
 	}
-	// What ends the connection, with and without a last word.
-	for what, in := range map[string][]byte{
-		"bad magic":  bytes.Repeat([]byte{7}, nbdwire.RequestSize),
-		"disconnect": (&nbdwire.Request{Cmd: nbdwire.CmdDisc, Flags: 0xffff, Off: 1 << 63, Len: 77}).Append(nil),
-		"long write": (&nbdwire.Request{Cmd: nbdwire.CmdWrite, Len: 32<<20 + 1}).Append(nil),
+	for _, q := range qs {
+		var payload []byte
+		if q.Cmd == nbdwire.CmdWrite {
+			// What the file holds there already: both work on the same one.
+			payload = make([]byte, q.Len)
+			f, _ := os.Open(image)
+			f.ReadAt(payload, int64(min(q.Off, 1<<40)))
+			f.Close()
+		}
+		if q.Cmd == nbdwire.CmdTrim || q.Cmd == nbdwire.CmdWriteZeroes {
+			if q.Off < 600<<10 && q.Len > 0 {
+				q.Off += 600 << 10 // leaves the data alone
+			}
+		}
+		compare(q, payload)
+	}
+	if form == nbdwire.Extended {
+		for _, x := range payloads() {
+			compare(x.q, x.payload)
+		}
+	}
+	endsEqual(t, form, theirs, ours)
+}
+
+// endsEqual compares what ends the connection, with and without a last word.
+func endsEqual(t *testing.T, form nbdwire.Form, theirs, ours string) {
+	t.Helper()
+	for what, q := range map[string]nbdwire.Request{
+		"bad magic":    {Cmd: nbdwire.CmdRead},
+		"disconnect":   {Cmd: nbdwire.CmdDisc, Flags: 0xffff, Off: 1 << 63, Len: 77},
+		"long write":   {Cmd: nbdwire.CmdWrite, Len: 32<<20 + 1},
+		"long payload": {Cmd: nbdwire.CmdWrite, Len: 32<<20 + 1, Flags: nbdwire.CmdFlagPayload},
 	} {
-		var got [2]string
+		var got [2]answer
 		for i, path := range []string{theirs, ours} {
-			c := open(t, path, true)
+			c := open(t, path, form)
+			in := q.Append(nil)
+			if form == nbdwire.Extended {
+				in = q.AppendExt(nil)
+			}
+			if what == "bad magic" {
+				in[0] = 7
+			}
 			c.put(in)
 			c.nc.(*net.UnixConn).CloseWrite()
-			var b bytes.Buffer
-			b.ReadFrom(c.r)
-			got[i] = hex.Dump(b.Bytes())
+			if _, err := c.r.Peek(1); err == nil {
+				got[i] = c.reply(q).inOldWords()
+			}
+			c.eof()
 		}
-		if got[0] != got[1] {
-			t.Errorf("%s:\nreference\n%sours\n%s", what, got[0], got[1])
+		if !reflect.DeepEqual(got[0], got[1]) {
+			t.Errorf("%s:\nreference %+v\nours      %+v", what, got[0], got[1])
 		}
 	}
+}
+
+var newWords = regexp.MustCompile(`len \(\d+\) is|, expected 0x21e41c71`)
+
+// inOldWords is a with texts as they were before there were extended headers.
+func (a answer) inOldWords() answer {
+	a.msg = newWords.ReplaceAllStringFunc(a.msg, func(s string) string {
+		if before, ok := strings.CutSuffix(s, ") is"); ok {
+			return before + " ) is"
+		}
+		return ""
+	})
+	return a
+}
+
+// payload is a request that is no write, with what follows it.
+type payload struct {
+	q       nbdwire.Request
+	payload []byte
+}
+
+// payloads are questions for the block status in some contexts, good and bad, and payloads of what
+// can have none.
+func payloads() (l []payload) {
+	size := uint64(1 << 20)
+	status := func(off uint64, flags uint16, b []byte) {
+		l = append(l, payload{nbdwire.Request{Cmd: nbdwire.CmdBlockStatus, Off: off, Flags: flags, Len: uint64(len(b))}, b})
+	}
+	for _, ids := range [][]uint32{{0}, {1}, {0, 1}, {1, 0}, {}, {2}, {0, 0}, {1, 1}, {0, 1, 0}, {0, 7}, {1 << 31}} {
+		for _, flag := range []uint16{0, nbdwire.CmdFlagReqOne, nbdwire.CmdFlagDF} {
+			status(0, flag, nbdwire.AppendStatusPayload(nil, size, ids...))
+		}
+		status(4096, 0, nbdwire.AppendStatusPayload(nil, 70000, ids...))
+		status(4096, 0, nbdwire.AppendStatusPayload(nil, 0, ids...))
+	}
+	for _, n := range []uint64{size, size - 4095, math.MaxUint64} {
+		status(4096, 0, nbdwire.AppendStatusPayload(nil, n, 0)) // beyond the end
+	}
+	for n := 1; n < 30; n += 2 {
+		status(0, 0, make([]byte, n))
+	}
+	status(0, 0, make([]byte, 1<<20))
+	status(size+1, 0, make([]byte, 8))
+	for _, cmd := range []uint16{
+		nbdwire.CmdRead, nbdwire.CmdFlush, nbdwire.CmdTrim, nbdwire.CmdCache, nbdwire.CmdWriteZeroes, 8, 77,
+	} {
+		for _, n := range []int{1, 512, 1 << 20, 2 << 20} {
+			l = append(l, payload{nbdwire.Request{Cmd: cmd, Off: 4096, Len: uint64(n)}, make([]byte, n)})
+		}
+	}
+	return l
 }

@@ -18,7 +18,7 @@ func TestRequestPanics(t *testing.T) {
 			d.noMap = true
 			d.wouldBlock.Store(worker)
 			s, e, path := server(t, d, Options{})
-			other, c := open(t, path, true), open(t, path, true)
+			other, c := open(t, path, nbdwire.Structured), open(t, path, nbdwire.Structured)
 			d.fault = func(string) error { panic("bug in the device") }
 			c.put(q.Append(nil))
 			if q.Cmd == nbdwire.CmdWrite {

@@ -52,16 +52,17 @@ func (r *reader) end() {
 // run serves requests until the client is done (nil), the connection fails or is killed.
 func (r *reader) run() error {
 	var q nbdwire.Request
+	size := r.form.RequestSize()
 	for {
-		if err := r.fill(nbdwire.RequestSize); err != nil {
+		if err := r.fill(size); err != nil {
 			return err
 		}
 		if r.dead.Load() {
 			return net.ErrClosed
 		}
-		b := r.in[r.r : r.r+nbdwire.RequestSize]
-		r.r += nbdwire.RequestSize
-		if q.Parse(b) != nil {
+		b := r.in[r.r : r.r+size]
+		r.r += size
+		if r.form.ParseRequest(b, &q) != nil {
 			err := fmt.Errorf("invalid magic (got 0x%x)", binary.BigEndian.Uint32(b))
 			r.refuse(&q, err)
 			r.sender.flush()
@@ -69,7 +70,7 @@ func (r *reader) run() error {
 		}
 		if p := &trace.NBDRequest; p.On() {
 			p.Log(slog.String("export", r.exp.spec.Name), slog.Int("command", int(q.Cmd)), slog.Uint64("offset", q.Off),
-				slog.Uint64("length", uint64(q.Len)), slog.Int("flags", int(q.Flags)))
+				slog.Uint64("length", q.Len), slog.Int("flags", int(q.Flags)))
 		}
 		if q.Cmd == nbdwire.CmdDisc {
 			return r.sender.flush()
@@ -154,16 +155,16 @@ func (r *reader) refuse(q *nbdwire.Request, why error) { r.fail(q, nbdwire.EINVA
 // fail gathers the error reply to q.
 func (r *reader) fail(q *nbdwire.Request, errno uint32, msg string) {
 	s := &r.sender
-	s.reserve(nbdwire.ChunkSize + 6 + len(msg))
-	s.batch = r.appendFailure(s.batch, q.Cookie, errno, msg)
+	s.reserve(nbdwire.MaxReplyHead + len(msg))
+	s.batch = r.form.AppendError(s.batch, q, errno, msg)
 }
 
 // answer gathers the reply to q, which has no data; where q would have to wait, a worker gets it.
 func (r *reader) answer(q *nbdwire.Request, buf *blk.Buffer, err error, msg string) error {
 	switch {
 	case err == nil:
-		r.sender.reserve(nbdwire.SimpleSize)
-		r.sender.batch = nbdwire.AppendSimple(r.sender.batch, q.Cookie, 0)
+		r.sender.reserve(nbdwire.MaxReplyHead)
+		r.sender.batch = r.form.AppendSuccess(r.sender.batch, q)
 	case errors.Is(err, blk.ErrWouldBlock):
 		return r.dispatch(q, buf)
 	default:
@@ -173,17 +174,23 @@ func (r *reader) answer(q *nbdwire.Request, buf *blk.Buffer, err error, msg stri
 	return nil
 }
 
-// dispatch hands q to a worker, waiting while too much is under way. buf becomes the worker's.
+// dispatch hands q to a worker. buf becomes the worker's.
 func (r *reader) dispatch(q *nbdwire.Request, buf *blk.Buffer) error {
-	cost := r.cost(q)
-	if r.isAlone(cost) {
-		return r.serveAlone(q, buf, cost)
+	j := newJob(q, buf, r.cost(q))
+	j.ctxs = r.ctxs
+	return r.hand(j)
+}
+
+// hand hands j to a worker, waiting while too much is under way.
+func (r *reader) hand(j *job) error {
+	if r.isAlone(j.cost) {
+		return r.serveAlone(j)
 	}
-	if err := r.waitRoom(cost); err != nil {
-		blk.PutBuf(buf)
+	if err := r.waitRoom(j.cost); err != nil {
+		j.free()
 		return err
 	}
-	r.workers.put(q, buf, cost)
+	r.workers.put(j)
 	return nil
 }
 
@@ -202,15 +209,19 @@ func (r *reader) waitRoom(n int64) error {
 // request serves q, whose header has been taken from the buffer. An error ends the connection.
 func (r *reader) request(q *nbdwire.Request) error {
 	r.eager = false
-	if q.Len > nbdwire.MaxPayload && (q.Cmd == nbdwire.CmdRead || q.Cmd == nbdwire.CmdWrite || q.Cmd == nbdwire.CmdCache) {
+	payload := r.payload(q)
+	if q.Len > nbdwire.MaxPayload && (payload > 0 || r.isBounded(q.Cmd)) {
 		err := fmt.Errorf("len (%d ) is larger than max len (%d)", q.Len, nbdwire.MaxPayload)
 		r.refuse(q, err)
-		if q.Cmd != nbdwire.CmdWrite {
+		if payload == 0 {
 			return nil
 		}
 		// Nobody reads a payload of that size to keep the stream in order.
 		r.sender.flush()
 		return err
+	}
+	if payload > 0 && q.Cmd != nbdwire.CmdWrite {
+		return r.withPayload(q)
 	}
 	if err := r.check(q); err != nil {
 		if q.Cmd == nbdwire.CmdWrite {
@@ -232,6 +243,35 @@ func (r *reader) request(q *nbdwire.Request) error {
 	return r.dispatch(q, nil)
 }
 
+// withPayload serves a request that is no write and has a payload all the same. One there is: the
+// question for the block status in some of the contexts.
+func (r *reader) withPayload(q *nbdwire.Request) error {
+	n := int(q.Len)
+	if q.Cmd != nbdwire.CmdBlockStatus || n > nbdwire.StatusPayloadSize(len(r.ctxs)) {
+		if err := r.skip(int64(n)); err != nil {
+			return err
+		}
+		r.refuse(q, r.badPayload(q))
+		return nil
+	}
+	if err := r.fill(n); err != nil { // so many contexts fit into the buffer
+		return err
+	}
+	ctxs, ok := r.choose(q, r.in[r.r:r.r+n])
+	r.r += n
+	if !ok {
+		r.refuse(q, r.badPayload(q))
+		return nil
+	}
+	if err := r.check(q); err != nil {
+		r.refuse(q, err)
+		return nil
+	}
+	j := newJob(q, nil, r.cost(q))
+	j.ctxs = ctxs
+	return r.hand(j)
+}
+
 // read serves a read at once if that takes no waiting.
 func (r *reader) read(q *nbdwire.Request) error {
 	n := int(q.Len)
@@ -244,10 +284,7 @@ func (r *reader) read(q *nbdwire.Request) error {
 		}
 		return r.dispatch(q, nil)
 	}
-	head := nbdwire.SimpleSize
-	if r.structured {
-		head = nbdwire.DataHeadSize
-	}
+	head := r.form.ReadHeadSize()
 	s := &r.sender
 	s.reserve(head + n)
 	u := r.enter()
@@ -341,8 +378,9 @@ func (r *reader) write(q *nbdwire.Request) error {
 
 // control serves a flush, trim or write-zeroes at once if that takes no waiting.
 func (r *reader) control(q *nbdwire.Request) error {
-	// A trim with FUA is two operations; the second may turn out to wait when the first is done.
-	if q.Cmd == nbdwire.CmdTrim && q.Flags&nbdwire.CmdFlagFUA != 0 {
+	// A trim with FUA is two operations; the second may turn out to wait when the first is done. So
+	// it is with pieces.
+	if q.Cmd == nbdwire.CmdTrim && q.Flags&nbdwire.CmdFlagFUA != 0 || q.Len > pieceMax(q.Cmd) {
 		return r.dispatch(q, nil)
 	}
 	u := r.enter()

@@ -67,7 +67,7 @@ func TestExportNames(t *testing.T) {
 func TestSafeRemoval(t *testing.T) {
 	d := newFileDevice(t, 1<<20)
 	_, e, path := server(t, d, Options{})
-	c := open(t, path, true)
+	c := open(t, path, nbdwire.Structured)
 	if e.ShutdownIfIdle(t.Context()) {
 		t.Fatal("removed under a client")
 	}
@@ -93,7 +93,7 @@ func TestHardRemovalWithStuckRequest(t *testing.T) {
 		return nil
 	}
 	s, e, path := server(t, d, Options{})
-	c := open(t, path, true)
+	c := open(t, path, nbdwire.Structured)
 	q := rd(0, 4096)
 	c.put(q.Append(nil))
 	<-entered
@@ -111,7 +111,7 @@ func TestHardRemovalWithStuckRequest(t *testing.T) {
 func TestClosedGate(t *testing.T) {
 	d := newFileDevice(t, 1<<20)
 	_, e, path := server(t, d, Options{})
-	c := open(t, path, true)
+	c := open(t, path, nbdwire.Structured)
 	openGate := d.closeGate()
 	qs := []nbdwire.Request{rd(0, 4096), rd(0, 1<<20), wr(0, 4), req(nbdwire.CmdFlush, 0, 0, nil)}
 	for i := range qs {
@@ -121,7 +121,7 @@ func TestClosedGate(t *testing.T) {
 			c.put([]byte{1, 2, 3, 4})
 		}
 	}
-	other := open(t, path, true)
+	other := open(t, path, nbdwire.Structured)
 	openGate()
 	seen := map[uint64]bool{}
 	for range qs {
@@ -165,7 +165,7 @@ func TestClientThatNeverReads(t *testing.T) {
 		d := newFileDevice(t, 64<<20)
 		d.noMap = !mapped
 		s, _, path := server(t, d, Options{})
-		c := open(t, path, true)
+		c := open(t, path, nbdwire.Structured)
 		d.dataStart.Store(0)
 		d.dataEnd.Store(64 << 20)
 		var out []byte
@@ -246,7 +246,7 @@ func TestHandshakeDeadline(t *testing.T) {
 	slow.take(nbdwire.GreetingSize)
 	slow.eof()
 	// The deadline ends with the handshake.
-	c := open(t, path, true)
+	c := open(t, path, nbdwire.Structured)
 	time.Sleep(100 * time.Millisecond)
 	if a := c.do(rd(0, 512)); a.errno != 0 {
 		t.Error(a)
@@ -257,7 +257,7 @@ func TestConnectionLimitCountsServedOnes(t *testing.T) {
 	d := newFileDevice(t, 1<<20)
 	_, _, path := server(t, d, Options{MaxConns: 1})
 	for range 3 {
-		c := open(t, path, true)
+		c := open(t, path, nbdwire.Structured)
 		c.do(rd(0, 512))
 		c.nc.Close()
 	}

@@ -11,10 +11,10 @@ import (
 // session is what client and server have agreed on, and what requests do to the device by it. It is
 // constant during transmission: it has no lock.
 type session struct {
-	exp        *Export // nil until the handshake is over
-	dev        Device  // of exp
-	structured bool
-	ctxs       []*metaContext // of exp that the client has chosen
+	exp  *Export // nil until the handshake is over
+	dev  Device  // of exp
+	form nbdwire.Form
+	ctxs []*metaContext // of exp that the client has chosen, by their ids
 }
 
 // What is said about requests that were refused by the device.
@@ -24,15 +24,17 @@ const (
 	msgFlush = "flush failed"
 	msgTrim  = "discard failed"
 
-	msgInternal = "internal error"
-	msgCache    = "caching data failed"
-	msgStatus   = "can't get block status"
+	msgInternal  = "internal error"
+	msgUnstarted = "request was not started"
+	msgCache     = "caching data failed"
+	msgStatus    = "can't get block status"
 )
 
 var (
 	errReadOnly   = errors.New("Export is read-only")
 	errNoContext  = errors.New("CMD_BLOCK_STATUS not negotiated")
 	errZeroLength = errors.New("need non-zero length")
+	errContexts   = errors.New("CMD_BLOCK_STATUS payload not valid")
 )
 
 // check tells what is wrong with q by itself, in QEMU's words; the payload of a
@@ -42,16 +44,19 @@ func (s *session) check(q *nbdwire.Request) error {
 	writes, known := false, true
 	switch q.Cmd {
 	case nbdwire.CmdRead:
-		if s.structured {
+		if s.form != nbdwire.Simple {
 			valid |= nbdwire.CmdFlagDF
 		}
-	case nbdwire.CmdWrite, nbdwire.CmdTrim:
+	case nbdwire.CmdWrite:
+		valid |= s.payloadFlag()
+		writes = true
+	case nbdwire.CmdTrim:
 		writes = true
 	case nbdwire.CmdWriteZeroes:
 		valid |= nbdwire.CmdFlagNoHole | nbdwire.CmdFlagFastZero
 		writes = true
 	case nbdwire.CmdBlockStatus:
-		valid |= nbdwire.CmdFlagReqOne
+		valid |= nbdwire.CmdFlagReqOne | s.payloadFlag()
 	case nbdwire.CmdFlush, nbdwire.CmdCache:
 	default:
 		known = false
@@ -77,6 +82,37 @@ func (s *session) check(q *nbdwire.Request) error {
 	return nil
 }
 
+// payloadFlag is the flag that tells of a payload, where there is one.
+func (s *session) payloadFlag() uint16 {
+	if s.form == nbdwire.Extended {
+		return nbdwire.CmdFlagPayload
+	}
+	return 0
+}
+
+// payload is how many bytes follow q.
+func (s *session) payload(q *nbdwire.Request) uint64 {
+	if q.Cmd == nbdwire.CmdWrite || q.Flags&s.payloadFlag() != 0 {
+		return q.Len
+	}
+	return 0
+}
+
+// badPayload tells what is wrong with q, whose payload has been dropped.
+func (s *session) badPayload(q *nbdwire.Request) error {
+	q.Len = 0
+	if err := s.check(q); err != errZeroLength {
+		return err
+	}
+	return errContexts
+}
+
+// isBounded tells whether a request of this kind, without a payload, may be no longer than
+// MaxPayload.
+func (s *session) isBounded(cmd uint16) bool {
+	return cmd == nbdwire.CmdRead || cmd == nbdwire.CmdCache && s.form != nbdwire.Extended
+}
+
 // flags are those of a write or write-zeroes.
 func (s *session) flags(q *nbdwire.Request) blk.Flags {
 	var f blk.Flags
@@ -100,52 +136,49 @@ func (s *session) cost(q *nbdwire.Request) int64 {
 	case nbdwire.CmdRead, nbdwire.CmdWrite:
 		return int64(q.Len)
 	case nbdwire.CmdBlockStatus:
-		return int64(len(s.ctxs)) * maxExtents * nbdwire.ExtentSize
+		return int64(len(s.ctxs)) * maxExtents * int64(s.form.ExtentSize())
 	}
 	return 0
 }
 
 // appendReadHead appends what precedes the n bytes of data of an undivided read.
 func (s *session) appendReadHead(b []byte, q *nbdwire.Request, n int) []byte {
-	switch {
-	case !s.structured:
-		return nbdwire.AppendSimple(b, q.Cookie, 0)
-	case n == 0:
-		return nbdwire.AppendChunk(b, nbdwire.ChunkDone, nbdwire.ChunkNone, q.Cookie, 0)
-	default:
-		return nbdwire.AppendDataHead(b, nbdwire.ChunkDone, q.Cookie, q.Off, n)
+	if s.form == nbdwire.Simple || n == 0 {
+		return s.form.AppendSuccess(b, q)
 	}
+	return s.form.AppendDataHead(b, nbdwire.ChunkDone, q, q.Off, n)
 }
 
-// appendFailure appends an error reply.
-func (s *session) appendFailure(b []byte, cookie uint64, errno uint32, msg string) []byte {
-	if s.structured {
-		return nbdwire.AppendError(b, cookie, errno, msg)
-	}
-	return nbdwire.AppendSimple(b, cookie, errno)
+// done makes the reply to a request that has succeeded and has no data.
+func (s *session) done(q *nbdwire.Request) *reply {
+	p := newReply()
+	p.head = s.form.AppendSuccess(p.head, q)
+	return p
 }
 
 // failure makes an error reply.
 func (s *session) failure(q *nbdwire.Request, errno uint32, msg string) *reply {
 	p := newReply()
-	p.head = s.appendFailure(p.head, q.Cookie, errno, msg)
+	p.head = s.form.AppendError(p.head, q, errno, msg)
 	return p
 }
 
-// fault makes the reply to a request that the device has failed.
+// fault makes the reply to a request that the device has failed. Where nothing but speed is lost no
+// policy is asked.
 func (s *session) fault(q *nbdwire.Request, err error, msg string) *reply {
 	p := s.failure(q, nbdwire.Errno(err), msg)
-	p.fault = err
+	if q.Cmd != nbdwire.CmdCache {
+		p.fault = err
+	}
 	return p
 }
 
 // success makes the reply to a request whose failure is to be ignored: reads get zeroes.
 func (s *session) success(q *nbdwire.Request) *reply {
-	p := newReply()
 	if q.Cmd != nbdwire.CmdRead {
-		p.head = nbdwire.AppendSimple(p.head, q.Cookie, 0)
-		return p
+		return s.done(q)
 	}
+	p := newReply()
 	n := int(q.Len)
 	p.head = s.appendReadHead(p.head, q, n)
 	p.buf = s.exp.srv.buffer(n)
@@ -163,25 +196,19 @@ func (s *session) perform(u *blk.Req, j *job) *reply {
 	case nbdwire.CmdRead:
 		return s.serveRead(u, q)
 	case nbdwire.CmdBlockStatus:
-		return s.serveStatus(u, q)
+		return s.serveStatus(u, q, j.ctxs)
 	case nbdwire.CmdWrite:
 		err = s.dev.WriteAt(u, blk.Buf(j.buf.B), int64(q.Off), s.flags(q))
-	case nbdwire.CmdCache:
-		if err := s.dev.Prefetch(u, int64(q.Off), int64(q.Len)); err != nil {
-			return s.failure(q, nbdwire.Errno(err), msgCache)
-		}
 	default:
 		msg, err = s.doControl(u, q)
 	}
 	if err != nil {
 		return s.fault(q, err, msg)
 	}
-	p := newReply()
-	p.head = nbdwire.AppendSimple(p.head, q.Cookie, 0)
-	return p
+	return s.done(q)
 }
 
-// doControl performs a flush, trim or write-zeroes.
+// doControl performs a flush, trim, cache or write-zeroes.
 func (s *session) doControl(r *blk.Req, q *nbdwire.Request) (msg string, err error) {
 	off, n := int64(q.Off), int64(q.Len)
 	switch q.Cmd {
@@ -193,6 +220,8 @@ func (s *session) doControl(r *blk.Req, q *nbdwire.Request) (msg string, err err
 			err = s.dev.Flush(r)
 		}
 		return msgTrim, err
+	case nbdwire.CmdCache:
+		return msgCache, s.dev.Prefetch(r, off, n)
 	default:
 		return msgWrite, s.dev.Zero(r, off, n, s.flags(q))
 	}
@@ -207,7 +236,7 @@ func (s *session) serveRead(r *blk.Req, q *nbdwire.Request) *reply {
 			return s.fault(q, err, msgFlush)
 		}
 	}
-	if s.structured && q.Flags&nbdwire.CmdFlagDF == 0 && n >= mapMin {
+	if s.form != nbdwire.Simple && q.Flags&nbdwire.CmdFlagDF == 0 && n >= mapMin {
 		return s.serveSparse(r, q)
 	}
 	p := newReply()
@@ -219,7 +248,7 @@ func (s *session) serveRead(r *blk.Req, q *nbdwire.Request) *reply {
 	if err := s.dev.ReadAt(r, blk.Buf(p.buf.B), int64(q.Off), 0); err != nil {
 		blk.PutBuf(p.buf)
 		p.buf = nil
-		p.head = s.appendFailure(p.head[:0], q.Cookie, nbdwire.Errno(err), msgRead)
+		p.head = s.form.AppendError(p.head[:0], q, nbdwire.Errno(err), msgRead)
 		p.fault = err
 		return p
 	}
@@ -229,7 +258,7 @@ func (s *session) serveRead(r *blk.Req, q *nbdwire.Request) *reply {
 
 // serveSparse answers a read in chunks of data and holes.
 func (s *session) serveSparse(r *blk.Req, q *nbdwire.Request) *reply {
-	c := chunks{q: q, off: int64(q.Off), end: int64(q.Off) + int64(q.Len), first: newReply()}
+	c := chunks{form: s.form, q: q, off: int64(q.Off), end: int64(q.Off) + int64(q.Len), first: newReply()}
 	c.last = c.first
 	for c.off < c.end {
 		zero, known, n, err := s.run(r, c.off, c.end)

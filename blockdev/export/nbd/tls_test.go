@@ -147,14 +147,14 @@ func TestTLSHandshakeDeadline(t *testing.T) {
 // TestTLSUse: requests of all kinds and sizes, and their removal, are as without TLS.
 func TestTLSUse(t *testing.T) {
 	const size = 8 << 20
-	for _, structured := range []bool{false, true} {
+	for _, form := range []nbdwire.Form{nbdwire.Simple, nbdwire.Structured, nbdwire.Extended} {
 		_, tls, tc := withTLS(t)
 		d := newFileDevice(t, size)
 		s, e, path := server(t, d, Options{TLS: tls})
 		c := dial(t, path)
 		c.greet(3)
 		c.startTLS(tc)
-		testAgainstModel(t, c.choose(structured), size)
+		testAgainstModel(t, c.choose(form), size)
 		if d.leases.Load() != 0 {
 			t.Error("pages of files were lent to a connection that encrypts")
 		}
@@ -170,7 +170,7 @@ func TestTLSClientThatNeverReads(t *testing.T) {
 	c := dial(t, path)
 	c.greet(3)
 	c.startTLS(tc)
-	c.choose(true)
+	c.choose(nbdwire.Structured)
 	for i := range 8 {
 		q := rd(0, 8<<20)
 		q.Cookie = uint64(i)

@@ -24,15 +24,15 @@ func pattern(n int, seed byte) []byte {
 // Each way a request can take (inline, worker, mapped, unmapped; simple, structured) gives the same
 // data.
 func TestReadWriteAllWays(t *testing.T) {
-	for _, structured := range []bool{false, true} {
+	for _, form := range []nbdwire.Form{nbdwire.Simple, nbdwire.Structured, nbdwire.Extended} {
 		for _, mapped := range []bool{false, true} {
 			for _, workers := range []bool{false, true} {
-				t.Run(fmt.Sprintf("structured=%v,mapped=%v,workers=%v", structured, mapped, workers), func(t *testing.T) {
+				t.Run(fmt.Sprintf("form=%d,mapped=%v,workers=%v", form, mapped, workers), func(t *testing.T) {
 					d := newFileDevice(t, 8<<20)
 					d.noMap = !mapped
 					d.wouldBlock.Store(workers)
 					_, _, path := server(t, d, Options{})
-					testAgainstModel(t, open(t, path, structured), int(d.size))
+					testAgainstModel(t, open(t, path, form), int(d.size))
 				})
 			}
 		}
@@ -85,7 +85,7 @@ func TestHolesInStructuredReads(t *testing.T) {
 		d := newFileDevice(t, 4<<20)
 		d.noMap = !mapped
 		_, _, path := server(t, d, Options{})
-		c := open(t, path, true)
+		c := open(t, path, nbdwire.Structured)
 		c.do(wr(1<<20, 1<<20), pattern(1<<20, 1)...)
 		a := c.do(rd(0, 4<<20))
 		if a.errno != 0 || a.holes != 3<<20 || !bytes.Equal(a.data[1<<20:2<<20], pattern(1<<20, 1)) {
@@ -98,7 +98,7 @@ func TestHolesInStructuredReads(t *testing.T) {
 func TestPipelined(t *testing.T) {
 	d := newFileDevice(t, 4<<20)
 	_, _, path := server(t, d, Options{})
-	c := open(t, path, true)
+	c := open(t, path, nbdwire.Structured)
 	c.do(wr(0, 4<<20), pattern(4<<20, 0)...)
 	want := pattern(4<<20, 0)
 	var qs []nbdwire.Request
@@ -121,7 +121,7 @@ func TestPipelined(t *testing.T) {
 func TestFlags(t *testing.T) {
 	d := newFileDevice(t, 1<<20)
 	_, _, path := server(t, d, Options{})
-	c := open(t, path, true)
+	c := open(t, path, nbdwire.Structured)
 	flags := func() blk.Flags { return blk.Flags(d.lastFlags.Load()) }
 	c.do(wr(0, 4), 1, 2, 3, 4)
 	if flags() != 0 {
@@ -154,7 +154,7 @@ func TestFlags(t *testing.T) {
 	}
 
 	_, _, path = server(t, d, Options{}, func(s *Spec) { s.Writethrough = true })
-	c = open(t, path, true)
+	c = open(t, path, nbdwire.Structured)
 	c.do(wr(0, 4), 1, 2, 3, 4)
 	if flags() != blk.FUA {
 		t.Errorf("write through: %b", flags())
@@ -162,7 +162,8 @@ func TestFlags(t *testing.T) {
 }
 
 func TestDeviceErrors(t *testing.T) {
-	for _, structured := range []bool{false, true} {
+	for _, form := range []nbdwire.Form{nbdwire.Simple, nbdwire.Structured, nbdwire.Extended} {
+		structured := form != nbdwire.Simple
 		for _, workers := range []bool{false, true} {
 			d := newFileDevice(t, 1<<20)
 			d.noMap = true
@@ -172,11 +173,11 @@ func TestDeviceErrors(t *testing.T) {
 					"flush": errors.New("odd"), "discard": blk.ErrNotSupported, "status": syscall.ENOMEM}[op]
 			}
 			_, _, path := server(t, d, Options{})
-			c := open(t, path, structured, nbdwire.ContextAllocation)
+			c := open(t, path, form, nbdwire.ContextAllocation)
 			check := func(a answer, errno uint32, msg string) {
 				t.Helper()
 				if a.errno != errno || structured && a.msg != msg {
-					t.Errorf("structured=%v workers=%v: %d %q, want %d %q", structured, workers, a.errno, a.msg, errno, msg)
+					t.Errorf("form=%d workers=%v: %d %q, want %d %q", form, workers, a.errno, a.msg, errno, msg)
 				}
 			}
 			check(c.do(rd(0, 512)), nbdwire.EIO, "reading from file failed")
@@ -208,7 +209,7 @@ func TestBlockStatus(t *testing.T) {
 		return 65536 - off%65536, []int{0, 1, 1, 2}[k%4]
 	}
 	_, _, path := server(t, d, Options{})
-	c := open(t, path, true, nbdwire.ContextAllocation, nbdwire.ContextDepth)
+	c := open(t, path, nbdwire.Structured, nbdwire.ContextAllocation, nbdwire.ContextDepth)
 	a := c.do(req(nbdwire.CmdBlockStatus, 100, 4*65536, nil))
 	const hz = nbdwire.StateHole | nbdwire.StateZero
 	want := map[uint32][]nbdwire.Extent{
@@ -232,7 +233,8 @@ func TestBlockStatus(t *testing.T) {
 
 func TestExtentsLimit(t *testing.T) {
 	i := 0
-	es, err := extents(0, 100, 3, func(off, n int64) (int64, uint32, error) { i++; return 1, uint32(off / 2 % 2), nil })
+	ask := func(off, n int64) (int64, uint64, error) { i++; return 1, uint64(off / 2 % 2), nil }
+	es, err := extents(0, 100, 3, 100, ask)
 	if err != nil || fmt.Sprint(es) != "[{2 0} {2 1} {2 0}]" || i != 7 {
 		t.Errorf("%v %v after %d questions", es, err, i)
 	}
@@ -243,7 +245,7 @@ func TestExtentsLimit(t *testing.T) {
 func TestShortSendfile(t *testing.T) {
 	d := newFileDevice(t, 1<<20)
 	_, _, path := server(t, d, Options{})
-	c := open(t, path, true)
+	c := open(t, path, nbdwire.Structured)
 	c.do(wr(0, 1<<20), pattern(1<<20, 0)...)
 	c.do(rd(0, 65536)) // the device remembers that all is data
 	if err := d.f.Truncate(300000); err != nil {
@@ -261,7 +263,7 @@ func TestShortSendfile(t *testing.T) {
 	if a := c.do(rd(0, 4096)); a.errno != 0 {
 		t.Errorf("afterwards: %d", a.errno)
 	}
-	s := open(t, path, false)
+	s := open(t, path, nbdwire.Simple)
 	q := rd(0, 1<<20)
 	s.put(q.Append(nil))
 	s.take(nbdwire.SimpleSize + 300000)
@@ -271,7 +273,7 @@ func TestShortSendfile(t *testing.T) {
 func TestLeases(t *testing.T) {
 	d := newFileDevice(t, 8<<20)
 	_, _, path := server(t, d, Options{})
-	c := open(t, path, true)
+	c := open(t, path, nbdwire.Structured)
 	c.do(wr(0, 8<<20), pattern(8<<20, 0)...)
 	q := rd(0, 1<<20)
 	c.put(q.Append(nil))
@@ -297,7 +299,7 @@ func TestAllocations(t *testing.T) {
 	}
 	d := newFileDevice(t, 4<<20)
 	_, _, path := server(t, d, Options{})
-	c := open(t, path, true)
+	c := open(t, path, nbdwire.Structured)
 	c.do(wr(0, 4<<20), pattern(4<<20, 0)...)
 	for _, x := range []struct {
 		name  string

@@ -1,6 +1,7 @@
 package nbd
 
 import (
+	"math"
 	"slices"
 	"sync"
 	"sync/atomic"
@@ -16,8 +17,9 @@ import (
 // job is a request on its way through a worker.
 type job struct {
 	q    nbdwire.Request
-	buf  *blk.Buffer // payload of a write
-	cost int64       // what it counts against Options.InflightBytes
+	buf  *blk.Buffer    // payload of a write
+	cost int64          // what it counts against Options.InflightBytes
+	ctxs []*metaContext // that a block status is asked in
 }
 
 var jobPool = sync.Pool{New: func() any { return new(job) }}
@@ -69,28 +71,34 @@ func (w *workers) start(c *conn) {
 	w.timer.Stop()
 }
 
+// newJob makes one; buf becomes its own.
 func newJob(q *nbdwire.Request, buf *blk.Buffer, cost int64) *job {
 	j := jobPool.Get().(*job)
 	j.q, j.buf, j.cost = *q, buf, cost
 	return j
 }
 
-// take is put for who serves q without a worker, by answer.
-func (w *workers) take(q *nbdwire.Request, buf *blk.Buffer, cost int64) *job {
-	w.mu.Lock()
-	defer w.mu.Unlock()
-	w.inflight++
-	w.bytes += cost
-	return newJob(q, buf, cost)
+// free gives back what j holds, and j.
+func (j *job) free() {
+	blk.PutBuf(j.buf)
+	j.buf, j.ctxs = nil, nil
+	jobPool.Put(j)
 }
 
-// put hands q to a worker. buf, the payload of a write, becomes the worker's.
-func (w *workers) put(q *nbdwire.Request, buf *blk.Buffer, cost int64) {
-	j := newJob(q, buf, cost)
+// take is put for who serves j without a worker, by answer.
+func (w *workers) take(j *job) {
 	w.mu.Lock()
 	defer w.mu.Unlock()
 	w.inflight++
-	w.bytes += cost
+	w.bytes += j.cost
+}
+
+// put hands j to a worker.
+func (w *workers) put(j *job) {
+	w.mu.Lock()
+	defer w.mu.Unlock()
+	w.inflight++
+	w.bytes += j.cost
 	if n := len(w.idle); n > 0 {
 		k := w.idle[n-1]
 		w.idle = w.idle[:n-1]
@@ -217,9 +225,7 @@ func (w *workers) answer(j *job) *reply {
 		last = last.next
 	}
 	last.cost = j.cost
-	blk.PutBuf(j.buf)
-	j.buf = nil
-	jobPool.Put(j)
+	j.free()
 	return p
 }
 
@@ -294,23 +300,57 @@ func (w *workers) park(over <-chan struct{}) {
 	}
 }
 
-// attempt performs j in one unit of work.
+// attempt performs j, in one unit of work unless it is about very much.
 func (w *workers) attempt(j *job) *reply {
-	if w.dead.Load() {
-		return w.failure(&j.q, nbdwire.ESHUTDOWN, "connection is closed")
+	if j.q.Len > pieceMax(j.q.Cmd) {
+		return w.inPieces(j)
 	}
 	u, group, err := w.begin()
 	if err != nil {
-		return w.failure(&j.q, nbdwire.Errno(err), "request was not started")
+		return w.failure(&j.q, nbdwire.Errno(err), msgUnstarted)
 	}
 	defer w.end(u, group)
 	return w.perform(u, j)
+}
+
+// pieceMax is how many bytes one unit of work may be about, where the request has no data: a
+// device that has to write zeroes may be long about it, and whoever drains it waits for the unit.
+func pieceMax(cmd uint16) uint64 {
+	switch cmd {
+	case nbdwire.CmdTrim, nbdwire.CmdWriteZeroes:
+		return 1 << 30
+	case nbdwire.CmdCache:
+		return nbdwire.MaxPayload
+	}
+	return math.MaxUint64
+}
+
+// inPieces performs j in as many units of work as it takes. What is left of it ends with the
+// connection.
+func (w *workers) inPieces(j *job) *reply {
+	part, end := j.q, j.q.Off+j.q.Len
+	for ; part.Off < end; part.Off += part.Len {
+		part.Len = min(end-part.Off, pieceMax(part.Cmd))
+		u, group, err := w.begin()
+		if err != nil {
+			return w.failure(&j.q, nbdwire.Errno(err), msgUnstarted)
+		}
+		msg, err := w.doControl(u, &part)
+		w.end(u, group)
+		if err != nil {
+			return w.fault(&j.q, err, msg)
+		}
+	}
+	return w.done(&j.q)
 }
 
 // begin waits for a worker of the export's group and for the gate, and enters both. Nobody waits
 // for one of them while holding the other: a drained device does not take the workers of others.
 func (w *workers) begin() (*blk.Req, export.Workers, error) {
 	for {
+		if w.dead.Load() {
+			return nil, nil, blk.ErrClosed
+		}
 		var group export.Workers
 		if f := w.exp.spec.Workers; f != nil {
 			group = f()

@@ -6,6 +6,7 @@ import (
 	"testing"
 
 	"qblockd/blockdev/export"
+	"qblockd/blockdev/nbdwire"
 )
 
 // group is an export.Workers of one worker.
@@ -45,7 +46,7 @@ func TestWorkers(t *testing.T) {
 			return nil
 		}
 	})
-	c := open(t, path, true)
+	c := open(t, path, nbdwire.Structured)
 	write := func() {
 		t.Helper()
 		if x := c.do(wr(0, 4096), make([]byte, 4096)...); x.errno != 0 {
@@ -72,7 +73,7 @@ func TestWorkersAtTheGate(t *testing.T) {
 	d.wouldBlock.Store(true)
 	g := newGroup()
 	_, _, path := server(t, d, Options{}, func(s *Spec) { s.Workers = func() export.Workers { return g } })
-	c := open(t, path, false)
+	c := open(t, path, nbdwire.Simple)
 	<-g.free
 	q := wr(0, 4096)
 	c.put(append(q.Append(nil), make([]byte, 4096)...))

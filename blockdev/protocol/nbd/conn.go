@@ -115,7 +115,7 @@ type slot struct {
 	errs    int    // chunks that told of one
 	filled  []span // what of in is there, in order and with gaps between
 	extents int
-	extent  nbdwire.Extent64 // the first
+	extent  nbdwire.Extent // the first
 }
 
 // body is what a request moves besides its head.
@@ -164,7 +164,7 @@ func (m meter) Read(b []byte) (int, error) {
 // do has a request executed. lost: the connection ended before the answer, so the request may have
 // been executed or not. blk.ErrNotSupported: the file that b names could not be sent, or not all of
 // it, and something may have been written instead.
-func (c *conn) do(r *blk.Req, q nbdwire.Request, b body) (x nbdwire.Extent64, lost bool, err error) {
+func (c *conn) do(r *blk.Req, q nbdwire.Request, b body) (x nbdwire.Extent, lost bool, err error) {
 	if b.file.N > 0 && c.files.raw == nil {
 		return x, false, blk.ErrNotSupported
 	}

@@ -39,7 +39,7 @@ func (p *peer) nextExt() (q nbdwire.Request, data []byte) {
 
 func extChunk(q nbdwire.Request, flags, typ uint16, parts ...[]byte) []byte {
 	p := slices.Concat(parts...)
-	return append(nbdwire.AppendExtChunk(nil, flags, typ, q.Cookie, q.Off, len(p)), p...)
+	return append(nbdwire.Extended.AppendChunk(nil, flags, typ, &q, len(p)), p...)
 }
 
 // extData is a whole answer to a read.
@@ -71,8 +71,8 @@ func TestExtended(t *testing.T) {
 		{func() error { return w.Discard(bg, 4096, long) }, nbdwire.Request{Cmd: nbdwire.CmdTrim, Len: long}, ok},
 		{status, nbdwire.Request{Cmd: nbdwire.CmdBlockStatus, Len: long, Flags: nbdwire.CmdFlagReqOne},
 			func(q nbdwire.Request) []byte {
-				return nbdwire.AppendBlockStatusExt(nil, nbdwire.ChunkDone, q.Cookie, q.Off, 7,
-					[]nbdwire.Extent64{{N: 1 << 37, Flags: 3}, {N: 4096}})
+				return nbdwire.Extended.AppendBlockStatus(nil, nbdwire.ChunkDone, &q, 7,
+					[]nbdwire.Extent{{N: 1 << 37, Flags: 3}, {N: 4096}})
 			}},
 	} {
 		got := make(chan error, 1)
@@ -114,17 +114,17 @@ func TestExtendedBreaches(t *testing.T) {
 		"structured": func(q request) []byte { return data(q, 1) },
 		"offset":     func(q request) []byte { q.Off++; return extData(q, 1) },
 		"endless": func(q request) []byte {
-			return nbdwire.AppendExtChunk(nil, 1, nbdwire.ChunkOffsetData, q.Cookie, q.Off, -1)
+			return nbdwire.Extended.AppendChunk(nil, 1, nbdwire.ChunkOffsetData, &q, -1)
 		},
 		"4 GiB too long": func(q request) []byte {
-			return append(nbdwire.AppendExtChunk(nil, 1, nbdwire.ChunkOffsetData, q.Cookie, q.Off, 1<<32+8+4096),
+			return append(nbdwire.Extended.AppendChunk(nil, 1, nbdwire.ChunkOffsetData, &q, 1<<32+8+4096),
 				slices.Concat(put64(q.Off), full)...)
 		},
 		"error of 8 EiB": func(q request) []byte {
-			return nbdwire.AppendExtChunk(nil, 1, nbdwire.ChunkError, q.Cookie, q.Off, 1<<62)
+			return nbdwire.Extended.AppendChunk(nil, 1, nbdwire.ChunkError, &q, 1<<62)
 		},
 		"status": func(q request) []byte {
-			return nbdwire.AppendBlockStatusExt(nil, 1, q.Cookie, q.Off, 7, []nbdwire.Extent64{{N: 1}})
+			return nbdwire.Extended.AppendBlockStatus(nil, 1, &q, 7, []nbdwire.Extent{{N: 1}})
 		},
 	} {
 		t.Run(what, func(t *testing.T) {
@@ -142,7 +142,8 @@ func TestExtendedBreaches(t *testing.T) {
 
 // So do answers to a question about the block status.
 func TestExtendedStatusBreaches(t *testing.T) {
-	good := nbdwire.AppendBlockStatusExt(nil, 1, 0, 0, 7, []nbdwire.Extent64{{N: 512}})[nbdwire.ExtChunkSize:]
+	chunk := nbdwire.Extended.AppendBlockStatus(nil, 1, &nbdwire.Request{}, 7, []nbdwire.Extent{{N: 512}})
+	good := chunk[nbdwire.ExtChunkSize:]
 	change := func(at int, c byte) []byte {
 		b := slices.Clone(good)
 		b[at] = c

@@ -165,14 +165,6 @@ func (h *hello) startTLS() error {
 	return nil
 }
 
-// optName is the name of an option in error texts, also of one that our server does not have.
-func optName(opt uint32) string {
-	if opt == nbdwire.OptExtendedHeaders {
-		return "extended headers"
-	}
-	return nbdwire.OptName(opt)
-}
-
 // simpleOption sends an option without data and tells whether the server agrees. It may refuse for
 // whatever reason, unless strict.
 func (h *hello) simpleOption(opt uint32, strict bool) (bool, error) {
@@ -188,11 +180,11 @@ func (h *hello) simpleOption(opt uint32, strict bool) (bool, error) {
 	}
 	if r.Type != nbdwire.RepAck {
 		return false, invalid("Server answered option %d (%s) with unexpected reply %d (%s)",
-			opt, optName(opt), r.Type, nbdwire.RepName(r.Type))
+			opt, nbdwire.OptName(opt), r.Type, nbdwire.RepName(r.Type))
 	}
 	if r.Len != 0 {
 		return false, invalid("Option %d ('%s') response length is %d (it should be zero)",
-			opt, optName(opt), r.Len)
+			opt, nbdwire.OptName(opt), r.Len)
 	}
 	return true, nil
 }
@@ -356,7 +348,7 @@ func (h *hello) reply(opt uint32) (r nbdwire.OptReply, err error) {
 	}
 	if r.Opt != opt {
 		return r, invalid("Unexpected option type %d (%s), expected %d (%s)",
-			r.Opt, optName(r.Opt), opt, optName(opt))
+			r.Opt, nbdwire.OptName(r.Opt), opt, nbdwire.OptName(opt))
 	}
 	return r, nil
 }
@@ -397,7 +389,7 @@ func (h *hello) refusal(r nbdwire.OptReply, strict bool) error {
 	case nbdwire.RepErrBlockSizeReqd:
 		format = "Server requires INFO_BLOCK_SIZE for option %d (%s)"
 	}
-	return h.reported(invalid(format, r.Opt, optName(r.Opt)), text, advice)
+	return h.reported(invalid(format, r.Opt, nbdwire.OptName(r.Opt)), text, advice)
 }
 
 // reported is err with advice, and with the server's own words, if it had any.

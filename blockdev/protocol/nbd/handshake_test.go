@@ -193,13 +193,14 @@ func FuzzHandshake(f *testing.F) {
 func FuzzReplies(f *testing.F) {
 	q := nbdwire.Request{Cmd: nbdwire.CmdRead, Cookie: maxInFlight, Off: 4096, Len: 64}
 	f.Add(data(q, 0))
-	f.Add(append(nbdwire.AppendDataHead(nil, 0, q.Cookie, 4128, 32), make([]byte, 32)...))
+	f.Add(append(nbdwire.Structured.AppendDataHead(nil, 0, &q, 4128, 32), make([]byte, 32)...))
 	f.Add(slices.Concat(piece(q, 32, 32, 1), piece(q, 0, 32, 2), done(q)))
 	f.Add(slices.Concat(piece(q, 32, 32, 1), piece(q, 16, 32, 2), done(q)))
-	f.Add(nbdwire.AppendError(nil, q.Cookie, nbdwire.EIO, "text"))
-	f.Add(nbdwire.AppendBlockStatus(nil, 1, q.Cookie+1, 7, []nbdwire.Extent{{N: 3, Flags: 1}}))
+	f.Add(nbdwire.Structured.AppendError(nil, &q, nbdwire.EIO, "text"))
+	status := nbdwire.Request{Cookie: q.Cookie + 1, Off: q.Off}
+	f.Add(nbdwire.Structured.AppendBlockStatus(nil, 1, &status, 7, []nbdwire.Extent{{N: 3, Flags: 1}}))
 	f.Add(extData(q, 1))
-	f.Add(nbdwire.AppendBlockStatusExt(nil, 1, q.Cookie+1, q.Off, 7, []nbdwire.Extent64{{N: 1 << 40, Flags: 1}}))
+	f.Add(nbdwire.Extended.AppendBlockStatus(nil, 1, &status, 7, []nbdwire.Extent{{N: 1 << 40, Flags: 1}}))
 	f.Fuzz(func(t *testing.T, b []byte) {
 		fuzzReplies(t, b, false)
 		fuzzReplies(t, b, true)

@@ -77,12 +77,12 @@ func (p *peer) send(b []byte) {
 
 // data is a whole answer to a read: n bytes of c.
 func data(q nbdwire.Request, c byte) []byte {
-	b := nbdwire.AppendDataHead(nil, nbdwire.ChunkDone, q.Cookie, q.Off, int(q.Len))
+	b := nbdwire.Structured.AppendDataHead(nil, nbdwire.ChunkDone, &q, q.Off, int(q.Len))
 	return append(b, bytes.Repeat([]byte{c}, int(q.Len))...)
 }
 
 func done(q nbdwire.Request) []byte {
-	return nbdwire.AppendChunk(nil, nbdwire.ChunkDone, nbdwire.ChunkNone, q.Cookie, 0)
+	return nbdwire.Structured.AppendChunk(nil, nbdwire.ChunkDone, nbdwire.ChunkNone, &q, 0)
 }
 
 // world is a disk whose servers are played by the test: each connection comes from dialled.

@@ -17,7 +17,7 @@ import (
 
 // piece is a chunk of n bytes of c in reply to q, at bytes behind its beginning.
 func piece(q nbdwire.Request, at, n int, c byte) []byte {
-	head := nbdwire.AppendDataHead(nil, 0, q.Cookie, q.Off+uint64(at), n)
+	head := nbdwire.Structured.AppendDataHead(nil, 0, &q, q.Off+uint64(at), n)
 	return append(head, bytes.Repeat([]byte{c}, n)...)
 }
 
@@ -26,10 +26,10 @@ func piece(q nbdwire.Request, at, n int, c byte) []byte {
 func TestMoreBreaches(t *testing.T) {
 	type request = nbdwire.Request
 	hole := func(q request, at, n int) []byte {
-		return nbdwire.AppendHole(nil, 0, q.Cookie, q.Off+uint64(at), uint32(n))
+		return nbdwire.Structured.AppendHole(nil, 0, &q, q.Off+uint64(at), uint32(n))
 	}
 	failure := func(q request) []byte {
-		b := nbdwire.AppendError(nil, q.Cookie, nbdwire.EIO, "")
+		b := nbdwire.Structured.AppendError(nil, &q, nbdwire.EIO, "")
 		b[5] = 0 // not the last
 		return b
 	}

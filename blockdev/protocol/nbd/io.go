@@ -122,7 +122,7 @@ func (d *disk) Status(r *blk.Req, off, n int64) (blk.Extent, error) {
 }
 
 // extent is what x, the answer to a question about [off, off+n), says of whole blocks.
-func (d *disk) extent(x nbdwire.Extent64, off, n, align int64) blk.Extent {
+func (d *disk) extent(x nbdwire.Extent, off, n, align int64) blk.Extent {
 	got := int64(min(x.N, uint64(n)))
 	if got < n && got%align != 0 {
 		if got < align { // the server tells of less than it reads
@@ -136,7 +136,7 @@ func (d *disk) extent(x nbdwire.Extent64, off, n, align int64) blk.Extent {
 	}
 	return blk.Extent{
 		N: got, OffValid: true, MapOff: off,
-		Data: x.Flags&uint64(nbdwire.StateHole) == 0, Zero: x.Flags&uint64(nbdwire.StateZero) != 0,
+		Data: x.Flags&nbdwire.StateHole == 0, Zero: x.Flags&nbdwire.StateZero != 0,
 	}
 }
 

@@ -100,15 +100,15 @@ func (l *link) becomeLocked(s state) {
 }
 
 // do has a request executed by whatever connection there is.
-func (l *link) do(r *blk.Req, q nbdwire.Request, b body) (nbdwire.Extent64, error) {
+func (l *link) do(r *blk.Req, q nbdwire.Request, b body) (nbdwire.Extent, error) {
 	if r.NoWait {
-		return nbdwire.Extent64{}, blk.ErrWouldBlock
+		return nbdwire.Extent{}, blk.ErrWouldBlock
 	}
 	before := l.written.Load()
 	for sends := range maxSends {
 		c, err := l.get(r, sends > 0)
 		if err != nil {
-			return nbdwire.Extent64{}, err
+			return nbdwire.Extent{}, err
 		}
 		if x, lost, err := c.do(r, q, b); !lost {
 			switch {
@@ -124,7 +124,7 @@ func (l *link) do(r *blk.Req, q nbdwire.Request, b body) (nbdwire.Extent64, erro
 			break
 		}
 	}
-	return nbdwire.Extent64{}, syscall.EIO
+	return nbdwire.Extent{}, syscall.EIO
 }
 
 // get is the connection in use, or the next one if requests may wait for it. Without one, a request

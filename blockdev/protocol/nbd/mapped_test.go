@@ -75,7 +75,7 @@ func TestCopyFrom(t *testing.T) {
 			t.Errorf("the bytes of the file do not come: %v", err)
 		}
 		if extended {
-			w.peer.send(nbdwire.AppendExtChunk(nil, nbdwire.ChunkDone, nbdwire.ChunkNone, q.Cookie, q.Off, 0))
+			w.peer.send(nbdwire.Extended.AppendChunk(nil, nbdwire.ChunkDone, nbdwire.ChunkNone, &q, 0))
 		} else {
 			w.peer.send(done(q))
 		}
@@ -242,7 +242,7 @@ func TestCopyFromError(t *testing.T) {
 	f, _ := fileOf(t, 64<<10)
 	err := w.copyFrom(f, 0, 64<<10, 0, 0)
 	q, _ := w.peer.next()
-	w.peer.send(nbdwire.AppendError(nil, q.Cookie, nbdwire.ENOSPC, ""))
+	w.peer.send(nbdwire.Structured.AppendError(nil, &q, nbdwire.ENOSPC, ""))
 	if err := within(t, "the end of the copy", err); !errors.Is(err, syscall.ENOSPC) {
 		t.Error(err)
 	}

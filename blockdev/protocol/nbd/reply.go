@@ -237,38 +237,21 @@ func (c *conn) statusChunk(s *slot, p *nbdwire.Reply) error {
 	if err != nil {
 		return err
 	}
-	id, x, err := firstExtent(p.Type, b)
+	var few [maxStatus / nbdwire.ExtentSize]nbdwire.Extent // one was asked for
+	id, xs, err := nbdwire.ParseBlockStatus(p.Type, b, few[:0])
 	switch {
 	case err != nil:
 		return breach("invalid payload for NBD_REPLY_TYPE_BLOCK_STATUS")
 	case id != c.e.context:
 		return breach("unexpected context id %d for NBD_REPLY_TYPE_BLOCK_STATUS, when negotiated context id is %d",
 			id, c.e.context)
-	case x.N == 0:
+	case xs[0].N == 0:
 		return breach("server sent status chunk with zero length")
 	case s.extents > 0:
 		return breach("Several BLOCK_STATUS chunks in reply")
 	}
-	s.extent, s.extents = x, 1
+	s.extent, s.extents = xs[0], 1
 	return nil
-}
-
-// firstExtent is the first extent of a chunk; more were not asked for.
-func firstExtent(typ uint16, b []byte) (id uint32, x nbdwire.Extent64, err error) {
-	if typ == nbdwire.ChunkBlockStatusExt {
-		var few [maxStatus / nbdwire.Extent64Size]nbdwire.Extent64
-		id, xs, err := nbdwire.ParseBlockStatusExt(b, few[:0])
-		if err != nil {
-			return id, x, err
-		}
-		return id, xs[0], nil
-	}
-	var few [maxStatus / nbdwire.ExtentSize]nbdwire.Extent
-	id, xs, err := nbdwire.ParseBlockStatus(b, few[:0])
-	if err != nil {
-		return id, x, err
-	}
-	return id, nbdwire.Extent64{N: uint64(xs[0].N), Flags: uint64(xs[0].Flags)}, nil
 }
 
 func (c *conn) errorChunk(s *slot, p *nbdwire.Reply) error {

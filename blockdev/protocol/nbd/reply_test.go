@@ -17,7 +17,7 @@ func TestBreaches(t *testing.T) {
 	type request = nbdwire.Request
 	chunk := func(flags, typ uint16, cookie uint64, parts ...[]byte) []byte {
 		p := slices.Concat(parts...)
-		return append(nbdwire.AppendChunk(nil, flags, typ, cookie, len(p)), p...)
+		return append(nbdwire.Structured.AppendChunk(nil, flags, typ, &nbdwire.Request{Cookie: cookie}, len(p)), p...)
 	}
 	full := make([]byte, 4096)
 	for what, answer := range map[string]func(q request) []byte{
@@ -26,7 +26,7 @@ func TestBreaches(t *testing.T) {
 		"another slot":   func(q request) []byte { q.Cookie++; return data(q, 1) },
 		"simple":         func(q request) []byte { return append(nbdwire.AppendSimple(nil, q.Cookie, 0), full...) },
 		"too long":       func(q request) []byte { return chunk(1, 1, q.Cookie, put64(q.Off), full, full[:1]) },
-		"endless":        func(q request) []byte { return nbdwire.AppendChunk(nil, 1, 1, q.Cookie, 0xffffffff)[:20] },
+		"endless":        func(q request) []byte { return nbdwire.Structured.AppendChunk(nil, 1, 1, &q, 0xffffffff)[:20] },
 		"too short":      func(q request) []byte { return chunk(1, 1, q.Cookie, put64(q.Off), full[1:]) },
 		"before":         func(q request) []byte { return chunk(1, 1, q.Cookie, put64(q.Off-1), full) },
 		"behind":         func(q request) []byte { return chunk(1, 1, q.Cookie, put64(1<<63), full) },
@@ -37,14 +37,14 @@ func TestBreaches(t *testing.T) {
 		"nothing":        done,
 		"none, not done": func(q request) []byte { return chunk(0, 0, q.Cookie) },
 		"none with data": func(q request) []byte { return chunk(1, 0, q.Cookie, full) },
-		"hole too long":  func(q request) []byte { return nbdwire.AppendHole(nil, 1, q.Cookie, q.Off, 4097) },
-		"empty hole":     func(q request) []byte { return nbdwire.AppendHole(nil, 0, q.Cookie, q.Off, 0) },
+		"hole too long":  func(q request) []byte { return nbdwire.Structured.AppendHole(nil, 1, &q, q.Off, 4097) },
+		"empty hole":     func(q request) []byte { return nbdwire.Structured.AppendHole(nil, 0, &q, q.Off, 0) },
 		"hole of 13":     func(q request) []byte { return chunk(1, 2, q.Cookie, full[:13]) },
 		"status": func(q request) []byte {
-			return nbdwire.AppendBlockStatus(nil, 1, q.Cookie, 7, []nbdwire.Extent{{N: 1}})
+			return nbdwire.Structured.AppendBlockStatus(nil, 1, &q, 7, []nbdwire.Extent{{N: 1}})
 		},
 		"unknown":         func(q request) []byte { return chunk(1, 77, q.Cookie) },
-		"no error":        func(q request) []byte { return nbdwire.AppendError(nil, q.Cookie, 0, "") },
+		"no error":        func(q request) []byte { return nbdwire.Structured.AppendError(nil, &q, 0, "") },
 		"short error":     func(q request) []byte { return chunk(1, 0x8001, q.Cookie, full[:5]) },
 		"long error":      func(q request) []byte { return chunk(1, 0x8001, q.Cookie, be32(5), full, full) },
 		"lengths differ":  func(q request) []byte { return chunk(1, 0x8001, q.Cookie, be32(5), []byte{0, 9, 1}) },
@@ -77,7 +77,7 @@ func TestErrors(t *testing.T) {
 			go func() { c <- w.WriteAt(bg, blk.Buf(make([]byte, 4096)), 0, 0) }()
 			q, _ := w.peer.next()
 			if structured {
-				w.peer.send(nbdwire.AppendErrorOffset(nil, q.Cookie, no, 3, "text"))
+				w.peer.send(nbdwire.Structured.AppendErrorOffset(nil, &q, no, 3, "text"))
 			} else {
 				w.peer.send(nbdwire.AppendSimple(nil, q.Cookie, no))
 			}
@@ -98,7 +98,7 @@ func TestScattered(t *testing.T) {
 	q, _ := w.peer.next()
 	w.peer.send(piece(q, 0, 512, 1))
 	w.peer.send(piece(q, 2048, 1024, 2))
-	w.peer.send(nbdwire.AppendHole(nil, 0, q.Cookie, q.Off+3072, 1024))
+	w.peer.send(nbdwire.Structured.AppendHole(nil, 0, &q, q.Off+3072, 1024))
 	w.peer.send(piece(q, 1000, 48, 3))
 	w.peer.send(piece(q, 512, 488, 4))
 	w.peer.send(piece(q, 1048, 1000, 5))
@@ -185,7 +185,7 @@ func TestStatus(t *testing.T) {
 		if q.Cmd != nbdwire.CmdBlockStatus || q.Flags != nbdwire.CmdFlagReqOne || q.Off != 8192 || q.Len != 65536 {
 			t.Errorf("%+v", q)
 		}
-		w.peer.send(nbdwire.AppendBlockStatus(nil, nbdwire.ChunkDone, q.Cookie, 7, []nbdwire.Extent{c.x, {N: 1}}))
+		w.peer.send(nbdwire.Structured.AppendBlockStatus(nil, nbdwire.ChunkDone, &q, 7, []nbdwire.Extent{c.x, {N: 1}}))
 		if r := within(t, "an answer", got); r.err != nil || r.x != c.want {
 			t.Errorf("%+v: %+v, %v", c.x, r.x, r.err)
 		}

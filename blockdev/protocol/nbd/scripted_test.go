@@ -43,7 +43,7 @@ func TestNoAllocations(t *testing.T) {
 				}
 				out = nbdwire.AppendSimple(out[:0], q.Cookie, 0)
 			} else {
-				out = nbdwire.AppendDataHead(out[:0], nbdwire.ChunkDone, q.Cookie, q.Off, int(q.Len))
+				out = nbdwire.Structured.AppendDataHead(out[:0], nbdwire.ChunkDone, &q, q.Off, int(q.Len))
 				out = out[:len(out)+int(q.Len)]
 			}
 			if _, err := w.peer.nc.Write(out); err != nil {
