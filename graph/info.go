@@ -109,9 +109,10 @@ func (e *Edge) ShowImage(info *types.ImageInfo) {
 }
 
 // Resized notes that n's size may have changed: n and the nodes that show it as theirs, filters and
-// raw formats, are bumped and get bitmaps of that size. If n has such parents, or roots, it takes
-// the graph's lock for reading, which nobody holds for long: allowed in requests, but not with node
-// or driver locks held. The usual case, a file that grows below a format, takes no lock.
+// raw formats, are bumped and get bitmaps of that size; roots are told. If n has such parents, or
+// roots, it takes the graph's lock for reading, which nobody holds for long: allowed in requests,
+// but not with node or driver locks held. The usual case, a file that grows below a format, takes
+// no lock.
 func (n *Node) Resized() {
 	n.bitmaps.resize()
 	if n.sizeSeen.Load() == 0 {
@@ -120,14 +121,26 @@ func (n *Node) Resized() {
 	}
 	n.g.mu.RLock()
 	defer n.g.mu.RUnlock()
+	showSizeLocked(n, func(x *Node) {
+		x.Bump()
+		x.bitmaps.resize()
+	})
+}
+
+// showSizeLocked calls f for n and the nodes that show its size as theirs, and tells the roots that
+// do.
+// +checklocksread:n.g.mu
+func showSizeLocked(n *Node, f func(*Node)) {
 	seen := map[*Node]bool{n: true}
 	stack := []*Node{n}
 	for len(stack) > 0 {
 		x := stack[len(stack)-1]
 		stack = stack[:len(stack)-1]
-		x.Bump()
-		x.bitmaps.resize()
-		for e := range x.parents.all() {
+		f(x)
+		for e := range x.parents.all() { // +checklocksignore: the same graph
+			if e.root != nil && e.root.spec.Resized != nil {
+				e.root.spec.Resized()
+			}
 			if e.pnode != nil && e.showsSize() && !seen[e.pnode] {
 				seen[e.pnode] = true
 				stack = append(stack, e.pnode)

@@ -42,8 +42,14 @@ func (in *installer) retarget(e *Edge, n *Node) {
 	in.off(e)
 	e.node.Store(n)
 	in.above(e, n)
-	if e.pnode != nil {
+	switch {
+	case e.pnode != nil:
 		e.pnode.Bump()
+		if e.showsSize() {
+			showSizeLocked(e.pnode, func(*Node) {}) // +checklocksignore: of the same graph
+		}
+	case e.root.spec.Resized != nil:
+		e.root.spec.Resized()
 	}
 }
 

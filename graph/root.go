@@ -32,6 +32,10 @@ type RootSpec struct {
 	// AllowInactive: the node may become inactive although the root writes; then its requests that
 	// change something fail with EPERM.
 	AllowInactive bool
+	// Resized is called when the size of what the root shows may have changed, also because it shows
+	// another node. The graph's lock is held: it must not wait, nor call the graph. Nil: nobody
+	// cares.
+	Resized func()
 	// Of comes and goes with the root (see Recorder); nil: the root is not recorded.
 	Of *Record
 	// Ctx is the context of its requests; nil means context.Background().

@@ -8,6 +8,7 @@ import (
 	"qblockd/blockdev/drivertest"
 	"qblockd/blockdev/format/raw"
 	"qblockd/graph"
+	"qblockd/graph/perm"
 	"qblockd/schema/types"
 )
 
@@ -26,6 +27,9 @@ func (fakeType) Serve(*Export, *graph.Hold) (Server, error) {
 	return &fakeServer{done: make(chan struct{})}, nil
 }
 func (fakeType) Close() {}
+func (fakeType) Claim(_ *types.BlockExportOptions, need perm.Perm) perm.Claim {
+	return perm.Claim{Need: need, Share: perm.All}
+}
 
 type fakeServer struct {
 	once sync.Once

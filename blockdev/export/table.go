@@ -83,7 +83,7 @@ func (t *Table) Add(ctx context.Context, o *types.BlockExportOptions) error {
 	if typ == nil {
 		return errors.New("No driver found for the requested export type")
 	}
-	x := &Export{Options: o, gone: make(chan struct{})}
+	x := &Export{Options: o, gone: make(chan struct{}), resized: make(chan struct{}, 1)}
 	x.Errors = NewErrors(o.XQblockdOnReadError, o.XQblockdOnWriteError, x.tellError)
 	if err := t.reserve(x); err != nil {
 		return err
@@ -141,7 +141,7 @@ func (t *Table) make(ctx context.Context, x *Export, typ Type) error {
 			return err
 		}
 	}
-	if err := t.attach(ctx, x, n); err != nil {
+	if err := t.attach(ctx, x, typ, n); err != nil {
 		return err
 	}
 	if err := t.serve(x, typ, hold, workers); err != nil {
@@ -187,10 +187,9 @@ func (t *Table) serve(x *Export, typ Type, hold *graph.Hold, w Workers) error {
 	return nil
 }
 
-// attach makes the root of x on n. An export shares everything but resize: its size is a promise to
-// its clients. It takes what it needs first and stops sharing resize then, so that of two conflicts
-// the same one is reported as by QEMU.
-func (t *Table) attach(ctx context.Context, x *Export, n *graph.Node) error {
+// attach makes the root of x on n. It takes what all exports need first, and what its type says
+// then, so that of two conflicts the same one is reported as by QEMU.
+func (t *Table) attach(ctx context.Context, x *Export, typ Type, n *graph.Node) error {
 	need := perm.ConsistentRead
 	if x.Writable() {
 		need |= perm.Write
@@ -204,13 +203,14 @@ func (t *Table) attach(ctx context.Context, x *Export, n *graph.Node) error {
 		Ctx:      rctx,
 
 		AllowInactive: types.Or(x.Options.AllowInactive, false),
+		Resized:       x.noteSize,
 	}, n)
 	if err != nil {
 		cancel()
 		return err
 	}
 	err = t.g.Do(ctx, func(tx *graph.Tx) error {
-		return tx.SetClaim(root.Edge(), perm.Claim{Need: need, Share: perm.All &^ perm.Resize})
+		return tx.SetClaim(root.Edge(), typ.Claim(x.Options, need))
 	})
 	if err != nil {
 		cancel()

@@ -8,6 +8,7 @@ import (
 
 	"qblockd/graph"
 	"qblockd/graph/blk"
+	"qblockd/graph/perm"
 	"qblockd/schema/types"
 )
 
@@ -17,6 +18,9 @@ type Type interface {
 	// Check says what is wrong with an export of n as o asks for it, before anything is changed,
 	// and which nodes beside n must hold still while it is made. It may be asked several times.
 	Check(n *graph.Node, o *types.BlockExportOptions) (also []*graph.Node, err error)
+	// Claim is what an export that o asks for needs of its node, and lets others do with it. need is
+	// what all exports of that kind need.
+	Claim(o *types.BlockExportOptions, need perm.Perm) perm.Claim
 	// Serve lets clients use x; held are n and what Check named.
 	Serve(x *Export, held *graph.Hold) (Server, error)
 	// Close ends what the type has beside its exports, for the end of the daemon; Check and Serve
@@ -54,6 +58,9 @@ type Export struct {
 	// Errors is what to do about errors of the node; nil: they are passed on.
 	Errors *Errors
 
+	// resized tells Server that the size may have changed; it has room for one.
+	resized chan struct{}
+
 	account graph.Account      // of Root
 	cancel  context.CancelFunc // of the root's context: requests that wait for others give up
 	bitmaps []*graph.DirtyBitmap
@@ -71,6 +78,17 @@ func (x *Export) Writable() bool { return types.Or(x.Options.Writable, false) }
 
 // Size is that of the node at this time, in bytes.
 func (x *Export) Size() int64 { return blk.AlignDown(x.Root.Size(), blk.SectorSize) }
+
+// Resized receives when Size may be another one than before.
+func (x *Export) Resized() <-chan struct{} { return x.resized }
+
+// noteSize makes Resized receive; it does not wait.
+func (x *Export) noteSize() {
+	select {
+	case x.resized <- struct{}{}:
+	default:
+	}
+}
 
 // Workers is the group that serves requests which have to wait, to be asked for each of them; nil:
 // no group.

@@ -22,6 +22,7 @@ var leaves = map[string][]string{
 	"blockdev/crypto/luks":         {"blockdev/crypto", "graph/blk", "schema/types"},                    // texts of errno
 	"blockdev/tlscreds":            {"blockdev/tlspsk", "blockdev/crypto", "graph/blk", "schema/types"}, // memory for keys; texts of errno; options
 	"blockdev/tlspsk":              nil,
+	"blockdev/vhostwire":           nil,
 	"blockdev/nbdwire":             {"graph/blk"}, // extents and errno of the protocol are those of the data plane
 }
 

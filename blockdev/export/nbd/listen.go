@@ -11,8 +11,6 @@ import (
 	"sync"
 	"syscall"
 
-	"golang.org/x/sys/unix"
-
 	"qblockd/events/panics"
 	"qblockd/graph/blk"
 	"qblockd/qmp/chardev/sockets"
@@ -37,21 +35,11 @@ func Flatten(a *types.SocketAddressLegacy) *types.SocketAddress {
 func listen(ctx context.Context, addr *types.SocketAddress, mode os.FileMode) (net.Listener, error) {
 	switch a := addr.U.(type) {
 	case *types.UnixSocketAddress:
-		l, _, err := sockets.ListenUnix(sockets.UnixAddr{
-			Path:     a.Path,
-			Abstract: types.Or(a.Abstract, false),
-			Padded:   !types.Or(a.Tight, true),
-			Mode:     mode,
-		})
-		return l, err
+		return sockets.ListenAt(a, mode)
 	case *types.InetSocketAddress:
 		return listenInet(ctx, a)
 	case *types.String:
-		fd, err := strconv.Atoi(a.Str)
-		if err != nil || fd < 0 {
-			return nil, fmt.Errorf("Unable to parse FD number %s", a.Str)
-		}
-		return listenFD(fd)
+		return sockets.ListenFD(a.Str)
 	}
 	return nil, fmt.Errorf("socket address type '%s' is not supported", addr.Type)
 }
@@ -214,22 +202,4 @@ func (j *joined) Close() error {
 		}
 	})
 	return nil
-}
-
-// listenFD listens on the socket that the process inherited as descriptor fd, which the
-// listener then owns.
-func listenFD(fd int) (net.Listener, error) {
-	if _, err := unix.GetsockoptInt(fd, unix.SOL_SOCKET, unix.SO_TYPE); err != nil {
-		return nil, fmt.Errorf("File descriptor '%d' is not a socket", fd)
-	}
-	if err := unix.Listen(fd, sockets.Backlog); err != nil {
-		return nil, blk.Errnof(err, "Failed to listen on fd socket")
-	}
-	f := os.NewFile(uintptr(fd), "nbd-listener")
-	defer f.Close() // the listener has a duplicate
-	l, err := net.FileListener(f)
-	if err != nil {
-		return nil, blk.Errnof(err, "Failed to listen on fd socket")
-	}
-	return l, nil
 }

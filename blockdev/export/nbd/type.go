@@ -12,6 +12,7 @@ import (
 	"qblockd/blockdev/tlscreds"
 	"qblockd/graph"
 	"qblockd/graph/blk"
+	"qblockd/graph/perm"
 	"qblockd/schema/types"
 )
 
@@ -144,6 +145,11 @@ func (t *Type) Check(n *graph.Node, o *types.BlockExportOptions) ([]*graph.Node,
 		return nil, ErrNotRunning
 	}
 	return export.BitmapNodes(n, b.Bitmaps), s.CheckName(spec(o))
+}
+
+// Claim implements export.Type. The size is a promise to clients.
+func (t *Type) Claim(_ *types.BlockExportOptions, need perm.Perm) perm.Claim {
+	return perm.Claim{Need: need, Share: perm.All &^ perm.Resize}
 }
 
 // spec are the options of an export as the server knows them.

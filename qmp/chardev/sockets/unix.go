@@ -7,12 +7,14 @@ import (
 	"net"
 	"os"
 	"path/filepath"
+	"strconv"
 	"sync"
 	"unsafe"
 
 	"golang.org/x/sys/unix"
 
 	"qblockd/graph/blk"
+	"qblockd/schema/types"
 )
 
 // UnixAddr is where a unix socket listens, or is connected to.
@@ -233,4 +235,37 @@ func GrowQueue(nc net.Conn) {
 			_ = unix.SetsockoptInt(int(fd), unix.SOL_SOCKET, unix.SO_SNDBUF, queueSize)
 		}
 	})
+}
+
+// ListenAt is ListenUnix for an address as QMP has it.
+func ListenAt(a *types.UnixSocketAddress, mode os.FileMode) (net.Listener, error) {
+	l, _, err := ListenUnix(UnixAddr{
+		Path:     a.Path,
+		Abstract: types.Or(a.Abstract, false),
+		Padded:   !types.Or(a.Tight, true),
+		Mode:     mode,
+	})
+	return l, err
+}
+
+// ListenFD listens on the socket that the process inherited as the descriptor of that number, which
+// the listener then owns.
+func ListenFD(number string) (net.Listener, error) {
+	fd, err := strconv.Atoi(number)
+	if err != nil || fd < 0 {
+		return nil, fmt.Errorf("Unable to parse FD number %s", number)
+	}
+	if _, err := unix.GetsockoptInt(fd, unix.SOL_SOCKET, unix.SO_TYPE); err != nil {
+		return nil, fmt.Errorf("File descriptor '%d' is not a socket", fd)
+	}
+	if err := unix.Listen(fd, Backlog); err != nil {
+		return nil, blk.Errnof(err, "Failed to listen on fd socket")
+	}
+	f := os.NewFile(uintptr(fd), "listener")
+	defer f.Close() // the listener has a duplicate
+	l, err := net.FileListener(f)
+	if err != nil {
+		return nil, blk.Errnof(err, "Failed to listen on fd socket")
+	}
+	return l, nil
 }
