@@ -24,6 +24,7 @@ var leaves = map[string][]string{
 	"blockdev/tlspsk":              nil,
 	"blockdev/vhostwire":           nil,
 	"blockdev/nbdwire":             {"graph/blk"}, // extents and errno of the protocol are those of the data plane
+	"blockdev/virtio":              {"graph/blk"}, // data of requests
 }
 
 // anyone but the leaves may import these.
@@ -75,6 +76,7 @@ var rules = []rule{
 	// An object is what the filters share, and what connections are encrypted by.
 	{"blockdev/object", []string{"blockdev/filter/throttle", "blockdev/tlscreds", "blockdev/crypto"}},
 	{"blockdev/tlscreds/certs", nil},
+	{"blockdev/virtio/virtiotest", []string{"blockdev/virtio"}},
 	{"blockdev/*", []string{"graph", "graph/*"}},
 	{"blockdev", []string{"blockdev/driver", "graph", "graph/*"}}, // no driver: those are told to it
 
@@ -90,7 +92,7 @@ var rules = []rule{
 }
 
 // testOnly packages are imported by tests alone.
-var testOnly = []string{"blockdev/drivertest", "blockdev/tlscreds/certs", "jobs/jobtest", "tests/..."}
+var testOnly = []string{"blockdev/drivertest", "blockdev/tlscreds/certs", "blockdev/virtio/virtiotest", "jobs/jobtest", "tests/..."}
 
 // thirdParty: module prefix -> where it may be imported, in the code and in tests.
 var thirdParty = []struct {
@@ -106,7 +108,7 @@ var thirdParty = []struct {
 	{"github.com/lmittmann/tint", []string{"cmd/qblockd"}, nil},
 	// Its ciphers of long ago, and what tests compare ours with.
 	{"golang.org/x/crypto", []string{"blockdev/crypto", "blockdev/tlspsk"}, []string{"blockdev/crypto", "blockdev/tlspsk"}},
-	{"golang.org/x/sys", []string{"blockdev/crypto", "blockdev/object", "blockdev/tlscreds", "blockdev/protocol/file", "blockdev/protocol/nbd", "blockdev/export/...", "qmp", "qmp/chardev", "qmp/chardev/sockets", "cmd/*"}, []string{"..."}},
+	{"golang.org/x/sys", []string{"blockdev/crypto", "blockdev/object", "blockdev/tlscreds", "blockdev/protocol/file", "blockdev/protocol/nbd", "blockdev/export/...", "blockdev/virtio/virtiotest", "qmp", "qmp/chardev", "qmp/chardev/sockets", "cmd/*"}, []string{"..."}},
 	{"github.com/spf13/cobra", []string{"cmd/qblockctl"}, nil},
 	{"github.com/spf13/pflag", nil, []string{"cmd/qblockctl"}}, // the options of cobra's commands, for the manual page
 	{"github.com/peterh/liner", []string{"cmd/qblockctl"}, nil},

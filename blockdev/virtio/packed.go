@@ -1,0 +1,187 @@
+package virtio
+
+import (
+	"encoding/binary"
+	"fmt"
+)
+
+// Flags of event suppression.
+const (
+	eventsEnabled  = 0
+	eventsDisabled = 1
+	eventsAt       = 2 // only for one descriptor
+)
+
+// packed is a queue of one ring, in which used descriptors take the place of available ones
+// (virtio 1.2, 2.8).
+//
+//	ring: {le64 addr; le32 len; le16 id, flags}[size]
+//	driver, device: le16 descriptor index and wrap counter; le16 flags
+type packed struct {
+	q                    *Queue
+	ring, driver, device []byte
+	avail, used          position
+	slots                int // taken by what is in flight
+}
+
+// position is a place in the ring, with the counter that flips each time the ring begins anew.
+type position struct {
+	at   uint16
+	wrap bool
+}
+
+// advanced is p after n slots, at most the size of the ring.
+func (p position) advanced(n, size int) position {
+	if at := int(p.at) + n; at >= size {
+		return position{uint16(at - size), !p.wrap}
+	}
+	return position{p.at + uint16(n), p.wrap}
+}
+
+// bits is how positions are written: the wrap counter is bit 15.
+func (p position) bits() uint16 {
+	if p.wrap {
+		return p.at | 1<<15
+	}
+	return p.at
+}
+
+func positionOf(bits uint16) position { return position{bits & (1<<15 - 1), bits>>15 != 0} }
+
+// availableFlags and usedFlags are what descriptors at p have of flagAvail and flagUsed when they
+// are available, and when they are used.
+func (p position) availableFlags() uint16 {
+	if p.wrap {
+		return flagAvail
+	}
+	return flagUsed
+}
+
+func (p position) usedFlags() uint16 {
+	if p.wrap {
+		return flagAvail | flagUsed
+	}
+	return 0
+}
+
+func newPacked(q *Queue, base uint32) *packed {
+	return &packed{q: q, avail: positionOf(uint16(base)), used: positionOf(uint16(base >> 16))}
+}
+
+func (p *packed) bind() (err error) {
+	m, r := p.q.mem, p.q.rings
+	if int(p.avail.at) >= p.q.size || int(p.used.at) >= p.q.size {
+		return fmt.Errorf("a queue of %d cannot begin at %d and %d", p.q.size, p.avail.at, p.used.at)
+	}
+	if p.ring, _, err = m.user("the descriptor ring", r.Desc, uint64(p.q.size)*descSize, descSize); err != nil {
+		return err
+	}
+	if p.driver, _, err = m.user("driver event suppression", r.Driver, 4, 4); err != nil {
+		return err
+	}
+	p.device, _, err = m.user("device event suppression", r.Device, 4, 4)
+	return err
+}
+
+func (p *packed) base() uint32 { return uint32(p.avail.bits()) | uint32(p.used.bits())<<16 }
+
+// idFlags is the word with the buffer's id and, in the upper half, the flags.
+func (p *packed) idFlags(at uint16) uint32 { return load32(p.ring, int(at)*descSize+12) }
+
+func (p *packed) pending() (bool, error) {
+	flags := uint16(p.idFlags(p.avail.at) >> 16)
+	return flags&(flagAvail|flagUsed) == p.avail.availableFlags() && p.slots < p.q.size, nil
+}
+
+func (p *packed) next(c *Chain) (bool, error) {
+	if ok, err := p.pending(); !ok || err != nil {
+		return false, err
+	}
+	at, free := p.avail, p.q.size-p.slots
+	for n := 1; ; n++ {
+		if n > free {
+			return false, fmt.Errorf("a chain is longer than the %d descriptors that are not in flight", free)
+		}
+		d := packedDesc(p.ring, int(at.at))
+		at = at.advanced(1, p.q.size)
+		c.id, c.slots = d.next, uint16(n)
+		if d.flags&flagIndirect != 0 {
+			if n > 1 {
+				return false, fmt.Errorf("a chain has an indirect descriptor")
+			}
+			if err := p.q.addTable(c, d); err != nil {
+				return false, err
+			}
+			break
+		}
+		if err := p.q.add(c, d); err != nil {
+			return false, err
+		}
+		if d.flags&flagNext == 0 {
+			break
+		}
+	}
+	p.avail = at
+	p.slots += int(c.slots)
+	return true, nil
+}
+
+func (p *packed) publish(done []used) (bool, error) {
+	old := p.used
+	// The first descriptor is the one that the driver looks at: it is shown last.
+	at := p.used
+	for i, u := range done {
+		if i > 0 {
+			p.writeUsed(at, u)
+		}
+		at = at.advanced(int(u.slots), p.q.size)
+		p.slots -= int(u.slots)
+	}
+	p.writeUsed(p.used, done[0])
+	p.used = at
+	return p.wanted(old), nil
+}
+
+// writeUsed makes the descriptor at a place a used one.
+func (p *packed) writeUsed(at position, u used) {
+	off := int(at.at) * descSize
+	binary.LittleEndian.PutUint32(p.ring[off+8:], u.written)
+	flags := at.usedFlags()
+	if u.written > 0 {
+		flags |= flagWrite
+	}
+	store32(p.ring, off+12, uint32(u.id)|uint32(flags)<<16)
+}
+
+// wanted tells whether the driver wants to be notified of the descriptors from old on.
+func (p *packed) wanted(old position) bool {
+	event := load32(p.driver, 0)
+	switch flags := event >> 16 & 3; {
+	case flags == eventsDisabled:
+		return false
+	case flags != eventsAt || p.q.features&FEventIdx == 0:
+		return true
+	}
+	// All in slots since the ring began anew, negative before.
+	at, now, from := positionOf(uint16(event)), int(p.used.at), int(old.at)
+	if old.wrap != p.used.wrap {
+		from -= p.q.size
+	}
+	e := int(at.at)
+	if at.wrap != p.used.wrap {
+		e -= p.q.size
+	}
+	return from <= e && e < now
+}
+
+func (p *packed) kicks(on bool) error {
+	switch {
+	case !on:
+		store32(p.device, 0, eventsDisabled<<16)
+	case p.q.features&FEventIdx != 0:
+		store32(p.device, 0, uint32(p.avail.bits())|eventsAt<<16)
+	default:
+		store32(p.device, 0, eventsEnabled<<16)
+	}
+	return nil
+}
