@@ -393,12 +393,10 @@ func (e *reopening) setChild(tx *graph.Tx, name string, to *graph.Node) error {
 // keepChildren keeps alive, in tx, the nodes that are replaced, until release is called: they may
 // have to come back.
 func (q *reopenQueue) keepChildren(tx *graph.Tx) (release func(), err error) {
-	var roots []*graph.Root
+	var kept []func()
 	release = func() {
-		for _, r := range roots {
-			if err := q.m.g.CloseRoot(context.Background(), r); err != nil {
-				q.m.log.Error("cannot close a root", "error", err)
-			}
+		for _, f := range kept {
+			f()
 		}
 	}
 	for _, e := range q.list {
@@ -406,11 +404,11 @@ func (q *reopenQueue) keepChildren(tx *graph.Tx) (release func(), err error) {
 			if c.was == nil || e.gen.ReadOnly {
 				continue
 			}
-			r, err := tx.AttachRoot(reading(context.Background()), c.was)
+			f, err := graph.Keep(tx, c.was)
 			if err != nil {
 				return nil, err
 			}
-			roots = append(roots, r)
+			kept = append(kept, f)
 		}
 	}
 	return release, nil

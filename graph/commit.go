@@ -23,6 +23,7 @@ type commit struct {
 
 	taken  []*Node       // nodes whose PermTaker is prepared
 	joined []Participant // whose Prepare was called
+	idlers []idler
 	in     *installer
 	dying  []*Node
 }
@@ -295,6 +296,34 @@ func (c *commit) careful(f func() error) (err error) {
 // certain is careful for what cannot fail.
 func (c *commit) certain(f func()) { _ = c.careful(func() error { f(); return nil }) }
 
+// idler is a node whose driver wants to know whether it has parents: whether that was so before.
+type idler struct {
+	n   *Node
+	was bool
+}
+
+// findIdlers looks for those whose parents the commit may change.
+// +checklocks:c.g.mu
+func (c *commit) findIdlers() {
+	for _, n := range c.delta.Order {
+		if _, ok := n.drv.(Idler); ok {
+			c.idlers = append(c.idlers, idler{n, n.parents.empty()})
+		}
+	}
+}
+
+// tellIdlers tells those for whom it has changed; it is done before requests go on.
+func (c *commit) tellIdlers() {
+	for _, i := range c.idlers {
+		c.g.mu.RLock()
+		idle := i.n.parents.empty()
+		c.g.mu.RUnlock()
+		if idle != i.was {
+			i.n.guard.careful(func() error { i.n.drv.(Idler).Idle(idle); return nil })
+		}
+	}
+}
+
 // install changes the graph. It cannot fail and does not wait.
 func (c *commit) install() {
 	defer panics.Fatal("the installation of a transaction of the graph")
@@ -302,6 +331,7 @@ func (c *commit) install() {
 	g.mu.Lock()
 	defer g.mu.Unlock()
 	g.version++
+	c.findIdlers()
 	c.in = &installer{g: g}
 	for _, f := range c.draft.prims {
 		f(c.in)
@@ -352,6 +382,7 @@ func (c *commit) retire(nodes []*Node) {
 
 // finish ends what run began and closes nodes, all outside g.mu.
 func (c *commit) finish() {
+	c.tellIdlers()
 	nFirst := min(len(c.joined), len(c.tx.first))
 	for _, p := range c.joined[:nFirst] {
 		c.certain(p.Commit)

@@ -105,6 +105,15 @@ type (
 	Permer interface {
 		EdgeClaim(child string, r perm.Role, up perm.Claim, readOnly bool) perm.Claim
 	}
+	// Idler is a Permer that asks for less while its node has no parents: c is what it would ask
+	// for if there were one that does nothing.
+	Idler interface {
+		IdleClaim(child string, c perm.Claim) perm.Claim
+		// Idle tells that the node has lost its last parent, or (false) has got its first one, once
+		// that is so. The nodes at the ends of the edges that have changed are quiet meanwhile. It
+		// takes at most leaf locks and does not block.
+		Idle(idle bool)
+	}
 	// PermTaker is told the cumulative claim on the node itself (file locks, reopening read-write
 	// under auto-read-only). Prepare may block and fail; then exactly one of Commit and Abort
 	// follows; they cannot fail.

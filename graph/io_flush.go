@@ -70,6 +70,9 @@ func (s *flushState) end(gen uint64, ok bool) {
 	s.mu.Unlock()
 }
 
+// Generation grows with each change of what the node holds, once that is over.
+func (s *IO) Generation() uint64 { return s.flush.written.Load() }
+
 // clean tells whether generation gen is on the medium.
 func (s *flushState) clean(gen uint64) bool { return s.flushed.Load() >= gen }
 

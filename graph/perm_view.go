@@ -36,6 +36,9 @@ func (baseView) Counts(n *Node) perm.Counts { return n.counts }
 func (baseView) EdgeClaim(e *Edge, v perm.Edge[*Node], parent perm.Node, up perm.Claim) perm.Claim {
 	if p, ok := v.Parent.drv.(Permer); ok {
 		c := p.EdgeClaim(e.name, e.role, up, parent.ReadOnly || parent.Inactive)
+		if i, ok := p.(Idler); ok && parent.Idle {
+			c = i.IdleClaim(e.name, c)
+		}
 		if parent.Inactive { // whatever it is for
 			c.Need, c.Share = c.Need&^perm.Changes, c.Share|perm.Changes
 		}

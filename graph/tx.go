@@ -347,6 +347,21 @@ func (tx *Tx) Discard(n *Node) error {
 	})
 }
 
+// Keep keeps n in the graph from the commit of tx on, as its opener does, until release is called:
+// without being a parent. release may wait for a moment.
+func Keep(tx *Tx, n *Node) (release func(), err error) {
+	err = tx.do(func(d *txDraft) error {
+		d.ref(n).pins++
+		return usable(n) // +checklocksignore: do holds tx.g.mu
+	})
+	return func() {
+		tx := n.g.Begin(context.Background())
+		tx.Ending()
+		ignoreClosing(tx.do(func(d *txDraft) error { d.ref(n).pins--; return nil }))
+		ignoreClosing(tx.Commit())
+	}, err
+}
+
 // Delete disowns the node of that name under the rules of blockdev-del. Errors, in this
 // order: unknown, used by a backend, blocked, not owned by the monitor, in use.
 func (tx *Tx) Delete(name string) error {

@@ -19,6 +19,8 @@ type Node struct {
 	// Unaligned: the size is no multiple of the request alignment, so that writing takes Resize
 	// too.
 	Unaligned bool
+	// Idle: it has no parents. A Draft tells EdgeClaim so; a View need not.
+	Idle bool
 }
 
 // Edge is a link from Parent (the zero N: a root) down to Node.

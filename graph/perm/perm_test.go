@@ -56,7 +56,11 @@ func (g *ref) Counts(n int) (k Counts) {
 	return k
 }
 func (g *ref) EdgeClaim(_ int, v Edge[int], p Node, up Claim) Claim {
-	return Default(v.Role, up, !p.ReadOnly && !p.Inactive, p.Inactive)
+	c := Default(v.Role, up, !p.ReadOnly && !p.Inactive, p.Inactive)
+	if v.Role == Data|Primary && !p.Idle { // as copy-before-write does
+		c.Share &^= Write
+	}
+	return c
 }
 func (g *ref) Describe(e int, v Edge[int]) string {
 	if v.Parent == 0 {
@@ -79,7 +83,12 @@ func (g *ref) settle() {
 	for range len(g.nodes) + 1 {
 		for e, v := range g.edges {
 			if v.Parent != 0 {
-				v.Claim = g.EdgeClaim(e, v, g.nodes[v.Parent], g.cumulative(v.Parent))
+				p := g.nodes[v.Parent]
+				p.Idle = true
+				for range g.Parents(v.Parent) {
+					p.Idle = false
+				}
+				v.Claim = g.EdgeClaim(e, v, p, g.cumulative(v.Parent))
 				if g.nodes[v.Node].ForceShare {
 					v.Claim.Share = All
 				}

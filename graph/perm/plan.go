@@ -91,10 +91,11 @@ func (d *Draft[N, E]) settle() {
 		queue = queue[1:]
 		queued[n] = false
 		s := d.node(n)
-		up := s.counts.Claim()
+		up, state := s.counts.Claim(), s.state
+		state.Idle = d.Orphan(n)
 		for _, e := range s.kids {
 			v := d.Edge(e)
-			c := d.base.EdgeClaim(e, v, s.state, up)
+			c := d.base.EdgeClaim(e, v, state, up)
 			if d.Node(v.Node).ForceShare {
 				c.Share = All
 			}

@@ -26,10 +26,10 @@ func (j *job) enter(tx *graph.Tx, m *jobs.Manager, txn *jobs.Txn) error {
 	}
 	refused := j.insert(tx)
 	var away *graph.InactiveChildError
-	if errors.As(refused, &away) {
+	if errors.As(refused, &away) || refused != nil && len(tx.Parents(j.site.Filter)) == 0 {
 		return fmt.Errorf("Could not create node: %w", refused)
 	}
-	if refused != nil && len(tx.Parents(j.site.Filter)) > 0 {
+	if refused != nil {
 		return fmt.Errorf("Could not replace node: %w", refused)
 	}
 	if err := j.overlaid(tx); err != nil {
@@ -47,9 +47,6 @@ func (j *job) enter(tx *graph.Tx, m *jobs.Manager, txn *jobs.Txn) error {
 	spec.Args = a
 	if err := j.site.Create(m, spec); err != nil {
 		return err
-	}
-	if refused != nil {
-		return refused // in QEMU, by the job as the filter's first parent
 	}
 	j.driver.OnCopied(j.site.Job.Count)
 	if err := j.attach(tx); err != nil {
@@ -131,6 +128,9 @@ func (j *job) attach(tx *graph.Tx) (err error) {
 	err = j.site.Keep(tx,
 		blockjob.Use{Name: "main node", Node: j.site.Filter, Claim: all, Root: &j.root, Ctx: j.patience.Ctx},
 		blockjob.Use{Name: "target", Node: j.target, Claim: all})
+	if err == nil {
+		err = tx.Try() // the job may be the filter's first parent
+	}
 	if err != nil {
 		return err
 	}

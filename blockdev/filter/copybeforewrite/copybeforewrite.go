@@ -73,6 +73,8 @@ type State struct {
 	listed        *graph.DirtyBitmap // pending, as clients see it; nil: the filter's owner lists it
 	breakSnapshot bool               // a failing copy spoils the point in time, not the guest's write
 	broken        atomic.Bool
+	wholly        bool   // the point in time is all of the source
+	left          uint64 // generation of the source when the filter was last in use
 
 	mu sync.Mutex
 	// nobody copies any more

@@ -153,3 +153,12 @@ func (d *Driver) EdgeClaim(child string, role perm.Role, up perm.Claim, readOnly
 	c.Share &^= perm.Write | perm.Resize
 	return c
 }
+
+// IdleClaim implements graph.Idler: what nobody looks at need not hold still. So the filter can be
+// made above a disk in use, and then be put in.
+func (d *Driver) IdleClaim(child string, c perm.Claim) perm.Claim {
+	if child == "target" {
+		return c
+	}
+	return perm.Unused
+}

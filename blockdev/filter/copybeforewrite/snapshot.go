@@ -12,7 +12,8 @@ import (
 	"qblockd/schema/types"
 )
 
-// open opens the filter for blockdev-add: from then on it keeps the point in time of its opening.
+// open opens the filter for blockdev-add. The point in time that it keeps is that of its opening,
+// or, if it is put into a disk in use, of that moment (see Idle).
 func open(o *driver.Opening, u *types.BlockdevOptionsCbw) (graph.Driver, error) {
 	file, target := o.Node.FilteredChild(), o.Node.Child("target")
 	if a, b := blk.AlignUp(file.Size(), blk.SectorSize), blk.AlignUp(target.Size(), blk.SectorSize); b < a {
@@ -30,8 +31,9 @@ func open(o *driver.Opening, u *types.BlockdevOptionsCbw) (graph.Driver, error) 
 	d := New(o.Node, file.Size(), cluster, false)
 	d.breakSnapshot = types.Or(u.OnCbwError, "") == types.OnCbwErrorBreakSnapshot
 	d.timeout = time.Duration(types.Or(u.CbwTimeout, 0)) * time.Second
+	d.wholly, d.left = part == nil, file.Node().IO().Generation()
 	for _, b := range []*bitmap.Bitmap{d.pending, d.access} {
-		if part == nil {
+		if d.wholly {
 			b.SetAll()
 		} else {
 			b.Merge(part)
