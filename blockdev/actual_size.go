@@ -6,7 +6,6 @@ import (
 
 	"qblockd/events/panics"
 	"qblockd/graph"
-	"qblockd/graph/perm"
 )
 
 const (
@@ -75,24 +74,10 @@ func (q *queries) refreshActual(vs []view) {
 // actualSize is the allocated size of n, whose record is r, as last heard: its own, that of what it
 // filters, or the sum of the children with its data; unknownSize if it is not known.
 func (q *queries) actualSize(n *graph.Node, r *record) int64 {
-	if _, ok := n.Driver().(graph.Sizer); ok {
-		if size := r.actual.Load(); size >= 0 {
-			return size
+	return graph.Allocated(n, q.isProtocol, func(x *graph.Node, _ graph.Sizer) int64 {
+		if x != n {
+			r = q.record(x)
 		}
-	}
-	if q.isProtocol(n) {
-		return unknownSize
-	}
-	var sum int64
-	for _, e := range n.Children() {
-		if e.Role()&(perm.Data|perm.Metadata|perm.Filtered) == 0 {
-			continue
-		}
-		size := q.actualSize(e.Node(), q.record(e.Node()))
-		if size < 0 {
-			return unknownSize
-		}
-		sum += size
-	}
-	return sum
+		return r.actual.Load()
+	})
 }

@@ -15,6 +15,7 @@ import (
 	"qblockd/blockdev"
 	"qblockd/blockdev/drivers"
 	"qblockd/blockdev/export"
+	"qblockd/blockdev/export/fuse"
 	"qblockd/blockdev/export/nbd"
 	"qblockd/blockdev/object"
 	"qblockd/cmd/version"
@@ -92,6 +93,7 @@ func newDaemon(p processWide) *daemon {
 	o := p.limits.nbdServer()
 	o.SocketMode, o.Idle, o.Log, o.Objects = p.socketMode, d.memory.giveBack, slog.Default(), d.objects
 	d.nbd = nbd.NewType(d.exports, o)
+	fuse.NewType(d.exports, slog.Default())
 	d.chardevs = chardev.NewTable(chardev.Options{
 		SocketMode: p.socketMode, MaxClients: p.limits.clients, Detached: p.daemonize, Objects: d.objects,
 	})

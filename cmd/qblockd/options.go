@@ -60,8 +60,10 @@ func optionGroups() [][]option {
 			text: "start the NBD server; tls-creds and tls-authz name objects that say what clients must prove, " +
 				"handshake-max-seconds is how long they may take for it"},
 		{long: "export", apply: structured("type", types.DecodeBlockExportOptions, (*daemon).addExport),
-			args: []string{"[type=]nbd,id=<id>,node-name=<node>[,name=<name>][,writable=on|off]"},
-			text: "export a node over NBD; needs --nbd-server before it"},
+			args: []string{
+				"[type=]nbd,id=<id>,node-name=<node>[,name=<name>][,writable=on|off]",
+				"[type=]fuse,id=<id>,node-name=<node>,mountpoint=<file>[,writable=on|off][,growable=on|off]"},
+			text: "export a node over NBD, which needs --nbd-server before it, or as a file, mounted over an existing one"},
 		{long: "object", apply: (*daemon).addObject,
 			args: []string{"<type>,id=<id>[,<property>=<value>...]"},
 			text: "make an object; 'help' lists the types, '<type>,help' their properties"},

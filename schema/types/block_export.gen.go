@@ -75,11 +75,46 @@ type BlockExportType string
 const (
 	// Over the NBD server.
 	BlockExportTypeNbd BlockExportType = "nbd"
+	// As a file (since 6.0).
+	BlockExportTypeFuse BlockExportType = "fuse"
 )
 
 // BlockExportTypeValues lists the values of BlockExportType in the order of the schema.
 var BlockExportTypeValues = []BlockExportType{
 	BlockExportTypeNbd,
+	BlockExportTypeFuse,
+}
+
+// FuseExportAllowOther: whether users other than the daemon's may open the file of an export.
+type FuseExportAllowOther string
+
+// The values of FuseExportAllowOther.
+const (
+	// They may not.
+	FuseExportAllowOtherOff FuseExportAllowOther = "off"
+	// They may, as far as the file's mode says; needs the right to allow it: root's, or user_allow_other
+	// in /etc/fuse.conf.
+	FuseExportAllowOtherOn FuseExportAllowOther = "on"
+	// On if that can be had, else off.
+	FuseExportAllowOtherAuto FuseExportAllowOther = "auto"
+)
+
+// FuseExportAllowOtherValues lists the values of FuseExportAllowOther in the order of the schema.
+var FuseExportAllowOtherValues = []FuseExportAllowOther{
+	FuseExportAllowOtherOff,
+	FuseExportAllowOtherOn,
+	FuseExportAllowOtherAuto,
+}
+
+// BlockExportOptionsFuse: an export as a file.
+type BlockExportOptionsFuse struct {
+	// An existing regular file, over which the export is mounted.
+	Mountpoint string
+	// Writes behind the end make the node longer; otherwise they fail. Truncating a writable export may
+	// change the size in any case (default false).
+	Growable *bool
+	// Whether other users may open it (default auto; since 6.1).
+	AllowOther *FuseExportAllowOther
 }
 
 // BlockExportOptions: an export.
@@ -109,7 +144,7 @@ type BlockExportOptions struct {
 	// becomes active, and stays so if clients may write (default false; since 10.0).
 	AllowInactive *bool
 	// U holds the members of the branch that Type selects; nil where the branch has none.
-	// *BlockExportOptionsNbd for nbd.
+	// *BlockExportOptionsNbd for nbd, *BlockExportOptionsFuse for fuse.
 	U any
 }
 

@@ -62,6 +62,25 @@ func visitBlockExportType(d *decoder, name string, x *BlockExportType) bool {
 	return enum(d, name, x, BlockExportTypeValues)
 }
 
+func visitFuseExportAllowOther(d *decoder, name string, x *FuseExportAllowOther) bool {
+	return enum(d, name, x, FuseExportAllowOtherValues)
+}
+
+// DecodeBlockExportOptionsFuse decodes v; faults are worded as QEMU does (*ArgError).
+func DecodeBlockExportOptionsFuse(v value.Value, m Mode) (*BlockExportOptionsFuse, error) {
+	return decode(v, m, visitBlockExportOptionsFuse)
+}
+
+func visitBlockExportOptionsFuse(d *decoder, name string, x *BlockExportOptionsFuse) bool {
+	return object(d, name, x, membersBlockExportOptionsFuse)
+}
+
+func membersBlockExportOptionsFuse(d *decoder, x *BlockExportOptionsFuse) bool {
+	return visitStr(d, "mountpoint", &x.Mountpoint) &&
+		opt(d, "growable", &x.Growable, visitBool) &&
+		opt(d, "allow-other", &x.AllowOther, visitFuseExportAllowOther)
+}
+
 // DecodeBlockExportOptions decodes v; faults are worded as QEMU does (*ArgError).
 func DecodeBlockExportOptions(v value.Value, m Mode) (*BlockExportOptions, error) {
 	return decode(v, m, visitBlockExportOptions)
@@ -85,6 +104,10 @@ func membersBlockExportOptions(d *decoder, x *BlockExportOptions) bool {
 		return false
 	}
 	switch x.Type {
+	case BlockExportTypeFuse:
+		u := new(BlockExportOptionsFuse)
+		x.U = u
+		return membersBlockExportOptionsFuse(d, u)
 	case BlockExportTypeNbd:
 		u := new(BlockExportOptionsNbd)
 		x.U = u

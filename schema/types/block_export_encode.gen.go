@@ -89,6 +89,22 @@ func (x *NbdServerAddOptions) AppendJSON(b []byte) []byte {
 }
 
 // AppendJSON appends x in QEMU's form, members in hash order.
+func (x *BlockExportOptionsFuse) AppendJSON(b []byte) []byte {
+	b = append(b, '{')
+	if x.Growable != nil {
+		b = appendKey(b, "growable")
+		b = appendBool(b, *x.Growable)
+	}
+	if x.AllowOther != nil {
+		b = appendKey(b, "allow-other")
+		b = appendEnum(b, *x.AllowOther)
+	}
+	b = appendKey(b, "mountpoint")
+	b = value.AppendString(b, x.Mountpoint)
+	return append(b, '}')
+}
+
+// AppendJSON appends x in QEMU's form, members in hash order.
 func (x *BlockExportOptions) AppendJSON(b []byte) []byte {
 	switch u := x.U.(type) {
 	case *BlockExportOptionsNbd:
@@ -118,6 +134,53 @@ func (x *BlockExportOptions) AppendJSON(b []byte) []byte {
 			b = appendEnum(b, *x.XQblockdOnWriteError)
 		}
 		b = appendKey(b, "node-name")
+		b = value.AppendString(b, x.NodeName)
+		if x.Iothread != nil {
+			b = append(b, `, "iothread": `...)
+			b = value.AppendString(b, *x.Iothread)
+		}
+		if x.AllowInactive != nil {
+			b = append(b, `, "allow-inactive": `...)
+			b = appendBool(b, *x.AllowInactive)
+		}
+		if x.Writethrough != nil {
+			b = append(b, `, "writethrough": `...)
+			b = appendBool(b, *x.Writethrough)
+		}
+		b = append(b, `, "type": `...)
+		b = appendEnum(b, x.Type)
+		if x.FixedIothread != nil {
+			b = append(b, `, "fixed-iothread": `...)
+			b = appendBool(b, *x.FixedIothread)
+		}
+		b = append(b, `, "id": `...)
+		b = value.AppendString(b, x.ID)
+		if x.XQblockdOnReadError != nil {
+			b = append(b, `, "x-qblockd-on-read-error": `...)
+			b = appendEnum(b, *x.XQblockdOnReadError)
+		}
+		return append(b, '}')
+	case *BlockExportOptionsFuse:
+		b = append(b, '{')
+		if u.Growable != nil {
+			b = appendKey(b, "growable")
+			b = appendBool(b, *u.Growable)
+		}
+		if u.AllowOther != nil {
+			b = appendKey(b, "allow-other")
+			b = appendEnum(b, *u.AllowOther)
+		}
+		b = appendKey(b, "mountpoint")
+		b = value.AppendString(b, u.Mountpoint)
+		if x.Writable != nil {
+			b = append(b, `, "writable": `...)
+			b = appendBool(b, *x.Writable)
+		}
+		if x.XQblockdOnWriteError != nil {
+			b = append(b, `, "x-qblockd-on-write-error": `...)
+			b = appendEnum(b, *x.XQblockdOnWriteError)
+		}
+		b = append(b, `, "node-name": `...)
 		b = value.AppendString(b, x.NodeName)
 		if x.Iothread != nil {
 			b = append(b, `, "iothread": `...)
