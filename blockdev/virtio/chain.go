@@ -2,6 +2,7 @@ package virtio
 
 import (
 	"encoding/binary"
+	"errors"
 	"fmt"
 	"math"
 )
@@ -17,6 +18,8 @@ type Chain struct {
 	mem    *Memory
 	id     uint16 // the head's index in split queues, the buffer's id in packed ones
 	slots  uint16 // of a packed ring that it takes
+	// tracked is the entry of its head in the area of what is in flight, in packed queues.
+	tracked uint16
 }
 
 // Out is the memory that the device may read, In what it may write. They are valid until Put or
@@ -117,9 +120,9 @@ func (q *Queue) add(c *Chain, d descriptor) (err error) {
 func (q *Queue) indirect(d descriptor) ([]byte, error) {
 	switch n := d.len; {
 	case q.features&FIndirect == 0:
-		return nil, fmt.Errorf("a descriptor is indirect, which was not negotiated")
+		return nil, errors.New("a descriptor is indirect, which was not negotiated")
 	case d.flags&flagNext != 0:
-		return nil, fmt.Errorf("an indirect descriptor has a next one")
+		return nil, errors.New("an indirect descriptor has a next one")
 	case n == 0 || n%descSize != 0 || n > descSize<<16:
 		return nil, fmt.Errorf("an indirect table has %d bytes", n)
 	case d.addr > math.MaxUint64-uint64(n):
@@ -162,7 +165,7 @@ func (q *Queue) walkSplit(c *Chain, table []byte, i int) error {
 			continue
 		}
 		if inner {
-			return fmt.Errorf("an indirect table has an indirect descriptor")
+			return errors.New("an indirect table has an indirect descriptor")
 		}
 		t, err := q.indirect(d)
 		if err != nil {
@@ -170,6 +173,19 @@ func (q *Queue) walkSplit(c *Chain, table []byte, i int) error {
 		}
 		table, i, inner, limit = t, 0, true, q.maxDescs
 	}
+}
+
+// addPacked appends one descriptor of a packed ring to c, the n-th of its chain, and tells whether
+// it is the last.
+func (q *Queue) addPacked(c *Chain, d descriptor, n int) (last bool, err error) {
+	c.id, c.slots = d.next, uint16(n)
+	if d.flags&flagIndirect == 0 {
+		return d.flags&flagNext == 0, q.add(c, d)
+	}
+	if n > 1 {
+		return false, errors.New("a chain has an indirect descriptor")
+	}
+	return true, q.addTable(c, d)
 }
 
 // addTable appends all of the packed indirect table of d to c.

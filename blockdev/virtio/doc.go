@@ -1,8 +1,8 @@
 // Package virtio is the device's side of virtio as bytes in memory: a guest's memory, split and
-// packed virtqueues, and the requests of virtio-blk.
-// It opens, maps and waits for nothing: who serves a transport maps memory, waits for kicks,
-// moves data and notifies. Sources: Virtual I/O Device (VIRTIO) Version 1.2, sections 2.7, 2.8 and
-// 5.2; QEMU's docs/interop/vhost-user.rst for addresses.
+// packed virtqueues, the area that survives a device's crash, and the requests of virtio-blk. It
+// opens, maps and waits for nothing: who serves a transport maps memory, waits for kicks, moves
+// data and notifies. Sources: Virtual I/O Device (VIRTIO) Version 1.2, sections 2.7, 2.8 and 5.2;
+// QEMU's docs/interop/vhost-user.rst for addresses and for what is in flight.
 //
 // # The way of a request
 //

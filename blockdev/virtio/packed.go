@@ -21,7 +21,10 @@ type packed struct {
 	q                    *Queue
 	ring, driver, device []byte
 	avail, used          position
-	slots                int // taken by what is in flight
+	slots                int         // taken by what is in flight
+	area                 *packedArea // nil: nothing is kept of what is in flight
+	resume               []uint16    // entries of the area that were in flight, to be popped first
+	bound                bool
 }
 
 // position is a place in the ring, with the counter that flips each time the ring begins anew.
@@ -64,8 +67,11 @@ func (p position) usedFlags() uint16 {
 	return 0
 }
 
-func newPacked(q *Queue, base uint32) *packed {
-	return &packed{q: q, avail: positionOf(uint16(base)), used: positionOf(uint16(base >> 16))}
+func newPacked(q *Queue, base uint32, area []byte) *packed {
+	return &packed{
+		q: q, area: newPackedArea(area, q.size),
+		avail: positionOf(uint16(base)), used: positionOf(uint16(base >> 16)),
+	}
 }
 
 func (p *packed) bind() (err error) {
@@ -79,8 +85,39 @@ func (p *packed) bind() (err error) {
 	if p.driver, _, err = m.user("driver event suppression", r.Driver, 4, 4); err != nil {
 		return err
 	}
-	p.device, _, err = m.user("device event suppression", r.Device, 4, 4)
-	return err
+	if p.device, _, err = m.user("device event suppression", r.Device, 4, 4); err != nil || p.bound {
+		return err
+	}
+	p.bound = true
+	if p.area == nil {
+		return nil
+	}
+	return p.recover()
+}
+
+// recover goes on where the area says that the device before stood.
+func (p *packed) recover() (err error) {
+	p.resume, p.used, err = p.area.recover(p.used, func(at position) bool {
+		return uint16(p.idFlags(at.at)>>16)&(flagAvail|flagUsed) != at.availableFlags()
+	})
+	if err != nil {
+		return err
+	}
+	for _, head := range p.resume {
+		p.slots += int(p.area.entries[head].num)
+	}
+	// What follows the first of a batch that was not shown any more may be there: the driver would
+	// take it for used when it comes to it.
+	at := p.used
+	for range p.slots {
+		w := p.idFlags(at.at)
+		if want := uint32(at.availableFlags()) << 16; w&((flagAvail|flagUsed)<<16) != want {
+			store32(p.ring, int(at.at)*descSize+12, w&^((flagAvail|flagUsed)<<16)|want)
+		}
+		at = at.advanced(1, p.q.size)
+	}
+	p.avail = at
+	return nil
 }
 
 func (p *packed) base() uint32 { return uint32(p.avail.bits()) | uint32(p.used.bits())<<16 }
@@ -89,11 +126,19 @@ func (p *packed) base() uint32 { return uint32(p.avail.bits()) | uint32(p.used.b
 func (p *packed) idFlags(at uint16) uint32 { return load32(p.ring, int(at)*descSize+12) }
 
 func (p *packed) pending() (bool, error) {
+	if len(p.resume) > 0 {
+		return true, nil
+	}
 	flags := uint16(p.idFlags(p.avail.at) >> 16)
 	return flags&(flagAvail|flagUsed) == p.avail.availableFlags() && p.slots < p.q.size, nil
 }
 
 func (p *packed) next(c *Chain) (bool, error) {
+	if len(p.resume) > 0 {
+		head := p.resume[0]
+		p.resume = p.resume[1:]
+		return true, p.again(c, head)
+	}
 	if ok, err := p.pending(); !ok || err != nil {
 		return false, err
 	}
@@ -104,32 +149,53 @@ func (p *packed) next(c *Chain) (bool, error) {
 		}
 		d := packedDesc(p.ring, int(at.at))
 		at = at.advanced(1, p.q.size)
-		c.id, c.slots = d.next, uint16(n)
-		if d.flags&flagIndirect != 0 {
-			if n > 1 {
-				return false, fmt.Errorf("a chain has an indirect descriptor")
-			}
-			if err := p.q.addTable(c, d); err != nil {
-				return false, err
-			}
-			break
+		if p.area != nil {
+			p.area.keep(d, n)
 		}
-		if err := p.q.add(c, d); err != nil {
+		if last, err := p.q.addPacked(c, d, n); err != nil {
 			return false, err
-		}
-		if d.flags&flagNext == 0 {
+		} else if last {
 			break
 		}
+	}
+	if p.area != nil {
+		c.tracked = p.area.popped(int(c.slots))
 	}
 	p.avail = at
 	p.slots += int(c.slots)
 	return true, nil
 }
 
+// again appends the chain that was in flight at entry head of the area to c.
+func (p *packed) again(c *Chain, head uint16) error {
+	for n, i := 1, head; ; n++ {
+		d := p.area.kept(i)
+		last, err := p.q.addPacked(c, d, n)
+		if err != nil {
+			return err
+		}
+		e := &p.area.entries[i]
+		if last != (i == p.area.entries[head].last) {
+			return errArea
+		}
+		if last {
+			c.tracked = head
+			return nil
+		}
+		i = e.next
+	}
+}
+
 func (p *packed) publish(done []used) (bool, error) {
-	old := p.used
+	old, now := p.used, p.used
+	for _, u := range done {
+		now = now.advanced(int(u.slots), p.q.size)
+	}
+	if p.area != nil {
+		p.area.finishing(done, now)
+	}
 	// The first descriptor is the one that the driver looks at: it is shown last.
-	at := p.used
+	at := old
 	for i, u := range done {
 		if i > 0 {
 			p.writeUsed(at, u)
@@ -137,14 +203,18 @@ func (p *packed) publish(done []used) (bool, error) {
 		at = at.advanced(int(u.slots), p.q.size)
 		p.slots -= int(u.slots)
 	}
-	p.writeUsed(p.used, done[0])
-	p.used = at
+	p.writeUsed(old, done[0])
+	p.used = now
+	if p.area != nil {
+		p.area.finished(done)
+	}
 	return p.wanted(old), nil
 }
 
 // writeUsed makes the descriptor at a place a used one.
 func (p *packed) writeUsed(at position, u used) {
 	off := int(at.at) * descSize
+	stepped()
 	binary.LittleEndian.PutUint32(p.ring[off+8:], u.written)
 	flags := at.usedFlags()
 	if u.written > 0 {

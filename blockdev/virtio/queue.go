@@ -19,6 +19,11 @@ type QueueConfig struct {
 	Memory   *Memory
 	Rings    Rings
 	Base     uint32 // where to begin, as Queue.Base tells
+	// Inflight is memory that outlives the device, for what is in flight: InflightSize bytes at a
+	// multiple of 8, zero at first. Nil: a crash loses it. If a queue used it before, what that one
+	// had popped and not published is popped again first, in the same order, and
+	// Base does not count.
+	Inflight []byte
 }
 
 // Queue is the device's end of a virtqueue. Its methods read and write the guest's memory, never
@@ -54,8 +59,8 @@ type ring interface {
 
 // used is a chain that the device is done with.
 type used struct {
-	id, slots uint16
-	written   uint32
+	id, slots, tracked uint16
+	written            uint32
 }
 
 // NewQueue begins to serve a queue. It takes a reference of the memory. Whoever makes a queue of
@@ -70,14 +75,17 @@ func NewQueue(c QueueConfig) (*Queue, error) {
 	if c.Size < 1 || c.Size > MaxQueueSize || !packed && c.Size&(c.Size-1) != 0 {
 		return nil, fmt.Errorf("a virtqueue cannot have %d descriptors", c.Size)
 	}
+	if err := checkArea(c.Inflight, c.Size, packed); err != nil {
+		return nil, err
+	}
 	q := &Queue{
 		size: c.Size, maxDescs: max(c.Size, maxIndirect), features: c.Features, rings: c.Rings,
 		mem: c.Memory, staged: make([]used, 0, c.Size),
 	}
 	if packed {
-		q.ring = newPacked(q, c.Base)
+		q.ring = newPacked(q, c.Base, c.Inflight)
 	} else {
-		q.ring = newSplit(q, c.Base)
+		q.ring = newSplit(q, c.Base, c.Inflight)
 	}
 	if err := Guard(q.ring.bind); err != nil {
 		return nil, err
@@ -150,7 +158,7 @@ func (q *Queue) pop(c *Chain) (bool, error) {
 // beginning on. The chain is empty after that, whatever Put returns.
 func (q *Queue) Put(c *Chain, written uint32) error {
 	q.inFlight--
-	u := used{c.id, c.slots, written}
+	u := used{c.id, c.slots, c.tracked, written}
 	c.end()
 	if q.err != nil {
 		return q.err

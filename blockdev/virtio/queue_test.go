@@ -27,8 +27,19 @@ var variants = []struct {
 // newQueue is a device's end of d in so many regions.
 func newQueue(t testing.TB, d *virtiotest.Driver, regions int) *virtio.Queue {
 	t.Helper()
+	return newTracked(t, d, regions, nil)
+}
+
+// newArea is memory for what is in flight in d.
+func newArea(d *virtiotest.Driver) []byte {
+	return make([]byte, virtio.InflightSize(d.Size, d.Features&virtio.FPacked != 0))
+}
+
+// newTracked is newQueue with an area of what is in flight.
+func newTracked(t testing.TB, d *virtiotest.Driver, regions int, area []byte) *virtio.Queue {
+	t.Helper()
 	q, err := virtio.NewQueue(virtio.QueueConfig{
-		Size: d.Size, Features: d.Features, Memory: d.G.Memory(t, regions), Rings: d.Rings(), Base: d.Base(),
+		Size: d.Size, Features: d.Features, Memory: d.G.Memory(t, regions), Rings: d.Rings(), Base: d.Base(), Inflight: area,
 	})
 	if err != nil {
 		t.Fatal(err)
@@ -127,14 +138,14 @@ func TestQueues(t *testing.T) {
 	for _, v := range variants {
 		for _, size := range []int{1, 2, 8, 64} {
 			t.Run(fmt.Sprintf("%s/%d", v.name, size), func(t *testing.T) {
-				testQueue(t, v.features, v.indirect, size)
+				testQueue(t, v.features, v.indirect, size, size == 8)
 			})
 		}
 	}
 }
 
-func testQueue(t *testing.T, features uint64, indirect bool, size int) {
-	const arena, rounds = 8192, 2000
+func testQueue(t *testing.T, features uint64, indirect bool, size int, tracked bool) {
+	const arena, rounds = 2048, 2000
 	rnd := rand.New(rand.NewPCG(1, uint64(size)))
 	g := virtiotest.NewGuest(t, 4<<20)
 	d := virtiotest.NewDriver(g, size, features)
@@ -142,7 +153,11 @@ func testQueue(t *testing.T, features uint64, indirect bool, size int) {
 	for range size {
 		arenas = append(arenas, g.Alloc(arena, 1))
 	}
-	q := newQueue(t, d, 1000) // regions are pages: much of what is sent spans some
+	var area []byte
+	if tracked {
+		area = newArea(d)
+	}
+	q := newTracked(t, d, 1000, area) // regions are pages: much of what is sent spans some
 	var popped []*virtio.Chain
 	sent, done := 0, 0
 	for sent < rounds || d.InFlight() > 0 {

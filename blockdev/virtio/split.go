@@ -24,13 +24,15 @@ type split struct {
 	nextIdx, seen     uint16 // index of the next available entry; avail.idx as last read
 	usedIdx           uint16
 	usedFlags         uint16
-	bound             bool     // the device's indices are known
-	busy              []uint64 // set of heads that are in flight
+	bound             bool       // the device's indices are known
+	busy              []uint64   // set of heads that are in flight
+	area              *splitArea // nil: nothing is kept of what is in flight
+	resume            []uint16   // heads that were in flight, to be popped first
 }
 
-func newSplit(q *Queue, base uint32) *split {
+func newSplit(q *Queue, base uint32, area []byte) *split {
 	return &split{
-		q: q, mask: uint16(q.size - 1), nextIdx: uint16(base), seen: uint16(base),
+		q: q, area: newSplitArea(area, q.size), mask: uint16(q.size - 1), nextIdx: uint16(base), seen: uint16(base),
 		busy: make([]uint64, (q.size+63)/64),
 	}
 }
@@ -50,17 +52,27 @@ func (s *split) bind() (err error) {
 	if s.used, _, err = m.user("the used ring", r.Device, 4+8*n+event, 4); err != nil {
 		return err
 	}
-	if !s.bound {
-		flagsIdx := load32(s.used, 0)
-		s.usedFlags, s.usedIdx, s.bound = uint16(flagsIdx), uint16(flagsIdx>>16), true
+	if s.bound {
+		return nil
 	}
+	s.bound = true
+	flagsIdx := load32(s.used, 0)
+	s.usedFlags, s.usedIdx = uint16(flagsIdx), uint16(flagsIdx>>16)
+	if s.area == nil {
+		return nil
+	}
+	if s.resume, err = s.area.recover(s.usedIdx); err != nil {
+		return err
+	}
+	s.nextIdx = s.usedIdx + uint16(len(s.resume))
+	s.seen = s.nextIdx
 	return nil
 }
 
 func (s *split) base() uint32 { return uint32(s.nextIdx) }
 
 func (s *split) pending() (bool, error) {
-	if s.nextIdx != s.seen {
+	if s.nextIdx != s.seen || len(s.resume) > 0 {
 		return true, nil
 	}
 	idx := load16(s.avail, s.availAt+2)
@@ -72,6 +84,11 @@ func (s *split) pending() (bool, error) {
 }
 
 func (s *split) next(c *Chain) (bool, error) {
+	if len(s.resume) > 0 {
+		head := s.resume[0]
+		s.resume = s.resume[1:]
+		return true, s.take(c, int(head))
+	}
 	if s.nextIdx == s.seen {
 		if ok, err := s.pending(); !ok || err != nil {
 			return false, err
@@ -83,6 +100,9 @@ func (s *split) next(c *Chain) (bool, error) {
 	}
 	if err := s.take(c, head); err != nil {
 		return false, err
+	}
+	if s.area != nil {
+		s.area.popped(head)
 	}
 	s.nextIdx++
 	return true, nil
@@ -103,7 +123,11 @@ func (s *split) take(c *Chain, head int) error {
 
 func (s *split) publish(done []used) (bool, error) {
 	old := s.usedIdx
+	if s.area != nil {
+		s.area.finishing(done)
+	}
 	for _, u := range done {
+		stepped()
 		e := s.used[4+8*int(s.usedIdx&s.mask):][:8]
 		binary.LittleEndian.PutUint32(e, uint32(u.id))
 		binary.LittleEndian.PutUint32(e[4:], u.written)
@@ -111,6 +135,9 @@ func (s *split) publish(done []used) (bool, error) {
 		s.busy[u.id/64] &^= 1 << (u.id % 64)
 	}
 	s.storeUsed()
+	if s.area != nil {
+		s.area.finished(done, s.usedIdx)
+	}
 	if s.q.features&FEventIdx == 0 {
 		return load16(s.avail, s.availAt)&availNoInterrupt == 0, nil
 	}

@@ -24,8 +24,22 @@ func addr(b []byte) uintptr { return uintptr(unsafe.Pointer(unsafe.SliceData(b))
 // word32 is the word at off in b, which starts at a multiple of 4, as off is one.
 func word32(b []byte, off int) *uint32 { return (*uint32)(unsafe.Pointer(&b[off : off+4][0])) }
 
-func load32(b []byte, off int) uint32     { return atomic.LoadUint32(word32(b, off)) }
-func store32(b []byte, off int, v uint32) { atomic.StoreUint32(word32(b, off), v) }
+func load32(b []byte, off int) uint32 { return atomic.LoadUint32(word32(b, off)) }
+
+func store32(b []byte, off int, v uint32) {
+	stepped()
+	atomic.StoreUint32(word32(b, off), v)
+}
+
+// word64 is the word of 64 bits at off in b, both multiples of 8.
+func word64(b []byte, off int) *uint64 { return (*uint64)(unsafe.Pointer(&b[off : off+8][0])) }
+
+func load64(b []byte, off int) uint64 { return atomic.LoadUint64(word64(b, off)) }
+
+func store64(b []byte, off int, v uint64) {
+	stepped()
+	atomic.StoreUint64(word64(b, off), v)
+}
 
 // load16 reads the half of a word that is at off, a multiple of 2.
 func load16(b []byte, off int) uint16 {
