@@ -697,6 +697,9 @@ type BlockdevOptionsNbd struct {
 	ReconnectDelay *uint32
 	// For how many seconds opening tries to connect (default 0: it tries once).
 	OpenTimeout *uint32
+	// How many connections requests are spread over, 1 to 16, if the server says that it takes several;
+	// otherwise, and where it refuses more, they do with fewer (default 1).
+	XQblockdConnections *uint32
 }
 
 // BlockdevOptionsNull: options of the drivers null-aio and null-co.

@@ -76,7 +76,8 @@ func membersBlockdevOptionsNbd(d *decoder, x *BlockdevOptionsNbd) bool {
 		opt(d, "tls-hostname", &x.TlsHostname, visitStr) &&
 		opt(d, "x-dirty-bitmap", &x.XDirtyBitmap, visitStr) &&
 		opt(d, "reconnect-delay", &x.ReconnectDelay, visitUint32) &&
-		opt(d, "open-timeout", &x.OpenTimeout, visitUint32)
+		opt(d, "open-timeout", &x.OpenTimeout, visitUint32) &&
+		opt(d, "x-qblockd-connections", &x.XQblockdConnections, visitUint32)
 }
 
 // DecodeBlockdevOptionsNull decodes v; faults are worded as QEMU does (*ArgError).

@@ -639,6 +639,10 @@ func (x *BlockdevOptionsFile) AppendJSON(b []byte) []byte {
 // AppendJSON appends x in QEMU's form, members in hash order.
 func (x *BlockdevOptionsNbd) AppendJSON(b []byte) []byte {
 	b = append(b, '{')
+	if x.XQblockdConnections != nil {
+		b = appendKey(b, "x-qblockd-connections")
+		b = appendUint(b, *x.XQblockdConnections)
+	}
 	if x.Export != nil {
 		b = appendKey(b, "export")
 		b = value.AppendString(b, *x.Export)
@@ -1707,6 +1711,10 @@ func (x *BlockdevOptions) AppendJSON(b []byte) []byte {
 		if x.Active != nil {
 			b = appendKey(b, "active")
 			b = appendBool(b, *x.Active)
+		}
+		if u.XQblockdConnections != nil {
+			b = appendKey(b, "x-qblockd-connections")
+			b = appendUint(b, *u.XQblockdConnections)
 		}
 		if x.DetectZeroes != nil {
 			b = appendKey(b, "detect-zeroes")

@@ -53,6 +53,7 @@ type conn struct {
 	gone  chan struct{} // closed when the connection has ended and all its requests are done
 	slots [maxInFlight]slot
 	moved atomic.Int64 // bytes that came or went, and progress for each answer
+	load  atomic.Int32 // requests that have it, for who chooses between connections
 
 	// Whose turn it is to read.
 	in       *bufio.Reader

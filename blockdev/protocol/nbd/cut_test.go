@@ -76,6 +76,9 @@ func (c *cutter) pass(client net.Conn) {
 // was acknowledged is there, and none fails but for a drain.
 func TestCut(t *testing.T) {
 	t.Run("plain", func(t *testing.T) { testCut(t, nil, nil, types.BlockdevOptionsNbd{}) })
+	t.Run("several", func(t *testing.T) {
+		testCut(t, nil, nil, types.BlockdevOptionsNbd{XQblockdConnections: new(uint32(4))})
+	})
 	t.Run("TLS", func(t *testing.T) { // each connection has its own handshake
 		_, o := withTLS(t)
 		tls, err := tlscreds.NewServer(o, new("server"), nil)

@@ -2,6 +2,7 @@ package nbd
 
 import (
 	"errors"
+	"fmt"
 
 	"qblockd/blockdev/driver"
 	"qblockd/blockdev/nbdwire"
@@ -23,7 +24,8 @@ var Def = driver.Of(driver.Def[*types.BlockdevOptionsNbd]{
 	NoFolder:     "NBD",
 	Preexisting:  true,
 	ForImages: &driver.ForImages{
-		Options: []string{"server", "export"}, Hints: []string{"reconnect-delay", "open-timeout"}, Sockets: true,
+		Options: []string{"server", "export"},
+		Hints:   []string{"reconnect-delay", "open-timeout", "x-qblockd-connections"}, Sockets: true,
 	},
 })
 
@@ -36,6 +38,11 @@ func check(o *types.BlockdevOptionsNbd) error {
 		return errors.New("export name too long to send to server")
 	case o.XDirtyBitmap != nil && len(*o.XDirtyBitmap) > nbdwire.MaxString:
 		return errors.New("x-dirty-bitmap query too long to send to server")
+	case o.XQblockdConnections == nil:
+	case *o.XQblockdConnections < 1 || *o.XQblockdConnections > maxConnections:
+		return fmt.Errorf("x-qblockd-connections must be between 1 and %d", maxConnections)
+	case *o.XQblockdConnections > 1 && o.Server.Type == types.SocketAddressTypeFd:
+		return errors.New("x-qblockd-connections: a descriptor is one connection")
 	}
 	return nil
 }

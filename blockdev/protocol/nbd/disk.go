@@ -61,6 +61,9 @@ func open(x *driver.Opening, o *types.BlockdevOptionsNbd) (graph.Driver, error) 
 		return nil, err
 	}
 	d := newDisk(s, e, x.Node.Name(), seconds(o.ReconnectDelay), clock.Real)
+	if o.XQblockdConnections != nil {
+		d.link.most = int(*o.XQblockdConnections)
+	}
 	d.link.start(nc, e)
 	return d, nil
 }

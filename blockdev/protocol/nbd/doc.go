@@ -9,6 +9,7 @@
 //	io.go         requests of the graph as requests of the protocol
 //	mapped.go     ranges of files that the kernel sends
 //	link.go       which connection is in use, and what happens when it is lost
+//	several.go    more than one connection
 //	names.go      file names
 //
 // # Connections
@@ -39,6 +40,16 @@
 // ended may execute it once more after a later write of the same range.
 //
 // Attempts to connect again begin at once, then after 100 ms, and pauses double up to 16 s.
+//
+// # Several connections
+//
+// To a server that says that it takes several (CAN_MULTI_CONN) up to x-qblockd-connections are
+// made: the first one as ever, the others in the background. A request goes where the fewest are
+// under way; one flush counts for what was acknowledged on any of them. All of them are one as
+// above: when one is lost, or breaks the protocol, so are the others, and connecting again begins
+// with the first one. Else a flush could go to another server than writes that were acknowledged by
+// one that is about to end. But one that has never answered is lost alone, and its requests are
+// sent again by the others; it is done without until the server is connected to again.
 //
 // # Extended headers
 //

@@ -109,6 +109,12 @@ func newWorld(t testing.TB, delay time.Duration) *world {
 // newWorldOf is newWorld with another export.
 func newWorldOf(t testing.TB, delay time.Duration, change func(e *export)) *world {
 	t.Helper()
+	return newWorldWith(t, delay, change, 1)
+}
+
+// newWorldWith is newWorldOf with that many connections.
+func newWorldWith(t testing.TB, delay time.Duration, change func(e *export), connections int) *world {
+	t.Helper()
 	old := slog.Default()
 	slog.SetDefault(slog.New(slog.DiscardHandler))
 	e := all
@@ -130,7 +136,7 @@ func newWorldOf(t testing.TB, delay time.Duration, change func(e *export)) *worl
 		}
 	}
 	nc, s := pair(t)
-	w.peer = &peer{t, s}
+	w.peer, w.link.most = &peer{t, s}, connections
 	w.link.start(nc, &e)
 	t.Cleanup(func() {
 		w.Close()

@@ -23,13 +23,14 @@ const firstPause, lastPause = 100 * time.Millisecond, 16 * time.Second
 // the reason.
 const maxSends = 10
 
-// link is the way to a server: the connection in use, and what there is to come back to it.
+// link is the way to a server: the connections in use, and what there is to come back to it.
 type link struct {
 	node  string // for the log
 	dial  func(ctx context.Context) (net.Conn, *export, error)
 	clock clock.Clock
 	delay time.Duration        // reconnect-delay
 	fits  func(e *export) bool // whether the server that has come back is the one that was lost
+	most  int                  // connections at a time, where the server takes several; 0: 1
 
 	ctx    context.Context // of attempts to connect
 	cancel context.CancelFunc
@@ -41,8 +42,10 @@ type link struct {
 
 	mu    sync.Mutex
 	state state // +checklocks:mu
-	// if connected
-	c *conn // +checklocks:mu
+	// those in use, the first one first; none unless connected
+	conns []*conn // +checklocks:mu
+	// how often the server was connected to, apart from further connections
+	age int // +checklocks:mu
 	// closed when state changes
 	changed chan struct{} // +checklocks:mu
 	// an attempt to connect is under way
@@ -80,15 +83,24 @@ func (l *link) start(nc net.Conn, e *export) {
 
 // +checklocks:l.mu
 func (l *link) useLocked(nc net.Conn, e *export) {
-	c := newConn(nc, e, l.clock)
-	l.c = c
-	for range l.holds {
-		c.hurry()
-	}
+	l.runLocked(nc, e)
+	l.age++
 	l.becomeLocked(connected)
 	if l.timer != nil {
 		l.timer.Stop()
 	}
+	if age := l.age; l.most > 1 {
+		l.work.Go("further connections to an NBD server", func() { l.more(age, e) })
+	}
+}
+
+// +checklocks:l.mu
+func (l *link) runLocked(nc net.Conn, e *export) {
+	c := newConn(nc, e, l.clock)
+	for range l.holds {
+		c.hurry()
+	}
+	l.conns = append(l.conns, c)
 	l.work.Go("an NBD client", func() { c.run(func(err error) { l.lost(c, err) }) })
 }
 
@@ -99,18 +111,20 @@ func (l *link) becomeLocked(s state) {
 	l.changed = make(chan struct{})
 }
 
-// do has a request executed by whatever connection there is.
+// do has a request executed by whatever connection there is. A flush on one of several counts for
+// all of them: servers that take several say so.
 func (l *link) do(r *blk.Req, q nbdwire.Request, b body) (nbdwire.Extent, error) {
 	if r.NoWait {
 		return nbdwire.Extent{}, blk.ErrWouldBlock
 	}
 	before := l.written.Load()
 	for sends := range maxSends {
-		c, err := l.get(r, sends > 0)
+		c, age, err := l.get(r, sends > 0)
 		if err != nil {
 			return nbdwire.Extent{}, err
 		}
-		if x, lost, err := c.do(r, q, b); !lost {
+		x, lost, err := c.do(r, q, b)
+		if c.load.Add(-1); !lost {
 			switch {
 			case err != nil:
 			case q.Cmd == nbdwire.CmdFlush:
@@ -120,23 +134,22 @@ func (l *link) do(r *blk.Req, q nbdwire.Request, b body) (nbdwire.Extent, error)
 			}
 			return x, err
 		}
-		if l.delay == 0 {
+		if l.delay == 0 && !l.sameAge(age) {
 			break
 		}
 	}
 	return nbdwire.Extent{}, syscall.EIO
 }
 
-// get is the connection in use, or the next one if requests may wait for it. Without one, a request
-// that was not sent yet asks for the next.
-func (l *link) get(r *blk.Req, again bool) (*conn, error) {
+// get is a connection in use, or the next one if requests may wait for it, and its age. Without
+// one, a request that was not sent yet asks for the next. It counts in the load of the connection.
+func (l *link) get(r *blk.Req, again bool) (c *conn, age int, err error) {
 	l.mu.Lock()
 	defer l.mu.Unlock()
 	for l.state == waiting && l.holds == 0 {
 		changed := l.changed
 		l.waiting++
 		l.mu.Unlock()
-		var err error
 		select {
 		case <-changed:
 		case <-r.Done():
@@ -144,26 +157,25 @@ func (l *link) get(r *blk.Req, again bool) (*conn, error) {
 		}
 		l.mu.Lock()
 		if l.waiting--; err != nil {
-			return nil, err
+			return nil, 0, err
 		}
 	}
 	if l.state == connected {
-		return l.c, nil
+		return l.pickLocked(), l.age, nil
 	}
 	if l.state == offline && !again {
 		l.tryLocked()
 	}
-	return nil, syscall.EIO
+	return nil, 0, syscall.EIO
 }
 
 // lost is told that a connection has ended.
 func (l *link) lost(c *conn, err error) {
 	l.mu.Lock()
 	defer l.mu.Unlock()
-	if l.state == closed {
+	if l.state == closed || !l.leaveLocked(c, err) {
 		return
 	}
-	l.c = nil
 	var breach protocolError
 	if errors.As(err, &breach) {
 		slog.Error("an NBD server has broken the protocol", "node", l.node, "error", err)
@@ -272,8 +284,8 @@ func (l *link) hold() {
 	l.mu.Lock()
 	defer l.mu.Unlock()
 	l.holds++
-	if l.c != nil {
-		l.c.hurry()
+	for _, c := range l.conns {
+		c.hurry()
 	}
 	if l.state == waiting {
 		l.becomeLocked(waiting) // wakes them
@@ -284,8 +296,8 @@ func (l *link) release() {
 	l.mu.Lock()
 	defer l.mu.Unlock()
 	l.holds--
-	if l.c != nil {
-		l.c.relax()
+	for _, c := range l.conns {
+		c.relax()
 	}
 }
 
@@ -296,18 +308,18 @@ func (l *link) quiet() bool {
 	return l.waiting == 0
 }
 
-// close ends the connection. No request runs.
+// close ends the connections. No request runs.
 func (l *link) close() {
 	l.mu.Lock()
-	c := l.c
-	l.c = nil
+	conns := l.conns
+	l.conns = nil
 	l.becomeLocked(closed)
 	if l.timer != nil {
 		l.timer.Stop()
 	}
 	l.mu.Unlock()
 	l.cancel()
-	if c != nil {
+	for _, c := range conns {
 		c.bye()
 		c.kill(errClosed)
 	}

@@ -41,7 +41,7 @@ func (w *world) copyFrom(f *os.File, from, n, off int64, fl blk.Flags) <-chan er
 
 // conn is the connection in use.
 func (w *world) conn() *conn {
-	c, err := w.link.get(bg, false)
+	c, _, err := w.link.get(bg, false)
 	if err != nil {
 		w.t.Fatal(err)
 	}

@@ -165,6 +165,19 @@ func TestPeers(t *testing.T) {
 	t.Run("qblockd", func(t *testing.T) { compareOwn(t, nil, nil, types.BlockdevOptionsNbd{}) })
 }
 
+// TestPeersSeveral is TestPeers with several connections to servers that take them.
+func TestPeersSeveral(t *testing.T) {
+	opts := types.BlockdevOptionsNbd{XQblockdConnections: new(uint32(4))}
+	some := []string{"nbdkit/delay", "nbdkit/one connection", "nbdkit/one client", "nbdkit/errors", "qemu-nbd", "qsd10"}
+	for _, p := range plainPeers() {
+		if !slices.Contains(some, p.name) {
+			continue
+		}
+		t.Run(p.name, func(t *testing.T) { comparePeer(t, p, nil, opts) })
+	}
+	t.Run("qblockd", func(t *testing.T) { compareOwn(t, nil, nil, opts) })
+}
+
 // TestTLSPeers is TestPeers over TLS.
 func TestTLSPeers(t *testing.T) {
 	dir, o := withTLS(t)

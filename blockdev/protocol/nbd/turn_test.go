@@ -29,7 +29,7 @@ func (w *world) alone() {
 func (w *world) turns(x turn) {
 	w.t.Helper()
 	w.link.mu.Lock()
-	c := w.link.c
+	c := w.link.conns[0]
 	w.link.mu.Unlock()
 	for end := time.Now().Add(patience); ; time.Sleep(time.Millisecond) {
 		c.mu.Lock()
@@ -122,7 +122,7 @@ func TestLostAfterTheWatch(t *testing.T) {
 		q, _ := w.peer.next()
 		w.turns(before)
 		w.link.mu.Lock()
-		c := w.link.c
+		c := w.link.conns[0]
 		w.link.mu.Unlock()
 		c.mu.Lock()
 		c.watch.Stop()
