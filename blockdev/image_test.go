@@ -12,6 +12,7 @@ import (
 	"qblockd/blockdev/driver"
 	"qblockd/blockdev/protocol/file"
 	"qblockd/graph"
+	"qblockd/graph/blk"
 	"qblockd/schema/types"
 )
 
@@ -233,7 +234,7 @@ func TestCreationsAtOneNode(t *testing.T) {
 		if err := qcow2(2<<20, func() { t.Error("a second creation has started") }); err == nil {
 			t.Error("a second creation in the same node succeeded")
 		}
-		if err := m.Resize(ctx, nil, ptr("f"), 512); err == nil {
+		if err := m.Resize(ctx, nil, ptr("f"), 512, blk.PreallocOff); err == nil {
 			t.Error("the node was resized")
 		}
 		o := options(t, `{'driver': 'qcow2', 'node-name': 'q', 'file': 'f'}`)

@@ -136,8 +136,9 @@ func (m *Manager) Del(ctx context.Context, name string) error {
 	return m.g.Do(ctx, func(tx *graph.Tx) error { return tx.Delete(name) })
 }
 
-// Resize changes the size of a node (block_resize). Requests on the node wait meanwhile.
-func (m *Manager) Resize(ctx context.Context, device, node *string, size int64) error {
+// Resize changes the size of a node (block_resize); mode is how space for what is added is
+// provided. Requests on the node wait meanwhile.
+func (m *Manager) Resize(ctx context.Context, device, node *string, size int64, mode blk.Prealloc) error {
 	var n *graph.Node
 	hold, err := m.g.Hold(ctx, func() (_ []*graph.Node, err error) {
 		n, err = m.Lookup(device, node)
@@ -164,17 +165,17 @@ func (m *Manager) Resize(ctx context.Context, device, node *string, size int64) 
 	if err != nil {
 		return err
 	}
-	err = m.resizeDrained(ctx, root, size)
+	err = m.resizeDrained(ctx, root, size, mode)
 	return errors.Join(err, m.g.CloseRoot(context.WithoutCancel(ctx), root))
 }
 
-func (m *Manager) resizeDrained(ctx context.Context, root *graph.Root, size int64) error {
+func (m *Manager) resizeDrained(ctx context.Context, root *graph.Root, size int64, mode blk.Prealloc) error {
 	undrain, err := m.g.Drain(ctx, root.Node())
 	if err != nil {
 		return err
 	}
 	defer undrain()
-	return root.Edge().Resize(ctx, size, false, blk.PreallocOff)
+	return root.Edge().Resize(ctx, size, false, mode)
 }
 
 // SetWriteThreshold sets the offset whose writing raises BLOCK_WRITE_THRESHOLD; 0 is none.

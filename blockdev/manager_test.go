@@ -13,6 +13,7 @@ import (
 
 	"qblockd/blockdev/driver"
 	"qblockd/graph"
+	"qblockd/graph/blk"
 	"qblockd/graph/perm"
 	"qblockd/schema/types"
 )
@@ -226,7 +227,7 @@ func TestResize(t *testing.T) {
 		{"n", 0, "Image format driver does not support resize"},
 		{"f", 1000, ""},
 	} {
-		err := m.Resize(context.Background(), nil, &c.node, c.size)
+		err := m.Resize(context.Background(), nil, &c.node, c.size, blk.PreallocOff)
 		if (err == nil) != (c.want == "") || err != nil && err.Error() != c.want {
 			t.Errorf("%s to %d: %v, want %s", c.node, c.size, err, c.want)
 		}

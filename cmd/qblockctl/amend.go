@@ -5,7 +5,6 @@ import (
 	"errors"
 	"fmt"
 	"os"
-	"path/filepath"
 	"strconv"
 	"strings"
 
@@ -96,10 +95,6 @@ func (a *app) amendNode(ctx context.Context, node string, members map[string]any
 }
 
 func amendFile(ctx context.Context, file, password string, members map[string]any) error {
-	path, err := filepath.Abs(file)
-	if err != nil {
-		return err
-	}
 	if format, err := imageFormat(file); err != nil || format != "qcow2" {
 		if err == nil {
 			err = fmt.Errorf("Format driver '%s' does not support option amendment", format)
@@ -111,16 +106,10 @@ func amendFile(ctx context.Context, file, password string, members map[string]an
 		return err
 	}
 	defer d.end()
-	node := map[string]any{
-		"driver": "qcow2", "node-name": "image", "backing": nil, "file": map[string]any{"driver": "file", "filename": path},
-	}
-	if err := d.unlock(ctx, node, password); err != nil {
+	if err := d.open(ctx, imageSpec{file: file, format: "qcow2", password: password}); err != nil {
 		return err
 	}
-	if _, err := d.execute(ctx, "blockdev-add", node); err != nil {
-		return fmt.Errorf("Could not open '%s': %w", file, err)
-	}
-	return runAmend(ctx, d.client, d.events, "amend", "image", members)
+	return runAmend(ctx, d.client, d.events, "amend", imageNode, members)
 }
 
 // runAmend has the daemon change the image of a node.

@@ -7,10 +7,10 @@
 //	help.go      help on QMP commands
 //	shell.go     the interactive shell
 //	completion.go  scripts that make other shells complete
-//	events.go jobs.go watch.go graph.go schema.go check.go amend.go measure.go snapshot.go  the
-//	commands of those names
+//	events.go jobs.go watch.go graph.go schema.go check.go amend.go measure.go snapshot.go
+//	resize.go    the commands of those names
 //	hint.go      what to do about errors
-//	own.go       a daemon of its own, for commands that work on image files
+//	own.go       a daemon of its own, for commands that work on image files;  image.go: their nodes
 //	introspect/  what query-qmp-schema says;  picture/  graphs as text, dot and SVG
 //
 // It exits with 0 if all went well, 1 if the daemon refused the command or could not be reached, 2
@@ -153,7 +153,8 @@ func (a *app) commands() *cobra.Command {
 		return fmt.Errorf("%w; %w", err, errUsage)
 	})
 	root.AddCommand(a.shellCommand(), a.graphCommand(), a.jobsCommand(), a.eventsCommand(), a.schemaCommand(),
-		a.checkCommand(), a.amendCommand(), a.measureCommand(), a.snapshotCommand(), a.completionCommand())
+		a.checkCommand(), a.amendCommand(), a.measureCommand(), a.snapshotCommand(), a.resizeCommand(),
+		a.completionCommand())
 	root.SetHelpCommand(a.helpCommand())
 	root.CompletionOptions.DisableDefaultCmd = true
 	return root

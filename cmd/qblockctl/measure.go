@@ -18,7 +18,7 @@ type measureInfo struct {
 }
 
 // measureOptions are those of the command.
-type measureOptions struct{ size, target, options, format, output, node string }
+type measureOptions struct{ size, target, options, format, output, node, password string }
 
 func (a *app) measureCommand() *cobra.Command {
 	var o measureOptions
@@ -51,6 +51,7 @@ func (a *app) measureCommand() *cobra.Command {
 	cmd.Flags().StringVar(&o.size, "size", "", "size `N` of its disk in bytes, or with a suffix: k, M, G, T, P, E")
 	cmd.Flags().StringVarP(&o.format, "format", "f", "", "`FORMAT` of FILE, if it is not to be guessed")
 	cmd.Flags().StringVar(&o.output, "output", "human", "`FORM` of the result: human, or json")
+	cmd.Flags().StringVar(&o.password, "password-file", "", passwordUsage)
 	cmd.Flags().StringVar(&o.node, "node", "", "the contents are those of this `NODE` of the running daemon")
 	return cmd
 }
@@ -81,7 +82,8 @@ func (a *app) measure(ctx context.Context, o measureOptions, file string) error 
 		c = d.client
 		if file != "" {
 			args["node-name"] = imageNode
-			if err := addImage(ctx, c, file, o.format, true, true); err != nil {
+			spec := imageSpec{file: file, format: o.format, password: o.password, readOnly: true, chain: true}
+			if err := d.open(ctx, spec); err != nil {
 				return err
 			}
 		}

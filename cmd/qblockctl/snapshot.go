@@ -2,10 +2,8 @@ package main
 
 import (
 	"context"
-	"errors"
 	"fmt"
 	"io"
-	"path/filepath"
 	"slices"
 	"strings"
 	"text/tabwriter"
@@ -28,6 +26,7 @@ type snapshotInfo struct {
 type snapshotOptions struct {
 	list                            bool
 	create, apply, drop, node, form string
+	password                        string
 }
 
 func (a *app) snapshotCommand() *cobra.Command {
@@ -47,7 +46,7 @@ func (a *app) snapshotCommand() *cobra.Command {
 					given++
 				}
 			}
-			if given > 1 || given == 1 && o.list || (len(args) == 1) == (o.node != "") {
+			if given > 1 || given == 1 && o.list || (len(args) == 1) == (o.node != "") || o.node != "" && o.password != "" {
 				return fmt.Errorf("snapshot: one of -l, -c, -a and -d, and a FILE or --node; %w", errUsage)
 			}
 			return a.snapshot(cmd.Context(), o, strings.Join(args, ""))
@@ -58,6 +57,7 @@ func (a *app) snapshotCommand() *cobra.Command {
 	cmd.Flags().StringVarP(&o.apply, "apply", "a", "", "go back to this `SNAPSHOT`")
 	cmd.Flags().StringVarP(&o.drop, "delete", "d", "", "delete this `SNAPSHOT`")
 	cmd.Flags().StringVarP(&o.form, "format", "f", "", "`FORMAT` of FILE, if it is not to be guessed")
+	cmd.Flags().StringVar(&o.password, "password-file", "", passwordUsage)
 	cmd.Flags().StringVar(&o.node, "node", "", "snapshots of this `NODE` of the running daemon")
 	return cmd
 }
@@ -73,7 +73,8 @@ func (a *app) snapshot(ctx context.Context, o snapshotOptions, file string) erro
 		}
 		defer d.end()
 		c, node = d.client, imageNode
-		if err := addImage(ctx, c, file, o.form, o.create+o.apply+o.drop == "", false); err != nil {
+		spec := imageSpec{file: file, format: o.form, password: o.password, readOnly: o.create+o.apply+o.drop == ""}
+		if err := d.open(ctx, spec); err != nil {
 			return err
 		}
 	} else {
@@ -87,10 +88,11 @@ func (a *app) snapshot(ctx context.Context, o snapshotOptions, file string) erro
 		_, err := c.execute(ctx, "blockdev-snapshot-internal-sync", map[string]any{"device": node, "name": o.create})
 		return err
 	}
-	l, err := snapshotsOf(ctx, c, node)
+	info, err := imageOf(ctx, c, node)
 	if err != nil {
 		return err
 	}
+	l := info.Snapshots
 	which, command := o.apply, "x-qblockd-snapshot-apply"
 	if o.drop != "" {
 		which, command = o.drop, "blockdev-snapshot-delete-internal-sync"
@@ -109,25 +111,6 @@ func (a *app) snapshot(ctx context.Context, o snapshotOptions, file string) erro
 	return err
 }
 
-// snapshotsOf lists the snapshots of a node.
-func snapshotsOf(ctx context.Context, c *client, node string) ([]snapshotInfo, error) {
-	type shown struct {
-		Name  string `json:"node-name"`
-		Image struct {
-			Snapshots []snapshotInfo `json:"snapshots"`
-		} `json:"image"`
-	}
-	nodes, err := query[[]shown](ctx, c, "query-named-block-nodes", map[string]any{"flat": true})
-	if err != nil {
-		return nil, err
-	}
-	i := slices.IndexFunc(nodes, func(n shown) bool { return n.Name == node })
-	if i < 0 {
-		return nil, errors.New("there is no node '" + node + "'")
-	}
-	return nodes[i].Image.Snapshots, nil
-}
-
 // printSnapshots prints a table of snapshots; nothing, if there are none.
 func printSnapshots(out io.Writer, l []snapshotInfo) error {
 	if len(l) == 0 {
@@ -141,32 +124,4 @@ func printSnapshots(out io.Writer, l []snapshotInfo) error {
 			time.Unix(s.DateSec, 0).Format(time.DateTime), clock.Round(time.Millisecond))
 	}
 	return w.Flush()
-}
-
-// imageNode is the node of an image file on a daemon that this program has started.
-const imageNode = "image"
-
-// addImage opens an image file, whose format is guessed if it is not given.
-// Without chain its backing file is left alone.
-func addImage(ctx context.Context, c *client, file, format string, readOnly, chain bool) (err error) {
-	if format == "" {
-		if format, err = imageFormat(file); err != nil {
-			return err
-		}
-	}
-	path, err := filepath.Abs(file)
-	if err != nil {
-		return err
-	}
-	args := map[string]any{
-		"driver": format, "node-name": imageNode, "read-only": readOnly,
-		"file": map[string]any{"driver": "file", "filename": path},
-	}
-	if format == "qcow2" && !chain {
-		args["backing"] = nil
-	}
-	if _, err = c.execute(ctx, "blockdev-add", args); err != nil {
-		return fmt.Errorf("Could not open '%s': %w", file, err)
-	}
-	return nil
 }

@@ -6,6 +6,7 @@ import (
 	"qblockd/blockdev"
 	"qblockd/blockdev/export"
 	"qblockd/graph"
+	"qblockd/graph/blk"
 	"qblockd/jobs"
 	"qblockd/jobs/visible"
 	"qblockd/qmp"
@@ -35,7 +36,8 @@ func (b BlockCore) QueryBlockstats(_ context.Context, a *types.QueryBlockstatsAr
 
 // BlockResize changes the size of a node.
 func (b BlockCore) BlockResize(ctx context.Context, a *types.BlockResizeArgs) error {
-	return b.Nodes.Resize(ctx, a.Device, a.NodeName, a.Size)
+	return b.Nodes.Resize(ctx, a.Device, a.NodeName, a.Size,
+		blk.Prealloc(types.Or(a.XQblockdPreallocation, types.PreallocModeOff)))
 }
 
 // QueryNamedBlockNodes lists the nodes.

@@ -2016,6 +2016,9 @@ type BlockResizeArgs struct {
 	NodeName *string
 	// New size in bytes.
 	Size int64
+	// How space for what is added is provided, as by 'qemu-img resize --preallocation' (default off; an
+	// extension of qblockd).
+	XQblockdPreallocation *PreallocMode
 }
 
 // QueryNamedBlockNodesArgs: the arguments of query-named-block-nodes.

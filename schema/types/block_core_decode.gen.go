@@ -1147,7 +1147,8 @@ func visitBlockResizeArgs(d *decoder, name string, x *BlockResizeArgs) bool {
 func membersBlockResizeArgs(d *decoder, x *BlockResizeArgs) bool {
 	return opt(d, "device", &x.Device, visitStr) &&
 		opt(d, "node-name", &x.NodeName, visitStr) &&
-		visitInt64(d, "size", &x.Size)
+		visitInt64(d, "size", &x.Size) &&
+		opt(d, "x-qblockd-preallocation", &x.XQblockdPreallocation, visitPreallocMode)
 }
 
 // DecodeQueryNamedBlockNodesArgs decodes the arguments in v, nil for none; faults are worded as QEMU does (*ArgError).

@@ -3143,6 +3143,10 @@ func (x *BlockResizeArgs) AppendJSON(b []byte) []byte {
 		b = appendKey(b, "node-name")
 		b = value.AppendString(b, *x.NodeName)
 	}
+	if x.XQblockdPreallocation != nil {
+		b = appendKey(b, "x-qblockd-preallocation")
+		b = appendEnum(b, *x.XQblockdPreallocation)
+	}
 	b = appendKey(b, "size")
 	b = appendInt(b, x.Size)
 	return append(b, '}')

@@ -104,11 +104,11 @@ func scenarios() []scenario {
 				return errors.Join(e.unit(discard), e.flush())
 			}},
 		{name: "grow", setup: (*env).guest, files: both, act: func(e *env) error {
-			return e.Nodes.Resize(e.ctx, nil, rig.Ptr("top"), int64(3000*e.cs))
+			return e.Nodes.Resize(e.ctx, nil, rig.Ptr("top"), int64(3000*e.cs), blk.PreallocOff)
 		}, want: func(e *env, p []byte) []byte { return append(p, make([]byte, 3000*e.cs-len(p))...) }},
 		{name: "shrink", setup: (*env).guest, files: both,
 			but: drivertest.OpDiscard | drivertest.OpResize | drivertest.OpRead, act: func(e *env) error {
-				return e.Nodes.Resize(e.ctx, nil, rig.Ptr("top"), int64(4*e.cs))
+				return e.Nodes.Resize(e.ctx, nil, rig.Ptr("top"), int64(4*e.cs), blk.PreallocOff)
 			}, want: func(e *env, p []byte) []byte { return p[:4*e.cs] }},
 		{name: "stream", setup: (*env).guest, act: func(e *env) error { return e.stream(nil) }, want: same, files: both},
 		{name: "stream from an intermediate", setup: (*env).three, act: func(e *env) error { return e.stream(e.node("base")) }, want: same,

@@ -175,7 +175,7 @@ func bitmapScenarios() []scenario {
 			return nil
 		}},
 		{name: "grow under a bitmap", setup: (*env).withBitmap, files: []string{"top"}, hidden: true, but: unseen, act: func(e *env) error {
-			return e.Nodes.Resize(e.ctx, nil, rig.Ptr("top"), int64(3000*e.cs))
+			return e.Nodes.Resize(e.ctx, nil, rig.Ptr("top"), int64(3000*e.cs), blk.PreallocOff)
 		}, want: func(e *env, p []byte) []byte { return append(p, make([]byte, 3000*e.cs-len(p))...) }},
 		{name: "close with a bitmap", setup: written, act: del("top"), files: []string{"top"}, ends: true, hidden: true},
 	}

@@ -11,6 +11,7 @@ import (
 
 	"qblockd/blockdev/drivertest"
 	"qblockd/graph"
+	"qblockd/graph/blk"
 	"qblockd/schema/types"
 	"qblockd/tests/rig"
 	"qblockd/tests/trial"
@@ -240,7 +241,7 @@ func (o *op) resize(m *image) {
 		fails = "it is read-only"
 	}
 	o.did("resize %s from %d to %d: %s", m.name(), len(m.data), size, fails)
-	err := o.x.Nodes.Resize(o.ctx, nil, rig.Ptr(m.name()), int64(size))
+	err := o.x.Nodes.Resize(o.ctx, nil, rig.Ptr(m.name()), int64(size), blk.PreallocOff)
 	if err != nil && m.shape.v2 && m.backing != nil && size > len(m.data) {
 		o.verify(m) // nothing hides the backing file
 		return

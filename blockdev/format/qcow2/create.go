@@ -220,12 +220,7 @@ func (s *image) populate(r *blk.Req, o *types.BlockdevCreateOptionsQcow2) error 
 	case o.Size > maxLength:
 		return fmt.Errorf("Could not resize image: offset(%d) exceeds maximum(%d)", o.Size, maxLength)
 	}
-	m := blk.Prealloc(pick(o.Preallocation, types.PreallocModeOff))
-	if s.raw && m == blk.PreallocOff {
-		// What the data file shows by itself is also what the tables, which count, make of it.
-		m = blk.PreallocMetadata
-	}
-	if err := s.Resize(r, int64(o.Size), m); err != nil {
+	if err := s.Resize(r, int64(o.Size), blk.Prealloc(pick(o.Preallocation, types.PreallocModeOff))); err != nil {
 		return fmt.Errorf("Could not resize image: %w", err)
 	}
 	if err := s.assignBacking(r, o); err != nil || o.Encrypt == nil {

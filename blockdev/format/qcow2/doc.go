@@ -57,9 +57,9 @@
 //
 // Where the header says so, guest data lie in a file of their own, each cluster where it is on the
 // disk. They have no refcounts there: nothing is allocated but metadata, nothing of them is in
-// quarantine, and what is discarded is punched at once. That file is flushed before L2 slices are
-// written. If it shows the disk by itself (data-file-raw), zeroes and discards are made in it and
-// the tables stay as they are.
+// quarantine, and what is discarded is punched at once, before anything new is written there. That
+// file is flushed before L2 slices are written. If it shows the disk by itself (data-file-raw),
+// zeroes and discards are made in it and the tables stay as they are.
 //
 // # Encrypted images
 //

@@ -114,7 +114,7 @@ func (m *model) resize() {
 		size -= m.rnd.IntN(min(4*cs, size)/512) * 512
 	}
 	mode := blk.PreallocOff
-	if size > len(m.disk) && (m.s.seal == nil || !m.v2) { // there is no zero flag in version 2
+	if size > len(m.disk) {
 		mode = []blk.Prealloc{blk.PreallocOff, blk.PreallocMetadata, blk.PreallocFalloc, blk.PreallocFull}[m.rnd.IntN(4)]
 	}
 	m.log = append(m.log, fmt.Sprintf("resize %d to %d %s", len(m.disk), size, mode))

@@ -89,6 +89,10 @@ func (s *image) grow(r *blk.Req, old, size int64, m blk.Prealloc) error {
 			return err
 		}
 	}
+	if s.raw && (m == blk.PreallocOff || m == "") {
+		// What the data file shows by itself is also what the tables, which count, make of it.
+		m = blk.PreallocMetadata
+	}
 	if m != blk.PreallocOff && m != "" && from < to {
 		if err := s.preallocate(r, from, to, m); err != nil {
 			return err
@@ -269,53 +273,4 @@ func (s *image) growData(r *blk.Req, old, size int64, m blk.Prealloc) error {
 		return nil
 	}
 	return s.external.Zero(r, old, have-old, 0)
-}
-
-// preallocate gives guest clusters [from, to) host clusters. They lie behind everything that was
-// ever written, so that they read as zeroes; in another file, where they have to.
-// +checklocks:s.mu
-func (s *image) preallocate(r *blk.Req, from, to int64, m blk.Prealloc) error {
-	for gc := from; gc < to; {
-		if err := s.room(r); err != nil {
-			return err
-		}
-		k := min(to-gc, s.sliceLeft(gc))
-		t, err := s.sliceForWrite(r, gc)
-		if err != nil {
-			return wrap("Allocating clusters failed", err)
-		}
-		if s.geo.External {
-			for j := range k {
-				s.setCell(t, s.l2Index(gc)+j, s.placed((gc+j)<<s.cb))
-			}
-			gc += k
-			continue
-		}
-		t.pins++
-		host, k, err := s.allocateEnd(r, k)
-		t.pins--
-		if err != nil {
-			return wrap("Allocating clusters failed", err)
-		}
-		if err := s.extendFile(r, host+k<<s.cb, m); err != nil {
-			s.unref(r, freed{off: host, n: k << s.cb})
-			return err
-		}
-		for j := range k {
-			s.setCell(t, s.l2Index(gc)+j, s.placed(host+j<<s.cb))
-		}
-		gc += k
-	}
-	return nil
-}
-
-// placed is the entry of a preallocated cluster. Where what was never written reads as noise it has
-// the zero flag, in images of version 3; if entries are extended, nothing of it is said to be
-// there.
-func (s *image) placed(off int64) cell {
-	e := uint64(off) | layout.Copied
-	if s.zeroInit() || s.version < 3 || s.geo.Extended {
-		return cell{word: e}
-	}
-	return s.zeroed(e)
 }

@@ -305,7 +305,7 @@ func (s *discarder) zeroSubs(r *blk.Req, off, end int64, unmap bool) error {
 				s.setCell(t, i, v)
 			}
 		}
-		s.punchNow(r, gone)
+		s.punchNow(r, &w, gone)
 	}
 }
 

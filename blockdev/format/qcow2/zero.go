@@ -113,7 +113,7 @@ func (s *discarder) zeroClusters(r *blk.Req, w *sliceWalk, unmap bool) error {
 				gone = s.gone(gone, w.gc+j, old, discardRequest)
 			}
 		}
-		s.punchNow(r, gone)
+		s.punchNow(r, w, gone)
 	}
 }
 
@@ -304,7 +304,7 @@ func (s *discarder) discard(r *blk.Req, from, to int64, hasBacking, full bool, k
 func (s *discarder) discardSlice(r *blk.Req, t *table, w *sliceWalk, hasBacking, full bool, kind discardKind) error {
 	keep := s.set.noUnref && !full && kind == discardRequest
 	var kept []span
-	defer func() { s.punchNow(r, kept) }()
+	defer func() { s.punchNow(r, w, kept) }()
 	for i := s.l2Index(w.gc); i < s.l2Index(w.gc)+w.k; i++ {
 		was := s.cell(t, i)
 		old, v := was.word, was
@@ -336,15 +336,25 @@ func (s *discarder) discardSlice(r *blk.Req, t *table, w *sliceWalk, hasBacking,
 	return nil
 }
 
-// punchNow punches clusters of the disk's data with mu held: they keep their places, and a write
-// would use them otherwise.
+// punchNow punches clusters of the disk's data that keep their places: those of the current part of
+// w. mu is dropped meanwhile. Writes to that part would use the places, so they wait; and if others
+// free them they stay in quarantine.
 // +checklocks:s.mu
-func (s *surveyor) punchNow(r *blk.Req, l []span) {
-	for _, x := range l {
-		if end := min(x.end, s.data().Size()); x.off < end {
-			_ = s.data().Discard(r, x.off, end-x.off)
-		}
+func (s *discarder) punchNow(r *blk.Req, w *sliceWalk, l []span) {
+	if len(l) == 0 {
+		return
 	}
+	a, e := &alloc{first: w.gc, n: w.k, reuse: true}, s.quarantine.hold()
+	s.inflight = append(s.inflight, a)
+	defer s.endAlloc(a)
+	defer e.Release()
+	s.unlocked(func() {
+		for _, x := range l {
+			if end := min(x.end, s.data().Size()); x.off < end {
+				_ = s.data().Discard(r, x.off, end-x.off) // failing to give space back harms nobody
+			}
+		}
+	})
 }
 
 // gone adds guest cluster gc, to which e referred, to what is to be punched in another file. Those
