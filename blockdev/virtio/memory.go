@@ -198,6 +198,16 @@ func (m *Memory) find(at uint64) int {
 	return i
 }
 
+// guestOf is the guest's address of b, a part of a region.
+func (m *Memory) guestOf(b []byte) (at uint64, ok bool) {
+	for i := range m.regions {
+		if off := uint64(addr(b) - addr(m.regions[i].bytes)); off < m.regions[i].Size {
+			return m.regions[i].Guest + off, true
+		}
+	}
+	return 0, false
+}
+
 // user is the memory of n bytes at an address of the front end's process, which is a multiple of
 // align, a power of two up to 16. It begins up to 2 bytes before and ends up to 2 bytes behind, so
 // that it consists of whole words of 32 bits; skip is how many were added in front.

@@ -198,12 +198,16 @@ func (p *packed) publish(done []used) (bool, error) {
 	at := old
 	for i, u := range done {
 		if i > 0 {
-			p.writeUsed(at, u)
+			if err := p.writeUsed(at, u); err != nil {
+				return false, err
+			}
 		}
 		at = at.advanced(int(u.slots), p.q.size)
 		p.slots -= int(u.slots)
 	}
-	p.writeUsed(old, done[0])
+	if err := p.writeUsed(old, done[0]); err != nil {
+		return false, err
+	}
 	p.used = now
 	if p.area != nil {
 		p.area.finished(done)
@@ -212,7 +216,7 @@ func (p *packed) publish(done []used) (bool, error) {
 }
 
 // writeUsed makes the descriptor at a place a used one.
-func (p *packed) writeUsed(at position, u used) {
+func (p *packed) writeUsed(at position, u used) error {
 	off := int(at.at) * descSize
 	stepped()
 	binary.LittleEndian.PutUint32(p.ring[off+8:], u.written)
@@ -221,6 +225,7 @@ func (p *packed) writeUsed(at position, u used) {
 		flags |= flagWrite
 	}
 	store32(p.ring, off+12, uint32(u.id)|uint32(flags)<<16)
+	return p.q.logRing(p.ring[off:][:descSize])
 }
 
 // wanted tells whether the driver wants to be notified of the descriptors from old on.
@@ -245,13 +250,13 @@ func (p *packed) wanted(old position) bool {
 }
 
 func (p *packed) kicks(on bool) error {
+	w := uint32(eventsDisabled << 16)
 	switch {
-	case !on:
-		store32(p.device, 0, eventsDisabled<<16)
-	case p.q.features&FEventIdx != 0:
-		store32(p.device, 0, uint32(p.avail.bits())|eventsAt<<16)
-	default:
-		store32(p.device, 0, eventsEnabled<<16)
+	case on && p.q.features&FEventIdx != 0:
+		w = uint32(p.avail.bits()) | eventsAt<<16
+	case on:
+		w = eventsEnabled << 16
 	}
-	return nil
+	store32(p.device, 0, w)
+	return p.q.logRing(p.device)
 }

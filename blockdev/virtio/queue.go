@@ -38,6 +38,7 @@ type Queue struct {
 	staged   []used
 	inFlight int
 	err      error
+	dirty    dirty
 
 	hint     int      // of mem.appendGuest
 	pieces   [][]byte // of an indirect table
@@ -159,8 +160,12 @@ func (q *Queue) pop(c *Chain) (bool, error) {
 func (q *Queue) Put(c *Chain, written uint32) error {
 	q.inFlight--
 	u := used{c.id, c.slots, c.tracked, written}
+	var err error
+	if q.dirty.log != nil {
+		err = Guard(func() error { return q.logBuffer(c) })
+	}
 	c.end()
-	if q.err != nil {
+	if q.broken(err) != nil {
 		return q.err
 	}
 	q.staged = append(q.staged, u)

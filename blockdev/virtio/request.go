@@ -230,6 +230,9 @@ func (r *Request) Finish(q *Queue, s Status) error {
 		return nil
 	})
 	written := r.reach(s)
+	// The status is a part of the chain again, which is logged.
+	last := &r.chain.segs[len(r.chain.segs)-1]
+	*last = (*last)[:cap(*last)]
 	r.forget()
 	if err = q.broken(err); err != nil {
 		q.Drop(&r.chain)

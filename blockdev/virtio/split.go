@@ -2,6 +2,7 @@ package virtio
 
 import (
 	"encoding/binary"
+	"errors"
 	"fmt"
 )
 
@@ -127,14 +128,20 @@ func (s *split) publish(done []used) (bool, error) {
 		s.area.finishing(done)
 	}
 	for _, u := range done {
+		off := 4 + 8*int(s.usedIdx&s.mask)
+		if err := s.q.logUsed(off, 8); err != nil {
+			return false, err
+		}
 		stepped()
-		e := s.used[4+8*int(s.usedIdx&s.mask):][:8]
+		e := s.used[off:][:8]
 		binary.LittleEndian.PutUint32(e, uint32(u.id))
 		binary.LittleEndian.PutUint32(e[4:], u.written)
 		s.usedIdx++
 		s.busy[u.id/64] &^= 1 << (u.id % 64)
 	}
-	s.storeUsed()
+	if err := s.storeUsed(); err != nil {
+		return false, err
+	}
 	if s.area != nil {
 		s.area.finished(done, s.usedIdx)
 	}
@@ -145,8 +152,9 @@ func (s *split) publish(done []used) (bool, error) {
 }
 
 // storeUsed writes the flags and the index of the used ring, which share a word of ours.
-func (s *split) storeUsed() {
+func (s *split) storeUsed() error {
 	store32(s.used, 0, uint32(s.usedFlags)|uint32(s.usedIdx)<<16)
+	return s.q.logUsed(0, 4)
 }
 
 // passed tells whether an index that went from old to now was at event meanwhile, and left it.
@@ -155,7 +163,8 @@ func passed(event, now, old uint16) bool { return now-event-1 < now-old }
 func (s *split) kicks(on bool) error {
 	if s.q.features&FEventIdx != 0 {
 		if on {
-			return store16(s.used, 4+8*s.q.size, s.nextIdx)
+			off := 4 + 8*s.q.size
+			return errors.Join(store16(s.used, off, s.nextIdx), s.q.logUsed(off, 2))
 		}
 		return nil // the driver kicks once, when it leaves the index that it was told last
 	}
@@ -163,6 +172,5 @@ func (s *split) kicks(on bool) error {
 	if on {
 		s.usedFlags = 0
 	}
-	s.storeUsed()
-	return nil
+	return s.storeUsed()
 }
