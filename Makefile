@@ -10,7 +10,7 @@ STATICCHECK := honnef.co/go/tools/cmd/staticcheck@v0.6.1
 CHECKLOCKS  := gvisor.dev/gvisor/tools/checklocks/cmd/checklocks@v0.0.0-20260905035102-160fafc42237
 
 .DEFAULT_GOAL := help
-.PHONY: help build run test tools check race lint locks fuzz meta geometry crash hostile storm migration load starts golden bench man generate generate-check tidy-check interop clean FORCE
+.PHONY: help build run test tools check race lint locks fuzz meta geometry crash hostile storm migration guest load starts golden bench man generate generate-check tidy-check interop clean FORCE
 
 help: ## list the targets
 	@sed -n 's/^\([a-z-]*\):.*## /\1\t/p' $(MAKEFILE_LIST) | expand -t 18
@@ -78,6 +78,10 @@ MOVES ?= 20
 
 migration: ## MOVES= migrations between two daemons whose wire is cut, half as many with the source killed
 	$(GO) test -count=1 -timeout 0 -v ./tests/migration -migration.rounds $(MOVES) -migration.seed $(SEED)
+
+guest: ROUNDS = 20
+guest: tools ## ROUNDS= virtual machines above vhost-user-blk exports, from SEED= on, with the daemon killed under half of them
+	$(GO) test -count=1 -timeout 0 -v ./tests/guest -run TestRounds -guest.rounds $(ROUNDS) -guest.seed $(SEED) -guest.binary "$(SUBJECT)"
 
 CASES  ?= 20000
 BINARY ?=

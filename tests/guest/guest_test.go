@@ -1,0 +1,149 @@
+package guest
+
+import (
+	"bytes"
+	"flag"
+	"testing"
+	"time"
+
+	"qblockd/tests/daemon"
+)
+
+var (
+	flagRounds = flag.Int("guest.rounds", 0, "rounds of TestRounds, with the daemon killed in every other one")
+	flagSeed   = flag.Uint64("guest.seed", 1, "seed of the first round")
+	flagBinary = flag.String("guest.binary", "", "daemon to test; empty: that of the tree")
+	flagOps    = flag.Int64("guest.ops", 300, "operations of the guest between what is done to its disk")
+	flagWait   = flag.Duration("guest.wait", 10*time.Second, "longest wait for a request while the daemon lives")
+)
+
+const (
+	mib      = 1 << 20
+	diskSize = 192 * mib
+)
+
+// round is a guest from its start to its end.
+type round struct {
+	t *testing.T
+	h *host
+	m *machine
+	// the longest wait while the daemon lived
+	longest time.Duration
+}
+
+func newRound(t *testing.T, format string, d device, seed uint64) *round {
+	t.Helper()
+	k := findKernel(t)
+	image := initrd(t, k)
+	bin := *flagBinary
+	if bin == "" {
+		bin = daemon.Binary(t)
+		needExport(t, bin)
+	}
+	r := &round{t: t, h: start(t, bin, format, d.queues, diskSize)}
+	begin := time.Now()
+	r.m = boot(t, k, image, r.h.socket(), d)
+	t.Logf("%s, %v: up after %v", format, d, time.Since(begin).Round(time.Millisecond))
+	a := r.m.do(command{Do: "format", Device: "/dev/vda"})
+	if want := d.features(); *flagBinary == "" &&
+		(a.Features&(featureIndirect|featureEventIdx|featurePacked) != want || a.Queues != int64(d.queues)) {
+		t.Errorf("the guest uses features %#x and %d queues", a.Features, a.Queues)
+	}
+	r.m.do(command{Do: "load", Seed: seed})
+	r.step("load", func() {}, true)
+	return r
+}
+
+// needExport skips the test if the daemon has no export for guests.
+func needExport(t *testing.T, bin string) {
+	t.Helper()
+	q := daemon.StartBinary(t, bin, t.TempDir()).Dial(t)
+	if !bytes.Contains(q.Must(t, "query-qmp-schema", nil), []byte(`"vhost-user-blk"`)) {
+		t.Skip("SKIPPED: no exports of type vhost-user-blk")
+	}
+}
+
+// step does something to the disk and waits until the guest has done more to it. alive: the daemon
+// lives through it.
+func (r *round) step(name string, f func(), alive bool) {
+	r.t.Helper()
+	begin := time.Now()
+	f()
+	took := time.Since(begin)
+	a := r.m.do(command{Do: "await", Ops: *flagOps})
+	wait := time.Duration(a.Wait)
+	r.t.Logf("%-9s %8v; %6d operations, longest wait %8v (%s)", name, took.Round(time.Millisecond), a.Ops,
+		wait.Round(10*time.Microsecond), a.What)
+	if !alive {
+		return
+	}
+	r.longest = max(r.longest, wait)
+	if wait > *flagWait {
+		r.t.Errorf("%s: a %s took %v", name, a.What, wait)
+	}
+}
+
+// moves changes what is below the guest in each way.
+func (r *round) moves() {
+	r.t.Helper()
+	r.step("resize", func() {
+		r.h.grow(16 * mib)
+		r.m.do(command{Do: "grown", Size: r.h.size})
+	}, true)
+	base := r.h.top
+	r.step("snapshot", r.h.snapshot, true)
+	r.step("commit", func() { r.h.commit(base) }, true)
+	r.step("mirror", r.h.mirror, true)
+}
+
+// end has the guest check all that it has written, and ends everything.
+func (r *round) end() {
+	r.t.Helper()
+	a := r.m.do(command{Do: "check"})
+	r.t.Logf("%d operations, all that was written is there; longest wait %v", a.Ops, r.longest)
+	r.m.off()
+	r.h.stop()
+}
+
+// TestGuest is one guest that sees all that can happen to its disk.
+func TestGuest(t *testing.T) {
+	r := newRound(t, "raw", device{queues: 4, packed: true, indirect: true, events: true}, *flagSeed)
+	r.step("kill", r.h.kill, false)
+	r.h.format = "qcow2"
+	r.moves()
+	r.end()
+}
+
+// TestRounds are many, with each kind of rings. Where the daemon is killed the images are raw: an
+// image with metadata is, after the death of a daemon, what it was at the last flush or later, but
+// the guest lives on and would have to know.
+func TestRounds(t *testing.T) {
+	if *flagRounds == 0 {
+		t.Skip("rounds are for `make guest`")
+	}
+	var longest time.Duration
+	for i := range *flagRounds {
+		d := device{queues: 1 + 3*(i>>1&1), packed: i>>2&1 == 1, indirect: i>>3&1 == 0, events: i%3 != 2}
+		t.Run("", func(t *testing.T) {
+			if i&1 == 0 {
+				r := newRound(t, "qcow2", d, *flagSeed+uint64(i))
+				r.moves()
+				r.end()
+				longest = max(longest, r.longest)
+				return
+			}
+			r := newRound(t, "raw", d, *flagSeed+uint64(i))
+			for range 3 {
+				r.step("kill", r.h.kill, false)
+			}
+			r.moves()
+			r.step("kill", r.h.kill, false)
+			r.end()
+			longest = max(longest, r.longest)
+		})
+		if t.Failed() {
+			return
+		}
+	}
+	t.Logf("the longest wait of all rounds is %v", longest)
+}
