@@ -10,7 +10,7 @@ STATICCHECK := honnef.co/go/tools/cmd/staticcheck@v0.6.1
 CHECKLOCKS  := gvisor.dev/gvisor/tools/checklocks/cmd/checklocks@v0.0.0-20260905035102-160fafc42237
 
 .DEFAULT_GOAL := help
-.PHONY: help build run test tools check race lint locks fuzz meta geometry crash hostile storm migration guest load starts golden bench man generate generate-check tidy-check interop clean FORCE
+.PHONY: help build run test tools check race lint locks fuzz meta geometry sealed crash hostile storm migration guest load starts golden bench man generate generate-check tidy-check interop clean FORCE
 
 help: ## list the targets
 	@sed -n 's/^\([a-z-]*\):.*## /\1\t/p' $(MAKEFILE_LIST) | expand -t 18
@@ -70,6 +70,11 @@ meta: ## random operations on a graph against plain bytes: SEED= first seed, SEE
 
 geometry: ## all jobs over disks of all shapes against plain bytes: SEED= first seed, SAMPLES= how many
 	$(GO) test -count=1 -timeout 0 ./tests/geometry -run TestSamples -v -geometry.seed $(SEED) -geometry.samples $(SAMPLES)
+
+TRIALS ?= 200
+
+sealed: ## chains of encrypted images under everything that changes them: SEED= first seed, TRIALS= how many
+	$(GO) test -count=1 -timeout 0 -v ./tests/sealed -run TestTrials -sealed.seed $(SEED) -sealed.trials $(TRIALS)
 
 crash: ## ROUNDS= rounds of kill -9 under load
 	$(GO) test -count=1 -timeout 0 -v ./tests/crash -run TestKill -crash.rounds $(ROUNDS) -crash.seed $(SEED)
