@@ -56,6 +56,8 @@ type job struct {
 	idle     bool // nothing was to do when the job was made
 	ok       bool
 	lost     bool // the target could not be flushed: nobody knows what of it is on stable storage
+
+	surplus
 }
 
 func (j *job) perf() types.BackupPerf { return types.Or(j.args.XPerf, types.BackupPerf{}) }
@@ -108,6 +110,9 @@ func (j *job) Run(ctx context.Context, h *jobs.Handle) error {
 		if j.driver.Over() {
 			break
 		}
+	}
+	if err := j.giveUpRest(ctx); err != nil {
+		return err
 	}
 	if !j.closesTarget && (j.bitmap == nil || j.bitmapMode == types.BitmapSyncModeNever) {
 		return nil
@@ -168,7 +173,11 @@ func (j *job) copy(r *blk.Req, off int64, e copy.Extent) (int64, error) {
 	if e.Action == copy.Zero {
 		return j.driver.SkipZeroes(r, off, e.N), nil
 	}
-	return j.driver.CopyCounting(r, off, e.N)
+	n, err := j.driver.CopyCounting(r, off, e.N)
+	if err == nil && j.stored != nil {
+		j.canGiveUp(r, off, e.N)
+	}
+	return n, err
 }
 
 // skipUnallocated takes off the list what the source itself does not hold.

@@ -7,6 +7,7 @@ import (
 
 	"qblockd/blockdev/filter/copybeforewrite"
 	"qblockd/graph"
+	"qblockd/graph/bitmap"
 	"qblockd/graph/blk"
 	"qblockd/graph/perm"
 	"qblockd/jobs"
@@ -102,6 +103,10 @@ func (j *job) makeFilter(tx *graph.Tx) error {
 	j.driver = copybeforewrite.New(filter, j.source.Size(), cluster, compress)
 	if !types.Or(p.UseCopyRange, true) {
 		j.driver.CopyThroughMemory()
+	}
+	if types.Or(j.args.DiscardSource, false) {
+		j.driver.ChangesSource()
+		j.stored = bitmap.New(j.source.Size(), cluster)
 	}
 	filter.SetDriver(j.driver)
 	if _, err := tx.Attach(filter, "target", perm.Data, j.target); err != nil {

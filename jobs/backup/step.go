@@ -54,6 +54,7 @@ func FromDriveArgs(nodes *blockdev.Manager, m *jobs.Manager, a *types.DriveBacku
 		JobID: a.JobID, Device: a.Device, Sync: a.Sync, Speed: a.Speed, Bitmap: a.Bitmap, BitmapMode: a.BitmapMode,
 		Compress: a.Compress, OnSourceError: a.OnSourceError, OnTargetError: a.OnTargetError,
 		AutoFinalize: a.AutoFinalize, AutoDismiss: a.AutoDismiss, FilterNodeName: a.FilterNodeName, XPerf: a.XPerf,
+		DiscardSource: a.DiscardSource,
 	}}
 }
 
@@ -221,6 +222,10 @@ func (j *job) check() error {
 	}
 	if blk.AlignUp(j.source.Size(), blk.SectorSize) != blk.AlignUp(j.target.Size(), blk.SectorSize) {
 		return errors.New("Source and target image have different sizes")
+	}
+	if _, ok := j.source.SkipFilters().Driver().(graph.ChildKeeper); !ok && types.Or(j.args.DiscardSource, false) {
+		return fmt.Errorf("Node '%s' keeps no point in time: 'discard-source' would take away what its users have",
+			j.source.Name())
 	}
 	return nil
 }

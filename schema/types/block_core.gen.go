@@ -1851,6 +1851,10 @@ type BackupCommon struct {
 	FilterNodeName *string
 	// How it goes about it.
 	XPerf *BackupPerf
+	// Once parts are copied, and on stable storage in the target, they are discarded in @device, a
+	// `snapshot-access` node that has discard unmap: what they took where the point in time is kept is
+	// free then, and nobody can read them there any more (default: false; since 9.1).
+	DiscardSource *bool
 }
 
 // BlockdevBackup: a backup to a node.
@@ -1881,6 +1885,10 @@ type BlockdevBackup struct {
 	FilterNodeName *string
 	// How it goes about it.
 	XPerf *BackupPerf
+	// Once parts are copied, and on stable storage in the target, they are discarded in @device, a
+	// `snapshot-access` node that has discard unmap: what they took where the point in time is kept is
+	// free then, and nobody can read them there any more (default: false; since 9.1).
+	DiscardSource *bool
 	// The node that is copied to.
 	Target string
 }
@@ -1913,6 +1921,10 @@ type DriveBackup struct {
 	FilterNodeName *string
 	// How it goes about it.
 	XPerf *BackupPerf
+	// Once parts are copied, and on stable storage in the target, they are discarded in @device, a
+	// `snapshot-access` node that has discard unmap: what they took where the point in time is kept is
+	// free then, and nobody can read them there any more (default: false; since 9.1).
+	DiscardSource *bool
 	// The file.
 	Target string
 	// Format of the image in it (default: that of @device if the image is made, else it is guessed).

@@ -1008,6 +1008,7 @@ func membersBlockdevBackup(d *decoder, x *BlockdevBackup) bool {
 		opt(d, "auto-dismiss", &x.AutoDismiss, visitBool) &&
 		opt(d, "filter-node-name", &x.FilterNodeName, visitStr) &&
 		opt(d, "x-perf", &x.XPerf, visitBackupPerf) &&
+		opt(d, "discard-source", &x.DiscardSource, visitBool) &&
 		visitStr(d, "target", &x.Target)
 }
 
@@ -1034,6 +1035,7 @@ func membersDriveBackup(d *decoder, x *DriveBackup) bool {
 		opt(d, "auto-dismiss", &x.AutoDismiss, visitBool) &&
 		opt(d, "filter-node-name", &x.FilterNodeName, visitStr) &&
 		opt(d, "x-perf", &x.XPerf, visitBackupPerf) &&
+		opt(d, "discard-source", &x.DiscardSource, visitBool) &&
 		visitStr(d, "target", &x.Target) &&
 		opt(d, "format", &x.Format, visitStr) &&
 		opt(d, "mode", &x.Mode, visitNewImageMode)

@@ -2886,6 +2886,10 @@ func (x *BackupCommon) AppendJSON(b []byte) []byte {
 	}
 	b = append(b, `, "sync": `...)
 	b = appendEnum(b, x.Sync)
+	if x.DiscardSource != nil {
+		b = append(b, `, "discard-source": `...)
+		b = appendBool(b, *x.DiscardSource)
+	}
 	if x.BitmapMode != nil {
 		b = append(b, `, "bitmap-mode": `...)
 		b = appendEnum(b, *x.BitmapMode)
@@ -2940,6 +2944,10 @@ func (x *BlockdevBackup) AppendJSON(b []byte) []byte {
 	}
 	b = append(b, `, "sync": `...)
 	b = appendEnum(b, x.Sync)
+	if x.DiscardSource != nil {
+		b = append(b, `, "discard-source": `...)
+		b = appendBool(b, *x.DiscardSource)
+	}
 	if x.BitmapMode != nil {
 		b = append(b, `, "bitmap-mode": `...)
 		b = appendEnum(b, *x.BitmapMode)
@@ -3003,6 +3011,10 @@ func (x *DriveBackup) AppendJSON(b []byte) []byte {
 	if x.Format != nil {
 		b = append(b, `, "format": `...)
 		b = value.AppendString(b, *x.Format)
+	}
+	if x.DiscardSource != nil {
+		b = append(b, `, "discard-source": `...)
+		b = appendBool(b, *x.DiscardSource)
 	}
 	if x.BitmapMode != nil {
 		b = append(b, `, "bitmap-mode": `...)

@@ -252,6 +252,9 @@ var generators = map[string]func(g *gen) made{
 		if a["device"] != "d1" && a["device"] != "d2" {
 			a["target"] = g.pick("t0", "t1") // where copying before guests' writes does not fail: those would
 		}
+		if g.one(8) {
+			a["discard-source"] = true
+		}
 		return made{args: a}
 	},
 	"drive-backup": func(g *gen) made {

@@ -58,6 +58,7 @@ type State struct {
 	flags      blk.Flags // of writes to the target
 	compressed bool
 	buffered   bool // data go through memory
+	changes    bool // see ChangesSource
 	copied     func(n int64)
 
 	pending *bitmap.Bitmap // clusters to do; bits are cleared when a cluster is taken
@@ -130,6 +131,9 @@ func (s *State) OnCopied(f func(n int64)) { s.copied = f }
 
 // CopyThroughMemory keeps the kernel from copying. Set before the filter is in use.
 func (s *State) CopyThroughMemory() { s.buffered = true }
+
+// ChangesSource claims that the owner may discard in the source. Set before the filter is in use.
+func (s *State) ChangesSource() { s.changes = true }
 
 // Cluster is the unit of copies in bytes.
 func (s *State) Cluster() int64 { return s.cluster }

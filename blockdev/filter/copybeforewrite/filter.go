@@ -147,6 +147,9 @@ func (d *Driver) EdgeClaim(child string, role perm.Role, up perm.Claim, readOnly
 		return perm.Claim{Need: perm.Write, Share: perm.All &^ perm.Resize}
 	}
 	c := d.Passthrough.EdgeClaim(child, role, up, readOnly)
+	if d.changes {
+		c.Need |= perm.Write
+	}
 	if c.Need&perm.Write != 0 {
 		c.Need |= perm.ConsistentRead
 	}
