@@ -45,7 +45,8 @@ type migration struct {
 	dirs   [2]string // of source and target
 	creds  string    // the object, without its endpoint
 	clear  bool      // it is not used, so that the kernel may send pages of the disk
-	failed int       // tries
+	mode   types.MirrorCopyMode
+	failed int // tries
 }
 
 // TestMigration moves disks under guests that write, while the wire is cut.
@@ -60,7 +61,7 @@ func TestMigration(t *testing.T) {
 		}
 		m.move(pivot, cuts)
 		m.goOn()
-		m.t.Logf("in the clear %v, pivot %v, %v: %d requests, %d made again, %d tries failed", m.clear, pivot, cuts,
+		m.t.Logf("%v, in the clear %v, pivot %v, %v: %d requests, %d made again, %d tries failed", m.mode, m.clear, pivot, cuts,
 			m.guests.done(), m.guests.again(), m.failed)
 	})
 }
@@ -84,7 +85,10 @@ func rounds(t *testing.T, n int, f func(m *migration, pivot bool)) {
 // newMigration starts both daemons and the wire, and fills the disk.
 func newMigration(t *testing.T, seed uint64) *migration {
 	m := &migration{t: t, r: rand.New(rand.NewPCG(seed, 3)), h: newHosts(t), dirs: [2]string{t.TempDir(), t.TempDir()}}
-	m.clear = m.r.IntN(2) == 0
+	m.clear, m.mode = m.r.IntN(2) == 0, types.MirrorCopyModeWriteBlocking
+	if m.r.IntN(2) == 0 {
+		m.mode = types.MirrorCopyModeBackground
+	}
 	for _, dir := range m.dirs {
 		x := rig.New(dir)
 		cs := uint64(4096) << m.r.IntN(5)
@@ -196,7 +200,7 @@ func (m *migration) mirror() {
 	})))
 	m.qs.Events = nil
 	m.qs.Must(m.t, "blockdev-mirror", map[string]any{
-		"job-id": "move", "device": "disk", "target": "remote", "sync": "full", "copy-mode": "write-blocking"})
+		"job-id": "move", "device": "disk", "target": "remote", "sync": "full", "copy-mode": m.mode})
 }
 
 // ready has the mirror run until the wire was cut as often as it is to be, and ends it.

@@ -58,9 +58,9 @@ type conn struct {
 	// Whose turn it is to read.
 	in       *bufio.Reader
 	parts    [][]byte
-	answered bool // something was
-	asked    bool // something was, and got no answer
-	alone    int  // how many answers in a row left nothing under way
+	answered atomic.Bool // something was
+	asked    bool        // something was, and got no answer
+	alone    int         // how many answers in a row left nothing under way
 
 	// The sender's.
 	batch []*slot

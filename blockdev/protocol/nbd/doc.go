@@ -57,6 +57,9 @@
 // block status are one request however long the range is. A server that comes back without them is
 // not taken.
 //
+// CMD_CACHE is not sent, nor is it by QEMU (7.2, 10.0): a prefetch of what an export has is over
+// when its block status is known, and what copy-on-read wants it reads.
+//
 // # Pages of files
 //
 // What jobs copy from files on this machine to a server is sent by the kernel, from its cache,

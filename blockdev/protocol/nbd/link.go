@@ -173,7 +173,8 @@ func (l *link) get(r *blk.Req, again bool) (c *conn, age int, err error) {
 func (l *link) lost(c *conn, err error) {
 	l.mu.Lock()
 	defer l.mu.Unlock()
-	if l.state == closed || !l.leaveLocked(c, err) {
+	last, answered := l.leaveLocked(c, err)
+	if l.state == closed || !last {
 		return
 	}
 	var breach protocolError
@@ -189,7 +190,7 @@ func (l *link) lost(c *conn, err error) {
 		return
 	}
 	now := l.clock.Now()
-	lasted := c.answered || now.Sub(c.born) >= lastPause // else it is as if the server had not come back
+	lasted := answered || now.Sub(c.born) >= lastPause // else it is as if the server had not come back
 	if lasted {
 		l.pause = 0
 	}

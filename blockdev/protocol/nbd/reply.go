@@ -48,7 +48,9 @@ func (c *conn) readReply() error {
 	if err := s.complete(); err != nil {
 		return err
 	}
-	c.answered = true
+	if !c.answered.Load() {
+		c.answered.Store(true)
+	}
 	c.moved.Add(progress)
 	c.mu.Lock()
 	c.open--

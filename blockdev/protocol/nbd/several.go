@@ -77,25 +77,27 @@ func (l *link) add(age int, nc net.Conn, e *export) bool {
 // leaveLocked takes c out of use. false: it was not in use any more, or it is one of several and
 // has never answered, so that nothing relies on it and the others go on. Else nothing is in use:
 // what was acknowledged on any of them, and not flushed, could be with another server than the
-// next.
+// next. answered: one of them has answered something.
 //
 // +checklocks:l.mu
-func (l *link) leaveLocked(c *conn, err error) bool {
+func (l *link) leaveLocked(c *conn, err error) (last, answered bool) {
 	i := slices.Index(l.conns, c)
 	if i < 0 {
-		return false
+		return false, false
 	}
 	l.conns = slices.Delete(l.conns, i, i+1)
+	answered = c.answered.Load()
 	var breach protocolError
-	if i > 0 && !c.answered && !errors.As(err, &breach) {
+	if i > 0 && !answered && !errors.As(err, &breach) {
 		slog.Warn("a further connection to an NBD server is lost", "node", l.node,
 			"connections", len(l.conns), "error", err)
-		return false
+		return false, false
 	}
 	for _, c := range l.conns {
+		answered = answered || c.answered.Load()
 		c.kill(errSibling)
 	}
 	clear(l.conns)
 	l.conns = l.conns[:0]
-	return true
+	return true, answered
 }
