@@ -14,7 +14,8 @@ type imageSpec struct {
 	file, format string // "": the format is guessed
 	password     string // a file with it, or ""
 	readOnly     bool
-	chain        bool // with its backing file, which is left alone otherwise
+	chain        bool   // with its backing file, which is left alone otherwise
+	snapshot     string // show this one inside the image, or ""
 }
 
 // open opens an image file as imageNode.
@@ -34,6 +35,9 @@ func (o *own) open(ctx context.Context, s imageSpec) (err error) {
 	}
 	if s.format == "qcow2" && !s.chain {
 		node["backing"] = nil
+	}
+	if s.snapshot != "" {
+		node["x-qblockd-snapshot"] = s.snapshot
 	}
 	if err := o.unlock(ctx, node, s.password); err != nil {
 		return err

@@ -18,12 +18,12 @@ type measureInfo struct {
 }
 
 // measureOptions are those of the command.
-type measureOptions struct{ size, target, options, format, output, node, password string }
+type measureOptions struct{ size, target, options, format, output, node, password, snapshot string }
 
 func (a *app) measureCommand() *cobra.Command {
 	var o measureOptions
 	cmd := &cobra.Command{
-		Use:                   "measure [-O FORMAT] [-o OPTIONS] [--output json] {--size N | FILE | --node NAME}",
+		Use:                   "measure [-O FORMAT] [-o OPTIONS] [--output json] {--size N | [-l SNAPSHOT] FILE | --node NAME}",
 		DisableFlagsInUseLine: true,
 		Short:                 "tell how large the file of an image would be",
 		Long: "Tells how many bytes the file of a new image takes, as 'qemu-img measure' does: an empty one of --size bytes, or one with\n" +
@@ -37,8 +37,11 @@ func (a *app) measureCommand() *cobra.Command {
 					sources++
 				}
 			}
-			if sources != 1 {
+			switch {
+			case sources != 1:
 				return fmt.Errorf("measure: either --size, a FILE, or --node; %w", errUsage)
+			case o.snapshot+o.password != "" && len(args) == 0:
+				return fmt.Errorf("measure: -l and --password-file are for a FILE; %w", errUsage)
 			}
 			if o.output != "human" && o.output != "json" {
 				return fmt.Errorf("measure: --output human or json; %w", errUsage)
@@ -50,6 +53,7 @@ func (a *app) measureCommand() *cobra.Command {
 	cmd.Flags().StringVarP(&o.options, "options", "o", "", "its `OPTIONS`: NAME=VALUE,...")
 	cmd.Flags().StringVar(&o.size, "size", "", "size `N` of its disk in bytes, or with a suffix: k, M, G, T, P, E")
 	cmd.Flags().StringVarP(&o.format, "format", "f", "", "`FORMAT` of FILE, if it is not to be guessed")
+	cmd.Flags().StringVarP(&o.snapshot, "snapshot", "l", "", "the contents are what this `SNAPSHOT` inside FILE has, an ID or a name")
 	cmd.Flags().StringVar(&o.output, "output", "human", "`FORM` of the result: human, or json")
 	cmd.Flags().StringVar(&o.password, "password-file", "", passwordUsage)
 	cmd.Flags().StringVar(&o.node, "node", "", "the contents are those of this `NODE` of the running daemon")
@@ -82,7 +86,9 @@ func (a *app) measure(ctx context.Context, o measureOptions, file string) error 
 		c = d.client
 		if file != "" {
 			args["node-name"] = imageNode
-			spec := imageSpec{file: file, format: o.format, password: o.password, readOnly: true, chain: true}
+			spec := imageSpec{
+				file: file, format: o.format, password: o.password, snapshot: o.snapshot, readOnly: true, chain: true,
+			}
 			if err := d.open(ctx, spec); err != nil {
 				return err
 			}

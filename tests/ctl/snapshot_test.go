@@ -44,6 +44,10 @@ func TestSnapshotAndMeasure(t *testing.T) {
 		{"snapshot -a x --node b", 0, ""},
 		{"snapshot -d x --node b", 0, ""},
 		{"snapshot --node c", 1, "there is no node 'c'"},
+		{"snapshot -c seen " + image, 0, ""},
+		{"measure -O qcow2 -l seen " + image, 0, "required size: 1376256"},
+		{"measure -O qcow2 -l 9 " + image, 1, "9"},
+		{"measure -O qcow2 -l seen --size 1G", 2, "-l and --password-file are for a FILE"},
 		{"measure --size 1G", 0, "fully allocated size: 1073741824"},
 		{"measure -O qcow2 -o cluster_size=2M,extended_l2=on,compat=1.1,lazy_refcounts=on --size 1G", 0, "fully allocated size: 1"},
 		{"measure -O qcow2 -o cluster_size=3 --size 1G", 1, "Cluster size must be a power of two"},
@@ -51,7 +55,6 @@ func TestSnapshotAndMeasure(t *testing.T) {
 		{"measure -O qcow2 --node b --output json", 0, "\"bitmaps\": 0"},
 		{"measure -O vmdk --size 1", 1, "vmdk"},
 		{"measure", 2, "--size, a FILE, or --node"},
-		{"snapshot -c seen " + image, 0, ""},
 	} {
 		out, said, code := ctl(t, d, "", strings.Fields(s.words)...)
 		if code != s.code || !strings.Contains(out+said, s.said) {

@@ -119,7 +119,7 @@ func (s *amender) amendable(o *types.BlockdevAmendOptionsQcow2) (version, order 
 		}
 		order = uint32(bits.TrailingZeros64(uint64(*n)))
 	}
-	backing, _ := s.backName, s.ext.BackingFormat
+	backing := s.backName
 	switch {
 	case o.DataFile != nil && !s.geo.External:
 		err = errors.New("data-file can only be set for images that use an external data file")
@@ -127,7 +127,7 @@ func (s *amender) amendable(o *types.BlockdevAmendOptionsQcow2) (version, order 
 		err = errors.New("data-file-raw cannot be set on existing images")
 	case o.RefcountBits != nil && order != 4 && version < 3:
 		err = errors.New("Refcount widths other than 16 bits require compatibility level 1.1 or above (use compat=1.1 or greater)")
-	case (o.BackingFile != nil || o.BackingFmt != nil) && pick(o.BackingFile, "") != backing:
+	case o.BackingFmt != nil && o.BackingFile == nil, o.BackingFile != nil && *o.BackingFile != backing:
 		err = errors.New("Cannot amend the backing file")
 	case o.BackingFmt != nil && len(*o.BackingFmt) > layout.MaxBackingFormat:
 		err = errInval

@@ -152,6 +152,7 @@ func TestAmendImageRefused(t *testing.T) {
 		{CreateOptions{}, amendment{DataFile: ptr("x")}, "data-file can only be set for images that use an external data file"},
 		{CreateOptions{}, amendment{DataFileRaw: &on}, "data-file-raw cannot be set on existing images"},
 		{CreateOptions{}, amendment{BackingFile: ptr("x")}, "Cannot amend the backing file"},
+		{CreateOptions{}, amendment{BackingFmt: ptr(types.BlockdevDriver("raw"))}, "Cannot amend the backing file"},
 	} {
 		c.o.Size, c.o.ClusterSize = 50*cs, &cs
 		f, disk := amendable(t, c.o)
