@@ -87,7 +87,7 @@ func TestCrash(t *testing.T) {
 	for _, v := range variants {
 		for _, size := range []int{2, 8, 32} {
 			t.Run(fmt.Sprintf("%s/%d", v.name, size), func(t *testing.T) {
-				for seed := range uint64(150) {
+				for seed := range uint64(50) {
 					testCrash(t, v.features, v.indirect, size, seed)
 				}
 			})

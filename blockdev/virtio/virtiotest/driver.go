@@ -22,10 +22,14 @@ type Driver struct {
 	Drv      uint64
 	Dev      uint64
 
-	ring driverRing
-	busy map[uint16]*chain // by head or id
-	// table is memory for the indirect table of each head or id.
-	table map[uint16]uint64
+	ring  driverRing
+	busy  map[uint16]*chain // by head or id
+	table map[uint16]table  // memory for the indirect table of each head or id
+}
+
+type table struct {
+	at   uint64
+	room int
 }
 
 // chain is what the device has.
@@ -46,12 +50,9 @@ type driverRing interface {
 	pending() bool
 }
 
-// MaxBufs is how many elements an indirect buffer may have.
-const MaxBufs = 256
-
 // NewDriver makes an empty queue in g.
 func NewDriver(g *Guest, size int, features uint64) *Driver {
-	d := &Driver{G: g, Size: size, Features: features, busy: map[uint16]*chain{}, table: map[uint16]uint64{}}
+	d := &Driver{G: g, Size: size, Features: features, busy: map[uint16]*chain{}, table: map[uint16]table{}}
 	d.Desc = g.Alloc(16*size, 16)
 	if features&virtio.FPacked != 0 {
 		d.Drv, d.Dev = g.Alloc(4, 4), g.Alloc(4, 4)
@@ -115,10 +116,10 @@ func (d *Driver) Interrupts(on bool) (more bool) {
 
 // indirectTable writes bufs as a table of its own and returns its address.
 func (d *Driver) indirectTable(head uint16, bufs []Buf, encode func(b []byte, i int, f Buf)) uint64 {
-	if d.table[head] == 0 {
-		d.table[head] = d.G.Alloc(16*MaxBufs, 16)
+	if d.table[head].room < len(bufs) {
+		d.table[head] = table{d.G.Alloc(16*len(bufs), 16), len(bufs)}
 	}
-	at := d.table[head]
+	at := d.table[head].at
 	for i, f := range bufs {
 		encode(d.G.At(at+uint64(16*i), 16), i, f)
 	}
