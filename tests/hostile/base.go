@@ -27,6 +27,7 @@ type Spec struct {
 	Corrupt     bool
 	Extras      bool  // extensions, fields and autoclear bits that nobody knows
 	Prealloc    bool  // every cluster has a place
+	Extended    bool  // L2 entries have bitmaps of subclusters
 	Tail        int64 // bytes that the file lacks at its end
 
 	Backing, BackingFormat string
@@ -66,6 +67,13 @@ var Specs = []Spec{
 	{Name: "full", Version: 3, ClusterBits: 12, Order: 4, Size: 128 << 10, Prealloc: true},
 	{Name: "extras", Version: 3, ClusterBits: 16, Order: 4, Size: 2 << 20, Extras: true, Bitmaps: true},
 	{Name: "empty", Version: 3, ClusterBits: 16, Order: 4, Size: 0},
+	{Name: "subs", Version: 3, ClusterBits: 16, Order: 4, Size: 257 << 20, Extended: true,
+		Snapshots: true, Bitmaps: true, Every: true},
+	{Name: "subs-16k", Version: 3, ClusterBits: 14, Order: 4, Size: 2 << 20, Extended: true, Snapshots: true,
+		Backing: "back.raw", BackingFormat: "raw"},
+	{Name: "subs-2m", Version: 3, ClusterBits: 21, Order: 3, Size: 64 << 20, Extended: true, Zstd: true},
+	{Name: "subs-dirty", Version: 3, ClusterBits: 16, Order: 4, Size: 2 << 20, Extended: true, Lazy: true, Dirty: true,
+		Snapshots: true, Bitmaps: true},
 }
 
 // Place is a structure of a base image.
@@ -124,7 +132,7 @@ const pageSize = 4096
 func (b *Base) cs() int64 { return 1 << b.ClusterBits }
 
 func (b *Base) geometry() layout.Geometry {
-	return layout.Geometry{ClusterBits: b.ClusterBits, RefcountOrder: b.Order}
+	return layout.Geometry{ClusterBits: b.ClusterBits, RefcountOrder: b.Order, Extended: b.Extended}
 }
 
 // put writes to the image.
@@ -227,6 +235,7 @@ func NewBase(s Spec) *Base {
 		{s.Dirty, &h.IncompatibleFeatures, layout.IncompatDirty},
 		{s.Corrupt, &h.IncompatibleFeatures, layout.IncompatCorrupt},
 		{s.Zstd, &h.IncompatibleFeatures, layout.IncompatCompression},
+		{s.Extended, &h.IncompatibleFeatures, layout.IncompatExtL2},
 		{s.Extras, &h.AutoclearFeatures, 1 << 40}, {s.Extras, &h.CompatibleFeatures, 1 << 41},
 	} {
 		if f.on {
@@ -347,7 +356,7 @@ func (b *Base) finish() {
 			b.Probes = append(b.Probes, Piece{off, make([]byte, n)})
 		}
 	}
-	perTable := b.cs() << (b.ClusterBits - 3)
+	perTable := b.cs() << b.geometry().L2Bits()
 	switch {
 	case b.ClusterBits == 21:
 		for c := range int64(16) {

@@ -11,15 +11,27 @@ import (
 
 // guest makes the L2 tables and what they name. The first table has an entry of each kind.
 func (b *Base) guest(l1, l1n int64) {
-	per := int64(1) << (b.ClusterBits - 3)
+	per := int64(1) << b.geometry().L2Bits()
 	clusters := (b.Size + b.cs() - 1) >> b.ClusterBits
 	l2 := b.alloc("l2", 1)
 	b.put64(l1, uint64(l2)|layout.Copied)
 	b.field("l1[0]", l1, 8, Pointer)
 	entry := func(table, i int64, name string, c Class, v uint64) {
-		b.put64(table+i*8, v)
+		at := b.slot(table, i)
+		b.put64(at, v)
 		if name != "" {
-			b.field("l2."+name, table+i*8, 8, c)
+			b.field("l2."+name, at, 8, c)
+		}
+		if !b.Extended {
+			return
+		}
+		switch {
+		case c == Packed:
+		case v&layout.OffsetMask != 0:
+			b.put64(at+8, layout.AllAlloc)
+		}
+		if name != "" {
+			b.field("bits."+name, at+8, 8, Bits)
 		}
 	}
 	for _, d := range []struct {
@@ -31,7 +43,10 @@ func (b *Base) guest(l1, l1n int64) {
 		entry(l2, d.i, d.name, Pointer, uint64(off)|layout.Copied)
 	}
 	b.compressed(l2, entry)
-	if b.Version >= 3 {
+	switch {
+	case b.Extended:
+		b.subclusters(l2, entry)
+	case b.Version >= 3:
 		entry(l2, 4, "zero", Pointer, layout.ZeroFlag)
 		off := b.alloc("kept", 1)
 		b.data(off, 0x77)
@@ -51,10 +66,37 @@ func (b *Base) guest(l1, l1n int64) {
 	}
 	if b.Prealloc {
 		for i := range min(per, clusters) {
-			if be.Uint64(b.get(l2+i*8, 8)) == 0 {
-				b.put64(l2+i*8, uint64(b.alloc("", 1))|layout.Copied)
+			if be.Uint64(b.get(b.slot(l2, i), 8)) == 0 {
+				b.put64(b.slot(l2, i), uint64(b.alloc("", 1))|layout.Copied)
 			}
 		}
+	}
+}
+
+// slot is where entry i of an L2 table is.
+func (b *Base) slot(table, i int64) int64 { return table + i<<b.geometry().EntryBits() }
+
+// subclusters makes entries that have some of theirs, zeroes with a place and without, and places
+// without anything.
+func (b *Base) subclusters(l2 int64, entry func(table, i int64, name string, c Class, v uint64)) {
+	for _, x := range []struct {
+		i    int64
+		name string
+		bits uint64
+		host bool
+	}{
+		{4, "zero", layout.AllZero, false}, {5, "kept", layout.AllZero, true}, {7, "placed", 0, true},
+		{8, "mixed", 0x0f0f00ff | 0xf0f0ff00<<layout.Subclusters, true}, {9, "zeroes", 0xff00ff << layout.Subclusters, false},
+		{11, "some", 0xf, true},
+	} {
+		v := uint64(0)
+		if x.host {
+			off := b.alloc(x.name, 1)
+			b.data(off, byte(0x70+x.i))
+			v = uint64(off) | layout.Copied
+		}
+		entry(l2, x.i, x.name, Pointer, v)
+		b.put64(b.slot(l2, x.i)+8, x.bits)
 	}
 }
 
@@ -133,9 +175,14 @@ func (b *Base) snapshots(l1, l1n int64) int64 {
 		old := b.alloc(fmt.Sprintf("s%d.data", i), 1)
 		b.data(old, 0xe0+byte(i))
 		b.put64(sl2, uint64(old)|layout.Copied)
-		shared := be.Uint64(b.get(l2+13*8, 8)) & layout.OffsetMask
-		b.put64(sl2+13*8, shared)
-		b.put64(l2+13*8, shared)
+		at := b.slot(0, 13)
+		shared := be.Uint64(b.get(l2+at, 8)) & layout.OffsetMask
+		b.put64(sl2+at, shared)
+		b.put64(l2+at, shared)
+		if b.Extended {
+			b.put64(sl2+8, layout.AllAlloc)
+			b.put64(sl2+at+8, layout.AllAlloc)
+		}
 		b.ref(int64(shared))
 		if i == 1 && l1n > 1 {
 			second := be.Uint64(b.get(l1+8, 8)) & layout.OffsetMask
@@ -149,7 +196,7 @@ func (b *Base) snapshots(l1, l1n int64) int64 {
 		name := fmt.Sprintf("s%d.", i)
 		b.field(name+"l1[0]", sl1, 8, Pointer)
 		b.field(name+"l2.data", sl2, 8, Pointer)
-		b.field(name+"l2.shared", sl2+13*8, 8, Pointer)
+		b.field(name+"l2.shared", sl2+at, 8, Pointer)
 		b.fields(name, table+int64(len(entries)), snapshotFields)
 		entries = be.AppendUint64(entries, uint64(sl1))
 		entries = be.AppendUint32(entries, uint32(l1n))
@@ -163,7 +210,7 @@ func (b *Base) snapshots(l1, l1n int64) int64 {
 		entries = append(entries, fmt.Sprintf("%dsnap%d", i+1, i)...)
 		entries = append(entries, make([]byte, -len(entries)&7)...)
 	}
-	b.field("l2.shared", l2+13*8, 8, Pointer)
+	b.field("l2.shared", l2+b.slot(0, 13), 8, Pointer)
 	b.put(table, entries)
 	return table
 }

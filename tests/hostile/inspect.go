@@ -185,9 +185,12 @@ func (r *Report) l1(off, n int64, u1, u2, ud use) {
 		if int64(l2) >= r.length {
 			r.bad("an L2 table lies behind the end")
 		}
-		for _, e := range r.entries(int64(l2), r.g.ClusterSize()/8) {
+		for k, e := range r.entries(int64(l2), r.g.ClusterSize()/8) {
 			if r.lost {
 				return
+			}
+			if r.g.Extended && k%2 == 1 {
+				continue // bits
 			}
 			switch k := r.g.KindOf(e); k {
 			case layout.CompressedKind:
@@ -322,7 +325,8 @@ func (r *Report) judge() {
 			r.lost = r.lost || h == Unusable && u&(useHeader|useReftable|useL1) != 0
 		}
 	}
-	per := r.g.ClusterSize() / 8
+	per := int64(1) << r.g.L2Bits()
+	words := r.g.ClusterSize() / 8 / per
 	for i, e := range r.entries(int64(r.h.L1TableOffset), min(int64(r.h.L1Size), mostJudged)) {
 		if r.lost {
 			return
@@ -342,17 +346,33 @@ func (r *Report) judge() {
 			r.disk[-int64(i)-1] = h // the whole table
 			continue
 		}
-		t := r.entries(l2, per)
+		t := r.entries(l2, per*words)
+		t = append(t, make([]uint64, per*words-int64(len(t)))...)
 		for j := range per {
-			var e uint64
-			if j < int64(len(t)) {
-				e = t[j]
+			g := max(h, r.entry(t[j*words]))
+			if r.g.Extended && !r.possible(t[j*2], t[j*2+1]) {
+				r.bad("the bits of L2 entry %#x are %#x", t[j*2], t[j*2+1])
+				g = Unusable
 			}
-			if g := max(h, r.entry(e)); g != Sound {
+			if g != Sound {
 				r.disk[int64(i)*per+j] = g
 			}
 		}
 	}
+}
+
+// possible tells whether an extended L2 entry can have these bits.
+func (r *Report) possible(e, bits uint64) bool {
+	alloc, zero := bits&(1<<32-1), bits>>32
+	switch r.g.KindOf(e) {
+	case layout.CompressedKind:
+		return bits == 0
+	case layout.Normal:
+		return alloc&zero == 0
+	case layout.Unallocated:
+		return alloc == 0
+	}
+	return false
 }
 
 // entry judges an L2 entry.
@@ -389,7 +409,7 @@ func (r *Report) At(off int64) Health {
 		return Unusable
 	}
 	c := off >> r.g.ClusterBits
-	per := r.g.ClusterSize() / 8
+	per := int64(1) << r.g.L2Bits()
 	if h, ok := r.disk[-(c/per)-1]; ok {
 		return max(r.least, h)
 	}

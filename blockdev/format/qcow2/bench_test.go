@@ -148,3 +148,15 @@ func TestNoNeedlessFlush(t *testing.T) {
 	}
 	mustClose(t, s)
 }
+
+// BenchmarkCheck looks over an image of a million clusters.
+func BenchmarkCheck(b *testing.B) {
+	f := mustCreate(b, CreateOptions{Size: 64 << 30, Preallocation: blk.PreallocMetadata})
+	s := mustOpen(b, mem{f}, config{})
+	defer mustClose(b, s)
+	for b.Loop() {
+		if res, err := s.checkImage(req(), mendNothing, nil); err != nil || res.Corruptions+res.Leaks > 0 {
+			b.Fatal(res, err)
+		}
+	}
+}

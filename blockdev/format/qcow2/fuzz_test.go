@@ -158,7 +158,8 @@ func fuzzImage(t *testing.T, img, ops []byte) {
 				_ = s.WriteAt(req(), blk.Buf(b[:min(s.cs, n)]), off&^(s.cs-1), blk.Compressed)
 			case 1:
 				if size < 1<<24 {
-					_ = s.Resize(req(), (size+100*512)&^511, blk.PreallocOff)
+					mode := []blk.Prealloc{blk.PreallocOff, blk.PreallocMetadata}[op>>3&1]
+					_ = s.Resize(req(), (size+100*512)&^511, mode)
 				}
 			default:
 				if size < 1<<24 {
