@@ -27,6 +27,9 @@ func (r *reader) perform() error {
 
 // answer answers the request that was performed.
 func (r *reader) answer() {
+	if r.sent {
+		return
+	}
 	b := r.reply[:outHeaderSize]
 	switch r.q.op {
 	case opRead:
@@ -57,6 +60,12 @@ func (r *reader) performRead() error {
 	a := &r.io
 	if a.n = min(a.n, max(r.root.Size()-a.off, 0), maxData); a.n == 0 {
 		return nil
+	}
+	if a.n >= mapMin {
+		done, err := r.readMapped(a.off, a.n)
+		if r.sent = done; done || err != nil {
+			return err
+		}
 	}
 	return r.root.ReadAt(r.unit, blk.Buf(r.buf.B[dataAt:dataAt+a.n]), a.off, 0)
 }

@@ -9,6 +9,7 @@ import (
 
 	"qblockd/graph"
 	"qblockd/graph/blk"
+	"qblockd/graph/perm"
 )
 
 // attrValid is for how many seconds the kernel may believe attributes.
@@ -136,10 +137,41 @@ func (r *reader) resize(to func(now int64) (int64, blk.Prealloc)) error {
 	if size == now {
 		return nil
 	}
+	back, err := r.claimResize()
+	if err != nil {
+		return err
+	}
+	defer back()
 	undrain, err := r.root.Graph().Drain(r.ctx, n)
 	if err != nil {
 		return err
 	}
 	defer undrain()
 	return r.root.Resize(context.WithoutCancel(r.ctx), size, true, prealloc)
+}
+
+// claimResize claims the right to change the size for a while, where the export has not got it.
+// EPERM: others forbid it.
+func (r *reader) claimResize() (back func(), err error) {
+	e := r.root.Edge()
+	was := e.Claim()
+	if was.Need&perm.Resize != 0 {
+		return func() {}, nil
+	}
+	set := func(ctx context.Context, c perm.Claim) error {
+		return r.root.Graph().Do(ctx, func(tx *graph.Tx) error { return tx.SetClaim(e, c) })
+	}
+	more := was
+	more.Need |= perm.Resize
+	if err := set(r.ctx, more); err != nil {
+		if r.ctx.Err() != nil {
+			return nil, err
+		}
+		return nil, syscall.EPERM
+	}
+	return func() {
+		if err := set(context.WithoutCancel(r.ctx), was); err != nil {
+			r.log.Error("FUSE export keeps the right to resize its node", "export", r.export.Options.ID, "err", err)
+		}
+	}, nil
 }

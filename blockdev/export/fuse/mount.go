@@ -26,7 +26,7 @@ var errMount = errors.New("Failed to mount FUSE session to export")
 type mount struct {
 	path   string // resolved and absolute
 	dev    int    // /dev/fuse, with the connection
-	id     uint64 // the kernel's number of the mount
+	place  place  // where it is
 	helper bool   // fusermount3 has mounted it, and must unmount it
 }
 
@@ -107,7 +107,7 @@ func newMount(path string, allowOther bool) (*mount, error) {
 		return nil, fmt.Errorf("opening /dev/fuse: %w", err)
 	}
 	m := &mount{path: path, dev: dev}
-	options := "default_permissions,max_read=" + strconv.Itoa(maxData)
+	options := "default_permissions,max_read=" + strconv.FormatInt(maxRead(), 10)
 	if allowOther {
 		options += ",allow_other"
 	}
@@ -123,26 +123,31 @@ func newMount(path string, allowOther bool) (*mount, error) {
 		unix.Close(dev)
 		return nil, fmt.Errorf("mounting %s: %w", path, err)
 	}
-	m.id = mountAt(path)
+	m.place = placeAt(path)
 	return m, nil
 }
 
-// mountAt is the number of the mount at path, 0 if there is none. It asks nobody who serves a file
-// system.
-func mountAt(path string) uint64 {
+// place tells mounts apart.
+type place struct {
+	id           uint64 // the kernel's number of the mount; used again before Linux 6.8
+	major, minor uint32 // of the device of the file system
+}
+
+// placeAt is the mount at path. It asks nobody who serves a file system.
+func placeAt(path string) place {
 	var st unix.Statx_t
 	const flags = unix.AT_SYMLINK_NOFOLLOW | unix.AT_NO_AUTOMOUNT | unix.AT_STATX_DONT_SYNC
-	if unix.Statx(unix.AT_FDCWD, path, flags, unix.STATX_MNT_ID, &st) != nil {
-		return 0
+	if unix.Statx(unix.AT_FDCWD, path, flags, unix.STATX_MNT_ID_UNIQUE|unix.STATX_MNT_ID, &st) != nil {
+		return place{}
 	}
-	return st.Mnt_id
+	return place{st.Mnt_id, st.Dev_major, st.Dev_minor}
 }
 
 // unmount takes the mount away; it is no error if somebody else has done so. Requests that are
 // under way and all later ones fail, with fusermount3 only when nobody has the file open any more.
 func (m *mount) unmount() error {
 	switch {
-	case mountAt(m.path) != m.id:
+	case placeAt(m.path) != m.place:
 		return m.covered()
 	case m.helper:
 		return runHelper("-u", "-z", "--", m.path)
@@ -156,9 +161,9 @@ func (m *mount) covered() error {
 	if err != nil {
 		return err
 	}
-	id := []byte(strconv.FormatUint(m.id, 10) + " ")
+	dev := fmt.Sprintf("%d:%d", m.place.major, m.place.minor)
 	for line := range bytes.Lines(table) {
-		if bytes.HasPrefix(line, id) {
+		if f := strings.Fields(string(line)); len(f) >= 5 && f[2] == dev && unescape(f[4]) == m.path {
 			return errors.New("something else is mounted over it")
 		}
 	}

@@ -34,6 +34,8 @@ type reader struct {
 	io    ioArg
 	alloc allocArg
 	seek  seekArg
+	pipe  pipe
+	sent  bool // the request is answered
 	// unit is the unit of work of the request that is being served.
 	unit *blk.Req
 }
@@ -44,6 +46,7 @@ func newReader(s *server) *reader {
 
 // end gives back what the reader has.
 func (r *reader) end() {
+	r.pipe.close()
 	if r.unit == nil { // else, after a panic, the device may still use it
 		blk.PutBuf(r.buf)
 	}
@@ -74,6 +77,7 @@ func (r *reader) run() {
 // serve serves one request, as read.
 func (r *reader) serve(b []byte) {
 	q := &r.q
+	r.sent = false
 	if err := q.parse(b); err != nil {
 		r.log.Error("FUSE request is ignored", "export", r.export.Options.ID, "err", err)
 		return

@@ -46,7 +46,7 @@ type server struct {
 	use     atomic.Int64
 	over    atomic.Bool  // the last one has ended
 	idle    atomic.Int32 // readers that wait for requests
-	running atomic.Int32 // readers
+	running atomic.Int32 // goroutines that use the connection: readers, and tellSizes
 
 	mu         sync.Mutex
 	mode       uint32 // +checklocks:mu
@@ -64,22 +64,27 @@ const spareReaders = 2
 
 // serve starts serving x by m.
 func (t *Type) serve(x *export.Export, m *mount, shared bool) *server {
+	mode := uint32(unix.S_IFREG | 0o400)
+	if x.Writable() {
+		mode |= 0o200
+	}
 	s := &server{
 		export: x, root: x.Root, writable: x.Writable(), shared: shared, mount: m, log: t.log,
 		growable:  types.Or(x.Options.U.(*types.BlockExportOptionsFuse).Growable, false),
 		unmounted: func() { t.release(m.path) },
 		done:      make(chan struct{}),
-		mode:      unix.S_IFREG | 0o400, uid: uint32(os.Getuid()), gid: uint32(os.Getgid()),
+		mode:      mode, uid: uint32(os.Getuid()), gid: uint32(os.Getgid()),
 		ends: 2,
 	}
-	if s.writable {
-		s.mode |= 0o200
-	}
 	s.ctx, s.cancel = context.WithCancel(context.Background())
-	s.running.Store(spareReaders)
+	s.running.Store(spareReaders + 1) // and tellSizes
 	for range spareReaders {
 		s.goRead()
 	}
+	panics.Go("news of a FUSE export's size", func() {
+		defer s.connectionLeft()
+		s.tellSizes()
+	}, nil)
 	return s
 }
 
@@ -140,13 +145,32 @@ func (s *server) ShutdownIfIdle(context.Context) bool {
 // Done implements export.Server.
 func (s *server) Done() <-chan struct{} { return s.done }
 
+// tellSizes lets the kernel ask for the attributes again when the size has changed. It ends with
+// the export; then the connection is nobody's to write to.
+func (s *server) tellSizes() {
+	b := make([]byte, 0, outHeaderSize+24)
+	for {
+		select {
+		case <-s.ctx.Done():
+			return
+		case <-s.export.Resized():
+		}
+		if !s.enter() {
+			return
+		}
+		// Fails, which is no harm, when the kernel knows nothing of the file yet.
+		_, _ = unix.Write(s.mount.dev, appendInvalidate(b))
+		s.leave()
+	}
+}
+
 // moreReaders starts a reader if nobody waits for requests, and there may be one more. The caller
 // is a reader.
 func (s *server) moreReaders() {
 	if s.idle.Load() > 0 {
 		return
 	}
-	if s.running.Add(1) > maxReaders {
+	if s.running.Add(1) > maxReaders+1 {
 		s.running.Add(-1)
 		return
 	}
@@ -156,16 +180,15 @@ func (s *server) moreReaders() {
 func (s *server) goRead() {
 	s.idle.Add(1)
 	panics.Go("a reader of FUSE requests", func() {
-		defer s.readerGone()
+		defer s.connectionLeft()
 		r := newReader(s)
 		defer r.end()
 		r.run()
 	}, nil)
 }
 
-// readerGone tells that a reader has ended; the last one closes the connection, if that has not
-// been done.
-func (s *server) readerGone() {
+// connectionLeft tells that a goroutine that uses the connection has ended; the last one closes it.
+func (s *server) connectionLeft() {
 	if s.running.Add(-1) == 0 {
 		unix.Close(s.mount.dev)
 	}

@@ -51,9 +51,10 @@ func (t *Type) Check(_ *graph.Node, o *types.BlockExportOptions) ([]*graph.Node,
 	return nil, nil
 }
 
-// Claim implements export.Type. What clients may write they may truncate.
+// Claim implements export.Type. What clients may write they may truncate, too; but that is claimed
+// when one does, so that jobs and exports that forbid it can come and go.
 func (t *Type) Claim(o *types.BlockExportOptions, need perm.Perm) perm.Claim {
-	if types.Or(o.Writable, false) || types.Or(o.U.(*types.BlockExportOptionsFuse).Growable, false) {
+	if types.Or(o.U.(*types.BlockExportOptionsFuse).Growable, false) {
 		need |= perm.Resize
 	}
 	return perm.Claim{Need: need, Share: perm.All}

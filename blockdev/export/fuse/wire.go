@@ -272,6 +272,17 @@ func appendStatfs(b []byte) []byte {
 	return append(b, make([]byte, 32)...)
 }
 
+// appendInvalidate appends the notice that the attributes have changed, not the data.
+func appendInvalidate(b []byte) []byte {
+	const invalidateInode = 2
+	b = le.AppendUint32(b, outHeaderSize+24)
+	b = le.AppendUint32(b, invalidateInode)
+	b = le.AppendUint64(b, 0) // no reply
+	b = le.AppendUint64(b, rootInode)
+	b = le.AppendUint64(b, ^uint64(0))
+	return le.AppendUint64(b, 0)
+}
+
 // putHead writes the head of a reply of n bytes after it into b.
 func putHead(b []byte, unique uint64, errno syscall.Errno, n int) {
 	le.PutUint32(b, uint32(outHeaderSize+n))
