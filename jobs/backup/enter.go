@@ -90,7 +90,7 @@ func (j *job) makeFilter(tx *graph.Tx) error {
 		return err
 	}
 	o := graph.Options{DriverName: copybeforewrite.DriverName, Discard: true}
-	filter, err := j.site.MakeFilter(tx, name, j.source, o)
+	filter, err := j.site.MakeFilter(tx, name, o)
 	if err != nil {
 		return err
 	}

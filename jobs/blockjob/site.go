@@ -118,11 +118,10 @@ func (s *Site) giveUp() {
 	}
 }
 
-// MakeFilter makes the job's filter, which caches like the node it is for. The name "" is
-// generated, and the filter then implicit.
-func (s *Site) MakeFilter(tx *graph.Tx, name string, like *graph.Node, o graph.Options) (*graph.Node, error) {
-	l := like.Options()
-	o.Name, o.Implicit, o.Kind, o.Direct, o.NoFlush = name, name == "", graph.Filter, l.Direct, l.NoFlush
+// MakeFilter makes the job's filter. It shows the default cache mode, as in QEMU, whatever that of
+// the node it is for. The name "" is generated, and the filter then implicit.
+func (s *Site) MakeFilter(tx *graph.Tx, name string, o graph.Options) (*graph.Node, error) {
+	o.Name, o.Implicit, o.Kind = name, name == "", graph.Filter
 	n, err := tx.NewNode(&o)
 	s.Filter = n
 	return n, err

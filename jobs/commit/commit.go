@@ -64,7 +64,7 @@ func (j *Job) enter(ctx context.Context, m *jobs.Manager) (*jobs.Job, error) {
 // fill builds the filter and takes what the job relies on.
 func (j *Job) fill(tx *graph.Tx) error {
 	o := graph.Options{DriverName: DriverName, ReadOnly: true, NeverFreeze: true}
-	filter, err := j.site.MakeFilter(tx, j.filterName, j.top, o)
+	filter, err := j.site.MakeFilter(tx, j.filterName, o)
 	if err != nil {
 		return err
 	}

@@ -92,7 +92,7 @@ func (j *Job) fill(tx *graph.Tx, m *jobs.Manager) error {
 	}
 	name, _ := graph.GivenName(j.args.FilterNodeName)
 	o := graph.Options{DriverName: DriverName, NeverFreeze: true, Discard: true}
-	filter, err := j.site.MakeFilter(tx, name, j.source, o)
+	filter, err := j.site.MakeFilter(tx, name, o)
 	if err != nil {
 		return err
 	}

@@ -185,7 +185,7 @@ func (j *Job) fill(tx *graph.Tx, m *jobs.Manager) error {
 }
 
 func (j *Job) makeFilter(tx *graph.Tx) error {
-	filter, err := j.site.MakeFilter(tx, j.filterName, j.top(), graph.Options{DriverName: DriverName, Discard: true})
+	filter, err := j.site.MakeFilter(tx, j.filterName, graph.Options{DriverName: DriverName, Discard: true})
 	if err != nil {
 		return err
 	}

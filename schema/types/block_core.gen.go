@@ -302,10 +302,15 @@ type BlockDeviceStats struct {
 	WrBytes int64
 	// Bytes discarded.
 	UnmapBytes int64
+	// Bytes appended to zones; always 0, as are the other five of zones: no zoned device is used as such
+	// (since 8.1).
+	ZoneAppendBytes int64
 	// Reads.
 	RdOperations int64
 	// Writes.
 	WrOperations int64
+	// Appends to zones (since 8.1).
+	ZoneAppendOperations int64
 	// Flushes.
 	FlushOperations int64
 	// Discards.
@@ -318,6 +323,8 @@ type BlockDeviceStats struct {
 	FlushTotalTimeNs int64
 	// Time spent on discards.
 	UnmapTotalTimeNs int64
+	// Time spent on appends (since 8.1).
+	ZoneAppendTotalTimeNs int64
 	// End of the farthest write.
 	WrHighestOffset int64
 	// Reads merged into others.
@@ -326,6 +333,8 @@ type BlockDeviceStats struct {
 	WrMerged int64
 	// Discards merged into others.
 	UnmapMerged int64
+	// Appends merged into others (since 8.1).
+	ZoneAppendMerged int64
 	// Time since the last request.
 	IdleTimeNs *int64
 	// Reads that failed.
@@ -336,6 +345,8 @@ type BlockDeviceStats struct {
 	FailedFlushOperations int64
 	// Discards that failed.
 	FailedUnmapOperations int64
+	// Appends that failed (since 8.1).
+	FailedZoneAppendOperations int64
 	// Reads that were not acceptable.
 	InvalidRdOperations int64
 	// Writes that were not acceptable.
@@ -344,6 +355,8 @@ type BlockDeviceStats struct {
 	InvalidFlushOperations int64
 	// Discards that were not acceptable.
 	InvalidUnmapOperations int64
+	// Appends that were not acceptable (since 8.1).
+	InvalidZoneAppendOperations int64
 	// Unacceptable requests count as activity.
 	AccountInvalid bool
 	// Failed requests count in the times.
