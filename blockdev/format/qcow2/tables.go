@@ -144,7 +144,11 @@ func (s *tables) clustersOf(r *blk.Req, e uint64, list []int64) ([]int64, error)
 				return list, err
 			}
 		}
-		off, n := s.geo.HostRange(be.Uint64(buf.B[k:]))
+		e := be.Uint64(buf.B[k:])
+		off, n := s.geo.HostRange(e)
+		if e&layout.Compressed == 0 && off&(s.cs-1) != 0 {
+			continue // it refers to nothing, for a survey and a check, too
+		}
 		for c := off >> s.cb; c<<s.cb < off+n; c++ {
 			list = append(list, c)
 		}
