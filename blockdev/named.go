@@ -142,12 +142,16 @@ func (c *catalog) jsonOptions(
 	if byImage {
 		c.dropHints(d)
 	}
-	c.complete(d)
+	thens := completions{}
+	c.complete(d, thens)
 	if s, ok := d.Get("driver"); ok {
 		if c.drivers[types.BlockdevDriver(fmt.Sprint(s))] == nil {
 			return nil, nil, fmt.Errorf("Unknown driver '%v'", s)
 		}
 		o, err := types.DecodeBlockdevOptions(d, types.ModeKeyval)
+		if err == nil {
+			c.completed(o, d, thens)
+		}
 		return o, nil, err
 	}
 	f, ok := d.Get("file")
@@ -155,25 +159,72 @@ func (c *catalog) jsonOptions(
 		return nil, nil, errors.New("Must specify either driver or file")
 	}
 	file, err := types.DecodeBlockdevRef(f, types.ModeKeyval)
+	if err == nil {
+		c.completed(file.Definition, f, thens)
+	}
 	return nil, file, err
 }
 
+// completions are what is left to do once options are made of those in a name.
+type completions map[*value.Dict]func(u any)
+
 // complete adds what nodes in a "json:" file name leave out.
-func (c *catalog) complete(v value.Value) {
+func (c *catalog) complete(v value.Value, thens completions) {
 	switch v := v.(type) {
 	case value.List:
 		for _, x := range v {
-			c.complete(x)
+			c.complete(x, thens)
 		}
 	case *value.Dict:
 		name, _ := v.Get("driver")
 		if d := c.drivers[types.BlockdevDriver(fmt.Sprint(name))]; d != nil && d.Complete != nil {
-			d.Complete(v)
+			if then := d.Complete(v); then != nil {
+				thens[v] = then
+			}
 		}
 		for _, mem := range v.Members() {
-			c.complete(mem.Value)
+			c.complete(mem.Value, thens)
 		}
 	}
+}
+
+// completed does what is left for the options o, made of v, and those of their children.
+func (c *catalog) completed(o *types.BlockdevOptions, v value.Value, thens completions) {
+	given, ok := v.(*value.Dict)
+	if !ok || o == nil || len(thens) == 0 {
+		return
+	}
+	if then := thens[given]; then != nil {
+		then(o.U)
+	}
+	d := c.drivers[o.Driver]
+	if d == nil || o.U == nil {
+		return
+	}
+	if d.Children != nil {
+		for _, child := range d.Children(o.U) {
+			c.completed(child.Ref.Definition, childOf(given, child.Name), thens)
+		}
+	}
+	if d.Backing != nil {
+		if b := d.Backing(o.U); b != nil {
+			c.completed(b.Definition, childOf(given, "backing"), thens)
+		}
+	}
+}
+
+// childOf is what a name says of a child: "LIST.NUMBER" is an element of a list.
+func childOf(o *value.Dict, name string) value.Value {
+	if v, ok := o.Get(name); ok {
+		return v
+	}
+	list, number, _ := strings.Cut(name, ".")
+	v, _ := o.Get(list)
+	l, _ := v.(value.List)
+	if i, err := strconv.Atoi(number); err == nil && 0 <= i && i < len(l) {
+		return l[i]
+	}
+	return nil
 }
 
 // Names in images and of clients are no longer than maxNameText bytes, nest no deeper than

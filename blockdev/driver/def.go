@@ -68,8 +68,9 @@ type Def[O any] struct {
 	Strong func(u O, add func(name string, v value.Value))
 
 	// Complete adds to options of a "json:" file name what QEMU, which writes such names into
-	// images, leaves out.
-	Complete func(o *value.Dict)
+	// images, leaves out. What it returns, nil if there is nothing to do, is called with the
+	// options that are made of them.
+	Complete func(o *value.Dict) (then func(u any))
 	// FromFile makes the options of a format that is told nothing but its file.
 	FromFile func(file types.BlockdevRef) O
 	// Probe rates how well the first bytes of a file, up to 512, fit: 0 to 100.

@@ -94,6 +94,21 @@ func secretOf(o *types.BlockdevQcow2Encryption) (format string, secret *string) 
 	return string(o.Format), secret
 }
 
+// unsaid stands for the format that the image has, until that is known.
+const unsaid types.BlockdevQcow2EncryptionFormat = ""
+
+// sayFormat has the options say how the image is encrypted, if they leave that to it.
+func sayFormat(o *types.BlockdevQcow2Encryption, h *layout.Header) {
+	if o == nil || o.Format != unsaid {
+		return
+	}
+	_, secret := secretOf(o)
+	o.Format, o.U = types.BlockdevQcow2EncryptionFormatLuks, &types.QCryptoBlockOptionsLUKS{KeySecret: secret}
+	if h.CryptMethod == layout.CryptAES {
+		o.Format, o.U = types.BlockdevQcow2EncryptionFormatAes, &types.QCryptoBlockOptionsQCow{KeySecret: secret}
+	}
+}
+
 // checkEncrypt refuses options that are not for the image's kind of encryption.
 func checkEncrypt(o *types.BlockdevOptionsQcow2, h *layout.Header) error {
 	format, _ := secretOf(o.Encrypt)

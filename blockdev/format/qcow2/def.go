@@ -32,15 +32,7 @@ var Def = driver.Of(driver.Def[*types.BlockdevOptionsQcow2]{
 		driver.AddGiven(add, "encrypt.key-secret", secret)
 		driver.AddGiven(add, snapshotShown, u.XQblockdSnapshot)
 	},
-	Complete: func(o *value.Dict) {
-		// The image knows its format. That its key is its password (aes) has to be said.
-		e, _ := o.Get("encrypt")
-		if e, ok := e.(*value.Dict); ok {
-			if _, ok := e.Get("format"); !ok {
-				e.Set("format", string(types.BlockdevQcow2EncryptionFormatLuks))
-			}
-		}
-	},
+	Complete: completeEncrypt,
 	Probe: func(head []byte) int {
 		if layout.Probe(head) {
 			return 100
@@ -81,6 +73,24 @@ var Def = driver.Of(driver.Def[*types.BlockdevOptionsQcow2]{
 		return amend(ctx, a, u)
 	},
 })
+
+// completeEncrypt: the image knows how it is encrypted. Until it is read any format will do.
+func completeEncrypt(o *value.Dict) func(u any) {
+	e, _ := o.Get("encrypt")
+	given, ok := e.(*value.Dict)
+	if !ok {
+		return nil
+	}
+	if _, said := given.Get("format"); said {
+		return nil
+	}
+	given.Set("format", string(types.BlockdevQcow2EncryptionFormatLuks))
+	return func(u any) {
+		if o := u.(*types.BlockdevOptionsQcow2); o.Encrypt != nil {
+			o.Encrypt.Format = unsaid
+		}
+	}
+}
 
 // snapshotShown is the option that makes a node show a snapshot.
 const snapshotShown = "x-qblockd-snapshot"

@@ -55,6 +55,7 @@ func (s *image) load(r *blk.Req) error {
 	if err := s.loadTables(r); err != nil {
 		return err
 	}
+	sayFormat(s.options.Encrypt, s.hdr)
 	if s.ext, err = s.hdr.ParseExtensions(first); err != nil {
 		return err
 	}
