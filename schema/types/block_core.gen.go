@@ -70,12 +70,15 @@ const (
 	ImageInfoSpecificKindQcow2 ImageInfoSpecificKind = "qcow2"
 	// LUKS.
 	ImageInfoSpecificKindLuks ImageInfoSpecificKind = "luks"
+	// Files (since 8.0).
+	ImageInfoSpecificKindFile ImageInfoSpecificKind = "file"
 )
 
 // ImageInfoSpecificKindValues lists the values of ImageInfoSpecificKind in the order of the schema.
 var ImageInfoSpecificKindValues = []ImageInfoSpecificKind{
 	ImageInfoSpecificKindQcow2,
 	ImageInfoSpecificKindLuks,
+	ImageInfoSpecificKindFile,
 }
 
 // ImageInfoSpecificQCow2Wrapper: part of the schema's structure.
@@ -90,12 +93,25 @@ type ImageInfoSpecificLUKSWrapper struct {
 	Data QCryptoBlockInfoLUKS
 }
 
+// ImageInfoSpecificFile: what only files have.
+type ImageInfoSpecificFile struct {
+	// Bytes the file system should give to the file at a time, if that is set.
+	ExtentSizeHint *uint64
+}
+
+// ImageInfoSpecificFileWrapper: part of the schema's structure.
+type ImageInfoSpecificFileWrapper struct {
+	// The particulars.
+	Data ImageInfoSpecificFile
+}
+
 // ImageInfoSpecific: what only images of one format have.
 type ImageInfoSpecific struct {
 	// The format.
 	Type ImageInfoSpecificKind
 	// U holds the members of the branch that Type selects; nil where the branch has none.
-	// *ImageInfoSpecificQCow2Wrapper for qcow2, *ImageInfoSpecificLUKSWrapper for luks.
+	// *ImageInfoSpecificQCow2Wrapper for qcow2, *ImageInfoSpecificLUKSWrapper for luks,
+	// *ImageInfoSpecificFileWrapper for file.
 	U any
 }
 

@@ -128,6 +128,23 @@ func (x *ImageInfoSpecificLUKSWrapper) AppendJSON(b []byte) []byte {
 }
 
 // AppendJSON appends x in QEMU's form, members in hash order.
+func (x *ImageInfoSpecificFile) AppendJSON(b []byte) []byte {
+	b = append(b, '{')
+	if x.ExtentSizeHint != nil {
+		b = appendKey(b, "extent-size-hint")
+		b = appendUint(b, *x.ExtentSizeHint)
+	}
+	return append(b, '}')
+}
+
+// AppendJSON appends x in QEMU's form, members in hash order.
+func (x *ImageInfoSpecificFileWrapper) AppendJSON(b []byte) []byte {
+	b = append(b, `{"data": `...)
+	b = x.Data.AppendJSON(b)
+	return append(b, '}')
+}
+
+// AppendJSON appends x in QEMU's form, members in hash order.
 func (x *ImageInfoSpecific) AppendJSON(b []byte) []byte {
 	switch u := x.U.(type) {
 	case *ImageInfoSpecificQCow2Wrapper:
@@ -137,6 +154,12 @@ func (x *ImageInfoSpecific) AppendJSON(b []byte) []byte {
 		b = u.Data.AppendJSON(b)
 		return append(b, '}')
 	case *ImageInfoSpecificLUKSWrapper:
+		b = append(b, `{"type": `...)
+		b = appendEnum(b, x.Type)
+		b = append(b, `, "data": `...)
+		b = u.Data.AppendJSON(b)
+		return append(b, '}')
+	case *ImageInfoSpecificFileWrapper:
 		b = append(b, `{"type": `...)
 		b = appendEnum(b, x.Type)
 		b = append(b, `, "data": `...)

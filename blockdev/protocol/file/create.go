@@ -147,3 +147,12 @@ func setExtentHint(fd int, size uint32) error {
 	a.extsize = size
 	return ioctl(fd, fsIocFSSetXattr, unsafe.Pointer(&a))
 }
+
+// extentHint is the size of extents that the file system is to aim at, 0 if none is set.
+func extentHint(fd int) uint32 {
+	var a fsxattr
+	if ioctl(fd, fsIocFSGetXattr, unsafe.Pointer(&a)) != nil {
+		return 0
+	}
+	return a.extsize
+}

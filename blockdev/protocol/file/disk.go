@@ -24,6 +24,7 @@ type disk struct {
 	local  bool // no server of a file system has a part in what becomes of the file
 	limits blk.Limits
 	id     graph.FileID // which file it is
+	hint   uint32       // size of extents the file system is to aim at, as of the opening; 0: none
 
 	pace   pace
 	behind behind

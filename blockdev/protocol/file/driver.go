@@ -60,8 +60,19 @@ var (
 	_ graph.StatsReporter = (*disk)(nil)
 )
 
-// ImageInfo implements graph.Informer: a file is never dirty, but says so.
-func (d *disk) ImageInfo(info *types.ImageInfo) { info.DirtyFlag = new(bool) }
+// ImageInfo implements graph.Informer: a file is never dirty, but says so. What else it has to add
+// is its extent size hint, if there is one.
+func (d *disk) ImageInfo(info *types.ImageInfo) {
+	info.DirtyFlag = new(bool)
+	if d.hint == 0 {
+		return
+	}
+	hint := uint64(d.hint)
+	info.FormatSpecific = &types.ImageInfoSpecific{
+		Type: types.ImageInfoSpecificKindFile,
+		U:    &types.ImageInfoSpecificFileWrapper{Data: types.ImageInfoSpecificFile{ExtentSizeHint: &hint}},
+	}
+}
 
 // DriverStats implements graph.StatsReporter.
 func (d *disk) DriverStats() *types.BlockStatsSpecific {

@@ -148,6 +148,9 @@ func (d *disk) setup(h *handle) error {
 
 	d.memory, d.local = storageOf(h.fd)
 	d.memory = d.memory && !d.device
+	if kind == unix.S_IFREG {
+		d.hint = extentHint(h.fd)
+	}
 	var err error
 	if d.direct, err = d.alignments(h.fd, d.settings.direct, &d.limits); err != nil {
 		return err
