@@ -17,6 +17,7 @@ import (
 	"qblockd/blockdev/export"
 	"qblockd/blockdev/export/fuse"
 	"qblockd/blockdev/export/nbd"
+	"qblockd/blockdev/export/vhostuser"
 	"qblockd/blockdev/object"
 	"qblockd/cmd/version"
 	"qblockd/events"
@@ -94,6 +95,7 @@ func newDaemon(p processWide) *daemon {
 	o.SocketMode, o.Idle, o.Log, o.Objects = p.socketMode, d.memory.giveBack, slog.Default(), d.objects
 	d.nbd = nbd.NewType(d.exports, o)
 	fuse.NewType(d.exports, slog.Default())
+	vhostuser.NewType(d.exports, vhostuser.Options{SocketMode: p.socketMode, Log: slog.Default()})
 	d.chardevs = chardev.NewTable(chardev.Options{
 		SocketMode: p.socketMode, MaxClients: p.limits.clients, Detached: p.daemonize, Objects: d.objects,
 	})

@@ -62,8 +62,11 @@ func optionGroups() [][]option {
 		{long: "export", apply: structured("type", types.DecodeBlockExportOptions, (*daemon).addExport),
 			args: []string{
 				"[type=]nbd,id=<id>,node-name=<node>[,name=<name>][,writable=on|off]",
+				"[type=]vhost-user-blk,id=<id>,node-name=<node>,addr.type=unix,addr.path=<path>[,writable=on|off]" +
+					"[,num-queues=<n>][,logical-block-size=<n>]",
 				"[type=]fuse,id=<id>,node-name=<node>,mountpoint=<file>[,writable=on|off][,growable=on|off]"},
-			text: "export a node over NBD, which needs --nbd-server before it, or as a file, mounted over an existing one"},
+			text: "export a node: over NBD, which needs --nbd-server before it, as a disk for a virtual machine, or as " +
+				"a file, mounted over an existing one"},
 		{long: "object", apply: (*daemon).addObject,
 			args: []string{"<type>,id=<id>[,<property>=<value>...]"},
 			text: "make an object; 'help' lists the types, '<type>,help' their properties"},

@@ -18,11 +18,13 @@ type BlockExport struct {
 	NBD     *nbd.Type
 }
 
-// NbdServerStart implements types.BlockExportHandler. Descriptors are for the command line: a
-// client cannot know which ones are free.
+// errFD: descriptors are for the command line, a client cannot know which ones are free.
+var errFD = errors.New("only QEMU supports file descriptor passing")
+
+// NbdServerStart implements types.BlockExportHandler.
 func (h BlockExport) NbdServerStart(ctx context.Context, a *types.NbdServerStartArgs) error {
 	if a.Addr.Type == types.SocketAddressTypeFd {
-		return errors.New("only QEMU supports file descriptor passing")
+		return errFD
 	}
 	return h.NBD.Start(ctx, &types.NbdServerOptions{
 		Addr: *nbd.Flatten(&a.Addr), TlsCreds: a.TlsCreds, TlsAuthz: a.TlsAuthz,
@@ -67,6 +69,9 @@ func (h BlockExport) NbdServerRemove(ctx context.Context, a *types.NbdServerRemo
 
 // BlockExportAdd implements types.BlockExportHandler.
 func (h BlockExport) BlockExportAdd(ctx context.Context, a *types.BlockExportOptions) error {
+	if v, ok := a.U.(*types.BlockExportOptionsVhostUserBlk); ok && v.Addr.Type == types.SocketAddressTypeFd {
+		return errFD
+	}
 	return h.Exports.Add(ctx, a)
 }
 

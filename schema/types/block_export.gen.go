@@ -37,6 +37,18 @@ type BlockExportOptionsNbd struct {
 	AllocationDepth *bool
 }
 
+// BlockExportOptionsVhostUserBlk: an export over vhost-user: the disk of a virtual machine whose memory
+// the daemon shares, one front end at a time.
+type BlockExportOptionsVhostUserBlk struct {
+	// Where front ends connect: a unix socket, or a listening one that the daemon has inherited, by its
+	// number.
+	Addr SocketAddress
+	// Size of a block in bytes, as the guest sees it: a power of two from 512 to 2 MiB (default 512).
+	LogicalBlockSize *uint64
+	// How many request queues the guest can use (default 1).
+	NumQueues *uint16
+}
+
 // NbdServerAddOptions: an export over NBD, in the older form.
 type NbdServerAddOptions struct {
 	// Name of the export (default: the node's name).
@@ -75,6 +87,8 @@ type BlockExportType string
 const (
 	// Over the NBD server.
 	BlockExportTypeNbd BlockExportType = "nbd"
+	// As a disk of a virtual machine, over vhost-user (since 5.2).
+	BlockExportTypeVhostUserBlk BlockExportType = "vhost-user-blk"
 	// As a file (since 6.0).
 	BlockExportTypeFuse BlockExportType = "fuse"
 )
@@ -82,6 +96,7 @@ const (
 // BlockExportTypeValues lists the values of BlockExportType in the order of the schema.
 var BlockExportTypeValues = []BlockExportType{
 	BlockExportTypeNbd,
+	BlockExportTypeVhostUserBlk,
 	BlockExportTypeFuse,
 }
 
@@ -144,7 +159,8 @@ type BlockExportOptions struct {
 	// becomes active, and stays so if clients may write (default false; since 10.0).
 	AllowInactive *bool
 	// U holds the members of the branch that Type selects; nil where the branch has none.
-	// *BlockExportOptionsNbd for nbd, *BlockExportOptionsFuse for fuse.
+	// *BlockExportOptionsNbd for nbd, *BlockExportOptionsVhostUserBlk for vhost-user-blk,
+	// *BlockExportOptionsFuse for fuse.
 	U any
 }
 

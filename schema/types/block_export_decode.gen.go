@@ -37,6 +37,21 @@ func membersBlockExportOptionsNbd(d *decoder, x *BlockExportOptionsNbd) bool {
 		opt(d, "allocation-depth", &x.AllocationDepth, visitBool)
 }
 
+// DecodeBlockExportOptionsVhostUserBlk decodes v; faults are worded as QEMU does (*ArgError).
+func DecodeBlockExportOptionsVhostUserBlk(v value.Value, m Mode) (*BlockExportOptionsVhostUserBlk, error) {
+	return decode(v, m, visitBlockExportOptionsVhostUserBlk)
+}
+
+func visitBlockExportOptionsVhostUserBlk(d *decoder, name string, x *BlockExportOptionsVhostUserBlk) bool {
+	return object(d, name, x, membersBlockExportOptionsVhostUserBlk)
+}
+
+func membersBlockExportOptionsVhostUserBlk(d *decoder, x *BlockExportOptionsVhostUserBlk) bool {
+	return visitSocketAddress(d, "addr", &x.Addr) &&
+		opt(d, "logical-block-size", &x.LogicalBlockSize, visitSize) &&
+		opt(d, "num-queues", &x.NumQueues, visitUint16)
+}
+
 // DecodeNbdServerAddOptions decodes v; faults are worded as QEMU does (*ArgError).
 func DecodeNbdServerAddOptions(v value.Value, m Mode) (*NbdServerAddOptions, error) {
 	return decode(v, m, visitNbdServerAddOptions)
@@ -112,6 +127,10 @@ func membersBlockExportOptions(d *decoder, x *BlockExportOptions) bool {
 		u := new(BlockExportOptionsNbd)
 		x.U = u
 		return membersBlockExportOptionsNbd(d, u)
+	case BlockExportTypeVhostUserBlk:
+		u := new(BlockExportOptionsVhostUserBlk)
+		x.U = u
+		return membersBlockExportOptionsVhostUserBlk(d, u)
 	}
 	return true
 }

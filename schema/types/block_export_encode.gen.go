@@ -65,6 +65,22 @@ func (x *BlockExportOptionsNbd) AppendJSON(b []byte) []byte {
 }
 
 // AppendJSON appends x in QEMU's form, members in hash order.
+func (x *BlockExportOptionsVhostUserBlk) AppendJSON(b []byte) []byte {
+	b = append(b, '{')
+	if x.NumQueues != nil {
+		b = appendKey(b, "num-queues")
+		b = appendUint(b, *x.NumQueues)
+	}
+	b = appendKey(b, "addr")
+	b = x.Addr.AppendJSON(b)
+	if x.LogicalBlockSize != nil {
+		b = append(b, `, "logical-block-size": `...)
+		b = appendUint(b, *x.LogicalBlockSize)
+	}
+	return append(b, '}')
+}
+
+// AppendJSON appends x in QEMU's form, members in hash order.
 func (x *NbdServerAddOptions) AppendJSON(b []byte) []byte {
 	b = append(b, '{')
 	if x.Bitmap != nil {
@@ -152,6 +168,53 @@ func (x *BlockExportOptions) AppendJSON(b []byte) []byte {
 		if x.FixedIothread != nil {
 			b = append(b, `, "fixed-iothread": `...)
 			b = appendBool(b, *x.FixedIothread)
+		}
+		b = append(b, `, "id": `...)
+		b = value.AppendString(b, x.ID)
+		if x.XQblockdOnReadError != nil {
+			b = append(b, `, "x-qblockd-on-read-error": `...)
+			b = appendEnum(b, *x.XQblockdOnReadError)
+		}
+		return append(b, '}')
+	case *BlockExportOptionsVhostUserBlk:
+		b = append(b, '{')
+		if u.NumQueues != nil {
+			b = appendKey(b, "num-queues")
+			b = appendUint(b, *u.NumQueues)
+		}
+		if x.Writable != nil {
+			b = appendKey(b, "writable")
+			b = appendBool(b, *x.Writable)
+		}
+		if x.XQblockdOnWriteError != nil {
+			b = appendKey(b, "x-qblockd-on-write-error")
+			b = appendEnum(b, *x.XQblockdOnWriteError)
+		}
+		b = appendKey(b, "node-name")
+		b = value.AppendString(b, x.NodeName)
+		b = append(b, `, "addr": `...)
+		b = u.Addr.AppendJSON(b)
+		if x.Iothread != nil {
+			b = append(b, `, "iothread": `...)
+			b = value.AppendString(b, *x.Iothread)
+		}
+		if x.AllowInactive != nil {
+			b = append(b, `, "allow-inactive": `...)
+			b = appendBool(b, *x.AllowInactive)
+		}
+		if x.Writethrough != nil {
+			b = append(b, `, "writethrough": `...)
+			b = appendBool(b, *x.Writethrough)
+		}
+		b = append(b, `, "type": `...)
+		b = appendEnum(b, x.Type)
+		if x.FixedIothread != nil {
+			b = append(b, `, "fixed-iothread": `...)
+			b = appendBool(b, *x.FixedIothread)
+		}
+		if u.LogicalBlockSize != nil {
+			b = append(b, `, "logical-block-size": `...)
+			b = appendUint(b, *u.LogicalBlockSize)
 		}
 		b = append(b, `, "id": `...)
 		b = value.AppendString(b, x.ID)

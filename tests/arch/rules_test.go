@@ -68,6 +68,7 @@ var rules = []rule{
 	{"blockdev/format/qcow2", []string{"blockdev/driver", "blockdev/format/qcow2/layout", "blockdev/crypto", "blockdev/crypto/luks", "graph", "graph/*"}},
 	{"blockdev/export", []string{"graph", "graph/*"}}, // no type of exports: those are told to it
 	{"blockdev/export/nbd", []string{"blockdev/export", "blockdev/nbdwire", "blockdev/tlscreds", "qmp/chardev/sockets", "graph", "graph/*"}},
+	{"blockdev/export/vhostuser", []string{"blockdev/export", "blockdev/vhostwire", "blockdev/virtio", "qmp/chardev/sockets", "graph", "graph/*"}},
 	{"blockdev/export/*", []string{"blockdev/export", "graph", "graph/*"}},
 	{"blockdev/protocol/nbd", []string{"blockdev/driver", "blockdev/nbdwire", "blockdev/tlscreds", "qmp/chardev/sockets", "graph", "graph/*"}},
 	{"blockdev/protocol/*", []string{"blockdev/driver", "graph", "graph/*"}}, // never one another
