@@ -2,7 +2,6 @@ package virtio
 
 // Feature bits of every device, as masks.
 const (
-	FLogAll   uint64 = 1 << 26 // VHOST_F_LOG_ALL: vhost's own, see Queue.SetLog
 	FIndirect uint64 = 1 << 28 // VIRTIO_F_INDIRECT_DESC
 	FEventIdx uint64 = 1 << 29 // VIRTIO_F_EVENT_IDX
 	FVersion1 uint64 = 1 << 32 // VIRTIO_F_VERSION_1

@@ -16,8 +16,6 @@ import (
 	"net"
 	"os"
 	"path/filepath"
-	"strconv"
-	"strings"
 	"time"
 
 	"qblockd/blockdev/nbdwire"
@@ -93,22 +91,6 @@ func tlsLoad(b *bench, l nbdLoad, up map[string]*proc, creds *tlscreds.Creds) lo
 		after, err := up[side].cpu()
 		return []float64{n * scale, n * scale * took / (after - before)}, err
 	}}
-}
-
-// cpu is the processor time of a server, in seconds.
-func (p *proc) cpu() (float64, error) {
-	b, err := os.ReadFile(fmt.Sprintf("/proc/%d/stat", p.Cmd.Process.Pid))
-	if err != nil {
-		return 0, err
-	}
-	_, rest, _ := strings.Cut(string(b), ") ")
-	f := strings.Fields(rest)
-	if len(f) < 13 {
-		return 0, fmt.Errorf("/proc/%d/stat cannot be read", p.Cmd.Process.Pid)
-	}
-	user, uerr := strconv.ParseFloat(f[11], 64)
-	system, serr := strconv.ParseFloat(f[12], 64)
-	return (user + system) / 100, errors.Join(uerr, serr) // USER_HZ
 }
 
 // dialTLS is dialNBD under TLS.

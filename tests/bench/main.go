@@ -16,6 +16,7 @@
 //	main.go     options, and who is there         bench.go    rounds, ratios, what is printed
 //	targets.go  what is to be reached, as data    procs.go    starting servers
 //	nbd.go      NBD load client                   qmp.go      QMP client
+//	vhost*.go   vhost-user-blk load client
 //	loads_*.go  the loads                         images.go   what the servers serve
 package main
 
@@ -106,6 +107,7 @@ func (b *bench) groups() []*group {
 		rawLoads(b, "tmpfs"), rawLoads(b, "disk"), tlsLoads(b, "x509"), tlsLoads(b, "psk"),
 		qcow2Loads(b), luksLoads(b, "luks"), luksLoads(b, "qcow2"),
 		allocatingLoads(b), copyOnWriteLoads(b),
+		vhostRawLoads(b, "tmpfs"), vhostRawLoads(b, "disk"), vhostQcow2Loads(b),
 		clientLoads(b, qemuNBD), clientLoads(b, nbdkit), clientLoads(b, us),
 		streamLoads(b, "tmpfs"), streamLoads(b, "disk"), mirrorLoads(b), bitmapLoads(b), hugeLoads(b, "64 KiB"), hugeLoads(b, "2 MiB"),
 	}

@@ -222,26 +222,17 @@ type workload struct {
 	verify bool  // data read must be the pattern
 }
 
-// run keeps w.qd requests under way until stop, and returns how many were answered. id is the
-// connection's number.
-func (c *nbdConn) run(w workload, id int, stop *atomic.Bool) (done int64, err error) {
-	if c.under == nil {
-		runtime.LockOSThread()
-		defer runtime.UnlockOSThread()
-	}
+// offsets returns a function for the offsets of the requests of connection id, one after the other,
+// on a disk of that size.
+func (w *workload) offsets(size int64, id int) func() int64 {
 	stride := max(w.stride, int64(w.bs))
-	base, region := int64(0), c.size/stride*stride
+	base, region := int64(0), size/stride*stride
 	if !w.random {
-		region = c.size / int64(w.conns) / stride * stride
+		region = size / int64(max(w.conns, 1)) / stride * stride
 		base = int64(id) * region
 	}
-	var data []byte
-	if w.write {
-		data = pattern(w.bs)
-	}
-	offs := make([]int64, w.qd)
 	next, rnd := int64(0), uint64(id+1)*0x9e3779b97f4a7c15
-	issue := func(slot int) error {
+	return func() int64 {
 		off := base + next
 		if w.random {
 			rnd ^= rnd << 13
@@ -251,6 +242,25 @@ func (c *nbdConn) run(w workload, id int, stop *atomic.Bool) (done int64, err er
 		} else if next += stride; next == region {
 			next = 0
 		}
+		return off
+	}
+}
+
+// run keeps w.qd requests under way until stop, and returns how many were answered. id is the
+// connection's number.
+func (c *nbdConn) run(w workload, id int, stop *atomic.Bool) (done int64, err error) {
+	if c.under == nil {
+		runtime.LockOSThread()
+		defer runtime.UnlockOSThread()
+	}
+	next := w.offsets(c.size, id)
+	var data []byte
+	if w.write {
+		data = pattern(w.bs)
+	}
+	offs := make([]int64, w.qd)
+	issue := func(slot int) error {
+		off := next()
 		offs[slot] = off
 		cmd := nbdwire.CmdRead
 		if w.write {

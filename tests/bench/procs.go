@@ -11,6 +11,7 @@ import (
 	"strconv"
 	"syscall"
 	"time"
+	"unsafe"
 
 	"qblockd/tests/daemon"
 )
@@ -174,4 +175,14 @@ func (b *bench) stopAll() {
 func (p *proc) rss() (float64, error) {
 	n, err := p.Memory("VmRSS")
 	return float64(n) / 1024, err
+}
+
+// cpu is the processor time of p so far, in seconds.
+func (p *proc) cpu() (float64, error) {
+	var ts syscall.Timespec
+	clock := ^uintptr(p.Cmd.Process.Pid)<<3 | 2 // CPUCLOCK_SCHED of a process, see clock_getcpuclockid(3)
+	if _, _, e := syscall.Syscall(syscall.SYS_CLOCK_GETTIME, clock, uintptr(unsafe.Pointer(&ts)), 0); e != 0 {
+		return 0, e
+	}
+	return float64(ts.Nano()) / 1e9, nil
 }

@@ -25,6 +25,10 @@ var targets = []target{
 	{"chain( override)?/full query", qsd, 50},
 	{"chain( override)?/RSS a layer", qsd, 3},
 
+	{"vhost-user-blk .*/.*, CPU a request", qsd, 1},
+	{"vhost-user-blk .*/rand.*", qsd, 1.5},
+	{"vhost-user-blk .*/.* 1 MiB .*", qsd, 1.2},
+
 	{"nbd luks/.*", qsd, 1},
 	{"nbd encrypted qcow2/.*", qsd, 1},
 	{"nbd client of .*/rand.* qd1", qsd, 1},
