@@ -3,7 +3,7 @@
 # skip. With the argument "missing" it only tells, after the tests, what they had to do without.
 need=""
 for pair in qemu-storage-daemon:qemu-system-common qemu-img:qemu-utils qemu-system-x86_64:qemu-system-x86 \
-	mke2fs:e2fsprogs nbdinfo:libnbd-bin nbdkit:nbdkit cryptsetup:cryptsetup-bin fio:fio socat:socat jq:jq tmux:tmux python3:python3; do
+	mke2fs:e2fsprogs nbdinfo:libnbd-bin nbdkit:nbdkit cryptsetup:cryptsetup-bin fio:fio socat:socat fusermount3:fuse3 jq:jq tmux:tmux python3:python3; do
 	command -v "${pair%%:*}" >/dev/null 2>&1 || need="$need ${pair##*:}"
 done
 python3 -c 'import nbd' 2>/dev/null || /usr/bin/python3 -c 'import nbd' 2>/dev/null || need="$need python3-libnbd"

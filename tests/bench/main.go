@@ -109,6 +109,7 @@ func (b *bench) groups() []*group {
 		allocatingLoads(b), copyOnWriteLoads(b),
 		vhostRawLoads(b, "tmpfs"), vhostRawLoads(b, "disk"), vhostQcow2Loads(b),
 		clientLoads(b, qemuNBD), clientLoads(b, nbdkit), clientLoads(b, us),
+		fuseLoads(b, "raw", "tmpfs"), fuseLoads(b, "raw", "disk"), fuseLoads(b, "qcow2", "tmpfs"),
 		streamLoads(b, "tmpfs"), streamLoads(b, "disk"), mirrorLoads(b), bitmapLoads(b), hugeLoads(b, "64 KiB"), hugeLoads(b, "2 MiB"),
 	}
 }

@@ -46,6 +46,10 @@ var targets = []target{
 	{"nbd raw .*/.*", nbdkit, 1},
 	{"nbd raw .*/.*", qemuNBD, 1},
 
+	{"fuse .*/read 1 MiB.*", qsd, 1.5},
+	{"fuse .*/randread 4 KiB.*", qsd, 1.5},
+	{"fuse .*", qsd, 1},
+
 	{"stream .*/block-stream", qsd, 1.3},
 	{"mirror to NBD/.*", qsd, 1.5},
 	{"64 TiB .*/bitmap backup .*", qsd, 1},

@@ -5,6 +5,7 @@ import (
 	"errors"
 	"fmt"
 	"os"
+	"os/exec"
 	"path/filepath"
 	"strings"
 	"syscall"
@@ -272,4 +273,48 @@ func (w *fuseWorld) list(dir string) []os.DirEntry {
 	l, err := os.ReadDir(fmt.Sprintf("/proc/%d/%s", w.d.Cmd.Process.Pid, dir))
 	w.must(err)
 	return l
+}
+
+// unprivileged is a user's life with exports, as a script of bash. /dev/fuse is for all, as on most
+// systems.
+const unprivileged = `
+mount --bind fuse /dev/fuse && mount -t tmpfs -o mode=1777 none /mnt && cp "$DAEMON" /mnt/qblockd && cd /mnt || exit 9
+cat > user <<'END'
+head -c 1M /dev/urandom > image; : > mp
+start() {
+	./qblockd --blockdev file,node-name=f,filename=image --export fuse,id=e,node-name=f,mountpoint=mp --pidfile pid &
+	P=$!
+	until [ -s pid ]; do kill -0 $P || exit 8; sleep 0.01; done
+}
+start; cmp mp image && exec 5<mp && kill $P && wait $P && stat -c %s mp
+cat <&5 2>&1 | grep -o 'not connected' | head -1; exec 5<&-
+start; kill -9 $P; wait $P 2>/dev/null; rm pid; stat mp 2>&1 | grep -o 'not connected'
+start; cmp mp image && kill $P && wait $P && stat -c %s mp
+./qblockd --blockdev file,node-name=f,filename=image --export fuse,id=e,node-name=f,mountpoint=mp,allow-other=on 2>&1 |
+	grep -o 'Failed to mount FUSE session to export'
+END
+exec setpriv --reuid 65534 --regid 65534 --clear-groups bash user 2>/dev/null
+`
+
+// TestFUSEUnprivileged: users who may not mount do so by fusermount3.
+func TestFUSEUnprivileged(t *testing.T) {
+	needFUSE(t)
+	need(t, "fusermount3", "unshare", "setpriv")
+	if os.Geteuid() != 0 {
+		t.Skip("SKIPPED: only root can become another user")
+	}
+	dir := t.TempDir()
+	if err := unix.Mknod(filepath.Join(dir, "fuse"), unix.S_IFCHR|0o666, int(unix.Mkdev(10, 229))); err != nil {
+		t.Skip("SKIPPED: no device files can be made: ", err)
+	}
+	if err := os.Chmod(filepath.Join(dir, "fuse"), 0o666); err != nil {
+		t.Fatal(err)
+	}
+	cmd := exec.Command("unshare", "-m", "bash", "-c", unprivileged)
+	cmd.Dir, cmd.Env = dir, append(os.Environ(), "DAEMON="+daemon.Binary(t))
+	out, err := cmd.Output()
+	const want = "0\nnot connected\nnot connected\n0\nFailed to mount FUSE session to export\n"
+	if err != nil || string(out) != want {
+		t.Errorf("%v: %q, not %q", err, out, want)
+	}
 }

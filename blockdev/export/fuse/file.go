@@ -24,7 +24,8 @@ func (r *reader) init() {
 	}
 	const wanted = initAsyncRead | initAtomicTrunc | initBigWrites | initAutoInvalData | initAsyncDIO | initMaxPages |
 		initExt | initDirectMmap
-	reply := initReply{flags: a.flags & wanted, readahead: a.readahead, requests: background, maxWrite: maxData}
+	reply := initReply{flags: a.flags & wanted, readahead: max(a.readahead, maxData), requests: background}
+	reply.maxWrite = maxData
 	if a.flags&initMaxPages == 0 {
 		reply.maxWrite = 32 * pageSize // what an older kernel has
 	}

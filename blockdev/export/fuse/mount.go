@@ -99,32 +99,45 @@ func unescape(s string) string {
 	return b.String()
 }
 
-// newMount mounts the file of a new connection over the regular file at path. No request is sent:
-// the kernel waits with those for the answer to INIT.
+// newMount mounts the file of a new connection over the regular file at path, by fusermount3 if we
+// may not do that ourselves. No request is sent: the kernel keeps them until INIT is answered.
 func newMount(path string, allowOther bool) (*mount, error) {
-	dev, err := unix.Open("/dev/fuse", unix.O_RDWR|unix.O_CLOEXEC, 0)
-	if err != nil {
-		return nil, fmt.Errorf("opening /dev/fuse: %w", err)
-	}
-	m := &mount{path: path, dev: dev}
 	options := "default_permissions,max_read=" + strconv.FormatInt(maxRead(), 10)
 	if allowOther {
 		options += ",allow_other"
 	}
-	direct := fmt.Sprintf("fd=%d,rootmode=%o,user_id=%d,group_id=%d,%s", dev, unix.S_IFREG, os.Getuid(), os.Getgid(), options)
-	err = unix.Mount("qblockd", path, mountType, unix.MS_NOSUID|unix.MS_NODEV, direct)
-	if err == unix.EPERM {
-		unix.Close(dev)
-		if m.dev, err = mountByHelper(path, options); err != nil {
-			return nil, err
-		}
+	m := &mount{path: path}
+	var err error
+	if m.dev, err = mountDirect(path, options); err == unix.EPERM || err == unix.EACCES {
 		m.helper = true
-	} else if err != nil {
-		unix.Close(dev)
+		m.dev, err = mountByHelper(path, options)
+	}
+	if err != nil {
 		return nil, fmt.Errorf("mounting %s: %w", path, err)
 	}
 	m.place = placeAt(path)
+	m.readAhead()
 	return m, nil
+}
+
+// mountDirect opens a connection and mounts its file.
+func mountDirect(path, options string) (dev int, err error) {
+	if dev, err = unix.Open("/dev/fuse", unix.O_RDWR|unix.O_CLOEXEC, 0); err != nil {
+		return -1, err
+	}
+	who := fmt.Sprintf("fd=%d,rootmode=%o,user_id=%d,group_id=%d,", dev, unix.S_IFREG, os.Getuid(), os.Getgid())
+	if err = unix.Mount("qblockd", path, mountType, unix.MS_NOSUID|unix.MS_NODEV, who+options); err != nil {
+		unix.Close(dev)
+		return -1, err
+	}
+	return dev, nil
+}
+
+// readAhead lets the kernel read ahead as much as one request can take, and not the usual 128 KiB,
+// if we have the right to; INIT must not have been answered yet.
+func (m *mount) readAhead() {
+	path := fmt.Sprintf("/sys/class/bdi/%d:%d/read_ahead_kb", m.place.major, m.place.minor)
+	_ = os.WriteFile(path, strconv.AppendInt(nil, maxData>>10, 10), 0)
 }
 
 // place tells mounts apart.

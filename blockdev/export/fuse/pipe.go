@@ -155,7 +155,7 @@ func (r *reader) readMapped(off, n int64) (done bool, err error) {
 		return false, nil
 	}
 	total := outHeaderSize + n
-	sent, err := unix.Splice(p.r, nil, r.mount.dev, nil, int(total), 0)
+	sent, err := unix.Splice(p.r, nil, r.dev, nil, int(total), 0)
 	if sent != total {
 		p.close()
 	}

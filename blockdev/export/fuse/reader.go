@@ -55,10 +55,13 @@ func (r *reader) end() {
 // run serves requests until the connection is over, or there are readers enough without this one.
 func (r *reader) run() {
 	for {
-		n, err := unix.Read(r.mount.dev, r.buf.B[headAt:])
+		n, err := unix.Read(r.dev, r.buf.B[headAt:])
 		r.idle.Add(-1)
 		switch err {
 		case nil:
+			if n == 0 {
+				return
+			}
 			r.serve(r.buf.B[headAt : headAt+n])
 		case unix.EINTR, unix.EAGAIN, unix.ENOENT: // the request was taken back
 		case unix.ENODEV:
@@ -123,10 +126,16 @@ func (r *reader) send(b []byte) {
 	r.write(b)
 }
 
-// write sends a reply. Nobody may wait for it any more: that is no error.
+// write sends a reply. Nobody may wait for it any more: that is no error. Somebody who does gets an
+// error in place of a reply that the kernel does not take.
 func (r *reader) write(b []byte) {
-	if _, err := unix.Write(r.mount.dev, b); err != nil && err != unix.ENOENT && err != unix.ENODEV {
-		r.log.Error("FUSE reply failed", "export", r.export.Options.ID, "request", int(r.q.op), "err", err)
+	_, err := unix.Write(r.dev, b)
+	if err == nil || err == unix.ENOENT || err == unix.ENODEV {
+		return
+	}
+	r.log.Error("FUSE reply failed", "export", r.export.Options.ID, "request", int(r.q.op), "err", err)
+	if len(b) > outHeaderSize {
+		r.fail(syscall.EIO)
 	}
 }
 

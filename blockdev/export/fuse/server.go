@@ -29,14 +29,14 @@ const (
 
 // server serves one export to the kernel.
 type server struct {
-	export    *export.Export
-	root      *graph.Root
-	writable  bool
-	growable  bool
-	shared    bool // other users may look at the file
-	mount     *mount
-	log       *slog.Logger
-	unmounted func() // called when the mount has gone
+	export   *export.Export
+	root     *graph.Root
+	writable bool
+	growable bool
+	shared   bool // other users may look at the file
+	dev      int  // the connection to the kernel
+	log      *slog.Logger
+	unmount  func() error // ends the connection
 
 	ctx    context.Context // of requests that wait; done from Shutdown on
 	cancel context.CancelFunc
@@ -69,13 +69,22 @@ func (t *Type) serve(x *export.Export, m *mount, shared bool) *server {
 		mode |= 0o200
 	}
 	s := &server{
-		export: x, root: x.Root, writable: x.Writable(), shared: shared, mount: m, log: t.log,
-		growable:  types.Or(x.Options.U.(*types.BlockExportOptionsFuse).Growable, false),
-		unmounted: func() { t.release(m.path) },
-		done:      make(chan struct{}),
-		mode:      mode, uid: uint32(os.Getuid()), gid: uint32(os.Getgid()),
+		export: x, root: x.Root, writable: x.Writable(), shared: shared, dev: m.dev, log: t.log,
+		growable: types.Or(x.Options.U.(*types.BlockExportOptionsFuse).Growable, false),
+		unmount: func() error {
+			defer t.release(m.path)
+			return m.unmount()
+		},
+		done: make(chan struct{}),
+		mode: mode, uid: uint32(os.Getuid()), gid: uint32(os.Getgid()),
 		ends: 2,
 	}
+	s.start()
+	return s
+}
+
+// start starts the goroutines.
+func (s *server) start() {
 	s.ctx, s.cancel = context.WithCancel(context.Background())
 	s.running.Store(spareReaders + 1) // and tellSizes
 	for range spareReaders {
@@ -85,7 +94,6 @@ func (t *Type) serve(x *export.Export, m *mount, shared bool) *server {
 		defer s.connectionLeft()
 		s.tellSizes()
 	}, nil)
-	return s
 }
 
 // enter begins a request that the export lives for; false: it is being removed.
@@ -124,10 +132,9 @@ func (s *server) Shutdown() {
 	}
 	s.cancel()
 	panics.Go("an unmount", func() {
-		if err := s.mount.unmount(); err != nil {
-			s.log.Warn("FUSE export could not be unmounted", "export", s.export.Options.ID, "mountpoint", s.mount.path, "err", err)
+		if err := s.unmount(); err != nil {
+			s.log.Warn("FUSE export could not be unmounted", "export", s.export.Options.ID, "err", err)
 		}
-		s.unmounted()
 		s.ended()
 	}, func(error) { s.ended() })
 	// One more, so that the last one is seen here if there is none.
@@ -159,7 +166,7 @@ func (s *server) tellSizes() {
 			return
 		}
 		// Fails, which is no harm, when the kernel knows nothing of the file yet.
-		_, _ = unix.Write(s.mount.dev, appendInvalidate(b))
+		_, _ = unix.Write(s.dev, appendInvalidate(b))
 		s.leave()
 	}
 }
@@ -190,6 +197,6 @@ func (s *server) goRead() {
 // connectionLeft tells that a goroutine that uses the connection has ended; the last one closes it.
 func (s *server) connectionLeft() {
 	if s.running.Add(-1) == 0 {
-		unix.Close(s.mount.dev)
+		unix.Close(s.dev)
 	}
 }
