@@ -4,6 +4,8 @@ package blk
 type HostRange struct {
 	FD     int
 	Off, N int64
+	// Direct: the descriptor is one of O_DIRECT, and the kernel reads the run from the disk each time.
+	Direct bool
 }
 
 // Lease is something that a mapping keeps alive or in place (an open file, a host cluster

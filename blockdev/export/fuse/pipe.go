@@ -108,8 +108,8 @@ func (p *pipe) resident() bool {
 	return true
 }
 
-// mapRange maps a range; false if that cannot be done in full, or not from files, or gives so many
-// pieces that copying is cheaper.
+// mapRange maps a range; false if that cannot be done in full, or not from files in the kernel's
+// cache, or gives so many pieces that copying is cheaper.
 func (r *reader) mapRange(off, n int64) bool {
 	m := &r.pipe.m
 	for got := int64(0); got < n; {
@@ -123,7 +123,7 @@ func (r *reader) mapRange(off, n int64) bool {
 		got = now
 	}
 	for i := range m.Ranges {
-		if m.Ranges[i].FD < 0 {
+		if h := &m.Ranges[i]; h.FD < 0 || h.Direct {
 			return false
 		}
 	}

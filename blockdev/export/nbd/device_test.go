@@ -16,10 +16,11 @@ import (
 
 // fileDevice is a Device over a file, with a gate and knobs for the tests.
 type fileDevice struct {
-	f     *os.File
-	size  int64
-	noMap bool
-	limit blk.Limits
+	f      *os.File
+	size   int64
+	noMap  bool
+	direct bool // as if the file were opened with O_DIRECT
+	limit  blk.Limits
 
 	wouldBlock atomic.Bool                  // NoWait is never possible
 	fault      func(op string) error        // nil: none
@@ -229,7 +230,7 @@ func (d *fileDevice) Map(r *blk.Req, off, n int64, m *blk.Mapping) error {
 	if err != nil {
 		return err
 	}
-	h := blk.HostRange{FD: int(d.f.Fd()), Off: off, N: x.N}
+	h := blk.HostRange{FD: int(d.f.Fd()), Off: off, N: x.N, Direct: d.direct}
 	if x.Zero {
 		h.FD = -1
 	}

@@ -114,7 +114,8 @@ func (p *probe) inMemory(fd int, off int64) bool {
 }
 
 // mapRange maps q's range; false if that cannot be done in full, would wait, or gives so many
-// pieces that copying is cheaper.
+// pieces that copying is cheaper. So it is where the kernel reads from the disk each time: sendfile
+// would do so piece by piece, and nothing else of the connection meanwhile.
 func (s *session) mapRange(u *blk.Req, q *nbdwire.Request, m *blk.Mapping) bool {
 	want, got := int64(q.Len), int64(0)
 	for got < want {
@@ -127,8 +128,10 @@ func (s *session) mapRange(u *blk.Req, q *nbdwire.Request, m *blk.Mapping) bool 
 		}
 		got = n
 	}
-	return got == want
+	return got == want && !slices.ContainsFunc(m.Ranges, isDirect)
 }
+
+func isDirect(h blk.HostRange) bool { return h.Direct }
 
 // sendMapped sends the reply to q from m, which becomes a lease. Errors of sending show at
 // the next flush.

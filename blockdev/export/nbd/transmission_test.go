@@ -80,6 +80,36 @@ func testAgainstModel(t *testing.T, c *client, size int) {
 	}
 }
 
+// Files opened with O_DIRECT are read by workers, several at a time, and not by sendfile.
+func TestDirectFilesAreRead(t *testing.T) {
+	for _, direct := range []bool{false, true} {
+		d := newFileDevice(t, 4<<20)
+		d.direct = direct
+		var reads atomic.Int64
+		d.fault = func(op string) error {
+			if op == "read" {
+				reads.Add(1)
+			}
+			return nil
+		}
+		_, _, path := server(t, d, Options{})
+		c := open(t, path, nbdwire.Structured)
+		c.do(wr(0, 2<<20), pattern(2<<20, 1)...)
+		for _, n := range []uint32{mapMin, streamMin, 1 << 20} {
+			if a := c.do(rd(4096, n)); a.errno != 0 || !bytes.Equal(a.data, pattern(2<<20, 1)[4096:][:n]) {
+				t.Errorf("direct=%v: errno %d, or other data", direct, a.errno)
+			}
+		}
+		want := int64(0)
+		if direct {
+			want = 3
+		}
+		if n := reads.Load(); n != want {
+			t.Errorf("direct=%v: %d reads of the device, want %d", direct, n, want)
+		}
+	}
+}
+
 func TestHolesInStructuredReads(t *testing.T) {
 	for _, mapped := range []bool{false, true} {
 		d := newFileDevice(t, 4<<20)

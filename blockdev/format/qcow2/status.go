@@ -185,9 +185,11 @@ func (s *requests) copyAlloc(r *blk.Req, p *plan, end int64, src []blk.HostRange
 func cut(src []blk.HostRange, n int64) (head, rest []blk.HostRange) {
 	for i, h := range src {
 		if h.N >= n {
-			head = append(append(head, src[:i]...), blk.HostRange{FD: h.FD, Off: h.Off, N: n})
+			head = append(append(head, src[:i]...), h)
+			head[i].N = n
 			if h.N > n {
-				rest = append(rest, blk.HostRange{FD: h.FD, Off: h.Off + n, N: h.N - n})
+				h.Off, h.N = h.Off+n, h.N-n
+				rest = append(rest, h)
 			}
 			return head, append(rest, src[i+1:]...)
 		}

@@ -407,6 +407,21 @@ func TestCopyFrom(t *testing.T) {
 	waitFDs(t, before-1)
 }
 
+// Who maps a file is told whether its cache is gone round.
+func TestMapDirect(t *testing.T) {
+	for _, direct := range []bool{false, true} {
+		d := mustOpen(t, settings{name: mustFile(t, t.TempDir(), "f", 64<<10), direct: direct})
+		var m blk.Mapping
+		if err := d.Map(bg, 0, 64<<10, &m); err != nil || m.N() != 64<<10 {
+			t.Fatalf("%d bytes, %v", m.N(), err)
+		}
+		if got := m.Ranges[0].Direct; got != d.direct {
+			t.Errorf("direct=%v (%v): told %v", direct, d.direct, got)
+		}
+		m.Release()
+	}
+}
+
 func TestBusyLimit(t *testing.T) {
 	ctx, cancel := context.WithCancel(context.Background())
 	r := &blk.Req{Ctx: ctx}

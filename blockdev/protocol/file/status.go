@@ -102,7 +102,7 @@ func (d *disk) Map(_ *blk.Req, off, n int64, m *blk.Mapping) error {
 	}
 	in := min(n, max(d.eof.Load()-off, 0))
 	if in > 0 {
-		m.Add(blk.HostRange{FD: h.fd, Off: off, N: in})
+		m.Add(blk.HostRange{FD: h.fd, Off: off, N: in, Direct: d.direct})
 		m.Hold(h)
 	} else {
 		h.drop()

@@ -31,7 +31,7 @@ func (d *disk) CopyFrom(r *blk.Req, off int64, src []blk.HostRange, f blk.Flags)
 		return blk.ErrNotSupported
 	}
 	for i := range src {
-		if src[i].N%align != 0 || !inMemory(&src[i]) {
+		if src[i].N%align != 0 || src[i].Direct || !inMemory(&src[i]) {
 			return blk.ErrNotSupported
 		}
 	}
@@ -52,12 +52,9 @@ func (d *disk) CopyFrom(r *blk.Req, off int64, src []blk.HostRange, f blk.Flags)
 	return nil
 }
 
-// inMemory tells whether all pages of a range of a file are in memory, and would be read there.
-// Where the kernel does not tell they are not.
+// inMemory tells whether all pages of a range of a file are in memory. Where the kernel does not
+// tell they are not.
 func inMemory(h *blk.HostRange) bool {
-	if mode, err := unix.FcntlInt(uintptr(h.FD), unix.F_GETFL, 0); err != nil || mode&unix.O_DIRECT != 0 {
-		return false
-	}
 	page := int64(unix.Getpagesize())
 	from, to := blk.Outer(h.Off, h.Off+h.N, page, h.Off+h.N)
 	in := unix.CachestatRange{Off: uint64(from), Len: uint64(to - from)}

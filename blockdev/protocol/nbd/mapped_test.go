@@ -110,13 +110,10 @@ func TestCopyFromRefused(t *testing.T) {
 	if err := sparse.Truncate(256 << 10); err != nil {
 		t.Fatal(err)
 	}
-	direct, err := os.OpenFile(f.Name(), os.O_RDONLY|syscall.O_DIRECT, 0)
-	if err != nil {
-		t.Fatal(err)
-	}
-	defer direct.Close()
 	at := func(f *os.File, off, n int64) blk.HostRange { return blk.HostRange{FD: int(f.Fd()), Off: off, N: n} }
 	full := at(f, 0, 128<<10)
+	direct := full
+	direct.Direct = true
 	for what, c := range map[string]struct {
 		r    *blk.Req
 		off  int64
@@ -127,7 +124,7 @@ func TestCopyFromRefused(t *testing.T) {
 		"beyond the end":    {bg, 1<<20 - 64<<10, []blk.HostRange{full}, blk.ErrNotSupported},
 		"parts of blocks":   {bg, 0, []blk.HostRange{at(f, 0, 65000), at(f, 65000, 66072)}, blk.ErrNotSupported},
 		"not in memory":     {bg, 0, []blk.HostRange{full, at(sparse, 0, 256<<10)}, blk.ErrNotSupported},
-		"past the cache":    {bg, 0, []blk.HostRange{at(direct, 0, 128<<10)}, blk.ErrNotSupported},
+		"past the cache":    {bg, 0, []blk.HostRange{direct}, blk.ErrNotSupported},
 		"no waiting":        {&blk.Req{Ctx: bg.Ctx, NoWait: true}, 0, []blk.HostRange{full}, blk.ErrWouldBlock},
 		"none of the files": {bg, 0, []blk.HostRange{{FD: 1 << 20, N: 128 << 10}}, blk.ErrNotSupported},
 	} {
