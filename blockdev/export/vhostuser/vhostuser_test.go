@@ -7,6 +7,7 @@ import (
 	"fmt"
 	"os"
 	"path/filepath"
+	"sync/atomic"
 	"testing"
 	"time"
 
@@ -90,6 +91,38 @@ func TestWorkers(t *testing.T) {
 	close(release)
 	if slot, s := q.used(); slot != stuck || s != 0 {
 		t.Fatalf("slot %d, status %d", slot, s)
+	}
+}
+
+// Large writes that come together are carried out at the same time.
+func TestLargeWrites(t *testing.T) {
+	f := newFixture(t)
+	m := f.boot(1, kinds["packed"])
+	q := m.queues[0]
+	undrain := drain(f)
+	q.put(reqOut, 0, nil, large)
+	q.slot = large / slotData
+	q.put(reqOut, large/512, nil, large)
+	var inside atomic.Int32
+	both := make(chan struct{})
+	f.disk.Hook(func(op drivertest.Op, off, n int64) {
+		if op != drivertest.OpWrite {
+			return
+		}
+		if inside.Add(1) == 2 {
+			close(both)
+		}
+		select {
+		case <-both:
+		case <-time.After(patience):
+			t.Error("one write waits for the other")
+		}
+	})
+	undrain()
+	for range 2 {
+		if _, s := q.used(); s != 0 {
+			t.Fatalf("status %d", s)
+		}
 	}
 }
 
