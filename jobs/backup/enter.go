@@ -83,7 +83,7 @@ func (j *job) overlaid(tx *graph.Tx) error {
 	return nil
 }
 
-// makeFilter makes the filter above the target.
+// makeFilter makes the filter above source and target, without parents yet.
 func (j *job) makeFilter(tx *graph.Tx) error {
 	name, err := graph.GivenName(j.args.FilterNodeName)
 	if err != nil {
@@ -109,15 +109,19 @@ func (j *job) makeFilter(tx *graph.Tx) error {
 		j.stored = bitmap.New(j.source.Size(), cluster)
 	}
 	filter.SetDriver(j.driver)
+	// In this order, which x-debug-query-block-graph shows.
+	if _, err := tx.Attach(filter, "file", perm.Filtered|perm.Primary, j.source); err != nil {
+		return err
+	}
 	if _, err := tx.Attach(filter, "target", perm.Data, j.target); err != nil {
 		return err
 	}
 	return tx.Try()
 }
 
-// insert puts the filter above the source.
+// insert gives the filter the parents of the source.
 func (j *job) insert(tx *graph.Tx) error {
-	if _, err := tx.InsertFilter(j.site.Filter, "file", j.source); err != nil {
+	if err := tx.ReplaceNode(j.source, j.site.Filter); err != nil {
 		return err
 	}
 	j.driver.TrackReaders(j.source, j.target)
