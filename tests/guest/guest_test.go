@@ -1,8 +1,8 @@
 package guest
 
 import (
-	"bytes"
 	"flag"
+	"os/exec"
 	"testing"
 	"time"
 
@@ -24,25 +24,40 @@ const (
 
 // round is a guest from its start to its end.
 type round struct {
-	t *testing.T
-	h *host
-	m *machine
+	t                *testing.T
+	kernel           kernel
+	initrd, emulator string
+	h                *host
+	m                *machine
 	// the longest wait while the daemon lived
 	longest time.Duration
 }
 
-func newRound(t *testing.T, format string, d device, seed uint64) *round {
+// prepare makes all that a guest needs, and a daemon with a disk for it.
+func prepare(t *testing.T, format string, d device) *round {
 	t.Helper()
-	k := findKernel(t)
-	image := initrd(t, k)
+	exe, err := exec.LookPath("qemu-system-x86_64")
+	if err != nil {
+		t.Skip("SKIPPED: qemu-system-x86_64 is not installed")
+	}
+	r := &round{t: t, emulator: exe, kernel: findKernel(t)}
+	r.initrd = initrd(t, r.kernel)
 	bin := *flagBinary
 	if bin == "" {
 		bin = daemon.Binary(t)
-		needExport(t, bin)
 	}
-	r := &round{t: t, h: start(t, bin, format, d.queues, diskSize)}
+	r.h = start(t, bin, format, d.queues, diskSize)
+	return r
+}
+
+// newRound starts a guest that writes.
+func newRound(t *testing.T, format string, d device, seed uint64) *round {
+	t.Helper()
+	r := prepare(t, format, d)
 	begin := time.Now()
-	r.m = boot(t, k, image, r.h.socket(), d)
+	r.m = launch(t, func(m *machine, line string) *exec.Cmd {
+		return exec.Command(r.emulator, r.arguments(m, line, d)...)
+	})
 	t.Logf("%s, %v: up after %v", format, d, time.Since(begin).Round(time.Millisecond))
 	a := r.m.do(command{Do: "format", Device: "/dev/vda"})
 	if want := d.features(); *flagBinary == "" &&
@@ -52,15 +67,6 @@ func newRound(t *testing.T, format string, d device, seed uint64) *round {
 	r.m.do(command{Do: "load", Seed: seed})
 	r.step("load", func() {}, true)
 	return r
-}
-
-// needExport skips the test if the daemon has no export for guests.
-func needExport(t *testing.T, bin string) {
-	t.Helper()
-	q := daemon.StartBinary(t, bin, t.TempDir()).Dial(t)
-	if !bytes.Contains(q.Must(t, "query-qmp-schema", nil), []byte(`"vhost-user-blk"`)) {
-		t.Skip("SKIPPED: no exports of type vhost-user-blk")
-	}
 }
 
 // step does something to the disk and waits until the guest has done more to it. alive: the daemon
@@ -96,11 +102,17 @@ func (r *round) moves() {
 	r.step("mirror", r.h.mirror, true)
 }
 
-// end has the guest check all that it has written, and ends everything.
-func (r *round) end() {
+// check has the guest check all that it has written.
+func (r *round) check() {
 	r.t.Helper()
 	a := r.m.do(command{Do: "check"})
 	r.t.Logf("%d operations, all that was written is there; longest wait %v", a.Ops, r.longest)
+}
+
+// end checks, and ends everything.
+func (r *round) end() {
+	r.t.Helper()
+	r.check()
 	r.m.off()
 	r.h.stop()
 }
@@ -108,7 +120,6 @@ func (r *round) end() {
 // TestGuest is one guest that sees all that can happen to its disk.
 func TestGuest(t *testing.T) {
 	r := newRound(t, "raw", device{queues: 4, packed: true, indirect: true, events: true}, *flagSeed)
-	r.step("kill", r.h.kill, false)
 	r.h.format = "qcow2"
 	r.moves()
 	r.end()

@@ -11,6 +11,7 @@ import (
 	"path/filepath"
 	"regexp"
 	"strings"
+	"syscall"
 	"testing"
 	"time"
 
@@ -81,14 +82,31 @@ type machine struct {
 // machine without KVM.
 const patience = 3 * time.Minute
 
-// boot starts a machine with a disk behind the socket of a vhost-user back end, and waits until its
-// agent is there.
-func boot(t *testing.T, k kernel, initrd, socket string, d device) *machine {
-	t.Helper()
-	exe, err := exec.LookPath("qemu-system-x86_64")
-	if err != nil {
-		t.Skip("SKIPPED: qemu-system-x86_64 is not installed")
+// What each guest has.
+const (
+	memory  = 384 // MiB
+	cmdline = "console=ttyS0 quiet panic=-1 mitigations=off no_timer_check"
+)
+
+// arguments are those of a machine that runs by QEMU alone, above a vhost-user back end.
+func (r *round) arguments(m *machine, line string, d device) []string {
+	size := fmt.Sprintf("%dM", memory)
+	return []string{
+		"-nodefaults", "-no-user-config", "-display", "none", "-no-reboot",
+		"-accel", accel(), "-cpu", "max", "-smp", fmt.Sprint(max(2, d.queues)), "-m", size, // a processor uses one queue
+		"-object", "memory-backend-memfd,id=mem,share=on,size=" + size, "-machine", "q35,memory-backend=mem",
+		"-kernel", r.kernel.image, "-initrd", r.initrd, "-append", cmdline,
+		"-chardev", "file,id=console,path=" + m.console, "-serial", "chardev:console",
+		"-chardev", "socket,id=line,path=" + line, "-serial", "chardev:line",
+		"-chardev", "socket,id=disk,reconnect=1,path=" + r.h.socket(),
+		"-device", "vhost-user-blk-pci,chardev=disk," + d.String(),
 	}
+}
+
+// launch starts a machine whose second serial line is to be connected to the socket line, and waits
+// until its agent is there.
+func launch(t *testing.T, command func(m *machine, line string) *exec.Cmd) *machine {
+	t.Helper()
 	dir := t.TempDir()
 	m := &machine{t: t, console: filepath.Join(dir, "console")}
 	l, err := net.Listen("unix", filepath.Join(dir, "line"))
@@ -96,31 +114,33 @@ func boot(t *testing.T, k kernel, initrd, socket string, d device) *machine {
 		t.Fatal(err)
 	}
 	defer l.Close()
-	const memory = "384M"
-	cmd := exec.Command(exe, "-nodefaults", "-no-user-config", "-display", "none", "-no-reboot",
-		"-accel", accel(), "-cpu", "max", "-smp", "2", "-m", memory,
-		"-object", "memory-backend-memfd,id=mem,share=on,size="+memory, "-machine", "q35,memory-backend=mem",
-		"-kernel", k.image, "-initrd", initrd, "-append", "console=ttyS0 quiet panic=-1 mitigations=off",
-		"-chardev", "file,id=console,path="+m.console, "-serial", "chardev:console",
-		"-chardev", "socket,id=line,path="+l.Addr().String(), "-serial", "chardev:line",
-		"-chardev", "socket,id=disk,reconnect=1,path="+socket, "-device", "vhost-user-blk-pci,chardev=disk,"+d.String())
-	cmd.Stderr = &m.stderr
+	cmd := command(m, l.Addr().String())
+	cmd.Stdout, cmd.Stderr = &m.stderr, &m.stderr
 	if m.p, err = daemon.Launch(cmd); err != nil {
 		t.Fatal(err)
 	}
 	t.Cleanup(m.end)
 	_ = l.(*net.UnixListener).SetDeadline(time.Now().Add(patience))
+	go func() { // who waits for a machine that has failed does not wait long
+		for !m.p.Ended(time.Minute) {
+		}
+		l.Close()
+	}()
 	if m.line, err = l.Accept(); err != nil {
-		t.Fatalf("QEMU does not start: %v", err)
+		t.Fatalf("the machine does not start: %v", err)
 	}
 	m.in = bufio.NewReader(m.line)
 	m.answer("boot")
 	return m
 }
 
-// end ends the machine, and tells what it said if the test has failed.
+// end ends the machine without asking it, and tells what it said if the test has failed. What runs
+// it may have to end another process, too.
 func (m *machine) end() {
-	m.p.Kill()
+	_ = m.p.Cmd.Process.Signal(syscall.SIGTERM)
+	if !m.p.Ended(20 * time.Second) {
+		m.p.Kill()
+	}
 	if m.line != nil {
 		m.line.Close()
 	}
