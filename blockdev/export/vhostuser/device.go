@@ -39,7 +39,8 @@ func (d *device) init(x *export.Export) {
 	}
 	d.limits = virtio.BlkLimits{BlockSize: int64(d.blockSize), MaxDiscardSectors: maxSectors, MaxDiscardSegments: 1,
 		MaxZeroSectors: maxSectors, MaxZeroSegments: 1}
-	d.features = virtio.FVersion1 | virtio.FIndirect | virtio.FEventIdx | virtio.FPacked | vhostwire.FProtocolFeatures |
+	d.features = virtio.FVersion1 | virtio.FIndirect | virtio.FEventIdx | virtio.FPacked | vhostwire.FLogAll |
+		vhostwire.FProtocolFeatures |
 		virtio.BlkFSizeMax | virtio.BlkFSegMax | virtio.BlkFBlockSize | virtio.BlkFFlush | virtio.BlkFTopology |
 		virtio.BlkFConfigWCE | virtio.BlkFMultiQueue | virtio.BlkFDiscard | virtio.BlkFWriteZeroes
 	if !x.Writable() {

@@ -28,9 +28,9 @@
 //
 // # Locks
 //
-//	ring.mu, workers.mu, backChannel.mu, server.mu
+//	ring.mu > dirtyLog.mu; workers.mu, backChannel.mu, server.mu
 //
-// All are leaves. No lock is held while a node is called.
+// All others are leaves. No lock is held while a node is called.
 //
 // Source: QEMU, docs/interop/vhost-user.rst; virtio 1.2, 5.2.
 package vhostuser

@@ -12,8 +12,9 @@ import (
 )
 
 // protocol is what of the protocol's features there is.
-const protocol = vhostwire.ProtoMQ | vhostwire.ProtoReplyAck | vhostwire.ProtoBackendReq | vhostwire.ProtoConfig |
-	vhostwire.ProtoResetDevice | vhostwire.ProtoConfigureMemSlot | vhostwire.ProtoStatus
+const protocol = vhostwire.ProtoMQ | vhostwire.ProtoLogShmFD | vhostwire.ProtoReplyAck | vhostwire.ProtoBackendReq |
+	vhostwire.ProtoConfig | vhostwire.ProtoInflightShmFD | vhostwire.ProtoResetDevice |
+	vhostwire.ProtoConfigureMemSlot | vhostwire.ProtoStatus
 
 // maxRings is how many rings messages can name when they bring descriptors.
 const maxRings = int(vhostwire.RingIndexMask) + 1
@@ -33,6 +34,8 @@ type front struct {
 	protocol uint64
 	status   uint64
 	mem      memory
+	inflight inflightArea
+	log      dirtyLog
 	rings    []*ring // by index; nil: nothing was said about it
 	workers  workers
 	back     backChannel
@@ -42,7 +45,7 @@ type front struct {
 func newFront(s *server, nc *net.UnixConn) *front {
 	f := &front{s: s, ch: newChannel(nc), rings: make([]*ring, min(int(s.queues), maxRings))}
 	f.ctx, f.cancel = context.WithCancel(s.ctx)
-	f.back.fd = -1
+	f.back.fd, f.log.fd = -1, -1 // +checklocksignore: nobody knows it yet
 	f.workers.init()
 	return f
 }
@@ -93,6 +96,8 @@ func (f *front) end() {
 	f.all.Wait()
 	f.back.close()
 	f.mem.close()
+	f.inflight.close()
+	f.log.close()
 	f.ch.nc.Close()
 	f.s.reset()
 }
@@ -128,6 +133,15 @@ func (f *front) memoryChanged() error {
 		}
 	}
 	return nil
+}
+
+// logChanged makes the rings log what they write as is asked for now.
+func (f *front) logChanged() {
+	for _, r := range f.rings {
+		if r != nil {
+			r.setLog()
+		}
+	}
 }
 
 // watchSize tells the front end when the disk gets another size.

@@ -46,12 +46,28 @@ func (s slow) WriteAt(r *blk.Req, v blk.Vec, off int64, f blk.Flags) error {
 	return s.Fault.WriteAt(r, v, off, f)
 }
 
+// group lets nobody in until it is open.
+type group struct{ entered, open chan struct{} }
+
+func (g *group) Enter(ctx context.Context) error {
+	g.entered <- struct{}{}
+	select {
+	case <-g.open:
+		return nil
+	case <-ctx.Done():
+		return ctx.Err()
+	}
+}
+
+func (g *group) Leave() {}
+
 // fixture is a disk that is exported.
 type fixture struct {
 	t     testing.TB
 	g     *graph.Graph
 	table *export.Table
 	disk  *drivertest.Fault
+	group *group // of exports in an iothread
 	path  string
 }
 
@@ -72,7 +88,8 @@ func newExport(
 ) *fixture {
 	t.Helper()
 	f := &fixture{t: t, g: drivertest.NewGraph(t), path: filepath.Join(t.TempDir(), "s")}
-	f.table = export.New(f.g, export.Options{})
+	f.group = &group{entered: make(chan struct{}, 64), open: make(chan struct{})}
+	f.table = export.New(f.g, export.Options{Iothread: func(string) export.Workers { return f.group }})
 	NewType(f.table, Options{})
 	t.Cleanup(func() { f.table.Close(context.Background()) })
 	f.disk = drivertest.NewFault(drivertest.NewHostFile(t, diskSize))

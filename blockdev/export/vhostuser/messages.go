@@ -66,6 +66,10 @@ func (f *front) handle(m *vhostwire.Message) (a answer, err error) {
 		return a, nil
 	case vhostwire.GetConfig, vhostwire.SetConfig:
 		return f.config(m)
+	case vhostwire.GetInflightFD, vhostwire.SetInflightFD:
+		return f.inflightMessage(m)
+	case vhostwire.SetLogBase, vhostwire.SetLogFD:
+		return f.logMessage(m)
 	case vhostwire.ResetOwner, vhostwire.ResetDevice:
 		f.stopRings()
 		return a, nil
@@ -85,6 +89,7 @@ func (f *front) setFeatures(n uint64) error {
 		return fmt.Errorf("features %#x were not offered", extra)
 	}
 	f.features = n
+	f.logChanged()
 	if n&vhostwire.FProtocolFeatures != 0 {
 		return nil
 	}
@@ -136,6 +141,50 @@ func (f *front) config(m *vhostwire.Message) (a answer, err error) {
 		reply = &vhostwire.Config{Offset: c.Offset, Flags: c.Flags, Data: space[off : off+n]}
 	}
 	return answer{bytes: vhostwire.AppendConfig(f.ch.out[:0], reply)}, nil
+}
+
+// inflightMessage makes the area for requests that are under way, or takes it back from a front end
+// that has kept it.
+func (f *front) inflightMessage(m *vhostwire.Message) (a answer, err error) {
+	i := m.Inflight
+	if m.Request == vhostwire.GetInflightFD {
+		fd, err := newInflight(&i)
+		if err != nil {
+			return a, err
+		}
+		return answer{vhostwire.AppendInflight(f.ch.out[:0], &i), fd, true}, nil
+	}
+	for _, r := range f.rings {
+		if r != nil && r.running() {
+			return a, fmt.Errorf("queue %d is in use", r.index)
+		}
+	}
+	fd := f.ch.fds.take()
+	defer unix.Close(fd)
+	return a, f.inflight.set(fd, i)
+}
+
+// logMessage says where what is written is to be logged, or how that is told.
+func (f *front) logMessage(m *vhostwire.Message) (a answer, err error) {
+	fd := f.ch.fds.take()
+	if m.Request == vhostwire.SetLogFD {
+		if err := unix.SetNonblock(fd, true); err != nil {
+			unix.Close(fd)
+			return a, err
+		}
+		f.log.setFD(fd)
+		return a, nil
+	}
+	defer unix.Close(fd)
+	before, err := f.log.set(fd, m.Log)
+	if err != nil {
+		return a, err
+	}
+	f.logChanged()
+	if before != nil {
+		before.Release()
+	}
+	return answer{bytes: vhostwire.AppendNumber(f.ch.out[:0], m.Request, 0)}, nil
 }
 
 // ringMessage carries out a message about one ring.

@@ -31,6 +31,8 @@ type ring struct {
 	base    uint32
 	enabled bool
 	kick    *kick // nil: none yet
+	// features are those negotiated when it was started; anybody's.
+	features uint64
 
 	done   chan struct{} // nil: stopped; closed when the goroutine has ended
 	ctx    context.Context
@@ -48,6 +50,8 @@ type ring struct {
 	call int // +checklocks:mu
 	// to tell it of what is wrong; -1: none
 	err int // +checklocks:mu
+	// what queue writes is logged
+	logs bool // +checklocks:mu
 	// something is staged in queue
 	staged bool // +checklocks:mu
 }
@@ -80,7 +84,23 @@ func (r *ring) setAddr(a vhostwire.Addr) error {
 	if a.Desc != r.addr.Desc || a.Used != r.addr.Used || a.Avail != r.addr.Avail {
 		return fmt.Errorf("queue %d is in use", r.index)
 	}
+	r.addr = a
+	r.setLog()
 	return nil
+}
+
+// setLog makes r log what it writes as is asked for now.
+func (r *ring) setLog() {
+	r.mu.Lock()
+	defer r.mu.Unlock()
+	if r.queue == nil {
+		return
+	}
+	if r.logs = r.f.features&vhostwire.FLogAll != 0 && r.f.log.log != nil; r.logs {
+		r.queue.SetLog(r.f.log.log, r.addr.Flags&vhostwire.RingLog != 0, r.addr.Log)
+	} else {
+		r.queue.SetLog(nil, false, 0)
+	}
 }
 
 // enable lets r run, or stops it.
@@ -155,13 +175,18 @@ func (r *ring) start() error {
 	if r.f.features&virtio.FVersion1 == 0 {
 		return fmt.Errorf("queue %d has a driver from before virtio 1.0", r.index)
 	}
+	inflight, err := r.f.inflight.of(r.index, r.size, r.f.features&virtio.FPacked != 0)
+	if err != nil {
+		return err
+	}
 	q, err := virtio.NewQueue(virtio.QueueConfig{
-		Size: r.size, Features: r.f.features, Memory: r.f.mem.table, Base: r.base,
+		Size: r.size, Features: r.f.features, Memory: r.f.mem.table, Base: r.base, Inflight: inflight,
 		Rings: virtio.Rings{Desc: r.addr.Desc, Driver: r.addr.Avail, Device: r.addr.Used},
 	})
 	if err != nil {
 		return err
 	}
+	r.features = r.f.features
 	r.ctx, r.cancel = context.WithCancel(r.f.ctx)
 	r.stopping.Store(false)
 	r.kick.rearm()
@@ -170,6 +195,7 @@ func (r *ring) start() error {
 	r.queue = q
 	signal(r.call)
 	r.mu.Unlock()
+	r.setLog()
 	panics.Go("a vhost-user queue", r.run, func(error) { r.f.kill() })
 	return nil
 }
@@ -236,5 +262,8 @@ func (r *ring) publishLocked() {
 	r.staged = false
 	if notify, _ := r.queue.Publish(); notify { // errors are those of the next pop
 		signal(r.call)
+	}
+	if r.logs {
+		r.f.log.tell()
 	}
 }

@@ -157,7 +157,7 @@ func (r *ring) more() bool {
 
 // flags are those of a write.
 func (r *ring) flags() blk.Flags {
-	if r.f.s.durable(r.f.features) {
+	if r.f.s.durable(r.features) {
 		return blk.FUA
 	}
 	return 0
