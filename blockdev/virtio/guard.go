@@ -13,7 +13,8 @@ var ErrFault = errors.New("guest memory has gone")
 // Guard calls f, which touches guest memory, and returns its error. A fault at an address that f
 // touched, which would end the process, ends f like a panic: its deferred functions run, and Guard
 // returns an error that wraps ErrFault. Other panics pass. It allocates nothing; calls nest. The
-// kernel does not fault: system calls that meet such memory fail with EFAULT.
+// kernel does not fault: system calls that meet such memory fail with EFAULT. Memory of NewShared
+// does not fault where package vanish has a handler; Guard is for all other.
 func Guard(f func() error) (err error) {
 	defer debug.SetPanicOnFault(debug.SetPanicOnFault(true))
 	defer func() {

@@ -7,6 +7,8 @@ import (
 	"math"
 	"slices"
 	"sync/atomic"
+
+	"qblockd/blockdev/virtio/vanish"
 )
 
 // Mapping is memory of another process that is mapped here. It is unmapped when nobody holds a
@@ -15,7 +17,21 @@ import (
 type Mapping struct {
 	bytes []byte
 	unmap func([]byte)
+	area  *vanish.Area // nil: nobody takes it away
 	refs  atomic.Int64
+}
+
+// NewShared is NewMapping for memory that others may take away, in pages of so many bytes: it reads
+// as zeroes then, see package vanish, and queues that are in it break. Error: that cannot be
+// watched for.
+func NewShared(bytes []byte, page int, unmap func([]byte)) (*Mapping, error) {
+	a, err := vanish.Watch(bytes, page)
+	if err != nil {
+		return nil, err
+	}
+	m := NewMapping(bytes, unmap)
+	m.area = a
+	return m, nil
 }
 
 // NewMapping has one reference, the caller's. unmap is called once, by whoever gives up the last
@@ -32,6 +48,9 @@ func (m *Mapping) Release() {
 	case n == 0:
 		b := m.bytes
 		m.bytes = nil
+		if m.area != nil {
+			m.area.End()
+		}
 		m.unmap(b)
 	case n < 0:
 		panic("virtio: Mapping released too often")
@@ -157,6 +176,16 @@ func (m *Memory) Release() {
 	case n < 0:
 		panic("virtio: Memory released too often")
 	}
+}
+
+// gone is ErrFault if any of the memory was taken away.
+func (m *Memory) gone() error {
+	for i := range m.regions {
+		if a := m.regions[i].Mapping.area; a != nil && a.Gone() {
+			return fmt.Errorf("%w: below guest address %#x", ErrFault, m.regions[i].Guest)
+		}
+	}
+	return nil
 }
 
 // errPieces: a buffer is spread over more regions than any guest has.

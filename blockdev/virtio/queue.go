@@ -3,6 +3,8 @@ package virtio
 import (
 	"errors"
 	"fmt"
+
+	"qblockd/blockdev/virtio/vanish"
 )
 
 // Rings are the addresses of a queue's three parts, in the front end's process.
@@ -39,6 +41,7 @@ type Queue struct {
 	inFlight int
 	err      error
 	dirty    dirty
+	faults   uint64 // vanish.Faults when none was in mem
 
 	hint     int      // of mem.appendGuest
 	pieces   [][]byte // of an indirect table
@@ -146,6 +149,9 @@ func (q *Queue) Pop(c *Chain) (ok bool, err error) {
 func (q *Queue) pop(c *Chain) (bool, error) {
 	c.reset(q.mem)
 	ok, err := q.ring.next(c)
+	if gone := q.gone(); gone != nil {
+		err = gone
+	}
 	if !ok || err != nil {
 		c.reset(nil)
 		return false, err
@@ -153,6 +159,19 @@ func (q *Queue) pop(c *Chain) (bool, error) {
 	q.mem.hold()
 	q.inFlight++
 	return true, nil
+}
+
+// gone is ErrFault if memory of the queue was taken away: what was read may be zeroes instead.
+func (q *Queue) gone() error {
+	n := vanish.Faults()
+	if n == q.faults {
+		return nil
+	}
+	if err := q.mem.gone(); err != nil {
+		return err
+	}
+	q.faults = n
+	return nil
 }
 
 // Put stages a chain that is done, with the number of bytes that were written to its In, from the
@@ -189,7 +208,7 @@ func (q *Queue) Publish() (notify bool, err error) {
 	}
 	err = Guard(func() (e error) {
 		notify, e = q.ring.publish(q.staged)
-		return e
+		return errors.Join(e, q.gone())
 	})
 	q.staged = q.staged[:0]
 	return notify && err == nil, q.broken(err)
@@ -252,7 +271,7 @@ func (q *Queue) SetMemory(m *Memory) error {
 	}
 	m.hold()
 	old := q.mem
-	q.mem, q.hint = m, 0
+	q.mem, q.hint, q.faults = m, 0, 0
 	clear(q.pieces[:cap(q.pieces)])
 	err := Guard(q.ring.bind)
 	old.Release()

@@ -23,8 +23,9 @@ var leaves = map[string][]string{
 	"blockdev/tlscreds":            {"blockdev/tlspsk", "blockdev/crypto", "graph/blk", "schema/types"}, // memory for keys; texts of errno; options
 	"blockdev/tlspsk":              nil,
 	"blockdev/vhostwire":           nil,
-	"blockdev/nbdwire":             {"graph/blk"}, // extents and errno of the protocol are those of the data plane
-	"blockdev/virtio":              {"graph/blk"}, // data of requests
+	"blockdev/nbdwire":             {"graph/blk"},                           // extents and errno of the protocol are those of the data plane
+	"blockdev/virtio":              {"graph/blk", "blockdev/virtio/vanish"}, // data of requests; faults
+	"blockdev/virtio/vanish":       nil,
 }
 
 // anyone but the leaves may import these.

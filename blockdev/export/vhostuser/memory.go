@@ -3,6 +3,7 @@ package vhostuser
 import (
 	"errors"
 	"math"
+	"os"
 	"sync"
 
 	"golang.org/x/sys/unix"
@@ -31,8 +32,21 @@ func mapRegion(r vhostwire.Region, fd int) (virtio.Region, error) {
 	if err != nil {
 		return virtio.Region{}, err
 	}
-	m := virtio.NewMapping(b, func(b []byte) { unix.Munmap(b) })
+	m, err := virtio.NewShared(b, pageSize(fd), func(b []byte) { unix.Munmap(b) })
+	if err != nil {
+		unix.Munmap(b)
+		return virtio.Region{}, err
+	}
 	return virtio.Region{Guest: r.Guest, User: r.User, Size: r.Size, Offset: r.Offset, Mapping: m}, nil
+}
+
+// pageSize is the size in bytes of the pages that fd is mapped with: huge ones say so.
+func pageSize(fd int) int {
+	var st unix.Statfs_t
+	if err := unix.Fstatfs(fd, &st); err == nil && st.Type == unix.HUGETLBFS_MAGIC {
+		return int(st.Bsize)
+	}
+	return os.Getpagesize()
 }
 
 // replace makes a table of these regions, whose descriptors are fds, in their order.
