@@ -142,11 +142,26 @@ func TestFUSEForeign(t *testing.T) {
 // TestFUSEStuck: an export goes, and its clients are told so, while storage does not answer; stat
 // does not wait for that storage.
 func TestFUSEStuck(t *testing.T) {
-	w := newFuseWorld(t, "", "raw")
-	w.q.Must(t, "object-add", map[string]any{"qom-type": "throttle-group", "id": "g",
-		"limits": map[string]any{"bps-total": 4096}})
-	w.q.Must(t, "blockdev-add", daemon.Blockdev("throttle", "slow", map[string]any{"throttle-group": "g", "file": "fmt"}))
-	w.must(w.add("e", "slow", w.mp, nil))
+	for name, end := range map[string]func(w *fuseWorld){
+		"hard": func(w *fuseWorld) { w.q.Must(w, "block-export-del", map[string]any{"id": "e", "mode": "hard"}) },
+		"safe": func(w *fuseWorld) { w.q.Must(w, "block-export-del", map[string]any{"id": "e"}) },
+		"quit": func(w *fuseWorld) { w.q.Must(w, "quit", nil) },
+	} {
+		t.Run(name, func(t *testing.T) {
+			w := newFuseWorld(t, "", "raw")
+			w.q.Must(t, "object-add", map[string]any{"qom-type": "throttle-group", "id": "g",
+				"limits": map[string]any{"bps-total": 4096}})
+			w.q.Must(t, "blockdev-add", daemon.Blockdev("throttle", "slow", map[string]any{"throttle-group": "g", "file": "fmt"}))
+			w.must(w.add("e", "slow", w.mp, nil))
+			w.stuck(end)
+			w.d.Stop(t)
+		})
+	}
+}
+
+// stuck has many readers wait for an export, ends it, and requires that they fail.
+func (w *fuseWorld) stuck(end func(w *fuseWorld)) {
+	w.Helper()
 	f, err := os.Open(w.mp)
 	w.must(err)
 	defer f.Close()
@@ -158,19 +173,17 @@ func TestFUSEStuck(t *testing.T) {
 		}()
 	}
 	if st, err := os.Stat(w.mp); err != nil || st.Size() != fuseSize || len(failed) > 0 {
-		t.Error("stat of a stuck export: ", st, err)
+		w.Error("stat of a stuck export: ", st, err)
 	}
-	w.q.Must(t, "block-export-del", map[string]any{"id": "e", "mode": "hard"})
+	end(w)
 	for range cap(failed) {
 		if err := <-failed; err == nil {
-			t.Error("a read that cannot have ended has ended well")
+			w.Error("a read that cannot have ended has ended well")
 		}
 	}
 	if w.mounts() != 0 {
-		t.Error("the mount is still there")
+		w.Error("the mount is still there")
 	}
-	w.q.Wait(t, "BLOCK_EXPORT_DELETED", map[string]any{"id": "e"})
-	w.d.Stop(t)
 }
 
 // TestFUSEOwnFile: a daemon opens the file that it serves itself, and exports that again.
@@ -197,7 +210,31 @@ func TestFUSEOwnFile(t *testing.T) {
 	w.q.Must(t, "blockdev-add", daemon.Blockdev("raw", "again", map[string]any{"file": daemon.File(w.mp)}))
 	w.must(w.add("f", "again", second, writable))
 	w.del("e")
+	w.wantSh("head -c 1 mp2", "head: error reading 'mp2': Transport endpoint is not connected")
 	w.d.Stop(t)
+}
+
+// TestFUSEOwnFileKilled: nothing keeps a daemon alive that has its own file open and is killed, or
+// ends.
+func TestFUSEOwnFileKilled(t *testing.T) {
+	for name, signal := range map[string]syscall.Signal{"killed": syscall.SIGKILL, "ends": syscall.SIGTERM} {
+		t.Run(name, func(t *testing.T) {
+			w := newFuseWorld(t, "", "qcow2")
+			second := filepath.Join(filepath.Dir(w.mp), "mp2")
+			w.must(os.WriteFile(second, nil, 0o600))
+			t.Cleanup(func() { unmountAll(second) })
+			w.must(w.add("e", "fmt", w.mp, writable))
+			w.q.Must(t, "blockdev-add", daemon.Blockdev("raw", "again", map[string]any{"file": daemon.File(w.mp)}))
+			w.must(w.add("f", "again", second, writable))
+			w.sh("dd if=mp2 bs=1M iflag=direct of=/dev/null status=none")
+			w.sh("dd if=noise of=mp2 bs=1M conv=notrunc,fsync status=none")
+			w.must(w.d.Cmd.Process.Signal(signal))
+			if !w.d.Ended(20 * time.Second) {
+				unmountAll(w.mp)
+				t.Fatal("it does not end")
+			}
+		})
+	}
 }
 
 // TestFUSEResized: a size that changes by QMP is seen at once.

@@ -144,12 +144,17 @@ func (r *reader) allocate() error {
 	case a.mode&^unix.FALLOC_FL_KEEP_SIZE != unix.FALLOC_FL_ZERO_RANGE:
 		return syscall.EOPNOTSUPP
 	}
-	if end := a.off + a.n; a.mode&unix.FALLOC_FL_KEEP_SIZE == 0 && end > r.root.Size() {
-		err := r.resize(func(now int64) (int64, blk.Prealloc) { return max(now, end), blk.PreallocOff })
+	was := r.root.Size()
+	if end := a.off + a.n; a.mode&unix.FALLOC_FL_KEEP_SIZE == 0 && end > was {
+		err := r.resize(func(now int64) (int64, blk.Prealloc) {
+			was = now
+			return max(now, end), blk.PreallocOff
+		})
 		if err != nil {
 			return err
 		}
 	}
+	a.n = min(a.n, max(was-a.off, 0)) // what was added is zeroes
 	return r.zero(0)
 }
 
@@ -179,6 +184,9 @@ func (r *reader) preallocate() error {
 func (r *reader) zero(f blk.Flags) error {
 	off, end := r.alloc.off, min(r.alloc.off+r.alloc.n, r.root.Size())
 	for off < end {
+		if r.ctx.Err() != nil {
+			return blk.ErrClosed
+		}
 		n := min(end-off, zeroPiece)
 		if err := r.inUnit(func() error { return r.root.Zero(r.unit, off, n, f|r.flags()) }); err != nil {
 			return err

@@ -22,9 +22,9 @@
 // the node from there, also with O_DIRECT. Data of a read are put where the reply needs them. Large
 // reads of what lies in files of the host go from there to the kernel by splice, see pipe.
 //
-// Attributes are answered without the gate, from what is known: stat on an export never waits for a
-// drain, also not one that a command of ours has begun before it looks at a file behind a mount of
-// ours.
+// Attributes are answered without the gate, from what is known: as long as a reader is left, stat
+// waits for no storage and no drain, also not for one that a command of ours has begun before it
+// looks at a file behind a mount of ours.
 //
 // # Caches
 //

@@ -2,6 +2,7 @@ package fuse
 
 import (
 	"context"
+	"strconv"
 	"syscall"
 	"time"
 
@@ -116,17 +117,31 @@ func (r *reader) open() {
 	if flags&unix.O_DIRECT != 0 {
 		how = openDirect | openParallelWrites
 	}
+	if isOurs(r.q.thread) {
+		how |= openNoFlush
+	}
 	b := le.AppendUint64(r.reply[:outHeaderSize], 0) // no handle
 	b = le.AppendUint32(b, how)
 	r.send(le.AppendUint32(b, 0))
+}
+
+// isOurs tells whether a thread is one of this process: a node of ours opens the file, and flushes
+// it by itself. When the process is killed, the kernel closes that file, and would wait with
+// closing the connection for the answer to a flush that nobody gives any more.
+func isOurs(thread uint32) bool {
+	var st unix.Stat_t
+	return thread != 0 && unix.Stat("/proc/self/task/"+strconv.FormatUint(uint64(thread), 10), &st) == nil
 }
 
 // resize changes the size of the node, which is quiet meanwhile, as is block_resize. to makes the
 // new size of the present one; the same: nothing is done.
 func (r *reader) resize(to func(now int64) (int64, blk.Prealloc)) error {
 	n := r.root.Node()
-	if n == nil {
+	switch {
+	case n == nil:
 		return blk.ErrClosed
+	case n.Inactive():
+		return syscall.EPERM // its claims wait for it to become active
 	}
 	hold, err := r.root.Graph().HoldNodes(r.ctx, n)
 	if err != nil {

@@ -62,6 +62,17 @@ func (f fakeType) Serve(x *export.Export, _ *graph.Hold) (export.Server, error) 
 	return s, nil
 }
 
+// bounded is a file that does not become longer than a GiB: to zero it takes as long as it is.
+type bounded struct{ *drivertest.Fault }
+
+// Resize implements graph.Resizer.
+func (b bounded) Resize(ctx context.Context, size int64, p blk.Prealloc) error {
+	if size > 1<<30 {
+		return syscall.EFBIG
+	}
+	return b.Fault.Resize(ctx, size, p)
+}
+
 const fakeSize = 128 << 10 // a reply with all of it fits in a message
 
 // newKernel serves a file of fakeSize that is full of ones.
@@ -70,7 +81,7 @@ func newKernel(t testing.TB, o *types.BlockExportOptions) *kernel {
 	mem := drivertest.NewMemFile(fakeSize)
 	mem.Poke(0, bytes.Repeat([]byte{1}, fakeSize))
 	k := &kernel{t: t, file: drivertest.NewFault(mem), buf: make([]byte, 1<<20)}
-	k.node = drivertest.AddNode(t, g, "n", k.file)
+	k.node = drivertest.AddNode(t, g, "n", bounded{k.file})
 	table := export.New(g, export.Options{})
 	typ := fakeType{&Type{log: slog.New(slog.DiscardHandler), paths: map[string]struct{}{}}, k}
 	table.Register(types.BlockExportTypeFuse, typ)

@@ -59,6 +59,7 @@ const (
 // Flags of the reply to opening.
 const (
 	openDirect         = 1 << 0 // no page cache
+	openNoFlush        = 1 << 5 // no opFlush when it is closed
 	openParallelWrites = 1 << 6
 )
 
@@ -85,6 +86,7 @@ var (
 type request struct {
 	op     opcode
 	unique uint64 // of the request; goes back in the reply
+	thread uint32 // who asks; 0: nobody that we could know
 	arg    []byte // what follows, of the reader's buffer
 }
 
@@ -94,6 +96,7 @@ func (q *request) parse(b []byte) error {
 		return errShort
 	}
 	q.op, q.unique, q.arg = opcode(le.Uint32(b[4:])), le.Uint64(b[8:]), b[inHeaderSize:]
+	q.thread = le.Uint32(b[32:])
 	return nil
 }
 
