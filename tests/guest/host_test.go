@@ -15,7 +15,8 @@ import (
 type host struct {
 	t      *testing.T
 	binary string
-	dir    string
+	dir    string // for sockets
+	store  string // for images
 	queues int
 	d      *daemon.Daemon
 	q      *daemon.QMP
@@ -31,10 +32,21 @@ type image struct{ node, format, path string }
 // start starts a daemon with an empty disk, whose images have that format.
 func start(t *testing.T, binary, format string, queues int, size int64) *host {
 	t.Helper()
-	h := &host{t: t, binary: binary, dir: t.TempDir(), queues: queues, format: format, size: size}
+	h := &host{t: t, binary: binary, dir: t.TempDir(), store: store(t), queues: queues, format: format, size: size}
 	h.top = h.create(format)
 	h.up()
 	return h
+}
+
+// store is a folder for images, in memory if there is such a thing: then no wait is the storage's.
+func store(t *testing.T) string {
+	t.Helper()
+	dir, err := os.MkdirTemp("/dev/shm", "qblockd-guest-")
+	if err != nil {
+		return t.TempDir()
+	}
+	t.Cleanup(func() { _ = os.RemoveAll(dir) })
+	return dir
 }
 
 // socket is where the front end connects.
@@ -45,7 +57,7 @@ func (h *host) create(format string, more ...string) image {
 	h.t.Helper()
 	x := image{node: fmt.Sprintf("n%d", h.images), format: format}
 	h.images++
-	x.path = filepath.Join(h.dir, x.node)
+	x.path = filepath.Join(h.store, x.node)
 	args := append([]string{"create", "-q", "-f", format}, more...)
 	h.run("qemu-img", append(args, x.path, fmt.Sprint(h.size))...)
 	return x

@@ -52,7 +52,7 @@ stdio_handler = "file"
 `
 
 // TestLibvirt has libvirt start a guest above an export: what it asks of a vhost-user disk is
-// there, and the disk works.
+// there, and the disk works, also across the death of the daemon.
 func TestLibvirt(t *testing.T) {
 	_, err := exec.LookPath("virt-qemu-run")
 	if _, e := user.Lookup("libvirt-qemu"); cmp.Or(err, e) != nil || os.Getuid() != 0 {
@@ -82,6 +82,7 @@ func TestLibvirt(t *testing.T) {
 	r.m.do(command{Do: "format", Device: "/dev/vda"})
 	r.m.do(command{Do: "load", Seed: *flagSeed})
 	r.step("load", func() {}, true)
+	r.step("kill", r.h.kill, false)
 	r.check()
 	r.m.end() // virt-qemu-run outlives a machine that was switched off
 	r.h.stop()

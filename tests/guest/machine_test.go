@@ -162,7 +162,8 @@ type command struct {
 type answer struct {
 	Err              string
 	Faults           []string
-	Ops, Wait, Size  int64
+	Ops, Wait, Pause int64
+	Size             int64
 	What             string
 	Features, Queues int64
 }

@@ -85,13 +85,13 @@ func (f *files) write() {
 		i := rnd.IntN(maxFiles)
 		switch x := rnd.IntN(20); {
 		case x < 12:
-			f.meter.time("file", func() error { return f.put(i, gen) })
+			f.meter.count("file", func() error { return f.put(i, gen) })
 		case x < 17:
-			f.meter.time("check file", func() error { return f.check(i) })
+			f.meter.count("check file", func() error { return f.check(i) })
 		case x < 19:
-			f.meter.time("remove file", func() error { return f.remove(i) })
+			f.meter.count("remove file", func() error { return f.remove(i) })
 		default:
-			f.meter.time("trim", func() error { return trim(f.dir) })
+			f.meter.count("trim", func() error { return trim(f.dir) })
 		}
 	}
 }

@@ -27,8 +27,9 @@ type Answer struct {
 	Err    string   `json:",omitempty"`
 	Faults []string `json:",omitempty"` // what differs from what was written
 	Ops    int64    // operations since the load was started
-	Wait   int64    // longest since the last answer, in ns
+	Wait   int64    // longest request since the last answer, in ns
 	What   string   // what took that long
+	Pause  int64    // longest time since the last answer in which nothing ran, in ns
 	Size   int64    // of the disk, in bytes
 	// Features are the bits that the drivers of the disks and the test's end have agreed on, Queues
 	// how many rings the disk has.
@@ -42,6 +43,7 @@ func main() {
 		halt(e)
 	}
 	a := agent{line: json.NewEncoder(line)}
+	go a.meter.watch()
 	a.answer(err)
 	in := bufio.NewReader(line)
 	for {
@@ -82,7 +84,7 @@ type load interface {
 
 func (a *agent) answer(err error) {
 	r := Answer{Faults: a.meter.faults()}
-	r.Ops, r.Wait, r.What = a.meter.take()
+	a.meter.take(&r)
 	if a.disk != nil {
 		r.Size, _ = a.disk.size()
 		r.Features, r.Queues = a.disk.agreed()

@@ -6,12 +6,14 @@ import (
 	"time"
 )
 
-// meter counts operations, keeps the longest of them, and what was found to be wrong.
+// meter counts operations, keeps the longest of those that are one request of the disk, and what
+// was found to be wrong.
 type meter struct {
 	mu      sync.Mutex
 	ops     int64
 	longest time.Duration
 	what    string
+	pause   time.Duration // longest time that the machine stood still for
 	bad     []string
 	over    bool
 	moved   chan struct{} // closed at the next operation; nil if nobody waits
@@ -20,11 +22,18 @@ type meter struct {
 // maxFaults is how many are told of.
 const maxFaults = 5
 
-// time does f, which is one operation.
+// time does f, which is one request.
 func (m *meter) time(what string, f func() error) {
 	start := time.Now()
 	err := f()
-	took := time.Since(start)
+	m.done(what, err, time.Since(start))
+}
+
+// count does f, which is any number of requests.
+func (m *meter) count(what string, f func() error) { m.done(what, f(), 0) }
+
+// done is called when an operation has ended.
+func (m *meter) done(what string, err error, took time.Duration) {
 	m.mu.Lock()
 	defer m.mu.Unlock()
 	m.ops++
@@ -59,13 +68,28 @@ func (m *meter) faults() []string {
 	return m.bad
 }
 
-// take are the figures; the longest operation is that since the last call.
-func (m *meter) take() (ops, wait int64, what string) {
+// take puts the figures into r; the longest request is that since the last call.
+func (m *meter) take(r *Answer) {
 	m.mu.Lock()
 	defer m.mu.Unlock()
-	ops, wait, what = m.ops, int64(m.longest), m.what
-	m.longest, m.what = 0, ""
-	return ops, wait, what
+	r.Ops, r.Wait, r.What, r.Pause = m.ops, int64(m.longest), m.what, int64(m.pause)
+	m.longest, m.what, m.pause = 0, "", 0
+}
+
+// tick is how often watch looks.
+const tick = 5 * time.Millisecond
+
+// watch finds out how long the machine stands still, by sleeping for a short time again and again:
+// what takes longer because nobody runs the guest is not to be blamed on its disk.
+func (m *meter) watch() {
+	for last := time.Now(); ; {
+		time.Sleep(tick)
+		now := time.Now()
+		m.mu.Lock()
+		m.pause = max(m.pause, now.Sub(last)-tick)
+		m.mu.Unlock()
+		last = now
+	}
 }
 
 // stop ends the load; it does not wait for it.
