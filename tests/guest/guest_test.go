@@ -17,9 +17,13 @@ var (
 	flagWait   = flag.Duration("guest.wait", 10*time.Second, "longest wait for a request while the daemon lives and the guest runs")
 )
 
-const (
-	mib      = 1 << 20
-	diskSize = 192 * mib
+const mib = 1 << 20
+
+// Disks that outlive the death of their daemon under a guest that lives on. An image with metadata
+// is then what it was at the last flush or later, unless each write is one.
+var (
+	rawDisk  = disk{format: "raw"}
+	safeDisk = disk{format: "qcow2", export: ",writethrough=on"}
 )
 
 // round is a guest from its start to its end.
@@ -34,7 +38,7 @@ type round struct {
 }
 
 // prepare makes all that a guest needs, and a daemon with a disk for it.
-func prepare(t *testing.T, format string, d device) *round {
+func prepare(t *testing.T, x disk, d device) *round {
 	t.Helper()
 	exe, err := exec.LookPath("qemu-system-x86_64")
 	if err != nil {
@@ -46,19 +50,19 @@ func prepare(t *testing.T, format string, d device) *round {
 	if bin == "" {
 		bin = daemon.Binary(t)
 	}
-	r.h = start(t, bin, format, d.queues, diskSize)
+	r.h = start(t, bin, x, d.queues)
 	return r
 }
 
 // newRound starts a guest that writes.
-func newRound(t *testing.T, format string, d device, seed uint64) *round {
+func newRound(t *testing.T, x disk, d device, seed uint64) *round {
 	t.Helper()
-	r := prepare(t, format, d)
+	r := prepare(t, x, d)
 	begin := time.Now()
 	r.m = launch(t, func(m *machine, line string) *exec.Cmd {
 		return exec.Command(r.emulator, r.arguments(m, line, d)...)
 	})
-	t.Logf("%s, %v: up after %v", format, d, time.Since(begin).Round(time.Millisecond))
+	t.Logf("%s%s, %v: up after %v", x.format, x.export, d, time.Since(begin).Round(time.Millisecond))
 	a := r.m.do(command{Do: "format", Device: "/dev/vda"})
 	if want := d.features(); *flagBinary == "" &&
 		(a.Features&(featureIndirect|featureEventIdx|featurePacked) != want || a.Queues != int64(d.queues)) {
@@ -120,16 +124,14 @@ func (r *round) end() {
 
 // TestGuest is one guest that sees all that can happen to its disk.
 func TestGuest(t *testing.T) {
-	r := newRound(t, "raw", device{queues: 4, packed: true, indirect: true, events: true}, *flagSeed)
+	r := newRound(t, rawDisk, device{queues: 4, packed: true, indirect: true, events: true}, *flagSeed)
 	r.step("kill", r.h.kill, false)
 	r.h.format = "qcow2"
 	r.moves()
 	r.end()
 }
 
-// TestRounds are many, with each kind of rings. Where the daemon is killed the images are raw: an
-// image with metadata is, after the death of a daemon, what it was at the last flush or later, but
-// the guest lives on and would have to know.
+// TestRounds are many, with each kind of rings.
 func TestRounds(t *testing.T) {
 	if *flagRounds == 0 {
 		t.Skip("rounds are for `make guest`")
@@ -139,13 +141,17 @@ func TestRounds(t *testing.T) {
 		d := device{queues: 1 + 3*(i>>1&1), packed: i>>2&1 == 1, indirect: i>>3&1 == 0, events: i%3 != 2}
 		t.Run("", func(t *testing.T) {
 			if i&1 == 0 {
-				r := newRound(t, "qcow2", d, *flagSeed+uint64(i))
+				r := newRound(t, disk{format: "qcow2"}, d, *flagSeed+uint64(i))
 				r.moves()
 				r.end()
 				longest = max(longest, r.longest)
 				return
 			}
-			r := newRound(t, "raw", d, *flagSeed+uint64(i))
+			x := rawDisk
+			if i%4 == 3 {
+				x = safeDisk
+			}
+			r := newRound(t, x, d, *flagSeed+uint64(i))
 			for range 3 {
 				r.step("kill", r.h.kill, false)
 			}

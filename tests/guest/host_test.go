@@ -21,19 +21,29 @@ type host struct {
 	d      *daemon.Daemon
 	q      *daemon.QMP
 	format string // of images that are no overlays
+	export string // more options of the export
 	top    image  // of the disk's chain
 	size   int64  // of the disk, in bytes
 	images int    // made
+	killed bool   // some daemon was
 }
 
 // image is an image and its node.
 type image struct{ node, format, path string }
 
-// start starts a daemon with an empty disk, whose images have that format.
-func start(t *testing.T, binary, format string, queues int, size int64) *host {
+// disk is what a host is to have: the format of its images, and more options of the export.
+type disk struct{ format, export string }
+
+const diskSize = 192 * mib
+
+// start starts a daemon with an empty disk.
+func start(t *testing.T, binary string, d disk, queues int) *host {
 	t.Helper()
-	h := &host{t: t, binary: binary, dir: t.TempDir(), store: store(t), queues: queues, format: format, size: size}
-	h.top = h.create(format)
+	h := &host{
+		t: t, binary: binary, dir: t.TempDir(), store: store(t), queues: queues, format: d.format, export: d.export,
+		size: diskSize,
+	}
+	h.top = h.create(d.format)
 	h.up()
 	return h
 }
@@ -80,14 +90,15 @@ func (h *host) up() {
 	h.d = daemon.StartBinary(h.t, h.binary, h.dir,
 		"--blockdev", fmt.Sprintf("%s,node-name=%s,discard=unmap,file.driver=file,file.discard=unmap,file.filename=%s",
 			h.top.format, h.top.node, h.top.path),
-		"--export", fmt.Sprintf("vhost-user-blk,id=disk,node-name=%s,writable=on,num-queues=%d,addr.type=unix,addr.path=%s",
-			h.top.node, h.queues, h.socket()))
+		"--export", fmt.Sprintf("vhost-user-blk,id=disk,node-name=%s,writable=on,num-queues=%d,addr.type=unix,addr.path=%s%s",
+			h.top.node, h.queues, h.socket(), h.export))
 	h.q = h.d.Dial(h.t)
 }
 
 // kill kills the daemon and starts it again.
 func (h *host) kill() {
 	h.t.Helper()
+	h.killed = true
 	h.d.Kill()
 	h.q.Drop()
 	for _, f := range []string{h.d.Pidfile(), h.d.QMPSocket()} {
@@ -154,11 +165,18 @@ func (h *host) grow(by int64) {
 	h.q.Must(h.t, "block_resize", map[string]any{"node-name": h.top.node, "size": h.size})
 }
 
-// stop ends the daemon; what it leaves is a sound image.
+// stop ends the daemon; what it leaves is a sound image, with clusters that nobody uses at most if
+// it was killed.
 func (h *host) stop() {
 	h.t.Helper()
 	h.d.Stop(h.t)
-	if h.top.format == "qcow2" {
-		h.run("qemu-img", "check", "-q", h.top.path)
+	if h.top.format != "qcow2" {
+		return
+	}
+	const leaks = 3 // exit status of qemu-img check
+	cmd := exec.Command("qemu-img", "check", "-q", h.top.path)
+	out, err := cmd.CombinedOutput()
+	if err != nil && !(h.killed && cmd.ProcessState.ExitCode() == leaks) {
+		h.t.Errorf("%v: %v\n%s", cmd, err, out)
 	}
 }

@@ -59,7 +59,7 @@ func TestLibvirt(t *testing.T) {
 		t.Skip("SKIPPED: libvirt-daemon-system is not installed, or not for this user")
 	}
 	d := device{queues: 2}
-	r := prepare(t, "raw", d)
+	r := prepare(t, rawDisk, d)
 	r.m = launch(t, func(m *machine, line string) *exec.Cmd {
 		root := filepath.Join(t.TempDir(), "root")
 		if err := os.MkdirAll(filepath.Join(root, "etc"), 0o755); err != nil {
