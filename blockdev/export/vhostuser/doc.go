@@ -26,6 +26,11 @@
 // into or writes from. While the gate is closed, or an error has stopped the export, requests stay
 // in the ring.
 //
+// # Limits
+//
+// Per front end: 64 workers and 64 requests that wait for one, beyond which requests stay in their
+// rings; 509 regions of memory; 256 queues.
+//
 // # Locks
 //
 //	ring.mu > dirtyLog.mu; workers.mu, backChannel.mu, server.mu

@@ -54,7 +54,9 @@ func newFront(s *server, nc *net.UnixConn) *front {
 // from anywhere, any number of times.
 func (f *front) kill() {
 	f.cancel()
-	f.ch.nc.CloseRead() // not Close: the message loop closes
+	// Not Close, which the message loop does; a reply may wait for a front end that reads none.
+	f.ch.nc.CloseRead()
+	f.ch.nc.CloseWrite()
 }
 
 // run handles messages until the front end has hung up, or is dropped.

@@ -1,12 +1,15 @@
 package vhostuser
 
 import (
+	"bytes"
 	"strings"
 	"testing"
+	"time"
 
 	"golang.org/x/sys/unix"
 
 	"qblockd/blockdev/drivertest"
+	"qblockd/blockdev/vhostwire"
 	"qblockd/blockdev/virtio"
 	"qblockd/schema/types"
 )
@@ -77,4 +80,21 @@ func TestOptions(t *testing.T) {
 	if n := len(f.table.Query()); n != 1 {
 		t.Errorf("%d exports", n)
 	}
+}
+
+// A front end that takes no replies does not keep an export.
+func TestDeafFrontEnd(t *testing.T) {
+	f := newFixture(t)
+	m := f.connect()
+	flood := bytes.Repeat((&vhostwire.Message{Request: vhostwire.GetFeatures}).Append(nil, 0), 1000)
+	m.c.SetWriteDeadline(time.Now().Add(300 * time.Millisecond))
+	for {
+		if _, err := m.c.Write(flood); err != nil {
+			break // nobody reads any more: the export waits to be read itself
+		}
+	}
+	if err := f.table.Del(t.Context(), "e", types.BlockExportRemoveModeSafe); err != nil {
+		t.Fatal(err)
+	}
+	eventually(t, "the export has gone", func() bool { return len(f.table.Query()) == 0 })
 }
