@@ -39,8 +39,8 @@ func needFUSE(t *testing.T) {
 		t.Skip("SKIPPED: no /dev/fuse: ", err)
 	}
 	f.Close()
-	if _, err := exec.LookPath("fusermount3"); err != nil && os.Geteuid() != 0 {
-		t.Skip("SKIPPED: neither root nor fusermount3 is there to mount FUSE file systems")
+	if err := unix.Unmount(t.TempDir(), 0); err == unix.EPERM {
+		t.Skip("SKIPPED: no right to mount")
 	}
 }
 

@@ -26,6 +26,10 @@
 // waits for no storage and no drain, also not for one that a command of ours has begun before it
 // looks at a file behind a mount of ours.
 //
+// A daemon whose nodes have a file open that it serves itself can be killed while they do not use
+// it. With requests of theirs under way the kernel keeps the dead process until somebody aborts the
+// connection (umount -f): those threads wait for an answer, and the connection is closed last.
+//
 // # Caches
 //
 // The kernel keeps attributes for a second and pages of the file for as long as the attributes say

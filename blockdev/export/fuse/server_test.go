@@ -91,6 +91,7 @@ func newKernel(t testing.TB, o *types.BlockExportOptions) *kernel {
 	}
 	t.Cleanup(func() {
 		table.Close(context.Background())
+		<-k.srv.Done() // Close does not wait for long, and the socket is shut down by then
 		unix.Close(k.fd)
 	})
 	return k
