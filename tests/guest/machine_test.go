@@ -80,7 +80,7 @@ type machine struct {
 
 // patience bounds each answer of the guest: those that come after a load of its own choice, on a
 // machine without KVM.
-const patience = 3 * time.Minute
+const patience = 5 * time.Minute
 
 // What each guest has.
 const (
