@@ -365,12 +365,28 @@ func (c *conn) kill(err error) {
 func (c *conn) killLocked(err error) {
 	if c.dead == nil {
 		c.dead = err
+		if err != errClosed {
+			c.forget()
+		}
 		_ = c.nc.Close() // wakes who reads and who sends
 		c.told.Signal()
 		if c.watched {
 			c.watch.Stop()
 			c.watched = false
 		}
+	}
+}
+
+// forget makes the end of the connection drop what the kernel has not sent yet. That would come to
+// the server at any time later, and there could be newer writes by then: what was lost with the
+// connection is sent again by the next one.
+func (c *conn) forget() {
+	nc := c.nc
+	if t, ok := nc.(*tlscreds.Conn); ok {
+		nc = t.Below()
+	}
+	if t, ok := nc.(*net.TCPConn); ok {
+		_ = t.SetLinger(0) // fails where it has ended already
 	}
 }
 

@@ -36,8 +36,9 @@
 // What was acknowledged on a connection that is lost, but not flushed, is as safe as the server
 // makes it: one that was restarted may have forgotten it, and the next flush succeeds all the same.
 // QEMU does likewise; the log says whether there was something unflushed. A request that is sent
-// again may be executed twice. A server that goes on with the requests of a connection that has
-// ended may execute it once more after a later write of the same range.
+// again may be executed twice. What the kernel has not sent of a TCP connection that is given up is
+// dropped. A server that goes on with what it got by a connection that has ended may execute it
+// once more after a later write of the same range.
 //
 // Attempts to connect again begin at once, then after 100 ms, and pauses double up to 16 s.
 //
