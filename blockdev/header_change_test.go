@@ -20,6 +20,8 @@ type header struct {
 
 func (h header) BackingFile() (name, format string) { return "old", "raw" }
 
+func (h header) CheckBackingFile(string, string) error { return nil }
+
 func (h header) ChangeBackingFile(_ *blk.Req, name, _ string) error { return h.change(name) }
 
 // TestHeaderChangeTakesBack: what a change that fails may have written is taken back. One that ends

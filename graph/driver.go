@@ -198,6 +198,8 @@ type (
 	}
 	// BackingChanger rewrites the backing file string in the image. ("", "") removes it. May block.
 	BackingChanger interface {
+		// CheckBackingFile is the error of ChangeBackingFile that is known beforehand.
+		CheckBackingFile(name, format string) error
 		ChangeBackingFile(r *blk.Req, name, format string) error
 	}
 	// InternalSnapshotter drivers keep snapshots inside their image. The node is held quiet while

@@ -87,7 +87,7 @@ func module(file string) string { return strings.TrimSuffix(file, ".json") }
 func handlerModule(c *model.Command) string {
 	switch c.Name {
 	case "block-stream", "blockdev-backup", "drive-backup", "blockdev-mirror", "drive-mirror",
-		"block-commit", "change-backing-file", "query-block-jobs":
+		"block-commit", "change-backing-file", "query-block-jobs", "x-qblockd-rebase":
 		return "block-job"
 	case "blockdev-create", "x-blockdev-amend", "x-qblockd-check":
 		return "block-create"

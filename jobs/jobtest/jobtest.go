@@ -180,6 +180,11 @@ func Zero(root *graph.Root, off, n int64) error {
 	return unit(root, func(r *blk.Req) error { return root.Zero(r, off, n, 0) })
 }
 
+// Discard discards a range as a guest does.
+func Discard(root *graph.Root, off, n int64) error {
+	return unit(root, func(r *blk.Req) error { return root.Discard(r, off, n) })
+}
+
 // Read reads into p as a guest does.
 func Read(root *graph.Root, off int64, p []byte) error {
 	return unit(root, func(r *blk.Req) error { return root.ReadAt(r, blk.Buf(p), off, 0) })

@@ -3,7 +3,6 @@ package mirror
 import (
 	"context"
 	"errors"
-	"sync"
 	"time"
 
 	"qblockd/graph"
@@ -193,7 +192,7 @@ func (j *Job) copyDirty(ctx context.Context, h *jobs.Handle) error {
 	chunk = max(blk.AlignDown(chunk, j.granularity), j.granularity)
 	j.asked = 0
 	t := copy.Task{
-		Gate: &gates{Job: j, ctx: ctx, with: map[*blk.Req]*blk.Req{}}, Size: j.source.Size(),
+		Gate: copy.BothGates(ctx, j.reads, j.writes), Size: j.source.Size(),
 		Chunk: chunk, LongZeroes: true,
 		Look: func(r *blk.Req, off, _ int64) (copy.Extent, error) { return j.look(r, off, chunk) },
 		// It counts by itself, as it may have to do what is done once more.
@@ -217,45 +216,4 @@ func (j *Job) side(err error) (types.IoOperationType, types.BlockdevOnError) {
 		policy = types.BlockdevOnErrorReport
 	}
 	return op, policy
-}
-
-// gates let a unit of work begin on both sides. Nobody waits for one of them while inside the
-// other.
-type gates struct {
-	*Job
-	ctx  context.Context
-	mu   sync.Mutex
-	with map[*blk.Req]*blk.Req // guarded by mu; the pass of the target for each unit
-}
-
-// Begin implements copy.Gate.
-func (g *gates) Begin() (*blk.Req, error) {
-	for {
-		r, err := g.reads.Begin(g.ctx)
-		if err != nil {
-			return nil, err
-		}
-		if t := g.writes.TryBegin(); t != nil {
-			g.mu.Lock()
-			g.with[r] = t
-			g.mu.Unlock()
-			return r, nil
-		}
-		g.reads.End(r)
-		t, err := g.writes.Begin(g.ctx)
-		if err != nil {
-			return nil, err
-		}
-		g.writes.End(t)
-	}
-}
-
-// End implements copy.Gate.
-func (g *gates) End(r *blk.Req) {
-	g.mu.Lock()
-	t := g.with[r]
-	delete(g.with, r)
-	g.mu.Unlock()
-	g.writes.End(t)
-	g.reads.End(r)
 }

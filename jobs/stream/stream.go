@@ -21,6 +21,7 @@ package stream
 import (
 	"context"
 	"fmt"
+	"sync/atomic"
 
 	"qblockd/blockdev"
 	"qblockd/graph"
@@ -49,8 +50,8 @@ type Job struct {
 	chain      []*graph.Node // from the top to the node directly above what stays
 	last       *graph.Node   // the last one to be copied: one of the chain, and no filter
 	filterName string
-	driver     *filterDriver
-	root       *graph.Root // the job's requests
+	guests     *atomic.Bool // see blockjob.Site.MakeCopyFilter
+	root       *graph.Root  // the job's requests
 }
 
 // FromArgs makes a job that blockjob.Start starts.
@@ -166,7 +167,8 @@ func (j *Job) fill(tx *graph.Tx, m *jobs.Manager) error {
 		return err
 	}
 	// What the graph does not allow is told before the job is announced.
-	if err := j.makeFilter(tx); err != nil {
+	var err error
+	if j.guests, err = j.site.MakeCopyFilter(tx, j.filterName, j.top()); err != nil {
 		return fmt.Errorf("Could not create node: %w", err)
 	}
 	m.Show(visible.StreamEntered, j.top())
@@ -182,19 +184,6 @@ func (j *Job) fill(tx *graph.Tx, m *jobs.Manager) error {
 	}
 	j.site.BlockAt(tx, append(j.chain[:len(j.chain):len(j.chain)], j.site.Filter)...)
 	return j.keep(tx)
-}
-
-func (j *Job) makeFilter(tx *graph.Tx) error {
-	filter, err := j.site.MakeFilter(tx, j.filterName, graph.Options{DriverName: DriverName, Discard: true})
-	if err != nil {
-		return err
-	}
-	j.driver = &filterDriver{Passthrough: graph.Through(filter)}
-	filter.SetDriver(j.driver)
-	if _, err := tx.InsertFilter(filter, "file", j.top()); err != nil {
-		return err
-	}
-	return tx.Try()
 }
 
 // keep takes what the job relies on: the right to read and to write unchanged data at the top, no
@@ -224,7 +213,7 @@ func (j *Job) Run(ctx context.Context, h *jobs.Handle) error {
 	c := copier{target: j.site.Filter.FilteredChild(), below: top.Backing(), last: j.last}
 	t := copy.Task{
 		Gate: copy.RootGate(ctx, j.root), Size: size, Chunk: chunk,
-		Guests: &j.driver.guests, Look: c.look, Copy: c.copy,
+		Guests: j.guests, Look: c.look, Copy: c.copy,
 		Operation: types.IoOperationTypeRead, Policy: types.Or(j.args.OnError, types.BlockdevOnErrorReport),
 	}
 	t.SetWorkers(workers, j.top())

@@ -2098,6 +2098,32 @@ type BlockStreamArgs struct {
 	AutoDismiss *bool
 }
 
+// XQblockdRebaseArgs: the arguments of x-qblockd-rebase.
+type XQblockdRebaseArgs struct {
+	// Name of the job.
+	JobID *string
+	// The node of the image, or a filter above it.
+	Device string
+	// The new backing file, which nobody may write to from now on; without it the image has none
+	// afterwards.
+	BaseNode *string
+	// Name of the new backing file to be written into the image, when the one worked out from the graph
+	// does not suit.
+	BackingFile *string
+	// Write "raw" for the format of a new backing file that is no format node (default false).
+	BackingMaskProtocol *bool
+	// Bytes a second at most; 0 is no limit (default 0).
+	Speed *int64
+	// What to do about I/O errors (default report).
+	OnError *BlockdevOnError
+	// Name of the node that is put above the image while the job runs.
+	FilterNodeName *string
+	// Change the graph as soon as the work is done (default true).
+	AutoFinalize *bool
+	// Vanish after the end (default true).
+	AutoDismiss *bool
+}
+
 // BlockJobSetSpeedArgs: the arguments of block-job-set-speed.
 type BlockJobSetSpeedArgs struct {
 	// The job.

@@ -1190,6 +1190,28 @@ func membersBlockStreamArgs(d *decoder, x *BlockStreamArgs) bool {
 		opt(d, "auto-dismiss", &x.AutoDismiss, visitBool)
 }
 
+// DecodeXQblockdRebaseArgs decodes the arguments in v, nil for none; faults are worded as QEMU does (*ArgError).
+func DecodeXQblockdRebaseArgs(v *value.Dict) (*XQblockdRebaseArgs, error) {
+	return args(v, visitXQblockdRebaseArgs)
+}
+
+func visitXQblockdRebaseArgs(d *decoder, name string, x *XQblockdRebaseArgs) bool {
+	return object(d, name, x, membersXQblockdRebaseArgs)
+}
+
+func membersXQblockdRebaseArgs(d *decoder, x *XQblockdRebaseArgs) bool {
+	return opt(d, "job-id", &x.JobID, visitStr) &&
+		visitStr(d, "device", &x.Device) &&
+		opt(d, "base-node", &x.BaseNode, visitStr) &&
+		opt(d, "backing-file", &x.BackingFile, visitStr) &&
+		opt(d, "backing-mask-protocol", &x.BackingMaskProtocol, visitBool) &&
+		opt(d, "speed", &x.Speed, visitInt64) &&
+		opt(d, "on-error", &x.OnError, visitBlockdevOnError) &&
+		opt(d, "filter-node-name", &x.FilterNodeName, visitStr) &&
+		opt(d, "auto-finalize", &x.AutoFinalize, visitBool) &&
+		opt(d, "auto-dismiss", &x.AutoDismiss, visitBool)
+}
+
 // DecodeBlockJobSetSpeedArgs decodes the arguments in v, nil for none; faults are worded as QEMU does (*ArgError).
 func DecodeBlockJobSetSpeedArgs(v *value.Dict) (*BlockJobSetSpeedArgs, error) {
 	return args(v, visitBlockJobSetSpeedArgs)

@@ -3262,6 +3262,50 @@ func (x *BlockStreamArgs) AppendJSON(b []byte) []byte {
 }
 
 // AppendJSON appends x in QEMU's form, members in hash order.
+func (x *XQblockdRebaseArgs) AppendJSON(b []byte) []byte {
+	b = append(b, '{')
+	if x.AutoFinalize != nil {
+		b = appendKey(b, "auto-finalize")
+		b = appendBool(b, *x.AutoFinalize)
+	}
+	b = appendKey(b, "device")
+	b = value.AppendString(b, x.Device)
+	if x.AutoDismiss != nil {
+		b = append(b, `, "auto-dismiss": `...)
+		b = appendBool(b, *x.AutoDismiss)
+	}
+	if x.FilterNodeName != nil {
+		b = append(b, `, "filter-node-name": `...)
+		b = value.AppendString(b, *x.FilterNodeName)
+	}
+	if x.BackingMaskProtocol != nil {
+		b = append(b, `, "backing-mask-protocol": `...)
+		b = appendBool(b, *x.BackingMaskProtocol)
+	}
+	if x.Speed != nil {
+		b = append(b, `, "speed": `...)
+		b = appendInt(b, *x.Speed)
+	}
+	if x.BaseNode != nil {
+		b = append(b, `, "base-node": `...)
+		b = value.AppendString(b, *x.BaseNode)
+	}
+	if x.BackingFile != nil {
+		b = append(b, `, "backing-file": `...)
+		b = value.AppendString(b, *x.BackingFile)
+	}
+	if x.OnError != nil {
+		b = append(b, `, "on-error": `...)
+		b = appendEnum(b, *x.OnError)
+	}
+	if x.JobID != nil {
+		b = append(b, `, "job-id": `...)
+		b = value.AppendString(b, *x.JobID)
+	}
+	return append(b, '}')
+}
+
+// AppendJSON appends x in QEMU's form, members in hash order.
 func (x *BlockJobSetSpeedArgs) AppendJSON(b []byte) []byte {
 	b = append(b, `{"device": `...)
 	b = value.AppendString(b, x.Device)

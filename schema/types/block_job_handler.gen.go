@@ -17,6 +17,13 @@ type BlockJobHandler interface {
 	// BlockStream executes block-stream: start a job that copies data from the layers below into a node,
 	// and then takes those layers out of its backing chain.
 	BlockStream(ctx context.Context, a *BlockStreamArgs) error
+	// XQblockdRebase executes x-qblockd-rebase: start a job that gives an image another backing file and
+	// leaves what guests see as it is: what 'qemu-img rebase' does, while they read and write. What
+	// differs below is copied into the image; then the backing link and the header of the image are
+	// changed. Until then it reads as before from the old backing file, also when the job fails or is
+	// cancelled. Snapshots inside the image are left alone: what they have from below they have from the
+	// new backing file afterwards. An extension of qblockd.
+	XQblockdRebase(ctx context.Context, a *XQblockdRebaseArgs) error
 	// BlockJobSetSpeed executes block-job-set-speed: limit the speed of a job.
 	BlockJobSetSpeed(ctx context.Context, a *BlockJobSetSpeedArgs) error
 	// BlockJobCancel executes block-job-cancel: end a job. The command returns before the job has ended. A
@@ -77,6 +84,16 @@ func RegisterBlockJob(r Registrar, h BlockJobHandler) {
 			return nil, err
 		}
 		if err := h.BlockStream(ctx, a); err != nil {
+			return nil, err
+		}
+		return append(out, "{}"...), nil
+	})
+	r.Handle("x-qblockd-rebase", func(ctx context.Context, args *value.Dict, out []byte) ([]byte, error) {
+		a, err := DecodeXQblockdRebaseArgs(args)
+		if err != nil {
+			return nil, err
+		}
+		if err := h.XQblockdRebase(ctx, a); err != nil {
 			return nil, err
 		}
 		return append(out, "{}"...), nil

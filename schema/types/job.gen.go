@@ -21,6 +21,8 @@ const (
 	JobTypeAmend JobType = "amend"
 	// Looks an image over for faults, and may repair it (an extension of qblockd).
 	JobTypeXQblockdCheck JobType = "x-qblockd-check"
+	// Gives an image another backing file (an extension of qblockd).
+	JobTypeXQblockdRebase JobType = "x-qblockd-rebase"
 )
 
 // JobTypeValues lists the values of JobType in the order of the schema.
@@ -32,6 +34,7 @@ var JobTypeValues = []JobType{
 	JobTypeCreate,
 	JobTypeAmend,
 	JobTypeXQblockdCheck,
+	JobTypeXQblockdRebase,
 }
 
 // JobStatus: states of a job's life.

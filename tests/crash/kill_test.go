@@ -37,7 +37,7 @@ var layers = []string{"base", "mid", "top"}
 
 // works are what runs while clients write: jobs, each on the chain that the clients write to,
 // snapshots inside its top, or commands on bitmaps of it.
-var works = []string{"stream", "commit", "active-commit", "mirror", "blocking-mirror", "backup", "snapshots", "bitmaps"}
+var works = []string{"stream", "rebase", "commit", "active-commit", "mirror", "blocking-mirror", "backup", "snapshots", "bitmaps"}
 
 // killRound is one daemon that is killed.
 type killRound struct {
@@ -267,6 +267,12 @@ func (r *killRound) begin(q *daemon.QMP) {
 			args["base-node"] = "base"
 		}
 		q.Must(r.t, "block-stream", args)
+	case "rebase":
+		// Onto what the top is over without the layer between, or onto nothing.
+		if r.rnd.IntN(2) == 0 {
+			args["base-node"] = "base"
+		}
+		q.Must(r.t, "x-qblockd-rebase", args)
 	case "commit":
 		args["top-node"] = "mid"
 		q.Must(r.t, "block-commit", args)

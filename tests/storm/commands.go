@@ -280,6 +280,13 @@ var generators = map[string]func(g *gen) made{
 		}
 		return made{args: g.jobArgs(a)}
 	},
+	"x-qblockd-rebase": func(g *gen) made {
+		a := M{"device": g.pick(g.chain(), "v0", "v1", g.grown())}
+		if !g.one(4) {
+			a["base-node"] = g.any()
+		}
+		return made{args: g.jobArgs(a)}
+	},
 	"block-commit": func(g *gen) made {
 		if g.one(2) {
 			return g.onGrown(true)
@@ -381,7 +388,7 @@ var leftOut = map[string]string{
 var weights = map[string]int{
 	"block-dirty-bitmap-add": 6, "block-dirty-bitmap-remove": 4, "block-dirty-bitmap-clear": 4, "block-dirty-bitmap-merge": 8, "x-debug-block-dirty-bitmap-sha256": 6,
 	"blockdev-snapshot-internal-sync": 8, "blockdev-snapshot-delete-internal-sync": 8, "block_resize": 8, "blockdev-reopen": 8, "transaction": 12,
-	"blockdev-add": 6, "blockdev-del": 6, "x-blockdev-change": 6, "block-export-add": 4, "block-export-del": 4, "blockdev-backup": 10, "blockdev-mirror": 6, "block-stream": 4, "block-commit": 8,
+	"blockdev-add": 6, "blockdev-del": 6, "x-blockdev-change": 6, "block-export-add": 4, "block-export-del": 4, "blockdev-backup": 10, "blockdev-mirror": 6, "block-stream": 4, "x-qblockd-rebase": 4, "block-commit": 8,
 	"blockdev-snapshot-sync": 8, "job-complete": 4, "block-job-complete": 4, "job-finalize": 4, "job-dismiss": 6, "job-cancel": 4, "block-job-cancel": 4, "query-named-block-nodes": 4,
 }
 

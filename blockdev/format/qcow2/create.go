@@ -245,10 +245,19 @@ func (s *image) assignBacking(r *blk.Req, o *types.BlockdevCreateOptionsQcow2) e
 	return nil
 }
 
+// CheckBackingFile implements graph.BackingChanger. A data file that shows the disk by itself has
+// all of it: nothing may lie below.
+func (s *image) CheckBackingFile(name, format string) error {
+	if len(name) > layout.MaxBackingName || len(format) > layout.MaxBackingFormat || s.raw && name != "" {
+		return errInval
+	}
+	return nil
+}
+
 // ChangeBackingFile implements graph.BackingChanger; an empty name and an empty format remove them.
 func (s *image) ChangeBackingFile(r *blk.Req, name, format string) error {
-	if len(name) > layout.MaxBackingName || len(format) > layout.MaxBackingFormat {
-		return errInval
+	if err := s.CheckBackingFile(name, format); err != nil {
+		return err
 	}
 	s.mu.Lock()
 	defer s.mu.Unlock()

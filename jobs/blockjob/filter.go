@@ -1,4 +1,4 @@
-package stream
+package blockjob
 
 import (
 	"context"
@@ -9,14 +9,28 @@ import (
 	"qblockd/graph/perm"
 )
 
-// DriverName is how the job's filter shows itself, as in QEMU.
-const DriverName = "copy-on-read"
+// copyFilterName is how the filter shows itself, as that of QEMU's block-stream.
+const copyFilterName = "copy-on-read"
 
-// filterDriver sits above the target while the job runs, under the name that the client chose, and
-// passes everything through: the job itself copies what is read. It is transparent.
+// MakeCopyFilter makes the job's filter above a node that the job copies into, and inserts it: one
+// that passes everything through, as it is the job itself that copies. It is transparent. Guests is
+// set whenever a request of a guest passes; who looks clears it.
+func (s *Site) MakeCopyFilter(tx *graph.Tx, name string, top *graph.Node) (guests *atomic.Bool, err error) {
+	n, err := s.MakeFilter(tx, name, graph.Options{DriverName: copyFilterName, Discard: true})
+	if err != nil {
+		return nil, err
+	}
+	d := &filterDriver{Passthrough: graph.Through(n)}
+	n.SetDriver(d)
+	if _, err := tx.InsertFilter(n, "file", top); err != nil {
+		return nil, err
+	}
+	return &d.guests, tx.Try()
+}
+
 type filterDriver struct {
 	graph.Passthrough
-	guests atomic.Bool // a guest's request has passed; cleared by who looks
+	guests atomic.Bool
 }
 
 func (f *filterDriver) passing(r *blk.Req) {
