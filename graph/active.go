@@ -116,6 +116,7 @@ func Deactivate(ctx context.Context, nodes ...*Node) error {
 
 // Activate makes nodes active again, and all that is below them. The rest is as for Deactivate.
 func Activate(ctx context.Context, nodes ...*Node) error {
+	nodes = slices.DeleteFunc(slices.Clone(nodes), func(n *Node) bool { return !n.Inactive() })
 	return handOver(ctx, nodes, func(h *handover, n *Node) error { return h.comeBack(ctx, n) })
 }
 
@@ -176,11 +177,19 @@ func (h *handover) leave(ctx context.Context, n *Node, asked bool) error {
 	return nil
 }
 
-// comeBack makes what is below n active, then n.
+// comeBack makes what is below n active, then n. What was active below an inactive node, as what is
+// opened for one is, may have been changed by others all the same: unless somebody uses it here, it
+// leaves for a moment to be read again.
 func (h *handover) comeBack(ctx context.Context, n *Node) error {
 	h.undo = deactivate
-	if !n.Inactive() {
-		return nil // so is what is below
+	was := n.Inactive()
+	if !was {
+		switch err := deactivate(ctx, n); {
+		case err == errActiveParent, err == errStaysActive:
+			return nil // it has followed, or made, all changes
+		case err != nil:
+			return err
+		}
 	}
 	for _, e := range n.Children() {
 		if err := h.comeBack(ctx, e.Node()); err != nil {
@@ -190,7 +199,9 @@ func (h *handover) comeBack(ctx context.Context, n *Node) error {
 	if err := activate(ctx, n); err != nil {
 		return err
 	}
-	h.done = append(h.done, n)
+	if was {
+		h.done = append(h.done, n)
+	}
 	return nil
 }
 

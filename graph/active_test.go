@@ -136,3 +136,64 @@ func TestInactiveChainFails(t *testing.T) {
 		t.Fatal(err, activity(g))
 	}
 }
+
+// rereader counts how often it reads everything again.
+type rereader struct {
+	memDriver
+	read int
+}
+
+func (d *rereader) Activate(*blk.Req) error { d.read++; return nil }
+
+// What is active below an inactive node is read again with it, unless it is in use here.
+func TestActiveBelowInactive(t *testing.T) {
+	g := newTestGraph(t)
+	ctx := context.Background()
+	d := &rereader{memDriver: memDriver{data: make([]byte, 4096)}}
+	file := add(t, g, Options{Name: "file"}, func(*Node) Driver { return d })
+	disk := addFormat(t, g, "disk", file, nil)
+	activateFile := func() {
+		t.Helper()
+		if err := errors.Join(Deactivate(ctx, disk), Activate(ctx, file)); err != nil {
+			t.Fatal(err)
+		}
+		d.read = 0
+	}
+
+	activateFile()
+	if err := Activate(ctx, file); err != nil || d.read != 0 {
+		t.Errorf("an active node is read again: %v", err)
+	}
+	if err := Activate(ctx, disk); err != nil || d.read != 1 || file.Inactive() || disk.Inactive() {
+		t.Errorf("read %d times, want once: %v", d.read, err)
+	}
+
+	activateFile()
+	var job *Root
+	err := g.Do(ctx, func(tx *Tx) (err error) {
+		job, err = tx.AttachRoot(RootSpec{EdgeName: "main node", Claim: perm.Unused, Job: true}, file)
+		return err
+	})
+	if err != nil {
+		t.Fatal(err)
+	}
+	if err := Activate(ctx, disk); err != nil || d.read != 0 || disk.Inactive() {
+		t.Errorf("read %d times while a job uses it: %v", d.read, err)
+	}
+	if err := g.CloseRoot(ctx, job); err != nil {
+		t.Fatal(err)
+	}
+
+	// It stays active if the node above fails to come back.
+	activateFile()
+	d.onPerm = func(_ context.Context, c perm.Claim) error {
+		if c.Need&perm.Write != 0 {
+			return errors.New("locked")
+		}
+		return nil
+	}
+	wantErr(t, Activate(ctx, disk), "locked")
+	if file.Inactive() || !disk.Inactive() {
+		t.Error("not as it was after a failure")
+	}
+}
