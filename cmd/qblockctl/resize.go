@@ -44,6 +44,10 @@ func (a *app) resizeCommand() *cobra.Command {
 			return a.resize(cmd.Context(), o, args[0], n, sign)
 		},
 	}
+	cmd.SetFlagErrorFunc(func(_ *cobra.Command, err error) error {
+		// qemu-img takes the last word as the size in any case.
+		return usage("resize", "%v (a SIZE that begins with - goes behind --)", err)
+	})
 	cmd.Flags().StringVarP(&o.format, "format", "f", "", "`FORMAT` of FILE, if it is not to be guessed")
 	cmd.Flags().StringVar(&o.mode, "preallocation", "off", "how space for what is added is provided: `MODE` is off, metadata, falloc or full")
 	cmd.Flags().BoolVar(&o.shrink, "shrink", false, "the disk may become smaller")

@@ -31,6 +31,7 @@ func TestResize(t *testing.T) {
 		{"resize --preallocation full " + image + " +2M", 0, ""},
 		{"resize " + image + " 1M", 1, "--shrink makes it smaller"},
 		{"resize " + image + " -- -1M", 1, "--shrink makes it smaller"},
+		{"resize --shrink " + image + " -1M", 2, "a SIZE that begins with - goes behind --"},
 		{"resize --shrink " + image + " -- -1M", 0, ""},
 		{"resize --shrink " + image + " -- -9M", 1, "larger than zero"},
 		{"resize " + image + " 3145729", 1, "multiple of 512"},
