@@ -262,40 +262,13 @@ func (r *reader) attempt() error {
 
 // inUnit calls do in a unit of work, for which it waits.
 func (r *reader) inUnit(do func() error) error {
-	u, group, err := r.begin()
+	u, err := export.Begin(r.ctx, r.root, r.export.Workers)
 	if err != nil {
 		return err
 	}
-	r.unit = u
+	r.unit = u.Req
 	err = do()
 	r.unit = nil
-	r.root.End(u)
-	if group != nil {
-		group.Leave()
-	}
+	u.End()
 	return err
-}
-
-// begin waits for a worker of the export's group and for the gate, and enters both. Nobody waits
-// for one of them while holding the other.
-func (r *reader) begin() (*blk.Req, export.Workers, error) {
-	for {
-		group := r.export.Workers()
-		if group == nil {
-			u, err := r.root.Begin(r.ctx)
-			return u, nil, err
-		}
-		if err := group.Enter(r.ctx); err != nil {
-			return nil, nil, err
-		}
-		if u := r.root.TryBegin(); u != nil {
-			return u, group, nil
-		}
-		group.Leave()
-		u, err := r.root.Begin(r.ctx)
-		if err != nil {
-			return nil, nil, err
-		}
-		r.root.End(u) // the gate is open again
-	}
 }

@@ -122,10 +122,13 @@ func (k *kernel) reply() (unique uint64, errno syscall.Errno, b []byte) {
 	return le.Uint64(k.buf[8:]), syscall.Errno(-int32(le.Uint32(k.buf[4:]))), k.buf[outHeaderSize:n]
 }
 
-// ask sends a request and waits for its reply.
+// ask sends a request and waits for its reply. What comes before may tell that the size changed.
 func (k *kernel) ask(op opcode, arg []byte) (syscall.Errno, []byte) {
 	unique := k.send(op, arg)
 	got, errno, b := k.reply()
+	for got == 0 {
+		got, errno, b = k.reply()
+	}
 	if got != unique {
 		k.t.Fatalf("a reply to %d, not to %d", got, unique)
 	}

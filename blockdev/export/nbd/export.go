@@ -57,6 +57,15 @@ type Export struct {
 	left chan struct{} // +checklocks:mu
 }
 
+// group is the group that serves requests which have to wait, to be asked for each of them; nil: no
+// group.
+func (x *Export) group() export.Workers {
+	if x.spec.Workers == nil {
+		return nil
+	}
+	return x.spec.Workers()
+}
+
 // checkSpec words what is wrong with the names of an export.
 func checkSpec(s *Spec) error {
 	if len(s.Name) > nbdwire.MaxString {

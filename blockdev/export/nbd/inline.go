@@ -83,7 +83,7 @@ func (r *reader) tick() {
 // isAlone tells whether a request, which is to be served next, is one of many that came alone.
 func (r *reader) isAlone(cost int64) bool {
 	a := &r.alone
-	if r.tls || r.r < r.w || cost >= mapMin || r.exp.spec.Workers != nil && r.exp.spec.Workers() != nil ||
+	if r.tls || r.r < r.w || cost >= mapMin || r.exp.group() != nil ||
 		!r.workers.none() {
 		a.count = 0
 		return false

@@ -305,12 +305,12 @@ func (w *workers) attempt(j *job) *reply {
 	if j.q.Len > pieceMax(j.q.Cmd) {
 		return w.inPieces(j)
 	}
-	u, group, err := w.begin()
+	u, err := w.begin()
 	if err != nil {
 		return w.failure(&j.q, nbdwire.Errno(err), msgUnstarted)
 	}
-	defer w.end(u, group)
-	return w.perform(u, j)
+	defer u.End()
+	return w.perform(u.Req, j)
 }
 
 // pieceMax is how many bytes one unit of work may be about, where the request has no data: a
@@ -331,12 +331,12 @@ func (w *workers) inPieces(j *job) *reply {
 	part, end := j.q, j.q.Off+j.q.Len
 	for ; part.Off < end; part.Off += part.Len {
 		part.Len = min(end-part.Off, pieceMax(part.Cmd))
-		u, group, err := w.begin()
+		u, err := w.begin()
 		if err != nil {
 			return w.failure(&j.q, nbdwire.Errno(err), msgUnstarted)
 		}
-		msg, err := w.doControl(u, &part)
-		w.end(u, group)
+		msg, err := w.doControl(u.Req, &part)
+		u.End()
 		if err != nil {
 			return w.fault(&j.q, err, msg)
 		}
@@ -344,40 +344,10 @@ func (w *workers) inPieces(j *job) *reply {
 	return w.done(&j.q)
 }
 
-// begin waits for a worker of the export's group and for the gate, and enters both. Nobody waits
-// for one of them while holding the other: a drained device does not take the workers of others.
-func (w *workers) begin() (*blk.Req, export.Workers, error) {
-	for {
-		if w.dead.Load() {
-			return nil, nil, blk.ErrClosed
-		}
-		var group export.Workers
-		if f := w.exp.spec.Workers; f != nil {
-			group = f()
-		}
-		if group == nil {
-			u, err := w.dev.Begin(w.ctx)
-			return u, nil, err
-		}
-		if err := group.Enter(w.ctx); err != nil {
-			return nil, nil, err
-		}
-		if u := w.dev.TryBegin(); u != nil {
-			return u, group, nil
-		}
-		group.Leave()
-		u, err := w.dev.Begin(w.ctx)
-		if err != nil {
-			return nil, nil, err
-		}
-		w.dev.End(u) // the gate is open again
+// begin begins a unit of work, unless the client has gone.
+func (w *workers) begin() (export.Unit, error) {
+	if w.dead.Load() {
+		return export.Unit{}, blk.ErrClosed
 	}
-}
-
-// end leaves both.
-func (w *workers) end(u *blk.Req, group export.Workers) {
-	w.dev.End(u)
-	if group != nil {
-		group.Leave()
-	}
+	return export.Begin(w.ctx, w.dev, w.exp.group)
 }

@@ -233,43 +233,13 @@ func (r *ring) perform(q *request) {
 
 // attempt performs q in one unit of work. It is not begun if the front end has gone.
 func (r *ring) attempt(q *request) (begun bool, err error) {
-	u, group, err := r.begin()
+	s := r.f.s
+	u, err := export.Begin(r.f.ctx, s.x.Root, s.x.Workers)
 	if err != nil {
 		return false, err
 	}
-	s := r.f.s
-	defer func() {
-		s.x.Root.End(u)
-		if group != nil {
-			group.Leave()
-		}
-	}()
-	return true, s.do(u, &q.Request, r.flags())
-}
-
-// begin waits for a worker of the export's group and for the gate, and enters both. Nobody waits
-// for one of them while holding the other: a drained device does not take the workers of others.
-func (r *ring) begin() (*blk.Req, export.Workers, error) {
-	x := r.f.s.x
-	for {
-		group := x.Workers()
-		if group == nil {
-			u, err := x.Root.Begin(r.f.ctx)
-			return u, nil, err
-		}
-		if err := group.Enter(r.f.ctx); err != nil {
-			return nil, nil, err
-		}
-		if u := x.Root.TryBegin(); u != nil {
-			return u, group, nil
-		}
-		group.Leave()
-		u, err := x.Root.Begin(r.f.ctx)
-		if err != nil {
-			return nil, nil, err
-		}
-		x.Root.End(u) // the gate is open again
-	}
+	defer u.End()
+	return true, s.do(u.Req, &q.Request, r.flags())
 }
 
 // performSafely is perform; after a panic the request fails, and the front end is dropped.
