@@ -39,6 +39,7 @@ func (s *amender) changeRefcounts(r *blk.Req, order uint32) error {
 		err = s.barrier(r)
 	}
 	if err != nil {
+		s.cutNew(r)
 		return err
 	}
 	err = s.newHeader(r, func(h *layout.Header, _ *layout.Extensions) {
@@ -47,6 +48,7 @@ func (s *amender) changeRefcounts(r *blk.Req, order uint32) error {
 		h.RefcountTableClusters = uint32(n.table)
 	})
 	if err != nil {
+		s.cutNew(r)
 		return blk.Errnof(err, "Could not update qcow2 header")
 	}
 	for _, e := range s.reft {
@@ -64,6 +66,17 @@ func (s *amender) changeRefcounts(r *blk.Req, order uint32) error {
 	s.rb = newCache(int(s.cs), s.set.rbTables)
 	s.freeIdx, s.freeByte, s.prealloc = 0, 0, 0
 	return nil
+}
+
+// cutNew cuts off what was written behind all that the file has, and did not come into use.
+// +checklocks:s.mu
+func (s *amender) cutNew(r *blk.Req) {
+	if s.usable() != nil {
+		return
+	}
+	if err := s.cutFile(patient(r)); err != nil {
+		s.warnf("The file keeps counts that did not come into use: %s", blk.ErrnoText(err))
+	}
 }
 
 // maxLost is how much longer a file becomes at most for what was cut off.

@@ -118,13 +118,16 @@ func TestAmendEachFailure(t *testing.T) {
 	cs := uint64(512)
 	for i := range 40 {
 		img, disk := amendable(t, CreateOptions{Size: 200 * cs, ClusterSize: &cs})
-		f := drivertest.NewFault(img)
+		f, size := drivertest.NewFault(img), img.Size()
 		s := mustOpen(t, mem{f}, config{})
 		f.FailAt(i, syscall.EIO)
 		err := amendTo(s, ptr(toWidth(64)))
 		f.Clear()
 		if s.dead.Load() {
 			t.Fatalf("failure %d: the image was given up: %v", i, err)
+		}
+		if s.geo.RefcountOrder == 4 && img.Size() > size {
+			t.Errorf("failure %d (%v): the file has grown by %d bytes", i, err, img.Size()-size)
 		}
 		mustClose(t, s)
 		if e := holds(mem{img}, disk, true); e != nil {

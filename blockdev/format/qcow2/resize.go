@@ -84,6 +84,26 @@ func (s *image) grow(r *blk.Req, old, size int64, m blk.Prealloc) error {
 	if err := s.discard(r, from, to, false, true, discardNever); err != nil {
 		return wrap("Failed to zero out the new area", err)
 	}
+	dataEnd := int64(0)
+	if s.geo.External {
+		dataEnd = s.external.Size()
+	}
+	if err := s.fillNew(r, old, size, m); err != nil {
+		if s.usable() == nil {
+			// Others need the space, as the disk does not get it.
+			if e := s.release(patient(r), size, old, dataEnd); e != nil {
+				s.warnf("What was taken for a larger disk is not given back: %s", blk.ErrnoText(e))
+			}
+		}
+		return err
+	}
+	return s.setSize(r, size)
+}
+
+// fillNew provides for what is added to a disk: space, or zeroes that hide the backing file.
+// +checklocks:s.mu
+func (s *image) fillNew(r *blk.Req, old, size int64, m blk.Prealloc) error {
+	from, to := s.geo.Clusters(old), s.geo.Clusters(size)
 	if s.geo.External {
 		if err := s.growData(r, old, size, m); err != nil {
 			return err
@@ -93,14 +113,15 @@ func (s *image) grow(r *blk.Req, old, size int64, m blk.Prealloc) error {
 		// What the data file shows by itself is also what the tables, which count, make of it.
 		m = blk.PreallocMetadata
 	}
-	if m != blk.PreallocOff && m != "" && from < to {
+	switch {
+	case m != blk.PreallocOff && m != "" && from < to:
 		if err := s.preallocate(r, from, to, m); err != nil {
 			return err
 		}
 		if err := s.flush(r); err != nil {
 			return wrap("Failed to flush the preallocated area to disk", err)
 		}
-	} else if s.backSize() > old && from < to {
+	case s.backSize() > old && from < to:
 		// The backing file must not show through behind the old end.
 		if s.version < 3 {
 			return wrap("Failed to zero out new clusters", blk.ErrNotSupported)
@@ -114,7 +135,7 @@ func (s *image) grow(r *blk.Req, old, size int64, m blk.Prealloc) error {
 			return wrap("Failed to zero out new clusters", err)
 		}
 	}
-	return s.setSize(r, size)
+	return nil
 }
 
 // zeroTail clears what lies between the old end and the end of its cluster. mu is dropped for
@@ -178,6 +199,17 @@ func (s *image) setSize(r *blk.Req, size int64) error {
 // shrink frees everything beyond size and gives the file's tail back.
 // +checklocks:s.mu
 func (s *image) shrink(r *blk.Req, old, size int64) error {
+	if err := s.release(r, old, size, size); err != nil {
+		return err
+	}
+	// Last, so that a failure leaves the size as it was.
+	return s.setSize(r, size)
+}
+
+// release frees what a disk of old bytes has behind size, and cuts the file behind what is left, a
+// data file at dataEnd.
+// +checklocks:s.mu
+func (s *discarder) release(r *blk.Req, old, size, dataEnd int64) error {
 	if err := s.discard(r, s.geo.Clusters(size), s.geo.Clusters(old), false, true, discardAlways); err != nil {
 		return wrap("Failed to discard cropped clusters", err)
 	}
@@ -205,18 +237,15 @@ func (s *image) shrink(r *blk.Req, old, size int64) error {
 	if err := s.cutFile(r); err != nil {
 		return err
 	}
-	if s.geo.External && s.external.Size() > size {
-		if err := s.external.Resize(ctxOf(r), size, false, blk.PreallocOff); err != nil {
-			return err
-		}
+	if s.geo.External && s.external.Size() > dataEnd {
+		return s.external.Resize(ctxOf(r), dataEnd, false, blk.PreallocOff)
 	}
-	// Last, so that a failure leaves the size as it was.
-	return s.setSize(r, size)
+	return nil
 }
 
 // cutFile truncates the file behind the last cluster that may be in use.
 // +checklocks:s.mu
-func (s *image) cutFile(r *blk.Req) error {
+func (s *discarder) cutFile(r *blk.Req) error {
 	if err := s.writeRefcounts(r); err != nil {
 		return wrap("Failed to discard unused refblocks", err)
 	}
