@@ -6,7 +6,7 @@ complete -c qblockd -l blockdev -r -d 'open a block node, as QMP blockdev-add do
 complete -c qblockd -l chardev -r -d 'make a character device, for instance socket,id=m,path=qmp.sock,server=on,wait=off; '\''help'\'' lists the backends'
 complete -c qblockd -l monitor -r -d 'speak QMP on a character device, to any number of clients at once; read-only takes only commands that change nothing, allow-uid.0, .1, ... are the users whose processes may connect to a unix socket'
 complete -c qblockd -l nbd-server -r -d 'start the NBD server; tls-creds and tls-authz name objects that say what clients must prove, handshake-max-seconds is how long they may take for it'
-complete -c qblockd -l export -r -d 'export a node over NBD, which needs --nbd-server before it, or as a file, mounted over an existing one'
+complete -c qblockd -l export -r -d 'export a node: over NBD, which needs --nbd-server before it, as a disk for a virtual machine, or as a file, mounted over an existing one'
 complete -c qblockd -l object -r -d 'make an object; '\''help'\'' lists the types, '\''<type>,help'\'' their properties'
 complete -c qblockd -l daemonize -d 'go to the background once all options have taken effect, wherever it stands; then the working folder is / and the log goes nowhere'
 complete -c qblockd -l pidfile -r -d 'write the process id to a file, locked while the daemon lives'
