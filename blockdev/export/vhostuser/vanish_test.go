@@ -10,6 +10,7 @@ import (
 	"qblockd/blockdev/drivertest"
 	"qblockd/blockdev/vhostwire"
 	"qblockd/blockdev/virtio"
+	"qblockd/blockdev/virtio/virtiotest"
 	"qblockd/graph"
 	"qblockd/graph/blk"
 )
@@ -57,5 +58,61 @@ func TestTruncatedUnderDriver(t *testing.T) {
 	}
 	if s, _ := f.boot(1, virtio.BlkFFlush).queues[0].do(reqIn, 0, make([]byte, 4096), 4096); s != 0 {
 		t.Errorf("status %d", s)
+	}
+}
+
+// What is shared beside the guest's memory vanishes: the area of what is in flight, and the log of
+// what was written. That is the end of the queue, and of nothing else, too.
+func TestTruncatedBeside(t *testing.T) {
+	const size = 1 << 20
+	for name, share := range map[string]func(m *machine, fd int){
+		"area": func(m *machine, fd int) {
+			a := vhostwire.Inflight{Size: size, Queues: 1, QueueSize: queueSize, Padded: true}
+			m.ack(&vhostwire.Message{Request: vhostwire.SetInflightFD, Inflight: a}, fd)
+		},
+		"log": func(m *machine, fd int) {
+			m.send(&vhostwire.Message{Request: vhostwire.SetLogBase, Log: vhostwire.Log{Size: size}}, 0, fd)
+			if _, err := m.reply(vhostwire.SetLogBase); err != nil {
+				t.Fatal(err)
+			}
+			features := m.features | vhostwire.FProtocolFeatures | vhostwire.FLogAll
+			m.ack(&vhostwire.Message{Request: vhostwire.SetFeatures, Number: features})
+		},
+	} {
+		t.Run(name, func(t *testing.T) {
+			f := newFixture(t)
+			fd, err := unix.MemfdCreate(name, unix.MFD_CLOEXEC)
+			if err != nil {
+				t.Fatal(err)
+			}
+			defer unix.Close(fd)
+			if err := unix.Ftruncate(fd, size); err != nil {
+				t.Fatal(err)
+			}
+			m := f.connect()
+			m.negotiate(virtio.BlkFFlush)
+			m.guest = virtiotest.NewGuest(t, 16<<20)
+			m.share()
+			share(m, fd)
+			q := m.newQueue(0)
+			m.start(q, 0)
+			if s, _ := q.do(reqIn, 0, nil, 4096); s != 0 {
+				t.Fatalf("status %d", s)
+			}
+			wrong := m.eventfd()
+			m.ack(&vhostwire.Message{Request: vhostwire.SetVringErr}, wrong)
+			if err := unix.Ftruncate(fd, 0); err != nil {
+				t.Fatal(err)
+			}
+			q.put(reqIn, 0, nil, 4096)
+			p := []unix.PollFd{{Fd: int32(wrong), Events: unix.POLLIN}}
+			if n, err := unix.Poll(p, int(patience.Milliseconds())); n != 1 {
+				t.Fatalf("no error is told: %v", err)
+			}
+			m.c.Close()
+			if s, _ := f.boot(1, virtio.BlkFFlush).queues[0].do(reqIn, 0, nil, 4096); s != 0 {
+				t.Errorf("status %d", s)
+			}
+		})
 	}
 }
