@@ -98,6 +98,8 @@ func (c *Change) erase(ctx context.Context, h *Header, st Store) error {
 		return errors.New("'new-secret' must not be given when erasing keyslots")
 	case c.Options.IterTime != nil:
 		return errors.New("'iter-time' must not be given when erasing keyslots")
+	case c.Options.Secret != nil:
+		return errors.New("'secret' must not be given when erasing keyslots")
 	case c.Options.Keyslot == nil && c.Options.OldSecret == nil:
 		return errors.New("To erase keyslot(s), either explicit keyslot index or the password currently contained in them must be given")
 	}

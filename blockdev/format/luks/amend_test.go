@@ -71,6 +71,41 @@ func TestAmend(t *testing.T) {
 	check(changeKeys(g, n, true, erasing("two")), false, false)
 }
 
+// What says nothing of an erasure is refused in the reference's words, in its order.
+func TestEraseRefused(t *testing.T) {
+	m := newImage(t, options(64<<10))
+	g := drivertest.NewGraph(t)
+	n, err := openIn(t, g, m, ptr("one"), false)
+	if err != nil {
+		t.Fatal(err)
+	}
+	if err := changeKeys(g, n, false, adding("two")); err != nil {
+		t.Fatal(err)
+	}
+	o := erasing("two")
+	o.NewSecret, o.IterTime, o.Secret = ptr("one"), ptr(int64(10)), ptr("one")
+	for _, c := range []struct {
+		name string
+		next func() // leaves it out
+	}{
+		{"new-secret", func() { o.NewSecret = nil }},
+		{"iter-time", func() { o.IterTime = nil }},
+		{"secret", func() { o.Secret = nil }},
+	} {
+		want := "'" + c.name + "' must not be given when erasing keyslots"
+		if err := changeKeys(g, n, true, o); err == nil || err.Error() != want {
+			t.Errorf("%v, want %s", err, want)
+		}
+		if !opens(t, m, "two") {
+			t.Error("a refused change erased a key")
+		}
+		c.next()
+	}
+	if err := changeKeys(g, n, false, o); err != nil || opens(t, m, "two") {
+		t.Errorf("%v, and the erased key opens: %v", err, opens(t, m, "two"))
+	}
+}
+
 // While keys change nobody else may read or write the file; then they may again.
 func TestAmendClaims(t *testing.T) {
 	m := newImage(t, options(64<<10))
