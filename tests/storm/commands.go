@@ -112,8 +112,8 @@ var generators = map[string]func(g *gen) made{
 		if g.one(3) {
 			return made{args: M{"node-name": g.any(), "active": true}}
 		}
-		// Not v0 and v1: d1 may be below them, and without its bitmaps while it is inactive with them.
-		return made{args: M{"node-name": g.pick("x0", "x1", "x0r", "x1r", "vote"), "active": g.one(2)}}
+		// Not v0, v1 and vote: d1 may be below them, and has no bitmaps while it is inactive.
+		return made{args: M{"node-name": g.pick("x0", "x1", "x0r", "x1r"), "active": g.one(2)}}
 	},
 	"blockdev-reopen": func(g *gen) made {
 		var l []M
