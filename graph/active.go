@@ -192,11 +192,7 @@ func (h *handover) comeBack(ctx context.Context, n *Node) error {
 		}
 	}
 	for _, e := range n.Children() {
-		below := h.comeBack
-		if !e.Node().Inactive() {
-			below = lookAgain
-		}
-		if err := below(ctx, e.Node()); err != nil {
+		if err := h.comeBack(ctx, e.Node()); err != nil {
 			return err
 		}
 	}
@@ -205,23 +201,6 @@ func (h *handover) comeBack(ctx context.Context, n *Node) error {
 	}
 	if was {
 		h.done = append(h.done, n)
-	}
-	return nil
-}
-
-// lookAgain lets files at and below n be read anew that were active below an inactive node, as are
-// those of nodes that are opened inactive: others may have changed their lengths. The nodes are
-// drained.
-func lookAgain(ctx context.Context, n *Node) error {
-	for _, x := range n.NodesBelow() {
-		d, ok := x.drv.(Activator)
-		if !ok || x.Inactive() || len(x.Children()) > 0 {
-			continue // what formats remember may be newer than the image
-		}
-		if err := x.Guarded(func() error { return d.Activate(&blk.Req{Ctx: ctx}) }); err != nil {
-			return err
-		}
-		x.Resized()
 	}
 	return nil
 }
