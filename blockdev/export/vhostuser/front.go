@@ -137,7 +137,7 @@ func (f *front) memoryChanged() error {
 	return nil
 }
 
-// logChanged makes the rings log what they write as is asked for now.
+// logChanged has the rings log what they write, or not, as the front end has asked last.
 func (f *front) logChanged() {
 	for _, r := range f.rings {
 		if r != nil {

@@ -89,7 +89,7 @@ func (r *ring) setAddr(a vhostwire.Addr) error {
 	return nil
 }
 
-// setLog makes r log what it writes as is asked for now.
+// setLog has r log what it writes, or not, as the front end has asked last.
 func (r *ring) setLog() {
 	r.mu.Lock()
 	defer r.mu.Unlock()
